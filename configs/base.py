@@ -144,9 +144,6 @@ class Data:
                             resume=_BATCHES)
   workers: int = field(0, 'processes that prepare batches; 0: threads',
                        most=512, resume=_PREPARED)
-  tokenize_workers: int = field(
-      0, 'processes that tokenise; 0: one per CPU core', most=512,
-      resume=_PREPARED)
 
 
 @dataclasses.dataclass(frozen=True)

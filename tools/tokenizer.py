@@ -11,52 +11,18 @@ What `train` writes is a Hugging Face tokenizer.json, which a run takes as
 
 import argparse
 from collections.abc import Iterator
-import itertools
 import json
-import os
 import sys
+from typing import Any
+
+import numpy as np
 
 from configs import base
 from configs.errors import RequestError, require
 from training import cli, limits, progress
-from training.data import holdout, sources
-from training.data import texts, tokenizer_files, tokenizers
+from training.data import holdout, sources, texts, tokenizers
 from training.workdir import storage
 
-
-def _bpe():
-  """GPT-2's byte-level BPE: every text round-trips, nothing is unknown."""
-  import tokenizers as hf
-  tokenizer = hf.Tokenizer(hf.models.BPE())
-  tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = hf.decoders.ByteLevel()
-  return tokenizer, hf.trainers.BpeTrainer, dict(
-      initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())
-
-
-def _unigram():
-  """T5's unigram language model over words with their leading space."""
-  import tokenizers as hf
-  tokenizer = hf.Tokenizer(hf.models.Unigram())
-  tokenizer.pre_tokenizer = hf.pre_tokenizers.Metaspace()
-  tokenizer.decoder = hf.decoders.Metaspace()
-  return tokenizer, hf.trainers.UnigramTrainer, dict(unk_token='<unk>')
-
-
-def _wordpiece():
-  """BERT's uncased WordPiece: lower case, no accents, punctuation apart."""
-  import tokenizers as hf
-  tokenizer = hf.Tokenizer(hf.models.WordPiece(unk_token='[UNK]'))
-  tokenizer.normalizer = hf.normalizers.BertNormalizer(lowercase=True)
-  tokenizer.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
-  tokenizer.decoder = hf.decoders.WordPiece()
-  return tokenizer, hf.trainers.WordPieceTrainer, {}
-
-
-KINDS = {'bpe': _bpe, 'unigram': _unigram, 'wordpiece': _wordpiece}
-# Sources of text, by prefix.
-TEXT = [usage for prefix, usage in sources.USAGE.items()
-        if prefix not in ('conll', 'squad', 'probe', 'tokens')]
 # The special tokens of each kind's family, in the order of their ids.
 SPECIALS = {
     'bpe': ['<|endoftext|>'],
@@ -65,47 +31,68 @@ SPECIALS = {
 }
 
 
-def train(kind: str, source: str, vocab_size: int, out: str,
-          holdout_every: int, extra_specials: list[str]) -> dict:
-  """Trains a tokenizer, writes it to `out`, and returns its description.
+def _pipeline(kind: str) -> tuple[Any, Any, dict[str, Any]]:
+  """Returns an empty pipeline, the class of its trainer, and its options."""
+  import tokenizers as hf
+  if kind == 'bpe':  # GPT-2's: every text round-trips, nothing is unknown
+    pipeline = hf.Tokenizer(hf.models.BPE())
+    pipeline.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pipeline.decoder = hf.decoders.ByteLevel()
+    return pipeline, hf.trainers.BpeTrainer, dict(
+        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())
+  if kind == 'unigram':  # T5's: words with the space before them
+    pipeline = hf.Tokenizer(hf.models.Unigram())
+    pipeline.pre_tokenizer = hf.pre_tokenizers.Metaspace()
+    pipeline.decoder = hf.decoders.Metaspace()
+    return pipeline, hf.trainers.UnigramTrainer, dict(unk_token='<unk>')
+  # BERT's uncased: lower case, no accents, punctuation apart
+  pipeline = hf.Tokenizer(hf.models.WordPiece(unk_token='[UNK]'))
+  pipeline.normalizer = hf.normalizers.BertNormalizer(lowercase=True)
+  pipeline.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
+  pipeline.decoder = hf.decoders.WordPiece()
+  return pipeline, hf.trainers.WordPieceTrainer, {}
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+  """Trains a tokenizer, writes its file, and returns its description.
 
   Raises:
     ValueError: if vocab_size does not even hold the special tokens and the
       alphabet, or if the text does not suffice for it.
   """
-  specials = [*SPECIALS[kind], *extra_specials]
-  tokenizer, trainer, options = KINDS[kind]()
-  if vocab_size <= len(specials):
-    raise RequestError(f'--vocab_size={vocab_size} does not hold the '
-                       f'{len(specials)} special tokens.')
-  documents = _texts(source, holdout_every)
-  storage.try_file(out, '--out')
+  require(args.out.endswith('.json'), f'--out={args.out} must end in .json')
+  count = args.sentinels
+  if count is None:
+    count = tokenizers.SENTINELS if args.kind == 'unigram' else 0
+  specials = [*SPECIALS[args.kind], *args.special,
+              *(f'<extra_id_{i}>' for i in range(count))]
+  require(args.vocab_size > len(specials), f'--vocab_size={args.vocab_size} '
+          f'does not hold the {len(specials)} special tokens')
+  documents = _texts(args.source, args.holdout_every)
+  storage.try_file(args.out, '--out')
+  pipeline, trainer, options = _pipeline(args.kind)
   try:
-    with progress.during(f'training {kind}'):
-      tokenizer.train_from_iterator(documents, trainer(
-          vocab_size=vocab_size, special_tokens=specials, show_progress=False,
-          **options))
+    with progress.during(f'training {args.kind}'):
+      pipeline.train_from_iterator(documents, trainer(
+          vocab_size=args.vocab_size, special_tokens=specials,
+          show_progress=False, **options))
   except (RequestError, OSError):
     raise  # Of the source: it says itself what is wrong.
   except Exception as error:  # tokenizers raises bare Exception.
-    raise RequestError(f'training {kind} on {source!r} failed: {error}.'
-                       ) from error
-  made = tokenizer.get_vocab_size(with_added_tokens=True)
-  if made > vocab_size:
-    raise RequestError(
-        f'--vocab_size={vocab_size} is too small: the special tokens and the '
-        f'alphabet of {source!r} alone are {made}.')
-  temporary = f'{out}.{os.getpid()}'
-  os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-  tokenizer.save(temporary)
-  os.replace(temporary, out)
-  return describe(out) | {'asked_for': vocab_size}
+    raise RequestError(f'training {args.kind} on {args.source!r} failed: '
+                       f'{error}.') from error
+  made = pipeline.get_vocab_size(with_added_tokens=True)
+  require(made <= args.vocab_size, f'--vocab_size={args.vocab_size} is too '
+          'small: the special tokens and the alphabet of '
+          f'{args.source!r} alone are {made}')
+  storage.write(storage.path(args.out, '--out'), pipeline.to_str(pretty=True))
+  return describe(args.out) | {'asked_for': args.vocab_size}
 
 
-def describe(name: str, source: str = '', holdout_every: int = 0) -> dict:
+def describe(name: str, source: str = '', holdout_every: int = 0
+             ) -> dict[str, Any]:
   """Returns what tokenizer `name` is and, on a source, how short its text is.
   """
-  documents = _texts(source, holdout_every) if source else ()
   tokenizer = tokenizers.load(name)
   described = dict(
       tokenizer=name, vocab_size=tokenizer.vocab_size,
@@ -114,7 +101,7 @@ def describe(name: str, source: str = '', holdout_every: int = 0) -> dict:
       fingerprint=tokenizer.fingerprint)
   if source:
     tokens = num_bytes = 0
-    for text in progress.each(documents, 'texts encoded'):
+    for text in progress.each(_texts(source, holdout_every), 'texts encoded'):
       tokens += len(tokenizer.encode(text))
       num_bytes += len(text.encode('utf-8'))
     require(tokens > 0, f'data source {source!r} holds no text of which '
@@ -124,7 +111,7 @@ def describe(name: str, source: str = '', holdout_every: int = 0) -> dict:
   return described
 
 
-def encode(name: str, text: str) -> dict:
+def encode(name: str, text: str) -> dict[str, Any]:
   """Returns the ids of a text, the piece of text of each, and it decoded."""
   tokenizer = tokenizers.load(name)
   ids = tokenizer.encode(text).tolist()
@@ -132,7 +119,7 @@ def encode(name: str, text: str) -> dict:
               decoded=tokenizer.decode(ids))
 
 
-def _texts(spec: str, holdout_every: int) -> Iterator[str]:
+def _texts(spec: str, every: int) -> Iterator[str]:
   """Returns the texts of a source that are not held out.
 
   Raises:
@@ -141,44 +128,40 @@ def _texts(spec: str, holdout_every: int) -> Iterator[str]:
   """
   parsed = [source for _, source in sources.parse(spec)]
   for source in parsed:
-    require(not source.drawn and (not source.records or bool(
-        source.as_document)), f'data source {source.name!r} holds '
-            f'{source.records}, and no text that tools.tokenizer could read: '
-            'choose from ' + ', '.join(TEXT))
-  return itertools.chain.from_iterable(
-      _read(source, holdout_every) for source in parsed)
+    require(not source.tokens and (not source.records or source.as_document),
+            f'data source {source.name!r} holds '
+            f'{source.records or "tokens"}, and no text: choose another')
 
+  def read() -> Iterator[str]:
+    for source in parsed:
+      taken = 0
+      for i, document in enumerate(holdout.cut(source, every).documents()):
+        if holdout.chosen(np.array([i]), every, 'train').any():
+          taken += 1
+          yield from ([document] if isinstance(document, str)
+                      else [text for _, text in document])
+      require(taken > 0, f'of data source {source.name!r} '
+              f'--holdout_every={every} leaves no document: choose 0, or '
+              'another source')
 
-def _read(source: sources.Source, holdout_every: int) -> Iterator[str]:
-  taken = i = 0
-  for i, document in enumerate(
-      holdout.split(source, holdout_every).documents(), 1):
-    if holdout.held_out(i - 1, holdout_every):
-      continue
-    taken += 1
-    if isinstance(document, str):
-      yield document
-    else:
-      yield from (text for _, text in document)
-  require(taken > 0, f'data source {source.name!r} has {i} document(s), of '
-          f'which --holdout_every={holdout_every} leaves none: choose 0, or '
-          'another source')
+  return read()
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
       prog='python -m tools.tokenizer', description=__doc__,
-      allow_abbrev=False,
-      formatter_class=cli.HelpFormatter)
+      allow_abbrev=False, formatter_class=cli.HelpFormatter)
   commands = parser.add_subparsers(dest='command', required=True)
-
-  trainer = commands.add_parser(
-      'train', help='train one and write its file', allow_abbrev=False,
-      formatter_class=cli.HelpFormatter)
-  trainer.add_argument('--kind', choices=KINDS, default='bpe',
+  trainer, info, encoder = (
+      commands.add_parser(name, help=text, allow_abbrev=False,
+                          formatter_class=cli.HelpFormatter)
+      for name, text in (('train', 'train one and write its file'),
+                         ('info', 'vocabulary and special tokens'),
+                         ('encode', 'the ids of a text')))
+  trainer.add_argument('--kind', choices=SPECIALS, default='bpe',
                        help='the algorithm')
   trainer.add_argument('--source', default='sotu',
-                       help=', '.join(TEXT))
+                       help='as data.source, of text')
   trainer.add_argument('--vocab_size', type=int, required=True,
                        help='special tokens included')
   trainer.add_argument('--out', required=True, metavar='FILE.json',
@@ -189,15 +172,8 @@ def _parser() -> argparse.ArgumentParser:
   trainer.add_argument('--sentinels', type=int, metavar='N',
                        help="add T5's <extra_id_0> to <extra_id_N-1> "
                        '(default: 100 for unigram, else 0)')
-
-  info = commands.add_parser(
-      'info', help='vocabulary and special tokens', allow_abbrev=False,
-      formatter_class=cli.HelpFormatter)
   info.add_argument('--source', default='',
                     help='also count the tokens and bytes of its documents')
-  encoder = commands.add_parser(
-      'encode', help='the ids of a text', allow_abbrev=False,
-      formatter_class=cli.HelpFormatter)
   encoder.add_argument('--text', help='default: what is on standard input')
   for command in info, encoder:
     command.add_argument('--tokenizer', required=True,
@@ -211,22 +187,16 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> None:
   args = _parser().parse_args(argv)
-  if args.command != 'encode':
-    limits.number('--holdout_every', args.holdout_every, (('>=', 0),))
+  for name, least, most in (
+      ('holdout_every', 0, 2**31), ('sentinels', 0, 10_000),
+      ('vocab_size', 1, 2**26)):
+    if getattr(args, name, None) is not None:
+      limits.number(f'--{name}', getattr(args, name),
+                    (('>=', least), ('<=', most)))
   if args.command == 'train':
-    if not args.out.endswith('.json'):
-      raise RequestError(f'--out={args.out} must end in .json.')
-    limits.number('--vocab_size', args.vocab_size,
-                  (('>=', 1), ('<=', 2**26)))
-    count = args.sentinels
-    if count is None:
-      count = tokenizer_files.SENTINELS if args.kind == 'unigram' else 0
-    limits.number('--sentinels', count, (('>=', 0), ('<=', 10_000)))
-    specials = args.special + [f'<extra_id_{i}>' for i in range(count)]
-    result = train(args.kind, args.source, args.vocab_size, args.out,
-                   args.holdout_every, specials)
+    result = train(args)
   elif args.command == 'info':
     result = describe(args.tokenizer, args.source, args.holdout_every)
   else:

@@ -93,6 +93,6 @@ def corpus(config_: Any) -> packing.Corpus:
   """Returns all records of data.source."""
   (_, source), = sources.parse(config_.data.source)
   records = [record for path in source.files for record in source.read(path)]
-  return packing.Corpus(source.name, source.name, records,
-                        np.arange(len(records)), 'train',
-                        tokenizers.load(config_.data.tokenizer), config_)
+  return packing.Corpus(source.name, source.name, 'train',
+                        tokenizers.load(config_.data.tokenizer), config_,
+                        records=records)

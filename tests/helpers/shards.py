@@ -1,19 +1,28 @@
 """A corpus, its shards, and the loaders of runs that read either."""
 
+import json
+import random
 
 import numpy as np
 
 from configs import base
-from tools.tokenize import __main__ as command
+from tools import tokenize as command
 from training.data import pipeline, tokenizers
 
 BYTES = tokenizers.load('bytes')
 
 
-def text_of(rng):
-  """Of no token to some records."""
-  size = rng.choice([0, 1, 5, 300, 700, 3000, 20_000])
-  return ''.join(rng.choices('abcdefgh \n', k=size))
+def make_corpus(folder):
+  """Writes seven files of JSON lines, whose texts are of no token to many
+  blocks."""
+  rng = random.Random(0)
+  for i in range(7):
+    texts = [''.join(rng.choices('abcdefgh \n', k=rng.choice(
+        [0, 1, 5, 300, 700, 3000, 20_000])))
+             for _ in range(rng.randint(3, 25))] + ['end']
+    (folder / f'{i}.jsonl').write_text('\n'.join(
+        json.dumps({'text': text}) for text in texts))
+  return folder
 
 
 def spec_of(corpus):
@@ -38,7 +47,7 @@ def config_of(corpus, folder, source='', **fields):
   config.seed = fields.pop('seed', 3)
   config.data.update(dict(
       source=source or spec_of(corpus), cache_dir=str(folder / 'cache'),
-      length=96, batch_size=6, holdout_every=4, tokenize_workers=1) | fields)
+      length=96, batch_size=6, holdout_every=4) | fields)
   return config
 
 

@@ -93,7 +93,7 @@ def base():
   c = gpt.get_config('tiny')
   c.model.update(d_model=8, num_layers=1, num_heads=2, max_len=8)
   c.data.update(length=8, batch_size=4, source={source!r}, holdout_every=4,
-                cache_dir={cache!r}, tokenize_workers=1)
+                cache_dir={cache!r})
   c.train.steps = 4
   c.optim.update(lr=4e-3, warmup_steps=1)
   c.eval.update(every_steps=2, batches=2)

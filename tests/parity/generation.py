@@ -80,7 +80,7 @@ def _laid_out(messages, config, tokenizer) -> list[int]:
   if len(messages) == 1:
     return chat.question(
         messages[0]['content'], config, tokenizer).tolist()
-  parts = conversations.published([
+  parts = conversations.PUBLISHED.of([
       *conversations.parse(messages, 'the chat'), ('assistant', 'x')])
   ids, _ = chat.layout(
       [(kind, tokenizer.encode(text)) for kind, text in parts], tokenizer)

@@ -7,7 +7,7 @@ from configs.errors import RequestError
 from tests.helpers import forked
 from tools.compare import study_run as study
 from tools.compare import layout as sweep
-from tools.tokenize import __main__ as tokenize
+from tools import tokenize
 
 HUGE = 10**20
 

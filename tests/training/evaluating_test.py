@@ -38,7 +38,7 @@ def config_of(folder, source, **fields):
   c.model.vocab_size = 0
   c.data.update(source=source.format(folder), holdout_every=0, length=16,
                 eval_source=source.format(folder), batch_size=4,
-                cache_dir=str(folder / 'cache'), tokenize_workers=1)
+                cache_dir=str(folder / 'cache'))
   return c
 
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from training.data import offsets
+from training.data import records
 from training.measures import questions, words
 
 RIGHT = [['B-per', 'I-per', 'O', 'B-loc'], ['O', 'B-loc', 'I-loc', 'B-loc']]
@@ -48,7 +48,7 @@ def _windows(context, room, stride, seed):
   places = np.array([m.span() for m in re.finditer(r'\S+', context)])
   return [questions.Window(rng.normal(size=e - f), rng.normal(size=e - f),
                        places[f:e], float(rng.normal(4, 2)))
-          for f, e in offsets.windows(len(places), room, stride)]
+          for f, e in records.windows(len(places), room, stride)]
 
 
 @pytest.mark.parametrize('may_be_null', [False, True])

@@ -19,7 +19,7 @@ def _said(tmp_path, start=0, **fields):
   config = base.base()
   config.model.update(d_model=16, num_layers=2, num_heads=2)
   config.data.update(length=8, batch_size=16, holdout_every=4,
-                     cache_dir=str(tmp_path), tokenize_workers=1)
+                     cache_dir=str(tmp_path))
   config.train.update(steps=30, grad_accumulation=2)
   config.eval.update(every_steps=10, batches=2)
   config.mesh.fsdp = 2

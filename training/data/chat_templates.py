@@ -1,8 +1,7 @@
 """Chat templates in Jinja, rendered as transformers renders them.
 
 A template is text from whoever made a model, so it runs in jinja2's immutable
-sandbox: it reaches no attribute that leads out of the messages, and stores
-none. It has what templates of transformers have (transformers,
+sandbox. It has what templates of transformers have (transformers,
 utils/chat_template_utils.py): trim_blocks and lstrip_blocks, loop controls, the
 block {% generation %}, `raise_exception`, `strftime_now`, a `tojson` that
 escapes nothing, `bos_token`, `eos_token` and other special tokens.
@@ -15,6 +14,7 @@ between two characters, MARKS, that have no meaning in Unicode.
 
 from collections.abc import Sequence
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -26,7 +26,8 @@ import numpy as np
 
 from configs.errors import RequestError, require, short
 from training import schema
-from training.data.tokenizers import Tokenizer
+from training.data import texts
+from training.data.tokenizers import Tokenizer, named_tokens
 
 MARKS = '\ue010', '\ue011'
 FILE = 'chat_template.jinja'
@@ -141,29 +142,26 @@ class Template:
   def _render(self, messages: Messages, answer: bool = False
               ) -> tuple[str, list[tuple[int, int]]]:
     """Returns the text, and where {% generation %} blocks stand in it."""
-    import jinja2
+    template = _compiled(self.text, self.name)
     said = [{key: marked(value, self.tokenizer)
              for key, value in message.items()} for message in messages]
-    told: list[str] = []
+    blocks: list[str] = []  # rendered so far
     spans: list[tuple[int, int]] = []
-    template = _compiled(self.text, self.name)
+
+    def place(caller: Any) -> str:
+      text, start = caller(), sum(map(len, blocks))
+      spans.append((start, start + len(text)))
+      return text
+
     try:
-      with template.environment.tracked(told, spans):  # type: ignore
-        for block in template.generate(
-            messages=said, tools=None, documents=None,
-            add_generation_prompt=answer, **self.specials):
-          told.append(block)
-    except jinja2.exceptions.SecurityError as error:
-      raise RequestError(f'the chat template {self.name} tries to reach out of '
-                         f'the conversation: {_line(error)}') from error
-    except jinja2.TemplateError as error:
-      raise RequestError(f'the chat template {self.name} refuses the '
-                         f'conversation: {_line(error)}') from error
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError,
-            ArithmeticError, RecursionError, MemoryError) as error:
+      for block in template.generate(
+          messages=said, tools=None, documents=None, _place=place,
+          add_generation_prompt=answer, **self.specials):
+        blocks.append(block)
+    except Exception as error:  # of jinja2, and whatever a template does
       raise RequestError(f'the chat template {self.name} fails: '
                          f'{_line(error)}') from error
-    return ''.join(told), spans
+    return ''.join(blocks), spans
 
 
 def read(spec: str, tokenizer: Tokenizer) -> Template:
@@ -198,8 +196,7 @@ def source(spec: str) -> tuple[str, str]:
   else:
     require(path.is_file() and not spec.startswith(PREFIX),
             f'data.chat_template is {short(spec)}, which is no file or folder: '
-            'choose from published, earlier, a Jinja file, and a Hugging Face '
-            'folder')
+            'choose from published, a Jinja file, and a Hugging Face folder')
     text = _read(path)
   _compiled(text, str(path))
   return str(path), text
@@ -287,22 +284,12 @@ def specials(tokenizer: Tokenizer) -> dict[str, str]:
   that the tokenizer's own files name, where they name any."""
   folder = pathlib.Path(tokenizer.name)
   folder = folder if folder.is_dir() else folder.parent
-  named = {}
-  for name in ('special_tokens_map.json', 'tokenizer_config.json'):
-    if (folder / name).is_file() and not tokenizer.name.startswith('bytes'):
-      described = schema.parse((folder / name).read_bytes(),
-                               str(folder / name))
-      for key, value in (described.items() if isinstance(described, dict)
-                         else ()):
-        value = value.get('content') if isinstance(value, dict) else value
-        if key.endswith('_token') and isinstance(value, str):
-          named[key] = value
+  named = {} if tokenizer.name.startswith('bytes') else named_tokens(folder)
   return named or {f'{kind}_token': tokenizer.piece(i)
                    for kind, i in tokenizer.special_ids.items()}
 
 
 def _read(path: Any) -> str:
-  from training.data import texts
   return texts.decoded(path.read_bytes(), str(path))
 
 
@@ -312,15 +299,42 @@ def _line(error: BaseException) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _compiled(text: str, name: str) -> Any:
-  """Returns the template, compiled in the sandbox."""
+  """Returns the template, compiled in the sandbox.
+
+  {% generation %} stands around what the assistant says; it calls the function
+  `_place` that the template is rendered with.
+  """
   try:
     import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
   except ImportError as error:
     raise RequestError('a chat template needs the package jinja2: pip install '
                        "'archetype[chat]'") from error
-  from training.data import jinja_sandbox
+
+  class Generation(jinja2.ext.Extension):
+    tags = {'generation'}
+
+    def parse(self, parser: Any) -> Any:
+      line = next(parser.stream).lineno
+      body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
+      call = jinja2.nodes.Call(
+          jinja2.nodes.Name('_place', 'load'), [], [], None, None)
+      return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+  def refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+      trim_blocks=True, lstrip_blocks=True,
+      extensions=[Generation, jinja2.ext.loopcontrols])
+  environment.filters['tojson'] = functools.partial(
+      json.dumps, ensure_ascii=False)
+  environment.globals.update(
+      raise_exception=refuse,
+      strftime_now=lambda form: datetime.datetime.now().strftime(form))
   try:
-    return jinja_sandbox.environment().from_string(text)
+    return environment.from_string(text)
   except jinja2.TemplateSyntaxError as error:
     raise RequestError(f'the chat template {name} is no Jinja, line '
                        f'{error.lineno}: {_line(error)}') from error

@@ -12,18 +12,16 @@ is laid out by Alpaca's template (tatsu-lab/stanford_alpaca, train.py): PROMPT,
 or PROMPT_INPUT where there is an input, directly followed by the output and the
 separator.
 
-With `data.chat_template=earlier` neither template is used: the turns, or the
-prompt and its response, stay the parts that the file has. Where it names a
-Jinja file or a Hugging Face folder, that template lays out the turns
-(training/data/chat_templates.py). training/objectives/chat.py makes rows of all
-of these parts.
+Where data.chat_template names a Jinja file or a Hugging Face folder, that
+template lays out the turns (training/data/chat_templates.py).
+training/objectives/chat.py makes rows of all of these parts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 import pathlib
 from typing import Any, NamedTuple
 
-from configs.errors import RequestError
+from configs.errors import one_of, require, short
 from training.data import chat_templates
 from training.data import texts
 
@@ -31,12 +29,11 @@ from training.data import texts
 ROLES = {'system': 'system', 'user': 'user', 'human': 'user',
          'prompter': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
          'chatgpt': 'assistant', 'bot': 'assistant'}
-# The parts that a conversation may be made of: those of a file, those of the
-# published templates, and those of a Jinja template.
-KINDS = ('system', 'user', 'assistant', 'prompt', 'response', 'question',
-         'answer', 'shown', 'said')
-ANSWERS = ('assistant', 'response', 'answer', 'said')  # those predicted
-TEMPLATES = ('published', 'earlier')
+# The parts that a conversation is made of: those of the published templates,
+# and those of a Jinja template.
+KINDS = ('question', 'answer', 'shown', 'said')
+ANSWERS = ('answer', 'said')  # those predicted
+PUBLISHED_NAME = 'published'  # data.chat_template of the two templates here
 SYSTEM = (
     'A chat between a curious user and an artificial intelligence assistant. '
     "The assistant gives helpful, detailed, and polite answers to the user's "
@@ -54,33 +51,28 @@ PROMPT_INPUT = (
 
 
 def parse(turns: Sequence, where: str) -> list[tuple[str, str]]:
-  """Returns the (kind, text) parts of one conversation.
+  """Returns the (role, text) turns of one conversation.
 
   Raises:
     ValueError: for a turn without a known role or without text.
   """
   parts = []
   for turn in turns:
-    if not isinstance(turn, dict):
-      raise RequestError(f'{where} holds a {type(turn).__name__}, not a turn: '
-                         'an object with role and content, or from and value.')
+    require(isinstance(turn, dict), f'{where} holds {short(turn)}, and no '
+            'turn: an object with role and content, or from and value')
     role = turn.get('role', turn.get('from'))
-    text = turn.get('content', turn.get('value'))
-    if not isinstance(role, str) or role not in ROLES:
-      raise RequestError(f'{where} has the role {role!r}: choose from '
-                         f'{", ".join(ROLES)}.')
-    if not isinstance(text, str):
-      raise RequestError(f'{where} has a turn of {role!r} without text.')
-    parts.append((ROLES[role], texts.checked(text, where)))
+    one_of(f'role in {where}', role := str(role), ROLES)
+    parts.append((ROLES[role], texts.checked(
+        turn.get('content', turn.get('value')), f'{where} turn of {role!r}')))
   return parts
 
 
 class Layout(NamedTuple):
-  """How the documents of a source are laid out.
+  """How the conversations of a source are laid out.
 
   Attributes:
-    key: what tells this layout from others; '': documents stay as they are.
-    of: document -> document.
+    key: what tells this layout from others.
+    of: document -> document; plain text and empty turns stay as they are.
   """
   key: str
   of: Callable[[Any], Any]
@@ -90,54 +82,41 @@ def layout(template: str, tokenizer: Any) -> Layout:
   """Returns the layout that data.chat_template names.
 
   Args:
-    template: published, earlier, a Jinja file or a Hugging Face folder.
+    template: published, a Jinja file or a Hugging Face folder.
     tokenizer: the run's.
 
   Raises:
     RequestError: where it names no template.
   """
-  if template == 'published':
+  if template == PUBLISHED_NAME:
     return PUBLISHED
-  if template == 'earlier':
-    return Layout('', lambda document: document)
   jinja = chat_templates.read(template, tokenizer)
 
   def of(document: Any) -> Any:
-    if isinstance(document, str) or not any(text for _, text in document):
+    if not _is_turns(document):
+      require(isinstance(document, str) or document[0][0] in ROLES.values(),
+              'instructions have a template of their own: set '
+              'data.chat_template to published')
       return document
-    if document[0][0] not in ROLES.values():
-      raise RequestError('instructions have a template of their own: set '
-                         'data.chat_template to published')
     return jinja.parts([dict(role=role, content=text)
                         for role, text in document])
 
   return Layout(f'jinja {jinja.fingerprint}', of)
 
 
-def published(document: Any):
-  """Returns a document as the published templates lay it out.
-
-  Args:
-    document: parts by `parse` or read_alpaca; plain text is returned as it
-      is.
-
-  Returns:
-    (kind, text) parts, the kinds `question` and `answer`. Joined, with the
-    separator after each answer, they are the template's text.
-  """
-  if isinstance(document, str) or not any(text for _, text in document):
-    return document
-  if document[0][0] in ROLES.values():
-    return vicuna(document)
-  names = {'prompt': 'question', 'response': 'answer'}
-  return [(names[kind], text) for kind, text in document]
+def _is_turns(document: Any) -> bool:
+  return (not isinstance(document, str) and any(text for _, text in document)
+          and document[0][0] in ROLES.values())
 
 
-PUBLISHED = Layout('published', published)
+PUBLISHED = Layout(PUBLISHED_NAME, lambda document: vicuna(
+    document) if _is_turns(document) else document)
 
 
 def vicuna(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-  """Returns turns, (kind, text) by `parse`, as questions and answers."""
+  """Returns turns by `parse` as (kind, text) parts, the kinds `question` and
+  `answer`. Joined, with the separator after each answer, they are the
+  template's text."""
   parts = []
   asked = '' if turns[0][0] == 'system' else f'{SYSTEM} '
   for kind, text in turns:
@@ -165,18 +144,16 @@ def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
               for number, line in enumerate(text.split('\n'), 1)
               if line.strip()]
              if path.endswith('.jsonl') else texts.parsed(text, path))
-  if not isinstance(records, list):
-    raise RequestError(f'{path} is no list of records: name it .jsonl if it '
-                       'has one a line.')
+  require(isinstance(records, list), f'{path} is no list of records: name it '
+          '.jsonl if it has one a line')
   for number, record in enumerate(records, 1):
-    told = [record.get(name, '' if name == 'input' else None)
-            if isinstance(record, dict) else None
-            for name in ('instruction', 'input', 'output')]
-    if not all(isinstance(text, str) for text in told):
-      raise RequestError(f'{path}, record {number}, has no text under '
-                         'instruction and output, or an input that is none.')
-    told = [texts.checked(text, f'{path}, record {number},') for text in told]
-    yield [('prompt', alpaca_prompt(*told[:2])), ('response', told[2])]
+    where = f'{path}, record {number},'
+    require(isinstance(record, dict), f'{where} is no JSON object')
+    asked, given, answer = (
+        texts.checked(record.get(name, default), f'{where} {name}')
+        for name, default in (('instruction', None), ('input', ''),
+                              ('output', None)))
+    yield [('question', alpaca_prompt(asked, given)), ('answer', answer)]
 
 
 def alpaca_prompt(instruction: str, given: str = '') -> str:

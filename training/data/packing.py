@@ -7,7 +7,7 @@ give an objective other items, write a class that takes a Corpus, and name it in
 the objective's record.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -16,60 +16,31 @@ import ml_collections
 import numpy as np
 
 from configs.errors import RequestError, require
-from training.data import conversations, sources, token_cache
-from training.data.shards import reader
+from training.data import conversations, labelled, sources
+from training.data.tokens import Documents, Split
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """The documents of one source that belong to one split.
+  """What of one source belongs to one split.
 
   Attributes:
     name: the source, for messages.
     text: which part of the source this is, in words.
-    cache: the tokens of all documents of the source.
-    document_ids: int64 [N], the documents of this split.
     split: 'train' or 'eval'.
     tokenizer: see tokenizers.load.
     config: the run's config.
-    shards: the tokens of the split, where they are in shards and not in a
-      cache, which is None then, as are document_ids.
+    tokens: of text: the tokens of the split's documents.
+    records: of labelled data: the records of the split.
   """
 
   name: str
   text: str
-  cache: token_cache.TokenCache
-  document_ids: np.ndarray
   split: str
   tokenizer: Any
   config: Any
-  shards: reader.Split | None = None
-
-  @property
-  def stream(self) -> 'Joined | reader.Split':
-    """All tokens, in order, as the class Windows says."""
-    return self.shards or Joined(self)
-
-  @property
-  def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-    """The first part of each document, and the one after its last, int64 [N]:
-    indices into cache.parts and cache.num_bytes."""
-    documents = self.cache.documents
-    return documents[self.document_ids], documents[self.document_ids + 1]
-
-  @property
-  def num_bytes(self) -> int:
-    """The bytes of text in all documents."""
-    first, end = self.bounds
-    total = np.concatenate([[0], np.cumsum(self.cache.num_bytes)])
-    return int(np.sum(total[end] - total[first]))
-
-  def holds(self, kinds: tuple[str, ...]) -> np.ndarray:
-    """Returns for each part of the cache whether it is of one of `kinds`; of
-    shards, which hold plain text, nothing."""
-    if self.shards:
-      return np.zeros(0, bool)
-    return np.isin(self.cache.kinds, [sources.KINDS.index(k) for k in kinds])
+  tokens: Split | None = None
+  records: Sequence[Any] = ()
 
 
 def documents(starts_L: np.ndarray) -> dict[str, np.ndarray]:
@@ -89,13 +60,11 @@ def reads(objective: Any) -> tuple[str, ...]:
 
 
 def _check_plain(corpus: Corpus) -> None:
-  if corpus.cache.kinds.any():
-    held = (sources.PAIRS if corpus.holds(sources.PAIR).any() else
-            sources.TURNS)
-    raise RequestError(
-        f'objective {corpus.config.objective!r} reads plain text, but data '
-        f'source {corpus.name!r} holds {held}: choose from '
-        f'{sources.forms((sources.TEXT,), True)}, of a field of text')
+  others = corpus.tokens.kinds - {'text'}
+  held = sources.PAIRS if others & {*labelled.PAIR} else sources.TURNS
+  require(not others, f'objective {corpus.config.objective!r} reads plain '
+          f'text, but data source {corpus.name!r} holds {held}: choose from '
+          f'{sources.forms((sources.TEXT,))}, of a field of text')
 
 
 class Window(NamedTuple):
@@ -108,42 +77,6 @@ class Window(NamedTuple):
 
   tokens: np.ndarray
   size: int
-
-
-class Joined:
-  """The documents of a token cache as one stream of tokens.
-
-  Attributes:
-    num_tokens: of the stream, less the separator that it begins with.
-    num_bytes: of the text.
-  """
-
-  def __init__(self, corpus: Corpus):
-    cache, (first, end) = corpus.cache, corpus.bounds
-    _check_plain(corpus)
-    self._cache = cache
-    self._first_token = cache.parts[first]
-    sizes = cache.parts[end] - self._first_token
-    # Where each document's separator stands in the stream; then the last one.
-    self._starts = np.concatenate([[0], np.cumsum(sizes + 1)])
-    self.num_tokens = int(self._starts[-1])
-    self.num_bytes = corpus.num_bytes
-
-  def fill(self, tokens: np.ndarray, first: int) -> None:
-    """Fills `tokens`, which are separators, with the stream from token `first`
-    on, as far as it goes."""
-    last = min(first + len(tokens) - 1, self.num_tokens)  # Inclusive.
-    stored = self._cache.tokens
-    k = int(np.searchsorted(self._starts, first, side='right')) - 1
-    # Document k occupies the stream from begin up to, without, its end, which
-    # is the separator that the array was filled with.
-    while k < len(self._first_token) and self._starts[k] < last:
-      begin, end = int(self._starts[k]) + 1, int(self._starts[k + 1])
-      low, high = max(begin, first), min(end, last + 1)
-      if low < high:
-        offset = int(self._first_token[k]) - begin
-        tokens[low - first:high - first] = stored[low + offset:high + offset]
-      k += 1
 
 
 class Windows:
@@ -160,13 +93,13 @@ class Windows:
     length: L; 0: data.length.
   """
 
-  STREAMS = True  # it reads tokens as they come, and may do so from shards
   READS = (sources.TEXT,)
 
   def __init__(self, corpus: Corpus, length: int = 0):
     self.length = length or corpus.config.data.length
     self.separator = corpus.tokenizer.separator_id
-    self._stream = corpus.stream
+    _check_plain(corpus)
+    self._stream = corpus.tokens
     self.num_tokens = self._stream.num_tokens
     self.num_bytes = self._stream.num_bytes
     full, rest = divmod(self.num_tokens, self.length)
@@ -221,16 +154,16 @@ class Stretches:
   READS = (sources.TEXT,)
 
   def __init__(self, corpus: Corpus):
-    cache, (first, end) = corpus.cache, corpus.bounds
     _check_plain(corpus)
     self.room = corpus.config.data.length - 3  # [CLS] and twice [SEP]
     if self.room < self.MIN:
       raise RequestError(f'data.length={corpus.config.data.length}: pairs of '
                          f'texts need at least {self.MIN + 3}.')
-    self._tokens = cache.tokens
-    sizes = cache.parts[end] - cache.parts[first]
+    self._documents = documents = Documents(corpus.tokens)
+    first = documents.parts[documents.first]
+    sizes = documents.parts[documents.end] - first
     enough = sizes >= self.MIN
-    self._first, self._sizes = cache.parts[first][enough], sizes[enough]
+    self._first, self._sizes = first[enough], sizes[enough]
     if len(self._first) < 2:
       raise RequestError(
           f'data source {corpus.name!r} has {len(self._first)} document(s) of '
@@ -239,7 +172,7 @@ class Stretches:
     counts = (self._sizes + self.room - self.MIN) // self.room
     self._starts = np.concatenate([[0], np.cumsum(counts)])
     self.num_tokens = int(self._sizes.sum())
-    self.num_bytes = corpus.num_bytes
+    self.num_bytes = corpus.tokens.num_bytes
 
   def __len__(self) -> int:
     return int(self._starts[-1])
@@ -249,7 +182,7 @@ class Stretches:
     low = (int(i) - int(self._starts[document])) * self.room
     high = min(low + self.room, int(self._sizes[document]))
     first = int(self._first[document])
-    return Stretch(self._tokens[first + low:first + high],
+    return Stretch(self._documents.read(first + low, first + high),
                    functools.partial(self.other, document))
 
   def other(self, document: int, rng: np.random.Generator, size: int
@@ -261,7 +194,7 @@ class Stretches:
     size = min(size, int(self._sizes[other]))
     low = int(self._first[other]) + int(
         rng.integers(int(self._sizes[other]) - size + 1))
-    return self._tokens[low:low + size]
+    return self._documents.read(low, low + size)
 
 
 class Conversations:
@@ -270,33 +203,30 @@ class Conversations:
   READS = (sources.TURNS,)
 
   def __init__(self, corpus: Corpus):
-    if not corpus.holds(conversations.KINDS).all():
-      raise RequestError(
-          f'objective {corpus.config.objective!r} reads conversations, but '
-          f'data source {corpus.name!r} holds other documents: it must name a '
-          'JSONL field with a list of turns, or be alpaca:GLOB.')
-    if not corpus.holds(conversations.ANSWERS).any():
-      raise RequestError(
-          f'objective {corpus.config.objective!r} predicts the answers of the '
-          f'assistant, but no conversation of data source {corpus.name!r} has '
-          'one: add turns of the role assistant.')
-    self._cache, self._ids = corpus.cache, corpus.document_ids
-    first, end = corpus.bounds
+    kinds, start = corpus.tokens.kinds, (
+        f'objective {corpus.config.objective!r} ')
+    require(kinds <= {*conversations.KINDS}, f'{start}reads conversations, but '
+            f'data source {corpus.name!r} holds other documents: it must name '
+            'a JSONL field with a list of turns, or be alpaca:GLOB')
+    require(bool(kinds & {*conversations.ANSWERS}), f'{start}predicts the '
+            'answers of the assistant, but no conversation of data source '
+            f'{corpus.name!r} has one: add turns of the role assistant')
+    self._documents = Documents(corpus.tokens)
     if corpus.split == 'train':
-      self._check_length(corpus, first, end)
-    self.num_tokens = int(np.sum(self._cache.parts[end]
-                                 - self._cache.parts[first]))
-    self.num_bytes = corpus.num_bytes
+      self._check_length(corpus)
+    self.num_tokens = corpus.tokens.num_tokens - corpus.tokens.documents
+    self.num_bytes = corpus.tokens.num_bytes
 
-  def _check_length(self, corpus: Corpus, first: np.ndarray, end: np.ndarray
-                    ) -> None:
+  def _check_length(self, corpus: Corpus) -> None:
     """Refuses rows so short that all are cut off before the first answer."""
-    answers = np.append(np.flatnonzero(corpus.holds(conversations.ANSWERS)),
-                        len(self._cache.kinds))
-    answer = answers[np.searchsorted(answers, first)]
-    before = (self._cache.parts[answer] - self._cache.parts[first])[
-        answer < end]
-    length = corpus.config.data.length
+    documents, length = self._documents, corpus.config.data.length
+    answers = np.append(np.flatnonzero(np.isin(
+        documents.kinds, [sources.KINDS.index(kind)
+                          for kind in conversations.ANSWERS])),
+                        len(documents.kinds))
+    answer = answers[np.searchsorted(answers, documents.first)]
+    before = (documents.parts[answer] - documents.parts[documents.first])[
+        answer < documents.end]
     require(not len(before) or before.min() < length,
             f'data.length is {length}, and the first answer of each '
             f'conversation of data source {corpus.name!r} comes later, after '
@@ -304,10 +234,10 @@ class Conversations:
             'to predict')
 
   def __len__(self) -> int:
-    return len(self._ids)
+    return len(self._documents)
 
   def __getitem__(self, i: int) -> list[tuple[str, np.ndarray]]:
-    return self._cache.document_parts(int(self._ids[i]))
+    return self._documents[int(i)]
 
 
 class Pair(NamedTuple):
@@ -331,34 +261,33 @@ class Pairs:
   """Pairs of a source and a target, as a file has them. Plain text is cut into
   stretches of M + L tokens, whose last L are the target."""
 
-  STREAMS = True
   READS = (sources.TEXT, sources.PAIRS)
 
   def __init__(self, corpus: Corpus):
-    self._cache, self._ids = corpus.cache, corpus.document_ids
     self._lengths = pair_lengths(corpus.config)
-    self._windows = None
-    if not corpus.holds(sources.PAIR).any():
-      self._windows = Windows(corpus, sum(self._lengths))
+    self._items: Windows | Documents
+    if not corpus.tokens.kinds & {*labelled.PAIR}:
+      self._items = Windows(corpus, sum(self._lengths))
       share = self._lengths[1] / sum(self._lengths)
-      self.num_tokens = max(1, round(self._windows.num_tokens * share))
-      self.num_bytes = max(1, round(self._windows.num_bytes * share))
+      self.num_tokens = max(1, round(self._items.num_tokens * share))
+      self.num_bytes = max(1, round(self._items.num_bytes * share))
       return
-    pair = [sources.KINDS.index(kind) for kind in sources.PAIR]
-    if self._cache.kinds.tolist() != pair * len(self._cache):
-      raise RequestError(f'data source {corpus.name!r} holds more than pairs.')
-    targets = 2 * self._ids + 1
-    parts = self._cache.parts
+    require(corpus.tokens.kinds == {*labelled.PAIR},
+            f'data source {corpus.name!r} holds more than pairs')
+    self._items = documents = Documents(corpus.tokens)
+    targets = documents.first + 1
+    parts = documents.parts
     self.num_tokens = int(np.sum(parts[targets + 1] - parts[targets] + 1))
-    self.num_bytes = int(np.sum(self._cache.num_bytes[targets]))
+    self.num_bytes = int(np.sum(documents.num_bytes[targets]))
 
   def __len__(self) -> int:
-    return len(self._ids if self._windows is None else self._windows)
+    return len(self._items)
 
   def __getitem__(self, i: int) -> Pair:
-    if self._windows is not None:
-      window, (M, L) = self._windows[i], self._lengths
-      ids = window.tokens[:min(window.size, M + L)]
+    item = self._items[int(i)]
+    if isinstance(item, Window):
+      M, L = self._lengths
+      ids = item.tokens[:min(item.size, M + L)]
       return Pair(ids[:M], ids[M:], False)
-    parts = dict(self._cache.document_parts(int(self._ids[i])))
+    parts = dict(item)
     return Pair(parts['source'], parts['target'], True)

@@ -11,25 +11,32 @@ workers, and the state of the data is n.
 
 import bisect
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+import contextlib
 import gc
 import math
+import multiprocessing
+from multiprocessing import connection, resource_tracker
+import os
+import signal
 import sys
+import threading
+from typing import Any
 
 from absl import flags
 import numpy as np
 
 from configs.errors import RequestError, require
 from training import objectives
-from training.data import batch_workers, conversations, holdout
-from training.data import packing, ramp, records, sources, token_cache
-from training.data.shards import folder, reader
+from training.data import conversations, holdout, packing, ramp, sources
+from training.data import token_cache, tokens
+from training.data.records import load
 from training.data.tokenizers import Tokenizer
 from training.objectives.record import Config
 
 EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
 THREADS = 2  # With workers=0; more only contend for the interpreter's lock.
 PREFETCH = 4  # Batches prepared ahead.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Loader:
@@ -136,7 +143,7 @@ class Loader:
           grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
       ).mp_prefetch(grain.MultiprocessingOptions(
           num_workers=workers, per_worker_buffer_size=ahead),
-          worker_init_fn=batch_workers.begin)
+          worker_init_fn=_begin_worker)
       # Out of the workers' shared memory, which is then free again at once.
       dataset = dataset.map(
           lambda batch: {key: np.array(batch[key]) for key in batch})
@@ -145,7 +152,7 @@ class Loader:
           num_threads=THREADS, prefetch_buffer_size=PREFETCH))
     iterator = iter(dataset)
     try:
-      with batch_workers.deaf_to_signals() if workers else nullcontext():
+      with _signals_blocked() if workers else contextlib.nullcontext():
         first = next(iterator)  # which starts the workers
       yield first
       yield from iterator
@@ -189,6 +196,39 @@ class _Ordered:
     place = self._places[n]
     view = bisect.bisect_right(self._starts, place) - 1
     return self._views[view][place - self._starts[view]]
+
+
+@contextlib.contextmanager
+def _signals_blocked():
+  """Blocks SIGNALS in this thread, and for good in every thread and
+  process that is started from it meanwhile. One that arrives is taken by
+  another thread, or afterwards.
+
+  Ctrl-C and SIGHUP reach every process of a terminal, and a cluster's SIGTERM
+  every process of a job. The parent then finishes its step, for which it needs
+  the batches: so its workers must not take the signal for theirs, from their
+  first instruction on.
+  """
+  # Python's, which every worker needs; its start would unblock the signals.
+  resource_tracker.ensure_running()
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(index: int, count: int) -> None:
+  """What a worker does first: it sees to it that it ends with its parent,
+  which may be killed before it can say so."""
+  del index, count
+  threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),),
+                   name='parent', daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+  connection.wait([parent.sentinel])
+  os._exit(1)
 
 
 def lengths(config: Config) -> tuple[int, ...]:
@@ -298,98 +338,85 @@ def check_sources(config: Config) -> None:
 def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   """Returns a hash of what each source of a run holds, by its name. Left out
   are those that are drawn, and Hugging Face's, whose files lie elsewhere."""
-  data, found = config.data, {}
+  data, hashes = config.data, {}
   layout = conversations.layout(data.chat_template, tokenizer)
   for spec in filter(None, (data.source, data.eval_source)):
     for _, source in sources.parse(spec, layout):
-      if not data.eval_source:
-        source = holdout.split(source, data.holdout_every)
+      source = holdout.cut(source, _holdout_every(data))
       if source.tokens:
-        found[source.name] = source.content
+        hashes[source.name] = source.content
       elif source.files:
-        found[source.name] = token_cache.content(source, data.cache_dir)
-  return found
+        hashes[source.name] = token_cache.content(source, data.cache_dir)
+  return hashes
 
 
 def check_fits(config: Config, source: sources.Source) -> None:
   """Raises RequestError for a source of which the objective cannot learn."""
-  objective = objectives.of(config)
-  streams = getattr(objective.view, 'STREAMS', False)
-  require(streams or objective.records or not source.tokens,
-          f'objective {config.objective!r} looks for documents, and data '
-          f'source {source.name!r} is a stream of tokens: name the text '
-          'itself, or choose causal, prefix, mlm, span or seq2seq')
-  holds, reads = sources.holds(source), packing.reads(objective)
+  holds, reads = sources.holds(source), packing.reads(objectives.of(config))
   require(bool(set(reads) & set(holds)), f'objective {config.objective!r} '
           f'reads {" or ".join(reads)}, but data source {source.name!r} holds '
-          f'{holds[0]}: choose from {sources.forms(reads, streams)}')
+          f'{holds[0]}: choose from {sources.forms(reads)}')
+
+
+def _holdout_every(data: Config) -> int | None:
+  """Returns data.holdout_every; None where nothing of data.source is held out,
+  since data.eval_source is evaluated on."""
+  return None if data.eval_source else data.holdout_every
 
 
 def _corpora(config: Config, tokenizer: Tokenizer, split: str
              ) -> Iterator[tuple[float, packing.Corpus]]:
   """Yields (weight, packing.Corpus) of each source of the split."""
-  data = config.data
-  own = bool(data.eval_source)  # Then nothing of `source` is held out.
+  data, every = config.data, _holdout_every(config.data)
   part = config.eval.part if split == 'eval' else ''
-  spec = data.eval_source if own and split == 'eval' else data.source
+  spec = (data.eval_source or data.source) if split == 'eval' else data.source
   layout = conversations.layout(data.chat_template, tokenizer)
   for weight, source in sources.parse(spec, layout):
     check_fits(config, source)
+    of_split = split, tokenizer, config
     if source.drawn:
-      yield weight, packing.Corpus(source.name, source.name, None, None, split,
-                                   tokenizer, config)
-      continue
-    if source.tokens:
-      yield weight, _of_shards(source, config, tokenizer, split, part)
-      continue
-    if not own:
-      source = holdout.split(source, data.holdout_every, part)
-    cache = (records.load(source) if objectives.of(config).records else
-             token_cache.cached_tokens(source, tokenizer, data.cache_dir,
-                                       data.tokenize_workers))
-    ids = np.arange(len(cache))
-    if not own:
-      held_out = holdout.held_out(ids, data.holdout_every)
-      ids = ids[held_out == (split == 'eval')]
-    if not source.tail:
-      ids = ids[holdout.PARTS[part]]
-    _check_some(source, data.holdout_every, split, part, len(ids), len(cache))
-    text = _words(source, data.holdout_every, split, part, len(ids),
-                  len(cache))
-    yield weight, packing.Corpus(source.name, text, cache, ids, split,
-                                 tokenizer, config)
+      yield weight, packing.Corpus(source.name, source.name, *of_split)
+    elif objectives.of(config).records:
+      records = load(source)
+      chosen = holdout.chosen(np.arange(len(records)), every, split, part)
+      text = _words(source, every, split, part, chosen.sum(), len(records))
+      yield weight, packing.Corpus(source.name, text, *of_split, records=[
+          record for record, own in zip(records, chosen) if own])
+    else:
+      source = holdout.cut(source, every, part)
+      found = _tokens(source, config, tokenizer, split, part)
+      text = _words(source, every, split, part, found.documents, found.of)
+      yield weight, packing.Corpus(source.name, text, *of_split, tokens=found)
 
 
-def _of_shards(source: sources.Source, config: Config, tokenizer: Tokenizer,
-               split: str, part: str) -> packing.Corpus:
-  """Returns what of a folder of shards is in a split."""
-  index = folder.load(source.tokens, source.name)
-  folder.check_tokenizer(index, tokenizer, source.name)
-  every = config.data.holdout_every
-  found = reader.split(
-      index, source.name, every, None if config.data.eval_source
-      else split == 'eval', part, tokenizer.separator_id)
-  _check_some(source, every, split, part, found.documents, found.of)
-  text = _words(source, every, split, part, found.documents, found.of)
-  return packing.Corpus(source.name, text, None, None, split, tokenizer,
-                        config, found)
+def _tokens(source: sources.Source, config: Config, tokenizer: Tokenizer,
+            split: str, part: str) -> tokens.Split:
+  """Returns the tokens of the documents of a source that are in a split."""
+  data, every = config.data, _holdout_every(config.data)
+  if source.tokens:
+    index = tokens.load(source.tokens, source.name)
+    tokens.check_tokenizer(index, tokenizer, source.name)
+    found = tokens.Tokens(index)
+  else:
+    found = token_cache.cached(source, tokenizer, data.cache_dir,
+                               data.holdout_every)
+  # Of a source that is cut, document 0 is the part already.
+  return tokens.Split(found, every, split, '' if source.is_cut else part,
+                      tokenizer.separator_id)
 
 
-def _check_some(source: sources.Source, every: int, split: str, part: str,
-                taken: int, of: int) -> None:
-  """Raises RequestError for a split without a document."""
-  if not taken:
-    raise RequestError(
-        f'data source {source.name!r} has {of} document(s), of which '
-        f'data.holdout_every={every} leaves none for {split}'
-        f'{f" with eval.part={part}" if part else ""}: '
-        'set data.eval_source or another data.holdout_every.')
-
-
-def _words(source: sources.Source, every: int, split: str, part: str,
+def _words(source: sources.Source, every: int | None, split: str, part: str,
            taken: int, of: int) -> str:
-  """What of a source is in a split: `taken` of its documents."""
-  if source.tail:
+  """Returns what of a source is in a split, in words: `taken` of its documents.
+
+  Raises:
+    RequestError: for a split without a document.
+  """
+  require(taken > 0, f'data source {source.name!r} has {of} document(s), of '
+          f'which data.holdout_every={every} leaves none for {split}'
+          f'{f" with eval.part={part}" if part else ""}: '
+          'set data.eval_source or another data.holdout_every')
+  if source.is_cut:
     but = '' if split == 'eval' else 'all but '
     half = f'the {part} half of ' if part else ''
     return f'{but}{half}the last 1/{every} of {source.name}'

@@ -1,11 +1,16 @@
-"""Records with labels, kept in memory: which there are, which labels they
-have, and how they are cut into rows.
+"""Labelled records, kept in memory: which labels they have, and how they are
+cut into the rows of batches.
 
 A corpus of records is read anew in each process. Tokens of text are kept in a
 cache because a corpus has millions of them; labelled data seldom have.
+
+What is longer than a row is shown in several, neighbours of which share
+data.stride tokens (Devlin et al. 2019's code, run_squad.py). A label of a word
+counts in the one row in which the word's first token has the most context. In a
+row that does not show all of an answer, as in one of a question without any,
+what is to be predicted is the null token.
 """
 
-import collections
 from collections.abc import Iterable, Sequence
 import math
 from typing import Any, NamedTuple
@@ -17,6 +22,9 @@ from training.data import holdout, labelled, packing, sources
 from training.data.tokenizers import Tokenizer
 
 MANY_LABELS = 50  # so many may be a column of something else than labels
+MOST_WORD_LABELS = 1000
+NO_WORD = -1
+AROUND = 2  # tokens of a row beside a sentence: one before, one after it
 
 
 def load(source: sources.Source) -> list[Any]:
@@ -28,7 +36,7 @@ def load(source: sources.Source) -> list[Any]:
   found: list[Any] = []
   for path in source.files or ('',):
     before = len(found)
-    found.extend(source.read(path))
+    found += source.read(path)
     require(len(found) > before, f'data source {source.name!r} is empty: '
             f'{path or "it"} holds no record')
   return found
@@ -40,8 +48,8 @@ def of_training(config: Any) -> list[Any]:
   for _, source in sources.parse(data.source):
     records = load(source)
     every = 0 if data.eval_source else data.holdout_every
-    held = holdout.held_out(np.arange(len(records)), every)
-    found += [record for record, out in zip(records, held) if not out]
+    ours = holdout.chosen(np.arange(len(records)), every, 'train')
+    found += [record for record, own in zip(records, ours) if own]
   return found
 
 
@@ -50,21 +58,21 @@ def labels_of(config: Any) -> tuple[str, ...]:
   numbers by their size and others by the alphabet.
 
   Raises:
-    RequestError: for fewer than two, or for what are no labels.
+    RequestError: for one label alone, or so many that they may be texts.
   """
   if config.data.labels:
     return tuple(config.data.labels)
   records = of_training(config)
-  found = collections.Counter(record.label for record in records)
-  _check_first_lines(records, found)
-  require(len(found) > 1, f'data source {config.data.source!r} has one label, '
-          f'{short("".join(found))}, in all {len(records):,} training records: '
-          'a classification needs two or more')
-  require(len(found) <= max(MANY_LABELS, len(records) / 2),
-          f'data source {config.data.source!r} has {len(found):,} labels in '
-          f'{len(records):,} records: is the last of its FIELDS the column of '
-          'the labels?')
-  return in_order(found)
+  words = bool(records) and isinstance(records[0], labelled.Sentence)
+  labels = {label for record in records
+            for label in (record.labels if words else (record.label,))}
+  most = MOST_WORD_LABELS if words else max(MANY_LABELS, len(records) / 2)
+  start = f'data source {config.data.source!r} has '
+  require(len(labels) > 1, f'{start}one label, {short("".join(labels))}, in '
+          f'all {len(records):,} training records: two or more are needed')
+  require(len(labels) <= most, f'{start}{len(labels):,} labels in '
+          f'{len(records):,} records: does it name the column of the labels?')
+  return in_order(labels)
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
@@ -73,19 +81,6 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
   if all(label.removeprefix('-').isdecimal() for label in labels):
     return tuple(sorted(labels, key=int))
   return tuple(sorted(labels))
-
-
-def _check_first_lines(records: Sequence[Any],
-                       found: collections.Counter) -> None:
-  """Raises RequestError for a first line that seems to hold names."""
-  once = [label for label, count in found.items() if count == 1]
-  for record in records:
-    require(record.where.split()[-2:] != ['line', '1,']
-            or once != [record.label],
-            f'{record.where} has the label {short(record.label)}, which no '
-            'other line has. If the line holds names of columns, say which '
-            'ones are read: labelled:GLOB:sentence+label. Else list the labels '
-            'in data.labels')
 
 
 def check_labels(labels: Sequence[str]) -> None:
@@ -153,7 +148,18 @@ class Item(NamedTuple):
     return sum(map(len, self.texts)) + around(len(self.texts), self.between)
 
 
-class Texts:
+class Rows:
+  """The rows of a split: a sequence of `items`."""
+  items: Sequence[Any]
+
+  def __len__(self) -> int:
+    return len(self.items)
+
+  def __getitem__(self, i: int) -> Any:
+    return self.items[int(i)]
+
+
+class Texts(Rows):
   """Texts or pairs of texts with what is to be predicted of them, one a row.
 
   A row has one token before its texts and one after them, and `separators`
@@ -165,10 +171,8 @@ class Texts:
     lengths: int32 [N], the tokens of each row.
     cut: how many rows had to be cut off.
   """
-  RECORDS = labelled.KIND
-
   def __init__(self, corpus: packing.Corpus):
-    self.records = [corpus.cache[i] for i in corpus.document_ids]
+    self.records = list(corpus.records)
     length = corpus.config.data.length
     texts = [text for record in self.records for text in record.texts]
     ids = iter(corpus.tokenizer.encode_batch(texts))
@@ -193,12 +197,6 @@ class Texts:
     self.lengths = np.array([item.length for item in self.items], np.int32)
     self.num_tokens = int(self.lengths.sum())
     self.num_bytes = sum(len(text.encode('utf-8')) for text in texts)
-
-  def __len__(self) -> int:
-    return len(self.items)
-
-  def __getitem__(self, i: int) -> Item:
-    return self.items[int(i)]
 
 
 class Classes(Texts):
@@ -270,3 +268,253 @@ def special_tokens(tokenizer: Tokenizer, stack: str) -> tuple[int, int]:
   if stack == 'encoder':
     return tokenizer.cls_id, tokenizer.sep_id
   return tokenizer.separator_id, tokenizer.separator_id
+
+
+class Words(NamedTuple):
+  """The tokens of a sentence whose words are given.
+
+  Attributes:
+    ids: int32 [T].
+    words_T: int32 [T], the word that each token begins in; NO_WORD: it is the
+      space between two.
+    first_T: bool [T], the first token of each word.
+  """
+  ids: np.ndarray
+  words_T: np.ndarray
+  first_T: np.ndarray
+
+
+def words_of(sentences: Sequence[Sequence[str]], tokenizer: Tokenizer
+             ) -> list[Words]:
+  """Returns the tokens of sentences, whose words a space parts."""
+  texts = [' '.join(words) for words in sentences]
+  return [_words(words, *found) for words, found in
+          zip(sentences, tokenizer.encode_spans(texts))]
+
+
+def _words(words: Sequence[str], ids: np.ndarray, spans_T2: np.ndarray
+           ) -> Words:
+  # Of each character its word; of the spaces between them none.
+  sizes = [1 + len(word) for word in words]
+  word_C = np.repeat(np.arange(len(words), dtype=np.int32), sizes)
+  word_C[np.cumsum(sizes) - 1] = NO_WORD
+  place_C = np.arange(len(word_C))
+  # Where the next character of a word stands, from each character on.
+  next_C = np.minimum.accumulate(np.where(
+      word_C == NO_WORD, len(word_C), place_C)[::-1])[::-1]
+  next_C = np.append(next_C, len(word_C))
+  word_C = np.append(word_C, NO_WORD)
+  begin_T = next_C[spans_T2[:, 0]]
+  words_T = np.where(begin_T < spans_T2[:, 1], word_C[begin_T], NO_WORD)
+  first_T = np.zeros(len(ids), bool)
+  first_T[np.unique(words_T, return_index=True)[1]] = True
+  return Words(ids, words_T, first_T & (words_T != NO_WORD))
+
+
+class Piece(NamedTuple):
+  """What a row shows of a sentence.
+
+  Attributes:
+    ids: int32 [T].
+    targets: int32 [T], the number of the label that counts here, or 0.
+    weights: float32 [T], what that counts in the loss; 0: nothing.
+    sentence: which one it is of.
+    words: int32 [T], the word whose label that is; NO_WORD: none.
+  """
+  ids: np.ndarray
+  targets: np.ndarray
+  weights: np.ndarray
+  sentence: int
+  words: np.ndarray
+
+
+class Sentences(Rows):
+  """The rows of a split.
+
+  Attributes:
+    records: the sentences, by labelled.read_sentences.
+    items: a Piece for each row.
+    labels: of the run, by number.
+    num_tokens, num_bytes: of the text.
+  """
+  def __init__(self, corpus: packing.Corpus):
+    config = corpus.config
+    self.records = list(corpus.records)
+    self.labels = labels_of(config)
+    number = {label: i for i, label in enumerate(self.labels)}
+    if labelled.marks_entities(self.labels):
+      for sentence in self.records:
+        labelled.check_entities(sentence)
+    room = config.data.length - AROUND
+    require(room > 0, f'data.length is {config.data.length}: a row of a '
+            f'sentence needs {AROUND + 1} or more')
+    tokens = words_of([s.words for s in self.records],
+                              corpus.tokenizer)
+    self.items: list[Piece] = []
+    for i, (sentence, words) in enumerate(zip(self.records, tokens)):
+      for label, where in zip(sentence.labels, sentence.lines):
+        one_of(f'label in {where}:', label, number)
+      numbers = np.array([number[label] for label in sentence.labels])
+      shared = stride(config, room, sentence.lines[0])
+      self.items += _pieces(i, words, numbers, shared, room)
+    self.num_tokens = sum(len(words.ids) for words in tokens)
+    self.num_bytes = sum(len(' '.join(s.words).encode('utf-8'))
+                         for s in self.records)
+
+
+def _pieces(sentence: int, words: Words, numbers: np.ndarray,
+            shared: int, room: int) -> list[Piece]:
+  """Returns the rows of one sentence, with `numbers` for its words."""
+  size = len(words.ids)
+  spans = windows(size, room, shared)
+  owner_T = owners(spans, size)
+  pieces = []
+  for i, (first, end) in enumerate(spans):
+    counts_T = words.first_T[first:end] & (owner_T[first:end] == i)
+    own_T = np.where(counts_T, words.words_T[first:end], NO_WORD)
+    targets_T = np.where(counts_T, numbers[own_T], 0)
+    pieces.append(Piece(words.ids[first:end], targets_T.astype(np.int32),
+                        counts_T.astype(np.float32), sentence, own_T))
+  return pieces
+
+
+class Window(NamedTuple):
+  """What a row shows.
+
+  Attributes:
+    question: int32 [T], all of it.
+    context: int32 [T], a stretch of the paragraph.
+    answer: the first and the last token of the answer in `context`; None: it
+      does not show the answer.
+    asked: which question it is.
+    first: which token of the paragraph `context` begins with.
+    between: separators between the question and `context`.
+  """
+  question: np.ndarray
+  context: np.ndarray
+  answer: tuple[int, int] | None
+  asked: int
+  first: int
+  between: int = 1
+
+
+class Questions(Rows):
+  """The rows of a split.
+
+  Attributes:
+    questions: all of them, by labelled.read_questions.
+    contexts: of each question its paragraph, and int32 [T, 2], the characters
+      that each of its tokens stands for.
+    items: a Window for each row.
+    num_tokens, num_bytes: of the rows' text.
+  """
+  def __init__(self, corpus: packing.Corpus):
+    paragraphs = corpus.records
+    self.questions = [q for p in paragraphs for q in p.questions]
+    asked = corpus.tokenizer.encode_batch([q.question for q in self.questions])
+    found = corpus.tokenizer.encode_spans([p.context for p in paragraphs])
+    self.contexts: list[tuple[str, np.ndarray]] = []
+    self.items: list[Window] = []
+    for paragraph, (ids, spans_T2) in zip(paragraphs, found):
+      for question in paragraph.questions:
+        number = len(self.contexts)
+        self.contexts.append((paragraph.context, spans_T2))
+        self.items += _windows(question, number, asked[number], ids, spans_T2,
+                               corpus)
+    self.num_tokens = sum(len(item.question) + len(item.context)
+                          for item in self.items)
+    self.num_bytes = sum(
+        len(text.encode('utf-8')) for q, (context, _) in zip(
+            self.questions, self.contexts) for text in (q.question, context))
+
+
+def _windows(question: labelled.Question, number: int, asked: np.ndarray,
+             ids: np.ndarray, spans_T2: np.ndarray, corpus: packing.Corpus
+             ) -> list[Window]:
+  """Returns the rows of one question."""
+  where, length = question.where, corpus.config.data.length
+  between = separators(corpus.config)
+  room = length - around(2, between) - len(asked)
+  require(room > 0, f'{where}, has {len(asked)} tokens, which leave no room '
+          f'for its paragraph in data.length {length}: choose a larger one')
+  answer = None
+  if question.answers:
+    text, start = question.answers[0]
+    answer = tokens_of(spans_T2, start, start + len(text))
+    require(answer is not None, f'{where}, has an answer without a token that '
+            f'the tokenizer {corpus.tokenizer.name!r} knows')
+  shared = stride(corpus.config, room, f'the paragraph of {where}')
+  rows = []
+  for first, end in windows(len(ids), room, shared):
+    shown = answer is not None and first <= answer[0] and answer[1] < end
+    rows.append(Window(
+        asked, ids[first:end],
+        (answer[0] - first, answer[1] - first) if shown else None,
+        number, first, between))
+  return rows
+
+
+def stride(config: Any, room: int, where: str) -> int:
+  """Returns how many tokens two neighbouring windows share.
+
+  Args:
+    config: a run's: its data.stride, or where that is 0 a third of data.length,
+      as in BERT's 128 of 384, but at most half a window.
+    room: tokens of a window.
+    where: what is shown in it, for messages.
+
+  Raises:
+    RequestError: where nothing of a window would be new.
+  """
+  data = config.data
+  if not data.stride:
+    return min(data.length // 3, room // 2)
+  require(data.stride < room, f'data.stride is {data.stride}, but in '
+          f'data.length {data.length} there is room for {room} tokens of '
+          f'{where}: choose a smaller stride, or a larger length')
+  return data.stride
+
+
+def windows(size: int, room: int, stride: int) -> list[tuple[int, int]]:
+  """Returns the (first, end) of the windows that show `size` tokens, at most
+  `room` at once; two neighbours share `stride` tokens.
+
+  Raises:
+    AssertionError: unless stride is less than room.
+  """
+  assert 0 <= stride < room, (stride, room)
+  count = 1 + max(0, -(-(size - room) // (room - stride)))
+  starts = [i * (room - stride) for i in range(count)]
+  return [(start, min(start + room, size)) for start in starts]
+
+
+def owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
+  """Returns int32 [size], the window in which each token has the most context:
+  the most tokens on that side where it has fewer, as in BERT's code
+  (run_squad.py, _check_is_max_context); the first of several."""
+  place_1T = np.arange(size)[None]
+  first_W1, end_W1 = (np.array(side)[:, None] for side in zip(*windows_W2))
+  before_WT, after_WT = place_1T - first_W1, end_W1 - 1 - place_1T
+  context_WT = np.minimum(before_WT, after_WT)
+  # BERT adds a hundredth of the window's length, which parts equals. A window
+  # that does not show a token has a context below 0 and is none of its.
+  score_WT = np.where(context_WT < 0, -np.inf,
+                      context_WT + 0.01 * (end_W1 - first_W1))
+  return np.argmax(score_WT, 0).astype(np.int32)
+
+
+def tokens_of(spans_T2: np.ndarray, start: int, end: int
+              ) -> tuple[int, int] | None:
+  """Returns the first and the last token of a part of a text.
+
+  Args:
+    spans_T2: of Tokenizer.encode_spans.
+    start, end: the part's first character, and the one after its last.
+
+  Returns:
+    (first, last), the tokens that stand for any of its characters; None: there
+    are none.
+  """
+  spelt_T = (spans_T2[:, 0] < end) & (spans_T2[:, 1] > start)
+  places = np.flatnonzero(spelt_T)
+  return (int(places[0]), int(places[-1])) if len(places) else None

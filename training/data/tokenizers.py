@@ -1,8 +1,10 @@
 """Tokenizers behind one small interface: text to ids, and back.
 
 `load(spec)` takes data.tokenizer: `bytes`, `bytes:N`, a Hugging Face
-tokenizer.json, a sentencepiece `.model`, or a folder that holds one (or GPT-2's
-encoder.json + vocab.bpe, vocab.json + merges.txt, or BERT's vocab.txt).
+tokenizer.json, a sentencepiece `.model`, or a folder that holds one of the
+files of FOLDERS. A tokenizer.json is read by the package tokenizers; all other
+files by transformers' own classes, whose pipelines are the same package's
+(extra `hf`; without PyTorch).
 
 No tokenizer adds special tokens by itself, and none reads them out of plain
 text: '<|endoftext|>' typed inside a document is spelt, not obeyed. Whoever
@@ -16,15 +18,42 @@ import difflib
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import re
+import shutil
+import tempfile
 from typing import Any
 
 import numpy as np
 
-from configs.errors import RequestError, require
-from training.data import added_tokens, tokenizer_files
+from configs.errors import RequestError, require, short
+from training import schema
+
+SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
+
+# Where a file's own tokenizer_config.json says nothing, the special tokens
+# are the first of these that the vocabulary holds.
+SPECIAL_NAMES = {
+    'bos': ('<|begin_of_text|>', '<s>', '<bos>', '<|startoftext|>'),
+    'eos': ('<|end_of_text|>', '<|endoftext|>', '</s>', '<eos>'),
+    'pad': ('[PAD]', '<pad>', '<|pad|>', '<|finetune_right_pad_id|>'),
+    'mask': ('[MASK]', '<mask>', '<|mask|>'),
+    'cls': ('[CLS]', '<cls>'),
+    'sep': ('[SEP]', '<sep>'),
+}
+# The files by which a folder is read; the first that are all there win. And
+# the class of transformers for a folder that names none.
+FOLDERS = {
+    ('tokenizer.json',): '',
+    ('encoder.json', 'vocab.bpe'): 'GPT2Tokenizer',
+    ('vocab.json', 'merges.txt'): 'GPT2Tokenizer',
+    ('vocab.txt',): 'BertTokenizer',
+    ('tokenizer.model',): 'PreTrainedTokenizerFast',
+    ('spiece.model',): 'T5Tokenizer',
+}
+CONFIG = 'tokenizer_config.json'
+# What says more of a vocabulary in its folder.
+BESIDE = (CONFIG, 'special_tokens_map.json', 'added_tokens.json', 'config.json')
 
 
 class Tokenizer(abc.ABC):
@@ -71,21 +100,14 @@ class Tokenizer(abc.ABC):
     `encode_batch`, and of each the first of the characters that it stands for,
     and the one after the last. A span may hold the space before a word."""
 
+  @abc.abstractmethod
   def encode_placed(self, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns `encode_spans` of a text in which special tokens are obeyed."""
-    return added_tokens.around(text, self._specials,
-                               lambda piece: self.encode_spans([piece])[0])
 
   @property
-  def _specials(self) -> list[added_tokens.Added]:
-    """The special tokens that `encode_placed` obeys."""
-    return [added_tokens.Added(self.piece(i), i)
-            for i in sorted({*self.special_ids.values()})]
-
-  @property
+  @abc.abstractmethod
   def special_texts(self) -> tuple[str, ...]:
-    """How these are written."""
-    return tuple(token.content for token in self._specials)
+    """How the special tokens that `encode_placed` obeys are written."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text; special tokens spell nothing."""
@@ -163,7 +185,7 @@ class Bytes(Tokenizer):
     self.special_ids = {name: 2 ** bits + i
                         for i, name in enumerate(self.SPECIAL)}
     left = size - 2 ** bits - len(self.SPECIAL)
-    sentinels = min(tokenizer_files.SENTINELS, left)
+    sentinels = min(SENTINELS, left)
     self.sentinel_ids = tuple(range(size - sentinels, size))
     self.fingerprint = f'bytes-{size}'
     self._base = 2 ** bits
@@ -195,9 +217,29 @@ class Bytes(Tokenizer):
     names = {i: f'[{name.upper()}]' for name, i in self.special_ids.items()}
     return names[token] if token in names else f'<{token}>'
 
+  @property
+  def special_texts(self):
+    return tuple(map(self.piece, self.special_ids.values()))
+
+  def encode_placed(self, text: str):
+    ids, spans, place = [], [], 0
+    of_text = dict(zip(self.special_texts, self.special_ids.values()))
+    for part in re.split('(' + '|'.join(map(re.escape, of_text)) + ')', text):
+      end = place + len(part)
+      if part in of_text:
+        ids.append([of_text[part]])
+        spans.append([(place, end)])
+      else:
+        own, places = self.encode_spans([part])[0]
+        ids.append(own)
+        spans.append(places + place)
+      place = end
+    return (np.concatenate(ids).astype(np.int32),
+            np.concatenate(spans).astype(np.int32))
+
 
 class HuggingFace(Tokenizer):
-  """A `tokenizers` pipeline: BPE, unigram or WordPiece."""
+  """A pipeline of the package tokenizers: BPE, unigram or WordPiece."""
 
   def __init__(self, name: str, tokenizer: Any, special_ids: dict[str, int],
                framing: dict[str, int]):
@@ -210,14 +252,14 @@ class HuggingFace(Tokenizer):
     require(bool(vocab), f'tokenizer {name!r} has an empty vocabulary')
     self.vocab_size = 1 + max(vocab.values())
     self.special_ids = framing | special_ids
-    self.sentinel_ids = tokenizer_files.sentinels(vocab.get)
-    self.more_ids = tokenizer_files.more_ids(tokenizer)
+    self.sentinel_ids = _sentinels(vocab.get)
+    self.more_ids = _more_ids(tokenizer)
     if 'mask' in special_ids:
-      self.mask_pattern = tokenizer_files.mask_pattern(
+      self.mask_pattern = _mask_pattern(
           tokenizer, special_ids['mask'], self.mask_pattern)
     described = json.dumps([tokenizer.to_str(), special_ids])
     self.fingerprint = _digest(described.encode('utf-8'))
-    self._bytes_of_id = tokenizer_files.byte_level_table(tokenizer, vocab)
+    self._bytes_of_id = _byte_level_table(tokenizer, vocab)
     placed = tokenizer.encode('a')
     ends = [*placed.special_tokens_mask, 0].index(0)
     self.added_ids = tuple(placed.ids[:ends])
@@ -259,81 +301,9 @@ class HuggingFace(Tokenizer):
   def piece(self, token):
     return self._tokenizer.id_to_token(token) or f'<{token}>'
 
-
-class SentencePiece(Tokenizer):
-  """A sentencepiece model, such as LLaMA's tokenizer.model, with the tokens
-  that the files beside it add."""
-
-  def __init__(self, path: pathlib.Path):
-    data = path.read_bytes()
-    model = tokenizer_files.read_sentencepiece(path, data)
-    self.name = str(path)
-    self._model = model
-    self._pieces = model.vocab_size()
-    known = {model.id_to_piece(i): i for i in range(self._pieces)}
-    self._added = tokenizer_files.added_to_pieces(path, known)
-    self.vocab_size = 1 + max([self._pieces - 1, *self._added])
-    hidden = {i for i in known.values() if model.is_control(i)}
-    known |= {token.content: i for i, token in self._added.items()}
-    ids = {'bos': model.bos_id(), 'eos': model.eos_id(),
-           'pad': model.pad_id()}
-    self.special_ids = tokenizer_files.named_specials(known.get)
-    self.special_ids |= {name: i for name, i in ids.items() if i >= 0}
-    usual = dict(self.special_ids)
-    self.special_ids |= added_tokens.kinds(
-        added_tokens.described(path.parent), known.get)
-    self.sentinel_ids = tokenizer_files.sentinels(known.get)
-    self.more_ids = frozenset(
-        i for i, token in self._added.items() if token.special)
-    if 'mask' in self.special_ids:
-      own = re.escape(self.piece(self.special_ids['mask']))
-      self.mask_pattern = f'(?:{own}|{self.mask_pattern})'
-    # As LlamaTokenizer; T5's vocabulary has no bos.
-    self.added_ids = tuple(i for i in (model.bos_id(),) if i >= 0)
-    more = [list(self._added.values()), self.special_ids]
-    self.fingerprint = _digest(data if more == [[], usual] else
-                               data + json.dumps(more).encode('utf-8'))
-    self._hidden = {*self.special_ids.values(), *hidden}
-    self._shown = [t for t in self._added.values()
-                   if not t.special and t.id not in self._hidden]
-    self._letter = next(iter({*range(self._pieces)} - self._hidden))
-
-  def encode_batch(self, texts: Sequence[str]):
-    if self._shown:
-      return [ids for ids, _ in self.encode_spans(texts)]
-    return [np.asarray(ids, np.int32)
-            for ids in self._model.encode(list(texts))]
-
-  def encode_spans(self, texts: Sequence[str]):
-    if self._shown:
-      return [added_tokens.around(text, self._shown, self._between)
-              for text in texts]
-    return [self._between(text) for text in texts]
-
-  @property
-  def _specials(self):
-    own = {token.id: token for token in super()._specials}
-    return list((own | {i: token for i, token in self._added.items()
-                        if token.special or i in own}).values())
-
-  def _between(self, text: str):
-    pieces = self._model.encode(text, out_type='proto').pieces
-    ids = np.asarray([piece.id for piece in pieces], np.int32)
-    return ids, tokenizer_files.piece_spans(text, pieces, self._model.is_byte)
-
-  def decode_bytes(self, ids: Iterable[int]):
-    known = {t.id for t in self._shown}
-    ids = [int(i) for i in ids]
-    ids = [i for i in ids if i in known or 0 <= i < self._pieces]
-    return tokenizer_files.decode_around(
-        [i for i in ids if i not in self._hidden], self._shown,
-        self._model.decode, self._letter).encode('utf-8')
-
-  def piece(self, token):
-    if token in self._added:
-      return self._added[token].content
-    known = 0 <= token < self._pieces  # A model may have more.
-    return self._model.id_to_piece(token) if known else f'<{token}>'
+  def save(self, path: pathlib.Path) -> None:
+    """Writes the pipeline as a tokenizer.json."""
+    self._tokenizer.save(str(path))
 
 
 def load(spec: str) -> Tokenizer:
@@ -344,19 +314,22 @@ def load(spec: str) -> Tokenizer:
   """
   if re.fullmatch(r'bytes(:\d{1,3})?', spec):
     size = int(spec.partition(':')[2] or Bytes.USUAL)
-    if not Bytes.LEAST <= size <= Bytes.USUAL:
-      raise RequestError(f'tokenizer {spec!r}: choose from bytes:{Bytes.LEAST} '
-                         f'to bytes:{Bytes.USUAL}')
+    require(Bytes.LEAST <= size <= Bytes.USUAL, f'tokenizer {spec!r}: choose '
+            f'from bytes:{Bytes.LEAST} to bytes:{Bytes.USUAL}')
     return Bytes(size)
-  path = pathlib.Path(os.path.expanduser(spec))
-  if os.path.isdir(path):
-    if names := found_in(path):
-      return FOLDERS[names](spec, *(path / name for name in names))
+  path = pathlib.Path(spec).expanduser()
+  if path.is_dir():
+    names = found_in(path)
     wanted = '; '.join(' + '.join(names) for names in FOLDERS)
-    raise RequestError(f'tokenizer folder {spec!r} holds none of: {wanted}.')
-  if os.path.isfile(path) and path.suffix in FILES:
-    return FILES[path.suffix](spec, path)
-  missing = '' if os.path.exists(path) else '; there is no such file or folder'
+    require(bool(names), f'tokenizer folder {spec!r} holds none of: {wanted}')
+    if names == ('tokenizer.json',):
+      return _read_json(spec, path / 'tokenizer.json')
+    return _read_others(spec, path, names)
+  if path.is_file() and path.suffix == '.json':
+    return _read_json(spec, path)
+  if path.is_file() and path.suffix == '.model':
+    return _read_model(spec, path)
+  missing = '' if path.exists() else '; there is no such file or folder'
   near = difflib.get_close_matches(spec, ['bytes'])
   hint = " Did you mean 'bytes'?" if near else ''
   raise RequestError(
@@ -371,28 +344,173 @@ def found_in(folder: pathlib.Path) -> tuple[str, ...]:
                if all((folder / name).is_file() for name in names)), ())
 
 
+def named_tokens(folder: pathlib.Path) -> dict[str, str]:
+  """Returns {'bos_token': '<s>', ...} as the files of a folder name them: its
+  tokenizer_config.json and, of what that leaves out, a special_tokens_map.json,
+  as folders of earlier versions of transformers have one."""
+  named = {}
+  for name in ('special_tokens_map.json', CONFIG):
+    if (folder / name).is_file():
+      tree = schema.parse((folder / name).read_bytes(), str(folder / name))
+      schema.check_shape(tree, {}, str(folder / name))
+      for key, value in tree.items():
+        value = value.get('content') if isinstance(value, dict) else value
+        if key.endswith('_token') and isinstance(value, str):
+          named[key] = value
+  return named
+
+
+def _read_json(spec: str, path: pathlib.Path) -> Tokenizer:
+  """Reads a tokenizer.json, and what stands beside it."""
+  import tokenizers
+  try:
+    pipeline = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # tokenizers raises bare Exception.
+    raise RequestError(
+        f'tokenizer {spec!r} is not a Hugging Face tokenizer.json: '
+        f'{_said(error)}.') from error
+  special = {token.content: i for i, token
+             in pipeline.get_added_tokens_decoder().items() if token.special}
+  named = named_tokens(path.parent)
+  ids = {kind: next((special[name] for name in names if name in special), None)
+         for kind, names in SPECIAL_NAMES.items()}
+  ids |= {kind: i for kind in ids if (i := pipeline.token_to_id(
+      named.get(f'{kind}_token', ''))) is not None}
+  return HuggingFace(
+      spec, pipeline, {kind: i for kind, i in ids.items() if i is not None},
+      _framing(pipeline))
+
+
+def _read_others(spec: str, folder: pathlib.Path, names: tuple[str, ...]
+                 ) -> Tokenizer:
+  """Reads the files of a folder by the class of transformers that it names."""
+  try:
+    import transformers
+  except ImportError as error:
+    raise RequestError(
+        f'tokenizer {spec!r} has no tokenizer.json, and to read '
+        f"{' + '.join(names)} needs the package transformers: pip install "
+        "'archetype[hf]'") from error
+  try:
+    if names[0] == 'encoder.json':  # as OpenAI published GPT-2
+      with tempfile.TemporaryDirectory() as copy:
+        for name, usual in zip(names, ('vocab.json', 'merges.txt')):
+          shutil.copyfile(folder / name, pathlib.Path(copy) / usual)
+        theirs = transformers.GPT2Tokenizer.from_pretrained(copy)
+    else:
+      kind = transformers.AutoTokenizer if _names_class(folder) else getattr(
+          transformers, FOLDERS[names])
+      theirs = kind.from_pretrained(str(folder), local_files_only=True)
+    pipeline = theirs.backend_tokenizer
+  except Exception as error:  # whatever is wrong with the files
+    raise RequestError(f'tokenizer {spec!r}: transformers cannot read '
+                       f'{" + ".join(names)}: {_said(error)}.') from error
+  ids = {kind: getattr(theirs, f'{kind}_token_id') for kind in SPECIAL_NAMES}
+  return HuggingFace(
+      spec, pipeline, {kind: i for kind, i in ids.items() if i is not None},
+      _framing(pipeline))
+
+
+def _names_class(folder: pathlib.Path) -> bool:
+  """Whether a folder says which class of transformers reads it."""
+  for name, keys in (CONFIG, ('tokenizer_class',)), (
+      'config.json', ('tokenizer_class', 'model_type')):
+    if (folder / name).is_file():
+      tree = schema.parse((folder / name).read_bytes(), str(folder / name))
+      if isinstance(tree, dict) and any(tree.get(key) for key in keys):
+        return True
+  return False
+
+
+def _read_model(spec: str, path: pathlib.Path) -> Tokenizer:
+  """Reads a file of sentencepiece, and what stands beside it."""
+  names = next((names for names in FOLDERS if names == (path.name,)),
+               ('tokenizer.model',))
+  with tempfile.TemporaryDirectory() as text:
+    folder = pathlib.Path(text)
+    shutil.copyfile(path, folder / names[0])
+    for name in BESIDE:
+      if (path.parent / name).is_file():
+        shutil.copyfile(path.parent / name, folder / name)
+    return _read_others(spec, folder, names)
+
+
+def _framing(tokenizer: Any) -> dict[str, int]:
+  """Returns cls and sep, where a pipeline puts texts between them as BERT and
+  RoBERTa do: cls, a text, sep; cls, a text, one sep or two, another text, sep.
+  """
+  tokenizer.no_padding()
+  tokenizer.no_truncation()
+  found = []
+  for texts, pattern in ((('a',), '10+1'), (('a', 'b'), '10+11?0+1')):
+    row = tokenizer.encode(*texts)
+    mask = row.special_tokens_mask
+    if not re.fullmatch(pattern, ''.join(map(str, mask))):
+      return {}
+    first, *after = [i for i, special in zip(row.ids, mask) if special]
+    found += [(first, i) for i in after]
+  if len({*found}) > 1 or found[0][0] == found[0][1]:
+    return {}
+  return dict(zip(('cls', 'sep'), found[0]))
+
+
+def _said(error: Exception) -> str:
+  """What a library has against a file, in one line."""
+  return short(' '.join(str(error).split()))
+
+
+def _sentinels(id_of: Callable[[str], int | None]) -> tuple[int, ...]:
+  """Returns the ids of <extra_id_0>, <extra_id_1>, ... of a vocabulary."""
+  ids = [id_of(f'<extra_id_{i}>') for i in range(SENTINELS)]
+  return tuple(i for i in ids if i is not None)
+
+
+def _more_ids(tokenizer: Any) -> frozenset[int]:
+  """Returns the ids of the special tokens that are no pieces of a vocabulary
+  besides, as WordPiece's [UNK] is one, which plain text gives."""
+  own = tokenizer.get_vocab(with_added_tokens=False)
+  return frozenset(
+      i for i, token in tokenizer.get_added_tokens_decoder().items()
+      if token.special and token.content not in own)
+
+
+def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
+                     ) -> dict[int, bytes] | None:
+  """Returns {id: the bytes it spells} of a byte-level BPE, or None.
+
+  Such a vocabulary writes each byte as one printable character, so a token's
+  bytes are known exactly even where a window cuts a character in two.
+  """
+  import tokenizers
+  if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
+    return None
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [b for b in range(256) if b not in set(printable)]
+  byte_of = {chr(b): b for b in printable}
+  byte_of |= {chr(256 + i): b for i, b in enumerate(others)}
+  table = {}
+  added = tokenizer.get_added_tokens_decoder()
+  for token, i in vocab.items():
+    if i in added:
+      table[i] = b'' if added[i].special else token.encode('utf-8')
+    elif byte_of.keys() >= set(token):
+      table[i] = bytes(byte_of[c] for c in token)
+  return table
+
+
+def _mask_pattern(tokenizer: Any, mask_id: int, usual: str) -> str:
+  """Returns the pattern of a mask as `tokenizers` reads it, or of the usual
+  one: RoBERTa's takes the space before it along."""
+  own = re.escape(tokenizer.id_to_token(mask_id))
+  token = tokenizer.get_added_tokens_decoder().get(mask_id)
+  before = r'\s*' if token and token.lstrip else ''
+  after = r'\s*' if token and token.rstrip else ''
+  return f'{before}(?:{own}|{usual}){after}'
+
+
 def _spans(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
   return np.asarray(pairs, np.int32).reshape(-1, 2)
 
 
 def _digest(data: bytes) -> str:
   return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _hugging_face(read: Callable):
-  return lambda spec, *files: HuggingFace(spec, *read(spec, *files))
-
-
-# What a folder may hold; the first that it holds entirely wins.
-FOLDERS = {
-    ('tokenizer.json',): _hugging_face(tokenizer_files.read_json),
-    ('encoder.json', 'vocab.bpe'): _hugging_face(tokenizer_files.read_gpt2),
-    ('vocab.json', 'merges.txt'): _hugging_face(tokenizer_files.read_gpt2),
-    ('vocab.txt',): _hugging_face(tokenizer_files.read_wordpiece),
-    ('tokenizer.model',): lambda _, path: SentencePiece(path),
-    ('spiece.model',): lambda _, path: SentencePiece(path),
-}
-FILES = {
-    '.json': FOLDERS['tokenizer.json',],
-    '.model': lambda _, path: SentencePiece(path),
-}

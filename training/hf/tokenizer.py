@@ -15,12 +15,11 @@ import ml_collections
 
 import architectures
 from training import objectives
-from training.data import added_tokens, chat_templates
-from training.data import tokenizer_files, tokenizers
+from training.data import chat_templates, tokenizers
 from training.hf import files
 from training.workdir import storage
 
-TEMPLATE = 'chat_template.jinja'
+TEMPLATE, PIPELINE = 'chat_template.jinja', 'tokenizer.json'
 CONFIG, SPECIALS = 'tokenizer_config.json', 'special_tokens_map.json'
 # What sentence-transformers reads beside the model.
 SENTENCES = ('modules.json', 'sentence_bert_config.json',
@@ -48,29 +47,22 @@ def take(folder: epath.Path, workdir: epath.Path,
   it can be read; returns the names of what was copied."""
   if storage.in_bucket(folder):  # a run's: its config names the tokenizer
     return []
-  if tokenizers.found_in(folder):
-    tokenizers.load(str(folder))  # before anything is written
+  found = tokenizers.found_in(folder)
+  # Before anything is written.
+  tokenizer = tokenizers.load(str(folder)) if found else None
   target, copied = folder, []
   if not storage.in_bucket(workdir):
     target = workdir / 'tokenizer'
     copied = copy(folder, target)
-    _keep_class(folder, target)
+    if isinstance(tokenizer, tokenizers.HuggingFace) and (
+        PIPELINE not in copied):
+      # What transformers made of the other files, and of the model's
+      # config.json, which is not copied: the run reads it without transformers.
+      tokenizer.save(target / PIPELINE)
+      copied.append(PIPELINE)
   if tokenizers.found_in(target):
     config.data.tokenizer = str(target.absolute())
   return copied
-
-
-def _keep_class(folder: epath.Path, target: epath.Path) -> None:
-  """Has the copy of a tokenizer say its class, where that followed from the
-  model's config.json, which is not copied."""
-  if tokenizers.found_in(target)[:1] not in (('encoder.json',),
-                                             ('vocab.json',)):
-    return
-  kind = tokenizer_files.pair_class(folder)
-  if kind != tokenizer_files.pair_class(target):
-    told = added_tokens.read_object(target / CONFIG)
-    (target / CONFIG).write_text(json.dumps(
-        told | {'tokenizer_class': kind}, indent=2) + '\n')
 
 
 def stand_in(vocab_size: int) -> str:

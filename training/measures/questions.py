@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.errors import require
-from training.data.questions import Questions
+from training.data.records import Questions
 from training.measures import Measured
 
 # The names of what is measured; all but the first three only where questions

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from configs.errors import require
-from training.data import conll, offsets
-from training.data.words import Sentences
+from training.data import labelled, records
+from training.data.records import Sentences
 from training.measures import Measured
 
 # The names of what is measured; those of entities only where labels mark them.
@@ -37,7 +37,7 @@ def labels(view: Sentences, scores: Sequence[np.ndarray]) -> list[list[str]]:
   outside = 'O' if 'O' in view.labels else '_'
   found = [[outside] * len(sentence.words) for sentence in view.records]
   for piece, scores_LK in zip(view.items, scores, strict=True):
-    for place in np.flatnonzero(piece.words != offsets.NO_WORD):
+    for place in np.flatnonzero(piece.words != records.NO_WORD):
       # Before the sentence stands one token.
       best = int(np.argmax(scores_LK[1 + place]))
       found[piece.sentence][piece.words[place]] = view.labels[best]
@@ -59,11 +59,11 @@ def figures(view: Sentences, found: Sequence[Sequence[str]]) -> dict[str, Any]:
   right = [sentence.labels for sentence in view.records]
   pairs = [pair for rows in zip(right, found, strict=True)
            for pair in zip(*rows, strict=True)]
-  told = sum(int((item.words != offsets.NO_WORD).sum()) for item in view.items)
+  told = sum(int((item.words != records.NO_WORD).sum()) for item in view.items)
   own = dict(accuracy=sum(a == b for a, b in pairs) / len(pairs),
              words=len(pairs), sentences=len(right),
              without_tokens=len(pairs) - told)
-  if conll.marks_entities(view.labels):
+  if labelled.marks_entities(view.labels):
     own |= entities(right, found)
   return own
 

@@ -70,7 +70,7 @@ def check_objective(config: ml_collections.ConfigDict) -> None:
   """Raises RequestError for an unknown objective, and for a field that was set,
   so that it differs from its default, and that the objective does not read."""
   objective = of(config)
-  if config.data.chat_template not in conversations.TEMPLATES:
+  if config.data.chat_template != conversations.PUBLISHED_NAME:
     chat_templates.source(config.data.chat_template)
   defaults = base.base()
   for name in {field: None for row in OBJECTIVES.values()

@@ -8,10 +8,6 @@ templates.
 
 Where data.chat_template names a Jinja template, that one says what is the
 assistant's: see training/data/chat_templates.py.
-
-`data.chat_template=earlier` lays out as this project did before it had that
-field: turns end with a line break, no system text is added, and `ASSISTANT: `
-ends with a space. A run of that time continues with it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,23 +15,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from training.data import chat_templates, conversations, packing
-from training.data import token_workers
+from training.data import tokenising
 from training.data.chat_templates import Messages
 from training.data.tokenizers import Tokenizer
 from training.objectives import record
 from training.objectives.record import Config, Objective, Prompts, Row
 from training.objectives.record import Shape, Talk
-
-# The text before a part of each kind, and after one that is no answer: those
-# count in the loss, and so does the separator that follows each. Questions and
-# answers are what the published templates make of the turns; `shown` and `said`
-# what a Jinja template makes of them, which says itself how a conversation
-# begins and how an answer ends; all others are of the earlier template.
-HEADERS = {'question': '', 'answer': '', 'system': '', 'user': 'USER: ',
-           'assistant': 'ASSISTANT: ', 'prompt': '', 'response': '',
-           'shown': '', 'said': ''}
-TAILS = {'question': '', 'system': '\n', 'user': '\n', 'prompt': '',
-         'shown': ''}
 
 
 def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator | None,
@@ -61,18 +46,15 @@ def _arrays(config: Config) -> dict[str, Shape]:
 def layout(parts: list[tuple[str, np.ndarray]], tokenizer: Tokenizer
            ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the ids [T] of a conversation, and which of them are predicted."""
-  nothing = np.zeros(0, np.int32)
-  rendered = bool(parts) and parts[0][0] == 'shown'
-  end = nothing if rendered else np.array([tokenizer.separator_id], np.int32)
-  ids, told = [end], [np.zeros(len(end), bool)]
+  rendered = bool(parts) and parts[0][0] in ('shown', 'said')
+  end = np.full(0 if rendered else 1, tokenizer.separator_id, np.int32)
+  ids, predicted = [end], [np.zeros(len(end), bool)]
   for kind, text in parts:
     says = kind in conversations.ANSWERS
-    header = tokenizer.encode(HEADERS[kind]) if HEADERS[kind] else nothing
-    tail = end if says else tokenizer.encode(TAILS[kind])
-    for piece, counts in ((header, False), (text, says), (tail, says)):
+    for piece in (text, end if says else end[:0]):
       ids.append(np.asarray(piece, np.int32))
-      told.append(np.full(len(piece), counts))
-  return np.concatenate(ids), np.concatenate(told)
+      predicted.append(np.full(len(piece), says))
+  return np.concatenate(ids), np.concatenate(predicted)
 
 
 def question(text: str, config: Config, tokenizer: Tokenizer) -> np.ndarray:
@@ -85,28 +67,26 @@ def question(text: str, config: Config, tokenizer: Tokenizer) -> np.ndarray:
 
 def _derived(config: Config) -> dict[str, str]:
   name = config.data.chat_template
-  return {} if name in conversations.TEMPLATES else {
+  return {} if name == conversations.PUBLISHED_NAME else {
       'data.chat_template': chat_templates.kept(name)}
 
 
 def talk(config: Config, tokenizer: Tokenizer) -> Talk:
   """Returns how a run is talked with: by the template of its data."""
   name = config.data.chat_template
-  if name not in conversations.TEMPLATES:
+  if name != conversations.PUBLISHED_NAME:
     return templated(chat_templates.read(name, tokenizer))
   alpaca = 'alpaca:' in config.data.source
   lay_out = _instructions if alpaca else _turns
 
   def encode(messages: Messages) -> np.ndarray:
-    parts = lay_out(messages, name == 'earlier')
-    ids, _ = layout(_encoded(parts, tokenizer), tokenizer)
+    ids, _ = layout(_encoded(lay_out(messages), tokenizer), tokenizer)
     return ids[:-1]  # the answer has yet to end
 
-  words = 'Alpaca' if alpaca else 'Vicuna'
   return Talk(
-      f"answers by {words}'s template" + ', as runs of an earlier version did'
-      * (name == 'earlier'), encode, frozenset({tokenizer.separator_id}),
-      lead='' if alpaca or name == 'earlier' else ' ', system=not alpaca)
+      f"answers by {'Alpaca' if alpaca else 'Vicuna'}'s template", encode,
+      frozenset({tokenizer.separator_id}), lead='' if alpaca else ' ',
+      system=not alpaca)
 
 
 def templated(template: chat_templates.Template, ends: Iterable[int] = (),
@@ -133,7 +113,7 @@ def _encoded(parts: list[tuple[str, str]], tokenizer: Tokenizer
     if kind == 'answer' and ids:
       question = parts[len(ids) - 1][1]
       both = tokenizer.encode(question + text)
-      shared = token_workers.shared(both, ids[-1][1])
+      shared = tokenising.shared(both, ids[-1][1])
       ids[-1] = ids[-1][0], both[:shared]
       ids.append((kind, both[shared:]))
     else:
@@ -141,35 +121,28 @@ def _encoded(parts: list[tuple[str, str]], tokenizer: Tokenizer
   return ids
 
 
-def _turns(messages: Messages, earlier: bool) -> list[tuple[str, str]]:
+def _turns(messages: Messages) -> list[tuple[str, str]]:
   """Returns messages, and the answer to the last, as parts of Vicuna's."""
   turns = [(message['role'], message['content']) for message in messages]
-  if earlier:
-    return [*turns, ('assistant', '')]
   return [*conversations.vicuna([*turns, ('assistant', '')]), ('answer', '')]
 
 
-def _instructions(messages: Messages, earlier: bool) -> list[tuple[str, str]]:
+def _instructions(messages: Messages) -> list[tuple[str, str]]:
   """Returns messages, and the answer to the last, as parts of Alpaca's."""
-  names = (dict(user='prompt', assistant='response') if earlier
-           else dict(user='question', assistant='answer'))
-  parts = [(names[message['role']],
-            conversations.alpaca_prompt(message['content'])
-            if message['role'] == 'user' else message['content'])
+  parts = [('question', conversations.alpaca_prompt(message['content']))
+           if message['role'] == 'user' else ('answer', message['content'])
            for message in messages]
-  return [*parts, (names['assistant'], '')]
+  return [*parts, ('answer', '')]
 
 
-def jinja(config: Config, tokenizer: Tokenizer) -> str | None:
+def jinja(config: Config, tokenizer: Tokenizer) -> str:
   """Returns the template of a run's data as transformers takes one, a Jinja
-  template; None for the earlier template.
+  template.
 
   Alpaca's has no place for an input, which a chat of transformers does not
   have either.
   """
-  if config.data.chat_template == 'earlier':
-    return None
-  if config.data.chat_template not in conversations.TEMPLATES:
+  if config.data.chat_template != conversations.PUBLISHED_NAME:
     return chat_templates.source(config.data.chat_template)[1]
   kind = next(name for name in ('eos', 'sep')
               if tokenizer.special_ids.get(name) == tokenizer.separator_id)

@@ -44,7 +44,7 @@ import numpy as np
 
 import architectures
 from architectures.parts.skeletons import Output
-from training.data import conll, labelled, questions, records, squad, words
+from training.data import labelled, records
 from training.data.tokenizers import Tokenizer
 from training.measures import Measured
 from training.measures import classes
@@ -121,7 +121,7 @@ def estimated(output: Output, batch: Mapping[str, jax.Array], config: Config
                                       weights_B.sum())}
 
 
-def lay_out_words(item: words.Piece, rng: np.random.Generator | None,
+def lay_out_words(item: records.Piece, rng: np.random.Generator | None,
                   config: Config, tokenizer: Tokenizer) -> Row:
   """Returns one row.
 
@@ -132,7 +132,7 @@ def lay_out_words(item: words.Piece, rng: np.random.Generator | None,
   first, after = records.special_tokens(tokenizer, stack(config))
   around = (1, 1)
   return dict(tokens=np.concatenate([[first], item.ids, [after]]),
-              segment_ids=np.ones(len(item.ids) + words.AROUND),
+              segment_ids=np.ones(len(item.ids) + records.AROUND),
               labels=np.pad(item.targets, around),
               weights=np.pad(item.weights, around))
 
@@ -143,7 +143,7 @@ def _word_arrays(config: Config) -> dict[str, Shape]:
               labels=(L, np.int32), weights=(L, np.float32))
 
 
-def lay_out_question(item: questions.Window, rng: np.random.Generator | None,
+def lay_out_question(item: records.Window, rng: np.random.Generator | None,
                      config: Config, tokenizer: Tokenizer) -> Row:
   """Returns one row.
 
@@ -164,18 +164,18 @@ def lay_out_question(item: questions.Window, rng: np.random.Generator | None,
                 if kind == 'encoder' else {})
 
 
-def begin(item: questions.Window) -> int:
+def begin(item: records.Window) -> int:
   """Returns where the paragraph begins in a row."""
   return 1 + len(item.question) + item.between
 
 
-def length(item: questions.Window) -> int:
+def length(item: records.Window) -> int:
   """Returns how many tokens a row has."""
   return (len(item.question) + len(item.context)
           + records.around(2, item.between))
 
 
-def null_place(item: questions.Window, kind: str) -> int:
+def null_place(item: records.Window, kind: str) -> int:
   """Returns where the token stands whose scores are those of no answer."""
   return 0 if kind == 'encoder' else length(item) - 1
 
@@ -197,7 +197,7 @@ def answered(output: Output, batch: Mapping[str, jax.Array], config: Config
           'accuracy': Mean((weights_B * right_B).sum(), weights_B.sum())}
 
 
-def measure(view: questions.Questions, scores: Sequence[np.ndarray],
+def measure(view: records.Questions, scores: Sequence[np.ndarray],
             config: Config, options: Any) -> Measured:
   """Returns what is found of the questions of a view; see
   training/measures/questions.py."""
@@ -216,7 +216,7 @@ def _of_texts(view: type, target: type, **fields: Any) -> Objective:
       ('encoder', 'decoder'), view, lay_out,
       lambda config: _arrays(config, targets=target), ('tokens',),
       {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
-      ('segment_ids',), fill=fill, head='sequence', records=labelled.KIND,
+      ('segment_ids',), fill=fill, head='sequence', records=labelled.TEXTS,
       length=lambda item: item.length, **fields)
 
 
@@ -231,19 +231,21 @@ OBJECTIVES = {
         measure=classes.of_numbers, measured=classes.FIGURES_OF_NUMBERS,
         reads=_PAIRS, ignores=(*_IGNORES, 'train.label_smoothing')),
     'token_classification': Objective(
-        ('encoder', 'decoder'), words.Sentences, lay_out_words, _word_arrays,
+        ('encoder', 'decoder'), records.Sentences, lay_out_words, _word_arrays,
         ('tokens',), {'segment_ids': 'segment_ids_BL'}, ('segment_ids',),
         reads=('data.labels', 'data.stride', 'data.length_buckets'), fill=fill,
-        figures=classified('labels'), head='tokens', records=conll.KIND,
-        labels=words.labels_of, measure=word_labels.measure,
+        figures=classified('labels'), head='tokens',
+        records=labelled.SENTENCES,
+        labels=records.labels_of, measure=word_labels.measure,
         measured=word_labels.FIGURES, ignores=_IGNORES,
-        length=lambda item: len(item.ids) + words.AROUND),
+        length=lambda item: len(item.ids) + records.AROUND),
     'question_answering': Objective(
-        ('encoder', 'decoder'), questions.Questions, lay_out_question,
+        ('encoder', 'decoder'), records.Questions, lay_out_question,
         lambda config: _arrays(config, starts=np.int32, ends=np.int32),
         ('tokens',), {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
         ('segment_ids',), reads=('data.stride', *_PAIRS), fill=fill,
-        figures=answered, head='span', records=squad.KIND, length=length,
+        figures=answered, head='span', records=labelled.QUESTIONS,
+        length=length,
         measure=measure, measured=answers.FIGURES,
         ignores=(*_IGNORES, 'train.label_smoothing'),
         guess=lambda config, vocab: math.log(config.data.length))}

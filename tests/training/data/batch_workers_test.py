@@ -27,7 +27,7 @@ _PROGRAM = '''
       config = base.base()
       config.data.update(
           source='text:{folder}/*.txt', cache_dir='{folder}/cache', length=16,
-          batch_size=8, holdout_every=4, tokenize_workers=1, workers=2)
+          batch_size=8, holdout_every=4, workers=2)
       batches = pipeline.training_loader(
           config, tokenizers.load("bytes")).iterate(0, 10_000)
       print('starting', flush=True)

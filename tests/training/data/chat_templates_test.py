@@ -65,20 +65,13 @@ def test_templates_have_what_those_of_transformers_have(text, expected):
   assert rendered(text) == expected
 
 
-@pytest.mark.parametrize('text, words', [
-    ('{{ messages.__class__ }}', "reach out.*'__class__'"),
-    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", 'reach out'),
-    ('{{ messages.append(1) }}', "reach out.*'append'"),
-    ("{{ cycler.__init__.__globals__ }}", 'reach out'),
-    ("{% set n = namespace(__class__=1) %}", 'reach out.*__class__'),
-    ("{% set n = namespace() %}{% set n.__a = 1 %}", 'reach out.*__a'),
-    ("{{ raise_exception('roles must alternate') }}",
-     'a template refuses the conversation: roles must alternate'),
-    ('{{ messages[3].content }}', 'refuses the conversation'),
-    ('{{ 1 / 0 }}', 'fails: division by zero'),
-    ("{% include '/etc/passwd' %}", 'fails: no loader')])
-def test_what_a_template_may_not_do_is_a_sentence(text, words):
-  with pytest.raises(RequestError, match=words) as caught:
+@pytest.mark.parametrize('text', [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    '{{ messages.append(1) }}', '{{ cycler.__init__.__globals__ }}',
+    "{{ raise_exception('roles must alternate') }}", '{{ 1 / 0 }}',
+    '{{ messages[3].content }}', "{% include '/etc/passwd' %}"])
+def test_what_a_template_may_not_do_is_a_sentence(text):
+  with pytest.raises(RequestError, match='a template fails: ') as caught:
     rendered(text)
   assert '\n' not in str(caught.value)
 
@@ -132,12 +125,6 @@ def test_the_parts_of_a_conversation_say_who_speaks(text):
   else:
     assert shown == ['user: HÃ©[EOS]assistant: ', 'Hi![EOS]',
                      'user: b[EOS]assistant: ', 'c[EOS]', '']
-
-
-def test_of_a_template_without_special_tokens_the_whole_addition_is_said():
-  plain = ("{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n"
-           "{% endfor %}{% if add_generation_prompt %}a: {% endif %}")
-  assert _said(make(plain), TALK[:2]) == ['u: HÃ©\na: ', 'Hi!\n', '']
 
 
 def test_a_prefix_that_an_answer_changes_is_refused():
@@ -209,9 +196,9 @@ def test_tokens_belong_to_the_answer_by_their_places(tmp_path):
 def _config(tmp_path, source, **data):
   config = base.base()
   config.objective = 'chat'
-  config.data.update(dict(source=source, length=64, batch_size=2,
-                          holdout_every=0, tokenize_workers=1,
-                          cache_dir=str(tmp_path / 'cache')) | data)
+  config.data.update(dict(
+      source=source, length=64, batch_size=2, holdout_every=0,
+      cache_dir=str(tmp_path / 'cache')) | data)
   return config
 
 
@@ -298,9 +285,6 @@ def test_a_run_keeps_the_text_of_its_template(tmp_path):
   run_config.save(tmp_path, config, derived)
   before = chat.question('x', config, BYTES)
   assert not run_config.compare(config, config, derived, derived)
-  # A run of a version that kept no text goes on, too.
-  del (earlier := dict(derived))['data.chat_template']
-  assert not run_config.compare(config, config, earlier, derived)
   file.write_text(CHATML)
   change, = run_config.compare(config, config, derived,
                                runs.resolve(config, BYTES)[1])

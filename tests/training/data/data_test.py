@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from training.data import pipeline, holdout, sources, tokenizers
+from training.data import pipeline, sources, tokenizers
 
 ROOT = pathlib.Path(__file__).parents[3]
 BYTES = tokenizers.load('bytes')
@@ -40,7 +40,7 @@ def config_of(folder, **fields):
   config.eval.part = fields.pop('part', '')
   config.data.update(dict(
       source=f'text:{folder}/a/*.txt', cache_dir=str(folder / 'cache'),
-      length=16, batch_size=8, holdout_every=4, tokenize_workers=1) | fields)
+      length=16, batch_size=8, holdout_every=4) | fields)
   return config
 
 
@@ -149,11 +149,6 @@ def test_of_a_single_file_the_tail_is_held_out(folder):
                   ) == sorted(tuple(whole[i:i + 9]) for i in range(
                       0, len(whole) - 8, 8))
   assert load(folder, eval_source=one['source'], **one).num_bytes == 61
-
-
-def test_held_out_is_the_first_of_every_n():
-  assert [n for n in range(7) if holdout.held_out(n, 3)] == [0, 3, 6]
-  assert not any(holdout.held_out(n, 0) for n in range(7))
 
 
 def test_a_half_of_what_is_held_out_is_evaluated_on(folder):
@@ -295,30 +290,6 @@ def test_a_mixture_has_the_order_that_grain_gives_its_items(folder):
       np.testing.assert_array_equal(row, items[8 * n + i].tokens[:-1])
 
 
-@pytest.mark.slow
-def test_mixture_weights_are_honoured(folder):
-  for name in 'bc':
-    (folder / name).mkdir()
-    for i in range(2):
-      (folder / name / f'{i}.txt').write_text(name.upper() * 400)
-  mixture = ','.join(f'{weight}*text:{folder}/{name}/*.txt' for weight, name
-                     in ((0.7, 'a'), (0.2, 'b'), (0.1, 'c')))
-  loader = load(folder, source=mixture)
-  assert loader.num_tokens == len(stream(
-      i for i in range(12) if i % 4)) - 1 + 401 + 401
-  rows = np.concatenate([loader.batch(n)['tokens'] for n in range(250)])
-  share = [(rows == ord(letter)).any(axis=1).mean() for letter in 'BC']
-  np.testing.assert_allclose(share, [0.2, 0.1], atol=1e-3)
-  # And in every stretch, not only in the long run.
-  share = (rows[:100] == ord('B')).any(axis=1).mean()
-  np.testing.assert_allclose(share, 0.2, atol=0.02)
-  # A component keeps its own epochs.
-  own = [row for row in windows(loader.batch(n) for n in range(250))
-         if not {ord('B'), ord('C')} & set(row)]
-  size = load(folder).num_windows
-  assert len(set(own[:size])) == len(set(own)) == size
-
-
 def test_making_batches_looks_for_no_device(folder):
   """Worker processes make them, beside a process that holds the devices."""
   result = subprocess.run(
@@ -329,7 +300,7 @@ def test_making_batches_looks_for_no_device(folder):
           config = base.base()
           config.data.update(
               source='text:{folder}/a/*.txt', cache_dir='{folder}/cache',
-              length=16, batch_size=8, tokenize_workers=1)
+              length=16, batch_size=8)
           pipeline.training_loader(config, tokenizers.load('bytes')).batch(0)
           print(xla_bridge.backends_are_initialized())""")],
       cwd=ROOT, capture_output=True, text=True)

@@ -29,7 +29,7 @@ def test_shapes_are_the_loaders(objective, fields, tmp_path):
       source=(f'jsonl:{tmp_path}/b.jsonl:messages' if objective == 'chat'
               else f'text:{tmp_path}/*.txt'),
       cache_dir=str(tmp_path / 'cache'), length=64, batch_size=4,
-      holdout_every=0, tokenize_workers=1) | fields)
+      holdout_every=0) | fields)
   batch = pipeline.training_loader(config, tokenizers.load('bytes')).batch(0)
   got = {key: (x.shape, x.dtype) for key, x in batch.items()}
   assert got == objectives.shapes(config)

@@ -55,8 +55,7 @@ def _text(ids, tokenizer=BYTES) -> str:
 
 @pytest.mark.parametrize('source, template, text', [
     ('jsonl:x:messages', 'published', 'I am.'),
-    ('alpaca:x', 'published', ' I am.'),
-    ('jsonl:x:messages', 'earlier', ' I am.')])
+    ('alpaca:x', 'published', ' I am.')])
 def test_an_answer_is_without_the_space_that_leads_to_it(source, template,
                                                          text):
   """As tools.chat shows it."""
@@ -91,11 +90,9 @@ def _get_prompt(system, messages):
 def test_the_published_parts_are_fastchats_text(system, messages):
   turns = [] if system is None else [('system', system)]
   turns += [(('user', 'assistant')[i % 2], m) for i, m in enumerate(messages)]
-  parts = conversations.published(turns)
+  parts = conversations.PUBLISHED.of(turns)
   text = ''.join(text + '</s>' * (kind == 'answer') for kind, text in parts)
   assert text == _get_prompt(SYSTEM if system is None else system, messages)
-  assert conversations.published([('user', ''), ('assistant', '')]) == [
-      ('user', ''), ('assistant', '')]  # of no text, which is left out
 
 
 def test_a_question_is_the_start_of_a_conversation(talks):
@@ -157,14 +154,13 @@ LAID_OUT = [
         '### Response:']]
 
 
-@pytest.mark.parametrize('template', conversations.TEMPLATES)
 @pytest.mark.parametrize('kind', ['json', 'jsonl'])
-def test_alpacas_records_are_laid_out_by_its_template(kind, template, tmp_path):
+def test_alpacas_records_are_laid_out_by_its_template(kind, tmp_path):
   path = tmp_path / f'alpaca.{kind}'
   path.write_text(json.dumps(RECORDS) if kind == 'json' else
                   '\n'.join(map(json.dumps, RECORDS)) + '\n')
   config = _config(f'alpaca:{path}', length=300, batch_size=3,
-                   cache_dir=str(tmp_path), chat_template=template)
+                   cache_dir=str(tmp_path))
   batch = pipeline.training_loader(config, BYTES).batch(0)
   end, found = BYTES.separator_id, set()
   for tokens, targets, weights, valid in zip(*(

@@ -13,8 +13,7 @@ from training import generate
 from training import objectives
 from training.data import packing
 from training.data import pipeline
-from training.data import conll, probes, squad
-from training.data import sources
+from training.data import labelled, probes
 from training.data import tokenizers
 from training.evals.tasks import exact
 from training.objectives import seq2seq
@@ -85,7 +84,7 @@ def test_pairs_of_a_file(kind, tmp_path):
   path = tmp_path / f'train.{kind}'
   path.write_text('\n'.join(
       '\t'.join(pair) if kind == 'tsv' else json.dumps(
-          dict(zip(sources.PAIR, pair))) for pair in texts) + '\n')
+          dict(zip(labelled.PAIR, pair))) for pair in texts) + '\n')
   config = _config('seq2seq', source=f'parallel:{path}',
                    eval_source=f'parallel:{path}')
   loader, = pipeline.held_out(config, TOKENIZER)
@@ -109,7 +108,7 @@ def test_every_example_feeds_its_loss(tmp_path):
   talk = [('user', TOKENIZER.encode('a')), ('assistant', TOKENIZER.encode('b'))]
   for name, objective in objectives.OBJECTIVES.items():
     config = _config(name)
-    if objective.records in (conll.KIND, squad.KIND):
+    if objective.records in (labelled.SENTENCES, labelled.QUESTIONS):
       continue  # tests/training/objectives/words_and_questions_test.py
     if objective.records == probes.KIND:
       config.data.source, config.probe.levels = 'probe:copy', (2,)

@@ -13,7 +13,7 @@ import architectures
 from tests.helpers import labelled_files as files
 from tests.helpers import models
 from training import objectives
-from training.data import tokenizers, words
+from training.data import records, tokenizers
 from training.objectives import labelled
 
 BYTES = tokenizers.load('bytes')
@@ -51,7 +51,7 @@ def test_words_are_laid_out_as_pictured(tmp_path):
   for arch, before, after in ('bert', CLS, SEP), ('gpt', END, END):
     config.model.arch = arch
     record = objectives.of(config)
-    item, = words.Sentences(files.corpus(config)).items
+    item, = records.Sentences(files.corpus(config)).items
     row = {key: value.tolist() for key, value in files.row(
         record, item, None, config, BYTES).items()}
     assert row == dict(

@@ -280,7 +280,7 @@ def _config(folder):
 def _tokens(folder):
   (folder / 'a.txt').write_text('All the tokens of this text. ' * 99)
   with files_of_at_most(1000):
-    token_cache.cached_tokens(
+    token_cache.cached(
         sources.parse(f'text:{folder}/*.txt')[0][1],
         tokenizers.load('bytes'), str(folder / 'cache'), 1)
 

@@ -1,10 +1,23 @@
-"""Letters that are to be written again: MAD's selective copying (Poli et al.
+"""Probes that write: copies, sums, and a row out of one vector.
+
+Letters that are to be written again: MAD's selective copying (Poli et al.
 2024, section 3.1), and copying and reversing as tests of longer rows than in
 training (Kazemnejad et al. 2023, "The Impact of Positional Encoding on Length
 Generalization in Transformers", section 3).
 
   selective_copying  a . . b . c > . . .     copy  a b c > a b c
                                  a b c             reverse  a b c > c b a
+
+Sums of two numbers, written from the highest digit on (Kazemnejad et al.
+2023, section 3): 4 7 + 5 8 = 1 0 5.
+
+Compression of MAD (Poli et al. 2024, section 3.1): a row of letters and a
+mark, all of which are to be told again from the vector of the mark.
+
+  a c b >      a and c and b and > , each from what the model makes of >
+
+What turns the vector into tokens is no part of the architecture: it is the head
+'vector' (architectures/parts/heads.py), the same for all.
 """
 
 from collections.abc import Callable
@@ -13,6 +26,7 @@ import numpy as np
 
 from training.data.probes import record
 from training.data.probes.record import Row, Settings
+
 
 _PAPER = 'Kazemnejad et al. 2023, section 3'
 _DIFFERS = ('Letters are ids, where the paper has words of a text, of which '
@@ -59,6 +73,33 @@ def _growing(asks: str, draw: Callable[..., Row]) -> record.Probe:
       length=41, examples=100_000)
 
 
+PLUS, EQUALS, END = 10, 11, 12  # after the digits
+
+
+def addition(rng: np.random.Generator, digits: int, settings: Settings) -> Row:
+  """Returns a sum of two numbers, one of so many digits and one of as many or
+  fewer; its end is asked for too. No number of several digits begins with 0."""
+  del settings
+  sizes = rng.permutation([digits, rng.integers(1, digits + 1)])
+  terms = []
+  for size in sizes:
+    term = rng.integers(0, 10, size)
+    term[:1] = rng.integers(int(size > 1), 10)
+    terms.append(term)
+  total = sum(int(''.join(map(str, term))) for term in terms)
+  first, second = terms
+  return record.writing(
+      np.concatenate([first, [PLUS], second, [EQUALS]]),
+      np.array([*map(int, str(total)), END]))
+
+
+def compression(rng: np.random.Generator, letters: int, settings: Settings
+                ) -> Row:
+  """Returns so many letters and a mark; every token asks for itself."""
+  tokens = np.append(rng.integers(0, settings.vocab, letters), settings.vocab)
+  return record.asking(tokens, np.arange(len(tokens)), tokens)
+
+
 PROBES = {
     'selective_copying': record.Probe(
         asks='the letters that stood among blanks, in their order',
@@ -69,4 +110,22 @@ PROBES = {
         hides=True, length=256),
     'copy': _growing('the same letters again', copy),
     'reverse': _growing('the letters from the last to the first', reverse),
+    'addition': record.Probe(
+        asks='the sum of two numbers',
+        source='Kazemnejad et al. 2023, section 3, addition',
+        differs='Each digit is an id. In the paper each number of digits is as '
+                'frequent in both numbers; here that of the longer one is. The '
+                'code published with it writes words around the numbers.',
+        level='digits of the longer number', levels=tuple(range(1, 9)),
+        draw=addition, size=lambda digits, settings: 3 * digits + 3,
+        vocab_size=lambda settings: 13, grows=True, length=27,
+        examples=100_000),
+    'compression': record.Probe(
+        asks='every token of the row, each from the vector of the last one',
+        source='Poli et al. 2024, section 3.1, compression',
+        differs='',
+        level='letters', levels=(31,), draw=compression,
+        size=lambda letters, settings: letters + 1,
+        vocab_size=lambda settings: settings.vocab + 1, vocab=15, grows=True,
+        hides=True, objective='compression', length=32),
 }

@@ -1,16 +1,39 @@
-"""Recall in context of MAD (Poli et al. 2024, "Mechanistic Design and Scaling
+"""Probes that ask for what the row, or a fixed table, told of a key.
+
+Recall in context of MAD (Poli et al. 2024, "Mechanistic Design and Scaling
 of Hybrid Architectures", section 3.1 and appendix B): pairs of a key and its
 value follow each other to the end, and a key that has been before asks for its
 value.
 
   a 1  b 2  a 1  c 3  b 2        noisy: a 1  x y  b 2  a 1
             1         2          fuzzy: a b 1  c 2 3  a b 1
+
+Multi-query associative recall (Arora et al. 2023, "Zoology", section 3.1 and
+appendix E): pairs of a key and its value, then some of the keys again, at
+random places, each of which asks for its value.
+
+  a 1  b 2  c 3  . .  b .  . .  a .  c .
+                      2       1    3
+
+Memorisation of MAD (Poli et al. 2024, section 3.1): keys and values of one
+fixed table, which no row shows, so that it has to be kept in the weights.
+
+  a ?  c ?  b ?  a ?
+    7    2    9    7
+
+Numbers hidden in text (Mohtashami and Jaggi 2023, "Landmark Attention",
+section 4.2; with several, as RULER has them, Hsieh et al. 2024, section 3 and
+appendix B): sentences that say nothing, among them each number with its name;
+then one of the names asks for its number. Text is its UTF-8 bytes.
 """
+
+import functools
 
 import numpy as np
 
 from training.data.probes import record
 from training.data.probes.record import Row, Settings
+
 
 NOISE = 16  # ids of the noise, as published
 _PAPER = 'Poli et al. 2024, section 3.1'
@@ -101,6 +124,100 @@ def _short_motifs(settings: Settings, motif: int) -> str:
       f'{settings.vocab} letters have {settings.vocab // 2} keys of one')
 
 
+POWER = 0.01  # of the gaps' distribution: power_a of the published code
+FILLER = 0  # the id between the queries
+
+
+def mqar(rng: np.random.Generator, pairs: int, settings: Settings
+         ) -> Row:
+  """Returns a row that fills settings.length.
+
+  Ids below half of the vocabulary are keys, but 0, the filler; the others are
+  values. Where the queries stand is drawn from the published power law, which
+  puts most of them soon after the pairs.
+  """
+  half = settings.vocab // 2
+  keys = rng.choice(np.arange(1, half), pairs, replace=False)
+  values = rng.choice(np.arange(half, settings.vocab), pairs, replace=False)
+  tokens = np.full(settings.length, FILLER, np.int32)
+  context = 2 * pairs
+  tokens[:context:2], tokens[1:context:2] = keys, values
+  slots = np.arange(1, (settings.length - context) // 2 + 1)
+  weight = slots ** (POWER - 1)
+  gaps = rng.choice(slots - 1, pairs, replace=False, p=weight / weight.sum())
+  places = context + 2 * gaps
+  tokens[places] = keys
+  return record.asking(tokens, places, values)
+
+
+def _enough_keys(settings: Settings, pairs: int) -> str:
+  most = settings.vocab // 2 - 1  # keys
+  return '' if pairs <= most else (
+      f'{settings.vocab} letters have {most} keys')
+
+
+SEED = 12345  # of the table, as published
+
+
+@functools.lru_cache(maxsize=8)
+def table(keys: int) -> np.ndarray:
+  """Returns the value of each key, [keys]: a fixed permutation."""
+  return keys + np.random.default_rng(SEED).permutation(keys)
+
+
+def memorisation(rng: np.random.Generator, keys: int, settings: Settings
+                 ) -> Row:
+  """Returns a row that fills settings.length, of the first `keys` keys."""
+  most = settings.most
+  chosen = rng.integers(0, keys, settings.length // 2)
+  tokens = np.full((len(chosen), 2), 2 * most)  # the mark that asks
+  tokens[:, 0] = chosen
+  return record.asking(tokens.reshape(-1), 1 + 2 * np.arange(len(chosen)),
+                       table(most)[chosen])
+
+
+NAMES = ('amber', 'birch', 'cedar', 'delta', 'ember', 'fjord', 'grove',
+         'heron', 'islet', 'jolly', 'knoll', 'larch', 'maple', 'north',
+         'opal', 'pearl')
+DIGITS = 5
+HAY = ('The grass is green. ', 'The sky is blue. ', 'The sun is yellow. ',
+       'Here we go. ', 'There and back again. ')
+NEEDLE = 'The magic number for {name} is {number}. '
+QUESTION = 'What is the magic number for {name}? It is '
+_LONGEST = max(map(len, NAMES))
+_NEEDLE = len(NEEDLE.format(name='x' * _LONGEST, number='0' * DIGITS))
+_QUESTION = len(QUESTION.format(name='x' * _LONGEST))
+
+
+def passkey_text(rng: np.random.Generator, needles: int, length: int
+                 ) -> tuple[str, str]:
+  """Returns a text, of at most `length` bytes with its answer, and the answer.
+  """
+  names = rng.choice(NAMES, needles, replace=False)
+  numbers = [str(n) for n in rng.integers(
+      10 ** (DIGITS - 1), 10 ** DIGITS, needles)]
+  facts = [NEEDLE.format(name=name, number=number)
+           for name, number in zip(names, numbers)]
+  asked = rng.integers(needles)
+  question = QUESTION.format(name=names[asked])
+  room = length - sum(map(len, facts)) - len(question) - DIGITS + 1
+  hay = []
+  while room >= len(HAY[len(hay) % len(HAY)]):
+    room -= len(HAY[len(hay) % len(HAY)])
+    hay.append(HAY[len(hay) % len(HAY)])
+  places = np.sort(rng.integers(0, len(hay) + 1, needles))
+  for place, fact in reversed(list(zip(places, facts))):
+    hay.insert(place, fact)
+  return ''.join([*hay, question]), numbers[asked]
+
+
+def passkey(rng: np.random.Generator, needles: int, settings: Settings) -> Row:
+  """Returns the bytes of a text that nearly fills settings.length."""
+  prompt, answer = (np.frombuffer(part.encode(), np.uint8) for part in
+                    passkey_text(rng, needles, settings.length))
+  return record.writing(prompt, answer)
+
+
 PROBES = {
     'recall': record.Probe(
         asks='the value of a key that has been before',
@@ -129,4 +246,36 @@ PROBES = {
         size=lambda motif, settings: 4 * motif,
         vocab_size=lambda settings: settings.vocab, vocab=15,
         limit=_short_motifs),
+    'mqar': record.Probe(
+        asks='the value of each key, of pairs that the row begins with',
+        source='Arora et al. 2023, section 3.1; settings of figure 2',
+        differs='',
+        level='pairs', levels=(4,), draw=mqar,
+        size=lambda pairs, settings: 4 * pairs,
+        vocab_size=lambda settings: settings.vocab, vocab=8192,
+        limit=_enough_keys, grows=True, hides=True, length=64,
+        examples=100_000, held_out=3_000),
+    'memorisation': record.Probe(
+        asks='the value of each key, in a table that is the same for all rows',
+        source='Poli et al. 2024, section 3.1, memorisation',
+        differs='The table is of the published seed, but ours: keys have as '
+                'many values, in which the published one has one value more.',
+        level='keys', levels=(127,), draw=memorisation,
+        size=lambda keys, settings: 2,
+        vocab_size=lambda settings: 2 * settings.most + 1,
+        limit=lambda settings, keys: '' if keys <= settings.most else
+        f'training has {settings.most} keys',
+        hides=True, length=32, examples=256),
+    'passkey': record.Probe(
+        asks='the number that was said of a name, in a text',
+        source='Mohtashami and Jaggi 2023, section 4.2; of several, RULER '
+               '(Hsieh et al. 2024), section 3',
+        differs='Lengths are in bytes, for which no tokenizer is needed; the '
+                'sentences around are those of the passkey, in a circle, and '
+                'not essays.',
+        level='numbers', levels=(1,), draw=passkey,
+        size=lambda needles, settings: needles * _NEEDLE + _QUESTION + DIGITS,
+        vocab_size=lambda settings: 256,
+        limit=lambda settings, needles: '' if needles <= len(NAMES) else
+        f'there are {len(NAMES)} names', length=256),
 }

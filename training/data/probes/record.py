@@ -5,7 +5,7 @@ of its targets, those with weight 1, each of which follows from the tokens up to
 its own place. Each row has one of the task's difficulties, its level.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -111,6 +111,3 @@ class Probe(NamedTuple):
   length: int = 128
   examples: int = 12_800
   held_out: int = 1_280
-
-
-Table = Mapping[str, Probe]

@@ -1,4 +1,6 @@
-"""State tracking: after each token, which element is the product of all so far?
+"""Probes of a state that each token changes, and of hops along a row.
+
+State tracking: after each token, which element is the product of all so far?
 (Merrill, Petty and Sabharwal 2024, "The Illusion of State in State-Space
 Models", section 5: word problems of groups.) Parity is the group of two
 elements, counting that of `vocab`; S3 and S5 are all permutations of three and
@@ -9,6 +11,15 @@ A5, and on A4 x Z5, which is not here.
 A first id, the same in all rows, stands before them. Without it a decoder whose
 positions are relative cannot tell how often a token that fills the row so far
 has come: attention takes a mean of equal values.
+
+Induction, in one hop or several (Sanford, Hsu and Telgarsky 2024,
+"Transformers, parallel computation, and logarithmic depth", section 4): where
+did this letter stand last, and which letter followed it there? With k hops the
+question is asked k times, each time of the place that was found.
+
+One hop is the induction head of Olsson et al. 2022. `hops` is the published
+form of several, in which no letter follows itself and a place without so many
+hops has a symbol of its own; none of it is left out of the loss.
 """
 
 from collections.abc import Callable
@@ -19,6 +30,7 @@ import numpy as np
 
 from training.data.probes import record
 from training.data.probes.record import Row, Settings
+
 
 _PAPER = 'Merrill, Petty and Sabharwal 2024, section 5'
 _DIFFERS = ('The paper trains one model for each length, on rows of two tokens '
@@ -76,6 +88,56 @@ def _of(asks: str, draw: Callable[..., Row],
       grows=True, hides=True, length=21, examples=100_000)
 
 
+def found(letters_T: np.ndarray) -> np.ndarray:
+  """Returns for each place t the latest j <= t with letters[j - 1] =
+  letters[t]; -1 where there is none."""
+  found_T = np.full(len(letters_T), -1)
+  after: dict[int, int] = {}  # of a letter: the place after its latest
+  for t, letter in enumerate(letters_T.tolist()):
+    found_T[t] = after.get(letter, -1)
+    after[letter] = t + 1
+  return found_T
+
+
+def induction(rng: np.random.Generator, hops: int, settings: Settings
+         ) -> Row:
+  """Returns a row that fills settings.length: an id that says how many hops,
+  then letters. A place from which there are not so many asks for nothing."""
+  letters_T = rng.integers(0, settings.vocab, settings.length - 1)
+  place_T = places(letters_T, hops)
+  asks = np.flatnonzero(place_T >= 0)
+  tokens = np.concatenate([[settings.vocab + hops - 1], letters_T])
+  return record.asking(tokens, 1 + asks, letters_T[place_T[asks]])
+
+
+def places(letters_T: np.ndarray, hops: int) -> np.ndarray:
+  """Returns where each place's hops end; -1: there are not so many."""
+  step_T, place_T = found(letters_T), np.arange(len(letters_T))
+  for _ in range(hops):
+    place_T = np.where(place_T < 0, -1, step_T[place_T])
+  return place_T
+
+
+def hops_or_none(rng: np.random.Generator, hops: int, settings: Settings
+              ) -> Row:
+  """Returns a row that fills settings.length: an id that says how many hops,
+  then letters of which none is followed by itself. Each of them asks, for a
+  letter or for the symbol of no such place."""
+  vocab, none = settings.vocab, settings.vocab + settings.most + 1
+  steps_T = rng.integers(1, vocab, settings.length - 1)
+  letters_T = (rng.integers(vocab) + np.cumsum(steps_T)) % vocab
+  place_T = places(letters_T, hops)
+  answers_T = np.where(place_T < 0, none, letters_T[place_T])
+  return record.asking(np.concatenate([[vocab + hops], letters_T]),
+                       np.arange(1, settings.length), answers_T)
+
+
+def _limit(settings: Settings, hops: int) -> str:
+  return '' if hops <= settings.most else (
+      f'a row says its number of hops, and training has at most '
+      f'{settings.most}')
+
+
 PROBES = {
     'parity': _of('whether the ones so far are odd in number',
                   lambda rng, count, settings: counted(
@@ -90,4 +152,26 @@ PROBES = {
     'a5': _of('the product so far of even permutations of five things',
               functools.partial(_words, 5, True), lambda _: 60,
               differs=_DIFFERS),
+    'induction': record.Probe(
+        asks='the letter that followed the same letter when it stood last',
+        source='Olsson et al. 2022, induction heads; with several hops as '
+               'Sanford, Hsu and Telgarsky 2024 ask',
+        differs='Rows are of letters at random, and places where the letter '
+                'has not been before ask for nothing. The size of the '
+                'alphabet, the length and the number of examples are ours.',
+        level='hops', levels=(1,), draw=induction,
+        size=lambda hops, settings: hops + 2,
+        vocab_size=lambda settings: settings.vocab + settings.most, vocab=16,
+        limit=_limit, hides=True, length=64),
+    'hops': record.Probe(
+        asks='the letter that so many hops lead to, each to what followed the '
+             'same letter when it stood last',
+        source='Sanford, Hsu and Telgarsky 2024, section 4 and appendix G, as '
+               'in the code published with it',
+        differs='The number of hops at the start of a row asks for nothing, '
+                'where the code has a symbol for it.',
+        level='hops', levels=tuple(range(17)), draw=hops_or_none, least=0,
+        size=lambda hops, settings: 2,
+        vocab_size=lambda settings: settings.vocab + settings.most + 2,
+        vocab=4, limit=_limit, hides=True, length=99, examples=100_000),
 }

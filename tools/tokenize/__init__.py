@@ -1,1 +1,0 @@
-"""Tokenising a corpus with many machines, into shards that runs read."""
