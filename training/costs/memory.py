@@ -22,11 +22,6 @@ from training.optim import shares
 from training.step import parameter_roles, parameter_shares
 
 
-def _items(tree: Any) -> dict:
-  return {path: (x.shape, x.sharding, jnp.dtype(x.dtype).itemsize)
-          for path, x in paths.flatten(tree).items()}
-
-
 def on_device(tree: Any) -> int:
   """Returns the bytes of one device's shards of abstract arrays."""
   return sum(math.prod(x.sharding.shard_shape(x.shape))

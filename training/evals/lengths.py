@@ -16,7 +16,6 @@ from training.data import packing, pipeline
 from training.data.tokenizers import Tokenizer
 from training.distributed import devices
 from training.evals.task import Evaluation
-from training.evals.tasks.extrapolation import Text
 
 TOKENS = 2 ** 17  # at each length, at least
 
@@ -60,18 +59,21 @@ def _sum(fn: Callable, batches: Sequence) -> np.ndarray:
              for batch in progress.each(batches, rows))
 
 
-def text(batches: Sequence[tuple[float, list]]) -> Text:
-  """Returns what the batches of some sources predict at each position."""
+def text(batches: Sequence[tuple[float, list]]
+         ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns how many tokens the batches of some sources predict at each
+  position, [L], and what they count in all."""
   count = jax.jit(lambda batch: batch['weights'].sum(0))
   tokens = [_sum(count, own) for _, own in batches]
-  return Text(sum(tokens).astype(int),
-              sum(each * x for (each, _), x in zip(batches, tokens)))
+  return (sum(tokens).astype(int),
+          sum(each * x for (each, _), x in zip(batches, tokens)))
 
 
 def by_position(evaluation: Evaluation, model: ModelConfig,
-                batches: Sequence[tuple[float, list]], text: Text
+                batches: Sequence[tuple[float, list]], text: Any
                 ) -> np.ndarray:
-  """Mean loss at each position, [L], in nats; nan where there is no token."""
+  """Returns the mean loss at each position, [L], in nats, of a Text; nan where
+  there is no token."""
   module = architectures.build(model)
   objective = objectives.of(evaluation.run.config)
 

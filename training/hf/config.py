@@ -133,11 +133,6 @@ class Reader:
     return choices[found]
 
   @property
-  def tree(self) -> Mapping[str, Any]:
-    """The whole of it, of which nothing is thereby asked for."""
-    return self._tree
-
-  @property
   def model_type(self) -> str:
     return self('model_type', '')
 
@@ -291,16 +286,16 @@ def write_bare(config: ModelConfig) -> dict[str, Any]:
 def check_same(ours: ModelConfig, theirs: ModelConfig, why: str) -> None:
   """Raises ValueError naming a field in which two models differ, or that they
   drop other tokens when they are evaluated."""
-  different = differences(ours, theirs)
+  lines = [*different(ours, theirs).values()]
   if _room(ours) != _room(theirs):
     factor, size, *others = (
         tables.get(c, f'moe.{name}') for c in (ours, theirs)
         for name in ('eval_capacity_factor', 'group_size'))
-    different.append(
+    lines.append(
         f'model.moe.eval_capacity_factor is {factor:g} with '
         f'model.moe.group_size {size}, not {others[0]:g} with {others[1]} '
         '(`tools.convert export --dropless` writes the first as 0)')
-  require(not different, f'{"; ".join(different)}: {why}')
+  require(not lines, f'{"; ".join(lines)}: {why}')
 
 
 def _room(config: ModelConfig) -> tuple | None:
@@ -315,11 +310,6 @@ def _room(config: ModelConfig) -> tuple | None:
     return 0, round(share, 6)
   return m.group_size, routing.capacity(m.eval_capacity_factor, m.group_size,
                                       m.top_k, m.num_experts)
-
-
-def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-  """Returns the lines of `different`."""
-  return [*different(ours, theirs).values()]
 
 
 def different(ours: ModelConfig, theirs: ModelConfig) -> dict[str, str]:

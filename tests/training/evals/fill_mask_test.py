@@ -6,13 +6,10 @@ import types
 import jax
 import numpy as np
 import pytest
-import tokenizers as hf_tokenizers
 
 from configs.errors import RequestError
 from tests.helpers import evaluations
 from training import evals
-from training.data import tokenizers
-from training.evals.tasks import fill_mask
 
 VOCAB = ('[PAD] [UNK] [CLS] [SEP] [MASK] paris is the capital of france a city '
          'in germany . ##s').split()
@@ -103,29 +100,6 @@ def test_a_prompt_that_cannot_be_filled_is_refused(wordpiece, prompt, said):
   with pytest.raises(RequestError, match=said):
     evaluations.run('fill_mask', asked(wordpiece, prompt))
   evaluations.run('fill_mask', asked(wordpiece, '[MASK] ' + 'a ' * 13))
-
-
-@pytest.mark.parametrize('text', [
-    'a <mask> b', 'a<mask>b', '<mask>', 'a <mask> <mask>'])
-def test_robertas_mask_takes_the_space_before_it_along(tmp_path, text):
-  """As the library that runs the tokenizer reads such a text by itself."""
-  vocab = {token: i for i, token in enumerate(
-      ['<s>', '</s>', '<mask>', 'a', 'b', 'Ġ', 'Ġb'])}
-  own = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE(vocab, [('Ġ', 'b')]))
-  own.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(
-      add_prefix_space=False)
-  own.decoder = hf_tokenizers.decoders.ByteLevel()
-  own.add_special_tokens([
-      '<s>', '</s>', hf_tokenizers.AddedToken('<mask>', lstrip=True)])
-  own.save(str(tmp_path / 'tokenizer.json'))
-  (tmp_path / 'tokenizer_config.json').write_text(
-      '{"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}')
-  ours = tokenizers.load(str(tmp_path))
-  for written in (text, text.replace('<mask>', '[MASK]')):
-    assert fill_mask.laid_out(written, ours, 16)[1:-1].tolist() == (
-        own.encode(text).ids)
-  assert [fill_mask.spelt(i, ours) for i in (0, 2, 3, 6, 7)] == [
-      '<s>', '<mask>', 'a', ' b', '<7>']
 
 
 def given(*names):

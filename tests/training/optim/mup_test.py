@@ -1,6 +1,5 @@
 """muP: the standard form at the base, and by shape the rules at every width."""
 
-import math
 
 from configs import base
 import flax.linen as nn
@@ -9,8 +8,7 @@ import numpy as np
 import pytest
 
 import architectures
-from tests.architectures.recurrent.recurrent_laws_test import FIXED, OTHERS
-from tests.helpers import models, recurrences
+from tests.helpers import models
 from training import paths, runs
 from training.step import abstract_params, parameter_roles
 from training.optim import mup, optimizers
@@ -93,38 +91,6 @@ def test_rates_agree_with_the_shapes(system, parts):
       adam, sgd = r, r * r
     got = [trees[name][path] for name in ('adamw', 'lion', 'sgd')]
     assert got == [adam, adam, sgd], path
-
-
-@pytest.mark.parametrize('mixer, widen', [
-    (mixer, widen) for mixer in recurrences.NAMES for widen in (
-        'size', 'heads') if (mixer, widen) != ('kda', 'size')])
-def test_rates_of_recurrences_agree_with_the_shapes(mixer, widen):
-  """Of heads that are larger, or more: a rate makes up for the factor of a
-  product, and beyond that goes by the fan-in and, with SGD, the fan-out."""
-  r = 4
-  def make(wider):
-    heads = 4 * wider if widen == 'heads' else 4
-    return architectures.build(models.config(
-        'llama', d_model=BASE * wider, num_heads=heads, num_kv_heads=heads,
-        d_ff=48 * wider, num_layers=1, mixer=mixer, mamba2=dict(groups=2),
-        parametrization='mup', mup_base_width=BASE,
-        mup_base_head_dim=BASE // 4))
-  small, large = (flat(make(wider)) for wider in (1, r))
-  rates = {name: paths.flatten(mup.rates(
-      make(r).config, name, parameter_roles(make(r)))) for name in mup.RATES}
-  at = 'decoder/layers/block_0/attention/'
-  for path, x in large.items():
-    name = path.removeprefix(at)
-    if name == path:
-      continue
-    wide = [b // a for a, b in zip(small[path].shape[1:], x.shape[1:])]
-    ins = {'out': (0, 1), 'decay_up': (0,), 'gate_up': (0,)}.get(
-        name, (0,) if x.shape[1] == BASE * r else ())
-    inputs = math.prod(wide[i] for i in ins)
-    outputs = math.prod(wide) // inputs
-    factor = r if name in FIXED.get(mixer, OTHERS) else 1
-    assert rates['adamw'][path] == factor / inputs, path
-    assert rates['sgd'][path] == factor ** 2 * outputs / inputs, path
 
 
 @pytest.mark.parametrize('name', sorted(

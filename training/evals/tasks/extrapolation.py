@@ -53,7 +53,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   curves, texts = {}, {}
   for multiple in MULTIPLES:
     sources = list(lengths.sources(evaluation, multiple, max(MULTIPLES)))
-    texts[multiple] = lengths.text(sources)
+    texts[multiple] = Text(*lengths.text(sources))
     # None where the model refuses the length.
     variants = positions.of(model).longer(model, length, multiple,
                                           evaluation.options.interpolate)
