@@ -19,7 +19,7 @@ from configs.errors import RequestError
 from tests.architectures import product_test
 from tests.helpers import adding, models, sweeps
 from tests.training import step_test
-from tools.compare import check, cost, matching
+from tools.compare import check, cost
 from training.costs import flops, totals
 from training.optim import schedules
 from training.workdir import run_config
@@ -295,7 +295,7 @@ def test_a_sweep_gives_it_the_flops_of_the_base(part, tmp_path):
   fields |= {f'model.{part.field}': part.name}
   width = 'model.moe.d_ff' if fields.pop('model.moe.d_ff', 0) else 'model.d_ff'
   parser = argparse.ArgumentParser()
-  check.add_sweep_arguments(parser)
+  check.add_file_arguments(parser)
   description = check.describe(parser.parse_args([
       sweeps.write(tmp_path, f"  add('added', **{fields!r})\n"),
       '--match=flops_per_token', f'--match_field={width}']))
@@ -303,7 +303,7 @@ def test_a_sweep_gives_it_the_flops_of_the_base(part, tmp_path):
   added = points.pop('added')
   [base] = points.values()
   assert added['flops_per_token'] == pytest.approx(
-      base['flops_per_token'], rel=matching.TOLERANCE)
+      base['flops_per_token'], rel=cost.TOLERANCE)
   assert added['matched'] == ([width] if part.flops else [])
 
 

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def submit(args: argparse.Namespace) -> int:
   """Submits an array of jobs through submitit, as sweeps do."""
-  from tools.compare import slurm_array
+  from tools.compare import slurm
   require(not storage.in_bucket(args.logs), f'--logs is {args.logs!r}: choose '
           'a folder that the nodes share')
   commands = [command(args, args.jobs, i, args.processes)
@@ -107,7 +107,7 @@ def submit(args: argparse.Namespace) -> int:
   print('each job of the array:', shlex.join(commands[0]))
   if not args.dry_run:
     name = re.sub('[^a-z0-9]+', '-', args.out.lower()).strip('-')
-    slurm_array.submit(commands, pathlib.Path(
+    slurm.submit(commands, pathlib.Path(
         args.logs or f'logs/tokenize-{name[-40:]}'), args.slurm, 'tokenize')
   return 0
 

@@ -190,14 +190,15 @@ def declare(model: ml_collections.ConfigDict, kind: str, field: str) -> None:
   of_model = tables.OF_LAYERS.get(name, '')
   group = of_model in tables.GROUPS
   who = f'model.kinds.{kind}.{field}'
+  choices = tuple(model[of_model]) if group else ()
   require(of_model != '', f'{who} is no field that a kind may change: choose '
           f'from {", ".join(tables.OF_LAYERS)}')
   require(not group or bool(inner), f'{who} is a group of fields: set one of '
           'them, ' + ', '.join(f'model.kinds.{kind}.{name}.{x}'
-                               for x in model.get(of_model, ())))
+                               for x in choices))
   require(group or not inner, f'{who} is one value and has no fields')
   require(not group or inner in model[of_model], f'{who} is no field of '
-          f'model.{name}: choose from {", ".join(model.get(of_model, ()))}')
+          f'model.{name}: choose from {", ".join(choices)}')
   tables.check_kinds({kind: {}})
   with model.unlocked():
     at = model.kinds

@@ -30,8 +30,8 @@ def plan(**changes) -> plans.Plan:
 def frozen(of: plans.Plan, steps: int = 100) -> frozen_lib.Frozen:
   base = {'train': {'steps': steps}, 'optim': {
       'lr': 2e-3, 'warmup_steps': 10, 'decay_steps': 0},
-          'checkpoint': {'every_steps': 50}, 'log': {'every_steps': 20},
-          'data': {'batch_ramp': '40:8'}}
+          'checkpoint': {'every_steps': 50, 'average': 0},
+          'log': {'every_steps': 20}, 'data': {'batch_ramp': '40:8'}}
   points = [
       {'variant': variant, 'size': size, 'workload': workload,
        'changes': {'model.d_model': 8 << i}

@@ -5,7 +5,7 @@ import json
 import pathlib
 import sys
 
-from tools.compare import commands, layout, ledger, run
+from tools.compare import layout, ledger, run
 from training.workdir import run_config
 
 FILE = '''
@@ -50,7 +50,8 @@ def write(folder: pathlib.Path, points: str = POINTS, seeds: int = 2,
 def arguments(*words: str) -> argparse.Namespace:
   parser = argparse.ArgumentParser()
   run.add_arguments(parser)
-  alone = [] if '--vectorised' in words else ['--novectorised']
+  alone = [] if any(word.startswith('--group') for word in words) or (
+      '--launcher=print' in words) else ['--group=1']
   return parser.parse_args([*words, *alone])
 
 
@@ -85,19 +86,19 @@ def fake(monkeypatch) -> None:
 
   def evaluate(workdir, point, seed, tasks):
     path = layout.run_folder(workdir, point, seed) / 'eval.json'
-    figures = json.dumps(dict.fromkeys(tasks, 1))
+    figures = json.dumps(dict.fromkeys(tasks.split(','), 1))
     return ['-c', 'import pathlib, sys; '
             'pathlib.Path(sys.argv[1]).write_text(sys.argv[2])', str(path),
             figures]
 
-  def train_together(workdir, runs):
+  def together(workdir, runs, tasks=''):
     # As a program that ends in an error of one of its runs.
     return ['-c', 'import sys; sys.exit("error: one of us is bad")',
             *(f'{workdir}/points/{point}' for point, _ in runs)]
 
-  monkeypatch.setattr(commands, 'train', train)
-  monkeypatch.setattr(commands, 'train_together', train_together)
-  monkeypatch.setattr(commands, 'evaluate', evaluate)
+  monkeypatch.setattr(layout, 'train_command', train)
+  monkeypatch.setattr(layout, 'group_command', together)
+  monkeypatch.setattr(layout, 'evaluate_command', evaluate)
 
 
 # Claims what is pending in the ledger of a folder; says so, and lives on.

@@ -5,9 +5,8 @@ import pytest
 
 from configs.errors import RequestError
 from tests.helpers import forked
-from tools.compare import study_run as study
-from tools.compare import layout as sweep
 from tools import tokenize
+from tools.compare import layout
 
 HUGE = 10**20
 
@@ -44,9 +43,9 @@ def _refused(enter, folder) -> str:
 
 
 @pytest.mark.parametrize('enter, own', [
-    (sweep.try_folder, 'sweep.json'), (study.try_folder, 'study.json'),
+    (layout.try_folder, 'sweep.json'),
     (lambda folder: tokenize.main(['none:', '--out', str(folder)]),
-     'begun.json')], ids=['sweep', 'study', 'tokenize'])
+     'begun.json')], ids=['sweep', 'tokenize'])
 def test_the_folder_of_a_run_is_refused(enter, own, tmp_path):
   told = 'holds a training run: choose another folder'
   (tmp_path / 'config.json').touch()

@@ -1,4 +1,5 @@
-"""check: every point validated and counted before anything runs."""
+"""check: every point validated and counted before anything runs; of a study,
+its phases and what they cost."""
 
 import argparse
 from collections.abc import Collection
@@ -8,40 +9,65 @@ import subprocess
 import sys
 
 from configs.errors import EnvironmentFailure, RequestError, require
-from tools.compare import commands, cost, layout, matching, spec, systems
+from tools.compare import cost, layout, spec
 from tools.compare import ledger as ledger_lib
-from training import progress
+from training import limits, progress
 
-
-# Fields by which a batch is made: points that differ in one share no batches.
-BATCHES = ('data.', 'objective', 'span.', 'probe.')
+# What only a sweep's file is read with, or only a study's; with its default.
+_OF_A_SWEEP = {'seeds': 0, 'match': '', 'match_field': '', 'devices': 0,
+               'topology': ''}
+_OF_A_STUDY = {'time': False, 'until': 'report', 'amend': '', 'anyway': False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  add_sweep_arguments(parser)
-  parser.add_argument('--workdir', default='', help='write sweep.json here')
-  parser.add_argument('--topology', default='', help='compile each point for '
-                      'it through tools.plan, as v5e:4x4')
+  add_file_arguments(parser)
+  parser.add_argument('--workdir', default='', help='write sweep.json here; of '
+                      'a study that has run in part: take the hours from it')
+  parser.add_argument('--topology', default='', help='of a sweep: compile each '
+                      'point for it through tools.plan, as v5e:4x4')
+  parser.add_argument('--time', action='store_true', help='of a study: train '
+                      'the base for some steps at each size, to say the hours')
   parser.add_argument('--json', action='store_true', help='print JSON')
 
 
-def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
-  """What `check` and `run` alike are told of the sweep."""
-  parser.add_argument('file', help='of configs/sweeps/')
-  parser.add_argument('--seeds', type=int, default=0,
-                      help='how many: 0, 1, ...; default: the file\'s, or 3')
-  parser.add_argument('--match', default='', choices=('', *matching.WHAT),
-                      help='give every point the base\'s cost')
+def add_file_arguments(parser: argparse.ArgumentParser) -> None:
+  """What `check` and `run` alike are told of a file and of the machine."""
+  parser.add_argument('file', help='of configs/sweeps/ or configs/studies/')
+  parser.add_argument('--seeds', type=int, default=0, help='of a sweep, how '
+                      'many: 0, 1, ...; default: the file\'s, or 3')
+  parser.add_argument('--match', default='', choices=('', *spec.MATCH),
+                      help='of a sweep: give every point the base\'s cost')
   parser.add_argument('--match_field', default='', help='the field that is '
-                      f'solved for it; default: {matching.FIELD}')
-  parser.add_argument('--devices', type=int, default=0, help='to lay a run '
-                      'over; default: as few as its mesh allows')
+                      f'solved for it; default: {spec.MATCH_FIELD}')
+  parser.add_argument('--devices', type=int, default=0, help='of a sweep: to '
+                      'lay a run over; default: as few as its mesh allows')
+  parser.add_argument('--parallel', type=int, default=1,
+                      help='processes at once (%(default)s)')
+  parser.add_argument('--group', type=int, default=8, help='how many runs that '
+                      'differ in numbers alone train as one program at most; '
+                      '1: each as its own (%(default)s)')
+
+
+def check_arguments(args) -> bool:
+  """Raises RequestError for numbers that cannot be and for flags that the file
+  is not read with; returns whether it is a study's."""
+  for name, most in (('parallel', 512), ('group', 100_000)):
+    limits.number(f'--{name}', getattr(args, name), (('>=', 1), ('<=', most)))
+  study = spec.is_study(args.file)
+  others, kind = (_OF_A_SWEEP, 'sweep') if study else (_OF_A_STUDY, 'study')
+  for flag, unset in others.items():
+    require(getattr(args, flag, unset) == unset, f'--{flag} is of a {kind}, '
+            f'and {args.file} is none: leave it out')
+  return study
 
 
 def main(args) -> int:
+  if check_arguments(args):
+    from tools.compare import study
+    return study.check(args)
   if args.workdir:
     layout.try_folder(args.workdir)
-  description = describe(args, args.workdir)
+  description = describe(args)
   points = description['points']
   plans = ([_plan(description, point, args.topology) for point in points]
            if args.topology else [])
@@ -54,55 +80,44 @@ def main(args) -> int:
   return 0
 
 
-def describe(args, workdir: str = '') -> dict:
+def describe(args) -> dict:
   """Returns the description of the sweep that sweep.json holds.
 
   Args:
-    args: as add_sweep_arguments defines them.
-    workdir: of the sweep, which may have begun there.
+    args: as add_file_arguments defines them.
 
   Raises:
-    ValueError: for the first bad point.
+    RequestError: for the first bad point.
   """
   from training.workdir import run_config
   cost.off_devices()
   sweep = spec.read_sweep_file(args.file, args.seeds)
-  systems.refuse_names_alone(sweep, _held(workdir))
-  field = args.match_field or matching.FIELD
-  if args.match_field and not args.match:
-    raise RequestError(f'--match_field is {args.match_field}, but nothing is '
-                       f'matched: pass --match, of {", ".join(matching.WHAT)}')
+  spec.refuse_names_alone(sweep)
+  field = args.match_field or spec.MATCH_FIELD
+  require(bool(args.match) or not args.match_field, f'--match_field is '
+          f'{args.match_field}, but nothing is matched: pass --match, of '
+          f'{", ".join(spec.MATCH)}')
   if args.match:
-    sweep = matching.match(sweep, args.match, field,
-                           lambda config: cost.figure(config, args.match))
+    sweep = cost.match(sweep, args.match, field)
   base = cost.of(sweep.base)
-  description = {
+  return {
       'name': sweep.name, 'file': sweep.file, 'match': sweep.match,
       'match_field': field if args.match else '',
       'base': sweep.base_name,
       'base_config': run_config.to_json(sweep.base),
-      'paired': not any(key.startswith(BATCHES) for point in sweep.points
+      'paired': not any(key.startswith(spec.BATCHES) for point in sweep.points
                         for key in point.changes),
       'points': [_row(sweep, point, base, args.devices)
                  for point in progress.each(sweep.points, 'points checked')]}
-  _check_differences(sweep, description)
-  return description
-
-
-def _held(workdir: str) -> set[str]:
-  """Returns the names of the points that a workdir has already."""
-  if not workdir or not (pathlib.Path(workdir) / 'sweep.json').is_file():
-    return set()
-  return {row['name'] for row in layout.load_description(workdir)['points']}
 
 
 def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
   from architectures.parts import tables
-  from training import limits, runs
+  from training import runs
   config = sweep.config(point)
   try:
-    model = runs.resolve_alone(config)
-    limits.refuse_unread_of(point.changes, config, model)
+    cost.check(config, point.changes)
+    unread = tables.unread(runs.resolve_alone(config))
     figures = cost.of(config)
     nbytes = cost.bytes_per_device(config, devices)
     require(bool(config.eval.every_steps or config.eval.tasks
@@ -115,7 +130,7 @@ def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
   return {
       'name': point.name, 'changes': dict(point.changes),
       'matched': list(point.matched),
-      'follows': _follows(point, figures, base, tables.unread(model)),
+      'follows': _follows(point, figures, base, unread),
       'params': figures.params, 'active_params': figures.active_params,
       'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
       'bytes_per_device': nbytes['peak'], 'bytes_by_part': nbytes,
@@ -134,78 +149,31 @@ def _follows(point, figures: cost.Cost, base: cost.Cost,
           and key.removeprefix('model.') not in unread}
 
 
-def _check_differences(sweep, description: dict) -> None:
-  """Raises ValueError where a point, as its runs will get it out of JSON, is
-  not what the file made of it, or differs from the base in a key that it did
-  not declare: mistakes of this program alone. What a declared change makes of
-  fields that were left open is no such difference: `follows` tells it."""
-  from training.workdir import run_config
-  base = run_config.flatten(run_config.from_json(description['base_config']))
-  description = json.loads(json.dumps(description))
-  for made, point in zip(sweep.points, description['points'], strict=True):
-    config = run_config.flatten(
-        layout.config(description, point['name'], base['seed']))
-    made = run_config.flatten(sweep.config(made))
-    undeclared = [
-        key for key in config if config[key] != made.get(key) or (
-            config[key] != base.get(key)
-            and not spec.sets(point['changes'], key))]
-    if undeclared:
-      raise RequestError(f'point {point["name"]!r} differs from the base in '
-                         f'{", ".join(undeclared)}, which it does not declare')
-
-
 def save(workdir, description: dict) -> None:
-  """Writes sweep.json; points may be added to one that is there, not changed.
+  """Writes sweep.json; points and seeds may be added to one that is there.
 
   Raises:
-    ValueError: where the workdir holds another sweep.
+    RequestError: where the workdir holds another sweep.
   """
   # Another `run` may add to it at the same time: one after the other.
   with ledger_lib.Ledger(workdir) as ledger, ledger.transaction():
-    _merge(workdir, description)
+    if (pathlib.Path(workdir) / 'sweep.json').exists():
+      old = layout.load_description(workdir)
+      told = layout.unlike(old, description)
+      names = {row['name'] for row in description['points']}
+      told += [f'point {row["name"]!r} is gone' for row in old['points']
+               if row['name'] not in names]
+      require(not told, f'{workdir} holds another sweep: {"; ".join(told)}; '
+              'take another --workdir')
+      description = layout.merged(old, description)
     layout.save_description(workdir, description)
-
-
-def _merge(workdir, description: dict) -> None:
-  """Adds to the description the seeds that sweep.json has beyond it."""
-  if (pathlib.Path(workdir) / 'sweep.json').exists():
-    old = layout.load_description(workdir)
-    for key in ('base', 'base_config', 'match', 'match_field'):
-      _same(workdir, key, old[key], description[key])
-    points = {point['name']: point for point in description['points']}
-    for point in old['points']:
-      name = point['name']
-      if name not in points:
-        raise RequestError(f'{workdir} holds a point {name!r}, which the sweep '
-                           'no longer has: take another --workdir')
-      _same(workdir, f'point {name!r}', point['changes'],
-            points[name]['changes'])
-      points[name]['seeds'] = sorted({*point['seeds'],
-                                      *points[name]['seeds']})
-
-
-def _same(workdir, what: str, old, new) -> None:
-  new = json.loads(json.dumps(new))  # as the old: lists for tuples
-  if old == new:
-    return
-  if what == 'base_config':
-    from training.workdir import run_config
-    old, new = run_config.flatten_dict(old), run_config.flatten_dict(new)
-    what = 'the base, in ' + ', '.join(
-        key for key in {**old, **new} if old.get(key) != new.get(key))
-    told = 'differs'
-  else:
-    told = f'was {old!r} and is {new!r}'
-  raise RequestError(f'{workdir} holds another sweep: {what} {told}; take '
-                     'another --workdir')
 
 
 def _plan(description: dict, point: dict, topology: str) -> dict:
   """Returns what tools.plan says of a point."""
   command = [sys.executable, '-m', 'tools.plan', '--json',
              f'--topology={topology}', '--config', description['file'],
-             *commands.flags(point['changes'])]
+             *layout.flags(point['changes'])]
   result = subprocess.run(command, capture_output=True, text=True)
   if result.returncode:
     said = result.stderr.strip().splitlines() or ['it said nothing']
@@ -234,14 +202,12 @@ def table(description: dict) -> str:
   """Costs of all points, then how each differs from the base."""
   points = description['points']
   base = next(p for p in points if p['name'] == description['base'])
-  rows = [[heading for heading, _ in COLUMNS]]
-  rows += [[cell(point, base) for _, cell in COLUMNS] for point in points]
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  lines = ['  '.join(
-      [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-      for row in rows]
+  lines = layout.columns([
+      [heading for heading, _ in COLUMNS],
+      *([cell(point, base) for _, cell in COLUMNS] for point in points)])
+  width = max(len(point['name']) for point in points)
   lines += ['', f'differences from {base["name"]}:']
-  lines += [f'  {point["name"].ljust(widths[0])}  '
+  lines += [f'  {point["name"].ljust(width)}  '
             f'{_differences(description, point)}'
             for point in points if point is not base]
   seeds = points[0]['seeds']

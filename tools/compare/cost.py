@@ -1,12 +1,21 @@
-"""What one point costs, and everything that a run would refuse in it, without
-device work: the config is checked, the model built by eval_shape, the state
-laid over a mesh that is only described."""
+"""What one point costs, everything that a run would refuse in it, and points of
+equal cost. Without device work: the config is checked, the model built by
+eval_shape, the state laid over a mesh that is only described."""
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 import math
 
-from configs.errors import require
+from configs.errors import RequestError, require
+from tools.compare import spec
+from training import limits
+
+# Of a cost that is made equal to the base's:
+TOLERANCE = 0.01  # what may be off at most
+NEAR = 0.0025  # what is left alone, or rounded for
+STEP = 8  # a width that hardware likes
+LARGEST = 2 ** 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +69,19 @@ def figure(config, what: str) -> float:
   return getattr(of(config), what)
 
 
+def check(config, changes: Mapping) -> None:
+  """Raises RequestError for whatever a run of `config`, of which `changes` were
+  made, would refuse before it starts, and for what no comparison can have."""
+  from training import runs
+  from training.data import pipeline
+  runs.check_config(config)
+  limits.refuse_unread_of(changes, config, runs.resolve_alone(config))
+  require(not config.eval.patience, f'eval.patience is {config.eval.patience}: '
+          'runs are compared after their last step, and none ends before it; '
+          'leave it at 0')
+  pipeline.check_sources(config)
+
+
 def bytes_per_device(config, devices: int = 0) -> dict[str, int]:
   """Estimates the bytes on each device: parameters, gradients, optimiser, what
   the backward pass keeps, the largest layer, and the peak, their sum. `check
@@ -70,19 +92,11 @@ def bytes_per_device(config, devices: int = 0) -> dict[str, int]:
     devices: to lay it over; 0: as few as config.mesh allows.
 
   Raises:
-    ValueError: for whatever a run would refuse before it starts.
+    RequestError: where the mesh cannot be laid over them.
   """
   from configs import sharding as mesh_tables
-  from training.distributed import devices as devices_lib
-  from training import runs
   from training.costs import memory
-  from training.data import sources
-  runs.check_config(config)
-  require(not config.eval.patience, f'eval.patience is {config.eval.patience}: '
-          'the points of a sweep are compared after their last step, and none '
-          'ends before it; leave it at 0')
-  for source in filter(None, (config.data.source, config.data.eval_source)):
-    sources.parse(source)
+  from training.distributed import devices as devices_lib
   least = math.prod(max(config.mesh[axis], 1) for axis in mesh_tables.MESH_AXES)
   shape = devices_lib.mesh_shape(config.mesh, devices or least)
   return memory.analytic(
@@ -129,3 +143,96 @@ def _parameters(model) -> tuple[int, int]:
   """Sweeps of the optimiser ask for the same model many times."""
   from training.costs import totals
   return totals.parameters(model)
+
+
+def match(sweep: spec.Sweep, what: str, field: str) -> spec.Sweep:
+  """Returns the sweep with `field` solved in each point that needs it.
+
+  A point within 0.25 % of the base is left alone. Else the field becomes the
+  multiple of 8 that comes as near or, if none does, the nearest integer.
+
+  Args:
+    sweep: as read.
+    what: the figure of a Cost that is made equal, of spec.MATCH.
+    field: an integer field of the config by which the cost grows.
+
+  Raises:
+    RequestError: naming the point that cannot be matched, and why.
+  """
+  spec.changed(sweep.base, {field: STEP}, '--match_field')  # it is an integer
+  target = figure(sweep.base, what)
+  points = []
+  for point in sweep.points:
+    try:
+      points.append(_solved(sweep, point, what, field, target))
+    except RequestError as error:
+      raise RequestError(f'point {point.name!r}: {error}') from error
+  return dataclasses.replace(sweep, points=tuple(points), match=what)
+
+
+def _solved(sweep, point, what, field, target) -> spec.Point:
+  @functools.cache  # because it traces a model
+  def cost(value) -> float:
+    changes = {**point.changes, field: value}
+    return figure(spec.changed(sweep.base, changes, 'it'), what)
+
+  def off(value) -> float:
+    return abs(cost(value) / target - 1)
+
+  if abs(figure(sweep.config(point), what) / target - 1) <= NEAR:
+    return point
+  if field in point.changes:
+    raise RequestError(
+        f'it sets {field}, which --match={what} would solve: '
+        'name another field with --match_field, or leave it out of the point')
+  if (sweep.config(point).model.parametrization == 'mup'
+      and not field.endswith('layers')):
+    raise RequestError(
+        f'it is in muP, whose widths go together, and --match={what} would '
+        f'change {field} alone: match by the number of layers '
+        '(--match_field=model.num_layers), or not at all')
+  best = None
+  for step, enough in ((STEP, NEAR), (1, TOLERANCE)):
+    step = _step(sweep, point, field, step)
+    best = min(_around(cost, target, step), key=off, default=None)
+    if best is not None and off(best) <= enough:
+      return spec.Point(point.name, {**point.changes, field: best}, (field,))
+  near = '' if best is None else (
+      f': {field}={best} comes nearest, at {cost(best):,.0f}')
+  raise RequestError(
+      f'it cannot be matched: no {field} gives it the {what} '
+      f'of the base, {target:,.0f}, within {TOLERANCE:.0%}{near}. Match '
+      f'something else of {", ".join(spec.MATCH)}, or by another --match_field')
+
+
+def _step(sweep, point, field: str, step: int) -> int:
+  """Heads must divide the width that is solved for."""
+  model = sweep.config(point).model
+  if field == 'model.d_model' and not model.head_dim:
+    return math.lcm(step, 2 * model.num_heads)
+  return 1 if field.endswith('layers') else step
+
+
+def _around(cost, target: float, step: int) -> list[int]:
+  """Returns the multiples of `step` on both sides of the target; one or none
+  where the cost does not reach so far."""
+  low, high = 1, 2
+  at_low = cost(low * step)
+  if at_low >= target:
+    return [low * step]
+  # Costs are almost linear in a width: a step along the line through two of
+  # them comes near the target, and another one brackets it.
+  while (at_high := cost(high * step)) < target:
+    if at_high <= at_low or high * step > LARGEST:
+      return []  # the field changes nothing here
+    more = (target - at_high) / ((at_high - at_low) / (high - low))
+    low, at_low = high, at_high
+    high = max(high + 1, min(high + math.ceil(more), 2 * LARGEST // step))
+  while high - low > 1:
+    share = (target - at_low) / (at_high - at_low)
+    middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+    if (at_middle := cost(middle * step)) < target:
+      low, at_low = middle, at_middle
+    else:
+      high, at_high = middle, at_middle
+  return [low * step, high * step]

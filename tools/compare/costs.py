@@ -8,7 +8,7 @@ import tempfile
 from typing import NamedTuple
 
 from tools.compare import frozen as frozen_lib
-from tools.compare import phases, results, tuning
+from tools.compare import layout, phases, results, tuning
 from tools.compare import plan as plans
 from tools.compare import ledger as ledger_lib
 
@@ -192,14 +192,13 @@ def table(costs: Sequence[Cost], parallel: int) -> str:
                sum(c.flops for c in costs), None if None in [
                    c.seconds for c in costs] else sum(
                        c.seconds for c in costs))
-  rows = [('phase', 'runs', 'programs', 'tokens', 'FLOPs', 'hours', '')]
-  rows += [(c.phase, f'{c.runs:,}', f'{c.programs:,}', f'{c.tokens:,.0f}',
-            f'{c.flops:.3g}', hours(c, parallel), c.note)
-           for c in (*costs, total)]
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  return '\n'.join('  '.join(
-      [row[0].ljust(widths[0]), *map(str.rjust, row[1:6], widths[1:6]), row[6]]
-      ).rstrip() for row in rows)
+  lines = layout.columns([
+      ('phase', 'runs', 'programs', 'tokens', 'FLOPs', 'hours'),
+      *((c.phase, f'{c.runs:,}', f'{c.programs:,}', f'{c.tokens:,.0f}',
+         f'{c.flops:.3g}', hours(c, parallel)) for c in (*costs, total))])
+  notes = ('', *(c.note for c in (*costs, total)))
+  return '\n'.join(f'{line}  {note}'.rstrip()
+                   for line, note in zip(lines, notes))
 
 
 def hours(cost: Cost, parallel: int) -> str:

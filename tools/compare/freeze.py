@@ -1,33 +1,24 @@
 """freeze: makes the plan of a study's file, checked before anything is run."""
 
-from collections.abc import Mapping
 import dataclasses
 import math
 import pathlib
 from typing import Any
 
-import ml_collections
-
 from configs import base as base_config
 from configs.errors import RequestError, require
+from tools.compare import cost, spec
 from tools.compare import frozen as frozen_lib
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
-from tools.compare import study_spec
 from tools.compare import tuning as tuning_lib
-from tools.compare import cost, matching, systems
-from tools.compare import spec as sweep_spec
 from training import limits, progress
 
 PARTS = ('first', 'second')  # eval.part of tuning, and of all else
 
 
-def freeze(file: str, workdir: str = '') -> frozen_lib.Frozen:
+def freeze(file: str) -> frozen_lib.Frozen:
   """Returns the plan of a study's file.
-
-  Args:
-    file: its path.
-    workdir: of the study, which may have begun there.
 
   Raises:
     RequestError: for the first thing in it that cannot be, or that would make
@@ -35,83 +26,76 @@ def freeze(file: str, workdir: str = '') -> frozen_lib.Frozen:
   """
   from training.workdir import provenance, run_config
   cost.off_devices()
-  spec = study_spec.Spec(file)
-  begun = bool(workdir) and (pathlib.Path(workdir) / 'study.json').exists()
-  systems.refuse_names_alone(
-      spec.sweep, frozen_lib.load(workdir).plan.variants if begun else ())
-  base = spec.sweep.base
-  seeds, tuning = study_spec.seeds(spec), study_spec.tuning(spec, base)
-  measures = study_spec.measures(spec)
-  points = _points(spec, measures)
-  _check_tuned(spec, points, tuning)
-  text = _config(base, points[0]['changes'], 'the base')
-  bytes_per_token = _check_halves(text)
-  configs = [_config(base, row['changes'], 'it') for row in points]
+  study = spec.read_study_file(file)
+  spec.refuse_names_alone(study.sweep)
+  base, given = study.sweep.base, study.given
+  points = _points(study)
+  _check_tuned(study, points)
+  bytes_per_token = _check_halves(
+      spec.changed(base, points[0]['changes'], 'the base'))
+  configs = [spec.changed(base, row['changes'], 'it') for row in points]
   mup = all(c.model.parametrization == 'mup' for c in configs)
-  sizes = tuple(spec.sizes)
+  sizes = tuple(study.sizes)
   plan = plans.Plan(
-      name=pathlib.Path(file).stem, question=spec.given['QUESTION'], file=file,
-      base=spec.sweep.base_name, variants=tuple(
-          point.name for point in spec.sweep.points
-          if point.name != spec.sweep.base_name),
-      sizes=sizes, workloads=tuple(spec.workloads),
+      name=study.sweep.name, question=given['QUESTION'], file=file,
+      base=study.sweep.base_name, variants=tuple(
+          point.name for point in study.sweep.points
+          if point.name != study.sweep.base_name),
+      sizes=sizes, workloads=tuple(study.workloads),
       measures=tuple(_measure(own, base, points, bytes_per_token, file)
-                     for own in measures),
-      seeds=seeds, tuning=tuning, effect=float(spec.given['EFFECT']),
-      alpha=spec.given['ALPHA'], q=spec.given['Q'], power=spec.given['POWER'],
-      unstable=float(spec.given['UNSTABLE']), match=spec.given['MATCH'],
-      match_field=spec.given['MATCH_FIELD'] if spec.given['MATCH'] else '',
+                     for own in study.measures),
+      seeds=study.seeds, tuning=study.tuning, effect=float(given['EFFECT']),
+      alpha=given['ALPHA'], q=given['Q'], power=given['POWER'],
+      unstable=float(given['UNSTABLE']), match=given['MATCH'],
+      match_field=given['MATCH_FIELD'] if given['MATCH'] else '',
       tuned_sizes=sizes[:1] if mup else sizes)
-  _check_budget(plan, configs)
+  least = min(config.train.steps for config in configs)
+  share = tuning_lib.share(plan.tuning, 0)
+  require(least * share >= 1, f'{file}: TUNING buys less than one run: its '
+          f'first rung trains {share:.3g} of {least} steps, which is less than '
+          'one step; take fewer rungs, or a larger keep')
   code = provenance.this_start()
   return frozen_lib.Frozen(
       plan, run_config.to_json(base), points, _sources(file, configs),
       {name: code[name] for name in ('commit', 'diff')})
 
 
-def _config(base, changes: Mapping[str, Any], who: str
-            ) -> ml_collections.ConfigDict:
-  return sweep_spec.changed(base, changes, who)
-
-
-def _points(spec: study_spec.Spec, measures: list[dict]) -> list[dict]:
+def _points(study: spec.Study) -> list[dict]:
   """Returns the rows of Frozen.points, those of the base first."""
-  matched = {size: _matched(spec, size) for size in spec.sizes}
-  work = [(size, workload, point) for size in spec.sizes
-          for workload in spec.workloads for point in matched[size]]
-  work.sort(key=lambda row: row[2].name != spec.sweep.base_name)
-  rows = [_row(spec, measures, *each)
-          for each in progress.each(work, 'points checked')]
+  base = study.sweep.base_name
+  matched = {size: _matched(study, size) for size in study.sizes}
+  work = [(size, workload, point) for size in study.sizes
+          for workload in study.workloads for point in matched[size]]
+  work.sort(key=lambda row: row[2].name != base)
+  rows = [_row(study, *each) for each in progress.each(work, 'points checked')]
   params = [row['params'] for row in rows
-            if row['variant'] == spec.sweep.base_name
-            and row['workload'] == plans.TEXT]
-  require(params == sorted(set(params)), f'{spec.file}: the base has '
+            if (row['variant'], row['workload']) == (base, plans.TEXT)]
+  require(params == sorted(set(params)), f'{study.file}: the base has '
           f'{", ".join(f"{n:,}" for n in params)} parameters at the sizes '
-          f'{", ".join(spec.sizes)}: write them smallest first')
+          f'{", ".join(study.sizes)}: write them smallest first')
   return rows
 
 
-def _matched(spec: study_spec.Spec, size: str) -> tuple[sweep_spec.Point, ...]:
+def _matched(study: spec.Study, size: str) -> tuple[spec.Point, ...]:
   """Returns the variants as they are at a size: what is matched is solved on
   the text, and is the same on every workload."""
-  changes = _workload(spec, size, plans.TEXT, ())
-  sweep = dataclasses.replace(spec.sweep, base=_config(
-      spec.sweep.base, changes, f'{spec.file}, size {size!r},'))
-  what = spec.given['MATCH']
+  changes = _workload(study, size, plans.TEXT, ())
+  sweep = dataclasses.replace(study.sweep, base=spec.changed(
+      study.sweep.base, changes, f'{study.file}, size {size!r},'))
+  what = study.given['MATCH']
   if not what:
     return sweep.points
   try:
-    return matching.match(sweep, what, spec.given['MATCH_FIELD'],
-                          lambda config: cost.figure(config, what)).points
+    return cost.match(sweep, what, study.given['MATCH_FIELD']).points
   except RequestError as error:
-    raise RequestError(f'{spec.file}, size {size!r}, {error}') from error
+    raise RequestError(f'{study.file}, size {size!r}, {error}') from error
 
 
-def _workload(spec: study_spec.Spec, size: str, workload: str,
+def _workload(study: spec.Study, size: str, workload: str,
               tasks: tuple[str, ...]) -> dict[str, Any]:
   """Returns what a size and a workload change in the base."""
-  base, own = spec.sweep.base, spec.workloads[workload]
-  found = dict(spec.sizes[size])
+  base, own = study.sweep.base, study.workloads[workload]
+  found = dict(study.sizes[size])
   if tasks or workload != plans.TEXT:
     found['eval.tasks'] = ','.join(tasks)
   if workload == plans.TEXT:
@@ -133,74 +117,66 @@ def _workload(spec: study_spec.Spec, size: str, workload: str,
       'model.vocab_size': 0, 'model.max_len': 0} | own
 
 
-def _row(spec: study_spec.Spec, measures: list[dict], size: str, workload: str,
-         point: sweep_spec.Point) -> dict:
-  from training import runs
-  from training.data import pipeline
-  who = f'{spec.file}, variant {point.name!r} at size {size!r} on {workload!r}'
+def _row(study: spec.Study, size: str, workload: str, point: spec.Point
+         ) -> dict:
+  variant = f'variant {point.name!r}'
+  asked = [own for own in study.measures if own['workload'] == workload]
   try:
-    changes = {**_workload(spec, size, workload,
-                           measures_lib.tasks(measures, workload)),
+    changes = {**_workload(study, size, workload,
+                           measures_lib.tasks(study.measures, workload)),
                **point.changes}
-    config = _config(spec.sweep.base, changes, 'it')
-    asked = [own for own in measures if own['workload'] == workload]
+    config = spec.changed(study.sweep.base, changes, 'it')
     for own in asked:
-      measures_lib.check_of_task(own, config, f'variant {point.name!r}')
-    runs.check_config(config)
-    limits.refuse_unread_of(changes, config, runs.resolve_alone(config))
-    require(not config.eval.patience, f'eval.patience is '
-            f'{config.eval.patience}: every run of a study trains to its last '
-            'step; leave it at 0')
+      measures_lib.check_of_task(own, config, variant)
+    cost.check(config, changes)
     require(config.eval.every_steps > 0, 'eval.every_steps is 0: a study '
             'compares held-out losses after the last step; set it to '
             'train.steps, or to less for curves and speed-ups')
     require(not config.init_from, f'init_from is {config.init_from!r}: a run '
             'of a study begins with parameters of its own')
-    pipeline.check_sources(config)
     for own in asked:
-      measures_lib.check_reported(own, config, f'variant {point.name!r}')
+      measures_lib.check_reported(own, config, variant)
     figures = cost.of(config)
     vocab = figures.model['model.vocab_size']
     guess = measures_lib.guess(asked, config, vocab)
   except RequestError as error:
-    raise RequestError(f'{who}: {error}') from error
+    raise RequestError(f'{study.file}, {variant} at size {size!r} on '
+                       f'{workload!r}: {error}') from error
   row = {'variant': point.name, 'size': size, 'workload': workload,
-          'changes': changes, 'matched': list(point.matched),
-          'params': figures.params, 'active_params': figures.active_params,
-          'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
-          'vocab': vocab}
+         'changes': changes, 'matched': list(point.matched),
+         'params': figures.params, 'active_params': figures.active_params,
+         'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
+         'vocab': vocab}
   return row | ({} if guess == math.log(vocab) else {'guess': guess})
 
 
-def _check_tuned(spec: study_spec.Spec, points: list[dict],
-                 tuning: plans.Tuning) -> None:
+def _check_tuned(study: spec.Study, points: list[dict]) -> None:
   """Raises RequestError where what is tuned cannot have one of its values, or
   is not read by a variant. The base alone is asked for those to which an edge
   may be moved."""
   from training import runs
-  smallest = next(iter(spec.sizes))
+  smallest, extend = next(iter(study.sizes)), study.tuning.extend
   for row in points:
     if (row['size'], row['workload']) != (smallest, plans.TEXT):
       continue
-    base = row['variant'] == spec.sweep.base_name
-    for moved in range((tuning.extend if base else 0) + 1):
-      for tuned in tuning_lib.corners(tuning, moved):
+    base = row['variant'] == study.sweep.base_name
+    for moved in range((extend if base else 0) + 1):
+      for tuned in tuning_lib.corners(study.tuning, moved):
         told = ', '.join(f'{name}={value:g}' for name, value in tuned.items())
-        beyond = f', to which extend={tuning.extend} may move an edge,'
+        beyond = f', to which extend={extend} may move an edge,' * bool(moved)
         try:
-          runs.check_config(_config(
-              spec.sweep.base, {**row['changes'], **tuned}, 'it'), tuned)
+          runs.check_config(spec.changed(
+              study.sweep.base, {**row['changes'], **tuned}, 'it'), tuned)
         except RequestError as error:
-          raise RequestError(
-              f'{spec.file}: TUNING tries {told}{beyond * bool(moved)} of '
-              f'variant {row["variant"]!r}: {error}') from error
+          raise RequestError(f'{study.file}: TUNING tries {told}{beyond} of '
+                             f'variant {row["variant"]!r}: {error}') from error
 
 
 def _measure(own: dict, base, points: list[dict], bytes_per_token: float,
              file: str) -> plans.Measure:
   point = next(row for row in points if row['workload'] == own['workload'])
   chance = measures_lib.chance(
-      own, _config(base, point['changes'], 'it'), point['vocab'],
+      own, spec.changed(base, point['changes'], 'it'), point['vocab'],
       bytes_per_token if own['workload'] == plans.TEXT else 0.0, file)
   return plans.Measure(own['name'], own['workload'], own['figure'],
                        own['better'], chance)
@@ -218,17 +194,9 @@ def _check_halves(config) -> float:
           'data.holdout_every is 0: a study needs text that is held out')
   for part in PARTS:
     loaders = pipeline.held_out(
-        sweep_spec.changed(config, {'eval.part': part}, 'it'), tokenizer)
+        spec.changed(config, {'eval.part': part}, 'it'), tokenizer)
   return sum(x.share * x.bytes_per_token for x in loaders) / sum(
       x.share for x in loaders)
-
-
-def _check_budget(plan: plans.Plan, configs) -> None:
-  least = min(config.train.steps for config in configs)
-  share = plan.tuning.keep ** (plan.tuning.rungs - 1)
-  require(least * share >= 1, f'{plan.file}: TUNING buys less than one run: '
-          f'its first rung trains {share:.3g} of {least} steps, which is less '
-          'than one step; take fewer rungs, or a larger keep')
 
 
 def _sources(file: str, configs) -> dict[str, str]:

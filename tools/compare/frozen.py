@@ -9,7 +9,6 @@ from typing import Any
 
 from configs.errors import require
 from tools.compare import plan as plans
-from tools.compare import layout
 from training import schema
 from training.workdir import run_config
 
@@ -45,9 +44,7 @@ class Frozen:
   @property
   def hash(self) -> str:
     """Of all that was planned, and what it was planned with."""
-    planned = {name: plans.to_json(getattr(self, name)) for name in (
-        'plan', 'base_config', 'points', 'sources', 'code')}
-    return digest(json.dumps(planned, sort_keys=True).encode())
+    return _hash(plans.to_json(self))
 
   def point(self, variant: str, size: str, workload: str) -> dict:
     wanted = (variant, size, workload)
@@ -77,30 +74,16 @@ def to_json(frozen: Frozen) -> dict[str, Any]:
   return plans.to_json(frozen) | {'hash': frozen.hash}
 
 
-_SHAPE = {
-    'plan': {'name': str, 'question': str, 'file': str, 'base': str,
-             'variants': [str], 'sizes': [str], 'workloads': [str],
-             'measures': [{'name': str, 'workload': str, 'figure': str,
-                           'better': str, 'chance': schema.NUMBER}],
-             'seeds': dict.fromkeys(plans.PHASES, int),
-             'tuning': {'fields': schema.Each([(int, float, str, bool)]),
-                        'keep': schema.NUMBER, 'rungs': int, 'extend': int},
-             'effect': schema.NUMBER, 'alpha': schema.NUMBER,
-             'q': schema.NUMBER, 'power': schema.NUMBER,
-             'unstable': schema.NUMBER, 'match': str, 'match_field': str,
-             'tuned_sizes': [str]},
-    'base_config': {}, 'points': [{
-        'variant': str, 'size': str, 'workload': str,
-        'changes': layout.CHANGES,
-        'matched': [str], 'params': schema.Positive(int),
-        'active_params': schema.Positive(int),
-        'flops_per_token': schema.Positive(schema.NUMBER),
-        'tokens': schema.Positive(schema.NUMBER),
-        'vocab': schema.Positive(int)}],
-    'sources': schema.Each(str), 'code': {},
-    'amendments': [{'reason': str, 'time': schema.NUMBER, 'before': str,
-                    'changed': [str], 'seen': [str]}],
-    'notes': [{'time': schema.NUMBER, 'told': str}], 'hash': str}
+def _hash(tree: dict) -> str:
+  return digest(json.dumps({name: tree[name] for name in _PLANNED},
+                           sort_keys=True).encode())
+
+
+_PLANNED = ('plan', 'base_config', 'points', 'sources', 'code')
+# What is told of a plan beside what its hash vouches for.
+_TOLD = {'amendments': [{'reason': str, 'time': schema.NUMBER, 'before': str,
+                         'changed': [str], 'seen': [str]}],
+         'notes': [{'time': schema.NUMBER, 'told': str}], 'hash': str}
 
 
 def from_json(tree: Any, who: str) -> Frozen:
@@ -109,11 +92,10 @@ def from_json(tree: Any, who: str) -> Frozen:
   Raises:
     RequestError: where it is damaged; `who` is the file.
   """
-  schema.check_shape(tree, _SHAPE, who)
-  for i, row in enumerate(tree['points']):
-    if 'guess' in row:
-      schema.check_shape(row['guess'], schema.Positive(schema.NUMBER),
-                         f'{who}.points[{i}].guess')
+  schema.check_shape(tree, dict.fromkeys(_PLANNED, {}) | {'points': [{}]}
+                     | _TOLD, who)
+  require(_hash(tree) == tree['hash'], f'{who} is not as it was written: its '
+          f'hash is {_hash(tree)}, and it says {tree["hash"]}; put it back')
   own = {field.name: tree[field.name] for field in dataclasses.fields(Frozen)}
   return Frozen(**own | {'plan': plans.plan_from_json(tree['plan'])})
 
@@ -143,7 +125,4 @@ def load(workdir) -> Frozen:
   require(path.is_file(), f'{path} is missing: no study was run in this '
           'workdir')
   tree = schema.parse(path.read_bytes(), str(path))
-  frozen = from_json(tree, str(path))
-  require(tree['hash'] == frozen.hash, f'{path} is not as it was written: its '
-          f'hash is {frozen.hash}, and it says {tree["hash"]}; put it back')
-  return frozen
+  return from_json(tree, str(path))

@@ -1,11 +1,15 @@
-"""What lies where in a sweep's folder, and what can be read of a run there."""
+"""What lies where in a sweep's folder, what can be read of a run there, and
+the commands that a run takes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
+import shlex
 import tempfile
+from typing import Any
 
 from configs.errors import RequestError, require
 from tools.compare import spec
@@ -13,18 +17,6 @@ from training import schema
 from training.workdir import storage
 
 
-# What is read of a point, of sweep.json, and of the evaluations.
-CHANGES = schema.Each((int, float, str, bool, list, dict))  # dict: model.kinds
-POINT = {
-    'name': str, 'changes': CHANGES,
-    'matched': [str], 'params': schema.Positive(int),
-    'active_params': schema.Positive(int),
-    'flops_per_token': schema.Positive(schema.NUMBER),
-    'tokens': schema.Positive(schema.NUMBER),
-    'seeds': [int]}
-DESCRIPTION = {
-    'name': str, 'file': str, 'match': str, 'match_field': str, 'base': str,
-    'base_config': {}, 'paired': bool, 'points': [POINT]}
 # Fields that say how much of what is held out a run is evaluated on.
 EVALUATED = ('eval.part', 'eval.batches')
 EXTRAPOLATION = {
@@ -32,80 +24,105 @@ EXTRAPOLATION = {
                                                      '[0-9]{1,9}'))}
 
 
+def add_workdir(parser) -> None:
+  """WORKDIR, or --workdir WORKDIR, of a program that looks at one."""
+  parser.add_argument('where', nargs='?', default='', metavar='WORKDIR',
+                      help='of a sweep or a study')
+  parser.add_argument('--workdir', default='', help='the same')
+
+
+def workdir_of(args) -> str:
+  require(bool(args.where) != bool(args.workdir), 'say once which workdir: '
+          'WORKDIR, or --workdir=WORKDIR')
+  return args.where or args.workdir
+
+
+def is_study(workdir) -> bool:
+  return (pathlib.Path(workdir) / 'study.json').exists()
+
+
 def try_folder(workdir, own: str = 'sweep.json') -> None:
   """Raises RequestError where no sweep, nor what `own` tells of, can be kept:
   before anything is run."""
-  require('://' not in str(workdir), f'--workdir is {str(workdir)!r}: the '
-          'ledger of a sweep needs a folder of this machine, or one that is '
-          'mounted')
+  require('://' not in str(workdir), f'--workdir is {str(workdir)!r}: a ledger '
+          'needs a folder of this machine, or one that is mounted')
   storage.try_folder(workdir)
   storage.refuse_run(workdir, '--workdir', own)
   for name in ('sweep.json', 'ledger.sqlite'):
     storage.try_file(pathlib.Path(workdir) / name, '--workdir')
 
 
+def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+  """Returns the lines of a table for a terminal; `left` columns are words, and
+  the others figures."""
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  return ['  '.join([
+      *map(str.ljust, row[:left], widths), *map(
+          str.rjust, row[left:], widths[left:])]).rstrip() for row in rows]
+
+
 def run_folder(workdir, point: str, seed: int) -> pathlib.Path:
   return pathlib.Path(workdir) / 'points' / point / f'seed-{seed}'
 
 
-def save_description(workdir, description: dict) -> None:
-  """Writes sweep.json, whole or not at all."""
-  path = pathlib.Path(workdir) / 'sweep.json'
+def save(path: pathlib.Path, tree: Any) -> None:
+  """Writes JSON, whole or not at all; several runners may write at once."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  # A name of its own: several runners may start at once.
   with tempfile.NamedTemporaryFile(
-      'w', dir=path.parent, prefix='sweep.json.', delete=False) as partial:
-    partial.write(json.dumps(description, indent=2) + '\n')
+      'w', dir=path.parent, prefix=f'{path.name}.', delete=False) as partial:
+    partial.write(json.dumps(tree, indent=1, allow_nan=False) + '\n')
   os.chmod(partial.name, 0o644)
   os.replace(partial.name, path)
 
 
-def load_description(workdir, file: str = '') -> dict:
-  """Returns what `save` wrote.
+def save_description(workdir, description: dict) -> None:
+  """Writes sweep.json, with a checksum of what it holds."""
+  save(pathlib.Path(workdir) / 'sweep.json',
+       description | {'checksum': _checksum(description)})
 
-  Args:
-    workdir: W.
-    file: that the sweep must be of, where it is given.
 
-  Raises:
-    ValueError: where no sweep was started, or another one.
-  """
+def load_description(workdir) -> dict:
+  """Returns what `save_description` wrote; RequestError where there is none."""
   path = pathlib.Path(workdir) / 'sweep.json'
-  if not path.is_file():
-    raise RequestError(f'{path} is missing: no sweep was checked or run in '
-                       'this workdir')
+  require(path.is_file(), f'{path} is missing: no sweep was checked or run in '
+          'this workdir')
   description = schema.parse(path.read_bytes(), str(path))
-  _check(description, str(path))
-  if file and file != description['file']:
-    raise RequestError(f'{workdir} holds the sweep {description["file"]}, not '
-                       f'{file}: leave the file out or name another --workdir')
+  require(isinstance(description, dict)
+          and description.pop('checksum', '') == _checksum(description),
+          f'{path} is damaged: it is not as it was written; put it back')
   return description
 
 
-def _check(description: dict, who: str) -> None:
-  """Raises RequestError for what is no description of a sweep; fills in config
-  fields that are newer than it."""
-  schema.check_shape(description, DESCRIPTION, who)
-  schema.check_shape(description.get('sources', {}), schema.Each(str),
-                     f'{who}.sources')
-  points = {row['name'] for row in description['points']}
-  require(len(points) == len(description['points']),
-          f'{who} is damaged: two points have one name')
-  require(description['base'] in points, f'{who} is damaged: its base '
-          f'{description["base"]!r} is none of its points')
-  from training import limits
+def _checksum(description: dict) -> str:
+  text = json.dumps(description, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def unlike(old: dict, new: dict) -> list[str]:
+  """Says in which points and fields two descriptions are of different sweeps;
+  nothing where the new one only has more points or seeds."""
   from training.workdir import run_config
-  tree = run_config.tuples(description['base_config'])
-  run_config.check_fields(tree, f'{who} is damaged: base_config: ')
-  base = run_config.from_json(tree)
-  limits.ranges(base)
-  description['base_config'] = json.loads(json.dumps(
-      run_config.to_json(base)))  # with lists, as it is on disk
-  for row in description['points']:
-    parts = pathlib.PurePath(row['name']).parts
-    require(parts and '..' not in parts and parts[0] != '/',
-            f'{who} is damaged: a point is called {row["name"]!r}')
-    spec.changed(base, row['changes'], f'{who}, point {row["name"]!r},')
+  new = json.loads(json.dumps(new))  # as the old: lists for tuples
+  told = [f'{key} was {old[key]!r} and is {new[key]!r}'
+          for key in ('base', 'match', 'match_field') if old[key] != new[key]]
+  before, after = (run_config.flatten_dict(x['base_config'])
+                   for x in (old, new))
+  told += [f'the base differs in {key}' for key in {**before, **after}
+           if before.get(key) != after.get(key)]
+  points = {row['name']: row['changes'] for row in old['points']}
+  return told + [f'point {row["name"]!r} was {points[row["name"]]!r} and is '
+                 f'{row["changes"]!r}' for row in new['points']
+                 if points.get(row['name'], row['changes']) != row['changes']]
+
+
+def merged(old: dict, new: dict) -> dict:
+  """Returns the new description with the points and seeds of the old one."""
+  left = {row['name']: row for row in old['points']}
+  points = [row | {'seeds': sorted({
+      *left.pop(row['name'], row)['seeds'], *row['seeds']})}
+            for row in new['points']]
+  return new | {'points': [*points, *left.values()]} | (
+      {'sources': old['sources'] | new['sources']} if 'sources' in new else {})
 
 
 def row_of(description: dict, point: str) -> dict:
@@ -134,13 +151,30 @@ def differing(description: dict, workdir, point: str, seed: int
   Raises:
     ValueError: where its config.json is missing or damaged.
   """
+  from architectures.parts import tables
+  from training import runs
   from training.workdir import run_config
-  got = run_config.flatten(run_config.load_config(
-      run_folder(workdir, point, seed)))
-  expected = run_config.flatten(config(description, point, seed))
-  return [name for name in {**expected, **got}
-          if got.get(name, run_config.MISSING)
-          != expected.get(name, run_config.MISSING)]
+  wanted = config(description, point, seed)
+  got, expected = map(run_config.flatten, (
+      run_config.load_config(run_folder(workdir, point, seed)), wanted))
+  found = [name for name in {**expected, **got}
+           if got.get(name, run_config.MISSING)
+           != expected.get(name, run_config.MISSING)]
+  # A run's config.json does not hold what its model does not read.
+  unread = tables.unread(runs.resolve_alone(wanted)) if found else ()
+  return [name for name in found if name.removeprefix('model.') not in unread]
+
+
+def stranger(description: dict, workdir, point: str, seed: int) -> str:
+  """Returns why what lies in a run's folder is not that run, or ''."""
+  try:
+    wrong = differing(description, workdir, point, seed)
+  except RequestError as error:
+    return str(error)
+  return '' if not wrong else (
+      f'{run_folder(workdir, point, seed)} holds a run of another config than '
+      f'sweep.json says, in {", ".join(wrong)}: move it away, and --retry; '
+      f'{description["file"]} may have changed since the sweep began')
 
 
 def codes(workdir, runs) -> list[str]:
@@ -251,3 +285,42 @@ def error(folder: pathlib.Path) -> str:
               default=0)  # of the last attempt
   told = [line for line in lines[start:] if line.startswith('error: ')]
   return (told or lines or ['it printed nothing'])[-1].removeprefix('error: ')
+
+
+def flags(changes: Mapping[str, Any]) -> list[str]:
+  """Returns the changes of a point as train.py's flags."""
+  return [f'--config.{key}={spec.tuples(value)}'
+          for key, value in changes.items()]
+
+
+def train_command(description: dict, workdir, point: str, seed: int
+                  ) -> list[str]:
+  """Returns the words that train one run, from `train.py` on."""
+  return ['train.py', '--config', description['file'], '--workdir',
+          str(run_folder(workdir, point, seed)),
+          *flags(row_of(description, point)['changes']),
+          f'--config.seed={seed}']
+
+
+def evaluate_command(workdir, point: str, seed: int, tasks: str) -> list[str]:
+  """Returns the words that do the evaluations which a run owes."""
+  folder = run_folder(workdir, point, seed)
+  return ['eval.py', '--workdir', str(folder), f'--tasks={tasks}', '--json',
+          str(folder / 'eval.json')]
+
+
+def group_command(workdir, runs: Iterable[tuple[str, int]], tasks: str = ''
+                  ) -> list[str]:
+  """Returns the words that train several runs as one program, or that do in
+  one process what they owe."""
+  names = ','.join(f'{point}/{seed}' for point, seed in runs)
+  return ['-m', 'tools.compare.worker', '--workdir', str(workdir),
+          f'--runs={names}', *([f'--evaluate={tasks}'] if tasks else [])]
+
+
+def shell_line(description: dict, workdir, run) -> str:
+  """Returns one line for a shell: all that a run still needs."""
+  words = [train_command(description, workdir, run.point, run.seed)]
+  if run.tasks:
+    words.append(evaluate_command(workdir, run.point, run.seed, run.tasks))
+  return ' && '.join(shlex.join(['python', *word]) for word in words)

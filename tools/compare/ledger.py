@@ -1,7 +1,9 @@
 """The ledger of a sweep: the state of each of its runs, in one SQLite file.
 
-    pending -> running -> [owed -> evaluating ->] done
-                 \\-> failed, with its error  <-/
+    pending -> running -> done, or failed with its error
+
+A run is done once it is trained and has the evaluations that it owes; one that
+is stopped is pending again, and goes on from what lies on disk.
 
 A runner claims runs by a single UPDATE ... WHERE state, so two never share
 one. A runner that died gives its claims back when another looks: on its own
@@ -14,16 +16,15 @@ import contextlib
 import os
 import pathlib
 import socket
+import sqlite3
 import time
 from typing import NamedTuple
 
-from tools.compare import database
+from configs.errors import EnvironmentFailure, RequestError
 
-PENDING, RUNNING, OWED = 'pending', 'running', 'owed'
-EVALUATING, DONE, FAILED = 'evaluating', 'done', 'failed'
-STATES = (PENDING, RUNNING, OWED, EVALUATING, DONE, FAILED)
-# What a claim makes of a state, and what a lost claim makes of it again.
-CLAIMED = {PENDING: RUNNING, OWED: EVALUATING}
+PENDING, RUNNING, DONE, FAILED = 'pending', 'running', 'done', 'failed'
+STATES = (PENDING, RUNNING, DONE, FAILED)
+ENDED = (DONE, FAILED)
 BUSY_SECONDS = 60  # how long a writer waits for the others
 STALE_SECONDS = 120  # another host's runner counts as dead after so long
 BEAT_SECONDS = 10  # between two heartbeats
@@ -51,9 +52,11 @@ CREATE TABLE IF NOT EXISTS runners (
   born TEXT NOT NULL,
   heartbeat REAL NOT NULL);
 """
-# Columns that ledgers of earlier versions lack.
-LATER = {'seconds': 'REAL NOT NULL DEFAULT 0',
-         'alone': 'INTEGER NOT NULL DEFAULT 0'}
+# What is wrong with the machine, and not with the file.
+_OF_THE_MACHINE = (
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN)
 
 
 class Run(NamedTuple):
@@ -77,53 +80,89 @@ class Run(NamedTuple):
   ended: float | None
   error: str
 
+  @property
+  def owes(self) -> list[str]:
+    return self.tasks.split(',') if self.tasks else []
+
 
 class Ledger:
   """Opens or makes WORKDIR/ledger.sqlite; a context that closes it."""
 
   def __init__(self, workdir):
-    path = pathlib.Path(workdir) / 'ledger.sqlite'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    self._db = database.Database(path, BUSY_SECONDS)
+    self._path = pathlib.Path(workdir) / 'ledger.sqlite'
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    with self._telling():  # each statement is a transaction of its own
+      self._connection = sqlite3.connect(
+          self._path, timeout=BUSY_SECONDS, isolation_level=None)
     with self.transaction():
       for statement in SCHEMA.split(';\n'):
-        self._db.change(statement)
-      columns = {row[1] for row in self._db.rows('PRAGMA table_info(runs)')}
-      for name, kind in LATER.items():
-        if name not in columns:
-          self._db.change(f'ALTER TABLE runs ADD COLUMN {name} {kind}')
+        self._change(statement)
 
   def __enter__(self) -> 'Ledger':
     return self
 
   def __exit__(self, *error):
-    self._db.close()
+    self._connection.close()
+
+  def _rows(self, statement: str, values: Sequence = ()) -> list[tuple]:
+    """Executes a statement; returns the rows that it gives."""
+    with self._telling():
+      return self._connection.execute(statement, values).fetchall()
+
+  def _change(self, statement: str, values: Sequence = ()) -> int:
+    """Executes a statement; returns how many rows it changed."""
+    with self._telling():
+      return self._connection.execute(statement, values).rowcount
 
   @contextlib.contextmanager
   def transaction(self):
     """All inside happens at once, or not at all, and one such at a time."""
-    with self._db.transaction():
+    self._change('BEGIN IMMEDIATE')
+    try:
       yield
+      self._change('COMMIT')
+    finally:
+      if self._connection.in_transaction:  # an error came before its end
+        self._change('ROLLBACK')
+
+  @contextlib.contextmanager
+  def _telling(self):
+    """Makes sentences of SQLite's errors."""
+    try:
+      yield
+    except sqlite3.ProgrammingError:
+      raise  # a mistake of ours
+    except sqlite3.DatabaseError as error:
+      code = getattr(error, 'sqlite_errorcode', 0) & 0xff  # without details
+      if code in _OF_THE_MACHINE:
+        raise EnvironmentFailure(f'{self._path} cannot be used: {error}; the '
+                                 'same command goes on') from error
+      raise self._damaged(error) from error
+
+  def _damaged(self, reason) -> RequestError:
+    return RequestError(
+        f'{self._path} is damaged ({reason}): move it away and run the sweep '
+        'again, which finds on disk what is done')
 
   def add(self, rows: Iterable[tuple[str, int, Sequence[str]]]) -> None:
     """Adds (point, seed, tasks) where missing; a run that is done and owes a
-    task which it did not owe before is owed again."""
+    task which it did not owe before is pending again."""
     with self.transaction():
       for point, seed, tasks in rows:
         tasks = ','.join(tasks)
-        self._db.change(
+        self._change(
             'INSERT OR IGNORE INTO runs (point, seed, tasks) VALUES (?, ?, ?)',
             (point, seed, tasks))
-        self._db.change(
+        self._change(
             'UPDATE runs SET tasks = ?, state = CASE WHEN state = ? AND ? '
             'THEN ? ELSE state END WHERE point = ? AND seed = ? '
             'AND tasks != ?',
-            (tasks, DONE, bool(tasks), OWED, point, seed, tasks))
+            (tasks, DONE, bool(tasks), PENDING, point, seed, tasks))
 
   def runs(self, state: str = '') -> list[Run]:
     """Every run, or those in one state, by seed and then in file order."""
     where, values = (' WHERE state = ?', (state,)) if state else ('', ())
-    rows = self._db.rows(
+    rows = self._rows(
         f'SELECT {", ".join(Run._fields)} FROM runs{where} ORDER BY seed, id',
         values)
     return [self._checked(Run(*row)) for row in rows]
@@ -133,33 +172,32 @@ class Ledger:
     for name, value in run._asdict().items():
       if not isinstance(value, Run.__annotations__[name]) or (
           name == 'state' and value not in STATES):
-        raise self._db.damaged(f'{name} of a run is {value!r}')
+        raise self._damaged(f'{name} of a run is {value!r}')
     return run
 
   def register(self, now: float | None = None) -> str:
     """Adds this process as a runner; returns its name."""
     host, pid, born = _host(), os.getpid(), _born(os.getpid())
     name = f'{host}:{pid}:{born}'
-    self._db.change('INSERT OR REPLACE INTO runners VALUES (?, ?, ?, ?, ?)',
+    self._change('INSERT OR REPLACE INTO runners VALUES (?, ?, ?, ?, ?)',
                      (name, host, pid, born, _now(now)))
     return name
 
-  def claim(self, ids: Sequence[int], runner: str, state: str = PENDING,
-            now: float | None = None) -> list[int]:
-    """Takes those of `ids` that are still in `state`; returns them.
+  def claim(self, ids: Sequence[int], runner: str, now: float | None = None
+            ) -> list[int]:
+    """Takes those of `ids` that are still pending; returns them.
 
     Args:
       ids: of runs.
       runner: as `register` named it.
-      state: PENDING, to train, or OWED, to evaluate.
       now: tests' own clock.
     """
     marks = ', '.join('?' * len(ids))
-    rows = self._db.rows(
+    rows = self._rows(
         f'UPDATE runs SET state = ?, runner = ?, started = ?, ended = NULL, '
         f"error = '', attempts = attempts + 1 "
         f'WHERE state = ? AND id IN ({marks}) RETURNING id',
-        (CLAIMED[state], runner, _now(now), state, *ids))
+        (RUNNING, runner, _now(now), PENDING, *ids))
     return sorted(row[0] for row in rows)
 
   def settle(self, id: int, runner: str, state: str, error: str = '',
@@ -174,58 +212,55 @@ class Ledger:
       alone: it trains beside no other from now on.
       now: tests' own clock.
     """
-    return self._db.change(
+    return self._change(
         "UPDATE runs SET state = ?, error = ?, ended = ?, runner = '', "
         'alone = max(alone, ?), seconds = seconds + ? - started '
         'WHERE id = ? AND runner = ?',
         (state, error, _now(now), alone, _now(now), id, runner)) == 1
 
-  def tasks(self, id: int) -> list[str]:
-    """Returns what a run owes by now: tasks may have come since its claim."""
-    told, = self._db.rows('SELECT tasks FROM runs WHERE id = ?', (id,))[0]
-    return told.split(',') if told else []
+  def run(self, id: int) -> Run:
+    """Returns a run as it is by now: tasks may have come since its claim."""
+    return next(run for run in self.runs() if run.id == id)
 
   def drop(self, id: int) -> None:
     """Removes a run that has not begun."""
-    self._db.change('DELETE FROM runs WHERE id = ? AND state = ?',
+    self._change('DELETE FROM runs WHERE id = ? AND state = ?',
                     (id, PENDING))
 
   def adopt(self, id: int, old: str, new: str, error: str = '') -> bool:
     """Moves a run that nobody holds from one state to another."""
-    return self._db.change(
+    return self._change(
         'UPDATE runs SET state = ?, error = ? WHERE id = ? AND state = ?',
         (new, error, id, old)) == 1
 
   def beat(self, runner: str, now: float | None = None) -> set[int]:
     """Says that the runner lives; returns the runs that are still its own."""
-    self._db.change('UPDATE runners SET heartbeat = ? WHERE name = ?',
+    self._change('UPDATE runners SET heartbeat = ? WHERE name = ?',
                      (_now(now), runner))
-    rows = self._db.rows(
+    rows = self._rows(
         'SELECT id FROM runs WHERE runner = ?', (runner,))
     return {row[0] for row in rows}
 
   def recover(self, now: float | None = None) -> list[str]:
     """Frees what dead runners hold; returns 'point, seed S' of each run."""
-    rows = self._db.rows(
+    rows = self._rows(
         "SELECT name, host, pid, born, heartbeat FROM runners WHERE name IN "
         "(SELECT DISTINCT runner FROM runs WHERE runner != '')")
     freed = []
     for name, host, pid, born, heartbeat in rows:
       if not isinstance(heartbeat, int | float):
-        raise self._db.damaged(f'the heartbeat of a runner is {heartbeat!r}')
+        raise self._damaged(f'the heartbeat of a runner is {heartbeat!r}')
       if _alive(host, pid, born, _now(now) - heartbeat):
         continue
-      for claimed, state in ((b, a) for a, b in CLAIMED.items()):
-        freed += self._db.rows(
-            "UPDATE runs SET state = ?, runner = '' WHERE runner = ? "
-            'AND state = ? RETURNING point, seed',
-            (state, name, claimed))
+      freed += self._rows(
+          "UPDATE runs SET state = ?, runner = '' WHERE runner = ? "
+          'AND state = ? RETURNING point, seed', (PENDING, name, RUNNING))
     return [f'{point}, seed {seed}' for point, seed in freed]
 
   def doubtful(self, now: float | None = None) -> list[str]:
     """Returns 'point, seed S' of the runs that runners of other hosts hold
     which have missed three heartbeats: alive or dead, nobody knows yet."""
-    rows = self._db.rows(
+    rows = self._rows(
         'SELECT point, seed FROM runs JOIN runners ON runner = name '
         'WHERE host != ? AND heartbeat <= ? ORDER BY runs.id',
         (_host(), _now(now) - SILENT_SECONDS))

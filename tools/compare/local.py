@@ -1,5 +1,6 @@
 """The local launcher: claims runs from the ledger, several at a time, and
-trains each as a process of its own."""
+trains each, or a group of them, as a process of its own; another process then
+does the evaluations that they owe."""
 
 import dataclasses
 import os
@@ -11,7 +12,7 @@ import sys
 import time
 
 from tools import tether
-from tools.compare import commands, layout, worker
+from tools.compare import layout, worker
 from tools.compare import ledger as ledger_lib
 from training import progress
 from training.distributed import interrupts
@@ -26,11 +27,9 @@ STOPPING = ('stopping: what is under way is saved first; once more ends it at '
 class Job:
   """A process, and the runs that it trains or evaluates."""
   runs: list
-  state: str  # that they were claimed in
+  evaluates: bool
   process: subprocess.Popen
   slot: int
-  checked: bool = False  # whether train.py got the config of the sweep
-  wrong: bool = False  # it did not
   told: int = 0  # signals that were passed on to it
 
 
@@ -59,10 +58,10 @@ class Runner:
 
   def run(self) -> bool:
     """Returns whether it came to the end, and was not told to stop."""
-    waiting = [run for state in (ledger_lib.PENDING, ledger_lib.OWED)
-               for run in self._ledger.runs(state)]
+    waiting = self._ledger.runs(ledger_lib.PENDING)
     with (progress.during('runs', len(waiting)) as self._advance,
-          interrupts.handled(self._heard)):
+          # It counts alone: it may come while a job is being started.
+          interrupts.handled(self._signals.add)):
       return self._run()
 
   def _run(self) -> bool:
@@ -75,10 +74,9 @@ class Runner:
           self._say(STOPPING)
         for job in self._jobs:
           self._pass_on(job)
-          self._check_config(job)
         for job in [j for j in self._jobs if j.process.poll() is not None]:
           self._jobs.remove(job)
-          self._settle(job)
+          self._ended(job)
         while not self._signals.n and len(self._jobs) < self._parallel:
           if not self._start():
             break
@@ -88,10 +86,6 @@ class Runner:
     finally:
       for job in self._jobs:  # an error of ours: leave nothing running
         job.process.kill()
-
-  def _heard(self, number) -> None:
-    """Counts alone: it may come while a job is being started."""
-    self._signals.add(number)
 
   def _pass_on(self, job: Job) -> None:
     """The first signal lets a run save and end; the second kills it."""
@@ -126,149 +120,127 @@ class Runner:
     for job in self._jobs:
       if not ours & {run.id for run in job.runs}:
         job.process.kill()  # we were taken for dead; another has them
+      elif any(map(self._stranger, job.runs)):
+        job.process.kill()  # the sweep's file was changed since it began
     self._recover()
 
   def _start(self) -> bool:
     """Starts one more job; returns whether there was one to take."""
-    # What is owed comes last, so that many are evaluated in one process.
-    for state in (ledger_lib.PENDING, ledger_lib.OWED):
-      waiting = self._ledger.runs(state)
-      if not {run.point for run in waiting} <= {
-          point['name'] for point in self._description['points']}:
-        # Points were added.
-        self._description = layout.load_description(self._workdir)
-      for group in self._groups(waiting, state):
-        claimed = self._ledger.claim([run.id for run in group], self._name,
-                                     state)
-        runs = [run for run in group if run.id in claimed]
-        if runs:
-          self._spawn(runs, state)
-          return True
+    waiting = self._ledger.runs(ledger_lib.PENDING)
+    if not {run.point for run in waiting} <= {
+        point['name'] for point in self._description['points']}:
+      # Points were added.
+      self._description = layout.load_description(self._workdir)
+    for group in self._groups(waiting):
+      claimed = self._ledger.claim([run.id for run in group], self._name)
+      if runs := [run for run in group if run.id in claimed]:
+        slot = min(set(range(self._parallel)) - {j.slot for j in self._jobs})
+        left = [run for run in runs if not self._is_trained(run)]
+        self._spawn(left or runs, not left and bool(runs[0].tasks), slot)
+        # What was trained before is evaluated beside the others.
+        self._jobs[-1].runs = runs
+        return True
     return False
 
-  def _groups(self, waiting: list, state: str) -> list[list]:
-    if self._group == 1:
-      return [[run] for run in waiting]
-    alone = [[run] for run in waiting if run.alone]
-    waiting = [run for run in waiting if not run.alone]
-    if state == ledger_lib.OWED:
-      return self._alike(waiting) + alone
+  def _groups(self, waiting: list) -> list[list]:
+    """Returns the runs that train as one program, `group` of them at most."""
+    alone = [[run] for run in waiting if run.alone or self._group == 1]
+    waiting = [] if self._group == 1 else [r for r in waiting if not r.alone]
     from training import vectorised
-    configs = [layout.config(self._description, run.point, run.seed)
-               for run in waiting]
+    configs = [self._config(run) for run in waiting]
     return [[waiting[i] for i in indices[at:at + self._group]]
             for indices in vectorised.groups(configs)
             for at in range(0, len(indices), self._group)] + alone
 
-  def _alike(self, waiting: list) -> list[list]:
-    """Returns the runs that owe the same tasks together, as many as leave
-    something for each of the processes."""
-    by_tasks = {}
-    for run in waiting:
-      by_tasks.setdefault(run.tasks, []).append(run)
-    size = min(self._group, -(-len(waiting) // self._parallel) or 1)
-    return [runs[at:at + size] for runs in by_tasks.values()
-            for at in range(0, len(runs), size)]
-
-  def _spawn(self, runs: list, state: str) -> None:
-    first = runs[0]
+  def _spawn(self, runs: list, evaluates: bool, slot: int) -> None:
     names = [(run.point, run.seed) for run in runs]
-    if state == ledger_lib.OWED and len(runs) > 1:
-      words = commands.evaluate_together(self._workdir, names,
-                                         first.tasks.split(','))
-    elif state == ledger_lib.OWED:
-      words = commands.evaluate(self._workdir, *names[0],
-                                first.tasks.split(','))
-    elif len(runs) > 1:
-      words = commands.train_together(self._workdir, names)
+    tasks = runs[0].tasks if evaluates else ''
+    if len(runs) > 1:
+      words = layout.group_command(self._workdir, names, tasks)
+    elif evaluates:
+      words = layout.evaluate_command(self._workdir, *names[0], tasks)
     else:
-      words = commands.train(self._description, self._workdir, first.point,
-                             first.seed)
-    slot = min(set(range(self._parallel)) - {job.slot for job in self._jobs})
-    folder = self._folder(first)
-    doing = 'evaluating' if state == ledger_lib.OWED else 'training'
+      words = layout.train_command(self._description, self._workdir, *names[0])
+    log = self._folder(runs[0]) / 'log.txt'
     for run in runs:
-      self._say(f'{run.point}, seed {run.seed}: {doing}')
+      self._say(f'{run.point}, seed {run.seed}: '
+                + ('evaluating' if evaluates else 'training'))
       layout.log(self._folder(run), f'$ {shlex.join(["python", *words])}')
-    for run in runs[1:]:
-      if state == ledger_lib.PENDING:  # evaluations print into their own logs
-        layout.log(self._folder(run), f'What it printed: {folder / "log.txt"}')
-    with (folder / 'log.txt').open('a') as log:
-      # A session of its own: Ctrl-C reaches it through _heard alone.
+    for run in runs[1:] * (not evaluates):  # else each prints into its own
+      layout.log(self._folder(run), f'What it printed: {log}')
+    with log.open('a') as file:
+      # A session of its own: Ctrl-C reaches it through our handler alone.
       process = subprocess.Popen(
           tether.words([sys.executable, *words], _cores(slot, self._parallel)),
-          stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+          stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
           start_new_session=True, env=_environment(slot, self._parallel))
-    self._jobs.append(Job(runs, state, process, slot))
+    self._jobs.append(Job(runs, evaluates, process, slot))
 
   def _folder(self, run) -> pathlib.Path:
     return layout.run_folder(self._workdir, run.point, run.seed)
 
-  def _check_config(self, job: Job) -> None:
-    """Ends a run whose config is not the sweep's: its file was edited since
-    the sweep began."""
-    from training.workdir import run_config
-    run = job.runs[0]
-    folder = self._folder(run)
-    # What trains as a group gets its configs of sweep.json.
-    if job.checked or len(job.runs) > 1 or not run_config.exists(folder):
-      return
-    job.checked = True
-    wrong = layout.differing(self._description, self._workdir, run.point,
-                             run.seed)
-    if wrong:
-      job.wrong = True
-      job.process.kill()
-      job.process.wait()
-      layout.log(folder, 'error: this run has another config than sweep.json '
-                 f'says, in {", ".join(wrong)}: {self._description["file"]} '
-                 'was changed since the sweep began')
+  def _config(self, run):
+    return layout.config(self._description, run.point, run.seed)
 
-  def _settle(self, job: Job) -> None:
-    """Writes into the ledger how a job ended, run by run."""
+  def _is_trained(self, run) -> bool:
+    return layout.is_trained(self._folder(run), self._config(run).train)
+
+  def _stranger(self, run) -> str:
+    """Returns why what a run has begun is not the sweep's, or ''."""
+    from training.workdir import run_config
+    return layout.stranger(
+        self._description, self._workdir, run.point, run.seed
+        ) if run_config.exists(self._folder(run)) else ''
+
+  def _ended(self, job: Job) -> None:
+    """Writes into the ledger how a job ended, run by run; those that are
+    trained and owe evaluations go on."""
     code = job.process.returncode
     # A group that none of its runs ended, but an error of all.
     fell = (len(job.runs) > 1 and code not in (0, worker.UNFINISHED)
             and not self._signals.n)
+    owing = []
     for run in job.runs:
       # Tasks may be added at any moment but between these two.
       with self._ledger.transaction():
-        state, error = self._outcome(
-            job, run, code, self._ledger.tasks(run.id))
-        alone = fell and state == ledger_lib.FAILED
+        now = self._ledger.run(run.id)
+        state, error = self._outcome(run, now.owes, job.evaluates, code)
+        if state == ledger_lib.RUNNING and not fell:
+          owing.append(now)
+          continue
+        alone = fell and state in (ledger_lib.FAILED, ledger_lib.RUNNING)
         settled = self._ledger.settle(
-            run.id, self._name, job.state if alone else state,
+            run.id, self._name, ledger_lib.PENDING if alone else state,
             '' if alone else error, alone)
       if settled:
-        if state in (ledger_lib.DONE, ledger_lib.FAILED) and not alone:
+        if state in ledger_lib.ENDED and not alone:
           self._advance()
         self._say(
             f'{run.point}, seed {run.seed}: '
             + ('goes on alone, since its group failed' if alone else state)
             + (f': {error}' if error else ''))
+    if owing:
+      self._spawn(owing, True, job.slot)
 
-  def _outcome(self, job: Job, run, code: int, tasks: list[str]
+  def _outcome(self, run, owed: list[str], evaluated: bool, code: int
                ) -> tuple[str, str]:
-    """Returns the state of a run that ended, and why it failed."""
+    """Returns the state of a run that ended, and why it failed; RUNNING where
+    it is trained and owes evaluations."""
     folder = self._folder(run)
-    # Of several that were evaluated, each has a file as soon as it is done.
-    ended = code == 0 or len(job.runs) > 1
-    if job.wrong:
-      return ledger_lib.FAILED, layout.error(folder)
-    if job.state == ledger_lib.PENDING:
-      config = layout.config(self._description, run.point, run.seed)
-      if layout.is_trained(folder, config.train):
-        return (ledger_lib.OWED if tasks else ledger_lib.DONE), ''
-    elif ended and layout.is_evaluated(folder, tasks):
-      return ledger_lib.DONE, ''
-    elif ended and layout.is_evaluated(folder, run.tasks.split(',')):
-      return ledger_lib.OWED, ''  # a task was added meanwhile
+    if error := self._stranger(run):
+      return ledger_lib.FAILED, error
+    if self._is_trained(run):
+      if layout.is_evaluated(folder, owed):
+        return ledger_lib.DONE, ''
+      # Also where a task was added while the others were done.
+      if not self._signals.n and (
+          not evaluated or layout.is_evaluated(folder, run.owes)):
+        return ledger_lib.RUNNING, ''
     if self._signals.n:  # it saved and left, or had nothing to save yet
-      return job.state, ''
-    if code < 0:
-      name = signal.Signals(-code).name
-      return ledger_lib.FAILED, f'{layout.error(folder)} (killed by {name})'
-    return ledger_lib.FAILED, f'{layout.error(folder)} (exit code {code})'
+      return ledger_lib.PENDING, ''
+    how = (f'exit code {code}' if code >= 0
+           else f'killed by {signal.Signals(-code).name}')
+    return ledger_lib.FAILED, f'{layout.error(folder)} ({how})'
 
   def _say(self, text: str) -> None:
     """Prints; where nobody reads it, stops: `| head` has read enough, or the

@@ -203,12 +203,10 @@ def shorten(changes: dict, base: dict, steps: int, share: float) -> None:
   for field in ('checkpoint.every_steps', 'log.every_steps'):
     group, name = field.split('.')
     changes[field] = min(changes.get(field, base[group][name]), short)
-  average = changes.get('checkpoint.average', base['checkpoint'].get(
-      'average', 0))  # earlier plans have none
+  average = changes.get('checkpoint.average', base['checkpoint']['average'])
   if average:
     most = 1 + (short - 1) // changes['checkpoint.every_steps']
     changes['checkpoint.average'] = min(average, most) if most > 1 else 0
-  stages = changes.get('data.batch_ramp', base['data'].get(
-      'batch_ramp', ''))  # earlier plans have none
+  stages = changes.get('data.batch_ramp', base['data']['batch_ramp'])
   if stages:
     changes['data.batch_ramp'] = ramp.scaled(stages, steps, short)

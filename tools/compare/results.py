@@ -2,11 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 import importlib.metadata
-import json
-import os
 import pathlib
 import platform
-import tempfile
 from typing import Any
 
 from tools.compare import frozen as frozen_lib
@@ -35,7 +32,7 @@ def write(workdir, frozen: frozen_lib.Frozen, found: phases.Found,
   if _holds_more(path, frozen, found):
     return
   ran = codes(workdir)
-  save(path, {
+  layout.save(path, {
       'study': {'name': frozen.plan.name, 'hash': frozen.hash},
       **{name: plans.to_json(getattr(found, name)) for name in (
           'outcomes', 'noise', 'announced', 'tuned', 'screen', 'confirm')},
@@ -67,16 +64,6 @@ def outcomes(workdir) -> list[plans.Outcome]:
   tree = schema.parse(path.read_bytes(), str(path))
   schema.check_shape(tree, {'outcomes': [shapes.of(plans.Outcome)]}, str(path))
   return [plans.outcome_from_json(row) for row in tree['outcomes']]
-
-
-def save(path: pathlib.Path, tree: Any) -> None:
-  """Writes JSON, whole or not at all: several runners may write at once."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(
-      'w', dir=path.parent, prefix=f'{path.name}.', delete=False) as partial:
-    partial.write(json.dumps(tree, indent=1, allow_nan=False) + '\n')
-  os.chmod(partial.name, 0o644)
-  os.replace(partial.name, path)
 
 
 def folders(workdir, phase: str = '') -> list[pathlib.Path]:

@@ -1,16 +1,23 @@
-"""A sweep as its file describes it: a base, and points that change it.
+"""What a file of configs/sweeps/ or configs/studies/ describes.
 
-A file of configs/sweeps/ holds `base()`, which returns a config; `get_config`,
-another name of it, by which train.py reads it; and `sweep(add)`, which calls
+A sweep's file holds `base()`, which returns a config; `get_config`, another
+name of it, by which train.py reads it; and `sweep(add)`, which calls
 add(name, **{'model.norm': 'rmsnorm', ...}) for each point, or
-add.system('llama') for one that is another system. SEEDS (how many, 3
-if it says nothing) and TASKS (evaluations that each run owes once trained)
-may stand beside them. A constant of the file itself begins with an underscore.
+add.system('llama') for one that is another system. SEEDS (how many, 3 if it
+says nothing) and TASKS (evaluations that each run owes once trained) may stand
+beside them.
+
+A study's file holds `base()` and `sweep(add)` too; `SIZES`, the changes of each
+size by its name, smallest first; and `EFFECT`, the smallest difference of the
+first measure that is wanted. The rest has defaults: see `STUDY`.
+
+A constant of the file itself begins with an underscore.
 """
 
 from collections.abc import Collection, Mapping
 import dataclasses
 import difflib
+import itertools
 import os
 import pathlib
 import re
@@ -19,14 +26,54 @@ from typing import Any
 import ml_collections
 
 from architectures.parts import tables
-from configs.errors import RequestError, require
-from tools.compare import systems
-from training import config_files, evals
+from configs.errors import RequestError, one_of, require, short
+from tools.compare import measures as measures_lib
+from tools.compare import plan as plans
+from tools.compare import statistics
+from training import config_files, evals, limits
 
-CONSTANTS = ('SEEDS', 'TASKS')  # that a file may hold
+CONSTANTS = ('SEEDS', 'TASKS')  # that a sweep's file may hold
 SEEDS = 3
 MOST_SEEDS = 10_000
 BASE = 'base'  # what the point that changes nothing is called by default
+# Fields by which a batch is made: points that differ in one share no batches.
+BATCHES = ('data.', 'objective', 'span.', 'probe.')
+# What matching makes equal, and the field that it solves by default.
+MATCH = ('params', 'active_params', 'flops_per_token')
+MATCH_FIELD = 'model.d_ff'
+
+# What a study's file may hold, with its default; None: it must.
+STUDY: dict[str, Any] = {
+    'QUESTION': '',
+    'SIZES': None,
+    'EFFECT': None,
+    # The runs that measures come from, with the fields in which they leave the
+    # base: 'text', and probes by their names.
+    'WORKLOADS': {plans.TEXT: {}},
+    # Of each {'workload', 'figure', 'better', 'name', 'chance'}; derived: the
+    # loss of the text, and the accuracy of each probe.
+    'MEASURES': (),
+    'SEEDS': {'noise': 5, 'tune': 1, 'screen': 5, 'confirm': 5},
+    # 'fields': the values of each that are tried; derived: half of the base's
+    # learning rate, the rate, and twice the rate.
+    'TUNING': {},
+    'ALPHA': 0.05, 'Q': 0.05, 'POWER': 0.8, 'UNSTABLE': 0.1,
+    'MATCH': '', 'MATCH_FIELD': MATCH_FIELD,
+}
+# How the constants are written that have no default to tell it.
+_MUST = {'SIZES': "SIZES = {'s': {'model.d_model': 32}, ...}, smallest first",
+         'EFFECT': 'EFFECT = 0.02, the smallest difference in the first '
+                   'measure that is worth finding'}
+_TYPES = {'SIZES': (dict,), 'EFFECT': (int, float), 'MEASURES': (tuple, list)}
+_WORDS = {dict: 'dictionary', str: 'text', int: 'number', float: 'number',
+          tuple: 'tuple of dictionaries'}
+LEAST_SIZES = 3
+LEAST_SEEDS = {'noise': 3, 'tune': 1, 'screen': statistics.MIN_SEEDS,
+               'confirm': statistics.MIN_SEEDS}
+# Fields that are the study's own.
+_OWN = ('seed', 'init_seed', 'eval.part')
+# Fields by which a run sees other data, or more of it, than the base's.
+_DATA = (*BATCHES, 'train.steps', 'train.grad_accumulation', 'eval.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +92,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """What a file of configs/sweeps/ describes."""
+  """A base and the points that change it."""
   name: str
   file: str
   base: ml_collections.ConfigDict
@@ -72,6 +119,74 @@ class Sweep:
                  if not evals.task(task).unfit(config))
 
 
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """What a study's file says, checked as far as the file alone can be.
+
+  Attributes:
+    file: its path.
+    sweep: the base and its variants.
+    given: the constants, by the names of STUDY.
+    sizes, workloads: the changes of each, by name.
+    seeds, tuning: as the plan has them.
+    measures: what MEASURES says, completed, without `chance`s.
+  """
+  file: str
+  sweep: Sweep
+  given: Mapping[str, Any]
+  sizes: Mapping[str, dict]
+  workloads: Mapping[str, dict]
+  seeds: plans.Seeds
+  tuning: plans.Tuning
+  measures: list[dict]
+
+
+class Add:
+  """What `sweep(add)` of a file is given: add(name, **changes) adds a point,
+  and add.system(arch) one that is another system."""
+
+  def __init__(self, file: str, base: ml_collections.ConfigDict):
+    self._file, self._base = file, base
+    self.points: dict[str, Point] = {}
+
+  def __call__(self, name: str, **changes: Any) -> None:
+    require(isinstance(name, str)
+            and re.fullmatch(r'[\w=+-][\w.=+-]*', name) is not None,
+            f'{self._file}: a point is called {name!r}: choose letters, digits '
+            'and . _ = + - alone, since it names a folder')
+    require(name not in self.points,
+            f'{self._file}: two points are called {name!r}')
+    require('seed' not in changes, f'{self._file}: point {name!r} sets seed: '
+            'every point has the same seeds, those of SEEDS or --seeds')
+    self.points[name] = Point(name, changes)
+
+  def system(self, arch: str, size: str = 'tiny', name: str = '',
+             **changes: Any) -> None:
+    """Adds the base as another system: the fields of its model that
+    configs/ARCH.py has otherwise, but for its sizes
+    (training/costs/systems.py).
+
+    Args:
+      arch: the system, as model.arch names it.
+      size: of configs/ARCH.py: whose parts are taken, and the sizes of what the
+        base has no part for, such as experts.
+      name: of the point; default: arch.
+      **changes: by dotted key, made after these.
+    """
+    from training.costs import systems
+    name = name or str(arch)
+    try:
+      found = systems.changes(self._base, arch, size)
+    except RequestError as error:
+      raise RequestError(f'{self._file}: point {name!r}: {error}') from error
+    self(name, **{**found, **changes})
+
+
+def is_study(file: str) -> bool:
+  """Whether a file describes a study, and not a sweep alone."""
+  return any(hasattr(_module(file), name) for name in _MUST)
+
+
 def read_sweep_file(file: str, seeds: int = 0,
                     known: Collection[str] = CONSTANTS) -> Sweep:
   """Reads a sweep's file; the point that changes nothing is added if missing.
@@ -82,44 +197,52 @@ def read_sweep_file(file: str, seeds: int = 0,
     known: the constants that it may hold, of a study more than CONSTANTS.
 
   Raises:
-    ValueError: for what no sweep can be made of.
+    RequestError: for what no sweep can be made of.
   """
   module = _module(file)
   check_constants(file, module, known, 'a sweep')
   base, again = (config_files.call(file, module.base) for _ in range(2))
   config_files.check_config_fields(base, f'{file}: base()')
-  if again.to_json_best_effort() != base.to_json_best_effort():
-    raise RequestError(f'{file}: base() returns another config each time it is '
-                       'called, so no two points would share it')
-  points: dict[str, Point] = {}
-
-  def add(name: str, **changes):
-    if not isinstance(name, str) or not re.fullmatch(
-        r'[\w=+-][\w.=+-]*', name):
-      raise RequestError(f'{file}: a point is called {name!r}: choose letters, '
-                         'digits and . _ = + - alone, since it names a folder')
-    if name in points:
-      raise RequestError(f'{file}: two points are called {name!r}')
-    if 'seed' in changes:
-      raise RequestError(f'{file}: point {name!r} sets seed: every point has '
-                         'the same seeds, those of SEEDS or --seeds')
-    points[name] = Point(name, changes)
-
-  config_files.call(file, module.sweep, systems.Add(add, base, file))
+  require(again.to_json_best_effort() == base.to_json_best_effort(),
+          f'{file}: base() returns another config each time it is called, so '
+          'no two points would share it')
+  add = Add(file, base)
+  config_files.call(file, module.sweep, add)
   tasks = getattr(module, 'TASKS', ())
-  if not isinstance(tasks, tuple | list):
-    raise RequestError(f'{file}: TASKS is {tasks!r}: write a tuple of names')
+  require(isinstance(tasks, tuple | list),
+          f'{file}: TASKS is {tasks!r}: write a tuple of names')
   for task in tasks:
     require(isinstance(task, str) and ',' not in task, f'{file}: TASKS has '
             f'{task!r}: write each task as a text of its own')
     evals.check_without_flags(task, f'{file}: TASKS')
   seeds = seeds or getattr(module, 'SEEDS', SEEDS)
-  if type(seeds) is not int or not 1 <= seeds <= MOST_SEEDS:
-    raise RequestError(f'SEEDS or --seeds is {seeds!r}: choose a whole number '
-                       f'from 1 to {MOST_SEEDS:,}')
-  sweep = Sweep(pathlib.Path(file).stem, file, base.lock(),
-                tuple(points.values()), '', tuple(range(seeds)), tuple(tasks))
-  return _with_base(sweep)
+  require(type(seeds) is int and 1 <= seeds <= MOST_SEEDS, f'SEEDS or --seeds '
+          f'is {seeds!r}: choose a whole number from 1 to {MOST_SEEDS:,}')
+  return _with_base(Sweep(
+      pathlib.Path(file).stem, file, base.lock(), tuple(add.points.values()),
+      '', tuple(range(seeds)), tuple(tasks)))
+
+
+def read_study_file(file: str) -> Study:
+  """Reads a study's file; RequestError for what no study can be made of."""
+  given = _constants(file, _module(file))
+  sweep = read_sweep_file(file, seeds=1, known=STUDY)
+  sizes = _groups(file, 'SIZES', given['SIZES'])
+  require(len(sizes) >= LEAST_SIZES, f'{file}: SIZES has {len(sizes)} of them: '
+          f'a study has at least {LEAST_SIZES}, since a verdict must agree '
+          'over sizes')
+  workloads = _groups(file, 'WORKLOADS', given['WORKLOADS'])
+  require(next(iter(workloads), '') == plans.TEXT, f'{file}: WORKLOADS begins '
+          f'with {next(iter(workloads), "nothing")!r}: begin it with '
+          f'{plans.TEXT!r}, which probes stand beside')
+  tuning = _tuning(file, given['TUNING'], sweep.base)
+  _check_overlaps(file, sweep, sizes, workloads, tuning.fields)
+  measures = given['MEASURES'] or [
+      {'workload': name, 'figure': 'loss' if name == plans.TEXT else 'accuracy'}
+      for name in workloads]
+  return Study(file, sweep, given, sizes, workloads,
+               _seeds(file, given['SEEDS']), tuning,
+               measures_lib.completed(measures, workloads, file))
 
 
 def check_constants(file: str, module: Any, known: Collection[str],
@@ -220,18 +343,18 @@ def _keys(config, prefix: str = '') -> list[str]:
 
 
 def _module(file: str):
-  path = pathlib.Path(file)
-  if not os.path.isfile(path):  # which is False for a name that is too long
-    files = sorted(str(p) for p in pathlib.Path('configs/sweeps').glob('*.py')
-                   if p.stem not in ('__init__', 'helpers'))
-    raise RequestError(f'no sweep {file!r}: choose from {", ".join(files)}, or '
+  if not os.path.isfile(file):  # which is False for a name that is too long
+    files = sorted(str(path) for folder in ('sweeps', 'studies')
+                   for path in pathlib.Path('configs', folder).glob('*.py')
+                   if path.stem not in ('__init__', 'helpers'))
+    raise RequestError(f'no file {file!r}: choose from {", ".join(files)}, or '
                        'write one')
   module = config_files.run(file)
   for name, line in (('base', 'def base(): ...'),
                      ('sweep', 'def sweep(add): ...'),
                      ('get_config', 'get_config = base')):
-    if not callable(getattr(module, name, None)):
-      raise RequestError(f'{file} has no {name}: add `{line}`')
+    require(callable(getattr(module, name, None)),
+            f'{file} has no {name}: add `{line}`')
   return module
 
 
@@ -245,16 +368,156 @@ def _with_base(sweep: Sweep) -> Sweep:
     if config == plain:
       base_name = base_name or point.name
     same = next((name for other, name in seen if other == config), '')
-    if same:
-      raise RequestError(f'{sweep.file}: points {same!r} and {point.name!r} '
-                         'are the same config')
+    require(not same, f'{sweep.file}: points {same!r} and {point.name!r} are '
+            'the same config')
     seen.append((config, point.name))
   points = sweep.points
   if not base_name:
-    if BASE in (point.name for point in points):
-      raise RequestError(f'{sweep.file}: the point called {BASE!r} changes the '
-                         'base: call it otherwise')
+    require(BASE not in (point.name for point in points), f'{sweep.file}: the '
+            f'point called {BASE!r} changes the base: call it otherwise')
     base_name, points = BASE, (Point(BASE, {}), *points)
-  if len(points) < 2:
-    raise RequestError(f'{sweep.file}: sweep(add) adds nothing but the base')
+  require(len(points) > 1,
+          f'{sweep.file}: sweep(add) adds nothing but the base')
   return dataclasses.replace(sweep, points=points, base_name=base_name)
+
+
+def refuse_names_alone(sweep: Sweep) -> None:
+  """Raises RequestError for a point that another one equals in all but
+  model.arch, which is a name and changes no part."""
+  seen: list[tuple[str, ml_collections.ConfigDict]] = []
+  for point in sorted(sweep.points, key=lambda p: p.name != sweep.base_name):
+    config = sweep.config(point)
+    for other, its in seen:
+      arch, theirs = config.model.arch, its.model.arch
+      require(arch == theirs or not _same(config, its),
+              f'{sweep.file}: points {other!r} and {point.name!r} differ in '
+              f'model.arch alone, {theirs!r} and {arch!r}, which is a name and '
+              'changes no part of a model, so their runs would be the same: '
+              f'write add.system({arch!r}), which sets the parts of that '
+              'system, or set model.norm, model.position and so on too')
+    seen.append((point.name, config))
+
+
+def _same(one: ml_collections.ConfigDict, other: ml_collections.ConfigDict
+          ) -> bool:
+  """Whether two configs build and train the same, whatever their systems are
+  called."""
+  import architectures
+  pages = [architectures.systems().get(config.model.arch)
+           for config in (one, other)]
+  # Pages of encoders have more than parts, such as what scores a row.
+  more = [{name: getattr(page, name) for name in dir(page)
+           if not name.startswith('_') and name not in ('PARTS', 'ARCH')}
+          for page in pages]
+  renamed = changed(other, {'model.arch': one.model.arch}, 'it')
+  return more[0] == more[1] and renamed.to_dict() == one.to_dict()
+
+
+def _constants(file: str, module: Any) -> dict[str, Any]:
+  """Returns the constants of a study's file by the names of STUDY."""
+  require(not hasattr(module, 'TASKS'), f'{file} has TASKS: a study evaluates '
+          'what its MEASURES need, as TASK/FIGURE')
+  check_constants(file, module, STUDY, 'a study')
+  found = {}
+  for name, default in STUDY.items():
+    found[name] = value = getattr(module, name, default)
+    require(value is not None,
+            f'{file} has no {name}: add {_MUST.get(name, "")}')
+    types = _TYPES.get(name, (int, float) if type(default) is float
+                       else (type(default),))
+    require(type(value) in types, f'{file}: {name} is {short(value)}, a '
+            f'{type(value).__name__}: write a {_WORDS[types[0]]}')
+  for name, most in (('EFFECT', 1e30), ('ALPHA', 1), ('Q', 1), ('POWER', 1)):
+    require(0 < found[name] < most, f'{file}: {name} is {found[name]}: it must '
+            f'be above 0' + (' and below 1' if most == 1 else ''))
+  require(0 <= found['UNSTABLE'] <= 1, f'{file}: UNSTABLE is '
+          f'{found["UNSTABLE"]}: it is a share, from 0 to 1')
+  one_of('MATCH', found['MATCH'], ('', *MATCH))
+  require(bool(found['MATCH']) or found['MATCH_FIELD'] == MATCH_FIELD,
+          f'{file}: MATCH_FIELD is {found["MATCH_FIELD"]}, but MATCH is empty: '
+          f'set it to one of {", ".join(MATCH)}')
+  return found
+
+
+def _groups(file: str, name: str, value: Mapping) -> dict[str, dict]:
+  """Checks {name: {field: value}}."""
+  for key, fields in value.items():
+    require(isinstance(key, str) and re.fullmatch(r'[\w=+-]+', key) is not None,
+            f'{file}: {name} has {key!r}: choose letters, digits and _ = + - '
+            'alone, since it names a folder')
+    require(isinstance(fields, Mapping), f'{file}: {name}[{key!r}] is '
+            f'{short(fields)}: write the fields that it changes, as '
+            "{'model.d_model': 64}")
+  return {key: dict(fields) for key, fields in value.items()}
+
+
+def _check_overlaps(file: str, sweep: Sweep, sizes, workloads, tuned) -> None:
+  """Raises RequestError for a field that two would set, or by which variants
+  would not see the same data."""
+  points = {point.name: point.changes for point in sweep.points}
+  require(plans.AGAIN not in points, f'{file}: a variant is called '
+          f'{plans.AGAIN!r}, which is what the study calls its base with other '
+          'first parameters: call it otherwise')
+  for name in ('init_seed', 'eval.part'):
+    value = limits.get(sweep.base, name)
+    require(not value, f'{file}: base() sets {name} to {value!r}, which the '
+            'study sets itself: leave it out')
+  named = {'size': sizes, 'workload': workloads, 'variant': points}
+  owners = [('the study itself', _OWN), ('TUNING', tuned), *(
+      (f'{kind} {name!r}', own) for kind, group in named.items()
+      for name, own in group.items())]
+  for who, fields in owners:
+    for field in fields if who.startswith(('TUNING', 'variant')) else ():
+      require(not field.startswith(_DATA) or field in _OWN,
+              f'{file}: {who} sets {field}: every variant of a study has the '
+              'same data and as many steps as the base, or no difference would '
+              'be its own')
+  for (who, fields), (other, others) in itertools.combinations(owners, 2):
+    for field in fields if who.split()[0] != other.split()[0] else ():
+      # Variants may be the base with other first parameters.
+      twin = field == 'init_seed' and other.startswith('variant')
+      require(field not in others or twin, f'{file}: {who} and {other} both '
+              f'set {field}: leave it to {who}')
+
+
+def _seeds(file: str, given: Mapping) -> plans.Seeds:
+  """Returns SEEDS, those that it leaves out at their defaults."""
+  for phase in given:
+    one_of('phase of SEEDS', phase, plans.PHASES)
+  found = {**STUDY['SEEDS'], **given}
+  for phase, number in found.items():
+    least = LEAST_SEEDS[phase]
+    require(type(number) is int and least <= number <= plans.Seeds.APART,
+            f'{file}: SEEDS has {number!r} for {phase}: it must be a whole '
+            f'number from {least} to {plans.Seeds.APART:,}' + (
+                ', since fewer say nothing about noise' if least > 1 else ''))
+  return plans.Seeds(**found)
+
+
+def _tuning(file: str, given: Mapping, base) -> plans.Tuning:
+  """Returns TUNING; `base` is the base's config."""
+  for name in given:
+    one_of('entry of TUNING', name, ('fields', 'keep', 'rungs', 'extend'))
+  lr = base.optim.lr
+  fields = given.get('fields', {'optim.lr': (lr / 2, lr, 2 * lr)})
+  require(isinstance(fields, Mapping) and bool(fields)
+          and all(isinstance(name, str) for name in fields), f'{file}: TUNING '
+          f"has {short(fields)} as fields: write {{'optim.lr': (1e-3, 2e-3)}}")
+  found = plans.Tuning(**{**given, 'fields': {
+      name: tuple(values) if isinstance(values, tuple | list) else (values,)
+      for name, values in fields.items()}})
+  for name, values in found.fields.items():
+    who = f'{file}: TUNING of {name}'
+    for value in values:
+      changed(base, {name: value}, who)
+      require(type(value) in (int, float) and value > 0, f'{who} has '
+              f'{value!r}: what is tuned is a number above 0')
+    require(len(values) > 1 and list(values) == sorted(set(values)),
+            f'{who} is {values}: write two values or more, rising')
+  require(type(found.rungs) is int and 1 <= found.rungs <= 10
+          and type(found.extend) is int and 0 <= found.extend <= 10
+          and type(found.keep) is float and 0 < found.keep < 1,
+          f'{file}: TUNING has keep={found.keep!r}, rungs={found.rungs!r}, '
+          f'extend={found.extend!r}: keep is a share between 0 and 1, rungs '
+          'from 1 to 10, extend from 0 to 10')
+  return found

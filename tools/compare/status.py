@@ -1,8 +1,9 @@
 """status: how far each point of a sweep is, as a table that keeps itself up to
-date on a terminal, and as plain text elsewhere."""
+date on a terminal, and as plain text elsewhere; or each phase of a study."""
 
 import argparse
 import collections
+import contextlib
 import json
 import sys
 import time
@@ -16,9 +17,7 @@ HEADINGS = ('point', 'runs', 'trained', 'held-out loss', 'vs base',
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('file', nargs='?', default='',
-                      help='the sweep that --workdir must be of')
-  parser.add_argument('--workdir', required=True, help='of the sweep')
+  layout.add_workdir(parser)
   parser.add_argument('--once', action='store_true',
                       help='print the table once, and leave')
   parser.add_argument('--json', action='store_true',
@@ -26,20 +25,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-  description = layout.load_description(args.workdir, args.file)
-  if args.json:
-    with ledger_lib.Ledger(args.workdir) as ledger:
-      print(json.dumps(figures(description, args.workdir, ledger.runs()),
-                       indent=2))
+  workdir = layout.workdir_of(args)
+  if layout.is_study(workdir):
+    return _study(workdir, args.json)
+  description = layout.load_description(workdir)
+  with ledger_lib.Ledger(workdir) as ledger:
+    if args.json:
+      print(json.dumps(figures(description, workdir, ledger.runs()), indent=2))
+    elif args.once or not sys.stdout.isatty():
+      print(plain(description, workdir, ledger.runs()))
+    else:
+      with contextlib.suppress(KeyboardInterrupt):
+        _live(description, workdir, ledger)
+  return 0
+
+
+def _study(workdir, as_json: bool) -> int:
+  from tools.compare import costs, results
+  from tools.compare import frozen as frozen_lib
+  frozen = frozen_lib.load(workdir)
+  phases = []
+  for cost in costs.of(frozen, 1, None):
+    runs = results.rows(workdir, cost.phase)
+    phases.append({
+        'phase': cost.phase, 'planned': cost.runs, 'told': states(runs),
+        'states': dict(collections.Counter(run.state for run in runs)),
+        'failed': _failed(runs)})
+  if as_json:
+    print(json.dumps({'study': frozen.plan.name, 'plan': frozen.hash,
+                      'phases': phases}, indent=2))
     return 0
-  if args.once or not sys.stdout.isatty():
-    with ledger_lib.Ledger(args.workdir) as ledger:
-      print(plain(description, args.workdir, ledger.runs()))
-    return 0
-  try:
-    _live(description, args.workdir)
-  except KeyboardInterrupt:
-    pass
+  print(f'study {frozen.plan.name}, plan {frozen.hash}')
+  for row in phases:
+    print(f'{row["phase"]:<8} {row["told"] or "not begun"}, '
+          f'{row["planned"]} planned at most')
+    for line in row['failed']:
+      print(f'  {line}')
   return 0
 
 
@@ -92,28 +113,25 @@ def states(runs: list) -> str:
                    for state in reversed(ledger_lib.STATES) if counts[state])
 
 
+def _failed(runs: list) -> list[str]:
+  return [f'{run.point}, seed {run.seed}: {run.error}' for run in runs
+          if run.state == ledger_lib.FAILED]
+
+
 def footer(runs: list) -> list[str]:
   """All runs in one line, and why some failed."""
-  lines = [f'{len(runs)} runs: {states(runs)}{_left(runs)}']
-  return lines + [f'failed: {run.point}, seed {run.seed}: {run.error}'
-                  for run in runs if run.state == ledger_lib.FAILED]
+  return [f'{len(runs)} runs: {states(runs)}{_left(runs)}',
+          *(f'failed: {line}' for line in _failed(runs))]
 
 
 def plain(description: dict, workdir, runs: list) -> str:
   table = [HEADINGS, *rows(description, workdir, runs)]
-  widths = [max(map(len, column)) for column in zip(*table)]
-  lines = ['  '.join(
-      [row[0].ljust(widths[0]), row[1].ljust(widths[1]),
-       *map(str.rjust, row[2:], widths[2:])]).rstrip() for row in table]
-  return '\n'.join([*lines, '', *footer(runs)])
+  return '\n'.join([*layout.columns(table, left=2), '', *footer(runs)])
 
 
-def _live(description: dict, workdir) -> None:
+def _live(description: dict, workdir, ledger) -> None:
   """Redraws the table until no run is waiting or under way."""
-  try:
-    from rich import live, table, text
-  except ImportError:
-    live = None
+  from rich import live, table, text
 
   def draw(runs):
     grid = table.Table(title=f'{description["name"]}  {workdir}',
@@ -125,35 +143,21 @@ def _live(description: dict, workdir) -> None:
       grid.add_row(*row)
     return grid
 
-  with ledger_lib.Ledger(workdir) as ledger:
-    runs = ledger.runs()
-    if live is None:
-      while not _over(runs):
-        print(plain(description, workdir, runs), end='\n\n', flush=True)
-        time.sleep(SECONDS)
-        runs = ledger.runs()
-      print(plain(description, workdir, runs))
-      return
-    with live.Live(draw(runs), auto_refresh=False,
-                   vertical_overflow='visible') as screen:
-      while not _over(runs):
-        time.sleep(SECONDS)
-        runs = ledger.runs()
-        screen.update(draw(runs), refresh=True)
-
-
-def _over(runs: list) -> bool:
-  return all(run.state in (ledger_lib.DONE, ledger_lib.FAILED) for run in runs)
+  runs = ledger.runs()
+  with live.Live(draw(runs), auto_refresh=False,
+                 vertical_overflow='visible') as screen:
+    while not all(run.state in ledger_lib.ENDED for run in runs):
+      time.sleep(SECONDS)
+      runs = ledger.runs()
+      screen.update(draw(runs), refresh=True)
 
 
 def _left(runs: list) -> str:
   """Returns ', about 12 min left', by the runs that are done."""
   took = [run.seconds for run in runs
           if run.state == ledger_lib.DONE and run.seconds]
-  left = [run for run in runs
-          if run.state not in (ledger_lib.DONE, ledger_lib.FAILED)]
-  runners = sum(run.state in (ledger_lib.RUNNING, ledger_lib.EVALUATING)
-                for run in runs)
+  left = [run for run in runs if run.state not in ledger_lib.ENDED]
+  runners = sum(run.state == ledger_lib.RUNNING for run in runs)
   if not (took and left and runners):
     return ''
   minutes = _mean(took) * len(left) / runners / 60

@@ -2,7 +2,6 @@
 Markdown, LaTeX tables, CSV and the figures.
 """
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 import csv
 import datetime
@@ -180,15 +179,6 @@ def _check_names(plan: plans.Plan, results: Mapping, who: str) -> None:
                   f'{short(own[key])}, which is none of this study')
   for name in results['phases']:
     one_of('phase', name, plans.PHASES)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--workdir', required=True, help='of the study')
-
-
-def main(args) -> int:
-  print(*write(args.workdir), sep='\n')
-  return 0
 
 
 def write(workdir) -> list[pathlib.Path]:

@@ -7,7 +7,6 @@ learning rate, health of the routers, loss past the training length. What
 failed or is not done is listed.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 import csv
 import dataclasses
@@ -44,19 +43,8 @@ MOST = 300  # points of a line; longer ones are thinned
 BINS = 40  # of the positions of a long text
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('file', nargs='?', default='',
-                      help='the sweep that --workdir must be of')
-  parser.add_argument('--workdir', required=True, help='of the whole sweep')
-  parser.add_argument('--json', action='store_true', help='print JSON')
-  parser.add_argument('--plot', default='', help='a PNG, SVG or PDF to draw '
-                      'the outcome to')
-
-
 def main(args) -> int:
-  from tools.compare import layout
   from training.workdir import storage
-  layout.load_description(args.workdir, args.file)
   for file in FILES:
     storage.try_file(pathlib.Path(args.workdir) / file, '--workdir')
   if args.plot:

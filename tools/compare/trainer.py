@@ -1,21 +1,20 @@
 """The trainer of real runs: each phase is a sweep in a folder of the study.
 
 W/noise, W/tune-1, ... have a sweep.json, a ledger and points/NAME/seed-S as any
-sweep has (tools/compare/layout.py). So a killed study goes on, several runners
-share one, and `python -m tools.sweep status --workdir W/noise` shows how far a
-phase is. Where the plan was amended, and a phase that has run is no longer the
-one that is planned, it runs anew in W/noise.1.
+sweep has (layout.py). So a killed study goes on, several runners share one, and
+`python -m tools.compare status W/noise` shows how far a phase is. Where the
+plan was amended, and a phase that has run is no longer the one that is planned,
+it runs anew in W/noise.1.
 """
 
 from collections.abc import Mapping, Sequence
-import json
 import math
 import pathlib
 import time
 
 import numpy as np
 
-from configs.errors import EnvironmentFailure, RequestError
+from configs.errors import EnvironmentFailure, require
 from tools.compare import frozen as frozen_lib
 from tools.compare import plan as plans
 from tools.compare.phases import Run, steps_of
@@ -27,7 +26,6 @@ POLL_SECONDS = 1.0  # between two looks at what other runners have done
 # Times the loss of guessing, above which a run counts as diverged: one that
 # has learnt nothing ends near it.
 GUESSING = 1.2
-ENDED = (ledger_lib.DONE, ledger_lib.FAILED)
 
 
 class Stopped(Exception):
@@ -35,7 +33,7 @@ class Stopped(Exception):
 
 
 class Trainer:
-  """Trains through the ledger and the runner of tools.sweep.
+  """Trains through the ledger and the runner of sweeps.
 
   Args:
     workdir: of the study.
@@ -63,7 +61,9 @@ class Trainer:
     path = compatible(self._workdir / folder, description)
     with ledger_lib.Ledger(path) as ledger:
       with ledger.transaction():
-        description = _merged(path, description)
+        if (path / 'sweep.json').exists():
+          description = layout.merged(
+              layout.load_description(path), description)
         layout.save_description(path, description)
       ledger.add((run.point, run.seed, ()) for run in runs)
       ledger.recover()
@@ -78,28 +78,30 @@ class Trainer:
     """Works, alone or beside other runners, until all of `runs` have ended."""
     wanted = {(run.point, run.seed) for run in runs}
     told = False
-    while not wanted <= {(row.point, row.seed) for row in ledger.runs()
-                         if row.state in ENDED}:
+    while True:
       for row in ledger.runs(ledger_lib.PENDING):
         if (row.point, row.seed) not in wanted:  # of a plan that was amended
           ledger.drop(row.id)
+      ended = {(row.point, row.seed) for row in ledger.runs()
+               if row.state in ledger_lib.ENDED}
+      if wanted <= ended:
+        return
       if not self.work(path, description, ledger):
         raise Stopped
-      left = wanted - {(row.point, row.seed) for row in ledger.runs()
-                       if row.state in ENDED}
-      if left and not told:
-        print(f'{path}: other runners have the last {len(left)} runs',
-              flush=True)
+      ended = {(row.point, row.seed) for row in ledger.runs()
+               if row.state in ledger_lib.ENDED}
+      if left := wanted - ended:
+        if not told:
+          print(f'{path}: other runners have the last {len(left)} runs',
+                flush=True)
         told = True
-      if left:
         time.sleep(POLL_SECONDS)
-        ledger.recover()
 
   def work(self, path: pathlib.Path, description: dict, ledger) -> bool:
     """Trains what is pending; returns whether it was not told to stop."""
-    from tools.compare import run as sweep_run
     from tools.compare import local
-    sweep_run.adopt(path, ledger)
+    from tools.compare import run as run_lib
+    run_lib.enter(path, ledger)
     return local.Runner(description, path, ledger, self._parallel, self._group
                         ).run()
 
@@ -113,7 +115,9 @@ class Trainer:
             'name': run.point, 'variant': run.variant, 'size': run.size,
             'workload': run.workload,
             'changes': plans.to_json(run.changes), 'seeds': [], 'tasks': [],
-            'tokens': self._tokens(point, run),
+            # A run may take fewer steps than its point.
+            'tokens': round(point['tokens'] / self._frozen.steps(point)
+                            * steps_of(self._frozen, run)),
             **{name: point[name] for name in (
                 'matched', 'params', 'active_params', 'flops_per_token')}}
       rows[run.point]['seeds'].append(run.seed)
@@ -125,20 +129,13 @@ class Trainer:
                         for name, held in self._frozen.sources.items()
                         if name != 'file'}}
 
-  def _tokens(self, point: Mapping, run: Run) -> int:
-    """The tokens of a run that may take fewer steps than its point."""
-    return round(point['tokens'] / self._frozen.steps(point)
-                 * steps_of(self._frozen, run))
-
   def outcomes(self, path: pathlib.Path, description: dict,
                runs: Sequence[Run], states: Mapping) -> list[plans.Outcome]:
     """Returns what the runs gave, as it lies on disk."""
     sweep = curves.read(path, description, states)
-    if sweep.strangers:
-      raise RequestError(f'{path} holds runs of another config than the plan '
-                         f'says: {"; ".join(sweep.strangers[:3])}'
-                         + '; ...' * (len(sweep.strangers) > 3)
-                         + '; move them away')
+    require(not sweep.strangers, f'{path} holds runs of another config than '
+            f'the plan says: {"; ".join(sweep.strangers[:3])}'
+            + '; ...' * (len(sweep.strangers) > 3) + '; move them away')
     points = {point.name: point for point in sweep.points}
     found, failed = [], []
     for run in runs:
@@ -163,21 +160,16 @@ class Trainer:
     plan = self._frozen.plan
     row = self._frozen.point_of(run)
     loss = own.final if own.final is not None else math.inf
-    values, missing = {}, []
-    for measure in plan.of_workload(run.workload):
-      values[measure.name] = value = final(own, measure.figure)
-      missing += [measure] if value is None else []
+    values = {measure.name: final(own, measure.figure)
+              for measure in plan.of_workload(run.workload)}
     diverged = (ended_badly(own) or not math.isfinite(loss)
                 or loss > GUESSING * self._frozen.guess(row))
-    for measure in missing:
-      if not diverged:
-        raise RequestError(
-            f'measure {measure.name!r} is {measure.figure!r}, which '
-            f'{run.point}, seed {run.seed}, has not reported: it has '
-            f'{", ".join(figures(own)) or "nothing"}')
-    if diverged:
-      values = {measure.name: measure.chance
-                for measure in plan.of_workload(run.workload)}
+    for measure in plan.of_workload(run.workload):
+      if diverged:
+        values[measure.name] = measure.chance
+      require(values[measure.name] is not None, f'measure {measure.name!r} is '
+              f'{measure.figure!r}, which {run.point}, seed {run.seed}, has '
+              f'not reported: it has {", ".join(figures(own)) or "nothing"}')
     trained = point.curve(run.seed, 'train')
     tokens = float(trained.tokens[-1]) if len(trained.tokens) else 0.0
     seconds = float(trained.seconds[-1]) if len(trained.seconds) else math.nan
@@ -207,32 +199,13 @@ def compatible(path: pathlib.Path, description: dict) -> pathlib.Path:
   at = path
   while (at / 'sweep.json').exists():
     old = layout.load_description(at)
-    points = {row['name']: row['changes'] for row in old['points']}
-    new = json.loads(json.dumps(description))  # as the old: lists for tuples
-    held = old.get('sources', {})  # earlier versions did not keep them
-    if old['base_config'] == new['base_config'] and all(
-        points.get(row['name'], row['changes']) == row['changes']
-        for row in new['points']) and all(
-            held.get(name, now) == now for name, now in new['sources'].items()):
+    if not layout.unlike(old, description) and all(
+        description['sources'].get(name, held) == held
+        for name, held in old['sources'].items()):
       return at
     number += 1
     at = path.with_name(f'{path.name}.{number}')
   return at
-
-
-def _merged(path: pathlib.Path, description: dict) -> dict:
-  """Adds what sweep.json has beyond the description."""
-  if not (path / 'sweep.json').exists():
-    return description
-  before = layout.load_description(path)
-  old = {row['name']: row for row in before['points']}
-  points = []
-  for row in description['points']:
-    same = old.pop(row['name'], row)
-    points.append(row | {'seeds': sorted({*same['seeds'], *row['seeds']})})
-  return description | {
-      'points': [*points, *old.values()],
-      'sources': before.get('sources', {}) | description['sources']}
 
 
 def ended_badly(run: curves.Run) -> bool:

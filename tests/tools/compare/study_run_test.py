@@ -1,22 +1,187 @@
-"""Studies on disk: killed and resumed, by two runners, amended, failed."""
+"""Studies as they run: the phases, what each asks for and what follows, and
+what stands in a study's files while it goes on."""
 
-import copy
 import dataclasses
 import json
-import threading
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
 
 import pytest
 
 from configs.errors import EnvironmentFailure, RequestError
 from tests.helpers import studies
+from tools.compare import costs, freeze, phases, results, status, study
+from tools.compare import decide, trainer, tuning
 from tools.compare import frozen as frozen_lib
-from tools.compare import costs, freeze, phases, results, trainer
-from tools.compare import study_status as status
+from tools.compare import ledger as ledger_lib
 from tools.compare import plan as plans
-from tools.compare import study_run as run_lib
 
-pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).parents[3]
+SECONDS = 1500  # that a process may take beside other tests
 KEPT = ('outcomes', 'noise', 'announced', 'tuned', 'screen', 'confirm')
+
+
+@pytest.fixture(scope='module')
+def made():
+  frozen = studies.frozen(studies.plan())
+  trainer = studies.Trainer(frozen)
+  seen = []
+  found = phases.run(frozen, trainer, after=lambda found: seen.append(
+      (list(found.finished), len(found.outcomes))))
+  return frozen, trainer, found, seen
+
+
+def test_a_whole_study_finds_what_is_there(made):
+  _, trainer, found, seen = made
+  assert found.finished == list(plans.PHASES)
+  assert [names for names, _ in seen] == [
+      list(plans.PHASES[:i]) for i in (1, 2, 3, 4)]
+  assert [row.variant for row in found.screen if row.passed] == ['good']
+  verdicts = {(row.variant, row.measure): row.verdict for row in found.confirm}
+  assert verdicts['good', 'loss'] == 'better'
+  assert {variant for variant, _ in verdicts} == {'good'}
+  assert len(found.outcomes) == sum(map(len, trainer.asked.values()))
+
+
+def test_each_phase_asks_for_its_runs(made):
+  frozen, trainer, _, _ = made
+  plan = frozen.plan
+  noise = trainer.asked['noise']
+  assert len(noise) == 3 * 2 * 2 * 6  # sizes, workloads, base and again, seeds
+  again = [run for run in noise if run.variant == plans.AGAIN]
+  assert len(again) == len(noise) / 2
+  assert all(run.changes['init_seed'] for run in again)
+  assert {(run.size, run.workload) for run in trainer.asked['screen']} == {
+      ('s', 'text')}
+  confirm = trainer.asked['confirm']
+  assert {run.variant for run in confirm} == {'base', 'good'}
+  assert {run.size for run in confirm} == {'s', 'm', 'l'}
+  for folder, runs in trainer.asked.items():
+    phase = folder.partition('-')[0]
+    assert {run.seed for run in runs} == set(plan.seeds.of(phase))
+    # Nothing but tuning sees the half of what is held out that tuning sees.
+    assert {run.changes['eval.part'] for run in runs} == {
+        'first' if phase == 'tune' else 'second'}
+    assert len({(run.point, run.seed) for run in runs}) == len(runs)
+
+
+def test_every_variant_is_tuned_alike_and_takes_its_own_best(made):
+  frozen, trainer, found, _ = made
+  spent = {}
+  for run in trainer.asked['tune-1'] + trainer.asked['tune-2']:
+    spent[run.variant] = spent.get(run.variant, 0) + run.share
+  assert len(set(spent.values())) == 1 and len(spent) == 4
+  best = {row.variant: row.changes['optim.lr'] for row in found.tuned}
+  assert best == studies.BEST_LR
+  for run in trainer.asked['confirm'] + trainer.asked['screen']:
+    assert run.changes['optim.lr'] == studies.BEST_LR[run.variant]
+  # The optimum of `good` was at the edge: one value further out was tried.
+  assert {run.variant for run in trainer.asked['tune-3']} == {'good'}
+  assert {run.changes['optim.lr'] for run in trainer.asked['tune-3']} == {8e-3}
+  assert not any(row.at_edge for row in found.tuned)
+
+
+def test_a_short_rung_has_a_whole_schedule_of_its_own(made):
+  _, trainer, _, _ = made
+  for run in trainer.asked['tune-1']:
+    assert run.changes['train.steps'] == run.changes['eval.every_steps'] == 50
+    assert run.changes['optim.warmup_steps'] == 5
+    assert run.changes['data.batch_ramp'] == '20:8'
+  assert all('train.steps' not in run.changes
+             for run in trainer.asked['tune-2'])
+
+
+def test_a_study_that_is_too_weak_stops_before_it_spends():
+  frozen = studies.frozen(studies.plan(effect=1e-4))
+  trainer = studies.Trainer(frozen)
+  kept = []
+  with pytest.raises(phases.TooWeak, match='less than the 80% .*--anyway'):
+    phases.run(frozen, trainer, after=kept.append)
+  assert list(trainer.asked) == ['noise']
+  assert kept[-1].noise and not kept[-1].announced.enough
+  found = phases.run(frozen, trainer, anyway=True)
+  assert found.finished == list(plans.PHASES)
+
+
+def test_nothing_is_confirmed_where_nothing_passes():
+  frozen = studies.frozen(studies.plan(variants=('same',)))
+  trainer = studies.Trainer(frozen)
+  found = phases.run(frozen, trainer)
+  assert 'confirm' not in trainer.asked and found.confirm == []
+  assert found.finished[-1] == 'confirm'
+
+
+def _outcomes(search, losses, diverged=()):
+  return [[plans.Outcome(
+      'tune', *search.name, 0, {'loss': loss}, i in diverged, 1.0, 1.0, 1, {},
+      loss)] for i, loss in enumerate(losses)]
+
+
+def _search(values=(1e-3, 2e-3, 4e-3, 8e-3), **changes):
+  own = studies.plan(tuning=plans.Tuning({'optim.lr': values}, **changes))
+  return tuning.Search(own, 'base', 's', 'text')
+
+
+def test_the_better_half_survives_a_rung():
+  search = _search(rungs=3)
+  assert search.share == 0.25
+  search.take(25, _outcomes(search, (3.0, 2.0, 1.0, 4.0)))
+  assert [c['optim.lr'] for c in search.candidates] == [4e-3, 2e-3]
+  assert search.share == 0.5
+  search.take(50, _outcomes(search, (2.0, 1.0)))
+  assert [c['optim.lr'] for c in search.candidates] == [2e-3]
+  search.take(100, _outcomes(search, (1.0,)))
+  assert search.candidates == () and search.found().at_edge == ()
+  assert search.found().changes == {'optim.lr': 2e-3}
+  assert tuning.kept(plans.Tuning({}), 3) == 2  # the larger half
+  assert search.runs == 7 and search.found().flops == 7.0
+
+
+def test_an_edge_moves_as_often_as_the_plan_says_and_is_marked_then():
+  search = _search((1e-3, 2e-3), rungs=1, extend=2)
+  search.take(100, _outcomes(search, (1.0, 2.0)))
+  for lr, loss in ((5e-4, 0.9), (2.5e-4, 0.8)):
+    assert [c['optim.lr'] for c in search.candidates] == [lr]
+    search.take(100, _outcomes(search, (loss,)))
+  assert search.candidates == ()
+  assert search.found().changes == {'optim.lr': 2.5e-4}
+  assert search.found().at_edge == ('optim.lr',)
+  search = _search((1e-3, 2e-3), rungs=1, extend=1)
+  search.take(100, _outcomes(search, (1.0, 2.0)))
+  search.take(100, _outcomes(search, (1.5,)))
+  assert search.found().changes == {'optim.lr': 1e-3}
+  assert search.found().at_edge == ()
+
+
+def test_what_diverged_is_the_worst_and_ties_go_by_the_loss():
+  search = _search((1e-3, 2e-3), rungs=1, extend=0)
+  search.take(100, _outcomes(search, (1.0, 2.0), diverged=(0,)))
+  assert search.found().changes == {'optim.lr': 2e-3}
+  own = studies.plan(tuning=plans.Tuning({'optim.lr': (1e-3, 2e-3)}, rungs=1))
+  search = tuning.Search(own, 'base', 's', 'copy')
+  outcomes = _outcomes(search, (1.0, 0.5))
+  outcomes = [[x._replace(values={'copy': 0.25}) for x in row]
+              for row in outcomes]
+  search.take(100, outcomes)
+  assert search.best['changes'] == {'optim.lr': 2e-3}
+
+
+def test_the_hash_is_of_all_that_is_planned_and_of_nothing_else():
+  frozen = frozen_lib.Frozen(studies.plan(), {'seed': 0}, [], {'file': 'a'}, {})
+  back = frozen_lib.from_json(json.loads(json.dumps(
+      frozen_lib.to_json(frozen))), 'study.json')
+  assert back == frozen and back.hash == frozen.hash
+  for changed in (dict(plan=studies.plan(effect=0.02)),
+                  dict(base_config={'seed': 1}),
+                  dict(sources={'file': 'b'}), dict(code={'commit': 'c'})):
+    assert dataclasses.replace(frozen, **changed).hash != frozen.hash
+  noted = dataclasses.replace(frozen, notes=[{'time': 0.0, 'told': 'looked'}])
+  assert noted.hash == frozen.hash
 
 
 @pytest.fixture(scope='module')
@@ -34,11 +199,11 @@ def loss_of(config):
 
 def start(workdir, frozen, loss=loss_of, stop_after=None, retry=False, **args):
   """Freezes and runs as `run` does; returns the trainer."""
-  plan = run_lib.adopted(workdir, dataclasses.replace(
+  plan = study.adopted(workdir, dataclasses.replace(
       frozen, notes=[], amendments=[]), args.pop('amend', ''))
   own = studies.Written(workdir, plan, retry=retry, loss=loss,
                         stop_after=stop_after)
-  assert run_lib.go(workdir, plan, own, studies.arguments(**args)) == 0
+  assert study.go(workdir, plan, own, studies.arguments(**args)) == 0
   return own
 
 
@@ -75,43 +240,6 @@ def test_what_a_study_found_is_in_its_results(whole, frozen):
   assert found['provenance']['versions']['jax']
 
 
-@pytest.mark.long
-def test_a_study_that_is_stopped_again_and_again_ends_as_one_that_is_not(
-    whole, frozen, tmp_path):
-  own, found, _ = whole
-  did = []
-  while not did or len(did[-1]) == 19:
-    did.append(start(tmp_path, frozen, stop_after=19).did)
-  assert len(did) > 2
-  assert sorted(run for some in did for run in some) == sorted(own.did)
-  again = read(tmp_path)
-  assert {name: again[name] for name in KEPT} == {
-      name: found[name] for name in KEPT}
-
-
-@pytest.mark.long
-def test_two_runners_share_a_study_and_end_alike(whole, frozen, tmp_path):
-  own, found, _ = whole
-  did, errors = [], []
-
-  def work():
-    try:
-      did.append(start(tmp_path, frozen).did)
-    except Exception as error:  # shown by the assertion below
-      errors.append(error)
-
-  threads = [threading.Thread(target=work) for _ in range(2)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert not errors
-  assert sorted(run for some in did for run in some) == sorted(own.did)
-  again = read(tmp_path)
-  assert {name: again[name] for name in KEPT} == {
-      name: found[name] for name in KEPT}
-
-
 def test_what_is_done_is_not_done_again(whole, frozen):
   _, found, workdir = whole
   assert start(workdir, frozen).did == []
@@ -131,14 +259,6 @@ def test_runs_that_diverge_are_results(frozen, tmp_path, loss):
   assert len(bad) == found['phases']['noise']['failed'] == 3
   assert {(x['variant'], x['seed']) for x in bad} == {('base', lost)}
   assert all(x['values'] == {'loss': frozen.plan.primary.chance} for x in bad)
-
-
-def test_a_run_that_has_learnt_nothing_has_not_diverged(frozen, tmp_path):
-  guessing = frozen.plan.primary.chance
-  own = studies.Written(tmp_path, frozen, loss=lambda config: 1.01 * guessing)
-  outcome, = own.train('noise', phases.noise_runs(frozen)[:1])
-  assert not outcome.diverged
-  assert outcome.values == {'loss': pytest.approx(1.01 * guessing)}
 
 
 def test_a_run_diverges_by_what_guessing_gives_its_objective(frozen, tmp_path):
@@ -184,10 +304,10 @@ def _with(frozen, **plan):
 @pytest.mark.long
 def test_a_changed_plan_is_refused_and_amended_for_a_reason(frozen, tmp_path):
   with pytest.raises(RequestError, match='has no plan yet'):
-    run_lib.adopted(tmp_path, frozen, 'why not')
+    study.adopted(tmp_path, frozen, 'why not')
   start(tmp_path, frozen)
   with pytest.raises(RequestError, match='is the one that was frozen'):
-    run_lib.adopted(tmp_path, frozen, 'why not')
+    study.adopted(tmp_path, frozen, 'why not')
   other = _with(frozen, alpha=0.01)
   with pytest.raises(RequestError, match='planned otherwise: plan.alpha'):
     start(tmp_path, other)
@@ -231,14 +351,8 @@ def test_what_ran_on_other_data_runs_anew(frozen, tmp_path):
   assert [path.name for path in results.folders(tmp_path)] == [
       'noise', 'noise.1']
   file.write_text(json.dumps(tree | {'sources': {source: 5}}))
-  with pytest.raises(RequestError, match=r'sweep.json.sources.* is damaged'):
+  with pytest.raises(RequestError, match='sweep.json is damaged'):
     start(tmp_path, other, until='noise')
-  # An earlier version did not keep what the data held.
-  del tree['sources']
-  file.write_text(json.dumps(tree))
-  own = studies.Written(tmp_path, other)
-  assert trainer.compatible(file.parent, own.describe(
-      'noise', phases.noise_runs(other))) == file.parent
 
 
 @pytest.mark.long
@@ -259,25 +373,8 @@ def test_what_an_amended_plan_leaves_out_is_not_run(frozen, tmp_path):
   assert {seed for _, _, seed in own.did} <= set(frozen.plan.seeds.of('noise'))
 
 
-@pytest.mark.long
-def test_a_plan_of_before_some_fields_goes_on(frozen, tmp_path):
-  old = dataclasses.replace(frozen, base_config=copy.deepcopy(
-      frozen.base_config))
-  for group, name in (('model', 'mixer'), ('data', 'batch_ramp')):
-    del old.base_config[group][name]
-  start(tmp_path, old, until='noise')
-  for path in tmp_path.glob('noise/points/*/*/config.json'):
-    tree = json.loads(path.read_text())
-    del tree['model']['mixer']
-    path.write_text(json.dumps(tree))
-  own = start(tmp_path, frozen)  # which needs no --amend
-  assert not [did for did in own.did if did[0] == 'noise']
-  assert frozen_lib.load(tmp_path).hash == old.hash
-  assert read(tmp_path)['confirm'][0]['verdict'] == 'worse'
-
-
 def test_a_plan_that_was_written_over_is_refused(frozen, tmp_path):
-  run_lib.adopted(tmp_path, frozen, '')
+  study.adopted(tmp_path, frozen, '')
   path = tmp_path / 'study.json'
   path.write_text(path.read_text().replace('"effect": 0.5', '"effect": 5.0'))
   with pytest.raises(RequestError, match='is not as it was written'):
@@ -329,12 +426,14 @@ def test_hours_are_known_of_what_has_run_or_was_timed(
 def test_status_says_how_far_each_phase_is(whole, frozen, tmp_path, capsys):
   _, found, workdir = whole
   capsys.readouterr()
-  assert status.main(studies.arguments(workdir=workdir, json=True)) == 0
+  assert status.main(types.SimpleNamespace(
+      where='', workdir=str(workdir), once=True, json=True)) == 0
   rows = json.loads(capsys.readouterr().out)['phases']
   assert {row['phase']: row['states'] for row in rows} == {
       phase: {'done': row['done']} for phase, row in found['phases'].items()}
-  run_lib.adopted(tmp_path, frozen, '')
-  assert status.main(studies.arguments(workdir=tmp_path, json=False)) == 0
+  study.adopted(tmp_path, frozen, '')
+  assert status.main(types.SimpleNamespace(
+      where=str(tmp_path), workdir='', once=True, json=False)) == 0
   assert 'confirm  not begun, 18 planned at most' in capsys.readouterr().out
 
 
@@ -357,8 +456,105 @@ def test_a_run_of_another_config_is_refused(whole, frozen, tmp_path):
     own.train('noise', runs)
 
 
-def test_a_signal_is_told_apart_from_an_end(frozen, tmp_path):
-  own = studies.Written(tmp_path, frozen, loss=loss_of, stop_after=0)
-  with pytest.raises(trainer.Stopped):
-    own.train('noise', phases.noise_runs(frozen))
-  assert frozen_lib.changed(frozen, frozen) == []
+class Killed(Exception):
+  """Stands for the end of a process."""
+
+
+class Mortal(studies.Trainer):
+  """Dies when a phase begins."""
+
+  def __init__(self, frozen, dies):
+    super().__init__(frozen)
+    self._dies = dies
+
+  def train(self, folder, runs):
+    if folder == self._dies:
+      raise Killed
+    return super().train(folder, runs)
+
+
+def go(workdir, frozen, dies='', **args):
+  study.save(workdir, frozen)
+  study.go(workdir, frozen, Mortal(frozen, dies), studies.arguments(**args))
+
+
+def test_results_do_not_lose_what_is_known_by_now(tmp_path):
+  frozen = studies.frozen(studies.plan())
+  go(tmp_path, frozen)
+  whole = (tmp_path / results.FILE).read_bytes()
+  assert json.loads(whole)['phases']['confirm']['finished']
+  go(tmp_path, frozen, until='noise')
+  assert (tmp_path / results.FILE).read_bytes() == whole
+  with pytest.raises(Killed):  # while it walks through its phases again
+    go(tmp_path, frozen, dies='screen')
+  assert (tmp_path / results.FILE).read_bytes() == whole
+  # Of another plan they are others.
+  go(tmp_path, dataclasses.replace(frozen, sources={'file': 'b'}),
+     until='noise')
+  found = json.loads((tmp_path / results.FILE).read_text())
+  assert [name for name, row in found['phases'].items()
+          if row['finished']] == ['noise']
+
+
+def test_what_was_looked_at_is_what_any_run_has_shown(tmp_path):
+  for folder, state in (('noise', ledger_lib.DONE), ('tune-1', ledger_lib.DONE),
+                        ('screen', ledger_lib.FAILED),
+                        ('confirm', ledger_lib.PENDING)):
+    with ledger_lib.Ledger(tmp_path / folder) as ledger:
+      ledger.add([('p', 0, ())])
+      run, = ledger.runs()
+      ledger.adopt(run.id, ledger_lib.PENDING, state)
+    (tmp_path / folder / 'sweep.json').write_text('{}')
+  assert study._seen(tmp_path) == ['noise', 'tune', 'screen']
+
+
+def _start(file, workdir):
+  return subprocess.Popen(
+      [sys.executable, '-m', 'tools.study', 'run', file, '--workdir',
+       str(workdir), '--group=16', '--anyway'], cwd=ROOT, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      env=os.environ | {'XLA_FLAGS': ''})
+
+
+def test_an_a_a_study_goes_through_all_phases(tmp_path):
+  """The variant is the base with other first parameters. Q lets it pass, so
+  that there is something to confirm."""
+  file = studies.write(
+      tmp_path, "TUNING['rungs'] = 1\nQ = 0.999\nQUESTION = 'Is it better?'",
+      base="c.model.update(parametrization='mup', mup_base_width=8)",
+      sweep="add('twin', init_seed=2)")
+  workdir = tmp_path / 'study'
+  first = _start(file, workdir)
+  until = time.monotonic() + SECONDS
+  while not list(workdir.glob('noise/points/*/*/metrics.jsonl')):
+    assert first.poll() is None, first.communicate()[0]
+    assert time.monotonic() < until
+    time.sleep(0.1)
+  first.send_signal(signal.SIGKILL)
+  first.communicate()
+
+  both = [_start(file, workdir) for _ in range(2)]
+  told = [process.communicate(timeout=SECONDS)[0] for process in both]
+  assert [process.returncode for process in both] == [0, 0], told
+
+  found = json.loads((workdir / 'results.json').read_text())
+  assert all(row['finished'] and row['done'] == row['planned']
+             for row in found['phases'].values())
+  assert [found['phases'][phase]['done'] for phase in plans.PHASES] == [
+      3 * 2 * 3, 2 * 2, 2 * 3, 2 * 3 * 3]
+  assert not any(x['diverged'] for x in found['outcomes'])
+  verdict, = found['confirm']
+  assert verdict['variant'] == 'twin'
+  assert verdict['verdict'] != decide.UNSTABLE and verdict['n'] == 3
+  # Base and twin have the same data, but not the same parameters.
+  values = {(x['variant'], x['seed']): x['values']['loss']
+            for x in found['outcomes'] if x['phase'] == 'screen'}
+  assert len(set(values.values())) == 6
+  # With muP, what was tuned at the smallest size holds for all.
+  best = {row['variant']: row['changes'] for row in found['tuned']}
+  assert len(found['tuned']) == 2
+  for x in found['outcomes']:
+    if x['phase'] == 'confirm':
+      assert best[x['variant']].items() <= x['changes'].items()
+  assert found['provenance']['devices'] and found['provenance']['versions']
+  assert (workdir / 'report' / 'index.html').is_file()

@@ -1,7 +1,6 @@
 """The ledger of a sweep: states, claims, and runners that die."""
 
 import pathlib
-import sqlite3
 import subprocess
 import sys
 
@@ -29,38 +28,23 @@ def test_a_run_goes_through_its_states(book):
   first = next(r.id for r in book.runs() if r.point == 'b')
   assert book.claim([first], me, now=10) == [first]
   assert book.claim([first], me) == []  # it is taken
-  assert book.settle(first, me, ledger.OWED, now=13)
+  assert book.settle(first, me, ledger.PENDING, now=13)
   assert not book.settle(first, me, ledger.DONE)  # no claim of ours any more
-  assert book.claim([first], me, ledger.OWED, now=20) == [first]
-  assert book.runs(ledger.EVALUATING)[0].attempts == 2
+  assert book.claim([first], me, now=20) == [first]
+  assert book.runs(ledger.RUNNING)[0].attempts == 2
   assert book.settle(first, me, ledger.DONE, now=21)
   assert book.runs(ledger.DONE)[0].seconds == 4
 
 
-def test_a_new_task_is_owed_by_what_is_done(book):
+def test_a_new_task_is_pending_of_what_is_done(book):
   book.add(ROWS)
   me = book.register()
   for row in book.runs():
     book.claim([row.id], me)
     book.settle(row.id, me, ledger.DONE)
   book.add([('a', 0, ('extrapolation',))])
-  assert [(r.point, r.tasks) for r in book.runs(ledger.OWED)] == [
+  assert [(r.point, r.tasks) for r in book.runs(ledger.PENDING)] == [
       ('a', 'extrapolation')]
-
-
-def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
-  old = ledger.SCHEMA
-  for name, kind in ledger.LATER.items():
-    assert (column := f'  {name} {kind},\n') in old
-    old = old.replace(column, '')
-  with sqlite3.connect(tmp_path / 'ledger.sqlite') as made:
-    made.executescript(old)
-    made.execute("INSERT INTO runs (point, seed, tasks) VALUES ('a', 0, '')")
-  made.close()
-  for _ in range(2):
-    with ledger.Ledger(tmp_path) as opened:
-      assert [(r.point, r.seconds, r.alone) for r in opened.runs()] == [
-          ('a', 0, 0)]
 
 
 @pytest.mark.slow

@@ -1,23 +1,76 @@
-"""Sweeps as they run: kills, failures, what others leave or add."""
+"""Sweeps as they run: launchers, kills, failures, what others leave or add,
+evaluations of several runs at once, and status."""
 
+import json
 import os
 import pathlib
+import shlex
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
+import types
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import pytest
 
+import architectures
 from tests.helpers import sweeps
 from tests.helpers.sweeps import states
-from tools.compare import check, layout, ledger, run, spec, worker
-from tools.compare import local
+from tools.compare import __main__ as command
+from tools.compare import check, layout, ledger, local, run, slurm, spec
+from tools.compare import status, worker
 from training import vectorised
-from training.workdir import run_config
+from training.evals import checkpoint
+from training.step import abstract_params
+from training.workdir import checkpoints, run_config
 
 ROOT = pathlib.Path(__file__).parents[3]
+_RUNNER = [sys.executable, '-m', 'tests.helpers.sweeps']
+
+
+def test_print_gives_a_line_a_run_and_runs_none(tmp_path, capsys):
+  file, workdir = sweeps.write(tmp_path, tasks=('extrapolation',)), tmp_path
+  args = sweeps.arguments(file, f'--workdir={workdir}', '--launcher=print')
+  assert run.main(args) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 6 and set(states(workdir).values()) == {'pending'}
+  words = shlex.split(lines[-1])
+  assert words[:4] == ['python', 'train.py', '--config', file]
+  assert '--config.model.ffn=swiglu' in words and '--config.seed=1' in words
+  assert words[words.index('&&'):][1:3] == ['python', 'eval.py']
+  assert '--tasks=extrapolation' in words
+
+
+def test_a_wrong_request_is_a_sentence(tmp_path):
+  file = sweeps.write(tmp_path)
+  for words, part in (
+      (['--launcher=slrum'], "Did you mean 'slurm'"),
+      (['--parallel=0'], '--parallel is 0'),
+      (['--jobs=3'], '--jobs is for --launcher=slurm, and --launcher '
+       'is local'),
+      (['--slurm=a=b'], '--slurm is for --launcher=slurm, '),
+      (['--parallel=2', '--launcher=print'], '--parallel is for --launcher=loc'
+       'al or slurm, and --launcher is print'),
+      (['--seeds=-1'], '--seeds is -1'),
+      (['--until=tune'], '--until is of a study, and .* is none'),
+      (['--workdir=gs://bucket/w'], 'gs://bucket/w')):
+    with pytest.raises(ValueError, match=part):
+      run.main(sweeps.arguments(file, f'--workdir={tmp_path}', *words))
+  assert not (tmp_path / 'ledger.sqlite').exists()
+
+
+def test_cores_are_shared_out(monkeypatch):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {1, 2, 5, 7},
+                      raising=False)
+  assert [local._cores(i, 2) for i in range(2)] == ['1,5', '2,7']
+  assert local._cores(5, 6) == ''  # more runs than cores
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6')
+  assert [local._environment(i, 2)['CUDA_VISIBLE_DEVICES']
+          for i in range(2)] == ['4,6', '5']
+  assert local._environment(3, 4)['CUDA_VISIBLE_DEVICES'] == '4,5,6'
 
 
 @pytest.mark.slow
@@ -110,20 +163,6 @@ def test_kill_in_the_middle_then_two_runners_redo_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_stops_and_the_next_runner_goes_on(tmp_path):
-  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
-  workdir.mkdir()
-  (workdir / 'hold-seed-0').touch()
-  runner = _start(file, workdir)
-  _wait(lambda: (workdir / 'ledger.sqlite').exists() and _running(workdir))
-  runner.send_signal(signal.SIGTERM)
-  text, _ = runner.communicate(timeout=60)
-  assert runner.returncode == 0 and 'the same command goes on' in text
-  assert text.count('stopping: what is under way is saved first') == 1
-  assert set(states(workdir).values()) == {'pending'}
-
-
-@pytest.mark.slow
 def test_a_file_changed_under_the_sweep_is_found_out(tmp_path, monkeypatch):
   sweeps.fake(monkeypatch)
   file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
@@ -133,6 +172,7 @@ def test_a_file_changed_under_the_sweep_is_found_out(tmp_path, monkeypatch):
   other = spec.changed(layout.config(description, 'rms', 0),
                        {'optim.lr': 1.0}, 'a test')
   run_config.save(folder, other)
+  monkeypatch.setattr(ledger, 'BEAT_SECONDS', 0.1)
   monkeypatch.setattr(sweeps, 'SCRIPT', sweeps.SCRIPT.replace(
       "== 'bad'", "== 'rms' and time.sleep(60)"))
   assert run.main(args) == 1
@@ -140,19 +180,6 @@ def test_a_file_changed_under_the_sweep_is_found_out(tmp_path, monkeypatch):
     failed, = opened.runs(ledger.FAILED)
   assert failed.point == 'rms'
   assert 'another config' in failed.error and 'optim.lr' in failed.error
-
-
-@pytest.mark.slow
-def test_what_is_done_on_disk_is_adopted(tmp_path, monkeypatch):
-  sweeps.fake(monkeypatch)
-  file, workdir = sweeps.write(tmp_path), tmp_path / 'w'
-  args = sweeps.arguments(file, f'--workdir={workdir}')
-  assert run.main(args) == 0
-  before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*.jsonl')}
-  (workdir / 'ledger.sqlite').unlink()
-  assert run.main(args) == 0
-  assert set(states(workdir).values()) == {'done'}
-  assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
 @pytest.mark.slow
@@ -177,44 +204,16 @@ def test_a_run_of_another_config_on_disk_is_not_adopted(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_runner_takes_up_what_another_lost_meanwhile(tmp_path, monkeypatch):
-  """And not only when it happens to look at the heartbeats."""
-  sweeps.fake(monkeypatch)
-  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
-  args = sweeps.arguments(file, f'--workdir={workdir}')
-  with ledger.Ledger(workdir) as book:
-    book.add([('rms', 0, ()), ('swiglu', 0, ())])
-  other = subprocess.Popen(
-      [sys.executable, '-c', sweeps.CLAIM, str(workdir)], cwd=ROOT, text=True,
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-  assert other.stdout.readline() == 'ready\n'
-  other.stdin.write('go\n')
-  other.stdin.flush()
-  assert other.stdout.readline() == '1 2\n'
-  train = sweeps.commands.train
-
-  def kill_and_train(*words):
-    other.kill()
-    other.wait()
-    return train(*words)
-
-  monkeypatch.setattr(sweeps.commands, 'train', kill_and_train)
-  assert run.main(args) == 0
-  assert set(states(workdir).values()) == {'done'}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('end', ['is alive', 'beats again', 'goes stale'])
+@pytest.mark.parametrize('end', ['beats again', 'goes stale'])
 def test_a_runner_waits_for_another_that_may_be_dead(
     end, tmp_path, monkeypatch, capsys):
   sweeps.fake(monkeypatch)
   file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
   monkeypatch.setattr(ledger, 'STALE_SECONDS', 10_000)
-  silence = 1000 if end != 'is alive' else -1000
   with ledger.Ledger(workdir) as book, monkeypatch.context() as elsewhere:
     elsewhere.setattr(ledger, '_host', lambda: 'elsewhere')
     book.add([('rms', 0, ())])
-    other = book.register(now=time.time() - silence)
+    other = book.register(now=time.time() - 1000)
     book.claim([1], other)
   say = local._say
 
@@ -229,14 +228,13 @@ def test_a_runner_waits_for_another_that_may_be_dead(
   monkeypatch.setattr(local, '_say', heard)
   assert run.main(sweeps.arguments(file, f'--workdir={workdir}')) == 0
   told = capsys.readouterr()
-  assert told.out.count('waiting: the runner of rms, seed 0 is silent') == (
-      end != 'is alive')
+  assert told.out.count('waiting: the runner of rms, seed 0 is silent') == 1
   if end == 'goes stale':
     assert set(states(workdir).values()) == {'done'}
   else:  # we leave, and say so
     assert states(workdir)['rms', 0] == 'running'
     assert '1 running, 2 done' in told.err
-    assert '1 runs are with other runners: elsewhere:' in told.err
+    assert 'other runners are at work: elsewhere:' in told.err
 
 
 @pytest.mark.slow
@@ -246,7 +244,7 @@ def test_a_group_that_falls_lets_each_go_on_alone(
   file = sweeps.write(tmp_path, "  add('bad', **{'optim.lr': 1.0})\n"
                       "  add('fast', **{'optim.lr': 2e-3})\n", seeds=1)
   workdir = tmp_path / 'w'
-  args = sweeps.arguments(file, f'--workdir={workdir}', '--vectorised')
+  args = sweeps.arguments(file, f'--workdir={workdir}', '--group=8')
   assert run.main(args) == 1
   assert states(workdir) == {
       ('base', 0): 'done', ('bad', 0): 'failed', ('fast', 0): 'done'}
@@ -276,12 +274,12 @@ sys.exit(int(sys.argv[1]))
 def test_a_group_of_which_one_blew_up_is_not_tried_again(
     tmp_path, monkeypatch):
   sweeps.fake(monkeypatch)
-  monkeypatch.setattr(sweeps.commands, 'train_together', lambda workdir, runs: [
+  monkeypatch.setattr(layout, 'group_command', lambda workdir, runs, tasks: [
       '-c', TOGETHER, str(worker.UNFINISHED),
       *(str(layout.run_folder(workdir, *each)) for each in runs)])
   file = sweeps.write(tmp_path, "  add('bad', **{'optim.lr': 1.0})\n", seeds=2)
   workdir = tmp_path / 'w'
-  args = sweeps.arguments(file, f'--workdir={workdir}', '--vectorised')
+  args = sweeps.arguments(file, f'--workdir={workdir}', '--group=8')
   assert run.main(args) == 1
   with ledger.Ledger(workdir) as book:
     ended = [(r.point, r.state, r.attempts, r.error) for r in book.runs()]
@@ -307,26 +305,6 @@ def test_the_worker_says_which_runs_did_not_end(tmp_path, monkeypatch):
   assert logs == {'swiglu': 'error: not finite\n'}
 
 
-@pytest.mark.slow
-def test_a_signal_reaches_a_job_that_is_just_being_started(
-    tmp_path, monkeypatch, capsys):
-  sweeps.fake(monkeypatch)
-  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
-  workdir.mkdir()
-  (workdir / 'hold-seed-0').touch()
-  start = subprocess.Popen
-
-  def signalled(*args, **options):
-    process = start(*args, **options)
-    os.kill(os.getpid(), signal.SIGTERM)
-    return process
-
-  monkeypatch.setattr(local.subprocess, 'Popen', signalled)
-  assert run.main(sweeps.arguments(file, f'--workdir={workdir}')) == 0
-  assert 'the same command goes on' in capsys.readouterr().out
-  assert set(states(workdir).values()) == {'pending'}
-
-
 @pytest.mark.long
 def test_a_task_that_is_added_is_not_lost(tmp_path, monkeypatch):
   """While a run trains, while it evaluates, and once it is done."""
@@ -337,43 +315,25 @@ def test_a_task_that_is_added_is_not_lost(tmp_path, monkeypatch):
       for point in ('base', 'rms', 'swiglu')}
 
   def adding(name, task):
-    of = getattr(sweeps.commands, name)
+    of = getattr(layout, name)
     def act(*words):
       with ledger.Ledger(workdir) as book:
         book.add((p, 0, task) for p in ('base', 'rms', 'swiglu'))
       return of(*words)
-    monkeypatch.setattr(sweeps.commands, name, act)
+    monkeypatch.setattr(layout, name, act)
 
   tasks = ['loss', 'extrapolation']
-  adding('train', ['loss'])
-  adding('evaluate', tasks)
+  adding('train_command', ['loss'])
+  adding('evaluate_command', tasks)
   assert run.main(sweeps.arguments(file, f'--workdir={workdir}')) == 0
   assert evaluated() == dict.fromkeys(evaluated(), True)
   assert set(states(workdir).values()) == {'done'}
   # A runner of an earlier version settled it as done, its task left behind.
   (layout.run_folder(workdir, 'rms', 0) / 'eval.json').unlink()
   with ledger.Ledger(workdir) as book:
-    run.adopt(workdir, book)
+    run.enter(workdir, book)
   assert states(workdir) == {
-      ('base', 0): 'done', ('rms', 0): 'owed', ('swiglu', 0): 'done'}
-
-
-def test_two_that_add_to_a_sweep_do_so_in_turn(tmp_path, monkeypatch):
-  """Else the later one's sweep.json would lack what the earlier one added."""
-  file, workdir = sweeps.write(tmp_path), tmp_path / 'w'
-  description = check.describe(sweeps.arguments(file, f'--workdir={workdir}'))
-  merge = check._merge
-
-  def busy(*args):
-    with sqlite3.connect(workdir / 'ledger.sqlite', timeout=0) as other:
-      with pytest.raises(sqlite3.OperationalError, match='locked'):
-        other.execute('BEGIN IMMEDIATE')
-    other.close()
-    merge(*args)
-
-  monkeypatch.setattr(check, '_merge', busy)
-  check.save(workdir, description)
-  assert layout.load_description(workdir)['name'] == 'mini'
+      ('base', 0): 'done', ('rms', 0): 'pending', ('swiglu', 0): 'done'}
 
 
 @pytest.mark.long
@@ -382,7 +342,7 @@ def test_a_point_that_is_added_while_a_runner_runs_is_trained(
   sweeps.fake(monkeypatch)
   file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
   args = sweeps.arguments(file, f'--workdir={workdir}')
-  train = sweeps.commands.train
+  train = layout.train_command
 
   def add_and_train(*words):
     sweeps.write(tmp_path, sweeps.POINTS
@@ -392,6 +352,267 @@ def test_a_point_that_is_added_while_a_runner_runs_is_trained(
       book.add([('late', 0, ())])
     return train(*words)
 
-  monkeypatch.setattr(sweeps.commands, 'train', add_and_train)
+  monkeypatch.setattr(layout, 'train_command', add_and_train)
   assert run.main(args) == 0
   assert states(workdir)['late', 0] == 'done'
+
+
+def test_the_array_is_of_local_runners(tmp_path, monkeypatch):
+  file, workdir, submitted = sweeps.write(tmp_path), tmp_path / 'w', []
+  monkeypatch.setattr(slurm, 'submit', lambda *args: submitted.append(args))
+  monkeypatch.setattr(sys, 'argv', [
+      'sweep', 'run', file, f'--workdir={workdir}', '--match=params',
+      '--launcher', 'slurm', '--retry', '--slurm=timeout_min=2'])
+  assert command.main() == 0
+  (jobs, folder, options, _), = submitted
+  assert jobs == 6 * [[sys.executable, '-m', 'tools.compare', 'run', file,
+                       f'--workdir={workdir}', '--match=params']]
+  assert (folder, options) == (workdir / 'slurm', 'timeout_min=2')
+
+
+def test_slurm_runs_the_runner_as_an_array(tmp_path):
+  pytest.importorskip('submitit')
+  words = [sys.executable, '-c', f'open({str(tmp_path / "mark")!r}, "a")'
+           '.write("x")']
+  jobs = slurm.submit(
+      2 * [words], tmp_path / 'slurm', 'timeout_min=2', 'x', 'local')
+  assert [job.result() for job in jobs] == [0, 0]
+  assert (tmp_path / 'mark').read_text() == 'xx'
+  for options, told in (
+      ('partition', '--slurm has .partition'),
+      ('gpus=1', '--launcher=slurm: .*gpus'),
+      ('timeout_min=long', '--launcher=slurm: .*timeout_min'),
+      ('slurm_signal_delay_s=10', 'slurm_signal_delay_s=10: ')):
+    with pytest.raises(ValueError, match=told):
+      slurm.submit([words], tmp_path, options, 'x', 'local')
+
+
+@pytest.mark.slow
+def test_a_job_out_of_time_saves_before_it_is_queued_again(tmp_path):
+  """By submitit's own signal, handler and queue, without SLURM. The signal
+  comes as soon as the command hears SIGTERM, and it takes some time to save."""
+  pytest.importorskip('submitit')
+  saved = tmp_path / 'saved'
+  jobs = slurm.submit([[sys.executable, '-c', f"""
+import os, pathlib, signal, sys, time
+saved = pathlib.Path({str(saved)!r})
+if saved.exists():
+  sys.exit(7)  # the second time it goes on, to its end
+def save(number, frame):
+  time.sleep(0.5)
+  saved.touch()
+  sys.exit()
+signal.signal(signal.SIGTERM, save)
+os.kill(os.getppid(), signal.SIGUSR2)
+time.sleep(60)
+"""]], tmp_path / 'slurm', 'timeout_min=2', 'x', 'local')
+  assert jobs[0].result() == 7 and saved.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [0, signal.SIGINT])
+def test_a_sweep_that_nobody_reads_stops_likewise(number, tmp_path):
+  """Behind `| head`; or `| tee`, which Ctrl-C and SIGHUP end too."""
+  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
+  workdir.mkdir()
+  (workdir / 'hold-seed-0').touch()
+  runner = subprocess.Popen([*_RUNNER, file, f'--workdir={workdir}'], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  assert b'training' in runner.stdout.readline()
+  runner.stdout.close()
+  if number:
+    runner.send_signal(number)
+  else:
+    (workdir / 'hold-seed-0').unlink()  # one ends, and this is printed
+  assert runner.wait(60) == 0, runner.stderr.read()
+  ended = list(states(workdir).values())
+  assert sorted(ended) == [*(['done'] if not number else ['pending']),
+                           'pending', 'pending']
+  runner.stderr.close()
+
+
+@pytest.mark.slow
+def test_status_tells_states_losses_and_errors(tmp_path, monkeypatch, capsys):
+  sweeps.fake(monkeypatch)
+  file = sweeps.write(tmp_path, sweeps.POINTS
+                      + "  add('bad', **{'optim.lr': 1.0})\n")
+  workdir = tmp_path / 'w'
+  run.main(sweeps.arguments(file, f'--workdir={workdir}'))
+  capsys.readouterr()
+  path = layout.run_folder(workdir, 'rms', 1) / 'metrics.jsonl'
+  path.write_text(path.read_text().replace('"eval", "loss": 1.0',
+                                           '"eval", "loss": 1.5') + '{"st')
+  args = types.SimpleNamespace(
+      where='', workdir=str(workdir), once=True, json=False)
+  assert status.main(args) == 0
+  lines = capsys.readouterr().out.splitlines()
+  rows = {line.split()[0]: line.split() for line in lines if line}
+  assert rows['base'] == ['base', '2', 'done', '100%', '1.0000']
+  assert rows['rms'] == ['rms', '2', 'done', '100%', '1.2500', '+0.2500']
+  assert rows['bad'][1:4] == ['2', 'failed', '8%']
+  assert '8 runs: 2 failed, 6 done' in lines
+  assert 'failed: bad, seed 0: this point is bad (exit code 1)' in lines
+  args.json = True
+  assert status.main(args) == 0
+  said = json.loads(capsys.readouterr().out)
+  assert said['points'][0]['held-out loss'] == '1.0000'
+  assert {(r['point'], r['state']) for r in said['runs']} == {
+      ('bad', 'failed'), *((p, 'done') for p in ('base', 'rms', 'swiglu'))}
+  # It ends, as all has ended.
+  with ledger.Ledger(workdir) as book:
+    status._live(layout.load_description(workdir), workdir, book)
+  text = capsys.readouterr().out
+  assert '+0.2500' in text and '8 runs: 2 failed, 6 done' in text
+  with pytest.raises(ValueError, match='sweep.json is missing'):
+    status.main(types.SimpleNamespace(where=str(tmp_path), workdir='', json=1))
+
+
+# What a group of runs leaves: argv holds their folders.
+TRAINED = '''
+import pathlib, sys
+for folder in map(pathlib.Path, sys.argv[1:]):
+  (folder / 'checkpoints/12').mkdir(parents=True)
+  (folder / 'metrics.jsonl').write_text(
+      '{"step": 12, "split": "train", "loss": 1.0, '
+      '"bad_in_row": 0}\\n')
+'''
+# Evaluates all but a point `bad`, and ends as argv says.
+EVALUATED = '''
+import json, pathlib, sys
+code, tasks, *folders = sys.argv[1:]
+for folder in map(pathlib.Path, folders):
+  if folder.parent.name == 'bad':
+    with (folder / 'log.txt').open('a') as log:
+      print('error: this task is not for it', file=log)
+  else:
+    (folder / 'eval.json').write_text(
+        json.dumps(dict.fromkeys(tasks.split(','), 1)))
+sys.exit(int(code))
+'''
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """Fakes trainings and evaluations; holds the names of what was asked for
+  together, and `code`, how that ends."""
+  sweeps.fake(monkeypatch)
+  told = dict(names=[], code=0)
+
+  def together(workdir, names, tasks=''):
+    folders = [str(layout.run_folder(workdir, *name)) for name in names]
+    if not tasks:
+      return ['-c', TRAINED, *folders]
+    told['names'].append(names)
+    return ['-c', EVALUATED, str(told['code']), tasks, *folders]
+
+  monkeypatch.setattr(layout, 'group_command', together)
+  return told
+
+
+def _run(tmp_path, points, code):
+  file = sweeps.write(tmp_path, points, tasks=('loss',))
+  workdir = tmp_path / 'w'
+  assert run.main(sweeps.arguments(
+      file, f'--workdir={workdir}', '--group=8')) == code
+  return workdir
+
+
+@pytest.mark.slow
+def test_what_a_group_owes_is_evaluated_in_one_process(asked, tmp_path):
+  workdir = _run(tmp_path, "  add('fast', **{'optim.lr': 2e-3})\n", 0)
+  assert set(states(workdir).values()) == {'done'}
+  names, = asked['names']  # one process, after all have trained
+  assert set(names) == set(states(workdir))
+
+
+@pytest.mark.slow
+def test_one_that_cannot_be_evaluated_fails_alone(asked, tmp_path, capsys):
+  asked['code'] = worker.UNFINISHED
+  workdir = _run(tmp_path, "  add('bad', **{'optim.lr': 2e-3})\n", 1)
+  assert states(workdir) == {('base', s): 'done' for s in (0, 1)} | {
+      ('bad', s): 'failed' for s in (0, 1)}
+  assert len(asked['names']) == 1
+  assert 'this task is not for it' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_when_the_process_falls_each_is_evaluated_alone(asked, tmp_path):
+  """What it had done is done; the others go on, by eval.py."""
+  asked['code'] = 1
+  workdir = _run(tmp_path, "  add('bad', **{'optim.lr': 2e-3})\n", 0)
+  assert set(states(workdir).values()) == {'done'}
+  assert len(asked['names']) == 1
+  with ledger.Ledger(workdir) as book:
+    assert {r.point for r in book.runs() if r.alone} == {'bad'}
+
+
+@pytest.mark.long
+def test_seeds_of_a_point_compile_once_and_have_their_own_figures(
+    tmp_path, monkeypatch):
+  workdir = tmp_path / 'w'
+  check.save(workdir, check.describe(sweeps.arguments(
+      sweeps.write(tmp_path, seeds=3), f'--workdir={workdir}')))
+  description, folders = layout.load_description(workdir), []
+  for seed in (0, 1):
+    config = layout.config(description, 'base', seed)
+    folders.append(layout.run_folder(workdir, 'base', seed))
+    run_config.save(folders[-1], config)
+    with config.unlocked():
+      config.model.vocab_size = 384
+    shapes = nn.meta.unbox(abstract_params(
+        architectures.build(config.model)))
+    wave = jnp.sin(jnp.arange(2 ** 14) * (seed + 1.7))
+    params = jax.tree.map(
+        lambda x, wave=wave: jnp.resize(wave, x.shape), shapes)
+    with checkpoints.Checkpoints(folders[-1], every_steps=0, every_minutes=0.0,
+                                 keep=1, keep_every=0) as saved:
+      saved.save(12, {'params': params}, next_batch=0, tokens=0, config=config)
+  folders.append(layout.run_folder(workdir, 'base', 2))  # never trained
+  folders[2].mkdir(parents=True)
+  compiled, evaluate = [], checkpoint.evaluate
+
+  def counted(*args, programs, **kwargs):
+    figures = evaluate(*args, programs=programs, **kwargs)
+    compiled.append((len(programs), sum(
+        program._cache_size() for program in programs.values())))
+    return figures
+
+  monkeypatch.setattr(checkpoint, 'evaluate', counted)
+  monkeypatch.setattr(sys, 'argv', [
+      'worker', f'--workdir={workdir}', '--evaluate=loss',
+      '--runs=base/2,base/0,base/1'])
+  assert worker.main() == worker.UNFINISHED
+  assert compiled == [(1, 1), (1, 1)]
+  losses = [json.loads((f / 'eval.json').read_text())['loss']['loss']
+            for f in folders[:2]]
+  assert losses[0] != losses[1]
+  logs = [(f / 'log.txt').read_text() for f in folders]
+  assert 'bits per byte' in logs[0] and 'bits per byte' in logs[1]
+  assert str(folders[1]) in logs[1] and str(folders[0]) not in logs[1]
+  assert layout.error(folders[2]).startswith(str(folders[2]))
+
+
+@pytest.mark.long
+def test_a_sweep_of_real_runs(tmp_path):
+  """Trained alone and as a group, evaluated, and with paired seeds."""
+  file = sweeps.write(tmp_path, "  add('slow', **{'optim.lr': 1e-4})\n",
+                      seeds=1, tasks=('loss',))
+  for name, flag in (('alone', '--group=1'), ('group', '--group=8')):
+    result = subprocess.run(
+        [sys.executable, '-m', 'tools.sweep', 'run', file, '--seeds=1',
+         f'--workdir={tmp_path / name}', flag], cwd=ROOT, capture_output=True,
+        text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert set(states(tmp_path / name).values()) == {'done'}
+  first = {}
+  for name in ('alone', 'group'):
+    for point in ('base', 'slow'):
+      folder = layout.run_folder(tmp_path / name, point, 0)
+      losses = [row['loss'] for row in layout.metrics(folder, 'train')]
+      assert len(losses) == 12 and (folder / 'eval.json').exists()
+      first[name, point] = losses
+  for point in ('base', 'slow'):
+    assert first['alone', point] == pytest.approx(first['group', point], 1e-4)
+  # Paired: the same first batch, before the learning rate tells.
+  assert first['alone', 'base'][0] == first['alone', 'slow'][0]
+  assert first['alone', 'base'][-1] != first['alone', 'slow'][-1]

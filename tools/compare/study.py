@@ -1,62 +1,96 @@
-"""run: freezes the plan of a study, and goes through its phases."""
+"""A study as `check` and `run` go through it: the frozen plan, its phases, and
+what they cost."""
 
-import argparse
+import json
 import pathlib
-import shlex
-import sys
 import time
 
-from configs.errors import RequestError, one_of, require
-from tools.compare import costs, freeze, phases, results, show, trainer
+from configs.errors import one_of, require
+from tools.compare import costs, freeze, layout, phases, results, trainer
 from tools.compare import frozen as frozen_lib
+from tools.compare import ledger as ledger_lib
 from tools.compare import plan as plans
-from tools.compare import layout
-from training import limits
+from tools.compare import decide, measures, statistics, tuning
 
 REPORT = 'report'
-LAUNCHERS = ('local', 'slurm')
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('file', help='of configs/studies/')
-  parser.add_argument('--workdir', required=True, help='of the whole study')
-  parser.add_argument('--until', default=REPORT, help='the last phase: '
-                      f'{", ".join(("freeze", *plans.PHASES, REPORT))} '
-                      '(%(default)s)')
-  show.add_machine_arguments(parser)
-  parser.add_argument('--amend', default='', metavar='REASON', help='go on '
-                      'with a plan that was changed; the reason is reported')
-  parser.add_argument('--anyway', action='store_true', help='go on although '
-                      'the noise is too large for EFFECT; this is reported')
-  parser.add_argument('--retry', action='store_true',
-                      help='take up again what failed')
-  parser.add_argument('--launcher', default='local',
-                      help=f'of {", ".join(LAUNCHERS)} (%(default)s)')
-  parser.add_argument('--jobs', type=int, default=1, help='of slurm: runners '
-                      'in the array (%(default)s)')
-  parser.add_argument('--slurm', default='', help='of slurm: what submitit is '
-                      'told, as slurm_partition=gpu,timeout_min=60')
+def check(args) -> int:
+  """Prints the plan of a study's file and the costs of its phases."""
+  require(not (args.time and args.workdir), f'--workdir is {args.workdir!r}, '
+          'and --time is set: hours come from one of them, so leave the other '
+          'out')
+  if args.workdir:
+    frozen_lib.load(args.workdir)
+  frozen = freeze.freeze(args.file)
+  times = (costs.timed(frozen, args.parallel, args.group) if args.time else
+           costs.known(args.workdir, frozen) if args.workdir else None)
+  each = costs.of(frozen, args.group, times)
+  if args.json:
+    print(json.dumps({'study': frozen_lib.to_json(frozen), 'phases': [
+        cost._asdict() for cost in each]}, indent=2))
+    return 0
+  hours = (f'A program takes {times.program:.1f} s beside its steps; hours are '
+           f'of {args.parallel} processes at once.' if times else
+           'Hours are not known: --time trains the base for some steps, and '
+           '--workdir takes them from what has run.')
+  print(described(frozen), costs.table(each, args.parallel), hours, sep='\n\n')
+  return 0
 
 
-def main(args) -> int:
+def run(args) -> int:
+  """Freezes the plan of a study's file, and goes through its phases."""
   one_of('--until', args.until, ('freeze', *plans.PHASES, REPORT))
-  one_of('--launcher', args.launcher, LAUNCHERS)
-  show.check_machine_arguments(args)
-  limits.number('--jobs', args.jobs, (('>=', 1), ('<=', 100_000)))
-  for flag, unset in ('jobs', 1), ('slurm', ''):
-    require(args.launcher == 'slurm' or getattr(args, flag) == unset,
-            f'--{flag} is for --launcher=slurm, and --launcher is '
-            f'{args.launcher}: leave it out')
-  try_folder(args.workdir)
-  frozen = adopted(args.workdir, freeze.freeze(args.file, args.workdir),
+  layout.try_folder(args.workdir, 'study.json')
+  frozen = adopted(args.workdir, freeze.freeze(args.file),
                    args.amend)
-  print(show.described(frozen), flush=True)
+  print(described(frozen), flush=True)
   if args.launcher == 'slurm':
-    return _submit(args)
+    from tools.compare import run as run_lib
+    again = [f'--until={args.until}', *['--anyway'] * args.anyway,
+             *['--retry'] * args.retry]
+    run_lib.submit(args, args.jobs or 1, again)
+    return 0
   if args.until == 'freeze':
     return 0
   return go(args.workdir, frozen, trainer.Trainer(
       args.workdir, frozen, args.parallel, args.group, args.retry), args)
+
+
+def described(frozen: frozen_lib.Frozen) -> str:
+  """Returns what a plan says, in some lines."""
+  plan = frozen.plan
+  lines = [f'study {plan.name}, plan {frozen.hash}'
+           + f': {plan.question}' * bool(plan.question),
+           f'base: {plan.base}; variants: {", ".join(plan.variants)}']
+  for size in plan.sizes:
+    row = frozen.point(plan.base, size, plans.TEXT)
+    lines.append(f'size {size}: {row["params"]:,} parameters, '
+                 f'{row["flops_per_token"]:,.0f} FLOPs a token')
+  if plan.match:
+    lines.append(f'matched: {plan.match}, by {plan.match_field}')
+  wanted = f'; an effect of {measures.amount(frozen, plan.effect)} is wanted'
+  lines += [f'measure {m.name}: {m.figure} of {m.workload}, '
+            f'{measures.said(frozen, m, "in ", ", ")}{m.better} is better'
+            + wanted * (m == plan.primary) for m in plan.measures]
+  tuned = '; '.join(f'{name} of {", ".join(f"{v:g}" for v in values)}'
+                    for name, values in plan.tuning.fields.items())
+  lines.append(f'tuned at {", ".join(plan.tuned_sizes)}: {tuned}, by '
+               f'{tuning.kind(plan.tuning)}; {tuning.edges(plan.tuning)}')
+  lines.append(f'seeds: {plan.seeds.noise} of noise, {plan.seeds.tune} of '
+               f'tuning, {plan.seeds.screen} of screening, '
+               f'{plan.seeds.confirm} of confirmation')
+  lines.append(f'screening: false discovery rate {plan.q:g} '
+               f'(Benjamini-Hochberg); confirmation: family-wise error '
+               f'{plan.alpha:g} (Holm); power {plan.power:.0%}')
+  few = {size: n for size in plan.sizes
+         if (n := decide.evaluations(frozen, size)) < statistics.MIN_POINTS}
+  if few:
+    told = ', '.join(f'{n} at {size}' for size, n in few.items())
+    lines.append('speed-ups will be n/a: runs of the confirmation have too few '
+                 f'evaluations after warm-up ({told}; '
+                 f'{statistics.MIN_POINTS} needed; see eval.every_steps)')
+  return '\n'.join(lines)
 
 
 def go(workdir, frozen: frozen_lib.Frozen, own: phases.Trainer, args) -> int:
@@ -144,16 +178,8 @@ def _effect(row) -> str:
   return f'{row.effect:+.4f}{ends}'
 
 
-def try_folder(workdir) -> None:
-  require('://' not in str(workdir), f'--workdir is {str(workdir)!r}: the '
-          'ledgers of a study need a folder of this machine, or one that is '
-          'mounted')
-  layout.try_folder(pathlib.Path(workdir), 'study.json')
-
-
 def save(workdir, frozen: frozen_lib.Frozen) -> None:
-  results.save(pathlib.Path(workdir) / 'study.json',
-               frozen_lib.to_json(frozen))
+  layout.save(pathlib.Path(workdir) / 'study.json', frozen_lib.to_json(frozen))
 
 
 def adopted(workdir, frozen: frozen_lib.Frozen, reason: str
@@ -169,7 +195,7 @@ def adopted(workdir, frozen: frozen_lib.Frozen, reason: str
     RequestError: where it was changed, and no reason is given; or a reason is
       given, and it was not.
   """
-  if not (pathlib.Path(workdir) / 'study.json').exists():
+  if not layout.is_study(workdir):
     require(not reason, f'--amend is {reason!r}, but {workdir} has no plan yet '
             'that could have been changed: leave it out')
     save(workdir, frozen)
@@ -180,12 +206,11 @@ def adopted(workdir, frozen: frozen_lib.Frozen, reason: str
           'is the one that was frozen: leave it out')
   if not changed:
     return old
-  if not reason:
-    raise RequestError(
-        f'{workdir} was planned otherwise: {", ".join(changed[:8])}'
-        + (f' and {len(changed) - 8} more' if changed[8:] else '')
-        + ' changed since. Take another --workdir, or give the reason by '
-        '--amend=REASON, which the report will tell')
+  require(bool(reason), f'{workdir} was planned otherwise: '
+          f'{", ".join(changed[:8])}'
+          + (f' and {len(changed) - 8} more' if changed[8:] else '')
+          + ' changed since. Take another --workdir, or give the reason by '
+          '--amend=REASON, which the report will tell')
   frozen.amendments = [*old.amendments, {
       'reason': reason, 'time': time.time(), 'before': old.hash,
       'changed': changed, 'seen': _seen(workdir)}]
@@ -198,16 +223,4 @@ def _seen(workdir) -> list[str]:
   """Returns the phases of which any run has ended, decided or not: whoever
   wants to can look at it."""
   return [phase for phase in plans.PHASES if any(
-      row.state in trainer.ENDED for row in results.rows(workdir, phase))]
-
-
-def _submit(args) -> int:
-  from tools.compare import slurm
-  words = [sys.executable, '-m', 'tools.study', 'run', args.file, '--workdir',
-           str(args.workdir), f'--until={args.until}',
-           f'--parallel={args.parallel}', f'--group={args.group}']
-  words += ['--anyway'] * args.anyway + ['--retry'] * args.retry
-  print('each job of the array:', shlex.join(words))
-  slurm.submit(words, pathlib.Path(args.workdir) / 'slurm', args.jobs,
-               args.slurm)
-  return 0
+      row.state in ledger_lib.ENDED for row in results.rows(workdir, phase))]
