@@ -16,7 +16,7 @@ MUTATED ?= training/optim
 NOTICED_BY ?= tests/training/optim
 
 run = $(VENV)/bin/python
-test_extras = test,demo,data,tensorboard,plot,bleu,slurm,chat,finetune,study
+test_extras = test,demo,data,tensorboard,bleu,slurm,finetune
 plan_extras = $(test_extras),plan,plan-gpu
 locked_extras = $(plan_extras),verify,lm-eval,hf,wandb,docs
 

@@ -1,6 +1,5 @@
 """The commands, the Python and the notebooks of the pages can be run."""
 
-import copy
 import importlib
 import json
 import pathlib
@@ -10,7 +9,6 @@ import shlex
 import pytest
 
 from configs import base
-from tools.docs import notebooks
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([ROOT / 'README.md', *ROOT.glob('docs/**/*.md')])
@@ -101,19 +99,11 @@ def test_python_on_a_page_runs(page):
     exec(compile(code, _name(page), 'exec'), names)
 
 
-def _printed(notebook):
-  """What the cells print and return as text; decimals differ by machine."""
-  return [re.sub(r'\d+\.\d+', '#', ''.join(
-      output.get('text') or output['data']['text/plain']))
-          for cell in notebook['cells'] if cell['cell_type'] == 'code'
-          for output in cell['outputs']]
-
-
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
-def test_a_notebook_prints_what_its_file_says(path):
+def test_the_cells_of_a_notebook_run(path):
   pytest.importorskip('treescope', reason='no treescope')
-  theirs = json.loads(path.read_text())
-  ours = copy.deepcopy(theirs)
-  notebooks.run(ours)
-  assert _printed(ours) == _printed(theirs)
+  names = {'__name__': 'notebook'}
+  for cell in json.loads(path.read_text())['cells']:
+    if cell['cell_type'] == 'code':
+      exec(compile(''.join(cell['source']), path.name, 'exec'), names)
