@@ -157,8 +157,8 @@ def export_findings(system: str) -> Iterator[compare.Finding]:
   seen = []
   for change in changes(architectures.resolve(config(system))):
     model = config(system)
-    config_files.set_fields(model, change)
     try:
+      config_files.set_fields(model, change)
       module = architectures.build(model)
       hf_config.write(module.config)
     except RequestError:
