@@ -13,10 +13,6 @@ from typing import Any, NamedTuple
 
 from tools.compare.tables import TEMPLATES, Cell, Table
 
-CURVES = (
-    'Means over the seeds that are done. Seconds are of training steps on the '
-    'machine that ran them, without compiling, evaluating and saving; where '
-    "several runs trained as one program, each one's share.")
 # Of a LaTeX table over two columns, which no page breaks.
 WIDE, HIGH = 92, 45  # characters, rows
 _TEX = {'\\': r'\textbackslash{}', '{': r'\{', '}': r'\}', '$': r'\$',
@@ -80,8 +76,11 @@ class Document(NamedTuple):
 
 
 def filled(sections: Sequence[Section]) -> list[Section]:
-  """Returns the sections that there is something for, without empty tables."""
-  found = [own._replace(tables=[table for table in own.tables if table.rows])
+  """Returns the sections that there is something for, without empty tables and
+  plots."""
+  found = [own._replace(
+      tables=[table for table in own.tables if table.rows],
+      plots=[plot for plot in own.plots if plot.data['series']])
            for own in sections]
   return [own for own in found if any(own[2:])]
 

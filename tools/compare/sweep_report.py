@@ -41,6 +41,12 @@ HEALTH = {
     'health/router_entropy': 'router entropy'}
 MOST = 300  # points of a line; longer ones are thinned
 BINS = 40  # of the positions of a long text
+CURVES = (
+    'Means over the seeds that are done. Seconds are of training steps on the '
+    'machine that ran them, without compiling, evaluating and saving; where '
+    "several runs trained as one program, each one's share.")
+LONGER = ('At the longest text that each encoding takes; means over seeds and '
+          'over bins of positions.')
 
 
 def main(args) -> int:
@@ -613,37 +619,30 @@ def document(sweep: Sweep) -> page.Document:
   rows = outcomes(sweep)
   groups, found = rates(sweep), extrapolation(sweep)
   forest = [row for row in rows if row.difference]
-  drawn = [figures.sweep_forest(sweep, forest, bars(
-      [row.difference.seeds for row in forest], paired=True))] if forest else []
-  losses, health = curves_plot(sweep), health_table(sweep)
-  sections = [
-      page.Section('beside', 'Beside the base', figures=drawn,
-                   tables=[outcome_table(sweep, rows)]),
+  bars_of_forest = bars([row.difference.seeds for row in forest], paired=True)
+  bars_of_rates = bars([len(p.finals) for g in groups
+                        for p in g.points.values()])
+  done = any(point.finals for point in sweep.points)
+  return page.Document('sweep', sweep.name, *_about(sweep), page.filled([
+      page.Section('beside', 'Beside the base', figures=[
+          figures.sweep_forest(sweep, forest, bars_of_forest)
+      ] if forest else [], tables=[outcome_table(sweep, rows)]),
       page.Section('tasks', 'What the tasks found',
                    tables=[measures_table(sweep)]),
       page.Section('changes', 'Each change, whatever the others',
                    tables=[effects_table(sweep)]),
-      page.Section('losses', 'Loss curves',
-                   [] if losses['series'] else ['No run is done.'],
-                   plots=[page.Plot(losses, page.CURVES)]
-                   if losses['series'] else []),
+      page.Section('losses', 'Loss curves', [] if done else [
+          'No run is done.'], plots=[page.Plot(curves_plot(sweep), CURVES)]),
       page.Section('sensitivity', 'Sensitivity to the learning rate',
-                   tables=[rate_table(groups)],
-                   plots=[page.Plot(rates_plot(sweep, groups), bars(
-                       [len(p.finals) for g in groups
-                        for p in g.points.values()]))] if groups else []),
-      page.Section('routers', 'Health of the routers', tables=[health],
-                   plots=[page.Plot(health_plot(sweep), 'Means over layers and '
-                                    'seeds.')] if health.rows else []),
+                   tables=[rate_table(groups)], plots=[
+                       page.Plot(rates_plot(sweep, groups), bars_of_rates)]),
+      page.Section('routers', 'Health of the routers',
+                   tables=[health_table(sweep)], plots=[page.Plot(
+                       health_plot(sweep), 'Means over layers and seeds.')]),
       page.Section('longer', 'Past the training length',
-                   tables=[extrapolation_table(found)],
-                   plots=[page.Plot(extrapolation_plot(sweep, found), 'At the '
-                                    'longest text that each encoding takes; '
-                                    'means over seeds and over bins of '
-                                    'positions.')] if found else []),
-      page.Section('lost', 'Failed or not done', tables=[missing(sweep)])]
-  return page.Document('sweep', sweep.name, *_about(sweep),
-                       page.filled(sections))
+                   tables=[extrapolation_table(found)], plots=[page.Plot(
+                       extrapolation_plot(sweep, found), LONGER)]),
+      page.Section('lost', 'Failed or not done', tables=[missing(sweep)])]))
 
 
 def _about(sweep: Sweep) -> tuple[str, str, list[str]]:

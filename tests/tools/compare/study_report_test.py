@@ -6,7 +6,6 @@ import dataclasses
 import html.parser
 import re
 import shutil
-import subprocess
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -16,7 +15,6 @@ from configs.errors import RequestError
 from tests.helpers import chromium, study_folder
 from tests.helpers.study_folder import BASE, ODD, VARIANTS
 from tools.compare import decide, figures, measures, page, study_report
-from tools.compare import plan as plans
 from training import cli
 
 ALL = (*VARIANTS, ODD)
@@ -200,18 +198,6 @@ def test_names_are_text_and_columns_explained_in_every_format(study, shown):
   assert len(set(labels)) == len(labels)
   for text in (shown.text, _markdown(own), tex):
     assert 'of finding an effect of 0.05 nats a token by the screen' in text
-
-
-@pytest.mark.skipif(shutil.which('pdflatex') is None, reason='no pdflatex')
-@pytest.mark.slow
-def test_the_tables_compile(study, tmp_path):
-  (tmp_path / 'tables.tex').write_text(page.latex(
-      study_report.document(study[0], [])))
-  (tmp_path / 'a.tex').write_text(
-      '\\documentclass[twocolumn]{article}\\usepackage{booktabs}'
-      '\\begin{document}\\input{tables}\\end{document}')
-  subprocess.run(['pdflatex', '-interaction=nonstopmode', '-halt-on-error',
-                  'a.tex'], cwd=tmp_path, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize('upto, told, tables', [
@@ -405,15 +391,3 @@ def test_figures_and_page_stand_alone(tmp_path_factory):
     assert ODD in shown.evaluate('document.querySelector("#verdicts")'
                                  '.textContent')
   shutil.rmtree(profile, ignore_errors=True)
-
-
-@pytest.mark.parametrize('effect, told', [(0.05, []), (5.0, ['wanted: 5 ↑'])])
-def test_an_effect_far_above_the_noise_does_not_squash_it(
-    tmp_path, effect, told, monkeypatch):
-  monkeypatch.setattr(figures, '_drawn', lambda *args: args[-1]())
-  own, _ = _load(tmp_path, study_folder.plan(effect=effect),
-                 study_folder.results(study_folder.plan(), 'noise'))
-  axes = figures._noise(own).axes[0]
-  assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] < 0.2
-  assert [text.get_text() for text in axes.texts] == told
-  assert plans.LOWER == own.plan.primary.better
