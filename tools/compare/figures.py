@@ -94,9 +94,12 @@ def save(figure: Any, path: str | pathlib.Path) -> None:
   path.write_bytes(written(figure, path.suffix.lstrip('.'), 150))
 
 
-def _drawn(name: str, title: str, caption: str, alt: str,
+def _drawn(name: str, title: str, caption: str, told: str,
            paint: Callable[[], Any]) -> page.Figure:
+  """Returns what `paint` draws; `told` says its figures to who cannot see it.
+  """
   from matplotlib import pyplot
+  alt = f'{title}. {caption} {told}.'
   with style(name):
     figure = paint()
     files = {kind: written(figure, kind) for kind in FORMATS}
@@ -247,9 +250,7 @@ def sweep_forest(sweep, rows, bars: str) -> page.Figure:
     return figure
 
   return _drawn('forest', 'Differences',
-                f'Left of the line is better. {bars}',
-                f'Forest plot of the held-out loss minus the base: {told}.',
-                paint)
+                f'Left of the line is better. {bars}', told, paint)
 
 
 def sweep_picture(sweep, rows) -> Any:
@@ -345,9 +346,7 @@ def _effects(study) -> page.Figure | None:
       'effects', 'Effects',
       f'{plan.primary.name} minus that of {plan.base}{unit}: over all sizes '
       '(diamonds) and at each size, with 95 % intervals over paired seeds; '
-      f'{side} of the line is better.',
-      f'Forest plot of {plan.primary.name} minus that of {plan.base}{unit}, '
-      f'over all sizes: {told}.', paint)
+      f'{side} of the line is better.', f'Over all sizes: {told}', paint)
 
 
 def _panels(study, names: Sequence[str], paint: Callable[[Any, str], None],
@@ -405,9 +404,7 @@ def _curves(study) -> page.Figure | None:
       'curves', 'Loss curves',
       'Held-out loss on text in the confirmation: the mean over the seeds that '
       f'ended, and its 95 % band. The first {percent(LEFT_OUT)} of training '
-      'are left out.',
-      'Curves of held-out loss by tokens, one panel a size. Mean losses at the '
-      f'end: {ends}.', lambda: _panels(
+      'are left out.', f'Mean losses at the end: {ends}', lambda: _panels(
           study, list(found), paint,
           lambda size: 'held-out loss' + f', {unit}' * bool(unit)))
 
@@ -477,9 +474,7 @@ def _noise(study) -> page.Figure | None:
       f'{plan.seeds.confirm} seeds find with a power of {percent(plan.power)} '
       f'(crosses). Wanted on {plan.primary.name} is an effect of '
       f'{study.wanted}: the dashed line, or an arrow where that lies far above '
-      'all others.',
-      'Noise of the base against itself. Standard deviation of a paired '
-      f'difference: {told}.', lambda: _panels(
+      'all others.', f'Standard deviations: {told}', lambda: _panels(
           study, names, paint,
           lambda name: 'noise of a difference' + unit[name]))
 
@@ -524,6 +519,6 @@ def _scores(study) -> page.Figure | None:
       'measures', 'Probes and other measures',
       'Means over the seeds of the confirmation with their 95 % intervals; the '
       'dashed line is what guessing gives.',
-      f'Secondary measures by size. Means at {plan.sizes[-1]}: {told}.',
+      f'Means at {plan.sizes[-1]}: {told}',
       lambda: _panels(study, list(by_name), paint,
                       lambda name: 'score' + study.unit(by_name[name], ', ')))
