@@ -8,6 +8,7 @@ import numpy as np
 from configs.sweeps import helpers
 from tools.compare import decide
 from tools.compare import frozen as frozen_lib
+from tools.compare import layout
 from tools.compare import plan as plans
 from training.workdir import run_config
 
@@ -140,5 +141,5 @@ def write(root, of=None, found=None, **changes):
   found = results(of) if found is None else found
   tree = frozen_lib.to_json(frozen(of)) | changes
   (root / 'study.json').write_text(json.dumps(tree, allow_nan=False))
-  (root / 'results.json').write_text(json.dumps(found, allow_nan=False))
+  layout.save_checked(root / 'results.json', found)
   return found

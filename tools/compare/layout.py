@@ -75,10 +75,23 @@ def save(path: pathlib.Path, tree: Any) -> None:
   os.replace(partial.name, path)
 
 
+def save_checked(path: pathlib.Path, tree: dict) -> None:
+  """Writes JSON with a checksum of what it holds."""
+  save(path, tree | {'checksum': _checksum(tree)})
+
+
+def load_checked(path: pathlib.Path) -> dict:
+  """Returns what `save_checked` wrote; RequestError where it is damaged."""
+  tree = schema.parse(path.read_bytes(), str(path))
+  require(isinstance(tree, dict)
+          and tree.pop('checksum', '') == _checksum(tree),
+          f'{path} is damaged: it is not as it was written; put it back')
+  return tree
+
+
 def save_description(workdir, description: dict) -> None:
   """Writes sweep.json, with a checksum of what it holds."""
-  save(pathlib.Path(workdir) / 'sweep.json',
-       description | {'checksum': _checksum(description)})
+  save_checked(pathlib.Path(workdir) / 'sweep.json', description)
 
 
 def load_description(workdir) -> dict:
@@ -86,11 +99,7 @@ def load_description(workdir) -> dict:
   path = pathlib.Path(workdir) / 'sweep.json'
   require(path.is_file(), f'{path} is missing: no sweep was checked or run in '
           'this workdir')
-  description = schema.parse(path.read_bytes(), str(path))
-  require(isinstance(description, dict)
-          and description.pop('checksum', '') == _checksum(description),
-          f'{path} is damaged: it is not as it was written; put it back')
-  return description
+  return load_checked(path)
 
 
 def _checksum(description: dict) -> str:

@@ -9,13 +9,11 @@ from typing import Any
 from tools.compare import frozen as frozen_lib
 from tools.compare import phases
 from tools.compare import plan as plans
-from tools.compare import shapes
 from tools.compare import layout
 from tools.compare import ledger as ledger_lib
-from training import schema
 
 FILE = 'results.json'
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy', 'statsmodels')
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy')
 
 
 def write(workdir, frozen: frozen_lib.Frozen, found: phases.Found,
@@ -32,7 +30,7 @@ def write(workdir, frozen: frozen_lib.Frozen, found: phases.Found,
   if _holds_more(path, frozen, found):
     return
   ran = codes(workdir)
-  layout.save(path, {
+  layout.save_checked(path, {
       'study': {'name': frozen.plan.name, 'hash': frozen.hash},
       **{name: plans.to_json(getattr(found, name)) for name in (
           'outcomes', 'noise', 'announced', 'tuned', 'screen', 'confirm')},
@@ -49,9 +47,7 @@ def _holds_more(path: pathlib.Path, frozen: frozen_lib.Frozen,
   is started again walks through all of them, and may be told to end early."""
   if not path.is_file():
     return False
-  tree = schema.parse(path.read_bytes(), str(path))
-  schema.check_shape(tree, {'study': {'hash': str}, 'phases': schema.Each(
-      {'finished': bool})}, str(path))
+  tree = layout.load_checked(path)
   return tree['study']['hash'] == frozen.hash and set(found.finished) < {
       phase for phase, row in tree['phases'].items() if row['finished']}
 
@@ -61,9 +57,8 @@ def outcomes(workdir) -> list[plans.Outcome]:
   path = pathlib.Path(workdir) / FILE
   if not path.is_file():
     return []
-  tree = schema.parse(path.read_bytes(), str(path))
-  schema.check_shape(tree, {'outcomes': [shapes.of(plans.Outcome)]}, str(path))
-  return [plans.outcome_from_json(row) for row in tree['outcomes']]
+  return [plans.outcome_from_json(row)
+          for row in layout.load_checked(path)['outcomes']]
 
 
 def folders(workdir, phase: str = '') -> list[pathlib.Path]:

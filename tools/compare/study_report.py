@@ -10,32 +10,17 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-from configs.errors import one_of, require, short
-from tools.compare import decide, figures, page, shapes, spec, statistics
+from configs.errors import require
+from tools.compare import decide, figures, layout, page, spec, statistics
 from tools.compare import frozen as frozen_lib
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
+from tools.compare import results as results_lib
 from tools.compare import tables
 from tools.compare import tuning as tuning_lib
 from tools.compare.tables import UNKNOWN, Cell, Table, label, listed
-from training import schema
 from training.workdir import run_config, storage
 
-_PHASE = {'planned': int, 'done': int, 'failed': int, 'tokens': schema.MAYBE,
-          'flops': schema.MAYBE, 'seconds': schema.MAYBE,
-          'wall_seconds': schema.MAYBE, 'finished': bool}
-_SHAPE = {
-    'study': {'name': str, 'hash': str},
-    'outcomes': [shapes.of(plans.Outcome)], 'noise': [shapes.of(decide.Noise)],
-    'announced': schema.Maybe(shapes.of(decide.Announced)),
-    'tuned': [shapes.of(plans.Tuned) | {'tried': [{
-        'rung': int, 'steps': int, 'changes': {}, 'value': schema.MAYBE,
-        'loss': schema.MAYBE, 'diverged': (bool, int)}]}],
-    'screen': [shapes.of(decide.Screened)],
-    'confirm': [shapes.of(decide.Verdict)], 'phases': schema.Each(_PHASE),
-    'as_planned': {'same': bool, 'differences': [str]},
-    'provenance': {'codes': [str], 'devices': [str],
-                   'versions': schema.Each(str)}}
 # What a study that was frozen and no more has found.
 _NOTHING = {'outcomes': [], 'noise': [], 'announced': None, 'tuned': [],
             'screen': [], 'confirm': [], 'phases': {},
@@ -57,12 +42,10 @@ class Study(NamedTuple):
 
   Attributes:
     frozen: study.json.
-    said: the hash that study.json says it has.
-    results: results.json, as _SHAPE has it.
+    results: results.json.
     outcomes: of it, the runs.
   """
   frozen: frozen_lib.Frozen
-  said: str
   results: Mapping[str, Any]
   outcomes: Sequence[plans.Outcome]
 
@@ -142,43 +125,18 @@ def load(workdir) -> Study:
   """Returns what lies in a study's folder.
 
   Raises:
-    RequestError: where no study was planned there, or a file is damaged.
+    RequestError: where no study was planned there, a file is damaged, or the
+      results are not of the plan.
   """
-  folder = pathlib.Path(workdir)
-  plan, found = folder / 'study.json', folder / 'results.json'
-  require(plan.is_file(), f'{plan} is missing: no study was planned or run in '
-          'this workdir')
-  tree = schema.parse(plan.read_bytes(), str(plan))
-  frozen = frozen_lib.from_json(tree, str(plan))
-  results = {'study': {'name': frozen.plan.name, 'hash': frozen.hash},
-             **_NOTHING}
-  if found.is_file():
-    results = schema.parse(found.read_bytes(), str(found))
-    schema.check_shape(results, _SHAPE, str(found))
-    _check_names(frozen.plan, results, f'{found} is damaged' if (
-        results['study']['hash'] == frozen.hash) else
-                 f'{found} is of another plan than {plan.name}, whose study '
-                 'has to be run before it is reported')
-  return Study(frozen, tree['hash'], results,
+  frozen, results = frozen_lib.load(workdir), _NOTHING
+  path = pathlib.Path(workdir) / results_lib.FILE
+  if path.is_file():
+    results = layout.load_checked(path)
+    require(results['study']['hash'] == frozen.hash, f'{path} is of another '
+            'plan than study.json, whose study has to be run before it is '
+            'reported')
+  return Study(frozen, results,
                [plans.outcome_from_json(row) for row in results['outcomes']])
-
-
-def _check_names(plan: plans.Plan, results: Mapping, who: str) -> None:
-  """Raises RequestError, which begins with `who`, for a row of what the plan
-  does not know."""
-  known = {'variant': {plan.base, plans.AGAIN, *plan.variants},
-           'size': {decide.ALL, *plan.sizes},
-           'workload': set(plan.workloads),
-           'measure': {measure.name for measure in plan.measures},
-           'phase': set(plans.PHASES), 'verdict': set(decide.VERDICTS)}
-  for part in ('outcomes', 'noise', 'tuned', 'screen', 'confirm'):
-    for i, row in enumerate(results[part]):
-      for own in (row, *row.get('sizes', ()), *row.get('speed_ups', ())):
-        for key in own.keys() & known.keys():
-          require(own[key] in known[key], f'{who}: {part}[{i}] has the {key} '
-                  f'{short(own[key])}, which is none of this study')
-  for name in results['phases']:
-    one_of('phase', name, plans.PHASES)
 
 
 def write(workdir) -> list[pathlib.Path]:
@@ -227,7 +185,7 @@ def document(study: Study, drawn: Sequence[page.Figure]) -> page.Document:
       page.Section('screen', 'Screen', (), (), [screen(study)]),
       page.Section('tuning', 'Tuning', (), (), [tuning(study)]),
       page.Section('planned', 'Planned and run', as_planned(study), (), [
-          hashes(study), amendments(study)]),
+          amendments(study)]),
       page.Section('methods', 'Methods', methods(study), (), [
           points(study), config(study)]),
       page.Section('provenance', 'Provenance and cost', (), (), [
@@ -329,18 +287,16 @@ def warnings(study: Study) -> list[str]:
 
 
 def _is_as_planned(study: Study) -> bool:
-  return (study.results['as_planned']['same'] and not study.frozen.amendments
-          and study.said == study.frozen.hash
-          == study.results['study']['hash'])
+  return study.results['as_planned']['same'] and not study.frozen.amendments
 
 
 def as_planned(study: Study) -> list[str]:
   """Whether what ran is what was planned, and what differs."""
   if _is_as_planned(study):
-    return ['What ran is what was planned: the hashes are equal, and nothing '
-            'was changed after the plan was frozen.']
-  return study.results['as_planned']['differences'] or [
-      'The hashes are not equal: a file was changed by hand.']
+    return ['What ran is what was planned: both files are of the plan '
+            f'{study.frozen.hash}, and nothing was changed after it was '
+            'frozen.']
+  return study.results['as_planned']['differences']
 
 
 def methods(study: Study) -> list[str]:
@@ -665,19 +621,6 @@ def spent(study: Study) -> Table:
       for key, (heading, form) in forms.items()}
           for phase, own in known.items()]
   return Table('spent', rows, (), 'Spent, by phase')
-
-
-def hashes(study: Study) -> Table:
-  """The hashes that must be equal where what ran is what was planned."""
-  computed = study.frozen.hash
-  rows = [{'hash of the plan': Cell(told), 'hash': Cell(code),
-           'equal': Cell('yes') if code == computed else
-           Cell('no', mark='worse')}
-          for told, code in (
-              ('of what stands in study.json', computed),
-              ('that study.json says', study.said),
-              ('that results.json is of', study.results['study']['hash']))]
-  return Table('hashes', rows, (), 'Hashes')
 
 
 def amendments(study: Study) -> Table:

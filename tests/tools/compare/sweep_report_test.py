@@ -157,7 +157,7 @@ def test_two_seeds_show_their_spread_and_no_interval(tmp_path):
   assert '+0.0100 (-0.0200 to +0.0400)' in sweep_report.text(sweep)
   html = sweep_report.write(sweep, tmp_path)[0].read_text()
   # The forest and the learning rates.
-  assert html.count('Bars: from one seed to the other') == 2
+  assert html.count('Bars: from one seed to the other') == 3  # with its words
   assert 'Bars: 95 %' not in html
 
 
