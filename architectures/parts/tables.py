@@ -8,6 +8,7 @@ that not every entry reads. A group of which no entry is chosen by any layer is
 None in the ModelConfig, and no config that is printed or saved has it.
 """
 
+import collections
 from collections.abc import Collection, Mapping
 import dataclasses
 import re
@@ -41,7 +42,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     'norm': NORMS,
     'position': positions.POSITIONS,
     'rope.scaling': rotary.SCALINGS,
-    'ffn': {**FFNS, 'moe': moe_layer.MoE, NONE: None},
+    'ffn': collections.ChainMap({'moe': moe_layer.MoE, NONE: None}, FFNS),
     'moe.ffn': FFNS,
     'moe.router': routing.ROUTERS,
     'moe.balance_loss': health.BALANCE_LOSSES,
@@ -53,15 +54,16 @@ TABLES: dict[str, Mapping[str, Any]] = {
 }
 # The choices of each field that names a part, or several with commas between.
 CHOICES: dict[str, Collection[str]] = {
-    **{name: tuple(table) for name, table in TABLES.items()},
-    'head': ('', *heads.HEADS),
-    'qk_norm_over': tuple(multi_head.QK_NORMS),
-    'pooling': tuple(heads.POOLINGS),
-    'attention_gate': tuple(multi_head.GATES),
-    'attention_kernel': kernels.names(),
+    **TABLES,
+    'head': collections.ChainMap(heads.HEADS, {'': None}),
+    'qk_norm_over': multi_head.QK_NORMS,
+    'pooling': heads.POOLINGS,
+    'attention_gate': multi_head.GATES,
+    'attention_kernel': collections.ChainMap(
+        kernels.KERNELS, dict.fromkeys(('auto', 'xla'))),
     'init': linear.INITS,
     'lora.targets': (*linear.PRODUCTS, linear.ALL),
-    'remat': tuple(REMAT),
+    'remat': REMAT,
     'keep_gathered': ('none', *linear.PRODUCTS, linear.ALL),
     'moe.dispatch': ('auto', *experts.WAYS),
     'moe.grouped_kernel': grouped.GROUPED_KERNELS,

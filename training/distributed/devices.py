@@ -178,8 +178,9 @@ def param_shardings(abstract: Any, mesh: Mesh, rules: str):
   after `fsdp`; `check_mesh` refuses all others.
   """
   def place(box: Any):
-    names = box.names if isinstance(box, nn.LogicallyPartitioned) else ()
-    shape = (box.value if names else box).shape
+    boxed = isinstance(box, nn.LogicallyPartitioned)
+    names = box.names if boxed else ()
+    shape = (box.value if boxed else box).shape
     return NamedSharding(mesh, spec(shape, names, mesh, rules))
 
   return jax.tree.map(place, abstract,
