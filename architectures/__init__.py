@@ -19,7 +19,7 @@ import flax.linen as nn
 from architectures.parts import checks, skeletons, tables
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import HuggingFace
-from configs.errors import one_of, require
+from configs.errors import RequestError, one_of, require
 
 
 @functools.cache
@@ -27,21 +27,42 @@ def systems() -> dict[str, type[Any]]:
   """Returns {model.arch: the class of its page}, of every page in this folder.
   """
   found = {}
-  for file in pkgutil.iter_modules(__path__, f'{__name__}.'):
-    if not file.ispkg:
-      page = importlib.import_module(file.name)
-      modules = [x for x in vars(page).values() if hasattr(x, 'STACK')
-                 and x.__module__ == page.__name__]
-      assert len(modules) == 1, f'{file.name} needs one class with a STACK'
-      name = getattr(modules[0], 'ARCH', file.name.rpartition('.')[2])
-      found[name] = modules[0]
+  for file in _pages():
+    own = _of_page(file)
+    found[getattr(own, 'ARCH', file)] = own
   return found
+
+
+def _pages() -> list[str]:
+  return [file.name for file in pkgutil.iter_modules(__path__)
+          if not file.ispkg]
+
+
+def _of_page(file: str) -> type[Any]:
+  """Returns the class of a page: the one with a STACK."""
+  page_ = importlib.import_module(f'{__name__}.{file}')
+  own, = (x for x in vars(page_).values() if hasattr(x, 'STACK')
+          and x.__module__ == page_.__name__)
+  return own
+
+
+@functools.cache
+def system(arch: str) -> type[Any]:
+  """Returns the class of the page of `arch`; no other page is imported.
+
+  Raises:
+    RequestError: where there is none.
+  """
+  own = _of_page(arch) if arch in _pages() else None
+  if own is None or getattr(own, 'ARCH', arch) != arch:
+    one_of('model.arch', arch, systems())
+    own = systems()[arch]
+  return own
 
 
 def page(arch: str) -> types.ModuleType:
   """Returns the page of `arch`: a module under architectures/."""
-  one_of('model.arch', arch, systems())
-  return importlib.import_module(systems()[arch].__module__)
+  return importlib.import_module(system(arch).__module__)
 
 
 def hugging_face(arch: str) -> HuggingFace:
@@ -74,10 +95,12 @@ def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
   """
   config = (model if isinstance(model, ModelConfig)
             else tables.make(model))
-  one_of('model.arch', config.arch, systems())
-  checks.check_model(
-      config, {arch: module.STACK for arch, module in systems().items()})
+  checks.check_model(config, system(config.arch).STACK, _archs)
   return config
+
+
+def _archs(kind: str) -> list[str]:
+  return [arch for arch, own in systems().items() if own.STACK == kind]
 
 
 def build(model: ModelConfig | Mapping[str, Any]) -> nn.Module:
@@ -87,13 +110,14 @@ def build(model: ModelConfig | Mapping[str, Any]) -> nn.Module:
     RequestError: as `resolve`.
   """
   config = resolve(model)
-  return systems()[config.arch](config)
+  return system(config.arch)(config)
 
 
 def stack(model: ModelConfig | Mapping[str, Any]) -> str:
   """Returns what the model stacks: 'decoder' (which is causal), 'encoder', or
   'encoder-decoder'."""
-  return systems()[resolve(model).arch].STACK
+  return system(model['arch'] if isinstance(model, Mapping) else
+                model.arch).STACK
 
 
 def init_cache(model: ModelConfig | Mapping[str, Any], batch: int,
@@ -104,10 +128,9 @@ def init_cache(model: ModelConfig | Mapping[str, Any], batch: int,
     RequestError: for an encoder, which writes no text.
   """
   config = resolve(model)
-  choices = [arch for arch, module in systems().items()
-             if module.STACK != 'encoder']
-  require(
-      config.arch in choices, f'model.arch {config.arch} is an encoder: it '
-      'writes no text and has no cache; those that have one are '
-      f'{", ".join(choices)}')
+  if stack(config) == 'encoder':
+    raise RequestError(
+        f'model.arch {config.arch} is an encoder: it writes no text and has no '
+        'cache; those that have one are '
+        f'{", ".join(_archs("decoder") + _archs("encoder-decoder"))}')
   return skeletons.init_cache(config, batch, length)

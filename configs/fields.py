@@ -12,7 +12,7 @@ import math
 import operator
 from typing import Any, NamedTuple
 
-from configs.errors import one_of, require, short
+from configs.errors import RequestError, one_of, require, short
 
 # What a change of a field does to a run that is resumed.
 SAFE = 'safe'
@@ -124,7 +124,7 @@ def check(leaf: Leaf, value: Any, who: str = '',
   if hasattr(value, 'dtype'):
     return
   check_type(value, leaf.default, who)
-  if leaf.type in (int, float):
+  if type(leaf.default) in (int, float):
     check_number(who, value, rule.bounds)
   choices = choices or rule.choices
   if choices:
@@ -136,21 +136,24 @@ def check_type(value: Any, default: Any, who: str) -> None:
   """Raises RequestError unless `value` is of the type that a field's default
   has; an integer does where a float is expected."""
   kind = type(default)
-  if isinstance(default, Mapping) or hasattr(default, 'to_dict'):
-    require(hasattr(value, 'items'), f'{who} is {short(value)}, of type '
-            f'{type(value).__name__}: it must be a group of fields')
+  if type(value) is kind or kind is float and type(value) is int:
     return
-  require(type(value) is kind or kind is float and type(value) is int,
+  group = isinstance(default, Mapping) or hasattr(default, 'to_dict')
+  require(group and hasattr(value, 'items'),
           f'{who} is {short(value)}, of type {type(value).__name__}: it must '
-          f'be of type {kind.__name__}, as its default {default!r} is')
+          'be ' + ('a group of fields' if group else
+                   f'of type {kind.__name__}, as its default {default!r} is'))
 
 
 def check_number(who: str, value: float, bounds: Collection[tuple[str, float]]
                  ) -> None:
   """Raises RequestError unless a number is finite and within its bounds: pairs
   of a sign and a number, such as ('>=', 1)."""
-  fits = all(_SIGNS[sign](value, bound) for sign, bound in bounds)
-  text = ' and '.join(f'{sign} {bound:,}' if type(bound) is int else
-                      f'{sign} {bound:g}' for sign, bound in bounds)
-  require(fits and -math.inf < value < math.inf, f'{who} is {short(value)}: it '
-          f'must be {text or "a finite number"}')
+  fits = -math.inf < value < math.inf
+  for sign, bound in bounds:
+    fits = fits and _SIGNS[sign](value, bound)
+  if not fits:
+    text = ' and '.join(f'{sign} {bound:,}' if type(bound) is int else
+                        f'{sign} {bound:g}' for sign, bound in bounds)
+    raise RequestError(f'{who} is {short(value)}: it must be '
+                       f'{text or "a finite number"}')

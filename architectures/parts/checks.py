@@ -5,7 +5,7 @@ The type, range and choices of each field are checked where a config is made
 left for this file are combinations of parts that nobody can mean.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 
 from architectures.parts import heads
 from architectures.parts import kinds
@@ -19,27 +19,28 @@ from architectures.parts.ffn import FFNS, NONE
 from architectures.parts.moe import health
 from architectures.parts.moe import routing
 from architectures.parts.tables import get
-from configs.errors import require
+from configs.errors import RequestError, require
 
 
-def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
+def check_model(c: ModelConfig, stack: str,
+                archs: Callable[[str], Iterable[str]]) -> None:
   """Raises RequestError: a sentence with the field, its value, the choices.
 
   Args:
     c: the config.
-    stacks: what each architecture stacks: 'decoder', 'encoder' or
-      'encoder-decoder', by model.arch.
+    stack: what its architecture stacks: 'decoder', 'encoder' or
+      'encoder-decoder'.
+    archs: the architectures that stack such a thing, to choose from.
   """
   kinds.check_kinds(c)
-  _check_layers(c, stacks[c.arch])
+  _check_layers(c, stack)
   for name in c.kinds_used:
     if name:
       with kinds.named(name):
-        _check_layers(c.of_kind(name), stacks[c.arch])
+        _check_layers(c.of_kind(name), stack)
   _check_values(c)
-  _check_stack(c, stacks)
+  _check_stack(c, stack, archs)
   _check_products(c)
-  stack = stacks[c.arch]
   heads.HEADS[c.head].check(c)
   require(c.head == 'lm' or stack != 'encoder-decoder',
           f'model.head is {c.head!r}, which model.arch {c.arch!r} does not '
@@ -118,20 +119,19 @@ def _check_products(c: ModelConfig) -> None:
               f'from {", ".join(there)}, {linear.ALL}')
 
 
-def _check_stack(c: ModelConfig, stacks: Mapping[str, str]) -> None:
+def _check_stack(c: ModelConfig, stack: str,
+                 archs: Callable[[str], Iterable[str]]) -> None:
   """Raises RequestError for what the stack of `c` has no use for."""
-  stack = stacks[c.arch]
-  archs = {kind: ', '.join(arch for arch in stacks if stacks[arch] == kind)
-           for kind in stacks.values()}
   for field, rest, kind in (
       ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
       ('pooling', 'cls', 'encoder'),
       ('mtp_depth', 0, 'decoder'),
       ('num_decoder_layers', c.num_layers, 'encoder-decoder')):
-    require(get(c, field) == rest or stack == kind,
-            f'model.{field} {get(c, field)!r} has no meaning with model.arch '
-            f'{c.arch!r}, which does not read it: set it to {rest!r}, or '
-            f'choose model.arch from {archs[kind]}')
+    if stack != kind and get(c, field) != rest:
+      raise RequestError(
+          f'model.{field} {get(c, field)!r} has no meaning with model.arch '
+          f'{c.arch!r}, which does not read it: set it to {rest!r}, or '
+          f'choose model.arch from {", ".join(archs(kind))}')
   require(c.ffn != NONE or stack != 'encoder', f'model.ffn is {NONE!r}, and '
           f'the head of masked words of model.arch {c.arch!r} has the '
           'activation of the layers: set model.ffn to a network, and '
@@ -143,6 +143,7 @@ def _check_stack(c: ModelConfig, stacks: Mapping[str, str]) -> None:
           'predict further tokens have, reads the keys of another layer: end '
           f'the {last} with a kind that has keys of its own, or set it to 0')
   # training/optim/mup.py has rules for the parameters of these.
-  require(c.parametrization != 'mup' or stack == 'decoder',
-          "model.parametrization is 'mup', which has no rules for model.arch "
-          f'{c.arch!r}: choose from {archs["decoder"]}')
+  if c.parametrization == 'mup' and stack != 'decoder':
+    raise RequestError(
+        "model.parametrization is 'mup', which has no rules for model.arch "
+        f'{c.arch!r}: choose from {", ".join(archs("decoder"))}')

@@ -35,7 +35,7 @@ from architectures.parts.norms import NORMS
 from architectures.parts.remat import REMAT
 from configs import fields as declared
 from configs import kinds as layer_kinds
-from configs.errors import require, short
+from configs.errors import RequestError, require, short
 
 # Where a part is chosen: its table.
 TABLES: dict[str, Mapping[str, Any]] = {
@@ -150,15 +150,20 @@ _ALSO = {
 
 def is_read(c: ModelConfig, name: str) -> bool:
   """Whether layers that are all as `c` says read a field, or a group."""
-  group = name.rpartition('.')[0]
-  if not all(any(get(c, selector) in entries and is_read(c, selector)
-                 for selector, entries in OWNERS[owned].items())
-             for owned in (group, name) if owned in OWNERS):
-    return False
+  for owned in (name.rpartition('.')[0], name):
+    if owned in OWNERS and not _chosen(c, OWNERS[owned]):
+      return False
   if name in _ALSO and not _ALSO[name][1](c):
     return False
   conditions = FIELDS[name].rule.read_by if name in FIELDS else ()
   return not conditions or any(_holds(c, x) for x in conditions)
+
+
+def _chosen(c: ModelConfig, owners: Mapping[str, list[str]]) -> bool:
+  for selector, entries in owners.items():
+    if get(c, selector) in entries and is_read(c, selector):
+      return True
+  return False
 
 
 def _parsed(condition: str) -> tuple[str, str, str]:
@@ -281,10 +286,10 @@ def _group(settings: type, fields: Mapping[str, Any], c: ModelConfig) -> Any:
 def check_fields(tree: Mapping[str, Any], who: str = 'model.') -> None:
   """Raises RequestError for a value of config.model that is no field, or is not
   of its field's type, range or choices."""
-  there = {*FIELDS, *GROUPS, 'kinds'}
   for name, value in tree.items():
-    require(name in there, f'{who}{name} is no field of a model: choose from '
-            f'{", ".join(dict.fromkeys(x.partition(".")[0] for x in FIELDS))}')
+    if name not in FIELDS and name not in GROUPS and name != 'kinds':
+      raise RequestError(f'{who}{name} is no field of a model: choose from '
+                         f'{", ".join(defaults())}')
     if name == 'kinds':
       check_kinds(value, f'{who}kinds')
     elif name in GROUPS:
@@ -302,9 +307,10 @@ def _check_group(group: str, tree: Any, who: str, full: str = '') -> None:
           'group of fields')
   for name, value in tree.items():
     field = f'{group}.{name}'
-    names = [own.name for own in dataclasses.fields(GROUPS[group])]
-    require(name in names, f'{full}.{name} is no field of model.{group}: '
-            f'choose from {", ".join(names)}')
+    if field not in FIELDS:
+      raise RequestError(
+          f'{full}.{name} is no field of model.{group}: choose from '
+          f'{", ".join(defaults()[group])}')
     declared.check(FIELDS[field], value, f'{full}.{name}',
                    CHOICES.get(field, ()))
 
