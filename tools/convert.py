@@ -231,7 +231,6 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
   from training.hf import config as hf_config
   from training.hf import files as hf_files
   from training.hf import heads as hf_heads
-  from training.hf import optional as hf_optional
   from training.hf import tokenizer as hf_tokenizer
   from training.workdir import run_config
   folder = source.parent if source.is_file() else source
@@ -252,7 +251,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
   loaded = weights.read_params(module, files, partial=partial, seed=seed)
   for line in loaded.skipped:
     print(f'skipped: {line}')
-  bare = hf_optional.is_bare(architectures.hugging_face(model.arch),
+  bare = hf_heads.is_bare(architectures.hugging_face(model.arch),
                              module.config, set(files))
   return config, module, loaded.params, bare
 

@@ -35,7 +35,6 @@ from training.distributed import devices
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import heads as hf_heads
-from training.hf import optional as hf_optional
 from training.hf import peft
 from training.step import TrainState, abstract_params, initial_seed
 from training.workdir import checkpoints, run_config, storage
@@ -151,7 +150,7 @@ def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any,
   adapters are those of the run, as they were drawn."""
   del step
   module = architectures.build(weights.without_adapters(run.model))
-  theirs = hf_optional.as_in(module.config, hf_config.read(
+  theirs = hf_heads.as_in(module.config, hf_config.read(
       hf_config.load_config_json(_folder(source))))
   partial = run.config.init_partial
   skipped = _differences(module.config, theirs, source, partial)

@@ -41,7 +41,7 @@ from training import paths, progress
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import generation as hf_generation
-from training.hf import optional as hf_optional
+from training.hf import heads as hf_heads
 from training.step import parameter_shapes
 from training.workdir import checkpoints, storage
 
@@ -114,10 +114,10 @@ def read_params(module: nn.Module, source: Source, *, like: Any = None,
   heads = names.there(names_left_out(module)) if new_head else []
   passed = [f'{name} of the files is of the head of a language model'
             for name in heads]
-  spare = hf_optional.spare(page, tensors, set(source) - set(heads))
-  lacking = hf_optional.lacking(page, tensors, set(source))
-  passed += [hf_optional.is_passed_over(*row) for row in spare.items()]
-  passed += [hf_optional.is_new(*row) for row in lacking.items()]
+  spare = hf_heads.spare(page, tensors, set(source) - set(heads))
+  lacking = hf_heads.lacking(page, tensors, set(source))
+  passed += [hf_heads.is_passed_over(*row) for row in spare.items()]
+  passed += [hf_heads.is_new(*row) for row in lacking.items()]
   skipped = names.unused(tensors, [*heads, *sum(spare.values(), [])])
   new_names = {tensor.name for those in lacking.values() for tensor in those}
   for tensor in tensors:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import optax
 
 from architectures.parts.roles import Role
-from training import paths
 from training.optim import trees
 
 _MIN_SIZE = 128  # a matrix with fewer rows or columns is not factored
@@ -27,9 +26,8 @@ _CLIP = 1.0  # d, the greatest root mean square of an update
 class FactoredState(NamedTuple):
   """Second moments in float32; a factored one's mean axes have size 1."""
   count: jax.Array
-  rows: optax.Params  # factored: mean over outputs
-  columns: optax.Params  # factored: mean over inputs
-  full: optax.Params  # the others
+  rows: optax.Params  # factored: mean over outputs; else the moments
+  columns: optax.Params  # factored: mean over inputs; else masked
 
 
 def scale_by_factored_rms(roles: Any) -> optax.GradientTransformation:
@@ -39,42 +37,43 @@ def scale_by_factored_rms(roles: Any) -> optax.GradientTransformation:
     roles: the Role of each parameter, as a tree.
   """
 
-  by_path = paths.flatten(roles)  # for optax gives `init` no tree at times
-
   def init(params: Any):
-    def moments(path: Any, x: jax.Array):
-      role, nothing = by_path[paths.join(path)], optax.MaskedNode()
-      if not _factored(role, x):
-        return nothing, nothing, jnp.zeros(x.shape, jnp.float32)
-      axes = role.split(x.ndim)
-      return (trees.zeros_without(x, axes.outputs),
-              trees.zeros_without(x, axes.inputs), nothing)
+    def rows(role: Role, x: jax.Array):
+      axes = role.split(x.ndim).outputs if _factored(role, x) else ()
+      return trees.zeros_without(x, axes)
 
-    return FactoredState(jnp.zeros([], jnp.int32), *_unzip(
-        jax.tree_util.tree_map_with_path(moments, params), 3))
+    def columns(role: Role, x: jax.Array):
+      return (trees.zeros_without(x, role.split(x.ndim).inputs)
+              if _factored(role, x) else optax.MaskedNode())
+
+    return FactoredState(jnp.zeros([], jnp.int32),
+                         trees.over_paths(roles, rows, params),
+                         trees.over_paths(roles, columns, params))
 
   def update(grads: Any, state: Any, params: Any = None):
     del params
     count = optax.safe_increment(state.count)
     decay = 1 - count.astype(jnp.float32) ** -_DECAY
+    moved = lambda old, new: decay * old + (1 - decay) * new
 
-    def scale(role: Role, g: jax.Array, row: jax.Array, column: jax.Array,
-              full: jax.Array):
+    def scale(role: Role, g: jax.Array, row: jax.Array, column: jax.Array):
       axes, g = role.split(g.ndim), g.astype(jnp.float32)
       square = jnp.square(g) + _EPS
       mean = lambda x, over: jnp.mean(x, axis=over, keepdims=True)
       if not _factored(role, g):
-        full = decay * full + (1 - decay) * square
-        return jax.lax.rsqrt(full) * g, row, column, full
-      row = decay * row + (1 - decay) * mean(square, axes.outputs)
-      column = decay * column + (1 - decay) * mean(square, axes.inputs)
+        row = moved(row, square)
+        return jax.lax.rsqrt(row) * g, row, column
+      row = moved(row, mean(square, axes.outputs))
+      column = moved(column, mean(square, axes.inputs))
       level = mean(row, axes.inputs)
       factor = jax.lax.rsqrt(row / level) * jax.lax.rsqrt(column)
-      return g * factor, row, column, full
+      return g * factor, row, column
 
-    updates, *moments = _unzip(jax.tree.map(
-        scale, roles, grads, state.rows, state.columns, state.full), 4)
-    return updates, FactoredState(count, *moments)
+    found = jax.tree.map(scale, roles, grads, state.rows, state.columns)
+    updates, rows, columns = (
+        jax.tree.map(lambda x, i=i: x[i], found,
+                     is_leaf=lambda x: type(x) is tuple) for i in range(3))
+    return updates, FactoredState(count, rows, columns)
 
   return optax.GradientTransformation(init, update)
 
@@ -108,10 +107,3 @@ def _rms(role: Role, x: jax.Array) -> jax.Array:
 
 def _factored(role: Role, x: jax.Array) -> bool:
   return role.matrix and min(role.split(x.ndim).sizes(x.shape)) >= _MIN_SIZE
-
-
-def _unzip(tree: Any, n: int) -> tuple:
-  """Turns a tree of n-tuples into n trees."""
-  is_leaf = lambda x: type(x) is tuple
-  pick = lambda i: jax.tree.map(lambda x: x[i], tree, is_leaf=is_leaf)
-  return tuple(pick(i) for i in range(n))

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from architectures.parts.roles import Axes, Role
-from training.optim import lapack, trees
+from training.optim import trees
 
 
 class SoapState(NamedTuple):
@@ -145,7 +145,7 @@ def _turn(s: _Matrix) -> _Matrix:
       square = jnp.take_along_axis(
           square, jnp.expand_dims(order, -3 - axis), axis=axis)
       basis = jnp.take_along_axis(basis, order[..., None, :], axis=-1)
-      basis = lapack.one_by_one(lambda x: jnp.linalg.qr(x)[0], factor @ basis)
+      basis = _one_by_one(lambda x: jnp.linalg.qr(x)[0], factor @ basis)
     bases.append(basis)
   return s._replace(mean=_into(mean, *bases), square=square,
                     left_basis=bases[0], right_basis=bases[1])
@@ -165,8 +165,26 @@ def _eigenbasis(factor: Any):
   """The eigenvectors, those of large values first; None of None."""
   if factor is None:
     return None
-  return jnp.flip(lapack.one_by_one(
+  return jnp.flip(_one_by_one(
       lambda x: jnp.linalg.eigh(x)[1], factor), -1)
+
+
+def _one_by_one(fn: Callable[[jax.Array], jax.Array], x: jax.Array
+                ) -> jax.Array:
+  """Returns fn of each matrix of x [..., m, n], one after another.
+
+  On CPU, a batch of matrices waits for threads of the pool in which it runs
+  itself. If several devices of one process do so, no thread is left, and all
+  wait forever (jaxlib 0.10.2, ParallelBatchMap).
+
+  Args:
+    fn: of one matrix; its result has the same shape.
+    x: the matrices.
+  """
+  flat = x.reshape(-1, *x.shape[-2:])
+  # vmap would make a batch of them again.
+  return jax.lax.map(jax.custom_batching.sequential_vmap(fn), flat
+                     ).reshape(x.shape)
 
 
 def _when(ok: jax.Array, fn: Callable[[_Matrix], _Matrix], s: _Matrix

@@ -115,7 +115,7 @@ def test_the_system_text_and_a_new_conversation(model):
   refuses = chat_templates.make('gemma', (
       "{% if messages[0].role == 'system' %}"
       "{{ raise_exception('no system') }}{% endif %}"), BYTES)
-  with pytest.raises(RequestError, match='gemma refuses .*: no system'):
+  with pytest.raises(RequestError, match='gemma fails: no system'):
     make(model, chat.templated(refuses), system='x')
   with pytest.raises(RequestError, match='goes on from the text'):
     make(model, causal.goes_on(BYTES), system='x')

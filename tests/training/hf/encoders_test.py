@@ -17,7 +17,7 @@ from tests.parity import exports
 from training import paths, weights
 from training.hf import config as hf_config
 from training.hf import files as hf_files
-from training.hf import optional
+from training.hf import heads as hf_heads
 
 HEADS = {'transform', 'transform_bias', 'transform_norm/scale',
          'transform_norm/bias', 'head/bias'}
@@ -46,7 +46,7 @@ def _folder(path, drop='', architecture='', system='bert', **changes):
   bare = architecture.startswith('BertModel')
   tensors = {name.removeprefix('bert.') if bare else name: x
              for name, x in load_file(path / hf_files.SAFE).items()
-             if not (drop and optional._of(f'.*({drop}).*', [name]))}
+             if not (drop and hf_heads._of(f'.*({drop}).*', [name]))}
   save_file(tensors, path / hf_files.SAFE)
   if architecture:
     _say(path, architectures=[architecture.partition(' ')[0]])
@@ -109,7 +109,7 @@ def test_the_head_is_left_out_on_request(system, tmp_path):
   files = hf_files.Files(tmp_path)
   page = architectures.hugging_face(system)
   assert not any(name.startswith(page.bare[1]) for name in files)
-  assert optional.is_bare(page, module.config, set(files))
+  assert hf_heads.is_bare(page, module.config, set(files))
   with pytest.warns(UserWarning, match='no head of') as said:
     again, read = weights.from_hf(tmp_path)
   assert any('no head of masked words' in str(w.message) for w in said)

@@ -56,7 +56,11 @@ def _figures(evaluation: Evaluation, things: str,
   """Prints and returns the scores of what is written, of each source and in
   the mean by weight; `things` is what is counted."""
   from training import evaluating
-  loaders, found = written(evaluation)
+  from training.data import pipeline
+  config = evaluation.run.config
+  loaders = pipeline.held_out(config, evaluation.tokenizer)
+  found = [written(evaluation, loader, loader.first(config.eval.batches),
+                   samples.beams(evaluation.options)) for loader in loaders]
   each = [{name: score(own) for name, score in scores.items()} for own in found]
   figures: dict[str, Any] = {
       name: evaluating.mix([one[name] for one in each], loaders)
@@ -72,23 +76,15 @@ def _figures(evaluation: Evaluation, things: str,
   return figures | {things: sum(map(len, found))}
 
 
-def written(evaluation: Evaluation) -> tuple[list, list[list[tuple]]]:
-  """Returns the loaders of what is held out, and for each of them what
-  `translate` returns of its rows."""
+def written(evaluation: Evaluation, loader: Any, batches: int,
+            beams: Any = None) -> list[tuple[str, str, bool]]:
+  """Returns what `translate` returns of a loader's first batches."""
   from training import progress
-  from training.data import pipeline
-  run, config = evaluation.run, evaluation.run.config
-  loaders = pipeline.held_out(config, evaluation.tokenizer)
-  beams = samples.beams(evaluation.options)
   found = []
-  for loader in loaders:
-    found.append([])
-    batches = loader.first(config.eval.batches)
-    for batch in progress.each(loader.iterate(0, batches),
-                               'writing targets', batches):
-      found[-1] += translate(run.module, evaluation.params, batch,
-                             evaluation.tokenizer, beams)
-  return loaders, found
+  for batch in progress.each(loader.iterate(0, batches), 'writing', batches):
+    found += translate(evaluation.run.module, evaluation.params, batch,
+                       evaluation.tokenizer, beams)
+  return found
 
 
 def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],

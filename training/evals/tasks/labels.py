@@ -20,14 +20,15 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   """Measures the answers to all that is held out, each source on its own."""
   from training import evaluating
   from training.data import pipeline
+  from training.evals.tasks import exact
   from training.workdir import storage
   config = evaluation.run.config
   loaders = pipeline.held_out(config, evaluation.tokenizer, in_order=True)
   _check_held_out(evaluation, loaders)
   objective, found = loaders[0].objective, []
   for loader in loaders:
-    answers = (written(evaluation, loader) if objective.head == 'lm' else
-               scores(evaluation, loader))
+    answers = (exact.written(evaluation, loader, loader.num_batches)
+               if objective.head == 'lm' else scores(evaluation, loader))
     found.append(objective.measure(loader.views[0], answers, config,
                                    evaluation.options))
     print('\n'.join([f'{loader.text}:', *found[-1].lines]))
@@ -53,24 +54,14 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _check_held_out(evaluation: Evaluation, loaders: Sequence[Any]) -> None:
-  """Raises RequestError for records whose answers could not be measured or
-  written, before there is any answer."""
-  from training.evals.tasks import exact
+  """Raises RequestError for records whose answers could not be written, before
+  there is any answer."""
   from training.measures import questions
-  objective, tokenizer = loaders[0].objective, evaluation.tokenizer
+  objective = loaders[0].objective
   if objective.head == 'span' and evaluation.options.predictions:
     require(len(loaders) == 1, '--predictions is one file, and '
             f'{len(loaders)} sources are evaluated: evaluate one by --text')
     questions.check_ids(loaders[0].views[0])
-  if objective.head != 'lm':
-    return
-  for loader in loaders:
-    view = loader.views[0]
-    targets = {tuple(objective.example(view[i], None, evaluation.run.config,
-                                       tokenizer)['targets'])
-               for i in range(len(view))}
-    classes.labels_of_texts(exact.text(np.array(ids), tokenizer)
-                            for ids in targets)
 
 
 def scores(evaluation: Evaluation, loader: Any) -> list[np.ndarray]:
@@ -91,20 +82,6 @@ def scores(evaluation: Evaluation, loader: Any) -> list[np.ndarray]:
     found += [*jax.device_get(
         step(evaluation.params, evaluation.run.put(batch)))]
   return found[:loader.num_windows]
-
-
-def written(evaluation: Evaluation, loader: Any
-            ) -> Sequence[tuple[str, str, bool]]:
-  """Returns (what the model wrote, the target, whether they are the same) of
-  each row of a loader's view, in its order."""
-  from training import progress
-  from training.evals.tasks import exact
-  found = []
-  for batch in progress.each(loader.iterate(), 'writing answers',
-                             loader.num_batches):
-    found += exact.translate(evaluation.run.module, evaluation.params, batch,
-                             evaluation.tokenizer)
-  return found
 
 
 def _file(name: str, kind: str) -> Any:
