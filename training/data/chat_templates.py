@@ -304,13 +304,9 @@ def _compiled(text: str, name: str) -> Any:
   {% generation %} stands around what the assistant says; it calls the function
   `_place` that the template is rendered with.
   """
-  try:
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-  except ImportError as error:
-    raise RequestError('a chat template needs the package jinja2: pip install '
-                       "'archetype[chat]'") from error
+  import jinja2
+  import jinja2.ext
+  import jinja2.sandbox
 
   class Generation(jinja2.ext.Extension):
     tags = {'generation'}

@@ -122,9 +122,11 @@ def fields_of(name: str, written: str) -> tuple[str, ...]:
 def columns_of(name: str, written: str) -> tuple[int, int]:
   """Returns the columns of words and of labels that COLUMNS names."""
   match = re.fullmatch(r'(-?\d{1,4})\+(-?\d{1,4})', written or '0+-1')
-  require(match is not None, f'data source {name!r} names the columns '
-          f'{written!r}: write the number of the words and of the labels, '
-          'counted from 0, as 0+3, or from the last, as 0+-1')
+  if match is None:
+    raise RequestError(
+        f'data source {name!r} names the columns {written!r}: write the number '
+        'of the words and of the labels, counted from 0, as 0+3, or from the '
+        'last, as 0+-1')
   return int(match[1]), int(match[2])
 
 
@@ -187,8 +189,8 @@ def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
   """Yields each row of a table that holds text, and the line it begins in."""
   text = texts.decoded(pathlib.Path(path).read_bytes(), path)
   csv.field_size_limit(2**31 - 1)  # else a field of 131,073 is refused
-  tabs = dict(delimiter='\t', quoting=csv.QUOTE_NONE) if path.endswith(
-      '.tsv') else {}
+  tabs: dict[str, Any] = dict(
+      delimiter='\t', quoting=csv.QUOTE_NONE) if path.endswith('.tsv') else {}
   rows = csv.reader(io.StringIO(text.removeprefix('\ufeff'), newline=''),
                     strict=True, **tabs)
   begin = 1
@@ -340,7 +342,7 @@ def read_questions(path: str) -> Iterator[Paragraph]:
 def questions_of_rows(name: str, dataset: Any) -> Iterator[Paragraph]:
   """Yields the paragraphs of a data set of the package datasets, which has a
   question a row, and those of a paragraph one after the other."""
-  context, asked = None, []
+  context, asked = '', list[Question]()
   for number, row in enumerate(dataset, 1):
     if asked and row['context'] != context:
       yield Paragraph(context, tuple(asked))

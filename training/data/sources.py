@@ -26,11 +26,12 @@ import re
 from typing import Any
 
 from configs.errors import EnvironmentFailure, RequestError, require
-from training.data import conversations, labelled, probes, texts
+from training.data import conversations, labelled, texts
 
 Document = str | list[tuple[str, str]]
 # The kinds of parts; the tables of tokens keep their indices.
 KINDS = ('text', *labelled.PAIR, *conversations.KINDS)
+PROBE_ROWS = 'rows of a probe'  # what such a source holds
 
 _WEIGHTED = re.compile(r'\s*(?:([0-9.eE+-]+)\*)?(.*\S)\s*')
 
@@ -264,8 +265,9 @@ def _squad(name: str, pattern: str) -> Source:
 
 def _probe(name: str, _: Any) -> Source:
   """Rows of a task that are drawn, and so never read."""
+  from training.data import probes
   probes.name_of(name)
-  return Source(name, 'probe', (), lambda path: iter(()), records=probes.KIND,
+  return Source(name, 'probe', (), lambda path: iter(()), records=PROBE_ROWS,
                 drawn=True)
 
 
@@ -407,7 +409,7 @@ HOLDS = {prefix: (TEXT,) for prefix in SOURCES} | {
     'labelled': (labelled.TEXTS, PAIRS),
     'conll': (labelled.SENTENCES,),
     'squad': (labelled.QUESTIONS,),
-    'probe': (probes.KIND,),
+    'probe': (PROBE_ROWS,),
 }
 
 

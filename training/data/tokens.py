@@ -40,7 +40,7 @@ FORMAT = 2  # raise it when the layout changes
 BEGUN, INDEX = 'begun.json', 'index.json'
 BLOCK_BYTES = 1 << 14  # of ids, with one checksum
 FIGURES = ('documents', 'tokens', 'bytes')
-TABLES, BLOCKS = 64, 64  # kept in memory
+TABLES, BLOCKS = 64, 1024  # kept in memory: the blocks are 16 MiB
 THREADS = 32  # each waits for a small file
 
 # numpy parses the header of an array with `ast`, which fails in Python 3.11 if
@@ -164,9 +164,9 @@ class Split:
     self.documents, self.of = int(documents.sum()), int(self._firsts[-1])
     self.num_tokens = int(self._starts[-1])
     self.num_bytes = int(num_bytes.sum())
-    self.__setstate__({})
+    self._places = functools.lru_cache(TABLES)(self._find_places)
 
-  def __getstate__(self) -> dict[str, Any]:
+  def __getstate__(self) -> dict[str, Any]:  # to a worker goes no cache
     return {k: v for k, v in self.__dict__.items() if k != '_places'}
 
   def __setstate__(self, state: dict[str, Any]) -> None:

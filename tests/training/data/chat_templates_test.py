@@ -7,14 +7,10 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-import architectures
 from configs import base
 from configs.errors import RequestError
-from tests.helpers import models
 from training import objectives, runs
 from training.data import chat_templates, pipeline, tokenizers
-from training.hf import generation as hf_generation
-from training.hf import tokenizer as hf_tokenizer
 from training.objectives import chat
 from training.workdir import run_config
 
@@ -253,26 +249,6 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
   config.data.source = f'alpaca:{tmp_path}/x.json'
   with pytest.raises(RequestError, match='chat_template to published'):
     pipeline.training_loader(config, BYTES)
-
-
-def test_an_export_has_the_template_of_its_run_and_its_end(tmp_path):
-  _words(tmp_path)
-  (tmp_path / 'out').mkdir()
-  config = _config(tmp_path, 'jsonl:x:y', tokenizer=str(tmp_path))
-  (tmp_path / 'own.jinja').write_text(MARKED)
-  config.data.chat_template = str(tmp_path / 'own.jinja')
-  hf_tokenizer.give(tmp_path, config, tmp_path / 'out', step=1)
-  assert (tmp_path / 'out/chat_template.jinja').read_text() == MARKED
-  config.model = models.config('llama', vocab_size=300)
-  tokenizer = tokenizers.load(str(tmp_path))
-  own = MARKED.replace('[EOS]{% end', '</s>{% end')
-  other = int(tokenizer.encode_placed('</s>')[0][0])
-  for text, eos in ((MARKED, tokenizer.eos_id),
-                    (own, [tokenizer.eos_id, other])):
-    (tmp_path / 'own.jinja').write_text(text)
-    said = hf_generation.of_run(
-        config, architectures.resolve(config.model), tokenizer)
-    assert said.options['eos_token_id'] == eos
 
 
 def test_a_run_keeps_the_text_of_its_template(tmp_path):

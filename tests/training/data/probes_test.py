@@ -2,7 +2,6 @@
 it, which knows the task's words and nothing of how its rows are drawn."""
 
 import itertools
-import pathlib
 import re
 
 from hypothesis import given, settings as hypothesis, strategies as st
@@ -230,7 +229,7 @@ def check(row, probe, settings, solver):
 
 
 @pytest.mark.parametrize('name', probes.PROBES)
-@hypothesis(max_examples=25, deadline=None)
+@hypothesis(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_a_solver_finds_every_answer(name, data):
   choice = LEVELS.get(name, range(1, 13))
@@ -243,14 +242,6 @@ def test_a_solver_finds_every_answer(name, data):
   rows = probes.Rows(probe, settings, data.draw(st.sampled_from(
       ('train', 'eval'))), data.draw(st.integers(0, 2**32 - 1)))
   check(rows[data.draw(st.integers(0, 49))], probe, settings, SOLVERS[name])
-
-
-@pytest.mark.parametrize('name', probes.PROBES)
-def test_as_published_too(name):
-  probe, settings = of(name)
-  rows = probes.Rows(probe, settings, 'train', 0)
-  for i in range(10):  # islice would take an IndexError for the end
-    check(rows[i], probe, settings, SOLVERS[name])
 
 
 def test_what_is_memorised_is_one_table_for_all_rows():
@@ -346,14 +337,6 @@ def test_levels_that_cannot_be_drawn(name, levels, length, words):
   settings = probes.Settings(length, levels, probe.vocab, 1, 1)
   with pytest.raises(RequestError, match=words):
     probes.check_level(name, levels[0], settings)
-
-
-def test_every_record_says_where_it_comes_from():
-  page = pathlib.Path('docs/probes.md').read_text()
-  for name, probe in probes.PROBES.items():
-    assert f'`probe:{name}`' in page, name
-    assert re.search(r'(19|20)\d\d', probe.source), name
-    assert not probe.asks.endswith('.'), name
 
 
 def test_each_half_of_what_is_held_out_has_rows_of_its_own():

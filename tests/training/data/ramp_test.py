@@ -1,7 +1,5 @@
 """Batches that grow: each row once, tokens counted, shapes bounded."""
 
-import json
-import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from configs import base
 from configs.errors import RequestError
 from tests.training import vectorised_test as group
 from tools.compare import cost
-from training import runs, vectorised
+from training import runs
 from training.data import pipeline, ramp, tokenizers
 
 texts = group.texts
@@ -32,8 +30,7 @@ def test_rows_are_counted_as_they_come(text):
 
 @pytest.mark.parametrize('text, words', [
     ('8', "write STEP:ROWS"), ('3:2,', 'write STEP:ROWS'),
-    ('3:-2', 'write STEP:ROWS'), ('3:2,3:4', 'must rise'),
-    ('3:4,5:4', 'must rise'), ('0:4', 'must rise'), ('3:0', 'must rise'),
+    ('3:2,3:4', 'must rise'), ('3:4,5:4', 'must rise'), ('0:4', 'must rise'),
     ('3:32', 'less than data.batch_size 32'),
     ('1000:8', 'must end before'),
     (','.join(f'{i}:{i}' for i in range(1, 17)), 'may have 15 sizes')])
@@ -89,25 +86,6 @@ def test_a_sweep_counts_the_tokens():
   c.data.update(batch_size=8, length=16, batch_ramp='2:2,5:4')
   c.train.steps = 8
   assert cost.of(c).tokens == 16 * (2 * 2 + 3 * 4 + 3 * 8)
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_runs_grow_together_and_go_on_in_the_middle(texts, tmp_path):
-  configs = [grown(texts, seed=seed, checkpoint__every_steps=3)
-             for seed in (0, 1)]
-  vectorised.train(configs, [tmp_path / '0', tmp_path / '1'])
-  group.alone(configs[1], tmp_path / 'alone')
-  group.assert_same(tmp_path / '1', tmp_path / 'alone')
-  before = group.rows(tmp_path / 'alone')
-  record = json.loads((tmp_path / 'alone/checkpoints/6/record/metadata'
-                       ).read_text())['record']
-  assert record['tokens'] == 16 * (2 * 2 + 3 * 4 + 8)
-  for step in (6, 8):
-    shutil.rmtree(tmp_path / f'alone/checkpoints/{step}')
-  group.alone(configs[1], tmp_path / 'alone')
-  assert [row['loss'] for row in group.rows(tmp_path / 'alone')] == [
-      row['loss'] for row in before]
 
 
 def test_a_ramp_is_scaled_with_the_steps_of_a_run():
