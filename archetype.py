@@ -29,19 +29,19 @@ import ml_collections
 import numpy as np
 
 import architectures
+from architectures.parts import tables
 from architectures.parts.config import ModelConfig
 from configs import base
 from configs.errors import require, short
-from training import chat, config_files, fields as fields_of
-from training import generate as generation
-from training import limits, objectives, parameters, paths, runs, weights
+from training import chat, config_files
+from training import generate as generation, limits, objectives, parameters
+from training import paths, runs
 from training.costs import totals
 from training.data import inputs as inputs_of
 from training.data import tokenizers
 from training.data.texts import checked
-from training.hf import config as hf_config
-from training.hf import generation as hf_generation
-from training.hf import heads as hf_heads
+from training.hf import config as hf_config, generation as hf_generation
+from training.hf import heads as hf_heads, weights
 from training.inspect import record
 from training.objectives import record as objective_record
 from training.workdir import checkpoints, run_config, storage
@@ -230,7 +230,7 @@ class Model:
     Raises:
       RequestError: for a field, a value or a combination that there is not.
     """
-    module = architectures.build(fields_of.replaced(self.config, fields))
+    module = architectures.build(changed_model(self.config, fields))
     mine = paths.flatten(self.params)
     fresh = _initial(module, seed)
     drawn = tuple(name for name, x in paths.flatten(fresh).items()
@@ -360,7 +360,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
     RequestError: for a wrong field, value or combination.
   """
   if isinstance(config, ModelConfig):
-    module = architectures.build(fields_of.replaced(config, fields))
+    module = architectures.build(changed_model(config, fields))
     return Model(module, _initial(module, seed))
   if isinstance(config, str):
     config = config_files.load_config_file(config)
@@ -368,7 +368,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
   config_files.set_fields(config.model, fields)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve(config, tokenizer)
-  fields_of.refuse_unread(model, fields)
+  _refuse_unread(model, fields)
   module = architectures.build(model)
   return Model(module, _initial(module, seed), tokenizer, config)
 
@@ -387,3 +387,47 @@ def _initial(module: nn.Module, seed: int) -> Any:
   """The parameters that a run of this seed starts from."""
   return nn.meta.unbox(jax.jit(module.init)(
       jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))['params'])
+
+
+# Other fields are derived from these when a run's config is resolved.
+_SIZES = ('arch', 'd_model', 'num_heads', 'head_dim', 'kinds',
+          'parametrization', 'mup_base_width', 'mup_base_head_dim')
+
+
+def changed_model(config: ModelConfig, fields: Mapping[str, Any]
+                  ) -> ModelConfig:
+  """Returns the config with other fields, checked as any config is. A field
+  that is 0 where a config's is derived, is derived: with lora.rank alone,
+  lora.alpha becomes as large."""
+  changes: dict[str, Any] = {}
+  for name, value in fields.items():
+    config_files.check_field('config.model', name, _names(config))
+    require(name not in _SIZES, f'model.{name} decides the sizes of other '
+            'parts: build a model with it, from a file of configs/')
+    if isinstance(value, Mapping):
+      group = getattr(config, name) or tables.GROUPS[name]()
+      for field in value:
+        config_files.check_field(f'config.model.{name}', field, _names(group))
+      if name == 'lora' and group.alpha == group.rank:
+        value = {'alpha': 0} | value
+      value = dataclasses.replace(group, **value)
+    changes[name] = value
+  if 'num_layers' in changes and (
+      architectures.stack(config) != 'encoder-decoder'):
+    changes.setdefault('num_decoder_layers', changes['num_layers'])
+  changed = tables.make(tables.as_dict(
+      dataclasses.replace(config, **changes)))
+  _refuse_unread(changed, fields)
+  return changed
+
+
+def _names(group: Any) -> list[str]:
+  return [field.name for field in dataclasses.fields(group)]
+
+
+def _refuse_unread(config: ModelConfig, fields: Mapping[str, Any]) -> None:
+  """Raises RequestError for a field that the model would not read."""
+  unread = tables.unread(config)
+  for name in tables.flat(fields):
+    require(name not in unread, f'model.{name} is not read by this model: it '
+            f'is read where {unread.get(name)}')

@@ -53,19 +53,19 @@ def main():
 
   # Imported late: `--help` and a wrong flag answer at once.
   from training import early_stopping, loop, objectives, parameters
-  from training import runs, timing
+  from training import preflight, runs, timing
   from training.data import pipeline, tokenizers
   from training.distributed import cpu, devices, processes
   from training.workdir import checkpoints, provenance, run_config, storage
   config = args.config
   if args.print_config:
-    print(json.dumps(runs.printable(config, cli.overrides()), indent=2))
+    print(json.dumps(preflight.printable(config, cli.overrides()), indent=2))
     return 0
   workdir = storage.path(args.workdir)
 
   # 1. The config: everything wrong in it is said before any device work.
-  runs.try_workdir(workdir)
-  runs.check_config(config, cli.overrides())
+  preflight.try_workdir(workdir)
+  preflight.check_config(config, cli.overrides())
   several = processes.how_to_join(args.coordinator, args.num_processes,
                                   args.process_id, args.cluster)
   timing.profiled_steps(args.profile_steps, config.train.steps)
@@ -87,7 +87,7 @@ def main():
   processes.meet()
   run = runs.build(config, model)
   if devices.primary():
-    runs.warn_of_unused_ids(config, model, tokenizer)
+    preflight.warn_of_unused_ids(config, model, tokenizer)
 
   # 3. The data.
   index, count = devices.batch_shard(run.place, config.data.batch_size)

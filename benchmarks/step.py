@@ -29,7 +29,7 @@ import statistics
 from absl import flags
 
 from benchmarks.worker import Worker
-from configs.errors import require
+from configs.errors import one_of, require
 from training import cli
 
 # What PyTorch may run: in bfloat16, with float32 parameters or without.
@@ -76,16 +76,16 @@ def main():
   args = flags.FLAGS
   import architectures
   from benchmarks import rival
-  from training import runs
+  from training import preflight, runs
   from training.data import tokenizers
   from training.workdir import run_config, storage
   json_file = storage.output(args.json, '--json')
   for name in args.sections:
-    runs.one_of('--sections', name, SECTIONS)
+    one_of('--sections', name, SECTIONS)
   config = args.config or default_config()
   config = config.copy_and_resolve_references().unlock()
   config.model.dtype = args.dtype = args.dtype or config.model.dtype
-  runs.check_config(config)
+  preflight.check_config(config)
   if args.compare:
     rival.check(config)
     config = rival.alike(config)

@@ -103,13 +103,13 @@ SEEN = '''
 import json
 
 from configs import gpt
-from training import runs
+from training import preflight, runs
 from training.data import pipeline, tokenizers
 
 config = gpt.get_config()
 config.objective, config.data.source = 'probe', 'probe:majority'
 config.data.update(length=8, batch_size=2)
-runs.check_config(config)
+preflight.check_config(config)
 tokenizer = tokenizers.load('bytes')
 model, _ = runs.resolve(config, tokenizer)
 batch = pipeline.training_loader(config, tokenizer).batch(0)

@@ -18,7 +18,7 @@ import architectures
 from configs.errors import RequestError
 from tests.architectures import pages_test, product_test
 from tests.helpers import adding, models
-from training import weights
+from training.hf import weights
 from training.costs import totals
 
 DOC = pathlib.Path(__file__).parents[1] / 'docs/howto/add_a_system.md'

@@ -13,8 +13,7 @@ import archetype
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
-from training import weights
-from training.hf import generation as hf_generation
+from training.hf import generation as hf_generation, weights
 
 
 def _model(system='gpt', **changes):

@@ -16,7 +16,7 @@ from architectures.parts import tables
 from configs import base
 from configs.errors import RequestError, short
 from tests.helpers import models
-from training import cli, config_files, limits, runs
+from training import cli, config_files, limits, preflight
 
 FIELDS = st.sampled_from(sorted(base.FIELDS))
 
@@ -88,7 +88,7 @@ def test_a_run_refuses_it_before_any_other_work(case):
   config = base.base()
   set_in(config, *case)
   with pytest.raises(RequestError, match=case[0]):
-    runs.check_config(config)
+    preflight.check_config(config)
 
 
 def test_every_field_can_be_set_by_a_flag():

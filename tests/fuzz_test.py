@@ -23,11 +23,10 @@ from tests.helpers.fuzzing import each, runs_or_refuses
 from tools.compare import layout, status
 from tools.compare import ledger as ledger_lib
 from tools.compare import curves, sweep_report
-from training import config_files
-from training import runs, weights
+from training import config_files, preflight, runs
 from training.step import abstract_params
 from training.distributed import processes
-from training.hf import files as hf_files
+from training.hf import files as hf_files, weights
 from training.workdir import checkpoints, metrics, run_config
 
 FIELDS = {name: type(value) for name, value in sorted(
@@ -136,7 +135,7 @@ def test_config_files(text, tmp_path_factory):
 
   def load():
     config = config_files.load_config_file(str(file))
-    runs.check_config(config)
+    preflight.check_config(config)
     run_config.to_json(config)
 
   runs_or_refuses(load)

@@ -82,7 +82,8 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             step: int | str | None, seed: int) -> None:
   """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
-  from training import runs, weights
+  from training import runs
+  from training.hf import weights
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
   from training.workdir import checkpoints, run_config
@@ -129,7 +130,8 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   that was not trained.
   """
   import architectures
-  from training import runs, weights
+  from training import runs
+  from training.hf import weights
   from training.hf import generation as hf_generation
   from training.hf import peft
   from training.hf import tokenizer as hf_tokenizer
@@ -171,7 +173,8 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
           ) -> None:
   """Makes the workdir `new` of the model of `workdir` with its low-rank
   adapters added to its weights, as a run at step 0."""
-  from training import runs, weights
+  from training import runs
+  from training.hf import weights
   from training.hf import generation as hf_generation
   from training.workdir import run_config
   _check_new(new)
@@ -193,7 +196,7 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
 def _put_on(folder: pathlib.Path, config, module, params):
   """Returns the parameters with the adapters of PEFT's `folder` beside them,
   and gives the config their fields."""
-  from training import weights
+  from training.hf import weights
   from training.hf import peft
   model, found = peft.read(module.config, folder)
   config.model.lora.update(dataclasses.asdict(model.lora))
@@ -227,7 +230,8 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
   """Returns (a run's config, module, parameters, whether the head of a language
   model is missing in the files) of Hugging Face weights."""
   import architectures
-  from training import objectives, weights
+  from training import objectives
+  from training.hf import weights
   from training.hf import config as hf_config
   from training.hf import files as hf_files
   from training.hf import heads as hf_heads

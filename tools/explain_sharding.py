@@ -110,10 +110,10 @@ def explain(config, mesh: dict[str, int]) -> dict:
   import jax
   import numpy as np
   from tools.plan import collectives, predict
-  from training import runs
+  from training import preflight, runs
   from training.data import tokenizers
   from training.distributed import devices
-  runs.check_config(config)
+  preflight.check_config(config)
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
   count = math.prod(mesh.values())
   run = runs.build(config, model,

@@ -25,11 +25,10 @@ from architectures.parts import skeletons
 from architectures.parts.moe.layer import without_capacity
 from configs.errors import RequestError, require
 from training import generate, limits, objectives, parameters, progress, runs
-from training import weights
 from training.data import chat_templates, tokenizers
 from training.data.tokenizers import Tokenizer
-from training.hf import config as hf_config
-from training.hf import generation as hf_generation
+from training.hf import config as hf_config, generation as hf_generation
+from training.hf import weights
 from training.objectives import causal, chat
 from training.objectives.record import Prompts, Talk, known_ids, padded
 

@@ -21,12 +21,12 @@ import ml_collections
 import numpy as np
 
 from architectures.parts.moe import health
-from training import early_stopping, evaluating, progress, runs, timing
-from training import parameters
+from training import early_stopping, parameters, preflight, progress, runs
+from training import timing
 from training.costs import flops, peaks
 from training.data import pipeline, ramp
 from training.distributed import cpu, devices, signals
-from training.evals import in_training
+from training.evals import held_out, in_training
 from training.step import TrainState
 from training.workdir import checkpoints, metrics
 
@@ -123,7 +123,7 @@ def train_all(program: Program, writers: Sequence['Writer'], state: TrainState,
   batches = _Batches(program, loaders, len(writers))
   meter = batches.meter
   if devices.primary():
-    print(program.title + runs.describe(
+    print(program.title + preflight.describe(
         program.run, n, batches.tokens, loaders[0], eval_data))
   with program.context(), signals.Stop() as stop:
     report = _Report(program, writers, meter)
@@ -372,7 +372,7 @@ class _Evaluate:
           task, next(iter(program.split(state.params))), writers[0].workdir,
           lambda: self._stop.at_once)
     else:
-      names = evaluating.names(program.eval_step, state.params, self._eval_data,
+      names = held_out.names(program.eval_step, state.params, self._eval_data,
                                program.put, program.part)
     best.is_in(names or [best.figure])
 
@@ -449,19 +449,19 @@ class _Evaluate:
     came to the end."""
     for prefix, params, rows in evaluated:
       # A mean comes where a run ends, which is then not resumed.
-      sums = evaluating.evaluate(
+      sums = held_out.evaluate(
           self.step, params, self._eval_data, self._config.eval.batches,
           self._program.put,
           stop=lambda own=prefix: own != 'mean/' and self._cut_short(n))
       if sums is None:
         return False
       for row, writer in rows.items():
-        means = evaluating.means(
+        means = held_out.means(
             [self._program.part(own, row) for own in sums], self._eval_data)
         figures[row] |= {prefix + name: x for name, x in means.items()}
         if writer.label:  # one of many, for each of which a figure is enough
           means = {'loss': means['loss']}
-        text = '  '.join(f'{name.replace("_", " ")} {evaluating.shown(value)}'
+        text = '  '.join(f'{name.replace("_", " ")} {held_out.shown(value)}'
                          for name, value in means.items())
         self._report.bar.say(
             f'step {n}  held-out {prefix.replace("/", " ")}{text}'

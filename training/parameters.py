@@ -11,6 +11,9 @@ What a checkpoint is evaluated with, exported and continued from are its
 parameters; or their average, of a run with optim.ema, unless those that were
 trained are asked for by `live`; or the mean of several checkpoints, where
 several are named (checkpoints.Mean).
+
+What reads the weights of another training is imported by the functions that do:
+most runs begin without.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +33,8 @@ import architectures
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
 from configs.errors import RequestError, require, short
-from training import objectives, paths, runs, weights
+from training import objectives, paths, runs
 from training.distributed import devices
-from training.hf import config as hf_config
-from training.hf import files as hf_files
-from training.hf import heads as hf_heads
-from training.hf import peft
 from training.step import TrainState, abstract_params, initial_seed
 from training.workdir import checkpoints, run_config, storage
 
@@ -126,6 +125,7 @@ def check_source(source: str) -> None:
 def _check_labels(run: runs.Run, source: epath.Path) -> None:
   """Raises RequestError where the outputs of the head that is taken stand for
   other labels than those of the run."""
+  from training.hf import config as hf_config, heads as hf_heads
   if run.model.head == 'lm' or run.config.init_partial:
     return
   if checkpoints.directory(source).exists():
@@ -148,15 +148,16 @@ def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any,
                        step: None) -> tuple[Any, list[str]]:
   """Returns (parameters, a line for each thing that was skipped). Low-rank
   adapters are those of the run, as they were drawn."""
+  from training.hf import config as hf_config, files, heads, weights
   del step
   module = architectures.build(weights.without_adapters(run.model))
-  theirs = hf_heads.as_in(module.config, hf_config.read(
+  theirs = heads.as_in(module.config, hf_config.read(
       hf_config.load_config_json(_folder(source))))
   partial = run.config.init_partial
   skipped = _differences(module.config, theirs, source, partial)
   with run.context():
     loaded = weights.read_params(
-        module, hf_files.Files(pathlib.Path(source)), partial=partial,
+        module, files.Files(pathlib.Path(source)), partial=partial,
         like=weights.without(run.abstract.params),
         seed=int(initial_seed(run.config)),
         new_head=weights.is_new_head(module.config, theirs))
@@ -168,6 +169,7 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
   """Returns (parameters, skipped) of the newest good checkpoint there, or of
   that of `step`. Its adapters are taken where they are those of this run; else
   they are merged into the weights, and those of this run are drawn."""
+  from training.hf import weights
   theirs = runs.model_of(source)
   if weights.same_adapters(run.model, theirs):
     return _from_same_adapters(run, source, theirs, drawn, step)
@@ -199,6 +201,7 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
 
 def _from_same_adapters(run: runs.Run, source: epath.Path, theirs: ModelConfig,
                         drawn: Any, step: int | None) -> tuple[Any, list[str]]:
+  from training.hf import weights
   partial, folder = run.config.init_partial, checkpoints.directory(source)
   skipped = _differences(run.model, theirs, source, partial)
   wanted = {'params': run.abstract.params}
@@ -246,6 +249,7 @@ def _differences(ours: ModelConfig, theirs: ModelConfig, path: epath.Path,
   """Returns a line for each field by which the weights in `path`, of the model
   `theirs`, are those of another function than `ours`; unless `partial`, one is
   a RequestError. The length may differ where no position is learned."""
+  from training.hf import config as hf_config, weights
   if weights.is_new_head(ours, theirs):
     theirs = dataclasses.replace(theirs, head=ours.head, pooling=ours.pooling,
                                  num_labels=ours.num_labels)
@@ -436,6 +440,7 @@ def _lacking(steps: Sequence[int], saved: checkpoints.Checkpoints
 
 def refuse_others(folder: pathlib.Path) -> None:
   """Raises RequestError for a folder that holds models, or a part of one."""
+  from training.hf import peft
   for name, what in (('study.json', 'study'), ('sweep.json', 'sweep')):
     if (folder / name).is_file():
       first = next(iter(sorted(str(path.parent) for path in folder.glob(

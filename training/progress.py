@@ -7,6 +7,7 @@ what the program prints and no more.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 import contextlib
+import datetime
 import os
 import signal
 import sys
@@ -189,13 +190,6 @@ class _Bar:
     self._bar.refresh()
 
 
-class _Silent(_Lines):
-  """On every process but the first."""
-
-  def say(self, text: str) -> None:
-    """Nothing."""
-
-
 def bar(total: int, first: int = 0, primary: bool = True,
         stream: TextIO | None = None) -> _Lines | _Bar:
   """Returns what shows a run's progress: step(), update(), say(), close().
@@ -208,7 +202,7 @@ def bar(total: int, first: int = 0, primary: bool = True,
   """
   stream = stream or sys.stdout
   if not primary:
-    return _Silent(total, stream)
+    return _Lines(total, open(os.devnull, 'w'))
   return (_Bar(total, first, stream) if stream.isatty()
           else _Lines(total, stream))
 
@@ -229,31 +223,16 @@ def compiling(primary: bool = True):
 
 
 def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
-  """loss 3.1416  12.3k tokens/s  MFU 43.2%  1:02:03 left, as far as known."""
+  """loss 3.1416  12,345 tokens/s  MFU 43.2%  1:02:03 left, as far as known."""
   parts = []
   if 'loss' in figures:
     parts.append(f'loss {figures["loss"]:.4f}')
   if 'tokens_per_second' in figures:
-    parts.append(f'{_short(figures["tokens_per_second"])} tokens/s')
+    parts.append(f'{figures["tokens_per_second"]:,.0f} tokens/s')
   if figures.get('mfu') is not None:  # no peak is known of a CPU
     parts.append(f'MFU {figures["mfu"]:.1%}')
   if 'step_seconds' in figures:
     left = ((total - step) * figures['step_seconds']
             + figures.get('evaluation_left', 0))
-    parts.append(f'{_duration(left)} left')
+    parts.append(f'{datetime.timedelta(seconds=round(left))} left')
   return '  '.join(parts)
-
-
-def _short(x: float) -> str:
-  for unit in ('', 'k', 'M'):
-    if x < 999.5:  # rounds to three digits
-      return f'{x:.3g}{unit}'
-    x /= 1000
-  return f'{x:.3g}G'
-
-
-def _duration(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return (f'{hours}:{minutes:02}:{seconds:02}' if hours
-          else f'{minutes}:{seconds:02}')

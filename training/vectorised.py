@@ -26,7 +26,8 @@ import numpy as np
 import architectures
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, require
-from training import early_stopping, loop, objectives, parameters, runs
+from training import early_stopping, loop, objectives, parameters
+from training import preflight, runs
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.step import TrainState, init_state, initial_seed
@@ -224,7 +225,7 @@ def _check(configs: Sequence[ml_collections.ConfigDict],
   require(jax.process_count() == 1, 'runs train as one program in one process, '
           f'and there are {jax.process_count()}')
   for config in configs:
-    runs.check_config(config)
+    preflight.check_config(config)
     require(not refusal(config), refusal(config))
     differ = [name for (name, a), (_, b) in zip(
         _shared(configs[0]), _shared(config), strict=True) if a != b]

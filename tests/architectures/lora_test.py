@@ -12,7 +12,8 @@ from configs import sharding as tables
 from configs.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
-from training import paths, weights
+from training import paths
+from training.hf import weights
 from training.costs import flops, totals, traced
 from training.optim import mup
 from training.step import make_train_step, parameter_roles

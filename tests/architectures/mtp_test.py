@@ -11,7 +11,7 @@ from architectures.parts.context import Context
 from configs.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
-from training import losses, objectives, runs
+from training import losses, objectives, preflight
 from training.costs import flops, totals
 
 TWO = dict(mtp_depth=2)
@@ -146,7 +146,7 @@ def test_what_cannot_be_is_refused(fields, words):
   c.model = models.config(fields.get('system', 'llama'), **TWO | fields.get(
       'model', {}))
   with pytest.raises(RequestError, match=words):
-    runs.check_config(c)
+    preflight.check_config(c)
 
 
 @pytest.mark.slow

@@ -12,9 +12,10 @@ import pytest
 import architectures
 from benchmarks import gpu, kernels, mixers, ours, rival, step, timing, worker
 from configs.errors import RequestError
-from training import objectives, runs, weights
+from training import objectives, runs
 from training.data import tokenizers
 from training.workdir import run_config
+from training.hf import weights
 
 SYSTEMS = ('gpt', 'bert', 't5')
 SIZES = dict(d_model=32, num_heads=4, head_dim=0, d_ff=0, vocab_size=61,

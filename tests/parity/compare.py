@@ -11,10 +11,8 @@ import numpy as np
 import architectures
 from architectures.parts import mixers
 from tests.parity.recording import Recording
-from training import generate
-from training import paths
-from training import weights
-from training.hf import config as hf_config
+from training import generate, paths
+from training.hf import config as hf_config, weights
 
 NEW_TOKENS = 64
 # What model.rope says in its own words, where a config.json has none for it.

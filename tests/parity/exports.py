@@ -24,9 +24,9 @@ from configs import fields
 from configs import kinds
 from configs.errors import RequestError
 from tests.parity import compare, reference
-from training import config_files, paths, weights
+from training import config_files, paths
 from training.step import abstract_params
-from training.hf import config as hf_config
+from training.hf import config as hf_config, weights
 
 # What every system is made to before it is changed.
 SIZES = dict(d_model=32, num_layers=2, num_heads=4, head_dim=0, d_ff=0,

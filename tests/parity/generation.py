@@ -5,11 +5,10 @@ import pathlib
 import tempfile
 
 from tests.parity import recording, reference
-from training import weights
 from training.data import conversations
 from training.data import tokenizers
-from training.hf import generation as hf_generation
-from training.hf import tokenizer as hf_tokenizer
+from training.hf import generation as hf_generation, tokenizer as hf_tokenizer
+from training.hf import weights
 from training.objectives import chat
 
 CHAT = [dict(role='user', content='Hello!'),

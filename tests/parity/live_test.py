@@ -15,7 +15,7 @@ import pytest
 import architectures
 from tests.parity import compare, exports, generation, harness, lora, parts
 from tests.parity import readings, recording, reference, sampling
-from training import weights
+from training.hf import weights
 
 pytestmark = [pytest.mark.verify, pytest.mark.slow]
 SYSTEMS = recording.systems()

@@ -11,9 +11,8 @@ import numpy as np
 
 import architectures
 from tests.parity import compare, recording, reference
-from training import paths, weights
-from training.hf import config as hf_config
-from training.hf import peft
+from training import paths
+from training.hf import config as hf_config, peft, weights
 
 # The modules that get an adapter, as PEFT names them. BERT's pooler and head
 # are dense modules too, which get none here; transformers has the experts of

@@ -17,9 +17,7 @@ from typing import Any
 import architectures
 from configs.errors import RequestError
 from tests.parity import compare, exports, recording, reference
-from training import weights
-from training.hf import config as hf_config
-from training.hf import files as hf_files
+from training.hf import config as hf_config, files as hf_files, weights
 
 # Other values of a field that holds a name.
 NAMES = {

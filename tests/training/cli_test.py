@@ -145,12 +145,6 @@ def test_a_wrong_config_is_one_sentence(config, parts, tmp_path):
   _refused(train(tmp_path / 'run', config=config), parts)
 
 
-@pytest.mark.parametrize('after', [(), ('--config=configs/gpt.py:tiny',)])
-def test_a_field_comes_after_its_config(after):
-  _refused(forked.run('train.py', '--config.seed=1', *after),
-           ['pass --config FILE.py:SIZE before --config.seed'])
-
-
 # What a user's file may do, and what is said of it.
 BAD_FILES = {
     'def get_config(:': 'line 1: SyntaxError',
@@ -174,19 +168,6 @@ def test_an_error_in_a_config_file_has_its_file_and_line(text, tmp_path):
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('words, sentence', [
-    (['model.kinds.a.norm=x'], 'a.norm is no field that a kind may change'),
-    (['model.kinds.a.rope=1'], 'a.rope is a group of fields: set one of them'),
-    (['model.kinds.a.window.b=1'], 'a.window.b is one value and has no fields'),
-    (['model.kinds.a.rope.x=1'], 'a.rope.x is no field of model.rope'),
-    (['model.kinds={}', 'model.kinds.a.d_ff=3'], 'beside --config.model.kinds'),
-])
-def test_a_flag_that_no_kind_of_layer_has_is_refused(words, sentence):
-  config = config_files.load_config_file('configs/gpt.py')
-  with pytest.raises(errors.RequestError, match=sentence):
-    config_files.check_keys(config, [f'--config.{word}' for word in words])
-
-
 @pytest.mark.slow
 def test_kinds_of_layer_are_flags():
   """Also of a kind that is called as a keyword of Python."""
@@ -207,15 +188,6 @@ def test_kinds_of_layer_are_flags():
   assert result.returncode == 2
   assert ('model.kinds.local.rope.theta is 9.0, which this model does not read'
           in result.stderr)
-
-
-def test_only_configs_are_offered():
-  with pytest.raises(errors.RequestError) as caught:
-    config_files.load_config_file('configs/none.py')
-  offered = re.findall(r'configs/\w+\.py', str(caught.value).partition(';')[2])
-  assert len(offered) > 20
-  for file in set(offered):
-    assert config_files.load_config_file(file).model.num_layers
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 from configs import base
 from configs.errors import RequestError
 from tests import train_test
-from training import early_stopping, runs
+from training import early_stopping, preflight
 from training.workdir import checkpoints
 
 texts = train_test.texts
@@ -35,7 +35,7 @@ def config(**fields):
      'task extrapolation of such a run has the figures length')])
 def test_what_cannot_be_meant_is_refused(fields, words):
   with pytest.raises(RequestError, match=words):
-    runs.check_config(config(**fields))
+    preflight.check_config(config(**fields))
 
 
 @pytest.mark.parametrize('figure, largest', [

@@ -10,11 +10,11 @@ import pytest
 from configs import base
 from configs import sharding as tables
 from tests.helpers import models
-from training import evaluating, objectives, runs
+from training import objectives, runs
 from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
-from training.evals import checkpoint
+from training.evals import checkpoint, held_out
 from training.evals.task import Evaluation
 from training.evals.tasks import extrapolation
 from training.objectives import record
@@ -62,7 +62,7 @@ def judged(c, loss_of):
     return {'loss': record.Mean(
         (loss_of(batch['targets']) * weights).sum(), weights.sum())}
   loaders = pipeline.held_out(c, BYTES)
-  return evaluating.means(evaluating.evaluate(
+  return held_out.means(held_out.evaluate(
       step, None, loaders, 0, run_of(c).put, lambda: False), loaders)
 
 
@@ -110,8 +110,8 @@ def test_of_nothing_there_is_no_figure():
   nothing = record.Mean(np.float64(0), np.float64(0))
   loader = types.SimpleNamespace(
       objective=objectives.OBJECTIVES['chat'], share=1.0)
-  figures = evaluating.means([{'loss': nothing, 'accuracy': nothing}], [loader])
-  assert {evaluating.shown(x) for x in figures.values()} == {'n/a'}
+  figures = held_out.means([{'loss': nothing, 'accuracy': nothing}], [loader])
+  assert {held_out.shown(x) for x in figures.values()} == {'n/a'}
 
 
 @pytest.mark.long

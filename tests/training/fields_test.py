@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import archetype
 import architectures
 from tests.helpers import models
-from training import fields
+from training import runs
 
 GPT = architectures.resolve(models.config('gpt'))
 
@@ -17,7 +18,7 @@ GPT = architectures.resolve(models.config('gpt'))
     pytest.param(dict(rank=8, alpha=16.0), 16, marks=pytest.mark.long)])
 def test_adapters_that_are_added_can_learn(changes, alpha):
   """With alpha 0, as a model without adapters has it, they could not."""
-  c = fields.replaced(GPT, dict(lora=changes))
+  c = archetype.changed_model(GPT, dict(lora=changes))
   assert c.lora.alpha == alpha
   module = architectures.build(c)
   tokens = models.tokens()
@@ -30,19 +31,21 @@ def test_adapters_that_are_added_can_learn(changes, alpha):
 
 
 def test_a_rank_of_their_own_takes_alpha_along():
-  eight = fields.replaced(GPT, dict(lora=dict(rank=8)))
-  assert fields.replaced(eight, dict(lora=dict(rank=4))).lora.alpha == 4
-  other = fields.replaced(GPT, dict(lora=dict(rank=8, alpha=32.0)))
-  assert fields.replaced(other, dict(lora=dict(rank=4))).lora.alpha == 32
+  eight = archetype.changed_model(GPT, dict(lora=dict(rank=8)))
+  assert archetype.changed_model(eight, dict(lora=dict(rank=4))).lora.alpha == 4
+  other = archetype.changed_model(
+      GPT, dict(lora=dict(rank=8, alpha=32.0)))
+  other = archetype.changed_model(other, dict(lora=dict(rank=4)))
+  assert other.lora.alpha == 32
 
 
 def test_what_is_zero_is_derived_as_in_a_config():
-  c = fields.replaced(GPT, dict(embed_scale=0.0, logits_scale=0.0,
-                                num_kv_heads=0, d_ff=0))
+  c = archetype.changed_model(GPT, dict(
+      embed_scale=0.0, logits_scale=0.0, num_kv_heads=0, d_ff=0))
   assert (c.embed_scale, c.num_kv_heads, c.d_ff) == (
       GPT.d_model ** 0.5, GPT.num_heads, 4 * GPT.d_model)
   assert c.logits_scale == GPT.d_model ** -0.5
-  assert fields.replaced(c, {}) == c
+  assert archetype.changed_model(c, {}) == c
 
 
 @pytest.mark.parametrize('named, left', [
@@ -50,5 +53,5 @@ def test_what_is_zero_is_derived_as_in_a_config():
 def test_a_model_that_is_used_names_no_kernel(named, left):
   model = models.config('mixtral', attention_kernel=named)
   model.moe.grouped_kernel = 'megablox'
-  fields.name_no_kernel(model)
+  runs._name_no_kernel(model)
   assert (model.attention_kernel, model.moe.grouped_kernel) == (left, 'auto')

@@ -7,9 +7,7 @@ import pytest
 
 import architectures
 from tests.helpers import models
-from tests.helpers import spaced
 from training import generate
-from training.objectives import record
 
 LENGTHS = (3, 7, 5)
 NEW = 6
@@ -86,14 +84,6 @@ def test_one_key_one_text(model, prompts):
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
 
 
-def test_the_likeliest_is_the_first_of_the_best_and_a_nan_before_all():
-  logits = np.random.default_rng(0).integers(0, 5, (7, 11)).astype(np.float32)
-  logits[5] = -np.inf
-  logits[6, [4, 9]] = np.nan
-  np.testing.assert_array_equal(generate.likeliest(jnp.array(logits)),
-                                logits.argmax(-1))
-
-
 @pytest.mark.parametrize('sampling, kept', [
     (dict(), [1, 1, 1, 1]),
     (dict(top_k=2), [1, 1, 0, 0]),
@@ -166,7 +156,7 @@ def test_a_wrong_sampling_is_refused(wrong):
 
 
 def test_an_encoder_has_no_cache():
-  with pytest.raises(ValueError, match='model.arch bert is an encoder.*gpt, '):
+  with pytest.raises(ValueError, match='model.arch bert is an encoder'):
     architectures.init_cache(models.config('bert'), 1, 8)
 
 
@@ -195,14 +185,3 @@ def test_experts_serve_a_row_whatever_its_neighbours():
   together = write(jnp.arange(3))
   for i in (0, 2):
     np.testing.assert_array_equal(write(jnp.array([i])), together[i:i + 1])
-
-
-def test_a_text_begins_with_its_space_unless_there_is_a_gap(tmp_path):
-  words = spaced.make(tmp_path)
-  prompts = record.after_separator(['the', 'the model'], None, words)
-  ids = words.encode('reads a line')
-  assert [prompts.text(row, ids, words) for row in (0, 1)] == [
-      ' reads a line'] * 2
-  assert prompts._replace(gap='x').text(1, ids, words) == 'reads a line'
-  nothing = record.after_separator([''], None, words)
-  assert nothing.text(0, ids, words) == 'reads a line'

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.training import vectorised_test
-from training import runs
+from training import preflight, runs
 from training.data import pipeline, tokenizers
 
 BYTES = tokenizers.load('bytes')
@@ -99,29 +99,10 @@ def test_a_run_says_how_rows_are_padded_and_cut(folder):
   train = pipeline.training_loader(c, BYTES)
   long = sum(len(line.partition('\t')[0]) > 14 for line in
              (folder / 'train.tsv').read_text().splitlines())
-  lines = runs.describe(run, 0, 128, train,
+  lines = preflight.describe(run, 0, 128, train,
                         pipeline.held_out(c, BYTES)).splitlines()
   assert ('step: 8 rows padded to 8 or 16 tokens (a program each), at most 128 '
           'tokens') in lines
   told = (f'train.tsv, {long} of whose 200 rows are longer than data.length '
           '16, and cut off')
   assert any(line.endswith(told) for line in lines)
-
-
-@pytest.mark.parametrize('fields, said', [
-    (dict(model__arch='t5', model__position='relative'),
-     "model.head is 'sequence', which model.arch 't5' does not have"),
-    (dict(train__z_loss=1e-4), 'train.z_loss is 0.0001, which objective'),
-    (dict(data__labels=('a',)), 'needs two labels or more'),
-    (dict(data__labels=('a', 'a')), "has 'a' twice"),
-    (dict(data__mask_rate=0.2), 'data.mask_rate is 0.2, which objective'),
-    (dict(objective='regression', data__labels=('a', 'b')),
-     "data.labels is .*, which objective 'regression' does not read"),
-    (dict(objective='regression', train__label_smoothing=0.1),
-     "train.label_smoothing is 0.1, which objective 'regression' does not"),
-    (dict(data__length_buckets=0), 'data.length_buckets is 0: it must be'),
-    (dict(objective='causal', data__class_weights='balanced'),
-     "class_weights is 'balanced', which objective 'causal' does not read")])
-def test_what_a_run_cannot_be_is_refused(folder, fields, said):
-  with pytest.raises(ValueError, match=said):
-    runs.check_config(config(folder, **fields))

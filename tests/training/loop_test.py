@@ -11,9 +11,9 @@ import pytest
 
 from configs import base
 from configs.errors import RequestError
-from training import evaluating, loop, objectives, parameters
+from training import loop, objectives, parameters
 from training.distributed import signals
-from training.evals import in_training
+from training.evals import held_out, in_training
 from training.workdir import checkpoints
 
 STEPS = 6
@@ -111,7 +111,7 @@ def _train(tmp_path, monkeypatch):
   """Returns a function that trains; see `Fake`."""
   monkeypatch.setattr(loop.flops, 'training_flops_per_token',
                       lambda *_, **__: 1.0)
-  monkeypatch.setattr(loop.runs, 'describe', lambda *_: 'a program')
+  monkeypatch.setattr(loop.preflight, 'describe', lambda *_: 'a program')
 
   def train(*rows, due=(), stop=None, start=0, best=None, **fields):
     config = base.base()
@@ -176,12 +176,6 @@ def test_too_many_bad_steps_are_saved_as_bad_and_end_the_run(train):
   assert '2 steps in a row' in member.sentence
 
 
-def test_bad_steps_that_are_not_too_many_do_not(train):
-  n, (member,), _ = train(bad(3), due=(3,))
-  assert (n, member.code) == (STEPS, 0)
-  assert member.saved.saves == [(3, (0, 3), False), (6, (0, 6), True)]
-
-
 def test_parameters_that_are_not_finite_are_not_saved(train, capsys):
   """A last step that makes them so has diverged, without one bad step."""
   nan = dict(param_norm=math.nan)
@@ -212,17 +206,6 @@ def test_a_stop_saves_and_says_what_the_run_goes_on_from(train):
       'stopped after step 3, not saved: the same command goes on from step 2.')
   n, (member,), _ = train({}, stop=STEPS)
   assert (n, member.code) == (STEPS, 0)
-
-
-def test_a_signal_during_the_last_step_does_not_keep_it_from_evaluation(
-    train, monkeypatch):
-  _scores(monkeypatch, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-  n, (member,), _ = train({}, stop=STEPS, **BEST)
-  assert (n, member.code) == (STEPS, 0)
-  assert _steps(member, 'eval')[-1] == STEPS
-  n, (member,), _ = train({}, stop=STEPS - 1, **BEST)
-  assert (n, member.code) == (STEPS - 1, loop.STOPPED)
-  assert STEPS - 1 not in _steps(member, 'eval')
 
 
 def test_a_member_that_ends_leaves_the_others_alone(train):
@@ -314,13 +297,6 @@ def test_a_run_that_goes_on_decides_as_without_the_break(
   assert member.best == whole.best and member.sentence == whole.sentence
 
 
-def test_a_figure_that_is_none_ends_the_run_in_a_sentence(train, monkeypatch):
-  _scores(monkeypatch, [0.1])
-  with pytest.raises(RequestError, match="eval.best is 'x/accuracy', which is "
-                     'no figure of these evaluations: choose from x/f1'):
-    train({}, **BEST | dict(eval__best='x/accuracy'))
-
-
 @pytest.mark.parametrize('at, evaluated, n', [
     (4, [], 4), (STEPS, [4, STEPS], STEPS)])
 def test_a_signal_cuts_an_evaluation_short_unless_it_is_the_last(
@@ -331,9 +307,9 @@ def test_a_signal_cuts_an_evaluation_short_unless_it_is_the_last(
       asked.append(step)))
   monkeypatch.setattr(signals.Stop, 'at_once', property(
       lambda self: asked[-1] == at))
-  monkeypatch.setattr(evaluating, 'evaluate', lambda *_, stop: (
+  monkeypatch.setattr(held_out, 'evaluate', lambda *_, stop: (
       None if stop() else [{'nll': [1.0, 2.0]}]))
-  monkeypatch.setattr(evaluating, 'means', lambda sums, _: {
+  monkeypatch.setattr(held_out, 'means', lambda sums, _: {
       'loss': sums[0]['nll']})
   for rows in ({},), ({}, {}):
     done, members, _ = train(*rows, eval__every_steps=4)
@@ -360,9 +336,9 @@ BOTH = dict(eval__every_steps=2, eval__tasks='x', eval__tasks_every_steps=2)
 
 @pytest.fixture(name='cheap')
 def _cheap(monkeypatch):
-  monkeypatch.setattr(evaluating, 'evaluate', lambda *_, stop: (
+  monkeypatch.setattr(held_out, 'evaluate', lambda *_, stop: (
       None if stop() else [{'nll': [1.0, 1.0]}]))
-  monkeypatch.setattr(evaluating, 'means', lambda sums, _: {
+  monkeypatch.setattr(held_out, 'means', lambda sums, _: {
       'loss': sums[0]['nll']})
   monkeypatch.setattr(
       in_training.Tasks, 'of', lambda self, params, n, workdir, stop: (
@@ -434,9 +410,9 @@ def _saved(monkeypatch):
       types.SimpleNamespace(state=step)))
   monkeypatch.setattr(parameters, 'mean', lambda trees: float(
       ''.join(map(str, trees[:-1]))))
-  monkeypatch.setattr(evaluating, 'evaluate', lambda _, params, *__, stop: (
+  monkeypatch.setattr(held_out, 'evaluate', lambda _, params, *__, stop: (
       None if stop() else [{'nll': params or [1.0] * 3}]))
-  monkeypatch.setattr(evaluating, 'means', lambda sums, _: {
+  monkeypatch.setattr(held_out, 'means', lambda sums, _: {
       'loss': sums[0]['nll']})
   return lacking
 

@@ -113,26 +113,6 @@ def test_token_losses_equal_the_equations(chunk):
   np.testing.assert_array_equal(tokens.correct, expected['correct'])
 
 
-def test_a_gradient_follows_the_scale_of_the_loss():
-  """As where a loss is one of several, or divided by its weight."""
-  hidden, head, targets, weights = make()
-  def grads(scale):
-    return jax.grad(lambda x, h: scale * losses.cross_entropy(
-        x, h, targets, weights)[0], (0, 1))(hidden, head)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(
-      a, -3 * b, rtol=1e-5, atol=1e-6), grads(-3.0), grads(1.0))
-
-
-def test_a_tie_is_no_right_answer_nor_is_the_second_best():
-  hidden, head, targets, weights = make(bias=False)
-  best_BLV = jnp.argsort(-(hidden @ head.kernel_DV), -1)
-  for place, right in ((0, weights.sum()), (1, 0.0), (2, 0.0)):
-    _, sums = losses.cross_entropy(hidden, head, best_BLV[..., place], weights)
-    np.testing.assert_allclose(sums['accuracy'], right)
-  _, sums = losses.cross_entropy(0 * hidden, head, targets, weights)
-  assert sums['accuracy'] == 0
-
-
 def test_bfloat16_products_add_up_in_float32():
   hidden, head, targets, weights = make(dtype=jnp.bfloat16)
   rounded = head.replace(kernel_DV=head.kernel_DV.astype(jnp.bfloat16))

@@ -2,8 +2,6 @@
 the task is drawn, that of the language model left out, all else refused. And
 which parameters a checkpoint stands for, and the mean of several."""
 
-import dataclasses
-import json
 
 from etils import epath
 import jax
@@ -16,9 +14,9 @@ import architectures
 from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
-from tools import convert
-from training import parameters, paths, runs, weights
+from training import parameters, paths, runs
 from training.workdir import checkpoints, run_config
+from training.hf import weights
 
 HEAD = dict(head='sequence', num_labels=3)
 
@@ -138,31 +136,6 @@ def test_labels_in_another_order_are_refused(tmp_path):
   parameters.create(run, str(tmp_path))
 
 
-def test_a_folder_with_a_head_is_imported_and_exported(tmp_path, capsys):
-  module, params = models.make('bert', **HEAD)
-  weights.to_hf(module, params, tmp_path / 'in', labels=('b', 'a', 'c'))
-  convert.import_(tmp_path / 'in', epath.Path(tmp_path / 'run'),
-                  partial=False, seed=0)
-  config = run_config.load_config(epath.Path(tmp_path / 'run'))
-  assert config.objective == 'classification'
-  assert config.data.labels == ('b', 'a', 'c')
-  convert.export(epath.Path(tmp_path / 'run'), tmp_path / 'out', step=None,
-                 dtype='', shard_bytes=10**9)
-  trees = [json.loads((tmp_path / name / 'config.json').read_text())
-           for name in ('in', 'out')]
-  assert trees[0]['id2label'] == trees[1]['id2label']
-  again, read = weights.from_hf(tmp_path / 'out')
-  assert again.config.num_labels == 3
-  jax.tree.map(np.testing.assert_array_equal, params, read)
-
-
-def test_a_language_model_does_not_start_from_the_head_of_a_task():
-  lm = architectures.resolve(models.config('bert'))
-  task = dataclasses.replace(lm, **HEAD)
-  assert weights.is_new_head(task, lm) and not weights.is_new_head(lm, task)
-  assert not weights.is_new_head(task, task)
-
-
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 DRAWN = np.random.default_rng(0).normal(size=(5, 2, 3, 4)).astype(np.float32)
 
@@ -247,18 +220,3 @@ def test_a_mean_is_of_averages_where_these_are_kept(averaged):
                             live=True)
   np.testing.assert_array_equal(live.state['a'], np.mean(
       [of_step(n)['params']['a'] for n in (30, 40)], axis=0))
-
-
-def test_what_is_not_there_is_refused(plain):
-  with pytest.raises(RequestError, match='has 4: 10, 20, 30, 40'):
-    parameters.of_checkpoint(plain, asked(), checkpoints.named_step('last:5'))
-  with pytest.raises(RequestError, match='no checkpoint of step 25'):
-    parameters.of_checkpoint(plain, asked(), checkpoints.named_step('20,25'))
-
-
-@pytest.mark.parametrize('text, words', [
-    ('last:1', 'from 2 on'), ('last:x', 'from 2 on'),
-    ('10,10', 'different steps'), ('10,', 'different steps')])
-def test_a_mean_of_nothing_is_refused(text, words):
-  with pytest.raises(RequestError, match=words):
-    checkpoints.named_step(text)

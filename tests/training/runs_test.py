@@ -8,7 +8,7 @@ import pytest
 
 import architectures
 from configs.errors import RequestError
-from training import parameters, runs
+from training import parameters, preflight, runs
 from training.data import pipeline, tokenizers
 from training.workdir import checkpoints, run_config
 
@@ -28,7 +28,7 @@ def _said(tmp_path, start=0, **fields):
   run = runs.build(config, runs.resolve(config, tokenizer)[0])
   loaders = (pipeline.training_loader(config, tokenizer),
              pipeline.held_out(config, tokenizer))
-  lines = runs.describe(run, start, 128, *loaders).splitlines()
+  lines = preflight.describe(run, start, 128, *loaders).splitlines()
   return run, loaders, dict(line.split(': ', 1) for line in lines)
 
 

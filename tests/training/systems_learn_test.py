@@ -9,7 +9,7 @@ import pytest
 import architectures
 from configs import kinds
 from tests.helpers import evaluations
-from training import evals, loop, parameters, runs
+from training import evals, loop, parameters, preflight, runs
 from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
@@ -42,7 +42,7 @@ def small(system):
 
 def trained(config, workdir):
   """Runs what train.py does; returns (Evaluation, the figures' lines)."""
-  runs.check_config(config)
+  preflight.check_config(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
   run = runs.build(config, runs.resolve(config, tokenizer)[0])
   rows = devices.batch_shard(run.place, config.data.batch_size)

@@ -146,31 +146,6 @@ class Timed:
     return np.float32(0)
 
 
-@pytest.mark.parametrize('waits', [False, True])
-def test_each_step_has_its_own_seconds_around_what_flushes(waits):
-  """Whether dispatch waits for the step, as on CPU, or not: saving and
-  evaluating, which flush, neither lengthen nor shorten a step."""
-  clock = Clock()
-  meter = timing.Meter(1000, 6e9, None, clock)
-  held = timing.Deferred(meter.now)
-  seen, done = {}, clock.now
-
-  def report(read):
-    if read:
-      seen[read.step] = meter.lap(read.step, read.done)['step_seconds']
-
-  for n in range(1, 10):
-    done = max(done, clock.now) + n  # step n takes n seconds
-    clock.now = done if waits else clock.now
-    report(held.push(n, {'loss': Timed(clock, done)}))
-    if n in (3, 4, 7):
-      report(held.flush())
-      with meter.paused():
-        clock.now += 100
-  report(held.flush())
-  assert seen == {n: pytest.approx(n) for n in range(1, 10)}
-
-
 _PROCESS = """
 import sys, jax, jax.numpy as jnp
 from training import timing
@@ -241,16 +216,3 @@ def test_when_the_trace_starts_and_stops(first, last, wanted, monkeypatch,
   profiler.close(jnp.zeros(()))
   seen += [f'{call} end' for call in calls[len(seen):]]
   assert seen == wanted
-
-
-def test_a_trace_is_written(tmp_path):
-  profiler = timing.Profiler('1:2', tmp_path)
-  step = jax.jit(lambda x: x * 2)
-  state = jnp.ones(3)
-  for i in range(3):
-    profiler.before(i, state)
-    with profiler.annotate(i):
-      state = step(state)
-  profiler.close(state)
-  traces = list((tmp_path / 'profile').rglob('*.xplane.pb'))
-  assert len(traces) == 1 and b'train' in traces[0].read_bytes()

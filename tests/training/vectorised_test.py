@@ -1,6 +1,5 @@
 """Runs as one program equal the runs alone: losses, files, going on."""
 
-import dataclasses
 import json
 import shutil
 import signal
@@ -20,7 +19,7 @@ from training.distributed import devices, signals
 from training.evals import checkpoint
 from training.optim import optimizers
 from training.step import parameter_roles
-from training.workdir import checkpoints, run_config, storage
+from training.workdir import checkpoints, run_config
 
 pytestmark = pytest.mark.slow
 
@@ -306,18 +305,6 @@ def test_what_is_no_group_is_refused(fields, words, texts, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_workdir_in_which_another_trains_is_refused(texts, tmp_path):
-  workdirs = [tmp_path / '0', tmp_path / '1']
-  configs = [config(texts), config(texts, seed=1)]
-  with storage.locked(workdirs[1]):
-    with pytest.raises(ValueError, match='another process trains in .*1: wait'):
-      vectorised.train(configs, workdirs)
-  assert not (workdirs[1] / 'checkpoints').exists()
-  for workdir in workdirs:  # the first was let go of, too
-    with storage.locked(workdir):
-      pass
-
-
 @pytest.mark.parametrize('name', [
     pytest.param(name, marks=[pytest.mark.long] * (
         name not in ('adamw', 'soap'))) for name in optimizers.OPTIMIZERS])
@@ -381,32 +368,3 @@ def test_all_figures_are_those_of_the_run_alone(texts, tmp_path):
     np.testing.assert_allclose(figures['loss']['loss'], theirs[-1][name],
                                rtol=1e-5)
     assert ('parameters' in figures) == (name != 'live/loss')
-
-
-def imported(c, workdir, seed):
-  """A workdir with parameters alone, those that another seed draws."""
-  model, derived = runs.resolve(c, tokenizers.load(c.data.tokenizer))
-  run = runs.build(c, model, devices.make_mesh(
-      dict.fromkeys(tables.MESH_AXES, 1), jax.devices()[:1]))
-  params = dataclasses.replace(run, config=vectorised.with_values(
-      c, {'seed': seed})).new_state().params
-  run_config.save(workdir, c, derived)
-  with checkpoints.Checkpoints(workdir, every_steps=0, every_minutes=0.0,
-                               keep=1, keep_every=0) as saved:
-    saved.save(0, {'params': params}, next_batch=0, tokens=0, config=c)
-
-
-@pytest.mark.long
-def test_a_workdir_with_parameters_alone_is_begun_with_them(texts, tmp_path):
-  """As tools.convert leaves it, beside a run that begins with its own."""
-  configs = [config(texts, seed=i) for i in range(3)]
-  for name in ('group', 'alone'):
-    for i in (1, 2):
-      imported(configs[i], tmp_path / f'{name}{i}', seed=40 + i)
-  vectorised.train(configs, [tmp_path / f'group{i}' for i in range(3)])
-  for i, c in enumerate(configs):
-    alone(c, tmp_path / f'alone{i}')
-    assert_same(tmp_path / f'group{i}', tmp_path / f'alone{i}')
-  first = [rows(tmp_path / f'group{i}')[0]['loss']
-           for i in range(3)]
-  assert len(set(first)) == 3, first

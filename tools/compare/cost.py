@@ -72,9 +72,9 @@ def figure(config, what: str) -> float:
 def check(config, changes: Mapping) -> None:
   """Raises RequestError for whatever a run of `config`, of which `changes` were
   made, would refuse before it starts, and for what no comparison can have."""
-  from training import runs
+  from training import preflight, runs
   from training.data import pipeline
-  runs.check_config(config)
+  preflight.check_config(config)
   limits.refuse_unread_of(changes, config, runs.resolve_alone(config))
   require(not config.eval.patience, f'eval.patience is {config.eval.patience}: '
           'runs are compared after their last step, and none ends before it; '

@@ -15,10 +15,8 @@ import numpy as np
 from tools.compare import layout
 from tools.compare import ledger as ledger_lib
 from tools.compare import statistics
-from training import schema
 from training.data import ramp
-from training.workdir import metrics
-from training.workdir import run_config
+from training.workdir import metrics, run_config, schema
 
 # What a curve can be drawn against: field of Curve, and its name to a reader.
 AXES = {'tokens': 'tokens', 'flops': 'FLOPs of the model',

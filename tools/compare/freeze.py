@@ -154,7 +154,7 @@ def _check_tuned(study: spec.Study, points: list[dict]) -> None:
   """Raises RequestError where what is tuned cannot have one of its values, or
   is not read by a variant. The base alone is asked for those to which an edge
   may be moved."""
-  from training import runs
+  from training import preflight
   smallest, extend = next(iter(study.sizes)), study.tuning.extend
   for row in points:
     if (row['size'], row['workload']) != (smallest, plans.TEXT):
@@ -165,7 +165,7 @@ def _check_tuned(study: spec.Study, points: list[dict]) -> None:
         told = ', '.join(f'{name}={value:g}' for name, value in tuned.items())
         beyond = f', to which extend={extend} may move an edge,' * bool(moved)
         try:
-          runs.check_config(spec.changed(
+          preflight.check_config(spec.changed(
               study.sweep.base, {**row['changes'], **tuned}, 'it'), tuned)
         except RequestError as error:
           raise RequestError(f'{study.file}: TUNING tries {told}{beyond} of '

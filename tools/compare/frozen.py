@@ -9,8 +9,7 @@ from typing import Any
 
 from configs.errors import require
 from tools.compare import plan as plans
-from training import schema
-from training.workdir import run_config
+from training.workdir import run_config, schema
 
 
 @dataclasses.dataclass

@@ -13,8 +13,7 @@ from typing import Any
 
 from configs.errors import RequestError, require
 from tools.compare import spec
-from training import schema
-from training.workdir import storage
+from training.workdir import schema, storage
 
 
 # Fields that say how much of what is held out a run is evaluated on.

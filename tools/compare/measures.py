@@ -102,7 +102,8 @@ def _reported(config) -> list[str]:
   import jax
 
   from configs import sharding
-  from training import evaluating, objectives, runs
+  from training import objectives, runs
+  from training.evals import held_out
   from training.data import tokenizers
   from training.distributed import devices
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
@@ -114,7 +115,7 @@ def _reported(config) -> list[str]:
       objective=objectives.of(config), name='', share=1.0, bytes_per_token=1.0,
       batch=lambda n: batch)
   with run.context():
-    return evaluating.names(run.eval_step(), run.abstract.params, [loader],
+    return held_out.names(run.eval_step(), run.abstract.params, [loader],
                             lambda batch: batch, lambda sums, row: sums)
 
 

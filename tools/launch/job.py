@@ -134,9 +134,9 @@ def named(workdir: str) -> str:
 
 def _check(config, num_devices: int) -> None:
   """Refuses a config that cannot run, and a mesh that does not fit."""
-  from training import runs
+  from training import preflight, runs
   from training.distributed import devices
-  runs.check_config(config)
+  preflight.check_config(config)
   if num_devices:
     runs.check_mesh(config, runs.resolve_alone(config),
                     devices.mesh_shape(config.mesh, num_devices))

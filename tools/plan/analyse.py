@@ -9,7 +9,7 @@ import numpy as np
 from configs.errors import require
 from tools.plan import cache, chips, collectives, compile as compiling
 from tools.plan import roofline, topology as topologies
-from training import objectives, runs
+from training import objectives, preflight, runs
 from training.costs import totals, flops, memory
 from training.costs import traced
 from training.data import tokenizers
@@ -29,7 +29,7 @@ def run_on(config, topology: chips.Topology, mesh: str) -> runs.Run:
   Raises:
     ValueError: for anything that the run could not honour.
   """
-  runs.check_config(config)
+  preflight.check_config(config)
   shape = (devices.parse_mesh(mesh, topology.devices) if mesh else
            devices.mesh_shape(config.mesh, topology.devices))
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))

@@ -18,7 +18,7 @@ from configs.errors import RequestError
 from tools.plan import analyse, chips, compile as compiling
 from tools.plan import predict, roofline
 from tools.plan import topology as topologies
-from training import progress, runs
+from training import preflight, progress, runs
 from training.costs import memory
 from training.data import ramp, tokenizers
 from training.distributed import devices
@@ -66,7 +66,7 @@ def meshes(config, model, topology: chips.Topology):
 
 def candidates(config, topology: chips.Topology) -> list[Candidate]:
   """Returns every plan whose estimate fits, shortest step first."""
-  runs.check_config(config)
+  preflight.check_config(config)
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
   roofline.peak_flops(topology, model.dtype)  # or there is no order of plans
   config = config.copy_and_resolve_references()

@@ -20,8 +20,8 @@ from etils import epath
 import ml_collections
 
 from configs.errors import EnvironmentFailure, one_of, require, short
-from training import config_files, schema
-from training.workdir import storage
+from training import config_files
+from training.workdir import schema, storage
 
 DIVERGED = 'diverged.json'  # in the folder of a run
 _OWN = ('seed', 'optim.lr')  # fields by which the runs of a task differ
@@ -67,7 +67,7 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
   Raises:
     RequestError: for a file that is no suite, or a run that cannot be.
   """
-  from training import runs
+  from training import preflight
   from training.data import probes
   require(os.path.isfile(file), f'no suite {file!r}: choose from '
           f'{", ".join(_files())}, or write one')
@@ -106,7 +106,7 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
                  if not only or task in only})
   for task in suite.configs:
     for run in suite.runs(task):
-      runs.check_config(run.config)
+      preflight.check_config(run.config)
   return suite
 
 

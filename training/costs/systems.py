@@ -41,8 +41,11 @@ def unlike(model: ModelConfig) -> list[Difference]:
   """Returns the parts in which a resolved model is not the system that
   `model.arch` names, as that is at the size that is the nearest. A part that
   one of the two does not read is left out: what decides on it differs."""
-  found = [_unlike(model, _with_parts(model, parts))
-           for parts in _sizes(model.arch).values()]
+  found = []
+  for parts in _sizes(model.arch).values():
+    found.append(_unlike(model, _with_parts(model, parts)))
+    if not found[-1]:
+      break
   return min(found, key=len)  # of several, the first
 
 

@@ -215,3 +215,15 @@ def _layer_state_bytes(c: ModelConfig) -> int:
 def _row_bytes(c: ModelConfig, length: int) -> int:
   row = jax.eval_shape(lambda: mixers.of(c).cache(c, (1, length)))
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(row))
+
+
+def layers(model: ModelConfig) -> list[str]:
+  """A line that says which kinds of layer there are, if there are several."""
+  rows = kinds_of_layer(model)
+  said = ('; '.join('{layers} of {kind}'.format(
+      layers=row['layers'], kind=row['kind'] or 'no kind') + ''.join(
+          f', {name}={value}' for name, value in row['changes'].items())
+                    for row in rows))
+  order = ', then '.join(filter(None, (
+      model.prefix, model.pattern or 'the rest', model.suffix)))
+  return [f'layers: {said}; in the order {order}'] if rows else []

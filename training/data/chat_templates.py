@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import RequestError, require, short
-from training import schema
+from training.workdir import schema
 from training.data import texts
 from training.data.tokenizers import Tokenizer, named_tokens
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import RequestError, require, short
-from training import schema
+from training.workdir import schema
 
 SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
 

@@ -5,11 +5,9 @@ task.py says what a record holds. eval.py and the sweeps take the names of the
 tasks and their flags from this table.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import fnmatch
-import importlib
-import pkgutil
 import types
 from typing import Any
 
@@ -17,6 +15,7 @@ from absl import flags
 from etils import epath
 import ml_collections
 
+from configs import lazy
 from configs.errors import RequestError, one_of, require, short
 from training.evals import tasks
 from training.evals.task import Evaluation, Task
@@ -24,10 +23,8 @@ from training.workdir import storage
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
-TASKS: dict[str, Task] = {
-    name: row for file in pkgutil.iter_modules(tasks.__path__)
-    for name, row in importlib.import_module(
-        f'{tasks.__name__}.{file.name}').TASKS.items()}
+TASKS: Mapping[str, Task] = lazy.Lazy(
+    tasks.__name__, tasks.__path__, lambda file: file.TASKS)
 
 
 def task(name: str, where: str = '--tasks') -> Task:

@@ -15,7 +15,8 @@ import jax
 from etils import epath
 
 from configs.errors import require
-from training import evals, evaluating, progress, runs
+from training import evals, progress, runs
+from training.evals import held_out
 from training.data.tokenizers import Tokenizer
 from training.evals.task import Evaluation
 
@@ -108,7 +109,7 @@ def numbers_of(figures: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 def _line(task: str, figures: Mapping[str, Any]) -> str:
   """Returns the fractions among the figures, not the counts; '': none."""
-  told = [f'{name.replace("_", " ")} {evaluating.shown(value)}'
+  told = [f'{name.replace("_", " ")} {held_out.shown(value)}'
           for name, value in figures.items()
           if isinstance(value, numbers.Real)
           and not isinstance(value, numbers.Integral)]

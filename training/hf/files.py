@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 
 from configs.errors import RequestError, require, short
-from training import schema
+from training.workdir import schema
 
 
 # The types of weights that are read and written, and their names in

@@ -22,8 +22,8 @@ from architectures.parts import hf, linear
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import tensor_map
 from configs.errors import require, short
-from training import paths, weights
-from training.hf import files as hf_files
+from training import paths
+from training.hf import files as hf_files, weights
 from training.workdir import checkpoints, storage
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'

@@ -23,7 +23,7 @@ from architectures.parts.moe import routing
 from configs import kinds
 from configs.errors import RequestError, one_of, require
 from training import paths
-from training import weights
+from training.hf import weights
 
 # The page of a dense model's mixture; the others are the same page.
 TWINS = {'llama': 'mixtral', 't5': 'switch'}

@@ -7,25 +7,38 @@ sampling, plans of memory, exports, and the check for fields that a run would
 not read.
 """
 
-import importlib
-import pkgutil
+from collections.abc import Mapping
+import types
 
 import ml_collections
 
 from architectures.parts.config import ModelConfig
-from configs import base
-from configs.errors import one_of, require, short
+from configs import base, lazy
+from configs.errors import RequestError, one_of, require, short
 from training import limits
 from training.data import chat_templates
 from training.data import conversations
 from training.data import records
 from training.objectives.record import Objective, Shape
 
-OBJECTIVES: dict[str, Objective] = {
-    name: row for file in pkgutil.iter_modules(__path__)
-    if file.name != 'record'
-    for name, row in importlib.import_module(
-        f'{__name__}.{file.name}').OBJECTIVES.items()}
+# The fields that some objectives read and others do not; see Objective.reads.
+OF_SOME = (
+    *(f'data.{name}' for name in (
+        'chat_template', 'class_weights', 'document_mask', 'labels',
+        'length_buckets', 'mask_rate', 'pair_separators', 'stride',
+        'target_length', 'whole_words')),
+    *(f'probe.{name}' for name in ('examples', 'held_out', 'levels', 'vocab')),
+    'span.mean_length', 'span.noise_density')
+
+
+def _rows(file: types.ModuleType) -> Mapping[str, Objective]:
+  for name, row in file.OBJECTIVES.items():
+    assert set(row.reads) <= set(OF_SOME), f'{name} reads what OF_SOME lacks'
+  return file.OBJECTIVES
+
+
+OBJECTIVES: Mapping[str, Objective] = lazy.Lazy(
+    __name__, __path__, _rows, without=('record',))
 
 
 def of(config: ml_collections.ConfigDict) -> Objective:
@@ -73,22 +86,21 @@ def check_objective(config: ml_collections.ConfigDict) -> None:
   if config.data.chat_template != conversations.PUBLISHED_NAME:
     chat_templates.source(config.data.chat_template)
   defaults = base.base()
-  for name in {field: None for row in OBJECTIVES.values()
-               for field in row.reads}:
-    readers = [key for key, row in OBJECTIVES.items() if name in row.reads]
+  for name in {*OF_SOME, *objective.ignores} - {*objective.reads}:
     value, default = limits.get(config, name), limits.get(defaults, name)
-    require(config.objective in readers or value == default,
-            f'{name} is {value!r}, which objective {config.objective!r} does '
-            f'not read (it is read by {", ".join(readers)}): leave it at '
-            f'{default!r}, or choose one of these')
-  for name in objective.ignores:
-    value, default = limits.get(config, name), limits.get(defaults, name)
-    require(value == default, f'{name} is {value!r}, which objective '
-            f'{config.objective!r} does not read: leave it at {default!r}')
+    if value != default:
+      readers = [key for key, row in OBJECTIVES.items() if name in row.reads]
+      raise RequestError(
+          f'{name} is {value!r}, which objective {config.objective!r} does not '
+          f'read: leave it at {default!r}' + (
+              f', or choose one that does: {", ".join(readers)}'
+              if readers else ''))
   depth = config.model.mtp_depth
-  choices = [key for key, row in OBJECTIVES.items() if row.mtp]
-  require(not depth or objective.mtp, f'model.mtp_depth is {short(depth)}, '
-          f'which objective {config.objective!r} does not train: set it to 0, '
-          f'or choose the objective from {", ".join(choices)}')
+  if depth and not objective.mtp:
+    choices = [key for key, row in OBJECTIVES.items() if row.mtp]
+    raise RequestError(
+        f'model.mtp_depth is {short(depth)}, which objective '
+        f'{config.objective!r} does not train: set it to 0, or choose the '
+        f'objective from {", ".join(choices)}')
   records.check_labels(config.data.labels)
   objective.check(config)

@@ -101,14 +101,6 @@ def finished(folder: epath.Path) -> list[int]:
       and ocp.utils.is_checkpoint_finalized(path))
 
 
-def strangers(folder: epath.Path) -> list[str]:
-  """Returns a sentence for each name that looks like a step's and is none."""
-  names = sorted(path.name for path in folder.iterdir()
-                 if path.name.isdigit() and step_number(path.name) is None)
-  return [f'{name!r} in {folder} is not how the folder of a step is named, as '
-          '20 is; it is left alone' for name in names]
-
-
 class Names:
   """These names as Orbax asks for them (its NameFormat)."""
 
@@ -136,8 +128,7 @@ class Restored:
     state: the pytree that was asked for.
     record: the JSON object beside it: next_batch, tokens, config,
       environment, arrays.
-    damaged: a sentence for each later step that was passed over, and for each
-      folder whose name only looks like a step's.
+    damaged: a sentence for each later step that was passed over.
     what: which parameters of it these are, where it is a choice
       (workdir/parameters.py).
   """
@@ -485,8 +476,7 @@ def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
       continue
     warnings = [f'{sentence}; using {candidate} instead'
                 for sentence in damaged]
-    return Restored(candidate, state, record,
-                    (*warnings, *strangers(folder)))
+    return Restored(candidate, state, record, tuple(warnings))
   others = [s for s in available if step is not None and s != step]
   raise EnvironmentFailure('; '.join(damaged) + (
       f'; there are also {", ".join(map(str, others))}' if others else

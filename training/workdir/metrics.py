@@ -23,8 +23,7 @@ import ml_collections
 import numpy as np
 
 from configs.errors import RequestError
-from training import schema
-from training.workdir import storage
+from training.workdir import schema, storage
 
 
 class JsonlWriter:

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from configs.errors import require
-from training import schema
+from training.workdir import schema
 
 ROOT = pathlib.Path(__file__).parents[2]
 _START = {'commit': (str, type(None)), 'diff': (str, type(None)),

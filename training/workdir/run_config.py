@@ -24,8 +24,8 @@ from architectures.parts.config import ModelConfig
 from configs import base, fields
 from configs.errors import RequestError, require, short
 from configs.fields import INCOMPATIBLE, OPTIMISATION, SAFE
-from training import config_files, limits, schema
-from training.workdir import checkpoints, provenance, storage
+from training import config_files, limits
+from training.workdir import checkpoints, provenance, schema, storage
 
 FORMAT = 1  # of config.json
 _FORMAT, _DERIVED, _STARTS = 'format', storage.DERIVED, 'starts'

@@ -164,39 +164,17 @@ def refuse_run(folder: str | os.PathLike, name: str, own: str = '') -> None:
   folder = epath.Path(folder)
   require(bool(own) and (folder / own).exists() or not (
       (folder / CHECKPOINTS).exists() or has_config(folder)),
-          f'{name} is {_shown(folder)}, which holds a training run: choose '
+          f'{name} is {str(folder)!r}, which holds a training run: choose '
           'another folder')
 
 
 def refuse_others(folder: str | os.PathLike, name: str) -> None:
   """Raises RequestError where a run would write over the config.json of
-  something else, such as Hugging Face's weights, and warns of other files that
-  it would write beside; `name` is the flag's."""
+  something else, such as Hugging Face's weights; `name` is the flag's."""
   file = path(folder, name) / CONFIG
   require(not file.exists() or has_config(folder), f'{name} is '
-          f'{_shown(folder)}, whose {CONFIG} is not that of a run (a Hugging '
+          f'{str(folder)!r}, whose {CONFIG} is not that of a run (a Hugging '
           f'Face folder has one, too): take another {name}')
-  if not file.exists() and (others := _others(file.parent)):
-    more = f' and {len(others) - 1} more' if len(others) > 1 else ''
-    print(f'warning: {name} is {_shown(folder)}, which is not empty and holds '
-          f'no run: the run is written beside {others[0]}{more}',
-          file=sys.stderr)
-
-
-# What may be in the folder of a run before it begins: what it writes itself,
-# and what starts it or shows its output.
-_OF_RUNS = re.compile(
-    rf'{CONFIG}.*|{CHECKPOINTS}|metrics\.jsonl|lock|logs?|log\.txt|tensorboard'
-    r'|wandb|profile|tokenizer|generation\.json|.*\.(log|err|out|sh|sbatch)'
-    r'|\..*')
-
-
-def _others(folder: epath.Path) -> list[str]:
-  """Returns the names in a folder that are of no run."""
-  if not folder.is_dir():
-    return []
-  return sorted(path.name for path in folder.iterdir()
-                if not _OF_RUNS.fullmatch(path.name))
 
 
 def has_config(folder: str | os.PathLike) -> bool:
@@ -250,18 +228,13 @@ def _refusing(path: epath.Path, name: str):
     if error.errno in OF_THE_MACHINE:
       raise
     reason = (error.strerror or str(error)).lower()
-    raise RequestError(f'{name} is {_shown(path)}, where nothing can be '
+    raise RequestError(f'{name} is {str(path)!r}, where nothing can be '
                        f'written: {reason}') from error
   except ValueError as error:
     if isinstance(error, RequestError):
       raise
-    raise RequestError(f'{name} is {_shown(path)}, which is no path: '
+    raise RequestError(f'{name} is {str(path)!r}, which is no path: '
                        f'{error}') from error  # a NUL in it
-
-
-def _shown(path: epath.Path) -> str:
-  text = repr(str(path))
-  return text if len(text) <= 240 else text[:100] + '...'
 
 
 def _partial(file: epath.Path):

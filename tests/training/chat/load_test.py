@@ -9,8 +9,8 @@ from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
-from training import chat, parameters, weights
-from training.hf import generation as hf_generation
+from training import chat, parameters
+from training.hf import generation as hf_generation, weights
 from training.workdir import checkpoints, run_config
 
 TEMPLATE = ('{% for m in messages %}{{ m.content }}</s>{% endfor %}'

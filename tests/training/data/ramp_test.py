@@ -8,7 +8,7 @@ from configs import base
 from configs.errors import RequestError
 from tests.training import vectorised_test as group
 from tools.compare import cost
-from training import runs
+from training import preflight
 from training.data import pipeline, ramp, tokenizers
 
 texts = group.texts
@@ -38,7 +38,7 @@ def test_what_is_no_ramp_is_refused(text, words):
   c = base.base()
   c.data.batch_ramp = text
   with pytest.raises(RequestError, match=words):
-    runs.check_config(c)
+    preflight.check_config(c)
 
 
 def test_devices_divide_every_size():

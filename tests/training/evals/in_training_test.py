@@ -10,7 +10,7 @@ import pytest
 from configs import base
 from configs import sharding as tables
 from configs.errors import RequestError
-from training import loop, parameters, progress, runs
+from training import loop, parameters, preflight, progress, runs
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.workdir import checkpoints, run_config
@@ -105,4 +105,4 @@ def test_what_a_task_goes_through_ends_when_the_run_is_told_to_stop():
     ({'eval.tasks_every_steps': -1}, 'must be >= 0')])
 def test_what_no_training_can_do_is_refused(texts, fields, sentence):
   with pytest.raises(RequestError, match=sentence):
-    runs.check_config(config(texts, **fields))
+    preflight.check_config(config(texts, **fields))

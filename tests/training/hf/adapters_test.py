@@ -13,8 +13,8 @@ import architectures
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
-from training import parameters, paths, runs, weights
-from training.hf import peft
+from training import parameters, paths, runs
+from training.hf import peft, weights
 from training.workdir import run_config
 
 LORA = dict(rank=2, alpha=4.0, targets='all-linear')

@@ -16,10 +16,9 @@ from configs.errors import EnvironmentFailure, RequestError
 from tests import train_test
 from tests.helpers import models
 from tools import convert
-from training import parameters, paths, runs, weights
-from training.hf import generation as hf_generation
-from training.hf import gguf, peft
-from training.hf import upcycling
+from training import parameters, paths, runs
+from training.hf import generation as hf_generation, gguf, peft, upcycling
+from training.hf import weights
 from training.workdir import checkpoints, run_config
 
 texts = train_test.texts

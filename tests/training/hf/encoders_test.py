@@ -14,10 +14,9 @@ from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
 from tests.parity import exports
-from training import paths, weights
-from training.hf import config as hf_config
-from training.hf import files as hf_files
-from training.hf import heads as hf_heads
+from training import paths
+from training.hf import config as hf_config, files as hf_files
+from training.hf import heads as hf_heads, weights
 
 HEADS = {'transform', 'transform_bias', 'transform_norm/scale',
          'transform_norm/bias', 'head/bias'}

@@ -14,10 +14,8 @@ from safetensors.numpy import load_file, save_file
 import architectures
 from configs.errors import RequestError
 from tests.helpers import models
-from training import weights
 from training.step import abstract_params
-from training.hf import config as hf_config
-from training.hf import files as hf_files
+from training.hf import config as hf_config, files as hf_files, weights
 
 INDEX = f'{hf_files.SAFE}.index.json'
 # What a field may hold by mistake, of every type that JSON has.

@@ -10,12 +10,10 @@ import architectures
 from configs import base
 from tests.helpers import models
 from tools import convert
-from training import weights
 from training.data import pipeline
 from training.data import tokenizers
-from training.hf import config as hf_config
-from training.hf import generation as hf_generation
-from training.hf import tokenizer as hf_tokenizer
+from training.hf import config as hf_config, generation as hf_generation
+from training.hf import tokenizer as hf_tokenizer, weights
 from training.workdir import checkpoints, run_config
 
 GIVEN = dict(

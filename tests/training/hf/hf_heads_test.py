@@ -9,10 +9,8 @@ import architectures
 from configs.errors import RequestError
 from tests.helpers import models
 from tests.parity import compare, recording
-from training import weights
-from training.hf import config as hf_config
-from training.hf import files as hf_files
-from training.hf import heads as hf_heads
+from training.hf import config as hf_config, files as hf_files
+from training.hf import heads as hf_heads, weights
 
 LABELS = ('bad', 'good', 'neither')
 

@@ -11,9 +11,7 @@ import pytest
 import architectures
 from tests.parity import compare
 from tests.parity import recording
-from training import weights
-from training.hf import config as hf_config
-from training.hf import files as hf_files
+from training.hf import config as hf_config, files as hf_files, weights
 
 FILES = recording.files()
 FOLDER = recording.FOLDER / 'parity'

@@ -5,9 +5,7 @@ import pytest
 
 from tests.helpers import models
 from tools import convert
-from training import weights
-from training.hf import config as hf_config
-from training.hf import files as hf_files
+from training.hf import config as hf_config, files as hf_files, weights
 from training.workdir import run_config
 
 

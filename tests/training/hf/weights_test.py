@@ -14,10 +14,10 @@ from architectures.parts.hf import tensor_map
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
-from training import paths, weights
+from training import paths
 from training.step import abstract_params
 from training.hf import config as hf_config, files as hf_files
-from training.hf import generation as hf_generation
+from training.hf import generation as hf_generation, weights
 from training.workdir import run_config
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import RequestError
 from tests.helpers import evaluations, letters, models
-from training import generate, objectives, runs
+from training import generate, objectives, preflight
 from training.data import packing
 from training.evals.tasks import diffusion
 from training.objectives import masked_diffusion
@@ -204,4 +204,4 @@ def test_what_it_cannot_be_is_refused(fields, words):
   config = evaluations.config(fields.pop('system', 'bert'), 'masked_diffusion')
   config.data.update(fields)
   with pytest.raises(RequestError, match=words):
-    runs.check_config(config)
+    preflight.check_config(config)

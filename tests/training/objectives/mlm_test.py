@@ -10,7 +10,7 @@ import pytest
 
 from configs import base
 from tests.helpers import letters, models
-from training import objectives, runs
+from training import objectives, preflight
 from training.data import pipeline
 from training.objectives import mlm
 
@@ -134,7 +134,7 @@ def test_an_objective_that_does_not_fit_is_refused(system, objective):
   config = importlib.import_module(f'configs.{system}').get_config()
   config.objective = objective
   with pytest.raises(ValueError, match=f'{objective!r}.* {system} .*choose'):
-    runs.check_config(config)
+    preflight.check_config(config)
 
 
 @pytest.mark.slow

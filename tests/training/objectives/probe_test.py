@@ -7,7 +7,7 @@ import pytest
 from configs import bert, gpt
 from configs.errors import RequestError
 from tests.helpers import labelled_files as files
-from training import objectives, runs
+from training import objectives, preflight, runs
 from training.data import pipeline, probes, tokenizers
 
 
@@ -86,10 +86,10 @@ def test_an_encoder_reads_what_does_not_show_its_answers():
   config.objective = 'probe'
   config.data.update(source='probe:mqar', length=32)
   config.probe.levels = (4,)
-  runs.check_config(config)
+  preflight.check_config(config)
   config.data.source = 'probe:reverse'
   with pytest.raises(RequestError, match='mqar, .*parity'):
-    runs.check_config(config)
+    preflight.check_config(config)
 
 
 @pytest.mark.parametrize('get_config', [gpt.get_config, bert.get_config])
@@ -98,7 +98,7 @@ def test_compression_tells_a_row_from_one_vector(get_config):
   config = get_config('tiny')
   config.objective = 'compression'
   config.data.update(source='probe:compression', length=32)
-  runs.check_config(config)
+  preflight.check_config(config)
   model, _ = runs.resolve(config, tokenizers.load('bytes'))
   assert model.head == 'vector' and model.vocab_size == 16
 

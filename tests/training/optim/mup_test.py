@@ -9,7 +9,7 @@ import pytest
 
 import architectures
 from tests.helpers import models
-from training import paths, runs
+from training import paths, preflight
 from training.step import abstract_params, parameter_roles
 from training.optim import mup, optimizers
 
@@ -100,4 +100,4 @@ def test_an_optimizer_without_rules_is_refused(name):
   c.model.update(parametrization='mup', mup_base_width=64)
   c.optim.name = name
   with pytest.raises(ValueError, match=f"'{name}': choose from adamw, lion"):
-    runs.check_config(c)
+    preflight.check_config(c)

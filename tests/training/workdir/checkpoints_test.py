@@ -15,8 +15,6 @@ import time
 import hypothesis
 from hypothesis import strategies as st
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import jax.numpy as jnp
 import optax
 import pytest
@@ -24,7 +22,7 @@ import pytest
 from configs.errors import EnvironmentFailure
 from tests.helpers import toy_run
 from training import paths
-from training.workdir import checkpoints, run_config
+from training.workdir import checkpoints
 
 
 @pytest.fixture(name='run', scope='module')
@@ -77,22 +75,6 @@ def test_another_mesh_gets_the_same_bits(run, shape):
     assert x.sharding.mesh == toy_run.make_mesh(*shape), name
   after = toy_run.trainer(*shape)(restored.state)
   assert int(after['step']) == 31
-
-
-def test_the_host_memory_of_reading_is_bounded_by_a_shard():
-  """By the saved shards that a new one overlaps, and 1 GB; never less."""
-  def limit_gb(shape, saved, spec):
-    place = NamedSharding(toy_run.make_mesh(4, 2), spec)
-    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
-    least = jax.ShapeDtypeStruct(
-        (1, 1), jnp.float32, sharding=NamedSharding(place.mesh, P()))
-    record = {'arrays': {'x': {'shard': saved}, 'least': {'shard': [1, 1]}}}
-    return checkpoints._read_limit_gb(record, {'x': x, 'least': least})
-  n = 2**15  # n x n is 4.3 GB
-  assert limit_gb((n, n), [n, n], P()) == 1 + 4
-  assert limit_gb((n, n), [n // 8, n], P('fsdp')) == 1 + 2
-  assert limit_gb((n, n), [n, n], P('fsdp', 'tensor')) == 1 + 4
-  assert limit_gb((64, 64), [8, 64], P('fsdp')) == 1
 
 
 def test_params_alone(run):
@@ -247,12 +229,6 @@ def test_a_step_that_is_deleted_while_it_is_read(step, copy, monkeypatch):
   assert (restored.step, restored.damaged) == (30, ())
 
 
-def test_going_back_sets_later_steps_aside(copy):
-  with toy_run.open_store(copy) as store:
-    assert toy_run.resume(store, toy_run.abstract(1, 1), step=10).step == 10
-    assert checkpoints.steps(store.directory) == [10]
-
-
 def test_no_flipped_bit_gets_through(run, copy):
   """20 places drawn from all files of a step: found, or without effect."""
   step_dir, states = copy / 'checkpoints' / '30', run[1]
@@ -296,10 +272,9 @@ def test_a_flip_in_any_matrix_is_found_by_its_checksum(run, copy):
 
 
 @pytest.mark.parametrize('name, step', [
-    ('0', 0), ('20', 20), ('2147483647', 2**31 - 1), ('2147483648', None),
-    ('0020', None), ('\u00b2', None), ('2\u0660', None), ('\u0662', None),
-    ('-1', None), ('+1', None), ('1_0', None), (' 1', None), ('1\n', None),
-    ('', None), ('20.aside', None), ('9' * 200, None)])
+    ('20', 20), ('2147483647', 2**31 - 1), ('2147483648', None),
+    ('0020', None), ('\u00b2', None), ('2\u0660', None), ('1_0', None),
+    ('1\n', None), ('', None), ('20.aside', None)])
 def test_the_name_of_a_step(name, step):
   assert checkpoints.step_number(name) == step
 
@@ -323,16 +298,7 @@ def test_a_folder_under_another_number_is_passed_over(
   assert (folder / f'{new}.aside').exists()
 
 
-def test_nor_is_it_read_by_number_or_for_its_parameters(copy):
-  folder = copy / 'checkpoints'
-  shutil.move(folder / '30', folder / '35')
-  abstract = {'params': toy_run.abstract(1, 1)['params']}
-  with pytest.raises(RuntimeError, match='35 .*holds step 30.* also 10, 20'):
-    checkpoints.restore(folder, abstract, 35, partial=True)
-  assert checkpoints.restore(folder, abstract, partial=True).step == 20
-
-
-def test_other_names_are_left_alone_and_said(copy):
+def test_other_names_are_left_alone(copy):
   """By us and by Orbax, which would take some of them for a step."""
   folder = copy / 'checkpoints'
   shutil.move(folder / '30', folder / '0030')
@@ -342,20 +308,11 @@ def test_other_names_are_left_alone_and_said(copy):
   with toy_run.open_store(copy, keep=2) as store:
     restored = toy_run.resume(store, toy_run.abstract(1, 1))
     assert restored.step == 20
-    assert [sentence.split()[0] for sentence in restored.damaged] == [
-        "'0030'", "'3\u0660'", "'\u00b2'"]
     for step in (21, 30):
       toy_run.save(store, step, restored.state)
     store.wait()
   left = {path.name for path in folder.iterdir()}
   assert left == {'21', '30', '0030', *others}
-
-
-def test_a_config_that_was_lost_is_asked_for(copy):
-  """Else the run would go on with whatever config it is given."""
-  assert run_config.has_begun(copy)
-  with pytest.raises(ValueError, match='config.json is missing, although'):
-    run_config.load_config(copy)
 
 
 @hypothesis.given(
@@ -375,16 +332,6 @@ def test_what_is_kept(goods, keep, keep_every, best):
     assert keep_every and step % keep_every == 0
   if keep_every:
     assert {step for step in goods if step % keep_every == 0} <= kept
-
-
-def test_records_are_read_no_further_back_than_needed():
-  asked = []
-  def is_good(step):
-    asked.append(step)
-    return step != 9
-  assert checkpoints.kept(range(10), is_good, None, keep=2, keep_every=0,
-                          average=0, every_steps=0) == {7, 8, 9}
-  assert asked == [9, 8, 7]
 
 
 @pytest.mark.slow
@@ -426,21 +373,6 @@ def test_the_same_state_is_not_saved_twice(tmp_path):
     assert not toy_run.save(store, 10, restored.state)
 
 
-def test_a_stop_soon_after_a_start_is_saved(tmp_path, monkeypatch):
-  """At a stop of several processes, all agree by JAX's preemption service,
-  which Orbax asks too."""
-  state = toy_run.born(1, 1)
-  with toy_run.open_store(tmp_path) as store:
-    toy_run.save(store, 1, state)
-  monkeypatch.setattr('orbax.checkpoint.utils.reached_preemption',
-                      lambda step: True)
-  with toy_run.open_store(tmp_path) as store:
-    restored = toy_run.resume(store, toy_run.abstract(1, 1))
-    toy_run.save(store, 2, restored.state)
-    store.wait()
-  assert checkpoints.steps(checkpoints.directory(tmp_path)) == [1, 2]
-
-
 @pytest.mark.parametrize('every_steps, every_minutes, due', [
     (4, 0.0, [4, 8, 12]), (7, 5.0, [5, 7, 12])])
 def test_due_by_step_or_by_time_since_the_last(
@@ -457,13 +389,6 @@ def test_due_by_step_or_by_time_since_the_last(
         toy_run.save(store, step, state)
         saved.append(step)
   assert saved == due
-
-
-def test_what_differs_from_the_environment_of_a_run_is_said():
-  now = checkpoints.environment()
-  earlier = {'environment': now | dict(jax='0.1', processes=2)}
-  assert checkpoints.environment_changes(earlier) == [
-      f'jax: 0.1 -> {now["jax"]}', 'processes: 2 -> 1']
 
 
 _PROCESS = '''

@@ -43,13 +43,6 @@ def test_a_line_is_an_object_that_any_json_reader_takes(tmp_path):
   assert list(json.loads(line))[:2] == ['step', 'split']
 
 
-def test_a_line_is_on_disk_once_written(tmp_path):
-  writer = metrics.JsonlWriter(tmp_path, 0)
-  writer.write(1, 'train', {'loss': 2.0})
-  assert rows(tmp_path) == [{'step': 1, 'split': 'train', 'loss': 2.0}]
-  writer.close()
-
-
 def test_after_a_resume_no_step_stands_twice(tmp_path):
   jsonl(tmp_path, [10, 20, 30, 40])
   jsonl(tmp_path, [30, 40, 50], resumed_step=20)
@@ -79,13 +72,6 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
           ][:2] == [10, 20]
   jsonl(tmp_path, [30], resumed_step=25)
   assert [row['step'] for row in rows(tmp_path)] == [10, 20, 30]
-
-
-def test_what_need_not_change_is_not_rewritten(tmp_path):
-  jsonl(tmp_path, [10, 20])
-  before = (tmp_path / 'metrics.jsonl').stat().st_ino
-  jsonl(tmp_path, [30], resumed_step=20)
-  assert (tmp_path / 'metrics.jsonl').stat().st_ino == before
 
 
 def read_events(workdir):
@@ -165,11 +151,6 @@ def test_a_missing_extra_is_a_sentence(name, monkeypatch, tmp_path):
     metrics.writers(tmp_path, config)
   assert not list(tmp_path.iterdir())
   metrics.check_writers(log_config()['log'])
-
-
-def test_only_the_first_process_writes(tmp_path):
-  assert metrics.writers(tmp_path, log_config(), primary=False) == []
-  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('row', [

@@ -50,18 +50,6 @@ def test_commit_and_what_differs_from_it(repository):
   assert code(repository) == clean
 
 
-def test_unknown_is_null(repository, monkeypatch):
-  nothing = dict(commit=None, diff=None)
-  with monkeypatch.context() as patch:
-    patch.setenv('PATH', '')
-    assert code(repository) == nothing
-  inner = repository / 'installed'  # below another repository
-  inner.mkdir()
-  assert code(inner) == nothing
-  assert provenance.codes([nothing, dict(commit='1' * 40, diff='')]) == [
-      'commit 111111111111']
-
-
 def _saved(folder, monkeypatch, *starts):
   (folder / 'checkpoints/1').mkdir(parents=True, exist_ok=True)
   for start in starts:

@@ -12,7 +12,7 @@ import architectures
 from architectures.parts import tables
 from configs import base
 from configs.errors import RequestError
-from training import runs
+from training import preflight, runs
 from training.data import tokenizers
 from training.workdir import checkpoints, run_config
 from training.workdir.run_config import INCOMPATIBLE, OPTIMISATION, SAFE
@@ -37,15 +37,6 @@ def test_round_trip_is_equal_tuples_and_floats_too(tmp_path):
     loaded.optim.learning_rate = 1.0
 
 
-def test_config_json_is_the_tree_itself_and_what_was_derived(tmp_path):
-  run_config.save(tmp_path, _config(), {'model.d_ff': 512})
-  tree = json.loads((tmp_path / 'config.json').read_text())
-  assert tree['model']['d_model'] == base.base().model.d_model
-  assert tree['derived'] == {'model.d_ff': 512}
-  assert run_config.load_derived(tmp_path) == {'model.d_ff': 512}
-  assert [p.name for p in tmp_path.iterdir()] == ['config.json']
-
-
 @pytest.mark.parametrize('value', [[1, 2], ([1],)])
 def test_what_json_cannot_give_back_is_refused(tmp_path, value):
   config = base.base()
@@ -54,13 +45,6 @@ def test_what_json_cannot_give_back_is_refused(tmp_path, value):
   with pytest.raises(ValueError, match=r'data\.source holds .*choose from'):
     run_config.save(tmp_path, config)
   assert not run_config.exists(tmp_path)
-
-
-def test_derived_names_must_be_fields(tmp_path):
-  with pytest.raises(ValueError, match="'model.width': no such config field"):
-    run_config.save(tmp_path, _config(), {'model.width': 1})
-
-
 
 
 @pytest.mark.parametrize('name, value, kind', [
@@ -103,15 +87,6 @@ def test_another_workdir_than_that_of_an_import_begins_without_it(
   changes = run_config.compare(_config(), _config(train__steps=10))
   with pytest.raises(ValueError, match=words):
     run_config.refuse(changes, False, workdir=epath.Path(tmp_path))
-
-
-def test_a_run_has_begun_with_its_first_checkpoint(tmp_path):
-  assert not run_config.has_begun(tmp_path)
-  run_config.save(tmp_path, _config())
-  (tmp_path / 'checkpoints/5.partial').mkdir(parents=True)
-  assert not run_config.has_begun(tmp_path)
-  (tmp_path / 'checkpoints/5').mkdir()
-  assert run_config.has_begun(tmp_path)
 
 
 @pytest.mark.parametrize('schedule, kind', [
@@ -158,7 +133,7 @@ def test_table_puts_the_worst_first_in_even_columns():
 def test_what_print_config_prints_is_that_config(system):
   """The derived fields are filled in, and the model is the same."""
   config = importlib.import_module(f'configs.{system}').get_config('tiny')
-  printed = json.loads(json.dumps(runs.printable(config)))
+  printed = json.loads(json.dumps(preflight.printable(config)))
   model, _ = runs.resolve(config, tokenizers.load('bytes'))
   again = architectures.resolve(run_config.from_json(printed).model)
   left = dict.fromkeys(tables.unread(model))
@@ -173,7 +148,7 @@ def test_what_print_config_prints_is_that_config(system):
 
 # What stands for a field of config.json, and the field.
 WRONG = {
-    'model': 3, 'model.d_model': '128', 'optim.lr': [1], 'seed': True,
+    'model.d_model': '128', 'optim.lr': [1], 'seed': True,
     'data.source': None, 'optim.decay_mask': 'all', 'train.steps': 1.5,
 }
 
@@ -209,7 +184,7 @@ def test_a_config_that_is_none_is_refused(text, tmp_path):
     (lambda tree: tree.update(format=2), 'is of format 2, and this version'),
     (lambda tree: tree.pop('format'), 'is of format None, and this version'),
     (lambda tree: tree['train'].update(y_loss=0),
-     'train.y_loss is no config field')])
+     "'train.y_loss' is no config field")])
 def test_a_config_of_another_version_is_refused(change, sentence, tmp_path):
   file = _saved(tmp_path)
   tree = json.loads(file.read_text())

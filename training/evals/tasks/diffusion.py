@@ -22,7 +22,8 @@ def bound(evaluation: Evaluation) -> dict[str, Any]:
   """Prints the bound in nats a token and in bits a byte of text."""
   import jax
 
-  from training import evaluating, progress
+  from training import progress
+  from training.evals import held_out
   own, loaders = evaluation.run, evaluation.held_out()
   count, mask = evaluation.options.bound_samples, evaluation.tokenizer.mask_id
   step = evaluation.program(
@@ -39,8 +40,8 @@ def bound(evaluation: Evaluation) -> dict[str, Any]:
   bounds = [sums[0] / sums[1] for sums in found]
   errors = [_error(*sums) for sums in found]
   shares = np.array([loader.share for loader in loaders])
-  size = evaluating.mix([loader.bytes_per_token for loader in loaders], loaders)
-  loss = evaluating.mix(bounds, loaders)
+  size = held_out.mix([loader.bytes_per_token for loader in loaders], loaders)
+  loss = held_out.mix(bounds, loaders)
   bits = loss / (math.log(2) * size)
   error = float(np.hypot.reduce(shares * errors) / shares.sum())
   tokens = float(sum(sums[1] for sums in found))

@@ -55,7 +55,7 @@ def _figures(evaluation: Evaluation, things: str,
              **scores: Callable[[Sequence[tuple]], float]) -> dict[str, Any]:
   """Prints and returns the scores of what is written, of each source and in
   the mean by weight; `things` is what is counted."""
-  from training import evaluating
+  from training.evals import held_out
   from training.data import pipeline
   config = evaluation.run.config
   loaders = pipeline.held_out(config, evaluation.tokenizer)
@@ -63,7 +63,7 @@ def _figures(evaluation: Evaluation, things: str,
                    samples.beams(evaluation.options)) for loader in loaders]
   each = [{name: score(own) for name, score in scores.items()} for own in found]
   figures: dict[str, Any] = {
-      name: evaluating.mix([one[name] for one in each], loaders)
+      name: held_out.mix([one[name] for one in each], loaders)
       for name in scores}
   say = lambda one: ', '.join(f'{name} {one[name]:.4f}' for name in scores)
   for loader, own, one in zip(loaders, found, each):

@@ -37,7 +37,7 @@ class Read(NamedTuple):
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Writes inspect.html into the workdir and prints a table of each stack."""
-  from training import runs
+  from training.costs import totals
   from training.inspect import page
   from training.workdir import storage
   model, prompt = evaluation.run.model, evaluation.options.prompt
@@ -49,7 +49,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   measures = by_head(found, _repeated(evaluation))
   about = [f'{model.arch} of {evaluation.workdir}, step {evaluation.step}, '
            f'reading {prompt!r}.', *read.notes,
-           *runs.layers(model)]
+           *totals.layers(model)]
   if found.lens is None:
     about.append("There is no logit lens: the model's head scores no tokens of "
                  'the vocabulary.')

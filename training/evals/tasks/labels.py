@@ -18,7 +18,7 @@ from training.evals.task import Evaluation, Flag, Task
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Measures the answers to all that is held out, each source on its own."""
-  from training import evaluating
+  from training.evals import held_out
   from training.data import pipeline
   from training.evals.tasks import exact
   from training.workdir import storage
@@ -43,12 +43,12 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   names = [name for name, value in found[0].figures.items()
            if isinstance(value, float)
            and all(name in one.figures for one in found)]
-  figures = {name: evaluating.mix([one.figures[name] for one in found], loaders)
+  figures = {name: held_out.mix([one.figures[name] for one in found], loaders)
              for name in names}
   shares = ', '.join(f'{loader.share:.3g} {loader.name}' for loader in loaders)
   print(f'the mean by weight, {shares}:')
   for name, value in figures.items():
-    print(f'  {name.replace("_", " "):<22} {evaluating.shown(value)}')
+    print(f'  {name.replace("_", " "):<22} {held_out.shown(value)}')
   return figures | {'sources': {loader.name: one.figures
                                 for loader, one in zip(loaders, found)}}
 

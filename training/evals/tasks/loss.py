@@ -25,7 +25,8 @@ from training.evals.task import Evaluation, Flag, Task
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Evaluates every held-out token once."""
-  from training import evaluating, progress
+  from training import progress
+  from training.evals import held_out
   from training.step import make_eval_step
   config = evaluation.run.config
   if evaluation.options.stride:
@@ -33,7 +34,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   loaders = evaluation.held_out()
   step = evaluation.program(
       lambda: make_eval_step(evaluation.run.module, config), 'loss')
-  sums = [evaluating.sums(
+  sums = [held_out.sums(
       step, evaluation.params, progress.each(
           loader.iterate(), 'evaluating', loader.num_batches),
       evaluation.run.put) for loader in loaders]
@@ -49,14 +50,14 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
 
 def _told(text: str, sums: Sequence, loaders: Sequence) -> dict[str, Any]:
   """Prints and returns the figures of some sources together."""
-  from training import evaluating
-  figures = evaluating.means(sums, loaders)
+  from training.evals import held_out
+  figures = held_out.means(sums, loaders)
   tokens = sum(loader.num_tokens for loader in loaders)
-  size = evaluating.mix([loader.bytes_per_token for loader in loaders], loaders)
+  size = held_out.mix([loader.bytes_per_token for loader in loaders], loaders)
   of = f' of {size:.2f} bytes' if size else ''  # a probe has no text
   print(f'{text}, {tokens:,} tokens{of}:')
   for name, value in figures.items():
-    print(f'  {name.replace("_", " "):<16} {evaluating.shown(value)}')
+    print(f'  {name.replace("_", " "):<16} {held_out.shown(value)}')
   return figures | {'tokens': tokens, 'text': text}
 
 

@@ -1,0 +1,52 @@
+"""Tables whose entries lie in files of a folder, imported when they are asked
+for.
+
+A run needs one system, one objective and few tasks, of dozens.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import importlib
+import pkgutil
+import types
+from typing import Any
+
+
+class Lazy(Mapping):
+  """The entries of all files of a package, in the order of their names.
+
+  An entry is looked for in the file that is called as it is, and then in all
+  others.
+  """
+
+  def __init__(self, package: str, path: Any,
+               read: Callable[[types.ModuleType], Mapping[str, Any]],
+               without: tuple[str, ...] = ()):
+    """Args:
+      package: the name of the package.
+      path: its __path__.
+      read: a file -> its entries.
+      without: files that have none.
+    """
+    self._package, self._read = package, read
+    self._files = [file.name for file in pkgutil.iter_modules(path)
+                   if not file.ispkg and file.name not in without]
+    self._entries: dict[str, Mapping[str, Any]] = {}  # of each file
+
+  def _of(self, file: str) -> Mapping[str, Any]:
+    if file not in self._entries:
+      self._entries[file] = self._read(
+          importlib.import_module(f'{self._package}.{file}'))
+    return self._entries[file]
+
+  def __getitem__(self, name: str) -> Any:
+    for file in [name] * (name in self._files) + self._files:
+      if name in self._of(file):
+        return self._of(file)[name]
+    raise KeyError(name)
+
+  def __iter__(self) -> Iterator[str]:
+    for file in self._files:
+      yield from self._of(file)
+
+  def __len__(self) -> int:
+    return sum(1 for _ in self)
