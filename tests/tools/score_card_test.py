@@ -10,7 +10,6 @@ from scipy import stats
 
 from configs import gpt
 from configs.errors import EnvironmentFailure, RequestError
-from tools.probes import __main__ as program
 from tools.probes import card, suites
 from training import vectorised
 from training.data import probes
@@ -93,13 +92,6 @@ def test_what_else_is_refused(file):
         "in its task 'parity'")):
       suites.load(str(file), base(), overrides=['model.num_layers', field])
   suites.load(str(file), base(), overrides=['model.num_layers', 'optim.b1'])
-
-
-def test_the_config_may_stand_behind_run():
-  assert program.words(['p', 'run', 'a.py:tiny', '--workdir=w']) == [
-      'p', '--config=a.py:tiny', '--workdir=w']
-  assert program.words(['p', 'run', '--config', 'a.py']) == [
-      'p', '--config', 'a.py']
 
 
 def written(suite, workdir, figures):

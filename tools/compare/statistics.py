@@ -177,30 +177,20 @@ def power_law(compute: Sequence[float], loss: Sequence[float]
   x, y = x[good], y[good]
   if len(x) < MIN_POINTS or np.ptp(x) == 0:
     return None
+  from scipy.optimize import minimize_scalar, nnls
   unit = np.exp(np.mean(np.log(x)))
-  from scipy.optimize import minimize_scalar
+  linear = lambda a: nnls(np.stack([np.ones_like(x), (x / unit) ** -a], 1), y)
+  error = lambda a: linear(a)[1]
   tried = np.geomspace(0.01, 5.0, 60)
-  costs = [_linear(a, x / unit, y)[2] for a in tried]
-  i = int(np.argmin(costs))
+  i = int(np.argmin([error(a) for a in tried]))
   bounds = tried[max(i - 1, 0)], tried[min(i + 1, len(tried) - 1)]
-  best = minimize_scalar(lambda a: _linear(a, x / unit, y)[2], bounds=bounds,
-                         method='bounded', options={'xatol': 1e-10})
-  floor, scale, cost = _linear(best.x, x / unit, y)
+  best = minimize_scalar(error, bounds=bounds, method='bounded',
+                         options={'xatol': 1e-10})
+  (floor, scale), norm = linear(best.x)
   if scale <= 0:  # the loss did not fall
     return None
-  return PowerLaw(floor, scale * unit ** best.x, float(best.x),
-                  float(x.min()), float(x.max()), math.sqrt(cost / len(x)))
-
-
-def _linear(exponent: float, x, y) -> tuple[float, float, float]:
-  """Returns floor >= 0, scale and the squared error for this exponent."""
-  z = x ** -exponent
-  centred = z - z.mean()
-  scale = float(centred @ y / (centred @ centred))
-  floor = float(y.mean() - scale * z.mean())
-  if floor < 0:
-    floor, scale = 0.0, float(z @ y / (z @ z))
-  return floor, scale, float(np.sum((floor + scale * z - y) ** 2))
+  return PowerLaw(float(floor), float(scale * unit ** best.x), float(best.x),
+                  float(x.min()), float(x.max()), norm / math.sqrt(len(x)))
 
 
 def speed_up(ours: PowerLaw | None, theirs: PowerLaw | None) -> float | None:

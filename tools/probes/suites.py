@@ -8,7 +8,6 @@ that a suite may have a probe several times.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-import difflib
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from etils import epath
 import ml_collections
 
 from configs.errors import EnvironmentFailure, one_of, require, short
+from tools.compare import spec
 from training import config_files
 from training.workdir import schema, storage
 
@@ -77,8 +77,7 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
             'SEEDS and suite(add)')
   lrs, own = module.LRS, module.SEEDS
   require(isinstance(lrs, Collection) and len(lrs) > 0 and all(
-      isinstance(lr, (int, float)) and not isinstance(lr, bool)
-      and 0 < lr < math.inf for lr in lrs),
+      type(lr) in (int, float) and 0 < lr < math.inf for lr in lrs),
           f'{file}: LRS is {short(lrs)}: write learning rates above 0, such as '
           '(1e-3,) or (1e-3, 3e-3)')
   require(type(own) is int and own >= 1, f'{file}: SEEDS is {short(own)}: '
@@ -96,7 +95,8 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
         require(field not in (*_OWN, *_own(task, base, fields), *fields),
                 f'--config.{field} is set, which the suite {file} sets itself '
                 f'in its task {label!r}: leave it out, or change the suite')
-    configs[label] = _config(task, base, fields, file)
+    configs[label] = spec.changed(base, _own(task, base, fields) | fields,
+                                  f'{file}, task {task!r}')
 
   config_files.call(file, module.suite, add)
   for task in only:
@@ -127,24 +127,6 @@ def _own(task: str, base: ml_collections.ConfigDict, fields: dict[str, Any]
           'checkpoint.every_steps': steps, 'checkpoint.keep': 1,
           'log.every_steps': max(steps // 10, 1),
           'optim.warmup_steps': steps // 10}
-
-
-def _config(task: str, base: ml_collections.ConfigDict, fields: dict[str, Any],
-            file: str) -> ml_collections.ConfigDict:
-  from training.workdir import run_config
-  config = base.copy_and_resolve_references()
-  flat = run_config.flatten(config)
-  for name, value in (_own(task, base, fields) | fields).items():
-    who = f'{file}, task {task!r}: {name}'
-    if found := re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', name):
-      config_files.declare(config.model, *found.groups())
-      flat = run_config.flatten(config)
-    near = difflib.get_close_matches(name, flat, n=1)
-    require(name in flat, f'{who} is no field of a config.'
-            + (f' Did you mean {near[0]!r}?' if near else ''))
-    config_files.check_type(value, flat[name], who)
-    config.update_from_flattened_dict({name: value})
-  return config
 
 
 def train(suite: Suite, workdir: epath.Path) -> None:

@@ -50,21 +50,12 @@ def test_constants_are_found(quick):
                                                rel=1e-4)
 
 
-@pytest.mark.long
-def test_an_outlier_does_not_move_them_and_intervals_hold_the_truth(quick):
+def test_an_outlier_does_not_move_them(quick):
   params, tokens, losses = ladder(CHINCHILLA, noise=5e-4)
   losses[5] *= 1.3  # a run that went wrong: Huber's loss does not follow it
   got = scaling.fit(params, tokens, losses)
   assert got.a == pytest.approx(CHINCHILLA.a, rel=0.03)
   assert got.b == pytest.approx(CHINCHILLA.b, rel=0.03)
-  held = []
-  for seed in range(12):
-    data = ladder(STEEP, noise=2e-3, seed=seed)
-    draws = scaling.bootstrap(scaling.fit(*data), *data, draws=60, seed=seed)
-    for name in ('E', 'a', 'b'):
-      low, high = np.percentile([getattr(d, name) for d in draws], [2.5, 97.5])
-      held.append(low <= getattr(STEEP, name) <= high)
-  assert np.mean(held) >= 0.8
 
 
 def test_the_gradient_is_that_of_the_objective():
@@ -167,9 +158,10 @@ def test_a_folder_of_widths_and_depths_is_fitted(tmp_path, capsys, quick):
 
 def test_what_is_no_ladder_is_refused(tmp_path):
   def refused(words, *points):
-    sweep_folder.write(tmp_path / 'w', points)
+    folder = tmp_path / points[-1]['name'] / str(len(words))
+    sweep_folder.write(folder, points)
     with pytest.raises(ValueError, match=words):
-      scaling.data(curves.load_sweep(tmp_path / 'w').points, 'params', 'it')
+      scaling.data(curves.load_sweep(folder).points, 'params', 'it')
 
   base = sweep_folder.point('base')
   for change in ({'model.norm': 'rmsnorm'}, {'optim.decay_mask': [['.*', 0]]}):
@@ -177,16 +169,16 @@ def test_what_is_no_ladder_is_refused(tmp_path):
   refused("'base' and 'fast' have both 50,000 params and 1,000,000 tokens, and "
           'differ in optim.lr', base, sweep_folder.point(
               'fast', {'optim.lr': 3e-3}))
+  sweep_folder.write(tmp_path / 'one', [base])
   for words, flag in (('1 different pairs', '--draws=40'),
                       ('--budgets', '--budgets=much'),
                       ('is no config', '--by=model.depth'),
                       ("'learned' at every point", '--by=model.position')):
-    sweep_folder.write(tmp_path / 'one', [base])
     with pytest.raises(ValueError, match=words):
       _main(tmp_path / 'one', flag)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_exponents_of_two_variants_are_compared(tmp_path, capsys, quick):
   """What a seed and a length do to both laws cancels."""
   rng = np.random.default_rng(1)

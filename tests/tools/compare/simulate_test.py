@@ -182,7 +182,7 @@ def test_unpaired_seeds_and_guessing_in_a_mean_find_nothing():
   assert found['unpaired'] < 0.15 and found['counted'] < 0.4
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_as_much_is_found_as_is_announced():
   """Of the studies whose effect is the smallest that they announce with a power
   of 80 %, 80 % find it; not where the noise that was measured on a few pairs is
@@ -202,9 +202,9 @@ def test_as_much_is_found_as_is_announced():
           own, effects={'v1': -effect}).outcomes())[0]
       add(name, found.p <= whole.level and found.same_direction)
 
-  found = _means(150, one)
-  assert found['announced'] == pytest.approx(0.8, abs=0.1)
-  assert found['naive'] < found['announced'] - 0.05
+  found = _means(60, one)
+  assert found['announced'] == pytest.approx(0.8, abs=0.12)
+  assert found['naive'] < found['announced']
 
 
 def test_whole_studies_judge_what_they_picked_on_fresh_seeds(monkeypatch):
