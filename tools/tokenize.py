@@ -27,7 +27,7 @@ from etils import epath
 
 from configs import base
 from configs.errors import EnvironmentFailure, RequestError, require
-from tools import tether
+from tools import dies_with_parent
 from training import cli, limits
 from training.data import sources, tokenising, tokenizers, tokens
 from training.workdir import storage
@@ -199,8 +199,9 @@ def _spawn(args: argparse.Namespace, job: int, processes: int) -> None:
   """Has this machine's shards made by several processes: of those that are its
   job's, for any number of processes, since other machines may have others."""
   running = [subprocess.Popen(
-      tether.words(command(args, args.jobs * processes, job + i * args.jobs,
-                           1)), stdout=subprocess.DEVNULL,
+      dies_with_parent.words(command(
+          args, args.jobs * processes, job + i * args.jobs, 1)),
+      stdout=subprocess.DEVNULL,
       env=os.environ | {'TOKENIZERS_PARALLELISM': 'false'})
       for i in range(processes)]
   try:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from tools import tether
+from tools import dies_with_parent
 from tools.compare import layout, worker
 from tools.compare import ledger as ledger_lib
 from training import progress
@@ -120,8 +120,9 @@ class Runner:
     for job in self._jobs:
       if not ours & {run.id for run in job.runs}:
         job.process.kill()  # we were taken for dead; another has them
-      elif any(map(self._stranger, job.runs)):
-        job.process.kill()  # the sweep's file was changed since it began
+      elif len(job.runs) == 1 and self._stranger(job.runs[0]):
+        # The sweep's file was changed since; groups train by sweep.json.
+        job.process.kill()
     self._recover()
 
   def _start(self) -> bool:
@@ -171,7 +172,8 @@ class Runner:
     with log.open('a') as file:
       # A session of its own: Ctrl-C reaches it through our handler alone.
       process = subprocess.Popen(
-          tether.words([sys.executable, *words], _cores(slot, self._parallel)),
+          dies_with_parent.words([sys.executable, *words],
+                                 _cores(slot, self._parallel)),
           stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
           start_new_session=True, env=_environment(slot, self._parallel))
     self._jobs.append(Job(runs, evaluates, process, slot))

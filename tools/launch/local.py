@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 
-from tools import tether
+from tools import dies_with_parent
 from tools.launch import job as job_lib
 from training.distributed import interrupts
 
@@ -136,7 +136,8 @@ def run(words, envs, logs: pathlib.Path, forwarding) -> list[int]:
   for i, env in enumerate(envs):
     out = None if i == 0 else open(logs / f'process-{i}.log', 'ab')
     running.append(subprocess.Popen(
-        tether.words(words), env=os.environ | env, stdout=out, stderr=out,
+        dies_with_parent.words(words), env=os.environ | env, stdout=out,
+        stderr=out,
         start_new_session=True))  # so that Ctrl-C is passed on only once
     if out:
       out.close()

@@ -18,7 +18,6 @@ from tests.helpers import studies
 from tools.compare import costs, freeze, phases, results, status, study
 from tools.compare import decide, trainer, tuning
 from tools.compare import frozen as frozen_lib
-from tools.compare import ledger as ledger_lib
 from tools.compare import plan as plans
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -494,18 +493,6 @@ def test_results_do_not_lose_what_is_known_by_now(tmp_path):
   found = json.loads((tmp_path / results.FILE).read_text())
   assert [name for name, row in found['phases'].items()
           if row['finished']] == ['noise']
-
-
-def test_what_was_looked_at_is_what_any_run_has_shown(tmp_path):
-  for folder, state in (('noise', ledger_lib.DONE), ('tune-1', ledger_lib.DONE),
-                        ('screen', ledger_lib.FAILED),
-                        ('confirm', ledger_lib.PENDING)):
-    with ledger_lib.Ledger(tmp_path / folder) as ledger:
-      ledger.add([('p', 0, ())])
-      run, = ledger.runs()
-      ledger.adopt(run.id, ledger_lib.PENDING, state)
-    (tmp_path / folder / 'sweep.json').write_text('{}')
-  assert study._seen(tmp_path) == ['noise', 'tune', 'screen']
 
 
 def _start(file, workdir):

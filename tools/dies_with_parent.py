@@ -2,7 +2,7 @@
 launcher or a sweep that is killed must not leave a run behind that still
 trains and writes.
 
-  python tools/tether.py PARENT CORES PROGRAM ...
+  python tools/dies_with_parent.py PARENT CORES PROGRAM ...
 
 PARENT is the number of that process, whose main thread must have started this
 one, for Linux means the thread; CORES, as 0,2, those to stay on; '': all.
@@ -18,7 +18,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def words(program: list[str], cores: str = '') -> list[str]:
-  """Returns the command that becomes `program`, tethered to this process."""
+  """Returns the command that becomes `program`, and ends with this process."""
   # Isolated, and without site: it is gone in some milliseconds.
   return [sys.executable, '-IS', __file__, str(os.getpid()), cores, *program]
 
