@@ -109,4 +109,4 @@ def test_the_program_through_a_pipe(tmp_path):
   assert again[0] == again[1] == first.stdout.splitlines()[0]
   assert 'has 33 tokens' in _chat(*flags, said='a' * 31, code=2).stderr
   (tmp_path / 'chat_template.jinja').write_text('{{ messages.__class__ }}')
-  assert 'reach out' in _chat(*flags, said='a', code=2).stderr
+  assert 'makes nothing' in _chat(*flags, said='a', code=2).stderr
