@@ -57,10 +57,10 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what the layers of a model, or those of one kind,
   cannot be."""
   position, mixer = positions.of(c), mixers.of(c)
+  mixer.check(c, stack)  # which may refuse the position
   if position.check and (mixer.turns_heads or not position.rotate):
     position.check(c, stack)
   visibility.KINDS[c.attention].check(c)
-  mixer.check(c, stack)
   _check_block(c, stack)
   require(c.num_heads % c.num_kv_heads == 0,
           f'model.num_kv_heads is {c.num_kv_heads}, which does not divide '

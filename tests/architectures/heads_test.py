@@ -170,12 +170,6 @@ def test_a_row_is_read_off_the_mean_of_what_is_no_padding():
      "unknown model.pooling 'max'"),
     ('gpt', dict(head='sequence'), 'num_labels is 0: .* needs 1 or more'),
     ('gpt', dict(head='tokens'), 'num_labels is 0'),
-    ('gpt', dict(num_labels=2), "num_labels 2 has no meaning with model.head "
-     "'lm'.*read where model.head is sequence or tokens"),
-    ('gpt', dict(head='span', num_labels=2), "meaning with model.head 'span'"),
-    ('gpt', dict(head_dropout=0.1), "no meaning with model.head 'lm'"),
-    ('gpt', dict(head='tokens', num_labels=2, head_dropout=1.0),
-     r'choose it in \[0, 1\)'),
     ('gpt', dict(head='sequnce', num_labels=2), "Did you mean 'sequence'"),
     ('gpt', dict(head='sequence,tokens', num_labels=2), 'unknown model.head'),
     ('t5', dict(head='sequence', num_labels=2), 'answers in text')])

@@ -180,7 +180,7 @@ def test_a_wider_model_divides_what_depends_on_the_token(kind):
 
 @pytest.mark.parametrize('fields, words', [
     (dict(block='post_norm'), "choose 'plain', or model.block from pre_norm"),
-    (dict(streams=dict(count=1)), 'model.streams.count is 1: choose 2 or more'),
+    (dict(streams=dict(count=1)), 'model.streams.count is 1: it must be >= 2'),
     (dict(residual='hypre'), "unknown model.residual 'hypre'"),
     (dict(residual='mhc', streams=dict(iterations=0)), 'it must be >= 1'),
     (dict(residual='attention', streams=dict(block_size=0)), 'it must be >= 1'),

@@ -218,10 +218,6 @@ def test_a_wider_model_divides_the_gate_of_a_head():
 
 
 @pytest.mark.parametrize('fields, words', [
-    (dict(value_residual=True, mixer='latent'),
-     'value_residual True has no meaning with model.mixer'),
-    (dict(value_embedding=True, mixer='latent'),
-     'value_embedding True has no meaning with model.mixer'),
     (dict(value_residual=True, pattern='a,b', kinds=dict(
         a=dict(num_kv_heads=2), b={})), 'choose one size'),
 ])
@@ -292,7 +288,6 @@ def test_what_it_keeps_and_multiplies():
 @pytest.mark.parametrize('system, fields, words', [
     ('bert', {}, 'model.arch .* is an encoder: set it'),
     ('t5', {}, 'is an encoder-decoder: set it to 0'),
-    ('llama', dict(mixer='latent'), 'attention_conv 3 has no meaning'),
 ])
 def test_what_cannot_be_convolved_is_refused(system, fields, words):
   with pytest.raises(RequestError, match=words):

@@ -99,11 +99,6 @@ def test_a_kernel_that_cannot_is_refused(monkeypatch):
     models.logits(asked, params, models.tokens())
   with pytest.raises(ValueError, match='this program is for gpu'):
     grouped.check_grouped_kernel(asked.config.moe, 'gpu')
-  with pytest.raises(ValueError,
-                     match="moe.dispatch 'sorted': set it to 'auto'"):
-    architectures.build(models.config('mixtral', moe=dict(
-        grouped_kernel='xla', dispatch='sorted', capacity_factor=1.0,
-        eval_capacity_factor=1.0)))
   with pytest.raises(ValueError, match="'megablocks'.*Did you mean 'megablox'"):
     architectures.build(models.config(
         'mixtral', moe=dict(grouped_kernel='megablocks')))
