@@ -2,8 +2,8 @@
 
 `model.arch` is a name: what is built is decided by the other fields of
 config.model. A system is the values that its file of configs/ gives to its
-parts, at one of its sizes; its parts are the fields that the page of any system
-names (PARTS), and its kinds of layer.
+parts, at one of its sizes; its parts are what is chosen by name, some numbers,
+and its kinds of layer. Only its own page is imported.
 """
 
 from collections.abc import Mapping
@@ -28,6 +28,10 @@ KEPT = frozenset(
     name for name, leaf in tables.FIELDS.items()
     if leaf.rule.about in (declared.SIZE, declared.RUN))
 LAYERS = 'prefix', 'pattern', 'suffix'  # which name the kinds of the layers
+# Numbers by which one system differs from another.
+NUMBERS = ('attention_softcap', 'attention_scale', 'embed_scale',
+           'logits_scale', 'logits_softcap', 'learned.offset', 'rope.fraction',
+           'moe.top_k', 'moe.shared_experts')
 
 
 class Difference(NamedTuple):
@@ -112,13 +116,13 @@ def _sizes(arch: str) -> Mapping[str, Mapping[str, Any]]:
 
 @functools.cache
 def _parts() -> tuple[str, ...]:
-  """Returns the dotted names of the fields that the pages name, in the order of
-  config.model, but for those of kinds of layer."""
-  named = {field for system in architectures.systems().values()
-           for field in run_config.flatten_dict(system.PARTS)}
-  return tuple(field for field in run_config.flatten_dict(
-      _without_kinds(tables.defaults()))
-               if field in named or field in LAYERS)
+  """Returns the dotted names of the fields that make a system, in the order of
+  config.model, but for those of kinds of layer: what is chosen, and NUMBERS."""
+  return tuple(
+      field for field, value in run_config.flatten_dict(
+          _without_kinds(tables.defaults())).items()
+      if field in (*LAYERS, *NUMBERS)
+      or isinstance(value, bool | str) and field not in KEPT | {'arch'})
 
 
 def _with_parts(model: ModelConfig, system: Mapping[str, Any]) -> ModelConfig:
