@@ -112,16 +112,6 @@ def test_resume_is_bitwise(straight, texts, tmp_path):
   _resumed_is(straight, texts, tmp_path)
 
 
-@pytest.mark.long
-def test_resume_is_bitwise_as_users_compile(texts, tmp_path, monkeypatch):
-  """Without the compiler's options of tests/conftest.py, but for devices."""
-  flags = os.environ['XLA_FLAGS'].split()
-  monkeypatch.setenv('XLA_FLAGS', ' '.join(
-      flag for flag in flags if 'count=8' in flag or 'collective' in flag))
-  run(command(tmp_path / 'straight', texts))
-  _resumed_is(tmp_path / 'straight', texts, tmp_path)
-
-
 def _resumed_is(straight, texts, tmp_path):
   shutil.copytree(straight, tmp_path / 'run')
   for step in (15, 20):
@@ -165,24 +155,6 @@ def test_a_signal_saves_and_exits_cleanly(kind, straight, texts, tmp_path):
   result = run(command(tmp_path / 'run', texts,
                        '--config.checkpoint.every_steps=0'))
   assert f'going on from step {saved.name}' in result.stdout
-  assert state(tmp_path / 'run') == state(straight)
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_a_run_that_nobody_reads_any_more_is_saved(straight, texts, tmp_path):
-  """As where `| tee` was killed."""
-  never = '--config.checkpoint.every_steps=0'
-  process = _start(command(tmp_path / 'run', texts, never,
-                           '--stopped_exit_code=75'))
-  while not process.stdout.readline().startswith('compiled in'):
-    pass
-  process.stdout.close()
-  assert process.wait(120) == 75, process.stderr.read()
-  assert 'nobody reads' in process.stderr.read()
-  [saved] = (tmp_path / 'run/checkpoints').iterdir()
-  assert int(saved.name) < 20
-  run(command(tmp_path / 'run', texts, never))
   assert state(tmp_path / 'run') == state(straight)
 
 
@@ -305,28 +277,6 @@ def test_a_signal_ends_an_evaluation_too(texts, tmp_path):
   assert process.returncode == 0, out + err
   assert 'stopped after step 10, saved' in out
   assert {r['split'] for r in rows(tmp_path / 'run')} == {'train'}
-
-
-@pytest.mark.long
-def test_too_many_bad_steps_end_the_run(texts, tmp_path):
-  flags = ['--config.optim.lr=1e30', '--config.optim.name=sgd',
-           '--config.optim.clip_norm=0', '--config.optim.weight_decay=0',
-           '--config.train.max_bad_steps=3', '--config.eval.every_steps=0',
-           '--config.optim.warmup_steps=0']
-  result = run(command(tmp_path / 'run', texts, *flags), code=2)
-  bad = rows(tmp_path / 'run')[-1]
-  assert bad['bad_in_row'] >= 3 and bad['loss'] is None
-  # The last step of a run is read when all is done, and counts as well.
-  third = next(r['step'] for r in rows(tmp_path / 'run')
-               if r['bad_in_row'] == 3)
-  last = run(command(tmp_path / 'last', texts, *flags,
-                     f'--config.train.steps={third}'), code=2)
-  for stderr in (result.stderr, last.stderr):
-    assert 'error: ' in stderr and '3 steps in a row' in stderr
-  # This update made the parameters too large to be of use: none are saved.
-  assert bad['param_norm'] is None
-  assert not list((tmp_path / 'run/checkpoints').iterdir())
-  assert 'there is no checkpoint' in result.stderr
 
 
 @pytest.mark.long  # loop_test.py has its law, this the programs around it

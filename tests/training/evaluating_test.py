@@ -143,8 +143,3 @@ def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
                  for i, target in enumerate(row[1:])]
       assert float(rows['none'][place]) == pytest.approx(
           np.mean(loss), abs=6e-4)
-
-
-def _row(batch, i):
-  return tuple((name, *np.asarray(x[i]).tolist())
-               for name, x in sorted(batch.items()))

@@ -84,23 +84,6 @@ def test_one_key_one_text(model, prompts):
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
 
 
-@pytest.mark.parametrize('sampling, kept', [
-    (dict(), [1, 1, 1, 1]),
-    (dict(top_k=2), [1, 1, 0, 0]),
-    (dict(top_k=9), [1, 1, 1, 1]),
-    (dict(top_p=0.5), [1, 0, 0, 0]),
-    (dict(top_p=0.6), [1, 1, 0, 0]),
-    (dict(top_p=0.95), [1, 1, 1, 1]),
-    (dict(top_k=3, top_p=0.8), [1, 1, 0, 0]),
-    (dict(min_p=0.25), [1, 1, 1, 0]),  # 0.1 is less than 0.25 * 0.5
-    (dict(min_p=1.0), [1, 0, 0, 0]),
-    (dict(min_p=0.25, temperature=2.0), [1, 1, 1, 1]),
-])
-def test_filters(sampling, kept):
-  logits = generate.Sampling(**sampling).filter(LOGITS)
-  np.testing.assert_array_equal(np.isfinite(logits[0]), np.array(kept, bool))
-
-
 @pytest.mark.parametrize('settings', [
     dict(temperature=0.7, min_p=0.3), dict(min_p=0.1, top_k=5),
     dict(repetition_penalty=1.3, min_p=0.2), dict(repetition_penalty=0.8)])

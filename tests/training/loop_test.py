@@ -369,19 +369,6 @@ def test_no_row_is_missing_and_none_is_there_twice(
                 (2, 1.0, 2), (4, 1.0, 4), (6, 1.0, 6)]
 
 
-def test_one_that_is_cut_short_leaves_no_part(train, cheap, monkeypatch):
-  """The held-out data were through when the signal came during the task."""
-  _signal(monkeypatch, lambda step: False)
-  came = []
-  monkeypatch.setattr(in_training.Tasks, 'of', lambda self, params, n, *_,
-                      **__: came.append(n))  # None: cut short
-  monkeypatch.setattr(signals.Stop, 'at_once', property(
-      lambda self: bool(came)))
-  n, (member,), _ = train({}, **BOTH)
-  assert (n, member.code, came) == (2, loop.STOPPED, [2])
-  assert not _rows(member, 'eval')
-
-
 def test_a_signal_meanwhile_trains_no_further(
     train, cheap, monkeypatch):
   """Otherwise the evaluation of that step would never be done."""

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -208,27 +207,6 @@ def test_a_damaged_step_asked_for_by_number_is_not_replaced(copy):
         checkpoints.directory(copy), toy_run.abstract(1, 1), step=20)
 
 
-@pytest.mark.parametrize('step', [None, 20])
-def test_a_step_that_is_deleted_while_it_is_read(step, copy, monkeypatch):
-  """By a run that goes on there, and has saved its next one."""
-  folder = checkpoints.directory(copy)
-  (folder / '30').rename(copy / 'next')
-  read = checkpoints._read_arrays
-
-  def and_lose(*args):
-    if (copy / 'next').exists():
-      (copy / 'next').rename(folder / '30')
-      shutil.rmtree(folder / '20')
-    return read(*args)
-  monkeypatch.setattr(checkpoints, '_read_arrays', and_lose)
-  if step:
-    with pytest.raises(RuntimeError, match='20 .* was deleted .* 10, 30'):
-      checkpoints.restore(folder, toy_run.abstract(1, 1), step)
-    return
-  restored = checkpoints.restore(folder, toy_run.abstract(1, 1))
-  assert (restored.step, restored.damaged) == (30, ())
-
-
 def test_no_flipped_bit_gets_through(run, copy):
   """20 places drawn from all files of a step: found, or without effect."""
   step_dir, states = copy / 'checkpoints' / '30', run[1]
@@ -334,27 +312,6 @@ def test_what_is_kept(goods, keep, keep_every, best):
     assert {step for step in goods if step % keep_every == 0} <= kept
 
 
-@pytest.mark.slow
-def test_restarts_in_a_bad_stretch_leave_the_good_ones(tmp_path):
-  """A launcher starts the run again and again, and each time it saves."""
-  state = toy_run.born(1, 1)
-  with toy_run.open_store(tmp_path, keep=2, keep_every=5) as store:
-    for step in (1, 2, 3, 4, 5):
-      toy_run.save(store, step, state, good=step < 4)
-  for step in range(6, 13):
-    with toy_run.open_store(tmp_path, keep=2, keep_every=5) as store:
-      assert toy_run.resume(store, toy_run.abstract(1, 1)).step == step - 1
-      toy_run.save(store, step, state, good=False)
-  assert checkpoints.steps(checkpoints.directory(tmp_path)) == [2, 3, 5, 10, 12]
-  # Once it has recovered, the newest good ones are what is kept.
-  with toy_run.open_store(tmp_path, keep=2, keep_every=0) as store:
-    for step in (13, 14):
-      toy_run.save(store, step, state)
-  assert checkpoints.steps(checkpoints.directory(tmp_path)) == [13, 14]
-
-
-
-
 def test_those_to_be_averaged_are_kept():
   options = dict(keep=1, keep_every=0, average=3, every_steps=10)
   kept = lambda steps: checkpoints.kept(steps, lambda step: True, None,
@@ -389,76 +346,6 @@ def test_due_by_step_or_by_time_since_the_last(
         toy_run.save(store, step, state)
         saved.append(step)
   assert saved == due
-
-
-_PROCESS = '''
-    import os, pathlib, sys, traceback
-    port, index, workdir = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    # Else the other process would wait for one that failed.
-    sys.excepthook = lambda *error: (
-        traceback.print_exception(*error), os._exit(1))
-    import jax
-    jax.config.update('jax_num_cpu_devices', 4)
-    jax.distributed.initialize(
-        f'127.0.0.1:{port}', 2, index, cluster_detection_method='deactivate',
-        coordinator_bind_address=f'127.0.0.1:{port}')
-    from training.workdir import checkpoints
-    from tests.helpers import toy_run as here
-    now = [0.0]
-    state, train_step = here.born(4, 2), here.trainer(4, 2)
-    with here.open_store(workdir, every_steps=0, every_minutes=5, agree_every=2,
-                    clock=lambda: now[0]) as store:
-      for step in range(1, 13):
-        state = train_step(state)
-        now[0] += 60 if index == 0 else 0  # only process 0's clock counts
-        if store.due(step):
-          here.save(store, step, state)
-          print('saved', step, flush=True)
-      store.wait()
-      if index == 0:
-        here.flip_in_largest(pathlib.Path(store.directory / '12'))
-      restored = here.resume(store, here.abstract(4, 2))
-      print('restored', restored.step, len(restored.damaged), flush=True)
-      for step in range(restored.step + 1, 13):
-        restored.state.update(train_step(restored.state))
-      here.save(store, 12, restored.state)
-      print('saved', 12, flush=True)
-    '''
-
-
-@pytest.mark.long
-@pytest.mark.multihost
-def test_two_processes_save_pass_over_damage_and_one_reads(tmp_path):
-  """2 x 4 devices agree on when and on what; 1 x 8 and 1 x 1 read it."""
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    port = probe.getsockname()[1]
-  processes = [
-      subprocess.Popen(
-          [sys.executable, '-c', textwrap.dedent(_PROCESS), str(port),
-           str(index), tmp_path],
-          stdout=subprocess.PIPE, text=True,
-          env={**os.environ, 'XLA_FLAGS': ''}) for index in range(2)]
-  try:
-    outs = [process.communicate(timeout=100)[0].splitlines()
-            for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  assert [process.returncode for process in processes] == [0, 0]
-  for out in outs:
-    # Gloo writes between them, and not always by whole lines.
-    assert [line for line in out
-            if line.startswith(('saved', 'restored'))] == [
-        'saved 6', 'saved 12', 'restored 6 1', 'saved 12']
-  folder, states = checkpoints.directory(tmp_path), []
-  for shape in ((8, 1), (1, 1)):
-    restored = checkpoints.restore(folder, toy_run.abstract(*shape))
-    assert (restored.step, restored.damaged) == (12, ())
-    states.append(toy_run.host(restored.state))
-    toy_run.assert_bitwise(restored.state, states[0])
-  changes = checkpoints.environment_changes(restored.record)
-  assert 'processes: 2 -> 1' in changes
 
 
 _LOOP = '''

@@ -141,18 +141,6 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
   assert calls[0]['config']['optim']['name'] == 'adamw'
 
 
-@pytest.mark.parametrize('name', metrics.EXTRAS)
-def test_a_missing_extra_is_a_sentence(name, monkeypatch, tmp_path):
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  config = log_config(**{name: True})
-  with pytest.raises(ValueError, match=rf"log\.{name} is True.*pip install"):
-    metrics.check_writers(config['log'])
-  with pytest.raises(ValueError):
-    metrics.writers(tmp_path, config)
-  assert not list(tmp_path.iterdir())
-  metrics.check_writers(log_config()['log'])
-
-
 @pytest.mark.parametrize('row', [
     '{"step": 1', '{"step": "1", "split": "train"}',
     '{"step": 1, "split": "train", "loss": "low"}'])
