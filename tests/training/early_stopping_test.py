@@ -32,7 +32,7 @@ def config(**fields):
      'eval.patience is 2, but eval.tasks_every_steps is 0: the task labels'),
     (dict(best='surprise'), 'set eval.best_is to least or largest'),
     (dict(best='extrapolation/loss', tasks='extrapolation'),
-     'task extrapolation of such a run has the figures length')])
+     'the figures of task extrapolation are length')])
 def test_what_cannot_be_meant_is_refused(fields, words):
   with pytest.raises(RequestError, match=words):
     preflight.check_config(config(**fields))
