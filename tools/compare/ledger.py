@@ -175,33 +175,27 @@ class Ledger:
         raise self._damaged(f'{name} of a run is {value!r}')
     return run
 
-  def register(self, now: float | None = None) -> str:
+  def register(self) -> str:
     """Adds this process as a runner; returns its name."""
     host, pid, born = _host(), os.getpid(), _born(os.getpid())
     name = f'{host}:{pid}:{born}'
     self._change('INSERT OR REPLACE INTO runners VALUES (?, ?, ?, ?, ?)',
-                     (name, host, pid, born, _now(now)))
+                     (name, host, pid, born, _now()))
     return name
 
-  def claim(self, ids: Sequence[int], runner: str, now: float | None = None
-            ) -> list[int]:
-    """Takes those of `ids` that are still pending; returns them.
-
-    Args:
-      ids: of runs.
-      runner: as `register` named it.
-      now: tests' own clock.
-    """
+  def claim(self, ids: Sequence[int], runner: str) -> list[int]:
+    """Takes those runs of `ids` that are still pending, for a runner as
+    `register` named it; returns them."""
     marks = ', '.join('?' * len(ids))
     rows = self._rows(
         f'UPDATE runs SET state = ?, runner = ?, started = ?, ended = NULL, '
         f"error = '', attempts = attempts + 1 "
         f'WHERE state = ? AND id IN ({marks}) RETURNING id',
-        (RUNNING, runner, _now(now), PENDING, *ids))
+        (RUNNING, runner, _now(), PENDING, *ids))
     return sorted(row[0] for row in rows)
 
   def settle(self, id: int, runner: str, state: str, error: str = '',
-             alone: bool = False, now: float | None = None) -> bool:
+             alone: bool = False) -> bool:
     """Writes how a claimed run ended; False if the claim was lost meanwhile.
 
     Args:
@@ -210,13 +204,12 @@ class Ledger:
       state: that it goes into.
       error: why it failed.
       alone: it trains beside no other from now on.
-      now: tests' own clock.
     """
     return self._change(
         "UPDATE runs SET state = ?, error = ?, ended = ?, runner = '', "
         'alone = max(alone, ?), seconds = seconds + ? - started '
         'WHERE id = ? AND runner = ?',
-        (state, error, _now(now), alone, _now(now), id, runner)) == 1
+        (state, error, _now(), alone, _now(), id, runner)) == 1
 
   def run(self, id: int) -> Run:
     """Returns a run as it is by now: tasks may have come since its claim."""
@@ -233,15 +226,15 @@ class Ledger:
         'UPDATE runs SET state = ?, error = ? WHERE id = ? AND state = ?',
         (new, error, id, old)) == 1
 
-  def beat(self, runner: str, now: float | None = None) -> set[int]:
+  def beat(self, runner: str) -> set[int]:
     """Says that the runner lives; returns the runs that are still its own."""
     self._change('UPDATE runners SET heartbeat = ? WHERE name = ?',
-                     (_now(now), runner))
+                     (_now(), runner))
     rows = self._rows(
         'SELECT id FROM runs WHERE runner = ?', (runner,))
     return {row[0] for row in rows}
 
-  def recover(self, now: float | None = None) -> list[str]:
+  def recover(self) -> list[str]:
     """Frees what dead runners hold; returns 'point, seed S' of each run."""
     rows = self._rows(
         "SELECT name, host, pid, born, heartbeat FROM runners WHERE name IN "
@@ -250,25 +243,25 @@ class Ledger:
     for name, host, pid, born, heartbeat in rows:
       if not isinstance(heartbeat, int | float):
         raise self._damaged(f'the heartbeat of a runner is {heartbeat!r}')
-      if _alive(host, pid, born, _now(now) - heartbeat):
+      if _alive(host, pid, born, _now() - heartbeat):
         continue
       freed += self._rows(
           "UPDATE runs SET state = ?, runner = '' WHERE runner = ? "
           'AND state = ? RETURNING point, seed', (PENDING, name, RUNNING))
     return [f'{point}, seed {seed}' for point, seed in freed]
 
-  def doubtful(self, now: float | None = None) -> list[str]:
+  def doubtful(self) -> list[str]:
     """Returns 'point, seed S' of the runs that runners of other hosts hold
     which have missed three heartbeats: alive or dead, nobody knows yet."""
     rows = self._rows(
         'SELECT point, seed FROM runs JOIN runners ON runner = name '
         'WHERE host != ? AND heartbeat <= ? ORDER BY runs.id',
-        (_host(), _now(now) - SILENT_SECONDS))
+        (_host(), _now() - SILENT_SECONDS))
     return [f'{point}, seed {seed}' for point, seed in rows]
 
 
-def _now(now: float | None) -> float:
-  return time.time() if now is None else now
+def _now() -> float:
+  return time.time()
 
 
 def _alive(host: str, pid: int, born: str, silence: float) -> bool:

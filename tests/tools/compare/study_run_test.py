@@ -503,6 +503,8 @@ def _start(file, workdir):
       env=os.environ | {'XLA_FLAGS': ''})
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_an_a_a_study_goes_through_all_phases(tmp_path):
   """The variant is the base with other first parameters. Q lets it pass, so
   that there is something to confirm."""

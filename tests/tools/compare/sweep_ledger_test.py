@@ -19,20 +19,30 @@ def book(tmp_path):
     yield opened
 
 
-def test_a_run_goes_through_its_states(book):
+@pytest.fixture
+def at(monkeypatch):
+  """A function that sets the clock."""
+  return lambda now: monkeypatch.setattr(ledger, '_now', lambda: now)
+
+
+def test_a_run_goes_through_its_states(book, at):
   book.add(ROWS)
   book.add(ROWS)  # again: the same rows
   assert [(r.point, r.seed) for r in book.runs()] == [
       ('a', 0), ('b', 0), ('a', 1)]
   me = book.register()
   first = next(r.id for r in book.runs() if r.point == 'b')
-  assert book.claim([first], me, now=10) == [first]
+  at(10)
+  assert book.claim([first], me) == [first]
   assert book.claim([first], me) == []  # it is taken
-  assert book.settle(first, me, ledger.PENDING, now=13)
+  at(13)
+  assert book.settle(first, me, ledger.PENDING)
   assert not book.settle(first, me, ledger.DONE)  # no claim of ours any more
-  assert book.claim([first], me, now=20) == [first]
+  at(20)
+  assert book.claim([first], me) == [first]
   assert book.runs(ledger.RUNNING)[0].attempts == 2
-  assert book.settle(first, me, ledger.DONE, now=21)
+  at(21)
+  assert book.settle(first, me, ledger.DONE)
   assert book.runs(ledger.DONE)[0].seconds == 4
 
 
@@ -71,15 +81,19 @@ def test_two_processes_never_share_a_run(book, tmp_path):
   assert len(book.runs('pending')) == 200
 
 
-def test_a_silent_runner_of_another_host_is_dead(book, monkeypatch):
+def test_a_silent_runner_of_another_host_is_dead(book, at, monkeypatch):
   book.add(ROWS)
-  monkeypatch.setattr(ledger, '_host', lambda: 'elsewhere')
-  other = book.register(now=1000)
-  book.claim([1, 2], other)
-  monkeypatch.undo()
-  assert book.recover(now=1000 + ledger.STALE_SECONDS - 1) == []
-  assert book.beat(other, now=2000) == {1, 2}
-  assert book.recover(now=2000 + ledger.STALE_SECONDS - 1) == []
-  assert book.recover(now=2001 + ledger.STALE_SECONDS) == [
-      'a, seed 0', 'a, seed 1']
+  at(1000)
+  with monkeypatch.context() as elsewhere:
+    elsewhere.setattr(ledger, '_host', lambda: 'elsewhere')
+    other = book.register()
+    book.claim([1, 2], other)
+  at(1000 + ledger.STALE_SECONDS - 1)
+  assert book.recover() == []
+  at(2000)
+  assert book.beat(other) == {1, 2}
+  at(2000 + ledger.STALE_SECONDS - 1)
+  assert book.recover() == []
+  at(2001 + ledger.STALE_SECONDS)
+  assert book.recover() == ['a, seed 0', 'a, seed 1']
   assert book.beat(other) == set()  # and the runner finds out

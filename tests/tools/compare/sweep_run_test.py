@@ -206,7 +206,8 @@ def test_a_runner_waits_for_another_that_may_be_dead(
   with ledger.Ledger(workdir) as book, monkeypatch.context() as elsewhere:
     elsewhere.setattr(ledger, '_host', lambda: 'elsewhere')
     book.add([('rms', 0, ())])
-    other = book.register(now=time.time() - 1000)
+    elsewhere.setattr(ledger, '_now', lambda: time.time() - 1000)
+    other = book.register()
     book.claim([1], other)
   say = local._say
 
