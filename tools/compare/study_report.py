@@ -3,9 +3,7 @@ Markdown, LaTeX tables, CSV and the figures.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-import csv
 import datetime
-import io
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -317,32 +315,28 @@ def methods(study: Study) -> list[str]:
 
 
 # What a paper says of a run; the rest of the config is in its own table.
-_GROUPS = {'model.': 'Model', 'data.': 'Data', 'train.': 'Training',
-           'optim.': 'Optimiser', 'eval.': 'Evaluation', '': 'Also'}
+_GROUPS = {'model': 'Model', 'data': 'Data', 'train': 'Training',
+           'optim': 'Optimiser', 'eval': 'Evaluation'}
 
 
 def _fields_of_base(study: Study) -> dict[str, dict[str, Any]]:
   """Returns what the base reads on text at the smallest size, by _GROUPS, with
   what the model derives filled in; not what its parts do not read, nor what is
   empty."""
-  from architectures.parts import tables as parts
-  from training import runs
+  from training import limits, runs
   plan = study.plan
   point = study.frozen.point(plan.base, plan.sizes[0], plans.TEXT)
   own = spec.changed(run_config.from_json(study.frozen.base_config),
                      point['changes'], f'the base {plan.base!r}')
-  model = runs.resolve_alone(own)
-  derived = run_config.flatten_dict({'model': parts.as_dict(model)})
-  unread = {f'model.{name}' for name in parts.unread(model)}
-  groups: dict[str, dict[str, Any]] = {word: {} for word in _GROUPS.values()}
-  for name, x in (run_config.flatten(own) | {
-      'model.vocab_size': point['vocab']}).items():
-    x = derived.get(name, x) if name != 'model.vocab_size' else x
-    prefix = next(p for p in _GROUPS if name.startswith(p))
-    if not (name.startswith(ASIDE) or name in unread or x in (
-        '', [], (), None)):
-      groups[_GROUPS[prefix]][name.removeprefix(prefix)] = x
-  return {word: fields for word, fields in groups.items() if fields}
+  read = run_config.flatten_dict(limits.as_read(
+      own, runs.resolve_alone(own), resolved=True))
+  groups: dict[str, dict[str, Any]] = {}
+  for name, x in (read | {'model.vocab_size': point['vocab']}).items():
+    group, _, rest = name.partition('.')
+    word, rest = (_GROUPS[group], rest) if group in _GROUPS else ('Also', name)
+    if not (name.startswith(ASIDE) or x in ('', [], (), None)):
+      groups.setdefault(word, {})[rest] = x
+  return groups
 
 
 def value(x: Any) -> str:
@@ -691,7 +685,7 @@ RUNS = ('phase', 'variant', 'size', 'workload', 'seed', 'measure', 'value',
 
 def estimates(study: Study) -> str:
   """Returns a line for each effect, speed-up and trend."""
-  return _sheet(ESTIMATES, _estimates(study))
+  return tables.sheet(ESTIMATES, _estimates(study))
 
 
 def _estimates(study: Study) -> Iterator[dict[str, Any]]:
@@ -718,16 +712,8 @@ def _estimates(study: Study) -> Iterator[dict[str, Any]]:
 
 def sheet_of_runs(study: Study) -> str:
   """Returns a line for each measure of each run."""
-  return _sheet(RUNS, (
+  return tables.sheet(RUNS, (
       {name: getattr(run, name) for name in RUNS if hasattr(run, name)}
       | dict(measure=measure, value=value,
              changes=json.dumps(run.changes, sort_keys=True))
       for run in study.outcomes for measure, value in run.values.items()))
-
-
-def _sheet(columns, rows) -> str:
-  text = io.StringIO()
-  writer = csv.DictWriter(text, columns, lineterminator='\n')
-  writer.writeheader()
-  writer.writerows(rows)
-  return text.getvalue()

@@ -8,7 +8,6 @@ failed or is not done is listed.
 """
 
 from collections.abc import Mapping, Sequence
-import csv
 import dataclasses
 import json
 import math
@@ -668,10 +667,7 @@ def write(sweep: Sweep, workdir) -> list[pathlib.Path]:
   html, outcome, losses = (pathlib.Path(workdir) / name for name in FILES)
   html.write_text(page.html(document(sweep)))
   for path, records in ((outcome, _records(sweep)), (losses, _losses(sweep))):
-    with path.open('w', newline='') as file:
-      writer = csv.DictWriter(file, list(records[0]))
-      writer.writeheader()
-      writer.writerows(records)
+    path.write_text(tables.sheet(records[0], records))
   return [html, outcome, losses]
 
 

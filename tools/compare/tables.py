@@ -5,12 +5,15 @@ templates/columns.toml, and how a table is written as HTML, Markdown or LaTeX in
 page.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+import csv
 import dataclasses
 import functools
+import io
 import math
 import pathlib
 import tomllib
+from typing import Any
 
 import numpy as np
 
@@ -152,6 +155,15 @@ def mean(values: Sequence[float]) -> Cell:
   elif len(values) > 2:
     spread = f' ± {np.std(values, ddof=1):.4f}'
   return Cell(f'{middle:.4f}{spread}', middle)
+
+
+def sheet(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
+  """Returns rows as CSV."""
+  file = io.StringIO()
+  writer = csv.DictWriter(file, columns, lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  return file.getvalue()
 
 
 def some(n: int, one: str) -> str:
