@@ -53,7 +53,7 @@ def _check(words):
     file, _, size = word.removeprefix('--config=').partition(':')
     if re.fullmatch(r'configs/\w+\.py', file) and not PLACEHOLDER.search(size):
       module = importlib.import_module(f'configs.{pathlib.Path(file).stem}')
-      config = module.get_config(size)
+      config = module.get_config(*filter(None, [size]))
   for word in words:
     if word.startswith('--config.'):
       field = word.removeprefix('--config.').partition('=')[0]

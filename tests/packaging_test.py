@@ -17,7 +17,8 @@ DISTRIBUTION = {
     'PIL': 'pillow', 'absl': 'absl-py', 'orbax': 'orbax-checkpoint',
     'yaml': 'PyYAML', 'fsspec': 'gcsfs', 'griffe': 'griffelib',
     'array_record': 'array_record', 'ml_dtypes': 'jax', 'jaxlib': 'jax',
-    'huggingface_hub': 'transformers', 'sklearn': 'scikit-learn'}
+    'huggingface_hub': 'transformers', 'sklearn': 'scikit-learn',
+    'markupsafe': 'jinja2'}
 # Chosen by machine or by the release of jax or fsspec, or for developers alone,
 # so left to their ranges.
 UNPINNED_EXTRAS = {'tpu', 'cuda', 'cuda13', 'gcs', 'mutants'}

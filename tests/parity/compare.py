@@ -52,8 +52,9 @@ def worst(ours, theirs, inputs) -> float:
 def model_of(recording: Recording, rope: dict | None = None):
   """Returns (module, params) of a recording; `rope` changes model.rope."""
   config = hf_config.read(recording.config)
-  config = dataclasses.replace(
-      config, rope=dataclasses.replace(config.rope, **rope or {}))
+  if rope:
+    config = dataclasses.replace(
+        config, rope=dataclasses.replace(config.rope, **rope))
   module = architectures.build(config)
   return module, weights.read_params(module, recording.weights).params
 

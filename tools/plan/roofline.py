@@ -100,7 +100,9 @@ def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
 def experts(run: runs.Run, tokens: int) -> tuple[int, int]:
   """Returns of how many experts of a layer a device reads the weights for so
   many tokens of all devices, and how many it has: in even load, as many as
-  tokens choose them, if that is fewer."""
+  tokens choose them, if that is fewer. Without experts: one of one."""
+  if not run.model.has_experts:
+    return 1, 1
   m, shape, rules = run.model.moe, run.mesh.shape, run.config.mesh.rules
   held = m.num_experts // devices.shards('experts', shape, rules)
   return min(held, expert_rows(run, tokens)), held
@@ -108,6 +110,8 @@ def experts(run: runs.Run, tokens: int) -> tuple[int, int]:
 
 def expert_rows(run: runs.Run, tokens: float) -> int:
   """Returns the rows that a device has of so many tokens of all devices for the
-  experts of a layer, in even load."""
+  experts of a layer, in even load; 0: it has none."""
+  if not run.model.has_experts:
+    return 0
   return math.ceil(tokens * run.model.moe.top_k / devices.shards(
       'tokens', run.mesh.shape, run.config.mesh.rules))

@@ -181,19 +181,6 @@ def test_neither_weights_nor_sums_of_scores_are_kept_twice(monkeypatch):
 
 
 @tpu
-@pytest.mark.usefixtures('quickly')
-def test_pieces_whose_features_have_decays_compile():
-  """libtpu aborts on some ways to cut a row into pieces."""
-  config = llama.get_config('2-7b')
-  config.model.update(num_layers=1, d_model=512, num_heads=4, num_kv_heads=4,
-                      d_ff=1024, mixer='kda')
-  config.data.update(length=2048, batch_size=16)
-  topology = chips.parse('v5p:2x2x1')
-  assert compiled(run_on(topology, 'fsdp=4', config), topology
-                  ).memory_analysis().peak_memory_in_bytes
-
-
-@tpu
 def test_what_does_not_fit_is_refused_by_the_compiler():
   topology = chips.parse('v5e:2x2')
   config = gpt.get_config()

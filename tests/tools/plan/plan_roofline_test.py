@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from tests.tools.plan.plan_test import run_on_cpu, small
-from tools.plan import analyse, chips, compile as compiling
-from tools.plan import report, roofline, search
+from tools.plan import analyse, chips
+from tools.plan import roofline, search
 from training import paths
 from training.costs import memory
 
@@ -69,53 +69,3 @@ def test_a_precision_without_a_published_peak_is_refused():
     assert roofline.peak_flops(t, 'bfloat16') == 459e12
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('mesh, held', [('ep', 16)])
-def test_a_token_reads_no_more_experts_than_its_rows_choose(mesh, held):
-  """Each device has a row, whose token goes to two."""
-  def of_a_token(experts):
-    config = small(mixtral.get_config())
-    config.model.moe.update(num_experts=experts, top_k=2)
-    config.model.max_len = config.data.length = 96
-    config.data.batch_size = 8
-    run, t = run_on_cpu(config, mesh), chips.parse('v5p:2x2x2')
-    what = compiling.program(run, 'decode')
-    with run.context():
-      jaxpr = jax.make_jaxpr(what.function)(*what.args)
-    twice, once = (analyse.work(run, t, what._replace(passes=n), jaxpr).nbytes
-                   for n in (2, 1))
-    return run, (twice - once) / 8
-  (run, many), (_, few) = map(of_a_token, (64, 16))
-  # 48 experts more are as many columns of the router, of 2 layers, and scores.
-  assert 0 < many - few <= 2 * 48 * (32 + 8) * 4
-  read = 2
-  assert roofline.experts(run, 8) == (read, held)
-  assert roofline.experts(run, 8 * 95) == (held, held)
-  told = dict(flops=dict.fromkeys((
-      'per_device', 'model_per_device', 'ratio', 'weights_per_device',
-      'attention_per_device', 'loops_counted_once', 'all_groups_per_device'),
-                                  0), collectives=[],
-              experts=dict(read=read, held=held), roofline=dict(
-                  seconds={}, unknown=[], bound='hbm', highest_mfu=0.0))
-  text = '\n'.join(report._performance(told, ''))
-  assert (f'to {read} of the {held} experts' in text) == (read < held)
-
-
-@pytest.mark.slow
-def test_a_plan_counts_what_a_prefix_sees():
-  config = small(gpt.get_config())
-  config.model.max_len = config.data.length = 96
-  causal = run_on_cpu(config.copy_and_resolve_references(), 'dp')
-  config.objective = 'prefix'
-  run = run_on_cpu(config, 'dp')
-  both = lambda name: [analyse.model_flops(x, name)['attention']
-                       for x in (run, causal)]
-  ours, theirs = both('decode')
-  # Of the pairs of 32 tokens, each costs 2 layers' scores and values.
-  assert ours - theirs == 16 * 2 * 4 * 32 * (32 * 31 // 2)
-  ours, theirs = both('train')
-  assert ours > 1.1 * theirs
-  programs = [compiling.program(x, 'prefill') for x in (run, causal)]
-  with run.context():  # each with the mask of its own
-    assert len({str(jax.make_jaxpr(x.function)(*x.args))
-                for x in programs}) == 2

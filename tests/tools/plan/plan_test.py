@@ -4,9 +4,8 @@ compiler."""
 import json
 import re
 
-from configs import bert, gpt, mixtral
+from configs import gpt, mixtral
 from configs import sharding as tables
-from configs.errors import RequestError
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -245,18 +244,6 @@ def test_a_generation_needs_the_head_for_tokens_that_are_drawn(name, drawn):
   layer, head = 4 * 32 * 32 + 2 * 32 * 64, 32 * run.model.vocab_size
   assert analyse.model_flops(run, name)['weights'] == 2 * 16 * (
       95 * 2 * layer + drawn * head)
-
-
-@pytest.mark.parametrize('architecture, name, told', [
-    (gpt, 'decod', "unknown program in --programs 'decod'.*'decode'"),
-    (gpt, 'decode', 'data.length is 32: decode needs more than 64'),
-    (bert, 'prefill', "for decoders, and model.arch is 'bert'")])
-def test_programs_are_checked_before_one_is_compiled(
-    architecture, name, told, monkeypatch):
-  monkeypatch.setattr(analyse, 'analyse', lambda *_: pytest.fail('compiled'))
-  run = run_on_cpu(small(architecture.get_config()), 'dp')
-  with pytest.raises(RequestError, match=told):
-    analyse.programs(run, None, ['train', name])
 
 
 @pytest.mark.parametrize('words, told', [
