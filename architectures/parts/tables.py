@@ -210,17 +210,20 @@ def _any(names: list[str]) -> str:
   return f'{", ".join(others)} or {last}' if others else last
 
 
+def reads(c: ModelConfig, name: str) -> bool:
+  """Whether any layer reads a field of the model, or what is beside them."""
+  for kind in c.kinds_used:
+    if name not in _overridden(c, kind) and is_read(c.of_kind(kind), name):
+      return True
+  beside = positions.of(c).embed or positions.of(c).stack_bias
+  return bool(beside) and is_read(c, name)
+
+
 def unread(c: ModelConfig) -> dict[str, str]:
   """Returns the fields that no layer reads, and those of a kind of layer that
   its own layers do not, with when they are read."""
-  layers = [(c.of_kind(name), _overridden(c, name)) for name in c.kinds_used]
-  if positions.of(c).embed or positions.of(c).stack_bias:
-    layers.append((c, set()))  # read beside the layers
-  found = {}
-  for name in FIELDS:
-    if not any(name not in own and is_read(layer, name)
-               for layer, own in layers):
-      found[name] = where(name) or 'a kind of model.kinds does not set it'
+  found = {name: where(name) or 'a kind of model.kinds does not set it'
+           for name in FIELDS if not reads(c, name)}
   for kind, fields in c.kinds.items():
     layer = c.of_kind(kind)
     for field in flat(fields):

@@ -28,10 +28,6 @@ KEPT = frozenset(
     name for name, leaf in tables.FIELDS.items()
     if leaf.rule.about in (declared.SIZE, declared.RUN))
 LAYERS = 'prefix', 'pattern', 'suffix'  # which name the kinds of the layers
-# Numbers by which one system differs from another.
-NUMBERS = ('attention_softcap', 'attention_scale', 'embed_scale',
-           'logits_scale', 'logits_softcap', 'learned.offset', 'rope.fraction',
-           'moe.top_k', 'moe.shared_experts')
 
 
 class Difference(NamedTuple):
@@ -115,20 +111,22 @@ def _sizes(arch: str) -> Mapping[str, Mapping[str, Any]]:
 
 
 @functools.cache
-def _parts() -> tuple[str, ...]:
-  """Returns the dotted names of the fields that make a system, in the order of
-  config.model, but for those of kinds of layer: what is chosen, and NUMBERS."""
-  return tuple(
-      field for field, value in run_config.flatten_dict(
-          _without_kinds(tables.defaults())).items()
-      if field in (*LAYERS, *NUMBERS)
-      or isinstance(value, bool | str) and field not in KEPT | {'arch'})
+def _parts(arch: str) -> tuple[str, ...]:
+  """Returns the dotted names of the fields that tell a system, but for those of
+  kinds of layer: what its page names, every other choice or switch of a part,
+  and the factors and bounds of scores and logits."""
+  named = tables.flat(architectures.system(arch).PARTS)
+  tells = lambda name, leaf: name in named or (
+      leaf.rule.about == declared.PART and name != 'arch' and (
+          leaf.type in (str, bool) or name.endswith(('_scale', '_softcap'))))
+  return tuple(name for name, leaf in tables.FIELDS.items()
+               if tells(name, leaf))
 
 
 def _with_parts(model: ModelConfig, system: Mapping[str, Any]) -> ModelConfig:
   """Returns the model with the parts of a system, and sizes of its own."""
   fields = tables.as_dict(model)
-  for field in _parts():
+  for field in _parts(model.arch):
     group, _, name = field.rpartition('.')
     at, there = ((fields.setdefault(group, {}), system[group]) if group else
                  (fields, system))
@@ -137,11 +135,10 @@ def _with_parts(model: ModelConfig, system: Mapping[str, Any]) -> ModelConfig:
 
 
 def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
-  silent = tables.unread(model).keys() | tables.unread(system).keys()
-  found = [Difference(field, *both) for field in _parts()
-           if field not in silent
+  found = [Difference(field, *both) for field in _parts(model.arch)
            for both in [(tables.get(model, field), tables.get(system, field))]
-           if both[0] != both[1]]
+           if both[0] != both[1] and tables.reads(model, field)
+           and tables.reads(system, field)]
   if any(row.field in LAYERS for row in found):
     return found  # so their kinds of layer are not the same ones
   for kind in filter(None, model.kinds_used):
