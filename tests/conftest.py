@@ -47,9 +47,8 @@ os.environ.setdefault('ARCHETYPE_CACHE', str(_CACHE / 'archetype'))
 
 @pytest.fixture(scope='module', autouse=True)
 def _without_old_garbage():
-  """Keeps what exists before a file's tests out of garbage collections. With
-  all that was imported, each would take as long as a test, and statsmodels runs
-  one in each correction of p-values."""
+  """Keeps what exists before a file's tests out of garbage collections, which
+  with all that was imported would take as long as a test."""
   gc.collect()
   gc.freeze()
 
