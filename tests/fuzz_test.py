@@ -254,6 +254,6 @@ def test_ledgers_and_runs(sweep, tmp_path_factory, data):
 
   runs_or_refuses(look)
   if run.joinpath('config.json').exists():
-    runs_or_refuses(lambda: runs.with_new_fields(run_config.load_config(run)))
+    runs_or_refuses(lambda: runs.config_of(run))
   if run.joinpath('metrics.jsonl').is_file():
     runs_or_refuses(lambda: metrics.JsonlWriter(run, 100).close())

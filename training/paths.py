@@ -19,8 +19,7 @@ from configs.kinds import SECTIONS
 
 def join(key_path: Any) -> str:
   """Returns a jax key path as its '/'-joined string."""
-  return '/'.join(str(getattr(key, 'key', getattr(
-      key, 'name', getattr(key, 'idx', key)))) for key in key_path)
+  return jax.tree_util.keystr(key_path, simple=True, separator='/')
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from architectures.parts.recurrent import recurrence
 from configs import sharding as tables
 from tests.helpers import models, recurrences
 from tests.helpers.recurrences import applied, each, empty
-from training import generate, paths, runs
+from training import generate, paths, preflight
 from training.costs import flops, totals
 from training.distributed import devices
 from training.step import abstract_params, parameter_roles
@@ -270,8 +270,8 @@ def test_what_a_run_of_it_cannot_be_is_refused(mixer):
   with pytest.raises(ValueError, match=f'not divide model.{mixer}.*heads'):
     devices.check_mesh(module.config, 8, 1, shape | dict(tensor=8))
   with pytest.raises(ValueError, match='read a row in one direction'):
-    runs._check_objective('prefix', module)
-  runs._check_objective('causal', module)
+    preflight._check_objective('prefix', module)
+  preflight._check_objective('causal', module)
   with pytest.raises(ValueError, match='no attention weights to show'):
     jax.eval_shape(lambda key: module.init(
         key, models.tokens(), keep_attention=True), jax.random.key(0))
