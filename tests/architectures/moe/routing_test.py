@@ -141,6 +141,16 @@ def test_uniform_is_in_perfect_balance():
 
 
 @pytest.mark.parametrize('router', list(routing.ROUTERS))
+def test_beliefs_and_full_gates_are_shares(router):
+  """Of each token: they add up to 1, where experts do not choose."""
+  _, r = route(router, inputs(), **(
+      dict(normalize_gates=True) if router != 'switch' else {}))
+  np.testing.assert_allclose(np.array(r.probs_TE).sum(1), 1, rtol=1e-5)
+  if router not in ('switch', 'expert_choice'):
+    np.testing.assert_allclose(gates(r).sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize('router', list(routing.ROUTERS))
 def test_padding_takes_no_expert(router):
   valid_T = jnp.arange(T) % 3 != 0
   _, r = route(router, inputs(valid_T=valid_T, train=True))
