@@ -104,8 +104,9 @@ SHAPE = (4, 6, 64, 96)
 
 
 def dropped(rate, key=0, shape=SHAPE):
-  return np.asarray(
-      dropout.drop(jnp.ones(shape), rate, jax.random.key(key))) == 0
+  y = np.asarray(dropout.drop(jnp.ones(shape), rate, jax.random.key(key)))
+  np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - rate)], rtol=1e-6)
+  return y == 0
 
 
 @pytest.mark.parametrize('rate', [0.1, 0.5, 1e-3])

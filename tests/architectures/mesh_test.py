@@ -14,7 +14,8 @@ MODELS = {
         qk_norm_over='projection', value_residual=True, value_embedding=True,
         kinds=dict(own={}, reads=dict(kv_sharing=True)))),
     'latent': ('deepseek_v3', dict(mtp_depth=1)),
-    'deltanet': ('qwen3_next', {}),
+    'deltanet': ('llama', dict(mixer='deltanet', deltanet=dict(
+        key_heads=2, value_heads=4, key_dim=8, value_dim=8))),
     'mamba2': ('mamba2', {}),
     'streams': ('llama', dict(residual='mhc')),
 }
