@@ -95,7 +95,8 @@ def test_several_devices_answer_as_one():
 @pytest.mark.parametrize('shards', [1, 3])
 def test_few_shapes_are_compiled_whatever_the_lengths(shards):
   questions = _questions(count=900, most=200)
-  questions += [Question(np.append(q.tokens[:-1], 7), 1) for q in questions]
+  questions += [Question(np.append(q.tokens[:-1], np.int32(7)), 1)
+                for q in questions]
   found = list(scoring.batches(questions, 200, shards))
   assert sorted(i for _, parts in found for part in parts for row in part
                 for i in row) == list(range(len(questions)))
