@@ -51,7 +51,8 @@ def _check(words):
   config = base.base()
   for word in words:
     file, _, size = word.removeprefix('--config=').partition(':')
-    if re.fullmatch(r'configs/\w+\.py', file) and not PLACEHOLDER.search(size):
+    if re.fullmatch(r'configs/[a-z]\w*\.py', file) and (
+        not PLACEHOLDER.search(size)):
       module = importlib.import_module(f'configs.{pathlib.Path(file).stem}')
       config = module.get_config(*filter(None, [size]))
   for word in words:

@@ -6,7 +6,8 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).parents[1]
-# From the lowest room to the highest: each imports only those before it.
+# From the lowest room to the highest: each imports only those before it, but
+# that the defaults of configs are declared beside the parts that read them.
 ROOMS = ('configs', 'architectures/parts', 'architectures', 'training', 'tools',
          'benchmarks')
 MODULES = {
@@ -42,7 +43,8 @@ def test_imports_run_one_way():
   wrong = [
       f'{name} imports {module}' for name, path in MODULES.items()
       if _room(name) for module in _imports(path)
-      if _room(module) not in ROOMS[:ROOMS.index(_room(name)) + 1]]
+      if _room(module) not in (*ROOMS[:ROOMS.index(_room(name)) + 1],
+                               'architectures/parts')]
   assert not wrong, '\n'.join(wrong)
 
 
