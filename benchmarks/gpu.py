@@ -44,7 +44,7 @@ CASES = {
     'llama': ('llama:2-7b', {}, 4096, 4),
     'mixtral': ('mixtral:8x7b', dict(max_len=4096), 4096, 4)}
 TOY = dict(d_model=32, num_layers=2, num_heads=2, num_kv_heads=0, d_ff=64,
-           vocab_size=64, max_len=256)
+           vocab_size=384, max_len=256)
 # Ways to multiply the rows of experts: fields of model.moe, and options of
 # XLA's compiler.
 EXPERTS = {

@@ -2,13 +2,16 @@
 
 The model is described by the config.json that an export of it would have, which
 names the class of transformers too. So every system that transformers has can
-be compared. The batch is what the run's objective makes of random tokens, with
+be compared. The batch is what the run's objective makes of random letters, with
 the arrays, shapes and masks of training. Nothing here imports PyTorch.
 """
 
 import importlib.util
-import types
+import os
+import pathlib
+import tempfile
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -18,7 +21,7 @@ from configs.errors import require
 from training import objectives
 from training import runs
 from training.costs import totals
-from training.data import packing, pipeline, tokenizers
+from training.data import packing, pipeline, sources, tokenizers
 from training.hf import config as hf_config
 from training.objectives.record import Config
 
@@ -109,10 +112,6 @@ def arguments(made: dict[str, np.ndarray], causal: bool
   return found | dict(labels=labels)
 
 
-# Views of plain text, which may be made up. Conversations and labels are not.
-PLAIN = (packing.Windows, packing.Stretches, packing.Pairs)
-
-
 def tokenizer(config: Config) -> tokenizers.Tokenizer:
   """Returns one of as many ids as the model has, or, for data that are not made
   up, the run's own."""
@@ -131,26 +130,18 @@ def batch(config: Config, ids: tokenizers.Tokenizer) -> dict[str, np.ndarray]:
   """
   if not _is_plain(config):
     return pipeline.training_loader(config, ids).batch(0)
-  objective = objectives.of(config)
-  view = objective.view(_random(config, ids))
-  return objective.batch(
-      [(view[i], np.random.default_rng([0, i]))
-       for i in range(config.data.batch_size)], config, ids)
+  config = config.copy_and_resolve_references()
+  size = 2 * config.data.batch_size * max(
+      config.data.length, config.data.target_length)
+  letters = np.random.default_rng(0).integers(ord('a'), ord('z'), (2, size))
+  with tempfile.TemporaryDirectory() as folder, mock.patch.dict(
+      os.environ, ARCHETYPE_CACHE=folder):
+    for i, row in enumerate(letters.astype(np.uint8)):
+      pathlib.Path(folder, f'{i}.txt').write_bytes(row.tobytes())
+    config.data.update(source=f'text:{folder}/*.txt', eval_source='',
+                       holdout_every=0)
+    return pipeline.training_loader(config, ids).batch(0)
 
 
 def _is_plain(config: Config) -> bool:
-  return issubclass(objectives.of(config).view, PLAIN)
-
-
-def _random(config: Config, ids: tokenizers.Tokenizer) -> packing.Corpus:
-  """Returns two documents, each of which has all rows of a batch."""
-  data = config.data
-  size = 2 * data.batch_size * max(data.length, data.target_length)
-  bounds = np.array([0, size, 2 * size])
-  text = types.SimpleNamespace(
-      tokens=np.random.default_rng(0).integers(
-          0, ids.vocab_size, 2 * size, dtype=np.int32),
-      parts=bounds, documents=np.arange(3), kinds=np.zeros(2, np.uint8),
-      num_bytes=np.diff(bounds))
-  return packing.Corpus('random', 'random tokens', text, np.arange(2), 'train',
-                        ids, config)
+  return sources.TEXT in packing.reads(objectives.of(config))
