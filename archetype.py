@@ -409,7 +409,7 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
       for field in value:
         config_files.check_field(f'config.model.{name}', field, _names(group))
       if name == 'lora' and group.alpha == group.rank:
-        value = {'alpha': 0} | value
+        value = {'alpha': 0, **value}
       value = dataclasses.replace(group, **value)
     changes[name] = value
   if 'num_layers' in changes and (

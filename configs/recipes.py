@@ -10,7 +10,7 @@ from configs import base
 from configs.errors import one_of
 
 
-def begin(size: str, sizes: Mapping[str, Mapping[str, Any]], **parts: Any
+def begin(size: str, sizes: Mapping[str, Any], **parts: Any
           ) -> ml_collections.ConfigDict:
   """Returns the config of a system before its training is set.
 

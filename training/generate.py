@@ -404,6 +404,7 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
       source_lengths_B=source_lengths_B, prefix_B=prefix_B)
   last_B1D = jnp.take_along_axis(
       output.hidden, (lengths_B - 1)[:, None, None], axis=1)
+  assert output.head is not None
   logits_BV = output.head.logits(last_B1D)[:, 0]
   stops = stops_of(stop_token)
   choose = functools.partial(_choose, beams, stops)
@@ -429,6 +430,7 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
     output = advance(params, token_BK.reshape(B * K, 1),
                      (places_B + t - 1)[:, None], fixed, cache=cache,
                      one_by_one=apart)
+    assert output.head is not None
     logits = output.head.logits(output.hidden)[:, 0].reshape(B, K, -1)
     state, parent_BK = choose(state, logits, t)
     rows = (parent_BK + K * jnp.arange(B)[:, None]).reshape(-1)
@@ -512,7 +514,8 @@ def _reorder(cache: Any, rows: jax.Array, axis: int) -> Any:
       return take(entry)
     key, value, inputs = jax.tree.map(
         take, (entry.key_BMJK, entry.value_BMJK, entry.inputs))
-    return entry.replace(key_BMJK=key, value_BMJK=value, inputs=inputs)
+    return dataclasses.replace(
+        entry, key_BMJK=key, value_BMJK=value, inputs=inputs)
   return jax.tree.map(of, cache, is_leaf=lambda x: isinstance(x, Cache))
 
 

@@ -118,7 +118,9 @@ def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
     name, of_kind = f'model.{inner}', inner.startswith('kinds.')
     if name not in names and not (of_kind and 'model.kinds' in names):
       continue
-    default = tables.find(inner).default
+    leaf = tables.find(inner)
+    assert leaf is not None, inner
+    default = leaf.default
     require(not of_kind and get(config, name) == default,
             f'{name} is {get(config, name)}, which this model does not read: '
             f'it is read where {where}. Leave it ' + (
