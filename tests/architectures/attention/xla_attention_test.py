@@ -131,7 +131,8 @@ def test_a_model_is_the_same_by_blocks(name, monkeypatch):
 VARIANTS = {
     'rope, grouped heads': ('llama', dict(num_kv_heads=2)),
     'relative, banded': ('gpt', dict(
-        position='relative', attention='banded,global', sliding_window=4)),
+        position='relative', pattern='near,all',
+        kinds={'near': dict(window=4), 'all': {}})),
     'experts': ('mixtral', {}),
 }
 
