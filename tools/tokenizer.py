@@ -135,7 +135,7 @@ def _texts(spec: str, every: int) -> Iterator[str]:
   def read() -> Iterator[str]:
     for source in parsed:
       taken = 0
-      for i, document in enumerate(holdout.cut(source, every).documents()):
+      for i, document in enumerate(sources.cut(source, every).documents()):
         if holdout.chosen(np.array([i]), every, 'train').any():
           taken += 1
           yield from ([document] if isinstance(document, str)

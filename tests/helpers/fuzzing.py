@@ -12,7 +12,7 @@ from architectures.parts import tables
 from configs.errors import EnvironmentFailure, RequestError
 
 # Of all tests together: `make fuzz` asks for more.
-CASES = int(os.environ.get('FUZZ_CASES', '100'))
+CASES = int(os.environ.get('FUZZ_CASES', '60'))
 
 # What stands where something else should.
 JUNK = st.sampled_from([

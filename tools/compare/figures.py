@@ -224,11 +224,10 @@ def _sweep_bars(sweep, rows, words: bool) -> list[list[Bar]]:
   look = looks(sweep.base.name,
                [p.name for p in sweep.points if p is not sweep.base])
   label = tables.shortened([row.point.name for row in rows], 40)
-  from tools.compare.sweep_report import WORDS
   found = []
   for row in rows:
     name, d = row.point.name, row.difference
-    word = WORDS[row.verdict] if d else 'the base'
+    word = tables.VERDICTS[row.verdict] if d else 'the base'
     found.append([Bar(
         label[name], d and d.mean, d and d.bar,
         {'better': BETTER, 'worse': WORSE}.get(row.verdict, NOISE),

@@ -275,3 +275,26 @@ def _environment(slot: int, parallel: int) -> dict[str, str]:
 
 def _say(text: str) -> None:
   print(text, flush=True)
+
+
+def enter(workdir, ledger) -> None:
+  """Frees what dead runners held, and marks as done what is so on disk and the
+  ledger has not seen: runs of a printed command, or of a ledger that was lost;
+  as failed, what was trained there by another config; and as pending, what was
+  done before a task of it was added."""
+  ledger.recover()
+  pending, done = map(ledger.runs, (ledger_lib.PENDING, ledger_lib.DONE))
+  # Read later than the ledger, it has all of these points.
+  description = layout.load_description(workdir)
+  for run in pending:
+    folder = layout.run_folder(workdir, run.point, run.seed)
+    config = layout.config(description, run.point, run.seed)
+    if layout.is_trained(folder, config.train):
+      error = layout.stranger(description, workdir, run.point, run.seed)
+      if error or layout.is_evaluated(folder, run.owes):
+        ledger.adopt(run.id, ledger_lib.PENDING, ledger_lib.FAILED if error
+                     else ledger_lib.DONE, error)
+  for run in done:
+    folder = layout.run_folder(workdir, run.point, run.seed)
+    if not layout.is_evaluated(folder, run.owes):
+      ledger.adopt(run.id, ledger_lib.DONE, ledger_lib.PENDING)

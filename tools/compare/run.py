@@ -51,7 +51,7 @@ def main(args) -> int:
             f'--launcher is {args.launcher}: leave it out')
   if is_study:
     from tools.compare import study
-    return study.run(args)
+    return study.run(args, submit)
   layout.try_folder(args.workdir)
   description = check.describe(args)
   if args.match:
@@ -65,7 +65,7 @@ def main(args) -> int:
     if args.retry:
       for run in ledger.runs(ledger_lib.FAILED):
         ledger.adopt(run.id, ledger_lib.FAILED, ledger_lib.PENDING)
-    enter(args.workdir, ledger)
+    local.enter(args.workdir, ledger)
     waiting = ledger.runs(ledger_lib.PENDING)
     if args.launcher == 'print':
       for run in waiting:
@@ -98,29 +98,6 @@ def submit(args, jobs: int, again: tuple[str, ...] = ()) -> None:
   print('each job of the array:', shlex.join(words))
   slurm.submit([words] * jobs, pathlib.Path(args.workdir) / 'slurm',
                args.slurm, 'compare')
-
-
-def enter(workdir, ledger) -> None:
-  """Frees what dead runners held, and marks as done what is so on disk and the
-  ledger has not seen: runs of a printed command, or of a ledger that was lost;
-  as failed, what was trained there by another config; and as pending, what was
-  done before a task of it was added."""
-  ledger.recover()
-  pending, done = map(ledger.runs, (ledger_lib.PENDING, ledger_lib.DONE))
-  # Read later than the ledger, it has all of these points.
-  description = layout.load_description(workdir)
-  for run in pending:
-    folder = layout.run_folder(workdir, run.point, run.seed)
-    config = layout.config(description, run.point, run.seed)
-    if layout.is_trained(folder, config.train):
-      error = layout.stranger(description, workdir, run.point, run.seed)
-      if error or layout.is_evaluated(folder, run.owes):
-        ledger.adopt(run.id, ledger_lib.PENDING, ledger_lib.FAILED if error
-                     else ledger_lib.DONE, error)
-  for run in done:
-    folder = layout.run_folder(workdir, run.point, run.seed)
-    if not layout.is_evaluated(folder, run.owes):
-      ledger.adopt(run.id, ledger_lib.DONE, ledger_lib.PENDING)
 
 
 def _summary(args, ledger) -> int:

@@ -1,6 +1,7 @@
 """A study as `check` and `run` go through it: the frozen plan, its phases, and
 what they cost."""
 
+from collections.abc import Callable
 import json
 import pathlib
 import time
@@ -38,18 +39,22 @@ def check(args) -> int:
   return 0
 
 
-def run(args) -> int:
-  """Freezes the plan of a study's file, and goes through its phases."""
+def run(args, submit: Callable[..., None]) -> int:
+  """Freezes the plan of a study's file, and goes through its phases.
+
+  Args:
+    args: of `run`, as its add_arguments defines them.
+    submit: (args, jobs, further words) submits runners to SLURM.
+  """
   one_of('--until', args.until, ('freeze', *plans.PHASES, REPORT))
   layout.try_folder(args.workdir, 'study.json')
   frozen = adopted(args.workdir, freeze.freeze(args.file),
                    args.amend)
   print(described(frozen), flush=True)
   if args.launcher == 'slurm':
-    from tools.compare import run as run_lib
     again = [f'--until={args.until}', *['--anyway'] * args.anyway,
              *['--retry'] * args.retry]
-    run_lib.submit(args, args.jobs or 1, again)
+    submit(args, args.jobs or 1, again)
     return 0
   if args.until == 'freeze':
     return 0

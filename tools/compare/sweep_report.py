@@ -25,9 +25,6 @@ from training import evals
 from training.evals.tasks.extrapolation import Text, loss_at
 
 FILES = ('report.html', 'report.csv', 'curves.csv')
-WORDS = {  # of a verdict
-    'better': 'better', 'worse': 'worse', 'noise': 'inside the noise',
-    'unknown': 'noise unknown', 'n/a': UNKNOWN}
 LR = 'optim.lr'
 # Of the experts' panel: name in metrics.jsonl, heading. Over a window of steps
 # where there is one: an expert is unused if no step of the window used it.
@@ -110,7 +107,7 @@ def outcome_table(sweep: Sweep, rows: Sequence[Outcome]) -> Table:
            'corrected p': Cell('base'), 'speed-up': Cell('1', 1.0)} if (
                point is base) else {
         'minus base': tables.difference(row.difference),
-        'verdict': Cell(WORDS[row.verdict], row.verdict, row.verdict),
+        'verdict': Cell(tables.VERDICTS[row.verdict], row.verdict, row.verdict),
         'corrected p': tables.p_value(row.p_holm), 'speed-up': _speed_up(row)}
     body.append({
         'variant': label(point.name),
@@ -256,7 +253,8 @@ def figures_of_tasks(run: Run) -> dict[str, float]:
   left out."""
   found = {}
   for row in run.rows:
-    if row['split'] == 'eval' and row['step'] == run.config['train.steps']:
+    if (run.config and row['split'] == 'eval'
+        and row['step'] == run.config['train.steps']):
       tasks = evals.listed(run.config['eval.tasks'])
       found |= {name: value for name, value in row.items()
                 if type(value) is float
@@ -361,7 +359,7 @@ def effects_table(sweep: Sweep) -> Table:
     rows.append({
         'change': label(_flag(key, pairs[0][0].changes[key])),
         'loss': tables.difference(x),
-        'verdict': Cell(WORDS[verdict], verdict, verdict),
+        'verdict': Cell(tables.VERDICTS[verdict], verdict, verdict),
         'from pair to pair': Cell(f'{min(means):+.4f} to {max(means):+.4f}',
                                   min(means)),
         'pairs': tables.count(len(means))})
@@ -725,7 +723,8 @@ def _records(sweep: Sweep) -> list[dict]:
         'difference': mean, 'low': low, 'high': high,
         'pairs': row.difference and row.difference.seeds,
         'p': row.p, 'p_holm': row.p_holm,
-        'verdict': 'base' if point is sweep.base else WORDS[row.verdict],
+        'verdict': ('base' if point is sweep.base
+                    else tables.VERDICTS[row.verdict]),
         'speed_up': fast, 'speed_up_low': least, 'speed_up_high': most,
         'fit_error': row.fit_error,
         'params': point.params, 'active_params': point.active_params,

@@ -21,6 +21,9 @@ from tools.compare.statistics import Interval
 
 TEMPLATES = pathlib.Path(__file__).parent / 'templates'
 UNKNOWN = 'n/a'
+VERDICTS = {
+    'better': 'better', 'worse': 'worse', 'noise': 'inside the noise',
+    'unknown': 'noise unknown', 'n/a': UNKNOWN}
 
 
 @dataclasses.dataclass(frozen=True)

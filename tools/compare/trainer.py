@@ -100,8 +100,7 @@ class Trainer:
   def work(self, path: pathlib.Path, description: dict, ledger) -> bool:
     """Trains what is pending; returns whether it was not told to stop."""
     from tools.compare import local
-    from tools.compare import run as run_lib
-    run_lib.enter(path, ledger)
+    local.enter(path, ledger)
     return local.Runner(description, path, ledger, self._parallel, self._group
                         ).run()
 

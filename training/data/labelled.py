@@ -42,6 +42,7 @@ from training.data import texts
 TEXTS = 'labelled texts'
 SENTENCES = 'sentences with a label for each word'
 QUESTIONS = 'questions on paragraphs'
+PROBE_ROWS = 'rows of a probe'
 PAIR = ('source', 'target')
 SUFFIXES = ('.tsv', '.csv', '.jsonl')
 COLUMNS = (0, -1)  # of a word and of its label, where a source names none

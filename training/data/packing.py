@@ -17,7 +17,7 @@ import numpy as np
 
 from configs.errors import RequestError, require
 from training.data import conversations, labelled, sources
-from training.data.tokens import Documents, Split
+from training.data.tokens import KINDS, Documents, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Conversations:
     """Refuses rows so short that all are cut off before the first answer."""
     documents, length = self._documents, corpus.config.data.length
     answers = np.append(np.flatnonzero(np.isin(
-        documents.kinds, [sources.KINDS.index(kind)
+        documents.kinds, [KINDS.index(kind)
                           for kind in conversations.ANSWERS])),
                         len(documents.kinds))
     answer = answers[np.searchsorted(answers, documents.first)]

@@ -342,7 +342,7 @@ def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   layout = conversations.layout(data.chat_template, tokenizer)
   for spec in filter(None, (data.source, data.eval_source)):
     for _, source in sources.parse(spec, layout):
-      source = holdout.cut(source, _holdout_every(data))
+      source = sources.cut(source, _holdout_every(data))
       if source.tokens:
         hashes[source.name] = source.content
       elif source.files:
@@ -383,7 +383,7 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
       yield weight, packing.Corpus(source.name, text, *of_split, records=[
           record for record, own in zip(records, chosen) if own])
     else:
-      source = holdout.cut(source, every, part)
+      source = sources.cut(source, every, part)
       found = _tokens(source, config, tokenizer, split, part)
       text = _words(source, every, split, part, found.documents, found.of)
       yield weight, packing.Corpus(source.name, text, *of_split, tokens=found)

@@ -6,9 +6,9 @@ takes the source's name and the text after the prefix, and list it in SOURCES,
 USAGE and HOLDS.
 
 A document is a string, or a list of parts, each (kind, string), with the
-kinds of KINDS: what a pair of sentences or a conversation is made of. A source
-of records (`Source.records`), such as texts with labels, has no documents, but
-what `as_document` makes of a record.
+kinds of tokens.KINDS: what a pair of sentences or a conversation is made of. A
+source of records (`Source.records`), such as texts with labels, has no
+documents, but what `as_document` makes of a record.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +30,6 @@ from training.data import conversations, labelled, texts
 
 Document = str | list[tuple[str, str]]
 # The kinds of parts; the tables of tokens keep their indices.
-KINDS = ('text', *labelled.PAIR, *conversations.KINDS)
-PROBE_ROWS = 'rows of a probe'  # what such a source holds
 
 _WEIGHTED = re.compile(r'\s*(?:([0-9.eE+-]+)\*)?(.*\S)\s*')
 
@@ -89,6 +87,36 @@ class Source:
     return hashlib.blake2b(
         json.dumps([self.reader, self.content, digests]).encode(),
         digest_size=16).hexdigest()
+
+
+def cut(source: Source, every: int | None, part: str = ''
+        ) -> Source:
+  """Returns a source that is a single file of text as two documents: its last
+  1/every, in characters and rounded up, which is document 0 and so the one that
+  is held out, and all that comes before it. Another source is returned as it
+  is.
+
+  Args:
+    source: as it was parsed.
+    every: data.holdout_every.
+    part: eval.part: document 0 is this half of the last part.
+  """
+  if (every or 0) < 2 or source.reader != 'text' or len(source.files) != 1:
+    return source
+
+  def read(path: str) -> Iterator[str]:
+    for text in source.read(path):
+      end = len(text) - -(-len(text) // every)
+      middle = (end + len(text)) // 2
+      last = {'': slice(end, None), 'first': slice(end, middle),
+              'second': slice(middle, None)}[part]
+      yield from (text[last], text[:end])
+
+  # The reader is part of what names the tokens in the cache.
+  return dataclasses.replace(
+      source, reader=' '.join(filter(None, (
+          f'{source.reader}, the last 1/{every} first', part))), read=read,
+      is_cut=True)
 
 
 def parse(spec: str, layout: conversations.Layout = conversations.PUBLISHED
@@ -267,8 +295,8 @@ def _probe(name: str, _: Any) -> Source:
   """Rows of a task that are drawn, and so never read."""
   from training.data import probes
   probes.name_of(name)
-  return Source(name, 'probe', (), lambda path: iter(()), records=PROBE_ROWS,
-                drawn=True)
+  return Source(name, 'probe', (), lambda path: iter(()), drawn=True,
+                records=labelled.PROBE_ROWS)
 
 
 def _tokens(name: str, folder: str) -> Source:
@@ -409,7 +437,7 @@ HOLDS = {prefix: (TEXT,) for prefix in SOURCES} | {
     'labelled': (labelled.TEXTS, PAIRS),
     'conll': (labelled.SENTENCES,),
     'squad': (labelled.QUESTIONS,),
-    'probe': (PROBE_ROWS,),
+    'probe': (labelled.PROBE_ROWS,),
 }
 
 

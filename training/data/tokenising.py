@@ -26,7 +26,7 @@ from etils import epath
 import numpy as np
 
 from configs.errors import EnvironmentFailure, require
-from training.data import chat_templates, holdout, sources, tokens
+from training.data import chat_templates, holdout, tokens
 from training.data.sources import Document, Source
 from training.data.tokenizers import Tokenizer
 from training.workdir import storage
@@ -192,7 +192,7 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
       described = dict(zip(FIGURES, tokens.total(
           table, np.ones(len(table.counts), bool)))) | dict(
               size=path.stat().st_size, checksum=zlib.crc32(data.getvalue()),
-              kinds=[sources.KINDS[k] for k in np.unique(table.kinds)])
+              kinds=[tokens.KINDS[k] for k in np.unique(table.kinds)])
       if storage.in_bucket(folder):
         with path.open('rb') as file, (folder / path.name).open('wb') as sink:
           shutil.copyfileobj(file, sink, 1 << 20)
@@ -298,7 +298,7 @@ def _chunks(documents_: Iterable[Document], kinds: list[int],
   for document in documents_:
     parts = ([('text', document)] if isinstance(document, str) else document)
     counts.append(len(parts))
-    kinds += [sources.KINDS.index(kind) for kind, _ in parts]
+    kinds += [tokens.KINDS.index(kind) for kind, _ in parts]
     chunk.append(parts)
     chars += sum(len(text) for _, text in parts)
     if chars >= CHUNK_CHARS or len(chunk) >= CHUNK_TEXTS:

@@ -32,10 +32,12 @@ from etils import epath
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError, require, short
-from training.data import holdout, sources
+from training.data import conversations, holdout, labelled
 from training.data.tokenizers import Tokenizer
 from training.workdir import storage
 
+# What a part of a document is: text, one of a pair, or of a conversation.
+KINDS = ('text', *labelled.PAIR, *conversations.KINDS)
 FORMAT = 2  # raise it when the layout changes
 BEGUN, INDEX = 'begun.json', 'index.json'
 BLOCK_BYTES = 1 << 14  # of ids, with one checksum
@@ -55,7 +57,7 @@ class Table(NamedTuple):
   Attributes:
     sizes: int64 [parts], the ids of each part of a document.
     bytes: int64 [parts], of its text in UTF-8.
-    kinds: uint8 [parts], indices into sources.KINDS.
+    kinds: uint8 [parts], indices into KINDS.
     counts: int64 [documents], the parts of each document.
     checksums: uint32 [blocks], the CRC-32 of each block of ids.
   """
@@ -145,7 +147,7 @@ class Split:
   Attributes:
     tokens: of the folder.
     every, split, part: which documents these are, see holdout.chosen.
-    kinds: of all the folder's documents, as sources.KINDS has them.
+    kinds: of all the folder's documents, as KINDS has them.
     documents: how many there are; `of`, in all.
     num_tokens: of the stream, less the separator that it begins with.
     num_bytes: of the text.
@@ -281,7 +283,7 @@ class Documents:
 
   def __getitem__(self, n: int) -> list[tuple[str, np.ndarray]]:
     """Returns the (kind, ids [T]) parts of document n of the split."""
-    return [(sources.KINDS[self.kinds[p]],
+    return [(KINDS[self.kinds[p]],
              self.read(self.parts[p], self.parts[p + 1]))
             for p in range(self.first[n], self.end[n])]
 

@@ -97,7 +97,8 @@ def _plan(variants: int = 5, seeds=(6, 2, 5, 5), **changes) -> plans.Plan:
 
 
 def _frozen(plan: plans.Plan) -> Frozen:
-  config = {'train': {'steps': 1000}, 'checkpoint': {'every_steps': 1000},
+  config = {'train': {'steps': 1000},
+            'checkpoint': {'every_steps': 1000, 'average': 0},
             'optim': {'warmup_steps': 50, 'decay_steps': 0},
             'log': {'every_steps': 100}, 'data': {'batch_ramp': ''}}
   return Frozen(plan, config, [

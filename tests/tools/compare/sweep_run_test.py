@@ -325,7 +325,7 @@ def test_a_task_that_is_added_is_not_lost(tmp_path, monkeypatch):
   # A runner of an earlier version settled it as done, its task left behind.
   (layout.run_folder(workdir, 'rms', 0) / 'eval.json').unlink()
   with ledger.Ledger(workdir) as book:
-    run.enter(workdir, book)
+    local.enter(workdir, book)
   assert states(workdir) == {
       ('base', 0): 'done', ('rms', 0): 'pending', ('swiglu', 0): 'done'}
 

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from configs.errors import one_of, require
-from training.data import sources
+from training.data import labelled
 from training.data.probes.record import Level, Probe, Row, Settings
 
 PROBES: dict[str, Probe] = {
@@ -24,7 +24,7 @@ PROBES: dict[str, Probe] = {
         f'{__name__}.{file.name}').PROBES.items()}
 
 PREFIX = 'probe:'
-KIND = sources.PROBE_ROWS
+KIND = labelled.PROBE_ROWS
 _STREAMS = {'train': 0, 'eval': 1}
 _HELD_OUT = {'': 0, 'first': 1, 'second': 2}  # by eval.part
 DERIVED = ('levels', 'vocab', 'examples', 'held_out')  # fields of config.probe

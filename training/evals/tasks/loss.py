@@ -147,7 +147,7 @@ def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   (_, source), = sources.parse(data.eval_source or data.source)
   every = None if data.eval_source else data.holdout_every
   part = evaluation.run.config.eval.part
-  source = holdout.cut(source, every, part)
+  source = sources.cut(source, every, part)
   documents = list(source.documents())
   chosen = holdout.chosen(np.arange(len(documents)), every, 'eval',
                           '' if source.is_cut else part)
