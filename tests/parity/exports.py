@@ -190,7 +190,7 @@ def _error(system: str, module: nn.Module) -> tuple[float, str]:
   inputs = compare.inputs(architectures.stack(module.config), dict(
       vocab_size=module.config.vocab_size,
       type_vocab_size=module.config.type_vocab_size,
-      pad_token_id=max(0, module.config.learned.offset - 1)))
+      pad_token_id=max(0, tables.get(module.config, 'learned.offset') - 1)))
   if head != 'lm':
     inputs = compare.padded(inputs, left=False)
   with tempfile.TemporaryDirectory() as folder:
