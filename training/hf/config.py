@@ -265,6 +265,9 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
   head = page.heads.get(config.head, page)
   tree = dict(model_type=page.model_type, architectures=[head.architecture])
   for ours, (names, _, *choices) in page.fields.items():
+    group = ours.rpartition('.')[0]
+    if group and getattr(config, group) is None:
+      continue  # No layer reads it: the reader's default does.
     value = tables.get(config, ours)
     tree[names.split('|')[-1]] = (
         hf.theirs(*choices, value, ours) if choices else value)
