@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import checks, sharding
+from architectures.parts import sharding
 from tests.helpers import models
 from tests.helpers.jaxprs import equations
 from training import losses, objectives, runs
@@ -405,7 +405,7 @@ def types(tree):
 def test_a_step_returns_a_state_of_the_same_types(name):
   """Else the second step would be another program. Figures are in float32,
   counts apart. (Float32 parameters take a second step in other tests.)"""
-  for dtype, parts in itertools.product(checks.DTYPES, (1, 2)):
+  for dtype, parts in itertools.product(('float32', 'bfloat16'), (1, 2)):
     c = config(optim__name=name, model__param_dtype='bfloat16',
                model__dtype=dtype, model__num_layers=1,
                train__grad_accumulation=parts)
