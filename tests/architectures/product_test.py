@@ -1,5 +1,5 @@
 """Combinations of parts, drawn at random, through the laws of a decoder:
-causality, scan = loop, decode = forward. `make product` draws more of them.
+causality, scan = loop, decode = forward. PRODUCT_CASES draws more of them.
 
 To compile each law would take minutes. So the model is compiled once, as a scan
 over its layers; decoding through the cache is run operation by operation, whose

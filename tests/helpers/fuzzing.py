@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from architectures.parts import tables
 from configs.errors import EnvironmentFailure, RequestError
 
-# Of all tests together: `make fuzz` asks for more.
+# Of all tests together: FUZZ_CASES asks for more.
 CASES = int(os.environ.get('FUZZ_CASES', '60'))
 
 # What stands where something else should.
