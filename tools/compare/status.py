@@ -8,7 +8,7 @@ import json
 import sys
 import time
 
-from tools.compare import layout, statistics
+from tools.compare import layout, statistics, tables
 from tools.compare import ledger as ledger_lib
 
 SECONDS = 2  # between two looks
@@ -102,7 +102,7 @@ def rows(description: dict, workdir, runs: list) -> list[tuple[str, ...]]:
         f'{_mean(apart):+.4f}' if apart and len(table) else ''))
   base = finals.pop(description['base'])
   tests = statistics.beside_the_base(list(finals.values()), base)
-  return [(*row, '' if p is None else statistics.p_text(p))
+  return [(*row, '' if p is None else tables.p_value(p).text)
           for row, (_, p) in zip(table, [(None, None), *tests])]
 
 

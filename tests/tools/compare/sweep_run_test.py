@@ -402,7 +402,7 @@ def test_a_sweep_that_nobody_reads_stops_as_by_sigterm(tmp_path):
 def test_status_tells_states_losses_and_errors(tmp_path, monkeypatch, capsys):
   sweeps.fake(monkeypatch)
   file = sweeps.write(tmp_path, sweeps.POINTS
-                      + "  add('bad', **{'optim.lr': 1.0})\n")
+                      + "  add('bad', **{'optim.lr': 1.0})\n", seeds=3)
   workdir = tmp_path / 'w'
   run.main(sweeps.arguments(file, f'--workdir={workdir}'))
   capsys.readouterr()
@@ -414,10 +414,11 @@ def test_status_tells_states_losses_and_errors(tmp_path, monkeypatch, capsys):
   assert status.main(args) == 0
   lines = capsys.readouterr().out.splitlines()
   rows = {line.split()[0]: line.split() for line in lines if line}
-  assert rows['base'] == ['base', '2', 'done', '100%', '1.0000']
-  assert rows['rms'] == ['rms', '2', 'done', '100%', '1.2500', '+0.2500']
-  assert rows['bad'][1:4] == ['2', 'failed', '8%']
-  assert '8 runs: 2 failed, 6 done' in lines
+  assert rows['base'] == ['base', '3', 'done', '100%', '1.0000']
+  assert rows['rms'] == ['rms', '3', 'done', '100%', '1.1667', '+0.1667',
+                         '0.8453']
+  assert rows['bad'][1:4] == ['3', 'failed', '8%']
+  assert '12 runs: 3 failed, 9 done' in lines
   assert 'failed: bad, seed 0: this point is bad (exit code 1)' in lines
   args.json = True
   assert status.main(args) == 0
@@ -429,7 +430,7 @@ def test_status_tells_states_losses_and_errors(tmp_path, monkeypatch, capsys):
   with ledger.Ledger(workdir) as book:
     status._live(layout.load_description(workdir), workdir, book)
   text = capsys.readouterr().out
-  assert '+0.2500' in text and '8 runs: 2 failed, 6 done' in text
+  assert '+0.1667' in text and '12 runs: 3 failed, 9 done' in text
   with pytest.raises(ValueError, match='sweep.json is missing'):
     status.main(types.SimpleNamespace(where=str(tmp_path), workdir='', json=1))
 
