@@ -6,7 +6,7 @@ bytes, in rows of 128. Where both are, attention stands last in each period, as
 in Qwen3-Next and Kimi Linear, whose ratio is 1 to 3. The feed-forward networks
 are solved for, so that all have the FLOPs of the base. Attention has rotary
 positions. The learning rate is tuned for each ratio and size.
-  python -m tools.study plan configs/studies/hybrids.py --parallel=2 --time
+  python -m tools.study plan configs/studies/hybrids.py --parallel=2
   python -m tools.study run configs/studies/hybrids.py \
       --workdir runs/hybrids --parallel=2 --anyway
 """

@@ -6,7 +6,7 @@ State of the Union messages by bytes and on three probes. Learned positions are
 parameters that the others have not, so the feed-forward networks are made wider
 until all have as many. The learning rate is tuned for each encoding, size and
 workload.
-  python -m tools.study plan configs/studies/positions.py --parallel=2 --time
+  python -m tools.study plan configs/studies/positions.py --parallel=2
   python -m tools.study run configs/studies/positions.py \
       --workdir runs/positions --parallel=2
 """

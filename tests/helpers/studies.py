@@ -5,10 +5,8 @@ import dataclasses
 import json
 import math
 
-from tools.compare import frozen as frozen_lib
 from tools.compare import plan as plans
-from tools.compare import trainer
-from tools.compare import layout
+from tools.compare import layout, study
 from tools.compare import ledger as ledger_lib
 from training.workdir import run_config
 
@@ -27,7 +25,7 @@ def plan(**changes) -> plans.Plan:
       tuned_sizes=('s', 'm', 'l')), **changes)
 
 
-def frozen(of: plans.Plan, steps: int = 100) -> frozen_lib.Frozen:
+def frozen(of: plans.Plan, steps: int = 100) -> plans.Frozen:
   base = {'train': {'steps': steps}, 'optim': {
       'lr': 2e-3, 'warmup_steps': 10, 'decay_steps': 0},
           'checkpoint': {'every_steps': 50, 'average': 0},
@@ -37,10 +35,11 @@ def frozen(of: plans.Plan, steps: int = 100) -> frozen_lib.Frozen:
        'changes': {'model.d_model': 8 << i}
        | ({} if variant == of.base else {'model.norm': variant}),
        'matched': [], 'params': 1000 << i, 'active_params': 1000 << i,
-       'flops_per_token': 6000.0 * 2 ** i, 'tokens': 10_000, 'vocab': 256}
+       'flops_per_token': 6000.0 * 2 ** i, 'tokens': 10_000, 'vocab': 256,
+       'guess': 5.5}
       for i, size in enumerate(of.sizes) for workload in of.workloads
       for variant in (of.base, *of.variants)]
-  return frozen_lib.Frozen(of, base, points, {}, {'commit': None, 'diff': None})
+  return plans.Frozen(of, base, points, {}, {'commit': None, 'diff': None})
 
 
 def spread(seed: int, *names) -> float:
@@ -52,7 +51,7 @@ def spread(seed: int, *names) -> float:
 class Trainer:
   """Computes: `good` is better by 0.3, `wild` diverges. Counts its runs."""
 
-  def __init__(self, of: frozen_lib.Frozen, noise: float = 0.02):
+  def __init__(self, of: plans.Frozen, noise: float = 0.02):
     self.frozen, self.noise = of, noise
     self.asked: dict[str, list] = {}
 
@@ -136,7 +135,7 @@ def write(folder, constants: str = '', base: str = '',
   return str(file)
 
 
-class Written(trainer.Trainer):
+class Written(study.Trainer):
   """Writes what runs leave on disk, through the ledger, without training.
 
   Attributes:
@@ -149,8 +148,8 @@ class Written(trainer.Trainer):
     super().__init__(*args, **more)
     self.loss, self.stop_after, self.did = loss, stop_after, []
 
-  def work(self, path, description, ledger):
-    name = ledger.register()
+  def work(self, path, ledger):
+    name, description = ledger.register(), layout.load_description(path)
     for row in ledger.runs(ledger_lib.PENDING):
       if self.stop_after is not None and len(self.did) >= self.stop_after:
         return False

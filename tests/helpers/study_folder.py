@@ -1,13 +1,12 @@
 """Writes the folder of a study whose figures are known, without training."""
 
-import json
+import dataclasses
 import pathlib
 
 import numpy as np
 
 from configs.sweeps import helpers
 from tools.compare import decide
-from tools.compare import frozen as frozen_lib
 from tools.compare import layout
 from tools.compare import plan as plans
 from training.workdir import run_config
@@ -47,7 +46,7 @@ def frozen(of):
             for variant in (of.base, *of.variants)
             for i, (size, params) in enumerate(zip(SIZES, PARAMS))
             for workload in of.workloads]
-  return frozen_lib.Frozen(
+  return plans.Frozen(
       of, run_config.to_json(helpers.small_gpt(STEPS)), points,
       {'file': '0123456789abcdef', 'text': 'fedcba98765432'},
       {'commit': 'f5ac5de0123456789', 'diff': ''})
@@ -139,7 +138,6 @@ def write(root, of=None, found=None, **changes):
   root, of = pathlib.Path(root), of or plan()
   root.mkdir(parents=True, exist_ok=True)
   found = results(of) if found is None else found
-  tree = frozen_lib.to_json(frozen(of)) | changes
-  (root / 'study.json').write_text(json.dumps(tree, allow_nan=False))
+  plans.save(root, dataclasses.replace(frozen(of), **changes))
   layout.save_checked(root / 'results.json', found)
   return found

@@ -1,7 +1,6 @@
 """A small sweep for tests, and a train.py that takes no time."""
 
 import argparse
-import json
 import pathlib
 import sys
 
@@ -50,9 +49,7 @@ def write(folder: pathlib.Path, points: str = POINTS, seeds: int = 2,
 def arguments(*words: str) -> argparse.Namespace:
   parser = argparse.ArgumentParser()
   run.add_arguments(parser)
-  alone = [] if any(word.startswith('--group') for word in words) or (
-      '--launcher=print' in words) else ['--group=1']
-  return parser.parse_args([*words, *alone])
+  return parser.parse_args(['--group=1', *words])
 
 
 # Writes what a finished run leaves. A seed of the point `bad` fails; with a
@@ -72,47 +69,40 @@ with (folder / 'metrics.jsonl').open('a') as file:
           file=file)
 (folder / 'checkpoints' / str(steps)).mkdir(parents=True)
 '''
+# Does so with several, but for a point `bad`, or evaluates them, but for a
+# point `odd`; and ends with a code.
+TOGETHER = '''
+import json, pathlib, sys
+code, tasks, *folders = sys.argv[1:]
+for folder in map(pathlib.Path, folders):
+  if folder.parent.name == ('odd' if tasks else 'bad'):
+    with (folder / 'log.txt').open('a') as log:
+      print('error: not as the others', file=log)
+  elif tasks:
+    (folder / 'eval.json').write_text(
+        json.dumps(dict.fromkeys(tasks.split(','), 1)))
+  else:
+    (folder / 'checkpoints/12').mkdir(parents=True)
+    (folder / 'metrics.jsonl').write_text(
+        '{"step": 12, "split": "train", "loss": 1.0, "bad_in_row": 0}\\n')
+sys.exit(int(code))
+'''
 
 
-def fake(monkeypatch) -> None:
-  """Lets every training be SCRIPT, and every evaluation write its file."""
+def fake(monkeypatch, code: int = 0) -> None:
+  """Lets every training be SCRIPT, and of several runs TOGETHER."""
 
   def train(description, workdir, point, seed):
     folder = layout.run_folder(workdir, point, seed)
-    if not run_config.exists(folder):
-      run_config.save(folder, layout.config(description, point, seed))
-    steps = layout.config(description, point, seed).train.steps
-    return ['-c', SCRIPT, str(folder), str(steps)]
-
-  def evaluate(workdir, point, seed, tasks):
-    path = layout.run_folder(workdir, point, seed) / 'eval.json'
-    figures = json.dumps(dict.fromkeys(tasks.split(','), 1))
-    return ['-c', 'import pathlib, sys; '
-            'pathlib.Path(sys.argv[1]).write_text(sys.argv[2])', str(path),
-            figures]
-
-  def together(workdir, runs, tasks=''):
-    # As a program that ends in an error of one of its runs.
-    return ['-c', 'import sys; sys.exit("error: one of us is bad")',
-            *(f'{workdir}/points/{point}' for point, _ in runs)]
+    config = layout.config(description, point, seed)
+    run_config.save(folder, config)
+    return ['-c', SCRIPT, str(folder), str(config.train.steps)]
 
   monkeypatch.setattr(layout, 'train_command', train)
-  monkeypatch.setattr(layout, 'group_command', together)
-  monkeypatch.setattr(layout, 'evaluate_command', evaluate)
-
-
-# Claims what is pending in the ledger of a folder; says so, and lives on.
-CLAIM = '''
-import sys
-from tools.compare import ledger
-with ledger.Ledger(sys.argv[1]) as book:
-  me = book.register()
-  print('ready', flush=True)
-  sys.stdin.readline()
-  print(*(id for run in book.runs('pending')
-          for id in book.claim([run.id], me)), flush=True)
-  sys.stdin.readline()
-'''
+  monkeypatch.setattr(
+      layout, 'group_command', lambda workdir, runs, tasks: [
+          '-c', TOGETHER, str(code), tasks,
+          *(str(layout.run_folder(workdir, *name)) for name in runs)])
 
 
 def states(workdir) -> dict:

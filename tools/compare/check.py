@@ -2,31 +2,22 @@
 its phases and what they cost."""
 
 import argparse
-from collections.abc import Collection
 import json
-import pathlib
-import subprocess
-import sys
 
-from configs.errors import EnvironmentFailure, RequestError, require
+from configs.errors import RequestError, require
 from tools.compare import cost, layout, spec
 from tools.compare import ledger as ledger_lib
 from training import limits, progress
 
 # What only a sweep's file is read with, or only a study's; with its default.
-_OF_A_SWEEP = {'seeds': 0, 'match': '', 'match_field': '', 'devices': 0,
-               'topology': ''}
-_OF_A_STUDY = {'time': False, 'until': 'report', 'amend': '', 'anyway': False}
+_OF_A_SWEEP = {'seeds': 0, 'match': '', 'match_field': ''}
+_OF_A_STUDY = {'until': 'report', 'amend': '', 'anyway': False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_file_arguments(parser)
   parser.add_argument('--workdir', default='', help='write sweep.json here; of '
                       'a study that has run in part: take the hours from it')
-  parser.add_argument('--topology', default='', help='of a sweep: compile each '
-                      'point for it through tools.plan, as v5e:4x4')
-  parser.add_argument('--time', action='store_true', help='of a study: train '
-                      'the base for some steps at each size, to say the hours')
   parser.add_argument('--json', action='store_true', help='print JSON')
 
 
@@ -39,8 +30,6 @@ def add_file_arguments(parser: argparse.ArgumentParser) -> None:
                       help='of a sweep: give every point the base\'s cost')
   parser.add_argument('--match_field', default='', help='the field that is '
                       f'solved for it; default: {spec.MATCH_FIELD}')
-  parser.add_argument('--devices', type=int, default=0, help='of a sweep: to '
-                      'lay a run over; default: as few as its mesh allows')
   parser.add_argument('--parallel', type=int, default=1,
                       help='processes at once (%(default)s)')
   parser.add_argument('--group', type=int, default=8, help='how many runs that '
@@ -68,13 +57,9 @@ def main(args) -> int:
   if args.workdir:
     layout.try_folder(args.workdir)
   description = describe(args)
-  points = description['points']
-  plans = ([_plan(description, point, args.topology) for point in points]
-           if args.topology else [])
-  if args.workdir:  # only once all is well; the plans are not kept
-    save(args.workdir, description)
-  for point, plan in zip(points, plans):
-    point['plan'] = plan
+  if args.workdir:  # only once all is well
+    with ledger_lib.Ledger(args.workdir) as ledger, ledger.transaction():
+      layout.save_description(args.workdir, description)
   print(json.dumps(description, indent=2) if args.json
         else table(description))
   return 0
@@ -92,7 +77,6 @@ def describe(args) -> dict:
   from training.workdir import run_config
   cost.off_devices()
   sweep = spec.read_sweep_file(args.file, args.seeds)
-  spec.refuse_names_alone(sweep)
   field = args.match_field or spec.MATCH_FIELD
   require(bool(args.match) or not args.match_field, f'--match_field is '
           f'{args.match_field}, but nothing is matched: pass --match, of '
@@ -107,19 +91,19 @@ def describe(args) -> dict:
       'base_config': run_config.to_json(sweep.base),
       'paired': not any(key.startswith(spec.BATCHES) for point in sweep.points
                         for key in point.changes),
-      'points': [_row(sweep, point, base, args.devices)
+      'points': [_row(sweep, point, base)
                  for point in progress.each(sweep.points, 'points checked')]}
 
 
-def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
+def _row(sweep: spec.Sweep, point: spec.Point, base: cost.Cost) -> dict:
   from architectures.parts import tables
   from training import runs
+  from training.costs import systems, totals
   config = sweep.config(point)
   try:
     cost.check(config, point.changes)
     unread = tables.unread(runs.resolve_alone(config))
     figures = cost.of(config)
-    nbytes = cost.bytes_per_device(config, devices)
     require(bool(config.eval.every_steps or config.eval.tasks
                  or sweep.owed(point)), 'eval.every_steps is 0 and no task is '
             'done, so there would be nothing to compare: set it, to '
@@ -127,145 +111,64 @@ def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
             'a task in TASKS')
   except RequestError as error:
     raise RequestError(f'point {point.name!r}: {error}') from error
+  # Model fields that were left open and that a change resolves otherwise.
+  follows = {key: [base.model.get(key, ''), value]
+             for key, value in figures.model.items()
+             if value != base.model.get(key, '') and key not in point.changes
+             and key.removeprefix('model.') not in unread
+             and not ('model.kinds' in point.changes
+                      and key.startswith('model.kinds.'))}
   return {
       'name': point.name, 'changes': dict(point.changes),
-      'matched': list(point.matched),
-      'follows': _follows(point, figures, base, unread),
+      'matched': list(point.matched), 'follows': follows,
+      'unlike': systems.line(totals.resolved(config))
+                if 'model.arch' in point.changes else '',
       'params': figures.params, 'active_params': figures.active_params,
       'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
-      'bytes_per_device': nbytes['peak'], 'bytes_by_part': nbytes,
       'seeds': list(sweep.seeds), 'tasks': list(sweep.owed(point))}
-
-
-def _follows(point, figures: cost.Cost, base: cost.Cost,
-             unread: Collection[str]) -> dict:
-  """Model fields that were left open and that a change resolves otherwise,
-  without those that the point's model does not read (`unread`):
-  {key: [of the base, of the point]}."""
-  return {key: [base.model.get(key, ''), value]
-          for key, value in figures.model.items()
-          if value != base.model.get(key, '')
-          and not spec.sets(point.changes, key)
-          and key.removeprefix('model.') not in unread}
-
-
-def save(workdir, description: dict) -> None:
-  """Writes sweep.json; points and seeds may be added to one that is there.
-
-  Raises:
-    RequestError: where the workdir holds another sweep.
-  """
-  # Another `run` may add to it at the same time: one after the other.
-  with ledger_lib.Ledger(workdir) as ledger, ledger.transaction():
-    if (pathlib.Path(workdir) / 'sweep.json').exists():
-      old = layout.load_description(workdir)
-      told = layout.unlike(old, description)
-      names = {row['name'] for row in description['points']}
-      told += [f'point {row["name"]!r} is gone' for row in old['points']
-               if row['name'] not in names]
-      require(not told, f'{workdir} holds another sweep: {"; ".join(told)}; '
-              'take another --workdir')
-      description = layout.merged(old, description)
-    layout.save_description(workdir, description)
-
-
-def _plan(description: dict, point: dict, topology: str) -> dict:
-  """Returns what tools.plan says of a point."""
-  command = [sys.executable, '-m', 'tools.plan', '--json',
-             f'--topology={topology}', '--config', description['file'],
-             *layout.flags(point['changes'])]
-  result = subprocess.run(command, capture_output=True, text=True)
-  if result.returncode:
-    said = result.stderr.strip().splitlines() or ['it said nothing']
-    kind = RequestError if result.returncode == 2 else EnvironmentFailure
-    raise kind(f'point {point["name"]!r}, tools.plan: '
-               f'{said[-1].removeprefix("error: ")}')
-  return json.loads(result.stdout[result.stdout.index('{'):])
-
-
-COLUMNS = (
-    ('point', lambda p, base: p['name']),
-    ('params', lambda p, base: f'{p["params"]:,}'),
-    ('vs base', lambda p, base: _ratio(p, base, 'params')),
-    ('active', lambda p, base: f'{p["active_params"]:,}'),
-    ('vs base', lambda p, base: _ratio(p, base, 'active_params')),
-    ('FLOPs/token', lambda p, base: f'{p["flops_per_token"]:,.0f}'),
-    ('vs base', lambda p, base: _ratio(p, base, 'flops_per_token')),
-    ('tokens', lambda p, base: f'{p["tokens"]:,}'),
-    ('FLOPs', lambda p, base: f'{p["tokens"] * p["flops_per_token"]:.3g}'),
-    ('est. MiB/device', lambda p, base:
-     f'{p["bytes_per_device"] / 2**20:,.1f}'),
-)
 
 
 def table(description: dict) -> str:
   """Costs of all points, then how each differs from the base."""
   points = description['points']
   base = next(p for p in points if p['name'] == description['base'])
+  ratio = lambda point, figure: f'{point[figure] / base[figure] - 1:+.2%}'
   lines = layout.columns([
-      [heading for heading, _ in COLUMNS],
-      *([cell(point, base) for _, cell in COLUMNS] for point in points)])
+      ('point', 'params', 'vs base', 'active', 'vs base', 'FLOPs/token',
+       'vs base', 'tokens', 'FLOPs'),
+      *((p['name'], f'{p["params"]:,}', ratio(p, 'params'),
+         f'{p["active_params"]:,}', ratio(p, 'active_params'),
+         f'{p["flops_per_token"]:,.0f}', ratio(p, 'flops_per_token'),
+         f'{p["tokens"]:,}', f'{p["tokens"] * p["flops_per_token"]:.3g}')
+        for p in points)])
   width = max(len(point['name']) for point in points)
   lines += ['', f'differences from {base["name"]}:']
   lines += [f'  {point["name"].ljust(width)}  '
             f'{_differences(description, point)}'
             for point in points if point is not base]
-  seeds = points[0]['seeds']
-  lines += ['', f'{len(points)} points, {len(seeds)} seed'
-            f'{"s" * (len(seeds) != 1)} each: '
-            f'{sum(len(p["seeds"]) for p in points)} runs',
-            'est. MiB/device is of one run: runs that train as one program '
-            'need it each, up to --group of them on a device']
+  lines += ['', f'{len(points)} points, {len(points[0]["seeds"])} seeds each: '
+            f'{sum(len(p["seeds"]) for p in points)} runs']
   if not description['paired']:
     lines.append('warning: points differ in data.*, objective, span.* or '
                  'probe.*, so a seed does not give all of them the same '
                  'batches')
   if held_out := layout.held_out_note(point['changes'] for point in points):
     lines.append(f'warning: {held_out}')
-  lines += [f'{point["name"]}: {said}' for point in points
-            for said in [_unlike(description, point)] if said]
-  for point in points:
-    if 'plan' in point:
-      lines.append(f'{point["name"]}: {_plan_line(point["plan"])}')
+  lines += [f'{point["name"]}: {point["unlike"]}' for point in points
+            if point['unlike']]
   return '\n'.join(lines)
 
 
-def _ratio(point, base, figure: str) -> str:
-  return f'{point[figure] / base[figure] - 1:+.2%}'
-
-
-def _differences(description, point) -> str:
+def _differences(description: dict, point: dict) -> str:
   from training.workdir import run_config
   base = run_config.flatten_dict(description['base_config'])
-  told = [f'{key}={_short(value)}' + ' (matched)' * (key in point['matched'])
-          for key, value in point['changes'].items()
-          if key not in base or value != base[key]]  # a new kind of layer
-  told += [f'so {key} {_short(old)} -> {_short(new)}'
-           for key, (old, new) in point['follows'].items()]
-  return ', '.join(told)
-
-
-def _unlike(description, point) -> str:
-  """Says of a point that sets model.arch where it is not that system."""
-  from training.costs import systems as published
-  from training.costs import totals
-  if 'model.arch' not in point['changes']:
-    return ''
-  config = layout.config(description, point['name'],
-                         description['base_config']['seed'])
-  return published.line(totals.resolved(config))
+  changes = [f'{key}={_short(value)}' + ' (matched)' * (key in point['matched'])
+             for key, value in point['changes'].items()
+             if key not in base or value != base[key]]  # a new kind of layer
+  return ', '.join([*changes, *(
+      f'so {key} {_short(old)} -> {_short(new)}'
+      for key, (old, new) in point['follows'].items())])
 
 
 def _short(value) -> str:
   return f'{value:g}' if isinstance(value, float) else str(value)
-
-
-def _plan_line(plan: dict) -> str:
-  """What tools.plan found, in a line; --json has all of it."""
-  told = [f'fits {plan["topology"]}']
-  for program in plan['programs']:
-    memory = program['memory']
-    peak, hbm = memory['peak'] / 2**30, memory['hbm'] / 2**30
-    told.append(f'{program["program"]} peaks at {peak:.2f} of {hbm:.2f} GiB a '
-                'device' + ', by estimate' * program['estimate'])
-  return ', '.join(told)

@@ -1,6 +1,6 @@
 """What one point costs, everything that a run would refuse in it, and points of
-equal cost. Without device work: the config is checked, the model built by
-eval_shape, the state laid over a mesh that is only described."""
+equal cost. Without device work: the config is checked, and the model built by
+eval_shape."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -52,9 +52,8 @@ def of(config) -> Cost:
   model = _resolved(config)
   objective = objectives.of(config)
   lengths = objective.row_lengths(config)
-  params, active = _parameters(model)
   return Cost(
-      params, active, flops.training_flops_per_token(
+      *_parameters(model), flops.training_flops_per_token(
           model, *lengths, unread=objective.unread(config, lengths[0]),
           freeze=config.optim.freeze, prefix=objective.prefix),
       int(ramp.of(config).before(config.train.steps)) * sum(lengths),
@@ -82,54 +81,9 @@ def check(config, changes: Mapping) -> None:
   pipeline.check_sources(config)
 
 
-def bytes_per_device(config, devices: int = 0) -> dict[str, int]:
-  """Estimates the bytes on each device: parameters, gradients, optimiser, what
-  the backward pass keeps, the largest layer, and the peak, their sum. `check
-  --topology` compiles for the true one.
-
-  Args:
-    config: a run's.
-    devices: to lay it over; 0: as few as config.mesh allows.
-
-  Raises:
-    RequestError: where the mesh cannot be laid over them.
-  """
-  from configs import sharding as mesh_tables
-  from training.costs import memory
-  from training.distributed import devices as devices_lib
-  least = math.prod(max(config.mesh[axis], 1) for axis in mesh_tables.MESH_AXES)
-  shape = devices_lib.mesh_shape(config.mesh, devices or least)
-  return memory.analytic(
-      memory.described(config, _resolved(config), shape), _kept(config))
-
-
-def _kept(config) -> int:
-  """Bytes that a whole batch keeps for the backward pass, whatever the mesh:
-  traced on one CPU device, once for points that differ in numbers alone."""
-  from configs import sharding as mesh_tables
-  from training import runs
-  from training.costs import memory
-  from training.workdir import run_config
-  key = tuple((name, value) for name, value in run_config.flatten(
-      config).items() if not name.startswith(
-          ('optim.', 'mesh.', 'seed', 'init_seed')))
-  if key not in _KEPT:
-    import jax
-    from training.distributed import devices
-    alone = devices.make_mesh(dict.fromkeys(mesh_tables.MESH_AXES, 1),
-                              jax.devices()[:1])
-    _KEPT[key] = memory.kept(runs.build(
-        config, memory.traceable(_resolved(config)), alone))
-  return _KEPT[key]
-
-
-_KEPT: dict[tuple, int] = {}
-
-
 def _resolved(config):
   from training import runs
-  model, _ = runs.resolve(config, _tokenizer(config.data.tokenizer))
-  return model
+  return runs.resolve(config, _tokenizer(config.data.tokenizer))[0]
 
 
 @functools.cache
@@ -179,21 +133,23 @@ def _solved(sweep, point, what, field, target) -> spec.Point:
   def off(value) -> float:
     return abs(cost(value) / target - 1)
 
+  model = sweep.config(point).model
   if abs(figure(sweep.config(point), what) / target - 1) <= NEAR:
     return point
-  if field in point.changes:
-    raise RequestError(
-        f'it sets {field}, which --match={what} would solve: '
-        'name another field with --match_field, or leave it out of the point')
-  if (sweep.config(point).model.parametrization == 'mup'
-      and not field.endswith('layers')):
-    raise RequestError(
-        f'it is in muP, whose widths go together, and --match={what} would '
-        f'change {field} alone: match by the number of layers '
-        '(--match_field=model.num_layers), or not at all')
+  require(field not in point.changes, f'it sets {field}, which --match={what} '
+          'would solve: name another field with --match_field, or leave it out '
+          'of the point')
+  layers = field.endswith('layers')
+  require(model.parametrization != 'mup' or layers, 'it is in muP, whose '
+          f'widths go together, and --match={what} would change {field} alone: '
+          'match by the number of layers (--match_field=model.num_layers), or '
+          'not at all')
+  # Heads must divide the width that is solved for.
+  heads = (2 * model.num_heads
+           if field == 'model.d_model' and not model.head_dim else 1)
   best = None
   for step, enough in ((STEP, NEAR), (1, TOLERANCE)):
-    step = _step(sweep, point, field, step)
+    step = 1 if layers else math.lcm(step, heads)
     best = min(_around(cost, target, step), key=off, default=None)
     if best is not None and off(best) <= enough:
       return spec.Point(point.name, {**point.changes, field: best}, (field,))
@@ -205,34 +161,27 @@ def _solved(sweep, point, what, field, target) -> spec.Point:
       f'something else of {", ".join(spec.MATCH)}, or by another --match_field')
 
 
-def _step(sweep, point, field: str, step: int) -> int:
-  """Heads must divide the width that is solved for."""
-  model = sweep.config(point).model
-  if field == 'model.d_model' and not model.head_dim:
-    return math.lcm(step, 2 * model.num_heads)
-  return 1 if field.endswith('layers') else step
-
-
 def _around(cost, target: float, step: int) -> list[int]:
   """Returns the multiples of `step` on both sides of the target; one or none
   where the cost does not reach so far."""
   low, high = 1, 2
-  at_low = cost(low * step)
-  if at_low >= target:
-    return [low * step]
-  # Costs are almost linear in a width: a step along the line through two of
-  # them comes near the target, and another one brackets it.
-  while (at_high := cost(high * step)) < target:
-    if at_high <= at_low or high * step > LARGEST:
+
+  def on_the_line() -> float:
+    """Costs are almost linear in a width: where a line reaches the target."""
+    rise = (cost(high * step) - cost(low * step)) / (high - low)
+    return low + (target - cost(low * step)) / rise
+
+  if cost(step) >= target:
+    return [step]
+  while cost(high * step) < target:
+    if cost(high * step) <= cost(low * step) or high * step > LARGEST:
       return []  # the field changes nothing here
-    more = (target - at_high) / ((at_high - at_low) / (high - low))
-    low, at_low = high, at_high
-    high = max(high + 1, min(high + math.ceil(more), 2 * LARGEST // step))
+    further = min(math.ceil(on_the_line()), 2 * LARGEST // step)
+    low, high = high, max(high + 1, further)
   while high - low > 1:
-    share = (target - at_low) / (at_high - at_low)
-    middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
-    if (at_middle := cost(middle * step)) < target:
-      low, at_low = middle, at_middle
+    middle = min(max(int(on_the_line()), low + 1), high - 1)
+    if cost(middle * step) < target:
+      low = middle
     else:
-      high, at_high = middle, at_middle
+      high = middle
   return [low * step, high * step]

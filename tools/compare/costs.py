@@ -4,15 +4,11 @@ hours where the time of a step is known."""
 from collections.abc import Mapping, Sequence
 import dataclasses
 import statistics
-import tempfile
 from typing import NamedTuple
 
-from tools.compare import frozen as frozen_lib
-from tools.compare import layout, phases, results, tuning
+from tools.compare import layout, phases, results
 from tools.compare import plan as plans
 from tools.compare import ledger as ledger_lib
-
-TIMED_STEPS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Cost(NamedTuple):
   note: str = ''
 
 
-def of(frozen: frozen_lib.Frozen, group: int, times: Times | None
+def of(frozen: plans.Frozen, group: int, times: Times | None
        ) -> list[Cost]:
   """Returns the costs of all phases, at most: every variant is confirmed, and
   no edge of what is tuned is moved (of which its `note` says how much it is).
@@ -53,7 +49,7 @@ def of(frozen: frozen_lib.Frozen, group: int, times: Times | None
   plan = frozen.plan
   names = (plan.base, *plan.variants)
   untuned = [plans.Tuned(*search.name, dict(search.candidates[0]), (), 0, 0.0,
-                         0.0, ()) for search in tuning.searches(plan)]
+                         0.0, ()) for search in phases.searches(plan)]
   asked = {
       'noise': phases.noise_runs(frozen), 'tune': _tuned_runs(frozen),
       'screen': phases.full_runs(frozen, untuned, 'screen', names,
@@ -67,21 +63,21 @@ def of(frozen: frozen_lib.Frozen, group: int, times: Times | None
           for phase, runs in asked.items()]
 
 
-def _tuned_runs(frozen: frozen_lib.Frozen) -> list[phases.Run]:
+def _tuned_runs(frozen: plans.Frozen) -> list[phases.Run]:
   """The runs of all rungs: which candidates survive does not matter here."""
   found = []
-  for search in tuning.searches(frozen.plan):
+  for search in phases.searches(frozen.plan):
     for rung in range(frozen.plan.tuning.rungs):
       search.rung = rung
       found += [run for own in phases.tune_runs(frozen, search) for run in own]
-      search.candidates = search.candidates[:tuning.kept(
+      search.candidates = search.candidates[:phases.kept(
           frozen.plan.tuning, len(search.candidates))]
   return found
 
 
 def _extended(plan: plans.Plan) -> int:
   return (plan.tuning.extend * len(plan.tuning.fields) * plan.seeds.tune
-          * len(tuning.searches(plan)))
+          * len(phases.searches(plan)))
 
 
 def _cost(frozen, phase: str, runs: Sequence[phases.Run], group: int,
@@ -91,8 +87,8 @@ def _cost(frozen, phase: str, runs: Sequence[phases.Run], group: int,
   alike: dict[tuple, int] = {}
   for run in runs:
     row = frozen.point_of(run)
-    steps = phases.steps_of(frozen, run)
-    part = steps / frozen.steps(row)
+    steps = frozen.steps(run.changes)
+    part = steps / frozen.steps(row['changes'])
     tokens += row['tokens'] * part
     flops += row['tokens'] * part * row['flops_per_token']
     key = tuple(sorted((name, repr(value)) for name, value in
@@ -105,30 +101,7 @@ def _cost(frozen, phase: str, runs: Sequence[phases.Run], group: int,
               seconds + programs * times.program if times else None, note)
 
 
-def timed(frozen: frozen_lib.Frozen, parallel: int, group: int) -> Times:
-  """Trains the base for some steps at each size and on each workload, in a
-  folder that is removed again, and returns how long it took."""
-  from tools.compare import trainer
-  plan = frozen.plan
-  runs = []
-  for run in phases.noise_runs(frozen):
-    steps = phases.steps_of(frozen, run)
-    seed = run.seed - plan.seeds.of('noise')[0]
-    if run.variant == plan.base and seed == 0:
-      changes = dict(run.changes)
-      phases.shorten(changes, frozen.base_config, steps,
-                     min(TIMED_STEPS / steps, 1.0))
-      changes |= {'eval.every_steps': changes['train.steps'],
-                  'log.every_steps': 1}
-      runs += [run._replace(seed=seed, changes=changes)
-               for seed in range(group)]
-  with tempfile.TemporaryDirectory() as folder:
-    outcomes = trainer.Trainer(folder, frozen, parallel, group).train(
-        'noise', runs)
-    return times(folder, frozen, outcomes)
-
-
-def times(workdir, frozen: frozen_lib.Frozen,
+def times(workdir, frozen: plans.Frozen,
           outcomes: Sequence[plans.Outcome]) -> Times | None:
   """Returns what finished runs of a folder took; None where a size on a
   workload has no run with a known time."""
@@ -140,7 +113,7 @@ def times(workdir, frozen: frozen_lib.Frozen,
       key = x.size, x.workload
       row = frozen.point_of(x)
       taken = (x.flops / row['flops_per_token'] / row['tokens']
-               * frozen.steps(row))
+               * frozen.steps(row['changes']))
       steps[key] = steps.get(key, 0.0) + taken
       spent[key] = spent.get(key, 0.0) + x.seconds
   wanted = {(size, workload) for size in plan.sizes
@@ -151,7 +124,7 @@ def times(workdir, frozen: frozen_lib.Frozen,
                _beside_steps(workdir, outcomes))
 
 
-def known(workdir, frozen: frozen_lib.Frozen) -> Times | None:
+def known(workdir, frozen: plans.Frozen) -> Times | None:
   """Returns what the runs in a study's folder took; None where there are not
   enough of them yet. What an earlier plan had and this one has not is left
   out."""

@@ -1,23 +1,74 @@
-"""freeze: makes the plan of a study's file, checked before anything is run."""
+"""freeze: makes the plan of a study's file, checked before anything is run.
 
+The file holds `base()` and `sweep(add)` as a sweep's does; `SIZES`, the changes
+of each size by its name, smallest first; and `EFFECT`, the smallest difference
+of the first measure that is wanted. The rest has defaults: see `STUDY`.
+"""
+
+from collections.abc import Mapping
 import dataclasses
-import math
-import pathlib
+import itertools
+import numbers
+import re
 from typing import Any
 
 from configs import base as base_config
-from configs.errors import RequestError, require
-from tools.compare import cost, spec
-from tools.compare import frozen as frozen_lib
+from configs.errors import RequestError, one_of, require, short
+from tools.compare import cost, phases, spec
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
-from tools.compare import tuning as tuning_lib
+from tools.compare import statistics
 from training import limits, progress
 
 PARTS = ('first', 'second')  # eval.part of tuning, and of all else
+# What a study's file may hold, with its default; None: it must.
+STUDY: dict[str, Any] = {
+    'QUESTION': '',
+    'SIZES': None,
+    'EFFECT': None,
+    # The runs that measures come from, with the fields in which they leave the
+    # base: 'text', and probes by their names.
+    'WORKLOADS': {plans.TEXT: {}},
+    # Of each {'workload', 'figure', 'better', 'name', 'chance'}; derived: the
+    # loss of the text, and the accuracy of each probe.
+    'MEASURES': (),
+    'SEEDS': {'noise': 5, 'tune': 1, 'screen': 5, 'confirm': 5},
+    # 'fields': the values of each that are tried; derived: half of the base's
+    # learning rate, the rate, and twice the rate.
+    'TUNING': {},
+    'ALPHA': 0.05, 'Q': 0.05, 'POWER': 0.8, 'UNSTABLE': 0.1,
+    'MATCH': '', 'MATCH_FIELD': spec.MATCH_FIELD,
+}
+# The type of what has no default to tell it, and an example.
+_FORMS = {'SIZES': (dict, {'small': {'model.d_model': 32}, 'middle': ...}),
+          'EFFECT': (numbers.Real, 0.02),
+          'MEASURES': (tuple | list, ({'figure': 'loss'},))}
+LEAST_SIZES = 3
+LEAST_SEEDS = {'noise': 3, 'tune': 1, 'screen': statistics.MIN_SEEDS,
+               'confirm': statistics.MIN_SEEDS}
+# Fields that are the study's own.
+_OWN = ('seed', 'init_seed', 'eval.part')
+# Fields by which a run sees other data, or more of it, than the base's.
+_DATA = (*spec.BATCHES, 'train.steps', 'train.grad_accumulation', 'eval.')
 
 
-def freeze(file: str) -> frozen_lib.Frozen:
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """What a study's file says.
+
+  Attributes:
+    sweep: the base and its variants.
+    given: the constants, by the names of STUDY.
+    tuning: as the plan has it.
+    measures: what MEASURES says, completed, without `chance`s.
+  """
+  sweep: spec.Sweep
+  given: Mapping[str, Any]
+  tuning: plans.Tuning
+  measures: list[dict]
+
+
+def freeze(file: str) -> plans.Frozen:
   """Returns the plan of a study's file.
 
   Raises:
@@ -26,85 +77,180 @@ def freeze(file: str) -> frozen_lib.Frozen:
   """
   from training.workdir import provenance, run_config
   cost.off_devices()
-  study = spec.read_study_file(file)
-  spec.refuse_names_alone(study.sweep)
-  base, given = study.sweep.base, study.given
+  study = read_study_file(file)
+  sweep, given = study.sweep, study.given
   points = _points(study)
   _check_tuned(study, points)
-  bytes_per_token = _check_halves(
-      spec.changed(base, points[0]['changes'], 'the base'))
-  configs = [spec.changed(base, row['changes'], 'it') for row in points]
+  configs = [spec.changed(sweep.base, row['changes'], 'it') for row in points]
+  bytes_per_token = _check_halves(configs[0])
   mup = all(c.model.parametrization == 'mup' for c in configs)
-  sizes = tuple(study.sizes)
+  measures = []
+  for own in study.measures:
+    at = [row['workload'] for row in points].index(own['workload'])
+    measures.append(plans.Measure(
+        own['name'], own['workload'], own['figure'], own['better'],
+        measures_lib.chance(own, configs[at], points[at]['vocab'],
+                            bytes_per_token * (own['workload'] == plans.TEXT),
+                            file)))
   plan = plans.Plan(
-      name=study.sweep.name, question=given['QUESTION'], file=file,
-      base=study.sweep.base_name, variants=tuple(
-          point.name for point in study.sweep.points
-          if point.name != study.sweep.base_name),
-      sizes=sizes, workloads=tuple(study.workloads),
-      measures=tuple(_measure(own, base, points, bytes_per_token, file)
-                     for own in study.measures),
-      seeds=study.seeds, tuning=study.tuning, effect=float(given['EFFECT']),
+      name=sweep.name, question=given['QUESTION'], file=file,
+      base=sweep.base_name, variants=tuple(
+          point.name for point in sweep.points
+          if point.name != sweep.base_name),
+      sizes=tuple(given['SIZES']), workloads=tuple(given['WORKLOADS']),
+      measures=tuple(measures), seeds=plans.Seeds(**given['SEEDS']),
+      tuning=study.tuning, effect=float(given['EFFECT']),
       alpha=given['ALPHA'], q=given['Q'], power=given['POWER'],
       unstable=float(given['UNSTABLE']), match=given['MATCH'],
       match_field=given['MATCH_FIELD'] if given['MATCH'] else '',
-      tuned_sizes=sizes[:1] if mup else sizes)
-  least = min(config.train.steps for config in configs)
-  share = tuning_lib.share(plan.tuning, 0)
-  require(least * share >= 1, f'{file}: TUNING buys less than one run: its '
-          f'first rung trains {share:.3g} of {least} steps, which is less than '
-          'one step; take fewer rungs, or a larger keep')
+      tuned_sizes=tuple(given['SIZES'])[:1 if mup else None])
   code = provenance.this_start()
-  return frozen_lib.Frozen(
-      plan, run_config.to_json(base), points, _sources(file, configs),
+  return plans.Frozen(
+      plan, run_config.to_json(sweep.base), points, _sources(configs),
       {name: code[name] for name in ('commit', 'diff')})
 
 
-def _points(study: spec.Study) -> list[dict]:
+def read_study_file(file: str) -> Study:
+  """Reads a study's file; RequestError for what no study can be made of."""
+  module, given = spec.module_of(file), {}
+  for name, default in STUDY.items():
+    kind, form = _FORMS.get(name, (
+        numbers.Real if isinstance(default, float) else type(default), default))
+    given[name] = value = getattr(module, name, default)
+    require(isinstance(value, kind), f'{file}: {name} is {short(value)}: '
+            f'write it as {form!r}')
+  sweep = spec.read_sweep_file(file, seeds=1, known=STUDY)
+  for name, most in (('EFFECT', 1e30), ('ALPHA', 1), ('Q', 1), ('POWER', 1)):
+    limits.number(f'{file}: {name}', given[name], (('>', 0), ('<', most)))
+  limits.number(f'{file}: UNSTABLE', given['UNSTABLE'], (('>=', 0), ('<=', 1)))
+  one_of('MATCH', given['MATCH'], ('', *spec.MATCH))
+  for name in ('SIZES', 'WORKLOADS'):
+    for key, fields in given[name].items():
+      require(re.fullmatch(r'[\w=+-]+', str(key)) is not None
+              and isinstance(fields, Mapping), f'{file}: {name} has {key!r}: '
+              f'{short(fields)}: write a name of letters and digits, and the '
+              "fields that it changes, as 'small': {'model.d_model': 64}")
+  require(len(given['SIZES']) >= LEAST_SIZES, f'{file}: SIZES has '
+          f'{len(given["SIZES"])} of them: a study has at least {LEAST_SIZES}, '
+          'since a verdict must agree over sizes')
+  workloads = given['WORKLOADS']
+  require(next(iter(workloads), '') == plans.TEXT, f'{file}: WORKLOADS begins '
+          f'with {next(iter(workloads), "nothing")!r}: begin it with '
+          f'{plans.TEXT!r}, which probes stand beside')
+  given['SEEDS'] = seeds = STUDY['SEEDS'] | given['SEEDS']
+  for phase, number in seeds.items():
+    one_of('phase of SEEDS', phase, plans.PHASES)
+    require(type(number) is int
+            and LEAST_SEEDS[phase] <= number <= plans.Seeds.APART,
+            f'{file}: SEEDS has {number!r} for {phase}: choose a whole number '
+            f'from {LEAST_SEEDS[phase]} to {plans.Seeds.APART:,}')
+  tuning = _tuning(file, given['TUNING'], sweep.base)
+  _check_overlaps(file, sweep, given, tuning)
+  measures = given['MEASURES'] or [
+      {'workload': name, 'figure': 'loss' if name == plans.TEXT else 'accuracy'}
+      for name in workloads]
+  return Study(sweep, given, tuning,
+               measures_lib.completed(measures, workloads, file))
+
+
+def _tuning(file: str, given: Mapping, base) -> plans.Tuning:
+  """Returns TUNING; `base` is the base's config."""
+  for name in given:
+    one_of('entry of TUNING', name, ('fields', 'keep', 'rungs', 'extend'))
+  lr = base.optim.lr
+  fields = given.get('fields', {'optim.lr': (lr / 2, lr, 2 * lr)})
+  tuning = plans.Tuning(**{**given, 'fields': fields})
+  for name, values in fields.items():
+    who = f'{file}: TUNING of {name}'
+    require(isinstance(values, tuple | list) and len(values) > 1
+            and list(values) == sorted(set(values)) and values[0] > 0,
+            f'{who} is {short(values)}: write two values or more above 0, '
+            'rising')
+    for value in values:
+      spec.changed(base, {name: value}, who)
+  require(type(tuning.rungs) is int and 1 <= tuning.rungs <= 10
+          and type(tuning.extend) is int and 0 <= tuning.extend <= 10
+          and 0 < tuning.keep < 1, f'{file}: TUNING is {short(given)}: keep is '
+          'a share between 0 and 1, rungs from 1 to 10, extend from 0 to 10')
+  return tuning
+
+
+def _check_overlaps(file: str, sweep: spec.Sweep, given: Mapping,
+                    tuning: plans.Tuning) -> None:
+  """Raises RequestError for a field that two would set, or by which variants
+  would not see the same data."""
+  points = {point.name: point.changes for point in sweep.points}
+  require(plans.AGAIN not in points, f'{file}: a variant is called '
+          f'{plans.AGAIN!r}, which is what the study calls its base with other '
+          'first parameters: call it otherwise')
+  for name in ('init_seed', 'eval.part'):
+    value = limits.get(sweep.base, name)
+    require(not value, f'{file}: base() sets {name} to {value!r}, which the '
+            'study sets itself: leave it out')
+  named = {'size': given['SIZES'], 'workload': given['WORKLOADS'],
+           'variant': points}
+  owners = [('the study itself', _OWN), ('TUNING', tuning.fields), *(
+      (f'{kind} {name!r}', own) for kind, group in named.items()
+      for name, own in group.items())]
+  for who, fields in owners:
+    for field in fields if who.startswith(('TUNING', 'variant')) else ():
+      require(not field.startswith(_DATA) or field in _OWN,
+              f'{file}: {who} sets {field}: every variant of a study has the '
+              'same data and as many steps as the base, or no difference would '
+              'be its own')
+  for (who, fields), (other, others) in itertools.combinations(owners, 2):
+    for field in fields if who.split()[0] != other.split()[0] else ():
+      # Variants may be the base with other first parameters.
+      twin = field == 'init_seed' and other.startswith('variant')
+      require(field not in others or twin, f'{file}: {who} and {other} both '
+              f'set {field}: leave it to {who}')
+
+
+def _points(study: Study) -> list[dict]:
   """Returns the rows of Frozen.points, those of the base first."""
-  base = study.sweep.base_name
-  matched = {size: _matched(study, size) for size in study.sizes}
-  work = [(size, workload, point) for size in study.sizes
-          for workload in study.workloads for point in matched[size]]
-  work.sort(key=lambda row: row[2].name != base)
+  sweep, given = study.sweep, study.given
+  work = [(size, workload, point) for size in given['SIZES']
+          for matched in [_matched(study, size)]
+          for workload in given['WORKLOADS'] for point in matched]
+  work.sort(key=lambda row: row[2].name != sweep.base_name)
   rows = [_row(study, *each) for each in progress.each(work, 'points checked')]
-  params = [row['params'] for row in rows
-            if (row['variant'], row['workload']) == (base, plans.TEXT)]
-  require(params == sorted(set(params)), f'{study.file}: the base has '
+  params = [row['params'] for row in rows if (
+      row['variant'], row['workload']) == (sweep.base_name, plans.TEXT)]
+  require(params == sorted(set(params)), f'{sweep.file}: the base has '
           f'{", ".join(f"{n:,}" for n in params)} parameters at the sizes '
-          f'{", ".join(study.sizes)}: write them smallest first')
+          f'{", ".join(given["SIZES"])}: write them smallest first')
   return rows
 
 
-def _matched(study: spec.Study, size: str) -> tuple[spec.Point, ...]:
+def _matched(study: Study, size: str) -> tuple[spec.Point, ...]:
   """Returns the variants as they are at a size: what is matched is solved on
   the text, and is the same on every workload."""
-  changes = _workload(study, size, plans.TEXT, ())
+  who = f'{study.sweep.file}, size {size!r},'
   sweep = dataclasses.replace(study.sweep, base=spec.changed(
-      study.sweep.base, changes, f'{study.file}, size {size!r},'))
-  what = study.given['MATCH']
-  if not what:
+      study.sweep.base, _workload(study, size, plans.TEXT), who))
+  if not study.given['MATCH']:
     return sweep.points
   try:
-    return cost.match(sweep, what, study.given['MATCH_FIELD']).points
+    return cost.match(sweep, study.given['MATCH'],
+                      study.given['MATCH_FIELD']).points
   except RequestError as error:
-    raise RequestError(f'{study.file}, size {size!r}, {error}') from error
+    raise RequestError(f'{who} {error}') from error
 
 
-def _workload(study: spec.Study, size: str, workload: str,
-              tasks: tuple[str, ...]) -> dict[str, Any]:
+def _workload(study: Study, size: str, workload: str,
+              tasks: tuple[str, ...] = ()) -> dict[str, Any]:
   """Returns what a size and a workload change in the base."""
-  base, own = study.sweep.base, study.workloads[workload]
-  found = dict(study.sizes[size])
+  base, own = study.sweep.base, study.given['WORKLOADS'][workload]
+  changes = dict(study.given['SIZES'][size])
   if tasks or workload != plans.TEXT:
-    found['eval.tasks'] = ','.join(tasks)
+    changes['eval.tasks'] = ','.join(tasks)
   if workload == plans.TEXT:
-    return found | own
+    return changes | own
   from training import objectives
   defaults = base_config.base()
-  unread = objectives.OBJECTIVES['probe'].ignores
-  found |= {name: limits.get(defaults, name) for name in unread}
-  of_size = lambda name: found.get(name, limits.get(base, name))
+  changes |= {name: limits.get(defaults, name)
+              for name in objectives.OBJECTIVES['probe'].ignores}
+  of_size = lambda name: changes.get(name, limits.get(base, name))
   steps = own.get('train.steps', of_size('train.steps'))
   longer = steps / of_size('train.steps')
   # A schedule is as much longer as the run; reports are as a size has them.
@@ -112,13 +258,12 @@ def _workload(study: spec.Study, size: str, workload: str,
               for name in ('optim.warmup_steps', 'optim.decay_steps')}
   reports = {'eval.every_steps': steps, 'checkpoint.every_steps': steps,
              'log.every_steps': max(steps // 10, 1)}
-  return reports | found | schedule | {
+  return reports | changes | schedule | {
       'objective': 'probe', 'data.source': f'probe:{workload}',
       'model.vocab_size': 0, 'model.max_len': 0} | own
 
 
-def _row(study: spec.Study, size: str, workload: str, point: spec.Point
-         ) -> dict:
+def _row(study: Study, size: str, workload: str, point: spec.Point) -> dict:
   variant = f'variant {point.name!r}'
   asked = [own for own in study.measures if own['workload'] == workload]
   try:
@@ -134,52 +279,41 @@ def _row(study: spec.Study, size: str, workload: str, point: spec.Point
             'train.steps, or to less for curves and speed-ups')
     require(not config.init_from, f'init_from is {config.init_from!r}: a run '
             'of a study begins with parameters of its own')
+    share = phases.share(study.tuning, 0)
+    require(config.train.steps * share >= 1, 'TUNING buys less than one run: '
+            f'its first rung trains {share:.3g} of {config.train.steps} steps, '
+            'which is less than one step; take fewer rungs, or a larger keep')
     for own in asked:
       measures_lib.check_reported(own, config, variant)
     figures = cost.of(config)
     vocab = figures.model['model.vocab_size']
     guess = measures_lib.guess(asked, config, vocab)
   except RequestError as error:
-    raise RequestError(f'{study.file}, {variant} at size {size!r} on '
+    raise RequestError(f'{study.sweep.file}, {variant} at size {size!r} on '
                        f'{workload!r}: {error}') from error
-  row = {'variant': point.name, 'size': size, 'workload': workload,
-         'changes': changes, 'matched': list(point.matched),
-         'params': figures.params, 'active_params': figures.active_params,
-         'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
-         'vocab': vocab}
-  return row | ({} if guess == math.log(vocab) else {'guess': guess})
+  return {'variant': point.name, 'size': size, 'workload': workload,
+          'changes': changes, 'matched': list(point.matched),
+          'params': figures.params, 'active_params': figures.active_params,
+          'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
+          'vocab': vocab, 'guess': guess}
 
 
-def _check_tuned(study: spec.Study, points: list[dict]) -> None:
+def _check_tuned(study: Study, points: list[dict]) -> None:
   """Raises RequestError where what is tuned cannot have one of its values, or
-  is not read by a variant. The base alone is asked for those to which an edge
-  may be moved."""
+  is not read by a variant."""
   from training import preflight
-  smallest, extend = next(iter(study.sizes)), study.tuning.extend
+  smallest = next(iter(study.given['SIZES']))
   for row in points:
-    if (row['size'], row['workload']) != (smallest, plans.TEXT):
-      continue
-    base = row['variant'] == study.sweep.base_name
-    for moved in range((extend if base else 0) + 1):
-      for tuned in tuning_lib.corners(study.tuning, moved):
-        told = ', '.join(f'{name}={value:g}' for name, value in tuned.items())
-        beyond = f', to which extend={extend} may move an edge,' * bool(moved)
+    for name, values in study.tuning.fields.items():
+      for value in values if (row['size'], row['workload']) == (
+          smallest, plans.TEXT) else ():
         try:
           preflight.check_config(spec.changed(
-              study.sweep.base, {**row['changes'], **tuned}, 'it'), tuned)
+              study.sweep.base, {**row['changes'], name: value}, 'it'), [name])
         except RequestError as error:
-          raise RequestError(f'{study.file}: TUNING tries {told}{beyond} of '
-                             f'variant {row["variant"]!r}: {error}') from error
-
-
-def _measure(own: dict, base, points: list[dict], bytes_per_token: float,
-             file: str) -> plans.Measure:
-  point = next(row for row in points if row['workload'] == own['workload'])
-  chance = measures_lib.chance(
-      own, spec.changed(base, point['changes'], 'it'), point['vocab'],
-      bytes_per_token if own['workload'] == plans.TEXT else 0.0, file)
-  return plans.Measure(own['name'], own['workload'], own['figure'],
-                       own['better'], chance)
+          raise RequestError(
+              f'{study.sweep.file}: TUNING tries {name}={value:g} of variant '
+              f'{row["variant"]!r}: {error}') from error
 
 
 def _check_halves(config) -> float:
@@ -199,14 +333,14 @@ def _check_halves(config) -> float:
       x.share for x in loaders)
 
 
-def _sources(file: str, configs) -> dict[str, str]:
-  """Returns the hashes of the file and of the data that lies here: of each part
-  of a mixture, and under its own name that of its last part, as ever."""
+def _sources(configs) -> dict[str, str]:
+  """Returns the hashes of the data that lies here: of each part of a mixture,
+  and under its own name that of its last part."""
   from training.data import sources
-  found = {'file': frozen_lib.digest(pathlib.Path(file).read_bytes())}
+  hashes = {}
   for config in configs:
     for name in filter(None, (config.data.source, config.data.eval_source)):
-      for _, source in [] if name in found else sources.parse(name):
+      for _, source in [] if name in hashes else sources.parse(name):
         if not source.drawn:
-          found[source.name] = found[name] = source.digest()
-  return found
+          hashes[source.name] = hashes[name] = source.digest()
+  return hashes

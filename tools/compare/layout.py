@@ -47,8 +47,6 @@ def try_folder(workdir, own: str = 'sweep.json') -> None:
           'needs a folder of this machine, or one that is mounted')
   storage.try_folder(workdir)
   storage.refuse_run(workdir, '--workdir', own)
-  for name in ('sweep.json', 'ledger.sqlite'):
-    storage.try_file(pathlib.Path(workdir) / name, '--workdir')
 
 
 def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
@@ -64,73 +62,80 @@ def run_folder(workdir, point: str, seed: int) -> pathlib.Path:
   return pathlib.Path(workdir) / 'points' / point / f'seed-{seed}'
 
 
-def save(path: pathlib.Path, tree: Any) -> None:
-  """Writes JSON, whole or not at all; several runners may write at once."""
+def save_checked(path: pathlib.Path, tree: dict) -> None:
+  """Writes JSON with a checksum of what it holds, whole or not at all; several
+  runners may write at once."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.NamedTemporaryFile(
       'w', dir=path.parent, prefix=f'{path.name}.', delete=False) as partial:
-    partial.write(json.dumps(tree, indent=1, allow_nan=False) + '\n')
+    json.dump(tree | {'checksum': checksum(tree)}, partial, indent=1,
+              allow_nan=False)
   os.chmod(partial.name, 0o644)
   os.replace(partial.name, path)
-
-
-def save_checked(path: pathlib.Path, tree: dict) -> None:
-  """Writes JSON with a checksum of what it holds."""
-  save(path, tree | {'checksum': _checksum(tree)})
 
 
 def load_checked(path: pathlib.Path) -> dict:
   """Returns what `save_checked` wrote; RequestError where it is damaged."""
   tree = schema.parse(path.read_bytes(), str(path))
   require(isinstance(tree, dict)
-          and tree.pop('checksum', '') == _checksum(tree),
+          and tree.pop('checksum', '') == checksum(tree),
           f'{path} is damaged: it is not as it was written; put it back')
   return tree
 
 
-def save_description(workdir, description: dict) -> None:
-  """Writes sweep.json, with a checksum of what it holds."""
-  save_checked(pathlib.Path(workdir) / 'sweep.json', description)
+def checksum(tree: Any) -> str:
+  text = json.dumps(tree, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_description(workdir) -> dict:
-  """Returns what `save_description` wrote; RequestError where there is none."""
+  """Returns what sweep.json holds; RequestError where there is none."""
   path = pathlib.Path(workdir) / 'sweep.json'
   require(path.is_file(), f'{path} is missing: no sweep was checked or run in '
           'this workdir')
   return load_checked(path)
 
 
-def _checksum(description: dict) -> str:
-  text = json.dumps(description, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
+def save_description(workdir, description: dict) -> dict:
+  """Writes sweep.json, and returns what it holds: also the points and seeds
+  that it had before.
+
+  Raises:
+    RequestError: where it is of another sweep.
+  """
+  path = pathlib.Path(workdir) / 'sweep.json'
+  if path.exists():
+    old = load_checked(path)
+    different = differences(_fixed(old), _fixed(description, old['points']))
+    require(not different, f'{workdir} holds another sweep, which differs in '
+            f'{", ".join(different)}: take another --workdir')
+    left = {row['name']: row for row in old['points']}
+    points = [row | {'seeds': sorted({
+        *left.pop(row['name'], row)['seeds'], *row['seeds']})}
+              for row in description['points']]
+    description = description | {'points': [*points, *left.values()]}
+  save_checked(path, description)
+  return description
 
 
-def unlike(old: dict, new: dict) -> list[str]:
-  """Says in which points and fields two descriptions are of different sweeps;
-  nothing where the new one only has more points or seeds."""
+def _fixed(description: dict, points: Sequence[dict] = ()) -> dict:
+  """Returns what stays of a description, but for points that are new to
+  `points`, if these are given."""
+  names = [row['name'] for row in points or description['points']]
+  return {name: description.get(name) for name in (
+      'base', 'match', 'match_field', 'base_config', 'sources')} | {'points': {
+          row['name']: row['changes'] for row in description['points']
+          if row['name'] in names}}
+
+
+def differences(old: dict, new: dict) -> list[str]:
+  """Returns the dotted names of what two trees of JSON have otherwise."""
   from training.workdir import run_config
-  new = json.loads(json.dumps(new))  # as the old: lists for tuples
-  told = [f'{key} was {old[key]!r} and is {new[key]!r}'
-          for key in ('base', 'match', 'match_field') if old[key] != new[key]]
-  before, after = (run_config.flatten_dict(x['base_config'])
-                   for x in (old, new))
-  told += [f'the base differs in {key}' for key in {**before, **after}
-           if before.get(key) != after.get(key)]
-  points = {row['name']: row['changes'] for row in old['points']}
-  return told + [f'point {row["name"]!r} was {points[row["name"]]!r} and is '
-                 f'{row["changes"]!r}' for row in new['points']
-                 if points.get(row['name'], row['changes']) != row['changes']]
-
-
-def merged(old: dict, new: dict) -> dict:
-  """Returns the new description with the points and seeds of the old one."""
-  left = {row['name']: row for row in old['points']}
-  points = [row | {'seeds': sorted({
-      *left.pop(row['name'], row)['seeds'], *row['seeds']})}
-            for row in new['points']]
-  return new | {'points': [*points, *left.values()]} | (
-      {'sources': old['sources'] | new['sources']} if 'sources' in new else {})
+  before, after = (run_config.flatten_dict(json.loads(json.dumps(tree)))
+                   for tree in (old, new))
+  return [name for name in {**before, **after}
+          if before.get(name, run_config.MISSING)
+          != after.get(name, run_config.MISSING)]
 
 
 def row_of(description: dict, point: str) -> dict:
@@ -163,26 +168,26 @@ def differing(description: dict, workdir, point: str, seed: int
   from training import runs
   from training.workdir import run_config
   wanted = config(description, point, seed)
-  got, expected = map(run_config.flatten, (
-      run_config.load_config(run_folder(workdir, point, seed)), wanted))
-  found = [name for name in {**expected, **got}
-           if got.get(name, run_config.MISSING)
-           != expected.get(name, run_config.MISSING)]
+  different = differences(
+      run_config.load_config(run_folder(workdir, point, seed)).to_dict(),
+      wanted.to_dict())
   # A run's config.json does not hold what its model does not read.
-  unread = tables.unread(runs.resolve_alone(wanted)) if found else ()
-  return [name for name in found if name.removeprefix('model.') not in unread]
+  unread = tables.unread(runs.resolve_alone(wanted)) if different else ()
+  return [name for name in different
+          if name.removeprefix('model.') not in unread]
 
 
 def stranger(description: dict, workdir, point: str, seed: int) -> str:
   """Returns why what lies in a run's folder is not that run, or ''."""
+  folder = run_folder(workdir, point, seed)
   try:
     wrong = differing(description, workdir, point, seed)
   except RequestError as error:
     return str(error)
   return '' if not wrong else (
-      f'{run_folder(workdir, point, seed)} holds a run of another config than '
-      f'sweep.json says, in {", ".join(wrong)}: move it away, and --retry; '
-      f'{description["file"]} may have changed since the sweep began')
+      f'{folder} holds a run of another config than sweep.json says, in '
+      f'{", ".join(wrong)}: move it away, and --retry; {description["file"]} '
+      'may have changed since the sweep began')
 
 
 def codes(workdir, runs) -> list[str]:
@@ -201,7 +206,7 @@ def changed_data(workdir, runs) -> list[str]:
   """Returns the sources that did not hold the same at every start of the
   (point, seed) of a sweep, as far as that is known."""
   from training.workdir import run_config
-  held: dict[tuple, set[str]] = {}
+  contents: dict[tuple, set[str]] = {}
   for point, seed in runs:
     with contextlib.suppress(RequestError):
       folder = run_folder(workdir, point, seed)
@@ -209,51 +214,49 @@ def changed_data(workdir, runs) -> list[str]:
       for start in run_config.starts(folder):
         for name, content in start.get('data', {}).items():
           # Of what these cut out of it, and how they lay it out.
-          held.setdefault((name, data.holdout_every, data.chat_template),
-                          set()).add(content)
-  return sorted({name for (name, *_), found in held.items() if len(found) > 1})
+          contents.setdefault((name, data.holdout_every, data.chat_template),
+                              set()).add(content)
+  return sorted({name for (name, *_), own in contents.items() if len(own) > 1})
 
 
-def data_note(found: list[str]) -> str:
+def data_note(sources: list[str]) -> str:
   """Says that the data of a sweep changed in the middle of it."""
   return ('The data changed in the middle of this sweep, so that its runs may '
-          f'not be compared: {", ".join(found)} did not hold the same for all.')
+          f'not be compared: {", ".join(sources)} did not hold the same for '
+          'all.')
 
 
 def held_out_note(changes: Iterable[Mapping]) -> str:
   """Says that points, of which these are the changes, were evaluated on
   different text or rows; '' where they were not."""
   changes = list(changes)
-  found = [name for name in EVALUATED
-           if len({own.get(name) for own in changes}) > 1]
-  return (f'Points differ in {" and ".join(found)}, so their held-out losses '
-          'are not of the same text.') if found else ''
+  different = [name for name in EVALUATED
+               if len({own.get(name) for own in changes}) > 1]
+  return (f'Points differ in {" and ".join(different)}, so their held-out '
+          'losses are not of the same text.') if different else ''
 
 
-def codes_note(found: list[str]) -> str:
+def codes_note(codes: list[str]) -> str:
   """Says that the code of a sweep changed in the middle of it."""
   return ('The code changed in the middle of this sweep, so that its runs may '
-          f'not be compared: {"; ".join(found)}.')
+          f'not be compared: {"; ".join(codes)}.')
 
 
 def metrics(folder: pathlib.Path, split: str) -> list[dict]:
   """Returns the lines of a run's metrics.jsonl of one split, as far as they
   are whole."""
-  path = folder / 'metrics.jsonl'
-  if not path.is_file():
-    return []
   from training.workdir import metrics as metrics_lib
-  return [row for row in metrics_lib.read(path) if row['split'] == split]
+  path = folder / 'metrics.jsonl'
+  rows = metrics_lib.read(path) if path.is_file() else []
+  return [row for row in rows if row['split'] == split]
 
 
 def is_trained(folder: pathlib.Path, train) -> bool:
   """Whether the run took its last step and saved it, and did not end there
   after too many bad ones; `train` is config.train of the run."""
-  steps = train.steps
-  last = [row for row in metrics(folder, 'train') if row['step'] == steps]
-  return (folder / 'checkpoints' / str(steps)).is_dir() and bool(last) and not (
-      'bad_in_row' in last[-1]
-      and last[-1]['bad_in_row'] >= train.max_bad_steps)
+  last = [row for row in metrics(folder, 'train') if row['step'] == train.steps]
+  return (folder / 'checkpoints' / str(train.steps)).is_dir() and bool(
+      last) and last[-1].get('bad_in_row', -1) < train.max_bad_steps
 
 
 def evaluation(folder: pathlib.Path) -> dict:
@@ -269,12 +272,10 @@ def evaluation(folder: pathlib.Path) -> dict:
   return figures
 
 
-def is_evaluated(folder: pathlib.Path, tasks: list[str]) -> bool:
+def is_evaluated(folder: pathlib.Path, tasks: Iterable[str]) -> bool:
   """Whether eval.json holds every task."""
-  path = folder / 'eval.json'
-  if not path.is_file():
-    return not tasks
-  return set(tasks) <= set(evaluation(folder))
+  return set(tasks) <= set(evaluation(folder)
+                           if (folder / 'eval.json').is_file() else ())
 
 
 def log(folder: pathlib.Path, line: str) -> None:
@@ -286,13 +287,10 @@ def log(folder: pathlib.Path, line: str) -> None:
 
 def error(folder: pathlib.Path) -> str:
   """Returns the sentence that a failed run's log gives, or ends with."""
-  path = folder / 'log.txt'
-  lines = [line.strip() for line in path.read_text(
-      errors='replace').splitlines() if line.strip()]
-  start = max((i for i, line in enumerate(lines) if line.startswith('$ ')),
-              default=0)  # of the last attempt
-  told = [line for line in lines[start:] if line.startswith('error: ')]
-  return (told or lines or ['it printed nothing'])[-1].removeprefix('error: ')
+  lines = [line.strip() for line in (folder / 'log.txt').read_text(
+      errors='replace').rpartition('\n$ ')[2].splitlines() if line.strip()]
+  errors = [line for line in lines if line.startswith('error: ')]
+  return (errors or lines)[-1].removeprefix('error: ')
 
 
 def flags(changes: Mapping[str, Any]) -> list[str]:
@@ -322,8 +320,8 @@ def group_command(workdir, runs: Iterable[tuple[str, int]], tasks: str = ''
   """Returns the words that train several runs as one program, or that do in
   one process what they owe."""
   names = ','.join(f'{point}/{seed}' for point, seed in runs)
-  return ['-m', 'tools.compare.worker', '--workdir', str(workdir),
-          f'--runs={names}', *([f'--evaluate={tasks}'] if tasks else [])]
+  return ['-m', 'tools.compare.local', '--workdir', str(workdir),
+          f'--runs={names}', f'--evaluate={tasks}']
 
 
 def shell_line(description: dict, workdir, run) -> str:

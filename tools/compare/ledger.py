@@ -20,15 +20,14 @@ import sqlite3
 import time
 from typing import NamedTuple
 
-from configs.errors import EnvironmentFailure, RequestError
+from configs.errors import EnvironmentFailure
 
 PENDING, RUNNING, DONE, FAILED = 'pending', 'running', 'done', 'failed'
 STATES = (PENDING, RUNNING, DONE, FAILED)
 ENDED = (DONE, FAILED)
 BUSY_SECONDS = 60  # how long a writer waits for the others
-STALE_SECONDS = 120  # another host's runner counts as dead after so long
+STALE_SECONDS = 120  # a runner counts as dead after so long
 BEAT_SECONDS = 10  # between two heartbeats
-SILENT_SECONDS = 3 * BEAT_SECONDS  # and may be dead after so long
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -38,7 +37,6 @@ CREATE TABLE IF NOT EXISTS runs (
   tasks TEXT NOT NULL,
   state TEXT NOT NULL DEFAULT 'pending',
   runner TEXT NOT NULL DEFAULT '',
-  attempts INTEGER NOT NULL DEFAULT 0,
   seconds REAL NOT NULL DEFAULT 0,
   alone INTEGER NOT NULL DEFAULT 0,
   started REAL,
@@ -49,14 +47,8 @@ CREATE TABLE IF NOT EXISTS runners (
   name TEXT PRIMARY KEY,
   host TEXT NOT NULL,
   pid INTEGER NOT NULL,
-  born TEXT NOT NULL,
   heartbeat REAL NOT NULL);
 """
-# What is wrong with the machine, and not with the file.
-_OF_THE_MACHINE = (
-    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_CANTOPEN)
 
 
 class Run(NamedTuple):
@@ -73,7 +65,6 @@ class Run(NamedTuple):
   tasks: str
   state: str
   runner: str
-  attempts: int
   seconds: float
   alone: int
   started: float | None
@@ -91,7 +82,7 @@ class Ledger:
   def __init__(self, workdir):
     self._path = pathlib.Path(workdir) / 'ledger.sqlite'
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    with self._telling():  # each statement is a transaction of its own
+    with self._failing():  # each statement is a transaction of its own
       self._connection = sqlite3.connect(
           self._path, timeout=BUSY_SECONDS, isolation_level=None)
     with self.transaction():
@@ -104,14 +95,14 @@ class Ledger:
   def __exit__(self, *error):
     self._connection.close()
 
-  def _rows(self, statement: str, values: Sequence = ()) -> list[tuple]:
+  def _rows(self, statement: str, *values) -> list[tuple]:
     """Executes a statement; returns the rows that it gives."""
-    with self._telling():
+    with self._failing():
       return self._connection.execute(statement, values).fetchall()
 
-  def _change(self, statement: str, values: Sequence = ()) -> int:
+  def _change(self, statement: str, *values) -> int:
     """Executes a statement; returns how many rows it changed."""
-    with self._telling():
+    with self._failing():
       return self._connection.execute(statement, values).rowcount
 
   @contextlib.contextmanager
@@ -126,23 +117,20 @@ class Ledger:
         self._change('ROLLBACK')
 
   @contextlib.contextmanager
-  def _telling(self):
-    """Makes sentences of SQLite's errors."""
+  def _failing(self):
+    """Makes a sentence of SQLite's errors."""
     try:
       yield
     except sqlite3.ProgrammingError:
       raise  # a mistake of ours
     except sqlite3.DatabaseError as error:
-      code = getattr(error, 'sqlite_errorcode', 0) & 0xff  # without details
-      if code in _OF_THE_MACHINE:
-        raise EnvironmentFailure(f'{self._path} cannot be used: {error}; the '
-                                 'same command goes on') from error
-      raise self._damaged(error) from error
+      raise self._unusable(error) from error
 
-  def _damaged(self, reason) -> RequestError:
-    return RequestError(
-        f'{self._path} is damaged ({reason}): move it away and run the sweep '
-        'again, which finds on disk what is done')
+  def _unusable(self, reason) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        f'{self._path} cannot be used ({reason}): run the sweep again, and if '
+        'the file is damaged, move it away first: what is done is known by '
+        'what lies on disk')
 
   def add(self, rows: Iterable[tuple[str, int, Sequence[str]]]) -> None:
     """Adds (point, seed, tasks) where missing; a run that is done and owes a
@@ -152,46 +140,37 @@ class Ledger:
         tasks = ','.join(tasks)
         self._change(
             'INSERT OR IGNORE INTO runs (point, seed, tasks) VALUES (?, ?, ?)',
-            (point, seed, tasks))
+            point, seed, tasks)
         self._change(
             'UPDATE runs SET tasks = ?, state = CASE WHEN state = ? AND ? '
             'THEN ? ELSE state END WHERE point = ? AND seed = ? '
             'AND tasks != ?',
-            (tasks, DONE, bool(tasks), PENDING, point, seed, tasks))
+            tasks, DONE, bool(tasks), PENDING, point, seed, tasks)
 
-  def runs(self, state: str = '') -> list[Run]:
-    """Every run, or those in one state, by seed and then in file order."""
-    where, values = (' WHERE state = ?', (state,)) if state else ('', ())
-    rows = self._rows(
-        f'SELECT {", ".join(Run._fields)} FROM runs{where} ORDER BY seed, id',
-        values)
-    return [self._checked(Run(*row)) for row in rows]
-
-  def _checked(self, run: Run) -> Run:
-    """Raises RequestError for a row that this program cannot have written."""
-    for name, value in run._asdict().items():
-      if not isinstance(value, Run.__annotations__[name]) or (
-          name == 'state' and value not in STATES):
-        raise self._damaged(f'{name} of a run is {value!r}')
-    return run
+  def runs(self, *states: str) -> list[Run]:
+    """The runs in some states, or all, by seed and then in file order."""
+    runs = [Run(*row) for row in self._rows(
+        f'SELECT {", ".join(Run._fields)} FROM runs ORDER BY seed, id')]
+    for run in runs:
+      if run.state not in STATES or not all(map(
+          isinstance, run, Run.__annotations__.values())):
+        raise self._unusable(f'it has the run {tuple(run)}')
+    return [run for run in runs if run.state in (states or STATES)]
 
   def register(self) -> str:
     """Adds this process as a runner; returns its name."""
-    host, pid, born = _host(), os.getpid(), _born(os.getpid())
-    name = f'{host}:{pid}:{born}'
-    self._change('INSERT OR REPLACE INTO runners VALUES (?, ?, ?, ?, ?)',
-                     (name, host, pid, born, _now()))
+    name = f'{_host()}:{os.getpid()}:{_now():.3f}'
+    self._change('INSERT INTO runners VALUES (?, ?, ?, ?)',
+                 name, _host(), os.getpid(), _now())
     return name
 
   def claim(self, ids: Sequence[int], runner: str) -> list[int]:
     """Takes those runs of `ids` that are still pending, for a runner as
     `register` named it; returns them."""
-    marks = ', '.join('?' * len(ids))
     rows = self._rows(
-        f'UPDATE runs SET state = ?, runner = ?, started = ?, ended = NULL, '
-        f"error = '', attempts = attempts + 1 "
-        f'WHERE state = ? AND id IN ({marks}) RETURNING id',
-        (RUNNING, runner, _now(), PENDING, *ids))
+        'UPDATE runs SET state = ?, runner = ?, started = ?, ended = NULL, '
+        f"error = '' WHERE state = ? AND id IN ({', '.join('?' * len(ids))}) "
+        'RETURNING id', RUNNING, runner, _now(), PENDING, *ids)
     return sorted(row[0] for row in rows)
 
   def settle(self, id: int, runner: str, state: str, error: str = '',
@@ -209,89 +188,58 @@ class Ledger:
         "UPDATE runs SET state = ?, error = ?, ended = ?, runner = '', "
         'alone = max(alone, ?), seconds = seconds + ? - started '
         'WHERE id = ? AND runner = ?',
-        (state, error, _now(), alone, _now(), id, runner)) == 1
+        state, error, _now(), alone, _now(), id, runner) == 1
 
-  def run(self, id: int) -> Run:
-    """Returns a run as it is by now: tasks may have come since its claim."""
-    return next(run for run in self.runs() if run.id == id)
-
-  def drop(self, id: int) -> None:
-    """Removes a run that has not begun."""
-    self._change('DELETE FROM runs WHERE id = ? AND state = ?',
-                    (id, PENDING))
-
-  def adopt(self, id: int, old: str, new: str, error: str = '') -> bool:
-    """Moves a run that nobody holds from one state to another."""
-    return self._change(
+  def adopt(self, id: int, state: str, error: str = '') -> None:
+    """Moves a run that is pending into another state."""
+    self._change(
         'UPDATE runs SET state = ?, error = ? WHERE id = ? AND state = ?',
-        (new, error, id, old)) == 1
+        state, error, id, PENDING)
+
+  def retry(self) -> None:
+    """Makes what failed pending again."""
+    self._change("UPDATE runs SET state = ?, error = '' WHERE state = ?",
+                 PENDING, FAILED)
 
   def beat(self, runner: str) -> set[int]:
     """Says that the runner lives; returns the runs that are still its own."""
     self._change('UPDATE runners SET heartbeat = ? WHERE name = ?',
-                     (_now(), runner))
-    rows = self._rows(
-        'SELECT id FROM runs WHERE runner = ?', (runner,))
-    return {row[0] for row in rows}
+                 _now(), runner)
+    return {id for id, in self._rows(
+        'SELECT id FROM runs WHERE runner = ?', runner)}
 
   def recover(self) -> list[str]:
     """Frees what dead runners hold; returns 'point, seed S' of each run."""
-    rows = self._rows(
-        "SELECT name, host, pid, born, heartbeat FROM runners WHERE name IN "
-        "(SELECT DISTINCT runner FROM runs WHERE runner != '')")
-    freed = []
-    for name, host, pid, born, heartbeat in rows:
-      if not isinstance(heartbeat, int | float):
-        raise self._damaged(f'the heartbeat of a runner is {heartbeat!r}')
-      if _alive(host, pid, born, _now() - heartbeat):
-        continue
-      freed += self._rows(
-          "UPDATE runs SET state = ?, runner = '' WHERE runner = ? "
-          'AND state = ? RETURNING point, seed', (PENDING, name, RUNNING))
+    dead = [name for name, *runner in self._rows(
+        'SELECT name, host, CAST(pid AS INTEGER), CAST(heartbeat AS REAL) '
+        'FROM runners') if not _alive(*runner)]
+    freed = self._rows(
+        "UPDATE runs SET state = ?, runner = '' WHERE state = ? AND runner IN "
+        f'({", ".join("?" * len(dead))}) RETURNING point, seed',
+        PENDING, RUNNING, *dead)
     return [f'{point}, seed {seed}' for point, seed in freed]
-
-  def doubtful(self) -> list[str]:
-    """Returns 'point, seed S' of the runs that runners of other hosts hold
-    which have missed three heartbeats: alive or dead, nobody knows yet."""
-    rows = self._rows(
-        'SELECT point, seed FROM runs JOIN runners ON runner = name '
-        'WHERE host != ? AND heartbeat <= ? ORDER BY runs.id',
-        (_host(), _now() - SILENT_SECONDS))
-    return [f'{point}, seed {seed}' for point, seed in rows]
 
 
 def _now() -> float:
   return time.time()
 
 
-def _alive(host: str, pid: int, born: str, silence: float) -> bool:
-  """Whether a runner lives: its process on this host, else its heartbeat."""
+def _alive(host: str, pid: int, heartbeat: float) -> bool:
+  """Whether a runner lives: it has said so, and if it is of this host, its
+  process is there."""
   if host == _host():
-    return born == _born(pid)
-  return silence < STALE_SECONDS
+    try:
+      os.kill(pid, 0)
+    except ProcessLookupError:
+      return False
+    except PermissionError:
+      pass  # another user's
+  return heartbeat > _now() - STALE_SECONDS
 
 
 def _host() -> str:
   """This machine, and the space of process numbers if it has several."""
   try:
-    space = os.readlink('/proc/self/ns/pid')
+    return f'{socket.gethostname()}:{os.readlink("/proc/self/ns/pid")}'
   except OSError:  # not Linux: one space
-    space = ''
-  return socket.gethostname() + space.removeprefix('pid:')
-
-
-def _born(pid: int) -> str:
-  """When a process started, so that a reused number is not taken for it; ''
-  for one that is gone (or, as a zombie, only waits to be noticed)."""
-  stat = pathlib.Path(f'/proc/{pid}/stat')
-  if not stat.parent.parent.joinpath('self').exists():  # not Linux
-    try:
-      os.kill(pid, 0)
-    except ProcessLookupError:
-      return ''
-    return 'alive'
-  try:
-    fields = stat.read_text().rpartition(') ')[2].split()
-  except OSError:
-    return ''
-  return '' if fields[0] in 'ZX' else fields[19]
+    return socket.gethostname()

@@ -1,14 +1,36 @@
 """What a study plans, what its runs give, and how both stand in its files.
 
-WORKDIR/study.json is the frozen plan (frozen.py). WORKDIR/results.json is
-everything that was found: see `RESULTS`.
+WORKDIR/study.json is the frozen plan. WORKDIR/results.json is everything that
+was found, by key:
+
+  study       name, hash of the plan that it is of
+  outcomes    Outcome of every run that is done, as objects
+  noise       decide.noise's
+  announced   decide.announce's; null where noise is not over
+  tuned       Tuned, of each variant, size and workload
+  screen      decide.screen's
+  confirm     decide.confirm's
+  phases      by phase: {'planned': runs, 'done': runs, 'failed': runs,
+              'tokens', 'flops', 'seconds', 'wall_seconds', 'finished': bool}
+  as_planned  {'same': bool, 'differences': [sentences]}
+  provenance  {'codes': [...], 'devices': [...], 'versions': {...}}
+
+Lists are empty where a phase has not been decided yet.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
+import math
+import pathlib
+import time
 from typing import Any, NamedTuple
 
+from configs.errors import require
+from tools.compare import layout, spec
+
 PHASES = ('noise', 'tune', 'screen', 'confirm')
+REPORT = 'report'  # what follows the last phase
+UNTIL = ('freeze', *PHASES, REPORT)  # how far a study may be told to go
 TEXT = 'text'  # the workload that every study has, and that comes first
 AGAIN = 'base-again'  # the base with other first parameters, of `noise`
 LOWER, HIGHER = 'lower', 'higher'  # which value of a measure is better
@@ -176,21 +198,113 @@ class Tuned:
   tried: tuple[dict, ...]
 
 
-# What results.json holds, by key:
-#   study       name, hash of the plan that it is of
-#   outcomes    Outcome of every run that is done, as objects
-#   noise       decide.noise's
-#   announced   decide.announce's; null where noise is not over
-#   tuned       Tuned, of each variant, size and workload
-#   screen      decide.screen's
-#   confirm     decide.confirm's
-#   phases      by phase: {'planned': runs, 'done': runs, 'failed': runs,
-#               'tokens', 'flops', 'seconds', 'wall_seconds', 'finished': bool}
-#   as_planned  {'same': bool, 'differences': [sentences]}
-#   provenance  {'codes': [...], 'devices': [...], 'versions': {...}}
-# Lists are empty where a phase has not been decided yet.
-RESULTS = ('study', 'outcomes', 'noise', 'announced', 'tuned', 'screen',
-           'confirm', 'phases', 'as_planned', 'provenance')
+@dataclasses.dataclass
+class Frozen:
+  """What study.json holds.
+
+  Attributes:
+    plan: the plan.
+    base_config: the config that every run changes, as a tree.
+    points: of each variant, size and workload {'variant', 'size', 'workload',
+      'changes', 'matched', 'params', 'active_params', 'flops_per_token',
+      'tokens', 'vocab', 'guess'}: what it changes in base_config before it is
+      tuned, what a run of train.steps steps costs, and the loss of guessing.
+    sources: hashes of the sources of data, as far as they lie on this machine.
+    code: {'commit', 'diff'} as provenance.this_start() says them.
+    amendments: of each {'reason', 'time', 'before', 'changed', 'seen'}: why
+      the plan was changed, when, the hash of the plan before, the fields that
+      changed, and the phases that had been looked at.
+    notes: what else was decided by hand, as {'time', 'told'}.
+  """
+  plan: Plan
+  base_config: dict
+  points: list[dict]
+  sources: dict[str, str]
+  code: dict
+  amendments: list[dict] = dataclasses.field(default_factory=list)
+  notes: list[dict] = dataclasses.field(default_factory=list)
+
+  @property
+  def hash(self) -> str:
+    """Of all that was planned, and what it was planned with."""
+    tree = to_json(self)
+    return layout.checksum({name: tree[name] for name in (
+        'plan', 'base_config', 'points', 'sources', 'code')})
+
+  def point(self, variant: str, size: str, workload: str) -> dict:
+    wanted = (variant, size, workload)
+    return next(row for row in self.points if wanted == (
+        row['variant'], row['size'], row['workload']))
+
+  def point_of(self, run: Any) -> dict:
+    """Returns the point of a run, or of its Outcome."""
+    return self.point(self.plan.base if run.variant == AGAIN
+                      else run.variant, run.size, run.workload)
+
+  def steps(self, changes: Mapping[str, Any]) -> int:
+    """Returns the steps that a run with a point's or a run's changes trains."""
+    return changes.get('train.steps', self.base_config['train']['steps'])
+
+
+def save(workdir, frozen: Frozen) -> None:
+  layout.save_checked(pathlib.Path(workdir) / 'study.json', to_json(frozen))
+
+
+def load(workdir) -> Frozen:
+  """Returns what study.json holds; RequestError where there is none."""
+  path = pathlib.Path(workdir) / 'study.json'
+  require(path.is_file(), f'{path} is missing: no study was run in this '
+          'workdir')
+  tree = layout.load_checked(path)
+  plan = spec.tuples(tree['plan'])
+  return Frozen(**tree | {'plan': Plan(**plan | dict(
+      measures=tuple(Measure(**row) for row in plan['measures']),
+      seeds=Seeds(**plan['seeds']), tuning=Tuning(**plan['tuning'])))})
+
+
+def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
+  """Returns the plan that goes on in a workdir, and writes it there.
+
+  Args:
+    workdir: of the study.
+    frozen: of the file as it is now.
+    reason: why it was changed, where it was.
+
+  Raises:
+    RequestError: where it was changed, and no reason is given.
+  """
+  if not layout.is_study(workdir):
+    save(workdir, frozen)
+    return frozen
+  old = load(workdir)
+  before, after = map(_planned, (old, frozen))
+  # Data of which the old plan has no hash are as planned.
+  after['sources'] = {name: frozen.sources[name] for name in old.sources
+                      if name in frozen.sources}
+  changed = layout.differences(before, after)
+  if not changed:
+    return old
+  require(bool(reason), f'{workdir} was planned otherwise: '
+          f'{", ".join(changed[:8])}{", ..." * (len(changed) > 8)} changed '
+          'since. Take another --workdir, or give the reason by '
+          '--amend=REASON, which the report will tell')
+  frozen.amendments = [*old.amendments, {
+      'reason': reason, 'time': time.time(), 'before': old.hash,
+      'changed': changed, 'seen': [
+          phase for phase in PHASES
+          if list(pathlib.Path(workdir).glob(f'{phase}*/points'))]}]
+  frozen.notes = old.notes
+  save(workdir, frozen)
+  return frozen
+
+
+def _planned(frozen: Frozen) -> dict:
+  """Returns what must not change of a plan; the code may, which
+  results.as_planned tells."""
+  return {'plan': to_json(frozen.plan), 'base_config': frozen.base_config,
+          'sources': frozen.sources, 'points': {
+              '.'.join((row['variant'], row['size'], row['workload'])): row
+              for row in frozen.points}}
 
 
 def to_json(value: Any) -> Any:
@@ -205,32 +319,13 @@ def to_json(value: Any) -> Any:
     return {str(key): to_json(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
     return [to_json(item) for item in value]
-  if isinstance(value, float) and not abs(value) < float('inf'):
+  if isinstance(value, float) and not abs(value) < math.inf:
     return None
   return value
 
 
-def plan_from_json(tree: Mapping[str, Any]) -> Plan:
-  """Returns the plan that `to_json` wrote."""
-  tuning = dict(tree['tuning'])
-  tuning['fields'] = {name: _tuples(values)
-                      for name, values in tuning['fields'].items()}
-  own = {field.name for field in dataclasses.fields(Plan)}
-  flat = {name: _tuples(value) for name, value in tree.items() if name in own}
-  return Plan(**flat | dict(
-      measures=tuple(Measure(**row) for row in tree['measures']),
-      seeds=Seeds(**tree['seeds']), tuning=Tuning(**tuning)))
-
-
 def outcome_from_json(tree: Mapping[str, Any]) -> Outcome:
   """Returns the outcome that `to_json` wrote."""
-  flat = {name: tree[name] for name in Outcome._fields}
-  for name, missing in (('seconds', float('nan')), ('loss', float('inf'))):
-    if flat[name] is None:
-      flat[name] = missing
-  return Outcome(**flat)
-
-
-def _tuples(value):
-  return (tuple(map(_tuples, value)) if isinstance(value, Sequence)
-          and not isinstance(value, str) else value)
+  return Outcome(**tree | {
+      name: missing for name, missing in (
+          ('seconds', math.nan), ('loss', math.inf)) if tree[name] is None})

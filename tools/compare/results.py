@@ -6,7 +6,6 @@ import pathlib
 import platform
 from typing import Any
 
-from tools.compare import frozen as frozen_lib
 from tools.compare import phases
 from tools.compare import plan as plans
 from tools.compare import layout
@@ -16,7 +15,7 @@ FILE = 'results.json'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy')
 
 
-def write(workdir, frozen: frozen_lib.Frozen, found: phases.Found,
+def write(workdir, frozen: plans.Frozen, found: phases.Found,
           planned: Mapping[str, int]) -> None:
   """Writes results.json, unless it holds later phases of the same plan.
 
@@ -41,7 +40,7 @@ def write(workdir, frozen: frozen_lib.Frozen, found: phases.Found,
                      'versions': versions()}})
 
 
-def _holds_more(path: pathlib.Path, frozen: frozen_lib.Frozen,
+def _holds_more(path: pathlib.Path, frozen: plans.Frozen,
                 found: phases.Found) -> bool:
   """Whether phases are over there that `found` has not come to: a study that
   is started again walks through all of them, and may be told to end early."""
@@ -87,7 +86,7 @@ def rows(workdir, phase: str) -> list[ledger_lib.Run]:
   return found
 
 
-def _spent(workdir, frozen: frozen_lib.Frozen, phase: str, found: phases.Found,
+def _spent(workdir, frozen: plans.Frozen, phase: str, found: phases.Found,
            planned: Mapping[str, int]) -> dict[str, Any]:
   own = [x for x in found.outcomes if x.phase == phase]
   tokens = sum(x.flops / frozen.point_of(x)['flops_per_token'] for x in own)
@@ -112,7 +111,7 @@ def wall_seconds(workdir, phase: str) -> float:
   return total
 
 
-def as_planned(workdir, frozen: frozen_lib.Frozen, ran: Sequence[str]
+def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]
                ) -> dict[str, Any]:
   """Returns whether what ran, by these codes, is what was planned, and what is
   not."""
@@ -132,10 +131,6 @@ def as_planned(workdir, frozen: frozen_lib.Frozen, ran: Sequence[str]
   for folder in folders(workdir):
     if data := layout.changed_data(folder, _runs(folder)):
       differences.append(f'{folder.name}: {layout.data_note(data)}')
-    name, dot, number = folder.name.rpartition('.')
-    if dot and number.isdigit():
-      differences.append(f'{name} had run under an earlier plan; it ran anew '
-                         f'as {folder.name}.')
   return {'same': not differences, 'differences': differences}
 
 

@@ -5,7 +5,6 @@ a run goes on from its checkpoint.
 """
 
 import ast
-import os
 import pathlib
 import subprocess
 import time
@@ -37,39 +36,29 @@ class Work:
     self._words, self._save_seconds = words, save_seconds
 
   def __call__(self) -> int:
-    # subprocess.run would kill it as soon as submitit ends this process.
+    # subprocess.run would kill it as soon as submitit ends this process; and
+    # while one waits for a process, `checkpoint` could not.
     self._process = subprocess.Popen(self._words)
-    return self._process.wait()
+    while self._process.poll() is None:
+      time.sleep(POLL_SECONDS)
+    return self._process.returncode
 
   def checkpoint(self):
-    """Has the command save and end, before submitit queues the job again.
-
-    Submitit calls this in its signal handler, and so within the wait above.
-    """
+    """Has the command save and end, before submitit queues the job again; it
+    calls this in its signal handler."""
     import submitit
     if self._process:
       self._process.terminate()
-      deadline = time.monotonic() + self._save_seconds
-      while not _ended(self._process.pid):
-        if time.monotonic() > deadline:
-          self._process.kill()
-          break
-        time.sleep(POLL_SECONDS)
+      try:
+        self._process.wait(self._save_seconds)
+      except subprocess.TimeoutExpired:
+        self._process.kill()
     return submitit.helpers.DelayedSubmission(
         Work(self._words, self._save_seconds))
 
 
-def _ended(pid: int) -> bool:
-  """Whether a child has ended. Its Popen cannot say so while it is waited for:
-  the lock that it takes is held."""
-  try:
-    return os.waitpid(pid, os.WNOHANG)[0] == pid
-  except ChildProcessError:  # the wait above was told already
-    return True
-
-
 def submit(commands: list[list[str]], folder: pathlib.Path, options: str,
-           name: str, cluster: str | None = None) -> list:
+           name: str, cluster: str = 'slurm') -> list:
   """Submits an array, prints the names of its jobs, returns them.
 
   Args:
@@ -87,44 +76,32 @@ def submit(commands: list[list[str]], folder: pathlib.Path, options: str,
   except ImportError as error:
     raise RequestError('--launcher=slurm needs submitit: pip install -e '
                        "'.[slurm]'") from error
-  parsed = _parsed(options)
-  save_seconds = _save_seconds(parsed)
+  parsed = dict(map(_option, filter(None, options.split(','))))
+  delay = parsed.get('slurm_signal_delay_s', SIGNAL_SECONDS)
+  require(type(delay) is int and delay > QUEUE_SECONDS, '--slurm has '
+          f'slurm_signal_delay_s={delay}: a job is told so many seconds before '
+          f'its end, and needs {QUEUE_SECONDS} of them to be queued again')
   try:
-    executor = submitit.AutoExecutor(folder, cluster=cluster or 'slurm')
+    executor = submitit.AutoExecutor(folder, cluster=cluster)
     executor.update_parameters(name=name, **parsed)
   except (AssertionError, NameError, RuntimeError, TypeError) as error:
     raise RequestError(f'--launcher=slurm: {error}') from error
   try:
     with executor.batch():
-      submitted = [executor.submit(Work(words, save_seconds))
-                   for words in commands]
+      jobs = [executor.submit(Work(words, delay - QUEUE_SECONDS))
+              for words in commands]
   except submitit.core.utils.FailedJobError as error:  # sbatch refuses
     raise EnvironmentFailure(f'sbatch: {" ".join(str(error).split())}'
                              ) from error
-  print(f'{len(submitted)} job{"s" * (len(submitted) != 1)}:',
-        ' '.join(job.job_id for job in submitted))
-  return submitted
+  print(f'{len(jobs)} jobs:', ' '.join(job.job_id for job in jobs))
+  return jobs
 
 
-def _save_seconds(parsed: dict) -> int:
-  """Returns how long a command may take to save."""
-  delay = parsed.get('slurm_signal_delay_s', SIGNAL_SECONDS)
-  require(type(delay) is int and delay > QUEUE_SECONDS,
-          f'--slurm has slurm_signal_delay_s={delay}: a job is told so many '
-          f'seconds before its end, of which it needs {QUEUE_SECONDS} to be '
-          'queued again; choose more of them')
-  return delay - QUEUE_SECONDS
-
-
-def _parsed(options: str) -> dict:
-  """Returns {'timeout_min': 60} of 'timeout_min=60'."""
-  parsed = {}
-  for option in filter(None, options.split(',')):
-    name, equals, value = option.partition('=')
-    if not equals:
-      raise RequestError(f'--slurm has {option!r}: write it as NAME=VALUE')
-    try:
-      parsed[name] = ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-      parsed[name] = value
-  return parsed
+def _option(text: str) -> tuple:
+  """Returns ('timeout_min', 60) of 'timeout_min=60'."""
+  name, equals, value = text.partition('=')
+  require(bool(equals), f'--slurm has {text!r}: write it as NAME=VALUE')
+  try:
+    return name, ast.literal_eval(value)
+  except (SyntaxError, ValueError):
+    return name, value

@@ -1,40 +1,51 @@
 """A study as `check` and `run` go through it: the frozen plan, its phases, and
-what they cost."""
+the trainer of their runs.
 
-from collections.abc import Callable
+Each phase is a sweep in a folder of the study: W/noise, W/tune-1, ... have a
+sweep.json, a ledger and points/NAME/seed-S as any sweep has (layout.py). So a
+killed study goes on, several runners share one, and
+`python -m tools.compare status W/noise` shows how far a phase is.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 import json
+import math
 import pathlib
 import time
 
-from configs.errors import one_of, require
-from tools.compare import costs, freeze, layout, phases, results, trainer
-from tools.compare import frozen as frozen_lib
-from tools.compare import ledger as ledger_lib
-from tools.compare import plan as plans
-from tools.compare import decide, measures, statistics, tuning
+import numpy as np
 
-REPORT = 'report'
+from configs.errors import EnvironmentFailure, one_of, require
+from tools.compare import costs, curves, decide, freeze, layout, measures
+from tools.compare import ledger as ledger_lib
+from tools.compare import local, phases, results, statistics
+from tools.compare import plan as plans
+from tools.compare import run as sweeps
+
+# Times the loss of guessing, above which a run counts as diverged: one that
+# has learnt nothing ends near it.
+GUESSING = 1.2
+
+
+class Stopped(Exception):
+  """A signal came: what was under way is saved."""
 
 
 def check(args) -> int:
   """Prints the plan of a study's file and the costs of its phases."""
-  require(not (args.time and args.workdir), f'--workdir is {args.workdir!r}, '
-          'and --time is set: hours come from one of them, so leave the other '
-          'out')
   if args.workdir:
-    frozen_lib.load(args.workdir)
+    plans.load(args.workdir)
   frozen = freeze.freeze(args.file)
-  times = (costs.timed(frozen, args.parallel, args.group) if args.time else
-           costs.known(args.workdir, frozen) if args.workdir else None)
+  times = costs.known(args.workdir, frozen) if args.workdir else None
   each = costs.of(frozen, args.group, times)
   if args.json:
-    print(json.dumps({'study': frozen_lib.to_json(frozen), 'phases': [
+    print(json.dumps({'study': plans.to_json(frozen), 'phases': [
         cost._asdict() for cost in each]}, indent=2))
     return 0
   hours = (f'A program takes {times.program:.1f} s beside its steps; hours are '
            f'of {args.parallel} processes at once.' if times else
-           'Hours are not known: --time trains the base for some steps, and '
-           '--workdir takes them from what has run.')
+           'Hours are not known before the noise has run (--until=noise; then '
+           '--workdir).')
   print(described(frozen), costs.table(each, args.parallel), hours, sep='\n\n')
   return 0
 
@@ -44,25 +55,25 @@ def run(args, submit: Callable[..., None]) -> int:
 
   Args:
     args: of `run`, as its add_arguments defines them.
-    submit: (args, jobs, further words) submits runners to SLURM.
+    submit: (args, jobs) submits runners to SLURM.
   """
-  one_of('--until', args.until, ('freeze', *plans.PHASES, REPORT))
+  one_of('--until', args.until, plans.UNTIL)
   layout.try_folder(args.workdir, 'study.json')
-  frozen = adopted(args.workdir, freeze.freeze(args.file),
-                   args.amend)
+  frozen = plans.adopted(args.workdir, freeze.freeze(args.file), args.amend)
   print(described(frozen), flush=True)
+  for folder in results.folders(args.workdir) if args.retry else ():
+    with ledger_lib.Ledger(folder) as ledger:
+      ledger.retry()
   if args.launcher == 'slurm':
-    again = [f'--until={args.until}', *['--anyway'] * args.anyway,
-             *['--retry'] * args.retry]
-    submit(args, args.jobs or 1, again)
+    submit(args, args.jobs or 1)
     return 0
   if args.until == 'freeze':
     return 0
-  return go(args.workdir, frozen, trainer.Trainer(
-      args.workdir, frozen, args.parallel, args.group, args.retry), args)
+  return go(args.workdir, frozen, Trainer(
+      args.workdir, frozen, args.parallel, args.group), args)
 
 
-def described(frozen: frozen_lib.Frozen) -> str:
+def described(frozen: plans.Frozen) -> str:
   """Returns what a plan says, in some lines."""
   plan = frozen.plan
   lines = [f'study {plan.name}, plan {frozen.hash}'
@@ -74,37 +85,36 @@ def described(frozen: frozen_lib.Frozen) -> str:
                  f'{row["flops_per_token"]:,.0f} FLOPs a token')
   if plan.match:
     lines.append(f'matched: {plan.match}, by {plan.match_field}')
-  wanted = f'; an effect of {measures.amount(frozen, plan.effect)} is wanted'
   lines += [f'measure {m.name}: {m.figure} of {m.workload}, '
             f'{measures.said(frozen, m, "in ", ", ")}{m.better} is better'
-            + wanted * (m == plan.primary) for m in plan.measures]
+            for m in plan.measures]
+  lines[-len(plan.measures)] += (
+      f'; an effect of {measures.amount(frozen, plan.effect)} is wanted')
   tuned = '; '.join(f'{name} of {", ".join(f"{v:g}" for v in values)}'
                     for name, values in plan.tuning.fields.items())
   lines.append(f'tuned at {", ".join(plan.tuned_sizes)}: {tuned}, by '
-               f'{tuning.kind(plan.tuning)}; {tuning.edges(plan.tuning)}')
-  lines.append(f'seeds: {plan.seeds.noise} of noise, {plan.seeds.tune} of '
-               f'tuning, {plan.seeds.screen} of screening, '
-               f'{plan.seeds.confirm} of confirmation')
+               f'{phases.kind(plan.tuning)}; {phases.edges(plan.tuning)}')
+  lines.append('seeds: ' + ', '.join(
+      f'{len(plan.seeds.of(phase))} of {phase}' for phase in plans.PHASES))
   lines.append(f'screening: false discovery rate {plan.q:g} '
                f'(Benjamini-Hochberg); confirmation: family-wise error '
                f'{plan.alpha:g} (Holm); power {plan.power:.0%}')
-  few = {size: n for size in plan.sizes
-         if (n := decide.evaluations(frozen, size)) < statistics.MIN_POINTS}
+  few = [f'{n} at {size}' for size in plan.sizes
+         if (n := decide.evaluations(frozen, size)) < statistics.MIN_POINTS]
   if few:
-    told = ', '.join(f'{n} at {size}' for size, n in few.items())
     lines.append('speed-ups will be n/a: runs of the confirmation have too few '
-                 f'evaluations after warm-up ({told}; '
+                 f'evaluations after warm-up ({", ".join(few)}; '
                  f'{statistics.MIN_POINTS} needed; see eval.every_steps)')
   return '\n'.join(lines)
 
 
-def go(workdir, frozen: frozen_lib.Frozen, own: phases.Trainer, args) -> int:
+def go(workdir, frozen: plans.Frozen, trainer: phases.Trainer, args) -> int:
   """Goes through the phases with a trainer.
 
   Args:
     workdir: of the study.
     frozen: its plan, as it stands in study.json.
-    own: trains the runs.
+    trainer: of the runs.
     args: until, anyway, group and parallel, as add_arguments defines them.
   """
   each = costs.of(frozen, args.group, costs.known(workdir, frozen))
@@ -112,44 +122,35 @@ def go(workdir, frozen: frozen_lib.Frozen, own: phases.Trainer, args) -> int:
 
   def after(found: phases.Found) -> None:
     if args.anyway and not found.announced.enough:
-      _note(workdir, frozen, found.announced.sentence)
+      _note(workdir, frozen, 'The study went on although it was too weak for '
+            f'what it wants. {found.announced.sentence}')
     results.write(workdir, frozen, found, planned)
     print(_told(found), flush=True)
-    if found.finished == list(plans.PHASES[:1]) and None in [
+    if found.finished == ['noise'] and None in [
         cost.seconds for cost in each]:  # their time is known by now
       print(costs.table(costs.of(frozen, args.group, costs.known(
           workdir, frozen))[1:], args.parallel), flush=True)
 
-  until = plans.PHASES[-1] if args.until == REPORT else args.until
+  until = plans.PHASES[-1] if args.until == plans.REPORT else args.until
   print(costs.table(each, args.parallel), flush=True)
   try:
-    phases.run(frozen, own, until, args.anyway or _noted(frozen), after)
-  except trainer.Stopped:
+    phases.run(frozen, trainer, until, args.anyway, after)
+  except Stopped:
     print('stopped: the same command goes on')
     return 0
-  if args.until == REPORT:
+  if args.until == plans.REPORT:
     from tools.compare import study_report
     page, *_ = study_report.write(workdir)
     print(f'report: {page}', flush=True)
   return 0
 
 
-_ANYWAY = 'The study went on although it was too weak for what it wants.'
-
-
-def _noted(frozen: frozen_lib.Frozen) -> bool:
-  """Whether it was told to go on with the plan as it is now."""
-  since = max((own['time'] for own in frozen.amendments), default=0.0)
-  return any(note['told'].startswith(_ANYWAY) and note['time'] >= since
-             for note in frozen.notes)
-
-
-def _note(workdir, frozen: frozen_lib.Frozen, sentence: str) -> None:
+def _note(workdir, frozen: plans.Frozen, sentence: str) -> None:
   """Notes in the plan, once, that it went on; before anything more is run, so
   that a study which is killed later tells it too."""
-  if not _noted(frozen):
-    frozen.notes.append({'time': time.time(), 'told': f'{_ANYWAY} {sentence}'})
-    save(workdir, frozen)
+  if sentence not in [note['told'] for note in frozen.notes]:
+    frozen.notes.append({'time': time.time(), 'told': sentence})
+    plans.save(workdir, frozen)
 
 
 def _told(found: phases.Found) -> str:
@@ -166,14 +167,16 @@ def _told(found: phases.Found) -> str:
                        for name, value in row.changes.items())
     lines.append(f'  {row.workload} {row.size} {row.variant}: {values}{edge}')
   for row in found.screen if phase == 'screen' else ():
-    q = 'unknown' if row.q is None else f'{row.q:.3g}'
-    lines.append(f'  {row.variant}: {_effect(row)}, q {q}: '
+    lines.append(f'  {row.variant}: {_effect(row)}, q {_p(row.q)}: '
                  + ('goes on' if row.passed else 'stays behind'))
   for row in found.confirm if phase == 'confirm' else ():
-    p = 'unknown' if row.p_holm is None else f'{row.p_holm:.3g}'
     lines.append(f'  {row.variant}, {row.measure}: {_effect(row)}, corrected '
-                 f'p {p}: {row.verdict}')
+                 f'p {_p(row.p_holm)}: {row.verdict}')
   return '\n'.join(lines)
+
+
+def _p(value: float | None) -> str:
+  return 'unknown' if value is None else f'{value:.3g}'
 
 
 def _effect(row) -> str:
@@ -183,49 +186,141 @@ def _effect(row) -> str:
   return f'{row.effect:+.4f}{ends}'
 
 
-def save(workdir, frozen: frozen_lib.Frozen) -> None:
-  layout.save(pathlib.Path(workdir) / 'study.json', frozen_lib.to_json(frozen))
-
-
-def adopted(workdir, frozen: frozen_lib.Frozen, reason: str
-            ) -> frozen_lib.Frozen:
-  """Returns the plan that goes on in a workdir, and writes it there.
+class Trainer:
+  """Trains through the ledger and the runner of sweeps.
 
   Args:
     workdir: of the study.
-    frozen: of the file as it is now.
-    reason: why it was changed, where it was.
-
-  Raises:
-    RequestError: where it was changed, and no reason is given; or a reason is
-      given, and it was not.
+    frozen: its plan.
+    parallel: processes at once.
+    group: how many runs one program holds at most.
   """
-  if not layout.is_study(workdir):
-    require(not reason, f'--amend is {reason!r}, but {workdir} has no plan yet '
-            'that could have been changed: leave it out')
-    save(workdir, frozen)
-    return frozen
-  old = frozen_lib.load(workdir)
-  changed = frozen_lib.changed(old, frozen)
-  require(bool(changed) or not reason, f'--amend is {reason!r}, but the plan '
-          'is the one that was frozen: leave it out')
-  if not changed:
-    return old
-  require(bool(reason), f'{workdir} was planned otherwise: '
-          f'{", ".join(changed[:8])}'
-          + (f' and {len(changed) - 8} more' if changed[8:] else '')
-          + ' changed since. Take another --workdir, or give the reason by '
-          '--amend=REASON, which the report will tell')
-  frozen.amendments = [*old.amendments, {
-      'reason': reason, 'time': time.time(), 'before': old.hash,
-      'changed': changed, 'seen': _seen(workdir)}]
-  frozen.notes = old.notes
-  save(workdir, frozen)
-  return frozen
+
+  def __init__(self, workdir, frozen: plans.Frozen, parallel: int = 1,
+               group: int = 8):
+    self._workdir = pathlib.Path(workdir)
+    self._frozen = frozen
+    self._parallel, self._group = parallel, group
+
+  def train(self, folder: str, runs: Sequence[phases.Run]
+            ) -> list[plans.Outcome]:
+    """Returns the outcome of each run, once all of them have ended.
+
+    Raises:
+      Stopped: after a signal.
+      EnvironmentFailure: where runs failed that did not diverge.
+    """
+    path = self._workdir / folder
+    with ledger_lib.Ledger(path) as ledger:
+      description = sweeps.begin(path, ledger, self.describe(folder, runs))
+      if ledger.runs(ledger_lib.PENDING, ledger_lib.RUNNING) and not self.work(
+          path, ledger):
+        raise Stopped
+      states = {(row.point, row.seed): (row.state, row.error)
+                for row in ledger.runs()}
+    return self.outcomes(path, description, runs, states)
+
+  def work(self, path: pathlib.Path, ledger) -> bool:
+    """Trains what is pending, and waits for what other runners have; returns
+    whether it was not told to stop."""
+    return local.Runner(path, ledger, self._parallel, self._group).run(
+        wait=True)
+
+  def describe(self, folder: str, runs: Sequence[phases.Run]) -> dict:
+    """Returns what sweep.json holds of a phase."""
+    frozen, rows = self._frozen, {}
+    for run in runs:
+      if run.point not in rows:
+        point = frozen.point_of(run)
+        rows[run.point] = {
+            'name': run.point, 'variant': run.variant, 'size': run.size,
+            'workload': run.workload,
+            'changes': plans.to_json(run.changes), 'seeds': [], 'tasks': [],
+            # A run may take fewer steps than its point.
+            'tokens': round(point['tokens'] / frozen.steps(point['changes'])
+                            * frozen.steps(run.changes)),
+            **{name: point[name] for name in (
+                'matched', 'params', 'active_params', 'flops_per_token')}}
+      rows[run.point]['seeds'].append(run.seed)
+    return {'name': f'{frozen.plan.name}, {folder}', 'file': frozen.plan.file,
+            'match': frozen.plan.match, 'match_field': frozen.plan.match_field,
+            'base': runs[0].point, 'base_config': frozen.base_config,
+            'paired': True, 'points': list(rows.values()),
+            'sources': frozen.sources}
+
+  def outcomes(self, path: pathlib.Path, description: dict,
+               runs: Sequence[phases.Run], states: Mapping
+               ) -> list[plans.Outcome]:
+    """Returns what the runs gave, as it lies on disk."""
+    sweep = curves.read(path, description, states)
+    require(not sweep.strangers, f'{path} holds runs of another config than '
+            f'the plan says: {"; ".join(sweep.strangers[:3])}'
+            + '; ...' * (len(sweep.strangers) > 3) + '; move them away')
+    points = {point.name: point for point in sweep.points}
+    outcomes, failed = [], []
+    for run in runs:
+      own = points[run.point].runs[run.seed]
+      if ended_badly(own) or (
+          figures(own) and own.state != ledger_lib.FAILED):
+        outcomes.append(self._outcome(run, points[run.point], own))
+      else:
+        failed.append(f'{run.point}, seed {run.seed}: ' + (
+            own.error or 'it was not evaluated after its last step; move its '
+            'folder away'))
+    if failed:
+      raise EnvironmentFailure(
+          f'{path}: {len(failed)} runs failed that did not diverge: '
+          + '; '.join(failed[:3]) + '; ...' * (len(failed) > 3)
+          + ': see log.txt in their folders; --retry takes them up again')
+    return outcomes
+
+  def _outcome(self, run: phases.Run, point: curves.Point, own: curves.Run
+               ) -> plans.Outcome:
+    loss = own.final if own.final is not None else math.inf
+    diverged = (ended_badly(own) or not math.isfinite(loss)
+                or loss > GUESSING * self._frozen.point_of(run)['guess'])
+    values = {}
+    for measure in self._frozen.plan.of_workload(run.workload):
+      value = measure.chance if diverged else figures(own).get(measure.figure)
+      require(isinstance(value, int | float), f'measure {measure.name!r} is '
+              f'{measure.figure!r}, which {run.point}, seed {run.seed}, has '
+              f'not reported: it has {", ".join(figures(own)) or "nothing"}')
+      values[measure.name] = float(value)
+    trained = point.curve(run.seed, 'train')
+    last = [float(figure[-1]) if len(figure) else missing for figure, missing in
+            ((trained.tokens, 0.0), (trained.seconds, math.nan))]
+    return plans.Outcome(
+        run.phase, run.variant, run.size, run.workload, run.seed, values,
+        diverged, last[0] * point.flops_per_token, last[1], point.params,
+        dict(run.changes), loss,
+        _curve(point, run.seed) if run.phase == 'confirm' else {})
 
 
-def _seen(workdir) -> list[str]:
-  """Returns the phases of which any run has ended, decided or not: whoever
-  wants to can look at it."""
-  return [phase for phase in plans.PHASES if any(
-      row.state in ledger_lib.ENDED for row in results.rows(workdir, phase))]
+def ended_badly(run: curves.Run) -> bool:
+  """Whether a run ended after too many bad steps, or with parameters that are
+  not finite; not whether it failed otherwise."""
+  rows = [row for row in run.rows if row['split'] == 'train']
+  # The step after so many was under way, and may have been a good one.
+  return bool(rows) and (rows[-1].get('param_norm', 0) is None or any(
+      row.get('bad_in_row', 0) >= run.config['train.max_bad_steps']
+      for row in rows))
+
+
+def figures(run: curves.Run) -> dict[str, float]:
+  """Returns what a run reported of what is held out after its last step."""
+  reported = {}
+  for row in run.rows:
+    if row['split'] == 'eval' and row['step'] == run.config['train.steps']:
+      reported |= {name: value for name, value in row.items()
+                   if name not in ('split', 'step')}
+  return reported
+
+
+def _curve(point: curves.Point, seed: int) -> dict[str, list[float]]:
+  """Returns the held-out losses of a run that are finite."""
+  curve = point.curve(seed, 'eval')
+  good = np.isfinite(curve.loss)
+  warm = curve.step >= point.runs[seed].config['optim.warmup_steps']
+  return {name: getattr(curve, name)[good].tolist()
+          for name in ('step', 'tokens', 'flops', 'seconds', 'loss')
+          } | {'warm': warm[good].tolist()}

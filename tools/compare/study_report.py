@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 from configs.errors import require
 from tools.compare import decide, figures, layout, page, spec, statistics
-from tools.compare import frozen as frozen_lib
 from tools.compare import measures as measures_lib
+from tools.compare import phases as phases_lib
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
 from tools.compare import tables
-from tools.compare import tuning as tuning_lib
 from tools.compare.tables import UNKNOWN, Cell, Table, label, listed
 from training.workdir import run_config, storage
 
@@ -43,7 +42,7 @@ class Study(NamedTuple):
     results: results.json.
     outcomes: of it, the runs.
   """
-  frozen: frozen_lib.Frozen
+  frozen: plans.Frozen
   results: Mapping[str, Any]
   outcomes: Sequence[plans.Outcome]
 
@@ -126,7 +125,7 @@ def load(workdir) -> Study:
     RequestError: where no study was planned there, a file is damaged, or the
       results are not of the plan.
   """
-  frozen, results = frozen_lib.load(workdir), _NOTHING
+  frozen, results = plans.load(workdir), _NOTHING
   path = pathlib.Path(workdir) / results_lib.FILE
   if path.is_file():
     results = layout.load_checked(path)
@@ -309,7 +308,7 @@ def methods(study: Study) -> list[str]:
   return page.paragraphs(
       'methods.txt', study=study, plan=study.plan, primary=study.plan.primary,
       point=study.frozen.point, fields=_fields_of_base(study), grid=grid,
-      chosen=chosen, tuning=tuning_lib, changed=changed, differing=differing,
+      chosen=chosen, tuning=phases_lib, changed=changed, differing=differing,
       listed=listed, value=value, some=tables.some, percent=tables.percent,
       amount=study.wanted)
 

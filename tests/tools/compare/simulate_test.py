@@ -22,7 +22,6 @@ import pytest
 
 from tools.compare import decide, phases, statistics
 from tools.compare import plan as plans
-from tools.compare.frozen import Frozen
 
 RATE, SIZES = 'optim.lr', ('small', 'middle', 'large')
 CLAIMS = (decide.BETTER, decide.WORSE)
@@ -96,12 +95,12 @@ def _plan(variants: int = 5, seeds=(6, 2, 5, 5), **changes) -> plans.Plan:
       tuned_sizes=SIZES), **changes)
 
 
-def _frozen(plan: plans.Plan) -> Frozen:
+def _frozen(plan: plans.Plan) -> plans.Frozen:
   config = {'train': {'steps': 1000},
             'checkpoint': {'every_steps': 1000, 'average': 0},
             'optim': {'warmup_steps': 50, 'decay_steps': 0},
             'log': {'every_steps': 100}, 'data': {'batch_ramp': ''}}
-  return Frozen(plan, config, [
+  return plans.Frozen(plan, config, [
       {'variant': variant, 'size': size, 'workload': plans.TEXT, 'changes': {},
        'matched': [], 'params': 1, 'active_params': 1, 'flops_per_token': 1e6,
        'tokens': 1000, 'vocab': 256}

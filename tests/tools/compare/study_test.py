@@ -1,0 +1,630 @@
+"""Studies: what their files plan and what is refused, the phases, what each
+asks for and what follows, and what stands in their folders meanwhile."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from configs.errors import EnvironmentFailure, RequestError
+from tests.helpers import studies
+from tools.compare import costs, decide, freeze, ledger, measures, phases
+from tools.compare import plan as plans
+from tools.compare import results, spec, status, study
+from training.workdir import run_config
+
+ROOT = pathlib.Path(__file__).parents[3]
+SECONDS = 1500  # that a process may take beside other tests
+PROBE = ("WORKLOADS = {'text': {}, 'copy': {'data.length': 8, "
+         "'probe.levels': (1, 2), 'train.steps': 8}}")
+
+
+# Its file.
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('studies')
+
+
+@pytest.fixture(scope='module')
+def probed(folder):
+  """With a probe, matched by parameters."""
+  return freeze.freeze(studies.write(
+      folder, f"{PROBE}\nMATCH = 'params'\nALPHA = 0.01",
+      sweep="add('wide', **{'model.ffn': 'swiglu'})"))
+
+
+def test_the_plan_is_what_the_file_says(probed, folder, tmp_path):
+  plan = probed.plan
+  assert (plan.name, plan.base, plan.variants) == ('made', 'base', ('wide',))
+  assert plan.sizes == plan.tuned_sizes == ('s', 'm', 'l')
+  assert plan.workloads == ('text', 'copy')
+  assert (plan.alpha, plan.q, plan.effect) == (0.01, 0.05, 0.5)
+  loss, copy = plan.measures
+  assert loss == plans.Measure('loss', 'text', 'loss', 'lower',
+                               math.log(probed.points[0]['vocab']))
+  assert probed.points[0]['guess'] == loss.chance
+  # Of two or three answers one is the sign that ends the row.
+  assert copy == plans.Measure('copy', 'copy', 'accuracy', 'higher',
+                               pytest.approx(2 / (2 + 3), abs=0.01))
+  assert set(probed.sources) == {f'text:{folder}/texts/*.txt'}
+  plans.save(tmp_path, probed)
+  back = plans.load(tmp_path)
+  assert back.hash == probed.hash and back.plan == plan
+  assert plans.adopted(tmp_path, probed).hash == probed.hash
+  assert phases.noise_runs(back)[3].point == phases.noise_runs(probed)[3].point
+
+
+def test_each_point_is_matched_at_its_size_and_stays_so_on_a_probe(probed):
+  widths = set()
+  for size in probed.plan.sizes:
+    base = probed.point('base', size, 'text')
+    wide = probed.point('wide', size, 'text')
+    assert abs(wide['params'] / base['params'] - 1) <= 0.01
+    assert wide['matched'] == ['model.d_ff']
+    widths.add(wide['changes']['model.d_ff'])
+    probe = probed.point('wide', size, 'copy')['changes']
+    assert probe['model.d_ff'] == wide['changes']['model.d_ff']
+    assert probe['train.steps'] == 8 and probe['optim.warmup_steps'] == 2
+  assert len(widths) == 3
+
+
+@pytest.mark.parametrize('probe, size, told', [
+    (PROBE.replace(", 'train.steps': 8", ''),
+     {'train.steps': 16, 'optim.warmup_steps': 4, 'optim.decay_steps': 12},
+     {'optim.warmup_steps': 4, 'optim.decay_steps': 12,
+      'eval.every_steps': 16, 'log.every_steps': 1}),
+    (PROBE, {'optim.warmup_steps': 2, 'eval.every_steps': 3,
+             'checkpoint.every_steps': 4, 'log.every_steps': 2},
+     {'optim.warmup_steps': 4, 'eval.every_steps': 3,
+      'checkpoint.every_steps': 4, 'log.every_steps': 2})])
+def test_a_probe_has_the_schedule_of_its_size(probe, size, told, folder):
+  frozen = freeze.freeze(studies.write(
+      folder, f"{probe}\nSIZES['m'].update({size})"))
+  assert frozen.point('base', 'm', 'copy')['changes'].items() >= told.items()
+  assert frozen.point('base', 's', 'copy')['changes']['eval.every_steps'] == (
+      8 if probe == PROBE else 4)
+
+
+def test_the_costs_are_those_of_the_runs_that_are_asked_for(probed):
+  by_phase = {cost.phase: cost for cost in costs.of(probed, 8, None)}
+  assert by_phase['noise'].runs == 3 * 2 * 2 * 3
+  # Two candidates at half of the steps, then one at all of them.
+  assert by_phase['tune'].runs == 2 * 3 * 2 * 3
+  assert by_phase['screen'].runs == 2 * 3  # of the text alone
+  assert by_phase['confirm'].runs == 2 * 3 * 2 * 3
+  tokens = 4 * 8 * (4 + 8)  # of a run on the text, and of one on the probe
+  assert by_phase['noise'].tokens == 3 * 2 * 3 * tokens
+  assert by_phase['tune'].tokens == 2 * 3 * (2 * 0.5 + 1) * tokens
+  # Base and base-again are one program; three seeds of a variant are another.
+  assert by_phase['noise'].programs == 6 and by_phase['screen'].programs == 2
+  assert by_phase['screen'].seconds is None
+  known = costs.of(probed, 8, costs.Times(
+      {(size, workload): 0.5 for size in probed.plan.sizes
+       for workload in probed.plan.workloads}, 10.0))
+  assert known[2].seconds == 6 * 4 * 0.5 + 2 * 10.0
+
+
+def test_the_chance_of_a_probe_is_what_a_constant_answer_scores(probed):
+  row = probed.point('base', 's', 'copy')
+  config = spec.changed(run_config.from_json(probed.base_config),
+                        row['changes'], 'it')
+  chance = lambda figure: measures.chance(
+      {'figure': figure, 'name': 'x'}, config, row['vocab'], 0.0, 'made.py')
+  # Of one letter and of two, as many of either; the sign that ends a row.
+  assert chance('accuracy') == probed.plan.measures[1].chance
+  assert chance('probe/accuracy') == pytest.approx((1 / 2 + 1 / 3) / 2)
+  assert chance('probe/rows_right') == 0
+  config.data.source = 'probe:parity'
+  assert chance('probe/rows_right') == pytest.approx((1 / 2 + 1 / 4) / 2,
+                                                     abs=0.02)
+
+
+def test_guessing_among_labels_is_not_guessing_among_tokens(folder):
+  file = folder / 'rows.tsv'
+  file.write_text(''.join(f'row {i}\t{"abc"[i % 3]}\n' for i in range(24)))
+  frozen = freeze.freeze(studies.write(
+      folder, "MEASURES = ({'figure': 'loss'}, {'figure': 'accuracy'})",
+      base="c.objective = 'classification'; "
+      f"c.data.source = 'labelled:{file}'; "
+      'c.data.length = c.model.max_len = 16'))
+  loss, accuracy = frozen.plan.measures
+  assert loss.chance == pytest.approx(math.log(3))
+  assert accuracy.chance == pytest.approx(1 / 3)
+  assert {row['guess'] for row in frozen.points} == {loss.chance}
+
+
+REFUSED = {
+    'parameters of its own': (dict(base='c.init_seed = 1'),
+                              r'base\(\) sets init_seed to 1'),
+    'one size': (dict(constants="SIZES = {'s': {}}"), 'SIZES has 1 of them'),
+    'sizes that fall': (dict(
+        constants='SIZES = dict(reversed(SIZES.items()))'),
+        'write them smallest first'),
+    'no effect': (dict(drop='EFFECT = 0.5'), 'EFFECT is None: write it as 0.0'),
+    'too few seeds for a test': (dict(constants="SEEDS['screen'] = 2"),
+                                 'SEEDS has 2 for screen: .* from 3'),
+    'a constant that nothing reads': (dict(constants='ALPAH = 0.1'),
+                                      'has ALPAH, .* Did you mean ALPHA'),
+    'alpha of 2': (dict(constants='ALPHA = 2.0'), 'ALPHA is 2.0'),
+    'other data': (dict(sweep="add('x', **{'data.length': 4})"),
+                   "'x' sets data.length: every variant of a study has the "
+                   'same data'),
+    'a variant that tunes': (dict(sweep="add('x', **{'optim.lr': 1e-3})"),
+                             "TUNING and variant 'x' both set optim.lr"),
+    'a seed of its own': (dict(constants="SIZES['m']['init_seed'] = 1"),
+                          "the study itself and size 'm' both set init_seed"),
+    'a field of two': (dict(sweep="add('x', **{'model.d_model': 32})"),
+                       "size 's' and variant 'x' both set model.d_model"),
+    'no budget': (dict(constants="TUNING = {'rungs': 9}"),
+                  'TUNING buys less than one run: its first rung trains 0.0039'
+                  ),
+    'tuned steps': (dict(constants=(
+        "TUNING['fields'] = {'train.steps': (2, 4)}")),
+                    'TUNING sets train.steps: .* as many steps'),
+    'a value that cannot be': (dict(constants=(
+        "TUNING['fields'] = {'optim.b2': (0.5, 1.5)}")),
+                               "TUNING tries optim.b2=1.5 of variant 'base'"),
+    'tuning of what a variant does not read': (dict(constants=(
+        "TUNING['fields'] = {'model.relative.buckets': (16, 64)}")),
+                                               'relative.buckets'),
+    'a measure of nothing': (dict(constants="MEASURES = ({'figure': 'los'},)"),
+                             'it is not known which value'),
+    'a measure that no variant can have': (dict(constants=(
+        "MEASURES = ({'figure': 'loss'}, {'figure': 'routing/entropy', "
+        "'better': 'higher', 'chance': 0})")),
+        "routing/entropy' of text, which variant 'base' cannot have"),
+    'one document held out': (dict(base='c.data.holdout_every = 8'),
+                              'none for eval with eval.part=second'),
+    'patience': (dict(base="c.eval.update(patience=3, best='loss')"),
+                 'eval.patience is 3'),
+    'no evaluation': (dict(base='c.eval.every_steps = 0'),
+                      "'base' at size 's' on 'text': eval.every_steps is 0"),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_what_cannot_be_a_study_is_refused(case, tmp_path):
+  fields, told = REFUSED[case]
+  with pytest.raises(RequestError, match=told):
+    freeze.freeze(studies.write(tmp_path, **fields))
+
+
+def test_its_ratios_divide_the_layers():
+  sweep = freeze.read_study_file('configs/studies/hybrids.py').sweep
+  attention = {}
+  for point in sweep.points:
+    model = sweep.config(point).model
+    names = model.pattern.split(',') if model.pattern else [None]
+    mixers = [model.kinds[name].mixer if name else model.mixer
+              for name in names]
+    assert model.num_layers % len(mixers) == 0
+    attention[point.name] = (mixers.count('attention')
+                             * model.num_layers // len(mixers))
+  assert attention == {'attention': 8, '1-to-1': 4, '3-to-1': 2, '7-to-1': 1,
+                       'recurrence': 0}
+
+
+# Its phases.
+
+
+@pytest.fixture(scope='module')
+def made():
+  frozen = studies.frozen(studies.plan())
+  trainer = studies.Trainer(frozen)
+  seen = []
+  found = phases.run(frozen, trainer, after=lambda found: seen.append(
+      list(found.finished)))
+  return frozen, trainer, found, seen
+
+
+def test_a_whole_study_finds_what_is_there(made):
+  _, trainer, found, seen = made
+  assert seen == [list(plans.PHASES[:i]) for i in (1, 2, 3, 4)]
+  assert [row.variant for row in found.screen if row.passed] == ['good']
+  verdicts = {(row.variant, row.measure): row.verdict for row in found.confirm}
+  assert verdicts['good', 'loss'] == 'better'
+  assert {variant for variant, _ in verdicts} == {'good'}
+  assert len(found.outcomes) == sum(map(len, trainer.asked.values()))
+
+
+def test_each_phase_asks_for_its_runs(made):
+  frozen, trainer, _, _ = made
+  plan = frozen.plan
+  noise = trainer.asked['noise']
+  assert len(noise) == 3 * 2 * 2 * 6  # sizes, workloads, base and again, seeds
+  again = [run for run in noise if run.variant == plans.AGAIN]
+  assert len(again) == len(noise) / 2
+  assert all(run.changes['init_seed'] for run in again)
+  assert {(run.size, run.workload) for run in trainer.asked['screen']} == {
+      ('s', 'text')}
+  confirm = trainer.asked['confirm']
+  assert {run.variant for run in confirm} == {'base', 'good'}
+  assert {run.size for run in confirm} == {'s', 'm', 'l'}
+  for folder, runs in trainer.asked.items():
+    phase = folder.partition('-')[0]
+    assert {run.seed for run in runs} == set(plan.seeds.of(phase))
+    # Nothing but tuning sees the half of what is held out that tuning sees.
+    assert {run.changes['eval.part'] for run in runs} == {
+        'first' if phase == 'tune' else 'second'}
+    assert len({(run.point, run.seed) for run in runs}) == len(runs)
+  # A short rung has a whole schedule of its own.
+  for run in trainer.asked['tune-1']:
+    assert run.changes['train.steps'] == run.changes['eval.every_steps'] == 50
+    assert run.changes['optim.warmup_steps'] == 5
+    assert run.changes['data.batch_ramp'] == '20:8'
+  assert all('train.steps' not in run.changes
+             for run in trainer.asked['tune-2'])
+
+
+def test_every_variant_is_tuned_alike_and_takes_its_own_best(made):
+  _, trainer, found, _ = made
+  spent = {}
+  for run in trainer.asked['tune-1'] + trainer.asked['tune-2']:
+    spent[run.variant] = spent.get(run.variant, 0) + run.share
+  assert len(set(spent.values())) == 1 and len(spent) == 4
+  best = {row.variant: row.changes['optim.lr'] for row in found.tuned}
+  assert best == studies.BEST_LR
+  for run in trainer.asked['confirm'] + trainer.asked['screen']:
+    assert run.changes['optim.lr'] == studies.BEST_LR[run.variant]
+  # The optimum of `good` was at the edge: one value further out was tried.
+  assert {run.variant for run in trainer.asked['tune-3']} == {'good'}
+  assert {run.changes['optim.lr'] for run in trainer.asked['tune-3']} == {8e-3}
+  assert not any(row.at_edge for row in found.tuned)
+
+
+def test_a_study_that_is_too_weak_stops_before_it_spends():
+  frozen = studies.frozen(studies.plan(effect=1e-4, variants=('same',)))
+  trainer = studies.Trainer(frozen)
+  kept = []
+  with pytest.raises(phases.TooWeak, match='less than the 80% .*--anyway'):
+    phases.run(frozen, trainer, after=kept.append)
+  assert list(trainer.asked) == ['noise']
+  assert kept[-1].noise and not kept[-1].announced.enough
+  found = phases.run(frozen, trainer, anyway=True)
+  assert found.finished == list(plans.PHASES)
+  assert 'confirm' not in trainer.asked and found.confirm == []  # none passed
+
+
+def _take(search, losses, steps=100, diverged=(), value=None):
+  search.take(steps, [[plans.Outcome(
+      'tune', *search.name, 0, {'loss': loss, 'copy': value}, i in diverged,
+      1.0, 1.0, 1, {}, loss)] for i, loss in enumerate(losses)])
+  return [c['optim.lr'] for c in search.candidates]
+
+
+def _search(values=(1e-3, 2e-3), workload='text', **changes):
+  own = studies.plan(tuning=plans.Tuning({'optim.lr': values}, **changes))
+  return phases.Search(own, 'base', 's', workload)
+
+
+def test_the_better_half_survives_a_rung():
+  search = _search((1e-3, 2e-3, 4e-3, 8e-3), rungs=3)
+  assert search.share == 0.25
+  assert _take(search, (3.0, 2.0, 1.0, 4.0), 25) == [4e-3, 2e-3]
+  assert search.share == 0.5
+  assert _take(search, (2.0, 1.0), 50) == [2e-3]
+  assert _take(search, (1.0,)) == []
+  tuned = search.found()
+  assert tuned.changes == {'optim.lr': 2e-3} and tuned.at_edge == ()
+  assert tuned.runs == tuned.flops == 7
+  assert phases.kept(plans.Tuning({}), 3) == 2  # the larger half
+
+
+def test_an_edge_moves_as_often_as_the_plan_says_and_is_marked_then():
+  search = _search(rungs=1, extend=2)
+  assert _take(search, (1.0, 2.0)) == [5e-4]
+  assert _take(search, (0.9,)) == [2.5e-4]
+  assert _take(search, (0.8,)) == []
+  assert search.found().changes == {'optim.lr': 2.5e-4}
+  assert search.found().at_edge == ('optim.lr',)
+  search = _search(rungs=1, extend=1)
+  _take(search, (1.0, 2.0))
+  _take(search, (1.5,))
+  assert search.found().changes == {'optim.lr': 1e-3}
+  assert search.found().at_edge == ()
+  # What diverged is the worst, and ties go by the loss.
+  search = _search(rungs=1, extend=0)
+  _take(search, (1.0, 2.0), diverged=(0,))
+  assert search.found().changes == {'optim.lr': 2e-3}
+  search = _search(rungs=1, workload='copy')
+  _take(search, (1.0, 0.5), value=0.25)
+  assert search.best['changes'] == {'optim.lr': 2e-3}
+
+
+def test_the_hash_is_of_all_that_is_planned_and_of_nothing_else():
+  frozen = plans.Frozen(studies.plan(), {'seed': 0}, [], {'text': 'a'}, {})
+  for changed in (dict(plan=studies.plan(effect=0.02)),
+                  dict(base_config={'seed': 1}),
+                  dict(sources={'text': 'b'}), dict(code={'commit': 'c'})):
+    assert dataclasses.replace(frozen, **changed).hash != frozen.hash
+  noted = dataclasses.replace(frozen, notes=[{'time': 0.0, 'told': 'looked'}])
+  assert noted.hash == frozen.hash
+
+
+# Its folder.
+
+
+@pytest.fixture(scope='module')
+def frozen(tmp_path_factory):
+  return freeze.freeze(studies.write(tmp_path_factory.mktemp('study')))
+
+
+def loss_of(config):
+  """Without positions a model is worse; the best learning rate is the higher
+  one; and there is noise."""
+  return (2.0 + (config.model.position == 'none') + 0.1 * config.optim.lr
+          + 0.01 * studies.spread(config.seed, config.model.position,
+                                  str(config.init_seed)))
+
+
+def start(workdir, frozen, loss=loss_of, stop_after=None, amend='', **args):
+  """Freezes and runs as `run` does; returns the trainer."""
+  plan = plans.adopted(workdir, dataclasses.replace(
+      frozen, notes=[], amendments=[]), amend)
+  own = studies.Written(workdir, plan, loss=loss, stop_after=stop_after)
+  assert study.go(workdir, plan, own, studies.arguments(**args)) == 0
+  return own
+
+
+def read(workdir):
+  return json.loads((workdir / 'results.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def whole(frozen, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('whole')
+  return start(workdir, frozen), read(workdir), workdir
+
+
+def test_what_a_study_found_is_in_its_results(whole, frozen, capsys):
+  own, found, workdir = whole
+  assert found['study'] == {'name': 'made', 'hash': frozen.hash}
+  verdict, = found['confirm']
+  assert (verdict['variant'], verdict['verdict']) == ('none', 'worse')
+  assert len(found['outcomes']) == len(own.did) == len(set(own.did))
+  for phase, row in found['phases'].items():
+    runs = [x for x in found['outcomes'] if x['phase'] == phase]
+    assert row['finished'] and row['done'] == row['planned'] == len(runs)
+    assert row['flops'] == pytest.approx(sum(x['flops'] for x in runs))
+    assert row['seconds'] == pytest.approx(sum(x['seconds'] for x in runs))
+    # A batch is 4 rows of 8 tokens; a step takes half a second.
+    assert row['tokens'] == pytest.approx(row['seconds'] * 2 * 4 * 8)
+  assert found['phases']['tune']['tokens'] == 2 * 3 * (2 * 2 + 4) * 4 * 8
+  assert all(row['changes'] == {'optim.lr': 4e-3} for row in found['tuned'])
+  curves = [x['curve'] for x in found['outcomes'] if x['curve']]
+  assert len(curves) == found['phases']['confirm']['done']
+  assert curves[0]['step'] == [2, 4] and curves[0]['seconds'] == [1.0, 2.0]
+  assert found['as_planned'] == {'same': True, 'differences': []}
+  assert found['provenance']['versions']['jax']
+  assert start(workdir, frozen).did == []  # what is done is not done again
+  assert read(workdir) == found
+  start(workdir, frozen, until='report')
+  page = workdir / 'report' / 'index.html'
+  assert capsys.readouterr().out.endswith(f'report: {page}\n')
+  assert page.is_file()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('loss', [None, 9.0], ids=(
+    'too many bad steps', 'well above guessing'))
+def test_runs_that_diverge_are_results(frozen, tmp_path, loss):
+  lost = frozen.plan.seeds.of('noise')[0]
+  start(tmp_path, frozen, until='noise', anyway=True, loss=lambda config: (
+      loss if config.seed == lost and not config.init_seed
+      else loss_of(config)))
+  found = read(tmp_path)
+  bad = [x for x in found['outcomes'] if x['diverged']]
+  assert len(bad) == found['phases']['noise']['failed'] == 3
+  assert {(x['variant'], x['seed']) for x in bad} == {('base', lost)}
+  assert all(x['values'] == {'loss': frozen.plan.primary.chance} for x in bad)
+
+
+def test_runs_that_fail_otherwise_end_the_study_and_are_retried(
+    frozen, tmp_path):
+  lost = frozen.plan.seeds.of('noise')[1]
+  loss = lambda config: 'no space' if config.seed == lost else loss_of(config)
+  for _ in range(2):
+    with pytest.raises(EnvironmentFailure,
+                       match='6 runs failed that did not diverge: .*no space'):
+      start(tmp_path, frozen, loss=loss)
+  with ledger.Ledger(tmp_path / 'noise') as book:
+    book.retry()
+  own = start(tmp_path, frozen, until='noise', anyway=True)
+  assert {seed for *_, seed in own.did} == {lost} and len(own.did) == 6
+
+
+def _with(frozen, **plan):
+  return dataclasses.replace(frozen, plan=dataclasses.replace(
+      frozen.plan, **plan))
+
+
+@pytest.mark.long
+def test_a_changed_plan_is_refused_and_amended_for_a_reason(frozen, tmp_path):
+  start(tmp_path, frozen)
+  other = _with(frozen, alpha=0.01)
+  with pytest.raises(RequestError, match='planned otherwise: plan.alpha'):
+    start(tmp_path, other)
+  assert start(tmp_path, other, amend='a reviewer asked').did == []
+  told = read(tmp_path)['as_planned']
+  assert not told['same']
+  assert told['differences'] == [
+      'The plan was changed (plan.alpha) when noise, tune, screen, confirm had '
+      'been looked at. Reason: a reviewer asked']
+  kept = plans.load(tmp_path)
+  assert kept.hash == other.hash
+  assert [own['before'] for own in kept.amendments] == [frozen.hash]
+  # More seeds go into the same sweep; other models and other data do not.
+  seeds = dataclasses.replace(frozen.plan.seeds, noise=4)
+  own = start(tmp_path, _with(other, seeds=seeds), until='noise',
+              amend='too few')
+  assert len(own.did) == 6  # a pair more at each size
+  (source, _), = frozen.sources.items()
+  for changes, told in (
+      (dict(points=[row | {'changes': row['changes'] | {
+          'model.norm': 'rmsnorm'}} for row in frozen.points]), 'model.norm'),
+      (dict(sources={source: 'other'}), 'sources')):
+    with pytest.raises(RequestError, match=f'holds another sweep, .*{told}'):
+      start(tmp_path, dataclasses.replace(other, **changes), until='noise',
+            amend='why not')
+
+
+def test_a_plan_that_was_written_over_is_refused(frozen, tmp_path):
+  plans.adopted(tmp_path, frozen)
+  path = tmp_path / 'study.json'
+  path.write_text(path.read_text().replace('"effect": 0.5', '"effect": 5.0'))
+  with pytest.raises(RequestError, match='is not as it was written'):
+    plans.load(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_weak_study_goes_on_for_once_told_and_says_so(frozen, tmp_path):
+  weak = _with(frozen, effect=1e-5)
+  with pytest.raises(phases.TooWeak):
+    start(tmp_path, weak)
+  assert [path.name for path in results.folders(tmp_path)] == ['noise']
+  for _ in range(2):
+    start(tmp_path, weak, anyway=True)
+  told, = read(tmp_path)['as_planned']['differences']
+  assert told.startswith('The study went on although it was too weak')
+
+
+def test_code_that_changed_is_told(frozen, tmp_path):
+  now = ['commit aaaaaaaaaaaa', 'commit bbbbbbbbbbbb with changes cc']
+  planned = dataclasses.replace(frozen, code={'commit': 'a' * 40, 'diff': ''})
+  assert results.as_planned(tmp_path, planned, now[:1])['same']
+  told, = results.as_planned(tmp_path, planned, now)['differences']
+  assert told == ('The plan was made with commit aaaaaaaaaaaa, and runs were '
+                  'trained by commit bbbbbbbbbbbb with changes cc.')
+
+
+def test_hours_and_states_are_known_of_what_has_run(
+    whole, frozen, tmp_path, capsys):
+  _, found, workdir = whole
+  assert costs.known(tmp_path, frozen) is None
+  times = costs.known(workdir, frozen)
+  assert times.step == {(size, 'text'): 0.5 for size in 'sml'}
+  assert times.program == 0.0  # nothing was trained
+  noise = costs.of(frozen, 8, times)[0]
+  assert noise.seconds == pytest.approx(found['phases']['noise']['seconds'])
+  table = costs.table([noise._replace(seconds=7200.0)], 2)
+  assert table.splitlines()[1].split() == [
+      'noise', '18', '3', '2,304', f'{noise.flops:.3g}', '1.00']
+  capsys.readouterr()
+  assert status.main(types.SimpleNamespace(
+      where='', workdir=str(workdir), json=True)) == 0
+  rows = json.loads(capsys.readouterr().out)['phases']
+  assert {row['phase']: row['states'] for row in rows} == {
+      phase: {'done': row['done']} for phase, row in found['phases'].items()}
+  plans.adopted(tmp_path, frozen)
+  assert status.main(types.SimpleNamespace(
+      where=str(tmp_path), workdir='', json=False)) == 0
+  assert 'confirm  not begun, 18 planned at most' in capsys.readouterr().out
+
+
+def test_a_run_of_another_config_is_refused(frozen, tmp_path):
+  own = studies.Written(tmp_path, frozen, loss=loss_of)
+  runs = phases.noise_runs(frozen)[:1]
+  own.train('noise', runs)
+  file = tmp_path / 'noise/points' / runs[0].point / 'seed-0/config.json'
+  file.write_text(file.read_text().replace('"b2": 0.95', '"b2": 0.9'))
+  with pytest.raises(RequestError, match='of another config than the plan .*'
+                     'optim.b2'):
+    own.train('noise', runs)
+
+
+class Mortal(studies.Trainer):
+  """Ends when a phase begins, as a process that is killed."""
+
+  def __init__(self, frozen, dies):
+    super().__init__(frozen)
+    self._dies = dies
+
+  def train(self, folder, runs):
+    if folder == self._dies:
+      raise KeyboardInterrupt
+    return super().train(folder, runs)
+
+
+def test_results_do_not_lose_what_is_known_by_now(tmp_path):
+  def go(frozen, dies='', **args):
+    study.go(tmp_path, frozen, Mortal(frozen, dies), studies.arguments(**args))
+
+  frozen = studies.frozen(studies.plan())
+  go(frozen)
+  whole = (tmp_path / results.FILE).read_bytes()
+  assert json.loads(whole)['phases']['confirm']['finished']
+  go(frozen, until='noise')
+  assert (tmp_path / results.FILE).read_bytes() == whole
+  with pytest.raises(KeyboardInterrupt):  # as it walks through them again
+    go(frozen, dies='screen')
+  assert (tmp_path / results.FILE).read_bytes() == whole
+  # Of another plan they are others.
+  go(dataclasses.replace(frozen, sources={'file': 'b'}), until='noise')
+  found = json.loads((tmp_path / results.FILE).read_text())
+  assert [name for name, row in found['phases'].items()
+          if row['finished']] == ['noise']
+
+
+def _start(file, workdir):
+  return subprocess.Popen(
+      [sys.executable, '-m', 'tools.study', 'run', file, '--workdir',
+       str(workdir), '--group=16', '--anyway'], cwd=ROOT, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      env=os.environ | {'XLA_FLAGS': ''})
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_an_a_a_study_goes_through_all_phases(tmp_path):
+  """The variant is the base with other first parameters. Q lets it pass, so
+  that there is something to confirm."""
+  file = studies.write(
+      tmp_path, "TUNING['rungs'] = 1\nQ = 0.999\nQUESTION = 'Is it better?'",
+      base="c.model.update(parametrization='mup', mup_base_width=8)",
+      sweep="add('twin', init_seed=2)")
+  workdir = tmp_path / 'study'
+  first = _start(file, workdir)
+  until = time.monotonic() + SECONDS
+  while not list(workdir.glob('noise/points/*/*/metrics.jsonl')):
+    assert first.poll() is None, first.communicate()[0]
+    assert time.monotonic() < until
+    time.sleep(0.1)
+  first.send_signal(signal.SIGKILL)
+  first.communicate()
+
+  both = [_start(file, workdir) for _ in range(2)]
+  told = [process.communicate(timeout=SECONDS)[0] for process in both]
+  assert [process.returncode for process in both] == [0, 0], told
+
+  found = json.loads((workdir / 'results.json').read_text())
+  assert all(row['finished'] and row['done'] == row['planned']
+             for row in found['phases'].values())
+  assert [found['phases'][phase]['done'] for phase in plans.PHASES] == [
+      3 * 2 * 3, 2 * 2, 2 * 3, 2 * 3 * 3]
+  assert not any(x['diverged'] for x in found['outcomes'])
+  verdict, = found['confirm']
+  assert verdict['variant'] == 'twin'
+  assert verdict['verdict'] != decide.UNSTABLE and verdict['n'] == 3
+  # Base and twin have the same data, but not the same parameters.
+  values = {(x['variant'], x['seed']): x['values']['loss']
+            for x in found['outcomes'] if x['phase'] == 'screen'}
+  assert len(set(values.values())) == 6
+  # With muP, what was tuned at the smallest size holds for all.
+  best = {row['variant']: row['changes'] for row in found['tuned']}
+  assert len(found['tuned']) == 2
+  for x in found['outcomes']:
+    if x['phase'] == 'confirm':
+      assert best[x['variant']].items() <= x['changes'].items()
+  assert found['provenance']['devices'] and found['provenance']['versions']
+  assert (workdir / 'report' / 'index.html').is_file()

@@ -1,0 +1,592 @@
+"""Sweeps: what their files say and what is refused, points of equal cost, the
+ledger, and how they run: launchers, kills, failures, evaluations, status."""
+
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+import types
+
+from absl import flags
+from ml_collections import config_flags
+import pytest
+
+from configs.errors import RequestError
+from configs.sweeps import helpers
+from tests.helpers import sweeps
+from tests.helpers.sweeps import states
+from tools.compare import __main__ as command
+from tools.compare import check, cost, layout, ledger, local, run, slurm, spec
+from tools.compare import statistics, status
+from training.workdir import run_config
+
+ROOT = pathlib.Path(__file__).parents[3]
+
+
+def described(file, **options):
+  return check.describe(types.SimpleNamespace(
+      file=file, seeds=0, match='', match_field='', **options))
+
+
+def matched(file, what='params', field=''):
+  return check.describe(types.SimpleNamespace(
+      file=file, seeds=0, match=what, match_field=field))
+
+
+def points(description):
+  return {point['name']: point for point in description['points']}
+
+
+# Its file.
+
+
+def test_the_loops_that_most_sweeps_are():
+  assert list(helpers.grid({'model.norm': ('a', 'b'), 'optim.lr': (1,)})) == [
+      ('a-lr=1', {'model.norm': 'a', 'optim.lr': 1}),
+      ('b-lr=1', {'model.norm': 'b', 'optim.lr': 1})]
+  sizes = {'model.d_model': (32, 64), 'optim.lr': (2, 1)}
+  assert list(helpers.zip(sizes))[1] == (
+      'd_model=64-lr=1', {'model.d_model': 64, 'optim.lr': 1})
+  with pytest.raises(ValueError, match='model.d_model 2, optim.lr 1'):
+    list(helpers.zip(sizes | {'optim.lr': (2,)}))
+  assert dict(helpers.one_at_a_time({'model.norm': ('a', 'b'), 'seed': (1,)})
+              ) == {'a': {'model.norm': 'a'}, 'b': {'model.norm': 'b'},
+                    'seed=1': {'seed': 1}}
+  assert dict(helpers.leave_one_out({'model.norm': 'a', 'model.ffn': 'b'})) == {
+      'all': {'model.norm': 'a', 'model.ffn': 'b'},
+      'without_norm': {'model.ffn': 'b'}, 'without_ffn': {'model.norm': 'a'}}
+
+
+@pytest.mark.parametrize('body, told', [
+    ('add("a", **{"model.nrom": "rmsnorm"})', 'Did you mean model.norm?'),
+    ('add("a", **{"model.d_model": "wide"})', "d_model is 'wide', of type str"),
+    ('add("a", **{"model.kinds": {"b": {"windw": 1}}})', 'kinds.b.windw is no'),
+    ('add("a", seed=1)', "'a' sets seed: every point has the same seeds"),
+    ('add("a/b", **{"optim.lr": 1.0})', "called 'a/b': choose letters"),
+    ('add("a", **{"optim.lr": 1.0})\n  add("b", **{"optim.lr": 1.0})',
+     "points 'a' and 'b' train the same"),
+    ('add("neox", **{"model.arch": "gpt_neox"})',
+     "points 'base' and 'neox' train the same; .* write add.system"),
+    ('add("a")', 'nothing but the base'),
+    ('add.system("t5")', "point 't5': model.arch 't5' stacks an encoder-dec"),
+    ('add("a", **{"optim.lr": 1.0})\nTASKS = "embed",', 'embed.* task'),
+    ('add("a", **{"optim.lr": 1.0})\nSEED = 2', 'Did you mean SEEDS?'),
+    ('pass\ndel get_config', 'has no get_config: add `get_config = base`'),
+    ('pass\ndef base():\n  return 1 / 0', 'ZeroDivisionError')])
+def test_what_is_no_sweep_is_a_sentence(body, told, tmp_path):
+  with pytest.raises(RequestError, match=told):
+    spec.read_sweep_file(sweeps.write(tmp_path, f'  {body}\n'))
+
+
+def test_the_base_is_a_point(tmp_path):
+  sweep = spec.read_sweep_file(sweeps.write(tmp_path))
+  assert sweep.base_name == 'base'
+  assert [point.name for point in sweep.points] == ['base', 'rms', 'swiglu']
+  sweep = spec.read_sweep_file(sweeps.write(
+      tmp_path, "  add('mine', **{'model.norm': 'layernorm'})\n"
+      "  add('rms', **{'model.norm': 'rmsnorm'})\n"))
+  assert sweep.base_name == 'mine' and len(sweep.points) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('what', spec.MATCH)
+def test_matched_points_cost_what_the_base_costs(what, tmp_path):
+  description = matched(sweeps.write(tmp_path), what)
+  made = points(description)
+  for point in made.values():
+    assert abs(point[what] / made['base'][what] - 1) <= 0.01, point
+  assert made['swiglu']['matched'] == ['model.d_ff']
+  assert made['swiglu']['changes']['model.d_ff'] < 128
+  assert '(matched)' in check.table(description)
+  deep = sweeps.write(tmp_path, "  add('deep', **{'model.num_layers': 4})\n")
+  made = points(matched(deep, field='model.d_model'))
+  assert made['deep']['changes']['model.d_model'] % 4 == 0  # whole heads
+
+
+@pytest.mark.parametrize('point, what, field, told', [
+    ("'model.num_layers': 40", 'params', '', 'cannot be matched.*d_ff='),
+    ("'model.d_ff': 999", 'params', '', 'sets model.d_ff, which --match=para'),
+    ("'model.parametrization': 'mup', 'model.num_layers': 4, "
+     "'model.mup_base_width': 32, 'model.init': 'fan_in'", 'params', '',
+     'muP.*change model.d_ff alone'),
+    ("'optim.lr': 1.0", '', 'model.d_ff', 'nothing is matched: pass --match'),
+    ("'model.num_heads': 5", '', '', "point 'x': .*num_heads is 5"),
+    ("'data.source': 'text:/no/such/*.txt'", '', '', 'no/such.*no file'),
+    ("'eval.every_steps': 0, 'eval.tasks': ''", '', '',
+     "point 'x': eval.every_steps is 0 and no task is done")])
+def test_what_cannot_be_compared_is_refused(point, what, field, told, tmp_path):
+  with pytest.raises(RequestError, match=told):
+    matched(sweeps.write(tmp_path, f"  add('x', **{{{point}}})\n"), what, field)
+
+
+def test_what_follows_from_a_change_is_told(tmp_path):
+  description = described(sweeps.write(
+      tmp_path, "  add('wide', **{'model.d_model': 64})\n"
+      "  add('own', **{'model.pattern': 'own', "
+      "'model.kinds.own.qk_norm': True})\n"
+      "  add('long', **{'data.length': 8})\n"
+      "  add('part', **{'eval.part': 'first'})\n"
+      "  add.system('llama')\n"
+      "  add.system('llama', name='other', **{'model.norm': 'layernorm'})\n"))
+  made, told = points(description), check.table(description)
+  assert set(made['wide']['follows']) == {  # none unread
+      'model.d_ff', 'model.head_dim', 'model.attention_scale'}
+  assert 'so model.d_ff 128 -> 256' in told
+  assert 'model.pattern=own, model.kinds.own.qk_norm=True' in told
+  assert not description['paired'] and 'same batches' in told
+  assert made['long']['tokens'] == 12 * 8 * 8
+  assert 'Points differ in eval.part, so their held-out losses are ' in told
+  assert made['llama']['changes'] == {
+      'model.arch': 'llama', 'model.position': 'rope', 'model.norm': 'rmsnorm',
+      'model.ffn': 'swiglu', 'model.attention_bias': False,
+      'model.ffn_bias': False, 'model.tie_embeddings': False}
+  assert ('other: not as published: llama with norm=layernorm in place of '
+          'rmsnorm') in told
+  assert 'llama: not as published' not in told
+
+
+def test_costs_are_those_of_the_counter(tmp_path):
+  from training import runs
+  from training.costs import totals
+  from training.data import tokenizers
+  base = spec.read_sweep_file(sweeps.write(tmp_path)).base
+  model, _ = runs.resolve(base, tokenizers.load('bytes'))
+  figures, ours = totals.count(base, 16, model), cost.of(base)
+  assert ours.params == figures['parameters']
+  assert ours.flops_per_token == figures['flops_per_token']['training']
+
+
+def parsed(words, monkeypatch):
+  """The config that train.py would read of a command's words."""
+  monkeypatch.setattr(sys, 'argv', words)  # config_flags looks there
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', flag_values=values)
+  flags.DEFINE_string('workdir', '', '', flag_values=values)
+  values(words)
+  return values
+
+
+def test_printed_commands_give_the_configs_of_the_sweep(tmp_path, monkeypatch):
+  (tmp_path / 'a b').mkdir()
+  (tmp_path / 'a b/0.txt').write_text('Quoted where a shell reads it.')
+  file = sweeps.write(tmp_path, f"""
+  add('many', **{{
+      'model.norm': 'rmsnorm', 'optim.lr': 3e-4, 'train.z_loss': 1,
+      'model.attention_bias': False, 'data.tokenizer': 'bytes',
+      'optim.decay_mask': (('.*norm.*', 0), ('.*', 1)),
+      'data.source': 'text:{tmp_path}/a b/*.txt'}})
+  add('kinds', **{{
+      'model.position': 'rope', 'model.pattern': 'near,global',
+      'model.kinds': {{
+          'near': {{'window': 2, 'rope': {{'theta': 1e6}}}},
+          'global': {{'qk_norm': True}}}}}})
+""")
+  layout.save_description(tmp_path / 'w', described(file))
+  description = layout.load_description(tmp_path / 'w')
+  base = spec.read_sweep_file(file).base.to_dict()
+  for point in points(description):
+    words = layout.train_command(description, tmp_path / 'w', point, 1)
+    values = parsed(words, monkeypatch)
+    expected = layout.config(description, point, 1).to_dict()
+    assert values.config.to_dict() == expected
+    assert values.workdir == str(tmp_path / f'w/points/{point}/seed-1')
+    # Nothing differs from the base but what is declared.
+    assert {group for group in base if base[group] != expected[group]} <= {
+        'seed', *(key.split('.')[0] for key in
+                  layout.row_of(description, point)['changes'])}
+
+
+@pytest.mark.parametrize('name', ['lr', 'parts', 'positions', 'routers',
+                                  'small', 'ladder', 'mup'])
+def test_a_worked_sweep_is_whole(name):
+  sweep = spec.read_sweep_file(f'configs/sweeps/{name}.py')
+  assert len(sweep.points) >= 5
+  assert sweep.owed(sweep.points[-1]) == sweep.tasks
+  if name == 'routers':  # the dense twin owes no routing
+    assert sweep.base_name == 'dense' and sweep.owed(sweep.points[0]) == ()
+  config = sweep.base
+  steps = {*range(0, config.train.steps, config.eval.every_steps),
+           config.train.steps}  # and the last step is always evaluated
+  after = [n for n in steps if n >= config.optim.warmup_steps]
+  assert len(after) >= statistics.MIN_POINTS or name == 'mup'
+
+
+# Its ledger.
+
+
+@pytest.fixture
+def book(tmp_path):
+  with ledger.Ledger(tmp_path) as opened:
+    yield opened
+
+
+def test_a_run_goes_through_its_states(book, monkeypatch):
+  at = lambda now: monkeypatch.setattr(ledger, '_now', lambda: now)
+  rows = [('a', 0, ()), ('a', 1, ()), ('b', 0, ('routing',))]
+  book.add(rows)
+  book.add(rows)  # again: the same rows
+  assert [(r.point, r.seed) for r in book.runs()] == [
+      ('a', 0), ('b', 0), ('a', 1)]
+  me = book.register()
+  at(10)
+  assert book.claim([3], me) == [3]
+  assert book.claim([3], me) == []  # it is taken
+  at(13)
+  assert book.settle(3, me, ledger.PENDING)
+  assert not book.settle(3, me, ledger.DONE)  # no claim of ours any more
+  at(20)
+  assert book.claim([3], me) == [3]
+  at(21)
+  assert book.settle(3, me, ledger.DONE)
+  assert book.runs(ledger.DONE)[0].seconds == 4
+  book.add([('b', 0, ('routing', 'loss'))])  # a new task is pending
+  assert book.runs()[1].state == ledger.PENDING
+  # A silent runner of another host is dead.
+  at(1000)
+  with monkeypatch.context() as elsewhere:
+    elsewhere.setattr(ledger, '_host', lambda: 'elsewhere')
+    other = book.register()
+  book.claim([1, 2], other)
+  at(2000)
+  assert book.beat(other) == {1, 2}
+  at(1999 + ledger.STALE_SECONDS)
+  assert book.recover() == []
+  at(2001 + ledger.STALE_SECONDS)
+  assert book.recover() == ['a, seed 0', 'a, seed 1']
+  assert book.beat(other) == set()  # and the runner finds out
+
+
+# Claims what is pending in the ledger of a folder; says so, and lives on.
+CLAIM = '''
+import sys
+from tools.compare import ledger
+with ledger.Ledger(sys.argv[1]) as book:
+  me = book.register()
+  print('ready', flush=True)
+  sys.stdin.readline()
+  print(*(id for run in book.runs('pending')
+          for id in book.claim([run.id], me)), flush=True)
+  sys.stdin.readline()
+'''
+
+
+@pytest.mark.slow
+def test_two_processes_never_share_a_run(book, tmp_path):
+  book.add(('p', seed, ()) for seed in range(200))
+  claimers = [subprocess.Popen(
+      [sys.executable, '-c', CLAIM, str(tmp_path)], cwd=ROOT, text=True,
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+  for process in claimers:
+    assert process.stdout.readline() == 'ready\n'
+  for process in claimers:
+    process.stdin.write('go\n')
+    process.stdin.flush()
+  got = [process.stdout.readline().split() for process in claimers]
+  assert sorted(int(x) for taken in got for x in taken) == sorted(
+      row.id for row in book.runs())
+  assert book.recover() == []  # both live
+  claimers[0].kill()
+  claimers[0].wait()
+  freed = book.recover()
+  assert len(freed) == len(got[0]) == len(book.runs('pending'))
+  claimers[1].communicate('end\n')
+
+
+# How it runs.
+
+
+def test_print_gives_a_line_a_run_and_runs_none(tmp_path, capsys):
+  file = sweeps.write(tmp_path, tasks=('extrapolation',))
+  args = sweeps.arguments(file, f'--workdir={tmp_path}', '--launcher=print')
+  assert run.main(args) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 6 and set(states(tmp_path).values()) == {'pending'}
+  words = shlex.split(lines[-1])
+  assert words[:4] == ['python', 'train.py', '--config', file]
+  assert '--config.model.ffn=swiglu' in words and '--config.seed=1' in words
+  assert words[words.index('&&'):][1:3] == ['python', 'eval.py']
+  assert '--tasks=extrapolation' in words
+  # More seeds may be added, and nothing may change.
+  assert run.main(sweeps.arguments(
+      file, f'--workdir={tmp_path}', '--launcher=print', '--seeds=3')) == 0
+  assert run.main(args) == 0 and len(states(tmp_path)) == 9
+  text = open(file).read()
+  for old, new, told in (
+      ("'rmsnorm'", "'rmsnorm', 'optim.lr': 2e-3", 'points.rms.optim.lr'),
+      ("'rms'", "'root'", 'points.rms.model.norm'),
+      ('train.steps = 12', 'train.steps = 13', 'base_config.train.steps')):
+    open(file, 'w').write(text.replace(old, new))
+    with pytest.raises(RequestError, match=f'another sweep, .* in {told}'):
+      run.main(args)
+
+
+@pytest.mark.parametrize('word, told', [
+    ('--launcher=slrum', "Did you mean 'slurm'"),
+    ('--parallel=0', '--parallel is 0'), ('--seeds=-1', '--seeds is -1'),
+    ('--until=tune', '--until is of a study, and .* is none'),
+    ('--workdir=gs://bucket/w', 'gs://bucket/w')])
+def test_a_wrong_request_is_a_sentence(word, told, tmp_path):
+  with pytest.raises(RequestError, match=told):
+    run.main(sweeps.arguments(sweeps.write(tmp_path), f'--workdir={tmp_path}',
+                              word))
+  assert not (tmp_path / 'ledger.sqlite').exists()
+
+
+def test_cores_are_shared_out(monkeypatch):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {1, 2, 5, 7},
+                      raising=False)
+  assert [local._cores(i, 2) for i in range(2)] == ['1,5', '2,7']
+  assert local._cores(5, 6) == ''  # more runs than cores
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6')
+  assert [local._environment(i, 2)['CUDA_VISIBLE_DEVICES']
+          for i in range(2)] == ['4,6', '5']
+  assert local._environment(3, 4)['CUDA_VISIBLE_DEVICES'] == '4,5,6'
+
+
+@pytest.mark.slow
+def test_a_failing_point_is_recorded_and_the_others_go_on(
+    tmp_path, monkeypatch, capsys):
+  sweeps.fake(monkeypatch)
+  file = sweeps.write(tmp_path, sweeps.POINTS
+                      + "  add('bad', **{'optim.lr': 1.0})\n",
+                      tasks=('extrapolation',))
+  workdir = tmp_path / 'w'
+  args = sweeps.arguments(file, f'--workdir={workdir}', '--parallel=3')
+  assert run.main(args) == 1
+  assert {k for k, v in states(workdir).items() if v == 'failed'} == {
+      ('bad', 0), ('bad', 1)}
+  assert sorted(set(states(workdir).values())) == ['done', 'failed']
+  told = capsys.readouterr().err
+  assert 'bad, seed 1: this point is bad (exit code 1)' in told
+
+  path = layout.run_folder(workdir, 'rms', 1) / 'metrics.jsonl'
+  path.write_text(path.read_text().replace('"eval", "loss": 1.0',
+                                           '"eval", "loss": 1.5') + '{"st')
+  where = dict(where='', workdir=str(workdir))
+  assert status.main(types.SimpleNamespace(json=False, **where)) == 0
+  lines = capsys.readouterr().out.splitlines()
+  rows = {line.split()[0]: line.split() for line in lines if line}
+  assert rows['base'] == ['base', '2', 'done', '100%', '1.0000']
+  assert rows['rms'] == ['rms', '2', 'done', '100%', '1.2500', '+0.2500']
+  assert rows['bad'][1:4] == ['2', 'failed', '8%']
+  assert '8 runs: 2 failed, 6 done' in lines
+  assert status.main(types.SimpleNamespace(json=True, **where)) == 0
+  assert len(json.loads(capsys.readouterr().out)['runs']) == 8
+
+  # Again: what is done is not touched, what failed only with --retry.
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*.jsonl')}
+  assert len(before) == 8
+  assert run.main(args) == 1
+  assert before == {p: p.stat().st_mtime_ns for p in before}
+  monkeypatch.setattr(sweeps, 'SCRIPT', sweeps.SCRIPT.replace("'bad'", "''"))
+  args.retry = True
+  assert run.main(args) == 0
+  assert set(states(workdir).values()) == {'done'}
+  assert {p.parents[1].name for p in before
+          if p.stat().st_mtime_ns != before[p]} == {'bad'}
+
+
+def _wait(condition, seconds=240):
+  until = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < until, 'waited in vain'
+    time.sleep(0.05)
+
+
+def _running(workdir):
+  """Numbers of the processes that train in `workdir`."""
+  numbers = []
+  for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
+    try:
+      words = path.read_bytes().split(b'\0')
+    except OSError:
+      continue
+    if b'-c' in words and any(
+        word.startswith(f'{workdir}/points'.encode()) for word in words):
+      numbers.append(int(path.parent.name))
+  return numbers
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != 'linux', reason='prctl is of Linux')
+def test_kill_in_the_middle_then_two_runners_redo_nothing(tmp_path):
+  file, workdir = sweeps.write(tmp_path), tmp_path / 'w'
+  workdir.mkdir()
+  (workdir / 'hold-seed-1').touch()
+  start = lambda *words: subprocess.Popen(
+      [sys.executable, '-m', 'tests.helpers.sweeps', file,
+       f'--workdir={workdir}', *words], cwd=ROOT, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  runner = start('--parallel=2')
+  _wait(lambda: len(_running(workdir)) == 2 and
+        sum(s == 'done' for s in states(workdir).values()) == 3)
+  runner.kill()
+  runner.communicate()
+  _wait(lambda: not _running(workdir))  # its children died with it
+  before = {p: p.stat().st_mtime_ns for name in ('base', 'rms', 'swiglu')
+            for p in layout.run_folder(workdir, name, 0).glob('*')}
+  assert len(before) == 3 * 4
+  runners = [start() for _ in range(2)]
+  _wait(lambda: len(_running(workdir)) == 2)  # the ledger may say so too soon
+  (workdir / 'hold-seed-1').unlink()
+  printed = [process.communicate(timeout=100)[0] for process in runners]
+  assert [p.returncode for p in runners] == [0, 0], printed
+  assert set(states(workdir).values()) == {'done'}
+  assert before == {p: p.stat().st_mtime_ns for p in before}
+  ended = [[line for line in text.splitlines() if line.endswith(': done')]
+           for text in printed]
+  assert sorted(sum(ended, [])) == [
+      f'{name}, seed 1: done' for name in ('base', 'rms', 'swiglu')]
+  assert all(ended)  # each had its share
+
+
+@pytest.mark.slow
+def test_a_run_of_another_config_on_disk_is_not_adopted(tmp_path, monkeypatch):
+  sweeps.fake(monkeypatch)
+  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
+  args = sweeps.arguments(file, f'--workdir={workdir}')
+  assert run.main(args) == 0
+  (workdir / 'ledger.sqlite').unlink()
+  description = layout.load_description(workdir)
+  run_config.save(layout.run_folder(workdir, 'rms', 0), spec.changed(
+      layout.config(description, 'rms', 0),
+      {'optim.lr': 1.0, 'eval.batches': 3}, 'a test'))
+  (layout.run_folder(workdir, 'swiglu', 0) / 'config.json').unlink()
+  assert run.main(args) == 1
+  with ledger.Ledger(workdir) as opened:
+    errors = {r.point: r.error for r in opened.runs(ledger.FAILED)}
+  assert errors.keys() == {'rms', 'swiglu'}
+  assert 'in eval.batches, optim.lr: move it away' in errors['rms']
+  assert 'config.json is missing' in errors['swiglu']
+
+
+# A group ends in an error of all, or of one that says so in its log.
+@pytest.mark.slow
+@pytest.mark.parametrize('code', [1, local.UNFINISHED])
+def test_of_a_group_each_run_ends_by_itself(
+    code, tmp_path, monkeypatch, capsys):
+  sweeps.fake(monkeypatch, code)
+  file, workdir = sweeps.write(
+      tmp_path, "  add('bad', **{'optim.lr': 1.0})\n"
+      "  add('odd', **{'optim.lr': 2e-3})\n", 1, ('loss',)), tmp_path / 'w'
+  assert run.main(sweeps.arguments(
+      file, f'--workdir={workdir}', '--group=8')) == 1
+  assert states(workdir) == {
+      ('base', 0): 'done', ('bad', 0): 'failed', ('odd', 0): 'failed'}
+  told = capsys.readouterr()
+  assert told.out.count('goes on alone, since its group failed') == 2 * (
+      code == 1)
+  reason = 'this point is bad' if code == 1 else 'not as the others'
+  assert f'failed: bad, seed 0: {reason} (exit code {code})' in told.err
+  assert f'odd, seed 0: not as the others (exit code {code})' in told.err
+
+
+@pytest.mark.long
+def test_a_task_that_is_added_is_not_lost(tmp_path, monkeypatch):
+  """While a run trains, and while it evaluates."""
+  sweeps.fake(monkeypatch)
+  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
+  names = ('base', 'rms', 'swiglu')
+
+  def adding(name, tasks):
+    of = getattr(layout, name)
+    def act(*words):
+      with ledger.Ledger(workdir) as opened:
+        opened.add((point, 0, tasks) for point in names)
+      return of(*words)
+    monkeypatch.setattr(layout, name, act)
+
+  adding('train_command', ['loss'])
+  adding('group_command', ['loss', 'extrapolation'])
+  assert run.main(sweeps.arguments(file, f'--workdir={workdir}')) == 0
+  assert all(layout.is_evaluated(layout.run_folder(workdir, point, 0), [
+      'loss', 'extrapolation']) for point in names)
+  assert set(states(workdir).values()) == {'done'}
+
+
+def test_the_array_is_of_local_runners(tmp_path, monkeypatch):
+  file, workdir, submitted = sweeps.write(tmp_path), tmp_path / 'w', []
+  monkeypatch.setattr(slurm, 'submit', lambda *args: submitted.append(args))
+  words = ['run', file, f'--workdir={workdir}', '--match=params', '--launcher',
+           'slurm', '--retry', '--slurm=timeout_min=2']
+  monkeypatch.setattr(sys, 'argv', ['sweep', *words])
+  assert command.main() == 0
+  (jobs, folder, options, _), = submitted
+  assert len(jobs) == 6 and jobs[0][:3] == [
+      sys.executable, '-m', 'tools.compare']
+  args = sweeps.arguments(*jobs[0][4:])
+  assert (args.file, args.launcher, args.slurm, args.retry, args.match) == (
+      file, 'local', '', False, 'params')
+  assert (folder, options) == (workdir / 'slurm', 'timeout_min=2')
+
+
+def test_slurm_runs_the_runner_as_an_array(tmp_path):
+  pytest.importorskip('submitit')
+  words = [sys.executable, '-c', f'open({str(tmp_path / "mark")!r}, "a")'
+           '.write("x")']
+  jobs = slurm.submit(
+      2 * [words], tmp_path / 'slurm', 'timeout_min=2', 'x', 'local')
+  assert [job.result() for job in jobs] == [0, 0]
+  assert (tmp_path / 'mark').read_text() == 'xx'
+  for options, told in (
+      ('partition', '--slurm has .partition'),
+      ('gpus=1', '--launcher=slurm: .*gpus'),
+      ('slurm_signal_delay_s=10', 'slurm_signal_delay_s=10: ')):
+    with pytest.raises(ValueError, match=told):
+      slurm.submit([words], tmp_path, options, 'x', 'local')
+
+
+@pytest.mark.slow
+def test_a_job_out_of_time_saves_before_it_is_queued_again(tmp_path):
+  """By submitit's own signal, handler and queue, without SLURM. The signal
+  comes as soon as the command hears SIGTERM, and it takes some time to save."""
+  pytest.importorskip('submitit')
+  saved = tmp_path / 'saved'
+  jobs = slurm.submit([[sys.executable, '-c', f"""
+import os, pathlib, signal, sys, time
+saved = pathlib.Path({str(saved)!r})
+if saved.exists():
+  sys.exit(7)  # the second time it goes on, to its end
+def save(number, frame):
+  time.sleep(0.5)
+  saved.touch()
+  sys.exit()
+signal.signal(signal.SIGTERM, save)
+os.kill(os.getppid(), signal.SIGUSR2)
+time.sleep(60)
+"""]], tmp_path / 'slurm', 'timeout_min=2', 'x', 'local')
+  assert jobs[0].result() == 7 and saved.exists()
+
+
+@pytest.mark.long
+def test_a_sweep_of_real_runs(tmp_path):
+  """Trained alone and as a group, evaluated, and with paired seeds; one that
+  diverges says so."""
+  file = sweeps.write(tmp_path, "  add('slow', **{'optim.lr': 1e-4})\n"
+                      "  add('bad', **{'optim.lr': 1e30})\n",
+                      seeds=1, tasks=('loss',))
+  for name, flag in (('alone', '--group=1'), ('group', '--group=8')):
+    result = subprocess.run(
+        [sys.executable, '-m', 'tools.sweep', 'run', file, '--seeds=1',
+         f'--workdir={tmp_path / name}', flag], cwd=ROOT, capture_output=True,
+        text=True, timeout=300)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert 'failed: bad, seed 0: ' in result.stderr
+    assert 'not finite' in result.stderr
+    assert states(tmp_path / name) == {
+        ('base', 0): 'done', ('slow', 0): 'done', ('bad', 0): 'failed'}
+  first = {}
+  for name in ('alone', 'group'):
+    for point in ('base', 'slow'):
+      folder = layout.run_folder(tmp_path / name, point, 0)
+      losses = [row['loss'] for row in layout.metrics(folder, 'train')]
+      assert len(losses) == 12 and (folder / 'eval.json').exists()
+      first[name, point] = losses
+  for point in ('base', 'slow'):
+    assert first['alone', point] == pytest.approx(first['group', point], 1e-4)
+  # Paired: the same first batch, before the learning rate tells.
+  assert first['alone', 'base'][0] == first['alone', 'slow'][0]
+  assert first['alone', 'base'][-1] != first['alone', 'slow'][-1]
