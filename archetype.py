@@ -41,7 +41,7 @@ from training.data import inputs as inputs_of
 from training.data import tokenizers
 from training.data.texts import checked
 from training.hf import config as hf_config, generation as hf_generation
-from training.hf import heads as hf_heads, weights
+from training.hf import weights
 from training.inspect import record
 from training.objectives import record as objective_record
 from training.workdir import checkpoints, run_config, storage
@@ -342,7 +342,7 @@ def load(path: str | os.PathLike, *, step: int | None = None,
   return Model(module, params,
                tokenizers.load(tokenizer) if tokenizer else None,
                said=hf_generation.of_folder(folder),
-               labels=(hf_heads.labels(hf_config.load_config_json(folder))
+               labels=(hf_config.labels(hf_config.load_config_json(folder))
                        if module.config.num_labels else ()))
 
 

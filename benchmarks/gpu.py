@@ -32,8 +32,19 @@ import subprocess
 import sys
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import sharding
+from architectures.parts.attention import kernels, xla
+from architectures.parts.context import Context
+from architectures.parts.moe.layer import MoE
+from benchmarks import rival, worker
 from configs.errors import EnvironmentFailure, one_of
 from training import cli
+from training.costs import flops, totals
+from training.workdir import run_config, storage
 
 SECTIONS = ('tests', 'kernels', 'step', 'generate')
 # A file of configs/ and its size, fields of config.model, tokens of a row, and
@@ -75,27 +86,92 @@ def config_of(case: str, toy: bool, layers: int = 0):
 
 def jobs(request: Mapping[str, Any]):
   """Returns what a worker of kernels can be asked to do, by name."""
-  from benchmarks import kernels
-  config = config_of(request['case'], request['toy'], 1)
-  return {'attention': lambda: list(kernels.attention(config)),
-          'experts': lambda: kernels.experts(
+  config, device = config_of(request['case'], request['toy'], 1), jax.devices()
+  return {'attention': lambda: list(attention(config)),
+          'experts': lambda: experts(
               config, **EXPERTS[request.get('way', 'ragged_dot')]),
-          'card': kernels.card}
+          'card': lambda: (device[0].platform, device[0].device_kind)}
+
+
+def attention(config: Any) -> Iterator[dict[str, Any]]:
+  """Yields a row for each kernel of this platform, at the shapes of a config:
+  of causal attention, and its gradient with respect to all three inputs."""
+  c = totals.resolved(config)
+  B, L = config.data.batch_size, config.data.length
+  args = [jax.random.normal(key, (B, L, heads, c.head_dim), c.compute_dtype)
+          for key, heads in zip(
+              jax.random.split(jax.random.key(0), 3),
+              (c.num_heads, c.num_kv_heads, c.num_kv_heads))]
+  mask, here = kernels.Mask(causal=True), sharding.platform()
+  seen_BLM = jnp.tril(jnp.ones((L, L), bool))[None]
+
+  def loss(name: str, *qkv: jax.Array) -> jax.Array:
+    if name == 'xla':
+      out = xla.attend(*qkv, mask_BLM=seen_BLM, scale=c.head_dim ** -0.5,
+                       causal=True)
+    else:
+      out = kernels.KERNELS[name].run(
+          *qkv, mask, seen_BLM, scale=c.head_dim ** -0.5, softcap=0.0,
+          sink_H=None)
+    return jnp.square(out.astype(jnp.float32)).sum()
+
+  for name in ('xla', *kernels.KERNELS):
+    if name != 'xla' and kernels.KERNELS[name].platform != here:
+      continue
+    if name != 'xla' and (why := kernels.refusal(name, c, mask, L, L, here)):
+      yield dict(way=name, error=f'{name} is refused, {why}')
+      continue
+    yield dict(way=name) | _timed(
+        jax.grad(lambda *x, name=name: loss(name, *x), (0, 1, 2)), *args)
+
+
+def experts(config: Any, moe: Mapping[str, Any] | None = None,
+            compiler: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """Returns the row of a layer of experts, its router and dispatch included.
+
+  Args:
+    config: of a run.
+    moe: fields of config.model.moe that choose a way to multiply.
+    compiler: options of XLA's that do.
+  """
+  config.model.moe.update(dict(
+      grouped_kernel='auto', dispatch='auto', capacity_factor=0.0,
+      eval_capacity_factor=0.0) | dict(moe or {}))
+  c = totals.resolved(config)
+  B, L = config.data.batch_size, config.data.length
+  x_BLD = jax.random.normal(jax.random.key(0), (B, L, c.d_model),
+                            c.compute_dtype)
+  ctx = Context(jnp.arange(L)[None], length=L)
+  module = MoE(c)
+  params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(1), x_BLD, ctx))
+
+  def loss(params: Any, x_BLD: jax.Array) -> jax.Array:
+    y_BLD, _ = module.apply(params, x_BLD, ctx)
+    return jnp.square(y_BLD.astype(jnp.float32)).mean()
+
+  return _timed(jax.grad(loss, (0, 1)), params, x_BLD, compiler=compiler)
+
+
+def _timed(function: Any, *args: Any,
+           compiler: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  compiled = jax.jit(function).lower(*args).compile(
+      compiler_options=dict(compiler) if compiler else None)
+  return worker.turns({'': lambda: jax.block_until_ready(compiled(*args))},
+                      5)['']
 
 
 def measure_kernels(toy: bool) -> Iterator[dict[str, Any]]:
   """Yields a row for each case and each kernel of attention, and for each way
   to multiply experts: its seconds, or why there are none."""
-  from benchmarks.worker import Worker
   for case in CASES:
-    with Worker('gpu', dict(case=case, toy=toy)) as worker:
-      for row in worker.do('attention')['result']:
+    with worker.Worker('gpu', dict(case=case, toy=toy)) as side:
+      for row in side.do('attention')['result']:
         yield dict(part='attention', case=case) | row
   for way in EXPERTS:
     row = dict(part='experts', case='mixtral', way=way)
     try:
-      with Worker('gpu', dict(case='mixtral', toy=toy, way=way)) as worker:
-        yield row | worker.do('experts')['result']
+      with worker.Worker('gpu', dict(case='mixtral', toy=toy, way=way)) as side:
+        yield row | side.do('experts')['result']
     except EnvironmentFailure as failure:
       yield row | dict(error=str(failure))
 
@@ -110,9 +186,6 @@ def fastest(rows: list[dict[str, Any]], part: str, case: str) -> str:
 def measure_steps(case: str, job: str, args: Any, kernel_rows: list
                   ) -> Iterator[dict[str, Any]]:
   """Yields the row of each side of a case, ours first."""
-  from benchmarks import rival
-  from training.costs import flops, peaks, totals
-  from training.workdir import run_config
   config = rival.alike(config_of(case, args.toy, args.layers))
   config.model.attention_kernel = fastest(
       kernel_rows, 'attention', case) or 'auto'
@@ -120,13 +193,13 @@ def measure_steps(case: str, job: str, args: Any, kernel_rows: list
   config.model.moe.update(way.get('moe', {}))
   work = flops.training_flops_per_token(
       totals.resolved(config), config.data.length)
-  peak = peaks.flops(args.card, 'bfloat16')
+  peak = flops.peak(args.card, 'bfloat16')
   for side in ('ours', 'pytorch'):
     notes = []
     for batch, remat in tries(config.data.batch_size, side):
       config.data.batch_size, config.model.remat = batch, remat
       request = rival.request(config) | dict(
-          kind='step', config=run_config.to_json(config), count=STEPS,
+          config=run_config.to_json(config), count=STEPS,
           prompt=128, new=64, compiler=way.get('compiler'), compiled=not
           args.toy, dtype=PRECISION.get(case, 'autocast'))
       try:
@@ -153,10 +226,9 @@ def tries(batch: int, side: str) -> Iterator[tuple[int, str]]:
 
 
 def _timed(side: str, request: dict, job: str) -> dict[str, Any]:
-  from benchmarks.worker import Worker
-  with Worker(side, request) as worker:
-    worker.do(job)  # warms up
-    answers = [worker.do(job) for _ in range(3)]
+  with worker.Worker(side, request) as process:
+    process.do(job)  # warms up
+    answers = [process.do(job) for _ in range(3)]
   best = min(answers, key=lambda answer: answer['seconds'])
   return dict(seconds=best['seconds'], peak_bytes=best['result'])
 
@@ -186,17 +258,14 @@ def main() -> int:
   parser.add_argument('--toy', action='store_true', help='tiny sizes')
   parser.add_argument('--json', default='', help='write the rows to this file')
   args = parser.parse_args()
-  import jax
-  from benchmarks.worker import Worker
-  from training.workdir import storage
   chosen = args.sections.split(',')
   for name in chosen:
     one_of('--sections', name, SECTIONS)
   json_file = storage.output(args.json, '--json')
   # JAX takes so much of a GPU's memory at its start; by itself, 0.75.
   os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.92')
-  with Worker('gpu', dict(case='gpt2', toy=True)) as worker:
-    platform, args.card = worker.do('card')['result']
+  with worker.Worker('gpu', dict(case='gpt2', toy=True)) as side:
+    platform, args.card = side.do('card')['result']
   if platform != 'gpu' and not args.toy:
     raise EnvironmentFailure(f'JAX sees no GPU, but {args.card}: --toy tries '
                              'the benchmark on a CPU')

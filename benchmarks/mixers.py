@@ -6,9 +6,6 @@ r"""What mixers cost: attention, and each recurrence beside it.
   taskset -c 0 python -m benchmarks.mixers --json=FILE
 
 Sections:
-  mixing  the forward and backward pass of what a layer does between its
-          projections: the recurrence in its pieces, or scores, softmax and
-          weighted values
   layer   the forward and backward pass of one layer's mixer on one row
   step    a training step of a model of two layers on one row for each device
   decode  one more token of a row, by the same model and its cache
@@ -25,16 +22,22 @@ it is the size of a row's cache.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-import functools
 import json
 import math
 from typing import Any, NamedTuple
-from unittest import mock
 
-from benchmarks import timing
+import jax
+import jax.numpy as jnp
+
+import architectures
+from architectures.parts import mixers, skeletons
+from architectures.parts.context import Context
+from benchmarks import ours, worker
+from configs import llama
 from configs.errors import one_of, require
 from training import cli
-from training.workdir import storage
+from training.distributed import cpu
+from training.workdir import run_config, storage
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 DTYPES = ('float32', 'bfloat16')
@@ -53,7 +56,6 @@ class Contender(NamedTuple):
 
 def config(mixer: str, length: int, dtype: str, sizes: Mapping[str, int]):
   """Returns the config of a run: a LLaMA with a mixer."""
-  from configs import llama
   made = llama.get_config('tiny')
   made.model.update(
       num_layers=LAYERS, num_kv_heads=0, d_ff=0, vocab_size=VOCAB,
@@ -62,44 +64,9 @@ def config(mixer: str, length: int, dtype: str, sizes: Mapping[str, int]):
   return made
 
 
-def mixing(made: Any) -> Contender:
-  """Returns the forward and backward pass of what one mixer does between its
-  projections, on what these give it: the gradient of a sum of squares with
-  respect to queries, keys, values, and decays and rates if there are any."""
-  from architectures.parts.attention import xla
-  from architectures.parts.recurrent import recurrence
-  import jax
-  import jax.numpy as jnp
-  apply, params, x_BLD = _one_layer(made)
-  given = []
-
-  def record(own: Callable, *args, **kwargs):
-    given.append((own, args, kwargs))
-    return jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype),
-                        jax.eval_shape(lambda: own(*args, **kwargs)))
-
-  with (mock.patch.object(recurrence, 'run', functools.partial(
-            record, recurrence.run)),
-        mock.patch.object(xla, 'attend', functools.partial(
-            record, xla.attend))):
-    apply(params, x_BLD)
-  (own, inputs, how), = given
-  is_array = lambda x: isinstance(x, jax.Array)
-  arrays = {name: x for name, x in how.items() if is_array(x)}
-  fixed = {name: x for name, x in how.items() if not is_array(x)}
-
-  def loss(inputs: tuple, arrays: Mapping[str, jax.Array]) -> jax.Array:
-    o_BLHK = jax.tree.leaves(own(*inputs, **arrays, **fixed))[0]
-    return jnp.square(o_BLHK.astype(jnp.float32)).sum()
-
-  return _compiled(jax.grad(loss), inputs, arrays)
-
-
 def layer(made: Any) -> Contender:
   """Returns the forward and backward pass of one mixer: the gradient of a sum
   of squares with respect to its parameters and its input."""
-  import jax
-  import jax.numpy as jnp
   apply, params, x_BLD = _one_layer(made)
 
   def loss(params: Any, x_BLD: jax.Array) -> jax.Array:
@@ -111,11 +78,6 @@ def layer(made: Any) -> Contender:
 def _one_layer(made: Any) -> tuple[Callable, Any, Any]:
   """Returns a function of the parameters of a layer's mixer and its input, some
   parameters, and an input [1, L, D]."""
-  import architectures
-  from architectures.parts import mixers
-  from architectures.parts.context import Context
-  import jax
-  import jax.numpy as jnp
   c = architectures.resolve(made.model)
   L = made.data.length
   module = mixers.of(c).module(c, c.layer_kinds(1)[0])
@@ -127,7 +89,6 @@ def _one_layer(made: Any) -> tuple[Callable, Any, Any]:
 
 
 def _compiled(function: Callable, *args: Any) -> Contender:
-  import jax
   compiled = jax.jit(function).lower(*args).compile()
   return Contender(lambda: jax.block_until_ready(compiled(*args)), 1,
                    _temporary(compiled))
@@ -135,9 +96,6 @@ def _compiled(function: Callable, *args: Any) -> Contender:
 
 def step(made: Any) -> Contender:
   """Returns a training step: forward, backward and the optimiser's."""
-  import jax
-  from benchmarks import ours
-  from training.workdir import run_config
   made.data.batch_size = jax.device_count()
   trainer = ours.Trainer(run_config.to_json(made))
   trainer.create()
@@ -146,10 +104,6 @@ def step(made: Any) -> Contender:
 
 def decode(made: Any) -> Contender:
   """Returns the writing of WRITTEN tokens, the last that the cache holds."""
-  import architectures
-  from architectures.parts import skeletons
-  import jax
-  import jax.numpy as jnp
   c = architectures.resolve(made.model)
   module, first = architectures.build(c), made.data.length - WRITTEN
   params = jax.jit(module.init)(
@@ -182,10 +136,10 @@ def _temporary(compiled: Any) -> int:
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-SECTIONS = {'mixing': mixing, 'layer': layer, 'step': step, 'decode': decode}
+SECTIONS = {'layer': layer, 'step': step, 'decode': decode}
 
 
-def measure(sections: Sequence[str], mixers: Sequence[str],
+def measure(sections: Sequence[str], names: Sequence[str],
             lengths: Sequence[int], dtypes: Sequence[str],
             sizes: Mapping[str, int], rounds: int) -> list[dict[str, Any]]:
   """Times everything and prints a table as it goes; returns a row for each
@@ -197,8 +151,8 @@ def measure(sections: Sequence[str], mixers: Sequence[str],
       before: dict[str, dict] = {}
       for length in lengths:
         contenders = {name: SECTIONS[section](config(
-            name, length, dtype, sizes)) for name in mixers}
-        found = timing.turns(
+            name, length, dtype, sizes)) for name in names}
+        found = worker.turns(
             {name: one.run for name, one in contenders.items()}, rounds)
         for name, own in found.items():
           for key in ('seconds', 'cpu_seconds'):
@@ -260,8 +214,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
   args = _parser().parse_args()
-  from architectures.parts import mixers
-  from training.distributed import cpu
   recurrent = [name for name, own in mixers.MIXERS.items() if own.state]
   chosen = args.mixers.split(',') if args.mixers else ['attention', *recurrent]
   sections, dtypes = args.sections.split(','), args.dtypes.split(',')

@@ -15,7 +15,7 @@ import architectures
 from architectures.parts.context import Context
 from architectures.parts.ffn import FFN
 from architectures.parts.moe.layer import MoE
-from benchmarks import timing
+from benchmarks import worker
 from configs import base
 from configs.errors import require
 from training import cli
@@ -51,7 +51,7 @@ def layers(rounds: int, d_model: int, d_ff: int) -> dict[str, float]:
   """The ratios, and the milliseconds behind them."""
   result = {}
   for tokens in (2048, 16384):
-    seconds = {name: row['seconds'] for name, row in timing.turns(
+    seconds = {name: row['seconds'] for name, row in worker.turns(
         {f'{name}_{tokens}': layer(e, tokens, d_model, d_ff)
          for name, e in (('dense', 0), ('experts8', 8), ('experts64', 64))},
         rounds).items()}

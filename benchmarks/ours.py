@@ -1,22 +1,11 @@
-"""This project's side of a comparison: the step of train.py, its generation
-and its loop, on random tokens."""
-
-import contextlib
-import io
-import pathlib
-import tempfile
-import time
+"""This project's side of a comparison: the step of train.py and its generation,
+on random tokens."""
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import rival
-from training import generate
-from training import loop
-from training import objectives
-from training import runs
-from training.data import pipeline
-from training.data import tokenizers
+from training import generate, objectives, runs
 from training.distributed import cpu
 from training.workdir import run_config
 
@@ -32,20 +21,14 @@ class Trainer:
     self.batch = self.run.put(rival.batch(self.config, ids))
 
   def create(self, options=None):
-    """Makes the state and compiles the step; returns the seconds of tracing
-    and of compiling, for which XLA has options of its own."""
-    run = self.run
-    with run.context():
-      self.state = run.new_state()
+    """Makes the state and compiles the step, for which XLA has options of its
+    own."""
+    with self.run.context():
+      self.state = self.run.new_state()
       cpu.trim()
-      start = time.perf_counter()
-      lowered = run.train_step().lower(self.state, self.batch)
-      traced = time.perf_counter()
-      self.compiled = lowered.compile(
-          compiler_options=dict(options) if options else None)
-      compiled = time.perf_counter()
+      self.compiled = self.run.train_step().lower(
+          self.state, self.batch).compile(compiler_options=options)
     cpu.trim()
-    return traced - start, compiled - traced
 
   def step(self) -> float:
     return float(self.dispatch()['loss'])
@@ -73,73 +56,14 @@ class Trainer:
           jnp.full(prompts_BL.shape[:1], prompt), jax.random.key(0),
           max_new_tokens=new, sampling=generate.Sampling(temperature=0)))
 
-  def loop(self, count: int) -> list[float]:
-    """Returns the seconds of a step of training/loop.py, and those of CPU time:
-    of `count` steps, without the first, which waits for the compiler, and
-    without a save or evaluation."""
-    config = self.config.copy_and_resolve_references().unlock()
-    config.train.steps = count
-    config.eval.every_steps = 0
-    run = runs.build(config, self.run.model, self.run.mesh)
-    tokenizer = tokenizers.load(config.data.tokenizer)
-    batches = _Batches(pipeline.training_loader(config, tokenizer))
-    held_out, saves = pipeline.held_out(config, tokenizer), _NoSaves()
-    with run.context():
-      state = run.new_state()
-    with tempfile.TemporaryDirectory() as folder:
-      with contextlib.redirect_stdout(io.StringIO()):
-        loop.train(run, state, 0, batches, held_out, saves,
-                   pathlib.Path(folder))
-    # A batch is fetched once its predecessor's step has been dispatched.
-    return [(end - start) / (count - 2)
-            for start, end in zip(batches.times[2], saves.called)]
-
-
-class _Batches:
-  """Those of a loader; notes when each was asked for."""
-
-  def __init__(self, loader):
-    self._loader, self.times = loader, []
-
-  def __getattr__(self, name):
-    return getattr(self._loader, name)
-
-  def iterate(self, start, stop):
-    batches = self._loader.iterate(start, stop)
-    for _ in range(start, stop):
-      self.times.append(_now())
-      yield next(batches)
-
-
-def _now() -> tuple[float, float]:
-  return time.perf_counter(), time.process_time()
-
-
-class _NoSaves:
-  """Checkpoints that are never due; notes when the last step was done."""
-  called, best, newest = (), None, None
-
-  def due(self, step):
-    return False
-
-  def save(self, step, state, **kwargs):
-    jax.block_until_ready(state)
-    self.called = _now()
-
-  def wait(self):
-    pass
-
 
 def jobs(request):
   """Returns what a worker can be asked to do, by name."""
   cpu.prepare()
   trainer = Trainer(request['config'])
-  if request['kind'] == 'compile':
-    return {'compile': trainer.create}
   trainer.create(request.get('compiler'))
   trainer.step()
   prompt, new = request['prompt'], request['new']
   return {'step': trainer.step,
           'steps': lambda: trainer.steps(request['count']),
-          'loop': lambda: trainer.loop(request['count']),
           'generate': lambda: trainer.generate(prompt, new)}

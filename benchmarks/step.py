@@ -3,7 +3,6 @@
   python -m benchmarks.step --compare=pytorch
   python -m benchmarks.step --dtype=bfloat16 --compare=pytorch --json=FILE
   python -m benchmarks.step --config=configs/bert.py:tiny --compare=pytorch
-  python -m benchmarks.step --config=configs/gpt.py:tiny --sections=loop
 
 The other side is the class of transformers for the system, built from the
 config.json of an export, with random weights and as many parameters. Both train
@@ -22,23 +21,37 @@ loop, its batches from data.source, against the bare step); `compile` (8 times
 the layers against as many as the config has).
 """
 
+import contextlib
 import json
 import shutil
 import statistics
 
 from absl import flags
 
+import architectures
+from benchmarks import rival
 from benchmarks.worker import Worker
+from configs import gpt
 from configs.errors import one_of, require
-from training import cli
+from training import cli, preflight, runs
+from training.data import tokenizers
+from training.workdir import run_config, storage
 
 # What PyTorch may run: in bfloat16, with float32 parameters or without.
 RIVALS = {'float32': ('float32',), 'bfloat16': ('autocast', 'bfloat16')}
+SECTIONS = ('step', 'generate')
 
 
-def define_flags():
-  """Defines the flags of the command, when it runs: a test imports this module
-  beside other programs, whose flags have the same names."""
+def default_config():
+  """The shape of docs/performance.md, 35.4M parameters."""
+  config = gpt.get_config('tiny')
+  config.model.update(d_model=512, num_layers=6, num_heads=8,
+                      vocab_size=32000, max_len=256)
+  config.data.update(batch_size=8, length=256)
+  return config
+
+
+def main():
   cli.define_config('A file of configs/ and its size; default: GPT with '
                     'd_model 512, 6 layers, 8 heads, vocabulary 32,000, '
                     'batch 8 x 256.')
@@ -58,27 +71,8 @@ def define_flags():
   flags.DEFINE_integer('new', 64, 'Tokens that a generation adds to it.', 1,
                        10**6)
   flags.DEFINE_string('json', '', 'Write the figures to this file.')
-
-
-def default_config():
-  """The shape of docs/performance.md, 35.4M parameters."""
-  from configs import gpt
-  config = gpt.get_config('tiny')
-  config.model.update(d_model=512, num_layers=6, num_heads=8,
-                      vocab_size=32000, max_len=256)
-  config.data.update(batch_size=8, length=256)
-  return config
-
-
-def main():
-  define_flags()
   cli.parse(__doc__)
   args = flags.FLAGS
-  import architectures
-  from benchmarks import rival
-  from training import preflight, runs
-  from training.data import tokenizers
-  from training.workdir import run_config, storage
   json_file = storage.output(args.json, '--json')
   for name in args.sections:
     one_of('--sections', name, SECTIONS)
@@ -98,59 +92,53 @@ def main():
             f'model.arch {config.model.arch!r} is an {stack}')
     require(args.prompt <= config.data.length, f'--prompt is {args.prompt}, '
             f'and rows have data.length={config.data.length} tokens')
-  request = dict(kind='step', config=run_config.to_json(config), count=20,
+  request = dict(config=run_config.to_json(config), count=20,
                  prompt=args.prompt, new=args.new)
-  told = rival.request(config) if args.compare else {}
-  figures = {'dtype': args.dtype}
-  for name in args.sections:
-    figures[name] = SECTIONS[name](request, args, told)
+  other = rival.request(config) if args.compare else {}
+  figures = {'dtype': args.dtype} | {
+      name: against(request, args, other, name) for name in args.sections}
   if json_file:
     storage.write(json_file, json.dumps(figures, indent=1) + '\n')
 
 
-def _step(request, args, told):
-  data = request['config']['data']
-  return _against(request, args, told, 'step', 'tokens/s',
-                  data['batch_size'] * data['length'])
+def against(request, args, other, job):
+  """Times a job by ours and by each rival in turns; prints and returns the
+  figures.
 
-
-def _generate(request, args, told):
-  return _against(request, args, told, 'generate', 'new tokens/s',
-                  request['config']['data']['batch_size'] * args.new)
-
-
-def _against(request, args, told, job, unit, amount):
-  """Times ours and each rival in turns; prints and returns the figures.
-
-  `told` is what a rival is told of the model.
+  Args:
+    request: what our side is asked for.
+    args: the flags.
+    other: what the other side is told of the model besides.
+    job: of SECTIONS.
   """
+  data = request['config']['data']
+  amount, unit = data['batch_size'] * data['length'], 'tokens/s'
+  if job == 'generate':
+    amount, unit = data['batch_size'] * args.new, 'new tokens/s'
   sides = {'ours': ('ours', request)}
   if args.compare:
     # Generation goes through transformers' own loop, which is not compiled.
     ways = (False, True) if args.torch_compile and job == 'step' else (False,)
     sides |= {f'{args.compare} {dtype}{", compiled" * compiled}':
-              (args.compare, request | told | dict(
+              (args.compare, request | other | dict(
                   dtype=dtype, compiled=compiled))
               for dtype in RIVALS[args.dtype] for compiled in ways}
-  workers = {}
   answers = {name: [] for name in sides}
-  try:
-    for name, side in reversed(sides.items()):  # ours last: others may refuse
-      workers[name] = Worker(*side)
+  with contextlib.ExitStack() as stack:
+    # Ours last: others may refuse.
+    workers = {name: stack.enter_context(Worker(*side))
+               for name, side in reversed(sides.items())}
     for _ in range(args.pairs + 1):
       for name in sides:
         answers[name].append(workers[name].do(job))
-  finally:
-    for worker in workers.values():
-      worker.close()
   figures = {}
   for name, given in answers.items():
     given = given[1:]  # the first is the warm-up
     times = [answer['seconds'] for answer in given]
     median = statistics.median(times)
     ratio, cpu_ratio = (statistics.median(
-        other[key] / own[key] for other, own in zip(given, answers['ours'][1:])
-        ) for key in ('seconds', 'cpu_seconds'))
+        theirs[key] / ours[key] for theirs, ours in zip(
+            given, answers['ours'][1:])) for key in ('seconds', 'cpu_seconds'))
     figures[name] = dict(
         median_s=median, min_s=min(times), per_s=amount / median,
         cpu_s=statistics.median(answer['cpu_seconds'] for answer in given),
@@ -164,55 +152,6 @@ def _against(request, args, told, job, unit, amount):
               f'({cpu_ratio:.2f} x by CPU time)'),
           flush=True)
   return figures
-
-
-def _loop(request, args, told):
-  """The loop's seconds a step over those of the bare step, alternated."""
-  del told
-  count = request['count']
-  bare, loop = [], []
-  with Worker('ours', request) as worker:
-    for _ in range(args.pairs):
-      done = worker.do('steps')
-      bare.append([done[key] / count for key in ('seconds', 'cpu_seconds')])
-      loop.append(worker.do('loop')['result'])
-  added, of_cpu = (statistics.median(b[i] / a[i] - 1
-                                     for a, b in zip(bare, loop))
-                   for i in range(2))
-  (bare, bare_cpu), (loop, loop_cpu) = (
-      map(statistics.median, zip(*pairs)) for pairs in (bare, loop))
-  print(f'loop: {loop * 1e3:.2f} ms a step, bare {bare * 1e3:.2f} ms: '
-        f'{added:+.1%}  (of CPU {loop_cpu * 1e3:.2f} and '
-        f'{bare_cpu * 1e3:.2f} ms: {of_cpu:+.1%})', flush=True)
-  return dict(bare_s=bare, loop_s=loop, added=added, bare_cpu_s=bare_cpu,
-              loop_cpu_s=loop_cpu, added_of_cpu=of_cpu)
-
-
-def _compile(request, args, told):
-  """Seconds to trace and compile, with 8 times the layers and as it is."""
-  del told
-  deep = json.loads(json.dumps(request))
-  model = request['config']['model']
-  for stack in ('num_layers', 'num_decoder_layers'):
-    deep['config']['model'][stack] *= 8
-  ratios, seconds = [], []
-  for _ in range(args.pairs):
-    pair = []
-    for side in (request, deep):
-      with Worker('ours', side | dict(kind='compile')) as worker:
-        pair.append(sum(worker.do('compile')['result']))
-    seconds.append(pair)
-    ratios.append(pair[1] / pair[0])
-  shallow, deep = map(statistics.median, zip(*seconds))
-  ratio = statistics.median(ratios)
-  print(f'trace and compile: {shallow:.2f} s for {model["num_layers"]} '
-        f'layers, {deep:.2f} s for {model["num_layers"] * 8}: {ratio:.2f} x',
-        flush=True)
-  return dict(shallow_s=shallow, deep_s=deep, ratio=ratio)
-
-
-SECTIONS = {'step': _step, 'generate': _generate, 'loop': _loop,
-            'compile': _compile}
 
 
 if __name__ == '__main__':

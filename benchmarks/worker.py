@@ -4,14 +4,45 @@ time: so that two sides alternate, and the peak memory of each is its own.
   python -m benchmarks.worker SIDE   (ours, pytorch; a request on stdin)
 """
 
+from collections.abc import Callable, Mapping
 import importlib
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 from configs.errors import EnvironmentFailure, RequestError
+
+
+def turns(contenders: Mapping[str, Callable[[], Any]], rounds: int
+          ) -> dict[str, dict[str, float]]:
+  """Returns of each contender its median time and CPU time, in seconds, and the
+  medians of the turns' ratios to the first contender.
+
+  Args:
+    contenders: functions that wait for their result.
+    rounds: how many turns each takes, after one that warms it up.
+  """
+  seconds = {name: [] for name in contenders}
+  cpu = {name: [] for name in contenders}
+  for turn in range(1 + rounds):
+    for name, run in contenders.items():
+      start, start_cpu = time.perf_counter(), time.process_time()
+      run()
+      if turn:
+        cpu[name].append(time.process_time() - start_cpu)
+        seconds[name].append(time.perf_counter() - start)
+  first = next(iter(contenders))
+  over = lambda times, name: statistics.median(
+      own / base for own, base in zip(times[name], times[first]))
+  return {name: dict(
+      seconds=statistics.median(seconds[name]),
+      cpu_seconds=statistics.median(cpu[name]),
+      ratio=over(seconds, name), cpu_ratio=over(cpu, name))
+          for name in contenders}
 
 
 class Worker:
@@ -22,22 +53,17 @@ class Worker:
     self.process = subprocess.Popen(
         [sys.executable, '-m', 'benchmarks.worker', side],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    self._send(request)
-    self._receive()
+    self.do(request)
 
   def __enter__(self):
     return self
 
   def __exit__(self, *error):
-    self.close()
-
-  def close(self):
-    """Ends the process."""
     if self.process.poll() is None:
       self._send(None)
     self.process.communicate()
 
-  def do(self, job: str) -> dict:
+  def do(self, job: Any) -> dict:
     """Returns {seconds, cpu_seconds, peak_bytes, result} of one job; the second
     is what all of its threads took together.
 
@@ -46,13 +72,6 @@ class Worker:
         small; the sentence says why.
     """
     self._send(job)
-    return self._receive()
-
-  def _send(self, message):
-    self.process.stdin.write(json.dumps(message) + '\n')
-    self.process.stdin.flush()
-
-  def _receive(self):
     for line in self.process.stdout:
       if line.startswith('{'):
         message = json.loads(line)
@@ -64,35 +83,32 @@ class Worker:
     raise EnvironmentFailure(
         f'the {self.side} side ended with exit code {self.process.wait()}')
 
-
-def _peak_bytes() -> int:
-  kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return kilobytes * (1 if sys.platform == 'darwin' else 1024)
-
-
-def _answer(**message):
-  print(json.dumps(message), flush=True)
+  def _send(self, message):
+    self.process.stdin.write(json.dumps(message) + '\n')
+    self.process.stdin.flush()
 
 
 def main():
   module = importlib.import_module(f'benchmarks.{sys.argv[1]}')
+  answer = lambda **message: print(json.dumps(message), flush=True)
   try:
     jobs = module.jobs(json.loads(sys.stdin.readline()))
-    _answer(ready=True)
+    answer(ready=True)
     for line in sys.stdin:
       job = json.loads(line)
       if job is None:
         break
       start, cpu_start = time.perf_counter(), time.process_time()
       result = jobs[job]()
-      _answer(seconds=time.perf_counter() - start,
-              cpu_seconds=time.process_time() - cpu_start,
-              peak_bytes=_peak_bytes(), result=result)
+      answer(seconds=time.perf_counter() - start,
+             cpu_seconds=time.process_time() - cpu_start,
+             peak_bytes=1024 * resource.getrusage(
+                 resource.RUSAGE_SELF).ru_maxrss, result=result)
   except RequestError as error:
-    _answer(refused=str(error))
+    answer(refused=str(error))
   except Exception as error:
-    _answer(failed=f'{type(error).__name__}: '
-            + ' '.join(str(error).split())[:400])
+    answer(failed=f'{type(error).__name__}: '
+           + ' '.join(str(error).split())[:400])
     raise
 
 

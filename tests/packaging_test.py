@@ -108,31 +108,8 @@ def _make_venv(python, directory, **environment):
       text=True)
 
 
-def _script(path, body):
-  path.write_text(f'#!/bin/sh\n{body}\n')
-  path.chmod(0o755)
-  return path
-
-
 def test_no_python_is_a_sentence(tmp_path):
   result = _make_venv('no-such-python', tmp_path / 'venv')
   assert result.returncode == 2
   assert "error: there is no 'no-such-python' here" in result.stderr
   assert 'make train PYTHON=' in result.stderr
-
-
-def test_an_old_python_is_a_sentence(tmp_path):
-  old = _script(
-      tmp_path / 'python', '[ "$1" = -V ] && echo Python 3.9.1 || exit 1')
-  result = _make_venv(old, tmp_path / 'venv')
-  assert result.returncode == 2
-  assert 'is Python 3.9.1: name a later one' in result.stderr
-
-
-def test_a_missing_venv_module_is_a_sentence(tmp_path):
-  (tmp_path / 'ensurepip.py').write_text('raise ImportError("not here")\n')
-  result = _make_venv(
-      sys.executable, tmp_path / 'venv', PYTHONPATH=str(tmp_path))
-  assert result.returncode == 2
-  assert 'apt-get install python3-venv' in result.stderr
-  assert not (tmp_path / 'venv').exists()

@@ -42,13 +42,21 @@ import dataclasses
 import functools
 import pathlib
 import sys
+from typing import Any
 
 from etils import epath
+import numpy as np
 
+import architectures
 from configs import base
-from configs.errors import require
-from training import cli, progress
-from training.workdir import storage
+from configs.errors import RequestError, require
+from training import cli, limits, objectives, parameters, progress, runs
+from training.data import tokenizers
+from training.distributed import cpu
+from training.hf import config as hf_config, files as hf_files
+from training.hf import generation as hf_generation, peft
+from training.hf import tokenizer as hf_tokenizer, upcycling, weights
+from training.workdir import checkpoints, run_config, storage
 
 
 def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
@@ -57,15 +65,13 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
   """Makes `workdir` of the weights in `source`, and of the low-rank adapters in
   PEFT's folder `adapter`, as a run at step 0 whose parameters are of `dtype`;
   '': float32."""
-  from training import runs
-  from training.hf import generation as hf_generation
-  from training.hf import tokenizer as hf_tokenizer
-  from training.workdir import run_config
   _check_new(workdir)
   config, module, params, bare = _from_hf(source, partial, seed, dtype)
   if adapter:
-    params = _put_on(adapter, config, module, params)
-  folder = source.parent if source.is_file() else source
+    model, adapters = peft.read(module.config, adapter)
+    config.model.lora.update(dataclasses.asdict(model.lora))
+    params = weights.beside(params, adapters)
+  folder = _folder(source)
   generation = hf_generation.of_folder(folder)._replace(bare=bare)
   copied = hf_tokenizer.take(folder, workdir, config)
   if hf_tokenizer.is_stand_in(config.data.tokenizer):
@@ -75,21 +81,15 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
           'something else than those of its training', file=sys.stderr)
   hf_generation.keep(workdir, generation)
   _save(workdir, config, params)
-  print(f'{workdir}: {runs.count(params):,} parameters of {module.config.arch}')
-  print(f'to go on: {run_config.to_train(workdir, config)}')
+  _say_made(workdir, config,
+            f'{runs.count(params):,} parameters of {module.config.arch}')
 
 
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             step: int | str | None, seed: int) -> None:
   """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
-  from training import runs
-  from training.hf import weights
-  from training.hf import generation as hf_generation
-  from training.hf import tokenizer as hf_tokenizer
-  from training.workdir import checkpoints, run_config
-  from training.hf import upcycling
   _check_new(workdir)
-  folder = source.parent if source.is_file() else source
+  folder = _folder(source)
   if checkpoints.directory(source).exists():
     config, module, params, at = _from_workdir(source, step)
     generation = hf_generation.kept(source)
@@ -109,13 +109,13 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
   made = upcycling.params(run.module, run.abstract.params, params, seed)
   hf_generation.keep(workdir, generation, trained)
   _save(workdir, config, made, derived)
-  print(f'{workdir}: {runs.count(made):,} parameters of {run.model.arch}, from '
-        f'the {runs.count(params):,} of {source}')
   if not upcycling.is_the_same_function(run.model):
     print('warning: it starts from another function than the dense model\'s: '
           'its gates do not sum to 1, or tokens are dropped, or experts are '
           'shared', file=sys.stderr)
-  print(f'to go on: {run_config.to_train(workdir, config)}')
+  _say_made(workdir, config,
+            f'{runs.count(made):,} parameters of {run.model.arch}, from the '
+            f'{runs.count(params):,} of {source}')
 
 
 def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
@@ -129,18 +129,10 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   `bare` leaves the head out, and so does the export of an import without one
   that was not trained.
   """
-  import architectures
-  from training import runs
-  from training.hf import weights
-  from training.hf import generation as hf_generation
-  from training.hf import peft
-  from training.hf import tokenizer as hf_tokenizer
-  from training.workdir import run_config
   storage.refuse_run(folder, 'FOLDER')
-  for flag, given in (('dropless', dropless), ('bare', bare), (
-      'shard_bytes', shard_bytes != weights.SHARD_BYTES)):
-    require(not (adapter and given), f'--{flag} has no meaning with --adapter, '
-            'which writes the adapters alone, to one file: leave it out')
+  require(not (adapter and (dropless or bare)), '--dropless and --bare have no '
+          'meaning with --adapter, which writes the adapters alone: leave them '
+          'out')
   config, module, params, step = _from_workdir(workdir, step)
   if adapter:
     size = peft.write(module.config, params, folder, config.init_from, dtype)
@@ -152,7 +144,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
     module = architectures.build(dataclasses.replace(c, moe=dataclasses.replace(
         c.moe, eval_capacity_factor=0.0, dispatch='dropless')))
   generation = _generation(workdir, config, module.config, step)
-  bare = bare or (generation is not None and generation.bare
+  bare = bare or (generation.bare
                   and hf_generation.is_published(workdir, step))
   hf_tokenizer.refuse_left(workdir, config, folder, step)
   weights.to_hf(
@@ -163,20 +155,10 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
         + ', less those of the head' * bare)
 
 
-def _of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
-  from training.hf import gguf
-  storage.try_folder(folder, 'DIR')
-  print(f'{folder}: {gguf.write_folder(file, folder):,} parameters of {file}')
-
-
 def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
           ) -> None:
   """Makes the workdir `new` of the model of `workdir` with its low-rank
   adapters added to its weights, as a run at step 0."""
-  from training import runs
-  from training.hf import weights
-  from training.hf import generation as hf_generation
-  from training.workdir import run_config
   _check_new(new)
   config, module, params, step = _from_workdir(workdir, step)
   require(module.config.lora.rank, f'{workdir} has no low-rank adapters: its '
@@ -188,39 +170,72 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
   hf_generation.keep(new, generation,
                      not hf_generation.is_published(workdir, step))
   _save(new, config, params, _resolved(config)[1])
-  print(f'{new}: {runs.count(params):,} parameters of {module.config.arch}, '
-        f'with the adapters of {workdir} merged into them')
-  print(f'to go on: {run_config.to_train(new, config)}')
+  _say_made(new, config,
+            f'{runs.count(params):,} parameters of {module.config.arch}, with '
+            f'the adapters of {workdir} merged into them')
 
 
-def _put_on(folder: pathlib.Path, config, module, params):
-  """Returns the parameters with the adapters of PEFT's `folder` beside them,
-  and gives the config their fields."""
-  from training.hf import weights
-  from training.hf import peft
-  model, found = peft.read(module.config, folder)
-  config.model.lora.update(dataclasses.asdict(model.lora))
-  return weights.beside(params, found)
+def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
+  """Makes a Hugging Face folder of a GGUF file, by transformers. Quantised
+  weights are written as the float32 that they stand for."""
+  storage.refuse_run(folder, 'DIR')
+  require(file.is_file() and file.open('rb').read(4) == b'GGUF',
+          f'{file} is no GGUF file: it does not begin with GGUF')
+  try:
+    import gguf  # noqa: F401 (transformers imports it late)
+    import torch
+    import transformers
+  except ImportError as error:
+    raise RequestError('a GGUF file is read by the packages torch, '
+                       "transformers and gguf: pip install 'archetype[verify]' "
+                       'gguf') from error
+  where = dict(pretrained_model_name_or_path=str(file.parent),
+               gguf_file=file.name)
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32)
+  except (ValueError, KeyError) as error:
+    raise RequestError(f'transformers does not read {file}: '
+                       f'{str(error).splitlines()[0]}') from error
+  # The weights are whole numbers no longer, and save_pretrained refuses what
+  # still says so.
+  model.hf_quantizer = None
+  if hasattr(model.config, 'quantization_config'):
+    del model.config.quantization_config
+  # A GGUF file has 1e-5 as the float32 nearest to it, 9.9999997e-6.
+  for name, value in vars(model.config).items():
+    if isinstance(value, float):
+      setattr(model.config, name, float(str(np.float32(value))))
+  tokenizer.save_pretrained(folder)
+  model.save_pretrained(folder)
+  print(f'{folder}: {sum(x.numel() for x in model.parameters()):,} parameters '
+        f'of {file}')
 
 
-def _generation(workdir, config, model, step: int):
-  """Returns what an export says of generation; None: nothing is known."""
-  from training.hf import generation as hf_generation
-  from training.hf import tokenizer as hf_tokenizer
-  from training.data import tokenizers
+def _folder(source: Any) -> Any:
+  return source.parent if source.is_file() else source
+
+
+def _say_made(workdir: epath.Path, config: Any, what: str) -> None:
+  print(f'{workdir}: {what}')
+  print(f'to go on: {run_config.to_train(workdir, config)}')
+
+
+def _generation(workdir: epath.Path, config: Any, model: Any, step: int
+                ) -> hf_generation.Generation:
+  """Returns what an export says of generation."""
   # What an import kept holds until training has given the ids of a tokenizer
   # that was not read another meaning.
-  standing_in = hf_tokenizer.is_stand_in(config.data.tokenizer)
-  published = hf_generation.is_published(workdir, step)
-  if published or not standing_in:
-    if kept := hf_generation.kept(workdir):
-      return kept
+  kept = hf_generation.kept(workdir)
+  if kept and (hf_generation.is_published(workdir, step)
+               or not hf_tokenizer.is_stand_in(config.data.tokenizer)):
+    return kept
   return hf_generation.of_run(config, model,
                               tokenizers.load(config.data.tokenizer))
 
 
-def _check_new(workdir: epath.Path):
-  from training.workdir import run_config
+def _check_new(workdir: epath.Path) -> None:
   require(not (storage.has_config(workdir) or run_config.has_begun(workdir)),
           f'{workdir} holds a run already: choose another WORKDIR')
   storage.refuse_others(workdir, 'WORKDIR')
@@ -229,16 +244,7 @@ def _check_new(workdir: epath.Path):
 def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
   """Returns (a run's config, module, parameters, whether the head of a language
   model is missing in the files) of Hugging Face weights."""
-  import architectures
-  from training import objectives
-  from training.hf import weights
-  from training.hf import config as hf_config
-  from training.hf import files as hf_files
-  from training.hf import heads as hf_heads
-  from training.hf import tokenizer as hf_tokenizer
-  from training.workdir import run_config
-  folder = source.parent if source.is_file() else source
-  tree = hf_config.load_config_json(folder)
+  tree = hf_config.load_config_json(_folder(source))
   files = hf_files.Files(source)
   model, notes = hf_config.fields_and_notes(tree, files)
   for note in notes:
@@ -249,34 +255,31 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
   config.model = model
   if model.head != 'lm':
     config.objective = objectives.with_head(module.config)
-    config.data.labels = hf_heads.names(tree, model.num_labels)
+    count = model.num_labels
+    config.data.labels = hf_config.labels(tree) or (
+        hf_config.default_labels(count) if count > 1 else ())
   config.data.length = min(model.max_len, 1024)
   config.data.tokenizer = hf_tokenizer.stand_in(model.vocab_size)
   loaded = weights.read_params(module, files, partial=partial, seed=seed)
   for line in loaded.skipped:
     print(f'skipped: {line}')
-  bare = hf_heads.is_bare(architectures.hugging_face(model.arch),
-                             module.config, set(files))
-  return config, module, loaded.params, bare
+  return config, module, loaded.params, weights.is_bare(
+      module.config, set(files))
 
 
 def _from_workdir(workdir: epath.Path, step: int | str | None):
   """Returns (config, module, parameters, step) of a run's checkpoint."""
-  from training import parameters, runs
   config = runs.for_this_machine(runs.config_of(workdir))
   run = runs.build(config, runs.model_of(workdir))
-  found = parameters.of_run(run, workdir, step)
-  return config, run.module, found.state, found.step
+  restored = parameters.of_run(run, workdir, step)
+  return config, run.module, restored.state, restored.step
 
 
-def _resolved(config):
-  from training import runs
-  from training.data import tokenizers
+def _resolved(config: Any):
   return runs.resolve(config, tokenizers.load(config.data.tokenizer))
 
 
-def _save(workdir: epath.Path, config, params, derived=()) -> None:
-  from training.workdir import checkpoints, run_config
+def _save(workdir: epath.Path, config: Any, params: Any, derived=()) -> None:
   with progress.during('saving'), checkpoints.Checkpoints(
       workdir, every_steps=0, every_minutes=0.0, keep=1, keep_every=0) as saved:
     saved.save(0, {'params': params}, next_batch=0, tokens=0, config=config)
@@ -339,37 +342,34 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def main():
+def main() -> None:
   args = _parser().parse_args()
   if args.command == 'gguf':
-    _of_gguf(args.source, args.folder)
+    storage.try_folder(args.folder, 'DIR')
+    of_gguf(args.source, args.folder)
     return
-  from training import limits  # imported late: --help answers at once
-  from training.distributed import cpu
-  from training.workdir import checkpoints
   cpu.give_threads()  # not prepare(), with which what is freed would stay
   step = checkpoints.named_step(getattr(args, 'step', None))
+  args.workdir = storage.path(args.workdir, 'WORKDIR')
   if args.command == 'export':
     limits.number('--shard_bytes', args.shard_bytes,
                   (('>=', 1), ('<=', 2**50)))
-  elif args.command != 'merge':
+    storage.try_folder(args.folder, 'FOLDER')
+    export(args.workdir, args.folder, step=step, dtype=args.dtype,
+           shard_bytes=args.shard_bytes, dropless=args.dropless,
+           adapter=args.adapter, bare=args.bare)
+    return
+  if args.command != 'merge':
     limits.number('--seed', args.seed, (('>=', 0), ('<=', 2**32 - 1)))
-  args.workdir = storage.path(args.workdir, 'WORKDIR')
-  if args.command != 'export':
-    storage.try_folder(args.workdir, 'WORKDIR')
+  storage.try_folder(args.workdir, 'WORKDIR')
   if args.command == 'import':
     import_(args.source, args.workdir, partial=args.partial, seed=args.seed,
             adapter=args.adapter, dtype=args.dtype)
   elif args.command == 'merge':
     merge(storage.path(args.source, 'SOURCE'), args.workdir, step=step)
-  elif args.command == 'upcycle':
+  else:
     upcycle(storage.path(args.source, 'SOURCE'), args.workdir, moe=args.moe,
             step=step, seed=args.seed)
-  else:
-    storage.try_folder(args.folder, 'FOLDER')
-    export(args.workdir, args.folder, step=step, dtype=args.dtype,
-           shard_bytes=args.shard_bytes, dropless=args.dropless,
-           adapter=args.adapter, bare=args.bare)
 
 
 if __name__ == '__main__':

@@ -15,104 +15,95 @@ change.
 
 import json
 import math
-import os
 import re
+from typing import Any
 
 from absl import flags
+import jax
+import jax.extend.core as jex
+import numpy as np
 
-from configs.errors import RequestError, require
-from training import cli
+from architectures.parts import sharding
+from configs import sharding as tables
+from configs.errors import require
+from tools.plan import collectives, predict, report as plans
+from training import cli, objectives, paths, preflight, runs
+from training.data import tokenizers
+from training.distributed import devices
+from training.step import STREAMS, abstract_params
 
-MOST_DEVICES = 2**14
 
-
-def row(run, name: str, shape, axes, itemsize: int) -> dict:
+def row(run: runs.Run, name: str, x: Any, axes) -> dict:
   """Returns what there is to say of one array, `axes` its logical ones."""
-  from configs import sharding as tables
-  from training.distributed import devices
   mesh, table = run.mesh.shape, dict(tables.RULES[run.config.mesh.rules])
-  spec = devices.spec(shape, axes, run.mesh, run.config.mesh.rules)
-  on = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+  spec = devices.spec(x.shape, axes, run.mesh, run.config.mesh.rules)
+  places = [(entry,) if isinstance(entry, str) else entry or ()
+            for entry in spec]
   dimensions = []
-  for size, axis, own in zip(shape, axes, on):
-    said = f'{axis or "-"} {size:,}'
-    if where := [name for name in own if mesh[name] > 1]:
-      said += f' over {" x ".join(where)}'
+  for size, axis, place in zip(x.shape, axes, places):
+    words = f'{axis or "-"} {size:,}'
+    if over := [name for name in place if mesh[name] > 1]:
+      words += f' over {" x ".join(over)}'
     missing = [name for name in table.get(axis, ())
-               if mesh[name] > 1 and name not in own]
-    taken = [name for name in missing if any(name in other for other in on)]
+               if mesh[name] > 1 and name not in place]
+    taken = [name for name in missing if any(name in other for other in places)]
     if taken:
-      said += f' ({taken[0]} shards another dimension)'
+      words += f' ({taken[0]} shards another dimension)'
     elif missing:
-      said += f' (not over {" x ".join(missing)}, which does not divide it)'
-    dimensions.append(said)
-  parts = math.prod(mesh[name] for own in on for name in own)
-  return dict(name=name, shape=[*shape], dimensions=dimensions,
-              bytes_per_device=math.prod(shape) * itemsize // parts)
+      words += f' (not over {" x ".join(missing)}, which does not divide it)'
+    dimensions.append(words)
+  parts = math.prod(mesh[name] for place in places for name in place)
+  return dict(name=name, shape=[*x.shape], dimensions=dimensions,
+              bytes_per_device=math.prod(x.shape) * x.dtype.itemsize // parts)
 
 
-def parameters(run) -> list[dict]:
+def parameters(run: runs.Run) -> list[dict]:
   """Returns the row of each parameter."""
-  import jax
-  from training import paths
-  from training.step import abstract_params
   leaves, _ = jax.tree_util.tree_flatten_with_path(
       abstract_params(run.module), is_leaf=lambda x: hasattr(x, 'names'))
-  return [row(run, paths.join(path), box.value.shape, box.names,
-              box.value.dtype.itemsize) for path, box in leaves]
+  return [row(run, paths.join(path), box.value, box.names)
+          for path, box in leaves]
 
 
-def activations(run) -> list[dict]:
+def activations(run: runs.Run) -> list[dict]:
   """Returns the row of each array that the forward pass constrains, once for
   all layers that are alike."""
-  import jax
-  from training import objectives
   objective = objectives.of(run.config)
   batch = {key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype)
            in objectives.shapes(run.config).items()}
 
   def loss(params, batch):
-    rngs = {name: jax.random.key(0) for name in ('dropout', 'router')}
-    output = objective.apply(run.module, params, batch, deterministic=False,
-                             rngs=rngs)
+    output = objective.apply(
+        run.module, params, batch, deterministic=False,
+        rngs={name: jax.random.key(0) for name in STREAMS})
     return objective.loss(output, batch, run.config)[0]
 
   with run.context():
     jaxpr = jax.make_jaxpr(loss)(run.abstract.params, batch)
-  rows = [row(run, name, aval.shape, axes, aval.dtype.itemsize)
-          for name, aval, axes in _constraints(jaxpr.jaxpr, '')]
+  rows = [row(run, *found) for found in _constraints(jaxpr.jaxpr, '')]
   return [*{json.dumps(one): one for one in rows}.values()]
 
 
 def _constraints(jaxpr, above: str):
   """Yields (module, aval, logical axes) of each constraint that has a name."""
-  import jax.extend.core as jex
-  from architectures.parts import sharding
   scope = re.compile(rf'{sharding.AXES}\(([^()]*)\)')
   for eqn in jaxpr.eqns:
     name = f'{above}/{eqn.source_info.name_stack}'
-    found = scope.search(name)
-    if eqn.primitive.name == 'sharding_constraint' and found:
-      parts = [part for part in scope.sub('', name).split('/')
+    if eqn.primitive.name == 'sharding_constraint' and (
+        axes := scope.search(name)):
+      parts = [part.split('.')[0] for part in scope.sub('', name).split('/')
                # What jax and flax add to a module's path.
                if part and not re.match(r'jit|jvp|closed_call|checkpoint|while|'
                                         r'body|[A-Z]', part)]
-      yield ('/'.join(dict.fromkeys(part.split('.')[0] for part in parts))
-             or 'loss', eqn.invars[0].aval,
+      yield ('/'.join(dict.fromkeys(parts)) or 'loss', eqn.invars[0].aval,
              [None if axis == 'None' else axis
-              for axis in found[1].split(',') if axis])
+              for axis in axes[1].split(',') if axis])
     for inner in jex.jaxprs_in_params(eqn.params):
       yield from _constraints(inner, name)
 
 
 def explain(config, mesh: dict[str, int]) -> dict:
   """Returns the report of one config on one mesh."""
-  import jax
-  import numpy as np
-  from tools.plan import collectives, predict
-  from training import preflight, runs
-  from training.data import tokenizers
-  from training.distributed import devices
   preflight.check_config(config)
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
   count = math.prod(mesh.values())
@@ -124,26 +115,23 @@ def explain(config, mesh: dict[str, int]) -> dict:
       collectives=collectives.table(predict.sent(run, np.zeros(count, int))))
 
 
-def text(report: dict, other: dict | None = None) -> str:
-  """Returns a report for a terminal; with another one, what differs."""
-  from tools.plan import report as plans
+def text(*reports: dict) -> str:
+  """Returns a report for a terminal; of two, what differs."""
   lines = []
-  for one in filter(None, (report, other)):
+  for one in reports:
     total = sum(row['bytes_per_device'] for row in one['parameters'])
-    lines.append(
-        f'{one["model"]}, mesh '
-        + ' '.join(f'{axis}={n}' for axis, n in one['mesh'].items())
-        + f', rules {one["rules"]!r}: {total / 2**20:,.1f} MiB of parameters a '
-        'device')
+    mesh = ' '.join(f'{axis}={n}' for axis, n in one['mesh'].items())
+    lines.append(f'{one["model"]}, mesh {mesh}, rules {one["rules"]!r}: '
+                 f'{total / 2**20:,.1f} MiB of parameters a device')
   for kind in ('parameters', 'activations'):
-    lines += ['', kind + ' that differ' * bool(other)]
-    told = [[f'  {row["name"]}  [{", ".join(row["dimensions"])}]  '
+    lines += ['', kind + ' that differ' * (len(reports) > 1)]
+    rows = [[f'  {row["name"]}  [{", ".join(row["dimensions"])}]  '
              f'{row["bytes_per_device"] / 2**20:,.3f} MiB a device'
-             for row in one[kind]] for one in (report, other or {kind: []})]
-    lines += [line for line in told[0] if line not in told[1]]
-    lines += [f'  instead:{line[1:]}' for line in told[1]
-              if line not in told[0]]
-  for one in filter(None, (report, other)):
+             for row in one[kind]] for one in reports]
+    first, second = rows if len(rows) > 1 else (rows[0], [])
+    lines += [line for line in first if line not in second]
+    lines += [f'  instead:{line[1:]}' for line in second if line not in first]
+  for one in reports:
     lines += ['', 'collectives of a training step, by an estimate '
               '(python -m tools.plan compiles it)',
               *plans.collectives(one['collectives'], '')]
@@ -158,29 +146,20 @@ def main():
   flags.DEFINE_bool('json', False, 'Print JSON.')
   cli.parse(__doc__)
   args = flags.FLAGS
-  if args.config is None:
-    raise RequestError('pass --config FILE.py:SIZE')
-  os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported
-  from configs import sharding as tables
-  from training.distributed import devices
-  config = args.config
+  require(args.config is not None, 'pass --config FILE.py:SIZE')
   mesh = (devices.parse_mesh(args.mesh, 0) if args.mesh else
-          {axis: abs(config.mesh[axis]) for axis in tables.MESH_AXES})
-  second = config.copy_and_resolve_references()
-  other = mesh
+          {axis: abs(args.config.mesh[axis]) for axis in tables.MESH_AXES})
+  asked = [(args.config, mesh)]
   if args.diff in tables.RULES:
-    second.mesh.rules = args.diff
+    other = args.config.copy_and_resolve_references()
+    other.mesh.rules = args.diff
+    asked.append((other, mesh))
   elif args.diff:
-    other = devices.parse_mesh(args.diff, 0)
-  count = max(math.prod(mesh.values()), math.prod(other.values()))
-  require(count <= MOST_DEVICES, f'the mesh is of {count:,} devices: choose '
-          f'{MOST_DEVICES:,} or fewer, each of which is made here')
-  os.environ['XLA_FLAGS'] = (
-      os.environ.get('XLA_FLAGS', '')
-      + f' --xla_force_host_platform_device_count={count}')
-  reports = [explain(config, mesh)]
-  if args.diff:
-    reports.append(explain(second, other))
+    asked.append((args.config, devices.parse_mesh(args.diff, 0)))
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_num_cpu_devices', max(
+      math.prod(mesh.values()) for _, mesh in asked))
+  reports = [explain(*one) for one in asked]
   print(json.dumps(reports, indent=2) if args.json else text(*reports))
   return 0
 

@@ -23,7 +23,7 @@ import numpy as np
 from architectures.parts.moe import health
 from training import early_stopping, parameters, preflight, progress, runs
 from training import timing
-from training.costs import flops, peaks
+from training.costs import flops
 from training.data import pipeline, ramp
 from training.distributed import cpu, devices, signals
 from training.evals import held_out, in_training
@@ -197,7 +197,7 @@ class _Batches:
     sides = objective.row_lengths(config)
     self._row_tokens = sum(sides)  # at most
     self.tokens = self._ramp.last * sum(sides)  # of each run in a step, at most
-    peak = peaks.total(program.devices, program.run.model.dtype)
+    peak = flops.total_peak(program.devices, program.run.model.dtype)
     # By rows and length: of steps with rows padded less far than to
     # data.length, or fewer than data.batch_size.
     rows_of = {length: (length,) for length in pipeline.lengths(config)[:-1]}

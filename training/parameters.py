@@ -125,15 +125,15 @@ def check_source(source: str) -> None:
 def _check_labels(run: runs.Run, source: epath.Path) -> None:
   """Raises RequestError where the outputs of the head that is taken stand for
   other labels than those of the run."""
-  from training.hf import config as hf_config, heads as hf_heads
+  from training.hf import config as hf_config
   if run.model.head == 'lm' or run.config.init_partial:
     return
   if checkpoints.directory(source).exists():
-    theirs = hf_heads.told(run_config.labels(source))
+    theirs = hf_config.told(run_config.labels(source))
   else:
     tree = hf_config.load_config_json(_folder(source))
     # That of a language model has a table that says nothing.
-    theirs = hf_heads.labels(tree) if hf_config.read(tree).head != 'lm' else ()
+    theirs = hf_config.labels(tree) if hf_config.read(tree).head != 'lm' else ()
   ours = tuple(objectives.with_labels(run.config).data.labels)
   require(ours == theirs or not (ours and theirs), f'init_from {str(source)!r} '
           f'has the labels {short(", ".join(theirs))}, in this order, and the '
@@ -148,11 +148,12 @@ def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any,
                        step: None) -> tuple[Any, list[str]]:
   """Returns (parameters, a line for each thing that was skipped). Low-rank
   adapters are those of the run, as they were drawn."""
-  from training.hf import config as hf_config, files, heads, weights
+  from training.hf import config as hf_config, files, weights
   del step
   module = architectures.build(weights.without_adapters(run.model))
-  theirs = heads.as_in(module.config, hf_config.read(
-      hf_config.load_config_json(_folder(source))))
+  theirs = dataclasses.replace(  # optional heads are drawn or passed over
+      hf_config.read(hf_config.load_config_json(_folder(source))),
+      next_sentence=module.config.next_sentence)
   partial = run.config.init_partial
   skipped = _differences(module.config, theirs, source, partial)
   with run.context():

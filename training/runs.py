@@ -23,7 +23,7 @@ from configs.errors import RequestError, require
 from training import limits, objectives
 from training.data import ramp, tokenizers
 from training.distributed import devices
-from training.optim import average
+from training.optim import shares
 from training.step import TrainState, abstract_state, init_state, initial_seed
 from training.step import make_eval_step, make_train_step, optimizer
 from training.step import parameter_shares
@@ -159,13 +159,13 @@ class Run:
     parts = parameter_shares(self.module, self.config.optim)
     with self.context():
       return state.replace(params=params, ema=jax.jit(
-          functools.partial(average.start, self.config.optim, parts),
+          functools.partial(shares.start_average, self.config.optim, parts),
           out_shardings=self.shardings.ema)(params))
 
   def evaluated(self, state: TrainState):
     """Returns the parameters that a state is evaluated with: with optim.ema
     their average."""
-    return average.evaluated(parameter_shares(
+    return shares.evaluated(parameter_shares(
         self.module, self.config.optim), state.ema, state.params)
 
   def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -25,7 +25,7 @@ from architectures.parts.moe import layer as moe
 from training import objectives
 from training.distributed import devices
 from training.objectives.record import Mean
-from training.optim import average, mup, optimizers, schedules, shares
+from training.optim import mup, optimizers, shares
 
 STREAMS = ('dropout', 'router')  # what a model draws at random
 
@@ -40,7 +40,7 @@ class TrainState:
     opt_state: the optimiser's state.
     bad_steps: steps skipped because a loss or gradient was not finite.
     bad_in_row: of these, the ones since the last good step.
-    ema: the average of the parameters that are trained (optim/average.py);
+    ema: the average of the parameters that are trained (optim/shares.py);
       None: optim.ema is 0.
   """
   step: jax.Array
@@ -146,7 +146,7 @@ def _make(params: Any, tx: optax.GradientTransformation,
   # Arrays of their own each: donated, a shared one would be freed twice.
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params),
                     jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32),
-                    average.start(optim, parts, params))
+                    shares.start_average(optim, parts, params))
 
 
 def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
@@ -160,7 +160,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   health/NAME, and the tokens that these are means over as health/tokens.
   """
   objective = objectives.of(config)
-  schedule = schedules.rate(config.optim, config.train.steps)
+  schedule = optimizers.rate(config.optim, config.train.steps)
   parts = parameter_shares(module, config.optim)
 
   def loss_fn(params: Any, batch: Any, key: jax.Array, whole: Any):
@@ -208,8 +208,8 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     params = shares.whole(parts, own, state.params)
     bad_in_row = jnp.where(ok, 0, state.bad_in_row + 1)
     bad_steps = state.bad_steps + jnp.where(ok, 0, 1)
-    ema = average.update(config.optim, state.ema, own,
-                         state.step + 1 - bad_steps, ok)
+    ema = shares.update_average(config.optim, state.ema, own,
+                                state.step + 1 - bad_steps, ok)
     metrics |= dict(
         grad_norm=grad_norm, param_norm=_norm(params),
         learning_rate=schedule(state.step - state.bad_steps),

@@ -123,7 +123,7 @@ class Meter:
     """Args:
       tokens_per_step: the global batch's tokens.
       flops_per_step: model FLOPs of a training step (training/costs/flops.py).
-      peak_flops: of all devices together (training/costs/peaks.py), or None.
+      peak_flops: of all devices together (training/costs/flops.py), or None.
       clock: seconds, for tests.
     """
     self._tokens = tokens_per_step

@@ -92,6 +92,9 @@ def refusal(config: ml_collections.ConfigDict) -> str:
             'weights trains alone')
   if config.log.wandb:
     return 'log.wandb is True: W&B follows one run a process'
+  if config.optim.name == 'soap':
+    return ("optim.name is 'soap': the bases of several runs would turn at "
+            'each step')
   if config.seed >= 2 ** 32:
     return f'seed is {config.seed}: it must be < 2^32'
   return ''

@@ -212,7 +212,7 @@ def test_every_layer_has_one_place_and_one_name():
 
 def test_a_token_takes_the_cache_of_the_heads_of_each_kind():
   c = architectures.resolve(models.config('gpt', **MIXED))
-  assert totals._cache_bytes(c) == 4 * 2 * 8 * (3 * 4 + 4 * 2)
+  assert totals.kept_bytes(c)[0] == 4 * 2 * 8 * (3 * 4 + 4 * 2)
   assert [(row['kind'], row['layers'], row['kv_cache_bytes_per_token'])
           for row in totals.kinds_of_layer(c)] == [
               ('far', 4, 4 * 2 * 8 * 2), ('local', 3, 4 * 2 * 8 * 4)]

@@ -2,7 +2,6 @@
 loss, and a ratio is of one turn."""
 
 import importlib
-import itertools
 import json
 import math
 
@@ -10,10 +9,9 @@ import numpy as np
 import pytest
 
 import architectures
-from benchmarks import gpu, kernels, mixers, ours, rival, step, timing, worker
+from benchmarks import gpu, mixers, ours, rival, step, worker
 from configs.errors import RequestError
-from training import objectives, runs
-from training.data import tokenizers
+from training import objectives
 from training.workdir import run_config
 from training.hf import weights
 
@@ -87,13 +85,13 @@ def test_a_ratio_is_of_one_turn(monkeypatch):
   """A machine that is ten times as slow for one turn slows both."""
   clock = [0.0]
   for name in ('perf_counter', 'process_time'):
-    monkeypatch.setattr(timing.time, name, lambda: clock[0])
+    monkeypatch.setattr(worker.time, name, lambda: clock[0])
   def contender(seconds):
     turn = iter([99.0, 1.0, 10.0, 1.0])  # the first compiles, and is left out
     def run():
       clock[0] += seconds * next(turn)
     return run
-  found = timing.turns({'a': contender(2.0), 'b': contender(0.5)}, 3)
+  found = worker.turns({'a': contender(2.0), 'b': contender(0.5)}, 3)
   assert (found['a']['seconds'], found['b']['seconds']) == (2.0, 0.5)
   assert (found['a']['ratio'], found['b']['cpu_ratio']) == (1.0, 0.25)
 
@@ -110,7 +108,10 @@ class Side:
     seconds, cpu_seconds = next(self.left)
     return dict(seconds=seconds, cpu_seconds=cpu_seconds, peak_bytes=1)
 
-  def close(self):
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
     pass
 
 
@@ -119,7 +120,7 @@ def test_steps_are_compared_turn_by_turn(monkeypatch, capsys):
   args = type('Args', (), dict(compare='pytorch', torch_compile=False,
                                dtype='float32', pairs=3))
   request = dict(config=dict(data=dict(batch_size=2, length=5)))
-  theirs = step._step(request, args, {})['pytorch float32']
+  theirs = step.against(request, args, {}, 'step')['pytorch float32']
   assert theirs['ours_is_faster_by'] == 2.0  # of 2, 2 and 4
   assert theirs['ours_is_faster_by_cpu_time'] == 2.5
   assert (theirs['median_s'], theirs['cpu_s'], theirs['per_s']) == (4, 5, 2.5)
@@ -128,26 +129,11 @@ def test_steps_are_compared_turn_by_turn(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_loop_is_timed_by_the_clock_and_by_cpu_time(tmp_path, monkeypatch):
-  (tmp_path / 'text').write_text('All is well that ends well. ' * 200)
-  config = toy('gpt')
-  config.data.update(source=f'text:{tmp_path}/text', eval_source='',
-                     tokenizer='bytes')
-  config.model.vocab_size = runs.vocab_size(config, tokenizers.load('bytes'))
-  trainer = ours.Trainer(run_config.to_json(config))
-  clock = itertools.count(step=2)
-  monkeypatch.setattr(ours, '_now', lambda: (n := next(clock), 3 * n))
-  # Six batches are asked for, and then all is done: from the third one on that
-  # are four turns of the clock for the four steps after the first two.
-  assert trainer.loop(6) == [2.0, 6.0]
-
-
-@pytest.mark.slow
 def test_a_side_that_refuses_says_so():
   config = toy('gpt')
   config.model.d_model = 33  # of 4 heads
   with pytest.raises(RequestError, match='33'):
-    worker.Worker('ours', dict(kind='step', prompt=1, new=1, count=1,
+    worker.Worker('ours', dict(prompt=1, new=1, count=1,
                                config=run_config.to_json(config)))
 
 
@@ -178,7 +164,7 @@ def test_mixers_are_measured_as_they_say(tmp_path, monkeypatch, capsys):
   file = tmp_path / 'found.json'
   monkeypatch.setattr('sys.argv', [
       'mixers', '--mixers=attention,deltanet', '--lengths=32', '--rounds=1',
-      '--sections=mixing,decode', '--dtypes=float32', '--d_model=16',
+      '--sections=layer,decode', '--dtypes=float32', '--d_model=16',
       '--num_heads=2', f'--json={file}'])
   mixers.main()
   rows = json.loads(file.read_text())['rows']
@@ -208,5 +194,5 @@ def test_the_fastest_kernel_is_taken_and_what_does_not_fit_is_halved():
 def test_attention_alone_is_timed_on_a_cpu():
   config = gpu.config_of('gpt2', toy=True)
   config.data.update(length=32, batch_size=1)
-  [row] = kernels.attention(config)
+  [row] = gpu.attention(config)
   assert row['way'] == 'xla' and 0 < row['seconds'] < math.inf

@@ -15,44 +15,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 ROOMS = ('architectures', 'configs', 'tools', 'training')
 
 
-_PARTS = 'architectures/parts/'
-# The file and the table in it that an entry is added to.
-TABLES = {
-    'norm': (_PARTS + 'norms.py', 'NORMS'),
-    'position encoding': (_PARTS + 'positions.py', 'POSITIONS'),
-    'feed-forward network': (_PARTS + 'ffn.py', 'FFNS'),
-    'kind of attention': (_PARTS + 'attention/visibility.py', 'KINDS'),
-    'mixer': (_PARTS + 'mixers.py', 'MIXERS'),
-    'attention kernel': (_PARTS + 'attention/kernels.py', 'KERNELS'),
-    'block wiring': (_PARTS + 'blocks.py', 'BLOCKS'),
-    'router': (_PARTS + 'moe/routing.py', 'ROUTERS'),
-    'balance loss': (_PARTS + 'moe/health.py', 'BALANCE_LOSSES'),
-    'optimiser': ('training/optim/optimizers.py', 'OPTIMIZERS'),
-    'learning-rate schedule': ('training/optim/schedules.py', 'SCHEDULES'),
-}
-
-
-@contextlib.contextmanager
-def entry(what: str, source: str) -> Iterator[str]:
-  """Runs `source` as if it stood at the end of the file of a kind, and yields
-  the name under which it stands in the table.
-
-  Args:
-    what: of TABLES.
-    source: definitions, and the entry: `TABLE['name'] = ...`.
-  """
-  file, name = TABLES[what]
-  module = importlib.import_module(file.removesuffix('.py').replace('/', '.'))
-  table = getattr(module, name)
-  before = set(table)
-  exec(compile(source, file, 'exec'), dict(vars(module)))
-  name, = set(table) - before
-  try:
-    yield name
-  finally:
-    del table[name]
-
-
 @contextlib.contextmanager
 def files(folder: pathlib.Path, sources: Mapping[str, str]) -> Iterator[None]:
   """Makes modules of `sources` importable while the context lasts.

@@ -12,7 +12,7 @@ import architectures
 from architectures.parts import mixers
 from tests.parity.recording import Recording
 from training import generate, paths
-from training.hf import config as hf_config, weights
+from training.hf import config as hf_config, files, weights
 
 NEW_TOKENS = 64
 # What model.rope says in its own words, where a config.json has none for it.
@@ -56,7 +56,8 @@ def model_of(recording: Recording, rope: dict | None = None):
     config = dataclasses.replace(
         config, rope=dataclasses.replace(config.rope, **rope))
   module = architectures.build(config)
-  return module, weights.read_params(module, recording.weights).params
+  return module, weights.read_params(
+      module, files.Files(recording.weights)).params
 
 
 def findings_of(recording: Recording,
@@ -75,7 +76,7 @@ def findings_of(recording: Recording,
 
   gradient = jax.jit(jax.grad(loss, has_aux=True))
   grads, (outputs, layers, attention) = gradient(params)
-  theirs = weights.read_params(module, recording.grads).params
+  theirs = weights.read_params(module, files.Files(recording.grads)).params
   found = [Finding(name, error(_seen(outputs[name], inputs, name),
                                _seen(value, recording.inputs, name)),
                    LIMITS['output'])

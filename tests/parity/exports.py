@@ -36,33 +36,24 @@ LENGTH = 12  # of the rows of compare.inputs
 # Of longrope, for heads of 16 features.
 FACTORS = dict(short_factor=tuple(1 + 0.1 * i for i in range(8)),
                long_factor=tuple(1.0 + i * i for i in range(8)))
-# Changes that are no choice of tables.CHOICES and no flipped True or False.
+# Changes of several fields at once, beside those of `changes`.
 CHANGES = (
-    dict(d_model=40), dict(num_layers=4), dict(num_decoder_layers=4),
-    dict(num_heads=2), dict(num_heads=8), dict(num_heads=5, head_dim=8),
-    dict(num_kv_heads=2), dict(head_dim=12), dict(d_ff=28),
-    dict(vocab_size=67), dict(head='sequence', num_labels=1),
+    dict(num_heads=5, head_dim=8), dict(head='sequence', num_labels=1),
     dict(head='sequence', num_labels=3), dict(head='tokens', num_labels=5),
     dict(head='sequence', num_labels=3, pooling='mean'),
-    dict(mtp_depth=1), dict(attention_conv=3),
     dict(residual='hyper', streams=dict(dynamic=False)),
-    dict(max_len=48), dict(type_vocab_size=3), dict(learned=dict(offset=3)),
-    dict(norm_eps=1e-2), dict(attention_bias=True, attention_out_bias=False),
-    dict(learned=dict(stretch=2.0)), dict(attention='banded', sliding_window=5),
-    dict(pattern='a,b', kinds=dict(a=dict(window=0), b=dict(window=5))),
-    dict(pattern='a,b', kinds=dict(a={}, b={})),
-    dict(pattern='a,b', kinds=dict(a={}, b=dict(kv_sharing=True))),
-    dict(pattern='a,b', kinds=dict(a=dict(window=5),
-                                   b=dict(position='none'))),
-    dict(prefix='a', pattern='b', kinds=dict(a=dict(window=0),
-                                             b=dict(window=5))),
-    dict(pattern='a', suffix='b', kinds=dict(a=dict(window=0),
-                                             b=dict(window=5))),
-    dict(attention_softcap=2.0), dict(attention_scale=0.3),
-    dict(embed_scale=2.0), dict(logits_scale=0.5), dict(logits_softcap=2.0),
+    dict(attention_bias=True, attention_out_bias=False),
+    dict(attention='banded', sliding_window=5),
+    *(dict(prefix=prefix, pattern=pattern, suffix=suffix, kinds=dict(a=a, b=b))
+      for prefix, pattern, suffix in (
+          ('', 'a,b', ''), ('a', 'b', ''), ('', 'a', 'b'))
+      for a, b in (
+          (dict(window=0), dict(window=5)), ({}, {}),
+          ({}, dict(kv_sharing=True)),
+          (dict(window=5), dict(position='none')))),
+    *(kinds.with_experts({}, every) for every in (1, 2)),
     dict(parametrization='mup', mup_base_width=16),
     dict(parametrization='mup', mup_base_width=16, mup_base_head_dim=8),
-    dict(rope=dict(theta=50.0)), dict(rope=dict(fraction=0.5)),
     dict(rope=dict(fraction=0.5, scaling='linear', factor=2.0)),
     *(dict(head_dim=16, rope=dict(dict(
         scaling=scaling, factor=4.0, original_len=10), **more))
@@ -72,46 +63,18 @@ CHANGES = (
           ('longrope', FACTORS),
           ('longrope', dict(FACTORS, original_len=20, attention_factor=1.2)),
           ('yarn', {}), ('yarn', dict(beta_fast=4.0, beta_slow=0.5)),
-          ('yarn', dict(truncate=False)))),
+          ('yarn', dict(truncate=False)),
+          ('yarn', dict(mscale=0.5, mscale_all_dim=0.5)),
+          ('yarn', dict(mscale=0.8, mscale_all_dim=0.5)))),
     dict(head_dim=16, max_len=10, rope=dict(scaling='dynamic', factor=4.0)),
-    *(dict(rope=dict(scaling='yarn', factor=4.0, original_len=10, mscale=mscale,
-                     mscale_all_dim=0.5)) for mscale in (0.5, 0.8)),
-    *(dict(latent={name: value}) for name, value in (
-        ('q_rank', 0), ('q_rank', 20), ('kv_rank', 12), ('nope_dim', 10),
-        ('rope_dim', 6), ('v_dim', 7), ('scale', 0.4), ('norm_eps', 1e-2))),
-    *(dict(deltanet={name: value}) for name, value in (
-        ('key_heads', 2), ('value_heads', 8), ('key_dim', 6), ('value_dim', 6),
-        ('conv', 3), ('decay', False), ('negative', True))),
-    *(dict(mamba2=fields) for fields in (
-        dict(heads=4, head_dim=16), dict(heads=6), dict(head_dim=12),
-        dict(groups=2), dict(groups=2, norm_over='all'), dict(state=12),
-        dict(conv=3), dict(conv_bias=False), dict(least_step=0.02),
-        dict(most_step=0.05), dict(least_step=0.01, most_step=0.05))),
-    *(dict(kda={name: value}) for name, value in (
-        ('key_heads', 2), ('value_heads', 8), ('key_dim', 6), ('value_dim', 6),
-        ('conv', 3), ('rank', 5), ('negative', True))),
-    *(dict(gla={name: value}) for name, value in (
-        ('heads', 2), ('key_dim', 6), ('value_dim', 6), ('conv', 3),
-        ('rank', 5), ('temperature', 4.0))),
-    *(dict(retnet={name: value}) for name, value in (
-        ('heads', 2), ('key_dim', 6), ('value_dim', 6))),
-    dict(streams=dict(count=2)), dict(streams=dict(iterations=5)),
-    dict(streams=dict(block_size=2)),
-    dict(relative=dict(buckets=8)), dict(relative=dict(max_distance=20)),
-    dict(moe=dict(num_experts=3)), dict(moe=dict(top_k=1)),
-    dict(moe=dict(top_k=2)), dict(moe=dict(top_k=3)),
-    *(kinds.with_experts({}, every) for every in (1, 2)),
-    dict(moe=dict(d_ff=28)), dict(moe=dict(gate_scale=2.5)),
+    dict(mamba2=dict(heads=4, head_dim=16)),
+    dict(mamba2=dict(groups=2, norm_over='all')),
+    dict(mamba2=dict(least_step=0.01, most_step=0.05)),
     dict(moe=dict(num_experts=8, expert_groups=4, top_groups=2)),
-    dict(clamp=dict(alpha=1.0)), dict(clamp=dict(limit=0.5)),
-    *(dict(moe=dict(shared_experts=n)) for n in (1, 2)),
     *(dict(moe=dict(shared_experts=1, shared_gate=gate))
       for gate in (False, True)),
-    dict(moe=dict(bias_rate=0.1)),
-    dict(moe=dict(eval_capacity_factor=1.0)),
-    dict(moe=dict(eval_capacity_factor=1.0, group_size=LENGTH)),
-    dict(moe=dict(eval_capacity_factor=0.5, group_size=LENGTH)),
-    dict(moe=dict(eval_capacity_factor=0.5)),
+    *(dict(moe=dict(eval_capacity_factor=factor, group_size=LENGTH))
+      for factor in (0.5, 1.0)),
 )
 
 
@@ -128,15 +91,17 @@ def config(system: str):
 
 def changes(base: ModelConfig) -> Iterator[dict[str, Any]]:
   """Yields what differs from `base` in each variant, by the fields of
-  config.model."""
+  config.model: every choice, and other values of what it reads."""
   yield {}
   for name, choices in tables.CHOICES.items():
     if tables.FIELDS[name].rule.about not in (fields.RUN, fields.RECIPE):
       for choice in choices:
         yield _nested(name, choice)
   for name, value in hf_config.flat(base).items():
-    if isinstance(value, bool):
-      yield _nested(name, not value)
+    others = {bool: lambda x: [not x], int: lambda x: [0, x + 1, 2 * x + 2],
+              float: lambda x: [0.5 * x, x + 0.4]}.get(type(value))
+    for other in others(value) if others else ():
+      yield _nested(name, other)
   yield from CHANGES
 
 

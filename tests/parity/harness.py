@@ -1,9 +1,8 @@
 """lm_eval's questions, answered by a run and by its export.
 
 The same requests go through training/evals/harness.py and through lm_eval's
-own backend for Hugging Face models, and so do the windows of transformers'
-recipe for perplexity. The tokenizers are of subwords: GPT's puts nothing before
-a text, LLaMA's a bos that is not its eos.
+own backend for Hugging Face models. The tokenizers are of subwords: GPT's puts
+nothing before a text, LLaMA's a bos that is not its eos.
 """
 
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from tests.parity.compare import Finding
 
 SYSTEMS = ('gpt', 'llama')
 LIMIT = 1e-4  # of a log-probability in nats, of one request
-LENGTH, STRIDE = 48, 20
+LENGTH = 48
 TEXT = ('It is a law of nature that what is sown is reaped, and that nobody '
         'reaps what was not sown.\n The harvest of 1863 was larger than any '
         "before it; wasn't it?\n\n") * 3
@@ -63,7 +62,6 @@ def findings(system: str) -> Iterator[Finding]:
     asked = _requests('generate_until', [(text, options) for text in CONTEXTS])
     texts = [model.generate_until(asked) for model in (ours, theirs)]
     yield Finding('generate_until', float(texts[0] != texts[1]), 0.0)
-    yield Finding('stride', _recipe_differs(ours, theirs), 1e-5)
 
 
 def _apart(ours: Any, theirs: Any) -> float:
@@ -112,47 +110,3 @@ def _convert(way: str, source: pathlib.Path, target: pathlib.Path) -> None:
   """`tools.convert import` or `export`, as a user has it."""
   subprocess.run([sys.executable, '-m', 'tools.convert', way, str(source),
                   str(target)], check=True, stdout=subprocess.DEVNULL)
-
-
-def _recipe_differs(ours: Any, theirs: Any) -> float:
-  """Returns how far the perplexity of the recipe of transformers'
-  documentation is from ours, relative, on ids that begin with the separator.
-
-  The recipe weighs a window's mean by one token less than it has; so does
-  what is compared here.
-  """
-  import torch
-
-  from training.evals import scoring
-  from training.evals.tasks import loss
-  ids = np.array([ours.eot_token_id,
-                  *ours.tok_encode(TEXT, add_special_tokens=False)], np.int32)
-  questions = list(loss.windows(ids, LENGTH, STRIDE))
-  with ours.evaluation.run.context():
-    answers = scoring.answer(questions, ours.evaluation, '')
-  # https://huggingface.co/docs/transformers/perplexity
-  encodings = torch.tensor(ids)[None].long()
-  seq_len = encodings.size(1)
-  nll_sum, n_tokens, prev_end_loc, windows = 0.0, 0, 0, 0
-  for begin_loc in range(0, seq_len, STRIDE):
-    end_loc = min(begin_loc + LENGTH, seq_len)
-    trg_len = end_loc - prev_end_loc
-    input_ids = encodings[:, begin_loc:end_loc]
-    target_ids = input_ids.clone()
-    target_ids[:, :-trg_len] = -100
-    with torch.no_grad():
-      neg_log_likelihood = theirs.model(input_ids, labels=target_ids).loss
-    num_valid_tokens = (target_ids != -100).sum().item()
-    num_loss_tokens = num_valid_tokens - 1
-    nll_sum += neg_log_likelihood * num_loss_tokens
-    n_tokens += num_loss_tokens
-    windows += 1
-    prev_end_loc = end_loc
-    if end_loc == seq_len:
-      break
-  if windows != len(questions):
-    return float('inf')
-  means = [-x.log_probs.mean() for x in answers]
-  weights = [q.scored - (i > 0) for i, q in enumerate(questions)]
-  return abs(float(np.average(means, weights=weights))
-             / float(nll_sum / n_tokens) - 1)

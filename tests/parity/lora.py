@@ -12,7 +12,7 @@ import numpy as np
 import architectures
 from tests.parity import compare, recording, reference
 from training import paths
-from training.hf import config as hf_config, peft, weights
+from training.hf import config as hf_config, files, peft, weights
 
 # The modules that get an adapter, as PEFT names them. BERT's pooler and head
 # are dense modules too, which get none here; transformers has the experts of
@@ -44,7 +44,8 @@ def findings(system: str) -> list[compare.Finding]:
     folder = pathlib.Path(name)
     theirs = _run(system, folder)
     plain = hf_config.read(theirs.config)
-    base, _ = weights.read_params(architectures.build(plain), theirs.weights)
+    base, _ = weights.read_params(architectures.build(plain),
+                                  files.Files(theirs.weights))
     model, found = peft.read(plain, folder / 'adapters')
     module = architectures.build(model)
     params = weights.beside(base, found)

@@ -5,15 +5,14 @@ r"""Compiles a config for a pod that is not there, and says what it costs.
 
 The real training step is compiled for a TPU (v4 v5e v5p v6e tpu7x, extra
 `plan`) or for GPUs (a100 h100 h200 b200, extra `plan-gpu`). Printed are the
-bytes on a device, what is replicated, every collective, the FLOPs, and the
-shortest step and highest MFU that published figures allow. A plan that does not
-fit ends with a sentence and exit code 2. Without a compiler for the topology,
-the figures are estimates.
+bytes on a device, every collective, the FLOPs, and the shortest step and
+highest MFU that published figures allow. A plan that does not fit ends with a
+sentence and exit code 2. Without a compiler for the topology, the figures are
+estimates.
 
 --search=3 lists the three best plans of all meshes (data, fsdp, expert and
 tensor; context stays 1), remat policies and gradient accumulations that fit.
-Reports are kept in plans/ of $ARCHETYPE_CACHE (~/.cache/archetype), and found
-again by their content. JAX_OPTIMIZATION_LEVEL=O1 halves the time of compiling.
+JAX_OPTIMIZATION_LEVEL=O1 halves the time of compiling.
 """
 
 import json
@@ -21,7 +20,7 @@ import os
 
 from absl import flags
 
-from configs.errors import RequestError
+from configs.errors import require
 from training import cli
 
 cli.define_config()
@@ -32,55 +31,40 @@ flags.DEFINE_integer('slices', 1, 'Slices of that shape; TPUs only.',
 flags.DEFINE_string('mesh', '', "data=2,fsdp=8,expert=8; '': config.mesh.")
 flags.DEFINE_list('programs', ['train'], 'Of train, prefill, decode.')
 flags.DEFINE_integer('search', 0, 'Search meshes, remat and accumulation: '
-                     'list the best N plans that fit.', upper_bound=1000)
-flags.DEFINE_bool('fresh', False, 'Compile although a report is kept.')
+                     'list the best N plans that fit.', 0, 1000)
 flags.DEFINE_bool('json', False, 'Print JSON.')
 
 
 def main():
   cli.parse(__doc__)
   args = flags.FLAGS
-  if args.config is None or not args.topology:
-    raise RequestError('pass both --config FILE.py:SIZE and --topology, such '
-                       'as v5p:4x4x8')
-  _check_search(args)
-  if not args.programs:
-    raise RequestError('--programs names none: choose from train, prefill, '
-                       'decode')
+  require(args.config is not None and args.topology, 'pass both --config '
+          'FILE.py:SIZE and --topology, such as v5p:4x4x8')
+  require(not args.search or not args.mesh and args.programs == ['train'],
+          '--search chooses the mesh, and is for train alone: leave out --mesh '
+          'and --programs')
+  require(args.programs, '--programs names none: choose from train, prefill, '
+          'decode')
   os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported
-  from tools.plan import chips, topology as topologies
+  from tools.plan import chips
   topology = chips.parse(args.topology, args.slices)
-  topologies.environment(topology)
+  chips.environment(topology)
 
-  from tools.plan import analyse, compile as compiling, report
+  from tools.plan import programs, report
   if args.search:
     from tools.plan import search
-    found = search.search(args.config, topology, args.search, args.fresh)
+    found = search.search(args.config, topology, args.search)
     print(json.dumps(found, indent=2) if args.json else search.text(found))
     return 0
-  run = analyse.run_on(args.config, topology, args.mesh)
-  plan = analyse.describe(run, topology) | analyse.active_parameters(run)
-  plan |= analyse.programs(run, topology, args.programs, args.fresh)
-  plan['advice'] = report.advice(plan)
+  run = programs.run_on(args.config, topology, args.mesh)
+  plan = programs.plan(run, topology, args.programs)
   if args.json:
     print(json.dumps(plan, indent=2))
   elif plan['programs']:
     print(report.text(plan))
   if not plan['fits']:
-    raise compiling.DoesNotFit('; '.join(plan['reasons']))
+    raise programs.DoesNotFit('; '.join(plan['reasons']))
   return 0
-
-
-def _check_search(args) -> None:
-  if args.search < 0:
-    raise RequestError(f'--search is {args.search}: pass how many plans to '
-                       'list, or 0 for the plan of one mesh')
-  if args.search and args.mesh:
-    raise RequestError('--search chooses the mesh, and --mesh is '
-                       f'{args.mesh!r}: pass one of them')
-  if args.search and args.programs != ['train']:
-    raise RequestError('--search is for train alone, and --programs is '
-                       f'{",".join(args.programs)}: leave it out')
 
 
 if __name__ == '__main__':

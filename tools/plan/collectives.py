@@ -6,14 +6,12 @@ operand, all-reduce both, all-to-all (n - 1) / n of the operand, and a permute
 all of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import math
 import re
 from typing import NamedTuple
 
 import numpy as np
-
-from tools.plan import hlo
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
          'ragged-all-to-all', 'collective-permute', 'collective-broadcast',
@@ -34,7 +32,6 @@ class Collective(NamedTuple):
       travel in even load.
     runs: how often a step runs it.
     known: whether `runs` is known; otherwise it is a lower bound.
-    source: the operation in the model's code.
   """
   kind: str
   axes: tuple[str, ...]
@@ -44,19 +41,15 @@ class Collective(NamedTuple):
   elements: int
   payload: int
   runs: int
-  known: bool
-  source: str
+  known: bool = True
 
   @property
   def sent(self) -> float:
     """Bytes that a chip sends in one run."""
     n = self.size
-    factor = {
-        'all-gather': (n - 1) / n, 'all-reduce': 2 * (n - 1) / n,
-        'reduce-scatter': n - 1, 'all-to-all': (n - 1) / n,
-        'ragged-all-to-all': (n - 1) / n, 'collective-permute': 1,
-        'collective-broadcast': 1, 'send': 1}[self.kind]
-    return factor * self.payload
+    factor = {'all-reduce': 2 * (n - 1) / n, 'reduce-scatter': n - 1,
+              'collective-permute': 1, 'collective-broadcast': 1, 'send': 1}
+    return factor.get(self.kind, (n - 1) / n) * self.payload
 
   @property
   def sent_outside(self) -> float:
@@ -74,46 +67,56 @@ class Collective(NamedTuple):
     return passes * whole * (h - 1) / h / (n // h)
 
 
+def total(sent: list[Collective]) -> tuple[float, float]:
+  """Returns the bytes that a device sends in a step within its slice or host,
+  and those between them."""
+  outside = sum(one.sent_outside * one.runs for one in sent)
+  return sum(one.sent * one.runs for one in sent) - outside, outside
+
+
+def table(sent: list[Collective]) -> list[dict]:
+  """Sums them by kind, axes and dtype, most bytes first."""
+  rows: dict = {}
+  for one in sent:
+    row = rows.setdefault((one.kind, one.axes, one.dtype), dict(
+        kind=one.kind, axes=list(one.axes), devices=one.size, dtype=one.dtype,
+        runs_per_step=0, bytes_sent_per_device=0.0,
+        bytes_sent_outside_per_device=0.0, exact=True))
+    row['runs_per_step'] += one.runs
+    row['bytes_sent_per_device'] += one.sent * one.runs
+    row['bytes_sent_outside_per_device'] += one.sent_outside * one.runs
+    row['exact'] &= one.known
+  return sorted(rows.values(), key=lambda r: -r['bytes_sent_per_device'])
+
+
 def groups(rest: str) -> np.ndarray | None:
   """Returns the devices of each group, [groups, devices]; None: not told.
 
   Three syntaxes: {{0,1},{2,3}}, [2,2]<=[4]T(...), mesh['a'=2,...] {'a'}.
   """
   ints = lambda text: [int(i) for i in text.split(',')]
-  iota = re.search(
-      r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', rest)
-  if iota:
-    ids = np.arange(math.prod(ints(iota[2]))).reshape(ints(iota[2]))
-    return ids.transpose(ints(iota[3]) if iota[3] else None).reshape(
-        ints(iota[1]))
-  named = re.search(r'replica_groups=@?mesh\w*\[(.*?)\]\s*(.*?)\{([^}]*)\}',
-                    rest)
-  if named:
-    return _named_groups(*named.groups())
-  text = re.search(r'replica_groups=\{(\{.*?\})\}', rest)
-  if text:
-    return np.array([ints(g) for g in re.findall(r'\{([\d,]+)\}', text[1])])
-  pairs = re.search(r'source_target_pairs=\{(\{.*?\})\}', rest)
-  if pairs:
-    return np.array([ints(g) for g in re.findall(r'\{([\d,]+)\}', pairs[1])])
+  iota = r'<=\[([\d,]+)\](?:T\(([\d,]+)\))?'
+
+  def numbered(dims: str, turned: str | None) -> np.ndarray:
+    ids = np.arange(math.prod(ints(dims))).reshape(ints(dims))
+    return ids.transpose(ints(turned) if turned else None)
+
+  if found := re.search(r'replica_groups=\[([\d,]+)\]' + iota, rest):
+    return numbered(found[2], found[3]).reshape(ints(found[1]))
+  if found := re.search(
+      r'replica_groups=@?mesh\w*\[(.*?)\]\s*(.*?)\{([^}]*)\}', rest):
+    sizes = {k: int(v) for k, v in re.findall(r"'([^']+)'=(\d+)", found[1])}
+    order = re.search(iota, found[2])  # device_ids=([..]<=[..]T(..))
+    ids = (numbered(*order.groups()) if order else np.arange(
+        math.prod(sizes.values()))).reshape([*sizes.values()])
+    names = re.findall(r"'([^']+)'", found[3])
+    at = [[*sizes].index(name) for name in names]
+    return np.moveaxis(ids, at, range(-len(at), 0)).reshape(
+        -1, math.prod(sizes[name] for name in names))
+  if found := re.search(
+      r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}', rest):
+    return np.array([ints(g) for g in re.findall(r'\{([\d,]+)\}', found[1])])
   return None
-
-
-def _named_groups(axes: str, order: str, over: str) -> np.ndarray:
-  """Groups over named axes; `order` may hold device_ids=([..]<=[..]T(..))."""
-  sizes = {k: int(v) for k, v in re.findall(r"'([^']+)'=(\d+)", axes)}
-  ids = np.arange(math.prod(sizes.values()))
-  iota = re.search(r'<=\[([\d,]+)\](?:T\(([\d,]+)\))?', order)
-  if iota:
-    dims = [int(i) for i in iota[1].split(',')]
-    ids = ids.reshape(dims)
-    if iota[2]:
-      ids = ids.transpose([int(i) for i in iota[2].split(',')])
-  ids = ids.reshape(list(sizes.values()))
-  names = re.findall(r"'([^']+)'", over)
-  moved = [list(sizes).index(name) for name in names]
-  ids = np.moveaxis(ids, moved, range(-len(moved), 0))
-  return ids.reshape(-1, math.prod(sizes[name] for name in names))
 
 
 def axes_of(members: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
@@ -134,80 +137,138 @@ def read(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
     host_of: for each device in that order, its slice (TPU) or host (GPU).
     ragged_rows: rows that a device sends in a ragged all-to-all, in even
       load; the array has room for the worst. 0: count all of the array.
-    passes: as of hlo.walk.
+    passes: of a loop that depends on data, where they are known otherwise;
+      None: they are not, and one is counted.
   """
-  computations = hlo.parse(text)
-  found, fused = [], set()
-  for place in hlo.walk(computations, passes):
+  sent, fused = [], set()
+  for place in _walk(text, passes):
     one = _collective(place, mesh, host_of, ragged_rows)
     if one is None or one.size == 1 or not one.runs:
       continue
     # A collective that runs beside products is printed by libtpu 0.0.45 in the
     # fusion of each of them, with the same channel.
-    channel = re.search(r'channel_id=(\d+)', place.instruction.rest)
+    channel = re.search(r'channel_id=(\d+)', place.rest)
     if channel and 'fus' in place.computation:
       if (one.kind, channel[1]) in fused:
         continue
       fused.add((one.kind, channel[1]))
-    found.append(one)
-  return found
+    sent.append(one)
+  return sent
 
 
-def _collective(place: hlo.Place, mesh, host_of, ragged_rows):
-  _, shape, op, rest = place.instruction
-  kind, start = op.removesuffix('-start'), op.endswith('-start')
+class _Place(NamedTuple):
+  """An instruction, `name = shape op(rest`, and how often a step runs it;
+  known: whether every loop around it has a known trip count."""
+  computation: str
+  name: str
+  shape: str
+  op: str
+  rest: str  # operands and attributes
+  runs: int = 1
+  known: bool = True
+
+
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*-> .*\{$')
+_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) '
+                          r'([a-z][\w\-]*)\((.*)$')
+_CALLED = re.compile(r'\b(calls|to_apply|body|condition|true_computation|'
+                     r'false_computation|async_execution_thread)=%?([\w.\-]+)')
+_BRANCHES = re.compile(r'(?:branch|called)_computations=\{([^}]*)\}')
+
+
+def _walk(text: str, passes: int | None) -> Iterator[_Place]:
+  """Yields each instruction that a step reaches. Of a conditional, every branch
+  is walked: which of them runs is not known."""
+  computations: dict[str, list[_Place]] = {}
+  name = entry = ''
+  for line in text.splitlines():
+    if head := _COMPUTATION.match(line):
+      name = head[2]
+      computations[name] = []
+      entry = name if head[1] else entry
+    elif name and (found := _INSTRUCTION.match(line)):
+      computations[name].append(_Place(name, *found.groups()))
+
+  def visit(name: str, runs: int, known: bool) -> Iterator[_Place]:
+    for place in computations[name]:
+      yield place._replace(runs=runs, known=known)
+      times: int | None = 1
+      if place.op == 'while':
+        times = _trip_count(place, computations)
+        times = passes if times is None else times
+      names = [name for _, name in _CALLED.findall(place.rest)]
+      for group in _BRANCHES.findall(place.rest):
+        names += re.findall(r'[\w.\-]+', group)
+      for callee in names:
+        if callee in computations:
+          yield from visit(callee, runs * (1 if times is None else times),
+                           known and times is not None)
+
+  yield from visit(entry, 1, True)
+
+
+def _trip_count(place: _Place, computations: Mapping[str, list[_Place]]
+                ) -> int | None:
+  """Returns how often a while runs its body; None: it depends on data.
+
+  XLA says so on CPU and GPU. libtpu leaves only the comparison of the counter
+  with a constant, as jax writes a scan.
+  """
+  if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', place.rest):
+    return int(known[1])
+  condition = computations[dict(_CALLED.findall(place.rest))['condition']]
+  constants = {i.name: int(i.rest.split(')')[0]) for i in condition
+               if i.op == 'constant' and re.match(r'-?\d+\)', i.rest)}
+  root = condition[-1]
+  if root.op == 'compare' and 'direction=LT' in root.rest:
+    bound = re.findall(r'%?([\w.\-]+)', root.rest.split(')')[0])[-1]
+    return constants.get(bound)
+  return None
+
+
+def _arrays(shape: str) -> list[tuple[str, int, int]]:
+  """Returns (dtype, elements, bytes) of each array of a shape's text."""
+  arrays = []
+  for dtype, dims in re.findall(r'\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]',
+                                re.sub(r'\{[^{}]*\}', '', shape)):
+    size = math.prod(int(dim) for dim in dims.split(',') if dim)
+    bits = 8 if dtype == 'pred' else int(re.search(r'\d+', dtype)[0])
+    arrays.append((dtype, size, size * bits // 8))
+  return arrays
+
+
+def _collective(place: _Place, mesh, host_of, ragged_rows) -> Collective | None:
+  shape, rest = place.shape, place.rest
+  kind, start = place.op.removesuffix('-start'), place.op.endswith('-start')
   if kind not in KINDS:
     return None
-  # A fusion of this name holds an all-reduce and keeps a slice of it.
-  scattered = kind == 'all-reduce' and place.computation.startswith(
-      'all-reduce-scatter')
-  parts = hlo.arrays(shape)
+  parts = _arrays(shape)
   if start and shape.startswith('(('):  # (operands), results, u32[] contexts
-    shape = _after_operands(shape)
-    parts = [p for p in hlo.arrays(shape) if p[:2] != ('u32', 1)]
-  elif start and kind in ('all-gather', 'collective-permute'):
-    parts = parts[len(parts) // 2:] if kind == 'all-gather' else parts[1:2]
-  if kind == 'send':
+    depth = np.cumsum([(a == '(') - (a == ')') for a in shape])
+    shape = shape[next(i for i, a in enumerate(shape)
+                       if a == ')' and depth[i] == 1) + 1:]
+    parts = [part for part in _arrays(shape) if part[:2] != ('u32', 1)]
+  elif start and kind == 'all-gather':
+    parts = parts[len(parts) // 2:]
+  elif start and kind == 'collective-permute':
+    parts = parts[1:2]
+  elif kind == 'send':
     parts = parts[:1]
   members = groups(rest)
   if members is None:
     members = np.arange(math.prod(mesh.values()))[None]
-  dtype, _, _ = max(parts, key=lambda part: part[2])
   payload = sum(part[2] for part in parts)
-  if scattered:
+  # A fusion of this name holds an all-reduce and keeps a slice of it.
+  if kind == 'all-reduce' and place.computation.startswith(
+      'all-reduce-scatter'):
     kind, payload = 'reduce-scatter', payload // members.shape[1]
   if kind == 'ragged-all-to-all' and ragged_rows:
     rows = int(re.search(r'\[(\d+)', shape)[1])
     payload = payload * min(rows, ragged_rows) // rows
-  source = re.search(r'op_name="([^"]*)"', rest)
-  hosts = max(len(set(host_of[row])) for row in members)
   size = (members.shape[1] if 'source_target_pairs' not in rest
           else int(members.max() > members.min()) + 1)
-  return Collective(kind, axes_of(members, mesh), size, hosts, dtype,
-                    sum(part[1] for part in parts), payload, place.runs,
-                    place.known, source[1] if source else '')
-
-
-def _after_operands(shape: str) -> str:
-  """Returns what follows the first tuple within a tuple."""
-  depth = np.cumsum([(a == '(') - (a == ')') for a in shape])
-  closed = next(i for i, a in enumerate(shape) if a == ')' and depth[i] == 1)
-  return shape[closed + 1:]
-
-
-def table(found: list[Collective]) -> list[dict]:
-  """Sums them by kind, axes and dtype, most bytes first."""
-  rows: dict = {}
-  for one in found:
-    row = rows.setdefault((one.kind, one.axes, one.dtype), dict(
-        kind=one.kind, axes=list(one.axes), devices=one.size, dtype=one.dtype,
-        runs_per_step=0, bytes_sent_per_device=0.0,
-        bytes_sent_outside_per_device=0.0, exact=True, largest='', _most=0.0))
-    row['runs_per_step'] += one.runs
-    row['bytes_sent_per_device'] += one.sent * one.runs
-    row['bytes_sent_outside_per_device'] += one.sent_outside * one.runs
-    row['exact'] &= one.known
-    if one.sent * one.runs > row['_most']:
-      row['_most'], row['largest'] = one.sent * one.runs, one.source
-  ordered = sorted(rows.values(), key=lambda r: -r['bytes_sent_per_device'])
-  return [{k: v for k, v in row.items() if k != '_most'} for row in ordered]
+  return Collective(
+      kind, axes_of(members, mesh), size,
+      max(len(set(host_of[row])) for row in members),
+      max(parts, key=lambda part: part[2])[0],
+      sum(part[1] for part in parts), payload, place.runs, place.known)

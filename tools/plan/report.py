@@ -20,39 +20,13 @@ def text(plan: dict) -> str:
       f'batch {plan["batch_size"]:,} x {plan["length"]:,} tokens, '
       f'{plan["sequences_per_device"]:g} sequences a device at once; remat '
       f'{plan["remat"]}; {kept}{plan["optimizer"]}',
-      f'by {plan["compiler"]}, jax {plan["jax"]}']
-  if plan['estimate']:
-    lines.append('An estimate: no compiler for these devices is installed '
-                 "(pip install -e '.[plan,plan-gpu]', for GPUs with Python "
-                 '3.12 or later), so this is the same program compiled for as '
-                 'many virtual CPU devices, with memory by formula. Every '
-                 'figure of it has a ~.')
+      f'by {plan["compiler"]}, jax {plan["jax"]}' if plan['compiler'] else
+      'An estimate: no compiler for these devices is installed (pip install -e '
+      "'.[plan,plan-gpu]', for GPUs with Python 3.12 or later), so memory and "
+      'collectives are by formula. Every figure has a ~.']
   for program in plan['programs']:
     lines += ['', *_program(program)]
-  lines += [f'\nadvice: {sentence}' for sentence in plan['advice']]
   return '\n'.join(lines)
-
-
-def advice(plan: dict) -> list[str]:
-  """Returns what the figures of a plan speak for, a sentence each.
-
-  Where `fsdp` is the only axis of more than one device, the TPU's compiler
-  gathers weights by all-reduces of arrays that are mostly zeros, from about 64
-  chips on (docs/plans.md). Virtual CPU devices say nothing of that.
-  """
-  size = plan['mesh']['fsdp']
-  alone = [n for n in plan['mesh'].values() if n > 1] == [size]
-  sent = {kind: sum(row['bytes_sent_per_device'] for p in plan['programs']
-                    for row in p['collectives']
-                    if row['kind'] == kind and row['axes'] == ['fsdp'])
-          for kind in ('all-reduce', 'all-gather')}
-  if plan['estimate'] or not alone or size % 2 or (
-      sent['all-reduce'] <= sent['all-gather']):
-    return []
-  return [f'fsdp is the only axis of more than one device, and the compiler '
-          f'sends {sent["all-reduce"] / GIB:.3f} GiB in all-reduces over it, '
-          'twice the bytes of the all-gathers that it chooses beside another '
-          f'axis: try --mesh data=2,fsdp={size // 2}']
 
 
 def _program(p: dict) -> list[str]:
@@ -65,12 +39,6 @@ def _program(p: dict) -> list[str]:
     share = f'{n / hbm:>8.1%} of {hbm / GIB:.2f}' if name == 'peak' else ''
     lines.append(f'  {name.replace("_", " "):<28}{m}{n / GIB:>12.3f} GiB '
                  f'{share}')
-  for row in p['replicated']:
-    if row['bytes_saved'] > 0.01 * hbm:
-      lines.append(
-          f'  replicated over {row["axis"]} ({row["devices"]}): {m}'
-          f'{row["bytes_saved"] / GIB:.3f} GiB of it would be saved if that '
-          f'axis sharded it too; most: {", ".join(row["largest"])}')
   return [*lines, '  collectives of a step, by device',
           *collectives(p['collectives'], m), *_performance(p, m)]
 
@@ -112,11 +80,6 @@ def _performance(p: dict, m: str) -> list[str]:
     lines.append(f'  {tera(f["all_groups_per_device"])} of it are products of '
                  'every row that buffers have room for with every expert here, '
                  'which this compiler masks instead of skipping')
-  experts = p['experts']
-  if experts['read'] < experts['held']:
-    lines.append(f'  a token of each row is taken to go to {experts["read"]} '
-                 f'of the {experts["held"]} experts of a layer that a device '
-                 'has, as in even load: HBM counts the weights of these')
   lines.append('  seconds a step, at the least: ' + ', '.join(
       f'{names[k]} {m}{s:.3g}' for k, s in r['seconds'].items()))
   if not all(row['exact'] for row in p['collectives']):

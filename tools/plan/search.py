@@ -15,14 +15,11 @@ import ml_collections
 
 from architectures.parts import remat
 from configs.errors import RequestError
-from tools.plan import analyse, chips, compile as compiling
-from tools.plan import predict, roofline
-from tools.plan import topology as topologies
+from tools.plan import chips, collectives, predict, programs
 from training import preflight, progress, runs
 from training.costs import memory
 from training.data import ramp, tokenizers
 from training.distributed import devices
-
 
 
 class Candidate(NamedTuple):
@@ -68,11 +65,11 @@ def candidates(config, topology: chips.Topology) -> list[Candidate]:
   """Returns every plan whose estimate fits, shortest step first."""
   preflight.check_config(config)
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
-  roofline.peak_flops(topology, model.dtype)  # or there is no order of plans
+  predict.peak_flops(topology, model.dtype)  # or there is no order of plans
   config = config.copy_and_resolve_references()
   config.train.grad_accumulation = 1  # the plans have their own
   sizes = (*ramp.of(config).sizes, config.data.batch_size)
-  placed = topologies.devices(topology)
+  placed = chips.devices(topology)
   found, kept = [], {}
   for shape in progress.each(list(meshes(config, model, topology)),
                              'meshes estimated'):
@@ -114,66 +111,56 @@ def _variant(run: runs.Run, policy: str, accumulation: int) -> runs.Run:
       module=run.module.clone(config=model))
 
 
-def _score(run: runs.Run, topology: chips.Topology, kept: int) -> Candidate:
+def _score(run: runs.Run, topology: chips.Topology, kept: tuple[int, int]
+           ) -> Candidate:
   c = run.model
-  needed = sum(analyse.model_flops(run, 'train').values()) / topology.devices
-  found = predict.sent(run, analyse.hosts(run, topology))
-  outside = sum(one.sent_outside * one.runs for one in found)
-  bounds = roofline.times(
+  needed = sum(programs.model_flops(run, 'train').values()) / topology.devices
+  inside, outside = collectives.total(
+      predict.sent(run, programs.hosts(run, topology)))
+  bounds = predict.times(
       topology, c.dtype, flops=needed * (3 + remat.of(c).again) / 3,
-      hbm_bytes=roofline.hbm_bytes(run, 0.0, True),
-      sent=sum(one.sent * one.runs for one in found) - outside,
+      hbm_bytes=predict.hbm_bytes(run, 0.0, True), sent=inside,
       sent_outside=outside, model_flops=needed)
   return Candidate(dict(run.mesh.shape), c.remat,
                    run.config.train.grad_accumulation, bounds['step_seconds'],
                    bounds['highest_mfu'], bounds['bound'],
-                   memory.analytic(run, kept,
-                                   topology.chip.platform)['peak'])
+                   memory.analytic(run, kept, topology.chip.platform)['peak'])
 
 
-def search(config, topology: chips.Topology, wanted: int,
-           fresh: bool = False) -> dict:
+def search(config, topology: chips.Topology, wanted: int) -> dict:
   """Returns the `wanted` best plans, compiled where that is possible.
 
   Raises:
     DoesNotFit: where no candidate does.
   """
   listed = candidates(config, topology)
-  if not listed:
-    raise compiling.DoesNotFit(
-        f'no mesh, remat policy and accumulation of {topology.name} fits '
-        f'data.batch_size {config.data.batch_size}, by an estimate: take more '
-        'chips, or a batch with more divisors')
   plans, refused = [], []
   for one in listed[:4 * wanted]:
     if len(plans) == wanted:
       break
     row = one._asdict() | dict(flags=one.flags(), estimate=True)
-    if topologies.compiler(topology):
+    if chips.compiler(topology):
+      mesh = ','.join(f'{axis}={n}' for axis, n in one.mesh.items())
+      run = programs.run_on(with_policy(
+          config, one.remat, one.grad_accumulation), topology, mesh)
       try:
-        row |= _compiled(config, topology, one, fresh)
-      except compiling.DoesNotFit as error:
+        report = programs.analyse(run, topology, 'train')
+      except programs.DoesNotFit as error:
         refused.append(row | dict(reason=str(error)))
         continue
+      row |= dict(estimate=False, peak_bytes=report['memory']['peak'], **{
+          name: report['roofline'][name]
+          for name in ('step_seconds', 'highest_mfu', 'bound')})
     plans.append(row)
   if not plans:
-    raise compiling.DoesNotFit(
-        f'of the {len(listed)} plans that fit {topology.name} by an estimate, '
-        f'the compiler refused the best {len(refused)}: take more chips. The '
-        f'last: {refused[-1]["reason"]}')
+    raise programs.DoesNotFit(
+        f'{len(listed)} plans (meshes, remat policies and accumulations) of '
+        f'{topology.name} fit data.batch_size {config.data.batch_size} by an '
+        f'estimate, and the compiler refused the best {len(refused)}: take '
+        'more chips, or a batch with more divisors'
+        + ''.join(f'. The last: {row["reason"]}' for row in refused[-1:]))
   return dict(topology=topology.name, candidates=len(listed), refused=refused,
               plans=sorted(plans, key=lambda row: row['step_seconds']))
-
-
-def _compiled(config, topology, one: Candidate, fresh: bool) -> dict:
-  config = with_policy(config, one.remat, one.grad_accumulation)
-  mesh = ','.join(f'{axis}={n}' for axis, n in one.mesh.items())
-  run = analyse.run_on(config, topology, mesh)
-  report = analyse.analyse(run, topology, 'train', fresh)
-  bounds = report['roofline']
-  return dict(estimate=False, peak_bytes=report['memory']['peak'],
-              **{name: bounds[name] for name in (
-                  'step_seconds', 'highest_mfu', 'bound')})
 
 
 def text(found: dict) -> str:

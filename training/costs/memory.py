@@ -11,8 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 import ml_collections
 
 import architectures
-from architectures.parts import blocks, mixers, positions, remat
-from architectures.parts import streams
+from architectures.parts import mixers, positions, remat
 from architectures.parts.attention import kernels, visibility
 from architectures.parts.config import ModelConfig
 from architectures.parts.ffn import NONE
@@ -31,37 +30,16 @@ def on_device(tree: Any) -> int:
 def state(run: runs.Run) -> dict[str, int]:
   """Returns bytes of a device: its parameters, optimiser state, and with
   optim.ema the average of the parameters."""
-  found = {'parameters': on_device(run.abstract.params),
-           'optimizer': on_device(run.abstract.opt_state)}
-  if run.abstract.ema is not None:
-    found['average'] = on_device(run.abstract.ema)
-  return found
+  trees = dict(parameters=run.abstract.params, optimizer=run.abstract.opt_state,
+               average=run.abstract.ema)
+  return {name: on_device(tree) for name, tree in trees.items()
+          if tree is not None}
 
 
 def trained(run: runs.Run):
   """The parameters that have a gradient."""
   return shares.trained(parameter_shares(run.module, run.config.optim),
                         run.abstract.params)
-
-
-def replicated(run: runs.Run) -> list[dict]:
-  """Returns, for each mesh axis, what each of its devices holds alike: bytes
-  of state that sharding over it too would save a device, and the parameters
-  that most of it is."""
-  trees = (run.abstract.params, run.abstract.opt_state, run.abstract.ema)
-  rows = []
-  for axis, size in run.mesh.shape.items():
-    if size == 1:
-      continue
-    saved = sum(_saved(x, axis, size)
-                for tree in trees for x in jax.tree.leaves(tree))
-    largest = sorted(
-        ((path, _saved(x, axis, size))
-         for path, x in paths.flatten(run.abstract.params).items()),
-        key=lambda item: -item[1])[:3]
-    rows.append(dict(axis=axis, devices=size, bytes_saved=saved,
-                     largest=[path for path, n in largest if n]))
-  return sorted(rows, key=lambda row: -row['bytes_saved'])
 
 
 def axes(sharding: Any) -> set[str]:
@@ -78,47 +56,6 @@ def gathered(sharding: Any) -> tuple[str, ...]:
 
 def _names(entry: Any) -> tuple[str, ...]:
   return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
-def _saved(x: Any, axis: str, size: int) -> int:
-  if axis in axes(x.sharding):
-    return 0
-  shard = x.sharding.shard_shape(x.shape)
-  if not any(n % size == 0 for n in shard):
-    return 0
-  nbytes = math.prod(shard) * jnp.dtype(x.dtype).itemsize
-  return nbytes - nbytes // size
-
-
-def least(run: runs.Run) -> dict[str, int]:
-  """Returns bytes of a device that no compiler can save: the state, one
-  gradient of each parameter, and what enters each block, which every remat
-  policy keeps there, but for `offload`. Nothing is traced, so that it takes no
-  time.
-
-  Args:
-    run: on any mesh, one that is only described too.
-  """
-  parts = state(run)
-  parts['gradients'] = on_device(trained(run))
-  inputs = block_inputs(run)
-  parts['block_inputs'] = 0 if remat.of(run.model).to_host else inputs
-  parts['peak'] = sum(parts.values())
-  return parts
-
-
-def block_inputs(run: runs.Run) -> int:
-  """Returns bytes of a device of what enters all blocks at once."""
-  config, c = run.config, run.model
-  shapes = objectives.shapes(config)
-  layers = {'tokens': c.num_layers, 'decoder_tokens': c.num_decoder_layers}
-  inputs = sum(math.prod(shapes[name][0][:2]) * count * streams.slots(
-      c, blocks.branches(c, c.layer_kinds(
-          count, cross=name == 'decoder_tokens'))) // devices.stream_shards(
-              run.mesh.shape, config.mesh.rules, shapes[name][0][1])
-               for name, count in layers.items() if name in shapes)
-  return (inputs * c.d_model * c.compute_dtype.itemsize
-          // config.train.grad_accumulation)
 
 
 def described(config: ml_collections.ConfigDict, model: ModelConfig,
@@ -138,7 +75,7 @@ def described(config: ml_collections.ConfigDict, model: ModelConfig,
   return dataclasses.replace(run, model=model)
 
 
-def analytic(run: runs.Run, kept_in_all: int = 0,
+def analytic(run: runs.Run, kept_in_all: tuple[int, int] | None = None,
              platform: str = 'cpu') -> dict[str, int]:
   """Estimates a training step's peak, without a compiler.
 
@@ -149,34 +86,38 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
 
   Args:
     run: on any devices.
-    kept_in_all: what `kept` returns, where it is known; 0: trace it.
+    kept_in_all: what `kept` returns, where it is known; None: trace it.
     platform: tpu, where splash attention writes no scores, if it can do this
       model's; elsewhere they are counted.
   """
   c, shape, rules = run.model, run.mesh.shape, run.config.mesh.rules
+  length, width = run.config.data.length, c.compute_dtype.itemsize
+  micro = run.config.train.grad_accumulation
   parts = state(run)
   parts['gradients'] = on_device(jax.tree.map(  # in float32, as they add up
       lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32,
                                      sharding=x.sharding), trained(run)))
-  micro = run.config.train.grad_accumulation
-  shards = micro * devices.shards('tokens', shape, rules)
-  length, width = run.config.data.length, c.compute_dtype.itemsize
-  parts['kept_for_backward'] = (kept_in_all or kept(run)) // (
-      micro * devices.stream_shards(shape, rules, length))
+  kept_here, in_host = (n // (micro * devices.stream_shards(
+      shape, rules, length)) for n in kept_in_all or kept(run))
+  parts['kept_for_backward'] = kept_here
+  params = paths.flatten(run.abstract.params)
   if c.keep_gathered != 'none':
-    parts['kept_gathered'] = _kept_gathered(run)
-  tokens = run.config.data.batch_size * length // shards
-  kinds = [c.of_kind(name) for name in c.kinds_used]
-  hidden = max(tokens * _hidden(k) // shape['tensor'] for k in kinds)
-  layer = max((x.size // x.shape[0] for path, x in paths.flatten(
-      run.abstract.params).items() if paths.Stacks.has(path)), default=0)
-  scores = max(_scores(k, mask, tokens, length, platform) for k in kinds
-               for mask in _masks(run.config, k)) // shape['tensor']
-  parts['one_layer'] = max(scores, 3 * width * hidden) + (
-      2 * width * layer // (shape['tensor'] * shape['expert']))
+    times = gathers(run)
+    parts['kept_gathered'] = width * sum(
+        whole_size(x, shape) for path, x in params.items()
+        if gathered(x.sharding) and times[path] == 1)
+  tokens = run.config.data.batch_size * length // (
+      micro * devices.shards('tokens', shape, rules))
+  widest = max(max(_scores(run.config, k, tokens, platform),
+                   3 * width * tokens * _hidden(k))
+               for k in map(c.of_kind, c.kinds_used))
+  weights = max((x.size // x.shape[0] for path, x in params.items()
+                 if paths.Stacks.has(path)), default=0)
+  parts['one_layer'] = widest // shape['tensor'] + (
+      2 * width * weights // (shape['tensor'] * shape['expert']))
   parts['peak'] = sum(parts.values())
-  if remat.of(c).to_host:
-    parts['host_memory'] = block_inputs(run)
+  if in_host:
+    parts['host_memory'] = in_host
   return parts
 
 
@@ -186,14 +127,10 @@ def gathers(run: runs.Run) -> dict[str, int]:
           in paths.flatten(parameter_roles(run.module)).items()}
 
 
-def _kept_gathered(run: runs.Run) -> int:
-  """Bytes of the weights that stay whole for the backward pass."""
-  times, shape = gathers(run), run.mesh.shape
-  once = [x for path, x in paths.flatten(run.abstract.params).items()
-          if gathered(x.sharding) and times[path] == 1]
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * math.prod(
-      shape[axis] for axis in gathered(x.sharding)) for x in once
-             ) * run.model.compute_dtype.itemsize
+def whole_size(x: Any, shape: Mapping[str, int]) -> int:
+  """Returns how many numbers a device has of a weight that is gathered."""
+  return math.prod(x.sharding.shard_shape(x.shape)) * math.prod(
+      shape[axis] for axis in gathered(x.sharding))
 
 
 def _hidden(c: ModelConfig) -> int:
@@ -202,29 +139,24 @@ def _hidden(c: ModelConfig) -> int:
           0 if c.ffn == NONE else c.d_ff)
 
 
-def _masks(config: ml_collections.ConfigDict, c: ModelConfig
-           ) -> list[kernels.Mask]:
-  """Returns what the layers of a kind see in a training step: in an encoder,
-  in a decoder, or in both."""
+def _scores(config: ml_collections.ConfigDict, c: ModelConfig, tokens: int,
+            platform: str) -> int:
+  """Bytes of the scores of a layer of a kind, where a kernel does not do
+  without, in an encoder, in a decoder, or in both."""
+  mixer, length = mixers.of(c), config.data.length
+  if mixer.at_once:
+    return 4 * tokens * mixer.at_once(c)
   kind = visibility.KINDS[c.attention]
-  causal = {'decoder': (True,), 'encoder': (False,)}.get(
-      architectures.stack(c), (False, True))
-  return [kernels.Mask(
-      causal=one_way, bias=positions.of(c).has_bias,
+  masks = [kernels.Mask(
+      causal=causal, bias=positions.of(c).has_bias,
       window=kind.window(c) if kind.window else 0,
       rule=c.attention if kind.sees else '',
-      prefix=one_way and objectives.of(config).prefix,
-      dropout=bool(c.attention_dropout)) for one_way in causal]
-
-
-def _scores(c: ModelConfig, mask: kernels.Mask, tokens: int, length: int,
-            platform: str) -> int:
-  """Bytes of one layer's scores, where a kernel does not do without."""
-  at_once = mixers.of(c).at_once
-  if at_once:
-    return 4 * tokens * at_once(c)
-  fused = (mixers.of(c).module.FUSED and c.attention_kernel != 'xla'
-           and not kernels.refusal('splash', c, mask, length, length, platform))
+      prefix=causal and objectives.of(config).prefix,
+      dropout=bool(c.attention_dropout)) for causal in (True, False)
+           if architectures.stack(c) != ('encoder' if causal else 'decoder')]
+  fused = mixer.module.FUSED and c.attention_kernel != 'xla' and not any(
+      kernels.refusal('splash', c, mask, length, length, platform)
+      for mask in masks)
   return 0 if fused else 2 * 4 * tokens * c.num_heads * length
 
 
@@ -235,10 +167,10 @@ def traceable(model: ModelConfig) -> ModelConfig:
   return dataclasses.replace(model, attention_kernel='auto', moe=moe)
 
 
-def kept(run: runs.Run) -> int:
-  """Bytes that all devices keep between the passes, of a whole batch without
-  accumulation: the residuals of jax.vjp, but for weights and for what waits in
-  the host's memory."""
+def kept(run: runs.Run) -> tuple[int, int]:
+  """Returns the bytes that all devices keep between the passes, of a whole
+  batch without accumulation, and those that wait in the hosts' memory: the
+  residuals of jax.vjp, but for weights."""
   run = dataclasses.replace(run, module=run.module.clone(
       config=dataclasses.replace(run.model, keep_gathered='none')))
   config = run.config
@@ -254,9 +186,12 @@ def kept(run: runs.Run) -> int:
     return jax.vjp(loss, params)[1]
 
   with run.context():
-    found = jax.make_jaxpr(residuals)(run.abstract.params, batch).out_avals
+    left = jax.make_jaxpr(residuals)(run.abstract.params, batch).out_avals
   weights = {x.shape for x in jax.tree.leaves(run.abstract.params)}
-  return sum(x.size * jnp.dtype(x.dtype).itemsize
-             for x in found if x.shape not in weights
-             and x.memory_space != jax.memory.Space.Host
-             and not jnp.issubdtype(x.dtype, jax.dtypes.extended))
+  nbytes = {True: 0, False: 0}
+  for x in left:
+    if x.shape not in weights and not jnp.issubdtype(
+        x.dtype, jax.dtypes.extended):
+      nbytes[x.memory_space == jax.memory.Space.Host] += (
+          x.size * jnp.dtype(x.dtype).itemsize)
+  return nbytes[False], nbytes[True]

@@ -15,13 +15,12 @@ from architectures.parts import mixers, positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from configs.errors import require
-from training import objectives
-from training import paths
-from training.workdir import run_config
-from training.optim import average, shares
-from training.step import abstract_params, optimizer, parameter_roles
-from training.step import parameter_shares
+from training import objectives, paths
 from training.costs import flops
+from training.optim import shares
+from training.step import (optimizer, parameter_roles, parameter_shapes,
+                           parameter_shares)
+from training.workdir import run_config
 
 STAND_IN_VOCAB = 384  # of the byte tokenizer, where a size leaves it open
 
@@ -37,23 +36,25 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
     model: its model, resolved; None: as `resolved` fills it in.
   """
   model = model or resolved(config)
-  module = architectures.build(model)
+  module, objective = architectures.build(model), objectives.of(config)
   tx = optimizer(module, config.optim, config.train.steps)
-  params = nn.meta.unbox(abstract_params(module))
+  params = parameter_shapes(module)
   opt_state = jax.eval_shape(tx.init, params)
-  ema = jax.eval_shape(lambda p: average.start(
+  ema = jax.eval_shape(lambda p: shares.start_average(
       config.optim, parameter_shares(module, config.optim), p), params)
   sizes, active = _sizes(module)
   length = length or int(min(config.data.length, positions.reach(model)))
   sides = _row_lengths(config, model, length)
-  both = architectures.stack(model) == 'encoder-decoder'
-  other = length if both else 0
+  stack = architectures.stack(model)
+  both = stack == 'encoder-decoder'
+  tokens = (length, length) if both else (length,)
   nbytes = lambda tree: int(sum(
       x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)))
-  decodes = architectures.stack(model) != 'encoder' and model.head == 'lm'
+  decodes = stack != 'encoder' and model.head == 'lm'
+  per_token, per_row = kept_bytes(model) if decodes else (None, None)
   return {
       'model': model.arch,
-      'rumoured': _rumoured(model),
+      'rumoured': model.arch.startswith('gpt4'),
       'parameters': sum(sizes.values()),
       'active_parameters': round(sum(active.values())),
       'trained_parameters': trained_parameters(module, config.optim),
@@ -63,18 +64,18 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
       'training_lengths': sides,  # of an encoder-decoder, those of both sides
       'flops_per_token': {
           'training': _training_flops(config, model, sides),
-          'prefill': flops.forward_flops_per_token(
-              model, length, other, prompt=objectives.of(config).prefix),
-          'decode': sum(flops.decode_flops(model, length, other).values())
+          'prefill': sum(flops.forward_flops(
+              model, *tokens, prompt=objective.prefix).values()) / sum(tokens),
+          'decode': sum(flops.decode_flops(model, *tokens).values())
                     if decodes else None,
       },
       'kinds_of_layer': kinds_of_layer(model),
-      'kv_cache_bytes_per_token': _cache_bytes(model) if decodes else None,
+      'kv_cache_bytes_per_token': per_token,
       # Of recurrences, for each row of a batch, however long it is.
-      'state_bytes_per_row': _state_bytes(model) if decodes else None,
+      'state_bytes_per_row': per_row,
       # What a decoder keeps of the source is as large, for each token of it.
       'memory_cache_bytes_per_token':
-          _cache_bytes(flops.without_sharing(model)) if both else None,
+          kept_bytes(flops.without_sharing(model))[0] if both else None,
       'parameter_bytes': nbytes(params),
       'optimizer_bytes': nbytes(opt_state),
       'average_bytes': nbytes(ema),  # of optim.ema
@@ -86,7 +87,7 @@ def brief(config: ml_collections.ConfigDict) -> dict:
   """Returns those of the figures that are told of every size at once."""
   model, length = resolved(config), config.data.length
   total, active = parameters(model)
-  return {'rumoured': _rumoured(model), 'parameters': total,
+  return {'rumoured': model.arch.startswith('gpt4'), 'parameters': total,
           'active_parameters': active,
           'training_flops_per_token': _training_flops(
               config, model, _row_lengths(config, model, length))}
@@ -113,10 +114,6 @@ def _training_flops(config: ml_collections.ConfigDict, model: ModelConfig,
       freeze=config.optim.freeze, prefix=objective.prefix)
 
 
-def _rumoured(model: ModelConfig) -> bool:
-  return model.arch.startswith('gpt4')
-
-
 def kinds_of_layer(model: ModelConfig) -> list[dict]:
   """Returns what each kind of layer of a pattern is, and how many of the
   model's layers are of it; [] of a model whose layers are all alike."""
@@ -129,11 +126,12 @@ def kinds_of_layer(model: ModelConfig) -> list[dict]:
   rows = []
   for name in model.kinds_used:
     c = model.of_kind(name)
+    per_token, per_row = _layer_bytes(c)
     rows.append({
         'kind': name, 'layers': kinds.count(name),
         'changes': run_config.flatten_dict(model.kinds[name]) if name else {},
-        'ffn': c.ffn, 'kv_cache_bytes_per_token': _layer_cache_bytes(c),
-        'state_bytes_per_row': _layer_state_bytes(c)})
+        'ffn': c.ffn, 'kv_cache_bytes_per_token': per_token,
+        'state_bytes_per_row': per_row})
   return rows
 
 
@@ -141,9 +139,8 @@ def trained_parameters(module: nn.Module, optim: ml_collections.ConfigDict
                        ) -> int:
   """Returns how many parameters are not frozen; where some layers of a stack
   are, they count."""
-  params = nn.meta.unbox(abstract_params(module))
   return sum(x.size for x in jax.tree.leaves(shares.trained(
-      parameter_shares(module, optim), params)))
+      parameter_shares(module, optim), parameter_shapes(module))))
 
 
 def parameters(model: ModelConfig) -> tuple[int, int]:
@@ -167,7 +164,7 @@ def _sizes(module: nn.Module) -> tuple[dict, dict]:
   m = module.config.moe
   roles = paths.flatten(parameter_roles(module))
   sizes = {path: x.size for path, x in paths.flatten(
-      nn.meta.unbox(abstract_params(module))).items()}
+      parameter_shapes(module)).items()}
   share = routing.active_experts(m) / m.num_experts if m else 1.0
   return sizes, {path: size * (share if 'experts' in roles[path].axes else 1.0)
                  for path, size in sizes.items()}
@@ -192,38 +189,27 @@ def _by_part(sizes: dict) -> dict:
   return parts
 
 
-def _cache_bytes(model: ModelConfig) -> int:
-  """Keys and values of every decoder layer, of one token."""
-  return sum(_layer_cache_bytes(model.of_kind(kind.name))
-             for kind in model.layer_kinds(model.num_decoder_layers))
+def kept_bytes(model: ModelConfig) -> tuple[int, int]:
+  """Returns the keys and values of every decoder layer, of one token; and what
+  every decoder layer keeps of a row besides."""
+  layers = [_layer_bytes(model.of_kind(kind.name))
+            for kind in model.layer_kinds(model.num_decoder_layers)]
+  return sum(x for x, _ in layers), sum(x for _, x in layers)
 
 
-def _state_bytes(model: ModelConfig) -> int:
-  """What every decoder layer keeps of a row besides."""
-  return sum(_layer_state_bytes(model.of_kind(kind.name))
-             for kind in model.layer_kinds(model.num_decoder_layers))
-
-
-def _layer_cache_bytes(c: ModelConfig) -> int:
-  return _row_bytes(c, 2) - _row_bytes(c, 1)
-
-
-def _layer_state_bytes(c: ModelConfig) -> int:
-  return 2 * _row_bytes(c, 1) - _row_bytes(c, 2)
-
-
-def _row_bytes(c: ModelConfig, length: int) -> int:
-  row = jax.eval_shape(lambda: mixers.of(c).cache(c, (1, length)))
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(row))
+def _layer_bytes(c: ModelConfig) -> tuple[int, int]:
+  def row(length: int) -> int:
+    cache = jax.eval_shape(lambda: mixers.of(c).cache(c, (1, length)))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+  return row(2) - row(1), 2 * row(1) - row(2)
 
 
 def layers(model: ModelConfig) -> list[str]:
   """A line that says which kinds of layer there are, if there are several."""
   rows = kinds_of_layer(model)
-  said = ('; '.join('{layers} of {kind}'.format(
-      layers=row['layers'], kind=row['kind'] or 'no kind') + ''.join(
-          f', {name}={value}' for name, value in row['changes'].items())
-                    for row in rows))
+  kinds = '; '.join(f'{row["layers"]} of {row["kind"] or "no kind"}' + ''.join(
+      f', {name}={value}' for name, value in row['changes'].items())
+                    for row in rows)
   order = ', then '.join(filter(None, (
       model.prefix, model.pattern or 'the rest', model.suffix)))
-  return [f'layers: {said}; in the order {order}'] if rows else []
+  return [f'layers: {kinds}; in the order {order}'] if rows else []

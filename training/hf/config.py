@@ -4,6 +4,10 @@ The record of a page (architectures/parts/hf) asks for each field that it
 honours, and says of others which value alone it knows. What is left must be a
 field that never changes what a model computes; any other is refused by name.
 The default with which a field is asked for says of what type it must be.
+
+transformers tells heads by the class under `architectures`, and counts the
+outputs of the head of a task by id2label, whose names are LABEL_0, ... where a
+training gave none.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,16 +20,13 @@ from typing import Any
 import ml_collections
 
 import architectures
-from architectures.parts import hf
-from architectures.parts import mixers
-from architectures.parts import tables
+from architectures.parts import heads, hf, mixers, tables
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from configs import base
 from configs import fields as declared
-from configs.errors import RequestError, require, short
+from configs.errors import require, short
 from training.hf import files as hf_files
-from training.hf import heads
 from training.workdir import run_config
 
 # Fields by which text is generated: an export writes those of its import.
@@ -62,11 +63,10 @@ class Reader:
   """
 
   def __init__(self, tree: Mapping[str, Any], name: str = ''):
-    self.notes = []
-    self._tree = tree
-    self._name = name
-    self.asked = set()
-    self._parts = []
+    self.asked: set[str] = set()
+    self.notes: list[str] = []
+    self._tree, self._name = tree, name
+    self._parts: list[Reader] = []
 
   def __call__(self, name: str, default: Any) -> Any:
     """Returns the field `name`, or transformers' default for it.
@@ -117,20 +117,20 @@ class Reader:
   def must(self, **only: Any) -> None:
     """Raises RequestError where a field is not its default, which `only` has.
     """
-    for name, value in only.items():
+    for name, known in only.items():
       self.asked.add(name)
-      found = self._tree.get(name)
-      require(found is None or (found == value and (
-          isinstance(found, bool) == isinstance(value, bool))),
-              f'config.json has {self._full(name)} {short(found)}: only '
-              f'{value!r} is known here')
+      value = self._tree.get(name)
+      require(value is None or (value == known and (
+          isinstance(value, bool) == isinstance(known, bool))),
+              f'config.json has {self._full(name)} {short(value)}: only '
+              f'{known!r} is known here')
 
   def choose(self, name: str, default: str, choices: dict[str, Any]) -> Any:
     """Returns what `choices` has for the field `name`."""
-    found = self(name, default)
-    require(found in choices, f'config.json has {self._full(name)} '
-            f'{short(found)}: choose from {", ".join(choices)}')
-    return choices[found]
+    value = self(name, default)
+    require(value in choices, f'config.json has {self._full(name)} '
+            f'{short(value)}: choose from {", ".join(choices)}')
+    return choices[value]
 
   @property
   def model_type(self) -> str:
@@ -144,13 +144,11 @@ class Reader:
             and value is not None}
     for part in self._parts:
       part.finish()
-    more = f' and {len(left) - 9} more' if len(left) > 9 else ''
     require(not left, 'config.json has fields that this architecture does not '
             'know, ' + ', '.join(
                 f'{self._full(k) if k.isidentifier() else short(k)} {short(v)}'
                 for k, v in list(left.items())[:9])
-            + f'{more}: remove those that do not change what the model '
-            'computes')
+            + ': remove those that do not change what the model computes')
 
   def _full(self, name: str) -> str:
     return f'{self._name}.{name}' if self._name else name
@@ -173,11 +171,9 @@ def _typed(what: str, value: Any, default: Any) -> Any:
   """Returns a value of the type of `default`, or raises RequestError."""
   kind, words, test = next(row for row in TYPES if type(default) is row[0])
   require(test(value), f'{what} {short(value)}: it must be {words}')
-  if kind is float:
-    return float(value)
   require(kind is not int or value or not default,
           f'{what} {short(value)}: it must be 1 or more')
-  return value
+  return float(value) if kind is float else value
 
 
 def read(tree: dict[str, Any], files: Collection[str] | None = None
@@ -212,43 +208,73 @@ def fields_and_notes(tree: dict[str, Any],
 
 def model_of(reader: Reader) -> ml_collections.ConfigDict:
   """Returns config.model as the page of its model_type reads a config.json."""
-  archs = _families()
-  if reader.model_type not in archs:
-    raise RequestError('config.json has model_type '
-                       f'{short(reader.model_type)}, which is none of those '
-                       f'here: choose from {", ".join(archs)}')
-  arch = archs[reader.model_type]
+  archs = {architectures.hugging_face(arch).model_type: arch
+           for arch in architectures.systems()
+           if hasattr(architectures.page(arch), 'HF')}
+  arch = reader.choose('model_type', '', archs)
   page = architectures.hugging_face(arch)
-  found: dict[str, Any] = {}
-  for name, row in page.fields.items():
-    found[name] = _field(reader, found, *row)
+  fields: dict[str, Any] = {}
+  for ours, (names, default, *choices) in page.fields.items():
+    value = default(fields) if callable(default) else default
+    for name in reversed(names.split('|')):
+      value = (reader.choose if choices else reader)(name, value, *choices)
+    fields[ours] = value
   reader.must(**page.only)
   reader.passes(*page.unread)
-  found |= heads.read(reader, page)
+  fields |= _read_head(reader, page)
   model = base.base().model
   model.update(architectures.systems()[arch].PARTS, arch=arch)
-  model.update_from_flattened_dict(found)
-  read = page.read(reader, found)
+  model.update_from_flattened_dict(fields)
+  read = page.read(reader, fields)
   if 'kinds' in read:
     model.kinds = {}
   model.update(read)
   return model
 
 
-def _families() -> dict[str, str]:
-  """Returns {model_type: model.arch} of the systems that transformers has."""
-  return {architectures.hugging_face(arch).model_type: arch
-          for arch in architectures.systems()
-          if hasattr(architectures.page(arch), 'HF')}
+PROBLEMS = ('regression', 'single_label_classification')
 
 
-def _field(reader: Reader, found: dict[str, Any], names: str, default: Any,
-           *choices: dict[str, str]) -> Any:
-  """Returns what config.json has for one of the page's `fields`."""
-  value = default(found) if callable(default) else default
-  for name in reversed(names.split('|')):
-    value = (reader.choose if choices else reader)(name, value, *choices)
-  return value
+def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
+  """Returns the fields of the model that say which head it has."""
+  named = reader.listed('architectures')
+  head = next((head for head, row in page.heads.items()
+               if row.architecture in named), 'lm')
+  if 'num_labels' not in heads.HEADS[head].fields:
+    return dict(head=head)
+  if head == 'sequence':
+    reader.choose('problem_type', PROBLEMS[-1], dict(zip(PROBLEMS, PROBLEMS)))
+  return dict(head=head, num_labels=len(reader('id2label', {})) or reader(
+      'num_labels', 2))
+
+
+def labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns what the outputs of the head of a config.json stand for, in their
+  order; none where it does not say.
+
+  Raises:
+    RequestError: for a table that is none of names by number.
+  """
+  table = tree.get('id2label')
+  if table is None:
+    return ()
+  require(isinstance(table, dict)
+          and set(table) == {str(i) for i in range(len(table))}
+          and all(isinstance(name, str) for name in table.values())
+          and len(set(table.values())) == len(table),
+          f'config.json has id2label {short(table)}: it must be an object with '
+          'the keys 0, 1, ..., whose values are strings, none of them twice')
+  return told(tuple(table[str(i)] for i in range(len(table))))
+
+
+def told(names: tuple[str, ...]) -> tuple[str, ...]:
+  """Returns labels, or () where they are LABEL_0, ..., which say nothing."""
+  return () if names == default_labels(len(names)) else names
+
+
+def default_labels(count: int) -> tuple[str, ...]:
+  """Returns the names that transformers gives to outputs without any."""
+  return tuple(f'LABEL_{i}' for i in range(count))
 
 
 def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
@@ -272,18 +298,32 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
     tree[names.split('|')[-1]] = (
         hf.theirs(*choices, value, ours) if choices else value)
   whole = tables.with_all_groups(config)  # what differs is refused below
-  tree |= page.write(whole) | heads.write(config, labels)
+  tree |= page.write(whole) | _write_head(config, labels)
   check_same(config, read(tree),
              f'a {page.model_type} config.json cannot say that')
   return tree
 
 
-def write_bare(config: ModelConfig) -> dict[str, Any]:
-  """Returns the config.json of the stack of `config` without its head."""
-  tree = write(dataclasses.replace(config, head='lm', num_labels=0,
-                                   head_dropout=0.0, pooling='cls'))
-  page = architectures.hugging_face(config.arch)
-  return tree | dict(architectures=[page.bare[0]])
+def _write_head(config: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
+  """Returns what a config.json says of the head of a task."""
+  if config.head == 'lm':
+    return {}
+  fields: dict[str, Any] = dict(classifier_dropout=config.head_dropout)
+  if config.num_labels:
+    labels = labels or default_labels(config.num_labels)
+    require(len(labels) == config.num_labels, f'{len(labels)} labels are of '
+            f'another model than one of model.num_labels {config.num_labels}')
+    fields |= dict(id2label={str(i): name for i, name in enumerate(labels)},
+                   label2id={name: i for i, name in enumerate(labels)})
+  if config.head == 'sequence':
+    fields['problem_type'] = PROBLEMS[config.num_labels > 1]
+  return fields
+
+
+def without_head(config: ModelConfig) -> ModelConfig:
+  """Returns the language model of the same stack."""
+  return dataclasses.replace(config, head='lm', num_labels=0, head_dropout=0.0,
+                             pooling='cls')
 
 
 def check_same(ours: ModelConfig, theirs: ModelConfig, why: str) -> None:
@@ -291,13 +331,9 @@ def check_same(ours: ModelConfig, theirs: ModelConfig, why: str) -> None:
   drop other tokens when they are evaluated."""
   lines = [*different(ours, theirs).values()]
   if _room(ours) != _room(theirs):
-    factor, size, *others = (
-        tables.get(c, f'moe.{name}') for c in (ours, theirs)
-        for name in ('eval_capacity_factor', 'group_size'))
-    lines.append(
-        f'model.moe.eval_capacity_factor is {factor:g} with '
-        f'model.moe.group_size {size}, not {others[0]:g} with {others[1]} '
-        '(`tools.convert export --dropless` writes the first as 0)')
+    lines.append('model.moe.eval_capacity_factor and model.moe.group_size drop '
+                 'other tokens (`tools.convert export --dropless` writes a '
+                 'model that drops none)')
   require(not lines, f'{"; ".join(lines)}: {why}')
 
 
@@ -318,21 +354,19 @@ def _room(config: ModelConfig) -> tuple | None:
 def different(ours: ModelConfig, theirs: ModelConfig) -> dict[str, str]:
   """Returns a line for each field that makes them different functions, of the
   first layer in which it does so, by its dotted name."""
-  found: dict[str, str] = {}
-  stacks = {ours.num_layers, ours.num_decoder_layers}
-  for n, (a, b) in enumerate(zip(*(_layers(c, max(stacks))
-                                   for c in (ours, theirs)))):
-    mine, other = flat(a), flat(b)
+  lines: dict[str, str] = {}
+  count = max(ours.num_layers, ours.num_decoder_layers)
+  for n, (a, b) in enumerate(zip(_layers(ours, count), _layers(theirs, count))):
+    other = flat(b)
     where = f' of layer {n}' if ours.kinds or theirs.kinds else ''
-    for name, value in mine.items():
+    for name, value in flat(a).items():
       if other.get(name) != value:
-        found.setdefault(name, f'model.{name}{where} is {value!r}, not '
+        lines.setdefault(name, f'model.{name}{where} is {value!r}, not '
                          f'{other.get(name)!r}')
   for name in ('position', 'block'):  # read beside the layers too
-    mine, other = getattr(ours, name), getattr(theirs, name)
-    if mine != other:
-      found.setdefault(name, f'model.{name} is {mine!r}, not {other!r}')
-  return found
+    if (value := getattr(ours, name)) != (other := getattr(theirs, name)):
+      lines.setdefault(name, f'model.{name} is {value!r}, not {other!r}')
+  return lines
 
 
 def _layers(c: ModelConfig, count: int) -> list[ModelConfig]:

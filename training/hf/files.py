@@ -5,18 +5,16 @@ is a pickle, from which PyTorch takes tensors and refuses code (weights_only).
 Whatever is wrong with a file is a RequestError that names it.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Mapping
 import json
-import math
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 import zipfile
 
 import numpy as np
 
 from configs.errors import RequestError, require, short
 from training.workdir import schema
-
 
 # The types of weights that are read and written, and their names in
 # safetensors.
@@ -26,16 +24,20 @@ INDEX = f'{SAFE}.index.json'  # of several files
 
 
 class Files:
-  """The tensors of a folder or a file: `name in files`, files[name], and
+  """The tensors of a folder, of a file, or arrays by name: `name in files`, and
   files.cut(name, slices), which reads no more than that."""
 
-  def __init__(self, path: pathlib.Path):
-    self._open = {}
-    self._file_of = {}
-    for file, names in _find(path):
+  def __init__(self, source: pathlib.Path | Mapping[str, np.ndarray]):
+    self._open: dict[Any, Any] = {}
+    self._file_of: dict[str, Any] = {}
+    if isinstance(source, Mapping):
+      self._open[None] = source
+      self._file_of.update(dict.fromkeys(source))
+      return
+    for file, names in _files(source):
       if names is None:
         names = self._tensors(file).keys()
-      self._file_of.update((name, file) for name in names)
+      self._file_of.update(dict.fromkeys(names, file))
 
   def __iter__(self):
     return iter(self._file_of)
@@ -44,59 +46,40 @@ class Files:
     return name in self._file_of
 
   def __getitem__(self, name: str) -> np.ndarray:
-    file, tensors = self._holder(name)
-    if file.suffix == '.bin':
-      return _numpy(tensors[name])
-    return tensors.get_tensor(name)
+    x = self._find(name)
+    return x if isinstance(x, np.ndarray) else self._tensors(
+        self._file_of[name]).get_tensor(name)
 
   def cut(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
     """Returns `files[name][slices]`."""
-    file, tensors = self._holder(name)
-    if file.suffix == '.bin':
-      return _numpy(tensors[name][slices])
-    return tensors.get_slice(name)[slices]
+    return self._find(name)[slices]
 
   def shape(self, name: str) -> tuple[int, ...]:
     """Returns a tensor's shape, of which nothing else is read."""
-    file, tensors = self._holder(name)
-    if file.suffix == '.bin':
-      return tuple(tensors[name].shape)
-    return tuple(tensors.get_slice(name).get_shape())
+    x = self._find(name)
+    return tuple(x.shape if isinstance(x, np.ndarray) else x.get_shape())
 
   def dtype(self, name: str) -> str:
     """Returns a tensor's type: a name of numpy's, if it is one of DTYPES."""
-    file, tensors = self._holder(name)
-    if file.suffix == '.bin':
-      return str(tensors[name].dtype).removeprefix('torch.')
-    found = tensors.get_slice(name).get_dtype()
-    return next((ours for ours, theirs in DTYPES.items() if theirs == found),
-                found)
+    x = self._find(name)
+    if isinstance(x, np.ndarray):
+      return x.dtype.name
+    return {theirs: ours for ours, theirs in DTYPES.items()}.get(
+        x.get_dtype(), x.get_dtype())
 
-  def _holder(self, name: str):
-    file = self._file_of[name]
-    tensors = self._tensors(file)
-    require(name in tensors.keys(),
-            f'{file} has no {name}, though its index says so')
-    return file, tensors
+  def _find(self, name: str) -> Any:
+    """Returns an array, or what reads a part of a tensor of safetensors."""
+    tensors = self._tensors(self._file_of[name])
+    require(name in tensors.keys(), f'{self._file_of[name]} has no {name}, '
+            'though its index says so')
+    return (tensors[name] if isinstance(tensors, Mapping)
+            else tensors.get_slice(name))
 
-  def _tensors(self, file: pathlib.Path):
+  def _tensors(self, file: Any):
     if file not in self._open:
-      self._open[file] = _open_bin(file) if file.suffix == '.bin' else (
-          _open_safetensors(file))
+      self._open[file] = (_open_bin if file.suffix == '.bin'
+                          else _open_safetensors)(file)
     return self._open[file]
-
-
-class Arrays(dict):
-  """Arrays by name, which are read as the tensors of Files are."""
-
-  def cut(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
-    return self[name][slices]
-
-  def shape(self, name: str) -> tuple[int, ...]:
-    return self[name].shape
-
-  def dtype(self, name: str) -> str:
-    return self[name].dtype.name
 
 
 def _open_safetensors(file: pathlib.Path):
@@ -108,7 +91,7 @@ def _open_safetensors(file: pathlib.Path):
         f'{file} is no whole safetensors file: {error}') from error
 
 
-def _open_bin(file: pathlib.Path):
+def _open_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     import torch
   except ImportError as error:
@@ -116,30 +99,29 @@ def _open_bin(file: pathlib.Path):
         f'{file} is a pickle, which PyTorch reads: pip install '
         "'archetype[verify]', or have it as safetensors") from error
   try:
-    found = torch.load(file, map_location='cpu', weights_only=True,
-                       mmap=zipfile.is_zipfile(file))
+    tensors = torch.load(file, map_location='cpu', weights_only=True,
+                         mmap=zipfile.is_zipfile(file))
   except Exception as error:  # torch raises several kinds of its own
-    said = str(error).splitlines() or [type(error).__name__]
+    lines = str(error).splitlines() or [type(error).__name__]
     raise RequestError(f'{file} holds more than tensors, or is damaged: '
-                       f'{said[0]}') from error
-  require(isinstance(found, dict) and all(
+                       f'{lines[0]}') from error
+  require(isinstance(tensors, dict) and all(
       isinstance(name, str) and isinstance(x, torch.Tensor)
-      and x.layout == torch.strided for name, x in found.items()),
+      and x.layout == torch.strided for name, x in tensors.items()),
           f'{file} is no table of tensors by name')
-  return found
+  return {name: _numpy(x.detach()) for name, x in tensors.items()}
 
 
 def _numpy(tensor: Any) -> np.ndarray:
   import ml_dtypes
   import torch
-  tensor = tensor.detach()
   if tensor.dtype == torch.bfloat16:
     return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
   return tensor.numpy()
 
 
-def _find(path: pathlib.Path):
-  """Yields (file, the names in it or None: ask the file)."""
+def _files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
+  """Returns each file and the names in it; None: ask the file."""
   if path.is_file():
     require(path.suffix in ('.safetensors', '.bin'),
             f'{path} is neither .safetensors nor .bin')
@@ -154,22 +136,17 @@ def _find(path: pathlib.Path):
                      'either of them with .index.json')
 
 
-def _indexed(index: pathlib.Path):
+def _indexed(index: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
   tree = read_object(index)
   schema.check_shape(tree, {'weight_map': schema.Each(str)}, str(index))
-  names = tree['weight_map']
-  suffix = pathlib.Path(index.name.removesuffix('.index.json')).suffix
-  by_file = {}
-  for name, file in names.items():
+  by_file: dict[pathlib.Path, list[str]] = {}
+  for name, file in tree['weight_map'].items():
     require(pathlib.PurePath(file).name == file,
             f'{index} names the file {file!r}: it must lie in that folder')
-    require(pathlib.PurePath(file).suffix == suffix,
-            f'{index} names the file {file!r}: it must be a {suffix}')
-    by_file.setdefault(file, []).append(name)
+    by_file.setdefault(index.parent / file, []).append(name)
   for file in by_file:
-    require((index.parent / file).is_file(),
-            f'{index.parent / file} is missing, though the index names it')
-  return [(index.parent / file, found) for file, found in by_file.items()]
+    require(file.is_file(), f'{file} is missing, though the index names it')
+  return [*by_file.items()]
 
 
 def read_object(path: pathlib.Path) -> dict:
@@ -183,36 +160,44 @@ def read_object(path: pathlib.Path) -> dict:
   return tree
 
 
-class Kind(NamedTuple):
-  """What is known of a tensor before it is there."""
-  shape: tuple[int, ...]
-  dtype: np.dtype
-
-  @property
-  def nbytes(self) -> int:
-    return math.prod(self.shape) * self.dtype.itemsize
-
-
-def shards(kinds: dict[str, Kind], shard_bytes: int) -> dict[str, list[str]]:
-  """Returns the files that `write` makes, and the tensors of each."""
+def shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
+  """Returns the files for tensors of these bytes, and the names in each: no
+  file is larger than shard_bytes, unless one tensor is."""
   parts: list[list[str]] = [[]]
   used = 0
-  for name, kind in kinds.items():
-    if parts[-1] and used + kind.nbytes > shard_bytes:
+  for name, size in sizes.items():
+    if parts[-1] and used + size > shard_bytes:
       parts.append([])
       used = 0
     parts[-1].append(name)
-    used += kind.nbytes
+    used += size
+  if len(parts) == 1:
+    return {SAFE: parts[0]}
   stem, suffix = SAFE.split('.')
-  return {SAFE if len(parts) == 1 else
-          f'{stem}-{i:05d}-of-{len(parts):05d}.{suffix}': names
+  return {f'{stem}-{i:05d}-of-{len(parts):05d}.{suffix}': names
           for i, names in enumerate(parts, 1)}
 
 
-def written(kinds: dict[str, Kind], shard_bytes: int) -> list[str]:
-  """Returns the names of all files that `write` makes."""
-  files = [*shards(kinds, shard_bytes)]
-  return files + [INDEX] * (len(files) > 1)
+def write(folder: pathlib.Path, files: Mapping[str, list[str]],
+          make: Callable[[str], np.ndarray]) -> None:
+  """Writes safetensors, of which memory holds one file at a time.
+
+  Args:
+    folder: where to.
+    files: the names in each, as `shards` returns them.
+    make: the name -> the tensor.
+  """
+  from safetensors.numpy import save_file
+  total = 0
+  for file, names in files.items():
+    tensors = {name: np.asarray(make(name), order='C') for name in names}
+    total += sum(x.nbytes for x in tensors.values())
+    save_file(tensors, folder / file, metadata={'format': 'pt'})
+  if len(files) > 1:
+    index = {name: file for file, names in files.items() for name in names}
+    (folder / INDEX).write_text(json.dumps(
+        dict(metadata=dict(total_size=total), weight_map=index), indent=2,
+        sort_keys=True) + '\n')
 
 
 # What of a folder transformers may take for the weights of a model, or for how
@@ -236,45 +221,3 @@ def refuse_left(folder: pathlib.Path, written: Collection[str],
   require(not left, f'{folder} holds {short(", ".join(left))}, which would '
           'stay and may be loaded with what is written: choose another '
           'folder, or remove them')
-
-
-def write(folder: pathlib.Path, kinds: dict[str, Kind], tensors: Iterable,
-          shard_bytes: int) -> None:
-  """Writes `tensors`, pairs (name, array), as safetensors of `shard_bytes`.
-
-  Args:
-    folder: where to.
-    kinds: by name, in the order in which `tensors` come.
-    tensors: computed one by one, and written before the next.
-    shard_bytes: no file is larger, unless one tensor is.
-  """
-  tensors = iter(tensors)
-  files, index = shards(kinds, shard_bytes), {}
-  for file, names in files.items():
-    _write_file(folder / file, {name: kinds[name] for name in names}, tensors)
-    index.update(dict.fromkeys(names, file))
-  if len(files) > 1:
-    total = sum(kind.nbytes for kind in kinds.values())
-    (folder / INDEX).write_text(json.dumps(
-        dict(metadata=dict(total_size=total), weight_map=index), indent=2,
-        sort_keys=True) + '\n')
-
-
-def _write_file(path: pathlib.Path, kinds: dict[str, Kind],
-                tensors: Iterator) -> None:
-  """Writes one file: the header's length, the header, the tensors' bytes
-  (https://github.com/safetensors/safetensors, "Format"; its own writer wants
-  all tensors at once)."""
-  header, end = {'__metadata__': {'format': 'pt'}}, 0
-  for name, kind in kinds.items():
-    start, end = end, end + kind.nbytes
-    header[name] = dict(dtype=DTYPES[kind.dtype.name], shape=kind.shape,
-                        data_offsets=[start, end])
-  data = json.dumps(header, separators=(',', ':')).encode()
-  data += b' ' * (-len(data) % 8)
-  with path.open('wb') as file:
-    file.write(len(data).to_bytes(8, 'little') + data)
-    for name, kind in kinds.items():
-      found, x = next(tensors)
-      assert (found, x.shape, x.dtype) == (name, *kind), name
-      file.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)

@@ -16,15 +16,13 @@ import ml_collections
 
 import architectures
 from architectures.parts.config import ModelConfig
-from configs.errors import require
 from training import objectives
-from training.objectives import seq2seq
 from training.hf import config as hf_config
 from training.hf import files as hf_files
+from training.objectives import seq2seq
 from training.workdir import storage
 
 KEPT = 'generation.json'  # in a workdir
-TRAINED = 'trained'  # there, beside the fields of Generation
 FILE = 'generation_config.json'  # in a Hugging Face folder
 
 
@@ -54,31 +52,28 @@ def of_folder(folder: pathlib.Path) -> Generation:
 
 
 def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
-    ) -> Generation:
+           ) -> Generation:
   """Returns what a run of our own says, by the tokenizer that it reads.
 
   In config.json stand the tokenizer's own ids. Text begins after
   generation_config.json's bos_token_id: that is the id with which every
   sequence of the run begins, the one between documents.
   """
-  special = tokenizer.special_ids
+  special, options = tokenizer.special_ids, None
   ids = {f'{name}_token_id': special.get(name)
          for name in ('bos', 'eos', 'pad')}
+  if objectives.of(config).prompt is not None:
+    end, *more = objectives.of(config).ends(config, tokenizer)
+    ids['eos_token_id'] = [end, *more] if more else end
+    if special.get('bos') is None:
+      ids['bos_token_id'] = end
+    if architectures.stack(model) == 'encoder-decoder':
+      ids['decoder_start_token_id'] = seq2seq.start_id(tokenizer)
+    options = {name: value for name, value in ids.items() if value is not None}
+    options['bos_token_id'] = end
   fixed = architectures.hugging_face(model.arch).fixed
-  if objectives.of(config).prompt is None:
-    return Generation(_without(ids, fixed), None)
-  end, *more = objectives.of(config).ends(config, tokenizer)
-  ids['eos_token_id'] = [end, *more] if more else end
-  if special.get('bos') is None:
-    ids['bos_token_id'] = end
-  if architectures.stack(model) == 'encoder-decoder':
-    ids['decoder_start_token_id'] = seq2seq.start_id(tokenizer)
-  options = {name: value for name, value in ids.items() if value is not None}
-  return Generation(_without(ids, fixed), options | dict(bos_token_id=end))
-
-
-def _without(ids: dict[str, Any], fixed: Any) -> dict[str, Any]:
-  return {name: value for name, value in ids.items() if name not in fixed}
+  return Generation({name: value for name, value in ids.items()
+                     if name not in fixed}, options)
 
 
 def keep(workdir: epath.Path, generation: Generation | None,
@@ -86,16 +81,14 @@ def keep(workdir: epath.Path, generation: Generation | None,
   """Writes what the folder says of which a new workdir's parameters are, if
   any, and whether they were trained in the run that they are of."""
   tree = {} if generation is None else generation._asdict()
-  tree |= {TRAINED: True} if trained else {}
-  if tree:
-    storage.write(storage.path(workdir) / KEPT,
-                  json.dumps(tree, indent=2) + '\n')
+  storage.write(storage.path(workdir) / KEPT, json.dumps(
+      tree | {'trained': trained}, indent=2) + '\n')
 
 
 def is_published(workdir: epath.Path, step: int) -> bool:
   """Whether the parameters at a step are as they were imported: trained neither
   in the workdir nor in a run that this was made of."""
-  return step == 0 and not _read(workdir).get(TRAINED, False)
+  return step == 0 and not _read(workdir).get('trained', False)
 
 
 def published(workdir: epath.Path, step: int) -> Generation | None:
@@ -106,19 +99,12 @@ def published(workdir: epath.Path, step: int) -> Generation | None:
 
 def kept(workdir: epath.Path) -> Generation | None:
   """Returns what the folder said; None in the workdir of any other run."""
-  tree = {name: x for name, x in _read(workdir).items() if name != TRAINED}
+  tree = {name: x for name, x in _read(workdir).items()
+          if name in Generation._fields}
   return Generation(**tree) if tree else None
 
 
 def _read(workdir: epath.Path) -> dict[str, Any]:
   """Returns what `keep` wrote; {}: nothing."""
   path = storage.path(workdir) / KEPT
-  if not path.exists():
-    return {}
-  tree = hf_files.read_object(path)
-  # TRAINED alone is of a run of our own; without `bare`, of an earlier version.
-  require(bool(tree) and isinstance(tree.get(TRAINED, False), bool)
-          and tree.keys() - {TRAINED} in (
-              set(), {'fields', 'options'}, set(Generation._fields)),
-          f'{path} is damaged: it must have {" and ".join(Generation._fields)}')
-  return tree
+  return hf_files.read_object(path) if path.exists() else {}

@@ -24,6 +24,7 @@ from architectures.parts.hf import tensor_map
 from configs.errors import require, short
 from training import paths
 from training.hf import files as hf_files, weights
+from training.step import parameter_shapes
 from training.workdir import checkpoints, storage
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
@@ -39,9 +40,9 @@ ONLY = dict(peft_type='LORA', bias='none', use_dora=False, use_rslora=False,
 INITS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
 
 
-def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, str, bool]]:
-  """Yields the row of each A and B of the model (architectures/parts/hf),
-  the name of the module, and whether its weight lies as [inputs, outputs].
+def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
+  """Yields the row of each A and B of the model (architectures/parts/hf), and
+  whether the weight of the module lies as [inputs, outputs].
 
   Raises:
     RequestError: for a product that transformers has together with others.
@@ -56,16 +57,14 @@ def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, str, bool]]:
             'one tensor, of which PEFT has no such adapter. Export the merged '
             'model instead')
     into, out = their_axes.split()
-    transposed = axes != into + out
-    if transposed:
+    lies_so = axes == into + out
+    if not lies_so:
       into, out = out, into
-    module = theirs.removesuffix('.weight')
-    yield ((ours + linear.LORA_A, f'{into}Z',
-            f'{PREFIX}{module}.lora_A.weight', f'Z {into}'),
-           module, not transposed)
-    yield ((ours + linear.LORA_B, f'Z{out}',
-            f'{PREFIX}{module}.lora_B.weight', f'{out} Z'),
-           module, not transposed)
+    module = PREFIX + theirs.removesuffix('.weight')
+    yield ((ours + linear.LORA_A, f'{into}Z', f'{module}.lora_A.weight',
+            f'Z {into}'), lies_so)
+    yield ((ours + linear.LORA_B, f'Z{out}', f'{module}.lora_B.weight',
+            f'{out} Z'), lies_so)
 
 
 def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
@@ -93,26 +92,25 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
   flat = {path: np.asarray(x) for path, x in paths.flatten(params).items()
           if weights.is_adapter(path)}
   found = list(rows(c))
-  tensors = tensor_map.expand([row for row, *_ in found], {
-      path: x.shape for path, x in flat.items()})
-  theirs = {}
-  for t in tensors:
+  tensors = {}
+  for t in tensor_map.expand([row for row, *_ in found], {
+      path: x.shape for path, x in flat.items()}):
     x = t.join([flat[t.paths[0]][t.index]])
     kind = np.dtype(dtype or x.dtype)
-    weights.check_range(t, x, kind)
-    theirs[t.name] = x.astype(kind, copy=False)
+    weights.check_range(t.paths[0], x, kind)
+    tensors[t.name] = x.astype(kind, copy=False)
   hf_files.refuse_left(folder, (CONFIG, WEIGHTS))
   folder.mkdir(parents=True, exist_ok=True)
-  save_file(theirs, folder / WEIGHTS, metadata={'format': 'pt'})
+  save_file(tensors, folder / WEIGHTS, metadata={'format': 'pt'})
   alpha = c.lora.alpha
   tree = ONLY | dict(
       r=c.lora.rank, lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
       lora_dropout=c.lora.dropout, base_model_name_or_path=base,
       task_type=TASKS.get(architectures.stack(c)), inference_mode=True,
       target_modules=sorted({
-          t.name.removeprefix(PREFIX).rpartition('.lora_')[0]
-          for t in tensors}),
-      fan_in_fan_out=any(lies_so for *_, lies_so in found))
+          name.removeprefix(PREFIX).rpartition('.lora_')[0]
+          for name in tensors}),
+      fan_in_fan_out=any(lies_so for _, lies_so in found))
   (folder / CONFIG).write_text(json.dumps(tree, indent=2) + '\n')
   return sum(x.size for x in flat.values())
 
@@ -131,40 +129,41 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
   require(file.is_file(), f'{file} is missing: it says what the adapters are')
   tree = hf_files.read_object(file)
   # Adapters that begin with some tokens are of later versions than we write.
-  for name, value in (ONLY | dict(alora_invocation_tokens=None)).items():
-    found = tree.get(name, value)
-    require(found == value or not (found or value)
-            or name == 'use_rslora' and found is True, f'{file} has {name} '
-            f'{short(found)}: only {value!r} is known here')
-  _check_init(tree.get('init_lora_weights'), file)
+  for name, known in (ONLY | dict(alora_invocation_tokens=None)).items():
+    value = tree.get(name, known)
+    require(value == known or not (value or known)
+            or name == 'use_rslora' and value is True, f'{file} has {name} '
+            f'{short(value)}: only {known!r} is known here')
+  init = tree.get('init_lora_weights')
+  require((init.lower() if isinstance(init, str) else init) in INITS,
+          f'{file} has init_lora_weights {short(init)}, with which A and B '
+          "belong to other weights than the model's (choose from "
+          f'{", ".join(str(x) for x in INITS if x is not None)}): save them '
+          "anew by PEFT's save_pretrained with "
+          'path_initial_model_for_weight_conversion, or merge them there')
   for name in ('r', 'lora_alpha'):
     require(type(tree.get(name)) in (int, float) and tree[name] > 0,
             f'{file} has {name} {short(tree.get(name))}: it must be a number '
             '> 0')
   source = hf_files.Files(folder / WEIGHTS)
   c = _with_adapters(c, tree, set(source), file)
-  tensors = tensor_map.expand([row for row, *_ in rows(c)], _shapes(c))
-  _check_names({t.name: t.shape for t in tensors}, source, folder)
-  flat = {path: np.zeros(shape, np.float32)
-          for path, shape in _shapes(c).items()}
+  shapes = {path: x.shape for path, x in paths.flatten(
+      parameter_shapes(architectures.build(c))).items()
+            if weights.is_adapter(path)}
+  tensors = tensor_map.expand([row for row, *_ in rows(c)], shapes)
+  for name in sorted({t.name for t in tensors} ^ set(source)):
+    require(name not in source, f'{folder / WEIGHTS} has {name}, which is no '
+            'adapter of a product of this model')
+    require(name in source, f'{folder / WEIGHTS} has no {name}, though it has '
+            'an adapter of the same product in another layer')
+  flat = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
   for t in tensors:
-    held, sizes = source[t.name], {a: (0, t.sizes[a]) for a in t.ours[0]}
-    flat[t.paths[0]][t.index] = t.part(held.__getitem__, 0, sizes)
+    require(source.shape(t.name) == t.shape, f'{folder / WEIGHTS} has {t.name} '
+            f'of shape {source.shape(t.name)}, and the model needs {t.shape}')
+    sizes = {axis: (0, t.sizes[axis]) for axis in t.ours[0]}
+    flat[t.paths[0]][t.index] = t.part(source[t.name].__getitem__, 0, sizes)
   return c, checkpoints.nest({path: jnp.asarray(x, c.param_dtype)
-                            for path, x in flat.items()})
-
-
-def _check_init(init: Any, file: pathlib.Path) -> None:
-  """Raises RequestError for adapters whose training began with a change of the
-  model's own weights, such as PiSSA's, which take away a part: A and B belong
-  to what was left."""
-  known = init.lower() if isinstance(init, str) else init
-  require(known in INITS, f'{file} has init_lora_weights {short(init)}, with '
-          "which A and B belong to other weights than the model's (choose from "
-          f'{", ".join(str(x) for x in INITS if x is not None)}): save them '
-          "anew by PEFT's save_pretrained with "
-          'path_initial_model_for_weight_conversion, which converts pissa, '
-          'olora, corda and lora_ga, or merge them there')
+                              for path, x in flat.items()})
 
 
 def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
@@ -179,43 +178,18 @@ def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
         c.lora, rank=rank, alpha=alpha, targets=targets,
         dropout=float(tree.get('lora_dropout') or 0.0)))
 
+  # One that shares its tensor is found missing by the names that are left over.
+  fused = {name for ours, *_ in architectures.hugging_face(c.arch).rows(c)
+           if '|' in ours for name in ours.rpartition('/')[2].split('|')}
   targets = []
-  for product in linear.PRODUCTS:
+  for product in set(linear.PRODUCTS) - fused:
     # Of any layer: the first one may have no such product.
     theirs = [re.escape(row[2]).replace(r'\{n\}', r'\d+')
-              for row, *_ in _rows_or_none(with_targets(product))]
+              for row, *_ in rows(with_targets(product))]
     if any(re.fullmatch('|'.join(theirs), name) for name in names):
       targets.append(product)
   require(targets, f'{file.parent / WEIGHTS} has an adapter of no product of '
           f'model.arch {c.arch!r}: its tensors are such as '
           f'{", ".join(sorted(names)[:2])}')
-  return architectures.resolve(with_targets(','.join(targets)))
-
-
-def _rows_or_none(c: ModelConfig) -> list:
-  """`rows`; none of a product that shares its tensor: it is found missing by
-  the names that are left over."""
-  fused = any('|' in ours for ours, *_ in (
-      architectures.hugging_face(c.arch).rows(c))
-              if c.lora.targets in ours.rpartition('/')[2].split('|'))
-  return [] if fused else list(rows(c))
-
-
-def _shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-  from training.step import abstract_params
-  return {path.removesuffix('/value'): x.shape for path, x in paths.flatten(
-      abstract_params(architectures.build(c))).items()
-          if weights.is_adapter(path.removesuffix('/value'))}
-
-
-def _check_names(wanted: Mapping[str, tuple[int, ...]], source: hf_files.Files,
-                 folder: pathlib.Path) -> None:
-  """Raises RequestError unless the file holds these tensors and no others."""
-  for name in sorted(set(wanted) ^ set(source)):
-    require(name not in wanted, f'{folder / WEIGHTS} has no {name}, though it '
-            'has an adapter of the same product in another layer')
-    require(False, f'{folder / WEIGHTS} has {name}, which is no adapter of a '
-            'product of this model')
-  for name, shape in wanted.items():
-    require(source.shape(name) == shape, f'{folder / WEIGHTS} has {name} of '
-            f'shape {source.shape(name)}, and the model needs {shape}')
+  return architectures.resolve(with_targets(','.join(
+      name for name in linear.PRODUCTS if name in targets)))

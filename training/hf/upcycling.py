@@ -7,6 +7,7 @@ dense one has learned. The paper keeps the optimiser's state too; here the run
 that follows begins its own, with its own warm-up.
 """
 
+from collections.abc import Mapping, Sequence
 import re
 from typing import Any
 
@@ -21,7 +22,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.ffn import NONE
 from architectures.parts.moe import routing
 from configs import kinds
-from configs.errors import RequestError, one_of, require
+from configs.errors import RequestError, require
 from training import paths
 from training.hf import weights
 
@@ -42,8 +43,7 @@ def config(model: ml_collections.ConfigDict, moe: dict,
     dense: what a run made of `model`, where that leaves fields to be derived.
 
   Raises:
-    ValueError: for a model that has experts already, or a field that there
-      isn't or that follows from the dense model.
+    ValueError: for a model that has experts already.
   """
   dense = dense or architectures.resolve(model)
   require(not dense.has_experts,
@@ -53,15 +53,11 @@ def config(model: ml_collections.ConfigDict, moe: dict,
       kind.get('ffn') for kind in model.kinds.values())),
           f'model.ffn is {NONE!r} of some layers: experts begin as copies of '
           "a layer's feed-forward network, which each must have")
-  fields = dict(moe)
-  every = fields.pop('every', 1)
-  for name in fields:
-    one_of('field of model.moe', name,
-           ['every', *(x for x in model.moe if x not in GIVEN)])
+  moe = dict(moe)
+  every = moe.pop('every', 1)
   require(every > 0, f'every is {every}: it must be > 0')
   model = model.copy_and_resolve_references()
-  model.moe.update(fields)
-  model.moe.update(ffn=model.ffn, d_ff=0)
+  model.moe.update(moe, ffn=model.ffn, d_ff=0)
   model.update(arch=TWINS.get(model.arch, model.arch), ffn='moe')
   made = kinds.with_experts(model.to_dict(), every)
   with model.unlocked():
@@ -124,23 +120,21 @@ def _layers(old: dict[str, jax.Array], path: str, shape: tuple[int, ...],
   return jnp.stack(rows)
 
 
-def fields(words: list[str], like) -> dict:
+def fields(words: Sequence[str], like: Mapping[str, Any]) -> dict[str, Any]:
   """Returns {field: value} of FIELD=VALUE words, typed as in `like`, beside
   which there is `every`: see `config`."""
-  fields = {}
-  types = {name: type(value) for name, value in like.items()} | {
-      'every': int}
+  types = {name: type(value) for name, value in like.items()
+           if name not in GIVEN} | {'every': int}
+  parsed = {}
   for word in words:
-    name, equals, text = word.partition('=')
-    if not equals or name not in types:
-      raise RequestError(
-          f'--moe {word!r}: write FIELD=VALUE, of the fields '
-          f'{", ".join(sorted(like))} of config.model.moe, or every=N')
+    name, _, text = word.partition('=')
+    require(name in types, f'--moe {word!r}: write FIELD=VALUE, of the fields '
+            f'{", ".join(sorted(types))}')
     kind = types[name]
+    parse = {'True': True, 'False': False}.__getitem__ if kind is bool else kind
     try:
-      fields[name] = ({'True': True, 'False': False}[text] if kind is bool
-                      else kind(text))
+      parsed[name] = parse(text)
     except (KeyError, ValueError) as error:
       raise RequestError(f'--moe {word!r}: {text!r} is no {kind.__name__}'
                          ) from error
-  return fields
+  return parsed

@@ -5,10 +5,14 @@
 
 In: the parameters are made one by one, each device's shard by itself, and of a
 tensor is read what falls into the shard: host memory holds no more than the
-largest tensor and a shard, or two while one is handed over. Out: tensor by
-tensor, of which host memory holds one and its rearranged copies. Nothing is
-left out in silence: a tensor or parameter without a counterpart is an error or,
-with `partial`, listed.
+largest tensor and a shard, or two while one is handed over. Out: file by file,
+of which host memory holds one. Nothing is left out in silence: a tensor or
+parameter without a counterpart is an error or, with `partial`, listed.
+
+BertForMaskedLM has no pooler, BertModel no head; what fine-tuning or
+sentence-transformers writes is one of them. So what a page calls optional may
+be missing as a whole and is drawn, or be there without a place in the model and
+is passed over. Both are told. A part of it that is missing is damage.
 
 Low-rank adapters are merged where weights go out: W + (alpha / rank) A B is a
 weight like any other, by which the model without adapters computes the same
@@ -16,7 +20,7 @@ function (Hu et al. 2021, section 4.1), to the rounding of a sum that is added
 up in another order.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -41,14 +45,11 @@ from training import paths, progress
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import generation as hf_generation
-from training.hf import heads as hf_heads
 from training.step import parameter_shapes
 from training.workdir import checkpoints, storage
 
 SHARD_BYTES = 5 * 10**9
-PART_BYTES = 2 ** 24  # of two tensors that are compared
-
-Source = Mapping[str, np.ndarray] | hf_files.Files
+TASK = 'task/'  # of the paths of a task's head
 
 
 class Loaded(NamedTuple):
@@ -84,14 +85,14 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: int = 0,
   return module, loaded.params
 
 
-def read_params(module: nn.Module, source: Source, *, like: Any = None,
+def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
                 partial: bool = False, seed: int = 0, new_head: bool = False
                 ) -> Loaded:
   """Returns the parameters of `module`, from tensors by their HF names.
 
   Args:
     module: the model.
-    source: the tensors: hf_files.Files, or arrays by name.
+    source: the tensors.
     like: the parameters' shapes with shardings, as in TrainState; none: on
       one device.
     partial, seed: as for from_hf.
@@ -99,46 +100,54 @@ def read_params(module: nn.Module, source: Source, *, like: Any = None,
       that of a language model passed over.
   """
   page = architectures.hugging_face(module.config.arch)
-  like = nn.meta.unbox(like or jax.eval_shape(
-      functools.partial(_init, module), jax.random.key(0)))
+  like = nn.meta.unbox(like or parameter_shapes(module))
   shapes = {path: leaf.shape for path, leaf in paths.flatten(like).items()}
-  if not isinstance(source, hf_files.Files):
-    source = hf_files.Arrays(source)
-  names = _Names(page, source, module.config)
   rows = page.rows(module.config)
-  _check_number(tensor_map.count(rows, shapes), source, partial)
+  needed, there = tensor_map.count(rows, shapes), len(list(source))
+  require(partial or needed <= 2 * there + 100, f'config.json is of a model of '
+          f'{needed:,} tensors, of which the files hold {there:,}')
   tensors = tensor_map.expand(rows, shapes)
+  names = _Names(page, source, module.config)
   fills: dict[str, list] = {path: [] for path in shapes}
-  names.check_types(tensors)
-  bad: set[str] = set()
+  drawn_paths: set[str] = set()
   heads = names.there(names_left_out(module)) if new_head else []
   passed = [f'{name} of the files is of the head of a language model'
             for name in heads]
-  spare = hf_heads.spare(page, tensors, set(source) - set(heads))
-  lacking = hf_heads.lacking(page, tensors, set(source))
-  passed += [hf_heads.is_passed_over(*row) for row in spare.items()]
-  passed += [hf_heads.is_new(*row) for row in lacking.items()]
-  skipped = names.unused(tensors, [*heads, *sum(spare.values(), [])])
-  new_names = {tensor.name for those in lacking.values() for tensor in those}
+  held, ours = set(source) - set(heads), [tensor.name for tensor in tensors]
+  placed, new_names = [*heads], set()
+  for words, pattern in page.optional.items():
+    theirs, wanted = _matching(pattern, held), _matching(pattern, ours)
+    if theirs and not wanted:
+      placed += theirs
+      passed.append(f'the model has no {words}, so these of the files are '
+                    f'passed over: {", ".join(theirs)}')
+    elif wanted and not theirs:
+      new_names.update(wanted)
+      new = dict.fromkeys(path for tensor in tensors if tensor.name in wanted
+                          for path in tensor.paths)
+      passed.append(f'the files have no {words}, so these parameters are new, '
+                    f'drawn from the seed: {", ".join(new)}')
+  skipped = names.unused(tensors, placed)
   for tensor in tensors:
     if tensor.name in new_names:
-      bad.update(tensor.paths)
+      drawn_paths.update(tensor.paths)
     elif wrong := names.wrong(tensor):
       new = (new_head and tensor.paths[0].startswith(TASK)
              and not names.there([tensor.name]))
       (passed if new else skipped).append(wrong + ', so it is drawn' * new)
-      bad.update(tensor.paths)
+      drawn_paths.update(tensor.paths)
     for i, path in enumerate(tensor.paths):
       fills[path].append((tensor, i))
   require(partial or not skipped, 'the weights and the model differ:\n  '
           + '\n  '.join(skipped[:20])
           + ('\n  ...' if len(skipped) > 20 else ''))
-  drawn = draw(module, like, bad, seed) if bad else {}
+  drawn = draw(module, like, drawn_paths, seed) if drawn_paths else {}
   with progress.during('reading parameters', len(shapes)) as advance:
 
     def read(key: Any, leaf: Any):
       path = paths.join(key)
-      x = drawn[path] if path in bad else _fill(leaf, fills[path], names)
+      x = (drawn[path] if path in drawn_paths
+           else _fill(leaf, fills[path], names))
       advance()
       return x
 
@@ -146,21 +155,24 @@ def read_params(module: nn.Module, source: Source, *, like: Any = None,
   return Loaded(params, passed + skipped)
 
 
-def _check_number(needed: int, source: Source, partial: bool) -> None:
-  """Raises RequestError where the model has another size altogether than the
-  files, before each of its tensors is looked for."""
-  held = len(list(source))
-  require(partial or needed <= 2 * held + 100,
-          f'config.json is of a model of {needed:,} tensors, of which the '
-          f'files hold {held:,}')
+def _matching(pattern: str, names: Collection[str]) -> list[str]:
+  return [name for name in names if re.fullmatch(pattern, name)]
+
+
+def is_bare(config: ModelConfig, names: Collection[str]) -> bool:
+  """Whether files with these names hold the stack of a language model without
+  its head."""
+  page = architectures.hugging_face(config.arch)
+  return bool(page.bare) and config.head == 'lm' and not _matching(
+      page.optional[hf.MASKED_WORDS], names)
 
 
 class _Names:
   """Tensors by their names, as the files spell them: some leave a prefix out.
   """
 
-  def __init__(self, page: hf.HuggingFace,
-               source: hf_files.Files | hf_files.Arrays, config: ModelConfig):
+  def __init__(self, page: hf.HuggingFace, source: hf_files.Files,
+               config: ModelConfig):
     self._page, self._source = page, source
     self._spellings = page.spellings_of(config)
 
@@ -175,36 +187,24 @@ class _Names:
   def cut(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
     return self._source.cut(self.find(name), slices)
 
-  def _same(self, one: str, other: str) -> bool:
-    """Whether two tensors are equal, of which parts are read."""
-    shape = self._source.shape(self.find(one))
-    if shape != self._source.shape(self.find(other)):
-      return False
-    rows = max(1, PART_BYTES // max(1, 4 * int(np.prod(shape[1:]))))
-    parts = [(slice(i, min(i + rows, shape[0])),)
-             for i in range(0, shape[0], rows)]
-    return all(np.array_equal(self.cut(one, part), self.cut(other, part))
-               for part in parts)
-
-  def check_types(self, tensors: Sequence[tensor_map.Tensor]) -> None:
-    """Raises RequestError naming a tensor that is no array of weights: one of
-    whole numbers, or of a type that a quantisation has left."""
-    for name in (self.find(tensor.name) for tensor in tensors):
-      if name in self._source:
-        found = self._source.dtype(name)
-        require(found in hf_files.DTYPES, f'{name} is of type {found}: weights '
-                f'are read from {", ".join(hf_files.DTYPES)}')
-
   def wrong(self, tensor: tensor_map.Tensor) -> str:
-    """Returns what stands against reading `tensor`, or ''."""
-    if self.find(tensor.name) not in self._source:
+    """Returns what stands against reading `tensor`, or ''.
+
+    Raises:
+      RequestError: for one that is no array of weights: one of whole numbers,
+        or of a type that a quantisation has left.
+    """
+    name = self.find(tensor.name)
+    if name not in self._source:
       return f'{" and ".join(tensor.paths)}: the files have no {tensor.name}'
-    shape = self._source.shape(self.find(tensor.name))
+    dtype, shape = self._source.dtype(name), self._source.shape(name)
+    require(dtype in hf_files.DTYPES, f'{name} is of type {dtype}: weights are '
+            f'read from {", ".join(hf_files.DTYPES)}')
     return '' if shape == tensor.shape else (
         f'{tensor.name} is {shape} in the files and {tensor.shape} in the '
         'model')
 
-  def there(self, names: Iterable[str]) -> list[str]:
+  def there(self, names: Collection[str]) -> list[str]:
     """Returns the spellings of those of `names` that the files have."""
     return sorted({self.find(name) for name in names} & set(self._source))
 
@@ -221,7 +221,8 @@ class _Names:
         continue
       if name not in tied:
         lines.append(f'{name} of the files has no place in the model')
-      elif not self._same(name, tied[name]):
+      elif not np.array_equal(self._source[name],
+                              self._source[self.find(tied[name])]):
         lines.append(f'{name} of the files differs from {tied[name]}, to which '
                      'the model ties it')
     return lines
@@ -256,24 +257,20 @@ def _shard(dtype: np.dtype, ranges: tuple, fills: list, names: _Names
       place = tuple(i - a for i, (a, _) in zip(tensor.index, ranges))
       part = tensor.part(functools.partial(names.cut, tensor.name), which,
                          dict(zip(tensor.ours[which], ranges[lead:])))
-      name, largest = names.find(tensor.name), _largest(part)
-      require(np.isfinite(largest), f'{name} has a value that is no finite '
-              'number')
-      most = float(jnp.finfo(dtype).max)
-      require(largest <= most, f'{name} has the value {largest:g}, and '
-              f'{dtype} ends at {most:g}: read it as another dtype')
+      check_range(names.find(tensor.name), part, dtype)
       shard[place] = part
   return shard
 
 
-def _largest(x: np.ndarray) -> float:
-  """The largest |value|, NaN where one is NaN, without a copy of `x`."""
+def check_range(name: str, x: np.ndarray, dtype: np.dtype) -> None:
+  """Raises RequestError where `x`, which becomes an array of `dtype`, has a
+  value that is not finite, or that `dtype` does not reach."""
   with np.errstate(invalid='ignore'):  # NumPy's warning of a NaN
-    return float(max(x.max(), -x.min(), key=abs)) if x.size else 0.0
-
-
-def _init(module: nn.Module, key: jax.Array):
-  return module.init(key, jnp.zeros((1, 1), jnp.int32))['params']
+    largest = float(max(x.max(), -x.min(), key=abs)) if x.size else 0.0
+  most = float(jnp.finfo(dtype).max)
+  require(np.isfinite(largest), f'{name} has a value that is no finite number')
+  require(largest <= most, f'{name} has the value {largest:g}, and '
+          f'{np.dtype(dtype).name} ends at {most:g}: choose another dtype')
 
 
 def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
@@ -281,7 +278,8 @@ def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
   """Returns the initial values of the parameters `wanted` alone, by path."""
 
   def init(key: jax.Array):
-    flat = paths.flatten(nn.meta.unbox(_init(module, key)))
+    flat = paths.flatten(nn.meta.unbox(module.init(
+        key, jnp.zeros((1, 1), jnp.int32))['params']))
     return {path: flat[path] for path in wanted}
 
   flat = paths.flatten(like)
@@ -315,56 +313,47 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
   module, params = merge(module, params)
   config: ModelConfig = module.config
   page = architectures.hugging_face(config.arch)
-  rows = page.bare_rows(config) if bare else page.rows(config)
-  tree = (hf_config.write_bare(config) if bare
-          else hf_config.write(config, labels))
-  if generation is not None:
-    tree |= generation.fields
   flat = paths.flatten(nn.meta.unbox(params))
-  shapes = {path: leaf.shape for path, leaf in flat.items()}
   if bare:
-    places = [found for _, found, *_ in tensor_map.places(rows, shapes)]
-    shapes = {path: shapes[path] for path in sum(places, ())}
-  tensors = tensor_map.expand(rows, shapes)
-  kinds = {tensor.name: hf_files.Kind(
-      tensor.shape, np.dtype(dtype or flat[tensor.paths[0]].dtype))
-           for tensor in tensors}
-  for tensor in tensors:
-    check_range(tensor, _theirs(tensor, flat), kinds[tensor.name].dtype)
+    rows = page.bare_rows(config)
+    tree = hf_config.write(hf_config.without_head(config)) | dict(
+        architectures=[page.bare[0]])
+    kept = sum((found for _, found, *_ in tensor_map.places(
+        rows, {path: x.shape for path, x in flat.items()})), ())
+    flat = {path: flat[path] for path in kept}
+  else:
+    rows, tree = page.rows(config), hf_config.write(config, labels)
+  options = generation and generation.options
+  tree |= generation.fields if generation else {}
+  tensors = {tensor.name: tensor for tensor in tensor_map.expand(
+      rows, {path: x.shape for path, x in flat.items()})}
+  dtypes = {name: np.dtype(dtype or flat[tensor.paths[0]].dtype)
+            for name, tensor in tensors.items()}
+  join = lambda name: tensors[name].join([
+      np.asarray(flat[path][tensors[name].index])
+      for path in tensors[name].paths])
+  for name, tensor in tensors.items():
+    check_range(' and '.join(tensor.paths), join(name), dtypes[name])
+  files = hf_files.shards({
+      name: math.prod(tensor.shape) * dtypes[name].itemsize
+      for name, tensor in tensors.items()}, shard_bytes)
   folder = pathlib.Path(folder)
-  said = generation.options if generation is not None else None
   hf_files.refuse_left(folder, {
-      *hf_files.written(kinds, shard_bytes),
-      *[hf_generation.FILE] * (said is not None)})
+      *files, *[hf_files.INDEX] * (len(files) > 1),
+      *[hf_generation.FILE] * (options is not None)})
   folder.mkdir(parents=True, exist_ok=True)
-  hf_files.write(
-      folder, kinds,
-      ((t.name, _theirs(t, flat).astype(kinds[t.name].dtype, copy=False))
-       for t in progress.each(tensors, 'writing tensors')), shard_bytes)
+  with progress.during('writing tensors', len(tensors)) as advance:
+
+    def make(name: str) -> np.ndarray:
+      advance()
+      return join(name).astype(dtypes[name], copy=False)
+
+    hf_files.write(folder, files, make)
   tree['dtype'] = dtype or config.param_dtype
   (folder / 'config.json').write_text(json.dumps(tree, indent=2) + '\n')
-  if said is not None:
-    (folder / hf_generation.FILE).write_text(json.dumps(said, indent=2) + '\n')
-
-
-def check_range(tensor: tensor_map.Tensor, x: np.ndarray, dtype: np.dtype
-                ) -> None:
-  """Raises RequestError where `x`, to be written as `tensor`, has a value that
-  is not finite, or that `dtype` does not reach."""
-  most, largest = float(jnp.finfo(dtype).max), _largest(x)
-  name = ' and '.join(tensor.paths)
-  require(np.isfinite(largest), f'{name} has a value that is no finite number: '
-          'export another step')
-  require(largest <= most, f'{name} has the value {largest:g}, and '
-          f'{dtype.name} ends at {most:g}: export it as another --dtype')
-
-
-def _theirs(tensor: tensor_map.Tensor, flat: dict[str, Any]) -> np.ndarray:
-  return tensor.join([np.asarray(flat[path][tensor.index])
-                      for path in tensor.paths])
-
-
-TASK = 'task/'  # of the paths of a task's head
+  if options is not None:
+    (folder / hf_generation.FILE).write_text(
+        json.dumps(options, indent=2) + '\n')
 
 
 def is_new_head(ours: ModelConfig, theirs: ModelConfig) -> bool:
@@ -375,12 +364,10 @@ def is_new_head(ours: ModelConfig, theirs: ModelConfig) -> bool:
 def left_out(module: nn.Module) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of the parameters, by path, that the language model has
   and `module`, with its head of a task, has not."""
-  ours = _shapes(module)
-  lm = architectures.build(dataclasses.replace(
-      module.config, head='lm', num_labels=0, head_dropout=0.0,
-      pooling='cls'))
-  return {path: shape for path, shape in _shapes(lm).items()
-          if path not in ours}
+  ours = paths.flatten(parameter_shapes(module))
+  lm = architectures.build(hf_config.without_head(module.config))
+  return {path: x.shape for path, x in paths.flatten(
+      parameter_shapes(lm)).items() if path not in ours}
 
 
 def names_left_out(module: nn.Module) -> set[str]:
@@ -391,11 +378,6 @@ def names_left_out(module: nn.Module) -> set[str]:
   rows = [row for row in page.rows(lm) if row[0] in shapes]
   return {tensor.name for tensor in tensor_map.expand(rows, shapes)} | set(
       page.tied)
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-  return {path: x.shape for path, x in paths.flatten(
-      parameter_shapes(module)).items()}
 
 
 def without_adapters(model: ModelConfig) -> ModelConfig:

@@ -1,20 +1,28 @@
-"""Optimisers by name, each one chain: clip, direction, decay, rate.
+"""Optimisers and learning-rate schedules by name.
 
     g = clip(gradient);  u = direction(g);  p = p - lr_t * (u + decay * p)
 
 The learning rate of a parameter is a share of lr_t (shares.py), 0 where it is
-frozen.
-Weight decay is decoupled and multiplied by the learning rate for every one of
-them (Loshchilov and Hutter 2019, as in optax and PyTorch), on the parameters
-that optim.decay_mask selects; where it is empty, on matrices that are no
-embeddings. Moments are kept and updates are computed in
-float32, whatever model.param_dtype is; a parameter is rounded once, when the
-update is added. A field of config.optim that the chosen optimiser does not
+frozen. At update t (the first is t = 1) of T,
+
+    lr_t = lr * min(t / warmup_steps, shape(t)),
+
+which stays at shape(T) from there on. The shape is 1 until the warm-up ends, so
+the two parts meet. Cosine, linear and wsd arrive at final_fraction at t = T,
+cosine and linear at t = decay_steps where that is set.
+
+Weight decay is decoupled and multiplied by the learning rate for every
+optimiser (Loshchilov and Hutter 2019, as in optax and PyTorch), on the
+parameters that optim.decay_mask selects; where it is empty, on matrices that
+are no embeddings. Moments are kept and updates are computed in float32,
+whatever model.param_dtype is; a parameter is rounded once, when the update is
+added. A field of config.optim that the chosen optimiser or schedule does not
 read has to stay at its default: setting it is refused. An entry of OPTIMIZERS
-is all that there is of one.
+or SCHEDULES is all that there is of one.
 """
 
 from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +31,24 @@ import ml_collections
 import optax
 
 from architectures.parts.roles import Role
-from configs.errors import one_of, require
+from configs import base as base_config
+from configs.errors import RequestError, one_of, require
 from training import paths
-from training.optim import (adafactor, normuon, orthogonal, schedules,
-                            shares, soap, trees)
+from training.optim import matrices, shares, soap
+
+
+class Entry(NamedTuple):
+  """One optimiser or schedule.
+
+  Attributes:
+    make: of an optimiser, (config.optim, roles) -> a transformation of
+      gradients; of a schedule, (updates done + 1, T, config.optim) -> the share
+      of optim.lr.
+    reads: the fields of config.optim that it reads and others may not; another
+      one set is refused, not ignored.
+  """
+  make: Callable[..., Any]
+  reads: tuple[str, ...] = ()
 
 
 def _adamw(optim: ml_collections.ConfigDict, roles: Any):
@@ -39,9 +61,7 @@ def _adafactor(optim: ml_collections.ConfigDict, roles: Any):
   """Shazeer and Stern 2018, without momentum; lr is relative to a matrix's
   own root mean square, as T5 and PaLM use it."""
   del optim
-  return optax.chain(adafactor.scale_by_factored_rms(roles),
-                     adafactor.clip_by_rms(roles),
-                     adafactor.scale_by_parameter_rms(roles))
+  return matrices.scale_by_adafactor(roles)
 
 
 def _lion(optim: ml_collections.ConfigDict, roles: Any):
@@ -58,13 +78,8 @@ def _muon(optim: ml_collections.ConfigDict, roles: Any):
   that one optim.lr serves both (Liu et al. 2025, section 2.2).
   `optim.momentum` is Muon's; 0.95 is its authors' choice.
   """
-  def scale(axes: Any, u: jax.Array):
-    return 0.2 * max(axes.sizes(u.shape)) ** 0.5 * u
-
-  muon = optax.chain(
-      orthogonal.scale_by_muon(roles, optim.momentum),
-      optax.stateless(lambda updates, _: trees.over(roles, scale, updates)))
-  return _with_adam(optim, roles, 'muon', muon, _is_hidden)
+  return _with_adam(optim, roles, matrices.scale_by_muon(
+      roles, optim.momentum), _is_hidden)
 
 
 def _normuon(optim: ml_collections.ConfigDict, roles: Any):
@@ -73,14 +88,14 @@ def _normuon(optim: ml_collections.ConfigDict, roles: Any):
   `optim.momentum` and `optim.b2` are its own; 0.95 is its authors' choice for
   both. What is no hidden matrix goes by Adam, as with Muon.
   """
-  return _with_adam(optim, roles, 'normuon', normuon.scale_by_normuon(
+  return _with_adam(optim, roles, matrices.scale_by_normuon(
       roles, optim.momentum, optim.b2), _is_hidden)
 
 
 def _soap(optim: ml_collections.ConfigDict, roles: Any):
   """Vyas et al. 2024: Adam in the eigenbasis of Shampoo, for all matrices,
   the embedding and the head too; vectors go by Adam."""
-  return _with_adam(optim, roles, 'soap', soap.scale_by_soap(
+  return _with_adam(optim, roles, soap.scale_by_soap(
       roles, optim.b1, optim.b2, optim.eps, optim.precondition_every,
       optim.precondition_max), lambda role: role.matrix)
 
@@ -89,14 +104,14 @@ def _is_hidden(role: Role) -> bool:
   return role.matrix and role.kind == 'hidden'
 
 
-def _with_adam(optim: ml_collections.ConfigDict, roles: Any, name: str,
+def _with_adam(optim: ml_collections.ConfigDict, roles: Any,
                direction: optax.GradientTransformation,
                chosen: Callable[[Role], bool]) -> optax.GradientTransformation:
-  """Returns a direction of the parameters that are chosen by their role, which
-  has `name` in the state, and Adam of the others."""
-  labels = jax.tree.map(lambda role: name if chosen(role) else 'adam', roles)
-  return optax.partition({name: direction, 'adam': _adamw(optim, roles)},
-                         labels)
+  """Returns a direction of the parameters that are chosen by their role, and
+  Adam of the others."""
+  return optax.partition(
+      {'matrices': direction, 'adam': _adamw(optim, roles)}, jax.tree.map(
+          lambda role: 'matrices' if chosen(role) else 'adam', roles))
 
 
 def _sgd(optim: ml_collections.ConfigDict, roles: Any):
@@ -105,50 +120,112 @@ def _sgd(optim: ml_collections.ConfigDict, roles: Any):
   return optax.trace(optim.momentum) if optim.momentum else optax.identity()
 
 
-class Optimizer(NamedTuple):
-  """One optimiser.
-
-  Attributes:
-    direction: (config.optim, roles) -> a transformation of gradients.
-    reads: the fields of config.optim that it reads and others may not; another
-      one set is refused, not ignored.
-  """
-  direction: Callable[..., optax.GradientTransformation]
-  reads: tuple[str, ...] = ()
-
-
 OPTIMIZERS = {
-    'adamw': Optimizer(_adamw, ('b1', 'b2', 'eps')),
-    'adafactor': Optimizer(_adafactor),
-    'lion': Optimizer(_lion, ('b1', 'b2')),
-    'muon': Optimizer(_muon, ('b1', 'b2', 'eps', 'momentum')),
-    'normuon': Optimizer(_normuon, ('b1', 'b2', 'eps', 'momentum')),
-    'soap': Optimizer(_soap, ('b1', 'b2', 'eps', 'precondition_every',
-                              'precondition_max')),
-    'sgd': Optimizer(_sgd, ('momentum',)),
+    'adamw': Entry(_adamw, ('b1', 'b2', 'eps')),
+    'adafactor': Entry(_adafactor),
+    'lion': Entry(_lion, ('b1', 'b2')),
+    'muon': Entry(_muon, ('b1', 'b2', 'eps', 'momentum')),
+    'normuon': Entry(_normuon, ('b1', 'b2', 'eps', 'momentum')),
+    'soap': Entry(_soap, ('b1', 'b2', 'eps', 'precondition_every',
+                          'precondition_max')),
+    'sgd': Entry(_sgd, ('momentum',)),
 }
+
+
+def _cosine(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
+  """SGDR (Loshchilov and Hutter 2017, equation 5), without restarts."""
+  low = optim.final_fraction
+  progress = _progress(t, optim.warmup_steps, steps)
+  return low + (1 - low) * 0.5 * (1 + jnp.cos(math.pi * progress))
+
+
+def _linear(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
+  progress = _progress(t, optim.warmup_steps, steps)
+  return 1 - (1 - optim.final_fraction) * progress
+
+
+def _rsqrt(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
+  """1 / sqrt(t), scaled to 1 where the warm-up ends (Vaswani et al. 2017)."""
+  del steps
+  return jnp.minimum(1.0, jnp.sqrt(jnp.maximum(optim.warmup_steps, 1) / t))
+
+
+def _wsd(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
+  """Warm-up, stable, decay (Hu et al. 2024): linear over the last share."""
+  start = steps - round(optim.decay_fraction * steps)
+  return 1 - (1 - optim.final_fraction) * _progress(t, start, steps)
+
+
+def _constant(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
+  del steps, optim
+  return jnp.ones_like(t)
+
+
+def _progress(t: jax.Array, start: float, end: float):
+  """How far t is from start to end, in [0, 1]."""
+  return jnp.clip((t - start) / jnp.maximum(end - start, 1), 0.0, 1.0)
+
+
+SCHEDULES = {
+    'cosine': Entry(_cosine, ('final_fraction', 'decay_steps')),
+    'linear': Entry(_linear, ('final_fraction', 'decay_steps')),
+    'rsqrt': Entry(_rsqrt),
+    'wsd': Entry(_wsd, ('final_fraction', 'decay_fraction')),
+    'constant': Entry(_constant),
+}
+
+
+def rate(optim: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+  """Returns the learning rate as a function of the number of updates done.
+  optim.lr and optim.warmup_steps may be traced, as where several runs train as
+  one program (training/vectorised.py).
+
+  Args:
+    optim: config.optim.
+    steps: T, the run's train.steps.
+  """
+  shape = SCHEDULES[optim.schedule].make
+  steps = optim.decay_steps or steps
+
+  def schedule(count: jax.Array):
+    t = jnp.asarray(count, jnp.float32) + 1
+    warm = t / jnp.maximum(optim.warmup_steps, 1)  # never < 1 without one
+    return optim.lr * jnp.minimum(shape(t, steps, optim), warm)
+
+  return schedule
 
 
 def check_optim(optim: ml_collections.ConfigDict) -> None:
   """Raises ValueError for fields of config.optim that are in their ranges, and
-  do not fit each other."""
-  one_of('optim.name', optim.name, OPTIMIZERS)
-  schedules.check_schedule(optim)
+  do not fit each other. A field counts as set where it differs from the default
+  of configs/base.py."""
+  defaults = base_config.base().optim
+  for selector, table in (('name', OPTIMIZERS), ('schedule', SCHEDULES)):
+    choice = optim[selector]
+    one_of(f'optim.{selector}', choice, table)
+    for field in sorted({f for row in table.values() for f in row.reads}):
+      if field in table[choice].reads or optim[field] == defaults[field]:
+        continue
+      readers = ', '.join(n for n, row in table.items() if field in row.reads)
+      raise RequestError(
+          f'optim.{field} is {optim[field]}, which optim.{selector} {choice!r} '
+          f'does not read (it is read by {readers}): leave it at '
+          f'{defaults[field]}, or choose one of these')
+  require(optim.decay_steps == 0 or optim.decay_steps > optim.warmup_steps,
+          f'optim.decay_steps is {optim.decay_steps} and optim.warmup_steps '
+          f'{optim.warmup_steps}: choose more than these, or 0 for train.steps')
   require(all(isinstance(row, tuple | list) and len(row) == 2
-              for row in optim.decay_mask),
+              and row[1] in (0, 1) for row in optim.decay_mask),
           f'optim.decay_mask is {optim.decay_mask!r}: it must be pairs of '
-          '(pattern, 1 or 0)')
-  for pattern, value in optim.decay_mask:
-    require(value in (0, 1), f'optim.decay_mask has {value!r} for '
-            f'{pattern!r}: choose 1 (decays) or 0 (does not)')
-  schedules.refuse_unread(optim, 'name', OPTIMIZERS)
+          '(pattern, 1 or 0), 1 for what decays')
 
 
 def make(optim: ml_collections.ConfigDict, steps: int, roles: Any,
          rates: Any = None, parts: Any = None) -> optax.GradientTransformation:
   """Builds the optimiser of a run, whose config.optim was checked; lr,
   warmup_steps and weight_decay may be traced, as where several runs train as
-  one (training/vectorised.py).
+  one (training/vectorised.py). It takes whole trees, or those that
+  shares.trained returns, and gives updates like the latter.
 
   Args:
     optim: config.optim.
@@ -159,49 +236,35 @@ def make(optim: ml_collections.ConfigDict, steps: int, roles: Any,
     parts: what its learning rate is multiplied by, its decay included
       (training/optim/shares.py); None: 1.
   """
-  return shares.of_trained(parts, lambda keep: _chain(
-      optim, steps, keep(roles), None if rates is None else keep(rates),
-      None if parts is None else keep(parts)))
-
-
-def _chain(optim: ml_collections.ConfigDict, steps: int, roles: Any,
-           rates: Any, parts: Any) -> optax.GradientTransformation:
+  keep = lambda tree: None if tree is None else shares.trained(parts, tree)
+  roles = keep(roles)
   decays = (paths.match(optim.decay_mask, roles, 'optim.decay_mask')
             if optim.decay_mask else jax.tree.map(
                 lambda role: role.matrix and role.kind != 'embedding', roles))
   # All four always stand in the chain, so that the state's tree does not
   # depend on numbers that a resumed run may change.
-  return in_float32(optax.chain(
+  tx = optax.chain(
       clip_by_global_norm(optim.clip_norm) if optim.clip_norm
       else optax.identity(),
-      with_rates(OPTIMIZERS[optim.name].direction(optim, roles), rates),
-      add_decay(optim.weight_decay, decays),
-      with_rates(optax.scale_by_learning_rate(schedules.rate(optim, steps)),
-                 parts)))
-
-
-def in_float32(tx: optax.GradientTransformation
-               ) -> optax.GradientTransformation:
-  """Gives `tx` the gradients and the parameters in float32.
-
-  In bfloat16 a second moment with b2 = 0.999 would never fall: a thousandth
-  of it is less than half of its last digit.
-  """
+      _with_rates(OPTIMIZERS[optim.name].make(optim, roles), keep(rates)),
+      _add_decay(optim.weight_decay, decays),
+      _with_rates(optax.scale_by_learning_rate(rate(optim, steps)),
+                  keep(parts)))
 
   def cast(tree: Any):
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-  def init(params: Any):
-    return tx.init(cast(params))
+    """In bfloat16 a second moment with b2 = 0.999 would never fall: a
+    thousandth of it is less than half of its last digit."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), keep(tree))
 
   def update(grads: Any, state: Any, params: Any):
     return tx.update(cast(grads), state, cast(params))
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformation(lambda params: tx.init(cast(params)),
+                                      update)
 
 
-def with_rates(tx: optax.GradientTransformation, rates: Any
-               ) -> optax.GradientTransformation:
+def _with_rates(tx: optax.GradientTransformation, rates: Any
+                ) -> optax.GradientTransformation:
   """Multiplies the updates of `tx` by the leaves of `rates`. Its state stays
   as it is: a checkpoint is one whether there are rates or not."""
   if rates is None:
@@ -214,16 +277,13 @@ def with_rates(tx: optax.GradientTransformation, rates: Any
   return optax.GradientTransformation(tx.init, update)
 
 
-def add_decay(weight_decay: float | jax.Array, decays: Any
-              ) -> optax.GradientTransformation:
+def _add_decay(weight_decay: float | jax.Array, decays: Any
+               ) -> optax.GradientTransformation:
   """Adds weight_decay * p to the updates of the parameters that `decays`
   selects. optax's own, given a mask, has another tree of states."""
-
-  def add(updates: Any, params: Any):
-    return jax.tree.map(lambda u, p, decay: u + weight_decay * p
-                        if decay else u, updates, params, decays)
-
-  return optax.stateless(add)
+  return optax.stateless(lambda updates, params: jax.tree.map(
+      lambda u, p, decay: u + weight_decay * p if decay else u,
+      updates, params, decays))
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
@@ -263,27 +323,28 @@ def opt_state_shardings(tx: optax.GradientTransformation, params: Any,
                         shardings: Any):
   """Returns the sharding of each leaf of tx.init(params), as one tree.
 
-  A moment lies where its parameter lies. Along an axis of another size, as
-  those that a factored moment has summed away, it is whole, and so are
-  counters.
+  A moment, whose path in the state ends with that of its parameter, lies where
+  the parameter lies. Along an axis of another size, as those that a factored
+  moment has summed away, it is whole, and so are counters.
 
   Args:
     tx: the optimiser.
     params: the parameters' shapes, unboxed.
     shardings: a NamedSharding for each parameter.
   """
+  placed = {path: (x.shape, sharding) for (path, x), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings),
+      strict=True)}
   mesh = jax.tree.leaves(shardings)[0].mesh
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  masked = lambda x: isinstance(x, optax.MaskedNode)
 
-  def place(leaf: Any, param: Any, sharding: Any):
-    if masked(leaf):
-      return leaf
-    spec = tuple(sharding.spec) + (None,) * (param.ndim - len(sharding.spec))
-    spec = [axis if size == of_param else None for size, of_param, axis in zip(
-        leaf.shape, param.shape, spec, strict=True)]
+  def place(path: tuple, leaf: Any):
+    ends = (path[i:] for i in range(len(path)))
+    shape, sharding = next(
+        (placed[end] for end in ends if end in placed), ((), None))
+    spec = [] if sharding is None else [
+        axis if size == whole else None for size, whole, axis in zip(
+            leaf.shape, shape, (*sharding.spec, *(None,) * leaf.ndim))]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
-  return optax.tree_utils.tree_map_params(
-      tx, place, jax.eval_shape(tx.init, params), params, shardings,
-      transform_non_params=lambda _: whole, is_leaf=masked)
+  return jax.tree_util.tree_map_with_path(
+      place, jax.eval_shape(tx.init, params))

@@ -1,4 +1,5 @@
-"""Which parameters are trained, and at which share of the learning rate.
+"""Which parameters are trained, at which share of the learning rate, and their
+moving average.
 
 optim.freeze names parameters that are not trained. optim.layer_decay gives
 each layer the rate lr * layer_decay ** (N - n), n counted from 0 (Clark et al.
@@ -13,7 +14,7 @@ state in the optimiser. The layers of a stack share an array: where some of
 them are frozen, the state of these rows is there and stays zero.
 """
 
-from collections.abc import Callable, Iterator
+import math
 import re
 from typing import Any
 
@@ -46,78 +47,51 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
     RequestError: for a pattern that is no regular expression or matches no
       parameter, and where nothing would be trained.
   """
-  stacks = _Stacks(paths.flatten(shapes))
-  frozen = _frozen(optim.freeze, stacks)
+  stacks, below, depth = paths.Stacks(paths.flatten(shapes)), {}, 0
+  for stack in sorted(stacks.counts, key=STACKS.index):
+    below[stack] = depth
+    depth += stacks.counts[stack]
+  try:
+    patterns = [re.compile(pattern)
+                for pattern in filter(None, optim.freeze.split(','))]
+  except re.error as error:
+    raise RequestError(f'optim.freeze is {optim.freeze!r}, of which a pattern '
+                       f'is no regular expression: {error}') from error
+  names: list[str] = []
+  matched = set()
+
+  def rows_of(path: str) -> list[tuple[str, int]]:
+    """Returns the name of each row of a parameter, which has the number of its
+    layer in it, and how many powers of the decay it has."""
+    if not paths.Stacks.has(path):
+      return [(path, depth + 1 if path.startswith('embed/') else 0)]
+    stack, name = stacks.split(path)
+    return [(f'{stack}/layers/{n}/{name}', depth - below[stack] - n)
+            for n in stacks.layers(path)]
 
   def share(key: Any, role: Role, x: Any):
-    path = paths.join(key)
-    rows = [0.0 if name in frozen or adapted and not role.tuned else
-            optim.layer_decay ** stacks.above(name)
-            for name in stacks.names(path)]
+    path, rows = paths.join(key), []
+    for name, power in rows_of(path):
+      names.append(name)
+      freezes = {pattern for pattern in patterns
+                 if pattern.fullmatch(path) or pattern.fullmatch(name)}
+      matched.update(freezes)
+      rows.append(0.0 if freezes or adapted and not role.tuned
+                  else optim.layer_decay ** power)
     if len(set(rows)) == 1:
       return rows[0]
     return np.array(rows, np.float32).reshape(-1, *(1,) * (len(x.shape) - 1))
 
   tree = jax.tree_util.tree_map_with_path(share, roles, shapes)
+  for pattern in patterns:
+    require(pattern in matched, f'optim.freeze has the pattern '
+            f'{pattern.pattern!r}, which matches no parameter of the model: '
+            f'their paths are such as {", ".join(names[:3])}, and a pattern '
+            'must match all of one')
   require(any(map(np.any, jax.tree.leaves(tree))),
           f'optim.freeze is {optim.freeze!r}, which leaves no parameter to '
           'train')
   return tree
-
-
-class _Stacks:
-  """The layers of a model, by the paths of its parameters.
-
-  A row of STACK/layers/block_B/NAME is of one layer n: its name here is
-  STACK/layers/n/NAME.
-  """
-
-  def __init__(self, shapes: dict[str, Any]):
-    self._shapes, self._places = shapes, paths.Stacks(shapes)
-    self._below, self._layers = {}, 0
-    for stack in sorted(self._places.counts, key=STACKS.index):
-      self._below[stack] = self._layers
-      self._layers += self._places.counts[stack]
-
-  def all_names(self) -> Iterator[tuple[str, str]]:
-    """Yields the path of each parameter and the name of each of its rows."""
-    for path in self._shapes:
-      for name in self.names(path):
-        yield path, name
-
-  def names(self, path: str) -> list[str]:
-    """Returns the names of a parameter's rows, or of all of it."""
-    if not paths.Stacks.has(path):
-      return [path]
-    stack, name = self._places.split(path)
-    return [f'{stack}/layers/{n}/{name}' for n in self._places.layers(path)]
-
-  def above(self, name: str) -> int:
-    """Returns how many powers of the decay the name has."""
-    stack, _, rest = name.partition('/layers/')
-    if rest:
-      return self._layers - self._below[stack] - int(rest.partition('/')[0])
-    return self._layers + 1 if stack.startswith('embed/') else 0
-
-
-def _frozen(freeze: str, stacks: _Stacks) -> set[str]:
-  """Returns the names that a pattern matches; it may be written for the path
-  of the parameter, or with the number of the layer in it."""
-  found: set[str] = set()
-  for pattern in filter(None, freeze.split(',')):
-    try:
-      matches = re.compile(pattern).fullmatch
-    except re.error as error:
-      raise RequestError(f'optim.freeze has the pattern {pattern!r}, which is '
-                         f'no regular expression: {error}') from error
-    new = {name for path, name in stacks.all_names()
-           if matches(path) or matches(name)}
-    some = list(dict.fromkeys(name for _, name in stacks.all_names()))[:3]
-    require(new, f'optim.freeze has the pattern {pattern!r}, which matches no '
-            f'parameter of the model: their paths are such as '
-            f'{", ".join(some)}, and a pattern must match all of one')
-    found |= new
-  return found
 
 
 def trained(shares: Any, tree: Any):
@@ -138,11 +112,7 @@ def whole(shares: Any, part: Any, params: Any):
 
 def without_frozen_rows(shares: Any, grads: Any):
   """Returns gradients with zeros for the frozen layers of a stack."""
-  if shares is None:
-    return grads
-  return jax.tree.map(
-      lambda share, g: g if np.ndim(share) == 0 or np.all(share)
-      else jnp.where(share != 0, g, 0), trained(shares, shares), grads)
+  return with_frozen_rows(shares, grads, jax.tree.map(lambda _: 0, grads))
 
 
 def with_frozen_rows(shares: Any, new: Any, old: Any):
@@ -155,27 +125,54 @@ def with_frozen_rows(shares: Any, new: Any, old: Any):
       else jnp.where(share != 0, x, was), trained(shares, shares), new, old)
 
 
-def of_trained(shares: Any, make: Callable) -> optax.GradientTransformation:
-  """Returns an optimiser of the parameters that are trained.
+def start_average(optim: ml_collections.ConfigDict, shares: Any, params: Any):
+  """Returns the average before the first update, a copy of the parameters that
+  are trained; None where optim.ema is 0.
 
-  It takes whole trees, or those that `trained` returns, and gives updates like
-  the latter.
+  It is in float32, whatever model.param_dtype is: at a decay of 0.999 a
+  bfloat16 would not move. A step whose gradient is not finite is no update.
+  """
+  if not optim.ema:
+    return None
+  return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True),
+                      trained(shares, params))
+
+
+def update_average(optim: ml_collections.ConfigDict, average: Any, params: Any,
+                   updates: jax.Array, ok: jax.Array):
+  """Returns the average after a step. After update t, with the decay b, it is
+  (Kingma and Ba 2015, section 7.2, "Temporal averaging")
+
+    m_t = b m_{t-1} + (1 - b) p_t,  m_0 = 0;     average_t = m_t / (1 - b^t).
+
+  What is kept is average_t itself, which moves by
+
+    average_t = average_{t-1} + w_t (p_t - average_{t-1}),
+    w_t = (1 - b) / (1 - b^t),
+
+  so that a checkpoint holds the parameters that are evaluated, and the sum of
+  the weights is 1 from the first update on (w_1 = 1).
 
   Args:
-    shares: as `of` returns them.
-    make: (keep) -> the optimiser; keep is `trained` with these shares, for the
-      trees that it is made from.
+    optim: config.optim.
+    average: what it was before.
+    params: those that are trained, after the step.
+    updates: t, how many updates there have been, this one included.
+    ok: whether the step was an update.
   """
-  keep = lambda tree: trained(shares, tree)
-  tx = make(keep)
-  if shares is None:
-    return tx
+  if not optim.ema:
+    return None
+  # 1 - b^t without the digits that it would lose where b is nearly 1.
+  total = -jnp.expm1(updates.astype(jnp.float32) * math.log(optim.ema))
+  weight = jnp.where(ok, (1 - optim.ema) / total, 0.0)
+  return jax.tree.map(lambda m, p: m + weight * (p.astype(jnp.float32) - m),
+                      average, params)
 
-  def init(params: Any):
-    # optax.tree_utils.tree_map_params gives a stand-in that is no tree.
-    return tx.init(keep(params) if isinstance(params, dict) else params)
 
-  def update(grads: Any, state: Any, params: Any = None):
-    return tx.update(keep(grads), state, keep(params))
-
-  return optax.GradientTransformation(init, update)
+def evaluated(shares: Any, average: Any, params: Any):
+  """Returns the parameters that a run is evaluated with: the average, in the
+  dtype of the parameters, or where there is none these themselves."""
+  if average is None:
+    return params
+  return whole(shares, jax.tree.map(lambda m, p: m.astype(p.dtype), average,
+                                    trained(shares, params)), params)

@@ -21,32 +21,21 @@ one side. Vectors are not preconditioned: they are Adam's (optimizers.py).
 """
 
 from collections.abc import Callable
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from architectures.parts.roles import Axes, Role
-from training.optim import trees
+from architectures.parts.roles import Axes
+from training.optim import matrices
 
 
 class SoapState(NamedTuple):
   """M and V have the shape of the parameter. So have L, R, QL and QR, but that
   the other side is one axis as long as this side, and what else it has is 1; of
-  a side without a preconditioner they are masked."""
+  a side without a preconditioner they are None."""
   count: jax.Array  # of gradients
-  mean: optax.Params
-  square: optax.Params
-  left: optax.Params
-  right: optax.Params
-  left_basis: optax.Params
-  right_basis: optax.Params
-
-
-class _Matrix(NamedTuple):
-  """The state of one parameter, as matrices [*batch, ...]; None: masked."""
   mean: Any
   square: Any
   left: Any
@@ -60,57 +49,54 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
   """Returns the direction of SOAP.
 
   Args:
-    roles: the Role of each parameter, as a tree; where optax.partition leaves
-      out a parameter, its role is not read.
+    roles: the Role of each parameter, as a tree.
     b1, b2, eps: of Adam; b2 is of the preconditioners too.
     every: steps between two updates of the bases.
     most: the longest side that has a preconditioner.
   """
+  flipped = lambda axes: Axes(axes.batch, axes.outputs, axes.inputs)
+  # Of a field of the state: its own side is the rows.
+  seen = lambda axes: (axes, axes, axes, flipped(axes), axes, flipped(axes))
 
   def init(params: Any):
-    def zeros(role: Role, x: jax.Array, side: int):
-      axes = role.split(x.ndim)
-      if side == 2:
-        return jnp.zeros(x.shape, x.dtype)
-      if axes.sizes(x.shape)[side] > most:
-        return optax.MaskedNode()
-      return jnp.zeros(_factor_shape(axes, x.shape, side), x.dtype)
+    def factor(axes: Axes, x: jax.Array):
+      size, _ = axes.sizes(x.shape)
+      other = axes.outputs
+      return None if size > most else jnp.zeros(
+          [size if i == other[0] else 1 if i in other else n
+           for i, n in enumerate(x.shape)], x.dtype)
 
-    of = lambda side: trees.over_paths(
-        roles, lambda role, x: zeros(role, x, side), params)
-    return SoapState(jnp.zeros([], jnp.int32), of(2), of(2), of(0), of(1),
-                     of(0), of(1))
+    zeros = [matrices.over(roles, make, params) for make in (
+        lambda _, x: jnp.zeros_like(x), factor,
+        lambda axes, x: factor(flipped(axes), x))]
+    return SoapState(jnp.zeros([], jnp.int32),
+                     *(zeros[i] for i in (0, 0, 1, 2, 1, 2)))
 
   def update(grads: Any, state: Any, params: Any = None):
     del params
-    first, t = state.count == 0, state.count
 
-    def one(axes: Axes, g: jax.Array, *own: Any):
-      shapes = _Matrix(g.shape, g.shape, *(
-          _factor_shape(axes, g.shape, side) for side in (0, 1, 0, 1)))
-      matrix = _Matrix(*(
-          None if isinstance(x, optax.MaskedNode) else _as_matrices(axes, x, i)
-          for i, x in enumerate(own)))
-      step, matrix = _update(
-          trees.as_matrices(axes, g), matrix, t, first, b1, b2, eps, every)
-      return (trees.as_before(axes, step, g.shape), *(
-          optax.MaskedNode() if x is None else _as_before(axes, x, shape, i)
-          for i, (x, shape) in enumerate(zip(matrix, shapes))))
+    def one(axes: Axes, g: jax.Array, *fields: Any):
+      each = [*zip(seen(axes), fields)]
+      step, s = _update(
+          matrices.as_matrices(axes, g), SoapState(state.count, *(
+              None if x is None else matrices.as_matrices(own, x)
+              for own, x in each)), b1, b2, eps, every)
+      return (matrices.as_before(axes, step, g.shape), *(
+          None if x is None else matrices.as_before(own, new, x.shape)
+          for (own, x), new in zip(each, s[1:])))
 
-    found = trees.over(roles, one, grads, *state[1:])
-    pick = lambda i: jax.tree.map(
-        lambda x: x[i], found, is_leaf=lambda x: type(x) is tuple)
-    return pick(0), SoapState(state.count + 1, *(
-        pick(i) for i in range(1, 1 + len(_Matrix._fields))))
+    step, *fields = matrices.apart(
+        matrices.over(roles, one, grads, *state[1:]), 7)
+    return step, SoapState(state.count + 1, *fields)
 
   return optax.GradientTransformation(init, update)
 
 
-def _update(g: jax.Array, s: _Matrix, t: jax.Array, first: jax.Array,
-            b1: float, b2: float, eps: float, every: int
-            ) -> tuple[jax.Array, _Matrix]:
+def _update(g: jax.Array, s: SoapState, b1: float, b2: float, eps: float,
+            every: int) -> tuple[jax.Array, SoapState]:
   """Returns the step and the new state of matrices [*batch, rows, columns];
-  t: how many steps there have been, this one included, 0 at the first."""
+  s.count: how many steps there have been, this one included, 0 at the first."""
+  t, first = s.count, s.count == 0
   p = _into(g, s.left_basis, s.right_basis)
   keep = lambda new, old: jnp.where(first, old, new)
   mean = keep(b1 * s.mean + (1 - b1) * p, s.mean)
@@ -122,18 +108,15 @@ def _update(g: jax.Array, s: _Matrix, t: jax.Array, first: jax.Array,
   left, right = (
       None if old is None else b2 * old + (1 - b2) * new
       for old, new in ((s.left, g @ g.mT), (s.right, g.mT @ g)))
-
-  def begin(s: _Matrix) -> _Matrix:
-    return s._replace(left_basis=_eigenbasis(s.left),
-                      right_basis=_eigenbasis(s.right))
-
-  s = _Matrix(mean, square, left, right, s.left_basis, s.right_basis)
-  s = _when(first, begin, s)
-  s = _when(~first & (t % every == 0), _turn, s)
+  s = s._replace(mean=mean, square=square, left=left, right=right)
+  begin = lambda s: s._replace(left_basis=_eigenbasis(s.left),
+                               right_basis=_eigenbasis(s.right))
+  s = jax.lax.cond(first, begin, lambda s: s, s)
+  s = jax.lax.cond(~first & (t % every == 0), _turn, lambda s: s, s)
   return step, s  # 0 at the first: it is of the mean before
 
 
-def _turn(s: _Matrix) -> _Matrix:
+def _turn(s: SoapState) -> SoapState:
   """Brings the bases nearer to the eigenvectors, and M and V into them."""
   mean = _out_of(s.mean, s.left_basis, s.right_basis)
   square, bases = s.square, []
@@ -185,56 +168,3 @@ def _one_by_one(fn: Callable[[jax.Array], jax.Array], x: jax.Array
   # vmap would make a batch of them again.
   return jax.lax.map(jax.custom_batching.sequential_vmap(fn), flat
                      ).reshape(x.shape)
-
-
-def _when(ok: jax.Array, fn: Callable[[_Matrix], _Matrix], s: _Matrix
-          ) -> _Matrix:
-  """Returns fn(s) if ok, else s. Where several runs train as one (vmap), fn
-  is computed at the steps alone at which one of them needs it: jax.lax.cond
-  would become a choice between both sides, at each step."""
-
-  @jax.custom_batching.custom_vmap
-  def when(ok: jax.Array, s: _Matrix):
-    return jax.lax.cond(ok, fn, lambda s: s, s)
-
-  @when.def_vmap
-  def _(size: int, batched: Any, ok: jax.Array, s: _Matrix):
-    each = lambda x, is_batched: x if is_batched else jnp.broadcast_to(
-        x, (size, *x.shape))
-    oks = each(ok, batched[0])
-    s = jax.tree.map(each, s, batched[1])
-    chosen = lambda s: jax.tree.map(
-        lambda new, old: jnp.where(
-            oks.reshape(-1, *(1,) * (old.ndim - 1)), new, old),
-        jax.vmap(fn)(s), s)
-    return jax.lax.cond(oks.any(), chosen, lambda s: s, s), jax.tree.map(
-        lambda _: True, s)
-
-  return when(ok, s)
-
-
-def _factor_shape(axes: Axes, shape: tuple[int, ...], side: int
-                  ) -> tuple[int, ...]:
-  """The shape in which the factor of a side is kept; side 0: the rows."""
-  own, other = (axes.inputs, axes.outputs)[::1 if side == 0 else -1]
-  size = math.prod(shape[i] for i in own)
-  return tuple(size if i == other[0] else 1 if i in other else n
-               for i, n in enumerate(shape))
-
-
-def _is_right(field: int) -> bool:
-  return _Matrix._fields[field].startswith('right')
-
-
-def _as_matrices(axes: Axes, x: jax.Array, field: int) -> jax.Array:
-  """A leaf of the state as matrices: of a factor its own side is the rows."""
-  if _is_right(field):
-    axes = Axes(axes.batch, axes.outputs, axes.inputs)
-  return trees.as_matrices(axes, x)
-
-
-def _as_before(axes: Axes, x: jax.Array, shape: tuple[int, ...], field: int
-               ) -> jax.Array:
-  if _is_right(field):
-    axes = Axes(axes.batch, axes.outputs, axes.inputs)
-  return trees.as_before(axes, x, shape)

@@ -281,8 +281,8 @@ def test_what_it_keeps_and_multiplies():
   more = {'attention': 0, 'weights': 2 * 2 * 16 * 3 * (4 + 2 + 2) * 8}
   whole, rest = (flops.forward_flops(x, 16) for x in (c, plain))
   assert {name: whole[name] - rest[name] for name in whole} == more
-  assert totals._state_bytes(c) == 2 * 2 * (4 + 2 + 2) * 8 * 4
-  assert totals._cache_bytes(c) == totals._cache_bytes(plain)
+  (per_token, per_row), (other, _) = map(totals.kept_bytes, (c, plain))
+  assert per_row == 2 * 2 * (4 + 2 + 2) * 8 * 4 and per_token == other
 
 
 @pytest.mark.parametrize('system, fields, words', [

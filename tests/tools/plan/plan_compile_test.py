@@ -15,18 +15,16 @@ os.environ |= {
 
 from architectures.parts import gathered
 from architectures.parts.attention import kernels
-from tools.plan import analyse, chips, collectives, compile as compiling
-from tools.plan import predict, search
-from tools.plan import topology as topologies
-from tools.plan.compile import DoesNotFit
-from training.costs import traced as work
+from tools.plan import chips, collectives, predict, programs, search
+from tools.plan.programs import DoesNotFit
+from training.costs import flops, memory
 
 pytestmark = [pytest.mark.plan, pytest.mark.slow]
 tpu = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None,
     reason="libtpu is not installed: pip install -e '.[plan]'")
 gpu = pytest.mark.skipif(
-    not topologies.compiler(chips.parse('h100:1x2x8')),
+    not chips.compiler(chips.parse('h100:1x2x8')),
     reason="the CUDA plugin of jax's own release is not installed: "
     "pip install -e '.[plan-gpu]', with Python 3.12 or later")
 
@@ -34,13 +32,12 @@ gpu = pytest.mark.skipif(
 def run_on(topology, mesh, config):
   config.data.batch_size = max(config.data.batch_size, 16)
   config.model.dtype = 'bfloat16'
-  return analyse.run_on(config, topology, mesh)
+  return programs.run_on(config, topology, mesh)
 
 
 def compiled(run, topology):
-  what = compiling.program(run, 'train')
-  return compiling.build(run, what, *compiling.lower(run, what),
-                         topology.chip.hbm).executable
+  what = programs.program(run, 'train')
+  return programs.build(run, what, programs.lower(run, what), topology.chip.hbm)
 
 
 @tpu
@@ -54,8 +51,8 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
   run = run_on(topology, preset, config)
   found = collectives.read(
       compiled(run, topology).as_text(), run.mesh.shape,
-      host_of=analyse.hosts(run, topology),
-      ragged_rows=analyse.ragged_rows(run, 'train'))
+      host_of=programs.hosts(run, topology),
+      ragged_rows=programs.ragged_rows(run, 'train'))
   crossings = [c for c in found if c.kind == 'ragged-all-to-all'
                and c.dtype == 'bf16']  # of rows, not of gates
   if run.mesh.shape['expert'] > 1:
@@ -66,7 +63,7 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
         8 // run.mesh.shape['tensor'])
     assert all(c.payload == tokens * 2 * 256 * 2 for c in crossings)
     foretold = next(
-        c for c in predict.sent(run, analyse.hosts(run, topology))
+        c for c in predict.sent(run, programs.hosts(run, topology))
         if c.kind == 'all-to-all')
     assert foretold.runs == 8
     # The estimate is of a mesh's batch axes: `tensor` shares the rows out too.
@@ -90,7 +87,7 @@ def test_no_weight_is_summed_whole_on_a_mesh_of_fsdp_alone():
   run = run_on(topology, 'fsdp=64', config)
   found = collectives.read(
       compiled(run, topology).as_text(), run.mesh.shape,
-      host_of=analyse.hosts(run, topology))
+      host_of=programs.hosts(run, topology))
   # Norms, and the ids of tokens.
   assert not [c for c in found if c.kind == 'all-reduce' and c.size == 64
               and c.elements > 4 * 512 and c.dtype != 's32']
@@ -120,8 +117,8 @@ def test_what_is_large_is_scattered_and_gathered(preset, kinds):
   run = run_on(topology, preset, config)
   found = collectives.read(
       compiled(run, topology).as_text(), run.mesh.shape,
-      host_of=analyse.hosts(run, topology),
-      ragged_rows=analyse.ragged_rows(run, 'train'))
+      host_of=programs.hosts(run, topology),
+      ragged_rows=programs.ragged_rows(run, 'train'))
   # What a reduce-scatter returns is one of its shards.
   whole = lambda c: c.elements * (c.size if c.kind == 'reduce-scatter' else 1)
   large = {(c.kind, *c.axes) for c in found if c.runs > 1  # of a layer
@@ -194,7 +191,7 @@ def test_what_does_not_fit_is_refused_by_the_compiler():
 @pytest.mark.parametrize('name', ['v5e:2x2', 'v5p:2x2x1'])
 def test_grouped_products_are_counted_as_the_compiler_makes_them(name):
   topology = chips.parse(name)
-  one = jax.sharding.SingleDeviceSharding(topologies.devices(topology)[0])
+  one = jax.sharding.SingleDeviceSharding(chips.devices(topology)[0])
   shape = lambda *size, dtype='bfloat16': jax.ShapeDtypeStruct(
       size, dtype, sharding=one)
   def products(x_RK, w_EKN, counts_E, d_RN):
@@ -204,54 +201,48 @@ def test_grouped_products_are_counted_as_the_compiler_makes_them(name):
   traced = jax.jit(products).trace(
       shape(512, 256), shape(4, 256, 128), shape(4, dtype='int32'),
       shape(512, 128))
-  place = work.Place('tpu', dense=topologies.dense(topology))
-  counted = work.count(traced.jaxpr, place).flops
+  place = flops.Place('tpu', dense=chips.dense(topology))
+  counted = flops.count(traced.jaxpr, place).flops
   made = traced.lower().compile().cost_analysis()['flops']
   assert counted == pytest.approx(made, rel=0.1)
 
 
 @tpu
 @pytest.mark.parametrize('remat, keep', [('full', 'none'), ('offload', 'down')])
-def test_the_peak_is_near_the_estimate_and_above_the_least(remat, keep):
-  from training.costs import memory
+def test_the_peak_is_near_the_estimate(remat, keep):
   topology = chips.parse('v5p:2x2x1')
   config = gpt.get_config()
   config.model.update(d_model=1024, num_heads=16, num_layers=8, remat=remat,
                       keep_gathered=keep)
   run = run_on(topology, 'fsdp=4', config)
   stats = compiled(run, topology).memory_analysis()
-  peak = compiling.peak_bytes(stats)
+  peak = programs.peak_bytes(stats)
   assert stats.host_temp_size_in_bytes == memory.analytic(
       run, platform='tpu').get('host_memory', 0)
   assert 0.5 < memory.analytic(run, platform='tpu')['peak'] / peak < 2
-  assert 0.25 < memory.least(run)['peak'] / peak <= 1
-  described = memory.described(config, run.model, dict(run.mesh.shape))
-  assert memory.least(described) == memory.least(run)
 
 
 @tpu
-def test_two_slices_send_over_the_network_between_them(tmp_path, monkeypatch):
-  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+def test_two_slices_send_over_the_network_between_them():
   topology = chips.parse('v5p:2x2x1', 2)
   run = run_on(topology, 'data=2,fsdp=4', gpt.get_config())
-  report = analyse.analyse(run, topology, 'train')
-  assert set(analyse.hosts(run, topology)) == {0, 1}
+  report = programs.analyse(run, topology, 'train')
+  assert set(programs.hosts(run, topology)) == {0, 1}
   outside = report['roofline']['seconds']['network_outside']
   assert outside > report['roofline']['seconds']['network']
 
 
 @tpu
 def test_a_search_compiles_the_best_and_goes_on_where_one_is_refused(
-    tmp_path, monkeypatch):
-  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+    monkeypatch):
   topology, config = chips.parse('v5p:2x2x1'), gpt.get_config()
-  real, asked = analyse.analyse, []
+  real, asked = programs.analyse, []
   def one_is_refused(run, *args):
     asked.append(run)
     if len(asked) == 1:
       raise DoesNotFit('too large')
     return real(run, *args)
-  monkeypatch.setattr(analyse, 'analyse', one_is_refused)
+  monkeypatch.setattr(programs, 'analyse', one_is_refused)
   found = search.search(config, topology, 1)
   [plan], [refused] = found['plans'], found['refused']
   assert not plan['estimate'] and plan['flags'] != refused['flags']
@@ -260,13 +251,12 @@ def test_a_search_compiles_the_best_and_goes_on_where_one_is_refused(
 
 
 @tpu
-def test_generation_holds_weights_and_cache(tmp_path, monkeypatch):
-  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+def test_generation_holds_weights_and_cache():
   topology = chips.parse('v5p:2x2x1')
   config = gpt.get_config()
   run = run_on(topology, 'fsdp=4', config)
-  prefill = analyse.analyse(run, topology, 'prefill')
-  decode = analyse.analyse(run, topology, 'decode')
+  prefill = programs.analyse(run, topology, 'prefill')
+  decode = programs.analyse(run, topology, 'decode')
   cache = (2 * config.model.num_layers * config.data.batch_size // 4
            * config.data.length * config.model.d_model * 2)
   for report in (prefill, decode):
@@ -291,14 +281,13 @@ def test_a_gpu_makes_grouped_products_of_all_groups():
 
 
 @gpu
-def test_gpus_of_two_hosts(tmp_path, monkeypatch):
-  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+def test_gpus_of_two_hosts():
   topology = chips.parse('h100:1x2x8')
   config = mixtral.get_config()
   config.model.attention_kernel = 'xla'
   run = run_on(topology, 'data=2,fsdp=4,expert=2', config)
-  assert set(analyse.hosts(run, topology)) == {0, 1}
-  report = analyse.analyse(run, topology, 'train')
+  assert set(programs.hosts(run, topology)) == {0, 1}
+  report = programs.analyse(run, topology, 'train')
   assert report['memory']['peak'] > report['memory']['parameters'] > 0
   kinds = {(row['kind'], tuple(row['axes'])) for row in report['collectives']}
   assert any('all-to-all' in kind and axes == ('expert',)
@@ -307,4 +296,4 @@ def test_gpus_of_two_hosts(tmp_path, monkeypatch):
   held = 1.1 * report['memory']['arguments']
   tight = topology._replace(chip=topology.chip._replace(hbm=held))
   with pytest.raises(DoesNotFit, match='GiB at its peak, and a device has'):
-    analyse.analyse(run, tight, 'train', fresh=True)
+    programs.analyse(run, tight, 'train')

@@ -14,7 +14,7 @@ from configs import base, bert
 from tests.helpers import flops_formulas as formulas
 from tests.helpers import models
 from training import objectives, step
-from training.costs import flops, peaks, totals, traced
+from training.costs import flops, totals
 
 LENGTH = 24
 
@@ -76,7 +76,7 @@ def test_a_convolution_counts_its_window():
         x_BLD, w_4D[:, None], (1,), [(3, 0)], feature_group_count=16,
         dimension_numbers=('NWC', 'WIO', 'NWC'))
   args = jnp.ones((2, LENGTH, 16)), jnp.ones((4, 16))
-  work = traced.count(jax.make_jaxpr(short)(*args), traced.Place('gpu'))
+  work = flops.count(jax.make_jaxpr(short)(*args), flops.Place('gpu'))
   assert work.flops == 2 * 4 * 2 * LENGTH * 16
 
 
@@ -151,8 +151,6 @@ def test_an_encoder_decoder_by_hand():
       2 * 64 * (4 * 6 + 2 * (4 * 3) + 2 * (2 * 3 + 2 * 6))  # projections
       + 2 * 2 * 8 * 16 * (6 + 2 * 3)  # feed-forwards
       + 2 * 3 * 8 * 96)  # the head
-  per_token = flops.forward_flops_per_token(config, 6, 3)
-  assert per_token == pytest.approx(sum(parts.values()) / 9)
   token = flops.decode_flops(config, 3, memory=6)
   assert token['attention'] == 4 * 8 * 2 * (3 + 6)
   assert token['weights'] == (
@@ -173,7 +171,7 @@ def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
   program = jax.make_jaxpr(jax.grad(loss))(step.parameter_shapes(module), {
       key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype)
       in objectives.shapes(config).items()})
-  multiplied = traced.count(program, traced.Place('gpu', useful=True)).flops
+  multiplied = flops.count(program, flops.Place('gpu', useful=True)).flops
   unread = objective.unread(config, L)
   assert unread == (0 if whole_words else L - round(0.15 * L))
   said = flops.training_flops_per_token(c, L, unread=unread)
@@ -215,9 +213,9 @@ class Device:
 
 def test_peaks():
   h100 = Device('NVIDIA H100 80GB HBM3')
-  assert peaks.total([h100] * 2, 'bfloat16') == pytest.approx(2 * 989.4e12)
-  assert peaks.total([h100], 'float32') == pytest.approx(494.7e12)
+  assert flops.total_peak([h100] * 2, 'bfloat16') == pytest.approx(2 * 989.4e12)
+  assert flops.total_peak([h100], 'float32') == pytest.approx(494.7e12)
   # A v4 device is the whole chip, unless its two cores are two devices.
-  assert peaks.total([Device('TPU v4', 'tpu', 2)], 'bfloat16') == 275e12
-  assert peaks.total([Device('TPU v4', 'tpu')] * 2, 'bfloat16') == 275e12
-  assert peaks.total([Device('TPU7x', 'tpu')] * 2, 'bfloat16') == 2307e12
+  assert flops.total_peak([Device('TPU v4', 'tpu', 2)], 'bfloat16') == 275e12
+  assert flops.total_peak([Device('TPU v4', 'tpu')] * 2, 'bfloat16') == 275e12
+  assert flops.total_peak([Device('TPU7x', 'tpu')] * 2, 'bfloat16') == 2307e12

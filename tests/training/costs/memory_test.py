@@ -17,7 +17,7 @@ def one_layer(made, length: int, **fields) -> tuple[int, int]:
   config.data.update(length=length, batch_size=ROWS)
   c = totals.resolved(config)
   shape = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
-  told = memory.analytic(memory.described(config, c, shape), 1, 'tpu')
+  told = memory.analytic(memory.described(config, c, shape), (1, 0), 'tpu')
   return told['one_layer'], 2 * 4 * ROWS * length ** 2 * c.num_heads
 
 

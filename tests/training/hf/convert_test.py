@@ -1,13 +1,16 @@
-"""Weights that a run starts from: imported, upcycled, or taken in part."""
+"""From Hugging Face's folders to workdirs and back, and mixtures of experts."""
 
 import json
+import re
 import shlex
 import sys
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import archetype
 import architectures
@@ -15,13 +18,17 @@ from configs import base
 from configs.errors import EnvironmentFailure, RequestError
 from tests import train_test
 from tests.helpers import models
+from tests.parity import exports
+from training import paths, runs
 from tools import convert
-from training import parameters, paths, runs
-from training.hf import generation as hf_generation, gguf, peft, upcycling
+from training.data import tokenizers
+from training.hf import config as hf_config, files as hf_files
+from training.hf import generation as hf_generation, peft, upcycling
 from training.hf import weights
 from training.workdir import checkpoints, run_config
 
 texts = train_test.texts
+
 # A dense system, and what becomes of it: layers with experts alone or between
 # dense ones, with biases or without, gated or not, in one stack or in two.
 MIXTURES = {
@@ -67,10 +74,10 @@ def test_a_mixture_starts_as_its_dense_model(system):
 @pytest.mark.slow
 @pytest.mark.parametrize('words, sentence', [
     (['num_expert=4'], 'write FIELD=VALUE, of the fields'),
-    (['num_experts'], 'write FIELD=VALUE'),
+    (['num_experts'], "'' is no int"),
     (['num_experts=few'], "'few' is no int"),
     (['normalize_gates=no'], "'no' is no bool"),
-    (['ffn=relu'], "unknown field of model.moe 'ffn'"),
+    (['ffn=relu'], 'write FIELD=VALUE'),
 ])
 def test_a_wrong_mixture_is_refused(words, sentence, tmp_path):
   module, params = models.make('llama', vocab_size=384)
@@ -122,14 +129,10 @@ def test_an_import_that_fails_leaves_no_run(tmp_path, monkeypatch):
                                   shard_bytes=10**9),
     lambda folder: archetype.Model(None, {}).save(folder),
     lambda folder: peft.write(models.config('llama'), {}, folder, ''),
-    lambda folder: gguf.write_folder(folder / 'config.json', folder)],
+    lambda folder: convert.of_gguf(folder / 'config.json', folder)],
                          ids=['export', 'save', 'peft', 'gguf'])
-@pytest.mark.parametrize('own', ['config.json', 'checkpoints'])
-def test_no_weights_are_written_into_a_run(write, own, tmp_path):
-  if own == 'checkpoints':
-    (tmp_path / own / '5').mkdir(parents=True)
-  else:
-    run_config.save(tmp_path, base.base())
+def test_no_weights_are_written_into_a_run(write, tmp_path):
+  run_config.save(tmp_path, base.base())
   before = sorted(tmp_path.rglob('*'))
   with pytest.raises(RequestError, match='which holds a training run'):
     write(tmp_path)
@@ -154,34 +157,178 @@ def test_eval_reads_an_import_and_train_goes_on_in_a_mixture(
           if r['split'] == 'eval'] == [2]
 
 
-def _start(imported, **changes):
-  """Returns (run, state, what was drawn) of a run that starts from a workdir.
-  """
-  config = run_config.load_config(imported).copy_and_resolve_references()
-  with config.unlocked():
-    config.init_from = str(imported)
-    config.model.update(changes.pop('model', {}))
-    config.update(changes)
-  run = runs.build(config, architectures.resolve(config.model))
-  return run, parameters.create(run, config.init_from)
-
-
-@pytest.mark.slow
-def test_a_run_starts_from_a_workdir(imported):
-  _, params = models.make('llama', vocab_size=384)
-  _, state = _start(imported)
-  jax.tree.map(np.testing.assert_array_equal, state.params, params)
-  with pytest.raises(ValueError, match=r"position is 'alibi', not 'rope'.*"
-                     'init_partial=True'):
-    _start(imported, model=dict(position='alibi'))
-
-
 @pytest.mark.parametrize('content, words', [
-    (None, 'is no file'), (b'{}', 'is no GGUF file')])
+    (None, 'is no GGUF file'), (b'{}', 'is no GGUF file')])
 def test_what_is_no_gguf_file_is_refused(content, words, tmp_path):
   file = tmp_path / 'model.gguf'
   if content is not None:
     file.write_bytes(content)
   with pytest.raises(RequestError, match=words):
-    gguf.write_folder(file, tmp_path / 'out')
+    convert.of_gguf(file, tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
+
+GIVEN = dict(
+    fields=dict(bos_token_id=3, eos_token_id=[4, 5], pad_token_id=None,
+                task_specific_params=dict(chat=dict(max_length=50))),
+    options=dict(bos_token_id=3, eos_token_id=[4, 5, 7], do_sample=True,
+                 temperature=0.6, transformers_version='4.40.0'))
+TEMPLATE = '{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}'
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+  """A workdir of weights with 61 ids, a chat template and no tokenizer."""
+  folder = tmp_path_factory.mktemp('generation')
+  module, params = models.make('llama', vocab_size=61)
+  weights.to_hf(module, params, folder / 'in',
+                generation=hf_generation.Generation(**GIVEN))
+  (folder / 'in/chat_template.jinja').write_text(TEMPLATE)
+  convert.import_(folder / 'in', folder / 'run', partial=False, seed=0)
+  return folder / 'run'
+
+
+def _exported(workdir, out):
+  convert.export(workdir, out, step=None, dtype='', shard_bytes=10**9)
+  return {path.name: path.read_text() for path in out.iterdir()
+          if path.suffix != '.safetensors'}
+
+
+@pytest.mark.slow
+def test_an_import_is_exported_with_what_generation_needs(published, tmp_path):
+  files = _exported(published, tmp_path / 'out')
+  given = published.parent / 'in'
+  assert files == {name: (given / name).read_text() for name in (
+      'config.json', 'generation_config.json', 'chat_template.jinja')}
+  assert load_file(tmp_path / 'out' / hf_files.SAFE).keys() == load_file(
+      given / hf_files.SAFE).keys()
+  assert (tmp_path / 'out' / hf_files.SAFE).read_bytes() == (
+      given / hf_files.SAFE).read_bytes()
+  tree = json.loads(files['config.json'])
+  assert {k: tree[k] for k in GIVEN['fields']} == GIVEN['fields']
+
+
+@pytest.mark.slow
+def test_training_gives_the_ids_another_meaning(published):
+  """Of the first step on, a model of 61 ids writes bytes, and its export says
+  so; one that has its own tokenizer keeps its own."""
+  config = run_config.load_config(published)
+  model = architectures.resolve(config.model)
+  kept = hf_generation.kept(published)
+  assert convert._generation(published, config, model, 0) == kept
+  assert checkpoints.directory(published).exists()
+  ids = tokenizers.load('bytes:61').special_ids
+  assert convert._generation(published, config, model, 9).fields == {
+      f'{name}_token_id': ids[name] for name in ('bos', 'eos', 'pad')}
+  with config.unlocked():
+    config.data.tokenizer = 'a/tokenizer.json'
+  assert convert._generation(published, config, model, 9) == kept
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_is_not_read_goes_along(tmp_path, capsys):
+  """Marian's numbers its pieces by vocab.json, without merges."""
+  module, params = models.make('llama', vocab_size=384)
+  weights.to_hf(module, params, tmp_path / 'in')
+  kept = ('source.spm', 'target.spm', 'vocab.json')
+  for name in kept:
+    (tmp_path / 'in' / name).write_text(name)
+  convert.import_(tmp_path / 'in', tmp_path / 'run', partial=False, seed=0)
+  assert ('no tokenizer that is read here, though vocab.json, source.spm'
+          in capsys.readouterr().err)
+  assert run_config.load_config(tmp_path / 'run').data.tokenizer == 'bytes'
+  convert.export(tmp_path / 'run', tmp_path / 'out', step=None, dtype='',
+                 shard_bytes=10**9)
+  for name in kept:
+    assert (tmp_path / 'out' / name).read_text() == name
+
+HEADS = {'transform', 'transform_bias', 'transform_norm/scale',
+         'transform_norm/bias', 'head/bias'}
+NSP = {'nsp', 'nsp_bias'}
+POOLER = {'pooler', 'pooler_bias'}
+# Folders as transformers' classes write them: (the class, what is left out of
+# the files, model.next_sentence, the parameters that are new).
+FOLDERS = {
+    'BertForMaskedLM': (r'bert\.pooler|cls\.seq', False, set()),
+    'BertModel': (r'cls\.', True, HEADS | NSP),
+    'BertModel without a pooler': (r'cls\.|pooler', False, HEADS),
+}
+
+
+def _folder(path, drop='', architecture='', system='bert', **changes):
+  """Writes a folder without the tensors whose names have `drop`; returns it."""
+  module = architectures.build(models.config(system, **changes))
+  params = exports.random(module)
+  weights.to_hf(module, params, path)
+  bare = architecture.startswith('BertModel')
+  tensors = {name.removeprefix('bert.') if bare else name: x
+             for name, x in load_file(path / hf_files.SAFE).items()
+             if not (drop and re.search(drop, name))}
+  save_file(tensors, path / hf_files.SAFE)
+  if architecture:
+    file = path / 'config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(
+        architectures=[architecture.partition(' ')[0]])))
+  return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', FOLDERS)
+def test_a_folder_without_all_heads_goes_in_and_out_as_it_is(kind, tmp_path,
+                                                             capsys):
+  drop, next_sentence, new = FOLDERS[kind]
+  given = _folder(tmp_path / 'in', drop, kind)
+  run = epath.Path(tmp_path / 'run')
+  convert.import_(given, run, partial=False, seed=0)
+  said = [line for line in capsys.readouterr().out.splitlines()
+          if 'new, drawn from the seed' in line]
+  config, _, params, _ = convert._from_workdir(run, None)
+  assert config.model.next_sentence == next_sentence
+  named = {name for line in said
+           for name in line.rpartition(': ')[2].split(', ')}
+  assert named == new and new <= paths.flatten(params).keys()
+  convert.export(run, tmp_path / 'out', step=None, dtype='',
+                 shard_bytes=10**9)
+  before, after = (load_file(folder / hf_files.SAFE)
+                   for folder in (given, tmp_path / 'out'))
+  assert before.keys() == after.keys()
+  for name, x in before.items():
+    np.testing.assert_array_equal(x, after[name], name)
+  assert (hf_config.load_config_json(tmp_path / 'out')['architectures']
+          == [kind.partition(' ')[0]])
+
+
+def test_files_tell_of_a_pooler_whatever_config_json_says(tmp_path):
+  """Those of 2018 call themselves BertForMaskedLM and hold all heads."""
+  folder = _folder(tmp_path, architecture='BertForMaskedLM')
+  assert not hf_config.read(
+      hf_config.load_config_json(folder)).next_sentence
+  module, params = weights.from_hf(folder)
+  assert module.config.next_sentence
+  assert NSP | POOLER <= paths.flatten(params).keys()
+
+
+def test_a_head_that_is_there_in_part_is_damage(tmp_path):
+  folder = _folder(tmp_path, r'predictions\.transform\.dense\.bias')
+  with pytest.raises(RequestError, match='have no cls.predictions.transform'):
+    weights.from_hf(folder)
+
+
+@pytest.mark.parametrize('system', ['bert', 'roberta', 'modernbert'])
+def test_the_head_is_left_out_on_request(system, tmp_path):
+  module = architectures.build(models.config(system))
+  params = exports.random(module)
+  weights.to_hf(module, params, tmp_path, bare=True)
+  tree = hf_config.load_config_json(tmp_path)
+  assert tree['architectures'][0].endswith('Model')
+  files = hf_files.Files(tmp_path)
+  page = architectures.hugging_face(system)
+  assert not any(name.startswith(page.bare[1]) for name in files)
+  assert weights.is_bare(module.config, set(files))
+  with pytest.warns(UserWarning, match='no head of') as said:
+    again, read = weights.from_hf(tmp_path)
+  assert any('no head of masked words' in str(w.message) for w in said)
+  theirs = paths.flatten(read)
+  for path, x in paths.flatten(params).items():
+    if path.startswith(('embed', 'encoder')):
+      np.testing.assert_array_equal(x, theirs[path], path)
+  assert again.config.next_sentence == module.config.next_sentence

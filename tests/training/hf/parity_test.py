@@ -5,12 +5,13 @@ tests/parity/live_test.py compares live (`make verify`).
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import architectures
-from tests.parity import compare
-from tests.parity import recording
+from tests.helpers import models
+from tests.parity import compare, recording
 from training.hf import config as hf_config, files as hf_files, weights
 
 FILES = recording.files()
@@ -83,3 +84,39 @@ def test_every_architecture_with_a_reference_is_compared():
   with_reference = {arch for arch in architectures.systems()
                     if hasattr(architectures.page(arch), 'HF')}
   assert with_reference == set(recording.systems())
+
+LABELS = ('bad', 'good', 'neither')
+
+
+@pytest.mark.parametrize('path', [
+    pytest.param(path, id=path.stem)
+    for path in sorted((recording.FOLDER / 'heads').iterdir())])
+def test_scores_and_gradients_equal_transformers(path):
+  found = recording.load_recording(path)
+  findings = compare.findings_of(found)
+  assert {f.what for f in findings} == {'logits', 'grads'}
+  assert all(f.ok for f in findings), findings
+
+
+@pytest.mark.parametrize('system, head, said', [
+    ('bert', 'sequence', 'BertForSequenceClassification'),
+    ('gpt', 'tokens', 'GPT2ForTokenClassification'),
+    ('llama', 'span', 'LlamaForQuestionAnswering'),
+    ('gpt_neox', 'sequence', 'GPTNeoXForSequenceClassification')])
+def test_an_export_with_a_head_is_the_import(tmp_path, system, head, said):
+  labels = () if head == 'span' else LABELS
+  module, params = models.make(system, head=head, num_labels=len(labels))
+  weights.to_hf(module, params, tmp_path, labels=labels)
+  tree = hf_config.load_config_json(tmp_path)
+  assert tree['architectures'] == [said]
+  again, read = weights.from_hf(tmp_path)
+  hf_config.check_same(module.config, again.config, 'read back')
+  jax.tree.map(np.testing.assert_array_equal, params, read)
+  if labels:
+    assert tree['id2label'] == {'0': 'bad', '1': 'good', '2': 'neither'}
+    assert tree['label2id'] == {'bad': 0, 'good': 1, 'neither': 2}
+    assert hf_config.labels(tree) == LABELS
+  names = set(hf_files.Files(tmp_path))
+  if system == 'llama':  # transformers calls the stack so in this class alone
+    assert {name.split('.')[0] for name in names} == {'transformer',
+                                                      'qa_outputs'}

@@ -1,10 +1,12 @@
-"""Weights in Hugging Face's format: what goes in comes out, or is refused."""
+"""Weights in Hugging Face's format: what goes in comes out, or is refused in
+one sentence and at once."""
 
 import json
+import time
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -13,16 +15,26 @@ import architectures
 from architectures.parts.hf import tensor_map
 from configs.errors import RequestError
 from tests.helpers import models
-from tools import convert
+from tests.parity import exports
 from training import paths
-from training.step import abstract_params
 from training.hf import config as hf_config, files as hf_files
 from training.hf import generation as hf_generation, weights
-from training.workdir import run_config
 
 
 def _equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def _refused(call, *words):
+  """Checks that `call` fails in one sentence, at once, with these words."""
+  start = time.process_time()
+  with pytest.raises(RequestError) as caught:
+    call()
+  said = str(caught.value)
+  assert len(said.splitlines()) == 1 and len(said) < 900, said
+  for word in words:
+    assert word in said, said
+  assert time.process_time() - start < 5, said
 
 
 @pytest.fixture(scope='module')
@@ -41,14 +53,6 @@ def _edit(folder, tmp_path, **changes):
   return tmp_path
 
 
-def _random(module):
-  """Parameters without an initialisation, which would have to be compiled."""
-  draw = np.random.default_rng(0)
-  return jax.tree.map(
-      lambda x: jnp.asarray(draw.random(x.shape, np.float32)),
-      nn.meta.unbox(abstract_params(module)))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('system', models.FEW)
 def test_import_of_an_export_is_the_model(system, tmp_path):
@@ -57,7 +61,7 @@ def test_import_of_an_export_is_the_model(system, tmp_path):
   module = architectures.build(models.config(
       system, d_ff=128, head_dim=8, moe=dict(eval_capacity_factor=0.0),
       **periods))
-  params = _random(module)
+  params = exports.random(module)
   weights.to_hf(module, params, tmp_path)
   again, found = weights.from_hf(tmp_path)
   _equal(found, params)
@@ -75,28 +79,59 @@ def test_rows_count_through_the_blocks_of_a_period():
       f'h.{n}.ln' for n in range(6)}
 
 
-@pytest.mark.parametrize('axes, read', [
-    ('H3K D', 3), ('3HK D', 3), ('HK3 D', 9)])
-def test_axes_split_and_join(axes, read):
-  sizes = {'H': 2, 'K': 3, 'D': 4, '3': 3}
-  tensor = tensor_map.Tensor(
-      'x', axes, ('q', 'k', 'v'), ('DHK',) * 3, (), sizes)
-  theirs = np.arange(72).reshape(18, 4)
-  whole = {a: (0, n) for a, n in sizes.items()}
-  q, k, v = (tensor.part(lambda at: theirs[at], i, whole) for i in range(3))
-  assert q.shape == (4, 2, 3)
-  row = {'H3K D': 1 * 9 + 1 * 3 + 2, '3HK D': 1 * 6 + 1 * 3 + 2,
-         'HK3 D': 1 * 9 + 2 * 3 + 1}[axes]
-  assert k[1, 1, 2] == theirs[row, 1]  # head 1, key, feature 2
-  np.testing.assert_array_equal(tensor.join([q, k, v]), theirs)
-  # Of one head and half of D, only its rows and columns are asked for.
-  asked = []
-  def cut(at):
-    asked.append(theirs[at].shape)
-    return theirs[at]
-  np.testing.assert_array_equal(
-      tensor.part(cut, 1, whole | dict(H=(1, 2), D=(2, 4))), k[2:, 1:])
-  assert asked == [(read, 2)]
+# Rows of one tensor of theirs: the parameters by path and axes, and its axes.
+ROWS = [
+    ({'q|k|v': (4, 2, 3)}, 'DHK', 'H3K D'),
+    ({'q|k|v': (4, 2, 3)}, 'DHK', 'HK3 D'),
+    # Grouped heads in one matrix, as Phi-3 has them.
+    ({'q': (5, 4, 3), 'k': (5, 2, 3), 'v': (5, 2, 3)}, 'DHK|DJK|DJK',
+     'HK+JK+JK D'),
+    # Filters as torch.nn.Conv1d has them.
+    ({'v': (4, 3, 5), 'k': (4, 1, 2)}, 'WHK|WJU', 'HK+JU 1 W'),
+    # As Kimi Linear has the decays of heads.
+    ({'a': (4, 3)}, 'HK', '1 1 K 1 H'),
+    # As Qwen3-Next has them: of each group its query, key and values.
+    ({'q': (5, 2, 3), 'k': (5, 2, 3), 'v': (5, 6, 2)}, 'DJK|DJK|DHU',
+     'J(K+K+RU) D')]
+
+
+@pytest.mark.parametrize('shapes, axes, theirs', ROWS, ids=lambda x: str(x))
+def test_parts_of_a_tensor_join_to_it(shapes, axes, theirs):
+  """Each place of theirs goes to one of ours and back, and a part of an axis is
+  read as that part of the whole; a slice of theirs is all that is asked for."""
+  shapes = {name: shape for names, shape in shapes.items()
+            for name in names.split('|')}
+  tensor, = tensor_map.expand([('|'.join(shapes), axes, 'x', theirs)], shapes)
+  x = np.arange(np.prod(tensor.shape)).reshape(tensor.shape)
+  whole = [{a: (0, n) for a, n in zip(letters, shapes[path])}
+           for letters, path in zip(tensor.ours, tensor.paths)]
+  parts = [tensor.part(lambda at: x[at], i, ranges)
+           for i, ranges in enumerate(whole)]
+  assert [part.shape for part in parts] == [*shapes.values()]
+  assert sorted(np.concatenate([part.ravel() for part in parts])) == list(
+      range(x.size))
+  np.testing.assert_array_equal(tensor.join(parts), x)
+  for i, ranges in enumerate(whole):
+    for axis, (_, size) in ranges.items():
+      if size == 1 or (axis in 'KU' and '(' in theirs):  # read by whole heads
+        continue
+      asked = []
+      def cut(at, asked=asked):
+        asked.append(x[at].size)
+        return x[at]
+      part = tensor.part(cut, i, ranges | {axis: (1, size)})
+      place = tensor.ours[i].index(axis)
+      np.testing.assert_array_equal(
+          part, np.take(parts[i], range(1, size), axis=place))
+      assert asked[0] <= x.size
+
+
+def test_heads_stand_where_a_fused_tensor_has_them():
+  tensor, = tensor_map.expand([('q|k|v', 'DHK', 'x', 'H3K D')],
+                              dict.fromkeys('qkv', (4, 2, 3)))
+  x = np.arange(72).reshape(18, 4)
+  k = tensor.part(lambda at: x[at], 1, dict(D=(0, 4), H=(0, 2), K=(0, 3)))
+  assert k[1, 1, 2] == x[1 * 9 + 1 * 3 + 2, 1]  # head 1, key, feature 2
 
 
 def test_shards_are_written_and_read(gpt, tmp_path):
@@ -109,22 +144,6 @@ def test_shards_are_written_and_read(gpt, tmp_path):
   _equal(weights.from_hf(tmp_path)[1], params)
   files[0].unlink()
   with pytest.raises(ValueError, match=f'{files[0].name} is missing'):
-    weights.from_hf(tmp_path)
-
-
-def test_an_index_may_not_point_elsewhere(gpt, tmp_path):
-  _edit(gpt[2], tmp_path)
-  (tmp_path / f'{hf_files.SAFE}.index.json').write_text(
-      json.dumps({'weight_map': {'a': '../a.safetensors'}}))
-  with pytest.raises(ValueError, match='must lie in that folder'):
-    weights.from_hf(tmp_path)
-
-
-def test_a_damaged_file_is_refused(gpt, tmp_path):
-  _edit(gpt[2], tmp_path)
-  data = (tmp_path / hf_files.SAFE).read_bytes()
-  (tmp_path / hf_files.SAFE).write_bytes(data[:len(data) // 2])
-  with pytest.raises(ValueError, match='no whole safetensors file'):
     weights.from_hf(tmp_path)
 
 
@@ -141,6 +160,74 @@ def test_what_cannot_be_honoured_is_refused_by_name(gpt, tmp_path, changes,
                                                     words):
   with pytest.raises(ValueError, match=words):
     weights.from_hf(_edit(gpt[2], tmp_path, **changes))
+
+
+INDEX = hf_files.INDEX
+DAMAGES = {
+    'no JSON': ('config.json', '{"a": ', 'config.json is damaged'),
+    'deep': ('config.json', '[' * 100_000, 'config.json is damaged'),
+    'a list': ('config.json', '[]', 'must be an object'),
+    'index empty': (INDEX, '{}', "it has no 'weight_map'"),
+    'index to numbers': (INDEX, '{"weight_map": {"a": 1}}', 'weight_map.a'),
+    'index elsewhere': (INDEX, '{"weight_map": {"a": "../a.safetensors"}}',
+                        'must lie in that folder'),
+    'index above': (INDEX, '{"weight_map": {"a": ".."}}', 'is missing'),
+    'text for weights': (hf_files.SAFE, 'x' * 100, 'no whole safetensors'),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_malformed_folder_is_one_sentence(damage, gpt, tmp_path):
+  file, content, words = DAMAGES[damage]
+  folder = _edit(gpt[2], tmp_path)
+  (folder / file).write_text(content)
+  _refused(lambda: weights.from_hf(folder), words)
+
+
+class _Code:
+  def __reduce__(self):
+    return print, ('code of a pickle was run',)
+
+
+def test_a_pickle_gives_tensors_and_runs_no_code(gpt, tmp_path, capsys):
+  torch = pytest.importorskip('torch')
+  folder = _edit(gpt[2], tmp_path)
+  good = {k: torch.as_tensor(v)
+          for k, v in load_file(folder / hf_files.SAFE).items()}
+  (folder / hf_files.SAFE).unlink()
+  torch.save(good, folder / hf_files.BIN)
+  _equal(weights.from_hf(folder)[1], gpt[1])
+  for content, words in (
+      ({'x': _Code()}, 'holds more than tensors'), ({'a': 1}, 'no table'),
+      ({'a': torch.ones(2, 2).to_sparse()}, 'no table'),
+      ({k: v.to(torch.int8) for k, v in good.items()}, 'is of type int8')):
+    torch.save(content, folder / hf_files.BIN)
+    _refused(lambda: weights.from_hf(folder), words)
+  assert 'was run' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('dtype, said', [
+    (np.int8, 'I8'), (np.float64, 'F64'),
+    (ml_dtypes.float8_e4m3fn, 'F8_E4M3')])
+def test_a_tensor_that_is_no_array_of_weights_is_refused(dtype, said, gpt,
+                                                         tmp_path):
+  folder, name = _edit(gpt[2], tmp_path), 'transformer.h.1.ln_1.bias'
+  tensors = load_file(folder / hf_files.SAFE)
+  tensors[name] = tensors[name].astype(dtype)
+  # A mask of old files, which is not read, may be of whole numbers.
+  tensors['transformer.h.0.attn.bias'] = np.ones((1, 1, 8, 8), np.uint8)
+  save_file(tensors, folder / hf_files.SAFE)
+  _refused(lambda: weights.from_hf(folder), f'{name} is of type {said}')
+  _refused(lambda: weights.from_hf(folder, partial=True), f'{name} is of type')
+
+
+def test_an_export_that_would_overflow_is_refused(gpt, tmp_path):
+  params = jax.tree.map(lambda x: x * 1e7, gpt[1])
+  call = lambda dtype: weights.to_hf(gpt[0], params, tmp_path / 'out',
+                                     dtype=dtype)
+  _refused(lambda: call('float16'), 'float16 ends at 65504')
+  assert not (tmp_path / 'out').exists()
+  call('bfloat16')
 
 
 @pytest.mark.parametrize('system, moe', [
@@ -192,41 +279,6 @@ def test_partial_lists_what_it_skips(gpt, tmp_path):
   _equal(flat, old)
 
 
-class _Code:
-  def __reduce__(self):
-    return print, ('code of a pickle was run',)
-
-
-def test_a_pickle_gives_tensors_and_runs_no_code(gpt, tmp_path, capsys):
-  torch = pytest.importorskip('torch')
-  _edit(gpt[2], tmp_path)
-  tensors = load_file(tmp_path / hf_files.SAFE)
-  (tmp_path / hf_files.SAFE).unlink()
-  torch.save({k: torch.as_tensor(v) for k, v in tensors.items()},
-             tmp_path / hf_files.BIN)
-  _equal(weights.from_hf(tmp_path)[1], gpt[1])
-  torch.save({'x': _Code()}, tmp_path / hf_files.BIN)
-  with pytest.raises(ValueError, match='holds more than tensors'):
-    weights.from_hf(tmp_path)
-  assert 'was run' not in capsys.readouterr().out
-
-
-def test_convert_there_and_back(gpt, tmp_path):
-  _, _, folder = gpt
-  tree = json.loads((folder / 'config.json').read_text())
-  source = _edit(folder, _folder(tmp_path / 'in'), **tree)
-  convert.import_(source, tmp_path / 'run', partial=False, seed=0)
-  config = run_config.load_config(tmp_path / 'run')
-  assert architectures.resolve(config.model).num_layers == 3
-  with pytest.raises(ValueError, match='holds a run already'):
-    convert.import_(source, tmp_path / 'run', partial=False, seed=0)
-
-
-def _folder(path):
-  path.mkdir()
-  return path
-
-
 def test_weights_in_bfloat16(gpt, tmp_path):
   module, params, folder = gpt
   weights.to_hf(module, params, tmp_path, dtype='bfloat16')
@@ -240,9 +292,7 @@ def test_weights_in_bfloat16(gpt, tmp_path):
 
 
 @pytest.mark.parametrize('name', [
-    'pytorch_model.bin', 'pytorch_model-00001-of-00002.bin', 'tf_model.h5',
-    'other.safetensors', 'model.safetensors.index.json', 'adapter_config.json',
-    'generation_config.json'])
+    'pytorch_model-00001-of-00002.bin', 'adapter_config.json'])
 def test_weights_that_would_stay_are_refused(name, gpt, tmp_path):
   (tmp_path / name).touch()
   with pytest.raises(RequestError, match=f'holds .{name}.*would stay'):

@@ -1,17 +1,20 @@
-"""What is frozen and which layer learns how fast, against a few lines of
-NumPy, and that what is frozen has no gradient, no state and no decay."""
+"""What is frozen, which layer learns how fast and what is averaged, against a
+few lines of NumPy; and that what is frozen has no gradient, state or decay."""
 
-from configs import base
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import architectures
+from configs import base
 from tests.helpers import models
 from tests.training import step_test
-from training import paths
-from training.step import optimizer, parameter_shares
+from training import paths, runs
+from training.distributed import devices
+from training.optim import shares
+from training.step import make_train_step, optimizer, parameter_shares
 
 LAYERS = dict(num_layers=4, **models.banded(8))
 
@@ -97,8 +100,7 @@ def test_a_step_leaves_what_is_frozen_as_it_was():
                        'decoder/layers/0/.*', optim__clip_norm=1e-3)
   run, state, seen = step_test.train(c, step_test.one_device())
   before = paths.flatten(jax.device_get(run.new_state().params))
-  after = paths.flatten(state.params)
-  for path, x in after.items():
+  for path, x in paths.flatten(state.params).items():
     old = before[path]
     if path.startswith('embed/'):
       np.testing.assert_array_equal(x, old)
@@ -110,3 +112,53 @@ def test_a_step_leaves_what_is_frozen_as_it_was():
   assert moments and not any(x[0].any() for x in moments.values())
   whole = step_test.train(step_test.config(), step_test.one_device())[2]
   assert 0 < seen[0]['grad_norm'] < whole[0]['grad_norm']
+
+
+def averages(decay, values):
+  """Kingma and Ba 2015, section 7.2, in float64, after each value."""
+  m, found = 0.0, []
+  for t, value in enumerate(values, 1):
+    m = decay * m + (1 - decay) * np.float64(value)
+    found.append(m / (1 - decay ** t))
+  return found
+
+
+@pytest.mark.parametrize('decay', [0.5, 0.9999])
+def test_the_average_is_that_of_the_paper(decay):
+  values = np.random.default_rng(0).normal(3, 1, (30, 4)).astype(np.float32)
+  average = shares.start_average(optim(ema=decay), None, {'x': jnp.full(4, 7.)})
+  np.testing.assert_array_equal(average['x'], 7)  # until there is an update
+  for t, expected in enumerate(averages(decay, values), 1):
+    average = shares.update_average(
+        optim(ema=decay), average, {'x': values[t - 1]}, jnp.int32(t),
+        jnp.bool_(True))
+    np.testing.assert_allclose(average['x'], expected, rtol=2e-6)
+
+
+def test_a_step_averages_what_it_trains():
+  """Of four steps, of which the second is bad, and so no update."""
+  c = step_test.config(optim__ema=0.75, optim__lr=1.0,
+                       optim__freeze='.*/layers/0/.*,embed/.*')
+  run = runs.build(c, architectures.resolve(c.model), step_test.one_device())
+  states, evaluated = [], []
+  with run.context():
+    state = run.new_state()
+    step = jax.jit(make_train_step(run.module, run.tx, c))
+    for n in range(4):
+      b = step_test.batch(n)
+      if n == 1:
+        b['weights'] = b['weights'] * np.nan
+      state, _ = step(state, devices.put(b, run.place))
+      states.append(jax.device_get(state))
+      evaluated.append(jax.device_get(run.evaluated(state)))
+  for path, last in paths.flatten(evaluated[-1]).items():
+    params = [paths.flatten(state.params)[path] for state in states]
+    expected = averages(0.75, [params[i] for i in (0, 2, 3)])
+    for i, value in zip((0, 2, 3), expected):
+      np.testing.assert_allclose(paths.flatten(evaluated[i])[path], value,
+                                 atol=1e-6, err_msg=path)
+    if path.startswith('embed/'):
+      np.testing.assert_array_equal(last, params[0])
+  assert not any(path.startswith('embed/')
+                 for path in paths.flatten(states[0].ema))
+  jax.tree.map(np.testing.assert_array_equal, *evaluated[:2])

@@ -1,4 +1,4 @@
-"""What generation needs goes along with the weights."""
+"""What generation needs, and the tokenizer, go along with the weights."""
 
 import json
 
@@ -8,65 +8,14 @@ import tokenizers as hf
 
 import architectures
 from configs import base
-from tests.helpers import models
-from tools import convert
+from configs.errors import RequestError
+from tests.helpers import evaluations, models
+from tests.training.data import roberta_files
+from training import runs
 from training.data import pipeline
 from training.data import tokenizers
 from training.hf import config as hf_config, generation as hf_generation
-from training.hf import tokenizer as hf_tokenizer, weights
-from training.workdir import checkpoints, run_config
-
-GIVEN = dict(
-    fields=dict(bos_token_id=3, eos_token_id=[4, 5], pad_token_id=None,
-                task_specific_params=dict(chat=dict(max_length=50))),
-    options=dict(bos_token_id=3, eos_token_id=[4, 5, 7], do_sample=True,
-                 temperature=0.6, transformers_version='4.40.0'))
-TEMPLATE = '{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}'
-
-
-@pytest.fixture(scope='module')
-def imported(tmp_path_factory):
-  """A workdir of weights with 61 ids, a chat template and no tokenizer."""
-  folder = tmp_path_factory.mktemp('generation')
-  module, params = models.make('llama', vocab_size=61)
-  weights.to_hf(module, params, folder / 'in',
-                generation=hf_generation.Generation(**GIVEN))
-  (folder / 'in/chat_template.jinja').write_text(TEMPLATE)
-  convert.import_(folder / 'in', folder / 'run', partial=False, seed=0)
-  return folder / 'run'
-
-
-def _exported(workdir, out):
-  convert.export(workdir, out, step=None, dtype='', shard_bytes=10**9)
-  return {path.name: path.read_text() for path in out.iterdir()
-          if path.suffix != '.safetensors'}
-
-
-@pytest.mark.slow
-def test_an_import_is_exported_with_what_generation_needs(imported, tmp_path):
-  files = _exported(imported, tmp_path / 'out')
-  given = imported.parent / 'in'
-  assert files == {name: (given / name).read_text() for name in (
-      'config.json', 'generation_config.json', 'chat_template.jinja')}
-  tree = json.loads(files['config.json'])
-  assert {k: tree[k] for k in GIVEN['fields']} == GIVEN['fields']
-
-
-@pytest.mark.slow
-def test_training_gives_the_ids_another_meaning(imported):
-  """Of the first step on, a model of 61 ids writes bytes, and its export says
-  so; one that has its own tokenizer keeps its own."""
-  config = run_config.load_config(imported)
-  model = architectures.resolve(config.model)
-  kept = hf_generation.kept(imported)
-  assert convert._generation(imported, config, model, 0) == kept
-  assert checkpoints.directory(imported).exists()
-  ids = tokenizers.load('bytes:61').special_ids
-  assert convert._generation(imported, config, model, 9).fields == {
-      f'{name}_token_id': ids[name] for name in ('bos', 'eos', 'pad')}
-  with config.unlocked():
-    config.data.tokenizer = 'a/tokenizer.json'
-  assert convert._generation(imported, config, model, 9) == kept
+from training.hf import tokenizer as hf_tokenizer
 
 
 def _vocabulary(tmp_path, specials):
@@ -204,3 +153,30 @@ def test_an_export_puts_a_text_between_the_tokens_of_its_family(tmp_path):
   assert given('t5', unigram) == (
       'T5Tokenizer', dict(extra_ids=0, eos_token='</s>'))
   assert given('llama', unigram) == usual
+
+
+IMAGE = '<image_soft_token>'
+
+
+def test_a_model_needs_no_row_for_what_no_text_gives(tmp_path):
+  """As the tokenizer of Gemma 3's text models has a special token IMAGE of
+  which the model has no embedding."""
+  folder = roberta_files.write(tmp_path)
+  file = str(folder / 'tokenizer.json')
+  tokenizer = hf.Tokenizer.from_file(file)
+  tokenizer.add_special_tokens([IMAGE])
+  tokenizer.save(file)
+  (folder / 'a.txt').write_text(f'Any text, with {IMAGE} in it. ' * 60)
+  config = evaluations.config('gpt', 'causal', str(folder), max_len=32)
+  tokenizer = tokenizers.load(str(folder))
+  size = tokenizer.vocab_size
+  config.model.vocab_size = size - 1
+  config.data.update(source=f'text:{folder}/a.txt', holdout_every=2)
+  assert runs.resolve(config, tokenizer)[0].vocab_size == size - 1
+  batch = pipeline.training_loader(config, tokenizer).batch(0)
+  assert batch['tokens'].max() < size - 1  # IMAGE is spelt in plain text
+  config.model.vocab_size = 0
+  assert runs.resolve(config, tokenizer)[0].vocab_size == size
+  config.model.vocab_size = size - 2
+  with pytest.raises(RequestError, match=f'has {size - 1} ids: set it to 0'):
+    runs.resolve(config, tokenizer)

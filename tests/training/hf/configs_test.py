@@ -1,0 +1,348 @@
+"""config.json as it is published, changed or malformed: which model it is, and
+that it is written as it was read.
+
+tests/data/published_configs.json has the files of the authors of systems, with
+long lists of factors shortened to one value.
+"""
+
+import importlib
+import itertools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jax
+
+import architectures
+from architectures.parts.hf import layer_types
+from configs import kinds
+from configs.errors import RequestError
+from tests.helpers import models
+from tests.parity import exports
+from training.costs import totals
+from training.hf import config as hf_config, files as hf_files, weights
+
+PUBLISHED = json.loads((pathlib.Path(__file__).parents[2] / 'data' /
+                        'published_configs.json').read_text())
+
+PHI3_LONG, PHI4_MINI = PUBLISHED.pop('phi3:long'), PUBLISHED.pop('phi4:mini')
+
+MAMBA2, GEMMA2 = PUBLISHED['mamba2:130m'], PUBLISHED['gemma2:2b']
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_a_published_config_is_the_size_of_that_name(name):
+  file, size = name.split(':')
+  ours = totals.resolved(
+      importlib.import_module(f'configs.{file}').get_config(size))
+  theirs = hf_config.read(PUBLISHED[name])
+  hf_config.check_same(ours, theirs, name)
+  hf_config.check_same(ours, hf_config.read(hf_config.write(ours)), 'written')
+
+
+def test_phi3_for_long_texts_has_the_factors_of_its_file():
+  c = hf_config.read(PHI3_LONG)
+  assert (c.rope.scaling, c.rope.factor, c.rope.original_len) == (
+      'longrope', 32.0, 4096)
+  assert c.rope.long_factor == (1, *[20.5] * 47) and c.max_len == 131072
+  written = hf_config.write(c)
+  assert written['original_max_position_embeddings'] == 4096
+  hf_config.check_same(c, hf_config.read(written), 'written')
+
+
+def test_phi4_mini_is_a_phi3_of_its_published_size():
+  c = hf_config.read(PHI4_MINI)
+  assert totals.parameters(c)[0] == 3_836_021_760
+  assert (c.head_dim, c.rope.fraction, c.rope.factor) == (128, 0.75, 32.0)
+  hf_config.check_same(c, hf_config.read(hf_config.write(c)), 'written')
+
+OPUS = dict(
+    _name_or_path='/tmp/Helsinki-NLP/opus-mt-en-de', model_type='marian',
+    activation_dropout=0.0, activation_function='swish', add_bias_logits=False,
+    add_final_layer_norm=False, attention_dropout=0.0, bad_words_ids=[[58100]],
+    d_model=512, decoder_attention_heads=8, decoder_ffn_dim=2048,
+    decoder_layerdrop=0.0, decoder_layers=6, decoder_start_token_id=58100,
+    decoder_vocab_size=58101, encoder_attention_heads=8, encoder_ffn_dim=2048,
+    encoder_layerdrop=0.0, encoder_layers=6, extra_pos_embeddings=58101,
+    is_encoder_decoder=True, max_position_embeddings=512,
+    normalize_before=False, normalize_embedding=False, num_hidden_layers=6,
+    scale_embedding=True, share_encoder_decoder_embeddings=True,
+    static_position_embeddings=True, vocab_size=58101)
+
+SWITCH = dict(
+    model_type='switch_transformers', add_router_probs=False,
+    batch_prioritized_routing=False, d_ff=3072, d_kv=64, d_model=768,
+    decoder_sparse_step=2, dense_act_fn='relu', dropout_rate=0.1,
+    encoder_sparse_step=2, expert_capacity=64, feed_forward_proj='relu',
+    initializer_factor=1.0, is_encoder_decoder=True, is_gated_act=False,
+    layer_norm_epsilon=1e-6, num_decoder_layers=12, num_experts=8,
+    num_heads=12, num_layers=12, num_sparse_decoder_layers=6,
+    num_sparse_encoder_layers=6, router_bias=False, router_dtype='float32',
+    router_ignore_padding_tokens=False, router_jitter_noise=0.01,
+    router_type='tokens_masked', vocab_size=32128)
+
+NLLB = dict(
+    model_type='nllb-moe', d_model=2048, encoder_layers=24, decoder_layers=24,
+    num_hidden_layers=24, encoder_ffn_dim=8192, decoder_ffn_dim=8192,
+    moe_token_dropout=0.0, normalize_router_prob_before_dropping=True)
+
+
+@pytest.mark.parametrize('published, wrong', [
+    (OPUS, dict(activation_function='mish')), (OPUS, dict(num_hidden_layers=3)),
+    (SWITCH, dict(feed_forward_proj='gated-gelu')),
+    (SWITCH, dict(is_gated_act=True)), (SWITCH, dict(router_type='soft')),
+    (SWITCH, dict(batch_prioritized_routing=True)),
+    (NLLB, dict(num_hidden_layers=12)), (NLLB, dict(moe_token_dropout=0.2))])
+def test_published_files_are_read_and_what_differs_is_refused(published,
+                                                              wrong):
+  config = hf_config.read(published)
+  assert config.num_layers == published.get('num_layers', config.num_layers)
+  assert config.ffn == ('silu' if published is OPUS else 'moe')
+  with pytest.raises(ValueError, match=next(iter(wrong))):
+    hf_config.read(published | wrong)
+
+
+@pytest.mark.parametrize('tree, words', [
+    (PHI4_MINI | dict(full_attn_mod=2), 'full_attn_mod 2: only 1'),
+    (PHI3_LONG | dict(rope_scaling=dict(type='linear', factor=2.0)),
+     "'linear': choose from default, longrope"),
+    (PHI3_LONG | dict(rope_scaling=dict(
+        PHI3_LONG['rope_scaling'], short_factor=['x'])),
+     'short_factor .*must be numbers'),
+    (PHI3_LONG | dict(rope_scaling=dict(
+        PHI3_LONG['rope_scaling'], attention_factor=0.0)), 'not > 0'),
+    (PHI3_LONG | dict(max_position_embeddings=None), 'neither a factor'),
+    (MAMBA2 | dict(expand=3), 'not expand 3 times hidden_size 768'),
+    (MAMBA2 | dict(time_step_limit=[0.1]), 'must be two numbers'),
+    (GEMMA2 | dict(final_logit_softcapping=0.0), '> 0, or null'),
+])
+def test_what_is_not_known_is_refused(tree, words):
+  with pytest.raises(ValueError, match=words):
+    hf_config.read(tree)
+
+
+@pytest.mark.parametrize('bounds, found', [
+    (None, (0, 0)), ([0.0, {'__float__': 'Infinity'}], (0, 0)),
+    ([0.01, float('inf')], (0.01, 0))])
+def test_mamba2_has_the_bounds_of_its_file(bounds, found):
+  """In the words of transformers 4, of 5, and left out."""
+  c = hf_config.read(MAMBA2 | dict(time_step_limit=bounds))
+  assert (c.mamba2.least_step, c.mamba2.most_step) == found
+  hf_config.check_same(c, hf_config.read(hf_config.write(c)), 'written')
+
+
+@pytest.mark.parametrize('extra, read', [
+    (dict(), (64, 2, 4)), (dict(num_attention_heads=8), (64, 2, 8)),
+    (dict(num_hidden_layers=3), (64, 3, 4)), (dict(n_embed=32), (32, 2, 4)),
+    (dict(n_embed=None), (64, 2, 4))])
+def test_of_two_names_for_one_thing_transformers_own_counts(extra, read):
+  """BloomConfig: its attribute_map, and n_embed in its __post_init__."""
+  c = hf_config.read(dict(model_type='bloom', hidden_size=64, n_layer=2,
+                          n_head=4) | extra)
+  assert (c.d_model, c.num_layers, c.num_heads) == read
+
+# What a field may hold by mistake, of every type that JSON has.
+WRONG = (
+    '2', '', [], [1], {}, {'a': 1}, True, -1, 0, 1, 1.5, 10**9, 10**400,
+    float('nan'), float('inf'), 'x' * 5000)
+
+
+@pytest.mark.parametrize('system', models.FEW)
+def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
+  tree = hf_config.write(architectures.resolve(models.config(
+      system, d_ff=128, head_dim=8, moe=dict(eval_capacity_factor=0.0))))
+  readers, make = [], hf_config.Reader.__init__
+  def remember(self, *args):
+    make(self, *args)
+    readers.append(self)
+  monkeypatch.setattr(hf_config.Reader, '__init__', remember)
+  hf_config.read(tree)
+  monkeypatch.undo()
+  fields = [(r._name, name) for r in readers for name in sorted(r.asked)]
+  assert len(fields) > 8
+  refused = 0
+  for section, name in fields:
+    for value in WRONG:
+      part = dict(tree.get(section) or {}) if section else dict(tree)
+      part[name] = value
+      try:
+        hf_config.read(dict(tree, **{section: part}) if section else part)
+      except RequestError as error:
+        refused += 1
+        said = str(error)
+        assert '\n' not in said and len(said) < 900, said
+  assert refused > 6 * len(fields)
+
+
+@pytest.mark.parametrize('change, said', [
+    (dict(id2label=['a', 'b']), 'id2label .* must be an object'),
+    (dict(id2label={'0': 'a', '2': 'b'}), 'id2label .* 0, 1'),
+    (dict(id2label={'0': 'a', '1': 'a'}), 'id2label .* twice'),
+    (dict(id2label={'0': 'a', '1': 5}), 'id2label .* string'),
+    (dict(problem_type='multi_label_classification'), 'problem_type')])
+def test_labels_that_mean_nothing_are_refused(change, said):
+  tree = hf_config.write(architectures.resolve(
+      models.config('bert', head='sequence', num_labels=2)))
+  with pytest.raises(RequestError, match=said):
+    hf_config.labels(tree | change)
+    hf_config.read(tree | change)
+
+ROBERTA = dict(
+    architectures=['RobertaForMaskedLM'], attention_probs_dropout_prob=0.1,
+    bos_token_id=0, eos_token_id=2, hidden_act='gelu', hidden_dropout_prob=0.1,
+    hidden_size=768, initializer_range=0.02, intermediate_size=3072,
+    layer_norm_eps=1e-05, max_position_embeddings=514, model_type='roberta',
+    num_attention_heads=12, num_hidden_layers=12, pad_token_id=1,
+    type_vocab_size=1, vocab_size=50265)
+
+MODERNBERT = dict(
+    architectures=['ModernBertForMaskedLM'], attention_bias=False,
+    attention_dropout=0.0, bos_token_id=50281, classifier_activation='gelu',
+    classifier_bias=False, classifier_dropout=0.0, classifier_pooling='mean',
+    cls_token_id=50281, decoder_bias=True, deterministic_flash_attn=False,
+    embedding_dropout=0.0, eos_token_id=50282, global_attn_every_n_layers=3,
+    global_rope_theta=160000.0, gradient_checkpointing=False,
+    hidden_activation='gelu', hidden_size=768, initializer_cutoff_factor=2.0,
+    initializer_range=0.02, intermediate_size=1152, layer_norm_eps=1e-05,
+    local_attention=128, local_rope_theta=10000.0,
+    max_position_embeddings=8192, mlp_bias=False, mlp_dropout=0.0,
+    model_type='modernbert', norm_bias=False, norm_eps=1e-05,
+    num_attention_heads=12, num_hidden_layers=22, pad_token_id=50283,
+    position_embedding_type='absolute', sep_token_id=50282,
+    tie_word_embeddings=True, torch_dtype='float32', vocab_size=50368)
+
+
+def test_robertas_first_token_stands_after_the_row_of_padding(tmp_path):
+  c = hf_config.read(ROBERTA)
+  assert (c.max_len, c.learned.offset) == (512, 2)
+  c = hf_config.read(ROBERTA | dict(pad_token_id=0))
+  assert (c.max_len, c.learned.offset) == (513, 1)
+  with pytest.raises(RequestError, match='learned.offset is 0: transformers'):
+    hf_config.write(architectures.resolve(
+        models.config('roberta', learned=dict(offset=0))))
+  with pytest.raises(RequestError, match='max_position_embeddings 2, of which'):
+    hf_config.read(ROBERTA | dict(max_position_embeddings=2))
+  # As roberta-base, whose files have a pooler that nothing trained.
+  module = architectures.build(models.config('roberta'))
+  params = exports.random(module)
+  weights.to_hf(module, params, tmp_path)
+  file = tmp_path / hf_files.SAFE
+  save_file(load_file(file) | {
+      f'roberta.pooler.dense.{name}': np.ones(shape, np.float32)
+      for name, shape in (('weight', (32, 32)), ('bias', 32))}, file)
+  with pytest.warns(UserWarning, match='model has no pooler'):
+    _, read = weights.from_hf(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, params, read)
+
+
+def test_modernberts_layers_are_those_that_its_config_json_names():
+  c = hf_config.read(MODERNBERT)
+  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(22)]
+  assert [layer.block for layer in layers] == ['ffn_norm'] + 21 * ['pre_norm']
+  assert [layer.sliding_window for layer in layers] == [
+      65 if n % 3 else 0 for n in range(22)]
+  assert [layer.rope.theta for layer in layers] == [
+      1e4 if n % 3 else 1.6e5 for n in range(22)]
+  assert (c.prefix, c.pattern) == ('first', 'local,local,global')
+  local = ['full_attention', *5 * ['sliding_attention'], 'full_attention']
+  other = hf_config.read(MODERNBERT | dict(
+      num_hidden_layers=7, layer_types=local))
+  assert other.pattern == 'local,local,local,local,local,global'
+  with pytest.raises(RequestError, match='layer_types that are not 22 of full'):
+    hf_config.read(MODERNBERT | dict(layer_types=local))
+  rows = MODERNBERT | dict(
+      architectures=['ModernBertForSequenceClassification'])
+  assert (c.pooling, hf_config.read(rows).pooling) == ('cls', 'mean')
+  with pytest.raises(RequestError, match="classifier_pooling 'max': choose"):
+    hf_config.read(rows | dict(classifier_pooling='max'))
+  for wrong in (dict(rope_scaling=dict(rope_type='linear', factor=2.0)),
+                dict(rope_parameters=dict(rope_theta=1e4)),
+                dict(classifier_bias=True)):
+    with pytest.raises(RequestError, match=next(iter(wrong))):
+      hf_config.read(MODERNBERT | wrong)
+
+D, A, W = layer_types.LINEAR, layer_types.WHOLE, layer_types.WINDOW
+
+EXPERTS = dict(vocab_size=31, hidden_size=12, num_hidden_layers=3,
+               num_experts=4, moe_intermediate_size=8)
+
+KIMI = EXPERTS | dict(
+    model_type='kimi_linear', num_attention_heads=2, num_key_value_heads=2,
+    kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3,
+    num_experts_per_token=2, linear_num_heads=3, linear_head_dim=5)
+
+QWEN = EXPERTS | dict(
+    model_type='qwen3_next', num_attention_heads=3, num_key_value_heads=1,
+    head_dim=8, num_experts_per_tok=2, shared_expert_intermediate_size=8)
+
+SMOLLM = dict(model_type='smollm3', vocab_size=31, hidden_size=12,
+              intermediate_size=16, num_attention_heads=3,
+              num_key_value_heads=1, num_hidden_layers=3)
+
+
+def layers(tree):
+  """Returns the model of a config.json, and the config of each layer."""
+  c = hf_config.read(tree)
+  return c, [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+
+
+@pytest.mark.parametrize('count, every, first, period, last', [
+    (26, 6, 2, 6, 0),  # Gemma 3 1B: two layers more than four periods
+    (34, 6, 4, 6, 0), (26, 2, 0, 2, 0), (4, 6, 0, 1, 0), (7, 6, 0, 7, 0)])
+def test_layers_of_gemma(count, every, first, period, last):
+  names = ['local' if (n + 1) % every else 'global' for n in range(count)]
+  found = layer_types.shortest(names)
+  assert [len(kinds.split(found[field])) for field in (
+      'prefix', 'pattern', 'suffix')] == [first, period, last]
+
+
+@pytest.mark.parametrize('tree, mixers, experts', [
+    (KIMI, {D: 'kda', A: 'latent'}, lambda moe: dict(
+        mlp_layer_types=['sparse' if x else 'dense' for x in moe])),
+    (QWEN, {D: 'deltanet', A: 'attention'}, lambda moe: dict(
+        mlp_only_layers=[n for n, x in enumerate(moe) if not x]))])
+def test_recurrences_and_experts_in_any_layers(tree, mixers, experts):
+  for types, moe in itertools.product(
+      itertools.product((D, A), repeat=3),
+      itertools.product((False, True), repeat=3)):
+    if not any(moe):
+      continue
+    c, each = layers(tree | dict(layer_types=list(types)) | experts(moe))
+    assert [(x.mixer, x.ffn == 'moe') for x in each] == [
+        (mixers[t], x) for t, x in zip(types, moe)]
+    if A not in types:
+      with pytest.raises(RequestError, match='all layers are recurrences'):
+        hf_config.write(c)
+      continue
+    written = hf_config.write(c)
+    assert experts(moe).items() <= written.items()
+    hf_config.check_same(c, hf_config.read(written), 'written')
+
+
+def test_positions_and_windows_in_any_layers():
+  for turned, types in itertools.product(
+      itertools.product((0, 1), repeat=3), itertools.product((W, A), repeat=3)):
+    c, each = layers(dict(
+        SMOLLM, no_rope_layers=list(turned), layer_types=list(types),
+        use_sliding_window=True, sliding_window=7))
+    assert [(x.position, x.sliding_window) for x in each] == [
+        ('rope' if x else 'none', 7 if t == W else 0)
+        for x, t in zip(turned, types)]
+    written = hf_config.write(c)
+    assert written['no_rope_layers'] == list(turned)
+    assert written['layer_types'] == list(types)
+
+
+def test_what_is_left_out_is_as_in_transformers():
+  c, each = layers(KIMI | dict(num_hidden_layers=6))
+  assert [(x.mixer, x.ffn == 'moe') for x in each] == [
+      ('kda', False), *[('kda', True)] * 3, ('latent', True), ('kda', True)]
+  assert (c.latent.norm_eps, c.norm_eps) == (1e-6, 1e-5)
+  c, each = layers(QWEN | dict(num_hidden_layers=4))
+  assert [x.mixer for x in each] == ['deltanet'] * 3 + ['attention']
+  assert (c.prefix, c.pattern) == ('', 'linear,linear,linear,full')
+  c, each = layers(SMOLLM | dict(num_hidden_layers=4))
+  assert [x.position for x in each] == ['rope'] * 3 + ['none']
