@@ -121,7 +121,7 @@ def attention(config: Any) -> Iterator[dict[str, Any]]:
     if name != 'xla' and (why := kernels.refusal(name, c, mask, L, L, here)):
       yield dict(way=name, error=f'{name} is refused, {why}')
       continue
-    yield dict(way=name) | _timed(
+    yield dict(way=name) | _timed_kernel(
         jax.grad(lambda *x, name=name: loss(name, *x), (0, 1, 2)), *args)
 
 
@@ -149,10 +149,10 @@ def experts(config: Any, moe: Mapping[str, Any] | None = None,
     y_BLD, _ = module.apply(params, x_BLD, ctx)
     return jnp.square(y_BLD.astype(jnp.float32)).mean()
 
-  return _timed(jax.grad(loss, (0, 1)), params, x_BLD, compiler=compiler)
+  return _timed_kernel(jax.grad(loss, (0, 1)), params, x_BLD, compiler=compiler)
 
 
-def _timed(function: Any, *args: Any,
+def _timed_kernel(function: Any, *args: Any,
            compiler: Mapping[str, Any] | None = None) -> dict[str, Any]:
   compiled = jax.jit(function).lower(*args).compile(
       compiler_options=dict(compiler) if compiler else None)
