@@ -77,14 +77,10 @@ def stack(name: str) -> tuple[hf.Row, ...]:
 
 
 # Of every config.json of the family, but how long its rows are.
-FIELDS = {
-    'd_model': ('hidden_size', 768),
-    'num_layers': ('num_hidden_layers', 12),
-    'num_heads': ('num_attention_heads', 12),
-    'd_ff': ('intermediate_size', 3072),
-    'type_vocab_size': ('type_vocab_size', 2),
-    'norm_eps': ('layer_norm_eps', 1e-12),
-    'ffn': ('hidden_act', 'gelu', hf.FFNS)}
+FIELDS = hf.fields(
+    hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+    intermediate_size=3072, type_vocab_size=2, layer_norm_eps=1e-12) | {
+        'ffn': ('hidden_act', 'gelu', hf.FFNS)}
 ONLY = dict(position_embedding_type='absolute', is_decoder=False,
             add_cross_attention=False, tie_word_embeddings=True)
 
@@ -97,9 +93,7 @@ HF = hf.HuggingFace(
         *hf.norm('transform_norm', 'cls.predictions.transform.LayerNorm'),
         ('head/bias', 'V', 'cls.predictions.bias', 'V'),
         *hf.dense('nsp', 'DU', 'cls.seq_relationship', 'U D')),
-    fields=FIELDS | {
-        'vocab_size': ('vocab_size', 30522),
-        'max_len': ('max_position_embeddings', 512)},
+    fields=FIELDS | hf.fields(vocab_size=30522, max_position_embeddings=512),
     only=ONLY,
     # The files of 2018 have these, for a pooler that they do not describe.
     unread=('directionality', 'pooler_fc_size', 'pooler_num_attention_heads',

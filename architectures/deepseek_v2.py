@@ -22,13 +22,10 @@ from configs.errors import one_of, require
 
 class DeepSeekV2(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = dict(position='rope', rope=dict(interleaved=True), norm='rmsnorm',
-               block='pre_norm', mixer='latent', attention='global',
-               attention_bias=False, ffn='moe', ffn_bias=False,
-               prefix='dense', kinds=dict(dense=dict(ffn='dense')),
-               tie_embeddings=False, moe=dict(
-                   router='topk', top_k=6, ffn='swiglu',
-                   normalize_gates=False))
+  PARTS = llama.LLaMA.PARTS | dict(
+      rope=dict(interleaved=True), mixer='latent', ffn='moe', prefix='dense',
+      kinds=dict(dense=dict(ffn='dense')), moe=dict(
+          router='topk', top_k=6, ffn='swiglu', normalize_gates=False))
 
 
 def read(reader: hf.Reader, fields: dict, dense: int, q_rank: int,
@@ -62,67 +59,40 @@ def read(reader: hf.Reader, fields: dict, dense: int, q_rank: int,
 def write(c: ModelConfig) -> dict:
   """Returns the same of the config `c`."""
   moe = [kind.ffn == 'moe' for kind in c.layer_kinds(c.num_layers)]
-  first = moe.index(True) if True in moe else len(moe)
-  require(all(moe[first:]) and any(moe), 'the layers of experts are not the '
-          'last ones of this model, as a config.json of DeepSeek says')
-  check_latents(c)
+  require(any(moe), 'no layer of this model has experts')
   return dict(
-      first_k_dense_replace=first, num_key_value_heads=c.num_heads,
+      first_k_dense_replace=moe.index(True), num_key_value_heads=c.num_heads,
       q_lora_rank=c.latent.q_rank or None,
       rope_parameters=rope_fields.write(c, interleaved=c.rope.interleaved,
                                         on_scores=True))
-
-
-def check_latents(c: ModelConfig) -> None:
-  """Raises RequestError for an epsilon that transformers cannot have in the
-  norms of latents."""
-  require(c.latent.norm_eps == LATENT_EPS, 'model.latent.norm_eps is '
-          f'{c.latent.norm_eps}: transformers has {LATENT_EPS} in the norms of '
-          'latents, whatever its config.json says')
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
   groups = reader('n_group', 1), reader('topk_group', 1)
   method = reader('topk_method', 'greedy')
   one_of('topk_method of config.json', method, METHODS)
-  found = read(reader, fields, dense=0, q_rank=1536)
-  found['moe'] |= dict(zip(('expert_groups', 'top_groups'), groups)
-                       if method != METHODS[0] else ())
-  return found
+  both = read(reader, fields, dense=0, q_rank=1536)
+  if method != METHODS[0]:
+    both['moe'] |= dict(zip(('expert_groups', 'top_groups'), groups))
+  return both
 
 
 def _write(c: ModelConfig) -> dict:
-  require(c.rope.interleaved, 'model.rope.interleaved is False, which '
-          'transformers has not in a deepseek_v2: set it to True')
-  require(c.d_model % c.num_heads == 0, f'model.num_heads is {c.num_heads}, '
-          f'which does not divide model.d_model {c.d_model}: transformers '
-          'refuses such a deepseek_v2')
   return write(c) | dict(
       topk_method=METHODS[c.moe.expert_groups > 1],
       n_group=c.moe.expert_groups, topk_group=c.moe.top_groups)
 
 
 METHODS = 'greedy', 'group_limited_greedy'
-LATENT_EPS = 1e-6
+LATENT_EPS = 1e-6  # whatever a config.json says
 # The rows of a layer, without the products for queries, and without networks.
 BLOCK = (
-    ('attention_norm/scale', 'D', 'input_layernorm.weight', 'D'),
+    *llama.norms(),
     *hf.dense('attention/kv_down', 'DU', 'self_attn.kv_a_proj_with_mqa', 'U D'),
     ('attention/kv_norm/scale', 'U', 'self_attn.kv_a_layernorm.weight', 'U'),
     ('attention/kv_up', 'UHK', 'self_attn.kv_b_proj.weight', 'HK U'),
-    *hf.dense('attention/out', 'HKD', 'self_attn.o_proj', 'D HK'),
-    ('ffn_norm/scale', 'D', 'post_attention_layernorm.weight', 'D'))
-DENSE = (
-    ('gate', 'DF', 'gate_proj.weight', 'F D'),
-    ('up', 'DF', 'up_proj.weight', 'F D'),
-    ('down', 'FD', 'down_proj.weight', 'D F'))
-SHARED = hf.under('shared', 'shared_experts', *DENSE)
-EXPERTS = (
-    ('router', 'DE', 'gate.weight', 'E D'),
-    ('gate', 'EDF', 'experts.{e}.gate_proj.weight', 'F D'),
-    ('up', 'EDF', 'experts.{e}.up_proj.weight', 'F D'),
-    ('down', 'EFD', 'experts.{e}.down_proj.weight', 'D F'))
-LAYER = (*BLOCK, *hf.under('ffn', 'mlp', *DENSE, *EXPERTS, *SHARED))
+    *hf.dense('attention/out', 'HKD', 'self_attn.o_proj', 'D HK'))
+SHARED = hf.under('shared', 'shared_experts', *llama.FFN)
 QUERIES = (('attention/query', 'DHK', 'self_attn.q_proj.weight', 'HK D'),)
 LATENT_QUERIES = (
     *hf.dense('attention/query_down', 'DU', 'self_attn.q_a_proj', 'U D'),
@@ -132,49 +102,29 @@ LATENT_QUERIES = (
 
 def names(c: ModelConfig, *more: hf.Row) -> tuple[hf.Row, ...]:
   """Returns the rows of V2, and `more` of a layer."""
-  layer = LATENT_QUERIES if c.latent.q_rank else QUERIES
-  return (('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
-          *hf.under('decoder/layers', 'model.layers.{n}', *layer, *LAYER,
-                    *more),
-          ('decoder/final_norm/scale', 'D', 'model.norm.weight', 'D'),
-          ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
+  return llama.ends() + llama.layers(
+      *(LATENT_QUERIES if c.latent.q_rank else QUERIES), *BLOCK, *hf.under(
+          'ffn', 'mlp', *llama.FFN, *llama.experts(), *SHARED), *more)
 
 
-def fields(**defaults: int | float) -> dict[str, tuple]:
-  """Returns the fields of V2 and V3, whose defaults differ."""
-  return {ours: (theirs, defaults[theirs], *more) for ours, theirs, *more in (
-      ('d_model', 'hidden_size'), ('num_layers', 'num_hidden_layers'),
-      ('num_heads', 'num_attention_heads'), ('d_ff', 'intermediate_size'),
-      ('vocab_size', 'vocab_size'), ('max_len', 'max_position_embeddings'),
-      ('moe.num_experts', 'n_routed_experts'),
-      ('moe.top_k', 'num_experts_per_tok'),
-      ('moe.d_ff', 'moe_intermediate_size'),
-      ('moe.shared_experts', 'n_shared_experts'),
-      ('moe.gate_scale', 'routed_scaling_factor'))} | {
-          'norm_eps': ('rms_norm_eps', 1e-6),
-          'latent.kv_rank': ('kv_lora_rank', 512),
-          'latent.nope_dim': ('qk_nope_head_dim', 128),
-          'latent.rope_dim': ('qk_rope_head_dim', 64),
-          'latent.v_dim': ('v_head_dim', 128),
-          'moe.ffn': ('hidden_act', 'silu', hf.GATED),
-          'attention_bias': ('attention_bias', False),
-          'tie_embeddings': ('tie_word_embeddings', False)}
-
-
+# Of V3 and Kimi Linear too.
+LATENT = hf.fields(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+                   v_head_dim=128, attention_bias=False)
 # Of the files that DeepSeek published: what only training or their own
 # program reads.
 UNREAD = ('auto_map', 'aux_loss_alpha', 'seq_aux', 'ep_size')
 
 HF = hf.HuggingFace(
     'deepseek_v2', 'DeepseekV2ForCausalLM', names=names,
-    fields=fields(
+    fields=LATENT | hf.fields(
         hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
         intermediate_size=11008, vocab_size=102400,
-        max_position_embeddings=2048, n_routed_experts=64,
-        num_experts_per_tok=6, moe_intermediate_size=1407, n_shared_experts=2,
-        routed_scaling_factor=1.0),
+        max_position_embeddings=2048, rms_norm_eps=1e-6,
+        tie_word_embeddings=False, num_experts_per_tok=6,
+        moe_intermediate_size=1407, routed_scaling_factor=1.0) | {
+            'moe.num_experts': ('n_routed_experts', 64),
+            'moe.shared_experts': ('n_shared_experts', 2),
+            'moe.ffn': hf.SILU},
     only=dict(norm_topk_prob=False, scoring_func='softmax', mlp_bias=False),
-    unread=UNREAD, read=_read, write=_write, tied=llama.HF.tied,
-    spellings=llama.HF.spellings, ignored=llama.HF.ignored,
-    heads={'sequence': hf.TaskHead('DeepseekV2ForSequenceClassification',
-                                   'score')})
+    unread=UNREAD, read=_read, write=_write,
+    heads=hf.heads('DeepseekV2', only=('sequence',)), **llama.FILES)

@@ -13,8 +13,7 @@ a second token (section 2.2) is model.mtp_depth=1; the published one, layer 61
 of a folder, is not imported.
 """
 
-from architectures import deepseek_v2
-from architectures import llama
+from architectures import deepseek_v2, llama
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Decoder
@@ -33,12 +32,12 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
         f'{reader("num_nextn_predict_layers", 0)}: the layers that predict '
         'further tokens are not imported')
   hf.check_gates(fields)
-  found = deepseek_v2.read(reader, fields, dense=3, q_rank=1536,
-                           interleaved=not reader.is_null('rope_interleave')
-                           and reader('rope_interleave', True))
+  both = deepseek_v2.read(reader, fields, dense=3, q_rank=1536,
+                          interleaved=not reader.is_null('rope_interleave')
+                          and reader('rope_interleave', True))
   if reader.is_null('norm_topk_prob'):  # which is no there
-    found['moe'] |= dict(normalize_gates=False)
-  return found
+    both['moe'] |= dict(normalize_gates=False)
+  return both
 
 
 def _write(c: ModelConfig) -> dict:
@@ -46,23 +45,21 @@ def _write(c: ModelConfig) -> dict:
                                      num_nextn_predict_layers=0)
 
 
-HF = hf.HuggingFace(
-    'deepseek_v3', 'DeepseekV3ForCausalLM',
+HF = deepseek_v2.HF._replace(
+    model_type='deepseek_v3', architecture='DeepseekV3ForCausalLM',
     names=lambda c: deepseek_v2.names(
         c, ('ffn/router_bias', 'E', 'mlp.gate.e_score_correction_bias', 'E')),
-    fields=deepseek_v2.fields(
+    fields=deepseek_v2.HF.fields | hf.fields(
         hidden_size=7168, num_hidden_layers=61, num_attention_heads=128,
         intermediate_size=18432, vocab_size=129280,
-        max_position_embeddings=4096, n_routed_experts=256,
-        num_experts_per_tok=8, moe_intermediate_size=2048, n_shared_experts=1,
-        routed_scaling_factor=2.5) | {
-            'moe.expert_groups': ('n_group', 8),
-            'moe.top_groups': ('topk_group', 4),
-            'moe.normalize_gates': ('norm_topk_prob', True)},
+        max_position_embeddings=4096, num_experts_per_tok=8,
+        moe_intermediate_size=2048, routed_scaling_factor=2.5, topk_group=4,
+        norm_topk_prob=True) | {
+            'moe.num_experts': ('n_routed_experts', 256),
+            'moe.shared_experts': ('n_shared_experts', 1),
+            'moe.expert_groups': ('n_group', 8)},
     only=dict(scoring_func='sigmoid', topk_method='noaux_tc'),
-    unread=deepseek_v2.UNREAD, read=_read, write=_write, tied=llama.HF.tied,
-    spellings=llama.HF.spellings,
+    read=_read, write=_write,
     # The layers that predict further tokens stand behind the 61 of V3.
     ignored=(*llama.HF.ignored, r'model\.layers\.61\..*'),
-    heads={head: hf.TaskHead(f'DeepseekV3For{name}Classification', 'score')
-           for head, name in (('sequence', 'Sequence'), ('tokens', 'Token'))})
+    heads=hf.heads('DeepseekV3', tokens='score', only=('sequence', 'tokens')))

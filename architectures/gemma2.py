@@ -13,37 +13,34 @@ from architectures import llama
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types
-from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
 
 
 class Gemma2(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = dict(position='rope', norm='rmsnorm_1p', block='sandwich',
-               attention='global', attention_bias=False, attention_softcap=50.0,
-               pattern='local,global',
-               kinds={'local': dict(window=128), 'global': dict(window=0)},
-               ffn='geglu_tanh', ffn_bias=False, tie_embeddings=True,
-               embed_scale=0.0, logits_softcap=30.0)
+  PARTS = llama.LLaMA.PARTS | dict(
+      norm='rmsnorm_1p', block='sandwich', attention_softcap=50.0,
+      pattern='local,global',
+      kinds={'local': dict(window=128), 'global': dict(window=0)},
+      ffn='geglu_tanh', tie_embeddings=True, embed_scale=0.0,
+      logits_softcap=30.0)
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  return read_layers(reader, fields, every=2) | read_scales(reader) | dict(
-      rope=rope_fields.read(reader),
-      attention_softcap=cap(reader, 'attn_logit_softcapping', 50.0))
+  softcap = cap(reader, 'attn_logit_softcapping', 50.0)
+  return read_layers(reader, fields, every=2) | read_scales(
+      reader) | llama.read(reader, fields) | dict(attention_softcap=softcap)
 
 
-def read_layers(reader: hf.Reader, fields: dict, every: int, **own) -> dict:
+def read_layers(reader: hf.Reader, fields: dict, every: int, **of_kinds
+                ) -> dict:
   """Returns the kinds of layer; without layer_types, the last of every so many
-  sees all. `own`: as of layer_types.read."""
+  sees all. `of_kinds`: as of layer_types.read."""
   layers = fields['num_layers']
-  types = [layer_types.WINDOW if (n + 1) % every else layer_types.WHOLE
-           for n in range(layers)]
-  reader.passes('layer_types')
-  if reader.has('layer_types'):
-    types = reader.listed('layer_types')
-  return layer_types.read(types, layers, reader('sliding_window', 4096), **own)
+  types = layer_types.listed(reader, layers, lambda n: (n + 1) % every)
+  return layer_types.read(types, layers, reader('sliding_window', 4096),
+                          **of_kinds)
 
 
 def read_scales(reader: hf.Reader, softcap: float = 30.0) -> dict:
@@ -58,60 +55,43 @@ def cap(reader: hf.Reader, name: str, default: float) -> float:
   reader.passes(name)
   if not reader.has(name):
     return 0.0 if reader.is_null(name) else default
-  found = reader(name, default)
-  require(found > 0, f'config.json has {name} {found}: it must be > 0, or null')
-  return found
+  bound = reader(name, default)
+  require(bound > 0, f'config.json has {name} {bound}: it must be > 0, or null')
+  return bound
 
 
 def _write(c: ModelConfig) -> dict:
-  return write_scales(c) | layer_types.write(c) | dict(
-      rope_parameters=rope_fields.write(c),
+  return write_scales(c) | layer_types.write(c) | llama.write(c) | dict(
       attn_logit_softcapping=c.attention_softcap or None)
 
 
 def write_scales(c: ModelConfig) -> dict:
   """Returns the same for a config.json."""
-  require(c.d_model % c.num_heads == 0,
-          f'model.num_heads is {c.num_heads}, which does not divide '
-          f'model.d_model {c.d_model}: transformers refuses such a {c.arch}')
   return dict(query_pre_attn_scalar=round(c.attention_scale ** -2),
               final_logit_softcapping=c.logits_softcap or None)
 
 
 NAMES = (
-    *llama.NAMES[:1],
-    *hf.under(
-        'decoder/layers', 'model.layers.{n}',
+    *llama.ends('offset'),
+    *llama.layers(
         *((f'{ours}/offset', 'D', f'{theirs}_layernorm.weight', 'D')
           for ours, theirs in (
               ('attention_norm', 'input'),
               ('attention_out_norm', 'post_attention'),
               ('ffn_norm', 'pre_feedforward'),
               ('ffn_out_norm', 'post_feedforward'))),
-        *llama.ATTENTION),
-    ('decoder/final_norm/offset', 'D', 'model.norm.weight', 'D'),
-    *llama.NAMES[-1:], *llama.FFN)
+        *llama.attention(), *hf.under('ffn', 'mlp', *llama.FFN)))
 
 HF = hf.HuggingFace(
-    'gemma2', 'Gemma2ForCausalLM',
-    names=NAMES,
-    fields={
-        'd_model': ('hidden_size', 2304),
-        'num_layers': ('num_hidden_layers', 26),
-        'num_heads': ('num_attention_heads', 8),
-        'num_kv_heads': ('num_key_value_heads', 4),
-        'head_dim': ('head_dim', 256),
-        'd_ff': ('intermediate_size', 9216),
-        'vocab_size': ('vocab_size', 256000),
-        'max_len': ('max_position_embeddings', 8192),
-        'norm_eps': ('rms_norm_eps', 1e-6),
-        'ffn': ('hidden_activation', 'gelu_pytorch_tanh', hf.GATED),
-        'attention_bias': ('attention_bias', False),
-        'tie_embeddings': ('tie_word_embeddings', True)},
+    'gemma2', 'Gemma2ForCausalLM', names=NAMES,
+    fields=hf.fields(
+        hidden_size=2304, num_hidden_layers=26, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=256, intermediate_size=9216,
+        vocab_size=256000, max_position_embeddings=8192, rms_norm_eps=1e-6,
+        attention_bias=False, tie_word_embeddings=True) | {
+            'ffn': ('hidden_activation', 'gelu_pytorch_tanh', hf.GATED)},
     only=dict(use_bidirectional_attention=False),
     # Published files have them, and transformers reads neither.
     unread=('hidden_act', 'cache_implementation'),
-    read=_read, write=_write, tied=llama.HF.tied, spellings=llama.HF.spellings,
-    ignored=llama.HF.ignored,
-    heads={name: head for name, head in hf.heads(
-        'Gemma2', tokens='score').items() if name != 'span'})
+    read=_read, write=_write, heads=hf.heads(
+        'Gemma2', tokens='score', only=('sequence', 'tokens')), **llama.FILES)

@@ -10,24 +10,20 @@ Positions turn by theta 10,000 in a window and 1,000,000 in the whole text,
 where they are stretched by 8 for 128K tokens (4B to 27B).
 """
 
-from architectures import gemma2
-from architectures import llama
+from architectures import gemma2, llama
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
-from architectures.parts.hf import layer_types
-from architectures.parts.hf import rope_fields
+from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
 
 
 class Gemma3(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = dict(position='rope', norm='rmsnorm_1p', block='sandwich',
-               attention='global', attention_bias=False, qk_norm=True,
-               pattern='local,global',
-               kinds={'local': dict(window=128, rope=dict(theta=1e4)),
-                      'global': dict(window=0)},
-               ffn='geglu_tanh', ffn_bias=False, tie_embeddings=True,
-               embed_scale=0.0)
+  PARTS = llama.LLaMA.PARTS | dict(
+      norm='rmsnorm_1p', block='sandwich', qk_norm=True, pattern='local,global',
+      kinds={'local': dict(window=128, rope=dict(theta=1e4)),
+             'global': dict(window=0)},
+      ffn='geglu_tanh', tie_embeddings=True, embed_scale=0.0)
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
@@ -45,18 +41,12 @@ def _write(c: ModelConfig) -> dict:
       rope_parameters=rope_fields.write_by_kind(c))
 
 
-HF = hf.HuggingFace(
-    'gemma3_text', 'Gemma3ForCausalLM',
-    names=gemma2.NAMES + hf.under(
-        'decoder/layers/attention', 'model.layers.{n}.self_attn',
-        ('query_norm/offset', 'K', 'q_norm.weight', 'K'),
-        ('key_norm/offset', 'K', 'k_norm.weight', 'K')),
-    fields=gemma2.HF.fields | {
-        'vocab_size': ('vocab_size', 262208),
-        'max_len': ('max_position_embeddings', 131072)},
+HF = gemma2.HF._replace(
+    model_type='gemma3_text', architecture='Gemma3ForCausalLM',
+    names=gemma2.NAMES + llama.layers(*llama.head_norms(norm='offset')),
+    fields=gemma2.HF.fields | hf.fields(
+        vocab_size=262208, max_position_embeddings=131072),
     # A bound on scores is a field that transformers has and does not read.
     only=gemma2.HF.only | dict(attn_logit_softcapping=None),
-    unread=gemma2.HF.unread, read=_read, write=_write, tied=llama.HF.tied,
-    spellings=llama.HF.spellings, ignored=llama.HF.ignored,
-    heads={'sequence': hf.TaskHead('Gemma3TextForSequenceClassification',
-                                   'score')})
+    read=_read, write=_write,
+    heads=hf.heads('Gemma3Text', only=('sequence',)))

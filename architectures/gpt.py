@@ -44,11 +44,10 @@ HF = hf.HuggingFace(
         'num_layers': ('n_layer', 12),
         'num_heads': ('n_head', 12),
         'd_ff': ('n_inner', lambda fields: 4 * fields['d_model']),
-        'vocab_size': ('vocab_size', 50257),
         'max_len': ('n_positions', 1024),
-        'norm_eps': ('layer_norm_epsilon', 1e-5),
-        'ffn': ('activation_function', 'gelu_new', hf.FFNS),
-        'tie_embeddings': ('tie_word_embeddings', True)},
+        'ffn': ('activation_function', 'gelu_new', hf.FFNS)} | hf.fields(
+            vocab_size=50257, layer_norm_epsilon=1e-5,
+            tie_word_embeddings=True),
     only=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
               add_cross_attention=False),
     unread=('reorder_and_upcast_attn',),  # ours always takes it in float32

@@ -9,12 +9,12 @@ and what contradicts itself in them, stand in configs/gpt4.py. There is no
 reference to be equal to.
 """
 
+from architectures import gpt
 from architectures.parts.skeletons import Decoder
 
 
 class RumouredGPT4(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
   ARCH = 'gpt4-rumoured'
-  PARTS = dict(position='learned', norm='layernorm', block='pre_norm',
-               attention='global', ffn='moe', tie_embeddings=True,
-               moe=dict(router='topk', top_k=2, ffn='gelu_tanh'))
+  PARTS = gpt.GPT.PARTS | dict(
+      ffn='moe', moe=dict(router='topk', top_k=2, ffn='gelu_tanh'))

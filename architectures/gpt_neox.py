@@ -35,31 +35,30 @@ def _write(c: ModelConfig) -> dict:
               use_parallel_residual=c.block == 'parallel')
 
 
+def layers(layer: str, attention: str) -> tuple[hf.Row, ...]:
+  """Returns the rows of the layers, which BLOOM has too."""
+  return hf.under(
+      'decoder/layers', layer, *hf.norm('attention_norm', 'input_layernorm'),
+      *hf.dense('attention/query|key|value', 'DHK',
+                f'{attention}.query_key_value', 'H3K D'),
+      *hf.dense('attention/out', 'HKD', f'{attention}.dense', 'D HK'),
+      *hf.norm('ffn_norm', 'post_attention_layernorm'),
+      *hf.dense('ffn/up', 'DF', 'mlp.dense_h_to_4h', 'F D'),
+      *hf.dense('ffn/down', 'FD', 'mlp.dense_4h_to_h', 'D F'))
+
+
 HF = hf.HuggingFace(
     'gpt_neox', 'GPTNeoXForCausalLM',
     names=(
         ('embed/tokens', 'VD', 'gpt_neox.embed_in.weight', 'V D'),
-        *hf.under(
-            'decoder/layers', 'gpt_neox.layers.{n}',
-            *hf.norm('attention_norm', 'input_layernorm'),
-            *hf.dense('attention/query|key|value', 'DHK',
-                      'attention.query_key_value', 'H3K D'),
-            *hf.dense('attention/out', 'HKD', 'attention.dense', 'D HK'),
-            *hf.norm('ffn_norm', 'post_attention_layernorm'),
-            *hf.dense('ffn/up', 'DF', 'mlp.dense_h_to_4h', 'F D'),
-            *hf.dense('ffn/down', 'FD', 'mlp.dense_4h_to_h', 'D F')),
+        *layers('gpt_neox.layers.{n}', 'attention'),
         *hf.norm('decoder/final_norm', 'gpt_neox.final_layer_norm'),
         ('head/kernel', 'DV', 'embed_out.weight', 'V D')),
-    fields={
-        'd_model': ('hidden_size', 6144),
-        'num_layers': ('num_hidden_layers', 44),
-        'num_heads': ('num_attention_heads', 64),
-        'd_ff': ('intermediate_size', 24576),
-        'vocab_size': ('vocab_size', 50432),
-        'max_len': ('max_position_embeddings', 2048),
-        'norm_eps': ('layer_norm_eps', 1e-5),
-        'ffn': ('hidden_act', 'gelu', hf.FFNS),
-        'tie_embeddings': ('tie_word_embeddings', False)},
+    fields=hf.fields(
+        hidden_size=6144, num_hidden_layers=44, num_attention_heads=64,
+        intermediate_size=24576, vocab_size=50432, max_position_embeddings=2048,
+        layer_norm_eps=1e-5, tie_word_embeddings=False) | {
+            'ffn': ('hidden_act', 'gelu', hf.FFNS)},
     only=dict(attention_bias=True),
     unread=('is_decoder',),  # it has no other way to be
     read=_read, write=_write,

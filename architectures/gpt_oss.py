@@ -15,20 +15,18 @@ frequencies (`rope.truncate=False`). The router has a bias too.
 from architectures import llama
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
-from architectures.parts.hf import layer_types
-from architectures.parts.hf import rope_fields
+from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
 
 
 class GptOss(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = dict(position='rope', norm='rmsnorm', block='pre_norm',
-               attention='global', pattern='local,global', attention_sinks=True,
-               attention_bias=True, ffn='moe', ffn_bias=True,
-               tie_embeddings=False,
-               moe=dict(router='topk', top_k=4, ffn='swiglu_clamped',
-                        logit_bias=True))
+  PARTS = llama.LLaMA.PARTS | dict(
+      pattern='local,global',
+      kinds={'local': dict(window=32), 'global': dict(window=0)},
+      attention_sinks=True, attention_bias=True, ffn='moe', ffn_bias=True,
+      moe=dict(router='topk', top_k=4, ffn='swiglu_clamped', logit_bias=True))
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
@@ -42,24 +40,20 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           'config.json has no rope_parameters: transformers takes YaRN with a '
           'factor of 32 from 4,096 tokens on then; write it there')
   layers = fields['num_layers']
-  types = reader.listed('layer_types') or [
-      layer_types.WHOLE if n % 2 else layer_types.WINDOW for n in range(layers)]
+  types = layer_types.listed(reader, layers, lambda n: n % 2 == 0)
   return layer_types.read(types, layers, reader('sliding_window', 128)) | dict(
       rope=rope_fields.read(reader, theta=('rope_theta', 150000.0)),
       moe=dict(dispatch='dropless'))
 
 
 def _write(c: ModelConfig) -> dict:
-  require(c.ffn == 'moe', f'model.ffn is {c.ffn!r}: a gpt_oss config.json can '
-          'only say moe')
-  return layer_types.write(c) | dict(rope_parameters=rope_fields.write(c),
-                                     intermediate_size=c.moe.d_ff)
+  return layer_types.write(c) | llama.write(c) | dict(
+      intermediate_size=c.moe.d_ff)
 
 
 HF = hf.HuggingFace(
     'gpt_oss', 'GptOssForCausalLM',
-    names=llama.NAMES + hf.under(
-        'decoder/layers', 'model.layers.{n}',
+    names=llama.NAMES + llama.layers(
         ('attention/sink', 'H', 'self_attn.sinks', 'H'),
         ('ffn/router', 'DE', 'mlp.router.weight', 'E D'),
         ('ffn/logit_bias', 'E', 'mlp.router.bias', 'E'),
@@ -69,27 +63,16 @@ HF = hf.HuggingFace(
          'E F2'),
         ('ffn/down', 'EFD', 'mlp.experts.down_proj', 'E F D'),
         ('ffn/down_bias', 'ED', 'mlp.experts.down_proj_bias', 'E D')),
-    fields={
-        'd_model': ('hidden_size', 2880),
-        'num_layers': ('num_hidden_layers', 36),
-        'num_heads': ('num_attention_heads', 64),
-        'num_kv_heads': ('num_key_value_heads', 8),
-        'head_dim': ('head_dim', 64),
-        'd_ff': ('intermediate_size', 2880),
-        'vocab_size': ('vocab_size', 201088),
-        'max_len': ('max_position_embeddings', 131072),
-        'norm_eps': ('rms_norm_eps', 1e-5),
-        'attention_bias': ('attention_bias', True),
-        'tie_embeddings': ('tie_word_embeddings', False),
-        'clamp.alpha': ('swiglu_alpha', 1.702),
-        'clamp.limit': ('swiglu_limit', 7.0),
-        'moe.num_experts': ('num_local_experts', 128),
-        'moe.top_k': ('num_experts_per_tok', 4),
-        'moe.balance_weight': ('router_aux_loss_coef', 0.001)},
+    fields=hf.fields(
+        hidden_size=2880, num_hidden_layers=36, num_attention_heads=64,
+        num_key_value_heads=8, head_dim=64, intermediate_size=2880,
+        vocab_size=201088, max_position_embeddings=131072, rms_norm_eps=1e-5,
+        attention_bias=True, tie_word_embeddings=False, num_local_experts=128,
+        num_experts_per_tok=4, router_aux_loss_coef=0.001) | {
+            'clamp.alpha': ('swiglu_alpha', 1.702),
+            'clamp.limit': ('swiglu_limit', 7.0)},
     only=dict(hidden_act='silu'),
     # What OpenAI's own file has twice.
     unread=('initial_context_length', 'experts_per_token'),
-    read=_read, write=_write, tied=llama.HF.tied, spellings=llama.HF.spellings,
-    ignored=llama.HF.ignored, heads={
-        name: head for name, head in hf.heads('GptOss', tokens='score').items()
-        if name != 'span'})
+    read=_read, write=_write, heads=hf.heads(
+        'GptOss', tokens='score', only=('sequence', 'tokens')), **llama.FILES)

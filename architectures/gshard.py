@@ -39,12 +39,10 @@ from configs.errors import one_of, require
 
 class GShard(EncoderDecoder):
   """source [B, M], target [B, L] -> Output; see EncoderDecoder."""
-  PARTS = dict(position='sinusoidal', sinusoidal=dict(layout='fairseq'),
-               embed_scale=0.0,
-               norm='layernorm', block='pre_norm', attention='global',
-               ffn='moe', tie_embeddings=True, pattern='dense,moe',
-               kinds=dict(dense=dict(ffn='dense'), moe={}),
-               moe=dict(router='gshard', top_k=2, ffn='relu'))
+  PARTS = transformer.Transformer.PARTS | dict(
+      sinusoidal=dict(layout='fairseq'), block='pre_norm', ffn='moe',
+      pattern='dense,moe', kinds=dict(dense=dict(ffn='dense'), moe={}),
+      moe=dict(router='gshard', top_k=2, ffn='relu'))
 
 
 FFNS = {'relu': 'relu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh'}
@@ -83,13 +81,10 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 def _write(c: ModelConfig) -> dict:
   m = c.moe
-  policies = {ours: theirs for theirs, ours in ROUTERS.items()}
-  require(c.ffn == 'moe' and m.router in policies,
-          f'model.ffn is {c.ffn!r} with model.moe.router {m.router!r}: an '
-          f'nllb-moe config.json knows moe with {", ".join(policies)}')
+  policy = hf.theirs(ROUTERS, m.router, 'moe.router')
   every = layer_kinds.experts_every(c)
   fraction = 2 * m.eval_capacity_factor / m.num_experts
-  in_training = {} if m.router == 'topk' else {IN_TRAINING: policies[m.router]}
+  in_training = {} if m.router == 'topk' else {IN_TRAINING: policy}
   return transformer.write_stacks(c) | in_training | dict(
       encoder_sparse_step=every, decoder_sparse_step=every,
       second_expert_policy='all', normalize_router_prob_before_dropping=True,
@@ -117,11 +112,9 @@ HF = hf.HuggingFace(
             *transformer.attention('cross_attention', 'cross_attention'),
             *hf.norm('cross_norm', 'cross_attention_layer_norm')),
         *hf.norm('decoder/final_norm', 'model.decoder.layer_norm')),
-    fields=transformer.FIELDS | {
-        'vocab_size': ('vocab_size', 128112),
-        'moe.ffn': ('activation_function', 'relu', FFNS),
-        'moe.num_experts': ('num_experts', 128),
-        'moe.balance_weight': ('router_aux_loss_coef', 0.001)},
+    fields=transformer.FIELDS | hf.fields(
+        vocab_size=128112, num_experts=128, router_aux_loss_coef=0.001) | {
+            'moe.ffn': ('activation_function', 'relu', FFNS)},
     only=dict(is_encoder_decoder=True, tie_word_embeddings=True,
               router_bias=False, router_dtype='float32',
               router_ignore_padding_tokens=False, pad_token_id=1,

@@ -15,11 +15,7 @@ s + b, where b moves against the load as in DeepSeek-V3. The published model has
 27 layers. The last one, which follows two recurrences, has attention too.
 """
 
-from typing import Any
-
-from architectures import deepseek_v2
-from architectures import llama
-from architectures import phi3
+from architectures import deepseek_v2, llama, phi3
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types
@@ -29,22 +25,19 @@ from configs.errors import require
 
 class KimiLinear(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = dict(position='none', norm='rmsnorm', block='pre_norm',
-               mixer='latent', attention='global', attention_bias=False,
-               ffn='moe', ffn_bias=False, prefix='linear_dense',
-               pattern='linear,linear,full', kinds=dict(
-                   linear_dense=dict(mixer='kda', ffn='dense'),
-                   linear=dict(mixer='kda'), full={}),
-               tie_embeddings=False, moe=dict(
-                   router='sigmoid', top_k=8, ffn='swiglu'))
+  PARTS = llama.LLaMA.PARTS | dict(
+      position='none', mixer='latent', ffn='moe', prefix='linear_dense',
+      pattern='linear,linear,full', kinds=dict(
+          linear_dense=dict(mixer='kda', ffn='dense'),
+          linear=dict(mixer='kda'), full={}),
+      moe=dict(router='sigmoid', top_k=8, ffn='swiglu'))
 
 
 DENSE, SPARSE = 'dense', 'sparse'
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
+def _read(reader: hf.Reader, fields: dict) -> dict:
   layers = fields['num_layers']
-  layer_types.check_number('num_hidden_layers', layers)
   reader.must(num_key_value_heads=fields['num_heads'])
   hf.check_gates(fields, 'num_experts_per_token', 'moe_renormalize')
   first = (0 if reader.is_zero('first_k_dense_replace') else
@@ -53,13 +46,14 @@ def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
                               (DENSE, SPARSE)) or [
       DENSE if n < first else SPARSE for n in range(layers)]
   require(SPARSE in networks, 'config.json has no layer with experts')
-  own = reader.section('linear_attn_config')  # goes before the other names
-  heads, size, conv = (own(name, reader(other, usual))
+  # Goes before the other names.
+  linear = reader.section('linear_attn_config')
+  heads, size, conv = (linear(name, reader(other, usual))
                        for name, other, usual in SIZES)
   rank = reader('q_lora_rank', 1) if reader.has('q_lora_rank') else 0
   types = layer_types.each(reader, 'layer_types', layers, layer_types.MIXERS)
-  listed = _listed(own, layers)
-  found = layer_types.mixed(types or listed, [
+  listed = _listed(linear, layers)
+  read_fields = layer_types.mixed(types or listed, [
       network == DENSE for network in networks], 'kda') | dict(
           head_dim=fields['latent.nope_dim'],
           latent=dict(q_rank=rank, norm_eps=deepseek_v2.LATENT_EPS),
@@ -67,14 +61,15 @@ def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
                    value_dim=size, rank=size, conv=conv),
           moe=dict(dispatch='dropless'))
   if reader.is_null('moe_renormalize'):  # which is no there
-    found['moe'] |= dict(normalize_gates=False)
-  return found
+    read_fields['moe'] |= dict(normalize_gates=False)
+  return read_fields
 
 
-def _listed(own: hf.Reader, layers: int) -> list[str]:
+def _listed(reader: hf.Reader, layers: int) -> list[str]:
   """Returns the type of each layer, of lists that count them from 1."""
-  whole, linear = own.listed('full_attn_layers'), own.listed('kda_layers')
-  if not (own.has('full_attn_layers') and own.has('kda_layers')):
+  names = 'full_attn_layers', 'kda_layers'
+  whole, linear = map(reader.listed, names)
+  if not all(map(reader.has, names)):
     return [layer_types.WHOLE if n and n % 4 == 0 else layer_types.LINEAR
             for n in range(layers)]
   require(all(type(n) is int for n in whole + linear)
@@ -86,7 +81,7 @@ def _listed(own: hf.Reader, layers: int) -> list[str]:
           for n in range(1, layers + 1)]
 
 
-def _write(c: ModelConfig) -> dict[str, Any]:
+def _write(c: ModelConfig) -> dict:
   layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
   dense = [layer.ffn != 'moe' for layer in layers]
   whole = [layer.mixer == 'latent' for layer in layers]
@@ -94,7 +89,6 @@ def _write(c: ModelConfig) -> dict[str, Any]:
           'config.json is of a model with some')
   require(any(whole), 'all layers are recurrences: transformers runs a '
           'kimi_linear with some layers of attention only')
-  deepseek_v2.check_latents(c)
   numbered = lambda chosen: [n for n, is_whole in enumerate(whole, 1)
                              if is_whole == chosen]
   return dict(
@@ -132,50 +126,32 @@ KDA = hf.under(
     ('gate_up', 'UHK', 'g_b_proj.weight', 'HK U'),
     ('out_norm/scale', 'K', 'o_norm.weight', 'K'))
 EXPERTS = hf.under(
-    'ffn', 'block_sparse_moe',
-    ('router', 'DE', 'gate.weight', 'E D'),
+    'ffn', 'block_sparse_moe', *llama.experts('w1', 'w3', 'w2'),
     ('router_bias', 'E', 'gate.e_score_correction_bias', 'E'),
-    ('gate', 'EDF', 'experts.{e}.w1.weight', 'F D'),
-    ('up', 'EDF', 'experts.{e}.w3.weight', 'F D'),
-    ('down', 'EFD', 'experts.{e}.w2.weight', 'D F'),
     *deepseek_v2.SHARED)
 
 
 def _names(c: ModelConfig) -> tuple[hf.Row, ...]:
   latent = deepseek_v2.LATENT_QUERIES if c.latent.q_rank else ()
-  return (*llama.NAMES[:1],
-          *hf.under('decoder/layers', 'model.layers.{n}',
-                    *deepseek_v2.BLOCK, *deepseek_v2.QUERIES, *latent,
-                    *hf.under('ffn', 'mlp', *deepseek_v2.DENSE), *EXPERTS,
-                    *KDA),
-          *llama.NAMES[-2:])
+  return llama.ends() + llama.layers(
+      *deepseek_v2.BLOCK, *deepseek_v2.QUERIES, *latent,
+      *hf.under('ffn', 'mlp', *llama.FFN), *EXPERTS, *KDA)
 
 
 HF = hf.HuggingFace(
     'kimi_linear', 'KimiLinearForCausalLM', names=_names,
-    fields={
-        'd_model': ('hidden_size', 2304),
-        'num_layers': ('num_hidden_layers', 27),
-        'num_heads': ('num_attention_heads', 32),
-        'd_ff': ('intermediate_size', 9216),
-        'vocab_size': ('vocab_size', 163840),
-        'max_len': ('model_max_length', 1048576),
-        'norm_eps': ('rms_norm_eps', 1e-5),
-        'attention_bias': ('attention_bias', False),
-        'latent.kv_rank': ('kv_lora_rank', 512),
-        'latent.nope_dim': ('qk_nope_head_dim', 128),
-        'latent.rope_dim': ('qk_rope_head_dim', 64),
-        'latent.v_dim': ('v_head_dim', 128),
-        # Of the convolutions too, which are SiLU's here.
-        'moe.ffn': ('hidden_act', 'silu', {'silu': 'swiglu'}),
-        'moe.d_ff': ('moe_intermediate_size', 1024),
-        'moe.num_experts': ('num_experts', 256),
-        'moe.top_k': ('num_experts_per_token', 8),
-        'moe.shared_experts': ('num_shared_experts', 1),
-        'moe.expert_groups': ('num_expert_group', 1),
-        'moe.top_groups': ('topk_group', 1),
-        'moe.gate_scale': ('routed_scaling_factor', 2.446),
-        'moe.normalize_gates': ('moe_renormalize', True)},
+    fields=deepseek_v2.LATENT | hf.fields(
+        hidden_size=2304, num_hidden_layers=27, num_attention_heads=32,
+        intermediate_size=9216, vocab_size=163840, rms_norm_eps=1e-5,
+        moe_intermediate_size=1024, num_experts=256, topk_group=1,
+        routed_scaling_factor=2.446) | {
+            'max_len': ('model_max_length', 1048576),
+            # Of the convolutions too, which are SiLU's here.
+            'moe.ffn': ('hidden_act', 'silu', {'silu': 'swiglu'}),
+            'moe.top_k': ('num_experts_per_token', 8),
+            'moe.shared_experts': ('num_shared_experts', 1),
+            'moe.expert_groups': ('num_expert_group', 1),
+            'moe.normalize_gates': ('moe_renormalize', True)},
     only=dict(tie_word_embeddings=False, mla_use_nope=True,
               moe_router_activation_func='sigmoid', moe_layer_freq=1,
               num_nextn_predict_layers=0),

@@ -15,7 +15,6 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
 
 
 class LLaMA(Decoder):
@@ -25,61 +24,86 @@ class LLaMA(Decoder):
                ffn='swiglu', ffn_bias=False, tie_embeddings=False)
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
+# What other systems have too.
+
+
+def ends(norm: str = 'scale') -> tuple[hf.Row, ...]:
+  """Returns the rows of the embedding, the final norm and the head."""
+  return (('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
+          (f'decoder/final_norm/{norm}', 'D', 'model.norm.weight', 'D'),
+          ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
+
+
+def layers(*rows: hf.Row) -> tuple[hf.Row, ...]:
+  """Returns rows of a layer with the layer before them."""
+  return hf.under('decoder/layers', 'model.layers.{n}', *rows)
+
+
+def norms(norm: str = 'scale') -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer's norms before its parts."""
+  return ((f'attention_norm/{norm}', 'D', 'input_layernorm.weight', 'D'),
+          (f'ffn_norm/{norm}', 'D', 'post_attention_layernorm.weight', 'D'))
+
+
+def head_norms(axis: str = 'K', norm: str = 'scale') -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer's norms of queries and keys: of each head, or
+  over all (axis U)."""
+  return tuple(
+      (f'attention/{ours}_norm/{norm}', axis, f'self_attn.{x}_norm.weight',
+       axis) for ours, x in (('query', 'q'), ('key', 'k')))
+
+
+def attention(*more: hf.Row) -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer's attention, and `more` of it."""
+  return hf.under(
+      'attention', 'self_attn', *hf.dense('query', 'DHK', 'q_proj', 'HK D'),
+      *hf.dense('key', 'DJK', 'k_proj', 'JK D'),
+      *hf.dense('value', 'DJK', 'v_proj', 'JK D'),
+      *hf.dense('out', 'HKD', 'o_proj', 'D HK'), *more)
+
+
+FFN = (*hf.dense('gate', 'DF', 'gate_proj', 'F D'),
+       *hf.dense('up', 'DF', 'up_proj', 'F D'),
+       *hf.dense('down', 'FD', 'down_proj', 'D F'))
+
+
+def experts(gate: str = 'gate_proj', up: str = 'up_proj',
+            down: str = 'down_proj') -> tuple[hf.Row, ...]:
+  """Returns the rows of a mixture of experts, of which theirs are called so."""
+  return (('router', 'DE', 'gate.weight', 'E D'),
+          ('gate', 'EDF', f'experts.{{e}}.{gate}.weight', 'F D'),
+          ('up', 'EDF', f'experts.{{e}}.{up}.weight', 'F D'),
+          ('down', 'EFD', f'experts.{{e}}.{down}.weight', 'D F'))
+
+
+# All but the feed-forward networks, as Mixtral has them too.
+NAMES = ends() + layers(*norms(), *attention())
+FILES = dict(tied={'lm_head.weight': 'model.embed_tokens.weight'},
+             spellings=(('model.', ''),),
+             ignored=(r'.*\.rotary_emb\.inv_freq',))
+SPAN = 'model.', 'transformer.'
+
+
+def read(reader: hf.Reader, fields: dict) -> dict:
+  """Returns the fields of systems with nothing beside rotary positions."""
   return dict(rope=rope_fields.read(reader))
 
 
-def _write(c: ModelConfig) -> dict:
-  require(c.d_model % c.num_heads == 0,
-          f'model.num_heads is {c.num_heads}, which does not divide '
-          f'model.d_model {c.d_model}: transformers refuses such a llama')
+def write(c: ModelConfig) -> dict:
+  """Returns the same for a config.json."""
   return dict(rope_parameters=rope_fields.write(c))
 
 
-ATTENTION = (
-    *hf.dense('attention/query', 'DHK', 'self_attn.q_proj', 'HK D'),
-    *hf.dense('attention/key', 'DJK', 'self_attn.k_proj', 'JK D'),
-    *hf.dense('attention/value', 'DJK', 'self_attn.v_proj', 'JK D'),
-    *hf.dense('attention/out', 'HKD', 'self_attn.o_proj', 'D HK'))
-# All but the feed-forward networks, as Mixtral has them too.
-NAMES = (
-    ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
-    *hf.under(
-        'decoder/layers', 'model.layers.{n}',
-        ('attention_norm/scale', 'D', 'input_layernorm.weight', 'D'),
-        *ATTENTION,
-        ('ffn_norm/scale', 'D', 'post_attention_layernorm.weight', 'D')),
-    ('decoder/final_norm/scale', 'D', 'model.norm.weight', 'D'),
-    ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
-FFN = hf.under(
-    'decoder/layers/ffn', 'model.layers.{n}.mlp',
-    *hf.dense('gate', 'DF', 'gate_proj', 'F D'),
-    *hf.dense('up', 'DF', 'up_proj', 'F D'),
-    *hf.dense('down', 'FD', 'down_proj', 'D F'))
-
 HF = hf.HuggingFace(
-    'llama', 'LlamaForCausalLM',
-    names=NAMES + FFN,
-    fields={
-        'd_model': ('hidden_size', 4096),
-        'num_layers': ('num_hidden_layers', 32),
-        'num_heads': ('num_attention_heads', 32),
-        'num_kv_heads': ('num_key_value_heads',
-                         lambda fields: fields['num_heads']),
-        'head_dim': ('head_dim',
-                     lambda fields: fields['d_model'] // fields['num_heads']),
-        'd_ff': ('intermediate_size', 11008),
-        'vocab_size': ('vocab_size', 32000),
-        'max_len': ('max_position_embeddings', 2048),
-        'norm_eps': ('rms_norm_eps', 1e-6),
-        'ffn': ('hidden_act', 'silu', hf.GATED),
-        'attention_bias': ('attention_bias', False),
-        'ffn_bias': ('mlp_bias', False),
-        'tie_embeddings': ('tie_word_embeddings', False)},
+    'llama', 'LlamaForCausalLM', names=NAMES + layers(*hf.under(
+        'ffn', 'mlp', *FFN)),
+    fields=hf.fields(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=hf.EACH_HEAD, head_dim=hf.SPLIT_WIDTH,
+        intermediate_size=11008, vocab_size=32000, max_position_embeddings=2048,
+        rms_norm_eps=1e-6, attention_bias=False, mlp_bias=False,
+        tie_word_embeddings=False) | {'ffn': hf.SILU},
     only=dict(rope_interleaved=False),
     unread=('is_llama_config',),  # of SmolLM2
-    read=_read, write=_write,
-    tied={'lm_head.weight': 'model.embed_tokens.weight'},
-    spellings=(('model.', ''),),
-    ignored=(r'.*\.rotary_emb\.inv_freq',),
-    heads=hf.heads('Llama', tokens='score', span=('model.', 'transformer.')))
+    read=read, write=write, heads=hf.heads('Llama', tokens='score', span=SPAN),
+    **FILES)

@@ -9,8 +9,6 @@ there are twice as many. What a token leaves behind is a state of one size in
 each layer.
 """
 
-from typing import Any
-
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Decoder
@@ -28,7 +26,7 @@ class Mamba2(Decoder):
 INFINITY = {'__float__': 'Infinity'}
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
+def _read(reader: hf.Reader, fields: dict) -> dict:
   heads, head_dim = fields['mamba2.heads'], fields['mamba2.head_dim']
   expand = reader('expand', 2)
   require(heads * head_dim == expand * fields['d_model'],
@@ -45,15 +43,11 @@ def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
       least_step=float(whole[0]), most_step=float(whole[1])))
 
 
-def _write(c: ModelConfig) -> dict[str, Any]:
+def _write(c: ModelConfig) -> dict:
   m = c.mamba2
-  expand, rest = divmod(m.heads * m.head_dim, c.d_model)
-  require(not rest, f'model.mamba2 has {m.heads} heads of {m.head_dim} '
-          f'features, which are no multiple of model.d_model {c.d_model}: '
-          'transformers refuses such a mamba2')
-  bounded = m.least_step or m.most_step
-  return dict(expand=expand) | (dict(time_step_limit=[
-      m.least_step, m.most_step or INFINITY]) if bounded else {})
+  limits = dict(time_step_limit=[m.least_step, m.most_step or INFINITY])
+  return dict(expand=m.heads * m.head_dim // c.d_model) | (
+      limits if m.least_step or m.most_step else {})
 
 
 CONVOLVED = 'value', 'key', 'query'  # x, B, C
@@ -79,19 +73,16 @@ HF = hf.HuggingFace(
             ('out', 'HKD', 'out_proj.weight', 'D HK')),
         ('decoder/final_norm/scale', 'D', 'backbone.norm_f.weight', 'D'),
         ('head/kernel', 'DV', 'lm_head.weight', 'V D')),
-    fields={
-        'd_model': ('hidden_size', 4096),
-        'num_layers': ('num_hidden_layers', 64),
-        'mamba2.heads': ('num_heads', 128),
-        'mamba2.head_dim': ('head_dim', 64),
-        'mamba2.groups': ('n_groups', 8),
-        'mamba2.state': ('state_size', 128),
-        'mamba2.conv': ('conv_kernel', 4),
-        'mamba2.conv_bias': ('use_conv_bias', True),
-        'vocab_size': ('vocab_size', 32768),
-        'max_len': ('max_position_embeddings', 2048),
-        'norm_eps': ('layer_norm_epsilon', 1e-5),
-        'tie_embeddings': ('tie_word_embeddings', False)},
+    fields=hf.fields(
+        hidden_size=4096, num_hidden_layers=64, vocab_size=32768,
+        max_position_embeddings=2048, layer_norm_epsilon=1e-5,
+        tie_word_embeddings=False) | {
+            'mamba2.heads': ('num_heads', 128),
+            'mamba2.head_dim': ('head_dim', 64),
+            'mamba2.groups': ('n_groups', 8),
+            'mamba2.state': ('state_size', 128),
+            'mamba2.conv': ('conv_kernel', 4),
+            'mamba2.conv_bias': ('use_conv_bias', True)},
     # The last divides the weights of a folder as it is loaded.
     only=dict(use_bias=False, hidden_act='silu', rms_norm=True,
               rescale_prenorm_residual=False),

@@ -12,29 +12,25 @@ What stands n windows back still reaches a token through n layers. From version
 from architectures import llama
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
-from architectures.parts.hf import rope_fields
+from architectures.parts.hf import layer_types
 from architectures.parts.skeletons import Decoder
 
 
 class Mistral(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = dict(position='rope', norm='rmsnorm', block='pre_norm',
-               attention='banded', attention_bias=False,
-               ffn='swiglu', ffn_bias=False, tie_embeddings=False)
+  PARTS = llama.LLaMA.PARTS | dict(attention='banded')
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  # Left out, it is 4096; null, there is none.
-  window = (0 if reader.is_null('sliding_window') else
-            reader('sliding_window', 4096))
-  return dict(rope=rope_fields.read(reader), sliding_window=window,
-              attention='banded' if window else 'global')
+  window = layer_types.window(reader)
+  return llama.read(reader, fields) | dict(
+      sliding_window=window, attention='banded' if window else 'global')
 
 
 def _write(c: ModelConfig) -> dict:
   banded = c.attention == 'banded'
-  return dict(rope_parameters=rope_fields.write(c),
-              sliding_window=c.sliding_window if banded else None)
+  return llama.write(c) | dict(
+      sliding_window=c.sliding_window if banded else None)
 
 
 # LLaMA's, but those of biases, which transformers does not read here.
@@ -43,9 +39,8 @@ FIELDS = {name: row for name, row in llama.HF.fields.items()
 
 HF = hf.HuggingFace(
     'mistral', 'MistralForCausalLM', names=llama.HF.names,
-    fields=FIELDS | {
-        'num_kv_heads': ('num_key_value_heads', 8),
-        'd_ff': ('intermediate_size', 14336),
-        'max_len': ('max_position_embeddings', 131072)},
-    read=_read, write=_write, tied=llama.HF.tied, spellings=llama.HF.spellings,
-    ignored=llama.HF.ignored, heads=hf.heads('Mistral', tokens='score'))
+    fields=FIELDS | hf.fields(
+        num_key_value_heads=8, intermediate_size=14336,
+        max_position_embeddings=131072),
+    read=_read, write=_write, heads=hf.heads('Mistral', tokens='score'),
+    **llama.FILES)

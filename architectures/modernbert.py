@@ -16,11 +16,10 @@ token, or, by model.pooling, t of the first token or of the mean of a row's x_N.
 
 import jax
 
-from architectures.parts import heads
-from architectures.parts import hf
+from architectures.parts import heads, hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.encoder import Encoder
-from configs.errors import require
+from architectures.parts.hf import layer_types
 
 
 class ModernBERT(Encoder):
@@ -56,7 +55,10 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
     rope.must(rope_type='default')
     own[name]['rope'] = dict(theta=rope('rope_theta', reader(
         f'{name}_rope_theta', theta)))
-  first, *rest = (TYPES[type_][0] for type_ in _types(reader, fields))
+  layers, every = fields['num_layers'], reader('global_attn_every_n_layers', 3)
+  types = layer_types.each(reader, 'layer_types', layers, TYPES) or [
+      tuple(TYPES)[n % every > 0] for n in range(layers)]
+  first, *rest = (TYPES[type_][0] for type_ in types)
   pattern = rest[:next((n for n in range(1, len(rest) + 1) if len(rest) % n == 0
                         and rest == rest[:n] * (len(rest) // n)), 0)]
   return dict(
@@ -65,15 +67,6 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
       rope=own['global'].pop('rope'), prefix='first', pattern=','.join(pattern),
       kinds=dict(first=own[first] | dict(block='ffn_norm'),
                  **{name: own[name] for name in dict.fromkeys(pattern)}))
-
-
-def _types(reader: hf.Reader, fields: dict) -> list[str]:
-  layers, every = fields['num_layers'], reader('global_attn_every_n_layers', 3)
-  types = reader.listed('layer_types') or [
-      tuple(TYPES)[i % every > 0] for i in range(layers)]
-  require(len(types) == layers and set(types) <= set(TYPES), 'config.json has '
-          f'layer_types that are not {layers} of {", ".join(TYPES)}')
-  return types
 
 
 def _write(c: ModelConfig) -> dict:
@@ -108,19 +101,13 @@ HF = hf.HuggingFace(
         *hf.norm('transform_norm', 'head.norm'),
         ('head/kernel', 'DV', 'decoder.weight', 'V D'),
         ('head/bias', 'V', 'decoder.bias', 'V')),
-    fields={
-        'd_model': ('hidden_size', 768),
-        'num_layers': ('num_hidden_layers', 22),
-        'num_heads': ('num_attention_heads', 12),
-        'd_ff': ('intermediate_size', 1152),
-        'vocab_size': ('vocab_size', 50368),
-        'max_len': ('max_position_embeddings', 8192),
-        'norm_eps': ('norm_eps', 1e-5),
-        'ffn': ('hidden_activation', 'gelu', hf.GATED),
-        'attention_bias': ('attention_bias', False),
-        'ffn_bias': ('mlp_bias', False),
-        'logits_bias': ('decoder_bias', True),
-        'tie_embeddings': ('tie_word_embeddings', True)},
+    fields=hf.fields(
+        hidden_size=768, num_hidden_layers=22, num_attention_heads=12,
+        intermediate_size=1152, vocab_size=50368, max_position_embeddings=8192,
+        norm_eps=1e-5, attention_bias=False, mlp_bias=False,
+        tie_word_embeddings=True) | {
+            'ffn': ('hidden_activation', 'gelu', hf.GATED),
+            'logits_bias': ('decoder_bias', True)},
     only=dict(classifier_bias=False, classifier_activation='gelu'),
     unread=('deterministic_flash_attn', 'reference_compile',
             'sparse_prediction', 'sparse_pred_ignore_index',

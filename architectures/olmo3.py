@@ -10,12 +10,10 @@ For 65,536 tokens, YaRN stretches the positions of the layers that see all
 alone.
 """
 
-from architectures import llama
 from architectures import olmo2
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
-from architectures.parts.hf import layer_types
-from architectures.parts.hf import rope_fields
+from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
 
 
@@ -33,14 +31,10 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
       reader, (layer_types.WINDOW, ('rope_theta', 5e5)),
       (layer_types.WHOLE, ('rope_theta', 5e5)))
   layers = fields['num_layers']
-  reader.passes('layer_types')
-  types = reader.listed('layer_types') if reader.has('layer_types') else [
-      layer_types.WINDOW if (n + 1) % 4 else layer_types.WHOLE
-      for n in range(layers)]
-  window = (0 if reader.is_null('sliding_window') else
-            reader('sliding_window', 4096))
-  own = {} if local == whole else {layer_types.WINDOW: dict(rope=local)}
-  return dict(rope=whole) | layer_types.read(types, layers, window, own)
+  types = layer_types.listed(reader, layers, lambda n: (n + 1) % 4)
+  of_kinds = {} if local == whole else {layer_types.WINDOW: dict(rope=local)}
+  return dict(rope=whole) | layer_types.read(
+      types, layers, layer_types.window(reader), of_kinds)
 
 
 def _write(c: ModelConfig) -> dict:
@@ -48,8 +42,6 @@ def _write(c: ModelConfig) -> dict:
       rope_parameters=rope_fields.write_by_kind(c))
 
 
-HF = hf.HuggingFace(
-    'olmo3', 'Olmo3ForCausalLM', names=olmo2.NAMES, fields=olmo2.HF.fields,
-    read=_read, write=_write, tied=llama.HF.tied, spellings=llama.HF.spellings,
-    ignored=llama.HF.ignored,
-    heads={'sequence': hf.TaskHead('Olmo3ForSequenceClassification', 'score')})
+HF = olmo2.HF._replace(
+    model_type='olmo3', architecture='Olmo3ForCausalLM', read=_read,
+    write=_write, heads=hf.heads('Olmo3', only=('sequence',)))

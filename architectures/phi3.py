@@ -10,7 +10,7 @@ by a factor that was searched for, one for rows of up to 4,096 tokens and one
 for longer ones (LongRoPE: Ding et al. 2024).
 """
 
-from architectures import llama
+from architectures import llama, mistral
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import rope_fields
@@ -20,9 +20,7 @@ from configs.errors import require
 
 class Phi3(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = dict(position='rope', norm='rmsnorm', block='pre_norm',
-               attention='banded', attention_bias=False,
-               ffn='swiglu', ffn_bias=False, tie_embeddings=False)
+  PARTS = mistral.Mistral.PARTS
 
 
 # rope_type: our scaling. Early files call longrope by the last two.
@@ -58,37 +56,23 @@ def _write(c: ModelConfig) -> dict:
 
 HF = hf.HuggingFace(
     'phi3', 'Phi3ForCausalLM',
-    names=(
-        *llama.NAMES[:1], *llama.NAMES[-2:],
-        *hf.under(
-            'decoder/layers', 'model.layers.{n}',
-            ('attention_norm/scale', 'D', 'input_layernorm.weight', 'D'),
-            ('attention/query|key|value', 'DHK|DJK|DJK',
-             'self_attn.qkv_proj.weight', 'HK+JK+JK D'),
-            ('attention/out', 'HKD', 'self_attn.o_proj.weight', 'D HK'),
-            ('ffn_norm/scale', 'D', 'post_attention_layernorm.weight', 'D'),
-            ('ffn/gate|up', 'DF', 'mlp.gate_up_proj.weight', '2F D'),
-            ('ffn/down', 'FD', 'mlp.down_proj.weight', 'D F'))),
-    fields={
-        'd_model': ('hidden_size', 3072),
-        'num_layers': ('num_hidden_layers', 32),
-        'num_heads': ('num_attention_heads', 32),
-        'num_kv_heads': ('num_key_value_heads',
-                         lambda fields: fields['num_heads']),
-        'head_dim': ('head_dim',
-                     lambda fields: fields['d_model'] // fields['num_heads']),
-        'd_ff': ('intermediate_size', 8192),
-        'vocab_size': ('vocab_size', 32064),
-        'max_len': ('max_position_embeddings', 4096),
-        'norm_eps': ('rms_norm_eps', 1e-5),
-        'ffn': ('hidden_act', 'silu', hf.GATED),
-        'tie_embeddings': ('tie_word_embeddings', False)},
+    names=llama.ends() + llama.layers(
+        *llama.norms(),
+        ('attention/query|key|value', 'DHK|DJK|DJK',
+         'self_attn.qkv_proj.weight', 'HK+JK+JK D'),
+        ('attention/out', 'HKD', 'self_attn.o_proj.weight', 'D HK'),
+        ('ffn/gate|up', 'DF', 'mlp.gate_up_proj.weight', '2F D'),
+        ('ffn/down', 'FD', 'mlp.down_proj.weight', 'D F')),
+    fields=hf.fields(
+        hidden_size=3072, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=hf.EACH_HEAD, head_dim=hf.SPLIT_WIDTH,
+        intermediate_size=8192, vocab_size=32064, max_position_embeddings=4096,
+        rms_norm_eps=1e-5, tie_word_embeddings=False) | {'ffn': hf.SILU},
     # Published files have these, Phi-4-mini's all: transformers has no such
     # biases, a window in every layer, and its own class in place of the
     # program that auto_map names.
     only=dict(attention_bias=False, mlp_bias=False, lm_head_bias=False,
               full_attn_mod=1, interpolate_factor=1),
-    unread=('auto_map',),
-    read=_read, write=_write, tied=llama.HF.tied, spellings=llama.HF.spellings,
-    heads={name: head for name, head in hf.heads(
-        'Phi3', tokens='score').items() if name != 'span'})
+    unread=('auto_map',), read=_read, write=_write,
+    heads=hf.heads('Phi3', tokens='score', only=('sequence', 'tokens')),
+    **llama.FILES | dict(ignored=()))

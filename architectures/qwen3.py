@@ -9,29 +9,19 @@ and keys (Qwen Team 2025, section 2).
 A head has 128 features, whatever the width is.
 """
 
-from architectures import llama
-from architectures import qwen2
+from architectures import llama, qwen2
 from architectures.parts import hf
 from architectures.parts.skeletons import Decoder
 
 
 class Qwen3(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = dict(position='rope', norm='rmsnorm', block='pre_norm',
-               attention='global', attention_bias=False, qk_norm=True,
-               qk_norm_over='head', ffn='swiglu', ffn_bias=False,
-               tie_embeddings=False)
+  PARTS = llama.LLaMA.PARTS | dict(qk_norm=True, qk_norm_over='head')
 
 
 HF = hf.HuggingFace(
     'qwen3', 'Qwen3ForCausalLM',
-    names=llama.HF.names + hf.under(
-        'decoder/layers/attention', 'model.layers.{n}.self_attn',
-        ('query_norm/scale', 'K', 'q_norm.weight', 'K'),
-        ('key_norm/scale', 'K', 'k_norm.weight', 'K')),
-    fields=qwen2.FIELDS | {
-        'head_dim': ('head_dim', 128),
-        'attention_bias': ('attention_bias', False)},
-    read=qwen2.read, write=qwen2.write, tied=llama.HF.tied,
-    spellings=llama.HF.spellings, ignored=llama.HF.ignored,
-    heads=hf.heads('Qwen3', tokens='score', span=('model.', 'transformer.')))
+    names=llama.HF.names + llama.layers(*llama.head_norms()),
+    fields=qwen2.FIELDS | hf.fields(head_dim=128, attention_bias=False),
+    read=qwen2.read, write=qwen2.write,
+    heads=hf.heads('Qwen3', tokens='score', span=llama.SPAN), **llama.FILES)

@@ -18,31 +18,25 @@ SwiGLU; the published one has none. The published files also hold a module that
 predicts a second token (mtp), which is not here.
 """
 
-from typing import Any
-
-from architectures import llama
-from architectures import qwen3_moe
+from architectures import llama, qwen3_moe
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
-from architectures.parts.hf import layer_types
-from architectures.parts.hf import rope_fields
+from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
 
 
 class Qwen3Next(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = dict(position='rope', rope=dict(fraction=0.25), norm='rmsnorm_1p',
-               block='pre_norm', attention='global', attention_bias=False,
-               attention_gate='elementwise', qk_norm=True,
-               pattern='linear,linear,linear,full',
-               kinds=dict(linear=dict(mixer='deltanet'), full={}),
-               ffn='moe', ffn_bias=False, tie_embeddings=False,
-               moe=dict(router='topk', top_k=10, ffn='swiglu',
-                        shared_experts=1, shared_gate=True))
+  PARTS = llama.LLaMA.PARTS | dict(
+      rope=dict(fraction=0.25), norm='rmsnorm_1p', attention_gate='elementwise',
+      qk_norm=True, pattern='linear,linear,linear,full',
+      kinds=dict(linear=dict(mixer='deltanet'), full={}), ffn='moe',
+      moe=dict(router='topk', top_k=10, ffn='swiglu', shared_experts=1,
+               shared_gate=True))
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
+def _read(reader: hf.Reader, fields: dict) -> dict:
   shared, width = reader('shared_expert_intermediate_size',
                          512), fields['moe.d_ff']
   require(shared % width == 0, 'config.json has '
@@ -56,9 +50,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
       moe=dict(dispatch='dropless', shared_experts=shared // width))
 
 
-def _write(c: ModelConfig) -> dict[str, Any]:
-  require(c.has_experts, f'model.ffn is {c.ffn!r}, and no kind of layer has '
-          'experts: a qwen3_next config.json is of a model with some')
+def _write(c: ModelConfig) -> dict:
   require(any(c.of_kind(name).mixer == 'attention' for name in c.kinds_used),
           'all layers are recurrences: transformers runs a qwen3_next with '
           'some layers of attention only')
@@ -68,25 +60,14 @@ def _write(c: ModelConfig) -> dict[str, Any]:
 
 
 BASE = (
-    *llama.NAMES[:1],
-    *hf.under('decoder/layers', 'model.layers.{n}',
-              ('attention_norm/offset', 'D', 'input_layernorm.weight', 'D'),
-              ('ffn_norm/offset', 'D', 'post_attention_layernorm.weight', 'D')),
-    ('decoder/final_norm/offset', 'D', 'model.norm.weight', 'D'),
-    *llama.NAMES[-1:], *qwen3_moe.EXPERTS, *qwen3_moe.DENSE,
-    *hf.under('decoder/layers/ffn', 'model.layers.{n}.mlp',
-              ('shared/gate', 'DF', 'shared_expert.gate_proj.weight', 'F D'),
-              ('shared/up', 'DF', 'shared_expert.up_proj.weight', 'F D'),
-              ('shared/down', 'FD', 'shared_expert.down_proj.weight', 'D F'),
-              ('shared_gate', 'DU', 'shared_expert_gate.weight', 'U D')))
-ATTENTION = hf.under(
-    'attention', 'self_attn',
-    *hf.dense('query|output_gate', 'DHK', 'q_proj', 'H2K D'),
-    *hf.dense('key', 'DJK', 'k_proj', 'JK D'),
-    *hf.dense('value', 'DJK', 'v_proj', 'JK D'),
-    *hf.dense('out', 'HKD', 'o_proj', 'D HK'),
-    ('query_norm/offset', 'K', 'q_norm.weight', 'K'),
-    ('key_norm/offset', 'K', 'k_norm.weight', 'K'))
+    *llama.ends('offset'), *qwen3_moe.FFN, *llama.layers(
+        *llama.norms('offset'), *hf.under(
+            'ffn', 'mlp', *hf.under('shared', 'shared_expert', *llama.FFN),
+            ('shared_gate', 'DU', 'shared_expert_gate.weight', 'U D'))))
+ATTENTION = (
+    *hf.dense('attention/query|output_gate', 'DHK', 'self_attn.q_proj',
+              'H2K D'),
+    *llama.attention()[2:], *llama.head_norms(norm='offset'))
 
 
 def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
@@ -111,33 +92,21 @@ def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
 HF = hf.HuggingFace(
     'qwen3_next', 'Qwen3NextForCausalLM',
     names=lambda c: BASE + hf.by_block(c, 'model.layers.{n}', _mixer),
-    fields={
-        'd_model': ('hidden_size', 2048),
-        'num_layers': ('num_hidden_layers', 48),
-        'num_heads': ('num_attention_heads', 16),
-        'num_kv_heads': ('num_key_value_heads', 2),
-        'head_dim': ('head_dim', 256),
-        'd_ff': ('intermediate_size', 5632),
-        'vocab_size': ('vocab_size', 151936),
-        'max_len': ('max_position_embeddings', 32768),
-        'norm_eps': ('rms_norm_eps', 1e-6),
-        'attention_bias': ('attention_bias', False),
-        'tie_embeddings': ('tie_word_embeddings', False),
-        'deltanet.key_heads': ('linear_num_key_heads', 16),
-        'deltanet.value_heads': ('linear_num_value_heads', 32),
-        'deltanet.key_dim': ('linear_key_head_dim', 128),
-        'deltanet.value_dim': ('linear_value_head_dim', 128),
-        'deltanet.conv': ('linear_conv_kernel_dim', 4),
-        # Of the convolutions too, which are SiLU's here.
-        'moe.ffn': ('hidden_act', 'silu', {'silu': 'swiglu'}),
-        'moe.d_ff': ('moe_intermediate_size', 512),
-        'moe.num_experts': ('num_experts', 512),
-        'moe.top_k': ('num_experts_per_tok', 10),
-        'moe.normalize_gates': ('norm_topk_prob', True),
-        'moe.balance_weight': ('router_aux_loss_coef', 0.001)},
-    only=dict(use_sliding_window=False),
-    read=_read, write=_write, tied=llama.HF.tied, spellings=llama.HF.spellings,
-    ignored=llama.HF.ignored,
+    fields=hf.fields(
+        hidden_size=2048, num_hidden_layers=48, num_attention_heads=16,
+        num_key_value_heads=2, head_dim=256, intermediate_size=5632,
+        vocab_size=151936, max_position_embeddings=32768, rms_norm_eps=1e-6,
+        attention_bias=False, tie_word_embeddings=False,
+        moe_intermediate_size=512, num_experts=512, num_experts_per_tok=10,
+        norm_topk_prob=True, router_aux_loss_coef=0.001) | {
+            'deltanet.key_heads': ('linear_num_key_heads', 16),
+            'deltanet.value_heads': ('linear_num_value_heads', 32),
+            'deltanet.key_dim': ('linear_key_head_dim', 128),
+            'deltanet.value_dim': ('linear_value_head_dim', 128),
+            'deltanet.conv': ('linear_conv_kernel_dim', 4),
+            # Of the convolutions too, which are SiLU's here.
+            'moe.ffn': ('hidden_act', 'silu', {'silu': 'swiglu'})},
+    only=dict(use_sliding_window=False), read=_read, write=_write,
     optional={'module that predicts a second token': r'mtp\..*'},
-    heads=hf.heads('Qwen3Next', tokens='score', span=(
-        'model.', 'transformer.')))
+    heads=hf.heads('Qwen3Next', tokens='score', span=llama.SPAN),
+    **llama.FILES)

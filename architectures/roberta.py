@@ -44,9 +44,6 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  require(c.learned.offset > 0, 'model.learned.offset is 0: transformers '
-          'lets the first token of a roberta stand after the row of padding, '
-          'so that it is 1 or more')
   return dict(max_position_embeddings=c.max_len + c.learned.offset,
               pad_token_id=c.learned.offset - 1,
               tie_word_embeddings=c.tie_embeddings)
@@ -62,7 +59,7 @@ HF = hf.HuggingFace(
         *hf.dense('transform', 'DU', 'lm_head.dense', 'U D'),
         *hf.norm('transform_norm', 'lm_head.layer_norm'),
         ('head/bias', 'V', 'lm_head.bias', 'V')),
-    fields=bert.FIELDS | {'vocab_size': ('vocab_size', 50265)},
+    fields=bert.FIELDS | hf.fields(vocab_size=50265),
     only=bert.ONLY,
     read=_read, write=_write, fixed=('pad_token_id',),
     tied={'lm_head.decoder.weight': 'roberta.embeddings.word_embeddings.weight',

@@ -13,28 +13,22 @@ is one, and may give layers a window; the published one does not.
 """
 
 import dataclasses
-from typing import Any
-
-from architectures import llama
-from architectures import phi3
+from architectures import llama, phi3
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
-from architectures.parts.hf import layer_types
-from architectures.parts.hf import rope_fields
+from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
 from configs.errors import require, short
 
 
 class SmolLM3(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = dict(position='rope', norm='rmsnorm', block='pre_norm',
-               attention='global', attention_bias=False,
-               pattern='rope,rope,rope,nope',
-               kinds={'rope': {}, 'nope': dict(position='none')},
-               ffn='swiglu', ffn_bias=False, tie_embeddings=True)
+  PARTS = llama.LLaMA.PARTS | dict(
+      pattern='rope,rope,rope,nope', tie_embeddings=True,
+      kinds={'rope': {}, 'nope': dict(position='none')})
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
+def _read(reader: hf.Reader, fields: dict) -> dict:
   layers = fields['num_layers']
   every = reader('no_rope_layer_interval', 4)
   turned = reader.listed('no_rope_layers') if reader.has(
@@ -45,18 +39,16 @@ def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
           f'or 0 for no positions, for each of {layers} layers')
   window = (reader('sliding_window', 4096) if reader.has('sliding_window') else
             0) * reader('use_sliding_window', False)
-  reader.passes('layer_types')
-  types = reader.listed('layer_types') if reader.has('layer_types') else [
-      layer_types.WHOLE if x or not window else layer_types.WINDOW
-      for x in turned]
-  found = dict(rope=rope_fields.read(reader, theta=('rope_theta', 2e6)))
-  if reader.is_null('num_key_value_heads'):  # left out, there are 4
-    found['num_kv_heads'] = fields['num_heads']
-  return found | _layers(types, turned, window)
+  types = layer_types.listed(reader, layers,
+                             lambda n: window and not turned[n])
+  kv_heads = (dict(num_kv_heads=fields['num_heads'])  # left out, there are 4
+              if reader.is_null('num_key_value_heads') else {})
+  return _layers(types, turned, window) | kv_heads | dict(
+      rope=rope_fields.read(reader, theta=('rope_theta', 2e6)))
 
 
 def _layers(types: list[str], turned: list[int], window: int
-            ) -> dict[str, Any]:
+            ) -> dict:
   """Returns the kinds of layer, by layer_types and no_rope_layers."""
   plain = layer_types.read(types, len(turned), window)
   if len(set(turned)) == 1:
@@ -71,7 +63,7 @@ def _layers(types: list[str], turned: list[int], window: int
               sliding_window=0, kinds=kinds)
 
 
-def _write(c: ModelConfig) -> dict[str, Any]:
+def _write(c: ModelConfig) -> dict:
   layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
   turned = [layer for layer in layers if layer.position == 'rope']
   # Where no layer is turned, it says how one would be.
@@ -86,15 +78,9 @@ def _write(c: ModelConfig) -> dict[str, Any]:
 
 HF = hf.HuggingFace(
     'smollm3', 'SmolLM3ForCausalLM', names=llama.HF.names,
-    fields=llama.HF.fields | {
-        'd_model': ('hidden_size', 2048),
-        'num_layers': ('num_hidden_layers', 36),
-        'num_heads': ('num_attention_heads', 16),
-        'num_kv_heads': ('num_key_value_heads', 4),
-        'vocab_size': ('vocab_size', 128256),
-        'max_len': ('max_position_embeddings', 32768),
-        'tie_embeddings': ('tie_word_embeddings', True)},
-    unread=('max_window_layers',),
-    read=_read, write=_write, tied=llama.HF.tied, spellings=llama.HF.spellings,
-    ignored=llama.HF.ignored,
-    heads=hf.heads('SmolLM3', tokens='score', span=('model.', 'transformer.')))
+    fields=llama.HF.fields | hf.fields(
+        hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
+        num_key_value_heads=4, vocab_size=128256, max_position_embeddings=32768,
+        tie_word_embeddings=True),
+    unread=('max_window_layers',), read=_read, write=_write,
+    heads=hf.heads('SmolLM3', tokens='score', span=llama.SPAN), **llama.FILES)

@@ -32,12 +32,9 @@ from configs.errors import require
 
 class Switch(EncoderDecoder):
   """source [B, M], target [B, L] -> Output; see EncoderDecoder."""
-  PARTS = dict(position='relative', norm='rmsnorm', block='pre_norm',
-               attention='global', attention_bias=False, attention_scale=1.0,
-               ffn='moe', ffn_bias=False, tie_embeddings=True,
-               logits_scale=0.0, pattern='dense,moe',
-               kinds=dict(dense=dict(ffn='dense'), moe={}),
-               moe=dict(router='switch', top_k=1, ffn='relu'))
+  PARTS = t5.T5.PARTS | dict(
+      ffn='moe', moe=dict(router='switch', top_k=1, ffn='relu'),
+      pattern='dense,moe', kinds=dict(dense=dict(ffn='dense'), moe={}))
 
 
 FFNS = {'relu': 'relu', 'gelu_new': 'gelu_tanh', 'gelu': 'gelu'}
@@ -78,8 +75,6 @@ def _every(reader: hf.Reader, stack: str, layers: int) -> int:
 
 def _write(c: ModelConfig) -> dict:
   m, every = c.moe, layer_kinds.experts_every(c)
-  require(c.ffn == 'moe', f'model.ffn is {c.ffn!r}: a switch config.json can '
-          'only say moe')
   factor = m.eval_capacity_factor
   slots = -int(-factor * m.group_size // m.num_experts) if factor else 0
   return t5.write(c) | dict(
@@ -97,16 +92,11 @@ HF = hf.HuggingFace(
         ('router', 'DE', 'router.classifier.weight', 'E D'),
         ('up', 'EDF', 'experts.expert_{e}.wi.weight', 'F D'),
         ('down', 'EFD', 'experts.expert_{e}.wo.weight', 'D F'))),
-    fields=t5.FIELDS | {
-        'd_model': ('d_model', 768),
-        'num_layers': ('num_layers', 12),
-        'num_decoder_layers': ('num_decoder_layers', 12),
-        'num_heads': ('num_heads', 12),
-        'moe.ffn': ('dense_act_fn', 'relu', FFNS),
-        'moe.num_experts': ('num_experts', 8),
-        'moe.jitter': ('router_jitter_noise', 0.01),
-        'moe.balance_weight': ('router_aux_loss_coef', 0.001),
-        'moe.z_loss_weight': ('router_z_loss_coef', 0.001)},
+    fields=t5.FIELDS | hf.fields(
+        d_model=768, num_layers=12, num_decoder_layers=12, num_heads=12,
+        num_experts=8, router_jitter_noise=0.01, router_aux_loss_coef=0.001) | {
+            'moe.ffn': ('dense_act_fn', 'relu', FFNS),
+            'moe.z_loss_weight': ('router_z_loss_coef', 0.001)},
     # Published files have the last three; the reference does not read them.
     only=dict(is_encoder_decoder=True, router_bias=False,
               router_dtype='float32', is_gated_act=False,

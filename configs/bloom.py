@@ -13,36 +13,21 @@ loss of 1.823 nats a byte (2.63 bits) on 16 held-out batches.
 
 from configs import recipes
 
-# d_model, layers, heads, sequences a batch, learning rate.
-ROWS = {
-    '560m': (1024, 24, 16, 256, 3.0e-4),
-    '1b1': (1536, 24, 16, 256, 2.5e-4),
-    '1b7': (2048, 24, 16, 512, 2.0e-4),
-    '3b': (2560, 30, 32, 512, 1.6e-4),
-    '7b1': (4096, 30, 32, 512, 1.2e-4),
-    '176b': (14336, 70, 112, 2048, 6.0e-5),
-}
-
-SIZES = {'tiny': dict(d_model=128, num_layers=4, num_heads=4, max_len=256)} | {
-    name: dict(d_model=d, num_layers=n, num_heads=h, vocab_size=250880,
-               max_len=2048)
-    for name, (d, n, h, _, _) in ROWS.items()}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {
-    '560m': 559_214_592, '1b1': 1_065_314_304, '1b7': 1_722_408_960,
-    '3b': 3_002_557_440, '7b1': 7_069_016_064, '176b': 176_247_271_424,
-}
+SIZES = recipes.table(
+    'd_model num_layers num_heads batch_size lr parameters', {
+        '560m': (1024, 24, 16, 256, 3.0e-4, 559_214_592),
+        '1b1': (1536, 24, 16, 256, 2.5e-4, 1_065_314_304),
+        '1b7': (2048, 24, 16, 512, 2.0e-4, 1_722_408_960),
+        '3b': (2560, 30, 32, 512, 1.6e-4, 3_002_557_440),
+        '7b1': (4096, 30, 32, 512, 1.2e-4, 7_069_016_064),
+        '176b': (14336, 70, 112, 2048, 6.0e-5, 176_247_271_424),
+    }, max_len=2048, vocab_size=250880)
+SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, max_len=256,
+                     batch_size=8, steps=600, lr=2e-3, warmup_steps=100)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='bloom', position='alibi', norm='layernorm',
-      embed_norm=True, ffn='gelu_tanh', block='pre_norm', tie_embeddings=True)
-  if size == 'tiny':
-    return recipes.tiny(c, batch_size=8, steps=600, lr=2e-3, warmup_steps=100)
-  *_, rows, lr = ROWS[size]
-  tokens = rows * c.data.length
-  return recipes.pretraining(
-      c, batch_size=rows, steps=int(341e9 / tokens), lr=lr,
-      warmup_steps=int(375e6 / tokens))
+  c = recipes.config('bloom', size, SIZES, tokens=341e9)
+  if size != 'tiny':
+    c.optim.warmup_steps = int(375e6 / (c.data.batch_size * 2048))
+  return c

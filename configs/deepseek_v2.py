@@ -20,48 +20,32 @@ bits).
 
 from configs import recipes
 
-SIZES = {
-    'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344, max_len=256,
-                 latent=dict(kv_rank=48, nope_dim=24, rope_dim=16, v_dim=24),
-                 moe=dict(num_experts=16, d_ff=48)),
-    'lite': dict(d_model=2048, num_layers=27, num_heads=16, d_ff=10944,
-                 latent=dict(kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128),
-                 moe=dict(num_experts=64, d_ff=1408)),
-    '236b': dict(d_model=5120, num_layers=60, num_heads=128, d_ff=12288,
-                 latent=dict(q_rank=1536, kv_rank=512, nope_dim=128,
-                             rope_dim=64, v_dim=128),
-                 moe=dict(num_experts=160, d_ff=1536, expert_groups=8,
-                          top_groups=3, gate_scale=16.0)),
-}
-
-# Parameter counts of the published checkpoints, for tools.count.
-PUBLISHED = {'lite': 15_706_484_224, '236b': 235_741_434_880}
-
-# Tokens of training, rows of a batch, learning rate.
-TRAINING = {'lite': (5.7e12, 4608, 4.2e-4), '236b': (8.1e12, 9216, 2.4e-4)}
+SIZES = recipes.table(
+    'd_model num_layers num_heads d_ff max_len latent.kv_rank latent.nope_dim '
+    'latent.rope_dim latent.v_dim moe.num_experts moe.d_ff', {
+        'tiny': (128, 4, 4, 344, 256, 48, 24, 16, 24, 16, 48),
+        'lite': (2048, 27, 16, 10944, 4096, 512, 128, 64, 128, 64, 1408),
+        '236b': (5120, 60, 128, 12288, 4096, 512, 128, 64, 128, 160, 1536)})
+SIZES['lite'] |= dict(tokens=5.7e12, batch_size=4608, lr=4.2e-4,
+                      parameters=15_706_484_224)
+SIZES['236b'] |= {'latent.q_rank': 1536, 'moe.expert_groups': 8,
+                  'moe.top_groups': 3, 'moe.gate_scale': 16.0} | dict(
+    tokens=8.1e12, batch_size=9216, lr=2.4e-4, parameters=235_741_434_880)
+# Of V3 too.
+MOE = dict(dispatch='auto', capacity_factor=0.0, eval_capacity_factor=0.0,
+           balance_loss='sequence')
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='deepseek_v2', position='rope', norm='rmsnorm',
-      norm_eps=1e-6, ffn='moe', block='pre_norm', mixer='latent',
-      attention_bias=False, ffn_bias=False, tie_embeddings=False,
-      prefix='dense', kinds=dict(dense=dict(ffn='dense')))
-  c.model.rope.interleaved = True
-  c.model.latent.norm_eps = 1e-6
-  c.model.moe.update(top_k=6, router='topk', ffn='swiglu', shared_experts=2,
-                     dispatch='auto', capacity_factor=0.0,
-                     eval_capacity_factor=0.0, normalize_gates=False,
-                     balance_loss='sequence', balance_weight=0.001)
+  c = recipes.config('deepseek_v2', size, SIZES, dict(
+      norm_eps=1e-6, latent=dict(norm_eps=1e-6), moe=MOE | dict(
+          shared_experts=2, balance_weight=0.001)))
+  return released(c, size, vocab_size=102400)
+
+
+def released(c, size: str, vocab_size: int):
+  """Sets what V2 and V3 have in common."""
   c.model.head_dim = c.model.latent.nope_dim
-  if size == 'tiny':
-    return recipes.tiny(c)
-  return released(c, *TRAINING[size], vocab_size=102400)
-
-
-def released(c, tokens: float, rows: int, lr: float, vocab_size: int):
-  """Sets what the sizes that were released have in common."""
-  c.model.update(max_len=4096, vocab_size=vocab_size, init='normal',
-                 init_stddev=0.006)
-  return recipes.pretraining(c, length=4096, batch_size=rows,
-                             steps=int(tokens / rows / 4096), lr=lr)
+  if size != 'tiny':
+    c.model.update(vocab_size=vocab_size, init='normal', init_stddev=0.006)
+  return c

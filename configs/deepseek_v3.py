@@ -17,44 +17,26 @@ count is without the module that predicts a second token, 14B more.
 bits).
 """
 
-from configs import recipes
-from configs import deepseek_v2
+from configs import deepseek_v2, recipes
 
-SIZES = {
-    'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344, max_len=256,
-                 prefix='dense',
-                 latent=dict(q_rank=64, kv_rank=48, nope_dim=24, rope_dim=16,
-                             v_dim=24),
-                 moe=dict(num_experts=32, d_ff=32, expert_groups=4,
-                          top_groups=2)),
-    '671b': dict(d_model=7168, num_layers=61, num_heads=128, d_ff=18432,
-                 prefix='dense,dense,dense',
-                 latent=dict(q_rank=1536, kv_rank=512, nope_dim=128,
-                             rope_dim=64, v_dim=128),
-                 moe=dict(num_experts=256, d_ff=2048, expert_groups=8,
-                          top_groups=4)),
-}
-
-# Parameter counts of the published checkpoints, for tools.count.
-PUBLISHED = {'671b': 671_026_404_352}
+SIZES = recipes.table(
+    'd_model num_layers num_heads d_ff max_len prefix latent.q_rank '
+    'latent.kv_rank latent.nope_dim latent.rope_dim latent.v_dim '
+    'moe.num_experts moe.d_ff moe.expert_groups moe.top_groups', {
+        'tiny': (128, 4, 4, 344, 256, 'dense', 64, 48, 24, 16, 24, 32, 32, 4,
+                 2),
+        '671b': (7168, 61, 128, 18432, 4096, 'dense,dense,dense', 1536, 512,
+                 128, 64, 128, 256, 2048, 8, 4)})
+SIZES['671b']['parameters'] = 671_026_404_352
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'671b': 58 * 256}
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='deepseek_v3', position='rope', norm='rmsnorm',
-      norm_eps=1e-6, ffn='moe', block='pre_norm', mixer='latent',
-      attention_bias=False, ffn_bias=False, tie_embeddings=False,
-      kinds=dict(dense=dict(ffn='dense')))
-  c.model.rope.interleaved = True
-  c.model.latent.norm_eps = 1e-6
-  c.model.moe.update(top_k=8, router='sigmoid', ffn='swiglu', shared_experts=1,
-                     gate_scale=2.5, dispatch='auto', capacity_factor=0.0,
-                     eval_capacity_factor=0.0, normalize_gates=True,
-                     balance_loss='sequence', balance_weight=0.0001,
-                     bias_rate=0.001)
-  c.model.head_dim = c.model.latent.nope_dim
-  if size == 'tiny':
-    return recipes.tiny(c)
-  return deepseek_v2.released(c, 14.8e12, 15360, 2.2e-4, vocab_size=129280)
+  c = recipes.config(
+      'deepseek_v3', size, SIZES, dict(
+          norm_eps=1e-6, latent=dict(norm_eps=1e-6),
+          moe=deepseek_v2.MOE | dict(shared_experts=1, gate_scale=2.5,
+                                     balance_weight=0.0001, bias_rate=0.001)),
+      tokens=14.8e12, batch_size=15360, lr=2.2e-4)
+  return deepseek_v2.released(c, size, vocab_size=129280)

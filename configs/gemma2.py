@@ -15,36 +15,17 @@ held-out loss of 1.662 nats a byte (2.40 bits).
 
 from configs import recipes
 
-# d_model, layers, heads, key-value heads, head_dim, d_ff, tokens.
-ROWS = {
-    '2b': (2304, 26, 8, 4, 256, 9216, 2e12),
-    '9b': (3584, 42, 16, 8, 256, 14336, 8e12),
-    '27b': (4608, 46, 32, 16, 128, 36864, 13e12),
-}
-
-SIZES = {'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                      d_ff=344, max_len=256)} | {
-    name: dict(d_model=d, num_layers=n, num_heads=h, num_kv_heads=j, head_dim=k,
-               d_ff=f, max_len=8192, vocab_size=256000)
-    for name, (d, n, h, j, k, f, _) in ROWS.items()}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {'2b': 2_614_341_888, '9b': 9_241_705_984, '27b': 27_227_128_320}
+SIZES = recipes.table(
+    'd_model num_layers num_heads num_kv_heads head_dim d_ff tokens lr '
+    'parameters', {
+        '2b': (2304, 26, 8, 4, 256, 9216, 2e12, 3e-4, 2_614_341_888),
+        '9b': (3584, 42, 16, 8, 256, 14336, 8e12, 1.5e-4, 9_241_705_984),
+        '27b': (4608, 46, 32, 16, 128, 36864, 13e12, 1.5e-4, 27_227_128_320),
+    }, max_len=8192, vocab_size=256000, kinds=dict(local=dict(window=4096)))
+SIZES['27b']['attention_scale'] = (4608 / 32) ** -0.5
+SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
+                     d_ff=344, max_len=256)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='gemma2', position='rope', norm='rmsnorm_1p',
-      norm_eps=1e-6, ffn='geglu_tanh', block='sandwich',
-      pattern='local,global', attention_softcap=50.0, logits_softcap=30.0,
-      embed_scale=0.0, attention_bias=False, ffn_bias=False,
-      tie_embeddings=True)
-  window = 128 if size == 'tiny' else 4096
-  c.model.kinds = {'local': dict(window=window), 'global': dict(window=0)}
-  if size == 'tiny':
-    return recipes.tiny(c)
-  if size == '27b':
-    c.model.attention_scale = (4608 / 32) ** -0.5
-  return recipes.pretraining(
-      c, batch_size=2**22 // c.data.length,
-      steps=int(ROWS[size][-1] / 2**22), lr=3e-4 if size == '2b' else 1.5e-4)
+  return recipes.config('gemma2', size, SIZES, dict(norm_eps=1e-6))

@@ -17,55 +17,32 @@ default text to a held-out loss of 1.464 nats a byte (2.11 bits).
 
 from configs import recipes
 
-# d_model, layers, heads, key-value heads, head_dim, d_ff, tokens.
-ROWS = {
-    '1b': (1152, 26, 4, 1, 256, 6912, 2e12),
-    '4b': (2560, 34, 8, 4, 256, 10240, 4e12),
-    '12b': (3840, 48, 16, 8, 256, 15360, 12e12),
-    '27b': (5376, 62, 32, 16, 128, 21504, 14e12),
-}
-
-SIZES = {'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                      d_ff=344, max_len=256)} | {
-    name: dict(d_model=d, num_layers=n, num_heads=h, num_kv_heads=j, head_dim=k,
-               d_ff=f, max_len=32768 if name == '1b' else 131072,
-               vocab_size=262144 if name == '1b' else 262208)
-    for name, (d, n, h, j, k, f, _) in ROWS.items()}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {'1b': 999_885_952, '4b': 3_880_263_168, '12b': 11_766_034_176,
-             '27b': 27_009_346_304}
-WINDOWS = {'tiny': 128, '1b': 512}
+SIZES = recipes.table(
+    'd_model num_layers num_heads num_kv_heads head_dim d_ff tokens lr max_len '
+    'vocab_size kinds.local.window parameters', {
+        '1b': (1152, 26, 4, 1, 256, 6912, 2e12, 3e-4, 32768, 262144, 512,
+               999_885_952),
+        '4b': (2560, 34, 8, 4, 256, 10240, 4e12, 3e-4, 131072, 262208, 1024,
+               3_880_263_168),
+        '12b': (3840, 48, 16, 8, 256, 15360, 12e12, 1.5e-4, 131072, 262208,
+                1024, 11_766_034_176),
+        '27b': (5376, 62, 32, 16, 128, 21504, 14e12, 1.5e-4, 131072, 262208,
+                1024, 27_009_346_304)})
+SIZES['27b']['attention_scale'] = (5376 / 32) ** -0.5
+SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
+                     d_ff=344, max_len=256)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='gemma3', position='rope', norm='rmsnorm_1p',
-      norm_eps=1e-6, ffn='geglu_tanh', block='sandwich',
-      pattern='local,global', qk_norm=True, embed_scale=0.0,
-      attention_bias=False, ffn_bias=False, tie_embeddings=True)
-  c.model.kinds = {'local': dict(window=WINDOWS.get(size, 1024),
-                                 rope=dict(theta=1e4)),
-                   'global': dict(window=0)}
-  c.model.rope.theta = 1e6
-  if size == 'tiny':
-    return recipes.tiny(c)
-  _repeat(c.model)
-  if size != '1b':
+  c = recipes.config('gemma3', size, SIZES, dict(
+      norm_eps=1e-6, rope=dict(theta=1e6)), length=32768)
+  if size != 'tiny':
+    # Every sixth layer sees all. Layers that are no multiple of six stand
+    # before the first period, and the periods begin where they end.
+    period, first = ['local'] * 5 + ['global'], c.model.num_layers % 6
+    c.model.prefix = ','.join(period[:first])
+    c.model.pattern = ','.join(period[first:] + period[:first])
+  if size not in ('tiny', '1b'):
     c.model.rope.update(scaling='linear', factor=8.0)
     c.model.kinds['local']['rope'].update(scaling='none')
-  if size == '27b':
-    c.model.attention_scale = (5376 / 32) ** -0.5
-  return recipes.pretraining(
-      c, length=32768, batch_size=2**22 // 32768,
-      steps=int(ROWS[size][-1] / 2**22),
-      lr=3e-4 if size in ('1b', '4b') else 1.5e-4)
-
-
-def _repeat(model):
-  """Every sixth layer sees all. Layers that are no multiple of six stand before
-  the first period, and the periods begin where they end."""
-  period = ['local'] * 5 + ['global']
-  first = model.num_layers % 6
-  model.prefix = ','.join(period[:first])
-  model.pattern = ','.join(period[first:] + period[:first])
+  return c

@@ -21,63 +21,37 @@ vocab.bpe, model.vocab_size=0 takes that of another tokenizer.
 
 from configs import recipes
 
-SIZES = {
-    'tiny': dict(num_layers=4, d_model=128, num_heads=4, max_len=128),
-    'gpt2': dict(num_layers=12, d_model=768, num_heads=12, max_len=1024),
-    'gpt2-medium': dict(num_layers=24, d_model=1024, num_heads=16,
-                        max_len=1024),
-    'gpt2-large': dict(num_layers=36, d_model=1280, num_heads=20,
-                       max_len=1024),
-    'gpt2-xl': dict(num_layers=48, d_model=1600, num_heads=25, max_len=1024),
-    'gpt3-125m': dict(num_layers=12, d_model=768, num_heads=12, max_len=2048),
-    'gpt3-350m': dict(num_layers=24, d_model=1024, num_heads=16,
-                      max_len=2048),
-    'gpt3-760m': dict(num_layers=24, d_model=1536, num_heads=16,
-                      max_len=2048),
-    'gpt3-1.3b': dict(num_layers=24, d_model=2048, num_heads=16,
-                      max_len=2048),
-    'gpt3-2.7b': dict(num_layers=32, d_model=2560, num_heads=32,
-                      max_len=2048),
-    'gpt3-6.7b': dict(num_layers=32, d_model=4096, num_heads=32,
-                      max_len=2048),
-    'gpt3-13b': dict(num_layers=40, d_model=5120, num_heads=40, max_len=2048),
-    'gpt3-175b': dict(num_layers=96, d_model=12288, num_heads=96,
-                      max_len=2048),
-}
-
-# GPT-3, table 2.1: tokens a batch, learning rate.
-GPT3 = {
-    'gpt3-125m': (0.5e6, 6.0e-4), 'gpt3-350m': (0.5e6, 3.0e-4),
-    'gpt3-760m': (0.5e6, 2.5e-4), 'gpt3-1.3b': (1e6, 2.0e-4),
-    'gpt3-2.7b': (1e6, 1.6e-4), 'gpt3-6.7b': (2e6, 1.2e-4),
-    'gpt3-13b': (2e6, 1.0e-4), 'gpt3-175b': (3.2e6, 0.6e-4),
-}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {
-    'gpt2': 124_439_808, 'gpt2-medium': 354_823_168,
-    'gpt2-large': 774_030_080, 'gpt2-xl': 1_557_611_200,
-    'gpt3-125m': 125e6, 'gpt3-350m': 350e6, 'gpt3-760m': 760e6,
-    'gpt3-1.3b': 1.3e9, 'gpt3-2.7b': 2.7e9, 'gpt3-6.7b': 6.7e9,
-    'gpt3-13b': 13e9, 'gpt3-175b': 175e9,
-}
+GPT2 = recipes.table(
+    'num_layers d_model num_heads parameters', {
+        'gpt2': (12, 768, 12, 124_439_808),
+        'gpt2-medium': (24, 1024, 16, 354_823_168),
+        'gpt2-large': (36, 1280, 20, 774_030_080),
+        'gpt2-xl': (48, 1600, 25, 1_557_611_200),
+    }, max_len=1024, vocab_size=50257, batch_size=512, steps=300_000, lr=6e-4)
+# `batch` in tokens, to the next 16 rows below.
+GPT3 = recipes.table(
+    'num_layers d_model num_heads batch lr parameters', {
+        'gpt3-125m': (12, 768, 12, 0.5e6, 6.0e-4, 125e6),
+        'gpt3-350m': (24, 1024, 16, 0.5e6, 3.0e-4, 350e6),
+        'gpt3-760m': (24, 1536, 16, 0.5e6, 2.5e-4, 760e6),
+        'gpt3-1.3b': (24, 2048, 16, 1e6, 2.0e-4, 1.3e9),
+        'gpt3-2.7b': (32, 2560, 32, 1e6, 1.6e-4, 2.7e9),
+        'gpt3-6.7b': (32, 4096, 32, 2e6, 1.2e-4, 6.7e9),
+        'gpt3-13b': (40, 5120, 40, 2e6, 1.0e-4, 13e9),
+        'gpt3-175b': (96, 12288, 96, 3.2e6, 0.6e-4, 175e9),
+    }, max_len=2048, vocab_size=50257, pattern='global,banded',
+    kinds={'global': dict(window=0), 'banded': dict(window=256)})
+for _size in GPT3.values():
+  _size['batch_size'] = int(_size['batch'] / 2048 / 16) * 16
+TINY = dict(num_layers=4, d_model=128, num_heads=4, max_len=128, batch_size=8,
+            steps=2500, warmup_steps=100)
+SIZES = {'tiny': TINY} | GPT2 | GPT3
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='gpt', position='learned', norm='layernorm',
-      ffn='gelu_tanh', block='pre_norm', tie_embeddings=True)
-  if size == 'tiny':
-    return recipes.tiny(c, batch_size=8, steps=2500, warmup_steps=100)
-  c.model.vocab_size = 50257
-  if not size.startswith('gpt3-'):
-    return recipes.pretraining(c, batch_size=512, steps=300_000, lr=6e-4,
-                               remat='dots')
-  tokens, lr = GPT3[size]
-  c.model.pattern = 'global,banded'
-  c.model.kinds = {'global': dict(window=0), 'banded': dict(window=256)}
-  rows = max(int(tokens / 2048 / 16) * 16, 16)
-  return recipes.pretraining(
-      c, batch_size=rows, steps=int(300e9 / (rows * 2048)), lr=lr,
-      warmup_steps=int(375e6 / (rows * 2048)),
-      decay_steps=int(260e9 / (rows * 2048)), remat='dots')
+  c = recipes.config('gpt', size, SIZES, remat='dots', tokens=300e9)
+  if size in GPT3:
+    batch = c.data.batch_size * 2048
+    c.optim.update(warmup_steps=int(375e6 / batch),
+                   decay_steps=int(260e9 / batch))
+  return c

@@ -26,28 +26,17 @@ loss of 2.324 nats a byte (3.35 bits) on 16 held-out batches.
 
 from configs import recipes
 
-SIZES = {
-    'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=256,
-                 max_len=256),
-    'rumoured': dict(d_model=10752, num_layers=120, num_heads=84,
-                     max_len=8192, vocab_size=100277),
-    'rumoured-8x220b': dict(d_model=14720, num_layers=120, num_heads=115,
-                            max_len=8192, vocab_size=100277),
-}
-
-# Rumoured parameter counts, for tools.count.
-PUBLISHED = {'rumoured': 1.8e12, 'rumoured-8x220b': 1.76e12}
+SIZES = recipes.table(
+    'd_model num_layers num_heads moe.num_experts parameters', {
+        'rumoured': (10752, 120, 84, 16, 1.8e12),
+        'rumoured-8x220b': (14720, 120, 115, 8, 1.76e12),
+    }, max_len=8192, vocab_size=100277)
+SIZES['tiny'] = dict(
+    d_model=128, num_layers=4, num_heads=4, d_ff=256, max_len=256,
+    moe=dict(num_experts=4), batch_size=8, steps=600, lr=2e-3, warmup_steps=100)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='gpt4-rumoured', position='learned', norm='layernorm',
-      ffn='moe', block='pre_norm', tie_embeddings=True)
-  experts = 8 if size == 'rumoured-8x220b' else 16
-  c.model.moe.update(num_experts=experts, top_k=2, router='topk',
-                     ffn='gelu_tanh', dispatch='auto')
-  if size == 'tiny':
-    c.model.moe.num_experts = 4
-    return recipes.tiny(c, batch_size=8, steps=600, lr=2e-3, warmup_steps=100)
-  return recipes.pretraining(  # about 60M tokens a batch
-      c, batch_size=7168, steps=int(13e12 / (7168 * 8192)), lr=1e-4)
+  return recipes.config(  # about 60M tokens a batch
+      'gpt4-rumoured', size, SIZES, dict(moe=dict(dispatch='auto')),
+      batch_size=7168, tokens=13e12, lr=1e-4)

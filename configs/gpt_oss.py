@@ -16,33 +16,20 @@ the default text to a held-out loss of 1.462 nats a byte (2.11 bits).
 
 from configs import recipes
 
-SIZES = {
-    'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                 head_dim=32, d_ff=88, max_len=256),
-    '20b': dict(d_model=2880, num_layers=24, num_heads=64, num_kv_heads=8,
-                head_dim=64, d_ff=2880, max_len=131072, vocab_size=201088),
-    '120b': dict(d_model=2880, num_layers=36, num_heads=64, num_kv_heads=8,
-                 head_dim=64, d_ff=2880, max_len=131072, vocab_size=201088),
-}
-EXPERTS = {'tiny': 8, '20b': 32, '120b': 128}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {'20b': 20_914_757_184, '120b': 116_829_156_672}
+SIZES = recipes.table(
+    'd_model num_layers num_heads num_kv_heads head_dim d_ff max_len '
+    'moe.num_experts kinds.local.window', {
+        'tiny': (128, 4, 4, 2, 32, 88, 256, 8, 32),
+        '20b': (2880, 24, 64, 8, 64, 2880, 131072, 32, 128),
+        '120b': (2880, 36, 64, 8, 64, 2880, 131072, 128, 128)})
+for _size, _parameters in (('20b', 20_914_757_184), ('120b', 116_829_156_672)):
+  SIZES[_size] |= dict(
+      vocab_size=201088, parameters=_parameters, rope=dict(
+          theta=150_000.0, scaling='yarn', factor=32.0, original_len=4096,
+          truncate=False))
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='gpt_oss', position='rope', norm='rmsnorm', ffn='moe',
-      block='pre_norm', pattern='local,global', attention_sinks=True,
-      attention_bias=True, ffn_bias=True, tie_embeddings=False)
-  window = 32 if size == 'tiny' else 128
-  c.model.kinds = {'local': dict(window=window), 'global': dict(window=0)}
-  c.model.moe.update(num_experts=EXPERTS[size], top_k=4, router='topk',
-                     ffn='swiglu_clamped', logit_bias=True,
-                     balance_weight=0.001)
-  if size == 'tiny':
-    return recipes.tiny(c)
-  c.model.rope.update(theta=150_000.0, scaling='yarn', factor=32.0,
-                      original_len=4096, truncate=False)
-  return recipes.pretraining(
-      c, length=4096, batch_size=1024, steps=int(15e12 / 2**22), lr=3e-4)
+  return recipes.config(
+      'gpt_oss', size, SIZES, dict(moe=dict(balance_weight=0.001)), length=4096,
+      tokens=15e12)

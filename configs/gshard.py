@@ -19,39 +19,25 @@ in the decoder.
 
 from configs import recipes
 
-_PAPER = dict(num_layers=18, d_model=1024, num_heads=16, head_dim=128,
-              d_ff=8192)
-
-SIZES = {
-    'tiny': dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
-                 d_ff=512, moe=dict(num_experts=4)),
-    '600b': _PAPER | dict(moe=dict(num_experts=2048)),
-    '150b': _PAPER | dict(moe=dict(num_experts=512)),
-    '37b': _PAPER | dict(moe=dict(num_experts=128)),
-}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {'600b': 600e9, '150b': 150e9, '37b': 37e9}
+SIZES = recipes.table(
+    'moe.num_experts parameters', {
+        '600b': (2048, 600e9), '150b': (512, 150e9), '37b': (128, 37e9),
+    }, num_layers=18, d_model=1024, num_heads=16, head_dim=128, d_ff=8192,
+    vocab_size=64000, dropout=0.1)
+SIZES['tiny'] = dict(
+    num_layers=2, d_model=128, num_heads=4, head_dim=32, d_ff=512,
+    moe=dict(num_experts=4), length=64, batch_size=8, steps=1600, lr=2e-3,
+    warmup_steps=100)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='gshard', position='sinusoidal',
-      sinusoidal=dict(layout='fairseq'), norm='layernorm', ffn='moe',
-      pattern='dense,moe', kinds=dict(dense=dict(ffn='dense'), moe={}),
-      block='pre_norm', tie_embeddings=True, embed_scale=0.0, init='fan_in')
+  c = recipes.config(
+      'gshard', size, SIZES, dict(init='fan_in', moe=dict(
+          capacity_factor=1.0, eval_capacity_factor=2.0, balance_loss='switch',
+          balance_weight=0.01)), remat='dots',
+      length=512, batch_size=8192, steps=250_000, lr=1e-3, warmup_steps=10_000,
+      name='adafactor', schedule='rsqrt', weight_decay=0.0, clip_norm=0.0)
   c.model.update(num_decoder_layers=c.model.num_layers,
                  init_stddev=c.model.d_model ** -0.5)
-  c.model.moe.update(
-      ffn='relu', router='gshard', top_k=2, capacity_factor=1.0,
-      eval_capacity_factor=2.0, balance_loss='switch', balance_weight=0.01)
   c.objective = 'seq2seq'
-  c.data.length = 64
-  if size == 'tiny':
-    return recipes.tiny(c, batch_size=8, steps=1600, lr=2e-3, warmup_steps=100)
-  c.model.vocab_size = 64000
-  c.model.dropout = 0.1
-  return recipes.pretraining(
-      c, length=512, batch_size=8192, steps=250_000, lr=1e-3,
-      warmup_steps=10_000, remat='dots', name='adafactor', schedule='rsqrt',
-      weight_decay=0.0, clip_norm=0.0)
+  return c

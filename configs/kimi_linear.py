@@ -17,7 +17,7 @@ units. It trains on the default text to a held-out loss of 1.357 nats a byte
 (1.96 bits).
 """
 
-from configs import recipes
+from configs import deepseek_v2, recipes
 
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344, max_len=256,
@@ -33,33 +33,20 @@ SIZES = {
                     latent=dict(kv_rank=512, nope_dim=128, rope_dim=64,
                                 v_dim=128),
                     kda=dict(key_heads=32, key_dim=128, value_dim=128),
-                    moe=dict(num_experts=256, d_ff=1024)),
+                    moe=dict(num_experts=256, d_ff=1024),
+                    parameters=49_122_675_072),
 }
-
-# The parameter count of the published checkpoint, for tools.count.
-PUBLISHED = {'48b-a3b': 49_122_675_072}
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'48b-a3b': 26 * 256}
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='kimi_linear', position='none', norm='rmsnorm',
-      norm_eps=1e-5, ffn='moe', block='pre_norm', mixer='latent',
-      attention_bias=False, ffn_bias=False, tie_embeddings=False,
-      prefix='linear_dense', pattern='linear,linear,full',
-      kinds=dict(linear_dense=dict(mixer='kda', ffn='dense'),
-                 linear=dict(mixer='kda'), full={}))
-  c.model.latent.norm_eps = 1e-6
-  c.model.moe.update(top_k=8, router='sigmoid', ffn='swiglu', shared_experts=1,
-                     gate_scale=2.446, dispatch='auto', capacity_factor=0.0,
-                     eval_capacity_factor=0.0, normalize_gates=True,
-                     balance_loss='sequence', balance_weight=0.0001,
-                     bias_rate=0.001)
+  c = recipes.config(
+      'kimi_linear', size, SIZES, dict(
+          norm_eps=1e-5, latent=dict(norm_eps=1e-6),
+          moe=deepseek_v2.MOE | dict(shared_experts=1, gate_scale=2.446,
+                                     balance_weight=0.0001, bias_rate=0.001)),
+      length=4096, batch=2**25, tokens=5.7e12, lr=1.1e-3, warmup_steps=500,
+      name='muon', momentum=0.95, schedule='wsd', decay_fraction=0.1)
   c.model.head_dim = c.model.latent.nope_dim
-  if size == 'tiny':
-    return recipes.tiny(c)
-  return recipes.pretraining(
-      c, length=4096, batch_size=2**25 // 4096, steps=int(5.7e12 / 2**25),
-      lr=1.1e-3, warmup_steps=500, name='muon', momentum=0.95, schedule='wsd',
-      decay_fraction=0.1)
+  return c

@@ -21,45 +21,27 @@ bits).
 
 from configs import recipes
 
-# d_model, layers, GPT-3's learning rate.
-ROWS = {
-    '130m': (768, 24, 6.0e-4),
-    '370m': (1024, 48, 3.0e-4),
-    '780m': (1536, 48, 2.5e-4),
-    '1.3b': (2048, 48, 2.0e-4),
-    '2.7b': (2560, 64, 1.6e-4),
-}
-
-# A layer has twice num_heads heads (model.mamba2.heads).
-SIZES = {'tiny': dict(d_model=128, num_layers=8, num_heads=4, max_len=256),
-         'codestral-7b': dict(d_model=4096, num_layers=64, num_heads=64,
-                              max_len=2048, vocab_size=32768)} | {
-    name: dict(d_model=d, num_layers=n, num_heads=d // 64, max_len=2048,
-               vocab_size=50288)
-    for name, (d, n, _) in ROWS.items()}
-
-# Parameter counts of the published checkpoints, for tools.count.
-PUBLISHED = {
-    '130m': 128_989_632, '370m': 368_346_624, '780m': 780_161_280,
-    '1.3b': 1_343_757_312, '2.7b': 2_702_599_680,
-    'codestral-7b': 7_285_403_648,
-}
+# A layer has twice num_heads heads (model.mamba2.heads); lr is GPT-3's.
+SIZES = recipes.table(
+    'd_model num_layers num_heads lr parameters', {
+        '130m': (768, 24, 12, 6.0e-4, 128_989_632),
+        '370m': (1024, 48, 16, 3.0e-4, 368_346_624),
+        '780m': (1536, 48, 24, 2.5e-4, 780_161_280),
+        '1.3b': (2048, 48, 32, 2.0e-4, 1_343_757_312),
+        '2.7b': (2560, 64, 40, 1.6e-4, 2_702_599_680),
+    }, max_len=2048, vocab_size=50288)
+SIZES['tiny'] = dict(d_model=128, num_layers=8, num_heads=4, max_len=256,
+                     mamba2=dict(state=32))
+SIZES['codestral-7b'] = dict(
+    d_model=4096, num_layers=64, num_heads=64, max_len=2048, vocab_size=32768,
+    mamba2=dict(groups=8), tie_embeddings=False, steps=1000, lr=1e-3,
+    warmup_steps=100, parameters=7_285_403_648)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='mamba2', mixer='mamba2', position='none',
-      norm='rmsnorm', block='pre_norm', ffn='none', tie_embeddings=True)
-  if size == 'tiny':
-    c.model.mamba2.state = 32
-    return recipes.tiny(c)
-  if size == 'codestral-7b':
-    c.model.mamba2.groups = 8
-    c.model.tie_embeddings = False
-    c.model.update(dtype='bfloat16', remat='full')
-    c.data.batch_size = 256
-    return c
-  steps, lr = 300_000_000_000 // (256 * 2048), 5 * ROWS[size][-1]
-  return recipes.pretraining(
-      c, batch_size=256, steps=steps, lr=lr, warmup_steps=steps // 100,
-      final_fraction=1e-5 / lr)
+  c = recipes.config('mamba2', size, SIZES, batch_size=256, tokens=300e9)
+  if size not in ('tiny', 'codestral-7b'):
+    lr = 5 * c.optim.lr
+    c.optim.update(lr=lr, warmup_steps=c.train.steps // 100,
+                   final_fraction=1e-5 / lr)
+  return c

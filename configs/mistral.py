@@ -12,30 +12,16 @@ loss of 1.577 nats a byte (2.27 bits).
 
 from configs import recipes
 
-SIZES = {
-    'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                 d_ff=448, max_len=256),
-    '7b': dict(d_model=4096, num_layers=32, num_heads=32, num_kv_heads=8,
-               d_ff=14336, max_len=32768, vocab_size=32000),
-    '7b-v0.3': dict(d_model=4096, num_layers=32, num_heads=32, num_kv_heads=8,
-                    d_ff=14336, max_len=32768, vocab_size=32768),
-}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {'7b': 7_241_732_096, '7b-v0.3': 7_248_023_552}
+SIZES = recipes.table(
+    'd_model num_layers num_heads num_kv_heads d_ff max_len sliding_window', {
+        'tiny': (128, 4, 4, 2, 448, 256, 64),
+        '7b': (4096, 32, 32, 8, 14336, 32768, 4096),
+        '7b-v0.3': (4096, 32, 32, 8, 14336, 32768, 0)})
+SIZES['7b'] |= dict(vocab_size=32000, parameters=7_241_732_096)
+SIZES['7b-v0.3'] |= dict(vocab_size=32768, parameters=7_248_023_552,
+                         attention='global', rope=dict(theta=1e6))
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='mistral', position='rope', norm='rmsnorm',
-      norm_eps=1e-5, ffn='swiglu', block='pre_norm', attention='banded',
-      sliding_window=4096, attention_bias=False, ffn_bias=False,
-      tie_embeddings=False)
-  if size == 'tiny':
-    c.model.sliding_window = 64
-    return recipes.tiny(c)
-  if size == '7b-v0.3':
-    c.model.update(attention='global', sliding_window=0)
-    c.model.rope.theta = 1e6
-  return recipes.pretraining(
-      c, length=8192, batch_size=512, steps=500_000, lr=3e-4)
+  return recipes.config('mistral', size, SIZES, dict(norm_eps=1e-5),
+                        length=8192)

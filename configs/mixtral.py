@@ -14,31 +14,16 @@ to 1.10 of the mean load.
 
 from configs import recipes
 
-SIZES = {
-    'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                 d_ff=172, max_len=256),
-    '8x7b': dict(d_model=4096, num_layers=32, num_heads=32, num_kv_heads=8,
-                 d_ff=14336, max_len=32768, vocab_size=32000),
-    '8x22b': dict(d_model=6144, num_layers=56, num_heads=48, num_kv_heads=8,
-                  d_ff=16384, max_len=65536, vocab_size=32000),
-}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {'8x7b': 46_702_792_704, '8x22b': 140_620_634_112}
+SIZES = recipes.table(
+    'd_model num_layers num_heads num_kv_heads d_ff max_len parameters', {
+        '8x7b': (4096, 32, 32, 8, 14336, 32768, 46_702_792_704),
+        '8x22b': (6144, 56, 48, 8, 16384, 65536, 140_620_634_112),
+    }, vocab_size=32000, moe=dict(num_experts=8), rope=dict(theta=1e6))
+SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
+                     d_ff=172, max_len=256, moe=dict(num_experts=4))
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='mixtral', position='rope', norm='rmsnorm', ffn='moe',
-      block='pre_norm', attention_bias=False, ffn_bias=False,
-      tie_embeddings=False)
-  c.model.moe.update(num_experts=8, top_k=2, router='topk', ffn='swiglu',
-                     dispatch='auto', capacity_factor=0.0,
-                     eval_capacity_factor=0.0, normalize_gates=True,
-                     balance_weight=0.02)
-  if size == 'tiny':
-    c.model.moe.num_experts = 4
-    return recipes.tiny(c)
-  c.model.rope.theta = 1e6
-  return recipes.pretraining(
-      c, length=4096, batch_size=1024, steps=500_000, lr=3e-4)
+  return recipes.config('mixtral', size, SIZES, dict(moe=dict(
+      dispatch='auto', capacity_factor=0.0, eval_capacity_factor=0.0,
+      balance_weight=0.02)), length=4096)

@@ -17,36 +17,27 @@ positions spare it the plateau of BERT's `tiny` (configs/bert.py).
 
 from configs import recipes
 
-SIZES = {
-    'tiny': dict(num_layers=4, d_model=128, num_heads=4, d_ff=192, max_len=64),
-    'base': dict(num_layers=22, d_model=768, num_heads=12, d_ff=1152,
-                 max_len=8192, vocab_size=50368),
-    'large': dict(num_layers=28, d_model=1024, num_heads=16, d_ff=2624,
-                  max_len=8192, vocab_size=50368),
-}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {'base': 149_655_232, 'large': 395_881_664}
+SIZES = recipes.table(
+    'num_layers d_model num_heads d_ff max_len lr batch_size', {
+        'tiny': (4, 128, 4, 192, 64, 2e-3, 32),
+        'base': (22, 768, 12, 1152, 8192, 8e-4, 4608),
+        'large': (28, 1024, 16, 2624, 8192, 5e-4, 4928)})
+SIZES['tiny'] |= dict(steps=600, warmup_steps=100)
+SIZES['base'] |= dict(vocab_size=50368, parameters=149_655_232)
+SIZES['large'] |= dict(vocab_size=50368, parameters=395_881_664)
 
 
 def get_config(size: str = 'tiny'):
-  window = 9 if size == 'tiny' else 65
-  c = recipes.begin(
-      size, SIZES, arch='modernbert', position='rope',
-      norm='layernorm_no_bias', embed_norm=True, ffn='geglu', block='pre_norm',
-      attention_bias=False, ffn_bias=False, tie_embeddings=True,
-      logits_bias=True, prefix='first', pattern='local,local,global', kinds={
-          'first': dict(block='ffn_norm'),
-          'local': dict(window=window, rope=dict(theta=10_000.0)),
-          'global': {}})
+  c = recipes.config(
+      'modernbert', size, SIZES, dict(
+          rope=dict(theta=160_000.0), kinds={
+              'local': dict(window=9 if size == 'tiny' else 65,
+                            rope=dict(theta=10_000.0)),
+              'global': {}}), remat='dots',
+      length=1024, tokens=1.719e12, schedule='wsd', weight_decay=1e-5, b2=0.98,
+      eps=1e-6)
   c.objective = 'mlm'
-  c.model.rope.theta = 160_000.0
-  c.data.mask_rate = 0.3
-  if size == 'tiny':
-    c.data.mask_rate = 0.15
-    return recipes.tiny(c, batch_size=32, steps=600, lr=2e-3, warmup_steps=100)
-  lr, rows = {'base': (8e-4, 4608), 'large': (5e-4, 4928)}[size]
-  return recipes.pretraining(
-      c, length=1024, batch_size=rows, steps=int(1.719e12 / (rows * 1024)),
-      lr=lr, warmup_steps=int(3e9 / (rows * 1024)), remat='dots',
-      schedule='wsd', weight_decay=1e-5, b2=0.98, eps=1e-6)
+  if size != 'tiny':
+    c.data.mask_rate = 0.3
+    c.optim.warmup_steps = int(3e9 / (c.data.batch_size * 1024))
+  return c

@@ -15,37 +15,20 @@ loss of 1.534 nats a byte (2.21 bits).
 
 from configs import recipes
 
-# d_model, layers, heads, key-value heads, d_ff, rows, learning rate, tokens.
-ROWS = {
-    '1b': (2048, 16, 16, 16, 8192, 512, 4e-4, 4e12),
-    '7b': (4096, 32, 32, 32, 11008, 1024, 3e-4, 4e12),
-    '13b': (5120, 40, 40, 40, 13824, 2048, 9e-4, 5e12),
-    '32b': (5120, 64, 40, 8, 27648, 2048, 6e-4, 6e12),
-}
-
-SIZES = {'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344,
-                      max_len=256)} | {
-    name: dict(d_model=d, num_layers=n, num_heads=h, num_kv_heads=j, d_ff=f,
-               max_len=4096, vocab_size=100352)
-    for name, (d, n, h, j, f, *_) in ROWS.items()}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {
-    '1b': 1_484_916_736, '7b': 7_298_617_344, '13b': 13_716_198_400,
-    '32b': 32_234_279_936,
-}
+SIZES = recipes.table(
+    'd_model num_layers num_heads num_kv_heads d_ff batch_size lr tokens '
+    'parameters', {
+        '1b': (2048, 16, 16, 16, 8192, 512, 4e-4, 4e12, 1_484_916_736),
+        '7b': (4096, 32, 32, 32, 11008, 1024, 3e-4, 4e12, 7_298_617_344),
+        '13b': (5120, 40, 40, 40, 13824, 2048, 9e-4, 5e12, 13_716_198_400),
+        '32b': (5120, 64, 40, 8, 27648, 2048, 6e-4, 6e12, 32_234_279_936),
+    }, max_len=4096, vocab_size=100352)
+SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, d_ff=344,
+                     max_len=256)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='olmo2', position='rope', norm='rmsnorm',
-      norm_eps=1e-6, ffn='swiglu', block='out_norm', qk_norm=True,
-      qk_norm_over='projection', attention_bias=False, ffn_bias=False,
-      tie_embeddings=False, init='normal')
-  c.model.rope.theta = 500_000.0
+  c = recipes.config('olmo2', size, SIZES, dict(
+      norm_eps=1e-6, init='normal', rope=dict(theta=500_000.0)))
   c.train.z_loss = 1e-5
-  if size == 'tiny':
-    return recipes.tiny(c)
-  *_, rows, lr, tokens = ROWS[size]
-  return recipes.pretraining(
-      c, batch_size=rows, steps=int(tokens / (rows * c.data.length)), lr=lr)
+  return c

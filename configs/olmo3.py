@@ -15,43 +15,22 @@ bits).
 
 from configs import recipes
 
-# d_model, layers, heads, key-value heads, d_ff, rows, learning rate.
-ROWS = {
-    '7b': (4096, 32, 32, 32, 11008, 512, 3e-4),
-    '32b': (5120, 64, 40, 8, 27648, 1024, 6e-4),
-}
-
-SIZES = {'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344,
-                      max_len=256)} | {
-    name + more: dict(d_model=d, num_layers=n, num_heads=h, num_kv_heads=j,
-                      d_ff=f, max_len=length, vocab_size=100278)
-    for name, (d, n, h, j, f, *_) in ROWS.items()
-    for more, length in (('', 8192), ('-64k', 65536))}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {
-    '7b': 7_298_011_136, '7b-64k': 7_298_011_136, '32b': 32_233_522_176,
-    '32b-64k': 32_233_522_176,
-}
+SIZES = recipes.table(
+    'd_model num_layers num_heads num_kv_heads d_ff batch lr parameters', {
+        '7b': (4096, 32, 32, 32, 11008, 2**22, 3e-4, 7_298_011_136),
+        '32b': (5120, 64, 40, 8, 27648, 2**23, 6e-4, 32_233_522_176),
+    }, max_len=8192, vocab_size=100278, kinds=dict(local=dict(window=4096)))
+SIZES |= {f'{name}-64k': size | dict(
+    max_len=65536, kinds=dict(local=dict(
+        window=4096, rope=dict(scaling='none'))),
+    rope=dict(scaling='yarn', factor=8.0, original_len=8192))
+          for name, size in SIZES.items()}
+SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, d_ff=344,
+                     max_len=256)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='olmo3', position='rope', norm='rmsnorm',
-      norm_eps=1e-6, ffn='swiglu', block='out_norm', qk_norm=True,
-      qk_norm_over='projection', attention_bias=False,
-      pattern='local,local,local,global', ffn_bias=False, tie_embeddings=False,
-      init='normal')
-  c.model.kinds = {'local': dict(window=64 if size == 'tiny' else 4096),
-                   'global': dict(window=0)}
-  c.model.rope.theta = 500_000.0
+  c = recipes.config('olmo3', size, SIZES, dict(
+      norm_eps=1e-6, init='normal', rope=dict(theta=500_000.0)), tokens=5e12)
   c.train.z_loss = 1e-5
-  if size == 'tiny':
-    return recipes.tiny(c)
-  if size.endswith('-64k'):
-    c.model.rope.update(scaling='yarn', factor=8.0, original_len=8192)
-    c.model.kinds['local']['rope'] = dict(scaling='none')
-  *_, rows, lr = ROWS[size.removesuffix('-64k')]
-  return recipes.pretraining(
-      c, batch_size=rows * 8192 // c.data.length,
-      steps=int(5e12 / (rows * 8192)), lr=lr)
+  return c

@@ -16,28 +16,15 @@ on the default text to a held-out loss of 1.628 nats a byte (2.35 bits).
 
 from configs import recipes
 
-SIZES = {
-    'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=44, max_len=256),
-    '1b-7b': dict(d_model=2048, num_layers=16, num_heads=16, d_ff=1024,
-                  max_len=4096, vocab_size=50304),
-}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {'1b-7b': 6_919_161_856}
+SIZES = recipes.table(
+    'd_model num_layers num_heads d_ff max_len moe.num_experts', {
+        'tiny': (128, 4, 4, 44, 256, 16),
+        '1b-7b': (2048, 16, 16, 1024, 4096, 64)})
+SIZES['1b-7b'] |= dict(vocab_size=50304, parameters=6_919_161_856)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='olmoe', position='rope', norm='rmsnorm',
-      norm_eps=1e-5, ffn='moe', block='pre_norm', qk_norm=True,
-      qk_norm_over='projection', attention_bias=False, ffn_bias=False,
-      tie_embeddings=False, init='normal')
-  c.model.moe.update(num_experts=64, top_k=8, router='topk', ffn='swiglu',
-                     normalize_gates=False, balance_weight=0.01,
-                     z_loss_weight=0.001)
-  if size == 'tiny':
-    c.model.moe.num_experts = 16
-    return recipes.tiny(c)
-  return recipes.pretraining(
-      c, batch_size=1024, steps=int(5033e9 / 2**22), lr=4e-4,
-      warmup_steps=2500, decay_mask=(('.*', 1),))
+  return recipes.config(
+      'olmoe', size, SIZES, dict(norm_eps=1e-5, init='normal', moe=dict(
+          balance_weight=0.01, z_loss_weight=0.001)),
+      tokens=5033e9, lr=4e-4, warmup_steps=2500, decay_mask=(('.*', 1),))

@@ -15,26 +15,14 @@ held-out loss of 1.580 nats a byte (2.28 bits).
 
 from configs import recipes
 
-SIZES = {
-    'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344, max_len=256),
-    'mini': dict(d_model=3072, num_layers=32, num_heads=32, num_kv_heads=32,
-                 d_ff=8192, max_len=4096, vocab_size=32064),
-    'medium': dict(d_model=5120, num_layers=40, num_heads=40, num_kv_heads=10,
-                   d_ff=17920, max_len=4096, vocab_size=32064),
-}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {'mini': 3_821_079_552, 'medium': 13_960_238_080}
-TOKENS = {'mini': 3.3e12, 'medium': 4.8e12}
+SIZES = recipes.table(
+    'd_model num_layers num_heads num_kv_heads d_ff tokens parameters', {
+        'mini': (3072, 32, 32, 32, 8192, 3.3e12, 3_821_079_552),
+        'medium': (5120, 40, 40, 10, 17920, 4.8e12, 13_960_238_080),
+    }, max_len=4096, vocab_size=32064, sliding_window=2047)
+SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, d_ff=344,
+                     max_len=256, sliding_window=128)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='phi3', position='rope', norm='rmsnorm', norm_eps=1e-5,
-      ffn='swiglu', block='pre_norm', attention='banded', sliding_window=128 if
-      size == 'tiny' else 2047, attention_bias=False, ffn_bias=False,
-      tie_embeddings=False)
-  if size == 'tiny':
-    return recipes.tiny(c)
-  return recipes.pretraining(c, batch_size=2**22 // c.data.length,
-                             steps=int(TOKENS[size] / 2**22), lr=3e-4)
+  return recipes.config('phi3', size, SIZES, dict(norm_eps=1e-5))

@@ -1,58 +1,73 @@
-"""What the configs of systems have in common: how each begins, and how a run of
-its smallest size and of a published size is set."""
+"""What the configs of systems have in common: the sizes of a system as a table,
+and how a run of its smallest size and of a published size is set."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
+import architectures
 from configs import base
 from configs.errors import one_of
 
+# Of one CPU core, in minutes.
+TINY = dict(batch_size=16, steps=300, lr=3e-3, warmup_steps=30)
+# LLaMA 2's batch in tokens, tokens and rates, where a paper has no others.
+PUBLISHED = dict(batch=2**22, tokens=500_000 * 2**22, lr=3e-4,
+                 warmup_steps=2000)
+# Of a size, what are no fields of config.model.
+OF_TRAINING = ('batch', 'batch_size', 'tokens', 'steps', 'lr', 'warmup_steps',
+               'length')
 
-def begin(size: str, sizes: Mapping[str, Any], **parts: Any
-          ) -> ml_collections.ConfigDict:
-  """Returns the config of a system before its training is set.
+
+def table(names: str, rows: Mapping[str, Sequence[Any]], **same: Any
+          ) -> dict[str, dict[str, Any]]:
+  """Returns sizes by their names.
 
   Args:
+    names: of the columns: fields of config.model, dotted in a group of fields,
+      OF_TRAINING, and `parameters`, the published count.
+    rows: the values of each size, by its name.
+    **same: what all of them have.
+  """
+  return {size: same | dict(zip(names.split(), row, strict=True))
+          for size, row in rows.items()}
+
+
+def config(arch: str, size: str, sizes: Mapping[str, Mapping[str, Any]],
+           model: Mapping[str, Any] | None = None, remat: str = 'full',
+           **training: Any) -> ml_collections.ConfigDict:
+  """Returns the config of a size of a system.
+
+  Its model has the parts of the system's page (architectures/), then `model`,
+  then what its size says. A size that is not `tiny` computes in bfloat16.
+
+  Args:
+    arch: model.arch.
     size: the ':size' argument, a key of `sizes`.
-    sizes: the fields of config.model that a size has, by its name.
-    **parts: those that all sizes have.
+    sizes: what a size has, by its name; see `table`.
+    model: fields of config.model of all sizes.
+    remat: model.remat of a published size.
+    **training: of all published sizes, before what theirs says: `batch` in
+      tokens, or `batch_size` in rows; `tokens` in all, or `steps`; `length` of
+      a row, where it is not model.max_len; and fields of config.optim.
   """
   one_of('size', size, sizes)
+  own = {name: x for name, x in sizes[size].items() if name != 'parameters'}
+  run = TINY if size == 'tiny' else PUBLISHED | training
+  run = run | {name: own.pop(name) for name in OF_TRAINING if name in own}
   c = base.base()
-  c.model.update(parts)
-  c.model.update(sizes[size])
-  c.data.length = c.model.max_len
-  return c
-
-
-def tiny(c: ml_collections.ConfigDict, batch_size: int = 16, steps: int = 300,
-         lr: float = 3e-3, warmup_steps: int = 30
-         ) -> ml_collections.ConfigDict:
-  """Sets a run of minutes on one CPU core."""
-  c.data.batch_size, c.train.steps = batch_size, steps
-  c.optim.update(lr=lr, warmup_steps=warmup_steps)
-  return c
-
-
-def pretraining(c: ml_collections.ConfigDict, *, batch_size: int, steps: int,
-                lr: float, warmup_steps: int = 2000, length: int = 0,
-                remat: str = 'full', **optim: Any) -> ml_collections.ConfigDict:
-  """Sets a run of a published size, in bfloat16.
-
-  Args:
-    c: the config.
-    batch_size: sequences in a batch.
-    steps: the last step.
-    lr: the highest learning rate.
-    warmup_steps: steps in which the learning rate rises to it.
-    length: tokens in a sequence; 0: the model's max_len.
-    remat: config.model.remat.
-    **optim: further fields of config.optim.
-  """
-  c.model.update(dtype='bfloat16', remat=remat)
-  c.data.update(length=length or c.data.length, batch_size=batch_size)
-  c.train.steps = steps
-  c.optim.update(lr=lr, warmup_steps=warmup_steps, **optim)
+  if size != 'tiny':
+    c.model.update(dtype='bfloat16', remat=remat)
+  for fields in (architectures.system(arch).PARTS, model or {}, own):
+    c.model.update({k: x for k, x in fields.items() if '.' not in k})
+    c.model.update_from_flattened_dict(
+        {k: x for k, x in fields.items() if '.' in k})
+  c.model.arch = arch
+  length = run.pop('length', c.model.max_len)
+  batch, tokens = run.pop('batch', 0), run.pop('tokens', 0)
+  rows = run.pop('batch_size', batch // length)
+  c.data.update(length=length, batch_size=rows)
+  c.train.steps = run.pop('steps', int(tokens / (rows * length)))
+  c.optim.update(run)
   return c

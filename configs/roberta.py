@@ -15,30 +15,21 @@ for masked words, with the two rows of positions before the first token.
 It predicts held-out masked bytes with a loss of 1.50 nats, 55 % of them right.
 """
 
-from configs import bert
-from configs import recipes
+from configs import bert, recipes
 
-SIZES = {
-    'tiny': bert.SIZES['tiny'],
-    'base': bert.SIZES['base'] | dict(vocab_size=50265),
-    'large': bert.SIZES['large'] | dict(vocab_size=50265),
-}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {'base': 124_697_433, 'large': 355_412_057}
+SIZES = {'tiny': bert.SIZES['tiny']} | {
+    size: bert.SIZES[size] | dict(
+        vocab_size=50265, dropout=0.1, attention_dropout=0.1, lr=lr,
+        warmup_steps=warmup, parameters=parameters)
+    for size, lr, warmup, parameters in (
+        ('base', 6e-4, 24_000, 124_697_433),
+        ('large', 4e-4, 30_000, 355_412_057))}
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='roberta', position='learned', learned=dict(offset=2),
-      type_vocab_size=1, norm='layernorm', embed_norm=True, ffn='gelu',
-      block='post_norm', tie_embeddings=True, logits_bias=True, init='normal')
+  c = recipes.config(
+      'roberta', size, SIZES, dict(type_vocab_size=1, init='normal'),
+      remat='dots', batch_size=8192, steps=500_000, schedule='linear',
+      final_fraction=0.0, weight_decay=0.01, b2=0.98, eps=1e-6, clip_norm=0.0)
   c.objective = 'mlm'
-  if size == 'tiny':
-    return recipes.tiny(c, batch_size=64, steps=1500, lr=2e-3, warmup_steps=100)
-  c.model.dropout = c.model.attention_dropout = 0.1
-  lr, warmup = {'base': (6e-4, 24_000), 'large': (4e-4, 30_000)}[size]
-  return recipes.pretraining(
-      c, batch_size=8192, steps=500_000, lr=lr, warmup_steps=warmup,
-      remat='dots', schedule='linear', final_fraction=0.0, weight_decay=0.01,
-      b2=0.98, eps=1e-6, clip_norm=0.0)
+  return c

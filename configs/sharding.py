@@ -13,10 +13,6 @@ MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 # what a layer computes of it. 'tokens' are batch and length in one axis,
 # 'joined' heads and their features, 'rows' the tokens of a table whose columns
 # are heads, 'groups' heads of keys whose number does not grow with the width.
-LOGICAL_AXES = ('batch', 'length', 'stream', 'tokens', 'embed', 'heads',
-                'kv_heads', 'head', 'mlp', 'vocab', 'experts', 'layers',
-                'capacity', 'latent', 'joined', 'rows', 'groups')
-
 RULES = {
     # Weights are sharded over fsdp (ZeRO-3), and those other than the experts'
     # over expert too; heads and mlp over tensor (Megatron), experts over
@@ -43,27 +39,12 @@ RULES = {
         ('capacity', ()),
         ('layers', ()),
     ),
-    # Weights whole on every device of (data, fsdp): for small models.
-    'replicated': (
-        ('batch', ('data', 'fsdp', 'expert')),
-        ('experts', ('expert',)),
-        ('vocab', ('tensor',)),
-        ('mlp', ('tensor',)),
-        ('heads', ('tensor',)),
-        ('kv_heads', ('tensor',)),
-        ('groups', ('tensor',)),
-        ('joined', ('tensor',)),
-        ('embed', ()),
-        ('latent', ()),
-        ('rows', ()),
-        ('length', ('context',)),
-        ('stream', ('context', 'tensor')),
-        ('tokens', ('data', 'fsdp', 'expert', 'context')),
-        ('head', ()),
-        ('capacity', ()),
-        ('layers', ()),
-    ),
 }
+# Weights whole on every device of (data, fsdp): for small models.
+RULES['replicated'] = tuple(
+    (axis, () if axis in ('embed', 'latent', 'rows') else mesh)
+    for axis, mesh in RULES['default'])
+LOGICAL_AXES = tuple(dict.fromkeys(axis for axis, _ in RULES['default']))
 
 # Mesh shapes by name, for tests, docs and `--mesh` of the tools: 8 devices.
 PRESETS = {

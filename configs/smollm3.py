@@ -15,26 +15,18 @@ bits).
 
 from configs import recipes
 
-SIZES = {'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                      d_ff=344, max_len=256)} | {
-    name: dict(d_model=2048, num_layers=36, num_heads=16, num_kv_heads=4,
-               d_ff=11008, max_len=length, vocab_size=128256)
-    for name, length in (('3b', 4096), ('3b-64k', 65536))}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {'3b': 3_075_098_624, '3b-64k': 3_075_098_624}
+SIZES = recipes.table(
+    'max_len rope.theta', {'3b': (4096, 50_000.0), '3b-64k': (65536, 5e6)},
+    d_model=2048, num_layers=36, num_heads=16, num_kv_heads=4, d_ff=11008,
+    vocab_size=128256, parameters=3_075_098_624)
+SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
+                     d_ff=344, max_len=256, rope=dict(theta=50_000.0))
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='smollm3', position='rope', norm='rmsnorm',
-      norm_eps=1e-6, ffn='swiglu', block='pre_norm', attention_bias=False,
-      pattern='rope,rope,rope,nope', ffn_bias=False, tie_embeddings=True)
-  c.model.kinds = {'rope': {}, 'nope': dict(position='none')}
-  c.model.rope.theta = 5e6 if size == '3b-64k' else 50_000.0
-  if size == 'tiny':
-    return recipes.tiny(c)
-  c.data.document_mask = True
-  return recipes.pretraining(
-      c, batch_size=576 * 4096 // c.data.length, steps=4_720_000, lr=2e-4,
-      schedule='wsd', final_fraction=0.0, decay_fraction=522_000 / 4_720_000)
+  c = recipes.config(
+      'smollm3', size, SIZES, dict(norm_eps=1e-6), batch=576 * 4096,
+      steps=4_720_000, lr=2e-4, schedule='wsd', final_fraction=0.0,
+      decay_fraction=522_000 / 4_720_000)
+  c.data.document_mask = size != 'tiny'
+  return c

@@ -24,54 +24,30 @@ loss of 2.396 nats a byte of the spans; the busiest expert has 1.04 times the
 mean load in the encoder, 1.18 in the decoder. The loss is still falling there.
 """
 
-from configs import recipes
+from configs import recipes, t5
 
-_BASE = dict(num_layers=12, d_model=768, num_heads=12, d_ff=3072)
-
-SIZES = {
-    'tiny': dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
-                 d_ff=512, moe=dict(num_experts=4)),
-    **{f'base-{n}': _BASE | dict(moe=dict(num_experts=n))
-       for n in (8, 16, 32, 64, 128, 256)},
-    'large-128': dict(num_layers=24, d_model=1024, num_heads=16, d_ff=4096,
-                      moe=dict(num_experts=128)),
-    'xxl': dict(num_layers=24, d_model=4096, num_heads=64, d_ff=10240,
-                moe=dict(num_experts=128, ffn='geglu_tanh')),
-    'c-2048': dict(num_layers=15, d_model=2080, num_heads=32, d_ff=6144,
-                   moe=dict(num_experts=2048)),
-}
-
-# The paper's, for tools.count: base by its table of distilled models, where
-# 1.1B of base-16 is 1.07B rounded up. It has no base-8: that is the count of
-# transformers' model of google/switch-base-8.
-PUBLISHED = {'base-8': 619_339_008, 'base-16': 1.1e9, 'base-32': 2.0e9,
-             'base-64': 3.8e9, 'base-128': 7.4e9, 'base-256': 14.7e9,
-             'large-128': 26e9, 'xxl': 395e9, 'c-2048': 1571e9}
+# Of base by the paper's table of distilled models, where 1.1B of base-16 is
+# 1.07B rounded up. It has no base-8: that is the count of transformers' model
+# of google/switch-base-8.
+SIZES = recipes.table(
+    'num_layers d_model num_heads d_ff moe.num_experts moe.ffn parameters', {
+        **{f'base-{n}': (12, 768, 12, 3072, n, 'relu', parameters)
+           for n, parameters in (
+               (8, 619_339_008), (16, 1.1e9), (32, 2.0e9), (64, 3.8e9),
+               (128, 7.4e9), (256, 14.7e9))},
+        'large-128': (24, 1024, 16, 4096, 128, 'relu', 26e9),
+        'xxl': (24, 4096, 64, 10240, 128, 'geglu_tanh', 395e9),
+        'c-2048': (15, 2080, 32, 6144, 2048, 'relu', 1571e9)})
+SIZES['tiny'] = dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
+                     d_ff=512, moe=dict(num_experts=4), length=64,
+                     batch_size=32, steps=600)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='switch', position='relative', norm='rmsnorm',
-      norm_eps=1e-6, block='pre_norm', ffn='moe', head_dim=64,
-      attention_scale=1.0, attention_bias=False, ffn_bias=False,
-      tie_embeddings=True, logits_scale=0.0, init='fan_in', init_stddev=1.0,
-      init_scale=0.1, moe=dict(
-          ffn='relu', router='switch', top_k=1, capacity_factor=1.25,
-          eval_capacity_factor=2.0, jitter=0.01, balance_loss='switch',
-          balance_weight=0.01, z_loss_weight=0.001))
-  if size != 'c-2048':  # in which every layer has experts
-    c.model.update(pattern='dense,moe',
-                   kinds=dict(dense=dict(ffn='dense'), moe={}))
-  c.model.num_decoder_layers = c.model.num_layers
-  c.objective = 'span'
-  c.data.length = 64
-  if size == 'tiny':
-    return recipes.tiny(c, batch_size=32, steps=600)
-  c.model.vocab_size = 32128
-  for field in ('dropout', 'attention_dropout', 'ffn_dropout'):
-    c.model[field] = 0.1
-  c.train.z_loss = 1e-4
-  return recipes.pretraining(
-      c, length=512, batch_size=2048, steps=550_000, lr=0.01,
-      warmup_steps=10_000, remat='dots', name='adafactor', schedule='rsqrt',
-      weight_decay=0.0, clip_norm=0.0)
+  c = t5.config('switch', size, SIZES, dict(init_scale=0.1, moe=dict(
+      capacity_factor=1.25, eval_capacity_factor=2.0, jitter=0.01,
+      balance_loss='switch', balance_weight=0.01, z_loss_weight=0.001)),
+                batch_size=2048, steps=550_000)
+  if size == 'c-2048':  # in which every layer has experts
+    c.model.pattern, c.model.kinds = '', {}
+  return c

@@ -18,52 +18,44 @@ held-out loss of 2.272 nats a byte of the spans.
 
 from configs import recipes
 
-SIZES = {
-    'tiny': dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
-                 d_ff=512),
-    'small': dict(num_layers=6, d_model=512, num_heads=8, d_ff=2048),
-    'base': dict(num_layers=12, d_model=768, num_heads=12, d_ff=3072),
-    'large': dict(num_layers=24, d_model=1024, num_heads=16, d_ff=4096),
-    '3b': dict(num_layers=24, d_model=1024, num_heads=32, head_dim=128,
-               d_ff=16384),
-    '11b': dict(num_layers=24, d_model=1024, num_heads=128, head_dim=128,
-                d_ff=65536),
-    'v1.1-small': dict(num_layers=8, d_model=512, num_heads=6, d_ff=1024),
-    'v1.1-base': dict(num_layers=12, d_model=768, num_heads=12, d_ff=2048),
-    'v1.1-large': dict(num_layers=24, d_model=1024, num_heads=16, d_ff=2816),
-    'v1.1-xl': dict(num_layers=24, d_model=2048, num_heads=32, d_ff=5120),
-    'v1.1-xxl': dict(num_layers=24, d_model=4096, num_heads=64, d_ff=10240),
-}
-
-# Parameters of the published checkpoints, for tools.count.
-PUBLISHED = {
-    'small': 60_506_624, 'base': 222_903_552, 'large': 737_668_096,
-    '3b': 2_851_598_336, '11b': 11_307_321_344,
-    'v1.1-small': 76_961_152, 'v1.1-base': 247_577_856,
-    'v1.1-large': 783_150_080, 'v1.1-xl': 2_849_757_184,
-    'v1.1-xxl': 11_135_332_352,
-}
+SIZES = recipes.table(
+    'num_layers d_model num_heads head_dim d_ff parameters', {
+        'small': (6, 512, 8, 64, 2048, 60_506_624),
+        'base': (12, 768, 12, 64, 3072, 222_903_552),
+        'large': (24, 1024, 16, 64, 4096, 737_668_096),
+        '3b': (24, 1024, 32, 128, 16384, 2_851_598_336),
+        '11b': (24, 1024, 128, 128, 65536, 11_307_321_344),
+        'v1.1-small': (8, 512, 6, 64, 1024, 76_961_152),
+        'v1.1-base': (12, 768, 12, 64, 2048, 247_577_856),
+        'v1.1-large': (24, 1024, 16, 64, 2816, 783_150_080),
+        'v1.1-xl': (24, 2048, 32, 64, 5120, 2_849_757_184),
+        'v1.1-xxl': (24, 4096, 64, 64, 10240, 11_135_332_352)})
+for _name, _size in SIZES.items():
+  if _name.startswith('v1.1-'):
+    _size |= dict(
+        ffn='geglu_tanh', tie_embeddings=False, logits_scale=1.0, dropout=0.0,
+        attention_dropout=0.0, ffn_dropout=0.0, batch_size=2048,
+        steps=1_000_000)
+SIZES['tiny'] = dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
+                     d_ff=512, length=64, batch_size=8, steps=1800, lr=2e-3,
+                     warmup_steps=100)
 
 
 def get_config(size: str = 'tiny'):
-  gated = size.startswith('v1.1-')
-  c = recipes.begin(
-      size, SIZES, head_dim=64, arch='t5', position='relative', norm='rmsnorm',
-      norm_eps=1e-6, block='pre_norm', ffn='geglu_tanh' if gated else 'relu',
-      attention_scale=1.0, attention_bias=False, ffn_bias=False,
-      tie_embeddings=not gated, logits_scale=1.0 if gated else 0.0,
-      init='fan_in', init_stddev=1.0)
+  return config('t5', size, SIZES, {}, batch_size=128, steps=2 ** 19)
+
+
+def config(arch: str, size: str, sizes, model, **training):
+  """Returns what Switch has too."""
+  published = {} if size == 'tiny' else dict(
+      head_dim=64, vocab_size=32128, dropout=0.1, attention_dropout=0.1,
+      ffn_dropout=0.1)
+  c = recipes.config(
+      arch, size, sizes, model | published | dict(
+          norm_eps=1e-6, init='fan_in', init_stddev=1.0), remat='dots',
+      length=512, lr=0.01, warmup_steps=10_000, name='adafactor',
+      schedule='rsqrt', weight_decay=0.0, clip_norm=0.0, **training)
   c.objective = 'span'
   c.model.num_decoder_layers = c.model.num_layers
-  c.data.length = 64
-  if size == 'tiny':
-    return recipes.tiny(c, batch_size=8, steps=1800, lr=2e-3, warmup_steps=100)
-  c.model.vocab_size = 32128
-  for field in ('dropout', 'attention_dropout', 'ffn_dropout'):
-    c.model[field] = 0.0 if gated else 0.1
-  c.train.z_loss = 1e-4
-  return recipes.pretraining(
-      c, length=512, batch_size=2048 if gated else 128,
-      steps=1_000_000 if gated else 2 ** 19, lr=0.01, warmup_steps=10_000,
-      remat='dots', name='adafactor', schedule='rsqrt', weight_decay=0.0,
-      clip_norm=0.0)
+  c.train.z_loss = 0.0 if size == 'tiny' else 1e-4
+  return c

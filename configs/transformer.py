@@ -21,31 +21,25 @@ nats a byte. No such target is guessed whole: BLEU is 0.3.
 
 from configs import recipes
 
-SIZES = {
-    'tiny': dict(num_layers=2, d_model=128, num_heads=4),
-    'base': dict(num_layers=6, d_model=512, num_heads=8, dropout=0.1),
-    'big': dict(num_layers=6, d_model=1024, num_heads=16, dropout=0.3),
-}
-
-# Published parameter counts, for tools.count.
-PUBLISHED = {'base': 65e6, 'big': 213e6}
+SIZES = recipes.table(
+    'num_layers d_model num_heads dropout steps parameters', {
+        'base': (6, 512, 8, 0.1, 100_000, 65e6),
+        'big': (6, 1024, 16, 0.3, 300_000, 213e6),
+    }, vocab_size=37000, remat='none')
+SIZES['tiny'] = dict(num_layers=2, d_model=128, num_heads=4, length=64,
+                     batch_size=8, steps=1600, lr=1e-3, warmup_steps=200)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.begin(
-      size, SIZES, arch='transformer', position='sinusoidal',
-      sinusoidal=dict(layout='halves'), norm='layernorm', ffn='relu',
-      block='post_norm', tie_embeddings=True, embed_scale=0.0, init='fan_in')
+  c = recipes.config('transformer', size, SIZES, dict(init='fan_in'),
+                     length=256, batch_size=96, warmup_steps=4000)
+  width = c.model.d_model
   c.model.update(num_decoder_layers=c.model.num_layers,
-                 init_stddev=c.model.d_model ** -0.5)
+                 init_stddev=width ** -0.5)
   c.objective = 'seq2seq'
   c.train.label_smoothing = 0.1
   c.optim.update(schedule='rsqrt', b1=0.9, b2=0.98, eps=1e-9,
                  weight_decay=0.0, clip_norm=0.0)
-  if size == 'tiny':
-    c.data.length = 64
-    return recipes.tiny(c, batch_size=8, steps=1600, lr=1e-3, warmup_steps=200)
-  c.model.vocab_size = 37000
-  return recipes.pretraining(
-      c, length=256, batch_size=96, steps=300_000 if size == 'big' else 100_000,
-      lr=(c.model.d_model * 4000) ** -0.5, warmup_steps=4000, remat='none')
+  if size != 'tiny':
+    c.optim.lr = (width * 4000) ** -0.5
+  return c

@@ -64,9 +64,9 @@ def everything() -> Iterator[dict]:
   from training.costs import totals
   for path in sorted(pathlib.Path('configs').glob('*.py')):
     module = importlib.import_module(f'configs.{path.stem}')
-    for size in getattr(module, 'SIZES', {}):
+    for size, fields in getattr(module, 'SIZES', {}).items():
       figures = totals.brief(module.get_config(size))
-      published = getattr(module, 'PUBLISHED', {}).get(size)
+      published = fields.get('parameters')
       uncounted = getattr(module, 'UNCOUNTED', {}).get(size, 0)
       counted = figures['parameters'] - uncounted
       yield {

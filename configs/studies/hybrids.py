@@ -12,6 +12,7 @@ positions. The learning rate is tuned for each ratio and size.
 """
 
 from configs import llama
+from configs.sweeps import helpers
 
 QUESTION = ('How many of the 8 layers of a small model of text should be '
             'attention, and how many Gated DeltaNet?')
@@ -24,19 +25,12 @@ SEEDS = {'noise': 5, 'tune': 1, 'screen': 5, 'confirm': 5}
 TUNING = {'fields': {'optim.lr': (2e-3, 4e-3, 8e-3)}, 'extend': 1}
 EFFECT = 0.1  # nats a byte
 MATCH = 'flops_per_token'
-_LAYERS = 8
 
 
 def base():
-  c = llama.get_config('tiny')
-  c.model.update(d_model=24, num_layers=_LAYERS, num_heads=2, num_kv_heads=0,
-                 d_ff=0, max_len=128)
-  c.data.update(length=128, batch_size=8)
-  c.train.steps = 200
-  c.optim.update(lr=4e-3, warmup_steps=20)
-  c.eval.update(every_steps=40, batches=8)
-  c.checkpoint.update(every_steps=200, keep=1)
-  return c
+  return helpers.small(llama.get_config('tiny'), 200, 8, 128, every=40,
+                       batches=8, d_model=24, num_layers=8, num_heads=2,
+                       num_kv_heads=0, d_ff=0)
 
 
 get_config = base

@@ -12,6 +12,7 @@ workload.
 """
 
 from configs import gpt
+from configs.sweeps import helpers
 
 QUESTION = 'Which position encoding should a small GPT have?'
 SIZES = {
@@ -33,14 +34,8 @@ MATCH = 'params'
 
 
 def base():
-  c = gpt.get_config('tiny')
-  c.model.update(d_model=32, num_layers=2, num_heads=2, max_len=64)
-  c.data.update(length=64, batch_size=32)
-  c.train.steps = 300
-  c.optim.update(lr=4e-3, warmup_steps=30)
-  c.eval.update(every_steps=30, batches=16)
-  c.checkpoint.update(every_steps=300, keep=1)
-  return c
+  return helpers.small(gpt.get_config('tiny'), 300, 32, 64, every=30,
+                       d_model=32, num_layers=2, num_heads=2)
 
 
 get_config = base
@@ -48,7 +43,5 @@ get_config = base
 
 def sweep(add):
   add('learned')
-  add('rope', **{'model.position': 'rope'})
-  add('alibi', **{'model.position': 'alibi'})
-  add('relative', **{'model.position': 'relative'})
-  add('none', **{'model.position': 'none'})
+  for position in ('rope', 'alibi', 'relative', 'none'):
+    add(position, **{'model.position': position})

@@ -9,6 +9,7 @@ to reject it. The models have 3 to 11 thousand parameters.
 """
 
 from configs import gpt
+from configs.sweeps import helpers
 
 QUESTION = 'Is the base better than itself?'
 SIZES = {
@@ -26,15 +27,8 @@ EFFECT = 0.5
 
 
 def base():
-  c = gpt.get_config('tiny')
-  c.model.update(d_model=8, num_layers=1, num_heads=2, max_len=32)
-  c.data.update(length=32, batch_size=16)
-  c.train.steps = 40
-  c.optim.update(lr=8e-3, warmup_steps=4)
-  c.eval.update(every_steps=10, batches=4)
-  c.checkpoint.update(every_steps=40, keep=1)
-  c.log.every_steps = 10
-  return c
+  return helpers.small(gpt.get_config('tiny'), 40, 16, 32, every=10, batches=4,
+                       lr=8e-3, d_model=8, num_layers=1, num_heads=2)
 
 
 get_config = base

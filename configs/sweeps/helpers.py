@@ -18,18 +18,35 @@ from configs.errors import RequestError
 Points = Iterator[tuple[str, dict[str, Any]]]
 
 
-def small_gpt(steps: int) -> ml_collections.ConfigDict:
+def small(c: ml_collections.ConfigDict, steps: int, rows: int, length: int, *,
+          every: int, batches: int = 16, lr: float = 4e-3, checkpoints: int = 1,
+          **model: Any) -> ml_collections.ConfigDict:
+  """Returns a config as a small run: the base of a sweep or a study.
+
+  Args:
+    c: the config.
+    steps, rows, length: of its training.
+    every, batches: steps between two evaluations, and how long one is.
+    lr: the highest learning rate; it rises in a tenth of the steps.
+    checkpoints: how many are written.
+    **model: fields of config.model.
+  """
+  c.model.update(model, max_len=length)
+  c.data.update(length=length, batch_size=rows)
+  c.train.steps = steps
+  c.optim.update(lr=lr, warmup_steps=steps // 10)
+  c.eval.update(every_steps=every, batches=batches)
+  c.checkpoint.update(every_steps=steps // checkpoints, keep=1)
+  return c
+
+
+def small_gpt(steps: int, every: int = 0, batches: int = 16
+              ) -> ml_collections.ConfigDict:
   """The base of most worked sweeps: GPT-2's wiring at 4 layers of width 64,
   trained on 16 x 128 bytes a step; its evaluations are often enough to fit a
   curve to."""
-  c = gpt.get_config('tiny')
-  c.model.update(d_model=64, max_len=128)
-  c.data.update(length=128, batch_size=16)
-  c.train.steps = steps
-  c.optim.update(lr=4e-3, warmup_steps=steps // 10)
-  c.eval.update(every_steps=steps // 10, batches=16)
-  c.checkpoint.update(every_steps=steps // 2, keep=1)
-  return c
+  return small(gpt.get_config('tiny'), steps, 16, 128, batches=batches,
+               every=every or steps // 10, checkpoints=2, d_model=64)
 
 
 def grid(values: Mapping[str, Sequence]) -> Points:

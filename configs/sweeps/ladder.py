@@ -18,9 +18,8 @@ _STEPS = (125, 250, 500)
 
 
 def base():
-  c = helpers.small_gpt(steps=500)
+  c = helpers.small_gpt(500, every=40, batches=32)
   c.optim.warmup_steps = 25  # the shortest run has 125 steps
-  c.eval.update(every_steps=40, batches=32)
   return c
 
 

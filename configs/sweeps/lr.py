@@ -9,9 +9,7 @@ from configs.sweeps import helpers
 
 
 def base():
-  c = helpers.small_gpt(steps=500)
-  c.eval.update(every_steps=50, batches=32)
-  return c
+  return helpers.small_gpt(500, every=50, batches=32)
 
 
 get_config = base

@@ -9,18 +9,15 @@ CPU core:
 """
 
 from configs import gpt
+from configs.sweeps import helpers
 
 _RATES = tuple(2.0 ** n for n in range(-11, -4))
 
 
 def base():
-  c = gpt.get_config('tiny')
-  c.model.update(d_model=64, num_layers=2, max_len=64)
-  c.data.update(length=64, batch_size=8)
-  c.train.steps = 250
-  c.optim.update(lr=2.0 ** -9, warmup_steps=25, weight_decay=0.0)
-  c.eval.update(every_steps=250, batches=64)
-  c.checkpoint.update(every_steps=250, keep=1)
+  c = helpers.small(gpt.get_config('tiny'), 250, 8, 64, every=250, batches=64,
+                    lr=2.0 ** -9, d_model=64, num_layers=2)
+  c.optim.weight_decay = 0.0
   return c
 
 

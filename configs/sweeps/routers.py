@@ -19,10 +19,9 @@ _ROUTERS = {'topk': 2, 'sigmoid': 2, 'sinkhorn': 2, 'switch': 1, 'hash': 1}
 
 
 def base():
-  c = helpers.small_gpt(steps=400)
+  c = helpers.small_gpt(400, every=50, batches=32)
   c.model.d_ff = 256
   c.model.moe.update(num_experts=4, ffn='gelu_tanh')
-  c.eval.update(every_steps=50, batches=32)
   return c
 
 

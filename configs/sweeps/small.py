@@ -19,14 +19,9 @@ TASKS = ('extrapolation',)
 
 
 def base():
-  c = gpt.get_config('tiny')
-  c.model.update(d_model=32, num_layers=2, num_heads=2, max_len=64)
-  c.data.update(length=64, batch_size=32)
-  c.train.steps = 300
-  c.optim.update(lr=4e-3, warmup_steps=30)
-  c.eval.update(every_steps=25, batches=16)
-  c.checkpoint.update(every_steps=150, keep=1)
-  return c
+  return helpers.small(
+      gpt.get_config('tiny'), 300, 32, 64, every=25, checkpoints=2, d_model=32,
+      num_layers=2, num_heads=2)
 
 
 get_config = base

@@ -135,18 +135,51 @@ class HuggingFace(NamedTuple):
 
 
 def heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
-          span: tuple[str, str] = ('', '')) -> dict[str, TaskHead]:
+          span: tuple[str, str] = ('', ''),
+          only: Collection[str] = ('sequence', 'tokens', 'span')
+          ) -> dict[str, TaskHead]:
   """Returns the heads that a system has in transformers.
 
   Args:
     system: what the names of its classes begin with.
     sequence, tokens: the names of the modules that score a row, and tokens.
     span: the `prefix` of the model that answers questions.
+    only: those that it has.
   """
-  return {
+  return {name: head for name, head in {
       'sequence': TaskHead(f'{system}ForSequenceClassification', sequence),
       'tokens': TaskHead(f'{system}ForTokenClassification', tokens),
-      'span': TaskHead(f'{system}ForQuestionAnswering', 'qa_outputs', span)}
+      'span': TaskHead(f'{system}ForQuestionAnswering', 'qa_outputs', span),
+  }.items() if name in only}
+
+
+# The field of config.model that a field of config.json mostly is.
+_OURS = {
+    'hidden_size': 'd_model', 'num_hidden_layers': 'num_layers',
+    'num_attention_heads': 'num_heads', 'num_key_value_heads': 'num_kv_heads',
+    'intermediate_size': 'd_ff', 'max_position_embeddings': 'max_len',
+    'rms_norm_eps': 'norm_eps', 'layer_norm_eps': 'norm_eps',
+    'layer_norm_epsilon': 'norm_eps', 'mlp_bias': 'ffn_bias',
+    'tie_word_embeddings': 'tie_embeddings', 'num_experts': 'moe.num_experts',
+    'num_local_experts': 'moe.num_experts', 'moe_intermediate_size': 'moe.d_ff',
+    'num_experts_per_tok': 'moe.top_k', 'norm_topk_prob': 'moe.normalize_gates',
+    'router_aux_loss_coef': 'moe.balance_weight',
+    'router_jitter_noise': 'moe.jitter',
+    'routed_scaling_factor': 'moe.gate_scale', 'topk_group': 'moe.top_groups',
+    'kv_lora_rank': 'latent.kv_rank', 'qk_nope_head_dim': 'latent.nope_dim',
+    'qk_rope_head_dim': 'latent.rope_dim', 'v_head_dim': 'latent.v_dim'}
+
+
+def fields(**defaults: Any) -> dict[str, tuple]:
+  """Returns `HuggingFace.fields` of transformers' defaults of fields that have
+  their usual names, or ours."""
+  return {_OURS.get(name, name): (name, default)
+          for name, default in defaults.items()}
+
+
+# Defaults that follow from fields which were read before.
+EACH_HEAD = lambda fields: fields['num_heads']  # heads of keys
+SPLIT_WIDTH = lambda fields: fields['d_model'] // fields['num_heads']
 
 
 def under(ours: str, theirs: str, *rows: Row) -> tuple[Row, ...]:
@@ -197,6 +230,7 @@ FFNS = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
         'swish': 'silu', 'relu2': 'relu2'}
 GATED = {'silu': 'swiglu', 'gelu': 'geglu', 'gelu_new': 'geglu_tanh',
          'gelu_pytorch_tanh': 'geglu_tanh', 'relu': 'reglu'}
+SILU = 'hidden_act', 'silu', GATED  # what most have for an ffn
 
 
 def check_gates(fields: Mapping[str, Any], chosen: str = 'num_experts_per_tok',

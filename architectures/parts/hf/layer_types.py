@@ -1,7 +1,7 @@
 """Which layers attend to a window, and which have a recurrence in place of
 attention, as layer_types of a config.json says it."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from architectures.parts import hf
@@ -44,6 +44,21 @@ def read(types: Sequence[str], layers: int, window: int,
       shortest([NAMES[t] for t in types]), attention='global', sliding_window=0,
       kinds={NAMES[t]: dict(window=window if t == WINDOW else 0,
                             **own.get(t, {})) for t in NAMES})
+
+
+def listed(reader: hf.Reader, layers: int, windowed: Callable[[int], bool]
+           ) -> list[str]:
+  """Returns layer_types, or what each layer is by its number where there are
+  none."""
+  reader.passes('layer_types')
+  return reader.listed('layer_types') if reader.has('layer_types') else [
+      WINDOW if windowed(n) else WHOLE for n in range(layers)]
+
+
+def window(reader: hf.Reader) -> int:
+  """Returns sliding_window: left out it is 4096; null, there is none."""
+  return (0 if reader.is_null('sliding_window') else
+          reader('sliding_window', 4096))
 
 
 def shortest(names: Sequence[str]) -> dict[str, str]:
