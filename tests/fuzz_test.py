@@ -23,7 +23,7 @@ from tests.helpers import fuzzing, models, sweep_folder
 from tests.helpers.fuzzing import each, runs_or_refuses
 from tools.compare import layout, status
 from tools.compare import ledger as ledger_lib
-from tools.compare import curves, sweep_report
+from tools.compare import report
 from training import config_files, preflight, runs
 from training.step import abstract_params
 from training.distributed import processes
@@ -251,7 +251,7 @@ def test_ledgers_and_runs(sweep, tmp_path_factory, data):
     with ledger_lib.Ledger(workdir) as ledger:
       ledger.recover()
       status.plain(description, workdir, ledger.runs())
-    sweep_report.as_json(curves.load_sweep(workdir))
+    report.as_json(report.load(workdir))
 
   runs_or_refuses(look)
   if run.joinpath('config.json').exists():

@@ -3,9 +3,8 @@
 Lab note. Five widths at four layers, and two of them at two and at eight
 layers, each trained on three amounts of text, with a cosine schedule drawn out
 to its own last step, as Hoffmann et al. 2022 found it must be; the learning
-rate falls as the width grows, as muP has it, and is the same at all depths.
-Width and depth both vary, so the fit can tell shape from size. The longest run
-of the widest model takes about a minute on one CPU core. The fit:
+rate falls as the width grows, as muP has it, and is the same at all depths. The
+longest run of the widest model takes about a minute on one CPU core. The fit:
   python -m tools.sweep run configs/sweeps/ladder.py --workdir runs/ladder
   python -m tools.sweep fit runs/ladder
 """

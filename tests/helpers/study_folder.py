@@ -93,7 +93,7 @@ def results(of, upto='confirm', effects=None):
     runs += outcomes(of, 'noise', (of.base, plans.AGAIN))
     found['noise'] = decide.noise(of, runs)
     found['announced'] = decide.Announced(
-        of.effect, of.power, 0.93, 0.9, 0.84, True,
+        0.84, True,
         'An effect of 0.05 in loss is found with a probability of 84%.')
   if 'tune' in phases:
     found['tuned'] = [_tuned(variant, workload)
@@ -102,15 +102,16 @@ def results(of, upto='confirm', effects=None):
   if 'screen' in phases:
     runs += outcomes(of, 'screen', (of.base, *of.variants), effects)
     found['screen'] = decide.screen(of, runs)
-  passed = [row.variant for row in found['screen'] if row.passed]
+  passed = [row.variant for row in found['screen']
+            if row.verdict == decide.PASSED]
   if 'confirm' in phases and passed:
     runs += outcomes(of, 'confirm', (of.base, *passed), effects)
     found['confirm'] = decide.confirm(of, runs)
   return plans.to_json(dict(
       study=dict(name=of.name, hash=frozen(of).hash), outcomes=runs, **found,
       phases={name: dict(planned=10, done=10, failed=1, tokens=1.23e7,
-                         flops=4.56e13, seconds=321.0, wall_seconds=400.0,
-                         finished=True) for name in phases},
+                         flops=4.56e13, seconds=321.0, finished=True)
+              for name in phases},
       as_planned=dict(same=True, differences=[]),
       provenance=dict(codes=['commit f5ac5de01234'], devices=['cpu x 2'],
                       versions={'jax': '0.10.2', 'python': '3.11.9'})))

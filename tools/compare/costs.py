@@ -2,31 +2,19 @@
 hours where the time of a step is known."""
 
 from collections.abc import Mapping, Sequence
-import dataclasses
-import statistics
 from typing import NamedTuple
 
 from tools.compare import layout, phases, results
 from tools.compare import plan as plans
-from tools.compare import ledger as ledger_lib
 
-
-@dataclasses.dataclass(frozen=True)
-class Times:
-  """What was measured on this machine, of runs that train as the study's do.
-
-  Attributes:
-    step: seconds of a step of one run, by size and workload; of runs that
-      train as one program, a run's share.
-    program: seconds that a program takes beside its steps: to start, compile,
-      evaluate and save.
-  """
-  step: Mapping[tuple[str, str], float]
-  program: float
+# Seconds of a step of one run, by size and workload, as measured on this
+# machine; of runs that train as one program, a run's share.
+Times = Mapping[tuple[str, str], float]
 
 
 class Cost(NamedTuple):
-  """What a phase takes; `seconds` of one process, None where not known."""
+  """What a phase takes; `seconds` of the steps of one process, without starting
+  and compiling, None where not known."""
   phase: str
   runs: int
   programs: int
@@ -50,17 +38,17 @@ def of(frozen: plans.Frozen, group: int, times: Times | None
   names = (plan.base, *plan.variants)
   untuned = [plans.Tuned(*search.name, dict(search.candidates[0]), (), 0, 0.0,
                          0.0, ()) for search in phases.searches(plan)]
-  asked = {
-      'noise': phases.noise_runs(frozen), 'tune': _tuned_runs(frozen),
-      'screen': phases.full_runs(frozen, untuned, 'screen', names,
-                                 plan.sizes[:1]),
-      'confirm': phases.full_runs(frozen, untuned, 'confirm', names,
-                                  plan.sizes)}
-  notes = {'tune': f'and at most {_extended(plan)} more runs, where an optimum '
-                   'is at an edge' if plan.tuning.extend else '',
-           'confirm': 'if every variant passes the screening'}
-  return [_cost(frozen, phase, runs, group, times, notes.get(phase, ''))
-          for phase, runs in asked.items()]
+  extended = (plan.tuning.extend * len(plan.tuning.fields) * plan.seeds.tune
+              * len(untuned))
+  full = lambda phase, sizes: phases.full_runs(frozen, untuned, phase, names,
+                                               sizes)
+  return [_cost(frozen, group, times, *own) for own in (
+      ('noise', phases.noise_runs(frozen), ''),
+      ('tune', _tuned_runs(frozen), f'and at most {extended} more runs, where '
+       'an optimum is at an edge' if extended else ''),
+      ('screen', full('screen', plan.sizes[:1]), ''),
+      ('confirm', full('confirm', plan.sizes),
+       'if every variant passes the screening'))]
 
 
 def _tuned_runs(frozen: plans.Frozen) -> list[phases.Run]:
@@ -75,13 +63,8 @@ def _tuned_runs(frozen: plans.Frozen) -> list[phases.Run]:
   return found
 
 
-def _extended(plan: plans.Plan) -> int:
-  return (plan.tuning.extend * len(plan.tuning.fields) * plan.seeds.tune
-          * len(phases.searches(plan)))
-
-
-def _cost(frozen, phase: str, runs: Sequence[phases.Run], group: int,
-          times: Times | None, note: str) -> Cost:
+def _cost(frozen, group: int, times: Times | None, phase: str,
+          runs: Sequence[phases.Run], note: str) -> Cost:
   from training import vectorised
   tokens = flops = seconds = 0.0
   alike: dict[tuple, int] = {}
@@ -95,16 +78,16 @@ def _cost(frozen, phase: str, runs: Sequence[phases.Run], group: int,
                        run.changes.items() if name not in vectorised.FIELDS))
     alike[key] = alike.get(key, 0) + 1
     if times:
-      seconds += steps * times.step[run.size, run.workload]
+      seconds += steps * times[run.size, run.workload]
   programs = sum(-(-n // group) for n in alike.values())
   return Cost(phase, len(runs), programs, tokens, flops,
-              seconds + programs * times.program if times else None, note)
+              seconds if times else None, note)
 
 
-def times(workdir, frozen: plans.Frozen,
-          outcomes: Sequence[plans.Outcome]) -> Times | None:
-  """Returns what finished runs of a folder took; None where a size on a
-  workload has no run with a known time."""
+def times(frozen: plans.Frozen, outcomes: Sequence[plans.Outcome]
+          ) -> Times | None:
+  """Returns what finished runs took; None where a size on a workload has no run
+  with a known time."""
   plan = frozen.plan
   steps: dict[tuple, float] = {}
   spent: dict[tuple, float] = {}
@@ -116,12 +99,10 @@ def times(workdir, frozen: plans.Frozen,
                * frozen.steps(row['changes']))
       steps[key] = steps.get(key, 0.0) + taken
       spent[key] = spent.get(key, 0.0) + x.seconds
-  wanted = {(size, workload) for size in plan.sizes
-            for workload in plan.workloads}
-  if not wanted <= steps.keys():
-    return None
-  return Times({key: spent[key] / steps[key] for key in wanted},
-               _beside_steps(workdir, outcomes))
+  wanted = [(size, workload) for size in plan.sizes
+            for workload in plan.workloads]
+  return {key: spent[key] / steps[key] for key in wanted} if all(
+      key in steps for key in wanted) else None
 
 
 def known(workdir, frozen: plans.Frozen) -> Times | None:
@@ -131,49 +112,20 @@ def known(workdir, frozen: plans.Frozen) -> Times | None:
   planned = {(row['variant'], row['size'], row['workload'])
              for row in frozen.points}
   planned |= {(plans.AGAIN, *rest) for _, *rest in planned}
-  return times(workdir, frozen, [
-      x for x in results.outcomes(workdir)
-      if (x.variant, x.size, x.workload) in planned])
-
-
-def _beside_steps(workdir, outcomes) -> float:
-  """Returns the median over programs of what they take beside their steps."""
-  own: dict[tuple, list[float]] = {}
-  for x in outcomes:
-    own.setdefault((x.variant, x.size, x.workload, x.seed), []).append(
-        x.seconds)
-  programs: dict[tuple, float] = {}
-  for folder in results.folders(workdir):
-    rows = {row['name']: row for row in results.points(folder)}
-    with ledger_lib.Ledger(folder) as ledger:
-      for run in ledger.runs(ledger_lib.DONE):
-        row = rows[run.point]
-        taken = own.get((row['variant'], row['size'], row['workload'],
-                         run.seed), ())
-        if run.started and run.ended and len(taken) == 1:
-          # Runs of one program are claimed at once, and end together.
-          program = folder.name, run.started
-          programs.setdefault(program, run.ended - run.started)
-          programs[program] -= taken[0]
-  return max(statistics.median(programs.values()), 0.0) if programs else 0.0
+  return times(frozen, [x for x in results.outcomes(workdir)
+                        if (x.variant, x.size, x.workload) in planned])
 
 
 def table(costs: Sequence[Cost], parallel: int) -> str:
   """Renders costs for a terminal: a row for each phase, and all of them."""
-  total = Cost('in all', sum(c.runs for c in costs),
-               sum(c.programs for c in costs), sum(c.tokens for c in costs),
-               sum(c.flops for c in costs), None if None in [
-                   c.seconds for c in costs] else sum(
-                       c.seconds for c in costs))
+  sums = (None if None in own else sum(own)
+          for own in list(zip(*costs))[1:6])
+  every = [*costs, Cost('in all', *sums)]
   lines = layout.columns([
       ('phase', 'runs', 'programs', 'tokens', 'FLOPs', 'hours'),
       *((c.phase, f'{c.runs:,}', f'{c.programs:,}', f'{c.tokens:,.0f}',
-         f'{c.flops:.3g}', hours(c, parallel)) for c in (*costs, total))])
-  notes = ('', *(c.note for c in (*costs, total)))
+         f'{c.flops:.3g}', 'unknown' if c.seconds is None
+         else f'{c.seconds / parallel / 3600:.2f}') for c in every)])
+  notes = ('', *(c.note for c in every))
   return '\n'.join(f'{line}  {note}'.rstrip()
                    for line, note in zip(lines, notes))
-
-
-def hours(cost: Cost, parallel: int) -> str:
-  return ('unknown' if cost.seconds is None
-          else f'{cost.seconds / parallel / 3600:.2f}')

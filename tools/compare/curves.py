@@ -4,7 +4,7 @@ W/sweep.json says what was to run, W/ledger.sqlite what became of it, and
 W/points/NAME/seed-S are plain workdirs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import sys
@@ -12,32 +12,25 @@ from typing import Any
 
 import numpy as np
 
+from configs.errors import RequestError
 from tools.compare import layout
 from tools.compare import ledger as ledger_lib
-from tools.compare import statistics
 from training.data import ramp
-from training.workdir import metrics, run_config, schema
+from training.evals.tasks.extrapolation import Text, loss_at
+from training.workdir import metrics, run_config
 
-# What a curve can be drawn against: field of Curve, and its name to a reader.
+# What a curve can be drawn against, and its name to a reader.
 AXES = {'tokens': 'tokens', 'flops': 'FLOPs of the model',
         'seconds': 'seconds of training'}
-SPLITS = {'eval': 'held-out loss', 'train': 'training loss'}
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-  """Figures of one run at rising steps; NaN where one is not known.
-
-  Attributes:
-    tokens, flops: seen and spent so far.
-    seconds: of training steps so far, without compiling, evaluating, saving.
-    loss: in nats per token.
-  """
-  step: np.ndarray
-  tokens: np.ndarray
-  flops: np.ndarray
-  seconds: np.ndarray
-  loss: np.ndarray
+# What a curve can show. Of a router's figures over a window of steps: an expert
+# is unused if no step of the window used it.
+FIGURES = {'eval': 'held-out loss', 'train': 'training loss'} | {
+    f'health/{name}': f'experts: {words}' for name, words in {
+        'dropped': 'dropped', 'unserved': 'unserved',
+        'window_load_max': 'load, max/mean',
+        'window_load_entropy': 'load entropy',
+        'window_unused': 'unused', 'confidence': 'confidence',
+        'router_entropy': 'router entropy'}.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +43,7 @@ class Run:
     config: by dotted name; empty where the run never started.
     rows: of its metrics.jsonl.
     evaluations: of its evaluation JSON, by task.
+    longer: the losses past the training length that one of them found.
     strange: the fields in which its config is not the sweep's.
   """
   seed: int
@@ -58,6 +52,7 @@ class Run:
   config: Mapping[str, Any]
   rows: tuple[Mapping[str, Any], ...]
   evaluations: Mapping[str, Any]
+  longer: Mapping[str, float] = dataclasses.field(default_factory=dict)
   strange: tuple[str, ...] = ()
 
   @property
@@ -106,35 +101,39 @@ class Point:
     return {seed: run.final for seed, run in self.runs.items()
             if run.final is not None}
 
-  def curve(self, seed: int, split: str) -> Curve:
-    """The losses of one run; null ones (not finite) are NaN."""
+  def curve(self, seed: int, figure: str = 'eval') -> dict[str, list]:
+    """Returns one of FIGURES of a run at rising steps; {}: there is none.
+
+    Lists by 'step', 'tokens', 'flops' and 'seconds' (of training steps so far,
+    without compiling, evaluating and saving), 'loss' (the figure, a mean over
+    layers), and 'warm': whether the learning rate had reached its height. NaN
+    where one is not known or not finite.
+    """
     run = self.runs[seed]
-    rows = [row for row in run.rows
-            if row['split'] == split and 'loss' in row]
+    split, name = ('train', figure) if figure.startswith('health/') else (
+        figure, 'loss')
+    rows = [row for row in run.rows if row['split'] == split and name in row]
+    if not rows:
+      return {}
     step = np.array([row['step'] for row in rows], float)
-    tokens = _share(run.config, step) * self.tokens if rows else step
-    return Curve(step, tokens, tokens * self.flops_per_token,
-                 _seconds(run.rows, step),
-                 np.array([_number(row.get('loss')) for row in rows]))
+    batches = ramp.parse(run.config['data.batch_ramp'],
+                         run.config['data.batch_size'])
+    tokens = self.tokens * batches.before(step) / batches.before(
+        run.config['train.steps'])
+    loss = [float(np.mean(np.asarray(row[name], float))) for row in rows]
+    return {'step': step.tolist(), 'tokens': tokens.tolist(),
+            'flops': (tokens * self.flops_per_token).tolist(),
+            'seconds': _seconds(run.rows, step).tolist(), 'loss': loss,
+            'warm': (step >= run.config['optim.warmup_steps']).tolist()}
 
-  def mean_curve(self, split: str) -> Curve:
-    """The mean over the seeds that are done, at the steps all of them have."""
-    curves = [self.curve(seed, split) for seed in self.finals]
-    if not curves:
-      return Curve(*(np.zeros(0) for _ in dataclasses.fields(Curve)))
-    step = functools.reduce(np.intersect1d, [c.step for c in curves])
-    at = [np.isin(c.step, step) for c in curves]
-    mean = lambda name: np.mean(
-        [getattr(c, name)[i] for c, i in zip(curves, at)], axis=0)
-    return Curve(step, mean('tokens'), mean('flops'), mean('seconds'),
-                 mean('loss'))
 
-  def law(self, seed: int) -> statistics.PowerLaw | None:
-    """The held-out loss of one run as a power law of compute, fitted where
-    the learning rate has reached its height."""
-    curve = self.curve(seed, 'eval')
-    later = curve.step >= self.runs[seed].config['optim.warmup_steps']
-    return statistics.power_law(curve.flops[later], curve.loss[later])
+def mean(each: Sequence[Mapping[str, list]]) -> dict[str, np.ndarray]:
+  """Returns the mean of curves, at the steps that all of them have."""
+  step = functools.reduce(np.intersect1d, [own['step'] for own in each])
+  at = [np.isin(own['step'], step) for own in each]
+  return {name: np.mean([np.asarray(own[name], float)[i]
+                         for own, i in zip(each, at)], axis=0)
+          for name in ('step', *AXES, 'loss')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +143,8 @@ class Sweep:
   file: str
   match: str
   paired: bool  # every point sees the same data in the same order
-  base_config: Mapping[str, Any]  # by dotted name
+  base_tree: Mapping[str, Any]  # the config of the base
+  base_config: Mapping[str, Any]  # the same by dotted name
   base: Point
   points: tuple[Point, ...]
   codes: tuple[str, ...]  # that trained them, as far as they are known
@@ -156,12 +156,6 @@ class Sweep:
     return [f'{point.name}, seed {seed} ({", ".join(run.strange)})'
             for point in self.points for seed, run in point.runs.items()
             if run.strange]
-
-
-def _share(config: Mapping[str, Any], step: np.ndarray) -> np.ndarray:
-  """Returns the share of a run's tokens that it has seen after each step."""
-  rows = ramp.parse(config['data.batch_ramp'], config['data.batch_size'])
-  return rows.before(step) / rows.before(config['train.steps'])
 
 
 def load_sweep(workdir) -> Sweep:
@@ -196,7 +190,8 @@ def read(workdir, description: Mapping[str, Any],
   base = next(p for p in points if p.name == description['base'])
   ran = [(p.name, s) for p in points for s in p.runs]
   return Sweep(description['name'], description['file'], description['match'],
-               description['paired'], base_config, base, points,
+               description['paired'], description['base_config'], base_config,
+               base, points,
                tuple(layout.codes(workdir, ran)),
                tuple(layout.changed_data(workdir, ran)))
 
@@ -220,19 +215,35 @@ def _run(workdir, description, point: str, seed: int, state: str, error: str
   folder = layout.run_folder(workdir, point, seed)
   started = (folder / 'config.json').exists()
   file = folder / 'metrics.jsonl'
-  evaluations = {}
-  if (folder / 'eval.json').exists():
-    evaluations = layout.evaluation(folder)
-    if 'extrapolation' in evaluations:
-      schema.check_shape(evaluations['extrapolation'], layout.EXTRAPOLATION,
-                         f'{folder / "eval.json"}: extrapolation')
   config = run_config.flatten(run_config.load_config(folder)) if (
       started) else {}
+  evaluations, longer = {}, {}
+  if (folder / 'eval.json').exists():
+    evaluations = layout.evaluation(folder)
+    try:
+      longer = _longer(evaluations.get('extrapolation'),
+                       config.get('model.position'))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+      raise RequestError(f'{folder / "eval.json"} is damaged: extrapolation: '
+                         f'{error!r}') from error
   return Run(
       seed, state, error, config,
-      tuple(metrics.read(file)) if file.exists() else (), evaluations,
+      tuple(metrics.read(file)) if file.exists() else (), evaluations, longer,
       tuple(layout.differing(description, workdir, point, seed))
       if started else ())
+
+
+def _longer(task: Mapping[str, Any] | None, position: str | None
+            ) -> dict[str, float]:
+  """Returns the mean loss at each multiple of the training length, also by
+  other encodings than the model's own."""
+  return {} if task is None else {
+      f'loss at {multiple} × length' + f' ({name})' * (name != position):
+      loss_at(np.asarray(curve, float), Text(*(
+          np.asarray(task['texts'][multiple][key], float)
+          for key in Text._fields)), slice(None))
+      for name, by in task['curves'].items()
+      for multiple, curve in by.items() if curve is not None}
 
 
 def _seconds(rows, step: np.ndarray) -> np.ndarray:
@@ -246,7 +257,3 @@ def _seconds(rows, step: np.ndarray) -> np.ndarray:
                     * [row['step_seconds'] / row.get('runs_at_once', 1)
                        for row in laps])
   return np.interp(step, [0.0, *ends], [0.0, *spent])
-
-
-def _number(value) -> float:
-  return float('nan') if value is None else float(value)

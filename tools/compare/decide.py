@@ -10,28 +10,33 @@ of it:
   at what guessing gives, it is an outlier a hundred times the spread: an
   interval then holds the truth far less often than it says, and a variant as
   stable as the base is hardly ever found to be better. So effects are over
-  seeds whose runs ended, `counted` is told beside them, and a variant of which
-  more runs diverged than the plan allows, or significantly more than of the
-  base, is 'unstable', whatever its effect.
+  seeds whose runs ended, and a variant of which more runs diverged than the
+  plan allows, or significantly more than of the base, is 'unstable', whatever
+  its effect.
 - Sizes need not agree by significance, only by the sign of their means. That
   too fails by chance where an effect is small, so the power that is announced
   counts it in.
-- Power is announced for a standard deviation that is an estimate: power.py.
+- Power is announced for a standard deviation that is an estimate:
+  statistics.py.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tools.compare import power, statistics
+from tools.compare import statistics
 from tools.compare.plan import AGAIN, TEXT, Measure, Outcome, Plan
 
 BETTER, WORSE, NONE_SHOWN = 'better', 'worse', 'no difference shown'
 DISAGREE, UNSTABLE = 'sizes disagree', 'unstable'
 VERDICTS = (BETTER, WORSE, NONE_SHOWN, DISAGREE, UNSTABLE)
+# Of a sweep, whose differences are each looked at by themselves.
+NOISE, NO_NOISE = 'inside the noise', 'noise unknown'
+PASSED, STOPPED = 'passed', 'stopped at the screen'
+STOPPED_UNSTABLE = f'{STOPPED}: unstable'
 ALL = 'all sizes'  # the size of a row about the mean over sizes
 
 
@@ -45,10 +50,7 @@ class Noise:
     measure: its name.
     phase: whose test the last five figures are of: 'screen' or 'confirm'.
     pairs: that both ended, at all sizes of the row.
-    sd, sd_low, sd_high: of the paired differences, or of their means over the
-      sizes, with its interval.
-    df: degrees of freedom of sd.
-    diverged, runs: of the base's runs of this row.
+    sd: of the paired differences, or of their means over the sizes.
     seeds: that the phase has.
     level: at which the test must find, as if all variants but one were like
       the base: alpha / variants, or q / variants; in the confirmation of a
@@ -65,79 +67,38 @@ class Noise:
   phase: str
   pairs: int
   sd: float | None
-  sd_low: float | None
-  sd_high: float | None
-  df: int
-  diverged: int
-  runs: int
   seeds: int
   level: float
-  smallest_effect: float | None
-  seeds_needed: int | None
-  power: float | None
+  smallest_effect: float | None = None
+  seeds_needed: int | None = None
+  power: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Announced:
+class Announced(NamedTuple):
   """What the whole study can find, said before it is run.
 
   Attributes:
-    effect: that the plan wants.
-    wanted: the power that the plan wants.
-    screen, confirm: the power of either phase for this effect.
-    power: of both together: the product. Both hang on the same noise, which
-      is an estimate, so it is rather more.
+    power: of the screening and the confirmation together: the product. Both
+      hang on the same noise, which is an estimate, so it is rather more.
     enough: whether that is as much as the plan wants.
     sentence: all this, for a reader.
   """
-  effect: float
-  wanted: float
-  screen: float
-  confirm: float
   power: float
   enough: bool
   sentence: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Screened:
-  """A variant at the smallest size.
-
-  Attributes:
-    n: pairs of seeds that both ended.
-    p: Student's, over these pairs; q: corrected by Benjamini-Hochberg.
-    diverged, base_diverged, runs: of `runs` runs each.
-    unstable: more of its runs diverged than the plan allows.
-    passed: q is at most the plan's, and it is not unstable.
-  """
-  variant: str
-  measure: str
+class Effect(NamedTuple):
+  """A mean over the pairs of seeds that both ended, and Student's p of it."""
+  size: str
   effect: float | None
   low: float | None
   high: float | None
   n: int
   p: float | None
-  q: float | None
-  diverged: int
-  base_diverged: int
-  runs: int
-  unstable: bool
-  passed: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Effect:
-  """A variant at one size: over the pairs of seeds that both ended."""
-  size: str
-  mean: float | None
-  low: float | None
-  high: float | None
-  n: int
-  p: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class SpeedUp:
+class SpeedUp(NamedTuple):
   """How many times what the variant spends the base needs to the same loss.
 
   Attributes:
@@ -152,62 +113,44 @@ class SpeedUp:
   factor: float | None
   low: float | None
   high: float | None
-  n: int
   fit_error: float | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Trend:
-  """By how much the effect grows for ten times the parameters of the base."""
-  slope: float | None
-  low: float | None
-  high: float | None
-  n: int
-  p: float | None
-
-
-@dataclasses.dataclass(frozen=True)
 class Verdict:
-  """A variant at all sizes, on fresh seeds.
+  """A variant beside the base: at the smallest size in the screening, at all
+  sizes in the confirmation.
 
   Attributes:
-    measure, primary: the verdict of the study is on the primary measure.
     effect, low, high: mean over sizes of the paired differences, over the n
       seeds whose runs of both ended at all sizes.
-    p, p_holm: Student's over these seeds; corrected over the variants, and for
-      measures that are not primary over all of these together.
+    p, p_corrected: Student's over these seeds; corrected over the variants, by
+      Benjamini-Hochberg in the screening and by Holm in the confirmation, and
+      for measures that are not primary over all of these together.
     sizes: each size by itself.
-    same_direction: whether the means of all sizes have one sign.
-    counted: the effect where a run that diverged counts as guessing.
     diverged, base_diverged, runs: of `runs` runs each.
-    rate_low, rate_high: Clopper and Pearson's interval of the share that
-      diverges.
     p_diverged: that it diverges more often than the base by chance (exact
       McNemar, one-sided, Holm over the variants).
-    verdict: of VERDICTS.
-    speed_ups, trend: of the primary measure.
+    verdict: of VERDICTS; in the screening PASSED, STOPPED or STOPPED_UNSTABLE.
+    trend: by how much the effect grows for ten times the parameters of the
+      base; of the primary measure in the confirmation, as are speed_ups.
   """
   variant: str
   measure: str
-  primary: bool
   effect: float | None
   low: float | None
   high: float | None
   n: int
   p: float | None
-  p_holm: float | None
+  p_corrected: float | None
   sizes: list[Effect]
-  same_direction: bool
-  counted: float | None
   diverged: int
   base_diverged: int
   runs: int
-  rate_low: float
-  rate_high: float
   p_diverged: float
   verdict: str
-  trend: Trend | None
-  speed_ups: list[SpeedUp]
+  trend: Effect | None = None
+  speed_ups: list[SpeedUp] = dataclasses.field(default_factory=list)
 
 
 BY = ('flops', 'seconds')  # speed-ups
@@ -216,11 +159,11 @@ Runs = Mapping[tuple[str, str, str], Mapping[int, Outcome]]
 
 def of_phase(outcomes: Iterable[Outcome], phase: str) -> Runs:
   """Returns {(variant, size, workload): {seed: outcome}}."""
-  found: dict[tuple[str, str, str], dict[int, Outcome]] = {}
+  by_point: dict[tuple[str, str, str], dict[int, Outcome]] = {}
   for x in outcomes:
     if x.phase == phase:
-      found.setdefault((x.variant, x.size, x.workload), {})[x.seed] = x
-  return found
+      by_point.setdefault((x.variant, x.size, x.workload), {})[x.seed] = x
+  return by_point
 
 
 def noise(plan: Plan, outcomes: Iterable[Outcome]) -> list[Noise]:
@@ -232,9 +175,9 @@ def noise(plan: Plan, outcomes: Iterable[Outcome]) -> list[Noise]:
   promise far too much where they are not.
   """
   runs = of_phase(outcomes, 'noise')
-  found = []
+  rows = []
   for measure in plan.measures:
-    both = {size: _both(runs, AGAIN, plan.base, size, measure.workload)
+    both = {size: _both(runs, AGAIN, plan.base, size, measure)
             for size in plan.sizes}
     lost = [x.diverged for pairs in both.values()
             for pair in pairs.values() for x in pair]
@@ -243,9 +186,9 @@ def noise(plan: Plan, outcomes: Iterable[Outcome]) -> list[Noise]:
         *((size, 'confirm', (size,)) for size in plan.sizes),
         (plan.sizes[0], 'screen', plan.sizes[:1]),
         (ALL, 'confirm', plan.sizes)):
-      found.append(_noise_row(plan, measure, name, phase,
+      rows.append(_noise_row(plan, measure, name, phase,
                               [both[size] for size in sizes], rate))
-  return found
+  return rows
 
 
 def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
@@ -254,27 +197,19 @@ def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
   level = share / _tests(plan, measure, phase)
   seeds = getattr(plan.seeds, phase)
   by_seed = _differences_by_seed(sizes, measure)
-  lost = [x.diverged for pairs in sizes for pair in pairs.values()
-          for x in pair]
-  row = Noise(
-      name, measure.name, phase, len(by_seed), None, None, None,
-      max(len(by_seed) - 1, 0), sum(lost), len(lost), seeds, level, None, None,
-      None)
+  row = Noise(name, measure.name, phase, len(by_seed), None, seeds, level)
   if len(by_seed) < 2:
     return row
-  from scipy.stats import chi2
   sd = float(np.std(_means(by_seed), ddof=1))
-  low, high = (sd * math.sqrt(row.df / chi2.isf(tail, row.df))
-               for tail in (0.025, 0.975))
   test = dict(sd=sd, sds=np.std(list(by_seed.values()), axis=0, ddof=1),
-              df=row.df, level=level, rate=rate, limit=plan.unstable)
-  primary = measure == plan.primary
+              df=len(by_seed) - 1, level=level, rate=rate, limit=plan.unstable)
+  row = dataclasses.replace(row, sd=sd, smallest_effect=(
+      statistics.smallest_effect(plan.power, seeds=seeds, **test)))
+  if measure != plan.primary:
+    return row
   return dataclasses.replace(
-      row, sd=sd, sd_low=low, sd_high=high,
-      smallest_effect=power.smallest_effect(plan.power, seeds=seeds, **test),
-      seeds_needed=power.seeds_needed(plan.effect, plan.power, **test)
-      if primary else None,
-      power=power.power(plan.effect, seeds=seeds, **test) if primary else None)
+      row, power=statistics.power(plan.effect, seeds=seeds, **test),
+      seeds_needed=statistics.seeds_needed(plan.effect, plan.power, **test))
 
 
 def _tests(plan: Plan, measure: Measure, phase: str) -> int:
@@ -284,57 +219,46 @@ def _tests(plan: Plan, measure: Measure, phase: str) -> int:
   return len(plan.variants) * (len(plan.measures) - 1 if secondary else 1)
 
 
-def announce(plan: Plan, rows: Sequence[Noise]
-             ) -> Announced:
+def announce(plan: Plan, rows: Sequence[Noise]) -> Announced:
   """Returns what the study can find, of the rows of `noise`."""
-  own = {row.phase: row for row in rows if row.measure == plan.primary.name
-         and (row.phase == 'screen' or row.size == ALL)}
-  screen, confirm = (own[phase].power or 0.0 for phase in (
+  by_phase = {row.phase: row for row in rows
+              if row.measure == plan.primary.name
+              and (row.phase == 'screen' or row.size == ALL)}
+  screen, confirm = (by_phase[phase].power or 0.0 for phase in (
       'screen', 'confirm'))
   both = screen * confirm
   enough = both >= plan.power
-  told = (f'An effect of {plan.effect:g} in {plan.primary.name} is found with '
-          f'a probability of {math.floor(100 * both)}% or more: it passes the '
-          f'screening ({plan.seeds.screen} seeds) in {screen:.0%} of such '
-          f'studies, and the confirmation ({plan.seeds.confirm} seeds) in '
-          f'{confirm:.0%}.')
+  sentence = (f'An effect of {plan.effect:g} in {plan.primary.name} is found '
+              f'with a probability of {math.floor(100 * both)}% or more: it '
+              f'passes the screening ({plan.seeds.screen} seeds) in '
+              f'{screen:.0%} of such studies, and the confirmation '
+              f'({plan.seeds.confirm} seeds) in {confirm:.0%}.')
   if not enough:
-    told += (f' That is less than the {plan.power:.0%} that the plan wants: '
-             + '; '.join(_wanted(plan, own[phase])
-                         for phase in ('screen', 'confirm')) + '.')
-  return Announced(plan.effect, plan.power, screen, confirm, both,
-                            enough, told)
+    needs = '; '.join(_wanted(plan, by_phase[phase])
+                      for phase in ('screen', 'confirm'))
+    sentence += (f' That is less than the {plan.power:.0%} that the plan '
+                 f'wants: {needs}.')
+  return Announced(both, enough, sentence)
 
 
 def _wanted(plan: Plan, row: Noise) -> str:
   if row.sd is None:
     return f'fewer than 2 pairs of the base ended for the {row.phase}ing'
   needs = (f'{row.seeds_needed} seeds' if row.seeds_needed else
-           f'more than {power.MOST_SEEDS:,} seeds')
+           f'more than {statistics.MOST_SEEDS:,} seeds')
   phase = 'screening' if row.phase == 'screen' else 'confirmation'
   return f'{plan.power:.0%} in the {phase} alone takes {needs}'
 
 
-def screen(plan: Plan, outcomes: Iterable[Outcome]) -> list[Screened]:
+def screen(plan: Plan, outcomes: Iterable[Outcome]) -> list[Verdict]:
   """Returns each variant's row at the smallest size."""
-  runs, measure = of_phase(outcomes, 'screen'), plan.primary
-  told = []
-  for variant in plan.variants:
-    pairs = _both(runs, variant, plan.base, plan.sizes[0], measure.workload)
-    values = _differences(pairs, measure)
-    told.append((variant, pairs, values, statistics.p_value(values)))
-  # A test that could not be done is a member of the family all the same.
-  qs = statistics.corrected([1.0 if p is None else p for *_, p in told],
-                            'bh')
-  found = []
-  for (variant, pairs, values, p), q in zip(told, qs):
-    ours, base, unstable = _stability(plan, [pairs])
-    mean, low, high = _interval(values)
-    found.append(Screened(
-        variant, measure.name, mean, low, high, len(values), p,
-        None if p is None else q, ours, base, len(pairs), unstable,
-        p is not None and q <= plan.q and not unstable))
-  return found
+  runs = of_phase(outcomes, 'screen')
+  rows = _family(plan, runs, [(v, plan.primary) for v in plan.variants],
+                 plan.sizes[:1], 'bh')
+  return [dataclasses.replace(row, verdict=(
+      STOPPED_UNSTABLE if row.diverged > plan.unstable * row.runs else PASSED
+      if row.p is not None and row.p_corrected <= plan.q else STOPPED))
+          for row in rows]
 
 
 def confirm(plan: Plan, outcomes: Iterable[Outcome]) -> list[Verdict]:
@@ -343,60 +267,65 @@ def confirm(plan: Plan, outcomes: Iterable[Outcome]) -> list[Verdict]:
   runs = of_phase(outcomes, 'confirm')
   ran = {variant for variant, *_ in runs}
   variants = [variant for variant in plan.variants if variant in ran]
-  primary = _family(plan, runs, [(v, plan.primary) for v in variants])
-  return primary + _family(plan, runs, [
-      (v, measure) for measure in plan.measures[1:] for v in variants
-      if any(key[::2] == (v, measure.workload) for key in runs)])
+  primary = _family(plan, runs, [(v, plan.primary) for v in variants],
+                    plan.sizes)
+  return [dataclasses.replace(
+      row, trend=_trend(plan, runs, row.variant),
+      speed_ups=_speed_ups(plan, runs, row.variant))
+          for row in primary] + _family(plan, runs, [
+              (v, measure) for measure in plan.measures[1:] for v in variants
+              if any(_both(runs, v, plan.base, size, measure)
+                     for size in plan.sizes)], plan.sizes)
 
 
-def _family(plan: Plan, runs: Runs, members) -> list[Verdict]:
-  """Tests that are corrected together."""
-  both = [[_both(runs, variant, plan.base, size, measure.workload)
-           for size in plan.sizes] for variant, measure in members]
-  whole = [_means(_differences_by_seed(pairs, measure))
-           for pairs, (_, measure) in zip(both, members)]
-  ps = [statistics.p_value(values) for values in whole]
-  holm = statistics.corrected([1.0 if p is None else p for p in ps])
+def by_itself(plan: Plan, row: Verdict) -> str:
+  """Returns the verdict of a sweep: by the variant's own interval."""
+  if row.low is None:
+    return NO_NOISE
+  if row.low <= 0 <= row.high:
+    return NOISE
+  return BETTER if row.effect * plan.primary.sign > 0 else WORSE
+
+
+def _family(plan: Plan, runs: Runs, members, sizes: Sequence[str],
+            method: str = 'holm') -> list[Verdict]:
+  """Tests of (variant, measure) that are corrected together."""
+  both = [[_both(runs, variant, plan.base, size, measure) for size in sizes]
+          for variant, measure in members]
+  effects = [_effect(ALL, _means(_differences_by_seed(pairs, measure)))
+             for pairs, (_, measure) in zip(both, members)]
+  ps = statistics.corrected([test.p for test in effects], method)
   more = statistics.corrected([_more_diverge(pairs) for pairs in both])
-  return [_verdict(plan, runs, *row) for row in zip(
-      members, both, whole, ps, holm, more)]
+  return [_verdict(plan, sizes, *row)
+          for row in zip(members, both, effects, ps, more)]
 
 
-def _verdict(plan, runs, member, pairs, values, p, p_holm, p_diverged
-             ) -> Verdict:
+def _verdict(plan, sizes, member, pairs, effect: Effect, p_corrected,
+             p_diverged) -> Verdict:
   variant, measure = member
-  primary = measure == plan.primary
-  sizes = [_effect(size, _differences(own, measure))
-           for size, own in zip(plan.sizes, pairs)]
-  mean, low, high = _interval(values)
-  one_way = None not in [x.mean for x in sizes] and len(
-      {math.copysign(1, x.mean) for x in sizes}) == 1
-  ours, base, unstable = _stability(plan, pairs)
-  runs_each = sum(map(len, pairs))
-  unstable = unstable or p_diverged <= plan.alpha
-  if unstable:
+  each = [_effect(size, _differences(part, measure))
+          for size, part in zip(sizes, pairs)]
+  every = [pair for part in pairs for pair in part.values()]
+  ours, base = (sum(pair[i].diverged for pair in every) for i in (0, 1))
+  if ours > plan.unstable * len(every) or p_diverged <= plan.alpha:
     word = UNSTABLE
-  elif p is None or p_holm > plan.alpha:
+  elif effect.p is None or p_corrected > plan.alpha:
     word = NONE_SHOWN
-  elif not one_way:
+  elif len({part.effect > 0 for part in each}) > 1:
     word = DISAGREE
   else:
-    word = BETTER if mean * measure.sign > 0 else WORSE
-  rates = _share(ours, runs_each)
-  by_seed = _differences_by_seed(pairs, measure)
-  return Verdict(
-      variant, measure.name, primary, mean, low, high, len(values), p,
-      None if p is None else p_holm, sizes, one_way, _counted(pairs, measure),
-      ours, base, runs_each, *rates, p_diverged, word,
-      _trend(plan, runs, by_seed) if primary else None,
-      _speed_ups(plan, runs, variant) if primary else [])
+    word = BETTER if effect.effect * measure.sign > 0 else WORSE
+  return Verdict(variant, measure.name, *effect[1:], p_corrected, each, ours,
+                 base, len(every), p_diverged, word)
 
 
-def _both(runs: Runs, variant: str, base: str, size: str, workload: str
+def _both(runs: Runs, variant: str, base: str, size: str, measure: Measure
           ) -> dict[int, tuple[Outcome, Outcome]]:
-  """Returns the outcomes of the seeds that both have."""
-  ours = runs.get((variant, size, workload), {})
-  theirs = runs.get((base, size, workload), {})
+  """Returns the outcomes of the seeds of which both have the measure."""
+  ours, theirs = (
+      {seed: x for seed, x in runs.get((name, size, measure.workload),
+                                       {}).items() if measure.name in x.values}
+      for name in (variant, base))
   return {seed: (ours[seed], theirs[seed])
           for seed in sorted(ours.keys() & theirs.keys())}
 
@@ -425,27 +354,10 @@ def _means(by_seed: Mapping[int, list[float]]) -> list[float]:
   return [sum(values) / len(values) for values in by_seed.values()]
 
 
-def _counted(sizes, measure: Measure) -> float | None:
-  """The mean over sizes where a run that diverged has the value of guessing,
-  as its outcome says."""
-  if not all(sizes):
-    return None
-  return sum(sum(_difference(pair, measure) for pair in pairs.values())
-             / len(pairs) for pairs in sizes) / len(sizes)
-
-
-def _stability(plan: Plan, sizes) -> tuple[int, int, bool]:
-  """Returns how many runs of the variant and the base diverged, and whether
-  that is more of the variant's than the plan allows."""
-  pairs = [pair for own in sizes for pair in own.values()]
-  ours, base = (sum(pair[i].diverged for pair in pairs) for i in (0, 1))
-  return ours, base, ours > plan.unstable * len(pairs)
-
-
 def _more_diverge(sizes) -> float:
   """McNemar's exact test, of one side: of the pairs of which one run diverged,
   the variant's is it no more often than the base's."""
-  pairs = [pair for own in sizes for pair in own.values()]
+  pairs = [pair for size in sizes for pair in size.values()]
   ours, base = (sum(a.diverged > b.diverged for a, b in (
       pair[::order] for pair in pairs)) for order in (1, -1))
   if not ours:
@@ -454,95 +366,70 @@ def _more_diverge(sizes) -> float:
   return float(binomtest(ours, ours + base, alternative='greater').pvalue)
 
 
-def _share(count: int, runs: int) -> tuple[float, float]:
-  from scipy.stats import binomtest
-  if not runs:
-    return 0.0, 1.0
-  found = binomtest(count, runs).proportion_ci()  # Clopper and Pearson's
-  return float(found.low), float(found.high)
-
-
 def _effect(size: str, values: Sequence[float]) -> Effect:
-  return Effect(size, *_interval(values), len(values),
-                         statistics.p_value(values))
+  ends = statistics.interval(values)[:3] if values else (None,) * 3
+  return Effect(size, *ends, len(values), statistics.p_value(values))
 
 
-def _interval(values: Sequence[float]
-              ) -> tuple[float | None, float | None, float | None]:
-  if not values:
-    return None, None, None
-  found = statistics.interval(values)
-  return found.mean, found.low, found.high
-
-def _trend(plan: Plan, runs, by_seed: Mapping[int, Sequence[float]]
-           ) -> Trend | None:
+def _trend(plan: Plan, runs: Runs, variant: str) -> Effect | None:
   """Returns the slope of the effect over log10 of the base's parameters.
 
   Each seed gives a slope by least squares over its own sizes, and the interval
   is Student's over the seeds: it holds whatever the noise of each size is.
-
-  Args:
-    plan: of the study.
-    runs: of the confirmation, as of_phase has them.
-    by_seed: the differences at each size.
   """
-  own = [runs.get((plan.base, size, plan.primary.workload), {})
-         for size in plan.sizes]
-  if not all(own) or not by_seed:
+  by_seed = _differences_by_seed(
+      [_both(runs, variant, plan.base, size, plan.primary)
+       for size in plan.sizes], plan.primary)
+  if not by_seed:
     return None
-  logs = [math.log10(next(iter(x.values())).params) for x in own]
+  logs = [math.log10(next(iter(runs[
+      plan.base, size, plan.primary.workload].values())).params)
+          for size in plan.sizes]
   if len(set(logs)) < 2:
     return None
-  slopes = np.polyfit(logs, np.array([*by_seed.values()]).T, 1)[0]
-  found = statistics.interval(slopes)
-  return Trend(found.mean, found.low, found.high, found.seeds,
-               statistics.p_value(slopes))
+  slopes, _ = np.polyfit(logs, np.array([*by_seed.values()]).T, 1)
+  return _effect(ALL, slopes.tolist())
 
 
-def _speed_ups(plan: Plan, runs, variant: str) -> list[SpeedUp]:
+def _speed_ups(plan: Plan, runs: Runs, variant: str) -> list[SpeedUp]:
   """Returns the speed-up of a variant at each size, by FLOPs and by time, of
-  the curves of held-out loss on text; none where no curves were kept.
+  the curves of the primary measure's runs; none where no curves were kept.
 
   For each seed, the base's spending over the variant's to the same loss, read
   from a saturating power law of each curve (statistics.speed_up).
   """
-  found = []
+  factors = []
   for size in plan.sizes:
-    pairs = [pair for pair in _both(runs, variant, plan.base, size, TEXT
-                                    ).values()
+    pairs = [pair for pair in _both(runs, variant, plan.base, size,
+                                    plan.primary).values()
              if not any(x.diverged for x in pair)]
     if any(x.curve for pair in pairs for x in pair):
-      found += [_speed_up(size, by, pairs) for by in BY]
-  return found
-
-
-def _speed_up(size: str, by: str, pairs) -> SpeedUp:
-  x, error = statistics.over_seeds(
-      [tuple(_law(run, by) for run in pair) for pair in pairs])
-  ends = (x.mean, x.low, x.high) if x else (None,) * 3
-  return SpeedUp(size, by, *ends, len(pairs), error)
+      for by in BY:
+        x, error = statistics.over_seeds(
+            [tuple(_law(run, by) for run in pair) for pair in pairs])
+        factors.append(SpeedUp(size, by, *(x[:3] if x else (None,) * 3), error))
+  return factors
 
 
 def _law(outcome: Outcome, by: str) -> statistics.PowerLaw | None:
   """Fits a curve from where the learning rate had reached its height."""
   curve = outcome.curve
-  if not curve:
-    return None
-  warm = curve.get('warm', [True] * len(curve['loss']))
-  known = [(math.nan if x is None else x, y) for x, y, is_warm in zip(
-      curve[by], curve['loss'], warm, strict=True) if is_warm]
-  return statistics.power_law(*zip(*known)) if known else None
+  warm = np.array(curve.get('warm', True), bool)
+  return statistics.power_law(*(
+      np.where(warm, np.array(curve.get(name, [])), math.nan)
+      for name in (by, 'loss')))
 
 
 def evaluations(frozen: Any, size: str) -> int:
   """Returns how many evaluations after warm-up a run of the confirmation has on
   text: those that a law is fitted to. Of the variant that has the fewest."""
-  plan, found = frozen.plan, []
+  plan, counts = frozen.plan, []
   for variant in (plan.base, *plan.variants):
     changes = frozen.point(variant, size, TEXT)['changes']
     steps, every, warmup = (
         changes.get(f'{group}.{name}', frozen.base_config[group][name])
         for group, name in (('train', 'steps'), ('eval', 'every_steps'),
                             ('optim', 'warmup_steps')))
-    found.append(sum(n >= warmup for n in {*range(every, steps, every), steps}))
-  return min(found)
+    counts.append(sum(step >= warmup for step in {
+        *range(every, steps, every), steps}))
+  return min(counts)

@@ -2,23 +2,17 @@
 pages in the page's own ink.
 
 A variant has the same colour and dashes in every figure. Sizes are a journal's:
-one column, or two.
+one column, or two. `c` is a report.Comparison.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import html
 import io
 import math
-import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from configs.errors import one_of
-from tools.compare import decide, measures, page, statistics, tables
-from tools.compare import plan as plans
-from tools.compare.tables import known, percent
+from tools.compare import curves, measures, page, statistics
 
 FORMATS = ('svg', 'png', 'pdf')
 COLUMN, PAGE = 3.25, 6.75  # inches: one column, and two with what is between
@@ -45,21 +39,8 @@ _STYLE = {
     # Letters as outlines: they look the same wherever the file is opened.
     'svg.fonttype': 'path',
     'text.parse_math': False}  # a name may hold a '$'
-MARKERS = ('o', 's', '^', 'v', 'P', 'X', '*')  # of sizes, in turn
-LEFT_OUT = 0.1  # of training, whose losses would flatten all that follows
+MARKERS = ('D', 'o', 's', '^', 'v', 'P', 'X', '*')  # of all sizes, and of each
 _DASHED = (0, (4, 3))
-
-
-def families() -> list[str]:
-  """Returns what font.family is for figures, since a variant may be named in
-  any script: matplotlib takes a character that one font lacks from the next.
-  Its own has Latin, Greek, Cyrillic and more; the others, where they are
-  installed, have Chinese, Japanese and Korean characters."""
-  from matplotlib import font_manager
-  eastern = re.compile('CJK|Hei|Fallback|Gothic|PingFang|Hiragino|Source Han|'
-                       'Arial Unicode|Noto Sans (SC|JP|KR)')
-  return ['DejaVu Sans', *sorted(filter(
-      eastern.search, {*font_manager.get_font_names()}))]
 
 
 def style(name: str) -> Any:
@@ -71,41 +52,15 @@ def style(name: str) -> Any:
   """
   import matplotlib
   matplotlib.use('Agg')
-  return matplotlib.rc_context(_STYLE | {
-      'font.family': families(), 'svg.hashsalt': name})
+  return matplotlib.rc_context(_STYLE | {'svg.hashsalt': name})
 
 
-def check_format(path: str) -> None:
-  """Raises RequestError for a file that is none of FORMATS."""
-  one_of('the ending of --plot', pathlib.Path(path).suffix.lstrip('.'), FORMATS)
-
-
-def written(figure: Any, kind: str, dpi: int = DPI) -> bytes:
+def _written(figure: Any, kind: str) -> bytes:
   """Returns a figure as a file of one of FORMATS holds it."""
   file = io.BytesIO()
-  figure.savefig(file, format=kind, dpi=dpi, metadata={
+  figure.savefig(file, format=kind, dpi=DPI, metadata={
       'svg': {'Date': None}, 'pdf': {'CreationDate': None}}.get(kind))
   return file.getvalue()
-
-
-def save(figure: Any, path: str | pathlib.Path) -> None:
-  """Writes a figure in the format that the path ends in."""
-  path = pathlib.Path(path)
-  path.write_bytes(written(figure, path.suffix.lstrip('.'), 150))
-
-
-def _drawn(name: str, title: str, caption: str, told: str,
-           paint: Callable[[], Any]) -> page.Figure:
-  """Returns what `paint` draws; `told` says its figures to who cannot see it.
-  """
-  from matplotlib import pyplot
-  alt = f'{title}. {caption} {told}.'
-  with style(name):
-    figure = paint()
-    files = {kind: written(figure, kind) for kind in FORMATS}
-    pyplot.close(figure)
-  return page.Figure(name, title, caption, alt,
-                     _inline(files['svg'].decode(), name, alt), files)
 
 
 def _inline(svg: str, name: str, alt: str) -> str:
@@ -139,142 +94,58 @@ def looks(base: str, others: Sequence[str]) -> dict[str, dict[str, Any]]:
       for i, name in enumerate(others)}
 
 
-def css_look(sweep, name: str, turn: int = 0) -> str:
-  """Returns the same as classes of report.css.
-
-  Args:
-    sweep: whose variants are drawn.
-    name: of the variant.
-    turn: another number gives other dashes to another line of the variant.
-  """
-  others = [p.name for p in sweep.points if p is not sweep.base]
-  if name == sweep.base.name:
+def css_look(c, name: str, turn: int = 0) -> str:
+  """Returns the same as classes of report.css; another `turn` gives other
+  dashes to another line of the variant."""
+  if name == c.plan.base:
     return f'ink d{turn % len(DASHES)}' if turn else 'ink'
-  i = others.index(name)
+  i = c.plan.variants.index(name)
   return (f'c{i % len(COLOURS)} '
           f'd{(turn or i // len(COLOURS)) % len(DASHES)}')
 
 
-class Bar(NamedTuple):
-  """A line of a forest plot: a difference from the base.
-
-  Attributes:
-    label: of the line.
-    mean: of the difference; None: there is none.
-    ends: of the bar; None: there is none.
-    colour: of both.
-    marker: of the mean.
-    width: of the bar.
-    look: of the variant's line, to be shown beside its label.
-    word: the verdict, to stand at the right.
-  """
-  label: str
-  mean: float | None
-  ends: tuple[float, float] | None
-  colour: str
-  marker: str = 'o'
-  width: float = 1.6
-  look: Mapping[str, Any] | None = None
-  word: str = ''
+def shortened(names: Sequence[str], most: int = 22) -> dict[str, str]:
+  """Returns the label of each name in a figure: of at most `most` characters,
+  but for names that would then look alike. A longer name loses its middle:
+  names of one sweep often differ at the end."""
+  tail = (most - 1) // 2
+  short = {name: name if len(name) <= most else
+           f'{name[:most - 1 - tail]}…{name[len(name) - tail:]}'
+           for name in names}
+  labels = list(short.values())
+  return {name: name if labels.count(text) > 1 else text
+          for name, text in short.items()}
 
 
-def _forest(axes: Any, groups: Sequence[Sequence[Bar]]) -> None:
-  """Draws bars below each other, a little apart between groups; where a group
-  has several, its first label is bold."""
-  sides, y, ticks, labels = axes.get_yaxis_transform(), 0.0, [], []
-  for group in groups:
-    for bar in group:
-      if bar.ends:
-        axes.plot(bar.ends, [y, y], color=bar.colour, linewidth=bar.width,
-                  solid_capstyle='butt')
-      if bar.mean is not None:
-        axes.plot(bar.mean, y, bar.marker, color=bar.colour,
-                  markersize=2.5 + bar.width, markeredgewidth=0)
-      elif not bar.word:
-        axes.text(0.5, y, 'all runs diverged', color=bar.colour, va='center',
-                  ha='center', transform=sides)
-      if bar.look:
-        axes.annotate('', (0, y), (-24, 0), xycoords=sides,
-                      textcoords='offset points', annotation_clip=False,
-                      arrowprops=dict(arrowstyle='-', shrinkA=0, shrinkB=5,
-                                      linewidth=1.6, **bar.look))
-      if bar.word:
-        axes.text(1.02, y, bar.word, transform=sides, va='center',
-                  fontsize=6.5, color=bar.colour)
-      ticks, labels = [*ticks, y], [*labels, bar.label]
-      y += 1.0
-    y += 0.6 * (len(group) > 1)
-  axes.axvline(0, color=INK, linewidth=0.6, linestyle=_DASHED)
-  axes.set_yticks(ticks, labels)
-  firsts = np.cumsum([0, *map(len, groups)])[:-1]
-  for i, text in enumerate(axes.get_yticklabels()):
-    if i in firsts and len(ticks) > len(groups):
-      text.set_fontweight('bold')
-  axes.set_ylim(y - 0.4, -0.8)
-  axes.grid(axis='x')
-  axes.locator_params(axis='x', nbins=6)
-  axes.tick_params(axis='y', length=0,
-                   pad=3.5 if groups[0][0].look is None else 28)
-
-
-# A sweep: `rows` are sweep_report.outcomes.
-
-
-def _sweep_bars(sweep, rows, words: bool) -> list[list[Bar]]:
-  look = looks(sweep.base.name,
-               [p.name for p in sweep.points if p is not sweep.base])
-  label = tables.shortened([row.point.name for row in rows], 40)
-  found = []
-  for row in rows:
-    name, d = row.point.name, row.difference
-    word = tables.VERDICTS[row.verdict] if d else 'the base'
-    found.append([Bar(
-        label[name], d and d.mean, d and d.bar,
-        {'better': BETTER, 'worse': WORSE}.get(row.verdict, NOISE),
-        width=1.6 if d and d.known else 0.8, look=look[name],
-        word=word if words else '')])
-  return found
-
-
-def sweep_forest(sweep, rows, bars: str) -> page.Figure:
-  """Each variant's difference from the base; `bars` says what the bars are."""
-  told = '; '.join(f'{row.point.name} {tables.difference(row.difference).text}'
-                   for row in rows)
-
-  def paint():
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(PAGE, 0.6 + 0.18 * len(rows)))
-    _forest(axes, _sweep_bars(sweep, rows, words=False))
-    axes.set_xlabel('held-out loss minus the base, nats per token')
-    return figure
-
-  return _drawn('forest', 'Differences',
-                f'Left of the line is better. {bars}', told, paint)
-
-
-def sweep_picture(sweep, rows) -> Any:
-  """On the left the held-out loss by tokens, the mean over seeds; on the right
-  each variant's difference from the base with its 95 % interval and verdict,
-  the best at the top."""
+def outcome(c) -> Any:
+  """Returns the figure of what was found: on the left the held-out loss by
+  tokens, the mean over seeds, at the largest size; on the right the difference
+  of each variant with its interval and verdict, the best at the top."""
   from matplotlib import pyplot
-  rows = [row for row in rows if row.point is sweep.base or row.difference]
-  rows.sort(key=lambda row: row.difference.mean if row.difference else 0.0)
-  look = looks(sweep.base.name,
-               [p.name for p in sweep.points if p is not sweep.base])
-  base = tables.shortened([p.name for p in sweep.points])[sweep.base.name]
-  with style('sweep'):
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(PAGE, 1.2 + 0.17 * max(len(rows), 8)))
-    for row in rows:
-      curve = row.point.mean_curve('eval')
-      left.plot(curve.tokens, curve.loss, **look[row.point.name])
-    left.set(xlabel='training tokens', ylabel='held-out loss, nats per token',
-             title='loss curves, mean over seeds')
+  plan = c.plan
+  rows = sorted((row for row in c.verdicts() if page.known(row['effect'])),
+                key=lambda row: -plan.primary.sign * row['effect'])
+  each = len(plan.sizes) + 1 if plan.sizes[1:] else 1
+  look, label = looks(plan.base, plan.variants), shortened(c.variants)
+  with style('outcome'):
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(
+        PAGE, 1.2 + max(0.17 * 8, 0.17 * len(rows) * min(each, 2.6))))
+    for name in c.variants:
+      if lines := [drawn['eval'] for (variant, size, _), drawn
+                   in c.curves.items() if 'eval' in drawn
+                   and (variant, size) == (name, plan.sizes[-1])]:
+        curve = curves.mean(lines)
+        left.plot(curve['tokens'], curve['loss'], label=label[name],
+                  **look[name])
+    unit = measures.said(c.frozen, plan.primary, ', ')
+    left.set(xlabel='training tokens', ylabel=f'held-out loss{unit}',
+             title=' '.join(['loss curves', plan.sizes[-1]]))
     _tokens(left)
-    _forest(right, _sweep_bars(sweep, rows, words=True))
-    right.set(xlabel=f'held-out loss minus that of {base}, nats',
-              title='final difference with its 95 % interval')
-    right.locator_params(axis='x', nbins=4)
+    if left.lines:
+      left.legend()
+    _forest(right, c, rows, look, shortened(c.variants, 40))
+    right.set(xlabel=f'{plan.primary.name} minus that of '
+              f'{label[plan.base]}{unit}', title='difference from the base')
     figure.canvas.draw()  # under this style, wherever it is written
   return figure
 
@@ -286,238 +157,106 @@ def _tokens(axes: Any) -> None:
   axes.grid(axis='y')
 
 
-# A study: study_report.Study.
+def _forest(axes: Any, c, rows: Sequence[Mapping], look: Mapping,
+            label: Mapping) -> None:
+  """Draws a bar for each row, and below it one for each of several sizes."""
+  sizes = c.plan.sizes if c.plan.sizes[1:] else ()
+  y, ticks = 0.0, {}
+  for row in rows:
+    colour = look[row['variant']]['color']
+    for i, size in enumerate(['', *sizes]):
+      estimate = c.effect('confirm', row['variant'], row['measure'], size)
+      if not estimate or not page.known(estimate['effect']):
+        continue
+      if page.known(estimate['low']):
+        axes.plot([estimate['low'], estimate['high']], [y, y], color=colour,
+                  linewidth=0.8 if size else 1.6, solid_capstyle='butt')
+      axes.plot(estimate['effect'], y, MARKERS[i % len(MARKERS)], color=colour,
+                markersize=3.3 if size else 4.1, markeredgewidth=0)
+      ticks[y] = size or label[row['variant']]
+      if not size:
+        axes.text(1.02, y, row['verdict'], va='center', fontsize=6.5,
+                  transform=axes.get_yaxis_transform(), color={
+                      'better': BETTER, 'worse': WORSE}.get(
+                          page.MARKS.get(row['verdict']), NOISE))
+      y += 1.0
+    y += 0.6 * bool(sizes)
+  axes.axvline(0, color=INK, linewidth=0.6, linestyle=_DASHED)
+  axes.set_yticks(list(ticks), ticks.values())
+  axes.set_ylim(y - 0.4, -0.8)
+  axes.grid(axis='x')
+  axes.locator_params(axis='x', nbins=4)
+  axes.tick_params(axis='y', length=0)
 
 
-def of_study(study) -> Iterator[page.Figure]:
-  """Yields every figure that the study has numbers for."""
-  for make in (_effects, _curves, _noise, _scores):
-    if found := make(study):
-      yield found
-
-
-def _looks(study) -> dict[str, dict[str, Any]]:
-  return looks(study.plan.base, study.plan.variants)
-
-
-def _labels(study) -> dict[str, str]:
-  """The names of variants, sizes and measures as a figure has room for them."""
-  plan = study.plan
-  return {name: label for names in (
-      study.variants, plan.sizes, [m.name for m in plan.measures])
-          for name, label in tables.shortened(names).items()}
-
-
-def _effects(study) -> page.Figure | None:
-  """A forest plot: each variant's difference, over all sizes and at each."""
-  plan, look, label = study.plan, _looks(study), _labels(study)
-  rows = [row for v in plan.variants if (row := study.verdict(v)) and any(
-      known(x) for x in (row['effect'], *(
-          own['mean'] for own in row['sizes'])))]
-  if not rows:
-    return None
-  rows.sort(key=lambda row: row['effect'] if known(row['effect']) else math.inf)
-  told = '; '.join(f'{row["variant"]} ' + tables.estimate(
-      row['effect'], row['low'], row['high']).text for row in rows)
-  unit = study.unit(plan.primary, ', ')
-  ends = lambda own: (own['low'], own['high']) if known(own['low']) else None
-
-  def paint():
-    from matplotlib import pyplot
-    lines = len(rows) * (len(plan.sizes) + 1.6)
-    figure, axes = pyplot.subplots(figsize=(COLUMN, 0.5 + 0.125 * lines))
-    groups = []
-    for row in rows:
-      colour = look[row['variant']]['color']
-      groups.append([Bar(label[row['variant']], row['effect'], ends(row),
-                         colour, 'D')])
-      groups[-1] += [Bar(label[own['size']], own['mean'], ends(own), colour,
-                         MARKERS[i % len(MARKERS)], 0.8)
-                     for i, own in enumerate(row['sizes'])]
-    _forest(axes, groups)
-    of = f'{label[plan.primary.name]} minus that of {label[plan.base]}'
-    axes.set_xlabel(of + study.unit(plan.primary,
-                                    ', ' if len(of) < 40 else ',\n'))
-    return figure
-
-  side = 'left' if plan.primary.better == plans.LOWER else 'right'
-  return _drawn(
-      'effects', 'Effects',
-      f'{plan.primary.name} minus that of {plan.base}{unit}: over all sizes '
-      '(diamonds) and at each size, with 95 % intervals over paired seeds; '
-      f'{side} of the line is better.', f'Over all sizes: {told}', paint)
-
-
-def _panels(study, names: Sequence[str], paint: Callable[[Any, str], None],
-            label: Callable[[str], str]) -> Any:
-  """A row of panels with one legend below; rows of at most four. `label` gives
-  the y-axis of each, which is not said again beside its like."""
+def by_size(c) -> Any:
+  """Returns the figure of the measures that are not the primary one: means over
+  the seeds with their intervals, by size, and what guessing gives."""
   from matplotlib import pyplot
-  columns = min(len(names), 4)
-  rows = math.ceil(len(names) / columns)
-  width = PAGE if columns > 1 else COLUMN
-  lines = math.ceil(len(study.variants) / (6 if columns > 1 else 3))
-  figure, grid = pyplot.subplots(
-      rows, columns, figsize=(width, 1.9 * rows + 0.15 * lines + 0.1),
-      squeeze=False)
-  handles: dict[str, Any] = {}
-  for i, (axes, name) in enumerate(zip(grid.flat, names)):
-    paint(axes, name)
-    for handle, own in zip(*axes.get_legend_handles_labels()):
-      handles.setdefault(own, handle)
-    if i % columns == 0 or label(name) != label(names[i - 1]):
-      axes.set_ylabel(label(name))
-  for axes in grid.flat[len(names):]:
-    axes.set_visible(False)
-  if handles:
-    figure.legend(list(handles.values()), list(handles),
-                  loc='outside lower center',
-                  ncols=math.ceil(len(handles) / lines),
-                  handlelength=2.2, columnspacing=1.2)
+  plan, look = c.plan, looks(c.plan.base, c.plan.variants)
+  label = shortened(c.variants)
+  columns = min(len(plan.measures) - 1, 4)
+  rows = math.ceil((len(plan.measures) - 1) / columns)
+  # Those of one size stand a little apart, so that no interval hides another.
+  apart = min(0.06, 0.7 / len(c.variants))
+  with style('measures'):
+    figure, grid = pyplot.subplots(rows, columns, squeeze=False, figsize=(
+        PAGE if columns > 1 else COLUMN, 1.9 * rows + 0.6))
+    for axes in grid.flat[len(plan.measures) - 1:]:
+      axes.set_visible(False)
+    for axes, measure in zip(grid.flat, plan.measures[1:]):
+      for i, name in enumerate(c.variants):
+        scores = {x: [*values.values()] for x, size in enumerate(plan.sizes)
+                  if (values := c.values('confirm', name, size, measure))}
+        if not scores:
+          continue
+        axes.errorbar(
+            [x + apart * (i - len(c.variants) / 2) for x in scores],
+            [sum(each) / len(each) for each in scores.values()],
+            [statistics.half_width(each) if each[2:] else math.nan
+             for each in scores.values()], elinewidth=0.8, marker='o',
+            markersize=2.5, label=label[name], **look[name])
+      axes.axhline(measure.chance, color=SOFT, linewidth=0.8,
+                   linestyle=_DASHED, zorder=0)
+      axes.set_xticks(range(len(plan.sizes)), plan.sizes)
+      axes.set(title=measure.name,
+               ylabel='score' + measures.said(c.frozen, measure, ', '))
+      axes.grid(axis='y')
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), ncols=4,
+                  loc='outside lower center')
+    figure.canvas.draw()
   return figure
 
 
-def _curves(study) -> page.Figure | None:
-  """Held-out loss by tokens, a panel for each size."""
-  look, label = _looks(study), _labels(study)
-  found = {size: lines for size in study.plan.sizes
-           if (lines := _lines(study, size))}
-  if not found:
-    return None
-  ends = '; '.join(f'{size}: ' + ', '.join(
-      f'{name} {spans[-1].mean:.4f}' for name, (_, spans) in lines.items())
-                   for size, lines in found.items())
-  unit = measures.unit_of_loss(study.frozen, plans.TEXT)
-
-  def paint(axes, size):
-    for name, (tokens, spans) in found[size].items():
-      low, high = np.array([x.bar or (math.nan,) * 2 for x in spans]).T
-      axes.fill_between(tokens, low, high, color=look[name]['color'],
-                        alpha=0.18, linewidth=0)
-      axes.plot(tokens, [x.mean for x in spans], label=label[name],
-                **look[name])
-    axes.set(xlabel='training tokens', title=label[size])
-    _tokens(axes)
-
-  return _drawn(
-      'curves', 'Loss curves',
-      'Held-out loss on text in the confirmation: the mean over the seeds that '
-      f'ended, and its 95 % band. The first {percent(LEFT_OUT)} of training '
-      'are left out.', f'Mean losses at the end: {ends}', lambda: _panels(
-          study, list(found), paint,
-          lambda size: 'held-out loss' + f', {unit}' * bool(unit)))
+def of(c) -> list[page.Figure]:
+  """Returns every figure that there are numbers for."""
+  plan, drawn = c.plan, []
+  effects = '; '.join(f'{row["variant"]} ' + page.estimate(
+      row['effect'], row['low'], row['high']).text for row in c.verdicts()
+                      if page.known(row['effect']))
+  if c.curves or effects:
+    side = 'left' if plan.primary.sign < 0 else 'right'
+    sizes = ' over all sizes (diamonds) and at each' if plan.sizes[1:] else ''
+    drawn.append(_drawn('outcome', 'Outcome', (
+        'Held-out loss, the mean over seeds; and the difference of each '
+        f'variant{sizes}, with 95 % intervals over paired seeds: {side} of the '
+        f'line is better than {plan.base}.'), effects, lambda: outcome(c)))
+  if plan.sizes[1:] and any(c.values('confirm', plan.base, size, measure)
+                            for size in plan.sizes
+                            for measure in plan.measures[1:]):
+    drawn.append(_drawn('measures', 'Other measures', (
+        'Means over the seeds of the confirmation with their 95 % intervals; '
+        'the dashed line is what guessing gives.'), '', lambda: by_size(c)))
+  return drawn
 
 
-def _lines(study, size: str) -> dict[str, tuple]:
-  """Returns (tokens, means over seeds) of each variant that has curves."""
-  found = {}
-  for variant in study.variants:
-    runs = [dict(zip(run.curve['tokens'], run.curve['loss']))
-            for run in study.runs('confirm', variant, size, plans.TEXT)
-            if run.curve and run.curve['loss'] and not run.diverged
-            and all(map(known, run.curve['loss']))]
-    if runs:
-      tokens = sorted(set.intersection(*map(set, runs)))
-      tokens = [x for x in tokens if x >= LEFT_OUT * tokens[-1]]
-      found[variant] = tokens, [
-          statistics.interval([run[x] for run in runs]) for x in tokens]
-  return found
-
-
-def _noise(study) -> page.Figure | None:
-  """The smallest effect that is found, of each measure at each size."""
-  plan, label = study.plan, _labels(study)
-  rows = [row for row in study.results['noise']
-          if row['phase'] == 'confirm' and known(row['sd'])]
-  names = [m.name for m in plan.measures
-           if any(row['measure'] == m.name for row in rows)]
-  if not rows:
-    return None
-  told = '; '.join(f'{row["measure"]} at {row["size"]} {row["sd"]:.4f}'
-                   for row in rows)
-  unit = {m.name: study.unit(m, ',\n') for m in plan.measures}
-
-  def paint(axes, name):
-    own = [row for row in rows if row['measure'] == name]
-    for x, row in enumerate(own):
-      if known(row['sd_low']) and known(row['sd_high']):
-        axes.plot([x, x], [row['sd_low'], row['sd_high']], color=INK,
-                  linewidth=0.8)
-      axes.plot(x, row['sd'], 'o', color=INK, markersize=3, clip_on=False,
-                zorder=3)  # whole on the axis too
-      if known(row['smallest_effect']):
-        axes.plot(x + 0.18, row['smallest_effect'], 'x', color='#d55e00',
-                  markersize=4)
-    most = max(x for row in own for x in (
-        row['sd'], row['sd_high'], row['smallest_effect']) if known(x))
-    if name == plan.primary.name and most and plan.effect > 2 * most:
-      # A line there would squash all others. No line of the grid runs through
-      # the words.
-      axes.set_ylim(0, 1.25 * most)
-      axes.set_yticks([y for y in axes.get_yticks() if y < 1.1 * most])
-      axes.text(0.98, 0.98, f'wanted: {plan.effect:g} ↑', ha='right', va='top',
-                transform=axes.transAxes)
-    elif name == plan.primary.name:
-      axes.axhline(plan.effect, color=SOFT, linewidth=0.8, linestyle=_DASHED)
-    axes.set_xticks(range(len(own)), [
-        'all' if row['size'] == decide.ALL else label[row['size']]
-        for row in own])
-    axes.set(title=label[name], xlim=(-0.5, len(own) - 0.3))
-    axes.set_ylim(bottom=0)
-    axes.grid(axis='y')
-
-  return _drawn(
-      'noise', 'Noise',
-      'Base against base: the standard deviation of a paired difference with '
-      'its 95 % interval (dots), and the smallest effect that '
-      f'{plan.seeds.confirm} seeds find with a power of {percent(plan.power)} '
-      f'(crosses). Wanted on {plan.primary.name} is an effect of '
-      f'{study.wanted}: the dashed line, or an arrow where that lies far above '
-      'all others.', f'Standard deviations: {told}', lambda: _panels(
-          study, names, paint,
-          lambda name: 'noise of a difference' + unit[name]))
-
-
-def _scores(study) -> page.Figure | None:
-  """The measures that are not the primary one, by size."""
-  plan, look, label = study.plan, _looks(study), _labels(study)
-  by_name = {m.name: m for m in plan.measures[1:] if any(
-      study.values('confirm', v, s, m)
-      for v in study.variants for s in plan.sizes)}
-  if not by_name:
-    return None
-  told = '; '.join(f'{name}: ' + ', '.join(
-      f'{v} {np.mean(own):.4f}' for v in study.variants
-      if (own := study.values('confirm', v, plan.sizes[-1], measure)))
-                   for name, measure in by_name.items())
-  # Those of one size stand together, however many there are, and a little
-  # apart, so that no interval hides another one.
-  apart = min(0.06, 0.7 / len(study.variants))
-
-  def paint(axes, name):
-    for i, variant in enumerate(study.variants):
-      spans = {x + apart * (i - len(study.variants) / 2):
-               statistics.interval(own) for x, size in enumerate(plan.sizes)
-               if (own := study.values('confirm', variant, size,
-                                       by_name[name]))}
-      for x, span in spans.items():
-        if span.bar:
-          axes.plot([x, x], span.bar, linewidth=0.8,
-                    color=look[variant]['color'])
-      if spans:
-        axes.plot(list(spans), [span.mean for span in spans.values()],
-                  marker='o', markersize=2.5, label=label[variant],
-                  **look[variant])
-    axes.axhline(by_name[name].chance, color=SOFT, linewidth=0.8,
-                 linestyle=_DASHED, zorder=0)
-    axes.set_xticks(range(len(plan.sizes)), [label[s] for s in plan.sizes])
-    axes.set(title=label[name])
-    axes.grid(axis='y')
-
-  return _drawn(
-      'measures', 'Probes and other measures',
-      'Means over the seeds of the confirmation with their 95 % intervals; the '
-      'dashed line is what guessing gives.',
-      f'Means at {plan.sizes[-1]}: {told}',
-      lambda: _panels(study, list(by_name), paint,
-                      lambda name: 'score' + study.unit(by_name[name], ', ')))
+def _drawn(name: str, title: str, caption: str, words: str,
+           draw: Callable[[], Any]) -> page.Figure:
+  """Returns a figure; `words` says it to who cannot see it."""
+  from matplotlib import pyplot
+  figure = draw()
+  with style(name):
+    files = {kind: _written(figure, kind) for kind in FORMATS}
+  pyplot.close(figure)
+  return page.Figure(name, title, caption, _inline(
+      files['svg'].decode(), name, f'{title}. {caption} {words}'), files)

@@ -283,8 +283,6 @@ def _row(study: Study, size: str, workload: str, point: spec.Point) -> dict:
     require(config.train.steps * share >= 1, 'TUNING buys less than one run: '
             f'its first rung trains {share:.3g} of {config.train.steps} steps, '
             'which is less than one step; take fewer rungs, or a larger keep')
-    for own in asked:
-      measures_lib.check_reported(own, config, variant)
     figures = cost.of(config)
     vocab = figures.model['model.vocab_size']
     guess = measures_lib.guess(asked, config, vocab)

@@ -18,9 +18,6 @@ from training.workdir import schema, storage
 
 # Fields that say how much of what is held out a run is evaluated on.
 EVALUATED = ('eval.part', 'eval.batches')
-EXTRAPOLATION = {
-    'length': int, 'curves': schema.Each(schema.Each((list, type(None)),
-                                                     '[0-9]{1,9}'))}
 
 
 def add_workdir(parser) -> None:

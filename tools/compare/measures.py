@@ -3,7 +3,6 @@
 from collections.abc import Collection, Sequence
 import fnmatch
 import math
-import types
 
 from configs.errors import one_of, require, short
 from tools.compare import plan as plans
@@ -25,10 +24,12 @@ def completed(given: Sequence, workloads: Collection[str], file: str
     who = f'{file}: the measure {short(own)}'
     require(isinstance(own, dict) and 'figure' in own, f'{who} has no figure: '
             "write {'workload': 'text', 'figure': 'loss'}")
-    for name in own:
+    for name, x in own.items():
       one_of('entry of a measure', name, _ENTRIES)
-      require(name == 'chance' or isinstance(own[name], str), f'{who} has '
-              f'{short(own[name])} as {name}: write a text')
+      is_number = type(x) in (int, float) and math.isfinite(x)
+      require(is_number if name == 'chance' else isinstance(x, str),
+              f'{who} has {short(x)} as {name}: write a '
+              + ('number' if name == 'chance' else 'text'))
     own = {'workload': plans.TEXT, **own}
     one_of('workload of a measure', own['workload'], workloads)
     last = own['figure'].rpartition('/')[2]
@@ -69,7 +70,7 @@ def tasks(measures: Sequence[dict], workload: str) -> tuple[str, ...]:
 def check_of_task(own: dict, config, who: str) -> None:
   """Raises RequestError where a measure is a figure of a task that a run of
   `config` does not have."""
-  told = _told(own)
+  told = f'measure {own["name"]!r} is {own["figure"]!r} of {own["workload"]}'
   task, is_task, figure = own['figure'].partition('/')
   if not is_task:
     return
@@ -81,42 +82,6 @@ def check_of_task(own: dict, config, who: str) -> None:
                                for pattern in known),
           f'{told}, which {who} cannot have: the figures of {task} are '
           f'{", ".join(known or ()) or "none"}')
-
-
-def check_reported(own: dict, config, who: str) -> None:
-  """Raises RequestError where a measure is a figure that no evaluation of a
-  run of `config` reports, which is one that can be trained."""
-  if own['figure'] == 'loss' or '/' in own['figure']:
-    return  # every objective reports its loss
-  names = _reported(config)
-  require(own['figure'] in names, f'{_told(own)}, which {who} cannot have: '
-          f'objective {config.objective!r} reports {", ".join(names)}')
-
-
-def _told(own: dict) -> str:
-  return f'measure {own["name"]!r} is {own["figure"]!r} of {own["workload"]}'
-
-
-def _reported(config) -> list[str]:
-  """Returns the figures of an evaluation of a run; nothing is computed."""
-  import jax
-
-  from configs import sharding
-  from training import objectives, runs
-  from training.evals import held_out
-  from training.data import tokenizers
-  from training.distributed import devices
-  model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
-  run = runs.build(config, model, devices.make_mesh(
-      dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1]))
-  batch = {key: jax.ShapeDtypeStruct(*shape)
-           for key, shape in objectives.shapes(config).items()}
-  loader = types.SimpleNamespace(  # one source's, of which no batch is read
-      objective=objectives.of(config), name='', share=1.0, bytes_per_token=1.0,
-      batch=lambda n: batch)
-  with run.context():
-    return held_out.names(run.eval_step(), run.abstract.params, [loader],
-                            lambda batch: batch, lambda sums, row: sums)
 
 
 def guess(measures: Sequence[dict], config, vocab: int) -> float:
@@ -138,8 +103,6 @@ def guess(measures: Sequence[dict], config, vocab: int) -> float:
             'that guessing gives, by which runs that diverge are known: say it '
             "in MEASURES, as {'figure': 'loss', 'chance': 2.5}; of numbers, it "
             'is the variance of what is to be told')
-    require(type(found) in (int, float) and 0 < found < math.inf, 'the chance '
-            f'of the loss is {short(found)}: write a number above 0')
   return float(found)
 
 
@@ -161,9 +124,6 @@ def chance(own: dict, config, vocab: int, bytes_per_token: float, file: str
     file: for the message.
   """
   if 'chance' in own:
-    require(type(own['chance']) in (int, float)
-            and math.isfinite(own['chance']), f'{file}: the chance of measure '
-            f'{own["name"]!r} is {short(own["chance"])}: write a number')
     return float(own['chance'])
   from training import objectives
   from training.data import probes
@@ -188,16 +148,12 @@ def chance(own: dict, config, vocab: int, bytes_per_token: float, file: str
 def unit(frozen, measure) -> str:
   """Returns the unit of a measure, 'nats a token'; '' where it has none, as an
   accuracy, or where it is not known, as of a task's own figure."""
+  from training import objectives
   if measure.figure.rpartition('/')[2] == 'bits_per_byte':
     return 'bits a byte'
-  return (unit_of_loss(frozen, measure.workload) if measure.figure == 'loss'
-          else '')
-
-
-def unit_of_loss(frozen, workload: str) -> str:
-  """Returns the unit of the held-out loss of a workload's objective."""
-  from training import objectives
-  point = frozen.point(frozen.plan.base, frozen.plan.sizes[0], workload)
+  if measure.figure != 'loss':
+    return ''
+  point = frozen.point(frozen.plan.base, frozen.plan.sizes[0], measure.workload)
   name = (frozen.base_config | point['changes'])['objective']
   own = objectives.OBJECTIVES[name]
   if own.guess or own.labels:  # of an answer, or a sum of two losses

@@ -1,25 +1,73 @@
-"""A report as HTML, Markdown and LaTeX, by the templates in templates/.
+"""A report's tables, and its page by the templates in templates/.
 
-jinja2 escapes every value that it puts into a template, each format by its own
-rules; what is markup already is marked as such where it is made. The HTML is
-one file that opens from disk: nothing is fetched, and the browser is told so.
+A table is rows of cells by heading; what the headings mean stands in
+templates/columns.toml. jinja2 escapes every value that it puts into the page,
+which is one file that opens from disk: nothing is fetched, and the browser is
+told so.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-import dataclasses
+from collections.abc import Mapping, Sequence
+import csv
+import functools
+import io
 import json
+import math
+import pathlib
 import re
+import tomllib
 from typing import Any, NamedTuple
 
-from tools.compare.tables import TEMPLATES, Cell, Table
+from tools.compare import decide
 
-# Of a LaTeX table over two columns, which no page breaks.
-WIDE, HIGH = 92, 45  # characters, rows
-_TEX = {'\\': r'\textbackslash{}', '{': r'\{', '}': r'\}', '$': r'\$',
-        '&': r'\&', '#': r'\#', '%': r'\%', '_': r'\_',
-        '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
-        '<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}',
-        '"': "''", '±': r'$\pm$', '×': r'$\times$', '…': r'\dots{}'}
+TEMPLATES = pathlib.Path(__file__).parent / 'templates'
+UNKNOWN = 'n/a'
+# How a verdict is coloured.
+MARKS = {decide.BETTER: 'better', decide.WORSE: 'worse',
+         decide.UNSTABLE: 'worse', decide.STOPPED_UNSTABLE: 'worse',
+         decide.NOISE: 'noise', decide.NONE_SHOWN: 'noise'}
+
+
+class Cell(NamedTuple):
+  """`value` is what a column sorts by: a number or a text."""
+  text: str
+  value: float | str | None = None
+  mark: str = ''  # better, worse or noise: how it is coloured
+
+
+@functools.cache
+def _meanings() -> Mapping[str, str]:
+  return tomllib.loads((TEMPLATES / 'columns.toml').read_text())
+
+
+class Table(NamedTuple):
+  """Rows of cells by heading, the same headings in all of them."""
+  name: str  # its anchor
+  title: str
+  rows: Sequence[Mapping[str, Cell]]
+
+  @property
+  def columns(self) -> dict[str, str]:
+    """What each heading means, '' where it says so itself."""
+    return {heading: _meanings().get(heading, '')
+            for heading in (self.rows[0] if self.rows else ())}
+
+  def text(self) -> str:
+    """Renders for a terminal."""
+    rows = [list(self.columns)]
+    rows += [[cell.text for cell in row.values()] for row in self.rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join(
+        text.ljust(width) for text, width in zip(row, widths)).rstrip()
+                     for row in rows)
+
+
+def table(name: str, title: str, rows: Sequence[Mapping[str, Cell]]) -> Table:
+  """Returns a table without the columns that say nothing in any row."""
+  spoken = {heading for row in rows for heading, cell in row.items()
+            if cell.text not in ('', UNKNOWN)}
+  return Table(name, title, [{
+      heading: cell for heading, cell in row.items() if heading in spoken}
+                             for row in rows])
 
 
 class Figure(NamedTuple):
@@ -29,113 +77,50 @@ class Figure(NamedTuple):
     name: of its files.
     title: a short one.
     caption: what its marks are.
-    alt: what there is to see, in a sentence, for who cannot see it.
     svg: the drawing, to stand within a page.
     files: the drawing by the ending of its file.
   """
   name: str
   title: str
   caption: str
-  alt: str
   svg: str
   files: Mapping[str, bytes]
 
 
-class Plot(NamedTuple):
-  """What report.js draws, with controls, into the <figure> of its id."""
-  data: Mapping[str, Any]
-  caption: str
-
-
 class Section(NamedTuple):
-  """A heading, then its paragraphs, figures, tables and plots."""
+  """A heading, then its paragraphs, figures, tables, and what report.js draws
+  (report.py), with a caption, into the <figure> of its id."""
   name: str
   heading: str
   paragraphs: Sequence[str] = ()
   figures: Sequence[Figure] = ()
   tables: Sequence[Table] = ()
-  plots: Sequence[Plot] = ()
+  plots: Sequence[Mapping[str, Any]] = ()
 
 
-class Document(NamedTuple):
-  """The whole report.
-
-  Attributes:
-    kind: sweep or study.
-    title: its name.
-    about: what it is, or asks.
-    answer: as far as it has one, in a sentence.
-    warnings: what a reader must know before the figures.
-  """
-  kind: str
-  title: str
-  about: str
-  answer: str
-  warnings: Sequence[str]
-  sections: Sequence[Section]
-
-
-def filled(sections: Sequence[Section]) -> list[Section]:
-  """Returns the sections that there is something for, without empty tables and
-  plots."""
-  found = [own._replace(
-      tables=[table for table in own.tables if table.rows],
-      plots=[plot for plot in own.plots if plot.data['series']])
-           for own in sections]
-  return [own for own in found if any(own[2:])]
-
-
-def html(document: Document) -> str:
-  plots = [plot.data for section in document.sections for plot in section.plots]
-  # '<' would end the script early if a name held </script>.
-  data = json.dumps(plots, allow_nan=False).replace('<', '\\u003c')
-  return _template('page.html', autoescape=True).render(
-      document=document, data=data,
+def html(sections: Sequence[Section], **words: Any) -> str:
+  """Returns the page; what there is nothing for is left out."""
+  sections = [section._replace(
+      tables=[table for table in section.tables if table.rows],
+      plots=[plot for plot in section.plots if plot['series']])
+              for section in sections]
+  plots = [plot for section in sections for plot in section.plots]
+  return render(
+      'page.html', sections=[x for x in sections if any(x[2:])],
+      # '<' would end the script early if a name held </script>.
+      data=json.dumps(plots, allow_nan=False).replace('<', '\\u003c'),
       css=(TEMPLATES / 'report.css').read_text(),
-      script=(TEMPLATES / 'report.js').read_text())
+      script=(TEMPLATES / 'report.js').read_text(), **words)
 
 
-def markdown(document: Document) -> str:
-  def escape(value: Any) -> str:  # in a cell of a table too
-    return re.sub(r'([\\`*_{}\[\]<>#|$~&])', r'\\\1', str(value)).replace(
-        '\n', ' ')
-  return _template('report.md', escape).render(document=document)
-
-
-def latex(document: Document) -> str:
-  """Returns the tables alone: booktabs, split where they are too wide."""
-  parts = [part for section in document.sections for table in section.tables
-           for part in _split(table)]
-  return _template('tables.tex', tex, block_start_string='<%',
-                   block_end_string='%>', variable_start_string='<<',
-                   variable_end_string='>>', comment_start_string='<#',
-                   comment_end_string='#>').render(parts=parts)
-
-
-def paragraphs(template: str, **words: Any) -> list[str]:
-  """Returns what a template of plain sentences says; lines of --- part its
-  paragraphs."""
-  text = _template(template).render(**words)
-  return [' '.join(part.split()) for part in text.split('\n---\n')]
-
-
-def tex(value: Any) -> str:
-  """Returns a text as LaTeX prints it; a minus is one, not a hyphen."""
-  text = ''.join(_TEX.get(c, c) for c in str(value))
-  text = re.sub(r'(?<![\w.\\-])-(?=\d)', '$-$', text)
-  # After a row's end, a bracket or star would be an argument of it.
-  return f'{{}}{text}' if text[:1] in ('[', '*') else text
-
-
-def _template(name: str, escape: Callable[[Any], str] | None = None,
-              **options: Any):
+def render(template: str, **words: Any) -> str:
   import jinja2
   environment = jinja2.Environment(
-      loader=jinja2.FileSystemLoader(TEMPLATES), finalize=escape,
-      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-      keep_trailing_newline=True, **options)
+      loader=jinja2.FileSystemLoader(TEMPLATES),
+      autoescape=template.endswith('.html'), undefined=jinja2.StrictUndefined,
+      trim_blocks=True, lstrip_blocks=True)
   environment.filters |= {'broken': _broken, 'key': _key}
-  return environment.get_template(f'{name}.jinja')
+  return environment.get_template(f'{template}.jinja').render(words)
 
 
 def _key(cell: Cell) -> str:
@@ -146,33 +131,68 @@ def _key(cell: Cell) -> str:
 
 def _broken(cell: Cell) -> list[str]:
   """A cell's text in parts that stand below each other, so that a page of 1,100
-  pixels shows the last column too: a figure, its interval, its p."""
+  pixels shows the last column too: a figure and its interval."""
   if isinstance(cell.value, str | None):
     return [cell.text]
-  return re.split(r' (?=\[|\(|p [<=])', cell.text)
+  return re.split(r' (?=\[|\()', cell.text)
 
 
-def _split(table: Table) -> list[Table]:
-  """Returns a table as several that are no larger than a page, each with the
-  first column."""
-  first, *others = columns = list(table.columns)
-  widths = {heading: max(len(heading), *(len(row[heading].text)
-                                         for row in table.rows))
-            for heading in columns}
-  groups, room = [[first]], WIDE - widths[first]
-  for heading in others:
-    if widths[heading] > room and len(groups[-1]) > 1:
-      groups.append([first])
-      room = WIDE - widths[first]
-    groups[-1].append(heading)
-    room -= widths[heading]
-  places = ((at, group) for at in range(0, len(table.rows), HIGH)
-            for group in groups)
-  parts = [dataclasses.replace(
-      table, name=f'{table.name}-{n}', title=f'{table.title} (continued)',
-      rows=[{heading: row[heading] for heading in group}
-            for row in table.rows[at:at + HIGH]],
-      notes=(), why=table.columns) for n, (at, group) in enumerate(places, 1)]
-  parts[0] = dataclasses.replace(parts[0], name=table.name, title=table.title)
-  parts[-1] = dataclasses.replace(parts[-1], notes=table.notes)
-  return parts
+def known(x: float | None) -> bool:
+  return x is not None and math.isfinite(x)
+
+
+def label(text: str, mark: str = '') -> Cell:
+  """The cell of a word, by which the table can be sorted."""
+  return Cell(text, text, mark)
+
+
+def number(x: float | None, form: str = '.4f') -> Cell:
+  return Cell(f'{x:{form}}', x) if known(x) else Cell(UNKNOWN)
+
+
+def count(x: float | None) -> Cell:
+  return number(x, ',.0f')
+
+
+def percent(x: float) -> str:
+  return f'{100 * x:.0f} %'
+
+
+def p_value(x: float | None) -> Cell:
+  """A probability: four digits, and no 0."""
+  return Cell('< 0.0001', x) if known(x) and x < 1e-4 else number(x)
+
+
+def duration(seconds: float | None) -> Cell:
+  """A time, in the unit that suits it."""
+  if not known(seconds):
+    return Cell(UNKNOWN)
+  for unit, size in (('h', 3600), ('min', 60)):
+    if seconds >= size:
+      return Cell(f'{seconds / size:.1f} {unit}', seconds)
+  return Cell(f'{seconds:.1f} s', seconds)
+
+
+def estimate(mean: float | None, low: float | None, high: float | None,
+             form: str = '+.4f') -> Cell:
+  """'+0.1234 [-0.0100, +0.2568]'; the mean alone where no interval is known."""
+  cell = number(mean, form)
+  if not (known(mean) and known(low) and known(high)):
+    return cell
+  return Cell(f'{cell.text} [{low:{form}}, {high:{form}}]', mean)
+
+
+def mean(x: float | None, deviation: float | None) -> Cell:
+  """A mean over seeds with the standard deviation."""
+  cell = number(x)
+  return cell if deviation is None else Cell(
+      f'{cell.text} ± {deviation:.4f}', x)
+
+
+def sheet(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns rows as CSV."""
+  file = io.StringIO()
+  writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  return file.getvalue()

@@ -64,7 +64,7 @@ class Found:
   noise: list[decide.Noise] = dataclasses.field(default_factory=list)
   announced: decide.Announced | None = None
   tuned: list[plans.Tuned] = dataclasses.field(default_factory=list)
-  screen: list[decide.Screened] = dataclasses.field(default_factory=list)
+  screen: list[decide.Verdict] = dataclasses.field(default_factory=list)
   confirm: list[decide.Verdict] = dataclasses.field(default_factory=list)
   finished: list[str] = dataclasses.field(default_factory=list)
 
@@ -102,7 +102,8 @@ def run(frozen: plans.Frozen, trainer: Trainer, until: str = 'confirm',
           plan.sizes[:1]))
       found.screen = decide.screen(plan, found.outcomes)
     else:
-      passed = [row.variant for row in found.screen if row.passed]
+      passed = [row.variant for row in found.screen
+                if row.verdict == decide.PASSED]
       if passed:
         found.outcomes += trainer.train(phase, full_runs(
             frozen, found.tuned, phase, (plan.base, *passed), plan.sizes))

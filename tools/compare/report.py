@@ -1,22 +1,800 @@
-"""report: writes the pages and tables of a sweep or of a study."""
+"""report: writes W/report/ anew: a page, CSV and figures of a sweep or a study;
+prints the main table.
+
+A sweep is a study of one size that has no phase but the confirmation, of which
+each difference is looked at by itself: both are one table of runs, one of
+estimates, and one page. What a study has beside it (noise, screening, what was
+planned) has sections of its own.
+"""
 
 import argparse
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import sys
+from typing import Any
 
-from tools.compare import layout
+import numpy as np
+
+from configs.errors import require
+from tools.compare import curves, decide, figures, layout, page, spec
+from tools.compare import statistics
+from tools.compare import measures as measures_lib
+from tools.compare import plan as plans
+from tools.compare import results as results_lib
+from tools.compare import phases as phases_lib
+from tools.compare.page import UNKNOWN, Cell, Section, Table, label
+from training import evals
+from training.workdir import run_config, storage
+
+LR = 'optim.lr'
+BASE, OPEN = 'base', 'not done yet'
+MOST = 300  # points of a line; longer ones are thinned
+# Fields that say where and how a run is done, not what it computes.
+ASIDE = ('log.', 'checkpoint.', 'mesh.', 'profile.')
+# What a study that was frozen and no more has found.
+_NOTHING = {'outcomes': [], 'noise': [], 'announced': None, 'tuned': [],
+            'screen': [], 'confirm': [], 'phases': {},
+            'as_planned': {'differences': []},
+            'provenance': {'codes': [], 'devices': [], 'versions': {}}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   layout.add_workdir(parser)
   parser.add_argument('--json', action='store_true', help='print JSON')
-  parser.add_argument('--plot', default='', help='of a sweep: a PNG, SVG or '
-                      'PDF to draw the outcome to')
 
 
 def main(args) -> int:
-  workdir = args.workdir = layout.workdir_of(args)
-  if layout.is_study(workdir):
-    from tools.compare import study_report
-    print(*study_report.write(workdir), sep='\n')
-    return 0
-  from tools.compare import sweep_report
-  return sweep_report.main(args)
+  c = load(layout.workdir_of(args))
+  print(json.dumps(as_json(c), indent=2) if args.json else text(c))
+  print(*write(c), sep='\n', file=sys.stderr if args.json else sys.stdout)
+  return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """What a sweep or a study planned and found.
+
+  Attributes:
+    workdir: W.
+    frozen: study.json; of a sweep, the same in its place.
+    results: results.json; likewise.
+    outcomes: of it: the runs that have a figure.
+    curves: by (variant, size, seed), of each the figures that it has
+      (curves.FIGURES).
+    excluded: what failed, diverged or is not done: rows of {'phase',
+      'variant', 'size', 'workload', 'seed', 'state', 'why'}.
+    about: what it is, in paragraphs.
+    warnings: what a reader must know before the figures.
+  """
+  workdir: str
+  frozen: plans.Frozen
+  results: Mapping[str, Any]
+  outcomes: Sequence[plans.Outcome]
+  curves: Mapping[tuple[str, str, int], Mapping[str, Mapping]]
+  excluded: Sequence[Mapping[str, Any]]
+  about: Sequence[str]
+  warnings: Sequence[str]
+
+  @property
+  def plan(self) -> plans.Plan:
+    return self.frozen.plan
+
+  @property
+  def is_study(self) -> bool:
+    return len(self.plan.sizes) > 1
+
+  @property
+  def variants(self) -> tuple[str, ...]:
+    """The base first."""
+    return (self.plan.base, *self.plan.variants)
+
+  @property
+  def sizes(self) -> tuple[str, ...]:
+    """Those of the confirmation; the last is over all of them."""
+    return (*self.plan.sizes, decide.ALL) if self.is_study else self.plan.sizes
+
+  def values(self, phase: str, variant: str, size: str,
+             measure: plans.Measure) -> dict[int, float]:
+    """A measure of each run of a phase that has it, by seed."""
+    wanted = phase, variant, size, measure.workload
+    return {x.seed: x.values[measure.name] for x in self.outcomes
+            if (x.phase, x.variant, x.size, x.workload) == wanted
+            and page.known(x.values.get(measure.name))}
+
+  def effect(self, phase: str, variant: str, measure: str, size: str = ''
+             ) -> Mapping[str, Any]:
+    """What a phase says of a measure, by default over all sizes; {} of what it
+    has not compared."""
+    row = next((row for row in self.results[phase]
+                if (row['variant'], row['measure']) == (variant, measure)), {})
+    if not row or size in ('', decide.ALL) or len(row['sizes']) == 1:
+      return row
+    return next(part for part in row['sizes'] if part['size'] == size)
+
+  def standing(self, variant: str) -> str:
+    """How far a variant came, in the words of the verdict's column."""
+    if variant == self.plan.base:
+      return BASE
+    for phase in ('confirm', 'screen'):
+      row = self.effect(phase, variant, self.plan.primary.name)
+      if row and row['verdict'] != decide.PASSED:
+        return row['verdict']
+    return OPEN
+
+  @functools.cached_property
+  def estimates(self) -> list[dict[str, Any]]:
+    """A row for each measure of each variant in each phase, at each size and
+    over all of them: its mean, and its difference from the base."""
+    asked = [('confirm', measure, size) for measure in self.plan.measures
+             for size in reversed(self.sizes)]
+    asked += [('screen', self.plan.primary, self.plan.sizes[0])
+              ] * bool(self.results['screen'])
+    return [self._estimate(*which, variant) for which in asked
+            for variant in self.variants]
+
+  def _estimate(self, phase: str, measure: plans.Measure, size: str,
+                variant: str) -> dict[str, Any]:
+    values = [*self.values(phase, variant, size, measure).values()]
+    compared = self.effect(phase, variant, measure.name, size)
+    is_verdict = measure == self.plan.primary and size == self.sizes[-1]
+    row = {
+        'phase': phase, 'measure': measure.name, 'variant': variant,
+        'size': size, 'mean': float(np.mean(values)) if values else None,
+        'sd': float(np.std(values, ddof=1)) if values[1:] else None,
+        'runs': len(values)}
+    row |= {name: compared.get(name) for name in (
+        'effect', 'low', 'high', 'n', 'p', 'p_corrected', 'diverged',
+        'base_diverged')}
+    row['verdict'] = (self.standing(variant) if is_verdict else
+                      compared.get('verdict') if phase == 'screen' else None)
+    trend = compared.get('trend') or {}
+    row |= {f'trend_{name}': trend.get(name)
+            for name in ('effect', 'low', 'high')}
+    speed_ups = self.effect('confirm', variant, measure.name).get(
+        'speed_ups', ())
+    for by in decide.BY:
+      fast = next((x for x in speed_ups if phase == 'confirm' and (
+          x['size'], x['by']) == (size, by)), {})
+      row |= {f'speed_up_{by}{ending}': fast.get(name) for ending, name in (
+          ('', 'factor'), ('_low', 'low'), ('_high', 'high'),
+          ('_fit_error', 'fit_error'))}
+    return row
+
+  def verdicts(self) -> list[dict[str, Any]]:
+    """The estimates that the verdicts are on, the base's first."""
+    return self.estimates[:len(self.variants)]
+
+
+def load(workdir) -> Comparison:
+  """Returns what lies in a workdir, from its files alone.
+
+  Raises:
+    RequestError: where no sweep or study was run there, or a file is damaged.
+  """
+  return (_study if layout.is_study(workdir) else _sweep)(workdir)
+
+
+def _study(workdir) -> Comparison:
+  frozen, results = plans.load(workdir), _NOTHING
+  path = pathlib.Path(workdir) / results_lib.FILE
+  if path.is_file():
+    results = layout.load_checked(path)
+    require(results['study']['hash'] == frozen.hash, f'{path} is of another '
+            'plan than study.json, whose study has to be run before it is '
+            'reported')
+  outcomes = [plans.outcome_from_json(row) for row in results['outcomes']]
+  over = [name for name, row in results['phases'].items() if row['finished']]
+  left = [name for name in plans.PHASES if name not in over]
+  warnings, announced = [], results['announced']
+  if left:
+    warnings.append(f'This study is not over: {", ".join(left)} '
+                    f'{"are" if left[1:] else "is"} to be done.')
+  if results['as_planned']['differences']:
+    warnings.append('What ran is not what was planned at first: see "Planned '
+                    'and run".')
+  if announced and not announced['enough']:
+    warnings.append(announced['sentence'] + ' That no difference is shown does '
+                    'not mean that there is none.')
+  if edges := dict.fromkeys(row['variant'] for row in results['tuned']
+                            if row['at_edge']):
+    warnings.append('Tuning ended at the edge of what was tried for '
+                    f'{", ".join(edges)}: a better value may lie beyond.')
+  return Comparison(
+      workdir, frozen, results, outcomes,
+      {(x.variant, x.size, x.seed): {'eval': x.curve} for x in outcomes
+       if x.phase == 'confirm' and x.workload == plans.TEXT and x.curve
+       and not x.diverged},
+      [{'phase': x.phase, 'variant': x.variant, 'size': x.size,
+        'workload': x.workload, 'seed': x.seed, 'state': 'diverged',
+        'why': 'in no mean of differences'} for x in outcomes if x.diverged],
+      [frozen.plan.question], warnings)
+
+
+def _sweep(workdir) -> Comparison:
+  sweep = curves.load_sweep(workdir)
+  outcomes = [
+      plans.Outcome(
+          'confirm', point.name, '', plans.TEXT, seed, values, False,
+          spent.get('flops', math.nan), spent.get('seconds', math.nan),
+          point.params, point.changes, curve=point.curve(seed))
+      for point in sweep.points for seed, run in point.runs.items()
+      if (values := _values(run))
+      for spent in [{name: x[-1] for name, x in
+                     point.curve(seed, 'train').items()}]]
+  names = dict.fromkeys(['loss', *(n for x in outcomes for n in x.values)])
+  plan = plans.Plan(
+      sweep.name, '', sweep.file, sweep.base.name,
+      tuple(p.name for p in sweep.points if p is not sweep.base), ('',),
+      (plans.TEXT,), tuple(plans.Measure(
+          name, plans.TEXT, name, plans.LOWER, math.nan) for name in names),
+      plans.Seeds(0, 0, 0, len(sweep.base.runs)),
+      plans.Tuning({LR: ()}, rungs=1), 0.0, unstable=1.0, match=sweep.match)
+  confirm = [dataclasses.replace(row, verdict=decide.by_itself(plan, row))
+             for row in decide.confirm(plan, outcomes)]
+  results = _NOTHING | plans.to_json({
+      'confirm': confirm, 'tuned': _rates(sweep),
+      'provenance': {'codes': sweep.codes, 'devices': [], 'versions': {}}})
+  points = [{'variant': p.name, 'size': '', 'workload': plans.TEXT} | {
+      name: getattr(p, name) for name in (
+          'changes', 'matched', 'params', 'active_params', 'flops_per_token',
+          'tokens')} for p in sweep.points]
+  finished = {(x.variant, x.seed) for x in outcomes}
+  return Comparison(
+      workdir, plans.Frozen(plan, sweep.base_tree, points, {}, {}),
+      results, outcomes,
+      {(p.name, '', seed): {name: curve for name in curves.FIGURES
+                            if (curve := p.curve(seed, name))}
+       for p in sweep.points for seed in p.runs if (p.name, seed) in finished},
+      [{'phase': '', 'variant': p.name, 'size': '', 'workload': '',
+        'seed': seed, 'state': run.state, 'why': run.error.strip() or (
+            'no finite held-out loss at the last step (eval.every_steps)'
+            if run.state == 'done' else '')}
+       for p in sweep.points for seed, run in p.runs.items()
+       if not run.is_whole],
+      *_about(sweep))
+
+
+def _values(run: curves.Run) -> dict[str, float]:
+  """Returns the held-out loss of a run after its last step, and what else was
+  found of it then: fractions that tasks found, as TASK/FIGURE, losses past the
+  training length, and the last figures of its routers. Counts, groups of
+  figures and curves are left out."""
+  values = {} if run.final is None else {'loss': run.final}
+  for row in run.rows:
+    if (run.config and row['split'] == 'eval'
+        and row['step'] == run.config['train.steps']):
+      tasks = evals.listed(run.config['eval.tasks'])
+      values |= {name: value for name, value in row.items()
+                if type(value) is float
+                and any(_is_own(task, name) for task in tasks)}
+  for task, results in run.evaluations.items():
+    if isinstance(results, Mapping):
+      values |= {f'{task}/{name}': value for name, value in results.items()
+                if type(value) is float}
+  values |= run.longer
+  last = next((row for row in reversed(run.rows) if row['split'] == 'train'
+               and not row.keys().isdisjoint(curves.FIGURES)), {})
+  if values:
+    values |= {words: float(np.mean(np.asarray(last[name], float)))
+              for name, words in curves.FIGURES.items() if name in last}
+  return {name: x for name, x in values.items() if math.isfinite(x)}
+
+
+def _is_own(task: str, name: str) -> bool:
+  """Whether a name of metrics.jsonl is one of a task's own figures, and not of
+  a group of them, whose names are joined there by a slash, too."""
+  if name.rpartition('/')[0] == task:
+    return True
+  row = evals.TASKS.get(task.partition(':')[0])  # None: of another version
+  beside = row and row.beside
+  return beside is not None and name.startswith(f'{task}/') and (
+      name[len(task) + 1:].partition('/')[0] not in beside)
+
+
+def _rates(sweep: curves.Sweep) -> list[dict[str, Any]]:
+  """Returns the groups of points that differ in the learning rate alone, as
+  plans.Tuned of what was tried."""
+  groups: dict[str, dict[float, curves.Point]] = {}
+  for point in sweep.points:
+    rest = {k: v for k, v in point.changes.items() if k != LR}
+    lr = point.changes.get(LR, sweep.base_config[LR])
+    groups.setdefault(changed(rest) or sweep.base.name, {})[lr] = point
+  tuned = []
+  for name, points in groups.items():
+    tried = [(lr, statistics.interval([*points[lr].finals.values()]))
+             for lr in sorted(points) if points[lr].finals]
+    if len(tried) > 1:
+      best, _ = min(tried, key=lambda losses: losses[1].mean)
+      tuned.append({
+          'variant': name, 'size': '', 'workload': '',
+          'changes': {LR: best}, 'look': next(iter(points.values())).name,
+          'at_edge': [LR] * (best in (min(points), max(points))),
+          'runs': sum(len(p.finals) for p in points.values()), 'tried': [
+              {'rung': 0, 'changes': {LR: lr}, 'diverged': False,
+               'value': losses.mean, 'low': losses.low, 'high': losses.high}
+              for lr, losses in tried]})
+  return tuned
+
+
+def _about(sweep: curves.Sweep) -> tuple[list[str], list[str]]:
+  """What the sweep is, and what to know before the figures."""
+  runs = [run for p in sweep.points for run in p.runs.values()]
+  done = sum(run.state == 'done' for run in runs)
+  matched = (f'{sweep.match} matched to the base\'s within 1 %' if sweep.match
+             else 'sizes are not matched')
+  paired = ('seed by seed, every point sees the same data in the same order'
+            if sweep.paired else 'points differ in their data, so that seeds '
+            'pair less than they do elsewhere')
+  warnings = []
+  if done < len(runs):
+    warnings.append(f'{len(runs) - done} of {len(runs)} runs failed or are not '
+                    'done: they are listed at the end, and are in no verdict.')
+  if not sweep.base.finals:
+    warnings.append(f'The base {sweep.base.name} has no finished run with a '
+                    'held-out loss: no loss can be compared with it.')
+  for name, words in (('tokens', 'tokens'), ('params', 'parameters'),
+                      ('flops_per_token', 'FLOPs a token')):
+    far = [p.name for p in sweep.points
+           if abs(getattr(p, name) / getattr(sweep.base, name) - 1) > 0.01]
+    if far and name != sweep.match:
+      warnings.append(f'By more than 1 % from the base differ the {words} of '
+                      f'{", ".join(far)}.')
+  if len(sweep.codes) > 1:
+    warnings.append(layout.codes_note(sweep.codes))
+  if held_out := layout.held_out_note(p.changes for p in sweep.points):
+    warnings.append(held_out)
+  if sweep.changed_data:
+    warnings.append(layout.data_note(sweep.changed_data))
+  if sweep.strangers:
+    warnings.append('Not of the config that sweep.json says, though in these '
+                    f'figures: {"; ".join(sweep.strangers)}.')
+  return ([f'{sweep.file}: {len(sweep.points)} points, {done} of {len(runs)} '
+           f'runs done; base {sweep.base.name}; {matched}; {paired}.'],
+          warnings)
+
+
+def value(x: Any) -> str:
+  """Returns a config's value as a flag would have it."""
+  return x if isinstance(x, str) and x else json.dumps(x)
+
+
+def changed(changes: Mapping[str, Any]) -> str:
+  return ', '.join(f'{name}={value(x)}' for name, x in changes.items())
+
+
+def alone(frozen: plans.Frozen, row: Mapping[str, Any]) -> dict[str, Any]:
+  """What a point changes beside the base of its size and workload."""
+  base = frozen.point(frozen.plan.base, row['size'], row['workload'])['changes']
+  return {name: x for name, x in row['changes'].items()
+          if name not in base or base[name] != x}
+
+
+def answer(c: Comparison) -> str:
+  """The answer, as far as there is one, in a sentence."""
+  groups: dict[str, list[str]] = {}
+  for row in c.verdicts()[1:]:
+    effect = page.estimate(row['effect'], row['low'], row['high']).text
+    groups.setdefault(row['verdict'], []).append(
+        row['variant'] + f' ({effect}{_excluded(c, row)})' * (
+            effect != UNKNOWN))
+  unit = measures_lib.said(c.frozen, c.plan.primary, ' (', ')')
+  return f'By {c.plan.primary.name}{unit}: ' + '; '.join(
+      f'{word}: {", ".join(names)}' for word, names in groups.items()) + '.'
+
+
+def _excluded(c: Comparison, row: Mapping[str, Any]) -> str:
+  """Says of a variant of which no difference is shown that it cannot have one
+  of EFFECT: its interval lies within, and does so where it is as wide as makes
+  the intervals of all confirmed variants hold at once (Bonferroni)."""
+  if row['verdict'] != decide.NONE_SHOWN or not page.known(row['low']):
+    return ''
+  from scipy.stats import t
+  family = [other['measure'] for other in c.results['confirm']].count(
+      row['measure'])
+  wider = t.isf(c.plan.alpha / (2 * family), row['n'] - 1) / t.isf(
+      0.025, row['n'] - 1)
+  half = (row['high'] - row['low']) / 2 * max(wider, 1.0)
+  return (f': an effect of {c.plan.effect:g} is excluded'
+          if abs(row['effect']) + half < c.plan.effect else '')
+
+
+# The tables.
+
+
+def estimate_table(c: Comparison, name: str, title: str,
+                   rows: Sequence[Mapping[str, Any]]) -> Table:
+  """Estimates as a table, without the columns that say nothing of them."""
+  rows = [row for row in rows
+          if row['runs'] or row['verdict'] or row['n'] is not None]
+  one = len({row['measure'] for row in rows}) == 1
+  mean = 'held-out loss' if one and rows[0]['measure'] == 'loss' else 'mean'
+  ends = lambda row, key: page.estimate(
+      row[key], row[key.replace('effect', 'low')],
+      row[key.replace('effect', 'high')])
+  table = [{
+      'variant': label(row['variant']),
+      'measure': label('' if one else row['measure']),
+      'size': label(row['size']),
+      mean: page.mean(row['mean'], row['sd']),
+      'minus base': Cell(BASE, 0.0) if row['variant'] == c.plan.base
+      else ends(row, 'effect'),
+      'verdict': label(row['verdict'] or '', page.MARKS.get(
+          row['verdict'], '')),
+      'p': page.p_value(row['p'] if row['p_corrected'] is None else None),
+      'corrected p': page.p_value(row['p_corrected']),
+      'speed-up in FLOPs': _speed_up(row, 'flops'),
+      'speed-up in time': _speed_up(row, 'seconds'),
+      'trend over size': ends(row, 'trend_effect'),
+      'seeds': page.count((row['runs'] or None) if row['n'] is None
+                          else row['n']),
+      'diverged': Cell(str(row['diverged'] or ''), row['diverged'])}
+           for row in rows]
+  return page.table(name, title, table)
+
+
+def _speed_up(row: Mapping[str, Any], by: str) -> Cell:
+  """'1.2 [1.1, 1.3]'; ~ where the curves' fit errs by more than the difference,
+  in brackets where no difference is shown."""
+  x = row[f'speed_up_{by}']
+  if not page.known(x):
+    return Cell(UNKNOWN)
+  text = page.estimate(x, row[f'speed_up_{by}_low'], row[f'speed_up_{by}_high'],
+                       '.2f').text
+  if page.known(row['effect']) and (
+      abs(row['effect']) < row[f'speed_up_{by}_fit_error']):
+    text = f'~{text}'
+  shown = row['verdict'] not in (decide.NOISE, decide.NO_NOISE,
+                                 decide.NONE_SHOWN)
+  return Cell(text if shown else f'({text})', x)
+
+
+def costs(c: Comparison) -> Table:
+  """What each variant costs at each size, and what it changes."""
+  def beside(row, name):
+    base = c.frozen.point(c.plan.base, row['size'], row['workload'])[name]
+    more = row[name] / base - 1
+    x, units = row[name], ['', 'k', 'M', 'G', 'T']
+    while abs(x) >= 1000 and units[1:]:
+      x /= 1000
+      units.pop(0)
+    share = '' if abs(more) < 5e-4 else f' ({more:+.1%})'
+    return Cell(f'{x:.4g}{units[0]}{share}', row[name])
+
+  rows = []
+  for row in c.frozen.points:
+    if row['workload'] != plans.TEXT:
+      continue
+    seconds = [x.seconds for x in c.outcomes if x.phase == 'confirm' and (
+        x.variant, x.size, x.workload) == (
+            row['variant'], row['size'], row['workload'])]
+    rows.append({'variant': label(row['variant']), 'size': label(row['size']),
+                 'parameters': beside(row, 'params'),
+                 'active parameters': beside(row, 'active_params')
+                 if row['active_params'] != row['params'] else Cell(''),
+                 'FLOPs a token': beside(row, 'flops_per_token'),
+                 'tokens': page.count(row['tokens']),
+                 'time of a run': page.duration(
+                     float(np.mean(seconds)) if seconds else None),
+                 'changes': label(changed(alone(c.frozen, row))),
+                 'solved for': label(', '.join(row['matched']))})
+  return page.table('costs', 'What each variant changes and costs', rows)
+
+
+def effects(c: Comparison) -> Table:
+  """Each change alone: the mean over all pairs of points that differ in it and
+  in nothing else, what was matched aside; none where no change has 2 pairs."""
+  if c.is_study:
+    return page.table('effects', '', [])
+  declared = {row['variant']: {k: v for k, v in row['changes'].items()
+                               if k not in row['matched']}
+              for row in c.frozen.points}
+  finals = {v: c.values('confirm', v, '', c.plan.primary) for v in c.variants}
+  pairs: dict[tuple, list[dict[int, float]]] = {}
+  for ours, changes in declared.items():
+    for key, x in changes.items():
+      rest = {k: v for k, v in changes.items() if k != key}
+      pairs.setdefault((key, spec.hashable(x)), []).extend(
+          {seed: finals[ours][seed] - finals[theirs][seed]
+           for seed in finals[ours].keys() & finals[theirs].keys()}
+          for theirs, other in declared.items() if other == rest)
+  rows = []
+  for (key, x), apart in pairs.items():
+    apart = [by_seed for by_seed in apart if by_seed]
+    # Seeds that only some pairs have would weigh these pairs alone.
+    seeds = set.intersection(*map(set, apart)) if apart[1:] else ()
+    if not seeds:
+      continue
+    mean, low, high, _ = statistics.interval([
+        float(np.mean([by_seed[seed] for by_seed in apart])) for seed in seeds])
+    means = [float(np.mean([*by_seed.values()])) for by_seed in apart]
+    rows.append({
+        'change': label(changed({key: x})),
+        'minus base': page.estimate(mean, low, high),
+        'from pair to pair': Cell(f'{min(means):+.4f} to {max(means):+.4f}',
+                                  min(means)),
+        'pairs': page.count(len(means))})
+  return page.table('effects', 'Each change, whatever the others', rows)
+
+
+def tuning(c: Comparison) -> Table:
+  """The values that were tried for each variant, and the best of them."""
+  rows = []
+  for row in c.results['tuned']:
+    tried = {name: sorted({trial['changes'][name] for trial in row['tried']})
+             for name in row['changes']}
+    best = [trial['value'] for trial in row['tried']
+            if trial['changes'] == row['changes']][-1]
+    last = [trial['value'] for trial in row['tried']
+            if trial['rung'] >= c.plan.tuning.rungs - 1]
+    rows.append({
+        'variant': label(row['variant']),
+        'size': label(row['size']), 'workload': label(row['workload']),
+        'chosen': label(changed(row['changes'])),
+        'tried': label('; '.join(f'{name}: {", ".join(map(value, values))}'
+                                 for name, values in tried.items())),
+        'at the edge': label(', '.join(row['at_edge']) or 'no'),
+        'best': page.number(best),
+        'sensitivity': page.number(
+            abs(sum(last) / len(last) - best)
+            if last and None not in last else None),
+        'runs': page.count(row['runs']),
+        'diverged': Cell(str(n) if (n := sum(
+            bool(trial['diverged']) for trial in row['tried'])) else '', n)})
+  return page.table('tuned', 'What was tried for each variant', rows)
+
+
+def noise(c: Comparison) -> Table:
+  """What a variant without effect shows, and what can be found beside it."""
+  return page.table('noise-table', f'Base against base; wanted is an effect of '
+               f'{measures_lib.amount(c.frozen, c.plan.effect)}', [{
+                   'measure': label(row['measure']), 'size': label(row['size']),
+                   'phase': label(row['phase']),
+                   'pairs': page.count(row['pairs']),
+                   'standard deviation': page.number(row['sd']),
+                   'smallest effect': page.number(row['smallest_effect']),
+                   'seeds': page.count(row['seeds']),
+                   'seeds needed': page.count(row['seeds_needed']),
+                   'power': Cell(page.percent(row['power']), row['power'])
+                   if page.known(row['power']) else Cell(UNKNOWN)}
+                                                   for row in c.results['noise']
+                                                   ])
+
+
+def excluded(c: Comparison) -> Table:
+  """The runs that failed, diverged or are not done, and why."""
+  groups: dict[tuple, list[int]] = {}
+  for row in c.excluded:
+    *key, = (row[name] for name in ('variant', 'phase', 'size', 'workload',
+                                    'state', 'why'))
+    groups.setdefault(tuple(key), []).append(row['seed'])
+  rows = [{'variant': label(variant), 'phase': label(phase),
+           'size': label(size), 'workload': label(workload),
+           'state': label(state),
+           'seeds left out': label(', '.join(map(str, seeds))),
+           'why': label(why)}
+          for (variant, phase, size, workload, state, why), seeds
+          in groups.items()]
+  return page.table('excluded', 'Runs that failed, diverged or are not done',
+                    rows)
+
+
+def spent(c: Comparison) -> Table:
+  """Runs, FLOPs and time of each phase, and of all."""
+  phases = dict(c.results['phases'])
+  keys = ('planned', 'done', 'failed', 'tokens', 'flops', 'seconds')
+  if phases:
+    phases['all'] = {key: sum(row[key] or 0.0 for row in phases.values())
+                     for key in keys}
+  return page.table('spent', 'Spent, by phase', [{
+      'phase': label(phase), 'runs planned at most': page.count(row['planned']),
+      'done': page.count(row['done']), 'diverged': page.count(row['failed']),
+      'tokens': page.count(row['tokens']),
+      'FLOPs': page.number(row['flops'], '.3g'),
+      'training time': page.duration(row['seconds'])}
+                                             for phase, row in phases.items()])
+
+
+def config(c: Comparison) -> Table:
+  """Every field of the config that all runs change."""
+  return page.table('config', 'The config that all runs change', [
+      {'field': label(name), 'value': Cell(value(x))}
+      for name, x in run_config.flatten_dict(c.frozen.base_config).items()
+      if not name.startswith(ASIDE)])
+
+
+def provenance(c: Comparison) -> Table:
+  """Code, machines, versions and data."""
+  record = c.results['provenance']
+  rows = [('plan', f'{c.frozen.hash}, frozen at commit '
+           f'{c.frozen.code.get("commit")}')] * c.is_study
+  rows += [(what, name) for what, names in (
+      ('code', record['codes']), ('device', record['devices']),
+      ('version', [f'{name} {x}' for name, x in record['versions'].items()]),
+      ('hash', [f'{name}: {x}' for name, x in c.frozen.sources.items()]))
+           for name in names]
+  return page.table('code', 'Code, machines and data', [
+      {'what': label(what), 'which': Cell(name)} for what, name in rows])
+
+
+def methods(c: Comparison) -> list[str]:
+  """The paragraphs that a paper needs to say how a study was done."""
+  if not c.is_study:
+    return []
+  text = page.render(
+      'methods.txt', c=c, plan=c.plan, primary=c.plan.primary, changed=changed,
+      said=measures_lib.said, alone=alone, tuning=phases_lib,
+      percent=page.percent,
+      amount=measures_lib.amount(c.frozen, c.plan.effect),
+      grid=[f'{name} in {{{", ".join(map(value, values))}}}'
+            for name, values in c.plan.tuning.fields.items()])
+  return [' '.join(part.split()) for part in text.split('\n---\n')]
+
+
+# What report.js draws: {id, title, caption, x, y, log, series}. `x` and `y`
+# name the axes and the measures that a reader can choose from, and a series
+# holds, for each measure, its points by axis: {'eval': {'tokens': [...],
+# 'y': [...]}}. `look` is the class of report.css that gives it its colour and
+# dashes.
+
+
+def curve_plots(c: Comparison) -> list[dict[str, Any]]:
+  """Curves at each size: the mean over seeds, and each seed."""
+  plots = []
+  for i, size in enumerate(c.plan.sizes):
+    series, shown = [], {}
+    for name in c.variants:
+      seeds = {seed: lines for (variant, at, seed), lines in c.curves.items()
+               if (variant, at) == (name, size) and lines}
+      if not seeds:
+        continue
+      every = [figure for figure in curves.FIGURES
+               if all(figure in lines for lines in seeds.values())]
+      shown |= dict.fromkeys(every)
+      series.append({
+          'name': name, 'base': name == c.plan.base,
+          'look': figures.css_look(c, name),
+          'mean': {name: _line(curves.mean(
+              [lines[name] for lines in seeds.values()])) for name in every},
+          'seeds': {seed: {name: _line(lines[name]) for name in every}
+                    for seed, lines in seeds.items()}})
+    plots.append({
+        'id': f'curves-{i}', 'title': f'curves {size}', 'curves': True,
+        'log': False, 'x': curves.AXES, 'series': series,
+        'y': {name: words for name, words in curves.FIGURES.items()
+              if name in shown},
+        'caption': f'{size}{": " * bool(size)}means over the seeds that are '
+        'done. Seconds are of training steps on the machine that ran them, '
+        'without compiling, evaluating and saving; where several runs trained '
+        "as one program, each one's share."})
+  return plots
+
+
+def tuning_plot(c: Comparison) -> dict[str, Any]:
+  """What the last rung of tuning found on text by the learning rate, with the
+  interval over seeds where there is one."""
+  series = []
+  for row in c.results['tuned']:
+    tried = [trial for trial in row['tried'] if LR in trial['changes']
+             and trial['rung'] >= c.plan.tuning.rungs - 1]
+    if row['workload'] not in ('', plans.TEXT) or not tried:
+      continue
+    tried.sort(key=lambda trial: trial['changes'][LR])
+    look = row.get('look', row['variant'])
+    turn = c.plan.sizes.index(row['size'])
+    series.append({
+        'name': ' '.join([row['variant'], row['size']]).strip(), 'base': False,
+        'look': figures.css_look(c, look, turn), 'mean': {'loss': _numbers({
+            'lr': [trial['changes'][LR] for trial in tried],
+            'y': [trial['value'] for trial in tried],
+            'low': [trial.get('low') for trial in tried],
+            'high': [trial.get('high') for trial in tried]})}})
+  return {'id': 'rates', 'title': 'loss by learning rate', 'log': True,
+          'x': {'lr': 'learning rate'}, 'y': {'loss': c.plan.primary.name},
+          'caption': 'Bars are 95 % intervals over seeds.', 'series': series}
+
+
+def _line(curve: Mapping[str, Sequence]) -> dict[str, list]:
+  """A curve with at most MOST points, its last one kept."""
+  n = len(curve['step'])
+  keep = np.unique(np.linspace(0, n - 1, min(n, MOST)).round().astype(int))
+  return _numbers({'y' if name == 'loss' else name:
+                   np.asarray(curve[name], float)[keep]
+                   for name in (*curves.AXES, 'loss')})
+
+
+def _numbers(line: Mapping[str, Sequence]) -> dict[str, list]:
+  """Plain numbers of six digits; what is unknown or not finite is None."""
+  return {name: [float(f'{x:.6g}') if page.known(x) else None
+                 for x in values] for name, values in line.items()}
+
+
+# The whole.
+
+
+def verdict_table(c: Comparison) -> Table:
+  return estimate_table(c, 'verdicts', 'Each variant beside the base',
+                        c.verdicts())
+
+
+def other_table(c: Comparison) -> Table:
+  """What the verdicts are not on."""
+  rows = c.estimates[len(c.variants):]
+  return estimate_table(c, 'estimates', 'Each size and measure', [
+      row for row in rows if row['phase'] == 'confirm'])
+
+
+def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
+  pick = lambda name: [figure for figure in drawn if figure.name == name]
+  announced = c.results['announced']
+  planned = c.results['as_planned']['differences'] or [
+      f'What ran is what was planned, by the plan {c.frozen.hash}.']
+  return page.html([
+      Section('verdict', 'Verdict', (), pick('outcome'), [
+          verdict_table(c), costs(c)]),
+      Section('curves', 'Loss curves', plots=curve_plots(c)),
+      Section('others', 'Sizes and measures', (), pick('measures'),
+              [other_table(c)]),
+      Section('changes', 'Each change', tables=[effects(c)]),
+      Section('tuning', 'Tuning', tables=[tuning(c)], plots=[tuning_plot(c)]),
+      Section('noise', 'Noise and power', [announced['sentence']] if announced
+              else (), (), [noise(c)]),
+      Section('screen', 'Screen', tables=[estimate_table(
+          c, 'screened', f'At the smallest size, {c.plan.sizes[0]}',
+          [row for row in c.estimates if row['phase'] == 'screen'])]),
+      Section('left-out', 'Left out', tables=[excluded(c)]),
+      Section('planned', 'Planned and run', planned * c.is_study),
+      Section('methods', 'Methods', methods(c), (), [config(c)]),
+      Section('provenance', 'Provenance and cost', (), (), [
+          spent(c), provenance(c)])],
+                   title=c.plan.name, about=c.about, answer=answer(c),
+                   warnings=c.warnings)
+
+
+def write(c: Comparison) -> list[pathlib.Path]:
+  """Writes the page, the estimates, the runs, the curves and the figures;
+  returns their paths, the page's first."""
+  folder = pathlib.Path(c.workdir) / 'report'
+  storage.try_folder(folder)
+  drawn = figures.of(c)
+  runs = [{
+      **{name: getattr(x, name) for name in (
+          'phase', 'variant', 'size', 'workload', 'seed')}, 'measure': measure,
+      'value': y, **{name: getattr(x, name) for name in (
+          'diverged', 'loss', 'flops', 'seconds', 'params')},
+      'changes': json.dumps(x.changes, sort_keys=True)}
+          for x in c.outcomes for measure, y in x.values.items()]
+  lines = [{'variant': variant, 'size': size, 'seed': seed, 'figure': figure}
+           | {name: x for name, x in zip(curve, row)}
+           for (variant, size, seed), by_figure in c.curves.items()
+           for figure, curve in by_figure.items()
+           for row in zip(*curve.values())]
+  texts = {'index.html': html(c, drawn), 'results.csv': page.sheet(c.estimates),
+           'runs.csv': page.sheet(runs), 'curves.csv': page.sheet(lines)}
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, content in texts.items():
+    storage.write(folder / name, content)
+  pictures = {f'{figure.name}.{kind}': content for figure in drawn
+              for kind, content in figure.files.items()}
+  for name, content in pictures.items():
+    (folder / name).write_bytes(content)
+  return [folder / name for name in (*texts, *pictures)]
+
+
+def text(c: Comparison) -> str:
+  """Returns the outcome for a terminal, with what to know of it."""
+  more = () if c.is_study else (costs(c), other_table(c), effects(c))
+  first, *others = [table for table in (verdict_table(c), *more, excluded(c))
+                    if table.rows]
+  return '\n'.join([first.text(), *(f'- {line}' for line in c.warnings), *(
+      f'\n{table.title}\n{table.text()}' for table in others)])
+
+
+def as_json(c: Comparison) -> dict[str, Any]:
+  return {'name': c.plan.name, 'file': c.plan.file, 'match': c.plan.match,
+          'base': c.plan.base, 'answer': answer(c), 'warnings': c.warnings,
+          'estimates': c.estimates, 'points': c.frozen.points,
+          'excluded': c.excluded}

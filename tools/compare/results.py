@@ -33,7 +33,7 @@ def write(workdir, frozen: plans.Frozen, found: phases.Found,
       'study': {'name': frozen.plan.name, 'hash': frozen.hash},
       **{name: plans.to_json(getattr(found, name)) for name in (
           'outcomes', 'noise', 'announced', 'tuned', 'screen', 'confirm')},
-      'phases': {phase: _spent(workdir, frozen, phase, found, planned)
+      'phases': {phase: _spent(frozen, phase, found, planned)
                  for phase in plans.PHASES},
       'as_planned': as_planned(workdir, frozen, ran),
       'provenance': {'codes': ran, 'devices': _devices(workdir),
@@ -72,11 +72,6 @@ def folders(workdir, phase: str = '') -> list[pathlib.Path]:
   return found
 
 
-def points(folder) -> list[dict]:
-  """Returns the points of a phase's sweep."""
-  return layout.load_description(folder)['points']
-
-
 def rows(workdir, phase: str) -> list[ledger_lib.Run]:
   """Returns what the ledgers of a phase's sweeps hold."""
   found = []
@@ -86,7 +81,7 @@ def rows(workdir, phase: str) -> list[ledger_lib.Run]:
   return found
 
 
-def _spent(workdir, frozen: plans.Frozen, phase: str, found: phases.Found,
+def _spent(frozen: plans.Frozen, phase: str, found: phases.Found,
            planned: Mapping[str, int]) -> dict[str, Any]:
   own = [x for x in found.outcomes if x.phase == phase]
   tokens = sum(x.flops / frozen.point_of(x)['flops_per_token'] for x in own)
@@ -95,20 +90,7 @@ def _spent(workdir, frozen: plans.Frozen, phase: str, found: phases.Found,
           'failed': sum(x.diverged for x in own), 'tokens': tokens,
           'flops': float(sum(x.flops for x in own)),
           'seconds': float(sum(known)),
-          'wall_seconds': wall_seconds(workdir, phase),
           'finished': phase in found.finished}
-
-
-def wall_seconds(workdir, phase: str) -> float:
-  """Returns how long runs of a phase were under way: what overlaps counts
-  once, and what was done by an earlier attempt of a run does not count."""
-  spans = [(row.started, row.ended) for row in rows(workdir, phase)
-           if row.started and row.ended]
-  total, until = 0.0, 0.0
-  for start, end in sorted(spans):
-    total += max(end - max(start, until), 0.0)
-    until = max(until, end)
-  return total
 
 
 def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]
@@ -143,7 +125,8 @@ def codes(workdir) -> list[str]:
 
 
 def _runs(folder: pathlib.Path) -> list[tuple[str, int]]:
-  return [(row['name'], seed) for row in points(folder)
+  return [(row['name'], seed)
+          for row in layout.load_description(folder)['points']
           for seed in row['seeds']]
 
 

@@ -1,6 +1,5 @@
 """fit: a scaling law L(N, D) = E + A / N^a + B / D^b of a ladder of sizes, with
-intervals, and the best size for a budget of FLOPs. Of a ladder of widths and
-depths, also what shape does at the same size.
+intervals, and the best size for a budget of FLOPs.
 
 Approach 3 of Hoffmann et al. 2022 ("Training compute-optimal large language
 models"): N parameters and D tokens give the final loss; the five constants
@@ -8,11 +7,6 @@ minimise the Huber loss (delta 1e-3) of the residuals of log L, by L-BFGS from a
 grid of starts, best of all. The sum is minimised, not the mean, and to a tight
 tolerance: a loose one stops early and gives too narrow intervals (Besiroglu et
 al. 2024, "Chinchilla scaling: a replication attempt").
-
-Where a ladder varies both width and depth, the law is (E + A / N^a + B / D^b)
-r^s: r is the width of a model over its depth, divided by the ladder's geometric
-mean of this ratio, and s says what shape does at the same parameters and tokens
-(Kaplan et al. 2020, figure 5, found little). Elsewhere s is 0.
 
 Intervals are of a bootstrap over the residuals, spread by the freedom that the
 fit took: it keeps the ladder's sizes, of which there are too few to leave any
@@ -43,8 +37,8 @@ EXPONENTS = (0.0, 0.5, 1.0, 1.5, 2.0)
 LOG_E = (-1.0, -0.5, 0.0, 0.5, 1.0)
 LOG_SCALES = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
 POLISHED = 100  # of the starts: those with the least error
-# Of log E, log A, log B, a, b, s: an exponent of 0 cannot be told from E.
-BOUNDS = ((-12, 6), (-30, 90), (-30, 90), (0, 8), (0, 8), (-2, 2))
+# Of log E, log A, log B, a, b: an exponent of 0 cannot be told from E.
+BOUNDS = ((-12, 6), (-30, 90), (-30, 90), (0, 8), (0, 8))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,12 +65,13 @@ def main(args) -> int:
   sweep = curves.load_sweep(args.workdir)
   if args.by:
     figures = report_by(sweep, args.by, args.count, budgets, args.draws)
-    told = text_by
   else:
-    figures = report(data(sweep.points, args.count, args.workdir), budgets,
-                     args.draws)
-    told = text
-  print(json.dumps(figures, indent=2) if args.json else told(figures))
+    runs = data(sweep.points, args.count, args.workdir)
+    law = fit(*runs[:3])
+    figures = described(law, bootstrap(law, *runs[:3], args.draws), runs,
+                        budgets)
+  print(json.dumps(figures, indent=2) if args.json else
+        text_by(figures) if args.by else text(figures))
   return 0
 
 
@@ -93,21 +88,16 @@ def _budgets(text: str) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-  """The five constants of L(N, D) = E + A / N^a + B / D^b, and the exponent of
-  shape."""
+  """The five constants of L(N, D) = E + A / N^a + B / D^b."""
   E: float
   A: float
   B: float
   a: float
   b: float
-  s: float = 0.0
 
-  def loss(self, params, tokens, shapes=None):
-    """Returns the loss of models whose ratio of width to depth is `shapes`
-    times the ladder's mean of it; None: of that mean."""
-    loss = (self.E + self.A * np.asarray(params, float) ** -self.a
+  def loss(self, params, tokens):
+    return (self.E + self.A * np.asarray(params, float) ** -self.a
             + self.B * np.asarray(tokens, float) ** -self.b)
-    return loss if shapes is None else loss * np.asarray(shapes) ** self.s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,31 +111,15 @@ class Cost:
 
 
 class Runs(NamedTuple):
-  """The runs of a ladder, an entry each.
-
-  Attributes:
-    params, tokens, losses, flops_per_token: of each.
-    ratios: of width to depth.
-    shapes: the same over the ladder's mean of it (relative_shapes); None where
-      the ladder cannot tell shape from size.
-  """
+  """The runs of a ladder, an entry each: arrays."""
   params: np.ndarray
   tokens: np.ndarray
   losses: np.ndarray
   flops_per_token: np.ndarray
-  ratios: np.ndarray
-  shapes: np.ndarray | None
-
-  def fit(self) -> Law:
-    return fit(self.params, self.tokens, self.losses, self.shapes)
-
-  def bootstrap(self, law: Law, draws: int, seed: int = 0) -> list[Law]:
-    return bootstrap(law, self.params, self.tokens, self.losses, draws, seed,
-                     self.shapes)
 
 
 def data(points, count: str, who: str, beside: str = '') -> Runs:
-  """Returns every run of a ladder, by tokens, parameters, shape and seed.
+  """Returns every run of a ladder, by tokens, parameters and seed.
 
   Args:
     points: of one ladder.
@@ -165,62 +139,40 @@ def data(points, count: str, who: str, beside: str = '') -> Runs:
             'field')
   done = [point for point in points if point.finals]
   require(bool(done), f'{who} has no finished run')
-  done.sort(key=lambda p: (p.tokens, getattr(p, count), np.divide(*_sides(p))))
-  widths, depths = zip(*map(_sides, done))
-  shapes = relative_shapes(
-      widths, depths, [getattr(point, count) for point in done])
-  told = np.ones(len(done)) if shapes is None else shapes
-  _check_rungs(done, count, told)
-  rows = [(getattr(point, count), point.tokens, loss, point.flops_per_token,
-           width / depth, shape)
-          for point, width, depth, shape in zip(done, widths, depths, told)
-          for _, loss in sorted(point.finals.items())]
-  *columns, each = map(np.array, zip(*rows))
-  return Runs(*columns, None if shapes is None else each)
+  done.sort(key=lambda p: (p.tokens, getattr(p, count)))
+  _check_rungs(done, count)
+  return Runs(*map(np.array, zip(*(
+      (getattr(point, count), point.tokens, loss, point.flops_per_token)
+      for point in done for _, loss in sorted(point.finals.items())))))
 
 
-def _sides(point) -> tuple[int, int]:
-  """The width and the depth of a point of which a run is done."""
-  config = point.runs[min(point.finals)].config
-  return config['model.d_model'], config['model.num_layers']
-
-
-def _check_rungs(points, count: str, shapes) -> None:
-  """Raises RequestError for two points of one size, length and shape: what else
-  they differ in, the law does not know."""
+def _check_rungs(points, count: str) -> None:
+  """Raises RequestError for two points of one size and length: what else they
+  differ in, the law does not know."""
   rungs = {}
-  for point, shape in zip(points, shapes):
+  for point in points:
     size = getattr(point, count), point.tokens
-    other = rungs.setdefault((*size, round(float(shape), 9)), point)
+    other = rungs.setdefault(size, point)
     keys = [key for key in {**other.changes, **point.changes}
             if other.changes.get(key) != point.changes.get(key)]
     require(other is point, f'points {other.name!r} and {point.name!r} have '
             f'both {size[0]:,} {count} and {size[1]:,} tokens, and differ in '
             f'{", ".join(keys)}: a law is fitted to one point of each size and '
-            'length, and of each shape where model.d_model and '
-            'model.num_layers vary apart')
+            'length')
 
 
-def check_ladder(params: Sequence[float], tokens: Sequence[float],
-                 shapes: Sequence[float] | None = None) -> None:
-  """Raises RequestError where a ladder is too small to fix five constants, or
-  with `shapes` six, and to leave residuals."""
+def check_ladder(params: Sequence[float], tokens: Sequence[float]) -> None:
+  """Raises RequestError where a ladder is too small to fix five constants, and
+  to leave residuals."""
   x, y = np.log(np.asarray(params, float)), np.log(np.asarray(tokens, float))
-  points = np.stack([x, y], 1)
-  counts = [(points, MIN_RUNS, 'pairs of parameters and tokens'),
-            (x[:, None], MIN_SIZES, 'numbers of parameters'),
-            (y[:, None], MIN_LENGTHS, 'numbers of tokens')]
-  what, instead = 'five constants of the law', ''
-  if shapes is not None:
-    counts.append((np.column_stack([points, np.log(shapes)]), MIN_RUNS + 1,
-                   'points of parameters, tokens and shape'))
-    what = 'six constants of a law with shape'
-    instead = ', or keep model.d_model over model.num_layers as it is'
-  for rows, least, things in counts:
+  for rows, least, things in (
+      (np.stack([x, y], 1), MIN_RUNS, 'pairs of parameters and tokens'),
+      (x[:, None], MIN_SIZES, 'numbers of parameters'),
+      (y[:, None], MIN_LENGTHS, 'numbers of tokens')):
     have = len(_distinct(rows))
     require(have >= least, f'the ladder has {have} different {things}: the '
-            f'{what} need {least}; add points that vary the model\'s size and '
-            f'train.steps{instead}')
+            f'five constants of the law need {least}; add points that vary the '
+            'model\'s size and train.steps')
   correlation = float(np.corrcoef(x, y)[0, 1])
   require(abs(correlation) <= MAX_CORRELATION, 'tokens rise with parameters '
           f'(correlation {correlation:.3f} of their logarithms, at most '
@@ -237,45 +189,20 @@ def _distinct(x: np.ndarray) -> list[np.ndarray]:
   return rows
 
 
-def relative_shapes(widths: Sequence[float], depths: Sequence[float],
-                    params: Sequence[float]) -> np.ndarray | None:
-  """Returns each model's ratio of width to depth, over the geometric mean of
-  all; None where a ladder cannot tell shape from size: it has one depth or one
-  width, or the ratio rises or falls with the parameters."""
-  ratio = np.log(np.asarray(widths, float) / np.asarray(depths, float))
-  size = np.log(np.asarray(params, float))
-  if min(len(set(widths)), len(set(depths))) < 2 or np.ptp(ratio) < 0.01:
-    return None
-  if np.ptp(size) and abs(np.corrcoef(ratio, size)[0, 1]) > MAX_CORRELATION:
-    return None
-  return np.exp(ratio - ratio.mean())
-
-
 def fit(params: Sequence[float], tokens: Sequence[float],
-        losses: Sequence[float], shapes: Sequence[float] | None = None) -> Law:
-  """Returns the law that fits best.
-
-  Args:
-    params, tokens, losses: of each run.
-    shapes: of each, as relative_shapes has them; None: the law has none.
-
-  Raises:
-    RequestError: where the ladder is too small.
-  """
-  check_ladder(params, tokens, shapes)
+        losses: Sequence[float]) -> Law:
+  """Returns the law that fits runs best; RequestError where the ladder is too
+  small."""
+  check_ladder(params, tokens)
   x, y, z = (np.log(np.asarray(v, float)) for v in (params, tokens, losses))
   grid = np.stack(np.meshgrid(LOG_E, LOG_SCALES, LOG_SCALES, EXPONENTS,
                               EXPONENTS, indexing='ij'), -1).reshape(-1, 5)
   errors = np.array([objective(theta, x, y, z)[0] for theta in grid])
-  starts = grid[np.argsort(errors, kind='stable')[:POLISHED]]
-  if shapes is None:
-    return _best(starts, x, y, z)
-  return _best([np.append(theta, 0.0) for theta in starts], x, y, z,
-               np.log(shapes))
+  return _best(grid[np.argsort(errors, kind='stable')[:POLISHED]], x, y, z)
 
 
-def bootstrap(law: Law, params, tokens, losses, draws: int, seed: int = 0,
-              shapes: Sequence[float] | None = None) -> list[Law]:
+def bootstrap(law: Law, params, tokens, losses, draws: int, seed: int = 0
+              ) -> list[Law]:
   """Returns laws of `draws` ladders whose residuals are drawn anew.
 
   Two ladders of as many runs in the same order, drawn with the same seed, get
@@ -283,49 +210,40 @@ def bootstrap(law: Law, params, tokens, losses, draws: int, seed: int = 0,
   then cancels in the difference of their laws.
   """
   x, y, z = (np.log(np.asarray(v, float)) for v in (params, tokens, losses))
-  fitted = np.log(law.loss(params, tokens, shapes))
-  u = None if shapes is None else np.log(shapes)
-  free = len(CONSTANTS) + (u is not None)
-  residuals = (z - fitted) * math.sqrt(len(z) / (len(z) - free))
-  start = np.array([math.log(law.E), math.log(law.A), math.log(law.B), law.a,
-                    law.b, law.s])[:free]
+  fitted = np.log(law.loss(params, tokens))
+  residuals = (z - fitted) * math.sqrt(len(z) / (len(z) - len(CONSTANTS)))
+  start = [math.log(law.E), math.log(law.A), math.log(law.B), law.a, law.b]
   rng = np.random.default_rng(seed)
-  return [_best([start], x, y, fitted + rng.choice(residuals, len(z)), u)
+  return [_best([start], x, y, fitted + rng.choice(residuals, len(z)))
           for _ in range(draws)]
 
 
-def _best(starts, x, y, z, u=None) -> Law:
+def _best(starts, x, y, z) -> Law:
   from scipy.optimize import minimize
-  found = [minimize(objective, theta, args=(x, y, z, u), jac=True,
-                    method='L-BFGS-B', bounds=BOUNDS[:len(theta)],
+  found = [minimize(objective, theta, args=(x, y, z), jac=True,
+                    method='L-BFGS-B', bounds=BOUNDS,
                     options=dict(maxiter=5000, ftol=1e-15, gtol=1e-10))
            for theta in starts]
   theta = min(found, key=lambda result: result.fun).x
   return Law(*map(float, np.exp(theta[:3])), *map(float, theta[3:]))
 
 
-def objective(theta, x, y, z, u=None) -> tuple[float, np.ndarray]:
+def objective(theta, x, y, z) -> tuple[float, np.ndarray]:
   """Returns the summed Huber loss of log L, and its gradient.
 
   Args:
-    theta: log E, log A, log B, a, b; and s, where there is `u`.
-    x, y, z, u: logarithms of parameters, tokens, losses and shapes.
+    theta: log E, log A, log B, a, b.
+    x, y, z: logarithms of parameters, tokens and losses.
   """
   terms = np.stack([np.full_like(x, theta[0]), theta[1] - theta[3] * x,
                     theta[2] - theta[4] * y])
-  top = terms.max(0)
-  powers = np.exp(terms - top)
-  total = powers.sum(0)
-  r = top + np.log(total) - z
-  if u is not None:
-    r = r + theta[5] * u
+  total = np.logaddexp.reduce(terms)
+  r = total - z
   size = np.abs(r)
   value = np.where(size <= DELTA, r * r / 2, DELTA * (size - DELTA / 2)).sum()
-  push = np.clip(r, -DELTA, DELTA)
-  pull = push * powers / total
+  pull = np.clip(r, -DELTA, DELTA) * np.exp(terms - total)
   gradient = np.array([*pull.sum(1), -(pull[1] * x).sum(),
-                       -(pull[2] * y).sum(),
-                       *([] if u is None else [(push * u).sum()])])
+                       -(pull[2] * y).sum()])
   scale = 1 / DELTA ** 2  # L-BFGS stops by absolute size of the gradient
   return value * scale, gradient * scale
 
@@ -348,27 +266,19 @@ def cost_of(params: Sequence[float], flops_per_token: Sequence[float]) -> Cost:
   return Cost(float(np.exp(factor)), float(power))
 
 
-def report(runs: Runs, budgets, draws: int) -> dict:
-  """Returns all that `fit` prints, of the runs of a ladder."""
-  law = runs.fit()
-  return described(law, runs.bootstrap(law, draws), runs, budgets)
-
-
 def described(law: Law, drawn: list[Law], runs: Runs, budgets) -> dict:
   """Returns what `fit` prints of a law and those drawn around it."""
-  params, tokens, losses, flops_per_token, ratios, shapes = runs
+  params, tokens, losses, flops_per_token = runs
   cost = cost_of(params, flops_per_token)
   budgets = budgets or [float(np.max(tokens * flops_per_token)) * scale
                         for scale in (1, 10, 100)]
-  residuals = np.log(losses / law.loss(params, tokens, shapes))
+  residuals = np.log(losses / law.loss(params, tokens))
   return {
       'runs': len(losses),
       'parameters': _ends(params), 'tokens': _ends(tokens),
       'rms_log_residual': float(np.sqrt(np.mean(residuals ** 2))),
       'constants': {name: _with_interval(operator.attrgetter(name), law, drawn)
                     for name in CONSTANTS},
-      'shape': None if shapes is None else _with_interval(
-          lambda of: 2 ** of.s - 1, law, drawn) | {'ratios': _ends(ratios)},
       'flops_per_token': dataclasses.asdict(cost),
       'optima': [_optimum(law, drawn, cost, budget) for budget in budgets]}
 
@@ -403,12 +313,6 @@ def text(f: dict) -> str:
            f'rms residual of log L {f["rms_log_residual"]:.2e}']
   lines += [f'  {name}  {x["value"]:>10.4g}  [{x["low"]:.4g}, {x["high"]:.4g}]'
             for name, x in f['constants'].items()]
-  if f['shape']:
-    x, (least, most) = f['shape'], f['shape']['ratios']
-    lines.append(
-        'shape: twice the width over the depth, at the same parameters and '
-        f'tokens, changes the loss by {x["value"]:+.2%} [{x["low"]:+.2%}, '
-        f'{x["high"]:+.2%}]; seen from {least:.3g} to {most:.3g}')
   cost = f['flops_per_token']
   lines += [f'FLOPs a token, of this ladder: {cost["factor"]:.3g} '
             f'N^{cost["power"]:.3f}',
@@ -453,16 +357,16 @@ def report_by(sweep, field: str, count: str, budgets, draws: int) -> dict:
           'field of which it has two values')
   runs = {value: data(points, count, f'{field}={value} of {sweep.name}', field)
           for value, points in ladders.items()}
-  laws = {value: own.fit() for value, own in runs.items()}
-  drawn = {value: own.bootstrap(laws[value], draws)
+  laws = {value: fit(*own[:3]) for value, own in runs.items()}
+  drawn = {value: bootstrap(laws[value], *own[:3], draws)
            for value, own in runs.items()}
   first, *others = runs
   differences = []
   for value in others:
     is_paired = _rungs(ladders[value]) == _rungs(ladders[first])
     # Else what is drawn of both would hang together by chance.
-    theirs = drawn[value] if is_paired else runs[value].bootstrap(
-        laws[value], draws, seed=1)
+    theirs = drawn[value] if is_paired else bootstrap(
+        laws[value], *runs[value][:3], draws, seed=1)
     row = {'variant': value, 'against': first, 'paired': is_paired}
     for name in ('a', 'b'):
       apart = [getattr(x, name) - getattr(y, name)
@@ -477,11 +381,10 @@ def report_by(sweep, field: str, count: str, budgets, draws: int) -> dict:
 
 
 def _rungs(points: Sequence) -> list[tuple]:
-  """Returns tokens, rank of the size, shape and seed of each run, as `data` has
-  them in order."""
+  """Returns tokens, rank of the size and seed of each run, in the order of
+  `data`."""
   sizes = sorted({point.params for point in points})
-  return sorted((point.tokens, sizes.index(point.params),
-                 np.divide(*_sides(point)), seed)
+  return sorted((point.tokens, sizes.index(point.params), seed)
                 for point in points for seed in point.finals)
 
 

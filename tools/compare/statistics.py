@@ -5,47 +5,25 @@ so the differences of a pair vary less than the runs themselves, and their
 spread is the noise that a difference must leave behind.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
+import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 MIN_SEEDS = 3  # with fewer, the spread itself is not known
 MIN_POINTS = 6  # of a curve whose three constants are fitted
+DRAWS, MOST_SEEDS = 2048, 10_000  # to announce a power
 
 
-@dataclasses.dataclass(frozen=True)
-class Interval:
-  """A mean over seeds.
-
-  Attributes:
-    mean: the mean.
-    low, high: of its 95 % interval; None where there are too few seeds.
-    seeds: how many.
-    least, most: of the seeds' own values.
-  """
+class Interval(NamedTuple):
+  """A mean over seeds, and its 95 % interval; None where these are too few."""
   mean: float
   low: float | None
   high: float | None
   seeds: int
-  least: float
-  most: float
-
-  @property
-  def known(self) -> bool:
-    return self.low is not None
-
-  @property
-  def bar(self) -> tuple[float, float] | None:
-    """What a figure draws: the interval; of two seeds, from one to the other;
-    of one, nothing."""
-    if self.known:
-      return self.low, self.high
-    return (self.least, self.most) if self.seeds == 2 else None
-
-  def holds(self, value: float) -> bool:
-    return self.known and self.low <= value <= self.high
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -57,12 +35,11 @@ def half_width(values: Sequence[float]) -> float:
 
 def interval(values: Sequence[float]) -> Interval:
   """Returns the mean and Student's interval around it."""
-  n, mean = len(values), float(np.mean(values))
-  ends = None, None
-  if n >= MIN_SEEDS:
+  mean, low, high = float(np.mean(values)), None, None
+  if len(values) >= MIN_SEEDS:
     half = half_width(values)
-    ends = mean - half, mean + half
-  return Interval(mean, *ends, n, float(min(values)), float(max(values)))
+    low, high = mean - half, mean + half
+  return Interval(mean, low, high, len(values))
 
 
 def p_value(values: Sequence[float]) -> float | None:
@@ -87,56 +64,21 @@ def corrected(p: Sequence[float | None], method: str = 'holm'
   """Returns the p-values as corrected for being several.
 
   Args:
-    p: of the tests; None for one that could not be done, which is no member of
-      the family.
+    p: of the tests; None for one that could not be done, which is a member of
+      the family all the same.
     method: 'holm' (Holm 1979), for the probability that any of them is wrong,
       or 'bh' (Benjamini and Hochberg 1995), for the share of wrong ones among
       those found.
   """
-  known = np.array([x for x in p if x is not None])
+  every = np.array([1.0 if x is None else x for x in p])
   if method == 'holm':  # the smallest times n, the next times n - 1, ...
-    order = np.argsort(known)
-    weighed = known[order] * np.arange(len(known), 0, -1)
-    found = np.empty(len(known))
-    found[order] = np.minimum(np.maximum.accumulate(weighed), 1.0)
-  else:
+    order = np.argsort(every)
+    weighed = every[order] * np.arange(len(every), 0, -1)
+    every[order] = np.minimum(np.maximum.accumulate(weighed), 1.0)
+  elif len(every):
     from scipy import stats
-    found = stats.false_discovery_control(known) if len(known) else known
-  each = iter(found.tolist())
-  return [None if x is None else next(each) for x in p]
-
-
-def differences(ours: Mapping[int, float], theirs: Mapping[int, float]
-                ) -> list[float]:
-  """Returns ours - theirs of each seed that both have."""
-  return [ours[s] - theirs[s] for s in sorted(ours.keys() & theirs.keys())]
-
-
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]
-           ) -> Interval | None:
-  """Returns ours - theirs over the seeds that both have; None: none."""
-  values = differences(ours, theirs)
-  return interval(values) if values else None
-
-
-def beside_the_base(variants: Sequence[Mapping[int, float]],
-                    base: Mapping[int, float]
-                    ) -> list[tuple[float | None, float | None]]:
-  """Returns p of each variant's paired differences, and p by Holm over all of
-  them; None for those with too few pairs."""
-  each = [p_value(differences(own, base)) for own in variants]
-  return list(zip(each, corrected(each)))
-
-
-def verdict(difference: Interval | None) -> str:
-  """What a difference in loss says: better, worse, noise, unknown or n/a."""
-  if difference is None:
-    return 'n/a'
-  if not difference.known:
-    return 'unknown'
-  if difference.holds(0.0):
-    return 'noise'
-  return 'better' if difference.mean < 0 else 'worse'
+    every = stats.false_discovery_control(every)
+  return [None if x is None else y for x, y in zip(p, every.tolist())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,8 +154,144 @@ def over_seeds(pairs: Sequence[tuple[PowerLaw | None, PowerLaw | None]]
   ratios = [speed_up(*pair) for pair in pairs]
   if not ratios or None in ratios:
     return None, None
-  logs = interval(np.log(ratios))
-  ends = [None if x is None else math.exp(x) for x in (logs.low, logs.high)]
-  return (Interval(math.exp(logs.mean), *ends, logs.seeds,
-                   float(min(ratios)), float(max(ratios))),
+  *logs, seeds = interval(np.log(ratios))
+  return (Interval(*(None if x is None else math.exp(x) for x in logs), seeds),
           max(law.rms for pair in pairs for law in pair))
+
+
+# What a test would find, announced from a standard deviation that is itself an
+# estimate.
+#
+# A study is drawn a few thousand times: the means of the sizes, the spread that
+# the t-test will see, the runs that diverge, and the true standard deviation,
+# given the estimate s with v degrees of freedom: sigma = s / sqrt(chi2_v / v).
+# Each drawn study needs some least effect to find it, and the share of those
+# that need no more than an effect is the power announced for it.
+#
+# Taking s for sigma promises too much: of studies that take the number of seeds
+# that s asks for, more have too few than too many. With sigma drawn, the effect
+# announced for 80 % power is found by 80 % of the studies that announce it,
+# exactly so for each true sigma, since s / sigma has the distribution that was
+# drawn; so do studies that take `seeds_needed` seeds. What is announced for a
+# *fixed* effect and number of seeds is right among studies whose noise differs
+# ("of those that announce 70 %, 70 % find it"), and on average some points too
+# low over studies of one noise (docs/studies.md, "Can it be believed?").
+
+
+@functools.lru_cache(maxsize=32)
+def _uniform(dims: int) -> np.ndarray:
+  """Returns [DRAWS, dims]: scrambled Sobol points, always the same."""
+  from scipy.stats import qmc
+  points = qmc.Sobol(dims, seed=0).random(DRAWS)
+  return np.clip(points, 1e-9, 1 - 1e-9)
+
+
+@functools.lru_cache(maxsize=32)
+def _normal(dims: int) -> np.ndarray:
+  from scipy.special import ndtri
+  return ndtri(_uniform(dims))
+
+
+@functools.lru_cache(maxsize=1024)
+def _spread(df: float, column: int, dims: int) -> np.ndarray:
+  """Returns sqrt(chi2_df / df) of one column of the points: dear, and so kept
+  for the next time. Where df is large, by Wilson and Hilferty (1931), who err
+  by less than 1e-4 there."""
+  if df > 40:
+    part = 2 / (9 * df)
+    return (1 - part + _normal(dims)[:, column] * part ** 0.5) ** 1.5
+  from scipy.special import gammaincinv
+  return np.sqrt(2 * gammaincinv(df / 2, _uniform(dims)[:, column]) / df)
+
+
+@functools.lru_cache(maxsize=256)
+def _lost(runs: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
+  """Returns how many of the variant's runs and of the base's diverge."""
+  rng = np.random.default_rng(0)
+  return rng.binomial(runs, rate, DRAWS), rng.binomial(runs, rate, DRAWS)
+
+
+def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
+                  level: float, rate: float = 0.0, limit: float = 1.0
+                  ) -> np.ndarray:
+  """Returns the least effect, of any sign, that each drawn study would find:
+  significant over seeds and of one direction at all sizes.
+
+  Args:
+    sd: of a seed's mean over the sizes of the paired differences.
+    sds: of the paired differences at each of these sizes. Where they alone
+      would give the mean another spread than `sd`, the sizes of a seed are
+      drawn as hanging together (more), or all of them as less noisy (less).
+    df: degrees of freedom of the estimate.
+    seeds: how many the test has.
+    level: two-sided.
+    rate: the share of runs that diverge, of variant and base alike.
+    limit: the share above which a variant is unstable, and found nothing.
+  """
+  from scipy.special import stdtrit
+  sizes, sds, shared = _sizes(sd, np.asarray(sds, float))
+  if seeds < MIN_SEEDS:
+    return np.full(DRAWS, np.inf)
+  dims = sizes + 3
+  n, void = np.array([seeds]), np.array([False])
+  if rate:
+    ours, base = _lost(seeds * sizes, rate)
+    n = seeds - np.minimum(ours + base, seeds)
+    void = (n < MIN_SEEDS) | (ours > limit * seeds * sizes)
+    n = np.maximum(n, MIN_SEEDS)
+  z = _normal(dims)
+  means = (z[:, :sizes] * (1 - shared) ** 0.5 + z[:, -1:] * shared ** 0.5
+           ) * sds / np.sqrt(n)[:, None]
+  seen = np.empty(DRAWS)  # of the spread that the test is going to see
+  for k in set(n.tolist()):
+    at = n == k if len(n) > 1 else slice(None)
+    seen[at] = _spread(float(k - 1), sizes, dims)[at]
+  half = stdtrit(n - 1, 1 - level / 2) * seen * sd / np.sqrt(n)
+  need = means.mean(1) + half
+  if sizes > 1:
+    need = np.maximum(need, means.max(1))
+  need = need / _spread(round(df, 1), sizes + 1, dims)
+  return np.where(void, np.inf, need)
+
+
+def _sizes(sd: float, sds: np.ndarray) -> tuple[int, np.ndarray, float]:
+  """Returns the number of sizes, their deviations, and the correlation of
+  each two, with which their mean has the deviation `sd`."""
+  sizes = len(sds)
+  apart = np.sum(sds ** 2) / sizes ** 2
+  together = (np.sum(sds) / sizes) ** 2
+  if sd * sd <= apart or together <= apart:
+    return sizes, sds * (sd / np.sqrt(apart) if apart else 1.0), 0.0
+  return sizes, sds, min((sd * sd - apart) / (together - apart), 1.0)
+
+
+def power(effect: float, *args, **kwargs) -> float:
+  """Returns the share of drawn studies that find `effect`; the other arguments
+  are those of `least_effects`."""
+  return float(np.mean(least_effects(*args, **kwargs) <= effect))
+
+
+def smallest_effect(wanted: float, *args, **kwargs) -> float | None:
+  """Returns the effect that a share `wanted` of drawn studies finds."""
+  found = float(np.quantile(least_effects(*args, **kwargs), wanted,
+                            method='higher'))
+  return found if np.isfinite(found) else None
+
+
+def seeds_needed(effect: float, wanted: float, sd: float, sds, df: float,
+                 level: float, **kwargs) -> int | None:
+  """Returns the least number of seeds with the power `wanted`; None where
+  MOST_SEEDS are too few."""
+  enough = lambda seeds: power(effect, sd, sds, df, seeds, level,
+                               **kwargs) >= wanted
+  # Near where a test of a known deviation has its power of 80 %.
+  guess = 8 * (sd / effect) ** 2
+  low, high = MIN_SEEDS - 1, int(min(max(guess, MIN_SEEDS), MOST_SEEDS))
+  while not enough(high):
+    if high == MOST_SEEDS:
+      return None
+    low, high = high, min(high + high // 2 + 1, MOST_SEEDS)
+  while high - low > 1:
+    middle = max((low + high) // 2, 2 * high // 3)
+    low, high = (low, middle) if enough(middle) else (middle, high)
+  return high

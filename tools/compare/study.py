@@ -13,8 +13,6 @@ import math
 import pathlib
 import time
 
-import numpy as np
-
 from configs.errors import EnvironmentFailure, one_of, require
 from tools.compare import costs, curves, decide, freeze, layout, measures
 from tools.compare import ledger as ledger_lib
@@ -42,8 +40,8 @@ def check(args) -> int:
     print(json.dumps({'study': plans.to_json(frozen), 'phases': [
         cost._asdict() for cost in each]}, indent=2))
     return 0
-  hours = (f'A program takes {times.program:.1f} s beside its steps; hours are '
-           f'of {args.parallel} processes at once.' if times else
+  hours = (f'Hours are of the steps of {args.parallel} processes at once, '
+           'without starting and compiling them.' if times else
            'Hours are not known before the noise has run (--until=noise; then '
            '--workdir).')
   print(described(frozen), costs.table(each, args.parallel), hours, sep='\n\n')
@@ -139,8 +137,8 @@ def go(workdir, frozen: plans.Frozen, trainer: phases.Trainer, args) -> int:
     print('stopped: the same command goes on')
     return 0
   if args.until == plans.REPORT:
-    from tools.compare import study_report
-    page, *_ = study_report.write(workdir)
+    from tools.compare import report
+    page, *_ = report.write(report.load(workdir))
     print(f'report: {page}', flush=True)
   return 0
 
@@ -167,11 +165,11 @@ def _told(found: phases.Found) -> str:
                        for name, value in row.changes.items())
     lines.append(f'  {row.workload} {row.size} {row.variant}: {values}{edge}')
   for row in found.screen if phase == 'screen' else ():
-    lines.append(f'  {row.variant}: {_effect(row)}, q {_p(row.q)}: '
-                 + ('goes on' if row.passed else 'stays behind'))
+    lines.append(f'  {row.variant}: {_effect(row)}, q {_p(row.p_corrected)}: '
+                 f'{row.verdict}')
   for row in found.confirm if phase == 'confirm' else ():
     lines.append(f'  {row.variant}, {row.measure}: {_effect(row)}, corrected '
-                 f'p {_p(row.p_holm)}: {row.verdict}')
+                 f'p {_p(row.p_corrected)}: {row.verdict}')
   return '\n'.join(lines)
 
 
@@ -286,14 +284,13 @@ class Trainer:
               f'{measure.figure!r}, which {run.point}, seed {run.seed}, has '
               f'not reported: it has {", ".join(figures(own)) or "nothing"}')
       values[measure.name] = float(value)
-    trained = point.curve(run.seed, 'train')
-    last = [float(figure[-1]) if len(figure) else missing for figure, missing in
-            ((trained.tokens, 0.0), (trained.seconds, math.nan))]
+    spent = {name: values[-1] for name, values in point.curve(
+        run.seed, 'train').items()}
     return plans.Outcome(
         run.phase, run.variant, run.size, run.workload, run.seed, values,
-        diverged, last[0] * point.flops_per_token, last[1], point.params,
-        dict(run.changes), loss,
-        _curve(point, run.seed) if run.phase == 'confirm' else {})
+        diverged, spent.get('flops', 0.0), spent.get('seconds', math.nan),
+        point.params, dict(run.changes), loss,
+        point.curve(run.seed) if run.phase == 'confirm' else {})
 
 
 def ended_badly(run: curves.Run) -> bool:
@@ -314,13 +311,3 @@ def figures(run: curves.Run) -> dict[str, float]:
       reported |= {name: value for name, value in row.items()
                    if name not in ('split', 'step')}
   return reported
-
-
-def _curve(point: curves.Point, seed: int) -> dict[str, list[float]]:
-  """Returns the held-out losses of a run that are finite."""
-  curve = point.curve(seed, 'eval')
-  good = np.isfinite(curve.loss)
-  warm = curve.step >= point.runs[seed].config['optim.warmup_steps']
-  return {name: getattr(curve, name)[good].tolist()
-          for name in ('step', 'tokens', 'flops', 'seconds', 'loss')
-          } | {'warm': warm[good].tolist()}

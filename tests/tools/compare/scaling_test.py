@@ -14,7 +14,6 @@ from tools.compare import curves, scaling
 # Of Hoffmann et al. 2022, approach 3, and another one.
 CHINCHILLA = scaling.Law(E=1.69, A=406.4, B=410.7, a=0.34, b=0.28)
 STEEP = scaling.Law(E=0.8, A=60.0, B=2000.0, a=0.25, b=0.45)
-SHAPED = dataclasses.replace(STEEP, s=0.02)
 END = float(sweep_folder.loss(sweep_folder.STEPS))
 
 
@@ -24,17 +23,6 @@ def ladder(law, noise=0.0, seed=0, sizes=4, lengths=4):
   losses = law.loss(params, tokens) * np.exp(
       np.random.default_rng(seed).normal(0, noise, len(params)))
   return params, tokens, losses
-
-
-def _shaped(noise=1e-4):
-  """Widths, depths, parameters, tokens, losses of a ladder of both."""
-  widths, depths, tokens = (x.ravel() for x in np.meshgrid(
-      (64, 128, 256), (2, 4, 8), (1e6, 1e7, 1e8)))
-  params = 12.0 * depths * widths ** 2
-  ratio = widths / depths
-  losses = SHAPED.loss(params, tokens, ratio / np.exp(np.log(ratio).mean()))
-  return widths, depths, params, tokens, losses * np.exp(
-      np.random.default_rng(0).normal(0, noise, len(losses)))
 
 
 @pytest.fixture
@@ -59,18 +47,14 @@ def test_an_outlier_does_not_move_them(quick):
 
 
 def test_the_gradient_is_that_of_the_objective():
-  widths, depths, params, tokens, losses = _shaped()
-  u = np.log(scaling.relative_shapes(widths, depths, params))
-  x, y, z = np.log(params), np.log(tokens), np.log(losses)
+  x, y, z = map(np.log, ladder(STEEP, noise=1e-4))
   # Near the law, so that the residuals have both signs.
-  theta = np.array([*np.log([0.8, 60, 2000]), 0.25, 0.45, 0.1])
-  for shapes, size in ((u, 6), (None, 5)):
-    value = lambda t: scaling.objective(t, x, y, z, shapes)[0]  # noqa: B023
-    at = theta[:size]
-    np.testing.assert_allclose(
-        scaling.objective(at, x, y, z, shapes)[1],
-        [(value(at + h) - value(at - h)) / 2e-6 for h in 1e-6 * np.eye(size)],
-        rtol=1e-3)
+  theta = np.array([*np.log([0.8, 60, 2000]), 0.25, 0.45])
+  value = lambda t: scaling.objective(t, x, y, z)[0]
+  np.testing.assert_allclose(
+      scaling.objective(theta, x, y, z)[1],
+      [(value(theta + h) - value(theta - h)) / 2e-6 for h in 1e-6 * np.eye(5)],
+      rtol=1e-3)
 
 
 @pytest.mark.parametrize('params, tokens, said', [
@@ -82,24 +66,6 @@ def test_the_gradient_is_that_of_the_objective():
 def test_a_ladder_too_small_is_refused(params, tokens, said):
   with pytest.raises(ValueError, match=said):
     scaling.check_ladder(params, tokens)
-
-
-def test_shape_is_told_where_width_and_depth_vary_apart():
-  widths, depths, params, tokens, _ = _shaped()
-  shapes = scaling.relative_shapes(widths, depths, params)
-  assert np.prod(shapes) == pytest.approx(1)
-  assert shapes.max() / shapes.min() == pytest.approx(128 / 8)
-  one_depth = depths == 4
-  assert scaling.relative_shapes(
-      widths[one_depth], depths[one_depth], params[one_depth]) is None
-  # Deeper as they are wider, and wider for their depth the larger they are.
-  assert scaling.relative_shapes(
-      [32, 64, 128], [2, 3, 4], [1e4, 6e4, 3e5]) is None
-  # Six points are enough for five constants, and too few for six.
-  few = [0, 4, 8, 9, 13, 17]
-  scaling.check_ladder(params[few], tokens[few])
-  with pytest.raises(ValueError, match='six constants .* need 7'):
-    scaling.check_ladder(params[few], tokens[few], shapes[few])
 
 
 def test_the_optimum_is_the_papers_formula_and_the_least_loss():
@@ -131,29 +97,23 @@ def _main(*words):
 
 
 @pytest.mark.slow
-def test_a_folder_of_widths_and_depths_is_fitted(tmp_path, capsys, quick):
-  # 64 x 8 and 128 x 2 have as many parameters, as have 128 x 8 and 256 x 2.
+def test_a_folder_of_sizes_and_lengths_is_fitted(tmp_path, capsys, quick):
   sweep_folder.write(tmp_path, [
-      _point(f'p{i}', {'model.d_model': int(width),
-                       'model.num_layers': int(depth)}, n, d, [loss])
-      for i, (width, depth, n, d, loss) in enumerate(zip(*_shaped()))])
+      _point(f'p{i}', {'model.d_model': 64 + i}, n, d, [loss])
+      for i, (n, d, loss) in enumerate(zip(*ladder(STEEP, noise=1e-4)))])
   assert _main(tmp_path, '--budgets=1e15,1e19', '--draws=40', '--json') == 0
   found = json.loads(capsys.readouterr().out)
   for name in ('E', 'a', 'b'):
     x = found['constants'][name]
     assert x['low'] <= x['value'] <= x['high']
-    assert x['value'] == pytest.approx(getattr(SHAPED, name), rel=0.02)
-  shape = found['shape']
-  assert shape['value'] == pytest.approx(2 ** SHAPED.s - 1, rel=0.05)
-  assert shape['ratios'] == [8, 128]
+    assert x['value'] == pytest.approx(getattr(STEEP, name), rel=0.02)
   assert found['flops_per_token'] == pytest.approx(
       {'factor': 6.0, 'power': 1.0})
   near = scaling.optimum(STEEP, scaling.Cost(), 1e15)
   assert found['optima'][0]['parameters']['value'] == pytest.approx(
       near[0], rel=0.1)
-  said = scaling.text(found)
-  assert 'shape: twice the width over the depth' in said
-  assert 'parameters and tokens beyond the ladder' in said.splitlines()[-2]
+  assert 'parameters and tokens beyond the ladder' in (
+      scaling.text(found).splitlines()[-2])
 
 
 def test_what_is_no_ladder_is_refused(tmp_path):

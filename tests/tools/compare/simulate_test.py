@@ -153,7 +153,7 @@ def test_the_screening_keeps_its_rate_and_breaks_it_uncorrected(monkeypatch):
   def one(number, add):
     found = decide.screen(plan, World(plan, number, effects=MIXTURE).outcomes(
         'screen'))
-    passed = [row.variant for row in found if row.passed]
+    passed = [row.variant for row in found if row.verdict == decide.PASSED]
     false = [name for name in passed if name not in MIXTURE]
     add('false', len(false) / max(len(passed), 1))
 
@@ -187,20 +187,20 @@ def test_as_much_is_found_as_is_announced():
   """Of the studies whose effect is the smallest that they announce with a power
   of 80 %, 80 % find it; not where the noise that was measured on a few pairs is
   taken for the true one."""
-  from tools.compare import power
   plan = _plan(seeds=(6, 2, 5, 5))
 
   def one(number, add):
     own = World(plan, number)
     rows = decide.noise(plan, own.train('', phases.noise_runs(_frozen(plan))))
     whole = next(row for row in rows if row.size == decide.ALL)
-    naive = power.smallest_effect(plan.power, whole.sd, [whole.sd], 1e7,
-                                  whole.seeds, whole.level)
+    naive = statistics.smallest_effect(
+        plan.power, whole.sd, [whole.sd], 1e7, whole.seeds, whole.level)
     for name, effect in (('announced', whole.smallest_effect),
                          ('naive', naive)):
       found = decide.confirm(plan, dataclasses.replace(
           own, effects={'v1': -effect}).outcomes())[0]
-      add(name, found.p <= whole.level and found.same_direction)
+      add(name, found.p <= whole.level and len(
+          {own.effect > 0 for own in found.sizes}) == 1)
 
   found = _means(60, one)
   assert found['announced'] == pytest.approx(0.8, abs=0.12)
@@ -231,7 +231,7 @@ def test_whole_studies_judge_what_they_picked_on_fresh_seeds(monkeypatch):
       if row.variant in MIXTURE:
         add('confirmed', row.effect / mean)
     for row in found.screen:
-      if row.passed and row.variant in MIXTURE:
+      if row.verdict == decide.PASSED and row.variant in MIXTURE:
         add('screened', row.effect / truth[row.variant][0])
     add('wrong', wrong)
 

@@ -1,7 +1,6 @@
 """Intervals, p-values, power laws and speed-ups, beside scipy and statsmodels;
 and the power that is announced, beside studies that were drawn."""
 
-import math
 import warnings
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.power import TTestPower
 
-from tools.compare import power, statistics
+from tools.compare import statistics
 
 COMPUTE = np.geomspace(1e10, 1e13, 20)
 KNOWN = 1e7  # degrees of freedom of a deviation that is known
@@ -18,41 +17,27 @@ KNOWN = 1e7  # degrees of freedom of a deviation that is known
 def test_intervals_and_p_values_are_scipys():
   rng = np.random.default_rng(0)
   for n in (3, 5, 12):
-    ours = dict(enumerate(rng.normal(1.0, 0.3, n)))
-    theirs = dict(enumerate(rng.normal(1.1, 0.3, n)))
-    got = statistics.paired(ours | {97: 1.0}, theirs | {98: 1.0})
-    test = stats.ttest_rel(list(ours.values()), list(theirs.values()))
-    assert got.seeds == n
-    assert (got.low, got.high) == pytest.approx(
-        test.confidence_interval(0.95), rel=1e-9)
-    p = statistics.p_value(statistics.differences(ours, theirs))
-    assert p == pytest.approx(test.pvalue)
-    assert got.holds(0.0) == (p > 0.05)
+    values = rng.normal(0.1, 0.3, n)
+    test = stats.ttest_1samp(values, 0)
+    _, low, high, seeds = statistics.interval(values)
+    assert seeds == n
+    assert (low, high) == pytest.approx(test.confidence_interval(0.95))
+    assert statistics.p_value(values) == pytest.approx(test.pvalue)
   assert statistics.p_value([0.1, 0.2]) is None
+  assert statistics.interval([0.1, 0.2]).low is None
   assert statistics.p_value([0.0] * 4) == 1
   assert statistics.p_value([1.0] * 4) == 1 / 8  # the sign test's
-  assert statistics.paired({0: 1.0}, {1: 1.0}) is None
-
-
-def test_few_seeds_know_no_noise():
-  for values, bar in (([0.0], None), ([0.0, 1.0], (0.0, 1.0))):
-    got = statistics.interval(values)
-    assert not got.known and not got.holds(got.mean) and got.bar == bar
-    assert statistics.verdict(got) == 'unknown'
-  for values, word in (([-0.1, -0.11, -0.09], 'better'),
-                       ([0.1, 0.11, 0.09], 'worse'),
-                       ([-0.1, 0.1, 0.05], 'noise')):
-    assert statistics.verdict(statistics.interval(values)) == word
 
 
 def test_corrected_p_values_are_those_of_the_papers():
   # Holm 1979: the smallest times 4, the next times 3, ..., never falling.
-  assert statistics.corrected([0.01, 0.04, None, 0.03, 0.005]) == (
-      pytest.approx([0.03, 0.06, None, 0.06, 0.02]))
+  assert statistics.corrected([0.01, 0.04, 0.03, 0.005]) == (
+      pytest.approx([0.03, 0.06, 0.06, 0.02]))
   # Benjamini and Hochberg 1995: p_i m / i, from the largest down.
   assert statistics.corrected([0.01, 0.04, 0.03, 0.005], 'bh') == (
       pytest.approx([0.02, 0.04, 0.04, 0.02]))
-  assert statistics.corrected([0.2, None]) == [0.2, None]
+  # A test that could not be done is of the family.
+  assert statistics.corrected([0.2, None]) == [0.4, None]
 
 
 @pytest.mark.parametrize('floor, scale, exponent', [
@@ -104,22 +89,23 @@ def test_speed_up_is_the_factor_of_compute_within_what_was_fitted():
 def test_one_size_of_known_noise_has_statsmodels_power_and_seeds():
   for seeds, level in ((3, 0.05), (5, 0.01), (12, 0.05)):
     for wanted in (0.3, 0.8):
-      effect = power.smallest_effect(wanted, 0.02, [0.02], KNOWN, seeds, level)
+      effect = statistics.smallest_effect(wanted, 0.02, [0.02], KNOWN, seeds,
+                                          level)
       assert TTestPower().power(effect / 0.02, seeds, level) == pytest.approx(
           wanted, abs=0.006)
   for effect in (0.01, 0.02, 0.06):
-    needed = power.seeds_needed(effect, 0.8, 0.03, [0.03], KNOWN, 0.05)
+    needed = statistics.seeds_needed(effect, 0.8, 0.03, [0.03], KNOWN, 0.05)
     expected = TTestPower().solve_power(effect / 0.03, None, 0.05, 0.8)
     assert needed == max(np.ceil(expected), 3) or abs(
         needed / expected - 1) < 0.02
-    assert power.power(effect, 0.03, [0.03], KNOWN, needed, 0.05) >= 0.8
+    assert statistics.power(effect, 0.03, [0.03], KNOWN, needed, 0.05) >= 0.8
 
 
 def test_noise_that_no_number_of_seeds_beats_is_said_to_be_so():
-  assert power.seeds_needed(1e-6, 0.8, 1.0, [1.0], KNOWN, 0.05) is None
-  assert power.smallest_effect(0.8, 1.0, [1.0], KNOWN, 2, 0.05) is None
+  assert statistics.seeds_needed(1e-6, 0.8, 1.0, [1.0], KNOWN, 0.05) is None
+  assert statistics.smallest_effect(0.8, 1.0, [1.0], KNOWN, 2, 0.05) is None
   # More than half of what is run diverges, and 10 % may.
-  assert power.smallest_effect(0.8, 1.0, [1.0], 9, 8, 0.05, rate=0.6,
+  assert statistics.smallest_effect(0.8, 1.0, [1.0], 9, 8, 0.05, rate=0.6,
                                limit=0.1) is None
 
 
@@ -150,21 +136,6 @@ def test_sizes_that_must_agree_and_runs_that_diverge_cost_what_is_said(
   rule = dict(level=0.02, rate=rate, limit=0.1)
   for effect in (0.015, 0.03):
     sd = np.sqrt(np.sum(np.square(sds))) / len(sds)
-    said = power.power(effect, sd, sds, KNOWN, seeds, **rule)
+    said = statistics.power(effect, sd, sds, KNOWN, seeds, **rule)
     assert said == pytest.approx(
         _drawn(sds, seeds, effect=effect, **rule), abs=0.03)
-
-
-def test_sizes_that_hang_together_average_less_noise_away():
-  sds = np.array([0.02, 0.03, 0.04])
-  for share in (0.0, 0.5, 1.0):
-    sd = math.sqrt((1 - share) * np.sum(sds ** 2) + share * np.sum(sds) ** 2
-                   ) / 3
-    rng = np.random.default_rng(0)
-    common = rng.normal(size=(20_000, 6, 1)) * np.sqrt(share)
-    own = rng.normal(size=(20_000, 6, 3)) * np.sqrt(1 - share)
-    d = -0.04 + sds * (common + own)
-    test = stats.ttest_1samp(d.mean(2), 0, axis=1)
-    found = np.mean((test.pvalue < 0.02) & (d.mean(1) < 0).all(1))
-    assert power.power(0.04, sd, sds, KNOWN, 6, 0.02) == pytest.approx(
-        found, abs=0.015)

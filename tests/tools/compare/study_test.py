@@ -108,10 +108,10 @@ def test_the_costs_are_those_of_the_runs_that_are_asked_for(probed):
   # Base and base-again are one program; three seeds of a variant are another.
   assert by_phase['noise'].programs == 6 and by_phase['screen'].programs == 2
   assert by_phase['screen'].seconds is None
-  known = costs.of(probed, 8, costs.Times(
-      {(size, workload): 0.5 for size in probed.plan.sizes
-       for workload in probed.plan.workloads}, 10.0))
-  assert known[2].seconds == 6 * 4 * 0.5 + 2 * 10.0
+  known = costs.of(probed, 8, {
+      (size, workload): 0.5 for size in probed.plan.sizes
+      for workload in probed.plan.workloads})
+  assert known[2].seconds == 6 * 4 * 0.5
 
 
 def test_the_chance_of_a_probe_is_what_a_constant_answer_scores(probed):
@@ -230,7 +230,8 @@ def made():
 def test_a_whole_study_finds_what_is_there(made):
   _, trainer, found, seen = made
   assert seen == [list(plans.PHASES[:i]) for i in (1, 2, 3, 4)]
-  assert [row.variant for row in found.screen if row.passed] == ['good']
+  assert [row.variant for row in found.screen
+          if row.verdict == decide.PASSED] == ['good']
   verdicts = {(row.variant, row.measure): row.verdict for row in found.confirm}
   assert verdicts['good', 'loss'] == 'better'
   assert {variant for variant, _ in verdicts} == {'good'}
@@ -513,8 +514,7 @@ def test_hours_and_states_are_known_of_what_has_run(
   _, found, workdir = whole
   assert costs.known(tmp_path, frozen) is None
   times = costs.known(workdir, frozen)
-  assert times.step == {(size, 'text'): 0.5 for size in 'sml'}
-  assert times.program == 0.0  # nothing was trained
+  assert times == {(size, 'text'): 0.5 for size in 'sml'}
   noise = costs.of(frozen, 8, times)[0]
   assert noise.seconds == pytest.approx(found['phases']['noise']['seconds'])
   table = costs.table([noise._replace(seconds=7200.0)], 2)

@@ -251,11 +251,6 @@ class Plot {
       add('text', {x: EDGE.left - 8, y: y(t) + 4, 'text-anchor': 'end'},
           format(t));
     }
-    if (spec.rule) {
-      const at = x(spec.rule.x);
-      add('line', {class: 'rule', x1: at, x2: at, y1: EDGE.top, y2: bottom});
-      add('text', {x: at + 5, y: EDGE.top + 12}, spec.rule.label);
-    }
     add('text', {x: (WIDTH + EDGE.left) / 2, y: HEIGHT - 8,
                  'text-anchor': 'middle'}, spec.x[c.x]);
     const middle = (EDGE.top + bottom) / 2;

@@ -1,0 +1,487 @@
+"""The report of sweeps and studies whose runs are known: its numbers, names,
+what is not over or damaged, and its page in a browser."""
+
+import csv
+import dataclasses
+import html
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from configs.errors import RequestError
+from tests.helpers import chromium, study_folder, sweep_folder
+from tests.helpers.study_folder import BASE, ODD, VARIANTS
+from tests.helpers.sweep_folder import HEALTH, LOST, POINTS, SHIFT, point
+from tools.compare import __main__ as command
+from tools.compare import curves, decide, figures, layout, measures, report
+from tools.compare import spec
+from training import cli
+from training.evals import in_training
+from training.workdir import run_config
+
+ALL = (*VARIANTS, ODD)
+
+
+@pytest.fixture(scope='module')
+def sweep(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('sweep')
+  sweep_folder.write(folder, POINTS, states=LOST)
+  return report.load(folder)
+
+
+@pytest.fixture(scope='module')
+def study(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('study')
+  found = study_folder.write(folder, study_folder.plan(ALL))
+  return report.load(folder), found
+
+
+@pytest.fixture(scope='module')
+def written(sweep):
+  return {path.name: path for path in report.write(sweep)}
+
+
+def _study(folder, found=None, plan=None, **changes):
+  study_folder.write(folder, plan, found, **changes)
+  return report.load(folder)
+
+
+def _rows(table):
+  """{name of the first column: {heading: cell}}."""
+  return {next(iter(row.values())).text: row for row in table.rows}
+
+
+def test_a_sweeps_differences_and_speed_ups_are_those_of_its_runs(sweep):
+  rows = {row['variant']: row for row in sweep.verdicts()}
+  gap = float(sweep_folder.loss(sweep_folder.STEPS, 0.8)
+              - sweep_folder.loss(sweep_folder.STEPS))
+  shifts = (0.002, -0.001, -0.001)
+  assert rows['better']['effect'] == pytest.approx(gap + np.mean(shifts))
+  # t(0.975, 2) = 4.3027
+  assert rows['better']['high'] - rows['better']['effect'] == pytest.approx(
+      4.3027 * np.std(shifts, ddof=1) / math.sqrt(3), rel=1e-4)
+  noise, unknown = decide.NOISE, decide.NO_NOISE
+  assert [row['verdict'] for row in rows.values()] == [
+      'base', 'better', unknown, noise, noise, unknown, 'worse', unknown]
+  for name, factor in (('better', 0.8), ('low', 1.3), ('same', 1.0)):
+    fast = [rows[name][f'speed_up_flops{end}'] for end in ('_low', '', '_high')]
+    assert fast[1] == pytest.approx(1 / factor, rel=0.03)
+    assert fast[0] < 1 / factor < fast[2]
+  table = _rows(report.verdict_table(sweep))
+  for name, words in (('better', r'1\.2\d \[.*\]'),
+                      ('same', r'\(.*\d\.\d\d \[.*\]\)')):
+    assert re.fullmatch(words, table[name]['speed-up in FLOPs'].text)
+
+
+def test_p_values_are_corrected_over_the_points(sweep):
+  base, ps = sweep.values('confirm', 'base', '', sweep.plan.primary), {}
+  for name in sweep.plan.variants:
+    own = sweep.values('confirm', name, '', sweep.plan.primary)
+    d = [own[seed] - base[seed] for seed in own]
+    # The runs of some are the base's own; others differ alike at each seed,
+    # which has the sign test's p. One of too few seeds is of the family.
+    ps[name] = (None if len(d) < 3 else stats.ttest_1samp(d, 0).pvalue
+                if np.ptp(d) > 1e-9 else 0.25 if any(d) else 1.0)
+  holm = dict(zip(ps, multipletests(
+      [1.0 if p is None else p for p in ps.values()], method='holm')[1]))
+  for row in sweep.verdicts()[1:]:
+    p = ps[row['variant']]
+    assert (row['p'], row['p_corrected']) == pytest.approx(
+        (p, None if p is None else holm[row['variant']]))
+
+
+def test_curves_stand_at_what_was_spent(sweep, tmp_path, written):
+  curve = sweep.curves['base', '', 0]['eval']
+  assert curve['tokens'][-1] == sweep_folder.TOKENS
+  assert curve['flops'][-1] == sweep_folder.TOKENS * sweep_folder.FLOPS
+  assert (curve['seconds'][0], curve['seconds'][-1]) == pytest.approx(
+      (0.5 * sweep_folder.EVERY, 0.5 * sweep_folder.STEPS))
+  # Runs that train together share the seconds.
+  sweep_folder.write(tmp_path, [point('base', together=2)])
+  own = curves.mean([own['eval'] for own in report.load(
+      tmp_path).curves.values()])
+  assert own['seconds'][-1] == pytest.approx(0.25 * sweep_folder.STEPS)
+  rows = list(csv.DictReader(written['curves.csv'].open()))
+  curve = sweep.curves['better', '', 2]['eval']
+  for name in (*curves.AXES, 'step', 'loss'):
+    assert [float(r[name]) for r in rows
+            if (r['variant'], r['seed'], r['figure']) == ('better', '2', 'eval')
+            ] == pytest.approx(curve[name])
+
+
+def test_what_a_point_leaves_as_it_is_is_no_change(tmp_path):
+  kind = {'model.pattern': 'own', 'model.kinds.own.mixer': 'deltanet'}
+  sweep_folder.write(tmp_path, [point('base'), point(
+      'other', {'model.norm': 'layernorm', 'model.block': 'parallel'}),
+                                point('kind', kind)])
+  _, other, own = curves.load_sweep(tmp_path).points
+  assert other.changes == {'model.block': 'parallel'}
+  assert own.changes == kind  # which the base has not
+
+
+def test_what_is_not_known_is_said(sweep, tmp_path):
+  said = report.text(sweep)
+  assert re.search(r'worse +failed +1 +the loss was not finite', said)
+  assert re.search(r'high +pending +2', said)
+  assert '2 of 23 runs failed or are not done' in said
+  # A base without runs compares nothing.
+  sweep_folder.write(tmp_path / 'a', POINTS[:2], states={
+      ('base', s): ('failed', 'no memory') for s in range(3)})
+  assert 'The base base has no finished run' in report.text(
+      report.load(tmp_path / 'a'))
+  # Figures that were not matched, and a run of another config.
+  sweep_folder.write(tmp_path / 'b', [
+      point('base'), point('norm', {'model.norm': 'rmsnorm'}),
+      point('far', {'model.position': 'rope'}, flops=1.05 * sweep_folder.FLOPS)
+  ], match='params')
+  assert report.load(tmp_path / 'b').warnings == [
+      'By more than 1 % from the base differ the FLOPs a token of far.']
+  folder = layout.run_folder(tmp_path / 'b', 'norm', 1)
+  run_config.save(folder, spec.changed(
+      run_config.load_config(folder), {'optim.b1': 0.5}, 'a test'))
+  assert 'figures: norm, seed 1 (optim.b1).' in report.text(
+      report.load(tmp_path / 'b'))
+
+
+@pytest.mark.parametrize('change', [
+    {'model.norm': 'rmsnorm'}, {'optim.decay_mask': [['.*', 0]]}])
+def test_each_change_over_all_settings_of_the_others(tmp_path, change):
+  block = {'model.block': 'parallel'}
+  wide = {'model.d_ff': 99}  # solved for, so no change of its own
+  flat = {s: 0.5 for s in range(3)}
+  sweep_folder.write(tmp_path, [
+      point('base', shift=flat),
+      point('norm', change, shift={0: .6, 1: .7, 2: .8}),
+      point('block', {**block, **wide}, matched=['model.d_ff'], shift=flat),
+      point('both', change | block, shift={0: .2, 1: .3, 2: .4})])
+  norm, parallel = report.effects(report.load(tmp_path)).rows
+  # norm: +0.1, +0.2, +0.3 alone and -0.3, -0.2, -0.1 with block.
+  assert norm['minus base'].value == pytest.approx(0, abs=1e-9)
+  assert norm['pairs'].value == 2
+  assert norm['from pair to pair'].text == '-0.2000 to +0.2000'
+  # block: 0, 0, 0 alone and -0.4 each with norm: -0.2 each seed.
+  assert parallel['change'].text == 'model.block=parallel'
+  assert parallel['minus base'].text == '-0.2000 [-0.2000, -0.2000]'
+
+
+def test_sensitivity_to_the_learning_rate(tmp_path):
+  sweep_folder.write(tmp_path, [
+      point('base', shift=SHIFT), point('half', {'optim.lr': 5e-4}, factor=2.0),
+      point('twice', {'optim.lr': 2e-3}, factor=1.4, shift=SHIFT)])
+  c = report.load(tmp_path)
+  group, = c.results['tuned']
+  assert [own['changes']['optim.lr'] for own in group['tried']] == [
+      5e-4, 1e-3, 2e-3]
+  row, = report.tuning(c).rows
+  means = [own['value'] for own in group['tried']]
+  assert row['chosen'].text == 'optim.lr=0.001'
+  assert row['at the edge'].text == 'no'
+  assert row['sensitivity'].value == pytest.approx(np.mean(means) - means[1])
+  series, = report.tuning_plot(c)['series']
+  assert series['mean']['loss']['y'] == pytest.approx(means, rel=1e-5)
+
+
+def test_what_tasks_found_are_measures(sweep, tmp_path):
+  """Of the fractions: mean, spread, and difference over paired seeds. Runs that
+  were to have no losses are not called failed."""
+  values = {row['measure']: row['mean'] for row in sweep.estimates
+            if row['variant'] == 'moe' and row['runs']}
+  assert [x for name, x in values.items() if name.startswith('experts')] == (
+      pytest.approx([*HEALTH.values()]))
+  longer = {row['variant']: row['mean'] for row in sweep.estimates
+            if row['measure'] == 'loss at 8 × length (alibi)'}
+  assert longer['base'] == pytest.approx(2 + 0.1 * 255 / (2 * 256 + 255))
+  assert longer['better'] is None  # refused
+  labels = lambda *f1: {'labels': {seed: {
+      'f1': x, 'texts': 7, 'by_label': {'a': 0.1}}
+                                    for seed, x in enumerate(f1)}}
+  sweep_folder.write(tmp_path, [
+      point('base', tasks=labels(0.5, 0.6, 0.7)),
+      point('norm', {'model.norm': 'rmsnorm'}, tasks=labels(0.6, 0.8, 0.7)),
+      point('rope', {'model.position': 'rope'})],
+                     states={('rope', 2): ('failed', 'no luck')})
+  for file in tmp_path.rglob('config.json'):
+    tree = json.loads(file.read_text())
+    tree['eval']['every_steps'] = 0
+    file.write_text(json.dumps(tree))
+  for file in tmp_path.rglob('metrics.jsonl'):
+    file.write_text(''.join(line for line in file.open()
+                            if '"split": "eval"' not in line))
+  c = report.load(tmp_path)
+  base, norm = report.other_table(c).rows
+  assert base['mean'].text == '0.6000 ± 0.1000'
+  # 0.1, 0.2, 0: t(0.975, 2) = 4.3027, times 0.1 over the root of 3.
+  assert norm['mean'].text == '0.7000 ± 0.1000'
+  assert norm['minus base'].text == '+0.1000 [-0.1484, +0.3484]'
+  lost, = report.excluded(c).rows
+  assert lost['why'].text == 'no luck'
+
+
+def test_figures_of_tasks_are_the_same_whenever_they_were_done():
+  """Also of parts of a task, as lm_eval's groups have them; not its standard
+  errors and counts."""
+  tasks = {'lm_eval:mmlu': {
+      'acc': 0.5, 'mmlu_law/acc': 0.25, 'mmlu_law/acc (strict)': 0.125,
+      'stderr': {'acc': 0.1, 'mmlu_law/acc': 0.2}, 'examples': {'mmlu_law': 4}},
+           'labels': {'f1': 0.5, 'by_label': {'a': 0.25}}}
+  row = dict(step=8, split='eval', **{'other/f1': 0.7})
+  for task, own in tasks.items():
+    row |= in_training.numbers_of(own, task)
+  during = curves.Run(0, 'done', '', {
+      'train.steps': 8, 'eval.tasks': 'lm_eval:mmlu,labels,gone'},
+                      (row | {'step': 4, 'labels/f1': 0.1}, row), {})
+  after = curves.Run(0, 'done', '', {}, (), tasks)
+  assert report._values(during) == report._values(after) == {
+      'lm_eval:mmlu/acc': 0.5, 'lm_eval:mmlu/mmlu_law/acc': 0.25,
+      'lm_eval:mmlu/mmlu_law/acc (strict)': 0.125, 'labels/f1': 0.5}
+
+
+def test_the_command_writes_beside_the_runs(sweep, monkeypatch, capsys,
+                                            tmp_path):
+  def main(*words):
+    monkeypatch.setattr('sys.argv', ['sweep', 'report', *map(str, words)])
+    return command.main()
+
+  assert main('--workdir', sweep.workdir, '--json') == 0
+  said, err = capsys.readouterr()
+  assert str(sweep.workdir / 'report/index.html') in err
+  said = json.loads(said)
+  assert [p['variant'] for p in said['points']] == [p['name'] for p in POINTS]
+  assert said['estimates'][1]['verdict'] == 'better' and said['warnings']
+  with pytest.raises(ValueError, match='sweep.json is missing'):
+    main(tmp_path / 'none')
+  assert not (tmp_path / 'none').exists()
+
+
+def test_a_studys_tables_and_sheet_have_the_results_numbers(study):
+  c, found = study
+  rows = _rows(report.verdict_table(c))
+  assert [*rows] == [BASE, *ALL]
+  sheet = {(row['phase'], row['measure'], row['variant'], row['size']): row
+           for row in c.estimates}
+  confirmed = {(row['variant'], row['measure']): row
+               for row in found['confirm']}
+  assert len(confirmed) == len(found['confirm']) == 2 * 4
+  for (variant, measure), own in confirmed.items():
+    row = sheet['confirm', measure, variant, decide.ALL]
+    for name in ('effect', 'low', 'high', 'p', 'p_corrected'):
+      assert row[name] == own[name]
+    for size in own['sizes']:
+      assert sheet['confirm', measure, variant, size['size']]['effect'] == (
+          size['effect'])
+    for fast in own['speed_ups']:
+      assert sheet['confirm', measure, variant, fast['size']][
+          f'speed_up_{fast["by"]}'] == fast['factor']
+  for variant in ALL:
+    own = confirmed.get((variant, 'loss'))
+    if own is None:
+      assert rows[variant]['verdict'].text.startswith('stopped at the screen')
+      continue
+    assert rows[variant]['verdict'].text == own['verdict']
+    assert rows[variant]['minus base'] == (
+        f'{own["effect"]:+.4f} [{own["low"]:+.4f}, {own["high"]:+.4f}]',
+        own['effect'], '')
+    assert rows[variant]['trend over size'].value == own['trend']['effect']
+  for row, own in zip(report.noise(c).rows, found['noise'], strict=True):
+    assert row['standard deviation'].value == own['sd']
+    assert row['smallest effect'].value == own['smallest_effect']
+  for own in found['screen']:
+    assert sheet['screen', 'loss', own['variant'], 'small']['verdict'] == (
+        own['verdict'])
+  values = [run['values']['mqar'] for run in found['outcomes'] if (
+      run['phase'], run['variant'], run['size'], run['workload']) == (
+          'confirm', 'alibi', 'large', 'mqar')]
+  assert sheet['confirm', 'mqar', 'alibi', 'large']['mean'] == pytest.approx(
+      np.mean(values))
+  # Runs that diverged are told, and names are text.
+  assert {row['state'].text for row in report.excluded(c).rows} == {'diverged'}
+  page = report.html(c, [])
+  assert html.escape(ODD).replace('&quot;', '&#34;') in page
+  assert ODD not in page
+
+
+@pytest.mark.parametrize('upto', ['', 'tune', 'screen'])
+def test_a_study_that_is_not_over_says_how_far_it_is(tmp_path, upto):
+  c = _study(tmp_path, study_folder.results(study_folder.plan(), upto))
+  assert any('is not over' in line and 'confirm' in line
+             for line in c.warnings)
+  assert not report.other_table(c).rows and report.html(c, [])
+  # Every variant has its row all the same.
+  assert len(report.verdict_table(c).rows) == 1 + len(VARIANTS)
+  if not upto:
+    (tmp_path / 'results.json').unlink()
+    assert not figures.of(report.load(tmp_path))
+
+
+def _none_shown(**row):
+  """Results in which no difference is shown of rope."""
+  found = study_folder.results(study_folder.plan())
+  primary = [own for own in found['confirm'] if own['measure'] == 'loss']
+  assert primary[0]['variant'] == 'rope' and len(primary) == 3
+  primary[0].update(verdict=decide.NONE_SHOWN, n=5, **row)
+  return found
+
+
+def test_the_answer_names_effects_and_what_is_excluded(tmp_path):
+  """An effect is excluded by an interval that holds for all variants."""
+  answer = lambda found=None: report.answer(_study(tmp_path, found))
+  plain = answer()
+  assert plain.startswith('By loss (nats a token): better: rope (-0.2')
+  assert 'stopped at the screen: unstable: wild' in plain
+  assert ('rope (+0.0050 [-0.0020, +0.0120]: an effect of 0.05 is excluded)'
+          in answer(_none_shown(effect=0.005, low=-0.002, high=0.012)))
+  # By itself this interval lies within 0.05; not so beside two others.
+  found = _none_shown(effect=0.0, low=-0.045, high=0.045)
+  assert 'excluded' not in answer(found)
+  found['confirm'] = [row for row in found['confirm']
+                      if row['variant'] == 'rope']
+  assert 'an effect of 0.05 is excluded' in answer(found)
+
+
+def test_what_was_planned_and_done_is_told(study, tmp_path):
+  methods = ' '.join(report.methods(study[0]))
+  assert 'What ran is what was planned' in report.html(study[0], [])
+  for said in (
+      'optim.lr in {0.001, 0.002, 0.004}', 'rope (model.position=rope)',
+      '5 fresh seeds', '6 pairs', 'by successive halving over 2 rungs',
+      '(loss on text, in nats a token, lower is better)', 'McNemar',
+      'an effect of 0.05 nats a token on loss', study[0].frozen.hash):
+    assert said in methods, said
+  found = study_folder.results(study_folder.plan())
+  found['as_planned'] = dict(same=False, differences=['2 runs are missing'])
+  page = report.html(_study(tmp_path, found), [])
+  assert '2 runs are missing' in page
+  assert 'What ran is what was planned' not in page
+
+
+def test_the_unit_is_the_objectives():
+  plan = study_folder.plan()
+  frozen = study_folder.frozen(plan)
+  loss, accuracy = plan.measures
+  bits = dataclasses.replace(loss, figure='bits_per_byte')
+  assert [measures.unit(frozen, m) for m in (loss, accuracy, bits)] == [
+      'nats a token', '', 'bits a byte']
+  for objective, unit in (('mlm_nsp', 'nats'), ('regression', '')):
+    frozen.base_config['objective'] = objective
+    assert measures.unit(frozen, loss) == unit
+
+
+def test_results_that_were_changed_or_are_of_another_plan_are_refused(
+    tmp_path, capsys):
+  study_folder.write(tmp_path, study_folder.plan(VARIANTS[1:]),
+                     study_folder.results(study_folder.plan()))
+  with pytest.raises(RequestError, match='is of another plan than study.json'):
+    report.load(tmp_path)
+  study_folder.write(tmp_path)
+  path = tmp_path / 'results.json'
+  path.write_text(path.read_text().replace('"better"', '"worse"', 1))
+  with pytest.raises(SystemExit) as end:
+    cli.run(lambda: report.write(report.load(tmp_path)) and 0)
+  assert end.value.code == 2
+  assert 'results.json is damaged' in capsys.readouterr().err
+  assert not (tmp_path / 'report').exists()
+
+
+@pytest.mark.slow
+def test_figures_and_page_of_a_study_stand_alone(study, tmp_path):
+  """Figures of a journal's width, one colour a variant; a page without ids that
+  are there twice, or missing."""
+  paths = {path.name: path for path in report.write(study[0])}
+  for name, inches in (('outcome', 6.75), ('measures', 3.25)):
+    png = paths[f'{name}.png'].read_bytes()
+    assert int.from_bytes(png[16:20], 'big') == round(300 * inches)
+    assert paths[f'{name}.pdf'].read_bytes().startswith(b'%PDF')
+    svg = paths[f'{name}.svg'].read_text()
+    for variant, colour in zip(ALL, figures.COLOURS, strict=True):
+      assert (colour in svg) == (variant not in ('none', 'wild'))
+  text = paths['index.html'].read_text()
+  ids = re.findall(r'\bid="([^"]*)"', text)
+  assert len(ids) == len(set(ids))
+  assert set(re.findall(r'(?:href="|url\()#([^")]*)', text)) <= set(ids)
+  if chromium.PROGRAM is None:
+    pytest.skip('no chromium on the path (Debian package chromium)')
+  uri = paths['index.html'].as_uri()
+  with chromium.Page(uri, tmp_path / 'profile', size=(500, 900)) as shown:
+    assert shown.requests == [uri] and not shown.errors
+    assert shown.evaluate('document.documentElement.scrollWidth '
+                          '<= window.innerWidth')
+
+
+@pytest.fixture(scope='module')
+def page(written, tmp_path_factory):
+  if chromium.PROGRAM is None:
+    pytest.skip('no chromium on the path (Debian package chromium)')
+  profile = tmp_path_factory.mktemp('profile')
+  with chromium.Page(written['index.html'].as_uri(), profile,
+                     size=(1100, 900)) as page:
+    yield page
+  shutil.rmtree(profile, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_the_page_of_a_sweep_sorts_and_fetches_nothing(page, written, sweep):
+  assert page.evaluate(
+      '[...document.querySelectorAll("h2")].map(h => h.textContent)') == [
+          'Verdict', 'Loss curves', 'Sizes and measures', 'Tuning', 'Left out',
+          'Methods']
+  assert page.requests == [written['index.html'].as_uri()]
+  means = {row['variant']: row['mean'] for row in sweep.verdicts()}
+  rising = sorted(means.values())
+  for wanted in (rising, rising[::-1]):
+    page.click('#verdicts th:nth-child(2) button')
+    assert [means[name] for name in page.evaluate(
+        '[...document.querySelectorAll("#verdicts tbody tr")]'
+        '.map(r => r.cells[0].textContent)')] == wanted
+  # A page of 1,100 pixels shows all columns.
+  assert page.evaluate(
+      '[...document.querySelectorAll(".scroll")].filter('
+      's => s.scrollWidth > s.clientWidth).length') == 0
+  assert not page.errors
+
+
+def _points(page, plot):
+  """Points drawn, of each line: by the commands of its path."""
+  return page.evaluate(
+      f'[...document.querySelectorAll("#{plot} path.line")]'
+      '.map(p => p.getAttribute("d").split(/[ML]/).length - 1)')
+
+
+@pytest.mark.slow
+def test_plots_have_the_points_and_follow_their_controls(page, sweep):
+  rows = sweep_folder.STEPS // sweep_folder.EVERY
+  assert _points(page, 'rates') == [3]
+  for axis in ('flops', 'seconds', 'tokens'):
+    page.click(f'#curves-0 input[value={axis}]')
+    assert _points(page, 'curves-0') == [rows] * len(POINTS)
+  page.click('#curves-0 input[name=curves-0-minus]')
+  assert page.evaluate(  # the base less itself is a level line
+      'new Set(document.querySelector("#curves-0 path.line").getAttribute("d")'
+      '.split(/[ML]/).slice(1).map(p => p.split(" ")[1])).size') == 1
+  page.click('#curves-0 input[name=curves-0-minus]')
+  page.click('#curves-0 input[value="health/dropped"]')
+  assert _points(page, 'curves-0') == [rows]  # the mixture's
+  page.click('#curves-0 input[value=eval]')
+  page.click('#curves-0 input[name=curves-0-seeds]')
+  assert page.evaluate(
+      'document.querySelectorAll("#curves-0 path.seed").length') == (
+          3 * len(POINTS) - len(LOST) - 1)
+  page.click('#curves-0 .legend button:nth-child(2)')
+  assert len(_points(page, 'curves-0')) == len(POINTS) - 1
+  page.click('#curves-0 .legend button:nth-child(2)')
+  x, y = page.evaluate('''(() => {
+      const c = document.querySelector("#curves-0 circle");
+      c.scrollIntoView({block: "center"});
+      const b = c.getBoundingClientRect();
+      return [b.x + b.width / 2, b.y + b.height / 2]; })()''')
+  page.move(x, y)
+  first = curves.mean([own['eval'] for (name, *_), own in sweep.curves.items()
+                       if name == 'base'])['loss'][0]
+  assert page.evaluate('document.querySelector("#curves-0 .tip").textContent'
+                       ) == f'base: {first:.4f} at 50k tokens'
+  assert not page.errors
