@@ -11,8 +11,8 @@ Team 2025, "Qwen3-Next: Towards Ultimate Training & Inference Efficiency").
   g  = softmax(W_r m) of the chosen, divided by their sum
   n(x) = x / rms(x) * (1 + offset)
 
-No bias anywhere. parts/recurrent/deltanet.py has the recurrence, whose 32
-heads of values share 16 of queries and keys. A config.json may name layers
+No bias anywhere. parts/recurrent/linear_attention.py has the recurrence, whose
+32 heads of values share 16 of queries and keys. A config.json may name layers
 without experts (mlp_only_layers, decoder_sparse_step), whose network is
 SwiGLU; the published one has none. The published files also hold a module that
 predicts a second token (mtp), which is not here.

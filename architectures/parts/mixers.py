@@ -1,7 +1,7 @@
 """What mixes the tokens of a layer: (x_BLD, context, cache) -> (y_BLD, cache).
 
 An entry of MIXERS is all that there is of one. A new one is a file like
-latent.py or, of a recurrence, like recurrent/deltanet.py, and its entry here.
+latent.py or, of a recurrence, like recurrent/mamba2.py, and its entry here.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,7 @@ import flax.linen as nn
 from architectures.parts.attention import latent
 from architectures.parts.attention import multi_head
 from architectures.parts.config import ModelConfig
-from architectures.parts.recurrent import deltanet
-from architectures.parts.recurrent import gla
-from architectures.parts.recurrent import kda
-from architectures.parts.recurrent import layer
-from architectures.parts.recurrent import mamba2
-from architectures.parts.recurrent import retnet
+from architectures.parts.recurrent import layer, linear_attention, mamba2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +126,13 @@ MIXERS = {
         divided=(('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
                  ('fsdp', 'latent.q_rank')),
         check=latent.check),
-    'deltanet': recurrent(deltanet.DeltaNet),
+    'deltanet': recurrent(linear_attention.DeltaNet),
     'mamba2': dataclasses.replace(
         recurrent(mamba2.Mamba2, heads=('heads', 'groups'),
                   check=mamba2.check),
         whole=('mamba2.groups',)),
-    'kda': recurrent(kda.KDA, check=kda.check),
-    'gla': recurrent(gla.GLA, ('heads',)),
-    'retnet': recurrent(retnet.RetNet, ('heads',), positional=True,
-                        check=retnet.check),
+    'kda': recurrent(linear_attention.KDA, check=linear_attention.check_kda),
+    'gla': recurrent(linear_attention.GLA, ('heads',)),
+    'retnet': recurrent(linear_attention.RetNet, ('heads',), positional=True,
+                        check=linear_attention.check_retnet),
 }

@@ -31,7 +31,7 @@ from architectures.parts.attention import xla
 from architectures.parts.attention.cache import Cache, First, Keys
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
-from architectures.parts.recurrent import short_conv
+from architectures.parts.recurrent import features
 from architectures.parts.roles import Role, declare
 from configs.errors import require
 
@@ -410,9 +410,9 @@ class _Convolution:
       axis: the logical axis of its heads.
     """
     width = self._module.config.attention_conv  # type: ignore[attr-defined]
-    w_WHK = short_conv.weight(self._module, f'{name}_conv',
-                              (width, *x_BLHK.shape[2:]), (None, axis, 'head'))
-    y_BLHK, self.after[name] = short_conv.convolve(
+    w_WHK = features.filters(self._module, f'{name}_conv', width,
+                             (width, *x_BLHK.shape[2:]), (None, axis, 'head'))
+    y_BLHK, self.after[name] = features.convolve(
         x_BLHK, w_WHK, before_BWHK=self._before.get(name), **self._rows)
     return y_BLHK
 

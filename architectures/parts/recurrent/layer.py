@@ -1,5 +1,5 @@
-"""What the layers of all recurrences share: deltanet.py, kda.py, gla.py,
-retnet.py and mamba2.py have what is particular to each.
+"""What the layers of all recurrences share: linear_attention.py and mamba2.py
+have what is particular to each.
 
   q, k, v = W_q x, W_k x, W_v x       each through silu(conv(.)), if it has one
   o       = recurrence(q, k, v, decays, rates)
@@ -17,14 +17,10 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import linear
-from architectures.parts import positions
-from architectures.parts import sharding
+from architectures.parts import linear, positions, sharding
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
-from architectures.parts.recurrent import recurrence
-from architectures.parts.recurrent import short_conv
-from architectures.parts.recurrent import vectors
+from architectures.parts.recurrent import recurrence, features
 from architectures.parts.roles import Role, declare
 from configs.errors import require
 
@@ -73,16 +69,8 @@ class Layer(nn.Module):
             ctx: Context) -> jax.Array:
     """Returns what the last product joins, of what was read of the state."""
     del v_BLHU
-    return vectors.RMSNorm(self.config, name='out_norm')(
+    return features.RMSNorm(self.config, name='out_norm')(
         o_BLHU) * self.gate(x_BLD, ctx)
-
-  def filters(self, name: str, axes: tuple[str | None, str | None],
-              shape: tuple[int, ...]
-              ) -> tuple[jax.Array, Optional[jax.Array]]:
-    """Returns the weights of a convolution, [W, heads, features], and its bias,
-    if it has one."""
-    return short_conv.weight(self, f'{name}_conv', (self.sizes.conv, *shape),
-                             (None, *axes)), None
 
   @property
   def sizes(self):
@@ -135,12 +123,17 @@ class Layer(nn.Module):
     the next token sees."""
     axes = VALUE_AXES if name == 'value' else self.key_axes
     x_BLHK = self.project(name, x_BLD, axes, shape, ctx)
-    if not self.sizes.conv:
+    width = self.sizes.conv
+    if not width:
       return x_BLHK, None
-    y_BLHK, after_BWHK = short_conv.convolve(
-        x_BLHK, *self.filters(name, axes, shape), before_BWHK=before_BWHK,
+    w_WHK = features.filters(self, f'{name}_conv', width, (width, *shape),
+                             (None, *axes))
+    bias_HK = None
+    if getattr(self.sizes, 'conv_bias', False):
+      bias_HK = features.filters(self, f'{name}_conv_bias', width, shape, axes)
+    return features.convolve(
+        x_BLHK, w_WHK, bias_HK, before_BWHK=before_BWHK,
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL, silu=True)
-    return y_BLHK, after_BWHK
 
   def project(self, name: str, x_BLD: jax.Array,
               axes: tuple[str | None, str | None], shape: tuple[int, ...],

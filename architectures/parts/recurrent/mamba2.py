@@ -17,7 +17,6 @@ What is not of this recurrence alone is in layer.py.
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Optional
 
 import flax.linen as nn
 import jax
@@ -26,10 +25,7 @@ import jax.numpy as jnp
 from architectures.parts import norms
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
-from architectures.parts.recurrent import layer
-from architectures.parts.recurrent import recurrence
-from architectures.parts.recurrent import short_conv
-from architectures.parts.recurrent import vectors
+from architectures.parts.recurrent import layer, recurrence, features
 from architectures.parts.roles import Role, declare
 from configs.errors import require
 from configs.fields import field, FUNCTION, SHAPES
@@ -96,15 +92,6 @@ class Mamba2(layer.Layer):
     with the width."""
     return ('groups' if self.sizes.groups > 1 else None), None
 
-  def filters(self, name: str, axes: tuple[str | None, str | None],
-              shape: tuple[int, ...]
-              ) -> tuple[jax.Array, Optional[jax.Array]]:
-    w_WHK, bias_HK = super().filters(name, axes, shape)
-    if self.sizes.conv_bias:
-      bias_HK = short_conv.bias(self, f'{name}_conv_bias', self.sizes.conv,
-                                shape, axes)
-    return w_WHK, bias_HK
-
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
     del ctx
@@ -115,7 +102,7 @@ class Mamba2(layer.Layer):
         m.least_step, m.most_step or None)
     scale_H = self._of_head('decay_scale', layer.log_uniform(1.0))
     return recurrence.Inputs(
-        q_BLJK, k_BLJK, vectors.scaled(v_BLHU.astype(jnp.float32), dt_BLH),
+        q_BLJK, k_BLJK, features.scaled(v_BLHU.astype(jnp.float32), dt_BLH),
         (-jnp.exp(scale_H)[None, None] * dt_BLH)[..., None])
 
   def gated(self, o_BLHU: jax.Array, x_BLD: jax.Array, v_BLHU: jax.Array,
@@ -145,9 +132,9 @@ def gated_norm(y_BLHU: jax.Array, z_BLHU: jax.Array, scale_HU: jax.Array, *,
   y_BLHU = y_BLHU * jax.nn.silu(z_BLHU.astype(jnp.float32))
   y_BLJF = y_BLHU.reshape(B, L, groups, -1)  # all features of a group
   square_BLJ = jnp.square(y_BLJF).mean(-1)
-  y_BLHU = vectors.scaled(y_BLJF, jax.lax.rsqrt(square_BLJ + eps)).reshape(
+  y_BLHU = features.scaled(y_BLJF, jax.lax.rsqrt(square_BLJ + eps)).reshape(
       B, L, H, U)
-  return vectors.weighted(y_BLHU, scale_HU)
+  return features.weighted(y_BLHU, scale_HU)
 
 
 def check(name: str, c: ModelConfig, stack: str) -> None:

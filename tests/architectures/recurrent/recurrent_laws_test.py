@@ -66,16 +66,6 @@ def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
 
 
 @each(KDA)
-@pytest.mark.parametrize('length', [1, 5])
-def test_lengths_that_no_piece_divides(mixer, length, short_pieces):
-  """A row of one token has no pieces at all; 5 tokens are two pieces of 3."""
-  layer, p = recurrences.layer_of(mixer)
-  x_BLD = recurrences.inputs(2, length)
-  y_BLD = jax.jit(lambda p, x: applied(layer, p, x)[0])(p, x_BLD)
-  models.close(stepwise(layer, p, x_BLD), y_BLD, 2e-5)
-
-
-@each(KDA)
 def test_each_place_depends_on_those_up_to_it_alone(mixer, short_pieces):
   """The gradient of each output shows what it depends on."""
   layer, p = recurrences.layer_of(mixer)
@@ -248,11 +238,9 @@ def test_flops_are_those_of_the_products(mixer):
 
 @ANY
 @pytest.mark.parametrize('system, changes, sentence', [
-    ('t5', {}, 'is an encoder-decoder: choose attention'),
     ('bert', {}, 'is an encoder: choose attention'),
     ('llama', dict(attention='banded', sliding_window=4), 'has no window'),
     ('llama', dict(position='relative'), 'has no scores for the bias'),
-    ('llama', dict(lora=dict(rank=2, targets='kv_up')), "'kv_up', a product"),
 ])
 def test_what_cannot_be_is_refused(mixer, system, changes, sentence):
   with pytest.raises(ValueError, match=sentence):

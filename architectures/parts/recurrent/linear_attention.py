@@ -1,0 +1,269 @@
+"""Linear attention whose state decays: Gated DeltaNet, Kimi Delta Attention,
+gated linear attention and retention.
+
+Each class has its equations. What is not of one recurrence alone is in
+layer.py; positions are read by retention alone.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from architectures.parts import linear, positions, rotary
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
+from architectures.parts.recurrent import features, layer, recurrence
+from configs.errors import require
+from configs.fields import field, FUNCTION, SHAPES
+
+
+@dataclasses.dataclass(frozen=True)
+class _Heads:
+  """What is left open is as attention has it."""
+  key_heads: int = field(0, 'heads of queries and keys; derived: num_heads',
+                         resume=SHAPES)
+  value_heads: int = field(0, 'a multiple of key_heads, which is the default',
+                           resume=SHAPES)
+  key_dim: int = field(0, "size of a head's query and key; derived: head_dim",
+                       resume=SHAPES)
+  value_dim: int = field(0, "size of a head's value; derived: head_dim",
+                         resume=SHAPES)
+
+  def derived(self, c: ModelConfig):
+    return dataclasses.replace(
+        self, key_heads=self.key_heads or c.num_heads,
+        value_heads=self.value_heads or self.key_heads or c.num_heads,
+        key_dim=self.key_dim or c.head_dim,
+        value_dim=self.value_dim or c.head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNetConfig(_Heads):
+  """Of mixer deltanet. What is left open is as attention has it."""
+  conv: int = field(
+      4, 'tokens that a convolution sees, the token itself included', least=1,
+      resume=SHAPES)
+  decay: bool = field(
+      True, 'the state decays (Gated DeltaNet), or not (DeltaNet)')
+  negative: bool = field(
+      False, 'rates up to 2, not 1: eigenvalues may be negative',
+      resume=FUNCTION)
+
+
+class DeltaNet(layer.Layer):
+  """Gated DeltaNet: the state of a head, [K, U], stands for all tokens before
+  (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464; as in Qwen3-Next).
+
+    q, k, v = silu(conv(W_q x)), silu(conv(W_k x)), silu(conv(W_v x))
+    q, k    = q / (|q| sqrt(K)), k / |k|        a head by itself
+    b       = sigmoid(W_b x)                    doubled with `negative`
+    log a   = -exp(A) softplus(W_a x + bias)    0 without `decay` (DeltaNet)
+    S_t     = a_t (I - b_t k_t k_t^T) S_t-1 + b_t k_t v_t^T,   o_t = S_t^T q_t
+    y       = W_o (RMSNorm(o) * silu(W_z x))    a head by itself
+
+  A step of the state has the eigenvalues a and a (1 - b), which with `negative`
+  are above -1 instead of 0 (Grazzi et al. 2024, arXiv 2411.12537).
+  """
+  NAME = 'deltanet'
+  settings = DeltaNetConfig
+
+  def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
+             v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    del ctx
+    log_decay_BLHK = self.log_decay(x_BLD)
+    return recurrence.Inputs(
+        features.unit(q_BLJK, self.base_key_dim ** -0.5), features.unit(k_BLJK),
+        v_BLHU, log_decay_BLHK, self.rate(x_BLD))
+
+  def log_decay(self, x_BLD: jax.Array) -> jax.Array | None:
+    """Returns log a, [B, L, H, 1]; None: there is no decay."""
+    return self.softplus_decay(self.of_heads('decay', x_BLD), least=0.01)[
+        ..., None] if self.sizes.decay else None
+
+
+@dataclasses.dataclass(frozen=True)
+class KDAConfig(_Heads):
+  """Of mixer kda. What is left open is as attention has it, and products of low
+  rank are as wide as a head's value."""
+  conv: int = field(4, 'tokens that a convolution sees; 0: no convolution',
+                    resume=SHAPES)
+  rank: int = field(
+      0, "rank of the decays' and gate's product; derived: value_dim",
+      resume=SHAPES)
+  negative: bool = field(
+      False, 'rates up to 2, not 1: eigenvalues may be negative',
+      resume=FUNCTION)
+
+  def derived(self, c: ModelConfig):
+    sizes = super().derived(c)
+    return dataclasses.replace(sizes, rank=self.rank or sizes.value_dim)
+
+
+class KDA(DeltaNet):
+  """Kimi Delta Attention: Gated DeltaNet with a decay of each feature of a key
+  (Kimi Team 2025, "Kimi Linear", arXiv 2510.26692).
+
+    log a   = -exp(A) softplus(W_up W_down x + bias)      K numbers of a head
+    S_t     = (I - b_t k_t k_t^T) Diag(a_t) S_t-1 + b_t k_t v_t^T
+    o_t     = S_t^T q_t
+    y       = W_o (RMSNorm(o) * sigmoid(W_up' W_down' x)) a head by itself
+
+  The state first decays, and what the key finds in it then is corrected. Both
+  products of low rank have `rank`.
+  """
+  NAME = 'kda'
+  settings = KDAConfig
+  PRODUCTS = frozenset({'query', 'key', 'value', 'out'})
+
+  def log_decay(self, x_BLD: jax.Array) -> jax.Array:
+    return self.softplus_decay(
+        self.low_rank('decay', x_BLD, self.sizes.key_dim), least=1.0)
+
+  def gate(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
+    del ctx
+    return jax.nn.sigmoid(self.low_rank('gate', x_BLD, self.sizes.value_dim))
+
+
+def check_kda(name: str, c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer of KDA cannot be."""
+  layer.check(name, c, stack)
+  require(c.head_widening == 1, "model.parametrization is 'mup' and a head is "
+          f'{c.head_widening:g} times as wide as at the base, but the products '
+          f'of low rank of model.mixer {name!r} have the rank of the base: set '
+          'model.mup_base_head_dim to model.head_dim, and widen by more heads')
+
+
+@dataclasses.dataclass(frozen=True)
+class _States:
+  """Each head has a query, a key and a value of its own."""
+  heads: int = field(0, 'heads, each with a state; derived: num_heads',
+                     resume=SHAPES)
+
+  @property
+  def key_heads(self) -> int:
+    return self.heads
+
+  @property
+  def value_heads(self) -> int:
+    return self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class GLAConfig(_States):
+  """Of mixer gla. The paper's keys are half as wide as the values."""
+  key_dim: int = field(
+      0, "size of a head's query and key; derived: head_dim / 2",
+      resume=SHAPES)
+  value_dim: int = field(0, "size of a head's value; derived: head_dim",
+                         resume=SHAPES)
+  conv: int = field(0, 'tokens that a convolution sees; 0: no convolution',
+                    resume=SHAPES)
+  rank: int = field(16, 'rank of the product for decays', least=1,
+                    resume=SHAPES)
+  temperature: float = field(16.0, 'divides the logarithms of the decays',
+                             above=0, resume=FUNCTION)
+
+  def derived(self, c: ModelConfig) -> 'GLAConfig':
+    return dataclasses.replace(
+        self, heads=self.heads or c.num_heads,
+        key_dim=self.key_dim or -(-c.head_dim // 2),
+        value_dim=self.value_dim or c.head_dim)
+
+
+class GLA(layer.Layer):
+  """Gated linear attention: a decay of each feature of a key, and no delta rule
+  (Yang et al. 2023, arXiv 2312.06635).
+
+    q, k, v = W_q x, W_k x, W_v x       with `conv`: each through silu(conv(.))
+    log a   = logsigmoid(W_up W_down x + bias) / temperature      K of a head
+    S_t     = Diag(a_t) S_t-1 + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
+    y       = W_o (RMSNorm(o) * silu(W_z x))              a head by itself
+
+  The convolutions are an option of the authors' program, which the paper does
+  not have.
+  """
+  NAME = 'gla'
+  settings = GLAConfig
+
+  def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
+             v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    del ctx
+    d = self.sizes
+    bias_HK = linear.bias(self, 'decay_bias', (d.heads, d.key_dim),
+                          ('heads', 'head'))
+    log_decay_BLHK = jax.nn.log_sigmoid(linear.add_bias(
+        self.low_rank('decay', x_BLD, d.key_dim), bias_HK)) / d.temperature
+    scale = jnp.asarray(self.base_key_dim ** 0.5 / d.key_dim, q_BLJK.dtype)
+    return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU, log_decay_BLHK)
+
+
+@dataclasses.dataclass(frozen=True)
+class RetNetConfig(_States):
+  """Of mixer retnet. The paper's values are twice as wide as the keys."""
+  key_dim: int = field(0, "size of a head's query and key; derived: head_dim",
+                       resume=SHAPES)
+  value_dim: int = field(0, "size of a head's value; derived: 2 head_dim",
+                         resume=SHAPES)
+  conv = 0
+
+  def derived(self, c: ModelConfig) -> 'RetNetConfig':
+    return dataclasses.replace(
+        self, heads=self.heads or c.num_heads,
+        key_dim=self.key_dim or c.head_dim,
+        value_dim=self.value_dim or 2 * c.head_dim)
+
+
+class RetNet(layer.Layer):
+  """The retention of RetNet: a decay of each head that never changes, and no
+  delta rule (Sun et al. 2023, arXiv 2307.08621).
+
+    q, k, v = turn(W_q x), turn(W_k x), W_v x   by rotary positions
+    a       = 1 - 2^(-5 - h)                    of head h = 0, 1, ...
+    S_t     = a S_t-1 + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
+    y       = W_o (RMSNorm(o) * silu(W_z x))    a head by itself
+
+  Queries and keys are turned if model.position is rope, as the paper's are, by
+  the position of a token in its document.
+  """
+  NAME = 'retnet'
+  settings = RetNetConfig
+
+  def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
+             v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    del x_BLD
+    c, d = self.config, self.sizes
+    rotate = positions.of(c).rotate
+    if rotate:
+      q_BLJK, k_BLJK = (rotate(x, ctx.positions_BL, turned(c), ctx.length)
+                        for x in (q_BLJK, k_BLJK))
+    scale = jnp.asarray(self.base_key_dim ** 0.5 / d.key_dim, q_BLJK.dtype)
+    log_H = np.log1p(-2.0 ** (-5 - np.arange(d.heads)))
+    log_decay_BLH1 = jnp.broadcast_to(
+        jnp.asarray(log_H, jnp.float32)[None, None, :, None],
+        (*v_BLHU.shape[:3], 1))
+    return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU, log_decay_BLH1)
+
+
+def turned(c: ModelConfig) -> ModelConfig:
+  """Returns a config whose heads are the queries and keys that are turned."""
+  return dataclasses.replace(c, head_dim=c.retnet.key_dim)
+
+
+def check_retnet(name: str, c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer of retention cannot be."""
+  layer.check(name, c, stack)
+  require(not positions.of(c).bias, 'model.mixer is \'retnet\', which has no '
+          f'scores for the bias of model.position {c.position!r}: choose rope '
+          'or none')
+  if positions.of(c).rotate:
+    require(not rotary.SCALINGS[c.rope.scaling].by_length, 'model.mixer is '
+            "'retnet', whose state holds keys that were turned when the row "
+            f'was shorter, and model.rope.scaling {c.rope.scaling!r} turns by '
+            'the length of the row: choose another')
+    dim = rotary.rotary_dim(turned(c))
+    require(dim % 2 == 0 and dim > 0, f'model.rope.fraction {c.rope.fraction} '
+            f'of model.retnet.key_dim {c.retnet.key_dim} is {dim}: rotary '
+            'positions turn pairs, so it must be even and > 0')
+    rotary.SCALINGS[c.rope.scaling].check(c.rope, dim)

@@ -1,0 +1,208 @@
+"""Each recurrence against its definition in numpy, in float64. What they share
+is in recurrent_laws_test.py, and transformers' layers are compared with in
+tests/parity."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import mixers
+from architectures.parts.context import Context
+from configs import sharding as tables
+from tests.helpers import models
+from tests.helpers.recurrences import applied, fields, layer_of
+from training.distributed import devices
+
+SIGMOID = lambda x: 1 / (1 + np.exp(-x))
+SILU = lambda x: x * SIGMOID(x)
+SOFTPLUS = lambda x: np.log1p(np.exp(x))
+
+
+def _read(p, name, x_LD):
+  """[H, L, K]: a product, and the convolution and the SiLU if there is one."""
+  x_HLK = np.einsum('ld,dhk->hlk', x_LD, p[name])
+  if f'{name}_conv' not in p:
+    return x_HLK
+  w = p[f'{name}_conv']
+  y_HLK = np.zeros(x_HLK.shape) + np.expand_dims(
+      p.get(f'{name}_conv_bias', np.zeros(w.shape[1:])), 1)
+  for at, back in np.ndindex(len(x_LD), len(w)):
+    if back <= at:
+      y_HLK[:, at] += w[len(w) - 1 - back] * x_HLK[:, at - back]
+  return SILU(y_HLK)
+
+
+def _low_rank(p, name, x_LD):
+  return np.einsum('lu,uhk->hlk', x_LD @ p[f'{name}_down'], p[f'{name}_up'])
+
+
+def _normed(p, o_HLU, gate_HLU, eps=1e-5):
+  o_HLU = o_HLU / np.sqrt(np.square(o_HLU).mean(-1, keepdims=True) + eps)
+  return np.einsum('hlu,hud->ld', o_HLU * p['out_norm']['scale'] * gate_HLU,
+                   p['out'])
+
+
+def _silu_gate(p, x_LD):
+  return SILU(np.einsum('ld,dhk->hlk', x_LD, p['output_gate']))
+
+
+def _delta(p, x_LD, m):
+  """Token by token, as the papers have it, of DeltaNet and KDA."""
+  unit = lambda x: x / np.sqrt(np.square(x).sum(-1, keepdims=True) + 1e-6)
+  q, k, v = (_read(p, name, x_LD) for name in ('query', 'key', 'value'))
+  q, k = (np.repeat(unit(x), len(v) // len(x), 0) for x in (q, k))
+  rate = (1 + m.negative) * SIGMOID(x_LD @ p['rate']).T
+  log_a = np.zeros((*v.shape[:2], 1))
+  if 'decay_down' in p:
+    log_a = -np.exp(p['decay_scale'])[:, None, None] * SOFTPLUS(
+        _low_rank(p, 'decay', x_LD) + p['decay_bias'][:, None])
+  elif m.decay:
+    log_a = (-np.exp(p['decay_scale']) * SOFTPLUS(
+        x_LD @ p['decay'] + p['decay_bias'])).T[..., None]
+  o = np.zeros(v.shape)
+  for h in range(len(v)):
+    S = np.zeros((k.shape[2], v.shape[2]))
+    for t in range(len(x_LD)):
+      S = (np.eye(len(S)) - rate[h, t] * np.outer(k[h, t], k[h, t])) @ (
+          np.exp(log_a[h, t])[:, None] * S) + rate[h, t] * np.outer(
+              k[h, t], v[h, t])
+      o[h, t] = S.T @ q[h, t] / np.sqrt(len(S))
+  return _normed(p, o, _silu_gate(p, x_LD) if 'output_gate' in p else
+                 SIGMOID(_low_rank(p, 'gate', x_LD)))
+
+
+def _gla(p, x_LD, m):
+  """In the paper's parallel form (section 4.2), in float64, where quotients of
+  cumulative decays are still numbers."""
+  q, k, v = (_read(p, name, x_LD) for name in ('query', 'key', 'value'))
+  a = SIGMOID(_low_rank(p, 'decay', x_LD) + p['decay_bias'][:, None]) ** (
+      1 / m.temperature)
+  upto = np.cumprod(a, 1)
+  scores = np.tril((q * upto) @ np.swapaxes(k / upto, 1, 2))
+  return _normed(p, scores @ v / np.sqrt(q.shape[2]), _silu_gate(p, x_LD))
+
+
+def _retnet(p, x_LD, m, theta=10000.0, turn=True):
+  """In the paper's parallel form (equation 5): (Q K^T * D) V."""
+  del m
+  q, k, v = (_read(p, name, x_LD) for name in ('query', 'key', 'value'))
+  L, K = len(x_LD), q.shape[2]
+  if turn:  # feature i is paired with i + K / 2
+    turns = np.exp(1j * np.arange(L)[:, None] * theta ** (
+        -np.arange(0, K, 2) / K))
+    q, k = ((x[..., :K // 2] + 1j * x[..., K // 2:]) * turns for x in (q, k))
+    q, k = (np.concatenate([z.real, z.imag], -1) for z in (q, k))
+  apart = np.arange(L)[:, None] - np.arange(L)
+  decay = [np.tril((1 - 2.0 ** (-5 - h)) ** np.maximum(apart, 0))
+           for h in range(len(v))]
+  return _normed(p, (q @ np.swapaxes(k, 1, 2) * decay) @ v / np.sqrt(K),
+                 _silu_gate(p, x_LD))
+
+
+def _mamba2(p, u_LD, m, eps=1e-5):
+  """A head and a token at a time."""
+  x, B, C = (_read(p, name, u_LD) for name in ('value', 'key', 'query'))
+  dt = SOFTPLUS(u_LD @ p['step'] + p['step_bias'])
+  dt = np.clip(dt, m.least_step, m.most_step or np.inf)
+  y = np.zeros(x.shape)
+  for h in range(m.heads):
+    j, S = h // (m.heads // m.groups), np.zeros((m.head_dim, m.state))
+    for t in range(len(u_LD)):  # as the paper has it, [U, K]
+      S = S * np.exp(-dt[t, h] * np.exp(p['decay_scale'][h])) + (
+          dt[t, h] * np.outer(x[h, t], B[j, t]))
+      y[h, t] = S @ C[j, t] + p['skip'][h] * x[h, t]
+  y *= _silu_gate(p, u_LD)
+  for part in np.split(y, m.groups if m.norm_over == 'group' else 1):
+    part /= np.sqrt(np.square(part).mean((0, 2), keepdims=True) + eps)
+  return np.einsum('hlk,hk,hkd->ld', y, p['out_norm_scale'], p['out'])
+
+
+DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gla': _gla,
+               'retnet': _retnet, 'mamba2': _mamba2}
+
+
+@pytest.mark.parametrize('mixer, sizes', [
+    ('deltanet', {}), ('deltanet', dict(negative=True, conv=1, key_heads=4)),
+    ('deltanet', dict(decay=False)),
+    ('kda', {}), ('kda', dict(negative=True, conv=0, key_heads=4)),
+    ('gla', {}), ('gla', dict(conv=3, temperature=2.0)), ('retnet', {}),
+    ('mamba2', {}),
+    ('mamba2', dict(least_step=0.01, most_step=0.03,  # some are beyond each
+                    norm_over='all', conv=1, conv_bias=False))])
+def test_a_layer_equals_its_definition(mixer, sizes):
+  layer, p = layer_of(mixer, **sizes)
+  # The second row is so small that what is added to its squares counts.
+  x_BLD = jax.random.normal(jax.random.key(3), (2, 9, 32)) * jnp.array(
+      [1, 0.01])[:, None, None]
+  p64 = jax.tree.map(lambda x: np.asarray(x, np.float64), p)
+  for x_LD, got in zip(x_BLD, jax.jit(lambda p, x: applied(layer, p, x)[0])(
+      p, x_BLD)):
+    want = DEFINITIONS[mixer](p64, np.asarray(x_LD, np.float64), layer.sizes)
+    np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
+
+
+def test_retention_turns_only_by_rotary_positions():
+  layer, p = layer_of('retnet')
+  layer = layer.clone(config=architectures.resolve(models.config(
+      'llama', position='none', num_layers=1, **fields('retnet'))))
+  x_LD = np.random.default_rng(0).normal(size=(9, 32))
+  want = _retnet(jax.tree.map(lambda x: np.asarray(x, np.float64), p), x_LD,
+                 None, turn=False)
+  got = applied(layer, p, jnp.asarray(x_LD[None], jnp.float32))[0][0]
+  np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize('mixer, least', [('deltanet', 0.01), ('kda', 1.0)])
+def test_decays_are_born_as_in_the_authors_programs(mixer, least):
+  c = architectures.resolve(models.config(
+      'llama', mixer=mixer, **{mixer: dict(key_heads=128, key_dim=8)}))
+  layer = mixers.MIXERS[mixer].module(c, None)
+  p = nn.meta.unbox(jax.jit(layer.init)(
+      jax.random.key(0), jnp.zeros((1, 2, 32)),
+      Context(jnp.arange(2)[None]), None))['params']
+  scale = np.exp(p['decay_scale'])
+  assert least <= scale.min() < least + 1 and 15 < scale.max() <= 16
+  first = np.log1p(np.exp(p['decay_bias']))
+  assert 0.00099 < first.min() and first.max() < 0.1001
+  assert np.median(first) == pytest.approx(0.01, rel=0.5)
+
+
+def test_tokens_of_zeros_have_a_gradient():
+  """A vector without a direction has no length to be divided by."""
+  layer, p = layer_of('kda')
+  grads = jax.jit(jax.grad(lambda p, x: applied(layer, p, x)[0].sum(), (0, 1)))(
+      p, jnp.zeros((1, 3, 32)))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize('changes, sentence', [
+    (fields('kda', key_heads=3), 'key_heads is 3, which does not divide'),
+    (fields('mamba2', groups=3), 'groups is 3, which does not divide'),
+    (fields('retnet', key_dim=5), 'turn pairs, so it must be even'),
+    (dict(fields('retnet'), position='alibi'), 'has no scores for the bias'),
+    (dict(fields('retnet'), rope=dict(scaling='dynamic', factor=2.0,
+                                      original_len=8)),
+     "scaling 'dynamic' turns by the length of the row"),
+    (dict(fields('kda'), parametrization='mup', mup_base_width=32,
+          mup_base_head_dim=4), 'times as wide as at the base'),
+    (fields('mamba2', least_step=0.2, most_step=0.1), 'least_step is 0.2'),
+])
+def test_what_cannot_be_is_refused(changes, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    architectures.resolve(models.config('llama', **changes))
+
+
+def test_groups_that_a_mesh_does_not_divide_are_refused():
+  c = architectures.resolve(models.config('llama', **fields('mamba2')))
+  shape = dict.fromkeys(tables.MESH_AXES, 1)
+  with pytest.raises(ValueError, match='not divide model.mamba2.groups'):
+    devices.check_mesh(c, 8, 1, shape | dict(tensor=4))
+  one = dataclasses.replace(c, mamba2=dataclasses.replace(c.mamba2, groups=1))
+  devices.check_mesh(one, 8, 1, shape | dict(tensor=4))
+  with pytest.raises(ValueError, match='not divide model.mamba2.heads'):
+    devices.check_mesh(one, 8, 1, shape | dict(tensor=8))
