@@ -25,7 +25,7 @@ from architectures.parts import skeletons
 from architectures.parts.moe.layer import without_capacity
 from configs.errors import RequestError, require
 from training import generate, limits, objectives, parameters, progress, runs
-from training.data import chat_templates, tokenizers
+from training.data import conversations, tokenizers
 from training.data.tokenizers import Tokenizer
 from training.hf import config as hf_config, generation as hf_generation
 from training.hf import weights
@@ -124,9 +124,9 @@ def _talk(tokenizer: Tokenizer, said: hf_generation.Generation | None,
   """
   ends = frozenset(ids(said).get('eos_token_id', ()))
   folder = epath.Path(tokenizer.name)
-  if template or (chat_templates.in_folder(folder) is not None
+  if template or (conversations.in_folder(folder) is not None
                   and usual.plain):
-    found = chat_templates.read(template or str(folder), tokenizer)
+    found = conversations.read(template or str(folder), tokenizer)
     return chat.templated(
         found, ends, '' if template else 'answers by its chat template')
   if usual.plain:

@@ -17,7 +17,7 @@ from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
 from training import early_stopping, evals, limits, objectives, runs
 from training.costs import systems, totals
-from training.data import holdout, pipeline, ramp, tokenizers
+from training.data import pipeline, ramp, sources, tokenizers
 from training.optim import mup, optimizers
 from training.step import parameter_shares
 from training.workdir import checkpoints, metrics, run_config, storage
@@ -39,7 +39,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   ramp.check(config)
   optimizers.check_optim(config.optim)
   early_stopping.check_best(config)
-  one_of('eval.part', config.eval.part, holdout.PARTS)
+  one_of('eval.part', config.eval.part, sources.PARTS)
   metrics.check_writers(config.log)
   module = architectures.build(runs.resolve_alone(config))
   limits.refuse_unread_of(by_hand, config, module.config)

@@ -1,29 +1,39 @@
-"""Conversations in files, and the published templates that lay them out.
+"""Conversations in files, and the templates that lay them out.
 
-A JSONL field with a list of turns, {"role": "user", "content": ...} or
-ShareGPT's {"from": "human", "value": ...}, is a conversation. It is laid out
-by Vicuna's template, version 1.1 (lm-sys/FastChat, conversation.py), where
-</s> is the tokenizer's separator:
+A field with a list of turns, {"role": "user", "content": ...} or ShareGPT's
+{"from": "human", "value": ...}, is a conversation. It is laid out by Vicuna's
+template, version 1.1 (lm-sys/FastChat, conversation.py), where </s> is the
+tokenizer's separator:
 
   SYSTEM USER: a question ASSISTANT: an answer</s>USER: a question ...
 
 A record of `alpaca:GLOB`, {"instruction": ..., "input": ..., "output": ...},
 is laid out by Alpaca's template (tatsu-lab/stanford_alpaca, train.py): PROMPT,
 or PROMPT_INPUT where there is an input, directly followed by the output and the
-separator.
+separator. training/objectives/chat.py makes rows of all of these parts.
 
 Where data.chat_template names a Jinja file or a Hugging Face folder, that
-template lays out the turns (training/data/chat_templates.py).
-training/objectives/chat.py makes rows of all of these parts.
+template lays out the turns. transformers renders it, in a sandbox. A special
+token that a template writes is obeyed. One that stands in what somebody said is
+spelt, so that nobody speaks for another: the same is transformers'
+sanitize_control_tokens. Until the text is encoded, it stands between two
+characters, MARKS, that have no meaning in Unicode.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import hashlib
+import json
 import pathlib
+import re
 from typing import Any, NamedTuple
 
-from configs.errors import one_of, require, short
-from training.data import chat_templates
+import numpy as np
+
+from configs.errors import RequestError, one_of, require, short
 from training.data import texts
+from training.data.tokenizers import Tokenizer, named_tokens
+from training.workdir import schema
 
 # Who speaks, as files spell it: our kind of part.
 ROLES = {'system': 'system', 'user': 'user', 'human': 'user',
@@ -33,7 +43,7 @@ ROLES = {'system': 'system', 'user': 'user', 'human': 'user',
 # and those of a Jinja template.
 KINDS = ('question', 'answer', 'shown', 'said')
 ANSWERS = ('answer', 'said')  # those predicted
-PUBLISHED_NAME = 'published'  # data.chat_template of the two templates here
+PUBLISHED_NAME = 'published'  # data.chat_template of Vicuna's and Alpaca's
 SYSTEM = (
     'A chat between a curious user and an artificial intelligence assistant. '
     "The assistant gives helpful, detailed, and polite answers to the user's "
@@ -48,6 +58,15 @@ PROMPT_INPUT = (
     'the request.\n\n'
     '### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n'
     '### Response:')
+MARKS = '\ue010', '\ue011'
+FILE = 'chat_template.jinja'
+TEXT = 'jinja:'  # before the text of a template that a run keeps
+# Text of a rendered conversation, and what stands between two marks in it. A
+# template may have taken a mark from its pair: alone, it means nothing.
+_PIECES = re.compile('{0}(?P<spelt>[^{0}{1}]+){1}|(?P<text>[^{0}{1}]+)'.format(
+    *MARKS))
+_BLOCK = re.compile(r'\{%-?\s*generation\s*-?%\}')
+Messages = Sequence[dict[str, str]]
 
 
 def parse(turns: Sequence, where: str) -> list[tuple[str, str]]:
@@ -90,7 +109,7 @@ def layout(template: str, tokenizer: Any) -> Layout:
   """
   if template == PUBLISHED_NAME:
     return PUBLISHED
-  jinja = chat_templates.read(template, tokenizer)
+  jinja = read(template, tokenizer)
 
   def of(document: Any) -> Any:
     if not _is_turns(document):
@@ -139,18 +158,9 @@ def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
   Raises:
     ValueError: naming the record that is none.
   """
-  text = texts.decoded(pathlib.Path(path).read_bytes(), path)
-  records = ([texts.parsed(line, f'{path}, line {number},')
-              for number, line in enumerate(text.split('\n'), 1)
-              if line.strip()]
-             if path.endswith('.jsonl') else texts.parsed(text, path))
-  require(isinstance(records, list), f'{path} is no list of records: name it '
-          '.jsonl if it has one a line')
-  for number, record in enumerate(records, 1):
-    where = f'{path}, record {number},'
-    require(isinstance(record, dict), f'{where} is no JSON object')
+  for where, record in texts.rows(path):
     asked, given, answer = (
-        texts.checked(record.get(name, default), f'{where} {name}')
+        texts.checked(record.get(name, default), f'{where}, {name}')
         for name, default in (('instruction', None), ('input', ''),
                               ('output', None)))
     yield [('question', alpaca_prompt(asked, given)), ('answer', answer)]
@@ -160,3 +170,227 @@ def alpaca_prompt(instruction: str, given: str = '') -> str:
   """Returns the text before an answer; `given` is the record's input."""
   return (PROMPT_INPUT if given else PROMPT).format(
       instruction=instruction, input=given)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """A template with the tokenizer whose special tokens it writes.
+
+  Attributes:
+    name: where it is from, for messages.
+    text: the template itself.
+    tokenizer: what its text is encoded with.
+    specials: {'bos_token': '<s>', ...}, as the template knows them.
+  """
+  name: str
+  text: str
+  tokenizer: Tokenizer
+  specials: dict[str, str]
+
+  @property
+  def fingerprint(self) -> str:
+    """Changes when any conversation could be laid out otherwise."""
+    described = json.dumps([self.text, self.specials,
+                            self.tokenizer.special_texts], sort_keys=True)
+    return hashlib.blake2b(described.encode('utf-8'),
+                           digest_size=16).hexdigest()
+
+  def encode(self, messages: Messages, answer: bool = False) -> np.ndarray:
+    """Returns the ids [T] of a conversation.
+
+    Args:
+      messages: dicts with role and content.
+      answer: whether the assistant's next message is about to begin.
+    """
+    return encode([self.render(messages, answer)], self.tokenizer)[0]
+
+  def render(self, messages: Messages, answer: bool = False) -> str:
+    """Returns the text of a conversation, MARKS in it; see `encode`."""
+    return self._render(messages, answer)[0]
+
+  def parts(self, messages: Messages) -> list[tuple[str, str]]:
+    """Returns the text of a conversation as parts: `said` is the assistant's,
+    `shown` is not. Their texts, with MARKS, one after the other are `render`'s.
+
+    The assistant's is what stands in the template's {% generation %} blocks. Of
+    a template without these, it is what an answer adds to the text that asks
+    for it, up to the last special token of that, where there is one.
+
+    Raises:
+      RequestError: where the text with an answer does not begin with the text
+        that asks for the answer.
+    """
+    text, spans = self._render(messages)
+    if not _BLOCK.search(self.text):
+      spans = self._differences(messages, text)
+    bounds = [0, *(place for span in spans for place in span), len(text)]
+    return [(('shown', 'said')[i % 2], text[a:b])
+            for i, (a, b) in enumerate(zip(bounds, bounds[1:]))]
+
+  def ends(self) -> set[int]:
+    """Returns the special token with which an answer ends, if one follows it
+    directly."""
+    said = 'Xyzzy'
+    text, _ = self._render([dict(role='user', content=said),
+                            dict(role='assistant', content=said)])
+    after = text.rpartition(said)[2].lstrip() if said in text else ''
+    for special in sorted(self.tokenizer.special_texts, key=len, reverse=True):
+      if after.startswith(special):
+        return {int(i) for i in self.tokenizer.encode_placed(special)[0]}
+    return set()
+
+  def _differences(self, messages: Messages, text: str
+                   ) -> list[tuple[int, int]]:
+    """Returns where each answer stands in `text`, all messages rendered."""
+    spans = []
+    for i, message in enumerate(messages):
+      if message['role'] != 'assistant':
+        continue
+      asked = self.render(messages[:i], answer=True)
+      answered = self.render(messages[:i + 1])
+      if not (answered.startswith(asked) and text.startswith(answered)):
+        raise RequestError(
+            f'message {i + 1} cannot be told from the others: the chat '
+            f'template {self.name} has no {{% generation %}} block, and what '
+            'it writes before an answer changes with the answer: put the '
+            'block around what the assistant says')
+      spans.append((len(asked), self._up_to_special(answered, len(asked))))
+    return spans
+
+  def _up_to_special(self, text: str, start: int) -> int:
+    """Returns where the last special token after `start` ends, or the text."""
+    specials = _either(self.tokenizer.special_texts)
+    pieces = re.split(f'({specials})', text[start:])
+    if len(pieces) == 1 or MARKS[1] in pieces[-1]:  # one that was said
+      return len(text)
+    return len(text) - len(pieces[-1])
+
+  def _render(self, messages: Messages, answer: bool = False
+              ) -> tuple[str, list[tuple[int, int]]]:
+    """Returns the text, and where {% generation %} blocks stand in it."""
+    utils = texts.imported('transformers.utils.chat_template_utils',
+                           f'the chat template {self.name}', 'hf')
+    said = [{key: marked(value, self.tokenizer)
+             for key, value in message.items()} for message in messages]
+    try:
+      (text,), spans = utils.render_jinja_template(
+          [said], chat_template=self.text, add_generation_prompt=answer,
+          return_assistant_tokens_mask=bool(_BLOCK.search(self.text)),
+          **self.specials)
+    except Exception as error:  # of jinja2, and whatever a template does
+      why = ' '.join(str(error).split()) or type(error).__name__
+      raise RequestError(
+          f'the chat template {self.name} fails: {why}') from error
+    return text, spans[0] if spans else []
+
+
+def read(spec: str, tokenizer: Tokenizer) -> Template:
+  """Returns the template of data.chat_template.
+
+  Args:
+    spec: a Jinja file, a Hugging Face folder, or 'jinja:' and the template
+      itself, as a run keeps it.
+    tokenizer: whose special tokens it writes.
+
+  Raises:
+    RequestError: where there is none.
+  """
+  return make(*source(spec), tokenizer)
+
+
+def source(spec: str) -> tuple[str, str]:
+  """Returns where the template of data.chat_template is from, and its text;
+  RequestError: there is none."""
+  if spec.startswith(TEXT):
+    return 'of the run', spec.removeprefix(TEXT)
+  path = pathlib.Path(spec).expanduser()
+  text = in_folder(path) if path.is_dir() else (
+      texts.read(str(path)) if path.is_file() else None)
+  if text is None:
+    raise RequestError(
+        f'data.chat_template is {short(spec)}, which is no file, and no folder '
+        f'with a {FILE} or a template in its tokenizer_config.json: choose '
+        'from published, a Jinja file, and a Hugging Face folder')
+  return str(path), text
+
+
+def kept(spec: str) -> str:
+  """Returns a data.chat_template that says the same when the file or the folder
+  that `spec` names has changed, or is gone."""
+  return TEXT + source(spec)[1]
+
+
+def make(name: str, text: str, tokenizer: Tokenizer) -> Template:
+  return Template(name, text, tokenizer, specials(tokenizer))
+
+
+def in_folder(folder: Any) -> str | None:
+  """Returns the chat template of a Hugging Face folder; None: it has none."""
+  if (folder / FILE).is_file():
+    return texts.decoded((folder / FILE).read_bytes(), str(folder / FILE))
+  path = folder / 'tokenizer_config.json'
+  if not path.is_file():
+    return None
+  described = schema.parse(path.read_bytes(), str(path))
+  schema.check_shape(described, {}, str(path))
+  template = described.get('chat_template')
+  if isinstance(template, list):  # several, by name
+    template = {row['name']: row['template'] for row in template}.get('default')
+  return template
+
+
+def marked(text: str, tokenizer: Tokenizer) -> str:
+  """Returns what somebody says, with MARKS around special tokens in it."""
+  return re.sub(_either(tokenizer.special_texts),
+                lambda found: f'{MARKS[0]}{found[0]}{MARKS[1]}', unmarked(text))
+
+
+def unmarked(text: str) -> str:
+  """Returns a text without MARKS."""
+  return re.sub(f'[{"".join(MARKS)}]', '', text)
+
+
+def encode(parts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+  """Returns the ids [T] of each part of a rendered text.
+
+  The parts are encoded as one text. An id belongs to the first of the odd
+  parts, those between two others, that it has a character of; if to none, to
+  the even part where it begins: as transformers masks a {% generation %} block.
+  """
+  ids, places = [], []
+  for piece in re.finditer(_PIECES, ''.join(parts)):
+    if piece['spelt']:
+      own, spans = tokenizer.encode_spans([piece['spelt']])[0]
+    else:
+      own, spans = tokenizer.encode_placed(piece['text'])
+    ids.append(own)
+    places.append(spans + piece.start('spelt' if piece['spelt'] else 'text'))
+  if not ids:
+    return [np.zeros(0, np.int32) for _ in parts]
+  ids_T, places_T2 = np.concatenate(ids), np.concatenate(places)
+  ends = np.cumsum([len(part) for part in parts])
+  # What ends at or before the end of a `shown` part is not of the next.
+  cuts, before = [], 0
+  for number, end in enumerate(ends[:-1]):
+    outside = places_T2[:, 1] <= end if number % 2 == 0 else (
+        places_T2[:, 0] < end)
+    before = max(before, int(np.count_nonzero(
+        np.logical_and.accumulate(outside))))
+    cuts.append(before)
+  return np.split(ids_T, cuts)
+
+
+def _either(texts: Sequence[str]) -> str:
+  """A pattern of any of these; the longest that fits."""
+  words = sorted(texts, key=len, reverse=True)
+  return '|'.join(map(re.escape, words)) or '(?!)'
+
+
+def specials(tokenizer: Tokenizer) -> dict[str, str]:
+  """Returns the special tokens as transformers gives them to a template: those
+  that the tokenizer's own files name, where they name any."""
+  folder = pathlib.Path(tokenizer.name)
+  folder = folder if folder.is_dir() else folder.parent
+  named = {} if tokenizer.name.startswith('bytes') else named_tokens(folder)
+  return named or {f'{kind}_token': tokenizer.piece(i)
+                   for kind, i in tokenizer.special_ids.items()}

@@ -29,10 +29,8 @@ entities could be read in several ways.
 Liang 2018), where a question with `is_impossible` has no answer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-import csv
-import io
-import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
 import re
 from typing import Any, NamedTuple
 
@@ -44,12 +42,9 @@ SENTENCES = 'sentences with a label for each word'
 QUESTIONS = 'questions on paragraphs'
 PROBE_ROWS = 'rows of a probe'
 PAIR = ('source', 'target')
-SUFFIXES = ('.tsv', '.csv', '.jsonl')
-COLUMNS = (0, -1)  # of a word and of its label, where a source names none
 SQUAD_FIELDS = ('context', 'question', 'answers')  # of a data set
 
 _TAG = re.compile(r'(O|[BI]-\S+)')
-_Row = tuple[str, Sequence[str], list[str]]  # where, names and cells
 
 
 class Record(NamedTuple):
@@ -131,113 +126,101 @@ def columns_of(name: str, written: str) -> tuple[int, int]:
   return int(match[1]), int(match[2])
 
 
-def read_texts(path: str, fields: tuple[str, ...]) -> Iterator[Record]:
+def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
   """Yields the records of a file; `fields` by fields_of."""
-  rows = _json_rows if path.endswith('.jsonl') else _table_rows
-  yield from _records(rows(path, fields))
-
-
-def texts_of_rows(name: str, fields: tuple[str, ...], dataset: Any
-                  ) -> Iterator[Record]:
-  """Yields the records of a data set of the package datasets. A label that is
-  a number, of which the data set knows the name, is the name."""
-  names_of = getattr(dataset.features[fields[-1]], 'names', None)
-
-  def rows() -> Iterator[_Row]:
-    for number, row in enumerate(dataset.select_columns([*fields]), 1):
-      where = f'{name}, row {number},'
-      label = _named(row[fields[-1]], names_of, where)
-      yield where, fields, _cells(row | {fields[-1]: label}, fields, where)
-
-  yield from _records(rows())
-
-
-def _records(rows: Iterator[_Row]) -> Iterator[Record]:
-  for where, names, cells in rows:
-    for name, cell in zip(names, cells):
-      require(bool(cell.strip()), f'{where} column {name!r}, is empty: a '
-              'record has a text, or two, and a label')
-    yield Record(tuple(cells[:-1]), cells[-1].strip(), where,
-                 tuple(names[:-1]))
-
-
-def _table_rows(path: str, fields: tuple[str, ...]) -> Iterator[_Row]:
   named = bool(fields) and not fields[0].isdigit()
-  places: list[int] | None = None if named or not fields else [
-      *map(int, fields)]
-  for number, cells in _lines(path):
-    where, many = f'{path}, line {number},', f'{len(cells)} columns'
-    if named and places is None:  # the line of names
-      for field in fields:
-        require(field in cells, f'{where} has no column {field!r}: it has '
-                f'{short(", ".join(cells))}')
-      places, width = [cells.index(field) for field in fields], None
-      continue
-    if places is None:
-      require(len(cells) in (2, 3), f'{where} has {many}: name those of the '
-              'text and of the label, as in labelled:GLOB:sentence+label '
-              'where this line has names, or labelled:GLOB:0+1')
-      places = [*range(len(cells))]
-    width = None if fields else len(places)
-    require(max(places) < len(cells) and width in (None, len(cells)),
-            f'{where} has {many}, and {width or max(places) + 1} are read')
-    names = fields if named else (
-        *(('text',) if len(places) == 2 else ('first', 'second')), 'label')
-    yield where, names, [cells[place] for place in places]
+  columns = fields or (('text', 'label') if path.endswith('.jsonl') else ())
+  for where, row in texts.rows(path, named):
+    columns = columns or tuple(row)
+    require(len(columns) in (2, 3) and (fields or len(row) == len(columns)
+                                        or path.endswith('.jsonl')),
+            f'{where}, has {len(row)} columns: name those of the text and of '
+            'the label, as in labelled:GLOB:sentence+label where line 1 has '
+            'names, or labelled:GLOB:0+1')
+    yield _record(where, row, columns, columns if named else (
+        *(('text',) if len(columns) == 2 else ('first', 'second')), 'label'))
 
 
-def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
-  """Yields each row of a table that holds text, and the line it begins in."""
-  text = texts.decoded(pathlib.Path(path).read_bytes(), path)
-  csv.field_size_limit(2**31 - 1)  # else a field of 131,073 is refused
-  tabs: dict[str, Any] = dict(
-      delimiter='\t', quoting=csv.QUOTE_NONE) if path.endswith('.tsv') else {}
-  rows = csv.reader(io.StringIO(text.removeprefix('\ufeff'), newline=''),
-                    strict=True, **tabs)
-  begin = 1
-  try:
-    for row in rows:
-      if any(map(str.strip, row)):
-        yield begin, row
-      begin = rows.line_num + 1
-  except csv.Error as error:
-    raise RequestError(f'{path}, line {begin}, is broken CSV: {error}.'
-                       ) from error
+def _record(where: str, row: dict[str, Any], columns: Sequence[str],
+            names: Sequence[str]) -> Record:
+  where = f'{where},'
+  texts.check_columns(row, columns, where)
+  label = _label(row[columns[-1]], where)
+  cells = [texts.checked(value, f'{where} field {name!r},') for name, value in
+           zip(names, [*(row[column] for column in columns[:-1]), label])]
+  for name, cell in zip(names, cells):
+    require(bool(cell.strip()), f'{where} column {name!r}, is empty: a record '
+            'has a text, or two, and a label')
+  return Record(tuple(cells[:-1]), label.strip(), where, tuple(names[:-1]))
 
 
-def _json_rows(path: str, fields: tuple[str, ...]) -> Iterator[_Row]:
-  names = fields or ('text', 'label')
-  for where, row in texts.objects(path):
-    yield f'{where},', names, _cells(row, names, f'{where},')
+def _label(value: Any, where: str) -> str:
+  require(isinstance(value, str | int | float), f'{where} has the label '
+          f'{short(value)}: a label is a text or a number')
+  return str(value)
 
 
-def _cells(row: dict[str, Any], names: Sequence[str], where: str) -> list[str]:
-  """Returns the cells `names` of a row, as text; a label may be a number."""
-  for name in names:
-    require(name in row, f'{where} has no field {name!r}: it has '
-            f'{short(", ".join(row))}')
-  label = _named(row[names[-1]], None, where)
-  return [texts.checked(value, f'{where} field {name!r},') for name, value in
-          zip(names, [*(row[name] for name in names[:-1]), label])]
+def dataset_rows(name: str, fields: Sequence[str], dataset: Any) -> texts.Rows:
+  """Yields the rows of a data set of the package datasets. A label that is a
+  number, of which the data set knows the name, is the name."""
+  named = {column: getattr(getattr(feature, 'feature', feature), 'names', None)
+           for column, feature in dataset.features.items()}
+
+  def name_of(label: int, names: Sequence[str], where: str) -> str:
+    require(0 <= label < len(names), f'{where} has the label {label}, and the '
+            f'set has {len(names)}: one whose labels are kept back has -1 for '
+            'them')
+    return names[label]
+
+  columns = {*fields, 'id'} & {*dataset.column_names}
+  for number, row in enumerate(dataset.select_columns([*columns]), 1):
+    where = f'{name}, row {number}'
+    for column, value in row.items():
+      if names := named.get(column):
+        row[column] = ([name_of(each, names, where) for each in value]
+                       if isinstance(value, list) else
+                       name_of(value, names, where))
+    yield where, row
 
 
-def _named(label: Any, names: Sequence[str] | None, where: str) -> str:
-  """Returns a label as text: by its name, where a data set has names."""
-  require(isinstance(label, str | int | float), f'{where} has the label '
-          f'{short(label)}: a label is a text or a number')
-  if names is None or isinstance(label, str):
-    return str(label)
-  require(0 <= label < len(names), f'{where} has the label {label}, and the '
-          f'set has {len(names)}: one whose labels are kept back has -1 for '
-          'them')
-  return names[int(label)]
+def of_rows(name: str, fields: tuple[str, ...], features: Any
+            ) -> tuple[str, Callable[[texts.Rows], Iterator[Any]]]:
+  """Returns what columns of a data set hold, and what makes records of its
+  rows: of columns that are lists, words and their labels."""
+  if fields == SQUAD_FIELDS:
+    return QUESTIONS, lambda rows: _paragraphs(
+        (where, row['context'], dict(
+            id=str(row.get('id', where)), question=row['question'],
+            is_impossible=not row['answers']['text'], answers=[
+                dict(text=text, answer_start=start) for text, start in zip(
+                    row['answers']['text'], row['answers']['answer_start'])]),
+         row['context']) for where, row in rows)
+  lists = [hasattr(features[field], 'feature') for field in fields]
+  if not any(lists):
+    fields_of(name, '+'.join(fields))
+    return TEXTS, lambda rows: (
+        _record(where, row, fields, fields) for where, row in rows)
+  require(all(lists) and len(lists) == 2, f'data source {name!r} names the '
+          f'fields {"+".join(fields)}: write one of lists of words and one of '
+          'lists of labels')
+  return SENTENCES, lambda rows: (_sentence(where, *(
+      row[field] or [] for field in fields)) for where, row in rows)
+
+
+def _sentence(where: str, words: list[Any], labels: list[Any]) -> Sentence:
+  require(len(words) == len(labels) > 0, f'{where}, has {len(words)} words '
+          f'and {len(labels)} labels: there is one for each word')
+  lines = [f'{where}, word {i}' for i in range(1, len(words) + 1)]
+  return Sentence([texts.checked(word, f'{where},') for word in words],
+                  [_label(label, f'{line},')
+                   for label, line in zip(labels, lines)], lines)
 
 
 def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
   """Yields the (kind, text) parts of each pair of a file: a source, a tab and a
   target a line, or in a .jsonl an object with both."""
   if path.endswith('.jsonl'):
-    for where, row in texts.objects(path):
+    for where, row in texts.rows(path):
       yield [(kind, texts.checked(row.get(kind), f'{where}, field {kind!r},'))
              for kind in PAIR]
     return
@@ -248,8 +231,7 @@ def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
     yield list(zip(PAIR, pair))
 
 
-def read_sentences(path: str, columns: tuple[int, int] = COLUMNS
-                   ) -> Iterator[Sentence]:
+def read_sentences(columns: tuple[int, int], path: str) -> Iterator[Sentence]:
   """Yields the sentences of a file, in order; `columns` by columns_of."""
   sentence = Sentence([], [], [])
   shape = None  # of the first line that is surely a word's
@@ -278,27 +260,6 @@ def read_sentences(path: str, columns: tuple[int, int] = COLUMNS
     yield sentence
 
 
-def sentences_of_rows(name: str, fields: Sequence[str], dataset: Any
-                      ) -> Iterator[Sentence]:
-  """Yields the sentences of a data set of the package datasets, whose columns
-  `fields` are lists: of words, and of labels or their numbers."""
-  features = dataset.features
-  require(len(fields) == 2 and all(
-      hasattr(features[field], 'feature') for field in fields),
-          f'data source {name!r} names the fields {"+".join(fields)}: write '
-          'one of lists of words and one of lists of labels')
-  names = getattr(features[fields[1]].feature, 'names', None)
-  for number, row in enumerate(dataset.select_columns([*fields]), 1):
-    words, labels = (row[field] or [] for field in fields)
-    where = f'{name}, row {number}'
-    require(len(words) == len(labels) > 0, f'{where}, has {len(words)} words '
-            f'and {len(labels)} labels: there is one for each word')
-    lines = [f'{where}, word {i}' for i in range(1, len(words) + 1)]
-    yield Sentence([texts.checked(word, f'{where},') for word in words],
-                   [_named(label, names, f'{line},')
-                    for label, line in zip(labels, lines)], lines)
-
-
 def check_entities(sentence: Sentence) -> None:
   """Raises RequestError where the labels of a sentence mark no entities."""
   before = 'O'
@@ -324,38 +285,30 @@ def read_questions(path: str) -> Iterator[Paragraph]:
     RequestError: for a file that is not of this form, or an answer that does
       not stand in its context where it says.
   """
-  document = texts.parsed(pathlib.Path(path).read_bytes(), path)
+  document = texts.parsed(texts.read(path), path)
   try:
-    paragraphs = [(paragraph['context'], paragraph['qas'])
-                  for article in document['data']
-                  for paragraph in article['paragraphs']]
-    found = [Paragraph(_text(context, path), tuple(
-        _question(asked, context, path) for asked in qas))
-             for context, qas in paragraphs if qas]
+    paragraphs = [*_paragraphs(
+        (path, paragraph['context'], asked, id(paragraph))
+        for article in document['data'] for paragraph in article['paragraphs']
+        for asked in paragraph['qas'])]
   except (KeyError, TypeError, AttributeError) as error:
     raise RequestError(f'{path} is no file of SQuAD: {type(error).__name__}: '
                        f'{error}.') from error
-  ids = [question.id for p in found for question in p.questions]
+  ids = [question.id for p in paragraphs for question in p.questions]
   require(len(ids) == len({*ids}), f'{path} has an id of two questions')
-  yield from found
+  yield from paragraphs
 
 
-def questions_of_rows(name: str, dataset: Any) -> Iterator[Paragraph]:
-  """Yields the paragraphs of a data set of the package datasets, which has a
-  question a row, and those of a paragraph one after the other."""
-  context, asked = '', list[Question]()
-  for number, row in enumerate(dataset, 1):
-    if asked and row['context'] != context:
-      yield Paragraph(context, tuple(asked))
-      asked = []
-    context, told = row['context'], row['answers']
-    answers = [dict(text=text, answer_start=start) for text, start in zip(
-        told['text'], told['answer_start'])]
-    asked.append(_question(
-        dict(id=str(row.get('id', number)), question=row['question'],
-             answers=answers, is_impossible=not answers), context, name))
-  if asked:
-    yield Paragraph(context, tuple(asked))
+def _paragraphs(asked: Iterable[tuple[str, str, dict[str, Any], Any]]
+                ) -> Iterator[Paragraph]:
+  """Yields paragraphs of (where, context, question, what tells one paragraph
+  from the next), as SQuAD's files have a question."""
+  for _, group in itertools.groupby(asked, lambda row: row[3]):
+    group = list(group)
+    where, context = group[0][:2]
+    yield Paragraph(_text(context, where), tuple(
+        _question(question, context, where)
+        for where, _, question, _ in group))
 
 
 def _question(asked: dict[str, Any], context: str, path: str) -> Question:
@@ -379,9 +332,3 @@ def _text(value: Any, where: str) -> str:
           f'{where}, has an empty text')
   return value
 
-
-# What yields the records of a data set of the package datasets, by the kind of
-# these: (name, fields, data set) -> records.
-OF_ROWS: dict[str, Callable[[str, tuple[str, ...], Any], Iterator[Any]]] = {
-    TEXTS: texts_of_rows, SENTENCES: sentences_of_rows,
-    QUESTIONS: lambda name, fields, dataset: questions_of_rows(name, dataset)}

@@ -27,9 +27,7 @@ import numpy as np
 
 from configs.errors import RequestError, require
 from training import objectives
-from training.data import conversations, holdout, packing, ramp, sources
-from training.data import token_cache, tokens
-from training.data.records import load
+from training.data import conversations, packing, ramp, sources, tokens
 from training.data.tokenizers import Tokenizer
 from training.objectives.record import Config
 
@@ -328,7 +326,7 @@ def _views(config: Config, tokenizer: Tokenizer, split: str,
 def check_sources(config: Config) -> None:
   """Raises RequestError for a source that is unknown or not there, or a cache
   that cannot be written; reads no text."""
-  token_cache.check_cache_dir(config.data.cache_dir)
+  tokens.check_cache_dir(config.data.cache_dir)
   for spec in (config.data.source, config.data.eval_source):
     if spec:
       for _, source in sources.parse(spec):
@@ -343,19 +341,19 @@ def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   for spec in filter(None, (data.source, data.eval_source)):
     for _, source in sources.parse(spec, layout):
       source = sources.cut(source, _holdout_every(data))
-      if source.tokens:
-        hashes[source.name] = source.content
-      elif source.files:
-        hashes[source.name] = token_cache.content(source, data.cache_dir)
+      if source.files:
+        hashes[source.name] = source.digest() if source.tokens else (
+            tokens.content(source, tokenizer, data.cache_dir))
   return hashes
 
 
 def check_fits(config: Config, source: sources.Source) -> None:
   """Raises RequestError for a source of which the objective cannot learn."""
-  holds, reads = sources.holds(source), packing.reads(objectives.of(config))
-  require(bool(set(reads) & set(holds)), f'objective {config.objective!r} '
-          f'reads {" or ".join(reads)}, but data source {source.name!r} holds '
-          f'{holds[0]}: choose from {sources.forms(reads)}')
+  reads = packing.reads(objectives.of(config))
+  require(bool(set(reads) & set(source.holds)), f'objective '
+          f'{config.objective!r} reads {" or ".join(reads)}, but data source '
+          f'{source.name!r} holds {source.holds[0]}: choose from '
+          f'{sources.forms(reads)}')
 
 
 def _holdout_every(data: Config) -> int | None:
@@ -377,8 +375,8 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
     if source.drawn:
       yield weight, packing.Corpus(source.name, source.name, *of_split)
     elif objectives.of(config).records:
-      records = load(source)
-      chosen = holdout.chosen(np.arange(len(records)), every, split, part)
+      records = list(source.records())
+      chosen = sources.chosen(np.arange(len(records)), every, split, part)
       text = _words(source, every, split, part, chosen.sum(), len(records))
       yield weight, packing.Corpus(source.name, text, *of_split, records=[
           record for record, own in zip(records, chosen) if own])
@@ -394,12 +392,10 @@ def _tokens(source: sources.Source, config: Config, tokenizer: Tokenizer,
   """Returns the tokens of the documents of a source that are in a split."""
   data, every = config.data, _holdout_every(config.data)
   if source.tokens:
-    index = tokens.load(source.tokens, source.name)
-    tokens.check_tokenizer(index, tokenizer, source.name)
-    found = tokens.Tokens(index)
+    found = tokens.load(source.tokens, source.name)
+    tokens.check_tokenizer(found, tokenizer, source.name)
   else:
-    found = token_cache.cached(source, tokenizer, data.cache_dir,
-                               data.holdout_every)
+    found = tokens.cached(source, tokenizer, data.cache_dir)
   # Of a source that is cut, document 0 is the part already.
   return tokens.Split(found, every, split, '' if source.is_cut else part,
                       tokenizer.separator_id)

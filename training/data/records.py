@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.errors import RequestError, one_of, require, short
-from training.data import holdout, labelled, packing, sources
+from training.data import labelled, packing, sources
 from training.data.tokenizers import Tokenizer
 
 MANY_LABELS = 50  # so many may be a column of something else than labels
@@ -27,28 +27,13 @@ NO_WORD = -1
 AROUND = 2  # tokens of a row beside a sentence: one before, one after it
 
 
-def load(source: sources.Source) -> list[Any]:
-  """Returns all records of a source, in order.
-
-  Raises:
-    RequestError: for a file without any, or a record that is none.
-  """
-  found: list[Any] = []
-  for path in source.files or ('',):
-    before = len(found)
-    found += source.read(path)
-    require(len(found) > before, f'data source {source.name!r} is empty: '
-            f'{path or "it"} holds no record')
-  return found
-
-
 def of_training(config: Any) -> list[Any]:
   """Returns the records that a run trains on, of all its sources."""
   data, found = config.data, []
   for _, source in sources.parse(data.source):
-    records = load(source)
+    records = list(source.records())
     every = 0 if data.eval_source else data.holdout_every
-    ours = holdout.chosen(np.arange(len(records)), every, 'train')
+    ours = sources.chosen(np.arange(len(records)), every, 'train')
     found += [record for record, own in zip(records, ours) if own]
   return found
 

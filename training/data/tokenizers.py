@@ -1,9 +1,9 @@
 """Tokenizers behind one small interface: text to ids, and back.
 
 `load(spec)` takes data.tokenizer: `bytes`, `bytes:N`, a Hugging Face
-tokenizer.json, a sentencepiece `.model`, or a folder that holds one of the
-files of FOLDERS. A tokenizer.json is read by the package tokenizers; all other
-files by transformers' own classes, whose pipelines are the same package's
+tokenizer.json, or a folder that holds one of the files of FOLDERS. A
+tokenizer.json is read by the package tokenizers; the other files by the class
+of transformers that the folder names, whose pipelines are the same package's
 (extra `hf`; without PyTorch).
 
 No tokenizer adds special tokens by itself, and none reads them out of plain
@@ -13,20 +13,18 @@ a chat template writes them as text, and `encode_placed` obeys it.
 """
 
 import abc
-from collections.abc import Callable, Iterable, Sequence
-import difflib
+from collections.abc import Iterable, Sequence
 import functools
 import hashlib
 import json
 import pathlib
 import re
-import shutil
-import tempfile
 from typing import Any
 
 import numpy as np
 
 from configs.errors import RequestError, require, short
+from training.data import texts
 from training.workdir import schema
 
 SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
@@ -41,19 +39,10 @@ SPECIAL_NAMES = {
     'cls': ('[CLS]', '<cls>'),
     'sep': ('[SEP]', '<sep>'),
 }
-# The files by which a folder is read; the first that are all there win. And
-# the class of transformers for a folder that names none.
-FOLDERS = {
-    ('tokenizer.json',): '',
-    ('encoder.json', 'vocab.bpe'): 'GPT2Tokenizer',
-    ('vocab.json', 'merges.txt'): 'GPT2Tokenizer',
-    ('vocab.txt',): 'BertTokenizer',
-    ('tokenizer.model',): 'PreTrainedTokenizerFast',
-    ('spiece.model',): 'T5Tokenizer',
-}
+# The files by which a folder is read; the first that are all there win.
+FOLDERS = (('tokenizer.json',), ('vocab.json', 'merges.txt'), ('vocab.txt',),
+           ('tokenizer.model',), ('spiece.model',))
 CONFIG = 'tokenizer_config.json'
-# What says more of a vocabulary in its folder.
-BESIDE = (CONFIG, 'special_tokens_map.json', 'added_tokens.json', 'config.json')
 
 
 class Tokenizer(abc.ABC):
@@ -241,24 +230,34 @@ class Bytes(Tokenizer):
 class HuggingFace(Tokenizer):
   """A pipeline of the package tokenizers: BPE, unigram or WordPiece."""
 
-  def __init__(self, name: str, tokenizer: Any, special_ids: dict[str, int],
-               framing: dict[str, int]):
+  def __init__(self, name: str, tokenizer: Any, special_ids: dict[str, int]):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
     self.name = name
     self._tokenizer = tokenizer
+    self._added = tokenizer.get_added_tokens_decoder()
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     require(bool(vocab), f'tokenizer {name!r} has an empty vocabulary')
     self.vocab_size = 1 + max(vocab.values())
-    self.special_ids = framing | special_ids
-    self.sentinel_ids = _sentinels(vocab.get)
-    self.more_ids = _more_ids(tokenizer)
+    self.special_ids = _framing(tokenizer) | special_ids
+    self.sentinel_ids = tuple(
+        vocab[f'<extra_id_{i}>'] for i in range(SENTINELS)
+        if f'<extra_id_{i}>' in vocab)
+    # As WordPiece's [UNK], some are pieces besides, which plain text gives.
+    pieces = tokenizer.get_vocab(with_added_tokens=False)
+    self.more_ids = frozenset(i for i, token in self._added.items()
+                              if token.special and token.content not in pieces)
     if 'mask' in special_ids:
-      self.mask_pattern = _mask_pattern(
-          tokenizer, special_ids['mask'], self.mask_pattern)
+      # RoBERTa's takes the space before it along.
+      own = re.escape(self.piece(special_ids['mask']))
+      added = self._added.get(special_ids['mask'])
+      before, after = (r'\s*' * bool(getattr(added, side, False))
+                       for side in ('lstrip', 'rstrip'))
+      self.mask_pattern = f'{before}(?:{own}|{self.mask_pattern}){after}'
     described = json.dumps([tokenizer.to_str(), special_ids])
-    self.fingerprint = _digest(described.encode('utf-8'))
+    self.fingerprint = hashlib.blake2b(described.encode('utf-8'),
+                                       digest_size=16).hexdigest()
     self._bytes_of_id = _byte_level_table(tokenizer, vocab)
     placed = tokenizer.encode('a')
     ends = [*placed.special_tokens_mask, 0].index(0)
@@ -281,8 +280,8 @@ class HuggingFace(Tokenizer):
 
   @property
   def special_texts(self):
-    added = self._tokenizer.get_added_tokens_decoder()
-    return tuple(token.content for token in added.values() if token.special)
+    return tuple(token.content for token in self._added.values()
+                 if token.special)
 
   @functools.cached_property
   def _obeying(self) -> Any:
@@ -320,22 +319,15 @@ def load(spec: str) -> Tokenizer:
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
     names = found_in(path)
-    wanted = '; '.join(' + '.join(names) for names in FOLDERS)
-    require(bool(names), f'tokenizer folder {spec!r} holds none of: {wanted}')
-    if names == ('tokenizer.json',):
-      return _read_json(spec, path / 'tokenizer.json')
-    return _read_others(spec, path, names)
-  if path.is_file() and path.suffix == '.json':
-    return _read_json(spec, path)
-  if path.is_file() and path.suffix == '.model':
-    return _read_model(spec, path)
-  missing = '' if path.exists() else '; there is no such file or folder'
-  near = difflib.get_close_matches(spec, ['bytes'])
-  hint = " Did you mean 'bytes'?" if near else ''
-  raise RequestError(
-      f'unknown tokenizer {spec!r}: choose bytes, bytes:N, a tokenizer.json, a '
-      'sentencepiece .model, or a folder with encoder.json + vocab.bpe'
-      f'{missing}.{hint}')
+    require(bool(names), f'tokenizer folder {spec!r} holds none of: '
+            + '; '.join(' + '.join(names) for names in FOLDERS))
+    if names != ('tokenizer.json',):
+      return _read_others(spec, path, names)
+    path = path / 'tokenizer.json'
+  require(path.is_file() and path.suffix == '.json', f'unknown tokenizer '
+          f'{spec!r}, which is no such file or folder: choose bytes, bytes:N, '
+          'a tokenizer.json, or a folder of Hugging Face with a tokenizer')
+  return _read_json(spec, path)
 
 
 def found_in(folder: pathlib.Path) -> tuple[str, ...]:
@@ -368,7 +360,7 @@ def _read_json(spec: str, path: pathlib.Path) -> Tokenizer:
   except Exception as error:  # tokenizers raises bare Exception.
     raise RequestError(
         f'tokenizer {spec!r} is not a Hugging Face tokenizer.json: '
-        f'{_said(error)}.') from error
+        f'{short(" ".join(str(error).split()))}.') from error
   special = {token.content: i for i, token
              in pipeline.get_added_tokens_decoder().items() if token.special}
   named = named_tokens(path.parent)
@@ -376,74 +368,35 @@ def _read_json(spec: str, path: pathlib.Path) -> Tokenizer:
          for kind, names in SPECIAL_NAMES.items()}
   ids |= {kind: i for kind in ids if (i := pipeline.token_to_id(
       named.get(f'{kind}_token', ''))) is not None}
-  return HuggingFace(
-      spec, pipeline, {kind: i for kind, i in ids.items() if i is not None},
-      _framing(pipeline))
+  return HuggingFace(spec, pipeline, {
+      kind: i for kind, i in ids.items() if i is not None})
 
 
 def _read_others(spec: str, folder: pathlib.Path, names: tuple[str, ...]
                  ) -> Tokenizer:
   """Reads the files of a folder by the class of transformers that it names."""
+  transformers = texts.imported(
+      'transformers', f'tokenizer {spec!r}, which has no tokenizer.json,', 'hf')
   try:
-    import transformers
-  except ImportError as error:
-    raise RequestError(
-        f'tokenizer {spec!r} has no tokenizer.json, and to read '
-        f"{' + '.join(names)} needs the package transformers: pip install "
-        "'archetype[hf]'") from error
-  try:
-    if names[0] == 'encoder.json':  # as OpenAI published GPT-2
-      with tempfile.TemporaryDirectory() as copy:
-        for name, usual in zip(names, ('vocab.json', 'merges.txt')):
-          shutil.copyfile(folder / name, pathlib.Path(copy) / usual)
-        theirs = transformers.GPT2Tokenizer.from_pretrained(copy)
-    else:
-      kind = transformers.AutoTokenizer if _names_class(folder) else getattr(
-          transformers, FOLDERS[names])
-      theirs = kind.from_pretrained(str(folder), local_files_only=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True)
     pipeline = theirs.backend_tokenizer
   except Exception as error:  # whatever is wrong with the files
-    raise RequestError(f'tokenizer {spec!r}: transformers cannot read '
-                       f'{" + ".join(names)}: {_said(error)}.') from error
+    raise RequestError(
+        f'tokenizer {spec!r}: transformers cannot read {" + ".join(names)}: '
+        f'{short(" ".join(str(error).split()))}.') from error
   ids = {kind: getattr(theirs, f'{kind}_token_id') for kind in SPECIAL_NAMES}
-  return HuggingFace(
-      spec, pipeline, {kind: i for kind, i in ids.items() if i is not None},
-      _framing(pipeline))
-
-
-def _names_class(folder: pathlib.Path) -> bool:
-  """Whether a folder says which class of transformers reads it."""
-  for name, keys in (CONFIG, ('tokenizer_class',)), (
-      'config.json', ('tokenizer_class', 'model_type')):
-    if (folder / name).is_file():
-      tree = schema.parse((folder / name).read_bytes(), str(folder / name))
-      if isinstance(tree, dict) and any(tree.get(key) for key in keys):
-        return True
-  return False
-
-
-def _read_model(spec: str, path: pathlib.Path) -> Tokenizer:
-  """Reads a file of sentencepiece, and what stands beside it."""
-  names = next((names for names in FOLDERS if names == (path.name,)),
-               ('tokenizer.model',))
-  with tempfile.TemporaryDirectory() as text:
-    folder = pathlib.Path(text)
-    shutil.copyfile(path, folder / names[0])
-    for name in BESIDE:
-      if (path.parent / name).is_file():
-        shutil.copyfile(path.parent / name, folder / name)
-    return _read_others(spec, folder, names)
+  return HuggingFace(spec, pipeline, {
+      kind: i for kind, i in ids.items() if i is not None})
 
 
 def _framing(tokenizer: Any) -> dict[str, int]:
   """Returns cls and sep, where a pipeline puts texts between them as BERT and
   RoBERTa do: cls, a text, sep; cls, a text, one sep or two, another text, sep.
   """
-  tokenizer.no_padding()
-  tokenizer.no_truncation()
   found = []
-  for texts, pattern in ((('a',), '10+1'), (('a', 'b'), '10+11?0+1')):
-    row = tokenizer.encode(*texts)
+  for row, pattern in ((tokenizer.encode('a'), '10+1'),
+                       (tokenizer.encode('a', 'b'), '10+11?0+1')):
     mask = row.special_tokens_mask
     if not re.fullmatch(pattern, ''.join(map(str, mask))):
       return {}
@@ -452,26 +405,6 @@ def _framing(tokenizer: Any) -> dict[str, int]:
   if len({*found}) > 1 or found[0][0] == found[0][1]:
     return {}
   return dict(zip(('cls', 'sep'), found[0]))
-
-
-def _said(error: Exception) -> str:
-  """What a library has against a file, in one line."""
-  return short(' '.join(str(error).split()))
-
-
-def _sentinels(id_of: Callable[[str], int | None]) -> tuple[int, ...]:
-  """Returns the ids of <extra_id_0>, <extra_id_1>, ... of a vocabulary."""
-  ids = [id_of(f'<extra_id_{i}>') for i in range(SENTINELS)]
-  return tuple(i for i in ids if i is not None)
-
-
-def _more_ids(tokenizer: Any) -> frozenset[int]:
-  """Returns the ids of the special tokens that are no pieces of a vocabulary
-  besides, as WordPiece's [UNK] is one, which plain text gives."""
-  own = tokenizer.get_vocab(with_added_tokens=False)
-  return frozenset(
-      i for i, token in tokenizer.get_added_tokens_decoder().items()
-      if token.special and token.content not in own)
 
 
 def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
@@ -498,19 +431,5 @@ def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
   return table
 
 
-def _mask_pattern(tokenizer: Any, mask_id: int, usual: str) -> str:
-  """Returns the pattern of a mask as `tokenizers` reads it, or of the usual
-  one: RoBERTa's takes the space before it along."""
-  own = re.escape(tokenizer.id_to_token(mask_id))
-  token = tokenizer.get_added_tokens_decoder().get(mask_id)
-  before = r'\s*' if token and token.lstrip else ''
-  after = r'\s*' if token and token.rstrip else ''
-  return f'{before}(?:{own}|{usual}){after}'
-
-
 def _spans(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
   return np.asarray(pairs, np.int32).reshape(-1, 2)
-
-
-def _digest(data: bytes) -> str:
-  return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,49 +1,71 @@
 """Tokens on disk: a folder of shards, which one process or many machines wrote.
 
 `data.source=tokens:FOLDER` reads what `python -m tools.tokenize` wrote, on disk
-or in a bucket; the cache of a run (token_cache.py) is folders of the same form.
-A folder holds
+or in a bucket; the cache of a run is folders of the same form. A folder holds
 
-  begun.json    of which source and tokenizer it is being made
+  begun.json    of which source and tokenizer it is being made, in how many
+                shards
   00000.tokens  a shard: the ids of some documents, uint16 or uint32, with
                 nothing between them
-  00000.npz     its Table: the parts of its documents, and a checksum of each
+  00000.table   that the shard is finished: a checksum, and as an .npz its
+                Table, with the parts of its documents and a checksum of each
                 block of ids
-  00000.json    that the shard is finished: its figures
-  index.json    that all are: the figures of the whole
 
-What is held out follows from the number of a document, so that a folder serves
-every data.holdout_every. A process keeps the tables of TABLES shards and some
-blocks in memory, and reads the others as it needs them.
+Which documents make which shard is the same for any number of machines: a shard
+is made of neighbouring files, so many that they have SHARD_BYTES of text, or a
+MOST_SHARDS-th of all. A larger file is a shard of its own. What is held out
+follows from the number of a document, so that a folder serves every
+data.holdout_every. A process keeps the tables of TABLES shards and some blocks
+in memory, and reads the others as it needs them.
+
+An entry of the cache is named by the paths, sizes and times of the source's
+files and by the tokenizer, so it is never stale, and is shared by all runs,
+whatever their split, length or seed. A build that was killed goes on where it
+was. Of several processes that want the same entry, on hosts that share the
+folder, one reads the text and the others wait: file locks see to it (where a
+file system has none, all build, and all write the same).
 """
 
+from collections.abc import Iterable, Iterator
 from concurrent import futures
+import contextlib
+import dataclasses
+import fcntl
 import functools
 import hashlib
 import io
 import json
 import os
-import shlex
+import pathlib
+import sys
 import threading
+import time
 from typing import Any, NamedTuple
+import uuid
 import zlib
 
 from etils import epath
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError, require, short
-from training.data import conversations, holdout, labelled
+from training import progress
+from training.data import conversations, labelled, sources
+from training.data.sources import Document, Source
 from training.data.tokenizers import Tokenizer
 from training.workdir import storage
 
 # What a part of a document is: text, one of a pair, or of a conversation.
 KINDS = ('text', *labelled.PAIR, *conversations.KINDS)
-FORMAT = 2  # raise it when the layout changes
-BEGUN, INDEX = 'begun.json', 'index.json'
+FORMAT = 3  # raise it when the layout changes
+BEGUN = 'begun.json'
 BLOCK_BYTES = 1 << 14  # of ids, with one checksum
-FIGURES = ('documents', 'tokens', 'bytes')
 TABLES, BLOCKS = 64, 1024  # kept in memory: the blocks are 16 MiB
 THREADS = 32  # each waits for a small file
+SHARD_BYTES = 256 << 20
+MOST_SHARDS = 1 << 14
+CHUNK_CHARS, CHUNK_TEXTS = 1 << 20, 1 << 13  # encoded at once
+TEMPORARY = '.writing-'
+STALE_SECONDS = 24 * 3600
 
 # numpy parses the header of an array with `ast`, which fails in Python 3.11 if
 # several threads do so at the same time ("AST constructor recursion depth
@@ -74,40 +96,28 @@ class Table(NamedTuple):
     return totals[:, ends] - totals[:, ends - self.counts]
 
 
-class Index(NamedTuple):
-  """A folder that is whole.
+class Tokens:
+  """The tokens of a folder that is whole.
 
   Attributes:
     folder: where it is.
-    described: what index.json holds.
+    begun: what begun.json holds.
+    table: number of a shard -> its Table.
   """
-  folder: epath.Path
-  described: dict[str, Any]
 
-  @property
-  def shards(self) -> list[dict[str, Any]]:
-    """What there is to know of each shard: FIGURES, its kinds of parts, the
-    size of its .tokens and the checksum of its .npz."""
-    return self.described['shards']
-
-  @property
-  def digest(self) -> str:
-    """Changes when any token could be another."""
-    keys = ('digest', 'tokenizer', 'shards')
-    return digest([self.described[key] for key in keys])
-
-
-class Tokens:
-  """The tokens of a folder that is whole."""
-
-  def __init__(self, index: Index):
-    self.index = index
-    self._dtype = np.dtype(index.described['dtype'])
+  def __init__(self, folder: epath.Path, begun: dict[str, Any]):
+    self.folder, self.begun = folder, begun
+    self._dtype = np.dtype(begun['dtype'])
     self.table = functools.lru_cache(TABLES)(self._table)
     self._block = functools.lru_cache(BLOCKS)(self._read_block)
 
   def __reduce__(self):
-    return Tokens, (self.index,)
+    return Tokens, (self.folder, self.begun)
+
+  def tables(self) -> Iterator[Table]:
+    """Yields the tables of all shards, in order."""
+    with futures.ThreadPoolExecutor(THREADS) as pool:
+      yield from pool.map(self.table, range(self.begun['shards']))
 
   def read(self, shard: int, first: int, end: int) -> np.ndarray:
     """Returns the ids `first` to `end` of a shard."""
@@ -120,24 +130,25 @@ class Tokens:
     return ids[first - start:end - start]
 
   def _read_block(self, shard: int, block: int) -> np.ndarray:
-    path = f'{self.index.folder}/{shard:05}.tokens'
+    path = f'{self.folder}/{shard:05}.tokens'
     data = read_bytes(path, block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES)
-    checksums = self.table(shard).checksums
-    if zlib.crc32(data) != checksums[block]:
+    if zlib.crc32(data) != self.table(shard).checksums[block]:
       raise damaged(path, f'block {block:,} has another checksum')
     return np.frombuffer(data, self._dtype)
 
   def _table(self, shard: int) -> Table:
-    path = self.index.folder / f'{shard:05}.npz'
-    try:
-      data = path.read_bytes()
-    except FileNotFoundError as error:
-      raise missing(str(path)) from error
-    if zlib.crc32(data) != self.index.shards[shard]['checksum']:
-      raise damaged(str(path), 'it has another checksum')
+    path, ids = (self.folder / f'{shard:05}.{ending}'
+                 for ending in ('table', 'tokens'))
+    data = path.read_bytes()
+    if zlib.crc32(data[4:]) != int.from_bytes(data[:4], 'little'):
+      raise damaged(path, 'it has another checksum')
     with _PARSE:
-      arrays = np.load(io.BytesIO(data))
-      return Table(*(arrays[name] for name in Table._fields))
+      arrays = np.load(io.BytesIO(data[4:]))
+      table = Table(*(arrays[name] for name in Table._fields))
+    size = int(table.sizes.sum()) * self._dtype.itemsize
+    if ids.stat().length != size:
+      raise damaged(ids, f'{ids.stat().length:,} bytes, and not {size:,}')
+    return table
 
 
 class Split:
@@ -146,7 +157,6 @@ class Split:
 
   Attributes:
     tokens: of the folder.
-    every, split, part: which documents these are, see holdout.chosen.
     kinds: of all the folder's documents, as KINDS has them.
     documents: how many there are; `of`, in all.
     num_tokens: of the stream, less the separator that it begins with.
@@ -155,13 +165,20 @@ class Split:
 
   def __init__(self, tokens: Tokens, every: int | None, split: str, part: str,
                separator: int):
-    self.tokens, self.every = tokens, every
-    self.split, self.part = split, part
+    """Which documents these are `every`, `split` and `part` say, see
+    sources.chosen."""
+    self.tokens, self._chosen = tokens, (every, split, part)
     self._separator = separator
-    index = tokens.index
-    self.kinds = frozenset(k for shard in index.shards for k in shard['kinds'])
-    self._firsts = bounds([shard['documents'] for shard in index.shards])
-    documents, sizes, num_bytes = self._totals().T
+    kinds, counts, totals = set[int](), [], []
+    for table in tokens.tables():
+      wanted = sources.chosen(np.arange(len(table.counts)) + sum(counts),
+                              *self._chosen)
+      totals.append([wanted.sum(), *table.of_documents()[:, wanted].sum(1)])
+      counts.append(len(table.counts))
+      kinds.update(np.unique(table.kinds).tolist())
+    self.kinds = frozenset(KINDS[kind] for kind in kinds)
+    self._firsts = bounds(counts)
+    documents, sizes, num_bytes = np.array(totals, np.int64).T
     self._starts = bounds(documents + sizes)
     self.documents, self.of = int(documents.sum()), int(self._firsts[-1])
     self.num_tokens = int(self._starts[-1])
@@ -217,34 +234,8 @@ class Split:
 
   def wanted(self, shard: int) -> np.ndarray:
     """Tells which documents of a shard belong to the split."""
-    first, end = self._firsts[shard:shard + 2]
-    return holdout.chosen(np.arange(first, end), self.every, self.split,
-                          self.part)
-
-  def _totals(self) -> np.ndarray:
-    """Returns documents, tokens and bytes of each shard's part of the split,
-    int64 [shards, 3]."""
-    index = self.tokens.index
-    totals = np.array([[shard[key] for key in FIGURES]
-                       for shard in index.shards], np.int64)
-    held_out = index.described['held_out']
-    part = self.part if self.split == 'eval' else ''
-    if not part and (self.every is None or not self.every
-                     and self.split == 'train'):
-      return totals
-    if not part and self.every == held_out['every']:
-      held = np.array(held_out['shards'], np.int64)
-      return held if self.split == 'eval' else totals - held
-    with futures.ThreadPoolExecutor(THREADS) as pool:
-      return np.array(list(pool.map(self._total, range(len(totals)))))
-
-  def _total(self, shard: int) -> list[int]:
-    return total(self.tokens.table(shard), self.wanted(shard))
-
-
-def total(table: Table, wanted: np.ndarray) -> list[int]:
-  """Returns the FIGURES of some documents of a shard."""
-  return [int(wanted.sum()), *map(int, table.of_documents()[:, wanted].sum(1))]
+    return sources.chosen(np.arange(*self._firsts[shard:shard + 2]),
+                          *self._chosen)
 
 
 class Documents:
@@ -260,13 +251,12 @@ class Documents:
 
   def __init__(self, split: Split):
     self._tokens = split.tokens
-    shards = self._tokens.index.shards
-    tables = [self._tokens.table(i) for i in range(len(shards))]
+    tables = [*self._tokens.tables()]
     sizes, self.num_bytes, self.kinds, counts = (
         np.concatenate(columns) for columns in list(zip(*tables))[:4])
     self.parts = bounds(sizes)
-    self._shards = bounds([shard['tokens'] for shard in shards])
-    wanted = np.concatenate([*map(split.wanted, range(len(shards)))])
+    self._shards = bounds([table.sizes.sum() for table in tables])
+    wanted = np.concatenate([*map(split.wanted, range(len(tables)))])
     ends = np.cumsum(counts)
     self.first, self.end = (ends - counts)[wanted], ends[wanted]
 
@@ -288,8 +278,8 @@ class Documents:
             for p in range(self.first[n], self.end[n])]
 
 
-def load(text: str, name: str) -> Index:
-  """Returns the index of a folder.
+def load(text: str, name: str) -> Tokens:
+  """Returns the tokens of a folder.
 
   Args:
     text: the folder, on disk or in a bucket.
@@ -297,69 +287,47 @@ def load(text: str, name: str) -> Index:
 
   Raises:
     RequestError: where there is none, or one that is half finished.
-    EnvironmentFailure: where its index is damaged, or a shard is missing or
-      cut short.
   """
   require(bool(text), f'data source {name!r} names no folder: write '
           'tokens:FOLDER or tokens:gs://BUCKET/NAME')
   folder = storage.path(text, f'the folder of data source {name!r}'
                         ).expanduser()
-  if not (folder / INDEX).exists():
-    require((folder / BEGUN).exists(), f'data source {name!r} has no {INDEX}, '
-            'so it is no folder that tools.tokenize has written')
-    begun = parsed(folder / BEGUN)
-    done = sum(name[0].isdigit() for name in file_sizes(folder, '.json'))
-    raise RequestError(
-        f'data source {name!r} is half finished, {done} of '
-        f'{begun["shards"]} shards: go on with ' + command(begun, text))
-  index = Index(folder, parsed(folder / INDEX))
-  check_format(index.described, folder)
-  sizes = file_sizes(folder, '.tokens')
-  for i, shard in enumerate(index.shards):
-    path, found = f'{folder}/{i:05}.tokens', sizes.get(f'{i:05}.tokens')
-    if found is None:
-      raise missing(path)
-    if found != shard['size']:
-      raise damaged(path, f'{found:,} bytes, and not {shard["size"]:,}')
-  return index
+  require((folder / BEGUN).exists(), f'data source {name!r} has no {BEGUN}, '
+          'so it is no folder that tools.tokenize has written')
+  begun = _begun(folder)
+  done = finished(folder, begun)
+  require(all(done), f'data source {name!r} is half finished, {sum(done)} of '
+          f'{len(done)} shards: give the command that made it again, with '
+          f'--out={folder}')
+  return Tokens(folder, begun)
 
 
-def command(begun: dict[str, Any], folder: Any) -> str:
-  """Returns the command that goes on with a folder; `begun` of begun.json."""
-  words = ['python', '-m', 'tools.tokenize', begun['source'], '--out',
-           str(folder), '--tokenizer', begun['tokenizer']['name']]
-  if begun['shard_bytes']:  # 0: of a dataset of Hugging Face
-    words += ['--shard_mib', str(begun['shard_bytes'] >> 20)]
-  return shlex.join([*words, '--holdout_every', str(begun['holdout_every'])])
+def _begun(folder: epath.Path) -> dict[str, Any]:
+  try:
+    begun = json.loads((folder / BEGUN).read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise damaged(folder / BEGUN, 'it is no JSON') from error
+  require(begun.get('format') == FORMAT, f'{folder} has the format '
+          f'{short(begun.get("format"))} of tokens, and this program reads '
+          f'{FORMAT}: tokenise into another folder')
+  return begun
 
 
-def check_format(described: dict[str, Any], folder: epath.Path) -> None:
-  version = described.get('format')
-  require(version == FORMAT, f'{folder} has the format {short(version)} of '
-          f'tokens, and this program reads {FORMAT}: tokenise into another '
-          'folder')
+def finished(folder: epath.Path, begun: dict[str, Any]) -> list[bool]:
+  """Tells of which shards all files are there."""
+  names = {path.name for path in folder.iterdir()}
+  return [{f'{i:05}.tokens', f'{i:05}.table'} <= names
+          for i in range(begun['shards'])]
 
 
-def check_tokenizer(index: Index, tokenizer: Tokenizer, name: str) -> None:
+def check_tokenizer(tokens: Tokens, tokenizer: Tokenizer, name: str) -> None:
   """Raises RequestError for a tokenizer other than the one of the tokens."""
-  made = index.described['tokenizer']
+  made = tokens.begun['tokenizer']
   require(made['fingerprint'] == tokenizer.fingerprint,
           f'data source {name!r} was tokenised with {made["name"]!r}, '
           f'{made["vocab_size"]:,} ids, and data.tokenizer is '
           f'{tokenizer.name!r}, which is another one: choose that of the '
           'tokens, or tokenise into another folder')
-
-
-def verify(index: Index) -> None:
-  """Reads all shards; raises EnvironmentFailure for one that is damaged."""
-  tokens = Tokens(index)
-
-  def check(i: int) -> None:
-    for block in range(len(tokens.table(i).checksums)):
-      tokens._read_block(i, block)
-
-  with futures.ThreadPoolExecutor(THREADS) as pool:
-    list(pool.map(check, range(len(index.shards))))
 
 
 def bounds(sizes: Any) -> np.ndarray:
@@ -370,14 +338,6 @@ def bounds(sizes: Any) -> np.ndarray:
 def digest(described: Any) -> str:
   return hashlib.blake2b(json.dumps(described).encode('utf-8'),
                          digest_size=16).hexdigest()
-
-
-def parsed(path: epath.Path) -> Any:
-  """Returns what a file of JSON holds; EnvironmentFailure: it is damaged."""
-  try:
-    return json.loads(path.read_bytes())
-  except (ValueError, RecursionError) as error:
-    raise damaged(str(path), 'it is no JSON') from error
 
 
 def read_bytes(path: str, start: int, end: int) -> bytes:
@@ -391,8 +351,6 @@ def read_bytes(path: str, start: int, end: int) -> bytes:
       return _bucket().cat_file(path, start=start, end=end)
     with open(path, 'rb', buffering=0) as file:
       return os.pread(file.fileno(), end - start, start)
-  except FileNotFoundError as error:
-    raise missing(path) from error
   except Exception as error:  # those of a bucket's client have many types
     why = storage.reason(error)
     if not why:
@@ -402,31 +360,296 @@ def read_bytes(path: str, start: int, end: int) -> bytes:
         'goes on') from error
 
 
-def file_sizes(folder: epath.Path, ending: str) -> dict[str, int]:
-  """Returns the bytes of each file of a folder whose name ends so."""
-  if storage.in_bucket(folder):
-    rows = _bucket().ls(str(folder), detail=True)
-    return {row['name'].rpartition('/')[2]: int(row['size'] or 0)
-            for row in rows if row['name'].endswith(ending)}
-  with os.scandir(folder) as rows:
-    return {row.name: row.stat().st_size for row in rows
-            if row.name.endswith(ending)}
-
-
-def missing(path: str) -> EnvironmentFailure:
-  return EnvironmentFailure(
-      f'{path} is missing: the command that made the folder makes it again, '
-      'and tokenises nothing else')
-
-
-def damaged(path: str, why: str) -> EnvironmentFailure:
-  return EnvironmentFailure(
-      f'{path} is damaged ({why}): delete it, and the command that made the '
-      'folder makes it again')
-
-
 @functools.cache
 def _bucket() -> Any:
   import fsspec
   storage.path('gs://bucket/folder', 'data.source')  # sees what others write
   return fsspec.filesystem('gs')
+
+
+def damaged(path: Any, why: str) -> EnvironmentFailure:
+  return EnvironmentFailure(
+      f'{path} is damaged ({why}): delete it, and the command that made the '
+      'folder makes it again')
+
+
+# Writing.
+
+
+def plan(source: Source, shard_bytes: int = SHARD_BYTES
+         ) -> tuple[list[Source], list[int]]:
+  """Returns the sources whose documents make one shard each, in order, and the
+  bytes of their files; one without files is one shard."""
+  if not source.files:
+    return [source], [1]
+  sizes = [os.stat(path).st_size for path in source.files]
+  target = max(shard_bytes, sum(sizes) // MOST_SHARDS)
+  parts: list[list[str]] = []
+  totals: list[int] = []
+  for path, size in zip(source.files, sizes):
+    if not parts or totals[-1] + size > target:
+      parts.append([])
+      totals.append(0)
+    parts[-1].append(path)
+    totals[-1] += size
+  return [dataclasses.replace(source, files=tuple(part))
+          for part in parts], totals
+
+
+def begin(folder: epath.Path, source: Source, parts: list[Source],
+          content: str, tokenizer: Tokenizer) -> dict[str, Any]:
+  """Writes begun.json, or sees that it is of the same `content`, cut into the
+  same parts; returns it.
+
+  Raises:
+    RequestError: where the folder holds something else.
+  """
+  made = digest([content, [len(part.files) for part in parts]])
+  if not (folder / BEGUN).exists():
+    with storage.writing(str(folder)):
+      folder.mkdir(parents=True, exist_ok=True)
+      put(folder / BEGUN, json.dumps(dict(
+          format=FORMAT, source=source.name, content=content, digest=made,
+          shards=len(parts),
+          dtype='<u4' if tokenizer.vocab_size > 1 << 16 else '<u2',
+          tokenizer=dict(
+              name=tokenizer.name, fingerprint=tokenizer.fingerprint,
+              vocab_size=tokenizer.vocab_size)), indent=1).encode())
+  begun = _begun(folder)
+  require(begun['digest'] == made and begun['tokenizer']['fingerprint']
+          == tokenizer.fingerprint, f'{folder} was begun of the source '
+          f'{begun["source"]!r} with the tokenizer '
+          f'{begun["tokenizer"]["name"]!r}, and {source.name!r} has other '
+          f'files or is cut otherwise, or {tokenizer.name!r} is another one: '
+          'choose the same, or another folder for --out')
+  return begun
+
+
+def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
+          begun: dict[str, Any]) -> Table:
+  """Tokenises the documents of a source into shard i; returns its table, which
+  is written last: without it, the shard is not finished.
+
+  Raises:
+    EnvironmentFailure: where it cannot be written, or the files were written
+      meanwhile.
+  """
+  before = stats(part)
+  with _whole(folder / f'{i:05}.tokens') as write:
+    table = _encode(write, part, tokenizer, begun['dtype'])
+  if stats(part) != before:
+    raise EnvironmentFailure(
+        f'data source {part.name!r} changed while it was being read: start '
+        'again when its files are complete')
+  data = io.BytesIO()
+  np.savez_compressed(data, **table._asdict())
+  put(folder / f'{i:05}.table', zlib.crc32(data.getvalue()).to_bytes(
+      4, 'little') + data.getvalue())
+  return table
+
+
+def stats(source: Source) -> list[list[Any]]:
+  """Returns the path, the size and the time of each file of a source."""
+  found = [(path, os.stat(path)) for path in source.files]
+  return [[path, s.st_size, s.st_mtime_ns] for path, s in found]
+
+
+def put(target: epath.Path, data: bytes) -> None:
+  """Writes a file whole or not at all, whoever else writes it too."""
+  with _whole(target) as write:
+    write(data)
+
+
+@contextlib.contextmanager
+def _whole(target: epath.Path) -> Iterator[Any]:
+  """Gives what writes to a file that is there at the end, and as a whole."""
+  # Around what writes, and not around what reads: of the text, an error says
+  # more by itself.
+  writing = lambda: storage.writing(str(target))
+  partial = target
+  if not storage.in_bucket(target):
+    partial = target.with_name(f'{TEMPORARY}{uuid.uuid4().hex}')
+    storage.sweep(target.parent, f'{TEMPORARY}*', STALE_SECONDS)
+  with contextlib.ExitStack() as stack:
+    with writing():
+      file = stack.enter_context(partial.open('wb'))
+
+    def write(data: bytes) -> None:
+      with writing():
+        file.write(data)
+
+    try:
+      yield write
+      with writing():
+        file.close()
+        if partial != target:
+          os.replace(partial, target)
+    finally:
+      if partial != target:
+        partial.unlink(missing_ok=True)
+
+
+def _encode(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
+            ) -> Table:
+  """Writes the ids of a shard; returns its table."""
+  kinds: list[int] = []
+  counts: list[int] = []
+  sizes, num_bytes, checksums = [], [], []
+  left = b''
+
+  def put_blocks(end: int) -> None:
+    checksums.extend(zlib.crc32(left[at:min(at + BLOCK_BYTES, end)])
+                     for at in range(0, end, BLOCK_BYTES))
+    write(left[:end])
+
+  documents = progress.each(part.documents(), f'tokenising {part.name}')
+  for chunk in _chunks(documents, kinds, counts):
+    rows = [left]
+    for ids, text in encode(tokenizer, chunk):
+      rows.append(np.asarray(ids).astype(dtype).tobytes())
+      sizes.append(len(ids))
+      num_bytes.append(len(text.encode('utf-8')))
+    left = b''.join(rows)
+    whole = len(left) // BLOCK_BYTES * BLOCK_BYTES
+    put_blocks(whole)
+    left = left[whole:]
+  put_blocks(len(left))
+  return Table(
+      np.array(sizes, np.int64), np.array(num_bytes, np.int64),
+      np.array(kinds, np.uint8), np.array(counts, np.int64),
+      np.array(checksums, np.uint32))
+
+
+def _chunks(documents: Iterable[Document], kinds: list[int],
+            counts: list[int]) -> Iterator[list[list[tuple[str, str]]]]:
+  """Yields documents as lists of parts, some at a time; fills in the kinds of
+  these, and how many each document has."""
+  chunk, chars = [], 0
+  for document in documents:
+    parts = ([('text', document)] if isinstance(document, str) else document)
+    counts.append(len(parts))
+    kinds += [KINDS.index(kind) for kind, _ in parts]
+    chunk.append(parts)
+    chars += sum(len(text) for _, text in parts)
+    if chars >= CHUNK_CHARS or len(chunk) >= CHUNK_TEXTS:
+      yield chunk
+      chunk, chars = [], 0
+  if chunk:
+    yield chunk
+
+
+def encode(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
+           ) -> Iterator[tuple[np.ndarray, str]]:
+  """Yields (ids, text) of each part of some documents.
+
+  A question and its answer are encoded as one text, and the answer has the ids
+  from the first one on that it changes. What a Jinja template rendered is
+  encoded as one, too, by conversations.encode. The library of a tokenizer
+  encodes several texts at the same time.
+  """
+  spelt: list[str] = []
+  for parts in chunk:
+    if parts[0][0] not in ('shown', 'said'):
+      for i, (kind, text) in enumerate(parts):
+        is_answer = kind == 'answer' and i and parts[i - 1][0] == 'question'
+        spelt.append(parts[i - 1][1] + text if is_answer else text)
+  ids = iter(tokenizer.encode_batch(spelt))
+  for parts in chunk:
+    if parts[0][0] in ('shown', 'said'):
+      texts = [text for _, text in parts]
+      for row, text in zip(conversations.encode(texts, tokenizer), texts):
+        yield row, conversations.unmarked(text)
+      continue
+    rows = [next(ids) for _ in parts]
+    for i, (kind, _) in enumerate(parts):
+      if kind == 'answer' and i and parts[i - 1][0] == 'question':
+        same = shared(rows[i], rows[i - 1])
+        rows[i - 1], rows[i] = rows[i][:same], rows[i][same:]
+    yield from zip(rows, (text for _, text in parts))
+
+
+def shared(a: np.ndarray, b: np.ndarray) -> int:
+  """Returns how many ids two sequences begin with alike."""
+  size = min(len(a), len(b))
+  different = np.flatnonzero(a[:size] != b[:size])
+  return int(different[0]) if different.size else size
+
+
+# The cache.
+
+
+def cache(cache_dir: str = '') -> pathlib.Path:
+  """Returns the folder of data.cache_dir; '': $ARCHETYPE_CACHE, else
+  ~/.cache/archetype."""
+  require('://' not in cache_dir, f'data.cache_dir is {cache_dir!r}: it must '
+          'be a folder on disk')
+  try:
+    return pathlib.Path(cache_dir or os.environ.get('ARCHETYPE_CACHE')
+                        or '~/.cache/archetype').expanduser()
+  except RuntimeError as error:  # ~ of a user who has no home
+    raise RequestError(f'data.cache_dir is {cache_dir!r}: {error}') from error
+
+
+def check_cache_dir(cache_dir: str) -> None:
+  """Raises RequestError where no entry can be written; one that has entries is
+  not tried, since all that a run needs may be there."""
+  if not os.path.isdir(cache(cache_dir) / 'tokens'):
+    storage.try_folder(cache(cache_dir), 'data.cache_dir')
+
+
+def _entry(source: Source, tokenizer: Tokenizer, cache_dir: str) -> epath.Path:
+  return epath.Path(cache(cache_dir)) / 'tokens' / digest(
+      [FORMAT, source.reader, source.content, stats(source),
+       tokenizer.fingerprint])
+
+
+def cached(source: Source, tokenizer: Tokenizer, cache_dir: str) -> Tokens:
+  """Returns the tokens of a source, which is tokenised if no entry has them.
+
+  Args:
+    source: see sources.parse.
+    tokenizer: see tokenizers.load.
+    cache_dir: as data.cache_dir.
+
+  Raises:
+    ValueError: if a document cannot be read, naming the file and line.
+  """
+  path = _entry(source, tokenizer, cache_dir)
+  parts, _ = plan(source)
+  whole = lambda: (path / BEGUN).exists() and all(finished(path, _begun(path)))
+  if not whole():
+    storage.try_folder(cache(cache_dir), 'data.cache_dir')
+    with _one_at_a_time(path, source.name):
+      if not whole():
+        started = time.monotonic()
+        begun = begin(path, source, parts, source.digest(), tokenizer)
+        for i, done in enumerate(finished(path, begun)):
+          if not done:
+            shard(path, i, parts[i], tokenizer, begun)
+        print(f'tokenised {source.name} in {time.monotonic() - started:.1f} s, '
+              f'kept in {path}', file=sys.stderr)
+  return load(str(path), source.name)
+
+
+def content(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
+  """Returns the hash of the content of a source's files, which are read unless
+  the cache remembers it."""
+  path = _entry(source, tokenizer, cache_dir)
+  return (_begun(path)['content'] if (path / BEGUN).exists()
+          else source.digest())
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: epath.Path, name: str) -> Iterator[None]:
+  """Lets one process at a time make an entry. The lock ends with the process
+  that holds it, however that ends."""
+  with storage.writing(str(path)):
+    path.mkdir(parents=True, exist_ok=True)
+    file = open(path / '.lock', 'w')
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+      print(f'warning: {path} has no file locks ({error.strerror}): every '
+            f'process reads {name}', file=sys.stderr)
+    yield

@@ -18,7 +18,7 @@ import numpy as np
 
 from configs.errors import require, short
 from training import chat, generate, limits, objectives, progress
-from training.data import chat_templates
+from training.data import conversations
 from training.evals import checkpoint, scoring
 from training.evals.scoring import Question
 from training.evals.task import Evaluation
@@ -124,14 +124,14 @@ class Model(api.TemplateLM):
     return self._tokens.fingerprint
 
   @functools.cached_property
-  def _template(self) -> chat_templates.Template:
+  def _template(self) -> conversations.Template:
     config = self.evaluation.run.config
     make = objectives.of(config).chat_template
     text = make and make(config, self._tokens)
-    text = text or chat_templates.in_folder(epath.Path(self._tokens.name))
+    text = text or conversations.in_folder(epath.Path(self._tokens.name))
     require(bool(text), 'a chat template is asked for, and neither the run nor '
             f'the folder of its tokenizer {self._tokens.name!r} has one')
-    return chat_templates.make('of the run', text, self._tokens)
+    return conversations.make('of the run', text, self._tokens)
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:
     """Returns the template of the run, as lm_eval records it."""
@@ -144,9 +144,9 @@ class Model(api.TemplateLM):
     """Returns the text of a conversation: with what begins an answer, or
     without what ends the last message, which is then gone on from."""
     if add_generation_prompt:
-      return chat_templates.unmarked(self._template.render(chat_history, True))
+      return conversations.unmarked(self._template.render(chat_history, True))
     *before, last = chat_history
-    text = chat_templates.unmarked(self._template.render(
+    text = conversations.unmarked(self._template.render(
         [*before, last | dict(content=last['content'] + END)]))
     said, mark, after = text.rpartition(END[0])
     require(bool(mark), 'the chat template leaves out the last message, which '

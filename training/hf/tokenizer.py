@@ -15,7 +15,7 @@ import ml_collections
 
 import architectures
 from training import objectives
-from training.data import chat_templates, tokenizers
+from training.data import conversations, tokenizers
 from training.hf import files
 from training.workdir import storage
 
@@ -146,7 +146,7 @@ def _described(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path, arch: str
   told |= {'tokenizer_class': kind} if kind else {}
   told |= {f'{name}_token': tokenizer.piece(i)
            for name, i in tokenizer.special_ids.items()}
-  return told | chat_templates.specials(tokenizer)
+  return told | conversations.specials(tokenizer)
 
 
 def _framing(pipeline: dict[str, Any], arch: str, usual: str

@@ -16,7 +16,6 @@ from architectures.parts.config import ModelConfig
 from configs import base, lazy
 from configs.errors import RequestError, one_of, require, short
 from training import limits
-from training.data import chat_templates
 from training.data import conversations
 from training.data import records
 from training.objectives.record import Objective, Shape
@@ -84,7 +83,7 @@ def check_objective(config: ml_collections.ConfigDict) -> None:
   so that it differs from its default, and that the objective does not read."""
   objective = of(config)
   if config.data.chat_template != conversations.PUBLISHED_NAME:
-    chat_templates.source(config.data.chat_template)
+    conversations.source(config.data.chat_template)
   defaults = base.base()
   for name in {*OF_SOME, *objective.ignores} - {*objective.reads}:
     value, default = limits.get(config, name), limits.get(defaults, name)

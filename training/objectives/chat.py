@@ -7,16 +7,16 @@ text, as both published codes do. See training/data/conversations.py for the
 templates.
 
 Where data.chat_template names a Jinja template, that one says what is the
-assistant's: see training/data/chat_templates.py.
+assistant's: see training/data/conversations.py.
 """
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from training.data import chat_templates, conversations, packing
-from training.data import tokenising
-from training.data.chat_templates import Messages
+from training.data import conversations, packing
+from training.data import tokens
+from training.data.conversations import Messages
 from training.data.tokenizers import Tokenizer
 from training.objectives import record
 from training.objectives.record import Config, Objective, Prompts, Row
@@ -68,14 +68,14 @@ def question(text: str, config: Config, tokenizer: Tokenizer) -> np.ndarray:
 def _derived(config: Config) -> dict[str, str]:
   name = config.data.chat_template
   return {} if name == conversations.PUBLISHED_NAME else {
-      'data.chat_template': chat_templates.kept(name)}
+      'data.chat_template': conversations.kept(name)}
 
 
 def talk(config: Config, tokenizer: Tokenizer) -> Talk:
   """Returns how a run is talked with: by the template of its data."""
   name = config.data.chat_template
   if name != conversations.PUBLISHED_NAME:
-    return templated(chat_templates.read(name, tokenizer))
+    return templated(conversations.read(name, tokenizer))
   alpaca = 'alpaca:' in config.data.source
   lay_out = _instructions if alpaca else _turns
 
@@ -89,12 +89,12 @@ def talk(config: Config, tokenizer: Tokenizer) -> Talk:
       system=not alpaca)
 
 
-def templated(template: chat_templates.Template, ends: Iterable[int] = (),
+def templated(template: conversations.Template, ends: Iterable[int] = (),
               words: str = '') -> Talk:
   """Returns how a model is talked with by a Jinja template.
 
   Args:
-    template: see chat_templates.
+    template: see conversations.
     ends: the ids with which an answer ends, as a Hugging Face folder says;
       default: what the template has after an answer, and the separator.
     words: of the Talk; default: with the template's name.
@@ -113,7 +113,7 @@ def _encoded(parts: list[tuple[str, str]], tokenizer: Tokenizer
     if kind == 'answer' and ids:
       question = parts[len(ids) - 1][1]
       both = tokenizer.encode(question + text)
-      shared = tokenising.shared(both, ids[-1][1])
+      shared = tokens.shared(both, ids[-1][1])
       ids[-1] = ids[-1][0], both[:shared]
       ids.append((kind, both[shared:]))
     else:
@@ -143,7 +143,7 @@ def jinja(config: Config, tokenizer: Tokenizer) -> str:
   have either.
   """
   if config.data.chat_template != conversations.PUBLISHED_NAME:
-    return chat_templates.source(config.data.chat_template)[1]
+    return conversations.source(config.data.chat_template)[1]
   kind = next(name for name in ('eos', 'sep')
               if tokenizer.special_ids.get(name) == tokenizer.separator_id)
   end = f'{{{{ {kind}_token }}}}'

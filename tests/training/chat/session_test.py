@@ -10,11 +10,11 @@ from configs.errors import RequestError
 from tests.helpers import models
 from training import generate
 from training import chat as chats
-from training.data import chat_templates, tokenizers
+from training.data import conversations, tokenizers
 from training.objectives import causal, chat
 
 BYTES = tokenizers.load('bytes')
-TEMPLATE = chat_templates.make('a template', (
+TEMPLATE = conversations.make('a template', (
     "{% for m in messages %}{{ m.role[0] + m.content + eos_token }}"
     '{% endfor %}{% if add_generation_prompt %}a{% endif %}'), BYTES)
 CONTEXT = 64
@@ -112,7 +112,7 @@ def test_the_system_text_and_a_new_conversation(model):
   talking.instruct('')
   talking.reset()
   assert talking.messages == [] and talking.system == ''
-  refuses = chat_templates.make('gemma', (
+  refuses = conversations.make('gemma', (
       "{% if messages[0].role == 'system' %}"
       "{{ raise_exception('no system') }}{% endif %}"), BYTES)
   with pytest.raises(RequestError, match='gemma fails: no system'):

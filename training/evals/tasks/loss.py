@@ -142,14 +142,14 @@ def _fits(config: Any, options: Any) -> None:
 
 def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   """Returns the name of the source, and the documents that are held out."""
-  from training.data import holdout, sources
+  from training.data import sources
   data = evaluation.run.config.data
   (_, source), = sources.parse(data.eval_source or data.source)
   every = None if data.eval_source else data.holdout_every
   part = evaluation.run.config.eval.part
   source = sources.cut(source, every, part)
   documents = list(source.documents())
-  chosen = holdout.chosen(np.arange(len(documents)), every, 'eval',
+  chosen = sources.chosen(np.arange(len(documents)), every, 'eval',
                           '' if source.is_cut else part)
   found = [document for document, own in zip(documents, chosen) if own]
   require(all(isinstance(x, str) for x in found), f'{source.name} holds pairs '
