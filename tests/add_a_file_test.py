@@ -93,10 +93,8 @@ def draw(rng, count, settings):
 
 
 PROBES = {'majority': record.Probe(
-    asks='whether most bits so far are ones', source='a test of 2026',
-    differs='', level='bits', levels=(8,), draw=draw,
-    size=lambda count, settings: count, vocab_size=lambda settings: 2,
-    grows=True, hides=True, length=8)}
+    draw, 'bits', (8,), lambda count, settings: count, lambda settings: 2,
+    length=8, grows=True, hides=True)}
 '''}
 # What the copy makes of the new probe.
 SEEN = '''

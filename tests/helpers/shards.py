@@ -31,8 +31,7 @@ def spec_of(corpus):
 
 def tokenize(corpus, out, *words):
   """Runs the command in this process; returns the exit code."""
-  return command.main([spec_of(corpus), '--out', str(out),
-                       '--holdout_every=4', *words])
+  return command.main([spec_of(corpus), '--out', str(out), *words])
 
 
 def contents(folder):

@@ -45,18 +45,18 @@ def main() -> int:
   require(args.config is not None and bool(args.workdir),
           'write run CONFIG --workdir DIR, with a CONFIG such as '
           'configs/gpt.py:tiny')
-  from tools.probes import card, suites
+  from tools.probes import suites
   from training.workdir import storage
   workdir = storage.path(args.workdir)
   storage.try_folder(workdir)
-  storage.refuse_run(workdir, '--workdir', card.JSON)
+  storage.refuse_run(workdir, '--workdir', suites.JSON)
   suite = suites.load(args.suite, args.config, args.only, args.seeds,
                       cli.overrides())
   suites.train(suite, workdir)
-  found = card.of(suite, workdir)
-  card.write(found, workdir)
-  print(card.text(found))
-  print(f'written: {workdir / card.JSON}, {workdir / card.PICTURE}')
+  card = suites.card_of(suite, workdir)
+  suites.write(card, workdir)
+  print(suites.text(card))
+  print(f'written: {workdir / suites.JSON}, {workdir / suites.PICTURE}')
   return 0
 
 

@@ -1,4 +1,5 @@
-"""A suite of probes as its file describes it, and the training of it.
+"""A suite of probes as its file describes it, its training, and the score card:
+what its runs found, in a file and a picture.
 
 A file of configs/probes/ holds LRS, the learning rates, SEEDS, how many, and
 suite(add), which calls add(NAME, **{'probe.levels': (1, 2), ...}) for each
@@ -7,24 +8,25 @@ architecture's config. add(NAME, label=OTHER, ...) calls it by another name, so
 that a suite may have a probe several times.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import json
-import math
 import os
-import pathlib
 import re
 from typing import Any, NamedTuple
 
 from etils import epath
 import ml_collections
+import numpy as np
 
-from configs.errors import EnvironmentFailure, one_of, require, short
-from tools.compare import spec
+from configs.errors import EnvironmentFailure, one_of, require
+from tools.compare import spec, statistics
 from training import config_files
-from training.workdir import schema, storage
+from training.data import probes
+from training.workdir import storage
 
+JSON, PICTURE = 'card.json', 'card.png'
 DIVERGED = 'diverged.json'  # in the folder of a run
-_OWN = ('seed', 'optim.lr')  # fields by which the runs of a task differ
+_OF_RUNS = ('seed', 'optim.lr')  # fields by which the runs of a task differ
 
 
 class Run(NamedTuple):
@@ -68,20 +70,12 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
     RequestError: for a file that is no suite, or a run that cannot be.
   """
   from training import preflight
-  from training.data import probes
-  require(os.path.isfile(file), f'no suite {file!r}: choose from '
-          f'{", ".join(_files())}, or write one')
+  require(os.path.isfile(file), f'no suite {file!r}: choose a file of '
+          'configs/probes, or write one')
   module = config_files.run(file)
   for name in ('LRS', 'SEEDS', 'suite'):
     require(hasattr(module, name), f'{file} has no {name}: a suite has LRS, '
             'SEEDS and suite(add)')
-  lrs, own = module.LRS, module.SEEDS
-  require(isinstance(lrs, Collection) and len(lrs) > 0 and all(
-      type(lr) in (int, float) and 0 < lr < math.inf for lr in lrs),
-          f'{file}: LRS is {short(lrs)}: write learning rates above 0, such as '
-          '(1e-3,) or (1e-3, 3e-3)')
-  require(type(own) is int and own >= 1, f'{file}: SEEDS is {short(own)}: '
-          'write a whole number from 1 on')
   configs: dict[str, ml_collections.ConfigDict] = {}
 
   def add(task: str, label: str = '', **fields: Any) -> None:
@@ -90,43 +84,30 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
     require(label not in configs, f'{file} adds {label!r} twice')
     require(re.fullmatch(r'\w+', label) is not None, f'{file}: {label!r} names '
             'a folder: choose letters, digits and underscores')
-    if not only or label in only:
-      for field in overrides:
-        require(field not in (*_OWN, *_own(task, base, fields), *fields),
-                f'--config.{field} is set, which the suite {file} sets itself '
-                f'in its task {label!r}: leave it out, or change the suite')
-    configs[label] = spec.changed(base, _own(task, base, fields) | fields,
-                                  f'{file}, task {task!r}')
+    steps = fields.get('train.steps', base.train.steps)
+    fields = {
+        'objective': probes.PROBES[task].objective,
+        'data.source': f'probe:{task}', 'model.vocab_size': 0,
+        'model.max_len': 0, 'eval.tasks': 'probe', 'eval.every_steps': steps,
+        'checkpoint.every_steps': steps, 'checkpoint.keep': 1,
+        'log.every_steps': max(steps // 10, 1),
+        'optim.warmup_steps': steps // 10} | fields
+    for field in overrides if not only or label in only else ():
+      require(field not in (*_OF_RUNS, *fields), f'--config.{field} is set, '
+              f'which the suite {file} sets itself in its task {label!r}: '
+              'leave it out, or change the suite')
+    configs[label] = spec.changed(base, fields, f'{file}, task {task!r}')
 
   config_files.call(file, module.suite, add)
   for task in only:
     one_of('--only', task, configs)
-  suite = Suite(file, tuple(lrs), tuple(range(seeds or own)),
+  suite = Suite(file, tuple(module.LRS), tuple(range(seeds or module.SEEDS)),
                 {task: config for task, config in configs.items()
                  if not only or task in only})
   for task in suite.configs:
     for run in suite.runs(task):
       preflight.check_config(run.config)
   return suite
-
-
-def _files() -> list[str]:
-  return sorted(str(path) for path in pathlib.Path('configs/probes').glob(
-      '*.py') if path.stem != '__init__')
-
-
-def _own(task: str, base: ml_collections.ConfigDict, fields: dict[str, Any]
-         ) -> dict[str, Any]:
-  """Returns the fields that every task sets, unless it says otherwise."""
-  from training.data import probes
-  steps = fields.get('train.steps', base.train.steps)
-  return {'objective': probes.PROBES[task].objective,
-          'data.source': f'probe:{task}',
-          'model.vocab_size': 0, 'model.max_len': 0,
-          'eval.tasks': 'probe', 'eval.every_steps': steps,
-          'checkpoint.every_steps': steps, 'checkpoint.keep': 1,
-          'log.every_steps': max(steps // 10, 1),
-          'optim.warmup_steps': steps // 10}
 
 
 def train(suite: Suite, workdir: epath.Path) -> None:
@@ -151,16 +132,14 @@ def train(suite: Suite, workdir: epath.Path) -> None:
 
 def _train_group(runs: Sequence[Run], workdir: epath.Path) -> None:
   from training import vectorised
-  from training.workdir import run_config
   try:
     stopped = vectorised.train([run.config for run in runs],
                                [run.folder(workdir) for run in runs])
   except vectorised.Unfinished as unfinished:
     for place in unfinished.diverged:
-      run = runs[place]
-      storage.write(run.folder(workdir) / DIVERGED, json.dumps(
+      storage.write(runs[place].folder(workdir) / DIVERGED, json.dumps(
           {'why': unfinished.sentences[place],
-           'config': run_config.to_json(run.config)}, indent=1) + '\n')
+           'config': _tree(runs[place])}, indent=1) + '\n')
     if not unfinished.sentences.keys() <= unfinished.diverged:
       raise
     stopped = unfinished.stopped
@@ -171,16 +150,129 @@ def _train_group(runs: Sequence[Run], workdir: epath.Path) -> None:
 
 def diverged(run: Run, workdir: epath.Path) -> bool:
   """Whether the run is recorded to have diverged, with the config that it has
-  now.
-
-  Raises:
-    RequestError: for a record that is damaged.
-  """
-  from training.workdir import run_config
+  now."""
   path = run.folder(workdir) / DIVERGED
-  if not path.exists():
-    return False
-  record = schema.parse(path.read_bytes(), str(path))
-  schema.check_shape(record, {'why': str, 'config': {}}, str(path))
-  return record['config'] == json.loads(json.dumps(
-      run_config.to_json(run.config)))
+  return path.exists() and json.loads(path.read_text())['config'] == _tree(run)
+
+
+def _tree(run: Run) -> Any:
+  from training.workdir import run_config
+  return json.loads(json.dumps(run_config.to_json(run.config)))
+
+
+def card_of(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
+  """Returns the card: for each task the figures of its best learning rate.
+
+  It is chosen by the same held-out rows that the figures are of, as in the
+  papers that give the best of several learning rates. A rate at which a run
+  diverged is none to choose.
+  """
+  from training.evals.tasks import probe as probe_task
+  tasks = {}
+  for task, config in suite.configs.items():
+    by_lr: dict[float, list] = {}
+    failed: dict[float, list[int]] = {}
+    for run in suite.runs(task):
+      if diverged(run, workdir):
+        failed.setdefault(run.lr, []).append(run.seed)
+      else:
+        by_lr.setdefault(run.lr, []).append(_figures(run.folder(workdir)))
+    mean = {lr: float(np.mean([own['accuracy'] for own in each]))
+            for lr, each in by_lr.items() if lr not in failed}
+    best = max(mean, key=mean.get, default=None)
+    figures = {name: _over_seeds([own[name] for own in by_lr[best]])
+               for name in by_lr[best][0]} if mean else {}
+    group = lambda prefix, figures=figures: {
+        name.removeprefix(prefix): figure for name, figure in figures.items()
+        if name.startswith(prefix)}
+    tasks[task] = dict(
+        steps=config.train.steps, diverged=failed, lr=best,
+        what=probes.of(config).level, commonest=probe_task.constant(config),
+        accuracy_by_lr=mean, level=group('level/'), beyond=group('beyond/'),
+        **{name: figures.get(name) for name in ('accuracy', 'rows_right')})
+  return dict(suite=suite.file, seeds=list(suite.seeds), tasks=tasks)
+
+
+def _figures(folder: epath.Path) -> dict[str, float]:
+  """Returns the last figures of the task in a run's metrics."""
+  rows = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
+  measured = [row for row in rows if 'probe/accuracy' in row]
+  require(bool(measured), f'{folder} holds no figures of the task probe')
+  return {name.removeprefix('probe/'): figure for name, figure
+          in measured[-1].items() if name.startswith('probe/')}
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
+  """Returns the mean over the seeds, half of its 95 % interval by Student's t
+  (None of one seed), and the figure of each seed."""
+  return dict(mean=float(np.mean(values)), seeds=list(values),
+              half_95=statistics.half_width(values) if values[1:] else None)
+
+
+def text(card: Mapping[str, Any]) -> str:
+  """Renders a card for a terminal."""
+  seeds = len(card['seeds'])
+  lines = [f'accuracy over {seeds} seeds, at the best learning rate: mean ± '
+           'half of the 95 % interval']
+  for task, own in card['tasks'].items():
+    lines.append(f'{task}: no figures' if own['lr'] is None else (
+        f'{task}, lr {own["lr"]:g}: {_shown(own["accuracy"])} (the commonest '
+        f'answer: {own["commonest"]:.4f}); by {own["what"]}:'))
+    lines += [f'  left out, since runs diverged: lr {lr:g} '
+              f'({len(each)} of {seeds} runs)'
+              for lr, each in own['diverged'].items()]
+    figures = own['level'] | {f'beyond training {name}': figure
+                              for name, figure in own['beyond'].items()}
+    lines += [f'  {name:<22} {_shown(figure)}'
+              for name, figure in figures.items()]
+  return '\n'.join(lines)
+
+
+def _shown(figure: Mapping[str, Any], digits: int = 4) -> str:
+  half = figure['half_95']
+  more = '' if half is None else f' ± {half:.{digits}f}'
+  return f'{figure["mean"]:.{digits}f}{more}'
+
+
+def write(card: Mapping[str, Any], workdir: epath.Path) -> None:
+  """Writes card.json and card.png."""
+  storage.write(workdir / JSON, json.dumps(card, indent=1) + '\n')
+  import matplotlib
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+  figure = _draw(card, pyplot)
+  with (workdir / PICTURE).open('wb') as file:
+    figure.savefig(file, dpi=150, format='png')
+  pyplot.close(figure)
+
+
+def _draw(card: Mapping[str, Any], pyplot: Any) -> Any:
+  """Draws a row of cells for each task: its levels, then longer rows."""
+  tasks = card['tasks']
+  width = max(1, *(len(own['level']) for own in tasks.values()))
+  columns = width + max(len(own['beyond']) for own in tasks.values())
+  figure, axes = pyplot.subplots(
+      figsize=(3.7 + 1.05 * columns, 1.2 + 0.6 * len(tasks)),
+      layout='constrained')
+  values = np.full((len(tasks), columns), np.nan)
+  for y, own in enumerate(tasks.values()):
+    if own['lr'] is None:
+      axes.text(0, y, 'diverged', ha='center', va='center', fontsize=8)
+    longer = [(f'{name} length', cell) for name, cell in own['beyond'].items()]
+    for x, (name, cell) in [*enumerate(own['level'].items()),
+                            *enumerate(longer, width)]:
+      values[y, x] = cell['mean']
+      axes.text(x, y, f'{name}\n{_shown(cell, 2)}', ha='center', va='center',
+                fontsize=8, color='white' if cell['mean'] < 0.6 else 'black')
+  image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis', aspect='auto')
+  axes.set_yticks(range(len(tasks)), [
+      f'{task}\n{own["what"]}; commonest answer {own["commonest"]:.2f}'
+      for task, own in tasks.items()], fontsize=8)
+  axes.set_xticks([])
+  axes.set_xlabel('difficulty, from easy to hard'
+                  + '; rows longer than in training' * (columns > width))
+  axes.axvline(width - 0.5, color='black')
+  axes.set_title(f'{len(card["seeds"])} seeds: mean ± half of the 95 % '
+                 'interval', fontsize=9)
+  figure.colorbar(image, label='accuracy')
+  return figure

@@ -176,7 +176,8 @@ def dataset_rows(name: str, fields: Sequence[str], dataset: Any) -> texts.Rows:
   for number, row in enumerate(dataset.select_columns([*columns]), 1):
     where = f'{name}, row {number}'
     for column, value in row.items():
-      if names := named.get(column):
+      names = named.get(column)
+      if names and value is not None:
         row[column] = ([name_of(each, names, where) for each in value]
                        if isinstance(value, list) else
                        name_of(value, names, where))

@@ -113,7 +113,7 @@ def check_columns(columns: Iterable[str], names: Iterable[str], where: str
   """Raises RequestError for one of `names` that is none of the columns."""
   for name in names:
     require(name in columns, f'{where} has no field {name!r}: it has '
-            f'{short(", ".join(columns))}')
+            f'{", ".join(columns)}')
 
 
 def imported(module: str, who: str, extra: str) -> Any:

@@ -321,9 +321,9 @@ def test_what_cannot_be_loaded_is_refused(folder, fields, message):
 
 
 def test_pairs_are_no_windows(folder, monkeypatch):
-  monkeypatch.setitem(sources.SOURCES, 'pairs', lambda name, _: sources.Source(
-      name, 'pairs', (), lambda _: iter([[('source', 'a'), ('target', 'b')]]),
-      content='2'))
+  monkeypatch.setitem(sources.SOURCES, 'pairs', sources.Form(
+      lambda name, _: sources.Source(
+          name, 'pairs', lambda _: [[('source', 'a'), ('target', 'b')]]), ''))
   with pytest.raises(ValueError, match='holds pairs of texts: choose from'):
     load(folder, source='pairs:x', holdout_every=0)
 

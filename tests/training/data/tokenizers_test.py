@@ -37,7 +37,7 @@ def trained(corpus):
   for kind, size in ('bpe', 340), ('unigram', 170), ('wordpiece', 150):
     out = corpus / f'{kind}.json'
     tool.main(['train', '--kind', kind, '--source', f'text:{corpus}/*.txt',
-               '--vocab_size', str(size), '--out', str(out), '--json'])
+               '--vocab_size', str(size), '--out', str(out)])
     files[kind] = str(out)
   return files
 
@@ -196,15 +196,15 @@ def _files(kind, folder, trained, corpus):
     (folder / 'vocab.txt').write_text(
         '\n'.join(sorted(words, key=words.get)) + '\n', 'utf-8')
     (folder / 'tokenizer_config.json').write_text(
-        json.dumps({'do_lower_case': False}))
+        json.dumps({'do_lower_case': False,
+                    'tokenizer_class': 'BertTokenizer'}))
     return 'BertTokenizer'
-  if kind in ('gpt2', 'openai'):
+  if kind == 'gpt2':
     model = json.loads(open(trained['bpe'], encoding='utf-8').read())['model']
-    names = (('encoder.json', 'vocab.bpe') if kind == 'openai' else
-             ('vocab.json', 'merges.txt'))
-    (folder / names[0]).write_text(json.dumps(model['vocab']))
-    (folder / names[1]).write_text('\n'.join(
+    (folder / 'vocab.json').write_text(json.dumps(model['vocab']))
+    (folder / 'merges.txt').write_text('\n'.join(
         ['#version: 0.2', *map(' '.join, model['merges'])]) + '\n', 'utf-8')
+    (folder / 'config.json').write_text('{"model_type": "gpt2"}')
     return 'GPT2Tokenizer'
   if kind == 'roberta':
     roberta_files.write(folder, pair=True)
@@ -215,6 +215,7 @@ def _files(kind, folder, trained, corpus):
       input=str(corpus / '1.txt'), model_prefix=str(folder / kind),
       vocab_size=340, model_type='bpe', byte_fallback=True, minloglevel=2)
   if kind == 'spiece':
+    (folder / 'config.json').write_text('{"model_type": "t5"}')
     return 'T5Tokenizer'
   (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
       tokenizer_class='LlamaTokenizer', bos_token='<s>', eos_token='</s>',
@@ -224,15 +225,11 @@ def _files(kind, folder, trained, corpus):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', [
-    'vocab.txt', 'gpt2', 'openai', 'roberta', 'tokenizer', 'spiece'])
+    'vocab.txt', 'gpt2', 'roberta', 'tokenizer', 'spiece'])
 def test_a_folder_is_read_as_transformers_does(kind, trained, corpus, tmp_path):
   transformers = pytest.importorskip('transformers')
   name = _files(kind, tmp_path, trained, corpus)
   ours = tokenizers.load(str(tmp_path))
-  if kind == 'openai':
-    for a, b in (('encoder', 'vocab'), ('vocab.bpe', 'merges.txt')):
-      path = tmp_path / (a if '.' in a else f'{a}.json')
-      path.rename(tmp_path / (b if '.' in b else f'{b}.json'))
   theirs = getattr(transformers, name).from_pretrained(str(tmp_path))
   for text in [*SAMPLES, 'the <tool> <mask> [MASK] man']:
     # Special tokens in plain text are spelt here, and obeyed there.
@@ -270,46 +267,18 @@ def test_neither_pytorch_nor_transformers_is_needed(trained, tmp_path):
         str(i) for i in tokenizers.load(trained['bpe']).encode('it is')]
 
 
-def test_a_file_of_sentencepiece_needs_no_folder(corpus, tmp_path):
-  pytest.importorskip('transformers')
-  _files('tokenizer', tmp_path, None, corpus)
-  ours = tokenizers.load(str(tmp_path / 'tokenizer.model'))
-  assert ours.fingerprint == tokenizers.load(str(tmp_path)).fingerprint
-  assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (1, 2, 341)
-  assert ours.decode([ours.bos_id, *ours.encode('the man'), ours.eos_id]) == (
-      'the man')
-  # A model may have more ids than its vocabulary, and may write them.
-  assert ours.decode([*ours.encode('the man'), 511]) == 'the man'
-  assert (ours.piece(2), ours.piece(511)) == ('</s>', '<511>')
-
-
-def test_info_and_encode(trained, corpus, capsys):
-  tool.main(['info', '--tokenizer', trained['bpe'], '--json', '--source',
-             f'text:{corpus}/*.txt', '--holdout_every', '0'])
-  info = json.loads(capsys.readouterr().out)
-  texts = [(corpus / f'{i}.txt').read_bytes() for i in range(4)]
-  assert info['bytes'] == sum(len(text) for text in texts)
-  assert info['bytes_per_token'] == info['bytes'] / info['tokens'] > 1
-  tool.main(['encode', '--tokenizer', 'bytes', '--text', 'Hi', '--json'])
-  encoded = json.loads(capsys.readouterr().out)
-  assert encoded == {'ids': [72, 105], 'pieces': ['H', 'i'], 'decoded': 'Hi'}
-
-
 @pytest.mark.parametrize('spec, message', [
     ('bytes:7', 'choose from bytes:8 to bytes:384'),
     ('bytes:385', 'choose from bytes:8 to bytes:384'),
-    ('byte', "unknown tokenizer 'byte': choose bytes, .* no such file"),
-    ('byts', "no such file or folder. Did you mean 'bytes'"),
+    ('byte', "unknown tokenizer 'byte', .*: choose bytes, "),
     ('{}/none.json', 'no such file or folder'),
-    ('{}', 'holds none of: tokenizer.json; encoder.json \\+ vocab.bpe; '),
+    ('{}', 'holds none of: tokenizer.json; vocab.json \\+ merges.txt; '),
     ('{}/broken.json', 'is not a Hugging Face tokenizer.json: '),
-    ('{}/broken.model', 'transformers cannot read tokenizer.model'),
-    ('{}/pair', 'transformers cannot read encoder.json . vocab.bpe'),
+    ('{}/pair', 'transformers cannot read tokenizer.model'),
 ])
 def test_what_is_no_tokenizer_is_refused(spec, message, tmp_path):
   (tmp_path / 'pair').mkdir()
-  for name in ('broken.json', 'broken.model', 'pair/encoder.json',
-               'pair/vocab.bpe'):
+  for name in 'broken.json', 'pair/tokenizer.model':
     (tmp_path / name).write_text('{"a": 1')
   with pytest.raises(ValueError, match=message) as caught:
     tokenizers.load(spec.format(tmp_path))

@@ -18,20 +18,15 @@ mark, all of which are to be told again from the vector of the mark.
 
 What turns the vector into tokens is no part of the architecture: it is the head
 'vector' (architectures/parts/heads.py), the same for all.
-"""
 
-from collections.abc import Callable
+Letters are ids, where Kazemnejad et al. have words of a text, of which their
+tokenizer makes one token each, and words around the numbers.
+"""
 
 import numpy as np
 
 from training.data.probes import record
 from training.data.probes.record import Row, Settings
-
-
-_PAPER = 'Kazemnejad et al. 2023, section 3'
-_DIFFERS = ('Letters are ids, where the paper has words of a text, of which '
-            'its tokenizer makes one token each.')
-TO_20 = tuple(range(1, 21))  # trained on up to 20, tested on up to 40
 
 
 def selective_copying(rng: np.random.Generator, count: int, settings: Settings
@@ -65,20 +60,14 @@ def reverse(rng: np.random.Generator, count: int, settings: Settings) -> Row:
   return _write(letters, letters[::-1], settings)
 
 
-def _growing(asks: str, draw: Callable[..., Row]) -> record.Probe:
-  return record.Probe(
-      asks=asks, source=_PAPER, differs=_DIFFERS, level='letters',
-      levels=TO_20, draw=draw, size=lambda count, settings: 2 * count + 1,
-      vocab_size=lambda settings: settings.vocab + 2, vocab=100, grows=True,
-      length=41, examples=100_000)
-
-
 PLUS, EQUALS, END = 10, 11, 12  # after the digits
 
 
 def addition(rng: np.random.Generator, digits: int, settings: Settings) -> Row:
   """Returns a sum of two numbers, one of so many digits and one of as many or
-  fewer; its end is asked for too. No number of several digits begins with 0."""
+  fewer; its end is asked for too. No number of several digits begins with 0. In
+  the paper each number of digits is as frequent in both numbers; here that of
+  the longer one is."""
   del settings
   sizes = rng.permutation([digits, rng.integers(1, digits + 1)])
   terms = []
@@ -100,32 +89,24 @@ def compression(rng: np.random.Generator, letters: int, settings: Settings
   return record.asking(tokens, np.arange(len(tokens)), tokens)
 
 
+_LETTERS = record.Probe(
+    copy, 'letters', tuple(range(1, 21)),  # trained up to 20, tested up to 40
+    lambda count, settings: 2 * count + 1, lambda settings: settings.vocab + 2,
+    vocab=100, length=41, examples=100_000, grows=True)
 PROBES = {
     'selective_copying': record.Probe(
-        asks='the letters that stood among blanks, in their order',
-        source='Poli et al. 2024, section 3.1, selective copying', differs='',
-        level='letters to copy', levels=(16,), draw=selective_copying,
-        size=lambda count, settings: 2 * count + 1,
-        vocab_size=lambda settings: settings.vocab + 2, vocab=14, grows=True,
-        hides=True, length=256),
-    'copy': _growing('the same letters again', copy),
-    'reverse': _growing('the letters from the last to the first', reverse),
+        selective_copying, 'letters to copy', (16,),
+        lambda count, settings: 2 * count + 1,
+        lambda settings: settings.vocab + 2, vocab=14, length=256, grows=True,
+        hides=True),
+    'copy': _LETTERS,
+    'reverse': _LETTERS._replace(draw=reverse),
     'addition': record.Probe(
-        asks='the sum of two numbers',
-        source='Kazemnejad et al. 2023, section 3, addition',
-        differs='Each digit is an id. In the paper each number of digits is as '
-                'frequent in both numbers; here that of the longer one is. The '
-                'code published with it writes words around the numbers.',
-        level='digits of the longer number', levels=tuple(range(1, 9)),
-        draw=addition, size=lambda digits, settings: 3 * digits + 3,
-        vocab_size=lambda settings: 13, grows=True, length=27,
-        examples=100_000),
+        addition, 'digits of the longer number', tuple(range(1, 9)),
+        lambda digits, settings: 3 * digits + 3, lambda settings: 13,
+        length=27, examples=100_000, grows=True),
     'compression': record.Probe(
-        asks='every token of the row, each from the vector of the last one',
-        source='Poli et al. 2024, section 3.1, compression',
-        differs='',
-        level='letters', levels=(31,), draw=compression,
-        size=lambda letters, settings: letters + 1,
-        vocab_size=lambda settings: settings.vocab + 1, vocab=15, grows=True,
-        hides=True, objective='compression', length=32),
+        compression, 'letters', (31,), lambda letters, settings: letters + 1,
+        lambda settings: settings.vocab + 1, vocab=15, length=32, grows=True,
+        hides=True, objective='compression'),
 }

@@ -9,7 +9,8 @@ no order; then, of some words, which one stands k places on.
 
 A word is one token or several; its last one is of another alphabet, so that it
 shows where the word ends. Of Depo1 words are short and of many letters; of
-Depo2 they are long, of few.
+Depo2 they are long, of few. The sign before an answer is not asked for, and a
+row holds one circle, where the paper fills its context with several.
 
 Mano of Physics of Language Models 4.1 (Allen-Zhu 2025), as in the code
 published with it: the value of a formula, each operator before its two
@@ -19,7 +20,9 @@ operands, modulo a prime.
                            10
 
 The start, each operator, and both signs of the number of operators have two
-forms, one of which is drawn each time.
+forms, one of which is drawn each time. The value alone is asked for, and a row
+holds one formula: the published code returns whole rows, and the paper fills
+its context with several.
 """
 
 import functools
@@ -94,30 +97,21 @@ def depo(words: _Words, rng: np.random.Generator, hops: int,
 
 
 def _depo_limit(words: _Words, settings: Settings, hops: int) -> str:
-  if hops > settings.most:
-    return ('a question says its number of hops, and training has at most '
-            f'{settings.most}')
   spelled = sum(settings.vocab ** size
                 for size in range(words[0], words[1] + 1))
   most = most_words(words, settings.length)
-  return '' if most <= spelled else (
+  return record.trained(settings, hops) or ('' if most <= spelled else (
       f'{settings.vocab} letters spell {spelled} words, and rows of '
-      f'{settings.length} tokens tell of {most}')
+      f'{settings.length} tokens tell of {most}'))
 
 
-def _depo(words: _Words, letters: int, hops: int, count: int, name: str
-          ) -> record.Probe:
+def _depo(words: _Words, letters: int, hops: int, count: int) -> record.Probe:
   return record.Probe(
-      asks='the word that stands so many places on in a circle of words',
-      source=f'Allen-Zhu 2025, Physics of Language Models 4.1, {name}',
-      differs='The sign before an answer is not asked for, and a row holds one '
-              'circle, where the paper fills its context with several.',
-      level='hops', levels=tuple(range(1, hops + 1)),
-      draw=functools.partial(depo, words),
-      size=lambda hops, settings: _room(words, 3),
-      vocab_size=lambda settings: 2 * settings.vocab + 2 + settings.most,
-      vocab=letters, limit=functools.partial(_depo_limit, words),
-      length=_room(words, count), examples=100_000)
+      functools.partial(depo, words), 'hops', tuple(range(1, hops + 1)),
+      lambda hops, settings: _room(words, 3),
+      lambda settings: 2 * settings.vocab + 2 + settings.most, vocab=letters,
+      length=_room(words, count), examples=100_000,
+      limit=functools.partial(_depo_limit, words))
 
 
 OPERATORS = (np.add, np.subtract, np.multiply)  # 'asm' of the published code
@@ -149,21 +143,13 @@ def mano(rng: np.random.Generator, operators: int, settings: Settings) -> Row:
 
 
 PROBES = {
-    'depo1': _depo((1, 2), 50, 8, 225, 'Depo1 (N = 225)'),
-    'depo2': _depo((5, 7), 3, 16, 75, 'Depo2 (N = 75)'),
+    'depo1': _depo((1, 2), 50, 8, 225),
+    'depo2': _depo((5, 7), 3, 16, 75),
     'mano': record.Probe(
-        asks='the value of a formula, modulo the number of values',
-        source='Allen-Zhu 2025, Physics of Language Models 4.1, Mano (L = 10)',
-        differs='The value alone is asked for, and a row holds one formula: '
-                'the published code returns whole rows, and the paper fills '
-                'its context with several.',
-        level='operators', levels=tuple(range(1, 11)), draw=mano,
-        size=lambda operators, settings: 2 * operators + 4,
-        vocab_size=lambda settings: settings.vocab + FORMS * (
+        mano, 'operators', tuple(range(1, 11)),
+        lambda operators, settings: 2 * operators + 4,
+        lambda settings: settings.vocab + FORMS * (
             len(OPERATORS) + 1 + 2 * settings.most),
-        vocab=23, longer=False,
-        limit=lambda settings, operators: '' if operators <= settings.most else
-        'a row says its number of operators, and training has at most '
-        f'{settings.most}',
-        hides=True, length=24, examples=100_000),
+        vocab=23, length=24, examples=100_000, longer=False,
+        limit=record.trained, hides=True),
 }

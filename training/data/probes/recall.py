@@ -8,6 +8,9 @@ value.
   a 1  b 2  a 1  c 3  b 2        noisy: a 1  x y  b 2  a 1
             1         2          fuzzy: a b 1  c 2 3  a b 1
 
+The published code trains on all next tokens of a row and tests on the answers
+alone; here both are on the answers.
+
 Multi-query associative recall (Arora et al. 2023, "Zoology", section 3.1 and
 appendix E): pairs of a key and its value, then some of the keys again, at
 random places, each of which asks for its value.
@@ -34,11 +37,7 @@ import numpy as np
 from training.data.probes import record
 from training.data.probes.record import Row, Settings
 
-
 NOISE = 16  # ids of the noise, as published
-_PAPER = 'Poli et al. 2024, section 3.1'
-_ALL = ('The published code trains on all next tokens of a row and tests on '
-        'the answers alone; here both are on the answers.')
 
 
 def _alphabets(vocab: int, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +81,9 @@ def noisy_recall(rng: np.random.Generator, noise: float, settings: Settings
 def fuzzy_recall(rng: np.random.Generator, motif: int, settings: Settings
                  ) -> Row:
   """Returns a row of keys and values of one to `motif` letters each, which do
-  not repeat inside of a key or a value. The last key has been before."""
+  not repeat inside of a key or a value. The last key has been before. The
+  published test has keys of the full length alone. Its rows are filled up on
+  the left, and what the last key is was drawn before the row."""
   keys, values = np.split(np.arange(settings.vocab), [settings.vocab // 2])
   of_key: dict[tuple[int, ...], np.ndarray] = {}
   tokens: list[int] = []
@@ -115,15 +116,6 @@ def _motif(rng: np.random.Generator, letters: np.ndarray, most: int
   return rng.choice(letters, rng.integers(1, most + 1), replace=False)
 
 
-def _even(settings: Settings, vocab: int) -> str:
-  return '' if vocab % 2 == 0 else 'half of the letters are keys'
-
-
-def _short_motifs(settings: Settings, motif: int) -> str:
-  return '' if motif <= settings.vocab // 2 else (
-      f'{settings.vocab} letters have {settings.vocab // 2} keys of one')
-
-
 POWER = 0.01  # of the gaps' distribution: power_a of the published code
 FILLER = 0  # the id between the queries
 
@@ -150,18 +142,13 @@ def mqar(rng: np.random.Generator, pairs: int, settings: Settings
   return record.asking(tokens, places, values)
 
 
-def _enough_keys(settings: Settings, pairs: int) -> str:
-  most = settings.vocab // 2 - 1  # keys
-  return '' if pairs <= most else (
-      f'{settings.vocab} letters have {most} keys')
-
-
 SEED = 12345  # of the table, as published
 
 
 @functools.lru_cache(maxsize=8)
 def table(keys: int) -> np.ndarray:
-  """Returns the value of each key, [keys]: a fixed permutation."""
+  """Returns the value of each key, [keys]: a fixed permutation of the published
+  seed, but ours: the published one has one value more."""
   return keys + np.random.default_rng(SEED).permutation(keys)
 
 
@@ -212,7 +199,9 @@ def passkey_text(rng: np.random.Generator, needles: int, length: int
 
 
 def passkey(rng: np.random.Generator, needles: int, settings: Settings) -> Row:
-  """Returns the bytes of a text that nearly fills settings.length."""
+  """Returns the bytes of a text that nearly fills settings.length. Lengths are
+  in bytes, for which no tokenizer is needed; the sentences around are those of
+  the passkey, in a circle, and not essays."""
   prompt, answer = (np.frombuffer(part.encode(), np.uint8) for part in
                     passkey_text(rng, needles, settings.length))
   return record.writing(prompt, answer)
@@ -220,62 +209,34 @@ def passkey(rng: np.random.Generator, needles: int, settings: Settings) -> Row:
 
 PROBES = {
     'recall': record.Probe(
-        asks='the value of a key that has been before',
-        source=f'{_PAPER}, in-context recall', differs=_ALL,
-        level='letters', levels=(16,), draw=recall, least=2,
-        size=lambda vocab, settings: 4,
-        vocab_size=lambda settings: settings.most,
-        limit=lambda settings, vocab: _even(settings, vocab) or (
-            '' if vocab <= settings.most else
-            f'training has {settings.most} letters')),
+        recall, 'letters', (16,), lambda vocab, settings: 4,
+        lambda settings: settings.most, least=2,
+        limit=lambda settings, vocab: record.trained(settings, vocab)
+        if vocab % 2 == 0 else 'half of the letters are keys'),
     'noisy_recall': record.Probe(
-        asks='the value of a key that has been before, among noise',
-        source=f'{_PAPER}, noisy in-context recall', differs=_ALL,
-        level='shares of noise', levels=(0.2,), draw=noisy_recall, least=0.0,
-        size=lambda noise, settings: 4,
-        vocab_size=lambda settings: settings.vocab + NOISE, vocab=16,
-        limit=lambda settings, noise: '' if noise < 1 else
-        'a share is below 1'),
+        noisy_recall, 'shares of noise', (0.2,), lambda noise, settings: 4,
+        lambda settings: settings.vocab + NOISE, vocab=16, least=0.0,
+        limit=lambda settings, noise:
+        '' if noise < 1 else 'a share is below 1'),
     'fuzzy_recall': record.Probe(
-        asks='the value of a key that has been before, of several letters',
-        source=f'{_PAPER}, fuzzy in-context recall',
-        differs=f'{_ALL} The published test has keys of the full length '
-                'alone. Its rows are filled up on the left, and what the last '
-                'key is was drawn before the row.',
-        level='longest motifs', levels=(3,), draw=fuzzy_recall,
-        size=lambda motif, settings: 4 * motif,
-        vocab_size=lambda settings: settings.vocab, vocab=15,
-        limit=_short_motifs),
+        fuzzy_recall, 'longest motifs', (3,),
+        lambda motif, settings: 4 * motif, lambda settings: settings.vocab,
+        vocab=15, limit=lambda settings, motif:
+        '' if motif <= settings.vocab // 2 else
+        f'{settings.vocab} letters have {settings.vocab // 2} keys of one'),
     'mqar': record.Probe(
-        asks='the value of each key, of pairs that the row begins with',
-        source='Arora et al. 2023, section 3.1; settings of figure 2',
-        differs='',
-        level='pairs', levels=(4,), draw=mqar,
-        size=lambda pairs, settings: 4 * pairs,
-        vocab_size=lambda settings: settings.vocab, vocab=8192,
-        limit=_enough_keys, grows=True, hides=True, length=64,
-        examples=100_000, held_out=3_000),
+        mqar, 'pairs', (4,), lambda pairs, settings: 4 * pairs,
+        lambda settings: settings.vocab, vocab=8192, length=64,
+        examples=100_000, held_out=3_000, grows=True, hides=True,
+        limit=lambda settings, pairs: '' if pairs < settings.vocab // 2 else
+        f'{settings.vocab} letters have {settings.vocab // 2 - 1} keys'),
     'memorisation': record.Probe(
-        asks='the value of each key, in a table that is the same for all rows',
-        source='Poli et al. 2024, section 3.1, memorisation',
-        differs='The table is of the published seed, but ours: keys have as '
-                'many values, in which the published one has one value more.',
-        level='keys', levels=(127,), draw=memorisation,
-        size=lambda keys, settings: 2,
-        vocab_size=lambda settings: 2 * settings.most + 1,
-        limit=lambda settings, keys: '' if keys <= settings.most else
-        f'training has {settings.most} keys',
-        hides=True, length=32, examples=256),
+        memorisation, 'keys', (127,), lambda keys, settings: 2,
+        lambda settings: 2 * settings.most + 1, length=32, examples=256,
+        limit=record.trained, hides=True),
     'passkey': record.Probe(
-        asks='the number that was said of a name, in a text',
-        source='Mohtashami and Jaggi 2023, section 4.2; of several, RULER '
-               '(Hsieh et al. 2024), section 3',
-        differs='Lengths are in bytes, for which no tokenizer is needed; the '
-                'sentences around are those of the passkey, in a circle, and '
-                'not essays.',
-        level='numbers', levels=(1,), draw=passkey,
-        size=lambda needles, settings: needles * _NEEDLE + _QUESTION + DIGITS,
-        vocab_size=lambda settings: 256,
-        limit=lambda settings, needles: '' if needles <= len(NAMES) else
-        f'there are {len(NAMES)} names', length=256),
+        passkey, 'numbers', (1,),
+        lambda needles, settings: needles * _NEEDLE + _QUESTION + DIGITS,
+        lambda settings: 256, length=256, limit=lambda settings, needles:
+        '' if needles <= len(NAMES) else f'there are {len(NAMES)} names'),
 }

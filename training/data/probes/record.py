@@ -67,20 +67,27 @@ def writing(prompt: np.ndarray, answer: np.ndarray) -> Row:
                 answer)
 
 
+def trained(settings: Settings, level: Level) -> str:
+  """A Probe.limit: rows of a level have letters or signs of their own, which a
+  model knows up to the hardest one of training."""
+  return '' if level <= settings.most else (
+      f'training has at most {settings.most}')
+
+
 class Probe(NamedTuple):
-  """A task.
+  """A task. The docstring of `draw` says which paper defines it, and in what it
+  is not the published one.
 
   Attributes:
-    asks: what it asks for, in a sentence.
-    source: the paper and the section that define it.
-    differs: in what it is not the published task, in sentences; '': nothing.
+    draw: (rng, level, settings) -> a row of that level.
     level: what a level is, as a plural noun.
     levels: the published one or ones.
-    draw: (rng, level, settings) -> a row of that level.
     size: (level, settings) -> how many tokens its rows have at least.
     vocab_size: settings -> how many ids there are: model.vocab_size.
     vocab: the published number of letters (probe.vocab); 0: it does not read
       the field, as its levels say it.
+    length: data.length as published.
+    examples, held_out: as published.
     least: the lowest level.
     limit: (settings, level) -> the reason why a level cannot be drawn; '': it
       can.
@@ -90,24 +97,19 @@ class Probe(NamedTuple):
     hides: whether no answer stands among the tokens of its row, so that a model
       that sees the whole row has to find it too.
     objective: which trains on it.
-    length: data.length as published.
-    examples, held_out: as published.
   """
-  asks: str
-  source: str
-  differs: str
+  draw: Callable[[np.random.Generator, Level, Settings], Row]
   level: str
   levels: tuple[Level, ...]
-  draw: Callable[[np.random.Generator, Level, Settings], Row]
   size: Callable[[Level, Settings], int]
   vocab_size: Callable[[Settings], int]
   vocab: int = 0
+  length: int = 128
+  examples: int = 12_800
+  held_out: int = 1_280
   least: Level = 1
   limit: Callable[[Settings, Level], str] = lambda settings, level: ''
   grows: bool = False
   longer: bool = True
   hides: bool = False
   objective: str = 'probe'
-  length: int = 128
-  examples: int = 12_800
-  held_out: int = 1_280

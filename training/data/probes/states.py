@@ -6,7 +6,9 @@ Models", section 5: word problems of groups.) Parity is the group of two
 elements, counting that of `vocab`; S3 and S5 are all permutations of three and
 of five things, A5 the even ones of five. Of these S5 and A5 are not solvable,
 and so hard for a fixed depth. The paper's experiments are on Z60 (counting) and
-A5, and on A4 x Z5, which is not here.
+A5, and on A4 x Z5, which is not here; it trains one model for each length, on
+rows of two tokens and of that length, where here a row has a number of tokens
+up to the longest.
 
 A first id, the same in all rows, stands before them. Without it a decoder whose
 positions are relative cannot tell how often a token that fills the row so far
@@ -17,12 +19,13 @@ Induction, in one hop or several (Sanford, Hsu and Telgarsky 2024,
 did this letter stand last, and which letter followed it there? With k hops the
 question is asked k times, each time of the place that was found.
 
-One hop is the induction head of Olsson et al. 2022. `hops` is the published
-form of several, in which no letter follows itself and a place without so many
-hops has a symbol of its own; none of it is left out of the loss.
+One hop is the induction head of Olsson et al. 2022; the size of its alphabet,
+the length and the number of examples are ours. `hops` is the published form of
+several (section 4 and appendix G, and the code), in which no letter follows
+itself and a place without so many hops has a symbol of its own; the number of
+hops asks for nothing here, where the code has a symbol for it.
 """
 
-from collections.abc import Callable
 import functools
 import itertools
 
@@ -30,13 +33,6 @@ import numpy as np
 
 from training.data.probes import record
 from training.data.probes.record import Row, Settings
-
-
-_PAPER = 'Merrill, Petty and Sabharwal 2024, section 5'
-_DIFFERS = ('The paper trains one model for each length, on rows of two tokens '
-            'and of that length; here a row has a number of tokens up to the '
-            'longest, after a first id.')
-_GROUP = f"{_DIFFERS} The paper's experiments are on other groups."
 
 
 @functools.lru_cache(maxsize=8)
@@ -75,17 +71,6 @@ def _words(things: int, even: bool, rng: np.random.Generator, count: int,
   tokens = rng.integers(0, len(table), count)
   states = itertools.accumulate(tokens, lambda state, one: table[state, one])
   return _tagged(len(table), tokens, np.fromiter(states, np.int64, count))
-
-
-def _of(asks: str, draw: Callable[..., Row],
-        letters: Callable[[Settings], int], vocab: int = 0,
-        differs: str = _GROUP) -> record.Probe:
-  return record.Probe(
-      asks=asks, source=_PAPER, differs=differs, level='tokens',
-      levels=tuple(range(1, 21)), draw=draw,
-      size=lambda count, settings: count + 1,
-      vocab_size=lambda settings: letters(settings) + 1, vocab=vocab,
-      grows=True, hides=True, length=21, examples=100_000)
 
 
 def found(letters_T: np.ndarray) -> np.ndarray:
@@ -132,46 +117,26 @@ def hops_or_none(rng: np.random.Generator, hops: int, settings: Settings
                        np.arange(1, settings.length), answers_T)
 
 
-def _limit(settings: Settings, hops: int) -> str:
-  return '' if hops <= settings.most else (
-      f'a row says its number of hops, and training has at most '
-      f'{settings.most}')
-
-
+_PARITY = record.Probe(
+    lambda rng, count, chosen: counted(rng, count, chosen._replace(vocab=2)),
+    'tokens', tuple(range(1, 21)), lambda count, settings: count + 1,
+    lambda settings: 3, length=21, examples=100_000, grows=True, hides=True)
 PROBES = {
-    'parity': _of('whether the ones so far are odd in number',
-                  lambda rng, count, settings: counted(
-                      rng, count, settings._replace(vocab=2)), lambda _: 2),
-    'counting': _of('the sum so far, modulo the number of letters', counted,
-                    lambda settings: settings.vocab, vocab=60,
-                    differs=_DIFFERS),
-    's3': _of('the product so far of permutations of three things',
-              functools.partial(_words, 3, False), lambda _: 6),
-    's5': _of('the product so far of permutations of five things',
-              functools.partial(_words, 5, False), lambda _: 120),
-    'a5': _of('the product so far of even permutations of five things',
-              functools.partial(_words, 5, True), lambda _: 60,
-              differs=_DIFFERS),
+    'parity': _PARITY,
+    'counting': _PARITY._replace(
+        draw=counted, vocab_size=lambda settings: settings.vocab + 1, vocab=60),
+    **{name: _PARITY._replace(
+        draw=functools.partial(_words, things, even),
+        vocab_size=lambda settings, order=order: order + 1)
+       for name, things, even, order in (
+           ('s3', 3, False, 6), ('s5', 5, False, 120), ('a5', 5, True, 60))},
     'induction': record.Probe(
-        asks='the letter that followed the same letter when it stood last',
-        source='Olsson et al. 2022, induction heads; with several hops as '
-               'Sanford, Hsu and Telgarsky 2024 ask',
-        differs='Rows are of letters at random, and places where the letter '
-                'has not been before ask for nothing. The size of the '
-                'alphabet, the length and the number of examples are ours.',
-        level='hops', levels=(1,), draw=induction,
-        size=lambda hops, settings: hops + 2,
-        vocab_size=lambda settings: settings.vocab + settings.most, vocab=16,
-        limit=_limit, hides=True, length=64),
+        induction, 'hops', (1,), lambda hops, settings: hops + 2,
+        lambda settings: settings.vocab + settings.most, vocab=16, length=64,
+        limit=record.trained, hides=True),
     'hops': record.Probe(
-        asks='the letter that so many hops lead to, each to what followed the '
-             'same letter when it stood last',
-        source='Sanford, Hsu and Telgarsky 2024, section 4 and appendix G, as '
-               'in the code published with it',
-        differs='The number of hops at the start of a row asks for nothing, '
-                'where the code has a symbol for it.',
-        level='hops', levels=tuple(range(17)), draw=hops_or_none, least=0,
-        size=lambda hops, settings: 2,
-        vocab_size=lambda settings: settings.vocab + settings.most + 2,
-        vocab=4, limit=_limit, hides=True, length=99, examples=100_000),
+        hops_or_none, 'hops', tuple(range(17)), lambda hops, settings: 2,
+        lambda settings: settings.vocab + settings.most + 2, vocab=4,
+        length=99, examples=100_000, least=0, limit=record.trained,
+        hides=True),
 }

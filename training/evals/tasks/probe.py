@@ -47,7 +47,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   config = evaluation.run.config
   probe, settings = probes.of(config), probes.settings(config)
   rows = evaluation.options.probe_rows
-  print(f'{config.data.source}: {probe.asks}; {rows:,} rows of each kind')
+  print(f'{config.data.source}: {rows:,} rows of each kind')
   print(f'{probe.level:>20} {"length":>7} {"accuracy":>9} {"95 %":>16} '
         f'{"rows right":>11} {"95 %":>16}')
   figures: dict[str, Any] = {'level': {}, 'beyond': {}, 'table': []}
