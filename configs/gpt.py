@@ -15,8 +15,8 @@ Two rows of the table contradict themselves and are read as their neighbours:
 held-out loss of 1.356 nats a byte (1.96 bits). The other sizes are for a
 GPU, at best several: a batch of 512 x 1,024 tokens at once does not fit the
 memory of one, train.grad_accumulation=8 or more makes it smaller parts. Their
-vocabulary is GPT-2's: data.tokenizer=FOLDER names its encoder.json and
-vocab.bpe, model.vocab_size=0 takes that of another tokenizer.
+vocabulary is GPT-2's: data.tokenizer=FOLDER names its Hugging Face
+folder, model.vocab_size=0 takes that of another tokenizer.
 """
 
 from configs import recipes

@@ -16,7 +16,7 @@ ROOMS = ('architectures', 'benchmarks', 'configs', 'tools', 'training')
 DISTRIBUTION = {
     'PIL': 'pillow', 'absl': 'absl-py', 'orbax': 'orbax-checkpoint',
     'yaml': 'PyYAML', 'fsspec': 'gcsfs', 'griffe': 'griffelib',
-    'array_record': 'array_record', 'ml_dtypes': 'jax', 'jaxlib': 'jax',
+    'ml_dtypes': 'jax', 'jaxlib': 'jax',
     'huggingface_hub': 'transformers', 'sklearn': 'scikit-learn',
     'markupsafe': 'jinja2'}
 # Chosen by machine or by the release of jax or fsspec, or for developers alone,
