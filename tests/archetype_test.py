@@ -156,7 +156,7 @@ REFUSALS = {
     'fraction': (lambda m: m([1.7]), 'tokens has numbers of float64'),
     'padding at the start': (lambda m: m([[1, 1], [3, 4]],
                                          mask=[[1, 0], [0, 1]]),
-                             'mask has a 0 before a 1 in row 1: '),
+                             'mask has a 0 before a 1: '),
     'several texts': (lambda m: _bytes(m).encode(['a', 'b']),
                       r"text is \['a', 'b'\]: pass one text"),
     'dotted field': (lambda m: m.with_parts(**{'rope.theta': 5e5}),

@@ -39,35 +39,25 @@ def arrays(stack: str, given: Mapping[str, Any], vocab_size: int
   for name in given:
     require(name in names, f'a {stack} takes no input {name!r}: choose from '
             f'{", ".join(names)}')
-  found = {name: _rows(name, value) for name, value in given.items()}
-  for name, array in found.items():
-    if name in ('tokens', 'decoder_tokens'):
+  rows = {name: _rows(name, value) for name, value in given.items()}
+  for name, array in rows.items():
+    like = rows['decoder_tokens' if name == 'decoder_mask'
+                and 'decoder_tokens' in rows else 'tokens'].shape
+    axes = 1 if name == 'decoder_tokens' else 2
+    require(array.shape[:axes] == like[:axes], f'{name} is of the shape '
+            f'{array.shape}, and its tokens of {like}')
+    if name.endswith('tokens'):
       require(jnp.issubdtype(array.dtype, jnp.integer), f'{name} has numbers '
               f'of {array.dtype}, and ids are integers')
       limits.ids(name, array, vocab_size)
-    like = ('decoder_tokens' if name == 'decoder_mask'
-            and 'decoder_tokens' in found else 'tokens')
-    if name == 'decoder_tokens':
-      require(len(array) == len(found[like]), f'decoder_tokens has '
-              f'{len(array)} rows, and tokens {len(found[like])}')
-    else:
-      require(array.shape == found[like].shape, f'{name} is of the shape '
-              f'{array.shape}, and {like} of {found[like].shape}')
-    if name in ('mask', 'decoder_mask'):
-      _at_the_end(name, array)
+    # A traced mask is not known.
+    if name.endswith('mask') and not isinstance(array, jax.core.Tracer):
+      real = np.asarray(array) != 0
+      require(not (real[:, 1:] & ~real[:, :-1]).any(), f'{name} has a 0 before '
+              'a 1: it is 0 on padding, at the end of a row, since positions '
+              'count from its start')
   return {names[name]: jnp.asarray(array, jnp.int32)
-          for name, array in found.items()}
-
-
-def _at_the_end(name: str, mask: Any) -> None:
-  """Raises RequestError for a mask that hides tokens before others: positions
-  count from the start of a row. A traced mask passes: it is not known."""
-  if isinstance(mask, jax.core.Tracer):
-    return
-  real = np.asarray(mask) != 0
-  wrong = np.flatnonzero((real[:, 1:] & ~real[:, :-1]).any(1))
-  require(not wrong.size, f'{name} has a 0 before a 1 in row '
-          f'{wrong[:1].sum()}: it is 0 on padding, at the end of a row')
+          for name, array in rows.items()}
 
 
 def _rows(name: str, value: Any) -> Any:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from configs.errors import RequestError, require
+from configs.errors import require
 from training.data import conversations, labelled, sources
-from training.data.tokens import KINDS, Documents, Split
+from training.data.tokens import Documents, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,9 @@ def reads(objective: Any) -> tuple[str, ...]:
 
 
 def _check_plain(corpus: Corpus) -> None:
-  others = corpus.tokens.kinds - {'text'}
-  held = sources.PAIRS if others & {*labelled.PAIR} else sources.TURNS
-  require(not others, f'objective {corpus.config.objective!r} reads plain '
-          f'text, but data source {corpus.name!r} holds {held}: choose from '
-          f'{sources.forms((sources.TEXT,))}, of a field of text')
+  require(corpus.tokens.kinds == {'text'}, f'objective '
+          f'{corpus.config.objective!r} reads plain text, but data source '
+          f'{corpus.name!r} holds pairs or conversations: name a field of text')
 
 
 class Window(NamedTuple):
@@ -104,10 +102,9 @@ class Windows:
     self.num_bytes = self._stream.num_bytes
     full, rest = divmod(self.num_tokens, self.length)
     self._len = full + (rest > 0 and corpus.split == 'eval')
-    if not self._len:
-      raise RequestError(
-          f'data source {corpus.name!r} has {self.num_tokens} training '
-          f'tokens, fewer than one sequence of data.length={self.length}.')
+    require(self._len > 0, f'data source {corpus.name!r} has '
+            f'{self.num_tokens} training tokens, fewer than one sequence of '
+            f'data.length={self.length}.')
 
   def __len__(self) -> int:
     return self._len
@@ -125,9 +122,8 @@ class Passages(Windows):
 
   def __init__(self, corpus: Corpus):
     room = corpus.config.data.length - 2
-    if room < 1:
-      raise RequestError(f'data.length={corpus.config.data.length}: a row of '
-                         '[CLS], text and [SEP] needs at least 3.')
+    require(room > 0, f'data.length={corpus.config.data.length}: a row of '
+            '[CLS], text and [SEP] needs at least 3.')
     super().__init__(corpus, room)
 
 
@@ -156,19 +152,17 @@ class Stretches:
   def __init__(self, corpus: Corpus):
     _check_plain(corpus)
     self.room = corpus.config.data.length - 3  # [CLS] and twice [SEP]
-    if self.room < self.MIN:
-      raise RequestError(f'data.length={corpus.config.data.length}: pairs of '
-                         f'texts need at least {self.MIN + 3}.')
+    require(self.room >= self.MIN, f'data.length={corpus.config.data.length}: '
+            f'pairs of texts need at least {self.MIN + 3}.')
     self._documents = documents = Documents(corpus.tokens)
     first = documents.parts[documents.first]
     sizes = documents.parts[documents.end] - first
     enough = sizes >= self.MIN
     self._first, self._sizes = first[enough], sizes[enough]
-    if len(self._first) < 2:
-      raise RequestError(
-          f'data source {corpus.name!r} has {len(self._first)} document(s) of '
-          f'{self.MIN} tokens or more in the split {corpus.split!r}: pairs '
-          'need two, to take a second text from another document.')
+    require(len(self._first) > 1, f'data source {corpus.name!r} has '
+            f'{len(self._first)} document(s) of {self.MIN} tokens or more in '
+            f'the split {corpus.split!r}: pairs need two, to take a second '
+            'text from another document.')
     counts = (self._sizes + self.room - self.MIN) // self.room
     self._starts = np.concatenate([[0], np.cumsum(counts)])
     self.num_tokens = int(self._sizes.sum())
@@ -203,35 +197,15 @@ class Conversations:
   READS = (sources.TURNS,)
 
   def __init__(self, corpus: Corpus):
-    kinds, start = corpus.tokens.kinds, (
-        f'objective {corpus.config.objective!r} ')
-    require(kinds <= {*conversations.KINDS}, f'{start}reads conversations, but '
-            f'data source {corpus.name!r} holds other documents: it must name '
-            'a JSONL field with a list of turns, or be alpaca:GLOB')
-    require(bool(kinds & {*conversations.ANSWERS}), f'{start}predicts the '
-            'answers of the assistant, but no conversation of data source '
-            f'{corpus.name!r} has one: add turns of the role assistant')
+    kinds = corpus.tokens.kinds
+    require(kinds <= {*conversations.KINDS}
+            and bool(kinds & {*conversations.ANSWERS}),
+            f'objective {corpus.config.objective!r} predicts the answers of '
+            f'the assistant, but data source {corpus.name!r} holds none: name '
+            'a field with a list of turns, some of the role assistant')
     self._documents = Documents(corpus.tokens)
-    if corpus.split == 'train':
-      self._check_length(corpus)
     self.num_tokens = corpus.tokens.num_tokens - corpus.tokens.documents
     self.num_bytes = corpus.tokens.num_bytes
-
-  def _check_length(self, corpus: Corpus) -> None:
-    """Refuses rows so short that all are cut off before the first answer."""
-    documents, length = self._documents, corpus.config.data.length
-    answers = np.append(np.flatnonzero(np.isin(
-        documents.kinds, [KINDS.index(kind)
-                          for kind in conversations.ANSWERS])),
-                        len(documents.kinds))
-    answer = answers[np.searchsorted(answers, documents.first)]
-    before = (documents.parts[answer] - documents.parts[documents.first])[
-        answer < documents.end]
-    require(not len(before) or before.min() < length,
-            f'data.length is {length}, and the first answer of each '
-            f'conversation of data source {corpus.name!r} comes later, after '
-            f'{before.min(initial=2 ** 62):,} tokens or more: there is nothing '
-            'to predict')
 
   def __len__(self) -> int:
     return len(self._documents)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from configs.errors import RequestError, one_of, require, short
+from configs.errors import one_of, require, short
 from training.data import labelled, packing, sources
 from training.data.tokenizers import Tokenizer
 
@@ -52,11 +52,9 @@ def labels_of(config: Any) -> tuple[str, ...]:
   labels = {label for record in records
             for label in (record.labels if words else (record.label,))}
   most = MOST_WORD_LABELS if words else max(MANY_LABELS, len(records) / 2)
-  start = f'data source {config.data.source!r} has '
-  require(len(labels) > 1, f'{start}one label, {short("".join(labels))}, in '
-          f'all {len(records):,} training records: two or more are needed')
-  require(len(labels) <= most, f'{start}{len(labels):,} labels in '
-          f'{len(records):,} records: does it name the column of the labels?')
+  require(1 < len(labels) <= most, f'data source {config.data.source!r} has '
+          f'{len(labels):,} label(s) in {len(records):,} training records: two '
+          'or more are needed, and many may be another column')
   return in_order(labels)
 
 
@@ -70,13 +68,9 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
 
 def check_labels(labels: Sequence[str]) -> None:
   """Raises RequestError for a data.labels that is none."""
-  for label in labels:
-    require(isinstance(label, str) and bool(label), 'data.labels has '
-            f'{label!r}, which is no label: write them as strings')
-    require(list(labels).count(label) == 1,
-            f'data.labels has {label!r} twice')
-  require(len(labels) != 1, f'data.labels is {tuple(labels)}: a classification '
-          'needs two labels or more')
+  require(all(isinstance(label, str) and label for label in labels)
+          and len({*labels}) == len(labels) != 1, f'data.labels is '
+          f'{tuple(labels)}: write two labels or more, as different strings')
 
 
 def class_weights(config: Any, labels: Sequence[str]) -> np.ndarray:
@@ -93,23 +87,20 @@ def class_weights(config: Any, labels: Sequence[str]) -> np.ndarray:
   if not written:
     return np.ones(len(labels))
   if written == 'balanced':
-    found = [record.label for record in of_training(config)]
-    counts = np.array([found.count(label) for label in labels])
-    for label, count in zip(labels, counts):
-      require(count > 0, f'data.class_weights is {written!r}, but no training '
-              f'record has the label {label!r}')
-    return len(found) / (len(labels) * counts)
+    of_records = [record.label for record in of_training(config)]
+    counts = np.array([of_records.count(label) for label in labels])
+    require(counts.all(), f'data.class_weights is {written!r}, but no training '
+            f'record has the label {labels[counts.argmin()]!r}')
+    return len(of_records) / (len(labels) * counts)
   try:
     weights = [float(number) for number in written.split(',')]
-  except ValueError as error:
-    raise RequestError(
-        f"data.class_weights is {written!r}: write 'balanced', or a number for "
-        'each label with commas between') from error
-  require(len(weights) == len(labels), f'data.class_weights is {written!r}, '
-          f'{len(weights)} numbers for the {len(labels)} labels '
+  except ValueError:
+    weights = []
+  require(len(weights) == len(labels)
+          and all(0 < weight < math.inf for weight in weights),
+          f"data.class_weights is {written!r}: write 'balanced', or with "
+          'commas between a number above 0 for each of the labels '
           f'{", ".join(labels)}')
-  require(all(0 < weight < math.inf for weight in weights),
-          f'data.class_weights is {written!r}: each must be > 0 and finite')
   return np.array(weights)
 
 

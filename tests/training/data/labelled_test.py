@@ -105,11 +105,10 @@ def test_labels_are_those_of_training_in_order(tmp_path):
 
 
 @pytest.mark.parametrize('rows, fields, said', [
-    ([('a', '1'), ('b', '1')], {}, "has one label, '1', in all 2 training"),
-    ([(f'{i}', f'{i}') for i in range(101)], {}, 'has 101 labels in 101 rec'),
-    ([('a', '1'), ('b', '2')], dict(class_weights='1,2,3'), '3 numbers for t'),
-    ([('a', '1'), ('b', '2')], dict(class_weights='1,0'), 'must be > 0'),
-    ([('a', '1'), ('b', '2')], dict(class_weights='even'), "write 'balanced'"),
+    ([('a', '1'), ('b', '1')], {}, 'has 1 label.* in 2 training records'),
+    ([(f'{i}', f'{i}') for i in range(101)], {}, 'has 101 label.* in 101 trai'),
+    *(([('a', '1'), ('b', '2')], dict(class_weights=weights),
+       "write 'balanced'") for weights in ('1,2,3', '1,0', 'even')),
     ([('a', '1'), ('b', '2')], dict(labels=('1', '2', '3'),
                                     class_weights='balanced'),
      "no training record has the label '3'"),
