@@ -135,7 +135,7 @@ def describe(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
   rows = f'{config.data.batch_size:,} rows' + (
       f' in {parts} micro-batches' if parts > 1 else '')
   source = train_data.text
-  if train_data.num_sources == 1:
+  if len(train_data.views) == 1:
     passes = all_rows / train_data.num_windows
     source = f'{passes:.3g} passes over {source}'
   # Of views of records alone: text is cut into rows, and nothing of it is lost.

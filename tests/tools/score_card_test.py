@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from configs import gpt
-from configs.errors import EnvironmentFailure, RequestError
+from configs.errors import RequestError
 from tools.probes import suites
 from training import vectorised
 from training.data import probes
@@ -78,20 +78,6 @@ def test_suites_that_are_refused(file, old, new, words):
     suites.load(str(file), base())
 
 
-def test_what_else_is_refused(file):
-  with pytest.raises(RequestError, match='--only'):
-    suites.load(str(file), base(), only=['copy'])
-  with pytest.raises(RequestError, match=(
-      "no suite 'nothing.py': choose a file of configs/probes")):
-    suites.load('nothing.py', base())
-  for field in ('train.steps', 'optim.lr', 'eval.tasks'):
-    with pytest.raises(RequestError, match=(
-        rf"--config\.{field} is set, which the suite .*suite\.py sets itself "
-        "in its task 'parity'")):
-      suites.load(str(file), base(), overrides=['model.num_layers', field])
-  suites.load(str(file), base(), overrides=['model.num_layers', 'optim.b1'])
-
-
 def written(suite, workdir, figures):
   for run in suite.runs('parity'):
     folder = run.folder(workdir)
@@ -144,11 +130,17 @@ def test_a_rate_at_which_a_run_diverges_is_left_out(
       c.optim.lr == 1e-2 and c.seed == 1 or 'copy' in str(folder)))
   suites.train(suite, workdir)
   assert [task for task, _ in asked] == ['parity'] * 4 + ['copy'] * 4
-  tasks = suites.card_of(suite, workdir)['tasks']
-  assert tasks['parity']['lr'] == 1e-3
-  assert tasks['parity']['accuracy']['seeds'] == [0.5, 0.6]
-  assert tasks['parity']['diverged'] == {1e-2: [1]}
-  assert list(tasks['parity']['accuracy_by_lr']) == [1e-3]
+  card = suites.card_of(suite, workdir)
+  parity = card['tasks']['parity']
+  assert parity['lr'] == 1e-3 and parity['diverged'] == {1e-2: [1]}
+  assert parity['accuracy']['seeds'] == [0.5, 0.6]
+  lines = suites.text(card).splitlines()
+  assert 'parity, lr 0.001: 0.5500' in lines[1]
+  assert lines[2] == '  left out, since runs diverged: lr 0.01 (1 of 2 runs)'
+  suites.write(card, workdir)
+  kept = json.loads((workdir / suites.JSON).read_text())['tasks']
+  assert kept['copy']['lr'] is None
+  assert (workdir / suites.PICTURE).read_bytes()[:4] == b'\x89PNG'
   asked.clear()
   suites.train(suite, workdir)
   assert asked == [('parity', c.config) for c in suite.runs('parity')][:3]
@@ -171,47 +163,3 @@ def diverging(monkeypatch, diverges):
       raise vectorised.Unfinished(bad, folders, bad)
   monkeypatch.setattr(vectorised, 'train', train)
   return asked
-
-
-def test_the_card_says_what_diverged(file, tmp_path, monkeypatch):
-  file.write_text(SUITE + "  add('copy', **{'train.steps': 2})\n")
-  workdir = epath.Path(tmp_path)
-  suite = suites.load(str(file), base())
-  written(suite, workdir, {1e-3: [0.5, 0.6], 1e-2: [0.9, 0.8]})
-  diverging(monkeypatch, lambda c, folder: (
-      c.optim.lr == 1e-2 and c.seed == 1 or 'copy' in str(folder)))
-  suites.train(suite, workdir)
-  found = suites.card_of(suite, workdir)
-  said = suites.text(found).splitlines()
-  assert 'parity, lr 0.001: 0.5500' in said[1]
-  assert said[2] == '  left out, since runs diverged: lr 0.01 (1 of 2 runs)'
-  assert said[-3:] == ['copy: no figures', *(
-      f'  left out, since runs diverged: lr {lr} (2 of 2 runs)'
-      for lr in (0.001, 0.01))]
-  suites.write(found, workdir)
-  kept = json.loads((workdir / suites.JSON).read_text())['tasks']
-  assert kept['copy']['lr'] is None
-  assert kept['parity']['level'] == found['tasks']['parity']['level']
-  assert (workdir / suites.PICTURE).read_bytes()[:4] == b'\x89PNG'
-  del found['tasks']['parity']  # nothing has figures
-  suites.write(found, workdir)
-
-
-@pytest.mark.parametrize('unfinished', [{0: 'not finite'}, {}])
-def test_a_signal_stops_a_suite(unfinished, file, tmp_path, monkeypatch):
-  """Also where it comes as the last of a group ends."""
-  def train(configs, folders):
-    asked.append(folders[0])
-    if unfinished:
-      raise vectorised.Unfinished(unfinished, folders, [0], stopped=True)
-    return True
-  asked = []
-  monkeypatch.setattr(vectorised, 'train', train)
-  file.write_text(SUITE + "  add('copy', **{'train.steps': 2})\n")
-  suite = suites.load(str(file), base())
-  with pytest.raises(EnvironmentFailure, match='stopped'):
-    suites.train(suite, epath.Path(tmp_path))
-  assert len(asked) == 1
-  first, *others = suite.runs('parity')
-  assert suites.diverged(first, epath.Path(tmp_path)) == bool(unfinished)
-  assert not any(suites.diverged(x, epath.Path(tmp_path)) for x in others)

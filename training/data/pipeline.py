@@ -55,7 +55,6 @@ class Loader:
     ramp: the rows of each batch.
     tokenizer: the run's.
     objective: the record of the run's objective.
-    num_sources: of which the text comes, mixed.
     beside: the loaders whose batches have the shape of this one's: those of
       runs that train as one program, each with its own seed.
   """
@@ -74,7 +73,6 @@ class Loader:
                  ramp.parse('', config.data.batch_size))
     self.objective = objectives.of(config)
     self.views = views
-    self.num_sources = len(views)
     self._place = process_index, process_count
     self._config_of = {length: with_length(config, length)
                        for length in lengths(config)}

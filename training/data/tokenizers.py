@@ -12,7 +12,6 @@ lays out a sequence (packing, objectives, generation) places the special ids;
 a chat template writes them as text, and `encode_placed` obeys it.
 """
 
-import abc
 from collections.abc import Iterable, Sequence
 import functools
 import hashlib
@@ -45,7 +44,7 @@ FOLDERS = (('tokenizer.json',), ('vocab.json', 'merges.txt'), ('vocab.txt',),
 CONFIG = 'tokenizer_config.json'
 
 
-class Tokenizer(abc.ABC):
+class Tokenizer:
   """What the rest of the project knows of a tokenizer.
 
   Attributes:
@@ -74,7 +73,6 @@ class Tokenizer(abc.ABC):
   def __reduce__(self):
     return load, (self.name,)  # To a worker goes the name alone.
 
-  @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns one int32 [T] array for each text."""
 
@@ -82,19 +80,16 @@ class Tokenizer(abc.ABC):
     """Returns the int32 [T] ids of one text."""
     return self.encode_batch([text])[0]
 
-  @abc.abstractmethod
   def encode_spans(self, texts: Sequence[str]
                    ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns (ids int32 [T], spans int32 [T, 2]) of each text: the ids of
     `encode_batch`, and of each the first of the characters that it stands for,
     and the one after the last. A span may hold the space before a word."""
 
-  @abc.abstractmethod
   def encode_placed(self, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns `encode_spans` of a text in which special tokens are obeyed."""
 
   @property
-  @abc.abstractmethod
   def special_texts(self) -> tuple[str, ...]:
     """How the special tokens that `encode_placed` obeys are written."""
 
@@ -102,18 +97,12 @@ class Tokenizer(abc.ABC):
     """Returns the text; special tokens spell nothing."""
     return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
-  @abc.abstractmethod
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
     """Returns the UTF-8 bytes of the text, perhaps cut inside a character."""
 
-  @abc.abstractmethod
   def piece(self, token: int) -> str:
     """Returns how the vocabulary writes an id, a special one too: [SEP]; or
     <NUMBER>, where it does not write it."""
-
-  def num_bytes(self, ids: Iterable[int]) -> int:
-    """Returns how many bytes of text the ids spell, for bits per byte."""
-    return len(self.decode_bytes(ids))
 
   def special(self, name: str) -> int:
     """Returns the id of a special token.

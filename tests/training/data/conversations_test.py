@@ -59,18 +59,6 @@ def test_what_is_no_template_is_a_sentence(tmp_path):
       conversations.read(spec, BYTES)
 
 
-def test_a_folder_has_its_template_in_one_of_two_places(tmp_path):
-  def found():
-    return conversations.read(str(tmp_path), BYTES).text
-  named = [dict(name='tool_use', template='t'),
-           dict(name='default', template='a')]
-  config = tmp_path / 'tokenizer_config.json'
-  config.write_text(json.dumps(dict(chat_template=named)))
-  assert found() == 'a'
-  (tmp_path / 'chat_template.jinja').write_text('c')
-  assert found() == 'c'
-
-
 def _said(template, messages):
   parts = template.parts(messages)
   ids = conversations.encode([text for _, text in parts], template.tokenizer)
@@ -193,18 +181,6 @@ def test_a_run_is_taught_what_the_template_says_is_said(template, tmp_path):
   if template is CHATML:
     np.testing.assert_array_equal(asked, ids[:len(asked)])
   assert chat.talk(config, BYTES).ends == {BYTES.eos_id}
-
-
-def test_another_template_is_another_entry_of_the_cache(tmp_path):
-  (tmp_path / 'talks.jsonl').write_text(json.dumps(dict(messages=TALK)) + '\n')
-  rows = []
-  for text in (CHATML, CHATML + '{# a remark #}',
-               CHATML.replace('eos_token', 'sep_token')):
-    (tmp_path / 'a.jinja').write_text(text)
-    config = _config(tmp_path, f'jsonl:{tmp_path}/talks.jsonl:messages',
-                     batch_size=1, chat_template=str(tmp_path / 'a.jinja'))
-    rows.append(pipeline.training_loader(config, BYTES).batch(0)['tokens'])
-  assert (rows[0] == rows[1]).all() and (rows[0] != rows[2]).any()
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path):

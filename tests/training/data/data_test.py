@@ -2,16 +2,14 @@
 
 import itertools
 import pathlib
-import subprocess
 import sys
-import textwrap
 
 import grain
 import numpy as np
 import pytest
 
 from configs import base
-from training.data import pipeline, sources, tokenizers
+from training.data import pipeline, tokenizers
 
 ROOT = pathlib.Path(__file__).parents[3]
 BYTES = tokenizers.load('bytes')
@@ -174,14 +172,6 @@ def test_the_tail_of_a_single_file_has_two_halves(folder):
          load(folder, part=part, **one_row).batch(0))
 
 
-def test_eval_order_ignores_the_seed_and_samples_fairly(folder):
-  one, two = (load(folder, 'eval', seed=seed, length=2) for seed in (0, 1))
-  same(one.batch(0), two.batch(0))
-  held_out = stream([0, 4, 8])
-  first = [tuple(held_out[2 * i:2 * i + 3]) for i in range(8)]
-  assert windows([one.batch(0)]) != first
-
-
 def test_document_mask_as_a_picture(folder):
   (folder / 'a' / '01.txt').write_text('abc')
   (folder / 'a' / '02.txt').write_text('de')
@@ -287,24 +277,6 @@ def test_a_mixture_has_the_order_that_grain_gives_its_items(folder):
       np.testing.assert_array_equal(row, items[8 * n + i].tokens[:-1])
 
 
-@pytest.mark.slow
-def test_making_batches_looks_for_no_device(folder):
-  """Worker processes make them, beside a process that holds the devices."""
-  result = subprocess.run(
-      [sys.executable, '-c', textwrap.dedent(f"""
-          from configs import base
-          from jax._src import xla_bridge
-          from training.data import pipeline, tokenizers
-          config = base.base()
-          config.data.update(
-              source='text:{folder}/a/*.txt', cache_dir='{folder}/cache',
-              length=16, batch_size=8)
-          pipeline.training_loader(config, tokenizers.load('bytes')).batch(0)
-          print(xla_bridge.backends_are_initialized())""")],
-      cwd=ROOT, capture_output=True, text=True)
-  assert result.stdout.splitlines()[-1:] == ['False'], result.stderr
-
-
 # Refusals.
 
 
@@ -318,18 +290,3 @@ def test_making_batches_looks_for_no_device(folder):
 def test_what_cannot_be_loaded_is_refused(folder, fields, message):
   with pytest.raises(ValueError, match=message):
     load(folder, **fields)
-
-
-def test_pairs_are_no_windows(folder, monkeypatch):
-  monkeypatch.setitem(sources.SOURCES, 'pairs', sources.Form(
-      lambda name, _: sources.Source(
-          name, 'pairs', lambda _: [[('source', 'a'), ('target', 'b')]]), ''))
-  with pytest.raises(ValueError, match='holds pairs of texts: choose from'):
-    load(folder, source='pairs:x', holdout_every=0)
-
-
-def test_a_run_without_eos_is_refused(folder):
-  tokenizer = tokenizers.Bytes()
-  tokenizer.special_ids = {'pad': 256}
-  with pytest.raises(ValueError, match="no 'eos' token: it has pad"):
-    pipeline.training_loader(config_of(folder), tokenizer)

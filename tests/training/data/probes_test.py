@@ -255,17 +255,6 @@ def test_what_is_memorised_is_one_table_for_all_rows():
   assert len(seen) == len(set(seen.values())) == settings.most
 
 
-def test_gaps_of_mqar_follow_the_published_law():
-  """Slot x of n is first drawn with weight x ** (0.01 - 1)."""
-  probe, settings = of('mqar', (1,))
-  rows = probes.Rows(probe, settings._replace(examples=4000), 'train', 0)
-  slots = (settings.length - 2) // 2
-  first = np.array([np.flatnonzero(row.asked)[0] for row in rows]) // 2
-  share = np.bincount(first - 1, minlength=slots) / len(rows)
-  law = np.arange(1, slots + 1) ** -0.99
-  np.testing.assert_allclose(share, law / law.sum(), atol=0.03)
-
-
 @pytest.mark.parametrize('name, most', [('depo1', 225), ('depo2', 75)])
 def test_circles_of_depo_are_as_large_as_published(name, most):
   """Training: 3 to N words, n of them with weight 1 / (n + sqrt(N)), and each
@@ -297,29 +286,6 @@ def found_words(probe, settings, split):
   for row in probes.Rows(probe, settings, split, 0):
     told = row.tokens[1:np.argmax(row.tokens > 2 * vocab + 1)]
     yield int((told >= vocab).sum() // 2)
-
-
-def test_formulas_of_mano_use_all_signs_alike():
-  probe, settings = of('mano', (2,))
-  tokens = np.concatenate([row.tokens for row in probes.Rows(
-      probe, settings._replace(examples=600), 'train', 0)])
-  shares = np.bincount(tokens)[23:29] / 1200
-  np.testing.assert_allclose(shares, 1 / 6, atol=0.04)
-
-
-def test_rows_differ_by_seed_place_and_split():
-  probe, settings = of('copy', (12,))
-  rows = [tuple(probes.Rows(probe, settings, split, seed)[i].tokens)
-          for split in ('train', 'eval') for seed in (0, 1) for i in (0, 1)]
-  assert len(set(rows)) == len(rows)
-
-
-def test_every_level_has_its_rows():
-  probe, settings = of('copy', (2, 5, 9))
-  rows = probes.Rows(probe, settings._replace(examples=300), 'train', 0)
-  counts = np.bincount([len(row.tokens) // 2 for row in rows])
-  assert set(np.flatnonzero(counts)) == {2, 5, 9} and min(
-      counts[[2, 5, 9]]) > 60
 
 
 @pytest.mark.parametrize('name, levels, length, words', [

@@ -7,7 +7,6 @@ import pytest
 from configs import base
 from configs.errors import RequestError
 from tests.training import vectorised_test as group
-from tools.compare import cost
 from training import preflight
 from training.data import pipeline, ramp, tokenizers
 
@@ -40,20 +39,6 @@ def test_what_is_no_ramp_is_refused(text, words):
     preflight.check_config(c)
 
 
-def test_devices_divide_every_size():
-  c = base.base()
-  c.data.batch_ramp = '10:4,20:8'
-  for data, parts, fits in ((4, 1, True), (2, 2, True), (8, 1, False),
-                            (4, 2, False)):
-    c.train.grad_accumulation = parts
-    shape = {'data': data, 'fsdp': 1, 'expert': 1}
-    if fits:
-      ramp.check_shards(c, shape)
-      continue
-    with pytest.raises(RequestError, match='batches of 4 rows .*, 8 in all'):
-      ramp.check_shards(c, shape)
-
-
 def grown(texts, **fields):
   return group.config(texts, data__batch_size=8,
                       data__batch_ramp='2:2,5:4', **fields)
@@ -78,13 +63,6 @@ def test_the_order_of_the_rows_is_that_without_a_ramp(texts):
       g += 1
   held_out, = pipeline.held_out(grown(texts), tokenizer)
   assert len(held_out.batch(0)['tokens']) == 8
-
-
-def test_a_sweep_counts_the_tokens():
-  c = base.base()
-  c.data.update(batch_size=8, length=16, batch_ramp='2:2,5:4')
-  c.train.steps = 8
-  assert cost.of(c).tokens == 16 * (2 * 2 + 3 * 4 + 3 * 8)
 
 
 def test_a_ramp_is_scaled_with_the_steps_of_a_run():

@@ -9,7 +9,6 @@ import tokenizers as hf
 
 from tests.helpers import labelled_files as files
 from training.data import records, tokenizers
-from training.measures import questions as measures
 from training.objectives import labelled as objective
 
 WORDS = ['Ångström', "isn't", '#1', '日本', '😀!', 'naïve', '.', '5,0']
@@ -72,17 +71,6 @@ def test_tokens_and_the_characters_that_they_stand_for(kind, every):
     first, last = records.tokens_of(spans, start, start + len(word))
     assert TEXT[spans[first, 0]:spans[last, 1]].strip() == word
   assert records.tokens_of(spans, len(TEXT), len(TEXT)) is None
-
-
-def test_a_token_over_two_words_is_of_the_first(tmp_path):
-  vocab = {'[UNK]': 0, 'a b': 1, 'c': 2, ' ': 3}
-  tokenizer = hf.Tokenizer(hf.models.WordLevel(vocab, unk_token='[UNK]'))
-  tokenizer.pre_tokenizer = hf.pre_tokenizers.Split(
-      hf.Regex('a b|c| '), 'isolated')
-  tokenizer.save(str(tmp_path / 'a.json'))
-  found, = records.words_of([['a', 'b', 'c']],
-                            tokenizers.load(str(tmp_path / 'a.json')))
-  assert found.words_T.tolist() == [0, -1, 2]
 
 
 @pytest.mark.parametrize('size, room, stride', [
@@ -192,47 +180,3 @@ def test_rows_equal_those_of_the_package_tokenizers(
   assert [(row['tokens'].tolist(), row['types'].astype(int).tolist(),
            row['starts'], row['ends']) for row in rows] == expected
   assert len(rows) > len(view.questions) or length == 128
-
-
-@pytest.mark.parametrize('kind, length', [('', 128), ('bytes', 70)])
-def test_what_scores_say_goes_back_to_the_text(kind, length, folder, wordpiece):
-  config, view = _asked(folder, kind or wordpiece, length=length,
-                        stride=30 if kind else 8)
-  ours = tokenizers.load(config.data.tokenizer)
-  rng, scores, nulls, begins = np.random.default_rng(0), [], [], []
-  for item in view.items:
-    row = objective.lay_out_question(item, None, config, ours)
-    scores_L2 = rng.normal(size=(length, 2))
-    scores_L2[row['starts'], 0] = scores_L2[row['ends'], 1] = 9
-    scores.append(scores_L2)
-    nulls.append(objective.null_place(item, 'encoder'))
-    begins.append(objective.begin(item))
-  found = measures.answers(view, scores, nulls, begins, most=30, count=5,
-                           threshold=0.0)
-  assert [answer.text for answer in found] == [
-      question.answers[0][0] if question.answers else ''
-      for question in view.questions]
-  figures = measures.figures(view, found)
-  assert figures['exact'] == figures['f1'] == figures['best_f1'] == 100
-  assert (figures['total'], figures['NoAns_total']) == (4, 1)
-  assert measures.written(view, found).keys() == {'', 'nbest', 'null_odds'}
-
-
-def test_a_decoder_says_at_the_last_token_that_there_is_no_answer(folder):
-  config, view = _asked(folder, 'bytes', length=128)
-  config.model.arch = 'gpt'
-  ours = tokenizers.load('bytes')
-  row = objective.lay_out_question(view.items[2], None, config, ours)
-  assert view.questions[2].answers == () and 'types' not in row
-  assert row['starts'] == row['ends'] == len(row['tokens']) - 1
-  assert ours.decode(row['tokens']) == 'Who swam?' + files.CONTEXTS[0]
-
-
-@pytest.mark.parametrize('data, message', [
-    (dict(length=8), r"a.json, question '0-0', has 10 tokens, which leave no "
-     'room for its paragraph in data.length 8'),
-    (dict(length=20, stride=5), 'data.stride is 5, but in data.length 20 there '
-     "is room for 3 tokens of the paragraph of .*question '1-0'")])
-def test_rows_that_are_too_short_are_refused(data, message, folder, wordpiece):
-  with pytest.raises(ValueError, match=message):
-    _asked(folder, wordpiece, **data)

@@ -173,19 +173,6 @@ def test_what_was_killed_goes_on_and_of_two_processes_one_reads(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_share_the_shards_out(tmp_path, capsys):
-  for i in range(3):
-    (tmp_path / f'{i}.txt').write_text(f'{i} and so on. ' * 50_000)
-  for count in (1, 2):
-    assert command.main([
-        f'text:{tmp_path}/*.txt', '--out', str(tmp_path / str(count)),
-        f'--processes={count}', '--shard_mib=1', '--json']) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert (said['shards'], said['tokens']) == ('3 of 3', 3 * 650_000)
-  assert contents(tmp_path / '1') == contents(tmp_path / '2')
-
-
-@pytest.mark.slow
 def test_a_bucket_has_the_same_batches(corpus, tmp_path):
   """gs:// in a folder of this machine, see tests/helpers/bucket.py."""
   program = f"""
@@ -246,16 +233,6 @@ def test_a_flipped_bit_is_seen(name, corpus, shards):
       for loader in loaders(config):
         for n in range(loader.num_batches):
           loader.batch(n)
-
-
-def test_a_disk_that_fails_is_a_sentence(shards, monkeypatch):
-  def refused(*_):
-    raise TimeoutError(110, 'Connection timed out')
-
-  monkeypatch.setattr(os, 'pread', refused)
-  with pytest.raises(EnvironmentFailure,
-                     match='00000.tokens cannot be read: Connection'):
-    tokens.read_bytes(f'{shards}/00000.tokens', 0, 10)
 
 
 def test_wrong_requests_are_sentences(corpus, shards, tmp_path):
