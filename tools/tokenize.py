@@ -1,6 +1,6 @@
 r"""Tokenises a source of text into shards, with as many machines as there are.
 
-  python -m tools.tokenize 'jsonl:corpus/*.jsonl:text' --processes 8 \
+  python -m tools.tokenize 'jsonl:corpus/*.jsonl:text' \
       --out gs://BUCKET/corpus --tokenizer runs/bpe.json
   sbatch --array=0-63 --wrap="python -m tools.tokenize 'parquet:c/*:text' \
       --out gs://BUCKET/corpus --jobs 64"
@@ -13,14 +13,12 @@ goes on where it was killed, on any number of machines.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from typing import Any
 
 from configs import base
-from configs.errors import EnvironmentFailure, RequestError, require
-from tools import dies_with_parent
+from configs.errors import require
 from training import cli, limits
 from training.data import conversations, sources, tokenizers, tokens
 from training.workdir import storage
@@ -38,9 +36,8 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--shard_mib', type=int,
                       default=tokens.SHARD_BYTES >> 20, help='MiB of text '
                       'in a shard; a larger file is a shard of its own')
-  parser.add_argument('--processes', type=int, default=1,
-                      help='on each machine')
-  parser.add_argument('--jobs', type=int, default=1, help='machines')
+  parser.add_argument('--jobs', type=int, default=1,
+                      help='how many commands share the work')
   parser.add_argument('--job', type=int, help='which of them this is, from 0; '
                       'default: as an array of SLURM says',
                       default=int(os.environ.get('SLURM_ARRAY_TASK_ID', 0)))
@@ -49,14 +46,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-  argv = sys.argv[1:] if argv is None else argv
   args = _parser().parse_args(argv)
+  args.job = args.job if args.jobs > 1 else 0
   for name, least, most in (
-      ('shard_mib', 1, 2**20), ('processes', 1, 512), ('jobs', 1, 100_000),
-      ('job', 0, args.jobs - 1)):
+      ('shard_mib', 1, 2**20), ('jobs', 1, 100_000), ('job', 0, args.jobs - 1)):
     limits.number(f'--{name}', getattr(args, name),
                   (('>=', least), ('<=', most)))
-  figures = tokenise(args, argv)
+  figures = tokenise(args)
   if args.json:
     print(json.dumps(figures))
   else:
@@ -81,9 +77,8 @@ def _source(spec: str) -> sources.Source:
   return source
 
 
-def tokenise(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-  """Makes the shards that are this machine's and not finished; returns
-  figures."""
+def tokenise(args: argparse.Namespace) -> dict[str, Any]:
+  """Makes the shards that are this job's and not finished; returns figures."""
   started, out = time.monotonic(), storage.path(args.out, '--out').expanduser()
   storage.try_folder(out, '--out')
   storage.refuse_run(out, '--out', tokens.BEGUN)
@@ -93,45 +88,23 @@ def tokenise(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
       [os.path.basename(path), size]
       for path, size, _ in tokens.stats(source)]])
   begun = tokens.begin(out, source, parts, content, tokenizer)
-  if args.processes > 1:
-    _spawn(args, argv)
-  else:
-    done = tokens.finished(out, begun)
-    # Each job has about as much to do.
-    order = sorted(range(len(parts)), key=lambda i: -sizes[i])
-    for i in order[args.job::args.jobs]:
-      if not done[i]:
-        tokens.shard(out, i, parts[i], tokenizer, begun)
-        print(f'shard {i} of {len(parts)} is made', file=sys.stderr, flush=True)
+  done = tokens.finished(out, begun)
+  # Each job has about as much to do.
+  order = sorted(range(len(parts)), key=lambda i: -sizes[i])
+  for i in order[args.job::args.jobs]:
+    if not done[i]:
+      tokens.shard(out, i, parts[i], tokenizer, begun)
+      print(f'shard {i} of {len(parts)} is made', file=sys.stderr, flush=True)
   done = tokens.finished(out, begun)
   figures = {'shards': f'{sum(done)} of {len(done)}',
              'seconds': round(time.monotonic() - started, 1)}
   if all(done):
-    tables = [*tokens.load(str(out), f'tokens:{out}').tables()]
-    count = {name: int(sum(getattr(table, key).sum() for table in tables))
-             for name, key in (('tokens', 'sizes'), ('bytes', 'bytes'))}
-    figures |= {'documents': sum(len(table.counts) for table in tables)} | (
-        count) | {'read_as': f'data.source=tokens:{out}'}
+    whole = tokens.Split(tokens.load(str(out), f'tokens:{out}'), None, 'train',
+                         '', 0)
+    figures |= {'documents': whole.documents, 'bytes': whole.num_bytes,
+                'tokens': whole.num_tokens - whole.documents,
+                'read_as': f'data.source=tokens:{out}'}
   return figures
-
-
-def _spawn(args: argparse.Namespace, argv: list[str]) -> None:
-  """Has this machine's shards made by several processes: of those that are its
-  job's, for any number of processes, since other machines may have others."""
-  running = [subprocess.Popen(
-      dies_with_parent.words([
-          sys.executable, '-m', 'tools.tokenize', *argv, '--processes=1',
-          f'--jobs={args.jobs * args.processes}',
-          f'--job={args.job + i * args.jobs}']),
-      stdout=subprocess.DEVNULL,
-      env=os.environ | {'TOKENIZERS_PARALLELISM': 'false'})
-      for i in range(args.processes)]
-  codes = [process.wait() for process in running]
-  if 2 in codes:
-    raise RequestError('a process was refused, see above')
-  if any(codes):
-    raise EnvironmentFailure('a process failed, see above; the same command '
-                             'goes on')
 
 
 if __name__ == '__main__':

@@ -120,7 +120,8 @@ def layout(template: str, tokenizer: Any) -> Layout:
     return jinja.parts([dict(role=role, content=text)
                         for role, text in document])
 
-  return Layout(f'jinja {jinja.fingerprint}', of)
+  described = json.dumps([jinja.text, jinja.specials, tokenizer.special_texts])
+  return Layout('jinja ' + hashlib.sha256(described.encode()).hexdigest(), of)
 
 
 def _is_turns(document: Any) -> bool:
@@ -186,14 +187,6 @@ class Template:
   text: str
   tokenizer: Tokenizer
   specials: dict[str, str]
-
-  @property
-  def fingerprint(self) -> str:
-    """Changes when any conversation could be laid out otherwise."""
-    described = json.dumps([self.text, self.specials,
-                            self.tokenizer.special_texts], sort_keys=True)
-    return hashlib.blake2b(described.encode('utf-8'),
-                           digest_size=16).hexdigest()
 
   def encode(self, messages: Messages, answer: bool = False) -> np.ndarray:
     """Returns the ids [T] of a conversation.

@@ -13,6 +13,7 @@ import bisect
 from collections.abc import Iterator, Sequence
 import contextlib
 import gc
+import itertools
 import math
 import multiprocessing
 from multiprocessing import connection, resource_tracker
@@ -376,27 +377,21 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
       records = list(source.records())
       chosen = sources.chosen(np.arange(len(records)), every, split, part)
       text = _words(source, every, split, part, chosen.sum(), len(records))
-      yield weight, packing.Corpus(source.name, text, *of_split, records=[
-          record for record, own in zip(records, chosen) if own])
+      yield weight, packing.Corpus(
+          source.name, text, *of_split,
+          records=[*itertools.compress(records, chosen)])
     else:
       source = sources.cut(source, every, part)
-      found = _tokens(source, config, tokenizer, split, part)
-      text = _words(source, every, split, part, found.documents, found.of)
-      yield weight, packing.Corpus(source.name, text, *of_split, tokens=found)
-
-
-def _tokens(source: sources.Source, config: Config, tokenizer: Tokenizer,
-            split: str, part: str) -> tokens.Split:
-  """Returns the tokens of the documents of a source that are in a split."""
-  data, every = config.data, _holdout_every(config.data)
-  if source.tokens:
-    found = tokens.load(source.tokens, source.name)
-    tokens.check_tokenizer(found, tokenizer, source.name)
-  else:
-    found = tokens.cached(source, tokenizer, data.cache_dir)
-  # Of a source that is cut, document 0 is the part already.
-  return tokens.Split(found, every, split, '' if source.is_cut else part,
-                      tokenizer.separator_id)
+      if source.tokens:
+        whole = tokens.load(source.tokens, source.name)
+        tokens.check_tokenizer(whole, tokenizer, source.name)
+      else:
+        whole = tokens.cached(source, tokenizer, data.cache_dir)
+      # Of a source that is cut, document 0 is the part already.
+      own = tokens.Split(whole, every, split, '' if source.is_cut else part,
+                         tokenizer.separator_id)
+      text = _words(source, every, split, part, own.documents, own.of)
+      yield weight, packing.Corpus(source.name, text, *of_split, tokens=own)
 
 
 def _words(source: sources.Source, every: int | None, split: str, part: str,

@@ -12,6 +12,7 @@ what is to be predicted is the null token.
 """
 
 from collections.abc import Iterable, Sequence
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ def of_training(config: Any) -> list[Any]:
     records = list(source.records())
     every = 0 if data.eval_source else data.holdout_every
     ours = sources.chosen(np.arange(len(records)), every, 'train')
-    found += [record for record, own in zip(records, ours) if own]
+    found += itertools.compress(records, ours)
   return found
 
 
@@ -218,12 +219,8 @@ def fitting(sizes: Sequence[int], room: int) -> list[int]:
     return [*sizes]
   if len(sizes) == 1:
     return [room]
-  short_, long = sorted(sizes)
-  if 2 * short_ <= room:
-    kept = short_, room - short_
-  else:
-    kept = room // 2, room - room // 2
-  return [*kept] if sizes[0] <= sizes[1] else [*kept[::-1]]
+  kept = min(*sizes, room // 2)
+  return [kept, room - kept] if sizes[0] <= sizes[1] else [room - kept, kept]
 
 
 def separators(config: Any) -> int:
@@ -270,21 +267,14 @@ def words_of(sentences: Sequence[Sequence[str]], tokenizer: Tokenizer
 
 def _words(words: Sequence[str], ids: np.ndarray, spans_T2: np.ndarray
            ) -> Words:
-  # Of each character its word; of the spaces between them none.
-  sizes = [1 + len(word) for word in words]
-  word_C = np.repeat(np.arange(len(words), dtype=np.int32), sizes)
-  word_C[np.cumsum(sizes) - 1] = NO_WORD
-  place_C = np.arange(len(word_C))
-  # Where the next character of a word stands, from each character on.
-  next_C = np.minimum.accumulate(np.where(
-      word_C == NO_WORD, len(word_C), place_C)[::-1])[::-1]
-  next_C = np.append(next_C, len(word_C))
-  word_C = np.append(word_C, NO_WORD)
-  begin_T = next_C[spans_T2[:, 0]]
-  words_T = np.where(begin_T < spans_T2[:, 1], word_C[begin_T], NO_WORD)
+  # Where each word ends, and the space after it stands.
+  ends_W = np.cumsum([1 + len(word) for word in words]) - 1
+  begin_T = spans_T2[:, 0] + np.isin(spans_T2[:, 0], ends_W)
+  words_T = np.where(begin_T < spans_T2[:, 1],
+                     np.searchsorted(ends_W, begin_T, 'right'), NO_WORD)
   first_T = np.zeros(len(ids), bool)
   first_T[np.unique(words_T, return_index=True)[1]] = True
-  return Words(ids, words_T, first_T & (words_T != NO_WORD))
+  return Words(ids, words_T.astype(np.int32), first_T & (words_T != NO_WORD))
 
 
 class Piece(NamedTuple):

@@ -38,7 +38,7 @@ Document = str | list[tuple[str, str]]
 DOCUMENTS = TEXT, TURNS, PAIRS = 'text', 'conversations', 'pairs of texts'
 PARTS = ('', 'first', 'second')  # eval.part: all, or one of every two documents
 
-_WEIGHTED = re.compile(r'\s*(?:([0-9.eE+-]+)\*)?(.*\S)\s*')
+_WEIGHTED = re.compile(r'\s*(?:(\d*\.?\d+(?:e[+-]?\d+)?)\*)?(.*\S)\s*', re.I)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,28 +166,19 @@ def parse(spec: str, layout: conversations.Layout = conversations.PUBLISHED
   for piece in pieces:
     match = _WEIGHTED.fullmatch(piece)
     require(match is not None, f'data source {spec!r} has an empty part')
-    weight, name = match.groups()
-    require(weight is not None or len(pieces) == 1,
-            f'data source {name!r} has no weight: write a mixture as '
-            "'0.7*A,0.3*B', with no other commas")
+    weight, name = float(match[1] or 1), match[2]
+    require((match[1] is not None or len(pieces) == 1)
+            and 0 < weight < float('inf'), f'data source {name!r} has no '
+            "weight above 0: write a mixture as '0.7*A,0.3*B', with no other "
+            'commas')
     prefix, colon, rest = name.partition(':')
     require(prefix in SOURCES and (prefix != 'sotu') == bool(colon),
             f'unknown data source {name!r}: choose from {forms()}')
     source = SOURCES[prefix].parse(name, rest)
     if TURNS in source.holds and not source.tokens:
       source = _laid_out(source, layout)
-    pairs.append((_weight(weight, name), source))
+    pairs.append((weight, source))
   return pairs
-
-
-def _weight(text: str | None, name: str) -> float:
-  try:
-    weight = 1.0 if text is None else float(text)
-  except ValueError:
-    weight = 0.0
-  require(0.0 < weight < float('inf'),
-          f'the weight {text!r} of data source {name!r} is not positive')
-  return weight
 
 
 def _laid_out(source: Source, layout: conversations.Layout) -> Source:

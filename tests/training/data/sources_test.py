@@ -121,9 +121,9 @@ def test_a_missing_package_names_its_extra(module, spec, extra, folder,
     ('txt:a', "unknown data source 'txt:a': choose from sotu, text:GLOB, "),
     ('text:/none/*.txt', "'text:/none/\\*.txt' matches no file"),
     ('jsonl:a.jsonl', 'names no field: write jsonl:GLOB:FIELD'),
-    ('0.5*sotu,text:b', "'text:b' has no weight: write a mixture as"),
-    ('0*sotu', "the weight '0' of data source 'sotu' is not positive"),
-    ('1e*sotu', "the weight '1e' of data source 'sotu' is not positive"),
+    ('0.5*sotu,text:b', "'text:b' has no weight above 0: write a mixture as"),
+    ('0*sotu', "'sotu' has no weight above 0"),
+    ('1e*sotu', "unknown data source '1e.sotu'"),
 ])
 def test_a_wrong_spec_is_refused(spec, message):
   with pytest.raises(ValueError, match=message) as caught:
