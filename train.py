@@ -54,7 +54,8 @@ def main():
   # Imported late: `--help` and a wrong flag answer at once.
   from training import early_stopping, loop, objectives, parameters
   from training import preflight, runs, timing
-  from training.data import pipeline, tokenizers
+  from training.data import tokenizers
+  from training.objectives import pipeline
   from training.distributed import cpu, devices, processes
   from training.workdir import checkpoints, provenance, run_config, storage
   config = args.config

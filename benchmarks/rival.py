@@ -21,7 +21,8 @@ from configs.errors import require
 from training import objectives
 from training import runs
 from training.costs import totals
-from training.data import packing, pipeline, sources, tokenizers
+from training.data import packing, sources, tokenizers
+from training.objectives import pipeline
 from training.hf import config as hf_config
 from training.objectives.record import Config
 

@@ -102,7 +102,8 @@ import json
 
 from configs import gpt
 from training import preflight, runs
-from training.data import pipeline, tokenizers
+from training.data import tokenizers
+from training.objectives import pipeline
 
 config = gpt.get_config()
 config.objective, config.data.source = 'probe', 'probe:majority'

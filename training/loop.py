@@ -24,7 +24,8 @@ from architectures.parts.moe import health
 from training import early_stopping, parameters, preflight, progress, runs
 from training import timing
 from training.costs import flops
-from training.data import pipeline, ramp
+from training.data import ramp
+from training.objectives import pipeline
 from training.distributed import cpu, devices, signals
 from training.evals import held_out, in_training
 from training.step import TrainState

@@ -17,7 +17,8 @@ from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
 from training import early_stopping, evals, limits, objectives, runs
 from training.costs import systems, totals
-from training.data import pipeline, ramp, sources, tokenizers
+from training.data import ramp, sources, tokenizers
+from training.objectives import pipeline
 from training.optim import mup, optimizers
 from training.step import parameter_shares
 from training.workdir import checkpoints, metrics, run_config, storage

@@ -28,7 +28,8 @@ from configs import sharding as tables
 from configs.errors import EnvironmentFailure, require
 from training import early_stopping, loop, objectives, parameters
 from training import preflight, runs
-from training.data import pipeline, tokenizers
+from training.data import tokenizers
+from training.objectives import pipeline
 from training.distributed import devices
 from training.step import TrainState, init_state, initial_seed
 from training.step import make_eval_step, make_train_step, optimizer_unchecked

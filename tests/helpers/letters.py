@@ -1,7 +1,8 @@
 """Texts of one letter each, and batches of them: what tests of data share."""
 
 from configs import base
-from training.data import pipeline, tokenizers
+from training.data import tokenizers
+from training.objectives import pipeline
 
 BYTES = tokenizers.load('bytes')
 

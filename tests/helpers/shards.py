@@ -7,7 +7,8 @@ import numpy as np
 
 from configs import base
 from tools import tokenize as command
-from training.data import pipeline, tokenizers
+from training.data import tokenizers
+from training.objectives import pipeline
 
 BYTES = tokenizers.load('bytes')
 

@@ -11,7 +11,7 @@ from configs import base
 from configs import sharding as tables
 from tests.helpers import models
 from training import objectives, runs
-from training.data import pipeline
+from training.objectives import pipeline
 from training.data import tokenizers
 from training.distributed import devices
 from training.evals import checkpoint, held_out

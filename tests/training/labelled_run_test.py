@@ -7,7 +7,8 @@ import pytest
 
 from tests.training import vectorised_test
 from training import preflight, runs
-from training.data import pipeline, tokenizers
+from training.data import tokenizers
+from training.objectives import pipeline
 
 BYTES = tokenizers.load('bytes')
 STEPS = 24

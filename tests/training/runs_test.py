@@ -9,7 +9,8 @@ import pytest
 import architectures
 from configs.errors import RequestError
 from training import parameters, preflight, runs
-from training.data import pipeline, tokenizers
+from training.data import tokenizers
+from training.objectives import pipeline
 from training.workdir import checkpoints, run_config
 
 WORDS = 'What is sown is reaped. '

@@ -10,7 +10,7 @@ import architectures
 from configs import kinds
 from tests.helpers import evaluations
 from training import evals, loop, parameters, preflight, runs
-from training.data import pipeline
+from training.objectives import pipeline
 from training.data import tokenizers
 from training.distributed import devices
 from training.evals.task import Evaluation

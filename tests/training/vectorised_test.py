@@ -14,7 +14,8 @@ import pytest
 
 from tests.helpers import models
 from training import evals, loop, parameters, runs, vectorised
-from training.data import pipeline, tokenizers
+from training.data import tokenizers
+from training.objectives import pipeline
 from training.distributed import devices, signals
 from training.evals import checkpoint
 from training.optim import optimizers

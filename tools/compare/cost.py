@@ -72,7 +72,7 @@ def check(config, changes: Mapping) -> None:
   """Raises RequestError for whatever a run of `config`, of which `changes` were
   made, would refuse before it starts, and for what no comparison can have."""
   from training import preflight, runs
-  from training.data import pipeline
+  from training.objectives import pipeline
   preflight.check_config(config)
   limits.refuse_unread_of(changes, config, runs.resolve_alone(config))
   require(not config.eval.patience, f'eval.patience is {config.eval.patience}: '

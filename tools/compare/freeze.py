@@ -320,7 +320,8 @@ def _check_halves(config) -> float:
   Raises:
     RequestError: where it has no two halves.
   """
-  from training.data import pipeline, tokenizers
+  from training.data import tokenizers
+  from training.objectives import pipeline
   tokenizer = tokenizers.load(config.data.tokenizer)
   require(bool(config.data.holdout_every or config.data.eval_source),
           'data.holdout_every is 0: a study needs text that is held out')

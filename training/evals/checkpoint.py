@@ -10,7 +10,8 @@ from etils import epath
 
 from configs.errors import RequestError
 from training import evals, parameters, runs
-from training.data import pipeline, tokenizers
+from training.data import tokenizers
+from training.objectives import pipeline
 from training.evals.task import Evaluation
 from training.workdir import checkpoints, metrics, provenance, run_config
 from training.workdir import storage

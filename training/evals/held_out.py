@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from training.data import pipeline
+from training.objectives import pipeline
 from training.objectives.record import Mean
 
 

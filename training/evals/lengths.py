@@ -12,7 +12,8 @@ import numpy as np
 import architectures
 from architectures.parts.config import ModelConfig
 from training import losses, objectives, progress
-from training.data import packing, pipeline
+from training.data import packing
+from training.objectives import pipeline
 from training.data.tokenizers import Tokenizer
 from training.distributed import devices
 from training.evals.task import Evaluation

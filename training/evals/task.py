@@ -41,7 +41,7 @@ class Evaluation:
 
   def held_out(self) -> list:
     """Returns the loaders of what is held out; see pipeline.held_out."""
-    from training.data import pipeline
+    from training.objectives import pipeline
     from training.distributed import devices
     config = self.run.config
     return pipeline.held_out(

@@ -2,9 +2,9 @@
 
 To add an objective, write its record in a file of this folder, in a table
 OBJECTIVES of that file; record.py says what a record holds. Everything else
-reads these tables: the data pipeline, the training step, evaluation and
-sampling, plans of memory, exports, and the check for fields that a run would
-not read.
+reads these tables: the batches (pipeline.py), the training step, evaluation
+and sampling, plans of memory, exports, and the check for fields that a run
+would not read.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def _rows(file: types.ModuleType) -> Mapping[str, Objective]:
 
 
 OBJECTIVES: Mapping[str, Objective] = lazy.Lazy(
-    __name__, __path__, _rows, without=('record',))
+    __name__, __path__, _rows, without=('pipeline', 'record'))
 
 
 def of(config: ml_collections.ConfigDict) -> Objective:

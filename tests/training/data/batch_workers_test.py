@@ -20,7 +20,8 @@ _PROGRAM = '''
 
     def main():
       from configs import base
-      from training.data import pipeline, tokenizers
+      from training.data import tokenizers
+      from training.objectives import pipeline
       got = []
       for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: got.append(number))

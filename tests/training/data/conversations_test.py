@@ -10,7 +10,8 @@ import tokenizers as hf
 from configs import base
 from configs.errors import RequestError
 from training import objectives, runs
-from training.data import conversations, pipeline, tokenizers
+from training.data import conversations, tokenizers
+from training.objectives import pipeline
 from training.objectives import chat
 from training.workdir import run_config
 

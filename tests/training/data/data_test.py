@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from training.data import pipeline, tokenizers
+from training.data import tokenizers
+from training.objectives import pipeline
 
 ROOT = pathlib.Path(__file__).parents[3]
 BYTES = tokenizers.load('bytes')

@@ -10,7 +10,8 @@ import pytest
 from configs import base
 from configs.errors import RequestError
 from training import objectives
-from training.data import labelled, pipeline, records, sources, tokenizers
+from training.data import labelled, records, sources, tokenizers
+from training.objectives import pipeline
 
 BYTES = tokenizers.load('bytes')
 

@@ -8,7 +8,8 @@ from configs import base
 from configs.errors import RequestError
 from tests.training import vectorised_test as group
 from training import preflight
-from training.data import pipeline, ramp, tokenizers
+from training.data import ramp, tokenizers
+from training.objectives import pipeline
 
 texts = group.texts
 

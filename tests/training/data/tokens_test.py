@@ -17,7 +17,8 @@ from configs.errors import EnvironmentFailure, RequestError
 from tests.helpers.shards import BYTES, assert_same, config_of, loaders, spec_of
 from tests.helpers.shards import contents, make_corpus, tokenize
 from tools import tokenize as command
-from training.data import pipeline, sources, tokenizers, tokens
+from training.data import sources, tokenizers, tokens
+from training.objectives import pipeline
 
 ROOT = pathlib.Path(__file__).parents[3]
 EOS = BYTES.eos_id

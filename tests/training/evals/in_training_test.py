@@ -11,7 +11,8 @@ from configs import base
 from configs import sharding as tables
 from configs.errors import RequestError
 from training import loop, parameters, preflight, progress, runs
-from training.data import pipeline, tokenizers
+from training.data import tokenizers
+from training.objectives import pipeline
 from training.distributed import devices
 from training.workdir import checkpoints, run_config
 

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import evaluations
 from tests.helpers import labelled_files as files
 from training import objectives
-from training.data import pipeline
+from training.objectives import pipeline
 from training.evals.tasks import labels
 
 pytest.importorskip('seqeval')

@@ -12,7 +12,7 @@ from configs.errors import RequestError
 from tests.helpers import evaluations, models
 from tests.training.data import roberta_files
 from training import runs
-from training.data import pipeline
+from training.objectives import pipeline
 from training.data import tokenizers
 from training.hf import config as hf_config, generation as hf_generation
 from training.hf import tokenizer as hf_tokenizer

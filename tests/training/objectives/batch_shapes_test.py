@@ -8,7 +8,8 @@ import pytest
 from configs import base
 from tools.compare import cost
 from training import objectives
-from training.data import pipeline, tokenizers
+from training.data import tokenizers
+from training.objectives import pipeline
 
 
 @pytest.mark.parametrize('objective, fields', [

@@ -9,7 +9,8 @@ import tokenizers as hf
 from configs import base
 from tests import train_test
 from training import objectives
-from training.data import conversations, pipeline
+from training.data import conversations
+from training.objectives import pipeline
 from training.data import tokenizers
 from training.objectives import chat
 

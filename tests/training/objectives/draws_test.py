@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import letters
-from training.data import pipeline
+from training.objectives import pipeline
 from training.objectives import mlm
 
 BYTES = letters.BYTES

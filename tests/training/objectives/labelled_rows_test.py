@@ -11,7 +11,8 @@ import pytest
 
 from configs import base
 from training import objectives
-from training.data import pipeline, tokenizers
+from training.data import tokenizers
+from training.objectives import pipeline
 
 BYTES = tokenizers.load('bytes')
 CLS, SEP, END, PAD = (BYTES.special_ids[x] for x in ('cls', 'sep', 'eos',

@@ -11,7 +11,7 @@ import pytest
 from configs import base
 from tests.helpers import letters, models
 from training import objectives, preflight
-from training.data import pipeline
+from training.objectives import pipeline
 from training.objectives import mlm
 
 BYTES = letters.BYTES

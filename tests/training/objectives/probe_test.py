@@ -8,7 +8,8 @@ from configs import bert, gpt
 from configs.errors import RequestError
 from tests.helpers import labelled_files as files
 from training import objectives, preflight, runs
-from training.data import pipeline, probes, tokenizers
+from training.data import probes, tokenizers
+from training.objectives import pipeline
 
 
 def config_of(name='induction', length=32, **fields):

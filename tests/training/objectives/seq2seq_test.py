@@ -12,7 +12,7 @@ from tests.helpers import labelled_files as files
 from training import generate
 from training import objectives
 from training.data import packing
-from training.data import pipeline
+from training.objectives import pipeline
 from training.data import labelled, probes
 from training.data import tokenizers
 from training.evals.tasks import exact

@@ -56,7 +56,7 @@ def _figures(evaluation: Evaluation, things: str,
   """Prints and returns the scores of what is written, of each source and in
   the mean by weight; `things` is what is counted."""
   from training.evals import held_out
-  from training.data import pipeline
+  from training.objectives import pipeline
   config = evaluation.run.config
   loaders = pipeline.held_out(config, evaluation.tokenizer)
   found = [written(evaluation, loader, loader.first(config.eval.batches),

@@ -19,7 +19,7 @@ from training.evals.task import Evaluation, Flag, Task
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Measures the answers to all that is held out, each source on its own."""
   from training.evals import held_out
-  from training.data import pipeline
+  from training.objectives import pipeline
   from training.evals.tasks import exact
   from training.workdir import storage
   config = evaluation.run.config

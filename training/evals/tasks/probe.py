@@ -104,7 +104,7 @@ def measured(evaluation: Evaluation, cell: Cell, count: int
   import jax
 
   from training import objectives, progress
-  from training.data import pipeline
+  from training.objectives import pipeline
   from training.distributed import devices
   run_, config = evaluation.run, evaluation.run.config
   config = config.copy_and_resolve_references()
