@@ -70,7 +70,7 @@ def test_a_run_for_each_rate_and_seed(file):
     ("add('parity'", "add('party'", "Did you mean 'parity'"),
     ('LRS', 'RATES', 'has no LRS'),
     ('1e-2)', '-1e-2)', 'optim.lr is -0.01'),
-    ("'probe.levels'", "'probe.level'", 'mean .probe.levels'),
+    ("'probe.levels'", "'probe.level'", 'probe.levels'),
     ('(4, 8)', '(4, 9)', '10 tokens or more')])
 def test_suites_that_are_refused(file, old, new, words):
   file.write_text(SUITE.replace(old, new))

@@ -1,15 +1,22 @@
 """Data: tokenised once, packed without loss, in an order fixed by the seed."""
 
 import itertools
+import os
 import pathlib
+import signal
+import subprocess
 import sys
+import textwrap
+import time
 
 import grain
 import numpy as np
 import pytest
 
 from configs import base
-from training.data import tokenizers
+from configs.errors import RequestError
+from training import preflight
+from training.data import ramp, tokenizers
 from training.objectives import pipeline
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -291,3 +298,132 @@ def test_a_mixture_has_the_order_that_grain_gives_its_items(folder):
 def test_what_cannot_be_loaded_is_refused(folder, fields, message):
   with pytest.raises(ValueError, match=message):
     load(folder, **fields)
+
+
+# Batches that grow.
+
+
+@pytest.mark.parametrize('text', ['', '3:2', '1:1,4:2,6:3'])
+def test_rows_are_counted_as_they_come(text):
+  sizes = ramp.parse(text, 5)
+  stages = [tuple(map(int, stage.split(':'))) for stage in
+            filter(None, text.split(','))] + [(99, 5)]
+  total = 0
+  for n in range(12):
+    assert sizes.before(n) == total
+    assert sizes.rows(n) == next(rows for until, rows in stages if n < until)
+    total += sizes.rows(n)
+  np.testing.assert_array_equal(sizes.before(np.arange(12)),
+                                [int(sizes.before(n)) for n in range(12)])
+
+
+@pytest.mark.parametrize('text, words', [
+    ('8', "write STEP:ROWS"), ('3:2,', 'write STEP:ROWS'),
+    ('3:2,3:4', 'must rise'), ('3:4,5:4', 'must rise'), ('0:4', 'must rise'),
+    ('3:32', 'less than data.batch_size 32'), ('1000:8', 'must end before'),
+    (','.join(f'{i}:{i}' for i in range(1, 17)), 'at most 15')])
+def test_what_is_no_ramp_is_refused(text, words):
+  c = base.base()
+  c.data.batch_ramp = text
+  with pytest.raises(RequestError, match=words):
+    preflight.check_config(c)
+
+
+def test_the_order_of_the_rows_is_that_without_a_ramp(folder):
+  """Also where two processes take halves of each batch."""
+  grown = dict(batch_size=8, batch_ramp='2:2,5:4')
+  plain, whole = load(folder, batch_size=1), load(folder, **grown)
+  halves = [load(folder, index=i, count=2, **grown) for i in range(2)]
+  g = 0
+  for n in range(7):
+    batch = whole.batch(n)['tokens']
+    assert len(batch) == (2, 2, 4, 4, 4, 8, 8)[n]
+    np.testing.assert_array_equal(batch, np.concatenate(
+        [half.batch(n)['tokens'] for half in halves]))
+    for row in batch:
+      np.testing.assert_array_equal(row, plain.batch(g)['tokens'][0])
+      g += 1
+  assert len(load(folder, 'eval', **grown).batch(0)['tokens']) == 8
+
+
+def test_a_ramp_is_scaled_with_the_steps_of_a_run():
+  assert ramp.scaled('100:8,300:16', 1000, 500) == '50:8,150:16'
+  assert ramp.scaled('1:2,3:4,100:8', 400, 4) == '1:8'  # no batch has 2 or 4
+  assert ramp.scaled('99:4', 100, 50) == '49:4'  # still ends before the run
+
+
+# Grain's workers in real processes: signals, and the death of their parent.
+
+
+_PROGRAM = '''
+    import multiprocessing
+    import signal
+    import sys
+    import time
+    sys.path.insert(0, {root!r})
+
+    def main():
+      from configs import base
+from configs.errors import RequestError
+      from training import preflight
+from training.data import ramp, tokenizers
+      from training.objectives import pipeline
+      got = []
+      for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: got.append(number))
+      config = base.base()
+      config.data.update(
+          source='text:{folder}/*.txt', cache_dir='{folder}/cache', length=16,
+          batch_size=8, holdout_every=4, workers=2)
+      batches = pipeline.training_loader(
+          config, tokenizers.load("bytes")).iterate(0, 10_000)
+      print('starting', flush=True)
+      for _ in range(8):
+        next(batches)
+      print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+      while set(got) != {{signal.SIGINT, signal.SIGTERM}}:
+        next(batches)  # while a signal comes
+      for _ in range(500):
+        next(batches)
+      print('still going', flush=True)
+      time.sleep(600)
+
+    if __name__ == '__main__':
+      main()
+    '''
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_is_the_parents_and_its_death_is_the_workers(tmp_path):
+  for i in range(8):
+    (tmp_path / f'{i}.txt').write_text(f'Document {i}. ' * 20)
+  program = tmp_path / 'program.py'
+  program.write_text(textwrap.dedent(_PROGRAM).format(
+      root=str(ROOT), folder=tmp_path))
+  parent = subprocess.Popen([sys.executable, program], text=True,
+                            start_new_session=True, stdout=subprocess.PIPE)
+  try:
+    assert parent.stdout.readline() == 'starting\n'
+    for _ in range(20):  # while the workers start
+      os.killpg(parent.pid, signal.SIGINT)
+      time.sleep(0.1)
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2
+    os.killpg(parent.pid, signal.SIGINT)
+    os.killpg(parent.pid, signal.SIGTERM)
+    assert parent.stdout.readline() == 'still going\n'
+    parent.kill()
+    until = time.monotonic() + 20
+    while any(_alive(pid) for pid in workers):
+      assert time.monotonic() < until, 'a worker outlives its parent'
+      time.sleep(0.1)
+  finally:
+    os.killpg(parent.pid, signal.SIGKILL)
+    parent.communicate()
+
+
+def _alive(pid):
+  try:
+    return 'State:\tZ' not in pathlib.Path(f'/proc/{pid}/status').read_text()
+  except FileNotFoundError:
+    return False

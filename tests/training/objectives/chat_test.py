@@ -176,12 +176,3 @@ def test_alpacas_records_are_laid_out_by_its_template(kind, tmp_path):
                    for text, record in zip(LAID_OUT, RECORDS)}
   asked = chat.question('Sing!', config, BYTES)
   assert asked[0] == end and BYTES.decode(asked) == LAID_OUT[1]
-
-
-def test_rows_that_end_before_every_answer_are_refused(talks):
-  before = len(tokenizers.load('bytes').encode(VICUNA.partition(' Hi!')[0]))
-  source = f'{talks}:messages'
-  pipeline.training_loader(_config(source, length=before + 1), BYTES)
-  with pytest.raises(ValueError, match=f'length is {before}, .* after {before} '
-                     'tokens or more: there is nothing to predict'):
-    pipeline.training_loader(_config(source, length=before), BYTES)
