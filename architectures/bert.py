@@ -31,7 +31,7 @@ class BERT(Encoder):
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
   named = reader.listed('architectures')
-  return dict(next_sentence=not set(named) & {MASKED, BARE[0]})
+  return dict(next_sentence=not set(named) & {MASKED, 'BertModel'})
 
 
 def _of_files(names: Collection[str]) -> dict:
@@ -49,7 +49,6 @@ def _write(c: ModelConfig) -> dict:
 
 
 MASKED = 'BertForMaskedLM'
-BARE = 'BertModel', 'bert.'
 # What a folder may lack or have too, by what it is called.
 OPTIONAL = {'pooler': r'(bert\.)?pooler\..*',
             'head of next sentences': r'cls\.seq_relationship\..*',
@@ -98,7 +97,7 @@ HF = hf.HuggingFace(
     # The files of 2018 have these, for a pooler that they do not describe.
     unread=('directionality', 'pooler_fc_size', 'pooler_num_attention_heads',
             'pooler_num_fc_layers', 'pooler_size_per_head', 'pooler_type'),
-    read=_read, write=_write, of_files=_of_files, optional=OPTIONAL, bare=BARE,
+    read=_read, write=_write, of_files=_of_files, optional=OPTIONAL,
     tied={'cls.predictions.decoder.weight':
           'bert.embeddings.word_embeddings.weight',
           'cls.predictions.decoder.bias': 'cls.predictions.bias'},

@@ -117,6 +117,5 @@ HF = hf.HuggingFace(
     tied={'decoder.weight': 'model.embeddings.tok_embeddings.weight'},
     spellings=(('model.', ''),),
     optional={hf.MASKED_WORDS: r'(head|decoder)\..*'},
-    bare=('ModernBertModel', 'model.'),
     heads=hf.heads('ModernBert', sequence='classifier') | {
         'span': hf.TaskHead('ModernBertForQuestionAnswering', 'classifier')})

@@ -68,5 +68,4 @@ HF = hf.HuggingFace(
     ignored=(r'(roberta\.)?embeddings\.position_ids',),
     optional={'pooler': r'(roberta\.)?pooler\..*',
               hf.MASKED_WORDS: r'lm_head\..*'},
-    bare=('RobertaModel', 'roberta.'),
     heads=hf.heads('Roberta', sequence='classifier.out_proj'))

@@ -4,7 +4,7 @@ dense model into a mixture of experts.
   python -m tools.convert import DIR_OR_FILE WORKDIR [--dtype=bfloat16] \
       [--adapter=PEFT_DIR]
   python -m tools.convert export WORKDIR DIR [--step=N] [--dtype=bfloat16] \
-      [--dropless] [--bare]
+      [--dropless]
   python -m tools.convert export WORKDIR DIR --adapter [--step=N] [--dtype=...]
   python -m tools.convert merge WORKDIR NEW_WORKDIR [--step=N]
   python -m tools.convert upcycle WORKDIR_OR_DIR WORKDIR \
@@ -26,8 +26,7 @@ have them, and `import` reads such a folder beside that of the model.
 A config.json with a value that no architecture here honours is refused, and the
 sentence names the field. With --partial, parameters that the files lack are
 initialised at random and listed. A BertModel or BertForMaskedLM needs no
---partial: the heads that it has not are new, and said so. As long as it is not
-trained, its export is what it was; --bare leaves the head out at any step.
+--partial: the heads that it has not are new, and said so.
 
 Tokenizer files and the chat template are copied both ways, except into a bucket
 (a WORKDIR like gs://BUCKET/NAME), because they are only read from disk. What
@@ -40,6 +39,7 @@ the template of its conversations.
 import argparse
 import dataclasses
 import functools
+import importlib
 import pathlib
 import sys
 from typing import Any
@@ -66,23 +66,20 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
   PEFT's folder `adapter`, as a run at step 0 whose parameters are of `dtype`;
   '': float32."""
   _check_new(workdir)
-  config, module, params, bare = _from_hf(source, partial, seed, dtype)
+  config, module, params = _from_hf(source, partial, seed, dtype)
   if adapter:
     model, adapters = peft.read(module.config, adapter)
     config.model.lora.update(dataclasses.asdict(model.lora))
     params = weights.beside(params, adapters)
   folder = _folder(source)
-  generation = hf_generation.of_folder(folder)._replace(bare=bare)
   copied = hf_tokenizer.take(folder, workdir, config)
   if hf_tokenizer.is_stand_in(config.data.tokenizer):
     print(f'warning: {folder} has no tokenizer that is read here'
           + (f', though {", ".join(copied)}' if copied else '')
           + f': data.tokenizer is {config.data.tokenizer!r}, whose ids mean '
           'something else than those of its training', file=sys.stderr)
-  hf_generation.keep(workdir, generation)
-  _save(workdir, config, params)
-  _say_made(workdir, config,
-            f'{runs.count(params):,} parameters of {module.config.arch}')
+  _make(workdir, config, params, hf_generation.of_folder(folder), False,
+        f'of {module.config.arch}')
 
 
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
@@ -96,7 +93,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
     trained = not hf_generation.is_published(source, at)
   else:
     require(step is None, f'{source} is no workdir: it has no step {step}')
-    config, module, params, _ = _from_hf(source, False, seed)
+    config, module, params = _from_hf(source, False, seed)
     generation, trained = hf_generation.of_folder(folder), False
   module, params = weights.merge(module, params)
   config.model.lora = base.base().model.lora
@@ -107,32 +104,26 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
   model, derived = _resolved(config)
   run = runs.build(config, model)
   made = upcycling.params(run.module, run.abstract.params, params, seed)
-  hf_generation.keep(workdir, generation, trained)
-  _save(workdir, config, made, derived)
   if not upcycling.is_the_same_function(run.model):
     print('warning: it starts from another function than the dense model\'s: '
           'its gates do not sum to 1, or tokens are dropped, or experts are '
           'shared', file=sys.stderr)
-  _say_made(workdir, config,
-            f'{runs.count(made):,} parameters of {run.model.arch}, from the '
-            f'{runs.count(params):,} of {source}')
+  _make(workdir, config, made, generation, trained, f'of {run.model.arch}, '
+        f'from the {runs.count(params):,} of {source}', derived)
 
 
 def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
            dtype: str, shard_bytes: int, dropless: bool = False,
-           adapter: bool = False, bare: bool = False) -> None:
+           adapter: bool = False) -> None:
   """Writes a checkpoint of `workdir` to `folder` in Hugging Face's format.
 
   `dropless` writes the model that drops no token, whatever the run's own
   evaluation does: where config.json cannot say that. `adapter` writes the low-
   rank adapters alone, in PEFT's format, which takes no option but `dtype`.
-  `bare` leaves the head out, and so does the export of an import without one
-  that was not trained.
   """
   storage.refuse_run(folder, 'FOLDER')
-  require(not (adapter and (dropless or bare)), '--dropless and --bare have no '
-          'meaning with --adapter, which writes the adapters alone: leave them '
-          'out')
+  require(not (adapter and dropless), '--dropless has no meaning with '
+          '--adapter, which writes the adapters alone: leave it out')
   config, module, params, step = _from_workdir(workdir, step)
   if adapter:
     size = peft.write(module.config, params, folder, config.init_from, dtype)
@@ -144,15 +135,12 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
     module = architectures.build(dataclasses.replace(c, moe=dataclasses.replace(
         c.moe, eval_capacity_factor=0.0, dispatch='dropless')))
   generation = _generation(workdir, config, module.config, step)
-  bare = bare or (generation.bare
-                  and hf_generation.is_published(workdir, step))
   hf_tokenizer.refuse_left(workdir, config, folder, step)
   weights.to_hf(
       module, params, folder, dtype=dtype, shard_bytes=shard_bytes,
-      generation=generation, labels=run_config.labels(workdir), bare=bare)
+      generation=generation, labels=run_config.labels(workdir))
   hf_tokenizer.give(workdir, config, folder, step)
-  print(f'{folder}: {runs.count(params):,} parameters of {workdir}'
-        + ', less those of the head' * bare)
+  print(f'{folder}: {runs.count(params):,} parameters of {workdir}')
 
 
 def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
@@ -167,12 +155,10 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
   generation = _generation(workdir, config, module.config, step)
   config.model.lora = base.base().model.lora
   config.init_from = ''
-  hf_generation.keep(new, generation,
-                     not hf_generation.is_published(workdir, step))
-  _save(new, config, params, _resolved(config)[1])
-  _say_made(new, config,
-            f'{runs.count(params):,} parameters of {module.config.arch}, with '
-            f'the adapters of {workdir} merged into them')
+  _make(new, config, params, generation,
+        not hf_generation.is_published(workdir, step),
+        f'of {module.config.arch}, with the adapters of {workdir} merged into '
+        'them', _resolved(config)[1])
 
 
 def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
@@ -182,7 +168,7 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
   require(file.is_file() and file.open('rb').read(4) == b'GGUF',
           f'{file} is no GGUF file: it does not begin with GGUF')
   try:
-    import gguf  # noqa: F401 (transformers imports it late)
+    importlib.import_module('gguf')  # which transformers imports late
     import torch
     import transformers
   except ImportError as error:
@@ -217,11 +203,6 @@ def _folder(source: Any) -> Any:
   return source.parent if source.is_file() else source
 
 
-def _say_made(workdir: epath.Path, config: Any, what: str) -> None:
-  print(f'{workdir}: {what}')
-  print(f'to go on: {run_config.to_train(workdir, config)}')
-
-
 def _generation(workdir: epath.Path, config: Any, model: Any, step: int
                 ) -> hf_generation.Generation:
   """Returns what an export says of generation."""
@@ -242,8 +223,7 @@ def _check_new(workdir: epath.Path) -> None:
 
 
 def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
-  """Returns (a run's config, module, parameters, whether the head of a language
-  model is missing in the files) of Hugging Face weights."""
+  """Returns (a run's config, module, parameters) of Hugging Face weights."""
   tree = hf_config.load_config_json(_folder(source))
   files = hf_files.Files(source)
   model, notes = hf_config.fields_and_notes(tree, files)
@@ -263,8 +243,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
   loaded = weights.read_params(module, files, partial=partial, seed=seed)
   for line in loaded.skipped:
     print(f'skipped: {line}')
-  return config, module, loaded.params, weights.is_bare(
-      module.config, set(files))
+  return config, module, loaded.params
 
 
 def _from_workdir(workdir: epath.Path, step: int | str | None):
@@ -279,12 +258,18 @@ def _resolved(config: Any):
   return runs.resolve(config, tokenizers.load(config.data.tokenizer))
 
 
-def _save(workdir: epath.Path, config: Any, params: Any, derived=()) -> None:
+def _make(workdir: epath.Path, config: Any, params: Any,
+          generation: hf_generation.Generation | None, trained: bool,
+          what: str, derived=()) -> None:
+  """Writes a workdir of a run at step 0, and says what it is."""
+  hf_generation.keep(workdir, generation, trained)
   with progress.during('saving'), checkpoints.Checkpoints(
       workdir, every_steps=0, every_minutes=0.0, keep=1, keep_every=0) as saved:
     saved.save(0, {'params': params}, next_batch=0, tokens=0, config=config)
   # Last: a run whose import was cut short would begin without them.
   run_config.save(workdir, config, dict(derived))
+  print(f'{workdir}: {runs.count(params):,} parameters {what}')
+  print(f'to go on: {run_config.to_train(workdir, config)}')
 
 
 _STEP = ('of the checkpoint; best; of several, for the mean of their '
@@ -320,8 +305,6 @@ def _parser() -> argparse.ArgumentParser:
                    'some that config.json cannot tell')
   out.add_argument('--shard_bytes', type=int, default=5 * 10**9,
                    help='no file is larger, unless one tensor is')
-  out.add_argument('--bare', action='store_true', help='without the head: as '
-                   "transformers' base class, such as BertModel")
   out.add_argument('--adapter', action='store_true', help='the low-rank '
                    "adapters alone, in PEFT's format; else they are merged")
   one = add('merge', help='low-rank adapters into the weights')
@@ -357,7 +340,7 @@ def main() -> None:
     storage.try_folder(args.folder, 'FOLDER')
     export(args.workdir, args.folder, step=step, dtype=args.dtype,
            shard_bytes=args.shard_bytes, dropless=args.dropless,
-           adapter=args.adapter, bare=args.bare)
+           adapter=args.adapter)
     return
   if args.command != 'merge':
     limits.number('--seed', args.seed, (('>=', 0), ('<=', 2**32 - 1)))

@@ -22,8 +22,6 @@ HUGE = 10**20
      '--workdir={}/run', f'--max_restarts={HUGE}'),
     ('-m', 'benchmarks.step', '--pairs=-1'),
     ('-m', 'benchmarks.moe', '--rounds=0'),
-    ('-m', 'benchmarks.moe', '--d_model=0'),
-    ('-m', 'benchmarks.moe', '--d_ff=-1'),
 ], ids=lambda words: ' '.join((words[1], words[-1])))
 def test_a_number_out_of_bounds_is_a_sentence(words, tmp_path):
   result = forked.run(*(word.format(tmp_path) for word in words))

@@ -9,7 +9,6 @@ compiler is there, until as many fit as were asked for.
 import dataclasses
 import itertools
 import math
-from typing import NamedTuple
 
 import ml_collections
 
@@ -21,22 +20,7 @@ from training.costs import memory
 from training.data import ramp, tokenizers
 from training.distributed import devices
 
-
-class Candidate(NamedTuple):
-  """One plan and its bounds."""
-  mesh: dict
-  remat: str
-  grad_accumulation: int
-  step_seconds: float
-  highest_mfu: float
-  bound: str
-  peak_bytes: int
-
-  def flags(self) -> str:
-    """Returns the flags of this plan."""
-    mesh = ','.join(f'{a}={n}' for a, n in self.mesh.items() if n > 1)
-    return (f'--mesh {mesh or "data=1"} --config.model.remat={self.remat} '
-            f'--config.train.grad_accumulation={self.grad_accumulation}')
+BOUNDS = ('step_seconds', 'highest_mfu', 'bound')
 
 
 def meshes(config, model, topology: chips.Topology):
@@ -61,7 +45,7 @@ def meshes(config, model, topology: chips.Topology):
       yield shape
 
 
-def candidates(config, topology: chips.Topology) -> list[Candidate]:
+def candidates(config, topology: chips.Topology) -> list[dict]:
   """Returns every plan whose estimate fits, shortest step first."""
   preflight.check_config(config)
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
@@ -88,11 +72,12 @@ def candidates(config, topology: chips.Topology) -> list[Candidate]:
         if policy.to_host and parts >= least:
           break  # the way to the host is in no bound: it must save sending
         one = _score(_variant(run, name, parts), topology, kept[name])
-        if one.peak_bytes < topology.chip.hbm:
+        if one['peak_bytes'] < topology.chip.hbm:
           found.append(one)
           least = min(least, parts)
           break  # more accumulation only sends more
-  return sorted(found, key=lambda one: (one.step_seconds, one.peak_bytes))
+  return sorted(found, key=lambda one: (one['step_seconds'],
+                                            one['peak_bytes']))
 
 
 def with_policy(config: ml_collections.ConfigDict, policy: str,
@@ -112,8 +97,9 @@ def _variant(run: runs.Run, policy: str, accumulation: int) -> runs.Run:
 
 
 def _score(run: runs.Run, topology: chips.Topology, kept: tuple[int, int]
-           ) -> Candidate:
-  c = run.model
+           ) -> dict:
+  """Returns one plan, its flags and its bounds."""
+  c, accumulation = run.model, run.config.train.grad_accumulation
   needed = sum(programs.model_flops(run, 'train').values()) / topology.devices
   inside, outside = collectives.total(
       predict.sent(run, programs.hosts(run, topology)))
@@ -121,10 +107,13 @@ def _score(run: runs.Run, topology: chips.Topology, kept: tuple[int, int]
       topology, c.dtype, flops=needed * (3 + remat.of(c).again) / 3,
       hbm_bytes=predict.hbm_bytes(run, 0.0, True), sent=inside,
       sent_outside=outside, model_flops=needed)
-  return Candidate(dict(run.mesh.shape), c.remat,
-                   run.config.train.grad_accumulation, bounds['step_seconds'],
-                   bounds['highest_mfu'], bounds['bound'],
-                   memory.analytic(run, kept, topology.chip.platform)['peak'])
+  mesh = ','.join(f'{a}={n}' for a, n in run.mesh.shape.items() if n > 1)
+  return dict(
+      mesh=dict(run.mesh.shape), remat=c.remat, grad_accumulation=accumulation,
+      **{name: bounds[name] for name in BOUNDS},
+      peak_bytes=memory.analytic(run, kept, topology.chip.platform)['peak'],
+      flags=f'--mesh {mesh or "data=1"} --config.model.remat={c.remat} '
+      f'--config.train.grad_accumulation={accumulation}', estimate=True)
 
 
 def search(config, topology: chips.Topology, wanted: int) -> dict:
@@ -135,22 +124,20 @@ def search(config, topology: chips.Topology, wanted: int) -> dict:
   """
   listed = candidates(config, topology)
   plans, refused = [], []
-  for one in listed[:4 * wanted]:
+  for row in listed[:4 * wanted]:
     if len(plans) == wanted:
       break
-    row = one._asdict() | dict(flags=one.flags(), estimate=True)
     if chips.compiler(topology):
-      mesh = ','.join(f'{axis}={n}' for axis, n in one.mesh.items())
+      mesh = ','.join(f'{axis}={n}' for axis, n in row['mesh'].items())
       run = programs.run_on(with_policy(
-          config, one.remat, one.grad_accumulation), topology, mesh)
+          config, row['remat'], row['grad_accumulation']), topology, mesh)
       try:
         report = programs.analyse(run, topology, 'train')
       except programs.DoesNotFit as error:
         refused.append(row | dict(reason=str(error)))
         continue
       row |= dict(estimate=False, peak_bytes=report['memory']['peak'], **{
-          name: report['roofline'][name]
-          for name in ('step_seconds', 'highest_mfu', 'bound')})
+          name: report['roofline'][name] for name in BOUNDS})
     plans.append(row)
   if not plans:
     raise programs.DoesNotFit(

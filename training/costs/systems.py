@@ -41,19 +41,16 @@ def unlike(model: ModelConfig) -> list[Difference]:
   """Returns the parts in which a resolved model is not the system that
   `model.arch` names, as that is at the size that is the nearest. A part that
   one of the two does not read is left out: what decides on it differs."""
-  found = []
-  for parts in _sizes(model.arch).values():
-    found.append(_unlike(model, _with_parts(model, parts)))
-    if not found[-1]:
-      break
-  return min(found, key=len)  # of several, the first
+  return min((_unlike(model, _with_parts(model, parts))
+              for parts in _sizes(model.arch).values()), key=len)
 
 
 def line(model: ModelConfig) -> str:
   """Returns `unlike` in words; '' where there is nothing to say."""
-  found = ', '.join(f'{field}={_said(value)} in place of {_said(published)}'
+  said = lambda x: f'{x:g}' if isinstance(x, float) else str(x) or "''"
+  parts = ', '.join(f'{field}={said(value)} in place of {said(published)}'
                     for field, value, published in unlike(model))
-  return f'not as published: {model.arch} with {found}' if found else ''
+  return f'not as published: {model.arch} with {parts}' if parts else ''
 
 
 def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
@@ -76,9 +73,10 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
   require(stack == theirs, f'model.arch {arch!r} stacks an {theirs} and '
           f'{ours.arch!r}, that of the base, an {stack}, which are not trained '
           f'alike: choose from {alike}'.replace('an decoder', 'a decoder'))
-  own = run_config.flatten_dict(_without_kinds(config.model.to_dict()))
-  wanted = {name: value for name, value in run_config.flatten_dict(
-      _without_kinds(sizes[size])).items() if name not in KEPT}
+  own, wanted = (run_config.flatten_dict(
+      {name: x for name, x in model.items() if name != 'kinds'})
+                 for model in (config.model.to_dict(), sizes[size]))
+  wanted = {name: x for name, x in wanted.items() if name not in KEPT}
   target = config.copy_and_resolve_references()
   with target.unlocked():
     target.model.update_from_flattened_dict(wanted | {'arch': arch})
@@ -88,12 +86,12 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
   except RequestError as error:
     raise RequestError(f'model.arch {arch!r} cannot have the sizes of the '
                        f'base: {error}') from error
-  found = {'model.arch': arch} | {
+  differ = {'model.arch': arch} | {
       f'model.{name}': value for name, value in wanted.items()
       if value != own[name] and name not in silent}
   if target.model.kinds.to_dict() != config.model.kinds.to_dict():
-    found['model.kinds'] = target.model.kinds.to_dict()
-  return found
+    differ['model.kinds'] = target.model.kinds.to_dict()
+  return differ
 
 
 @functools.cache
@@ -135,42 +133,26 @@ def _with_parts(model: ModelConfig, system: Mapping[str, Any]) -> ModelConfig:
 
 
 def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
-  found = [Difference(field, *both) for field in _parts(model.arch)
-           for both in [(tables.get(model, field), tables.get(system, field))]
-           if both[0] != both[1] and tables.reads(model, field)
-           and tables.reads(system, field)]
-  if any(row.field in LAYERS for row in found):
-    return found  # so their kinds of layer are not the same ones
+  rows = [Difference(field, *both) for field in _parts(model.arch)
+          for both in [(tables.get(model, field), tables.get(system, field))]
+          if both[0] != both[1] and tables.reads(model, field)
+          and tables.reads(system, field)]
+  if any(row.field in LAYERS for row in rows):
+    return rows  # so their kinds of layer are not the same ones
   for kind in filter(None, model.kinds_used):
-    fields = dict.fromkeys(
-        field for c in (model, system)
-        for field in run_config.flatten_dict(c.kinds[kind]))
-    for field in fields:
-      ours, theirs = _of_kind(model, kind, field), _of_kind(system, kind, field)
+    for field in dict.fromkeys(field for c in (model, system) for field in
+                               run_config.flatten_dict(c.kinds[kind])):
+      ours, theirs = (_of_kind(c, kind, field) for c in (model, system))
       if ours != theirs:
-        found.append(Difference(f'kinds.{kind}.{field}', ours, theirs))
-  return found
+        rows.append(Difference(f'kinds.{kind}.{field}', ours, theirs))
+  return rows
 
 
 def _of_kind(c: ModelConfig, kind: str, field: str) -> Any:
   """Returns what the layers of a kind have for a field of kinds; of a size or a
   number that goes with sizes, whether there is one."""
   name, _, inner = field.partition('.')
-  own = c.kinds[kind]
-  if not inner and name in own:
-    value = own[name]
-  elif inner and inner in own.get(name, {}):
-    value = own[name][inner]
-  else:
-    full = tables.OF_LAYERS[name] + (f'.{inner}' if inner else '')
-    value = tables.get(c.of_kind(kind), full)
+  fields = run_config.flatten_dict(c.kinds[kind])
+  value = fields[field] if field in fields else tables.get(
+      c.of_kind(kind), tables.OF_LAYERS[name] + (f'.{inner}' if inner else ''))
   return value if isinstance(value, str | bool) or inner else bool(value)
-
-
-def _without_kinds(model: Mapping[str, Any]) -> dict[str, Any]:
-  return {name: value for name, value in model.items() if name != 'kinds'}
-
-
-def _said(value: Any) -> str:
-  return f'{value:g}' if isinstance(value, float) else repr(value) if (
-      value == '') else str(value)

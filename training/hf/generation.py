@@ -30,11 +30,9 @@ class Generation(NamedTuple):
   """Attributes:
     fields: of config.json: token ids, and generation options of older files.
     options: the content of generation_config.json; None: there is no such file.
-    bare: whether the folder holds a stack without the head of a language model.
   """
   fields: dict[str, Any]
   options: dict[str, Any] | None
-  bare: bool = False
 
 
 def of_folder(folder: pathlib.Path) -> Generation:

@@ -159,14 +159,6 @@ def _matching(pattern: str, names: Collection[str]) -> list[str]:
   return [name for name in names if re.fullmatch(pattern, name)]
 
 
-def is_bare(config: ModelConfig, names: Collection[str]) -> bool:
-  """Whether files with these names hold the stack of a language model without
-  its head."""
-  page = architectures.hugging_face(config.arch)
-  return bool(page.bare) and config.head == 'lm' and not _matching(
-      page.optional[hf.MASKED_WORDS], names)
-
-
 class _Names:
   """Tensors by their names, as the files spell them: some leave a prefix out.
   """
@@ -290,7 +282,7 @@ def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
 def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
           dtype: str = '', shard_bytes: int = SHARD_BYTES,
           generation: hf_generation.Generation | None = None,
-          labels: Sequence[str] = (), bare: bool = False) -> None:
+          labels: Sequence[str] = ()) -> None:
   """Writes config.json and safetensors, which transformers loads; low-rank
   adapters are merged into the weights.
 
@@ -303,7 +295,6 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
     generation: token ids and options; none: of those that transformers must
       have, any that are in the vocabulary.
     labels: what the outputs of the head of a task stand for.
-    bare: whether the stack alone is written, without its head.
 
   Raises:
     ValueError: naming a part of the model that transformers does not have, or
@@ -314,19 +305,11 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
   config: ModelConfig = module.config
   page = architectures.hugging_face(config.arch)
   flat = paths.flatten(nn.meta.unbox(params))
-  if bare:
-    rows = page.bare_rows(config)
-    tree = hf_config.write(hf_config.without_head(config)) | dict(
-        architectures=[page.bare[0]])
-    kept = sum((found for _, found, *_ in tensor_map.places(
-        rows, {path: x.shape for path, x in flat.items()})), ())
-    flat = {path: flat[path] for path in kept}
-  else:
-    rows, tree = page.rows(config), hf_config.write(config, labels)
+  tree = hf_config.write(config, labels)
   options = generation and generation.options
   tree |= generation.fields if generation else {}
   tensors = {tensor.name: tensor for tensor in tensor_map.expand(
-      rows, {path: x.shape for path, x in flat.items()})}
+      page.rows(config), {path: x.shape for path, x in flat.items()})}
   dtypes = {name: np.dtype(dtype or flat[tensor.paths[0]].dtype)
             for name, tensor in tensors.items()}
   join = lambda name: tensors[name].join([

@@ -92,8 +92,6 @@ class HuggingFace(NamedTuple):
     optional: {what it is called: the pattern of its tensors' names} of what
       only a pre-training needs: a folder may lack it as a whole, and what it
       has of it without a place in the model is passed over; both are told.
-    bare: (transformers' class of the stack without any head, what its names
-      leave out); MASKED_WORDS is among `optional` then.
   """
   model_type: str
   architecture: str
@@ -110,22 +108,11 @@ class HuggingFace(NamedTuple):
   heads: Mapping[str, TaskHead] = {}
   of_files: Callable[[Collection[str]], dict] = lambda names: {}
   optional: Mapping[str, str] = {}
-  bare: tuple[str, str] | None = None
 
   def rows(self, c: ModelConfig) -> Sequence[Row]:
     """Returns the rows of `names` for the config `c`, and of its head."""
     rows = self.names(c) if callable(self.names) else self.names
     return self.heads[c.head].rows(rows) if c.head in self.heads else rows
-
-  def bare_rows(self, c: ModelConfig) -> Sequence[Row]:
-    """Returns the rows of the stack without its head."""
-    require(self.bare is not None, f'model.arch {c.arch!r} is not exported '
-            'without its head: its page names no class of transformers for it')
-    prefix = self.bare[1]
-    rows = self.names(c) if callable(self.names) else self.names
-    return [(ours, axes, theirs.removeprefix(prefix), their_axes)
-            for ours, axes, theirs, their_axes in rows
-            if theirs.startswith(prefix)]
 
   def spellings_of(self, c: ModelConfig) -> Sequence[tuple[str, str]]:
     """Returns `spellings`, and the usual names where the head of `c` has other

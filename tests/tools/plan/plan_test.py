@@ -159,14 +159,14 @@ def test_a_search_ranks_what_fits(no_compiler):
   t = chips.parse('v5p:2x2x2')
   config = small(gpt.get_config())
   listed = search.candidates(config, t)
-  assert listed == sorted(listed, key=lambda one: one.step_seconds)
-  assert {one.remat for one in listed} == {'none', 'dots', 'full'}
-  assert {one.mesh['data'] for one in listed} >= {1, 8}
-  assert all(one.peak_bytes < t.chip.hbm for one in listed)
+  assert listed == sorted(listed, key=lambda one: one['step_seconds'])
+  assert {one['remat'] for one in listed} == {'none', 'dots', 'full'}
+  assert {one['mesh']['data'] for one in listed} >= {1, 8}
+  assert all(one['peak_bytes'] < t.chip.hbm for one in listed)
   whole = memory.state(programs.run_on(config, t, 'dp'))
   tight = t._replace(chip=t.chip._replace(hbm=1.1 * sum(whole.values())))
   for one in search.candidates(config, tight):  # no state lies whole
-    assert one.mesh['fsdp'] * one.mesh['tensor'] > 1
+    assert one['mesh']['fsdp'] * one['mesh']['tensor'] > 1
   found = search.search(config, t, 2)
   assert len(found['plans']) == 2 and '--mesh' in found['plans'][0]['flags']
   assert search.text(found).count('~') >= 6
@@ -190,11 +190,12 @@ def test_a_search_moves_inputs_to_the_host_where_that_saves_sending(
   assert offload['kept_gathered'] == full['kept_gathered'] == 12 * D * F * 4
   assert full['peak'] - offload['peak'] == waiting
   tight = t._replace(chip=t.chip._replace(hbm=full['peak'] - waiting // 2))
-  found = {(one.remat, one.grad_accumulation): one for one in
+  found = {(one['remat'], one['grad_accumulation']): one for one in
            search.candidates(config, tight)
-           if one.mesh == dict(data=1, fsdp=4, expert=1, context=1, tensor=1)}
+           if one['mesh']['fsdp'] == 4}
   assert ('offload', 1) in found and ('full', 1) not in found
-  assert not any(one.remat == 'offload' for one in search.candidates(config, t))
+  assert not any(one['remat'] == 'offload'
+                 for one in search.candidates(config, t))
 
 
 def test_bytes_between_hosts_count_in_a_search():

@@ -75,7 +75,7 @@ def adapted(imported, workdir):
   config = run.config.copy_and_resolve_references()
   with config.unlocked():
     config.init_from = ''
-  convert._save(workdir, config, params)
+  convert._make(workdir, config, params, None, True, '')
   return run.module, params
 
 
