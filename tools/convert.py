@@ -113,7 +113,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
 
 
 def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
-           dtype: str, shard_bytes: int, dropless: bool = False,
+           dtype: str = '', dropless: bool = False,
            adapter: bool = False) -> None:
   """Writes a checkpoint of `workdir` to `folder` in Hugging Face's format.
 
@@ -136,9 +136,8 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
         c.moe, eval_capacity_factor=0.0, dispatch='dropless')))
   generation = _generation(workdir, config, module.config, step)
   hf_tokenizer.refuse_left(workdir, config, folder, step)
-  weights.to_hf(
-      module, params, folder, dtype=dtype, shard_bytes=shard_bytes,
-      generation=generation, labels=run_config.labels(workdir))
+  weights.to_hf(module, params, folder, dtype=dtype, generation=generation,
+                labels=run_config.labels(workdir))
   hf_tokenizer.give(workdir, config, folder, step)
   print(f'{folder}: {runs.count(params):,} parameters of {workdir}')
 
@@ -303,8 +302,6 @@ def _parser() -> argparse.ArgumentParser:
   out.add_argument('--dropless', action='store_true', help='as a model whose '
                    "experts take every token, where the run's evaluation drops "
                    'some that config.json cannot tell')
-  out.add_argument('--shard_bytes', type=int, default=5 * 10**9,
-                   help='no file is larger, unless one tensor is')
   out.add_argument('--adapter', action='store_true', help='the low-rank '
                    "adapters alone, in PEFT's format; else they are merged")
   one = add('merge', help='low-rank adapters into the weights')
@@ -335,12 +332,9 @@ def main() -> None:
   step = checkpoints.named_step(getattr(args, 'step', None))
   args.workdir = storage.path(args.workdir, 'WORKDIR')
   if args.command == 'export':
-    limits.number('--shard_bytes', args.shard_bytes,
-                  (('>=', 1), ('<=', 2**50)))
     storage.try_folder(args.folder, 'FOLDER')
     export(args.workdir, args.folder, step=step, dtype=args.dtype,
-           shard_bytes=args.shard_bytes, dropless=args.dropless,
-           adapter=args.adapter)
+           dropless=args.dropless, adapter=args.adapter)
     return
   if args.command != 'merge':
     limits.number('--seed', args.seed, (('>=', 0), ('<=', 2**32 - 1)))

@@ -2,15 +2,11 @@ r"""Which rule of configs/sharding.py put each array where it is.
 
   python -m tools.explain_sharding --config configs/mixtral.py:8x7b \
       --mesh fsdp=8,expert=8
-  python -m tools.explain_sharding --config configs/llama.py:2-7b \
-      --mesh fsdp=8 --diff fsdp=4,tensor=2
 
 For each parameter, and each activation that the code constrains: its logical
 axes, the mesh axes that each lies on, the bytes of a device, and why a
 dimension is not sharded as its rule says; then the collectives that follow, by
 the estimate of tools.plan --search. Shapes alone, on virtual CPU devices.
-`--diff` shows what another mesh, or another table of rules (replicated), would
-change.
 """
 
 import json
@@ -115,52 +111,37 @@ def explain(config, mesh: dict[str, int]) -> dict:
       collectives=collectives.table(predict.sent(run, np.zeros(count, int))))
 
 
-def text(*reports: dict) -> str:
-  """Returns a report for a terminal; of two, what differs."""
-  lines = []
-  for one in reports:
-    total = sum(row['bytes_per_device'] for row in one['parameters'])
-    mesh = ' '.join(f'{axis}={n}' for axis, n in one['mesh'].items())
-    lines.append(f'{one["model"]}, mesh {mesh}, rules {one["rules"]!r}: '
-                 f'{total / 2**20:,.1f} MiB of parameters a device')
+def text(report: dict) -> str:
+  """Returns a report for a terminal."""
+  total = sum(row['bytes_per_device'] for row in report['parameters'])
+  mesh = ' '.join(f'{axis}={n}' for axis, n in report['mesh'].items())
+  lines = [f'{report["model"]}, mesh {mesh}, rules {report["rules"]!r}: '
+           f'{total / 2**20:,.1f} MiB of parameters a device']
   for kind in ('parameters', 'activations'):
-    lines += ['', kind + ' that differ' * (len(reports) > 1)]
-    rows = [[f'  {row["name"]}  [{", ".join(row["dimensions"])}]  '
-             f'{row["bytes_per_device"] / 2**20:,.3f} MiB a device'
-             for row in one[kind]] for one in reports]
-    first, second = rows if len(rows) > 1 else (rows[0], [])
-    lines += [line for line in first if line not in second]
-    lines += [f'  instead:{line[1:]}' for line in second if line not in first]
-  for one in reports:
-    lines += ['', 'collectives of a training step, by an estimate '
-              '(python -m tools.plan compiles it)',
-              *plans.collectives(one['collectives'], '')]
-  return '\n'.join(lines)
+    lines += ['', kind, *(
+        f'  {row["name"]}  [{", ".join(row["dimensions"])}]  '
+        f'{row["bytes_per_device"] / 2**20:,.3f} MiB a device'
+        for row in report[kind])]
+  return '\n'.join([
+      *lines, '', 'collectives of a training step, by an estimate '
+      '(python -m tools.plan compiles it)',
+      *plans.collectives(report['collectives'], '')])
 
 
 def main():
   cli.define_config()
   flags.DEFINE_string('mesh', '', 'fsdp=8,expert=8 (others: 1), or a preset of '
                       "configs/sharding.py; '': config.mesh, where -1 is 1.")
-  flags.DEFINE_string('diff', '', 'Another mesh, or a table of rules.')
   flags.DEFINE_bool('json', False, 'Print JSON.')
   cli.parse(__doc__)
   args = flags.FLAGS
   require(args.config is not None, 'pass --config FILE.py:SIZE')
   mesh = (devices.parse_mesh(args.mesh, 0) if args.mesh else
           {axis: abs(args.config.mesh[axis]) for axis in tables.MESH_AXES})
-  asked = [(args.config, mesh)]
-  if args.diff in tables.RULES:
-    other = args.config.copy_and_resolve_references()
-    other.mesh.rules = args.diff
-    asked.append((other, mesh))
-  elif args.diff:
-    asked.append((args.config, devices.parse_mesh(args.diff, 0)))
   jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_num_cpu_devices', max(
-      math.prod(mesh.values()) for _, mesh in asked))
-  reports = [explain(*one) for one in asked]
-  print(json.dumps(reports, indent=2) if args.json else text(*reports))
+  jax.config.update('jax_num_cpu_devices', math.prod(mesh.values()))
+  report = explain(args.config, mesh)
+  print(json.dumps(report, indent=2) if args.json else text(report))
   return 0
 
 

@@ -44,17 +44,6 @@ def test_the_batch_is_of_the_objective(system):
     assert not key.endswith('segment_ids') or array.all()
 
 
-def test_what_the_other_side_lacks_is_left_out():
-  config = toy('transformer')
-  config.model.moe.update(jitter=0.1, capacity_factor=1.25, dispatch='sorted')
-  config.optim.update(name='adafactor', clip_norm=0.0)
-  found = rival.alike(config)
-  assert found.optim.name == 'adamw' and found.optim.clip_norm == 1.0
-  assert not found.train.label_smoothing and not found.model.dropout
-  assert not found.model.moe.jitter and not found.model.moe.capacity_factor
-  assert config.optim.name == 'adafactor'  # which is as it was
-
-
 def test_labels_are_what_transformers_looks_for():
   tokens = np.array([[5, 6, 7, 8]])
   batch = dict(tokens=tokens, targets=np.array([[6, 7, 8, 9]]),
@@ -79,21 +68,6 @@ def test_what_transformers_lacks_is_named(system, field, value, sentence):
   config.update_from_flattened_dict({field: value})
   with pytest.raises(RequestError, match=sentence):
     rival.check(config)
-
-
-def test_a_ratio_is_of_one_turn(monkeypatch):
-  """A machine that is ten times as slow for one turn slows both."""
-  clock = [0.0]
-  for name in ('perf_counter', 'process_time'):
-    monkeypatch.setattr(worker.time, name, lambda: clock[0])
-  def contender(seconds):
-    turn = iter([99.0, 1.0, 10.0, 1.0])  # the first compiles, and is left out
-    def run():
-      clock[0] += seconds * next(turn)
-    return run
-  found = worker.turns({'a': contender(2.0), 'b': contender(0.5)}, 3)
-  assert (found['a']['seconds'], found['b']['seconds']) == (2.0, 0.5)
-  assert (found['a']['ratio'], found['b']['cpu_ratio']) == (1.0, 0.25)
 
 
 class Side:

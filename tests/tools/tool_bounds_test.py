@@ -17,7 +17,6 @@ HUGE = 10**20
     ('-m', 'tools.sweep', 'fit', '{}', f'--draws={HUGE}'),
     ('-m', 'tools.sweep', 'fit', '{}', '--draws=39'),
     ('-m', 'tools.convert', 'import', '{}', '{}/run', f'--seed={HUGE}'),
-    ('-m', 'tools.convert', 'export', '{}', '{}/out', '--shard_bytes=0'),
     ('-m', 'tools.launch', 'local', '--config', 'configs/gpt.py',
      '--workdir={}/run', f'--max_restarts={HUGE}'),
     ('-m', 'benchmarks.step', '--pairs=-1'),

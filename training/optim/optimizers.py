@@ -51,89 +51,69 @@ class Entry(NamedTuple):
   reads: tuple[str, ...] = ()
 
 
-def _adamw(optim: ml_collections.ConfigDict, roles: Any):
-  """Adam (Kingma and Ba 2015), with the decay decoupled."""
-  del roles
-  return optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
-
-
-def _adafactor(optim: ml_collections.ConfigDict, roles: Any):
-  """Shazeer and Stern 2018, without momentum; lr is relative to a matrix's
-  own root mean square, as T5 and PaLM use it."""
-  del optim
-  return matrices.scale_by_adafactor(roles)
-
-
-def _lion(optim: ml_collections.ConfigDict, roles: Any):
-  """Chen et al. 2023: the sign of an interpolated momentum."""
-  del roles
-  return optax.scale_by_lion(optim.b1, optim.b2)
-
-
-def _muon(optim: ml_collections.ConfigDict, roles: Any):
-  """Jordan et al. 2024: orthogonalised momentum for the hidden matrices.
-
-  Embeddings, the head, routers, norms and biases go by Adam (b1, b2, eps).
-  Updates are scaled to 0.2 root mean square a matrix, Adam's usual size, so
-  that one optim.lr serves both (Liu et al. 2025, section 2.2).
-  `optim.momentum` is Muon's; 0.95 is its authors' choice.
-  """
-  return _with_adam(optim, roles, matrices.scale_by_muon(
-      roles, optim.momentum), _is_hidden)
-
-
-def _normuon(optim: ml_collections.ConfigDict, roles: Any):
-  """Li et al. 2025: Muon with steps of one size for all neurons of a matrix.
-
-  `optim.momentum` and `optim.b2` are its own; 0.95 is its authors' choice for
-  both. What is no hidden matrix goes by Adam, as with Muon.
-  """
-  return _with_adam(optim, roles, matrices.scale_by_normuon(
-      roles, optim.momentum, optim.b2), _is_hidden)
-
-
-def _soap(optim: ml_collections.ConfigDict, roles: Any):
-  """Vyas et al. 2024: Adam in the eigenbasis of Shampoo, for all matrices,
-  the embedding and the head too; vectors go by Adam."""
-  return _with_adam(optim, roles, soap.scale_by_soap(
-      roles, optim.b1, optim.b2, optim.eps, optim.precondition_every,
-      optim.precondition_max), lambda role: role.matrix)
-
-
 def _is_hidden(role: Role) -> bool:
   return role.matrix and role.kind == 'hidden'
 
 
+def _adam(optim: ml_collections.ConfigDict) -> optax.GradientTransformation:
+  return optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
+
+
 def _with_adam(optim: ml_collections.ConfigDict, roles: Any,
                direction: optax.GradientTransformation,
-               chosen: Callable[[Role], bool]) -> optax.GradientTransformation:
+               chosen: Callable[[Role], bool] = _is_hidden
+               ) -> optax.GradientTransformation:
   """Returns a direction of the parameters that are chosen by their role, and
   Adam of the others."""
   return optax.partition(
-      {'matrices': direction, 'adam': _adamw(optim, roles)}, jax.tree.map(
+      {'matrices': direction, 'adam': _adam(optim)}, jax.tree.map(
           lambda role: 'matrices' if chosen(role) else 'adam', roles))
 
 
-def _sgd(optim: ml_collections.ConfigDict, roles: Any):
-  """Momentum as Sutskever et al. 2013 without Nesterov's look ahead."""
-  del roles
-  return optax.trace(optim.momentum) if optim.momentum else optax.identity()
-
-
+_ADAM = ('b1', 'b2', 'eps')
 OPTIMIZERS = {
-    'adamw': Entry(_adamw, ('b1', 'b2', 'eps')),
-    'adafactor': Entry(_adafactor),
-    'lion': Entry(_lion, ('b1', 'b2')),
-    'muon': Entry(_muon, ('b1', 'b2', 'eps', 'momentum')),
-    'normuon': Entry(_normuon, ('b1', 'b2', 'eps', 'momentum')),
-    'soap': Entry(_soap, ('b1', 'b2', 'eps', 'precondition_every',
-                          'precondition_max')),
-    'sgd': Entry(_sgd, ('momentum',)),
+    # Kingma and Ba 2015, with the decay decoupled.
+    'adamw': Entry(lambda optim, roles: _adam(optim), _ADAM),
+    # Shazeer and Stern 2018, without momentum; lr is relative to a matrix's own
+    # root mean square, as T5 and PaLM use it.
+    'adafactor': Entry(
+        lambda optim, roles: matrices.scale_by_adafactor(roles)),
+    # Chen et al. 2023: the sign of an interpolated momentum.
+    'lion': Entry(lambda optim, roles: optax.scale_by_lion(optim.b1, optim.b2),
+                  ('b1', 'b2')),
+    # Jordan et al. 2024: orthogonalised momentum for the hidden matrices.
+    # Embeddings, the head, routers, norms and biases go by Adam. Updates are
+    # scaled to 0.2 root mean square a matrix, Adam's usual size, so that one
+    # optim.lr serves both (Liu et al. 2025, section 2.2). optim.momentum is
+    # Muon's; 0.95 is its authors' choice.
+    'muon': Entry(
+        lambda optim, roles: _with_adam(optim, roles, matrices.scale_by_muon(
+            roles, optim.momentum)), (*_ADAM, 'momentum')),
+    # Li et al. 2025: Muon with steps of one size for all neurons of a matrix.
+    # optim.momentum and optim.b2 are its own; 0.95 is its authors' choice for
+    # both.
+    'normuon': Entry(
+        lambda optim, roles: _with_adam(optim, roles, matrices.scale_by_normuon(
+            roles, optim.momentum, optim.b2)), (*_ADAM, 'momentum')),
+    # Vyas et al. 2024: Adam in the eigenbasis of Shampoo, for all matrices, the
+    # embedding and the head too; vectors go by Adam.
+    'soap': Entry(
+        lambda optim, roles: _with_adam(optim, roles, soap.scale_by_soap(
+            roles, optim.b1, optim.b2, optim.eps, optim.precondition_every,
+            optim.precondition_max), lambda role: role.matrix),
+        (*_ADAM, 'precondition_every', 'precondition_max')),
+    # Momentum as Sutskever et al. 2013 without Nesterov's look ahead.
+    'sgd': Entry(lambda optim, roles: optax.trace(optim.momentum)
+                 if optim.momentum else optax.identity(), ('momentum',)),
 }
 
 
+def _progress(t: jax.Array, start: float, end: float):
+  """How far t is from start to end, in [0, 1]."""
+  return jnp.clip((t - start) / jnp.maximum(end - start, 1), 0.0, 1.0)
+
+
 def _cosine(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
-  """SGDR (Loshchilov and Hutter 2017, equation 5), without restarts."""
   low = optim.final_fraction
   progress = _progress(t, optim.warmup_steps, steps)
   return low + (1 - low) * 0.5 * (1 + jnp.cos(math.pi * progress))
@@ -144,34 +124,21 @@ def _linear(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
   return 1 - (1 - optim.final_fraction) * progress
 
 
-def _rsqrt(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
-  """1 / sqrt(t), scaled to 1 where the warm-up ends (Vaswani et al. 2017)."""
-  del steps
-  return jnp.minimum(1.0, jnp.sqrt(jnp.maximum(optim.warmup_steps, 1) / t))
-
-
 def _wsd(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
-  """Warm-up, stable, decay (Hu et al. 2024): linear over the last share."""
   start = steps - round(optim.decay_fraction * steps)
   return 1 - (1 - optim.final_fraction) * _progress(t, start, steps)
 
 
-def _constant(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
-  del steps, optim
-  return jnp.ones_like(t)
-
-
-def _progress(t: jax.Array, start: float, end: float):
-  """How far t is from start to end, in [0, 1]."""
-  return jnp.clip((t - start) / jnp.maximum(end - start, 1), 0.0, 1.0)
-
-
 SCHEDULES = {
+    # SGDR (Loshchilov and Hutter 2017, equation 5), without restarts.
     'cosine': Entry(_cosine, ('final_fraction', 'decay_steps')),
     'linear': Entry(_linear, ('final_fraction', 'decay_steps')),
-    'rsqrt': Entry(_rsqrt),
+    # 1 / sqrt(t), scaled to 1 where the warm-up ends (Vaswani et al. 2017).
+    'rsqrt': Entry(lambda t, steps, optim: jnp.minimum(
+        1.0, jnp.sqrt(jnp.maximum(optim.warmup_steps, 1) / t))),
+    # Warm-up, stable, decay (Hu et al. 2024): linear over the last share.
     'wsd': Entry(_wsd, ('final_fraction', 'decay_fraction')),
-    'constant': Entry(_constant),
+    'constant': Entry(lambda t, steps, optim: jnp.ones_like(t)),
 }
 
 

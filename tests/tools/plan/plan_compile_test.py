@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 
 from configs import gpt, llama, mixtral
 import jax
@@ -13,9 +12,7 @@ os.environ |= {
     'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
     'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1'}
 
-from architectures.parts import gathered
-from architectures.parts.attention import kernels
-from tools.plan import chips, collectives, predict, programs, search
+from tools.plan import chips, collectives, predict, programs
 from tools.plan.programs import DoesNotFit
 from training.costs import flops, memory
 
@@ -137,47 +134,6 @@ def quickly():
 
 
 @tpu
-@pytest.mark.usefixtures('quickly')
-def test_layers_that_differ_take_no_more_memory_than_layers_that_are_alike():
-  """Under remat=full each is computed again by itself, wherever it stands."""
-  topology = chips.parse('v5p:2x2x1')
-
-  def peak(**pattern):
-    config = llama.get_config('2-7b')
-    config.model.update(num_layers=8, d_model=1024, num_heads=8,
-                        num_kv_heads=8, d_ff=4096, **pattern)
-    config.data.update(length=2048, batch_size=32)
-    return compiled(run_on(topology, 'fsdp=4', config), topology
-                    ).memory_analysis().peak_memory_in_bytes
-  alike = peak()
-  kinds = dict(kinds=dict(near=dict(window=1024), far=dict(window=0)))
-  assert peak(prefix='far,far,far,far', pattern='near,far', **kinds) <= alike
-
-
-@tpu
-@pytest.mark.usefixtures('quickly')
-def test_neither_weights_nor_sums_of_scores_are_kept_twice(monkeypatch):
-  """The queries', keys' and values' weights of all layers in another order of
-  axes, and the 128 equal sums that splash attention writes for a row."""
-  topology = chips.parse('v5p:2x2x1')
-  config = llama.get_config('2-7b')
-  config.model.update(num_layers=8, d_model=1024, num_heads=8, num_kv_heads=8,
-                      d_ff=4096, attention_kernel='splash')
-  config.data.update(length=2048, batch_size=32)
-  build = lambda: compiled(run_on(topology, 'fsdp=4', config), topology)
-  program = build()
-  weights = r'= f32\[8,256,8,128\]\S* copy\('
-  assert not re.search(weights, program.as_text())
-  monkeypatch.setattr(kernels, '_by_splash', kernels._by_splash.fun)
-  monkeypatch.setattr(gathered, 'LANES', 2**20)
-  left = build()
-  assert len(re.findall(weights, left.as_text())) == 2
-  sums = 8 * 8 * 2048 * 127 * 4
-  peak = lambda p: p.memory_analysis().peak_memory_in_bytes
-  assert peak(program) < peak(left) - sums / 2
-
-
-@tpu
 def test_what_does_not_fit_is_refused_by_the_compiler():
   topology = chips.parse('v5e:2x2')
   config = gpt.get_config()
@@ -233,24 +189,6 @@ def test_two_slices_send_over_the_network_between_them():
 
 
 @tpu
-def test_a_search_compiles_the_best_and_goes_on_where_one_is_refused(
-    monkeypatch):
-  topology, config = chips.parse('v5p:2x2x1'), gpt.get_config()
-  real, asked = programs.analyse, []
-  def one_is_refused(run, *args):
-    asked.append(run)
-    if len(asked) == 1:
-      raise DoesNotFit('too large')
-    return real(run, *args)
-  monkeypatch.setattr(programs, 'analyse', one_is_refused)
-  found = search.search(config, topology, 1)
-  [plan], [refused] = found['plans'], found['refused']
-  assert not plan['estimate'] and plan['flags'] != refused['flags']
-  assert refused['reason'] == 'too large'
-  assert 'refused: --mesh' in search.text(found)
-
-
-@tpu
 def test_generation_holds_weights_and_cache():
   topology = chips.parse('v5p:2x2x1')
   config = gpt.get_config()
@@ -265,19 +203,6 @@ def test_generation_holds_weights_and_cache():
     assert report['flops']['loops_counted_once'] == 0
     assert 0.9 < report['flops']['ratio'] < 3
   assert all(row['exact'] for row in decode['collectives'])
-
-
-@gpu
-def test_a_gpu_makes_grouped_products_of_all_groups():
-  topology = chips.parse('h100:1x1x1')
-  config = mixtral.get_config()
-  config.model.update(num_layers=1, attention_kernel='xla')
-  config.data.update(batch_size=16, length=64)
-  run = run_on(topology, 'data=1', config)
-  text = compiled(run, topology).as_text()
-  m, rows = config.model.moe, 16 * 64 * config.model.moe.top_k
-  side_by_side = rf'bf16\[{rows},{m.num_experts * config.model.d_model}\]'
-  assert re.search(side_by_side, text) and 'ragged-dot(' not in text
 
 
 @gpu

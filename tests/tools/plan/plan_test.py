@@ -175,29 +175,6 @@ def test_a_search_ranks_what_fits(no_compiler):
     search.search(config, nothing, 1)
 
 
-@pytest.mark.slow
-def test_a_search_moves_inputs_to_the_host_where_that_saves_sending(
-    no_compiler):
-  t, config = chips.parse('v5p:2x2x1'), small(gpt.get_config())
-  config.model.update(num_layers=12, keep_gathered='up')
-  run = lambda policy: programs.run_on(search.with_policy(config, policy, 1), t,
-                                      'fsdp=4')
-  full, offload = (memory.analytic(run(policy)) for policy in
-                   ('full', 'offload'))
-  waiting = full['kept_for_backward'] - offload['kept_for_backward']
-  assert waiting == offload['host_memory']
-  D, F = config.model.d_model, config.model.d_ff
-  assert offload['kept_gathered'] == full['kept_gathered'] == 12 * D * F * 4
-  assert full['peak'] - offload['peak'] == waiting
-  tight = t._replace(chip=t.chip._replace(hbm=full['peak'] - waiting // 2))
-  found = {(one['remat'], one['grad_accumulation']): one for one in
-           search.candidates(config, tight)
-           if one['mesh']['fsdp'] == 4}
-  assert ('offload', 1) in found and ('full', 1) not in found
-  assert not any(one['remat'] == 'offload'
-                 for one in search.candidates(config, t))
-
-
 def test_bytes_between_hosts_count_in_a_search():
   for mesh, gathers in ((dict(data=2, fsdp=4), False), (dict(data=8), False),
                         (dict(data=1, fsdp=8), True)):
@@ -217,12 +194,6 @@ def test_a_generation_needs_the_head_for_tokens_that_are_drawn(name, drawn):
   layer, head = 4 * 32 * 32 + 2 * 32 * 64, 32 * run.model.vocab_size
   assert programs.model_flops(run, name)['weights'] == 2 * 16 * (
       95 * 2 * layer + drawn * head)
-
-
-def test_a_search_refuses_what_it_would_ignore():
-  done = forked.run('-m', 'tools.plan', '--config', 'configs/gpt.py',
-                    '--topology', 'v5p:2x2x2', '--search=2', '--mesh=fsdp=8')
-  assert done.returncode == 2 and 'leave out --mesh' in done.stderr
 
 
 def test_the_slowest_of_compute_memory_and_network_bounds_a_step():
@@ -256,30 +227,6 @@ def test_weights_are_read_whole_once_a_pass(rules, mesh):
     assert predict.hbm_bytes(run, 0.0, False) == whole, dtype
     held = 2 * sum(memory.state(run).values())
     assert predict.hbm_bytes(run, 0.0, True) == 2 * whole + held, dtype
-
-
-def test_frozen_weights_are_read_once_and_not_written():
-  config = small(gpt.get_config())
-  config.optim.freeze = '.*/layers/.*'
-  run = run_on_cpu(config, 'dp')
-  params = paths.flatten(run.abstract.params)
-  once = sum(4 * x.size for path, x in params.items()
-             if not path.startswith('embed/'))
-  trained = sum(4 * x.size for path, x in params.items()
-                if '/layers/' not in path)
-  assert predict.hbm_bytes(run, 0.0, True) == once + 2 * (
-      trained + memory.state(run)['optimizer'])
-
-
-def test_a_precision_without_a_published_peak_is_refused():
-  config, t = small(gpt.get_config()), chips.parse('v5p:2x2x2')
-  config.model.dtype = 'float32'
-  with jax.default_matmul_precision('highest'):
-    for ask in (lambda: programs.run_on(config, t, 'dp'),
-                lambda: search.candidates(config, t)):
-      with pytest.raises(RequestError, match="PRECISION is 'highest'.*float32"):
-        ask()
-    assert predict.peak_flops(t, 'bfloat16') == 459e12
 
 
 @pytest.mark.parametrize('text, members', [
@@ -442,12 +389,9 @@ def test_an_array_is_explained_by_its_rules():
 
 
 @pytest.mark.slow
-def test_two_meshes_are_explained_side_by_side():
-  done = forked.run(
-      '-m', 'tools.explain_sharding', '--config', 'configs/gpt.py',
-      '--mesh=fsdp=8', '--diff=fsdp=4,tensor=2')
+def test_a_mesh_is_explained():
+  done = forked.run('-m', 'tools.explain_sharding', '--config',
+                    'configs/gpt.py', '--mesh=fsdp=4,tensor=2')
   assert done.returncode == 0, done.stderr
-  query = re.findall('.*block_0/attention/query .*', done.stdout)
-  assert [re.findall('heads 4( over tensor)?', line) for line in query] == [
-      [''], [' over tensor']]
-  assert done.stdout.count('all-gather          fsdp') == 2
+  assert re.search('block_0/attention/query .*heads 4 over tensor', done.stdout)
+  assert 'all-gather          fsdp' in done.stdout

@@ -125,8 +125,7 @@ def test_an_import_that_fails_leaves_no_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('write', [
-    lambda folder: convert.export(folder, folder, step=None, dtype='',
-                                  shard_bytes=10**9),
+    lambda folder: convert.export(folder, folder, step=None),
     lambda folder: archetype.Model(None, {}).save(folder),
     lambda folder: peft.write(models.config('llama'), {}, folder, ''),
     lambda folder: convert.of_gguf(folder / 'config.json', folder)],
@@ -188,7 +187,7 @@ def published(tmp_path_factory):
 
 
 def _exported(workdir, out):
-  convert.export(workdir, out, step=None, dtype='', shard_bytes=10**9)
+  convert.export(workdir, out, step=None)
   return {path.name: path.read_text() for path in out.iterdir()
           if path.suffix != '.safetensors'}
 
@@ -236,8 +235,7 @@ def test_a_tokenizer_that_is_not_read_goes_along(tmp_path, capsys):
   assert ('no tokenizer that is read here, though vocab.json, source.spm'
           in capsys.readouterr().err)
   assert run_config.load_config(tmp_path / 'run').data.tokenizer == 'bytes'
-  convert.export(tmp_path / 'run', tmp_path / 'out', step=None, dtype='',
-                 shard_bytes=10**9)
+  convert.export(tmp_path / 'run', tmp_path / 'out', step=None)
   for name in kept:
     assert (tmp_path / 'out' / name).read_text() == name
 
@@ -285,8 +283,7 @@ def test_a_folder_may_lack_heads(kind, tmp_path, capsys):
   named = {name for line in said
            for name in line.rpartition(': ')[2].split(', ')}
   assert named == new and new <= paths.flatten(params).keys()
-  convert.export(run, tmp_path / 'out', step=None, dtype='',
-                 shard_bytes=10**9)
+  convert.export(run, tmp_path / 'out', step=None)
   before, after = (load_file(folder / hf_files.SAFE)
                    for folder in (given, tmp_path / 'out'))
   assert len(before) == len(after) or kind != 'BertForMaskedLM'

@@ -68,17 +68,6 @@ def test_import_of_an_export_is_the_model(system, tmp_path):
   hf_config.check_same(module.config, again.config, 'read back')
 
 
-def test_rows_count_through_the_blocks_of_a_period():
-  shapes = {f'decoder/layers/block_{b}/attention_norm/scale': (3, 8)
-            for b in range(2)}
-  rows = (('decoder/layers/attention_norm/scale', 'D', 'h.{n}.ln', 'D'),)
-  found = {(t.paths[0], t.index[0]): t.name
-           for t in tensor_map.expand(rows, shapes)}
-  assert found == {
-      (f'decoder/layers/block_{n % 2}/attention_norm/scale', n // 2):
-      f'h.{n}.ln' for n in range(6)}
-
-
 # Rows of one tensor of theirs: the parameters by path and axes, and its axes.
 ROWS = [
     ({'q|k|v': (4, 2, 3)}, 'DHK', 'H3K D'),
