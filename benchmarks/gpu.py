@@ -276,8 +276,8 @@ def main() -> int:
         [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu',
          'tests/gpu_test.py'],
         env=os.environ | dict(ARCHETYPE_TEST_PLATFORM=platform)).returncode
-  def add(found: Iterator[dict[str, Any]]) -> None:
-    for row in found:
+  def add(new: Iterator[dict[str, Any]]) -> None:
+    for row in new:
       rows.append(row)
       print(line(row), flush=True)
       if json_file:  # at once, for what comes next may take the machine down

@@ -123,11 +123,11 @@ def decode(made: Any) -> Contender:
 
   compiled = jax.jit(write, donate_argnums=1).lower(params, cache).compile()
   nbytes = sum(x.nbytes for x in jax.tree.leaves(cache))
-  held = [cache]
+  state = [cache]
 
   def again() -> None:
-    tokens, held[0] = compiled(params, held[0])
-    jax.block_until_ready((tokens, held[0]))
+    tokens, state[0] = compiled(params, state[0])
+    jax.block_until_ready((tokens, state[0]))
 
   return Contender(again, WRITTEN, nbytes)
 
@@ -152,14 +152,14 @@ def measure(sections: Sequence[str], names: Sequence[str],
       for length in lengths:
         contenders = {name: SECTIONS[section](config(
             name, length, dtype, sizes)) for name in names}
-        found = worker.turns(
+        timed = worker.turns(
             {name: one.run for name, one in contenders.items()}, rounds)
-        for name, own in found.items():
+        for name, times in timed.items():
           for key in ('seconds', 'cpu_seconds'):
-            own[key] /= contenders[name].times
+            times[key] /= contenders[name].times
           row = dict(section=section, dtype=dtype, length=length, mixer=name,
-                     **own, nbytes=contenders[name].nbytes,
-                     growth=_growth(before.get(name), length, own))
+                     **times, nbytes=contenders[name].nbytes,
+                     growth=_growth(before.get(name), length, times))
           before[name] = row
           rows.append(row)
           print(line(row), flush=True)
@@ -167,11 +167,11 @@ def measure(sections: Sequence[str], names: Sequence[str],
 
 
 def _growth(before: Mapping[str, Any] | None, length: int,
-            own: Mapping[str, Any]) -> float | None:
+            now: Mapping[str, Any]) -> float | None:
   """Returns the exponent of the length in the CPU time; None: the first."""
   if before is None:
     return None
-  return math.log(own['cpu_seconds'] / before['cpu_seconds']) / math.log(
+  return math.log(now['cpu_seconds'] / before['cpu_seconds']) / math.log(
       length / before['length'])
 
 

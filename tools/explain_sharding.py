@@ -76,7 +76,7 @@ def activations(run: runs.Run) -> list[dict]:
 
   with run.context():
     jaxpr = jax.make_jaxpr(loss)(run.abstract.params, batch)
-  rows = [row(run, *found) for found in _constraints(jaxpr.jaxpr, '')]
+  rows = [row(run, *one) for one in _constraints(jaxpr.jaxpr, '')]
   return [*{json.dumps(one): one for one in rows}.values()]
 
 

@@ -129,7 +129,7 @@ def _check_labels(run: runs.Run, source: epath.Path) -> None:
   if run.model.head == 'lm' or run.config.init_partial:
     return
   if checkpoints.directory(source).exists():
-    theirs = hf_config.told(run_config.labels(source))
+    theirs = hf_config.given_labels(run_config.labels(source))
   else:
     tree = hf_config.load_config_json(_folder(source))
     # That of a language model has a table that says nothing.

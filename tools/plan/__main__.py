@@ -53,8 +53,8 @@ def main():
   from tools.plan import programs, report
   if args.search:
     from tools.plan import search
-    found = search.search(args.config, topology, args.search)
-    print(json.dumps(found, indent=2) if args.json else search.text(found))
+    plans = search.search(args.config, topology, args.search)
+    print(json.dumps(plans, indent=2) if args.json else search.text(plans))
     return 0
   run = programs.run_on(args.config, topology, args.mesh)
   plan = programs.plan(run, topology, args.programs)

@@ -101,21 +101,21 @@ def groups(rest: str) -> np.ndarray | None:
     ids = np.arange(math.prod(ints(dims))).reshape(ints(dims))
     return ids.transpose(ints(turned) if turned else None)
 
-  if found := re.search(r'replica_groups=\[([\d,]+)\]' + iota, rest):
-    return numbered(found[2], found[3]).reshape(ints(found[1]))
-  if found := re.search(
+  if match := re.search(r'replica_groups=\[([\d,]+)\]' + iota, rest):
+    return numbered(match[2], match[3]).reshape(ints(match[1]))
+  if match := re.search(
       r'replica_groups=@?mesh\w*\[(.*?)\]\s*(.*?)\{([^}]*)\}', rest):
-    sizes = {k: int(v) for k, v in re.findall(r"'([^']+)'=(\d+)", found[1])}
-    order = re.search(iota, found[2])  # device_ids=([..]<=[..]T(..))
+    sizes = {k: int(v) for k, v in re.findall(r"'([^']+)'=(\d+)", match[1])}
+    order = re.search(iota, match[2])  # device_ids=([..]<=[..]T(..))
     ids = (numbered(*order.groups()) if order else np.arange(
         math.prod(sizes.values()))).reshape([*sizes.values()])
-    names = re.findall(r"'([^']+)'", found[3])
+    names = re.findall(r"'([^']+)'", match[3])
     at = [[*sizes].index(name) for name in names]
     return np.moveaxis(ids, at, range(-len(at), 0)).reshape(
         -1, math.prod(sizes[name] for name in names))
-  if found := re.search(
+  if match := re.search(
       r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}', rest):
-    return np.array([ints(g) for g in re.findall(r'\{([\d,]+)\}', found[1])])
+    return np.array([ints(g) for g in re.findall(r'\{([\d,]+)\}', match[1])])
   return None
 
 
@@ -186,8 +186,8 @@ def _walk(text: str, passes: int | None) -> Iterator[_Place]:
       name = head[2]
       computations[name] = []
       entry = name if head[1] else entry
-    elif name and (found := _INSTRUCTION.match(line)):
-      computations[name].append(_Place(name, *found.groups()))
+    elif name and (match := _INSTRUCTION.match(line)):
+      computations[name].append(_Place(name, *match.groups()))
 
   def visit(name: str, runs: int, known: bool) -> Iterator[_Place]:
     for place in computations[name]:

@@ -155,10 +155,10 @@ def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
   roles, share = paths.flatten(parameter_roles(run.module)), 1.0
   if c.has_experts:
     data = run.config.data
-    held = c.moe.num_experts // devices.shards(
+    experts = c.moe.num_experts // devices.shards(
         'experts', shape, run.config.mesh.rules)
-    share = min(held, expert_rows(run, data.batch_size * (
-        data.length - (not training)) // accumulation)) / held
+    share = min(experts, expert_rows(run, data.batch_size * (
+        data.length - (not training)) // accumulation)) / experts
   gathered = sum(
       (share if 'experts' in roles[path].axes else 1)
       * memory.whole_size(x, shape)

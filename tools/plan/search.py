@@ -54,7 +54,7 @@ def candidates(config, topology: chips.Topology) -> list[dict]:
   config.train.grad_accumulation = 1  # the plans have their own
   sizes = (*ramp.of(config).sizes, config.data.batch_size)
   placed = chips.devices(topology)
-  found, kept = [], {}
+  plans, kept = [], {}
   for shape in progress.each(list(meshes(config, model, topology)),
                              'meshes estimated'):
     run = runs.build(config, model,
@@ -73,10 +73,10 @@ def candidates(config, topology: chips.Topology) -> list[dict]:
           break  # the way to the host is in no bound: it must save sending
         one = _score(_variant(run, name, parts), topology, kept[name])
         if one['peak_bytes'] < topology.chip.hbm:
-          found.append(one)
+          plans.append(one)
           least = min(least, parts)
           break  # more accumulation only sends more
-  return sorted(found, key=lambda one: (one['step_seconds'],
+  return sorted(plans, key=lambda one: (one['step_seconds'],
                                             one['peak_bytes']))
 
 
@@ -150,17 +150,17 @@ def search(config, topology: chips.Topology, wanted: int) -> dict:
               plans=sorted(plans, key=lambda row: row['step_seconds']))
 
 
-def text(found: dict) -> str:
+def text(plans: dict) -> str:
   """Returns the plans as a table."""
-  lines = [f'{found["topology"]}: {found["candidates"]} plans fit by an '
+  lines = [f'{plans["topology"]}: {plans["candidates"]} plans fit by an '
            'estimate; best first, by the shortest step that published figures '
            'allow (~: not compiled)']
-  for row in found['plans']:
+  for row in plans['plans']:
     m = '~' if row['estimate'] else ''
     lines.append(
         f'  {m}{row["step_seconds"]:.3g} s a step, highest MFU {m}'
         f'{row["highest_mfu"]:.1%}, bound by {row["bound"]}, {m}'
         f'{row["peak_bytes"] / chips.GIB:.1f} GiB  {row["flags"]}')
-  for row in found['refused']:
+  for row in plans['refused']:
     lines.append(f'  refused: {row["flags"]}: {row["reason"]}')
   return '\n'.join(lines)

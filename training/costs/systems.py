@@ -47,8 +47,8 @@ def unlike(model: ModelConfig) -> list[Difference]:
 
 def line(model: ModelConfig) -> str:
   """Returns `unlike` in words; '' where there is nothing to say."""
-  said = lambda x: f'{x:g}' if isinstance(x, float) else str(x) or "''"
-  parts = ', '.join(f'{field}={said(value)} in place of {said(published)}'
+  shown = lambda x: f'{x:g}' if isinstance(x, float) else str(x) or "''"
+  parts = ', '.join(f'{field}={shown(value)} in place of {shown(published)}'
                     for field, value, published in unlike(model))
   return f'not as published: {model.arch} with {parts}' if parts else ''
 
@@ -73,7 +73,7 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
   require(stack == theirs, f'model.arch {arch!r} stacks an {theirs} and '
           f'{ours.arch!r}, that of the base, an {stack}, which are not trained '
           f'alike: choose from {alike}'.replace('an decoder', 'a decoder'))
-  own, wanted = (run_config.flatten_dict(
+  ours_flat, wanted = (run_config.flatten_dict(
       {name: x for name, x in model.items() if name != 'kinds'})
                  for model in (config.model.to_dict(), sizes[size]))
   wanted = {name: x for name, x in wanted.items() if name not in KEPT}
@@ -88,7 +88,7 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
                        f'base: {error}') from error
   differ = {'model.arch': arch} | {
       f'model.{name}': value for name, value in wanted.items()
-      if value != own[name] and name not in silent}
+      if value != ours_flat[name] and name not in silent}
   if target.model.kinds.to_dict() != config.model.kinds.to_dict():
     differ['model.kinds'] = target.model.kinds.to_dict()
   return differ

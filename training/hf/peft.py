@@ -91,9 +91,9 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
           'model instead')
   flat = {path: np.asarray(x) for path, x in paths.flatten(params).items()
           if weights.is_adapter(path)}
-  found = list(rows(c))
+  adapted = list(rows(c))
   tensors = {}
-  for t in tensor_map.expand([row for row, *_ in found], {
+  for t in tensor_map.expand([row for row, *_ in adapted], {
       path: x.shape for path, x in flat.items()}):
     x = t.join([flat[t.paths[0]][t.index]])
     kind = np.dtype(dtype or x.dtype)
@@ -110,7 +110,7 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
       target_modules=sorted({
           name.removeprefix(PREFIX).rpartition('.lora_')[0]
           for name in tensors}),
-      fan_in_fan_out=any(lies_so for _, lies_so in found))
+      fan_in_fan_out=any(lies_so for _, lies_so in adapted))
   (folder / CONFIG).write_text(json.dumps(tree, indent=2) + '\n')
   return sum(x.size for x in flat.values())
 

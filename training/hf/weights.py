@@ -103,9 +103,9 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   like = nn.meta.unbox(like or parameter_shapes(module))
   shapes = {path: leaf.shape for path, leaf in paths.flatten(like).items()}
   rows = page.rows(module.config)
-  needed, there = tensor_map.count(rows, shapes), len(list(source))
-  require(partial or needed <= 2 * there + 100, f'config.json is of a model of '
-          f'{needed:,} tensors, of which the files hold {there:,}')
+  needed, count = tensor_map.count(rows, shapes), len(list(source))
+  require(partial or needed <= 2 * count + 100, f'config.json is of a model of '
+          f'{needed:,} tensors, of which the files hold {count:,}')
   tensors = tensor_map.expand(rows, shapes)
   names = _Names(page, source, module.config)
   fills: dict[str, list] = {path: [] for path in shapes}
@@ -113,10 +113,10 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   heads = names.there(names_left_out(module)) if new_head else []
   passed = [f'{name} of the files is of the head of a language model'
             for name in heads]
-  held, ours = set(source) - set(heads), [tensor.name for tensor in tensors]
+  there, ours = set(source) - set(heads), [tensor.name for tensor in tensors]
   placed, new_names = [*heads], set()
   for words, pattern in page.optional.items():
-    theirs, wanted = _matching(pattern, held), _matching(pattern, ours)
+    theirs, wanted = _matching(pattern, there), _matching(pattern, ours)
     if theirs and not wanted:
       placed += theirs
       passed.append(f'the model has no {words}, so these of the files are '

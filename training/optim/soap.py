@@ -79,11 +79,11 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
       each = [*zip(seen(axes), fields)]
       step, s = _update(
           matrices.as_matrices(axes, g), SoapState(state.count, *(
-              None if x is None else matrices.as_matrices(own, x)
-              for own, x in each)), b1, b2, eps, every)
+              None if x is None else matrices.as_matrices(sides, x)
+              for sides, x in each)), b1, b2, eps, every)
       return (matrices.as_before(axes, step, g.shape), *(
-          None if x is None else matrices.as_before(own, new, x.shape)
-          for (own, x), new in zip(each, s[1:])))
+          None if x is None else matrices.as_before(sides, new, x.shape)
+          for (sides, x), new in zip(each, s[1:])))
 
     step, *fields = matrices.apart(
         matrices.over(roles, one, grads, *state[1:]), 7)
