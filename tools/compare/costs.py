@@ -42,7 +42,7 @@ def of(frozen: plans.Frozen, group: int, times: Times | None
               * len(untuned))
   full = lambda phase, sizes: phases.full_runs(frozen, untuned, phase, names,
                                                sizes)
-  return [_cost(frozen, group, times, *own) for own in (
+  return [_cost(frozen, group, times, *phase) for phase in (
       ('noise', phases.noise_runs(frozen), ''),
       ('tune', _tuned_runs(frozen), f'and at most {extended} more runs, where '
        'an optimum is at an edge' if extended else ''),
@@ -53,14 +53,14 @@ def of(frozen: plans.Frozen, group: int, times: Times | None
 
 def _tuned_runs(frozen: plans.Frozen) -> list[phases.Run]:
   """The runs of all rungs: which candidates survive does not matter here."""
-  found = []
+  runs = []
   for search in phases.searches(frozen.plan):
     for rung in range(frozen.plan.tuning.rungs):
       search.rung = rung
-      found += [run for own in phases.tune_runs(frozen, search) for run in own]
+      runs += [run for each in phases.tune_runs(frozen, search) for run in each]
       search.candidates = search.candidates[:phases.kept(
           frozen.plan.tuning, len(search.candidates))]
-  return found
+  return runs
 
 
 def _cost(frozen, group: int, times: Times | None, phase: str,
@@ -84,42 +84,31 @@ def _cost(frozen, group: int, times: Times | None, phase: str,
               seconds if times else None, note)
 
 
-def times(frozen: plans.Frozen, outcomes: Sequence[plans.Outcome]
-          ) -> Times | None:
-  """Returns what finished runs took; None where a size on a workload has no run
-  with a known time."""
+def known(workdir, frozen: plans.Frozen) -> Times | None:
+  """Returns what the runs in a study's folder took; None where a size on a
+  workload has none yet with a known time. What an earlier plan had and this one
+  has not is left out."""
   plan = frozen.plan
-  steps: dict[tuple, float] = {}
-  spent: dict[tuple, float] = {}
-  for x in outcomes:
-    if x.seconds == x.seconds and not x.diverged:
-      key = x.size, x.workload
-      row = frozen.point_of(x)
-      taken = (x.flops / row['flops_per_token'] / row['tokens']
-               * frozen.steps(row['changes']))
-      steps[key] = steps.get(key, 0.0) + taken
-      spent[key] = spent.get(key, 0.0) + x.seconds
+  variants = (plan.base, plans.AGAIN, *plan.variants)
   wanted = [(size, workload) for size in plan.sizes
             for workload in plan.workloads]
-  return {key: spent[key] / steps[key] for key in wanted} if all(
-      key in steps for key in wanted) else None
-
-
-def known(workdir, frozen: plans.Frozen) -> Times | None:
-  """Returns what the runs in a study's folder took; None where there are not
-  enough of them yet. What an earlier plan had and this one has not is left
-  out."""
-  planned = {(row['variant'], row['size'], row['workload'])
-             for row in frozen.points}
-  planned |= {(plans.AGAIN, *rest) for _, *rest in planned}
-  return times(frozen, [x for x in results.outcomes(workdir)
-                        if (x.variant, x.size, x.workload) in planned])
+  steps, seconds = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0)
+  for x in results.outcomes(workdir):
+    key = x.size, x.workload
+    if (x.seconds == x.seconds and not x.diverged and x.variant in variants
+        and key in steps):
+      row = frozen.point_of(x)
+      steps[key] += (x.flops / row['flops_per_token'] / row['tokens']
+                     * frozen.steps(row['changes']))
+      seconds[key] += x.seconds
+  return {key: seconds[key] / steps[key] for key in wanted} if all(
+      steps.values()) else None
 
 
 def table(costs: Sequence[Cost], parallel: int) -> str:
   """Renders costs for a terminal: a row for each phase, and all of them."""
-  sums = (None if None in own else sum(own)
-          for own in list(zip(*costs))[1:6])
+  sums = (None if None in column else sum(column)
+          for column in list(zip(*costs))[1:6])
   every = [*costs, Cost('in all', *sums)]
   lines = layout.columns([
       ('phase', 'runs', 'programs', 'tokens', 'FLOPs', 'hours'),

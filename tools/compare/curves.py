@@ -129,10 +129,10 @@ class Point:
 
 def mean(each: Sequence[Mapping[str, list]]) -> dict[str, np.ndarray]:
   """Returns the mean of curves, at the steps that all of them have."""
-  step = functools.reduce(np.intersect1d, [own['step'] for own in each])
-  at = [np.isin(own['step'], step) for own in each]
-  return {name: np.mean([np.asarray(own[name], float)[i]
-                         for own, i in zip(each, at)], axis=0)
+  step = functools.reduce(np.intersect1d, [curve['step'] for curve in each])
+  at = [np.isin(curve['step'], step) for curve in each]
+  return {name: np.mean([np.asarray(curve[name], float)[i]
+                         for curve, i in zip(each, at)], axis=0)
           for name in ('step', *AXES, 'loss')}
 
 

@@ -63,33 +63,34 @@ def outcomes(workdir) -> list[plans.Outcome]:
 def folders(workdir, phase: str = '') -> list[pathlib.Path]:
   """Returns the sweeps of a phase, or of all, in the order of the phases."""
   wanted = [phase] if phase else plans.PHASES
-  found = []
+  sweeps = []
   for name in wanted:
-    found += sorted(
+    sweeps += sorted(
         (path.parent for path in pathlib.Path(workdir).glob(
             f'{name}*/sweep.json')), key=lambda path: (
                 len(path.name), path.name))
-  return found
+  return sweeps
 
 
 def rows(workdir, phase: str) -> list[ledger_lib.Run]:
   """Returns what the ledgers of a phase's sweeps hold."""
-  found = []
+  runs = []
   for folder in folders(workdir, phase):
     with ledger_lib.Ledger(folder) as ledger:
-      found += ledger.runs()
-  return found
+      runs += ledger.runs()
+  return runs
 
 
 def _spent(frozen: plans.Frozen, phase: str, found: phases.Found,
            planned: Mapping[str, int]) -> dict[str, Any]:
-  own = [x for x in found.outcomes if x.phase == phase]
-  tokens = sum(x.flops / frozen.point_of(x)['flops_per_token'] for x in own)
-  known = [x.seconds for x in own if x.seconds == x.seconds]
-  return {'planned': planned.get(phase, len(own)), 'done': len(own),
-          'failed': sum(x.diverged for x in own), 'tokens': tokens,
-          'flops': float(sum(x.flops for x in own)),
-          'seconds': float(sum(known)),
+  runs = [x for x in found.outcomes if x.phase == phase]
+  return {'planned': planned.get(phase, len(runs)), 'done': len(runs),
+          'failed': sum(x.diverged for x in runs),
+          'tokens': sum(x.flops / frozen.point_of(x)['flops_per_token']
+                        for x in runs),
+          'flops': float(sum(x.flops for x in runs)),
+          'seconds': float(sum(x.seconds for x in runs
+                               if x.seconds == x.seconds)),
           'finished': phase in found.finished}
 
 
@@ -99,12 +100,12 @@ def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]
   not."""
   from training.workdir import provenance
   differences = []
-  for own in frozen.amendments:
-    seen = ', '.join(own['seen']) or 'nothing'
+  for change in frozen.amendments:
+    seen = ', '.join(change['seen']) or 'nothing'
     differences.append(
-        f'The plan was changed ({", ".join(own["changed"])}) when {seen} had '
-        f'been looked at. Reason: {own["reason"]}')
-  differences += [own['told'] for own in frozen.notes]
+        f'The plan was changed ({", ".join(change["changed"])}) when {seen} '
+        f'had been looked at. Reason: {change["reason"]}')
+  differences += [change['told'] for change in frozen.notes]
   planned = provenance.codes([frozen.code])
   others = [code for code in ran if planned and code not in planned]
   if others:
@@ -118,10 +119,8 @@ def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]
 
 def codes(workdir) -> list[str]:
   """Returns the codes that trained the runs, as far as they are known."""
-  found = {}
-  for folder in folders(workdir):
-    found |= dict.fromkeys(layout.codes(folder, _runs(folder)))
-  return list(found)
+  return list(dict.fromkeys(code for folder in folders(workdir)
+                            for code in layout.codes(folder, _runs(folder))))
 
 
 def _runs(folder: pathlib.Path) -> list[tuple[str, int]]:
@@ -132,21 +131,16 @@ def _runs(folder: pathlib.Path) -> list[tuple[str, int]]:
 
 def _devices(workdir) -> list[str]:
   """Returns the devices that the runs said they have."""
-  found = {}
+  names = {}
   for folder in folders(workdir):
     for log in sorted(folder.glob('points/*/*/log.txt')):
       for line in log.read_text(errors='replace').splitlines():
-        name, colon, told = line.partition(': ')
+        name, colon, devices = line.partition(': ')
         if colon and name.strip() == 'devices':
-          found[told.partition(', mesh')[0]] = None
-  return list(found)
+          names[devices.partition(', mesh')[0]] = None
+  return list(names)
 
 
 def versions() -> dict[str, str]:
-  found = {'python': platform.python_version()}
-  for name in _PACKAGES:
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return found
+  return {'python': platform.python_version()} | {
+      name: importlib.metadata.version(name) for name in _PACKAGES}

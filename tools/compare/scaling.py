@@ -220,11 +220,11 @@ def bootstrap(law: Law, params, tokens, losses, draws: int, seed: int = 0
 
 def _best(starts, x, y, z) -> Law:
   from scipy.optimize import minimize
-  found = [minimize(objective, theta, args=(x, y, z), jac=True,
+  fits = [minimize(objective, theta, args=(x, y, z), jac=True,
                     method='L-BFGS-B', bounds=BOUNDS,
                     options=dict(maxiter=5000, ftol=1e-15, gtol=1e-10))
            for theta in starts]
-  theta = min(found, key=lambda result: result.fun).x
+  theta = min(fits, key=lambda result: result.fun).x
   return Law(*map(float, np.exp(theta[:3])), *map(float, theta[3:]))
 
 
@@ -347,19 +347,19 @@ def report_by(sweep, field: str, count: str, budgets, draws: int) -> dict:
   """
   require(field in sweep.base_config,
           f'--by is {field!r}, which is no config field')
-  own = sweep.base_config[field]
-  ladders: dict[str, list] = {str(own): []}
+  of_base = sweep.base_config[field]
+  ladders: dict[str, list] = {str(of_base): []}
   for point in sweep.points:
-    ladders.setdefault(str(point.changes.get(field, own)), []).append(point)
+    ladders.setdefault(str(point.changes.get(field, of_base)), []).append(point)
   ladders = {value: points for value, points in ladders.items() if points}
   require(len(ladders) > 1, f'--by is {field!r}, which is '
           f'{next(iter(ladders))!r} at every point of {sweep.name}: name a '
           'field of which it has two values')
   runs = {value: data(points, count, f'{field}={value} of {sweep.name}', field)
           for value, points in ladders.items()}
-  laws = {value: fit(*own[:3]) for value, own in runs.items()}
-  drawn = {value: bootstrap(laws[value], *own[:3], draws)
-           for value, own in runs.items()}
+  laws = {value: fit(*each[:3]) for value, each in runs.items()}
+  drawn = {value: bootstrap(laws[value], *each[:3], draws)
+           for value, each in runs.items()}
   first, *others = runs
   differences = []
   for value in others:
@@ -390,8 +390,8 @@ def _rungs(points: Sequence) -> list[tuple]:
 
 def text_by(figures: Mapping) -> str:
   """Renders `report_by` for a terminal."""
-  parts = [f'{figures["field"]}={value}\n{text(own)}'
-           for value, own in figures['variants'].items()]
+  parts = [f'{figures["field"]}={value}\n{text(law)}'
+           for value, law in figures['variants'].items()]
   lines = ['How the exponents differ, with 95 % intervals:']
   for row in figures['differences']:
     for name, of in (('a', 'parameters'), ('b', 'tokens')):

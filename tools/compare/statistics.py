@@ -273,9 +273,9 @@ def power(effect: float, *args, **kwargs) -> float:
 
 def smallest_effect(wanted: float, *args, **kwargs) -> float | None:
   """Returns the effect that a share `wanted` of drawn studies finds."""
-  found = float(np.quantile(least_effects(*args, **kwargs), wanted,
+  effect = float(np.quantile(least_effects(*args, **kwargs), wanted,
                             method='higher'))
-  return found if np.isfinite(found) else None
+  return effect if np.isfinite(effect) else None
 
 
 def seeds_needed(effect: float, wanted: float, sd: float, sds, df: float,
