@@ -29,13 +29,14 @@ import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import tables
+from architectures.parts import paths, tables
 from architectures.parts.config import ModelConfig
 from configs import base
-from configs.errors import require, short
-from training import chat, config_files
-from training import generate as generation, limits, objectives, parameters
-from training import paths, runs
+from configs.errors import one_of, require, short
+from training import chat
+from training import cli
+from training import generate as generation, objectives, parameters
+from training import runs
 from training.costs import totals
 from training.data import inputs as inputs_of
 from training.data import tokenizers
@@ -196,7 +197,7 @@ class Model:
     require('' not in stops, f'stop is {short(stop)}: every text begins with '
             "''")
     shown, end = self._shown(texts)
-    limits.ids('the prompt', shown.tokens, self.config.vocab_size)
+    inputs_of.check_ids('the prompt', shown.tokens, self.config.vocab_size)
     new_BT = np.asarray(generation.generate(
         self.module, self.params, jnp.asarray(shown.tokens),
         jnp.asarray(shown.lengths), jax.random.key(seed),
@@ -363,9 +364,9 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
     module = architectures.build(changed_model(config, fields))
     return Model(module, _initial(module, seed))
   if isinstance(config, str):
-    config = config_files.load_config_file(config)
+    config = cli.load_config_file(config)
   config = config.copy_and_resolve_references()
-  config_files.set_fields(config.model, fields)
+  cli.set_fields(config.model, fields)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve(config, tokenizer)
   _refuse_unread(model, fields)
@@ -401,13 +402,13 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
   lora.alpha becomes as large."""
   changes: dict[str, Any] = {}
   for name, value in fields.items():
-    config_files.check_field('config.model', name, _names(config))
+    one_of('field of config.model', name, _names(config))
     require(name not in _SIZES, f'model.{name} decides the sizes of other '
             'parts: build a model with it, from a file of configs/')
     if isinstance(value, Mapping):
       group = getattr(config, name) or tables.GROUPS[name]()
       for field in value:
-        config_files.check_field(f'config.model.{name}', field, _names(group))
+        one_of(f'field of config.model.{name}', field, _names(group))
       if name == 'lora' and group.alpha == group.rank:
         value = {'alpha': 0, **value}
       value = dataclasses.replace(group, **value)

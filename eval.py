@@ -18,11 +18,12 @@ to a prefix LM as the prefix, to an encoder-decoder as the source.
 Exit code 2: a wrong request; 1: a failure.
 """
 
+import signal
+
 from absl import flags
 
 from configs.errors import RequestError
 from training import cli, evals
-from training.distributed import interrupts
 
 cli.define_workdir()
 flags.DEFINE_string('step', None, 'Which checkpoint: the number of a step, or '
@@ -69,4 +70,5 @@ def main():
 
 
 if __name__ == '__main__':
-  cli.run(main, interrupts.EndAtOnce())
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: in a compiler, too
+  cli.run(main)

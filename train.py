@@ -6,11 +6,11 @@ r"""Trains the model that a config file describes, or resumes the run.
 
 After Ctrl-C, SIGTERM or the end of its terminal the program finishes the step,
 saves, and ends with exit code 0, or with the one that --stopped_exit_code sets;
-so it does where nobody reads what it prints any more, as after `| head`. A
-signal N that arrives before the step is compiled ends it at once, with the code
-that is set or with 128 + N; a second signal ends it at once with 128 + N. Exit
-code 2 means a wrong request, or a loss that is not finite, because the same
-command would end in the same way; exit code 1 means a failure.
+so it does where nobody reads what it prints any more, as after `| head`. Before
+the step is compiled a signal ends it at once, as it ends any program; a second
+signal ends it at once with 128 + its number. Exit code 2 means a wrong request,
+or a loss that is not finite, because the same command would end in the same
+way; exit code 1 means a failure.
 """
 
 import json
@@ -20,7 +20,6 @@ from absl import flags
 
 from configs.errors import RequestError, require
 from training import cli
-from training.distributed import interrupts
 
 cli.define_config()
 cli.define_workdir()
@@ -52,8 +51,7 @@ def main():
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import early_stopping, loop, objectives, parameters
-  from training import preflight, runs, timing
+  from training import loop, objectives, parameters, preflight, progress, runs
   from training.data import tokenizers
   from training.objectives import pipeline
   from training.distributed import cpu, devices, processes
@@ -69,14 +67,14 @@ def main():
   preflight.check_config(config, cli.overrides())
   several = processes.how_to_join(args.coordinator, args.num_processes,
                                   args.process_id, args.cluster)
-  timing.profiled_steps(args.profile_steps, config.train.steps)
+  progress.profiled_steps(args.profile_steps, config.train.steps)
   pipeline.check_sources(config)
   parameters.check_source(config.init_from)
   config = objectives.with_labels(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, derived = runs.resolve(config, tokenizer)
   changes = run_config.changes(workdir, config, derived)
-  run_config.refuse(changes, args.allow_config_change, workdir)
+  run_config.refuse(changes, args.allow_config_change)
   if changes:
     print(run_config.table(changes))
   for line in provenance.changes(run_config.starts(workdir)):
@@ -87,8 +85,6 @@ def main():
   cpu.prepare()
   processes.meet()
   run = runs.build(config, model)
-  if devices.primary():
-    preflight.warn_of_unused_ids(config, model, tokenizer)
 
   # 3. The data.
   index, count = devices.batch_shard(run.place, config.data.batch_size)
@@ -100,28 +96,27 @@ def main():
     print(line)
 
   # 4. The state: restored from the newest good checkpoint, or new.
-  storage.lock(workdir, devices.primary())
-  with checkpoints.Checkpoints(workdir, **config.checkpoint,
-                               agree_every=config.log.every_steps) as saved:
+  with storage.locked(workdir, devices.primary()), checkpoints.Checkpoints(
+      workdir, **config.checkpoint, agree_every=config.log.every_steps
+  ) as saved:
     try:
       state, start = parameters.restore_or_create(run, saved)
     except checkpoints.Mismatch as error:  # which lists the shapes
       raise RequestError(run_config.way_on(changes) or str(error)) from error
-    require(changes or not loop.ended_badly(state, config),
-            f'{workdir}: {loop.ended_badly(state, config)}')
+    ended = loop.ended_badly(state, config)
+    require(changes or not ended, f'{workdir}: {ended}')
     require(start <= config.train.steps, f'train.steps is '
             f'{config.train.steps}, and the run in {workdir} has trained '
             f'{start} steps: ask for more, or take another --workdir')
-    early = early_stopping.ended_early(config, saved.best, start)
+    early = loop.ended_early(config, saved.best, start)
     if early or start >= config.train.steps:
       if devices.primary():
         done = early or f'{start} steps of {config.train.steps}'
         print(f'{workdir} is complete: {done}. '
               + 'Its config is left as it was. ' * bool(changes) +
               f'To look at it: python eval.py --workdir {workdir}. To go on: '
-              'a larger --config.' + ('eval.patience. To ' if early else
-              'train.steps with --allow_config_change. To ')
-              + 'start anew: another --workdir.')
+              f'a larger --config.{"eval.patience" if early else "train.steps"}'
+              ' with --allow_config_change. To start anew: another --workdir.')
       return 0
 
     # 5. The loop. The record is of what is trained.
@@ -132,6 +127,5 @@ def main():
 
 
 if __name__ == '__main__':
-  cli.run(main, interrupts.EndAtOnce(
-      lambda: flags.FLAGS.is_parsed() and flags.FLAGS.stopped_exit_code),
-          unread=128 + signal.SIGPIPE)  # not 0: it is not complete
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: in a compiler, too
+  cli.run(main)

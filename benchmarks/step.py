@@ -33,7 +33,7 @@ from benchmarks import rival
 from benchmarks.worker import Worker
 from configs import gpt
 from configs.errors import one_of, require
-from training import cli, preflight, runs
+from training import cli, objectives, preflight, runs
 from training.data import tokenizers
 from training.workdir import run_config, storage
 
@@ -84,7 +84,7 @@ def main():
     rival.check(config)
     config = rival.alike(config)
   if not config.model.vocab_size:
-    config.model.vocab_size = runs.vocab_size(
+    config.model.vocab_size = objectives.of(config).vocab_size(
         config, tokenizers.load(config.data.tokenizer))
   if 'generate' in args.sections:
     stack = architectures.stack(runs.resolve_alone(config))

@@ -9,13 +9,16 @@ The fields of config.model are declared beside the parts that read them.
 from collections.abc import Mapping
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import ml_collections
 
 from architectures.parts import tables
-from configs.fields import AT_START, field, INCOMPATIBLE, Leaf, leaves
-from configs.fields import OPTIMISATION, Resume, SAFE
+from configs.errors import require, short
+from configs.fields import AT_START, check as check_field, check_type, field
+from configs.fields import INCOMPATIBLE, Leaf, leaves, OPTIMISATION, Resume
+from configs.fields import SAFE
 
 MOST = 2**31 - 1  # steps, rows and tokens are counted in int32 on a device
 _written = functools.partial(field, resume=Resume(
@@ -232,10 +235,6 @@ class Checkpoint:
   keep: int = _written(3, 'how many of the newest good checkpoints are kept',
                        least=1, most=10_000)
   keep_every: int = _written(0, 'keep every n-th step too; 0: none', most=MOST)
-  average: int = _written(
-      0, 'After the last step, the mean of the parameters of so many '
-      'checkpoints, the last ones by every_steps, is evaluated too, as '
-      'mean/loss. 0: none.', most=10_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,6 +311,31 @@ def find(name: str) -> Leaf | None:
   """Returns the field of a dotted name, that of a kind of layer too; None:
   there is none."""
   return FIELDS.get(name) or tables.find(name.removeprefix('model.'))
+
+
+def get(config: ml_collections.ConfigDict, name: str) -> Any:
+  """Returns the field of a config by its dotted name."""
+  return functools.reduce(operator.getitem, name.split('.'), config)
+
+
+def check(tree: Mapping[str, Any], who: str = '') -> None:
+  """Raises RequestError for what is no field of a config, or of another type
+  than its field, or out of its range; the ranges of a model's fields are
+  checked where it is built. Fields may be missing.
+
+  Args:
+    tree: of a config, as dicts.
+    who: what the sentence begins with.
+  """
+  for name, value in tables.flat(tree).items():
+    leaf = find(name)
+    require(leaf is not None, f'{who}{short(name)} is no config field')
+    if name.startswith('model.'):
+      check_type(value, leaf.default, who + name)
+    else:
+      check_field(leaf, value, who + name)
+  tables.check_kinds(tree.get('model', {}).get('kinds', {}),
+                     f'{who}model.kinds')
 
 
 def resume(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:

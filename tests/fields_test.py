@@ -16,7 +16,8 @@ from architectures.parts import tables
 from configs import base
 from configs.errors import RequestError, short
 from tests.helpers import models
-from training import cli, config_files, limits, preflight
+from training import cli, preflight
+from training.workdir import run_config
 
 FIELDS = st.sampled_from(sorted(base.FIELDS))
 
@@ -77,7 +78,7 @@ def test_a_wrong_value_is_refused_by_name_and_value(case):
   config = base.base()
   set_in(config, name, value)
   with pytest.raises(RequestError) as refusal:
-    limits.ranges(config)
+    base.check(config.to_dict())
     tables.check_fields(config.model.to_dict())
   assert name in str(refusal.value) and short(value) in str(refusal.value)
 
@@ -99,10 +100,9 @@ def test_every_field_can_be_set_by_a_flag():
     cli.define_config()
     cli.parse('', argv)
     config = flags.FLAGS.config
-    assert {name: limits.get(config, name) for name in found} == found
+    assert {name: base.get(config, name) for name in found} == found
     assert set(cli.overrides()) == found.keys()
-    config_files.check_config_fields(config, 'it')
-    limits.ranges(config)
+    cli.check_config(config, 'it')
     tables.check_fields(config.model.to_dict())
   finally:
     for name in list(flags.FLAGS):
@@ -126,12 +126,12 @@ def test_what_is_not_read_is_refused_by_hand_and_is_nowhere(system):
     set_in(own, f'model.{name}', value)
     if name in unread:
       with pytest.raises(RequestError) as refusal:
-        limits.refuse_unread_of([f'model.{name}'], own, c)
+        preflight.refuse_unread_of([f'model.{name}'], own, c)
       assert all(word in str(refusal.value) for word in (
           f'model.{name} is {value}', unread[name], 'Leave it at'))
     else:
-      limits.refuse_unread_of([f'model.{name}'], own, c)
-  read = tables.flat(limits.as_read(config, c))
+      preflight.refuse_unread_of([f'model.{name}'], own, c)
+  read = tables.flat(run_config.as_read(config, c))
   assert not {f'model.{name}' for name in unread} & read.keys()
   assert tables.make(tables.as_dict(c)) == c
   for group, settings_ in tables.GROUPS.items():

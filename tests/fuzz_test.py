@@ -24,8 +24,9 @@ from tests.helpers.fuzzing import each, runs_or_refuses
 from tools.compare import layout, status
 from tools.compare import ledger as ledger_lib
 from tools.compare import report
-from training import config_files, preflight, runs
-from training.step import abstract_params
+from training import preflight, runs
+from training import cli
+from training.runs import abstract_params
 from training.distributed import processes
 from training.hf import files as hf_files, weights
 from training.workdir import checkpoints, metrics, run_config
@@ -135,7 +136,7 @@ def test_config_files(text, tmp_path_factory):
   file.write_bytes(text.encode('utf-8', 'surrogatepass'))
 
   def load():
-    config = config_files.load_config_file(str(file))
+    config = cli.load_config_file(str(file))
     preflight.check_config(config)
     run_config.to_json(config)
 

@@ -319,7 +319,7 @@ def _checkpoints(tmp_path, texts, flags):
 def test_a_second_run_in_the_workdir_is_refused(texts, tmp_path):
   with subprocess.Popen(
       [sys.executable, '-c', 'import sys; '
-       'from training.workdir import storage; storage.lock('
+       'from training.workdir import storage; lock = storage.locked('
        'sys.argv[1]); print("held", flush=True); sys.stdin.read()',
        str(tmp_path / 'run')], cwd=ROOT, text=True, stdin=subprocess.PIPE,
       stdout=subprocess.PIPE) as first:
@@ -336,6 +336,28 @@ def test_a_profile_is_written(texts, tmp_path):
   run(command(tmp_path / 'run', texts, '--profile_steps=2:4',
               '--config.train.steps=5'))
   assert list((tmp_path / 'run/profile').rglob('*.xplane.pb'))
+
+
+@pytest.mark.long
+def test_the_best_of_a_run_is_kept_beside_the_newest(texts, tmp_path):
+  """By train.py, which ends early, and says so again, and by eval.py. The
+  learning rate is so large that the loss rises again."""
+  words = command(tmp_path / 'run', texts, *(f'--config.{flag}' for flag in (
+      'eval.best=loss', 'eval.patience=2', 'eval.every_steps=2',
+      'checkpoint.keep=1', 'checkpoint.every_steps=0',
+      'optim.schedule=constant', 'optim.lr=0.03', 'optim.warmup_steps=0',
+      'model.d_model=16')))
+  said = run(words).stdout
+  evals = {row['step']: row['loss'] for row in rows(tmp_path / 'run')
+           if row['split'] == 'eval'}
+  end, lowest = max(evals), min(evals, key=evals.get)
+  assert end < 20 and end == lowest + 4
+  assert f'ended early after step {end}: loss has not been better' in said
+  assert sorted(int(path.name) for path in (
+      tmp_path / 'run/checkpoints').iterdir()) == [lowest, end]
+  assert f'is complete: ended early after step {end}' in run(words).stdout
+  assert max(row['step'] for row in rows(tmp_path / 'run')) == end
+  assert f'step {lowest}' in evaluate(tmp_path / 'run', '--step=best').stdout
 
 
 def _start(words):

@@ -10,10 +10,9 @@ folder by its own chat template, and any other model goes on from the text. How
 a folder's answers are drawn and end is what its generation_config.json says;
 the flags say otherwise.
 
-Commands: /reset begins a new conversation, /system TEXT sets the system text,
-/save FILE adds the conversation to a file as a line of JSON, /help, /exit.
-Ctrl-C ends an answer, not the program. Through a pipe, each line of standard
-input is a message, and standard output has the answers alone.
+/reset begins a new conversation; /exit or Ctrl-D ends the program, Ctrl-C an
+answer. Through a pipe, each line of standard input is a message, and standard
+output has the answers alone.
 
 Exit code 2: a wrong request, such as a message for which the model has no
 room; 1: a failure.
@@ -21,7 +20,6 @@ room; 1: a failure.
 
 from collections.abc import Callable, Iterator
 import contextlib
-import os
 import signal
 import sys
 import types
@@ -41,8 +39,8 @@ flags.DEFINE_string('step', None, 'Which checkpoint: the number of a step, or '
 flags.DEFINE_string('template', '', 'A chat template instead of the model\'s '
                     'own: a Jinja file, or a Hugging Face folder.')
 flags.DEFINE_string('system', '', 'The system text.')
-flags.DEFINE_integer('context', 0, 'Tokens of the whole conversation; 0: '
-                     'max_len of the model, 2048 at most.', 0, 2**24)
+flags.DEFINE_integer('context', 2048, 'Tokens of the whole conversation; '
+                     'max_len of the model at most.', 2, 2**24)
 flags.DEFINE_integer('max_new_tokens', 512, 'Tokens of an answer.', 1, 2**24)
 flags.DEFINE_integer('seed', 0, 'The seed of the draws.', 0, 2**32 - 1)
 for _flag in samples.SAMPLING:
@@ -52,22 +50,13 @@ for _flag in samples.SAMPLING:
           **({} if _flag.least is None else dict(lower_bound=_flag.least,
                                                  upper_bound=_flag.most)))
 
-CONTEXT = 2048
-HELP = """\
-/reset          begins a new conversation
-/system TEXT    sets the system text; without TEXT, removes it
-/save FILE      adds the conversation to FILE, as a line of JSON
-/help           shows this
-/exit           ends the program, as Ctrl-D does
-//TEXT          is the message /TEXT
-Ctrl-C ends an answer."""
-NOTES = {'length': 'cut off at --max_new_tokens',
-         'context': 'the tokens of --context are full: /reset begins a new '
-                    'conversation',
-         'interrupted': 'stopped'}
+NOTES = {'length': '[cut off at --max_new_tokens]',
+         'context': '[the tokens of --context are full: /reset begins a new '
+                    'conversation]',
+         'interrupted': '[stopped]'}
 
 
-def main() -> int | None:
+def main() -> None:
   cli.parse(__doc__)
   args = flags.FLAGS
   require(bool(args.workdir) != bool(args.folder), 'pass either --workdir DIR, '
@@ -78,188 +67,105 @@ def main() -> int | None:
            if args[flag.name].value is not None}
   samples.sampling(_options({}, given))  # which refuses what is out of range
   sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]
-  in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
   with contextlib.redirect_stdout(sys.stderr):
-    session, about = _session(args, given)
-  if in_terminal:
-    print(about, file=sys.stderr)
-    return with_terminal(session)
-  return through_pipe(session)
+    session = _session(args, given)
+  converse(session, sys.stdin.isatty() and sys.stdout.isatty())
 
 
-def _options(said: dict[str, Any], given: dict[str, Any]
+def _options(generation: dict[str, Any], given: dict[str, Any]
              ) -> types.SimpleNamespace:
   """Returns the options of samples.SAMPLING.
 
   Args:
-    said: what a folder's generation_config.json says; {}: nothing.
+    generation: what a folder's generation_config.json says; {}: nothing.
     given: those that were set on the command line.
   """
   usual = {flag.name: flag.default for flag in samples.SAMPLING}
   draws = {'temperature', 'top_k', 'top_p', 'min_p'}
-  if said and not draws & given.keys():
-    if said.get('do_sample'):  # what transformers takes where it says nothing
-      usual |= {'top_k': 50} | {name: said[name] for name in draws
-                                if said.get(name) is not None}
-    else:
-      usual['temperature'] = 0.0
-  if said.get('repetition_penalty') is not None:
-    usual['repetition_penalty'] = said['repetition_penalty']
+  if generation and not draws & given.keys():
+    # What transformers takes where the file says nothing.
+    usual |= dict(top_k=50) if generation.get('do_sample') else dict(
+        temperature=0.0)
+    draws &= generation.keys() if generation.get('do_sample') else set()
+    usual |= {name: generation[name] for name in draws
+              if generation[name] is not None}
+  if generation.get('repetition_penalty') is not None:
+    usual['repetition_penalty'] = generation['repetition_penalty']
   return types.SimpleNamespace(**usual | given)
 
 
-def _session(args: Any, given: dict[str, Any]) -> tuple[Any, str]:
-  """Returns the session, and what a reader should know of it."""
-  import jax
-
+def _session(args: Any, given: dict[str, Any]) -> Any:
+  """Returns the session; prints what a reader should know of it."""
   from training import chat
   from training.workdir import checkpoints, storage
   speaker = (chat.of_folder(storage.path(args.folder, '--folder'),
                             args.template) if args.folder else
              chat.of_run(storage.path(args.workdir),
                          checkpoints.named_step(args.step), args.template))
-  model = speaker.module.config
   options = _options(speaker.options, given)
-  context = args.context or min(model.max_len, CONTEXT)
-  require(1 < context <= model.max_len, f'--context is {context}, and the '
-          f'model takes max_len {model.max_len} tokens: choose 2 to '
-          f'{model.max_len}')
-  sampling = samples.sampling(options)
+  context = min(args.context, speaker.module.config.max_len)
   session = chat.Session(
-      chat.Engine(speaker.module, speaker.params, context, sampling,
-                    args.seed),
+      chat.Engine(speaker.module, speaker.params, context,
+                  samples.sampling(options), args.seed),
       speaker.tokenizer, speaker.talk, most=args.max_new_tokens,
       stops=samples.stops(options), system=args.system)
-  count = sum(x.size for x in jax.tree.leaves(speaker.params))
-  usual = {flag.name: flag.default for flag in samples.SAMPLING}
-  drawn = [f'{name} {value}' for name, value in vars(options).items()
-           if name != 'temperature' and value != usual[name]]
-  how = ('the likeliest token each time' if not sampling.temperature else
-         f'drawn at temperature {sampling.temperature:g}')
-  return session, (
-      f'{args.folder or args.workdir}: {count:,} parameters; '
-      f'{speaker.talk.words}\n{", ".join([how, *drawn])}; room for '
-      f'{context:,} tokens; /help for commands')
+  if sys.stdin.isatty():
+    print(f'the model {speaker.talk.words}; '
+          + ', '.join(f'{name} {value}' for name, value in vars(options).items()
+                      if value) + f'; room for {context:,} tokens')
+  return session
 
 
-def with_terminal(session: Any) -> None:
-  """Talks with who sits at the terminal, until they go."""
+def converse(session: Any, in_terminal: bool) -> None:
+  """Answers each line, until there is none; in a terminal what is wrong is said
+  and ends nothing."""
+  from training.data import texts
+  for number, line in enumerate(_lines(in_terminal), 1):
+    try:
+      if line.strip() == '/exit':
+        return
+      if line.strip() == '/reset':
+        session.reset()
+      elif line.strip():
+        _answer(session, texts.checked(line.rstrip('\r\n'),
+                                       f'line {number}'))
+        if in_terminal and session.ended in NOTES:
+          print(NOTES[session.ended], file=sys.stderr)
+    except RequestError as error:
+      if not in_terminal:
+        raise
+      print(f'error: {error}', file=sys.stderr)
+
+
+def _lines(in_terminal: bool) -> Iterator[str]:
+  if not in_terminal:
+    from training.data import texts
+    for data in sys.stdin.buffer:
+      yield texts.decoded(data, 'standard input')
+    return
   with contextlib.suppress(ImportError):
     import readline as _  # noqa: F401  lines can be edited, and come back
   while True:
     try:
-      line = input('\n> ')
+      yield input('\n> ')
     except KeyboardInterrupt:
       print('\n/exit or Ctrl-D ends the program', file=sys.stderr)
-      continue
     except EOFError:
       print()
       return
-    except UnicodeDecodeError as error:
-      print(f'error: the line is no text: {error}', file=sys.stderr)
-      continue
-    try:
-      if not line.strip():
-        continue
-      if _is_command(line):
-        if not _command(session, line.strip()):
-          return
-        continue
-      with interrupts() as stopped:
-        _show(session.ask(_message(line), stopped))
-    except (RequestError, OSError) as error:
-      print(f'error: {error}', file=sys.stderr)
-      continue
-    if note := NOTES.get(session.ended, ''):
-      _say(note)
 
 
-def through_pipe(session: Any) -> None:
-  """Answers each line of standard input."""
-  from training.data import texts
-  for number, data in enumerate(sys.stdin.buffer, 1):
-    line = texts.decoded(data, f'standard input, line {number},').rstrip('\r\n')
-    if not line.strip():
-      continue
-    if not _is_command(line):
-      _show(session.ask(_message(line)))
-    elif not _command(session, line.strip()):
-      return
-
-
-def _show(pieces: Iterator[str]) -> None:
-  for piece in pieces:
-    print(piece, end='', flush=True)
-  print(flush=True)
-
-
-@contextlib.contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
-  """While the `with` block runs, Ctrl-C is kept for the function that it
-  yields: an answer ends between two tokens, with its cache as it should be."""
+def _answer(session: Any, message: str) -> None:
+  """Prints the answer. Meanwhile Ctrl-C ends it between two tokens, with the
+  cache as it should be."""
   came = []
   before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
   try:
-    yield lambda: bool(came)
+    for piece in session.ask(message, lambda: bool(came)):
+      print(piece, end='', flush=True)
+    print(flush=True)
   finally:
     signal.signal(signal.SIGINT, before)
-
-
-def _is_command(line: str) -> bool:
-  return line.startswith('/') and not line.startswith('//')
-
-
-def _message(line: str) -> str:
-  from training.data import texts
-  return texts.checked(line[1:] if line.startswith('//') else line,
-                       'the message')
-
-
-def _command(session: Any, line: str) -> bool:
-  """Does what a command says; returns whether the program goes on."""
-  name, _, rest = line.partition(' ')
-  rest = rest.strip()
-  require(name in COMMANDS, f'there is no command {name}: choose from '
-          f'{", ".join(COMMANDS)}; a message that begins with / is written '
-          f'/{line}')
-  return COMMANDS[name](session, rest) is not False
-
-
-def _save(session: Any, name: str) -> None:
-  require(bool(name), '/save needs the name of a file')
-  require(bool(session.messages), 'there is nothing to save yet')
-  try:
-    with open(os.path.expanduser(name), 'a', encoding='utf-8') as file:
-      file.write(session.line())
-  except OSError as error:
-    raise RequestError(f'/save cannot write {name!r}: {error.strerror}; name '
-                       'a file in a folder that is there') from error
-  _say(f'{len(session.messages)} messages are in {name} now')
-
-
-def _system(session: Any, text: str) -> None:
-  session.instruct(text)
-  if session.messages:
-    _say('the conversation so far stays: /reset begins a new one')
-
-
-def _reset(session: Any, _: str) -> None:
-  session.reset()
-  _say('a new conversation')
-
-
-def _say(note: str) -> None:
-  print(f'[{note}]', file=sys.stderr)
-
-
-# Each takes the session and the text after its name; False ends the program.
-COMMANDS: dict[str, Callable[[Any, str], Any]] = {
-    '/reset': _reset,
-    '/system': _system,
-    '/save': _save,
-    '/help': lambda session, _: print(HELP, file=sys.stderr),
-    '/exit': lambda session, _: False,
-}
 
 
 if __name__ == '__main__':

@@ -49,8 +49,9 @@ import numpy as np
 
 import architectures
 from configs import base
+from configs.fields import check_number
 from configs.errors import RequestError, require
-from training import cli, limits, objectives, parameters, progress, runs
+from training import cli, objectives, parameters, progress, runs
 from training.data import tokenizers
 from training.distributed import cpu
 from training.hf import config as hf_config, files as hf_files
@@ -337,7 +338,7 @@ def main() -> None:
            dropless=args.dropless, adapter=args.adapter)
     return
   if args.command != 'merge':
-    limits.number('--seed', args.seed, (('>=', 0), ('<=', 2**32 - 1)))
+    check_number('--seed', args.seed, (('>=', 0), ('<=', 2**32 - 1)))
   storage.try_folder(args.workdir, 'WORKDIR')
   if args.command == 'import':
     import_(args.source, args.workdir, partial=args.partial, seed=args.seed,

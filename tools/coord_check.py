@@ -181,7 +181,7 @@ def measure(c, steps: int, seeds: int):
   import jax.numpy as jnp
   import numpy as np
   import architectures
-  from training.step import init_state, make_train_step, optimizer
+  from training.runs import init_state, make_train_step, optimizer
   module = architectures.build(c.model)
   tx = optimizer(module, c.optim, steps)
   step = make_train_step(module, tx, c)

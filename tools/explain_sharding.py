@@ -23,10 +23,11 @@ from architectures.parts import sharding
 from configs import sharding as tables
 from configs.errors import require
 from tools.plan import collectives, predict, report as plans
-from training import cli, objectives, paths, preflight, runs
+from training import cli, objectives, preflight, runs
+from architectures.parts import paths
 from training.data import tokenizers
 from training.distributed import devices
-from training.step import STREAMS, abstract_params
+from training.runs import STREAMS, abstract_params
 
 
 def row(run: runs.Run, name: str, x: Any, axes) -> dict:

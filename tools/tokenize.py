@@ -18,8 +18,9 @@ import time
 from typing import Any
 
 from configs import base
+from configs.fields import check_number
 from configs.errors import require
-from training import cli, limits
+from training import cli
 from training.data import conversations, sources, tokenizers, tokens
 from training.workdir import storage
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
   args.job = args.job if args.jobs > 1 else 0
   for name, least, most in (
       ('shard_mib', 1, 2**20), ('jobs', 1, 100_000), ('job', 0, args.jobs - 1)):
-    limits.number(f'--{name}', getattr(args, name),
+    check_number(f'--{name}', getattr(args, name),
                   (('>=', least), ('<=', most)))
   figures = tokenise(args)
   if args.json:

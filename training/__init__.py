@@ -1,5 +1,29 @@
 """How a run goes: devices, data, objectives, optimiser, step, checkpoints."""
 
-from training.distributed import backends
+import glob
+import importlib.util
+import os
+import sys
 
-backends.hide_absent_devices()  # here, so that no program forgets it
+# Device files of TPUs and of GPUs.
+_DEVICES = ('/dev/accel*', '/dev/vfio/*', '/dev/nvidia*', '/dev/dxg',
+            '/dev/kfd')
+# By one of these somebody says that there is a device, or which to take.
+_NAMED = ('JAX_PLATFORMS', 'JAX_FORCE_TPU_INIT', 'PJRT_DEVICE', 'TPU_NAME',
+          'TPU_WORKER_ID', 'TPU_ACCELERATOR_TYPE')
+
+
+def hide_absent_devices() -> None:
+  """Sets JAX_PLATFORMS=cpu where the extras `plan` and `plan-gpu` have brought
+  compilers for devices that are not here: JAX would search for them, and
+  complain."""
+  compilers = any(importlib.util.find_spec(name) for name in (
+      'libtpu', 'jax_cuda13_plugin'))
+  if compilers and not any(name in os.environ for name in _NAMED) and not any(
+      map(glob.glob, _DEVICES)):
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    if 'jax' in sys.modules:  # which read it when it was imported
+      sys.modules['jax'].config.update('jax_platforms', 'cpu')
+
+
+hide_absent_devices()  # here, so that no program forgets it

@@ -1,4 +1,5 @@
-"""What the programs share at the command line: flags, errors, exit codes.
+"""What the programs share at the command line: flags, config files, errors,
+exit codes.
 
 Exit codes: 0 done or cleanly stopped; 2 a wrong request (RequestError, printed
 as one sentence; of train.py also a loss that is not finite); 1 a failure,
@@ -8,21 +9,29 @@ either of the environment (EnvironmentFailure or OSError, one sentence) or a bug
 
 from collections.abc import Callable, Mapping, Sequence
 import argparse
-import contextlib
+import ast
 import difflib
-import importlib
-import keyword
+import functools
+import importlib.machinery
+import importlib.util
+import operator
+import os
+import pathlib
 import re
 import signal
 import sys
 import textwrap
+import traceback
+import types
+from typing import Any
 
 from absl import flags
 import ml_collections
-from ml_collections import config_flags
 
-from configs.errors import EnvironmentFailure, RequestError, require
-from training import config_files
+from architectures.parts import tables
+from configs import base
+from configs.errors import EnvironmentFailure, RequestError, one_of, require
+from configs.errors import short
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
@@ -31,29 +40,16 @@ flags.disclaim_key_flags()  # what is defined here belongs to who calls
 at_failure: Callable[[int], None] = sys.exit
 
 
-def run(main: Callable[[], int | None],
-        around: contextlib.AbstractContextManager = contextlib.nullcontext(),
-        unread: int = 0) -> None:
-  """Calls main() and exits with its code, or with that of its failure: see
-  the head of this file.
-
-  Args:
-    main: the program; returns its exit code, or None for 0.
-    around: a context for it, such as interrupts.EndAtOnce().
-    unread: the exit code where nobody reads what it prints.
-  """
+def run(main: Callable[[], int | None]) -> None:
+  """Calls main() and exits with its code, None for 0, or with that of its
+  failure: see the head of this file."""
   try:
-    for word in sys.argv[1:]:  # such a path fails where a run is saved
-      require(word.encode('utf-8', 'ignore').decode() == word,
-              f'the argument {word!r} is not UTF-8')
-    with around:
-      code = main() or 0
-    sys.exit(code)
+    sys.exit(main() or 0)
   except RequestError as error:
     code, sentence = 2, f'error: {error}'
   except BrokenPipeError:  # `| head` has read enough
     sys.stderr.close()
-    (at_failure if unread else sys.exit)(unread)
+    at_failure(128 + signal.SIGPIPE)
   except (EnvironmentFailure, OSError) as error:
     code, sentence = 1, f'error: {error}'
   except Exception as error:
@@ -70,53 +66,12 @@ def run(main: Callable[[], int | None],
   at_failure(code)
 
 
-def define_config(text: str = 'A file of configs/ and its size, FILE.py:SIZE; '
-                  'any field is a flag: --config.optim.lr=3e-4.') -> None:
-  """Defines --config for the program that calls; once, so that one process
-  may import several programs."""
-  if 'config' not in flags.FLAGS:
-    try:  # which reads any --flagfile at once
-      config_flags.DEFINE_config_file('config', help_string=text,
-                                      sys_argv=_words_of_config)
-      flags.FLAGS['config'].parser = _ConfigFile('config')
-    except flags.Error as error:
-      _refuse_flags(error)
-
-
-# The command line as ml_collections reads it; `parse` fills it in.
-_words_of_config: list[str] = []
-
-
-def _spelt(word: str) -> str:
-  """Returns a word of a command line as ml_collections can read it and other
-  programs can be given it: --config.FIELD=False for --noconfig.FIELD, and a
-  kind of layer that is called as a keyword of Python, `global`, in quotes."""
-  word = re.sub(r'^--?noconfig\.([^=]*)$', r'--config.\1=False', word)
-  return re.sub(r'(--?config\.model\.kinds)\.(\w+)\.', lambda m: (
-      f'{m[1]}[{m[2]!r}].' if keyword.iskeyword(m[2]) else m[0]), word, count=1)
-
-
-class _ConfigFile(config_flags.config_flags.ConfigFileFlagParser):
-  """Loads the file of --config, for ml_collections to set what the flags say:
-  kinds of layer that they name first are there then."""
-
-  def parse(self, path: str):
-    config = super().parse(path)
-    if isinstance(config, ml_collections.ConfigDict):
-      config_files.declare_kinds(config, _words_of_config)
-    return config
-
-
-def define_workdir() -> None:
-  """Defines --workdir, likewise."""
-  if 'workdir' not in flags.FLAGS:
-    flags.DEFINE_string('workdir', '', 'The folder of the run.')
-
-
-def _has_default(text: str | None, default: object) -> bool:
-  """Whether a flag's --help needs no default behind its text: there is none,
-  or the text says what it means."""
-  return default in (None, '', []) or 'default:' in (text or '')
+def is_out_of_memory(error: Exception) -> bool:
+  """Whether XLA could not have the memory that it asked for."""
+  jax = sys.modules.get('jax')  # not imported for this alone
+  return isinstance(error, MemoryError) or (
+      jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
+      and 'RESOURCE_EXHAUSTED' in str(error))
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter,
@@ -143,26 +98,46 @@ def run_command(prog: str, doc: str | None,
   parser = argparse.ArgumentParser(prog=prog, description=doc,
                                    allow_abbrev=False,
                                    formatter_class=HelpFormatter)
-  own = parser.add_subparsers(dest='command', required=True)
-  for name, (module, told) in commands.items():
-    importlib.import_module(module).add_arguments(own.add_parser(
-        name, help=told, description=told, allow_abbrev=False,
+  subparsers = parser.add_subparsers(dest='command', required=True)
+  for name, (module, text) in commands.items():
+    importlib.import_module(module).add_arguments(subparsers.add_parser(
+        name, help=text, description=text, allow_abbrev=False,
         formatter_class=HelpFormatter))
   args = parser.parse_args()
   return importlib.import_module(commands[args.command][0]).main(args)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-  """Whether XLA could not have the memory that it asked for."""
-  if isinstance(error, MemoryError):
-    return True
-  jax = sys.modules.get('jax')  # not imported for this alone
-  return (jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
-          and 'RESOURCE_EXHAUSTED' in str(error))
+def _has_default(text: str | None, default: object) -> bool:
+  """Whether a flag's --help needs no default behind its text: there is none,
+  or the text says what it means."""
+  return default in (None, '', []) or 'default:' in (text or '')
+
+
+# Flags.
+
+# Of the command line that `parse` has read: FILE.py:SIZE, and what was given
+# for fields of the config, by dotted name.
+_config_file: list[str] = []
+_overrides: dict[str, str] = {}
+
+
+def define_config(text: str = 'A file of configs/ and its size, FILE.py:SIZE; '
+                  'any field is a flag: --config.optim.lr=3e-4.') -> None:
+  """Defines --config for the program that calls; once, so that one process
+  may import several programs."""
+  if 'config' not in flags.FLAGS:
+    flags.DEFINE_string('config', None, text)
+
+
+def define_workdir() -> None:
+  """Defines --workdir, likewise."""
+  if 'workdir' not in flags.FLAGS:
+    flags.DEFINE_string('workdir', '', 'The folder of the run.')
 
 
 def parse(doc: str, argv: Sequence[str] | None = None) -> None:
-  """Parses absl flags, `--config` and its overrides included.
+  """Parses absl flags; afterwards flags.FLAGS.config is the config of the file
+  that --config names, with the fields that --config.FIELD flags set.
 
   Args:
     doc: the program's docstring, printed by --help above the flags.
@@ -171,46 +146,41 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
   argv = list(sys.argv if argv is None else argv)
   if {'--help', '-h', '-help', '--helpfull'} & set(argv[1:]):
     print(doc.strip(), '\n\nflags:')
-    for name in _own_flags():
+    for name in _flags_of_program():
       print(_described(flags.FLAGS[name]))
     sys.exit(0)
   try:
-    argv = list(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
-    _check_config(argv)
-    _words_of_config[:] = map(_spelt, argv)
-    rest = flags.FLAGS(_words_of_config)[1:]
+    words = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+    rest = flags.FLAGS(_without_overrides(words))[1:]
+    require(not rest, f'unexpected argument {"".join(rest[:1])!r}: every '
+            'setting is a --flag')
+    if 'config' in flags.FLAGS:
+      _load_config(flags.FLAGS['config'])
   except RequestError as error:
     _refuse(str(error))
   except flags.UnrecognizedFlagError as error:
-    _refuse(_unknown_flag(error))
-  except flags.Error as error:
-    _refuse_flags(error)
-  if rest:
-    _refuse(f'unexpected argument {rest[0]!r}: every setting is a --flag')
+    near = difflib.get_close_matches(error.flagname, _flags_of_program(), n=1)
+    _refuse(f'unknown flag --{error.flagname}: choose from '
+            f'{", ".join(_flags_of_program())}.'
+            + ''.join(f' Did you mean --{name}?' for name in near))
+  except flags.Error as error:  # the lines after its first repeat the usage
+    _refuse(str(error).splitlines()[0].removeprefix('ERROR:: '))
 
 
 def overrides() -> tuple[str, ...]:
   """Returns the fields that --config.FIELD flags set, by dotted name. After
   `parse`."""
-  return tuple(re.sub(r"\['(\w+)'\]", r'.\1', name)
-               for name in flags.FLAGS['config'].override_values)
+  return tuple(_overrides)
 
 
-def words(argv: Sequence[str], names: Sequence[str]) -> list[str]:
-  """Returns the words of a command line that set the flags `names`, or, for
-  'config', one of its fields; each as --name=value, those of a --flagfile too.
-  After `parse`."""
-  found = []
-  rest = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)[1:]
-  while rest:
-    name, equals, value = _spelt(rest.pop(0)).lstrip('-').partition('=')
-    flag = flags.FLAGS[name] if name in flags.FLAGS else None
-    if not equals and flag is not None and not flag.boolean:
-      equals, value = '=', rest.pop(0)
-    if {name, name.split('.')[0], name.removeprefix('no')} & set(names):
-      name = re.sub(r"\['(\w+)'\]", r'.\1', name)
-      found.append(f'--{name}{equals}{value}')
-  return found
+def words(names: Sequence[str]) -> list[str]:
+  """Returns what sets the flags `names` and fields of the config again, each as
+  --name=value. After `parse`."""
+  given = [flags.FLAGS[name] for name in names if name in flags.FLAGS]
+  return [f'--config={_config_file[0]}',
+          *(f'--config.{name}={text}' for name, text in _overrides.items()),
+          *(flag.serialize() for flag in given
+            if flag.present and flag.name != 'config')]
 
 
 def _refuse(sentence: str):
@@ -218,35 +188,10 @@ def _refuse(sentence: str):
   sys.exit(2)
 
 
-def _refuse_flags(error: flags.Error) -> None:
-  """Refuses in absl's words; the lines after the first repeat the usage. What
-  is of another type than its flag is told in a sentence with the type."""
-  said = str(error).splitlines()[0].removeprefix('ERROR:: ')
-  if found := re.match(r"flag (--.*?)=.*: \('Non-boolean argument to boolean "
-                       r"flag', (.*)\)$", said):
-    said = f'{found[1]} is {found[2]}: choose from True, False'
-  if found := re.match(r'flag (--.*?)=(.*): (could not convert string to float'
-                       r'|invalid literal for int\(\)).*$', said):
-    said = (f'{found[1]} is {found[2]!r}: it must be a '
-            + ('number' if 'float' in found[3] else 'whole number'))
-  elif found := re.match(r'flag (--.*?)=(.*): Failed to parse .* as a '
-                         'ConfigDict: ', said):
-    said = (f'{found[1]} is {found[2]!r}: it must be a group of fields, '
-            "written as {'NAME': VALUE}")
-  _refuse(said)
-
-
-def _own_flags() -> list[str]:
+def _flags_of_program() -> list[str]:
   """The flags that the program itself defines."""
-  return sorted(f.name for f in flags.FLAGS.get_key_flags_for_module(
+  return sorted(flag.name for flag in flags.FLAGS.get_key_flags_for_module(
       sys.modules['__main__']))
-
-
-def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:
-  near = difflib.get_close_matches(error.flagname, _own_flags(), n=1)
-  hint = f' Did you mean --{near[0]}?' if near else ''
-  return (f'unknown flag --{error.flagname}: choose from '
-          f'{", ".join(_own_flags())}.{hint}')
 
 
 def _described(flag: flags.Flag) -> str:
@@ -261,15 +206,191 @@ def _described(flag: flags.Flag) -> str:
                        break_long_words=False, break_on_hyphens=False)
 
 
-def _check_config(argv: Sequence[str]) -> None:
-  """Raises RequestError for a --config whose file is not to be used, and for
-  a --config.FIELD that it has not."""
-  if 'config' not in flags.FLAGS:
+def _without_overrides(argv: Sequence[str]) -> list[str]:
+  """Returns the words that set no field of the config; notes the others."""
+  _overrides.clear()
+  rest, left = [], iter(argv)
+  for word in left:
+    match = re.fullmatch(r'--?(no)?config\.([^=]+)(?:=(.*))?', word, re.S)
+    if not match:
+      rest.append(word)
+      continue
+    no, name, text = match.groups()
+    leaf = base.find(name)
+    if leaf is not None and leaf.type is bool and text is None:
+      no, text = '', str(not no)
+    require(not no, f'{word}: write --config.{name}=VALUE')
+    _overrides[name] = next(left, '') if text is None else text
+  return rest
+
+
+def _load_config(flag: flags.Flag) -> None:
+  """Gives --config the config that its value names."""
+  if flag.value is None:
+    require(not _overrides, f'--config.{next(iter(_overrides), "")} needs '
+            '--config FILE.py:SIZE')
     return
-  given = [a.partition('=')[2] or b for a, b in zip(argv, argv[1:] + [''])
-           if re.fullmatch(r'--?config(=.*)?', a)]
-  of_config = [a for a in argv if re.match(r'--?(no)?config(=|$|\.)', a)]
-  first = (of_config or ['--config'])[0].partition('=')[0]
-  require('.' not in first, f'pass --config FILE.py:SIZE before {first}')
-  for spec in given:
-    config_files.check_keys(config_files.load_config_file(spec), argv)
+  _config_file[:] = [flag.value]
+  config = load_config_file(flag.value)
+  for name, text in _overrides.items():
+    _set(config, name, text)
+  flag.value = config.lock()
+
+
+def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
+  """Sets a field of a config as a command line says."""
+  leaf, default = base.find(name), {}
+  if name != 'model.kinds':
+    if match := re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', name):
+      declare(config.model, *match.groups())
+    elif leaf is None:
+      group = name.rpartition('.')[0]
+      fields = [x for x in base.FIELDS if x.rpartition('.')[0] == group]
+      near = difflib.get_close_matches(name, base.FIELDS, n=1)
+      raise RequestError(
+          f'--config.{name} is no field of the config.'
+          + ''.join(f' Did you mean --config.{x}?' for x in near)
+          + f' There are {", ".join(fields)}.' * bool(fields))
+    default = leaf.default
+  *groups, last = name.split('.')
+  value = _parsed(text, default, f'--config.{name}')
+  if name == 'model.kinds':
+    tables.check_kinds(value)
+    value = ml_collections.ConfigDict(value)
+  functools.reduce(operator.getitem, groups, config)[last] = value
+
+
+_BOOLS = {'true': True, 't': True, '1': True, 'false': False, 'f': False,
+          '0': False}
+
+
+def _parsed(text: str, default: Any, flag: str) -> Any:
+  """Returns a value of the type that the default of a field has."""
+  kind = type(default)
+  try:
+    if kind is bool:
+      return _BOOLS[text.lower()]
+    if kind in (int, float, str):
+      return kind(text)
+    value = ast.literal_eval(text)
+    if kind is tuple and not isinstance(value, tuple | list):
+      value = (value,)
+    return kind(value)
+  except (KeyError, ValueError, SyntaxError, TypeError) as error:
+    what = {bool: 'True or False', int: 'a whole number', float: 'a number',
+            tuple: "a tuple, as ('a', 'b')"}.get(
+                kind, "a group of fields, as {'NAME': VALUE}")
+    raise RequestError(f'{flag} is {text!r}: it must be {what}') from error
+
+
+# Config files as a user writes them, refused with file and line.
+
+
+def load_config_file(spec: str) -> ml_collections.ConfigDict:
+  """Returns the config that FILE.py:SIZE describes.
+
+  Raises:
+    RequestError: where the file is missing, fails, or returns no config; the
+      message gives the file and the line.
+  """
+  file, colon, size = spec.partition(':')
+  files = [str(path) for path in sorted(pathlib.Path('configs').glob('*.py'))
+           if 'def get_config' in path.read_text()]
+  if not os.path.isfile(file):
+    one_of('--config', file, files)
+  module = run_file(file)
+  require(hasattr(module, 'get_config'), f'--config {file!r} is no config: it '
+          f'has no get_config(); choose from {", ".join(files)}')
+  config = call(file, module.get_config, *([size] if colon else []))
+  check_config(config, f'{file}: get_config()')
+  return config
+
+
+def run_file(file: str) -> types.ModuleType:
+  """Returns the module that a Python file of the user defines.
+
+  Raises:
+    RequestError: where the file fails, with the line.
+  """
+  loader = importlib.machinery.SourceFileLoader('of_user', file)
+  spec = importlib.util.spec_from_loader(loader.name, loader)
+  module = importlib.util.module_from_spec(spec)
+  call(file, spec.loader.exec_module, module)
+  return module
+
+
+def call(file: str, function: Callable, *args):
+  """Calls a function of a user's file.
+
+  Raises:
+    RequestError: where it fails, with the file, the line and the reason.
+  """
+  try:
+    return function(*args)
+  except RequestError:
+    raise  # which is a sentence already
+  except (Exception, SystemExit) as error:  # whatever the user's code raises
+    lines = [frame.lineno for frame in traceback.extract_tb(
+        error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+      lines.append(error.lineno)
+    reason = ' '.join(str(error).split()) or 'no message'
+    raise RequestError(file + f', line {lines[-1]}' * bool(lines)
+                       + f': {type(error).__name__}: {reason}') from error
+
+
+def check_config(config: Any, who: str) -> None:
+  """Raises RequestError unless `config` has the fields of configs/base.py, each
+  of the type and in the range that is declared there."""
+  require(isinstance(config, ml_collections.ConfigDict),
+          f'{who} returned {short(config)}, which is no ConfigDict: end it '
+          'with `return c`, where c began as base.base()')
+  missing = base.FIELDS.keys() - tables.flat(config)
+  require(not missing, f'{who}: the fields {short(sorted(missing))} are '
+          'missing: begin with base.base() of configs/base.py')
+  base.check(config.to_dict(), f'{who}: ')
+
+
+def declare(model: ml_collections.ConfigDict, kind: str, field: str) -> None:
+  """Gives a kind of layer a field, with the model's value, where it has none:
+  to be set.
+
+  Args:
+    model: config.model.
+    kind: its name, which may be new.
+    field: of it, dotted below it.
+
+  Raises:
+    RequestError: for a field that a kind does not have.
+  """
+  name, _, inner = field.partition('.')
+  of_model = tables.OF_LAYERS.get(name, '')
+  one_of(f'field of model.kinds.{kind}', field, [
+      f'{name}.{x}' for x in tables.defaults()[of_model]
+  ] if of_model in tables.GROUPS else tables.OF_LAYERS)
+  tables.check_kinds({kind: {}})
+  with model.unlocked():
+    at, value = model.kinds, model[of_model]
+    for part in (kind, *([name] if inner else ())):
+      if part not in at:
+        at[part] = ml_collections.ConfigDict()
+      at = at[part]
+    if (inner or name) not in at:
+      at[inner or name] = value[inner] if inner else value
+
+
+def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any],
+               group: str = 'model') -> None:
+  """Sets fields of a group of a config, and of the groups in it.
+
+  Raises:
+    RequestError: for a field that there is not.
+  """
+  for name, value in fields.items():
+    one_of(f'field of config.{group}', name, list(model))
+    if name == 'kinds':
+      model.kinds = ml_collections.ConfigDict(value)
+    elif isinstance(value, Mapping):
+      set_fields(model[name], value, f'{group}.{name}')
+    else:
+      model[name] = value

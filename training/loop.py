@@ -1,5 +1,11 @@
 """The training loop: it trains one run, or several runs as one program.
 
+eval.best names a figure of the evaluations. The checkpoint of the best one is
+kept beside the newest, and with eval.patience the run ends after so many
+evaluations in a row that were no better (early stopping: Prechelt 1998). What
+was best is part of each checkpoint's record, so that a run that is resumed
+decides as it would have without the break.
+
 `train_all` reads in the order in which things happen. Step n is dispatched
 before the figures of step n-1 are read, so that the device has work while the
 host writes figures and fetches the next batch. What is done between two steps
@@ -7,7 +13,7 @@ are its hooks: `_Report` hands figures to the writers, `_Evaluate` evaluates,
 `_Save` saves, and ends the runs that are done before their last step.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import contextlib
 import dataclasses
 import math
@@ -16,20 +22,21 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+from etils import epath
 import jax
 import ml_collections
 import numpy as np
 
 from architectures.parts.moe import health
-from training import early_stopping, parameters, preflight, progress, runs
-from training import timing
-from training.costs import flops
+from configs.errors import require
+from training import progress, runs
+from training.costs import flops, systems, totals
 from training.data import ramp
-from training.objectives import pipeline
 from training.distributed import cpu, devices, signals
 from training.evals import held_out, in_training
-from training.step import TrainState
-from training.workdir import checkpoints, metrics
+from training.objectives import pipeline
+from training.runs import TrainState
+from training.workdir import checkpoints, metrics, storage
 
 # How a run ends, beside 0 for its last step. After a signal:
 STOPPED = 75
@@ -75,7 +82,7 @@ class Program(NamedTuple):
 
 def program_of(run: runs.Run) -> Program:
   """Returns the program of one run alone."""
-  return Program(run, run.context, run.devices, run.new_state,
+  return Program(run, run.context, list(run.mesh.devices.flat), run.new_state,
                  run.train_step(), run.eval_step(), run.put)
 
 
@@ -112,7 +119,7 @@ def train_all(program: Program, writers: Sequence['Writer'], state: TrainState,
     start: the index of the next batch.
     loaders: the training batches: one loader for all, or one for each seed.
     eval_data: a loader for each held-out source; all runs share them.
-    profile_steps: which steps to trace; see timing.profiled_steps.
+    profile_steps: which steps to trace; see progress.profiled_steps.
 
   Returns:
     How many steps are done.
@@ -124,18 +131,18 @@ def train_all(program: Program, writers: Sequence['Writer'], state: TrainState,
   batches = _Batches(program, loaders, len(writers))
   meter = batches.meter
   if devices.primary():
-    print(program.title + preflight.describe(
+    print(program.title + describe(
         program.run, n, batches.tokens, loaders[0], eval_data))
   with program.context(), signals.Stop() as stop:
     report = _Report(program, writers, meter)
     evaluate = _Evaluate(program, report, stop, loaders[0], eval_data)
     save = _Save(program, report, batches)
-    profiler = timing.Profiler(profile_steps, writers[0].workdir)
+    profiler = _Profiler(profile_steps, writers[0].workdir)
 
     # 2. ... goes on with the data at batch `start`, ...
     batches.begin(n)
     batch = batches.after(n)
-    evaluate.check(n, state)
+    evaluate.check(state)
 
     # 3. ... and compiles, waits for the other processes, and starts the clock.
     train_step = _PerShape(program.train_step, report)
@@ -153,7 +160,7 @@ def train_all(program: Program, writers: Sequence['Writer'], state: TrainState,
     ends = not evaluate.late(n, state)
     while report.live and not ends:
       profiler.before(n, state)
-      with profiler.annotate(n):
+      with jax.profiler.StepTraceAnnotation('train', step_num=n):
         state, figures = train_step(state, batch)
       n += 1
       report.bar.step(n)
@@ -191,7 +198,6 @@ class _Batches:
 
   def __init__(self, program: Program, loaders: Sequence[pipeline.Loader],
                count: int):
-    """`count` is how many runs are trained."""
     self._program, self._loaders = program, loaders
     config, objective = program.run.config, loaders[0].objective
     self._ramp = ramp.of(config)
@@ -207,7 +213,7 @@ class _Batches:
             program.run, n, row, objective) if peak else 0.0)
         for n in (*self._ramp.sizes, self._ramp.last)
         for length, row in (rows_of | {0: sides}).items()}
-    self.meter = timing.Meter(
+    self.meter = progress.Meter(
         self.tokens, self._work[self._ramp.last, 0][1], peak)
 
   def begin(self, start: int) -> None:
@@ -282,15 +288,13 @@ class _Report:
     writers: of all runs.
     meter: the times of the steps.
     bar: what is shown of the progress.
-    evaluation_left: step -> the seconds of the evaluations after it.
   """
 
   def __init__(self, program: Program, writers: Sequence['Writer'],
-               meter: timing.Meter):
+               meter: progress.Meter):
     self.writers, self.meter = writers, meter
     self.bar: Any = None
-    self.evaluation_left: Callable[[int], float] = lambda step: 0.0
-    self._program, self._held = program, timing.Deferred(meter.now)
+    self._program, self._deferred = program, progress.Deferred(meter.now)
 
   @property
   def live(self) -> dict[int, 'Writer']:
@@ -300,16 +304,16 @@ class _Report:
 
   def __call__(self, n: int, figures: Any) -> None:
     """Takes the figures of step `n`, and reports those of the step before."""
-    self._tell(self._held.push(n, figures))
+    self._report(self._deferred.push(n, figures))
 
   def flush(self) -> None:
     """Reports what is held: before evaluating and saving."""
-    self._tell(self._held.flush())
+    self._report(self._deferred.flush())
 
   def say(self, writer: 'Writer', text: str) -> None:
     self.bar.say(f'{writer.label}: {text}' if writer.label else text)
 
-  def _tell(self, read: timing.Read | None) -> None:
+  def _report(self, read: progress.Read | None) -> None:
     if read is None:
       return
     (n, figures, done), live, ended = read, self.live, []
@@ -321,18 +325,17 @@ class _Report:
     due = n % config.log.every_steps == 0 or n == config.train.steps
     if not (due or ended):
       return
-    lap = timing.slowest(self.meter.lap(n, done)) | self._program.figures
+    lap = self.meter.lap(n, done) | self._program.figures
     for writer in live.values() if due else ended:
       writer.report(n, lap)
     if live and due:
       self.bar.update(n, lap | {
-          'loss': float(np.mean([w.last['loss'] for w in live.values()])),
-          'evaluation_left': self.evaluation_left(n)})
+          'loss': float(np.mean([w.last['loss'] for w in live.values()]))})
 
 
 class _Evaluate:
   """Evaluates all runs by what is due, held-out data and eval.tasks; writes and
-  shows what is found.
+  shows the figures.
 
   Where a signal cuts it short nothing is written, and the run does it again
   when it is resumed.
@@ -347,23 +350,14 @@ class _Evaluate:
     self._program, self._report, self._stop = program, report, stop
     self._config, self._eval_data = program.run.config, eval_data
     self._steps = self._config.train.steps
-    e = self._config.eval
-    self._held_out = timing.Recurring(e.every_steps, self._steps,
-                                      at_last=bool(e.every_steps))
     self._tasks = in_training.Tasks(program.run, train_data.tokenizer)
-    self._task_times = timing.Recurring(e.tasks_every_steps, self._steps,
-                                        at_last=bool(e.tasks))
-    report.evaluation_left = lambda n: (
-        self._held_out.left(n) + self._task_times.left(n))
     self.step: Any = None
 
-  def check(self, n: int, state: TrainState) -> None:
-    """Refuses, before the first step, an eval.best that is none of the figures,
-    and a mean of checkpoints that are not there. Figures of held-out data are
-    traced, and those of a task that are not known come of doing it once."""
+  def check(self, state: TrainState) -> None:
+    """Refuses, before the first step, an eval.best that is none of the figures.
+    Figures of held-out data are traced, and those of a task that are not known
+    come of doing it once."""
     writers, program = self._report.writers, self._program
-    for writer in writers:
-      parameters.check_mean(self._config, writer.saved, n)
     best = writers[0].best  # alike in all runs
     if best is None or best.seen:
       return
@@ -374,7 +368,7 @@ class _Evaluate:
           lambda: self._stop.at_once)
     else:
       names = held_out.names(program.eval_step, state.params, self._eval_data,
-                               program.put, program.part)
+                             program.put, program.part)
     best.is_in(names or [best.figure])
 
   def compile(self, state: TrainState) -> None:
@@ -383,10 +377,16 @@ class _Evaluate:
                         self._program.put(self._eval_data[0].batch(0)))
 
   def due(self, n: int) -> bool:
-    return self._held_out.due(n) or self.tasks_due(n)
+    return self._held_out_due(n) or self.tasks_due(n)
+
+  def _held_out_due(self, n: int) -> bool:
+    every = self._config.eval.every_steps
+    return bool(every) and (n % every == 0 or n == self._steps)
 
   def tasks_due(self, n: int) -> bool:
-    return self._task_times.due(n)
+    every = self._config.eval.tasks_every_steps
+    return bool(self._config.eval.tasks) and (
+        n == self._steps or bool(every) and n % every == 0)
 
   def late(self, n: int, state: TrainState) -> bool:
     """Does the evaluation after step `n` that a signal kept from being done
@@ -402,63 +402,37 @@ class _Evaluate:
   def __call__(self, n: int, state: TrainState) -> bool:
     """Returns whether it came to the end."""
     self._report.flush()
-    figures: dict[int, dict] = {row: {} for row in self._report.live}
+    live = self._report.live
+    figures: dict[int, dict] = {row: {} for row in live}
     with self._report.meter.paused():
-      whole = True
-      if self._held_out.due(n):
-        with self._held_out.timed():
-          whole = self._on_held_out(n, self._evaluated(n, state), figures)
-      if whole and self._task_times.due(n):
-        with self._task_times.timed():
-          whole = self._do_tasks(n, state, figures)
-      if whole:
-        self._take(n, state, figures)
+      whole = ((not self._held_out_due(n)
+                or self._on_held_out(n, state, figures))
+               and (not self.tasks_due(n) or self._do_tasks(n, state, figures)))
+    for row, writer in live.items() if whole else ():
+      if figures[row]:
+        writer.evaluate(n, figures[row])
     return whole
 
   def _cut_short(self, n: int) -> bool:
     """Whether a signal ends an evaluation; not the last: the run was for it."""
     return self._stop.at_once and n < self._steps
 
-  def _evaluated(self, n: int, state: TrainState) -> Iterator[tuple]:
-    """Yields what the names of the figures begin with, the parameters that are
-    evaluated after step `n`, and the runs that they are of, by row."""
-    live = self._report.live
-    yield '', self._program.run.evaluated(state), live
+  def _on_held_out(self, n: int, state: TrainState, figures: dict[int, dict]
+                   ) -> bool:
+    """Adds the held-out figures; returns whether it came to the end."""
+    evaluated = {'': self._program.run.evaluated(state)}
     if self._config.eval.live:
-      yield 'live/', state.params, live
-    if n == self._steps:
-      yield from self._means(n, state, live)
-
-  def _means(self, n: int, state: TrainState, ending: dict[int, 'Writer']
-             ) -> Iterator[tuple]:
-    """Yields likewise the means of checkpoints, of the runs that end after step
-    `n` and have them all."""
-    if not (self._config.checkpoint.average and ending):
-      return
-    means, lacking = parameters.means(
-        self._program, self._program.run.evaluated(state), n,
-        {row: writer.saved for row, writer in ending.items()})
-    for row, reason in lacking.items():
-      self._report.say(ending[row], f'no mean of checkpoints: {reason}')
-    if len(lacking) < len(ending):
-      yield 'mean/', means, {row: writer for row, writer in ending.items()
-                             if row not in lacking}
-
-  def _on_held_out(self, n: int, evaluated: Iterator[tuple],
-                   figures: dict[int, dict]) -> bool:
-    """Adds the held-out figures of what is `_evaluated`; returns whether it
-    came to the end."""
-    for prefix, params, rows in evaluated:
-      # A mean comes where a run ends, which is then not resumed.
+      evaluated['live/'] = state.params
+    for prefix, params in evaluated.items():
       sums = held_out.evaluate(
           self.step, params, self._eval_data, self._config.eval.batches,
-          self._program.put,
-          stop=lambda own=prefix: own != 'mean/' and self._cut_short(n))
+          self._program.put, stop=lambda: self._cut_short(n))
       if sums is None:
         return False
-      for row, writer in rows.items():
+      for row, writer in self._report.live.items():
         means = held_out.means(
-            [self._program.part(own, row) for own in sums], self._eval_data)
+            [self._program.part(of_batch, row) for of_batch in sums],
+            self._eval_data)
         figures[row] |= {prefix + name: x for name, x in means.items()}
         if writer.label:  # one of many, for each of which a figure is enough
           means = {'loss': means['loss']}
@@ -466,7 +440,7 @@ class _Evaluate:
                          for name, value in means.items())
         self._report.bar.say(
             f'step {n}  held-out {prefix.replace("/", " ")}{text}'
-            + (f'  {writer.label}' if writer.label else ''))
+            + f'  {writer.label}' * bool(writer.label))
     return True
 
   def _do_tasks(self, n: int, state: TrainState, figures: dict[int, dict]
@@ -485,17 +459,6 @@ class _Evaluate:
       for text in result.told:
         self._report.say(live[row], f'step {n}  {text}')
     return True
-
-  def _take(self, n: int, state: TrainState, figures: dict[int, dict]) -> None:
-    """Hands the figures of step `n` to the writers, and evaluates the mean of
-    checkpoints, too, of runs that end with them before the last step."""
-    live = self._report.live
-    ending = {row: writer for row, writer in live.items()
-              if figures[row] and writer.ends_with(n, figures[row])}
-    self._on_held_out(n, self._means(n, state, ending), figures)
-    for row, writer in live.items():
-      if figures[row]:
-        writer.write(n, 'eval', figures[row])
 
 
 class _Save:
@@ -516,9 +479,9 @@ class _Save:
       return
     self._report.flush()
     with self._report.meter.paused():
-      for row, own in enumerate(self._program.split(state)):
+      for row, alone in enumerate(self._program.split(state)):
         if row in live and live[row].sound:
-          live[row].save(n, own, self._batches.tokens_before(n))
+          live[row].save(n, alone, self._batches.tokens_before(n))
         elif row in live:
           self._report.say(live[row], f'step {n} is not saved: its parameters '
                            'are not finite')
@@ -580,7 +543,7 @@ class Writer:
     # Process 0 alone has the rows.
     self.evaluated = start == 0 or bool(checkpoints.from_process_0(np.int32(
         any(file.has_kept(start, 'eval') for file in self._files[:1]))))
-    self.best = early_stopping.Best.of(self.config, self.saved.best)
+    self.best = Best.of(self.config, self.saved.best)
 
   def read(self, figures: dict[str, Any]) -> None:
     """Takes the figures of a step."""
@@ -617,14 +580,12 @@ class Writer:
     return self.too_many_bad or self.best is not None and (
         self.best.step == n or self.best.is_over)
 
-  def ends_with(self, n: int, figures: dict[str, Any]) -> bool:
-    """Takes the figures of the evaluation after step `n`, for the best of them;
-    returns whether the run ends with them before its last step."""
-    if not self.best or self.best.seen >= n:
-      return False
-    self.best.take(n, figures)
-    self.saved.best = self.best.record()
-    return self.best.is_over and n < self.config.train.steps
+  def evaluate(self, n: int, figures: dict[str, Any]) -> None:
+    """Takes the figures of the evaluation after step `n`."""
+    if self.best and self.best.seen < n:
+      self.best.take(n, figures)
+      self.saved.best = self.best.record()
+    self.write(n, 'eval', figures)
 
   def save(self, n: int, state: TrainState, tokens: int) -> None:
     for file in self._files:
@@ -690,3 +651,194 @@ def _diverged(n: int, bad: int, newest: int | None) -> str:
   return (f'{what}. {kept}. Try a smaller optim.lr, a longer '
           'optim.warmup_steps, optim.clip_norm=1, or model.dtype=float32, with '
           '--allow_config_change.')
+
+
+@dataclasses.dataclass
+class Best:
+  """What the evaluations of a run have been so far.
+
+  Attributes:
+    figure: eval.best.
+    largest: whether the largest value is the best.
+    patience: eval.patience.
+    step: of the best evaluation; None: there was none.
+    value: its figure.
+    waited: how many evaluations there were since.
+    seen: the step of the last evaluation.
+  """
+  figure: str
+  largest: bool
+  patience: int
+  step: int | None = None
+  value: float | None = None
+  waited: int = 0
+  seen: int = 0
+
+  @classmethod
+  def of(cls, config: ml_collections.ConfigDict,
+         record: Mapping[str, Any] | None) -> 'Best | None':
+    """Returns what a run has to begin with; None where eval.best is empty.
+
+    Args:
+      config: the run's.
+      record: what `record` returned before the run was stopped, if it was.
+    """
+    e = config.eval
+    if not e.best:
+      return None
+    largest = (e.best_is == 'largest' if e.best_is
+               else e.best.rpartition('/')[2] in metrics.LARGEST)
+    if record and (record['figure'], record['largest']) == (e.best, largest):
+      return cls(**record, patience=e.patience)
+    return cls(e.best, largest, e.patience)
+
+  def record(self) -> dict[str, Any]:
+    """Returns what a checkpoint keeps of it."""
+    fields = dataclasses.asdict(self)
+    del fields['patience']  # a run that is resumed may have another
+    return fields
+
+  def take(self, n: int, figures: Mapping[str, float]) -> None:
+    """Takes the figures of the evaluation after step `n`, if they have this
+    one; raises as `is_in`."""
+    self.seen = n
+    if not self.is_in(figures):
+      return
+    value, sign = float(figures[self.figure]), 1 if self.largest else -1
+    is_better = math.isfinite(value) and (
+        self.value is None or sign * value > sign * self.value)
+    # Every process decides as process 0 does.
+    if checkpoints.from_process_0(np.int32(is_better)):
+      self.step, self.value, self.waited = n, value, 0
+    else:
+      self.waited += 1
+
+  def is_in(self, names: Collection[str]) -> bool:
+    """Returns whether it is one of the figures of an evaluation.
+
+    Raises:
+      RequestError: where these are those of its own task, and it is not there.
+    """
+    task, is_task, _ = self.figure.partition('/')
+    same = [name for name in names
+            if name.partition('/')[0] == task or not is_task]
+    require(self.figure in names or not same,
+            f'eval.best is {self.figure!r}, which is no figure of these '
+            f'evaluations: choose from {", ".join(same)}')
+    return self.figure in names
+
+  @property
+  def is_over(self) -> bool:
+    """Whether the run is to end."""
+    return 0 < self.patience <= self.waited
+
+  def sentence(self, n: int) -> str:
+    """Says why the run ends after step `n`."""
+    was = ('no evaluation had a number' if self.step is None else
+           f'the best is {self.value:.6g}, of step {self.step}')
+    return (f'ended early after step {n}: {self.figure} has not been better in '
+            f'{self.waited} evaluations in a row (eval.patience); {was}')
+
+
+def ended_early(config: ml_collections.ConfigDict,
+                record: Mapping[str, Any] | None, step: int) -> str:
+  """Returns why a run that is at `step` does not go on; '' where it does.
+
+  Args:
+    config: the run's.
+    record: of Best, in the checkpoint that the run would go on from.
+    step: of that checkpoint.
+  """
+  best = Best.of(config, record)
+  return best.sentence(step) if best and best.is_over else ''
+
+
+class _Profiler:
+  """Starts and stops the trace of some steps, into WORKDIR/profile; the loop
+  calls it before every step. The trace is xprof's: pip install xprof, then
+  xprof --logdir WORKDIR/profile, or TensorBoard's profile plugin."""
+
+  def __init__(self, steps: str, workdir: epath.Path):
+    self._start, self._stop = progress.profiled_steps(steps) or (0, 0)
+    self._files = storage.Uploads(storage.path(workdir) / 'profile')
+    self._on = False
+
+  def before(self, step: int, state: Any) -> None:
+    """Called before `step` is dispatched, with the state that goes in."""
+    if self._on and step >= self._stop:
+      self.close(state)
+    # A run that resumes inside the range traces what is left of it.
+    elif not self._on and self._start <= step < self._stop:
+      jax.block_until_ready(state)  # no work of earlier steps in the trace
+      jax.profiler.start_trace(str(self._files.local))
+      self._on = True
+
+  def close(self, state: Any) -> None:
+    """Ends a trace that is under way, with the work dispatched so far."""
+    if self._on:
+      jax.block_until_ready(state)
+      jax.profiler.stop_trace()
+      self._files.push()
+      self._on = False
+
+
+def describe(run: runs.Run, start: int, tokens: int,
+             train_data: pipeline.Loader,
+             eval_data: Sequence[pipeline.Loader]) -> str:
+  """Returns what a run is about to do, in some lines.
+
+  Args:
+    run: the run.
+    start: how many steps of it are done.
+    tokens: of a step, padding included.
+    train_data: its batches.
+    eval_data: those of what is held out.
+  """
+  config, model, steps = run.config, run.model, run.config.train.steps
+  parameters = sum(x.size for x in jax.tree.leaves(run.abstract.params))
+  trained = totals.trained_parameters(run.module, config.optim)
+  active = '' if not model.has_experts else (
+      f', of which each token uses {totals.parameters(model)[1]:,}')
+  mesh = ','.join(
+      f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1)
+  parts = config.train.grad_accumulation
+  sizes = ramp.of(config)
+  all_rows = int(sizes.before(steps))
+  rows = f'{config.data.batch_size:,} rows' + (
+      f' in {parts} micro-batches' if parts > 1 else '')
+  source = train_data.text
+  if len(train_data.views) == 1:
+    source = f'{all_rows / train_data.num_windows:.3g} passes over {source}'
+  # Of views of records alone: text is cut into rows, and nothing of it is lost.
+  cut = sum(getattr(view, 'cut', 0) for view in train_data.views)
+  if cut:
+    source += (f', {cut:,} of whose {train_data.num_windows:,} rows are longer '
+               f'than data.length {config.data.length}, and cut off')
+  lengths, most = pipeline.lengths(config), ''
+  if len(lengths) > 1:
+    most = 'at most '
+    rows += f' padded to {", ".join(map(str, lengths[:-1]))} or {lengths[-1]}'
+    rows += ' tokens (a program each)'
+  every = config.eval.every_steps
+  batches = [sum(numbers) for numbers in zip(*(
+      (loader.first(config.eval.batches), loader.num_batches)
+      for loader in eval_data))]
+  return '\n'.join([
+      f'model: {model.arch}, {parameters:,} parameters in {model.param_dtype}'
+      + active
+      + f', of which {trained:,} are trained' * (trained != parameters)
+      + f'; computed in {model.dtype}',
+      *filter(None, [systems.line(model)]), *totals.layers(model),
+      f'devices: {run.mesh.size} of the kind '
+      f'{run.mesh.devices.flat[0].device_kind}, mesh {mesh or "data=1"}',
+      f'step: {rows}, {most}{tokens:,} tokens',
+      *(f'until step {until:,}: {size:,} rows'
+        for until, size in zip(sizes.until, sizes.sizes)),
+      f'training: steps {start + 1:,} to {steps:,}, {most}'
+      f'{all_rows * (tokens // sizes.last):,} tokens in all',
+      f'data: {source}',
+      f'held out: {" and ".join(loader.text for loader in eval_data)}, '
+      f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
+      'evaluation: ' + (
+          f'every {every:,} steps, on {batches[0]:,} of the {batches[1]:,} '
+          'batches held out' if every else 'none while training')])

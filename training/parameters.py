@@ -16,7 +16,7 @@ What reads the weights of another training is imported by the functions that do:
 most runs begin without.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 import math
 import os
@@ -33,16 +33,16 @@ import architectures
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
 from configs.errors import RequestError, require, short
-from training import objectives, paths, runs
+from training import objectives, runs
+from architectures.parts import paths
 from training.distributed import devices
-from training.step import TrainState, abstract_params, initial_seed
 from training.workdir import checkpoints, run_config, storage
 
 Step = int | str | checkpoints.Mean | None
 
 
 def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
-                      ) -> tuple[TrainState, int]:
+                      ) -> tuple[runs.TrainState, int]:
   """Returns the state that a run goes on from or begins with, and the index of
   the next batch."""
   restored = restore(run, saved)
@@ -77,7 +77,7 @@ def restore(run: runs.Run, saved: checkpoints.Checkpoints
   if restored.state is None:
     if devices.primary():
       print('starting from the parameters in this workdir')
-    restored = dataclasses.replace(restored, state=create(
+    restored = restored._replace(state=create(
         run, saved.directory.parent, restored.step))
   saved.go_on_from(restored)
   return restored
@@ -88,8 +88,11 @@ def _warn(restored: checkpoints.Restored) -> None:
     print(f'warning: {sentence}', file=sys.stderr)
 
 
+# From the weights of another training.
+
+
 def create(run: runs.Run, source: str | epath.Path, step: int | None = None
-           ) -> TrainState:
+           ) -> runs.TrainState:
   """Returns the state of a run before its first step.
 
   Args:
@@ -98,7 +101,7 @@ def create(run: runs.Run, source: str | epath.Path, step: int | None = None
     step: of a workdir, which checkpoint; None: the newest good one.
 
   Raises:
-    ValueError: for a source that is none, or of another model.
+    RequestError: for a source that is none, or of another model.
   """
   state = run.new_state()
   if not str(source):
@@ -106,9 +109,10 @@ def create(run: runs.Run, source: str | epath.Path, step: int | None = None
   check_source(str(source))
   path = storage.path(source, 'init_from')
   _check_labels(run, path)
-  read = (_from_workdir if checkpoints.directory(path).exists() else
-          _from_hugging_face)
-  params, skipped = read(run, path, state.params, step)
+  if checkpoints.directory(path).exists():
+    params, skipped = _from_workdir(run, path, state.params, step)
+  else:
+    params, skipped = _from_hugging_face(run, path, state.params)
   for line in skipped:
     print(f'skipped: {line}')
   return run.with_params(state, params)
@@ -144,12 +148,11 @@ def _folder(path: epath.Path) -> epath.Path:
   return path.parent if path.is_file() else path
 
 
-def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any,
-                       step: None) -> tuple[Any, list[str]]:
+def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any
+                       ) -> tuple[Any, list[str]]:
   """Returns (parameters, a line for each thing that was skipped). Low-rank
   adapters are those of the run, as they were drawn."""
   from training.hf import config as hf_config, files, weights
-  del step
   module = architectures.build(weights.without_adapters(run.model))
   theirs = dataclasses.replace(  # optional heads are drawn or passed over
       hf_config.read(hf_config.load_config_json(_folder(source))),
@@ -160,7 +163,7 @@ def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any,
     loaded = weights.read_params(
         module, files.Files(pathlib.Path(source)), partial=partial,
         like=weights.without(run.abstract.params),
-        seed=int(initial_seed(run.config)),
+        seed=int(runs.initial_seed(run.config)),
         new_head=weights.is_new_head(module.config, theirs))
   return weights.beside(loaded.params, drawn), skipped + loaded.skipped
 
@@ -168,50 +171,27 @@ def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any,
 def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
                   step: int | None) -> tuple[Any, list[str]]:
   """Returns (parameters, skipped) of the newest good checkpoint there, or of
-  that of `step`. Its adapters are taken where they are those of this run; else
-  they are merged into the weights, and those of this run are drawn."""
+  that of `step`. Its adapters are taken where they are those of this run; of a
+  model without any, those of this run are as they were drawn."""
   from training.hf import weights
   theirs = runs.model_of(source)
-  if weights.same_adapters(run.model, theirs):
-    return _from_same_adapters(run, source, theirs, drawn, step)
-  if not theirs.lora.rank:
-    model = weights.without_adapters(run.model)
-    params, skipped = _from_same_adapters(
-        dataclasses.replace(
-            run, model=model, module=architectures.build(model),
-            abstract=run.abstract.replace(
-                params=weights.without(run.abstract.params))),
-        source, theirs, weights.without(drawn), step)
-    return weights.beside(params, drawn), skipped
-  require(not run.config.init_partial, f'init_from is {str(source)!r}, whose '
-          'model has low-rank adapters, of which init_partial takes no part: '
-          'merge them first, by python -m tools.convert merge')
-  skipped = _differences(run.model, theirs, source, partial=False)
-  other = runs.Run.of(run.config, theirs, run.mesh)
-  restored = of_checkpoint(checkpoints.directory(source),
-                           other.abstract.params, step)
-  if step is None:
-    _warn(restored)
-  print(f'{source}: its low-rank adapters are merged into the weights')
-  with run.context():
-    _, params = weights.merge(other.module, restored.state)
-  flat, merged = paths.flatten(drawn), paths.flatten(params)
-  return checkpoints.nest(flat | {path: x for path, x in merged.items()
-                                  if path in flat}), skipped
-
-
-def _from_same_adapters(run: runs.Run, source: epath.Path, theirs: ModelConfig,
-                        drawn: Any, step: int | None) -> tuple[Any, list[str]]:
-  from training.hf import weights
+  model, abstract, own = run.model, run.abstract.params, drawn
+  if not weights.same_adapters(model, theirs):
+    require(not theirs.lora.rank, f'init_from is {str(source)!r}, whose model '
+            'has other low-rank adapters than the run: merge them first, by '
+            'python -m tools.convert merge')
+    model = weights.without_adapters(model)
+    abstract, own = weights.without(abstract), weights.without(drawn)
   partial, folder = run.config.init_partial, checkpoints.directory(source)
-  skipped = _differences(run.model, theirs, source, partial)
-  wanted = {'params': run.abstract.params}
+  skipped = _differences(model, theirs, source, partial)
+  wanted = {'params': abstract}
   saved = checkpoints.arrays(folder, step)
-  if saved and (partial or weights.is_new_head(run.model, theirs)):
+  if saved and (partial or weights.is_new_head(model, theirs)):
     wanted, lines = _fitting(wanted, saved)
+    left_out = weights.left_out(architectures.build(model))
     wrong = [line for path, line in lines.items() if not (
         path.startswith(f'params/{weights.TASK}')
-        or path.removeprefix('params/') in weights.left_out(run.module))]
+        or path.removeprefix('params/') in left_out)]
     require(partial or not wrong, f'init_from {str(source)!r}: '
             + '; '.join(wrong) + '. To take what fits all the same: '
             '--config.init_partial=True')
@@ -221,8 +201,8 @@ def _from_same_adapters(run: runs.Run, source: epath.Path, theirs: ModelConfig,
   restored = of_checkpoint(folder, wanted['params'], step)
   if step is None:
     _warn(restored)
-  return checkpoints.nest(paths.flatten(drawn)
-                          | paths.flatten(restored.state)), skipped
+  params = checkpoints.nest(paths.flatten(own) | paths.flatten(restored.state))
+  return params if own is drawn else weights.beside(params, drawn), skipped
 
 
 def _fitting(wanted: Any, saved: dict[str, dict]
@@ -264,6 +244,9 @@ def _differences(ours: ModelConfig, theirs: ModelConfig, path: epath.Path,
   return lines
 
 
+# Of a checkpoint.
+
+
 def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
                   live: bool = False) -> checkpoints.Restored:
   """Returns a checkpoint whose `state` are parameters.
@@ -278,24 +261,17 @@ def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
     RequestError: there is no such checkpoint, or not of these parameters.
   """
   if isinstance(step, checkpoints.Mean):
-    steps = _steps_of(folder, step)
+    there = checkpoints.steps(folder)
+    require(len(there) >= step.last, f'the mean of the last {step.last} '
+            f'checkpoints was asked for, and {folder} has {len(there)}: '
+            f'{", ".join(map(str, there)) or "none"}')
+    steps = sorted(step.steps) or there[-step.last:]
     each = [of_checkpoint(folder, params, n, live=live) for n in steps]
-    return checkpoints.Restored(
-        steps[-1], mean([one.state for one in each]), each[-1].record,
-        each[-1].damaged, f'the mean of steps {", ".join(map(str, steps))}'
-        + (f', each {each[-1].what}' if each[-1].what else ''))
-  restored = checkpoints.restore(folder, _asked(params, live), step,
-                                 partial=True)
-  arrays = {path.partition('/')[2]: x
-            for path, x in paths.flatten(restored.state).items()}
-  state = jax.tree_util.tree_map_with_path(
-      lambda path, x: arrays[paths.join(path)].astype(x.dtype), params)
-  what = 'the average (optim.ema)' if 'ema' in restored.state else ''
-  return dataclasses.replace(restored, state=state, what=what)
+    return each[-1]._replace(
+        state=mean([one.state for one in each]),
+        what=f'the mean of steps {", ".join(map(str, steps))}'
+        + f', each {each[-1].what}' * bool(each[-1].what))
 
-
-def _asked(params: Any, live: bool) -> Callable:
-  """Returns what to read of a checkpoint that holds the arrays it is given."""
   def asked(saved: dict[str, Any]):
     leaves = {}
     for path, x in paths.flatten(params).items():
@@ -305,27 +281,21 @@ def _asked(params: Any, live: bool) -> Callable:
       else:
         leaves[f'params/{path}'] = x
     return checkpoints.nest(leaves)
-  return asked
 
-
-def _steps_of(folder: epath.Path, asked: checkpoints.Mean) -> list[int]:
-  """Returns the steps whose mean is asked for, ascending."""
-  if asked.steps:
-    return sorted(asked.steps)
-  there = checkpoints.steps(folder)
-  require(len(there) >= asked.last, f'the mean of the last {asked.last} '
-          f'checkpoints was asked for, and {folder} has {len(there)}: '
-          f'{", ".join(map(str, there)) or "none"}')
-  return there[-asked.last:]
+  restored = checkpoints.restore(folder, asked, step, partial=True)
+  arrays = {path.partition('/')[2]: x
+            for path, x in paths.flatten(restored.state).items()}
+  return restored._replace(
+      state=jax.tree_util.tree_map_with_path(
+          lambda path, x: arrays[paths.join(path)].astype(x.dtype), params),
+      what='the average (optim.ema)' if 'ema' in restored.state else '')
 
 
 def mean(trees: Sequence[Any]):
   """Returns the mean of trees of parameters, taken in float32, in their own
   dtype."""
   def of(*leaves: jax.Array):
-    total = leaves[0].astype(jnp.float32)
-    for x in leaves[1:]:
-      total = total + x.astype(jnp.float32)
+    total = sum(x.astype(jnp.float32) for x in leaves)
     return (total / len(leaves)).astype(leaves[0].dtype)
   return jax.tree.map(of, *trees)
 
@@ -344,7 +314,7 @@ def on_one_device(workdir: epath.Path, module: nn.Module, step: Step = None
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-      nn.meta.unbox(abstract_params(module)))
+      nn.meta.unbox(runs.abstract_params(module)))
   restored = of_checkpoint(checkpoints.directory(workdir), shapes, step)
   _warn(restored)
   return restored
@@ -371,72 +341,6 @@ def of_run(run: runs.Run, workdir: epath.Path, step: Step = None,
   print(f'{workdir}, step {restored.step}'
         + (f': {restored.what}' if restored.what else ''))
   return restored
-
-
-def check_mean(config: Any, saved: checkpoints.Checkpoints, start: int) -> None:
-  """Raises RequestError where a run that goes on from step `start` cannot have
-  the checkpoints any more whose mean it is to evaluate where it ends
-  (checkpoint.average)."""
-  steps = _steps_of_mean(config, config.train.steps)
-  if not any(step <= start for step in steps):
-    return
-  step = _lacking(steps, saved)
-  require(step is None or step > start, 'checkpoint.average is '
-          f'{config.checkpoint.average}, and the run goes on from step '
-          f'{start}, but step {step} is not saved: choose a smaller mean, or '
-          '0, with --allow_config_change')
-
-
-def means(program: Any, params: Any, last: int,
-          saved: Mapping[int, checkpoints.Checkpoints]
-          ) -> tuple[Any, dict[int, str]]:
-  """Returns the means of runs that end after step `last`.
-
-  Args:
-    program: of these runs, and maybe others; a loop.Program.
-    params: those of all of its runs after that step.
-    last: the step.
-    saved: the checkpoints of these runs, by row.
-
-  Returns:
-    `params` with the means instead of the runs' own; and by row, why a run has
-    none.
-  """
-  each, lacking = list(program.split(params)), {}
-  steps = _steps_of_mean(program.run.config, last)
-  for row, own in saved.items():
-    step = _lacking(steps, own)
-    if step is None:
-      each[row] = mean([*(of_checkpoint(
-          own.directory, program.run.abstract.params, step).state
-          for step in steps), each[row]])
-    else:
-      lacking[row] = (
-          f'step {step} is not saved' if step > 0 else
-          f'there are fewer than {len(steps) + 1} up to step {last}')
-  return (program.join(each) if len(lacking) < len(saved) else params,
-          lacking)
-
-
-def _steps_of_mean(config: Any, last: int) -> list[int]:
-  """Returns the steps of checkpoint.average, ascending, without `last`, after
-  which the run ends. Those of a run that ends early may be 0 or less: there
-  are too few."""
-  c = config.checkpoint
-  if not c.average:
-    return []
-  newest = (last - 1) // c.every_steps * c.every_steps
-  return [newest - i * c.every_steps for i in reversed(range(c.average - 1))]
-
-
-def _lacking(steps: Sequence[int], saved: checkpoints.Checkpoints
-             ) -> int | None:
-  """Returns the first of the steps that is not saved: it was deleted, or its
-  parameters were not finite. Every process calls it, and gets what process 0
-  sees."""
-  saved.wait()
-  there = checkpoints.steps(saved.directory)
-  return next((step for step in steps if step not in there), None)
 
 
 def refuse_others(folder: pathlib.Path) -> None:

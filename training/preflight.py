@@ -1,89 +1,133 @@
-"""What is said of a run before it begins: what is wrong in its config, and what
-it is about to do."""
+"""What is wrong with a run before it begins: said before any device work."""
 
-from collections.abc import Iterable, Sequence
-import sys
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
 import flax.linen as nn
-import jax
 import ml_collections
 
 import architectures
-from architectures.parts import mixers, positions
+from architectures.parts import mixers, positions, tables
 from architectures.parts.config import ModelConfig
-from configs import sharding as tables
+from configs import base
+from configs import sharding as sharding_tables
 from configs.errors import RequestError, one_of, require
-from training import early_stopping, evals, limits, objectives, runs
-from training.costs import systems, totals
+from training import evals, objectives, runs
 from training.data import ramp, sources, tokenizers
-from training.objectives import pipeline
 from training.optim import mup, optimizers
-from training.step import parameter_shares
 from training.workdir import checkpoints, metrics, run_config, storage
+
+# Fields that are read only where another one is set.
+BESIDE = {
+    'eval.best_is': 'eval.best', 'eval.patience': 'eval.best',
+    'eval.live': 'optim.ema', 'init_partial': 'init_from',
+    'log.wandb_project': 'log.wandb', 'train.mtp_weight': 'model.mtp_depth'}
 
 
 def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
                  ) -> None:
-  """Raises ValueError for what can be seen wrong without data or devices.
+  """Raises RequestError for what can be seen wrong without data or devices.
 
   Args:
     config: a run's.
     by_hand: the fields that were set on the command line, or by the point of a
       sweep: one that the model does not read is refused.
   """
-  limits.ranges(config)
+  base.check(config.to_dict())
   objectives.check_objective(config)
-  limits.refuse_unread(config)
-  one_of('mesh.rules', config.mesh.rules, tables.RULES)
+  for name, other in BESIDE.items():
+    value, default = base.get(config, name), base.FIELDS[name].default
+    require(value == default or bool(base.get(config, other)), f'{name} is '
+            f'{value!r}, which is not read while {other} is not set: leave it '
+            f'at {default!r}, or set {other}')
+  require(not config.data.eval_source or config.data.holdout_every in (
+      0, base.FIELDS['data.holdout_every'].default), 'data.holdout_every is '
+          f'{config.data.holdout_every}, which is not read where '
+          'data.eval_source names other documents: leave one of them out')
+  one_of('mesh.rules', config.mesh.rules, sharding_tables.RULES)
   ramp.check(config)
   optimizers.check_optim(config.optim)
-  early_stopping.check_best(config)
+  _check_best(config.eval)
   one_of('eval.part', config.eval.part, sources.PARTS)
   metrics.check_writers(config.log)
   module = architectures.build(runs.resolve_alone(config))
-  limits.refuse_unread_of(by_hand, config, module.config)
+  refuse_unread_of(by_hand, config, module.config)
   mup.check_optimizer(module.config, config.optim.name)
-  parameter_shares(module, config.optim)  # refuses a pattern without a match
-  _check_reach(config, module.config)
+  runs.parameter_shares(module, config.optim)  # refuses a pattern of nothing
+  longest = max(objectives.of(config).row_lengths(config))
+  require(longest <= positions.reach(module.config), 'model.max_len is '
+          f'{module.config.max_len}, and rows of {longest} tokens (data.length,'
+          ' or data.target_length) are longer than these learned positions: '
+          f'set it to {longest} or more')
   _check_objective(config.objective, module)
   evals.check_in_training(config)
 
 
-def _check_reach(config: ml_collections.ConfigDict, c: ModelConfig) -> None:
-  """Raises ValueError for rows that learned positions do not reach over."""
-  longest = max(objectives.of(config).row_lengths(config))
-  require(longest <= positions.reach(c),
-          f'model.max_len is {c.max_len}, and rows of {longest} tokens '
-          '(data.length, or data.target_length) are longer than these learned '
-          f'positions: set it to {longest} or more')
+def _check_best(e: ml_collections.ConfigDict) -> None:
+  """Raises RequestError for fields of config.eval that do not fit together."""
+  one_of('eval.best_is', e.best_is, ('', 'least', 'largest'))
+  if not e.best:
+    return
+  task, is_task, _ = e.best.partition('/')
+  figure = e.best.rpartition('/')[2]
+  every = 'tasks_every_steps' if is_task else 'every_steps'
+  tasks = evals.listed(e.tasks)
+  require(not is_task or task in tasks, f'eval.best is {e.best!r}, and '
+          f'eval.tasks has no {task!r}: it has {", ".join(tasks) or "none"}')
+  require(e[every] or is_task and not e.patience, f'eval.best is {e.best!r} '
+          f'and eval.patience {e.patience}, but eval.{every} is 0: nothing of '
+          'it is known while training')
+  require(e.best_is or figure in (*metrics.LEAST, *metrics.LARGEST),
+          f'eval.best is {e.best!r}, of which it is not known which value is '
+          'the best: set eval.best_is to least or largest')
+
+
+def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
+                     model: ModelConfig) -> None:
+  """Raises RequestError for a field of config.model that was set by hand, to
+  another value than its default, and that the model does not read.
+
+  Args:
+    names: of the fields that were set.
+    config: the run's.
+    model: its resolved ModelConfig.
+  """
+  names = {name for name in names if name.startswith('model.')}
+  for inner, where in tables.unread(model).items() if names else ():
+    name, of_kind = f'model.{inner}', inner.startswith('kinds.')
+    if name not in names and not (of_kind and 'model.kinds' in names):
+      continue
+    default, value = tables.find(inner).default, base.get(config, name)
+    others = tables.decided_by(inner) or ['kinds'] if not of_kind else []
+    require(not of_kind and value == default, f'{name} is {value}, which this '
+            f'model does not read: it is read where {where}. Leave it '
+            + ('away' if of_kind else f'at {default}, or set '
+               + ' or '.join(f'model.{other}' for other in others)))
 
 
 def _check_objective(name: str, module: nn.Module) -> None:
-  """Raises ValueError where the objective does not train such a model."""
-  ours = architectures.stack(module.config)
-  if ours not in objectives.OBJECTIVES[name].stacks:
+  """Raises RequestError where the objective does not train such a model."""
+  objective = objectives.OBJECTIVES[name]
+  stack = architectures.stack(module.config)
+  if stack not in objective.stacks:
     choices = [key for key, row in objectives.OBJECTIVES.items()
-               if ours in row.stacks]
+               if stack in row.stacks]
     raise RequestError(
         f'objective is {name!r}, which does not fit model.arch '
-        f'{module.config.arch} ({ours}): choose from {", ".join(choices)}')
-  require(not objectives.OBJECTIVES[name].prefix
-          or not mixers.with_state(module.config), f'objective is {name!r}, '
-          'whose first tokens see each other, and some layers read a row in '
-          'one direction (a recurrence of model.mixer, or '
+        f'{module.config.arch} ({stack}): choose from {", ".join(choices)}')
+  require(not objective.prefix or not mixers.with_state(module.config),
+          f'objective is {name!r}, whose first tokens see each other, and some '
+          'layers read a row in one direction (a recurrence of model.mixer, or '
           'model.attention_conv): choose causal')
-  head = objectives.OBJECTIVES[name].head
-  require(module.config.head == head, f'model.head is {module.config.head!r}, '
-          f'and objective {name!r} trains {head!r}: leave it empty, to be '
-          'derived')
+  require(module.config.head == objective.head, 'model.head is '
+          f'{module.config.head!r}, and objective {name!r} trains '
+          f'{objective.head!r}: leave it empty, to be derived')
 
 
 def try_workdir(workdir: epath.Path) -> None:
   """Raises RequestError where a run could not write what it has to."""
-  for folder in (workdir, checkpoints.directory(workdir)):
-    storage.try_folder(folder)
+  storage.try_folder(checkpoints.directory(workdir))
   for file in (run_config.file(workdir), workdir / metrics.METRICS):
     storage.try_file(file, '--workdir')
   if not run_config.has_begun(workdir):  # else it is damaged, which is told
@@ -97,99 +141,4 @@ def printable(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   check_config(config, by_hand)
   config = objectives.with_labels(config)
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
-  return limits.as_read(config, model, resolved=True)
-
-
-def warn_of_unused_ids(config: ml_collections.ConfigDict, model: ModelConfig,
-                       tokenizer: tokenizers.Tokenizer) -> None:
-  """Says so where most rows of the vocabulary are no token of the text."""
-  if model.vocab_size > 2 * runs.vocab_size(config, tokenizer):
-    print(f'warning: model.vocab_size is {model.vocab_size}, of which the '
-          f'tokenizer {tokenizer.name!r} uses {tokenizer.vocab_size}: set '
-          'data.tokenizer to one of that size, or model.vocab_size=0 to take '
-          'this one\'s', file=sys.stderr)
-
-
-def describe(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
-       eval_data: Sequence[pipeline.Loader]) -> str:
-  """Returns what a run is about to do, in some lines.
-
-  Args:
-    run: the run.
-    start: how many steps of it are done.
-    tokens: of a step, padding included.
-    train_data: its batches.
-    eval_data: those of what is held out.
-  """
-  config, model, steps = run.config, run.model, run.config.train.steps
-  active = '' if not model.has_experts else (
-      f', of which each token uses {totals.parameters(model)[1]:,}')
-  parameters = sum(x.size for x in jax.tree.leaves(run.abstract.params))
-  trained = totals.trained_parameters(run.module, config.optim)
-  if trained != parameters:
-    active += f', of which {trained:,} are trained'
-  mesh = ','.join(
-      f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1)
-  parts = config.train.grad_accumulation
-  sizes = ramp.of(config)
-  all_rows = int(sizes.before(steps))
-  rows = f'{config.data.batch_size:,} rows' + (
-      f' in {parts} micro-batches' if parts > 1 else '')
-  source = train_data.text
-  if len(train_data.views) == 1:
-    passes = all_rows / train_data.num_windows
-    source = f'{passes:.3g} passes over {source}'
-  # Of views of records alone: text is cut into rows, and nothing of it is lost.
-  cut = sum(getattr(view, 'cut', 0) for view in train_data.views)
-  if cut:
-    source += (f', {cut:,} of whose {train_data.num_windows:,} rows are longer '
-               f'than data.length {config.data.length}, and cut off')
-  lengths, most = pipeline.lengths(config), ''
-  if len(lengths) > 1:
-    most = 'at most '
-    rows += f' padded to {", ".join(map(str, lengths[:-1]))} or {lengths[-1]}'
-    rows += ' tokens (a program each)'
-  return '\n'.join([
-      f'model: {model.arch}, {parameters:,} parameters in '
-      f'{model.param_dtype}{active}; computed in {model.dtype}',
-      *filter(None, [systems.line(model)]), *totals.layers(model),
-      f'devices: {run.mesh.size} of the kind '
-      f'{run.devices[0].device_kind}, mesh {mesh or "data=1"}',
-      f'step: {rows}, {most}{tokens:,} tokens',
-      *(f'until step {until:,}: {size:,} rows'
-        for until, size in zip(sizes.until, sizes.sizes)),
-      f'training: steps {start + 1:,} to {steps:,}, {most}'
-      f'{all_rows * (tokens // sizes.last):,} tokens in all',
-      *_rate(config), f'data: {source}',
-      f'held out: {" and ".join(loader.text for loader in eval_data)}, '
-      f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
-      f'evaluation: {_evaluations(config, eval_data)}',
-      *_tasks(config)])
-
-
-def _evaluations(config: ml_collections.ConfigDict,
-                 eval_data: Sequence[pipeline.Loader]) -> str:
-  every = config.eval.every_steps
-  if not every:
-    return 'none while training'
-  there = [loader.num_batches for loader in eval_data]
-  taken = [loader.first(config.eval.batches) for loader in eval_data]
-  return (f'every {every:,} steps, on {sum(taken):,} of the {sum(there):,} '
-          'batches held out')
-
-
-def _rate(config: ml_collections.ConfigDict) -> list[str]:
-  """A line where the learning rate never gets to optim.lr."""
-  warmup, steps = config.optim.warmup_steps, config.train.steps
-  return [f'learning rate: it rises until step {warmup:,}, so it ends at '
-          f'{steps / warmup:.3g} of optim.lr {config.optim.lr:g}; set '
-          'optim.warmup_steps to fewer than train.steps to reach it'
-          ] if warmup > steps else []
-
-
-def _tasks(config: ml_collections.ConfigDict) -> list[str]:
-  names = evals.listed(config.eval.tasks)
-  every = config.eval.tasks_every_steps
-  when = f'every {every:,} steps and ' if every else ''
-  return [f'tasks: {", ".join(names)}, {when}after the last step'
-          ] if names else []
+  return run_config.as_read(config, model, resolved=True)

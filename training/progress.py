@@ -1,18 +1,22 @@
-"""How far a program is, for who watches it in a terminal.
+"""How far a program is, and how long its steps take.
 
-It is drawn on stderr, below what is printed, and leaves nothing behind. Where
-stderr is no terminal nothing is drawn at all, so a log, a pipe and --json hold
-what the program prints and no more.
+What is under way is drawn on stderr, below what is printed, and leaves nothing
+behind. Where stderr is no terminal nothing is drawn at all, so a log, a pipe
+and --json hold what the program prints and no more.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 import contextlib
 import datetime
+import math
 import os
+import re
 import signal
 import sys
 import time
-from typing import Any, TextIO, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
+
+from configs.errors import require
 
 Item = TypeVar('Item')
 _DRAWN_A_SECOND = 2  # by a thread, which takes time from the host's cores
@@ -55,20 +59,18 @@ def during(text: str, total: int | None = None
     return
   outermost = _bar is None
   if outermost:
-    _bar = _make()
+    from rich import progress
+    _bar = progress.Progress(
+        progress.TextColumn('{task.description}', markup=False),
+        progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(), console=_console(sys.stderr),
+        transient=True, refresh_per_second=_DRAWN_A_SECOND,
+        # What rich redirects goes to its console: to stderr.
+        redirect_stdout=sys.stdout.isatty())
     _bar.start()
-  task = _bar.add_task(text, total=total,
-                       parts='' if total is None else f'0/{total}')
-  done = 0
-
-  def advance() -> None:
-    nonlocal done
-    done += 1
-    of = '' if total is None else f'/{total}'
-    _bar.update(task, completed=done, parts=f'{done}{of}')
-
+  task = _bar.add_task(text, total=total)
   try:
-    yield advance
+    yield lambda: _bar.advance(task)
   finally:
     _bar.remove_task(task)
     if outermost:
@@ -95,7 +97,7 @@ def each(items: Iterable[Item], text: str, total: int | None = None
       advance()
 
 
-def console(stream: TextIO):
+def _console(stream: TextIO):
   """Returns rich's console, which leaves the cursor alone: a process that is
   killed could not show it again."""
   from rich import console as rich_console
@@ -108,19 +110,14 @@ def console(stream: TextIO):
   return Console(file=stream)
 
 
-def _make():
-  from rich import progress
-  return progress.Progress(
-      progress.TextColumn('{task.description}', markup=False),
-      progress.BarColumn(), progress.TextColumn('{task.fields[parts]}'),
-      progress.TimeElapsedColumn(), console=console(sys.stderr),
-      transient=True, refresh_per_second=_DRAWN_A_SECOND,
-      # What rich redirects goes to its console: to stderr.
-      redirect_stdout=sys.stdout.isatty())
+class Lines:
+  """The progress of a run where there is no terminal: a plain line for each
+  update.
 
-
-class _Lines:
-  """Where there is no terminal: one plain line for each update."""
+  Args:
+    total: train.steps.
+    stream: where to.
+  """
 
   def __init__(self, total: int, stream: TextIO):
     self._total, self._stream = total, stream
@@ -161,7 +158,7 @@ class _Bar:
     self._bar = progress.Progress(
         progress.TextColumn('step'), progress.MofNCompleteColumn(),
         progress.BarColumn(bar_width=None), progress.TextColumn(
-            '{task.fields[text]}'), console=console(stream),
+            '{task.fields[text]}'), console=_console(stream),
         auto_refresh=False,
         redirect_stderr=sys.stderr.isatty())
     self._task = self._bar.add_task('', total=total, completed=first, text='')
@@ -171,27 +168,23 @@ class _Bar:
   def step(self, step: int) -> None:
     self._bar.update(self._task, completed=step)
     if time.monotonic() - self._drawn > 0.25:
-      self._draw()
+      self._drawn = time.monotonic()
+      self._bar.refresh()
 
   def update(self, step: int, figures: Mapping[str, Any]) -> None:
-    self._bar.update(self._task, completed=step,
+    self._bar.update(self._task, completed=step, refresh=True,
                      text=_text(step, self._total, figures))
-    self._draw()
 
   def say(self, text: str) -> None:
     self._bar.console.print(text, markup=False, highlight=False)
 
   def close(self) -> None:
-    self._draw()
-    self._bar.stop()
-
-  def _draw(self):
-    self._drawn = time.monotonic()
     self._bar.refresh()
+    self._bar.stop()
 
 
 def bar(total: int, first: int = 0, primary: bool = True,
-        stream: TextIO | None = None) -> _Lines | _Bar:
+        stream: TextIO | None = None) -> Lines | _Bar:
   """Returns what shows a run's progress: step(), update(), say(), close().
 
   Args:
@@ -202,24 +195,22 @@ def bar(total: int, first: int = 0, primary: bool = True,
   """
   stream = stream or sys.stdout
   if not primary:
-    return _Lines(total, open(os.devnull, 'w'))
+    return Lines(total, open(os.devnull, 'w'))
   return (_Bar(total, first, stream) if stream.isatty()
-          else _Lines(total, stream))
+          else Lines(total, stream))
 
 
 @contextlib.contextmanager
 def compiling(primary: bool = True):
   """Around what is compiled before the first step: says so, and how long it
   took."""
-  if not primary:
-    yield
-    return
   start = time.monotonic()
-  if not sys.stderr.isatty():  # where `during` shows nothing
+  if primary and not sys.stderr.isatty():  # where `during` shows nothing
     print('compiling', flush=True)
-  with during('compiling'):
+  with during('compiling') if primary else contextlib.nullcontext():
     yield
-  print(f'compiled in {time.monotonic() - start:.1f} s', flush=True)
+  if primary:
+    print(f'compiled in {time.monotonic() - start:.1f} s', flush=True)
 
 
 def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
@@ -232,7 +223,151 @@ def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
   if figures.get('mfu') is not None:  # no peak is known of a CPU
     parts.append(f'MFU {figures["mfu"]:.1%}')
   if 'step_seconds' in figures:
-    left = ((total - step) * figures['step_seconds']
-            + figures.get('evaluation_left', 0))
-    parts.append(f'{datetime.timedelta(seconds=round(left))} left')
+    left = round((total - step) * figures['step_seconds'])
+    parts.append(f'{datetime.timedelta(seconds=left)} left')
   return '  '.join(parts)
+
+
+# The times of steps.
+
+
+class Read(NamedTuple):
+  """What a step has come to: its figures, and when it was done."""
+  step: int
+  figures: dict[str, Any]
+  done: Any
+
+
+class Deferred:
+  """Holds a step's metrics until the next one is dispatched.
+
+  Reading a result waits for it. Read one step late, the device has work while
+  the host formats, logs and fetches the next batch.
+
+  Args:
+    now: Meter.now, or what else tells when a step was done.
+  """
+
+  def __init__(self, now: Callable[[], Any]):
+    self._waiting, self._now = None, now
+
+  def push(self, step: int, metrics: Mapping[str, Any]) -> Read | None:
+    """Takes the metrics of `step`, jax arrays, which has been dispatched;
+    returns those of the last one, None at the first call."""
+    import jax  # late: what only draws progress needs no jax
+    leaves = jax.tree.leaves(metrics)
+    for value in leaves:
+      value.copy_to_host_async()
+    # A CPU computes in the thread that dispatches (distributed/cpu.py):
+    # there the step is done by now, and not when it is read, a step later.
+    done = self._now() if all(x.is_ready() for x in leaves) else None
+    read, self._waiting = self.flush(), (step, metrics, done)
+    return read
+
+  def flush(self) -> Read | None:
+    """Returns what is held, or None: before evaluating, saving and ending."""
+    if self._waiting is None:
+      return None
+    import jax
+    (step, metrics, done), self._waiting = self._waiting, None
+    figures = jax.tree.map(lambda x: x.tolist(), jax.device_get(dict(metrics)))
+    return Read(step, figures, done or self._now())
+
+
+class Meter:
+  """Times steps: between laps, less what is paused (evaluation, saving).
+
+  Args:
+    tokens_per_step: the global batch's tokens.
+    flops_per_step: model FLOPs of a training step (training/costs/flops.py).
+    peak_flops: of all devices together (training/costs/flops.py), or None.
+    clock: seconds, for tests.
+  """
+
+  def __init__(self, tokens_per_step: int, flops_per_step: float,
+               peak_flops: float | None,
+               clock: Callable[[], float] = time.perf_counter):
+    self._usual, self._peak = (tokens_per_step, flops_per_step), peak_flops
+    self._clock = clock
+    self._others: dict[int, tuple[int, float]] = {}
+    self._compiled = self._paused = self._waited = 0.0
+    self._pauses = 0
+    self.begin(0)
+
+  def now(self) -> tuple[float, float]:
+    """Returns (seconds so far, less the paused; those of them that waited)."""
+    return self._clock() - self._paused, self._waited
+
+  @contextlib.contextmanager
+  def compiling(self):
+    """Around the compilation of a training or evaluation step: its seconds
+    come once, in the next lap, and those of several compilations add up."""
+    start = self._clock()
+    with self.paused():
+      yield
+    self._compiled += self._clock() - start
+
+  @contextlib.contextmanager
+  def waiting(self):
+    """Around the fetch of the next batch."""
+    start = self._clock()
+    yield
+    self._waited += self._clock() - start
+
+  @contextlib.contextmanager
+  def paused(self):
+    """Around what is no training step. A pause within another one counts
+    once: an evaluation may compile its step for rows of another length."""
+    start = self._clock()
+    self._pauses += 1
+    try:
+      yield
+    finally:
+      self._pauses -= 1
+      if not self._pauses:
+        self._paused += self._clock() - start
+
+  def does(self, step: int, tokens: int, flops: float) -> None:
+    """Takes what a step has to do, where that is not what most have."""
+    self._others[step] = tokens, flops
+
+  def begin(self, step: int) -> None:
+    """Starts the clock: `step` steps are done, the next one comes."""
+    self._step, self._since = step, self.now()
+
+  def lap(self, step: int, done: tuple[float, float]
+          ) -> dict[str, float | None]:
+    """Returns the figures since the last lap; `done` is what `now` was when
+    `step` was done."""
+    steps = step - self._step
+    seconds, waited = (y - x for x, y in zip(self._since, done))
+    tokens, flops = map(sum, zip(*(
+        self._others.pop(n, self._usual)
+        for n in range(self._step + 1, step + 1))))
+    figures = {
+        'step_seconds': seconds / steps,
+        'tokens_per_second': tokens / seconds,
+        'data_seconds': waited / steps,
+        'mfu': flops / seconds / self._peak if self._peak else None}
+    if self._compiled:
+      figures['compile_seconds'] = self._compiled
+    self._compiled = 0.0
+    self._step, self._since = step, done
+    return figures
+
+
+def profiled_steps(steps: str, total: float = math.inf
+                   ) -> tuple[int, int] | None:
+  """Parses 'START:STOP', as a slice of a run's `total` steps; '': no profile.
+
+  Raises:
+    RequestError: for anything else.
+  """
+  if not steps:
+    return None
+  match = re.fullmatch('([0-9]{1,9}):([0-9]{1,9})', steps)
+  require(match is not None and int(match[1]) < int(match[2])
+          and int(match[1]) < total, f'--profile_steps is {steps!r}: write '
+          'START:STOP, such as 10:13 for steps 10, 11 and 12, with a START '
+          f'below STOP and train.steps ({total})')
+  return int(match[1]), int(match[2])

@@ -26,13 +26,13 @@ import numpy as np
 import architectures
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, require
-from training import early_stopping, loop, objectives, parameters
+from training import loop, objectives, parameters
 from training import preflight, runs
 from training.data import tokenizers
 from training.objectives import pipeline
 from training.distributed import devices
-from training.step import TrainState, init_state, initial_seed
-from training.step import make_eval_step, make_train_step, optimizer_unchecked
+from training.runs import TrainState, init_state, initial_seed
+from training.runs import make_eval_step, make_train_step, optimizer_unchecked
 from training.workdir import checkpoints, provenance, run_config, storage
 
 # What the runs of a group may differ in, and what a step is given it as.
@@ -193,7 +193,7 @@ def _take_up(run: runs.Run, writer: loop.Writer, changed: bool
   if not changed:
     writer.sentence = loop.ended_badly(restored.state, writer.config)
     writer.code = loop.DIVERGED if writer.sentence else 0
-  early = early_stopping.ended_early(writer.config, writer.saved.best,
+  early = loop.ended_early(writer.config, writer.saved.best,
                                      restored.step)
   if early and not writer.sentence:
     writer.sentence, writer.code = early, loop.EARLY

@@ -14,7 +14,7 @@ from architectures.parts import sharding
 from configs import sharding as tables
 from configs.errors import RequestError
 from tests.helpers import models
-from training import losses
+from training.objectives import losses
 from training.distributed import devices
 
 LENGTH = 16

@@ -12,7 +12,7 @@ import architectures
 from architectures.parts import heads
 from configs.errors import RequestError
 from tests.helpers import models
-from training import config_files
+from training import cli
 from training.costs import totals
 
 HEADS = {'sequence': 3, 'tokens': 5, 'span': 0}
@@ -89,7 +89,7 @@ def test_bert_scores_a_row_off_its_pooler():
     ('configs/bert.py:base', 'tokens', 9, 108_898_569),
     ('configs/gpt.py:gpt2', 'sequence', 2, 124_441_344)])
 def test_parameters_are_as_many_as_published(size, head, labels, published):
-  config = config_files.load_config_file(size)
+  config = cli.load_config_file(size)
   config.model.update(head=head, num_labels=labels)
   counted = totals.count(config)
   assert counted['parameters'] == published

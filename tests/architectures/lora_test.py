@@ -12,11 +12,11 @@ from configs import sharding as tables
 from configs.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
-from training import paths
+from architectures.parts import paths
 from training.hf import weights
 from training.costs import flops, totals
 from training.optim import mup
-from training.step import make_train_step, parameter_roles
+from training.runs import make_train_step, parameter_roles
 
 RANK = 3
 ALL = dict(rank=RANK, alpha=6.0, targets=linear.ALL)

@@ -11,7 +11,8 @@ from architectures.parts.context import Context
 from configs.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
-from training import losses, objectives, preflight
+from training import objectives, preflight
+from training.objectives import losses
 from training.costs import flops, totals
 
 TWO = dict(mtp_depth=2)

@@ -21,8 +21,8 @@ from architectures.parts.ffn import ClampConfig, FFN
 from architectures.parts.norms import NORMS
 from tests.helpers import models
 from tests.helpers.jaxprs import equations
-from training import paths
-from training.step import abstract_params
+from architectures.parts import paths
+from training.runs import abstract_params
 
 D = 32
 KIND = LayerKind('global', 'gelu')

@@ -18,7 +18,7 @@ from architectures.parts.sharding import rules
 from configs import sharding
 from tests.helpers import models, flops_formulas as formulas
 from tests.helpers.jaxprs import equations
-from training import paths
+from architectures.parts import paths
 from training.costs import totals, flops
 from training.distributed.devices import make_mesh
 

@@ -11,8 +11,8 @@ import pytest
 import architectures
 from architectures.parts.roles import Declared, Role
 from tests.helpers import models
-from training import paths
-from training.step import abstract_params
+from architectures.parts import paths
+from training.runs import abstract_params
 
 
 def boxes(module) -> dict[str, Declared]:

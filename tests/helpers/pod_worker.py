@@ -1,13 +1,11 @@
 """One process of a test of several: runs train.py's main once or more.
 
   python -m tests.helpers.pod_worker JSON: {"runs": [[words of train.py], ...],
-      "faults": [{"folder": F, "process": 1, "step": 4, "kind": "kill"}, ...],
-      "pace": {"file": F, "seconds": 0.2}}
+      "faults": [{"folder": F, "process": 1, "step": 4, "kind": "kill"}, ...]}
 
 Several runs in one process save what costs most in a test: the imports. A
 fault happens at the end of its step, once: a file in its folder says so, and
-holds the time. As long as the file of `pace` is there, each step takes so many
-seconds more. While a run goes on, prints how often the processes have
+holds the time. While a run goes on, prints how often the processes have
 exchanged anything outside of the step itself. Ends with the first run that does
 not give 0.
 """
@@ -38,9 +36,8 @@ def _fault(fault: dict) -> None:
       fault['kind']])
 
 
-def _watch_steps(faults: list[dict], pace: dict) -> None:
-  """Lets each fault happen, counts exchanges, and waits, at the end of each
-  step."""
+def _watch_steps(faults: list[dict]) -> None:
+  """Lets each fault happen, and counts exchanges, at the end of each step."""
   agreed = signals.Stop.agreed
   exchanges = []
 
@@ -56,8 +53,6 @@ def _watch_steps(faults: list[dict], pace: dict) -> None:
     for fault in faults:
       if (fault['step'], fault['workdir']) == (step, flags.FLAGS.workdir):
         _fault(fault)
-    if pace and os.path.exists(pace['file']):
-      time.sleep(pace['seconds'])
     return agreed(stop, step)
 
   for name in ('process_allgather', 'broadcast_one_to_all'):
@@ -65,18 +60,11 @@ def _watch_steps(faults: list[dict], pace: dict) -> None:
   signals.Stop.agreed = at_step
 
 
-def _forget_flags() -> None:
-  flags.FLAGS.unparse_flags()
-  for name in list(flags.FLAGS):
-    if name.startswith('config.'):  # defined by the command line before
-      delattr(flags.FLAGS, name)
-
-
 def main():
   given = json.loads(sys.argv[1])
-  _watch_steps(given['faults'], given.get('pace'))
+  _watch_steps(given['faults'])
   for words in given['runs']:
-    _forget_flags()
+    flags.FLAGS.unparse_flags()
     sys.argv = ['train.py', *words]
     code = train.main()
     if code:

@@ -11,7 +11,8 @@ import numpy as np
 import architectures
 from architectures.parts import mixers
 from tests.parity.recording import Recording
-from training import generate, paths
+from training import generate
+from architectures.parts import paths
 from training.hf import config as hf_config, files, weights
 
 NEW_TOKENS = 64

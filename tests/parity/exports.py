@@ -24,8 +24,9 @@ from configs import fields
 from configs import kinds
 from configs.errors import RequestError
 from tests.parity import compare, reference
-from training import config_files, paths
-from training.step import abstract_params
+from training import cli
+from architectures.parts import paths
+from training.runs import abstract_params
 from training.hf import config as hf_config, weights
 
 # What every system is made to before it is changed.
@@ -123,7 +124,7 @@ def export_findings(system: str) -> Iterator[compare.Finding]:
   for change in changes(architectures.resolve(config(system))):
     model = config(system)
     try:
-      config_files.set_fields(model, change)
+      cli.set_fields(model, change)
       module = architectures.build(model)
       hf_config.write(module.config)
     except RequestError:

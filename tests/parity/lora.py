@@ -11,7 +11,7 @@ import numpy as np
 
 import architectures
 from tests.parity import compare, recording, reference
-from training import paths
+from architectures.parts import paths
 from training.hf import config as hf_config, files, peft, weights
 
 # The modules that get an adapter, as PEFT names them. BERT's pooler and head

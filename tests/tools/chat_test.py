@@ -1,7 +1,6 @@
 """Lines in, answers out; and the program as a user runs it."""
 
 import io
-import json
 import sys
 import types
 
@@ -14,10 +13,10 @@ from tools import chat as conversing
 
 class Echo:
   """A session that says what it is told."""
-  ended = 'end'
+  ended = 'length'
 
   def __init__(self):
-    self.messages, self.told = [], []
+    self.messages = []
 
   def ask(self, text, stopped=lambda: False):
     self.messages.append(text)
@@ -26,57 +25,31 @@ class Echo:
   def reset(self):
     self.messages = []
 
-  def instruct(self, text):
-    self.told.append(text)
 
-  def line(self):
-    return json.dumps(self.messages) + '\n'
-
-
-@pytest.fixture
-def pipe(monkeypatch, capsys):
-  def run(text):
-    session = Echo()
-    monkeypatch.setattr(sys, 'stdin', types.SimpleNamespace(
-        buffer=io.BytesIO(text if isinstance(text, bytes) else text.encode())))
-    conversing.through_pipe(session)
-    return session, capsys.readouterr()
-  return run
-
-
-def test_each_line_of_a_pipe_is_a_message(pipe):
-  session, said = pipe('a\n\n  \n b \r\n//c\n')
-  assert said.out == '<a>\n< b >\n</c>\n' and said.err == ''
-  assert session.messages == ['a', ' b ', '/c']
-
-
-def test_commands(pipe, tmp_path):
-  file = tmp_path / 'talk.jsonl'
-  session, said = pipe(f'a\n/save {file}\n/system be brief\n/reset\nb\n'
-                       f'/save {file}\n/system\n/help\n/exit\nc\n')
-  assert said.out == '<a>\n<b>\n' and '/reset' in said.err
-  assert file.read_text() == '["a"]\n["b"]\n'
-  assert session.told == ['be brief', '']
+def test_each_line_of_a_pipe_is_a_message(monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'stdin', types.SimpleNamespace(buffer=io.BytesIO(
+      b'a\n\n  \n b \r\n/reset\nc\n/exit\nd\n')))
+  session = Echo()
+  conversing.converse(session, in_terminal=False)
+  said = capsys.readouterr()
+  assert said.out == '<a>\n< b >\n<c>\n' and said.err == ''
+  assert session.messages == ['c']
 
 
 def test_at_a_terminal_what_is_wrong_ends_nothing(monkeypatch, capsys):
-  lines = iter(['/nothing', 'a', KeyboardInterrupt(), '', '/save /no/where',
-                'a\udc80', EOFError()])
+  lines = iter(['a', KeyboardInterrupt(), '', 'a\udc80', EOFError()])
 
   def line(prompt):
-    found = next(lines)
-    if isinstance(found, BaseException):
-      raise found
-    return found
+    following = next(lines)
+    if isinstance(following, BaseException):
+      raise following
+    return following
   monkeypatch.setattr('builtins.input', line)
-  session = Echo()
-  session.ended = 'length'
-  conversing.with_terminal(session)
+  conversing.converse(Echo(), in_terminal=True)
   said = capsys.readouterr()
   assert said.out == '<a>\n\n'
-  for words in ('no command /nothing', '[cut off at --max_new_tokens]',
-                'Ctrl-D ends the program', 'No such file',
-                'the message is not text'):
+  for words in ('[cut off at --max_new_tokens]', 'Ctrl-D ends the program',
+                'line 3 is not text'):
     assert words in said.err
 
 
@@ -108,5 +81,3 @@ def test_the_program_through_a_pipe(tmp_path):
   again = _chat(*flags, said='a\n/reset\na\n').stdout.splitlines()
   assert again[0] == again[1] == first.stdout.splitlines()[0]
   assert 'has 33 tokens' in _chat(*flags, said='a' * 31, code=2).stderr
-  (tmp_path / 'chat_template.jinja').write_text('{{ messages.__class__ }}')
-  assert 'makes nothing' in _chat(*flags, said='a', code=2).stderr

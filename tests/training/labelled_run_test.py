@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.training import vectorised_test
-from training import preflight, runs
+from training import loop, runs
 from training.data import tokenizers
 from training.objectives import pipeline
 
@@ -100,7 +100,7 @@ def test_a_run_says_how_rows_are_padded_and_cut(folder):
   train = pipeline.training_loader(c, BYTES)
   long = sum(len(line.partition('\t')[0]) > 14 for line in
              (folder / 'train.tsv').read_text().splitlines())
-  lines = preflight.describe(run, 0, 128, train,
+  lines = loop.describe(run, 0, 128, train,
                         pipeline.held_out(c, BYTES)).splitlines()
   assert ('step: 8 rows padded to 8 or 16 tokens (a program each), at most 128 '
           'tokens') in lines

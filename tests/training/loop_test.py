@@ -6,15 +6,15 @@ import json
 import math
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from configs import base
 from configs.errors import RequestError
-from training import loop, objectives, parameters
+from training import loop, objectives, preflight
 from training.distributed import signals
 from training.evals import held_out, in_training
-from training.workdir import checkpoints
 
 STEPS = 6
 
@@ -33,8 +33,7 @@ class Fake:
   def program(self):
     run = types.SimpleNamespace(
         config=self.config, model=types.SimpleNamespace(dtype='float32'),
-        evaluated=lambda state: state.params,
-        abstract=types.SimpleNamespace(params=None))
+        evaluated=lambda state: state.params)
     several = len(self.rows) > 1
     return loop.Program(
         run, contextlib.nullcontext, [], None, _Compiled(self._train),
@@ -90,9 +89,8 @@ class Loader:
 class Saved:
   """Checkpoints that are due at some steps; notes what is saved."""
 
-  def __init__(self, due=(), directory=None):
-    self.saves, self.newest, self._due = [], None, due
-    self.best, self.directory = None, directory
+  def __init__(self, due=()):
+    self.saves, self.newest, self.best, self._due = [], None, None, due
 
   def due(self, step):
     return step in self._due
@@ -111,7 +109,7 @@ def _train(tmp_path, monkeypatch):
   """Returns a function that trains; see `Fake`."""
   monkeypatch.setattr(loop.flops, 'training_flops_per_token',
                       lambda *_, **__: 1.0)
-  monkeypatch.setattr(loop.preflight, 'describe', lambda *_: 'a program')
+  monkeypatch.setattr(loop, 'describe', lambda *_: 'a program')
 
   def train(*rows, due=(), stop=None, start=0, best=None, **fields):
     config = base.base()
@@ -125,8 +123,7 @@ def _train(tmp_path, monkeypatch):
       monkeypatch.setattr(signals.Stop, 'agreed', lambda _, n: n == stop)
     fake = Fake(rows, config)
     several = len(rows) > 1
-    members = [loop.Writer(config, tmp_path / str(i), Saved(
-        due, tmp_path / str(i) / 'checkpoints'),
+    members = [loop.Writer(config, tmp_path / str(i), Saved(due),
                            f'run {i}' if several else '')
                for i in range(len(rows))]
     for member in members:
@@ -382,83 +379,58 @@ def test_a_signal_meanwhile_trains_no_further(
   assert _steps(member, 'eval') == [2, 4, 6]
 
 
-AVERAGE = dict(checkpoint__average=3, checkpoint__every_steps=2)
+def config(**fields):
+  c = base.base()
+  c.eval.update(fields)
+  return c
 
 
-@pytest.fixture(name='saved')
-def _saved(monkeypatch):
-  """Lets held-out losses be 1, and of a mean the steps of its checkpoints, as
-  digits; returns the steps that members have not saved, by name."""
-  lacking = {}
-  monkeypatch.setattr(checkpoints, 'steps', lambda folder: [
-      step for step in (2, 4) if step not in lacking.get(folder.parent.name, ())
-  ])
-  monkeypatch.setattr(parameters, 'of_checkpoint', lambda _, __, step: (
-      types.SimpleNamespace(state=step)))
-  monkeypatch.setattr(parameters, 'mean', lambda trees: float(
-      ''.join(map(str, trees[:-1]))))
-  monkeypatch.setattr(held_out, 'evaluate', lambda _, params, *__, stop: (
-      None if stop() else [{'nll': params or [1.0] * 3}]))
-  monkeypatch.setattr(held_out, 'means', lambda sums, _: {
-      'loss': sums[0]['nll']})
-  return lacking
+@pytest.mark.parametrize('fields, words', [
+    (dict(patience=3), 'eval.patience is 3, which is not read while eval.best'),
+    (dict(best='labels/f1'), "eval.tasks has no 'labels': it has none"),
+    (dict(best='loss', every_steps=0), 'eval.every_steps is 0: nothing'),
+    (dict(best='labels/f1', tasks='loss, labels', patience=2),
+     'eval.patience 2, but eval.tasks_every_steps is 0'),
+    (dict(best='surprise'), 'set eval.best_is to least or largest'),
+    (dict(best='extrapolation/loss', tasks='extrapolation'),
+     'the figures of task extrapolation are length')])
+def test_a_best_that_cannot_be_meant_is_refused(fields, words):
+  with pytest.raises(RequestError, match=words):
+    preflight.check_config(config(**fields))
 
 
-def _means(member):
-  """The rows that have a mean."""
-  return [row for row in _rows(member, 'eval') if 'mean/loss' in row]
+@pytest.mark.parametrize('figure, largest', [
+    ('loss', False), ('accuracy', True), ('labels/f1', True),
+    ('labels/loss', False)])
+def test_the_way_of_a_known_figure(figure, largest):
+  assert loop.Best.of(config(best=figure), None).largest == largest
+  assert loop.Best.of(config(best=figure, best_is='largest'), None).largest
 
 
-def test_a_mean_of_checkpoints_that_are_gone_is_refused_before_a_step(
-    train, saved, tmp_path):
-  saved['0'] = [2]
-  with pytest.raises(RequestError, match='checkpoint.average is 3, .* step 4, '
-                     'but step 2 is not saved: choose a smaller mean'):
-    train({}, start=4, **AVERAGE)
-  assert not (tmp_path / '0' / 'metrics.jsonl').read_text()
+def test_another_figure_begins_anew():
+  kept = loop.Best('loss', False, 1, 4, 0.5, 3).record()
+  assert loop.Best.of(config(best='loss', patience=9), kept).waited == 3
+  assert loop.Best.of(config(best='perplexity'), kept).step is None
+  assert not loop.ended_early(config(best='loss', patience=4), kept, 8)
+  assert 'is 0.5, of step 4' in loop.ended_early(
+      config(best='loss', patience=3), kept, 8)
 
 
-def test_a_mean_lacks_a_step_that_could_not_be_saved(train, saved, capsys):
-  saved['0'] = [2]
-  n, (member,), _ = train({2: dict(param_norm=math.nan)}, due=(2, 4),
-                          **AVERAGE, eval__every_steps=6)
-  assert (n, member.code) == (STEPS, 0)
-  assert _rows(member, 'eval') == [{'step': 6, 'split': 'eval', 'loss': 1.0}]
-  assert ('no mean of checkpoints: step 2 is not saved'
-          in capsys.readouterr().out)
-
-
-def test_members_that_have_all_checkpoints_have_a_mean(train, saved, capsys):
-  saved['1'] = [4]
-  _, members, _ = train({}, {}, {}, **AVERAGE, eval__every_steps=6)
-  mean = [{'step': 6, 'split': 'eval', 'loss': 1.0, 'mean/loss': 24.0}]
-  assert [_means(member) for member in members] == [mean, [], mean]
-  assert len(_rows(members[1], 'eval')) == 1
-  assert ('run 1: no mean of checkpoints: step 4 is not saved'
-          in capsys.readouterr().out)
-
-
-def test_a_run_that_ends_early_has_a_mean(train, saved, monkeypatch, capsys):
-  """Each member where it ends, also where a signal comes meanwhile; there may
-  be too few checkpoints by then."""
-  scores = [[0.1, 0.2, 0.3, 0.3, 0.3, 0.3], [0.3] * 6,
-            [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]]
-  _scores(monkeypatch, *scores)
-  early = AVERAGE | BEST | dict(
-      eval__patience=2, eval__every_steps=3)
-  _, members, _ = train({}, {}, {}, **early)
-  assert [m.code for m in members] == [loop.EARLY, loop.EARLY, 0]
-  five, three, six = members
-  assert _means(five) == [
-      {'step': 5, 'split': 'eval', 'mean/loss': 24.0, 'x/f1': 0.3}]
-  assert not _means(three) and _rows(three, 'eval')[-1]['step'] == 3
-  assert [row['step'] for row in _means(six)] == [6]
-  assert ('run 1: no mean of checkpoints: there are fewer than 3 up to step 3'
-          in capsys.readouterr().out)
-  asked = []
-  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, n: asked.append(n))
-  monkeypatch.setattr(signals.Stop, 'at_once', property(
-      lambda self: asked[-1:] == [5]))
-  n, (member,), _ = train({}, **early)
-  assert (n, member.code) == (5, loop.EARLY)
-  assert [row['step'] for row in _means(member)] == [5]
+@pytest.mark.parametrize('first, last, wanted', [
+    (0, 20, ['start 10', 'stop 13']),
+    (11, 20, ['start 11', 'stop 13']),  # resumed inside the range
+    (0, 11, ['start 10', 'stop end']),  # the run ends inside the range
+    (13, 20, []),  # resumed past it
+])
+def test_when_the_trace_starts_and_stops(first, last, wanted, monkeypatch,
+                                         tmp_path):
+  calls, seen = [], []
+  monkeypatch.setattr(jax.profiler, 'start_trace',
+                      lambda folder: calls.append('start'))
+  monkeypatch.setattr(jax.profiler, 'stop_trace', lambda: calls.append('stop'))
+  profiler = loop._Profiler('10:13', tmp_path)
+  for step in range(first, last):
+    profiler.before(step, jnp.zeros(()))
+    seen += [f'{call} {step}' for call in calls[len(seen):]]
+  profiler.close(jnp.zeros(()))
+  assert seen + [f'{call} end' for call in calls[len(seen):]] == wanted

@@ -14,7 +14,8 @@ import architectures
 from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
-from training import parameters, paths, runs
+from training import parameters, runs
+from architectures.parts import paths
 from training.workdir import checkpoints, run_config
 from training.hf import weights
 

@@ -1,10 +1,14 @@
-"""Progress is drawn on a terminal, and nothing of it goes anywhere else."""
+"""Progress is drawn on a terminal, and nothing of it goes anywhere else; the
+meter, and figures that are read a step late."""
 
 import io
 import sys
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from configs.errors import RequestError
 from training import progress
 
 
@@ -48,11 +52,6 @@ def test_a_terminal_shows_what_is_done(streams):
     assert wanted in text, text
   assert 'item 9' in text  # rich prints it above the bar
   assert '\x1b[?25l' not in text  # a killed process could not undo that
-  assert progress._bar is None
-
-
-def test_an_error_leaves_no_bar_behind(streams):
-  streams(Terminal(), Terminal())
   with pytest.raises(ZeroDivisionError):
     for n in progress.each([1, 0], 'dividing'):
       _ = 1 / n
@@ -65,22 +64,19 @@ def test_plain_lines_without_a_terminal():
   lines.step(9)
   lines.update(10, {'loss': 3.14159, 'tokens_per_second': 12345.0,
                     'step_seconds': 4.0, 'mfu': None})
-  lines.update(11, {'step_seconds': 1.0, 'evaluation_left': 11.0})
   lines.update(20, {'loss': 3.0, 'mfu': 0.4321})
   lines.say('saved step 20')
   lines.close()
   assert out.getvalue().splitlines() == [
       'step 10/1000  loss 3.1416  12,345 tokens/s  1:06:00 left',
-      'step 11/1000  0:16:40 left',
       'step 20/1000  loss 3.0000  MFU 43.2%',
       'saved step 20']
 
 
-def test_a_bar_on_a_terminal(monkeypatch):
-  monkeypatch.setenv('TERM', 'xterm')
-  monkeypatch.setenv('COLUMNS', '100')
+def test_a_bar_on_a_terminal(streams):
   out = Terminal()
-  bar = progress.bar(1000, first=500, stream=out)
+  streams(out, io.StringIO())
+  bar = progress.bar(1000, first=500)
   bar.step(509)
   bar.update(510, {'loss': 3.14159, 'tokens_per_second': 950.0,
                    'step_seconds': 0.5})
@@ -90,4 +86,76 @@ def test_a_bar_on_a_terminal(monkeypatch):
   for wanted in ('510/1000', 'loss 3.1416', '950 tokens/s', '0:04:05 left',
                  'saved [bold]step[/bold] 510'):
     assert wanted in text, text
-  assert '\x1b[?25l' not in text  # a killed run could not show the cursor again
+
+
+class Clock:
+
+  def __init__(self):
+    self.now = 100.0
+
+  def __call__(self):
+    return self.now
+
+
+def test_the_meter_by_hand():
+  clock = Clock()
+  meter = progress.Meter(tokens_per_step=1000, flops_per_step=6e9,
+                         peak_flops=1e10, clock=clock)
+  with meter.compiling():
+    clock.now += 30
+  meter.begin(0)
+  for _ in range(4):
+    with meter.waiting():
+      clock.now += 0.5
+    clock.now += 1.5
+  with meter.paused():
+    clock.now += 99
+  assert meter.lap(4, meter.now()) == pytest.approx(dict(
+      step_seconds=2.0, tokens_per_second=500.0, data_seconds=0.5, mfu=0.3,
+      compile_seconds=30.0))
+  clock.now += 8
+  with meter.compiling():
+    clock.now += 7
+  meter.does(5, 3000, 2e9)
+  assert meter.lap(6, meter.now()) == pytest.approx(dict(
+      step_seconds=4.0, tokens_per_second=500.0, data_seconds=0.0, mfu=0.1,
+      compile_seconds=7.0))
+
+
+class Result:
+  """An array on a device that notes when the host asks for it."""
+
+  def __init__(self, name, asked):
+    self.name, self.asked = name, asked
+
+  def copy_to_host_async(self):
+    self.asked.append(f'copy {self.name}')
+
+  def is_ready(self):
+    return False
+
+  def __array__(self, dtype=None, copy=None):
+    self.asked.append(f'wait {self.name}')
+    return np.float32(1.0)
+
+
+def test_figures_come_one_step_late():
+  """None is waited for before the next step is dispatched."""
+  deferred = progress.Deferred(lambda: 'now')
+  assert deferred.flush() is None
+  assert deferred.push(1, {'loss': jnp.float32(1.5)}) is None
+  assert deferred.push(2, {'loss': jnp.float32(2.5), 'load': jnp.arange(2)}
+                       ) == (1, {'loss': 1.5}, 'now')
+  assert deferred.flush() == (2, {'loss': 2.5, 'load': [0, 1]}, 'now')
+  asked = []
+  deferred.push(1, {'loss': Result('loss 1', asked)})
+  assert asked == ['copy loss 1']
+  deferred.push(2, {'loss': Result('loss 2', asked)})
+  assert [call for call in asked if 'wait' in call] == ['wait loss 1']
+  assert asked.index('copy loss 2') < asked.index('wait loss 1')
+
+
+@pytest.mark.parametrize('steps', ['10', 'a:b', '13:10', '3:3', '20:21'])
+def test_profile_steps_that_mean_nothing(steps):
+  with pytest.raises(RequestError, match='--profile_steps is'):
+    progress.profiled_steps(steps, 20)

@@ -15,10 +15,11 @@ import architectures
 from architectures.parts import sharding
 from tests.helpers import models
 from tests.helpers.jaxprs import equations
-from training import losses, objectives, runs
+from training import objectives, runs
+from training.objectives import losses
 from training.distributed import devices
 from training.optim import optimizers
-from training.step import _accumulate, make_eval_step, make_train_step
+from training.runs import _accumulate, make_eval_step, make_train_step
 
 LENGTH, BATCH = 16, 16
 

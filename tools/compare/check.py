@@ -5,9 +5,10 @@ import argparse
 import json
 
 from configs.errors import RequestError, require
+from configs.fields import check_number
 from tools.compare import cost, layout, spec
 from tools.compare import ledger as ledger_lib
-from training import limits, progress
+from training import progress
 
 # What only a sweep's file is read with, or only a study's; with its default.
 _OF_A_SWEEP = {'seeds': 0, 'match': '', 'match_field': ''}
@@ -41,7 +42,7 @@ def check_arguments(args) -> bool:
   """Raises RequestError for numbers that cannot be and for flags that the file
   is not read with; returns whether it is a study's."""
   for name, most in (('parallel', 512), ('group', 100_000)):
-    limits.number(f'--{name}', getattr(args, name), (('>=', 1), ('<=', most)))
+    check_number(f'--{name}', getattr(args, name), (('>=', 1), ('<=', most)))
   study = spec.is_study(args.file)
   others, kind = (_OF_A_SWEEP, 'sweep') if study else (_OF_A_STUDY, 'study')
   for flag, unset in others.items():

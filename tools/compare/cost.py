@@ -9,7 +9,6 @@ import math
 
 from configs.errors import RequestError, require
 from tools.compare import spec
-from training import limits
 
 # Of a cost that is made equal to the base's:
 TOLERANCE = 0.01  # what may be off at most
@@ -74,7 +73,7 @@ def check(config, changes: Mapping) -> None:
   from training import preflight, runs
   from training.objectives import pipeline
   preflight.check_config(config)
-  limits.refuse_unread_of(changes, config, runs.resolve_alone(config))
+  preflight.refuse_unread_of(changes, config, runs.resolve_alone(config))
   require(not config.eval.patience, f'eval.patience is {config.eval.patience}: '
           'runs are compared after their last step, and none ends before it; '
           'leave it at 0')

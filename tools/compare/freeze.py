@@ -13,12 +13,14 @@ import re
 from typing import Any
 
 from configs import base as base_config
+from configs import base as run_base
+from configs.fields import check_number
 from configs.errors import RequestError, one_of, require, short
 from tools.compare import cost, phases, spec
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
 from tools.compare import statistics
-from training import limits, progress
+from training import progress
 
 PARTS = ('first', 'second')  # eval.part of tuning, and of all else
 # What a study's file may hold, with its default; None: it must.
@@ -121,8 +123,8 @@ def read_study_file(file: str) -> Study:
             f'write it as {form!r}')
   sweep = spec.read_sweep_file(file, seeds=1, known=STUDY)
   for name, most in (('EFFECT', 1e30), ('ALPHA', 1), ('Q', 1), ('POWER', 1)):
-    limits.number(f'{file}: {name}', given[name], (('>', 0), ('<', most)))
-  limits.number(f'{file}: UNSTABLE', given['UNSTABLE'], (('>=', 0), ('<=', 1)))
+    check_number(f'{file}: {name}', given[name], (('>', 0), ('<', most)))
+  check_number(f'{file}: UNSTABLE', given['UNSTABLE'], (('>=', 0), ('<=', 1)))
   one_of('MATCH', given['MATCH'], ('', *spec.MATCH))
   for name in ('SIZES', 'WORKLOADS'):
     for key, fields in given[name].items():
@@ -184,7 +186,7 @@ def _check_overlaps(file: str, sweep: spec.Sweep, given: Mapping,
           f'{plans.AGAIN!r}, which is what the study calls its base with other '
           'first parameters: call it otherwise')
   for name in ('init_seed', 'eval.part'):
-    value = limits.get(sweep.base, name)
+    value = run_base.get(sweep.base, name)
     require(not value, f'{file}: base() sets {name} to {value!r}, which the '
             'study sets itself: leave it out')
   named = {'size': given['SIZES'], 'workload': given['WORKLOADS'],
@@ -248,9 +250,9 @@ def _workload(study: Study, size: str, workload: str,
     return changes | own
   from training import objectives
   defaults = base_config.base()
-  changes |= {name: limits.get(defaults, name)
+  changes |= {name: run_base.get(defaults, name)
               for name in objectives.OBJECTIVES['probe'].ignores}
-  of_size = lambda name: changes.get(name, limits.get(base, name))
+  of_size = lambda name: changes.get(name, run_base.get(base, name))
   steps = own.get('train.steps', of_size('train.steps'))
   longer = steps / of_size('train.steps')
   # A schedule is as much longer as the run; reports are as a size has them.

@@ -24,7 +24,7 @@ from tools import dies_with_parent
 from tools.compare import layout
 from tools.compare import ledger as ledger_lib
 from training import cli
-from training.distributed import interrupts
+from training.distributed import signals
 
 POLL_SECONDS = 0.2
 GPUS = 'CUDA_VISIBLE_DEVICES'
@@ -58,7 +58,7 @@ class Runner:
     self._group = group
     self._name = ledger.register()
     self._jobs: list[Job] = []
-    self._signals = interrupts.Count()
+    self._signals = signals.Count()
     self._beaten = 0.0
 
   def run(self, wait: bool = False) -> bool:
@@ -69,7 +69,7 @@ class Runner:
     """
     unended = (ledger_lib.PENDING, *[ledger_lib.RUNNING] * wait)
     # It counts alone: it may come while a job is being started.
-    with interrupts.handled(self._signals.add):
+    with signals.handled(self._signals.add):
       try:
         while True:
           self._beat()
@@ -296,4 +296,4 @@ def _evaluate(folders, tasks: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  cli.run(main, interrupts.EndAtOnce())
+  cli.run(main)

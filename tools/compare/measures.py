@@ -6,7 +6,8 @@ import math
 
 from configs.errors import one_of, require, short
 from tools.compare import plan as plans
-from training import early_stopping, evals
+from training import evals
+from training.workdir import metrics
 from training.evals.tasks import probe as probe_task
 
 _ENTRIES = ('workload', 'figure', 'better', 'name', 'chance')
@@ -34,10 +35,10 @@ def completed(given: Sequence, workloads: Collection[str], file: str
     last = figure.rpartition('/')[2]
     one_of('workload of a measure', workload, workloads)
     require('better' in entry or last in (
-        *early_stopping.LEAST, *early_stopping.LARGEST, 'rows_right'), f'{who}:'
+        *metrics.LEAST, *metrics.LARGEST, 'rows_right'), f'{who}:'
             " it is not known which value of it is better: write 'better': "
             "'lower' or 'higher'")
-    better = entry.get('better', plans.LOWER if last in early_stopping.LEAST
+    better = entry.get('better', plans.LOWER if last in metrics.LEAST
                        else plans.HIGHER)
     one_of('better of a measure', better, (plans.LOWER, plans.HIGHER))
     name = entry.get('name', last if workload == plans.TEXT else workload)

@@ -197,9 +197,6 @@ def shorten(changes: dict, base: dict, share: float) -> None:
     changes[field] = min(round(value(field) * short / steps), short)
   for field in ('checkpoint.every_steps', 'log.every_steps'):
     changes[field] = min(value(field), short)
-  if average := value('checkpoint.average'):
-    most = 1 + (short - 1) // changes['checkpoint.every_steps']
-    changes['checkpoint.average'] = min(average, most) if most > 1 else 0
   if stages := value('data.batch_ramp'):
     changes['data.batch_ramp'] = ramp.scaled(stages, steps, short)
 

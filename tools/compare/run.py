@@ -8,9 +8,9 @@ import shlex
 import sys
 
 from configs.errors import one_of
+from configs.fields import check_number
 from tools.compare import check, layout, local, plan, slurm
 from tools.compare import ledger as ledger_lib
-from training import limits
 
 LAUNCHERS = ('local', 'slurm', 'print')
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args) -> int:
   is_study = check.check_arguments(args)
   one_of('--launcher', args.launcher, LAUNCHERS[:2] if is_study else LAUNCHERS)
-  limits.number('--jobs', args.jobs, (('>=', 0), ('<=', 100_000)))
+  check_number('--jobs', args.jobs, (('>=', 0), ('<=', 100_000)))
   if is_study:
     from tools.compare import study
     return study.run(args, submit)

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.errors import RequestError, require
+from configs.fields import check_number
 
 DELTA = 1e-3
 CONSTANTS = ('E', 'A', 'B', 'a', 'b')
@@ -58,9 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   from tools.compare import curves
-  from training import limits
   # An interval needs 40 or more.
-  limits.number('--draws', args.draws, (('>=', 40), ('<=', 1_000_000)))
+  check_number('--draws', args.draws, (('>=', 40), ('<=', 1_000_000)))
   budgets = _budgets(args.budgets)
   sweep = curves.load_sweep(args.workdir)
   if args.by:

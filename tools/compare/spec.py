@@ -22,7 +22,8 @@ from architectures.parts import tables
 from configs import base as fields
 from configs.errors import RequestError, require
 from configs.fields import check_type
-from training import config_files, evals
+from training import evals
+from training import cli
 
 CONSTANTS = ('SEEDS', 'TASKS')  # that a sweep's file may hold
 OF_A_STUDY = ('SIZES', 'EFFECT')  # that a study's must hold
@@ -135,10 +136,10 @@ def read_sweep_file(file: str, seeds: int = 0,
     require(not name.isupper() or name.startswith('_') or name in known,
             f'{file} has {name}, which is not read: call it _{name} if it is '
             f'the file\'s own.{_hint(name, known)}')
-  base = config_files.call(file, module.base)
-  config_files.check_config_fields(base, f'{file}: base()')
+  base = cli.call(file, module.base)
+  cli.check_config(base, f'{file}: base()')
   add = Add(file, base)
-  config_files.call(file, module.sweep, add)
+  cli.call(file, module.sweep, add)
   tasks = getattr(module, 'TASKS', ())
   require(isinstance(tasks, tuple | list),
           f'{file}: TASKS is {tasks!r}: write a tuple of names')
@@ -161,7 +162,7 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
   for key, value in changes.items():
     value = tuples(value)
     if kind := re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', key):
-      config_files.declare(config.model, *kind.groups())
+      cli.declare(config.model, *kind.groups())
     if key == 'model.kinds':
       tables.check_kinds(value, f'{who}: model.kinds')
       config.model.kinds = ml_collections.ConfigDict(value)
@@ -204,7 +205,7 @@ def module_of(file: str):
                    if path.stem not in ('__init__', 'helpers'))
     raise RequestError(f'no file {file!r}: choose from {", ".join(files)}, or '
                        'write one')
-  module = config_files.run(file)
+  module = cli.run_file(file)
   for name, line in (('base', 'def base(): ...'),
                      ('sweep', 'def sweep(add): ...'),
                      ('get_config', 'get_config = base')):

@@ -46,7 +46,7 @@ def main():
   argv = [sys.argv[0], *sys.argv[2:]]
   cli.parse(module.__doc__, argv)
   args = flags.FLAGS
-  return module.launch(job.make(argv, module.size(args)), args)
+  return module.launch(job.make(module.size(args)), args)
 
 
 if __name__ == '__main__':

@@ -32,8 +32,7 @@ FLAGS = (
 # What tells a process who it is.
 _OF_THE_LAUNCHER = (
     'JAX_PROCESS_ID', 'JAX_NUM_PROCESSES', 'JAX_COORDINATOR_ADDRESS',
-    'JAX_COORDINATOR_BIND_ADDRESS', 'JAX_LOCAL_DEVICE_IDS',
-    'ARCHETYPE_DEVICES')
+    'JAX_COORDINATOR_BIND_ADDRESS', 'JAX_LOCAL_DEVICE_IDS')
 # Of the flags, those that are train.py's own.
 _OF_TRAIN = ('config', 'workdir', 'profile_steps', 'allow_config_change')
 
@@ -60,11 +59,10 @@ class Job:
   dry_run: bool
 
 
-def make(argv: list[str], num_devices: int) -> Job:
+def make(num_devices: int) -> Job:
   """Returns the job that the flags describe.
 
   Args:
-    argv: the command line, parsed already.
     num_devices: of all processes; 0: not known here.
 
   Raises:
@@ -77,15 +75,15 @@ def make(argv: list[str], num_devices: int) -> Job:
   if storage.in_bucket(args.logs):
     raise RequestError(f'--logs is {args.logs!r}: choose a folder on disk')
   _check(args.config, num_devices)
-  from training import timing
-  timing.profiled_steps(args.profile_steps, args.config.train.steps)
+  from training import progress
+  progress.profiled_steps(args.profile_steps, args.config.train.steps)
   workdir = args.workdir.rstrip('/')
   parent = workdir.rpartition('/')[0] or '.'
   name = named(workdir)
   logs = (f'logs/{name}' if storage.in_bucket(workdir) else f'{workdir}/logs')
   return Job(
       name=name,
-      words=('python', '-u', 'train.py', *cli.words(argv, _OF_TRAIN),
+      words=('python', '-u', 'train.py', *cli.words(_OF_TRAIN),
              f'--stopped_exit_code={STOPPED}'),
       workdir=workdir, logs=args.logs or logs,
       env=environment(args, f'{parent}/jax_cache'),

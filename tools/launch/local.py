@@ -22,7 +22,7 @@ import time
 
 from tools import dies_with_parent
 from tools.launch import job as job_lib
-from training.distributed import interrupts
+from training.distributed import signals
 
 # (kind, name, default, what it says, bounds).
 FLAGS = (
@@ -66,8 +66,7 @@ def environments(env, processes: int, devices: int, kind: str,
   """Returns what is added to the environment of each process."""
   result = []
   for i in range(processes):
-    # processes.meet() compares it with what there is.
-    own = dict(env) | {'ARCHETYPE_DEVICES': str(devices)}
+    own = dict(env)
     if processes > 1:
       own |= {'JAX_COORDINATOR_ADDRESS': coordinator,
               'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(i)}
@@ -104,7 +103,7 @@ def supervise(words: list[str], env: dict[str, str], processes: int,
     max_restarts.
   """
   failures, forwarding = 0, Forwarding()
-  with interrupts.handled(forwarding.heard):
+  with signals.handled(forwarding.heard):
     while True:
       if forwarding.stopped:  # between two runs
         return 0
@@ -113,7 +112,7 @@ def supervise(words: list[str], env: dict[str, str], processes: int,
                   pathlib.Path(logs), forwarding)
       if not any(codes):
         return 0
-      stopped = set(codes) <= {0, job_lib.STOPPED}
+      stopped = set(codes) <= {0, job_lib.STOPPED, -signal.SIGTERM}
       if forwarding.stopped:
         return 0 if stopped else 1
       if 2 in codes:
@@ -172,7 +171,7 @@ class Forwarding:
 
   def __init__(self):
     self.to = []
-    self._count = interrupts.Count()
+    self._count = signals.Count()
     self._hung_up = False
     self._told = set()
 

@@ -18,10 +18,11 @@ from architectures.parts.ffn import NONE
 from configs.errors import require
 from tools.plan import collectives
 from tools.plan.chips import Topology
-from training import objectives, paths, runs
+from training import objectives, runs
+from architectures.parts import paths
 from training.costs import flops, memory
 from training.distributed import devices
-from training.step import parameter_roles
+from training.runs import parameter_roles
 
 
 def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:

@@ -17,7 +17,7 @@ from training import generate, objectives, preflight, progress, runs
 from training.costs import flops, memory, totals
 from training.data import tokenizers
 from training.distributed import devices
-from training.step import make_train_step
+from training.runs import make_train_step
 
 GIB = chips.GIB
 DRAWN = {'prefill': 1, 'decode': 64}  # tokens that are added to each prompt

@@ -20,7 +20,7 @@ import numpy as np
 
 from configs.errors import EnvironmentFailure, one_of, require
 from tools.compare import spec, statistics
-from training import config_files
+from training import cli
 from training.data import probes
 from training.workdir import storage
 
@@ -72,7 +72,7 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
   from training import preflight
   require(os.path.isfile(file), f'no suite {file!r}: choose a file of '
           'configs/probes, or write one')
-  module = config_files.run(file)
+  module = cli.run_file(file)
   for name in ('LRS', 'SEEDS', 'suite'):
     require(hasattr(module, name), f'{file} has no {name}: a suite has LRS, '
             'SEEDS and suite(add)')
@@ -98,7 +98,7 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
               'leave it out, or change the suite')
     configs[label] = spec.changed(base, fields, f'{file}, task {task!r}')
 
-  config_files.call(file, module.suite, add)
+  cli.call(file, module.suite, add)
   for task in only:
     one_of('--only', task, configs)
   suite = Suite(file, tuple(module.LRS), tuple(range(seeds or module.SEEDS)),

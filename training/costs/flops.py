@@ -35,7 +35,7 @@ from architectures.parts import linear
 from architectures.parts.config import Kinds, ModelConfig
 from architectures.parts.moe import routing
 from training.optim import shares
-from training.step import parameter_shapes, parameter_shares
+from training.runs import parameter_shapes, parameter_shares
 
 # Parts of a count: the products of which a mask hides a part, and the others.
 ATTENTION, WEIGHTS = 'attention', 'weights'

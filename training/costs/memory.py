@@ -15,10 +15,11 @@ from architectures.parts import mixers, positions, remat
 from architectures.parts.attention import kernels, visibility
 from architectures.parts.config import ModelConfig
 from architectures.parts.ffn import NONE
-from training import objectives, paths, runs
+from training import objectives, runs
+from architectures.parts import paths
 from training.distributed import devices
 from training.optim import shares
-from training.step import parameter_roles, parameter_shares
+from training.runs import parameter_roles, parameter_shares
 
 
 def on_device(tree: Any) -> int:

@@ -15,10 +15,11 @@ from architectures.parts import mixers, positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from configs.errors import require
-from training import objectives, paths
+from training import objectives
+from architectures.parts import paths
 from training.costs import flops
 from training.optim import shares
-from training.step import (optimizer, parameter_roles, parameter_shapes,
+from training.runs import (optimizer, parameter_roles, parameter_shapes,
                            parameter_shares)
 from training.workdir import run_config
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.errors import require, short
-from training import limits
 
 # Of each stack, the names of inputs and of the module's arguments.
 NAMES = {
@@ -49,7 +48,7 @@ def arrays(stack: str, given: Mapping[str, Any], vocab_size: int
     if name.endswith('tokens'):
       require(jnp.issubdtype(array.dtype, jnp.integer), f'{name} has numbers '
               f'of {array.dtype}, and ids are integers')
-      limits.ids(name, array, vocab_size)
+      check_ids(name, array, vocab_size)
     # A traced mask is not known.
     if name.endswith('mask') and not isinstance(array, jax.core.Tracer):
       real = np.asarray(array) != 0
@@ -71,3 +70,15 @@ def _rows(name: str, value: Any) -> Any:
           f'{name} is {short(value)}: pass numbers, in one row or in rows of '
           'one length')
   return array if array.ndim == 2 else array[None]
+
+
+def check_ids(name: str, tokens: Any, vocab_size: int) -> None:
+  """Raises RequestError for an id without a row in the table of embeddings, for
+  which JAX would take the first or the last. Traced ids pass: they are not
+  known."""
+  if isinstance(tokens, jax.core.Tracer):
+    return
+  tokens = np.asarray(tokens)
+  wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
+  require(not wrong.size, f'{name} has the id {wrong[:1].sum()}, which this '
+          f'model does not have: its ids are 0 to {vocab_size - 1}')

@@ -1,10 +1,8 @@
 """Several processes as one run: joining, showing, and ending together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import contextlib
-import json
 import os
-import re
 import socket
 import sys
 import time
@@ -26,16 +24,7 @@ HEARTBEAT_SECONDS = 40
 # An error of this process may be the echo of another's, which is to be read
 # first: the launcher ends all soon after the first has ended.
 GRACE_SECONDS = 1.0
-MOST_PROCESSES = 2**16
-MOST_ROWS = 64  # of the table
-_ROW_BYTES = 512
-
-
-def _number(variable: str, default: int) -> int:
-  text = os.environ.get(variable, '').strip() or str(default)
-  require(re.fullmatch('-?[0-9]{1,9}', text) is not None,
-          f'${variable} is {text!r}: it must be a number')
-  return int(text)
+_LINE = 256  # bytes
 
 
 def how_to_join(coordinator: str = '', num_processes: int = 0,
@@ -55,32 +44,28 @@ def how_to_join(coordinator: str = '', num_processes: int = 0,
       thing.
   """
   coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS', '')
-  num_processes = num_processes or _number('JAX_NUM_PROCESSES', 0)
+  num_processes = num_processes or int(os.environ.get('JAX_NUM_PROCESSES', 0))
   if process_id < 0:
-    process_id = _number('JAX_PROCESS_ID', -1)
+    process_id = int(os.environ.get('JAX_PROCESS_ID', -1))
   given = bool(coordinator), bool(num_processes), process_id >= 0
   if not any(given):
     return {} if cluster else None
-  require(not cluster, '--cluster asks the cluster for the coordinator: '
-          'pass no --coordinator, --num_processes or --process_id with it')
-  require(all(given), 'a run of several processes needs --coordinator, '
-          '--num_processes and --process_id (or JAX_COORDINATOR_ADDRESS, '
-          f'JAX_NUM_PROCESSES, JAX_PROCESS_ID); given: coordinator '
-          f'{coordinator!r}, {num_processes} processes, id {process_id}')
+  require(all(given) and not cluster, 'a run of several processes needs '
+          '--coordinator, --num_processes and --process_id (or '
+          'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), or '
+          f'--cluster alone; given: coordinator {coordinator!r}, '
+          f'{num_processes} processes, id {process_id}, cluster {cluster}')
   host, _, port = coordinator.rpartition(':')
-  require(bool(host) and bool(re.fullmatch('[0-9]{1,5}', port))
-          and 0 < int(port) < 2**16, f'--coordinator is {coordinator!r}: write '
-          'HOST:PORT of process 0, with a port from 1 to 65535')
-  require(process_id < num_processes <= MOST_PROCESSES,
-          f'--process_id is {process_id} of --num_processes {num_processes}: '
-          f'choose an id below the number of processes, which is at most '
-          f'{MOST_PROCESSES:,}')
+  require(bool(host) and port.isdecimal(), f'--coordinator is {coordinator!r}: '
+          'write HOST:PORT of process 0')
+  require(process_id < num_processes, f'--process_id is {process_id} of '
+          f'--num_processes {num_processes}: choose an id below it')
   # JAX's service listens on every interface, unless it is told where.
-  own_machine = host in ('localhost', '127.0.0.1', '[::1]')
+  local = host in ('localhost', '127.0.0.1', '[::1]')
   return dict(
       coordinator_address=coordinator, num_processes=num_processes,
       process_id=process_id, cluster_detection_method='deactivate',
-      coordinator_bind_address=coordinator if own_machine else None)
+      coordinator_bind_address=coordinator if local else None)
 
 
 def initialize(how: Mapping[str, Any] | None) -> None:
@@ -116,41 +101,17 @@ def _end(code: int) -> None:
 
 def meet() -> None:
   """Waits for all processes; then process 0 prints who they are. Until here
-  no process has touched a device.
-
-  Raises:
-    RequestError: where this one sees not as many devices as its launcher was
-      told.
-  """
-  wanted = _number('ARCHETYPE_DEVICES', 0)
-  own = jax.local_devices()
-  require(wanted in (0, len(own)), f'--devices of the launcher is {wanted}, '
-          f'but a process sees {len(own)} ({own[0].device_kind}): choose '
-          f'{len(own)}, or let it see {wanted}')
+  no process has touched a device."""
   if jax.process_count() == 1:
     return
-  row = json.dumps(dict(
-      process=jax.process_index(), host=socket.gethostname()[:64],
-      pid=os.getpid(), devices=f'{len(own)} x {own[0].device_kind}',
-      slices=sorted({devices.slice_index(d) for d in own}))).encode()
+  here = jax.local_devices()
+  line = (f'process {jax.process_index()}: {len(here)} x '
+          f'{here[0].device_kind}, slice {devices.slice_index(here[0])}, pid '
+          f'{os.getpid()} on {socket.gethostname()}')
   # Gloo gives a group of devices 30 s to meet for the first time, which a
   # process that still compiles would miss: they meet here.
-  rows = multihost_utils.process_allgather(np.frombuffer(
-      row.ljust(_ROW_BYTES), np.uint8))
+  lines = multihost_utils.process_allgather(np.frombuffer(
+      line.encode()[:_LINE].ljust(_LINE), np.uint8))
   if devices.primary():
-    print(table([json.loads(bytes(row)) for row in np.asarray(rows)]),
-          flush=True)
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Renders the processes of a run for a terminal."""
-  total = sum(int(r['devices'].split()[0]) for r in rows)
-  cells = [('process', 'host', 'pid', 'devices', 'slice')]
-  cells += [(str(r['process']), r['host'], str(r['pid']), r['devices'],
-             ','.join(map(str, r['slices']))) for r in rows[:MOST_ROWS]]
-  widths = [max(map(len, column)) for column in zip(*cells)]
-  lines = ['  '.join(c.ljust(w) for c, w in zip(row, widths)).rstrip()
-           for row in cells]
-  if len(rows) > MOST_ROWS:
-    lines.append(f'and {len(rows) - MOST_ROWS} more')
-  return '\n'.join([*lines, f'{len(rows)} processes, {total} devices'])
+    for line in np.asarray(lines):
+      print(bytes(line).decode().rstrip(), flush=True)

@@ -1,27 +1,84 @@
 """SIGTERM, Ctrl-C and the end of a terminal (SIGHUP): finish the step, save,
-exit 0; a second signal ends at once, unless it is an echo of the first
-(interrupts.Count).
-
-They are heard by a thread (interrupts.py), whatever the main one does.
+exit 0; a second signal ends at once, unless it is an echo of the first.
 
 With several processes SIGTERM belongs to JAX's preemption service, which
 jax.distributed.initialize starts: it tells all processes, and picks a step
 that all of them still have before them, without a word over the devices' own
 network. Ctrl-C and SIGHUP are passed on to it. It does not count signals, so
 there a second SIGTERM ends a process at once only when the step has been agreed
-on, while a second Ctrl-C always does.
+on.
 """
 
+from collections.abc import Callable, Collection, Iterator
+import contextlib
 import os
 import signal
+import time
+import types
 
-import jax
-from jax.experimental import multihost_utils
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ECHO_SECONDS = 0.5
+_STDOUT, _STDERR = 1, 2
 
-from training.distributed import interrupts
+
+class Count:
+  """How often a process was told to stop. timeout(1) sends a signal to its
+  program and to the group of processes that the program is in, and others pass
+  on what their children get too: the same signal within ECHO_SECONDS is one. So
+  is SIGHUP after any: a shell and the system both send it.
+
+  Attributes:
+    n: how many signals came.
+  """
+
+  def __init__(self):
+    self.n = 0
+    self._last = {}
+
+  def add(self, number: int) -> bool:
+    """Counts a signal; returns whether it was no echo."""
+    now = time.monotonic()
+    new = (now - self._last.get(number, -ECHO_SECONDS) >= ECHO_SECONDS
+           and not (number == signal.SIGHUP and self.n))
+    if new:
+      self._last[number] = now
+      self.n += 1
+    return new
 
 
-class Stop(interrupts.Listener):
+@contextlib.contextmanager
+def handled(heard: Callable[[int], None],
+            numbers: Collection[int] = NUMBERS) -> Iterator[None]:
+  """Calls heard(number), in the main thread, for each signal while the `with`
+  block runs; a SIGHUP that is ignored, as by nohup, stays so. Must be entered
+  in the main thread."""
+  on_terminal = [fd for fd in (_STDOUT, _STDERR) if os.isatty(fd)]
+
+  def handle(number: int, frame: types.FrameType | None) -> None:
+    if number == signal.SIGHUP:
+      print_nowhere(on_terminal)
+    heard(number)
+
+  old = {number: signal.signal(number, handle) for number in numbers
+         if number != signal.SIGHUP
+         or signal.getsignal(number) is not signal.SIG_IGN}
+  try:
+    yield
+  finally:
+    for number, handler in old.items():
+      # None: not from Python, and Python cannot put it back.
+      signal.signal(number, handler or signal.SIG_DFL)
+
+
+def print_nowhere(fds: Collection[int]) -> None:
+  """To be called where the terminal or who reads is gone: what is printed
+  would be an error."""
+  with open(os.devnull, 'w') as nowhere:
+    for fd in fds:
+      os.dup2(nowhere.fileno(), fd)
+
+
+class Stop:
   """Knows, while its `with` block runs, whether the run was told to stop.
 
       with signals.Stop() as stop:
@@ -31,17 +88,27 @@ class Stop(interrupts.Listener):
             save and leave
 
   Must be entered in the main thread, after jax.distributed.initialize.
+
+  Attributes:
+    stop_requested: whether this process saw a signal; others may not know of it
+      yet.
   """
 
   def __init__(self):
-    self._first = None  # the first signal's number
-    self._count = interrupts.Count()
+    import jax  # late: launchers handle signals too, and need no more
+    self.stop_requested = False
+    self._count = Count()
     self._several = jax.process_count() > 1
+    self._handled = handled(self._heard, [
+        number for number in NUMBERS
+        if number != signal.SIGTERM or not self._several])
 
-  @property
-  def stop_requested(self) -> bool:
-    """Whether this process saw a signal; others may not know of it yet."""
-    return self._first is not None
+  def __enter__(self) -> 'Stop':
+    self._handled.__enter__()
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._handled.__exit__(*error)
 
   def agreed(self, step: int) -> bool:
     """Whether to save after `step` and leave: the same on all processes.
@@ -50,12 +117,13 @@ class Stop(interrupts.Listener):
     """
     if not self._several:
       return self.stop_requested
+    from jax.experimental import multihost_utils
     if not multihost_utils.reached_preemption_sync_point(step):
       return False
-    if self._first is None:  # the signal was SIGTERM, or another process's
-      self._first = signal.SIGTERM
+    if not self.stop_requested:  # it was SIGTERM, or another process's
+      self.stop_requested = True
       self._count.n += 1
-      self.handle(signal.SIGTERM)
+      signal.signal(signal.SIGTERM, lambda number, _: self._heard(number))
     return True
 
   @property
@@ -64,23 +132,22 @@ class Stop(interrupts.Listener):
     it may leave what it does between two steps."""
     return self.stop_requested and not self._several
 
-  def __enter__(self) -> 'Stop':
-    super().__enter__()
-    for number in interrupts.NUMBERS:
-      if number != signal.SIGTERM or not self._several:
-        self.handle(number)
-    return self
-
-  def heard(self, number: int) -> None:
-    name = signal.Signals(number).name
+  def _heard(self, number: int) -> None:
     if not self._count.add(number):
       return
-    if self._first is not None:
-      interrupts.print_from_thread(f'{name}: ending at once, without a save')
+    name = signal.Signals(number).name
+    if self.stop_requested:
+      _print(f'{name}: ending at once, without a save')
       os._exit(128 + number)
-    self._first = number
-    interrupts.print_from_thread(
-        f'{name}: finishing this step, saving, and leaving; once more ends at '
-        'once')
+    self.stop_requested = True
+    _print(f'{name}: finishing this step, saving, and leaving; once more ends '
+           'at once')
     if self._several:
       os.kill(os.getpid(), signal.SIGTERM)  # what the service listens to
+
+
+def _print(text: str) -> None:
+  """Prints to stderr from a handler, which may have come between two halves of
+  another print. Who read it, as `| tee`, may be gone."""
+  with contextlib.suppress(OSError):
+    os.write(_STDERR, f'\n{text}\n'.encode())

@@ -17,7 +17,8 @@ from lm_eval.models import utils as model_utils
 import numpy as np
 
 from configs.errors import require, short
-from training import chat, generate, limits, objectives, progress
+from training.data import inputs
+from training import chat, generate, objectives, progress
 from training.data import conversations
 from training.evals import checkpoint, scoring
 from training.evals.scoring import Question
@@ -166,7 +167,7 @@ class Model(api.TemplateLM):
     for i, text in enumerate(texts):
       if any(word in text for word in self._special):
         rows[i] = self._tokens.encode_placed(text)[0]
-        limits.ids(f'the text {short(text)}', rows[i],
+        inputs.check_ids(f'the text {short(text)}', rows[i],
                    self.evaluation.run.model.vocab_size)
     begins = [self._begin if special or special is None
               and not text.startswith(first) else () for text in texts]

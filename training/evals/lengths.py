@@ -11,7 +11,8 @@ import numpy as np
 
 import architectures
 from architectures.parts.config import ModelConfig
-from training import losses, objectives, progress
+from training import objectives, progress
+from training.objectives import losses
 from training.data import packing
 from training.objectives import pipeline
 from training.data.tokenizers import Tokenizer

@@ -19,7 +19,8 @@ import numpy as np
 
 from architectures.parts import positions
 from architectures.parts.moe.layer import without_capacity
-from training import losses, objectives, progress
+from training import objectives, progress
+from training.objectives import losses
 from training.distributed import devices
 from training.evals.task import Evaluation
 

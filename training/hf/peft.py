@@ -22,9 +22,9 @@ from architectures.parts import hf, linear
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import tensor_map
 from configs.errors import require, short
-from training import paths
+from architectures.parts import paths
 from training.hf import files as hf_files, weights
-from training.step import parameter_shapes
+from training.runs import parameter_shapes
 from training.workdir import checkpoints, storage
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'

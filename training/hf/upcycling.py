@@ -23,7 +23,7 @@ from architectures.parts.ffn import NONE
 from architectures.parts.moe import routing
 from configs import kinds
 from configs.errors import RequestError, require
-from training import paths
+from architectures.parts import paths
 from training.hf import weights
 
 # The page of a dense model's mixture; the others are the same page.

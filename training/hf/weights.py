@@ -41,11 +41,12 @@ from architectures.parts import checks, hf, linear
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import tensor_map
 from configs.errors import require
-from training import paths, progress
+from training import progress
+from architectures.parts import paths
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import generation as hf_generation
-from training.step import parameter_shapes
+from training.runs import parameter_shapes
 from training.workdir import checkpoints, storage
 
 SHARD_BYTES = 5 * 10**9

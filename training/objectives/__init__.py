@@ -14,8 +14,8 @@ import ml_collections
 
 from architectures.parts.config import ModelConfig
 from configs import base, lazy
+from configs import base as run_base
 from configs.errors import RequestError, one_of, require, short
-from training import limits
 from training.data import conversations
 from training.data import records
 from training.objectives.record import Objective, Shape
@@ -37,7 +37,7 @@ def _rows(file: types.ModuleType) -> Mapping[str, Objective]:
 
 
 OBJECTIVES: Mapping[str, Objective] = lazy.Lazy(
-    __name__, __path__, _rows, without=('pipeline', 'record'))
+    __name__, __path__, _rows, without=('losses', 'pipeline', 'record'))
 
 
 def of(config: ml_collections.ConfigDict) -> Objective:
@@ -86,7 +86,7 @@ def check_objective(config: ml_collections.ConfigDict) -> None:
     conversations.source(config.data.chat_template)
   defaults = base.base()
   for name in {*OF_SOME, *objective.ignores} - {*objective.reads}:
-    value, default = limits.get(config, name), limits.get(defaults, name)
+    value, default = run_base.get(config, name), run_base.get(defaults, name)
     if value != default:
       readers = [key for key, row in OBJECTIVES.items() if name in row.reads]
       raise RequestError(

@@ -24,7 +24,8 @@ import numpy as np
 
 from architectures.parts.skeletons import Output
 from configs.errors import RequestError
-from training import generate, losses
+from training import generate
+from training.objectives import losses
 from training.data.tokenizers import Tokenizer
 
 Config = ml_collections.ConfigDict

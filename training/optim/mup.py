@@ -56,7 +56,7 @@ def rates(config: ModelConfig, optimizer: str, roles: Any):
   Args:
     config: the model's.
     optimizer: optim.name.
-    roles: the parameters' (training/step.py).
+    roles: the parameters' (training/runs.py).
 
   Raises:
     ValueError: for an optimiser without a rule.

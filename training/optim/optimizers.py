@@ -33,7 +33,7 @@ import optax
 from architectures.parts.roles import Role
 from configs import base as base_config
 from configs.errors import RequestError, one_of, require
-from training import paths
+from architectures.parts import paths
 from training.optim import matrices, shares, soap
 
 
@@ -197,7 +197,7 @@ def make(optim: ml_collections.ConfigDict, steps: int, roles: Any,
   Args:
     optim: config.optim.
     steps: train.steps, the length of the schedule.
-    roles: the Role of each parameter, as a tree (training/step.py).
+    roles: the Role of each parameter, as a tree (training/runs.py).
     rates: what each parameter's learning rate is multiplied by, its decay
       apart (training/optim/mup.py); None: 1.
     parts: what its learning rate is multiplied by, its decay included

@@ -26,7 +26,7 @@ import optax
 
 from architectures.parts.roles import Role
 from configs.errors import RequestError, require
-from training import paths
+from architectures.parts import paths
 
 STACKS = ('encoder', 'decoder')  # from the bottom
 

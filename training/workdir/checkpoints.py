@@ -15,10 +15,10 @@ Orbax (the v0 API: v1 is experimental, and drops a save while one is under
 way) is imported where a run first needs it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import contextlib
-import dataclasses
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -33,15 +33,18 @@ from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError, require
-from training import paths, progress
-from training.workdir import checksums, storage
+from training import progress
+from architectures.parts import paths
+from training.workdir import storage
 
 BEST = 'best'  # a name for the step whose evaluation was the best
-MOST = 2**31 - 1  # what the counter of a state can hold
 
 
 class Mean(NamedTuple):
@@ -55,14 +58,6 @@ class Mean(NamedTuple):
   last: int = 0
 
 
-def step_number(name: str) -> int | None:
-  """Returns the step that a folder of this name holds; None: it holds none."""
-  if not (name.isascii() and name.isdecimal()) or len(name) > len(str(MOST)):
-    return None
-  step = int(name)
-  return step if name == str(step) and step <= MOST else None
-
-
 def named_step(text: str | None) -> int | str | Mean | None:
   """Returns what --step names: a step, BEST, several steps whose mean is
   meant, as `100,200` or `last:2`, or None for the newest.
@@ -72,55 +67,20 @@ def named_step(text: str | None) -> int | str | Mean | None:
   """
   if text is None or text == BEST:
     return text
+  steps = text.removeprefix('last:').split(',')
+  require(all(re.fullmatch('0|[1-9][0-9]*', step) for step in steps)
+          and len(set(steps)) == len(steps),
+          f'--step is {text!r}: write the number of a step, or {BEST} for the '
+          'best of a run with eval.best; or, for the mean of several, the '
+          'numbers of different steps with commas between, or last:5 for the '
+          'last 5 checkpoints')
+  numbers = tuple(map(int, steps))
   if text.startswith('last:'):
-    count = step_number(text.removeprefix('last:'))
-    require(count is not None and count > 1, f'--step is {text!r}: write how '
-            'many checkpoints the mean is of, from 2 on, such as last:5')
-    return Mean(last=count)
-  if ',' in text:
-    steps = tuple(map(step_number, text.split(',')))
-    require(None not in steps and len(set(steps)) == len(steps),
-            f'--step is {text!r}: write the numbers of different steps, with '
-            'commas between, for the mean of their parameters')
-    return Mean(steps)
-  step = step_number(text)
-  require(step is not None, f'--step is {text!r}: write the number of a step, '
-          f'or {BEST} for the best of a run with eval.best, or last:5 for the '
-          'mean of the last 5 checkpoints')
-  return step
+    return Mean(last=numbers[0])
+  return Mean(numbers) if len(numbers) > 1 else numbers[0]
 
 
-def finished(folder: epath.Path) -> list[int]:
-  """Returns the steps in `folder` that were saved whole, ascending."""
-  import orbax.checkpoint as ocp
-  if not folder.is_dir():
-    return []
-  return sorted(
-      step_number(path.name) for path in folder.iterdir()
-      if step_number(path.name) is not None
-      and ocp.utils.is_checkpoint_finalized(path))
-
-
-class Names:
-  """These names as Orbax asks for them (its NameFormat)."""
-
-  def build_name(self, step: int) -> str:
-    return str(step)
-
-  def find_all(self, base_path: epath.Path) -> Iterator:
-    import orbax.checkpoint as ocp
-    for step in finished(base_path):
-      yield ocp.path.step.Metadata(step=step, path=base_path / str(step))
-
-  def find_step(self, base_path: epath.Path, step: int):
-    for found in self.find_all(base_path):
-      if found.step == step:
-        return found
-    raise ValueError(f'no step {step} in {base_path}')
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
+class Restored(NamedTuple):
   """A checkpoint, read and checked.
 
   Attributes:
@@ -130,7 +90,7 @@ class Restored:
       environment, arrays.
     damaged: a sentence for each later step that was passed over.
     what: which parameters of it these are, where it is a choice
-      (workdir/parameters.py).
+      (training/parameters.py).
   """
   step: int
   state: Any
@@ -148,12 +108,10 @@ class _Damaged(Exception):
 
 
 def kept(steps: Sequence[int], is_good: Callable[[int], bool],
-         best: int | None, *, keep: int, keep_every: int, average: int,
-         every_steps: int) -> set[int]:
+         best: int | None, *, keep: int, keep_every: int) -> set[int]:
   """Returns those of `steps` to keep: never a stretch of bad steps instead of
   the last good ones. They are the newest, since the run goes on from it; the
-  newest `keep` good ones; each multiple of keep_every; the best; and the newest
-  `average` by every_steps, whose mean is to be taken."""
+  newest `keep` good ones; each multiple of keep_every; and the best."""
   good: list[int] = []
   for step in sorted(steps, reverse=True):
     if len(good) == keep:
@@ -161,10 +119,7 @@ def kept(steps: Sequence[int], is_good: Callable[[int], bool],
     if is_good(step):
       good.append(step)
   forever = [step for step in steps if keep_every and step % keep_every == 0]
-  averaged = [step for step in sorted(steps)
-              if average and step % every_steps == 0][-average:]
-  return {*good, *forever, *averaged, *sorted(steps)[-1:],
-          *({best} & set(steps))}
+  return {*good, *forever, *sorted(steps)[-1:], *({best} & set(steps))}
 
 
 class Checkpoints:
@@ -178,36 +133,36 @@ class Checkpoints:
       saved in a stretch of bad steps is kept beside them, while it is the
       newest of all.
     keep_every: a step that is a multiple of it is kept for good; 0: none.
-    average: so many of the newest that are multiples of every_steps are kept,
-      whatever `keep` says; 0: none.
     agree_every: with several processes, time is looked at only at multiples
       of so many steps, since process 0 has to tell the others.
     clock: seconds; tests pass their own.
+
+  Attributes:
+    directory: the folder of the checkpoints.
+    newest: the step on disk that equals the live state, saved or restored last;
+      None: there is none.
+    best: what the newest checkpoint remembers of the best evaluation.
   """
 
   def __init__(self, workdir: epath.Path, *, every_steps: int,
                every_minutes: float, keep: int, keep_every: int,
-               average: int = 0, agree_every: int = 1,
+               agree_every: int = 1,
                clock: Callable[[], float] = time.monotonic):
     import orbax.checkpoint as ocp
 
-    self._kept = dict(keep=keep, keep_every=keep_every, average=average,
-                      every_steps=every_steps)
-    self._every_steps = every_steps
-    self._every_seconds = 60 * every_minutes
-    self._agree_every = max(1, agree_every)
-    self._clock = clock
+    self._keep, self._keep_every = keep, keep_every
+    self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
+    self._agree_every, self._clock = agree_every, clock
     self._last_time = clock()
-    self._last_step = None  # the one on disk that equals the live state
+    self.newest: int | None = None
+    self.best: dict[str, Any] | None = None
     self.directory = directory(workdir)
-    self._good = {}  # by step: whether it is of no bad step
-    self.best = None  # training.best.Best.record of the newest checkpoint
+    self._good: dict[int, bool] = {}  # by step: whether it is of no bad step
     with storage.writing(self.directory):
       self._manager = ocp.CheckpointManager(
           self.directory,
           options=ocp.CheckpointManagerOptions(
               preservation_policy=self,
-              step_name_format=Names(),
               cleanup_tmp_directories=True,  # what a killed save has left
               # Else, where a folder cannot be made, the threads that wait for
               # it keep the process from ending for some 20 minutes.
@@ -224,34 +179,30 @@ class Checkpoints:
     # of an earlier start, whose times it has not read.
     self._manager.reached_preemption = lambda step: False
 
-  @property
-  def newest(self) -> int | None:
-    """The step that was saved or restored last; None: none was."""
-    return self._last_step
-
   def due(self, step: int) -> bool:
     """Whether to save after `step`. Every process gets the same answer."""
     if self._every_steps and step % self._every_steps == 0:
       return True
-    if not self._every_seconds:
+    if not self._every_seconds or (
+        jax.process_count() > 1 and step % self._agree_every):
       return False
-    is_time = self._clock() - self._last_time >= self._every_seconds
-    if jax.process_count() == 1:
-      return is_time
-    if step % self._agree_every:
-      return False
-    return bool(from_process_0(np.int32(is_time)))
+    return bool(from_process_0(np.int32(
+        self._clock() - self._last_time >= self._every_seconds)))
 
   def should_preserve(self, checkpoints: Sequence, *, context: Any
                       ) -> list[bool]:
     """Orbax asks this after each save, and deletes what is not to be kept."""
     there = kept([checkpoint.step for checkpoint in checkpoints], self._is_good,
-                 self.best and self.best['step'], **self._kept)
+                 self.best and self.best['step'], keep=self._keep,
+                 keep_every=self._keep_every)
     return [checkpoint.step in there for checkpoint in checkpoints]
 
   def _is_good(self, step: int) -> bool:
     if step not in self._good:
-      self._good[step] = is_good(self.directory, step)
+      try:
+        self._good[step] = _read_record(self.directory / str(step))['good']
+      except _Damaged:
+        self._good[step] = False
     return self._good[step]
 
   def save(self, step: int, state: Any, *, next_batch: int, tokens: int,
@@ -263,13 +214,13 @@ class Checkpoints:
 
     Args:
       step: the number of updates that `state` has had.
-      state: a pytree of jax arrays.
+      state: a pytree of jax arrays, each with its sharding.
       next_batch: the index of the first global batch not yet trained on.
       tokens: the number of tokens trained on.
       config: the run's ConfigDict.
       good: whether the step was good: its loss, its gradients and what they
         made of the parameters were finite.
-      best: the run's best evaluation so far (training/best.py), whose step is
+      best: the run's best evaluation so far (loop.Best.record), whose step is
         kept whatever `keep` says; None: the run has none.
 
     Returns:
@@ -277,40 +228,36 @@ class Checkpoints:
     """
     import orbax.checkpoint as ocp
 
-    if step == self._last_step:
+    if step == self.newest:
       return False
-    arrays = plain(state)
+    leaves, sums = paths.flatten(state), checksums(state)
     record = dict(
-        step=step, next_batch=next_batch, tokens=tokens,
-        good=good, best=best, config=config.to_dict(),
-        environment=environment(),
-        arrays=_describe(paths.flatten(state), checksums.of(state), arrays))
+        step=step, next_batch=next_batch, tokens=tokens, good=good, best=best,
+        config=config.to_dict(), environment=environment(),
+        arrays={name: dict(shape=list(x.shape), dtype=str(x.dtype),
+                           checksum=sums[name]) for name, x in leaves.items()})
     self.wait()
     self._good[step], self.best = good, best
-    with self._writing(step):
-      self._manager.save(
-          step, force=True,
-          args=ocp.args.Composite(
-              state=ocp.args.PyTreeSave(nest(arrays)),
-              record=ocp.args.JsonSave(seal(record))))
-    self._last_step = step
-    self._last_time = self._clock()
+    with storage.writing(f'checkpoint {step} in {self.directory}'):
+      self._manager.save(step, force=True, args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(nest(leaves)),
+          record=ocp.args.JsonSave(seal(record))))
+    self.newest, self._last_time = step, self._clock()
     return True
 
   def go_on_from(self, restored: Restored) -> None:
     """Begins where a checkpoint that was restored ends.
 
     Later steps, damaged or left behind by a `step` from before them, are set
-    aside, as STEP.aside: the run is about to write these steps anew. No later
-    save removes them: who has looked at them may."""
-    self._last_step = restored.step
-    self._last_time = self._clock()
+    aside, as STEP.aside-TIME: the run is about to write these steps anew. No
+    later save removes them: who has looked at them may."""
+    self.newest, self._last_time = restored.step, self._clock()
     self.best = restored.record['best']
     later = [step for step in steps(self.directory) if step > restored.step]
     if not later:
       return
     for step in later if jax.process_index() == 0 else ():
-      target = _unused(self.directory, f'{step}.aside')
+      target = self.directory / f'{step}.aside-{time.time_ns()}'
       logging.warning('checkpoint %d is set aside as %s', step, target)
       (self.directory / str(step)).rename(target)
     from_process_0(np.int32(0))  # the others wait until it is done
@@ -318,20 +265,9 @@ class Checkpoints:
 
   def wait(self):
     """Returns once all saves are on disk."""
-    with self._writing(self._last_step):
+    with storage.writing(f'checkpoint {self.newest} in {self.directory}'):
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
-
-  def _writing(self, step: int):
-    """Around a save, whose failure says what the run will go on from."""
-    def then() -> str:
-      try:
-        left = [s for s in finished(self.directory) if s != step]
-      except OSError:  # the storage is gone, and with it the list
-        return storage.again()
-      return f'{storage.again()} from ' + (
-          f'step {left[-1]}' if left else 'the beginning')
-    return storage.writing(f'checkpoint {step} in {self.directory}', then)
 
   def close(self):
     try:
@@ -351,15 +287,6 @@ class Checkpoints:
       # Its own failure would hide the first one, and may be the same.
       with contextlib.suppress(EnvironmentFailure):
         self.close()
-
-
-def _unused(folder: epath.Path, name: str):
-  """Returns folder/name, or the first of name-2, name-3, ... not taken."""
-  path, count = folder / name, 1
-  while path.exists():
-    count += 1
-    path = folder / f'{name}-{count}'
-  return path
 
 
 def environment() -> dict[str, Any]:
@@ -383,16 +310,6 @@ def environment_changes(record: dict[str, Any]) -> list[str]:
           for name in new if old.get(name) != new[name]]
 
 
-def _describe(leaves: dict[str, Any], sums: Any, arrays: Any
-              ) -> dict[str, dict]:
-  """What restoring must know of each array before it reads one."""
-  return {
-      name: dict(
-          shape=list(leaf.shape), dtype=str(leaf.dtype), checksum=sums[name],
-          shard=list(arrays[name].sharding.shard_shape(arrays[name].shape)))
-      for name, leaf in leaves.items()}
-
-
 def directory(workdir: epath.Path):
   path = storage.path(workdir)
   # Orbax wants it so; a bucket's paths are, and epath would prepend the folder.
@@ -404,33 +321,37 @@ _MOST_STEPS = 4096  # of which process 0 tells the others
 
 
 def steps(folder: epath.Path) -> list[int]:
-  """Returns the finished steps in `folder`, ascending, as process 0 sees it."""
-  found = finished(folder) if jax.process_index() == 0 else []
-  if jax.process_count() > 1:
-    padded = np.full(_MOST_STEPS, -1, np.int32)
-    padded[:len(found[-_MOST_STEPS:])] = found[-_MOST_STEPS:]
-    found = [int(step) for step in from_process_0(padded) if step >= 0]
-  return found
-
+  """Returns the steps in `folder` that were saved whole, ascending, as process
+  0 sees it."""
+  import orbax.checkpoint as ocp
+  there = np.full(_MOST_STEPS, -1, np.int32)
+  if jax.process_index() == 0 and folder.is_dir():
+    newest = sorted(ocp.utils.checkpoint_steps(folder))[-_MOST_STEPS:]
+    there[:len(newest)] = newest
+  return [int(step) for step in from_process_0(there) if step >= 0]
 
 
 def best_step(folder: epath.Path) -> int:
   """Returns the step whose evaluation was the best, as the newest record that
-  can be read has it.
+  can be read has it; RequestError where none is kept."""
+  record = _newest_record(folder) or {}
+  best = record.get('best') or {'step': None}
+  require(best['step'] is not None, f'there is no best checkpoint in {folder}: '
+          'eval.best of the run names no figure, or nothing was evaluated yet')
+  return best['step']
 
-  Raises:
-    RequestError: where none is kept.
-  """
-  for candidate in steps(folder)[::-1]:
-    try:
-      best = _read_record(folder / str(candidate))['best']
-    except _Damaged:
-      continue
-    if best and best['step'] is not None:
-      return best['step']
-    break
-  raise RequestError(f'there is no best checkpoint in {folder}: eval.best of '
-                     'the run names no figure, or nothing was evaluated yet')
+
+def arrays(folder: epath.Path, step: int | None = None
+           ) -> dict[str, dict[str, Any]]:
+  """Returns {name: {shape, dtype, ...}} of the newest step with a record that
+  can be read, or of `step`; {} where there is none."""
+  record = _newest_record(folder, step)
+  return record['arrays'] if record else {}
+
+
+def parameters_alone(arrays: dict[str, dict[str, Any]]) -> bool:
+  """Whether a checkpoint has no optimiser's state, as an import has none."""
+  return bool(arrays) and all(name.startswith('params/') for name in arrays)
 
 
 def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
@@ -447,57 +368,38 @@ def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
       {'params': ...} without the optimizer.
 
   Raises:
-    ValueError: there is no such checkpoint, or it does not fit `abstract`.
-    RuntimeError: every checkpoint that was tried is damaged.
+    RequestError: there is no such checkpoint, or it does not fit `abstract`.
+    EnvironmentFailure: every checkpoint that was tried is damaged.
   """
   available = steps(folder)
-  if not available:
-    raise RequestError(f'no checkpoint in {folder}')
+  require(bool(available), f'no checkpoint in {folder}')
   if step == BEST:
     step = best_step(folder)
-  if step is not None and step not in available:
-    raise RequestError(f'no checkpoint of step {step} in {folder}: there are '
-                       f'{", ".join(map(str, available))}')
+  require(step is None or step in available, f'no checkpoint of step {step} in '
+          f'{folder}: there are {", ".join(map(str, available))}')
   damaged = []
-  for candidate in [step] if step is not None else available[::-1]:
+  for candidate in available[::-1] if step is None else [step]:
     try:
       with progress.during(f'restoring step {candidate}'):
         state, record = _read(folder / str(candidate), abstract, partial)
+      return Restored(candidate, state, record, tuple(
+          f'{sentence}; using {candidate} instead' for sentence in damaged))
     except _Damaged as error:
-      now = steps(folder)
-      if step is None and now[-1:] > available[-1:]:
-        # A run that goes on there has deleted what was being read.
-        return restore(folder, abstract, partial=partial)
-      if candidate not in now:
-        raise EnvironmentFailure(
-            f'checkpoint {candidate} in {folder} was deleted while it was read:'
-            f' there are {", ".join(map(str, now)) or "no others"}') from error
       damaged.append(f'checkpoint {candidate} in {folder} is damaged: {error}')
-      continue
-    warnings = [f'{sentence}; using {candidate} instead'
-                for sentence in damaged]
-    return Restored(candidate, state, record, tuple(warnings))
-  others = [s for s in available if step is not None and s != step]
-  raise EnvironmentFailure('; '.join(damaged) + (
-      f'; there are also {", ".join(map(str, others))}' if others else
-      '; there is no other'))
+  others = [str(s) for s in available if step is not None and s != step]
+  raise EnvironmentFailure('; '.join([
+      *damaged, f'there are also {", ".join(others)}' if others else
+      'there is no other']))
 
 
-def arrays(folder: epath.Path, step: int | None = None
-           ) -> dict[str, dict[str, Any]]:
-  """Returns {name: {shape, dtype, ...}} of the newest step with a record that
-  can be read, or of `step`; {} where there is none."""
-  for candidate in [step] if step is not None else steps(folder)[::-1]:
-    try:
-      return _read_record(folder / str(candidate))['arrays']
-    except _Damaged:
-      continue
-  return {}
-
-
-def parameters_alone(arrays: dict[str, dict[str, Any]]) -> bool:
-  """Whether a checkpoint has no optimiser's state, as an import has none."""
-  return bool(arrays) and all(name.startswith('params/') for name in arrays)
+# An error that says so is no fault of the files, but of their storage or of
+# this machine.
+_ENVIRONMENT = ('DEADLINE_EXCEEDED', 'PERMISSION_DENIED', 'PermissionError',
+                'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED', 'UNAVAILABLE',
+                *map(os.strerror, (  # TensorStore's errors name them too
+                    errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ETIMEDOUT,
+                    errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY,
+                    errno.EAGAIN)))
 
 
 def _read(folder: epath.Path, abstract: Any, partial: bool):
@@ -507,15 +409,16 @@ def _read(folder: epath.Path, abstract: Any, partial: bool):
     Mismatch: it does not fit.
     _Damaged: it cannot be read, on this process or another, or not as it was.
   """
-  reason = arrays = record = None
+  reason, state = '', None
   try:
     record = _read_record(folder)
     if callable(abstract):
       abstract = abstract(record['arrays'])
     if abstract is not None:
-      wanted = plain(abstract)
       _check_fits(folder, record, paths.flatten(abstract), partial)
-      arrays = _read_arrays(folder, record, wanted)
+      state = _read_arrays(folder, abstract)
+  except (Mismatch, MemoryError):
+    raise
   except Exception as error:  # Orbax and TensorStore raise many types.
     reason = _reason(error)
     if any(word in reason for word in _ENVIRONMENT):
@@ -523,30 +426,41 @@ def _read(folder: epath.Path, abstract: Any, partial: bool):
           f'cannot read checkpoint {folder.name} in {folder.parent}, which may '
           f'be sound: {reason}; once that is mended, run the same command again'
       ) from error
-    if isinstance(error, Mismatch | AssertionError) or any(
-        word in reason for word in _OURS):
-      raise
-  if not _all_processes(reason is None):
-    raise _Damaged(reason or 'another process cannot read it')
-  if abstract is None:
-    return None, record
-  state = _unflatten(abstract, arrays)
-  sums = checksums.of(state)
-  wrong = [name for name in sums
-           if sums[name] != record['arrays'][name]['checksum']]
+  if jax.process_count() > 1 and not np.all(multihost_utils.process_allgather(
+      np.int32(not reason))):
+    reason = reason or 'another process cannot read it'
+  if reason:
+    raise _Damaged(reason)
+  wrong = [name for name, checksum in checksums(state).items()
+           if checksum != record['arrays'][name]['checksum']]
   if wrong:
-    raise _Damaged(f'the checksum of {_some(wrong)} is not the one saved')
+    raise _Damaged(f'the checksum of {", ".join(wrong[:8])} is not the one '
+                   'saved')
   return state, record
 
 
-# An error that says so is no fault of the files, but of their storage or of
-# this machine; or it is one of this program, and raised as it is.
-_ENVIRONMENT = ('DEADLINE_EXCEEDED', 'PERMISSION_DENIED', 'PermissionError',
-                'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED', 'UNAVAILABLE',
-                # TensorStore's errors name them too. EIO may be of the files.
-                *(os.strerror(code) for code in storage.OF_THE_MACHINE
-                  if code != errno.EIO))
-_OURS = ('MemoryError', 'more bytes than we reserved')
+def _read_arrays(folder: epath.Path, abstract: Any) -> Any:
+  import orbax.checkpoint as ocp
+
+  nested = nest(paths.flatten(abstract))
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    restored = handler.restore(folder / 'state', args=ocp.args.PyTreeRestore(
+        item=nested, partial_restore=True, restore_args=jax.tree.map(
+            lambda x: ocp.ArrayRestoreArgs(
+                sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
+            nested)))
+  leaves = paths.flatten(restored)
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: leaves[paths.join(path)], abstract)
+
+
+def _newest_record(folder: epath.Path, step: int | None = None
+                   ) -> dict[str, Any] | None:
+  """Returns that of `step`, or the newest that can be read; None: none can."""
+  for candidate in steps(folder)[::-1] if step is None else [step]:
+    with contextlib.suppress(_Damaged):
+      return _read_record(folder / str(candidate))
+  return None
 
 
 def _read_record(folder: epath.Path) -> dict[str, Any]:
@@ -558,93 +472,34 @@ def _read_record(folder: epath.Path) -> dict[str, Any]:
     raise _Damaged('its record is missing') from error
   except ValueError as error:  # of JSON, or of UTF-8
     raise _Damaged('its record is not JSON') from error
-  record = unseal(sealed)
+  if not isinstance(sealed, dict) or sealed != seal(sealed.get('record')):
+    raise _Damaged('the checksum of its record is not the one saved')
+  record = sealed['record']
   if str(record['step']) != folder.name:
     raise _Damaged(f'it holds step {record["step"]}: its folder was renamed or '
                    'copied')
   return record
 
 
-def seal(record: dict[str, Any]) -> dict[str, Any]:
+def seal(record: Any) -> dict[str, Any]:
   """Returns what is written: the record, and a digest to check it by."""
-  return dict(record=record, sha256=_digest(record))
-
-
-def unseal(sealed: dict[str, Any]) -> dict[str, Any]:
-  is_ours = isinstance(sealed, dict) and sealed.keys() == {'record', 'sha256'}
-  if not is_ours or sealed['sha256'] != _digest(sealed['record']):
-    raise _Damaged('the checksum of its record is not the one saved')
-  return sealed['record']
-
-
-def _digest(record: dict[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def is_good(folder: epath.Path, step: int) -> bool:
-  """Whether the record of a step can be read, and is of no bad step."""
-  try:
-    record = _read_record(folder / str(step))
-  except _Damaged:
-    return False
-  return record['good']
-
-
-def _read_arrays(folder: epath.Path, record: dict[str, Any],
-                 wanted: dict[str, Any]) -> dict[str, jax.Array]:
-  import orbax.checkpoint as ocp
-
-  handler = ocp.PyTreeCheckpointHandler(
-      restore_concurrent_gb=_read_limit_gb(record, wanted))
-  nested = nest(wanted)
-  arguments = jax.tree.map(
-      lambda x: ocp.ArrayRestoreArgs(
-          sharding=x.sharding, global_shape=x.shape, dtype=x.dtype), nested)
-  restored = handler.restore(folder / 'state', args=ocp.args.PyTreeRestore(
-      item=nested, restore_args=arguments, partial_restore=True))
-  handler.close()
-  return paths.flatten(restored)
-
-
-def _read_limit_gb(record: dict[str, Any], wanted: dict[str, Any]) -> int:
-  """Bounds the host memory of reading: the largest read, and up to 1 GB.
-
-  A read takes the saved shards that overlap one shard of the new mesh, so it
-  is at most two of them larger along each axis.
-  """
-  def largest_read(name: str, x: Any):
-    saved = record['arrays'][name]['shard']
-    new = x.sharding.shard_shape(x.shape)
-    return x.dtype.itemsize * math.prod(
-        min(n, s + 2 * c) for n, s, c in zip(x.shape, new, saved))
-  largest = max(largest_read(name, x) for name, x in wanted.items())
-  return 1 + largest // 10**9
+  text = json.dumps(record, sort_keys=True)
+  return dict(record=record, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
 def _check_fits(folder: epath.Path, record: dict[str, Any],
                 wanted: dict[str, Any], partial: bool):
   """Raises Mismatch with the name of each array that is not the same."""
-  saved = record['arrays']
-  wrong = []
-  for name, x in wanted.items():
-    here = f'{x.dtype}{list(x.shape)}'
-    if name not in saved:
-      wrong.append(f'{name} is not in it')
-      continue
-    there = f'{saved[name]["dtype"]}{saved[name]["shape"]}'
-    if here != there:
-      wrong.append(f'{name} is {there} in it and {here} here')
-  if not partial:
-    wrong += [f'{name} is in it and not here'
-              for name in saved if name not in wanted]
+  there = {name: f'{x["dtype"]}{x["shape"]}'
+           for name, x in record['arrays'].items()}
+  here = {name: f'{x.dtype}{list(x.shape)}' for name, x in wanted.items()}
+  wrong = [f'{name} is {there.get(name, "not")} in it and '
+           f'{here.get(name, "not")} here'
+           for name in (here if partial else here | there)
+           if here.get(name) != there.get(name)]
   if wrong:
     raise Mismatch(f'checkpoint {folder.name} in {folder.parent} does not fit '
-                   f'this config: {_some(wrong, "; ")}')
-
-
-def _some(names: list[str], separator: str = ', ') -> str:
-  more = f'{separator}and {len(names) - 8} more' if len(names) > 8 else ''
-  return separator.join(names[:8]) + more
+                   f'this config: {"; ".join(wrong[:8])}')
 
 
 def _reason(error: BaseException) -> str:
@@ -659,42 +514,9 @@ def _reason(error: BaseException) -> str:
   line = str(error).split('\n')[0]
   line = re.sub(r' in OCDBT database at \w+ file "[^"]*"', '', line)
   line = re.split(r' \[(?:source locations|tensorstore_spec)', line)[0]
-  if isinstance(error, (_Damaged, ValueError)):
+  if isinstance(error, (_Damaged, ValueError)) and line:
     return line[:300]
   return f'{type(error).__name__}: {line[:300]}'
-
-
-def plain(tree: Any) -> dict[str, Any]:
-  """Returns the leaves by path, with random keys as the integers they hold.
-
-  Takes arrays or ShapeDtypeStructs; each must have its sharding.
-  """
-  leaves = paths.flatten(tree)
-  for name, x in leaves.items():
-    assert getattr(x, 'sharding', None) is not None, f'{name} has no sharding'
-  return {name: _key_data(x) if str(x.dtype) in _KEYS else x
-          for name, x in leaves.items()}
-
-
-def _key_data(key: Any):
-  if isinstance(key, jax.Array):
-    return jax.random.key_data(key)
-  data = jax.eval_shape(jax.random.key_data, key)
-  return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
-
-
-# The dtype of a random key, and the generator that it belongs to.
-_KEYS = {'key<fry>': 'threefry2x32', 'key<rbg>': 'rbg',
-         'key<urbg>': 'unsafe_rbg'}
-
-
-def _unflatten(abstract: Any, arrays: dict[str, jax.Array]):
-  def leaf(path: tuple, x: Any):
-    array = arrays[paths.join(path)]
-    if str(x.dtype) in _KEYS:
-      return jax.random.wrap_key_data(array, impl=_KEYS[str(x.dtype)])
-    return array
-  return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
 def nest(leaves: dict[str, Any]) -> dict[str, Any]:
@@ -719,7 +541,113 @@ def from_process_0(value: np.ndarray) -> np.ndarray:
   return np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
-def _all_processes(ok: bool) -> bool:
-  if jax.process_count() == 1:
-    return ok
-  return bool(np.all(multihost_utils.process_allgather(np.int32(ok))))
+# Checksums: one uint32 per array, computed on the devices that hold it,
+#
+#   sum_i mix(bits(x_i) ^ place(i))  mod 2^32,
+#
+# where bits() reads the element as an unsigned integer, place() is another
+# number for each position of the row-major order, and mix() is MurmurHash3's
+# finalizer. All three steps can be undone, so any change within one element
+# changes the sum, with certainty; exchanged, missing and shifted blocks change
+# it all but about once in 2^32. (A plain sum of bits times weights is weaker:
+# 1.0 has its lowest set bit at 2^23, which leaves 9 bits of such a sum.)
+# Addition of integers is associative: the sum is the same on every mesh.
+
+_AT_ONCE = 2**20
+_GOLDEN = np.uint32(0x9E3779B1)  # 2^32 / golden ratio, odd
+# The unsigned integer that an element of so many bytes is read as.
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+
+def checksums(tree: Any) -> dict[str, int]:
+  """Returns the checksum of each leaf, by path."""
+  leaves = paths.flatten(tree)
+  if not leaves:
+    return {}
+  specs = [x.sharding.spec if isinstance(x.sharding, NamedSharding) else P()
+           for x in leaves.values()]
+  mesh = next((x.sharding.mesh for x in leaves.values()
+               if isinstance(x.sharding, NamedSharding)), None)
+  parts = [_parts(mesh, spec)(x) for spec, x in zip(specs, leaves.values())]
+  return dict(zip(leaves, np.asarray(_total(mesh)(parts)).tolist()))
+
+
+# A program for each shape, and not one for all leaves: an optimizer's moments
+# share theirs with the parameters, and it is compiled in a third of the time.
+@functools.cache
+def _parts(mesh: Mesh | None, spec: Any):
+  """Returns a function from one leaf to [devices], the part of each device."""
+  axes = tuple(() if axis is None else axis if isinstance(axis, tuple)
+               else (axis,) for axis in spec)
+  def local(shard: Any):
+    part = _sum(shard, axes, mesh)
+    for name in mesh.axis_names if mesh else ():
+      if name not in sum(axes, ()):  # copies: the first of them counts
+        part = jnp.where(jax.lax.axis_index(name) == 0, part, 0)
+    return part[None]
+  return jax.jit(local if mesh is None else jax.shard_map(
+      local, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names),
+      check_vma=False))
+
+
+@functools.cache
+def _total(mesh: Mesh | None):
+  # On every device of the mesh, so that every process can read it.
+  return jax.jit(
+      lambda parts: jnp.sum(jnp.stack(parts), axis=1, dtype=jnp.uint32),
+      out_shardings=mesh and NamedSharding(mesh, P()))
+
+
+def _sum(x: jax.Array, axes: tuple[tuple[str, ...], ...], mesh: Mesh | None
+         ) -> jax.Array:
+  """The sum over one shard, whose dimensions are split over mesh `axes`.
+
+  Goes by rows of the last axis, about a million elements at a time: a CPU does
+  not fuse a sum with what goes into it, and would hold x once more.
+  """
+  shape = x.shape or (1,)
+  axes += ((),) * (len(shape) - len(axes))
+  starts, strides, stride = [], [], 1
+  for size, names in reversed(list(zip(shape, axes))):
+    index = jax.lax.axis_index(names) if names else 0
+    starts.insert(0, jnp.uint32(index) * np.uint32(size))
+    strides.insert(0, np.uint32(stride % 2**32))
+    stride *= size * math.prod(mesh.shape[name] for name in names)
+
+  x_UU = x.reshape(-1, shape[-1])
+  rows, columns = x_UU.shape
+  column_U = starts[-1] + jnp.arange(columns, dtype=jnp.uint32)
+
+  def part(first: Any, count: Any):
+    row_U = jnp.uint32(first) + jnp.arange(count, dtype=jnp.uint32)
+    index_U = jnp.zeros(count, jnp.uint32)
+    for size, start, stride in reversed(
+        list(zip(shape[:-1], starts, strides))):
+      index_U += (start + row_U % np.uint32(size)) * stride
+      row_U //= np.uint32(size)
+    place_UU = (index_U[:, None] + column_U[None]) * _GOLDEN
+    bits_UU = _bits(jax.lax.dynamic_slice_in_dim(x_UU, first, count))
+    # dtype: without it jnp.sum would widen to uint64 where x64 is on.
+    return jnp.sum(_mix(bits_UU ^ place_UU), dtype=jnp.uint32)
+
+  count = min(rows, max(1, _AT_ONCE // columns))
+  total = jax.lax.fori_loop(
+      0, rows // count, lambda i, total: total + part(i * count, count),
+      jnp.uint32(0))
+  rest = rows % count
+  return total + part(rows - rest, rest) if rest else total
+
+
+def _mix(h: jax.Array) -> jax.Array:
+  h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+  h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+  return h ^ (h >> np.uint32(16))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+  """The elements of x as uint32."""
+  if x.dtype == jnp.bool_ or (
+      jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8):
+    return x.astype(jnp.uint32)
+  word = _WORDS[x.dtype.itemsize]  # no run has another
+  return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)

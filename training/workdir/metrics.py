@@ -22,8 +22,20 @@ from etils import epath
 import ml_collections
 import numpy as np
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from training.workdir import schema, storage
+
+METRICS = 'metrics.jsonl'
+ROW = {'step': int, 'split': str}
+UPLOAD_SECONDS = 60
+# Figures of which it is known which value is the best; the last part of a name,
+# TASK/FIGURE.
+LEAST = ('loss', 'perplexity', 'bits_per_byte', 'word_perplexity',
+         'byte_perplexity')
+LARGEST = ('accuracy', 'f1', 'macro_f1', 'micro_f1', 'mcc', 'matthews',
+           'precision', 'recall', 'pearson', 'spearman', 'exact', 'exact_match',
+           'em', 'acc', 'acc_norm', 'bleu')
+_FILES = itertools.count()  # of TensorBoard, by this process
 
 
 class JsonlWriter:
@@ -43,10 +55,9 @@ class JsonlWriter:
     return (step, split) in self._there
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
-    row = {'step': int(step), 'split': split}
-    if self.has_kept(*row.values()):
+    if self.has_kept(step, split):
       return  # evaluated again, to know whether it is the best
-    row.update((name, plain(value)) for name, value in figures.items())
+    row = plain({'step': int(step), 'split': split, **figures})
     # One call a line: what is read while the run goes on is whole.
     self._file.write((json.dumps(row, allow_nan=False) + '\n').encode())
 
@@ -58,8 +69,7 @@ class JsonlWriter:
 
 
 class TensorboardWriter:
-  """Scalars as split/name, and matrices (layer x expert) as heat maps, under
-  WORKDIR/tensorboard."""
+  """Scalars as split/name, under WORKDIR/tensorboard."""
 
   def __init__(self, workdir: epath.Path, resumed_step: int):
     from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -81,12 +91,9 @@ class TensorboardWriter:
     self._file.write(event.SerializeToString())
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
-    values = [self._summary.Value(tag=f'{split}/{name}', simple_value=value)
-              for name, value in scalars(figures).items()]
-    values += [self._summary.Value(tag=f'{split}/{name}', image=_heat_map(
-        value, self._summary.Image))
-               for name, value in figures.items() if _is_matrix(value)]
-    self._add(step=step, summary=self._summary(value=values))
+    self._add(step=step, summary=self._summary(value=[
+        self._summary.Value(tag=f'{split}/{name}', simple_value=value)
+        for name, value in scalars(figures).items()]))
 
   def flush(self) -> None:
     """Nothing: every event is on disk."""
@@ -114,8 +121,8 @@ class WandbWriter:
     self._run.define_metric('*', step_metric='step')
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
-    row = {f'{split}/{name}': x for name, x in scalars(figures).items()}
-    self._run.log({'step': step, **row})
+    self._run.log({'step': step} | {
+        f'{split}/{name}': x for name, x in scalars(figures).items()})
 
   def flush(self) -> None:
     """Nothing: W&B sends what it has by itself."""
@@ -130,9 +137,7 @@ class UploadWriter:
 
   def __init__(self, uploads: storage.Uploads,
                clock: Callable[[], float] = time.monotonic):
-    self._uploads = uploads
-    self._clock = clock
-    self._last = clock()
+    self._uploads, self._clock, self._last = uploads, clock, clock()
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
     if self._clock() - self._last >= UPLOAD_SECONDS:
@@ -146,22 +151,12 @@ class UploadWriter:
     self.flush()
 
 
-METRICS = 'metrics.jsonl'
-ROW = {'step': int, 'split': str}
-# What tools calculate with. A row of eval.tasks alone has no loss.
-FIGURES = {'loss', 'step_seconds', 'runs_at_once'}
-_FILES = itertools.count()  # of TensorBoard, by this process
-UPLOAD_SECONDS = 60
-EXTRAS = ('tensorboard', 'wandb')
-
-
 def check_writers(log: ml_collections.ConfigDict) -> None:
-  """Raises ValueError where config.log asks for an extra that is missing."""
-  for name in EXTRAS:
-    if log[name] and importlib.util.find_spec(name) is None:
-      raise RequestError(
-          f'log.{name} is True, but the package {name} is not installed: run '
-          f"pip install -e '.[{name}]', or set log.{name}=False")
+  """Raises RequestError where config.log asks for an extra that is missing."""
+  for name in ('tensorboard', 'wandb'):
+    require(not log[name] or importlib.util.find_spec(name) is not None,
+            f'log.{name} is True, but the package {name} is not installed: run '
+            f"pip install -e '.[{name}]', or set log.{name}=False")
 
 
 def writers(workdir: epath.Path, config: Mapping[str, Any],
@@ -174,16 +169,14 @@ def writers(workdir: epath.Path, config: Mapping[str, Any],
     resumed_step: the step that the run goes on from; later lines are dropped.
     primary: whether this is process 0; the others write nothing.
   """
-  log = config['log']
-  check_writers(log)
   if not primary:
     return []
   uploads = storage.Uploads(storage.path(workdir))
   uploads.fetch(METRICS)
   result = [JsonlWriter(uploads.local, resumed_step)]
-  if log['tensorboard']:
+  if config['log']['tensorboard']:
     result.append(TensorboardWriter(uploads.local, resumed_step))
-  if log['wandb']:
+  if config['log']['wandb']:
     result.append(WandbWriter(workdir, config, uploads.local))
   if storage.in_bucket(workdir):
     result.append(UploadWriter(uploads))
@@ -198,17 +191,10 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
     RequestError: for a line that is no row.
   """
   lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
-  if lines and (not lines[-1].endswith(b'\n') or _parse(lines[-1]) is None):
-    lines.pop()
-  rows = []
-  for number, line in enumerate(lines, 1):
-    who = f'{path}, line {number},'
-    row = schema.parse(line, who)
-    schema.check_shape(row, ROW, who)
-    for name in FIGURES & row.keys():
-      schema.check_shape(row[name], schema.MAYBE, f'{who} {name}')
-    rows.append(row)
-  return rows
+  rows = [_parse(line, f'{path}, line {number},')
+          for number, line in enumerate(lines[:-1], 1)]
+  with_last = lines and lines[-1].endswith(b'\n') and _row(lines[-1])
+  return rows + [with_last] * bool(with_last)
 
 
 def plain(value: Any) -> Any:
@@ -226,36 +212,14 @@ def plain(value: Any) -> Any:
 
 def scalars(figures: Mapping[str, Any]) -> dict[str, float]:
   """Returns the numbers among the figures; lists as name/0, name/1, ...;
-  matrices are left out: they are drawn (TensorBoard) or in metrics.jsonl."""
+  matrices are left out: they are in metrics.jsonl."""
   result = {}
-  for name, value in figures.items():
-    value = plain(value)
-    if _is_matrix(value):
-      continue
-    if isinstance(value, list):
+  for name, value in plain(figures).items():
+    if isinstance(value, list) and not isinstance((*value, 0)[0], list):
       result.update(scalars({f'{name}/{i}': x for i, x in enumerate(value)}))
     elif isinstance(value, bool | int | float):
       result[name] = float(value)
   return result
-
-
-def _is_matrix(value: Any) -> bool:
-  return isinstance(value, list) and bool(value) and isinstance(value[0], list)
-
-
-def _heat_map(rows: list[list[float]], image_proto: Any):
-  """Draws a matrix: black 0, white twice the mean of its row, or more."""
-  import io
-  from PIL import Image
-  x = np.asarray(rows, np.float32)
-  x = x / np.maximum(x.mean(1, keepdims=True), 1e-9) / 2
-  pixels = (255 * np.clip(x, 0, 1)).astype(np.uint8)
-  cell = max(1, 256 // max(pixels.shape))
-  pixels = np.kron(pixels, np.ones((cell, cell), np.uint8))
-  file = io.BytesIO()
-  Image.fromarray(pixels).save(file, 'PNG')
-  return image_proto(height=pixels.shape[0], width=pixels.shape[1],
-                     colorspace=1, encoded_image_string=file.getvalue())
 
 
 def _drop_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
@@ -264,27 +228,22 @@ def _drop_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
   if not path.exists():
     return set()
   lines = path.read_bytes().splitlines(keepends=True)
-  rows = [_parse(line) if line.endswith(b'\n') else None for line in lines]
-  kept = [line for line, row in zip(lines, rows)
-          if row is not None and row['step'] <= step]
-  there = {(step, row.get('split')) for row in rows
-           if row is not None and row['step'] == step}
-  if kept == lines:
-    return there
-  new = path.with_suffix('.jsonl.new')
-  with storage.writing(path):
-    with new.open('wb') as file:
-      file.writelines(kept)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(new, path)
-  return there
+  rows = [line.endswith(b'\n') and _row(line) for line in lines]
+  kept = [line for line, row in zip(lines, rows) if row and row['step'] <= step]
+  if kept != lines:
+    storage.write(path, b''.join(kept).decode())
+  return {(step, row['split']) for row in rows if row and row['step'] == step}
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes, who: str) -> dict[str, Any]:
+  row = schema.parse(line, who)
+  schema.check_shape(row, ROW, who)
+  return row
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+  """Returns what a line holds; None of one that was cut short."""
   try:
-    row = json.loads(line)
-  except (ValueError, RecursionError):  # cut short, or damaged
+    return _parse(line, '')
+  except RequestError:
     return None
-  return row if isinstance(row, dict) and type(
-      row.get('step')) is int else None

@@ -16,7 +16,6 @@ from training.workdir import schema
 ROOT = pathlib.Path(__file__).parents[2]
 _START = {'commit': (str, type(None)), 'diff': (str, type(None)),
           'command': str}
-_DATA = schema.Each(str, '(?s).*')  # in a start that knows it
 
 
 def this_start(data: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -39,57 +38,37 @@ def check_shape(starts: Any, who: str) -> None:
   starts = list(starts) if isinstance(starts, tuple) else starts
   schema.check_shape(starts, [_START], who)
   for start in starts:
-    schema.check_shape(start.get('data', {}), _DATA, f'{who}: data')
+    schema.check_shape(start.get('data', {}), schema.Each(str, '(?s).*'),
+                       f'{who}: data')
 
 
 @functools.cache  # what is edited later is not what runs
 def _code(root: pathlib.Path) -> dict[str, str | None]:
-  commit = _git(root, 'rev-parse', 'HEAD') if (root / '.git').exists() else None
-  if commit is None:
-    return dict(commit=None, diff=None)
-  diff = _git(root, 'diff', '--binary', 'HEAD')
-  new = _git(root, 'ls-files', '-z', '--others', '--exclude-standard', '*.py')
-  if diff is None or new is None:
-    return dict(commit=None, diff=None)
-  found = [(name, _held(root / os.fsdecode(name)))
-           for name in new.split(b'\0') if name]
-  files = [(name, held) for name, held in found if held is not None]
-  digest = hashlib.sha256(diff)
-  for name, held in files:
-    digest.update(name + b'\0' + held)
-  return dict(commit=commit.decode().strip(),
-              diff=digest.hexdigest()[:16] if diff or files else '')
-
-
-def _held(file: pathlib.Path) -> bytes | None:
-  """Returns what a file holds: b'' where it cannot be read, and None where it
-  is gone, or is a link to nothing, as the one by which Emacs locks a file."""
-  try:
-    return file.read_bytes()
-  except FileNotFoundError:
-    return None
-  except OSError:
-    return b''
-
-
-def _git(root: pathlib.Path, *words: str) -> bytes | None:
-  """Returns what git prints; None where it fails or is not there."""
-  try:
+  def git(*words: str) -> bytes:
     return subprocess.run(['git', '-C', str(root), *words], check=True,
                           capture_output=True).stdout
+  unknown = dict(commit=None, diff=None)
+  if not (root / '.git').exists():
+    return unknown
+  try:
+    commit, changes = git('rev-parse', 'HEAD'), git('diff', '--binary', 'HEAD')
+    new = git('ls-files', '-z', '--others', '--exclude-standard', '*.py')
   except (OSError, subprocess.CalledProcessError):
-    return None
+    return unknown
+  for name in new.split(b'\0')[:-1]:
+    file = root / os.fsdecode(name)
+    changes += name + b'\0' + (file.read_bytes() if file.is_file() else b'')
+  return dict(commit=commit.decode().strip(),
+              diff=hashlib.sha256(changes).hexdigest()[:16] if changes else '')
 
 
 def codes(starts: Iterable) -> list[str]:
   """Returns the different codes of some starts, as far as they are known, each
   as a commit and the hash of what differed from it, in order."""
-  found = {}
-  for one in starts:
-    if one['commit'] is not None:
-      changed = f' with changes {one["diff"]}' if one['diff'] else ''
-      found[f'commit {one["commit"][:12]}{changed}'] = None
-  return list(found)
+  return list(dict.fromkeys(
+      f'commit {start["commit"][:12]}'
+      + (f' with changes {start["diff"]}' if start['diff'] else '')
+      for start in starts if start['commit'] is not None))
 
 
 def changes(starts: Iterable) -> list[str]:

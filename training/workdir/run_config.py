@@ -7,12 +7,11 @@ each start (provenance.py).
 """
 
 from collections.abc import Mapping
-import dataclasses
 import importlib
 import json
 import os
 import shlex
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
@@ -21,27 +20,23 @@ import ml_collections
 import architectures
 from architectures.parts import tables
 from architectures.parts.config import ModelConfig
-from configs import base, fields
-from configs.errors import RequestError, require, short
+from configs import base
+from configs.errors import require, short
 from configs.fields import INCOMPATIBLE, OPTIMISATION, SAFE
-from training import config_files, limits
 from training.workdir import checkpoints, provenance, schema, storage
 
 FORMAT = 1  # of config.json
 _FORMAT, _DERIVED, _STARTS = 'format', storage.DERIVED, 'starts'
+MISSING = '(none)'
 
 
-@dataclasses.dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
   """One field that differs; a field that one side lacks is MISSING there."""
   name: str
   old: Any
   new: Any
   kind: str
   why: str
-
-
-MISSING = '(none)'
 
 
 def save(workdir: epath.Path, config: ml_collections.ConfigDict,
@@ -57,14 +52,9 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
     data: what the sources hold; see provenance.this_start.
     model: the resolved config.model: what it does not read is left out.
   """
-  tree = to_json(config)
-  if model is not None:
-    tree = limits.as_read(config, model)
-  for name in derived or {}:
-    if name not in flatten(config):
-      raise ValueError(f'derived value for {name!r}: no such config field')
   if jax.process_index() != 0:
     return
+  tree = to_json(config) if model is None else as_read(config, model)
   before, now = starts(workdir), provenance.this_start(data)
   if before[-1:] != [now]:
     before.append(now)
@@ -83,14 +73,13 @@ def load_config(workdir: epath.Path) -> ml_collections.ConfigDict:
 
 
 def load_derived(workdir: epath.Path) -> dict[str, Any]:
-  return {name: tuples(value)
-          for name, value in _load(workdir)[_DERIVED].items()}
+  return _load(workdir)[_DERIVED]
 
 
 def labels(workdir: epath.Path) -> tuple[str, ...]:
   """Returns what the outputs of a run's model stand for: data.labels."""
-  found = flatten(load_config(workdir)) | load_derived(workdir)
-  return tuple(found.get('data.labels', ()))
+  fields = flatten(load_config(workdir)) | load_derived(workdir)
+  return tuple(fields.get('data.labels', ()))
 
 
 def starts(workdir: epath.Path) -> list[dict[str, Any]]:
@@ -101,6 +90,11 @@ def starts(workdir: epath.Path) -> list[dict[str, Any]]:
   return list(_load(workdir)[_STARTS])
 
 
+def file(workdir: epath.Path):
+  """Returns where the config of a run lies."""
+  return storage.path(workdir) / storage.CONFIG
+
+
 def exists(workdir: epath.Path) -> bool:
   return file(workdir).exists()
 
@@ -108,8 +102,90 @@ def exists(workdir: epath.Path) -> bool:
 def has_begun(workdir: epath.Path) -> bool:
   """Whether there is a checkpoint to go on from; its config ought to be."""
   folder = checkpoints.directory(workdir)
-  return folder.exists() and any(checkpoints.step_number(path.name) is not None
-                                 for path in folder.iterdir())
+  return folder.exists() and any(
+      path.name.isdecimal() for path in folder.iterdir())
+
+
+def _load(workdir: epath.Path) -> dict[str, Any]:
+  path = file(workdir)
+  require(path.exists(), f'{path} is missing: '
+          + ('put it back, or take another --workdir' if has_begun(workdir) else
+             'no run was started in this workdir'))
+  tree = tuples(schema.parse(path.read_bytes(), str(path)))
+  who = f'{path} is damaged: '
+  require(isinstance(tree, dict) and isinstance(tree.get(_DERIVED), dict),
+          f'{who}it has no {_DERIVED!r}')
+  require(tree.get(_FORMAT) == FORMAT, f'{path} is of format '
+          f'{short(tree.get(_FORMAT))}, and this version of the code reads '
+          f'{FORMAT}: go on with the version that wrote it, or train anew')
+  provenance.check_shape(tree.get(_STARTS), f'{path}: {_STARTS}')
+  base.check({name: value for name, value in tree.items()
+              if name not in (_FORMAT, _DERIVED, _STARTS)}, who)
+  return tree
+
+
+def tuples(value: Any):
+  """Returns a value out of JSON with tuples for its lists, as configs have."""
+  if isinstance(value, (list, tuple)):
+    return tuple(tuples(item) for item in value)
+  if isinstance(value, dict):
+    return {name: tuples(item) for name, item in value.items()}
+  return value
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the config as plain dicts and lists."""
+  return config.to_dict()
+
+
+def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """Returns the config, locked, as that of a command line is. What is not there
+  has its default."""
+  config = base.base()
+  config.model.kinds = ml_collections.ConfigDict(
+      tuples(tree.get('model', {}).get('kinds', {})))
+  for name, value in tables.flat(tuples(tree)).items():
+    if not name.startswith('model.kinds.'):
+      config.update_from_flattened_dict({name: value})
+  return config.lock()
+
+
+def as_read(config: ml_collections.ConfigDict, model: ModelConfig,
+            resolved: bool = False) -> dict[str, Any]:
+  """Returns a run's config as a dict, without the fields of config.model that
+  the model does not read; `resolved`: with those filled in that are derived.
+  """
+  tree = config.to_dict() | (
+      {'model': tables.as_dict(model)} if resolved else {})
+  for name in tables.unread(model):
+    *groups, last = name.split('.')
+    at = above = tree['model']
+    for group in groups:
+      above, at = at, at.get(group, {})
+    at.pop(last, None)
+    if not at and groups[-1] in tables.GROUPS:
+      above.pop(groups[-1], None)
+  return tree
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns {'model.d_model': 128, ...}."""
+  return flatten_dict(config.to_dict())
+
+
+def flatten_dict(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Returns the leaves of nested dicts by their dotted names."""
+  return tables.flat(tree, prefix)
+
+
+# Changes of a config half-way.
+
+
+def changes(workdir: epath.Path, config: ml_collections.ConfigDict,
+            derived: Mapping[str, Any]) -> list[Change]:
+  """Returns what differs from the run that has begun in a workdir, if any."""
+  return compare(load_config(workdir), config, load_derived(workdir),
+                 derived) if has_begun(workdir) else []
 
 
 def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
@@ -132,135 +208,18 @@ def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
   return sorted(changes, key=lambda change: order.index(change.kind))
 
 
-def changes(workdir: epath.Path, config: ml_collections.ConfigDict,
-            derived: Mapping[str, Any]) -> list[Change]:
-  """Returns what differs from the run that has begun in a workdir, if any."""
-  return compare(load_config(workdir), config, load_derived(workdir),
-                 derived) if has_begun(workdir) else []
-
-
-def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the config as plain dicts and lists.
-
-  Raises:
-    ValueError: for a value that JSON cannot give back as it was.
-  """
-  for name, value in flatten(config).items():
-    _check_plain(name, value)
-  return config.to_dict()
-
-
-def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
-  """Returns the config, locked, as config_flags locks what it parses. What is
-  not there has its default."""
-  config = base.base()
-  config.model.kinds = ml_collections.ConfigDict(
-      tuples(tree.get('model', {}).get('kinds', {})))
-  for name, value in tables.flat(tuples(tree)).items():
-    if not name.startswith('model.kinds.'):
-      config.update_from_flattened_dict({name: value})
-  return config.lock()
-
-
-def check_fields(tree: Mapping[str, Any], who: str) -> None:
-  """Raises RequestError for what is no field, or of another type than its
-  field. Fields may be missing."""
-  for name, value in tables.flat(tree).items():
-    leaf = base.find(name)
-    require(leaf is not None, f'{who}{short(name)} is no config field')
-    fields.check_type(value, leaf.default, who + name)
-  model = tree.get('model')
-  if isinstance(model, dict) and 'kinds' in model:
-    tables.check_kinds(model['kinds'], f'{who}model.kinds')
-
-
-def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns {'model.d_model': 128, ...}."""
-  return flatten_dict(config.to_dict())
-
-
-def flatten_dict(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns the leaves of nested dicts by their dotted names."""
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      flat |= flatten_dict(value, f'{prefix}{name}.')
-    else:
-      flat[prefix + name] = value
-  return flat
-
-
-def file(workdir: epath.Path):
-  """Returns where the config of a run lies."""
-  return storage.path(workdir) / storage.CONFIG
-
-
-def _load(workdir: epath.Path) -> dict[str, Any]:
-  path = file(workdir)
-  require(path.exists(), f'{path} is missing, although the workdir has '
-          'checkpoints: put it back, or take another --workdir'
-          if has_begun(workdir) else
-          f'{path} is missing: no run was started in this workdir')
-  tree = tuples(schema.parse(path.read_bytes(), str(path)))
-  require(isinstance(tree, dict) and isinstance(tree.get(_DERIVED), dict),
-          f'{path} is damaged: it has no {_DERIVED!r}')
-  require(tree.get(_FORMAT) == FORMAT, f'{path} is of format '
-          f'{short(tree.get(_FORMAT))}, and this version of the code reads '
-          f'{FORMAT}: go on with the version that wrote it, or train anew')
-  provenance.check_shape(tree.get(_STARTS), f'{path}: {_STARTS}')
-  check_fields({name: value for name, value in tree.items()
-                if name not in (_FORMAT, _DERIVED, _STARTS)},
-               f'{path} is damaged: ')
-  known = flatten(base.base())
-  for name, value in tree[_DERIVED].items():
-    if name in known:
-      config_files.check_type(
-          value, known[name], f'{path} is damaged: {_DERIVED} {name}')
-  return tree
-
-
-def tuples(value: Any):
-  """Returns a value out of JSON with tuples for its lists, as configs have."""
-  if isinstance(value, (list, tuple)):
-    return tuple(tuples(item) for item in value)
-  if isinstance(value, dict):
-    return {name: tuples(item) for name, item in value.items()}
-  return value
-
-
-def _check_plain(name: str, value: Any):
-  if isinstance(value, tuple):
-    for item in value:
-      _check_plain(name, item)
-  elif value is not None and type(value) not in (bool, int, float, str):
-    raise RequestError(
-        f'config field {name} holds {value!r}, a {type(value).__name__}: '
-        'choose from bool, int, float, str, None, and tuples of them')
-
-
-def refuse(changes: list[Change], allow_config_change: bool,
-           workdir: epath.Path | None = None):
-  """Raises ValueError where changes need --allow_config_change and lack it.
+def refuse(changes: list[Change], allow_config_change: bool) -> None:
+  """Raises RequestError where changes need --allow_config_change and lack it.
 
   Args:
     changes: from the run's config.
     allow_config_change: whether the flag is there.
-    workdir: that of the run.
   """
-  grave = [change for change in changes if change.kind != SAFE]
-  if grave and not allow_config_change:
-    raise RequestError(
-        'the config differs from that of the run in this workdir in fields '
-        f'that matter:\n{table(changes)}\n'
-        + (way_on(changes) or _other_ways(workdir)))
-
-
-def _other_ways(workdir: epath.Path | None) -> str:
-  if workdir and _is_import(workdir):
-    return (f'Pass --allow_config_change to train the weights in {workdir}. '
-            'Another --workdir starts from random parameters, unless '
-            f'--config.init_from={workdir} is added')
-  return 'Take another --workdir, or pass --allow_config_change to go on'
+  require(allow_config_change or all(c.kind == SAFE for c in changes),
+          'the config differs from that of the run in this workdir in fields '
+          f'that matter:\n{table(changes)}\n' + (way_on(changes) or (
+              'Take another --workdir, or pass --allow_config_change to go on'
+          )))
 
 
 def way_on(changes: list[Change]) -> str:
@@ -273,17 +232,10 @@ def way_on(changes: list[Change]) -> str:
           ) if names else ''
 
 
-def _is_import(workdir: epath.Path) -> bool:
-  """Whether a workdir holds weights that no run in it has trained."""
-  folder = checkpoints.directory(workdir)
-  return checkpoints.finished(folder) == [0] and checkpoints.parameters_alone(
-      checkpoints.arrays(folder, 0))
-
-
 def table(changes: list[Change]) -> str:
   """Renders changes for a terminal: field, old, new, class, why."""
   rows = [('field', 'old', 'new', 'class', 'why')]
-  rows += [(c.name, _short(c.old), _short(c.new), c.kind, c.why)
+  rows += [(c.name, short(c.old), short(c.new), c.kind, c.why)
            for c in changes]
   widths = [max(map(len, column)) for column in zip(*rows)]
   return '\n'.join(
@@ -291,33 +243,25 @@ def table(changes: list[Change]) -> str:
       for row in rows)
 
 
-def _short(value: Any) -> str:
-  text = value if value is MISSING else repr(value)
-  return text if len(text) <= 32 else text[:29] + '...'
+# A config as the words of a command line.
 
 
 def to_train(workdir: str | os.PathLike, config: ml_collections.ConfigDict
              ) -> str:
   """Returns the command that trains in `workdir` with this very config."""
   arch = config.model.arch
+  there, kinds = usual(arch), config.model.kinds.to_dict()
+  flat = flatten(there)
+  words = [f'--config.{name}={value}' for name, value in flatten(config).items()
+           if not name.startswith('model.kinds.') and value != flat[name]]
+  if kinds != there.model.kinds.to_dict():
+    words.append(f'--config.model.kinds={kinds}')
   return shlex.join(['python', 'train.py', '--config',
                      f'configs/{architectures.file_name(arch)}.py',
-                     f'--workdir={workdir}', *flags(config, usual(arch))])
+                     f'--workdir={workdir}', *words])
 
 
 def usual(arch: str) -> ml_collections.ConfigDict:
   """Returns the `tiny` of a system's file of configs/."""
   return importlib.import_module(
       f'configs.{architectures.file_name(arch)}').get_config('tiny')
-
-
-def flags(wanted: ml_collections.ConfigDict, there: ml_collections.ConfigDict
-          ) -> list[str]:
-  """Returns the words of a command line that make `wanted` of `there`."""
-  flat, kinds = flatten(there), wanted.model.kinds.to_dict()
-  words = [f'--config.{name}={value}'
-           for name, value in flatten(wanted).items()
-           if not name.startswith('model.kinds.') and value != flat[name]]
-  if kinds != there.model.kinds.to_dict():
-    words.append(f'--config.model.kinds={kinds}')
-  return words

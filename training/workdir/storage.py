@@ -12,7 +12,7 @@ checkpoints, a ValueError, with the number of the operating system's error in
 its text.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
 import errno
 import fcntl
@@ -25,8 +25,6 @@ import shutil
 import sys
 import tempfile
 import time
-import types
-from typing import TextIO
 
 from etils import epath
 
@@ -37,14 +35,9 @@ DERIVED = 'derived'  # in a run's config.json, and in no other
 
 
 def check_folder(text: str | os.PathLike, name: str = '--workdir') -> None:
-  """Raises ValueError for what is neither a folder on disk nor in a bucket."""
-  scheme, remote, rest = str(text).partition('://')
-  require(not remote or scheme == 'gs', f'{name} is {str(text)!r}, of which '
-          f'{scheme}:// is not known: choose a folder on disk, or a bucket as '
-          'gs://BUCKET/NAME')
-  bucket, _, folder = rest.partition('/')
-  require(not remote or bucket and folder.strip('/'), f'{name} is '
-          f'{str(text)!r}, which names no folder of a bucket: write '
+  """Raises RequestError for what is neither on disk nor in a bucket."""
+  require(re.match('(gs://[^/]+/+[^/]|(?!.*://))', str(text)) is not None,
+          f'{name} is {str(text)!r}: choose a folder on disk, or a bucket as '
           'gs://BUCKET/NAME')
 
 
@@ -60,19 +53,15 @@ def path(text: str | os.PathLike, name: str = '--workdir') -> epath.Path:
     require(importlib.util.find_spec('gcsfs') is not None, f'{name} is '
             f"{str(text)!r}, and gcsfs is not installed: run pip install -e "
             "'.[gcs]', or choose a folder on disk")
-    _see_what_others_write()
+    # Listings are cached, else, and other processes write into the bucket; so
+    # does TensorStore in this one.
+    import fsspec
+    fsspec.config.conf.setdefault('gs', {})['use_listings_cache'] = False
   return epath.Path(text)
 
 
 def in_bucket(text: str | os.PathLike) -> bool:
   return '://' in str(text)
-
-
-def _see_what_others_write() -> None:
-  """Listings are cached, else, and other processes write into the bucket; so
-  does TensorStore in this one."""
-  import fsspec
-  fsspec.config.conf.setdefault('gs', {})['use_listings_cache'] = False
 
 
 def write(file: epath.Path, text: str) -> None:
@@ -86,7 +75,7 @@ def write(file: epath.Path, text: str) -> None:
     if in_bucket(file):
       file.write_text(text)
       return
-    partial = _partial(file)
+    partial = file.with_name(file.name + '.partial')
     with partial.open('w') as stream:
       stream.write(text)
       stream.flush()
@@ -104,52 +93,50 @@ def sweep(folder: str | os.PathLike, pattern: str, seconds: float) -> None:
       of its folder stays.
   """
   for left in pathlib.Path(folder).glob(pattern):
-    try:
+    with contextlib.suppress(FileNotFoundError):  # moved to its place, or swept
       newest = max(path.stat().st_mtime for path in (left, *left.glob('*')))
-      if time.time() - newest <= seconds:
-        continue
-    except FileNotFoundError:  # it was moved to its place, or swept
-      continue
-    if left.is_dir():
-      shutil.rmtree(left, ignore_errors=True)
-    else:
-      left.unlink(missing_ok=True)
+      if time.time() - newest > seconds:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-# What is wrong with the machine, and not with the name that was given.
-OF_THE_MACHINE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
-    errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.EAGAIN)
+# Before any work.
 
 
-def try_folder(folder: epath.Path, name: str = '--workdir') -> None:
-  """Raises RequestError unless files can be written in a folder, which need not
-  be there and is not made. A bucket is not tried.
+def try_folder(folder: str | os.PathLike, name: str = '--workdir') -> None:
+  """Raises RequestError unless files can be written in a folder, or where it
+  would be made; nothing is made. A bucket is not tried.
 
   Args:
     folder: on disk, or in a bucket.
     name: of the flag or field that holds it.
-
-  Raises:
-    OSError: where the machine is at fault: a full disk, too many open files.
   """
   if in_bucket(folder):
     return
-  with _refusing(folder, name):
-    _try_writing(pathlib.Path(folder))
+  try:
+    nearest = pathlib.Path(folder).absolute()
+    while not nearest.exists():
+      nearest = nearest.parent
+    tempfile.TemporaryFile(dir=nearest).close()
+  except OSError as error:
+    raise RequestError(f'{name} is {str(folder)!r}, where nothing can be '
+                       f'written: {error.strerror}') from error
 
 
-def try_file(file: epath.Path, name: str) -> None:
-  """Raises RequestError unless a file can be written, or written anew. The
-  rest is as in try_folder."""
-  if in_bucket(file):
-    return
-  file = pathlib.Path(file)
-  with _refusing(file, name):
-    _try_writing(file.parent)
-    for path in (file, _partial(file)):
-      require(not _is_there(path) or path.is_file(),
-              f'{name} is {str(file)!r}, but {path} is there and is no file')
+def try_file(file: str | os.PathLike, name: str) -> None:
+  """Raises RequestError unless a file can be written, or written anew."""
+  if not in_bucket(file):
+    require(not os.path.isdir(file), f'{name} is {str(file)!r}, which is a '
+            'folder')
+    try_folder(pathlib.Path(file).parent, name)
+
+
+def output(text: str, name: str) -> epath.Path | None:
+  """Returns the file that a flag names, once it is known that it can be
+  written; None where the flag is ''."""
+  if not text:
+    return None
+  try_file(text, name)
+  return path(text, name)
 
 
 def refuse_run(folder: str | os.PathLike, name: str, own: str = '') -> None:
@@ -171,74 +158,84 @@ def refuse_run(folder: str | os.PathLike, name: str, own: str = '') -> None:
 def refuse_others(folder: str | os.PathLike, name: str) -> None:
   """Raises RequestError where a run would write over the config.json of
   something else, such as Hugging Face's weights; `name` is the flag's."""
-  file = path(folder, name) / CONFIG
-  require(not file.exists() or has_config(folder), f'{name} is '
-          f'{str(folder)!r}, whose {CONFIG} is not that of a run (a Hugging '
-          f'Face folder has one, too): take another {name}')
+  require(not (path(folder, name) / CONFIG).exists() or has_config(folder),
+          f'{name} is {str(folder)!r}, whose {CONFIG} is not that of a run (a '
+          f'Hugging Face folder has one, too): take another {name}')
 
 
 def has_config(folder: str | os.PathLike) -> bool:
   """Whether there is a config.json in a folder, and it is that of a run."""
-  file = epath.Path(folder) / CONFIG
-  if not file.is_file():
-    return False
   try:
-    tree = json.loads(file.read_bytes())
-  except (ValueError, RecursionError):
+    return DERIVED in json.loads((epath.Path(folder) / CONFIG).read_bytes())
+  except (OSError, ValueError, TypeError, RecursionError):
     return False
-  return isinstance(tree, dict) and DERIVED in tree
 
 
-def output(text: str, name: str) -> epath.Path | None:
-  """Returns the file that a flag names, once it is known that it can be
-  written; None where the flag is ''."""
-  if not text:
-    return None
-  file = path(text, name)
-  try_file(file, name)
+def locked(workdir: str | os.PathLike, primary: bool = True
+           ) -> contextlib.AbstractContextManager:
+  """Locks the workdir for this process, while the context lasts.
+
+  In a bucket nothing can be locked, and nothing is done. A file system without
+  locks is warned of.
+
+  Args:
+    workdir: of the run.
+    primary: whether this is process 0, the only one of a run that locks.
+
+  Raises:
+    RequestError: where another run has it.
+  """
+  if not primary or in_bucket(workdir):
+    return contextlib.nullcontext()
+  lock = pathlib.Path(workdir) / 'lock'
+  lock.parent.mkdir(parents=True, exist_ok=True)
+  file = lock.open('w')
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    file.close()
+    raise RequestError(f'another process trains in {workdir}: wait until it '
+                       'has ended, or take another --workdir') from error
+  except OSError as error:  # as Lustre mounted without flock
+    print(f'warning: {workdir} has no file locks ({error.strerror}): nothing '
+          'keeps a second process from training in it', file=sys.stderr)
   return file
 
 
-def _try_writing(folder: pathlib.Path) -> None:
-  """Writes in a folder, or where it would be made. Nothing stays, and no folder
-  is made, so that all processes of a run may try at once."""
-  nearest = folder.absolute()
-  while not _is_there(nearest):
-    nearest = nearest.parent
-  with tempfile.TemporaryFile(dir=nearest):
-    pass
+# Files that grow.
 
 
-def _is_there(path: pathlib.Path) -> bool:
-  """Whether there is something, even a broken link; other than in
-  os.path.lexists, a name that is too long is an error."""
-  try:
-    path.lstat()
-    return True
-  except FileNotFoundError:
-    return False
+class File:
+  """A file that grows while a run goes on: each write is on disk, or raises
+  EnvironmentFailure. It notices that the file was deleted, since writes then
+  succeed and are lost."""
 
+  def __init__(self, path: str | os.PathLike):
+    self._path = pathlib.Path(path)
+    with writing(path):
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      self._file = self._path.open('ab', buffering=0)
 
-@contextlib.contextmanager
-def _refusing(path: epath.Path, name: str):
-  """Turns an error about a path into a sentence with its name and flag."""
-  try:
-    yield
-  except OSError as error:
-    if error.errno in OF_THE_MACHINE:
-      raise
-    reason = (error.strerror or str(error)).lower()
-    raise RequestError(f'{name} is {str(path)!r}, where nothing can be '
-                       f'written: {reason}') from error
-  except ValueError as error:
-    if isinstance(error, RequestError):
-      raise
-    raise RequestError(f'{name} is {str(path)!r}, which is no path: '
-                       f'{error}') from error  # a NUL in it
+  def write(self, data: bytes) -> None:
+    with writing(self._path):
+      left = memoryview(data)
+      while left:
+        left = left[self._file.write(left):]
+      if os.fstat(self._file.fileno()).st_nlink == 0:
+        raise FileNotFoundError(errno.ENOENT, 'it was deleted in mid-run')
 
+  def flush(self) -> None:
+    """Nothing: there is no buffer."""
 
-def _partial(file: epath.Path):
-  return file.with_name(file.name + '.partial')
+  def close(self) -> None:
+    with writing(self._path), self._file:
+      os.fsync(self._file.fileno())
+
+  def __enter__(self) -> 'File':
+    return self
+
+  def __exit__(self, *error) -> None:
+    self.close()
 
 
 class Uploads:
@@ -265,11 +262,9 @@ class Uploads:
     """Copies into the bucket what has changed since the last time."""
     if not in_bucket(self._folder):
       return
-    for file in sorted(pathlib.Path(self.local).rglob('*')):
-      if not file.is_file():
-        continue
+    for file in pathlib.Path(self.local).rglob('*'):
       state = file.stat().st_size, file.stat().st_mtime_ns
-      if self._sent.get(file) == state:
+      if file.is_dir() or self._sent.get(file) == state:
         continue
       target = self._folder / str(file.relative_to(self.local))
       with writing(target):
@@ -279,28 +274,23 @@ class Uploads:
       self._sent[file] = state
 
 
+# What the environment refuses.
+
 # How TensorStore begins a refusal of a bucket (the codes of absl::Status).
 _STATUS = re.compile(
-    r'(ABORTED|DEADLINE_EXCEEDED|NOT_FOUND|PERMISSION_DENIED'
+    r'(?:ABORTED|DEADLINE_EXCEEDED|NOT_FOUND|PERMISSION_DENIED'
     r'|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE): (.*)')
 # What a bucket is written through beside TensorStore; their errors have no
 # common base.
 _CLIENTS = ('aiohttp', 'gcsfs')
-_WORDS = {'NOT_FOUND': 'what was written of it is gone'}
-_OS_ERROR = re.compile(r"\[os_error_code='(\d+)'")
-
-
-def again() -> str:
-  return 'once that is mended, the same command goes on'
 
 
 @contextlib.contextmanager
-def writing(what: str, then: Callable[[], str] = again) -> Iterator[None]:
+def writing(what: str | os.PathLike) -> Iterator[None]:
   """Around what writes: a failure of the environment becomes a sentence.
 
   Args:
     what: the file, or words for it; it follows 'cannot write'.
-    then: returns how to go on; called after a failure.
 
   Raises:
     EnvironmentFailure: instead of an error whose reason lies outside of the
@@ -314,10 +304,11 @@ def writing(what: str, then: Callable[[], str] = again) -> Iterator[None]:
     why = reason(error)
     if not why:
       raise
-    raise EnvironmentFailure(f'cannot write {what}: {why}; {then()}') from error
+    raise EnvironmentFailure(f'cannot write {what}: {why}; once that is '
+                             'mended, the same command goes on') from error
 
 
-def reason(error: BaseException) -> str:
+def reason(error: BaseException | None) -> str:
   """Returns what of the environment an error comes from; '': it does not."""
   chain = []
   while error is not None:
@@ -325,120 +316,15 @@ def reason(error: BaseException) -> str:
     error = error.__cause__ or error.__context__
   # What TensorStore met comes first: Orbax, which cleans up after it, may have
   # met more.
-  reasons = [*map(_of_tensorstore, chain), *map(_of_python, chain)]
-  return next(filter(None, reasons), '')
-
-
-def _of_tensorstore(error: BaseException) -> str:
-  text = str(error).split('\n')[0]
-  number = _OS_ERROR.search(text)
-  if number:
-    return os.strerror(int(number[1]))
-  status = isinstance(error, ValueError) and _STATUS.match(text)
-  if status:
-    return _WORDS.get(status[1]) or status[2].split(' [')[0][:300]
+  for one in chain:
+    text = str(one).split('\n')[0]
+    if number := re.search(r"\[os_error_code='(\d+)'", text):
+      return os.strerror(int(number[1]))
+    if isinstance(one, ValueError) and (status := _STATUS.match(text)):
+      return status[1].split(' [')[0][:300]
+  for one in chain:
+    if isinstance(one, OSError):
+      return one.strerror or str(one) or type(one).__name__
+    if type(one).__module__.partition('.')[0] in _CLIENTS:
+      return f'{type(one).__name__}: {one}'
   return ''
-
-
-def _of_python(error: BaseException) -> str:
-  text = str(error).split('\n')[0]
-  if isinstance(error, OSError):
-    return error.strerror or text or type(error).__name__
-  if type(error).__module__.partition('.')[0] in _CLIENTS:
-    return f'{type(error).__name__}: {text}'
-  return ''
-
-
-class File:
-  """A file that grows while a run goes on: each write is on disk, or raises
-  EnvironmentFailure. It notices that the file was deleted, since writes then
-  succeed and are lost."""
-
-  def __init__(self, path: epath.Path, then: Callable[[], str] = again):
-    self._path, self._then = pathlib.Path(path), then
-    with writing(path, then):
-      self._path.parent.mkdir(parents=True, exist_ok=True)
-      self._file = self._path.open('ab', buffering=0)
-
-  def write(self, data: bytes) -> None:
-    with writing(self._path, self._then):
-      left = memoryview(data)
-      while left:
-        left = left[self._file.write(left):]
-      if os.fstat(self._file.fileno()).st_nlink == 0:
-        raise FileNotFoundError(errno.ENOENT, 'it was deleted in mid-run')
-
-  def flush(self) -> None:
-    """Nothing: there is no buffer."""
-
-  def close(self) -> None:
-    with writing(self._path, self._then):
-      os.fsync(self._file.fileno())
-      self._file.close()
-
-  def __enter__(self) -> 'File':
-    return self
-
-  def __exit__(self, kind: type[BaseException] | None,
-               error: BaseException | None,
-               traceback: types.TracebackType | None):
-    if error is None:
-      self.close()
-    else:
-      self._file.close()
-
-
-# What a file system says that has none, as Lustre mounted without flock.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-
-_held = []  # open files, whose locks end with the process, however it ends
-
-
-def lock(workdir: epath.Path, primary: bool = True) -> None:
-  """Locks the workdir for this process, until it ends.
-
-  In a bucket nothing can be locked, and nothing is done. A file system without
-  locks is warned of.
-
-  Args:
-    workdir: of the run.
-    primary: whether this is process 0, the only one of a run that locks.
-
-  Raises:
-    ValueError: where another run has it.
-  """
-  if primary and '://' not in str(workdir):
-    _held.append(_locked(workdir))
-
-
-@contextlib.contextmanager
-def locked(workdir: epath.Path) -> Iterator[None]:
-  """Locks the workdir as `lock` does, until the context ends: for a process
-  that trains in several."""
-  if '://' in str(workdir):
-    yield
-    return
-  with _locked(workdir):
-    yield
-
-
-def _locked(workdir: epath.Path) -> TextIO:
-  """Returns the open file whose lock ends when it is closed."""
-  path = pathlib.Path(workdir) / 'lock'
-  path.parent.mkdir(parents=True, exist_ok=True)
-  file = path.open('w')
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    free = True
-  except BlockingIOError:
-    free = False
-    file.close()
-  except OSError as error:
-    if error.errno not in _NO_LOCKS:
-      raise
-    free = True
-    print(f'warning: {workdir} has no file locks ({error.strerror}): nothing '
-          'keeps a second process from training in it', file=sys.stderr)
-  require(free, f'another process trains in {workdir}: wait until it has '
-          'ended, or take another --workdir')
-  return file

@@ -15,7 +15,7 @@ from architectures.parts import sharding
 from architectures.parts.attention import kernels
 from configs import sharding as tables
 from tests.helpers import models
-from training import losses
+from training.objectives import losses
 from training.distributed import devices
 
 SHORT = 16

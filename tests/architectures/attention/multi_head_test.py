@@ -13,7 +13,7 @@ from configs.errors import RequestError
 from tests.architectures.parts_test import (
     D, KIND, attend, born, context, normal, resolved)
 from tests.helpers import models, numpy_attention
-from training import paths
+from architectures.parts import paths
 from training.costs import flops, totals
 
 

@@ -9,7 +9,7 @@ import architectures
 from tests.training import step_test
 from training import runs
 from training.distributed import devices
-from training.step import make_train_step
+from training.runs import make_train_step
 
 EXPERTS, RATE, STEPS = 4, 0.03, 30
 

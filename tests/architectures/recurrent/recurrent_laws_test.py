@@ -20,10 +20,11 @@ from architectures.parts.recurrent import recurrence
 from configs import sharding as tables
 from tests.helpers import models, recurrences
 from tests.helpers.recurrences import applied, each, empty
-from training import generate, paths, preflight
+from training import generate, preflight
+from architectures.parts import paths
 from training.costs import flops, totals
 from training.distributed import devices
-from training.step import abstract_params, parameter_roles
+from training.runs import abstract_params, parameter_roles
 
 GREEDY = generate.Sampling(temperature=0)
 KDA = 'kda'  # it has all that one can have: rates, decays, convolutions, ranks

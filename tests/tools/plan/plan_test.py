@@ -17,7 +17,8 @@ from tests.helpers import forked
 from tools import explain_sharding
 from tools.plan import chips, collectives, predict, programs, report, search
 from tools.plan.programs import DoesNotFit
-from training import paths, runs
+from training import runs
+from architectures.parts import paths
 from training.costs import flops, memory
 from training.data import tokenizers
 from training.distributed import devices

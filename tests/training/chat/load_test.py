@@ -1,7 +1,5 @@
 """What a conversation takes from a run, and from a Hugging Face folder."""
 
-import dataclasses
-
 import pytest
 import tokenizers as hf
 
@@ -65,24 +63,20 @@ def test_an_import_that_was_trained_goes_on_as_in_training(
   assert chat.of_run(tmp_path / 'run').talk.encode(ASK).tolist() == [17, 1]
   read = chat.parameters.on_one_device
   monkeypatch.setattr(chat.parameters, 'on_one_device', lambda *args: (
-      dataclasses.replace(read(*args), step=5)))
+      read(*args)._replace(step=5)))
   speaker = chat.of_run(tmp_path / 'run')
   assert speaker.talk.encode(ASK).tolist() == [
       speaker.tokenizer.separator_id, 1]
   assert speaker.tokenizer.separator_id != 17
 
 
-@pytest.mark.parametrize('system, objective, words', [
-    ('bert', 'mlm', '--tasks=fill_mask for one that learned mlm '),
-    ('bert', 'masked_diffusion', '--tasks=diffusion_samples for masked_diff'),
-    ('t5', 'seq2seq', 'encoder-decoder'),
-    ('gpt', 'prefix', 'left to right')])
-def test_runs_that_do_not_converse_are_refused(system, objective, words,
-                                               tmp_path):
+@pytest.mark.parametrize('system, objective', [
+    ('bert', 'mlm'), ('t5', 'seq2seq'), ('gpt', 'prefix')])
+def test_runs_that_do_not_converse_are_refused(system, objective, tmp_path):
   config = base.base()
   config.objective, config.model = objective, models.config(system)
   run_config.save(tmp_path, config)
-  with pytest.raises(RequestError, match=words):
+  with pytest.raises(RequestError, match='from left to right: eval.py has'):
     chat.of_run(tmp_path)
 
 

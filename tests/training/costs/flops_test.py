@@ -13,7 +13,7 @@ from architectures.parts.config import LayerKind
 from configs import base, bert
 from tests.helpers import flops_formulas as formulas
 from tests.helpers import models
-from training import objectives, step
+from training import objectives, runs
 from training.costs import flops, totals
 
 LENGTH = 24
@@ -168,7 +168,7 @@ def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
   module, objective = architectures.build(c), objectives.of(config)
   loss = lambda params, batch: objective.loss(objective.apply(
       module, params, batch), batch, config)[0]
-  program = jax.make_jaxpr(jax.grad(loss))(step.parameter_shapes(module), {
+  program = jax.make_jaxpr(jax.grad(loss))(runs.parameter_shapes(module), {
       key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype)
       in objectives.shapes(config).items()})
   multiplied = flops.count(program, flops.Place('gpu', useful=True)).flops

@@ -9,7 +9,7 @@ from configs import gpt, mixtral, qwen3
 from configs.errors import RequestError
 from tests.helpers import models
 from tools.compare import spec
-from training import limits, runs
+from training import preflight, runs
 from training.costs import systems, totals
 
 
@@ -52,7 +52,7 @@ def test_a_base_becomes_every_system_of_its_kind(base, arch):
   changes = systems.changes(config, arch)
   made = spec.changed(config, changes, 'it')
   model = runs.resolve_alone(made)
-  limits.refuse_unread_of(changes, made, model)
+  preflight.refuse_unread_of(changes, made, model)
   assert model.arch == arch and systems.unlike(model) == []
   for name in 'd_model', 'num_layers', 'num_heads', 'num_kv_heads', 'd_ff':
     assert made.model[name] == config.model[name]

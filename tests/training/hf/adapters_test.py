@@ -13,7 +13,8 @@ import architectures
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
-from training import parameters, paths, runs
+from training import parameters, runs
+from architectures.parts import paths
 from training.hf import peft, weights
 from training.workdir import run_config
 

@@ -19,7 +19,8 @@ from configs.errors import EnvironmentFailure, RequestError
 from tests import train_test
 from tests.helpers import models
 from tests.parity import exports
-from training import paths, runs
+from training import runs
+from architectures.parts import paths
 from tools import convert
 from training.data import tokenizers
 from training.hf import config as hf_config, files as hf_files

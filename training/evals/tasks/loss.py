@@ -27,7 +27,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   """Evaluates every held-out token once."""
   from training import progress
   from training.evals import held_out
-  from training.step import make_eval_step
+  from training.runs import make_eval_step
   config = evaluation.run.config
   if evaluation.options.stride:
     return strided(evaluation)

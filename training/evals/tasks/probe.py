@@ -135,7 +135,7 @@ def _counts(module: Any, objective: Any):
   rows, the sum over rows of their answers squared]."""
   import jax.numpy as jnp
 
-  from training import losses
+  from training.objectives import losses
 
   def step(params: Any, batch: Any):
     output = objective.apply(module, params, batch)

@@ -13,7 +13,7 @@ import pytest
 from architectures.parts import sharding
 from architectures.parts.heads import Head
 from tests.helpers.jaxprs import equations
-from training import losses
+from training.objectives import losses
 from training.distributed import devices
 
 B, L, D, V = 8, 12, 16, 50
