@@ -269,8 +269,8 @@ def _draw(card: Mapping[str, Any], pyplot: Any) -> Any:
       f'{task}\n{own["what"]}; commonest answer {own["commonest"]:.2f}'
       for task, own in tasks.items()], fontsize=8)
   axes.set_xticks([])
-  axes.set_xlabel('difficulty, from easy to hard'
-                  + '; rows longer than in training' * (columns > width))
+  axes.set_xlabel('difficulty, from easy to hard; then rows longer than in '
+                  'training')
   axes.axvline(width - 0.5, color='black')
   axes.set_title(f'{len(card["seeds"])} seeds: mean ± half of the 95 % '
                  'interval', fontsize=9)

@@ -177,6 +177,8 @@ def parse(spec: str, layout: conversations.Layout = conversations.PUBLISHED
     source = SOURCES[prefix].parse(name, rest)
     if TURNS in source.holds and not source.tokens:
       source = _laid_out(source, layout)
+    require(source.name not in [other.name for _, other in pairs],
+            f'data source {spec!r} names {name!r} twice: add up its weights')
     pairs.append((weight, source))
   return pairs
 

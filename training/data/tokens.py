@@ -492,9 +492,7 @@ def _whole(target: epath.Path) -> Iterator[Any]:
 def _encode(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
             ) -> Table:
   """Writes the ids of a shard; returns its table."""
-  kinds: list[int] = []
-  counts: list[int] = []
-  sizes, num_bytes, checksums = [], [], []
+  kinds, counts, sizes, num_bytes, checksums = [], [], [], [], []
   left = b''
 
   def put_blocks(end: int) -> None:
@@ -503,7 +501,9 @@ def _encode(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
     write(left[:end])
 
   documents = progress.each(part.documents(), f'tokenising {part.name}')
-  for chunk in _chunks(documents, kinds, counts):
+  for chunk in _chunks(documents):
+    counts += map(len, chunk)
+    kinds += [KINDS.index(kind) for parts in chunk for kind, _ in parts]
     rows = [left]
     for ids, text in encode(tokenizer, chunk):
       rows.append(np.asarray(ids).astype(dtype).tobytes())
@@ -520,17 +520,14 @@ def _encode(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
       np.array(checksums, np.uint32))
 
 
-def _chunks(documents: Iterable[Document], kinds: list[int],
-            counts: list[int]) -> Iterator[list[list[tuple[str, str]]]]:
-  """Yields documents as lists of parts, some at a time; fills in the kinds of
-  these, and how many each document has."""
+def _chunks(documents: Iterable[Document]
+            ) -> Iterator[list[list[tuple[str, str]]]]:
+  """Yields documents as lists of parts, some at a time."""
   chunk, chars = [], 0
   for document in documents:
-    parts = ([('text', document)] if isinstance(document, str) else document)
-    counts.append(len(parts))
-    kinds += [KINDS.index(kind) for kind, _ in parts]
-    chunk.append(parts)
-    chars += sum(len(text) for _, text in parts)
+    chunk.append([('text', document)] if isinstance(document, str)
+                 else document)
+    chars += sum(len(text) for _, text in chunk[-1])
     if chars >= CHUNK_CHARS or len(chunk) >= CHUNK_TEXTS:
       yield chunk
       chunk, chars = [], 0

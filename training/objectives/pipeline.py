@@ -21,12 +21,11 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
 
 from absl import flags
 import numpy as np
 
-from configs.errors import RequestError, require
+from configs.errors import require
 from training import objectives
 from training.data import conversations, packing, ramp, sources, tokens
 from training.data.tokenizers import Tokenizer
@@ -219,13 +218,13 @@ def _begin_worker(index: int, count: int) -> None:
   """What a worker does first: it sees to it that it ends with its parent,
   which may be killed before it can say so."""
   del index, count
-  threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),),
-                   name='parent', daemon=True).start()
+  parent = multiprocessing.parent_process()
 
+  def end_with_it() -> None:
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
-def _end_with(parent: Any) -> None:
-  connection.wait([parent.sentinel])
-  os._exit(1)
+  threading.Thread(target=end_with_it, name='parent', daemon=True).start()
 
 
 def lengths(config: Config) -> tuple[int, ...]:
@@ -292,31 +291,20 @@ def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
   """
   import grain
   weights, corpora, views = _views(config, tokenizer, 'eval', process_count)
-  return [Loader(name, weight / sum(weights), corpus.text,
+  return [Loader(corpus.name, weight / sum(weights), corpus.text,
                  view if in_order else _Ordered(
                      grain.MapDataset.range(len(view)).shuffle(seed=EVAL_SEED),
                      [view]), [view], config, tokenizer, 'eval',
                  process_index, process_count)
-          for name, weight, corpus, view in zip(
-              _distinct([corpus.name for corpus in corpora]), weights, corpora,
-              views)]
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-  """Returns names of sources, by which their figures are kept: of a source that
-  a mixture has twice the second is 'NAME (2)'."""
-  counts = [names[:i + 1].count(name) for i, name in enumerate(names)]
-  return [name if count == 1 else f'{name} ({count})'
-          for name, count in zip(names, counts)]
+          for weight, corpus, view in zip(weights, corpora, views)]
 
 
 def _views(config: Config, tokenizer: Tokenizer, split: str,
            process_count: int) -> tuple[Sequence, Sequence, list]:
   """Returns the weights, corpora and views of a split's sources."""
   size = config.data.batch_size
-  if size % process_count:
-    raise RequestError(f'data.batch_size={size} is not divisible by the '
-                       f'{process_count} processes.')
+  require(size % process_count == 0, f'data.batch_size={size} is not divisible '
+          f'by the {process_count} processes.')
   view = objectives.of(config).view
   weights, corpora = zip(*_corpora(config, tokenizer, split))
   return weights, corpora, [view(corpus) for corpus in corpora]
