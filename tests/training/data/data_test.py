@@ -364,9 +364,7 @@ _PROGRAM = '''
 
     def main():
       from configs import base
-from configs.errors import RequestError
-      from training import preflight
-from training.data import ramp, tokenizers
+      from training.data import tokenizers
       from training.objectives import pipeline
       got = []
       for number in (signal.SIGINT, signal.SIGTERM):
