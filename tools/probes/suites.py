@@ -177,10 +177,10 @@ def card_of(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
         failed.setdefault(run.lr, []).append(run.seed)
       else:
         by_lr.setdefault(run.lr, []).append(_figures(run.folder(workdir)))
-    mean = {lr: float(np.mean([own['accuracy'] for own in each]))
+    mean = {lr: float(np.mean([row['accuracy'] for row in each]))
             for lr, each in by_lr.items() if lr not in failed}
     best = max(mean, key=mean.get, default=None)
-    figures = {name: _over_seeds([own[name] for own in by_lr[best]])
+    figures = {name: _over_seeds([row[name] for row in by_lr[best]])
                for name in by_lr[best][0]} if mean else {}
     group = lambda prefix, figures=figures: {
         name.removeprefix(prefix): figure for name, figure in figures.items()
@@ -214,15 +214,15 @@ def text(card: Mapping[str, Any]) -> str:
   seeds = len(card['seeds'])
   lines = [f'accuracy over {seeds} seeds, at the best learning rate: mean ± '
            'half of the 95 % interval']
-  for task, own in card['tasks'].items():
-    lines.append(f'{task}: no figures' if own['lr'] is None else (
-        f'{task}, lr {own["lr"]:g}: {_shown(own["accuracy"])} (the commonest '
-        f'answer: {own["commonest"]:.4f}); by {own["what"]}:'))
+  for task, row in card['tasks'].items():
+    lines.append(f'{task}: no figures' if row['lr'] is None else (
+        f'{task}, lr {row["lr"]:g}: {_shown(row["accuracy"])} (the commonest '
+        f'answer: {row["commonest"]:.4f}); by {row["what"]}:'))
     lines += [f'  left out, since runs diverged: lr {lr:g} '
               f'({len(each)} of {seeds} runs)'
-              for lr, each in own['diverged'].items()]
-    figures = own['level'] | {f'beyond training {name}': figure
-                              for name, figure in own['beyond'].items()}
+              for lr, each in row['diverged'].items()]
+    figures = row['level'] | {f'beyond training {name}': figure
+                              for name, figure in row['beyond'].items()}
     lines += [f'  {name:<22} {_shown(figure)}'
               for name, figure in figures.items()]
   return '\n'.join(lines)
@@ -249,25 +249,25 @@ def write(card: Mapping[str, Any], workdir: epath.Path) -> None:
 def _draw(card: Mapping[str, Any], pyplot: Any) -> Any:
   """Draws a row of cells for each task: its levels, then longer rows."""
   tasks = card['tasks']
-  width = max(1, *(len(own['level']) for own in tasks.values()))
-  columns = width + max(len(own['beyond']) for own in tasks.values())
+  width = max(1, *(len(row['level']) for row in tasks.values()))
+  columns = width + max(len(row['beyond']) for row in tasks.values())
   figure, axes = pyplot.subplots(
       figsize=(3.7 + 1.05 * columns, 1.2 + 0.6 * len(tasks)),
       layout='constrained')
   values = np.full((len(tasks), columns), np.nan)
-  for y, own in enumerate(tasks.values()):
-    if own['lr'] is None:
+  for y, row in enumerate(tasks.values()):
+    if row['lr'] is None:
       axes.text(0, y, 'diverged', ha='center', va='center', fontsize=8)
-    longer = [(f'{name} length', cell) for name, cell in own['beyond'].items()]
-    for x, (name, cell) in [*enumerate(own['level'].items()),
+    longer = [(f'{name} length', cell) for name, cell in row['beyond'].items()]
+    for x, (name, cell) in [*enumerate(row['level'].items()),
                             *enumerate(longer, width)]:
       values[y, x] = cell['mean']
       axes.text(x, y, f'{name}\n{_shown(cell, 2)}', ha='center', va='center',
                 fontsize=8, color='white' if cell['mean'] < 0.6 else 'black')
   image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis', aspect='auto')
   axes.set_yticks(range(len(tasks)), [
-      f'{task}\n{own["what"]}; commonest answer {own["commonest"]:.2f}'
-      for task, own in tasks.items()], fontsize=8)
+      f'{task}\n{row["what"]}; commonest answer {row["commonest"]:.2f}'
+      for task, row in tasks.items()], fontsize=8)
   axes.set_xticks([])
   axes.set_xlabel('difficulty, from easy to hard; then rows longer than in '
                   'training')

@@ -223,10 +223,10 @@ class Template:
   def ends(self) -> set[int]:
     """Returns the special token with which an answer ends, if one follows it
     directly."""
-    said = 'Xyzzy'
-    text, _ = self._render([dict(role='user', content=said),
-                            dict(role='assistant', content=said)])
-    after = text.rpartition(said)[2].lstrip() if said in text else ''
+    answer = 'Xyzzy'
+    text, _ = self._render([dict(role='user', content=answer),
+                            dict(role='assistant', content=answer)])
+    after = text.rpartition(answer)[2].lstrip() if answer in text else ''
     for special in sorted(self.tokenizer.special_texts, key=len, reverse=True):
       if after.startswith(special):
         return {int(i) for i in self.tokenizer.encode_placed(special)[0]}
@@ -263,11 +263,11 @@ class Template:
     """Returns the text, and where {% generation %} blocks stand in it."""
     utils = texts.imported('transformers.utils.chat_template_utils',
                            f'the chat template {self.name}', 'hf')
-    said = [{key: marked(value, self.tokenizer)
+    chat = [{key: marked(value, self.tokenizer)
              for key, value in message.items()} for message in messages]
     try:
       (text,), spans = utils.render_jinja_template(
-          [said], chat_template=self.text, add_generation_prompt=answer,
+          [chat], chat_template=self.text, add_generation_prompt=answer,
           return_assistant_tokens_mask=bool(_BLOCK.search(self.text)),
           **self.specials)
     except Exception as error:  # of jinja2, and whatever a template does
@@ -335,7 +335,7 @@ def in_folder(folder: Any) -> str | None:
 def marked(text: str, tokenizer: Tokenizer) -> str:
   """Returns what somebody says, with MARKS around special tokens in it."""
   return re.sub(_either(tokenizer.special_texts),
-                lambda found: f'{MARKS[0]}{found[0]}{MARKS[1]}', unmarked(text))
+                lambda match: f'{MARKS[0]}{match[0]}{MARKS[1]}', unmarked(text))
 
 
 def unmarked(text: str) -> str:
@@ -353,10 +353,10 @@ def encode(parts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
   ids, places = [], []
   for piece in re.finditer(_PIECES, ''.join(parts)):
     if piece['spelt']:
-      own, spans = tokenizer.encode_spans([piece['spelt']])[0]
+      piece_ids, spans = tokenizer.encode_spans([piece['spelt']])[0]
     else:
-      own, spans = tokenizer.encode_placed(piece['text'])
-    ids.append(own)
+      piece_ids, spans = tokenizer.encode_placed(piece['text'])
+    ids.append(piece_ids)
     places.append(spans + piece.start('spelt' if piece['spelt'] else 'text'))
   if not ids:
     return [np.zeros(0, np.int32) for _ in parts]

@@ -245,18 +245,18 @@ def read_sentences(columns: tuple[int, int], path: str) -> Iterator[Sentence]:
         yield sentence
       sentence = Sentence([], [], [])
       continue
-    own = ('\t' in text, len(fields))
+    form = ('\t' in text, len(fields))
     # A hashtag may be a word, so a comment has not the shape of one.
     if text.startswith('#') and not sentence.words and (
-        own != shape if shape else '\t' not in text):
+        form != shape if shape else '\t' not in text):
       continue
-    shape = shape or own
+    shape = shape or form
     pair = [fields[column].strip() if -len(fields) <= column < len(fields)
             else '' for column in columns]
     require(len(fields) > 1 and all(pair), f'{where}, has {len(fields)} '
             f'columns, and no word and label in {columns[0]} and {columns[1]}')
-    for found, value in zip(sentence, (*pair, where)):
-      found.append(value)
+    for column, value in zip(sentence, (*pair, where)):
+      column.append(value)
   if sentence.words:
     yield sentence
 

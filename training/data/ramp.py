@@ -77,11 +77,11 @@ def parse(text: str, batch_size: int) -> Ramp:
 def scaled(text: str, steps: int, short: int) -> str:
   """Returns the ramp of a run of `steps` steps for one of `short`; a size that
   no batch would have is left out."""
-  found: dict[int, str] = {}
+  stages: dict[int, str] = {}
   for stage in text.split(','):
     step, size = stage.split(':')
-    found[int(step) * short // steps] = size
-  return ','.join(f'{step}:{size}' for step, size in found.items() if step)
+    stages[int(step) * short // steps] = size
+  return ','.join(f'{step}:{size}' for step, size in stages.items() if step)
 
 
 def check(config: ml_collections.ConfigDict) -> None:

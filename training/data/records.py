@@ -30,13 +30,13 @@ AROUND = 2  # tokens of a row beside a sentence: one before, one after it
 
 def of_training(config: Any) -> list[Any]:
   """Returns the records that a run trains on, of all its sources."""
-  data, found = config.data, []
+  data, training = config.data, []
   for _, source in sources.parse(data.source):
     records = list(source.records())
     every = 0 if data.eval_source else data.holdout_every
     ours = sources.chosen(np.arange(len(records)), every, 'train')
-    found += itertools.compress(records, ours)
-  return found
+    training += itertools.compress(records, ours)
+  return training
 
 
 def labels_of(config: Any) -> tuple[str, ...]:
@@ -261,7 +261,7 @@ def words_of(sentences: Sequence[Sequence[str]], tokenizer: Tokenizer
              ) -> list[Words]:
   """Returns the tokens of sentences, whose words a space parts."""
   texts = [' '.join(words) for words in sentences]
-  return [_words(words, *found) for words, found in
+  return [_words(words, *encoded) for words, encoded in
           zip(sentences, tokenizer.encode_spans(texts))]
 
 
@@ -378,10 +378,10 @@ class Questions(Rows):
     paragraphs = corpus.records
     self.questions = [q for p in paragraphs for q in p.questions]
     asked = corpus.tokenizer.encode_batch([q.question for q in self.questions])
-    found = corpus.tokenizer.encode_spans([p.context for p in paragraphs])
+    encoded = corpus.tokenizer.encode_spans([p.context for p in paragraphs])
     self.contexts: list[tuple[str, np.ndarray]] = []
     self.items: list[Window] = []
-    for paragraph, (ids, spans_T2) in zip(paragraphs, found):
+    for paragraph, (ids, spans_T2) in zip(paragraphs, encoded):
       for question in paragraph.questions:
         number = len(self.contexts)
         self.contexts.append((paragraph.context, spans_T2))

@@ -79,10 +79,10 @@ def rows(path: str, names: bool = True) -> Rows:
     return
   with open(path, 'rb') as file:
     is_list = file.read(1) == b'['
-  found = (((f'{path}, record {number}', row) for number, row in enumerate(
+  values = (((f'{path}, record {number}', row) for number, row in enumerate(
       parsed(read(path), path), 1)) if is_list else
            ((where, parsed(line, f'{where},')) for where, line in lines(path)))
-  for where, row in found:
+  for where, row in values:
     require(isinstance(row, dict), f'{where}, is not a JSON object')
     yield where, row
 

@@ -208,8 +208,8 @@ class Bytes(Tokenizer):
         ids.append([of_text[part]])
         spans.append([(place, end)])
       else:
-        own, places = self.encode_spans([part])[0]
-        ids.append(own)
+        part_ids, places = self.encode_spans([part])[0]
+        ids.append(part_ids)
         spans.append(places + place)
       place = end
     return (np.concatenate(ids).astype(np.int32),
@@ -239,11 +239,11 @@ class HuggingFace(Tokenizer):
                               if token.special and token.content not in pieces)
     if 'mask' in special_ids:
       # RoBERTa's takes the space before it along.
-      own = re.escape(self.piece(special_ids['mask']))
+      spelling = re.escape(self.piece(special_ids['mask']))
       added = self._added.get(special_ids['mask'])
       before, after = (r'\s*' * bool(getattr(added, side, False))
                        for side in ('lstrip', 'rstrip'))
-      self.mask_pattern = f'{before}(?:{own}|{self.mask_pattern}){after}'
+      self.mask_pattern = f'{before}(?:{spelling}|{self.mask_pattern}){after}'
     described = json.dumps([tokenizer.to_str(), special_ids])
     self.fingerprint = hashlib.blake2b(described.encode('utf-8'),
                                        digest_size=16).hexdigest()
@@ -383,17 +383,17 @@ def _framing(tokenizer: Any) -> dict[str, int]:
   """Returns cls and sep, where a pipeline puts texts between them as BERT and
   RoBERTa do: cls, a text, sep; cls, a text, one sep or two, another text, sep.
   """
-  found = []
+  frames = []
   for row, pattern in ((tokenizer.encode('a'), '10+1'),
                        (tokenizer.encode('a', 'b'), '10+11?0+1')):
     mask = row.special_tokens_mask
     if not re.fullmatch(pattern, ''.join(map(str, mask))):
       return {}
     first, *after = [i for i, special in zip(row.ids, mask) if special]
-    found += [(first, i) for i in after]
-  if len({*found}) > 1 or found[0][0] == found[0][1]:
+    frames += [(first, i) for i in after]
+  if len({*frames}) > 1 or frames[0][0] == frames[0][1]:
     return {}
-  return dict(zip(('cls', 'sep'), found[0]))
+  return dict(zip(('cls', 'sep'), frames[0]))
 
 
 def _byte_level_table(tokenizer: Any, vocab: dict[str, int]

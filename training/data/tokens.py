@@ -450,8 +450,8 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
 
 def stats(source: Source) -> list[list[Any]]:
   """Returns the path, the size and the time of each file of a source."""
-  found = [(path, os.stat(path)) for path in source.files]
-  return [[path, s.st_size, s.st_mtime_ns] for path, s in found]
+  files = [(path, os.stat(path)) for path in source.files]
+  return [[path, s.st_size, s.st_mtime_ns] for path, s in files]
 
 
 def put(target: epath.Path, data: bytes) -> None:

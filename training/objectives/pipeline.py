@@ -94,10 +94,10 @@ class Loader:
     if not 0 <= n < self._stop:
       raise IndexError(f'batch {n} of {self._stop}')
     index, count = self._place
-    own = self.ramp.rows(n) // count
-    first = int(self.ramp.before(n)) + index * own
+    size = self.ramp.rows(n) // count
+    first = int(self.ramp.before(n)) + index * size
     config = self._config_of[max(loader.length(n) for loader in self.beside)]
-    places = range(first, first + own)
+    places = range(first, first + size)
     batch = self.objective.batch(
         [(self._item(g), self._rng(g)) for g in places], config, self.tokenizer)
     padding = [self._is_padding(g) for g in places]
@@ -376,10 +376,10 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
       else:
         whole = tokens.cached(source, tokenizer, data.cache_dir)
       # Of a source that is cut, document 0 is the part already.
-      own = tokens.Split(whole, every, split, '' if source.is_cut else part,
+      chosen = tokens.Split(whole, every, split, '' if source.is_cut else part,
                          tokenizer.separator_id)
-      text = _words(source, every, split, part, own.documents, own.of)
-      yield weight, packing.Corpus(source.name, text, *of_split, tokens=own)
+      text = _words(source, every, split, part, chosen.documents, chosen.of)
+      yield weight, packing.Corpus(source.name, text, *of_split, tokens=chosen)
 
 
 def _words(source: sources.Source, every: int | None, split: str, part: str,

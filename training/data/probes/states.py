@@ -171,12 +171,12 @@ def _shares(most: int) -> np.ndarray:
 def _spelled(rng: np.random.Generator, count: int, words: _Words, letters: int
              ) -> list[tuple[int, ...]]:
   """Returns as many different words, in the order of the circle."""
-  found: dict[tuple[int, ...], None] = {}  # in order, as a set is not
-  while len(found) < count:
+  circle: dict[tuple[int, ...], None] = {}  # in order, as a set is not
+  while len(circle) < count:
     spelled = rng.integers(0, letters, rng.integers(words[0], words[1] + 1))
     spelled[-1] += letters
-    found[tuple(spelled.tolist())] = None
-  return list(found)
+    circle[tuple(spelled.tolist())] = None
+  return list(circle)
 
 
 def depo(words: _Words, rng: np.random.Generator, hops: int,
