@@ -222,8 +222,8 @@ def by_size(c) -> Any:
       axes.set(title=measure.name,
                ylabel='score' + measures.said(c.frozen, measure, ', '))
       axes.grid(axis='y')
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), ncols=4,
-                  loc='outside lower center')
+    figure.legend(*grid[0, 0].get_legend_handles_labels(),
+                  loc='outside lower center', ncols=min(2 * columns, 4))
     figure.canvas.draw()
   return figure
 

@@ -666,8 +666,8 @@ def curve_plots(c: Comparison) -> list[dict[str, Any]]:
         'log': False, 'x': curves.AXES, 'series': series,
         'y': {name: words for name, words in curves.FIGURES.items()
               if name in shown},
-        'caption': f'{size}{": " * bool(size)}means over the seeds that are '
-        'done. Seconds are of training steps on the machine that ran them, '
+        'caption': f'{size or "Curves"}: means over the seeds that are done. '
+        'Seconds are of training steps on the machine that ran them, '
         'without compiling, evaluating and saving; where several runs trained '
         "as one program, each one's share."})
   return plots
