@@ -43,7 +43,7 @@ from training.data import tokenizers
 from training.data.texts import checked
 from training.hf import config as hf_config, generation as hf_generation
 from training.hf import weights
-from training.inspect import record
+from training.evals import inspection
 from training.objectives import record as objective_record
 from training.workdir import checkpoints, run_config, storage
 
@@ -145,13 +145,14 @@ class Model:
     return found if cross is None else found | {'cross': _in_numpy(cross)}
 
   def inspect(self, tokens: Tokens, decoder_tokens: Tokens | None = None, *,
-              top: int = record.TOP, **inputs: Tokens) -> record.Inspection:
+              top: int = inspection.TOP, **inputs: Tokens
+              ) -> inspection.Inspection:
     """Returns what the model computes, in numpy: attention and its entropy,
     the residual stream, the logit lens (`top` tokens) and the experts' choices,
-    as record.Inspection has them. The arguments are those of a call."""
+    as inspection.Inspection has them. The arguments are those of a call."""
     arrays = self._arrays(tokens, decoder_tokens, inputs)
     require(top >= 0, f'top is {top}: it must be at least 0')
-    return record.of(self.module, self.params, arrays, top)
+    return inspection.of(self.module, self.params, arrays, top)
 
   def generate(self, prompts: str | Sequence[str], *, max_new_tokens: int = 64,
                temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,

@@ -56,15 +56,13 @@ def main():
   workdir = storage.path(args.workdir)
   json_file = storage.output(args.json, '--json')
   step = checkpoints.named_step(args.step)
-  asked_by = evals.asked_for(evals.listed(args.tasks), args)
-  evals.check_text(args.text, asked_by)
+  tasks = evals.asked_for(evals.listed(args.tasks), args, args.text)
   if args.text:
     sources.parse(args.text)
 
   cpu.prepare()
-  figures = checkpoint.evaluate(workdir, list(asked_by), args, step=step,
-                                text=args.text, programs={},
-                                live=args.live, asked_by=asked_by)
+  figures = checkpoint.evaluate(workdir, tasks, args, step=step,
+                                text=args.text, live=args.live)
   if json_file:
     checkpoint.write(json_file, figures)
 

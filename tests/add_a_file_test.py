@@ -49,7 +49,7 @@ OBJECTIVES = {'fim': record.Objective(
     'training/evals/tasks/among.py': '''
 """How often a target is among the likeliest tokens."""
 
-from training.evals.task import Flag, Task
+from training.evals import Flag, Task
 
 
 def run(evaluation):
@@ -65,7 +65,7 @@ def run(evaluation):
     right = (ids == batch['targets'][..., None]).any(-1)
     return (right * batch['weights']).sum(), batch['weights'].sum()
 
-  step = evaluation.program(lambda: found, 'among', most)
+  step = evaluation.program(found, 'among', most)
   loader, = evaluation.held_out()
   sums = [step(evaluation.params, run_.put(batch))
           for batch in loader.iterate()]

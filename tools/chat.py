@@ -29,7 +29,7 @@ from absl import flags
 
 from configs.errors import RequestError, require
 from training import cli
-from training.evals.tasks import samples
+from training.evals.tasks import writing
 
 cli.define_workdir()
 flags.DEFINE_string('folder', '', 'Instead of --workdir: a folder in the '
@@ -43,7 +43,7 @@ flags.DEFINE_integer('context', 2048, 'Tokens of the whole conversation; '
                      'max_len of the model at most.', 2, 2**24)
 flags.DEFINE_integer('max_new_tokens', 512, 'Tokens of an answer.', 1, 2**24)
 flags.DEFINE_integer('seed', 0, 'The seed of the draws.', 0, 2**32 - 1)
-for _flag in samples.SAMPLING:
+for _flag in writing.SAMPLING:
   _define: Callable = {int: flags.DEFINE_integer, float: flags.DEFINE_float,
                        str: flags.DEFINE_string}[type(_flag.default)]
   _define(_flag.name, None, _flag.help,
@@ -63,9 +63,9 @@ def main() -> None:
           'the folder of a run, or --folder DIR, in the Hugging Face format')
   require(args.step is None or not args.folder,
           f'{args.folder} is no run: it has no --step')
-  given = {flag.name: args[flag.name].value for flag in samples.SAMPLING
+  given = {flag.name: args[flag.name].value for flag in writing.SAMPLING
            if args[flag.name].value is not None}
-  samples.sampling(_options({}, given))  # which refuses what is out of range
+  writing.sampling(_options({}, given))  # which refuses what is out of range
   sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]
   with contextlib.redirect_stdout(sys.stderr):
     session = _session(args, given)
@@ -74,13 +74,13 @@ def main() -> None:
 
 def _options(generation: dict[str, Any], given: dict[str, Any]
              ) -> types.SimpleNamespace:
-  """Returns the options of samples.SAMPLING.
+  """Returns the options of writing.SAMPLING.
 
   Args:
     generation: what a folder's generation_config.json says; {}: nothing.
     given: those that were set on the command line.
   """
-  usual = {flag.name: flag.default for flag in samples.SAMPLING}
+  usual = {flag.name: flag.default for flag in writing.SAMPLING}
   draws = {'temperature', 'top_k', 'top_p', 'min_p'}
   if generation and not draws & given.keys():
     # What transformers takes where the file says nothing.
@@ -106,9 +106,9 @@ def _session(args: Any, given: dict[str, Any]) -> Any:
   context = min(args.context, speaker.module.config.max_len)
   session = chat.Session(
       chat.Engine(speaker.module, speaker.params, context,
-                  samples.sampling(options), args.seed),
+                  writing.sampling(options), args.seed),
       speaker.tokenizer, speaker.talk, most=args.max_new_tokens,
-      stops=samples.stops(options), system=args.system)
+      stops=writing.stops(options), system=args.system)
   if sys.stdin.isatty():
     print(f'the model {speaker.talk.words}; '
           + ', '.join(f'{name} {value}' for name, value in vars(options).items()

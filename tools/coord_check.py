@@ -1,7 +1,7 @@
 """Checks how activations grow with width: in muP they should stay flat.
 
   python -m tools.coord_check
-  python -m tools.coord_check --systems=gpt --optimizer=sgd --plot=sgd.png
+  python -m tools.coord_check --systems=gpt --optimizer=sgd
   python -m tools.coord_check --systems=llama --mixers=deltanet --widen=heads
 
 Each system is trained for a few steps on one batch, the bytes of a text, at
@@ -15,12 +15,21 @@ from collections.abc import Sequence
 import importlib
 import itertools
 import json
-from typing import Any
+from typing import NamedTuple
 
 from absl import flags
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
 
+import architectures
+from architectures.parts import mixers
+from configs import base as base_config
+from configs import kinds
 from configs.errors import RequestError, one_of, require
 from training import cli, progress
+from training.runs import init_state, make_train_step, optimizer
 from training.workdir import storage
 
 # A rate at which a few steps move the model visibly at every width.
@@ -52,21 +61,18 @@ def define_flags() -> None:
   flags.DEFINE_string('widen', 'size', 'What grows with d_model: the size of a '
                       'head (size), or the number of heads, which keep their '
                       'size (heads).')
-  flags.DEFINE_integer('steps', 6, 'Training steps.', upper_bound=10**6)
+  flags.DEFINE_integer('steps', 6, 'Training steps.', 1, 10**6)
   flags.DEFINE_integer('seeds', 2, 'Initialisations that are averaged.',
-                       upper_bound=10_000)
+                       1, 10_000)
   flags.DEFINE_string('optimizer', 'adamw', 'Of ' + ', '.join(LRS) + '.')
   flags.DEFINE_float('lr', None, 'Learning rate; default: '
                      + ', '.join(f'{k} {v:g}' for k, v in LRS.items()) + '.')
-  flags.DEFINE_string('plot', '', 'A PNG to draw the sizes to.')
   flags.DEFINE_string('json', '', 'A file to write the figures to.')
 
 
 def main():
   cli.parse(__doc__)
   args = flags.FLAGS
-  import architectures
-  from architectures.parts import mixers
   decoders = architectures.files('decoder')
   for system in args.systems:
     one_of('--systems', system, decoders)
@@ -74,102 +80,85 @@ def main():
     one_of('--mixers', mixer, mixers.MIXERS)
   one_of('--widen', args.widen, WIDEN)
   one_of('--optimizer', args.optimizer, LRS)
-  require(all(w.isdecimal() for w in args.widths),
-          f'--widths is {",".join(args.widths)}: give numbers')
-  widths = sorted(int(w) for w in args.widths)
-  require(len(set(widths)) == len(widths) > 1, f'--widths is '
+  widths = sorted({int(w) for w in args.widths if w.isdecimal()})
+  require(len(widths) == len(args.widths) > 1, f'--widths is '
           f'{",".join(args.widths)}: give two numbers or more, each once')
-  require(args.steps > 0 and args.seeds > 0,
-          f'--steps is {args.steps} and --seeds {args.seeds}: both must be > 0')
   json_file = storage.output(args.json, '--json')
-  if args.plot:
-    storage.try_file(args.plot, '--plot')
-  lr = LRS[args.optimizer] if args.lr is None else args.lr
   rows = []
-  for (system, mixer), name in itertools.product(
-      variants(args, decoders, widths), ('standard', 'mup')):
-    rows.append(output_sizes(system, name, widths, args.optimizer, lr,
-                             args.steps, args.seeds, mixer, args.widen))
-    print(text(rows[-1]), flush=True)
-  if json_file:
-    storage.write(json_file, json.dumps(rows, indent=1) + '\n')
-  if args.plot:
-    plot(rows, args.plot)
-    print(f'drawn: {args.plot}')
-  return 0
-
-
-def variants(args: Any, decoders: Sequence[str], widths: Sequence[int]
-             ) -> list[tuple[str, str]]:
-  """Returns (system, mixer) of what is measured; '' is a system's own mixers.
-
-  Raises:
-    RequestError: muP has no rules for a system that --systems names. Of all
-      decoders, those are left out, and their names printed.
-  """
-  import architectures
-  found = []
   for system, mixer in itertools.product(args.systems or decoders,
                                          args.mixers or ['']):
+    how = Setting(args.optimizer, args.lr or LRS[args.optimizer], args.steps,
+                  mixer, args.widen)
     try:
-      architectures.resolve(config(
-          system, 'mup', widths[-1], widths[0], args.optimizer, 1.0, args.steps,
-          mixer, args.widen).model)
-      found.append((system, mixer))
-    except RequestError as error:
+      architectures.resolve(
+          config(system, 'mup', widths[-1], widths[0], how).model)
+    except RequestError as error:  # muP has no rules for this one
       if args.systems:
         raise
       print(f'left out: {system}{mixer and f" with {mixer}"}: {error}')
-  return found
+      continue
+    for name in ('standard', 'mup'):
+      rows.append(output_sizes(system, name, widths, how, args.seeds))
+      print(text(rows[-1]), flush=True)
+  if json_file:
+    storage.write(json_file, json.dumps(rows, indent=1) + '\n')
+  return 0
+
+
+class Setting(NamedTuple):
+  """How systems are trained, and how they grow.
+
+  Attributes:
+    optimizer, lr, steps: of training.
+    mixer: of all layers; '': a system's own.
+    widen: an entry of WIDEN.
+  """
+  optimizer: str
+  lr: float
+  steps: int
+  mixer: str = ''
+  widen: str = 'size'
 
 
 def config(system: str, parametrization: str, width: int, base: int,
-           optimizer: str, lr: float, steps: int, mixer: str = '',
-           widen: str = 'size'):
+           how: Setting) -> ml_collections.ConfigDict:
   """Returns the system's `tiny` at `width`, with two layers or, where its
   pattern is longer, with the fewest that it allows."""
-  from architectures.parts import mixers
-  from configs import base as base_config
-  from configs import kinds
   c = importlib.import_module(f'configs.{system}').get_config('tiny')
   model, mup = c.model, parametrization == 'mup'
   c.optim = base_config.base().optim
-  c.optim.update(name=optimizer, lr=lr, warmup_steps=0, schedule='constant',
-                 weight_decay=0.0, clip_norm=0.0)
-  c.train.steps = steps
+  c.optim.update(name=how.optimizer, lr=how.lr, warmup_steps=0,
+                 schedule='constant', weight_decay=0.0, clip_norm=0.0)
+  c.train.steps = how.steps
   wider, head_dim = width / model.d_model, model.head_dim or (
       model.d_model // model.num_heads)
   model.update(num_layers=kinds.fewest_layers(model, LAYERS), vocab_size=256,
                max_len=LENGTH, parametrization=parametrization, d_model=width,
-               d_ff=round(model.d_ff * wider), mixer=mixer or model.mixer,
+               d_ff=round(model.d_ff * wider), mixer=how.mixer or model.mixer,
                mup_base_width=base if mup else 0)
   model.moe.d_ff = round(model.moe.d_ff * wider)
-  if widen == 'heads':
+  if how.widen == 'heads':
     model.update(head_dim=head_dim, mup_base_head_dim=head_dim if mup else 0)
   for group in (model, *(model[name] for name, row in mixers.MIXERS.items()
                          if row.state)):
-    for field in WIDEN[widen]:
+    for field in WIDEN[how.widen]:
       if field in group:
         group[field] = round(group[field] * wider)
   return c
 
 
-def output_sizes(system: str, parametrization: str, widths, optimizer: str,
-                 lr: float, steps: int, seeds: int, mixer: str = '',
-                 widen: str = 'size') -> dict:
+def output_sizes(system: str, parametrization: str, widths: Sequence[int],
+                 how: Setting, seeds: int) -> dict:
   """Returns the sizes of one system's outputs, by width, step and output."""
-  import numpy as np
-  sizes = []
-  for width in progress.each(widths, f'{system}, {parametrization}: widths'):
-    c = config(system, parametrization, width, widths[0], optimizer, lr, steps,
-               mixer, widen)
-    sizes.append(np.asarray(measure(c, steps, seeds), np.float64))
+  sizes = [np.asarray(measure(config(system, parametrization, width, widths[0],
+                                     how), how.steps, seeds), np.float64)
+           for width in progress.each(
+               widths, f'{system}, {parametrization}: widths')]
   last = np.log2([s[-1] for s in sizes])
   slopes = np.polyfit(np.log2(widths), last, 1)[0]
-  return dict(
-      system=f'{system} with {mixer}' if mixer else system,
+  return how._asdict() | dict(
+      system=f'{system} with {how.mixer}' if how.mixer else system,
       parametrization=parametrization, widths=list(widths),
-      widen=widen, optimizer=optimizer, lr=lr, steps=steps,
       outputs=[f'block {i}' for i in range(len(last[0]) - 1)] + ['logits'],
       sizes=[s.tolist() for s in sizes], slopes=slopes.tolist())
 
@@ -177,11 +166,6 @@ def output_sizes(system: str, parametrization: str, widths, optimizer: str,
 def measure(c, steps: int, seeds: int):
   """Returns mean |x| before each step and after the last, [steps + 1, outputs].
   """
-  import jax
-  import jax.numpy as jnp
-  import numpy as np
-  import architectures
-  from training.runs import init_state, make_train_step, optimizer
   module = architectures.build(c.model)
   tx = optimizer(module, c.optim, steps)
   step = make_train_step(module, tx, c)
@@ -224,32 +208,6 @@ def text(row: dict) -> str:
     slope = row['slopes'][i]
     lines.append(f'  {name:10}{sizes}{slope:+9.2f}  {verdict(slope)}')
   return '\n'.join(lines)
-
-
-def plot(rows: list[dict], path: str) -> None:
-  """Draws sizes over width: a row of panels for each system and form, a panel
-  for each output, a line for each step."""
-  import matplotlib
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
-  outputs = rows[0]['outputs']
-  figure, panels = pyplot.subplots(
-      len(rows), len(outputs), squeeze=False, sharey='col',
-      figsize=(3.2 * len(outputs), 2.3 * len(rows)), layout='constrained')
-  for row, line in zip(rows, panels):
-    for i, (name, panel) in enumerate(zip(outputs, line)):
-      for n in range(row['steps'] + 1):
-        panel.loglog(row['widths'], [s[n][i] for s in row['sizes']],
-                     marker='.', label=f'step {n}',
-                     color=pyplot.cm.viridis(n / (row['steps'] + 0.5)))
-      panel.set_xticks(row['widths'], row['widths'])
-      panel.set_title(f'{row["system"]}, {row["parametrization"]}: {name}',
-                      fontsize=9)
-      panel.set(xlabel='model.d_model', ylabel='mean |x|')
-  figure.legend(*panels[0][0].get_legend_handles_labels(),
-                loc='outside right upper', fontsize=8)
-  figure.savefig(path, format='png', dpi=110)
-  pyplot.close(figure)
 
 
 if __name__ == '__main__':

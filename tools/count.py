@@ -22,8 +22,9 @@ import pathlib
 
 from absl import flags
 
-from configs.errors import RequestError, require
+from configs.errors import require
 from training import cli
+from training.costs import systems, totals
 
 cli.define_config()
 flags.DEFINE_bool('all', False, 'One table of every size of every system.')
@@ -37,31 +38,25 @@ flags.DEFINE_bool('json', False, 'Print JSON.')
 def main():
   cli.parse(__doc__)
   args = flags.FLAGS
-  if args.all:
-    for flag, given in ('config', args.config is not None), (
-        'length', args.length):
-      require(not given, f'--{flag} is beside --all, which counts every size '
-              'of every system as it is: leave one of the two out')
-    if args.json:
-      print(json.dumps(list(everything()), indent=2))
-    else:
-      for line in _table(everything()):  # each row as it is counted
-        print(line, flush=True)
-    return 0
-  if args.config is None:
-    raise RequestError('pass --config FILE.py:SIZE, or --all')
-  from training.costs import systems, totals
-  figures = totals.count(args.config, args.length)
-  model = totals.resolved(args.config)
-  figures['not_as_published'] = [row._asdict() for row in systems.unlike(model)]
-  print(json.dumps(figures, indent=2) if args.json
-        else _text(figures, systems.line(model)))
-  return 0
+  require((args.config is None) == args.all and not (args.all and args.length),
+          'pass --config FILE.py:SIZE, or --all, which counts every size of '
+          'every system as it is, alone')
+  if args.all and args.json:
+    print(json.dumps(list(everything()), indent=2))
+  elif args.all:
+    for line in _table(everything()):  # each row as it is counted
+      print(line, flush=True)
+  else:
+    figures = totals.count(args.config, args.length)
+    model = totals.resolved(args.config)
+    figures['not_as_published'] = [
+        row._asdict() for row in systems.unlike(model)]
+    print(json.dumps(figures, indent=2) if args.json
+          else _text(figures, systems.line(model)))
 
 
 def everything() -> Iterator[dict]:
   """Yields a row for each size of each system in configs/."""
-  from training.costs import totals
   for path in sorted(pathlib.Path('configs').glob('*.py')):
     module = importlib.import_module(f'configs.{path.stem}')
     for size, fields in getattr(module, 'SIZES', {}).items():
@@ -82,43 +77,41 @@ def everything() -> Iterator[dict]:
 
 def _text(f: dict, unlike: str) -> str:
   lines = [f'{f["model"]}{" (rumoured)" if f["rumoured"] else ""}',
-           *filter(None, [unlike]),
-           f'{"parameters":<28}{f["parameters"]:>20,}']
-  if f['active_parameters'] != f['parameters']:
-    lines.append(f'{"  active":<28}{f["active_parameters"]:>20,}')
-  if f['trained_parameters'] != f['parameters']:
-    lines.append(f'{"  trained":<28}{f["trained_parameters"]:>20,}')
+           *filter(None, [unlike])]
+
+  def add(name: str, value: float, more: str = '') -> None:
+    lines.append(f'{name:<28}{value:>20,.0f}{more}')
+
+  add('parameters', f['parameters'])
+  for name in ('active', 'trained'):
+    if f[f'{name}_parameters'] != f['parameters']:
+      add(f'  {name}', f[f'{name}_parameters'])
   for part, size in f['by_part'].items():
     active = f['active_by_part'][part]
-    lines.append(f'  {part:<26}{size:>20,}' + (
-        f'{active:>20,} active' if active != size else ''))
-  for row in f['kinds_of_layer']:
-    said = ', '.join(f'{field}={value}' for field, value in
-                     row['changes'].items()) or 'as the model'
-    lines.append(f'{"layers of " + (row["kind"] or "no kind"):<28}'
-                 f'{row["layers"]:>20,} {said}')
+    add(f'  {part}', size, f'{active:>20,} active' if active != size else '')
+  kinds = [(row['kind'] or 'no kind', row) for row in f['kinds_of_layer']]
+  for kind, row in kinds:
+    add(f'layers of {kind}', row['layers'], ' ' + (', '.join(
+        f'{field}={value}' for field, value in row['changes'].items())
+        or 'as the model'))
   lines.append(f'FLOPs per token at length {f["length"]:,}')
   for kind, value in f['flops_per_token'].items():
+    sides = f['training_lengths'] if kind == 'training' else []
     if value is not None:
-      sides = f['training_lengths'] if kind == 'training' else []
-      lines.append(f'  {kind:<26}{value:>20,.0f}' + (
+      add(f'  {kind}', value,
           ' ({:,} tokens of the source, {:,} of the target)'.format(*sides)
-          if len(sides) == 2 else ''))
+          if len(sides) == 2 else '')
   if f['kv_cache_bytes_per_token'] is not None:
-    lines.append(f'{"KV-cache bytes per token":<28}'
-                 f'{f["kv_cache_bytes_per_token"]:>20,}')
-    for row in f['kinds_of_layer']:
-      lines.append(f'{"  of a layer of " + (row["kind"] or "no kind"):<28}'
-                   f'{row["kv_cache_bytes_per_token"]:>20,}')
-  if f['state_bytes_per_row']:
-    lines.append(f'{"state bytes per row":<28}{f["state_bytes_per_row"]:>20,}')
-  if f['memory_cache_bytes_per_token'] is not None:
-    lines.append(f'{"  per token of the source":<28}'
-                 f'{f["memory_cache_bytes_per_token"]:>20,}')
-  for name in ('parameter', 'optimizer', 'average', 'checkpoint'):
-    if not f[name + '_bytes']:  # no average is kept
-      continue
-    lines.append(f'{name + " bytes":<28}{f[name + "_bytes"]:>20,}')
+    add('KV-cache bytes per token', f['kv_cache_bytes_per_token'])
+    for kind, row in kinds:
+      add(f'  of a layer of {kind}', row['kv_cache_bytes_per_token'])
+  for name, key in (('state bytes per row', 'state_bytes_per_row'),
+                    ('  per token of the source',
+                     'memory_cache_bytes_per_token'),
+                    *((f'{name} bytes', f'{name}_bytes') for name in (
+                        'parameter', 'optimizer', 'average', 'checkpoint'))):
+    if f[key]:
+      add(name, f[key])
   return '\n'.join(lines)
 
 

@@ -27,7 +27,7 @@ from training.data import conversations, inputs, tokenizers
 from training.data.tokenizers import Tokenizer
 from training.hf import config as hf_config, generation as hf_generation
 from training.hf import weights
-from training.objectives import causal, chat
+from training.objectives import causal
 from training.objectives.record import Prompts, Talk, known_ids, padded
 
 # So many tokens are read at once; what is left of the last piece is padding,
@@ -116,7 +116,7 @@ def _talk(tokenizer: Tokenizer, generation: hf_generation.Generation | None,
   folder = epath.Path(tokenizer.name)
   if template or (conversations.in_folder(folder) is not None
                   and usual.plain):
-    return chat.templated(
+    return causal.templated(
         conversations.read(template or str(folder), tokenizer), ends,
         '' if template else 'answers by its chat template')
   if usual.plain:

@@ -14,8 +14,7 @@ from tests.helpers import models
 from training import evals, runs
 from training.data import tokenizers
 from training.distributed import devices
-from training.evals import in_training
-from training.evals.task import Evaluation
+from training.evals import Evaluation, in_training
 
 
 def config(system: str, objective: str, tokenizer: str = 'bytes',
@@ -28,7 +27,8 @@ def config(system: str, objective: str, tokenizer: str = 'bytes',
   return c
 
 
-def make(c: ml_collections.ConfigDict, **options: Any) -> Evaluation:
+def make(c: ml_collections.ConfigDict, workdir: pathlib.Path = pathlib.Path(),
+         **options: Any) -> Evaluation:
   """Returns an evaluation on one device; `options` are flags of the tasks."""
   tokenizer = tokenizers.load(c.data.tokenizer)
   mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
@@ -39,23 +39,15 @@ def make(c: ml_collections.ConfigDict, **options: Any) -> Evaluation:
   params = jax.tree.unflatten(tree, [
       x + 0.2 * jax.random.normal(key, x.shape)
       for x, key in zip(leaves, keys)])
-  return Evaluation(run, params, 0, tokenizer, flags(**options),
-                    pathlib.Path(), {})
-
-
-def flags(**options: Any) -> types.SimpleNamespace:
-  """Returns the flags of all tasks by name, `options` among them."""
-  defaults = {flag.name: flag.default for task in evals.TASKS.values()
-              for flag in task.flags}
-  return types.SimpleNamespace(**defaults | options)
+  return Evaluation(run, params, 0, tokenizer, types.SimpleNamespace(**options),
+                    workdir, {})
 
 
 def run(task: str, evaluation: Evaluation) -> dict[str, Any]:
   """Returns the figures of a task, which are as its record says."""
-  row = evals.task(task)
+  known = evals.task(task).figures
   with evaluation.run.context():
-    figures = row.run(evaluation)
-  known = row.figures(evaluation.run.config)
+    figures = evals.run(task, evaluation)
   for name in in_training.numbers_of(figures, task):
     assert known is None or any(
         fnmatch.fnmatchcase(name.partition('/')[2], own) for own in known), name

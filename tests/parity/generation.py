@@ -12,7 +12,7 @@ from training.data import conversations
 from training.data import tokenizers
 from training.hf import generation as hf_generation, tokenizer as hf_tokenizer
 from training.hf import weights
-from training.objectives import chat
+from training.objectives import causal
 
 CHAT = [dict(role='user', content='Hello!'),
         dict(role='assistant', content='Hi!'),
@@ -80,11 +80,11 @@ def template_differs(source: str) -> float:
 def _laid_out(messages, config, tokenizer) -> list[int]:
   """Returns the ids before the answer to the last message."""
   if len(messages) == 1:
-    return chat.question(
+    return causal.question(
         messages[0]['content'], config, tokenizer).tolist()
   parts = conversations.PUBLISHED.of([
       *conversations.parse(messages, 'the chat'), ('assistant', 'x')])
-  ids, _ = chat.layout(
+  ids, _ = causal.layout(
       [(kind, tokenizer.encode(text)) for kind, text in parts], tokenizer)
   return ids.tolist()[:-3]  # a space, x, the separator
 

@@ -8,12 +8,11 @@ import pytest
 
 import architectures
 from configs import kinds
-from tests.helpers import evaluations
 from training import evals, loop, parameters, preflight, runs
 from training.objectives import pipeline
 from training.data import tokenizers
 from training.distributed import devices
-from training.evals.task import Evaluation
+from training.evals import Evaluation
 from training.workdir import checkpoints
 
 # system: what its figures have beside the loss; all: what each has.
@@ -57,10 +56,9 @@ def trained(config, workdir):
                                {'params': run.abstract.params}, None,
                                partial=True)
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  options = evaluations.flags()
   return Evaluation(
-      run, restored.state['params'], restored.step, tokenizer, options,
-      workdir, {}), [json.loads(line) for line in lines]
+      run, restored.state['params'], restored.step, tokenizer, None, workdir,
+      {}), [json.loads(line) for line in lines]
 
 
 @pytest.mark.long

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import models
-from training import evals, loop, parameters, runs, vectorised
+from training import loop, parameters, runs, vectorised
 from training.data import tokenizers
 from training.objectives import pipeline
 from training.distributed import devices, signals
@@ -354,8 +354,7 @@ def test_all_figures_are_those_of_the_run_alone(texts, tmp_path):
     assert row['loss'] != row['live/loss']
   for name, options in (('loss', {}), ('live/loss', {'live': True})):
     figures = checkpoint.evaluate(
-        alone, ['loss'], evals.defaults(), text='', programs={},
-        step=None, **options)
+        alone, ['loss'], None, step=None, **options)
     np.testing.assert_allclose(figures['loss']['loss'], theirs[-1][name],
                                rtol=1e-5)
     assert ('parameters' in figures) == (name != 'live/loss')

@@ -276,7 +276,6 @@ def main() -> int:
 def _evaluate(folders, tasks: list[str]) -> int:
   """Evaluates runs one after the other, each into its own log; those of one
   model and data share what was compiled."""
-  from training import evals
   from training.evals import checkpoint
   from training.workdir import storage
   code, programs = 0, {}
@@ -285,8 +284,7 @@ def _evaluate(folders, tasks: list[str]) -> int:
         log), contextlib.redirect_stderr(log):
       try:
         figures = checkpoint.evaluate(
-            storage.path(folder), tasks, evals.defaults(), step=None, text='',
-            programs=programs)
+            storage.path(folder), tasks, None, step=None, programs=programs)
       except (RequestError, EnvironmentFailure, OSError) as error:
         print(f'error: {error}')  # of this run: the others go on
         code = UNFINISHED

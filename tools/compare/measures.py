@@ -77,7 +77,7 @@ def check_of_task(measure: dict, config, who: str) -> None:
   row = evals.check_without_flags(task, which)
   reason = row.unfit(config)
   require(not reason, f'{which}, which {who} cannot have: {reason}')
-  known = row.figures(config)
+  known = row.figures
   require(known is None or any(fnmatch.fnmatchcase(figure, pattern)
                                for pattern in known),
           f'{which}, which {who} cannot have: the figures of {task} are '

@@ -10,7 +10,7 @@ tokenizer's separator:
 A record of `alpaca:GLOB`, {"instruction": ..., "input": ..., "output": ...},
 is laid out by Alpaca's template (tatsu-lab/stanford_alpaca, train.py): PROMPT,
 or PROMPT_INPUT where there is an input, directly followed by the output and the
-separator. training/objectives/chat.py makes rows of all of these parts.
+separator. training/objectives/causal.py makes rows of all of these parts.
 
 Where data.chat_template names a Jinja file or a Hugging Face folder, that
 template lays out the turns. transformers renders it, in a sandbox. A special

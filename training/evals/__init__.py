@@ -1,27 +1,130 @@
 """What eval.py can measure of a checkpoint: one record a task, in TASKS.
 
 To add the task NAME, write a file in tasks/ with its record in a table TASKS;
-task.py says what a record holds. eval.py and the sweeps take the names of the
+`Task` says what a record holds. eval.py and the sweeps take the names of the
 tasks and their flags from this table.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import fnmatch
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from etils import epath
+import jax
 import ml_collections
 
 from configs import lazy
 from configs.errors import RequestError, one_of, require, short
+from training import objectives
+from training.distributed import devices
 from training.evals import tasks
-from training.evals.task import Evaluation, Task
-from training.workdir import storage
+from training.objectives import pipeline
+from training.workdir import run_config
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
+
+# Fields that no evaluation reads: `model` stands resolved beside them.
+UNREAD = ('seed', 'init_', 'model.', 'optim.', 'checkpoint.', 'log.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """A run's checkpoint and what was asked about it.
+
+  Attributes:
+    run: the run's config, model and mesh; its params are `params`.
+    step: the checkpoint's step.
+    tokenizer: the run's.
+    options: eval.py's flags by name; those that are missing have their default.
+    workdir: the run's folder; pictures go there.
+    programs: what was compiled, by what it is of; see `program`.
+    what: which parameters these are, where the checkpoint has several, or
+      where they are of several checkpoints; else ''.
+  """
+  run: Any
+  params: Any
+  step: int
+  tokenizer: Any
+  options: Any
+  workdir: epath.Path
+  programs: dict
+  what: str = ''
+
+  def held_out(self) -> list[pipeline.Loader]:
+    """Returns the loaders of what is held out; see pipeline.held_out."""
+    config = self.run.config
+    return pipeline.held_out(
+        config, self.tokenizer,
+        *devices.batch_shard(self.run.place, config.data.batch_size))
+
+  def program(self, function: Callable, *of):
+    """Returns jax.jit of a function, or the same of an earlier run of this
+    process that differs in nothing that an evaluation reads: so that the seeds
+    of a sweep's point compile once.
+
+    Args:
+      function: of arrays.
+      of: which of the run's functions it is: hashable.
+    """
+    flat = run_config.flatten(self.run.config)
+    key = (*of, self.run.model, *(
+        (name, value) for name, value in flat.items()
+        if not name.startswith(UNREAD)))
+    return self.programs.setdefault(key, jax.jit(function))
+
+
+class Flag(NamedTuple):
+  """A flag of eval.py.
+
+  Attributes:
+    name: without the dashes.
+    default: a bool, int, float or string, which is also the flag's type.
+    help: a sentence for --help.
+    least, most: of a number; None: no bound.
+    asks: whether to set the flag asks for its task, too, unless a task that
+      was named reads it.
+  """
+  name: str
+  default: bool | int | float | str
+  help: str
+  least: float | None = None
+  most: float | None = None
+  asks: bool = False
+
+
+class Task(NamedTuple):
+  """Something that can be measured of a checkpoint.
+
+  Attributes:
+    help: what it reports, for --help.
+    run: returns figures: a dict of numbers, lists and strings, which go into
+      --json after they have been printed for a reader.
+    unfit: config -> why such a run has nothing to measure; '': it has.
+    check: (options, config) -> None; raises RequestError for options that
+      cannot be honoured, and where this machine lacks something. The config is
+      None where no flag of the task is set.
+    flags: those that it reads.
+    figures: the names of its numbers, as patterns of fnmatch; None: they are
+      not known before it is done.
+    argument: the flag, a text, that NAME:TEXT sets where a task is named; '':
+      the task is named without one.
+    held_out: whether it reads what is held out, which --text replaces.
+    beside: of a task whose own figures may be called PART/FIGURE, the groups of
+      figures that are not its own; None: no group's are.
+  """
+  help: str
+  run: Callable[[Evaluation], dict[str, Any]]
+  unfit: Callable[[ml_collections.ConfigDict], str] = lambda config: ''
+  check: Callable[[Any, Any], None] = lambda options, config: None
+  flags: tuple[Flag, ...] = ()
+  figures: tuple[str, ...] | None = None
+  argument: str = ''
+  held_out: bool = True
+  beside: tuple[str, ...] | None = None
+
 
 TASKS: Mapping[str, Task] = lazy.Lazy(
     tasks.__name__, tasks.__path__, lambda file: file.TASKS)
@@ -37,10 +140,10 @@ def task(name: str, where: str = '--tasks') -> Task:
   Raises:
     RequestError: where there is no such task, or it takes no argument.
   """
-  own, colon, argument = name.partition(':')
-  one_of(where, own, TASKS)
-  row = TASKS[own]
-  takes = f'{own}:NAME' if row.argument else own
+  base, colon, argument = name.partition(':')
+  one_of(where, base, TASKS)
+  row = TASKS[base]
+  takes = f'{base}:NAME' if row.argument else base
   require(not colon or bool(row.argument and argument),
           f'{where} has {name!r}: write {takes}')
   return row
@@ -48,41 +151,40 @@ def task(name: str, where: str = '--tasks') -> Task:
 
 def run(name: str, evaluation: Evaluation) -> dict[str, Any]:
   """Returns the figures of the task `name`."""
-  row = task(name)
-  return row.run(dataclasses.replace(
-      evaluation, options=_options(row, name, evaluation.options)))
+  return task(name).run(dataclasses.replace(
+      evaluation, options=_options(name, evaluation.options)))
 
 
-def _options(row: Task, name: str, values: Any) -> types.SimpleNamespace:
+def _options(name: str, values: Any) -> types.SimpleNamespace:
   """Returns the flags that a task reads, with the argument of its name."""
-  options = types.SimpleNamespace(
-      **{flag.name: getattr(values, flag.name) for flag in row.flags})
+  row = task(name)
+  options = {flag.name: getattr(values, flag.name, flag.default)
+             for flag in row.flags}
   if ':' in name:
-    setattr(options, row.argument, name.partition(':')[2])
-  return options
+    options[row.argument] = name.partition(':')[2]
+  return types.SimpleNamespace(**options)
+
+
+def readers(flag: str) -> dict[str, Flag]:
+  """Returns what a flag is to each task that reads it."""
+  return {name: one for name, row in TASKS.items() for one in row.flags
+          if one.name == flag}
 
 
 def define_flags() -> None:
   """Defines the flags of all tasks; one that several read is defined once."""
   define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
             float: flags.DEFINE_float, str: flags.DEFINE_string}
-  for name in {flag.name: None for row in TASKS.values() for flag in row.flags}:
-    read_by = {own: flag for own, row in TASKS.items() for flag in row.flags
-               if flag.name == name}
+  for name in dict.fromkeys(
+      flag.name for row in TASKS.values() for flag in row.flags):
+    read_by, texts = readers(name), {}
     flag = next(iter(read_by.values()))
-    bounds = {} if flag.least is None else dict(
-        lower_bound=flag.least, upper_bound=flag.most)
-    texts = {other.help: ', '.join(own for own, one in read_by.items()
-                                   if one.help == other.help)
-             for other in read_by.values()}
+    for reader, one in read_by.items():
+      texts.setdefault(one.help, []).append(reader)
     define[type(flag.default)](name, flag.default, ' '.join(
-        f'{names}: {text}' for text, names in texts.items()), **bounds)
-
-
-def defaults() -> types.SimpleNamespace:
-  """Returns the options of a request that sets no flag of a task."""
-  return types.SimpleNamespace(**{
-      flag.name: flag.default for row in TASKS.values() for flag in row.flags})
+        f'{", ".join(own)}: {text}' for text, own in texts.items()), **(
+            {} if flag.least is None else
+            dict(lower_bound=flag.least, upper_bound=flag.most)))
 
 
 def described() -> str:
@@ -90,85 +192,51 @@ def described() -> str:
   return '; '.join(f'{name}: {row.help}' for name, row in TASKS.items())
 
 
-def asked_for(names: Sequence[str], values: flags.FlagValues
-              ) -> dict[str, str]:
+def asked_for(names: Sequence[str], values: flags.FlagValues, text: str = ''
+              ) -> list[str]:
   """Returns the tasks of --tasks, and those that another flag asks for: one
-  that no task of --tasks reads; each with the flag that asked for it.
+  that no task of --tasks reads.
+
+  Args:
+    names: of --tasks.
+    values: the flags by name.
+    text: --text.
 
   Raises:
     RequestError: for a name that is no task's, for no task at all, and for a
-      flag of a task that is not done.
+      flag, or a --text, that no task reads.
   """
   read = {flag.name for name in names for flag in task(name).flags}
-  asked = dict.fromkeys(names, 'tasks')
-  for name, row in TASKS.items():
-    for flag in row.flags:
-      if flag.asks and flag.name not in read and values[flag.name].present:
-        asked.setdefault(name, flag.name)
-  require(bool(asked), "--tasks is '', so nothing is evaluated: choose from "
+  names = list(dict.fromkeys([*names, *(
+      name for name, row in TASKS.items() for flag in row.flags
+      if flag.asks and flag.name not in read and values[flag.name].present)]))
+  require(bool(names), "--tasks is '', so nothing is evaluated: choose from "
           f'{", ".join(TASKS)}')
-  read = {flag.name for name in asked for flag in task(name).flags}
-  for row in TASKS.values():
-    for flag in row.flags:
-      readers = [name for name, other in TASKS.items()
-                 if flag.name in (one.name for one in other.flags)]
-      require(flag.name in read or not values[flag.name].present,
-              f'--{flag.name} is read by {", ".join(readers)} alone: add it to '
-              '--tasks')
-  for name in asked:
-    argument = ':' in name and task(name).argument
-    require(not argument or not values[argument].present, f'--{argument} is '
-            f'beside --tasks={name}, which says the same: leave one of them '
-            'out')
-  return asked
-
-
-def check_text(text: str, names: Collection[str]) -> None:
-  """Raises RequestError for a --text that none of the tasks reads."""
-  readers = [name for name, row in TASKS.items() if row.held_out]
+  read = {flag.name for name in names for flag in task(name).flags}
+  for flag in {flag.name for row in TASKS.values() for flag in row.flags}:
+    require(flag in read or not values[flag].present, f'--{flag} is read by '
+            f'{", ".join(readers(flag))} alone: add it to --tasks')
   require(not text or any(task(name).held_out for name in names), '--text is '
           f'{short(text)}, which {", ".join(names)} would not read: leave it '
-          f'out, or add a task that does to --tasks, of {", ".join(readers)}')
+          'out, or add a task that does to --tasks')
+  return names
 
 
 def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
-               workdir: epath.Path, asked_by: str = 'tasks') -> None:
+               where: str = '--tasks') -> None:
   """Raises RequestError where a task cannot be done of a run.
 
   Args:
     name: the task's.
     options: eval.py's flags by name.
     config: the run's.
-    workdir: the run's folder.
-    asked_by: the flag that asked for it.
+    where: what it was asked for in.
   """
-  row = task(name)
+  row = task(name, where)
   reason = row.unfit(config)
-  require(not reason, f'{reason}: leave {name} out of --tasks'
-          if asked_by == 'tasks' else f'--{asked_by} asks for the task {name}, '
-          f'and {reason}: leave --{asked_by} out, or add another task that '
-          'reads it to --tasks')
-  own = _options(row, name, options)
-  row.check(own)
-  row.fits(config, own)
-  if row.file:
-    storage.try_file(workdir / row.file, '--workdir')
-
-
-def listed(names: str | Sequence[str]) -> list[str]:
-  """Returns the tasks that a comma-separated text, or its parts, names.
-
-  After NAME:ARGUMENT, what is no name of a task is a further argument:
-  lm_eval:A,B is lm_eval:A and lm_eval:B, and lm_eval:A,loss ends with our
-  loss, even if lm_eval has a task of that name.
-  """
-  parts = names.split(',') if isinstance(names, str) else names
-  found: list[str] = []
-  for part in filter(None, map(str.strip, parts)):
-    own, colon, _ = found[-1].partition(':') if found else ('', '', '')
-    known = part.partition(':')[0] in TASKS
-    found.append(part if known or not colon else f'{own}:{part}')
-  return found
+  require(not reason, f'{reason}: leave {name} out of {where}, and any flag '
+          'that asks for it')
+  row.check(_options(name, options), config)
 
 
 def check_without_flags(name: str, where: str) -> Task:
@@ -180,11 +248,27 @@ def check_without_flags(name: str, where: str) -> Task:
   """
   row = task(name, where)
   try:
-    row.check(_options(row, name, defaults()))
+    row.check(_options(name, None), None)
   except RequestError as error:
     raise RequestError(f'{where} has {name!r}, which cannot be done there: '
                        f'{error}') from error
   return row
+
+
+def listed(names: str | Sequence[str]) -> list[str]:
+  """Returns the tasks that a comma-separated text, or its parts, names.
+
+  After NAME:ARGUMENT, what is no name of a task is a further argument:
+  lm_eval:A,B is lm_eval:A and lm_eval:B, and lm_eval:A,loss ends with our
+  loss, even if lm_eval has a task of that name.
+  """
+  parts = names.split(',') if isinstance(names, str) else names
+  tasks_: list[str] = []
+  for part in filter(None, map(str.strip, parts)):
+    last, colon, _ = tasks_[-1].partition(':') if tasks_ else ('', '', '')
+    known = part.partition(':')[0] in TASKS
+    tasks_.append(part if known or not colon else f'{last}:{part}')
+  return tasks_
 
 
 def check_in_training(config: ml_collections.ConfigDict) -> None:
@@ -196,14 +280,28 @@ def check_in_training(config: ml_collections.ConfigDict) -> None:
   require(bool(names) or not every, f'eval.tasks_every_steps is {every}, but '
           'eval.tasks names nothing to evaluate: set it, or leave '
           'eval.tasks_every_steps at 0')
-  twice = {name for name in names if names.count(name) > 1}
-  require(not twice, f'eval.tasks names {", ".join(sorted(twice))} twice')
+  require(len({*names}) == len(names), f'eval.tasks is {config.eval.tasks!r}: '
+          'name each task once')
   for name in names:
     reason = check_without_flags(name, 'eval.tasks').unfit(config)
     require(not reason, f'{reason}: leave {name} out of eval.tasks')
   name, is_task, figure = config.eval.best.partition('/')
-  known = task(name, 'eval.best').figures(config) if is_task else None
+  known = task(name, 'eval.best').figures if is_task else None
   require(known is None or any(fnmatch.fnmatchcase(figure, pattern)
                                for pattern in known),
           f'eval.best is {config.eval.best!r}, but the figures of task {name} '
           f'are {", ".join(known or ()) or "none"}')
+
+
+def without(has: Callable[[Any], Any], words: str
+            ) -> Callable[[ml_collections.ConfigDict], str]:
+  """Returns an `unfit` for tasks that not every objective allows.
+
+  Args:
+    has: whether the record of a run's objective has what the task needs.
+    words: what an objective without it does not do, or does not have.
+  """
+  def unfit(config: ml_collections.ConfigDict) -> str:
+    return '' if has(objectives.of(config)) else (
+        f'objective {config.objective!r} {words}')
+  return unfit

@@ -5,8 +5,9 @@ Face models (lm_eval/models/huggingface.py), so that a run and its export get
 the same figures. This module imports lm_eval: only who uses it imports this.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import functools
+import inspect
 from typing import Any
 
 from etils import epath
@@ -17,13 +18,12 @@ from lm_eval.models import utils as model_utils
 import numpy as np
 
 from configs.errors import require, short
-from training.data import inputs
 from training import chat, generate, objectives, progress
-from training.data import conversations
-from training.evals import checkpoint, scoring
+from training.data import conversations, inputs
+from training.evals import Evaluation, checkpoint, scoring
 from training.evals.scoring import Question
-from training.evals.task import Evaluation
 from training.hf import generation as hf_generation
+from training.workdir import storage
 
 END = '\ue012 '  # of a message that is gone on from; no text has its letter
 
@@ -46,7 +46,6 @@ class Model(api.TemplateLM):
     max_length: how many tokens the model is shown; None: max_len.
     max_gen_toks: how many it writes where a task does not say.
   """
-  backend = 'causal'
 
   def __init__(self, evaluation: Evaluation, *,
                add_bos_token: bool | None = None,
@@ -58,7 +57,6 @@ class Model(api.TemplateLM):
     require(not reason, f'{reason}, and lm_eval has nothing to ask')
     self.evaluation = evaluation
     self._tokens = tokens = evaluation.tokenizer
-    self._special = tokens.special_texts
     self.max_length = max_length or model.max_len
     require(0 < self.max_length <= model.max_len, 'max_length is '
             f'{max_length}: the model takes 1 to {model.max_len} tokens')
@@ -91,26 +89,15 @@ class Model(api.TemplateLM):
         and the lengths of the texts decide here.
     """
     del additional_config
-    from training import evals
-    from training.workdir import storage
-    given = dict(arg_dict)
-    known = ('workdir', 'step', 'add_bos_token', 'prefix_token_id',
-             'max_length', 'max_gen_toks')
+    given = {'step': None} | arg_dict
+    known = ('workdir', 'step', *inspect.getfullargspec(cls.__init__)[4])
     strange = [name for name in given if name not in known]
     require(not strange, f'--model_args has {", ".join(strange)}: choose from '
             f'{", ".join(known)}')
     require(bool(given.get('workdir')), 'pass --model_args workdir=DIR, the '
             'folder of a run')
-    workdir = storage.path(str(given.pop('workdir')))
-    return cls(checkpoint.load(
-        workdir, (), evals.defaults(), step=given.pop('step', None), text='',
-        programs={}), **given)
-
-  @classmethod
-  def create_from_arg_string(cls, arg_string: str,
-                             additional_config: dict | None = None) -> 'Model':
-    return cls.create_from_arg_obj(
-        utils.simple_parse_args_string(arg_string), additional_config)
+    return cls(checkpoint.load(storage.path(str(given.pop('workdir'))), (),
+                               None, step=given.pop('step')), **given)
 
   @property
   def eot_token_id(self) -> int:
@@ -149,76 +136,42 @@ class Model(api.TemplateLM):
     *before, last = chat_history
     text = conversations.unmarked(self._template.render(
         [*before, last | dict(content=last['content'] + END)]))
-    said, mark, after = text.rpartition(END[0])
+    start, mark, after = text.rpartition(END[0])
     require(bool(mark), 'the chat template leaves out the last message, which '
             'is to be gone on from')
     # A template that trims a message has trimmed the end of the mark.
-    return said if after.startswith(END[1:]) else said.rstrip()
+    return start if after.startswith(END[1:]) else start.rstrip()
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None,
                  **kwargs) -> list[int]:
-    return self._encode([string], add_special_tokens)[0].tolist()
-
-  def _encode(self, texts: Sequence[str], special: bool | None = None
-              ) -> list[np.ndarray]:
-    """Returns the ids of texts, each with what a text begins with."""
-    first = self._tokens.piece(self._prefix)
-    rows = self._tokens.encode_batch(texts)
-    for i, text in enumerate(texts):
-      if any(word in text for word in self._special):
-        rows[i] = self._tokens.encode_placed(text)[0]
-        inputs.check_ids(f'the text {short(text)}', rows[i],
-                   self.evaluation.run.model.vocab_size)
-    begins = [self._begin if special or special is None
-              and not text.startswith(first) else () for text in texts]
-    return [np.concatenate([begin, ids]).astype(np.int32)
-            for begin, ids in zip(begins, rows)]
-
-  def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False
-                    ) -> list[tuple[float, bool]]:
-    """Returns (log-probability of the continuation, whether it is what greedy
-    decoding would write) for each request."""
-    pairs = [_moved_spaces(*request.args) for request in requests]
-    texts = list(dict.fromkeys(text for context, more in pairs if context
-                               for text in (context + more, context)))
-    ids = dict(zip(texts, self._encode(texts)))
-    alone = list(dict.fromkeys(more for context, more in pairs if not context))
-    ids_alone = dict(zip(alone, self._encode(alone, False)))
-    questions = []
-    for context, more in pairs:
-      if context:
-        whole = ids[context + more]
-        scored = len(whole) - len(ids[context])
-      else:
-        whole = ids_alone[more]
-        if not len(whole) or whole[0] != self._prefix:
-          whole = np.concatenate([[self._prefix], whole]).astype(np.int32)
-        scored = len(whole) - 1
-      questions.append(self._question(whole, scored, more))
-    found = [(float(x.log_probs.sum()), bool(x.greedy.all()))
-             for x in self._answer(questions)]
-    for request, result in zip(requests, found):
-      self.cache_hook.add_partial('loglikelihood', request.args, result)
-    return found
-
-  def _question(self, ids: np.ndarray, scored: int, text: str) -> Question:
-    require(scored > 0, f'the continuation {short(text)} has no token of its '
-            'own, so there is nothing to score')
-    require(scored <= self.max_length, f'the continuation {short(text)} has '
-            f'{scored} tokens, and the model takes {self.max_length}')
-    return Question(ids[-(self.max_length + 1):], scored)
-
-  def _answer(self, questions: Sequence[Question]) -> list[scoring.Answer]:
-    with self.evaluation.run.context():
-      return scoring.answer(questions, self.evaluation, 'scoring')
+    """Returns the ids of a text, with what a text begins with."""
+    ids = self._tokens.encode(string)
+    if any(word in string for word in self._tokens.special_texts):
+      ids = self._tokens.encode_placed(string)[0]
+      inputs.check_ids(f'the text {short(string)}', ids,
+                       self.evaluation.run.model.vocab_size)
+    begins = add_special_tokens or add_special_tokens is None and (
+        not string.startswith(self._tokens.piece(self._prefix)))
+    return [*(self._begin if begins else ()), *np.asarray(ids).tolist()]
 
   def _loglikelihood_tokens(self, requests: Sequence[tuple], **kwargs
                             ) -> list[tuple[float, bool]]:
     """As the base class has it: of ((context, continuation), ids, ids)."""
     answers = self._answer([
-        self._question(np.asarray([*before, *ids], np.int32), len(ids), '')
-        for _, before, ids in requests])
+        self._question([*before, *ids], len(ids), text)
+        for (_, text), before, ids in requests])
     return [(float(x.log_probs.sum()), bool(x.greedy.all())) for x in answers]
+
+  def _question(self, ids: Sequence[int], scored: int, text: str) -> Question:
+    require(scored > 0, f'the continuation {short(text)} has no token of its '
+            'own, so there is nothing to score')
+    require(scored <= self.max_length, f'the continuation {short(text)} has '
+            f'{scored} tokens, and the model takes {self.max_length}')
+    return Question(np.asarray(ids[-(self.max_length + 1):], np.int32), scored)
+
+  def _answer(self, questions: Sequence[Question]) -> list[scoring.Answer]:
+    with self.evaluation.run.context():
+      return scoring.answer(questions, self.evaluation, 'scoring')
 
   def loglikelihood_rolling(self, requests: Sequence[Any],
                             disable_tqdm: bool = False) -> list[float]:
@@ -226,41 +179,30 @@ class Model(api.TemplateLM):
     each token once (lm_eval's get_rolling_token_windows)."""
     texts = [request.args[0] for request in requests]
     questions, owners = [], []
-    for i, ids in enumerate(self._encode(texts)):
+    for i, text in enumerate(texts):
       for pair in utils.get_rolling_token_windows(
-          ids.tolist(), self._prefix, self.max_length, 1):
+          self.tok_encode(text), self._prefix, self.max_length, 1):
         before, after = utils.make_disjoint_window(pair)
-        questions.append(self._question(
-            np.asarray([*before, *after], np.int32), len(after), texts[i]))
+        questions.append(self._question([*before, *after], len(after), text))
         owners.append(i)
     totals = [0.0] * len(texts)
     for i, answer in zip(owners, self._answer(questions)):
       totals[i] += float(answer.log_probs.sum())
-    for request, result in zip(requests, totals):
-      self.cache_hook.add_partial(
-          'loglikelihood_rolling', request.args, result)
     return totals
 
   def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False
                      ) -> list[str]:
     """Returns what the model writes after each context, up to a stop string.
     """
-    asked = [request.args for request in requests]
-    ids = self._encode([context for context, _ in asked])
-    by_options: dict[str, list[int]] = {}
-    for i, (_, options) in enumerate(asked):
-      by_options.setdefault(repr(options), []).append(i)
-    found = [''] * len(asked)
-    for group in by_options.values():
-      options = asked[group[0]][1]
-      for i, text in self._written(group, ids, options):
-        found[i] = text
-    for request, text in zip(requests, found):
-      self.cache_hook.add_partial('generate_until', request.args, text)
-    return found
+    alike: dict[str, list[int]] = {}  # requests with the same options
+    for i, request in enumerate(requests):
+      alike.setdefault(repr(request.args[1]), []).append(i)
+    texts = dict(pair for group in alike.values() for pair in self._written(
+        {i: requests[i].args[0] for i in group}, requests[group[0]].args[1]))
+    return [texts[i] for i in range(len(requests))]
 
-  def _written(self, group: Sequence[int], ids: Sequence[np.ndarray],
-               options: dict[str, Any]):
+  def _written(self, contexts: dict[int, str], options: dict[str, Any]
+               ) -> Iterator[tuple[int, str]]:
     """Yields (which, text) of requests with the same options."""
     options = model_utils.normalize_gen_kwargs(options, self.max_gen_toks)
     stops = model_utils.handle_stop_sequences(
@@ -269,20 +211,20 @@ class Model(api.TemplateLM):
     room = self.max_length - count
     require(room > 0, f'a task writes up to {count} tokens (max_gen_toks), and '
             f'the model takes {self.max_length} with the prompt: choose fewer')
-    sampling = _sampling(options)
-    evaluation, end = self.evaluation, self.eot_token_id
+    run, end = self.evaluation.run, self.eot_token_id
     ends = tuple(dict.fromkeys((end, *self._ends, *self._holding(stops))))
-    rows = {i: (ids[i] if len(ids[i]) else np.array([self._prefix]))[-room:]
-            for i in group}
+    rows = {i: np.array(self.tok_encode(text) or [self._prefix])[-room:]
+            for i, text in contexts.items()}
     for chosen, tokens_BL, lengths_B in progress.each(
         list(scoring.padded(rows, room)), 'writing'):
       prefix = dict(prefix_B=lengths_B) if objectives.of(
-          evaluation.run.config).prefix else {}
-      with evaluation.run.context():
+          run.config).prefix else {}
+      with run.context():
         written_BT = jax.device_get(generate.generate(
-            evaluation.run.module, evaluation.params, tokens_BL, lengths_B,
+            run.module, self.evaluation.params, tokens_BL, lengths_B,
             jax.random.fold_in(jax.random.key(0), self._num_written),
-            max_new_tokens=count, sampling=sampling, stop_token=ends, **prefix))
+            max_new_tokens=count, sampling=_sampling(options), stop_token=ends,
+            **prefix))
       self._num_written += 1
       for i, row in zip(chosen, written_BT):
         text = self._tokens.decode(generate.until(row, end))
@@ -292,21 +234,14 @@ class Model(api.TemplateLM):
     """Returns the tokens that hold a stop string, after which nothing of a
     text is read. A special token holds its own name, which it does not spell.
     """
+    def spelling(token: int) -> bytes:
+      name = self._tokens.piece(token)
+      return (name.encode() if name in self._tokens.special_texts
+              else self._tokens.decode_bytes([token]))
+
     wanted = [stop.encode() for stop in stops if stop]
     return [token for token in range(self._tokens.vocab_size)
-            if any(stop in self._written_as(token) for stop in wanted)]
-
-  def _written_as(self, token: int) -> bytes:
-    name = self._tokens.piece(token)
-    return (name.encode() if name in self._special
-            else self._tokens.decode_bytes([token]))
-
-
-def _moved_spaces(context: str, continuation: str) -> tuple[str, str]:
-  """As lm_eval: the spaces that end a context begin its continuation."""
-  stripped = context.rstrip()
-  return ((stripped, context[len(stripped):] + continuation) if context else
-          (context, continuation))
+            if any(stop in spelling(token) for stop in wanted)]
 
 
 def _sampling(options: dict[str, Any]) -> generate.Sampling:

@@ -11,14 +11,13 @@ import io
 import numbers
 from typing import Any, NamedTuple
 
-import jax
 from etils import epath
+import jax
 
 from configs.errors import require
 from training import evals, progress, runs
-from training.evals import held_out
 from training.data.tokenizers import Tokenizer
-from training.evals.task import Evaluation
+from training.evals import Evaluation, held_out
 
 
 class Found(NamedTuple):
@@ -45,26 +44,25 @@ class Tasks:
   """
 
   def __init__(self, run: runs.Run, tokenizer: Tokenizer):
-    config = run.config
-    self._names = evals.listed(config.eval.tasks)
+    self._names = evals.listed(run.config.eval.tasks)
     self._run, self._tokenizer = run, tokenizer
     self._programs: dict = {}
     require(not self._names or jax.process_count() == 1, 'eval.tasks is '
-            f'{config.eval.tasks!r}, which is for training in one process, and '
-            f'there are {jax.process_count()}: leave it empty, and evaluate '
-            'the checkpoints by eval.py')
+            f'{run.config.eval.tasks!r}, which is for training in one process, '
+            f'and there are {jax.process_count()}: leave it empty, and '
+            'evaluate the checkpoints by eval.py')
 
   def names(self, task: str, params: Any, workdir: epath.Path,
             stop: Callable[[], bool]) -> list[str] | None:
     """Returns the names of the figures of one of the tasks, as `of` does it;
     None where they are known without, and were compared with the config."""
-    if evals.task(task).figures(self._run.config) is not None:
+    if evals.task(task).figures is not None:
       return None
-    found = self._of([task], params, 0, workdir, stop)
+    found = self.of(params, 0, workdir, stop, [task])
     return found and list(found.figures)
 
   def of(self, params: Any, n: int, workdir: epath.Path,
-         stop: Callable[[], bool]) -> Found | None:
+         stop: Callable[[], bool], names: Sequence[str] = ()) -> Found | None:
     """Does the tasks for one member.
 
     Args:
@@ -72,18 +70,15 @@ class Tasks:
       n: the step that they are of.
       workdir: the member's, where pictures go.
       stop: asked again and again, whether to leave it at that.
+      names: of the tasks; default: all.
 
     Returns:
       None: stopped.
     """
-    return self._of(self._names, params, n, workdir, stop)
-
-  def _of(self, names: Sequence[str], params: Any, n: int, workdir: epath.Path,
-          stop: Callable[[], bool]) -> Found | None:
-    evaluation = Evaluation(self._run, params, n, self._tokenizer,
-                            evals.defaults(), workdir, self._programs)
+    evaluation = Evaluation(self._run, params, n, self._tokenizer, None,
+                            workdir, self._programs)
     found = Found({}, [])
-    for name in names:
+    for name in names or self._names:
       printed = io.StringIO()
       try:
         with self._run.context(), progress.inside_a_run(
@@ -92,7 +87,13 @@ class Tasks:
       except progress.Stopped:
         return None
       found.figures.update(numbers_of(figures, name))
-      found.told.append(_line(name, figures) or printed.getvalue().rstrip())
+      # The fractions, not the counts.
+      fractions = [f'{key.replace("_", " ")} {held_out.shown(value)}'
+                   for key, value in figures.items()
+                   if isinstance(value, numbers.Real)
+                   and not isinstance(value, numbers.Integral)]
+      found.told.append(f'{name}: {"  ".join(fractions)}' if fractions
+                        else printed.getvalue().rstrip())
     return found
 
 
@@ -105,12 +106,3 @@ def numbers_of(figures: Mapping[str, Any], prefix: str) -> dict[str, float]:
     elif isinstance(value, numbers.Real):
       found[f'{prefix}/{name}'] = value
   return found
-
-
-def _line(task: str, figures: Mapping[str, Any]) -> str:
-  """Returns the fractions among the figures, not the counts; '': none."""
-  told = [f'{name.replace("_", " ")} {held_out.shown(value)}'
-          for name, value in figures.items()
-          if isinstance(value, numbers.Real)
-          and not isinstance(value, numbers.Integral)]
-  return f'{task}: {"  ".join(told)}' if told else ''

@@ -22,7 +22,7 @@ from architectures.parts.moe.layer import without_capacity
 from training import objectives, progress
 from training.objectives import losses
 from training.distributed import devices
-from training.evals.task import Evaluation
+from training.evals import Evaluation
 
 SHORTEST = 8
 TOKENS = 2 ** 12  # of a batch, padding included
@@ -56,12 +56,10 @@ class Shape(NamedTuple):
   Attributes:
     rows: of a batch.
     length: tokens of a row.
-    shards: into how many parts the rows are cut.
-    places: that are asked about in each of these.
+    places: that are asked about in all rows.
   """
   rows: int
   length: int
-  shards: int
   places: int
 
 
@@ -85,43 +83,34 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
     evaluation: of a decoder.
     doing: for who watches.
   """
-  prefix = objectives.of(evaluation.run.config).prefix
-  step = evaluation.program(lambda: _program(evaluation, prefix), 'scoring')
-  model, shards = evaluation.run.model, evaluation.run.mesh.size
-  found: list[Any] = [None] * len(questions)
-
-  def read(parts: list[list[Row]], output: Any) -> None:
-    for rows, losses_P, greedy_P in zip(parts, *jax.device_get(output)):
-      at = 0
-      for i in (i for row in rows for i in row):
-        here = slice(at, at + questions[i].scored)
-        found[i] = Answer(-losses_P[here].astype(np.float64), greedy_P[here])
-        at = here.stop
-
-  groups = list(batches(questions, max(SHORTEST, model.max_len), shards, prefix,
-                        positions.lengths_apart(model)))
-  before = None
-  for shape, parts in progress.each(groups, doing):
-    batch = devices.put(_batch(shape, parts, questions), evaluation.run.place)
-    now = parts, step(evaluation.params, batch)
-    if before:  # read when the next one is under way
-      read(*before)
-    before = now
-  if before:
-    read(*before)
-  return found
+  prefix, model = (objectives.of(evaluation.run.config).prefix,
+                   evaluation.run.model)
+  step = evaluation.program(_program(evaluation, prefix), 'scoring')
+  answers: dict[int, Answer] = {}
+  groups = list(batches(
+      questions, max(SHORTEST, model.max_len), evaluation.run.mesh.size, prefix,
+      positions.lengths_apart(model)))
+  for shape, rows in progress.each(groups, doing):
+    losses_P, greedy_P = jax.device_get(step(evaluation.params, devices.put(
+        _batch(shape, rows, questions), evaluation.run.place)))
+    at = 0
+    for i in (i for row in rows for i in row):
+      here = slice(at, at + questions[i].scored)
+      answers[i] = Answer(-losses_P[here].astype(np.float64), greedy_P[here])
+      at = here.stop
+  return [answers[i] for i in range(len(questions))]
 
 
 def batches(questions: Sequence[Question], most: int, shards: int,
             apart: bool = False, lengths: Sequence[int] = ()
-            ) -> Iterator[tuple[Shape, list[list[Row]]]]:
-  """Yields (shape, the rows of each shard) of each batch, the longest first,
-  so that what is too large for a device is so at once.
+            ) -> Iterator[tuple[Shape, list[Row]]]:
+  """Yields (shape, rows) of each batch, the longest first, so that what is too
+  large for a device is so at once.
 
   Args:
     questions: in any order.
     most: the longest that the model takes.
-    shards: what the number of rows is a multiple of.
+    shards: what the numbers of rows and of places are multiples of.
     apart: whether each question has a row to itself.
     lengths: positions.lengths_apart of the model.
   """
@@ -134,20 +123,19 @@ def batches(questions: Sequence[Question], most: int, shards: int,
     length = len(questions[row[0]].tokens) - 1
     # The text turns as it would alone.
     least = next((n for n in lengths if length <= n), length)
-    padded = rounded(length, most)
-    by_length.setdefault(min(padded, least) if lengths else padded,
+    padded_to = rounded(length, most)
+    by_length.setdefault(min(padded_to, least) if lengths else padded_to,
                          []).append(row)
   places = lambda row: sum(questions[i].scored for i in row)
-  for length in sorted(by_length, reverse=True):
-    several = sorted(by_length[length], key=places, reverse=True)
+  multiple = np.lcm(SHORTEST, shards)
+  for length, several in sorted(by_length.items(), reverse=True):
+    several.sort(key=places, reverse=True)
     count = -(-len(several) // max(TOKENS // length, 1))
     groups = [several[i::count] for i in range(count)]
-    parts = [[group[i::shards] for i in range(shards)] for group in groups]
-    most_places = max(sum(map(places, part)) for group in parts
-                      for part in group)
-    shape = Shape(-(-len(groups[0]) // shards) * shards, length, shards,
-                  -(-most_places // SHORTEST) * SHORTEST)
-    yield from ((shape, group) for group in parts)
+    most_places = max(sum(map(places, group)) for group in groups)
+    shape = Shape(-(-len(groups[0]) // shards) * shards, length,
+                  -(-most_places // multiple) * multiple)
+    yield from ((shape, group) for group in groups)
 
 
 def rounded(length: int, most: int) -> int:
@@ -176,26 +164,25 @@ def padded(rows: Mapping[int, np.ndarray], most: int
       yield chosen, tokens_BL, lengths_B
 
 
-def _batch(shape: Shape, parts: list[list[Row]],
-           questions: Sequence[Question]) -> dict[str, np.ndarray]:
+def _batch(shape: Shape, rows: list[Row], questions: Sequence[Question]
+           ) -> dict[str, np.ndarray]:
   batch = dict(tokens=np.zeros((shape.rows, shape.length), np.int32),
                lengths=np.zeros(shape.rows, np.int32),
                known=np.ones(shape.rows, np.int32))
-  batch |= {name: np.zeros((shape.shards, shape.places), np.int32)
+  batch |= {name: np.zeros(shape.places, np.int32)
             for name in ('places', 'targets')}
-  for part, rows in enumerate(parts):
-    first, at = part * (shape.rows // shape.shards), 0
-    for n, row in enumerate(rows):
-      text = questions[row[0]].tokens[:-1]
-      batch['tokens'][first + n, :len(text)] = text
-      batch['lengths'][first + n] = len(text)
-      batch['known'][first + n] = len(text) + 1 - questions[row[0]].scored
-      for tokens, scored in (questions[i] for i in row):
-        here = slice(at, at + scored)
-        batch['places'][part, here] = (
-            n * shape.length + np.arange(len(text) - scored, len(text)))
-        batch['targets'][part, here] = tokens[-scored:]
-        at = here.stop
+  at = 0
+  for n, row in enumerate(rows):
+    text = questions[row[0]].tokens[:-1]
+    batch['tokens'][n, :len(text)] = text
+    batch['lengths'][n] = len(text)
+    batch['known'][n] = len(text) + 1 - questions[row[0]].scored
+    for tokens, scored in (questions[i] for i in row):
+      here = slice(at, at + scored)
+      batch['places'][here] = n * shape.length + np.arange(
+          len(text) - scored, len(text))
+      batch['targets'][here] = tokens[-scored:]
+      at = here.stop
   return batch
 
 
@@ -209,19 +196,17 @@ def _program(evaluation: Evaluation, prefix: bool):
 
   def score(params: Any, batch: dict[str, jax.Array]
             ) -> tuple[jax.Array, jax.Array]:
-    """Returns the losses of the targets, [S, P], and whether each is the
-    likeliest token; what the model knows beforehand is a prefix LM's
-    prefix."""
+    """Returns the losses of the targets, [P], and whether each is the likeliest
+    token; what the model knows beforehand is a prefix LM's prefix."""
     tokens_BL = batch['tokens']
     real_BL = (jnp.arange(tokens_BL.shape[1])[None]
                < batch['lengths'][:, None]).astype(jnp.int32)
     options = {'prefix_B': batch['known']} if prefix else {}
     output = module.apply({'params': params}, tokens_BL, valid_BL=real_BL,
                           **options)
-    places_SP = batch['places']
-    hidden_SPD = jnp.take_along_axis(
-        output.hidden.reshape(len(places_SP), -1, output.hidden.shape[-1]),
-        places_SP[..., None], axis=1)
-    found = losses.token_losses(hidden_SPD, output.head, batch['targets'])
-    return found.loss, found.correct
+    hidden_PD = output.hidden.reshape(-1, output.hidden.shape[-1])[
+        batch['places']]
+    judged = losses.token_losses(hidden_PD[None], output.head,
+                                 batch['targets'][None])
+    return judged.loss[0], judged.correct[0]
   return score

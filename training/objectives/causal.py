@@ -1,11 +1,24 @@
-"""Next tokens: of all text, or of what follows a prefix."""
+"""Next tokens: of all text, of what follows a prefix, or of answers.
 
-from collections.abc import Sequence
+Of conversations only the assistant's answers are predicted.
+
+As in the training of Vicuna and Alpaca, only what the assistant says, with the
+separator that ends it, counts in the loss: from the space after `ASSISTANT:`
+on, or after `### Response:`. A question and its answer are tokenised as one
+text, as both published codes do. See training/data/conversations.py for the
+templates.
+
+Where data.chat_template names a Jinja template, that one says what is the
+assistant's: see training/data/conversations.py.
+"""
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from configs.errors import require
-from training.data import packing
+from training.data import conversations, packing, tokens
+from training.data.conversations import Messages
 from training.data.tokenizers import Tokenizer
 from training.objectives import record
 from training.objectives.record import Config, Objective, Prompts, Row
@@ -57,9 +70,9 @@ def _check_prefix(config: Config) -> None:
           'it to 2 or more')
 
 
-def _prefix_arrays(config: Config) -> dict[str, Shape]:
+def _valid_arrays(config: Config) -> dict[str, Shape]:
   row = record.text_arrays(config)
-  return row | dict(valid=row['weights'], prefix=((), np.int32))
+  return row | dict(valid=row['weights'])
 
 
 def _as_prefix(texts: Sequence[str], config: Config, tokenizer: Tokenizer
@@ -91,6 +104,148 @@ def goes_on(tokenizer: Tokenizer, start: int | None = None) -> Talk:
               system=False, plain=True)
 
 
+def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator | None,
+         config: Config, tokenizer: Tokenizer) -> Row:
+  """Lays out one conversation, cut off at data.length = L.
+
+  Returns:
+    tokens, targets [up to L]; weights [up to L], 1 where the target is the
+    assistant's; valid [up to L], 1 for each token.
+  """
+  del rng
+  L = config.data.length
+  ids, told = layout(parts, tokenizer)
+  return dict(tokens=ids[:L], targets=ids[1:L + 1], weights=told[1:L + 1],
+              valid=np.ones(len(ids[:L])))
+
+
+def layout(parts: list[tuple[str, np.ndarray]], tokenizer: Tokenizer
+           ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the ids [T] of a conversation, and which of them are predicted."""
+  rendered = bool(parts) and parts[0][0] in ('shown', 'said')
+  end = np.full(0 if rendered else 1, tokenizer.separator_id, np.int32)
+  ids, predicted = [end], [np.zeros(len(end), bool)]
+  for kind, text in parts:
+    says = kind in conversations.ANSWERS
+    for piece in (text, end if says else end[:0]):
+      ids.append(np.asarray(piece, np.int32))
+      predicted.append(np.full(len(piece), says))
+  return np.concatenate(ids), np.concatenate(predicted)
+
+
+def question(text: str, config: Config, tokenizer: Tokenizer) -> np.ndarray:
+  """Returns the ids after which the model answers `text`, by the template of
+  the run's data; of no text, a conversation's start."""
+  if not text:
+    return np.array([tokenizer.separator_id], np.int32)
+  return talk(config, tokenizer).encode([dict(role='user', content=text)])
+
+
+def _derived(config: Config) -> dict[str, str]:
+  name = config.data.chat_template
+  return {} if name == conversations.PUBLISHED_NAME else {
+      'data.chat_template': conversations.kept(name)}
+
+
+def talk(config: Config, tokenizer: Tokenizer) -> Talk:
+  """Returns how a run is talked with: by the template of its data."""
+  name = config.data.chat_template
+  if name != conversations.PUBLISHED_NAME:
+    return templated(conversations.read(name, tokenizer))
+  alpaca = 'alpaca:' in config.data.source
+  lay_out = _instructions if alpaca else _turns
+
+  def encode(messages: Messages) -> np.ndarray:
+    ids, _ = layout(_encoded(lay_out(messages), tokenizer), tokenizer)
+    return ids[:-1]  # the answer has yet to end
+
+  return Talk(
+      f"answers by {'Alpaca' if alpaca else 'Vicuna'}'s template", encode,
+      frozenset({tokenizer.separator_id}), lead='' if alpaca else ' ',
+      system=not alpaca)
+
+
+def templated(template: conversations.Template, ends: Iterable[int] = (),
+              words: str = '') -> Talk:
+  """Returns how a model is talked with by a Jinja template.
+
+  Args:
+    template: see conversations.
+    ends: the ids with which an answer ends, as a Hugging Face folder says;
+      default: what the template has after an answer, and the separator.
+    words: of the Talk; default: with the template's name.
+  """
+  found = frozenset(ends) or frozenset(
+      template.ends() | {template.tokenizer.separator_id})
+  return Talk(words or f'answers by the chat template {template.name}',
+              lambda messages: template.encode(messages, answer=True), found)
+
+
+def _encoded(parts: list[tuple[str, str]], tokenizer: Tokenizer
+             ) -> list[tuple[str, np.ndarray]]:
+  """Returns parts with their ids; a question and its answer as one text."""
+  ids: list[tuple[str, np.ndarray]] = []
+  for kind, text in parts:
+    if kind == 'answer' and ids:
+      question = parts[len(ids) - 1][1]
+      both = tokenizer.encode(question + text)
+      shared = tokens.shared(both, ids[-1][1])
+      ids[-1] = ids[-1][0], both[:shared]
+      ids.append((kind, both[shared:]))
+    else:
+      ids.append((kind, tokenizer.encode(text)))
+  return ids
+
+
+def _turns(messages: Messages) -> list[tuple[str, str]]:
+  """Returns messages, and the answer to the last, as parts of Vicuna's."""
+  turns = [(message['role'], message['content']) for message in messages]
+  return [*conversations.vicuna([*turns, ('assistant', '')]), ('answer', '')]
+
+
+def _instructions(messages: Messages) -> list[tuple[str, str]]:
+  """Returns messages, and the answer to the last, as parts of Alpaca's."""
+  parts = [('question', conversations.alpaca_prompt(message['content']))
+           if message['role'] == 'user' else ('answer', message['content'])
+           for message in messages]
+  return [*parts, ('answer', '')]
+
+
+def jinja(config: Config, tokenizer: Tokenizer) -> str:
+  """Returns the template of a run's data as transformers takes one, a Jinja
+  template.
+
+  Alpaca's has no place for an input, which a chat of transformers does not
+  have either.
+  """
+  if config.data.chat_template != conversations.PUBLISHED_NAME:
+    return conversations.source(config.data.chat_template)[1]
+  kind = next(name for name in ('eos', 'sep')
+              if tokenizer.special_ids.get(name) == tokenizer.separator_id)
+  end = f'{{{{ {kind}_token }}}}'
+  said = "{% elif m.role == 'assistant' %}"
+  if 'alpaca:' in config.data.source:
+    return (end + "{% for m in messages %}{% if m.role == 'user' %}"
+            + conversations.PROMPT.format(instruction='{{ m.content }}')
+            + said + '{{ m.content }}' + end + '{% endif %}{% endfor %}')
+  return (
+      end + "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
+      f"{{% else %}}{conversations.SYSTEM}{{% endif %}}{{{{ ' ' }}}}"
+      "{% for m in messages %}{% if m.role == 'user' %}"
+      "USER: {{ m.content }}{{ ' ' }}"
+      + said + 'ASSISTANT: {{ m.content }}' + end
+      + "{% elif not loop.first %}{{ m.content }}{{ ' ' }}{% endif %}"
+      '{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}')
+
+
+def _questions(texts: Sequence[str], config: Config, tokenizer: Tokenizer
+               ) -> Prompts:
+  """Returns each text as a question."""
+  return Prompts(*record.padded([question(text, config, tokenizer)
+                                 for text in texts]), gap='\n',
+                 lead=talk(config, tokenizer).lead)
+
+
 OBJECTIVES = {
     # Every token of a window but its padding is one to predict from.
     'causal': Objective(
@@ -100,7 +255,13 @@ OBJECTIVES = {
         prompt=record.after_separator, every_token=True, mtp=True,
         talk=lambda config, tokenizer: goes_on(tokenizer)),
     'prefix': Objective(
-        ('decoder',), packing.Windows, prefix, _prefix_arrays, ('tokens',),
-        {'prefix': 'prefix_B', 'valid': 'valid_BL'}, ('valid',),
+        ('decoder',), packing.Windows, prefix,
+        lambda config: _valid_arrays(config) | dict(prefix=((), np.int32)),
+        ('tokens',), {'prefix': 'prefix_B', 'valid': 'valid_BL'}, ('valid',),
         prompt=_as_prefix, check=_check_prefix),
+    'chat': Objective(
+        ('decoder',), packing.Conversations, chat, _valid_arrays, ('tokens',),
+        {'valid': 'valid_BL'}, ('valid',), reads=('data.chat_template',),
+        prompt=_questions, chat_template=jinja, talk=talk, derived=_derived,
+        mtp=True),
 }

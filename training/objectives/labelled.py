@@ -34,7 +34,7 @@ the only one that has seen all, as in XLNet (Yang et al. 2019), whose [CLS]
 stands last.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import math
 from typing import Any
 
@@ -46,11 +46,6 @@ import architectures
 from architectures.parts.skeletons import Output
 from training.data import labelled, records
 from training.data.tokenizers import Tokenizer
-from training.measures import Measured
-from training.measures import classes
-from training.measures import questions as answers
-from training.measures import words as word_labels
-from training.objectives import record
 from training.objectives.record import Config, Mean, Objective, Row, Shape
 
 NEVER = -1e30  # the score of padding
@@ -91,7 +86,7 @@ def _arrays(config: Config, **of_a_row: type) -> dict[str, Shape]:
 
 def fill(tokenizer: Tokenizer) -> int:
   """Returns the token that fills a row up."""
-  return tokenizer.special_ids.get('pad', record.separator(tokenizer))
+  return tokenizer.special_ids.get('pad', tokenizer.separator_id)
 
 
 def classified(targets: str) -> Callable[..., dict[str, Mean]]:
@@ -197,55 +192,38 @@ def answered(output: Output, batch: Mapping[str, jax.Array], config: Config
           'accuracy': Mean((weights_B * right_B).sum(), weights_B.sum())}
 
 
-def measure(view: records.Questions, scores: Sequence[np.ndarray],
-            config: Config, options: Any) -> Measured:
-  """Returns what is found of the questions of a view; see
-  training/measures/questions.py."""
-  kind = stack(config)
-  return answers.measure(view, scores,
-                         [null_place(item, kind) for item in view.items],
-                         [begin(item) for item in view.items], options)
-
-
 _IGNORES = ('train.z_loss', 'train.loss_chunk')
 _PAIRS = ('data.length_buckets', 'data.pair_separators')
 
 
+_STACKS = ('encoder', 'decoder')
+
+
 def _of_texts(view: type, target: type, **fields: Any) -> Objective:
   return Objective(
-      ('encoder', 'decoder'), view, lay_out,
-      lambda config: _arrays(config, targets=target), ('tokens',),
-      {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
-      ('segment_ids',), fill=fill, head='sequence', records=labelled.TEXTS,
+      _STACKS, view, lay_out, lambda config: _arrays(config, targets=target),
+      fill=fill, head='sequence', records=labelled.TEXTS,
       length=lambda item: item.length, **fields)
 
 
 OBJECTIVES = {
     'classification': _of_texts(
         records.Classes, np.int32, figures=classified('targets'),
-        labels=records.labels_of, measure=classes.of_scores,
-        measured=classes.FIGURES, ignores=_IGNORES,
+        labels=records.labels_of, ignores=_IGNORES,
         reads=('data.labels', 'data.class_weights', *_PAIRS)),
     'regression': _of_texts(
-        records.Numbers, np.float32, figures=estimated,
-        measure=classes.of_numbers, measured=classes.FIGURES_OF_NUMBERS,
-        reads=_PAIRS, ignores=(*_IGNORES, 'train.label_smoothing')),
+        records.Numbers, np.float32, figures=estimated, reads=_PAIRS,
+        ignores=(*_IGNORES, 'train.label_smoothing')),
     'token_classification': Objective(
-        ('encoder', 'decoder'), records.Sentences, lay_out_words, _word_arrays,
-        ('tokens',), {'segment_ids': 'segment_ids_BL'}, ('segment_ids',),
+        _STACKS, records.Sentences, lay_out_words, _word_arrays,
         reads=('data.labels', 'data.stride', 'data.length_buckets'), fill=fill,
         figures=classified('labels'), head='tokens',
-        records=labelled.SENTENCES,
-        labels=records.labels_of, measure=word_labels.measure,
-        measured=word_labels.FIGURES, ignores=_IGNORES,
+        records=labelled.SENTENCES, labels=records.labels_of, ignores=_IGNORES,
         length=lambda item: len(item.ids) + records.AROUND),
     'question_answering': Objective(
-        ('encoder', 'decoder'), records.Questions, lay_out_question,
+        _STACKS, records.Questions, lay_out_question,
         lambda config: _arrays(config, starts=np.int32, ends=np.int32),
-        ('tokens',), {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
-        ('segment_ids',), reads=('data.stride', *_PAIRS), fill=fill,
-        figures=answered, head='span', records=labelled.QUESTIONS,
-        length=length,
-        measure=measure, measured=answers.FIGURES,
+        reads=('data.stride', *_PAIRS), fill=fill, figures=answered,
+        head='span', records=labelled.QUESTIONS, length=length,
         ignores=(*_IGNORES, 'train.label_smoothing'),
         guess=lambda config, vocab: math.log(config.data.length))}

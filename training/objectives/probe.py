@@ -14,7 +14,7 @@ from configs.errors import require
 from training.data import packing, probes
 from training.data.tokenizers import Tokenizer
 from training.objectives import record
-from training.objectives.record import Config, Objective, Row, Shape
+from training.objectives.record import Config, Objective, Row
 
 
 class Rows(probes.Rows):
@@ -42,10 +42,6 @@ def probe(item: probes.Row, rng: np.random.Generator | None, config: Config,
               segment_ids=np.ones(len(item.tokens)))
 
 
-def _arrays(config: Config) -> dict[str, Shape]:
-  return record.text_arrays(config, 'segment_ids')
-
-
 def _check(config: Config) -> None:
   probes.check(config)
   objective = probes.of(config).objective
@@ -60,21 +56,17 @@ def _check(config: Config) -> None:
           f'{config.model.arch} does: choose a probe of {", ".join(readable)}')
 
 
-def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
-  del tokenizer
-  return probes.of(config).vocab_size(probes.settings(config))
-
-
 def _derived(config: Config) -> dict[str, Any]:
   settings = probes.settings(config)
   return {f'probe.{name}': getattr(settings, name) for name in probes.DERIVED}
 
 
 _PROBE = Objective(
-    ('decoder', 'encoder'), Rows, probe, _arrays, ('tokens',),
-    {'segment_ids': 'segment_ids_BL'}, ('segment_ids',),
+    ('decoder', 'encoder'), Rows, probe,
+    lambda config: record.text_arrays(config, 'segment_ids'),
     reads=tuple(f'probe.{name}' for name in probes.DERIVED),
     fill=lambda tokenizer: 0, records=probes.KIND, check=_check,
     ignores=('data.tokenizer', 'data.eval_source', 'data.holdout_every'),
-    vocab_size=_vocab_size, derived=_derived, mtp=True)
+    vocab_size=lambda config, tokenizer: probes.of(config).vocab_size(
+        probes.settings(config)), derived=_derived, mtp=True)
 OBJECTIVES = {'probe': _PROBE, 'compression': _PROBE._replace(head='vector')}

@@ -110,12 +110,6 @@ def given_token(output: Output, batch: Mapping[str, jax.Array], config: Config
                   output, batch, train).items()}
 
 
-def tokenizers_size(config: Config, tokenizer: Tokenizer) -> int:
-  """Returns how many ids the tokenizer has."""
-  del config
-  return tokenizer.vocab_size
-
-
 def lacks_ids(config: Config, tokenizer: Tokenizer) -> bool:
   """Returns whether the tokenizer has tokens that the model does not have, as
   that of an import may (Tokenizer.least_size)."""
@@ -135,17 +129,19 @@ def known_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer, what: str
         'or out of the chat template')
 
 
-def separator(tokenizer: Tokenizer) -> int:
-  """Returns the token between documents."""
-  return tokenizer.separator_id
-
-
 def text_arrays(config: Config, *more: str) -> dict[str, Shape]:
   """Returns the arrays of a row of data.length tokens, each predicted at its
   own place, and `more` arrays of as many integers."""
   L = (config.data.length,)
   return dict(tokens=(L, np.int32), targets=(L, np.int32),
               weights=(L, np.float32)) | {key: (L, np.int32) for key in more}
+
+
+def document_arrays(config: Config) -> dict[str, Shape]:
+  """Returns the same for rows of segments; with data.document_mask these are
+  documents, each with positions of its own."""
+  apart = ('positions',) if config.data.document_mask else ()
+  return text_arrays(config, 'segment_ids', *apart)
 
 
 def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -194,7 +190,6 @@ class Objective(NamedTuple):
       is masked, which is told in bits per byte too.
     mtp: whether model.mtp_depth may predict further tokens of its rows, in
       which none sees those after it.
-    translates: whether its rows are pairs of a source text and a target text.
     chat_template: (config, tokenizer) -> the Jinja template of an export, or
       None; None: there is never one.
     head: the head of the models that it trains (model.head), an entry of HEADS
@@ -206,11 +201,6 @@ class Objective(NamedTuple):
       data have none.
     length: item -> how many tokens its row has, where that differs so much that
       batches are padded to one of several lengths; None: to data.length.
-    measure: (view, answers, config, options) -> what `eval.py --tasks=labels`
-      says, a measures.Measured. `answers` are the scores of each row of the
-      view or, where head is lm, what the model wrote; `options` are eval.py's
-      flags. None: nothing is measured.
-    measured: the names of its figures, as patterns of fnmatch.
     ignores: fields of the config that most objectives read and this one does
       not.
     unread: (config, tokens of a row) -> how many of its places the head does
@@ -225,31 +215,31 @@ class Objective(NamedTuple):
   view: type
   example: Callable[..., Row]
   arrays: Callable[[Config], dict[str, Shape]]
-  inputs: tuple[str, ...]
-  options: dict[str, str]
-  seen: tuple[str, ...]
+  inputs: tuple[str, ...] = ('tokens',)
+  options: Mapping[str, str] = {
+      'positions': 'positions_BL', 'types': 'type_ids_BL',
+      'segment_ids': 'segment_ids_BL'}
+  seen: tuple[str, ...] = ('segment_ids',)
   reads: tuple[str, ...] = ()
-  fill: Callable[[Any], int] = separator
+  fill: Callable[[Tokenizer], int] = lambda tokenizer: tokenizer.separator_id
   figures: Callable[..., dict[str, Mean]] = given_token
   terms: Mapping[str, Callable] = {'loss': targets}
   prompt: Callable[..., Prompts] | None = None
   every_token: bool = False
   bound: bool = False
   mtp: bool = False
-  translates: bool = False
   chat_template: Callable[..., str | None] | None = None
   head: str = 'lm'
   talk: Callable[..., Talk] | None = None
   records: str = ''
   labels: Callable[[Config], tuple[str, ...]] | None = None
   length: Callable[[Any], int] | None = None
-  measure: Callable[..., Any] | None = None
-  measured: tuple[str, ...] = ()
   ignores: tuple[str, ...] = ()
   unread: Callable[[Config, int], int] = lambda config, length: 0
   guess: Callable[[Config, int], float] | None = None
   check: Callable[[Config], None] = lambda config: None
-  vocab_size: Callable[[Config, Tokenizer], int] = tokenizers_size
+  vocab_size: Callable[[Config, Tokenizer], int] = (
+      lambda config, tokenizer: tokenizer.vocab_size)
   derived: Callable[[Config], Mapping[str, Any]] = lambda config: {}
 
   def batch(self, examples: Sequence[tuple[Any, np.random.Generator | None]],

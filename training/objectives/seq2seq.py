@@ -26,7 +26,6 @@ import numpy as np
 from configs.errors import require
 from training.data import packing
 from training.data.tokenizers import Tokenizer
-from training.measures import classes
 from training.objectives import record
 from training.objectives.record import Config, Objective, Prompts, Row, Shape
 
@@ -164,9 +163,7 @@ ENCODER_DECODER = Objective(
      'decoder_segment_ids': 'decoder_segment_ids_BL'},
     ('segment_ids', 'decoder_segment_ids'), fill=start_id, prompt=as_source)
 OBJECTIVES = {
-    'seq2seq': ENCODER_DECODER._replace(
-        reads=('data.target_length',), translates=True,
-        measure=classes.of_texts, measured=classes.FIGURES),
+    'seq2seq': ENCODER_DECODER._replace(reads=('data.target_length',)),
     'span': ENCODER_DECODER._replace(
         view=packing.Windows, example=span, arrays=_span_arrays,
         reads=('span.noise_density', 'span.mean_length')),

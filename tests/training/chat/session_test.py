@@ -9,7 +9,7 @@ from tests.helpers import models
 from training import generate
 from training import chat as chats
 from training.data import conversations, tokenizers
-from training.objectives import causal, chat
+from training.objectives import causal
 
 BYTES = tokenizers.load('bytes')
 TEMPLATE = conversations.make('a template', (
@@ -33,7 +33,7 @@ def ask(own, text, **settings):
 
 
 def test_of_a_second_turn_only_what_is_new_is_read(model):
-  talk = chat.templated(TEMPLATE)
+  talk = causal.templated(TEMPLATE)
   own, talking = make(model, talk)
   first = ask(talking, 'hé')
   asked = len(talk.encode(talking.messages[:1]))
@@ -68,14 +68,14 @@ class Scripted:
     ('Hi!', dict(most=2), 'Hi', 'length'), ('Hé', dict(most=2), 'H\ufffd',
                                             'length')])
 def test_an_answer_ends(written, settings, answer, ended):
-  talking = chats.Session(Scripted(written), BYTES, chat.templated(TEMPLATE),
+  talking = chats.Session(Scripted(written), BYTES, causal.templated(TEMPLATE),
                             **dict(most=20) | settings)
   assert ask(talking, 'a') == answer
   assert talking.messages[-1]['content'] == answer and talking.ended == ended
 
 
 def test_an_answer_can_be_interrupted_and_goes_on(model):
-  _, talking = make(model, chat.templated(TEMPLATE), most=20)
+  _, talking = make(model, causal.templated(TEMPLATE), most=20)
   came = []
   answer = ask(talking, 'a', stopped=lambda: came.append(1) or len(came) > 4)
   assert talking.ended == 'interrupted' and len(came) < 8
@@ -85,7 +85,7 @@ def test_an_answer_can_be_interrupted_and_goes_on(model):
 
 
 def test_a_conversation_that_is_too_long_is_refused_and_stays(model):
-  _, talking = make(model, chat.templated(TEMPLATE))
+  _, talking = make(model, causal.templated(TEMPLATE))
   ask(talking, 'a')
   before = list(talking.messages)
   with pytest.raises(RequestError, match='has 80 tokens.*room for 64.*/res'):
@@ -93,13 +93,13 @@ def test_a_conversation_that_is_too_long_is_refused_and_stays(model):
   assert talking.messages == before
   ask(talking, 'b')
   # An answer for which there is no more room is cut off.
-  _, talking = make(model, chat.templated(TEMPLATE), most=99)
+  _, talking = make(model, causal.templated(TEMPLATE), most=99)
   ask(talking, 'b' * 50)
   assert talking.ended == 'context'
 
 
 def test_the_system_text_and_a_new_conversation(model):
-  _, talking = make(model, chat.templated(TEMPLATE), system='be brief')
+  _, talking = make(model, causal.templated(TEMPLATE), system='be brief')
   alone = ask(talking, 'a')
   talking.reset()
   assert ask(talking, 'a') == alone
@@ -109,7 +109,7 @@ def test_the_system_text_and_a_new_conversation(model):
       "{% if messages[0].role == 'system' %}"
       "{{ raise_exception('no system') }}{% endif %}"), BYTES)
   with pytest.raises(RequestError, match='gemma fails: no system'):
-    make(model, chat.templated(refuses), system='x')
+    make(model, causal.templated(refuses), system='x')
   with pytest.raises(RequestError, match='goes on from the text'):
     make(model, causal.goes_on(BYTES), system='x')
 

@@ -11,8 +11,7 @@ from configs import base
 from configs.errors import RequestError
 from training import objectives, runs
 from training.data import conversations, tokenizers
-from training.objectives import pipeline
-from training.objectives import chat
+from training.objectives import causal, pipeline
 from training.workdir import run_config
 
 BYTES = tokenizers.load('bytes')
@@ -176,12 +175,12 @@ def test_a_run_is_taught_what_the_template_says_is_said(template, tmp_path):
   np.testing.assert_array_equal(tokens[valid == 1], ids)
   np.testing.assert_array_equal(targets[:len(ids) - 1], ids[1:])
   assert _spelt(targets[weights == 1]) == 'Hi![EOS]c[EOS]'
-  assert chat.jinja(config, BYTES) == template
+  assert causal.jinja(config, BYTES) == template
   # It is asked as it is taught.
-  asked = chat.question('Hé', config, BYTES)
+  asked = causal.question('Hé', config, BYTES)
   if template is CHATML:
     np.testing.assert_array_equal(asked, ids[:len(asked)])
-  assert chat.talk(config, BYTES).ends == {BYTES.eos_id}
+  assert causal.talk(config, BYTES).ends == {BYTES.eos_id}
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
@@ -210,7 +209,7 @@ def test_a_run_keeps_the_text_of_its_template(tmp_path):
   config.data.chat_template = str(file)
   _, derived = runs.resolve(config, BYTES)
   run_config.save(tmp_path, config, derived)
-  before = chat.question('x', config, BYTES)
+  before = causal.question('x', config, BYTES)
   assert not run_config.compare(config, config, derived, derived)
   file.write_text(CHATML)
   change, = run_config.compare(config, config, derived,
@@ -220,8 +219,8 @@ def test_a_run_keeps_the_text_of_its_template(tmp_path):
     run_config.refuse([change], allow_config_change=False)
   file.unlink()
   kept = runs.config_of(tmp_path)
-  np.testing.assert_array_equal(chat.question('x', kept, BYTES), before)
-  assert chat.jinja(kept, BYTES) == MARKED
-  assert chat.talk(kept, BYTES).words == (
+  np.testing.assert_array_equal(causal.question('x', kept, BYTES), before)
+  assert causal.jinja(kept, BYTES) == MARKED
+  assert causal.talk(kept, BYTES).words == (
       'answers by the chat template of the run')
   assert runs.resolve(kept, BYTES)[1] == derived

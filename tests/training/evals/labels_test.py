@@ -1,7 +1,8 @@
-"""The task `labels`: each record's own answer, and figures by formulas that are
-written out here."""
+"""The task `labels`: each record's own answer, whatever the batch, figures by
+formulas that are written out here, and the files of predictions."""
 
 import json
+import re
 import types
 
 import jax
@@ -9,18 +10,22 @@ import numpy as np
 import pytest
 
 from tests.helpers import evaluations
+from tests.helpers import labelled_files as files
 from training import objectives
-from training.data import labelled
-from training.measures import classes
+from training.data import labelled, records
+from training.evals import answers
+from training.evals.tasks import labels
+from training.objectives import pipeline
 
 pytest.importorskip('sklearn')
+pytest.importorskip('seqeval')
 
 
-def _view(targets, labels=('a', 'b', 'c')):
-  records = [labelled.Record((f'text {i}',), 'x', f'f, line {i},', ('text',))
-             for i in range(len(targets))]
+def _view(targets, names=('a', 'b', 'c')):
+  rows = [labelled.Record((f'text {i}',), 'x', f'f, line {i},', ('text',))
+          for i in range(len(targets))]
   return types.SimpleNamespace(
-      labels=labels, records=records,
+      labels=names, records=rows,
       items=[types.SimpleNamespace(target=target) for target in targets])
 
 
@@ -37,7 +42,7 @@ def test_figures_are_those_of_their_formulas(count):
   rng = np.random.default_rng(count)
   right, scores = rng.integers(0, count, 40), rng.normal(size=(40, count))
   found = scores.argmax(1)
-  measured = classes.of_scores(_view(right, tuple('abc'[:count])), [*scores])
+  measured = labels.of_scores(_view(right, tuple('abc'[:count])), [*scores])
   figures, f1 = measured.figures, []
   for k in range(count):
     hits = ((found == k) & (right == k)).sum()
@@ -60,63 +65,53 @@ def test_correlations_are_those_of_their_formulas():
   rng = np.random.default_rng(0)
   right = rng.normal(size=30)
   found = right + rng.normal(size=30)
-  figures = classes.of_numbers(_view(right), [*found[:, None]]).figures
+  figures = labels.of_numbers(_view(right), [*found[:, None]]).figures
   rank = lambda x: np.argsort(np.argsort(x))
   assert figures['pearson'] == pytest.approx(np.corrcoef(right, found)[0, 1])
   assert figures['spearman'] == pytest.approx(
       np.corrcoef(rank(right), rank(found))[0, 1])
   assert figures['mean_squared_error'] == pytest.approx(
       np.mean((right - found) ** 2))
-  constant = classes.of_numbers(_view(right), [np.zeros(1)] * 30)
+  constant = labels.of_numbers(_view(right), [np.zeros(1)] * 30)
   assert np.isnan(constant.figures['pearson'])
-  assert "  Pearson's correlation  n/a" in constant.lines
 
 
 def test_a_text_that_is_no_label_is_never_right():
-  figures = classes.of_texts(None, [
+  figures = labels.of_texts(None, [
       ('yes', 'yes', True), (' no', 'no', False), ('perhaps', 'yes', False),
       ('no', 'yes', False)]).figures
   assert figures['accuracy'] == 0.5
-  assert figures['labels'] == ['no', 'yes', classes.NONE]
+  assert figures['labels'] == ['no', 'yes', labels.NONE]
   assert figures['f1'] == pytest.approx(2 * 1 / (1 + 3))
-  numbers = classes.of_texts(None, [
+  numbers = labels.of_texts(None, [
       (text, target, text == target) for text, target in (
           ('9', '9'), ('10', '10'), ('10', '9'))]).figures
   assert numbers['labels'] == ['9', '10']  # as a classifier's are
-  assert numbers['f1'] == pytest.approx(2 * 1 / (1 + 2))
-  with pytest.raises(ValueError, match="one label, 'yes'"):
-    classes.of_texts(None, [('no', 'yes', False)])
 
 
-@pytest.fixture(name='source')
-def _source(tmp_path):
-  rows = [f'{"ab" * (1 + i * 5 % 11)}{"c" * i}\t{i % 3}\n' for i in range(14)]
-  (tmp_path / 'a.tsv').write_text(''.join(rows))
-  return f'labelled:{tmp_path}/a.tsv'
-
-
-def _config(source, system, objective):
-  c = evaluations.config(system, objective, num_layers=1)
-  c.data.update(source=source, eval_source=source, length=32, length_buckets=4)
-  return objectives.with_labels(c)
+def _evaluation(system, objective, source, length=32, **options):
+  c = evaluations.config(system, objective, num_layers=1, max_len=length)
+  c.data.update(source=source, eval_source=source, length=length)
+  return evaluations.make(objectives.with_labels(c), **options)
 
 
 @pytest.mark.parametrize('system, objective', [
     ('bert', 'classification'), ('gpt', 'regression')])
-def test_each_record_has_the_answer_to_itself(source, system, objective,
-                                              tmp_path):
+def test_each_record_has_the_answer_to_itself(system, objective, tmp_path):
   """In the file's order, from batches of several lengths, the last one filled
   up: each is what the model says of that text alone."""
-  evaluation = evaluations.make(_config(source, system, objective),
-                                predictions=str(tmp_path / 'p.jsonl'))
+  lines = [f'{"ab" * (1 + i * 5 % 11)}{"c" * i}\t{i % 3}\n' for i in range(14)]
+  (tmp_path / 'a.tsv').write_text(''.join(lines))
+  evaluation = _evaluation(system, objective, f'labelled:{tmp_path}/a.tsv',
+                           predictions=str(tmp_path / 'p.jsonl'))
   figures = evaluations.run('labels', evaluation)
-  told = [json.loads(line) for line in
+  rows = [json.loads(line) for line in
           (tmp_path / 'p.jsonl').read_text().splitlines()]
-  assert figures['rows'] == len(told) == 14
+  assert figures['rows'] == len(rows) == 14
   tokenizer, module = evaluation.tokenizer, evaluation.run.module
   first, after = ((tokenizer.cls_id, tokenizer.sep_id) if system == 'bert'
                   else (tokenizer.separator_id,) * 2)
-  for i, row in enumerate(told):
+  for i, row in enumerate(rows):
     assert row['where'].endswith(f'line {i + 1}') and row['label'] == f'{i % 3}'
     ids = tokenizer.encode(row['texts'][0])[:30]
     score_1U = module.apply({'params': evaluation.params}, np.concatenate(
@@ -129,3 +124,143 @@ def test_each_record_has_the_answer_to_itself(source, system, objective,
   loss = evaluations.run('loss', evaluation)
   same = ('accuracy' if system == 'bert' else 'mean_absolute_error')
   assert figures[same] == pytest.approx(loss[same], rel=1e-5)
+
+
+def test_entities_are_measured_and_written(tmp_path):
+  source = f'conll:{files.conll(tmp_path / "a.conll")}'
+  evaluation = _evaluation('bert', 'token_classification', source, 64,
+                           predictions=str(tmp_path / 'out.conll'))
+  found = evaluations.run('labels', evaluation)
+  assert {'f1', 'strict_f1', 'accuracy', 'types'} <= found.keys()
+  rows = [line.split(' ') for line in
+          (tmp_path / 'out.conll').read_text().splitlines() if line]
+  assert [row[:2] for row in rows] == [
+      line.split('\t') for line in
+      (tmp_path / 'a.conll').read_text().splitlines() if line]
+  assert found['accuracy'] == pytest.approx(
+      sum(a == b for _, a, b in rows) / len(rows))
+  # Scores are those of each row alone, in rows of the full length.
+  config = evaluation.run.config
+  loader, = pipeline.held_out(config, evaluation.tokenizer, in_order=True)
+  with evaluation.run.context():
+    scores = labels.scores(evaluation, loader)
+  record, (view,) = objectives.of(config), loader.views
+  assert len(scores) == len(view) > config.data.batch_size
+  apply = jax.jit(lambda batch: record.apply(
+      evaluation.run.module, evaluation.params, batch).extra['scores'])
+  for item, own in zip(view.items, scores):
+    row = files.row(record, item, None, config, evaluation.tokenizer)
+    expected = apply({key: np.asarray(x)[None] for key, x in row.items()})[0]
+    size = record.length(item)
+    np.testing.assert_allclose(own[:size], expected[:size], atol=1e-5)
+
+
+def test_answers_are_measured_and_written(tmp_path):
+  source = f'squad:{files.squad(tmp_path / "a.json")}'
+  evaluation = _evaluation(
+      'bert', 'question_answering', source, 64, n_best=3, null_threshold=1e6,
+      predictions=str(tmp_path / 'out.json'))
+  found = evaluations.run('labels', evaluation)
+  told, best, null = (json.loads((tmp_path / f'out{kind}.json').read_text())
+                      for kind in ('', '.nbest', '.null_odds'))
+  assert list(told) == list(best) == list(null) == ['0-0', '0-1', '0-2', '1-0']
+  for name, answer in told.items():
+    assert answer == best[name][0]['text']
+    assert answer in files.CONTEXTS[int(name[0])] and len(best[name]) == 3
+    assert sum(row['probability'] for row in best[name]) == pytest.approx(1)
+  assert found['total'] == 4 and found['NoAns_exact'] == 0
+  evaluation.options.null_threshold = -1e6
+  none = evaluations.run('labels', evaluation)
+  assert none['NoAns_exact'] == 100 and none['exact'] == 25
+
+
+# Worked out by hand by the rules of evaluate-v2.0.py.
+@pytest.mark.parametrize('answer, right, exact, f1', [
+    ('The  U.S. Army!', ['us army'], 1, 1),
+    ('an apple a day', ['Apple-day'], 0, 0),  # appleday is one word
+    ('the red red car', ['red car', 'blue'], 0, 4 / 5),
+    ('red car', ['the red red car'], 0, 4 / 5),
+    ('Anna', ['an a the', 'Anna'], 1, 1),  # articles are whole words
+    ('', [], 1, 1), ('x', [], 0, 0), ('', ['x'], 0, 0),
+    ('The', ['a.'], 1, 1),  # nothing is left of either
+    ('a b b c', ['b b d', 'b c'], 0, 4 / 5)])
+def test_scores_by_the_official_rules(answer, right, exact, f1):
+  assert answers.score(answer, right) == pytest.approx((exact, f1))
+
+
+def test_the_best_threshold_is_the_best_of_all():
+  rng = np.random.default_rng(0)
+  right = [['x y'] if rng.random() < .6 else [] for _ in range(40)]
+  found = rng.choice(['x', 'x y', 'z'], 40)
+  null = np.array([float(rng.normal() - bool(texts)) for texts in right])
+  best = answers.best_thresholds(found, right, null)
+  for kind in ('exact', 'f1'):
+    tried = {threshold: answers.rules(np.where(null > threshold, '', found),
+                                      right)[kind]
+             for threshold in [-99.0, *null]}
+    assert best[f'best_{kind}'] == pytest.approx(max(tried.values()))
+    assert tried[best[f'best_{kind}_thresh']] == pytest.approx(
+        max(tried.values()))
+
+
+@pytest.mark.parametrize('may_be_null', [False, True])
+def test_the_best_stretches_are_the_best_of_all(may_be_null):
+  """Against loops over all windows and pairs of tokens."""
+  context = ' '.join(f'w{i}' for i in range(30))
+  places = np.array([m.span() for m in re.finditer(r'\S+', context)])
+  higher = 0
+  for seed in range(20):
+    rng = np.random.default_rng(seed)
+    windows = [answers.Window(rng.normal(size=e - f), rng.normal(size=e - f),
+                              places[f:e], float(rng.normal(4, 2)))
+               for f, e in records.windows(len(places), 12, 5)]
+    best = lambda null, threshold=0.0, windows=windows: answers.best(
+        context, windows, most=4, count=10, may_be_null=null,
+        threshold=threshold)
+    scores = {}
+    for w in windows:
+      for i in range(len(w.starts_T)):
+        for j in range(i, min(i + 4, len(w.ends_T))):
+          text = context[w.spans_T2[i, 0]:w.spans_T2[j, 1]]
+          scores[text] = max(scores.get(text, -99), w.starts_T[i] + w.ends_T[j])
+    found, order = best(may_be_null), sorted(scores, key=scores.get)[:-11:-1]
+    assert [text for text, _, _ in found.stretches] == order
+    for text, first, score in found.stretches:
+      assert context[first:first + len(text)] == text
+      assert score == pytest.approx(scores[text])
+    gap = min(w.null for w in windows) - scores[order[0]]
+    assert found.null_minus_best == pytest.approx(gap)
+    higher += gap > 0
+    assert found.text == ('' if may_be_null and gap > 0 else order[0])
+    assert best(may_be_null, gap + 1e-6).text == order[0]
+    assert best(True, gap - 1e-6).text == ''
+  assert 0 < higher < 20
+
+
+def test_space_and_a_character_of_several_tokens_take_no_place_of_others():
+  """A space scores the most, and the two tokens of one letter come next."""
+  window = answers.Window(np.array([9., 5, 5, 1]), np.array([9., 5, 5, 1]),
+                          np.array([(0, 1), (1, 2), (1, 2), (2, 3)]), 0.0)
+  for count in (1, 2):
+    found = answers.best(' äb', [window], most=1, count=count,
+                         may_be_null=False)
+    assert found.stretches == [('ä', 1, 10.0), ('b', 2, 2.0)][:count]
+
+
+RIGHT = [['B-per', 'I-per', 'O', 'B-loc'], ['O', 'B-loc', 'I-loc', 'B-loc']]
+
+
+def test_entities_are_found_where_type_and_ends_are_right():
+  found = [['B-per', 'I-per', 'O', 'B-per'],  # one right, one of a wrong type
+           ['O', 'B-loc', 'O', 'B-loc']]  # one too short, one right
+  figures, _ = labels.entities(RIGHT, found)
+  assert (figures['precision'], figures['recall'], figures['f1']) == (.5,) * 3
+  assert figures['entities'] == 4 and figures['strict_f1'] == 0.5
+  assert figures['types']['loc'] == dict(
+      precision=1 / 2, recall=pytest.approx(1 / 3), f1=pytest.approx(2 / 5),
+      entities=3)
+  # conlleval's rule, which is the default, takes I after O as a beginning.
+  found = [['I-per', 'I-per', 'O', 'B-loc'], RIGHT[1]]
+  figures, _ = labels.entities(RIGHT, found)
+  assert figures['f1'] == 1
+  assert (figures['strict_precision'], figures['strict_recall']) == (1, 3 / 4)

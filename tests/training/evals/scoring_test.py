@@ -1,18 +1,33 @@
-"""Log-probabilities of tokens, against the softmax of each text alone."""
+"""Log-probabilities of tokens, against the softmax of each text alone;
+perplexity with a stride, against a loop over the tokens; and lm_eval, as far as
+it goes without lm_eval: `make verify` compares answers with its own backend."""
 
+import contextlib
 import dataclasses
+import importlib.util
+import json
+import math
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from configs.errors import RequestError
 from tests.helpers import evaluations, models
-from training import runs
+from training import evals, runs
+from training.data import tokenizers
 from training.evals import scoring
+from training.evals.lm_eval_tasks import local
 from training.evals.scoring import Question
+from training.evals.tasks import lm_eval, loss
+from training.objectives import record
 
 SMALL = dict(d_model=16, num_layers=1, num_heads=2, num_kv_heads=0, d_ff=24,
              head_dim=0, max_len=12)
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec('lm_eval') is None,
+    reason='lm_eval is not installed')
 
 
 def _questions(seed=1, count=14, most=12):
@@ -98,18 +113,140 @@ def test_few_shapes_are_compiled_whatever_the_lengths(shards):
   questions += [Question(np.append(q.tokens[:-1], np.int32(7)), 1)
                 for q in questions]
   found = list(scoring.batches(questions, 200, shards))
-  assert sorted(i for _, parts in found for part in parts for row in part
-                for i in row) == list(range(len(questions)))
-  for shape, parts in found:
-    assert len(parts) == shape.shards and shape.rows % shape.shards == 0
-    assert shape.rows <= scoring.TOKENS // shape.length + shards
-    for part in parts:
-      assert len(part) <= shape.rows // shape.shards
-      for row in part:  # of questions about one text
-        assert len(row) > 1 and len({
-            questions[i].tokens[:-1].tobytes() for i in row}) == 1
-        assert len(questions[row[0]].tokens) - 1 <= shape.length
-  shapes = {shape for shape, _ in found}
-  assert {shape.length for shape in shapes} == {
-      8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 200}
-  assert len(shapes) == 11
+  assert sorted(i for _, rows in found for row in rows for i in row) == list(
+      range(len(questions)))
+  for shape, rows in found:
+    assert shape.rows % shards == shape.places % shards == 0
+    assert len(rows) <= shape.rows <= scoring.TOKENS // shape.length + shards
+    assert sum(questions[i].scored for row in rows for i in row) <= shape.places
+    for row in rows:  # of questions about one text
+      assert len(row) > 1 and len({
+          questions[i].tokens[:-1].tobytes() for i in row}) == 1
+  assert len({shape for shape, _ in found}) < 12
+
+
+TEXT = 'What is sown is reaped ,\n and what is not is not .\n' * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stride', [5, 15])
+def test_each_token_is_predicted_once_from_enough(tmp_path, stride):
+  """Ten lines that read the documents a token at a time."""
+  texts = [TEXT, 'Ä short one']
+  for name, text in zip('ab', texts):
+    (tmp_path / f'{name}.txt').write_text(text)
+  c = evaluations.config('gpt', 'causal', max_len=16, num_layers=1)
+  c.data.eval_source = f'text:{tmp_path}/*.txt'
+  evaluation = evaluations.make(c, stride=stride)
+  found = evaluations.run('loss', evaluation)
+  length = c.data.length
+  first, contexts, targets = evaluation.tokenizer.separator_id, [], []
+  for text in texts:
+    ids = [first, *text.encode()]
+    for i in range(1, len(ids)):
+      # The first window that reaches the token.
+      start = max(0, math.ceil((i + 1 - length) / stride)) * stride
+      assert i - start >= min(length - stride, i)
+      contexts.append(ids[start:i])
+      targets.append(ids[i])
+  tokens_BL, lengths_B = record.padded(contexts)
+  logits_BLV = np.asarray(models.logits(
+      evaluation.run.module, evaluation.params, tokens_BL))
+  rows = np.arange(len(targets))
+  last_BV = jax.nn.log_softmax(logits_BLV[rows, lengths_B - 1])
+  nats, count = -float(last_BV[rows, targets].sum()), len(targets)
+  words = 13 * 2 + 4 + 3  # of the lines, their ends, and the short one
+  assert (found['tokens'], found['words']) == (count, words)
+  assert found['loss'] == pytest.approx(nats / count, rel=1e-5)
+  assert found['word_perplexity'] == pytest.approx(
+      math.exp(nats / words), rel=1e-4)
+  assert found['bits_per_byte'] == pytest.approx(
+      nats / math.log(2) / count, rel=1e-5)
+
+
+def test_wikitext_is_written_as_it_was():
+  assert loss.DETOKENIZE['wikitext'](
+      ' = Robert = \n \n He had a 1 @,@ 000 @-@ word role ( in " The Bill " ) '
+      ", didn 't he ? \n") == (
+          ' = Robert =\n\nHe had a 1,000-word role (in "The Bill"), '
+          "didn 't he?\n")
+
+
+def test_a_name_says_what_to_evaluate():
+  assert evals.task('lm_eval:blimp_files') is evals.TASKS['lm_eval']
+  for name in ('lm_eval:', 'loss:x'):
+    with pytest.raises(RequestError, match=f"has {name!r}: write "):
+      evals.task(name)
+  with pytest.raises(RequestError, match='is told what to evaluate'):
+    evals.check_without_flags('lm_eval', 'TASKS')
+  for system, objective in (('bert', 'mlm'), ('t5', 'span')):
+    assert f'objective {objective!r}' in lm_eval.TASKS['lm_eval'].unfit(
+        evaluations.config(system, objective))
+
+
+def test_pairs_are_counted_by_phenomenon(tmp_path, monkeypatch):
+  """Without the package of Hugging Face's datasets."""
+  local._documents.cache_clear()
+  monkeypatch.setitem(__import__('sys').modules, 'datasets',
+                      types.SimpleNamespace(Dataset=types.SimpleNamespace(
+                          from_list=list)))
+  row = dict(sentence_good='He sings.', sentence_bad='He sing.',
+             linguistics_term='agreement', pairID='0')
+  (tmp_path / 'blimp').mkdir()
+  (tmp_path / 'blimp/a.jsonl').write_text(json.dumps(row))
+  doc, = local.blimp(folder=str(tmp_path), version=1.0)['validation']
+  assert doc == {name: row[name] for name in list(row)[:3]}
+  for bad, right in ((-3.0, 1.0), (-2.0, 0.0), (-1.0, 0.0)):
+    assert local.blimp_results(doc, [(-2.0, False), (bad, True)]) == {
+        'acc': right, 'acc agreement': right}
+
+
+def _model(workdir, config=None, step=1):
+  from training.evals import harness
+  module, params = models.make('gpt', vocab_size=384)
+  return harness.Model(types.SimpleNamespace(
+      run=types.SimpleNamespace(
+          config=config or evaluations.config('gpt', 'causal'),
+          module=module, model=module.config, context=contextlib.nullcontext),
+      tokenizer=tokenizers.load('bytes'), params=params, step=step,
+      workdir=workdir))
+
+
+@needs_lm_eval
+def test_a_text_begins_as_in_the_training_of_the_weights(tmp_path, monkeypatch):
+  ids = tokenizers.load('bytes').special_ids
+  begins = lambda step: _model(tmp_path, step=step).prefix_token_id
+  assert ids['bos'] != tokenizers.load('bytes').separator_id
+  assert (begins(0), begins(1)) == (
+      ids['bos'], tokenizers.load('bytes').separator_id)
+  # What was made of a trained run is at step 0, too.
+  (tmp_path / 'generation.json').write_text('{"trained": true}')
+  assert begins(0) == begins(1)
+  # Special tokens of a text are obeyed, as transformers' tokenizers do.
+  asked = _model(tmp_path)
+  assert asked.tok_encode('a[SEP]b') == [97, ids['sep'], 98]
+  assert asked.tok_encode('[EOS]') == [ids['eos']]
+  monkeypatch.setattr(asked._tokens, 'special_ids', ids | {'pad': 400})
+  with pytest.raises(RequestError, match=r"'a\[PAD\]' has the id 400, which"):
+    asked.tok_encode('a[PAD]')
+
+
+@needs_lm_eval
+def test_a_conversation_is_laid_out_by_the_runs_template(tmp_path):
+  file = tmp_path / 'chat.jinja'
+  file.write_text('{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}'
+                  '[EOS]{% endfor %}{% if add_generation_prompt %}<assistant>'
+                  '{% endif %}')
+  config = evaluations.config('gpt', 'chat')
+  config.data.chat_template = str(file)
+  asked = _model(tmp_path, config)
+  question = [dict(role='user', content='How [SEP]?')]
+  answer = [*question, dict(role='assistant', content='It is ')]
+  assert asked.chat_template(True) == file.read_text()
+  assert asked.apply_chat_template(question) == (
+      '<user>How [SEP]?[EOS]<assistant>')
+  assert asked.apply_chat_template(answer, add_generation_prompt=False) == (
+      '<user>How [SEP]?[EOS]<assistant>It is')
+  file.write_text(file.read_text().replace(' | trim', ''))
+  assert _model(tmp_path, config).apply_chat_template(answer, False).endswith(
+      '<assistant>It is ')

@@ -12,7 +12,7 @@ from training import objectives
 from training.data import conversations
 from training.objectives import pipeline
 from training.data import tokenizers
-from training.objectives import chat
+from training.objectives import causal
 
 texts = train_test.texts
 BYTES = tokenizers.load('bytes')
@@ -99,11 +99,11 @@ def test_the_published_parts_are_fastchats_text(system, messages):
 def test_a_question_is_the_start_of_a_conversation(talks):
   config = _config(f'{talks}:messages')
   row = pipeline.training_loader(config, BYTES).batch(0)['tokens'][0]
-  asked = chat.question('Hello!', config, BYTES)
+  asked = causal.question('Hello!', config, BYTES)
   np.testing.assert_array_equal(asked, row[:len(asked)])
   assert _text(asked) == f'</s>{SYSTEM} USER: Hello! ASSISTANT:'
   assert BYTES.decode(row[len(asked):]).startswith(' Hi!')
-  assert chat.question('', config, BYTES).tolist() == [row[0]]
+  assert causal.question('', config, BYTES).tolist() == [row[0]]
 
 
 def _llama_like(tmp_path):
@@ -135,7 +135,7 @@ def test_a_question_and_its_answer_are_tokenised_as_one(talks, tmp_path):
   alone = tokenizer.encode(' Hi!').tolist()
   assert alone not in [expected[i:i + len(alone)]
                        for i in range(len(expected))]
-  asked = chat.question('Hello!', _config('jsonl:x:y'), tokenizer)
+  asked = causal.question('Hello!', _config('jsonl:x:y'), tokenizer)
   assert asked[1:].tolist() == expected[:len(asked) - 1]
   assert not weights[:len(asked) - 1].any() and weights[len(asked) - 1]
 
@@ -174,5 +174,5 @@ def test_alpacas_records_are_laid_out_by_its_template(kind, tmp_path):
     found.add((BYTES.decode(prompt), BYTES.decode(answer)))
   assert found == {(text, record['output'])
                    for text, record in zip(LAID_OUT, RECORDS)}
-  asked = chat.question('Sing!', config, BYTES)
+  asked = causal.question('Sing!', config, BYTES)
   assert asked[0] == end and BYTES.decode(asked) == LAID_OUT[1]

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.errors import RequestError
 from tests.helpers import evaluations, letters, models
-from training import generate, objectives, preflight
+from training import generate, objectives
 from training.data import packing
-from training.evals.tasks import diffusion
-from training.objectives import masked_diffusion
+from training.evals.tasks import loss as loss_task
+from training.objectives import mlm
 
 BYTES = letters.BYTES
 
@@ -28,7 +27,7 @@ def test_a_row_masks_each_token_with_the_probability_that_it_drew():
   config = letters.config('', 'masked_diffusion', 200)
   shares, excess = [], []
   for seed in range(600):
-    row = masked_diffusion.masked_diffusion(
+    row = mlm.masked_diffusion(
         packing.Window(ids, 201), np.random.default_rng(seed), config, BYTES)
     masked = row['tokens'] == BYTES.mask_id
     assert (row['tokens'][~masked] == ids[1:][~masked]).all()
@@ -107,7 +106,7 @@ def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
   batch = dict(tokens=np.tile(ids, (rows, 1)), targets=np.tile(ids, (rows, 1)),
                segment_ids=np.ones((rows, L), np.int32),
                weights=np.zeros((rows, L), np.float32))
-  program = jax.jit(diffusion._bound_program(module, config, BYTES.mask_id, 6))
+  program = jax.jit(loss_task.bound_program(module, config, BYTES.mask_id, 6))
   sums = np.asarray(program(params, batch, np.uint32(0)), np.float64)
   assert sums[[1, 4, 5]].tolist() == [rows * L, rows * L ** 2, rows]
   found = sums[0] / rows
@@ -119,7 +118,7 @@ def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
   error = (np.mean([np.var(x) for x in kinds]) / (rows * 6)) ** 0.5
   assert found == pytest.approx(np.mean(orders), abs=4 * error)
   # Every row is the same text, so that they differ by their draws alone.
-  told = diffusion._error(*sums) * L
+  told = loss_task.bound_error(*sums) * L
   assert told < error < 0.01 * np.mean(orders)
   assert np.ptp([np.mean(x) for x in kinds]) > 8 * error
 
@@ -131,10 +130,10 @@ def test_the_error_of_a_bound_is_that_of_a_ratio_over_rows():
     n = rng.integers(5, 20, 60).astype(float)
     x = n * rng.normal(2, 0.3, 60)
     ratios.append(x.sum() / n.sum())
-    errors.append(diffusion._error(
+    errors.append(loss_task.bound_error(
         x.sum(), n.sum(), (x ** 2).sum(), (x * n).sum(), (n ** 2).sum(), 60))
   assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.1)
-  assert np.isnan(diffusion._error(3.0, 2.0, 9.0, 6.0, 4.0, 1))
+  assert np.isnan(loss_task.bound_error(3.0, 2.0, 9.0, 6.0, 4.0, 1))
 
 
 def by_numpy(module, params, prompt, new, steps, mask):
@@ -156,19 +155,18 @@ def by_numpy(module, params, prompt, new, steps, mask):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('steps', [3])
-def test_what_it_is_surest_of_stays(steps):
+def test_what_it_is_surest_of_stays():
   """Prompts of two lengths, each as it would be alone, beside numpy."""
   module, params = models.make('bert', vocab_size=270)
   prompts = [[5, 9, 70, 8], [200, 3]]
   padded = np.array([[5, 9, 70, 8], [200, 3, 0, 0]], np.int32)
   write = jax.jit(lambda params: generate.write_diffusion(
       module, params, jnp.asarray(padded), jnp.array([4, 2]),
-      jax.random.key(0), new=7, steps=steps, mask=BYTES.mask_id,
+      jax.random.key(0), new=7, steps=3, mask=BYTES.mask_id,
       temperature=0.0))
   got = np.asarray(write(params))
   for row, prompt in zip(got, prompts):
-    want = by_numpy(module, params, prompt, 7, steps, BYTES.mask_id)
+    want = by_numpy(module, params, prompt, 7, 3, BYTES.mask_id)
     assert row.tolist() == want.tolist()
     assert BYTES.mask_id not in row
 
@@ -176,7 +174,7 @@ def test_what_it_is_surest_of_stays(steps):
 @pytest.mark.slow
 def test_tasks_tell_the_bound_and_write(texts, capsys):
   """The draws of many masks are near the one that an evaluation has."""
-  config = evaluations.config('modernbert', 'masked_diffusion')
+  config = evaluations.config('bert', 'masked_diffusion')
   config.data.update(source=texts, eval_source=texts, holdout_every=0)
   evaluation = evaluations.make(
       config, bound_samples=4, prompt='aa|||b', max_new_tokens=5,
@@ -193,15 +191,3 @@ def test_tasks_tell_the_bound_and_write(texts, capsys):
   written = evaluations.run('diffusion_samples', evaluation)
   assert [row['prompt'] for row in written['samples']] == ['aa', 'b']
   assert 'sample 2 of 2:\nb' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize('fields, words', [
-    (dict(system='gpt'), "'masked_diffusion', which does not fit model.arch"),
-    (dict(mask_rate=0.4), 'data.mask_rate is 0.4, which objective'),
-])
-def test_what_it_cannot_be_is_refused(fields, words):
-  fields = dict(fields)
-  config = evaluations.config(fields.pop('system', 'bert'), 'masked_diffusion')
-  config.data.update(fields)
-  with pytest.raises(RequestError, match=words):
-    preflight.check_config(config)

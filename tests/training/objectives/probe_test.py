@@ -93,17 +93,6 @@ def test_an_encoder_reads_what_does_not_show_its_answers():
     preflight.check_config(config)
 
 
-@pytest.mark.parametrize('get_config', [gpt.get_config, bert.get_config])
-def test_compression_tells_a_row_from_one_vector(get_config):
-  """With a head of MAD's decoder, of encoders too."""
-  config = get_config('tiny')
-  config.objective = 'compression'
-  config.data.update(source='probe:compression', length=32)
-  preflight.check_config(config)
-  model, _ = runs.resolve(config, tokenizers.load('bytes'))
-  assert model.head == 'vector' and model.vocab_size == 16
-
-
 def test_only_what_is_asked_for_counts():
   """The loss is log V per answer of a model that knows nothing, and targets
   that are not asked for do not move it."""

@@ -1,12 +1,12 @@
 """The documents of the tasks beside this file, and what is counted of them."""
 
 import functools
-import json
 import os
 import pathlib
 from typing import Any
 
-from configs.errors import RequestError, require
+from configs.errors import require
+from training.data import texts
 
 DATA = 'ARCHETYPE_DATA'
 
@@ -56,22 +56,13 @@ def _documents(folder: str, name: str, fields: tuple[str, ...]):
   files = sorted((pathlib.Path(root) / name).glob('*.jsonl'))
   require(bool(files), f'{pathlib.Path(root) / name} holds no *.jsonl: lm_eval '
           f'reads the folder {name} of --lm_eval_data, or of {DATA}')
-  found = []
+  documents = []
   for file in files:
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-      found.append(_object(line, f'{file}, line {number},', fields))
-  require(bool(found), f'{files[0].parent} holds no line')
-  return {'validation': datasets.Dataset.from_list(found)}
-
-
-def _object(line: bytes, where: str, fields: tuple[str, ...]) -> dict:
-  try:
-    row = json.loads(line)
-  except ValueError as error:
-    raise RequestError(f'{where} is broken JSON: {error}') from error
-  for name in fields:
-    require(isinstance(row, dict) and isinstance(row.get(name), str),
-            f'{where} has no text {name!r}')
-    require(name != 'text' or ' ' in row[name].strip(), f'{where} has one word '
-            'alone: the last word of a text is asked for')
-  return {name: row[name].strip() for name in fields}
+    for where, row in texts.rows(str(file)):
+      for field in fields:
+        text = texts.checked(row.get(field), f'{where}, field {field!r},')
+        require(field != 'text' or ' ' in text.strip(), f'{where}, has one '
+                'word alone: the last word of a text is asked for')
+      documents.append({field: row[field].strip() for field in fields})
+  require(bool(documents), f'{files[0].parent} holds no line')
+  return {'validation': datasets.Dataset.from_list(documents)}

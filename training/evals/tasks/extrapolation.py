@@ -11,18 +11,27 @@ and there is no loss. Of several sources each token counts by its source's
 weight.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import math
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from configs.errors import require
-from training.evals.task import Evaluation, Flag, Task, without
+import architectures
+from architectures.parts import positions
+from architectures.parts.config import ModelConfig
+from training import objectives, progress
+from training.data import packing
+from training.data.tokenizers import Tokenizer
+from training.distributed import devices
+from training.evals import Evaluation, Flag, Task, without
+from training.objectives import losses, pipeline
 
 FILE = 'extrapolation.png'
 MULTIPLES = (1, 2, 4, 8)
-BUCKETS = 8  # of the positions of the longest, in the table
+TOKENS = 2 ** 17  # at each length, at least
 
 
 class Text(NamedTuple):
@@ -36,7 +45,7 @@ class Text(NamedTuple):
   weights: np.ndarray
 
 
-def loss_at(curve: Any, text: Text, where: slice) -> float:
+def loss_at(curve: Any, text: Text, where: slice = slice(None)) -> float:
   """Returns the loss of the tokens at some positions; nan: there are none."""
   there = text.tokens[where] > 0
   if not there.any():
@@ -47,19 +56,17 @@ def loss_at(curve: Any, text: Text, where: slice) -> float:
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Prints the table; writes extrapolation.png into the workdir."""
-  from architectures.parts import positions
-  from training.evals import lengths
   model, length = evaluation.run.model, evaluation.run.config.data.length
   curves, texts = {}, {}
   for multiple in MULTIPLES:
-    sources = list(lengths.sources(evaluation, multiple, max(MULTIPLES)))
-    texts[multiple] = Text(*lengths.text(sources))
+    sources = list(_sources(evaluation, multiple))
+    texts[multiple] = _text(sources)
     # None where the model refuses the length.
     variants = positions.of(model).longer(model, length, multiple,
                                           evaluation.options.interpolate)
     for name, variant in variants.items():
       curves.setdefault(name, {})[multiple] = None if variant is None else (
-          lengths.by_position(evaluation, variant, sources, texts[multiple]))
+          _by_position(evaluation, variant, sources, texts[multiple]))
   print(table(curves, texts, length))
   path = evaluation.workdir / FILE
   plot(curves, texts, length, path)
@@ -73,42 +80,88 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
                      for name, by in curves.items()}}
 
 
+def _sources(evaluation: Evaluation, multiple: int
+             ) -> Iterator[tuple[float, list]]:
+  """Yields (weight of a token, batches) of each source, in as many tokens a
+  batch as the mesh allows. The rows are those of the longest multiple, cut into
+  pieces of this one's length: at each length the same tokens are predicted."""
+  config = evaluation.run.config.copy_and_resolve_references()
+  longest, place = max(MULTIPLES), evaluation.run.place
+  length, pieces = config.data.length * longest, longest // multiple
+  shards = math.prod(evaluation.run.mesh.shape.values())
+  rows = max(config.data.batch_size // longest // shards, 1) * shards
+  config.data.update(length=length, batch_size=rows)
+  for loader in pipeline.held_out(config, evaluation.tokenizer,
+                                  *devices.batch_shard(place, rows)):
+    batches = [devices.put(_cut(batch, pieces, evaluation.tokenizer), place)
+               for batch in loader.iterate(0, -(-TOKENS // (rows * length)))]
+    tokens = sum(float(batch['weights'].sum()) for batch in batches)
+    yield loader.share / tokens, batches
+
+
+def _cut(batch: Mapping[str, np.ndarray], pieces: int, tokenizer: Tokenizer
+         ) -> dict[str, np.ndarray]:
+  """Returns the rows of a batch cut into so many, each of which begins anew."""
+  cut = {name: x.reshape(len(x) * pieces, -1) for name, x in batch.items()}
+  if 'positions' in cut:  # of packed documents
+    each = [packing.documents(row_L == tokenizer.separator_id)
+            for row_L in cut['tokens']]
+    cut |= {name: np.stack([row[name] for row in each])
+            for name in ('segment_ids', 'positions')}
+  return cut
+
+
+def _sum(function: Callable, batches: Sequence) -> np.ndarray:
+  """Sums a function of batches, [L], in float64."""
+  rows = f'evaluating rows of {batches[0]["tokens"].shape[1]:,} tokens'
+  return sum(np.asarray(jax.device_get(function(batch)), np.float64)
+             for batch in progress.each(batches, rows))
+
+
+def _text(sources: Sequence[tuple[float, list]]) -> Text:
+  count = jax.jit(lambda batch: batch['weights'].sum(0))
+  tokens = [_sum(count, batches) for _, batches in sources]
+  return Text(sum(tokens).astype(int),
+              sum(each * x for (each, _), x in zip(sources, tokens)))
+
+
+def _by_position(evaluation: Evaluation, model: ModelConfig,
+                 sources: Sequence[tuple[float, list]], text: Text
+                 ) -> np.ndarray:
+  """Returns the mean loss at each position, [L], in nats; nan where there is
+  no token."""
+  module = architectures.build(model)
+  objective = objectives.of(evaluation.run.config)
+
+  def sums_of(params: Any, batch: Any):
+    output = objective.apply(module, params, batch)
+    loss_BL = losses.token_losses(output.hidden, output.head,
+                                  batch['targets']).loss
+    return jnp.sum(loss_BL * batch['weights'], 0)
+
+  step = evaluation.program(sums_of, 'extrapolation', model)
+  total = sum(each * _sum(lambda batch: step(evaluation.params, batch),
+                          batches) for each, batches in sources)
+  return np.divide(total, text.weights, where=text.tokens > 0,
+                   out=np.full(total.shape, np.nan))
+
+
 def table(curves: Mapping, texts: Mapping[int, Text], length: int) -> str:
-  """Mean loss at each length, then by position at the longest."""
-  longest = max(MULTIPLES)
-  edges = [length * longest * i // BUCKETS for i in range(BUCKETS + 1)]
-  whole = slice(None)
-  buckets = [(longest, slice(a, b)) for a, b in zip(edges, edges[1:])]
+  """Mean loss at each length, by variant, and over how many tokens; '—': what
+  is stretched for longer texts is not tried at this length."""
+  def shown(by: Mapping, multiple: int) -> str:
+    if by.get(multiple) is None:
+      return 'refused' if multiple in by else '—'
+    return f'{loss_at(by[multiple], texts[multiple]):.3f}'
+
+  rows = {'': [f'{m}x' for m in MULTIPLES]}
+  rows |= {name: [shown(by, m) for m in MULTIPLES]
+           for name, by in curves.items()}
+  rows['tokens'] = [f'{texts[m].tokens.sum():,}' for m in MULTIPLES]
   return '\n'.join([
-      'loss in nats per token at multiples of the training length '
-      f'{length}',
-      _row('', [f'{m}x' for m in MULTIPLES]),
-      *_rows(curves, texts, [(m, whole) for m in MULTIPLES]),
-      f'by position at {longest}x, up to position',
-      _row('', [f'{e:,}' for e in edges[1:]]),
-      *_rows(curves, texts, buckets)])
-
-
-def _rows(curves: Mapping, texts: Mapping[int, Text],
-          places: Iterable[tuple[int, slice]]) -> Iterator[str]:
-  """A row for each variant, and one that says how many tokens there are; '—':
-  what is stretched for longer texts is not tried at this length."""
-  for name, by in curves.items():
-    yield _row(name, [_shown(by[m], texts[m], where) if m in by else '—'
-                      for m, where in places])
-  yield _row('tokens', [f'{texts[m].tokens[where].sum():,}'
-                        for m, where in places])
-
-
-def _row(name: str, cells: Iterable) -> str:
-  return f'{name:<24}' + ''.join(f'{cell:>9}' for cell in cells)
-
-
-def _shown(curve: np.ndarray | None, text: Text, where: slice) -> str:
-  if curve is None:
-    return 'refused'
-  loss = loss_at(curve, text, where)
-  return 'no text' if math.isnan(loss) else f'{loss:.3f}'
+      f'loss in nats per token at multiples of the training length {length}',
+      *(f'{name:<24}' + ''.join(f'{cell:>9}' for cell in cells)
+        for name, cells in rows.items())])
 
 
 def plot(curves: Mapping, texts: Mapping[int, Text], length: int,
@@ -119,18 +172,15 @@ def plot(curves: Mapping, texts: Mapping[int, Text], length: int,
   from matplotlib import pyplot
   figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
   for name, by in curves.items():
-    taken = {m: c for m, c in by.items() if c is not None}
-    if not taken:
+    longest = max((m for m, c in by.items() if c is not None), default=None)
+    if longest is None:
       continue
-    curve, text = taken[max(taken)], texts[max(taken)]
-    edges = np.unique(np.geomspace(1, len(curve), 25).astype(int))
+    edges = np.unique(np.geomspace(1, len(by[longest]), 25).astype(int))
     axes.plot(np.sqrt(edges[:-1] * edges[1:]),  # the middle of each bin
-              [loss_at(curve, text, slice(a, b))  # nan: a gap in the line
+              [loss_at(by[longest], texts[longest], slice(a, b))  # nan: a gap
                for a, b in zip(edges, edges[1:])], label=name)
-  axes.axvline(length, color='grey', linestyle='--', linewidth=1)
-  axes.annotate('training length', (length, 1), xycoords=('data',
-                'axes fraction'), xytext=(-4, -12), textcoords='offset points',
-                ha='right', color='grey')
+  axes.axvline(length, color='grey', linestyle='--', linewidth=1,
+               label='training length')
   axes.set(xlabel='position in tokens', ylabel='loss in nats per token',
            title='held-out loss by position, of the longest text that each '
            'encoding takes')
@@ -143,27 +193,9 @@ def plot(curves: Mapping, texts: Mapping[int, Text], length: int,
   pyplot.close(figure)
 
 
-def _fits(config: Any, options: Any) -> None:
-  """Refuses --interpolate where it would change nothing."""
-  if not options.interpolate:
-    return
-  from architectures.parts import positions
-  from training import runs
-  model, length = runs.resolve_alone(config), config.data.length
-  as_asked, without_it = (
-      [positions.of(model).longer(model, length, multiple, interpolate)
-       for multiple in MULTIPLES] for interpolate in (True, False))
-  require(as_asked != without_it, '--interpolate stretches learned positions '
-          f'past model.max_len, and this run has model.position '
-          f'{model.position!r} and model.max_len {model.max_len:,}, so that '
-          f'{max(MULTIPLES)} times its data.length {length:,} needs no '
-          'stretching: leave --interpolate out')
-
-
 TASKS = {'extrapolation': Task(
     'loss by position at 1, 2, 4 and 8 times the training length', run,
     without(lambda objective: objective.every_token,
             'does not predict every token, so it has no loss by position'),
-    fits=_fits, flags=(Flag('interpolate', False,
-                'Stretch learned positions past max_len.'),),
-    file=FILE, figures=lambda config: ('length',))}
+    flags=(Flag('interpolate', False, 'Stretch learned positions past max_len.'
+                ),), figures=('length',))}

@@ -1,25 +1,54 @@
-"""What happens inside a model as it reads --prompt, as one HTML page.
+"""What happens inside a model as it reads --prompt, as one HTML page that opens
+without network.
 
 The text is shown to the model as in training, as far as the objective has a
 way to show one. The decoder of an encoder-decoder is shown --target, or else
-what the model itself writes. training/inspect says what is looked at.
+what the model itself writes. training/evals/inspection.py says what is looked
+at. Of the page in ../templates the tables stand in the HTML; inspect.js draws
+the attention maps from arrays that stand in the file too.
 """
 
-from collections.abc import Mapping, Sequence
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+import json
+import pathlib
 from typing import Any, NamedTuple
 
+import jax
+import jinja2
+import markupsafe
 import numpy as np
 
+import architectures
 from configs.errors import require, short
-from training.evals.task import Evaluation, Flag, Task, without
-from training.evals.tasks import embed, fill_mask
+from training import chat, generate, objectives
+from training.costs import totals
+from training.data import texts as text_files
+from training.evals import Evaluation, Flag, Task, inspection, without
+from training.evals.inspection import Experts, Inspection, Stream
+from training.evals.tasks import reading
+from training.hf import generation as hf_generation
+from training.workdir import storage
 
 FILE = 'inspect.html'
 MOST = 512  # tokens, whose attention maps a browser can show
 WRITTEN = 32  # tokens that an encoder-decoder writes, where none are given
 REPEATED, ROWS = 25, 4  # random tokens that come twice, in some rows
-NAMED = 16  # outliers, in the terminal
+FEATURES = 3  # of a layer, that are named
 SPACES = str.maketrans({' ': '␣', '\n': '↵', '\t': '⇥', '\r': '␍'})
+QUERIES = {'encoder': 'encoder', 'decoder': 'decoder', 'cross': 'decoder'}
+KEYS = QUERIES | {'cross': 'encoder'}
+TITLES = {'encoder': "the encoder's self-attention",
+          'decoder': "the decoder's self-attention",
+          'cross': "the decoder's attention to the encoder's output"}
+MEANINGS = {
+    'entropy': 'of a query’s weights, in nats; log n where n keys weigh alike',
+    'first token': 'the mean weight on the first token, on which many models '
+                   'put what they need nowhere else (Xiao et al. 2023)',
+    'learned sink': 'the mean share that the head’s sink takes',
+    'previous token': 'the mean weight on the token before',
+    'induction': 'on random tokens that come twice, the weight on what '
+                 'followed the query’s token before (Olsson et al. 2022)'}
 
 
 class Read(NamedTuple):
@@ -35,50 +64,40 @@ class Read(NamedTuple):
   notes: list[str]
 
 
+class Cell(NamedTuple):
+  """A cell of a table: its colour is as strong as its value, from 0 to 1, or
+  of the hue of an expert; the tip is shown beside it on request."""
+  text: str
+  value: float
+  tip: str
+  hue: int | None = None
+
+
 def run(evaluation: Evaluation) -> dict[str, Any]:
-  """Writes inspect.html into the workdir and prints a table of each stack."""
-  from training.costs import totals
-  from training.inspect import page
-  from training.workdir import storage
-  model, prompt = evaluation.run.model, evaluation.options.prompt
+  """Writes inspect.html into the workdir."""
+  model, tokenizer = evaluation.run.model, evaluation.tokenizer
   read = _read(evaluation)
-  top = min(evaluation.options.top_tokens, model.vocab_size)
-  found = _record(evaluation, read.arrays, top)
-  texts = {name: [readable(i, evaluation.tokenizer) for i in ids]
-           for name, ids in read.tokens.items()}
+  found = inspection.of(
+      evaluation.run.module, evaluation.params, read.arrays,
+      min(evaluation.options.top_tokens, model.vocab_size))
+  spell = lambda i: readable(i, tokenizer)
+  texts = {name: [spell(i) for i in ids] for name, ids in read.tokens.items()}
   measures = by_head(found, _repeated(evaluation))
   about = [f'{model.arch} of {evaluation.workdir}, step {evaluation.step}, '
-           f'reading {prompt!r}.', *read.notes,
+           f'reading {evaluation.options.prompt!r}.', *read.notes,
            *totals.layers(model)]
   if found.lens is None:
     about.append("There is no logit lens: the model's head scores no tokens of "
                  'the vocabulary.')
-  shown = page.Shown(f'Inside {model.arch}', about, texts,
-                     lambda i: readable(i, evaluation.tokenizer), measures)
   path = evaluation.workdir / FILE
-  storage.write(path, page.page(found, shown))
-  for line in about[1:]:
-    print(line)
-  for name in found.stream:
-    print(table(name, found, measures[name]))
-  print(f'attention maps and all else: {path}')
-  return _figures(found, texts, measures, shown.spell) | {'page': str(path)}
-
-
-def _record(evaluation: Evaluation, arrays: Mapping[str, np.ndarray], top: int):
-  """Returns the Inspection of the module's arguments."""
-  from training.inspect import record
-  look = evaluation.program(
-      lambda: record.program(evaluation.run.module, top), 'inspect', top)
-  return record.record(evaluation.run.model, arrays,
-                       look(evaluation.params, dict(arrays)))
+  storage.write(path, page(found, f'Inside {model.arch}', about, texts, spell,
+                           measures))
+  print('\n'.join([*about[1:], f'attention maps and all else: {path}']))
+  return _figures(found, texts, measures, spell) | {'page': str(path)}
 
 
 def _read(evaluation: Evaluation) -> Read:
   """Lays out --prompt, and --target of an encoder-decoder."""
-  import architectures
-  from training import chat, objectives
-  from training.hf import generation as hf_generation
   run_, tokenizer = evaluation.run, evaluation.tokenizer
   prompt, target = evaluation.options.prompt, evaluation.options.target
   objective, stack = objectives.of(run_.config), architectures.stack(run_.model)
@@ -100,9 +119,9 @@ def _read(evaluation: Evaluation) -> Read:
     read = Read(dict(tokens_BL=prompts.tokens, **prompts.arguments),
                 {stack: prompts.tokens[0]}, [])
   else:
-    before, after = embed.around(evaluation)
+    before, after = reading.around(evaluation)
     ids_L = np.concatenate(
-        [before, fill_mask.with_masks(prompt, tokenizer), after]
+        [before, reading.with_masks(prompt, tokenizer), after]
     ).astype(np.int32)
     read = Read(dict(tokens_BL=ids_L[None]), {stack: ids_L}, [])
   for name, ids_L in read.tokens.items():
@@ -116,9 +135,6 @@ def _read(evaluation: Evaluation) -> Read:
 def _target(evaluation: Evaluation, prompts: Any
             ) -> tuple[np.ndarray, list[str]]:
   """Returns what the decoder of an encoder-decoder is shown, [1, L]."""
-  import jax
-
-  from training import generate
   tokenizer, target = evaluation.tokenizer, evaluation.options.target
   start_1L, end = prompts.tokens, tokenizer.separator_id
   if target:
@@ -140,47 +156,44 @@ def _target(evaluation: Evaluation, prompts: Any
 def _repeated(evaluation: Evaluation) -> np.ndarray | None:
   """Returns the induction score of each head of a decoder, [N, H], on random
   tokens that come twice; None of other models, and of very short ones."""
-  import architectures
   model, tokenizer = evaluation.run.model, evaluation.tokenizer
   size = min(REPEATED, (model.max_len - 1) // 2)
-  if architectures.stack(model) != 'decoder' or size < 4:
-    return None
   usual = np.setdiff1d(np.arange(min(tokenizer.vocab_size, model.vocab_size)),
                        [*tokenizer.special_ids.values(),
                         *tokenizer.sentinel_ids])
-  if len(usual) < size:  # tokens would come more than twice
+  # Of fewer usual tokens, some would come more than twice.
+  if architectures.stack(model) != 'decoder' or not 4 <= size <= len(usual):
     return None
   random = np.random.default_rng(0)
   drawn = np.stack([random.choice(usual, size, replace=False)
                     for _ in range(ROWS)])
   first = np.full((ROWS, 1), tokenizer.separator_id)
-  arrays = dict(tokens_BL=np.concatenate([first, drawn, drawn], 1).astype(
-      np.int32))
-  found = _record(evaluation, arrays, 0)
+  tokens_BL = np.concatenate([first, drawn, drawn], 1).astype(np.int32)
+  found = inspection.of(evaluation.run.module, evaluation.params,
+                        dict(tokens_BL=tokens_BL), 0)
   return found.attention['decoder'].induction.mean(1)
 
 
-def by_head(found: Any, induction_NH: np.ndarray | None
+def by_head(found: Inspection, induction_NH: np.ndarray | None
             ) -> dict[str, dict[str, np.ndarray]]:
   """Returns one number a head of each figure, [N, H], by name of attention.
 
   Args:
-    found: an Inspection, of whose rows the first counts.
+    found: of whose rows the first counts.
     induction_NH: of a decoder, measured apart.
   """
-  from training.inspect import page
   measures = {}
   for name, attention in found.attention.items():
-    every_BL = found.real[page.QUERIES[name]]
+    every_BL = found.real[QUERIES[name]]
     # A causal query sees nothing but the first token, where that is its own.
     later_BL = every_BL.copy()
     if name == 'decoder' and every_BL.shape[1] > 1:
       later_BL[:, 0] = False
-    mean = lambda of, counted_BL, a=attention: a.by_head(of, counted_BL)[:, 0]
-    measures[name] = {'entropy': mean('entropy', every_BL),
-                      'first token': mean('first', later_BL)}
+    mean = lambda x, counted_BL: inspection.mean_of_queries(x, counted_BL)[:, 0]
+    measures[name] = {'entropy': mean(attention.entropy, every_BL),
+                      'first token': mean(attention.first, later_BL)}
     if attention.sink.max() > 1e-3:
-      measures[name]['learned sink'] = mean('sink', every_BL)
+      measures[name]['learned sink'] = mean(attention.sink, every_BL)
     if attention.previous is not None:
       measures[name]['previous token'] = attention.previous[:, 0]
     if name == 'decoder' and induction_NH is not None:
@@ -188,41 +201,9 @@ def by_head(found: Any, induction_NH: np.ndarray | None
   return measures
 
 
-def table(name: str, found: Any, measures: Mapping[str, np.ndarray]) -> str:
-  """Returns a row for each layer of a stack: what a terminal has room for."""
-  from training.inspect import page
-  stream = found.stream[name]
-  lines = [f'{name}, {found.tokens[name].shape[1]} tokens; of each figure of '
-           'heads the mean, and the head with the most',
-           f'{"layer":<10}{"norm":>9}  {"largest feature":<24}'
-           + ''.join(f'{of:>20}' for of in measures)]
-  for n, norms in enumerate(stream.norms[:, 0]):
-    feature = page.largest(stream.peaks[n, 0])[0]
-    size, rms = stream.peaks[n, 0, feature], stream.rms[n, 0]
-    times = f'{size / rms:.1f} x rms' if rms else 'n/a'
-    line = (f'{n - 1 if n else "embedding":<10}{norms.mean():>9.3g}  '
-            f'{f"{feature}: {size:.3g} ({times})":<24}')
-    for values in measures.values():
-      line += f'{_told(values[n - 1]):>20}' if n else ''
-    lines.append(line.rstrip())
-  outliers = np.flatnonzero(stream.outliers[0]).tolist()
-  named = ', '.join(map(str, outliers[:NAMED])) or 'none'
-  lines.append('outlier features (Dettmers et al. 2022): ' + named + (
-      f' and {len(outliers) - NAMED} more' if len(outliers) > NAMED else '')
-               + '\n')
-  return '\n'.join(lines)
-
-
-def _told(values_H: np.ndarray) -> str:
-  if np.isnan(values_H).all():
-    return 'n/a'
-  most = int(np.nanargmax(values_H))
-  return f'{np.nanmean(values_H):.3f} ({most}: {values_H[most]:.3f})'
-
-
 def readable(token: int, tokenizer: Any) -> str:
   """Returns a token for a reader, its spaces and line breaks to be seen."""
-  text = fill_mask.spelt(int(token), tokenizer)
+  text = reading.spelt(int(token), tokenizer)
   if token < tokenizer.vocab_size and not text.startswith(' ') and (
       tokenizer.piece(int(token)).startswith('▁')):
     text = ' ' + text  # sentencepiece takes it off
@@ -230,7 +211,7 @@ def readable(token: int, tokenizer: Any) -> str:
   return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _figures(found: Any, texts: Mapping[str, Sequence[str]],
+def _figures(found: Inspection, texts: Mapping[str, Sequence[str]],
              measures: Mapping[str, Mapping[str, np.ndarray]], spell: Any
              ) -> dict[str, Any]:
   """Returns what goes into --json; the maps themselves stand in the page."""
@@ -251,28 +232,156 @@ def _figures(found: Any, texts: Mapping[str, Sequence[str]],
                   for name, experts in found.experts.items()}}
   if found.lens is not None:
     figures['lens'] = [
-        [[dict(text=spell(i), id=i, probability=p) for i, p in zip(*cell)]
-         for cell in zip(*layer)]
-        for layer in zip(found.lens.ids[:, 0].tolist(),
-                         found.lens.probabilities[:, 0].tolist())]
+        [[dict(text=spell(i), id=i, probability=p) for i, p in cell]
+         for cell in layer] for layer in _lens(found)]
   return figures
 
 
-def _check(options: Any) -> None:
-  from training.data import texts
+def _lens(found: Inspection) -> list[list[list[tuple[int, float]]]]:
+  """Returns the ids and probabilities of each token of each layer."""
+  return [[list(zip(*cell)) for cell in zip(*layer)] for layer in zip(
+      found.lens.ids[:, 0].tolist(), found.lens.probabilities[:, 0].tolist())]
+
+
+def page(found: Inspection, title: str, about: Sequence[str],
+         texts: Mapping[str, Sequence[str]], spell: Any,
+         measures: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+  """Returns the whole file.
+
+  Args:
+    found: the record; of several rows, the first.
+    title: a short one.
+    about: sentences on what was looked at.
+    texts: the tokens as a reader is shown them, by name.
+    spell: an id -> the same of any token.
+    measures: {attention: {figure: [N, H]}}, one number a head; nan: none.
+  """
+  maps = []
+  for name, attention in found.attention.items():
+    weights_NHLM = attention.weights[:, 0]
+    units = np.round(np.clip(weights_NHLM, 0, 1) * 65535).astype('<u2')
+    maps.append(dict(
+        name=name, queries=QUERIES[name], keys=KEYS[name],
+        shape=weights_NHLM.shape,
+        weights=base64.b64encode(units.tobytes()).decode('ascii'),
+        measures={of: [[None if np.isnan(x) else round(float(x), 4)
+                        for x in row] for row in values]
+                  for of, values in measures[name].items()}))
+  # '<' would end the script early if a token held </script>.
+  data = json.dumps(
+      {'tokens': {name: list(row) for name, row in texts.items()},
+       'maps': maps}, allow_nan=False).replace('<', '\\u003c')
+  template = jinja2.Environment(
+      loader=jinja2.FileSystemLoader(
+          pathlib.Path(__file__).parents[1] / 'templates'),
+      autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined,
+  ).get_template('inspect.html')
+  return template.render(
+      title=title, about=about, data=data,
+      sections=list(_sections(found, texts, spell, measures))).lstrip()
+
+
+def _sections(found: Inspection, texts: Mapping[str, Sequence[str]],
+              spell: Any, measures: Mapping[str, Mapping[str, np.ndarray]]
+              ) -> Iterator[dict[str, Any]]:
+  """Yields what the template is given of each section. A table is its columns,
+  the names of its rows, and these."""
+  for name in found.attention:
+    yield dict(id=f'maps-{name}', heading=f'Attention: {TITLES[name]}',
+               kind='maps',
+               notes=[f'{of}: {MEANINGS[of]}' for of in measures[name]])
+  for name, stream in found.stream.items():
+    yield dict(id=f'stream-{name}', heading=f'Residual stream of the {name}',
+               kind='stream', **_stream(stream, texts[name]))
+  if found.lens is not None:
+    name = 'decoder' if 'decoder' in found.stream else 'encoder'
+    rows = [[Cell(spell(cell[0][0]), cell[0][1], '\n'.join([
+        _where(texts[name], i), _after(n),
+        *(f'{p:.4f}  {spell(x)}' for x, p in cell)]))
+             for i, cell in enumerate(layer)]
+            for n, layer in enumerate(_lens(found))]
+    yield dict(id='lens', heading='Logit lens', kind='lens',
+               predicted='the next token' if name == 'decoder' else
+               'the token itself',
+               table=(texts[name], _layers(len(rows))[::-1], rows[::-1]))
+  for name, experts in found.experts.items():
+    yield dict(id=f'experts-{name}', heading=f'Experts of the {name}',
+               kind='experts', count=experts.probabilities.shape[-1],
+               table=(texts[name], experts.layers, [
+                   [_expert(experts, n, i,
+                            f'{_where(texts[name], i)}\nlayer {layer}')
+                    for i in range(len(texts[name]))]
+                   for n, layer in enumerate(experts.layers)]))
+
+
+def _stream(stream: Stream, texts: Sequence[str]) -> dict[str, Any]:
+  """Returns the table of norms, the largest features of each layer, and which
+  features are outliers."""
+  norms = stream.norms[:, 0]
+  logs = np.log(np.maximum(norms, 1e-9))
+  heat = (logs - logs.min()) / max(logs.max() - logs.min(), 1e-9)
+  rows = [[Cell(f'{x:.3g}', v,
+                f'{_where(texts, i)}\n{_after(n)}\nnorm {x:.5g}')
+           for i, (x, v) in enumerate(zip(*layer))]
+          for n, layer in enumerate(zip(norms, heat))]
+  names, layers = _layers(len(norms)), []
+  times = lambda x, of: f'{x / of:.3g}' if of > 0 else '∞'
+  for n, peaks_D in enumerate(stream.peaks[:, 0]):
+    median, rms = stream.median[n, 0], stream.rms[n, 0]
+    largest = np.argsort(-peaks_D, kind='stable')[:FEATURES].tolist()
+    layers.append((
+        names[n], f'{norms[n].mean():.4g}', f'{median:.3g}', f'{rms:.3g}',
+        '; '.join(f'{d}: {peaks_D[d]:.3g} (× {times(peaks_D[d], median)}, × '
+                  f'{times(peaks_D[d], rms)})' for d in largest)))
+  features = np.flatnonzero(stream.outliers[0]).tolist()
+  more = f' and {len(features) - 64} more' if len(features) > 64 else ''
+  return dict(table=(texts, names, rows), layers=layers,
+              outliers=', '.join(map(str, features[:64])) + more or 'none')
+
+
+def _expert(experts: Experts, n: int, i: int, where: str) -> Cell:
+  """Returns the cell of a token in a layer of experts."""
+  gates_E, shares_E = experts.gates[n, 0, i], experts.probabilities[n, 0, i]
+  chosen = np.flatnonzero(experts.chosen[n, 0, i])
+  chosen = chosen[np.argsort(-gates_E[chosen], kind='stable')]
+  lost = markupsafe.Markup('<s class="lost">{}</s>')
+  text = markupsafe.Markup(' ').join(
+      e if gates_E[e] else lost.format(e) for e in chosen) or '–'
+  tip = '\n'.join([
+      where, *(f'expert {e}: gate {gates_E[e]:.4f}'
+               + ('' if gates_E[e] else ', no room') for e in chosen),
+      'router: ' + ', '.join(f'{e} {shares_E[e]:.3f}' for e in np.argsort(
+          -shares_E, kind='stable')[:8])])
+  hue = 360 * int(chosen[0]) // len(gates_E) if len(chosen) else None
+  return Cell(text, 0.0, tip, hue)
+
+
+def _layers(count: int) -> list[str]:
+  return ['embedding', *map(str, range(count - 1))]
+
+
+def _after(n: int) -> str:
+  return f'after layer {n - 1}' if n else 'before the first layer'
+
+
+def _where(texts: Sequence[str], i: int) -> str:
+  return f'{texts[i]} (token {i})'
+
+
+def _check(options: Any, config: Any) -> None:
+  del config
   require(bool(options.prompt.strip()), 'task inspect reads a text: pass '
           "--prompt='My fellow citizens'")
   require('|||' not in options.prompt, "task inspect shows one prompt: pass "
           "--prompt without '|||'")
   for name in ('prompt', 'target'):
-    texts.checked(getattr(options, name), f'--{name}')
+    text_files.checked(getattr(options, name), f'--{name}')
 
 
 TASKS = {'inspect': Task(
     'attention maps, residual stream, logit lens and experts as the model '
     'reads --prompt, as an HTML page', run,
-    without(embed.reads_text, embed.NO_TEXT), check=_check, file=FILE,
-    held_out=False,
+    without(reading.reads_text, reading.NO_TEXT), check=_check, held_out=False,
     flags=(
         Flag('prompt', '', 'The text to read.'),
         Flag('target', '', 'What the decoder of an encoder-decoder is shown; '

@@ -1,42 +1,75 @@
 """The measures of labelled data: what the model answers to every record that is
 held out, and how good that is.
 
-Which figures there are is the objective's own: `Objective.measure`. What it is
-given are the scores of the model's head or, of a model without one, the texts
-that the model wrote.
+Of labels: accuracy; F1 of each label and the mean of those that occur, be it as
+an answer or as a prediction (macro); of two labels the F1 of the second, which
+is taken as the positive one, as 1 is of 0 and 1; and Matthews' correlation
+coefficient (Matthews 1975), as GLUE's tasks are measured (Wang et al. 2018), by
+scikit-learn. Of numbers: Pearson's and Spearman's correlation. Of answers to
+questions: see ../answers.py.
+
+Of words: how many labels are right, and of entities their F1, which is
+seqeval's (Nakayama 2018). An entity counts as found where its type, its first
+and its last word are right. seqeval reads labels in two ways, and both are
+given. By default, as conlleval, an I that follows on nothing begins an entity;
+with `strict` it is none. Labels of a file are alike in both; those of a model
+need not be.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+import importlib.util
+import json
+from typing import Any, NamedTuple
+import warnings
 
+import jax
 import numpy as np
 
+import architectures
 from configs.errors import require
-from training.measures import classes, words
-from training.evals.task import Evaluation, Flag, Task
+from training import progress
+from training.data import labelled, records, sources
+from training.evals import Evaluation, Flag, Task, answers, held_out
+from training.evals.tasks import writing
+from training.objectives import pipeline
+from training.workdir import storage
+
+NONE = '(none of these)'
+
+
+class Measured(NamedTuple):
+  """What is found of some records.
+
+  Attributes:
+    figures: by name; a dict holds those of a part.
+    lines: for a reader.
+    files: the texts of files of predictions, by what is put before the suffix
+      of their name.
+  """
+  figures: dict[str, Any]
+  lines: list[str]
+  files: dict[str, str]
 
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Measures the answers to all that is held out, each source on its own."""
-  from training.evals import held_out
-  from training.objectives import pipeline
-  from training.evals.tasks import exact
-  from training.workdir import storage
-  config = evaluation.run.config
+  config, name = evaluation.run.config, evaluation.options.predictions
   loaders = pipeline.held_out(config, evaluation.tokenizer, in_order=True)
-  _check_held_out(evaluation, loaders)
-  objective, found = loaders[0].objective, []
+  if config.objective == 'question_answering' and name:
+    require(len(loaders) == 1, '--predictions is one file, and '
+            f'{len(loaders)} sources are evaluated: evaluate one by --text')
+    answers.check_ids(loaders[0].views[0])
+  found = []
   for loader in loaders:
-    answers = (exact.written(evaluation, loader, loader.num_batches)
-               if objective.head == 'lm' else scores(evaluation, loader))
-    found.append(objective.measure(loader.views[0], answers, config,
-                                   evaluation.options))
+    told = (writing.written(evaluation, loader, loader.num_batches)
+            if loader.objective.head == 'lm' else scores(evaluation, loader))
+    found.append(MEASURES[config.objective](loader.views[0], told, evaluation))
     print('\n'.join([f'{loader.text}:', *found[-1].lines]))
-  if evaluation.options.predictions:
-    for kind in found[0].files:
-      file = _file(evaluation.options.predictions, kind)
-      storage.write(file, ''.join(one.files[kind] for one in found))
-      print(f'written: {file}')
+  for kind in found[0].files if name else ():
+    path = storage.path(name, '--predictions')
+    path = path.with_name(f'{path.stem}.{kind}{path.suffix}') if kind else path
+    storage.write(path, ''.join(one.files[kind] for one in found))
+    print(f'written: {path}')
   if len(found) == 1:
     return found[0].figures
   # Not those of questions without answers, which some sources do not have.
@@ -46,37 +79,19 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   figures = {name: held_out.mix([one.figures[name] for one in found], loaders)
              for name in names}
   shares = ', '.join(f'{loader.share:.3g} {loader.name}' for loader in loaders)
-  print(f'the mean by weight, {shares}:')
-  for name, value in figures.items():
-    print(f'  {name.replace("_", " "):<22} {held_out.shown(value)}')
+  print('\n'.join([f'the mean by weight, {shares}:', *_lines(figures)]))
   return figures | {'sources': {loader.name: one.figures
                                 for loader, one in zip(loaders, found)}}
 
 
-def _check_held_out(evaluation: Evaluation, loaders: Sequence[Any]) -> None:
-  """Raises RequestError for records whose answers could not be written, before
-  there is any answer."""
-  from training.measures import questions
-  objective = loaders[0].objective
-  if objective.head == 'span' and evaluation.options.predictions:
-    require(len(loaders) == 1, '--predictions is one file, and '
-            f'{len(loaders)} sources are evaluated: evaluate one by --text')
-    questions.check_ids(loaders[0].views[0])
-
-
-def scores(evaluation: Evaluation, loader: Any) -> list[np.ndarray]:
+def scores(evaluation: Evaluation, loader: pipeline.Loader
+           ) -> list[np.ndarray]:
   """Returns the scores of each row of a loader's view, in its order: [K], or
   of each token [L, K], where L is the length that its batch was padded to."""
-  import jax
-
-  from training import progress
   objective, module = loader.objective, evaluation.run.module
-
-  def program():
-    return lambda params, batch: objective.apply(
-        module, params, batch).extra['scores']
-
-  step, found = evaluation.program(program, 'labels'), []
+  step = evaluation.program(lambda params, batch: objective.apply(
+      module, params, batch).extra['scores'], 'labels')
+  found = []
   for batch in progress.each(loader.iterate(), 'answering',
                              loader.num_batches):
     found += [*jax.device_get(
@@ -84,19 +99,195 @@ def scores(evaluation: Evaluation, loader: Any) -> list[np.ndarray]:
   return found[:loader.num_windows]
 
 
-def _file(name: str, kind: str) -> Any:
-  """Returns the path of one of the files of predictions: of FILE.json and
-  `nbest` FILE.nbest.json."""
-  from training.workdir import storage
-  path = storage.path(name, '--predictions')
-  return path.with_name(f'{path.stem}.{kind}{path.suffix}') if kind else path
+def of_scores(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
+  """Measures the label with the highest score of each row.
+
+  Args:
+    view: of training/data/records.py, with labels.
+    scores: [U] of each of its rows.
+  """
+  scores_NU = np.stack(scores)
+  targets = np.array([item.target for item in view.items])
+  p_NU = np.exp(scores_NU - scores_NU.max(1, keepdims=True))
+  p_NU /= p_NU.sum(1, keepdims=True)
+  predictions = [
+      _record(record) | {
+          'predicted': view.labels[int(p_U.argmax())],
+          'probabilities': dict(zip(view.labels, map(float, p_U)))}
+      for record, p_U in zip(view.records, p_NU)]
+  return _classified(view.labels, targets, scores_NU.argmax(1), predictions)
+
+
+def of_texts(view: Any, written: Sequence[tuple[str, str, bool]], *_: Any
+             ) -> Measured:
+  """Measures labels that are written as text.
+
+  Args:
+    view: not read.
+    written: (what the model wrote, the label) of each row, and more. The space
+      that some tokenizers put before a text is no part of either.
+  """
+  del view
+  rows = [(text.strip(), target.strip()) for text, target, *_ in written]
+  labels = records.in_order(target for _, target in rows)
+  require(len(labels) > 1, f'what is held out has one label, {labels[0]!r}: '
+          'there is nothing to measure')
+  numbers = {label: i for i, label in enumerate(labels)}
+  found = np.array([numbers.get(text, len(labels)) for text, _ in rows])
+  targets = np.array([numbers[target] for _, target in rows])
+  predictions = [{'label': target, 'predicted': text} for text, target in rows]
+  return _classified(
+      [*labels, NONE] if (found == len(labels)).any() else labels, targets,
+      found, predictions, len(labels))
+
+
+def _classified(names: Sequence[str], targets: np.ndarray, found: np.ndarray,
+                predictions: list[dict], count: int = 0) -> Measured:
+  """Of the first `count` labels; 0: of all. Those after them are never right.
+  """
+  from sklearn import metrics
+  count = count or len(names)
+  labels = dict(labels=range(count), zero_division=0.0)
+  precision, recall, f1, rows = metrics.precision_recall_fscore_support(
+      targets, found, **labels)
+  occur = np.union1d(targets, found)
+  macro = float(np.mean(f1[occur[occur < count]]))
+  figures = {
+      'accuracy': float(metrics.accuracy_score(targets, found)),
+      'f1': float(f1[1]) if count == 2 else macro, 'f1_macro': macro,
+      'mcc': float(metrics.matthews_corrcoef(targets, found))}
+  confusion = metrics.confusion_matrix(targets, found, labels=range(len(names)))
+  each = [{'label': name, 'precision': float(p), 'recall': float(r),
+           'f1': float(f), 'rows': int(n)}
+          for name, p, r, f, n in zip(names, precision, recall, f1, rows)]
+  report = metrics.classification_report(
+      targets, found, target_names=names[:count], digits=4, **labels)
+  return Measured(
+      figures | {'rows': len(targets), 'by_label': each, 'labels': [*names],
+                 'confusion': confusion.tolist()},
+      [f'{len(targets):,} records', *_lines(figures), *report.splitlines()],
+      _jsonl(predictions))
+
+
+def of_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
+  """Measures numbers, [1] of each row."""
+  from scipy import stats
+  found = np.array([float(score[0]) for score in scores])
+  targets = np.array([item.target for item in view.items])
+  with warnings.catch_warnings():
+    # Of a constant there is no correlation: nan, which is shown as n/a.
+    warnings.simplefilter('ignore')
+    pearson, spearman = (
+        float(kind(targets, found).statistic) if len(found) > 1 else np.nan
+        for kind in (stats.pearsonr, stats.spearmanr))
+  error = found - targets
+  figures = {'pearson': pearson, 'spearman': spearman,
+             'mean_squared_error': float(np.mean(error ** 2)),
+             'mean_absolute_error': float(np.mean(np.abs(error)))}
+  predictions = [_record(record) | {'predicted': float(value)}
+                 for record, value in zip(view.records, found)]
+  return Measured(figures | {'rows': len(targets)},
+                  [f'{len(targets):,} records', *_lines(figures)],
+                  _jsonl(predictions))
+
+
+def of_words(view: records.Sentences, scores: Sequence[np.ndarray], *_: Any
+             ) -> Measured:
+  """Measures the likeliest label of each word of each sentence.
+
+  A word in which no token begins gets the label O, or '_' where that is none.
+
+  Args:
+    view: the sentences.
+    scores: of each item, [L, K]: of its row's tokens, padding or not.
+  """
+  outside = 'O' if 'O' in view.labels else '_'
+  found = [[outside] * len(sentence.words) for sentence in view.records]
+  told = 0
+  for piece, scores_LK in zip(view.items, scores, strict=True):
+    for place in np.flatnonzero(piece.words != records.NO_WORD):
+      # Before the sentence stands one token.
+      likeliest = int(np.argmax(scores_LK[1 + place]))
+      found[piece.sentence][piece.words[place]] = view.labels[likeliest]
+      told += 1
+  right = [sentence.labels for sentence in view.records]
+  same = [a == b for rows in zip(right, found) for a, b in zip(*rows)]
+  figures = dict(accuracy=sum(same) / len(same), words=len(same),
+                 sentences=len(right), without_tokens=len(same) - told)
+  lines = [f'{len(right):,} sentences of {len(same):,} words, of which '
+           f'{len(same) - told:,} have no token',
+           f'  accuracy         {figures["accuracy"]:.4f}']
+  if labelled.marks_entities(view.labels):
+    found_entities, table = entities(right, found)
+    figures |= found_entities
+    lines += table
+  return Measured(figures, lines, {'': ''.join(
+      ''.join(' '.join(row) + '\n' for row in zip(
+          sentence.words, sentence.labels, own, strict=True)) + '\n'
+      for sentence, own in zip(view.records, found))})
+
+
+def entities(right: Sequence[Sequence[str]], found: Sequence[Sequence[str]]
+             ) -> tuple[dict[str, Any], list[str]]:
+  """Returns precision, recall and F1 of entities, and a table of them.
+
+  Args:
+    right: the labels of each sentence.
+    found: those that a model gives.
+
+  Returns:
+    precision, recall, f1: of all entities (micro averages), from 0 to 1;
+    strict_precision, strict_recall, strict_f1; entities, how many there are;
+    types: {type: {precision, recall, f1, entities}}.
+  """
+  from seqeval import metrics, scheme
+  how: dict[str, Any] = dict(zero_division=0)
+  strict = how | dict(mode='strict', scheme=scheme.IOB2)
+  own, strictly = (
+      {name: dict(precision=float(row['precision']),
+                  recall=float(row['recall']), f1=float(row['f1-score']),
+                  entities=int(row['support'])) for name, row in
+       metrics.classification_report(right, found, output_dict=True,
+                                     **way).items()} for way in (how, strict))
+  figures = own['micro avg'] | {
+      f'strict_{name}': value for name, value in strictly['micro avg'].items()
+      if name != 'entities'}
+  figures['types'] = {name: row for name, row in own.items()
+                      if not name.endswith(' avg')}
+  table = metrics.classification_report(right, found, digits=4, **how)
+  return figures, [*table.splitlines(), *_lines(
+      {name: value for name, value in figures.items() if 'strict' in name})]
+
+
+def of_questions(view: records.Questions, scores: Sequence[np.ndarray],
+                 evaluation: Evaluation) -> Measured:
+  """Measures answers to questions."""
+  found = answers.answers(view, scores,
+                          architectures.stack(evaluation.run.model),
+                          evaluation.options)
+  figures = answers.figures(view, found)
+  return Measured(figures, answers.lines(figures),
+                  {} if not evaluation.options.predictions else
+                  answers.written(view, found))
+
+
+def _jsonl(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
+  return {'': ''.join(json.dumps(row, ensure_ascii=False) + '\n'
+                      for row in rows)}
+
+
+def _record(record: Any) -> dict[str, Any]:
+  return {'where': record.where.rstrip(','), 'texts': [*record.texts],
+          'label': record.label}
+
+
+def _lines(figures: dict[str, float]) -> list[str]:
+  return [f'  {name.replace("_", " "):<22} {held_out.shown(value)}'
+          for name, value in figures.items()]
 
 
 def _unfit(config: Any) -> str:
-  from training import objectives
-  from training.data import sources
-  objective = objectives.of(config)
-  if objective.measure is None:
+  if config.objective not in MEASURES:
     return f'objective {config.objective!r} learns no labels'
   spec = config.data.eval_source or config.data.source
   if all(source.records for _, source in sources.parse(spec)):
@@ -104,45 +295,34 @@ def _unfit(config: Any) -> str:
   return f'data source {spec!r} has no labels'
 
 
-def _check(options: Any) -> None:
-  from training.workdir import storage
-  classes.check_installed()
-  words.check_package()
+def _check(options: Any, config: Any) -> None:
+  del config
+  for package, name in (('sklearn', 'scikit-learn'), ('seqeval', 'seqeval')):
+    require(importlib.util.find_spec(package) is not None, 'task labels needs '
+            f"the package {name}: pip install 'archetype[finetune]'")
   if options.predictions:
     storage.output(options.predictions, '--predictions')
 
 
-def _fits(config: Any, options: Any) -> None:
-  """Raises RequestError for flags that only answers to questions are read by,
-  where there are none, or none are written."""
-  from training import objectives
-  answers = objectives.of(config).head == 'span'
-  for flag in ANSWERS:
-    value = getattr(options, flag.name)
-    require(answers or value == flag.default, f'--{flag.name} is {value}, '
-            f'which is read of answers to questions alone, and objective '
-            f'{config.objective!r} has none: leave it out')
-  require(bool(options.predictions) or options.n_best == ANSWERS[0].default,
-          f'--n_best is {options.n_best}, which is read with --predictions '
-          'alone')
-
-
-def _figures(config: Any) -> tuple[str, ...]:
-  from training import objectives
-  return *objectives.of(config).measured, 'sources/*'
-
-
-# Of answers to questions alone.
-ANSWERS = (
-    Flag('n_best', 20, 'How many of the best answers to a question are '
-         'written.', 1, 1000),
-    Flag('max_answer_length', 30, 'The most tokens of an answer.', 1, 10_000),
-    Flag('null_threshold', 0.0, 'How much more likely than the best answer '
-         '(in nats) it has to be that there is none.', -1e6, 1e6))
+# How the answers to a view are measured, by objective: (view, answers,
+# evaluation) -> Measured. The answers are the scores of each row or, of a model
+# without a head of its own, what it wrote.
+MEASURES = {'classification': of_scores, 'regression': of_numbers,
+            'token_classification': of_words,
+            'question_answering': of_questions, 'seq2seq': of_texts}
 TASKS = {'labels': Task(
     'accuracy, F1, correlations: what labelled data say', run, _unfit, _check,
-    _fits, figures=_figures,
+    figures=('accuracy', 'f1', 'f1_macro', 'mcc', 'rows', 'pearson', 'spearman',
+             'mean_squared_error', 'mean_absolute_error', 'words', 'sentences',
+             'without_tokens', 'precision', 'recall', 'entities', 'strict_*',
+             'types/*', *answers.FIGURES, 'sources/*'),
     flags=(
         Flag('predictions', '', 'A file for what is predicted of each record: '
              'words with labels, or answers as JSON.', asks=True),
-        *ANSWERS))}
+        # Of answers to questions alone.
+        Flag('n_best', 20, 'How many of the best answers to a question are '
+             'written.', 1, 1000),
+        Flag('max_answer_length', 30, 'The most tokens of an answer.', 1,
+             10_000),
+        Flag('null_threshold', 0.0, 'How much more likely than the best answer '
+             '(in nats) it has to be that there is none.', -1e6, 1e6)))}

@@ -10,6 +10,14 @@ no window before it did: each token once, from at least length - stride tokens
 (but at the document's beginning). This is the recipe of transformers'
 documentation, "Perplexity of fixed-length models", with the separator as the
 first token.
+
+The bound on the loss of masked diffusion is told by many draws. Of a row of n
+tokens each draw masks l of them, and counts the losses of the masked tokens
+n / l times. l is uniform from 1 to n, which gives the same mean as a random
+share of masked tokens and spreads less (LLaDA, arXiv 2502.09992, equation 6).
+The draws of a row take its l evenly spread, from a random start. The standard
+error is that of the mean over rows: of another held-out text of the same kind,
+and by other draws.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,40 +25,41 @@ import math
 import re
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from configs.errors import one_of, require
-from training.evals.task import Evaluation, Flag, Task
+from training import generate, objectives, progress
+from training.data import sources
+from training.evals import Evaluation, Flag, Task, held_out, scoring, without
+from training.objectives import losses
+from training.runs import make_eval_step
 
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Evaluates every held-out token once."""
-  from training import progress
-  from training.evals import held_out
-  from training.runs import make_eval_step
   config = evaluation.run.config
   if evaluation.options.stride:
     return strided(evaluation)
   loaders = evaluation.held_out()
-  step = evaluation.program(
-      lambda: make_eval_step(evaluation.run.module, config), 'loss')
+  step = evaluation.program(make_eval_step(evaluation.run.module, config),
+                            'loss')
   sums = [held_out.sums(
       step, evaluation.params, progress.each(
           loader.iterate(), 'evaluating', loader.num_batches),
       evaluation.run.put) for loader in loaders]
-  own = {}
-  for loader, total in zip(loaders, sums):
-    own[loader.name] = _told(loader.text, [total], [loader])
+  each = {loader.name: _told(loader.text, [total], [loader])
+          for loader, total in zip(loaders, sums)}
   if len(loaders) == 1:
-    return own[loaders[0].name]
+    return each[loaders[0].name]
   shares = ', '.join(f'{loader.share:.3g} {loader.name}' for loader in loaders)
   return _told(f'the mean by weight, {shares}', sums, loaders) | {
-      'sources': own}
+      'sources': each}
 
 
 def _told(text: str, sums: Sequence, loaders: Sequence) -> dict[str, Any]:
   """Prints and returns the figures of some sources together."""
-  from training.evals import held_out
   figures = held_out.means(sums, loaders)
   tokens = sum(loader.num_tokens for loader in loaders)
   size = held_out.mix([loader.bytes_per_token for loader in loaders], loaders)
@@ -63,7 +72,6 @@ def _told(text: str, sums: Sequence, loaders: Sequence) -> dict[str, Any]:
 
 def strided(evaluation: Evaluation) -> dict[str, Any]:
   """Prints and returns the figures of all of a source's documents."""
-  from training.evals import scoring
   options = evaluation.options
   name, documents = _documents(evaluation)
   length, stride = evaluation.run.config.data.length, options.stride
@@ -87,12 +95,11 @@ def strided(evaluation: Evaluation) -> dict[str, Any]:
 def windows(ids: np.ndarray, length: int, stride: int) -> Iterator:
   """Yields the windows of a document, [T] with the token that begins it, as
   questions; all tokens but that one are predicted."""
-  from training.evals.scoring import Question
   ids = ids.astype(np.int32)
   done = 1
   for start in range(0, len(ids) - 1, stride):
     stop = min(start + length, len(ids))
-    yield Question(ids[start:stop], stop - done)
+    yield scoring.Question(ids[start:stop], stop - done)
     done = stop
     if stop == len(ids):
       return
@@ -114,35 +121,28 @@ def measures(nats: float, tokens: int, documents: list[str]) -> dict[str, Any]:
               tokens=tokens, words=words, bytes=size)
 
 
-def _check(options: Any) -> None:
-  one_of('--detokenize', options.detokenize, DETOKENIZE)
-  require(options.detokenize == 'none' or options.stride > 0, '--detokenize is '
-          f'{options.detokenize!r}, which is read with --stride alone')
-
-
-def _fits(config: Any, options: Any) -> None:
+def _check(options: Any, config: Any) -> None:
   """Raises RequestError for a --stride that a run cannot be read with."""
-  from training.data import sources
-  from training.evals import scoring
-  data, stride = config.data, options.stride
+  one_of('--detokenize', options.detokenize, DETOKENIZE)
+  stride = options.stride
+  require(options.detokenize == 'none' or stride > 0, '--detokenize is '
+          f'{options.detokenize!r}, which is read with --stride alone')
   if not stride:
     return
   reason = scoring.unfit(config)
   require(not reason, f'{reason}: leave --stride at 0')
+  data = config.data
   require(stride < data.length, f'--stride is {stride}, but a window has '
           f'data.length {data.length} tokens, the first of which is not '
           'predicted: choose a smaller one')
   spec = data.eval_source or data.source
-  found = sources.parse(spec)
-  require(len(found) == 1, f'--stride reads one source, and {spec!r} is a '
-          'mixture: name one of them by --text')
-  require(not found[0][1].tokens, f'--stride reads text, and {spec!r} holds '
-          'tokens: name a text by --text')
+  parsed = sources.parse(spec)
+  require(len(parsed) == 1 and not parsed[0][1].tokens, '--stride reads one '
+          f'source of text, which {spec!r} is not: name one by --text')
 
 
 def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   """Returns the name of the source, and the documents that are held out."""
-  from training.data import sources
   data = evaluation.run.config.data
   (_, source), = sources.parse(data.eval_source or data.source)
   every = None if data.eval_source else data.holdout_every
@@ -177,16 +177,98 @@ def _wikitext(text: str) -> str:
   return text
 
 
+def bound(evaluation: Evaluation) -> dict[str, Any]:
+  """Prints the bound in nats a token and in bits a byte of text."""
+  run_, loaders = evaluation.run, evaluation.held_out()
+  count, mask = evaluation.options.bound_samples, evaluation.tokenizer.mask_id
+  step = evaluation.program(
+      bound_program(run_.module, run_.config, mask, count), 'diffusion_bound',
+      count)
+  totals = []
+  for loader in loaders:
+    sums = np.zeros(6)
+    for n, batch in enumerate(progress.each(
+        loader.iterate(), 'evaluating', loader.num_batches)):
+      sums += np.float64(jax.device_get(step(
+          evaluation.params, run_.put(batch), np.uint32(n))))
+    totals.append(sums)
+  bounds = [sums[0] / sums[1] for sums in totals]
+  errors = [bound_error(*sums) for sums in totals]
+  shares = np.array([loader.share for loader in loaders])
+  size = held_out.mix([loader.bytes_per_token for loader in loaders], loaders)
+  loss = held_out.mix(bounds, loaders)
+  bits = loss / (math.log(2) * size)
+  error = float(np.hypot.reduce(shares * errors) / shares.sum())
+  tokens = float(sum(sums[1] for sums in totals))
+  print(f'bound of {tokens:,.0f} tokens by {count} draws of each row:\n'
+        f'  loss <=          {loss:.4f} (standard error {error:.4f})\n'
+        f'  bits per byte <= {bits:.4f}')
+  return dict(loss=loss, bits_per_byte=bits, standard_error=error,
+              samples=count, tokens=tokens)
+
+
+def bound_error(nats: float, tokens: float, squares: float, products: float,
+                lengths: float, rows: float) -> float:
+  """Returns the standard error of nats / tokens, a ratio over rows (Cochran
+  1977, section 2.11), of the sums of `bound_program`."""
+  if rows < 2:
+    return math.nan
+  mean = nats / tokens
+  spread = max(squares - 2 * mean * products + mean ** 2 * lengths, 0.0)
+  return math.sqrt(spread * rows / (rows - 1)) / tokens
+
+
+def bound_program(module: Any, config: Any, mask: int, count: int):
+  objective = objectives.of(config)
+
+  def sums(params: Any, batch: Any, number: jax.Array) -> jax.Array:
+    """Returns sums over the rows, of x, the mean of a row's draws, and n, its
+    tokens: those of x, n, x^2, x n and n^2, and how many rows there are."""
+    real_BL = batch['segment_ids'] != 0
+    n_B = real_BL.sum(1)
+    key = jax.random.fold_in(jax.random.key(0), number)
+    start_B = jax.random.uniform(jax.random.fold_in(key, count), n_B.shape)
+
+    def draw(_: None, k: jax.Array):
+      share_B = (start_B + k / count) % 1.0
+      l_B = jnp.minimum(1 + (share_B * n_B).astype(jnp.int32), n_B)
+      noise_BL = jax.random.uniform(jax.random.fold_in(key, k), real_BL.shape)
+      masked_BL = real_BL & generate.among_largest(
+          jnp.where(real_BL, noise_BL, -1.0), l_B[:, None])
+      shown = batch | dict(tokens=jnp.where(
+          masked_BL, mask, batch['targets']))
+      output = objective.apply(module, params, shown)
+      nats_BL = losses.token_losses(
+          output.hidden, output.head, batch['targets'],
+          chunk=config.train.loss_chunk).loss
+      sum_B = jnp.where(masked_BL, nats_BL, 0).sum(1)
+      return None, sum_B * n_B / jnp.maximum(l_B, 1)
+
+    x_B = jax.lax.scan(draw, None, jnp.arange(count))[1].mean(0)
+    n_B = n_B.astype(jnp.float32)
+    return jnp.stack([x_B.sum(), n_B.sum(), (x_B ** 2).sum(), (x_B * n_B).sum(),
+                      (n_B ** 2).sum(), (n_B > 0).astype(jnp.float32).sum()])
+  return sums
+
+
 DETOKENIZE: dict[str, Callable[[str], str]] = {
     'none': lambda text: text, 'wikitext': _wikitext}
-TASKS = {'loss': Task(
-    'held-out loss, perplexity and bits per byte', run, check=_check,
-    fits=_fits,
-    flags=(
-        Flag('stride', 0, 'Read whole documents in windows of data.length '
-             'tokens that begin so many tokens after each other, so that each '
-             'token is predicted once, from at least data.length - stride; 0: '
-             'as in training.', 0, 2**24),
-        Flag('detokenize', 'none', "With --stride: 'wikitext' undoes "
-             "WikiText's tokenisation, as lm_eval does, before the text is "
-             'read.')))}
+TASKS = {
+    'loss': Task(
+        'held-out loss, perplexity and bits per byte', run, check=_check,
+        flags=(
+            Flag('stride', 0, 'Read whole documents in windows of data.length '
+                 'tokens that begin so many tokens after each other, so that '
+                 'each token is predicted once, from at least data.length - '
+                 'stride; 0: as in training.', 0, 2**24),
+            Flag('detokenize', 'none', "With --stride: 'wikitext' undoes "
+                 "WikiText's tokenisation, as lm_eval does, before the text is "
+                 'read.'))),
+    'diffusion_bound': Task(
+        'the bound of masked diffusion on the held-out loss, by many draws',
+        bound, without(lambda objective: objective.bound,
+                       'is no masked diffusion, of which the task is'),
+        figures=('loss', 'bits_per_byte', 'standard_error', 'samples',
+                 'tokens'),
+        flags=(Flag('bound_samples', 32, 'Draws of each row, of how many '
+                    'tokens are masked and which.', 1, 100_000),))}

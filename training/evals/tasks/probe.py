@@ -14,17 +14,23 @@ seven eighths of them it is chosen, on the last eighth scored, and so for each
 eighth.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 import functools
 import math
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from architectures.parts import positions
 from configs.errors import one_of
+from training import objectives, progress
 from training.data import probes
-from training.evals.task import Evaluation, Flag, Task
+from training.distributed import devices
+from training.evals import Evaluation, Flag, Task, without
+from training.objectives import losses, pipeline
 
 FACTORS = (2, 4)  # lengths beyond training
 LEVELS = 6  # at most so many of the levels of training are measured
@@ -43,42 +49,37 @@ class Cell(NamedTuple):
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Measures each level of training, and the hardest one at longer lengths."""
-  from architectures.parts import positions
   config = evaluation.run.config
   probe, settings = probes.of(config), probes.settings(config)
   rows = evaluation.options.probe_rows
-  print(f'{config.data.source}: {rows:,} rows of each kind')
-  print(f'{probe.level:>20} {"length":>7} {"accuracy":>9} {"95 %":>16} '
+  print(f'{config.data.source}: {rows:,} rows of each kind\n'
+        f'{probe.level:>20} {"length":>7} {"accuracy":>9} {"95 %":>16} '
         f'{"rows right":>11} {"95 %":>16}')
   figures: dict[str, Any] = {'level': {}, 'beyond': {}, 'table': []}
   reach = positions.reach(evaluation.run.model)
+  shown = lambda bounds: f'[{bounds[0]:.4f}, {bounds[1]:.4f}]'
   for cell in cells(settings, probe.grows, probe.longer):
-    told = f'{cell.level:>20} {cell.length:>7}'
-    reason = refusal(probe, settings, cell, reach)
+    reason = (f'the positions of the model end at {reach:g}'
+              if cell.length > reach else probe.limit(
+                  settings._replace(length=cell.length), cell.level))
     if reason:
-      print(f'{told}   refused: {reason}')
+      print(f'{cell.level:>20} {cell.length:>7}   refused: {reason}')
       continue
     own = measured(evaluation, cell, rows)
-    print(f'{told} {own["accuracy"]:>9.4f} {_shown(own["accuracy_95"])} '
-          f'{own["rows_right"]:>11.4f} {_shown(own["rows_right_95"])}')
+    print(f'{cell.level:>20} {cell.length:>7} {own["accuracy"]:>9.4f} '
+          f'{shown(own["accuracy_95"])} {own["rows_right"]:>11.4f} '
+          f'{shown(own["rows_right_95"])}')
     figures['table'].append(cell._asdict() | own)
-    where = 'level' if cell.beyond == 1 else 'beyond'
-    name = f'{cell.level:g}' if cell.beyond == 1 else f'{cell.beyond}x'
-    figures[where][name] = own['accuracy']
+    if cell.beyond == 1:
+      figures['level'][f'{cell.level:g}'] = own['accuracy']
+    else:
+      figures['beyond'][f'{cell.beyond}x'] = own['accuracy']
   trained = [row for row in figures['table'] if row['beyond'] == 1]
   for name in ('accuracy', 'rows_right'):
     figures[name] = float(np.mean([row[name] for row in trained]))
   print(f'the mean over the levels of training: accuracy '
         f'{figures["accuracy"]:.4f}, rows right {figures["rows_right"]:.4f}')
   return figures | {'rows': rows}
-
-
-def refusal(probe: Any, settings: Any, cell: Cell, reach: float) -> str:
-  """Returns why no rows of a cell can be measured, by a model whose positions
-  reach so far; '': they can."""
-  if cell.length > reach:
-    return f'the positions of the model end at {reach:g}'
-  return probe.limit(settings._replace(length=cell.length), cell.level)
 
 
 def cells(settings: Any, grows: bool, longer: bool = True) -> Iterator[Cell]:
@@ -101,11 +102,6 @@ def cells(settings: Any, grows: bool, longer: bool = True) -> Iterator[Cell]:
 def measured(evaluation: Evaluation, cell: Cell, count: int
              ) -> dict[str, Any]:
   """Returns the figures of `count` held-out rows of one level and length."""
-  import jax
-
-  from training import objectives, progress
-  from training.objectives import pipeline
-  from training.distributed import devices
   run_, config = evaluation.run, evaluation.run.config
   config = config.copy_and_resolve_references()
   config.data.length = cell.length
@@ -117,7 +113,7 @@ def measured(evaluation: Evaluation, cell: Cell, count: int
       evaluation.tokenizer, 'eval',
       *devices.batch_shard(run_.place, config.data.batch_size))
   objective = objectives.of(config)
-  step = evaluation.program(lambda: _counts(run_.module, objective), 'probe')
+  step = evaluation.program(_counts(run_.module, objective), 'probe')
   total = sum(np.asarray(jax.device_get(step(evaluation.params, run_.put(
       batch))), np.float64) for batch in progress.each(
           loader.iterate(), f'{probes.of(config).level}: {cell.level}',
@@ -133,10 +129,6 @@ def measured(evaluation: Evaluation, cell: Cell, count: int
 def _counts(module: Any, objective: Any):
   """Returns step(params, batch) -> [right answers, answers, rows all right,
   rows, the sum over rows of their answers squared]."""
-  import jax.numpy as jnp
-
-  from training.objectives import losses
-
   def step(params: Any, batch: Any):
     output = objective.apply(module, params, batch)
     right_BL = losses.token_losses(output.hidden, output.head,
@@ -205,27 +197,16 @@ def wilson(share: float, count: float) -> tuple[float, float]:
 
   scipy's binomtest has it for whole numbers of successes alone.
   """
-  from scipy import stats
-  z2 = stats.norm.ppf(0.975) ** 2
+  z2 = 1.959963984540054 ** 2
   middle = (share + z2 / (2 * count)) / (1 + z2 / count)
   half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count ** 2))
                    ) / (1 + z2 / count)
   return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def _shown(bounds: Sequence[float]) -> str:
-  return f'[{bounds[0]:.4f}, {bounds[1]:.4f}]'
-
-
-def _unfit(config: Any) -> str:
-  from training import objectives
-  return '' if objectives.of(config).records == probes.KIND else (
-      f'objective {config.objective!r} is not trained on a probe')
-
-
 TASKS = {'probe': Task(
     'the accuracy of a probe by difficulty and beyond the length of training',
-    run, _unfit, held_out=False, flags=(
+    run, without(lambda objective: objective.records == probes.KIND,
+                 'is not trained on a probe'), held_out=False, flags=(
         Flag('probe_rows', 512, 'Rows of each difficulty.', 1, 2**20),),
-    figures=lambda config: ('accuracy', 'rows_right', 'rows', 'level/*',
-                            'beyond/*'))}
+    figures=('accuracy', 'rows_right', 'rows', 'level/*', 'beyond/*'))}

@@ -6,14 +6,16 @@ their weights."""
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
-from training.evals.task import Evaluation, Task
+from architectures.parts.moe import health
+from training import objectives, progress
+from training.evals import Evaluation, Task
 
 FILE = 'routing.png'
 BATCHES = 16
-TICKS = 24  # of an axis of the picture, each with its number
 # What the table shows, and its heading; parts/health.py says what each means.
 COLUMNS = {
     'dropped': 'dropped', 'unserved': 'unserved', 'load_max': 'max/mean',
@@ -26,18 +28,13 @@ COLUMNS = {
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Prints the table; writes routing.png into the workdir."""
-  import jax
-
-  from architectures.parts.moe import health
-  from training import objectives, progress
   run_, objective = evaluation.run, objectives.of(evaluation.run.config)
 
-  def told(params: Any, batch: Any):
-    panel = objective.apply(run_.module, params, batch).aux['health']
-    return panel, objective.tokens(batch)
+  def panel(params: Any, batch: Any):
+    output = objective.apply(run_.module, params, batch)
+    return output.aux['health'], objective.tokens(batch)
 
-  step = evaluation.program(lambda: told, 'routing')
-
+  step = evaluation.program(panel, 'routing')
   panels, weights_W = [], []
   for loader in evaluation.held_out():
     found, tokens_W = zip(*[
@@ -50,23 +47,22 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   panels = jax.tree.map(lambda *xs: np.stack(xs), *panels)
   figures = {name: np.average(x, 0, weights_W) for name, x in panels.items()}
   # An expert is unused if no batch of them all used it.
-  over = {name: np.asarray(x) for name, x in health.window(
+  figures |= {name: np.asarray(x) for name, x in health.window(
       panels['load_E'], weights_W).items()}
-  print(table(figures | over))
+  print(table(figures))
   path = evaluation.workdir / FILE
   plot(figures['load_E'], path)
   print(f'load by layer and expert: {path}')
-  return {name: x.tolist() for name, x in (figures | over).items()}
+  return {name: x.tolist() for name, x in figures.items()}
 
 
 def table(figures: Mapping[str, np.ndarray]) -> str:
   """One row a layer of experts."""
-  layers = len(figures['load_E'])
-  lines = [f'{"layer":<6}' + ''.join(f'{h:>17}' for h in COLUMNS.values())]
-  for n in range(layers):
-    lines.append(f'{n:<6}' + ''.join(
-        f'{figures[name][n]:>17.4f}' for name in COLUMNS))
-  return '\n'.join(lines)
+  rows = [['layer', *COLUMNS.values()], *(
+      [str(n), *(f'{figures[name][n]:.4f}' for name in COLUMNS)]
+      for n in range(len(figures['load_E'])))]
+  return '\n'.join(f'{layer:<6}' + ''.join(f'{cell:>17}' for cell in cells)
+                   for layer, *cells in rows)
 
 
 def plot(load_NE: np.ndarray, path: Any) -> None:
@@ -82,11 +78,8 @@ def plot(load_NE: np.ndarray, path: Any) -> None:
                       cmap='RdBu_r')
   axes.set(xlabel='expert', ylabel='layer of experts',
            title='load of an expert over the mean')
-  for axis, count in ((axes.xaxis, experts), (axes.yaxis, layers)):
-    if count <= TICKS:  # more labels would stand in each other's way
-      axis.set_ticks(range(count))
-    else:
-      axis.set_major_locator(ticker.MaxNLocator(10, integer=True))
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_locator(ticker.MaxNLocator(12, integer=True))
   figure.colorbar(image, ax=axes, extend='max')
   with path.open('wb') as file:
     figure.savefig(file, dpi=150, format='png')
@@ -100,5 +93,4 @@ def _unfit(config: ml_collections.ConfigDict) -> str:
 
 
 TASKS = {'routing': Task(
-    'how a mixture of experts routes held-out text', run, _unfit,
-            file=FILE, figures=lambda config: ())}
+    'how a mixture of experts routes held-out text', run, _unfit, figures=())}

@@ -19,7 +19,7 @@ the best one counts. A question without an answer has the answer '', which only
 """
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import json
 import re
 import string
@@ -29,7 +29,7 @@ import numpy as np
 
 from configs.errors import require
 from training.data.records import Questions
-from training.measures import Measured
+from training.objectives import labelled
 
 # The names of what is measured; all but the first three only where questions
 # have no answer.
@@ -65,11 +65,6 @@ class Best(NamedTuple):
   stretches: list[tuple[str, int, float]]
   null_minus_best: float
 
-  @property
-  def best(self) -> str:
-    """The text of the best stretch; '' where there is none."""
-    return self.stretches[0][0] if self.stretches else ''
-
 
 def n_best(context: str, window: Window, most: int, count: int
            ) -> dict[tuple[int, int], float]:
@@ -78,22 +73,16 @@ def n_best(context: str, window: Window, most: int, count: int
   earlier and shorter one. Space alone is no stretch, and what several tokens of
   one character make is one."""
   T = len(window.starts_T)
-  if not T:
-    return {}
-  length_1S = np.arange(min(most, T))[None]
-  last_TS = np.arange(T)[:, None] + length_1S
-  scores_TS = np.where(
-      last_TS < T, np.asarray(window.starts_T, np.float64)[:, None]
-      + np.asarray(window.ends_T, np.float64)[np.minimum(last_TS, T - 1)],
-      -np.inf)
-  flat = scores_TS.reshape(-1)
+  last_TS = np.arange(T)[:, None] + np.arange(min(most, T))[None]
+  ends_T = np.append(np.asarray(window.ends_T, np.float64), -np.inf)
+  flat = (np.asarray(window.starts_T, np.float64)[:, None]
+          + ends_T[np.minimum(last_TS, T)]).reshape(-1)
   found: dict[tuple[int, int], float] = {}
   for i in np.argsort(-flat, kind='stable'):
     if len(found) == count or not np.isfinite(flat[i]):
       break
-    first, more = divmod(int(i), scores_TS.shape[1])
-    place = (int(window.spans_T2[first, 0]),
-             int(window.spans_T2[first + more, 1]))
+    place = (int(window.spans_T2[i // last_TS.shape[1], 0]),
+             int(window.spans_T2[last_TS.flat[i], 1]))
     if place not in found and context[slice(*place)].strip():
       found[place] = float(flat[i])
   return found
@@ -111,22 +100,21 @@ def best(context: str, windows: Sequence[Window], *, most: int, count: int,
     may_be_null: whether there may be no answer.
     threshold: how much higher the null score has to be for that.
   """
-  found: dict[tuple[int, int], float] = {}
+  scores: dict[tuple[int, int], float] = {}
   for window in windows:
-    for place, score in n_best(context, window, most, count).items():
-      found[place] = max(score, found.get(place, -np.inf))
-  ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-  stretches = [(context[first:end].strip(), first, score)
-               for (first, end), score in ranked[:count]]
+    for place, value in n_best(context, window, most, count).items():
+      scores[place] = max(value, scores.get(place, -np.inf))
+  ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+  stretches = [(context[first:end].strip(), first, value)
+               for (first, end), value in ranked[:count]]
   null = min(window.null for window in windows)
   gap = null - stretches[0][2] if stretches else NEVER
   none = not stretches or may_be_null and gap > threshold
   return Best('' if none else stretches[0][0], stretches, float(gap))
 
 
-def answers(view: Questions, scores: Sequence[np.ndarray],
-            null_places: Sequence[int], begins: Sequence[int], *, most: int,
-            count: int, threshold: float) -> list[Best]:
+def answers(view: Questions, scores: Sequence[np.ndarray], kind: str,
+            options: Any) -> list[Best]:
   """Returns the answer to each question of a view.
 
   There may be none where a question of the view has none.
@@ -134,31 +122,23 @@ def answers(view: Questions, scores: Sequence[np.ndarray],
   Args:
     view: the questions.
     scores: of each item, [L, 2]: of its row's tokens, padding or not.
-    null_places: of each row, the place of its null token.
-    begins: of each row, where its paragraph begins.
-    most: tokens of an answer.
-    count: how many of the best answers are wanted.
-    threshold: by how much the null score has to be higher.
+    kind: what the model stacks, as architectures.stack names it.
+    options: max_answer_length, n_best and null_threshold.
   """
   windows: list[list[Window]] = [[] for _ in view.questions]
-  for item, scores_L2, null, begin in zip(
-      view.items, scores, null_places, begins, strict=True):
-    size = len(item.context)
+  for item, scores_L2 in zip(view.items, scores, strict=True):
+    size, begin = len(item.context), labelled.begin(item)
     starts_T, ends_T = np.asarray(scores_L2, np.float64)[begin:begin + size].T
     windows[item.asked].append(Window(
         starts_T, ends_T,
         view.contexts[item.asked][1][item.first:item.first + size],
-        float(np.sum(scores_L2[null], dtype=np.float64))))
+        float(np.sum(scores_L2[labelled.null_place(item, kind)],
+                     dtype=np.float64))))
   none = any(not question.answers for question in view.questions)
-  return [best(context, own, most=most, count=count, may_be_null=none,
-               threshold=threshold)
-          for (context, _), own in zip(view.contexts, windows, strict=True)]
-
-
-class Score(NamedTuple):
-  """Of one answer, from 0 to 1."""
-  exact: float
-  f1: float
+  return [best(context, shown, most=options.max_answer_length,
+               count=options.n_best, may_be_null=none,
+               threshold=options.null_threshold)
+          for (context, _), shown in zip(view.contexts, windows, strict=True)]
 
 
 def normalised(answer: str) -> str:
@@ -167,14 +147,14 @@ def normalised(answer: str) -> str:
   return ' '.join(_ARTICLES.sub(' ', text).split())
 
 
-def score(answer: str, right: Sequence[str]) -> Score:
-  """Returns the best score of an answer, over the right ones; (): '' is right.
-  """
+def score(answer: str, right: Sequence[str]) -> tuple[float, float]:
+  """Returns the best `exact` and `f1` of an answer, from 0 to 1, over the right
+  ones; (): '' is right."""
   found = normalised(answer)
   # Right answers of punctuation or an article alone are left out, as in v2.0.
   golds = [gold for gold in map(normalised, right) if gold] or ['']
-  return Score(float(max(gold == found for gold in golds)),
-               max(_f1(gold.split(), found.split()) for gold in golds))
+  return (float(max(gold == found for gold in golds)),
+          max(_f1(gold.split(), found.split()) for gold in golds))
 
 
 def _f1(gold: Sequence[str], found: Sequence[str]) -> float:
@@ -185,37 +165,34 @@ def _f1(gold: Sequence[str], found: Sequence[str]) -> float:
   return 2 * same / (len(gold) + len(found))
 
 
-def rules(answers: Mapping[str, str], right: Mapping[str, Sequence[str]]
-             ) -> dict[str, Any]:
+def rules(told: Sequence[str], right: Sequence[Sequence[str]]
+          ) -> dict[str, Any]:
   """Returns the figures of the official scripts, in percent.
 
   Args:
-    answers: by question, what was found; '': that it has no answer.
-    right: by question, the right answers; (): it has none.
+    told: of each question, what was found; '': that it has no answer.
+    right: of each question, the right answers; (): it has none.
 
   Returns:
     exact, f1, total; where some questions have no answer also HasAns_exact, ...
     and NoAns_exact, ..., as evaluate-v2.0.py names them.
   """
-  assert answers.keys() == right.keys()
-  scores = {name: score(answers[name], right[name]) for name in right}
-  parts = {'': list(right)}
-  if not all(right.values()):
-    parts |= {'HasAns_': [name for name in right if right[name]],
-              'NoAns_': [name for name in right if not right[name]]}
+  scores_N2 = np.array([score(*pair) for pair in zip(told, right, strict=True)])
+  answered_N = np.array([bool(texts) for texts in right])
+  parts = {'': np.ones(len(right), bool)}
+  if not answered_N.all():
+    parts |= {'HasAns_': answered_N, 'NoAns_': ~answered_N}
   figures: dict[str, Any] = {}
-  for prefix, names in parts.items():
-    if names:
-      for kind in Score._fields:
-        figures[prefix + kind] = 100 * float(
-            np.mean([getattr(scores[name], kind) for name in names]))
-      figures[f'{prefix}total'] = len(names)
+  for prefix, chosen_N in parts.items():
+    if chosen_N.any():
+      exact, f1 = 100 * scores_N2[chosen_N].mean(0)
+      figures |= {f'{prefix}exact': float(exact), f'{prefix}f1': float(f1),
+                  f'{prefix}total': int(chosen_N.sum())}
   return figures
 
 
-def best_thresholds(answers: Mapping[str, str],
-                    right: Mapping[str, Sequence[str]],
-                    null_scores: Mapping[str, float]) -> dict[str, float]:
+def best_thresholds(told: Sequence[str], right: Sequence[Sequence[str]],
+                    null_scores: Sequence[float]) -> dict[str, float]:
   """Returns the best exact and f1 that a threshold gives, and the threshold.
 
   Above it a question counts as one without an answer. As evaluate-v2.0.py,
@@ -223,38 +200,53 @@ def best_thresholds(answers: Mapping[str, str],
   questions, not how well the model answers.
 
   Args:
-    answers: by question, the best answer that is not ''.
-    right: by question, the right answers; (): it has none.
-    null_scores: by question, how much likelier it is to have no answer.
+    told: of each question, the best answer that is not ''.
+    right: of each question, the right answers; (): it has none.
+    null_scores: of each question, how much likelier it is to have no answer.
   """
-  names = sorted(null_scores, key=lambda name: null_scores[name])
-  none = sum(not right[name] for name in names)
+  order = np.argsort(null_scores, kind='stable')
+  none = sum(not texts for texts in right)
+  # From one question to the next the threshold rises above its score: what has
+  # an answer gains its score, what has none was right, and now is wrong.
+  gains_N2 = np.array([score(told[i], right[i]) if right[i] else (-1.0, -1.0)
+                       for i in order])
+  totals_N2 = np.concatenate([np.zeros((1, 2)), np.cumsum(gains_N2, 0)])
   found = {}
-  for kind in Score._fields:
-    # From one question to the next the threshold rises above its score: what
-    # has an answer gains its score, what has none was right, and now is wrong.
-    gains = [getattr(score(answers[name], right[name]), kind) if right[name]
-             else -1.0 for name in names]
-    totals = np.concatenate([[0], np.cumsum(gains)])
-    best = int(np.argmax(totals))
-    found[f'best_{kind}'] = 100 * (none + float(totals[best])) / len(names)
+  for kind, totals_N in zip(('exact', 'f1'), totals_N2.T):
+    top = int(np.argmax(totals_N))
+    found[f'best_{kind}'] = 100 * (none + float(totals_N[top])) / len(right)
     found[f'best_{kind}_thresh'] = (
-        float(null_scores[names[best - 1]]) if best else 0.0)
+        float(null_scores[order[top - 1]]) if top else 0.0)
   return found
 
 
 def figures(view: Questions, found: Sequence[Best]) -> dict[str, Any]:
   """Returns the figures of SQuAD's scripts, in percent; where questions have no
   answer with the best thresholds."""
-  right = {str(i): [text for text, _ in question.answers]
-           for i, question in enumerate(view.questions)}
-  own = rules(
-      {str(i): answer.text for i, answer in enumerate(found)}, right)
-  if not all(right.values()):
+  right = [[text for text, _ in question.answers]
+           for question in view.questions]
+  own = rules([answer.text for answer in found], right)
+  if not all(right):
     own |= best_thresholds(
-        {str(i): answer.best for i, answer in enumerate(found)}, right,
-        {str(i): answer.null_minus_best for i, answer in enumerate(found)})
+        [answer.stretches[0][0] if answer.stretches else ''
+         for answer in found], right,
+        [answer.null_minus_best for answer in found])
   return own
+
+
+def lines(own: dict[str, Any]) -> list[str]:
+  """Returns `figures` for a reader."""
+  told = [f'{own["total"]:,} questions']
+  for kind in 'exact', 'f1':
+    parts = ''.join(
+        f', {words} {own[f"{part}_{kind}"]:.2f}' for part, words in (
+            ('HasAns', 'of those with an answer'), ('NoAns', 'without'))
+        if f'{part}_{kind}' in own)
+    top = '' if f'best_{kind}' not in own else (
+        f'; at best {own[f"best_{kind}"]:.2f}, with --null_threshold='
+        f'{own[f"best_{kind}_thresh"]:.2f}')
+    told.append(f'  {kind:<16} {own[kind]:.2f}{parts}{top}')
+  return told
 
 
 def check_ids(view: Questions) -> None:
@@ -274,46 +266,20 @@ def written(view: Questions, found: Sequence[Best]) -> dict[str, str]:
   which that script reads as --na-prob-file. Of `view`, check_ids holds.
   """
   names = [question.id for question in view.questions]
-  return {kind: json.dumps(table, indent=1, ensure_ascii=False) + '\n'
-          for kind, table in {
-              '': {name: answer.text for name, answer in zip(names, found)},
-              'nbest': dict(zip(names, map(_n_best_json, found))),
-              'null_odds': {name: answer.null_minus_best
-                            for name, answer in zip(names, found)}}.items()}
+  return {kind: json.dumps(dict(zip(names, values)), indent=1,
+                           ensure_ascii=False) + '\n'
+          for kind, values in {
+              '': [answer.text for answer in found],
+              'nbest': map(_n_best_json, found),
+              'null_odds': [answer.null_minus_best for answer in found],
+          }.items()}
 
 
 def _n_best_json(answer: Best) -> list[dict[str, Any]]:
   """Returns the best stretches with their probabilities among one another, as
   the predictions of BERT's code have them."""
-  scores = np.array([score for _, _, score in answer.stretches])
+  scores = np.array([value for _, _, value in answer.stretches])
   shares = np.exp(scores - scores.max(initial=-np.inf))
-  return [dict(text=text, start=first, score=score, probability=float(share))
-          for (text, first, score), share in zip(
+  return [dict(text=text, start=first, score=value, probability=float(share))
+          for (text, first, value), share in zip(
               answer.stretches, shares / shares.sum())]
-
-
-def measure(view: Questions, scores: Sequence[np.ndarray],
-            null_places: Sequence[int], begins: Sequence[int], options: Any
-            ) -> Measured:
-  """Returns what is found of the questions of a view.
-
-  Args:
-    view, scores, null_places, begins: as for `answers`.
-    options: max_answer_length, n_best and null_threshold.
-  """
-  found = answers(view, scores, null_places, begins,
-                  most=options.max_answer_length, count=options.n_best,
-                  threshold=options.null_threshold)
-  own = figures(view, found)
-  lines = [f'{own["total"]:,} questions']
-  for kind in 'exact', 'f1':
-    parts = ''.join(
-        f', {words} {own[f"{part}_{kind}"]:.2f}' for part, words in (
-            ('HasAns', 'of those with an answer'), ('NoAns', 'without'))
-        if f'{part}_{kind}' in own)
-    best = '' if f'best_{kind}' not in own else (
-        f'; at best {own[f"best_{kind}"]:.2f}, with --null_threshold='
-        f'{own[f"best_{kind}_thresh"]:.2f}')
-    lines.append(f'  {kind:<16} {own[kind]:.2f}{parts}{best}')
-  return Measured(own, lines, {} if not options.predictions else
-                  written(view, found))

@@ -7,7 +7,7 @@ import pytest
 
 import archetype
 from tests.helpers import models
-from training.inspect import record as measures
+from training.evals import inspection as measures
 
 L = 9
 
@@ -62,8 +62,9 @@ def test_heads_that_were_built_are_found(built):
   queries[:, 0] = False  # it sees but itself
   np.testing.assert_allclose(attention.previous[0],
                              [[1, 1 / (L - 1)]] * 2, atol=1e-3)
-  np.testing.assert_allclose(attention.by_head('first', queries)[0],
-                             [[1 / (L - 1), 1]] * 2, atol=1e-3)
+  np.testing.assert_allclose(
+      measures.mean_of_queries(attention.first, queries)[0],
+      [[1 / (L - 1), 1]] * 2, atol=1e-3)
   assert (attention.entropy[0] < 1e-2).all()
   uniform_L = np.log(np.arange(1, L + 1))
   np.testing.assert_allclose(attention.entropy[1],

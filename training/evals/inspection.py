@@ -1,13 +1,13 @@
 """What a model computes of some tokens, as a record of numpy arrays.
 
-`program` makes the compiled part, which returns arrays of the model, and
-`record` works the figures out on the host. The letters of the shapes are those
+The model returns its arrays, of which the figures are worked out on the host.
+The letters of the shapes are those
 of README; N counts layers, and N + 1 what the first layer is given, too. The
 maps weights[..., l, m] are the weight that query l gives key m. A row sums to
 1, less the share of a learned sink, where the model has one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -44,11 +44,6 @@ class Attention(NamedTuple):
   sink: np.ndarray
   previous: np.ndarray | None = None
   induction: np.ndarray | None = None
-
-  def by_head(self, name: str, counted_BL: np.ndarray) -> np.ndarray:
-    """Returns `entropy`, `first` or `sink` as the mean over some queries,
-    [N, B, H]."""
-    return mean_of_queries(getattr(self, name), counted_BL)
 
 
 class Stream(NamedTuple):
@@ -100,7 +95,7 @@ class Experts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-  """What `record` returns. Names are 'decoder' or 'encoder', or both, of an
+  """What `of` returns. Names are 'decoder' or 'encoder', or both, of an
   encoder-decoder; its attention to the memory is called 'cross'.
 
   Attributes:
@@ -120,57 +115,42 @@ class Inspection:
   experts: dict[str, Experts]
 
 
-def program(module: nn.Module, top: int = TOP) -> Callable[..., dict]:
-  """Returns (params, the module's arguments by name) -> arrays, to be compiled.
+@functools.partial(jax.jit, static_argnames=('module', 'top'))
+def _look(module: nn.Module, params: Any, arrays: Mapping[str, jax.Array],
+          top: int) -> dict[str, Any]:
+  output: Any = module.apply({'params': params}, keep_layers=True,
+                             keep_attention=True, **arrays)
+  kept = {name: output.aux[name] for name in (
+      'layers', 'attention', 'cross_attention', 'experts')
+          if name in output.aux}
+  if output.head is None or not top:
+    return kept
+
+  def likeliest(x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits_BLV = output.head.logits(x_BLD)
+    return jax.lax.top_k(jax.nn.softmax(logits_BLV, -1),
+                         min(top, logits_BLV.shape[-1]))
+  # One layer at a time: logits of all would be large.
+  return kept | {'lens': jax.lax.map(likeliest, output.aux['readouts'])}
+
+
+def of(module: nn.Module, params: Any, arrays: Mapping[str, Any],
+       top: int = TOP) -> Inspection:
+  """Returns the record of a model.
 
   Args:
     module: any model.
+    params: its parameters.
+    arrays: the module's arguments by name.
     top: how many tokens the logit lens gives; 0: there is none.
   """
-  def look(params: Any, arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
-    output: Any = module.apply({'params': params}, keep_layers=True,
-                               keep_attention=True, **arrays)
-    kept = {name: output.aux[name] for name in (
-        'layers', 'attention', 'cross_attention', 'experts')
-            if name in output.aux}
-    if output.head is None or not top:
-      return kept
-
-    def likeliest(x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
-      logits_BLV = output.head.logits(x_BLD)
-      return jax.lax.top_k(jax.nn.softmax(logits_BLV, -1),
-                           min(top, logits_BLV.shape[-1]))
-    # One layer at a time: logits of all would be large.
-    return kept | {'lens': jax.lax.map(likeliest, output.aux['readouts'])}
-  return look
-
-
-@functools.partial(jax.jit, static_argnames=('module', 'top'))
-def _look(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
-          top: int) -> dict[str, Any]:
-  return program(module, top)(params, arrays)
-
-
-def of(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
-       top: int = TOP) -> Inspection:
-  """Returns the record of a model and the module's arguments by name."""
-  return record(module.config, arrays, _look(module, params, arrays, top))
-
-
-def record(config: ModelConfig, arrays: Mapping[str, Any],
-           kept: Mapping[str, Any]) -> Inspection:
-  """Returns the record of what `program` returned.
-
-  Args:
-    config: the model's.
-    arrays: the module's arguments that went in.
-    kept: what came out.
-  """
-  kept = jax.device_get(dict(kept))
+  kept = jax.device_get(_look(module, params, dict(arrays), top))
+  config: ModelConfig = module.config  # type: ignore[attr-defined]
   tokens, real = _inputs(config, arrays)
-  moe = {name: np.flatnonzero([kind.ffn == 'moe' for kind in kinds])
-         for name, kinds in _layers(config).items()}
-  counts = [len(kinds) for kinds in _layers(config).values()]
+  kinds = _layers(config)
+  moe = {name: np.flatnonzero([kind.ffn == 'moe' for kind in layers])
+         for name, layers in kinds.items()}
+  counts = [len(layers) for layers in kinds.values()]
   layers = _apart(kept['layers'], [n + 1 for n in counts])
   weights = _apart(kept['attention'], counts)
   chosen = {field: _apart(x, [len(n) for n in moe.values()])
@@ -210,13 +190,11 @@ def _inputs(config: ModelConfig, arrays: Mapping[str, Any]
     names = {'encoder': ('tokens_BM', ('segment_ids_BM',)),
              'decoder': ('decoder_tokens_BL', ('decoder_segment_ids_BL',))}
     arrays = {'decoder_tokens_BL': arrays['tokens_BM'], **arrays}
-  tokens, real = {}, {}
-  for stack, (ids, masks) in names.items():
-    tokens[stack] = np.asarray(arrays[ids])
-    real[stack] = np.ones(tokens[stack].shape, bool)
-    for mask in masks:
-      if mask in arrays:
-        real[stack] &= np.asarray(arrays[mask]) != 0
+  tokens = {stack: np.asarray(arrays[ids]) for stack, (ids, _) in names.items()}
+  real = {stack: np.logical_and.reduce(
+      [np.ones(tokens[stack].shape, bool),
+       *(np.asarray(arrays[mask]) != 0 for mask in masks if mask in arrays)])
+          for stack, (_, masks) in names.items()}
   return tokens, real
 
 
@@ -228,9 +206,14 @@ def _apart(kept: Any, counts: list[int]) -> list[np.ndarray]:
 
 
 def _attention(weights_NBHLM: np.ndarray) -> Attention:
-  return Attention(
-      weights_NBHLM, entropy(weights_NBHLM),
-      first(weights_NBHLM), sink(weights_NBHLM))
+  sink_NBHL = np.maximum(1 - weights_NBHLM.sum(-1, dtype=np.float64), 0)
+  # Of n keys that weigh the same the entropy is log n; a sink counts as a key.
+  p_NBHLM = np.concatenate([weights_NBHLM, sink_NBHL[..., None]], -1,
+                           dtype=np.float64)
+  entropy_NBHL = -(p_NBHLM * np.log(np.where(p_NBHLM > 0, p_NBHLM, 1))).sum(-1)
+  # Models that have no sink keep one in the first token (Xiao et al. 2023).
+  return Attention(weights_NBHLM, entropy_NBHL, weights_NBHLM[..., 0],
+                   sink_NBHL)
 
 
 def _stream(states_NBLD: np.ndarray, real_BL: np.ndarray) -> Stream:
@@ -244,25 +227,6 @@ def _stream(states_NBLD: np.ndarray, real_BL: np.ndarray) -> Stream:
       rms=each(lambda x_NLD: np.sqrt(np.square(x_NLD).mean((1, 2)))),
       peaks=each(lambda x_NLD: x_NLD.max(1)),
       outliers=each(outliers, 0))
-
-
-def sink(weights_NBHLM: np.ndarray) -> np.ndarray:
-  """Returns what a row leaves to a learned sink, [N, B, H, L]; else 0."""
-  return np.maximum(1 - weights_NBHLM.sum(-1, dtype=np.float64), 0)
-
-
-def entropy(weights_NBHLM: np.ndarray) -> np.ndarray:
-  """Returns the entropy of each row in nats, [N, B, H, L]: log n where n keys
-  weigh the same, 0 where one has all. A learned sink counts as a key."""
-  p_NBHLM = np.concatenate(
-      [weights_NBHLM, sink(weights_NBHLM)[..., None]], -1, dtype=np.float64)
-  return -(p_NBHLM * np.log(np.where(p_NBHLM > 0, p_NBHLM, 1))).sum(-1)
-
-
-def first(weights_NBHLM: np.ndarray) -> np.ndarray:
-  """Returns the weight on the first token, [N, B, H, L], where models that
-  have no sink of their own keep one (Xiao et al. 2023)."""
-  return weights_NBHLM[..., 0]
 
 
 def previous(weights_NBHLM: np.ndarray, real_BL: np.ndarray) -> np.ndarray:

@@ -1,0 +1,305 @@
+"""What is held out of several sources, figures over unequal batches, the tasks
+of eval.tasks, losses at longer lengths than in training, and probes."""
+
+import json
+import math
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import heads, positions
+from configs import base, gpt
+from configs import sharding as tables
+from configs.errors import RequestError
+from tests.helpers import evaluations, models
+from training import loop, objectives, parameters, preflight, runs
+from training.data import probes, tokenizers
+from training.distributed import devices
+from training.evals import checkpoint, held_out
+from training.evals.tasks import extrapolation
+from training.evals.tasks import probe as probe_task
+from training.objectives import pipeline, record
+from training.workdir import checkpoints, run_config
+
+BYTES = tokenizers.load('bytes')
+TEXT = 'It is a law of nature that what is sown is reaped. ' * 10
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Text of a's alone, of b's, three times as long, and of many letters."""
+  (tmp_path / 'a.txt').write_text('a' * 40)
+  (tmp_path / 'b.txt').write_text('b' * 120)
+  (tmp_path / 'c.txt').write_text(
+      ''.join(chr(97 + k * k % 26) for k in range(60)))
+  return tmp_path
+
+
+def config_of(folder, source, **fields):
+  c = base.base()
+  c.model = models.config(**fields)
+  c.model.vocab_size = 0
+  c.data.update(source=source.format(folder), holdout_every=0, length=16,
+                eval_source=source.format(folder), batch_size=4,
+                cache_dir=str(folder / 'cache'))
+  return c
+
+
+def run_of(c):
+  mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
+                           jax.devices()[:1])
+  return runs.build(c, runs.resolve(c, BYTES)[0], mesh)
+
+
+def judged(c, loss_of):
+  """The figures where the loss of a target is `loss_of` its id."""
+  def step(_, batch):
+    weights = batch['weights']
+    return {'loss': record.Mean(
+        (loss_of(batch['targets']) * weights).sum(), weights.sum())}
+  loaders = pipeline.held_out(c, BYTES)
+  return held_out.means(held_out.evaluate(
+      step, None, loaders, 0, run_of(c).put, lambda: False), loaders)
+
+
+def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):
+  """Also by a run that is evaluated on a half of what it holds out."""
+  c = config_of(folder, 'text:{}/a.txt')
+  c.eval.part, c.data.batch_size = 'second', 8
+  monkeypatch.setattr(runs, 'config_of', lambda _: c)
+  monkeypatch.setattr(
+      checkpoint.parameters, 'of_run', lambda run, *_: types.SimpleNamespace(
+          state=None, step=0, what=''))
+  evaluation = checkpoint.load(folder, ['loss'], None, step=None,
+                               text=f'text:{folder}/[bc].txt')
+  loader, = pipeline.held_out(evaluation.run.config, BYTES)
+  assert loader.num_tokens == 120 + 60 + 2
+
+
+@pytest.mark.parametrize('a, b', [(0.9, 0.1), (1, 999)])
+def test_the_loss_of_a_mixture_is_the_mean_of_its_sources(folder, a, b):
+  """By its weights, however long each source is; 40 a's, 120 b's and an end
+  each."""
+  c = config_of(folder, f'{a}*text:{{0}}/a.txt,{b}*text:{{0}}/b.txt')
+  figures = judged(c, lambda ids: ids * (ids < 256))
+  own = [40 * 97 / 41, 120 * 98 / 121]
+  assert figures[f'loss/text:{folder}/a.txt'] == pytest.approx(own[0])
+  assert figures[f'loss/text:{folder}/b.txt'] == pytest.approx(own[1])
+  assert figures['loss'] == pytest.approx(np.average(own, weights=[a, b]))
+  size = np.average([40 / 41, 120 / 121], weights=[a, b])
+  assert figures['bits_per_byte'] == pytest.approx(
+      figures['loss'] / math.log(2) / size)
+
+
+def test_bits_per_byte_are_the_bits_of_the_text_over_its_bytes(folder):
+  """A token that is a toss of a coin, of ln 2 nats, is one bit."""
+  figures = judged(config_of(folder, 'text:{0}/a.txt'),
+                   lambda ids: math.log(2))
+  assert figures.keys() == {'loss', 'perplexity', 'bits_per_byte'}
+  assert figures['bits_per_byte'] == pytest.approx(41 / 40)
+  assert figures['perplexity'] == pytest.approx(2)
+
+
+def test_of_nothing_there_is_no_figure():
+  nothing = record.Mean(np.float64(0), np.float64(0))
+  loader = types.SimpleNamespace(
+      objective=objectives.OBJECTIVES['chat'], share=1.0)
+  figures = held_out.means([{'loss': nothing, 'accuracy': nothing}], [loader])
+  assert {held_out.shown(x) for x in figures.values()} == {'n/a'}
+
+
+@pytest.mark.long
+def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
+  """61 tokens at 16 to 128 a row: each length's figure is the mean loss of
+  these tokens, and past the 61st there is none."""
+  c = evaluations.config('gpt', 'causal', position='none', num_layers=1)
+  source = f'text:{folder}/c.txt'
+  c.data.update(source=source, eval_source=source, length=16)
+  evaluation = evaluations.make(c, folder)
+  found = evaluations.run('extrapolation', evaluation)
+  assert (folder / 'extrapolation.png').read_bytes().startswith(b'\x89PNG')
+  end = BYTES.separator_id
+  ids = np.array([end, *(folder / 'c.txt').read_bytes(), end])
+  rows = {line.split()[0]: line.split()[1:]
+          for line in capsys.readouterr().out.splitlines()[2:4]}
+  assert rows['tokens'] == ['61'] * 4
+  for place, multiple in enumerate(extrapolation.MULTIPLES):
+    tokens = found['texts'][str(multiple)]['tokens']
+    length = 16 * multiple
+    assert sum(tokens) == 61 and (np.array(tokens) > 0).sum() == min(length, 61)
+    curve = np.array(found['curves']['none'][str(multiple)])
+    assert (np.isnan(curve) == (np.array(tokens) == 0)).all()
+    if multiple in (1, 8):
+      loss = []
+      for start in range(0, 61, length):
+        row = ids[start:start + length + 1]
+        logits = models.logits(evaluation.run.module, evaluation.params,
+                               row[None, :-1])[0]
+        loss += [-jax.nn.log_softmax(logits)[i, target]
+                 for i, target in enumerate(row[1:])]
+      assert float(rows['none'][place]) == pytest.approx(
+          np.mean(loss), abs=6e-4)
+
+
+def test_which_variants_a_length_is_tried_with():
+  def variants(multiple, interpolate=False, **changes):
+    model = architectures.resolve(models.config(max_len=32, **changes))
+    return positions.of(model).longer(model, 32, multiple, interpolate)
+
+  assert list(variants(4, position='alibi')) == ['alibi']
+  assert list(variants(1)) == ['learned']
+  assert variants(2) == {'learned': None}
+  stretched = variants(4, interpolate=True)
+  assert stretched['learned'] is None
+  assert stretched['learned, interpolated'].learned.stretch == 4
+  tried = variants(8, position='rope')
+  assert list(tried) == ['rope', 'rope, linear', 'rope, ntk', 'rope, llama3',
+                         'rope, yarn']
+  assert tried['rope'].rope.scaling == 'none'
+  for name, model in list(tried.items())[1:]:
+    assert f'rope, {model.rope.scaling}' == name
+    assert (model.rope.factor, model.rope.original_len) == (8, 32)
+  alone = variants(8, position='rope', rope=dict(scaling='ntk', factor=2.0))
+  assert list(alone) == ['rope, ntk'] and alone['rope, ntk'].rope.factor == 2
+
+
+def training_config(tmp_path, **changes):
+  for i in range(8):
+    (tmp_path / f'{i}.txt').write_text(f'Document {i}. {TEXT}')
+  c = base.base()
+  c.model.update(d_model=16, num_layers=1, num_heads=2)
+  c.data.update(source=f'text:{tmp_path}/*.txt', length=16, batch_size=4,
+                holdout_every=4)
+  c.train.steps = 8
+  # All that is held out, each time: so the task has the same to say.
+  c.eval.update(every_steps=4, batches=0, tasks='loss', tasks_every_steps=2)
+  c.log.every_steps = 1
+  c.checkpoint.every_steps = 4
+  c.update_from_flattened_dict(changes)
+  return c.lock()
+
+
+def trained(c, workdir):
+  run = run_of(c)
+  with checkpoints.Checkpoints(workdir, **c.checkpoint) as saved:
+    state, start = parameters.restore_or_create(run, saved)
+    run_config.save(workdir, c, runs.resolve(c, BYTES)[1])
+    return loop.train(
+        run, state, start, pipeline.training_loader(c, BYTES),
+        pipeline.held_out(c, BYTES), saved, workdir)
+
+
+def rows_of(workdir, split):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [row for row in map(json.loads, lines) if row['split'] == split]
+
+
+def test_training_is_the_same_and_goes_on_with_the_same_figures(
+    tmp_path, capsys):
+  plain = training_config(
+      tmp_path, **{'eval.tasks': '', 'eval.tasks_every_steps': 0})
+  with_tasks = training_config(tmp_path)
+  assert trained(plain, tmp_path / 'plain') == 0
+  assert trained(with_tasks, tmp_path / 'run') == 0
+  train = [row['loss'] for row in rows_of(tmp_path / 'run', 'train')]
+  assert train == [row['loss'] for row in rows_of(tmp_path / 'plain', 'train')]
+  found = rows_of(tmp_path / 'run', 'eval')
+  assert [(row['step'], 'loss' in row, 'loss/loss' in row) for row in found
+          ] == [(2, False, True), (4, True, True), (6, False, True),
+                (8, True, True)]
+  for row in found[1::2]:
+    assert row['loss/loss'] == pytest.approx(row['loss'], rel=1e-6)
+  shown = capsys.readouterr().out
+  assert f'step 6  loss: loss {found[2]["loss/loss"]:.4f}' in shown
+  shutil.rmtree(tmp_path / 'run/checkpoints/8')
+  assert trained(with_tasks, tmp_path / 'run') == 0
+  assert rows_of(tmp_path / 'run', 'eval') == found
+
+
+@pytest.mark.parametrize('fields, sentence', [
+    ({'eval.tasks': 'los'}, "'los'"),
+    ({'eval.tasks': 'embed'}, 'cannot be done there: task embed reads texts'),
+    ({'eval.tasks': 'routing'}, 'has no experts to route to: leave routing'),
+    ({'eval.tasks': 'exact,probe'}, 'has no targets to write: leave exact'),
+    ({'eval.best': 'loss/loss', 'eval.tasks': 'routing'}, 'no .loss.|routing'),
+])
+def test_what_no_training_can_do_is_refused(tmp_path, fields, sentence):
+  with pytest.raises(RequestError, match=sentence):
+    preflight.check_config(training_config(tmp_path, **fields))
+
+
+def test_levels_of_training_then_longer_rows():
+  settings = probes.Settings(41, tuple(range(1, 21)), 16, 100, 100)
+  found = list(probe_task.cells(settings, grows=True))
+  assert [cell.level for cell in found] == [1, 5, 9, 12, 16, 20, 40, 80]
+  assert [cell.length for cell in found][-3:] == [41, 82, 164]
+  fixed = list(probe_task.cells(settings._replace(levels=(3,)), grows=False))
+  assert [tuple(cell) for cell in fixed] == [
+      (3, 41, 1), (3, 82, 2), (3, 164, 4)]
+
+
+def test_a_constant_answer_is_not_chosen_on_what_it_is_scored_on():
+  """Of 60 answers that are alike, one stands in 2.1 % of these rows."""
+  config = gpt.get_config('tiny').copy_and_resolve_references()
+  config.update_from_flattened_dict({
+      'objective': 'probe', 'data.source': 'probe:a5', 'data.length': 24,
+      'probe.levels': (1,)})
+  rows = probes.Rows(probes.of(config), probes.settings(config)._replace(
+      held_out=probe_task.CONSTANT_ROWS), 'eval', 0)
+  counts = np.bincount([row.targets[row.asked][0] for row in rows])
+  assert counts.max() / probe_task.CONSTANT_ROWS > 1 / 60 + 0.003
+  assert probe_task.constant(config) == pytest.approx(1 / 60, abs=0.003)
+
+
+def test_counts_are_those_of_numpy():
+  """A model whose answer is the token itself, or 0 at every third place."""
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 5, (6, 9))
+  asked = rng.random((6, 9)) < 0.4
+  asked[5] = False  # padding
+  targets = np.where(rng.random((6, 9)) < 0.8, tokens, (tokens + 1) % 5)
+  answers = np.where(np.arange(9) % 3 == 0, 0, tokens)
+  output = types.SimpleNamespace(
+      hidden=jax.nn.one_hot(jnp.asarray(answers), 5),
+      head=heads.Head(jnp.eye(5)))
+  objective = types.SimpleNamespace(apply=lambda *_: output)
+  found = probe_task._counts(None, objective)({}, dict(
+      tokens=tokens, targets=jnp.asarray(targets),
+      weights=jnp.asarray(asked, jnp.float32)))
+  right = (answers == targets)
+  rows = asked.any(1)
+  assert found.tolist() == [
+      (right & asked).sum(), asked.sum(),
+      sum(right[i][asked[i]].all() for i in np.flatnonzero(rows)), rows.sum(),
+      (asked.sum(1) ** 2).sum()]
+
+
+@pytest.mark.slow  # it compiles a model
+def test_figures_of_a_probe_add_up():
+  c = evaluations.config('gpt', 'probe', position='none', num_layers=1)
+  c.data.update(source='probe:parity', length=9, batch_size=16)
+  c.probe.levels = (4, 8)
+  found = evaluations.run('probe', evaluations.make(c, probe_rows=40))
+  assert [(row['level'], row['length'], row['answers'], row['rows'])
+          for row in found['table']] == [
+      (4, 9, 160, 40), (8, 9, 320, 40), (16, 18, 640, 40), (32, 36, 1280, 40)]
+  assert found['accuracy'] == np.mean(list(found['level'].values()))
+  assert {*found['beyond']} == {'2x', '4x'}
+  assert all(row['accuracy_95'][0] <= row['accuracy'] <= row['accuracy_95'][1]
+             for row in found['table'])
+
+
+@pytest.mark.slow
+def test_routing_is_that_of_all_held_out_text(folder):
+  c = evaluations.config('mixtral', 'causal', num_layers=2, num_kv_heads=2,
+                         moe=dict(num_experts=4, d_ff=24))
+  c.data.eval_source = f'text:{folder}/*.txt'
+  figures = evaluations.run('routing', evaluations.make(c, folder))
+  assert np.shape(figures['load_E']) == (2, 4) and max(figures['dropped']) == 0
+  np.testing.assert_allclose(np.sum(figures['load_E'], 1), 1, rtol=1e-5)
+  assert (folder / 'routing.png').read_bytes().startswith(b'\x89PNG')

@@ -1,0 +1,266 @@
+"""eval.py --tasks=embed, fill_mask and inspect: what a vector is of, what a
+mask is filled with, and what a page shows."""
+
+import base64
+import json
+import math
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers as hf
+
+import archetype
+from architectures.parts.moe.layer import without_capacity
+from configs.errors import RequestError
+from tests.helpers import evaluations
+from tests.helpers import models
+from training import evals
+from training.evals.tasks import reading
+
+TEXTS = ('a', 'quick brown', 'jumps', 'over the', 'dog and cat', 'away')
+# A capacity that leaves tokens out wherever a batch is not even.
+MOE = dict(num_layers=1, num_kv_heads=2, moe=dict(
+    num_experts=4, d_ff=24, capacity_factor=0.5, eval_capacity_factor=0.5))
+# (system, objective, fields of the model, tokens before a text, after it)
+KINDS = {
+    'decoder': ('gpt', 'causal', {}, [258], []),
+    'prefix': ('llama', 'prefix', dict(num_kv_heads=2), [258], []),
+    'experts': ('mixtral', 'causal', MOE, [258], []),
+    'encoder': ('bert', 'mlm', {}, [260], [261]),
+    'encoder-decoder': ('t5', 'span', {}, [], [258]),
+}
+
+
+def written(tmp_path, evaluation, texts=TEXTS):
+  (tmp_path / 'texts.txt').write_text('\n'.join(texts) + '\n')
+  figures = evaluations.run('embed', evaluation)
+  vectors_ND = np.load(figures['vectors'])
+  assert vectors_ND.dtype == np.float32
+  assert vectors_ND.shape == (len(texts), figures['size'])
+  return vectors_ND
+
+
+def states(evaluation, kind, text):
+  """The last layer's outputs of one text alone, unpadded: [L, D]."""
+  _, _, _, before, after = KINDS[kind]
+  tokens = jnp.array([[*before, *text.encode(), *after]])
+  module, variables = evaluation.run.module, {'params': evaluation.params}
+  module = module.clone(config=without_capacity(module.config))
+  more = dict(prefix_B=jnp.array([tokens.shape[1]])) if kind == 'prefix' else {}
+
+  @jax.jit
+  def run(variables):
+    if kind == 'encoder-decoder':
+      return module.apply(variables, tokens, method='encode')[0][0]
+    output = module.apply(variables, tokens, **more)
+    return output.extra['hidden'][0] if kind == 'encoder' else output.hidden[0]
+
+  return run(variables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_vector_is_pooled_of_the_text_alone(tmp_path, kind):
+  """In a batch with longer texts, too: padding is neither seen nor counted. A
+  decoder's separator sees nothing of the text, and is not counted either."""
+  system, objective, fields, before, _ = KINDS[kind]
+  evaluation = evaluations.make(
+      evaluations.config(system, objective, **fields),
+      texts=str(tmp_path / 'texts.txt'), vectors=str(tmp_path / 'out.npy'))
+  skipped = len(before) if kind != 'encoder' else 0
+  pools = {'mean': lambda x: x[skipped:].mean(0), 'last': lambda x: x[-1]}
+  if kind not in ('decoder', 'experts'):
+    pools['first'] = lambda x: x[skipped]
+  own = {i: states(evaluation, kind, TEXTS[i]) for i in (0, 4)}
+  for name, pool in pools.items():
+    evaluation.options.pooling = name
+    together_ND = written(tmp_path, evaluation)
+    for i, x_LD in own.items():
+      np.testing.assert_allclose(together_ND[i], pool(x_LD), atol=3e-6,
+                                 err_msg=f'{name} of {TEXTS[i]!r}')
+  evaluation.options.pooling = 'mean'
+  together_ND = written(tmp_path, evaluation)
+  alone_ND = np.concatenate([
+      written(tmp_path, evaluation, [text]) for text in TEXTS])
+  models.close(together_ND, alone_ND, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name, content, sentence', [
+    ('a.txt', b'a\n\nb', 'a.txt, line 2, is empty'),
+    ('a.txt', b'', 'which is empty'),
+    ('a.jsonl', b'{"txt": "a"}', "line 1, field 'text', is None, not a string"),
+])
+def test_a_line_without_a_text_is_refused(tmp_path, name, content, sentence):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(RequestError, match=sentence):
+    reading.read(str(tmp_path / name))
+
+
+VOCAB = ('[PAD] [UNK] [CLS] [SEP] [MASK] paris is the capital of france a city '
+         'in germany . ##s').split()
+PROMPTS = 'Paris is the [MASK] of France', 'A [MASK] city [MASK]'
+
+
+def bert(params, ids_L):
+  """The logits of one row, [L, V], by Devlin et al.'s equations."""
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+  def norm(x_LD, of):
+    centred = x_LD - x_LD.mean(-1, keepdims=True)
+    return (centred / np.sqrt(x_LD.var(-1, keepdims=True) + 1e-12)
+            * of['scale'] + of['bias'])
+
+  def gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / 2 ** 0.5))
+
+  def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+  embed = p['embed']
+  x_LD = norm(embed['tokens'][ids_L] + embed['positions'][:len(ids_L)]
+              + embed['types'][0], embed['norm'])
+  layers = p['encoder']['layers']['block_0']
+  for n in range(len(layers['ffn']['up'])):
+    layer = jax.tree.map(lambda x, n=n: x[n], layers)
+    a = layer['attention']
+    q, k, v = (np.einsum('LD,DHK->HLK', x_LD, a[name])
+               + a[f'{name}_bias'][:, None] for name in ('query', 'key',
+                                                         'value'))
+    weights_HLM = softmax(q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5)
+    attended = np.einsum('HLK,HKD->LD', weights_HLM @ v, a['out'])
+    x_LD = norm(x_LD + attended + a['out_bias'], layer['attention_norm'])
+    f = layer['ffn']
+    hidden = gelu(x_LD @ f['up'] + f['up_bias'])
+    x_LD = norm(x_LD + hidden @ f['down'] + f['down_bias'], layer['ffn_norm'])
+  t_LD = norm(gelu(x_LD @ p['transform'] + p['transform_bias']),
+              p['transform_norm'])
+  return softmax(t_LD @ embed['tokens'].T + p['head']['bias'])
+
+
+def test_fillings_are_those_of_a_bert_in_numpy(tmp_path, capsys):
+  file = str(tmp_path / 'tokenizer.json')
+  hf.BertWordPieceTokenizer({word: i for i, word in enumerate(VOCAB)}
+                            ).save(file)
+  evaluation = evaluations.make(evaluations.config(
+      'bert', 'mlm_nsp', file, max_len=16), prompt='|||'.join(PROMPTS))
+  found = evaluations.run('fill_mask', evaluation)['prompts']
+  rows = ['[CLS] paris is the [MASK] of france [SEP]',
+          '[CLS] a [MASK] city [MASK] [SEP]']
+  lines = []
+  for prompt, text, row in zip(found, PROMPTS, rows):
+    assert prompt['prompt'] == text
+    ids = np.array([VOCAB.index(word) for word in row.split()])
+    expected = bert(evaluation.params, ids)[ids == VOCAB.index('[MASK]')]
+    assert len(prompt['masks']) == len(expected)
+    for fillings, p_V in zip(prompt['masks'], expected):
+      best = np.argsort(-p_V)[:5]
+      assert [(one['id'], one['text']) for one in fillings] == [
+          (i, VOCAB[i]) for i in best]
+      np.testing.assert_allclose([one['probability'] for one in fillings],
+                                 p_V[best], atol=1e-5)
+      lines += [f'{p_V[i]:.4f}  {VOCAB[i]}' for i in best]
+  shown = capsys.readouterr().out
+  assert [line.strip() for line in shown.splitlines()
+          if line.startswith('  ')] == lines
+  evaluation.options.prompt = '[MASK] ' + 'a ' * 13 + 'a'
+  with pytest.raises(RequestError, match='has 17 tokens.*max_len 16'):
+    evaluations.run('fill_mask', evaluation)
+
+
+def given(*names):
+  """The flags of all tasks, of which a command line has `names`."""
+  return {flag.name: types.SimpleNamespace(present=flag.name in names)
+          for task in evals.TASKS.values() for flag in task.flags}
+
+
+def test_a_flag_that_no_task_reads_is_refused():
+  """Whichever it is: each asks for its task, or is refused without it."""
+  for flag in {flag.name for task in evals.TASKS.values()
+               for flag in task.flags}:
+    readers = evals.readers(flag)
+    for name in readers:
+      assert evals.asked_for([name], given(flag)) == [name]
+    asks = [name for name, own in readers.items() if own.asks]
+    if asks:
+      assert {*evals.asked_for(['routing'], given(flag))} == {'routing', *asks}
+      continue
+    with pytest.raises(RequestError, match=rf'--{flag} is read by') as e:
+      evals.asked_for(['routing'], given(flag))
+    assert all(name in str(e.value) for name in readers)
+
+
+PROMPT = 'My fellow, my'
+
+
+def look(system, objective, folder, **options):
+  """Returns the evaluation, its figures, and what the page draws."""
+  evaluation = evaluations.make(evaluations.config(system, objective), folder,
+                                **dict(prompt=PROMPT) | options)
+  figures = evaluations.run('inspect', evaluation)
+  page = (folder / 'inspect.html').read_text()
+  # Nothing is fetched: no address stands in it.
+  assert not re.search(r'(src|href)="(?!#)|https?:|@import|url\(', page)
+  data = re.search(r'id="data">(.*?)</script>', page)[1]
+  return (archetype.Model(evaluation.run.module, evaluation.params), figures,
+          json.loads(data))
+
+
+@pytest.fixture(scope='module')
+def gpt(tmp_path_factory):
+  return look('gpt', 'causal', tmp_path_factory.mktemp('run'))
+
+
+def test_a_decoder_reads_the_prompt_after_the_separator(gpt):
+  model, figures, data = gpt
+  assert figures['tokens']['decoder'] == [
+      '[EOS]', *PROMPT.replace(' ', '␣')] == data['tokens']['decoder']
+  found = model.inspect([258, *PROMPT.encode()])
+  attention = found.attention['decoder']
+  by_head = figures['attention']['decoder']
+  np.testing.assert_allclose(
+      by_head['entropy'], attention.entropy.mean(-1)[:, 0], atol=1e-4)
+  np.testing.assert_allclose(
+      by_head['first token'], attention.first[..., 1:].mean(-1)[:, 0],
+      atol=1e-5)
+  np.testing.assert_allclose(by_head['previous token'],
+                             attention.previous[:, 0], atol=1e-5)
+  np.testing.assert_allclose(figures['stream']['decoder']['norms'],
+                             found.stream['decoder'].norms[:, 0], rtol=1e-4)
+  top = [[cell[0]['id'] for cell in layer] for layer in figures['lens']]
+  assert top == found.lens.ids[:, 0, :, 0].tolist()
+  # The page holds the maps to four digits.
+  (drawn,) = data['maps']
+  weights = np.frombuffer(base64.b64decode(drawn['weights']), '<u2') / 65535
+  assert drawn['shape'] == list(attention.weights[:, 0].shape)
+  np.testing.assert_allclose(weights.reshape(drawn['shape']),
+                             attention.weights[:, 0], atol=1e-5)
+
+
+def test_induction_is_that_of_random_tokens_that_come_twice(gpt):
+  model, figures, _ = gpt
+  random, size = np.random.default_rng(0), 15  # max_len is 32
+  usual = np.setdiff1d(np.arange(384), [*range(256, 262), *range(284, 384)])
+  drawn = [random.choice(usual, size, replace=False) for _ in range(4)]
+  rows = [[258, *row, *row] for row in drawn]
+  weights = np.asarray(model.attention_weights(rows))
+  expected = np.mean([weights[..., 1 + size + i, 2 + i]
+                      for i in range(size)], 0).mean(1)
+  np.testing.assert_allclose(figures['attention']['decoder']['induction'],
+                             expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_encoder_reads_masks_between_its_marks(tmp_path):
+  model, figures, _ = look('bert', 'mlm', tmp_path, prompt='a [MASK] b')
+  assert figures['tokens'] == {'encoder': [
+      '[CLS]', 'a', '␣', '[MASK]', '␣', 'b', '[SEP]']}
+  found = model.inspect([[260, 97, 32, 259, 32, 98, 261]])
+  assert [[c[0]['id'] for c in layer] for layer in figures['lens']] == (
+      found.lens.ids[:, 0, :, 0].tolist())
+  with pytest.raises(RequestError, match='33 tokens, and 32 can be shown'):
+    look('gpt', 'causal', tmp_path, prompt='x' * 32)

@@ -1,0 +1,310 @@
+"""How the rows of labelled data are laid out, to which length a batch is
+padded, which loss it has, and that its scores hang on nothing but the row; and
+that the shapes that a plan takes for a batch are the loader's."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import tokenizers as hf
+
+import architectures
+from configs import base
+from tests.helpers import labelled_files as files
+from tests.helpers import models
+from tests.training.data import roberta_files
+from tools.compare import cost
+from training import objectives
+from training.data import records, tokenizers
+from training.objectives import labelled, pipeline
+
+BYTES = tokenizers.load('bytes')
+CLS, SEP, END, PAD = (BYTES.special_ids[x] for x in ('cls', 'sep', 'eos',
+                                                     'pad'))
+
+
+@pytest.mark.parametrize('objective, fields', [
+    ('causal', {}), ('causal', dict(document_mask=True)), ('prefix', {}),
+    ('mlm', {}), ('mlm', dict(document_mask=True)), ('mlm_nsp', {}),
+    ('span', {}), ('seq2seq', dict(target_length=24)),
+    ('chat', dict(length=256))])
+def test_shapes_are_the_loaders(objective, fields, tmp_path):
+  text = ' '.join('abcdefg'[i % 7] * (1 + i % 5) for i in range(900))
+  for name in 'ab':
+    (tmp_path / f'{name}.txt').write_text(text)
+  (tmp_path / 'b.jsonl').write_text(json.dumps({'messages': [
+      {'role': 'user', 'content': text[:40]},
+      {'role': 'assistant', 'content': text[:60]}]}) + '\n')
+  c = base.base()
+  c.objective = objective
+  c.data.update(dict(
+      source=(f'jsonl:{tmp_path}/b.jsonl:messages' if objective == 'chat'
+              else f'text:{tmp_path}/*.txt'),
+      cache_dir=str(tmp_path / 'cache'), length=64, batch_size=4,
+      holdout_every=0) | fields)
+  batch = pipeline.training_loader(c, BYTES).batch(0)
+  got = {key: (x.shape, x.dtype) for key, x in batch.items()}
+  assert got == objectives.shapes(c)
+  if objective in ('span', 'seq2seq'):
+    c.model.update(arch='t5', d_model=32)
+  seen = sum(batch[key].size for key in ('tokens', 'decoder_tokens')
+             if key in batch)
+  assert cost.of(c).tokens == seen * c.train.steps
+
+
+def config(source, objective='classification', arch='bert', **fields):
+  c = base.base()
+  c.objective, c.model.arch = objective, arch
+  c.data.update(dict(source=source, length=64, batch_size=4,
+                     holdout_every=0) | fields)
+  return c
+
+
+def test_rows_are_laid_out_as_pictured(tmp_path):
+  def rows(arch, text):
+    (tmp_path / 'one.tsv').write_text(text)
+    batch = pipeline.training_loader(config(
+        f'labelled:{tmp_path}/one.tsv', arch=arch, batch_size=2, length=8),
+                                     BYTES).batch(0)
+    order = np.argsort(batch['targets'])
+    return {key: value[order].tolist() for key, value in batch.items()}
+
+  a, b, c = map(ord, 'abc')
+  assert rows('bert', 'ab\tx\nc\ty\n') == dict(
+      tokens=[[CLS, a, b, SEP] + [PAD] * 4, [CLS, c, SEP] + [PAD] * 5],
+      types=[[0] * 8] * 2, segment_ids=[[1] * 4 + [0] * 4, [1] * 3 + [0] * 5],
+      targets=[0, 1], weights=[1, 1])
+  pair = rows('bert', 'a\tbc\tx\nabcabc\tb\ty\n')
+  assert pair['tokens'] == [[CLS, a, SEP, b, c, SEP, PAD, PAD],
+                            [CLS, a, b, c, a, SEP, b, SEP]]
+  assert pair['types'] == [[0, 0, 0, 1, 1, 1, 0, 0], [0] * 6 + [1] * 2]
+  decoder = rows('gpt', 'a\tbc\tx\nabcabc\tb\ty\n')
+  assert decoder['tokens'] == [[END, a, END, b, c, END, PAD, PAD],
+                               [END, a, b, c, a, END, b, END]]
+  assert decoder['segment_ids'] == pair['segment_ids']
+  assert 'types' not in decoder
+
+
+def test_a_batch_is_as_long_as_its_longest_row_needs(tmp_path):
+  """A hundred texts of 1 to 50 letters, on any number of processes."""
+  rng = np.random.default_rng(0)
+  rows = [f'{"ab"[i % 2] * int(n)}\t{"ab"[i % 2]}\n' for i, n in enumerate(
+      rng.integers(1, 20, 96))] + ['a' * 50 + '\ta\n'] * 4
+  (tmp_path / 'a.tsv').write_text(''.join(rows))
+  source = f'labelled:{tmp_path}/a.tsv'
+  loader = pipeline.training_loader(config(source), BYTES)
+  parts = [pipeline.training_loader(config(source), BYTES, i, 4)
+           for i in range(4)]
+  whole = pipeline.training_loader(config(source, length_buckets=1), BYTES)
+  seen = set()
+  for n in range(50):
+    batch = loader.batch(n)
+    longest = int((batch['tokens'] != PAD).sum(1).max())
+    size = batch['tokens'].shape[1]
+    assert size == -(-longest // 8) * 8
+    seen.add(size)
+    pieces = [part.batch(n) for part in parts]
+    for key, value in whole.batch(n).items():  # padding is all that differs
+      kept = value[:, :size] if value.ndim > 1 else value
+      np.testing.assert_array_equal(kept, batch[key])
+      np.testing.assert_array_equal(
+          np.concatenate([piece[key] for piece in pieces]), batch[key])
+  assert len(seen) > 2
+
+
+PAIRS = [('an ant', 'ran'), ('a', 'an an an an an an an an an'),
+         ('what is an anagram of nap, then?', 'pan'), ('a an a an', 'an a an')]
+
+
+@pytest.mark.parametrize('length', [12, 64])
+def test_pairs_equal_those_of_the_package_tokenizers(length, tmp_path):
+  """As RoBERTa was shown them: two separators between them."""
+  folder = roberta_files.write(tmp_path)
+  theirs = hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  theirs.enable_truncation(length)
+  (tmp_path / 'a.tsv').write_text(''.join(
+      f'{a}\t{b}\t{i % 2}\n' for i, (a, b) in enumerate(PAIRS)))
+  c = files.config(f'labelled:{tmp_path}/a.tsv', str(folder), 'classification',
+                   length=length)
+  c.model.arch = 'roberta'
+  view = records.Classes(files.corpus(c))
+  record, ours = objectives.of(c), tokenizers.load(str(folder))
+  rows = [files.row(record, item, np.random.default_rng(0), c, ours)['tokens'][
+      :record.length(item)].tolist() for item in view.items]
+  assert rows == [theirs.encode(*pair).ids for pair in PAIRS]
+  assert view.cut == (3 if length == 12 else 0)
+  for arch, given, between in (('roberta', 0, 2), ('roberta', 1, 1),
+                               ('bert', 0, 1), ('bert', 2, 2), ('gpt', 0, 1)):
+    c.model.arch, c.data.pair_separators = arch, given
+    assert records.separators(c) == between
+  transformers = pytest.importorskip('transformers')
+  slow = transformers.RobertaTokenizerFast.from_pretrained(str(folder))
+  assert rows == [slow(*pair, truncation=True, max_length=length).input_ids
+                  for pair in PAIRS]
+
+
+def _asked(tmp_path, objective, arch='bert', length=64):
+  source = (f'conll:{files.conll(tmp_path / "a.conll")}'
+            if objective == 'token_classification' else
+            f'squad:{files.squad(tmp_path / "a.json")}')
+  c = files.config(source, 'bytes', objective, length=length, stride=16)
+  c.model.arch = arch
+  c = objectives.with_labels(c)
+  record = objectives.of(c)
+  view = record.view(files.corpus(c))
+  return record, c, [
+      files.row(record, item, None, c, BYTES) for item in view.items], view
+
+
+def test_words_are_laid_out_as_pictured(tmp_path):
+  (tmp_path / 'a').write_text('ab\tB-x\nc\tO\n')
+  c = files.config(f'conll:{tmp_path}/a', 'bytes', 'token_classification',
+                   length=8)
+  for arch, before, after in ('bert', CLS, SEP), ('gpt', END, END):
+    c.model.arch = arch
+    record = objectives.of(c)
+    item, = records.Sentences(files.corpus(c)).items
+    row = {key: value.tolist() for key, value in files.row(
+        record, item, None, c, BYTES).items()}
+    assert row == dict(
+        tokens=[before, *b'ab c', after, PAD, PAD],
+        segment_ids=[1] * 6 + [0] * 2, labels=[0, 0, 0, 0, 1, 0, 0, 0],
+        weights=[0, 1, 0, 0, 1, 0, 0, 0])
+    assert record.length(item) == 6
+
+
+def test_questions_are_laid_out_as_pictured(tmp_path):
+  record, _, rows, view = _asked(tmp_path, 'question_answering', length=128)
+  asked, context = b'How many gulls?', files.CONTEXTS[0].encode()
+  row, first = rows[0], 2 + len(asked)
+  size = first + len(context) + 1
+  assert row['tokens'].tolist() == [
+      CLS, *asked, SEP, *context, SEP] + [PAD] * (128 - size)
+  assert row['types'].tolist() == [0] * first + [1] * (size - first) + [0] * (
+      128 - size)
+  assert bytes(row['tokens'][row['starts']:row['ends'] + 1].tolist()) == b'308'
+  assert record.length(view.items[0]) == size
+  assert rows[2]['starts'] == rows[2]['ends'] == 0 and rows[2]['weights'] == 1
+  _, _, short, _ = _asked(tmp_path, 'question_answering')
+  shown = [row for row in short if row['starts'] or row['ends']]
+  assert 3 <= len(shown) < len(short)  # the others do not show the answer
+  for arch in 'bert', 'gpt':  # the null token is the one that has seen all
+    _, _, rows, view = _asked(tmp_path, 'question_answering', arch, 128)
+    size = int((rows[2]['segment_ids'] != 0).sum())
+    assert rows[2]['starts'] == (0 if arch == 'bert' else size - 1) == (
+        labelled.null_place(view.items[2], architectures.systems()[arch].STACK))
+
+
+def _figures(objective, scores, batch, smooth=0.0):
+  record = objectives.OBJECTIVES[objective]
+  c = ml_collections.ConfigDict(dict(
+      model=dict(mtp_depth=0), train=dict(label_smoothing=smooth)))
+  output = types.SimpleNamespace(
+      extra=dict(scores=jnp.asarray(scores, jnp.float32)))
+  batch = {key: jnp.asarray(value) for key, value in batch.items()}
+  return record, output, batch, c, {
+      key: float(value) for key, value in record.means(
+          record.figures(output, batch, c)).items()}
+
+
+@pytest.mark.parametrize('smooth', [0.0, 0.2])
+def test_the_loss_is_torchs_weighted_cross_entropy(smooth):
+  """sum(w l) / sum(w), as torch.nn.CrossEntropyLoss(weight) has it; and by
+  numpy, the smoothed targets written out; of words likewise."""
+  rng = np.random.default_rng(0)
+  scores, targets = rng.normal(size=(6, 3)) * 3, np.array([0, 1, 2, 2, 1, 0])
+  weights = np.array([1, 2, 0.5, 0.5, 2, 0], np.float32)  # the last is padding
+  *_, figures = _figures('classification', scores, dict(
+      targets=targets, weights=weights), smooth)
+  p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+  q = np.eye(3)[targets] * (1 - smooth) + smooth / 3
+  losses = -(q * np.log(p)).sum(1)
+  np.testing.assert_allclose(
+      figures['loss'], (weights * losses).sum() / weights.sum(), rtol=1e-5)
+  np.testing.assert_allclose(  # of the five rows that are there, each once
+      figures['accuracy'], (scores.argmax(1) == targets)[:5].mean(), rtol=1e-6)
+  counts = (weights > 0).astype(np.float32)
+  *_, words = _figures('token_classification', scores[None], dict(
+      labels=targets[None], weights=counts[None]), smooth)
+  np.testing.assert_allclose(words['loss'], losses[:5].mean(), rtol=1e-5)
+  assert words['accuracy'] == pytest.approx(figures['accuracy'])
+
+
+def test_the_loss_of_a_number_is_its_squared_error():
+  *_, figures = _figures(
+      'regression', np.array([[1.0], [3.0], [9.0]]),
+      dict(targets=np.float32([2, 0, 0]), weights=np.float32([1, 1, 0])))
+  assert figures == dict(loss=5, mean_absolute_error=2)
+
+
+def test_micro_batches_add_up():
+  rng = np.random.default_rng(1)
+  record, output, batch, c, _ = _figures(
+      'classification', rng.normal(size=(8, 2)),
+      dict(targets=rng.integers(0, 2, 8),
+           weights=rng.random(8).astype(np.float32)))
+
+  def loss(scores_BU, rows, whole):
+    output.extra['scores'] = scores_BU[rows]
+    part = {key: value[rows] for key, value in batch.items()}
+    return record.loss(output, part, c, whole)[0]
+
+  scores_BU, all_rows = output.extra['scores'], np.arange(8)
+  whole = record.weights(batch)
+  together = jax.grad(loss)(scores_BU, all_rows, whole)
+  apart = sum(jax.grad(loss)(scores_BU, all_rows[i::2], whole)
+              for i in range(2))
+  np.testing.assert_allclose(together, apart, atol=1e-6)
+
+
+def test_the_loss_of_an_answer_is_that_of_both_ends_without_padding():
+  rng = np.random.default_rng(0)
+  scores, sizes = rng.normal(size=(3, 6, 2)) * 3, [4, 6, 5]
+  starts, ends = np.array([1, 0, 2]), np.array([3, 0, 2])
+  segments = (np.arange(6) < np.array(sizes)[:, None]).astype(np.int32)
+  scores[1, 0] = 99  # this one is right, at both ends
+  batch = dict(starts=starts, ends=ends, segment_ids=segments,
+               weights=np.float32([1, 1, 0]))
+  *_, figures = _figures('question_answering', scores, batch)
+  losses = []
+  for b in range(2):
+    for side, place in enumerate((starts[b], ends[b])):
+      own = scores[b, :sizes[b], side]
+      losses.append(np.log(np.exp(own - own.max()).sum()) + own.max()
+                    - own[place])
+  assert figures['loss'] == pytest.approx(np.mean(losses), rel=1e-5)
+  assert figures['accuracy'] == 1 / 2
+  scores[0, 4:] += 1000  # what a model says of padding changes nothing
+  assert _figures('question_answering', scores, batch)[-1] == figures
+
+
+@pytest.mark.parametrize('objective, arch', [
+    ('token_classification', 'bert'), ('question_answering', 'gpt')])
+def test_scores_hang_on_nothing_but_the_row(objective, arch, tmp_path):
+  """Not on the rows beside it, on their order, or on padding."""
+  record, c, rows, view = _asked(tmp_path, objective, arch)
+  longer = c.copy_and_resolve_references()
+  longer.data.length = 72
+  padded = [files.row(record, item, None, longer, BYTES)
+            for item in view.items[:3]]
+  module, params = models.make(arch, num_layers=1, vocab_size=384, max_len=128,
+                               head=record.head, num_labels=len(c.data.labels))
+  apply = jax.jit(lambda batch: record.apply(
+      module, params, batch).extra['scores'])
+
+  def scores(chosen):
+    found = apply({key: np.stack([row[key] for row in chosen])
+                   for key in chosen[0]})
+    return [x[:size] for x, size in zip(np.asarray(found), (
+        (row['segment_ids'] != 0).sum() for row in chosen))]
+
+  few = rows[:3]
+  expected = scores(few)
+  for found in (scores(few[::-1])[::-1], scores(padded),
+                [scores([row] * 3)[0] for row in few]):
+    for a, b in zip(expected, found):
+      np.testing.assert_allclose(a, b, atol=2e-6)

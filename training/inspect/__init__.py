@@ -1,2 +1,0 @@
-"""Looking inside a model: what it computes of some tokens, in numbers and as a
-page."""
