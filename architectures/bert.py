@@ -19,7 +19,7 @@ import re
 
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
-from architectures.parts.encoder import Encoder
+from architectures.parts.skeletons import Encoder
 
 
 class BERT(Encoder):

@@ -30,9 +30,9 @@ Where transformers' NLLB-MoE deviates from the paper, and what is done here:
 
 from architectures import transformer
 from architectures.parts import hf
-from architectures.parts import kinds as layer_kinds
 from architectures.parts.config import ModelConfig
-from architectures.parts.encoder_decoder import EncoderDecoder
+from architectures.parts.hf import layer_types
+from architectures.parts.skeletons import EncoderDecoder
 from configs import kinds
 from configs.errors import one_of, require
 
@@ -82,7 +82,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 def _write(c: ModelConfig) -> dict:
   m = c.moe
   policy = hf.theirs(ROUTERS, m.router, 'moe.router')
-  every = layer_kinds.experts_every(c)
+  every = layer_types.experts_every(c)
   fraction = 2 * m.eval_capacity_factor / m.num_experts
   in_training = {} if m.router == 'topk' else {IN_TRAINING: policy}
   return transformer.write_stacks(c) | in_training | dict(

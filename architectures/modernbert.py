@@ -18,8 +18,8 @@ import jax
 
 from architectures.parts import heads, hf
 from architectures.parts.config import ModelConfig
-from architectures.parts.encoder import Encoder
 from architectures.parts.hf import layer_types
+from architectures.parts.skeletons import Encoder
 
 
 class ModernBERT(Encoder):

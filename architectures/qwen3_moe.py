@@ -13,7 +13,7 @@ once. `moe.normalize_gates=False` is norm_topk_prob of config.json.
 
 from architectures import llama
 from architectures.parts import hf
-from architectures.parts import kinds as layer_kinds
+from architectures.parts.hf import layer_types
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Decoder
 from configs import kinds
@@ -39,7 +39,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 def _write(c: ModelConfig) -> dict:
   return llama.write(c) | dict(
-      mlp_only_layers=[], decoder_sparse_step=layer_kinds.experts_every(c))
+      mlp_only_layers=[], decoder_sparse_step=layer_types.experts_every(c))
 
 
 FFN = llama.layers(*hf.under('ffn', 'mlp', *llama.FFN, *llama.experts()))

@@ -21,7 +21,7 @@ that of padding in the middle of a text; here every token counts.
 from architectures import bert
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
-from architectures.parts.encoder import Encoder
+from architectures.parts.skeletons import Encoder
 from configs.errors import require
 
 

@@ -23,9 +23,9 @@ Where transformers deviates from the paper, and what is done here:
 
 from architectures import t5
 from architectures.parts import hf
-from architectures.parts import kinds as layer_kinds
 from architectures.parts.config import ModelConfig
-from architectures.parts.encoder_decoder import EncoderDecoder
+from architectures.parts.hf import layer_types
+from architectures.parts.skeletons import EncoderDecoder
 from configs import kinds
 from configs.errors import require
 
@@ -74,7 +74,7 @@ def _every(reader: hf.Reader, stack: str, layers: int) -> int:
 
 
 def _write(c: ModelConfig) -> dict:
-  m, every = c.moe, layer_kinds.experts_every(c)
+  m, every = c.moe, layer_types.experts_every(c)
   factor = m.eval_capacity_factor
   slots = -int(-factor * m.group_size // m.num_experts) if factor else 0
   return t5.write(c) | dict(

@@ -25,7 +25,7 @@ Where transformers' Marian deviates from the paper, and what is done here:
 
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
-from architectures.parts.encoder_decoder import EncoderDecoder
+from architectures.parts.skeletons import EncoderDecoder
 
 
 class Transformer(EncoderDecoder):

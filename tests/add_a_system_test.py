@@ -16,7 +16,7 @@ import pytest
 
 import architectures
 from configs.errors import RequestError
-from tests.architectures import pages_test, product_test
+from tests.architectures import laws_test, pages_test
 from tests.helpers import adding, models
 from training.hf import weights
 from training.costs import totals
@@ -46,9 +46,7 @@ def test_it_is_among_the_choices_and_counted():
 
 @pytest.mark.slow
 def test_it_obeys_the_laws():
-  module = architectures.build(models.config(
-      'stablelm', max_len=product_test.LENGTH))
-  product_test.check_laws_of(module, product_test.drawn(module))
+  laws_test.check_laws(*models.make('stablelm'))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import pytest
 import architectures
 from architectures.parts.attention import kernels, xla
 from architectures.parts.ffn import Hidden
-from architectures.parts.moe import experts, grouped
+from architectures.parts.moe import dispatch, grouped
 from configs import sharding as tables
 from tests.helpers import models
 from tests.training import step_test
@@ -131,7 +131,7 @@ def test_products_of_experts_equal_a_loop(counts, dtype):
       jax.random.key(i), shape, dtype) * shape[-2] ** -0.5
   x_PD, d_PD = normal(0, rows, D) * rows ** 0.5, normal(1, rows, D)
   d_PD = d_PD * (jnp.arange(rows) < sum(counts))[:, None].astype(d_PD.dtype)
-  w = experts.Weights(normal(2, E, D, F), normal(3, E, F, D),
+  w = dispatch.Weights(normal(2, E, D, F), normal(3, E, F, D),
                       normal(4, E, D, F))
   gate_P = jax.random.uniform(jax.random.key(5), (rows,)) + 0.5
   kind = Hidden('swiglu')

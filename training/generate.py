@@ -37,7 +37,7 @@ import numpy as np
 
 import architectures
 from architectures.parts import mixers
-from architectures.parts.attention.cache import Cache
+from architectures.parts.context import Cache
 from architectures.parts.moe.layer import without_capacity
 from architectures.parts.skeletons import one_by_one
 from architectures.parts.skeletons import Output

@@ -27,7 +27,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from architectures.parts.moe import health
+from architectures.parts.moe import routing
 from configs.errors import require
 from training import progress, runs
 from training.costs import flops, systems, totals
@@ -618,7 +618,7 @@ def _over_window(loads: list[tuple]) -> dict[str, Any]:
   (load, tokens) of each."""
   if not loads:
     return {}
-  figures = health.window(*(np.asarray(x, np.float32) for x in zip(*loads)))
+  figures = routing.window(*(np.asarray(x, np.float32) for x in zip(*loads)))
   return {f'health/window_{name}': np.asarray(x).tolist()
           for name, x in figures.items()}
 

@@ -8,8 +8,7 @@ before F, as Mamba-2's do: x + A(n(x)).
 To add one, write a class and its entry in BLOCKS, at the end of this file. What
 else it can do than self-attention and F on one stream it says by the attributes
 of Block; what it does not say is refused. tests/architectures/parts_test.py
-has the equations again, and tests/docs/wirings_test.py prints its row of the
-table.
+has the equations again.
 """
 
 from collections.abc import Callable
@@ -18,14 +17,13 @@ from typing import Optional
 import flax.linen as nn
 import jax
 
+from architectures.parts import linear
 from architectures.parts import mixers
 from architectures.parts import sharding
 from architectures.parts import streams
-from architectures.parts.attention.cache import Cache
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.config import LayerKind, ModelConfig
-from architectures.parts.context import Context
-from architectures.parts.dropout import Dropout
+from architectures.parts.context import Cache, Context
 from architectures.parts.ffn import FFN, NONE
 from architectures.parts.moe.layer import MoE
 from architectures.parts.norms import norm
@@ -74,7 +72,7 @@ class Block(nn.Module):
     return 1 + kind.cross + (kind.ffn != NONE)
 
   def drop(self, x: jax.Array, ctx: Context) -> jax.Array:
-    return Dropout(self.config.dropout)(
+    return linear.Dropout(self.config.dropout)(
         x, deterministic=ctx.deterministic)
 
 

@@ -1,11 +1,27 @@
-"""What the layers of a stack are told, besides their input."""
+"""What the layers of a stack are told besides their input, and what attention
+keeps of the tokens that it has read: keys and values."""
 
-from typing import Optional
+from typing import Any, Optional
 
 from flax import struct
 import jax
+import jax.numpy as jnp
 
-from architectures.parts.attention.cache import First, Keys
+
+@struct.dataclass
+class First:
+  """The values of the first layer, on their way to the others."""
+  value_BLJK: jax.Array
+  known: jax.Array  # bool: whether a layer has made them yet
+
+
+@struct.dataclass
+class Keys:
+  """Keys and values of a layer, on their way to those that read them too."""
+  key_BMJK: jax.Array
+  value_BMJK: jax.Array
+  # Whether a cache went into the layer that they are of.
+  cached: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass
@@ -37,3 +53,87 @@ class Context:
   lends: bool = struct.field(pytree_node=False, default=False)  # its keys
   # The layers follow one another in the program: see skeletons.one_by_one.
   one_by_one: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
+class Cache:
+  """A layer's keys and values; slot m holds the token at position m.
+
+  Those of the memory are put in when a decoder is given it with the cache,
+  and stand for it from then on. With context.keep_attention a layer also
+  returns here what it weighed the values with, with model.value_residual the
+  values of the first layer, and with context.lends its keys and values, whether
+  or not a cache went in.
+  """
+  key_BMJK: Optional[jax.Array] = None  # None: it holds no keys of its own
+  # None: a mixer's values are a part of its keys (latent.py).
+  value_BMJK: Optional[jax.Array] = None
+  memory_key_BMJK: Optional[jax.Array] = None
+  memory_value_BMJK: Optional[jax.Array] = None
+  weights_BHLM: Optional[jax.Array] = None
+  memory_weights_BHLM: Optional[jax.Array] = None
+  first: Optional[First] = None
+  lent: Optional[Keys] = None
+  # The last inputs of convolutions, by name.
+  inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
+  # Keys and values are [N, ...], of N layers: which of them this one is.
+  layer: Optional[jax.Array] = None
+
+  @property
+  def num_slots(self) -> int:
+    return self.key_BMJK.shape[-3]
+
+  @property
+  def slots(self) -> tuple[jax.Array, jax.Array]:
+    """Keys and values, [B, M, J, K]."""
+    slots = self.key_BMJK, self.value_BMJK
+    return slots if self.layer is None else jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False),
+        slots)
+
+  def write(self, key_BLJK: jax.Array, value_BLJK: Optional[jax.Array],
+            positions_BL: jax.Array) -> 'Cache':
+    """Puts L new tokens at their positions (a row's are consecutive)."""
+    def put(slots: Optional[jax.Array], new: Optional[jax.Array]):
+      return slots if new is None else _put(
+          slots, new.astype(slots.dtype), positions_BL, self.layer)
+    return self.replace(key_BMJK=put(self.key_BMJK, key_BLJK),
+                        value_BMJK=put(self.value_BMJK, value_BLJK))
+
+
+def _put(slots: jax.Array, new_BLJK: jax.Array, positions_BL: jax.Array,
+         layer: Optional[jax.Array]) -> jax.Array:
+  """Returns slots [B, M, J, K], or with a layer [N, B, M, J, K]. A scatter over
+  rows writes them where they lie; under vmap, XLA moves them for it on TPU."""
+  first = () if layer is None else (layer,)
+  if len(positions_BL) > 1:
+    rows_B1 = jnp.arange(len(new_BLJK))[:, None]
+    return slots.at[*first, rows_B1, positions_BL].set(
+        new_BLJK, indices_are_sorted=True, unique_indices=True)
+  return jax.lax.dynamic_update_slice(
+      slots, new_BLJK.reshape((1,) * len(first) + new_BLJK.shape),
+      (*first, 0, positions_BL[0, 0], 0, 0))
+
+
+# Of each entry its keys and values, which it may have none of.
+Slots = Optional[tuple[tuple[Optional[jax.Array], Optional[jax.Array]], ...]]
+
+
+def apart(entries: tuple) -> tuple[Slots, tuple]:
+  """Returns the keys and values of entries, and the entries without."""
+  def of(entry: Any):
+    if not isinstance(entry, Cache):  # the arrays of a state
+      return (None, None), entry
+    return (entry.key_BMJK, entry.value_BMJK), entry.replace(
+        key_BMJK=None, value_BMJK=None, layer=None)
+  slots, rest = zip(*map(of, entries))
+  return slots, rest
+
+
+def joined(slots: Slots, rest: tuple, layer: Optional[jax.Array] = None
+           ) -> tuple:
+  """Returns what `apart` was given; if `layer` is, entries of this layer, to
+  which `rest` belongs, with the slots of all."""
+  return tuple(entry if key is None else entry.replace(
+      key_BMJK=key, value_BMJK=value, layer=layer)
+               for entry, (key, value) in zip(rest, slots, strict=True))

@@ -23,7 +23,7 @@ from architectures.parts import linear
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
-from architectures.parts.dropout import Dropout
+from architectures.parts.norms import recomputed
 from configs.fields import field, FUNCTION
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
@@ -105,11 +105,6 @@ def clamped(gate: jax.Array, up: jax.Array, clamp: ClampConfig) -> jax.Array:
   return gate * jax.nn.sigmoid(clamp.alpha * gate) * (up + 1)
 
 
-# What an activation computes on its way is computed again for the gradient: to
-# keep it takes longer, and a multiple of the memory.
-recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
-
-
 class FFN(nn.Module):
   """(x_BLD, context) -> (y_BLD, aux); a dense layer's aux is empty."""
   config: ModelConfig
@@ -135,10 +130,9 @@ class FFN(nn.Module):
       if c.ffn_bias:
         g_BLF = linear.add_bias(
             g_BLF, linear.bias(self, 'gate_bias', (F,), ('mlp',)))
-      h_BLF = recomputed(hidden)(h_BLF, g_BLF)
-    else:
-      h_BLF = recomputed(hidden)(h_BLF)
-    h_BLF = Dropout(c.ffn_dropout)(h_BLF, deterministic=ctx.deterministic)
+    h_BLF = recomputed(hidden)(h_BLF, *([g_BLF] if hidden.gated else []))
+    h_BLF = linear.Dropout(c.ffn_dropout)(
+        h_BLF, deterministic=ctx.deterministic)
     h_BLF = sharding.constrain(h_BLF, 'batch', 'length', 'mlp')
     y_BLD = product('down', 'BLF,FD->BLD', h_BLF, down_FD, out)
     if c.ffn_bias:

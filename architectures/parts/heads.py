@@ -31,14 +31,9 @@ import jax.numpy as jnp
 
 from architectures.parts import linear
 from architectures.parts import positions
-from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
-from architectures.parts.dropout import Dropout
 from architectures.parts.norms import norm
 from configs.errors import require
-
-# Tokens, at most, of which a tied head is computed by the table as it lies.
-FEW = 32
 
 
 @struct.dataclass
@@ -48,18 +43,11 @@ class Head:
   bias_V: Optional[jax.Array] = None
   scale: float = struct.field(pytree_node=False, default=1.0)
   softcap: float = struct.field(pytree_node=False, default=0.0)
-  # Whether the kernel is the transpose of the table of embeddings.
-  tied: bool = struct.field(pytree_node=False, default=False)
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
     """[..., D] -> float32 [..., V]."""
-    few = x_BLD.size <= FEW * x_BLD.shape[-1]
-    if (self.tied and few and x_BLD.dtype == jnp.float32
-        and sharding.one_cpu()):
-      return self.finish(_by_table(x_BLD, self.kernel_DV.T))
-    logits_BLV = linear.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
-                               x_BLD.dtype, jnp.float32)
-    return self.finish(logits_BLV)
+    return self.finish(linear.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
+                                     x_BLD.dtype, jnp.float32))
 
   def finish(self, logits_BLV: jax.Array) -> jax.Array:
     """The logits of the bare products x W."""
@@ -69,16 +57,6 @@ class Head:
     if self.softcap:
       logits_BLV = self.softcap * jnp.tanh(logits_BLV / self.softcap)
     return logits_BLV
-
-
-def _by_table(x_BLD: jax.Array, table_VD: jax.Array) -> jax.Array:
-  """The product with the table on the left: XLA's CPU backend reads its rows as
-  they lie, and copies them if they are on the right. The barrier keeps it from
-  transposing the product."""
-  logits_VT = jax.lax.optimization_barrier(linear.einsum(
-      'VD,TD->VT', table_VD, x_BLD.reshape(-1, x_BLD.shape[-1]), x_BLD.dtype,
-      jnp.float32))
-  return logits_VT.T.reshape(*x_BLD.shape[:-1], -1)
 
 
 class Unembed(nn.Module):
@@ -97,7 +75,7 @@ class Unembed(nn.Module):
     # muP's output multiplier, of a tied table too; the bias makes up for it by
     # its learning rate.
     return Head(table_DV, bias_V, c.logits_scale / c.widening,
-                c.logits_softcap, c.tie_embeddings)
+                c.logits_softcap)
 
 
 class Task(nn.Module):
@@ -117,7 +95,7 @@ class Task(nn.Module):
                               ('embed', None), output=True, tuned=True)
     bias_U = (linear.bias(self, 'bias', (outputs,), (None,), output=True,
                           tuned=True) if self.bias else None)
-    x = Dropout(c.head_dropout)(x, deterministic=deterministic)
+    x = linear.Dropout(c.head_dropout)(x, deterministic=deterministic)
     return Head(kernel_DU, bias_U, 1 / c.widening).logits(x)
 
 

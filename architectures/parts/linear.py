@@ -1,4 +1,4 @@
-"""Weights, biases and the one matrix product that every part uses."""
+"""Weights, biases, the one matrix product that every part uses, and dropout."""
 
 from collections.abc import Callable
 import dataclasses
@@ -14,7 +14,6 @@ import numpy as np
 from architectures.parts import gathered
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
-from architectures.parts.dropout import Dropout
 from architectures.parts.roles import Role, declare
 from configs.fields import field, FUNCTION, REGULARISATION, RUN
 
@@ -250,6 +249,19 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
   return y + jnp.asarray(c.lora.scale, y.dtype) * z
 
 
+def dense(module: nn.Module, name: str, spec: str, x: jax.Array,
+          shape: tuple[int, ...], axes: tuple[str | None, ...], *,
+          with_bias: bool, deterministic: bool, **how: Any) -> jax.Array:
+  """Declares a weight and multiplies by it: `weight`, whose further arguments
+  `how` are, `product`, and a `bias` if there is one."""
+  w = weight(module, name, shape, axes, **how)
+  y = product(module, name, spec, x, w, axes, deterministic=deterministic)
+  if not with_bias:
+    return y
+  n = len(how.get('in_axes', (0,)))
+  return add_bias(y, bias(module, f'{name}_bias', shape[n:], axes[n:]))
+
+
 def adapted_weight(module: nn.Module, name: str, w: jax.Array,
                    axes: tuple[str | None, ...]) -> jax.Array:
   """Returns W + (alpha / rank) A B, what `product` multiplies by where nothing
@@ -338,3 +350,55 @@ def times(x: jax.Array, factor: float) -> jax.Array:
   if float(np.asarray(factor).astype(x.dtype)) == factor:
     return x * factor
   return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+# Dropout (Srivastava et al. 2014), by random bits that cost little.
+#
+# On CPU, jax.random.bernoulli takes longer for attention's weights than the
+# products with them: every element has 20 rounds of its own, and every fourth
+# goes through memory. Here a row, the last axis, has two random words of
+# jax.random's, and an element a hash of them and of its place: 11 operations,
+# which fuse into what the mask is for. A mask depends on its key and shape
+# alone: it is the same on any mesh, and when it is drawn again for a gradient.
+
+
+_STEP = 0x9E3779B9  # 2^32 over the golden ratio: multiples of it lie far apart
+
+
+class Dropout(nn.Module):
+  """x -> x, with the share `rate` at 0 and the others divided by what is kept;
+  the key is of the stream 'dropout'."""
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+    if deterministic or not self.rate:
+      return x
+    return drop(x, self.rate, self.make_rng('dropout'))
+
+
+def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+  """Returns x with the share `rate`, in [0, 1), at 0, and the others divided by
+  what is kept."""
+  kept = bits(key, x.shape) >= jnp.uint32(int(rate * 2**32))
+  return jnp.where(kept, x * (1 / (1 - rate)), 0)
+
+
+def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Returns 32 random bits for each element, as uint32.
+
+  Of a row with the words a and b, column c has mix(a + c * _STEP) + b, as
+  SplitMix (Steele et al. 2014) counts and scatters. Rows of which the words a
+  are close, which happens by chance, are told apart by b.
+  """
+  *rows, columns = shape or (1,)
+  words = jax.random.bits(key, (2, *rows, 1))
+  column = jax.lax.broadcasted_iota(jnp.uint32, (*rows, columns), len(rows))
+  return (mix(words[0] + column * jnp.uint32(_STEP)) + words[1]).reshape(shape)
+
+
+def mix(x: jax.Array) -> jax.Array:
+  """Scatters uint32 evenly over uint32 (the finaliser of murmur3)."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85ebca6b)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xc2b2ae35)
+  return x ^ (x >> 16)

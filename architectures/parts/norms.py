@@ -9,6 +9,7 @@ rmsnorm_1p     x / sqrt(mean(x^2) + eps) * (1 + offset), offset 0 at first: what
 rmsnorm_plain  x / sqrt(mean(x^2) + eps), without parameters
 """
 
+from collections.abc import Callable
 import functools
 from typing import Optional
 
@@ -48,64 +49,57 @@ def _affine(y: jax.Array, scale_D: Optional[jax.Array],
   return y.astype(dtype)
 
 
-# The gradient computes a norm again: cheaper than to keep its steps.
+# The gradient computes a norm, or an activation, again: cheaper than to keep
+# what it computes on its way.
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-class LayerNorm(nn.Module):
+class Norm(nn.Module):
+  """[..., D] -> [..., D]; `axis` is the logical axis of its parameters."""
   fields = ('norm_eps',)
   config: ModelConfig
   axis: str = 'embed'
 
+  def vector(self, name: str, init: Callable, x: jax.Array) -> jax.Array:
+    """Declares a parameter for each feature."""
+    return declare(self, name, init, x.shape[-1:], Role((self.axis,)))
+
+
+class LayerNorm(Norm):
+
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    shape, role = x.shape[-1:], Role((self.axis,))
-    scale_D = declare(self, 'scale', nn.initializers.ones, shape, role)
-    bias_D = declare(self, 'bias', nn.initializers.zeros, shape, role)
+    scale_D = self.vector('scale', nn.initializers.ones, x)
+    bias_D = self.vector('bias', nn.initializers.zeros, x)
     return recomputed(layernorm)(x, scale_D, bias_D, self.config.norm_eps)
 
 
-class LayerNormNoBias(nn.Module):
-  fields = ('norm_eps',)
-  config: ModelConfig
-  axis: str = 'embed'
+class LayerNormNoBias(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale_D = declare(self, 'scale', nn.initializers.ones, x.shape[-1:],
-                      Role((self.axis,)))
+    scale_D = self.vector('scale', nn.initializers.ones, x)
     return recomputed(layernorm)(x, scale_D, None, self.config.norm_eps)
 
 
-class RMSNorm(nn.Module):
-  fields = ('norm_eps',)
-  config: ModelConfig
-  axis: str = 'embed'
+class RMSNorm(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale_D = declare(self, 'scale', nn.initializers.ones, x.shape[-1:],
-                      Role((self.axis,)))
+    scale_D = self.vector('scale', nn.initializers.ones, x)
     return recomputed(rmsnorm)(x, scale_D, self.config.norm_eps)
 
 
-class RMSNorm1P(nn.Module):
-  fields = ('norm_eps',)
-  config: ModelConfig
-  axis: str = 'embed'
+class RMSNorm1P(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    offset_D = declare(self, 'offset', nn.initializers.zeros, x.shape[-1:],
-                       Role((self.axis,)))
+    offset_D = self.vector('offset', nn.initializers.zeros, x)
     return recomputed(rmsnorm)(x, 1.0 + offset_D.astype(jnp.float32),
                                self.config.norm_eps)
 
 
-class PlainRMSNorm(nn.Module):
-  fields = ('norm_eps',)
-  config: ModelConfig
-  axis: str = 'embed'
+class PlainRMSNorm(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:

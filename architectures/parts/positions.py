@@ -3,7 +3,7 @@
 learned     x + P[pos] (GPT, BERT; P[pos + offset]: RoBERTa); ends at max_len,
             or is stretched
 sinusoidal  x + PE[pos] (Vaswani et al. 2017, section 3.5)
-rope        q and k turned by pos * frequency (Su et al. 2021)
+rope        q and k turned by pos * frequency (Su et al. 2021), see SCALINGS
 alibi       scores - slope_h * distance (Press et al. 2022)
 relative    scores + b[h, bucket(distance)] (Raffel et al. 2020, section 2.1)
 none        nothing
@@ -14,19 +14,283 @@ An entry of POSITIONS, at the end of this file, is all that there is of one.
 from collections.abc import Callable
 import dataclasses
 import math
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from architectures.parts import linear
-from architectures.parts import rotary
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.roles import Role, declare
-from configs.errors import require
+from configs.errors import require, short
 from configs.fields import field, FUNCTION, SHAPES
+
+# Rotary positions, and how they stretch past training.
+#
+# Queries and keys are turned by pos * frequency, so that a score depends on the
+# distance alone. An entry of SCALINGS is all that there is of one way to
+# stretch.
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  """Of position rope: rotary positions, and how they stretch past training."""
+  theta: float = field(10000.0, 'the base of the frequencies', above=0,
+                       resume=FUNCTION)
+  fraction: float = field(1.0, 'the share of a head that is rotated', above=0,
+                          most=1, resume=FUNCTION)
+  interleaved: bool = field(
+      False, 'pairs are neighbours, not half a head apart', resume=FUNCTION)
+  scaling: str = field('none', 'how they stretch past original_len',
+                       resume=FUNCTION)
+  factor: float = field(1.0, 'how many times the original length', least=1,
+                        resume=FUNCTION)
+  original_len: int = field(
+      0, 'where the scaling starts; derived: max_len', resume=FUNCTION)
+  low_freq_factor: float = field(1.0, 'of llama3', above=0, resume=FUNCTION)
+  high_freq_factor: float = field(4.0, 'of llama3', resume=FUNCTION)
+  beta_fast: float = field(32.0, 'of yarn', resume=FUNCTION)
+  beta_slow: float = field(1.0, 'of yarn', above=0, resume=FUNCTION)
+  mscale: float = field(
+      1.0, 'Of yarn, how much of its temperature is on turned features '
+      '(DeepSeek-V2).', least=0, resume=FUNCTION)
+  mscale_all_dim: float = field(
+      0.0, 'Of yarn, how much of it is on all features of a head.', least=0,
+      resume=FUNCTION)
+  truncate: bool = field(
+      True, 'of yarn: its ramp is between whole frequencies', resume=FUNCTION)
+  short_factor: tuple = field(
+      (), 'of longrope: what divides each frequency', resume=FUNCTION)
+  long_factor: tuple = field(
+      (), 'the same in rows of more than original_len', resume=FUNCTION)
+  attention_factor: float = field(
+      0.0, 'Of longrope, on turned features; derived: of factor, '
+      'original_len.', least=0, resume=FUNCTION)
+
+  def derived(self, c: ModelConfig) -> 'RopeConfig':
+    return dataclasses.replace(
+        self, original_len=self.original_len or c.max_len)
+
+
+class Scaling(NamedTuple):
+  """How rotary positions stretch past their training length.
+
+  Attributes:
+    frequencies: (config.rope, how many features are rotated) -> as
+      `rope_frequencies`. With `by_length`, a third argument is how many tokens
+      a row has room for.
+    fields: of config.model that it reads.
+    refuse: (config.rope, how many features are rotated) -> why it cannot be;
+      '': it can.
+    score_factor: config.rope -> what multiplies the scores.
+    by_length: whether longer rows turn otherwise than shorter ones.
+    by_multiple: whether `factor` alone says how many times the original length
+      it is for, so that any model can be tried with it.
+  """
+  frequencies: Callable
+  fields: tuple[str, ...] = ()
+  refuse: Callable[[RopeConfig, int], str] = lambda r, dim: ''
+  score_factor: Callable[[RopeConfig], float] = lambda r: 1.0
+  by_length: bool = False
+  by_multiple: bool = True
+
+
+def rotary_dim(c: ModelConfig) -> int:
+  """Returns how many of a head's features are rotated."""
+  return int(c.head_dim * c.rope.fraction)
+
+
+def rope_frequencies(config: ModelConfig, length: int = 0
+                     ) -> tuple[jax.Array, float]:
+  """Returns radians per position [K'/2], and the factor on cos and sin.
+
+  linear: positions / factor (Chen et al. 2023). ntk: theta grows so that the
+  slowest wave stretches by factor. llama3: waves longer than original_len /
+  low_freq_factor are stretched, short ones kept, smooth between. yarn: the
+  same by the number of turns, and a temperature (Peng et al. 2023). dynamic:
+  ntk by the length of the row. longrope: each frequency is divided by a factor
+  of its own, that was searched for (Ding et al. 2024).
+
+  `length` decides on the last two: how many tokens a row has room for, which is
+  those that it has or, with a cache, those that the cache can hold. So all
+  tokens of a text turn alike, those before it was long too.
+  """
+  r, dim = config.rope, rotary_dim(config)
+  row = SCALINGS[r.scaling]
+  return row.frequencies(r, dim, *((length,) if row.by_length else ()))
+
+
+def _unscaled(r: RopeConfig, dim: int, theta: float = 0.0):
+  steps = jnp.arange(0, dim, 2, dtype=jnp.float32)
+  return (theta or r.theta) ** (-steps / dim), 1.0
+
+
+def _linear(r: RopeConfig, dim: int):
+  return _unscaled(r, dim)[0] / r.factor, 1.0
+
+
+def _ntk(r: RopeConfig, dim: int):
+  return _unscaled(r, dim, ntk_theta(r, dim))
+
+
+def ntk_theta(r: RopeConfig, dim: int) -> float:
+  return r.theta * r.factor ** (dim / (dim - 2))
+
+
+def _dynamic(r: RopeConfig, dim: int, length: int):
+  stretch = r.factor * max(length / r.original_len, 1.0) - (r.factor - 1)
+  return _unscaled(r, dim, r.theta * stretch ** (dim / (dim - 2)))
+
+
+def _longrope(r: RopeConfig, dim: int, length: int):
+  divided_by = r.long_factor if length > r.original_len else r.short_factor
+  frequency, _ = _unscaled(r, dim)
+  return (frequency / jnp.asarray(divided_by, jnp.float32),
+          r.attention_factor or longrope_factor(r.factor, r.original_len))
+
+
+def longrope_factor(factor: float, original_len: int) -> float:
+  """On cos and sin, for texts that are so many times as long (Ding et al.
+  2024, as Phi-3 has it)."""
+  return (math.sqrt(1 + math.log(factor) / math.log(original_len))
+          if factor > 1 else 1.0)
+
+
+def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
+  """On cos and sin: its square multiplies the scores (YaRN, equation 15)."""
+  return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def yarn_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
+  """On cos and sin: what is left of the temperature where DeepSeek-V2's
+  mscale_all_dim puts a part of it on whole scores."""
+  return yarn_temperature(factor, mscale) / yarn_temperature(
+      factor, mscale_all_dim)
+
+
+def _llama3(r: RopeConfig, dim: int):
+  frequency, _ = _unscaled(r, dim)
+  turns = r.original_len * frequency / (2 * math.pi)
+  smooth = (turns - r.low_freq_factor) / (
+      r.high_freq_factor - r.low_freq_factor)
+  smooth = jnp.clip(smooth, 0, 1)
+  return (1 - smooth) * frequency / r.factor + smooth * frequency, 1.0
+
+
+def _yarn(r: RopeConfig, dim: int):
+  frequency, _ = _unscaled(r, dim)
+  def index(turns):  # of the frequency that makes `turns` in original_len
+    return dim * math.log(r.original_len / (turns * 2 * math.pi)) / (
+        2 * math.log(r.theta))
+  low, high = index(r.beta_fast), index(r.beta_slow)
+  if r.truncate:  # as the authors' program; gpt-oss does not
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, dim - 1)
+  ramp = (jnp.arange(dim // 2) - low) / ((high - low) or 0.001)
+  keep = 1 - jnp.clip(ramp, 0, 1)
+  return ((1 - keep) * frequency / r.factor + keep * frequency,
+          yarn_factor(r.factor, r.mscale, r.mscale_all_dim))
+
+
+def _refuse_ntk(r: RopeConfig, dim: int) -> str:
+  del r
+  return '' if dim > 2 else (
+      f'only {dim} features of a head are rotated: it needs 4 or more')
+
+
+def _refuse_longrope(r: RopeConfig, dim: int) -> str:
+  for name in ('short_factor', 'long_factor'):
+    factors = getattr(r, name)
+    if len(factors) != dim // 2 or not all(
+        type(x) in (int, float) and x > 0 for x in factors):
+      return (f'model.rope.{name} is {short(factors)}: it needs {dim // 2} '
+              f'numbers > 0, one for each pair of the {dim} features that turn')
+  return '' if r.original_len > 1 else (
+      f'model.rope.original_len is {r.original_len}: it needs it above 1')
+
+
+def _refuse_llama3(r: RopeConfig, dim: int) -> str:
+  del dim
+  return '' if r.high_freq_factor > r.low_freq_factor else (
+      f'model.rope.high_freq_factor is {r.high_freq_factor}: it needs it above '
+      f'model.rope.low_freq_factor {r.low_freq_factor}')
+
+
+def _refuse_yarn(r: RopeConfig, dim: int) -> str:
+  del dim
+  return '' if r.beta_fast > r.beta_slow and r.theta > 1 else (
+      f'model.rope.beta_fast is {r.beta_fast}: it needs it above '
+      f'model.rope.beta_slow {r.beta_slow}, and model.rope.theta {r.theta} '
+      'above 1')
+
+
+def check_rope(c: ModelConfig, stack: str = '', head: str = 'model.head_dim'
+               ) -> None:
+  """Raises RequestError for features of a head that cannot be turned.
+
+  Args:
+    c: the config.
+    stack: as of Position.check.
+    head: the field that says how many features the head has.
+  """
+  del stack
+  dim = rotary_dim(c)
+  require(dim % 2 == 0 and dim > 0, f'model.rope.fraction {c.rope.fraction} of '
+          f'{head} {c.head_dim} is {dim}: rotary positions turn pairs, so it '
+          'must be even and > 0')
+  why = SCALINGS[c.rope.scaling].refuse(c.rope, dim)
+  require(not why, f'model.rope.scaling is {c.rope.scaling}, but {why}')
+
+
+def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig,
+           length: int = 0) -> jax.Array:
+  """Turns the first `rope.fraction` of each head by its position.
+
+  Feature i is paired with i + K'/2, as in GPT-NeoX and Hugging Face; the
+  paper pairs neighbours (`rope.interleaved`), which is the same up to a
+  permutation of features. `length`: as of `rope_frequencies`.
+  """
+  dim = rotary_dim(config)
+  frequency, factor = rope_frequencies(config, length)
+  angle = (positions_BL[..., None].astype(jnp.float32)
+           * frequency[None, None])[:, :, None]
+  cos = (jnp.cos(angle) * factor).astype(x_BLHK.dtype)
+  sin = (jnp.sin(angle) * factor).astype(x_BLHK.dtype)
+  a, b, rest = jnp.split(x_BLHK, (dim // 2, dim), axis=-1)
+  if config.rope.interleaved:
+    a, b = x_BLHK[..., 0:dim:2], x_BLHK[..., 1:dim:2]
+  turned = a * cos - b * sin, b * cos + a * sin
+  if config.rope.interleaved:
+    pairs = jnp.stack(turned, -1)
+    turned = (pairs.reshape(*pairs.shape[:-2], dim),)
+  return jnp.concatenate([*turned, rest], -1)
+
+
+_FROM = ('rope.factor', 'rope.original_len')
+SCALINGS = {
+    'none': Scaling(_unscaled),
+    'linear': Scaling(_linear, ('rope.factor',)),
+    'ntk': Scaling(_ntk, ('rope.factor',), _refuse_ntk),
+    'dynamic': Scaling(_dynamic, _FROM, _refuse_ntk, by_length=True,
+                       by_multiple=False),
+    'longrope': Scaling(
+        _longrope, (*_FROM, 'rope.short_factor', 'rope.long_factor',
+                    'rope.attention_factor'),
+        _refuse_longrope, by_length=True, by_multiple=False),
+    'llama3': Scaling(
+        _llama3, (*_FROM, 'rope.low_freq_factor', 'rope.high_freq_factor'),
+        _refuse_llama3),
+    'yarn': Scaling(
+        _yarn, (*_FROM, 'rope.beta_fast', 'rope.beta_slow', 'rope.truncate',
+                'rope.mscale', 'rope.mscale_all_dim'), _refuse_yarn,
+        lambda r: yarn_temperature(r.factor, r.mscale_all_dim) ** 2),
+}
+
+
+# The encodings.
+
 
 # The layouts that `sinusoid` knows.
 SINUSOIDS = ('interleaved', 'halves', 'fairseq')
@@ -59,12 +323,11 @@ class RelativeConfig:
 
 def _as_it_is(c: ModelConfig, length: int, multiple: int, interpolate: bool
               ) -> dict[str, Optional[ModelConfig]]:
-  del interpolate
-  return {c.position: c if length * multiple <= reach(c) else None}
+  del length, multiple, interpolate
+  return {c.position: c}
 
 
-@dataclasses.dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
   """One position encoding; a hook that is None is not called.
 
   Attributes:
@@ -75,14 +338,14 @@ class Position:
       -> x_BLHK, of queries and of keys.
     bias: (config, q_positions_BL, k_positions_BM) -> [B, H, L, M], added to the
       scores, in each layer anew.
-    score_factor: config -> what multiplies the scores; None: nothing does.
+    score_factor: config -> what multiplies the scores.
     stack_bias: the same once for all layers of a stack: a module of (config,
       causal), called with both positions. Its parameters stand in the stack,
       under the encoding's name and '_bias'.
     settings: the group of fields of config.model that it reads.
     check: (config, stack) -> None; raises RequestError for fields that do not
       fit together. `stack` is what architectures.stack returns.
-    reach: config -> how many positions there are; None: no end.
+    reach: config -> how many positions there are.
     longer: (config, length, multiple, interpolate) -> {name: config}, how it
       is evaluated at a multiple of its training length. A config is None where
       the model refuses; `interpolate` is whether learned positions may be
@@ -92,10 +355,10 @@ class Position:
   rotate: Optional[Callable] = None
   bias: Optional[Callable] = None
   stack_bias: Optional[type[nn.Module]] = None
-  score_factor: Optional[Callable[[ModelConfig], float]] = None
+  score_factor: Callable[[ModelConfig], float] = lambda c: 1.0
   settings: Optional[type] = None
-  check: Optional[Callable[[ModelConfig, str], None]] = None
-  reach: Optional[Callable[[ModelConfig], int]] = None
+  check: Callable[[ModelConfig, str], None] = lambda c, stack: None
+  reach: Callable[[ModelConfig], float] = lambda c: math.inf
   longer: Callable = _as_it_is
 
   @property
@@ -109,25 +372,18 @@ def of(c: ModelConfig) -> Position:
   return POSITIONS[c.position]
 
 
-def score_factor(c: ModelConfig) -> float:
-  """Returns what the encoding multiplies the scores by."""
-  factor = of(c).score_factor
-  return factor(c) if factor else 1.0
-
-
 def reach(c: ModelConfig) -> float:
   """Returns how many positions the model has; infinity where they have no end.
   """
-  return of(c).reach(c) if of(c).reach else math.inf
+  return of(c).reach(c)
 
 
 def lengths_apart(c: ModelConfig) -> tuple[int, ...]:
   """Returns the lengths, ascending, on whose sides a row turns otherwise, in
   some layers of a model; (): no length counts. Beyond the last one each may."""
-  kinds = [c.of_kind(name) for name in c.kinds_used]
   return tuple(sorted({
-      k.rope.original_len for k in kinds
-      if of(k).rotate and rotary.SCALINGS[k.rope.scaling].by_length}))
+      k.rope.original_len for k in map(c.of_kind, c.kinds_used)
+      if of(k).rotate and SCALINGS[k.rope.scaling].by_length}))
 
 
 def check_length(c: ModelConfig, length: int) -> None:
@@ -136,12 +392,10 @@ def check_length(c: ModelConfig, length: int) -> None:
   `positions_BL` that are passed in are values on the device, which a compiled
   program cannot refuse: there a row past the table is the table's last.
   """
-  if length <= reach(c):
-    return
-  stretch = (', or set model.learned.stretch to '
-             f'{-(-length // c.max_len)} to interpolate' if c.learned else '')
-  require(False, f'a sequence of {length} tokens is longer than the {reach(c)} '
-          f'positions that this model has learned: shorten it{stretch}')
+  require(length <= reach(c), f'a sequence of {length} tokens is longer than '
+          f'the {reach(c)} positions that this model has learned: shorten it, '
+          f'or set model.learned.stretch to {-(-length // c.max_len)} to '
+          'interpolate')
 
 
 def sinusoid(positions: jax.Array, d_model: int,
@@ -218,16 +472,6 @@ def _longer_learned(c: ModelConfig, length: int, multiple: int,
       {'learned, interpolated': stretched} if interpolate else {})
 
 
-def _check_rope(c: ModelConfig, stack: str) -> None:
-  del stack
-  dim = rotary.rotary_dim(c)
-  require(dim % 2 == 0 and dim > 0,
-          f'model.rope.fraction {c.rope.fraction} of model.head_dim '
-          f'{c.head_dim} is {dim}: rotary positions turn pairs, so it must be '
-          'even and > 0')
-  rotary.SCALINGS[c.rope.scaling].check(c.rope, dim)
-
-
 def _longer_rope(c: ModelConfig, length: int, multiple: int,
                  interpolate: bool):
   """As it is and, unless it is stretched already, with each scaling that a
@@ -239,7 +483,7 @@ def _longer_rope(c: ModelConfig, length: int, multiple: int,
       c, rope=dataclasses.replace(c.rope, scaling=name, factor=float(multiple),
                                   original_len=length))
   return {'rope': c} | {f'rope, {name}': scaled(name)
-                        for name, row in rotary.SCALINGS.items()
+                        for name, row in SCALINGS.items()
                         if row.by_multiple and name != 'none'}
 
 
@@ -258,11 +502,6 @@ def alibi(q_positions_BL: jax.Array, k_positions_BM: jax.Array,
   distance_BLM = jnp.abs(q_positions_BL[:, :, None] - k_positions_BM[:, None])
   slopes = jnp.array(alibi_slopes(num_heads), jnp.float32)
   return -slopes[None, :, None, None] * distance_BLM[:, None]
-
-
-def _alibi_bias(c: ModelConfig, q_positions_BL: jax.Array,
-                k_positions_BM: jax.Array):
-  return alibi(q_positions_BL, k_positions_BM, c.num_heads)
 
 
 def relative_bucket(offset: jax.Array, *, bidirectional: bool, buckets: int,
@@ -310,15 +549,14 @@ class RelativeBias(nn.Module):
 def _check_relative(c: ModelConfig, stack: str) -> None:
   """A quarter of an encoder's buckets, half of a decoder's, is exact; the
   others grow from there to max_distance."""
+  buckets, most = c.relative.buckets, c.relative.max_distance
   least = 2 if stack == 'decoder' else 4
-  exact = c.relative.buckets // (4 if stack == 'encoder' else 2)
-  require(c.relative.buckets >= least and c.relative.buckets % 2 == 0,
-          f'model.relative.buckets is {c.relative.buckets}: model.arch '
-          f'{c.arch} needs an even number, {least} or more')
-  require(c.relative.max_distance > exact,
-          f'model.relative.max_distance is {c.relative.max_distance}: of '
-          f'model.relative.buckets {c.relative.buckets}, {exact} are of one '
-          'distance each, so it must be larger')
+  exact = buckets // (4 if stack == 'encoder' else 2)
+  require(buckets >= least and buckets % 2 == 0 and most > exact,
+          f'model.relative.buckets is {buckets} and model.relative.max_distance'
+          f' {most}: model.arch {c.arch} needs an even number of buckets, '
+          f'{least} or more, {exact} of which are of one distance each, and a '
+          'larger distance')
 
 
 POSITIONS = {
@@ -329,9 +567,11 @@ POSITIONS = {
         embed=_add_sinusoids, settings=SinusoidalConfig,
         check=_check_sinusoids),
     'rope': Position(
-        rotate=rotary.rotate, score_factor=rotary.score_factor,
-        check=_check_rope, longer=_longer_rope, settings=rotary.RopeConfig),
-    'alibi': Position(bias=_alibi_bias),
+        rotate=rotate,
+        score_factor=lambda c: SCALINGS[c.rope.scaling].score_factor(c.rope),
+        check=check_rope, longer=_longer_rope, settings=RopeConfig),
+    'alibi': Position(bias=lambda c, q_positions_BL, k_positions_BM: alibi(
+        q_positions_BL, k_positions_BM, c.num_heads)),
     'relative': Position(
         stack_bias=RelativeBias, check=_check_relative,
         settings=RelativeConfig),

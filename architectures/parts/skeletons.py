@@ -1,4 +1,5 @@
-"""Skeletons: embedding, and the scanned stack of layers.
+"""Skeletons: embedding, the scanned stack of layers, and what is made of them:
+a decoder, an encoder, or both.
 
 A page under architectures/ puts these together. Layers are scanned over one
 period of the pattern, so compile time does not grow with depth; parameters of
@@ -24,12 +25,11 @@ import jax.numpy as jnp
 from architectures.parts import (
     gathered, heads, linear, mixers, positions, remat, sharding, streams)
 from architectures.parts.attention import multi_head
-from architectures.parts.attention.cache import (
-    Cache, First, Slots, apart, joined, turned)
 from architectures.parts.blocks import BLOCKS, branches, residual
 from architectures.parts.config import LayerKind, ModelConfig, Section
-from architectures.parts.context import Context
-from architectures.parts.dropout import Dropout
+from architectures.parts.context import (
+    Cache, Context, First, Slots, apart, joined)
+from architectures.parts.ffn import FFNS
 from architectures.parts.norms import norm
 from configs.errors import require
 from configs.kinds import SECTIONS
@@ -91,7 +91,7 @@ class Embed(nn.Module):
       x_BLD = x_BLD + types_TD[type_ids_BL].astype(x_BLD.dtype)
     if c.embed_norm:
       x_BLD = norm(c, 'norm')(x_BLD)
-    x_BLD = Dropout(c.dropout)(x_BLD, deterministic=deterministic)
+    x_BLD = linear.Dropout(c.dropout)(x_BLD, deterministic=deterministic)
     return sharding.constrain_stream(x_BLD, 'embed'), table_VD.T
 
 
@@ -122,16 +122,14 @@ class Period(nn.Module):
       config = self.config.of_kind(kind.name)
       block = remat.block(BLOCKS[config.block], config,
                           prevent_cse=not (self.in_loop and ends == 1))
-      own = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
-                        lends=i in wanted)
-      own_cache = None if cache is None else cache[i]
       make = functools.partial(block, config, kind, name=f'block_{i}')
+      told = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
+                         lends=i in wanted), cache and cache[i]
       if (sharding.devices() == 1 or self.is_initializing()
           or self.in_loop and i == 0):
-        x, new, aux = make()(x, own, own_cache)
+        x, new, aux = make()(x, *told)
       else:
-        x, new, aux = self._after_its_weights(f'block_{i}', make, x, own,
-                                              own_cache)
+        x, new, aux = self._after_its_weights(f'block_{i}', make, x, *told)
       if getattr(new, 'first', None) is not None:
         first, new = new.first, new.replace(first=None)
       if getattr(new, 'lent', None) is not None:
@@ -144,7 +142,6 @@ class Period(nn.Module):
         tuple(caches) if with_cache else None, tuple(auxes), tuple(kept),
         {place: lent[ends + place] for place in self.lends})
 
-
   def _after_its_weights(self, name: str, block: Callable, x: streams.X,
                          *args: Any):
     """Returns block(x, *args), whose gradient goes on to the layer before it
@@ -154,14 +151,13 @@ class Period(nn.Module):
     several layers have whole gradients at once. In a loop it cannot: the end of
     an iteration needs them.
     """
-    held = [x]
-
     def tied(variables: Any):
-      held[0], own = _tied(held[0], variables['params'][name])
-      return {'params': {**variables['params'], name: own}}
+      nonlocal x
+      x, weights = _tied(x, variables['params'][name])
+      return {'params': {**variables['params'], name: weights}}
 
-    return nn.map_variables(lambda period: block()(held[0], *args), 'params',
-                            tied)(self)
+    return nn.map_variables(lambda period: block()(x, *args), 'params', tied)(
+        self)
 
 
 @jax.custom_vjp
@@ -206,7 +202,9 @@ class Stack(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any = None):
     c = self.config
-    k_positions_BM = _key_positions(ctx, cache)
+    slots, k_positions_BM = any_cache(cache), ctx.positions_BL
+    if slots is not None:  # where the keys stand that queries meet
+      k_positions_BM = jnp.arange(slots.num_slots)[None]
     ctx = ctx.replace(length=k_positions_BM.shape[1])
     stack_bias = positions.of(c).stack_bias
     if stack_bias:
@@ -264,11 +262,10 @@ class Stack(nn.Module):
 
   def _lends(self, section: str) -> tuple[int, ...]:
     """Returns which layers of the prefix lend their keys to those after it."""
-    if section != 'prefix':
-      return ()
-    return tuple(sorted({kind.source for own in self.sections
-                         for kind in own.kinds
-                         if kind.source is not None and kind.source < 0}))
+    return tuple(sorted({
+        kind.source for own in self.sections for kind in own.kinds
+        if kind.source is not None and kind.source < 0
+    })) if section == 'prefix' else ()
 
   def _one_by_one(self, carry: tuple, cache: Any, ctx: Context):
     found = []
@@ -285,12 +282,16 @@ class Stack(nn.Module):
     return carry, found
 
 
-def _key_positions(ctx: Context, cache: Any) -> jax.Array:
-  """Where the keys stand that queries meet: the slots of a cache, if any."""
-  entry = any_cache(cache)
-  if entry is None:
-    return ctx.positions_BL
-  return jnp.arange(entry.num_slots)[None]
+def _context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
+             segment_ids_BL: Optional[jax.Array], **how: Any) -> Context:
+  """Returns the Context of some tokens, whose positions are 0..L-1 by default.
+  Those that are passed with segment ids promise an order: see Decoder."""
+  chex.assert_rank(tokens_BL, 2)
+  in_order = positions_BL is None or segment_ids_BL is not None
+  if positions_BL is None:
+    positions_BL = jnp.arange(tokens_BL.shape[1])[None]
+  return Context(positions_BL, segment_ids_BL, tokens_BL=tokens_BL,
+                 in_order=in_order, **how)
 
 
 class Mtp(nn.Module):
@@ -362,7 +363,8 @@ class Decoder(nn.Module):
   order, and attention skips keys by it. The first `prefix_B` tokens of a row
   see each other. `valid_BL` is 0 on padding, where that is all a row's end: it
   is unseen, and takes no room of an expert. `one_by_one` says that parameters
-  and cache are those that the function of that name returns.
+  and cache are those that the function of that name returns. `how` are these
+  and other fields of Context: deterministic, keep_layers, keep_attention.
   """
   STACK = 'decoder'
   config: ModelConfig
@@ -371,40 +373,218 @@ class Decoder(nn.Module):
   def __call__(self, tokens_BL: jax.Array, *,
                positions_BL: Optional[jax.Array] = None,
                segment_ids_BL: Optional[jax.Array] = None,
-               prefix_B: Optional[jax.Array] = None,
-               valid_BL: Optional[jax.Array] = None,
-               cache: Any = None, deterministic: bool = True,
-               keep_layers: bool = False, keep_attention: bool = False,
-               one_by_one: bool = False) -> Output:
+               cache: Any = None, **how: Any) -> Output:
     c = self.config
-    chex.assert_rank(tokens_BL, 2)
     require(cache is None or segment_ids_BL is None,
             'a cache holds one document a row: pass no segment ids with it')
-    in_order = positions_BL is None or segment_ids_BL is not None
-    if positions_BL is None:
-      positions_BL = jnp.arange(tokens_BL.shape[1])[None]
-    ctx = Context(positions_BL, segment_ids_BL, tokens_BL=tokens_BL,
-                  prefix_B=prefix_B, valid_BL=valid_BL, in_order=in_order,
-                  deterministic=deterministic, keep_layers=keep_layers,
-                  keep_attention=keep_attention, one_by_one=one_by_one)
+    ctx = _context(tokens_BL, positions_BL, segment_ids_BL, **how)
     embedded_BLD, table_DV = Embed(c, name='embed')(
-        tokens_BL, positions_BL, deterministic=deterministic)
+        tokens_BL, ctx.positions_BL, deterministic=ctx.deterministic)
     x_BLD, cache, aux = Stack(c, c.sections(c.num_layers), name='decoder')(
         embedded_BLD, ctx, cache)
     if c.head == 'lm':
       head, extra = heads.Unembed(c, name='head')(table_DV), {}
-      if c.mtp_depth and cache is None and not (keep_layers or keep_attention):
+      if c.mtp_depth and cache is None and not (
+          ctx.keep_layers or ctx.keep_attention):
         extra['mtp'], more = Mtp(c, name='mtp')(x_BLD, embedded_BLD, ctx)
-        aux = _with_losses(aux, more)
+        aux = functools.reduce(_with_losses, more, aux)
       return Output(x_BLD, head, cache, aux, extra=extra)
-    row = heads.HEADS[c.head].of_row
-    y = heads.last(x_BLD, valid_BL, segment_ids_BL) if row else x_BLD
-    if heads.HEADS[c.head].unfolds:
-      y_BLD, head = heads.Unfold(c, name='task')(y, x_BLD.shape[1])
-      return Output(y_BLD, head, cache, aux)
-    scores = heads.Task(c, bias=not row, name='task')(
-        y, deterministic=deterministic)
+    kind = heads.HEADS[c.head]
+    y = (heads.last(x_BLD, ctx.valid_BL, segment_ids_BL) if kind.of_row else
+         x_BLD)
+    if kind.unfolds:
+      return Output(*heads.Unfold(c, name='task')(y, x_BLD.shape[1]), cache,
+                    aux)
+    scores = heads.Task(c, bias=not kind.of_row, name='task')(
+        y, deterministic=ctx.deterministic)
     return Output(x_BLD, None, cache, aux, extra=dict(scores=scores))
+
+
+class Encoder(nn.Module):
+  """An encoder, whose tokens all see each other, as BERT's and those that came
+  after it. A page says how its pre-training reads the last layer and, with
+  `scored`, what a task's head is applied to.
+
+  tokens [B, L] -> Output: `logits` of the masked words, and in `extra`
+  hidden [B, L, D] of the encoder and, with model.next_sentence, pooled [B, D]
+  and nsp_logits [B, 2] (0: the second text follows the first, 1: it does not).
+  With the head of a task: in `extra` hidden, scores and, where a pooler is
+  what a row is scored by, pooled. `how` are further fields of Context.
+
+  HEAD_ACT: the network of FFNS whose activation the head of masked words has;
+    '': that of the layers.
+  HEAD_BIAS: whether the product of that head has a bias.
+  PAIR_SEPARATORS: how many separators stand between two texts of a row.
+  """
+  STACK = 'encoder'
+  HEAD_ACT = ''
+  HEAD_BIAS = True
+  PAIR_SEPARATORS = 1
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens_BL: jax.Array, *,
+               type_ids_BL: Optional[jax.Array] = None,
+               positions_BL: Optional[jax.Array] = None,
+               segment_ids_BL: Optional[jax.Array] = None, **how: Any
+               ) -> Output:
+    c = self.config
+    ctx = _context(tokens_BL, positions_BL, segment_ids_BL, **how)
+    x_BLD, table_DV = Embed(c, name='embed')(
+        tokens_BL, ctx.positions_BL, type_ids_BL=type_ids_BL,
+        deterministic=ctx.deterministic)
+    x_BLD, _, aux = Stack(c, c.sections(c.num_layers, causal=False),
+                          name='encoder')(x_BLD, ctx)
+    if c.head == 'lm':
+      return self._pretraining(x_BLD, table_DV, aux)
+    kind = heads.HEADS[c.head]
+    if kind.unfolds:
+      return Output(*heads.Unfold(c, name='task')(
+          heads.last(x_BLD, None, segment_ids_BL), x_BLD.shape[1]), aux=aux,
+                    extra=dict(hidden=x_BLD))
+    read, extra = self.scored(
+        heads.POOLINGS[c.pooling](x_BLD, segment_ids_BL) if kind.of_row
+        else x_BLD, kind.of_row)
+    scores = heads.Task(c, name='task')(
+        read, deterministic=ctx.deterministic)
+    return Output(x_BLD, None, aux=aux,
+                  extra=dict(hidden=x_BLD, scores=scores) | extra)
+
+  def scored(self, x: jax.Array, of_row: bool
+             ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns what the head of a task is applied to, of a row [B, D] or of
+    each token [B, L, D], and what of it belongs into `extra`."""
+    if not of_row:
+      return x, {}
+    pooled_BD = self._pooled(x)
+    return pooled_BD, dict(pooled=pooled_BD)
+
+  def transform(self, x: jax.Array) -> jax.Array:
+    """[..., D] -> [..., D]: what the head of masked words reads."""
+    c = self.config
+    act = FFNS[self.HEAD_ACT or (c.moe.ffn if c.ffn == 'moe' else c.ffn)].act
+    return norm(c, 'transform_norm')(act(self._dense(
+        'transform', x, c.d_model, bias=self.HEAD_BIAS)))
+
+  def _pretraining(self, x_BLD: jax.Array, table_DV: jax.Array, aux: dict
+                   ) -> Output:
+    """Masked words and, where the model has a head for them, next sentences."""
+    c = self.config
+    extra = dict(hidden=x_BLD)
+    if c.next_sentence:
+      pooled_BD = self._pooled(x_BLD[:, 0])
+      logits_B2 = self._dense('nsp', pooled_BD, 2, output=True)
+      extra |= dict(pooled=pooled_BD,
+                    nsp_logits=logits_B2.astype(jnp.float32))
+    # Of every layer, where they are kept.
+    t_BLD = self.transform(aux.get('readouts', x_BLD))
+    if 'readouts' in aux:
+      t_BLD, aux = t_BLD[-1], aux | {'readouts': t_BLD}
+    return Output(t_BLD, heads.Unembed(c, name='head')(table_DV), aux=aux,
+                  extra=extra)
+
+  def _pooled(self, x_BD: jax.Array) -> jax.Array:
+    return jnp.tanh(self._dense('pooler', x_BD, self.config.d_model))
+
+  def _dense(self, name: str, x: jax.Array, size: int, output: bool = False,
+             bias: bool = True) -> jax.Array:
+    w = linear.weight(self, name, (self.config.d_model, size),
+                      ('embed', None), output=output)
+    y = linear.einsum('...D,DE->...E', x, w, self.config.compute_dtype)
+    return linear.add_bias(y, linear.bias(
+        self, f'{name}_bias', (size,), (None,), output=output)) if bias else y
+
+
+class EncoderDecoder(nn.Module):
+  """Source [B, M] and target [B, L] -> Output (Vaswani et al. 2017, figure 1).
+
+  The encoder reads the source, every token seeing all; the decoder writes the
+  target, a token seeing those before it and, by cross-attention, all of the
+  encoder's output: the memory. One embedding serves both and, tied, the head.
+
+  The target is what the decoder is shown: its output at l predicts target
+  l + 1. To generate: `encode` once, `decode` the start with an empty cache
+  and the memory, then token by token with the cache alone, which holds the
+  keys and values of the memory from then on.
+  """
+  STACK = 'encoder-decoder'
+  config: ModelConfig
+
+  def setup(self):
+    c = self.config
+    self.embed = Embed(c)
+    self.encoder = Stack(c, c.sections(c.num_layers, causal=False))
+    self.decoder = Stack(c, c.sections(c.num_decoder_layers, cross=True))
+    self.head = heads.Unembed(c)
+
+  def __call__(self, tokens_BM: Optional[jax.Array],
+               decoder_tokens_BL: Optional[jax.Array] = None, *,
+               positions_BM: Optional[jax.Array] = None,
+               segment_ids_BM: Optional[jax.Array] = None,
+               decoder_positions_BL: Optional[jax.Array] = None,
+               decoder_segment_ids_BL: Optional[jax.Array] = None,
+               cache: Any = None, memory: Optional[jax.Array] = None,
+               one_by_one: bool = False, **how: Any) -> Output:
+    """Runs both stacks, or the decoder alone.
+
+    Args:
+      tokens_BM: the source; None with `memory` or a cache that holds it.
+      decoder_tokens_BL: what the decoder is shown; default: the source.
+      positions_BM: default: 0..M-1.
+      segment_ids_BM: 0 where the source is padding.
+      decoder_positions_BL: default: 0..L-1; with a cache, where the tokens go.
+      decoder_segment_ids_BL: 0 where the target is padding.
+      cache: of the decoder; see architectures.init_cache.
+      memory: the encoder's output, where it is known.
+      one_by_one: whether parameters and cache are those that the function of
+        that name returns.
+      **how: further fields of Context: deterministic; keep_layers and
+        keep_attention, with which the encoder's layers come first in aux, and
+        `readouts` are what the head would read of the decoder's.
+    """
+    aux = {}
+    if memory is None and tokens_BM is not None:
+      memory, aux = self.encode(tokens_BM, positions_BM=positions_BM,
+                                segment_ids_BM=segment_ids_BM, **how)
+    output = self.decode(
+        tokens_BM if decoder_tokens_BL is None else decoder_tokens_BL,
+        memory=memory, memory_segment_ids_BM=segment_ids_BM,
+        positions_BL=decoder_positions_BL,
+        segment_ids_BL=decoder_segment_ids_BL, cache=cache,
+        one_by_one=one_by_one, **how)
+    return output.replace(aux=_join_aux(aux, output.aux))
+
+  def encode(self, tokens_BM: jax.Array, *,
+             positions_BM: Optional[jax.Array] = None,
+             segment_ids_BM: Optional[jax.Array] = None, **how: Any
+             ) -> tuple[jax.Array, dict]:
+    """Returns the memory [B, M, D] and aux."""
+    ctx = _context(tokens_BM, positions_BM, segment_ids_BM, **how)
+    x_BMD, _ = self.embed(tokens_BM, ctx.positions_BL,
+                          deterministic=ctx.deterministic)
+    memory_BMD, _, aux = self.encoder(x_BMD, ctx)
+    return memory_BMD, aux
+
+  def decode(self, tokens_BL: jax.Array, *, memory: Optional[jax.Array] = None,
+             memory_segment_ids_BM: Optional[jax.Array] = None,
+             positions_BL: Optional[jax.Array] = None,
+             segment_ids_BL: Optional[jax.Array] = None, cache: Any = None,
+             **how: Any) -> Output:
+    """Returns what follows each target token; `memory` may be left out where
+    the cache has been given it."""
+    require(memory is not None or (
+        cache is not None
+        and any_cache(cache).memory_key_BMJK is not None),
+            'a decoder attends to a memory: pass the source, `memory`, or a '
+            'cache that was filled with one')
+    require(cache is None or segment_ids_BL is None,
+            'a cache holds one target a row: pass no decoder segment ids')
+    ctx = _context(tokens_BL, positions_BL, segment_ids_BL, memory_BMD=memory,
+                   memory_segment_ids_BM=memory_segment_ids_BM, **how)
+    x_BLD, table_DV = self.embed(tokens_BL, ctx.positions_BL,
+                                 deterministic=ctx.deterministic)
+    x_BLD, cache, aux = self.decoder(x_BLD, ctx, cache)
+    return Output(x_BLD, self.head(table_DV), cache, aux, memory=memory)
 
 
 def init_cache(config: ModelConfig, batch: int, length: int):
@@ -454,7 +634,7 @@ def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
         {str(i): layer for i, layer in enumerate(layers)},
         cpu=jax.lax.optimization_barrier, default=lambda x: x)
     slots += own
-  return params | {'decoder': decoder | apart}, turned(slots)
+  return params | {'decoder': decoder | apart}, slots
 
 
 # What the layers of a stack report, put together in their order.
@@ -466,19 +646,16 @@ def _take_weights(caches: tuple) -> tuple[dict, tuple]:
   `caches` has a tuple for each section of the stack."""
   names = {'attention': 'weights_BHLM',
            'cross_attention': 'memory_weights_BHLM'}
-  found = {}
+  weights = {}
   for name, field in names.items():
-    if getattr(caches[0][0], field) is None:
-      continue
-    blocks = [[getattr(entry, field) for entry in cache] for cache in caches]
-    heads_of = {w.shape[-3] for section in blocks for w in section}
-    require(len(heads_of) == 1, 'attention weights are kept of layers with as '
-            'many heads each, and model.kinds has layers of '
-            f'{" and ".join(map(str, sorted(heads_of)))} heads')
-    found[name] = _join([jnp.stack(section, 1).reshape(
-        -1, *section[0].shape[1:]) for section in blocks])
+    if getattr(caches[0][0], field) is not None:
+      blocks = [[getattr(entry, field) for entry in cache] for cache in caches]
+      require(len({w.shape[-3] for section in blocks for w in section}) == 1,
+              'attention weights are kept of layers with as many heads each')
+      weights[name] = _join([jnp.stack(section, 1).reshape(
+          -1, *section[0].shape[1:]) for section in blocks])
   plain = dict.fromkeys(names.values())
-  return found, tuple(tuple(entry.replace(**plain) for entry in cache)
+  return weights, tuple(tuple(entry.replace(**plain) for entry in cache)
                       for cache in caches)
 
 
@@ -509,10 +686,25 @@ def _join(parts: Any) -> jax.Array:
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-def _with_losses(aux: dict, more: list[dict]) -> dict:
-  """Returns what a stack reports, with the losses and the loads of layers
-  beside it, of each as it reports them itself."""
-  for own in more:
-    aux = aux | {'losses': jax.tree.map(jnp.add, aux['losses'], own['losses']),
-                 'loads': aux['loads'] | own['loads']}
-  return aux
+def _with_losses(aux: dict, more: dict) -> dict:
+  """Returns what a stack reports, with the losses and the loads of others."""
+  return aux | {'losses': jax.tree.map(jnp.add, aux['losses'], more['losses']),
+                'loads': aux['loads'] | more['loads']}
+
+
+def _join_aux(encoder: dict, decoder: dict) -> dict:
+  """Sums the stacks' losses; the encoder's layers come first in the rest."""
+  if not encoder or not decoder:
+    return encoder or decoder
+  joined = decoder | {name: (*encoder[name], *decoder[name])
+                      for name in ('layers', 'attention') if name in decoder}
+  if 'losses' in decoder:
+    joined = joined | {
+        name: _with_losses(encoder, decoder)[name] for name in (
+            'losses', 'loads')} | {'health': jax.tree.map(
+                lambda *x: jnp.concatenate(x), encoder['health'],
+                decoder['health'])}
+  if 'experts' in decoder:
+    joined['experts'] = {name: (*encoder['experts'][name], *x)
+                         for name, x in decoder['experts'].items()}
+  return joined

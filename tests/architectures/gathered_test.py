@@ -9,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from architectures.parts import gathered
-from architectures.parts import sharding
+from architectures.parts import gathered, sharding
 from configs import sharding as tables
-from configs.errors import RequestError
 from tests.helpers import models
 from training.objectives import losses
 from training.distributed import devices
@@ -91,17 +89,6 @@ def test_the_input_of_each_layer_waits_in_the_hosts_memory():
                        if remat == 'offload' else set()), waiting
 
 
-@pytest.mark.slow
-def test_rows_that_the_mesh_does_not_divide_are_left_to_xla():
-  module, params = models.make('llama', num_kv_heads=2)
-  tokens_BL = models.tokens(3, LENGTH)
-  got, text = on_mesh(
-      dict(fsdp=8), module, params,
-      lambda params: models.logits(module, params, tokens_BL))
-  models.close(models.logits(module, params, tokens_BL), got, rtol=5e-5)
-  assert 'stablehlo.all_gather' not in text
-
-
 @pytest.mark.parametrize('sizes', [
     dict(fsdp=8), dict(fsdp=2, expert=4), dict(data=2, fsdp=4), dict(expert=8)])
 def test_shards_are_joined_and_sums_are_cut_up(sizes):
@@ -166,18 +153,4 @@ def test_rows_of_a_table_whose_columns_are_split_and_their_gradient():
   models.close(want, got)
 
 
-@pytest.mark.parametrize('system, keep, told', [
-    ('llama', 'query,none', "has 'none', a product that no layer"),
-    ('llama', 'quer', "choose from none, query, .*Did you mean 'query'"),
-    ('mixtral', 'query,up', "has 'up', a product that no layer .*experts")])
-def test_a_weight_that_cannot_stay_gathered_is_refused(system, keep, told):
-  with pytest.raises(RequestError, match=told):
-    models.make(system, keep_gathered=keep)
 
-
-def test_weights_over_tensor_are_left_to_xla_and_cannot_stay_gathered():
-  config = models.make('llama', keep_gathered='all-linear')[0].config
-  shape = dict.fromkeys(tables.MESH_AXES, 1)
-  devices.check_mesh(config, 8, 1, shape | dict(fsdp=4))
-  with pytest.raises(RequestError, match='mesh.tensor 2.*as it chooses'):
-    devices.check_mesh(config, 8, 1, shape | dict(fsdp=2, tensor=2))

@@ -1,6 +1,6 @@
-"""The heads of tasks, against their equations in NumPy and published counts."""
+"""The heads of tasks against their equations in NumPy and published counts; and
+the modules that predict further tokens: what they are given, and their loss."""
 
-import math
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from scipy import special
 
-import architectures
-from architectures.parts import heads
-from configs.errors import RequestError
+from architectures.parts import skeletons
+from architectures.parts.context import Context
 from tests.helpers import models
-from training import cli
+from tests.training import step_test
+from training import cli, objectives
+from training.objectives import losses
 from training.costs import totals
+
 
 HEADS = {'sequence': 3, 'tokens': 5, 'span': 0}
 
@@ -30,29 +32,6 @@ def _run(module, params, tokens_BL, **kwargs):
 def _product(params, x):
   kernel_DU = np.asarray(params['task']['kernel'])
   return np.asarray(x) @ kernel_DU + np.asarray(params['task'].get('bias', 0.0))
-
-
-@pytest.mark.parametrize('tied', [True, False])
-@pytest.mark.parametrize('shape, dtype', [
-    ((3, 1), jnp.float32), ((heads.FEW,), jnp.float32),
-    ((heads.FEW + 1,), jnp.float32), ((3, 1), jnp.bfloat16)])
-def test_a_tied_head_reads_its_table_as_it_lies(tied, shape, dtype):
-  """Where tokens are few and float32; logits and gradients stay the same."""
-  table = np.random.default_rng(0).normal(size=(11, 8)).astype(np.float32)
-  x = jnp.array(np.random.default_rng(1).normal(size=(*shape, 8)), dtype)
-  def logits(table_VD, x):
-    return heads.Head(table_VD.T, jnp.arange(11.0), 0.5, tied=tied).logits(x)
-  want = 0.5 * (np.asarray(x, np.float32) @ table.T + np.arange(11))
-  got = logits(table, x)
-  assert got.dtype == jnp.float32 and got.shape == want.shape
-  tolerance = 1e-5 if dtype == jnp.float32 else 0.05
-  np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
-  assert ('optimization_barrier' in str(jax.make_jaxpr(logits)(table, x))) == (
-      tied and dtype == jnp.float32 and math.prod(shape) <= heads.FEW)
-  d_table = jax.grad(lambda t: logits(t, x).sum())(table)
-  np.testing.assert_allclose(
-      d_table, np.broadcast_to(0.5 * np.asarray(x, np.float32).reshape(
-          -1, 8).sum(0), (11, 8)), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize('system, head', [
@@ -163,16 +142,120 @@ def test_a_row_is_read_off_the_mean_of_what_is_no_padding():
                              rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('system, changes, said', [
-    ('gpt', dict(head='sequence', num_labels=2, pooling='mean'),
-     "pooling 'mean' has no meaning with model.arch 'gpt'"),
-    ('bert', dict(head='sequence', num_labels=2, pooling='max'),
-     "unknown model.pooling 'max'"),
-    ('gpt', dict(head='sequence'), 'num_labels is 0: .* needs 1 or more'),
-    ('gpt', dict(head='tokens'), 'num_labels is 0'),
-    ('gpt', dict(head='sequnce', num_labels=2), "Did you mean 'sequence'"),
-    ('gpt', dict(head='sequence,tokens', num_labels=2), 'unknown model.head'),
-    ('t5', dict(head='sequence', num_labels=2), 'answers in text')])
-def test_what_a_head_cannot_be_is_refused(system, changes, said):
-  with pytest.raises(RequestError, match=said):
-    architectures.resolve(models.config(system, **changes))
+TWO = dict(mtp_depth=2)
+
+
+def batch_of(tokens, **more):
+  """Rows of next tokens, as the data pipeline has them."""
+  return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:],
+              weights=jnp.ones(tokens[:, 1:].shape)) | more
+
+
+def config(**fields):
+  c = step_test.config()
+  c.model.update(fields)
+  return c
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fields', [
+    dict()], ids=str)
+def test_modules_are_those_of_the_oracle(fields):
+  """Each is written out for the rows that it has, without the places that no
+  token follows; the losses are those of equations 24 and 25."""
+  fields = dict(fields)
+  module, params = models.make(fields.pop('system', 'llama'), **TWO, **fields)
+  c, tokens = module.config, models.tokens(2, 9)
+  batch = batch_of(tokens)
+  out = jax.jit(lambda params: module.apply(
+      {'params': params}, batch['tokens']))(params)
+  own, L = params['mtp'], 8
+  def rms(x, p):
+    x = np.asarray(x)
+    return np.asarray(p['scale']) * x / np.sqrt(
+        (x ** 2).mean(-1, keepdims=True) + c.norm_eps)
+  before, losses = out.hidden, []
+  embedded = params['embed']['tokens'][batch['tokens']]
+  for k in (1, 2):
+    pair = np.concatenate([rms(embedded[:, k:], own[f'token_norm_{k}']),
+                           rms(before[:, :L - k], own[f'hidden_norm_{k}'])], -1)
+    layer = skeletons.Period(c, (c.layer_pattern()[-1],))
+    run = jax.jit(lambda p, x, k=k, layer=layer: layer.apply(
+        {'params': p}, (x, None), None,
+        Context(jnp.arange(L - k)[None], length=L))[0][0])
+    h = run(own[f'depth_{k}'], jnp.asarray(pair @ own[f'join_{k}']))
+    before = rms(h, own[f'norm_{k}'])
+    models.close(out.extra['mtp'][k - 1][:, :L - k], before, rtol=1e-4)
+    logits = np.asarray(out.head.logits(before), np.float64)
+    target = np.asarray(tokens)[:, k + 1:]
+    nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
+        logits, target[..., None], -1)[..., 0]
+    losses.append(nats.sum())
+  objective, run = objectives.OBJECTIVES['causal'], config(**TWO)
+  figures = objective.figures(out, batch, run)
+  for k in (1, 2):
+    assert figures[f'mtp_{k}_loss'].total == pytest.approx(
+        losses[k - 1], rel=1e-4)
+    assert figures[f'mtp_{k}_loss'].weight == 2 * (L - k)
+  share, _ = objective.loss(out, batch, run)
+  own_loss = float(figures['loss'].total)
+  assert float(share) == pytest.approx(own_loss + 0.3 / 2 * sum(losses), 1e-5)
+  assert float(objective.means(figures)['loss']) == pytest.approx(own_loss / 16)
+
+
+@pytest.mark.slow
+def test_a_module_sees_no_token_that_it_predicts():
+  """By gradient: depth k at place i hangs on the tokens up to i + k alone."""
+  module, params = models.make('llama', **TWO)
+  L = 6
+  tokens = jnp.arange(L)[None]
+
+  def states(table):
+    own = params | dict(embed=dict(tokens=params['embed']['tokens'].at[:L].set(
+        table)))
+    out = module.apply({'params': own}, tokens)
+    return jnp.stack([out.hidden[0], *(x[0] for x in out.extra['mtp'])])
+
+  slope = jax.jit(jax.jacobian(lambda t: states(t).sum(-1)))(
+      params['embed']['tokens'][:L])
+  reach = np.abs(slope).sum(-1) > 0  # [depth, place, token]
+  i = np.arange(L)
+  for k in range(3):
+    assert (reach[k, :L - k] == (i[None] <= i[:L - k, None] + k)).all(), k
+
+
+def test_packed_documents_predict_only_their_own():
+  c = config()
+  ids = jnp.array([[1, 1, 1, 1, 2, 2, 2]])
+  batch = dict(targets=jnp.arange(7)[None], weights=jnp.ones((1, 7)),
+               segment_ids=ids)
+  targets, weights = losses.mtp_shifted(batch, 2)
+  assert weights.tolist() == [[1, 1, 0, 0, 1, 0, 0]]
+  assert targets[0, :5].tolist() == [2, 3, 4, 5, 6]
+  del batch['segment_ids']
+  batch['weights'] = batch['weights'].at[0, 3].set(0)
+  assert losses.mtp_shifted(batch, 1)[1].tolist() == [[1, 1, 0, 1, 1, 1, 0]]
+  assert losses.mtp_share({}, c) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('ends', [(5, 12)])
+def test_places_that_no_token_follows_take_no_expert(ends):
+  """The last k of each document: what they join is of two texts. The load of an
+  expert is a share of the choices of the others."""
+  module, params = models.make('deepseek_v3', **TWO)
+  at = np.arange(12)
+  ids_BL = jnp.asarray(np.searchsorted(ends, at, side='right'))[None] + 1
+  out = jax.jit(lambda x: module.apply(
+      {'params': params}, x, segment_ids_BL=ids_BL, positions_BL=at[None]))(
+          models.tokens(1, 12))
+  for depth in (1, 2):
+    load_E, = (np.asarray(x) for path, x in out.aux['loads'].items()
+               if f'depth_{depth}' in str(path))
+    choices = (12 - depth * len(ends)) * module.config.moe.top_k
+    assert load_E.sum() == pytest.approx(1)
+    np.testing.assert_allclose(load_E * choices, np.round(load_E * choices),
+                               atol=1e-4)
+    assert skeletons._followed(Context(
+        at[None], ids_BL, tokens_BL=ids_BL), depth).sum() == (
+            12 - depth * len(ends))

@@ -1,24 +1,27 @@
-"""What holds of every decoder, whatever its parts: causality, scan = loop,
-remat = plain, decode = forward, packed = apart, with gradients. product_test.py
-draws combinations of parts."""
+"""What holds of every model, whatever its parts: causality, scan = loop,
+remat = plain, decode = forward, packed = apart, with gradients; of an
+encoder-decoder, that no padding leaks and the memory is projected once; and
+that two steps of training on eight devices are those on one."""
 
+import dataclasses
 import types
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import positions
+from architectures.parts import mixers
 from architectures.parts.attention.visibility import visible
-from architectures.parts.attention.xla import attend
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.norms import NORMS
 from architectures.parts.positions import POSITIONS
 from tests.helpers import models
+from tests.training import step_test
+from training import generate
+
 
 ATTENTIONS = {
     'global': {},
@@ -32,8 +35,10 @@ ATTENTIONS = {
                   qk_norm_over='projection', attention_out_bias=False,
                   attention_gate='elementwise'),
     'latent': dict(mixer='latent', attention_gate='elementwise'),
-    'deltanet': dict(pattern='delta,whole', kinds=dict(
-        delta=dict(mixer='deltanet', position='none'), whole={})),
+    # Each recurrence beside attention.
+    **{name: dict(pattern='state,whole', kinds=dict(
+        state=dict(mixer=name, position='none'), whole={}))
+       for name, row in mixers.MIXERS.items() if row.state},
 }
 FFNS = ('gelu', 'swiglu', 'moe')
 PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,
@@ -44,16 +49,15 @@ VARIANTS = [{part: tuple(values)[i % len(values)]
             for i in range(max(map(len, PARTS.values())))]
 
 
-def _name(parts):
-  return '-'.join(parts.values())
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize('parts', VARIANTS, ids=_name)
+@pytest.mark.parametrize('parts', VARIANTS, ids=lambda x: '-'.join(x.values()))
 def test_laws_of_a_variant(parts):
   changes = dict(parts)
   changes |= dict(attention='global') | ATTENTIONS[changes.pop('attention')]
-  module, params = models.make(**changes)
+  check_laws(*models.make(**changes))
+
+
+def check_laws(module, params):
   tokens = models.tokens()
   apply = jax.jit(lambda t: models.logits(module, params, t))
   logits = apply(tokens)
@@ -62,7 +66,8 @@ def test_laws_of_a_variant(parts):
   np.testing.assert_array_equal(logits[:, :9], changed[:, :9])
   assert not np.allclose(logits[:, 9:], changed[:, 9:])
   # Scan = loop, on the same parameters, gradients too.
-  other, _ = models.make(**changes | dict(scan_layers=False))
+  other = architectures.build(
+      dataclasses.replace(module.config, scan_layers=False))
   def loss(module, params):
     return jnp.square(models.logits(module, params, tokens)).mean()
   models.close(jax.jit(jax.value_and_grad(
@@ -101,19 +106,6 @@ def test_remat_equals_plain_and_computes_again_what_it_says():
   for remat in ('full', 'dots'):
     models.close(found['none'], found[remat], rtol=3e-5)
   assert products['full'] > products['dots'], products
-
-
-@pytest.mark.slow
-def test_causality_by_gradient():
-  module, params = models.make()
-  x_BLD = jax.random.normal(jax.random.key(3), (1, 8, 32))
-  def hidden(table):  # each token its own row: the gradient tells them apart
-    p = params | {'embed': params['embed'] | {'tokens': table}}
-    return module.apply({'params': p}, jnp.arange(8)[None]).hidden[0].sum(-1)
-  table = jnp.zeros((models.VOCAB, 32)).at[:8].set(x_BLD[0])
-  grads = jax.jit(jax.jacrev(hidden))(table)
-  seen = np.abs(grads[:, :8]).sum(-1) > 0
-  np.testing.assert_array_equal(seen, np.tril(np.ones((8, 8), bool)))
 
 
 WINDOW = types.SimpleNamespace(sliding_window=2)  # of a config
@@ -163,47 +155,93 @@ def test_packed_documents_do_not_see_each_other():
   models.close(apart, packed)
 
 
+DROPLESS = dict(capacity_factor=0.0, eval_capacity_factor=0.0, num_experts=4)
+
+
+def _make(system, **changes):
+  changes = dict(moe=DROPLESS, head_dim=8) | changes
+  return models.make(system, **changes)
+
+
+def _apply(module, params, source, target, **kwargs):
+  return module.apply({'params': params}, source, target, **kwargs)
+
+
 @pytest.mark.slow
-def test_learned_positions_end_and_stretch():
-  module = architectures.build(models.config(max_len=8))
-  params = nn.meta.unbox(
-      jax.jit(module.init)(jax.random.key(0), models.tokens(1, 8)))
-  params = params['params']
-  with pytest.raises(ValueError, match='16 tokens is longer than the 8'):
-    models.logits(module, params, models.tokens())
-  stretched = architectures.build(models.config(
-      max_len=8, learned=dict(stretch=2.0)))
-  tokens = models.tokens(1, 4)
-  models.close(  # even positions of the stretched model are the old ones
-      models.logits(module, params, tokens),
-      models.logits(stretched, params, tokens,
-                    positions_BL=2 * jnp.arange(4)[None]))
-  assert np.isfinite(models.logits(stretched, params, models.tokens())).all()
-  for most, length in ((100, 115), (57, 114), (7, 9)):  # quotients that round
-    c = architectures.resolve(models.config(
-        max_len=most, learned=dict(stretch=length / most)))
-    assert positions.reach(c) == length
+def test_padding_is_unseen_by_gradient():
+  module, params = _make('t5')
+  ids = jnp.array([[1, 1, 1, 1, 0, 0]])
+  def hidden(table):  # each token its own row: the gradient tells them apart
+    p = params | {'embed': {'tokens': table}}
+    return _apply(module, p, jnp.arange(6)[None], 6 + jnp.arange(5)[None],
+                  segment_ids_BM=ids).hidden[0].sum(-1)
+  grads = jax.jit(jax.jacrev(hidden))(params['embed']['tokens'])
+  seen = np.abs(grads[:, :11]).sum(-1) > 0
+  picture = [''.join('x' if s else '.' for s in row) for row in seen]
+  assert picture == ['xxxx..x....', 'xxxx..xx...', 'xxxx..xxx..',
+                     'xxxx..xxxx.', 'xxxx..xxxxx']
 
 
-@pytest.mark.parametrize('field', [
-    'dropout', 'attention_dropout', 'ffn_dropout'])
-def test_dropout_draws_only_in_training(field):
-  module, params = models.make(**{field: 0.5})
-  tokens = models.tokens()
-  plain = models.logits(module, params, tokens)
-  a, b = [models.logits(module, params, tokens, deterministic=False,
-                        rngs={'dropout': jax.random.key(i)}) for i in (0, 1)]
-  assert not np.allclose(a, b) and not np.allclose(a, plain)
+@pytest.mark.slow
+def test_generation_equals_asking_again_for_each_token():
+  module, params = _make('transformer')
+  source, lengths = models.tokens(2, 9), jnp.array([9, 6])
+  ids = (jnp.arange(9)[None] < lengths[:, None]).astype(jnp.int32)
+  start = jnp.full((2, 1), 5)
+  new = generate.generate(
+      module, params, start, jnp.ones(2, jnp.int32), jax.random.key(0),
+      max_new_tokens=6, sampling=generate.Sampling(temperature=0),
+      source_BM=source, source_lengths_B=lengths)
+  best = jax.jit(lambda target: _apply(
+      module, params, source, target, segment_ids_BM=ids).logits.argmax(-1))
+  target = jnp.pad(start, ((0, 0), (0, 6)))
+  for i in range(6):
+    target = target.at[:, i + 1].set(best(target)[:, i])
+  np.testing.assert_array_equal(new, target[:, 1:])
 
 
-def test_a_dropped_weight_is_zero_and_the_others_make_up_for_it():
-  """Queries of zero weigh M keys alike; values of one give the weights back."""
-  B, M, H, rate = 4, 32, 4, 0.25
-  q = jnp.zeros((B, M, H, M))
-  v = jnp.broadcast_to(jnp.eye(M)[:, None], (B, M, H, M))
-  weights = attend(q, q, v, scale=1.0, dropout=rate,
-                   key=jax.random.key(0))
-  models.close(jnp.unique(weights), jnp.array([0, 1 / M / (1 - rate)]))
-  assert abs(jnp.mean(weights == 0) - rate) < 0.02  # sd 0.003
-  models.close(attend(q, q, v, scale=1.0, dropout=rate),
-               jnp.full(q.shape, 1 / M))
+@pytest.mark.slow
+def test_the_memory_is_projected_once():
+  """With a filled cache, no product has the memory's features in it."""
+  module, params = _make('t5')
+  memory, _ = module.apply({'params': params}, models.tokens(2, 11),
+                           method='encode')
+  cache = architectures.init_cache(module.config, 2, 4)
+  first = lambda m: _apply(module, params, None, models.tokens(2, 1),
+                           memory=m, cache=cache)
+  filled = first(memory).cache
+  again = jax.make_jaxpr(lambda cache: _apply(
+      module, params, None, models.tokens(2, 1), cache=cache,
+      decoder_positions_BL=jnp.ones((2, 1), jnp.int32)).logits)(filled)
+  assert 'f32[2,11,32]' in str(jax.make_jaxpr(first)(memory))
+  assert 'f32[2,11,32]' not in str(again)
+  with pytest.raises(ValueError, match='attends to a memory'):
+    _apply(module, params, None, models.tokens(2, 1), cache=cache)
+
+
+MODELS = {
+    # Values, keys and queries of several sorts, and heads of two numbers.
+    'attention': ('llama', dict(
+        attention_conv=3, attention_gate='elementwise', num_kv_heads=2,
+        num_layers=4, pattern='own,reads', qk_norm=True,
+        qk_norm_over='projection', value_residual=True, value_embedding=True,
+        kinds=dict(own={}, reads=dict(kv_sharing=True)))),
+    'latent': ('deepseek_v3', dict(mtp_depth=1)),
+    'deltanet': ('llama', dict(mixer='deltanet', deltanet=dict(
+        key_heads=2, value_heads=4, key_dim=8, value_dim=8))),
+    'mamba2': ('mamba2', {}),
+    'streams': ('llama', dict(residual='mhc')),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MODELS)
+def test_several_devices_are_one(name, capfd):
+  system, changes = MODELS[name]
+  c = step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+  c.model = models.config(system, vocab_size=64, **changes)
+  _, state, metrics = step_test.train(c, steps=2)
+  assert 'Involuntary full rematerialization' not in capfd.readouterr().err
+  _, alone, other = step_test.train(c, step_test.one_device(), steps=2)
+  models.close(alone.params, state.params, rtol=2e-4)
+  assert metrics[1]['loss'] == pytest.approx(other[1]['loss'], rel=1e-4)

@@ -1,6 +1,6 @@
-"""Each part alone against its equation: how weights are born, what a product
-rounds, norms, positions, attention's options, the wiring of a block, and the
-order in which a model reports on its layers."""
+"""Each part alone against its equation: how weights are born, their roles, what
+a product rounds, norms, positions, the hidden units of networks, and the wiring
+of a block."""
 
 import flax.linen as nn
 import jax
@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import ffn
-from architectures.parts import linear, norms, positions, rotary
-from architectures.parts import roles
+from architectures.parts import ffn, linear, norms, positions
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
 from architectures.parts.ffn import ClampConfig, FFN
 from architectures.parts.norms import NORMS
+from architectures.parts.roles import Declared, Role
+from configs import base
 from tests.helpers import models
 from tests.helpers.jaxprs import equations
 from architectures.parts import paths
 from training.runs import abstract_params
+
 
 D = 32
 KIND = LayerKind('global', 'gelu')
@@ -125,28 +126,6 @@ def test_the_gradients_of_a_product_are_those_that_jax_derives(
 # Norms.
 
 
-@pytest.mark.parametrize('name', NORMS)
-def test_a_constant_row_has_a_norm_that_is_finite(name):
-  """epsilon keeps a row of zeros, whose variance is 0, from being NaN."""
-  module = NORMS[name](resolved(norm_eps=1e-5))
-  params = module.init(jax.random.key(0), jnp.ones((1, D)))
-  run = lambda x: module.apply(params, x)
-  np.testing.assert_array_equal(run(jnp.zeros((2, D))), jnp.zeros((2, D)))
-  assert np.isfinite(jax.grad(lambda x: run(x).sum())(jnp.zeros((2, D)))).all()
-
-
-@pytest.mark.parametrize('name', ['layernorm', 'rmsnorm'])
-def test_a_row_near_constant_is_not_blown_up(name):
-  """Epsilon makes a small row come out smaller, by the equation."""
-  module = NORMS[name](resolved(norm_eps=1e-5))
-  params = module.init(jax.random.key(0), jnp.ones((1, D)))
-  small = 1e-3 * normal(0, 2, D)
-  size = np.square(small - small.mean(-1, keepdims=True) * (
-      name == 'layernorm')).mean(-1)
-  got = np.square(module.apply(params, small)).mean(-1)
-  np.testing.assert_allclose(got, size / (size + 1e-5), rtol=1e-4)
-
-
 @pytest.mark.parametrize('name', ['layernorm', 'rmsnorm'])
 def test_a_norm_rounds_its_result_alone(name):
   """Of bfloat16, it computes in float32: an offset costs no digits."""
@@ -176,7 +155,7 @@ def test_stretched_positions_lie_between_two_rows():
 def rope(scaling, **fields):
   c = resolved(position='rope', head_dim=128, max_len=32768, rope=dict(
       scaling=scaling, theta=5e5, original_len=8192) | fields)
-  frequency, factor = rotary.rope_frequencies(c)
+  frequency, factor = positions.rope_frequencies(c)
   return np.float64(frequency), factor, 5e5 ** (-np.arange(0, 128, 2) / 128)
 
 
@@ -212,69 +191,7 @@ def test_yarn_keeps_what_turns_often_and_stretches_what_turns_seldom():
   assert 0 < low < high < 63
 
 
-def test_alibi_knows_the_distance_on_either_side():
-  at = jnp.arange(5)[None]
-  bias_HLM = positions.alibi(at, at, 4)[0]
-  np.testing.assert_array_equal(bias_HLM, jnp.swapaxes(bias_HLM, 1, 2))
-  assert (np.diff(bias_HLM[:, 0]) < 0).all()
-
-
 # Attention's options.
-
-
-def attend(params, x, changes=None, **options):
-  """Attention of x [2, 6, D] with the parameters changed by name."""
-  module = Attention(resolved(**options), KIND)
-  return module.apply({'params': params | (changes or {})}, x, context(),
-                      None)[0]
-
-
-@pytest.mark.parametrize('name', ['query', 'key'])
-def test_qk_norm_takes_the_length_of_queries_and_keys_away(name):
-  x, module = normal(0, 2, 6, D), Attention(
-      resolved(qk_norm=True, norm_eps=1e-12), KIND)
-  params = born(module, x, context(), None)
-  run = lambda by, **options: attend(params, x, {
-      n: by * params[n] for n in (name, f'{name}_bias')}, **options)
-  options = dict(qk_norm=True, norm_eps=1e-12)
-  np.testing.assert_allclose(run(1, **options), run(9, **options), rtol=1e-4,
-                             atol=1e-6)
-  assert not np.allclose(run(1), run(9), atol=1e-2)
-
-
-def test_a_low_cap_on_the_scores_weighs_all_keys_alike():
-  x = normal(0, 2, 6, D)
-  params = born(Attention(resolved(), KIND), x, context(), None)
-  capped = attend(params, x, attention_softcap=1e-4)
-  flat = attend(params, x, {n: 0 * params[n] for n in ('query', 'query_bias')})
-  np.testing.assert_allclose(capped, flat, atol=1e-3)
-  assert not np.allclose(attend(params, x), flat, atol=1e-2)
-
-
-def test_a_sink_takes_weight_and_gives_no_value():
-  x = normal(0, 2, 6, D)
-  params = born(Attention(resolved(attention_sinks=True), KIND), x, context(),
-                None)
-  run = lambda sink: attend(params, x, {'sink': jnp.full(4, sink)},
-                            attention_sinks=True)
-  bias = jnp.broadcast_to(params['out_bias'], x.shape)
-  np.testing.assert_allclose(run(-1e3), attend(params, x), rtol=1e-5)
-  for high in (1e2, 1e4):  # the softmax holds on to the highest score
-    np.testing.assert_allclose(run(high), bias, rtol=1e-5)
-    assert np.isfinite(jax.grad(lambda sink: run(sink).sum())(high))
-  assert not np.allclose(run(0.0), bias, atol=1e-2)
-
-
-def test_cross_attention_does_not_know_where_in_the_memory_a_token_stands():
-  x, memory = normal(0, 2, 6, D), normal(1, 2, 6, D)
-  module = Attention(resolved(position='rope'), KIND, cross=True)
-  run = lambda params, memory: module.apply(
-      {'params': params}, x, context(memory_BMD=memory), None)[0]
-  params = born(module, x, context(memory_BMD=memory), None)
-  order = jnp.array([3, 5, 1, 0, 2, 4])
-  np.testing.assert_allclose(run(params, memory),
-                             run(params, memory[:, order]), rtol=1e-4,
-                             atol=1e-6)
 
 
 # Blocks: the equations of their docstrings.
@@ -391,10 +308,6 @@ def test_hidden_units_of_bfloat16_are_rounded_once(kind):
 EPS = 1e-3
 
 
-def config(norm, **changes):
-  return models.config(norm=norm, norm_eps=EPS, **changes)
-
-
 @pytest.mark.parametrize('name', ['rmsnorm_1p', 'rmsnorm_plain'])
 def test_a_norm_is_its_formula(name):
   rng = np.random.default_rng(0)
@@ -410,28 +323,6 @@ def test_a_norm_is_its_formula(name):
   assert len(jax.tree.leaves(made)) == (name == 'rmsnorm_1p')
 
 
-def test_all_forms_of_rmsnorm_begin_alike():
-  x = jax.random.normal(jax.random.key(1), (3, 8))
-  first = [module.apply(module.init(jax.random.key(0), x), x) for module in (
-      NORMS[name](models.config(norm_eps=EPS))
-      for name in ('rmsnorm', 'rmsnorm_1p', 'rmsnorm_plain'))]
-  for other in first[1:]:
-    np.testing.assert_array_equal(first[0], other)
-
-
-def test_an_offset_is_no_matrix_and_decays_as_a_scale_does():
-  """Not at all, by default; where decay_mask names it, to a factor of 1."""
-  boxes = abstract_params(architectures.build(config('rmsnorm_1p')))
-  found = paths.flatten(roles.read(boxes))
-  offsets = {path: role for path, role in found.items() if 'norm' in path}
-  assert len(offsets) == 3  # of attention, of the network, the last
-  assert all(path.endswith('/offset') and not role.matrix
-             and role.axes == ('embed',) for path, role in offsets.items())
-  plain = abstract_params(architectures.build(config('rmsnorm_plain')))
-  assert not [path for path in paths.flatten(nn.meta.unbox(plain))
-              if 'norm' in path]
-
-
 # Rotary positions that turn otherwise in long rows: longrope and dynamic.
 
 
@@ -445,7 +336,7 @@ DYNAMIC = dict(scaling='dynamic', theta=THETA, original_len=ORIGINAL,
 
 def frequencies(rope, length):
   c = architectures.resolve(models.config('llama', head_dim=K, rope=rope))
-  return rotary.rope_frequencies(c, length)
+  return positions.rope_frequencies(c, length)
 
 
 @pytest.mark.parametrize('length', [1, ORIGINAL, ORIGINAL + 1, 5 * ORIGINAL])
@@ -471,3 +362,95 @@ def test_dynamic_grows_theta_with_the_length(length):
   if length <= ORIGINAL:
     plain, _ = frequencies(dict(theta=THETA), length)
     np.testing.assert_allclose(got, plain, rtol=1e-6)
+
+
+def test_layouts_of_sinusoids():
+  where = jnp.arange(7)
+  paper = positions.sinusoid(where, 16)
+  halves = positions.sinusoid(where, 16, 'halves')
+  order = np.concatenate([np.arange(0, 16, 2), np.arange(1, 16, 2)])
+  np.testing.assert_allclose(paper[:, order], halves)
+  np.testing.assert_allclose(paper[3, 2], np.sin(3 / 10000 ** (2 / 16)),
+                             rtol=1e-5)
+  fairseq = positions.sinusoid(where, 16, 'fairseq')
+  np.testing.assert_allclose(fairseq[1, :8], np.sin(
+      3 * 10000.0 ** (-np.arange(8) / 7)), rtol=1e-4, atol=1e-6)
+
+
+def boxes(module) -> dict[str, Declared]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(
+      abstract_params(module),
+      is_leaf=lambda x: isinstance(x, Declared))
+  return {paths.join(path): box for path, box in leaves}
+
+
+def test_axes_as_a_picture():
+  split = lambda role, ndim: tuple(role.split(ndim))
+  query = Role(('embed', 'heads', 'head'), (0,))
+  assert split(query, 3) == ((), (0,), (1, 2))
+  assert split(query, 4) == ((0,), (1,), (2, 3))  # of every layer
+  out = Role(('heads', 'head', 'embed'), (0, 1))
+  assert split(out, 4) == ((0,), (1, 2), (3,))
+  expert = Role(('experts', 'embed', 'mlp'), (1,), (0,))
+  assert split(expert, 4) == ((0, 1), (2,), (3,))
+  last = Role(('embed', 'mlp', 'experts'), (0,), (2,))
+  assert split(last, 3) == ((2,), (0,), (1,))
+  bias = Role(('experts', 'mlp'), batch=(0,))
+  assert split(bias, 3) == ((0, 1), (), (2,)) and not bias.matrix
+  assert query.split(4).sizes((2, 3, 5, 7)) == (3, 35)
+
+
+@pytest.mark.parametrize('arch', models.FEW)
+@pytest.mark.parametrize('fields', [
+    dict(),
+    dict(ffn='swiglu', tie_embeddings=False, qk_norm=True, logits_bias=True,
+         qk_norm_over='projection', attention_sinks=True, position='relative',
+         attention_gate='headwise', num_kv_heads=2, value_residual=True,
+         value_embedding=True),
+    dict(ffn='moe', attention_gate='elementwise',
+         moe=dict(router='sigmoid', shared_experts=1, shared_gate=True,
+                  ffn='swiglu', logit_bias=True), **models.DENSE_MOE)])
+def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
+  config = base.base().model
+  config.update(dict(arch=arch, vocab_size=64, max_len=16, **fields))
+  module = architectures.build(config)
+  matrices = 0
+  for path, box in boxes(module).items():
+    assert len(box.names) == box.value.ndim
+    axes = box.role.split(box.value.ndim)
+    named = lambda side, names=box.names: [names[i] for i in side]
+    assert sorted(sum(axes, ())) == list(range(box.value.ndim)), path
+    assert named(axes.batch) == [
+        n for n in box.names if n in ('layers', 'experts')], path
+    # A gate may be of whole heads: one number each.
+    headwise = path.endswith('/value_gate') or (
+        path.endswith('/output_gate') and box.value.ndim == 3)
+    # Heads and what they hold are one side of a matrix.
+    if box.role.matrix:
+      matrices += 1
+      for side in (axes.inputs, axes.outputs):
+        assert ('head' in named(side)) == bool(
+            {'heads', 'kv_heads'} & set(named(side))) or headwise, path
+    assert box.role.matrix != any(
+        w in path for w in ('norm', 'bias', 'sink', 'residual')), path
+    assert (box.role.kind == 'embedding') == (
+        path.startswith('embed/') or path.endswith('/value_embedding')) or (
+            not box.role.matrix), path
+    assert (box.role.kind == 'logits') == (
+        path.startswith(('head/', 'nsp'))
+        or path.endswith(('/router', '/shared_gate')) or headwise), path
+  assert matrices >= 6
+
+
+def test_parameters_in_bfloat16_are_drawn_in_float32():
+  """JAX draws bfloat16 from 128 values, whose mean is -0.012 deviations."""
+  module = architectures.build(models.config('llama', param_dtype='bfloat16',
+                                             d_ff=4096))
+  params = jax.jit(lambda key: nn.meta.unbox(module.init(
+      key, models.tokens())['params']))(jax.random.key(0))
+  x = params['decoder']['layers']['block_0']['ffn']['up']
+  assert x.dtype == jnp.bfloat16
+  values = np.asarray(x, np.float64).reshape(-1)
+  assert len(np.unique(values)) > 300
+  assert abs(values.mean()) < 4 * values.std() / np.sqrt(values.size) < (
+      0.01 * values.std())

@@ -8,7 +8,6 @@ import pytest
 
 import architectures
 from architectures.parts import streams
-from configs.errors import RequestError
 from tests.architectures.parts_test import D, normal, resolved
 from tests.helpers import models, numpy_attention
 from tests.training import step_test
@@ -175,20 +174,6 @@ def test_a_wider_model_divides_what_depends_on_the_token(kind):
         {'params': params}, given))
   np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
   mup_test.test_rates_agree_with_the_shapes('gpt', KINDS[kind])
-
-
-@pytest.mark.parametrize('fields, words', [
-    (dict(block='post_norm'), "choose 'plain', or model.block from pre_norm"),
-    (dict(streams=dict(count=1)), 'model.streams.count is 1: it must be >= 2'),
-    (dict(residual='hypre'), "unknown model.residual 'hypre'"),
-    (dict(residual='mhc', streams=dict(iterations=0)), 'it must be >= 1'),
-    (dict(residual='attention', streams=dict(block_size=0)), 'it must be >= 1'),
-    (dict(pattern='a', kinds=dict(a=dict(block='post_norm'))), 'post_norm'),
-])
-def test_streams_that_cannot_be_are_refused(fields, words):
-  with pytest.raises(RequestError, match=words):
-    architectures.resolve(models.config(
-        'llama', **dict(residual='hyper') | fields))
 
 
 @pytest.mark.parametrize('kind', ['hyper', 'blocks'])

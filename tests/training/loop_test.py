@@ -320,7 +320,7 @@ def test_a_signal_cuts_an_evaluation_short_unless_it_is_the_last(
 def test_the_experts_panel_is_over_the_steps_since_the_last_report(
     train, monkeypatch):
   windows = []
-  monkeypatch.setattr(loop.health, 'window', lambda load, tokens: (
+  monkeypatch.setattr(loop.routing, 'window', lambda load, tokens: (
       windows.append(tokens.tolist()) or {}))
   figures = {n: {'health/load_E': [n], 'health/tokens': n}
              for n in range(1, STEPS + 1)}

@@ -151,7 +151,7 @@ def _scores(config: ml_collections.ConfigDict, c: ModelConfig, tokens: int,
   masks = [kernels.Mask(
       causal=causal, bias=positions.of(c).has_bias,
       window=kind.window(c) if kind.window else 0,
-      rule=c.attention if kind.sees else '',
+      rule=bool(kind.sees),
       prefix=causal and objectives.of(config).prefix,
       dropout=bool(c.attention_dropout)) for causal in (True, False)
            if architectures.stack(c) != ('encoder' if causal else 'decoder')]

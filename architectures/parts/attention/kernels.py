@@ -37,7 +37,7 @@ class Mask:
     k_ids_BM: those of the keys.
     causal: a query sees no later key, by their places in the array.
     window: a query sees keys less than this away; 0: any.
-    rule: what else hides keys, by a rule of its own: the name for a reader.
+    rule: whether a rule of its own hides keys besides.
     in_order: whether places in the array are the tokens' order.
     prefix: whether keys at the start are seen by all.
     bias: whether the scores have a bias.
@@ -47,7 +47,7 @@ class Mask:
   k_ids_BM: Optional[jax.Array] = None
   causal: bool = struct.field(pytree_node=False, default=False)
   window: int = struct.field(pytree_node=False, default=0)
-  rule: str = struct.field(pytree_node=False, default='')
+  rule: bool = struct.field(pytree_node=False, default=False)
   in_order: bool = struct.field(pytree_node=False, default=True)
   prefix: bool = struct.field(pytree_node=False, default=False)
   bias: bool = struct.field(pytree_node=False, default=False)
@@ -69,11 +69,6 @@ class Kernel(NamedTuple):
   run: Callable[..., jax.Array]
 
 
-def names() -> tuple[str, ...]:
-  """Returns the choices of model.attention_kernel."""
-  return 'auto', 'xla', *KERNELS
-
-
 def choose(c: ModelConfig, mask: Mask, q_length: int, k_length: int, *,
            strict: bool = True) -> str:
   """Returns xla, splash or cudnn.
@@ -83,12 +78,11 @@ def choose(c: ModelConfig, mask: Mask, q_length: int, k_length: int, *,
       `strict` asks for no other.
   """
   name, device = c.attention_kernel, sharding.platform()
-  if name == 'auto' or not strict:
-    return next((kernel for kernel in (KERNELS if name == 'auto' else [name])
-                 if not refusal(kernel, c, mask, q_length, k_length, device)),
-                'xla')
-  _require(name, refusal(name, c, mask, q_length, k_length, device))
-  return name
+  why = {kernel: refusal(kernel, c, mask, q_length, k_length, device)
+         for kernel in (KERNELS if name == 'auto' else [name])}
+  if strict and name != 'auto':
+    _require(name, why[name])
+  return next((kernel for kernel in why if not why[kernel]), 'xla')
 
 
 def check_kernel(c: ModelConfig, device: str) -> None:
@@ -98,7 +92,7 @@ def check_kernel(c: ModelConfig, device: str) -> None:
 
 def _require(name: str, why: str) -> None:
   require(not why, f'model.attention_kernel is {name}, {why}: choose from '
-          f'{", ".join(other for other in names() if other != name)}')
+          f'{", ".join(x for x in ("auto", "xla", *KERNELS) if x != name)}')
 
 
 def _elsewhere(name: str, device: str) -> str:
@@ -112,12 +106,10 @@ def refusal(name: str, c: ModelConfig, mask: Mask, q_length: int,
   """Why the kernel cannot compute this; '': it can."""
   if name == 'xla':
     return ''
-  if mask.bias:
-    return ('which adds no bias to the scores, as model.position '
-            f'{c.position} does')
-  if mask.dropout:
-    return ('which drops no weights, as model.attention_dropout '
-            f'{c.attention_dropout} does')
+  if mask.bias or mask.dropout:
+    return ('which adds no bias to the scores and drops no weights, as '
+            f'model.position {c.position} and model.attention_dropout '
+            f'{c.attention_dropout} do')
   return _elsewhere(name, device) or KERNELS[name].refuse(
       c, mask, q_length, k_length)
 
@@ -125,13 +117,11 @@ def refusal(name: str, c: ModelConfig, mask: Mask, q_length: int,
 def _refuse_splash(c: ModelConfig, mask: Mask, q_length: int, k_length: int
                    ) -> str:
   shards = sharding.shards('length', q_length)
-  if mask.prefix:
-    return 'which has no mask for a prefix that all tokens see'
-  if mask.rule:
-    return f'which has no mask for {mask.rule}'
-  if not mask.in_order and (mask.causal or mask.window):
-    return ('which takes tokens to stand in order, and positions were given '
-            'without segment ids')
+  if mask.prefix or mask.rule or not mask.in_order and (
+      mask.causal or mask.window):
+    return ('which has masks neither for a prefix that all tokens see, nor for '
+            'positions without segment ids, nor for rules of attention but '
+            'windows')
   is_padded = mask.causal and shards == 1 and q_length == k_length > TILE
   if (q_length % (TILE * shards) or k_length % TILE) and not is_padded:
     return (f'which takes lengths in multiples of {TILE * shards}, and '
@@ -158,9 +148,8 @@ def _refuse_cudnn(c: ModelConfig, mask: Mask, q_length: int, k_length: int
   if q_length % 2 or k_length % 2:
     return (f'which takes even lengths, and {q_length} queries meet '
             f'{k_length} keys')
-  if not _cudnn_is_here():
-    return 'whose library must be there to compile for it, and it is not'
-  return ''
+  return '' if _cudnn_is_here() else (
+      'whose library must be there to compile for it, and it is not')
 
 
 def _cudnn_is_here() -> bool:

@@ -25,13 +25,11 @@ import jax.numpy as jnp
 from architectures.parts import linear
 from architectures.parts import norms
 from architectures.parts import positions
-from architectures.parts import rotary
 from architectures.parts import sharding
-from architectures.parts.attention.cache import Cache
 from architectures.parts.attention.multi_head import Attention, gate_products
 from architectures.parts.attention.visibility import begins, share
 from architectures.parts.config import ModelConfig
-from architectures.parts.context import Context
+from architectures.parts.context import Cache, Context
 from configs.errors import require
 from configs.fields import field, FUNCTION, SHAPES
 
@@ -111,13 +109,13 @@ class LatentAttention(Attention):
     o_BLHK, weights_BHLM = attend(q_BLHK, slot_BM1U, up_UHK, k_positions_BM,
                                   ctx, slots=slots)
     if ctx.keep_attention:
-      cache = Cache(slot_BM1U) if cache is None else cache
-      cache = cache.replace(weights_BHLM=weights_BHLM)
+      cache = (cache or Cache()).replace(weights_BHLM=weights_BHLM)
     return self._out(x_BLD, o_BLHK, ctx), cache
 
   @property
   def scale(self) -> float:
-    return self.config.latent.scale * positions.score_factor(self.config)
+    return self.config.latent.scale * positions.of(
+        self.config).score_factor(self.config)
 
   def _queries(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     c = self.config
@@ -128,16 +126,13 @@ class LatentAttention(Attention):
     if c.latent.q_rank:
       down_BLU = self._down('query', x_BLD, c.latent.q_rank, ctx)
       latent_BLU = self._normalised('query', down_BLU)
-      w_UHK = linear.weight(self, 'query_up', (c.latent.q_rank, *shape),
-                            UP_AXES, gain=gain)
-      q_BLHK = linear.product(
-          self, 'query_up', 'BLU,UHK->BLHK', latent_BLU, w_UHK, UP_AXES,
-          deterministic=ctx.deterministic)
+      how = ('query_up', 'BLU,UHK->BLHK', latent_BLU,
+             (c.latent.q_rank, *shape), UP_AXES)
     else:
-      axes = 'embed', 'heads', 'head'
-      w_DHK = linear.weight(self, 'query', (c.d_model, *shape), axes, gain=gain)
-      q_BLHK = linear.product(self, 'query', 'BLD,DHK->BLHK', x_BLD, w_DHK,
-                              axes, deterministic=ctx.deterministic)
+      how = ('query', 'BLD,DHK->BLHK', x_BLD, (c.d_model, *shape),
+             ('embed', 'heads', 'head'))
+    q_BLHK = linear.dense(self, *how, gain=gain, with_bias=False,
+                          deterministic=ctx.deterministic)
     q_BLHK = sharding.constrain(q_BLHK, 'batch', 'length', 'heads', 'head')
     plain_BLHK, turned_BLHK = jnp.split(q_BLHK, (c.latent.nope_dim,), -1)
     return jnp.concatenate([plain_BLHK, self._turn(turned_BLHK, ctx)], -1)
@@ -158,10 +153,10 @@ class LatentAttention(Attention):
 
   def _down(self, name: str, x_BLD: jax.Array, size: int, ctx: Context
             ) -> jax.Array:
-    c, name, axes = self.config, f'{name}_down', ('embed', 'latent')
-    w_DU = linear.weight(self, name, (c.d_model, size), axes)
-    y_BLU = linear.product(self, name, 'BLD,DU->BLU', x_BLD, w_DU, axes,
-                           deterministic=ctx.deterministic)
+    c, name = self.config, f'{name}_down'
+    y_BLU = linear.dense(self, name, 'BLD,DU->BLU', x_BLD, (c.d_model, size),
+                         ('embed', 'latent'), with_bias=False,
+                         deterministic=ctx.deterministic)
     if c.attention_bias:
       y_BLU = linear.add_bias(y_BLU, linear.bias(
           self, f'{name}_bias', (size,), (None,)))
@@ -252,10 +247,7 @@ def check(c: ModelConfig, stack: str) -> None:
           f'model.attention_kernel {c.attention_kernel} takes heads of one '
           'size, so choose auto or xla')
   if positions.of(c).rotate:
-    require(c.latent.rope_dim % 2 == 0, 'model.latent.rope_dim is '
-            f'{c.latent.rope_dim}: rotary positions turn pairs, so it must be '
-            'even')
     require(c.rope.fraction == 1, f'model.rope.fraction is {c.rope.fraction}, '
             f'and {who}, of whose heads model.latent.rope_dim features are '
             'turned: set it to 1')
-    rotary.SCALINGS[c.rope.scaling].check(c.rope, c.latent.rope_dim)
+    positions.check_rope(turned(c), head='model.latent.rope_dim')

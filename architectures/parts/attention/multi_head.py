@@ -15,6 +15,7 @@ Brandon et al. 2024, arXiv 2405.12981; which layer: kinds.source).
 """
 
 from collections.abc import Mapping
+import functools
 from typing import Optional
 
 import flax.linen as nn
@@ -28,9 +29,8 @@ from architectures.parts import sharding
 from architectures.parts.attention import kernels
 from architectures.parts.attention import visibility
 from architectures.parts.attention import xla
-from architectures.parts.attention.cache import Cache, First, Keys
 from architectures.parts.config import LayerKind, ModelConfig
-from architectures.parts.context import Context
+from architectures.parts.context import Cache, Context, First, Keys
 from architectures.parts.recurrent import features
 from architectures.parts.roles import Role, declare
 from configs.errors import require
@@ -57,23 +57,24 @@ class Attention(nn.Module):
     read = None if self.cross else ctx.keys
     conv, first = None, None
     if c.attention_conv and not self.cross:
-      conv = _Convolution(self, cache.inputs if cached else {},
-                          ctx.segment_ids_BL, ctx.valid_BL)
+      conv = _Convolution(self, cache.inputs if cached else {}, ctx)
     q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads', ctx, conv)
     if c.qk_norm:
       q_BLHK = self._normalise('query_norm', q_BLHK)
     if self.cross and ctx.memory_BMD is None:
-      k_BMJK, v_BMJK = cache.memory
+      k_BMJK, v_BMJK = cache.memory_key_BMJK, cache.memory_value_BMJK
     elif read is not None:
       k_BMJK, v_BMJK = read.key_BMJK, read.value_BMJK
     else:
-      k_BMJK, v_BMJK = self._keys(
-          ctx.memory_BMD if self.cross else x_BLD, ctx, conv)
+      k_BMJK, v_BMJK = (self._project(
+          name, ctx.memory_BMD if self.cross else x_BLD, c.num_kv_heads,
+          'kv_heads', ctx, conv) for name in ('key', 'value'))
+      if c.qk_norm:
+        k_BMJK = self._normalise('key_norm', k_BMJK)
       if not self.cross:
         v_BMJK, first = mixed_values(self, x_BLD, v_BMJK, ctx.first,
                                      ctx.tokens_BL)
       elif cached:
-        assert not cache.turned
         cache = cache.replace(memory_key_BMJK=k_BMJK, memory_value_BMJK=v_BMJK)
     if rotate:
       q_BLHK = rotate(q_BLHK, ctx.positions_BL, c, ctx.length)
@@ -101,19 +102,18 @@ class Attention(nn.Module):
     lent = (Keys(k_BMJK, v_BMJK, cached) if ctx.lends and not self.cross
             else None)
     if ctx.keep_attention:
-      if cache is None:
-        cache = Cache(None) if read is not None else Cache(k_BMJK, v_BMJK)
+      cache = cache or Cache()
       name = 'memory_weights_BHLM' if self.cross else 'weights_BHLM'
       cache = cache.replace(**{name: weights_BHLM})
     if first is not None or lent is not None:
-      cache = (Cache(None) if cache is None else cache).replace(
-          first=first, lent=lent)
+      cache = (cache or Cache()).replace(first=first, lent=lent)
     return self._out(x_BLD, o_BLHK, ctx), cache
 
   @property
   def scale(self) -> float:
     """What multiplies the products of queries and keys."""
-    return self.config.score_scale * positions.score_factor(self.config)
+    return self.config.score_scale * positions.of(
+        self.config).score_factor(self.config)
 
   def _out(self, x_BLD: jax.Array, o_BLHK: jax.Array, ctx: Context
            ) -> jax.Array:
@@ -122,15 +122,11 @@ class Attention(nn.Module):
     if gate:
       o_BLHK = gate(self, x_BLD, o_BLHK, deterministic=ctx.deterministic)
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
-    axes = 'heads', 'head', 'embed'
-    out_HKD = linear.weight(self, 'out', (*o_BLHK.shape[2:], c.d_model), axes,
-                            in_axes=(0, 1), residual=True)
-    y_BLD = linear.product(self, 'out', 'BLHK,HKD->BLD', o_BLHK, out_HKD, axes,
-                           deterministic=ctx.deterministic)
-    if c.attention_bias and c.attention_out_bias:
-      y_BLD = linear.add_bias(
-          y_BLD, linear.bias(self, 'out_bias', (c.d_model,), ('embed',)))
-    return y_BLD
+    return linear.dense(
+        self, 'out', 'BLHK,HKD->BLD', o_BLHK, (*o_BLHK.shape[2:], c.d_model),
+        ('heads', 'head', 'embed'), in_axes=(0, 1), residual=True,
+        with_bias=c.attention_bias and c.attention_out_bias,
+        deterministic=ctx.deterministic)
 
   def _weigh(self, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
              k_positions_BM: jax.Array, ctx: Context, *, slots: bool,
@@ -187,21 +183,10 @@ class Attention(nn.Module):
     mask = kernels.Mask(
         ids_BL, ids_BL, causal=self.kind.causal, in_order=ctx.in_order,
         window=rule.window(c) if rule.window else 0,
-        rule=f'model.attention {self.kind.attention}' if rule.sees else '',
+        rule=bool(rule.sees),
         prefix=self.kind.causal and ctx.prefix_B is not None,
         bias=bias_BHLM is not None)
     return mask, seen_BLM, bias_BHLM
-
-  def _keys(self, x_BMD: jax.Array, ctx: Context,
-            conv: Optional['_Convolution']):
-    """Returns keys and values of what is attended to."""
-    c = self.config
-    k_BMJK, v_BMJK = (
-        self._project(name, x_BMD, c.num_kv_heads, 'kv_heads', ctx, conv)
-        for name in ('key', 'value'))
-    if c.qk_norm:
-      k_BMJK = self._normalise('key_norm', k_BMJK)
-    return k_BMJK, v_BMJK
 
   def _normalise(self, name: str, x_BLHK: jax.Array) -> jax.Array:
     """Returns queries or keys with a norm over each head or over all heads.
@@ -218,26 +203,25 @@ class Attention(nn.Module):
     # What the scores are not scaled by, the query's weights are (T5).
     gain = (c.base_head_dim ** -0.5 / c.attention_scale
             if name == 'query' and c.init == 'fan_in' else 1.0)
-    axes = 'embed', axis, 'head'
-    w_DHK = linear.weight(self, name, (c.d_model, heads, c.head_dim), axes,
-                          gain=gain)
-    y_BLHK = linear.product(self, name, 'BLD,DHK->BLHK', x_BLD, w_DHK, axes,
-                            deterministic=ctx.deterministic)
-    if c.attention_bias:
-      y_BLHK = linear.add_bias(y_BLHK, linear.bias(
-          self, f'{name}_bias', (heads, c.head_dim), (axis, 'head')))
+    y_BLHK = linear.dense(
+        self, name, 'BLD,DHK->BLHK', x_BLD, (c.d_model, heads, c.head_dim),
+        ('embed', axis, 'head'), gain=gain, with_bias=c.attention_bias,
+        deterministic=ctx.deterministic)
     y_BLHK = conv(name, y_BLHK, axis) if conv else y_BLHK
     return sharding.constrain(y_BLHK, 'batch', 'length', axis, 'head')
 
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
   """Returns a cache of this shape: what stands before the heads' axis."""
-  inputs = _empty_inputs(c, shape)
-  if c.kv_sharing:
-    return Cache(None, inputs=inputs)
-  shape = *shape, c.num_kv_heads, c.head_dim
-  return Cache(jnp.zeros(shape, c.compute_dtype),
-               jnp.zeros(shape, c.compute_dtype), inputs=inputs)
+  zeros = lambda *shape: jnp.zeros(shape, c.compute_dtype)
+  heads = {'query': c.num_heads} | ({} if c.kv_sharing else {
+      'key': c.num_kv_heads, 'value': c.num_kv_heads})
+  # Of the convolutions, by projection.
+  inputs = {name: zeros(*shape[:-1], c.attention_conv - 1, count, c.head_dim)
+            for name, count in heads.items()} if c.attention_conv else {}
+  slots = [zeros(*shape, c.num_kv_heads, c.head_dim)
+           for _ in range(0 if c.kv_sharing else 2)]
+  return Cache(*slots, inputs=inputs)
 
 
 # A gate on what the heads return, before the output's product (Qiu et al. 2025,
@@ -253,42 +237,24 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
 # file, is all that there is of one.
 
 
-def elementwise(module: nn.Module, x_BLD: jax.Array, o_BLHK: jax.Array, *,
-                deterministic: bool) -> jax.Array:
-  """Returns o with each of its features multiplied by a gate of its own."""
-  axes = 'embed', 'heads', 'head'
-  w_DHK = linear.weight(module, GATE, (x_BLD.shape[-1], *o_BLHK.shape[2:]),
-                        axes)
-  z_BLHK = linear.product(module, GATE, 'BLD,DHK->BLHK', x_BLD, w_DHK, axes,
-                          deterministic=deterministic)
-  z_BLHK = sharding.constrain(_with_bias(module, z_BLHK, axes[1:]),
-                              'batch', 'length', *axes[1:])
-  return o_BLHK * jax.nn.sigmoid(z_BLHK)
+def _gated(headwise: bool, module: nn.Module, x_BLD: jax.Array,
+           o_BLHK: jax.Array, *, deterministic: bool) -> jax.Array:
+  """Returns o with each of its features, or each head, multiplied by a gate.
 
-
-def headwise(module: nn.Module, x_BLD: jax.Array, o_BLHK: jax.Array, *,
-             deterministic: bool) -> jax.Array:
-  """Returns o with each head multiplied by one number.
-
-  A wider model may have as many heads, so in muP these are logits, as a
-  router's: divided by how many times as wide it is as its base.
+  A wider model may have as many heads, so in muP the numbers of heads are
+  logits, as a router's: divided by how many times as wide it is as its base.
   """
-  axes = 'embed', 'heads'
-  w_DH = linear.weight(module, GATE, (x_BLD.shape[-1], o_BLHK.shape[2]), axes,
-                       output=True)
-  z_BLH = linear.product(module, GATE, 'BLD,DH->BLH', x_BLD, w_DH, axes,
-                         deterministic=deterministic) / module.config.widening
-  z_BLH = sharding.constrain(_with_bias(module, z_BLH, axes[1:]),
-                             'batch', 'length', *axes[1:])
-  return o_BLHK * jax.nn.sigmoid(z_BLH)[..., None]
-
-
-def _with_bias(module: nn.Module, z: jax.Array, axes: tuple[str, ...]
-               ) -> jax.Array:
-  if not module.config.attention_bias:
-    return z
-  return linear.add_bias(
-      z, linear.bias(module, f'{GATE}_bias', z.shape[2:], axes))
+  c, axes = module.config, ('embed', 'heads', 'head')[:3 - headwise]
+  shape = o_BLHK.shape[2:4 - headwise]
+  spec = 'BLD,DH->BLH' if headwise else 'BLD,DHK->BLHK'
+  z = linear.dense(module, GATE, spec, x_BLD, (x_BLD.shape[-1], *shape), axes,
+                   output=headwise, with_bias=False,
+                   deterministic=deterministic)
+  z = z / c.widening if headwise else z
+  if c.attention_bias:  # which muP does not divide
+    z = linear.add_bias(z, linear.bias(module, f'{GATE}_bias', shape, axes[1:]))
+  gate = jax.nn.sigmoid(sharding.constrain(z, 'batch', 'length', *axes[1:]))
+  return o_BLHK * (gate[..., None] if headwise else gate)
 
 
 def gate_products(gate: str) -> set[str]:
@@ -396,36 +362,20 @@ class _Convolution:
   """
 
   def __init__(self, module: nn.Module, before: Mapping[str, jax.Array],
-               segment_ids_BL: jax.Array | None, valid_BL: jax.Array | None):
-    self._module, self._before = module, before
-    self._rows = dict(segment_ids_BL=segment_ids_BL, valid_BL=valid_BL)
+               ctx: Context):
+    self._module, self._before, self._ctx = module, before, ctx
     self.after: dict[str, jax.Array] = {}
 
   def __call__(self, name: str, x_BLHK: jax.Array, axis: str) -> jax.Array:
-    """Returns the output of a projection, convolved.
-
-    Args:
-      name: the projection's.
-      x_BLHK: its output.
-      axis: the logical axis of its heads.
-    """
+    """Returns the output of a projection, convolved; `axis` is the logical axis
+    of its heads."""
     width = self._module.config.attention_conv  # type: ignore[attr-defined]
     w_WHK = features.filters(self._module, f'{name}_conv', width,
                              (width, *x_BLHK.shape[2:]), (None, axis, 'head'))
     y_BLHK, self.after[name] = features.convolve(
-        x_BLHK, w_WHK, before_BWHK=self._before.get(name), **self._rows)
+        x_BLHK, w_WHK, before_BWHK=self._before.get(name),
+        segment_ids_BL=self._ctx.segment_ids_BL, valid_BL=self._ctx.valid_BL)
     return y_BLHK
-
-
-def _empty_inputs(c: ModelConfig, shape: tuple[int, ...]
-                  ) -> dict[str, jax.Array]:
-  """Returns the cache of the convolutions before the first token: zeros, by the
-  projection's name; empty without convolutions. `shape` is [..., B, M]."""
-  heads = {'query': c.num_heads} | ({} if c.kv_sharing else {
-      'key': c.num_kv_heads, 'value': c.num_kv_heads})
-  return {name: jnp.zeros((*shape[:-1], c.attention_conv - 1, count,
-                           c.head_dim), c.compute_dtype)
-          for name, count in heads.items()} if c.attention_conv else {}
 
 
 def check_convolution(c: ModelConfig, stack: str) -> None:
@@ -437,6 +387,6 @@ def check_convolution(c: ModelConfig, stack: str) -> None:
 
 GATES = {
     'none': None,
-    'elementwise': elementwise,
-    'headwise': headwise,
+    'elementwise': functools.partial(_gated, False),
+    'headwise': functools.partial(_gated, True),
 }

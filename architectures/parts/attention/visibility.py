@@ -7,6 +7,8 @@ queries of a layer see, causality and documents apart.
 
 from collections.abc import Callable
 import dataclasses
+import functools
+import operator
 from typing import Optional
 
 import jax
@@ -58,12 +60,7 @@ def visible(kind: LayerKind, c: ModelConfig, q_positions_BL: jax.Array,
     seen.append(rule.sees(c, q, k))
   if q_segments_BL is not None:
     seen.append(q_segments_BL[:, :, None] == k_segments_BM[:, None])
-  if not seen:
-    return None
-  mask = seen[0]
-  for more in seen[1:]:
-    mask = mask & more
-  return mask
+  return functools.reduce(operator.and_, seen) if seen else None
 
 
 def begins(kind: LayerKind, ctx: Context) -> bool:
@@ -72,24 +69,26 @@ def begins(kind: LayerKind, ctx: Context) -> bool:
   return kind.causal and ctx.in_order and not ctx.keep_attention
 
 
+def _counts(kind: LayerKind, c: ModelConfig, queries: np.ndarray,
+            keys: np.ndarray) -> np.ndarray:
+  """Returns how many of the keys at these places each query sees."""
+  rule = KINDS[kind.attention]
+  if rule.sees:  # count them, some queries at a time
+    with jax.ensure_compile_time_eval():
+      return np.concatenate([np.asarray(visible(
+          kind, c, queries[None, i:i + QUERIES], keys[None])[0].sum(-1))
+                             for i in range(0, len(queries), QUERIES)])
+  reach = rule.window(c) if rule.window else keys.size
+  first = np.maximum(queries - reach + 1, 0)
+  last = np.minimum(queries + (1 if kind.causal else reach), keys.size)
+  return last - first
+
+
 def pairs(kind: LayerKind, c: ModelConfig, queries: int, keys: int) -> int:
   """Returns how many pairs of a query and a key the mask of self-attention
   shows; with fewer queries than keys, the queries are the last."""
-  rule = KINDS[kind.attention]
-  first = keys - queries  # keys before the first query's own
-  if rule.sees:  # count them, some queries at a time
-    with jax.ensure_compile_time_eval():
-      at_1M = jnp.arange(keys)[None]
-      q_1L = at_1M[:, first:]
-      return sum(int(visible(kind, c, q_1L[:, i:i + QUERIES], at_1M).sum())
-                 for i in range(0, queries, QUERIES))
-  reach = min(rule.window(c), keys) if rule.window else keys
-  # Of the keys up to its own, and of those from its own on, a query sees
-  # `reach` at most.
-  one_way = sum_of_least(first + 1, keys, reach)
-  if kind.causal:
-    return one_way
-  return one_way + sum_of_least(1, queries, reach) - queries
+  at = np.arange(keys)
+  return int(_counts(kind, c, at[keys - queries:], at).sum())
 
 
 def share(kind: LayerKind, c: ModelConfig, queries: int, keys: int,
@@ -106,28 +105,12 @@ def share(kind: LayerKind, c: ModelConfig, queries: int, keys: int,
   seen, whole = pairs(kind, c, queries, keys), queries * keys
   if not (prefix and kind.causal and queries == keys > 1):
     return seen, whole, seen
-  # A query sees a later key in the prefixes that this key is part of.
-  both_ways = dataclasses.replace(kind, causal=False)
-  if KINDS[kind.attention].sees:
-    at = np.arange(keys)
-    with jax.ensure_compile_time_eval():
-      earlier_M = np.concatenate([np.asarray(
-          (visible(both_ways, c, at[None], at[None, i:i + QUERIES])[0]
-           & (at[:, None] < at[i:i + QUERIES])).sum(0))
-                                  for i in range(0, keys, QUERIES)])
-  else:
-    window = KINDS[kind.attention].window
-    earlier_M = np.minimum(np.arange(keys), window(c) - 1 if window else keys)
-  later = sum(int(n) * (keys - 1 - k) for k, n in enumerate(earlier_M))
-  return (seen * (keys - 1) + later, whole * (keys - 1),
-          pairs(both_ways, c, queries, keys) * (keys - 1))
-
-
-def sum_of_least(first: int, last: int, most: int) -> int:
-  """Returns the sum of min(i, most) over i = first ... last."""
-  upto = lambda n: (n * (n + 1) // 2 if n <= most else
-                    most * (most + 1) // 2 + (n - most) * most)
-  return upto(last) - upto(first - 1)
+  # A query sees a later key in the prefixes that this key is part of. As many
+  # see a key from before it as it sees before itself: masks are symmetric.
+  both_ways, at = dataclasses.replace(kind, causal=False), np.arange(keys)
+  earlier_M = _counts(kind, c, at, at) - 1
+  return (seen * (keys - 1) + int((earlier_M * (keys - 1 - at)).sum()),
+          whole * (keys - 1), pairs(both_ways, c, queries, keys) * (keys - 1))
 
 
 def _check_banded(c: ModelConfig) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from architectures.parts import linear
 from architectures.parts import sharding
-from architectures.parts.dropout import drop
+from architectures.parts.linear import drop
 
 MASKED = -1e30  # finite, so that a row that sees nothing is no NaN
 BLOCKS = 4  # of queries under a causal mask, which spare 3 of 8 scores; but

@@ -117,6 +117,21 @@ def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:
                        for n in range(layers)], mixer)
 
 
+def experts_every(c: ModelConfig) -> int:
+  """Returns n of a model in which the last of every n layers has experts.
+
+  Raises:
+    RequestError: where other layers have them.
+  """
+  moe = [kind.ffn == 'moe' for kind in c.layer_kinds(
+      max(c.num_layers, c.num_decoder_layers))]
+  n = moe.index(True) + 1 if True in moe else 0
+  require(n and all(x == (i % n == n - 1) for i, x in enumerate(moe)),
+          f'model.pattern {c.pattern!r} has experts in layers that this '
+          'config.json cannot name: it knows the last of every n layers')
+  return n
+
+
 def check_number(field: str, layers: int) -> None:
   """Raises RequestError for a field of a config.json that asks for more layers
   than a model may have, before they are listed."""

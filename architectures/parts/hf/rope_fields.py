@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from architectures.parts import hf
-from architectures.parts import rotary
+from architectures.parts import positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types
-from configs.errors import RequestError, require, short
+from configs.errors import RequestError, require
 
+# The fields that a scaling alone has, with their defaults.
+_OF = {'llama3': dict(low_freq_factor=1.0, high_freq_factor=4.0),
+       'yarn': dict(beta_fast=32.0, beta_slow=1.0, truncate=True)}
+_FROM_A_LENGTH = 'llama3', 'yarn', 'longrope'
 # rope_type: our scaling.
 SCALINGS = {'default': 'none', 'linear': 'linear', 'dynamic': 'dynamic',
             'llama3': 'llama3', 'yarn': 'yarn', 'longrope': 'longrope'}
@@ -75,35 +79,30 @@ def _read(reader: hf.Reader, r: hf.Reader, theta: tuple[str, float],
   if rope['scaling'] == 'none':
     return rope
   rope['factor'] = r('factor', 1.0)
-  if rope['scaling'] in ('llama3', 'yarn', 'longrope') and not original:
+  if rope['scaling'] in _FROM_A_LENGTH and not original:
     length = r('original_max_position_embeddings',
                reader('max_position_embeddings', 0))
     rope['original_len'] = length if by_kind else reader(
         'original_max_position_embeddings', length)  # which goes before
-  if rope['scaling'] == 'llama3':
-    rope.update(low_freq_factor=r('low_freq_factor', 1.0),
-                high_freq_factor=r('high_freq_factor', 4.0))
+  rope |= {name: r(name, default)
+           for name, default in _OF.get(rope['scaling'], {}).items()}
   if rope['scaling'] == 'yarn':
-    rope.update(beta_fast=r('beta_fast', 32.0), beta_slow=r('beta_slow', 1.0))
-    rope.update(_mscale(r, on_scores))
-    rope['truncate'] = r('truncate', True)
-    r.must(attention_factor=rotary.yarn_factor(
+    rope |= _mscale(r, on_scores)
+    r.must(attention_factor=positions.yarn_factor(
         **{name: rope[name] for name in ('factor', 'mscale', 'mscale_all_dim')}
     ))
   if rope['scaling'] == 'dynamic':
     rope['original_len'] = reader('max_position_embeddings', 0)
     reader.notes.append(DYNAMIC)
   if rope['scaling'] == 'longrope':
-    rope.update(_longrope(reader, r, rope['original_len']))
+    rope |= _longrope(reader, r, rope['original_len'])
   return rope
 
 
 DYNAMIC = (
-    "config.json has rope_type 'dynamic': past max_position_embeddings, "
-    'transformers turns each new token by the length of the text so far, and '
-    'leaves keys as they are in its cache. Here all tokens turn by the length '
-    'that the row has room for: the two compute the same for whole texts, and '
-    'may write other ones that grow past that length')
+    "config.json has rope_type 'dynamic': text that is written past "
+    'max_position_embeddings may differ from that of transformers, which turns '
+    'each new token by the length so far. Here all turn by that of the row')
 
 
 def _longrope(reader: hf.Reader, r: hf.Reader, original: int) -> dict[str, Any]:
@@ -112,14 +111,9 @@ def _longrope(reader: hf.Reader, r: hf.Reader, original: int) -> dict[str, Any]:
   require(r.has('factor') or reader.has('max_position_embeddings'),
           "config.json has rope_type 'longrope', but neither a factor nor "
           'max_position_embeddings, of which it follows')
-  found = {name: tuple(r.listed(name))
-           for name in ('short_factor', 'long_factor')}
-  for name, values in found.items():
-    require(all(type(x) in (int, float) for x in values),
-            f'config.json has {name} {short(values)}: it must be numbers')
-  require(not r.has('attention_factor') or r('attention_factor', 0.0) > 0,
-          'config.json has an attention_factor that is not > 0')
-  return found | dict(
+  return dict(
+      short_factor=tuple(r.listed('short_factor')),
+      long_factor=tuple(r.listed('long_factor')),
       attention_factor=r('attention_factor', 0.0),
       factor=r('factor', max(
           1.0, reader('max_position_embeddings', 0) / (original or 1))))
@@ -130,11 +124,9 @@ def _mscale(r: hf.Reader, on_scores: bool) -> dict[str, float]:
   transformers reads neither on cos and sin."""
   mscale, all_dim = r('mscale', 0.0), r('mscale_all_dim', 0.0)
   both = bool(mscale and all_dim)
-  require(on_scores or not both, f'config.json has mscale {mscale} and '
-          f'mscale_all_dim {all_dim}: YaRN is only known here without, but in '
-          'systems of DeepSeek')
-  require(both or not (on_scores and all_dim), 'config.json has mscale_all_dim '
-          f'{all_dim} without mscale: YaRN is only known here with both')
+  require(both == bool(on_scores and all_dim),
+          f'config.json has mscale {mscale} and mscale_all_dim {all_dim}: YaRN '
+          'is known here with both in systems of DeepSeek, and else without')
   return (dict(mscale=mscale, mscale_all_dim=all_dim) if both else
           dict(mscale=1.0, mscale_all_dim=0.0))
 
@@ -175,49 +167,42 @@ def write(c: ModelConfig, *, whole_heads: bool = True,
       does not read that it should turn a part.
     interleaved, on_scores, words: as of `read`.
   """
-  r = c.rope
-  require(r.interleaved == interleaved, 'model.rope.interleaved is '
-          f'{r.interleaved}, which transformers has not in this architecture: '
-          f'set it to {interleaved}')
-  require(r.fraction == 1 or not whole_heads,
-          f'model.rope.fraction is {r.fraction}, but transformers turns whole '
-          'heads in this architecture, whatever its config.json says')
   require(c.position == 'rope', f'model.position is {c.position!r}: this '
           "config.json can only say 'rope'")
+  r = c.rope
+  for name, only in (('interleaved', interleaved),
+                     *([('fraction', 1.0)] if whole_heads else [])):
+    require(getattr(r, name) == only, f'model.rope.{name} is '
+            f'{getattr(r, name)}, which transformers has not in this '
+            f'architecture: set it to {only}')
   if r.scaling == 'ntk':
     raise RequestError(
         "model.rope.scaling is 'ntk', which config.json has not: it is the "
         'same as scaling none with model.rope.theta '
-        f'{rotary.ntk_theta(r, rotary.rotary_dim(c))!r}')
+        f'{positions.ntk_theta(r, positions.rotary_dim(c))!r}')
   rope = dict(rope_type=hf.theirs(words, r.scaling, 'rope.scaling'),
               rope_theta=r.theta)
   if not whole_heads:
     rope['partial_rotary_factor'] = r.fraction
   if r.scaling != 'none':
     rope['factor'] = r.factor
-  if r.scaling == 'llama3':
-    rope.update(low_freq_factor=r.low_freq_factor,
-                high_freq_factor=r.high_freq_factor)
-  if r.scaling == 'yarn':
-    rope.update(beta_fast=r.beta_fast, beta_slow=r.beta_slow)
-    if not r.truncate:
-      rope['truncate'] = False
-    if (r.mscale, r.mscale_all_dim) != (1, 0):
-      require(on_scores and r.mscale and r.mscale_all_dim, 'model.rope.mscale '
-              f'is {r.mscale} and model.rope.mscale_all_dim '
-              f'{r.mscale_all_dim}, which this config.json cannot say: set '
-              'them to 1 and 0'
-              + (', or both above 0' if on_scores else ''))
-      rope.update(mscale=r.mscale, mscale_all_dim=r.mscale_all_dim)
+  rope |= {name: getattr(r, name) for name in _OF.get(r.scaling, ())
+           if name != 'truncate' or not r.truncate}
+  if r.scaling == 'yarn' and (r.mscale, r.mscale_all_dim) != (1, 0):
+    require(on_scores and r.mscale and r.mscale_all_dim, 'model.rope.mscale '
+            f'is {r.mscale} and model.rope.mscale_all_dim {r.mscale_all_dim}, '
+            'which this config.json cannot say: set them to 1 and 0'
+            + (', or both above 0' if on_scores else ''))
+    rope |= dict(mscale=r.mscale, mscale_all_dim=r.mscale_all_dim)
   if r.scaling == 'dynamic':
     require(r.original_len == c.max_len, 'model.rope.original_len is '
             f'{r.original_len} and model.max_len {c.max_len}: a config.json '
             "has one length for both where model.rope.scaling is 'dynamic'")
   if r.scaling == 'longrope':
-    rope.update(short_factor=list(r.short_factor),
-                long_factor=list(r.long_factor))
+    rope |= dict(short_factor=list(r.short_factor),
+                 long_factor=list(r.long_factor))
     if r.attention_factor:
       rope['attention_factor'] = r.attention_factor
-  if r.scaling in ('llama3', 'yarn', 'longrope'):
+  if r.scaling in _FROM_A_LENGTH:
     rope['original_max_position_embeddings'] = r.original_len
   return rope

@@ -1,4 +1,13 @@
-"""Where the experts are computed: on this device, or spread over the mesh.
+"""Computing the experts, on this device or spread over the mesh.
+
+y_t = sum over the assignments (t, e, g) of g * FFN_e(x_t), in two ways:
+
+sorted    rows are gathered to [E, C, D] and multiplied as a batch.
+dropless  rows are sorted by expert and multiplied in groups, without padding
+          (MegaBlocks: Gale et al. 2022); moe/grouped.py has the product.
+
+The two agree, drops included. Rows move by gathers both ways: forward by
+the token of a row, backward by the rows of a token.
 
 On a mesh, `shard_map` hands each device its tokens (split over the axes of
 'tokens') and its experts (over the axis of 'experts'). Assignments are sorted
@@ -40,7 +49,7 @@ where that costs little, and is dropless, which has the same drops, elsewhere.
 """
 
 import functools
-from typing import Optional
+from typing import Any, NamedTuple, Optional
 
 from flax import struct
 import jax
@@ -49,22 +58,256 @@ from jax.sharding import PartitionSpec
 
 from architectures.parts import gathered, sharding
 from architectures.parts.ffn import Hidden
+from architectures.parts.linear import mix
 from architectures.parts.moe import grouped, routing
-from architectures.parts.moe.config import MoEConfig
-from architectures.parts.moe.experts import (
-    Dropout, Local, WAYS, Weights, inverse, place_sorted, reorder, take)
+from architectures.parts.moe.routing import MoEConfig, Routing, ranks
 from configs.errors import require
 
 PADDING = 2
 
 
+# On one device.
+
+
 @struct.dataclass
-class Axes:
+class Weights:
+  """The experts' parameters; what a kind of network lacks is None."""
+  up_EDF: jax.Array
+  down_EFD: jax.Array
+  gate_EDF: Optional[jax.Array] = None
+  up_bias_EF: Optional[jax.Array] = None
+  gate_bias_EF: Optional[jax.Array] = None
+  down_bias_ED: Optional[jax.Array] = None
+
+
+@struct.dataclass
+class Dropout:
+  """Expert dropout on the hidden units (Switch, section 2.4).
+
+  The mask is a hash of (seed, assignment, unit): the same however the rows
+  are ordered, and wherever they are computed.
+  """
+  seed: jax.Array  # uint32 scalar
+  first_row: jax.Array | int = 0  # of this device's assignments
+  first_unit: jax.Array | int = 0  # of this device's hidden units
+  rate: float = struct.field(pytree_node=False, default=0.0)
+
+  def mask(self, id_P: jax.Array, units: int) -> jax.Array:
+    """float32 [P, units]: 0 or 1 / (1 - rate)."""
+    unit_F = (jnp.arange(units) + self.first_unit).astype(jnp.uint32)
+    row_P = mix(id_P.astype(jnp.uint32) ^ self.seed)
+    bits_PF = mix(row_P[:, None] + unit_F[None] * jnp.uint32(0x9e3779b9))
+    keep_PF = bits_PF >= jnp.uint32(int(self.rate * 2 ** 32))
+    return keep_PF / (1 - self.rate)
+
+
+def _batched_product(spec: str, x: jax.Array, m: jax.Array) -> jax.Array:
+  """In x's dtype; on CPU XLA has no batched product of bfloat16."""
+  def wide(x: jax.Array, m: jax.Array):
+    return jnp.einsum(spec, x.astype(jnp.float32), m.astype(jnp.float32)
+                      ).astype(x.dtype)
+  def narrow(x: jax.Array, m: jax.Array):
+    return jnp.einsum(spec, x, m)
+  if x.dtype == jnp.float32:
+    return narrow(x, m)
+  return jax.lax.platform_dependent(x, m, cpu=wide, default=narrow)
+
+
+def batched(rows_ECD: jax.Array, w: Weights, hidden: Hidden,
+            mask_ECF: Optional[jax.Array] = None) -> jax.Array:
+  """Every expert on its own C rows."""
+  add = lambda x, b: x if b is None else x + b[:, None]
+  product = _batched_product
+  pre = [add(product('ECD,EDF->ECF', rows_ECD, w.up_EDF), w.up_bias_EF)]
+  if hidden.gated:
+    pre.append(add(product('ECD,EDF->ECF', rows_ECD, w.gate_EDF),
+                   w.gate_bias_EF))
+  h_ECF = hidden(*pre)
+  if mask_ECF is not None:
+    h_ECF = h_ECF * mask_ECF.astype(h_ECF.dtype)
+  return add(product('ECF,EFD->ECD', h_ECF, w.down_EFD), w.down_bias_ED)
+
+
+_FILL = dict(mode='fill', fill_value=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def take(x_TD: jax.Array, token_P: jax.Array, row_A: jax.Array, choices: int):
+  """Row r gets token token_P[r]; T there gives zeros.
+
+  `row_A` is the inverse, P where an assignment has no row: with it, the
+  gradient is a gather. Without `choices`, it is a scatter.
+  """
+  del row_A, choices
+  return x_TD.at[token_P].get(**_FILL)
+
+
+def _take_fwd(x_TD: jax.Array, token_P: jax.Array, row_A: jax.Array,
+              choices: int):
+  return take(x_TD, token_P, row_A, choices), (token_P, row_A, x_TD.shape[0])
+
+
+def _take_bwd(choices: int, saved: tuple, d_PD: jax.Array):
+  token_P, row_A, T = saved
+  if not choices:
+    zeros_TD = jnp.zeros((T, d_PD.shape[1]), d_PD.dtype)
+    return zeros_TD.at[token_P].add(d_PD, mode='drop'), None, None
+  d_AD = d_PD.at[row_A].get(**_FILL)
+  d_TD = d_AD.reshape(T, choices, -1).sum(1, dtype=jnp.float32)
+  return d_TD.astype(d_PD.dtype), None, None
+
+
+take.defvjp(_take_fwd, _take_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def combine(y_PD: jax.Array, gate_A: Optional[jax.Array], token_A: jax.Array,
+            row_A: jax.Array, assignment_P: jax.Array, tokens: int, choices: int
+            ):
+  """y_T = the sum of gate * row over the assignments of a token.
+
+  `assignment_P` is the inverse of `row_A`; A where a row has none. Without
+  `gate_A`, rows have already been multiplied by their gates.
+  """
+  del assignment_P
+  y_AD = y_PD.at[row_A].get(**_FILL)
+  if gate_A is not None:
+    y_AD = y_AD * gate_A[:, None].astype(y_AD.dtype)
+  if choices:
+    y_TD = y_AD.reshape(tokens, choices, -1).sum(1, dtype=jnp.float32)
+    return y_TD.astype(y_PD.dtype)
+  return jnp.zeros((tokens, y_AD.shape[1]), y_AD.dtype).at[token_A].add(y_AD)
+
+
+def _combine_fwd(y_PD: jax.Array, gate_A: Optional[jax.Array],
+                 token_A: jax.Array, row_A: jax.Array, assignment_P: jax.Array,
+                 tokens: int, choices: int):
+  y_TD = combine(y_PD, gate_A, token_A, row_A, assignment_P, tokens, choices)
+  rows = None if gate_A is None else y_PD
+  return y_TD, (rows, gate_A, token_A, row_A, assignment_P)
+
+
+def _combine_bwd(tokens: int, choices: int, saved: tuple, d_TD: jax.Array):
+  del tokens, choices
+  y_PD, gate_A, token_A, row_A, assignment_P = saved
+  token_P = token_A.at[assignment_P].get(mode='fill', fill_value=d_TD.shape[0])
+  d_PD = d_TD.at[token_P].get(**_FILL)
+  if gate_A is None:
+    return d_PD, None, None, None, None
+  d_gate_P = (d_PD.astype(jnp.float32) * y_PD.astype(jnp.float32)).sum(1)
+  d_gate_A = d_gate_P.at[row_A].get(**_FILL).astype(gate_A.dtype)
+  gate_P = gate_A.at[assignment_P].get(**_FILL)
+  return d_PD * gate_P[:, None].astype(d_PD.dtype), d_gate_A, None, None, None
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def inverse(row_A: jax.Array, rows: int) -> jax.Array:
+  """assignment_P of row_A; A for a row that nobody has."""
+  A = row_A.shape[0]
+  return jnp.full(rows, A, jnp.int32).at[row_A].set(
+      jnp.arange(A, dtype=jnp.int32), mode='drop', unique_indices=True)
+
+
+def place_padded(expert_A: jax.Array, experts: int, slots: int) -> jax.Array:
+  """The row of each assignment in [E, C]; E * C for a void one."""
+  row_A = expert_A * slots + ranks(expert_A, experts + 1)
+  return jnp.where(expert_A < experts, row_A, experts * slots)
+
+
+def place_sorted(expert_A: jax.Array, experts: int
+                 ) -> tuple[jax.Array, jax.Array]:
+  """(the row of each assignment in [A], sorted by expert; rows by expert)."""
+  order_A = jnp.argsort(expert_A, stable=True)
+  row_A = jnp.zeros_like(order_A).at[order_A].set(
+      jnp.arange(order_A.shape[0]), unique_indices=True)
+  ends_E = jnp.searchsorted(expert_A[order_A], jnp.arange(experts),
+                            side='right')
+  count_E = jnp.diff(ends_E, prepend=0).astype(jnp.int32)
+  return jnp.where(expert_A < experts, row_A, expert_A.shape[0]), count_E
+
+
+def move(x_TD: jax.Array, r: Routing, row_A: jax.Array, rows: int):
+  """Returns (rows [P, D], their assignments [P], and what combines results:
+  (rows, gates or None) -> y_TD)."""
+  T = x_TD.shape[0]
+  assignment_P = inverse(row_A, rows)
+  token_P = r.token_A.at[assignment_P].get(mode='fill', fill_value=T)
+  back = lambda y_PD, gate_A: combine(y_PD, gate_A, r.token_A, row_A,
+                                      assignment_P, T, r.choices)
+  return take(x_TD, token_P, row_A, r.choices), assignment_P, back
+
+
+def reorder(x_A: jax.Array, of_P: jax.Array, to_A: jax.Array) -> jax.Array:
+  """Returns x[of_P], and 0 where of_P is A; `to_A` is its inverse, as for
+  `take`."""
+  return take(x_A[:, None], of_P, to_A, 1)[:, 0]
+
+
+@struct.dataclass
+class Local:
+  """This device's experts, which rows may be handed to in two layouts."""
+  w: Weights
+  dropout: Optional[Dropout]
+  how: grouped.How = struct.field(pytree_node=False)
+  experts: int = struct.field(pytree_node=False)  # of all devices
+
+  def padded(self, rows_ECD: jax.Array, id_EC: jax.Array):
+    """C rows an expert, with the ids of their assignments."""
+    mask_ECF = self._mask(id_EC.reshape(-1))
+    if mask_ECF is not None:
+      mask_ECF = mask_ECF.reshape(*id_EC.shape, -1)
+    return batched(rows_ECD, self.w, self.how.kind, mask_ECF)
+
+  def place(self, expert_A: jax.Array):
+    """(the row of each assignment, how many rows, rows of each expert)."""
+    row_A, count_E = place_sorted(expert_A, self.experts)
+    return row_A, expert_A.shape[0], count_E
+
+  def grouped(self, rows_PD: jax.Array, count_E: jax.Array, id_P: jax.Array,
+              gate_P: jax.Array):
+    """Rows sorted by expert, each result multiplied by its gate."""
+    return grouped.ffn(rows_PD, count_E, gate_P, self.w, self._mask(id_P),
+                       self.how)
+
+  def ids(self, assignment_P: jax.Array):
+    """The ids that dropout knows assignments by, on any device."""
+    return assignment_P + (self.dropout.first_row if self.dropout else 0)
+
+  def _mask(self, id_P: jax.Array):
+    return self.dropout and self.dropout.mask(id_P, self.w.up_EDF.shape[2])
+
+
+def by_sorted(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
+  E, D = r.probs_TE.shape[1], x_TD.shape[1]
+  rows_PD, assignment_P, back = move(
+      x_TD, r, place_padded(r.expert_A, E, slots), E * slots)
+  y_ECD = run.padded(rows_PD.reshape(E, slots, D),
+                     run.ids(assignment_P).reshape(E, slots))
+  return back(y_ECD.reshape(E * slots, D), r.gate_A)
+
+
+def by_dropless(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
+  del slots  # what has no room is void already
+  row_A, rows, count_E = run.place(r.expert_A)
+  rows_PD, assignment_P, back = move(x_TD, r, row_A, rows)
+  # Gates go with the rows. Their gradient needs the expert's result, which
+  # would otherwise have to come back once more when a layer is computed again.
+  gate_P = reorder(r.gate_A, assignment_P, row_A)
+  return back(run.grouped(rows_PD, count_E, run.ids(assignment_P), gate_P),
+              None)
+
+
+# Over the mesh.
+
+
+class Axes(NamedTuple):
   """The mesh axes of more than one device, by what lies on them."""
-  tokens: tuple[str, ...] = struct.field(pytree_node=False, default=())
-  experts: tuple[str, ...] = struct.field(pytree_node=False, default=())
-  mlp: tuple[str, ...] = struct.field(pytree_node=False, default=())
-  embed: tuple[str, ...] = struct.field(pytree_node=False, default=())
+  tokens: tuple[str, ...] = ()
+  experts: tuple[str, ...] = ()
+  mlp: tuple[str, ...] = ()
+  embed: tuple[str, ...] = ()
 
 
 def mesh_axes() -> Optional[Axes]:
@@ -109,7 +352,7 @@ def way(m: MoEConfig, factor: float, tokens: int, groups: int,
   return 'sorted' if factor and fits else 'dropless'
 
 
-def experts(m: MoEConfig, x_TD: jax.Array, routed: routing.Routing,
+def experts(m: MoEConfig, x_TD: jax.Array, routed: Routing,
             w: Weights, hidden: Hidden, groups: int,
             dropout: Optional[Dropout], *, train: bool, again: bool = False):
   """Returns (y_TD, kept_A: the assignments that found room); `again`: whether
@@ -140,7 +383,7 @@ def _specs(w: Weights, axes: Axes) -> Weights:
                       is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def _pad(x_TD: jax.Array, routed: routing.Routing, more: int):
+def _pad(x_TD: jax.Array, routed: Routing, more: int):
   """Adds tokens that go nowhere, to fill the shards."""
   if not more:
     return x_TD, routed
@@ -155,10 +398,10 @@ def _pad(x_TD: jax.Array, routed: routing.Routing, more: int):
 
 def _compute(m: MoEConfig, hidden: Hidden, factor: float, tokens: int,
              groups: int, again: bool, axes: Axes, x_TD: jax.Array,
-             routed: routing.Routing, w: Weights, dropout: Optional[Dropout]):
+             routed: Routing, w: Weights, dropout: Optional[Dropout]):
   """One device's share. `tokens`: of all devices, padding apart."""
   T, E = x_TD.shape[0], m.num_experts
-  shards = sharding.size(axes.tokens) if axes.tokens else 1
+  shards = sharding.size(axes.tokens)
   index = jax.lax.axis_index(axes.tokens) if axes.tokens else 0
   devices = sharding.size(axes.experts)
   if routed.experts_choose:
@@ -174,9 +417,9 @@ def _compute(m: MoEConfig, hidden: Hidden, factor: float, tokens: int,
         first_row=index * routed.expert_A.shape[0],
         first_unit=(jax.lax.axis_index(axes.mlp) * w.up_EDF.shape[2]
                     if axes.mlp else 0))
-  run = Local(_gather(w, axes), dropout, hidden,
-              max(1, T * devices * m.top_k // E), grouped.choose(m),
-              again, E)
+  even = max(1, T * devices * m.top_k // E)
+  run = Local(_gather(w, axes), dropout,
+              grouped.How(hidden, even, grouped.choose(m), again), E)
   if axes.experts:
     run = Spread(run, axes.experts[0], bound)
   compute = WAYS[way(m, factor, tokens, groups, shards)]
@@ -187,12 +430,12 @@ def _compute(m: MoEConfig, hidden: Hidden, factor: float, tokens: int,
 
 
 def _within_capacity(m: MoEConfig, factor: float, tokens: int, groups: int,
-                     axes: Axes, T: int, routed: routing.Routing
-                     ) -> routing.Routing:
+                     axes: Axes, T: int, routed: Routing
+                     ) -> Routing:
   """The choices of this device's T tokens, void where they exceed what an
   expert takes of a group."""
   E, X = m.num_experts, routed.choices
-  shards = sharding.size(axes.tokens) if axes.tokens else 1
+  shards = sharding.size(axes.tokens)
   routed = routed.replace(
       token_A=jnp.arange(T * X, dtype=jnp.int32) // X)
   if not factor:
@@ -232,7 +475,7 @@ def _earlier(axes: Axes, groups: int):
 
 @struct.dataclass
 class Spread:
-  """`experts.Local` whose experts lie along a mesh axis of n devices."""
+  """`Local` whose experts lie along a mesh axis of n devices."""
   local: Local
   axis: str = struct.field(pytree_node=False)
   bound: int = struct.field(pytree_node=False)  # rows for one device
@@ -285,43 +528,11 @@ class Spread:
     row_P, count_E = place_sorted(expert_P, send_nE.shape[1])
     from_P = inverse(row_P, P)
     if self.local.dropout is not None:
-      id_P = cross(id_P, send_n, got_n).at[from_P].get(
-          mode='fill', fill_value=0)
+      id_P = cross(id_P, send_n, got_n).at[from_P].get(**_FILL)
     rows_PD = take(cross(rows_PD, send_n, got_n), from_P, row_P, 1)
     gate_P = reorder(cross(gate_P, send_n, got_n), from_P, row_P)
     y_PD = self.local.grouped(rows_PD, count_E, id_P, gate_P)
     return cross(take(y_PD, row_P, from_P, 1), got_n, send_n)
-
-
-def check_mesh(m: MoEConfig, d_model: int) -> None:
-  """Raises ValueError, with sizes that do, where the mesh does not divide the
-  experts; to be called before their weights are made on it."""
-  axes = mesh_axes()
-  if axes is None:
-    return
-  E, n = m.num_experts, sharding.size(axes.experts)
-  require(len(axes.experts) <= 1, "the rules put 'experts' on the mesh axes "
-          f'{", ".join(axes.experts)}: put them on one')
-  require(set(axes.experts) <= set(axes.tokens),
-          f"the rules put 'experts' on the mesh axis {axes.experts} and "
-          f"'tokens' on {axes.tokens}: they must be split over the experts' "
-          'axis too')
-  divisors = ', '.join(str(d) for d in range(1, E + 1) if E % d == 0)
-  require(E % n == 0,
-          f'model.moe.num_experts is {E}, which mesh.expert {n} does not '
-          f'divide: choose {_multiples(E, n)} experts, or mesh.expert among '
-          f'{divisors}')
-  for name, value, axis, by in (
-      ('model.moe.d_ff', m.d_ff, 'tensor', sharding.size(axes.mlp)),
-      ('model.d_model', d_model, 'fsdp', sharding.size(axes.embed))):
-    require(value % by == 0, f'{name} is {value}, which mesh.{axis} {by} does '
-            f'not divide: choose {_multiples(value, by)}')
-
-
-def _multiples(value: int, of: int) -> str:
-  """The nearest multiples, in words."""
-  below, above = value // of * of, -(-value // of) * of
-  return f'{below} or {above}' if below else str(above)
 
 
 def _check_groups(T: int, groups: int, shards: int,
@@ -330,16 +541,11 @@ def _check_groups(T: int, groups: int, shards: int,
       not experts_choose and (
           groups == 1 or (T % shards == 0 and shards % groups == 0)))
   require(fits, f'{groups} routing groups of {T // groups} tokens do not fit '
-          f'on {shards} shards of the batch'
-          + (', and expert_choice needs whole groups on each'
-             if experts_choose else '')
-          + f': set model.moe.group_size to a divisor of {max(1, T // shards)}')
+          f'on {shards} shards of the batch: set model.moe.group_size to a '
+          f'divisor of {max(1, T // shards)}')
 
 
 # The all-to-all that rows cross the mesh by, there and, as gradients, back.
-
-LANES = 128  # in which a TPU holds the last axis of an array
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def exchange(x: jax.Array, send_n: Optional[jax.Array],
@@ -356,7 +562,7 @@ def exchange(x: jax.Array, send_n: Optional[jax.Array],
   everything = lambda x, *_: whole(x)
   # Where only full rows travel, TPU pads a number for each row to LANES of
   # them. The numbers of all rows are fewer.
-  numbers = x.ndim == 2 and x.shape[0] <= LANES
+  numbers = x.ndim == 2 and x.shape[0] <= gathered.LANES
   return jax.lax.platform_dependent(
       x, send_n, receive_n, cpu=everything,
       **(dict(tpu=everything) if numbers else {}),
@@ -385,3 +591,9 @@ def _exchange_bwd(axis: str, saved: tuple, d: jax.Array):
 
 
 exchange.defvjp(_exchange_fwd, _exchange_bwd)
+
+
+WAYS = {
+    'sorted': by_sorted,
+    'dropless': by_dropless,
+}

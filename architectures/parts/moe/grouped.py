@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import linear, sharding
-from architectures.parts.moe.config import MoEConfig
+from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.ffn import Hidden
 from configs.errors import require
 
@@ -33,7 +33,6 @@ from configs.errors import require
 SIZES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 17 / 16, 9 / 8, 5 / 4, 3 / 2, 2)
 LARGEST = 1024
 GROUPED_KERNELS = ('auto', 'xla', 'megablox')
-PLATFORMS = {'megablox': 'tpu'}
 # Of megablox, in order of choice. A tile that two experts share is computed
 # for both, so an expert should fill two: fewer rows a tile waste less of the
 # matrix units, more read the weights less often.
@@ -68,7 +67,7 @@ def ffn(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array, w: Any,
     rows_PD: expert 0's rows, then expert 1's, ...; sum(count_E) <= P.
     count_E: int32, the rows of each expert.
     gate_P: float32, what a row's result is multiplied by.
-    w: experts.Weights, in the dtype of the rows.
+    w: dispatch.Weights, in the dtype of the rows.
     mask_PF: multiplies the hidden units, for dropout; or None.
     how: how it is computed.
   """
@@ -407,24 +406,16 @@ def choose(m: MoEConfig) -> str:
     ValueError: where config.moe.grouped_kernel names one that cannot do it.
   """
   device = sharding.platform()
-  if m.grouped_kernel == 'auto':
-    return next((name for name in PLATFORMS if not _elsewhere(name, device)),
-                'xla')
   check_grouped_kernel(m, device)
-  return m.grouped_kernel
+  return m.grouped_kernel if m.grouped_kernel != 'auto' else (
+      'megablox' if device == 'tpu' else 'xla')
 
 
 def check_grouped_kernel(m: MoEConfig, device: str) -> None:
   """Raises ValueError where a named kernel does not run on the platform."""
-  name = m.grouped_kernel
-  others = ', '.join(k for k in GROUPED_KERNELS if k != name)
-  require(not _elsewhere(name, device), f'model.moe.grouped_kernel is {name}, '
-          f'which runs on {PLATFORMS.get(name)}, and this program is for '
-          f'{device}: choose from {others}')
-
-
-def _elsewhere(name: str, device: str) -> bool:
-  return PLATFORMS.get(name, device) != device
+  require(m.grouped_kernel != 'megablox' or device == 'tpu',
+          'model.moe.grouped_kernel is megablox, which runs on tpu, and this '
+          f'program is for {device}: choose from auto, xla')
 
 
 def product(name: str, even: int) -> Callable:
@@ -442,11 +433,6 @@ def megablox(even: int, interpret: bool, x_PI: jax.Array, m_EIO: jax.Array,
   return _gmm(even, x_PI, m_EIO, count_E, interpret)
 
 
-def _megablox_fwd(even: int, interpret: bool, x_PI: jax.Array, m_EIO: jax.Array,
-                  count_E: jax.Array):
-  return _gmm(even, x_PI, m_EIO, count_E, interpret), (x_PI, m_EIO, count_E)
-
-
 def _megablox_bwd(even: int, interpret: bool, saved: tuple, dy_PO: jax.Array):
   """Not megablox' own: it tiles both of these as it did the product, though
   their sides are others."""
@@ -455,7 +441,9 @@ def _megablox_bwd(even: int, interpret: bool, saved: tuple, dy_PO: jax.Array):
   return dx_PI, _tgmm(even, x_PI, dy_PO, m_EIO.dtype, count_E, interpret), None
 
 
-megablox.defvjp(_megablox_fwd, _megablox_bwd)
+megablox.defvjp(
+    lambda even, interpret, *args: (megablox(even, interpret, *args), args),
+    _megablox_bwd)
 
 
 def _gmm(even: int, x_PI: jax.Array, m_EIO: jax.Array, count_E: jax.Array,

@@ -27,10 +27,9 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.moe import dispatch
-from architectures.parts.moe import health
 from architectures.parts.moe import routing
-from architectures.parts.moe.config import MoEConfig
-from architectures.parts.moe.experts import Dropout, Weights
+from architectures.parts.moe.routing import MoEConfig
+from architectures.parts.moe.dispatch import Dropout, Weights
 from architectures.parts.roles import Role, declare
 from configs.errors import require
 
@@ -48,14 +47,11 @@ class MoE(nn.Module):
   def __call__(self, x_BLD: jax.Array, ctx: Context):
     c, m = self.config, self.config.moe
     B, L, D = x_BLD.shape
-    dispatch.check_mesh(m, D)
     valid_BL = jnp.ones((B, L), bool)
     if ctx.segment_ids_BL is not None:
       valid_BL = jnp.broadcast_to(ctx.segment_ids_BL != 0, (B, L))
-    if ctx.valid_BL is not None:
-      valid_BL &= ctx.valid_BL != 0
-    if ctx.routed_BL is not None:
-      valid_BL &= ctx.routed_BL != 0
+    for told_BL in (ctx.valid_BL, ctx.routed_BL):
+      valid_BL = valid_BL if told_BL is None else valid_BL & (told_BL != 0)
     valid_T = valid_BL.reshape(-1)
     # If the length is sharded over `tensor`, XLA makes one axis of batch and
     # length by collecting all rows on every device.
@@ -70,7 +66,7 @@ class MoE(nn.Module):
         m, x_TD.astype(c.compute_dtype), routed, self._weights(),
         dense.Hidden(m.ffn, c.clamp), inputs.groups, self._dropout(ctx),
         train=inputs.train, again=remat.of(c).again)
-    aux = health.report(m, routed, inputs.logits_TE, valid_T, kept_A,
+    aux = routing.report(m, routed, inputs.logits_TE, valid_T, kept_A,
                         dispatch.expert_shards(), B)
     aux['loads'] = {} if inputs.bias_E is None else {
         '/'.join((*self.path, BIAS)): aux['health']['load_E']}
@@ -146,26 +142,21 @@ class MoE(nn.Module):
 
   def _weights(self) -> Weights:
     c, m = self.config, self.config.moe
-    E, D, F = m.num_experts, c.d_model, m.d_ff
-    gated = dense.FFNS[m.ffn].gated
-    into = lambda name: linear.weight(
-        self, name, (E, D, F), ('experts', 'embed', 'mlp'), in_axes=(1,),
-        batch_axes=(0,)).astype(c.compute_dtype)
-    bias = lambda name, size, axis: linear.bias(
-        self, name, (E, size), ('experts', axis), batch_axes=(0,)
+    size = {'embed': c.d_model, 'mlp': m.d_ff}
+    weight = lambda name, *axes: linear.weight(
+        self, name, (m.num_experts, *map(size.get, axes)), ('experts', *axes),
+        in_axes=(1,), batch_axes=(0,), residual=name == 'down'
         ).astype(c.compute_dtype)
-    weights = dict(up_EDF=into('up'))
-    if gated:
-      weights['gate_EDF'] = into('gate')
-    weights['down_EFD'] = linear.weight(
-        self, 'down', (E, F, D), ('experts', 'mlp', 'embed'), in_axes=(1,),
-        batch_axes=(0,), residual=True).astype(c.compute_dtype)
-    if c.ffn_bias:
-      weights['up_bias_EF'] = bias('up_bias', F, 'mlp')
-      if gated:
-        weights['gate_bias_EF'] = bias('gate_bias', F, 'mlp')
-      weights['down_bias_ED'] = bias('down_bias', D, 'embed')
-    return Weights(**weights)
+    bias = lambda name, axis: linear.bias(
+        self, name, (m.num_experts, size[axis]), ('experts', axis),
+        batch_axes=(0,)).astype(c.compute_dtype) if c.ffn_bias else None
+    gated = dense.FFNS[m.ffn].gated
+    up_EDF = weight('up', 'embed', 'mlp')
+    gate_EDF = weight('gate', 'embed', 'mlp') if gated else None
+    return Weights(up_EDF, weight('down', 'mlp', 'embed'), gate_EDF,
+                   bias('up_bias', 'mlp'),
+                   bias('gate_bias', 'mlp') if gated else None,
+                   bias('down_bias', 'embed'))
 
 
 def choices(routed: routing.Routing, kept_A: jax.Array

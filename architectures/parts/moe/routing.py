@@ -39,26 +39,97 @@ sigmoid    its two best experts together, by score + router_bias (DeepSeek-V3,
            2024, section 2.1.2, as its code has it: noaux_tc. The paper's number
            is top_k / top_groups, which is 2 there).
 
-An entry of ROUTERS, at the end of this file, is all that there is of one.
+An entry of ROUTERS is all that there is of one. Below it is what a routing
+costs, and how it fares.
 """
 
 from collections.abc import Callable
 import dataclasses
 import fractions
 import math
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 
 from architectures.parts.config import ModelConfig
-from architectures.parts.dropout import mix
-from architectures.parts.moe.config import MoEConfig
+from architectures.parts.linear import mix
 from configs.errors import require
+from configs.fields import field, FUNCTION, RECIPE, REGULARISATION, Resume
+from configs.fields import RUN, SAFE, SAME, SHAPES
 
 SINKHORN_STEPS = 8
 NOWHERE = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """Of ffn moe: the experts and their router."""
+  num_experts: int = field(8, 'experts of a layer', above=0, resume=SHAPES)
+  top_k: int = field(
+      2, 'experts of a token (with expert_choice: on average)', above=0,
+      resume=FUNCTION)
+  router: str = field('topk', 'which experts see a token')
+  logit_bias: bool = field(False, "a bias of the router's logits")
+  expert_groups: int = field(
+      1, 'Groups of experts, of which a token goes to the top_groups best; 1: '
+      'there are none.', above=0, resume=FUNCTION)
+  top_groups: int = field(
+      1, 'groups that a token may go to', above=0, resume=FUNCTION,
+      read_by='moe.expert_groups>1')
+  ffn: str = field(
+      'gelu', 'the network of an expert, and of the dense layers between')
+  d_ff: int = field(0, 'hidden units of one expert; derived: model.d_ff',
+                    resume=SHAPES)
+  shared_experts: int = field(
+      0, 'A dense network beside the experts, this many times as wide as one.')
+  shared_gate: bool = field(
+      False, "Whether a sigmoid of the layer's input multiplies the output of "
+      'the shared experts.', read_by='moe.shared_experts')
+  dispatch: str = field(
+      'auto', 'How tokens reach their experts. auto: sorted where a capacity '
+      'pads little, else dropless.', resume=FUNCTION, about=RUN)
+  grouped_kernel: str = field(
+      'auto', 'The product of dropless. auto: megablox on TPU, else xla.',
+      resume=SAME, about=RUN, read_by='moe.dispatch=auto,dropless')
+  capacity_factor: float = field(
+      0.0, 'room of an expert in training, over an even load; 0: dropless',
+      least=0, resume=FUNCTION, about=RECIPE)
+  eval_capacity_factor: float = field(
+      0.0, 'the same in evaluation', least=0,
+      resume=Resume(SAFE, 'only evaluation'), about=RECIPE)
+  normalize_gates: bool = field(
+      True, 'The gates of a token sum to 1: of topk, sigmoid and sinkhorn, '
+      'from top_k 2 on.', resume=FUNCTION)
+  gate_scale: float = field(
+      1.0, 'multiplies the gates, normalised or not', above=0,
+      resume=FUNCTION)
+  jitter: float = field(
+      0.0, "In training the router's input is multiplied by uniform(1 - j, "
+      '1 + j).', least=0, below=1, resume=REGULARISATION, about=RECIPE)
+  logit_noise: float = field(
+      0.0, "Standard deviation of the noise on the router's logits in "
+      'training.', least=0, resume=REGULARISATION, about=RECIPE)
+  balance_loss: str = field('switch', 'what asks for even load',
+                            resume=REGULARISATION, about=RECIPE)
+  balance_weight: float = field(0.01, 'of the balance loss', least=0,
+                                resume=REGULARISATION, about=RECIPE)
+  z_loss_weight: float = field(
+      0.0, "of log(Z)^2 of the router's logits", least=0,
+      resume=REGULARISATION, about=RECIPE)
+  expert_dropout: float = field(
+      0.0, "of the experts' hidden units", least=0, below=1,
+      resume=REGULARISATION, about=RECIPE)
+  group_size: int = field(
+      0, 'Tokens that share capacity; 0: all of a batch.', resume=FUNCTION,
+      about=RECIPE)
+  bias_rate: float = field(
+      0.001, 'of sigmoid: how far a step moves router_bias', least=0,
+      resume=REGULARISATION)
+
+  def derived(self, c: ModelConfig) -> 'MoEConfig':
+    return dataclasses.replace(self, d_ff=self.d_ff or c.d_ff)
 
 
 @struct.dataclass
@@ -177,20 +248,15 @@ def _of_best_groups(m: MoEConfig, scores_TE: jax.Array, *, best: int
     return scores_TE
   shape = (scores_TE.shape[0], m.expert_groups, -1)
   each_TGU = jax.lax.stop_gradient(scores_TE).reshape(shape)
-  kept_TG = _places(_score(each_TGU, best)) < m.top_groups
+  score_TG = each_TGU.max(-1)
+  if best == 2:
+    at_U = jnp.arange(each_TGU.shape[-1])[None, None]
+    others_TGU = jnp.where(at_U == each_TGU.argmax(-1)[..., None], -jnp.inf,
+                           each_TGU)
+    score_TG = score_TG + others_TGU.max(-1)
+  kept_TG = _places(score_TG) < m.top_groups
   return jnp.where(kept_TG[..., None], scores_TE.reshape(shape),
                    -jnp.inf).reshape(scores_TE.shape)
-
-
-def _score(each_TGU: jax.Array, best: int) -> jax.Array:
-  """Returns the sum of the one or two best of each group, [T, G]."""
-  first_TG = each_TGU.max(-1)
-  if best == 1:
-    return first_TG
-  at_U = jnp.arange(each_TGU.shape[-1])[None, None]
-  others_TGU = jnp.where(at_U == each_TGU.argmax(-1)[..., None], -jnp.inf,
-                         each_TGU)
-  return first_TG + others_TGU.max(-1)
 
 
 def _places(score_TG: jax.Array) -> jax.Array:
@@ -201,23 +267,6 @@ def _places(score_TG: jax.Array) -> jax.Array:
   one, other = score_TG[:, :, None], score_TG[:, None]
   earlier_GG = (at_G[None] < at_G[:, None])[None]
   return ((other > one) | ((other == one) & earlier_GG)).sum(-1)
-
-
-def _check_groups(m: MoEConfig) -> None:
-  """Raises RequestError for groups that cannot be chosen from."""
-  E, groups, kept = m.num_experts, m.expert_groups, m.top_groups
-  if groups == 1:
-    return
-  require(E % groups == 0, f'model.moe.expert_groups is {groups}, which does '
-          f'not divide model.moe.num_experts {E}: choose a divisor')
-  require(kept <= groups, f'model.moe.top_groups is {kept}: choose at most '
-          f'model.moe.expert_groups {groups}')
-  require(m.top_k <= kept * E // groups, f'model.moe.top_k is {m.top_k}, but '
-          f'the {kept} groups of model.moe.top_groups have '
-          f'{kept * E // groups} experts: choose fewer, or more groups')
-  require(E // groups > 1 or m.router != 'sigmoid',
-          f'model.moe.expert_groups is {groups}, of one expert each, and the '
-          'router sigmoid adds up the two best of a group: choose fewer groups')
 
 
 def _routing(expert_TX: jax.Array, gate_TX: jax.Array, probs_TE: jax.Array,
@@ -368,19 +417,13 @@ def step_bias(bias_NE: jax.Array, load_NE: jax.Array, rate: float | jax.Array
   return bias_NE + rate * jnp.sign(1 / bias_NE.shape[-1] - load_NE)
 
 
-LEARNED = ('moe.jitter', 'moe.logit_noise', 'moe.logit_bias',
-           'moe.balance_loss', 'moe.z_loss_weight')
-
-
-@dataclasses.dataclass(frozen=True)
-class Router:
+class Router(NamedTuple):
   """One way to assign tokens to experts.
 
   Attributes:
     assign: (config.moe, Inputs) -> Routing.
+    fields: of config.model that only some routers read.
     logits: whether it has a weight, and so logits and losses of them.
-    fields: of config.model that only some routers read; those of LEARNED are
-      read by every router with logits.
     top_k: how many experts a token has, where no other number is possible.
     draws: whether it draws in training: Inputs.key.
     hashes: whether it reads the tokens' ids: Inputs.tokens_T.
@@ -396,8 +439,8 @@ class Router:
       balance loss, counts; None: those that were chosen.
   """
   assign: Callable[[MoEConfig, Inputs], Routing]
+  fields: tuple[str, ...] = ()
   logits: bool = True
-  own_fields: tuple[str, ...] = ()
   top_k: int = 0
   draws: bool = False
   hashes: bool = False
@@ -407,10 +450,6 @@ class Router:
   counts_first: bool = False
   whole: bool = False
   wanted: Optional[Callable] = None
-
-  @property
-  def fields(self) -> tuple[str, ...]:
-    return self.own_fields + (LEARNED if self.logits else ())
 
 
 def of(m: MoEConfig) -> Router:
@@ -442,13 +481,26 @@ def check_router(c: ModelConfig, stack: str) -> None:
           f'model.moe.top_k is {m.top_k}, but model.moe.router {m.router} '
           f'chooses {router.top_k}: set it to {router.top_k}, or choose router '
           'topk')
-  if 'moe.expert_groups' in router.own_fields:
-    _check_groups(m)
-  for name in ('capacity_factor', 'eval_capacity_factor'):
-    require(m.dispatch != 'sorted' or router.experts_choose
-            or getattr(m, name) > 0,
-            f'model.moe.{name} is 0, but model.moe.dispatch sorted pads every '
-            'expert to its capacity: set it, or choose dispatch dropless')
+  E, groups, kept = m.num_experts, m.expert_groups, m.top_groups
+  require(m.top_k <= E, f'model.moe.top_k is {m.top_k}: choose 1 to '
+          f'model.moe.num_experts {E}')
+  require(groups == 1 or 'moe.expert_groups' not in router.fields or (
+      E % groups == 0 and kept <= groups and m.top_k <= kept * E // groups
+      and (E > groups or m.router != 'sigmoid')),
+          f'model.moe.expert_groups is {groups}, model.moe.top_groups {kept} '
+          f'and model.moe.top_k {m.top_k}: of {E} experts choose groups that '
+          'divide them, as many of these at most, and as many experts as they '
+          'have at most; the router sigmoid needs two experts of a group')
+  require(not (router.experts_choose
+               and BALANCE_LOSSES[m.balance_loss].by_sequence),
+          f'model.moe.balance_loss is {m.balance_loss}, which is of what the '
+          f'tokens of a sequence choose, and with model.moe.router {m.router} '
+          'they do not: choose none')
+  require(m.dispatch != 'sorted' or router.experts_choose or min(
+      m.capacity_factor, m.eval_capacity_factor) > 0,
+          'model.moe.dispatch sorted pads every expert to its capacity: set '
+          'model.moe.capacity_factor and model.moe.eval_capacity_factor, or '
+          'choose dispatch dropless')
 
 
 def whole_gates(m: MoEConfig) -> bool:
@@ -466,22 +518,204 @@ def active_experts(m: MoEConfig) -> float:
   return m.top_k
 
 
-NORMALIZES = ('moe.normalize_gates',)
-GROUPS = ('moe.expert_groups', 'moe.top_groups')
+LEARNED = ('moe.jitter', 'moe.logit_noise', 'moe.logit_bias',
+           'moe.balance_loss', 'moe.z_loss_weight')
+NORMALIZED = (*LEARNED, 'moe.normalize_gates')
+GROUPED = (*NORMALIZED, 'moe.expert_groups', 'moe.top_groups')
 
 ROUTERS = {
-    'topk': Router(topk, own_fields=(*NORMALIZES, *GROUPS)),
-    # Of one choice; the flag is accepted, and changes nothing.
-    'switch': Router(switch, own_fields=NORMALIZES, top_k=1),
-    'gshard': Router(gshard, top_k=2, draws=True, counts_first=True,
+    'topk': Router(topk, GROUPED),
+    # Of one choice; normalize_gates is accepted, and changes nothing.
+    'switch': Router(switch, NORMALIZED, top_k=1),
+    'gshard': Router(gshard, LEARNED, top_k=2, draws=True, counts_first=True,
                      whole=True),
-    # The flag is accepted, and changes nothing.
-    'expert_choice': Router(expert_choice, own_fields=NORMALIZES, groups=True,
+    # normalize_gates is accepted, and changes nothing.
+    'expert_choice': Router(expert_choice, NORMALIZED, groups=True,
                             experts_choose=True),
-    'sigmoid': Router(sigmoid, own_fields=(
-        *NORMALIZES, *GROUPS, 'moe.bias_rate'), bias=step_bias,
+    'sigmoid': Router(sigmoid, (*GROUPED, 'moe.bias_rate'), bias=step_bias,
                       wanted=best_scores),
-    'sinkhorn': Router(sinkhorn, own_fields=NORMALIZES, groups=True),
+    'sinkhorn': Router(sinkhorn, NORMALIZED, groups=True),
     'hash': Router(hash_, logits=False, hashes=True, whole=True),
     'uniform': Router(uniform, logits=False, whole=True),
+}
+
+
+# What a routing costs and how it fares: auxiliary losses, the health panel.
+#
+# With f_i the share of assignments that expert i gets, P_i the mean of the
+# router's probability for it and I_i = P_i / sum P the normalised importance:
+#
+# switch      E sum_i f_i P_i     (Fedus et al. 2021, equation 4; GShard counts
+#             first choices only, in f). 1 in perfect balance, whatever X is;
+#             Hugging Face's Mixtral counts X times this.
+# importance  E sum_i I_i^2       (Shazeer et al. 2017's CV^2, plus 1).
+# sequence    the mean over sequences of the first, taken of each by itself
+#             (DeepSeek-V3, 2024, equations 17 to 20, the mean over sequences).
+#             f counts the experts that the scores alone would choose, without
+#             the bias and the groups of the sigmoid router (equation 18).
+# router z    mean_t logsumexp(logits_t)^2   (ST-MoE: Zoph et al. 2022).
+#
+# Means run over all tokens but padding of what goes through the model at once:
+# a value does not depend on groups or on shards. With `train.grad_accumulation`
+# that is a micro-batch, and the step takes the mean of theirs, weighted by
+# their tokens: a balance loss, no mean over tokens itself, then asks each
+# micro-batch to be even.
+#
+# An entry of BALANCE_LOSSES is all that there is of one.
+
+
+class Balance(NamedTuple):
+  """A loss that asks for even load.
+
+  Attributes:
+    loss: (expert_A, mean_probs_E) -> scalar; None: there is none.
+    metric: what the panel calls it.
+    fields: of config.model that it reads.
+    by_sequence: whether it is taken of each sequence (a row of the batch), and
+      the mean over them. It is computed only where it is chosen.
+  """
+  loss: Optional[Callable[[jax.Array, jax.Array], jax.Array]] = None
+  metric: str = ''
+  fields: tuple[str, ...] = ('moe.balance_weight',)
+  by_sequence: bool = False
+
+
+def counts(expert_A: jax.Array, experts: int) -> jax.Array:
+  """Assignments of each expert, float32 [E]; void ones count nowhere."""
+  return (expert_A[:, None] == jnp.arange(experts)[None]).sum(0).astype(
+      jnp.float32)
+
+
+def share(x_E: jax.Array) -> jax.Array:
+  """x / sum x, or zeros."""
+  total = x_E.sum()
+  return x_E / jnp.where(total > 0, total, 1.0)
+
+
+def switch_loss(expert_A: jax.Array, mean_probs_E: jax.Array) -> jax.Array:
+  E = mean_probs_E.shape[0]
+  return E * (share(counts(expert_A, E)) * mean_probs_E).sum()
+
+
+def importance_loss(expert_A: jax.Array, mean_probs_E: jax.Array) -> jax.Array:
+  del expert_A
+  return mean_probs_E.shape[0] * jnp.square(share(mean_probs_E)).sum()
+
+
+def of_each_sequence(loss: Callable, expert_A: jax.Array, probs_TE: jax.Array,
+                     valid_T: jax.Array, rows: int) -> jax.Array:
+  """Returns the mean of a balance loss over the sequences that are not all
+  padding; within one, padding counts nowhere."""
+  valid_BL = valid_T.reshape(rows, -1)
+  probs_BLE = probs_TE.reshape(*valid_BL.shape, -1) * valid_BL[..., None]
+  count_B = valid_BL.sum(1)
+  each_B = jax.vmap(loss)(
+      expert_A.reshape(rows, -1),
+      probs_BLE.sum(1) / jnp.maximum(count_B, 1)[:, None])
+  return ((each_B * (count_B > 0)).sum()
+          / jnp.maximum((count_B > 0).sum(), 1))
+
+
+def entropy(p: jax.Array) -> jax.Array:
+  """Over the last axis, as a fraction of its maximum."""
+  size = p.shape[-1]
+  h = -(p * jnp.log(jnp.maximum(p, 1e-30))).sum(-1)
+  return h / jnp.log(size) if size > 1 else jnp.ones_like(h)
+
+
+def report(m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
+           valid_T: jax.Array, kept_A: jax.Array, shards: int, rows: int
+           ) -> dict:
+  """Returns {'losses': weighted terms, 'health': the panel of one layer}.
+
+  Args:
+    m: the config.
+    routed: what the router chose.
+    logits_TE: its logits, or None where it has none.
+    valid_T: which tokens are no padding.
+    kept_A: bool, the assignments that found room.
+    shards: over how many devices the experts are spread.
+    rows: how many sequences the tokens are.
+
+  The panel: `dropped`, the share of assignments without room; `unserved`, of
+  tokens that no expert serves; `load_E`, the share of assignments (before any
+  is dropped) by expert; its `load_max` over mean, `load_entropy` (1: even) and
+  share of experts `unused`; the router's `confidence` (mean of the highest
+  probability) and `router_entropy` (1: undecided); `shard_imbalance`, the
+  largest load of a shard over the mean; and each loss, raw.
+  """
+  E = m.num_experts
+  weight_T = valid_T / jnp.maximum(valid_T.sum(), 1).astype(jnp.float32)
+  mean = lambda x_T: (x_T * weight_T).sum()
+  probs_TE = routed.probs_TE
+  mean_probs_E = (probs_TE * weight_T[:, None]).sum(0)
+  load_E = jax.lax.stop_gradient(share(counts(routed.expert_A, E)))
+  router = of(m)
+  counted_A = (routed.expert_A[::routed.choices] if router.counts_first
+               else routed.expert_A)
+  raw = {name: row.loss(counted_A, mean_probs_E)
+         for name, row in BALANCE_LOSSES.items()
+         if row.loss and not row.by_sequence}
+  chosen = BALANCE_LOSSES[m.balance_loss]
+  if chosen.by_sequence:
+    wanted_A = (router.wanted(m, logits_TE, valid_T) if router.wanted
+                else counted_A)
+    raw[m.balance_loss] = of_each_sequence(chosen.loss, wanted_A, probs_TE,
+                                           valid_T, rows)
+  z = (jnp.zeros(()) if logits_TE is None else
+       mean(jnp.square(jax.nn.logsumexp(logits_TE, -1))))
+  losses = {}
+  if router.logits:
+    if m.balance_loss in raw:
+      losses['balance'] = m.balance_weight * raw[m.balance_loss]
+    if m.z_loss_weight:
+      losses['router_z'] = m.z_loss_weight * z
+  assigned = (routed.expert_A < E).sum()
+  health = dict(
+      dropped=1 - kept_A.sum() / jnp.maximum(assigned, 1),
+      unserved=mean(_served(routed, kept_A, valid_T.shape[0]) == 0),
+      load_E=load_E,
+      load_max=E * load_E.max(),
+      load_entropy=entropy(load_E),
+      unused=(load_E == 0).mean(),
+      confidence=mean(probs_TE.max(-1)),
+      router_entropy=mean(entropy(probs_TE)),
+      shard_imbalance=shards * load_E.reshape(shards, -1).sum(1).max(),
+      z_loss=z,
+      **{BALANCE_LOSSES[name].metric: x for name, x in raw.items()},
+  )
+  health = {name: jax.lax.stop_gradient(jnp.asarray(x, jnp.float32))
+            for name, x in health.items()}
+  return {'losses': losses, 'health': health}
+
+
+def _served(routed: Routing, kept_A: jax.Array, tokens: int) -> jax.Array:
+  """How many experts each token was served by, [T]."""
+  if routed.choices:
+    return kept_A.reshape(tokens, -1).sum(1)
+  return jnp.zeros(tokens, jnp.int32).at[routed.token_A].add(
+      kept_A.astype(jnp.int32))
+
+
+def window(load_WNE: jax.Array, tokens_W: jax.Array) -> dict:
+  """The panel over a window of steps: {name: [N] by layer}.
+
+  Args:
+    load_WNE: `load_E` of each step and layer.
+    tokens_W: how much each step counts.
+  """
+  share_W = tokens_W / tokens_W.sum()
+  load_NE = jnp.einsum('WNE,W->NE', load_WNE, share_W)
+  return dict(
+      load_max=load_NE.shape[1] * load_NE.max(1) / load_NE.sum(1),
+      unused=(load_NE == 0).mean(1),
+      load_entropy=entropy(load_NE / load_NE.sum(1, keepdims=True)),
+  )
+
+
+BALANCE_LOSSES = {
+    'switch': Balance(switch_loss, 'balance_loss'),
+    'importance': Balance(importance_loss, 'importance_loss'),
+    'sequence': Balance(switch_loss, 'sequence_loss', by_sequence=True),
+    'none': Balance(fields=()),
 }

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from architectures.parts import linear, positions, rotary
+from architectures.parts import linear, positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer, recurrence
@@ -258,12 +258,8 @@ def check_retnet(name: str, c: ModelConfig, stack: str) -> None:
           f'scores for the bias of model.position {c.position!r}: choose rope '
           'or none')
   if positions.of(c).rotate:
-    require(not rotary.SCALINGS[c.rope.scaling].by_length, 'model.mixer is '
+    require(not positions.SCALINGS[c.rope.scaling].by_length, 'model.mixer is '
             "'retnet', whose state holds keys that were turned when the row "
             f'was shorter, and model.rope.scaling {c.rope.scaling!r} turns by '
             'the length of the row: choose another')
-    dim = rotary.rotary_dim(turned(c))
-    require(dim % 2 == 0 and dim > 0, f'model.rope.fraction {c.rope.fraction} '
-            f'of model.retnet.key_dim {c.retnet.key_dim} is {dim}: rotary '
-            'positions turn pairs, so it must be even and > 0')
-    rotary.SCALINGS[c.rope.scaling].check(c.rope, dim)
+    positions.check_rope(turned(c), head='model.retnet.key_dim')

@@ -1,24 +1,28 @@
-"""Fused attention: splash equals ours, a TPU's program holds it, and what a
-kernel cannot do is refused."""
+"""Fused attention: splash equals ours, on a mesh too; a TPU's program holds it;
+and what a kernel cannot do is refused. One sequence over several devices
+(mesh.context) gathers keys and values alone."""
 
+import math
 import os
 import re
 from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import sharding, skeletons
-from architectures.parts.attention import kernels, visibility
-from architectures.parts.attention import xla
+from architectures.parts import sharding
+from architectures.parts.attention import kernels, visibility, xla
 from architectures.parts.config import LayerKind
 from configs import sharding as tables
 from tests.helpers import models
+from training.objectives import losses
+from training.distributed import devices
+
 
 B, L, H, J, K = 2, 256, 4, 2, 32
 
@@ -191,46 +195,6 @@ def test_auto_is_splash_in_a_tpu_program(name):
   assert text.count('custom_call_target="tpu_custom_call"') == calls
 
 
-@pytest.mark.slow
-@pytest.mark.plan
-@pytest.mark.parametrize('apart', [False, True], ids=['scanned', 'apart'])
-def test_a_token_copies_no_slots_in_a_tpu_program(apart):
-  """Rows at places of their own, as vmap writes them, would be copied to
-  another layout."""
-  module = architectures.build(models.config(
-      num_layers=4, num_kv_heads=2, head_dim=128, max_len=256, vocab_size=64,
-      dtype='bfloat16'))
-  B, M = 8, 256
-  boxed = jax.eval_shape(module.init, jax.random.key(0),
-                         models.tokens(1, 1))['params']
-  plain = nn.meta.unbox(boxed)
-  mesh = _mesh(tpus('v5e:2x4'), data=4, tensor=2)
-  def write(params, places_B):
-    cache = architectures.init_cache(module.config, B, M)
-    if apart:
-      params, cache = skeletons.one_by_one(params, cache)
-    def step(i, carry):
-      cache, tokens_B1 = carry
-      out = module.apply({'params': params}, tokens_B1, cache=cache,
-                         positions_BL=places_B[:, None] + i, one_by_one=apart)
-      return out.cache, out.logits.argmax(-1)
-    return jax.lax.fori_loop(0, 9, step, (cache, places_B[:, None]))[1]
-  put = lambda x, spec: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-  with jax.set_mesh(mesh), sharding.rules('default'):
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed))
-    text = jax.jit(write).lower(
-        jax.tree.map(put, plain, specs),
-        put(jax.ShapeDtypeStruct((B,), jnp.int32), PartitionSpec('data'))
-        ).compile().as_text()
-  slots = B // 4 * M * 128  # of a layer, on one device
-  made = re.findall(r'= bf16\[([\d,]+)\]\S* (?:copy|transpose)\(', text)
-  sizes = [np.prod([int(n) for n in dims.split(',')]) for dims in made]
-  assert slots not in sizes and 4 * slots not in sizes
-  assert len(re.findall(r'%scatter_fusion\S* = bf16', text)) == (
-      8 if apart else 2)
-
-
 def _gpu(monkeypatch):
   """A GPU with cuDNN, as far as tracing and lowering look."""
   from jax._src.cudnn import fused_attention_stablehlo
@@ -299,14 +263,84 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
     kernels.choose(c, kernels.Mask(causal=True), 256, 256)
 
 
+SHORT = 16
+LONG = 8 * SHORT  # on 8 devices, each with SHORT
+
+
+def mesh_of(**sizes):
+  return devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1) | sizes)
+
+
+def compile_on(mesh, fn, module, params, *arrays):
+  """Returns (compiled, arguments on the mesh)."""
+  boxed = jax.eval_shape(module.init, jax.random.key(0), models.tokens(1, 1))
+  with jax.set_mesh(mesh), sharding.rules('default'):
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed['params']))
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    rows = devices.batch_sharding(mesh, 'default')
+    args = (jax.tree.map(put, params, specs),
+            *(jax.device_put(x, rows) for x in arrays))
+    return jax.jit(fn).lower(*args).compile(), args
+
+
+def loss_of(module):
+  """As in training, over two documents a row; 0: padding."""
+  place_L = jnp.arange(LONG)
+  ids_BL = jnp.where(place_L < 50, 1, jnp.where(place_L < LONG - 9, 2, 0))[None]
+  positions_BL = jnp.where(ids_BL == 2, place_L[None] - 50, place_L[None])
+
+  def loss(params, tokens):
+    out = module.apply({'params': params}, tokens, positions_BL=positions_BL,
+                       segment_ids_BL=ids_BL)
+    return losses.cross_entropy(
+        out.hidden, out.head, jnp.roll(tokens, -1, 1),
+        jnp.broadcast_to(ids_BL != 0, tokens.shape), chunk=24)[0]
+
+  return jax.value_and_grad(loss)
+
+
 @pytest.mark.slow
-def test_decoding_and_a_mesh_of_cpus_are_xla():
-  """A program's platform is its mesh's; beside a cache, a kernel that cannot
-  is not refused."""
-  with jax.set_mesh(_mesh(jax.devices()[:1])):
-    assert sharding.platform() == 'cpu'
-  module, params = models.make(attention_kernel='splash')
-  out = module.apply({'params': params}, models.tokens(),
-                     cache=architectures.init_cache(module.config, 2, 16))
-  plain, _ = models.make()
-  models.close(models.logits(plain, params, models.tokens()), out.logits)
+def test_only_keys_and_values_are_gathered():
+  """Each device keeps its part of the length: what is gathered is at most a
+  layer's keys, or values, of a single head here, a quarter of the stream."""
+  module, params = models.make(max_len=LONG, position='rope', num_kv_heads=1)
+  compiled, _ = compile_on(mesh_of(context=8), loss_of(module), module, params,
+                           models.tokens(2, LONG))
+  text = compiled.as_text()
+  sizes = [math.prod(int(n) for n in dims.split(','))
+           for shapes in re.findall(r' = (.*?) all-gather(?:-start)?\(', text)
+           for dims in re.findall(r'f32\[([\d,]+)\]', shapes)]
+  assert max(sizes) == 2 * LONG * module.config.head_dim, sizes
+  assert ' all-to-all' not in text
+
+
+@pytest.mark.slow
+def test_decoding_on_a_context_mesh_equals_the_forward_pass():
+  module, params = models.make(position='rope')
+  tokens = models.tokens(2, 16)
+  def decode(params, tokens):
+    cache = architectures.init_cache(module.config, 2, 16)
+    out = module.apply({'params': params}, tokens[:, :15], cache=cache)
+    last = module.apply({'params': params}, tokens[:, 15:], cache=out.cache,
+                        positions_BL=jnp.full((2, 1), 15))
+    return jnp.concatenate([out.logits, last.logits], 1)
+  compiled, args = compile_on(mesh_of(data=2, context=4), decode, module,
+                              params, tokens)
+  models.close(models.logits(module, params, tokens), compiled(*args))
+
+
+@pytest.mark.slow
+def test_splash_with_split_queries_equals_one_device():
+  """In interpret mode: each shard's kernel has the mask of its queries."""
+  L, H, J, K = 1024, 2, 1, 16
+  keys = jax.random.split(jax.random.key(0), 3)
+  q, k, v = (jax.random.normal(key, (2, L, heads, K))
+             for key, heads in zip(keys, (H, J, J)))
+  ids_BL = 1 + (jnp.arange(L)[None] >= jnp.array([[300], [777]]))
+  mask = kernels.Mask(ids_BL, ids_BL, causal=True, window=200)
+  def grads(q, k, v):
+    return jax.value_and_grad(lambda *x: jnp.square(kernels.splash(
+        *x, mask, scale=0.2, interpret=True)).sum(), (0, 1, 2))(q, k, v)
+  want = jax.jit(grads)(q, k, v)
+  with jax.set_mesh(mesh_of(data=2, context=4)), sharding.rules('default'):
+    models.close(want, jax.jit(grads)(q, k, v))

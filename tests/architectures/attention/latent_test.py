@@ -10,10 +10,8 @@ import architectures
 from architectures.parts.attention import latent
 from architectures.parts.context import Context
 from configs import base
-from configs import sharding as tables
 from tests.helpers import models
 from training.costs import flops, totals
-from training.distributed import devices
 
 SIZES = dict(q_rank=12, kv_rank=10, nope_dim=6, rope_dim=4, v_dim=5)
 LATENT = dict(mixer='latent', latent=SIZES)
@@ -128,41 +126,4 @@ def test_flops_are_those_of_the_products():
   assert found['attention'] == 2 * N * H * (14 + 10) * L
 
 
-def test_a_mesh_that_does_not_divide_a_rank_is_refused():
-  c = architectures.resolve(models.config('llama', **LATENT))
-  shape = dict.fromkeys(tables.MESH_AXES, 1)
-  with pytest.raises(ValueError, match='does not divide model.latent.kv_rank'):
-    devices.check_mesh(c, 8, 1, shape | dict(fsdp=4))
-  # Keys and values have as many heads as queries, whatever num_kv_heads says.
-  devices.check_mesh(c, 8, 1, shape | dict(fsdp=2, tensor=4))
 
-
-@pytest.mark.parametrize('system, changes, sentence', [
-    ('t5', {}, "model.arch 't5' needs: choose attention"),
-    ('gpt', dict(parametrization='mup', mup_base_width=16), 'has no rule'),
-    ('llama', dict(attention_kernel='splash'), 'takes heads of one size'),
-    ('llama', dict(latent=SIZES | dict(rope_dim=3)), 'must be even'),
-    ('llama', dict(rope=dict(fraction=0.5)), 'set it to 1'),
-    ('llama', dict(latent=SIZES | dict(scale=-1.0)), 'scale is -1.0'),
-    ('llama', dict(latent=SIZES | dict(norm_eps=-1.0)), 'norm_eps is -1.0'),
-    ('gpt', dict(lora=dict(rank=2, targets='key')), "'key', a product that"),
-    ('gpt', dict(mixer='hyena'), "unknown model.mixer 'hyena'"),
-])
-def test_what_cannot_be_is_refused(system, changes, sentence):
-  with pytest.raises(ValueError, match=sentence):
-    architectures.resolve(models.config(system, **LATENT | changes))
-
-
-def test_the_turned_part_alone_decides_what_rope_takes():
-  """Heads of 6 features whose 4 turned ones have two factors each; nothing
-  turns 7 features."""
-  factors = dict(scaling='longrope', factor=2.0, original_len=16,
-                 short_factor=(1.0, 2.0), long_factor=(2.0, 3.0))
-  for nope in (6, 7):
-    c = architectures.resolve(models.config(
-        'deepseek_v2', latent=dict(nope_dim=nope, rope_dim=4), head_dim=nope,
-        rope=factors))
-    assert (c.latent.rope_dim, c.rope.scaling) == (4, 'longrope')
-  with pytest.raises(ValueError, match='rope_dim is 5'):
-    architectures.resolve(models.config(
-        'deepseek_v2', latent=dict(nope_dim=6, rope_dim=5)))

@@ -1,5 +1,8 @@
-"""Queries, keys and values: what they are normalised over, and their biases
-apart from that of the output."""
+"""Queries, keys and values against NumPy: what they are normalised over, gated
+by, convolved by, mixed with, and read from; and the slots of a cache, written
+where they lie."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,69 +12,12 @@ import pytest
 import architectures
 from architectures.parts.attention.latent import LatentAttention
 from architectures.parts.attention.multi_head import Attention, QK_NORMS
+from architectures.parts.context import Cache
 from configs.errors import RequestError
 from tests.architectures.parts_test import (
-    D, KIND, attend, born, context, normal, resolved)
+    D, KIND, born, context, normal, resolved)
 from tests.helpers import models, numpy_attention
-from architectures.parts import paths
-from training.costs import flops, totals
-
-
-@pytest.mark.parametrize('cross', [False, True])
-@pytest.mark.parametrize('norm', ['rmsnorm', 'layernorm'])
-@pytest.mark.parametrize('over', QK_NORMS)
-def test_qk_norm_is_over_a_head_or_the_whole_projection(over, norm, cross):
-  """Against NumPy in float64, with grouped keys and scales that differ."""
-  x, memory = normal(0, 2, 6, D), normal(1, 2, 6, D)
-  c = resolved(qk_norm=True, qk_norm_over=over, norm=norm, num_kv_heads=2)
-  module = Attention(c, KIND, cross=cross)
-  ctx = context(memory_BMD=memory)
-  params = born(module, x, ctx, None)
-  p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-
-  def heads(name, x):
-    y_BLHK = np.einsum('bld,dhk->blhk', x, p[name]) + p[f'{name}_bias']
-    if name == 'value':
-      return y_BLHK
-    axes, n = (-1 if over == 'head' else (-2, -1)), p[f'{name}_norm']
-    if norm == 'layernorm':
-      y_BLHK = y_BLHK - y_BLHK.mean(axes, keepdims=True)
-    y_BLHK = y_BLHK / np.sqrt(
-        (y_BLHK ** 2).mean(axes, keepdims=True) + c.norm_eps)
-    shape = (-1, y_BLHK.shape[-1])  # of a head, or of each
-    y_BLHK = y_BLHK * n['scale'].reshape(shape)
-    return y_BLHK + (n['bias'].reshape(shape) if 'bias' in n else 0)
-
-  seen = memory if cross else x
-  q, k, v = (heads(name, a) for name, a in (
-      ('query', x), ('key', seen), ('value', seen)))
-  k, v = np.repeat(k, 2, 2), np.repeat(v, 2, 2)
-  weights = np.exp(np.einsum('blhk,bmhk->bhlm', q, k) * c.score_scale)
-  if not cross:
-    weights = np.tril(weights)
-  weights /= weights.sum(-1, keepdims=True)
-  want = np.einsum('bhlm,bmhk,hkd->bld', weights, v, p['out']) + p['out_bias']
-  got = module.apply({'params': params}, x, ctx, None)[0]
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-
-
-def test_the_output_of_attention_may_have_no_bias_of_its_own():
-  x = normal(0, 2, 6, D)
-  params = born(Attention(resolved(), KIND), x, context(), None)
-  assert params.keys() >= {'query_bias', 'key_bias', 'value_bias', 'out_bias'}
-  other = born(Attention(resolved(attention_out_bias=False), KIND), x,
-               context(), None)
-  assert params.keys() - other.keys() == {'out_bias'}
-  np.testing.assert_array_equal(
-      attend(other, x, {n: params[n] for n in other}, attention_out_bias=False),
-      attend(params, x, {'out_bias': 0 * params['out_bias']}))
-  plain = born(Attention(resolved(attention_bias=False), KIND), x, context(),
-               None)
-  assert not [name for name in plain if name.endswith('bias')]
-
-
-# The gate on what the heads of attention return.
-
+from training.costs import totals
 
 GATES = ('elementwise', 'headwise')
 
@@ -80,234 +26,101 @@ def sigmoid(x):
   return 1 / (1 + np.exp(-x))
 
 
+def normalised(x, c, over, norm):
+  """Queries or keys [B, L, H, K], normalised over a head or over all."""
+  axes = -1 if over == 'head' else (-2, -1)
+  if c.norm == 'layernorm':
+    x = x - x.mean(axes, keepdims=True)
+  x = x / np.sqrt((x ** 2).mean(axes, keepdims=True) + c.norm_eps)
+  shape = (-1, x.shape[-1])  # of a head, or of each
+  return x * norm['scale'].reshape(shape) + (
+      norm['bias'].reshape(shape) if 'bias' in norm else 0)
+
+
+def convolved(x_BLHK, w_WHK):
+  """A token sees itself and the two tokens before it."""
+  padded = np.pad(x_BLHK, ((0, 0), (2, 0), (0, 0), (0, 0)))
+  return sum(padded[:, i:i + x_BLHK.shape[1]] * w_WHK[i] for i in range(3))
+
+
 @pytest.mark.parametrize('cross', [False, True])
-@pytest.mark.parametrize('gate', GATES)
-def test_heads_are_gated_by_the_layers_input(gate, cross):
-  """Against NumPy in float64, with grouped keys and biases."""
+@pytest.mark.parametrize('fields', [
+    *(dict(qk_norm=True, qk_norm_over=over, norm=norm) for over in QK_NORMS
+      for norm in ('rmsnorm', 'layernorm')),
+    *(dict(attention_gate=gate) for gate in GATES),
+    dict(attention_conv=3), dict(attention_out_bias=False)], ids=str)
+def test_a_layer_is_its_definition(fields, cross):
+  """In float64, with grouped keys, biases and scales that differ."""
   x, memory = normal(0, 2, 6, D), normal(1, 2, 6, D)
-  c = resolved(attention_gate=gate, num_kv_heads=2)
+  c = resolved(num_kv_heads=2, position='none', **fields)
   module, ctx = Attention(c, KIND, cross=cross), context(memory_BMD=memory)
   params = born(module, x, ctx, None)
   p, at = numpy_attention.float64(params), np.asarray(x, np.float64)
-  seen = np.asarray(memory, np.float64) if cross else at
-  q, k, v = (numpy_attention.project(p, name, a) for name, a in (
-      ('query', at), ('key', seen), ('value', seen)))
-  o = numpy_attention.heads(q, k, v, c.score_scale, causal=not cross)
-  assert 'output_gate_bias' in p
-  z = numpy_attention.project(p, 'output_gate', at)
-  assert z.shape == (2, 6, 4) + (8,) * (gate == 'elementwise')
-  want = numpy_attention.out(p, o * sigmoid(z.reshape(2, 6, 4, -1)))
+  assert ('out_bias' in p) == c.attention_out_bias
+
+  def heads(name, x):
+    y_BLHK = numpy_attention.project(p, name, np.asarray(x, np.float64))
+    if c.attention_conv and not cross:
+      y_BLHK = convolved(y_BLHK, p[f'{name}_conv'])
+    return normalised(y_BLHK, c, c.qk_norm_over, p[f'{name}_norm']) if (
+        c.qk_norm and name != 'value') else y_BLHK
+
+  seen = memory if cross else x
+  o = numpy_attention.heads(heads('query', x), heads('key', seen),
+                            heads('value', seen), c.score_scale,
+                            causal=not cross)
+  if 'output_gate' in p:
+    z = numpy_attention.project(p, 'output_gate', at)
+    assert z.shape == (2, 6, 4) + (8,) * (c.attention_gate == 'elementwise')
+    o = o * sigmoid(z.reshape(2, 6, 4, -1))
   got = module.apply({'params': params}, x, ctx, None)[0]
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(got, numpy_attention.out(p, o), rtol=1e-4,
+                             atol=1e-4)
 
 
 @pytest.mark.parametrize('gate', GATES)
-@pytest.mark.parametrize('mixer', [Attention, LatentAttention])
-def test_a_gate_that_is_open_is_none_and_one_half_is_half(mixer, gate):
-  fields = dict(mixer='latent' if mixer is LatentAttention else 'attention',
-                attention_bias=False, attention_gate=gate)
+def test_a_gate_of_latent_attention_that_is_one_half_is_half(gate):
+  fields = dict(mixer='latent', attention_bias=False)
   x = normal(0, 2, 6, D)
-  module = mixer(resolved(**fields), KIND)
+  module = LatentAttention(resolved(attention_gate=gate, **fields), KIND)
   params = born(module, x, context(), None)
   run = lambda module, by: module.apply({'params': {
       n: w * by if n == 'output_gate' else w for n, w in params.items()}},
       x, context(), None)[0]
-  plain = run(mixer(resolved(**fields | dict(attention_gate='none')), KIND), 0)
+  plain = run(LatentAttention(resolved(**fields), KIND), 0)
   np.testing.assert_allclose(run(module, 0), plain / 2, rtol=1e-4, atol=1e-6)
   assert not np.allclose(run(module, 1), plain / 2, atol=1e-2)
 
 
-def test_a_wider_model_divides_the_one_number_of_a_head():
-  """In muP, by how many times as wide it is; its bias is added after that."""
-  x = normal(0, 2, 6, D)
-  base, wider = (Attention(resolved(
-      attention_gate='headwise', parametrization='mup', mup_base_width=width,
-      mup_base_head_dim=8), KIND) for width in (D, D // 2))
-  params = born(base, x, context(), None)
-  twice = params | dict(output_gate=2 * params['output_gate'])
-  run = lambda module, params: module.apply(
-      {'params': params}, x, context(), None)[0]
-  np.testing.assert_allclose(run(wider, twice), run(base, params), rtol=1e-5,
-                             atol=1e-6)
-
-
-# What is mixed into the values of self-attention: those of the first layer,
-# and a table of tokens.
-
-
-BOTH = dict(value_residual=True, value_embedding=True)
-# One layer before two periods; tables of tokens in two layers of five.
-MIXED = dict(value_residual=True, num_layers=5, prefix='plain',
-             pattern='embedded,plain', num_kv_heads=2,
-             kinds=dict(plain={}, embedded=dict(value_embedding=True)))
-
-
-def by_numpy(c, params, tokens):
-  """What the layers of a pre-norm decoder without positions, biases and
-  parameters of norms return."""
-  p = numpy_attention.float64(params)
-  n = lambda x: x / np.sqrt((x ** 2).mean(-1, keepdims=True) + c.norm_eps)
-  sigmoid = lambda z: 1 / (1 + np.exp(-z))
-  rows = [(p['decoder']['prefix']['block_0'], 0)] + [
-      (p['decoder']['layers'][f'block_{block}'], row)
-      for row in range(2) for block in range(2)]
-  x, first = p['embed']['tokens'][tokens], None
-  for block, row in rows:
-    layer = jax.tree.map(lambda a, row=row: a[row], block)
-    a, h = layer['attention'], n(x)
-    q, k, v = (numpy_attention.project(a, name, h)
-               for name in ('query', 'key', 'value'))
-    first = v if first is None else first
-    v = (1 - a['value_residual']) * v + a['value_residual'] * first
-    if 'value_embedding' in a:
-      gate = 2 * sigmoid(h @ a['value_gate'])
-      v = v + gate[..., None] * a['value_embedding'][tokens]
-    x = x + numpy_attention.out(a, numpy_attention.heads(
-        q, k, v, c.score_scale))
-    x = x + np.maximum(n(x) @ layer['ffn']['up'], 0) @ layer['ffn']['down']
-  return n(x)
-
-
-@pytest.mark.slow
-def test_values_are_mixed_as_published():
-  """Against NumPy in float64: the forward pass, and a cache's single tokens."""
-  module, params = models.make(
-      'llama', position='none', norm='rmsnorm_plain', ffn='relu', **MIXED)
-  names = [path for path in paths.flatten(params) if 'value_emb' in path]
-  assert names == ['decoder/layers/block_0/attention/value_embedding']
-  tokens = models.tokens(2, 6)
-  want = by_numpy(module.config, params, tokens)
-  run = jax.jit(lambda p, t: module.apply({'params': p}, t).hidden)
-  np.testing.assert_allclose(run(params, tokens), want, rtol=1e-4, atol=1e-4)
-  cache, found = architectures.init_cache(module.config, 2, 6), []
-  step = jax.jit(lambda p, t, cache, i: module.apply(
-      {'params': p}, t, cache=cache, positions_BL=i[None, None]))
-  for i in range(6):
-    out = step(params, tokens[:, i:i + 1], cache, jnp.array(i))
-    cache, found = out.cache, [*found, out.hidden]
-  np.testing.assert_allclose(np.concatenate(found, 1), want, rtol=1e-4,
-                             atol=1e-4)
-
-
-def test_a_new_model_mixes_halves_and_adds_the_table_once():
-  x, tokens = normal(0, 2, 6, D), models.tokens(2, 6)
-  module = Attention(resolved(**BOTH), KIND)
-  new = jax.jit(module.init)(jax.random.key(0), x, context(tokens_BL=tokens),
-                             None)['params']
-  assert new['value_residual'].value == 0.5
-  assert not new['value_gate'].value.any()
-  # The first layer mixes its values with themselves.
-  params = born(module, x, context(tokens_BL=tokens), None)
-  run = lambda share: module.apply(
-      {'params': params | dict(value_residual=jnp.array(share))}, x,
-      context(tokens_BL=tokens), None)[0]
-  np.testing.assert_allclose(run(0.9), run(0.1), rtol=1e-4, atol=1e-5)
-
-
-def test_a_wider_model_divides_the_gate_of_a_head():
+@pytest.mark.parametrize('name, fields', [
+    ('output_gate', dict(attention_gate='headwise')),
+    ('value_gate', dict(value_embedding=True))])
+def test_a_wider_model_divides_the_one_number_of_a_head(name, fields):
   """In muP, by how many times as wide it is."""
   x, ctx = normal(0, 2, 6, D), context(tokens_BL=models.tokens(2, 6))
   base, wider = (Attention(resolved(
-      value_embedding=True, parametrization='mup', mup_base_width=width,
-      mup_base_head_dim=8), KIND) for width in (D, D // 2))
+      parametrization='mup', mup_base_width=width, mup_base_head_dim=8,
+      **fields), KIND) for width in (D, D // 2))
   params = born(base, x, ctx, None)
-  twice = params | dict(value_gate=2 * params['value_gate'])
+  twice = params | {name: 2 * params[name]}
   run = lambda module, params: module.apply({'params': params}, x, ctx, None)[0]
   np.testing.assert_allclose(run(wider, twice), run(base, params), rtol=1e-5,
                              atol=1e-6)
 
 
-@pytest.mark.parametrize('fields, words', [
-    (dict(value_residual=True, pattern='a,b', kinds=dict(
-        a=dict(num_kv_heads=2), b={})), 'choose one size'),
-])
-def test_values_that_cannot_be_mixed_are_refused(fields, words):
-  with pytest.raises(RequestError, match=words):
-    architectures.resolve(models.config('gpt', **fields))
-
-
-# Short convolutions of queries, keys and values.
-
-
-CONV = dict(attention_conv=3, num_kv_heads=2)
-
-
-def convolved(x_BLHK, w_WHK):
-  """Convolves in numpy: a token sees itself and the two tokens before it."""
-  padded = np.pad(x_BLHK, ((0, 0), (2, 0), (0, 0), (0, 0)))
-  L = x_BLHK.shape[1]
-  return sum(padded[:, i:i + L] * w_WHK[i] for i in range(3))
-
-
-def test_a_layer_convolves_what_it_projects():
-  module = Attention(resolved(position='none', **CONV), KIND)
-  x = normal(0, 2, 6, D)
-  params = born(module, x, context(), None)
-  p = numpy_attention.float64(params)
-  q, k, v = (convolved(numpy_attention.project(p, name, np.asarray(x)),
-                       p[f'{name}_conv']) for name in ('query', 'key', 'value'))
-  want = numpy_attention.out(p, numpy_attention.heads(
-      q, k, v, module.config.score_scale))
-  got, cache = module.apply({'params': params}, x, context(), None)
-  assert cache is None
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_decoding_and_packing_are_the_forward_pass():
-  module, params = models.make('llama', **CONV)
-  tokens = models.tokens(2, 9)
-  run = jax.jit(lambda t, **o: module.apply({'params': params}, t, **o).hidden)
-  whole, found = run(tokens), []
-  cache = architectures.init_cache(module.config, 2, 9)
-  step = jax.jit(lambda t, cache, at: module.apply(
-      {'params': params}, t, cache=cache, positions_BL=at))
-  for first, last in ((0, 4), (4, 5), (5, 6), (6, 9)):
-    out = step(tokens[:, first:last], cache, jnp.arange(first, last)[None])
-    cache, found = out.cache, [*found, out.hidden]
-  models.close(jnp.concatenate(found, 1), whole, rtol=1e-4)
-  ids = jnp.array([[1] * 4 + [2] * 5] * 2)
-  places = jnp.array([[*range(4), *range(5)]] * 2)
-  packed = run(tokens, segment_ids_BL=ids, positions_BL=places)
-  models.close(packed, jnp.concatenate(
-      [run(tokens[:, :4]), run(tokens[:, 4:])], 1), rtol=1e-4)
-
-
-def test_what_it_keeps_and_multiplies():
-  c, plain = (architectures.resolve(models.config('llama', **CONV | fields))
-              for fields in ({}, dict(attention_conv=0)))
-  assert totals.parameters(c)[0] - totals.parameters(plain)[0] == (
-      2 * 3 * (4 + 2 + 2) * 8)  # layers, tokens, heads, features
-  more = {'attention': 0, 'weights': 2 * 2 * 16 * 3 * (4 + 2 + 2) * 8}
-  whole, rest = (flops.forward_flops(x, 16) for x in (c, plain))
-  assert {name: whole[name] - rest[name] for name in whole} == more
-  (per_token, per_row), (other, _) = map(totals.kept_bytes, (c, plain))
-  assert per_row == 2 * 2 * (4 + 2 + 2) * 8 * 4 and per_token == other
-
-
-@pytest.mark.parametrize('system, fields, words', [
-    ('bert', {}, 'model.arch .* is an encoder: set it'),
-    ('t5', {}, 'is an encoder-decoder: set it to 0'),
-])
-def test_what_cannot_be_convolved_is_refused(system, fields, words):
-  with pytest.raises(RequestError, match=words):
-    architectures.resolve(models.config(system, attention_conv=3, **fields))
-
-
-# Layers that read the keys and values of another layer.
+# What is mixed into the values of self-attention, those of the first layer and
+# a table of tokens; and layers that read the keys and values of another layer.
 
 
 READS = dict(kv_sharing=True)
-# Every second layer reads, as in the paper; and the last half does, of which
-# one layer more shares in the first half.
-SHARED = {
-    'period': dict(num_layers=4, pattern='own,reads',
-                   kinds=dict(own={}, reads=READS)),
-    'prefix': dict(num_layers=5, prefix='own,reads,own', pattern='reads',
-                   kinds=dict(own={}, reads=READS)),
-}
-# Whose keys layer n of 'prefix' reads.
-SOURCES = (0, 0, 2, 2, 2)
+SHARED = dict(num_layers=5, prefix='own,reads,own', pattern='reads',
+              kinds=dict(own={}, reads=READS))
+MODELS = {  # with whose keys each layer reads
+    'values': (dict(value_residual=True, num_layers=5, prefix='plain',
+                    pattern='embedded,plain', position='none',
+                    kinds=dict(plain={}, embedded=dict(value_embedding=True))),
+               range(5)),
+    'keys': (SHARED, (0, 0, 2, 2, 2))}
 
 
 def layers_of(params, c):
@@ -319,59 +132,82 @@ def layers_of(params, c):
                            params['decoder'][name][f'block_{block}'])
 
 
-def turned(x_BLHK, theta):
+def turned(x_BLHK, c):
   """Rotary positions of halves of a head (Su et al. 2021)."""
+  if c.position == 'none':
+    return x_BLHK
   half = x_BLHK.shape[-1] // 2
-  angle_LK = np.arange(x_BLHK.shape[1])[:, None] * theta ** (
+  angle_LK = np.arange(x_BLHK.shape[1])[:, None] * c.rope.theta ** (
       -np.arange(half) / half)
   cos, sin = (f(angle_LK)[None, :, None] for f in (np.cos, np.sin))
   a, b = x_BLHK[..., :half], x_BLHK[..., half:]
   return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def shared_by_numpy(c, params, tokens, sources):
+def by_numpy(c, params, tokens, sources):
   """What the layers of a pre-norm decoder return, without biases and
   parameters of norms."""
   p = numpy_attention.float64(params)
   n = lambda x: x / np.sqrt((x ** 2).mean(-1, keepdims=True) + c.norm_eps)
-  x, made = p['embed']['tokens'][tokens], {}
+  x, made, first = p['embed']['tokens'][tokens], {}, None
   for i, (layer, source) in enumerate(zip(layers_of(p, c), sources)):
     a, h = layer['attention'], n(x)
     assert ('key' in a) == ('value' in a) == (i == source)
-    if 'key' in a:
-      made[i] = (turned(numpy_attention.project(a, 'key', h), c.rope.theta),
-                 numpy_attention.project(a, 'value', h))
-    q = turned(numpy_attention.project(a, 'query', h), c.rope.theta)
+    if i == source:
+      v = numpy_attention.project(a, 'value', h)
+      first = v if first is None else first
+      if c.value_residual:
+        v = (1 - a['value_residual']) * v + a['value_residual'] * first
+      if 'value_embedding' in a:
+        gate = 2 * sigmoid(h @ a['value_gate'])
+        v = v + gate[..., None] * a['value_embedding'][tokens]
+      made[i] = turned(numpy_attention.project(a, 'key', h), c), v
+    q = turned(numpy_attention.project(a, 'query', h), c)
     x = x + numpy_attention.out(
         a, numpy_attention.heads(q, *made[source], c.score_scale))
     x = x + np.maximum(n(x) @ layer['ffn']['up'], 0) @ layer['ffn']['down']
   return n(x)
 
 
-def decoded(module, params, tokens):
-  """Returns the hidden states of a row that is read token by token."""
-  L = tokens.shape[1]
-  cache, found = architectures.init_cache(module.config, len(tokens), L), []
-  step = jax.jit(lambda t, cache, i: module.apply(
-      {'params': params}, t, cache=cache, positions_BL=i[None, None]))
-  for i in range(L):
-    out = step(tokens[:, i:i + 1], cache, jnp.array(i))
-    cache, found = out.cache, [*found, out.hidden]
-  return jnp.concatenate(found, 1)
+def decoded(module, params, tokens, pieces):
+  """Returns the hidden states of rows that are read in pieces."""
+  cache, states = architectures.init_cache(
+      module.config, *tokens.shape), []
+  step = jax.jit(lambda t, cache, at: module.apply(
+      {'params': params}, t, cache=cache, positions_BL=at))
+  for first, last in pieces:
+    out = step(tokens[:, first:last], cache, jnp.arange(first, last)[None])
+    cache, states = out.cache, [*states, out.hidden]
+  return jnp.concatenate(states, 1)
 
 
 @pytest.mark.slow
-def test_layers_read_the_keys_of_one_before_them():
-  """Against NumPy in float64: the forward pass, and a cache's single tokens."""
-  module, params = models.make(
-      'llama', norm='rmsnorm_plain', ffn='relu', num_kv_heads=2,
-      **SHARED['prefix'])
+@pytest.mark.parametrize('name', MODELS)
+def test_a_model_mixes_values_and_reads_keys_as_published(name):
+  """In float64: the forward pass, and a cache's single tokens."""
+  fields, sources = MODELS[name]
+  module, params = models.make('llama', norm='rmsnorm_plain', ffn='relu',
+                               num_kv_heads=2, **fields)
   tokens = models.tokens(2, 6)
-  want = shared_by_numpy(module.config, params, tokens, SOURCES)
+  want = by_numpy(module.config, params, tokens, sources)
   run = jax.jit(lambda t: module.apply({'params': params}, t).hidden)
-  np.testing.assert_allclose(run(tokens), want, rtol=1e-4, atol=1e-4)
-  np.testing.assert_allclose(decoded(module, params, tokens), want, rtol=1e-4,
-                             atol=1e-4)
+  for got in (run(tokens), decoded(module, params, tokens,
+                                   [(i, i + 1) for i in range(6)])):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_convolutions_decode_and_pack_as_the_forward_pass():
+  module, params = models.make('llama', attention_conv=3, num_kv_heads=2)
+  tokens = models.tokens(2, 9)
+  run = jax.jit(lambda t, **o: module.apply({'params': params}, t, **o).hidden)
+  whole = run(tokens)
+  models.close(decoded(module, params, tokens,
+                       [(0, 4), (4, 5), (5, 6), (6, 9)]), whole, rtol=1e-4)
+  packed = run(tokens, segment_ids_BL=jnp.array([[1] * 4 + [2] * 5] * 2),
+               positions_BL=jnp.array([[*range(4), *range(5)]] * 2))
+  models.close(packed, jnp.concatenate(
+      [run(tokens[:, :4]), run(tokens[:, 4:])], 1), rtol=1e-4)
 
 
 def test_a_layer_reads_from_the_nearest_that_sees_as_much():
@@ -388,38 +224,96 @@ def test_a_layer_reads_from_the_nearest_that_sees_as_much():
 
 
 def test_the_cache_holds_shared_keys_once():
-  own, shared = (models.config('llama', num_kv_heads=2, **SHARED['period'] | {
-      'kinds': dict(own={}, reads=dict(kv_sharing=flag))})
+  own, shared = (architectures.resolve(models.config(
+      'llama', num_kv_heads=2, num_layers=4, pattern='own,reads',
+      kinds=dict(own={}, reads=dict(kv_sharing=flag))))
                  for flag in (False, True))
-  size = lambda model: sum(x.nbytes for x in jax.tree.leaves(
-      architectures.init_cache(model, 2, 8)))
+  size = lambda c: sum(x.nbytes for x in jax.tree.leaves(
+      architectures.init_cache(c, 2, 8)))
   assert size(own) == 2 * size(shared)
-  c = architectures.resolve(shared)
-  assert [row['kv_cache_bytes_per_token'] for row in totals.kinds_of_layer(c)
+  assert [row['kv_cache_bytes_per_token']
+          for row in totals.kinds_of_layer(shared)
           ] == [2 * 2 * 8 * 4, 0]  # keys and values, heads, features, bytes
-  counts = [totals.parameters(architectures.resolve(model))[0]
-            for model in (own, shared)]
+  counts = [totals.parameters(c)[0] for c in (own, shared)]
   assert counts[0] - counts[1] == 2 * 2 * 32 * 2 * 8  # layers, matrices
 
 
 @pytest.mark.parametrize('fields, words', [
     (dict(kv_sharing=True), 'no layer before it'),
-    (dict(pattern='reads,own', kinds=dict(own={}, reads=READS)),
-     'model.kinds.reads.kv_sharing is True, but no layer before it'),
     (dict(pattern='own,reads', kinds=dict(own=dict(window=4), reads=READS)),
      'sees as many keys'),
     (dict(pattern='own,reads', kinds=dict(
         own={}, reads=dict(kv_sharing=True, num_kv_heads=1))),
      'model.num_kv_heads of the layer is 1, and 4'),
-    (dict(pattern='own,reads', kinds=dict(
-        own={}, reads=dict(kv_sharing=True, position='none'))),
-     "model.position of the layer is 'none', and 'rope'"),
-    (dict(pattern='own,reads', mixer='latent', kinds=dict(own={}, reads=READS)),
-     "mixer 'latent' does not read"),
-    (dict(pattern='own,reads', kinds=dict(
-        own=dict(mixer='deltanet', position='none'), reads=READS)),
-     'no layer before it'),
-])
+    (dict(value_residual=True, pattern='a,b', kinds=dict(
+        a=dict(num_kv_heads=2), b={})), 'choose one size')])
 def test_keys_that_cannot_be_shared_are_refused(fields, words):
   with pytest.raises(RequestError, match=words):
     architectures.resolve(models.config('llama', num_kv_heads=4, **fields))
+
+
+# The slots of a cache.
+
+
+B, M, J, K = 3, 24, 2, 8
+
+
+def drawn(*shape, seed=0):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize('layer', [0, 2])
+@pytest.mark.parametrize('places', [
+    np.array([[3], [0], [M - 1]]), np.arange(5, 9)[None],
+    np.array([[3], [0], [M - 4]]) + np.arange(4)], ids=['rows', 'all', 'more'])
+def test_a_layer_writes_its_own_slots_among_those_of_all(layer, places):
+  stacks = drawn(4, B, M, J, K), drawn(4, B, M, J, K, seed=1)
+  L = places.shape[1]
+  new = drawn(B, L, J, K, seed=2), drawn(B, L, J, K, seed=3)
+  cache = Cache(*stacks, layer=jnp.array(layer))
+  found = cache.write(*new, jnp.asarray(places))
+  for got, was, put, read in zip((found.key_BMJK, found.value_BMJK), stacks,
+                                 new, found.slots):
+    want = np.array(was)
+    for row, at in enumerate(np.broadcast_to(places, (B, L))):
+      want[layer, row, at] = put[row]
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(read, want[layer])
+
+
+def test_layers_that_are_scanned_write_their_slots_where_they_lie():
+  """As what the scan is given and returns, six copies of all would be made."""
+  module, params = models.make(num_layers=5, num_kv_heads=2)
+  cache = architectures.init_cache(module.config, B, M)
+  def tokens(params, cache):
+    def step(i, cache):
+      at_B1 = jnp.array([[5], [3], [0]]) + i
+      return module.apply({'params': params}, jnp.ones((B, 1), jnp.int32),
+                          cache=cache, positions_BL=at_B1).cache
+    return jax.lax.fori_loop(0, 8, step, cache)
+  text = jax.jit(tokens, donate_argnums=1).lower(
+      params, cache).compile().as_text()
+  shape = ','.join(map(str, cache[0].key_BMJK.shape))
+  assert f'f32[{shape}]' in text
+  assert not re.findall(rf'= f32\[{shape}\]\S* copy\(', text)
+
+
+@pytest.mark.parametrize('changes', [
+    dict(position='alibi'), dict(attention='banded', sliding_window=5),
+    dict(mixer='latent'), dict(attention_sinks=True, attention_softcap=5.0),
+    'prefix'], ids=str)
+def test_a_prompt_sees_no_slots_behind_it(changes):
+  """Whatever a cache holds, a prompt that begins a row is read as without."""
+  prefix_B = None
+  if changes == 'prefix':
+    changes, prefix_B = {}, jnp.array([3, 0])
+  module, params = models.make(**changes)
+  cache = jax.tree.map(lambda x: jnp.full_like(x, 1e3),
+                       architectures.init_cache(module.config, 2, 16))
+  read = lambda **options: module.apply(
+      {'params': params}, models.tokens()[:, :9], prefix_B=prefix_B, **options)
+  out = read(cache=cache)
+  models.close(read().logits, out.logits)
+  for entry in out.cache:
+    assert (entry.key_BMJK[:, :, 9:] == 1e3).all()
+    assert not (entry.key_BMJK[:, :, :9] == 1e3).any()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from architectures.parts import dropout
+from architectures.parts import linear
 from architectures.parts.attention import xla
 from tests.helpers import models
 
@@ -25,7 +25,7 @@ def _plain(q, k, v, *, mask, bias, sink, softcap, key):
         [s, jnp.broadcast_to(sink[None, :, None, None], (*s.shape[:3], 1))], -1)
   p = jax.nn.softmax(s, -1)[..., :k.shape[1]]
   if key is not None:
-    p = dropout.drop(p.reshape(B, J, R, L, L), DROPOUT,
+    p = linear.drop(p.reshape(B, J, R, L, L), DROPOUT,
                      jax.random.fold_in(key, 0)).reshape(p.shape)
   return jnp.einsum('bhlm,bmhk->blhk', p, v)
 
@@ -105,63 +105,7 @@ def test_a_row_that_sees_nothing_is_finite_and_so_is_its_gradient():
   assert all(np.isfinite(g).all() for g in vjp(o))
 
 
-MODELS = {
-    'prefix': dict(prefix_B=jnp.array([7, 0])),
-    'out of order': dict(positions_BL=jnp.arange(20)[None, ::-1]),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', MODELS)
-def test_a_model_is_the_same_by_blocks(name, monkeypatch):
-  inputs = MODELS[name]
-  module, params = models.make('gpt')
-  tokens = models.tokens(length=20)
-  def both(params):
-    logits = models.logits(module, params, tokens, **inputs)
-    return jnp.sin(logits).sum(), logits
-  want = jax.grad(both, has_aux=True)(params)
-  monkeypatch.setattr(xla, 'QUERIES', 4)
-  models.close(jax.grad(both, has_aux=True)(params), want, 2e-5)
-
-
 # Attention weights that a model gives when it is asked for them.
-
-
-VARIANTS = {
-    'rope, grouped heads': ('llama', dict(num_kv_heads=2)),
-    'relative, banded': ('gpt', dict(
-        position='relative', pattern='near,all',
-        kinds={'near': dict(window=4), 'all': {}})),
-    'experts': ('mixtral', {}),
-}
-
-
-def _weights(module, params, tokens_BL, **inputs):
-  return jax.jit(lambda params: module.apply(
-      {'params': params}, tokens_BL, keep_attention=True, **inputs
-      ).aux['attention'])(params)
-
-
-@pytest.mark.parametrize('name', VARIANTS)
-def test_rows_sum_to_one_and_hidden_keys_weigh_nothing(name):
-  system, changes = VARIANTS[name]
-  module, params = models.make(system, **changes)
-  tokens_BL = models.tokens(2, 10)
-  ids_BL = jnp.asarray([[1] * 6 + [2] * 4, [1] * 8 + [0] * 2])
-  w_NBHLM = np.asarray(_weights(module, params, tokens_BL,
-                                segment_ids_BL=ids_BL))
-  assert w_NBHLM.shape == (2, 2, 4, 10, 10) and w_NBHLM.dtype == np.float32
-  np.testing.assert_allclose(w_NBHLM.sum(-1), 1, atol=1e-6)
-  query, key = np.arange(10)[:, None], np.arange(10)[None]
-  ids = np.asarray(ids_BL)
-  for n in range(2):
-    seen_BLM = (key <= query) & (ids[:, :, None] == ids[:, None])
-    if 'banded' in name and n == 0:
-      seen_BLM &= query - key < 4
-    hidden = ~np.broadcast_to(seen_BLM[:, None], w_NBHLM[n].shape)
-    assert (w_NBHLM[n][hidden] == 0).all()
-    assert (w_NBHLM[n][~hidden] > 0).all()
 
 
 def test_equal_a_softmax_in_float64():

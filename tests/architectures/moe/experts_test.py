@@ -1,10 +1,10 @@
-"""The ways of computing experts agree, and cost what they should."""
+"""The ways of computing experts agree, and cost what they should; megablox
+equals a loop over experts; and a bias evens out the load in training."""
 
 import dataclasses
 import functools
 from unittest import mock
 
-from configs import base
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,15 @@ import pytest
 import architectures
 from architectures.parts import ffn as dense
 from architectures.parts.context import Context
-from architectures.parts.moe import experts
-from architectures.parts.moe import grouped
+from architectures.parts.moe import dispatch, grouped
 from architectures.parts.moe.layer import MoE
+from configs import base
+from tests.architectures.attention import kernels_test
+from tests.training import step_test
+from training import runs
+from training.distributed import devices
+from training.runs import make_train_step
+
 
 B, L, D, F, E = 2, 16, 8, 12, 4
 SWIGLU = dense.Hidden('swiglu')
@@ -60,7 +66,7 @@ def assert_close(got, want, tolerance=2e-5):
 def by_einsum(x_TD, r, run, slots):
   """Dispatches by the masks of GShard's paper, [T, E, C], all in float32."""
   T, num_experts = x_TD.shape[0], r.probs_TE.shape[1]
-  hot, slot_A = jax.nn.one_hot, experts.ranks(r.expert_A, num_experts + 1)
+  hot, slot_A = jax.nn.one_hot, dispatch.ranks(r.expert_A, num_experts + 1)
   hot_AEC = (hot(r.expert_A, num_experts)[:, :, None]
              * hot(slot_A, slots)[:, None])
   hot_AT = hot(r.token_A, T)
@@ -76,7 +82,7 @@ def by_einsum(x_TD, r, run, slots):
 
 def oracle(c, **context):
   """What `run` returns where tokens are dispatched by einsum."""
-  with mock.patch.dict(experts.WAYS, dropless=by_einsum):
+  with mock.patch.dict(dispatch.WAYS, dropless=by_einsum):
     return run(dataclasses.replace(
         c, moe=dataclasses.replace(c.moe, dispatch='dropless')), **context)
 
@@ -113,13 +119,6 @@ def test_bfloat16_is_near_float32():
 
 
 @pytest.mark.slow
-def test_capacity_of_evaluation_is_its_own():
-  c = config(capacity_factor=0.5, eval_capacity_factor=0.0)
-  assert run(c)[1]['health']['dropped'] > 0
-  assert run(c, train=False)[1]['health']['dropped'] == 0
-
-
-@pytest.mark.slow
 def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
   kind = 'swiglu_clamped'
   c = config(num_experts=1, top_k=1, ffn=kind, shared_experts=2,
@@ -140,31 +139,14 @@ def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
   assert_close(got_BLD, want_BLD + gate_BLU * shared_BLD)
 
 
-@pytest.mark.slow
-def test_dropout_is_of_its_rate_and_of_training_alone():
-  drop = experts.Dropout(jnp.uint32(7), rate=0.25)
-  mask_RF = np.array(drop.mask(jnp.arange(400), 300))
-  assert set(np.unique(mask_RF)) == {0, np.float32(1 / 0.75)}
-  assert abs((mask_RF == 0).mean() - 0.25) < 0.01
-  assert (mask_RF[0] != mask_RF[1]).any() and (
-      mask_RF[:, 0] != mask_RF[:, 1]).any()
-  other = drop.replace(seed=jnp.uint32(8)).mask(jnp.arange(400), 300)
-  assert 0.3 < (mask_RF != np.array(other)).mean() < 0.45  # 2 x 0.25 x 0.75
-  still = [run(config(expert_dropout=rate), train=False)[0]
-           for rate in (0.0, 0.5)]
-  np.testing.assert_array_equal(*still)
-  assert np.abs(run(config(expert_dropout=0.5))[0]
-                - still[0]).max() > 1e-3
-
-
-COUNTS = ([5, 0, 40], [0, 0, 0], [64, 0, 0], [1, 62, 1])
+ROWS = ([5, 0, 40], [0, 0, 0], [64, 0, 0], [1, 62, 1])
 
 
 def grouped_case(counts, rows=64):
   keys = jax.random.split(jax.random.key(0), 9)
   normal = lambda i, *shape: jax.random.normal(keys[i], shape)
   n = len(counts)
-  w = experts.Weights(
+  w = dispatch.Weights(
       normal(0, n, D, F), normal(1, n, F, D), normal(2, n, D, F),
       normal(3, n, F), normal(4, n, F), normal(5, n, D))
   inside_R1 = (jnp.arange(rows) < sum(counts))[:, None]
@@ -205,7 +187,7 @@ def test_grouped_product_equals_a_loop_over_experts(even, monkeypatch):
       for e, n in enumerate(counts):
         own = jax.tree.map(lambda m, e=e: m[e:e + 1], w)
         at = slice(start, start + n)
-        y_1RD = experts.batched(x_RD[None, at], own, SWIGLU,
+        y_1RD = dispatch.batched(x_RD[None, at], own, SWIGLU,
                                 mask_RF[None, at])
         y_RD = gate_R[at, None] * y_1RD[0]
         total, start = total + (y_RD * d_RD[at]).sum(), start + n
@@ -213,7 +195,7 @@ def test_grouped_product_equals_a_loop_over_experts(even, monkeypatch):
     return jax.value_and_grad(loss, (0, 1, 2))(x_RD, gate_R, w)
 
   gate_R = jax.random.uniform(jax.random.key(1), (64,))
-  for counts in COUNTS:
+  for counts in ROWS:
     x_RD, w, mask_RF, d_RD, _ = grouped_case(counts)
     args = x_RD, gate_R, w, mask_RF, d_RD
     want = loop(counts, *args)
@@ -261,3 +243,99 @@ def test_accelerators_get_a_ragged_product(platform):
   assert text.count('ragged_dot') >= 9
   assert 'dynamic_update_slice' not in text
   assert 'dynamic_update_slice' in lower('cpu')
+
+
+COUNTS = {  # of 300 rows, in tiles of 128 and by the even load of 256
+    'uneven': [5, 0, 129, 90], 'none': [0, 0, 0, 0], 'all': [0, 300, 0, 0],
+    'edges': [128, 0, 128, 1]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('counts', COUNTS.values(), ids=list(COUNTS))
+def test_the_product_equals_a_loop_over_experts(monkeypatch, counts):
+  """Whatever void rows hold, and with sides that tiles do not divide."""
+  monkeypatch.setitem(grouped.SIDE, 'float32', 128)
+  R, K, N, E = 300, 200, 130, len(counts)
+  keys = jax.random.split(jax.random.key(0), 3)
+  x_RK, m_EKN, dy_RN = (jax.random.normal(key, shape) for key, shape in zip(
+      keys, ((R, K), (E, K, N), (R, N))))
+  inside_R1 = (jnp.arange(R) < sum(counts))[:, None]
+
+  def loop(x_RK, m_EKN):
+    ends = np.cumsum(counts)
+    parts = [x_RK[end - n:end] @ m_KN
+             for end, n, m_KN in zip(ends, counts, m_EKN)]
+    return jnp.concatenate([*parts, jnp.zeros((R - ends[-1], N))])
+
+  want_RN, vjp = jax.vjp(loop, x_RK, m_EKN)
+  want = want_RN, *vjp(dy_RN)
+  void = lambda x: jnp.where(inside_R1, x, jnp.nan)
+  got_RN, vjp = jax.vjp(lambda x, m: grouped.megablox(
+      256, True, x, m, jnp.array(counts, jnp.int32)), void(x_RK), m_EKN)
+  for a, b in zip((got_RN, *vjp(void(dy_RN))), want):
+    np.testing.assert_allclose(a, b, atol=1e-5 * (1 + float(jnp.abs(b).max())))
+
+
+@pytest.mark.slow
+@pytest.mark.plan
+@pytest.mark.parametrize('chips, sizes', [
+    ('v5e:2x4', dict(data=2, expert=2, tensor=2)), ('v5p:2x2x1', dict())],
+                         ids=['v5e', 'v5p-alone'])
+def test_auto_is_megablox_in_a_tpu_program(chips, sizes):
+  """Of 3 products, 3 kernels forward and 6 backward; of other sides too."""
+  size = int(np.prod(list(sizes.values()), dtype=int))
+  mesh = kernels_test._mesh(kernels_test.tpus(chips)[:size], **sizes)
+  program = functools.partial(
+      kernels_test.lowered, 'mixtral', mesh, attention_kernel='xla',
+      dtype='bfloat16', d_ff=200)
+  kernel, xla = program(), program(moe=dict(grouped_kernel='xla'))
+  assert xla.as_text().count('ragged_dot') >= 9
+  assert 'ragged_dot' not in kernel.as_text()
+  calls = kernel.compile().as_text().count(
+      'custom_call_target="tpu_custom_call"')
+  assert calls == 9
+
+
+EXPERTS, RATE, STEPS = 4, 0.03, 30
+
+
+def _config(**train):
+  c = step_test.config()
+  c.model.update(ffn='moe', num_layers=2)
+  c.model.moe.update(num_experts=EXPERTS, top_k=1, d_ff=16, router='sigmoid',
+                     balance_loss='none', bias_rate=RATE)
+  c.optim.lr = 1e-9  # nothing but the bias moves
+  c.train.update(train)
+  return c
+
+
+def _biases(params):
+  """[N, E], layers in order."""
+  return np.asarray(
+      params['decoder']['layers']['block_0']['ffn']['router_bias'])
+
+
+@pytest.mark.slow
+def test_the_bias_moves_against_the_load_and_evens_it_out():
+  c = _config(grad_accumulation=2)
+  run = runs.build(c, architectures.resolve(c.model))
+  with run.context():
+    state = run.new_state()
+    # It begins collapsed: expert 0 is every token's, in both layers.
+    ffn = state.params['decoder']['layers']['block_0']['ffn']
+    ffn['router_bias'] = jax.device_put(
+        ffn['router_bias'].at[:, 0].set(0.6), ffn['router_bias'].sharding)
+    step = jax.jit(make_train_step(run.module, run.tx, c))
+    biases, loads = [_biases(state.params)], []
+    for n in range(STEPS):
+      batch = devices.put(step_test.batch(n), run.place)
+      state, metrics = step(state, batch)
+      biases.append(_biases(state.params))
+      loads.append(np.asarray(metrics['health/load_E']))
+  for before, after, load_NE in zip(biases, biases[1:], loads):
+    np.testing.assert_allclose(
+        after - before, RATE * np.sign(1 / EXPERTS - load_NE), atol=1e-6)
+  load_SN = EXPERTS * np.max(loads, -1)
+  assert (load_SN[0] > 3.9).all()
+  assert (load_SN[-5:].mean(0) < 2).all(), load_SN
+  assert not np.allclose(loads[-1][0], loads[-1][1])  # each layer by its own

@@ -1,18 +1,16 @@
-"""Routers choose and weigh as their papers say; losses and panel by hand."""
+"""Routers choose and weigh as their papers say; groups of experts, losses and
+the panel by hand."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import architectures
-from architectures.parts.context import Context
-from architectures.parts.moe import health
 from architectures.parts.moe import routing
-from architectures.parts.moe.layer import MoE
 from configs import base
 from tests.helpers import models
+
 
 E, T = 4, 24
 # What vmap can go over, as a grouped product cannot.
@@ -42,9 +40,9 @@ def route(router, x=None, **fields):
 
 def gates(r):
   """[T, E]: the weight of each expert for each token."""
-  w = np.zeros((T, E + 1))
+  w = np.zeros((T, r.probs_TE.shape[1] + 1))
   np.add.at(w, (r.token_A, r.expert_A), r.gate_A)
-  return w[:, :E]
+  return w[:, :-1]
 
 
 def softmax(logits):
@@ -180,7 +178,7 @@ def test_capacity_is_exact():
 
 def report(r, m, x, kept_A=None, shards=2, rows=1):
   kept_A = r.expert_A < E if kept_A is None else kept_A
-  return health.report(m, r, x.logits_TE, x.valid_T, kept_A, shards, rows)
+  return routing.report(m, r, x.logits_TE, x.valid_T, kept_A, shards, rows)
 
 
 def test_losses_by_hand():
@@ -227,53 +225,11 @@ def test_panel_by_hand():
               router_entropy=-sum(p * np.log(p) for p in (.5, .3, .1, .1))
               / np.log(4))
   assert got.keys() == want.keys() | {  # a loss that is added too
-      row.metric for row in health.BALANCE_LOSSES.values()
+      row.metric for row in routing.BALANCE_LOSSES.values()
       if row.metric and not row.by_sequence}
   for name, value in want.items():
     np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-6,
                                err_msg=name)
-
-
-def one_logit(**fields):
-  """Returns key -> the router's one logit of an input of 1; its weight is 7."""
-  fields = dict(num_experts=1, top_k=1, **PADDED) | fields
-  model = base.base().model
-  model.update(vocab_size=5, max_len=1, ffn='moe', d_model=1, num_heads=1,
-               d_ff=1)
-  model.moe.update(fields)
-  module, x_BLD = MoE(architectures.resolve(model)), jnp.ones((1, 1, 1))
-  params = nn.meta.unbox(jax.jit(lambda: module.init(
-      jax.random.key(0), x_BLD, Context(jnp.zeros((1, 1), int))))())['params']
-  params['router'] = jnp.full((1, 1), 7.0)
-  def logit(key):
-    ctx = Context(jnp.zeros((1, 1), int), deterministic=key is None)
-    rngs = {} if key is None else {'router': key}
-    aux = module.apply({'params': params}, x_BLD, ctx, rngs=rngs)[1]
-    return jnp.sqrt(aux['health']['z_loss'])
-  return logit
-
-
-def draws(logit):
-  return np.array(jax.jit(jax.vmap(logit))(
-      jax.random.split(jax.random.key(1), 4000)))
-
-
-@pytest.mark.slow
-def test_jitter_multiplies_the_input_by_up_to_itself():
-  drawn = draws(one_logit(jitter=0.3)) / 7
-  assert 0.7 <= drawn.min() < 0.71 and 1.29 < drawn.max() <= 1.3
-  assert abs(drawn.mean() - 1) < 0.01  # sd 0.17: 4 standard errors
-  assert abs(drawn.std() - 0.3 / 3 ** 0.5) < 0.01
-
-
-@pytest.mark.slow
-def test_noise_is_added_to_the_logit_with_its_standard_deviation():
-  drawn = draws(one_logit(logit_noise=0.5)) - 7
-  assert abs(drawn.mean()) < 0.035 and abs(drawn.std() - 0.5) < 0.025
-
-
-def test_evaluation_draws_nothing():
-  assert one_logit(jitter=0.3, logit_noise=0.5)(None) == 7
 
 
 def model(balance='switch', **changes):
@@ -347,3 +303,91 @@ def test_sinkhorn_is_the_iteration_of_each_group_without_its_padding():
     np.testing.assert_array_equal(gates(r) > 0, chosen)
   alone = best(sinkhorn_by_hand(logits[valid]), 2)
   assert (alone != chosen[valid]).any()  # one group of all chooses otherwise
+
+
+# Groups of experts.
+
+
+MANY, GROUPS, KEPT, X = 12, 4, 2, 3
+
+
+def grouped(router, **fields):
+  return moe(router=router, num_experts=MANY, expert_groups=GROUPS,
+             top_groups=KEPT, top_k=X, **fields)
+
+
+def many(**fields):
+  keys = jax.random.split(jax.random.key(0), 2)
+  return inputs(**dict(
+      logits_TE=2 * jax.random.normal(keys[0], (T, MANY)),
+      # So low that zero, for what is in no group, would be better.
+      bias_E=jax.random.normal(keys[1], (MANY,)) - 5) | fields)
+
+
+def by_hand(scores_TE, best):
+  """Mask of the experts that a token goes to."""
+  chosen_TE = np.zeros(scores_TE.shape, bool)
+  for row, chosen in zip(scores_TE, chosen_TE):
+    groups = sorted(np.split(np.arange(MANY), GROUPS),
+                    key=lambda g, row=row: -np.sort(row[g])[-best:].sum())
+    allowed = np.concatenate(groups[:KEPT])
+    chosen[allowed[np.argsort(-row[allowed])[:X]]] = True
+  return chosen_TE
+
+
+def test_groups_of_the_best_expert_limit_the_softmax_router():
+  x = many()
+  probs_TE = softmax(np.array(x.logits_TE))
+  want_TE = probs_TE * by_hand(probs_TE, best=1)
+  got_TE = gates(routing.route(grouped('topk', normalize_gates=False), x))
+  np.testing.assert_allclose(got_TE, want_TE, atol=1e-6)
+  assert (want_TE != probs_TE * best(probs_TE, X)).any()
+
+
+@pytest.mark.parametrize('scale', [1.0, 2.5])
+def test_groups_of_the_two_best_and_scaled_gates_of_the_sigmoid_router(scale):
+  x = many()
+  scores_TE = 1 / (1 + np.exp(-np.array(x.logits_TE)))
+  chosen_TE = by_hand(scores_TE + np.array(x.bias_E), best=2)
+  want_TE = scores_TE * chosen_TE
+  want_TE *= scale / want_TE.sum(1, keepdims=True)
+  got_TE = gates(routing.route(grouped('sigmoid', gate_scale=scale), x))
+  np.testing.assert_allclose(got_TE, want_TE, atol=1e-6)
+  assert (chosen_TE != by_hand(scores_TE + np.array(x.bias_E), best=1)).any()
+
+
+def test_of_equal_groups_the_first_are_taken():
+  r = routing.route(grouped('topk'), many(logits_TE=jnp.zeros((T, MANY))))
+  assert (np.array(r.expert_A).reshape(T, X) == [0, 1, 2]).all()
+  tied = jnp.zeros((T, MANY)).at[:, MANY - 1].set(1.0)
+  r = routing.route(grouped('topk'), many(logits_TE=tied))
+  assert (np.array(r.expert_A).reshape(T, X) == [11, 0, 1]).all()
+
+
+def test_balance_of_each_sequence_by_hand():
+  """Equations 17 to 20 of DeepSeek-V3: three sequences, of 8, 5 and no token
+  that is no padding."""
+  rows, length = 3, T // 3
+  valid_BL = np.arange(length) < np.array([[8], [5], [0]])
+  x = many(valid_T=jnp.asarray(valid_BL.reshape(-1)))
+  m = grouped('sigmoid', balance_loss='sequence', balance_weight=0.5)
+  r = routing.route(m, x)
+  scores_BLE = 1 / (1 + np.exp(-np.array(x.logits_TE))).reshape(
+      rows, length, MANY)
+  # By the scores alone: neither the bias nor the groups of experts count.
+  expert_BLX = np.argsort(-scores_BLE, axis=-1)[..., :X]
+  chosen_BLX = np.array(r.expert_A).reshape(rows, length, X)
+  assert (np.sort(expert_BLX[0]) != np.sort(chosen_BLX[0])).any()
+  losses = []
+  for s_LE, expert_LX, n in zip(scores_BLE[:2], expert_BLX[:2], (8, 5)):
+    f_E = np.bincount(expert_LX[:n].reshape(-1), minlength=MANY) * MANY / (
+        X * n)
+    p_E = (s_LE / s_LE.sum(1, keepdims=True))[:n].mean(0)
+    losses.append((f_E * p_E).sum())
+  found = routing.report(m, r, x.logits_TE, x.valid_T, r.expert_A < MANY, 1,
+                         rows)
+  np.testing.assert_allclose(found['health']['sequence_loss'],
+                             np.mean(losses), rtol=1e-5)
+  np.testing.assert_allclose(found['losses']['balance'],
+                             0.5 * np.mean(losses), rtol=1e-5)
+  assert abs(found['health']['balance_loss'] - np.mean(losses)) > 1e-3

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from architectures.parts.moe import health
+from architectures.parts.moe import routing
 from training import objectives, progress
 from training.evals import Evaluation, Task
 
@@ -47,7 +47,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   panels = jax.tree.map(lambda *xs: np.stack(xs), *panels)
   figures = {name: np.average(x, 0, weights_W) for name, x in panels.items()}
   # An expert is unused if no batch of them all used it.
-  figures |= {name: np.asarray(x) for name, x in health.window(
+  figures |= {name: np.asarray(x) for name, x in routing.window(
       panels['load_E'], weights_W).items()}
   print(table(figures))
   path = evaluation.workdir / FILE
