@@ -33,7 +33,6 @@ from architectures.parts import paths, tables
 from architectures.parts.config import ModelConfig
 from configs import base
 from configs.errors import one_of, require, short
-from training import chat
 from training import cli
 from training import generate as generation, objectives, parameters
 from training import runs
@@ -273,7 +272,7 @@ class Model:
     require(objective.prompt is not None and self.config.head == 'lm',
             'this model writes no text: its objective is '
             f'{config.objective} and its head {self.config.head!r}')
-    return chat.shown(texts, config, tokenizer, self.said)
+    return hf_generation.shown(texts, config, tokenizer, self.said)
 
   def _run(self, wanted: str, tokens: Tokens, decoder_tokens: Tokens | None,
            inputs: Mapping[str, Tokens]) -> Any:

@@ -109,10 +109,6 @@ def test_a_complete_run_says_how_to_go_on(straight, texts):
 @pytest.mark.slow
 def test_resume_is_bitwise(straight, texts, tmp_path):
   """20 straight steps = 10 + restart + 10: parameters and optimiser alike."""
-  _resumed_is(straight, texts, tmp_path)
-
-
-def _resumed_is(straight, texts, tmp_path):
   shutil.copytree(straight, tmp_path / 'run')
   for step in (15, 20):
     shutil.rmtree(tmp_path / f'run/checkpoints/{step}')
@@ -120,21 +116,6 @@ def _resumed_is(straight, texts, tmp_path):
   assert 'going on from step 10' in result.stdout
   assert state(tmp_path / 'run') == state(straight)
   assert losses(tmp_path / 'run') == losses(straight)
-
-
-@pytest.mark.slow
-def test_resume_on_another_mesh_sees_the_same_batches(straight, texts,
-                                                      tmp_path):
-  shutil.copytree(straight, tmp_path / 'run')
-  for step in (15, 20):
-    shutil.rmtree(tmp_path / f'run/checkpoints/{step}')
-  result = run(command(tmp_path / 'run', texts, '--config.mesh.data=1',
-                       '--config.mesh.fsdp=2', '--config.mesh.tensor=2',
-                       '--config.mesh.data=2'))
-  assert 'safe' in result.stdout
-  new, old = losses(tmp_path / 'run'), losses(straight)
-  assert new.keys() == old.keys()
-  np.testing.assert_allclose(list(new.values()), list(old.values()), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -177,57 +158,6 @@ def test_kill_at_a_random_moment_then_resume(seed, straight, texts, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_is_named_and_passed_over(straight, texts,
-                                                              tmp_path):
-  shutil.copytree(straight, tmp_path / 'run')
-  files = [f for f in (tmp_path / 'run/checkpoints/20/state').rglob('*')
-           if f.is_file() and f.parent.name == 'd']
-  largest = max(files, key=lambda f: f.stat().st_size)
-  data = bytearray(largest.read_bytes())
-  for at in range(0, len(data), 997):  # some of it may have been replaced
-    data[at] ^= 0x10
-  largest.write_bytes(data)
-  result = run(command(tmp_path / 'run', texts))
-  assert 'checkpoint 20' in result.stderr and 'damaged' in result.stderr
-  assert 'going on from step 15' in result.stdout
-  assert state(tmp_path / 'run') == state(straight)
-
-
-@pytest.mark.long
-def test_other_text_is_noticed(straight, texts):
-  """And other files that say the same are not."""
-  path = pathlib.Path(texts.partition('text:')[2].replace('*', '0'))
-  text = path.read_text()
-  path.write_text('O' + text[1:])
-  result = run(command(straight, texts), code=2)
-  assert 'the data have changed' in result.stderr
-  assert 'the data have changed' in evaluate(straight, '--tasks=loss').stderr
-  path.write_text(text)
-  assert 'is complete' in run(command(straight, texts)).stdout
-  assert 'changed' not in evaluate(straight, '--tasks=loss').stderr
-
-
-@pytest.mark.slow
-def test_another_config_is_shown_and_needs_a_flag(straight, texts, tmp_path):
-  changes = ['--config.optim.lr=0.1', '--config.log.every_steps=2',
-             '--config.model.d_model=64']
-  result = run(command(straight, texts, *changes), code=2)
-  assert 'optim.lr' in result.stderr
-  for kind in ('safe', 'changes the optimisation', 'incompatible'):
-    assert kind in result.stderr
-  shutil.copytree(straight, tmp_path / 'run')
-  more = ['--config.train.steps=22', '--allow_config_change']
-  assert 'going on from step 20' in run(
-      command(tmp_path / 'run', texts, *more)).stdout
-  result = run(command(tmp_path / 'run', texts, '--config.train.steps=22',
-                       '--config.model.d_model=64', '--allow_config_change'),
-               code=2)
-  assert 'cannot go on with another model.d_model' in result.stderr
-  # And nothing is lost: the old command still goes.
-  assert 'is complete' in run(command(tmp_path / 'run', texts, *more)).stdout
-
-
-@pytest.mark.slow
 def test_eval_reports_and_samples(straight, texts):
   target = straight / 'eval.json'
   result = evaluate(straight, '--samples=3', '--prompt=It is', '--json',
@@ -246,118 +176,6 @@ def test_eval_reports_and_samples(straight, texts):
   greedy = [evaluate(straight, '--temperature=0', '--tasks=samples',
                      '--step=10').stdout for _ in range(2)]
   assert greedy[0] == greedy[1] and 'step 10' in greedy[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('flags, parts', [
-    (['--step=7'], ['7', '10, 15, 20']),
-    (['--tasks=los'], ["'los'", 'loss']),
-    (['--tasks=samples', '--text=text:*.md'], ['samples would not read']),
-    (['--samples=0'], ['--samples=0', 'range [1, 10000]']),
-    (['--samples=1', '--prompt=' + 'x' * 40], ['32 positions']),
-])
-def test_a_wrong_eval_is_one_sentence(straight, flags, parts):
-  result = evaluate(straight, *flags, code=2)
-  for part in parts:
-    assert part in result.stderr, result.stderr
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_a_signal_ends_an_evaluation_too(texts, tmp_path):
-  (tmp_path / 'long.txt').write_text(TEXT * 2000)  # minutes of evaluation
-  flags = [f'--config.data.eval_source=text:{tmp_path}/long.txt',
-           '--config.data.holdout_every=0', '--config.eval.batches=0',
-           '--config.checkpoint.every_steps=0']
-  process = _start(command(tmp_path / 'run', texts, *flags))
-  _wait_for_step(tmp_path / 'run', 10)
-  time.sleep(3)
-  process.send_signal(signal.SIGTERM)
-  out, err = process.communicate(timeout=120)
-  assert process.returncode == 0, out + err
-  assert 'stopped after step 10, saved' in out
-  assert {r['split'] for r in rows(tmp_path / 'run')} == {'train'}
-
-
-@pytest.mark.long  # loop_test.py has its law, this the programs around it
-def test_a_loss_that_is_not_finite_leaves_the_good_checkpoints(texts, tmp_path):
-  """No launcher starts such a run again, and nor does the same command; a
-  change of the config does, from where it was."""
-  good = ['--config.train.steps=7', '--config.checkpoint.keep=2',
-          '--config.checkpoint.every_steps=1', '--config.eval.every_steps=0']
-  # So large that the norm of the gradients is infinite.
-  bad = ['--config.train.z_loss=1e30', '--config.train.max_bad_steps=5',
-         '--config.train.steps=20']
-  kept = {path.name for path in _checkpoints(tmp_path, texts, good)}
-  assert kept == {'6', '7'}
-  launched = subprocess.run(
-      [sys.executable, '-m', 'tools.launch', 'local', '--processes=1',
-       '--devices=8', '--platform=cpu', '--max_restarts=3',
-       *command(tmp_path / 'run', texts, *good, *bad,
-                '--allow_config_change')[2:]], cwd=ROOT, text=True,
-      capture_output=True)
-  assert launched.returncode == 2, launched.stdout + launched.stderr
-  assert 'starting it again' not in launched.stderr
-  assert 'saved as step 12, beside the last good' in launched.stderr
-  folder = tmp_path / 'run/checkpoints'
-  assert {path.name for path in folder.iterdir()} == {*kept, '12'}
-  again = run(command(tmp_path / 'run', texts, *good, *bad), code=2)
-  assert 'ended at step 12' in again.stderr
-  assert len(again.stderr.splitlines()) == 1
-  assert {path.name for path in folder.iterdir()} == {*kept, '12'}
-  run(command(tmp_path / 'run', texts, *good, '--config.train.steps=13',
-              '--allow_config_change'))
-  assert {path.name for path in folder.iterdir()} == {'7', '13'}
-
-
-def _checkpoints(tmp_path, texts, flags):
-  run(command(tmp_path / 'run', texts, *flags))
-  return (tmp_path / 'run/checkpoints').iterdir()
-
-
-@pytest.mark.slow
-def test_a_second_run_in_the_workdir_is_refused(texts, tmp_path):
-  with subprocess.Popen(
-      [sys.executable, '-c', 'import sys; '
-       'from training.workdir import storage; lock = storage.locked('
-       'sys.argv[1]); print("held", flush=True); sys.stdin.read()',
-       str(tmp_path / 'run')], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE) as first:
-    assert first.stdout.readline() == 'held\n'
-    result = run(command(tmp_path / 'run', texts), code=2)
-    assert 'another process trains in' in result.stderr
-    assert not list((tmp_path / 'run').glob('checkpoints/*'))
-    first.kill()
-  run(command(tmp_path / 'run', texts, '--config.train.steps=2'))
-
-
-@pytest.mark.long  # profile_test.py writes one in its own process
-def test_a_profile_is_written(texts, tmp_path):
-  run(command(tmp_path / 'run', texts, '--profile_steps=2:4',
-              '--config.train.steps=5'))
-  assert list((tmp_path / 'run/profile').rglob('*.xplane.pb'))
-
-
-@pytest.mark.long
-def test_the_best_of_a_run_is_kept_beside_the_newest(texts, tmp_path):
-  """By train.py, which ends early, and says so again, and by eval.py. The
-  learning rate is so large that the loss rises again."""
-  words = command(tmp_path / 'run', texts, *(f'--config.{flag}' for flag in (
-      'eval.best=loss', 'eval.patience=2', 'eval.every_steps=2',
-      'checkpoint.keep=1', 'checkpoint.every_steps=0',
-      'optim.schedule=constant', 'optim.lr=0.03', 'optim.warmup_steps=0',
-      'model.d_model=16')))
-  said = run(words).stdout
-  evals = {row['step']: row['loss'] for row in rows(tmp_path / 'run')
-           if row['split'] == 'eval'}
-  end, lowest = max(evals), min(evals, key=evals.get)
-  assert end < 20 and end == lowest + 4
-  assert f'ended early after step {end}: loss has not been better' in said
-  assert sorted(int(path.name) for path in (
-      tmp_path / 'run/checkpoints').iterdir()) == [lowest, end]
-  assert f'is complete: ended early after step {end}' in run(words).stdout
-  assert max(row['step'] for row in rows(tmp_path / 'run')) == end
-  assert f'step {lowest}' in evaluate(tmp_path / 'run', '--step=best').stdout
 
 
 def _start(words):

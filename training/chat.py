@@ -14,7 +14,6 @@ from etils import epath
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 import architectures
@@ -28,7 +27,7 @@ from training.data.tokenizers import Tokenizer
 from training.hf import config as hf_config, generation as hf_generation
 from training.hf import weights
 from training.objectives import causal
-from training.objectives.record import Prompts, Talk, known_ids, padded
+from training.objectives.record import Talk
 
 # So many tokens are read at once; what is left of the last piece is padding,
 # which the next tokens overwrite.
@@ -112,7 +111,7 @@ def _talk(tokenizer: Tokenizer, generation: hf_generation.Generation | None,
     published: whether the weights are the folder's, not trained here; else a
       text begins with the separator, as in training.
   """
-  ends = frozenset(ids(generation).get('eos_token_id', ()))
+  ends = frozenset(hf_generation.ids(generation).get('eos_token_id', ()))
   folder = epath.Path(tokenizer.name)
   if template or (conversations.in_folder(folder) is not None
                   and usual.plain):
@@ -120,55 +119,8 @@ def _talk(tokenizer: Tokenizer, generation: hf_generation.Generation | None,
         conversations.read(template or str(folder), tokenizer), ends,
         '' if template else 'answers by its chat template')
   if usual.plain:
-    return plain(tokenizer, generation) if published else usual
+    return hf_generation.plain(tokenizer, generation) if published else usual
   return usual._replace(ends=ends or usual.ends)
-
-
-def plain(tokenizer: Tokenizer, generation: hf_generation.Generation | None
-          ) -> Talk:
-  """Returns how an imported model goes on from a text: after its folder's bos
-  and up to its eos; where the folder names none, the separator."""
-  named = ids(generation)
-  usual = causal.goes_on(tokenizer, next(iter(named.get('bos_token_id', ())),
-                                         None))
-  return usual._replace(
-      ends=frozenset(named.get('eos_token_id', ())) or usual.ends)
-
-
-def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
-          tokenizer: Tokenizer, generation: hf_generation.Generation | None
-          ) -> tuple[Prompts, tuple[int, ...]]:
-  """Returns texts as a model that writes is shown them, and the ids with which
-  it ends its own.
-
-  Args:
-    texts: one or more.
-    config: the run's.
-    tokenizer: the model's.
-    generation: what the folder says of which these are the weights; None: of
-      none.
-  """
-  objective = objectives.of(config)
-  talk = objective.talk and objective.talk(config, tokenizer)
-  if generation is not None and talk and talk.plain:
-    talk = plain(tokenizer, generation)
-    return Prompts(*padded([talk.encode([dict(role='user', content=text)])
-                            for text in texts])), tuple(sorted(talk.ends))
-  assert objective.prompt is not None
-  prompts = objective.prompt(texts, config, tokenizer)
-  known_ids(prompts.tokens, config, tokenizer, 'the prompt')
-  return prompts, objective.ends(config, tokenizer)
-
-
-def ids(generation: hf_generation.Generation | None) -> dict[str, list[int]]:
-  """Returns the ids of special tokens that a folder names; the file of
-  generation counts more than config.json, as for transformers."""
-  if generation is None:
-    return {}
-  return {name: value if isinstance(value, list) else [value]
-          for name, value in (generation.fields
-                              | (generation.options or {})).items()
-          if name.endswith('_token_id') and value is not None}
 
 
 class Engine:
@@ -307,7 +259,7 @@ class Stream:
   def _decoded(self, whole: bool) -> str:
     """The text of all tokens, without its lead; of a last character that is
     not `whole` yet, nothing."""
-    data = generate.spelt(self._tokenizer, self._ids, self._prompt)
+    data = tokenizers.spelt(self._tokenizer, self._ids, self._prompt)
     text = codecs.getincrementaldecoder('utf-8')('replace').decode(data, whole)
     if not whole:  # some tokenizers decode to text, and write it themselves
       text = text.rstrip(REPLACEMENT)

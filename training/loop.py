@@ -631,26 +631,20 @@ def ended_badly(state: TrainState, config: ml_collections.ConfigDict) -> str:
     return ''
   return (f'the run in this workdir ended at step {step}: {BAD}, in {bad} '
           'steps in a row (train.max_bad_steps), and the same config would end '
-          'in the same way. Change what made it so, such as a smaller '
-          'optim.lr, with --allow_config_change; raise train.max_bad_steps to '
-          'go on unchanged; or move the latest folders out of checkpoints to '
-          'go on from an earlier step.')
+          'in the same way. Change what made it so, with '
+          '--allow_config_change, or move the latest folders out of '
+          'checkpoints to go on from an earlier step.')
 
 
 def _diverged(n: int, bad: int, newest: int | None) -> str:
   """Why a run ends after step `n`, the last `bad` of them not finite; `newest`
   is the checkpoint that it has."""
-  what = (f'{BAD}, in {bad} steps in a row (train.max_bad_steps); no update '
-          'was made in them' if bad else
+  what = (f'{BAD}, in {bad} steps in a row (train.max_bad_steps), which '
+          'changed no parameter' if bad else
           f'the parameters are not finite after the last step, {n}')
-  kept = (f'The parameters before them are saved as step {n}, beside the '
-          'last good checkpoints' if newest == n else
-          'Parameters that are not finite are not saved: '
-          + ('there is no checkpoint' if newest is None else
-             f'the newest checkpoint is of step {newest}'))
-  return (f'{what}. {kept}. Try a smaller optim.lr, a longer '
-          'optim.warmup_steps, optim.clip_norm=1, or model.dtype=float32, with '
-          '--allow_config_change.')
+  return (f'{what}. The newest checkpoint is of step {newest}. Try a smaller '
+          'optim.lr, a longer optim.warmup_steps, optim.clip_norm=1, or '
+          'model.dtype=float32, with --allow_config_change.')
 
 
 @dataclasses.dataclass

@@ -31,6 +31,7 @@ from architectures.parts.attention import kernels
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import grouped
 from architectures.parts.moe import layer as moe
+from architectures.parts.roles import abstract_params, parameter_shapes
 from configs.errors import RequestError, require
 from training import objectives
 from training.data import ramp, tokenizers
@@ -61,21 +62,6 @@ class TrainState:
   bad_steps: jax.Array
   bad_in_row: jax.Array
   ema: Any = None
-
-
-@functools.lru_cache(maxsize=64)  # a program asks for the same ones often
-def abstract_params(module: nn.Module):
-  """Returns the boxed parameters' shapes; nothing is computed."""
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  return jax.eval_shape(module.init, jax.random.key(0), tokens)['params']
-
-
-def parameter_shapes(module: nn.Module):
-  """Returns the parameters' shapes alone, out of their boxes; in a run's
-  context `nn.meta.unbox` would constrain them to its mesh."""
-  return jax.tree.map(
-      lambda box: box.value if nn.meta.is_axis_metadata(box) else box,
-      abstract_params(module), is_leaf=nn.meta.is_axis_metadata)
 
 
 def parameter_roles(module: nn.Module):

@@ -8,6 +8,7 @@ muP's learning rates, the matrices of Muon and Adafactor, and weight decay
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -117,3 +118,21 @@ def declare(module: nn.Module, name: str, init: Callable,
   drawn = lambda key, shape: init(key, shape, jnp.float32).astype(dtype)
   return module.param(
       name, lambda *args: Declared(drawn(*args), axes, role=role), shape)
+
+
+# The parameters of a module, of which nothing is computed.
+
+
+@functools.lru_cache(maxsize=64)  # a program asks for the same ones often
+def abstract_params(module: nn.Module):
+  """Returns the boxed parameters' shapes; nothing is computed."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  return jax.eval_shape(module.init, jax.random.key(0), tokens)['params']
+
+
+def parameter_shapes(module: nn.Module):
+  """Returns the parameters' shapes alone, out of their boxes; in a run's
+  context `nn.meta.unbox` would constrain them to its mesh."""
+  return jax.tree.map(
+      lambda box: box.value if nn.meta.is_axis_metadata(box) else box,
+      abstract_params(module), is_leaf=nn.meta.is_axis_metadata)

@@ -26,10 +26,9 @@ def gpt():
 
 
 def search(model, prompts, new=NEW, stop=STOPS, lengths=LENGTHS, **options):
-  sources = options.pop('sources', {})
   return jax.device_get(generate.beam_search(
       *model, prompts, jnp.array(lengths), max_new_tokens=new,
-      beams=generate.Beams(**options), stop_token=stop, **sources))
+      beams=generate.Beams(**options), stop_token=stop))
 
 
 def _divisor(penalty, alpha):
@@ -89,14 +88,10 @@ def by_the_book(log_p, count, divisor, early_stopping, stops=STOPS):
   return finished
 
 
-def _log_p(model, prompt, source=None):
+def _log_p(model, prompt):
   """Returns `log_p` of one prompt, by whole passes without a cache."""
-  @jax.jit
-  def run(tokens_BL):
-    tokens = tokens_BL if source is None else (source, tokens_BL)
-    out = model[0].apply({'params': model[1]}, *(
-        [tokens] if source is None else tokens))
-    return jax.nn.log_softmax(out.logits, -1)
+  run = jax.jit(lambda tokens_BL: jax.nn.log_softmax(
+      models.logits(*model, tokens_BL), -1))
   memo = {}
   def log_p(text):
     if text not in memo:
@@ -111,17 +106,6 @@ OPTIONS = [dict(penalty='gnmt', length_penalty=0.6),
            dict(penalty='power', length_penalty=1.0),
            dict(penalty='power', length_penalty=-2.0),
            dict(penalty='power', length_penalty=3.0)]
-
-
-def _compare(found, log_ps, options, early, stops=STOPS):
-  tokens, scores = found
-  for row, score, log_p in zip(tokens, scores, log_ps):
-    expected = by_the_book(
-        log_p, len(row), _divisor(options['penalty'],
-                                  options['length_penalty']), early, stops)
-    texts = [tuple(text[:1 + len(generate.until(text, stops))]) for text in row]
-    assert texts == [text for _, text in expected]
-    np.testing.assert_allclose(score, [s for s, _ in expected], atol=1e-4)
 
 
 @pytest.fixture(scope='module')
@@ -142,25 +126,14 @@ def rows(gpt):
 ], ids=str)
 def test_rows_are_searched_as_by_the_book(gpt, rows, options, early, stops):
   prompts, log_ps = rows
-  found = search(gpt, prompts, stop=stops, count=3, early_stopping=early,
-                 **options)
-  _compare(found, log_ps, options, early, stops)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('early', [
-    False, pytest.param(True, marks=pytest.mark.long)])
-def test_an_encoder_decoder_searches_from_each_source(early):
-  module, params = models.make('t5')
-  model = module, jax.tree.map(lambda x: 2 * x, params)
-  sources = models.tokens(2, 7, seed=3)
-  lengths = jnp.array([7, 4])
-  found = search(model, jnp.zeros((2, 1), jnp.int32), lengths=[1, 1], count=3,
-                 early_stopping=early, sources=dict(
-                     source_BM=sources, source_lengths_B=lengths),
-                 **OPTIONS[1])
-  _compare(found, [_log_p(model, [0], source[None, :n])
-                   for source, n in zip(sources, lengths)], OPTIONS[1], early)
+  tokens, scores = search(gpt, prompts, stop=stops, count=3,
+                          early_stopping=early, **options)
+  divisor = _divisor(options['penalty'], options['length_penalty'])
+  for row, score, log_p in zip(tokens, scores, log_ps):
+    expected = by_the_book(log_p, len(row), divisor, early, stops)
+    texts = [tuple(text[:1 + len(generate.until(text, stops))]) for text in row]
+    assert texts == [text for _, text in expected]
+    np.testing.assert_allclose(score, [s for s, _ in expected], atol=1e-4)
 
 
 def test_one_beam_that_stops_early_is_greedy(gpt, rows):
@@ -170,12 +143,3 @@ def test_one_beam_that_stops_early_is_greedy(gpt, rows):
       sampling=generate.Sampling(temperature=0), stop_token=STOPS)
   tokens, _ = search(gpt, prompts, count=1, early_stopping=True)
   np.testing.assert_array_equal(tokens[:, 0], greedy)
-
-
-@pytest.mark.parametrize('wrong, said', [
-    (dict(count=0), 'beams is 0'), (dict(count=2000), 'beams is 2000'),
-    (dict(penalty='none'), 'gnmt'),
-    (dict(length_penalty=float('nan')), 'length_penalty is nan')])
-def test_wrong_beams_are_refused(wrong, said):
-  with pytest.raises(ValueError, match=said):
-    generate.Beams(**wrong)

@@ -132,15 +132,6 @@ def test_a_wrong_request_is_one_sentence(name, tmp_path):
   assert not list(tmp_path.glob('run/checkpoints/*'))
 
 
-@pytest.mark.parametrize('config, parts', [
-    ('configs/gpt.py:gpt3', ["'gpt3'", 'gpt2', 'Did you mean']),
-    ('configs/gtp.py', ['configs/gtp.py', 'configs/gpt.py']),
-    ('configs/fields.py', ['configs/fields.py', 'get_config', 'gpt.py']),
-])
-def test_a_wrong_config_is_one_sentence(config, parts, tmp_path):
-  _refused(train(tmp_path / 'run', config=config), parts)
-
-
 # What a user's file may do, and what is said of it.
 BAD_FILES = {
     'def get_config(:': 'line 1: SyntaxError',
@@ -223,11 +214,6 @@ def test_a_full_device_is_one_sentence(capsys):
   assert 'a device has no memory left' in capsys.readouterr().err
 
 
-def test_eval_of_no_run_is_one_sentence(tmp_path):
-  missing = tmp_path / 'none'
-  _refused(run('eval.py', f'--workdir={missing}'), [str(missing)])
-
-
 def _refused(result, parts):
   assert result.returncode == 2, result.stderr
   assert 'Traceback' not in result.stdout + result.stderr
@@ -235,11 +221,3 @@ def _refused(result, parts):
   assert len(lines) == 1, result.stderr
   for part in parts:
     assert part in lines[0], lines[0]
-
-
-@pytest.mark.slow
-def test_print_config_prints_json_alone():
-  result = run('train.py', '--config', 'configs/gpt.py', '--print_config',
-               '--config.optim.lr=0.5')
-  config = json.loads(result.stdout)
-  assert config['optim']['lr'] == 0.5 and config['model']['d_ff'] == 4 * 128

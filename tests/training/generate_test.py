@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import architectures
 from tests.helpers import models
 from training import generate
 
@@ -72,18 +71,6 @@ def test_a_row_that_stops_stays_stopped(model, prompts):
     assert (row[end:] == stop).all()
 
 
-def test_one_key_one_text(model, prompts):
-  def draw(seed):
-    return np.asarray(generate.generate(
-        *model, prompts, jnp.array(LENGTHS), jax.random.key(seed),
-        max_new_tokens=NEW))
-  np.testing.assert_array_equal(draw(0), draw(0))
-  assert (draw(0) != draw(1)).any()
-
-
-LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
-
-
 @pytest.mark.parametrize('settings', [
     dict(temperature=0.7, min_p=0.3), dict(min_p=0.1, top_k=5),
     dict(repetition_penalty=1.3, min_p=0.2), dict(repetition_penalty=0.8)])
@@ -120,51 +107,3 @@ def test_a_penalty_counts_the_prompt_and_what_was_written(model, prompts):
   np.testing.assert_array_equal(written[:1], alone)
   for row, length, new in zip(padded, LENGTHS, written):
     assert len({*row[:length], *new}) == len({*row[:length]}) + NEW
-
-
-def test_draws_follow_the_distribution():
-  keys = jax.random.split(jax.random.key(0), 4000)
-  drawn = jax.vmap(lambda k: generate.Sampling()(LOGITS, k)[0])(keys)
-  share = np.bincount(drawn, minlength=4) / 4000
-  np.testing.assert_allclose(share, np.exp(LOGITS[0]), atol=0.03)
-
-
-@pytest.mark.parametrize('wrong', [
-    dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5),
-    dict(min_p=1.1), dict(min_p=-0.1), dict(repetition_penalty=0.0),
-    dict(repetition_penalty=float('inf'))])
-def test_a_wrong_sampling_is_refused(wrong):
-  with pytest.raises(ValueError, match=next(iter(wrong))):
-    generate.Sampling(**wrong)
-
-
-def test_an_encoder_has_no_cache():
-  with pytest.raises(ValueError, match='model.arch bert is an encoder'):
-    architectures.init_cache(models.config('bert'), 1, 8)
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_experts_serve_a_row_whatever_its_neighbours():
-  """GShard with the capacity of its evaluation, all tokens after the same two
-  experts: a forward pass of the batch drops most."""
-  module, params = models.make('gshard', moe=dict(num_experts=8))
-  for stack in ('encoder', 'decoder'):
-    block = params[stack]['layers']['block_1']
-    block['ffn_norm']['bias'] += 3
-    block['ffn']['router'] = block['ffn']['router'].at[..., :2].add(1)
-  source, lengths = models.tokens(3, 7), jnp.array([7, 3, 5])
-  out = jax.jit(lambda params: module.apply(
-      {'params': params}, source, source))(params)
-  assert (out.aux['health']['dropped'] > 0.4).all()
-
-  def write(rows):
-    return np.asarray(generate.generate(
-        module, params, source[rows, :1], jnp.ones(len(rows), int),
-        jax.random.key(0), max_new_tokens=NEW,
-        sampling=generate.Sampling(temperature=0), source_BM=source[rows],
-        source_lengths_B=lengths[rows]))
-
-  together = write(jnp.arange(3))
-  for i in (0, 2):
-    np.testing.assert_array_equal(write(jnp.array([i])), together[i:i + 1])

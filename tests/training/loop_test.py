@@ -167,7 +167,7 @@ def test_too_many_bad_steps_are_saved_as_bad_and_end_the_run(train):
   assert (n, member.code) == (5, loop.DIVERGED)
   assert member.saved.saves == [(5, (0, 5), True)]
   assert '2 steps in a row' in member.sentence
-  assert 'saved as step 5' in member.sentence
+  assert 'newest checkpoint is of step 5' in member.sentence
   n, (member,), _ = train(bad(3, 4, 5))
   assert member.saved.saves == [(5, (0, 5), False)]
   assert '2 steps in a row' in member.sentence
@@ -182,14 +182,6 @@ def test_parameters_that_are_not_finite_are_not_saved(train, capsys):
   assert 'after the last step, 6' in member.sentence
   assert 'newest checkpoint is of step 4' in member.sentence
   assert 'step 5 is not saved' in capsys.readouterr().out
-
-
-def test_the_step_that_ends_a_run_is_written_whether_it_is_due_or_not(train):
-  _, (one, other), _ = train(bad(2, 3), {}, log__every_steps=5)
-  assert one.code == loop.DIVERGED
-  assert [(row['step'], row['bad_in_row']) for row in _rows(one, 'train')] == [
-      (3, 2)]
-  assert _steps(other) == [5, 6]
 
 
 def test_a_stop_saves_and_says_what_the_run_goes_on_from(train):
@@ -294,29 +286,6 @@ def test_a_run_that_goes_on_decides_as_without_the_break(
   assert member.best == whole.best and member.sentence == whole.sentence
 
 
-@pytest.mark.parametrize('at, evaluated, n', [
-    (4, [], 4), (STEPS, [4, STEPS], STEPS)])
-def test_a_signal_cuts_an_evaluation_short_unless_it_is_the_last(
-    train, monkeypatch, at, evaluated, n):
-  """With several members too. Then the run is saved and left."""
-  asked = []
-  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, step: (
-      asked.append(step)))
-  monkeypatch.setattr(signals.Stop, 'at_once', property(
-      lambda self: asked[-1] == at))
-  monkeypatch.setattr(held_out, 'evaluate', lambda *_, stop: (
-      None if stop() else [{'nll': [1.0, 2.0]}]))
-  monkeypatch.setattr(held_out, 'means', lambda sums, _: {
-      'loss': sums[0]['nll']})
-  for rows in ({},), ({}, {}):
-    done, members, _ = train(*rows, eval__every_steps=4)
-    assert done == n
-    for member in members:
-      assert _steps(member, 'eval') == evaluated
-      assert member.saved.newest == n
-      assert member.code == (0 if n == STEPS else loop.STOPPED)
-
-
 def test_the_experts_panel_is_over_the_steps_since_the_last_report(
     train, monkeypatch):
   windows = []
@@ -397,14 +366,6 @@ def config(**fields):
 def test_a_best_that_cannot_be_meant_is_refused(fields, words):
   with pytest.raises(RequestError, match=words):
     preflight.check_config(config(**fields))
-
-
-@pytest.mark.parametrize('figure, largest', [
-    ('loss', False), ('accuracy', True), ('labels/f1', True),
-    ('labels/loss', False)])
-def test_the_way_of_a_known_figure(figure, largest):
-  assert loop.Best.of(config(best=figure), None).largest == largest
-  assert loop.Best.of(config(best=figure, best_is='largest'), None).largest
 
 
 def test_another_figure_begins_anew():

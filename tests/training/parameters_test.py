@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 import architectures
 from configs import base
@@ -34,14 +33,10 @@ def _start(source, system, **changes):
   return parameters.create(run, str(source)).params
 
 
-def _folder(path, system, keep=lambda name: True, **changes):
+def _folder(path, system, **changes):
   """Returns the parameters of a language model, whose tensors are written."""
   module, params = models.make(system, **changes)
   weights.to_hf(module, params, path)
-  file = path / 'model.safetensors'
-  tensors = safetensors.numpy.load_file(file)
-  safetensors.numpy.save_file(
-      {name: x for name, x in tensors.items() if keep(name)}, file)
   return paths.flatten(params)
 
 
@@ -57,56 +52,25 @@ def _workdir(path, system, **changes):
   return paths.flatten(params)
 
 
-def _check(params, theirs, said, drawn, left):
-  """All but the head of the task is theirs; both heads are listed."""
-  ours = paths.flatten(params)
-  new = {path for path in ours if path.startswith('task/')}
-  assert new == drawn
-  assert ours.keys() - new == theirs.keys() - left
-  for path in ours.keys() - new:
-    np.testing.assert_array_equal(ours[path], theirs[path], path)
-  lines = [x for x in said.splitlines() if x.startswith('skipped: ')]
-  assert len(lines) == len(drawn) + len(left)
-  for path in drawn:
-    assert any(path in line for line in lines)
-
-
 BERT = {'transform', 'transform_bias', 'transform_norm/scale',
         'transform_norm/bias', 'nsp', 'nsp_bias', 'head/bias'}
 
 
-@pytest.mark.parametrize('write', [
-    _folder, pytest.param(_workdir, marks=pytest.mark.long)])
-def test_bert_starts_from_a_language_model(tmp_path, capsys, write):
-  theirs = write(tmp_path, 'bert')
-  params = _start(tmp_path, 'bert')
-  _check(params, theirs, capsys.readouterr().out,
-         {'task/kernel', 'task/bias'}, BERT)
-  assert 0 < np.asarray(params['task']['kernel']).std() < 0.05  # as it is born
-
-
-@pytest.mark.parametrize('write', [
-    pytest.param(_folder, marks=pytest.mark.long), _workdir])
-def test_a_decoder_starts_from_one_whose_head_is_its_own(tmp_path, capsys,
-                                                          write):
-  theirs = write(tmp_path, 'llama')
-  _check(_start(tmp_path, 'llama'), theirs, capsys.readouterr().out,
-         {'task/kernel'}, {'head/kernel'})
-
-
-def test_a_folder_without_the_head_of_pretraining_is_as_good(tmp_path, capsys):
-  """As sentence-transformers writes a BertModel: MiniLM."""
-  theirs = _folder(tmp_path, 'bert', lambda name: not name.startswith('cls.'))
-  params = _start(tmp_path, 'bert')
-  said = capsys.readouterr().out
-  _check(params, {k: v for k, v in theirs.items() if k not in BERT}, said,
-         {'task/kernel', 'task/bias'}, set())
-
-
-def test_what_else_is_missing_is_refused(tmp_path):
-  _folder(tmp_path, 'bert', lambda name: 'pooler.dense.bias' not in name)
-  with pytest.raises(RequestError, match='files have no bert.pooler.dense'):
-    _start(tmp_path, 'bert')
+@pytest.mark.parametrize('write, system, drawn, left', [
+    (_folder, 'bert', {'task/kernel', 'task/bias'}, BERT),
+    (_workdir, 'llama', {'task/kernel'}, {'head/kernel'})])
+def test_a_head_begins_on_a_language_model(tmp_path, capsys, write, system,
+                                           drawn, left):
+  """All but the head of the task is theirs; both heads are listed."""
+  theirs = write(tmp_path, system)
+  ours = paths.flatten(_start(tmp_path, system))
+  lines = [x for x in capsys.readouterr().out.splitlines()
+           if x.startswith('skipped: ')]
+  assert ours.keys() - drawn == theirs.keys() - left
+  for path in ours.keys() - drawn:
+    np.testing.assert_array_equal(ours[path], theirs[path], path)
+  assert len(lines) == len(drawn) + len(left)
+  assert 0 < np.asarray(ours['task/kernel']).std() < 0.05  # as it is born
 
 
 @pytest.mark.parametrize('write', [_folder, _workdir])
@@ -185,14 +149,6 @@ def test_it_is_the_average_where_one_is_kept(averaged):
   assert found.state['b'].dtype == jnp.bfloat16
   np.testing.assert_array_equal(
       found.state['b'], kept['ema']['b'].astype(jnp.bfloat16))
-
-
-def test_the_parameters_themselves_are_found_too(averaged, plain):
-  for folder, live in ((averaged, True), (plain, False), (plain, True)):
-    found = parameters.of_checkpoint(folder, asked(), 20, live=live)
-    assert (found.step, found.what) == (20, '')
-    jax.tree.map(np.testing.assert_array_equal, found.state,
-                 of_step(20)['params'])
 
 
 @pytest.mark.parametrize('text, steps', [

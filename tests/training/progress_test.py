@@ -73,21 +73,6 @@ def test_plain_lines_without_a_terminal():
       'saved step 20']
 
 
-def test_a_bar_on_a_terminal(streams):
-  out = Terminal()
-  streams(out, io.StringIO())
-  bar = progress.bar(1000, first=500)
-  bar.step(509)
-  bar.update(510, {'loss': 3.14159, 'tokens_per_second': 950.0,
-                   'step_seconds': 0.5})
-  bar.say('saved [bold]step[/bold] 510')
-  bar.close()
-  text = out.getvalue()
-  for wanted in ('510/1000', 'loss 3.1416', '950 tokens/s', '0:04:05 left',
-                 'saved [bold]step[/bold] 510'):
-    assert wanted in text, text
-
-
 class Clock:
 
   def __init__(self):

@@ -1,17 +1,18 @@
 """What a run says that it will do, against what it then does."""
 
+import re
+import shutil
+
 from configs import base
-from etils import epath
 import jax
 import numpy as np
 import pytest
 
-import architectures
 from configs.errors import RequestError
-from training import loop, parameters, runs
+from tests.training import vectorised_test
+from training import loop, runs
 from training.data import tokenizers
 from training.objectives import pipeline
-from training.workdir import checkpoints, run_config
 
 WORDS = 'What is sown is reaped. '
 
@@ -31,26 +32,6 @@ def _said(tmp_path, start=0, **fields):
              pipeline.held_out(config, tokenizer))
   lines = loop.describe(run, start, 128, *loaders).splitlines()
   return run, loaders, dict(line.split(': ', 1) for line in lines)
-
-
-@pytest.mark.slow
-def test_a_run_says_where_its_parameters_come_from(tmp_path, capsys):
-  config = base.base()
-  config.model.update(d_model=16, num_layers=1, num_heads=2, vocab_size=16)
-  config.seed = 3
-  run = runs.build(config, architectures.resolve(
-      config.model.to_dict() | dict(head='lm', max_len=8)))
-  old, new = epath.Path(tmp_path / 'old'), epath.Path(tmp_path / 'new')
-  run_config.save(old, config, {'model.head': 'lm', 'model.max_len': 8})
-  with checkpoints.Checkpoints(old, **config.checkpoint) as saved:
-    saved.save(0, {'params': parameters.create(run, '').params},
-               next_batch=0, tokens=0, config=config)
-  for source, words in (('', 'random parameters, drawn from seed 3'), (
-      str(old), f'the parameters in {old} (init_from)')):
-    run.config.init_from = source
-    with checkpoints.Checkpoints(new, **config.checkpoint) as saved:
-      parameters.restore_or_create(run, saved)
-    assert f'starting from {words}\n' in capsys.readouterr().out
 
 
 def test_the_outline_says_what_the_run_does(tmp_path):
@@ -112,3 +93,47 @@ def test_a_run_says_where_it_is_not_the_system_that_it_names(
       'model.ffn': 'gelu_tanh'})
   assert said.get('not as published', '').startswith(line)
   assert ('not as published' in said) == bool(line)
+
+
+@pytest.fixture(name='labelled')
+def _labelled(tmp_path):
+  """A config of texts of 4 to 41 letters, whose label says whether there is a c
+  among them."""
+  draw = np.random.default_rng(0)
+  texts = [''.join(draw.choice(list('ab'), draw.choice([4, 7, 13, 40])))
+           for _ in range(200)]
+  (tmp_path / 'rows.tsv').write_text(''.join(
+      f'c{text}\twith\n' if i % 2 else f'{text}\twithout\n'
+      for i, text in enumerate(texts)))
+  return vectorised_test.config(
+      f'labelled:{tmp_path}/rows.tsv', data__holdout_every=20,
+      objective='classification', model__arch='bert', model__block='post_norm',
+      model__dropout=0.1, data__length=32, data__batch_size=8,
+      data__length_buckets=2, train__steps=24, eval__every_steps=0,
+      checkpoint__every_steps=12).unlock()
+
+
+@pytest.mark.slow
+def test_a_run_in_batches_of_several_lengths_goes_on_bit_for_bit(
+    labelled, tmp_path):
+  vectorised_test.alone(labelled, tmp_path / 'one')
+  shutil.copytree(tmp_path / 'one', tmp_path / 'two')
+  shutil.rmtree(tmp_path / 'two/checkpoints/24')
+  vectorised_test.alone(labelled, tmp_path / 'two')
+  one, two = (vectorised_test.rows(tmp_path / name) for name in ('one', 'two'))
+  assert [row['loss'] for row in one] == [row['loss'] for row in two]
+  tokens = {round(row['tokens_per_second'] * row['step_seconds'])
+            for row in one}
+  assert tokens == {8 * 16, 8 * 32}
+
+
+def test_a_run_says_how_rows_are_padded_and_cut(labelled):
+  tokenizer = tokenizers.load('bytes')
+  run = runs.build(labelled, runs.resolve(labelled, tokenizer)[0])
+  train = pipeline.training_loader(labelled, tokenizer)
+  text = loop.describe(run, 0, 256, train,
+                       pipeline.held_out(labelled, tokenizer))
+  assert ('step: 8 rows padded to 16 or 32 tokens (a program each), at most '
+          '256 tokens\n') in text
+  assert re.search('[1-9][0-9]* of whose 1[0-9]+ rows are longer than '
+                   'data.length 32, and cut off', text)

@@ -33,7 +33,7 @@ import numpy as np
 from configs.errors import RequestError, one_of, require, short
 from training.data import texts
 from training.data.tokenizers import Tokenizer, named_tokens
-from training.workdir import schema
+from training.workdir import storage
 
 # Who speaks, as files spell it: our kind of part.
 ROLES = {'system': 'system', 'user': 'user', 'human': 'user',
@@ -324,8 +324,7 @@ def in_folder(folder: Any) -> str | None:
   path = folder / 'tokenizer_config.json'
   if not path.is_file():
     return None
-  described = schema.parse(path.read_bytes(), str(path))
-  schema.check_shape(described, {}, str(path))
+  described = storage.parse(path.read_bytes(), str(path))
   template = described.get('chat_template')
   if isinstance(template, list):  # several, by name
     template = {row['name']: row['template'] for row in template}.get('default')

@@ -24,7 +24,7 @@ import numpy as np
 
 from configs.errors import RequestError, require, short
 from training.data import texts
-from training.workdir import schema
+from training.workdir import storage
 
 SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
 
@@ -332,8 +332,7 @@ def named_tokens(folder: pathlib.Path) -> dict[str, str]:
   named = {}
   for name in ('special_tokens_map.json', CONFIG):
     if (folder / name).is_file():
-      tree = schema.parse((folder / name).read_bytes(), str(folder / name))
-      schema.check_shape(tree, {}, str(folder / name))
+      tree = storage.parse((folder / name).read_bytes(), str(folder / name))
       for key, value in tree.items():
         value = value.get('content') if isinstance(value, dict) else value
         if key.endswith('_token') and isinstance(value, str):
@@ -422,3 +421,23 @@ def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
 
 def _spans(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
   return np.asarray(pairs, np.int32).reshape(-1, 2)
+
+
+# Tokens of a prompt that are decoded with what follows.
+_CONTEXT = 8
+
+
+def spelt(tokenizer: Tokenizer, ids: Sequence[int],
+          prompt: Sequence[int] = ()) -> bytes:
+  """Returns the bytes that ids add to the text of a prompt.
+
+  Where words carry the space before them, as sentencepiece and WordPiece have
+  it, what is decoded alone begins without one: so the end of the prompt is
+  decoded along, and cut off.
+  """
+  end = [int(token) for token in prompt[-_CONTEXT:]]
+  before = tokenizer.decode_bytes(end)
+  whole = tokenizer.decode_bytes([*end, *ids])
+  # A decoder that tidies up may change the end of the prompt.
+  return (whole[len(before):] if whole.startswith(before)
+          else tokenizer.decode_bytes(ids))

@@ -18,7 +18,7 @@ from lm_eval.models import utils as model_utils
 import numpy as np
 
 from configs.errors import require, short
-from training import chat, generate, objectives, progress
+from training import generate, objectives, progress
 from training.data import conversations, inputs
 from training.evals import Evaluation, checkpoint, scoring
 from training.evals.scoring import Question
@@ -62,7 +62,7 @@ class Model(api.TemplateLM):
             f'{max_length}: the model takes 1 to {model.max_len} tokens')
     self.max_gen_toks = max_gen_toks
     self._num_written = 0  # batches, of which each has draws of its own
-    said = chat.ids(hf_generation.kept(evaluation.workdir))
+    said = hf_generation.ids(hf_generation.kept(evaluation.workdir))
     self._ends = tuple(said.get('eos_token_id', ())
                        or objectives.of(config).ends(config, tokens))
     published = hf_generation.is_published(evaluation.workdir, evaluation.step)

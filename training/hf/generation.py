@@ -7,6 +7,7 @@ trained run, merged or as a mixture of experts, begins at step 0 as an import
 does: that its parameters were trained stands there, too.
 """
 
+from collections.abc import Sequence
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -17,9 +18,11 @@ import ml_collections
 import architectures
 from architectures.parts.config import ModelConfig
 from training import objectives
+from training.data import tokenizers
 from training.hf import config as hf_config
 from training.hf import files as hf_files
-from training.objectives import seq2seq
+from training.objectives import causal, seq2seq
+from training.objectives.record import Prompts, Talk, known_ids, padded
 from training.workdir import storage
 
 KEPT = 'generation.json'  # in a workdir
@@ -106,3 +109,53 @@ def _read(workdir: epath.Path) -> dict[str, Any]:
   """Returns what `keep` wrote; {}: nothing."""
   path = storage.path(workdir) / KEPT
   return hf_files.read_object(path) if path.exists() else {}
+
+
+# What a model that writes is shown, and where its texts end.
+
+
+def plain(tokenizer: tokenizers.Tokenizer, generation: Generation | None
+          ) -> Talk:
+  """Returns how an imported model goes on from a text: after its folder's bos
+  and up to its eos; where the folder names none, the separator."""
+  named = ids(generation)
+  usual = causal.goes_on(tokenizer, next(iter(named.get('bos_token_id', ())),
+                                         None))
+  return usual._replace(
+      ends=frozenset(named.get('eos_token_id', ())) or usual.ends)
+
+
+def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
+          tokenizer: tokenizers.Tokenizer, generation: Generation | None
+          ) -> tuple[Prompts, tuple[int, ...]]:
+  """Returns texts as a model that writes is shown them, and the ids with which
+  it ends its own.
+
+  Args:
+    texts: one or more.
+    config: the run's.
+    tokenizer: the model's.
+    generation: what the folder says of which these are the weights; None: of
+      none.
+  """
+  objective = objectives.of(config)
+  talk = objective.talk and objective.talk(config, tokenizer)
+  if generation is not None and talk and talk.plain:
+    talk = plain(tokenizer, generation)
+    return Prompts(*padded([talk.encode([dict(role='user', content=text)])
+                            for text in texts])), tuple(sorted(talk.ends))
+  assert objective.prompt is not None
+  prompts = objective.prompt(texts, config, tokenizer)
+  known_ids(prompts.tokens, config, tokenizer, 'the prompt')
+  return prompts, objective.ends(config, tokenizer)
+
+
+def ids(generation: Generation | None) -> dict[str, list[int]]:
+  """Returns the ids of special tokens that a folder names; the file of
+  generation counts more than config.json, as for transformers."""
+  if generation is None:
+    return {}
+  return {name: value if isinstance(value, list) else [value]
+          for name, value in (generation.fields
+                              | (generation.options or {})).items()
+          if name.endswith('_token_id') and value is not None}

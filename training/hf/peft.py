@@ -24,7 +24,7 @@ from architectures.parts.hf import tensor_map
 from configs.errors import require, short
 from architectures.parts import paths
 from training.hf import files as hf_files, weights
-from training.runs import parameter_shapes
+from architectures.parts.roles import parameter_shapes
 from training.workdir import checkpoints, storage
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'

@@ -24,9 +24,8 @@ import numpy as np
 
 from architectures.parts.skeletons import Output
 from configs.errors import RequestError
-from training import generate
 from training.objectives import losses
-from training.data.tokenizers import Tokenizer
+from training.data.tokenizers import Tokenizer, spelt
 
 Config = ml_collections.ConfigDict
 Shape = tuple[tuple[int, ...], type]  # of an array, with its dtype
@@ -61,11 +60,11 @@ class Prompts(NamedTuple):
   gap: str = ''
   lead: str = ''
 
-  def text(self, row: int, ids: generate.Ids, tokenizer: Tokenizer) -> str:
+  def text(self, row: int, ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """Returns the text of the ids that were written after a row's prompt, with
     the space before its first word unless there is a gap."""
     prompt = self.tokens[row, :self.lengths[row]] if not self.gap else ()
-    text = generate.spelt(tokenizer, ids, prompt).decode('utf-8', 'replace')
+    text = spelt(tokenizer, ids, prompt).decode('utf-8', 'replace')
     return text.removeprefix(self.lead)
 
 

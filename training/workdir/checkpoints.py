@@ -40,7 +40,6 @@ import ml_collections
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError, require
-from training import progress
 from architectures.parts import paths
 from training.workdir import storage
 
@@ -380,8 +379,7 @@ def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
   damaged = []
   for candidate in available[::-1] if step is None else [step]:
     try:
-      with progress.during(f'restoring step {candidate}'):
-        state, record = _read(folder / str(candidate), abstract, partial)
+      state, record = _read(folder / str(candidate), abstract, partial)
       return Restored(candidate, state, record, tuple(
           f'{sentence}; using {candidate} instead' for sentence in damaged))
     except _Damaged as error:

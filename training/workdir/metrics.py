@@ -23,7 +23,7 @@ import ml_collections
 import numpy as np
 
 from configs.errors import RequestError, require
-from training.workdir import schema, storage
+from training.workdir import storage
 
 METRICS = 'metrics.jsonl'
 ROW = {'step': int, 'split': str}
@@ -191,7 +191,7 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
     RequestError: for a line that is no row.
   """
   lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
-  rows = [_parse(line, f'{path}, line {number},')
+  rows = [storage.parse(line, f'{path}, line {number},', ROW)
           for number, line in enumerate(lines[:-1], 1)]
   with_last = lines and lines[-1].endswith(b'\n') and _row(lines[-1])
   return rows + [with_last] * bool(with_last)
@@ -235,15 +235,9 @@ def _drop_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
   return {(step, row['split']) for row in rows if row and row['step'] == step}
 
 
-def _parse(line: bytes, who: str) -> dict[str, Any]:
-  row = schema.parse(line, who)
-  schema.check_shape(row, ROW, who)
-  return row
-
-
 def _row(line: bytes) -> dict[str, Any] | None:
   """Returns what a line holds; None of one that was cut short."""
   try:
-    return _parse(line, '')
+    return storage.parse(line, '', ROW)
   except RequestError:
     return None

@@ -23,7 +23,7 @@ from architectures.parts.config import ModelConfig
 from configs import base
 from configs.errors import require, short
 from configs.fields import INCOMPATIBLE, OPTIMISATION, SAFE
-from training.workdir import checkpoints, provenance, schema, storage
+from training.workdir import checkpoints, provenance, storage
 
 FORMAT = 1  # of config.json
 _FORMAT, _DERIVED, _STARTS = 'format', storage.DERIVED, 'starts'
@@ -85,18 +85,13 @@ def labels(workdir: epath.Path) -> tuple[str, ...]:
 def starts(workdir: epath.Path) -> list[dict[str, Any]]:
   """Returns what is remembered of each start of a run that has begun, the last
   start last; a start that equals the one before it counts once."""
-  if not (exists(workdir) and has_begun(workdir)):
-    return []
-  return list(_load(workdir)[_STARTS])
+  there = file(workdir).exists() and has_begun(workdir)
+  return list(_load(workdir)[_STARTS]) if there else []
 
 
 def file(workdir: epath.Path):
   """Returns where the config of a run lies."""
   return storage.path(workdir) / storage.CONFIG
-
-
-def exists(workdir: epath.Path) -> bool:
-  return file(workdir).exists()
 
 
 def has_begun(workdir: epath.Path) -> bool:
@@ -111,16 +106,14 @@ def _load(workdir: epath.Path) -> dict[str, Any]:
   require(path.exists(), f'{path} is missing: '
           + ('put it back, or take another --workdir' if has_begun(workdir) else
              'no run was started in this workdir'))
-  tree = tuples(schema.parse(path.read_bytes(), str(path)))
-  who = f'{path} is damaged: '
-  require(isinstance(tree, dict) and isinstance(tree.get(_DERIVED), dict),
-          f'{who}it has no {_DERIVED!r}')
+  tree = tuples(storage.parse(path.read_bytes(), str(path), {_DERIVED: dict}))
   require(tree.get(_FORMAT) == FORMAT, f'{path} is of format '
           f'{short(tree.get(_FORMAT))}, and this version of the code reads '
           f'{FORMAT}: go on with the version that wrote it, or train anew')
   provenance.check_shape(tree.get(_STARTS), f'{path}: {_STARTS}')
   base.check({name: value for name, value in tree.items()
-              if name not in (_FORMAT, _DERIVED, _STARTS)}, who)
+              if name not in (_FORMAT, _DERIVED, _STARTS)},
+             f'{path} is damaged: ')
   return tree
 
 

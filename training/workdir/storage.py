@@ -12,7 +12,7 @@ checkpoints, a ValueError, with the number of the operating system's error in
 its text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import errno
 import fcntl
@@ -25,10 +25,11 @@ import shutil
 import sys
 import tempfile
 import time
+from typing import Any
 
 from etils import epath
 
-from configs.errors import EnvironmentFailure, RequestError, require
+from configs.errors import EnvironmentFailure, RequestError, require, short
 
 CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'  # of a run, in its folder
 DERIVED = 'derived'  # in a run's config.json, and in no other
@@ -81,6 +82,30 @@ def write(file: epath.Path, text: str) -> None:
       stream.flush()
       os.fsync(stream.fileno())  # or a crash may leave it empty
     partial.replace(file)
+
+
+def parse(text: str | bytes, who: str, fields: Mapping[str, Any] = {}
+          ) -> dict[str, Any]:
+  """Returns the object that JSON text holds.
+
+  Args:
+    text: of a whole file, or of a line.
+    who: the file, as the subject of a sentence.
+    fields: the types of fields that must be there, by name.
+
+  Raises:
+    RequestError: where it is no JSON, no object, or a field is another.
+  """
+  try:
+    tree = json.loads(text)
+  except (ValueError, RecursionError) as error:  # of UTF-8, or of JSON
+    raise RequestError(f'{who} is damaged, and is no JSON: {error}') from error
+  require(isinstance(tree, dict), f'{who} is damaged: it is {short(tree)}, and '
+          'must be an object')
+  for name, kind in fields.items():
+    require(isinstance(tree.get(name), kind), f'{who} is damaged: its {name!r} '
+            f'is {short(tree.get(name))}')
+  return tree
 
 
 def sweep(folder: str | os.PathLike, pattern: str, seconds: float) -> None:

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import errors
 import training
 from training.distributed import cpu, devices, processes
 
@@ -70,21 +69,6 @@ def test_what_the_slices_do_not_divide_is_refused(slices, shape, parts):
   assert all(part in str(error.value) for part in parts), error.value
 
 
-def test_gpus_of_several_hosts_are_one_slice():
-  gpus = [Chip(id=i, slice_index=i, platform='gpu') for i in range(4)]
-  assert devices.by_slice(gpus, 0) == [gpus]
-
-
-@pytest.mark.parametrize('coordinator, number, index, sentence', [
-    ('nonsense', 2, 0, "is 'nonsense': write HOST:PORT"),
-    ('here:123', 2, 7, '--process_id is 7 of --num_processes 2'),
-])
-def test_a_coordinator_that_is_none_is_refused(coordinator, number, index,
-                                               sentence):
-  with pytest.raises(errors.RequestError, match=sentence):
-    processes.how_to_join(coordinator, number, index)
-
-
 def test_how_a_process_joins_the_others(monkeypatch):
   assert processes.how_to_join() is None
   monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', '[::1]:1234')
@@ -96,14 +80,6 @@ def test_how_a_process_joins_the_others(monkeypatch):
   assert how['coordinator_bind_address'] == '[::1]:1234'
   monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'node-0:1234')
   assert processes.how_to_join()['coordinator_bind_address'] is None
-
-
-def test_a_cluster_that_is_none_is_one_sentence(monkeypatch):
-  def initialize(**_):
-    raise ValueError('coordinator_address should be defined.')
-  monkeypatch.setattr(processes.jax.distributed, 'initialize', initialize)
-  with pytest.raises(errors.RequestError, match='--cluster asks .* pass --co'):
-    processes.initialize(processes.how_to_join(cluster=True))
 
 
 EIGHT = '--xla_force_host_platform_device_count=8'

@@ -86,7 +86,7 @@ def test_a_wrong_mixture_is_refused(words, sentence, tmp_path):
   with pytest.raises(ValueError, match=sentence):
     convert.upcycle(tmp_path / 'in', tmp_path / 'out', moe=words, step=None,
                     seed=0)
-  assert not run_config.exists(tmp_path / 'out')
+  assert not run_config.file(tmp_path / 'out').exists()
 
 
 @pytest.fixture(scope='module')
@@ -118,7 +118,7 @@ def test_an_import_that_fails_leaves_no_run(tmp_path, monkeypatch):
     patch.setattr(checkpoints.Checkpoints, 'save', fail)
     with pytest.raises(EnvironmentFailure, match='full'):
       to_run()
-  assert not run_config.exists(tmp_path / 'run')
+  assert not run_config.file(tmp_path / 'run').exists()
   to_run()  # the same command goes on
   (tmp_path / 'run/config.json').unlink()
   with pytest.raises(ValueError, match='holds a run already'):

@@ -143,12 +143,6 @@ def test_large_logits_stay_finite_and_nan_shows():
   assert np.isnan(value)
 
 
-def products(fn, *args):
-  """Returns how many matrix products stand in fn's program."""
-  text = jax.jit(fn).lower(*args).as_text()
-  return len(re.findall(r'dot_general', text))
-
-
 @pytest.mark.parametrize('differentiate', [False, True])
 def test_no_array_of_all_logits_is_held(differentiate):
   vocab, length, chunk = 512, 64, 32  # 8 x 4 positions at once

@@ -165,19 +165,6 @@ def test_an_error_of_the_machine_is_no_damage(copy, monkeypatch, code, part):
     assert checkpoints.steps(store.directory) == [10, 20, 30]
 
 
-def test_nothing_good_is_an_error_and_nothing_is_moved(copy):
-  folder = checkpoints.directory(copy)
-  _truncate(copy / 'checkpoints' / '20')
-  with pytest.raises(EnvironmentFailure, match='20 .* damaged.* also 10, 30'):
-    checkpoints.restore(folder, toy_run.abstract(1, 1), step=20)
-  for step in (10, 30):
-    _truncate(copy / 'checkpoints' / str(step))
-  with toy_run.open_store(copy) as store:
-    with pytest.raises(EnvironmentFailure, match='(is damaged.*){3}no other'):
-      toy_run.resume(store, toy_run.abstract(4, 2))
-    assert checkpoints.steps(folder) == [10, 20, 30]
-
-
 def test_no_flipped_bit_gets_through(run, copy):
   """20 places drawn from all files of a step: found, or without effect."""
   step_dir, states = copy / 'checkpoints' / '30', run[1]
@@ -256,16 +243,6 @@ def test_what_is_kept(goods, keep, keep_every, best):
     assert {step for step in goods if step % keep_every == 0} <= kept
 
 
-def test_the_same_state_is_not_saved_twice(tmp_path):
-  state = toy_run.born(1, 1)
-  with toy_run.open_store(tmp_path) as store:
-    assert toy_run.save(store, 10, state)
-    assert not toy_run.save(store, 10, state)
-  with toy_run.open_store(tmp_path) as store:
-    restored = toy_run.resume(store, toy_run.abstract(1, 1))
-    assert not toy_run.save(store, 10, restored.state)
-
-
 @pytest.mark.parametrize('every_steps, every_minutes, due', [
     (4, 0.0, [4, 8, 12]), (7, 5.0, [5, 7, 12])])
 def test_due_by_step_or_by_time_since_the_last(
@@ -282,14 +259,6 @@ def test_due_by_step_or_by_time_since_the_last(
         toy_run.save(store, step, state)
         saved.append(step)
   assert saved == due
-
-
-@pytest.mark.parametrize('text', ['-1', '2.5', 'last', '', '02', '3,3', '3,x'])
-def test_a_step_that_is_none_is_refused(text):
-  assert checkpoints.named_step(None) is None
-  assert checkpoints.named_step('20') == 20
-  with pytest.raises(RequestError, match='write the number of a step, or best'):
-    checkpoints.named_step(text)
 
 
 _LOOP = '''

@@ -1,16 +1,12 @@
 """What is written of a run: lines, TensorBoard's events, W&B's."""
 
-import importlib.util
 import json
-import sys
-import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import base
-from configs.errors import RequestError
 from training.workdir import metrics
 
 
@@ -100,52 +96,3 @@ def test_tensorboards_own_reader_reads_the_file(tmp_path):
   assert scalars['train/load/1'][-1] == (40, 0.75)
   assert 'train/mfu' not in scalars
   assert [row['step'] for row in rows(tmp_path)] == [10, 20, 30, 40]
-
-
-class FakeRun:
-
-  def __init__(self):
-    self.logged, self.axes, self.finished = [], [], False
-
-  def define_metric(self, name, step_metric=None):
-    self.axes.append((name, step_metric))
-
-  def log(self, row):
-    self.logged.append(row)
-
-  def finish(self):
-    self.finished = True
-
-
-def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
-  calls, runs = [], []
-
-  def init(**kwargs):
-    calls.append(kwargs)
-    runs.append(FakeRun())
-    return runs[-1]
-
-  monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(
-      init=init, __spec__=importlib.util.spec_from_loader('wandb', None)))
-  config = log_config(wandb=True, wandb_project='p')
-  for step in (10, 20):
-    files = metrics.writers(tmp_path / 'a_run', config, resumed_step=step - 10)
-    files[-1].write(step, 'eval', {'loss': 2.0, 'mfu': None, 'load': [1, 2]})
-    files[-1].close()
-  assert runs[0].logged == [
-      {'step': 10, 'eval/loss': 2.0, 'eval/load/0': 1.0, 'eval/load/1': 2.0}]
-  assert runs[1].logged[0]['step'] == 20
-  assert ('*', 'step') in runs[0].axes and runs[0].finished
-  assert calls[0]['id'] == calls[1]['id']
-  assert calls[0]['project'] == 'p' and calls[0]['name'] == 'a_run'
-  assert calls[0]['config']['optim']['name'] == 'adamw'
-
-
-@pytest.mark.parametrize('row', [
-    '{"step": 1', '{"step": "1", "split": "train"}'])
-def test_a_line_of_metrics_that_is_no_row_has_its_number(row, tmp_path):
-  file = tmp_path / 'metrics.jsonl'
-  good = '{"step": 1, "split": "train", "loss": 1}'
-  file.write_text(f'{good}\n{row}\n{good}\n')
-  with pytest.raises(RequestError, match='metrics.jsonl, line 2,'):
-    metrics.read(file)

@@ -21,7 +21,7 @@ import numpy as np
 
 import architectures
 from configs.errors import require, short
-from training import chat, generate, objectives
+from training import generate, objectives
 from training.costs import totals
 from training.data import texts as text_files
 from training.evals import Evaluation, Flag, Task, inspection, without
@@ -113,7 +113,7 @@ def _read(evaluation: Evaluation) -> Read:
     read = Read(dict(tokens_BM=source_1M, decoder_tokens_BL=shown_1L),
                 dict(encoder=source_1M[0], decoder=shown_1L[0]), notes)
   elif objective.prompt is not None:
-    prompts, _ = chat.shown([prompt], run_.config, tokenizer,
+    prompts, _ = hf_generation.shown([prompt], run_.config, tokenizer,
                             hf_generation.published(evaluation.workdir,
                                                     evaluation.step))
     read = Read(dict(tokens_BL=prompts.tokens, **prompts.arguments),

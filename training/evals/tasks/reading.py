@@ -25,7 +25,7 @@ import numpy as np
 import architectures
 from architectures.parts.moe.layer import without_capacity
 from configs.errors import one_of, require, short
-from training import chat, objectives, progress
+from training import objectives, progress
 from training.data import probes
 from training.data import texts as text_files
 from training.evals import Evaluation, Flag, Task, scoring, without
@@ -100,7 +100,7 @@ def laid_out(texts: Sequence[tuple[str, str]], evaluation: Evaluation
   before, after = around(evaluation)
   if architectures.stack(evaluation.run.model) == 'decoder':
     # Weights of others may have begun with a bos.
-    before = chat.plain(tokenizer, hf_generation.published(
+    before = hf_generation.plain(tokenizer, hf_generation.published(
         evaluation.workdir, evaluation.step)).encode([])
   rows = []
   for (where, _), ids in zip(texts, tokenizer.encode_batch(

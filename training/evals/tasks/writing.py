@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.errors import require
-from training import chat, generate, progress
+from training import generate, progress
 from training.data import texts as text_files
 from training.evals import Evaluation, Flag, Task, held_out, without
 from training.hf import generation as hf_generation
@@ -28,7 +28,7 @@ def samples(evaluation: Evaluation) -> dict[str, Any]:
   of an encoder-decoder, what it writes when it has read the prompt."""
   options, config = evaluation.options, evaluation.run.config
   how = beams(options)
-  prompts, ends = chat.shown(
+  prompts, ends = hf_generation.shown(
       _prompts(options, 1 if how else options.samples), config,
       evaluation.tokenizer,
       hf_generation.published(evaluation.workdir, evaluation.step))
