@@ -22,7 +22,6 @@ from configs.errors import RequestError
 from tests.helpers import fuzzing, models, sweep_folder
 from tests.helpers.fuzzing import each, runs_or_refuses
 from tools.compare import layout, status
-from tools.compare import ledger as ledger_lib
 from tools.compare import report
 from training import preflight, runs
 from training import cli
@@ -249,7 +248,7 @@ def test_ledgers_and_runs(sweep, tmp_path_factory, data):
 
   def look():
     description = layout.load_description(workdir)
-    with ledger_lib.Ledger(workdir) as ledger:
+    with layout.Ledger(workdir) as ledger:
       ledger.recover()
       status.plain(description, workdir, ledger.runs())
     report.as_json(report.load(workdir))

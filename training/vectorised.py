@@ -10,13 +10,12 @@ where that is more than one needs alone, its dropout draws other numbers (with
 data.length_buckets=1 all rows have one length).
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import pathlib
 from typing import Any
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -25,7 +24,7 @@ import numpy as np
 
 import architectures
 from configs import sharding as tables
-from configs.errors import EnvironmentFailure, require
+from configs.errors import require
 from training import loop, objectives, parameters
 from training import preflight, runs
 from training.data import tokenizers
@@ -51,54 +50,21 @@ RUNS = 'runs'  # the mesh axis, and the leading axis of every array
 _EACH, _ALL = PartitionSpec(RUNS), PartitionSpec()
 
 
-class Unfinished(EnvironmentFailure):
-  """Some runs of a group did not reach their last step; the others did.
-
-  Attributes:
-    sentences: why not, by the run's place in the group.
-    diverged: the places of those that ended after too many bad steps, as they
-      would again; the others were told to stop.
-    stopped: whether a signal came.
-  """
-
-  def __init__(self, sentences: dict[int, str], workdirs: Sequence[epath.Path],
-               diverged: Collection[int] = (), stopped: bool = False):
-    self.sentences, self.diverged = sentences, frozenset(diverged)
-    self.stopped = stopped
-    super().__init__('\n'.join(
-        f'{workdirs[i]}: {sentence}' for i, sentence in sentences.items()))
-
-
 def groups(configs: Sequence[ml_collections.ConfigDict]) -> list[list[int]]:
   """Returns the places of the configs that may train as one program.
 
-  A config that needs several devices, starts from weights, or reports to W&B
-  stands alone: train.py is for it.
+  A config that needs several devices, starts from weights, reports to W&B, or
+  is trained by SOAP stands alone: train.py is for it.
   """
-  found: dict[object, list[int]] = {}
+  alike: dict[object, list[int]] = {}
   for i, config in enumerate(configs):
-    found.setdefault(i if refusal(config) else _shared(config), []).append(i)
-  return list(found.values())
-
-
-def refusal(config: ml_collections.ConfigDict) -> str:
-  """Returns why the config cannot train beside others; '' where it can."""
-  for axis in tables.MESH_AXES:
-    size = config.mesh[axis]
-    if size != 1 and (axis, size) != ('data', -1):
-      return (f'mesh.{axis} is {size}: a run of a group has one device; leave '
-              'mesh.data at -1 and the others at 1')
-  if config.init_from:
-    return (f'init_from is {config.init_from!r}: a run that starts from '
-            'weights trains alone')
-  if config.log.wandb:
-    return 'log.wandb is True: W&B follows one run a process'
-  if config.optim.name == 'soap':
-    return ("optim.name is 'soap': the bases of several runs would turn at "
-            'each step')
-  if config.seed >= 2 ** 32:
-    return f'seed is {config.seed}: it must be < 2^32'
-  return ''
+    # SOAP's bases of several runs would turn at each step.
+    alone = (config.init_from or config.log.wandb or config.seed >= 2 ** 32
+             or config.optim.name == 'soap' or any(
+                 config.mesh[axis] not in (1, -1 if axis == 'data' else 1)
+                 for axis in tables.MESH_AXES))
+    alike.setdefault(i if alone else _shared(config), []).append(i)
+  return list(alike.values())
 
 
 def _shared(config: ml_collections.ConfigDict) -> tuple:
@@ -107,7 +73,7 @@ def _shared(config: ml_collections.ConfigDict) -> tuple:
 
 
 def train(configs: Sequence[ml_collections.ConfigDict],
-          workdirs: Sequence) -> bool:
+          workdirs: Sequence) -> list[loop.Writer]:
   """Trains a group of runs, each into its own workdir, or goes on with them.
 
   Runs that stopped at different steps go on as one program for each step.
@@ -117,14 +83,18 @@ def train(configs: Sequence[ml_collections.ConfigDict],
     workdirs: a folder for each.
 
   Returns:
-    Whether a signal came, too late to stop any of them.
+    How each of them ended: the `sentence` of one that did not reach its last
+    step, after a signal, or where its loss was not finite in
+    train.max_bad_steps steps in a row; all that was trained is saved.
 
   Raises:
     ValueError: for configs that are no group, or a workdir of another run.
-    Unfinished: after a signal, or where the loss of a run was not finite in
-      train.max_bad_steps steps in a row; all that was trained is saved.
   """
-  _check(configs, workdirs)
+  require(groups(configs) == [list(range(len(workdirs)))], 'runs of a group '
+          f'differ in {", ".join(FIELDS)} alone, and have a device, and a '
+          'workdir, each')
+  for config in configs:
+    preflight.check_config(config)
   filled = [objectives.with_labels(c) for c in configs]
   config = filled[0]
   tokenizer = tokenizers.load(config.data.tokenizer)
@@ -140,7 +110,7 @@ def train(configs: Sequence[ml_collections.ConfigDict],
                            jax.devices()[:1])
   run = runs.build(config, resolved[0][0], mesh)
   with contextlib.ExitStack() as stack:
-    found = []
+    begun = []
     for c, workdir, (model, _), changed in zip(
         filled, map(pathlib.Path, workdirs), resolved, changes):
       stack.enter_context(storage.locked(workdir))
@@ -149,10 +119,10 @@ def train(configs: Sequence[ml_collections.ConfigDict],
       writer = loop.Writer(c, workdir, saved, str(workdir))
       own = dataclasses.replace(run, config=c, model=model,
                                 module=architectures.build(model))
-      found.append((writer, *_take_up(own, writer, bool(changed))))
-    records = dict(zip([writer for writer, *_ in found], zip(
+      begun.append((writer, *_take_up(own, writer, bool(changed))))
+    records = dict(zip([writer for writer, *_ in begun], zip(
         configs, [derived for _, derived in resolved])))
-    going = [each for each in found if not each[0].sentence]
+    going = [each for each in begun if not each[0].sentence]
     # Of two that begin, one may have the parameters of an import.
     for start, new in sorted({(n, state is None) for _, state, n in going}):
       part, states = zip(*[each[:2] for each in going if (
@@ -168,15 +138,7 @@ def train(configs: Sequence[ml_collections.ConfigDict],
         for writer in part:  # no record is written of what is not trained
           run_config.save(writer.workdir, *records[writer], contents)
         _train_part(run, part, states, start, tokenizer)
-  sentences = {place: writer.sentence
-               for place, (writer, *_) in enumerate(found)
-               if writer.sentence and writer.code != loop.EARLY}
-  stopped = any(writer.told_to_stop for writer, *_ in found)
-  if sentences:
-    raise Unfinished(sentences, workdirs, [
-        place for place in sentences
-        if found[place][0].code == loop.DIVERGED], stopped)
-  return stopped
+  return [writer for writer, *_ in begun]
 
 
 def _take_up(run: runs.Run, writer: loop.Writer, changed: bool
@@ -216,25 +178,6 @@ def _train_part(run: runs.Run, part: Sequence[loop.Writer],
                      pipeline.held_out(config, tokenizer))
   if any(writer.code == loop.STOPPED for writer in part):
     print(f'stopped after step {n}: the same request goes on.')
-
-
-def _check(configs: Sequence[ml_collections.ConfigDict],
-           workdirs: Sequence[epath.Path]) -> None:
-  """Raises ValueError for what is no group."""
-  require(len(configs) == len(workdirs) > 0,
-          f'{len(configs)} configs and {len(workdirs)} workdirs: pass one '
-          'workdir a config')
-  require(len({pathlib.Path(w).absolute() for w in workdirs}) == len(workdirs),
-          'two runs of a group have the same workdir')
-  require(jax.process_count() == 1, 'runs train as one program in one process, '
-          f'and there are {jax.process_count()}')
-  for config in configs:
-    preflight.check_config(config)
-    require(not refusal(config), refusal(config))
-    differ = [name for (name, a), (_, b) in zip(
-        _shared(configs[0]), _shared(config), strict=True) if a != b]
-    require(not differ, f'runs of a group differ in {", ".join(differ)}: only '
-            f'{", ".join(FIELDS)} may')
 
 
 def program_of(run: runs.Run, writers: Sequence[loop.Writer]) -> loop.Program:

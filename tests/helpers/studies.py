@@ -7,7 +7,6 @@ import math
 
 from tools.compare import plan as plans
 from tools.compare import layout, study
-from tools.compare import ledger as ledger_lib
 from training.workdir import run_config
 
 BEST_LR = {'base': 2e-3, 'good': 4e-3, 'same': 2e-3, 'wild': 2e-3}
@@ -150,7 +149,7 @@ class Written(study.Trainer):
 
   def work(self, path, ledger):
     name, description = ledger.register(), layout.load_description(path)
-    for row in ledger.runs(ledger_lib.PENDING):
+    for row in ledger.runs(layout.PENDING):
       if self.stop_after is not None and len(self.did) >= self.stop_after:
         return False
       if ledger.claim([row.id], name):
@@ -167,7 +166,7 @@ def leave(folder, config, loss) -> tuple[str, str]:
   many steps; or a text: the error that it failed by. Returns its state."""
   run_config.save(folder, config, {})
   if isinstance(loss, str):
-    return ledger_lib.FAILED, loss
+    return layout.FAILED, loss
   steps, bad = config.train.steps, config.train.max_bad_steps
   rows = [{'step': steps, 'split': 'train', 'loss': loss, 'step_seconds': 0.5,
            'bad_in_row': bad if loss is None else 0, 'param_norm': 1.0}]
@@ -178,8 +177,8 @@ def leave(folder, config, loss) -> tuple[str, str]:
   (folder / 'metrics.jsonl').write_text(
       ''.join(json.dumps(row) + '\n' for row in rows))
   (folder / 'checkpoints' / str(steps)).mkdir(parents=True, exist_ok=True)
-  return ((ledger_lib.FAILED, 'the loss was not finite') if loss is None
-          else (ledger_lib.DONE, ''))
+  return ((layout.FAILED, 'the loss was not finite') if loss is None
+          else (layout.DONE, ''))
 
 
 def arguments(**changes) -> argparse.Namespace:

@@ -7,7 +7,6 @@ import numpy as np
 
 from configs import base
 from tools.compare import layout
-from tools.compare import ledger as ledger_lib
 from training.workdir import run_config
 
 STEPS, EVERY = 200, 10
@@ -49,18 +48,18 @@ def write(root, points, match='', states=None):
       match_field='', paired=True, base=points[0]['name'],
       base_config=run_config.to_json(config), points=rows)
   layout.save_description(root, description)
-  with ledger_lib.Ledger(root) as ledger:
+  with layout.Ledger(root) as ledger:
     ledger.add((p['name'], seed, ()) for p in points for seed in p['seeds'])
     runner = ledger.register()
     for run in ledger.runs():
-      state, error = states.get((run.point, run.seed), (ledger_lib.DONE, ''))
-      if state != ledger_lib.PENDING:
+      state, error = states.get((run.point, run.seed), (layout.DONE, ''))
+      if state != layout.PENDING:
         ledger.claim([run.id], runner)
         ledger.settle(run.id, runner, state, error)
         p = next(p for p in points if p['name'] == run.point)
         folder = layout.run_folder(root, run.point, run.seed)
         run_config.save(folder, layout.config(description, run.point, run.seed))
-        _write_run(folder, p, run.seed, state == ledger_lib.DONE)
+        _write_run(folder, p, run.seed, state == layout.DONE)
 
 
 def _write_run(folder, p, seed, done):

@@ -4,7 +4,7 @@ import argparse
 import pathlib
 import sys
 
-from tools.compare import layout, ledger, run
+from tools.compare import layout, run
 from training.workdir import run_config
 
 FILE = '''
@@ -106,7 +106,7 @@ def fake(monkeypatch, code: int = 0) -> None:
 
 
 def states(workdir) -> dict:
-  with ledger.Ledger(workdir) as opened:
+  with layout.Ledger(workdir) as opened:
     return {(r.point, r.seed): r.state for r in opened.runs()}
 
 

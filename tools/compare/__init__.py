@@ -2,7 +2,7 @@
 
 What lies in a sweep's folder W:
   sweep.json                 the points, what they change, what they cost
-  ledger.sqlite              the state of every run (ledger.py)
+  ledger.sqlite              the state of every run (layout.py)
   points/NAME/seed-S/        the folder of one run, as train.py makes it, and
     log.txt                  what it printed
     eval.json                the figures of the evaluations that it owed

@@ -7,19 +7,19 @@ import json
 from configs.errors import RequestError, require
 from configs.fields import check_number
 from tools.compare import cost, layout, spec
-from tools.compare import ledger as ledger_lib
 from training import progress
 
-# What only a sweep's file is read with, or only a study's; with its default.
-_OF_A_SWEEP = {'seeds': 0, 'match': '', 'match_field': ''}
-_OF_A_STUDY = {'until': 'report', 'amend': '', 'anyway': False}
+# What only a sweep's file is read with, or only a study's.
+_OF_A_SWEEP = ('seeds', 'match', 'match_field')
+_OF_A_STUDY = ('amend', 'anyway')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_file_arguments(parser)
   parser.add_argument('--workdir', default='', help='write sweep.json here; of '
                       'a study that has run in part: take the hours from it')
-  parser.add_argument('--json', action='store_true', help='print JSON')
+  parser.add_argument('--json', action='store_true', help='of a sweep: print '
+                      'JSON')
 
 
 def add_file_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,10 +44,10 @@ def check_arguments(args) -> bool:
   for name, most in (('parallel', 512), ('group', 100_000)):
     check_number(f'--{name}', getattr(args, name), (('>=', 1), ('<=', most)))
   study = spec.is_study(args.file)
-  others, kind = (_OF_A_SWEEP, 'sweep') if study else (_OF_A_STUDY, 'study')
-  for flag, unset in others.items():
-    require(getattr(args, flag, unset) == unset, f'--{flag} is of a {kind}, '
-            f'and {args.file} is none: leave it out')
+  for flag in _OF_A_SWEEP if study else _OF_A_STUDY:
+    require(not getattr(args, flag, None), f'--{flag} is of a '
+            f'{"sweep" if study else "study"}, and {args.file} is none: leave '
+            'it out')
   return study
 
 
@@ -59,7 +59,7 @@ def main(args) -> int:
     layout.try_folder(args.workdir)
   description = describe(args)
   if args.workdir:  # only once all is well
-    with ledger_lib.Ledger(args.workdir) as ledger, ledger.transaction():
+    with layout.Ledger(args.workdir) as ledger, ledger.transaction():
       layout.save_description(args.workdir, description)
   print(json.dumps(description, indent=2) if args.json
         else table(description))
@@ -84,7 +84,6 @@ def describe(args) -> dict:
           f'{", ".join(spec.MATCH)}')
   if args.match:
     sweep = cost.match(sweep, args.match, field)
-  base = cost.of(sweep.base)
   return {
       'name': sweep.name, 'file': sweep.file, 'match': sweep.match,
       'match_field': field if args.match else '',
@@ -92,18 +91,18 @@ def describe(args) -> dict:
       'base_config': run_config.to_json(sweep.base),
       'paired': not any(key.startswith(spec.BATCHES) for point in sweep.points
                         for key in point.changes),
-      'points': [_row(sweep, point, base)
+      'sources': cost.contents(map(sweep.config, sweep.points)),
+      'points': [_row(sweep, point)
                  for point in progress.each(sweep.points, 'points checked')]}
 
 
-def _row(sweep: spec.Sweep, point: spec.Point, base: cost.Cost) -> dict:
+def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
   from architectures.parts import tables
-  from training import runs
   from training.costs import systems, totals
+  from training.workdir import run_config
   config = sweep.config(point)
   try:
     cost.check(config, point.changes)
-    unread = tables.unread(runs.resolve_alone(config))
     figures = cost.of(config)
     require(bool(config.eval.every_steps or config.eval.tasks
                  or sweep.owed(point)), 'eval.every_steps is 0 and no task is '
@@ -112,21 +111,22 @@ def _row(sweep: spec.Sweep, point: spec.Point, base: cost.Cost) -> dict:
             'a task in TASKS')
   except RequestError as error:
     raise RequestError(f'point {point.name!r}: {error}') from error
+  model = cost.resolved(config)
+  before, after = (run_config.flatten_dict({'model': tables.as_dict(of)})
+                   for of in (cost.resolved(sweep.base), model))
   # Model fields that were left open and that a change resolves otherwise.
-  follows = {key: [base.model.get(key, ''), value]
-             for key, value in figures.model.items()
-             if value != base.model.get(key, '') and key not in point.changes
-             and key.removeprefix('model.') not in unread
-             and not ('model.kinds' in point.changes
-                      and key.startswith('model.kinds.'))}
+  aside = {*point.changes, *(f'model.{name}' for name in tables.unread(model))}
+  follows = {key: [before.get(key, ''), value] for key, value in after.items()
+             if value != before.get(key, '') and key not in aside
+             and not ('model.kinds' in aside and key.startswith('model.kinds.')
+                      )}
   return {
       'name': point.name, 'changes': dict(point.changes),
       'matched': list(point.matched), 'follows': follows,
       'unlike': systems.line(totals.resolved(config))
                 if 'model.arch' in point.changes else '',
-      'params': figures.params, 'active_params': figures.active_params,
-      'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
-      'seeds': list(sweep.seeds), 'tasks': list(sweep.owed(point))}
+      **figures._asdict(), 'seeds': list(sweep.seeds),
+      'tasks': list(sweep.owed(point))}
 
 
 def table(description: dict) -> str:
@@ -153,8 +153,6 @@ def table(description: dict) -> str:
     lines.append('warning: points differ in data.*, objective, span.* or '
                  'probe.*, so a seed does not give all of them the same '
                  'batches')
-  if held_out := layout.held_out_note(point['changes'] for point in points):
-    lines.append(f'warning: {held_out}')
   lines += [f'{point["name"]}: {point["unlike"]}' for point in points
             if point['unlike']]
   return '\n'.join(lines)

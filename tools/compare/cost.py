@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 from configs.errors import RequestError, require
 from tools.compare import spec
@@ -17,8 +18,7 @@ STEP = 8  # a width that hardware likes
 LARGEST = 2 ** 24
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
   """Figures of a config.
 
   Attributes:
@@ -26,13 +26,11 @@ class Cost:
     active_params: of these, the ones that work for one token.
     flops_per_token: of a training step: forward and backward.
     tokens: of the whole run.
-    model: the model's fields, the open ones filled in, by dotted key.
   """
   params: int
   active_params: int
   flops_per_token: float
   tokens: int
-  model: dict
 
 
 def off_devices() -> None:
@@ -43,27 +41,24 @@ def off_devices() -> None:
 
 def of(config) -> Cost:
   """Returns what a run of `config` costs; ValueError for a bad model."""
-  from architectures.parts import tables
   from training import objectives
   from training.costs import flops
   from training.data import ramp
-  from training.workdir import run_config
-  model = _resolved(config)
+  model = resolved(config)
   objective = objectives.of(config)
   lengths = objective.row_lengths(config)
   return Cost(
       *_parameters(model), flops.training_flops_per_token(
           model, *lengths, unread=objective.unread(config, lengths[0]),
           freeze=config.optim.freeze, prefix=objective.prefix),
-      int(ramp.of(config).before(config.train.steps)) * sum(lengths),
-      run_config.flatten_dict({'model': tables.as_dict(model)}))
+      int(ramp.of(config).before(config.train.steps)) * sum(lengths))
 
 
 def figure(config, what: str) -> float:
   """Returns one figure of a Cost alone: parameters without a trace of what is
   computed with them."""
   if what in ('params', 'active_params'):
-    return _parameters(_resolved(config))[what == 'active_params']
+    return _parameters(resolved(config))[what == 'active_params']
   return getattr(of(config), what)
 
 
@@ -80,7 +75,18 @@ def check(config, changes: Mapping) -> None:
   pipeline.check_sources(config)
 
 
-def _resolved(config):
+def contents(configs) -> dict[str, str]:
+  """Returns a hash of what each source of some configs holds, by its name, as
+  far as they lie on this machine."""
+  from training.objectives import pipeline
+  hashes = {}
+  for config in {str(config.data): config for config in configs}.values():
+    hashes |= pipeline.contents(config, _tokenizer(config.data.tokenizer))
+  return hashes
+
+
+def resolved(config):
+  """Returns the model of a run, its open fields filled in."""
   from training import runs
   return runs.resolve(config, _tokenizer(config.data.tokenizer))[0]
 

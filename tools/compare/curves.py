@@ -14,7 +14,6 @@ import numpy as np
 
 from configs.errors import RequestError
 from tools.compare import layout
-from tools.compare import ledger as ledger_lib
 from training.data import ramp
 from training.evals.tasks.extrapolation import Text, loss_at
 from training.workdir import metrics, run_config
@@ -148,7 +147,6 @@ class Sweep:
   base: Point
   points: tuple[Point, ...]
   codes: tuple[str, ...]  # that trained them, as far as they are known
-  changed_data: tuple[str, ...] = ()  # the sources that changed meanwhile
 
   @property
   def strangers(self) -> list[str]:
@@ -165,7 +163,7 @@ def load_sweep(workdir) -> Sweep:
     ValueError: where no sweep was run.
   """
   description = layout.load_description(workdir)
-  with ledger_lib.Ledger(workdir) as ledger:
+  with layout.Ledger(workdir) as ledger:
     states = {(run.point, run.seed): (run.state, run.error)
               for run in ledger.runs()}
   sweep = read(workdir, description, states)
@@ -191,9 +189,7 @@ def read(workdir, description: Mapping[str, Any],
   ran = [(p.name, s) for p in points for s in p.runs]
   return Sweep(description['name'], description['file'], description['match'],
                description['paired'], description['base_config'], base_config,
-               base, points,
-               tuple(layout.codes(workdir, ran)),
-               tuple(layout.changed_data(workdir, ran)))
+               base, points, tuple(layout.codes(workdir, ran)))
 
 
 def _point(workdir, description, row: Mapping[str, Any],

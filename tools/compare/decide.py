@@ -23,12 +23,12 @@ of it:
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from tools.compare import statistics
-from tools.compare.plan import AGAIN, TEXT, Measure, Outcome, Plan
+from tools.compare.plan import AGAIN, Measure, Outcome, Plan
 
 BETTER, WORSE, NONE_SHOWN = 'better', 'worse', 'no difference shown'
 DISAGREE, UNSTABLE = 'sizes disagree', 'unstable'
@@ -418,18 +418,3 @@ def _law(outcome: Outcome, by: str) -> statistics.PowerLaw | None:
   return statistics.power_law(*(
       np.where(warm, np.array(curve.get(name, [])), math.nan)
       for name in (by, 'loss')))
-
-
-def evaluations(frozen: Any, size: str) -> int:
-  """Returns how many evaluations after warm-up a run of the confirmation has on
-  text: those that a law is fitted to. Of the variant that has the fewest."""
-  plan, counts = frozen.plan, []
-  for variant in (plan.base, *plan.variants):
-    changes = frozen.point(variant, size, TEXT)['changes']
-    steps, every, warmup = (
-        changes.get(f'{group}.{name}', frozen.base_config[group][name])
-        for group, name in (('train', 'steps'), ('eval', 'every_steps'),
-                            ('optim', 'warmup_steps')))
-    counts.append(sum(step >= warmup for step in {
-        *range(every, steps, every), steps}))
-  return min(counts)

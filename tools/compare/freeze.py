@@ -20,7 +20,7 @@ from tools.compare import cost, phases, spec
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
 from tools.compare import statistics
-from training import progress
+from training import preflight, progress
 
 PARTS = ('first', 'second')  # eval.part of tuning, and of all else
 # What a study's file may hold, with its default; None: it must.
@@ -54,22 +54,6 @@ _OWN = ('seed', 'init_seed', 'eval.part')
 _DATA = (*spec.BATCHES, 'train.steps', 'train.grad_accumulation', 'eval.')
 
 
-@dataclasses.dataclass(frozen=True)
-class Study:
-  """What a study's file says.
-
-  Attributes:
-    sweep: the base and its variants.
-    given: the constants, by the names of STUDY.
-    tuning: as the plan has it.
-    measures: what MEASURES says, completed, without `chance`s.
-  """
-  sweep: spec.Sweep
-  given: Mapping[str, Any]
-  tuning: plans.Tuning
-  measures: list[dict]
-
-
 def freeze(file: str) -> plans.Frozen:
   """Returns the plan of a study's file.
 
@@ -79,15 +63,13 @@ def freeze(file: str) -> plans.Frozen:
   """
   from training.workdir import provenance, run_config
   cost.off_devices()
-  study = read_study_file(file)
-  sweep, given = study.sweep, study.given
-  points = _points(study)
-  _check_tuned(study, points)
+  sweep, given = read_study_file(file)
+  points = _points(sweep, given)
   configs = [spec.changed(sweep.base, row['changes'], 'it') for row in points]
   bytes_per_token = _check_halves(configs[0])
   mup = all(c.model.parametrization == 'mup' for c in configs)
   measures = []
-  for own in study.measures:
+  for own in given['MEASURES']:
     at = [row['workload'] for row in points].index(own['workload'])
     measures.append(plans.Measure(
         own['name'], own['workload'], own['figure'], own['better'],
@@ -101,19 +83,25 @@ def freeze(file: str) -> plans.Frozen:
           if point.name != sweep.base_name),
       sizes=tuple(given['SIZES']), workloads=tuple(given['WORKLOADS']),
       measures=tuple(measures), seeds=plans.Seeds(**given['SEEDS']),
-      tuning=study.tuning, effect=float(given['EFFECT']),
+      tuning=given['TUNING'], effect=float(given['EFFECT']),
       alpha=given['ALPHA'], q=given['Q'], power=given['POWER'],
       unstable=float(given['UNSTABLE']), match=given['MATCH'],
       match_field=given['MATCH_FIELD'] if given['MATCH'] else '',
       tuned_sizes=tuple(given['SIZES'])[:1 if mup else None])
   code = provenance.this_start()
   return plans.Frozen(
-      plan, run_config.to_json(sweep.base), points, _sources(configs),
+      plan, run_config.to_json(sweep.base), points, cost.contents(configs),
       {name: code[name] for name in ('commit', 'diff')})
 
 
-def read_study_file(file: str) -> Study:
-  """Reads a study's file; RequestError for what no study can be made of."""
+def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
+  """Returns the base and its variants, and the constants of a study's file by
+  the names of STUDY, completed: TUNING as the plan has it, and MEASURES without
+  `chance`s.
+
+  Raises:
+    RequestError: for what no study can be made of.
+  """
   module, given = spec.module_of(file), {}
   for name, default in STUDY.items():
     kind, form = _FORMS.get(name, (
@@ -146,13 +134,12 @@ def read_study_file(file: str) -> Study:
             and LEAST_SEEDS[phase] <= number <= plans.Seeds.APART,
             f'{file}: SEEDS has {number!r} for {phase}: choose a whole number '
             f'from {LEAST_SEEDS[phase]} to {plans.Seeds.APART:,}')
-  tuning = _tuning(file, given['TUNING'], sweep.base)
-  _check_overlaps(file, sweep, given, tuning)
-  measures = given['MEASURES'] or [
+  given['TUNING'] = _tuning(file, given['TUNING'], sweep.base)
+  _check_overlaps(file, sweep, given)
+  given['MEASURES'] = measures_lib.completed(given['MEASURES'] or [
       {'workload': name, 'figure': 'loss' if name == plans.TEXT else 'accuracy'}
-      for name in workloads]
-  return Study(sweep, given, tuning,
-               measures_lib.completed(measures, workloads, file))
+      for name in workloads], workloads, file)
+  return sweep, given
 
 
 def _tuning(file: str, given: Mapping, base) -> plans.Tuning:
@@ -177,8 +164,7 @@ def _tuning(file: str, given: Mapping, base) -> plans.Tuning:
   return tuning
 
 
-def _check_overlaps(file: str, sweep: spec.Sweep, given: Mapping,
-                    tuning: plans.Tuning) -> None:
+def _check_overlaps(file: str, sweep: spec.Sweep, given: Mapping) -> None:
   """Raises RequestError for a field that two would set, or by which variants
   would not see the same data."""
   points = {point.name: point.changes for point in sweep.points}
@@ -189,33 +175,33 @@ def _check_overlaps(file: str, sweep: spec.Sweep, given: Mapping,
     value = run_base.get(sweep.base, name)
     require(not value, f'{file}: base() sets {name} to {value!r}, which the '
             'study sets itself: leave it out')
-  named = {'size': given['SIZES'], 'workload': given['WORKLOADS'],
-           'variant': points}
-  owners = [('the study itself', _OWN), ('TUNING', tuning.fields), *(
-      (f'{kind} {name!r}', own) for kind, group in named.items()
-      for name, own in group.items())]
-  for who, fields in owners:
-    for field in fields if who.startswith(('TUNING', 'variant')) else ():
-      require(not field.startswith(_DATA) or field in _OWN,
-              f'{file}: {who} sets {field}: every variant of a study has the '
-              'same data and as many steps as the base, or no difference would '
-              'be its own')
-  for (who, fields), (other, others) in itertools.combinations(owners, 2):
-    for field in fields if who.split()[0] != other.split()[0] else ():
+  owners: dict[str, str] = {}
+  for who, groups in (
+      ('the study itself', [_OWN]), ('TUNING', [given['TUNING'].fields]),
+      ('a size', given['SIZES'].values()),
+      ('a workload', given['WORKLOADS'].values()),
+      ('a variant', points.values())):
+    fields = set(itertools.chain(*groups))
+    for field in fields:
       # Variants may be the base with other first parameters.
-      twin = field == 'init_seed' and other.startswith('variant')
-      require(field not in others or twin, f'{file}: {who} and {other} both '
-              f'set {field}: leave it to {who}')
+      twin = field == 'init_seed' and who == 'a variant'
+      require(field not in owners or twin, f'{file}: {owners.get(field)} and '
+              f'{who} both set {field}: leave it to {owners.get(field)}')
+      require(who not in ('TUNING', 'a variant') or twin
+              or not field.startswith(_DATA), f'{file}: {who} sets {field}: '
+              'every variant of a study has the same data and as many steps as '
+              'the base, or no difference would be its own')
+    owners |= dict.fromkeys(fields, who)
 
 
-def _points(study: Study) -> list[dict]:
+def _points(sweep: spec.Sweep, given: Mapping) -> list[dict]:
   """Returns the rows of Frozen.points, those of the base first."""
-  sweep, given = study.sweep, study.given
   work = [(size, workload, point) for size in given['SIZES']
-          for matched in [_matched(study, size)]
+          for matched in [_matched(sweep, given, size)]
           for workload in given['WORKLOADS'] for point in matched]
   work.sort(key=lambda row: row[2].name != sweep.base_name)
-  rows = [_row(study, *each) for each in progress.each(work, 'points checked')]
+  rows = [_row(sweep, given, *each)
+          for each in progress.each(work, 'points checked')]
   params = [row['params'] for row in rows if (
       row['variant'], row['workload']) == (sweep.base_name, plans.TEXT)]
   require(params == sorted(set(params)), f'{sweep.file}: the base has '
@@ -224,26 +210,27 @@ def _points(study: Study) -> list[dict]:
   return rows
 
 
-def _matched(study: Study, size: str) -> tuple[spec.Point, ...]:
+def _matched(sweep: spec.Sweep, given: Mapping, size: str
+             ) -> tuple[spec.Point, ...]:
   """Returns the variants as they are at a size: what is matched is solved on
   the text, and is the same on every workload."""
-  who = f'{study.sweep.file}, size {size!r},'
-  sweep = dataclasses.replace(study.sweep, base=spec.changed(
-      study.sweep.base, _workload(study, size, plans.TEXT), who))
-  if not study.given['MATCH']:
+  who = f'{sweep.file}, size {size!r},'
+  base = spec.changed(sweep.base, _workload(sweep, given, size, plans.TEXT),
+                      who)
+  if not given['MATCH']:
     return sweep.points
   try:
-    return cost.match(sweep, study.given['MATCH'],
-                      study.given['MATCH_FIELD']).points
+    return cost.match(dataclasses.replace(sweep, base=base), given['MATCH'],
+                      given['MATCH_FIELD']).points
   except RequestError as error:
     raise RequestError(f'{who} {error}') from error
 
 
-def _workload(study: Study, size: str, workload: str,
+def _workload(sweep: spec.Sweep, given: Mapping, size: str, workload: str,
               tasks: tuple[str, ...] = ()) -> dict[str, Any]:
   """Returns what a size and a workload change in the base."""
-  base, own = study.sweep.base, study.given['WORKLOADS'][workload]
-  changes = dict(study.given['SIZES'][size])
+  base, own = sweep.base, given['WORKLOADS'][workload]
+  changes = dict(given['SIZES'][size])
   if tasks or workload != plans.TEXT:
     changes['eval.tasks'] = ','.join(tasks)
   if workload == plans.TEXT:
@@ -265,55 +252,39 @@ def _workload(study: Study, size: str, workload: str,
       'model.vocab_size': 0, 'model.max_len': 0} | own
 
 
-def _row(study: Study, size: str, workload: str, point: spec.Point) -> dict:
+def _row(sweep: spec.Sweep, given: Mapping, size: str, workload: str,
+         point: spec.Point) -> dict:
   variant = f'variant {point.name!r}'
-  asked = [own for own in study.measures if own['workload'] == workload]
+  asked = [own for own in given['MEASURES'] if own['workload'] == workload]
   try:
-    changes = {**_workload(study, size, workload,
-                           measures_lib.tasks(study.measures, workload)),
-               **point.changes}
-    config = spec.changed(study.sweep.base, changes, 'it')
+    changes = {**_workload(sweep, given, size, workload, measures_lib.tasks(
+        given['MEASURES'], workload)), **point.changes}
+    config = spec.changed(sweep.base, changes, 'it')
     for own in asked:
       measures_lib.check_of_task(own, config, variant)
     cost.check(config, changes)
+    for name, values in given['TUNING'].fields.items():
+      for value in values if workload == plans.TEXT else ():
+        preflight.check_config(spec.changed(config, {name: value}, 'TUNING'),
+                               [name])
     require(config.eval.every_steps > 0, 'eval.every_steps is 0: a study '
             'compares held-out losses after the last step; set it to '
             'train.steps, or to less for curves and speed-ups')
     require(not config.init_from, f'init_from is {config.init_from!r}: a run '
             'of a study begins with parameters of its own')
-    share = phases.share(study.tuning, 0)
+    share = phases.share(given['TUNING'], 0)
     require(config.train.steps * share >= 1, 'TUNING buys less than one run: '
             f'its first rung trains {share:.3g} of {config.train.steps} steps, '
             'which is less than one step; take fewer rungs, or a larger keep')
     figures = cost.of(config)
-    vocab = figures.model['model.vocab_size']
+    vocab = cost.resolved(config).vocab_size
     guess = measures_lib.guess(asked, config, vocab)
   except RequestError as error:
-    raise RequestError(f'{study.sweep.file}, {variant} at size {size!r} on '
+    raise RequestError(f'{sweep.file}, {variant} at size {size!r} on '
                        f'{workload!r}: {error}') from error
   return {'variant': point.name, 'size': size, 'workload': workload,
           'changes': changes, 'matched': list(point.matched),
-          'params': figures.params, 'active_params': figures.active_params,
-          'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
-          'vocab': vocab, 'guess': guess}
-
-
-def _check_tuned(study: Study, points: list[dict]) -> None:
-  """Raises RequestError where what is tuned cannot have one of its values, or
-  is not read by a variant."""
-  from training import preflight
-  smallest = next(iter(study.given['SIZES']))
-  for row in points:
-    for name, values in study.tuning.fields.items():
-      for value in values if (row['size'], row['workload']) == (
-          smallest, plans.TEXT) else ():
-        try:
-          preflight.check_config(spec.changed(
-              study.sweep.base, {**row['changes'], name: value}, 'it'), [name])
-        except RequestError as error:
-          raise RequestError(
-              f'{study.sweep.file}: TUNING tries {name}={value:g} of variant '
-              f'{row["variant"]!r}: {error}') from error
+          **figures._asdict(), 'vocab': vocab, 'guess': guess}
 
 
 def _check_halves(config) -> float:
@@ -332,16 +303,3 @@ def _check_halves(config) -> float:
         spec.changed(config, {'eval.part': part}, 'it'), tokenizer)
   return sum(x.share * x.bytes_per_token for x in loaders) / sum(
       x.share for x in loaders)
-
-
-def _sources(configs) -> dict[str, str]:
-  """Returns the hashes of the data that lies here: of each part of a mixture,
-  and under its own name that of its last part."""
-  from training.data import sources
-  hashes = {}
-  for config in configs:
-    for name in filter(None, (config.data.source, config.data.eval_source)):
-      for _, source in [] if name in hashes else sources.parse(name):
-        if not source.drawn:
-          hashes[source.name] = hashes[name] = source.digest()
-  return hashes

@@ -22,7 +22,6 @@ import time
 from configs.errors import EnvironmentFailure, RequestError
 from tools import dies_with_parent
 from tools.compare import layout
-from tools.compare import ledger as ledger_lib
 from training import cli
 from training.distributed import signals
 
@@ -67,7 +66,7 @@ class Runner:
     Args:
       wait: also for the runs that other runners have.
     """
-    unended = (ledger_lib.PENDING, *[ledger_lib.RUNNING] * wait)
+    unended = (layout.PENDING, *[layout.RUNNING] * wait)
     # It counts alone: it may come while a job is being started.
     with signals.handled(self._signals.add):
       try:
@@ -101,7 +100,7 @@ class Runner:
     job.signals = signals
 
   def _beat(self) -> None:
-    if time.monotonic() - self._beaten < ledger_lib.BEAT_SECONDS:
+    if time.monotonic() - self._beaten < layout.BEAT_SECONDS:
       return
     self._beaten = time.monotonic()
     ours = self._ledger.beat(self._name)
@@ -113,7 +112,7 @@ class Runner:
 
   def _start(self) -> bool:
     """Starts one more job; returns whether there was one to take."""
-    waiting = self._ledger.runs(ledger_lib.PENDING)
+    waiting = self._ledger.runs(layout.PENDING)
     # Read later than the ledger, it has all of these points.
     self._description = layout.load_description(self._workdir)
     for group in self._groups(waiting):
@@ -180,9 +179,9 @@ class Runner:
       with self._ledger.transaction():
         owes = next(row.owes for row in self._ledger.runs() if row.id == run.id)
         state, error = self._outcome(run, owes, job.evaluates, code)
-        alone = fell and state == ledger_lib.FAILED
+        alone = fell and state == layout.FAILED
         if alone:
-          state = ledger_lib.PENDING
+          state = layout.PENDING
         settled = self._ledger.settle(run.id, self._name, state,
                                       '' if alone else error, alone)
       if settled:
@@ -198,18 +197,18 @@ class Runner:
     if (folder / 'config.json').exists():
       if error := layout.stranger(
           self._description, self._workdir, run.point, run.seed):
-        return ledger_lib.FAILED, error
+        return layout.FAILED, error
     trained = self._is_trained(run)
     if trained and layout.is_evaluated(folder, owes):
-      return ledger_lib.DONE, ''
+      return layout.DONE, ''
     # It saved and left, or had nothing to save yet; or it is to be evaluated,
     # also where a task was added while the others were done.
     if self._signals.n or trained and (
         not evaluated or layout.is_evaluated(folder, run.owes)):
-      return ledger_lib.PENDING, ''
+      return layout.PENDING, ''
     how = (f'exit code {code}' if code >= 0
            else f'killed by {signal.Signals(-code).name}')
-    return ledger_lib.FAILED, f'{layout.error(folder)} ({how})'
+    return layout.FAILED, f'{layout.error(folder)} ({how})'
 
 
 def _cores(slot: int, parallel: int) -> str:
@@ -229,23 +228,6 @@ def _environment(slot: int, parallel: int) -> dict[str, str]:
   return os.environ | share
 
 
-def enter(workdir, ledger) -> None:
-  """Frees what dead runners held, and marks as done what is so on disk and the
-  ledger has not seen: runs of a printed command, or of a ledger that was lost;
-  and as failed, what was trained there by another config."""
-  ledger.recover()
-  pending = ledger.runs(ledger_lib.PENDING)
-  description = layout.load_description(workdir)  # it has all of these points
-  for run in pending:
-    folder = layout.run_folder(workdir, run.point, run.seed)
-    config = layout.config(description, run.point, run.seed)
-    if layout.is_trained(folder, config.train):
-      error = layout.stranger(description, workdir, run.point, run.seed)
-      if error or layout.is_evaluated(folder, run.owes):
-        ledger.adopt(run.id, ledger_lib.FAILED if error else ledger_lib.DONE,
-                     error)
-
-
 def main() -> int:
   """Trains several runs of a sweep as one program, or evaluates them."""
   parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -263,14 +245,12 @@ def main() -> int:
   if args.evaluate:
     return _evaluate(folders, args.evaluate.split(','))
   description = layout.load_description(args.workdir)
-  try:
-    vectorised.train([layout.config(description, *run) for run in runs],
-                     folders)
-  except vectorised.Unfinished as unfinished:
-    for place, sentence in unfinished.sentences.items():
-      layout.log(folders[place], f'error: {sentence}')
-    return UNFINISHED
-  return 0
+  unfinished = [writer for writer in vectorised.train(
+      [layout.config(description, *run) for run in runs], folders)
+                if writer.sentence]
+  for writer in unfinished:
+    layout.log(writer.workdir, f'error: {writer.sentence}')
+  return UNFINISHED if unfinished else 0
 
 
 def _evaluate(folders, tasks: list[str]) -> int:

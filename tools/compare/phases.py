@@ -5,8 +5,9 @@ outcomes, and decides. A trainer is an object with
 
     train(folder, runs) -> [Outcome of each run]
 
-which returns what it has at once where runs are done already: so a study that
-is started again walks through its phases until there is something left to do.
+such as study.Trainer, which returns what it has at once where runs are done
+already: so a study that is started again walks through its phases until there
+is something left to do.
 
 Tuning is the same search for each variant and the base, by successive halving:
 rung by rung the candidates train longer and the better share of them survives
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import itertools
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from configs.errors import RequestError
 from tools.compare import decide
@@ -49,14 +50,6 @@ class Run(NamedTuple):
   share: float = 1.0
 
 
-class Trainer(Protocol):
-  """What trains the runs of a phase: study.Trainer, or what tests have in its
-  place."""
-
-  def train(self, folder: str, runs: Sequence[Run]) -> list[plans.Outcome]:
-    """Returns the outcome of each run; `folder` names their sweep."""
-
-
 @dataclasses.dataclass
 class Found:
   """What a study has found so far; see plan.py."""
@@ -73,7 +66,7 @@ class TooWeak(RequestError):
   """The study cannot find the effect that it is after."""
 
 
-def run(frozen: plans.Frozen, trainer: Trainer, until: str = 'confirm',
+def run(frozen: plans.Frozen, trainer: Any, until: str = 'confirm',
         anyway: bool = False,
         after: Callable[[Found], None] = lambda found: None) -> Found:
   """Goes through the phases.
@@ -116,7 +109,7 @@ def run(frozen: plans.Frozen, trainer: Trainer, until: str = 'confirm',
   return found
 
 
-def _tune(frozen: plans.Frozen, trainer: Trainer, found: Found
+def _tune(frozen: plans.Frozen, trainer: Any, found: Found
           ) -> list[plans.Tuned]:
   each = searches(frozen.plan)
   for rung in itertools.count(1):

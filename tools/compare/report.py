@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import require
-from tools.compare import curves, decide, figures, layout, page, spec
+from tools.compare import curves, decide, figures, layout, page
 from tools.compare import statistics
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
@@ -345,10 +345,6 @@ def _about(sweep: curves.Sweep) -> tuple[list[str], list[str]]:
                       f'{", ".join(far)}.')
   if len(sweep.codes) > 1:
     warnings.append(layout.codes_note(sweep.codes))
-  if held_out := layout.held_out_note(p.changes for p in sweep.points):
-    warnings.append(held_out)
-  if sweep.changed_data:
-    warnings.append(layout.data_note(sweep.changed_data))
   if sweep.strangers:
     warnings.append('Not of the config that sweep.json says, though in these '
                     f'figures: {"; ".join(sweep.strangers)}.')
@@ -493,16 +489,16 @@ def effects(c: Comparison) -> Table:
                                if k not in row['matched']}
               for row in c.frozen.points}
   finals = {v: c.values('confirm', v, '', c.plan.primary) for v in c.variants}
-  pairs: dict[tuple, list[dict[int, float]]] = {}
+  pairs: dict[str, list[dict[int, float]]] = {}
   for ours, changes in declared.items():
     for key, x in changes.items():
       rest = {k: v for k, v in changes.items() if k != key}
-      pairs.setdefault((key, spec.hashable(x)), []).extend(
+      pairs.setdefault(changed({key: x}), []).extend(
           {seed: finals[ours][seed] - finals[theirs][seed]
            for seed in finals[ours].keys() & finals[theirs].keys()}
           for theirs, other in declared.items() if other == rest)
   rows = []
-  for (key, x), apart in pairs.items():
+  for change, apart in pairs.items():
     apart = [by_seed for by_seed in apart if by_seed]
     # Seeds that only some pairs have would weigh these pairs alone.
     seeds = set.intersection(*map(set, apart)) if apart[1:] else ()
@@ -512,7 +508,7 @@ def effects(c: Comparison) -> Table:
         float(np.mean([by_seed[seed] for by_seed in apart])) for seed in seeds])
     means = [float(np.mean([*by_seed.values()])) for by_seed in apart]
     rows.append({
-        'change': label(changed({key: x})),
+        'change': label(change),
         'minus base': page.estimate(mean, low, high),
         'from pair to pair': Cell(f'{min(means):+.4f} to {max(means):+.4f}',
                                   min(means)),
@@ -618,6 +614,11 @@ def provenance(c: Comparison) -> Table:
            for name in names]
   return page.table('code', 'Code, machines and data', [
       {'what': label(what), 'which': Cell(name)} for what, name in rows])
+
+
+def planned(frozen: plans.Frozen) -> list[str]:
+  """The paragraphs that say how a study will be done."""
+  return methods(Comparison('', frozen, _NOTHING, [], {}, [], [], []))
 
 
 def methods(c: Comparison) -> list[str]:

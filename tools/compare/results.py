@@ -9,7 +9,6 @@ from typing import Any
 from tools.compare import phases
 from tools.compare import plan as plans
 from tools.compare import layout
-from tools.compare import ledger as ledger_lib
 
 FILE = 'results.json'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy')
@@ -72,11 +71,11 @@ def folders(workdir, phase: str = '') -> list[pathlib.Path]:
   return sweeps
 
 
-def rows(workdir, phase: str) -> list[ledger_lib.Run]:
+def rows(workdir, phase: str) -> list[layout.Run]:
   """Returns what the ledgers of a phase's sweeps hold."""
   runs = []
   for folder in folders(workdir, phase):
-    with ledger_lib.Ledger(folder) as ledger:
+    with layout.Ledger(folder) as ledger:
       runs += ledger.runs()
   return runs
 
@@ -111,9 +110,6 @@ def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]
   if others:
     differences.append(f'The plan was made with {planned[0]}, and runs were '
                        f'trained by {", ".join(others)}.')
-  for folder in folders(workdir):
-    if data := layout.changed_data(folder, _runs(folder)):
-      differences.append(f'{folder.name}: {layout.data_note(data)}')
   return {'same': not differences, 'differences': differences}
 
 

@@ -2,15 +2,13 @@
 a study one phase after the other (study.py)."""
 
 import argparse
-import collections
 import pathlib
 import shlex
 import sys
 
 from configs.errors import one_of
 from configs.fields import check_number
-from tools.compare import check, layout, local, plan, slurm
-from tools.compare import ledger as ledger_lib
+from tools.compare import check, layout, local, plan, slurm, status
 
 LAUNCHERS = ('local', 'slurm', 'print')
 
@@ -49,11 +47,11 @@ def main(args) -> int:
   description = check.describe(args)
   if args.match:
     print(check.table(description), file=sys.stderr)
-  with ledger_lib.Ledger(args.workdir) as ledger:
+  with layout.Ledger(args.workdir) as ledger:
     if args.retry:
       ledger.retry()
     begin(args.workdir, ledger, description)
-    waiting = ledger.runs(ledger_lib.PENDING)
+    waiting = ledger.runs(layout.PENDING)
     if args.launcher == 'print':
       for run in waiting:
         print(layout.shell_line(description, args.workdir, run))
@@ -67,7 +65,10 @@ def main(args) -> int:
 
 
 def begin(workdir, ledger, description: dict) -> dict:
-  """Writes sweep.json and adds its runs to the ledger; returns what it holds.
+  """Writes sweep.json and adds its runs to the ledger, frees what dead runners
+  held, and marks as done what is so on disk and the ledger has not seen: runs
+  of a printed command, or of a ledger that was lost; and as failed, what was
+  trained there by another config. Returns what sweep.json holds.
 
   Raises:
     RequestError: where the workdir holds another sweep.
@@ -78,7 +79,17 @@ def begin(workdir, ledger, description: dict) -> dict:
           for seed in point['seeds']]
   ledger.add((point['name'], seed, point['tasks']) for seed, point in sorted(
       rows, key=lambda row: row[0]))  # all points of a seed, then the next
-  local.enter(workdir, ledger)
+  ledger.recover()
+  pending = ledger.runs(layout.PENDING)
+  description = layout.load_description(workdir)  # it has all of these points
+  for run in pending:
+    folder = layout.run_folder(workdir, run.point, run.seed)
+    config = layout.config(description, run.point, run.seed)
+    if layout.is_trained(folder, config.train):
+      error = layout.stranger(description, workdir, run.point, run.seed)
+      if error or layout.is_evaluated(folder, run.owes):
+        ledger.adopt(run.id, layout.FAILED if error else layout.DONE,
+                     error)
   return description
 
 
@@ -95,18 +106,11 @@ def submit(args, jobs: int) -> None:
 def _summary(args, ledger) -> int:
   """Prints the states of all runs, not to stdout where that holds commands."""
   runs = ledger.runs()
-  counts = collections.Counter(run.state for run in runs)
-  ran = [(run.point, run.seed) for run in runs]
-  codes = layout.codes(args.workdir, ran)
-  data = layout.changed_data(args.workdir, ran)
-  failed = [run for run in runs if run.state == ledger_lib.FAILED]
-  lines = [f'{args.workdir}: ' + ', '.join(
-      f'{counts[state]} {state}' for state in ledger_lib.STATES
-      if counts[state])]
-  lines += [f'warning: {layout.codes_note(codes)}'] * (len(codes) > 1)
-  lines += [f'warning: {layout.data_note(data)}'] * bool(data)
-  lines += [f'failed: {run.point}, seed {run.seed}: {run.error}'
-            for run in failed]
-  lines += ['--retry takes up again what failed'] * bool(failed)
+  codes = layout.codes(args.workdir, [(run.point, run.seed) for run in runs])
+  failed = status.failed(runs)
+  lines = [f'{args.workdir}: {status.states(runs)}',
+           *[f'warning: {layout.codes_note(codes)}'] * (len(codes) > 1),
+           *(f'failed: {line}' for line in failed),
+           *['--retry takes up again what failed'] * bool(failed)]
   print('\n'.join(lines), file=sys.stderr)
   return 1 if failed else 0

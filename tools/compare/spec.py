@@ -88,8 +88,10 @@ class Add:
             'and . _ = + - alone, since it names a folder')
     require(name not in self.points,
             f'{self._file}: two points are called {name!r}')
-    require('seed' not in changes, f'{self._file}: point {name!r} sets seed: '
-            'every point has the same seeds, those of SEEDS or --seeds')
+    for field in ('seed', 'eval.part', 'eval.batches'):
+      require(field not in changes, f'{self._file}: point {name!r} sets '
+              f'{field}: every point has the same seeds, those of SEEDS or '
+              '--seeds, and is evaluated on the same text')
     self.points[name] = Point(name, changes)
 
   def system(self, arch: str, size: str = 'tiny', name: str = '',
@@ -180,15 +182,6 @@ def tuples(value):
   if isinstance(value, Mapping):  # kinds of layer
     return {name: tuples(x) for name, x in value.items()}
   return (tuple(map(tuples, value)) if isinstance(value, list | tuple)
-          else value)
-
-
-def hashable(value):
-  """Returns a value of a config or of JSON as a key of a dict: equal values
-  have equal keys."""
-  if isinstance(value, Mapping):
-    return frozenset((name, hashable(x)) for name, x in value.items())
-  return (tuple(map(hashable, value)) if isinstance(value, list | tuple)
           else value)
 
 

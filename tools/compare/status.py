@@ -5,7 +5,6 @@ import collections
 import json
 
 from tools.compare import layout
-from tools.compare import ledger as ledger_lib
 
 HEADINGS = ('point', 'runs', 'trained', 'held-out loss', 'vs base')
 
@@ -21,7 +20,7 @@ def main(args) -> int:
   if layout.is_study(workdir):
     return _study(workdir, args.json)
   description = layout.load_description(workdir)
-  with ledger_lib.Ledger(workdir) as ledger:
+  with layout.Ledger(workdir) as ledger:
     runs = ledger.runs()
   if args.json:
     print(json.dumps({
@@ -44,13 +43,13 @@ def _study(workdir, as_json: bool) -> int:
         'study': frozen.plan.name, 'plan': frozen.hash, 'phases': [
             {'phase': cost.phase, 'planned': cost.runs,
              'states': collections.Counter(run.state for run in runs),
-             'failed': _failed(runs)} for cost, runs in phases]}, indent=2))
+             'failed': failed(runs)} for cost, runs in phases]}, indent=2))
     return 0
   print(f'study {frozen.plan.name}, plan {frozen.hash}')
   for cost, runs in phases:
     print(f'{cost.phase:<8} {states(runs) or "not begun"}, {cost.runs} planned '
           'at most')
-    for line in _failed(runs):
+    for line in failed(runs):
       print(f'         failed: {line}')
   return 0
 
@@ -86,12 +85,12 @@ def states(runs: list) -> str:
   """Returns '2 done, 1 running'."""
   counts = collections.Counter(run.state for run in runs)
   return ', '.join(f'{counts[state]} {state}'
-                   for state in reversed(ledger_lib.STATES) if counts[state])
+                   for state in reversed(layout.STATES) if counts[state])
 
 
-def _failed(runs: list) -> list[str]:
+def failed(runs: list) -> list[str]:
   return [f'{run.point}, seed {run.seed}: {run.error}' for run in runs
-          if run.state == ledger_lib.FAILED]
+          if run.state == layout.FAILED]
 
 
 def plain(description: dict, workdir, runs: list) -> str:
@@ -99,7 +98,7 @@ def plain(description: dict, workdir, runs: list) -> str:
   table = [HEADINGS, *rows(description, workdir, runs)]
   return '\n'.join([
       *layout.columns(table, left=2), '', f'{len(runs)} runs: {states(runs)}',
-      *(f'failed: {line}' for line in _failed(runs))])
+      *(f'failed: {line}' for line in failed(runs))])
 
 
 def _mean(values, form: str) -> str:

@@ -8,15 +8,15 @@ killed study goes on, several runners share one, and
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import json
 import math
 import pathlib
+import textwrap
 import time
+from typing import Any
 
 from configs.errors import EnvironmentFailure, one_of, require
-from tools.compare import costs, curves, decide, freeze, layout, measures
-from tools.compare import ledger as ledger_lib
-from tools.compare import local, phases, results, statistics
+from tools.compare import costs, curves, freeze, layout
+from tools.compare import local, phases, report, results
 from tools.compare import plan as plans
 from tools.compare import run as sweeps
 
@@ -36,10 +36,6 @@ def check(args) -> int:
   frozen = freeze.freeze(args.file)
   times = costs.known(args.workdir, frozen) if args.workdir else None
   each = costs.of(frozen, args.group, times)
-  if args.json:
-    print(json.dumps({'study': plans.to_json(frozen), 'phases': [
-        cost._asdict() for cost in each]}, indent=2))
-    return 0
   hours = (f'Hours are of the steps of {args.parallel} processes at once, '
            'without starting and compiling them.' if times else
            'Hours are not known before the noise has run (--until=noise; then '
@@ -60,7 +56,7 @@ def run(args, submit: Callable[..., None]) -> int:
   frozen = plans.adopted(args.workdir, freeze.freeze(args.file), args.amend)
   print(described(frozen), flush=True)
   for folder in results.folders(args.workdir) if args.retry else ():
-    with ledger_lib.Ledger(folder) as ledger:
+    with layout.Ledger(folder) as ledger:
       ledger.retry()
   if args.launcher == 'slurm':
     submit(args, args.jobs or 1)
@@ -72,41 +68,19 @@ def run(args, submit: Callable[..., None]) -> int:
 
 
 def described(frozen: plans.Frozen) -> str:
-  """Returns what a plan says, in some lines."""
+  """Returns what a plan says, and how large its models are."""
   plan = frozen.plan
-  lines = [f'study {plan.name}, plan {frozen.hash}'
-           + f': {plan.question}' * bool(plan.question),
-           f'base: {plan.base}; variants: {", ".join(plan.variants)}']
-  for size in plan.sizes:
-    row = frozen.point(plan.base, size, plans.TEXT)
-    lines.append(f'size {size}: {row["params"]:,} parameters, '
-                 f'{row["flops_per_token"]:,.0f} FLOPs a token')
-  if plan.match:
-    lines.append(f'matched: {plan.match}, by {plan.match_field}')
-  lines += [f'measure {m.name}: {m.figure} of {m.workload}, '
-            f'{measures.said(frozen, m, "in ", ", ")}{m.better} is better'
-            for m in plan.measures]
-  lines[-len(plan.measures)] += (
-      f'; an effect of {measures.amount(frozen, plan.effect)} is wanted')
-  tuned = '; '.join(f'{name} of {", ".join(f"{v:g}" for v in values)}'
-                    for name, values in plan.tuning.fields.items())
-  lines.append(f'tuned at {", ".join(plan.tuned_sizes)}: {tuned}, by '
-               f'{phases.kind(plan.tuning)}; {phases.edges(plan.tuning)}')
-  lines.append('seeds: ' + ', '.join(
-      f'{len(plan.seeds.of(phase))} of {phase}' for phase in plans.PHASES))
-  lines.append(f'screening: false discovery rate {plan.q:g} '
-               f'(Benjamini-Hochberg); confirmation: family-wise error '
-               f'{plan.alpha:g} (Holm); power {plan.power:.0%}')
-  few = [f'{n} at {size}' for size in plan.sizes
-         if (n := decide.evaluations(frozen, size)) < statistics.MIN_POINTS]
-  if few:
-    lines.append('speed-ups will be n/a: runs of the confirmation have too few '
-                 f'evaluations after warm-up ({", ".join(few)}; '
-                 f'{statistics.MIN_POINTS} needed; see eval.every_steps)')
-  return '\n'.join(lines)
+  sizes = [(size, f'{row["params"]:,}', f'{row["flops_per_token"]:,.0f}')
+           for size in plan.sizes
+           for row in [frozen.point(plan.base, size, plans.TEXT)]]
+  return '\n\n'.join([
+      f'study {plan.name}: {plan.question}',
+      *map(textwrap.fill, report.planned(frozen)),
+      '\n'.join(layout.columns([
+          ('size', 'parameters', 'FLOPs a token'), *sizes]))])
 
 
-def go(workdir, frozen: plans.Frozen, trainer: phases.Trainer, args) -> int:
+def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
   """Goes through the phases with a trainer.
 
   Args:
@@ -137,7 +111,6 @@ def go(workdir, frozen: plans.Frozen, trainer: phases.Trainer, args) -> int:
     print('stopped: the same command goes on')
     return 0
   if args.until == plans.REPORT:
-    from tools.compare import report
     page, *_ = report.write(report.load(workdir))
     print(f'report: {page}', flush=True)
   return 0
@@ -154,34 +127,25 @@ def _note(workdir, frozen: plans.Frozen, sentence: str) -> None:
 def _told(found: phases.Found) -> str:
   """Returns what the last phase found, in some lines."""
   phase = found.finished[-1]
-  own = [x for x in found.outcomes if x.phase == phase]
-  bad = sum(x.diverged for x in own)
-  lines = [f'{phase}: {len(own)} runs' + f', {bad} diverged' * bool(bad)]
+  runs = [x for x in found.outcomes if x.phase == phase]
+  lines = [f'{phase}: {len(runs)} runs, {sum(x.diverged for x in runs)} '
+           'diverged']
   if phase == 'noise':
     lines.append(found.announced.sentence)
-  for row in found.tuned if phase == 'tune' else ():
-    edge = f' (at the edge: {", ".join(row.at_edge)})' if row.at_edge else ''
-    values = ', '.join(f'{name}={value:g}'
-                       for name, value in row.changes.items())
-    lines.append(f'  {row.workload} {row.size} {row.variant}: {values}{edge}')
-  for row in found.screen if phase == 'screen' else ():
-    lines.append(f'  {row.variant}: {_effect(row)}, q {_p(row.p_corrected)}: '
-                 f'{row.verdict}')
-  for row in found.confirm if phase == 'confirm' else ():
-    lines.append(f'  {row.variant}, {row.measure}: {_effect(row)}, corrected '
-                 f'p {_p(row.p_corrected)}: {row.verdict}')
-  return '\n'.join(lines)
+  if phase == 'tune':
+    lines += [f'  {row.workload} {row.size} {row.variant}: {row.changes}, at '
+              f'the edge: {", ".join(row.at_edge) or "none"}'
+              for row in found.tuned]
+  return '\n'.join(lines + [
+      f'  {row.variant}, {row.measure}: {_number(row.effect, "+.4f")} '
+      f'[{_number(row.low, "+.4f")}, {_number(row.high, "+.4f")}], corrected p '
+      f'{_number(row.p_corrected, ".3g")}: {row.verdict}'
+      for row in {'screen': found.screen, 'confirm': found.confirm}.get(
+          phase, ())])
 
 
-def _p(value: float | None) -> str:
-  return 'unknown' if value is None else f'{value:.3g}'
-
-
-def _effect(row) -> str:
-  if row.effect is None:
-    return 'no effect known'
-  ends = '' if row.low is None else f' [{row.low:+.4f}, {row.high:+.4f}]'
-  return f'{row.effect:+.4f}{ends}'
+def _number(value: float | None, form: str) -> str:
+  return 'unknown' if value is None else format(value, form)
 
 
 class Trainer:
@@ -209,9 +173,9 @@ class Trainer:
       EnvironmentFailure: where runs failed that did not diverge.
     """
     path = self._workdir / folder
-    with ledger_lib.Ledger(path) as ledger:
+    with layout.Ledger(path) as ledger:
       description = sweeps.begin(path, ledger, self.describe(folder, runs))
-      if ledger.runs(ledger_lib.PENDING, ledger_lib.RUNNING) and not self.work(
+      if ledger.runs(layout.PENDING, layout.RUNNING) and not self.work(
           path, ledger):
         raise Stopped
       states = {(row.point, row.seed): (row.state, row.error)
@@ -252,14 +216,13 @@ class Trainer:
     """Returns what the runs gave, as it lies on disk."""
     sweep = curves.read(path, description, states)
     require(not sweep.strangers, f'{path} holds runs of another config than '
-            f'the plan says: {"; ".join(sweep.strangers[:3])}'
-            + '; ...' * (len(sweep.strangers) > 3) + '; move them away')
+            f'the plan says: {"; ".join(sweep.strangers[:3])}; move them away')
     points = {point.name: point for point in sweep.points}
     outcomes, failed = [], []
     for run in runs:
       own = points[run.point].runs[run.seed]
       if ended_badly(own) or (
-          figures(own) and own.state != ledger_lib.FAILED):
+          figures(own) and own.state != layout.FAILED):
         outcomes.append(self._outcome(run, points[run.point], own))
       else:
         failed.append(f'{run.point}, seed {run.seed}: ' + (
@@ -268,8 +231,8 @@ class Trainer:
     if failed:
       raise EnvironmentFailure(
           f'{path}: {len(failed)} runs failed that did not diverge: '
-          + '; '.join(failed[:3]) + '; ...' * (len(failed) > 3)
-          + ': see log.txt in their folders; --retry takes them up again')
+          f'{"; ".join(failed[:3])}: see log.txt in their folders; --retry '
+          'takes them up again')
     return outcomes
 
   def _outcome(self, run: phases.Run, point: curves.Point, own: curves.Run

@@ -8,7 +8,7 @@ import shutil
 
 from absl import flags
 
-from configs.errors import RequestError, require
+from configs.errors import require
 from training import cli
 from training.workdir import storage
 
@@ -69,13 +69,17 @@ def make(num_devices: int) -> Job:
     ValueError: where train.py would refuse it, as far as can be seen here.
   """
   args = flags.FLAGS
-  if args.config is None or not args.workdir:
-    raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
+  require(args.config is not None and bool(args.workdir),
+          'pass both --config FILE.py:SIZE and --workdir DIR')
   storage.check_folder(args.workdir)
-  if storage.in_bucket(args.logs):
-    raise RequestError(f'--logs is {args.logs!r}: choose a folder on disk')
-  _check(args.config, num_devices)
-  from training import progress
+  require(not storage.in_bucket(args.logs),
+          f'--logs is {args.logs!r}: choose a folder on disk')
+  from training import preflight, progress, runs
+  from training.distributed import devices
+  preflight.check_config(args.config)
+  if num_devices:
+    runs.check_mesh(args.config, runs.resolve_alone(args.config),
+                    devices.mesh_shape(args.config.mesh, num_devices))
   progress.profiled_steps(args.profile_steps, args.config.train.steps)
   workdir = args.workdir.rstrip('/')
   parent = workdir.rpartition('/')[0] or '.'
@@ -106,11 +110,10 @@ def environment(args, compile_cache: str) -> dict[str, str]:
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   for text in args.env:
     name, equals, value = text.partition('=')
-    require(bool(equals) and re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', name)
-            is not None, f'--env is {text!r}: write NAME=VALUE')
-    require(name not in (*env, *_OF_THE_LAUNCHER), f'--env sets {name}, which '
-            'the launcher sets itself: leave it out'
-            + ', and use --compile_cache' * name.endswith('CACHE_DIR'))
+    require(bool(equals) and name.isidentifier() and name not in (
+        *env, *_OF_THE_LAUNCHER), f'--env is {text!r}: write NAME=VALUE, of a '
+            'name that the launcher does not set itself, as it does '
+            f'{", ".join((*env, *_OF_THE_LAUNCHER))}')
     env[name] = value
   return env
 
@@ -119,25 +122,12 @@ def named(workdir: str) -> str:
   """Returns the name of the job that trains in a workdir: a DNS label, which
   every place takes. Two workdirs, which may both end in runs/a, have two names,
   and one workdir has one."""
-  workdir = workdir.rstrip('/')
   if not storage.in_bucket(workdir):
     workdir = os.path.abspath(workdir)
-  text = workdir.rpartition('/')[2].lower()
-  label = re.sub('[^a-z0-9]+', '-', text).strip('-')[:30].strip('-')
-  if not label[:1].isalpha():
-    label = f'run-{label}'.rstrip('-')
+  workdir = workdir.rstrip('/')
+  label = re.sub('[^a-z0-9]+', '-', workdir.rpartition('/')[2].lower())
   digest = hashlib.sha256(workdir.encode()).hexdigest()
-  return f'{label}-{digest[:8]}'
-
-
-def _check(config, num_devices: int) -> None:
-  """Refuses a config that cannot run, and a mesh that does not fit."""
-  from training import preflight, runs
-  from training.distributed import devices
-  preflight.check_config(config)
-  if num_devices:
-    runs.check_mesh(config, runs.resolve_alone(config),
-                    devices.mesh_shape(config.mesh, num_devices))
+  return f'run-{label[:24].strip("-")}-{digest[:8]}'.replace('--', '-')
 
 
 def require_here(job: Job) -> None:

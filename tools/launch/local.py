@@ -11,6 +11,7 @@ exit code is 0; once more ends them at once. Where this program is killed
 (SIGKILL), so are they, on Linux.
 """
 
+import contextlib
 import os
 import pathlib
 import shlex
@@ -71,26 +72,18 @@ def environments(env, processes: int, devices: int, kind: str,
       own |= {'JAX_COORDINATOR_ADDRESS': coordinator,
               'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(i)}
     if kind == 'cpu':
-      count = f'--xla_force_host_platform_device_count={devices}'
-      own |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(
-          [*_other_flags(os.environ.get('XLA_FLAGS', '')), count])}
+      own |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS':  # of two, the last counts
+              f'{os.environ.get("XLA_FLAGS", "")} '
+              f'--xla_force_host_platform_device_count={devices}'}
     elif processes > 1:
       own['JAX_LOCAL_DEVICE_IDS'] = ','.join(
           str(i * devices + k) for k in range(devices))
     else:  # JAX reads that only where it joins several
-      own[_GPUS] = _first_gpus(devices, own.get(_GPUS, os.environ.get(_GPUS)))
+      visible = own.get(_GPUS, os.environ.get(_GPUS))
+      own[_GPUS] = ','.join((list(map(str, range(devices))) if visible is None
+                             else visible.split(','))[:devices])
     result.append(own)
   return result
-
-
-def _first_gpus(count: int, visible: str | None) -> str:
-  gpus = map(str, range(count)) if visible is None else visible.split(',')
-  return ','.join(list(gpus)[:count])
-
-
-def _other_flags(text: str) -> list[str]:
-  return [flag for flag in text.split()
-          if not flag.startswith('--xla_force_host_platform_device_count')]
 
 
 def supervise(words: list[str], env: dict[str, str], processes: int,
@@ -102,18 +95,19 @@ def supervise(words: list[str], env: dict[str, str], processes: int,
     a loss that was not finite: it would end so again; 1: failed once more than
     max_restarts.
   """
-  failures, forwarding = 0, Forwarding()
-  with signals.handled(forwarding.heard):
+  failures, heard = 0, Signals()
+  with signals.handled(heard.add):
     while True:
-      if forwarding.stopped:  # between two runs
+      if heard.n:  # between two runs
         return 0
       codes = run(words, environments(env, processes, devices, kind,
                                       f'127.0.0.1:{free_port()}'),
-                  pathlib.Path(logs), forwarding)
+                  pathlib.Path(logs), heard)
       if not any(codes):
         return 0
-      stopped = set(codes) <= {0, job_lib.STOPPED, -signal.SIGTERM}
-      if forwarding.stopped:
+      stopped = set(codes) <= {0, job_lib.STOPPED, -signal.SIGTERM,
+                               -signal.SIGHUP}
+      if heard.n:
         return 0 if stopped else 1
       if 2 in codes:
         return 2
@@ -128,88 +122,61 @@ def supervise(words: list[str], env: dict[str, str], processes: int,
       _say(f'failed: starting it again, {failures} of {max_restarts}')
 
 
-def run(words, envs, logs: pathlib.Path, forwarding) -> list[int]:
+def run(words: list[str], envs: list[dict[str, str]], logs: pathlib.Path,
+        heard: 'Signals') -> list[int]:
   """Runs the processes once; returns their exit codes."""
   logs.mkdir(parents=True, exist_ok=True)
   running = []
   for i, env in enumerate(envs):
-    out = None if i == 0 else open(logs / f'process-{i}.log', 'ab')
-    running.append(subprocess.Popen(
-        dies_with_parent.words(words), env=os.environ | env, stdout=out,
-        stderr=out,
-        start_new_session=True))  # so that Ctrl-C is passed on only once
-    if out:
-      out.close()
-  forwarding.start(running)
-  left, failed, deadline = running, set(), None
-  while left:
+    with contextlib.nullcontext() if i == 0 else open(
+        logs / f'process-{i}.log', 'ab') as out:
+      running.append(subprocess.Popen(
+          dies_with_parent.words(words), env=os.environ | env, stdout=out,
+          stderr=out,
+          start_new_session=True))  # so that Ctrl-C is passed on only once
+  failed, passed_on, deadline = set(), set(), None
+  while any(process.poll() is None for process in running):
     time.sleep(POLL_SECONDS)
-    left = [process for process in running if process.poll() is None]
+    for number in heard.to_pass_on - passed_on:
+      passed_on.add(number)
+      for process in running:
+        process.send_signal(number)
     for i, process in enumerate(running):
-      code = process.returncode
+      code = process.poll()
       if code not in (None, 0, job_lib.STOPPED) and i not in failed:
         failed.add(i)
         deadline = deadline or time.monotonic() + PATIENCE_SECONDS
-        _say(f'process {i} {_ended(code)}'
-             + (f'; its output: {logs}/process-{i}.log' if i else ''))
+        how = (f'was killed by {signal.Signals(-code).name}' if code < 0 else
+               f'ended with exit code {code}')
+        _say(f'process {i} {how}'
+             + f'; its output: {logs}/process-{i}.log' * (i > 0))
       elif code is None and deadline and time.monotonic() > deadline:
         failed.add(i)
         process.kill()
         _say(f'process {i} did not end by itself then, and was killed')
-  forwarding.to = []
   return [process.returncode for process in running]
 
 
-class Forwarding:
-  """Passes the first signal on to process 0, which tells the others; a second
-  one kills all. The end of the terminal is passed on as such, since process 0
-  prints to it too.
-
-  Attributes:
-    to: the processes.
-  """
+class Signals(signals.Count):
+  """The signals that came: the first is passed on to the processes, the end of
+  the terminal as such, since process 0 prints to it too; a second one kills."""
 
   def __init__(self):
-    self.to = []
-    self._count = signals.Count()
-    self._hung_up = False
-    self._told = set()
+    super().__init__()
+    self.to_pass_on = set()
 
-  @property
-  def stopped(self) -> bool:
-    return self._count.n > 0
-
-  def start(self, processes):
-    """Passes signals on to `processes`, and what came while they started."""
-    self.to = processes
-    self._pass_on()
-
-  def heard(self, number):
-    self._count.add(number)
-    self._hung_up |= number == signal.SIGHUP
-    self._pass_on()
-
-  def _pass_on(self):
-    if self._count.n > 1:
-      for process in self.to:
-        process.kill()
-    elif self.stopped and self.to:
-      number = signal.SIGHUP if self._hung_up else signal.SIGTERM
-      if number not in self._told:
-        self._told.add(number)
-        self.to[0].send_signal(number)
+  def add(self, number: int) -> bool:
+    new = super().add(number)
+    self.to_pass_on.add(
+        signal.SIGKILL if self.n > 1 else
+        signal.SIGHUP if number == signal.SIGHUP else signal.SIGTERM)
+    return new
 
 
 def free_port() -> int:
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     return probe.getsockname()[1]
-
-
-def _ended(code: int) -> str:
-  if code < 0:
-    return f'was killed by {signal.Signals(-code).name}'
-  return f'ended with exit code {code}'
 
 
 def _say(text: str):

@@ -1,4 +1,4 @@
-r"""Starts a run on SLURM: submits a job of slurm.sh, shows process 0.
+r"""Starts a run on SLURM: submits a job of slurm.sh.
 
   python -m tools.launch slurm --nodes=4 --setup='. .venv/bin/activate' \
       --sbatch='--partition=a100 --time=24:00:00 --mem=0' \
@@ -14,8 +14,6 @@ import os
 import pathlib
 import shlex
 import subprocess
-import sys
-import time
 
 from configs.errors import EnvironmentFailure, RequestError, require
 from tools.launch import job as job_lib
@@ -30,12 +28,11 @@ FLAGS = (
     ('integer', 'grace_seconds', 300,
      'The run is told to save so long before the time limit.', 1, 65535),
     ('string', 'setup', '', 'A line of shell that each process runs first.'),
-    ('string', 'sbatch', '', 'More options of sbatch, in one string.'),
-    ('bool', 'tail', True, 'Show the output of process 0.'),
+    ('string', 'sbatch', '', 'More options of sbatch, in one string; what the '
+     'launcher sets itself wins.'),
 )
 
 SCRIPT = pathlib.Path(__file__).with_name('slurm.sh')
-POLL_SECONDS = 10
 
 
 def size(args) -> int:
@@ -51,7 +48,7 @@ def launch(job: job_lib.Job, args) -> int:
   if job.dry_run:
     print(shlex.join(command))
     return 0
-  job_lib.need('sbatch', 'squeue')
+  job_lib.need('sbatch')
   logs = pathlib.Path(job.logs).absolute()
   logs.mkdir(parents=True, exist_ok=True)
   log = logs / 'process-0.log'
@@ -63,10 +60,8 @@ def launch(job: job_lib.Job, args) -> int:
         + (' '.join(result.stderr.split()) or 'it said nothing'))
   # What follows is the cluster.
   number = result.stdout.strip().partition(';')[0]
-  print(f'job {number}; its output: {logs}; to end it: scancel {number}',
-        flush=True)
-  if args.tail:
-    _show(log, number)
+  print(f'job {number}; to end it: scancel {number}; to see its output: '
+        f'tail -n 0 -F {shlex.quote(str(log))}', flush=True)
   return 0
 
 
@@ -88,58 +83,13 @@ def words(job: job_lib.Job, args) -> list[str]:
     who.append('JAX_LOCAL_DEVICE_IDS=$SLURM_LOCALID')
   shell = '\n'.join([*([args.setup] if args.setup else []),
                      f'export {" ".join(who)}; exec "$@"'])
-  own = [f'--{name}={value}' if value != '' else f'--{name}'
-         for name, value in options.items()]
-  return ['sbatch', '--parsable', *own, *_more(args.sbatch), str(SCRIPT), logs,
+  ours = [f'--{name}={value}' if value != '' else f'--{name}'
+          for name, value in options.items()]
+  try:
+    more = shlex.split(args.sbatch)
+  except ValueError as error:
+    raise RequestError(f'--sbatch is {args.sbatch!r}: {error}') from error
+  return ['sbatch', '--parsable', *more, *ours, str(SCRIPT), logs,
           str(args.nodes * per_node), str(args.grace_seconds),
           str(job.max_restarts), shell, 'env',
           *(f'{name}={value}' for name, value in job.env.items()), *job.words]
-
-
-def _more(text: str) -> list[str]:
-  """Returns the options of --sbatch.
-
-  Raises:
-    RequestError: where one is set by a flag of the launcher, or is none.
-  """
-  try:
-    options = shlex.split(text)
-  except ValueError as error:
-    raise RequestError(f'--sbatch is {text!r}: {error}') from error
-  for option in options:
-    require(option.startswith('--'), f'--sbatch holds {option!r}: write each '
-            'option as --NAME=VALUE')
-    name = option[2:].partition('=')[0]
-    # sbatch takes the beginning of a long name for the name.
-    ours = [full for full in _OURS if full.startswith(name)]
-    require(not ours, f'--sbatch holds {option!r}, which the launcher sets '
-            f'itself: use its flags ({", ".join(_OF_FLAGS)}), or leave it out')
-  return options
-
-
-_OF_FLAGS = ('--nodes', '--gpus', '--per_gpu', '--cpus_per_task',
-             '--grace_seconds', '--logs')
-_OURS = ('job-name', 'nodes', 'ntasks', 'ntasks-per-node', 'cpus-per-task',
-         'gpus-per-node', 'signal', 'output', 'open-mode', 'requeue',
-         'no-requeue', 'array')
-
-
-def _show(log: pathlib.Path, number: str) -> None:
-  """Shows the log, over all starts, until the job has left the queue."""
-  tail = subprocess.Popen(['tail', '-n', '0', '-F', log])
-  try:
-    while _is_queued(number):
-      time.sleep(POLL_SECONDS)
-  except KeyboardInterrupt:
-    print(f'job {number} goes on', file=sys.stderr)
-  finally:
-    tail.terminate()
-    tail.wait()
-
-
-def _is_queued(number: str) -> bool:
-  result = subprocess.run(['squeue', '--noheader', f'--jobs={number}'],
-                          capture_output=True, text=True, check=False)
-  if result.returncode:  # an old number, or nobody has answered
-    return 'Invalid job id' not in result.stderr
-  return bool(result.stdout.strip())

@@ -131,19 +131,15 @@ def train(suite: Suite, workdir: epath.Path) -> None:
 
 
 def _train_group(runs: Sequence[Run], workdir: epath.Path) -> None:
-  from training import vectorised
-  try:
-    stopped = vectorised.train([run.config for run in runs],
-                               [run.folder(workdir) for run in runs])
-  except vectorised.Unfinished as unfinished:
-    for place in unfinished.diverged:
-      storage.write(runs[place].folder(workdir) / DIVERGED, json.dumps(
-          {'why': unfinished.sentences[place],
-           'config': _tree(runs[place])}, indent=1) + '\n')
-    if not unfinished.sentences.keys() <= unfinished.diverged:
-      raise
-    stopped = unfinished.stopped
-  if stopped:  # as these runs ended
+  from training import loop, vectorised
+  writers = vectorised.train([run.config for run in runs],
+                             [run.folder(workdir) for run in runs])
+  for run, writer in zip(runs, writers):
+    if writer.code == loop.DIVERGED:
+      storage.write(run.folder(workdir) / DIVERGED, json.dumps(
+          {'why': writer.sentence, 'config': _tree(run)}, indent=1) + '\n')
+  if any(writer.told_to_stop or writer.code == loop.STOPPED
+         for writer in writers):
     raise EnvironmentFailure('stopped: the same command goes on with the other '
                              'runs')
 

@@ -2,7 +2,6 @@
 ledger, and how they run: launchers, kills, failures, evaluations, status."""
 
 import json
-import os
 import pathlib
 import shlex
 import subprocess
@@ -19,21 +18,16 @@ from configs.sweeps import helpers
 from tests.helpers import sweeps
 from tests.helpers.sweeps import states
 from tools.compare import __main__ as command
-from tools.compare import check, cost, layout, ledger, local, run, slurm, spec
+from tools.compare import check, cost, layout, local, run, slurm, spec
 from tools.compare import statistics, status
 from training.workdir import run_config
 
 ROOT = pathlib.Path(__file__).parents[3]
 
 
-def described(file, **options):
+def described(file, match='', field=''):
   return check.describe(types.SimpleNamespace(
-      file=file, seeds=0, match='', match_field='', **options))
-
-
-def matched(file, what='params', field=''):
-  return check.describe(types.SimpleNamespace(
-      file=file, seeds=0, match=what, match_field=field))
+      file=file, seeds=0, match=match, match_field=field))
 
 
 def points(description):
@@ -65,6 +59,7 @@ def test_the_loops_that_most_sweeps_are():
     ('add("a", **{"model.d_model": "wide"})', "d_model is 'wide', of type str"),
     ('add("a", **{"model.kinds": {"b": {"windw": 1}}})', 'kinds.b.windw is no'),
     ('add("a", seed=1)', "'a' sets seed: every point has the same seeds"),
+    ('add("a", **{"eval.batches": 1})', 'evaluated on the same text'),
     ('add("a/b", **{"optim.lr": 1.0})', "called 'a/b': choose letters"),
     ('add("a", **{"optim.lr": 1.0})\n  add("b", **{"optim.lr": 1.0})',
      "points 'a' and 'b' train the same"),
@@ -94,7 +89,7 @@ def test_the_base_is_a_point(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('what', spec.MATCH)
 def test_matched_points_cost_what_the_base_costs(what, tmp_path):
-  description = matched(sweeps.write(tmp_path), what)
+  description = described(sweeps.write(tmp_path), what)
   made = points(description)
   for point in made.values():
     assert abs(point[what] / made['base'][what] - 1) <= 0.01, point
@@ -102,7 +97,7 @@ def test_matched_points_cost_what_the_base_costs(what, tmp_path):
   assert made['swiglu']['changes']['model.d_ff'] < 128
   assert '(matched)' in check.table(description)
   deep = sweeps.write(tmp_path, "  add('deep', **{'model.num_layers': 4})\n")
-  made = points(matched(deep, field='model.d_model'))
+  made = points(described(deep, 'params', 'model.d_model'))
   assert made['deep']['changes']['model.d_model'] % 4 == 0  # whole heads
 
 
@@ -119,7 +114,8 @@ def test_matched_points_cost_what_the_base_costs(what, tmp_path):
      "point 'x': eval.every_steps is 0 and no task is done")])
 def test_what_cannot_be_compared_is_refused(point, what, field, told, tmp_path):
   with pytest.raises(RequestError, match=told):
-    matched(sweeps.write(tmp_path, f"  add('x', **{{{point}}})\n"), what, field)
+    described(sweeps.write(tmp_path, f"  add('x', **{{{point}}})\n"), what,
+              field)
 
 
 def test_what_follows_from_a_change_is_told(tmp_path):
@@ -128,7 +124,6 @@ def test_what_follows_from_a_change_is_told(tmp_path):
       "  add('own', **{'model.pattern': 'own', "
       "'model.kinds.own.qk_norm': True})\n"
       "  add('long', **{'data.length': 8})\n"
-      "  add('part', **{'eval.part': 'first'})\n"
       "  add.system('llama')\n"
       "  add.system('llama', name='other', **{'model.norm': 'layernorm'})\n"))
   made, told = points(description), check.table(description)
@@ -138,7 +133,6 @@ def test_what_follows_from_a_change_is_told(tmp_path):
   assert 'model.pattern=own, model.kinds.own.qk_norm=True' in told
   assert not description['paired'] and 'same batches' in told
   assert made['long']['tokens'] == 12 * 8 * 8
-  assert 'Points differ in eval.part, so their held-out losses are ' in told
   assert made['llama']['changes'] == {
       'model.arch': 'llama', 'model.position': 'rope', 'model.norm': 'rmsnorm',
       'model.ffn': 'swiglu', 'model.attention_bias': False,
@@ -219,42 +213,37 @@ def test_a_worked_sweep_is_whole(name):
 
 @pytest.fixture
 def book(tmp_path):
-  with ledger.Ledger(tmp_path) as opened:
+  with layout.Ledger(tmp_path) as opened:
     yield opened
 
 
 def test_a_run_goes_through_its_states(book, monkeypatch):
-  at = lambda now: monkeypatch.setattr(ledger, '_now', lambda: now)
+  at = lambda now: monkeypatch.setattr(layout, '_now', lambda: now)
   rows = [('a', 0, ()), ('a', 1, ()), ('b', 0, ('routing',))]
   book.add(rows)
   book.add(rows)  # again: the same rows
   assert [(r.point, r.seed) for r in book.runs()] == [
       ('a', 0), ('b', 0), ('a', 1)]
   me = book.register()
-  at(10)
   assert book.claim([3], me) == [3]
   assert book.claim([3], me) == []  # it is taken
-  at(13)
-  assert book.settle(3, me, ledger.PENDING)
-  assert not book.settle(3, me, ledger.DONE)  # no claim of ours any more
-  at(20)
+  assert book.settle(3, me, layout.PENDING)
+  assert not book.settle(3, me, layout.DONE)  # no claim of ours any more
   assert book.claim([3], me) == [3]
-  at(21)
-  assert book.settle(3, me, ledger.DONE)
-  assert book.runs(ledger.DONE)[0].seconds == 4
+  assert book.settle(3, me, layout.DONE)
   book.add([('b', 0, ('routing', 'loss'))])  # a new task is pending
-  assert book.runs()[1].state == ledger.PENDING
+  assert book.runs()[1].state == layout.PENDING
   # A silent runner of another host is dead.
   at(1000)
   with monkeypatch.context() as elsewhere:
-    elsewhere.setattr(ledger, '_host', lambda: 'elsewhere')
+    elsewhere.setattr(layout, '_host', lambda: 'elsewhere')
     other = book.register()
   book.claim([1, 2], other)
   at(2000)
   assert book.beat(other) == {1, 2}
-  at(1999 + ledger.STALE_SECONDS)
+  at(1999 + layout.STALE_SECONDS)
   assert book.recover() == []
-  at(2001 + ledger.STALE_SECONDS)
+  at(2001 + layout.STALE_SECONDS)
   assert book.recover() == ['a, seed 0', 'a, seed 1']
   assert book.beat(other) == set()  # and the runner finds out
 
@@ -262,8 +251,8 @@ def test_a_run_goes_through_its_states(book, monkeypatch):
 # Claims what is pending in the ledger of a folder; says so, and lives on.
 CLAIM = '''
 import sys
-from tools.compare import ledger
-with ledger.Ledger(sys.argv[1]) as book:
+from tools.compare import layout
+with layout.Ledger(sys.argv[1]) as book:
   me = book.register()
   print('ready', flush=True)
   sys.stdin.readline()
@@ -326,24 +315,13 @@ def test_print_gives_a_line_a_run_and_runs_none(tmp_path, capsys):
 @pytest.mark.parametrize('word, told', [
     ('--launcher=slrum', "Did you mean 'slurm'"),
     ('--parallel=0', '--parallel is 0'), ('--seeds=-1', '--seeds is -1'),
-    ('--until=tune', '--until is of a study, and .* is none'),
+    ('--anyway', '--anyway is of a study, and .* is none'),
     ('--workdir=gs://bucket/w', 'gs://bucket/w')])
 def test_a_wrong_request_is_a_sentence(word, told, tmp_path):
   with pytest.raises(RequestError, match=told):
     run.main(sweeps.arguments(sweeps.write(tmp_path), f'--workdir={tmp_path}',
                               word))
   assert not (tmp_path / 'ledger.sqlite').exists()
-
-
-def test_cores_are_shared_out(monkeypatch):
-  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {1, 2, 5, 7},
-                      raising=False)
-  assert [local._cores(i, 2) for i in range(2)] == ['1,5', '2,7']
-  assert local._cores(5, 6) == ''  # more runs than cores
-  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6')
-  assert [local._environment(i, 2)['CUDA_VISIBLE_DEVICES']
-          for i in range(2)] == ['4,6', '5']
-  assert local._environment(3, 4)['CUDA_VISIBLE_DEVICES'] == '4,5,6'
 
 
 @pytest.mark.slow
@@ -456,8 +434,8 @@ def test_a_run_of_another_config_on_disk_is_not_adopted(tmp_path, monkeypatch):
       {'optim.lr': 1.0, 'eval.batches': 3}, 'a test'))
   (layout.run_folder(workdir, 'swiglu', 0) / 'config.json').unlink()
   assert run.main(args) == 1
-  with ledger.Ledger(workdir) as opened:
-    errors = {r.point: r.error for r in opened.runs(ledger.FAILED)}
+  with layout.Ledger(workdir) as opened:
+    errors = {r.point: r.error for r in opened.runs(layout.FAILED)}
   assert errors.keys() == {'rms', 'swiglu'}
   assert 'in eval.batches, optim.lr: move it away' in errors['rms']
   assert 'config.json is missing' in errors['swiglu']
@@ -494,7 +472,7 @@ def test_a_task_that_is_added_is_not_lost(tmp_path, monkeypatch):
   def adding(name, tasks):
     of = getattr(layout, name)
     def act(*words):
-      with ledger.Ledger(workdir) as opened:
+      with layout.Ledger(workdir) as opened:
         opened.add((point, 0, tasks) for point in names)
       return of(*words)
     monkeypatch.setattr(layout, name, act)

@@ -50,7 +50,7 @@ def test_local_starts_again_by_exit_code(tmp_path, codes, code, count):
       'JAX_COORDINATOR_ADDRESS']
   assert envs[0]['JAX_NUM_PROCESSES'] == '2'
   assert envs[0]['JAX_COMPILATION_CACHE_DIR'].endswith('a cache')
-  assert re.findall(r'device_count=(\d)', envs[1]['XLA_FLAGS']) == ['3']
+  assert re.findall(r'device_count=(\d)', envs[1]['XLA_FLAGS'])[-1] == '3'
   log = (tmp_path / 'run/logs/process-1.log').read_text()
   assert log.count('output of 1') == count
 
@@ -217,11 +217,11 @@ def test_what_sbatch_is_told(tmp_path):
       slurm, '--nodes=2', '--gpus=4', '--per_gpu', '--cpus_per_task=12',
       "--sbatch=--comment='two words' --mem=0"))
   assert words[:words.index(str(slurm.SCRIPT))] == [
-      'sbatch', '--parsable', '--job-name=a-run', '--nodes=2',
-      '--ntasks-per-node=4', '--signal=TERM@300', '--requeue',
-      '--open-mode=append', f'--output={tmp_path}/a b%%j/job.log',
-      '--cpus-per-task=12', '--gpus-per-node=4', '--comment=two words',
-      '--mem=0']
+      'sbatch', '--parsable', '--comment=two words', '--mem=0',
+      '--job-name=a-run', '--nodes=2', '--ntasks-per-node=4',
+      '--signal=TERM@300', '--requeue', '--open-mode=append',
+      f'--output={tmp_path}/a b%%j/job.log', '--cpus-per-task=12',
+      '--gpus-per-node=4']
 
 
 @pytest.mark.parametrize('codes, queued', [
@@ -253,26 +253,6 @@ def test_slurm_outlives_the_signal_that_its_processes_get(slurm_job, tmp_path):
     os.kill(int(pid), signal.SIGTERM)
   process.communicate(timeout=60)
   assert process.returncode == 75 and requeued(tmp_path) == ['requeue 4100']
-
-
-def test_slurm_shows_process_0_until_the_job_has_left_the_queue(
-    tmp_path, monkeypatch, capfd):
-  monkeypatch.setattr(slurm, 'POLL_SECONDS', 0.1)
-  j = make_job(tmp_path, '0')
-  stand_in(tmp_path, 'sbatch', '#!/bin/bash\necho "4100;cluster"\n')
-  env = stand_in(tmp_path, 'squeue', f'''\
-      #!/bin/bash
-      echo "$@" >>{tmp_path}/squeue
-      case $(wc -l <{tmp_path}/squeue) in
-        2) echo "nobody answers" >&2; exit 1 ;;
-        20) echo "Invalid job id specified" >&2; exit 1 ;;
-        *) echo output of a step >>{j.logs}/process-0.log; echo 4100 RUNNING ;;
-      esac
-      ''')
-  monkeypatch.setenv('PATH', env['PATH'])
-  assert slurm.launch(j, args_of(slurm)) == 0
-  assert len((tmp_path / 'squeue').read_text().splitlines()) == 20
-  assert 'output of a step' in capfd.readouterr().out
 
 
 def test_slurm_passes_on_what_a_shell_would_execute(slurm_job, tmp_path):
@@ -410,28 +390,18 @@ def test_two_workdirs_have_two_names(one, other):
   assert all(re.fullmatch('[a-z][a-z0-9-]{,39}', name) for name in names)
 
 
-@pytest.mark.parametrize('env, told', [
-    ('a b=c', "--env is 'a b=c': write NAME=VALUE"),
-    ('JAX_PROCESS_ID=0', 'JAX_PROCESS_ID, which the launcher sets itself'),
-    ('JAX_COMPILATION_CACHE_DIR=x', 'use --compile_cache')])
-def test_an_environment_that_is_none_is_refused(env, told):
-  with pytest.raises(RequestError, match=told):
-    job.environment(args_of(local, f'--env={env}'), '')
-
-
 @pytest.mark.parametrize('module, words, told', [
     (slurm, ['--gpus=0', '--per_gpu'], '--per_gpu .* --gpus is 0'),
     (slurm, ['--sbatch=--comment="a'], 'No closing quotation'),
-    (slurm, ['--sbatch=-N3'], "'-N3': write each option as --NAME=VALUE"),
-    (slurm, ['--sbatch=--sig=TERM@9'], "'--sig=TERM@9', which the launcher"),
+    (slurm, ['--env=JAX_PROCESS_ID=0'], 'does not set itself'),
     (tpu_vm, ['--tpu=a'], '--zone'),
-    (tpu_vm, ['--tpu=a', '--zone=z', '--folder=~other'], '--folder is'),
     (tpu_vm, ['--tpu=a', '--zone=z'], "--workdir is 'runs/a', and every host"),
 ])
 def test_what_no_place_has_is_refused(tmp_path, module, words, told):
   with pytest.raises(RequestError, match=told):
     args = args_of(module, *words)
     module.size(args)
+    job.environment(args, '')
     module.words(make_job(
         tmp_path, '0', 'runs/a' if 'workdir' in told else 'gs://b/a'), args)
 
