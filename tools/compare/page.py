@@ -154,10 +154,6 @@ def count(x: float | None) -> Cell:
   return number(x, ',.0f')
 
 
-def percent(x: float) -> str:
-  return f'{100 * x:.0f} %'
-
-
 def p_value(x: float | None) -> Cell:
   """A probability: four digits, and no 0."""
   return Cell('< 0.0001', x) if known(x) and x < 1e-4 else number(x)

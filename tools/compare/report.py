@@ -545,53 +545,45 @@ def tuning(c: Comparison) -> Table:
 
 def noise(c: Comparison) -> Table:
   """What a variant without effect shows, and what can be found beside it."""
-  return page.table('noise-table', f'Base against base; wanted is an effect of '
-               f'{measures_lib.amount(c.frozen, c.plan.effect)}', [{
-                   'measure': label(row['measure']), 'size': label(row['size']),
-                   'phase': label(row['phase']),
-                   'pairs': page.count(row['pairs']),
-                   'standard deviation': page.number(row['sd']),
-                   'smallest effect': page.number(row['smallest_effect']),
-                   'seeds': page.count(row['seeds']),
-                   'seeds needed': page.count(row['seeds_needed']),
-                   'power': Cell(page.percent(row['power']), row['power'])
-                   if page.known(row['power']) else Cell(UNKNOWN)}
-                                                   for row in c.results['noise']
-                                                   ])
+  rows = [{
+      'measure': label(row['measure']), 'size': label(row['size']),
+      'phase': label(row['phase']), 'pairs': page.count(row['pairs']),
+      'standard deviation': page.number(row['sd']),
+      'smallest effect': page.number(row['smallest_effect']),
+      'seeds': page.count(row['seeds']),
+      'seeds needed': page.count(row['seeds_needed']),
+      'power': page.number(row['power'], '.0%')} for row in c.results['noise']]
+  return page.table('noise-table', 'Base against base; wanted is an effect of '
+                    + measures_lib.amount(c.frozen, c.plan.effect), rows)
 
 
 def excluded(c: Comparison) -> Table:
   """The runs that failed, diverged or are not done, and why."""
-  groups: dict[tuple, list[int]] = {}
+  names = ('variant', 'phase', 'size', 'workload', 'state', 'why')
+  groups: dict[tuple, list[str]] = {}
   for row in c.excluded:
-    *key, = (row[name] for name in ('variant', 'phase', 'size', 'workload',
-                                    'state', 'why'))
-    groups.setdefault(tuple(key), []).append(row['seed'])
-  rows = [{'variant': label(variant), 'phase': label(phase),
-           'size': label(size), 'workload': label(workload),
-           'state': label(state),
-           'seeds left out': label(', '.join(map(str, seeds))),
-           'why': label(why)}
-          for (variant, phase, size, workload, state, why), seeds
-          in groups.items()]
-  return page.table('excluded', 'Runs that failed, diverged or are not done',
-                    rows)
+    groups.setdefault(tuple(row[name] for name in names), []).append(
+        str(row['seed']))
+  return page.table('excluded', 'Runs that failed, diverged or are not done', [
+      dict(zip(names, map(label, group)))
+      | {'seeds left out': label(', '.join(seeds))}
+      for group, seeds in groups.items()])
 
 
 def spent(c: Comparison) -> Table:
   """Runs, FLOPs and time of each phase, and of all."""
   phases = dict(c.results['phases'])
-  keys = ('planned', 'done', 'failed', 'tokens', 'flops', 'seconds')
   if phases:
     phases['all'] = {key: sum(row[key] or 0.0 for row in phases.values())
-                     for key in keys}
-  return page.table('spent', 'Spent, by phase', [{
+                     for key in next(iter(phases.values()))}
+  rows = [{
       'phase': label(phase), 'runs planned at most': page.count(row['planned']),
       'done': page.count(row['done']), 'diverged': page.count(row['failed']),
       'tokens': page.count(row['tokens']),
       'FLOPs': page.number(row['flops'], '.3g'),
       'training time': page.duration(row['seconds'])}
-                                             for phase, row in phases.items()])
+          for phase, row in phases.items()]
+  return page.table('spent', 'Spent, by phase', rows)
 
 
 def config(c: Comparison) -> Table:
@@ -628,7 +620,6 @@ def methods(c: Comparison) -> list[str]:
   text = page.render(
       'methods.txt', c=c, plan=c.plan, primary=c.plan.primary, changed=changed,
       said=measures_lib.said, alone=alone, tuning=phases_lib,
-      percent=page.percent,
       amount=measures_lib.amount(c.frozen, c.plan.effect),
       grid=[f'{name} in {{{", ".join(map(value, values))}}}'
             for name, values in c.plan.tuning.fields.items()])
@@ -646,7 +637,7 @@ def curve_plots(c: Comparison) -> list[dict[str, Any]]:
   """Curves at each size: the mean over seeds, and each seed."""
   plots = []
   for i, size in enumerate(c.plan.sizes):
-    series, shown = [], {}
+    series = []
     for name in c.variants:
       seeds = {seed: lines for (variant, at, seed), lines in c.curves.items()
                if (variant, at) == (name, size) and lines}
@@ -654,7 +645,6 @@ def curve_plots(c: Comparison) -> list[dict[str, Any]]:
         continue
       every = [figure for figure in curves.FIGURES
                if all(figure in lines for lines in seeds.values())]
-      shown |= dict.fromkeys(every)
       series.append({
           'name': name, 'base': name == c.plan.base,
           'look': figures.css_look(c, name),
@@ -666,7 +656,7 @@ def curve_plots(c: Comparison) -> list[dict[str, Any]]:
         'id': f'curves-{i}', 'title': f'curves {size}', 'curves': True,
         'log': False, 'x': curves.AXES, 'series': series,
         'y': {name: words for name, words in curves.FIGURES.items()
-              if name in shown},
+              if any(name in line['mean'] for line in series)},
         'caption': f'{size or "Curves"}: means over the seeds that are done. '
         'Seconds are of training steps on the machine that ran them, '
         'without compiling, evaluating and saving; where several runs trained '

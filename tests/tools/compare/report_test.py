@@ -127,7 +127,7 @@ def test_what_a_point_leaves_as_it_is_is_no_change(tmp_path):
 
 def test_what_is_not_known_is_said(sweep, tmp_path):
   said = report.text(sweep)
-  assert re.search(r'worse +failed +1 +the loss was not finite', said)
+  assert re.search(r'worse +failed +the loss was not finite +1', said)
   assert re.search(r'high +pending +2', said)
   assert '2 of 23 runs failed or are not done' in said
   # A base without runs compares nothing.
