@@ -7,8 +7,7 @@ r"""What mixers cost: attention, and each recurrence beside it.
 
 Sections:
   layer   the forward and backward pass of one layer's mixer on one row
-  step    a training step of a model of two layers on one row for each device
-  decode  one more token of a row, by the same model and its cache
+  decode  one more token of a row, by a model of two layers and its cache
 
 All of it runs in one process. The mixers take turns, so that a busy machine
 slows them alike, and a ratio is the median over the turns of a mixer's time
@@ -32,16 +31,16 @@ import jax.numpy as jnp
 import architectures
 from architectures.parts import mixers, skeletons
 from architectures.parts.context import Context
-from benchmarks import ours, worker
+from benchmarks import worker
 from configs import llama
 from configs.errors import one_of, require
 from training import cli
 from training.distributed import cpu
-from training.workdir import run_config, storage
+from training.workdir import storage
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 DTYPES = ('float32', 'bfloat16')
-LAYERS = 2  # of the model of `step` and `decode`
+LAYERS = 2  # of the model of `decode`
 VOCAB = 256
 WRITTEN = 16  # tokens that a turn of `decode` writes
 
@@ -65,19 +64,8 @@ def config(mixer: str, length: int, dtype: str, sizes: Mapping[str, int]):
 
 
 def layer(made: Any) -> Contender:
-  """Returns the forward and backward pass of one mixer: the gradient of a sum
-  of squares with respect to its parameters and its input."""
-  apply, params, x_BLD = _one_layer(made)
-
-  def loss(params: Any, x_BLD: jax.Array) -> jax.Array:
-    return jnp.square(apply(params, x_BLD).astype(jnp.float32)).sum()
-
-  return _compiled(jax.grad(loss, (0, 1)), params, x_BLD)
-
-
-def _one_layer(made: Any) -> tuple[Callable, Any, Any]:
-  """Returns a function of the parameters of a layer's mixer and its input, some
-  parameters, and an input [1, L, D]."""
+  """Returns the forward and backward pass of one mixer on an input [1, L, D]:
+  the gradient of a sum of squares with respect to its parameters and input."""
   c = architectures.resolve(made.model)
   L = made.data.length
   module = mixers.of(c).module(c, c.layer_kinds(1)[0])
@@ -85,21 +73,14 @@ def _one_layer(made: Any) -> tuple[Callable, Any, Any]:
       c.compute_dtype)
   ctx = Context(jnp.arange(L)[None], length=L)
   params = jax.jit(module.init)(jax.random.key(1), x_BLD, ctx, None)
-  return lambda params, x: module.apply(params, x, ctx, None)[0], params, x_BLD
 
+  def loss(params: Any, x_BLD: jax.Array) -> jax.Array:
+    y_BLD, _ = module.apply(params, x_BLD, ctx, None)
+    return jnp.square(y_BLD.astype(jnp.float32)).sum()
 
-def _compiled(function: Callable, *args: Any) -> Contender:
-  compiled = jax.jit(function).lower(*args).compile()
-  return Contender(lambda: jax.block_until_ready(compiled(*args)), 1,
-                   _temporary(compiled))
-
-
-def step(made: Any) -> Contender:
-  """Returns a training step: forward, backward and the optimiser's."""
-  made.data.batch_size = jax.device_count()
-  trainer = ours.Trainer(run_config.to_json(made))
-  trainer.create()
-  return Contender(trainer.step, 1, _temporary(trainer.compiled))
+  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, x_BLD).compile()
+  return Contender(lambda: jax.block_until_ready(compiled(params, x_BLD)), 1,
+                   compiled.memory_analysis().temp_size_in_bytes)
 
 
 def decode(made: Any) -> Contender:
@@ -132,11 +113,7 @@ def decode(made: Any) -> Contender:
   return Contender(again, WRITTEN, nbytes)
 
 
-def _temporary(compiled: Any) -> int:
-  return compiled.memory_analysis().temp_size_in_bytes
-
-
-SECTIONS = {'layer': layer, 'step': step, 'decode': decode}
+SECTIONS = {'layer': layer, 'decode': decode}
 
 
 def measure(sections: Sequence[str], names: Sequence[str],

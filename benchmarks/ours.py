@@ -20,32 +20,18 @@ class Trainer:
     self.run = runs.build(self.config, model)
     self.batch = self.run.put(rival.batch(self.config, ids))
 
-  def create(self, options=None):
-    """Makes the state and compiles the step, for which XLA has options of its
-    own."""
+  def create(self) -> None:
+    """Makes the state and compiles the step."""
     with self.run.context():
       self.state = self.run.new_state()
       cpu.trim()
       self.compiled = self.run.train_step().lower(
-          self.state, self.batch).compile(compiler_options=options)
+          self.state, self.batch).compile()
     cpu.trim()
 
   def step(self) -> float:
-    return float(self.dispatch()['loss'])
-
-  def dispatch(self):
-    """Starts a step; returns its figures, which need not be there yet."""
     self.state, metrics = self.compiled(self.state, self.batch)
-    return metrics
-
-  def steps(self, count: int) -> int:
-    """Takes `count` steps, of which only the last is waited for; returns the
-    most bytes that a GPU has held, 0 on a CPU."""
-    for _ in range(count):
-      metrics = self.dispatch()
-    float(metrics['loss'])
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get('peak_bytes_in_use', 0)
+    return float(metrics['loss'])
 
   def generate(self, prompt: int, new: int) -> None:
     """Continues the batch's first `prompt` tokens greedily by `new`."""
@@ -61,9 +47,8 @@ def jobs(request):
   """Returns what a worker can be asked to do, by name."""
   cpu.prepare()
   trainer = Trainer(request['config'])
-  trainer.create(request.get('compiler'))
+  trainer.create()
   trainer.step()
   prompt, new = request['prompt'], request['new']
   return {'step': trainer.step,
-          'steps': lambda: trainer.steps(request['count']),
           'generate': lambda: trainer.generate(prompt, new)}

@@ -72,25 +72,13 @@ class Trainer:
 
   def step(self) -> float:
     """Takes a step; returns its loss."""
-    return self.dispatch().item()
-
-  def steps(self, count: int) -> int:
-    """Takes `count` steps, of which only the last is waited for; returns the
-    most bytes that a GPU has held, 0 on a CPU."""
-    for _ in range(count):
-      loss = self.dispatch()
-    loss.item()
-    return torch.cuda.max_memory_allocated() if DEVICE == 'cuda' else 0
-
-  def dispatch(self):
-    """Starts a step; returns its loss, which need not be there yet."""
     self.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=self.autocast):
       loss = self.forward(**self.inputs, **self.options).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
     self.optimizer.step()
-    return loss.detach()
+    return loss.item()
 
   def generate(self, prompt: int, new: int) -> None:
     """Continues the batch's first `prompt` tokens greedily by `new`."""
@@ -108,5 +96,4 @@ def jobs(request):
   trainer.step()
   prompt, new = request['prompt'], request['new']
   return {'step': trainer.step,
-          'steps': lambda: trainer.steps(request['count']),
           'generate': lambda: trainer.generate(prompt, new)}

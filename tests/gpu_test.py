@@ -3,8 +3,7 @@ arithmetic, or of the CPU.
 
   ARCHETYPE_TEST_PLATFORM=gpu python -m pytest -m gpu tests/gpu_test.py
 
-python -m benchmarks.gpu runs them too. On a CPU, make test-long runs those that
-need no GPU.
+On a CPU, make test-long runs those that need no GPU.
 """
 
 import contextlib

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 
-import architectures
 from benchmarks import gpu, mixers, ours, rival, step, worker
 from configs.errors import RequestError
 from training import objectives
@@ -107,7 +106,7 @@ def test_a_side_that_refuses_says_so():
   config = toy('gpt')
   config.model.d_model = 33  # of 4 heads
   with pytest.raises(RequestError, match='33'):
-    worker.Worker('ours', dict(prompt=1, new=1, count=1,
+    worker.Worker('ours', dict(prompt=1, new=1,
                                config=run_config.to_json(config)))
 
 
@@ -148,20 +147,6 @@ def test_mixers_are_measured_as_they_say(tmp_path, monkeypatch, capsys):
   # their three convolutions.
   assert nbytes['decode', 'attention'] == 4 * 2 * 2 * 32 * 16
   assert nbytes['decode', 'deltanet'] == 4 * 2 * (2 * 8 * 8 + 3 * 3 * 16)
-
-
-def test_the_fastest_kernel_is_taken_and_what_does_not_fit_is_halved():
-  rows = [dict(part='attention', case='gpt2', way=way, **row) for way, row in (
-      ('xla', dict(seconds=2.0)), ('cudnn', dict(seconds=1.0)),
-      ('splash', dict(error='refused')))]
-  assert gpu.fastest(rows, 'attention', 'gpt2') == 'cudnn'
-  assert gpu.fastest(rows, 'experts', 'mixtral') == ''
-  assert list(gpu.tries(2, 'ours')) == [
-      (batch, remat) for batch in (2, 1) for remat in ('none', 'dots', 'full')]
-  for case in gpu.CASES:
-    config = gpu.config_of(case, toy=False, layers=3)
-    assert config.model.num_layers == (48 if case == 'gpt2' else 3)
-    assert architectures.resolve(config.model).d_model >= 1600
 
 
 @pytest.mark.slow

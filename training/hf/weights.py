@@ -5,7 +5,7 @@
 
 In: the parameters are made one by one, each device's shard by itself, and of a
 tensor is read what falls into the shard: host memory holds no more than the
-largest tensor and a shard, or two while one is handed over. Out: file by file,
+largest tensor and what the devices here have of a parameter. Out: file by file,
 of which host memory holds one. Nothing is left out in silence: a tensor or
 parameter without a counterpart is an error or, with `partial`, listed.
 
@@ -222,22 +222,14 @@ class _Names:
 
 
 def _fill(leaf: Any, fills: list, names: _Names) -> jax.Array:
-  """Returns one parameter, each shard read where it lies, one at a time."""
-  sharding = getattr(leaf, 'sharding', None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  devices: dict[tuple, list] = {}
-  places: Any = sharding.addressable_devices_indices_map(leaf.shape)
-  for device, slices in places.items():
-    ranges = tuple(s.indices(n)[:2] for s, n in zip(slices, leaf.shape))
-    devices.setdefault(ranges, []).append(device)
-  placed = []
-  for ranges, same in devices.items():
-    shard = _shard(leaf.dtype, ranges, fills, names)
-    placed += jax.block_until_ready(
-        [jax.device_put(shard, device) for device in same])
-    del shard  # before the next one
-  return jax.make_array_from_single_device_arrays(leaf.shape, sharding, placed)
+  """Returns one parameter, each shard read once and where it lies."""
+  sharding = getattr(leaf, 'sharding', None) or (
+      jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+  shard = functools.cache(
+      lambda *ranges: _shard(leaf.dtype, ranges, fills, names))
+  return jax.make_array_from_callback(
+      leaf.shape, sharding, lambda index: shard(*(
+          s.indices(n)[:2] for s, n in zip(index, leaf.shape))))
 
 
 def _shard(dtype: np.dtype, ranges: tuple, fills: list, names: _Names

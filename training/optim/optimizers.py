@@ -66,8 +66,8 @@ def _with_adam(optim: ml_collections.ConfigDict, roles: Any,
   """Returns a direction of the parameters that are chosen by their role, and
   Adam of the others."""
   return optax.partition(
-      {'matrices': direction, 'adam': _adam(optim)}, jax.tree.map(
-          lambda role: 'matrices' if chosen(role) else 'adam', roles))
+      {optim.name: direction, 'adam': _adam(optim)}, jax.tree.map(
+          lambda role: optim.name if chosen(role) else 'adam', roles))
 
 
 _ADAM = ('b1', 'b2', 'eps')
