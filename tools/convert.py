@@ -6,7 +6,6 @@ dense model into a mixture of experts.
   python -m tools.convert export WORKDIR DIR [--step=N] [--dtype=bfloat16] \
       [--dropless]
   python -m tools.convert export WORKDIR DIR --adapter [--step=N] [--dtype=...]
-  python -m tools.convert merge WORKDIR NEW_WORKDIR [--step=N]
   python -m tools.convert upcycle WORKDIR_OR_DIR WORKDIR \
       [--moe num_experts=8 top_k=2 every=2 ...]
   python -m tools.convert gguf FILE.gguf DIR
@@ -17,10 +16,9 @@ train.py continues in it, given its config, and a new run starts from it with
 copies the dense network of a layer to all of its experts and initialises a
 router (training/hf/upcycling.py); --moe takes fields of config.model.moe, and
 low-rank adapters are added to the weights first.
-`merge` adds the low-rank adapters of a run to its weights (Hu et al. 2021) and
-makes a workdir of the model without them; `export` does the same before it
-writes. With --adapter, `export` writes the adapters alone, as PEFT's folders
-have them, and `import` reads such a folder beside that of the model.
+`export` adds the low-rank adapters of a run to its weights (Hu et al. 2021).
+With --adapter, it writes the adapters alone, as PEFT's folders have them, and
+`import` reads such a folder beside that of the model.
 `gguf` makes a Hugging Face folder of a GGUF file, by transformers.
 
 A config.json with a value that no architecture here honours is refused, and the
@@ -141,24 +139,6 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
                 labels=run_config.labels(workdir))
   hf_tokenizer.give(workdir, config, folder, step)
   print(f'{folder}: {runs.count(params):,} parameters of {workdir}')
-
-
-def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
-          ) -> None:
-  """Makes the workdir `new` of the model of `workdir` with its low-rank
-  adapters added to its weights, as a run at step 0."""
-  _check_new(new)
-  config, module, params, step = _from_workdir(workdir, step)
-  require(module.config.lora.rank, f'{workdir} has no low-rank adapters: its '
-          'model.lora.rank is 0')
-  _, params = weights.merge(module, params)
-  generation = _generation(workdir, config, module.config, step)
-  config.model.lora = base.base().model.lora
-  config.init_from = ''
-  _make(new, config, params, generation,
-        not hf_generation.is_published(workdir, step),
-        f'of {module.config.arch}, with the adapters of {workdir} merged into '
-        'them', _resolved(config)[1])
 
 
 def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
@@ -305,10 +285,6 @@ def _parser() -> argparse.ArgumentParser:
                    'some that config.json cannot tell')
   out.add_argument('--adapter', action='store_true', help='the low-rank '
                    "adapters alone, in PEFT's format; else they are merged")
-  one = add('merge', help='low-rank adapters into the weights')
-  one.add_argument('source')
-  one.add_argument('workdir')
-  one.add_argument('--step', help=_STEP)
   up = add('upcycle', help='a dense model to experts')
   up.add_argument('source')
   up.add_argument('workdir')
@@ -337,14 +313,11 @@ def main() -> None:
     export(args.workdir, args.folder, step=step, dtype=args.dtype,
            dropless=args.dropless, adapter=args.adapter)
     return
-  if args.command != 'merge':
-    check_number('--seed', args.seed, (('>=', 0), ('<=', 2**32 - 1)))
+  check_number('--seed', args.seed, (('>=', 0), ('<=', 2**32 - 1)))
   storage.try_folder(args.workdir, 'WORKDIR')
   if args.command == 'import':
     import_(args.source, args.workdir, partial=args.partial, seed=args.seed,
             adapter=args.adapter, dtype=args.dtype)
-  elif args.command == 'merge':
-    merge(storage.path(args.source, 'SOURCE'), args.workdir, step=step)
   else:
     upcycle(storage.path(args.source, 'SOURCE'), args.workdir, moe=args.moe,
             step=step, seed=args.seed)

@@ -178,8 +178,8 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
   model, abstract, own = run.model, run.abstract.params, drawn
   if not weights.same_adapters(model, theirs):
     require(not theirs.lora.rank, f'init_from is {str(source)!r}, whose model '
-            'has other low-rank adapters than the run: merge them first, by '
-            'python -m tools.convert merge')
+            'has other low-rank adapters than the run: begin with its export, '
+            'which python -m tools.convert export writes')
     model = weights.without_adapters(model)
     abstract, own = weights.without(abstract), weights.without(drawn)
   partial, folder = run.config.init_partial, checkpoints.directory(source)

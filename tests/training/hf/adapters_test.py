@@ -82,30 +82,24 @@ def adapted(imported, workdir):
 
 @pytest.mark.slow
 def test_merged_it_is_a_model_like_any_other(imported, tmp_path):
-  """By `merge`, by `export`, and where a run without adapters starts from it:
-  the same logits to the rounding of float32."""
+  """By `export`, from which other runs start: the same logits to the rounding of
+  float32."""
   module, params = adapted(imported, tmp_path / 'run')
   tokens = models.tokens()
   logits = lambda module, params: jax.jit(
       lambda params: models.logits(module, params, tokens))(params)
   want = logits(module, params)
-  convert.merge(tmp_path / 'run', tmp_path / 'merged', step=None)
-  _, plain, merged, _ = convert._from_workdir(tmp_path / 'merged', None)
+  convert.export(tmp_path / 'run', tmp_path / 'hf', step=None)
+  plain, merged = weights.from_hf(tmp_path / 'hf')
   assert plain.config.lora.rank == 0
   models.close(want, logits(plain, merged), rtol=1e-5)
-  convert.export(tmp_path / 'run', tmp_path / 'hf', step=None)
-  jax.tree.map(np.testing.assert_array_equal,
-               weights.from_hf(tmp_path / 'hf')[1], merged)
-  _, started = start(tmp_path / 'run', imported, {})
-  jax.tree.map(np.testing.assert_array_equal, started, merged)
-  # With other adapters: merged, and its own drawn; with the same: all of them.
-  run, started = start(tmp_path / 'run', imported, dict(LORA, rank=3))
+  run, started = start(tmp_path / 'hf', imported, dict(LORA, rank=3))
   jax.tree.map(np.testing.assert_array_equal, weights.without(started), merged)
   models.close(want, logits(run.module, started), rtol=1e-5)
-  _, started = start(tmp_path / 'run', imported, LORA)
+  _, started = start(tmp_path / 'run', imported, LORA)  # the same adapters
   jax.tree.map(np.testing.assert_array_equal, started, params)
-  with pytest.raises(RequestError, match='has no low-rank adapters'):
-    convert.merge(tmp_path / 'merged', tmp_path / 'again', step=None)
+  with pytest.raises(RequestError, match='begin with its export'):
+    start(tmp_path / 'run', imported, dict(LORA, rank=3))
 
 
 @pytest.mark.parametrize('system, targets', [
