@@ -209,8 +209,8 @@ class _Batches:
     # data.length, or fewer than data.batch_size.
     rows_of = {length: (length,) for length in pipeline.lengths(config)[:-1]}
     self._work = {
-        (n, length): (n * sum(row), count * step_flops(
-            program.run, n, row, objective) if peak else 0.0)
+        (n, length): (n * sum(row), count * n * sum(flops.of_a_row(
+            config, program.run.model, row).values()) if peak else 0.0)
         for n in (*self._ramp.sizes, self._ramp.last)
         for length, row in (rows_of | {0: sides}).items()}
     self.meter = progress.Meter(
@@ -237,14 +237,6 @@ class _Batches:
   def close(self) -> None:
     for stream in self._streams:
       stream.close()
-
-
-def step_flops(run: runs.Run, rows: int, sides: tuple[int, ...], objective: Any
-               ) -> float:
-  """Returns the FLOPs of a step of a run on rows of `sides` tokens."""
-  return rows * sum(sides) * flops.training_flops_per_token(
-      run.model, *sides, unread=objective.unread(run.config, sides[0]),
-      freeze=run.config.optim.freeze, prefix=objective.prefix)
 
 
 class _PerShape:

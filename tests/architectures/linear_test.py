@@ -121,8 +121,8 @@ def test_no_gradient_of_a_frozen_weight_is_computed(trained):
     program = jax.make_jaxpr(make_train_step(run.module, run.tx, run.config))(
         run.abstract, {k: jnp.asarray(v) for k, v in step_test.batch().items()})
   work = flops.count(program, flops.Place('cpu'))
-  tokens = step_test.BATCH * step_test.LENGTH
-  whole = tokens * flops.training_flops_per_token(run.model, step_test.LENGTH)
+  whole = step_test.BATCH * sum(flops.training_flops(
+      run.model, step_test.LENGTH).values())
   forward = flops.forward_flops(run.model, step_test.LENGTH)
   assert 3 * step_test.BATCH * sum(forward.values()) > 1.3 * whole
   # Attention multiplies masked pairs too, and no gradient goes below the first

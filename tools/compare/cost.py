@@ -45,13 +45,11 @@ def of(config) -> Cost:
   from training.costs import flops
   from training.data import ramp
   model = resolved(config)
-  objective = objectives.of(config)
-  lengths = objective.row_lengths(config)
+  length = sum(objectives.of(config).row_lengths(config))
   return Cost(
-      *_parameters(model), flops.training_flops_per_token(
-          model, *lengths, unread=objective.unread(config, lengths[0]),
-          freeze=config.optim.freeze, prefix=objective.prefix),
-      int(ramp.of(config).before(config.train.steps)) * sum(lengths))
+      *_parameters(model),
+      sum(flops.of_a_row(config, model).values()) / length,
+      int(ramp.of(config).before(config.train.steps)) * length)
 
 
 def figure(config, what: str) -> float:

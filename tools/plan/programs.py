@@ -278,10 +278,8 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
   objective, rows = objectives.of(config), config.data.batch_size
   sides = objective.row_lengths(config)
   if name == 'train':
-    unread = objective.unread(config, sides[0])
-    return {part: rows * n for part, n in flops.training_flops(
-        c, *sides, unread=unread, freeze=config.optim.freeze,
-        prefix=objective.prefix).items()}
+    return {part: rows * n
+            for part, n in flops.of_a_row(config, c).items()}
   # The prompt and, one at a time, all tokens after it but the last, which is
   # not read: in the sum, a forward pass over them.
   needed = flops.forward_flops(c, sides[0] - 1)

@@ -34,6 +34,7 @@ import architectures
 from architectures.parts import linear
 from architectures.parts.config import Kinds, ModelConfig
 from architectures.parts.moe import routing
+from training import objectives
 from training.optim import shares
 from training.runs import parameter_shapes, parameter_shares
 
@@ -86,10 +87,21 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
   return {part: round((1 + back[part]) * n, 3) for part, n in forward}
 
 
-def training_flops_per_token(model: ModelConfig, *sides: int, **options
-                             ) -> float:
-  """Returns the mean of `training_flops` over a sequence's tokens."""
-  return sum(training_flops(model, *sides, **options).values()) / sum(sides)
+def of_a_row(config: ml_collections.ConfigDict, model: ModelConfig,
+             sides: Sequence[int] = ()) -> dict[str, float]:
+  """Returns the `training_flops` of a row of a run.
+
+  Args:
+    config: the run's.
+    model: its model, resolved.
+    sides: the tokens of a row; of an encoder-decoder, of both sides; none:
+      those of the run.
+  """
+  objective = objectives.of(config)
+  sides = sides or objective.row_lengths(config)
+  return training_flops(
+      model, *sides, unread=objective.unread(config, sides[0]),
+      freeze=config.optim.freeze, prefix=objective.prefix)
 
 
 def decode_flops(model: ModelConfig, keys: int, memory: int = 0

@@ -64,7 +64,8 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
       'length': length,
       'training_lengths': sides,  # of an encoder-decoder, those of both sides
       'flops_per_token': {
-          'training': _training_flops(config, model, sides),
+          'training': sum(flops.of_a_row(
+              config, model, sides).values()) / sum(sides),
           'prefill': sum(flops.forward_flops(
               model, *tokens, prompt=objective.prefix).values()) / sum(tokens),
           'decode': sum(flops.decode_flops(model, *tokens).values())
@@ -86,12 +87,12 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
 
 def brief(config: ml_collections.ConfigDict) -> dict:
   """Returns those of the figures that are told of every size at once."""
-  model, length = resolved(config), config.data.length
+  model = resolved(config)
+  sides = _row_lengths(config, model, config.data.length)
   total, active = parameters(model)
   return {'rumoured': model.arch.startswith('gpt4'), 'parameters': total,
-          'active_parameters': active,
-          'training_flops_per_token': _training_flops(
-              config, model, _row_lengths(config, model, length))}
+          'active_parameters': active, 'training_flops_per_token': sum(
+              flops.of_a_row(config, model).values()) / sum(sides)}
 
 
 def _row_lengths(config: ml_collections.ConfigDict, model: ModelConfig,
@@ -105,14 +106,6 @@ def _row_lengths(config: ml_collections.ConfigDict, model: ModelConfig,
   require(len(sides) == 1 + both, f'objective is {config.objective!r}, which '
           f'does not train model.arch {model.arch!r}: choose one that does')
   return sides
-
-
-def _training_flops(config: ml_collections.ConfigDict, model: ModelConfig,
-                    sides: list[int]) -> float:
-  objective = objectives.of(config)
-  return flops.training_flops_per_token(
-      model, *sides, unread=objective.unread(config, sides[0]),
-      freeze=config.optim.freeze, prefix=objective.prefix)
 
 
 def kinds_of_layer(model: ModelConfig) -> list[dict]:

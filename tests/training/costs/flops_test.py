@@ -174,7 +174,7 @@ def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
   multiplied = flops.count(program, flops.Place('gpu', useful=True)).flops
   unread = objective.unread(config, L)
   assert unread == (0 if whole_words else L - round(0.15 * L))
-  said = flops.training_flops_per_token(c, L, unread=unread)
+  said = sum(flops.training_flops(c, L, unread=unread).values()) / L
   assert said * L * config.data.batch_size == pytest.approx(multiplied,
                                                             rel=0.02)
   assert said == totals.count(config)['flops_per_token']['training']
