@@ -231,11 +231,6 @@ def test_modernberts_layers_are_those_that_its_config_json_names():
   assert (c.pooling, hf_config.read(rows).pooling) == ('cls', 'mean')
   with pytest.raises(RequestError, match="classifier_pooling 'max': choose"):
     hf_config.read(rows | dict(classifier_pooling='max'))
-  for wrong in (dict(rope_scaling=dict(rope_type='linear', factor=2.0)),
-                dict(rope_parameters=dict(rope_theta=1e4)),
-                dict(classifier_bias=True)):
-    with pytest.raises(RequestError, match=next(iter(wrong))):
-      hf_config.read(MODERNBERT | wrong)
 
 D, A, W = layer_types.LINEAR, layer_types.WHOLE, layer_types.WINDOW
 
@@ -307,15 +302,3 @@ def test_positions_and_windows_in_any_layers():
     written = hf_config.write(c)
     assert written['no_rope_layers'] == list(turned)
     assert written['layer_types'] == list(types)
-
-
-def test_what_is_left_out_is_as_in_transformers():
-  c, each = layers(KIMI | dict(num_hidden_layers=6))
-  assert [(x.mixer, x.ffn == 'moe') for x in each] == [
-      ('kda', False), *[('kda', True)] * 3, ('latent', True), ('kda', True)]
-  assert (c.latent.norm_eps, c.norm_eps) == (1e-6, 1e-5)
-  c, each = layers(QWEN | dict(num_hidden_layers=4))
-  assert [x.mixer for x in each] == ['deltanet'] * 3 + ['attention']
-  assert (c.prefix, c.pattern) == ('', 'linear,linear,linear,full')
-  c, each = layers(SMOLLM | dict(num_hidden_layers=4))
-  assert [x.position for x in each] == ['rope'] * 3 + ['none']

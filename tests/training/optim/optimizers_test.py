@@ -6,10 +6,13 @@ import numpy as np
 import optax
 import pytest
 
+import architectures
+from architectures.parts import paths
 from architectures.parts.roles import Role
 from configs import base
-from architectures.parts import paths
+from tests.helpers import models
 from training.optim import optimizers
+from training.step import parameter_roles, parameter_shapes
 
 
 def optim(**fields):
@@ -18,41 +21,20 @@ def optim(**fields):
   return config
 
 
-def params(dtype=jnp.float32):
-  """A small tree with every kind of parameter that a shape rule must tell."""
-  shapes = {
-      'embed': {'tokens': (160, 128)},
-      'layers': {'block_0': {
-          'attention': {'query': (2, 128, 4, 40), 'query_bias': (2, 4, 40),
-                        'out': (2, 4, 40, 128)},
-          'ffn': {'up': (2, 128, 256)},
-          'norm': {'scale': (2, 128)}},
-                 'block_1': {'ffn': {'up': (2, 3, 128, 136),
-                                     'up_bias': (2, 3, 136)}}},
-      'head': {'kernel': (128, 160)},
-  }
-  keys = iter(jax.random.split(jax.random.key(0), 99))
-  return jax.tree.map(
-      lambda shape: 0.1 * jax.random.normal(next(keys), shape, dtype), shapes,
-      is_leaf=lambda x: isinstance(x, tuple))
+MODULE = architectures.build(models.config(
+    'mixtral', d_model=128, vocab_size=160, attention_bias=True,
+    moe=dict(d_ff=136)))
 
 
 def roles():
   """Of `params`."""
-  up = Role(('embed', 'mlp'), (0,))
-  return {
-      'embed': {'tokens': Role(('vocab', 'embed'), (0,), kind='embedding')},
-      'layers': {'block_0': {
-          'attention': {'query': Role(('embed', 'heads', 'head'), (0,)),
-                        'query_bias': Role(('heads', 'head')),
-                        'out': Role(('heads', 'head', 'embed'), (0, 1))},
-          'ffn': {'up': up},
-          'norm': {'scale': Role(('embed',))}},
-                 'block_1': {'ffn': {
-                     'up': Role(('experts', 'embed', 'mlp'), (1,), (0,)),
-                     'up_bias': Role(('experts', 'mlp'), batch=(0,))}}},
-      'head': {'kernel': Role(('embed', 'vocab'), (0,), kind='logits')},
-  }
+  return parameter_roles(MODULE)
+
+
+def params(dtype=jnp.float32):
+  """A tree with every kind of parameter that a shape rule must tell."""
+  shapes = parameter_shapes(MODULE)
+  return jax.tree.map(lambda x: (0.1 * x).astype(dtype), gradients(shapes, 0))
 
 
 def plain(tree):
@@ -81,7 +63,7 @@ def run(tx, tree, steps=3):
                           "Did you mean 'adamw'")),
     (dict(momentum=0.5), ('optim.momentum is 0.5', 'muon, normuon, sgd')),
     (dict(decay_mask=(('.*', 2),)), ('optim.decay_mask is', '1 or 0')),
-    (dict(decay_mask=(('.*bias', 1),)), ("parameter 'embed/tokens'", '.*bias')),
+    (dict(decay_mask=(('.*bias', 1),)), ("parameter 'decoder/", '.*bias')),
     (dict(decay_mask=(('(', 1),)), ("'('", 'regular expression')),
 ])
 def test_what_cannot_be_honoured_is_refused(fields, words):
@@ -160,19 +142,19 @@ def test_a_stack_learns_as_its_layers_do():
   """Layers (and experts) in one array move as each would on its own. (Of Muon,
   NorMuon and SOAP in matrices_test.py.)"""
   config = optim(name='adafactor', lr=0.01, warmup_steps=0, clip_norm=0.0)
-  whole = params()
   # Layers of unlike sizes: a statistic taken over all of them would show.
-  whole['layers'] = jax.tree.map(
+  whole, stack = params(), lambda tree: tree['decoder']['layers']
+  whole['decoder']['layers'] = jax.tree.map(
       lambda x: x * jnp.arange(1.0, 3.0).reshape((-1,) + (1,) * (x.ndim - 1)),
-      whole['layers'])
+      stack(whole))
   stacked = run(optimizers.make(config, 10, roles()), whole)
 
   def layer(tree, i):
-    return {'layers': jax.tree.map(lambda x: x[i:i + 1], tree['layers'])}
+    return jax.tree.map(lambda x: x[i:i + 1], stack(tree))
 
   for i in range(2):
     tree = layer(whole, i)
-    tx = optimizers.make(config, 10, {'layers': roles()['layers']})
+    tx = optimizers.make(config, 10, stack(roles()))
     state = tx.init(tree)
     for step in range(3):
       g = layer(gradients(whole, step), i)
@@ -215,7 +197,7 @@ def test_state_lies_where_the_parameters_lie(name):
       mesh, jax.sharding.PartitionSpec(*spec))
   where = jax.tree.map(lambda x: sharding(*[None] * (x.ndim - 1), 'fsdp'),
                        tree)
-  where['layers']['block_0']['attention']['query'] = sharding(
+  where['decoder']['layers']['block_0']['attention']['query'] = sharding(
       None, 'fsdp', 'tensor')
   shapes = jax.eval_shape(lambda: tree)
   tx = optimizers.make(optim(name=name, clip_norm=0.0), 10, roles())
