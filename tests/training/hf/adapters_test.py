@@ -82,8 +82,8 @@ def adapted(imported, workdir):
 
 @pytest.mark.slow
 def test_merged_it_is_a_model_like_any_other(imported, tmp_path):
-  """By `export`, from which other runs start: the same logits to the rounding of
-  float32."""
+  """By `export`, from which other runs start: the same logits to the rounding
+  of float32."""
   module, params = adapted(imported, tmp_path / 'run')
   tokens = models.tokens()
   logits = lambda module, params: jax.jit(

@@ -12,7 +12,7 @@ from architectures.parts.roles import Role
 from configs import base
 from tests.helpers import models
 from training.optim import optimizers
-from training.step import parameter_roles, parameter_shapes
+from training.runs import parameter_roles, parameter_shapes
 
 
 def optim(**fields):
