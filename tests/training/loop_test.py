@@ -107,8 +107,8 @@ class Saved:
 @pytest.fixture(name='train')
 def _train(tmp_path, monkeypatch):
   """Returns a function that trains; see `Fake`."""
-  monkeypatch.setattr(loop.flops, 'training_flops_per_token',
-                      lambda *_, **__: 1.0)
+  monkeypatch.setattr(loop.flops, 'of_a_row', lambda config, model, sides: {
+      'weights': float(sum(sides))})
   monkeypatch.setattr(loop, 'describe', lambda *_: 'a program')
 
   def train(*rows, due=(), stop=None, start=0, best=None, **fields):
