@@ -86,8 +86,8 @@ def test_merged_it_is_a_model_like_any_other(imported, tmp_path):
   of float32."""
   module, params = adapted(imported, tmp_path / 'run')
   tokens = models.tokens()
-  logits = lambda module, params: jax.jit(
-      lambda params: models.logits(module, params, tokens))(params)
+  logits = lambda module, params: jax.device_get(jax.jit(
+      lambda params: models.logits(module, params, tokens))(params))
   want = logits(module, params)
   convert.export(tmp_path / 'run', tmp_path / 'hf', step=None)
   plain, merged = weights.from_hf(tmp_path / 'hf')
