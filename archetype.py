@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import os
-import pathlib
 from typing import Any
 
 import flax.linen as nn
@@ -335,7 +334,6 @@ def load(path: str | os.PathLike, *, step: int | None = None,
   if checkpoints.directory(place).exists():
     return _load_run(place, step, tokenizer)
   require(step is None, f'{path} is no run: it has no step {step}')
-  parameters.refuse_others(pathlib.Path(place))
   module, params = weights.from_hf(path)
   folder = place.parent if place.is_file() else place
   if tokenizer is None and tokenizers.found_in(folder):

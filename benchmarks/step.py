@@ -35,7 +35,7 @@ from configs import gpt
 from configs.errors import one_of, require
 from training import cli, objectives, preflight, runs
 from training.data import tokenizers
-from training.workdir import run_config, storage
+from training.workdir import storage
 
 # What PyTorch may run: in bfloat16, with float32 parameters or without.
 RIVALS = {'float32': ('float32',), 'bfloat16': ('autocast', 'bfloat16')}
@@ -92,7 +92,7 @@ def main():
             f'model.arch {config.model.arch!r} is an {stack}')
     require(args.prompt <= config.data.length, f'--prompt is {args.prompt}, '
             f'and rows have data.length={config.data.length} tokens')
-  request = dict(config=run_config.to_json(config), prompt=args.prompt,
+  request = dict(config=config.to_dict(), prompt=args.prompt,
                  new=args.new)
   other = rival.request(config) if args.compare else {}
   figures = {'dtype': args.dtype} | {

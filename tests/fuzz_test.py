@@ -137,7 +137,7 @@ def test_config_files(text, tmp_path_factory):
   def load():
     config = cli.load_config_file(str(file))
     preflight.check_config(config)
-    run_config.to_json(config)
+    config.to_dict()
 
   runs_or_refuses(load)
 

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import architectures
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
-from configs.errors import RequestError, require, short
+from configs.errors import require, short
 from training import objectives, runs
 from architectures.parts import paths
 from training.distributed import devices
@@ -341,18 +341,3 @@ def of_run(run: runs.Run, workdir: epath.Path, step: Step = None,
   print(f'{workdir}, step {restored.step}'
         + (f': {restored.what}' if restored.what else ''))
   return restored
-
-
-def refuse_others(folder: pathlib.Path) -> None:
-  """Raises RequestError for a folder that holds models, or a part of one."""
-  from training.hf import peft
-  for name, what in (('study.json', 'study'), ('sweep.json', 'sweep')):
-    if (folder / name).is_file():
-      first = next(iter(sorted(str(path.parent) for path in folder.glob(
-          f'**/points/*/*/{storage.CHECKPOINTS}'))), '')
-      raise RequestError(f'{folder} is a {what} of several runs: load one of '
-                         f'them, such as {first or "points/NAME/seed-S"}')
-  require(not (folder / peft.CONFIG).is_file()
-          or (folder / storage.CONFIG).is_file(), f'{folder} holds low-rank '
-          'adapters alone: make a run of them and the model that they adapt by '
-          f'python -m tools.convert import MODEL WORKDIR --adapter={folder}')

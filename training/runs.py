@@ -75,18 +75,13 @@ def parameter_roles(module: nn.Module):
 
 def optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
               steps: int) -> optax.GradientTransformation:
-  """Returns config.optim's optimiser for the parameters of `module`."""
-  optimizers.check_optim(optim)
-  return optimizer_unchecked(module, optim, steps)
-
-
-def optimizer_unchecked(module: nn.Module, optim: ml_collections.ConfigDict,
-                        steps: int) -> optax.GradientTransformation:
-  """`optimizer`, of which some fields may be traced."""
+  """Returns config.optim's optimiser for the parameters of `module`. Some of
+  its fields may be traced; preflight.check_config checks those that are not.
+  """
   tree = parameter_roles(module)
   return optimizers.make(optim, steps, tree,
-                          mup.rates(module.config, optim.name, tree),
-                          parameter_shares(module, optim))
+                         mup.rates(module.config, optim.name, tree),
+                         parameter_shares(module, optim))
 
 
 def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):

@@ -31,7 +31,7 @@ from training.data import tokenizers
 from training.objectives import pipeline
 from training.distributed import devices
 from training.runs import TrainState, init_state, initial_seed
-from training.runs import make_eval_step, make_train_step, optimizer_unchecked
+from training.runs import make_eval_step, make_train_step, optimizer
 from training.workdir import checkpoints, provenance, run_config, storage
 
 # What the runs of a group may differ in, and what a step is given it as.
@@ -225,7 +225,7 @@ def program_of(run: runs.Run, writers: Sequence[loop.Writer]) -> loop.Program:
   def train_step(state: TrainState, given: tuple[dict, dict]):
     batch, values = given
     config = with_values(run.config, values)
-    tx = optimizer_unchecked(run.module, config.optim, config.train.steps)
+    tx = optimizer(run.module, config.optim, config.train.steps)
     return make_train_step(run.module, tx, config)(state, batch)
 
   eval_step = make_eval_step(run.module, run.config)

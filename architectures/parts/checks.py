@@ -177,10 +177,11 @@ def _check_stack(c: ModelConfig, stack: str,
       # training/optim/mup.py has rules for the parameters of decoders alone.
       ('parametrization', 'standard', 'decoder'),
       ('num_decoder_layers', c.num_layers, 'encoder-decoder')):
-    require(stack == kind or get(c, field) == rest,
-            f'model.{field} {get(c, field)!r} has no meaning with model.arch '
-            f'{c.arch!r}: set it to {rest!r}, or choose model.arch from '
-            f'{", ".join(archs(kind))}')
+    if stack != kind and get(c, field) != rest:  # else no page is imported
+      raise RequestError(
+          f'model.{field} {get(c, field)!r} has no meaning with model.arch '
+          f'{c.arch!r}: set it to {rest!r}, or choose model.arch from '
+          f'{", ".join(archs(kind))}')
   require(c.ffn != NONE or stack != 'encoder', f'model.ffn is {NONE!r}, and '
           f'the head of masked words of model.arch {c.arch!r} has the '
           'activation of the layers: set model.ffn to a network, and '

@@ -11,7 +11,6 @@ import pytest
 from benchmarks import gpu, mixers, ours, rival, step, worker
 from configs.errors import RequestError
 from training import objectives
-from training.workdir import run_config
 from training.hf import weights
 
 SYSTEMS = ('gpt', 'bert', 't5')
@@ -107,7 +106,7 @@ def test_a_side_that_refuses_says_so():
   config.model.d_model = 33  # of 4 heads
   with pytest.raises(RequestError, match='33'):
     worker.Worker('ours', dict(prompt=1, new=1,
-                               config=run_config.to_json(config)))
+                               config=config.to_dict()))
 
 
 @pytest.mark.slow
@@ -120,7 +119,7 @@ def test_the_loss_of_both_sides_is_the_same(system, tmp_path):
   config = rival.alike(toy(system))
   request = rival.request(config) | dict(dtype='float32', compiled=False)
   other = pytorch.Trainer(request)
-  trainer = ours.Trainer(run_config.to_json(config))
+  trainer = ours.Trainer(config.to_dict())
   trainer.create()
   weights.to_hf(trainer.run.module, trainer.state.params, tmp_path)
   other.forward = type(other.model).from_pretrained(

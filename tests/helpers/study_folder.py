@@ -9,7 +9,6 @@ from configs.sweeps import helpers
 from tools.compare import decide
 from tools.compare import layout
 from tools.compare import plan as plans
-from training.workdir import run_config
 
 BASE, VARIANTS = 'learned', ('rope', 'alibi', 'none', 'post_norm', 'wild')
 # What a reader of names must survive, in HTML, Markdown, LaTeX and SVG.
@@ -47,7 +46,7 @@ def frozen(of):
             for i, (size, params) in enumerate(zip(SIZES, PARAMS))
             for workload in of.workloads]
   return plans.Frozen(
-      of, run_config.to_json(helpers.small_gpt(STEPS)), points,
+      of, helpers.small_gpt(STEPS).to_dict(), points,
       {'file': '0123456789abcdef', 'text': 'fedcba98765432'},
       {'commit': 'f5ac5de0123456789', 'diff': ''})
 

@@ -46,7 +46,7 @@ def write(root, points, match='', states=None):
   description = dict(
       name='synthetic', file='configs/sweeps/synthetic.py', match=match,
       match_field='', paired=True, base=points[0]['name'],
-      base_config=run_config.to_json(config), points=rows)
+      base_config=config.to_dict(), points=rows)
   layout.save_description(root, description)
   with layout.Ledger(root) as ledger:
     ledger.add((p['name'], seed, ()) for p in points for seed in p['seeds'])

@@ -75,7 +75,6 @@ def describe(args) -> dict:
   Raises:
     RequestError: for the first bad point.
   """
-  from training.workdir import run_config
   cost.off_devices()
   sweep = spec.read_sweep_file(args.file, args.seeds)
   field = args.match_field or spec.MATCH_FIELD
@@ -88,7 +87,7 @@ def describe(args) -> dict:
       'name': sweep.name, 'file': sweep.file, 'match': sweep.match,
       'match_field': field if args.match else '',
       'base': sweep.base_name,
-      'base_config': run_config.to_json(sweep.base),
+      'base_config': sweep.base.to_dict(),
       'paired': not any(key.startswith(spec.BATCHES) for point in sweep.points
                         for key in point.changes),
       'sources': cost.contents(map(sweep.config, sweep.points)),

@@ -61,7 +61,7 @@ def freeze(file: str) -> plans.Frozen:
     RequestError: for the first thing in it that cannot be, or that would make
       a comparison unfair.
   """
-  from training.workdir import provenance, run_config
+  from training.workdir import provenance
   cost.off_devices()
   sweep, given = read_study_file(file)
   points = _points(sweep, given)
@@ -90,7 +90,7 @@ def freeze(file: str) -> plans.Frozen:
       tuned_sizes=tuple(given['SIZES'])[:1 if mup else None])
   code = provenance.this_start()
   return plans.Frozen(
-      plan, run_config.to_json(sweep.base), points, cost.contents(configs),
+      plan, sweep.base.to_dict(), points, cost.contents(configs),
       {name: code[name] for name in ('commit', 'diff')})
 
 

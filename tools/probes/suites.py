@@ -152,8 +152,7 @@ def diverged(run: Run, workdir: epath.Path) -> bool:
 
 
 def _tree(run: Run) -> Any:
-  from training.workdir import run_config
-  return json.loads(json.dumps(run_config.to_json(run.config)))
+  return json.loads(json.dumps(run.config.to_dict()))
 
 
 def card_of(suite: Suite, workdir: epath.Path) -> dict[str, Any]:

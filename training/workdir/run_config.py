@@ -54,7 +54,7 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
   """
   if jax.process_index() != 0:
     return
-  tree = to_json(config) if model is None else as_read(config, model)
+  tree = config.to_dict() if model is None else as_read(config, model)
   before, now = starts(workdir), provenance.this_start(data)
   if before[-1:] != [now]:
     before.append(now)
@@ -124,11 +124,6 @@ def tuples(value: Any):
   if isinstance(value, dict):
     return {name: tuples(item) for name, item in value.items()}
   return value
-
-
-def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the config as plain dicts and lists."""
-  return config.to_dict()
 
 
 def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
