@@ -31,7 +31,7 @@ import architectures
 from architectures.parts import paths, tables
 from architectures.parts.config import ModelConfig
 from configs import base
-from configs.errors import one_of, require, short
+from configs.errors import require, short
 from training import cli
 from training import generate as generation, objectives, parameters
 from training import runs
@@ -42,7 +42,6 @@ from training.data.texts import checked
 from training.hf import config as hf_config, generation as hf_generation
 from training.hf import weights
 from training.evals import inspection
-from training.objectives import record as objective_record
 from training.workdir import checkpoints, run_config, storage
 
 Tokens = jax.Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
@@ -184,7 +183,6 @@ class Model:
       RequestError: for a model that writes no text, for what is no text, and
         for more tokens than the positions that the model has learned.
     """
-    tokenizer = self._tokenizer()
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     require(bool(texts) and all(isinstance(text, str) for text in texts),
             f'prompts is {short(prompts)}: pass a text, or a list of texts')
@@ -195,7 +193,12 @@ class Model:
     stops = [stop] if isinstance(stop, str) else list(stop)
     require('' not in stops, f'stop is {short(stop)}: every text begins with '
             "''")
-    shown, end = self._shown(texts)
+    config, tokenizer = self._run_config(), self._tokenizer()
+    require(objectives.of(config).prompt is not None
+            and self.config.head == 'lm', 'this model writes no text: its '
+            f'objective is {config.objective} and its head '
+            f'{self.config.head!r}')
+    shown, end = hf_generation.shown(texts, config, tokenizer, self.said)
     inputs_of.check_ids('the prompt', shown.tokens, self.config.vocab_size)
     new_BT = np.asarray(generation.generate(
         self.module, self.params, jnp.asarray(shown.tokens),
@@ -214,11 +217,8 @@ class Model:
     also by part; FLOPs per token; bytes of the parameters and of the key-value
     cache. `length`: tokens of a sequence; default: max_len."""
     require(length >= 0, f'length is {length}: it must be at least 0')
-    figures = totals.count(self._run_config(), length or self.config.max_len,
-                           self.config)
-    return {name: value for name, value in figures.items()
-            if name not in ('optimizer_bytes', 'average_bytes',
-                            'checkpoint_bytes')}
+    return totals.count(self._run_config(), length or self.config.max_len,
+                        self.config)
 
   def with_parts(self, *, seed: int = 0, **fields: Any) -> 'Model':
     """Returns the model with other fields of `config.model`, for example
@@ -261,17 +261,6 @@ class Model:
     config = base.base()
     config.objective = _OBJECTIVES[self.stack]
     return config
-
-  def _shown(self, texts: Sequence[str]
-             ) -> tuple[objective_record.Prompts, tuple[int, ...]]:
-    """Returns texts as the model is shown them, and the ids that end what it
-    writes."""
-    config, tokenizer = self._run_config(), self._tokenizer()
-    objective = objectives.of(config)
-    require(objective.prompt is not None and self.config.head == 'lm',
-            'this model writes no text: its objective is '
-            f'{config.objective} and its head {self.config.head!r}')
-    return hf_generation.shown(texts, config, tokenizer, self.said)
 
   def _run(self, wanted: str, tokens: Tokens, decoder_tokens: Tokens | None,
            inputs: Mapping[str, Tokens]) -> Any:
@@ -398,30 +387,20 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
   """Returns the config with other fields, checked as any config is. A field
   that is 0 where a config's is derived, is derived: with lora.rank alone,
   lora.alpha becomes as large."""
-  changes: dict[str, Any] = {}
-  for name, value in fields.items():
-    one_of('field of config.model', name, _names(config))
+  for name in fields:
     require(name not in _SIZES, f'model.{name} decides the sizes of other '
             'parts: build a model with it, from a file of configs/')
-    if isinstance(value, Mapping):
-      group = getattr(config, name) or tables.GROUPS[name]()
-      for field in value:
-        one_of(f'field of config.model.{name}', field, _names(group))
-      if name == 'lora' and group.alpha == group.rank:
-        value = {'alpha': 0, **value}
-      value = dataclasses.replace(group, **value)
-    changes[name] = value
-  if 'num_layers' in changes and (
-      architectures.stack(config) != 'encoder-decoder'):
-    changes.setdefault('num_decoder_layers', changes['num_layers'])
-  changed = tables.make(tables.as_dict(
-      dataclasses.replace(config, **changes)))
+  tree = ml_collections.ConfigDict(tables.defaults())
+  with tree.ignore_type():
+    tree.update(tables.as_dict(config))
+    if config.lora and config.lora.alpha == config.lora.rank:
+      tree.lora.alpha = 0
+    if architectures.stack(config) != 'encoder-decoder':
+      tree.num_decoder_layers = fields.get('num_layers', config.num_layers)
+    cli.set_fields(tree, fields)
+  changed = tables.make(tree)
   _refuse_unread(changed, fields)
   return changed
-
-
-def _names(group: Any) -> list[str]:
-  return [field.name for field in dataclasses.fields(group)]
 
 
 def _refuse_unread(config: ModelConfig, fields: Mapping[str, Any]) -> None:

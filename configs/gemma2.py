@@ -23,8 +23,7 @@ SIZES = recipes.table(
         '27b': (4608, 46, 32, 16, 128, 36864, 13e12, 1.5e-4, 27_227_128_320),
     }, max_len=8192, vocab_size=256000, kinds=dict(local=dict(window=4096)))
 SIZES['27b']['attention_scale'] = (4608 / 32) ** -0.5
-SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                     d_ff=344, max_len=256)
+SIZES['tiny'] = recipes.SMALL
 
 
 def get_config(size: str = 'tiny'):

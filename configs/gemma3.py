@@ -29,8 +29,7 @@ SIZES = recipes.table(
         '27b': (5376, 62, 32, 16, 128, 21504, 14e12, 1.5e-4, 131072, 262208,
                 1024, 27_009_346_304)})
 SIZES['27b']['attention_scale'] = (5376 / 32) ** -0.5
-SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                     d_ff=344, max_len=256)
+SIZES['tiny'] = recipes.SMALL
 
 
 def get_config(size: str = 'tiny'):

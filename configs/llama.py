@@ -43,8 +43,7 @@ for _size in ('7b', '13b', '33b'):  # the others' params.json say 1e-5
   SIZES[_size]['norm_eps'] = 1e-6
 for _size in ('3-8b', '3-70b'):
   SIZES[_size] |= {'vocab_size': 128256, 'rope.theta': 500_000.0}
-SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                     d_ff=344, max_len=256)
+SIZES['tiny'] = recipes.SMALL
 SIZES['smollm2-135m'] = dict(
     d_model=576, num_layers=30, num_heads=9, num_kv_heads=3, d_ff=1536,
     max_len=8192, vocab_size=49152, tie_embeddings=True,

@@ -25,8 +25,7 @@ SIZES = recipes.table(
     }, max_len=131072)
 for _size in ('0.5b', '1.5b', '3b'):
   SIZES[_size] |= dict(max_len=32768, tie_embeddings=True)
-SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                     d_ff=344, max_len=256, norm_eps=1e-6)
+SIZES['tiny'] = recipes.SMALL | dict(norm_eps=1e-6)
 
 
 def get_config(size: str = 'tiny'):

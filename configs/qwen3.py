@@ -23,8 +23,7 @@ SIZES = recipes.table(
         '14b': (5120, 40, 40, 8, 17408, False, 14_768_307_200),
         '32b': (5120, 64, 64, 8, 25600, False, 32_762_123_264),
     }, head_dim=128, max_len=32768, vocab_size=151936)
-SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                     d_ff=344, max_len=256)
+SIZES['tiny'] = recipes.SMALL
 
 
 def get_config(size: str = 'tiny'):

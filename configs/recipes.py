@@ -12,6 +12,9 @@ from configs.errors import one_of
 
 # Of one CPU core, in minutes.
 TINY = dict(batch_size=16, steps=300, lr=3e-3, warmup_steps=30)
+# The model of most such sizes of decoders.
+SMALL = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2, d_ff=344,
+             max_len=256)
 # LLaMA 2's batch in tokens, tokens and rates, where a paper has no others.
 PUBLISHED = dict(batch=2**22, tokens=500_000 * 2**22, lr=3e-4,
                  warmup_steps=2000)

@@ -19,8 +19,7 @@ SIZES = recipes.table(
     'max_len rope.theta', {'3b': (4096, 50_000.0), '3b-64k': (65536, 5e6)},
     d_model=2048, num_layers=36, num_heads=16, num_kv_heads=4, d_ff=11008,
     vocab_size=128256, parameters=3_075_098_624)
-SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                     d_ff=344, max_len=256, rope=dict(theta=50_000.0))
+SIZES['tiny'] = recipes.SMALL | {'rope.theta': 50_000.0}
 
 
 def get_config(size: str = 'tiny'):

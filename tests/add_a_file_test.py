@@ -1,5 +1,5 @@
-"""A new objective, evaluation task or probe is one file: what lists or reads
-them finds it, with no other edit."""
+"""A new objective or evaluation task is one file: what lists or reads them
+finds it, with no other edit."""
 
 import json
 
@@ -78,43 +78,7 @@ TASKS = {'among': Task(
     'the share of targets among the likeliest tokens', run, flags=(
         Flag('among', 5, 'So many of the likeliest tokens.', 1, 10_000),))}
 ''',
-    'training/data/probes/majority.py': '''
-"""Are most bits so far ones?"""
-
-import numpy as np
-
-from training.data.probes import record
-
-
-def draw(rng, count, settings):
-  bits = rng.integers(0, 2, count)
-  ones, all_so_far = np.cumsum(bits), np.arange(1, count + 1)
-  return record.asking(bits, np.arange(count), 2 * ones > all_so_far)
-
-
-PROBES = {'majority': record.Probe(
-    draw, 'bits', (8,), lambda count, settings: count, lambda settings: 2,
-    length=8, grows=True, hides=True)}
-'''}
-# What the copy makes of the new probe.
-SEEN = '''
-import json
-
-from configs import gpt
-from training import preflight, runs
-from training.data import tokenizers
-from training.objectives import pipeline
-
-config = gpt.get_config()
-config.objective, config.data.source = 'probe', 'probe:majority'
-config.data.update(length=8, batch_size=2)
-preflight.check_config(config)
-tokenizer = tokenizers.load('bytes')
-model, _ = runs.resolve(config, tokenizer)
-batch = pipeline.training_loader(config, tokenizer).batch(0)
-print(json.dumps(dict(vocab=model.vocab_size, tokens=batch['tokens'].tolist(),
-                      targets=batch['targets'].tolist())))
-'''
+}
 TEXT = 'It is a law of nature that what is sown is reaped. ' * 20
 SMALL = [f'--config.{flag}' for flag in (
     'objective=fim', 'model.d_model=32', 'model.num_layers=2',
@@ -155,11 +119,3 @@ def test_their_names_are_among_the_choices(tree):
   said = adding.run(tree, 'train.py', '--config', 'configs/gpt.py',
                     '--workdir=no', '--config.objective=fmi', code=2)
   assert "Did you mean 'fim'?" in said.stderr
-
-
-@pytest.mark.slow
-def test_a_probe_is_drawn(tree):
-  seen = json.loads(adding.run(tree, '-c', SEEN).stdout.splitlines()[-1])
-  assert seen['vocab'] == 2
-  for tokens, targets in zip(seen['tokens'], seen['targets']):
-    assert targets == [2 * sum(tokens[:i + 1]) > i + 1 for i in range(8)]

@@ -5,6 +5,7 @@
       add(name, **changes)
 """
 
+import builtins
 from collections.abc import Iterator, Mapping, Sequence
 import itertools
 import re
@@ -13,7 +14,6 @@ from typing import Any
 import ml_collections
 
 from configs import gpt
-from configs.errors import RequestError
 
 Points = Iterator[tuple[str, dict[str, Any]]]
 
@@ -59,12 +59,8 @@ def grid(values: Mapping[str, Sequence]) -> Points:
 
 def zip(values: Mapping[str, Sequence]) -> Points:
   """The first value of every key, then the second of every key, and so on."""
-  lengths = {key: len(choices) for key, choices in values.items()}
-  if len(set(lengths.values())) > 1:
-    told = ', '.join(f'{key} {n}' for key, n in lengths.items())
-    raise RequestError(f'zip needs as many values of each key, not {told}')
-  for i in range(max(lengths.values(), default=0)):
-    changes = {key: choices[i] for key, choices in values.items()}
+  for row in builtins.zip(*values.values(), strict=True):
+    changes = dict(builtins.zip(values, row))
     yield name(changes), changes
 
 
