@@ -24,6 +24,9 @@ from absl import flags
 
 from configs.errors import RequestError
 from training import cli, evals
+from training.data import sources
+from training.distributed import cpu
+from training.workdir import checkpoints, storage
 
 cli.define_workdir()
 flags.DEFINE_string('step', None, 'Which checkpoint: the number of a step, or '
@@ -47,12 +50,6 @@ def main():
   args = flags.FLAGS
   if not args.workdir:
     raise RequestError('pass --workdir DIR, the folder of a run')
-
-  # Imported late: `--help` and a wrong flag answer at once.
-  from training.data import sources
-  from training.distributed import cpu
-  from training.workdir import checkpoints, storage
-  from training.evals import checkpoint
   workdir = storage.path(args.workdir)
   json_file = storage.output(args.json, '--json')
   step = checkpoints.named_step(args.step)
@@ -61,10 +58,10 @@ def main():
     sources.parse(args.text)
 
   cpu.prepare()
-  figures = checkpoint.evaluate(workdir, tasks, args, step=step,
-                                text=args.text, live=args.live)
+  figures = evals.evaluate(workdir, tasks, args, step=step, text=args.text,
+                           live=args.live)
   if json_file:
-    checkpoint.write(json_file, figures)
+    evals.write(json_file, figures)
 
 
 if __name__ == '__main__':

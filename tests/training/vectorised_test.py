@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 from tests.helpers import models
-from training import loop, parameters, runs, vectorised
+from training import evals, loop, parameters, runs, vectorised
 from training.data import tokenizers
 from training.objectives import pipeline
 from training.distributed import devices, signals
-from training.evals import checkpoint
 from training.optim import optimizers
 from training.runs import parameter_roles
 from training.workdir import checkpoints, run_config
@@ -315,7 +314,7 @@ def test_all_figures_are_those_of_the_run_alone(texts, tmp_path):
       np.testing.assert_allclose(row[name], other[name], rtol=1e-5)
     assert row['loss'] != row['live/loss']
   for name, options in (('loss', {}), ('live/loss', {'live': True})):
-    figures = checkpoint.evaluate(
+    figures = evals.evaluate(
         single, ['loss'], None, step=None, **options)
     np.testing.assert_allclose(figures['loss']['loss'], theirs[-1][name],
                                rtol=1e-5)

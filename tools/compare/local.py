@@ -256,20 +256,20 @@ def main() -> int:
 def _evaluate(folders, tasks: list[str]) -> int:
   """Evaluates runs one after the other, each into its own log; those of one
   model and data share what was compiled."""
-  from training.evals import checkpoint
+  from training import evals
   from training.workdir import storage
   code, programs = 0, {}
   for folder in folders:
     with (folder / 'log.txt').open('a') as log, contextlib.redirect_stdout(
         log), contextlib.redirect_stderr(log):
       try:
-        figures = checkpoint.evaluate(
+        figures = evals.evaluate(
             storage.path(folder), tasks, None, step=None, programs=programs)
       except (RequestError, EnvironmentFailure, OSError) as error:
         print(f'error: {error}')  # of this run: the others go on
         code = UNFINISHED
       else:
-        checkpoint.write(storage.path(folder / 'eval.json'), figures)
+        evals.write(storage.path(folder / 'eval.json'), figures)
   return code
 
 

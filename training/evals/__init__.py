@@ -6,8 +6,11 @@ tasks and their flags from this table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import dataclasses
 import fnmatch
+import json
+import sys
 import types
 from typing import Any, NamedTuple
 
@@ -18,11 +21,13 @@ import ml_collections
 
 from configs import lazy
 from configs.errors import RequestError, one_of, require, short
-from training import objectives
+from training import objectives, parameters, runs
+from training.data import tokenizers
 from training.distributed import devices
 from training.evals import tasks
 from training.objectives import pipeline
-from training.workdir import run_config
+from training.workdir import checkpoints, metrics, provenance, run_config
+from training.workdir import storage
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
@@ -228,7 +233,7 @@ def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
 
   Args:
     name: the task's.
-    options: eval.py's flags by name.
+    options: eval.py's flags by name; None: none can be set.
     config: the run's.
     where: what it was asked for in.
   """
@@ -236,7 +241,10 @@ def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
   reason = row.unfit(config)
   require(not reason, f'{reason}: leave {name} out of {where}, and any flag '
           'that asks for it')
-  row.check(_options(name, options), config)
+  if options is None:
+    check_without_flags(name, where)
+  else:
+    row.check(_options(name, options), config)
 
 
 def check_without_flags(name: str, where: str) -> Task:
@@ -253,6 +261,68 @@ def check_without_flags(name: str, where: str) -> Task:
     raise RequestError(f'{where} has {name!r}, which cannot be done there: '
                        f'{error}') from error
   return row
+
+
+def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
+         step: int | str | checkpoints.Mean | None, text: str = '',
+         programs: dict | None = None, live: bool = False) -> Evaluation:
+  """Returns a run's checkpoint as tasks are given it, when it has been checked
+  that they can be done; arguments and errors are those of `evaluate`."""
+  config = runs.for_this_machine(runs.config_of(workdir))
+  if text:
+    config.data.eval_source = text
+    config.eval.part = ''  # all of it
+  for name in names:
+    check_task(name, options, config)
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  if not text:
+    # A task that reads no data is done where they are not there.
+    with contextlib.suppress(RequestError, OSError):
+      for line in provenance.check_data(
+          run_config.starts(workdir), pipeline.contents(config, tokenizer),
+          allowed=True):
+        print(f'warning: {line}', file=sys.stderr)
+  model, _ = runs.resolve(config, tokenizer)
+  built = runs.build(config, model)
+  restored = parameters.of_run(built, workdir, step, live)
+  return Evaluation(built, restored.state, restored.step, tokenizer, options,
+                    workdir, {} if programs is None else programs,
+                    restored.what)
+
+
+def evaluate(workdir: epath.Path, names: Sequence[str], options: Any,
+             **how: Any) -> dict[str, Any]:
+  """Returns the figures of each task, and prints them for a reader.
+
+  Args:
+    workdir: the run's folder.
+    names: the tasks, as TASKS has them.
+    options: values of the flags of define_flags.
+    **how: of `load`.
+      step: which checkpoint; 'best'; several, for their mean; None: the newest.
+      text: what to evaluate on, as data.source; '': what the run holds out.
+      programs: what earlier evaluations of this process compiled; it is added
+        to.
+      live: with optim.ema, evaluate the parameters and not their average.
+
+  Raises:
+    RequestError: where a task cannot be done of this run.
+  """
+  evaluation = load(workdir, names, options, **how)
+  figures: dict[str, Any] = {'step': evaluation.step}
+  if evaluation.what:
+    figures['parameters'] = evaluation.what
+  with evaluation.run.context():
+    for name in names:
+      figures[name] = run(name, evaluation)
+  return figures
+
+
+def write(file: epath.Path, figures: dict[str, Any]) -> None:
+  """Writes what `evaluate` returned, in one piece; what is not finite is null.
+  """
+  storage.write(file, json.dumps(metrics.plain(figures), indent=2,
+                                 allow_nan=False) + '\n')
 
 
 def listed(names: str | Sequence[str]) -> list[str]:
@@ -283,8 +353,7 @@ def check_in_training(config: ml_collections.ConfigDict) -> None:
   require(len({*names}) == len(names), f'eval.tasks is {config.eval.tasks!r}: '
           'name each task once')
   for name in names:
-    reason = check_without_flags(name, 'eval.tasks').unfit(config)
-    require(not reason, f'{reason}: leave {name} out of eval.tasks')
+    check_task(name, None, config, 'eval.tasks')
   name, is_task, figure = config.eval.best.partition('/')
   known = task(name, 'eval.best').figures if is_task else None
   require(known is None or any(fnmatch.fnmatchcase(figure, pattern)

@@ -20,7 +20,8 @@ import numpy as np
 from configs.errors import require, short
 from training import generate, objectives, progress
 from training.data import conversations, inputs
-from training.evals import Evaluation, checkpoint, scoring
+from training import evals
+from training.evals import Evaluation, scoring
 from training.evals.scoring import Question
 from training.hf import generation as hf_generation
 from training.workdir import storage
@@ -96,7 +97,7 @@ class Model(api.TemplateLM):
             f'{", ".join(known)}')
     require(bool(given.get('workdir')), 'pass --model_args workdir=DIR, the '
             'folder of a run')
-    return cls(checkpoint.load(storage.path(str(given.pop('workdir'))), (),
+    return cls(evals.load(storage.path(str(given.pop('workdir'))), (),
                                None, step=given.pop('step')), **given)
 
   @property

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from configs.errors import require
 from training.data import conversations, packing, tokens
 from training.data.conversations import Messages
 from training.data.tokenizers import Tokenizer
@@ -34,7 +33,6 @@ def causal(window: packing.Window, rng: np.random.Generator | None,
     data.document_mask also segment_ids and positions [L]: a separator starts a
     new segment, at position 0, and so does the window.
   """
-  del rng
   tokens_L, targets_L = window.tokens[:-1], window.tokens[1:]
   row = dict(tokens=tokens_L, targets=targets_L,
              weights=np.arange(len(tokens_L)) < window.size - 1)
@@ -62,12 +60,6 @@ def prefix(window: packing.Window, rng: np.random.Generator, config: Config,
   size = int(rng.integers(1, config.data.length))
   predicted = np.arange(config.data.length) >= size - 1
   return row | dict(weights=valid & predicted, valid=valid, prefix=size)
-
-
-def _check_prefix(config: Config) -> None:
-  require(config.data.length > 1, f'data.length is {config.data.length}, and '
-          "objective 'prefix' cuts a row into a prefix and what follows: set "
-          'it to 2 or more')
 
 
 def _valid_arrays(config: Config) -> dict[str, Shape]:
@@ -112,7 +104,6 @@ def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator | None,
     tokens, targets [up to L]; weights [up to L], 1 where the target is the
     assistant's; valid [up to L], 1 for each token.
   """
-  del rng
   L = config.data.length
   ids, told = layout(parts, tokenizer)
   return dict(tokens=ids[:L], targets=ids[1:L + 1], weights=told[1:L + 1],
@@ -153,10 +144,13 @@ def talk(config: Config, tokenizer: Tokenizer) -> Talk:
   if name != conversations.PUBLISHED_NAME:
     return templated(conversations.read(name, tokenizer))
   alpaca = 'alpaca:' in config.data.source
-  lay_out = _instructions if alpaca else _turns
 
   def encode(messages: Messages) -> np.ndarray:
-    ids, _ = layout(_encoded(lay_out(messages), tokenizer), tokenizer)
+    turns = [(message['role'], message['content']) for message in messages]
+    parts = ([('question', conversations.alpaca_prompt(text))
+              if role == 'user' else ('answer', text) for role, text in turns]
+             if alpaca else conversations.vicuna([*turns, ('assistant', '')]))
+    ids, _ = layout(_encoded([*parts, ('answer', '')], tokenizer), tokenizer)
     return ids[:-1]  # the answer has yet to end
 
   return Talk(
@@ -175,10 +169,10 @@ def templated(template: conversations.Template, ends: Iterable[int] = (),
       default: what the template has after an answer, and the separator.
     words: of the Talk; default: with the template's name.
   """
-  found = frozenset(ends) or frozenset(
-      template.ends() | {template.tokenizer.separator_id})
-  return Talk(words or f'answers by the chat template {template.name}',
-              lambda messages: template.encode(messages, answer=True), found)
+  return Talk(
+      words or f'answers by the chat template {template.name}',
+      lambda messages: template.encode(messages, answer=True),
+      frozenset(ends or template.ends() | {template.tokenizer.separator_id}))
 
 
 def _encoded(parts: list[tuple[str, str]], tokenizer: Tokenizer
@@ -195,20 +189,6 @@ def _encoded(parts: list[tuple[str, str]], tokenizer: Tokenizer
     else:
       ids.append((kind, tokenizer.encode(text)))
   return ids
-
-
-def _turns(messages: Messages) -> list[tuple[str, str]]:
-  """Returns messages, and the answer to the last, as parts of Vicuna's."""
-  turns = [(message['role'], message['content']) for message in messages]
-  return [*conversations.vicuna([*turns, ('assistant', '')]), ('answer', '')]
-
-
-def _instructions(messages: Messages) -> list[tuple[str, str]]:
-  """Returns messages, and the answer to the last, as parts of Alpaca's."""
-  parts = [('question', conversations.alpaca_prompt(message['content']))
-           if message['role'] == 'user' else ('answer', message['content'])
-           for message in messages]
-  return [*parts, ('answer', '')]
 
 
 def jinja(config: Config, tokenizer: Tokenizer) -> str:
@@ -258,7 +238,7 @@ OBJECTIVES = {
         ('decoder',), packing.Windows, prefix,
         lambda config: _valid_arrays(config) | dict(prefix=((), np.int32)),
         ('tokens',), {'prefix': 'prefix_B', 'valid': 'valid_BL'}, ('valid',),
-        prompt=_as_prefix, check=_check_prefix),
+        prompt=_as_prefix),
     'chat': Objective(
         ('decoder',), packing.Conversations, chat, _valid_arrays, ('tokens',),
         {'valid': 'valid_BL'}, ('valid',), reads=('data.chat_template',),

@@ -63,7 +63,6 @@ def lay_out(item: records.Item, rng: np.random.Generator | None, config: Config,
   tokens, segment_ids (0: padding) [up to L]; of an encoder types [up to L], 1:
   of the second text; targets [], weights [].
   """
-  del rng
   first, after = records.special_tokens(tokenizer, stack(config))
   pieces, types = [[first]], [0]
   ends = [item.between] * (len(item.texts) - 1) + [1]
@@ -108,7 +107,6 @@ def classified(targets: str) -> Callable[..., dict[str, Mean]]:
 def estimated(output: Output, batch: Mapping[str, jax.Array], config: Config
               ) -> dict[str, Mean]:
   """Returns the squared error of targets [B], in what they are measured in."""
-  del config
   weights_B = batch['weights']
   error_B = output.extra['scores'][:, 0] - batch['targets']
   return {'loss': Mean((weights_B * error_B ** 2).sum(), weights_B.sum()),
@@ -123,7 +121,6 @@ def lay_out_words(item: records.Piece, rng: np.random.Generator | None,
   tokens, segment_ids (0: padding), labels, their numbers, and weights, 1 where
   a label counts [up to L].
   """
-  del rng
   first, after = records.special_tokens(tokenizer, stack(config))
   around = (1, 1)
   return dict(tokens=np.concatenate([[first], item.ids, [after]]),
@@ -145,7 +142,6 @@ def lay_out_question(item: records.Window, rng: np.random.Generator | None,
   tokens, segment_ids (0: padding), of an encoder types (1: of the paragraph)
   [up to L]; starts, ends [], the places of the answer's ends; weights [], 1.
   """
-  del rng
   kind = stack(config)
   first, after = records.special_tokens(tokenizer, kind)
   tokens = np.concatenate([[first], item.question, [after] * item.between,
@@ -179,7 +175,6 @@ def answered(output: Output, batch: Mapping[str, jax.Array], config: Config
              ) -> dict[str, Mean]:
   """Returns the cross-entropy of starts [B] and ends [B], and of how many rows
   both are likeliest."""
-  del config
   real_BL1 = batch['segment_ids'][..., None] != 0
   # Of the two axes without a letter, one stands for start and end.
   scores_BLU = jnp.where(real_BL1, output.extra['scores'], NEVER)

@@ -37,7 +37,6 @@ def probe(item: probes.Row, rng: np.random.Generator | None, config: Config,
     tokens, targets [up to L]; weights [up to L], 1 where a target is asked for;
     segment_ids [up to L], 1 for each token.
   """
-  del rng, config, tokenizer
   return dict(tokens=item.tokens, targets=item.targets, weights=item.asked,
               segment_ids=np.ones(len(item.tokens)))
 

@@ -155,7 +155,6 @@ def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def after_separator(texts: Sequence[str], config: Config, tokenizer: Tokenizer
                     ) -> Prompts:
   """Returns texts that a document begins with, for a decoder to go on from."""
-  del config
   return Prompts(*padded([np.concatenate([[tokenizer.separator_id], ids])
                           for ids in tokenizer.encode_batch(texts)]))
 

@@ -43,7 +43,6 @@ def seq2seq(pair: packing.Pair, rng: np.random.Generator | None, config: Config,
   Returns:
     as `lay_out`.
   """
-  del rng
   M, L = packing.pair_lengths(config)
   source, target = pair.source, pair.target
   if pair.whole:
@@ -83,7 +82,6 @@ def as_source(texts: Sequence[str], config: Config, tokenizer: Tokenizer
               ) -> Prompts:
   """Returns the start of a target for each text, which is the source; it ends
   with the separator, as the sources of training do."""
-  del config
   sources, lengths = record.padded(
       [np.append(ids, tokenizer.separator_id)
        for ids in tokenizer.encode_batch(texts)])
@@ -130,8 +128,6 @@ def span(window: packing.Window, rng: np.random.Generator, config: Config,
   """
   density, mean = config.span.noise_density, config.span.mean_length
   length = config.data.length
-  require(length > 1, f'data.length is {length}: a span is cut out of 2 or '
-          'more')
   _, most_spans = sizes(length, density, mean)
   sentinels = np.asarray(tokenizer.sentinel_ids, np.int32)
   require(most_spans <= len(sentinels), f"objective 'span' cuts {most_spans} "

@@ -17,10 +17,10 @@ from configs import base, gpt
 from configs import sharding as tables
 from configs.errors import RequestError
 from tests.helpers import evaluations, models
-from training import loop, objectives, parameters, preflight, runs
+from training import evals, loop, objectives, parameters, preflight, runs
 from training.data import probes, tokenizers
 from training.distributed import devices
-from training.evals import checkpoint, held_out
+from training.evals import held_out
 from training.evals.tasks import extrapolation
 from training.evals.tasks import probe as probe_task
 from training.objectives import pipeline, record
@@ -73,9 +73,9 @@ def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):
   c.eval.part, c.data.batch_size = 'second', 8
   monkeypatch.setattr(runs, 'config_of', lambda _: c)
   monkeypatch.setattr(
-      checkpoint.parameters, 'of_run', lambda run, *_: types.SimpleNamespace(
+      parameters, 'of_run', lambda run, *_: types.SimpleNamespace(
           state=None, step=0, what=''))
-  evaluation = checkpoint.load(folder, ['loss'], None, step=None,
+  evaluation = evals.load(folder, ['loss'], None, step=None,
                                text=f'text:{folder}/[bc].txt')
   loader, = pipeline.held_out(evaluation.run.config, BYTES)
   assert loader.num_tokens == 120 + 60 + 2

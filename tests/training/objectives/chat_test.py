@@ -8,8 +8,6 @@ import tokenizers as hf
 
 from configs import base
 from tests import train_test
-from training import objectives
-from training.data import conversations
 from training.objectives import pipeline
 from training.data import tokenizers
 from training.objectives import causal
@@ -54,17 +52,6 @@ def _text(ids, tokenizer=BYTES) -> str:
   return '</s>'.join(pieces)
 
 
-@pytest.mark.parametrize('source, template, text', [
-    ('jsonl:x:messages', 'published', 'I am.'),
-    ('alpaca:x', 'published', ' I am.')])
-def test_an_answer_is_without_the_space_that_leads_to_it(source, template,
-                                                         text):
-  """As tools.chat shows it."""
-  config = _config(source, chat_template=template)
-  prompts = objectives.of(config).prompt(['Hello!'], config, BYTES)
-  assert prompts.text(0, BYTES.encode(' I am.'), BYTES) == text
-
-
 def test_turns_are_laid_out_by_vicunas_template(talks):
   batch = pipeline.training_loader(_config(f'{talks}:messages'), BYTES).batch(0)
   tokens, targets, weights, valid = (
@@ -72,28 +59,6 @@ def test_turns_are_laid_out_by_vicunas_template(talks):
   assert _text(tokens[valid == 1]) == f'</s>{VICUNA}'
   # The loss counts the answers, from the space on, and what ends them.
   assert _text(targets[weights == 1]) == ' Hi!</s> I am good.</s>'
-
-
-def _get_prompt(system, messages):
-  """FastChat's ADD_COLON_TWO, with vicuna_v1.1's separators."""
-  seps, roles = (' ', '</s>'), ('USER', 'ASSISTANT')
-  text = system + seps[0]
-  for i, message in enumerate(messages):
-    text += (f'{roles[i % 2]}: {message}{seps[i % 2]}' if message
-             else f'{roles[i % 2]}:')
-  return text
-
-
-@pytest.mark.parametrize('system', [None, 'You are a pirate.'])
-@pytest.mark.parametrize('messages', [
-    ['Hello!', 'Hi!', 'How are you?', ''], ['Hello!', ''], ['a', 'b'],
-    ['a', '', 'c', 'd'], ['', 'b', 'c'], [' a\n', '\nb ', 'c', 'd']])
-def test_the_published_parts_are_fastchats_text(system, messages):
-  turns = [] if system is None else [('system', system)]
-  turns += [(('user', 'assistant')[i % 2], m) for i, m in enumerate(messages)]
-  parts = conversations.PUBLISHED.of(turns)
-  text = ''.join(text + '</s>' * (kind == 'answer') for kind, text in parts)
-  assert text == _get_prompt(SYSTEM if system is None else system, messages)
 
 
 def test_a_question_is_the_start_of_a_conversation(talks):

@@ -6,7 +6,6 @@ import pytest
 
 from configs import bert, gpt
 from configs.errors import RequestError
-from tests.helpers import labelled_files as files
 from training import objectives, preflight, runs
 from training.data import probes, tokenizers
 from training.objectives import pipeline
@@ -68,18 +67,6 @@ def test_batches_hold_the_rows_of_the_probe(name):
   assert batch['tokens'].max() < probe.vocab_size(settings)
   assert (batch['weights'] <= batch['segment_ids']).all()
   assert batch['weights'].any(1).all()
-
-
-@pytest.mark.parametrize('name', ['mqar', 'copy'])
-def test_what_is_not_asked_for_has_no_weight(name):
-  probe = probes.PROBES[name]
-  config = config_of(name, probe.length + 3)
-  item = probes.Rows(probe, probes.settings(config), 'train', 0)[0]
-  row = files.row(objectives.of(config), item, None, config, None)
-  size = len(item.tokens)
-  np.testing.assert_array_equal(row['weights'][:size], item.asked)
-  assert not row['weights'][size:].any()
-  assert row['segment_ids'].sum() == size
 
 
 def test_an_encoder_reads_what_does_not_show_its_answers():

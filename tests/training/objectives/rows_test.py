@@ -15,7 +15,6 @@ import tokenizers as hf
 import architectures
 from configs import base
 from tests.helpers import labelled_files as files
-from tests.helpers import models
 from tests.training.data import roberta_files
 from tools.compare import cost
 from training import objectives
@@ -280,31 +279,3 @@ def test_the_loss_of_an_answer_is_that_of_both_ends_without_padding():
   assert figures['accuracy'] == 1 / 2
   scores[0, 4:] += 1000  # what a model says of padding changes nothing
   assert _figures('question_answering', scores, batch)[-1] == figures
-
-
-@pytest.mark.parametrize('objective, arch', [
-    ('token_classification', 'bert'), ('question_answering', 'gpt')])
-def test_scores_hang_on_nothing_but_the_row(objective, arch, tmp_path):
-  """Not on the rows beside it, on their order, or on padding."""
-  record, c, rows, view = _asked(tmp_path, objective, arch)
-  longer = c.copy_and_resolve_references()
-  longer.data.length = 72
-  padded = [files.row(record, item, None, longer, BYTES)
-            for item in view.items[:3]]
-  module, params = models.make(arch, num_layers=1, vocab_size=384, max_len=128,
-                               head=record.head, num_labels=len(c.data.labels))
-  apply = jax.jit(lambda batch: record.apply(
-      module, params, batch).extra['scores'])
-
-  def scores(chosen):
-    found = apply({key: np.stack([row[key] for row in chosen])
-                   for key in chosen[0]})
-    return [x[:size] for x, size in zip(np.asarray(found), (
-        (row['segment_ids'] != 0).sum() for row in chosen))]
-
-  few = rows[:3]
-  expected = scores(few)
-  for found in (scores(few[::-1])[::-1], scores(padded),
-                [scores([row] * 3)[0] for row in few]):
-    for a, b in zip(expected, found):
-      np.testing.assert_allclose(a, b, atol=2e-6)

@@ -13,7 +13,7 @@ from training import generate
 from training import objectives
 from training.data import packing
 from training.objectives import pipeline
-from training.data import labelled, probes
+from training.data import labelled
 from training.data import tokenizers
 from training.evals.tasks import writing
 from training.objectives import seq2seq
@@ -100,30 +100,6 @@ def test_pairs_of_a_file(kind, tmp_path):
     found.add((TOKENIZER.decode(source), TOKENIZER.decode(target)))
   assert found == {(s[:64], t[:64]) for s, t in texts}
   assert not batch['weights'][3:].any()
-
-
-def test_every_example_feeds_its_loss(tmp_path):
-  """Nothing that an example holds is left unread, and the reverse."""
-  (tmp_path / 'a.tsv').write_text('good\t1\nbad\t0\n' * 8)
-  talk = [('user', TOKENIZER.encode('a')), ('assistant', TOKENIZER.encode('b'))]
-  for name, objective in objectives.OBJECTIVES.items():
-    config = _config(name)
-    if objective.records in (labelled.SENTENCES, labelled.QUESTIONS):
-      continue  # rows_test.py
-    if objective.records == probes.KIND:
-      config.data.source, config.probe.levels = 'probe:copy', (2,)
-    elif objective.records:
-      config.data.source = f'labelled:{tmp_path}/a.tsv'
-      config.model.arch = 'bert'
-    row = (files.row(objective, talk, None, config, TOKENIZER)
-           if name == 'chat' else
-           pipeline.training_loader(config, TOKENIZER).batch(0))
-    if 'data.document_mask' in objective.reads:
-      config.data.document_mask = True
-      row |= pipeline.training_loader(config, TOKENIZER).batch(0)
-    assert set(row) - {*objective.options} <= {
-        *objective.inputs, 'targets', 'weights', 'nsp_targets'}
-    assert {*objective.inputs, *objective.seen} <= set(row)
 
 
 def test_a_target_shows_what_it_is_and_no_more():

@@ -369,7 +369,6 @@ def _where(texts: Sequence[str], i: int) -> str:
 
 
 def _check(options: Any, config: Any) -> None:
-  del config
   require(bool(options.prompt.strip()), 'task inspect reads a text: pass '
           "--prompt='My fellow citizens'")
   require('|||' not in options.prompt, "task inspect shows one prompt: pass "

@@ -127,7 +127,6 @@ def of_texts(view: Any, written: Sequence[tuple[str, str, bool]], *_: Any
     written: (what the model wrote, the label) of each row, and more. The space
       that some tokenizers put before a text is no part of either.
   """
-  del view
   rows = [(text.strip(), target.strip()) for text, target, *_ in written]
   labels = records.in_order(target for _, target in rows)
   require(len(labels) > 1, f'what is held out has one label, {labels[0]!r}: '
@@ -296,7 +295,6 @@ def _unfit(config: Any) -> str:
 
 
 def _check(options: Any, config: Any) -> None:
-  del config
   for package, name in (('sklearn', 'scikit-learn'), ('seqeval', 'seqeval')):
     require(importlib.util.find_spec(package) is not None, 'task labels needs '
             f"the package {name}: pip install 'archetype[finetune]'")

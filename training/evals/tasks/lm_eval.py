@@ -98,7 +98,6 @@ def _listed(folder: str, data: str, alone: bool) -> Any:
 
 def check(options: Any, config: Any) -> None:
   """Raises RequestError where a task is not there, or its files are not."""
-  del config
   names = _names(options)
   require(bool(names), 'task lm_eval is told what to evaluate: '
           '--tasks=lm_eval:NAME, or --tasks=lm_eval --lm_eval=NAME,NAME')

@@ -246,7 +246,6 @@ def spelt(token: int, tokenizer: Any) -> str:
 
 
 def _check_embed(options: Any, config: Any) -> None:
-  del config
   require(bool(options.texts), 'task embed reads texts: pass --texts=FILE')
   require(options.vectors.endswith('.npy'), '--vectors is '
           f'{options.vectors!r}: choose a file OUT.npy')
@@ -256,7 +255,6 @@ def _check_embed(options: Any, config: Any) -> None:
 
 
 def _check_prompt(options: Any, config: Any) -> None:
-  del config
   text_files.checked(options.prompt, '--prompt')
   require(bool(options.prompt), 'task fill_mask reads a text: pass '
           "--prompt='Paris is the [MASK] of France'")

@@ -208,7 +208,6 @@ def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
 
 
 def _check_samples(options: Any, config: Any) -> None:
-  del config
   text_files.checked(options.prompt, '--prompt')
   drawn = sampling(options)
   if beams(options) is None:
@@ -222,7 +221,6 @@ def _check_samples(options: Any, config: Any) -> None:
 
 
 def _check_diffusion(options: Any, config: Any) -> None:
-  del config
   require(0 <= options.temperature < math.inf, '--temperature is '
           f'{options.temperature}: it must be >= 0')
   text_files.checked(options.prompt, '--prompt')
