@@ -17,7 +17,7 @@ from configs import base, gpt
 from configs import sharding as tables
 from configs.errors import RequestError
 from tests.helpers import evaluations, models
-from training import evals, loop, objectives, parameters, preflight, runs
+from training import evals, loop, parameters, preflight, runs
 from training.data import probes, tokenizers
 from training.distributed import devices
 from training.evals import held_out
@@ -103,14 +103,6 @@ def test_bits_per_byte_are_the_bits_of_the_text_over_its_bytes(folder):
   assert figures.keys() == {'loss', 'perplexity', 'bits_per_byte'}
   assert figures['bits_per_byte'] == pytest.approx(41 / 40)
   assert figures['perplexity'] == pytest.approx(2)
-
-
-def test_of_nothing_there_is_no_figure():
-  nothing = record.Mean(np.float64(0), np.float64(0))
-  loader = types.SimpleNamespace(
-      objective=objectives.OBJECTIVES['chat'], share=1.0)
-  figures = held_out.means([{'loss': nothing, 'accuracy': nothing}], [loader])
-  assert {held_out.shown(x) for x in figures.values()} == {'n/a'}
 
 
 @pytest.mark.long

@@ -109,27 +109,6 @@ def test_whole_words_are_masked_whole():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('objective', ['causal', 'prefix'])
-def test_padding_takes_no_expert(objective):
-  """A row of padding goes first, and the tokens after it have the routers'
-  losses, load and room that they have alone."""
-  def apply(factor, tokens, valid):
-    module, params = models.make('mixtral', num_layers=1, moe=dict(
-        num_experts=4, eval_capacity_factor=factor))
-    batch = dict(tokens=tokens, prefix=jnp.ones(len(tokens), jnp.int32),
-                 weights=valid, valid=valid)
-    return jax.jit(lambda batch: objectives.OBJECTIVES[objective].apply(
-        module, params, batch))(batch).aux
-  tokens = models.tokens(2, 12)
-  valid = jnp.ones((2, 12)).at[0].set(0.0).at[1, 9:].set(0.0)
-  padded = apply(0.5, tokens, valid)  # 6 places an expert, as below
-  alone = apply(4 / 3, tokens[1:, :9], valid[1:, :9])
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4),
-               padded, alone)
-  assert alone['health']['dropped'].max() > 0
-
-
-@pytest.mark.slow
 def test_bert_is_judged_by_both_its_tasks():
   """By hand: words are a mean over the masked ones, the other over rows, of
   which the last is padding; the rows have 3, 1 and 2 words masked."""
