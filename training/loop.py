@@ -19,7 +19,6 @@ import dataclasses
 import math
 import pathlib
 import sys
-import time
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -145,8 +144,8 @@ def train_all(program: Program, writers: Sequence['Writer'], state: TrainState,
     evaluate.check(state)
 
     # 3. ... and compiles, waits for the other processes, and starts the clock.
-    train_step = _PerShape(program.train_step, report)
-    evaluate.step = _PerShape(program.eval_step, report)
+    train_step = _PerShape(program.train_step, meter)
+    evaluate.step = _PerShape(program.eval_step, meter)
     cpu.trim()
     with meter.compiling(), progress.compiling(devices.primary()):
       train_step.compile(state, batch)
@@ -246,8 +245,8 @@ class _PerShape:
   of text have one.
   """
 
-  def __init__(self, step: jax.stages.Wrapped, report: '_Report'):
-    self._step, self._report = step, report
+  def __init__(self, step: jax.stages.Wrapped, meter: progress.Meter):
+    self._step, self._meter = step, meter
     self._compiled: dict[tuple, Callable] = {}
 
   def compile(self, state: Any, batch: Any) -> None:
@@ -256,15 +255,9 @@ class _PerShape:
 
   def __call__(self, state: Any, batch: Any) -> Any:
     if _shape(batch) not in self._compiled:  # all processes meet it at once
-      start = time.monotonic()
-      with self._report.meter.compiling():
+      with self._meter.compiling():
         self.compile(state, batch)
         devices.sync('compiled')
-      rows, length = max(
-          x.shape for x in jax.tree.leaves(batch) if x.ndim > 1)[-2:]
-      self._report.bar.say(
-          f'compiled for {rows:,} rows of {length:,} tokens in '
-          f'{time.monotonic() - start:.1f} s')
     return self._compiled[_shape(batch)](state, batch)
 
 

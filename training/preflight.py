@@ -41,10 +41,6 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
     require(value == default or bool(base.get(config, other)), f'{name} is '
             f'{value!r}, which is not read while {other} is not set: leave it '
             f'at {default!r}, or set {other}')
-  require(not config.data.eval_source or config.data.holdout_every in (
-      0, base.FIELDS['data.holdout_every'].default), 'data.holdout_every is '
-          f'{config.data.holdout_every}, which is not read where '
-          'data.eval_source names other documents: leave one of them out')
   one_of('mesh.rules', config.mesh.rules, sharding_tables.RULES)
   ramp.check(config)
   optimizers.check_optim(config.optim)
