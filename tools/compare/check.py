@@ -4,10 +4,13 @@ its phases and what they cost."""
 import argparse
 import json
 
+from architectures.parts import tables
 from configs.errors import RequestError, require
 from configs.fields import check_number
 from tools.compare import cost, layout, spec
 from training import progress
+from training.costs import systems, totals
+from training.workdir import run_config
 
 # What only a sweep's file is read with, or only a study's.
 _OF_A_SWEEP = ('seeds', 'match', 'match_field')
@@ -96,9 +99,6 @@ def describe(args) -> dict:
 
 
 def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
-  from architectures.parts import tables
-  from training.costs import systems, totals
-  from training.workdir import run_config
   config = sweep.config(point)
   try:
     cost.check(config, point.changes)
@@ -158,7 +158,6 @@ def table(description: dict) -> str:
 
 
 def _differences(description: dict, point: dict) -> str:
-  from training.workdir import run_config
   base = run_config.flatten_dict(description['base_config'])
   changes = [f'{key}={_short(value)}' + ' (matched)' * (key in point['matched'])
              for key, value in point['changes'].items()

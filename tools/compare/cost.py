@@ -8,8 +8,14 @@ import functools
 import math
 from typing import NamedTuple
 
+import jax
+
 from configs.errors import RequestError, require
 from tools.compare import spec
+from training import objectives, preflight, runs
+from training.costs import flops, totals
+from training.data import ramp, tokenizers
+from training.objectives import pipeline
 
 # Of a cost that is made equal to the base's:
 TOLERANCE = 0.01  # what may be off at most
@@ -35,15 +41,11 @@ class Cost(NamedTuple):
 
 def off_devices() -> None:
   """Keeps this process off the accelerators: its children need them."""
-  import jax
   jax.config.update('jax_platforms', 'cpu')
 
 
 def of(config) -> Cost:
   """Returns what a run of `config` costs; ValueError for a bad model."""
-  from training import objectives
-  from training.costs import flops
-  from training.data import ramp
   model = resolved(config)
   length = sum(objectives.of(config).row_lengths(config))
   return Cost(
@@ -63,8 +65,6 @@ def figure(config, what: str) -> float:
 def check(config, changes: Mapping) -> None:
   """Raises RequestError for whatever a run of `config`, of which `changes` were
   made, would refuse before it starts, and for what no comparison can have."""
-  from training import preflight, runs
-  from training.objectives import pipeline
   preflight.check_config(config)
   preflight.refuse_unread_of(changes, config, runs.resolve_alone(config))
   require(not config.eval.patience, f'eval.patience is {config.eval.patience}: '
@@ -76,7 +76,6 @@ def check(config, changes: Mapping) -> None:
 def contents(configs) -> dict[str, str]:
   """Returns a hash of what each source of some configs holds, by its name, as
   far as they lie on this machine."""
-  from training.objectives import pipeline
   hashes = {}
   for config in {str(config.data): config for config in configs}.values():
     hashes |= pipeline.contents(config, _tokenizer(config.data.tokenizer))
@@ -85,20 +84,17 @@ def contents(configs) -> dict[str, str]:
 
 def resolved(config):
   """Returns the model of a run, its open fields filled in."""
-  from training import runs
   return runs.resolve(config, _tokenizer(config.data.tokenizer))[0]
 
 
 @functools.cache
 def _tokenizer(name: str):
-  from training.data import tokenizers
   return tokenizers.load(name)
 
 
 @functools.cache
 def _parameters(model) -> tuple[int, int]:
   """Sweeps of the optimiser ask for the same model many times."""
-  from training.costs import totals
   return totals.parameters(model)
 
 

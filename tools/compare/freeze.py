@@ -13,14 +13,16 @@ import re
 from typing import Any
 
 from configs import base as base_config
-from configs import base as run_base
 from configs.fields import check_number
 from configs.errors import RequestError, one_of, require, short
 from tools.compare import cost, phases, spec
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
 from tools.compare import statistics
-from training import preflight, progress
+from training import objectives, preflight, progress
+from training.data import tokenizers
+from training.objectives import pipeline
+from training.workdir import provenance
 
 PARTS = ('first', 'second')  # eval.part of tuning, and of all else
 # What a study's file may hold, with its default; None: it must.
@@ -61,7 +63,6 @@ def freeze(file: str) -> plans.Frozen:
     RequestError: for the first thing in it that cannot be, or that would make
       a comparison unfair.
   """
-  from training.workdir import provenance
   cost.off_devices()
   sweep, given = read_study_file(file)
   points = _points(sweep, given)
@@ -172,7 +173,7 @@ def _check_overlaps(file: str, sweep: spec.Sweep, given: Mapping) -> None:
           f'{plans.AGAIN!r}, which is what the study calls its base with other '
           'first parameters: call it otherwise')
   for name in ('init_seed', 'eval.part'):
-    value = run_base.get(sweep.base, name)
+    value = base_config.get(sweep.base, name)
     require(not value, f'{file}: base() sets {name} to {value!r}, which the '
             'study sets itself: leave it out')
   owners: dict[str, str] = {}
@@ -235,11 +236,10 @@ def _workload(sweep: spec.Sweep, given: Mapping, size: str, workload: str,
     changes['eval.tasks'] = ','.join(tasks)
   if workload == plans.TEXT:
     return changes | own
-  from training import objectives
   defaults = base_config.base()
-  changes |= {name: run_base.get(defaults, name)
+  changes |= {name: base_config.get(defaults, name)
               for name in objectives.OBJECTIVES['probe'].ignores}
-  of_size = lambda name: changes.get(name, run_base.get(base, name))
+  of_size = lambda name: changes.get(name, base_config.get(base, name))
   steps = own.get('train.steps', of_size('train.steps'))
   longer = steps / of_size('train.steps')
   # A schedule is as much longer as the run; reports are as a size has them.
@@ -293,8 +293,6 @@ def _check_halves(config) -> float:
   Raises:
     RequestError: where it has no two halves.
   """
-  from training.data import tokenizers
-  from training.objectives import pipeline
   tokenizer = tokenizers.load(config.data.tokenizer)
   require(bool(config.data.holdout_every or config.data.eval_source),
           'data.holdout_every is 0: a study needs text that is held out')

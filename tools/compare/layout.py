@@ -26,9 +26,12 @@ import tempfile
 import time
 from typing import Any, NamedTuple
 
+from architectures.parts import tables
 from configs.errors import EnvironmentFailure, RequestError, require
 from tools.compare import spec
-from training.workdir import storage
+from training import runs
+from training.workdir import metrics as metrics_lib
+from training.workdir import provenance, run_config, storage
 
 PENDING, RUNNING, DONE, FAILED = 'pending', 'running', 'done', 'failed'
 STATES = (PENDING, RUNNING, DONE, FAILED)
@@ -166,7 +169,6 @@ def _fixed(description: dict, points: Sequence[dict] = ()) -> dict:
 
 def differences(old: dict, new: dict) -> list[str]:
   """Returns the dotted names of what two trees of JSON have otherwise."""
-  from training.workdir import run_config
   before, after = (run_config.flatten_dict(json.loads(json.dumps(tree)))
                    for tree in (old, new))
   return [name for name in {**before, **after}
@@ -186,7 +188,6 @@ def row_of(description: dict, point: str) -> dict:
 def config(description: dict, point: str, seed: int):
   """Returns the config of a run as sweep.json has it, whatever the sweep's
   file says by now."""
-  from training.workdir import run_config
   base = run_config.from_json(description['base_config'])
   row = row_of(description, point)
   return spec.changed(base, {**row['changes'], 'seed': seed},
@@ -200,9 +201,6 @@ def differing(description: dict, workdir, point: str, seed: int
   Raises:
     ValueError: where its config.json is missing or damaged.
   """
-  from architectures.parts import tables
-  from training import runs
-  from training.workdir import run_config
   wanted = config(description, point, seed)
   different = differences(
       run_config.load_config(run_folder(workdir, point, seed)).to_dict(),
@@ -229,7 +227,6 @@ def stranger(description: dict, workdir, point: str, seed: int) -> str:
 def codes(workdir, runs) -> list[str]:
   """Returns the different codes that trained the (point, seed) of a sweep, as
   far as they are known."""
-  from training.workdir import provenance, run_config
   starts = []
   for point, seed in runs:
     # A config that is damaged is reported where the run is looked at.
@@ -247,7 +244,6 @@ def codes_note(codes: list[str]) -> str:
 def metrics(folder: pathlib.Path, split: str) -> list[dict]:
   """Returns the lines of a run's metrics.jsonl of one split, as far as they
   are whole."""
-  from training.workdir import metrics as metrics_lib
   path = folder / 'metrics.jsonl'
   rows = metrics_lib.read(path) if path.is_file() else []
   return [row for row in rows if row['split'] == split]

@@ -22,8 +22,9 @@ import time
 from configs.errors import EnvironmentFailure, RequestError
 from tools import dies_with_parent
 from tools.compare import layout
-from training import cli
-from training.distributed import signals
+from training import cli, evals, vectorised
+from training.distributed import cpu, signals
+from training.workdir import storage
 
 POLL_SECONDS = 0.2
 GPUS = 'CUDA_VISIBLE_DEVICES'
@@ -129,7 +130,6 @@ class Runner:
 
   def _groups(self, waiting: list) -> list[list]:
     """Returns the runs that train as one program, `group` of them at most."""
-    from training import vectorised
     alone = [[run] for run in waiting if run.alone or self._group == 1]
     others = [run for run in waiting if [run] not in alone]
     return [[others[i] for i in places[at:at + self._group]]
@@ -236,8 +236,6 @@ def main() -> int:
   parser.add_argument('--evaluate', default='', metavar='TASK,TASK',
                       help='what to evaluate instead of training')
   args = parser.parse_args()
-  from training import vectorised
-  from training.distributed import cpu
   cpu.prepare()
   runs = [(point, int(seed)) for point, seed in (
       run.split('/') for run in args.runs.split(','))]
@@ -256,8 +254,6 @@ def main() -> int:
 def _evaluate(folders, tasks: list[str]) -> int:
   """Evaluates runs one after the other, each into its own log; those of one
   model and data share what was compiled."""
-  from training import evals
-  from training.workdir import storage
   code, programs = 0, {}
   for folder in folders:
     with (folder / 'log.txt').open('a') as log, contextlib.redirect_stdout(
