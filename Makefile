@@ -49,7 +49,7 @@ docs: $(VENV)/.docs
 plan-test: $(VENV)/.plan
 	$(run) -m pytest $(TEST_FLAGS) -m plan $(PLAN_FLAGS)
 
-# Runs and a sweep on a real SLURM, whose daemons it starts on this machine. It
+# A run on a real SLURM, whose daemons it starts on this machine. It
 # wants root, and Debian's slurm-wlm and munge, and mostly waits.
 slurm-test: $(VENV)/.test
 	$(run) -m pytest -m slurm tests/tools/launch/real_slurm_test.py
