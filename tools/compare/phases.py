@@ -314,19 +314,3 @@ def searches(plan: plans.Plan) -> list[Search]:
   return [Search(plan, variant, size, workload)
           for size in plan.tuned_sizes for workload in plan.workloads
           for variant in (plan.base, *plan.variants)]
-
-
-def kind(tuning: plans.Tuning) -> str:
-  """How candidates are searched: 'grid search'."""
-  if tuning.rungs == 1:
-    return 'grid search'
-  return (f'successive halving over {tuning.rungs} rungs, each of which keeps '
-          f'{100 * tuning.keep:.0f} %')
-
-
-def edges(tuning: plans.Tuning) -> str:
-  """What becomes of an optimum at the edge of the values."""
-  if not tuning.extend:
-    return 'edges not extended'
-  times = 'once' if tuning.extend == 1 else f'{tuning.extend} times'
-  return f'edges extended at most {times}'

@@ -25,7 +25,6 @@ from tools.compare import statistics
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
-from tools.compare import phases as phases_lib
 from tools.compare.page import UNKNOWN, Cell, Section, Table, label
 from training import evals
 from training.workdir import run_config, storage
@@ -619,7 +618,7 @@ def methods(c: Comparison) -> list[str]:
     return []
   text = page.render(
       'methods.txt', c=c, plan=c.plan, primary=c.plan.primary, changed=changed,
-      said=measures_lib.said, alone=alone, tuning=phases_lib,
+      said=measures_lib.said, alone=alone,
       amount=measures_lib.amount(c.frozen, c.plan.effect),
       grid=[f'{name} in {{{", ".join(map(value, values))}}}'
             for name, values in c.plan.tuning.fields.items()])
