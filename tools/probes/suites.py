@@ -25,7 +25,6 @@ from training.data import probes
 from training.workdir import storage
 
 JSON, PICTURE = 'card.json', 'card.png'
-DIVERGED = 'diverged.json'  # in the folder of a run
 _OF_RUNS = ('seed', 'optim.lr')  # fields by which the runs of a task differ
 
 
@@ -111,48 +110,24 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
 
 
 def train(suite: Suite, workdir: epath.Path) -> None:
-  """Trains what is not trained yet, a task after the other. A run that diverges
-  is recorded, and the others go on.
+  """Trains what is not trained yet, a task after the other. Where a run
+  diverges the others go on.
 
   Raises:
     EnvironmentFailure: after a signal; all that was trained is saved.
   """
-  from training import vectorised
+  from training import loop, vectorised
   for task in suite.configs:
     runs = list(suite.runs(task))
     print(f'{task}: {len(suite.lrs)} learning rates x {len(suite.seeds)} seeds',
           flush=True)
-    left = [run for run in runs if not diverged(run, workdir)]
-    if len(left) < len(runs):
-      print(f'{len(runs) - len(left)} of {len(runs)} runs diverged before, and '
-            'are not trained again')
-    for group in vectorised.groups([run.config for run in left]):
-      _train_group([left[i] for i in group], workdir)
-
-
-def _train_group(runs: Sequence[Run], workdir: epath.Path) -> None:
-  from training import loop, vectorised
-  writers = vectorised.train([run.config for run in runs],
-                             [run.folder(workdir) for run in runs])
-  for run, writer in zip(runs, writers):
-    if writer.code == loop.DIVERGED:
-      storage.write(run.folder(workdir) / DIVERGED, json.dumps(
-          {'why': writer.sentence, 'config': _tree(run)}, indent=1) + '\n')
-  if any(writer.told_to_stop or writer.code == loop.STOPPED
-         for writer in writers):
-    raise EnvironmentFailure('stopped: the same command goes on with the other '
-                             'runs')
-
-
-def diverged(run: Run, workdir: epath.Path) -> bool:
-  """Whether the run is recorded to have diverged, with the config that it has
-  now."""
-  path = run.folder(workdir) / DIVERGED
-  return path.exists() and json.loads(path.read_text())['config'] == _tree(run)
-
-
-def _tree(run: Run) -> Any:
-  return json.loads(json.dumps(run.config.to_dict()))
+    for group in vectorised.groups([run.config for run in runs]):
+      writers = vectorised.train([runs[i].config for i in group],
+                                 [runs[i].folder(workdir) for i in group])
+      if any(writer.told_to_stop or writer.code == loop.STOPPED
+             for writer in writers):
+        raise EnvironmentFailure('stopped: the same command goes on with the '
+                                 'other runs')
 
 
 def card_of(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
@@ -168,10 +143,11 @@ def card_of(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
     by_lr: dict[float, list] = {}
     failed: dict[float, list[int]] = {}
     for run in suite.runs(task):
-      if diverged(run, workdir):
-        failed.setdefault(run.lr, []).append(run.seed)
+      figures = _figures(run, workdir)
+      if figures:
+        by_lr.setdefault(run.lr, []).append(figures)
       else:
-        by_lr.setdefault(run.lr, []).append(_figures(run.folder(workdir)))
+        failed.setdefault(run.lr, []).append(run.seed)
     mean = {lr: float(np.mean([row['accuracy'] for row in each]))
             for lr, each in by_lr.items() if lr not in failed}
     best = max(mean, key=mean.get, default=None)
@@ -188,13 +164,13 @@ def card_of(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
   return dict(suite=suite.file, seeds=list(suite.seeds), tasks=tasks)
 
 
-def _figures(folder: epath.Path) -> dict[str, float]:
-  """Returns the last figures of the task in a run's metrics."""
-  rows = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
-  measured = [row for row in rows if 'probe/accuracy' in row]
-  require(bool(measured), f'{folder} holds no figures of the task probe')
-  return {name.removeprefix('probe/'): figure for name, figure
-          in measured[-1].items() if name.startswith('probe/')}
+def _figures(run: Run, workdir: epath.Path) -> dict[str, float]:
+  """Returns the figures of the task at the end of a run; {}: it diverged."""
+  lines = (run.folder(workdir) / 'metrics.jsonl').read_text().splitlines()
+  rows = [row for row in map(json.loads, lines) if 'probe/accuracy' in row
+          and row['step'] == run.config.train.steps]
+  return {name.removeprefix('probe/'): figure for row in rows[-1:]
+          for name, figure in row.items() if name.startswith('probe/')}
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
