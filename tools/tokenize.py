@@ -13,7 +13,6 @@ goes on where it was killed, on any number of machines.
 import argparse
 import json
 import os
-import sys
 import time
 from typing import Any
 
@@ -95,7 +94,6 @@ def tokenise(args: argparse.Namespace) -> dict[str, Any]:
   for i in order[args.job::args.jobs]:
     if not done[i]:
       tokens.shard(out, i, parts[i], tokenizer, begun)
-      print(f'shard {i} of {len(parts)} is made', file=sys.stderr, flush=True)
   done = tokens.finished(out, begun)
   figures = {'shards': f'{sum(done)} of {len(done)}',
              'seconds': round(time.monotonic() - started, 1)}

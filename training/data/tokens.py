@@ -39,7 +39,6 @@ import os
 import pathlib
 import sys
 import threading
-import time
 from typing import Any, NamedTuple
 import uuid
 import zlib
@@ -48,7 +47,6 @@ from etils import epath
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError, require, short
-from training import progress
 from training.data import conversations, labelled, sources
 from training.data.sources import Document, Source
 from training.data.tokenizers import Tokenizer
@@ -434,6 +432,8 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
     EnvironmentFailure: where it cannot be written, or the files were written
       meanwhile.
   """
+  print(f'tokenising {part.name}, shard {i + 1} of {begun["shards"]}',
+        file=sys.stderr, flush=True)
   before = stats(part)
   with _whole(folder / f'{i:05}.tokens') as write:
     table = _encode(write, part, tokenizer, begun['dtype'])
@@ -500,8 +500,7 @@ def _encode(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
                      for at in range(0, end, BLOCK_BYTES))
     write(left[:end])
 
-  documents = progress.each(part.documents(), f'tokenising {part.name}')
-  for chunk in _chunks(documents):
+  for chunk in _chunks(part.documents()):
     counts += map(len, chunk)
     kinds += [KINDS.index(kind) for parts in chunk for kind, _ in parts]
     rows = [left]
@@ -618,13 +617,11 @@ def cached(source: Source, tokenizer: Tokenizer, cache_dir: str) -> Tokens:
     storage.try_folder(cache(cache_dir), 'data.cache_dir')
     with _one_at_a_time(path, source.name):
       if not whole():
-        started = time.monotonic()
         begun = begin(path, source, parts, source.digest(), tokenizer)
         for i, done in enumerate(finished(path, begun)):
           if not done:
             shard(path, i, parts[i], tokenizer, begun)
-        print(f'tokenised {source.name} in {time.monotonic() - started:.1f} s, '
-              f'kept in {path}', file=sys.stderr)
+        print(f'the tokens are kept in {path}', file=sys.stderr)
   return load(str(path), source.name)
 
 
