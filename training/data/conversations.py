@@ -327,8 +327,9 @@ def in_folder(folder: Any) -> str | None:
   described = storage.parse(path.read_bytes(), str(path))
   template = described.get('chat_template')
   if isinstance(template, list):  # several, by name
-    template = {row['name']: row['template'] for row in template}.get('default')
-  return template
+    template = {row.get('name'): row.get('template') for row in template}.get(
+        'default')
+  return template if isinstance(template, str) else None
 
 
 def marked(text: str, tokenizer: Tokenizer) -> str:
