@@ -155,6 +155,11 @@ class Model(api.TemplateLM):
         not string.startswith(self._tokens.piece(self._prefix)))
     return [*(self._begin if begins else ()), *np.asarray(ids).tolist()]
 
+  def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True
+                    ) -> list[tuple[float, bool]]:
+    """As the base class has it, without a bar beside ours."""
+    return super().loglikelihood(requests, disable_tqdm=True)
+
   def _loglikelihood_tokens(self, requests: Sequence[tuple], **kwargs
                             ) -> list[tuple[float, bool]]:
     """As the base class has it: of ((context, continuation), ids, ids)."""

@@ -121,7 +121,7 @@ def test_a_tied_kernel_has_the_gradient_of_its_table(dtype, chunk):
   table_VD = head.kernel_DV.T
 
   def loss(table_VD, hidden_BLD):
-    tied = head.replace(kernel_DV=table_VD.T, tied=True)
+    tied = head.replace(kernel_DV=table_VD.T)
     return losses.cross_entropy(hidden_BLD, tied, targets, weights,
                                 chunk=chunk)[0]
 
