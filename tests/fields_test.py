@@ -140,19 +140,6 @@ def test_what_is_not_read_is_refused_by_hand_and_is_nowhere(system):
     assert (getattr(c, group) is None) == gone
 
 
-def test_a_dense_twin_says_nothing_of_experts():
-  config = models.config('mixtral')
-  config.ffn = 'swiglu'
-  c = architectures.resolve(config)
-  assert c.moe is None
-  assert not any(name.startswith('moe.') for name in tables.flat(
-      tables.as_dict(c)))
-
-
-def test_every_field_says_what_it_is():
-  assert all(leaf.rule.doc for leaf in base.FIELDS.values())
-
-
 @pytest.mark.slow
 def test_a_refusal_comes_before_any_device_work(tmp_path):
   """At the end of a refused run no backend of JAX has been started."""

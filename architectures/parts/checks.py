@@ -174,14 +174,16 @@ def _check_stack(c: ModelConfig, stack: str,
       ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
       ('pooling', 'cls', 'encoder'),
       ('mtp_depth', 0, 'decoder'),
+      ('attention_conv', 0, 'decoder'),
       # training/optim/mup.py has rules for the parameters of decoders alone.
       ('parametrization', 'standard', 'decoder'),
       ('num_decoder_layers', c.num_layers, 'encoder-decoder')):
-    if stack != kind and get(c, field) != rest:  # else no page is imported
-      raise RequestError(
-          f'model.{field} {get(c, field)!r} has no meaning with model.arch '
-          f'{c.arch!r}: set it to {rest!r}, or choose model.arch from '
-          f'{", ".join(archs(kind))}')
+    for value in (get(x, field) for x in (c, *map(c.of_kind, c.kinds_used))):
+      if stack != kind and value != rest:  # else no page is imported
+        raise RequestError(
+            f'model.{field} {value!r} has no meaning with model.arch '
+            f'{c.arch!r}: set it to {rest!r}, or choose model.arch from '
+            f'{", ".join(archs(kind))}')
   require(c.ffn != NONE or stack != 'encoder', f'model.ffn is {NONE!r}, and '
           f'the head of masked words of model.arch {c.arch!r} has the '
           'activation of the layers: set model.ffn to a network, and '

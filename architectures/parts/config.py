@@ -310,24 +310,24 @@ class ModelConfig:
     first, last = kinds.split(self.prefix), kinds.split(self.suffix)
     period = kinds.split(self.pattern) or ('',)
     repeated = (num_layers - len(first) - len(last)) // len(period)
-    return tuple(Section(name, self._layer_kinds(own, causal, cross, before), n)
-                 for name, own, before, n in zip(
+
+    def layer_kinds(names: tuple[str, ...], before: tuple[str, ...]):
+      configs = [self.of_kind(name) for name in (*before, *names)]
+      return tuple(LayerKind(c.attention, c.ffn, causal, cross, name,
+                             _source(configs, i, len(before)))
+                   for i, (c, name) in enumerate(
+                       zip(configs[len(before):], names)))
+
+    return tuple(Section(name, layer_kinds(names, before), n)
+                 for name, names, before, n in zip(
                      kinds.SECTIONS, (first, period, last), ((), first, ()),
-                     (1, repeated, 1)) if own)
+                     (1, repeated, 1)) if names)
 
   def layer_kinds(self, num_layers: int, *, causal: bool = True,
                   cross: bool = False) -> tuple[LayerKind, ...]:
     """The kind of each layer of a stack of so many."""
     return sum((section.kinds * section.periods for section in self.sections(
         num_layers, causal=causal, cross=cross)), ())
-
-  def _layer_kinds(self, names: tuple[str, ...], causal: bool, cross: bool,
-                   before: tuple[str, ...]) -> tuple[LayerKind, ...]:
-    configs = [self.of_kind(name) for name in (*before, *names)]
-    return tuple(LayerKind(c.attention, c.ffn, causal, cross, name,
-                           _source(configs, i, len(before)))
-                 for i, (c, name) in enumerate(
-                     zip(configs[len(before):], names)))
 
 
 def _source(layers: list[ModelConfig], i: int, first: int) -> int | None:

@@ -80,16 +80,12 @@ def along(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
   return w
 
 
-def _along_fwd(w: jax.Array, axis: int, names: tuple[str, ...]):
-  return along(w, axis, names), None
-
-
 def _along_bwd(axis: int, names: tuple[str, ...], _: None, d: jax.Array):
   matrix = scatter(_matrix(d, axis), 0, names)
   return (_of_matrix(matrix, d.shape, axis),)
 
 
-along.defvjp(_along_fwd, _along_bwd)
+along.defvjp(lambda w, axis, names: (along(w, axis, names), None), _along_bwd)
 
 
 def _matrix(d: jax.Array, axis: int) -> jax.Array:

@@ -188,12 +188,6 @@ def _needs_labels(c: ModelConfig) -> None:
           'training data at the start of a run)')
 
 
-def _unfolds_by_sinusoids(c: ModelConfig) -> None:
-  require(c.d_model % 2 == 0 and c.d_model >= 4, f'model.d_model is '
-          f"{c.d_model}: model.head 'vector' adds sinusoids to the vector, and "
-          'needs it even and at least 4')
-
-
 _LABELS = ('num_labels', 'head_dropout')
 HEADS = {
     'lm': Kind(lambda c: 0, fields=(
@@ -205,5 +199,5 @@ HEADS = {
                    check=_needs_labels),
     'span': Kind(lambda c: 2, fields=('head_dropout',)),
     'vector': Kind(lambda c: 0, of_row=True, unfolds=True,
-                   check=_unfolds_by_sinusoids),
+                   check=positions.check_sinusoids),
 }

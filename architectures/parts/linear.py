@@ -157,14 +157,9 @@ def _product(spec: str, out_dtype: jax.typing.DTypeLike, x: jax.Array,
     return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32
                       ).astype(out_dtype)
 
-  if x.dtype == w.dtype == out_dtype == jnp.float32:
-    return narrow(x, w)
-  return jax.lax.platform_dependent(x, w, cpu=wide, default=narrow)
-
-
-def _product_fwd(spec: str, out_dtype: jax.typing.DTypeLike, x: jax.Array,
-                 w: jax.Array):
-  return _product(spec, out_dtype, x, w), (x, w)
+  float32 = x.dtype == w.dtype == out_dtype == jnp.float32
+  return narrow(x, w) if float32 else jax.lax.platform_dependent(
+      x, w, cpu=wide, default=narrow)
 
 
 def _product_bwd(spec: str, out_dtype: jax.typing.DTypeLike,
@@ -201,7 +196,9 @@ def _of_weight(of_x: str, of_y: str, of_w: str, dtype: jax.typing.DTypeLike,
   return _product(f'{of_x},{of_y}->{of_w}', dtype, x, d)
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+_product.defvjp(
+    lambda spec, out_dtype, x, w: (_product(spec, out_dtype, x, w), (x, w)),
+    _product_bwd)
 
 
 # The products of a layer that may have a low-rank adapter, and all of them.

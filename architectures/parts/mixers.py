@@ -116,8 +116,7 @@ MIXERS = {
         fields=('num_kv_heads', 'attention_scale', 'qk_norm', 'qk_norm_over',
                 'attention_gate', 'value_residual', 'value_embedding',
                 'kv_sharing', 'attention_conv', *SCORES),
-        divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads')),
-        check=multi_head.check_convolution),
+        divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads'))),
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,
         settings=latent.LatentConfig,

@@ -425,12 +425,11 @@ def _add_sinusoids(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array
       x_BLD.dtype)
 
 
-def _check_sinusoids(c: ModelConfig, stack: str) -> None:
+def check_sinusoids(c: ModelConfig, stack: str = '') -> None:
+  """Raises RequestError for a width that `sinusoid` cannot have."""
   del stack
-  least = 4 if c.sinusoidal.layout == 'fairseq' else 2  # it divides by D/2 - 1
-  require(c.d_model % 2 == 0 and c.d_model >= least,
-          f'model.d_model is {c.d_model}: sinusoidal positions, '
-          f'{c.sinusoidal.layout}, need it even and at least {least}')
+  require(c.d_model % 2 == 0 and c.d_model >= 4, f'model.d_model is '
+          f'{c.d_model}: sinusoids need it even and at least 4')
 
 
 def learned(table_LD: jax.Array, positions: jax.Array, stretch: float,
@@ -565,7 +564,7 @@ POSITIONS = {
         longer=_longer_learned),
     'sinusoidal': Position(
         embed=_add_sinusoids, settings=SinusoidalConfig,
-        check=_check_sinusoids),
+        check=check_sinusoids),
     'rope': Position(
         rotate=rotate,
         score_factor=lambda c: SCALINGS[c.rope.scaling].score_factor(c.rope),

@@ -229,9 +229,8 @@ class Stack(nn.Module):
     caches, auxes, kept, _ = zip(*found)
     aux = _gather_aux(auxes)
     if ctx.keep_layers:
-      layers_NBLD = jnp.concatenate([given_BLD[None], *(
-          jnp.stack([end(x) for x in blocks], 1).reshape(-1, *x_BLD.shape)
-          for blocks in kept)])
+      layers_NBLD = jnp.concatenate([given_BLD[None], _by_layer(
+          [[end(x) for x in blocks] for blocks in kept])])
       aux = aux | {'layers': layers_NBLD, 'readouts': final(layers_NBLD)}
     if ctx.keep_attention:
       weights, caches = _take_weights(caches)
@@ -652,8 +651,7 @@ def _take_weights(caches: tuple) -> tuple[dict, tuple]:
       blocks = [[getattr(entry, field) for entry in cache] for cache in caches]
       require(len({w.shape[-3] for section in blocks for w in section}) == 1,
               'attention weights are kept of layers with as many heads each')
-      weights[name] = _join([jnp.stack(section, 1).reshape(
-          -1, *section[0].shape[1:]) for section in blocks])
+      weights[name] = _by_layer(blocks)
   plain = dict.fromkeys(names.values())
   return weights, tuple(tuple(entry.replace(**plain) for entry in cache)
                       for cache in caches)
@@ -672,17 +670,20 @@ def _gather_aux(sections: tuple) -> dict:
     return {}
   losses = jax.tree.map(lambda *xs: sum(x.sum() for x in xs),
                         *[aux['losses'] for aux in auxes])
-  stacked = {name: jax.tree.map(lambda *xs: _join(xs), *[
-      jax.tree.map(
-          lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]),
-          *[aux[name] for aux in section]) for section in sections if section])
+  stacked = {name: {key: _by_layer([[aux[name][key] for aux in section]
+                                    for section in sections if section])
+                    for key in sorted(auxes[0][name])}
              for name in ('health', 'experts') if name in auxes[0]}
   loads = {path: load_NE for aux in auxes
            for path, load_NE in aux['loads'].items()}
   return {'losses': losses, 'loads': loads} | stacked
 
 
-def _join(parts: Any) -> jax.Array:
+def _by_layer(sections: list[list[jax.Array]]) -> jax.Array:
+  """Returns [N, ...] of the arrays [periods, ...] of each block of a section.
+  """
+  parts = [jnp.stack(blocks, 1).reshape(-1, *blocks[0].shape[1:])
+           for blocks in sections]
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 

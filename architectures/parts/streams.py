@@ -151,8 +151,7 @@ def branch(c: ModelConfig, name: str, x: X) -> Read:
 def slots(c: ModelConfig, branches: int) -> int:
   """Returns how many arrays [B, L, D] go from layer to layer in a stack with
   this number of branches."""
-  count = RESIDUALS[c.residual].slots
-  return count(c, branches) if count else 1
+  return RESIDUALS[c.residual].slots(c, branches)
 
 
 def begin(c: ModelConfig, x_BLD: jax.Array, branches: int) -> X:
@@ -172,8 +171,7 @@ class End(nn.Module):
 
   @nn.compact
   def __call__(self, x: X) -> jax.Array:
-    end = RESIDUALS[self.config.residual].end
-    return end(self, x) if end else x
+    return RESIDUALS[self.config.residual].end(self, x)
 
 
 def pin(x_BLUD: jax.Array) -> jax.Array:
@@ -355,7 +353,7 @@ class Residual(NamedTuple):
 
   Attributes:
     read: (module, Streams) -> (what a branch reads, what adds its result).
-      None: there is one stream, and the other functions are None too.
+      None: there is one stream.
     slots: (config, branches of a stack) -> arrays that go from layer to layer.
     begin: (the embedding [B, L, 1, D], slots) -> Streams.x_BLUD.
     end: (module, Streams) -> what the final norm reads.
@@ -363,24 +361,25 @@ class Residual(NamedTuple):
     fields: of config.model, those that this form reads and others may not.
   """
   read: Optional[Callable[[nn.Module, Streams], Read]] = None
-  slots: Optional[Callable[[ModelConfig, int], int]] = None
+  slots: Callable[[ModelConfig, int], int] = lambda c, branches: 1
   begin: Optional[Callable[[jax.Array, int], jax.Array]] = None
-  end: Optional[Callable[[nn.Module, Streams], jax.Array]] = None
+  end: Callable[[nn.Module, Any], jax.Array] = lambda module, x: x
   settings: Optional[type] = None
   fields: tuple[str, ...] = ()
 
 
-_count = lambda c, branches: c.streams.count
-_copied = lambda x_BL1D, slots: jnp.repeat(x_BL1D, slots, 2)
+_COPIED: dict[str, Any] = dict(
+    slots=lambda c, branches: c.streams.count, end=_mean,
+    begin=lambda x_BL1D, slots: jnp.repeat(x_BL1D, slots, 2),
+    settings=StreamsConfig)
 _first = lambda x_BL1D, slots: jnp.pad(
     x_BL1D, ((0, 0), (0, 0), (0, slots - 1), (0, 0)))
 RESIDUALS = {
     'plain': Residual(),
-    'hyper': Residual(_mixed(_hyper), _count, _copied, _mean,
-                      StreamsConfig, ('streams.count', 'streams.dynamic')),
-    'mhc': Residual(_mixed(_mhc), _count, _copied, _mean,
-                    StreamsConfig,
-                    ('streams.count', 'streams.iterations', 'norm_eps')),
+    'hyper': Residual(_mixed(_hyper), **_COPIED,
+                      fields=('streams.count', 'streams.dynamic')),
+    'mhc': Residual(_mixed(_mhc), **_COPIED, fields=(
+        'streams.count', 'streams.iterations', 'norm_eps')),
     'attention': Residual(_attention, _sources, _first, _attended_at_the_end,
                           StreamsConfig, ('streams.block_size', 'norm_eps')),
 }

@@ -106,30 +106,6 @@ def test_one_vector_tells_all_tokens_as_mads_decoder_does():
       rtol=1e-3, atol=1e-4)
 
 
-def test_the_dropout_of_a_head_is_of_what_it_is_applied_to():
-  module, params = _made('gpt', 'tokens', head_dropout=0.5)
-  params = jax.tree.map(jnp.zeros_like, params) | {
-      'task': {'kernel': jnp.ones((32, 5)), 'bias': jnp.zeros(5)}}
-  params['decoder']['final_norm']['bias'] = jnp.ones(32)
-  run = lambda **kw: module.apply({'params': params}, models.tokens(), **kw)
-  np.testing.assert_allclose(run().extra['scores'], 32.0)
-  drawn = run(deterministic=False, rngs={'dropout': jax.random.key(0)})
-  scores = np.asarray(drawn.extra['scores'])
-  np.testing.assert_allclose(drawn.hidden, 1.0)
-  assert (scores % 2 == 0).all() and scores.std() > 1
-  assert scores.mean() == pytest.approx(32, rel=0.1)
-
-
-def test_in_mup_scores_are_divided_by_the_widening():
-  """Yang et al. 2022, definition 4.1, as those of a vocabulary are."""
-  made = dict(head='sequence', num_labels=3, mup_base_width=16)
-  module, params = models.make('gpt', parametrization='mup', **made)
-  output = _run(module, params, models.tokens())
-  np.testing.assert_allclose(
-      output.extra['scores'], _product(params, output.hidden[:, -1]) / 2,
-      rtol=1e-4, atol=1e-5)
-
-
 def test_a_row_is_read_off_the_mean_of_what_is_no_padding():
   module, params = _made('bert', 'sequence', pooling='mean')
   segments_BL = (np.arange(16)[None] < [[16], [11]]).astype(int)

@@ -23,8 +23,7 @@ from tests.helpers import models
 from tests.training import step_test
 from training.costs import flops, totals
 from training.hf import weights
-from training.optim import mup
-from training.runs import make_train_step, parameter_roles
+from training.runs import make_train_step
 
 
 RANK = 3
@@ -128,18 +127,6 @@ def test_no_gradient_of_a_frozen_weight_is_computed(trained):
   # Attention multiplies masked pairs too, and no gradient goes below the first
   # layer's adapters.
   assert work.flops == pytest.approx(whole, rel=0.12)
-
-
-def test_mup_has_rates_for_the_adapters():
-  """B's inputs and A's outputs are no width (Hayou et al. 2024, LoRA+: at
-  large width B learns at a rate of its own, 1, and A at 1 / width)."""
-  module, _ = models.make(lora=LORA, parametrization='mup', mup_base_width=16,
-                          d_ff=96)
-  rates = paths.flatten(mup.rates(module.config, 'adamw',
-                                  parameter_roles(module)))
-  layer = 'decoder/layers/block_0/attention/query'
-  assert rates[layer] == rates[f'{layer}_lora_a'] == 0.5
-  assert rates[f'{layer}_lora_b'] == 1
 
 
 ALL = 1 - 1e-7  # the greatest rate that a config takes: 1 is refused

@@ -16,10 +16,9 @@ from architectures.parts.context import Context
 from architectures.parts.hf import tensor_map
 from architectures.parts.sharding import rules
 from configs import sharding
-from tests.helpers import models, flops_formulas as formulas
+from tests.helpers import models
 from tests.helpers.jaxprs import equations
 from architectures.parts import paths
-from training.costs import totals, flops
 from training.distributed.devices import make_mesh
 
 KINDS = dict(local=dict(window=3, rope=dict(theta=100.0)),
@@ -174,14 +173,6 @@ def test_every_layer_has_one_place_and_one_name():
       f'h.{n}.q': stacks.place(queries[0], n) for n in range(7)}
 
 
-def test_a_token_takes_the_cache_of_the_heads_of_each_kind():
-  c = architectures.resolve(models.config('gpt', **MIXED))
-  assert totals.kept_bytes(c)[0] == 4 * 2 * 8 * (3 * 4 + 4 * 2)
-  assert [(row['kind'], row['layers'], row['kv_cache_bytes_per_token'])
-          for row in totals.kinds_of_layer(c)] == [
-              ('far', 4, 4 * 2 * 8 * 2), ('local', 3, 4 * 2 * 8 * 4)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('devices, waits', [(1, 0), (8, 1)])
 def test_a_gradient_waits_for_those_of_the_weights_above(devices, waits):
@@ -213,9 +204,6 @@ def test_the_final_norm_is_what_the_last_layer_leaves_open(
 # Layers without a feed-forward network: model.ffn 'none'.
 
 
-HALF = dict(pattern='alone,both', kinds=dict(alone=dict(ffn='none'), both={}))
-
-
 def test_a_block_ends_before_its_network():
   c = architectures.resolve(models.config(norm='layernorm'))
   ctx = Context(jnp.arange(6)[None], length=6)
@@ -239,19 +227,5 @@ def test_a_block_ends_before_its_network():
     np.testing.assert_allclose(got, y_BLD, rtol=1e-5, atol=1e-6)
     assert not aux
 
-
-def test_a_kind_of_layer_has_none_and_costs_none():
-  module = architectures.build(models.config('llama', **HALF))
-  whole = architectures.build(models.config('llama'))
-  c, ffn = module.config, 3 * 32 * 48
-  assert totals.parameters(c)[0] == totals.parameters(whole.config)[0] - (
-      ffn + 32)  # and its norm
-  found, all_of_it = (flops.forward_flops(x, 16) for x in (c, whole.config))
-  assert found['weights'] == all_of_it['weights'] - 2 * 16 * ffn
-  assert sum(found.values()) == pytest.approx(
-      sum(formulas.forward_flops(c, 16).values()))
-  assert [row['ffn'] for row in totals.kinds_of_layer(c)] == ['none', 'swiglu']
-  params = paths.flatten(models.make('llama', **HALF)[1])
-  assert not [path for path in params if 'block_0/ffn' in path]
 
 

@@ -11,7 +11,6 @@ from architectures.parts import streams
 from tests.architectures.parts_test import D, normal, resolved
 from tests.helpers import models, numpy_attention
 from tests.training import step_test
-from tests.training.optim import mup_test
 from training.costs import flops, totals
 
 N = 3
@@ -156,24 +155,6 @@ def test_a_loop_and_single_tokens_are_the_scan_over_a_row():
     out = step(tokens[:, i:i + 1], cache, jnp.full((1, 1), i))
     cache = out.cache
     models.close(out.hidden, want[:, i:i + 1], rtol=3e-5)
-
-
-@pytest.mark.parametrize('kind', ['hyper', 'mhc', 'attention'])
-def test_a_wider_model_divides_what_depends_on_the_token(kind):
-  """In muP it is divided by the widening; learning rates follow the shapes."""
-  x, name = normal(0, 2, 4, N, D), (
-      'query' if kind == 'attention' else 'dynamic')
-  found = []
-  for width, times in ((D, 1), (D // 2, 2)):
-    c = resolved('llama', parametrization='mup', mup_base_width=width,
-                 mup_base_head_dim=8, **KINDS[kind])
-    module, given = streams.Branch(c), streams.Streams(x, jnp.int32(2), 5)
-    params = nn.meta.unbox(module.init(jax.random.key(0), given)['params'])
-    params = params | {name: times * normal(7, *params[name].shape)}
-    found.append(nn.apply(lambda m, x: m(x)[0], module)(
-        {'params': params}, given))
-  np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
-  mup_test.test_rates_agree_with_the_shapes('gpt', KINDS[kind])
 
 
 @pytest.mark.parametrize('kind', ['hyper', 'blocks'])

@@ -378,13 +378,6 @@ class _Convolution:
     return y_BLHK
 
 
-def check_convolution(c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for a stack that is not a decoder."""
-  require(not c.attention_conv or stack == 'decoder',
-          f'model.attention_conv is {c.attention_conv}, which only decoders '
-          f'have, and model.arch {c.arch!r} is an {stack}: set it to 0')
-
-
 GATES = {
     'none': None,
     'elementwise': functools.partial(_gated, False),

@@ -80,34 +80,19 @@ def _heads_first(x_BLHK: jax.Array) -> jax.Array:
   return jnp.swapaxes(x_BLHK, 1, 2)
 
 
-def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *, scale: float,
-            mask_BLM: Optional[jax.Array] = None,
-            bias_BHLM: Optional[jax.Array] = None, softcap: float = 0.0,
-            sink_H: Optional[jax.Array] = None) -> jax.Array:
-  """Returns what `attend` weighs the values with, float32 [B, H, L, M].
+def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *,
+            mask_BLM: Optional[jax.Array] = None, **how: Any) -> jax.Array:
+  """Returns what `attend` weighs the values with, float32 [B, H, L, M]: what it
+  makes of values that are unit vectors.
 
   A row sums to 1, less the share of the sink where there is one; weights that
   are hidden are 0. The arguments are those of `attend`.
   """
-  B, L, H, K = q_BLHK.shape
-  M, J = k_BMJK.shape[1:3]
-  every = slice(None)
-  if bias_BHLM is not None:
-    bias_BHLM = bias_BHLM.reshape(-1, J, H // J, *bias_BHLM.shape[2:])
-  s_BJRLM = _scores(_How(scale, softcap, 0.0, False, 0), every, every, mask_BLM,
-                    _heads_first(q_BLHK).reshape(B, J, H // J, L, K),
-                    _heads_first(k_BMJK), bias_BHLM)
-  s_BHLM = s_BJRLM.reshape(B, H, L, M)
-  if sink_H is None:
-    p_BHLM = jax.nn.softmax(s_BHLM, -1)
-  else:
-    sink_BHL1 = jnp.broadcast_to(
-        sink_H.astype(jnp.float32)[None, :, None, None], (B, H, L, 1))
-    p_BHLM = jax.nn.softmax(
-        jnp.concatenate([s_BHLM, sink_BHL1], -1), -1)[..., :-1]
-  if mask_BLM is None:
-    return p_BHLM
-  return jnp.where(mask_BLM[:, None], p_BHLM, 0)
+  B, M, J, _ = k_BMJK.shape
+  unit_BMJM = jnp.broadcast_to(jnp.eye(M)[None, :, None], (B, M, J, M))
+  w_BHLM = _heads_first(attend(q_BLHK, k_BMJK, unit_BMJM, mask_BLM=mask_BLM,
+                               **how))
+  return w_BHLM if mask_BLM is None else jnp.where(mask_BLM[:, None], w_BHLM, 0)
 
 
 def _scores(how: _How, rows: slice, keys: slice, mask_BLM: Optional[jax.Array],

@@ -142,11 +142,6 @@ def take(x_TD: jax.Array, token_P: jax.Array, row_A: jax.Array, choices: int):
   return x_TD.at[token_P].get(**_FILL)
 
 
-def _take_fwd(x_TD: jax.Array, token_P: jax.Array, row_A: jax.Array,
-              choices: int):
-  return take(x_TD, token_P, row_A, choices), (token_P, row_A, x_TD.shape[0])
-
-
 def _take_bwd(choices: int, saved: tuple, d_PD: jax.Array):
   token_P, row_A, T = saved
   if not choices:
@@ -157,7 +152,10 @@ def _take_bwd(choices: int, saved: tuple, d_PD: jax.Array):
   return d_TD.astype(d_PD.dtype), None, None
 
 
-take.defvjp(_take_fwd, _take_bwd)
+take.defvjp(
+    lambda x_TD, token_P, row_A, choices: (
+        take(x_TD, token_P, row_A, choices), (token_P, row_A, len(x_TD))),
+    _take_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -580,17 +578,15 @@ def _ragged(axis: str, x: jax.Array, send_n: Optional[jax.Array],
       receive_n.astype(jnp.int32), axis_name=axis).reshape(x.shape)
 
 
-def _exchange_fwd(x: jax.Array, send_n: Optional[jax.Array],
-                  receive_n: Optional[jax.Array], axis: str):
-  return exchange(x, send_n, receive_n, axis), (send_n, receive_n)
-
-
 def _exchange_bwd(axis: str, saved: tuple, d: jax.Array):
   send_n, receive_n = saved
   return exchange(d, receive_n, send_n, axis), None, None
 
 
-exchange.defvjp(_exchange_fwd, _exchange_bwd)
+exchange.defvjp(
+    lambda x, send_n, receive_n, axis: (
+        exchange(x, send_n, receive_n, axis), (send_n, receive_n)),
+    _exchange_bwd)
 
 
 WAYS = {

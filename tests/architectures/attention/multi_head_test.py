@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts.attention.latent import LatentAttention
 from architectures.parts.attention.multi_head import Attention, QK_NORMS
 from architectures.parts.context import Cache
 from configs.errors import RequestError
@@ -76,20 +75,6 @@ def test_a_layer_is_its_definition(fields, cross):
   got = module.apply({'params': params}, x, ctx, None)[0]
   np.testing.assert_allclose(got, numpy_attention.out(p, o), rtol=1e-4,
                              atol=1e-4)
-
-
-@pytest.mark.parametrize('gate', GATES)
-def test_a_gate_of_latent_attention_that_is_one_half_is_half(gate):
-  fields = dict(mixer='latent', attention_bias=False)
-  x = normal(0, 2, 6, D)
-  module = LatentAttention(resolved(attention_gate=gate, **fields), KIND)
-  params = born(module, x, context(), None)
-  run = lambda module, by: module.apply({'params': {
-      n: w * by if n == 'output_gate' else w for n, w in params.items()}},
-      x, context(), None)[0]
-  plain = run(LatentAttention(resolved(**fields), KIND), 0)
-  np.testing.assert_allclose(run(module, 0), plain / 2, rtol=1e-4, atol=1e-6)
-  assert not np.allclose(run(module, 1), plain / 2, atol=1e-2)
 
 
 @pytest.mark.parametrize('name, fields', [

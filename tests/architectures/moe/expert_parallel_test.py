@@ -247,54 +247,11 @@ def test_accelerators_exchange_equals_one_device(reference, monkeypatch):
   assert_equal(step(*args), reference, 4)
 
 
-@pytest.mark.slow
-def test_models_on_a_mesh_equal_one_device():
-  """Scanned, and remade in the backward pass, which makes 6 crossings."""
-  shape = tables.PRESETS['ep_fsdp_tp']
-  module, params = models.make(
-      'gpt', ffn='moe', remat='full', vocab_size=64, moe=dict(
-          num_experts=4, ffn='gelu', d_ff=16, capacity_factor=1.0,
-          eval_capacity_factor=1.0))
-  tokens = models.tokens(8)
-  boxed = jax.eval_shape(module.init, jax.random.key(0), tokens)['params']
-
-  def loss(params, tokens):
-    out = module.apply({'params': params}, tokens)
-    return jnp.square(out.logits).mean() + sum(out.aux['losses'].values())
-
-  step = jax.value_and_grad(loss)
-  want = jax.jit(step)(params, tokens)
-  mesh = mesh_of(shape)
-  with jax.set_mesh(mesh), sharding.rules('default'):
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed))
-    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-    args = jax.tree.map(put, params, specs), put(tokens, PartitionSpec(BATCH))
-    compiled = jax.jit(step).lower(*args).compile()
-    got = compiled(*args)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    np.testing.assert_allclose(a, b, rtol=2e-4,
-                               atol=1e-7 + 2e-5 * np.abs(b).max())
-  c = module.config  # the head, or queries of T5, over two devices of tensor
-  dense = c.d_model * max(c.vocab_size, c.num_heads * c.head_dim) // 2
-  # A loop over layers is in the program once.
-  floats = [s for s in crossed(compiled.as_text(), shape, dense) if s['f32']]
-  assert len(floats) == 6
-
-
 # Where experts are computed: the sums and the refusals, without a mesh.
 
 
 def moe(**fields):
   return config(**fields).moe
-
-
-@pytest.mark.parametrize('factor, tokens, groups, shards, slots', [
-    (0.0, 10, 1, 4, 3),  # all of a device's tokens
-    (1.0, 64, 4, 2, 8),  # two groups, of 16 x 2 / 8 slots each
-    (1.0, 64, 4, 8, 4),  # a part of one
-    (4.0, 64, 4, 8, 8)])  # no more than the tokens
-def test_slots_of_an_expert(factor, tokens, groups, shards, slots):
-  assert dispatch.slots(moe(), factor, tokens, groups, shards) == slots
 
 
 @pytest.mark.parametrize('fields, factor, way', [

@@ -130,14 +130,6 @@ def test_hash_goes_by_the_token_id_alone():
   assert (spread > 0).all()
 
 
-def test_uniform_is_in_perfect_balance():
-  _, r = route('uniform')
-  assert (np.bincount(np.array(r.expert_A)) == T * 2 // E).all()
-  # Of two tokens with two experts each, no expert has more than one.
-  few = inputs(logits_TE=jnp.zeros((2, E)), valid_T=jnp.ones(2, bool))
-  assert sorted(route('uniform', few)[1].expert_A.tolist()) == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize('router', list(routing.ROUTERS))
 def test_beliefs_and_full_gates_are_shares(router):
   """Of each token: they add up to 1, where experts do not choose."""

@@ -16,7 +16,7 @@ from training.evals import Evaluation, Task
 
 FILE = 'routing.png'
 BATCHES = 16
-# What the table shows, and its heading; parts/health.py says what each means.
+# What the table shows, and its heading: see parts/moe/routing.py.
 COLUMNS = {
     'dropped': 'dropped', 'unserved': 'unserved', 'load_max': 'max/mean',
     'load_entropy': 'load entropy', 'unused': 'unused',
