@@ -52,7 +52,7 @@ def test_a_run_of_our_own_says_what_its_sequences_look_like(
   model = architectures.resolve(models.config(
       system, vocab_size=tokenizer.vocab_size, head_dim=8,
       moe=dict(eval_capacity_factor=0.0)))
-  fields, options, _ = hf_generation.of_run(config, model, tokenizer)
+  fields, options = hf_generation.of_run(config, model, tokenizer)
   batch = pipeline.training_loader(config, tokenizer).batch(0)
   for name in ('bos', 'pad'):
     if name in tokenizer.special_ids and f'{name}_token_id' in fields:
