@@ -168,13 +168,3 @@ def test_ids_and_masks_that_are_traced_go_through(gpt):
       ids, mask)
   np.testing.assert_allclose(traced, gpt.hidden_states(ids, mask=mask),
                              atol=1e-5)
-
-
-@pytest.mark.parametrize('file, sentence', [
-    ('sweep.json', 'is a sweep .* points/NAME/seed-S'),
-    ('adapter_config.json', 'WORKDIR --adapter=.*')])
-def test_a_folder_of_several_models_and_one_of_a_part_say_so(
-    file, sentence, tmp_path):
-  (tmp_path / file).write_text('{}')
-  with pytest.raises(RequestError, match=sentence):
-    archetype.load(tmp_path)
