@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import functools
 import importlib
 import importlib.util
+import operator
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -41,8 +42,12 @@ def unlike(model: ModelConfig) -> list[Difference]:
   """Returns the parts in which a resolved model is not the system that
   `model.arch` names, as that is at the size that is the nearest. A part that
   one of the two does not read is left out: what decides on it differs."""
-  return min((_unlike(model, _with_parts(model, parts))
-              for parts in _sizes(model.arch).values()), key=len)
+  fields = [name.split('.') for name in (*_parts(model.arch), 'kinds')]
+  distinct = {str([functools.reduce(operator.getitem, field, size)
+                   for field in fields]): size  # most sizes have equal parts
+              for size in _sizes(model.arch).values()}
+  return min((_unlike(model, _with_parts(model, size))
+              for size in distinct.values()), key=len)
 
 
 def line(model: ModelConfig) -> str:
