@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 
 from architectures.parts import tables
-from configs.errors import require, short
+from configs.errors import RequestError, short
 from configs.fields import AT_START, check as check_field, check_type, field
 from configs.fields import INCOMPATIBLE, Leaf, leaves, OPTIMISATION, Resume
 from configs.fields import SAFE
@@ -329,7 +329,8 @@ def check(tree: Mapping[str, Any], who: str = '') -> None:
   """
   for name, value in tables.flat(tree).items():
     leaf = find(name)
-    require(leaf is not None, f'{who}{short(name)} is no config field')
+    if leaf is None:
+      raise RequestError(f'{who}{short(name)} is no config field')
     if name.startswith('model.'):
       check_type(value, leaf.default, who + name)
     else:

@@ -13,7 +13,7 @@ MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 # what a layer computes of it. 'tokens' are batch and length in one axis,
 # 'joined' heads and their features, 'rows' the tokens of a table whose columns
 # are heads, 'groups' heads of keys whose number does not grow with the width.
-RULES = {
+RULES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     # Weights are sharded over fsdp (ZeRO-3), and those other than the experts'
     # over expert too; heads and mlp over tensor (Megatron), experts over
     # expert, a sequence over context, and the batch over all that is left. What

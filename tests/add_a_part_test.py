@@ -76,7 +76,8 @@ def test_a_norm_with_two_fields_is_written_into_one_file(tmp_path):
           'model.dyt.alpha=-1')
   refused('model.dyt.eps is 2.0: it must be > 0 and < 1', own[0],
           'model.dyt.eps=2')
-  refused("'beta'", own[0], 'model.dyt.beta=2')
+  refused('model.dyt.beta is no field of the config', own[0],
+          'model.dyt.beta=2')
   refused('model.dyt.alpha is 0.75, which this model does not read: it is read '
           'where model.norm is dyt. Leave it at 0.5, or set model.norm', own[1])
   refused('model.norm_eps is 0.1, which this model does not read', *own,

@@ -178,11 +178,13 @@ def readers(flag: str) -> dict[str, Flag]:
 
 def define_flags() -> None:
   """Defines the flags of all tasks; one that several read is defined once."""
-  define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
-            float: flags.DEFINE_float, str: flags.DEFINE_string}
+  define: dict[type, Callable] = {
+      bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
+      float: flags.DEFINE_float, str: flags.DEFINE_string}
   for name in dict.fromkeys(
       flag.name for row in TASKS.values() for flag in row.flags):
-    read_by, texts = readers(name), {}
+    read_by = readers(name)
+    texts: dict[str, list[str]] = {}
     flag = next(iter(read_by.values()))
     for reader, one in read_by.items():
       texts.setdefault(one.help, []).append(reader)

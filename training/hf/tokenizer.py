@@ -103,6 +103,7 @@ def give(workdir: epath.Path, config: ml_collections.ConfigDict,
     return
   tokenizer = tokenizers.load(config.data.tokenizer)
   if PIPELINE not in given:
+    assert isinstance(tokenizer, tokenizers.HuggingFace), tokenizer
     tokenizer.save(folder / PIPELINE)
   names = {kind: tokenizer.piece(i)
            for kind, i in tokenizer.special_ids.items()}

@@ -60,7 +60,8 @@ class Prompts(NamedTuple):
   gap: str = ''
   lead: str = ''
 
-  def text(self, row: int, ids: Sequence[int], tokenizer: Tokenizer) -> str:
+  def text(self, row: int, ids: Sequence[int] | np.ndarray,
+           tokenizer: Tokenizer) -> str:
     """Returns the text of the ids that were written after a row's prompt, with
     the space before its first word unless there is a gap."""
     prompt = self.tokens[row, :self.lengths[row]] if not self.gap else ()
