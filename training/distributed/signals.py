@@ -11,10 +11,13 @@ on.
 
 from collections.abc import Callable, Collection, Iterator
 import contextlib
+import errno
 import os
 import signal
+import sys
 import time
 import types
+from typing import Any
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ECHO_SECONDS = 0.5
@@ -46,6 +49,32 @@ class Count:
     return new
 
 
+class _Terminal:
+  """Standard output or error on a terminal, which may be closed some time
+  before the SIGHUP that says so comes: what is printed then goes nowhere."""
+
+  def __init__(self, stream: Any):
+    self._stream = stream
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+  def write(self, text: str) -> int:
+    self._unless_closed(lambda: self._stream.write(text))
+    return len(text)
+
+  def flush(self) -> None:
+    self._unless_closed(self._stream.flush)
+
+  def _unless_closed(self, print_: Callable[[], Any]) -> None:
+    try:
+      print_()
+    except OSError as error:
+      if error.errno != errno.EIO:
+        raise
+      print_nowhere([self._stream.fileno()])
+
+
 @contextlib.contextmanager
 def handled(heard: Callable[[int], None],
             numbers: Collection[int] = NUMBERS) -> Iterator[None]:
@@ -53,6 +82,7 @@ def handled(heard: Callable[[int], None],
   block runs; a SIGHUP that is ignored, as by nohup, stays so. Must be entered
   in the main thread."""
   on_terminal = [fd for fd in (_STDOUT, _STDERR) if os.isatty(fd)]
+  streams = {'stdout': sys.stdout, 'stderr': sys.stderr}
 
   def handle(number: int, frame: types.FrameType | None) -> None:
     if number == signal.SIGHUP:
@@ -63,8 +93,13 @@ def handled(heard: Callable[[int], None],
          if number != signal.SIGHUP
          or signal.getsignal(number) is not signal.SIG_IGN}
   try:
+    for name, stream in streams.items():
+      if stream.isatty():
+        setattr(sys, name, _Terminal(stream))
     yield
   finally:
+    for name, stream in streams.items():
+      setattr(sys, name, stream)
     for number, handler in old.items():
       # None: not from Python, and Python cannot put it back.
       signal.signal(number, handler or signal.SIG_DFL)
