@@ -48,7 +48,7 @@ import numpy as np
 import architectures
 from configs import base
 from configs.fields import check_number
-from configs.errors import RequestError, require
+from configs.errors import RequestError, require, short
 from training import cli, objectives, parameters, progress, runs
 from training.data import tokenizers
 from training.distributed import cpu
@@ -159,11 +159,14 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
                gguf_file=file.name)
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        **where, dtype=torch.float32)
-  except (ValueError, KeyError) as error:
+    model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, output_loading_info=True)
+  except Exception as error:  # a damaged file ends its readers anywhere
     raise RequestError(f'transformers does not read {file}: '
-                       f'{str(error).splitlines()[0]}') from error
+                       f'{type(error).__name__}: {str(error)[:200]}') from error
+  for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
+    require(not loaded[kind], f'{file} is not a whole model: of its tensors '
+            f'transformers names as {kind} {short(sorted(loaded[kind]))}')
   # The weights are whole numbers no longer, and save_pretrained refuses what
   # still says so.
   model.hf_quantizer = None
