@@ -516,3 +516,31 @@ def _host() -> str:
     return f'{socket.gethostname()}:{os.readlink("/proc/self/ns/pid")}'
   except OSError:  # not Linux: one space
     return socket.gethostname()
+
+
+def begin(workdir, ledger, description: dict) -> dict:
+  """Writes sweep.json and adds its runs to the ledger, frees what dead runners
+  held, and marks as done what is so on disk and the ledger has not seen: runs
+  of a printed command, or of a ledger that was lost; and as failed, what was
+  trained there by another config. Returns what sweep.json holds.
+
+  Raises:
+    RequestError: where the workdir holds another sweep.
+  """
+  with ledger.transaction():  # another one may add to it at the same time
+    description = save_description(workdir, description)
+  rows = [(seed, point) for point in description['points']
+          for seed in point['seeds']]
+  ledger.add((point['name'], seed, point['tasks']) for seed, point in sorted(
+      rows, key=lambda row: row[0]))  # all points of a seed, then the next
+  ledger.recover()
+  pending = ledger.runs(PENDING)
+  description = load_description(workdir)  # it has all of these points
+  for run in pending:
+    folder = run_folder(workdir, run.point, run.seed)
+    trained = config(description, run.point, run.seed).train
+    if is_trained(folder, trained):
+      error = stranger(description, workdir, run.point, run.seed)
+      if error or is_evaluated(folder, run.owes):
+        ledger.adopt(run.id, FAILED if error else DONE, error)
+  return description

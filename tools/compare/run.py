@@ -50,7 +50,7 @@ def main(args) -> int:
   with layout.Ledger(args.workdir) as ledger:
     if args.retry:
       ledger.retry()
-    begin(args.workdir, ledger, description)
+    layout.begin(args.workdir, ledger, description)
     waiting = ledger.runs(layout.PENDING)
     if args.launcher == 'print':
       for run in waiting:
@@ -62,35 +62,6 @@ def main(args) -> int:
       print('stopped: the same command goes on')
       return 0
     return _summary(args, ledger)
-
-
-def begin(workdir, ledger, description: dict) -> dict:
-  """Writes sweep.json and adds its runs to the ledger, frees what dead runners
-  held, and marks as done what is so on disk and the ledger has not seen: runs
-  of a printed command, or of a ledger that was lost; and as failed, what was
-  trained there by another config. Returns what sweep.json holds.
-
-  Raises:
-    RequestError: where the workdir holds another sweep.
-  """
-  with ledger.transaction():  # another one may add to it at the same time
-    description = layout.save_description(workdir, description)
-  rows = [(seed, point) for point in description['points']
-          for seed in point['seeds']]
-  ledger.add((point['name'], seed, point['tasks']) for seed, point in sorted(
-      rows, key=lambda row: row[0]))  # all points of a seed, then the next
-  ledger.recover()
-  pending = ledger.runs(layout.PENDING)
-  description = layout.load_description(workdir)  # it has all of these points
-  for run in pending:
-    folder = layout.run_folder(workdir, run.point, run.seed)
-    config = layout.config(description, run.point, run.seed)
-    if layout.is_trained(folder, config.train):
-      error = layout.stranger(description, workdir, run.point, run.seed)
-      if error or layout.is_evaluated(folder, run.owes):
-        ledger.adopt(run.id, layout.FAILED if error else layout.DONE,
-                     error)
-  return description
 
 
 def submit(args, jobs: int) -> None:

@@ -18,7 +18,6 @@ from configs.errors import EnvironmentFailure, one_of, require
 from tools.compare import costs, curves, freeze, layout
 from tools.compare import local, phases, report, results
 from tools.compare import plan as plans
-from tools.compare import run as sweeps
 
 # Times the loss of guessing, above which a run counts as diverged: one that
 # has learnt nothing ends near it.
@@ -174,7 +173,7 @@ class Trainer:
     """
     path = self._workdir / folder
     with layout.Ledger(path) as ledger:
-      description = sweeps.begin(path, ledger, self.describe(folder, runs))
+      description = layout.begin(path, ledger, self.describe(folder, runs))
       if ledger.runs(layout.PENDING, layout.RUNNING) and not self.work(
           path, ledger):
         raise Stopped
