@@ -230,7 +230,9 @@ def _environment(slot: int, parallel: int) -> dict[str, str]:
 
 def main() -> int:
   """Trains several runs of a sweep as one program, or evaluates them."""
-  parser = argparse.ArgumentParser(allow_abbrev=False)
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=cli.HelpFormatter,
+      allow_abbrev=False)
   parser.add_argument('--workdir', required=True, help='of the sweep')
   parser.add_argument('--runs', required=True, help='POINT/SEED,POINT/SEED')
   parser.add_argument('--evaluate', default='', metavar='TASK,TASK',
