@@ -59,6 +59,10 @@ class Context:
 class Cache:
   """A layer's keys and values; slot m holds the token at position m.
 
+  With `turned` keys are held as [B, J, K, M] and values as [B, J, M, K], which
+  the products with a token's queries take on CPU without a copy; `slots` and
+  `memory` give them as they are elsewhere.
+
   Those of the memory are put in when a decoder is given it with the cache,
   and stand for it from then on. With context.keep_attention a layer also
   returns here what it weighed the values with, with model.value_residual the
@@ -78,38 +82,83 @@ class Cache:
   inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
   # Keys and values are [N, ...], of N layers: which of them this one is.
   layer: Optional[jax.Array] = None
+  turned: bool = struct.field(pytree_node=False, default=False)
 
   @property
   def num_slots(self) -> int:
-    return self.key_BMJK.shape[-3]
+    return self.key_BMJK.shape[-1 if self.turned else -3]
 
   @property
   def slots(self) -> tuple[jax.Array, jax.Array]:
     """Keys and values, [B, M, J, K]."""
     slots = self.key_BMJK, self.value_BMJK
-    return slots if self.layer is None else jax.tree.map(
+    return self._plain(*slots) if self.layer is None else jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False),
         slots)
+
+  @property
+  def memory(self) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of the memory, [B, M, J, K]."""
+    return self._plain(self.memory_key_BMJK, self.memory_value_BMJK)
+
+  def _plain(self, key: jax.Array, value: Optional[jax.Array]):
+    key, value = jax.tree.map(lambda x: _cast(x, jnp.uint16, jnp.bfloat16),
+                              (key, value))
+    return (jnp.moveaxis(key, 3, 1), jnp.moveaxis(value, 2, 1)
+            ) if self.turned else (key, value)
+
+  def turn(self) -> 'Cache':
+    """Returns the cache of one layer as a loop over single tokens takes it on
+    CPU: turned, unless its values are a part of its keys, and bfloat16 as bits,
+    for a scatter would make float32 of all slots, and bfloat16 again."""
+    turned = self.value_BMJK is not None
+    def move(name: str, axis: int):
+      return jax.tree.map(lambda x: jnp.moveaxis(
+          _cast(x, jnp.bfloat16, jnp.uint16), 1, axis if turned else 1),
+                          getattr(self, name))
+    return self.replace(turned=turned, **{
+        f'{of}{name}_BMJK': move(f'{of}{name}_BMJK', axis)
+        for of in ('', 'memory_') for name, axis in _TURNED.items()})
 
   def write(self, key_BLJK: jax.Array, value_BLJK: Optional[jax.Array],
             positions_BL: jax.Array) -> 'Cache':
     """Puts L new tokens at their positions (a row's are consecutive)."""
-    def put(slots: Optional[jax.Array], new: Optional[jax.Array]):
-      return slots if new is None else _put(
-          slots, new.astype(slots.dtype), positions_BL, self.layer)
-    return self.replace(key_BMJK=put(self.key_BMJK, key_BLJK),
-                        value_BMJK=put(self.value_BMJK, value_BLJK))
+    def put(slots: Optional[jax.Array], new: Optional[jax.Array], axis: int):
+      if new is None:
+        return slots
+      if slots.dtype == jnp.uint16:
+        new = _cast(new.astype(jnp.bfloat16), jnp.bfloat16, jnp.uint16)
+      return _put(slots, new.astype(slots.dtype), positions_BL, self.layer,
+                  axis if self.turned else 1)
+    return self.replace(
+        key_BMJK=put(self.key_BMJK, key_BLJK, _TURNED['key']),
+        value_BMJK=put(self.value_BMJK, value_BLJK, _TURNED['value']))
+
+
+_TURNED = {'key': 3, 'value': 2}  # the axis M of what is turned
+
+
+def _cast(x: jax.Array, of: jax.typing.DTypeLike, to: jax.typing.DTypeLike
+          ) -> jax.Array:
+  """Returns numbers of one type as bits of the other, others as they are."""
+  return jax.lax.bitcast_convert_type(x, to) if x.dtype == of else x
 
 
 def _put(slots: jax.Array, new_BLJK: jax.Array, positions_BL: jax.Array,
-         layer: Optional[jax.Array]) -> jax.Array:
-  """Returns slots [B, M, J, K], or with a layer [N, B, M, J, K]. A scatter over
-  rows writes them where they lie; under vmap, XLA moves them for it on TPU."""
+         layer: Optional[jax.Array], axis: int) -> jax.Array:
+  """Returns slots, whose axis `axis` is M: [B, M, J, K], or with a layer [N, B,
+  M, J, K]. A scatter over rows writes them where they lie; under vmap, XLA
+  moves them for it on TPU. A turned token of a single row is written twice:
+  written once, XLA's CPU backend copies all slots four times."""
   first = () if layer is None else (layer,)
-  if len(positions_BL) > 1:
+  if len(positions_BL) > 1 or axis > 1:
+    twice = 2 if axis > 1 and new_BLJK.shape[:2] == (1, 1) else 1
     rows_B1 = jnp.arange(len(new_BLJK))[:, None]
-    return slots.at[*first, rows_B1, positions_BL].set(
-        new_BLJK, indices_are_sorted=True, unique_indices=True)
+    between = (slice(None),) * (axis - 1)
+    return slots.at[
+        *first, rows_B1, *between, jnp.repeat(positions_BL, twice, 1)].set(
+            jnp.repeat(new_BLJK, twice, 1), indices_are_sorted=True,
+            unique_indices=twice == 1)
   return jax.lax.dynamic_update_slice(
       slots, new_BLJK.reshape((1,) * len(first) + new_BLJK.shape),
       (*first, 0, positions_BL[0, 0], 0, 0))

@@ -31,9 +31,12 @@ import jax.numpy as jnp
 
 from architectures.parts import linear
 from architectures.parts import positions
+from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.norms import norm
 from configs.errors import require
+
+FEW = 32  # tokens, at most, of which a tied head reads the table as it lies
 
 
 @struct.dataclass
@@ -43,9 +46,21 @@ class Head:
   bias_V: Optional[jax.Array] = None
   scale: float = struct.field(pytree_node=False, default=1.0)
   softcap: float = struct.field(pytree_node=False, default=0.0)
+  # Whether the kernel is the transpose of the table of embeddings.
+  tied: bool = struct.field(pytree_node=False, default=False)
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
-    """[..., D] -> float32 [..., V]."""
+    """[..., D] -> float32 [..., V].
+
+    Of few tokens XLA's CPU backend reads a table on the left as it lies, and
+    copies one on the right. The barrier keeps it from changing their order.
+    """
+    if (self.tied and x_BLD.size <= FEW * x_BLD.shape[-1]
+        and x_BLD.dtype == jnp.float32 and sharding.one_cpu()):
+      logits_VT = jax.lax.optimization_barrier(linear.einsum(
+          'VD,TD->VT', self.kernel_DV.T, x_BLD.reshape(-1, x_BLD.shape[-1]),
+          x_BLD.dtype, jnp.float32))
+      return self.finish(logits_VT.T.reshape(*x_BLD.shape[:-1], -1))
     return self.finish(linear.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
                                      x_BLD.dtype, jnp.float32))
 
@@ -75,7 +90,7 @@ class Unembed(nn.Module):
     # muP's output multiplier, of a tied table too; the bias makes up for it by
     # its learning rate.
     return Head(table_DV, bias_V, c.logits_scale / c.widening,
-                c.logits_softcap)
+                c.logits_softcap, c.tie_embeddings)
 
 
 class Task(nn.Module):

@@ -633,6 +633,10 @@ def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
         {str(i): layer for i, layer in enumerate(layers)},
         cpu=jax.lax.optimization_barrier, default=lambda x: x)
     slots += own
+  if sharding.one_cpu():
+    is_cache = lambda x: isinstance(x, Cache)
+    slots = jax.tree.map(lambda x: x.turn() if is_cache(x) else x, slots,
+                         is_leaf=is_cache)
   return params | {'decoder': decoder | apart}, slots
 
 

@@ -62,7 +62,7 @@ class Attention(nn.Module):
     if c.qk_norm:
       q_BLHK = self._normalise('query_norm', q_BLHK)
     if self.cross and ctx.memory_BMD is None:
-      k_BMJK, v_BMJK = cache.memory_key_BMJK, cache.memory_value_BMJK
+      k_BMJK, v_BMJK = cache.memory
     elif read is not None:
       k_BMJK, v_BMJK = read.key_BMJK, read.value_BMJK
     else:

@@ -2,6 +2,7 @@
 by, convolved by, mixed with, and read from; and the slots of a cache, written
 where they lie."""
 
+import functools
 import re
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import architectures
+from architectures.parts import sharding, skeletons
 from architectures.parts.attention.multi_head import Attention, QK_NORMS
 from architectures.parts.context import Cache
 from configs.errors import RequestError
@@ -281,6 +283,37 @@ def test_layers_that_are_scanned_write_their_slots_where_they_lie():
   shape = ','.join(map(str, cache[0].key_BMJK.shape))
   assert f'f32[{shape}]' in text
   assert not re.findall(rf'= f32\[{shape}\]\S* copy\(', text)
+
+
+@pytest.mark.parametrize('rows, dtype, held, changes', [
+    (1, 'float32', 'f32', {}), (3, 'bfloat16', 'u16', {}),
+    (3, 'bfloat16', 'u16', dict(mixer='latent'))])
+def test_a_loop_over_tokens_writes_as_on_one_cpu_as_elsewhere(
+    rows, dtype, held, changes, monkeypatch):
+  """There its slots are turned, and written where they lie; one row's were once
+  copied 16 times, and bfloat16 ones converted."""
+  module, params = models.make('gpt', num_layers=2, dtype=dtype, **changes)
+  cache = architectures.init_cache(module.config, rows, 16)
+  def step(params, carry, i):
+    out = module.apply({'params': params}, carry[0], cache=carry[1],
+                       positions_BL=jnp.full((rows, 1), i), one_by_one=True)
+    return (out.logits.argmax(-1), out.cache), out.logits
+  made = {}
+  for turned in (True, False):
+    monkeypatch.setattr(sharding, 'one_cpu', lambda turned=turned: turned)
+    ours, slots = skeletons.one_by_one(params, cache)
+    shape = ','.join(map(str, slots[0][0].key_BMJK.shape))
+    run = jax.jit(lambda params, slots: jax.lax.scan(
+        functools.partial(step, params), (jnp.ones((rows, 1), int), slots),
+        jnp.arange(9)), donate_argnums=1).lower(ours, slots).compile()
+    if turned:
+      assert f'{held}[{shape}]' in run.as_text()
+      assert not re.findall(rf'= {held}\[{shape}\]\S* copy\(|'
+                            rf'= bf16\[{shape}\]\S* fusion\(', run.as_text())
+    (token, slots), logits = run(ours, slots)
+    made[turned] = token, logits, [entry.slots for entry, in slots]
+  models.close(made[True], made[False],
+               rtol=1e-4 if dtype == 'float32' else 2e-2)
 
 
 @pytest.mark.parametrize('changes', [
