@@ -1,4 +1,5 @@
-"""Imports run one way, without circles, and parameters declare their roles."""
+"""Imports run one way, without circles, what is taken of a module is there, and
+parameters declare their roles."""
 
 import ast
 import graphlib
@@ -62,3 +63,41 @@ def test_every_parameter_declares_its_role():
            if _room(name).startswith('architectures')
            and re.search(r'\.param\(', path.read_text())}
   assert makes == {'architectures/parts/roles'}
+
+
+def _bound(tree) -> set[str]:
+  """Returns the names that a module binds anywhere."""
+  names = {alias.asname or alias.name for node in ast.walk(tree)
+           if isinstance(node, (ast.Import, ast.ImportFrom))
+           for alias in node.names}
+  return names | {getattr(node, 'name', None) or getattr(node, 'id', None)
+                  for node in ast.walk(tree) if isinstance(node, (
+                      ast.FunctionDef, ast.ClassDef, ast.Name))}
+
+
+def test_what_a_module_takes_of_another_is_there():
+  """As nothing else says before the line runs."""
+  trees = {name.replace('/', '.'): ast.parse(path.read_text())
+           for name, path in MODULES.items()}
+  bound = {name: _bound(tree) for name, tree in trees.items()}
+  missing = []
+  for name, tree in trees.items():
+    modules = {}  # what they are called here
+    for node in ast.walk(tree):
+      if isinstance(node, ast.ImportFrom):
+        for alias in node.names:
+          full = f'{node.module}.{alias.name}'
+          if full in trees:
+            modules[alias.asname or alias.name] = full
+          elif alias.name not in bound.get(node.module, {alias.name}):
+            missing.append(f'{name}: {full}')
+    for node in ast.walk(tree):  # a variable may be called the same
+      if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        modules.pop(node.id, None)
+    taken = {(modules[node.value.id], node.attr) for node in ast.walk(tree)
+             if isinstance(node, ast.Attribute)
+             and isinstance(node.value, ast.Name) and node.value.id in modules}
+    missing += [f'{name}: {module}.{attribute}' for module, attribute in taken
+                if attribute not in bound[module] | {'__name__', '__path__'}
+                and f'{module}.{attribute}' not in trees]
+  assert not missing, '\n'.join(missing)
