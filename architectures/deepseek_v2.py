@@ -78,6 +78,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
+  hf.check_heads(c)
   return write(c) | dict(
       topk_method=METHODS[c.moe.expert_groups > 1],
       n_group=c.moe.expert_groups, topk_group=c.moe.top_groups)

@@ -67,6 +67,7 @@ def _write(c: ModelConfig) -> dict:
 
 def write_scales(c: ModelConfig) -> dict:
   """Returns the same for a config.json."""
+  hf.check_heads(c)
   return dict(query_pre_attn_scalar=round(c.attention_scale ** -2),
               final_logit_softcapping=c.logits_softcap or None)
 

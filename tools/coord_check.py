@@ -84,7 +84,7 @@ def main():
   require(len(widths) == len(args.widths) > 1, f'--widths is '
           f'{",".join(args.widths)}: give two numbers or more, each once')
   json_file = storage.output(args.json, '--json')
-  rows = []
+  measured, rows = [], []
   for system, mixer in itertools.product(args.systems or decoders,
                                          args.mixers or ['']):
     how = Setting(args.optimizer, args.lr or LRS[args.optimizer], args.steps,
@@ -97,6 +97,8 @@ def main():
         raise
       print(f'left out: {system}{mixer and f" with {mixer}"}: {error}')
       continue
+    measured.append((system, how))
+  for system, how in measured:
     for name in ('standard', 'mup'):
       rows.append(output_sizes(system, name, widths, how, args.seeds))
       print(text(rows[-1]), flush=True)

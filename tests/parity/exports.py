@@ -99,11 +99,21 @@ def changes(base: ModelConfig) -> Iterator[dict[str, Any]]:
       for choice in choices:
         yield _nested(name, choice)
   for name, value in hf_config.flat(base).items():
-    others = {bool: lambda x: [not x], int: lambda x: [0, x + 1, 2 * x + 2],
-              float: lambda x: [0.5 * x, x + 0.4]}.get(type(value))
-    for other in others(value) if others else ():
+    for other in _others(value):
       yield _nested(name, other)
   yield from CHANGES
+
+
+def _others(value) -> list:
+  match value:
+    case bool():
+      return [not value]
+    case int():  # PyTorch's products of experts want sizes of 16 bytes
+      step = 4 if value > 16 else 1
+      return [0, value + step, 2 * (value + step)]
+    case float():
+      return [0.5 * value, value + 0.4]
+  return []
 
 
 def _nested(name: str, value) -> dict[str, Any]:

@@ -340,8 +340,8 @@ def _about(sweep: curves.Sweep) -> tuple[list[str], list[str]]:
     far = [p.name for p in sweep.points
            if abs(getattr(p, name) / getattr(sweep.base, name) - 1) > 0.01]
     if far and name != sweep.match:
-      warnings.append(f'By more than 1 % from the base differ the {words} of '
-                      f'{", ".join(far)}.')
+      warnings.append(f'The {words} of {", ".join(far)} differ from the '
+                      "base's by more than 1 %.")
   if len(sweep.codes) > 1:
     warnings.append(layout.codes_note(sweep.codes))
   if sweep.strangers:

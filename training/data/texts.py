@@ -12,6 +12,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -118,6 +119,8 @@ def check_columns(columns: Iterable[str], names: Iterable[str], where: str
 
 def imported(module: str, who: str, extra: str) -> Any:
   """Returns a module; RequestError: of a package that is not installed."""
+  # transformers would advise all users to install PyTorch.
+  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   try:
     return importlib.import_module(module)
   except ImportError as error:

@@ -220,6 +220,14 @@ GATED = {'silu': 'swiglu', 'gelu': 'geglu', 'gelu_new': 'geglu_tanh',
 SILU = 'hidden_act', 'silu', GATED  # what most have for an ffn
 
 
+def check_heads(c: ModelConfig) -> None:
+  """Raises RequestError for heads that do not divide the width, of which some
+  classes of transformers make no model whatever the size of a head is."""
+  require(c.d_model % c.num_heads == 0, f'model.num_heads is {c.num_heads}, '
+          f'which does not divide model.d_model {c.d_model}: transformers '
+          f'refuses such a {c.arch}')
+
+
 def check_gates(fields: Mapping[str, Any], chosen: str = 'num_experts_per_tok',
                 normalised: str = 'norm_topk_prob') -> None:
   """Raises RequestError where transformers divides a token's only gate by

@@ -141,7 +141,7 @@ def test_what_is_not_known_is_said(sweep, tmp_path):
       point('far', {'model.position': 'rope'}, flops=1.05 * sweep_folder.FLOPS)
   ], match='params')
   assert report.load(tmp_path / 'b').warnings == [
-      'By more than 1 % from the base differ the FLOPs a token of far.']
+      "The FLOPs a token of far differ from the base's by more than 1 %."]
   folder = layout.run_folder(tmp_path / 'b', 'norm', 1)
   run_config.save(folder, spec.changed(
       run_config.load_config(folder), {'optim.b1': 0.5}, 'a test'))

@@ -173,7 +173,7 @@ def test_two_nodes_train_as_one_process_though_one_is_lost(env, tmp_path):
     until(lambda: re.search(pattern, log(name)), lambda: (
         f'{pattern!r} in {name}: {log()[-3000:]}\n{log("job.log")}'), seconds)
 
-  printed('2 processes, 2 devices')
+  printed('devices: 2 of the kind cpu')
   printed('step 5/')
   killed = time.monotonic()
   os.kill(process_of('1'), signal.SIGKILL)

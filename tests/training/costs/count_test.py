@@ -32,7 +32,9 @@ def test_exact_parameter_counts(name):
 
 
 @pytest.mark.slow
-def test_every_size_is_near_its_published_figure():
+def test_every_size_is_near_its_published_figure(monkeypatch):
+  # Which flops_test counts, and which takes minutes for all sizes.
+  monkeypatch.setattr(totals.flops, 'of_a_row', lambda *_: {})
   rows = list(count.everything())
   assert len(rows) > 10
   inexact = [r['size'] for r in rows
