@@ -248,6 +248,10 @@ class Stack(nn.Module):
           split_rngs={'params': True, 'dropout': True, 'router': True},
           in_axes=(0, nn.broadcast), length=periods,
           unroll=1 if c.scan_layers else periods,
+          # Flax would trace the layers twice. Where they draw numbers, it counts
+          # the draws of both, and what is drawn depends on the count.
+          check_constancy_invariants=any(
+              map(self.has_rng, ('params', 'dropout', 'router'))),
           metadata_params={nn.PARTITION_NAME: 'layers'})
       if cache is not None:
         slots, rest = apart(tuple(itertools.islice(entries, len(kinds))))
