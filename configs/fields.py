@@ -82,8 +82,8 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
   """
   if type(default) is int and least is None and above is None:
     least = 0
-  bounds = tuple((sign, bound) for sign, bound in zip(
-      _SIGNS, (least, above, most, below)) if bound is not None)
+  bounds = tuple([(sign, bound) for sign, bound in zip(
+      _SIGNS, (least, above, most, below)) if bound is not None])
   read_by = (read_by,) if isinstance(read_by, str) else read_by
   return dataclasses.field(default=default, metadata={'rule': Rule(
       doc, choices, bounds, resume, about, of_layers, several, read_by)})

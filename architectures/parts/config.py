@@ -15,6 +15,7 @@ U an axis that has no letter.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -286,7 +287,7 @@ class ModelConfig:
     return dataclasses.replace(self, pattern='', prefix='', suffix='',
                                kinds=Kinds(), **own)
 
-  @property
+  @functools.cached_property
   def kinds_used(self) -> tuple[str, ...]:
     """The kinds of all layers, each once, in the order of the layers."""
     return tuple(dict.fromkeys(

@@ -21,9 +21,8 @@ AXES = 'axes'  # the scope that names a constraint's logical axes
 
 def known_axes(axes) -> tuple[str | None, ...]:
   """Returns `axes`; raises ValueError for one that the legend lacks."""
-  for axis in axes:
-    if axis is not None:
-      one_of('logical axis', axis, tables.LOGICAL_AXES)
+  for axis in {*axes} - {None, *tables.LOGICAL_AXES}:
+    one_of('logical axis', axis, tables.LOGICAL_AXES)
   return tuple(axes)
 
 

@@ -248,8 +248,8 @@ class Stack(nn.Module):
           split_rngs={'params': True, 'dropout': True, 'router': True},
           in_axes=(0, nn.broadcast), length=periods,
           unroll=1 if c.scan_layers else periods,
-          # Flax would trace the layers twice. Where they draw numbers, it counts
-          # the draws of both, and what is drawn depends on the count.
+          # Else the layers are traced twice. Where they draw numbers, the draws
+          # of both are counted, and what is drawn depends on the count.
           check_constancy_invariants=any(
               map(self.has_rng, ('params', 'dropout', 'router'))),
           metadata_params={nn.PARTITION_NAME: 'layers'})

@@ -166,8 +166,10 @@ def is_read(c: ModelConfig, name: str) -> bool:
             '!=': str(value) not in values,
             '>': sign == '>' and value > float(values[0])}[sign]
     return fits and is_read(c, field)
-  return all(any(holds(*x) for x in clause) for clause in _clauses(name)) and (
-      name not in _ALSO or _ALSO[name][1](c))
+  for clause in _clauses(name):
+    if not any([holds(*condition) for condition in clause]):
+      return False
+  return name not in _ALSO or _ALSO[name][1](c)
 
 
 def decided_by(name: str) -> list[str]:

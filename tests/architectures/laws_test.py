@@ -235,7 +235,9 @@ MODELS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[] if name in ('attention', 'deltanet')
+                 else pytest.mark.long) for name in MODELS])
 def test_several_devices_are_one(name, capfd):
   system, changes = MODELS[name]
   c = step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)

@@ -34,11 +34,7 @@ def make(c: ml_collections.ConfigDict, workdir: pathlib.Path = pathlib.Path(),
   mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
                            jax.devices()[:1])
   run = runs.build(c, runs.resolve(c, tokenizer)[0], mesh)
-  leaves, tree = jax.tree.flatten(run.new_state().params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  params = jax.tree.unflatten(tree, [
-      x + 0.2 * jax.random.normal(key, x.shape)
-      for x, key in zip(leaves, keys)])
+  params = models.drawn(run.abstract.params, 1)
   return Evaluation(run, params, 0, tokenizer, types.SimpleNamespace(**options),
                     workdir, {})
 

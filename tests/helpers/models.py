@@ -1,38 +1,16 @@
 """Small models for tests, from the configs that users start from."""
 
 import importlib
-import math
 
-import flax.linen as nn
 import jax
-from jax.extend import random
 import jax.numpy as jnp
 import numpy as np
 
 import architectures
+from architectures.parts import paths, roles
 from configs import kinds
 
 VOCAB = 61
-
-
-def _mixed(x: jax.Array) -> jax.Array:
-  """A hash of 32 bits, of few operations (Wellons 2018, lowbias32)."""
-  x = (x ^ x >> 16) * jnp.uint32(0x7feb352d)
-  x = (x ^ x >> 15) * jnp.uint32(0x846ca68b)
-  return x ^ x >> 16
-
-
-def _counts(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  return jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape) + key[0]
-
-
-HASHES = random.define_prng_impl(
-    key_shape=(1,), name='hashes', tag='hashes',
-    seed=lambda seed: _mixed(seed.astype(jnp.uint32)[None]),
-    split=lambda key, shape: _mixed(_counts(key, (*shape, 1)) * 31),
-    random_bits=lambda key, width, shape: _mixed(
-        _mixed(_counts(key, shape)) + key[0]).astype(f'uint{width}'),
-    fold_in=lambda key, data: _mixed(key * 31 + data.astype(jnp.uint32)))
 
 # Every other layer has experts, the second first.
 DENSE_MOE = dict(prefix='', pattern='dense,moe', kinds=dict(
@@ -92,15 +70,18 @@ def tokens(batch: int = 2, length: int = 16, seed: int = 1) -> jax.Array:
 
 
 def make(system: str = 'gpt', seed: int = 0, **changes):
-  """Returns (module, params), the parameters off their tidy initial values:
-  biases, norms and sinks count too."""
+  """Returns (module, params); see `drawn`."""
   module = architectures.build(config(system, **changes))
-  # Half of the time of compiling `init` would be for JAX's own generator.
-  drawn = jax.jit(module.init)(jax.random.key(seed, impl=HASHES), tokens())
-  noise = np.random.default_rng(seed)
-  return module, jax.tree.map(lambda x: jnp.asarray(
-      np.asarray(x) + 0.1 * noise.standard_normal(x.shape).astype(x.dtype)),
-                              nn.meta.unbox(drawn['params']))
+  return module, drawn(roles.parameter_shapes(module), seed)
+
+
+def drawn(shapes, seed: int = 0):
+  """Returns parameters for a tree of shapes, none at a tidy initial value:
+  biases, norms and sinks count too. Nothing is compiled."""
+  random = np.random.default_rng(seed)
+  return jax.tree_util.tree_map_with_path(lambda path, x: jnp.asarray(
+      0.2 * random.standard_normal(x.shape)
+      + paths.join(path).endswith('scale'), x.dtype), shapes)
 
 
 def logits(module, params, tokens_BL: jax.Array, **kwargs) -> jax.Array:

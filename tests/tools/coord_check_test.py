@@ -11,8 +11,8 @@ WIDTHS = [32, 128]
 
 
 @pytest.fixture(scope='module', params=[
-    system for system in models.MUP
-    if models.mixers_of(system) == {'attention'}])
+    pytest.param(system, marks=[] if system == 'gpt' else pytest.mark.long)
+    for system in models.MUP if models.mixers_of(system) == {'attention'}])
 def rows(request):
   return {name: coord_check.output_sizes(
       request.param, name, WIDTHS, coord_check.Setting('adamw', 2e-3, 8), 6)

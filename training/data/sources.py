@@ -78,7 +78,7 @@ class Source:
       is_empty = True
       for item in self.read(path):
         parts = item if isinstance(item, list) else [('', item)]
-        if any(text for _, text in parts):
+        if any([text for _, text in parts]):
           is_empty = False
           yield item
       require(not is_empty, f'data source {self.name!r} is empty: '
@@ -349,8 +349,8 @@ def forms(reads: Sequence[str] = ()) -> str:
 
 def _files(name: str, pattern: str) -> tuple[str, ...]:
   pattern = os.path.abspath(os.path.expanduser(pattern))
-  paths = tuple(path for path in sorted(glob.glob(pattern, recursive=True))
-                if os.path.isfile(path))
+  paths = tuple(filter(os.path.isfile,
+                       sorted(glob.glob(pattern, recursive=True))))
   require(bool(paths), f'data source {name!r} matches no file')
   return paths
 

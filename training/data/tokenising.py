@@ -152,8 +152,9 @@ def _encode(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
   left = b''
 
   def put_blocks(end: int) -> None:
-    checksums.extend(zlib.crc32(left[at:min(at + tokens.BLOCK_BYTES, end)])
-                     for at in range(0, end, tokens.BLOCK_BYTES))
+    checksums.extend([
+        zlib.crc32(left[at:min(at + tokens.BLOCK_BYTES, end)])
+        for at in range(0, end, tokens.BLOCK_BYTES)])
     write(left[:end])
 
   for chunk in _chunks(part.documents()):
@@ -182,7 +183,7 @@ def _chunks(documents: Iterable[Document]
   for document in documents:
     chunk.append([('text', document)] if isinstance(document, str)
                  else document)
-    chars += sum(len(text) for _, text in chunk[-1])
+    chars += sum([len(text) for _, text in chunk[-1]])
     if chars >= CHUNK_CHARS or len(chunk) >= CHUNK_TEXTS:
       yield chunk
       chunk, chars = [], 0
@@ -217,7 +218,7 @@ def encode(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
       if kind == 'answer' and i and parts[i - 1][0] == 'question':
         same = shared(rows[i], rows[i - 1])
         rows[i - 1], rows[i] = rows[i][:same], rows[i][same:]
-    yield from zip(rows, (text for _, text in parts))
+    yield from zip(rows, [text for _, text in parts])
 
 
 def shared(a: np.ndarray, b: np.ndarray) -> int:

@@ -31,7 +31,7 @@ def test_exact_parameter_counts(name):
   assert totals.count(config)['parameters'] == EXACT[name]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_size_is_near_its_published_figure(monkeypatch):
   # Which flops_test counts, and which takes minutes for all sizes.
   monkeypatch.setattr(totals.flops, 'of_a_row', lambda *_: {})

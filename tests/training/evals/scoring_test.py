@@ -69,7 +69,8 @@ def _answers(evaluation, questions):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('system, objective', [
-    ('gpt', 'causal'), ('llama', 'prefix'), ('mixtral', 'causal')])
+    ('gpt', 'causal'), ('llama', 'prefix'),
+    pytest.param('mixtral', 'causal', marks=pytest.mark.long)])
 def test_each_answer_is_that_of_its_text_alone(system, objective):
   """Of a prefix LM the tokens that are known see each other; of experts with a
   capacity none takes another text's room."""

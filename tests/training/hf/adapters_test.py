@@ -104,7 +104,8 @@ def test_merged_it_is_a_model_like_any_other(imported, tmp_path):
 
 @pytest.mark.parametrize('system, targets', [
     ('llama', 'all-linear'), ('mixtral', 'key,out'), ('t5', 'query,value'),
-    ('kimi_linear', 'all-linear'),  # whose first layer lacks products
+    # Whose first layer lacks products.
+    pytest.param('kimi_linear', 'all-linear', marks=pytest.mark.long),
     ('gpt', 'out,up,down')])
 def test_pefts_format_there_and_back(system, targets, tmp_path):
   module, params = models.make(

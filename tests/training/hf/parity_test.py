@@ -23,15 +23,13 @@ def _load(path):
   return recording.load_recording(path)
 
 
-# The first case of each system without experts is run every time.
-FIRST = {recording.files(system)[0].stem for system in recording.systems()
-         if system not in ('gshard', 'mixtral', 'switch', 'deepseek_v2',
-                           'deepseek_v3')}
+# The first case of each system is run every time.
+FIRST = {recording.files(system)[0].stem for system in recording.systems()}
 
 
 @pytest.mark.parametrize('path', [
-    pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (
-        p.stem not in FIRST)) for p in FILES])
+    pytest.param(p, id=p.stem, marks=[] if p.stem in FIRST
+                 else pytest.mark.long) for p in FILES])
 def test_equals_transformers(path):
   findings = compare.findings_of(
       _load(path), compare.OUR_ROPE.get(path.stem))
@@ -42,7 +40,7 @@ def test_equals_transformers(path):
 
 @pytest.mark.parametrize('path', [
     pytest.param(p, id=p.stem, marks=[] if 'llama' in p.stem
-                 else pytest.mark.slow) for p in INSIDES])
+                 else pytest.mark.long) for p in INSIDES])
 def test_layers_and_attention_weights_equal_transformers(path):
   """Its output_hidden_states and output_attentions; padding apart."""
   recorded = recording.load_insides(_load(FOLDER / path.name), path)
