@@ -22,9 +22,10 @@ import pathlib
 import shlex
 import socket
 import sqlite3
-import tempfile
 import time
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from architectures.parts import tables
 from configs.errors import EnvironmentFailure, RequestError, require
@@ -100,13 +101,8 @@ def run_folder(workdir, point: str, seed: int) -> pathlib.Path:
 def save_checked(path: pathlib.Path, tree: dict) -> None:
   """Writes JSON with a checksum of what it holds, whole or not at all; several
   runners may write at once."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(
-      'w', dir=path.parent, prefix=f'{path.name}.', delete=False) as partial:
-    json.dump(tree | {'checksum': checksum(tree)}, partial, indent=1,
-              allow_nan=False)
-  os.chmod(partial.name, 0o644)
-  os.replace(partial.name, path)
+  storage.write(epath.Path(path), json.dumps(
+      tree | {'checksum': checksum(tree)}, indent=1, allow_nan=False))
 
 
 def load_checked(path: pathlib.Path) -> dict:
@@ -277,9 +273,8 @@ def is_evaluated(folder: pathlib.Path, tasks: Iterable[str]) -> bool:
 
 def log(folder: pathlib.Path, line: str) -> None:
   """Adds a line to what a run printed."""
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / 'log.txt').open('a') as file:
-    print(line, file=file)
+  with storage.File(folder / 'log.txt') as file:
+    file.write(f'{line}\n'.encode())
 
 
 def error(folder: pathlib.Path) -> str:

@@ -11,7 +11,6 @@ import os
 import pathlib
 import sys
 from typing import Any
-import uuid
 import zlib
 
 from etils import epath
@@ -26,8 +25,6 @@ from training.workdir import storage
 SHARD_BYTES = 256 << 20
 MOST_SHARDS = 1 << 14
 CHUNK_CHARS, CHUNK_TEXTS = 1 << 20, 1 << 13  # encoded at once
-TEMPORARY = '.writing-'
-STALE_SECONDS = 24 * 3600
 
 
 def plan(source: Source, shard_bytes: int = SHARD_BYTES
@@ -60,15 +57,13 @@ def begin(folder: epath.Path, source: Source, parts: list[Source],
   """
   made = tokens.digest([content, [len(part.files) for part in parts]])
   if not (folder / tokens.BEGUN).exists():
-    with storage.writing(str(folder)):
-      folder.mkdir(parents=True, exist_ok=True)
-      put(folder / tokens.BEGUN, json.dumps(dict(
-          format=tokens.FORMAT, source=source.name, content=content,
-          digest=made, shards=len(parts),
-          dtype='<u4' if tokenizer.vocab_size > 1 << 16 else '<u2',
-          tokenizer=dict(
-              name=tokenizer.name, fingerprint=tokenizer.fingerprint,
-              vocab_size=tokenizer.vocab_size)), indent=1).encode())
+    storage.write(folder / tokens.BEGUN, json.dumps(dict(
+        format=tokens.FORMAT, source=source.name, content=content,
+        digest=made, shards=len(parts),
+        dtype='<u4' if tokenizer.vocab_size > 1 << 16 else '<u2',
+        tokenizer=dict(
+            name=tokenizer.name, fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size)), indent=1))
   begun = tokens.begun_of(folder)
   require(begun['digest'] == made and begun['tokenizer']['fingerprint']
           == tokenizer.fingerprint, f'{folder} was begun of the source '
@@ -91,7 +86,7 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
   print(f'tokenising {part.name}, shard {i + 1} of {begun["shards"]}',
         file=sys.stderr, flush=True)
   before = stats(part)
-  with _whole(folder / f'{i:05}.tokens') as write:
+  with storage.whole(folder / f'{i:05}.tokens') as write:
     table = _encode(write, part, tokenizer, begun['dtype'])
   if stats(part) != before:
     raise EnvironmentFailure(
@@ -99,7 +94,7 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
         'again when its files are complete')
   data = io.BytesIO()
   np.savez_compressed(data, **table._asdict())
-  put(folder / f'{i:05}.table', zlib.crc32(data.getvalue()).to_bytes(
+  storage.write(folder / f'{i:05}.table', zlib.crc32(data.getvalue()).to_bytes(
       4, 'little') + data.getvalue())
   return table
 
@@ -108,41 +103,6 @@ def stats(source: Source) -> list[list[Any]]:
   """Returns the path, the size and the time of each file of a source."""
   files = [(path, os.stat(path)) for path in source.files]
   return [[path, s.st_size, s.st_mtime_ns] for path, s in files]
-
-
-def put(target: epath.Path, data: bytes) -> None:
-  """Writes a file whole or not at all, whoever else writes it too."""
-  with _whole(target) as write:
-    write(data)
-
-
-@contextlib.contextmanager
-def _whole(target: epath.Path) -> Iterator[Any]:
-  """Gives what writes to a file that is there at the end, and as a whole."""
-  # Around what writes, and not around what reads: of the text, an error says
-  # more by itself.
-  writing = lambda: storage.writing(str(target))
-  partial = target
-  if not storage.in_bucket(target):
-    partial = target.with_name(f'{TEMPORARY}{uuid.uuid4().hex}')
-    storage.sweep(target.parent, f'{TEMPORARY}*', STALE_SECONDS)
-  with contextlib.ExitStack() as stack:
-    with writing():
-      file = stack.enter_context(partial.open('wb'))
-
-    def write(data: bytes) -> None:
-      with writing():
-        file.write(data)
-
-    try:
-      yield write
-      with writing():
-        file.close()
-        if partial != target:
-          os.replace(partial, target)
-    finally:
-      if partial != target:
-        partial.unlink(missing_ok=True)
 
 
 def _encode(write: Any, part: Source, tokenizer: Tokenizer, dtype: str

@@ -12,7 +12,7 @@ checkpoints, a ValueError, with the number of the operating system's error in
 its text.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import errno
 import fcntl
@@ -22,9 +22,11 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import time
+import uuid
 from typing import Any
 
 from etils import epath
@@ -33,6 +35,8 @@ from configs.errors import EnvironmentFailure, RequestError, require, short
 
 CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'  # of a run, in its folder
 DERIVED = 'derived'  # in a run's config.json, and in no other
+_WRITING = '.writing-'  # how the name of what is not whole yet begins
+_STALE_SECONDS = 24 * 3600
 
 
 def check_folder(text: str | os.PathLike, name: str = '--workdir') -> None:
@@ -65,23 +69,77 @@ def in_bucket(text: str | os.PathLike) -> bool:
   return '://' in str(text)
 
 
-def write(file: epath.Path, text: str) -> None:
-  """Writes a file whole or not at all.
+def write(file: epath.Path, data: str | bytes) -> None:
+  """Writes a file whole or not at all, see `whole`."""
+  with whole(file) as write_:
+    write_(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def whole(target: epath.Path) -> Iterator[Callable[[bytes], None]]:
+  """Gives write(data) of a file that is there once the block has ended, and
+  never a part of it, whoever else writes it too. What killed processes left in
+  its folder of what they were writing is removed.
 
   Raises:
-    EnvironmentFailure: where it cannot be written.
+    EnvironmentFailure: where it cannot be written. What the block itself
+      raises passes through.
   """
-  with writing(file):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if in_bucket(file):
-      file.write_text(text)
-      return
-    partial = file.with_name(file.name + '.partial')
-    with partial.open('w') as stream:
-      stream.write(text)
-      stream.flush()
-      os.fsync(stream.fileno())  # or a crash may leave it empty
-    partial.replace(file)
+  on_disk, partial = not in_bucket(target), target
+  with writing(target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if on_disk:
+      _remove_left(target.parent)
+      partial = target.with_name(
+          f'{_WRITING}{_host()}-{os.getpid()}-{uuid.uuid4().hex}')
+    file = partial.open('wb')
+
+  def write_(data: bytes) -> None:
+    with writing(target):
+      file.write(data)
+
+  try:
+    yield write_
+    with writing(target):
+      if on_disk:
+        file.flush()
+        os.fsync(file.fileno())  # or a crash may leave it empty
+      file.close()
+      if on_disk:
+        partial.replace(target)
+  finally:
+    with contextlib.suppress(OSError):  # after the one that was told
+      file.close()
+    if on_disk:
+      partial.unlink(missing_ok=True)
+
+
+def _remove_left(folder: epath.Path) -> None:
+  """Removes files of `whole` whose process is gone, and of other machines
+  those to which nothing was written for a day."""
+  for left in pathlib.Path(folder).glob(f'{_WRITING}*'):
+    *host, pid, _ = left.name.removeprefix(_WRITING).split('-')
+    with contextlib.suppress(FileNotFoundError):  # moved to its place
+      if ('-'.join(host) == _host() and not _is_alive(int(pid))
+          or time.time() - left.stat().st_mtime > _STALE_SECONDS):
+        left.unlink()
+
+
+def _host() -> str:
+  """This machine, and the space of its process numbers if it has several."""
+  spaces = '/proc/self/ns/pid'  # of Linux
+  space = os.stat(spaces).st_ino if os.path.exists(spaces) else 0
+  return f'{socket.gethostname()}.{space}'
+
+
+def _is_alive(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    pass  # another user's
+  return True
 
 
 def parse(text: str | bytes, who: str, fields: Mapping[str, Any] = {}
@@ -106,22 +164,6 @@ def parse(text: str | bytes, who: str, fields: Mapping[str, Any] = {}
     require(isinstance(tree.get(name), kind), f'{who} is damaged: its {name!r} '
             f'is {short(tree.get(name))}')
   return tree
-
-
-def sweep(folder: str | os.PathLike, pattern: str, seconds: float) -> None:
-  """Removes what killed processes left of what they were writing on disk.
-
-  Args:
-    folder: where it lies.
-    pattern: of the names of what is being written: files, or folders of files.
-    seconds: for which nothing was written to it. While a file grows, the time
-      of its folder stays.
-  """
-  for left in pathlib.Path(folder).glob(pattern):
-    with contextlib.suppress(FileNotFoundError):  # moved to its place, or swept
-      newest = max(path.stat().st_mtime for path in (left, *left.glob('*')))
-      if time.time() - newest > seconds:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 # Before any work.

@@ -277,6 +277,16 @@ def test_a_missing_shard_is_named_and_made_again(corpus, shards):
   assert contents(shards) == before
 
 
+def test_shards_that_are_cut_short_under_a_run_are_named(corpus, shards):
+  """A map of a file that has become shorter would end the process."""
+  source = tokens.load(str(shards), 'tokens')
+  for i, table in enumerate(source.tables()):
+    os.truncate(shards / f'{i:05}.tokens', 0)
+    if size := int(table.sizes.sum()):
+      with pytest.raises(EnvironmentFailure, match=f'{i:05}.tokens is damaged'):
+        source.read(i, 0, size)
+
+
 @pytest.mark.parametrize('name', ['00001.tokens', '00001.table'])
 def test_a_flipped_bit_is_seen(name, corpus, shards):
   config = config_of(corpus, shards.parent, f'tokens:{shards}')

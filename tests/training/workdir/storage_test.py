@@ -19,10 +19,12 @@ import sys
 
 import pytest
 
+from configs import gpt
 from configs.errors import EnvironmentFailure, RequestError
 from tests import train_test
 from tests.helpers import toy_run
-from training import preflight
+from tools.compare import layout
+from training import preflight, vectorised
 from training.data import sources, tokenising, tokenizers
 from training.workdir import metrics, run_config, storage
 
@@ -40,7 +42,18 @@ def test_a_file_is_written_whole(tmp_path):
   file = tmp_path / 'a/b.json'
   storage.write(storage.path(file), 'one')
   storage.write(storage.path(file), 'two')
-  assert file.read_text() == 'two' and list(file.parent.iterdir()) == [file]
+  # What a process that was killed has left goes with the next one.
+  subprocess.run([sys.executable, '-c', 'import os, sys\n'
+                  'from training.workdir import storage\n'
+                  'with storage.whole(storage.path(sys.argv[1])):\n'
+                  '  os.kill(os.getpid(), 9)', str(file)], cwd=ROOT)
+  assert len(list(file.parent.iterdir())) == 2
+  with storage.whole(storage.path(file)) as write:
+    write(b'thr')
+    storage.write(storage.path(file.with_name('c')), 'another')  # nor is it
+    write(b'ee')
+  assert file.read_text() == 'three' and sorted(
+      path.name for path in file.parent.iterdir()) == ['b.json', 'c']
 
 
 def in_bucket(folder, program, *words, code=0):
@@ -118,6 +131,15 @@ def test_the_config_of_something_else_is_not_written_over(text, tmp_path):
     run_config.load_config(tmp_path)
 
 
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'config.json'])
+def test_a_folder_in_the_place_of_a_file_is_refused(name, tmp_path):
+  (tmp_path / name).mkdir()
+  for begin in (lambda: preflight.try_workdir(storage.path(tmp_path)),
+                lambda: vectorised.train([gpt.get_config('tiny')], [tmp_path])):
+    with pytest.raises(RequestError, match=f'{name}., which is a folder'):
+      begin()
+
+
 def test_a_second_process_is_refused(tmp_path):
   with storage.locked(tmp_path):
     with pytest.raises(RequestError, match='another process trains in'):
@@ -177,13 +199,16 @@ def _tokens(folder):
 
 
 @pytest.mark.parametrize('write, name', [
-    (_write, 'eval.json'), (_tokens, 'cache/tokens')])
+    (_write, 'eval.json'), (_tokens, 'cache/tokens'), (lambda folder:
+        layout.save_checked(folder / 'a.json', {'b': 'x' * 100}), 'a.json'),
+    (lambda folder: layout.log(folder, 'x' * 100), 'log.txt')])
 def test_what_else_a_run_writes(tmp_path, write, name):
   limit = contextlib.nullcontext() if write is _tokens else files_of_at_most(50)
   with limit, pytest.raises(EnvironmentFailure,
                             match=f'cannot write .*{name}.* too large'):
     write(tmp_path)
-  assert not (tmp_path / name).is_file()
+  assert name == 'log.txt' or not (tmp_path / name).is_file()
+  assert not list(tmp_path.rglob('.writing-*'))
 
 
 def test_a_save_that_fails_says_what_the_run_goes_on_from(tmp_path):
