@@ -35,6 +35,8 @@ the template of its conversations.
 """
 
 import argparse
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -64,51 +66,51 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
   """Makes `workdir` of the weights in `source`, and of the low-rank adapters in
   PEFT's folder `adapter`, as a run at step 0 whose parameters are of `dtype`;
   '': float32."""
-  _check_new(workdir)
-  config, module, params = _from_hf(source, partial, seed, dtype)
-  if adapter:
-    model, adapters = peft.read(module.config, adapter)
-    config.model.lora.update(dataclasses.asdict(model.lora))
-    params = weights.beside(params, adapters)
-  folder = _folder(source)
-  copied = hf_tokenizer.take(folder, workdir, config)
-  if hf_tokenizer.is_stand_in(config.data.tokenizer):
-    print(f'warning: {folder} has no tokenizer that is read here'
-          + (f', though {", ".join(copied)}' if copied else '')
-          + f': data.tokenizer is {config.data.tokenizer!r}, whose ids mean '
-          'something else than those of its training', file=sys.stderr)
-  _make(workdir, config, params, hf_generation.of_folder(folder), False,
-        f'of {module.config.arch}')
+  with _new(workdir):
+    config, module, params = _from_hf(source, partial, seed, dtype)
+    if adapter:
+      model, adapters = peft.read(module.config, adapter)
+      config.model.lora.update(dataclasses.asdict(model.lora))
+      params = weights.beside(params, adapters)
+    folder = _folder(source)
+    copied = hf_tokenizer.take(folder, workdir, config)
+    if hf_tokenizer.is_stand_in(config.data.tokenizer):
+      print(f'warning: {folder} has no tokenizer that is read here'
+            + (f', though {", ".join(copied)}' if copied else '')
+            + f': data.tokenizer is {config.data.tokenizer!r}, whose ids mean '
+            'something else than those of its training', file=sys.stderr)
+    _make(workdir, config, params, hf_generation.of_folder(folder), False,
+          f'of {module.config.arch}')
 
 
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             step: int | str | None, seed: int) -> None:
   """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
-  _check_new(workdir)
-  folder = _folder(source)
-  if checkpoints.directory(source).exists():
-    config, module, params, at = _from_workdir(source, step)
-    generation = hf_generation.kept(source)
-    trained = not hf_generation.is_published(source, at)
-  else:
-    require(step is None, f'{source} is no workdir: it has no step {step}')
-    config, module, params = _from_hf(source, False, seed)
-    generation, trained = hf_generation.of_folder(folder), False
-  module, params = weights.merge(module, params)
-  config.model.lora = base.base().model.lora
-  config.model = upcycling.config(
-      config.model, upcycling.fields(moe, config.model.moe), module.config)
-  config.init_from = ''
-  hf_tokenizer.take(folder, workdir, config)
-  model, derived = _resolved(config)
-  run = runs.build(config, model)
-  made = upcycling.params(run.module, run.abstract.params, params, seed)
-  if not upcycling.is_the_same_function(run.model):
-    print('warning: it starts from another function than the dense model\'s: '
-          'its gates do not sum to 1, or tokens are dropped, or experts are '
-          'shared', file=sys.stderr)
-  _make(workdir, config, made, generation, trained, f'of {run.model.arch}, '
-        f'from the {runs.count(params):,} of {source}', derived)
+  with _new(workdir):
+    folder = _folder(source)
+    if checkpoints.directory(source).exists():
+      config, module, params, at = _from_workdir(source, step)
+      generation = hf_generation.kept(source)
+      trained = not hf_generation.is_published(source, at)
+    else:
+      require(step is None, f'{source} is no workdir: it has no step {step}')
+      config, module, params = _from_hf(source, False, seed)
+      generation, trained = hf_generation.of_folder(folder), False
+    module, params = weights.merge(module, params)
+    config.model.lora = base.base().model.lora
+    config.model = upcycling.config(
+        config.model, upcycling.fields(moe, config.model.moe), module.config)
+    config.init_from = ''
+    hf_tokenizer.take(folder, workdir, config)
+    model, derived = _resolved(config)
+    run = runs.build(config, model)
+    made = upcycling.params(run.module, run.abstract.params, params, seed)
+    if not upcycling.is_the_same_function(run.model):
+      print('warning: it starts from another function than the dense model\'s: '
+            'its gates do not sum to 1, or tokens are dropped, or experts are '
+            'shared', file=sys.stderr)
+    _make(workdir, config, made, generation, trained, f'of {run.model.arch}, '
+          f'from the {runs.count(params):,} of {source}', derived)
 
 
 def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
@@ -199,10 +201,24 @@ def _generation(workdir: epath.Path, config: Any, model: Any, step: int
                               tokenizers.load(config.data.tokenizer))
 
 
-def _check_new(workdir: epath.Path) -> None:
+@contextlib.contextmanager
+def _new(workdir: epath.Path) -> Iterator[None]:
+  """Around what makes a workdir, which must hold no run: where it fails, what
+  it has written is removed, so that the next one is not refused."""
   require(not (storage.has_config(workdir) or run_config.has_begun(workdir)),
           f'{workdir} holds a run already: choose another WORKDIR')
   storage.refuse_others(workdir, 'WORKDIR')
+  there = lambda: {*epath.Path(workdir).glob('*')}
+  before = there()
+  try:
+    yield
+  except BaseException:
+    for path in there() - before:
+      if path.is_dir():
+        path.rmtree()
+      else:
+        path.unlink()
+    raise
 
 
 def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):

@@ -107,7 +107,9 @@ def imported(tmp_path_factory, texts):
   return folder / 'run'
 
 
-def test_an_import_that_fails_leaves_no_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize('room, name', [
+    (checkpoints.Checkpoints, 'save'), (run_config, 'save')])
+def test_an_import_that_fails_leaves_no_run(room, name, tmp_path, monkeypatch):
   """train.py would begin it with parameters of its own."""
   weights.to_hf(*models.make('llama', vocab_size=384), tmp_path / 'in')
 
@@ -117,10 +119,10 @@ def test_an_import_that_fails_leaves_no_run(tmp_path, monkeypatch):
   def fail(*_, **__):
     raise EnvironmentFailure('the disk is full')
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoints.Checkpoints, 'save', fail)
+    patch.setattr(room, name, fail)
     with pytest.raises(EnvironmentFailure, match='full'):
       to_run()
-  assert not run_config.file(tmp_path / 'run').exists()
+  assert not list((tmp_path / 'run').iterdir())
   to_run()  # the same command goes on
   (tmp_path / 'run/config.json').unlink()
   with pytest.raises(ValueError, match='holds a run already'):
