@@ -93,8 +93,9 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   require(groups(configs) == [list(range(len(workdirs)))], 'runs of a group '
           f'differ in {", ".join(FIELDS)} alone, and have a device, and a '
           'workdir, each')
-  for config in configs:
+  for config, workdir in zip(configs, workdirs):
     preflight.check_config(config)
+    preflight.try_workdir(storage.path(workdir))
   filled = [objectives.with_labels(c) for c in configs]
   config = filled[0]
   tokenizer = tokenizers.load(config.data.tokenizer)
@@ -109,6 +110,7 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
                            jax.devices()[:1])
   run = runs.build(config, resolved[0][0], mesh)
+  devices.check_memory(run.abstract, mesh)
   with contextlib.ExitStack() as stack:
     begun = []
     for c, workdir, (model, _), changed in zip(

@@ -149,7 +149,7 @@ def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
   accumulation = run.config.train.grad_accumulation
   if training:
     state = 2 * sum((memory.state(run) | {
-        'parameters': memory.on_device(memory.trained(run))}).values())
+        'parameters': devices.on_device(memory.trained(run))}).values())
     # Below what is trained there is no backward pass.
     back = not (run.config.optim.freeze or c.lora.rank)
     passes = (1 + back) * accumulation

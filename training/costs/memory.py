@@ -22,18 +22,12 @@ from training.optim import shares
 from training.runs import parameter_roles, parameter_shares
 
 
-def on_device(tree: Any) -> int:
-  """Returns the bytes of one device's shards of abstract arrays."""
-  return sum(math.prod(x.sharding.shard_shape(x.shape))
-             * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
-
-
 def state(run: runs.Run) -> dict[str, int]:
   """Returns bytes of a device: its parameters, optimiser state, and with
   optim.ema the average of the parameters."""
   trees = dict(parameters=run.abstract.params, optimizer=run.abstract.opt_state,
                average=run.abstract.ema)
-  return {name: on_device(tree) for name, tree in trees.items()
+  return {name: devices.on_device(tree) for name, tree in trees.items()
           if tree is not None}
 
 
@@ -95,7 +89,8 @@ def analytic(run: runs.Run, kept_in_all: tuple[int, int] | None = None,
   length, width = run.config.data.length, c.compute_dtype.itemsize
   micro = run.config.train.grad_accumulation
   parts = state(run)
-  parts['gradients'] = on_device(jax.tree.map(  # in float32, as they add up
+  # In float32, as they add up.
+  parts['gradients'] = devices.on_device(jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32,
                                      sharding=x.sharding), trained(run)))
   kept_here, in_host = (n // (micro * devices.stream_shards(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import math
 import operator
+import os
 import re
 from typing import Any
 
@@ -42,6 +43,27 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
   for axis in free:
     shape[axis] = num_devices // fixed
   return shape
+
+
+def on_device(tree: Any) -> int:
+  """Returns the bytes of one device's shards of abstract arrays."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape))
+             * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def check_memory(state: Any, mesh: Mesh) -> None:
+  """Raises RequestError for a state, as abstract arrays, that is larger than
+  all memory of a device, or of this machine where its devices are CPUs."""
+  size, device = on_device(state), mesh.local_devices[0]
+  if device.platform == 'cpu':
+    size *= len(mesh.local_devices)
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  else:
+    memory = (device.memory_stats() or {}).get('bytes_limit', math.inf)
+  require(size <= memory, 'parameters and optimiser have '
+          f'{size / 2**30:,.1f} GiB on a {device.device_kind}, which has '
+          f'{memory / 2**30:,.1f}: take a smaller model.d_model or '
+          'model.num_layers, or more devices over which mesh.fsdp cuts them')
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
