@@ -4,13 +4,13 @@ r"""Trains the model that a config file describes, or resumes the run.
   python train.py --config configs/gpt.py:gpt2 --workdir runs/a \
       --config.optim.lr=3e-4 --config.data.source=text:my/*.txt
 
-After Ctrl-C, SIGTERM or the end of its terminal the program finishes the step,
-saves, and ends with exit code 0, or with the one that --stopped_exit_code sets;
-so it does where nobody reads what it prints any more, as after `| head`. Before
-the step is compiled a signal ends it at once, as it ends any program; a second
-signal ends it at once with 128 + its number. Exit code 2 means a wrong request,
-or a loss that is not finite, because the same command would end in the same
-way; exit code 1 means a failure.
+After Ctrl-C, SIGTERM, SIGQUIT or the end of its terminal the program finishes
+the step, saves, and ends with exit code 0, or with the one that
+--stopped_exit_code sets; so it does where nobody reads what it prints any more,
+as after `| head`. Before the step is compiled a signal ends it at once, as it
+ends any program; a second signal ends it at once with 128 + its number. Exit
+code 2 means a wrong request, or a loss that is not finite, because the same
+command would end in the same way; exit code 1 means a failure.
 """
 
 import json
@@ -85,6 +85,7 @@ def main():
   cpu.prepare()
   processes.meet()
   run = runs.build(config, model)
+  devices.check_memory(run.abstract, run.mesh)
 
   # 3. The data.
   index, count = devices.batch_shard(run.place, config.data.batch_size)

@@ -1,4 +1,5 @@
-"""The two kinds of failure that are no bug, and how they are raised.
+"""The two kinds of failure that are no bug, how they are raised, and what a
+program raises that a signal has stopped.
 
 A program that fails ends in one of three ways (training/cli.py):
 
@@ -23,6 +24,14 @@ class RequestError(ValueError):
 class EnvironmentFailure(RuntimeError):
   """The environment failed; the message is a sentence for the user, and says
   how to go on."""
+
+
+STOPPED = 75  # exit code: there is more to do
+
+
+class Stopped(Exception):
+  """A signal came before all was done. What was under way is saved, the same
+  command goes on, and the exit code is STOPPED."""
 
 
 def one_of(name: str, value: str, choices: Collection[str]) -> None:

@@ -1,10 +1,12 @@
 """What the programs share at the command line: flags, config files, errors,
 exit codes.
 
-Exit codes: 0 done or cleanly stopped; 2 a wrong request (RequestError, printed
-as one sentence; of train.py also a loss that is not finite); 1 a failure,
-either of the environment (EnvironmentFailure or OSError, one sentence) or a bug
-(any other exception, with its traceback); 128 + n ended by signal n.
+Exit codes: 0 all is done; 75 a signal came before that, and what was under way
+is saved (Stopped; train.py has --stopped_exit_code for it, by default 0); 2 a
+wrong request (RequestError, printed as one sentence; of train.py also a loss
+that is not finite); 1 a failure, either of the environment (EnvironmentFailure
+or OSError, one sentence) or a bug (any other exception, with its traceback);
+128 + n ended by signal n.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +32,8 @@ import ml_collections
 
 from architectures.parts import tables
 from configs import base
-from configs.errors import EnvironmentFailure, RequestError, one_of, require
-from configs.errors import short
+from configs.errors import EnvironmentFailure, RequestError, STOPPED, Stopped
+from configs.errors import one_of, require, short
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
@@ -44,11 +46,16 @@ def run(main: Callable[[], int | None]) -> None:
   """Calls main() and exits with its code, None for 0, or with that of its
   failure: see the head of this file."""
   try:
-    sys.exit(main() or 0)
+    code = main() or 0
+    sys.stdout.flush()
+    sys.exit(code)
   except RequestError as error:
     code, sentence = 2, f'error: {error}'
+  except Stopped:
+    code, sentence = STOPPED, 'stopped: the same command goes on'
   except BrokenPipeError:  # `| head` has read enough
-    sys.stderr.close()
+    for stream in (1, 2):  # or Python fails once more, with a code of its own
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     at_failure(128 + signal.SIGPIPE)
   except (EnvironmentFailure, OSError) as error:
     code, sentence = 1, f'error: {error}'

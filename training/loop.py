@@ -27,7 +27,7 @@ import ml_collections
 import numpy as np
 
 from architectures.parts.moe import routing
-from configs.errors import require
+from configs.errors import STOPPED, require
 from training import progress, runs
 from training.costs import flops, systems, totals
 from training.data import ramp
@@ -37,8 +37,7 @@ from training.objectives import pipeline
 from training.runs import TrainState
 from training.workdir import checkpoints, metrics, storage
 
-# How a run ends, beside 0 for its last step. After a signal:
-STOPPED = 75
+# How a run ends, beside 0 for its last step and STOPPED for a signal before it.
 # After too many bad steps; as for a wrong request, since the same command would
 # end in the same way, and no launcher is to start it again.
 DIVERGED = 2

@@ -11,7 +11,6 @@ import datetime
 import math
 import os
 import re
-import signal
 import sys
 import time
 from typing import Any, NamedTuple, TextIO, TypeVar
@@ -129,23 +128,10 @@ class Lines:
     self.say(f'step {step}/{self._total}  {_text(step, self._total, figures)}')
 
   def say(self, text: str) -> None:
-    try:
-      print(text, file=self._stream, flush=True)
-    except BrokenPipeError:
-      _end_unread(self._stream)
+    print(text, file=self._stream, flush=True)
 
   def close(self) -> None:
     self._stream.flush()
-
-
-def _end_unread(stream: TextIO) -> None:
-  """Ends the run as SIGTERM does, so that it is saved, where nobody reads what
-  it prints any more: `| head` has read enough, or `| tee` was killed."""
-  with open(os.devnull, 'w') as nowhere:
-    os.dup2(nowhere.fileno(), stream.fileno())
-  with contextlib.suppress(OSError):
-    print('nobody reads what this program prints', file=sys.stderr, flush=True)
-  os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Bar:

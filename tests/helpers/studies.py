@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 
+from configs.errors import Stopped
 from tools.compare import plan as plans
 from tools.compare import layout, study
 from training.workdir import run_config
@@ -151,14 +152,13 @@ class Written(study.Trainer):
     name, description = ledger.register(), layout.load_description(path)
     for row in ledger.runs(layout.PENDING):
       if self.stop_after is not None and len(self.did) >= self.stop_after:
-        return False
+        raise Stopped
       if ledger.claim([row.id], name):
         config = layout.config(description, row.point, row.seed)
         folder = layout.run_folder(path, row.point, row.seed)
         state, error = leave(folder, config, self.loss(config))
         ledger.settle(row.id, name, state, error)
         self.did.append((path.name, row.point, row.seed))
-    return True
 
 
 def leave(folder, config, loss) -> tuple[str, str]:

@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 from tools.compare import layout, run
+from training import cli
 from training.workdir import run_config
 
 FILE = '''
@@ -115,7 +116,7 @@ def main() -> None:
   import pytest
   with pytest.MonkeyPatch.context() as monkeypatch:
     fake(monkeypatch)
-    sys.exit(run.main(arguments(*sys.argv[1:])))
+    cli.run(lambda: run.main(arguments(*sys.argv[1:])))
 
 
 if __name__ == '__main__':

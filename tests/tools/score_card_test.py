@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from configs import gpt
-from configs.errors import RequestError
+from configs.errors import RequestError, Stopped
 from tools.probes import suites
 from training import loop, vectorised
 from training.data import probes
@@ -118,6 +118,13 @@ def test_a_suite_is_trained_once(file, tmp_path, capsys):
   capsys.readouterr()
   suites.train(suite, workdir)
   assert '4 of 4 runs are complete' in capsys.readouterr().out
+
+
+def test_a_suite_that_is_stopped_is_not_done(file, tmp_path, monkeypatch):
+  monkeypatch.setattr(vectorised, 'train', lambda configs, folders: [
+      types.SimpleNamespace(code=loop.STOPPED, told_to_stop=True)])
+  with pytest.raises(Stopped):
+    suites.train(suites.load(str(file), base()), epath.Path(tmp_path))
 
 
 def test_a_rate_at_which_a_run_diverges_is_left_out(

@@ -119,6 +119,8 @@ REFUSALS = {
         ["--config.log.tensorboard is 'maybe': it must be True or False"]),
     'part': (['--config.model.norm=layernrom'],
              ["'layernrom'", 'rmsnorm', "Did you mean 'layernorm'?"]),
+    'size': (['--config.model.d_model=1000000'],
+             ['parameters and optimiser have', 'GiB on a cpu, which has']),
     'mesh': (['--config.mesh.tensor=3'], ['mesh', '3', '8']),
     'source': (['--config.data.source=text:no/such/*.txt'], ['no/such/*.txt']),
 }
@@ -195,6 +197,7 @@ def test_ctrl_c_while_a_run_compiles_ends_it(tmp_path):
     (errors.RequestError('no a'), 2, 'error: no a\n'),
     (errors.EnvironmentFailure('no b'), 1, 'error: no b\n'),
     (OSError(28, 'No space left'), 1, 'error: [Errno 28] No space left\n'),
+    (errors.Stopped(), 75, 'stopped: the same command goes on\n'),
     (MemoryError('of the host'), 1, 'no memory left')])
 def test_each_kind_of_failure_has_its_exit_code(error, code, words, capsys):
   def fail():
@@ -204,6 +207,16 @@ def test_each_kind_of_failure_has_its_exit_code(error, code, words, capsys):
   told = capsys.readouterr().err
   assert exit_.value.code == code and words in told
   assert 'Traceback' not in told and told.count('\n') == 1
+
+
+def test_a_program_that_nobody_reads_any_more_ends_as_by_a_signal():
+  process = subprocess.Popen(
+      [sys.executable, '-c', 'from training import cli\n'
+       'cli.run(lambda: print("line\\n" * 10**6))'], cwd=ROOT,
+      stdout=subprocess.PIPE)
+  process.stdout.readline()
+  process.stdout.close()
+  assert process.wait(60) == 128 + signal.SIGPIPE
 
 
 def test_a_full_device_is_one_sentence(capsys):

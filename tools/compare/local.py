@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 
-from configs.errors import EnvironmentFailure, RequestError
+from configs.errors import EnvironmentFailure, RequestError, Stopped
 from tools import dies_with_parent
 from tools.compare import layout
 from training import cli, evals, vectorised
@@ -61,11 +61,14 @@ class Runner:
     self._signals = signals.Count()
     self._beaten = 0.0
 
-  def run(self, wait: bool = False) -> bool:
-    """Returns whether it came to the end, and was not told to stop.
+  def run(self, wait: bool = False) -> None:
+    """Returns once nothing is left.
 
     Args:
       wait: also for the runs that other runners have.
+
+    Raises:
+      Stopped: after a signal, where something is.
     """
     unended = (layout.PENDING, *[layout.RUNNING] * wait)
     # It counts alone: it may come while a job is being started.
@@ -81,9 +84,11 @@ class Runner:
           while not self._signals.n and len(self._jobs) < self._parallel:
             if not self._start():
               break
-          if not self._jobs and (
-              self._signals.n or not self._ledger.runs(*unended)):
-            return not self._signals.n
+          if not self._jobs:
+            if not self._ledger.runs(*unended):
+              return
+            if self._signals.n:
+              raise Stopped
           time.sleep(POLL_SECONDS)
       finally:
         for job in self._jobs:  # an error of ours: leave nothing running

@@ -57,10 +57,8 @@ def main(args) -> int:
         print(layout.shell_line(description, args.workdir, run))
     elif args.launcher == 'slurm' and waiting:
       submit(args, args.jobs or len(waiting))
-    elif args.launcher == 'local' and not local.Runner(
-        args.workdir, ledger, args.parallel, args.group).run():
-      print('stopped: the same command goes on')
-      return 0
+    elif args.launcher == 'local':
+      local.Runner(args.workdir, ledger, args.parallel, args.group).run()
     return _summary(args, ledger)
 
 

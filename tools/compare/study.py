@@ -24,10 +24,6 @@ from tools.compare import plan as plans
 GUESSING = 1.2
 
 
-class Stopped(Exception):
-  """A signal came: what was under way is saved."""
-
-
 def check(args) -> int:
   """Prints the plan of a study's file and the costs of its phases."""
   if args.workdir:
@@ -104,11 +100,7 @@ def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
 
   until = plans.PHASES[-1] if args.until == plans.REPORT else args.until
   print(costs.table(each, args.parallel), flush=True)
-  try:
-    phases.run(frozen, trainer, until, args.anyway, after)
-  except Stopped:
-    print('stopped: the same command goes on')
-    return 0
+  phases.run(frozen, trainer, until, args.anyway, after)
   if args.until == plans.REPORT:
     page, *_ = report.write(report.load(workdir))
     print(f'report: {page}', flush=True)
@@ -174,18 +166,15 @@ class Trainer:
     path = self._workdir / folder
     with layout.Ledger(path) as ledger:
       description = layout.begin(path, ledger, self.describe(folder, runs))
-      if ledger.runs(layout.PENDING, layout.RUNNING) and not self.work(
-          path, ledger):
-        raise Stopped
+      if ledger.runs(layout.PENDING, layout.RUNNING):
+        self.work(path, ledger)
       states = {(row.point, row.seed): (row.state, row.error)
                 for row in ledger.runs()}
     return self.outcomes(path, description, runs, states)
 
-  def work(self, path: pathlib.Path, ledger) -> bool:
-    """Trains what is pending, and waits for what other runners have; returns
-    whether it was not told to stop."""
-    return local.Runner(path, ledger, self._parallel, self._group).run(
-        wait=True)
+  def work(self, path: pathlib.Path, ledger) -> None:
+    """Trains what is pending, and waits for what other runners have."""
+    local.Runner(path, ledger, self._parallel, self._group).run(wait=True)
 
   def describe(self, folder: str, runs: Sequence[phases.Run]) -> dict:
     """Returns what sweep.json holds of a phase."""

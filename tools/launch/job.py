@@ -8,11 +8,9 @@ import shutil
 
 from absl import flags
 
-from configs.errors import require
+from configs.errors import STOPPED, require
 from training import cli
 from training.workdir import storage
-
-STOPPED = 75  # the exit code of a run that has more to do
 
 # (kind, name, default, what it says, bounds): flags of every place. They are
 # defined by the program alone, for train.py has some of the same name.

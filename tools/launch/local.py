@@ -7,7 +7,7 @@ On a CPU each process has --devices virtual devices; on GPUs, process i has the
 GPUs i x devices to (i + 1) x devices - 1, of those that CUDA_VISIBLE_DEVICES
 names if it is set. Process 0 writes here, the others to WORKDIR/logs. Ctrl-C,
 SIGTERM or the end of the terminal: all finish the step, save and leave, and the
-exit code is 0; once more ends them at once. Where this program is killed
+exit code is 75; once more ends them at once. Where this program is killed
 (SIGKILL), so are they, on Linux.
 """
 
@@ -91,15 +91,15 @@ def supervise(words: list[str], env: dict[str, str], processes: int,
   """Runs the processes, again where they were preempted or failed.
 
   Returns:
-    0: complete, or stopped by a signal to this process; 2: a wrong request, or
-    a loss that was not finite: it would end so again; 1: failed once more than
+    0: complete; STOPPED: by a signal to this process; 2: a wrong request, or a
+    loss that was not finite: it would end so again; 1: failed once more than
     max_restarts.
   """
   failures, heard = 0, Signals()
   with signals.handled(heard.add):
     while True:
       if heard.n:  # between two runs
-        return 0
+        return job_lib.STOPPED
       codes = run(words, environments(env, processes, devices, kind,
                                       f'127.0.0.1:{free_port()}'),
                   pathlib.Path(logs), heard)
@@ -107,8 +107,8 @@ def supervise(words: list[str], env: dict[str, str], processes: int,
         return 0
       stopped = set(codes) <= {0, job_lib.STOPPED, -signal.SIGTERM,
                                -signal.SIGHUP}
-      if heard.n:
-        return 0 if stopped else 1
+      if heard.n or signals.is_unread(1):  # which process 0 prints to
+        return job_lib.STOPPED if stopped else 1
       if 2 in codes:
         return 2
       if stopped:

@@ -18,7 +18,7 @@ from etils import epath
 import ml_collections
 import numpy as np
 
-from configs.errors import EnvironmentFailure, one_of, require
+from configs.errors import Stopped, one_of, require
 from tools.compare import spec, statistics
 from training import cli
 from training.data import probes
@@ -114,7 +114,7 @@ def train(suite: Suite, workdir: epath.Path) -> None:
   diverges the others go on.
 
   Raises:
-    EnvironmentFailure: after a signal; all that was trained is saved.
+    Stopped: after a signal.
   """
   from training import loop, vectorised
   for task in suite.configs:
@@ -126,8 +126,7 @@ def train(suite: Suite, workdir: epath.Path) -> None:
                                  [runs[i].folder(workdir) for i in group])
       if any(writer.told_to_stop or writer.code == loop.STOPPED
              for writer in writers):
-        raise EnvironmentFailure('stopped: the same command goes on with the '
-                                 'other runs')
+        raise Stopped
 
 
 def card_of(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
@@ -212,7 +211,8 @@ def write(card: Mapping[str, Any], workdir: epath.Path) -> None:
   matplotlib.use('Agg')
   from matplotlib import pyplot
   figure = _draw(card, pyplot)
-  with (workdir / PICTURE).open('wb') as file:
+  path = workdir / PICTURE
+  with storage.writing(path), path.open('wb') as file:
     figure.savefig(file, dpi=150, format='png')
   pyplot.close(figure)
 

@@ -1,5 +1,6 @@
-"""SIGTERM, Ctrl-C and the end of a terminal (SIGHUP): finish the step, save,
-exit 0; a second signal ends at once, unless it is an echo of the first.
+"""SIGTERM, Ctrl-C, SIGQUIT, the end of a terminal (SIGHUP), and of who reads
+what is printed, as `| head` (SIGPIPE): finish the step, save, and leave; a
+second signal ends at once, unless it is an echo of the first.
 
 With several processes SIGTERM belongs to JAX's preemption service, which
 jax.distributed.initialize starts: it tells all processes, and picks a step
@@ -13,13 +14,15 @@ from collections.abc import Callable, Collection, Iterator
 import contextlib
 import errno
 import os
+import select
 import signal
 import sys
 import time
 import types
 from typing import Any
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NUMBERS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+_UNREAD = (signal.SIGHUP, signal.SIGPIPE)
 ECHO_SECONDS = 0.5
 _STDOUT, _STDERR = 1, 2
 
@@ -27,8 +30,10 @@ _STDOUT, _STDERR = 1, 2
 class Count:
   """How often a process was told to stop. timeout(1) sends a signal to its
   program and to the group of processes that the program is in, and others pass
-  on what their children get too: the same signal within ECHO_SECONDS is one. So
-  is SIGHUP after any: a shell and the system both send it.
+  on what their children get too: the same signal within ECHO_SECONDS is one.
+  SIGHUP and SIGPIPE after any count as none: a shell and the system both send
+  the one, standard output and error may both meet the other, and Ctrl-C ends
+  `| tee` too, in either order.
 
   Attributes:
     n: how many signals came.
@@ -41,20 +46,22 @@ class Count:
   def add(self, number: int) -> bool:
     """Counts a signal; returns whether it was no echo."""
     now = time.monotonic()
-    new = (now - self._last.get(number, -ECHO_SECONDS) >= ECHO_SECONDS
-           and not (number == signal.SIGHUP and self.n))
+    new = not (number in _UNREAD and self.n) and all(
+        now - self._last.get(other, -ECHO_SECONDS) >= ECHO_SECONDS
+        for other in (number, *_UNREAD))
     if new:
       self._last[number] = now
       self.n += 1
     return new
 
 
-class _Terminal:
-  """Standard output or error on a terminal, which may be closed some time
-  before the SIGHUP that says so comes: what is printed then goes nowhere."""
+class _Printed:
+  """Standard output or error, which goes nowhere once nobody reads it: a
+  terminal may be closed some time before the SIGHUP that says so comes; of a
+  pipe Python has no signal, and `unread` is called."""
 
-  def __init__(self, stream: Any):
-    self._stream = stream
+  def __init__(self, stream: Any, unread: Callable[[], None]):
+    self._stream, self._unread = stream, unread
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._stream, name)
@@ -70,17 +77,22 @@ class _Terminal:
     try:
       print_()
     except OSError as error:
-      if error.errno != errno.EIO:
+      if error.errno not in (errno.EIO, errno.EPIPE):
         raise
-      print_nowhere([self._stream.fileno()])
+      fd = self._stream.fileno()
+      print_nowhere([fd, *(other for other in (_STDOUT, _STDERR)
+                           if os.path.sameopenfile(fd, other))])
+      if error.errno == errno.EPIPE:
+        self._unread()
 
 
 @contextlib.contextmanager
 def handled(heard: Callable[[int], None],
             numbers: Collection[int] = NUMBERS) -> Iterator[None]:
   """Calls heard(number), in the main thread, for each signal while the `with`
-  block runs; a SIGHUP that is ignored, as by nohup, stays so. Must be entered
-  in the main thread."""
+  block runs; a SIGHUP that is ignored, as by nohup, stays so. Calls it with
+  SIGPIPE where nobody reads what is printed. Must be entered in the main
+  thread."""
   on_terminal = [fd for fd in (_STDOUT, _STDERR) if os.isatty(fd)]
   streams = {'stdout': sys.stdout, 'stderr': sys.stderr}
 
@@ -94,8 +106,7 @@ def handled(heard: Callable[[int], None],
          or signal.getsignal(number) is not signal.SIG_IGN}
   try:
     for name, stream in streams.items():
-      if stream.isatty():
-        setattr(sys, name, _Terminal(stream))
+      setattr(sys, name, _Printed(stream, lambda: heard(signal.SIGPIPE)))
     yield
   finally:
     for name, stream in streams.items():
@@ -111,6 +122,13 @@ def print_nowhere(fds: Collection[int]) -> None:
   with open(os.devnull, 'w') as nowhere:
     for fd in fds:
       os.dup2(nowhere.fileno(), fd)
+
+
+def is_unread(fd: int) -> bool:
+  """Whether who read a pipe or a terminal is gone; False of a file."""
+  poll = select.poll()
+  poll.register(fd, 0)
+  return bool(poll.poll(0))
 
 
 class Stop:

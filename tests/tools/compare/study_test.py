@@ -14,7 +14,7 @@ import types
 
 import pytest
 
-from configs.errors import EnvironmentFailure, RequestError
+from configs.errors import EnvironmentFailure, RequestError, Stopped
 from tests.helpers import studies
 from tools.compare import costs, decide, freeze, layout, phases
 from tools.compare import plan as plans
@@ -426,6 +426,13 @@ def test_runs_that_fail_otherwise_end_the_study_and_are_retried(
     book.retry()
   own = start(tmp_path, frozen, until='noise', anyway=True)
   assert {seed for *_, seed in own.did} == {lost} and len(own.did) == 6
+
+
+def test_a_study_that_is_stopped_goes_on(frozen, tmp_path):
+  with pytest.raises(Stopped):
+    start(tmp_path, frozen, until='noise', stop_after=5)
+  own = start(tmp_path, frozen, until='noise', anyway=True)
+  assert len(own.did) == len(phases.noise_runs(frozen)) - 5
 
 
 def _with(frozen, **plan):

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 import pytest
 
-from configs.errors import RequestError
+from configs.errors import RequestError, STOPPED
 from configs.sweeps import helpers
 from tests.helpers import sweeps
 from tests.helpers.sweeps import states
@@ -419,6 +419,29 @@ def test_kill_in_the_middle_then_two_runners_redo_nothing(tmp_path):
   assert sorted(sum(ended, [])) == [
       f'{name}, seed 1: done' for name in ('base', 'rms', 'swiglu')]
   assert all(ended)  # each had its share
+
+
+@pytest.mark.slow
+def test_a_sweep_that_owes_runs_does_not_end_with_0(tmp_path):
+  """After a signal, and where nobody reads what it prints."""
+  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
+  workdir.mkdir()
+  hold = workdir / 'hold-seed-0'
+  for unread in False, True:
+    hold.touch()
+    runner = subprocess.Popen(
+        [sys.executable, '-m', 'tests.helpers.sweeps', file,
+         f'--workdir={workdir}'], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT)
+    assert runner.stdout.readline() == b'base, seed 0: training\n'
+    if unread:
+      runner.stdout.close()
+      hold.unlink()
+    else:
+      runner.terminate()
+    assert runner.wait(100) == STOPPED
+    assert states(workdir)['base', 0] == ('done' if unread else 'pending')
+    assert 'pending' in states(workdir).values()
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_local_passes_a_signal_on_once_and_does_not_start_again(tmp_path):
   launcher = started(make_job(tmp_path, 'wait wait'), 1)
   wait_for(tmp_path / 'starts-0-0')
   launcher.send_signal(signal.SIGINT)
-  assert launcher.wait(60) == 0
+  assert launcher.wait(60) == job.STOPPED
   assert len(starts(tmp_path)) == 1
 
 
@@ -123,7 +123,7 @@ def test_a_local_run_whose_terminal_is_closed_is_saved(tmp_path):
       print('ended', flush=True)
       sys.exit(code)""")
   assert terminals.run_until_closed(
-      [sys.executable, '-c', launcher], 'ready') == 0
+      [sys.executable, '-c', launcher], 'ready') == job.STOPPED
   assert saved.exists()
 
 
@@ -131,7 +131,7 @@ def test_local_loses_no_signal_between_two_starts(tmp_path, monkeypatch):
   say = local._say
   monkeypatch.setattr(local, '_say', lambda text: (
       say(text), os.kill(os.getpid(), signal.SIGINT)))
-  assert supervise(make_job(tmp_path, '75 0'), 1) == 0
+  assert supervise(make_job(tmp_path, '75 0'), 1) == job.STOPPED
   assert len(starts(tmp_path)) == 1
 
 

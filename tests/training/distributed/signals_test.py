@@ -40,7 +40,9 @@ def _start():
     process.communicate()
 
 
-def test_a_signal_saves_its_echo_is_none_and_a_second_one_ends_at_once(start):
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGQUIT])
+def test_a_signal_saves_its_echo_is_none_and_a_second_one_ends_at_once(
+    number, start):
   """timeout(1) sends it to the program, and to its group of processes."""
   process = start(
       'from training.distributed import signals\n'
@@ -49,29 +51,41 @@ def test_a_signal_saves_its_echo_is_none_and_a_second_one_ends_at_once(start):
           then='time.sleep(0.2); print("more", flush=True); '
           'time.sleep(600)')))
   assert process.stdout.readline() == 'ready\n'
-  process.send_signal(signal.SIGINT)
+  process.send_signal(number)
   assert process.stdout.readline() == 'saved\n'
-  process.send_signal(signal.SIGINT)
+  process.send_signal(number)
   assert process.stdout.readline() == 'more\n'
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=60)
-  assert 'SIGINT: finishing this step, saving, and leaving' in err
-  assert err.count('SIGINT') == 1 and 'SIGTERM: ending at once' in err
+  assert f'{number.name}: finishing this step, saving, and leaving' in err
+  assert err.count(number.name) == 1 and 'SIGTERM: ending at once' in err
   assert process.returncode == 143
 
 
 def test_the_end_of_a_terminal_finishes_and_saves(tmp_path):
-  """Which the system tells by SIGHUP, and by errors of what is printed. A shell
-  sends SIGHUP too."""
+  """Which the system tells by SIGHUP, and before that by errors of what is
+  printed. A shell sends SIGHUP too."""
   code = textwrap.dedent(_LOOP.format(then=f"""
           os.kill(os.getpid(), signal.SIGHUP)
           time.sleep(0.1)
           print('more', flush=True)
-          open({str(tmp_path / 'saved')!r}, 'w').close()"""))
+          open({str(tmp_path / 'saved')!r}, 'w').close()""")).replace(
+              'time.sleep(0.01)', """signals.is_unread(1) and (
+          print('step', flush=True), print('step', file=sys.stderr),
+          signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP]))""")
   assert terminals.run_until_closed(
-      [sys.executable, '-c', 'import os, signal\n' + code],
+      [sys.executable, '-c', 'import os, signal, sys\nsignal.pthread_sigmask('
+       'signal.SIG_BLOCK, [signal.SIGHUP])\n' + code],
       'ready\r\n') == 0  # whole: the rest of a line would be an error
   assert (tmp_path / 'saved').exists()
+
+
+def test_who_is_told_by_several_signals_at_once_is_told_once():
+  """As by Ctrl-C, which also ends `| tee`."""
+  for first in signal.SIGPIPE, signal.SIGHUP, signal.SIGINT:
+    count = signals.Count()
+    assert [count.add(number) for number in (
+        first, signal.SIGINT, signal.SIGPIPE)] == [True, False, False]
 
 
 def test_a_hangup_that_is_ignored_stays_so(start):
