@@ -1,6 +1,6 @@
 # make train: a GPT on real text, in about three minutes on two CPU cores.
-# make test, test-fast, verify, lint, docs, plan-test, slurm-test, mutants, lock,
-# clean: see CONTRIBUTING.md.
+# make test, test-fast, fuzz, verify, lint, docs, plan-test, slurm-test, mutants,
+# lock, clean: see CONTRIBUTING.md.
 #
 # PYTHON names the interpreter that .venv is made with, VENV another folder:
 #   make test PYTHON=python3.12 VENV=.venv312
@@ -21,7 +21,7 @@ plan_extras = $(test_extras),plan,plan-gpu
 locked_extras = $(plan_extras),verify,lm-eval,hf,wandb,docs
 
 .DELETE_ON_ERROR:
-.PHONY: train test test-fast verify lint docs plan-test slurm-test mutants lock \
+.PHONY: train test test-fast fuzz verify lint docs plan-test slurm-test mutants lock \
   clean
 train: $(VENV)/.demo
 	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
@@ -32,6 +32,11 @@ test: $(VENV)/.test
 
 test-fast: $(VENV)/.test
 	$(run) -m pytest $(TEST_FLAGS) -m 'not slow'
+
+# 2,000 random requests of the programs and of the Python API, none of which may
+# end in a traceback; FUZZ_FLAGS=--hypothesis-seed=N has others.
+fuzz: $(VENV)/.test
+	$(run) -m pytest -m fuzz tests/fuzz_test.py $(FUZZ_FLAGS)
 
 # Parity with PyTorch and transformers, live. One system: VERIFY_FLAGS='-k llama'.
 verify: $(VENV)/.verify

@@ -31,6 +31,7 @@ import architectures
 from architectures.parts import paths, tables
 from architectures.parts.config import ModelConfig
 from configs import base
+from configs.arguments import PositiveSize, Seed, Size, typed
 from configs.errors import require, short
 from training import cli
 from training import generate as generation, objectives, parameters
@@ -50,9 +51,11 @@ Tokens = jax.Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
 Layers = np.ndarray | dict[str, np.ndarray]
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A model and its parameters.
+  """A model and its parameters. Of its methods, as of `load` and `build`, an
+  argument of a type that its annotation does not have raises RequestError.
 
   Attributes:
     module: the Flax module; `module.apply({'params': params}, tokens)`.
@@ -65,7 +68,7 @@ class Model:
     labels: what the outputs of the head of a task stand for; (): not known.
   """
   module: nn.Module
-  params: Any
+  params: Mapping[str, Any]
   tokenizer: tokenizers.Tokenizer | None = None
   run: ml_collections.ConfigDict | None = None
   drawn: tuple[str, ...] = ()
@@ -88,13 +91,14 @@ class Model:
 
   def encode(self, text: str) -> jax.Array:
     """Returns the tokens of a text, [1, L]; a document's start is not added."""
-    require(isinstance(text, str), f'text is {short(text)}: pass one text, and '
-            'call encode for each of several')
-    return jnp.asarray(self._tokenizer().encode(text))[None]
+    return jnp.asarray(self._tokenizer().encode(checked(text, 'text'))
+                       )[None]
 
   def decode(self, tokens: Tokens) -> str:
     """Returns the text of the tokens of one row, [L] or [1, L]."""
-    return self._tokenizer().decode(np.asarray(tokens).reshape(-1))
+    ids = inputs_of.rows('tokens', tokens).reshape(-1)
+    inputs_of.check_ids('tokens', ids, self.config.vocab_size)
+    return self._tokenizer().decode(ids)
 
   def __call__(self, tokens: Tokens, decoder_tokens: Tokens | None = None,
                **inputs: Tokens) -> jax.Array:
@@ -142,19 +146,19 @@ class Model:
     return found if cross is None else found | {'cross': _in_numpy(cross)}
 
   def inspect(self, tokens: Tokens, decoder_tokens: Tokens | None = None, *,
-              top: int = inspection.TOP, **inputs: Tokens
+              top: Size = inspection.TOP, **inputs: Tokens
               ) -> inspection.Inspection:
     """Returns what the model computes, in numpy: attention and its entropy,
     the residual stream, the logit lens (`top` tokens) and the experts' choices,
     as inspection.Inspection has them. The arguments are those of a call."""
     arrays = self._arrays(tokens, decoder_tokens, inputs)
-    require(top >= 0, f'top is {top}: it must be at least 0')
     return inspection.of(self.module, self.params, arrays, top)
 
-  def generate(self, prompts: str | Sequence[str], *, max_new_tokens: int = 64,
-               temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-               min_p: float = 0.0, repetition_penalty: float = 1.0,
-               stop: str | Sequence[str] = (), seed: int = 0) -> Any:
+  def generate(self, prompts: str | Sequence[str], *,
+               max_new_tokens: PositiveSize = 64, temperature: float = 1.0,
+               top_k: Size = 0, top_p: float = 1.0, min_p: float = 0.0,
+               repetition_penalty: float = 1.0,
+               stop: str | Sequence[str] = (), seed: Seed = 0) -> Any:
     """Returns the text with which the model continues a prompt; of an
     encoder-decoder, what it writes when it has read the prompt.
 
@@ -184,12 +188,9 @@ class Model:
         for more tokens than the positions that the model has learned.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    require(bool(texts) and all(isinstance(text, str) for text in texts),
-            f'prompts is {short(prompts)}: pass a text, or a list of texts')
+    require(bool(texts), 'prompts is empty: pass a text, or a list of texts')
     for text in texts:
       checked(text, 'the prompt')
-    require(max_new_tokens >= 1, f'max_new_tokens is {max_new_tokens}: it must '
-            'be at least 1')
     stops = [stop] if isinstance(stop, str) else list(stop)
     require('' not in stops, f'stop is {short(stop)}: every text begins with '
             "''")
@@ -212,15 +213,14 @@ class Model:
                for i, row in enumerate(new_BT)]
     return written[0] if isinstance(prompts, str) else written
 
-  def count(self, length: int = 0) -> dict[str, Any]:
+  def count(self, length: Size = 0) -> dict[str, Any]:
     """Returns what the model costs: parameters, in all and active for a token,
     also by part; FLOPs per token; bytes of the parameters and of the key-value
     cache. `length`: tokens of a sequence; default: max_len."""
-    require(length >= 0, f'length is {length}: it must be at least 0')
     return totals.count(self._run_config(), length or self.config.max_len,
                         self.config)
 
-  def with_parts(self, *, seed: int = 0, **fields: Any) -> 'Model':
+  def with_parts(self, *, seed: Seed = 0, **fields: Any) -> 'Model':
     """Returns the model with other fields of `config.model`, for example
     `norm='rmsnorm'` or `moe=dict(top_k=1)`.
 
@@ -305,6 +305,7 @@ def _apply(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
   return output.aux['attention'], output.aux.get('cross_attention')
 
 
+@typed
 def load(path: str | os.PathLike, *, step: int | None = None,
          tokenizer: str | None = None) -> Model:
   """Returns the model of a run, or of a Hugging Face folder or file.
@@ -334,8 +335,9 @@ def load(path: str | os.PathLike, *, step: int | None = None,
                        if module.config.num_labels else ()))
 
 
+@typed
 def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
-          seed: int = 0, **fields: Any) -> Model:
+          seed: Seed = 0, **fields: Any) -> Model:
   """Returns a model with parameters as at the start of a run.
 
   Args:
@@ -352,6 +354,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
     return Model(module, _initial(module, seed))
   if isinstance(config, str):
     config = cli.load_config_file(config)
+  cli.check_config(config, 'config')
   config = config.copy_and_resolve_references()
   cli.set_fields(config.model, fields)
   tokenizer = tokenizers.load(config.data.tokenizer)
@@ -382,6 +385,7 @@ _SIZES = ('arch', 'd_model', 'num_heads', 'head_dim', 'kinds',
           'parametrization', 'mup_base_width', 'mup_base_head_dim')
 
 
+@typed
 def changed_model(config: ModelConfig, fields: Mapping[str, Any]
                   ) -> ModelConfig:
   """Returns the config with other fields, checked as any config is. A field
@@ -398,7 +402,7 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
     if architectures.stack(config) != 'encoder-decoder':
       tree.num_decoder_layers = fields.get('num_layers', config.num_layers)
     cli.set_fields(tree, fields)
-  changed = tables.make(tree)
+  changed = architectures.resolve(tree)
   _refuse_unread(changed, fields)
   return changed
 

@@ -19,6 +19,7 @@ import flax.linen as nn
 from architectures.parts import checks, skeletons, tables
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import HuggingFace
+from configs.arguments import PositiveSize, typed
 from configs.errors import RequestError, one_of, require
 
 
@@ -46,6 +47,7 @@ def _of_page(file: str) -> type[Any]:
   return own
 
 
+@typed
 @functools.cache
 def system(arch: str) -> type[Any]:
   """Returns the class of the page of `arch`; no other page is imported.
@@ -81,6 +83,7 @@ def file_name(arch: str) -> str:
   return page(arch).__name__.rpartition('.')[2]
 
 
+@typed
 def files(stack: str = '') -> list[str]:
   """Returns the `file_name` of every system, or of those of one stack."""
   return [file_name(arch) for arch, module in systems().items()
@@ -113,15 +116,17 @@ def build(model: ModelConfig | Mapping[str, Any]) -> nn.Module:
   return system(config.arch)(config)
 
 
+@typed
 def stack(model: ModelConfig | Mapping[str, Any]) -> str:
   """Returns what the model stacks: 'decoder' (which is causal), 'encoder', or
   'encoder-decoder'."""
-  return system(model['arch'] if isinstance(model, Mapping) else
-                model.arch).STACK
+  return system(model.arch if isinstance(model, ModelConfig) else
+                model.get('arch')).STACK
 
 
-def init_cache(model: ModelConfig | Mapping[str, Any], batch: int,
-               length: int):
+@typed
+def init_cache(model: ModelConfig | Mapping[str, Any], batch: PositiveSize,
+               length: PositiveSize):
   """Returns an empty key-value cache for `batch` rows of `length` tokens.
 
   Raises:

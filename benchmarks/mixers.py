@@ -166,9 +166,7 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-      prog='python -m benchmarks.mixers', description=__doc__,
-      allow_abbrev=False, formatter_class=cli.HelpFormatter)
+  parser = cli.Parser(prog='python -m benchmarks.mixers', description=__doc__)
   several = 'separated by commas'
   parser.add_argument('--sections', default=','.join(SECTIONS),
                       help=f'what to time, {several}')

@@ -13,6 +13,7 @@ A program that fails ends in one of three ways (training/cli.py):
 
 from collections.abc import Collection, Iterable
 import difflib
+import re
 from typing import Any
 
 
@@ -43,6 +44,13 @@ def one_of(name: str, value: str, choices: Collection[str]) -> None:
                        f'{listed(choices)}.{hint}')
 
 
+def hint(name: str, choices: Collection[str], before: str = '') -> str:
+  """Returns the question whether the choice most like `name` was meant, with
+  what stands before each of the choices; '' where none is like it."""
+  near = difflib.get_close_matches(str(name), list(choices), n=1)
+  return f' Did you mean {before}{near[0]}?' if near else ''
+
+
 def listed(choices: Iterable[str]) -> str:
   """Returns choices as a message lists them; an empty one as ''."""
   return ', '.join(choice or "''" for choice in choices)
@@ -61,3 +69,10 @@ def short(value: Any) -> str:
     return f'a number of about {value.bit_length() * 3 // 10} digits'
   text = repr(value)
   return text if len(text) <= 60 else text[:57] + '...'
+
+
+def readable(sentence: str) -> str:
+  """Returns a sentence as it is printed: a word of more than 200 characters,
+  such as a flag or a path, is cut in its middle."""
+  return re.sub(r'\S{201,}', lambda word: f'{word[0][:98]}...{word[0][-98:]}',
+                sentence)

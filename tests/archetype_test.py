@@ -74,6 +74,7 @@ def test_a_folder_and_a_run_are_loaded_as_they_were_saved(tmp_path):
       lambda a, b: bool((a == b).all()), folder.params, run.params))
   assert run.run.model.arch == run.config.arch == model.config.arch
   assert run.decode(run.encode('ab')) == 'ab'
+  assert archetype.build(run.run).config == run.config
 
 
 def test_a_folder_is_saved_with_its_labels_and_what_it_says(tmp_path):

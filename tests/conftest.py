@@ -78,9 +78,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-  """What is marked `long` (more of what other tests do), `plan` (needs libtpu),
-  `slurm` or `verify` runs only where it is asked for."""
-  for marker in ('long', 'plan', 'slurm', 'verify'):
+  """What is marked `long` (more of what other tests do), `fuzz` (likewise),
+  `plan` (needs libtpu), `slurm` or `verify` runs only where it is asked for."""
+  for marker in ('fuzz', 'long', 'plan', 'slurm', 'verify'):
     if marker in config.option.markexpr:
       continue
     left = [item for item in items if item.get_closest_marker(marker)]

@@ -276,10 +276,7 @@ _STEP = ('of the checkpoint; best; of several, for the mean of their '
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-      prog='python -m tools.convert', description=__doc__,
-      allow_abbrev=False,
-      formatter_class=cli.HelpFormatter)
+  parser = cli.Parser(prog='python -m tools.convert', description=__doc__)
   add = functools.partial(
       parser.add_subparsers(dest='command', required=True).add_parser,
       allow_abbrev=False, formatter_class=cli.HelpFormatter)

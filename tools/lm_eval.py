@@ -36,7 +36,8 @@ def main() -> None:
   from lm_eval.api.registry import model_registry
   del models
   model_registry.register('archetype', target='training.evals.harness:Model')
-  cli_evaluate()
+  with task.failures('the command'):
+    cli_evaluate()
 
 
 def _defaults(given: set[str]) -> list[str]:

@@ -25,9 +25,7 @@ from training.workdir import storage
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-      prog='python -m tools.tokenize', description=__doc__, allow_abbrev=False,
-      formatter_class=cli.HelpFormatter)
+  parser = cli.Parser(prog='python -m tools.tokenize', description=__doc__)
   parser.add_argument('source', help=sources.forms((sources.TEXT,)))
   parser.add_argument('--out', required=True, metavar='FOLDER',
                       help='of the shards, on disk or gs://BUCKET/NAME')

@@ -7,7 +7,6 @@ It writes a Hugging Face tokenizer.json, which a run takes as
 --config.data.tokenizer=FILE. Documents held out for evaluation are left out.
 """
 
-import argparse
 from collections.abc import Iterator
 
 import numpy as np
@@ -75,9 +74,7 @@ def _texts(spec: str, every: int) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-      prog='python -m tools.tokenizer', description=__doc__,
-      allow_abbrev=False, formatter_class=cli.HelpFormatter)
+  parser = cli.Parser(prog='python -m tools.tokenizer', description=__doc__)
   parser.add_argument('command', choices=['train'])
   parser.add_argument('--kind', choices=KINDS, default='bpe',
                       help='the algorithm')

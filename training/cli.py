@@ -12,7 +12,6 @@ or OSError, one sentence) or a bug (any other exception, with its traceback);
 from collections.abc import Callable, Mapping, Sequence
 import argparse
 import ast
-import difflib
 import functools
 import importlib.machinery
 import importlib.util
@@ -33,7 +32,8 @@ import ml_collections
 from architectures.parts import tables
 from configs import base
 from configs.errors import EnvironmentFailure, RequestError, STOPPED, Stopped
-from configs.errors import one_of, require, short
+from configs.errors import hint, one_of, readable, require, short
+from configs.fields import check_type
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
@@ -69,7 +69,7 @@ def run(main: Callable[[], int | None]) -> None:
         f'({str(error).splitlines()[0]})')
   except KeyboardInterrupt:
     code, sentence = 128 + signal.SIGINT, '\nSIGINT: ended'
-  print(sentence, file=sys.stderr, flush=True)
+  print(readable(sentence), file=sys.stderr, flush=True)
   at_failure(code)
 
 
@@ -92,6 +92,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter,
     return super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+  """A parser of the words of one program, or of one of its subcommands."""
+
+  def __init__(self, **how: Any):
+    super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **how)
+
+  def error(self, message: str):
+    super().error(readable(message))
+
+
 def run_command(prog: str, doc: str | None,
                 commands: Mapping[str, tuple[str, str]]) -> int:
   """Runs a program with subcommands; returns its exit code.
@@ -102,14 +112,11 @@ def run_command(prog: str, doc: str | None,
     commands: by name, a module that has add_arguments(parser) and main(args),
       and what it does.
   """
-  parser = argparse.ArgumentParser(prog=prog, description=doc,
-                                   allow_abbrev=False,
-                                   formatter_class=HelpFormatter)
+  parser = Parser(prog=prog, description=doc)
   subparsers = parser.add_subparsers(dest='command', required=True)
   for name, (module, text) in commands.items():
     importlib.import_module(module).add_arguments(subparsers.add_parser(
-        name, help=text, description=text, allow_abbrev=False,
-        formatter_class=HelpFormatter))
+        name, help=text, description=text))
   args = parser.parse_args()
   return importlib.import_module(commands[args.command][0]).main(args)
 
@@ -158,18 +165,15 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
     sys.exit(0)
   try:
     words = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-    rest = flags.FLAGS(_without_overrides(words))[1:]
-    require(not rest, f'unexpected argument {"".join(rest[:1])!r}: every '
-            'setting is a --flag')
+    # What it does not know it gives back: absl's own search for flags with
+    # such a name fails at a long one.
+    _, *rest = flags.FLAGS(_without_overrides(words), known_only=True)
+    for word in rest[:1]:
+      _refuse_word(word)
     if 'config' in flags.FLAGS:
       _load_config(flags.FLAGS['config'])
   except RequestError as error:
     _refuse(str(error))
-  except flags.UnrecognizedFlagError as error:
-    near = difflib.get_close_matches(error.flagname, _flags_of_program(), n=1)
-    _refuse(f'unknown flag --{error.flagname}: choose from '
-            f'{", ".join(_flags_of_program())}.'
-            + ''.join(f' Did you mean --{name}?' for name in near))
   except flags.Error as error:  # the lines after its first repeat the usage
     _refuse(str(error).splitlines()[0].removeprefix('ERROR:: '))
 
@@ -190,8 +194,18 @@ def words(names: Sequence[str]) -> list[str]:
             if flag.present and flag.name != 'config')]
 
 
+def _refuse_word(word: str):
+  """Raises RequestError for a word that is no flag of the program."""
+  name = word.partition('=')[0].lstrip('-')
+  require(word.startswith('-') and bool(name), f'unexpected argument '
+          f'{short(word)}: every setting is a --flag')
+  known = _flags_of_program()
+  raise RequestError(f'unknown flag --{name}: choose from {", ".join(known)}.'
+                     + hint(name, known, '--'))
+
+
 def _refuse(sentence: str):
-  print(f'error: {sentence}', file=sys.stderr, flush=True)
+  print(f'error: {readable(sentence)}', file=sys.stderr, flush=True)
   sys.exit(2)
 
 
@@ -253,10 +267,9 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     elif leaf is None:
       group = name.rpartition('.')[0]
       fields = [x for x in base.FIELDS if x.rpartition('.')[0] == group]
-      near = difflib.get_close_matches(name, base.FIELDS, n=1)
       raise RequestError(
           f'--config.{name} is no field of the config.'
-          + ''.join(f' Did you mean --config.{x}?' for x in near)
+          + hint(name, base.FIELDS, '--config.')
           + f' There are {", ".join(fields)}.' * bool(fields))
     default = leaf.default
   *groups, last = name.split('.')
@@ -283,11 +296,13 @@ def _parsed(text: str, default: Any, flag: str) -> Any:
     if kind is tuple and not isinstance(value, tuple | list):
       value = (value,)
     return kind(value)
-  except (KeyError, ValueError, SyntaxError, TypeError) as error:
+  except (KeyError, ValueError, SyntaxError, TypeError, MemoryError,
+          RecursionError) as error:  # the last two of what is nested too deep
     what = {bool: 'True or False', int: 'a whole number', float: 'a number',
             tuple: "a tuple, as ('a', 'b')"}.get(
                 kind, "a group of fields, as {'NAME': VALUE}")
-    raise RequestError(f'{flag} is {text!r}: it must be {what}') from error
+    raise RequestError(f'{flag} is {short(text)}: it must be {what}'
+                       ) from error
 
 
 # Config files as a user writes them, refused with file and line.
@@ -386,18 +401,19 @@ def declare(model: ml_collections.ConfigDict, kind: str, field: str) -> None:
       at[inner or name] = value[inner] if inner else value
 
 
-def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any],
-               group: str = 'model') -> None:
-  """Sets fields of a group of a config, and of the groups in it.
+def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
+               ) -> None:
+  """Sets fields of config.model, and of the groups in it.
 
   Raises:
-    RequestError: for a field that there is not.
+    RequestError: for a field that there is not, or a value that it cannot have.
   """
+  tables.check_fields(fields)
   for name, value in fields.items():
-    one_of(f'field of config.{group}', name, list(model))
     if name == 'kinds':
       model.kinds = ml_collections.ConfigDict(value)
-    elif isinstance(value, Mapping):
-      set_fields(model[name], value, f'{group}.{name}')
+    elif name in tables.GROUPS:
+      check_type(value, {}, f'model.{name}')
+      model[name].update(value)
     else:
       model[name] = value

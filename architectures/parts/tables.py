@@ -34,7 +34,7 @@ from architectures.parts.norms import NORMS
 from architectures.parts.remat import REMAT
 from configs import fields as declared
 from configs import kinds as layer_kinds
-from configs.errors import require
+from configs.errors import hint, require
 
 # Where a part is chosen: its table.
 TABLES: dict[str, Mapping[str, Any]] = {
@@ -267,7 +267,7 @@ def check_fields(tree: Mapping[str, Any], who: str = 'model',
   declared.check_type(tree, {}, who)
   for name, value in tree.items():
     require(name in names, f'{who}.{name} is no field of {who}: choose from '
-            f'{", ".join(names)}')
+            f'{", ".join(names)}.{hint(name, names)}')
     full, field = f'{who}.{name}', names[name]
     if field == 'kinds':
       check_kinds(value, full)

@@ -107,6 +107,7 @@ def train(workdir, *flags, config='configs/gpt.py'):
 
 REFUSALS = {
     'flag': (['--wrokdir=x'], ['wrokdir', 'Did you mean --workdir?']),
+    'long flag': (['--' + 'x' * 3000], ['unknown flag --x', 'x...x']),
     'profile': (['--profile_steps=5000:5010'], ['5000:5010', 'train.steps']),
     'key beside a longer one': (
         ['--config.train.steps=2', '--config.train.step=3'],

@@ -8,7 +8,6 @@ A group is trained, and evaluated, by this module as a program:
   python -m tools.compare.local --workdir W --runs=NAME/0 --evaluate=loss
 """
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -235,9 +234,7 @@ def _environment(slot: int, parallel: int) -> dict[str, str]:
 
 def main() -> int:
   """Trains several runs of a sweep as one program, or evaluates them."""
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=cli.HelpFormatter,
-      allow_abbrev=False)
+  parser = cli.Parser(description=__doc__)
   parser.add_argument('--workdir', required=True, help='of the sweep')
   parser.add_argument('--runs', required=True, help='POINT/SEED,POINT/SEED')
   parser.add_argument('--evaluate', default='', metavar='TASK,TASK',

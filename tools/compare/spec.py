@@ -10,7 +10,6 @@ beside them. A constant of the file itself begins with an underscore.
 
 from collections.abc import Collection, Mapping
 import dataclasses
-import difflib
 import os
 import pathlib
 import re
@@ -20,7 +19,8 @@ import ml_collections
 
 from architectures.parts import tables
 from configs import base as fields
-from configs.errors import RequestError, require
+from configs.arguments import typed
+from configs.errors import RequestError, hint, require, short
 from configs.fields import check_type
 from training import evals
 from training import cli
@@ -82,10 +82,12 @@ class Add:
     self._file, self._base = file, base
     self.points: dict[str, Point] = {}
 
+  @typed
   def __call__(self, name: str, **changes: Any) -> None:
-    require(re.fullmatch(r'[\w=+-][\w.=+-]*', str(name)) is not None,
-            f'{self._file}: a point is called {name!r}: choose letters, digits '
-            'and . _ = + - alone, since it names a folder')
+    require(re.fullmatch(r'[^\W_][\w.=+-]*', name) is not None,
+            f'{self._file}: a point is called {short(name)}: begin with a '
+            'letter or a digit, and go on with these and . _ = + - alone, '
+            'since it names a folder and stands in tables and commands')
     require(name not in self.points,
             f'{self._file}: two points are called {name!r}')
     for field in ('seed', 'eval.part', 'eval.batches'):
@@ -94,6 +96,7 @@ class Add:
               '--seeds, and is evaluated on the same text')
     self.points[name] = Point(name, changes)
 
+  @typed
   def system(self, arch: str, size: str = 'tiny', name: str = '',
              **changes: Any) -> None:
     """Adds the base as another system: the fields of its model that
@@ -108,7 +111,7 @@ class Add:
       **changes: by dotted key, made after these.
     """
     from training.costs import systems
-    name = name or str(arch)
+    name = name or arch
     try:
       of_system = systems.changes(self._base, arch, size)
     except RequestError as error:
@@ -137,7 +140,7 @@ def read_sweep_file(file: str, seeds: int = 0,
   for name in vars(module):
     require(not name.isupper() or name.startswith('_') or name in known,
             f'{file} has {name}, which is not read: call it _{name} if it is '
-            f'the file\'s own.{_hint(name, known)}')
+            f'the file\'s own.{hint(name, known)}')
   base = cli.call(file, module.base)
   cli.check_config(base, f'{file}: base()')
   add = Add(file, base)
@@ -171,7 +174,7 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
       continue
     leaf = fields.FIELDS.get(key) or (fields.find(key) if kind else None)
     require(leaf is not None, f'{who} sets {key!r}, which is no config field.'
-            f'{_hint(key, fields.FIELDS)}')
+            f'{hint(key, fields.FIELDS)}')
     check_type(value, leaf.default, f'{who}: {key}')
     config.update_from_flattened_dict({key: value})
   return config.lock()
@@ -183,11 +186,6 @@ def tuples(value):
     return {name: tuples(x) for name, x in value.items()}
   return (tuple(map(tuples, value)) if isinstance(value, list | tuple)
           else value)
-
-
-def _hint(name: str, choices: Collection[str]) -> str:
-  near = difflib.get_close_matches(name, choices, n=1)
-  return f' Did you mean {near[0]}?' if near else ''
 
 
 def module_of(file: str):

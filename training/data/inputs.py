@@ -38,16 +38,15 @@ def arrays(stack: str, given: Mapping[str, Any], vocab_size: int
   for name in given:
     require(name in names, f'a {stack} takes no input {name!r}: choose from '
             f'{", ".join(names)}')
-  rows = {name: _rows(name, value) for name, value in given.items()}
-  for name, array in rows.items():
-    like = rows['decoder_tokens' if name == 'decoder_mask'
-                and 'decoder_tokens' in rows else 'tokens'].shape
+  given = {name: rows(name, value) for name, value in given.items()}
+  for name, array in given.items():
+    require(array.size > 0, f'{name} is empty')
+    like = given['decoder_tokens' if name == 'decoder_mask'
+                 and 'decoder_tokens' in given else 'tokens'].shape
     axes = 1 if name == 'decoder_tokens' else 2
     require(array.shape[:axes] == like[:axes], f'{name} is of the shape '
             f'{array.shape}, and its tokens of {like}')
     if name.endswith('tokens'):
-      require(jnp.issubdtype(array.dtype, jnp.integer), f'{name} has numbers '
-              f'of {array.dtype}, and ids are integers')
       check_ids(name, array, vocab_size)
     # A traced mask is not known.
     if name.endswith('mask') and not isinstance(array, jax.core.Tracer):
@@ -56,16 +55,20 @@ def arrays(stack: str, given: Mapping[str, Any], vocab_size: int
               'a 1: it is 0 on padding, at the end of a row, since positions '
               'count from its start')
   return {names[name]: jnp.asarray(array, jnp.int32)
-          for name, array in rows.items()}
+          for name, array in given.items()}
 
 
-def _rows(name: str, value: Any) -> Any:
-  """Returns an array [B, L] of numbers, of jax or of numpy."""
+def rows(name: str, value: Any) -> Any:
+  """Returns an array [B, L] of numbers, of jax or of numpy.
+
+  Raises:
+    RequestError: for what is none.
+  """
   try:
     array = value if isinstance(value, jax.Array) else np.asarray(value)
   except (TypeError, ValueError):  # rows of unequal lengths
-    array = np.zeros(0)
-  require(array.ndim in (1, 2) and array.size > 0
+    array = np.zeros(())
+  require(array.ndim in (1, 2)
           and (array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number)),
           f'{name} is {short(value)}: pass numbers, in one row or in rows of '
           'one length')
@@ -74,8 +77,12 @@ def _rows(name: str, value: Any) -> Any:
 
 def check_ids(name: str, tokens: Any, vocab_size: int) -> None:
   """Raises RequestError for an id without a row in the table of embeddings, for
-  which JAX would take the first or the last. Traced ids pass: they are not
-  known."""
+  which JAX would take the first or the last, and for numbers that are no
+  integers. Traced ids pass: they are not known."""
+  if not isinstance(tokens, jax.Array):
+    tokens = np.asarray(tokens)
+  require(tokens.size == 0 or jnp.issubdtype(tokens.dtype, jnp.integer),
+          f'{name} has numbers of {tokens.dtype}, and ids are integers')
   if isinstance(tokens, jax.core.Tracer):
     return
   tokens = np.asarray(tokens)

@@ -17,6 +17,7 @@ from lm_eval.api import model as api
 from lm_eval.models import utils as model_utils
 import numpy as np
 
+from configs.arguments import PositiveSize, typed
 from configs.errors import require, short
 from training import generate, objectives, progress
 from training.data import conversations, inputs
@@ -24,7 +25,7 @@ from training import evals
 from training.evals import Evaluation, scoring
 from training.evals.scoring import Question
 from training.hf import generation as hf_generation
-from training.workdir import storage
+from training.workdir import checkpoints, storage
 
 END = '\ue012 '  # of a message that is gone on from; no text has its letter
 
@@ -48,17 +49,19 @@ class Model(api.TemplateLM):
     max_gen_toks: how many it writes where a task does not say.
   """
 
+  @typed
   def __init__(self, evaluation: Evaluation, *,
                add_bos_token: bool | None = None,
                prefix_token_id: int | None = None,
-               max_length: int | None = None, max_gen_toks: int = 256):
+               max_length: int | None = None,
+               max_gen_toks: PositiveSize = 256):
     super().__init__()
     config, model = evaluation.run.config, evaluation.run.model
     reason = scoring.unfit(config)
     require(not reason, f'{reason}, and lm_eval has nothing to ask')
     self.evaluation = evaluation
     self._tokens = tokens = evaluation.tokenizer
-    self.max_length = max_length or model.max_len
+    self.max_length = model.max_len if max_length is None else max_length
     require(0 < self.max_length <= model.max_len, 'max_length is '
             f'{max_length}: the model takes 1 to {model.max_len} tokens')
     self.max_gen_toks = max_gen_toks
@@ -77,6 +80,7 @@ class Model(api.TemplateLM):
     if prefix_token_id is None:
       self._prefix = (bos if published and bos is not None
                       else tokens.separator_id)
+    inputs.check_ids('prefix_token_id', self._prefix, model.vocab_size)
 
   @classmethod
   def create_from_arg_obj(cls, arg_dict: dict[str, Any],
@@ -91,14 +95,16 @@ class Model(api.TemplateLM):
     """
     del additional_config
     given = {'step': None} | arg_dict
-    known = ('workdir', 'step', *inspect.getfullargspec(cls.__init__)[4])
+    known = ('workdir', 'step', *[*inspect.signature(cls).parameters][1:])
     strange = [name for name in given if name not in known]
     require(not strange, f'--model_args has {", ".join(strange)}: choose from '
             f'{", ".join(known)}')
     require(bool(given.get('workdir')), 'pass --model_args workdir=DIR, the '
             'folder of a run')
-    return cls(evals.load(storage.path(str(given.pop('workdir'))), (),
-                               None, step=given.pop('step')), **given)
+    workdir, step = given.pop('workdir'), given.pop('step')
+    step = None if step is None else checkpoints.named_step(str(step))
+    return cls(evals.load(storage.path(str(workdir)), (), None, step=step),
+               **given)
 
   @property
   def eot_token_id(self) -> int:

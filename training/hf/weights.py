@@ -38,9 +38,10 @@ import numpy as np
 
 import architectures
 from architectures.parts import checks, hf, linear
-from architectures.parts.config import ModelConfig
+from architectures.parts.config import DTYPES, ModelConfig
 from architectures.parts.hf import tensor_map
-from configs.errors import require
+from configs.arguments import PositiveSize, Seed, typed
+from configs.errors import one_of, require
 from training import progress
 from architectures.parts import paths
 from training.hf import config as hf_config
@@ -59,7 +60,8 @@ class Loaded(NamedTuple):
   skipped: list[str]
 
 
-def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: int = 0,
+@typed
+def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: Seed = 0,
             dtype: str = ''):
   """Returns (module, params) of a Hugging Face folder, or a file in one.
 
@@ -74,6 +76,7 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: int = 0,
     ValueError: naming what the files have that the architecture does not
       honour, or lack.
   """
+  one_of('dtype', dtype, ('', *DTYPES))
   path = pathlib.Path(path)
   folder = path.parent if path.is_file() else path
   files = hf_files.Files(path)
@@ -272,8 +275,10 @@ def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
   return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
-          dtype: str = '', shard_bytes: int = SHARD_BYTES,
+@typed
+def to_hf(module: nn.Module, params: Mapping[str, Any],
+          folder: str | os.PathLike, *, dtype: str = '',
+          shard_bytes: PositiveSize = SHARD_BYTES,
           generation: hf_generation.Generation | None = None,
           labels: Sequence[str] = ()) -> None:
   """Writes config.json and safetensors, which transformers loads; low-rank
@@ -293,6 +298,7 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
     ValueError: naming a part of the model that transformers does not have, or
       what the folder holds: a run, or weights that would stay.
   """
+  one_of('dtype', dtype, ('', *DTYPES, 'float16'))
   storage.refuse_run(folder, 'the folder')
   module, params = merge(module, params)
   config: ModelConfig = module.config

@@ -14,8 +14,7 @@ import ml_collections
 from architectures.parts.config import ModelConfig
 from configs import base, lazy
 from configs.errors import RequestError, one_of, require, short
-from training.data import conversations
-from training.data import records
+from training.data import conversations, packing, records, sources
 from training.objectives.record import Objective, Shape
 
 # The fields that some objectives read and others do not; see Objective.reads.
@@ -53,6 +52,16 @@ def with_head(model: ModelConfig) -> str:
   return found[0]
 
 
+def check_fits(config: ml_collections.ConfigDict, source: sources.Source
+               ) -> None:
+  """Raises RequestError for a source of which the objective cannot learn."""
+  reads = packing.reads(of(config))
+  require(bool(set(reads) & set(source.holds)), f'objective '
+          f'{config.objective!r} reads {" or ".join(reads)}, but data source '
+          f'{source.name!r} holds {source.holds[0]}: choose from '
+          f'{sources.forms(reads)}')
+
+
 def with_labels(config: ml_collections.ConfigDict
                 ) -> ml_collections.ConfigDict:
   """Returns a run's config with data.labels as its training data have them,
@@ -60,6 +69,8 @@ def with_labels(config: ml_collections.ConfigDict
   labels = of(config).labels
   if labels is None or config.data.labels:
     return config
+  for _, source in sources.parse(config.data.source):
+    check_fits(config, source)
   config = config.copy_and_resolve_references()
   config.data.labels = labels(config)
   return config

@@ -318,7 +318,7 @@ def check_sources(config: Config) -> None:
   for spec in (config.data.source, config.data.eval_source):
     if spec:
       for _, source in sources.parse(spec):
-        check_fits(config, source)
+        objectives.check_fits(config, source)
 
 
 def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
@@ -335,15 +335,6 @@ def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   return hashes
 
 
-def check_fits(config: Config, source: sources.Source) -> None:
-  """Raises RequestError for a source of which the objective cannot learn."""
-  reads = packing.reads(objectives.of(config))
-  require(bool(set(reads) & set(source.holds)), f'objective '
-          f'{config.objective!r} reads {" or ".join(reads)}, but data source '
-          f'{source.name!r} holds {source.holds[0]}: choose from '
-          f'{sources.forms(reads)}')
-
-
 def _holdout_every(data: Config) -> int | None:
   """Returns data.holdout_every; None where nothing of data.source is held out,
   since data.eval_source is evaluated on."""
@@ -358,7 +349,7 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
   spec = (data.eval_source or data.source) if split == 'eval' else data.source
   layout = conversations.layout(data.chat_template, tokenizer)
   for weight, source in sources.parse(spec, layout):
-    check_fits(config, source)
+    objectives.check_fits(config, source)
     of_split = split, tokenizer, config
     if source.drawn:
       yield weight, packing.Corpus(source.name, source.name, *of_split)

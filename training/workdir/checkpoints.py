@@ -67,7 +67,7 @@ def named_step(text: str | None) -> int | str | Mean | None:
   if text is None or text == BEST:
     return text
   steps = text.removeprefix('last:').split(',')
-  require(all(re.fullmatch('0|[1-9][0-9]*', step) for step in steps)
+  require(all(re.fullmatch('0|[1-9][0-9]{0,17}', step) for step in steps)
           and len(set(steps)) == len(steps),
           f'--step is {text!r}: write the number of a step, or {BEST} for the '
           'best of a run with eval.best; or, for the mean of several, the '

@@ -205,12 +205,21 @@ def test_pairs_are_counted_by_phenomenon(tmp_path, monkeypatch):
 def _model(workdir, config=None, step=1):
   from training.evals import harness
   module, params = models.make('gpt', vocab_size=384)
-  return harness.Model(types.SimpleNamespace(
-      run=types.SimpleNamespace(
+  return harness.Model(evals.Evaluation(
+      types.SimpleNamespace(
           config=config or evaluations.config('gpt', 'causal'),
           module=module, model=module.config, context=contextlib.nullcontext),
-      tokenizer=tokenizers.load('bytes'), params=params, step=step,
-      workdir=workdir))
+      params, step, tokenizers.load('bytes'), None, workdir, {}))
+
+
+@needs_lm_eval
+def test_what_lm_eval_refuses_is_a_sentence_and_a_fault_of_ours_is_none():
+  from lm_eval import tasks
+  with pytest.raises(RequestError, match='lm_eval refuses it: .*no_such'):
+    with lm_eval.failures('it'):
+      tasks.TaskManager(include_defaults=False).load(['no_such'])
+  with pytest.raises(TypeError), lm_eval.failures('it'):
+    scoring.unfit()
 
 
 @needs_lm_eval

@@ -8,15 +8,16 @@ or with HF_DATASETS_OFFLINE=1 from its cache on disk.
 
 from collections.abc import Iterator
 import contextlib
-import difflib
 import functools
 import importlib.util
 import logging
 import os
 import pathlib
+import traceback
 from typing import Any
 
-from configs.errors import EnvironmentFailure, require
+from configs.errors import EnvironmentFailure, RequestError, hint
+from configs.errors import require
 from training.evals import Evaluation, Flag, Task, scoring
 
 OWN = pathlib.Path(__file__).parents[1] / 'lm_eval_tasks'
@@ -33,7 +34,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   from training.evals import harness
   options = evaluation.options
   names = _names(options)
-  with _failures(names):
+  with failures(', '.join(names)):
     from lm_eval import evaluator
     found = evaluator.simple_evaluate(
         harness.Model(evaluation), tasks=names,
@@ -60,8 +61,8 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _failures(names: list[str]) -> Iterator[None]:
-  """Around lm_eval's work: says what it fails at in a sentence."""
+def failures(what: str) -> Iterator[None]:
+  """Around lm_eval's work on `what`: says what it fails at in a sentence."""
   os.environ.setdefault('TQDM_DISABLE', '1')  # of lm_eval; ours is its bar
   # It resamples in forks of the process, which may stand still: a fork has
   # one of JAX's threads, and the locks of them all.
@@ -71,8 +72,18 @@ def _failures(names: list[str]) -> Iterator[None]:
     yield
   except (ConnectionError, FileNotFoundError) as error:
     first = str(error).strip().partition('\n')[0]
-    raise EnvironmentFailure(f'lm_eval cannot load the data of '
-                             f'{", ".join(names)}: {first}') from error
+    raise EnvironmentFailure(f'lm_eval cannot load the data of {what}: {first}'
+                             ) from error
+  except Exception as error:
+    # What its own code, or what that calls, refuses: ours is a bug.
+    rooms = [frame.f_globals.get('__name__', '').partition('.')[0]
+             for frame, _ in traceback.walk_tb(error.__traceback__)]
+    theirs = [x for x in rooms if x in ('configs', 'lm_eval', 'training')]
+    if theirs[-1] != 'lm_eval':
+      raise
+    reason = ' '.join(str(error).split()) or 'no message'
+    raise RequestError(f'lm_eval refuses {what}: {type(error).__name__}: '
+                       f'{reason}') from error
 
 
 def _names(options: Any) -> list[str]:
@@ -106,14 +117,12 @@ def check(options: Any, config: Any) -> None:
   folder = options.lm_eval_tasks
   require(not folder or os.path.isdir(folder), '--lm_eval_tasks is '
           f'{folder!r}, which is no folder')
-  with _failures(names):
+  with failures(', '.join(names)):
     manager = _manager(options)
     for name in names:
-      near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-      hint = f' Did you mean {", ".join(near)}?' if near else ''
       require(name in manager.all_tasks, f'lm_eval has no task {name!r}: '
               '`lm_eval ls tasks` lists its own, and blimp_files and '
-              f'cloze_files are here.{hint}')
+              'cloze_files are here.' + hint(name, manager.all_tasks))
     if manager is _listed(folder, options.lm_eval_data, True):
       manager.load(names)  # whose files are on this machine
 
