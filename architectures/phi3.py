@@ -7,7 +7,8 @@ up, and a window in every layer (Abdin et al. 2024, section 2).
 The matrices are fused in the published files alone: here each is by itself, as
 in LLaMA. For 128K tokens, `model.rope.scaling=longrope` divides each frequency
 by a factor that was searched for, one for rows of up to 4,096 tokens and one
-for longer ones (LongRoPE: Ding et al. 2024).
+for longer ones (LongRoPE: Ding et al. 2024). When a text that is written comes
+to 4,097 tokens, all of it is read again with the factors of long rows.
 """
 
 from architectures import llama, mistral
@@ -21,6 +22,7 @@ from configs.errors import require
 class Phi3(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
   PARTS = mistral.Mistral.PARTS
+  REREADS = True
 
 
 # rope_type: our scaling. Early files call longrope by the last two.

@@ -110,7 +110,7 @@ def experts(config: Any, moe: Mapping[str, Any] | None = None,
   B, L = config.data.batch_size, config.data.length
   x_BLD = jax.random.normal(jax.random.key(0), (B, L, c.d_model),
                             c.compute_dtype)
-  ctx = Context(jnp.arange(L)[None], length=L)
+  ctx = Context(jnp.arange(L)[None])
   module = MoE(c)
   params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(1), x_BLD, ctx))
 

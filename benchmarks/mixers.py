@@ -71,7 +71,7 @@ def layer(made: Any) -> Contender:
   module = mixers.of(c).module(c, c.layer_kinds(1)[0])
   x_BLD = jax.random.normal(jax.random.key(0), (1, L, c.d_model)).astype(
       c.compute_dtype)
-  ctx = Context(jnp.arange(L)[None], length=L)
+  ctx = Context(jnp.arange(L)[None])
   params = jax.jit(module.init)(jax.random.key(1), x_BLD, ctx, None)
 
   def loss(params: Any, x_BLD: jax.Array) -> jax.Array:

@@ -129,7 +129,8 @@ class Engine:
   What the cache holds already is not computed again. Tokens are read in pieces
   of a few sizes, so that few programs are compiled, whatever the lengths of the
   messages; a single new token is a piece, too. A state cannot take back what it
-  has read: where the text is another, all of it is read again.
+  has read: where the text is another, all of it is read again. So is the text
+  of a model that REREADS, where it has come to be longer than what turns alike.
 
   Attributes:
     context: how many tokens the cache holds.
@@ -149,6 +150,7 @@ class Engine:
     self._key = jax.random.key(seed)
     self._ids = np.zeros(0, np.int32)  # what the cache holds
     self._state = mixers.with_state(config)
+    self._ends = generate.rereads_at(module)
     self.context, self.num_read = context, 0
 
   def draw(self, ids: Sequence[int] | np.ndarray) -> int:
@@ -163,7 +165,9 @@ class Engine:
     known = min(len(self._ids), len(ids) - 1)
     differ = np.flatnonzero(self._ids[:known] != ids[:known])
     start = int(differ[0]) if differ.size else known
-    if self._state and start < len(self._ids):
+    outgrown = len(set(np.searchsorted(
+        self._ends, [len(self._ids), len(ids)]))) > 1
+    if outgrown or self._state and start < len(self._ids):
       self._cache = jax.tree.map(jnp.zeros_like, self._cache)
       start = 0
     self._key, key = jax.random.split(self._key)
@@ -180,28 +184,29 @@ class Engine:
       token, self._cache = _read(
           self._module, self._sampling, self._apart, self._params, self._cache,
           np.pad(piece, (0, size - len(piece)))[None], np.int32(start),
-          np.int32(len(piece) - 1), key, seen_1V, self._state)
+          np.int32(len(piece) - 1), np.array([len(ids)], np.int32), key,
+          seen_1V, self._state)
       self.num_read += len(piece)
       start += len(piece)
     self._ids = ids
     return int(token)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 10),
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 11),
                    donate_argnums=4)
 def _read(module: nn.Module, sampling: generate.Sampling, apart: bool,
           params: Any, cache: Any, tokens_1P: jax.Array, start: jax.Array,
-          last: jax.Array, key: jax.Array, seen_1V: jax.Array | None,
-          state: bool) -> tuple[jax.Array, Any]:
+          last: jax.Array, lengths_1: jax.Array, key: jax.Array,
+          seen_1V: jax.Array | None, state: bool) -> tuple[jax.Array, Any]:
   """Puts tokens into the cache from slot `start` on; returns what is drawn
-  after the token `last` of them, and the cache. A `state` is told that those
-  after it are padding."""
+  after the token `last` of them, and the cache. `lengths_1` is the length of
+  the whole text. A `state` is told that those after it are padding."""
   places_1P = jnp.arange(tokens_1P.shape[1])[None]
   options = dict(valid_BL=(places_1P <= last).astype(jnp.int32)
                  ) if state else {}
   output: Any = module.apply(
       {'params': params}, tokens_1P, positions_BL=start + places_1P,
-      cache=cache, one_by_one=apart, **options)
+      cache=cache, one_by_one=apart, lengths_B=lengths_1, **options)
   last_11D = jax.lax.dynamic_slice_in_dim(output.hidden, last, 1, 1)
   logits_1V = output.head.logits(last_11D)[:, 0]
   return sampling(logits_1V, key, seen_1V)[0], output.cache

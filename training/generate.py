@@ -3,8 +3,9 @@
 Prompts of different lengths stand in one batch, padded on the right: a cache's
 slot is its token's position, so a row goes on where its own prompt ends, and
 overwrites the padding's slots before it can see them; a state is told which
-tokens are padding. Experts have no capacity here, so that a row's text does not
-depend on the others.
+tokens are padding. Experts have no capacity here, and where positions turn by
+the length of a row, each row's is its own so far: so a row's text depends
+neither on the others nor on how many tokens may follow.
 
 `generate` draws each token, `beam_search` finds the likeliest texts of those
 that a few beams come upon, and `write_diffusion` writes by unmasking.
@@ -35,11 +36,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import mixers
+from architectures.parts import mixers, positions
 from architectures.parts.context import Cache
 from architectures.parts.moe.layer import without_capacity
 from architectures.parts.skeletons import one_by_one
-from architectures.parts.skeletons import Output
 from configs.errors import one_of, require
 from configs.fields import check_number
 
@@ -162,13 +162,10 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   chex.assert_rank([prompts_BL, lengths_B], [2, 1])
   B, L = prompts_BL.shape
   module = module.clone(config=without_capacity(module.config))
-  output, advance, fixed = begin(
+  logits_BV, cache, advance = begin(
       module, params, prompts_BL, lengths_B, max_new_tokens,
       source_BM=source_BM, source_lengths_B=source_lengths_B,
       prefix_B=prefix_B)
-  last_B1D = jnp.take_along_axis(
-      output.hidden, (lengths_B - 1)[:, None, None], axis=1)
-
   rows_B = jnp.arange(B)
   real_BL = jnp.arange(L)[None] < lengths_B[:, None]
   seen_BV = None
@@ -178,20 +175,17 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
         rows_B[:, None], jnp.where(real_BL, prompts_BL, V)].set(
             True, mode='drop')
 
-  def draw(output: Output, hidden_B1D: jax.Array, t: jax.Array | int,
+  def draw(logits_BV: jax.Array, t: jax.Array | int,
            seen_BV: jax.Array | None):
-    assert output.head is not None  # objectives with a prompt train none else
-    new_B = sampling(output.head.logits(hidden_B1D)[:, 0],
-                     jax.random.fold_in(key, t), seen_BV).astype(jnp.int32)
+    new_B = sampling(logits_BV, jax.random.fold_in(key, t), seen_BV).astype(
+        jnp.int32)
     return new_B, (seen_BV if seen_BV is None else
                    seen_BV.at[rows_B, new_B].set(True))
 
-  first_B, seen_BV = draw(output, last_B1D, 0, seen_BV)
+  first_B, seen_BV = draw(logits_BV, 0, seen_BV)
   tokens_BL = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(first_B)
   stops = stops_of(stop_token)
   done_B = jnp.isin(first_B, jnp.array(stops, jnp.int32))
-
-  apart = module.config.num_decoder_layers <= UNROLLED_LAYERS
 
   def unfinished(carry: Any):
     t, _, done_B, *_ = carry
@@ -199,20 +193,15 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   def step(carry: Any):
     t, tokens_BL, done_B, cache, seen_BV = carry
-    token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BL, t - 1, 1, 1)
-    output = advance(params, token_B1, (lengths_B + t - 1)[:, None], fixed,
-                     cache=cache, one_by_one=apart)
-    new_B, seen_BV = draw(output, output.hidden, t, seen_BV)
+    logits_BV, cache = advance(cache, tokens_BL, t)
+    new_B, seen_BV = draw(logits_BV, t, seen_BV)
     if stops:
       new_B = jnp.where(done_B, stops[0], new_B)
       done_B |= jnp.isin(new_B, jnp.array(stops, jnp.int32))
-    return (t + 1, tokens_BL.at[:, t].set(new_B), done_B, output.cache, seen_BV)
+    return t + 1, tokens_BL.at[:, t].set(new_B), done_B, cache, seen_BV
 
   if stops:  # what an early end leaves
     tokens_BL = tokens_BL.at[:, 1:].set(stops[0])
-  cache = output.cache
-  if apart:
-    params, cache = one_by_one(params, cache)
   return jax.lax.while_loop(
       unfinished, step, (jnp.ones((), jnp.int32), tokens_BL, done_B,
                          cache, seen_BV))[1]
@@ -222,44 +211,114 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
           lengths_B: jax.Array, room: int, *,
           source_BM: Optional[jax.Array] = None,
           source_lengths_B: Optional[jax.Array] = None,
-          prefix_B: Optional[jax.Array] = None
-          ) -> tuple[Output, Callable[..., Output], dict[str, jax.Array]]:
+          prefix_B: Optional[jax.Array] = None, copies: int = 1
+          ) -> tuple[jax.Array, Any, Callable]:
   """Reads the prompts, and the sources of an encoder-decoder.
 
   Args:
     module, params, prompts_BL, lengths_B, source_BM, source_lengths_B,
       prefix_B: as those of `generate`.
     room: how many tokens may follow.
+    copies: how many texts follow each prompt; they have rows of their own.
 
   Returns:
-    The output, whose cache has room for them; (params, tokens [B, 1], their
-    places [B, 1], fixed, cache, one_by_one) -> the output of one step; and
-    `fixed`, arrays [B, ...] that every step is given.
+    The logits of the first new tokens, [B, V]; a cache with room for all; and
+    (cache, the new tokens, how many of them there are) -> the logits of the
+    next ones, and the cache, where the last one has been read.
   """
   apply: Callable[..., Any] = module.apply
   cache = architectures.init_cache(module.config, prompts_BL.shape[0],
                                    prompts_BL.shape[1] + room)
+  options: dict[str, Any] = dict(cache=cache, lengths_B=lengths_B)
+  fixed: dict[str, jax.Array] = {}  # what every step is given
   if source_BM is None:
-    advance = lambda params, tokens_B1, places_B1, fixed, **options: apply(
-        {'params': params}, tokens_B1, positions_BL=places_B1, **options)
-    options = {}
     if mixers.with_state(module.config):
       options['valid_BL'] = (jnp.arange(prompts_BL.shape[1])[None]
                              < lengths_B[:, None]).astype(jnp.int32)
-    return apply({'params': params}, prompts_BL, cache=cache,
-                 prefix_B=prefix_B, **options), advance, {}
-  require(prefix_B is None, 'prefix_B is for a decoder: an encoder-decoder '
-          'reads its source in both directions')
-  assert source_lengths_B is not None
-  fixed = dict(segment_ids_BM=(
-      jnp.arange(source_BM.shape[1])[None]
-      < source_lengths_B[:, None]).astype(jnp.int32))
-  advance = lambda params, tokens_B1, places_B1, fixed, **options: apply(
-      {'params': params}, None, tokens_B1, decoder_positions_BL=places_B1,
-      **fixed, **options)
-  memory, _ = apply({'params': params}, source_BM, method='encode', **fixed)
-  return apply({'params': params}, None, prompts_BL, cache=cache,
-               memory=memory, **fixed), advance, fixed
+    output = apply({'params': params}, prompts_BL, prefix_B=prefix_B, **options)
+  else:
+    require(prefix_B is None, 'prefix_B is for a decoder: an encoder-decoder '
+            'reads its source in both directions')
+    assert source_lengths_B is not None
+    fixed = dict(segment_ids_BM=(
+        jnp.arange(source_BM.shape[1])[None]
+        < source_lengths_B[:, None]).astype(jnp.int32))
+    memory, _ = apply({'params': params}, source_BM, method='encode',
+                      lengths_B=source_lengths_B, **fixed)
+    output = apply({'params': params}, None, prompts_BL, memory=memory, **fixed,
+                   **options)
+  last_B1D = jnp.take_along_axis(
+      output.hidden, (lengths_B - 1)[:, None, None], axis=1)
+  assert output.head is not None  # objectives with a prompt train none else
+  logits_BV = output.head.logits(last_B1D)[:, 0]
+  cache, apart = output.cache, _apart(module)
+  if apart:
+    params, cache = one_by_one(params, cache)
+  if copies > 1:
+    cache = jax.tree.map(lambda x: jnp.repeat(x, copies, int(not apart)), cache)
+    prompts_BL, lengths_B, prefix_B, fixed = jax.tree.map(
+        lambda x: jnp.repeat(x, copies, 0),
+        (prompts_BL, lengths_B, prefix_B, fixed))
+
+  def advance(cache: Any, new_BT: jax.Array, t: jax.Array):
+    cache = _reread(module, params, cache, prompts_BL, lengths_B, prefix_B,
+                    new_BT, t)
+    token_B1 = jax.lax.dynamic_slice_in_dim(new_BT, t - 1, 1, 1)
+    places_B1 = (lengths_B + t - 1)[:, None]
+    options = dict(cache=cache, one_by_one=apart)
+    output = (apply({'params': params}, token_B1, positions_BL=places_B1,
+                    **options) if source_BM is None else
+              apply({'params': params}, None, token_B1, **fixed,
+                    decoder_positions_BL=places_B1, **options))
+    return output.head.logits(output.hidden)[:, 0], output.cache
+
+  return logits_BV, cache, advance
+
+
+def _apart(module: Any) -> bool:
+  """Whether the layers of a step follow one another in the program."""
+  return module.config.num_decoder_layers <= UNROLLED_LAYERS
+
+
+def rereads_at(module: Any) -> tuple[int, ...]:
+  """Returns the lengths, ascending, past which a text is read again."""
+  return positions.lengths_apart(module.config) if module.REREADS else ()
+
+
+def _reread(module: nn.Module, params: Any, cache: Any, prompts_BL: jax.Array,
+            lengths_B: jax.Array, prefix_B: Optional[jax.Array],
+            new_BT: jax.Array, t: jax.Array) -> Any:
+  """Returns the cache where the model has yet to read the last of `t` new
+  tokens. Rows that this token makes longer than one of `rereads_at` are read
+  again up to there.
+
+  Args:
+    module, params, prompts_BL, lengths_B, prefix_B: as those of `generate`.
+    cache: what holds the tokens before it.
+    new_BT: the new tokens, of which T may be written.
+    t: how many of them there are.
+  """
+  (B, T), apart = new_BT.shape, _apart(module)
+  M = prompts_BL.shape[1] + T
+  ends = [n for n in rereads_at(module) if n < M - 1]
+  if not ends:
+    return cache
+  outgrown_B = jnp.isin(lengths_B + t, jnp.array(ends) + 1)
+
+  def again() -> Any:
+    places_BT = lengths_B[:, None] + jnp.arange(T)[None]
+    texts_BM = jnp.pad(prompts_BL, ((0, 0), (0, T))).at[
+        jnp.arange(B)[:, None], places_BT].set(new_BT)
+    read_BM = jnp.arange(M)[None] < (lengths_B + t - 1)[:, None]
+    output: Any = module.apply(
+        {'params': params}, texts_BM, cache=jax.tree.map(jnp.zeros_like, cache),
+        valid_BL=read_BM.astype(jnp.int32), lengths_B=lengths_B + t,
+        prefix_B=prefix_B, one_by_one=apart)
+    rows = outgrown_B if apart else outgrown_B[None]
+    return jax.tree.map(lambda new, old: jnp.where(jnp.expand_dims(
+        rows, range(rows.ndim, new.ndim)), new, old), output.cache, cache)
+
+  return jax.lax.cond(outgrown_B.any(), again, lambda: cache)
 
 
 def stops_of(stop: int | tuple[int, ...] | None) -> tuple[int, ...]:
@@ -365,25 +424,14 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
   chex.assert_rank([prompts_BL, lengths_B], [2, 1])
   B, K, T = len(prompts_BL), beams.count, max_new_tokens
   module = module.clone(config=without_capacity(module.config))
-  output, advance, fixed = begin(
+  logits_BV, cache, advance = begin(
       module, params, prompts_BL, lengths_B, T, source_BM=source_BM,
-      source_lengths_B=source_lengths_B, prefix_B=prefix_B)
-  last_B1D = jnp.take_along_axis(
-      output.hidden, (lengths_B - 1)[:, None, None], axis=1)
-  assert output.head is not None
-  logits_BV = output.head.logits(last_B1D)[:, 0]
+      source_lengths_B=source_lengths_B, prefix_B=prefix_B, copies=K)
   stops = stops_of(stop_token)
   choose = functools.partial(_choose, beams, stops)
   # Of the first step one beam counts: the others would be the same.
   state, _ = choose(_start(B, K, T, stops), jnp.repeat(
       logits_BV[:, None], K, 1), 0)
-
-  places_B = jnp.repeat(lengths_B, K)
-  fixed = jax.tree.map(lambda x: jnp.repeat(x, K, 0), fixed)
-  cache, axis = output.cache, 1
-  if apart := module.config.num_decoder_layers <= UNROLLED_LAYERS:
-    (params, cache), axis = one_by_one(params, cache), 0
-  cache = jax.tree.map(lambda x: jnp.repeat(x, K, axis), cache)
 
   def unfinished(carry: Any):
     t, state, _ = carry
@@ -391,16 +439,11 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   def step(carry: Any):
     t, state, cache = carry
-    token_BK = jax.lax.dynamic_index_in_dim(state.running.tokens_BKT, t - 1, 2,
-                                            keepdims=False)
-    output = advance(params, token_BK.reshape(B * K, 1),
-                     (places_B + t - 1)[:, None], fixed, cache=cache,
-                     one_by_one=apart)
-    assert output.head is not None
-    logits = output.head.logits(output.hidden)[:, 0].reshape(B, K, -1)
-    state, parent_BK = choose(state, logits, t)
+    logits, cache = advance(
+        cache, state.running.tokens_BKT.reshape(B * K, T), t)
+    state, parent_BK = choose(state, logits.reshape(B, K, -1), t)
     rows = (parent_BK + K * jnp.arange(B)[:, None]).reshape(-1)
-    return t + 1, state, _reorder(output.cache, rows, axis)
+    return t + 1, state, _reorder(cache, rows, int(not _apart(module)))
 
   state = jax.lax.while_loop(
       unfinished, step, (jnp.ones((), jnp.int32), state, cache))[1]
@@ -513,7 +556,8 @@ def write_diffusion(module: nn.Module, params: Any, prompts_BL: jax.Array,
   def step(s: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     masked_BL = asked_BL & (tokens_BL == mask)
     output: Any = module.apply({'params': params}, tokens_BL,
-                               segment_ids_BL=real_BL)
+                               segment_ids_BL=real_BL,
+                               lengths_B=ends_B1[:, 0])
     logits_BLV = output.logits.at[..., mask].set(-jnp.inf)
     drawn_BLV = logits_BLV
     if temperature:

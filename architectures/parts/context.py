@@ -40,12 +40,12 @@ class Context:
   prefix_B: Optional[jax.Array] = None  # keys before it are seen by all
   valid_BL: Optional[jax.Array] = None  # 0: padding, which takes no expert
   routed_BL: Optional[jax.Array] = None  # 0: what else takes no expert
+  # How many tokens each row has, those in a cache included; None: all have L.
+  lengths_B: Optional[jax.Array] = None
   first: Optional[First] = None  # of the layers before this one
   keys: Optional[Keys] = None  # that a layer reads instead of its own
   # Those of the layers before a period, by how far before it they are: -1 ...
   lent: dict[int, Keys] = struct.field(default_factory=dict)
-  # How many tokens a row has room for: its own, or a cache's.
-  length: int = struct.field(pytree_node=False, default=0)
   in_order: bool = struct.field(pytree_node=False, default=True)
   deterministic: bool = struct.field(pytree_node=False, default=True)
   keep_layers: bool = struct.field(pytree_node=False, default=False)
@@ -53,6 +53,12 @@ class Context:
   lends: bool = struct.field(pytree_node=False, default=False)  # its keys
   # The layers follow one another in the program: see skeletons.one_by_one.
   one_by_one: bool = struct.field(pytree_node=False, default=False)
+
+  @property
+  def length(self) -> int | jax.Array:
+    """How many tokens the rows have: the same number, or [B]."""
+    return (self.positions_BL.shape[1] if self.lengths_B is None else
+            self.lengths_B)
 
 
 @struct.dataclass

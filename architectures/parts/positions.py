@@ -13,12 +13,14 @@ An entry of POSITIONS, at the end of this file, is all that there is of one.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import NamedTuple, Optional
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from architectures.parts import linear
 from architectures.parts import sharding
@@ -80,7 +82,7 @@ class Scaling(NamedTuple):
   Attributes:
     frequencies: (config.rope, how many features are rotated) -> as
       `rope_frequencies`. With `by_length`, a third argument is how many tokens
-      a row has room for.
+      a row has: an int, or a scalar on the device.
     fields: of config.model that it reads.
     refuse: (config.rope, how many features are rotated) -> why it cannot be;
       '': it can.
@@ -102,9 +104,9 @@ def rotary_dim(c: ModelConfig) -> int:
   return int(c.head_dim * c.rope.fraction)
 
 
-def rope_frequencies(config: ModelConfig, length: int = 0
+def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
                      ) -> tuple[jax.Array, float]:
-  """Returns radians per position [K'/2], and the factor on cos and sin.
+  """Returns radians per position, and the factor on cos and sin.
 
   linear: positions / factor (Chen et al. 2023). ntk: theta grows so that the
   slowest wave stretches by factor. llama3: waves longer than original_len /
@@ -113,18 +115,23 @@ def rope_frequencies(config: ModelConfig, length: int = 0
   ntk by the length of the row. longrope: each frequency is divided by a factor
   of its own, that was searched for (Ding et al. 2024).
 
-  `length` decides on the last two: how many tokens a row has room for, which is
-  those that it has or, with a cache, those that the cache can hold. So all
-  tokens of a text turn alike, those before it was long too.
+  `length` decides on the last two: how many tokens the rows have so far. Of an
+  int the radians are [K'/2], and of an array [B], a number for each row, they
+  may be [B, K'/2].
   """
   r, dim = config.rope, rotary_dim(config)
   row = SCALINGS[r.scaling]
-  return row.frequencies(r, dim, *((length,) if row.by_length else ()))
+  frequencies = functools.partial(row.frequencies, r, dim)
+  if not row.by_length:
+    return frequencies()
+  if isinstance(length, int):
+    return frequencies(length)
+  return jax.vmap(lambda n: frequencies(n)[0])(length), frequencies(0)[1]
 
 
-def _unscaled(r: RopeConfig, dim: int, theta: float = 0.0):
+def _unscaled(r: RopeConfig, dim: int, theta: float | jax.Array | None = None):
   steps = jnp.arange(0, dim, 2, dtype=jnp.float32)
-  return (theta or r.theta) ** (-steps / dim), 1.0
+  return (r.theta if theta is None else theta) ** (-steps / dim), 1.0
 
 
 def _linear(r: RopeConfig, dim: int):
@@ -139,13 +146,16 @@ def ntk_theta(r: RopeConfig, dim: int) -> float:
   return r.theta * r.factor ** (dim / (dim - 2))
 
 
-def _dynamic(r: RopeConfig, dim: int, length: int):
-  stretch = r.factor * max(length / r.original_len, 1.0) - (r.factor - 1)
+def _dynamic(r: RopeConfig, dim: int, length: int | jax.Array):
+  largest = max if isinstance(length, int) else jnp.maximum
+  stretch = r.factor * largest(length / r.original_len, 1.0) - (r.factor - 1)
   return _unscaled(r, dim, r.theta * stretch ** (dim / (dim - 2)))
 
 
-def _longrope(r: RopeConfig, dim: int, length: int):
-  divided_by = r.long_factor if length > r.original_len else r.short_factor
+def _longrope(r: RopeConfig, dim: int, length: int | jax.Array):
+  where = np.where if isinstance(length, int) else jnp.where
+  divided_by = where(length > r.original_len, np.array(r.long_factor),
+                     np.array(r.short_factor))
   frequency, _ = _unscaled(r, dim)
   return (frequency / jnp.asarray(divided_by, jnp.float32),
           r.attention_factor or longrope_factor(r.factor, r.original_len))
@@ -245,7 +255,7 @@ def check_rope(c: ModelConfig, stack: str = '', head: str = 'model.head_dim'
 
 
 def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig,
-           length: int = 0) -> jax.Array:
+           length: int | jax.Array = 0) -> jax.Array:
   """Turns the first `rope.fraction` of each head by its position.
 
   Feature i is paired with i + K'/2, as in GPT-NeoX and Hugging Face; the
@@ -254,8 +264,9 @@ def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig,
   """
   dim = rotary_dim(config)
   frequency, factor = rope_frequencies(config, length)
-  angle = (positions_BL[..., None].astype(jnp.float32)
-           * frequency[None, None])[:, :, None]
+  angle = (positions_BL[..., None].astype(jnp.float32) * (
+      frequency[None, None] if frequency.ndim == 1 else frequency[:, None]
+  ))[:, :, None]
   cos = (jnp.cos(angle) * factor).astype(x_BLHK.dtype)
   sin = (jnp.sin(angle) * factor).astype(x_BLHK.dtype)
   a, b, rest = jnp.split(x_BLHK, (dim // 2, dim), axis=-1)
@@ -334,8 +345,8 @@ class Position(NamedTuple):
     embed: (module, x_BLD, positions_BL) -> x_BLD, at the embedding. `module` is
       the skeleton's Embed: parameters that are declared in it stand beside the
       table of tokens.
-    rotate: (x_BLHK, positions_BL, config, how many tokens a row has room for)
-      -> x_BLHK, of queries and of keys.
+    rotate: (x_BLHK, positions_BL, config, how many tokens the rows have, as
+      of `rope_frequencies`) -> x_BLHK, of queries and of keys.
     bias: (config, q_positions_BL, k_positions_BM) -> [B, H, L, M], added to the
       scores, in each layer anew.
     score_factor: config -> what multiplies the scores.
@@ -383,7 +394,7 @@ def lengths_apart(c: ModelConfig) -> tuple[int, ...]:
   some layers of a model; (): no length counts. Beyond the last one each may."""
   return tuple(sorted({
       k.rope.original_len for k in map(c.of_kind, c.kinds_used)
-      if of(k).rotate and SCALINGS[k.rope.scaling].by_length}))
+      if k.rope and SCALINGS[k.rope.scaling].by_length}))
 
 
 def check_length(c: ModelConfig, length: int) -> None:

@@ -21,6 +21,7 @@ from flax import struct
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from architectures.parts import (
     gathered, heads, linear, mixers, positions, remat, sharding, streams)
@@ -31,7 +32,7 @@ from architectures.parts.context import (
     Cache, Context, First, Slots, apart, joined)
 from architectures.parts.ffn import FFNS
 from architectures.parts.norms import norm
-from configs.errors import require
+from configs.errors import require, short
 from configs.kinds import SECTIONS
 
 
@@ -205,7 +206,8 @@ class Stack(nn.Module):
     slots, k_positions_BM = any_cache(cache), ctx.positions_BL
     if slots is not None:  # where the keys stand that queries meet
       k_positions_BM = jnp.arange(slots.num_slots)[None]
-    ctx = ctx.replace(length=k_positions_BM.shape[1])
+    if cache is not None and ctx.lengths_B is None:  # up to the last token
+      ctx = ctx.replace(lengths_B=ctx.positions_BL[:, -1] + 1)
     stack_bias = positions.of(c).stack_bias
     if stack_bias:
       ctx = ctx.replace(bias_BHLM=stack_bias(
@@ -288,8 +290,19 @@ class Stack(nn.Module):
 def _context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
              segment_ids_BL: Optional[jax.Array], **how: Any) -> Context:
   """Returns the Context of some tokens, whose positions are 0..L-1 by default.
-  Those that are passed with segment ids promise an order: see Decoder."""
+  Those that are passed with segment ids promise an order: see Decoder.
+
+  Raises:
+    RequestError: for a segment id in several pieces of a row, unless it is
+      traced: see Decoder.
+  """
   chex.assert_rank(tokens_BL, 2)
+  if not isinstance(segment_ids_BL, jax.core.Tracer | None):
+    for ids_L in np.asarray(segment_ids_BL):
+      pieces = ids_L[(ids_L != 0) & (np.diff(ids_L, prepend=0) != 0)]
+      require(len(np.unique(pieces)) == len(pieces), 'a row of segment ids, or '
+              f'of a mask, is {short(ids_L.tolist())}: each id but 0, which is '
+              'padding, lies in one piece')
   in_order = positions_BL is None or segment_ids_BL is not None
   if positions_BL is None:
     positions_BL = jnp.arange(tokens_BL.shape[1])[None]
@@ -316,7 +329,6 @@ class Mtp(nn.Module):
   def __call__(self, x_BLD: jax.Array, embedded_BLD: jax.Array, ctx: Context):
     c = self.config
     kind = c.layer_kinds(c.num_layers)[-1]
-    ctx = ctx.replace(length=ctx.positions_BL.shape[1])
     found, auxes = [], []
     for depth in range(1, c.mtp_depth + 1):
       own = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1),
@@ -361,15 +373,25 @@ class Decoder(nn.Module):
   """A decoder-only model (GPT, LLaMA, ...).
 
   tokens [B, L] -> Output. `positions_BL` default to 0..L-1; with a cache they
-  are where the tokens go. `segment_ids_BL` keep packed documents apart; passed
-  with positions, they promise that each document lies in one piece and in
-  order, and attention skips keys by it. The first `prefix_B` tokens of a row
-  see each other. `valid_BL` is 0 on padding, where that is all a row's end: it
-  is unseen, and takes no room of an expert. `one_by_one` says that parameters
-  and cache are those that the function of that name returns. `how` are these
-  and other fields of Context: deterministic, keep_layers, keep_attention.
+  are where the tokens go. `segment_ids_BL` keep packed documents apart; a mask,
+  1 on tokens and 0 on padding, is such ids of one document. Each id but 0 lies
+  in one piece of a row. One in several, as in a mask 1 1 0 0 1 1, raises a
+  RequestError unless it is traced: a state would begin anew with each piece,
+  and positions would count what is between them. Passed with positions, they
+  also promise that each document is in order, and attention skips keys by it.
+  The first `prefix_B` tokens of a row see each other. `valid_BL` is 0 on
+  padding, where that is all a row's end: it is unseen, and takes no room of an
+  expert. `lengths_B` says how many tokens each row has, where dynamic or
+  longrope turn by it; default: L or, with a cache, up to the last of them.
+  `one_by_one` says that parameters and cache are those that the
+  function of that name returns. `how` are these and other fields of Context:
+  deterministic, keep_layers, keep_attention.
+
+  REREADS: whether a text that outgrows one of positions.lengths_apart while it
+    is written is read again, as if all of it had been its prompt.
   """
   STACK = 'decoder'
+  REREADS = False
   config: ModelConfig
 
   @nn.compact
@@ -412,7 +434,8 @@ class Encoder(nn.Module):
   hidden [B, L, D] of the encoder and, with model.next_sentence, pooled [B, D]
   and nsp_logits [B, 2] (0: the second text follows the first, 1: it does not).
   With the head of a task: in `extra` hidden, scores and, where a pooler is
-  what a row is scored by, pooled. `how` are further fields of Context.
+  what a row is scored by, pooled. `segment_ids_BL` are as a Decoder's, and
+  `how` are further fields of Context.
 
   HEAD_ACT: the network of FFNS whose activation the head of masked words has;
     '': that of the layers.
@@ -511,6 +534,7 @@ class EncoderDecoder(nn.Module):
   keys and values of the memory from then on.
   """
   STACK = 'encoder-decoder'
+  REREADS = False
   config: ModelConfig
 
   def setup(self):
@@ -534,9 +558,9 @@ class EncoderDecoder(nn.Module):
       tokens_BM: the source; None with `memory` or a cache that holds it.
       decoder_tokens_BL: what the decoder is shown; default: the source.
       positions_BM: default: 0..M-1.
-      segment_ids_BM: 0 where the source is padding.
+      segment_ids_BM: 0 where the source is padding; as a Decoder's.
       decoder_positions_BL: default: 0..L-1; with a cache, where the tokens go.
-      decoder_segment_ids_BL: 0 where the target is padding.
+      decoder_segment_ids_BL: 0 where the target is padding; as a Decoder's.
       cache: of the decoder; see architectures.init_cache.
       memory: the encoder's output, where it is known.
       one_by_one: whether parameters and cache are those that the function of

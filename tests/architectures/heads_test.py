@@ -158,7 +158,7 @@ def test_modules_are_those_of_the_oracle(fields):
     layer = skeletons.Period(c, (c.layer_pattern()[-1],))
     run = jax.jit(lambda p, x, k=k, layer=layer: layer.apply(
         {'params': p}, (x, None), None,
-        Context(jnp.arange(L - k)[None], length=L))[0][0])
+        Context(jnp.arange(L - k)[None]))[0][0])
     h = run(own[f'depth_{k}'], jnp.asarray(pair @ own[f'join_{k}']))
     before = rms(h, own[f'norm_{k}'])
     models.close(out.extra['mtp'][k - 1][:, :L - k], before, rtol=1e-4)

@@ -4,6 +4,7 @@ encoder-decoder, that no padding leaks and the memory is projected once; and
 that two steps of training on eight devices are those on one."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -18,6 +19,7 @@ from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.norms import NORMS
 from architectures.parts.positions import POSITIONS
+from configs.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
 from training import generate
@@ -134,6 +136,16 @@ def test_masks_of_documents_and_prefixes():
   assert _picture(visible(kind, WINDOW, positions, positions,
                           prefix_B=jnp.array([3]))
                   ) == ['xxx..', 'xxx..', 'xxx..', 'xxxx.', 'xxxxx']
+
+
+@pytest.mark.parametrize('system', ['bloom', 'mamba2'])
+def test_a_mask_with_a_hole_is_refused_where_it_is_known(system):
+  module, params = models.make(system)
+  run = functools.partial(models.logits, module, params, models.tokens(1, 6))
+  for ids in ([1, 1, 0, 0, 1, 1], [1, 1, 2, 2, 1, 0]):
+    with pytest.raises(RequestError, match='id but 0, .* lies in one piece'):
+      run(segment_ids_BL=jnp.array([ids]))
+  run(segment_ids_BL=jnp.array([[0, 1, 1, 2, 0, 0]]))
 
 
 def _picture(mask):

@@ -206,7 +206,7 @@ def test_the_final_norm_is_what_the_last_layer_leaves_open(
 
 def test_a_block_ends_before_its_network():
   c = architectures.resolve(models.config(norm='layernorm'))
-  ctx = Context(jnp.arange(6)[None], length=6)
+  ctx = Context(jnp.arange(6)[None])
   x_BLD = jax.random.normal(jax.random.key(0), (2, 6, c.d_model))
   _, whole = models.make(num_layers=1, norm='layernorm', block='sandwich')
   p = jax.tree.map(lambda x: x[0], whole['decoder']['layers']['block_0'])

@@ -20,8 +20,8 @@ from training.hf import weights
 pytestmark = [pytest.mark.verify, pytest.mark.slow]
 SYSTEMS = recording.systems()
 # Where a capacity counts the tokens of a batch, one by one is another batch;
-# dynamic turns new keys otherwise than those that its cache holds; with a
-# cache, the steps of mamba2's case have no bounds.
+# after a long text dynamic turns others as it; with a cache, the steps of
+# mamba2's case have no bounds.
 NO_GREEDY = ('switch-capacity', 'gshard-capacity', 'llama-dynamic',
              'mamba2-groups')
 HEADS = [(system, head, left) for system in SYSTEMS
@@ -51,6 +51,18 @@ def test_equals_transformers(path, tmp_path):
   theirs = reference.logits(system, tmp_path, found.inputs)
   assert compare.error(theirs['logits'], found.outputs['logits']) <= (
       compare.LIMITS['export'])
+
+
+@pytest.mark.parametrize('name', [
+    'phi3-longrope', 'llama-longrope_short', 'llama-dynamic'])
+def test_a_text_outgrows_the_original_length_as_in_transformers(name):
+  given = recording.load_recording(
+      recording.FOLDER / 'parity' / f'{name}.safetensors')
+  field, config = 'original_max_position_embeddings', given.config
+  if 'longrope' in name:
+    config[field] = config['rope_parameters'][field] = 20
+  found = reference.run(config, name.partition('-')[0], given.weights)
+  holds(f for f in compare.findings_of(found) if f.what == 'greedy')
 
 
 @pytest.mark.parametrize('system, head, left', HEADS)

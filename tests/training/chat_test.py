@@ -132,6 +132,20 @@ def test_two_turns_are_what_a_forward_pass_says_up_to_the_last_slot(model):
   assert engine.draw(ids) == _next(model, ids) and len(ids) == CONTEXT
 
 
+def test_a_text_that_outgrows_a_length_is_as_if_written_in_one_go():
+  module, params = models.make('phi3', max_len=CONTEXT, head_dim=8, rope=dict(
+      scaling='longrope', original_len=9, factor=4.0,
+      short_factor=(1.0, 1.1, 1.3, 1.8), long_factor=(1.0, 3.0, 8.0, 30.0)))
+  model = module, jax.tree.map(lambda x: 3 * x, params)
+  engine, ids = chat.Engine(*model, CONTEXT, GREEDY), [5, 17, 3, 44, 9]
+  written = generate.generate(
+      *model, jnp.array([ids]), jnp.array([5]), jax.random.key(0),
+      max_new_tokens=9, sampling=GREEDY)[0]
+  for token in written:
+    assert engine.draw(ids) == token, len(ids)
+    ids.append(int(token))
+
+
 def test_what_changes_is_read_again_from_there(model):
   engine = chat.Engine(*model, CONTEXT, GREEDY)
   first = [5, 17, 3, 44, 9, 12]

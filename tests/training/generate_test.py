@@ -25,10 +25,16 @@ def prompts():
   return jnp.where(padding, 60, tokens)
 
 
-def greedy(model, prompts, **kwargs):
+def greedy(model, prompts, lengths=LENGTHS, new=NEW, **kwargs):
   return np.asarray(generate.generate(
-      *model, prompts, jnp.array(LENGTHS), jax.random.key(0),
-      max_new_tokens=NEW, sampling=generate.Sampling(temperature=0), **kwargs))
+      *model, prompts, jnp.array(lengths), jax.random.key(0),
+      max_new_tokens=new, sampling=generate.Sampling(temperature=0), **kwargs))
+
+
+def searched(model, prompts, lengths=LENGTHS, new=NEW):
+  return np.asarray(generate.beam_search(
+      *model, prompts, jnp.array(lengths), max_new_tokens=new,
+      beams=generate.Beams(2))[0][:, 0])
 
 
 def test_greedy_equals_the_forward_pass_row_by_row(model, prompts):
@@ -40,6 +46,35 @@ def test_greedy_equals_the_forward_pass_row_by_row(model, prompts):
     for t in range(NEW):
       tokens[0, length + t] = apply(tokens)[0, length + t - 1].argmax()
     np.testing.assert_array_equal(new, tokens[0, length:length + NEW])
+
+
+@pytest.mark.parametrize('system, scaling', [
+    ('phi3', dict(scaling='longrope', short_factor=(1.0, 1.1, 1.3, 1.8),
+                  long_factor=(1.0, 3.0, 8.0, 30.0))),
+    ('llama', dict(scaling='dynamic'))])
+@pytest.mark.parametrize('write', [greedy, pytest.param(
+    searched, marks=pytest.mark.slow)])
+def test_a_text_depends_neither_on_the_others_nor_on_its_room(
+    system, scaling, write, prompts):
+  """Where rows of more than 5 tokens turn otherwise."""
+  module, params = models.make(system, head_dim=8, rope=dict(
+      scaling, original_len=5, factor=4.0))
+  model = module, jax.tree.map(lambda x: 3 * x, params)
+  written = write(model, prompts)
+  # Which text is the likeliest of all depends on how long it is.
+  more = 9 if write is greedy else 0
+  for row, length in enumerate(LENGTHS):
+    alone = write(model, prompts[row:row + 1, :length], (length,), NEW + more)
+    np.testing.assert_array_equal(alone[0, :NEW], written[row])
+  if module.REREADS and write is greedy:
+    rows, lengths = np.arange(len(LENGTHS)), np.array(LENGTHS)
+    tokens = np.pad(prompts, ((0, 0), (0, NEW)))
+    apply = jax.jit(lambda tokens, lengths: models.logits(
+        *model, tokens, lengths_B=lengths))
+    for t in range(NEW):
+      logits = apply(tokens, lengths + t)[rows, lengths + t - 1]
+      np.testing.assert_array_equal(logits.argmax(-1), written[:, t])
+      tokens[rows, lengths + t] = written[:, t]
 
 
 @pytest.mark.slow

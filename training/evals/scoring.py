@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from architectures.parts import positions
 from architectures.parts.moe.layer import without_capacity
 from training import objectives, progress
 from training.objectives import losses
@@ -88,8 +87,8 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
   step = evaluation.program(_program(evaluation, prefix), 'scoring')
   answers: dict[int, Answer] = {}
   groups = list(batches(
-      questions, max(SHORTEST, model.max_len), evaluation.run.mesh.size, prefix,
-      positions.lengths_apart(model)))
+      questions, max(SHORTEST, model.max_len), evaluation.run.mesh.size,
+      prefix))
   for shape, rows in progress.each(groups, doing):
     losses_P, greedy_P = jax.device_get(step(evaluation.params, devices.put(
         _batch(shape, rows, questions), evaluation.run.place)))
@@ -102,8 +101,7 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
 
 
 def batches(questions: Sequence[Question], most: int, shards: int,
-            apart: bool = False, lengths: Sequence[int] = ()
-            ) -> Iterator[tuple[Shape, list[Row]]]:
+            apart: bool = False) -> Iterator[tuple[Shape, list[Row]]]:
   """Yields (shape, rows) of each batch, the longest first, so that what is too
   large for a device is so at once.
 
@@ -112,7 +110,6 @@ def batches(questions: Sequence[Question], most: int, shards: int,
     most: the longest that the model takes.
     shards: what the numbers of rows and of places are multiples of.
     apart: whether each question has a row to itself.
-    lengths: positions.lengths_apart of the model.
   """
   rows: dict[Any, Row] = {}
   for i, question in enumerate(questions):
@@ -121,11 +118,7 @@ def batches(questions: Sequence[Question], most: int, shards: int,
   by_length: dict[int, list[Row]] = {}
   for row in rows.values():
     length = len(questions[row[0]].tokens) - 1
-    # The text turns as it would alone.
-    least = next((n for n in lengths if length <= n), length)
-    padded_to = rounded(length, most)
-    by_length.setdefault(min(padded_to, least) if lengths else padded_to,
-                         []).append(row)
+    by_length.setdefault(rounded(length, most), []).append(row)
   places = lambda row: sum(questions[i].scored for i in row)
   multiple = np.lcm(SHORTEST, shards)
   for length, several in sorted(by_length.items(), reverse=True):
@@ -203,7 +196,7 @@ def _program(evaluation: Evaluation, prefix: bool):
                < batch['lengths'][:, None]).astype(jnp.int32)
     options = {'prefix_B': batch['known']} if prefix else {}
     output = module.apply({'params': params}, tokens_BL, valid_BL=real_BL,
-                          **options)
+                          lengths_B=batch['lengths'], **options)
     hidden_PD = output.hidden.reshape(-1, output.hidden.shape[-1])[
         batch['places']]
     judged = losses.token_losses(hidden_PD[None], output.head,

@@ -46,7 +46,7 @@ class Loader:
     share: what it counts in the mean over the sources that are held out.
     text: whose tokens these are, in words.
     views: what the objective makes rows of, of each source.
-    num_windows: examples in one pass over the split.
+    num_windows: examples in one pass over the split, which `cut` may lessen.
     num_batches: batches in one pass. An 'eval' loader ends there, its last
       batch filled up with rows of weight zero, so that each token counts
       exactly once; a 'train' loader never ends.
@@ -79,10 +79,17 @@ class Loader:
                        for length in lengths(config)}
     self.beside: Sequence[Loader] = [self]
     self.num_windows = sum(len(view) for view in views)
-    self.num_batches = -(-self.num_windows // config.data.batch_size)
+    self.cut(0)
     self.num_tokens = sum(view.num_tokens for view in views)
     self.num_bytes = sum(view.num_bytes for view in views)
     self.bytes_per_token = self.num_bytes / self.num_tokens
+
+  def cut(self, rows: int) -> 'Loader':
+    """Returns this 'eval' loader, whose pass ends after so many rows from here
+    on, however many are in a batch; 0: after all."""
+    self.num_windows = min(rows or self.num_windows, self.num_windows)
+    self.num_batches = -(-self.num_windows // self._config.data.batch_size)
+    return self
 
   def first(self, batches: int) -> int:
     """Returns how many batches of a pass `batches` are; 0: all."""

@@ -93,16 +93,9 @@ def _read(reader: hf.Reader, r: hf.Reader, theta: tuple[str, float],
     ))
   if rope['scaling'] == 'dynamic':
     rope['original_len'] = reader('max_position_embeddings', 0)
-    reader.notes.append(DYNAMIC)
   if rope['scaling'] == 'longrope':
     rope |= _longrope(reader, r, rope['original_len'])
   return rope
-
-
-DYNAMIC = (
-    "config.json has rope_type 'dynamic': text that is written past "
-    'max_position_embeddings may differ from that of transformers, which turns '
-    'each new token by the length so far. Here all turn by that of the row')
 
 
 def _longrope(reader: hf.Reader, r: hf.Reader, original: int) -> dict[str, Any]:

@@ -6,7 +6,8 @@ have what is particular to each.
   y       = W_o (RMSNorm(o) * gate(x))             a head by itself
 
 The cache is the state, in float32, and what the convolutions look back on: it
-does not grow with the row. Documents begin with a state of zero, and padding
+does not grow with the row. Wherever the segment id changes, a document begins,
+with a state of zero: so a mask has no 0 between two 1s. With a cache, padding
 changes no state.
 """
 

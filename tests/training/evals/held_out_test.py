@@ -17,7 +17,7 @@ from configs import base, gpt
 from configs import sharding as tables
 from configs.errors import RequestError
 from tests.helpers import evaluations, models
-from training import evals, loop, parameters, preflight, runs
+from training import evals, generate, loop, parameters, preflight, runs
 from training.data import probes, tokenizers
 from training.distributed import devices
 from training.evals import held_out
@@ -284,6 +284,26 @@ def test_figures_of_a_probe_add_up():
   assert {*found['beyond']} == {'2x', '4x'}
   assert all(row['accuracy_95'][0] <= row['accuracy'] <= row['accuracy_95'][1]
              for row in found['table'])
+
+
+@pytest.mark.parametrize('size', [2, 8])
+def test_a_figure_is_of_as_many_rows_whatever_the_batch(
+    size, folder, monkeypatch):
+  shown = []
+
+  def write(*args, source_BM, max_new_tokens, **how):
+    shown.extend(source_BM.tolist())
+    return np.zeros((size, max_new_tokens), int)
+
+  monkeypatch.setattr(generate, 'generate', write)
+  (folder / 'd.txt').write_text(TEXT)
+  c = evaluations.config('t5', 'span')
+  c.data.update(eval_source=f'text:{folder}/d.txt', batch_size=size)
+  found = evaluations.run('exact', evaluations.make(c, targets=5))
+  c.data.batch_size = 5
+  first, = pipeline.held_out(c, BYTES)
+  assert found['targets'] == 5 and first.num_windows > 8
+  assert shown[:5] == first.batch(0)['tokens'].tolist()
 
 
 @pytest.mark.slow

@@ -83,8 +83,9 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
 def _sources(evaluation: Evaluation, multiple: int
              ) -> Iterator[tuple[float, list]]:
   """Yields (weight of a token, batches) of each source, in as many tokens a
-  batch as the mesh allows. The rows are those of the longest multiple, cut into
-  pieces of this one's length: at each length the same tokens are predicted."""
+  batch as the mesh allows, but of the same rows whatever their number. The rows
+  are those of the longest multiple, cut into pieces of this one's length: at
+  each length the same tokens are predicted."""
   config = evaluation.run.config.copy_and_resolve_references()
   longest, place = max(MULTIPLES), evaluation.run.place
   length, pieces = config.data.length * longest, longest // multiple
@@ -94,7 +95,7 @@ def _sources(evaluation: Evaluation, multiple: int
   for loader in pipeline.held_out(config, evaluation.tokenizer,
                                   *devices.batch_shard(place, rows)):
     batches = [devices.put(_cut(batch, pieces, evaluation.tokenizer), place)
-               for batch in loader.iterate(0, -(-TOKENS // (rows * length)))]
+               for batch in loader.cut(-(-TOKENS // length)).iterate()]
     tokens = sum(float(batch['weights'].sum()) for batch in batches)
     yield loader.share / tokens, batches
 

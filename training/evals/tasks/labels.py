@@ -61,7 +61,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
     answers.check_ids(loaders[0].views[0])
   found = []
   for loader in loaders:
-    told = (writing.written(evaluation, loader, loader.num_batches)
+    told = (writing.written(evaluation, loader)
             if loader.objective.head == 'lm' else scores(evaluation, loader))
     found.append(MEASURES[config.objective](loader.views[0], told, evaluation))
     print('\n'.join([f'{loader.text}:', *found[-1].lines]))

@@ -140,7 +140,8 @@ def _embedding(evaluation: Evaluation, pooling: str, normalize: bool):
     """Returns float32 [B, D]."""
     places_1L = jnp.arange(tokens_BL.shape[1])[None]
     real_BL = places_1L < lengths_B[:, None]
-    options = {PADDING[stack]: real_BL.astype(jnp.int32)}
+    options = {PADDING[stack]: real_BL.astype(jnp.int32),
+               'lengths_B': lengths_B}
     if prefix:
       options['prefix_B'] = lengths_B
     output = module.apply({'params': params}, tokens_BL, **options)
@@ -189,7 +190,7 @@ def fill_mask(evaluation: Evaluation) -> dict[str, Any]:
            ) -> tuple[jax.Array, jax.Array]:
     """Returns the probabilities of the likeliest tokens, and their ids."""
     output = module.apply({'params': params}, tokens_BL,
-                          segment_ids_BL=real_BL)
+                          segment_ids_BL=real_BL, lengths_B=real_BL.sum(1))
     logits_1PV = output.head.logits(output.hidden[rows_P, places_P][None])
     return jax.lax.top_k(jax.nn.softmax(logits_1PV[0], -1), top)
 

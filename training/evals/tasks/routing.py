@@ -15,7 +15,7 @@ from training import objectives, progress
 from training.evals import Evaluation, Task
 
 FILE = 'routing.png'
-BATCHES = 16
+ROWS = 512  # of each source, at most
 # What the table shows, and its heading: see parts/moe/routing.py.
 COLUMNS = {
     'dropped': 'dropped', 'unserved': 'unserved', 'load_max': 'max/mean',
@@ -39,8 +39,8 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   for loader in evaluation.held_out():
     found, tokens_W = zip(*[
         jax.device_get(step(evaluation.params, run_.put(batch)))
-        for batch in progress.each(loader.iterate(0, BATCHES), 'evaluating',
-                                   loader.first(BATCHES))])
+        for batch in progress.each(loader.cut(ROWS).iterate(), 'evaluating',
+                                   loader.num_batches)])
     panels += found
     weights_W += [loader.share * n / sum(tokens_W) for n in tokens_W]
   weights_W = np.array(weights_W, np.float32)

@@ -116,13 +116,8 @@ def stops(options: Any) -> list[str]:
           for stop in options.stop.split('|||') if stop]
 
 
-def exact(evaluation: Evaluation) -> dict[str, Any]:
-  """Writes the targets of eval.batches batches."""
-  return _scored(evaluation, 'targets', exact=_share)
-
-
 def translation(evaluation: Evaluation) -> dict[str, Any]:
-  """Translates eval.batches batches of held-out pairs."""
+  """Translates --targets held-out pairs of each source."""
   bleu = _bleu()
 
   def score(pairs: Sequence[tuple]) -> float:
@@ -148,12 +143,13 @@ def _share(pairs: Sequence[tuple]) -> float:
 
 def _scored(evaluation: Evaluation, things: str,
             **scores: Callable[[Sequence[tuple]], float]) -> dict[str, Any]:
-  """Prints and returns the scores of what is written, of each source and in
-  the mean by weight; `things` is what is counted."""
-  config = evaluation.run.config
-  loaders = pipeline.held_out(config, evaluation.tokenizer)
-  pairs = [written(evaluation, loader, loader.first(config.eval.batches),
-                   beams(evaluation.options)) for loader in loaders]
+  """Prints and returns the scores of what is written for --targets held-out
+  targets, of each source and in the mean by weight; `things` is what is
+  counted."""
+  options = evaluation.options
+  loaders = [loader.cut(options.targets) for loader in pipeline.held_out(
+      evaluation.run.config, evaluation.tokenizer)]
+  pairs = [written(evaluation, loader, beams(options)) for loader in loaders]
   each = [{name: score(own) for name, score in scores.items()} for own in pairs]
   figures: dict[str, Any] = {
       name: held_out.mix([one[name] for one in each], loaders)
@@ -169,11 +165,11 @@ def _scored(evaluation: Evaluation, things: str,
   return figures | {things: sum(map(len, pairs))}
 
 
-def written(evaluation: Evaluation, loader: pipeline.Loader, batches: int,
+def written(evaluation: Evaluation, loader: pipeline.Loader,
             how: generate.Beams | None = None) -> list[tuple[str, str, bool]]:
-  """Returns what `translate` returns of a loader's first batches."""
-  return [pair for batch in progress.each(loader.iterate(0, batches), 'writing',
-                                          batches)
+  """Returns what `translate` returns of a loader's batches."""
+  return [pair for batch in progress.each(loader.iterate(), 'writing',
+                                          loader.num_batches)
           for pair in translate(evaluation.run.module, evaluation.params, batch,
                                 evaluation.tokenizer, how)]
 
@@ -253,6 +249,9 @@ BEAMS = (
     Flag('early_stopping', False, 'End a beam search with as many finished '
          'texts as beams.'))
 
+# A number of rows, and not of batches, so that no figure depends on their size.
+TARGETS = Flag('targets', 512, 'Held-out targets to write of each source; 0: '
+               'all.', 0, 2**24)
 SAMPLES = Flag('samples', 1, 'Texts to write for each prompt.', 1, 10_000)
 PROMPT = Flag('prompt', '', "What a text begins with; several: 'A|||B'.")
 LENGTH = Flag('max_new_tokens', 0,
@@ -275,14 +274,16 @@ TASKS = {
             'diffusion_steps', 0, 'Steps in which they are written; 0: one for '
             'each token.', 0, 2**24), TEMPERATURE, SEED)),
     'exact': Task(
-        'the share of held-out targets that are written exactly', exact,
+        'the share of held-out targets that are written exactly',
+        lambda evaluation: _scored(evaluation, 'targets', exact=_share),
         without(lambda objective: 'encoder-decoder' in objective.stacks,
                 'has no targets to write'),
-        check=lambda options, config: beams(options) and None, flags=BEAMS,
+        check=lambda options, config: beams(options) and None,
+        flags=(TARGETS, *BEAMS),
         figures=('exact', 'targets', 'exact/*')),
     'translation': Task(
         'BLEU of held-out pairs, and exact', translation,
         without(lambda objective: 'data.target_length' in objective.reads,
                 'has no pairs to translate'),
         check=lambda options, config: (_bleu(), beams(options)) and None,
-        flags=BEAMS, figures=('bleu', 'exact', 'pairs', 'bleu/*'))}
+        flags=(TARGETS, *BEAMS), figures=('bleu', 'exact', 'pairs', 'bleu/*'))}
