@@ -214,24 +214,39 @@ def test_packed_documents_predict_only_their_own():
   assert losses.mtp_share({}, c) == 0
 
 
+def test_what_no_token_follows_and_padding_take_no_expert():
+  """A row that is whole, and one that is padded from its fifth place on."""
+  def followed(depth, **fields):
+    return skeletons._followed(Context(
+        jnp.arange(7)[None], tokens_BL=jnp.zeros((2, 7), int), **fields), depth)
+  valid_BL = jnp.arange(7)[None] < jnp.array([[7], [4]])
+  ids_BL = jnp.array([[1, 1, 1, 2, 2, 2, 2], [3] * 7])
+  for fields, first, second in (
+      ({}, '1111110 1111100', '1111110 1111100'),
+      (dict(valid_BL=valid_BL), '1111110 1111100', '1110000 1100000'),
+      (dict(segment_ids_BL=ids_BL), '1101110 1001100', '1111110 1111100'),
+      (dict(valid_BL=valid_BL, segment_ids_BL=ids_BL),
+       '1101110 1001100', '1110000 1100000')):
+    got = [np.asarray(followed(depth, **fields)) for depth in (1, 2)]
+    for row, want in enumerate((first, second)):
+      assert ' '.join(''.join(map(str, each[row])) for each in got) == want
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('ends', [(5, 12)])
-def test_places_that_no_token_follows_take_no_expert(ends):
-  """The last k of each document: what they join is of two texts. The load of an
-  expert is a share of the choices of the others."""
+@pytest.mark.parametrize('ends, size', [((5, 12), 10)])
+def test_the_load_of_a_module_is_of_those_that_take_experts(ends, size):
+  """Not of the last k of each document: what they join is of two texts; nor of
+  padding. It is a share of the choices of the others."""
   module, params = models.make('deepseek_v3', **TWO)
   at = np.arange(12)
   ids_BL = jnp.asarray(np.searchsorted(ends, at, side='right'))[None] + 1
   out = jax.jit(lambda x: module.apply(
-      {'params': params}, x, segment_ids_BL=ids_BL, positions_BL=at[None]))(
-          models.tokens(1, 12))
+      {'params': params}, x, segment_ids_BL=ids_BL, positions_BL=at[None],
+      valid_BL=jnp.asarray(at < size)[None]))(models.tokens(1, 12))
   for depth in (1, 2):
     load_E, = (np.asarray(x) for path, x in out.aux['loads'].items()
                if f'depth_{depth}' in str(path))
-    choices = (12 - depth * len(ends)) * module.config.moe.top_k
+    choices = (size - depth * len(ends)) * module.config.moe.top_k
     assert load_E.sum() == pytest.approx(1)
     np.testing.assert_allclose(load_E * choices, np.round(load_E * choices),
                                atol=1e-4)
-    assert skeletons._followed(Context(
-        at[None], ids_BL, tokens_BL=ids_BL), depth).sum() == (
-            12 - depth * len(ends))

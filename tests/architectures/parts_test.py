@@ -169,6 +169,29 @@ def test_yarn_keeps_what_turns_often_and_stretches_what_turns_seldom():
       got, plain * (1 - stretched) + plain / 4 * stretched, rtol=1e-5)
   assert factor == pytest.approx(0.1 * np.log(4) + 1)
   assert 0 < low < high < 63
+  # DeepSeek-V2's yarn_get_mscale, of both: (0.1 m ln s + 1), 1 unless s > 1.
+  of = lambda s, m: 0.1 * m * np.log(s) + 1
+  for s, m, every in ((4.0, 0.8, 0.5), (4.0, 0.5, 0.5), (4.0, 0.0, 1.0),
+                      (1.0, 0.8, 0.5)):
+    _, factor, _ = rope('yarn', factor=s, mscale=m, mscale_all_dim=every)
+    assert factor == pytest.approx(of(s, m) / of(s, every))
+
+
+@pytest.mark.parametrize('query, mixer', [
+    ('query', {}), ('query_up', dict(mixer='latent', latent=dict(q_rank=12)))])
+def test_what_yarn_has_on_all_features_multiplies_the_scores(query, mixer):
+  """DeepSeek-V2's softmax_scale * mscale^2, mscale = 0.1 m ln s + 1: as if the
+  weights of the queries were so much larger. With m = 0 there is none."""
+  yarn = lambda m: dict(num_layers=1, **mixer, rope=dict(
+      scaling='yarn', factor=4.0, original_len=8, mscale=m, mscale_all_dim=m))
+  module, params = models.make('llama', **yarn(0.7))
+  larger = jax.tree_util.tree_map_with_path(
+      lambda path, x: x * (0.07 * np.log(4) + 1) ** 2
+      if path[-1].key == query else x, params)
+  none = architectures.build(models.config('llama', **yarn(0.0)))
+  run = jax.jit(models.logits, static_argnums=0)
+  models.close(run(module, params, models.tokens()),
+               run(none, larger, models.tokens()), 1e-4)
 
 
 # Attention's options.

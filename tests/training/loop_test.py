@@ -375,6 +375,12 @@ def test_another_figure_begins_anew():
   assert not loop.ended_early(config(best='loss', patience=4), kept, 8)
   assert 'is 0.5, of step 4' in loop.ended_early(
       config(best='loss', patience=3), kept, 8)
+  # So does another best value of it; to say what it has been does not.
+  other = dict(best='loss', best_is='largest', patience=3)
+  begun = loop.Best.of(config(**other), kept)
+  assert (begun.largest, begun.step, begun.waited) == (True, None, 0)
+  assert not loop.ended_early(config(**other), kept, 8)
+  assert loop.ended_early(config(**other | dict(best_is='least')), kept, 8)
 
 
 @pytest.mark.parametrize('first, last, wanted', [

@@ -256,7 +256,7 @@ def screen(plan: Plan, outcomes: Iterable[Outcome]) -> list[Verdict]:
   rows = _family(plan, runs, [(v, plan.primary) for v in plan.variants],
                  plan.sizes[:1], 'bh')
   return [dataclasses.replace(row, verdict=(
-      STOPPED_UNSTABLE if row.diverged > plan.unstable * row.runs else PASSED
+      STOPPED_UNSTABLE if _too_many(plan, row.diverged, row.runs) else PASSED
       if row.p is not None and row.p_corrected <= plan.q else STOPPED))
           for row in rows]
 
@@ -307,7 +307,7 @@ def _verdict(plan, sizes, member, pairs, effect: Effect, p_corrected,
           for size, part in zip(sizes, pairs)]
   every = [pair for part in pairs for pair in part.values()]
   ours, base = (sum(pair[i].diverged for pair in every) for i in (0, 1))
-  if ours > plan.unstable * len(every) or p_diverged <= plan.alpha:
+  if _too_many(plan, ours, len(every)) or p_diverged <= plan.alpha:
     word = UNSTABLE
   elif effect.p is None or p_corrected > plan.alpha:
     word = NONE_SHOWN
@@ -317,6 +317,13 @@ def _verdict(plan, sizes, member, pairs, effect: Effect, p_corrected,
     word = BETTER if effect.effect * measure.sign > 0 else WORSE
   return Verdict(variant, measure.name, *effect[1:], p_corrected, each, ours,
                  base, len(every), p_diverged, word)
+
+
+def _too_many(plan: Plan, diverged: int, runs: int) -> bool:
+  """Whether more of the runs diverged than the plan allows. The quotient is the
+  double that the share is, as a product with it need not be: 29 of 100 are no
+  more than 0.29, and yet more than 0.29 * 100."""
+  return diverged / max(runs, 1) > plan.unstable
 
 
 def _both(runs: Runs, variant: str, base: str, size: str, measure: Measure

@@ -237,7 +237,7 @@ def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
   if rate:
     ours, base = _lost(seeds * sizes, rate)
     n = seeds - np.minimum(ours + base, seeds)
-    void = (n < MIN_SEEDS) | (ours > limit * seeds * sizes)
+    void = (n < MIN_SEEDS) | (ours / (seeds * sizes) > limit)
     n = np.maximum(n, MIN_SEEDS)
   z = _normal(dims)
   means = (z[:, :sizes] * (1 - shared) ** 0.5 + z[:, -1:] * shared ** 0.5

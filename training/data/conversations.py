@@ -14,14 +14,17 @@ separator. training/objectives/causal.py makes rows of all of these parts.
 
 Where data.chat_template names a Jinja file or a Hugging Face folder, that
 template lays out the turns. transformers renders it, in a sandbox. A special
-token that a template writes is obeyed. One that stands in what somebody said is
-spelt, so that nobody speaks for another: the same is transformers'
-sanitize_control_tokens. Until the text is encoded, it stands between two
-characters, MARKS, that have no meaning in Unicode.
+token that a template writes is obeyed. What the tokenizer would take for one in
+what somebody said is spelt, so that nobody speaks for another; so is, unless
+the assistant says it, any other added token that the template's text has, since
+some turns begin with one. The same is transformers' sanitize_control_tokens.
+Until the text is encoded, it stands between two characters, MARKS, that have no
+meaning in Unicode.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -120,7 +123,8 @@ def layout(template: str, tokenizer: Any) -> Layout:
     return jinja.parts([dict(role=role, content=text)
                         for role, text in document])
 
-  described = json.dumps([jinja.text, jinja.specials, tokenizer.special_texts])
+  described = json.dumps([jinja.text, jinja.specials, tokenizer.special_texts,
+                          *sorted(jinja.markers[1] - jinja.markers[0])])
   return Layout('jinja ' + hashlib.sha256(described.encode()).hexdigest(), of)
 
 
@@ -188,6 +192,15 @@ class Template:
   tokenizer: Tokenizer
   specials: dict[str, str]
 
+  @functools.cached_property
+  def markers(self) -> tuple[frozenset[int], frozenset[int]]:
+    """The tokens that nobody says: the special ones and, for all but the
+    assistant, also those added ones that the template's text has."""
+    added = self.tokenizer.added_texts
+    special = {added[text] for text in self.tokenizer.special_texts}
+    own = {i for text, i in added.items() if text.strip() and text in self.text}
+    return frozenset(special), frozenset(special | own)
+
   def encode(self, messages: Messages, answer: bool = False) -> np.ndarray:
     """Returns the ids [T] of a conversation.
 
@@ -252,18 +265,20 @@ class Template:
 
   def _up_to_special(self, text: str, start: int) -> int:
     """Returns where the last special token after `start` ends, or the text."""
-    specials = _either(self.tokenizer.special_texts)
-    pieces = re.split(f'({specials})', text[start:])
-    if len(pieces) == 1 or MARKS[1] in pieces[-1]:  # one that was said
-      return len(text)
-    return len(text) - len(pieces[-1])
+    ends = [text.rindex(special) + len(special)
+            for special in self.tokenizer.special_texts
+            if special in text[start:]]
+    end = max(ends, default=len(text))
+    # That one may have been said, too.
+    return len(text) if MARKS[1] in text[end:] else end
 
   def _render(self, messages: Messages, answer: bool = False
               ) -> tuple[str, list[tuple[int, int]]]:
     """Returns the text, and where {% generation %} blocks stand in it."""
     utils = texts.imported('transformers.utils.chat_template_utils',
                            f'the chat template {self.name}', 'hf')
-    chat = [{key: marked(value, self.tokenizer)
+    chat = [{key: marked(value, self.tokenizer,
+                         self.markers[message['role'] != 'assistant'])
              for key, value in message.items()} for message in messages]
     try:
       (text,), spans = utils.render_jinja_template(
@@ -332,10 +347,20 @@ def in_folder(folder: Any) -> str | None:
   return template if isinstance(template, str) else None
 
 
-def marked(text: str, tokenizer: Tokenizer) -> str:
-  """Returns what somebody says, with MARKS around special tokens in it."""
-  return re.sub(_either(tokenizer.special_texts),
-                lambda match: f'{MARKS[0]}{match[0]}{MARKS[1]}', unmarked(text))
+def marked(text: str, tokenizer: Tokenizer, markers: Set[int]) -> str:
+  """Returns what somebody says, with MARKS around each stretch that the
+  tokenizer takes for one of `markers`, however it is written: a normaliser may
+  turn other letters into a special token's."""
+  of_markers = lambda ids_T, spans_T2: {
+      tuple(span) for i, span in zip(ids_T.tolist(), spans_T2.tolist())
+      if i in markers}
+  text = unmarked(text)
+  spans = of_markers(*tokenizer.encode_placed(text))
+  if spans:  # an unknown word is [UNK] when it is spelt, too
+    spans -= of_markers(*tokenizer.encode_typed(text))
+  for first, end in sorted(spans, reverse=True):
+    text = f'{text[:first]}{MARKS[0]}{text[first:end]}{MARKS[1]}{text[end:]}'
+  return text
 
 
 def unmarked(text: str) -> str:
@@ -353,7 +378,7 @@ def encode(parts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
   ids, places = [], []
   for piece in re.finditer(_PIECES, ''.join(parts)):
     if piece['spelt']:
-      piece_ids, spans = tokenizer.encode_spans([piece['spelt']])[0]
+      piece_ids, spans = tokenizer.encode_typed(piece['spelt'])
     else:
       piece_ids, spans = tokenizer.encode_placed(piece['text'])
     ids.append(piece_ids)
@@ -371,12 +396,6 @@ def encode(parts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
         np.logical_and.accumulate(outside))))
     cuts.append(before)
   return np.split(ids_T, cuts)
-
-
-def _either(texts: Sequence[str]) -> str:
-  """A pattern of any of these; the longest that fits."""
-  words = sorted(texts, key=len, reverse=True)
-  return '|'.join(map(re.escape, words)) or '(?!)'
 
 
 def specials(tokenizer: Tokenizer) -> dict[str, str]:

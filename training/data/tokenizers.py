@@ -89,9 +89,20 @@ class Tokenizer:
   def encode_placed(self, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns `encode_spans` of a text in which special tokens are obeyed."""
 
+  def encode_typed(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `encode_spans` of a text in which no token is obeyed that was
+    added to the vocabulary, be it special or not."""
+    return self.encode_spans([text])[0]
+
   @property
   def special_texts(self) -> tuple[str, ...]:
     """How the special tokens that `encode_placed` obeys are written."""
+    return tuple(self.added_texts)
+
+  @property
+  def added_texts(self) -> dict[str, int]:
+    """The ids of all tokens that `encode_placed` obeys, by how they are
+    written."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text; special tokens spell nothing."""
@@ -133,9 +144,7 @@ class Tokenizer:
     return self.special('eos' if 'sep' not in self.special_ids
                         or 'eos' in self.special_ids else 'sep')
 
-  bos_id = property(lambda self: self.special('bos'))
   eos_id = property(lambda self: self.special('eos'))
-  pad_id = property(lambda self: self.special('pad'))
   mask_id = property(lambda self: self.special('mask'))
   cls_id = property(lambda self: self.special('cls'))
   sep_id = property(lambda self: self.special('sep'))
@@ -196,12 +205,12 @@ class Bytes(Tokenizer):
     return names[token] if token in names else f'<{token}>'
 
   @property
-  def special_texts(self):
-    return tuple(map(self.piece, self.special_ids.values()))
+  def added_texts(self):
+    return {self.piece(i): i for i in self.special_ids.values()}
 
   def encode_placed(self, text: str):
     ids, spans, place = [], [], 0
-    of_text = dict(zip(self.special_texts, self.special_ids.values()))
+    of_text = self.added_texts
     for part in re.split('(' + '|'.join(map(re.escape, of_text)) + ')', text):
       end = place + len(part)
       if part in of_text:
@@ -260,25 +269,35 @@ class HuggingFace(Tokenizer):
   def encode_spans(self, texts: Sequence[str]):
     encodings = self._tokenizer.encode_batch(
         list(texts), add_special_tokens=False)
-    return [(np.asarray(encoding.ids, np.int32), _spans(encoding.offsets))
-            for encoding in encodings]
+    return [*map(_placed, encodings)]
 
   def encode_placed(self, text: str):
-    encoding = self._obeying.encode(text, add_special_tokens=False)
-    return np.asarray(encoding.ids, np.int32), _spans(encoding.offsets)
+    return _placed(self._obeying.encode(text, add_special_tokens=False))
+
+  def encode_typed(self, text: str):
+    return _placed(self._spelling.encode(text, add_special_tokens=False))
 
   @property
   def special_texts(self):
     return tuple(token.content for token in self._added.values()
                  if token.special)
 
-  @functools.cached_property
-  def _obeying(self) -> Any:
-    """The pipeline that obeys special tokens; transformers' usual one."""
+  @property
+  def added_texts(self):
+    return {token.content: i for i, token in self._added.items()}
+
+  def _copied(self, spells: bool) -> Any:
+    """Returns the pipeline as it obeys all added tokens, transformers' usual
+    one, or as it spells them all."""
     import tokenizers
     pipeline = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-    pipeline.encode_special_tokens = False
+    # Of special tokens alone it can be told to spell them.
+    pipeline.add_special_tokens([*self.added_texts] if spells else [])
+    pipeline.encode_special_tokens = spells
     return pipeline
+
+  _obeying = functools.cached_property(lambda self: self._copied(False))
+  _spelling = functools.cached_property(lambda self: self._copied(True))
 
   def decode_bytes(self, ids: Iterable[int]):
     ids = [int(i) for i in ids]
@@ -417,6 +436,10 @@ def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
     elif byte_of.keys() >= set(token):
       table[i] = bytes(byte_of[c] for c in token)
   return table
+
+
+def _placed(encoding: Any) -> tuple[np.ndarray, np.ndarray]:
+  return np.asarray(encoding.ids, np.int32), _spans(encoding.offsets)
 
 
 def _spans(pairs: Sequence[tuple[int, int]]) -> np.ndarray:

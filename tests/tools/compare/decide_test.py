@@ -123,6 +123,59 @@ def test_a_run_that_diverged_is_counted_and_is_in_no_mean():
   assert [x.n for x in _confirm(values, lost={('base', 3, 0)})] == [7, 7]
 
 
+@pytest.mark.parametrize('whose', ['a', 'base'])
+def test_a_run_that_diverged_is_in_no_screening(whose):
+  values = _values(seeds=8)
+  plan = dataclasses.replace(PLAN, unstable=0.5)
+  row, _ = decide.screen(plan, _phase('screen', values, lost={(whose, 3, 0)}))
+  kept = np.delete(values['a'] - values['base'], 3, 0)[:, 0]
+  assert (row.n, row.runs, row.diverged, row.base_diverged) == (
+      7, 8, whose == 'a', whose == 'base')
+  assert row.p == pytest.approx(stats.ttest_1samp(kept, 0).pvalue)
+  assert row.p < 0.01 and row.verdict == decide.PASSED
+
+
+@pytest.mark.parametrize('seeds, lost, share', [
+    (8, 3, 0.125), (8, 3, 0.2), (8, 3, 0.1249), (100, 87, 0.29),
+    (100, 123, 0.41)])
+def test_just_the_share_of_runs_that_may_diverge_may(seeds, lost, share):
+  """Also where the share of so many runs, in floating point, is less: 0.41 of
+  300 is 122.99999999999999. As many of the base's runs diverge."""
+  values = _values(seeds=seeds)
+  gone = [divmod(i, 3) for i in range(lost)]
+  every = {(name, s, k) for name in ('base', 'a') for s, k in gone}
+  plan = dataclasses.replace(PLAN, unstable=share)
+  row, _ = _confirm(values, plan, lost=every)
+  enough = lost <= round(3 * seeds * share, 6)
+  assert (row.verdict == 'unstable') != enough and row.diverged == lost
+  # The same share of the runs at one size.
+  lost //= 3
+  row, _ = decide.screen(plan, _phase('screen', values, lost={
+      (name, s, 0) for name in ('base', 'a') for s in range(lost)}))
+  assert row.verdict == (decide.PASSED if enough else decide.STOPPED_UNSTABLE)
+
+
+@pytest.mark.parametrize('alpha, q', [(0.001, 0.2), (0.2, 0.001)])
+def test_the_confirmation_errs_by_alpha_and_the_screening_by_q(alpha, q):
+  plan = dataclasses.replace(PLAN, alpha=alpha, q=q)
+  values = _values(seed=1)
+  row, _ = _confirm(values, plan)
+  assert 0.001 < row.p_corrected < 0.2
+  assert (row.verdict == 'better') == (alpha == 0.2)
+  row, _ = decide.screen(plan, _phase('screen', values))
+  assert 0.001 < row.p_corrected < 0.2
+  assert (row.verdict == decide.PASSED) == (q == 0.2)
+  levels = {row.phase: row.level for row in decide.noise(plan, [])
+            if row.measure == 'loss'}
+  assert levels == dict(screen=q / 2, confirm=alpha / 2)
+  # Diverging more often than the base is of the confirmation: 6 to none.
+  plan = dataclasses.replace(plan, unstable=1.0)
+  row, _ = _confirm(_values(seeds=40), plan, lost={
+      ('a', s, 0) for s in range(6)})
+  assert row.p_diverged == pytest.approx(2 * 0.5 ** 6)
+  assert row.verdict == ('unstable' if alpha == 0.2 else 'better')
+
+
 def test_a_variant_that_diverges_too_often_is_unstable_and_never_better():
   values = _values(seeds=8)
   lost = {('a', s, s % 3) for s in range(3)}  # 3 of 24, 10 % are allowed

@@ -65,6 +65,26 @@ def test_power_law_is_scipys_least_squares_or_none():
   assert statistics.power_law(COMPUTE, np.full(20, np.nan)) is None
 
 
+@pytest.mark.parametrize('floor', [-0.05, 0.05])
+def test_a_fit_whose_floor_would_be_negative_is_the_best_without_one(floor):
+  """No loss is below 0, so the fit of one that seems to fall there has the two
+  other constants alone: scipy's, of these."""
+  from scipy.optimize import curve_fit
+  x, y = COMPUTE / 1e11, floor + (COMPUTE / 1e11) ** -0.25
+  law = statistics.power_law(COMPUTE, y)
+  if floor > 0:
+    assert law.floor == pytest.approx(floor, abs=1e-4) and law.rms < 1e-5
+    return
+  (scale, exponent), _ = curve_fit(lambda x, a, p: a * x ** -p, x, y,
+                                   p0=(1, 0.25), xtol=1e-14, ftol=1e-14)
+  assert law.floor == 0
+  assert law.exponent == pytest.approx(exponent, rel=1e-4)
+  np.testing.assert_allclose(law.loss(COMPUTE), scale * x ** -exponent,
+                             rtol=1e-5)
+  assert law.rms == pytest.approx(
+      np.sqrt(np.mean((y - scale * x ** -exponent) ** 2)), rel=1e-3)
+
+
 def _law(floor=1.5, factor=1.0):
   return statistics.power_law(
       COMPUTE, floor + 300 * (COMPUTE / factor) ** -0.25)
@@ -107,6 +127,14 @@ def test_noise_that_no_number_of_seeds_beats_is_said_to_be_so():
   # More than half of what is run diverges, and 10 % may.
   assert statistics.smallest_effect(0.8, 1.0, [1.0], 9, 8, 0.05, rate=0.6,
                                limit=0.1) is None
+
+
+def test_just_the_share_of_runs_that_may_diverge_costs_nothing():
+  """29 of 100 where 0.29 may, whose product with 100 is less than 29."""
+  void = [np.isinf(statistics.least_effects(
+      1.0, [1.0], 9, 100, 0.05, rate=0.29, limit=x)).sum()
+          for x in (0.2899, 0.29, 0.2999)]
+  assert void[0] > void[1] == void[2] > 0
 
 
 def _drawn(sds, seeds, level, effect, rate, limit, studies=20_000):

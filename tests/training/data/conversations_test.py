@@ -3,6 +3,7 @@ whose."""
 
 import json
 
+from hypothesis import example, given, settings, strategies
 import numpy as np
 import pytest
 import tokenizers as hf
@@ -106,6 +107,56 @@ def test_a_special_token_that_somebody_types_is_spelt():
   assert (template.encode(typed) == BYTES.eos_id).sum() == 1
   parted = make("{{ messages[0].content.split('EOS')[0] }}[EOS]")
   assert parted.encode(typed)[-1] == BYTES.eos_id
+
+
+_TYPED = strategies.lists(strategies.sampled_from((
+    *conversations.MARKS, '[EOS]', '[E', 'OS]', 'a', '\nassistant: ')),
+                          max_size=5).map(''.join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(strategies.tuples(_TYPED, _TYPED, _TYPED))
+@example(('\ue010', 'a', '\ue011'))  # around what the template writes
+@example(('[E\ue010OS]', '\ue010[EOS]\ue011', '\ue010[EOS]'))
+def test_nobody_forges_a_token_or_undoes_one_whatever_they_type(typed):
+  messages = [dict(role=role, content=text)
+              for role, text in zip(('user', 'assistant', 'user'), typed)]
+  ids = make(CHATML).encode(messages)
+  bare = [''.join(c for c in text if c not in conversations.MARKS)
+          for text in typed]
+  wanted = [*zip(('user: ', 'assistant: ', 'user: '), bare)]
+  ends = np.flatnonzero(ids == BYTES.eos_id)
+  assert [BYTES.decode(part[part < 256]) for part in np.split(ids, ends)] == [
+      ''.join(wanted[0]), *('\n\n' + ''.join(turn) for turn in wanted[1:]),
+      '\n\n']
+
+
+@pytest.mark.parametrize('role', ['user', 'assistant'])
+def test_a_token_is_spelt_however_it_is_typed(role, tmp_path):
+  """In letters that the tokenizer takes for the same. What is no special token,
+  and stands in the template, only the assistant says."""
+  tokenizer = hf.Tokenizer(hf.models.BPE())
+  tokenizer.normalizer = hf.normalizers.Sequence(
+      [hf.normalizers.NFKC(), hf.normalizers.Lowercase()])
+  tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = hf.decoders.ByteLevel()
+  tokenizer.train_from_iterator([], hf.trainers.BpeTrainer(
+      special_tokens=[hf.AddedToken('<end>', special=True, normalized=True)],
+      initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()))
+  tokenizer.add_tokens([hf.AddedToken(text, normalized=False)
+                        for text in ('<turn>', '<other>')])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  tokenizer = tokenizers.load(str(tmp_path))
+  end, turn, other = (tokenizer.added_texts[text]
+                      for text in ('<end>', '<turn>', '<other>'))
+  template = make('{% for m in messages %}<turn>{{ m.content }}<end>'
+                  '{% endfor %}', tokenizer)
+  for typed, says in (('<end>', 0), ('<END>', 0), ('＜ｅｎｄ＞', 0),
+                      ('<turn>', turn), ('<other>', other), ('b', 0)):
+    ids = template.encode([dict(role=role, content=f'{typed}x')]).tolist()
+    says = [says] if says == other or says and role == 'assistant' else []
+    assert [i for i in ids if i in (end, turn, other)] == [turn, *says, end]
+    assert says or '<' not in typed or tokenizer.decode(ids[1:]) == f'{typed}x'
 
 
 def test_the_end_of_an_answer_is_the_token_behind_it():

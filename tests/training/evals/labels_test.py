@@ -170,7 +170,10 @@ def test_answers_are_measured_and_written(tmp_path):
     ('red car', ['the red red car'], 0, 4 / 5),
     ('Anna', ['an a the', 'Anna'], 1, 1),  # articles are whole words
     ('', [], 1, 1), ('x', [], 0, 0), ('', ['x'], 0, 0),
-    ('The', ['a.'], 1, 1),  # nothing is left of either
+    # Where nothing is left of any right answer, nothing is right; where of some
+    # there is, those are.
+    ('The', ['a.'], 1, 1), ('', ['a', 'the.'], 1, 1), ('x', ['a', '!'], 0, 0),
+    ('The', ['a.', 'x'], 0, 0), ('x', ['a.', 'x'], 1, 1),
     ('a b b c', ['b b d', 'b c'], 0, 4 / 5)])
 def test_scores_by_the_official_rules(answer, right, exact, f1):
   assert answers.score(answer, right) == pytest.approx((exact, f1))

@@ -35,7 +35,7 @@ def test_pairs_are_laid_out_as_bert_has_them(texts):
     assert (kind[:seps[0] + 1] == 0).all()
     assert (kind[seps[0] + 1:seps[1] + 1] == 1).all()
     assert (kind[~mask] == 0).all()
-    assert (row[~mask] == BYTES.pad_id).all()
+    assert (row[~mask] == BYTES.special('pad')).all()
 
 
 def test_fifteen_percent_are_told_eighty_ten_ten(texts):
