@@ -2,6 +2,7 @@
 whose."""
 
 import json
+import unicodedata
 
 from hypothesis import example, given, settings, strategies
 import numpy as np
@@ -156,7 +157,8 @@ def test_a_token_is_spelt_however_it_is_typed(role, tmp_path):
     ids = template.encode([dict(role=role, content=f'{typed}x')]).tolist()
     says = [says] if says == other or says and role == 'assistant' else []
     assert [i for i in ids if i in (end, turn, other)] == [turn, *says, end]
-    assert says or '<' not in typed or tokenizer.decode(ids[1:]) == f'{typed}x'
+    text = unicodedata.normalize('NFKC', f'{typed}x').lower()
+    assert says or tokenizer.decode(ids[1:]) == text
 
 
 def test_the_end_of_an_answer_is_the_token_behind_it():
