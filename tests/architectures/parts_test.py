@@ -177,6 +177,7 @@ def test_yarn_keeps_what_turns_often_and_stretches_what_turns_seldom():
     assert factor == pytest.approx(of(s, m) / of(s, every))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('query, mixer', [
     ('query', {}), ('query_up', dict(mixer='latent', latent=dict(q_rank=12)))])
 def test_what_yarn_has_on_all_features_multiplies_the_scores(query, mixer):
