@@ -1,6 +1,7 @@
 """What a study says of known outcomes, beside scipy and statsmodels."""
 
 import dataclasses
+import math
 import random
 
 from hypothesis import given, settings, strategies
@@ -9,7 +10,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from tools.compare import decide
+from tools.compare import decide, statistics
 from tools.compare import plan as plans
 
 SIZES = ('s', 'm', 'l')
@@ -253,6 +254,8 @@ def test_noise_rows_are_the_deviations_of_the_pairs():
     row = rows['loss', size, 'confirm']
     assert row.sd == pytest.approx(np.std(own, ddof=1))
   assert (row.level, row.pairs) == (0.025, 6)
+  assert row.smallest_effect == statistics.smallest_effect(
+      0.8, row.sd, np.std(d, 0, ddof=1), df=5, seeds=5, level=0.025)
   # Two variants, and three measures beside the primary one.
   assert rows['y', decide.ALL, 'confirm'].level == 0.05 / (2 * 3)
   assert rows['y', 's', 'screen'].level == 0.05 / 2
@@ -266,6 +269,11 @@ def test_a_study_that_cannot_find_what_it_wants_says_so():
   strong, weak = (decide.announce(p, decide.noise(p, outcomes)) for p in (
       dataclasses.replace(plan, effect=0.2),
       dataclasses.replace(plan, effect=0.01)))
+  own = dataclasses.replace(plan, effect=0.03)
+  rows = decide.noise(own, outcomes)
+  assert decide.announce(own, rows).power == math.prod(
+      row.power for row in rows if row.phase == 'screen'
+      or row.size == decide.ALL) < 0.9
   assert strong.enough and 'less than' not in strong.sentence
   assert not weak.enough and weak.power < 0.8 <= strong.power
   assert 'less than the 80% that the plan wants' in weak.sentence

@@ -118,6 +118,7 @@ _TYPED = strategies.lists(strategies.sampled_from((
 @settings(max_examples=60, deadline=None)
 @given(strategies.tuples(_TYPED, _TYPED, _TYPED))
 @example(('\ue010', 'a', '\ue011'))  # around what the template writes
+@example(('[EOS]a' * 5, 'a', 'a'))
 @example(('[E\ue010OS]', '\ue010[EOS]\ue011', '\ue010[EOS]'))
 def test_nobody_forges_a_token_or_undoes_one_whatever_they_type(typed):
   messages = [dict(role=role, content=text)
@@ -159,6 +160,26 @@ def test_a_token_is_spelt_however_it_is_typed(role, tmp_path):
     assert [i for i in ids if i in (end, turn, other)] == [turn, *says, end]
     text = unicodedata.normalize('NFKC', f'{typed}x').lower()
     assert says or tokenizer.decode(ids[1:]) == text
+
+
+def test_an_unknown_letter_is_nothing_that_somebody_forges(tmp_path):
+  """Though its token is special: the word that it stands in stays one."""
+  tokenizer = hf.Tokenizer(hf.models.BPE(
+      {'▁': 0, 'a': 1, 'b': 2, '<unk>': 3}, [], unk_token='<unk>'))
+  tokenizer.pre_tokenizer = hf.pre_tokenizers.Metaspace()
+  tokenizer.add_special_tokens(['<unk>'])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  template = make('{{ messages[0].content }}', tokenizers.load(str(tmp_path)))
+  ids = template.encode([dict(role='user', content='acb')])
+  assert ids.tolist() == [0, 1, 3, 2]
+
+
+def test_an_answer_does_not_end_where_it_spells_a_special_token():
+  bare = ('{% for m in messages %}{{ m.content }}!{% endfor %}')
+  parts = make(bare).parts([dict(role='user', content='x'),
+                            dict(role='assistant', content='a[EOS]b')])
+  assert [conversations.unmarked(text) for _, text in parts] == [
+      'x!', 'a[EOS]b!', '']
 
 
 def test_the_end_of_an_answer_is_the_token_behind_it():

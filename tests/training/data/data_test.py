@@ -110,8 +110,10 @@ def test_windows_hold_the_stream_each_token_a_target_once(folder):
 
 
 @pytest.mark.parametrize('count', [1, 2])
-@pytest.mark.parametrize('length', [7, 16, 1000])
+@pytest.mark.parametrize('length', [7, 16, 1000, 'all'])
 def test_eval_counts_every_held_out_token_once(folder, count, length):
+  held_out = stream([0, 4, 8])[1:]
+  length = len(held_out) if length == 'all' else length
   loaders = [load(folder, 'eval', p, count, length=length)
              for p in range(count)]
   targets = []
@@ -121,8 +123,8 @@ def test_eval_counts_every_held_out_token_once(folder, count, length):
     for batch in batches:
       assert batch['tokens'].shape == (8 // count, length)
       targets += batch['targets'][batch['weights'] > 0].tolist()
-  held_out = stream([0, 4, 8])[1:]
   assert sorted(targets) == sorted(held_out)
+  assert loader.num_windows == -(-len(held_out) // length)
   assert loader.num_tokens == len(held_out)
   assert loader.num_bytes == len(held_out) - 3
   assert loader.bytes_per_token == (len(held_out) - 3) / len(held_out)
