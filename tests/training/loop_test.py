@@ -383,6 +383,19 @@ def test_another_figure_begins_anew():
   assert loop.ended_early(config(**other | dict(best_is='least')), kept, 8)
 
 
+@pytest.mark.parametrize('code', [0, loop.EARLY, loop.STOPPED, loop.DIVERGED])
+def test_to_end_early_is_to_end_well_and_only_to_diverge_is_an_error(
+    code, monkeypatch, capsys):
+  monkeypatch.setattr(loop, 'program_of', lambda run: None)
+  monkeypatch.setattr(loop, 'train_all', lambda program, writers, *_: (
+      writers[0].__dict__.update(code=code, sentence='why')))
+  assert loop.train(types.SimpleNamespace(config=None), *[None] * 6) == (
+      0 if code == loop.EARLY else code)
+  assert tuple(capsys.readouterr()) == (
+      'why\n' * (code in (loop.EARLY, loop.STOPPED)),
+      'error: why\n' * (code == loop.DIVERGED))
+
+
 @pytest.mark.parametrize('first, last, wanted', [
     (0, 20, ['start 10', 'stop 13']),
     (11, 20, ['start 11', 'stop 13']),  # resumed inside the range
