@@ -59,6 +59,8 @@ class Tokenizer:
     added_ids: what Hugging Face's tokenizer of this vocabulary puts before
       each text. None is put there here: lm_eval's conventions ask for it.
     more_ids: of special tokens that the vocabulary itself has not.
+    added_texts: {how it is written: id} of all tokens that `encode_placed`
+      obeys.
   """
 
   name: str
@@ -69,6 +71,7 @@ class Tokenizer:
   mask_pattern = re.escape('[MASK]')
   added_ids: tuple[int, ...] = ()
   more_ids: frozenset[int] = frozenset()
+  added_texts: dict[str, int]
 
   def __reduce__(self):
     return load, (self.name,)  # To a worker goes the name alone.
@@ -98,11 +101,6 @@ class Tokenizer:
   def special_texts(self) -> tuple[str, ...]:
     """How the special tokens that `encode_placed` obeys are written."""
     return tuple(self.added_texts)
-
-  @property
-  def added_texts(self) -> dict[str, int]:
-    """The ids of all tokens that `encode_placed` obeys, by how they are
-    written."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text; special tokens spell nothing."""
@@ -171,6 +169,7 @@ class Bytes(Tokenizer):
     bits = max(b for b in (1, 2, 4, 8) if 2 ** b + len(self.SPECIAL) <= size)
     self.special_ids = {name: 2 ** bits + i
                         for i, name in enumerate(self.SPECIAL)}
+    self.added_texts = {self.piece(i): i for i in self.special_ids.values()}
     left = size - 2 ** bits - len(self.SPECIAL)
     sentinels = min(SENTINELS, left)
     self.sentinel_ids = tuple(range(size - sentinels, size))
@@ -204,10 +203,6 @@ class Bytes(Tokenizer):
     names = {i: f'[{name.upper()}]' for name, i in self.special_ids.items()}
     return names[token] if token in names else f'<{token}>'
 
-  @property
-  def added_texts(self):
-    return {self.piece(i): i for i in self.special_ids.values()}
-
   def encode_placed(self, text: str):
     ids, spans, place = [], [], 0
     of_text = self.added_texts
@@ -235,6 +230,7 @@ class HuggingFace(Tokenizer):
     self.name = name
     self._tokenizer = tokenizer
     self._added = tokenizer.get_added_tokens_decoder()
+    self.added_texts = {token.content: i for i, token in self._added.items()}
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     require(bool(vocab), f'tokenizer {name!r} has an empty vocabulary')
     self.vocab_size = 1 + max(vocab.values())
@@ -281,10 +277,6 @@ class HuggingFace(Tokenizer):
   def special_texts(self):
     return tuple(token.content for token in self._added.values()
                  if token.special)
-
-  @property
-  def added_texts(self):
-    return {token.content: i for i, token in self._added.items()}
 
   def _copied(self, spells: bool) -> Any:
     """Returns the pipeline as it obeys all added tokens, transformers' usual

@@ -182,11 +182,6 @@ def test_a_variant_that_diverges_too_often_is_unstable_and_never_better():
   lost = {('a', s, s % 3) for s in range(3)}  # 3 of 24, 10 % are allowed
   row, _ = _confirm(values, lost=lost)
   assert row.p < 0.05 and row.effect < 0 and row.verdict == 'unstable'
-  rows = decide.screen(PLAN, _phase('screen', values, lost={('a', 0, 0)}))
-  assert rows[0].verdict == decide.STOPPED_UNSTABLE
-  assert rows[0].p_corrected < 0.05
-  allowed = dataclasses.replace(PLAN, unstable=0.2)
-  assert _confirm(values, allowed, lost=lost)[0].verdict == 'better'
   # So is one that diverges more often than the base, by the sign test.
   values, plan = _values(seeds=40), dataclasses.replace(PLAN, unstable=1.0)
   lost = {('a', s, 0) for s in range(10)}
