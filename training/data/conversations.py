@@ -356,8 +356,8 @@ def marked(text: str, tokenizer: Tokenizer, markers: Set[int]) -> str:
       if i in markers}
   text = unmarked(text)
   spans = of_markers(*tokenizer.encode_placed(text))
-  if spans:  # an unknown word is [UNK] when it is spelt, too
-    spans -= of_markers(*tokenizer.encode_typed(text))
+  # An unknown word is [UNK] when it is spelt, too.
+  spans -= of_markers(*tokenizer.encode_typed(text)) if spans else spans
   for first, end in sorted(spans, reverse=True):
     text = f'{text[:first]}{MARKS[0]}{text[first:end]}{MARKS[1]}{text[end:]}'
   return text
