@@ -259,8 +259,8 @@ def test_muon_is_that_of_optax_on_any_mesh(sizes, capfd):
             names or None for names in sharding.weight_places(
                 SHAPES[name], (None,) * lead + role.axes))))
       if 'data' in sizes:  # four experts, not three layers, divide the devices
-        assert not matrices._homes(SHAPES['experts'], EXPERTS,
-                                   EXPERTS.split(4))[-1][0]
+        assert sharding.size(matrices._homes(
+            SHAPES['experts'], EXPERTS, EXPERTS.split(4))[-1][0]) == 1
       ours, text = muon_steps(tx, lambda tree: jax.device_put(tree, homes))
     # A product over a side that is split would be summed.
     assert 'all-reduce(' not in text and 'reduce-scatter(' not in text
