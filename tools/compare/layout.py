@@ -9,12 +9,17 @@ A run is done once it is trained and has the evaluations that it owes; one that
 is stopped is pending again, and goes on from what lies on disk. A runner claims
 runs by a single UPDATE ... WHERE state, so two never share one. A runner that
 died gives its claims back when another looks: on its own host once its process
-is gone, on others once its heartbeat is old. The journal is SQLite's default:
-write-ahead logging does not work on network folders.
+is gone, on others once its heartbeat, a number, has stood still while the other
+looked on: clocks of two hosts are never compared. The journal is SQLite's
+default: write-ahead logging does not work on network folders.
+
+Each row has a checksum. A ledger that is not as it was written is set aside,
+and written anew from sweep.json and the folders of the runs.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -22,13 +27,15 @@ import pathlib
 import shlex
 import socket
 import sqlite3
+import sys
 import time
 from typing import Any, NamedTuple
+import zlib
 
 from etils import epath
 
 from architectures.parts import tables
-from configs.errors import EnvironmentFailure, RequestError, require
+from configs.errors import EnvironmentFailure, RequestError, require, short
 from tools.compare import spec
 from training import runs
 from training.workdir import metrics as metrics_lib
@@ -37,11 +44,19 @@ from training.workdir import provenance, run_config, storage
 PENDING, RUNNING, DONE, FAILED = 'pending', 'running', 'done', 'failed'
 STATES = (PENDING, RUNNING, DONE, FAILED)
 BUSY_SECONDS = 60  # how long a writer waits for the others
-STALE_SECONDS = 120  # a runner counts as dead after so long
-BEAT_SECONDS = 10  # between two heartbeats
+BEAT_SECONDS = 10  # between two heartbeats, and two looks at those of others
+STALE_LOOKS = 12  # at a heartbeat that stands still, then its runner is dead
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS runs (
+
+def _checksum(columns: str) -> str:
+  """Returns the column with the checksum of others, which SQLite computes for
+  each row that it writes, and compares in an integrity check."""
+  return (f'checksum INTEGER AS (crc32({columns})) STORED '
+          f'CHECK (checksum = crc32({columns}))')
+
+
+SCHEMA = f"""\
+CREATE TABLE runs (
   id INTEGER PRIMARY KEY,
   point TEXT NOT NULL,
   seed INTEGER NOT NULL,
@@ -50,13 +65,16 @@ CREATE TABLE IF NOT EXISTS runs (
   runner TEXT NOT NULL DEFAULT '',
   alone INTEGER NOT NULL DEFAULT 0,
   error TEXT NOT NULL DEFAULT '',
+  {_checksum('point, seed, tasks, state, runner, alone, error')},
   UNIQUE (point, seed));
-CREATE TABLE IF NOT EXISTS runners (
+CREATE TABLE runners (
   name TEXT PRIMARY KEY,
   host TEXT NOT NULL,
   pid INTEGER NOT NULL,
-  heartbeat REAL NOT NULL);
-"""
+  beats INTEGER NOT NULL DEFAULT 0,
+  {_checksum('name, host, pid, beats')})""".split(';\n')
+# What SQLite says of a file that is none of its own, or that it cannot read.
+_DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 def add_workdir(parser) -> None:
@@ -108,9 +126,8 @@ def save_checked(path: pathlib.Path, tree: dict) -> None:
 def load_checked(path: pathlib.Path) -> dict:
   """Returns what `save_checked` wrote; RequestError where it is damaged."""
   tree = storage.parse(path.read_bytes(), str(path))
-  require(isinstance(tree, dict)
-          and tree.pop('checksum', '') == checksum(tree),
-          f'{path} is damaged: it is not as it was written; put it back')
+  require(tree.pop('checksum', '') == checksum(tree), f'{path} is damaged: '
+          'it is not as it was written; put it back')
   return tree
 
 
@@ -261,8 +278,7 @@ def evaluation(folder: pathlib.Path) -> dict:
   """
   path = folder / 'eval.json'
   who = f'{path} (which can be removed: the evaluation is then done again)'
-  figures = storage.parse(path.read_bytes(), who)
-  return figures
+  return storage.parse(path.read_bytes(), who)
 
 
 def is_evaluated(folder: pathlib.Path, tasks: Iterable[str]) -> bool:
@@ -346,17 +362,56 @@ class Run(NamedTuple):
 
 
 class Ledger:
-  """Opens or makes WORKDIR/ledger.sqlite; a context that closes it."""
+  """Opens or makes WORKDIR/ledger.sqlite; a context that closes it. A file that
+  is damaged is set aside, which is said, and written anew.
+
+  Attributes:
+    doubtful: whether a runner that holds runs has shown no sign of life since
+      `recover` saw it first.
+  """
 
   def __init__(self, workdir):
     self._path = pathlib.Path(workdir) / 'ledger.sqlite'
+    self._watched: dict[str, tuple[int, int, int]] = {}
+    self.doubtful = False
     self._path.parent.mkdir(parents=True, exist_ok=True)
+    lock = self._path.with_suffix('.lock')  # one looks, and sets it aside
+    with storage.writing(lock), lock.open('w') as file:
+      fcntl.lockf(file, fcntl.LOCK_EX)
+      if damage := self._open():
+        self._connection.close()
+        aside = self._path.with_name(
+            f'{self._path.name}.aside-{time.time_ns()}')
+        self._path.rename(aside)
+        print(f'warning: {self._path} is damaged ({short(damage)}): it is set '
+              f'aside as {aside.name}, and written anew from the folders of '
+              'the runs; what had failed is taken up again', file=sys.stderr)
+        self._open()
+    if damage and (self._path.parent / 'sweep.json').is_file():
+      reconcile(workdir, self)
+
+  def _open(self) -> str:
+    """Connects to the file, and makes its tables where it has none; returns
+    what is wrong with it, or ''."""
     with self._failing():  # each statement is a transaction of its own
       self._connection = sqlite3.connect(
           self._path, timeout=BUSY_SECONDS, isolation_level=None)
-    with self.transaction():
-      for statement in SCHEMA.split(';\n'):
-        self._change(statement)
+      self._connection.create_function('crc32', -1, _crc32, deterministic=True)
+      try:
+        tables = [row[0] for row in self._connection.execute(
+            "SELECT sql FROM sqlite_schema WHERE type = 'table'")]
+        wrong, = self._connection.execute(
+            'PRAGMA integrity_check(1)').fetchone()
+      # SQLite's own sentence may have a name that is no UTF-8.
+      except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        if getattr(error, 'sqlite_errorcode', 1) & 0xff not in _DAMAGE:
+          raise
+        return str(error)
+    if wrong != 'ok' or tables not in ([], SCHEMA):
+      return wrong if wrong != 'ok' else 'its tables are others'
+    for statement in () if tables else SCHEMA:
+      self._change(statement)
+    return ''
 
   def __enter__(self) -> 'Ledger':
     return self
@@ -393,13 +448,9 @@ class Ledger:
     except sqlite3.ProgrammingError:
       raise  # a mistake of ours
     except sqlite3.DatabaseError as error:
-      raise self._unusable(error) from error
-
-  def _unusable(self, reason) -> EnvironmentFailure:
-    return EnvironmentFailure(
-        f'{self._path} cannot be used ({reason}): run the sweep again, and if '
-        'the file is damaged, move it away first: what is done is known by '
-        'what lies on disk')
+      raise EnvironmentFailure(
+          f'{self._path} cannot be used ({error}): run the sweep again; what '
+          'is done is known by what lies on disk') from error
 
   def add(self, rows: Iterable[tuple[str, int, Sequence[str]]]) -> None:
     """Adds (point, seed, tasks) where missing; a run that is done and owes a
@@ -420,17 +471,13 @@ class Ledger:
     """The runs in some states, or all, by seed and then in file order."""
     runs = [Run(*row) for row in self._rows(
         f'SELECT {", ".join(Run._fields)} FROM runs ORDER BY seed, id')]
-    for run in runs:
-      if run.state not in STATES or not all(map(
-          isinstance, run, Run.__annotations__.values())):
-        raise self._unusable(f'it has the run {tuple(run)}')
     return [run for run in runs if run.state in (states or STATES)]
 
   def register(self) -> str:
     """Adds this process as a runner; returns its name."""
-    name = f'{_host()}:{os.getpid()}:{_now():.3f}'
-    self._change('INSERT INTO runners VALUES (?, ?, ?, ?)',
-                 name, _host(), os.getpid(), _now())
+    name = f'{_host()}:{os.getpid()}:{time.time_ns()}'
+    self._change('INSERT INTO runners (name, host, pid) VALUES (?, ?, ?)',
+                 name, _host(), os.getpid())
     return name
 
   def claim(self, ids: Sequence[int], runner: str) -> list[int]:
@@ -458,11 +505,11 @@ class Ledger:
         'alone = max(alone, ?) WHERE id = ? AND runner = ?',
         state, error, alone, id, runner) == 1
 
-  def adopt(self, id: int, state: str, error: str = '') -> None:
-    """Moves a run that is pending into another state."""
+  def adopt(self, run: Run, state: str, error: str = '') -> None:
+    """Moves a run that nobody has claimed meanwhile into another state."""
     self._change(
         'UPDATE runs SET state = ?, error = ? WHERE id = ? AND state = ?',
-        state, error, id, PENDING)
+        state, error, run.id, run.state)
 
   def retry(self) -> None:
     """Makes what failed pending again."""
@@ -471,16 +518,28 @@ class Ledger:
 
   def beat(self, runner: str) -> set[int]:
     """Says that the runner lives; returns the runs that are still its own."""
-    self._change('UPDATE runners SET heartbeat = ? WHERE name = ?',
-                 _now(), runner)
+    self._change('UPDATE runners SET beats = beats + 1 WHERE name = ?', runner)
     return {id for id, in self._rows(
         'SELECT id FROM runs WHERE runner = ?', runner)}
 
   def recover(self) -> list[str]:
-    """Frees what dead runners hold; returns 'point, seed S' of each run."""
-    dead = [name for name, *runner in self._rows(
-        'SELECT name, host, CAST(pid AS INTEGER), CAST(heartbeat AS REAL) '
-        'FROM runners') if not _alive(*runner)]
+    """Frees what dead runners hold; returns 'point, seed S' of each run.
+
+    To be called every BEAT_SECONDS. A runner is dead once its process is gone,
+    if it is of this host; or once its heartbeat stood still for STALE_LOOKS.
+    """
+    watched, dead = {}, []
+    for name, host, pid, beats in self._rows(
+        'SELECT name, host, pid, beats FROM runners WHERE name IN '
+        '(SELECT runner FROM runs WHERE state = ?)', RUNNING):
+      first, last, looks = self._watched.get(name, (beats, -1, 0))
+      looks = looks + 1 if beats == last else 0
+      if looks >= STALE_LOOKS or _gone(host, pid):
+        dead.append(name)
+      else:
+        watched[name] = first, beats, looks
+    self._watched = watched
+    self.doubtful = any(first == last for first, last, _ in watched.values())
     freed = self._rows(
         "UPDATE runs SET state = ?, runner = '' WHERE state = ? AND runner IN "
         f'({", ".join("?" * len(dead))}) RETURNING point, seed',
@@ -488,21 +547,18 @@ class Ledger:
     return [f'{point}, seed {seed}' for point, seed in freed]
 
 
-def _now() -> float:
-  return time.time()
+def _crc32(*values: Any) -> int:
+  return zlib.crc32(repr(values).encode())
 
 
-def _alive(host: str, pid: int, heartbeat: float) -> bool:
-  """Whether a runner lives: it has said so, and if it is of this host, its
-  process is there."""
-  if host == _host():
-    try:
+def _gone(host: str, pid: int) -> bool:
+  """Whether a runner is of this host, and its process is no more."""
+  try:
+    if host == _host():
       os.kill(pid, 0)
-    except ProcessLookupError:
-      return False
-    except PermissionError:
-      pass  # another user's
-  return heartbeat > _now() - STALE_SECONDS
+  except OSError as error:  # not permitted: it is another user's
+    return isinstance(error, ProcessLookupError)
+  return False
 
 
 def _host() -> str:
@@ -514,28 +570,44 @@ def _host() -> str:
 
 
 def begin(workdir, ledger, description: dict) -> dict:
-  """Writes sweep.json and adds its runs to the ledger, frees what dead runners
-  held, and marks as done what is so on disk and the ledger has not seen: runs
-  of a printed command, or of a ledger that was lost; and as failed, what was
-  trained there by another config. Returns what sweep.json holds.
+  """Writes sweep.json and brings the ledger up to it and to what lies on disk
+  (`reconcile`), once it is known of every runner that holds runs whether it
+  lives. Returns what sweep.json holds.
 
   Raises:
     RequestError: where the workdir holds another sweep.
   """
   with ledger.transaction():  # another one may add to it at the same time
-    description = save_description(workdir, description)
-  rows = [(seed, point) for point in description['points']
+    save_description(workdir, description)
+  ledger.recover()
+  if ledger.doubtful:
+    print('waiting for a sign of life of those who hold runs', file=sys.stderr)
+  while ledger.doubtful:
+    time.sleep(BEAT_SECONDS)
+    ledger.recover()
+  return reconcile(workdir, ledger)
+
+
+def reconcile(workdir, ledger) -> dict:
+  """Adds the runs of a sweep to the ledger, and marks as done what is so on
+  disk and the ledger has not seen: runs of a printed command, or of a ledger
+  that was lost; as failed, what was trained there by another config; and as
+  pending again, what was done and is gone. Returns what sweep.json holds."""
+  rows = [(seed, point) for point in load_description(workdir)['points']
           for seed in point['seeds']]
   ledger.add((point['name'], seed, point['tasks']) for seed, point in sorted(
       rows, key=lambda row: row[0]))  # all points of a seed, then the next
-  ledger.recover()
-  pending = ledger.runs(PENDING)
+  runs = ledger.runs(PENDING, DONE)
   description = load_description(workdir)  # it has all of these points
-  for run in pending:
+  for run in runs:
     folder = run_folder(workdir, run.point, run.seed)
-    trained = config(description, run.point, run.seed).train
-    if is_trained(folder, trained):
+    if run.state == DONE:
+      if not (folder / 'config.json').exists():
+        print(f'the run in {folder} is gone: it is trained anew',
+              file=sys.stderr)
+        ledger.adopt(run, PENDING)
+    elif is_trained(folder, config(description, run.point, run.seed).train):
       error = stranger(description, workdir, run.point, run.seed)
       if error or is_evaluated(folder, run.owes):
-        ledger.adopt(run.id, FAILED if error else DONE, error)
+        ledger.adopt(run, FAILED if error else DONE, error)
   return description

@@ -214,13 +214,13 @@ class Trainer:
         outcomes.append(self._outcome(run, points[run.point], own))
       else:
         failed.append(f'{run.point}, seed {run.seed}: ' + (
-            own.error or 'it was not evaluated after its last step; move its '
-            'folder away'))
+            own.error or 'it was not evaluated after its last step'))
     if failed:
       raise EnvironmentFailure(
           f'{path}: {len(failed)} runs failed that did not diverge: '
           f'{"; ".join(failed[:3])}: see log.txt in their folders; --retry '
-          'takes them up again')
+          'takes up again those that failed, and a run whose folder is moved '
+          'away is trained anew')
     return outcomes
 
   def _outcome(self, run: phases.Run, point: curves.Point, own: curves.Run

@@ -414,7 +414,7 @@ def _read(folder: epath.Path, abstract: Any, partial: bool):
       abstract = abstract(record['arrays'])
     if abstract is not None:
       _check_fits(folder, record, paths.flatten(abstract), partial)
-      state = _read_arrays(folder, abstract)
+      state = _read_arrays(folder, record, abstract)
   except (Mismatch, MemoryError):
     raise
   except Exception as error:  # Orbax and TensorStore raise many types.
@@ -437,17 +437,24 @@ def _read(folder: epath.Path, abstract: Any, partial: bool):
   return state, record
 
 
-def _read_arrays(folder: epath.Path, abstract: Any) -> Any:
+def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
+                 ) -> Any:
+  """Returns the arrays that are asked for. Orbax is given the names of all that
+  the record has, and compares them with its own, which may be damaged."""
   import orbax.checkpoint as ocp
 
-  nested = nest(paths.flatten(abstract))
+  wanted = paths.flatten(abstract)
+  item = {name: wanted.get(name, ocp.PLACEHOLDER) for name in record['arrays']}
+  restore_args = {name: ocp.ArrayRestoreArgs(
+      sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+      if name in wanted else ocp.RestoreArgs() for name, x in item.items()}
   with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-    restored = handler.restore(folder / 'state', args=ocp.args.PyTreeRestore(
-        item=nested, partial_restore=True, restore_args=jax.tree.map(
-            lambda x: ocp.ArrayRestoreArgs(
-                sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
-            nested)))
-  leaves = paths.flatten(restored)
+    leaves = paths.flatten(handler.restore(
+        folder / 'state', args=ocp.args.PyTreeRestore(
+            item=nest(item), restore_args=nest(restore_args))))
+  for name in wanted:
+    if not isinstance(leaves[name], jax.Array):
+      raise _Damaged(f'{name} is not read as an array')
   return jax.tree_util.tree_map_with_path(
       lambda path, _: leaves[paths.join(path)], abstract)
 

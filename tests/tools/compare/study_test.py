@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -433,6 +434,15 @@ def test_a_study_that_is_stopped_goes_on(frozen, tmp_path):
     start(tmp_path, frozen, until='noise', stop_after=5)
   own = start(tmp_path, frozen, until='noise', anyway=True)
   assert len(own.did) == len(phases.noise_runs(frozen)) - 5
+
+
+def test_a_run_that_is_gone_is_trained_anew(whole, frozen, tmp_path):
+  shutil.copytree(whole[2], tmp_path / 'w')
+  gone = next((tmp_path / 'w').glob('screen/points/*/seed-*'))
+  shutil.rmtree(gone)
+  assert start(tmp_path / 'w', frozen).did == [
+      ('screen', gone.parent.name, int(gone.name[5:]))]
+  assert read(tmp_path / 'w') == whole[1]
 
 
 def _with(frozen, **plan):

@@ -3,7 +3,9 @@ ledger, and how they run: launchers, kills, failures, evaluations, status."""
 
 import json
 import pathlib
+import random
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -13,9 +15,9 @@ from absl import flags
 from ml_collections import config_flags
 import pytest
 
-from configs.errors import RequestError, STOPPED
+from configs.errors import EnvironmentFailure, RequestError, STOPPED
 from configs.sweeps import helpers
-from tests.helpers import sweeps
+from tests.helpers import studies, sweeps, toy_run
 from tests.helpers.sweeps import states
 from tools.compare import __main__ as command
 from tools.compare import check, cost, layout, local, run, slurm, spec
@@ -220,8 +222,7 @@ def book(tmp_path):
     yield opened
 
 
-def test_a_run_goes_through_its_states(book, monkeypatch):
-  at = lambda now: monkeypatch.setattr(layout, '_now', lambda: now)
+def test_a_run_goes_through_its_states(book):
   rows = [('a', 0, ()), ('a', 1, ()), ('b', 0, ('routing',))]
   book.add(rows)
   book.add(rows)  # again: the same rows
@@ -236,19 +237,82 @@ def test_a_run_goes_through_its_states(book, monkeypatch):
   assert book.settle(3, me, layout.DONE)
   book.add([('b', 0, ('routing', 'loss'))])  # a new task is pending
   assert book.runs()[1].state == layout.PENDING
-  # A silent runner of another host is dead.
-  at(1000)
+
+
+def _held_elsewhere(book, monkeypatch, *ids):
+  """Lets a runner of another host take runs; returns its name."""
   with monkeypatch.context() as elsewhere:
     elsewhere.setattr(layout, '_host', lambda: 'elsewhere')
     other = book.register()
-  book.claim([1, 2], other)
-  at(2000)
-  assert book.beat(other) == {1, 2}
-  at(1999 + layout.STALE_SECONDS)
-  assert book.recover() == []
-  at(2001 + layout.STALE_SECONDS)
-  assert book.recover() == ['a, seed 0', 'a, seed 1']
+  assert book.claim(ids, other) == list(ids)
+  return other
+
+
+def test_a_runner_of_another_host_is_dead_once_it_stands_still(
+    book, monkeypatch):
+  """What its clock says, or that of who looks on, plays no part."""
+
+  def look(times, beats=False):
+    freed = []
+    for _ in range(times):
+      if beats:
+        assert book.beat(other) == {1, 2}
+      freed += book.recover()
+    return freed
+
+  book.add([('a', 0, ()), ('a', 1, ())])
+  other = _held_elsewhere(book, monkeypatch, 1, 2)
+  assert look(layout.STALE_LOOKS) == [] and book.doubtful
+  assert look(5 * layout.STALE_LOOKS, beats=True) == [] and not book.doubtful
+  assert look(layout.STALE_LOOKS - 1) == []
+  assert look(1) == ['a, seed 0', 'a, seed 1']
   assert book.beat(other) == set()  # and the runner finds out
+
+
+def _trained(tmp_path):
+  """Begins a sweep of which all but one run is done; returns its folder."""
+  description, workdir = described(sweeps.write(tmp_path)), tmp_path / 'w'
+  with layout.Ledger(workdir) as book:
+    layout.begin(workdir, book, description)
+    for run in book.runs()[1:]:
+      studies.leave(layout.run_folder(workdir, run.point, run.seed),
+                    layout.config(description, run.point, run.seed), 2.0)
+      book.adopt(run, layout.DONE)
+  return description, workdir
+
+
+def test_a_sweep_begins_with_what_lies_on_disk(tmp_path, monkeypatch, capsys):
+  """A run that is gone, and one whose runner is silent, are pending again."""
+  monkeypatch.setattr(layout, 'BEAT_SECONDS', 0.0)
+  description, workdir = _trained(tmp_path)
+  before = states(workdir)
+  shutil.rmtree(layout.run_folder(workdir, 'rms', 1))
+  with layout.Ledger(workdir) as book:
+    _held_elsewhere(book, monkeypatch, book.runs()[0].id)
+    layout.begin(workdir, book, description)
+  assert states(workdir) == before | {('rms', 1): layout.PENDING}
+  told = capsys.readouterr().err
+  assert 'seed-1 is gone: it is trained anew' in told
+  assert 'waiting for a sign of life' in told
+
+
+def test_no_flipped_bit_of_a_ledger_gets_through(tmp_path, capsys):
+  """It is said, and what is done is known from the runs; or has no effect."""
+  _, workdir = _trained(tmp_path)
+  file, before = workdir / 'ledger.sqlite', states(workdir)
+  whole, draw, said = file.read_bytes(), random.Random(0), 0
+  places = [place for place, byte in enumerate(whole) if byte]
+  for place in draw.sample(places, 24):
+    toy_run.flip(file, place, draw.randrange(8))
+    assert states(workdir) == before
+    said += 'ledger.sqlite is damaged (' in capsys.readouterr().err
+    file.write_bytes(whole)
+  assert 0 < said == len(list(workdir.glob('*.aside-*')))
+  with layout.Ledger(workdir) as book:
+    file.write_text('no ledger')
+    assert states(workdir) == before
+    with pytest.raises(EnvironmentFailure, match='run the sweep again'):
+      book.register()  # in what was set aside
 
 
 # Claims what is pending in the ledger of a folder; says so, and lives on.
