@@ -121,7 +121,7 @@ def check(leaf: Leaf, value: Any, who: str = '',
     choices: in place of those that are declared.
   """
   who, rule = who or leaf.name, leaf.rule
-  if hasattr(value, 'dtype'):
+  if type(leaf.default) is not str and getattr(value, 'shape', None) == ():
     return
   check_type(value, leaf.default, who)
   if type(leaf.default) in (int, float):
