@@ -22,7 +22,7 @@ from architectures.parts.positions import POSITIONS
 from configs.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
-from training import generate
+from training import generate, runs
 
 
 ATTENTIONS = {
@@ -56,7 +56,13 @@ VARIANTS = [{part: tuple(values)[i % len(values)]
 def test_laws_of_a_variant(parts):
   changes = dict(parts)
   changes |= dict(attention='global') | ATTENTIONS[changes.pop('attention')]
-  check_laws(*models.make(**changes))
+  module, params = models.make(**changes)
+  check_laws(module, params)
+  # A step of training on eight devices, up to its compiling.
+  run = runs.build(step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
+                   module.config)
+  with run.context():
+    run.train_step().lower(run.abstract, step_test.batch())
 
 
 def check_laws(module, params):
