@@ -359,7 +359,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
   cli.set_fields(config.model, fields)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve(config, tokenizer)
-  _refuse_unread(model, fields)
+  _refuse_unread(model, fields, config.model)
   module = architectures.build(model)
   return Model(module, _initial(module, seed), tokenizer, config)
 
@@ -403,13 +403,15 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
       tree.num_decoder_layers = fields.get('num_layers', config.num_layers)
     cli.set_fields(tree, fields)
   changed = architectures.resolve(tree)
-  _refuse_unread(changed, fields)
+  _refuse_unread(changed, fields, tree)
   return changed
 
 
-def _refuse_unread(config: ModelConfig, fields: Mapping[str, Any]) -> None:
-  """Raises RequestError for a field that the model would not read."""
-  unread = tables.unread(config)
+def _refuse_unread(config: ModelConfig, fields: Mapping[str, Any],
+                   tree: Mapping[str, Any]) -> None:
+  """Raises RequestError for a field that the model, which was made of `tree`,
+  would not read."""
+  unread = tables.unread(config, tree)
   for name in tables.flat(fields):
     require(name not in unread, f'model.{name} is not read by this model: it '
             f'is read where {unread.get(name)}')

@@ -90,12 +90,14 @@ def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
     model: its resolved ModelConfig.
   """
   names = {name for name in names if name.startswith('model.')}
-  for inner, where in tables.unread(model).items() if names else ():
+  unread = tables.unread(model, config.model) if names else {}
+  for inner, where in unread.items():
     name, of_kind = f'model.{inner}', inner.startswith('kinds.')
     if name not in names and not (of_kind and 'model.kinds' in names):
       continue
     default, value = tables.find(inner).default, base.get(config, name)
-    others = tables.decided_by(inner) or ['kinds'] if not of_kind else []
+    others = [] if of_kind else tables.decided_by(inner) or [
+        'kinds' if 'model.kinds' in where else 'mixer']
     require(not of_kind and value == default, f'{name} is {value}, which this '
             f'model does not read: it is read where {where}. Leave it '
             + ('away' if of_kind else f'at {default}, or set '

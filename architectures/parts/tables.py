@@ -196,9 +196,17 @@ def reads(c: ModelConfig, name: str) -> bool:
   return bool(beside) and is_read(c, name)
 
 
-def unread(c: ModelConfig) -> dict[str, str]:
+def unread(c: ModelConfig, tree: Mapping[str, Any] | None = None
+           ) -> dict[str, str]:
   """Returns the fields that no layer reads, and those of a kind of layer that
-  its own layers do not, with when they are read."""
+  its own layers do not, with when they are read.
+
+  Args:
+    c: the model.
+    tree: the config.model of which `c` was made, which alone tells whether
+      there are sizes that are derived; None: fields from which sizes may be
+      derived count as read.
+  """
   fields = {name: where(name) or 'a kind of model.kinds does not set it'
             for name in FIELDS if not reads(c, name)}
   for kind, changes in c.kinds.items():
@@ -211,7 +219,28 @@ def unread(c: ModelConfig) -> dict[str, str]:
             f'{layer.mixer} stand in model.{layer.mixer}')
       elif not is_read(layer, field) and (name != 'window' or changes[name]):
         fields[f'kinds.{kind}.{name}'] = where(field)  # window 0: there is none
-  return fields
+  return ({} if tree is None else _sources_of_nothing(c, tree)) | fields
+
+
+def _sources_of_nothing(c: ModelConfig, tree: Mapping[str, Any]
+                        ) -> dict[str, str]:
+  """Returns the fields that the mixers of all layers read only to derive sizes
+  from them, where `tree` gives these sizes, with when they are read."""
+  layers = [c.of_kind(kind) for kind in c.kinds_used]
+  groups = [name for name in GROUPS if getattr(c, name) is not None]
+
+  def decides(name: str) -> bool:
+    other = with_all_groups(dataclasses.replace(
+        c, **dict.fromkeys(groups), **{name: 2 * getattr(c, name)}), tree)
+    return any(getattr(c, x) != getattr(other, x) for x in groups) or (
+        name == 'num_heads' and not tree['head_dim'] and decides('head_dim'))
+
+  mup = c.parametrization == 'mup'  # whose rules are by the size of a head
+  return {name: 'a size is left open in ' + ' or '.join(
+              dict.fromkeys(f'model.{layer.mixer}' for layer in layers))
+          for name in set.intersection(*(
+              set(mixers.of(layer).sources) for layer in layers))
+          if not mup and not decides(name)}
 
 
 def _overridden(c: ModelConfig, kind: str) -> set[str]:
