@@ -39,8 +39,7 @@ def read(reader: hf.Reader, fields: dict, dense: int, q_rank: int,
     q_rank: that of q_lora_rank, whose null says that there is none.
     interleaved: whether rotary pairs are neighbours.
   """
-  first = (0 if reader.is_zero('first_k_dense_replace') else
-           reader('first_k_dense_replace', dense))
+  first = reader.count('first_k_dense_replace', dense)
   require(first < fields['num_layers'], 'config.json has first_k_dense_replace '
           f'{first} of num_hidden_layers {fields["num_layers"]}: no layer has '
           'experts')
@@ -78,7 +77,6 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  hf.check_heads(c)
   return write(c) | dict(
       topk_method=METHODS[c.moe.expert_groups > 1],
       n_group=c.moe.expert_groups, topk_group=c.moe.top_groups)
@@ -126,6 +124,6 @@ HF = hf.HuggingFace(
             'moe.num_experts': ('n_routed_experts', 64),
             'moe.shared_experts': ('n_shared_experts', 2),
             'moe.ffn': hf.SILU},
-    only=dict(norm_topk_prob=False, scoring_func='softmax', mlp_bias=False),
-    unread=UNREAD, read=_read, write=_write,
+    only=dict(norm_topk_prob=False, scoring_func='softmax'),
+    unread=UNREAD, read=_read, write=_write, check=hf.check_heads,
     heads=hf.heads('DeepseekV2', only=('sequence',)), **llama.FILES)

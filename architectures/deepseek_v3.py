@@ -59,7 +59,7 @@ HF = deepseek_v2.HF._replace(
             'moe.shared_experts': ('n_shared_experts', 1),
             'moe.expert_groups': ('n_group', 8)},
     only=dict(scoring_func='sigmoid', topk_method='noaux_tc'),
-    read=_read, write=_write,
+    read=_read, write=_write, check=lambda c: None,
     # The layers that predict further tokens stand behind the 61 of V3.
     ignored=(*llama.HF.ignored, r'model\.layers\.61\..*'),
     heads=hf.heads('DeepseekV3', tokens='score', only=('sequence', 'tokens')))

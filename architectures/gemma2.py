@@ -67,7 +67,6 @@ def _write(c: ModelConfig) -> dict:
 
 def write_scales(c: ModelConfig) -> dict:
   """Returns the same for a config.json."""
-  hf.check_heads(c)
   return dict(query_pre_attn_scalar=round(c.attention_scale ** -2),
               final_logit_softcapping=c.logits_softcap or None)
 
@@ -94,5 +93,5 @@ HF = hf.HuggingFace(
     only=dict(use_bidirectional_attention=False),
     # Published files have them, and transformers reads neither.
     unread=('hidden_act', 'cache_implementation'),
-    read=_read, write=_write, heads=hf.heads(
+    read=_read, write=_write, check=hf.check_heads, heads=hf.heads(
         'Gemma2', tokens='score', only=('sequence', 'tokens')), **llama.FILES)

@@ -59,7 +59,6 @@ HF = hf.HuggingFace(
         intermediate_size=24576, vocab_size=50432, max_position_embeddings=2048,
         layer_norm_eps=1e-5, tie_word_embeddings=False) | {
             'ffn': ('hidden_act', 'gelu', hf.FFNS)},
-    only=dict(attention_bias=True),
     unread=('is_decoder',),  # it has no other way to be
     read=_read, write=_write,
     tied={'embed_out.weight': 'gpt_neox.embed_in.weight'},

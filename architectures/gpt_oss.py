@@ -30,11 +30,6 @@ class GptOss(Decoder):
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  require(not reader('quantization_config', {}), 'config.json has '
-          'quantization_config: these weights are packed in 4 bits (MXFP4). '
-          'Unpack them with transformers, AutoModelForCausalLM.from_pretrained('
-          'FOLDER, dtype="bfloat16", quantization_config=Mxfp4Config('
-          'dequantize=True)).save_pretrained(NEW), and take NEW')
   hf.check_gates(fields)
   require(reader('rope_parameters', reader('rope_scaling', {})),
           'config.json has no rope_parameters: transformers takes YaRN with a '

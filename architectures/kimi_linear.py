@@ -41,8 +41,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   layers = fields['num_layers']
   reader.must(num_key_value_heads=fields['num_heads'])
   hf.check_gates(fields, 'num_experts_per_token', 'moe_renormalize')
-  first = (0 if reader.is_zero('first_k_dense_replace') else
-           reader('first_k_dense_replace', 1))
+  first = reader.count('first_k_dense_replace', 1)
   networks = layer_types.each(reader, 'mlp_layer_types', layers,
                               (DENSE, SPARSE)) or [
       DENSE if n < first else SPARSE for n in range(layers)]
@@ -82,14 +81,19 @@ def _listed(reader: hf.Reader, layers: int) -> list[str]:
           for n in range(1, layers + 1)]
 
 
+def _check(c: ModelConfig) -> None:
+  layers = [c.of_kind(name) for name in c.kinds_used]
+  require(c.has_experts, 'no layer of this model has experts: a kimi_linear '
+          'config.json is of a model with some')
+  require(any(layer.mixer == 'latent' for layer in layers),
+          'all layers are recurrences: transformers runs a kimi_linear with '
+          'some layers of attention only')
+
+
 def _write(c: ModelConfig) -> dict:
   layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
   dense = [layer.ffn != 'moe' for layer in layers]
   whole = [layer.mixer == 'latent' for layer in layers]
-  require(not all(dense), 'no layer of this model has experts: a kimi_linear '
-          'config.json is of a model with some')
-  require(any(whole), 'all layers are recurrences: transformers runs a '
-          'kimi_linear with some layers of attention only')
   numbered = lambda chosen: [n for n, is_whole in enumerate(whole, 1)
                              if is_whole == chosen]
   return dict(
@@ -160,7 +164,7 @@ HF = hf.HuggingFace(
     # numbers say everything.
     unread=('auto_map', 'head_dim', 'qk_head_dim', 'rope_theta', 'rope_scaling',
             'rope_parameters', 'use_grouped_topk'),
-    read=_read, write=_write,
+    read=_read, write=_write, check=_check,
     # transformers writes the network of a dense layer as that of experts.
     spellings=(*llama.HF.spellings, ('.mlp.', '.block_sparse_moe.')),
     ignored=llama.HF.ignored)

@@ -94,11 +94,6 @@ def write(c: ModelConfig) -> dict:
   return dict(rope_parameters=rope_fields.write(c))
 
 
-def _write(c: ModelConfig) -> dict:
-  hf.check_heads(c)
-  return write(c)
-
-
 HF = hf.HuggingFace(
     'llama', 'LlamaForCausalLM', names=NAMES + layers(*hf.under(
         'ffn', 'mlp', *FFN)),
@@ -110,5 +105,5 @@ HF = hf.HuggingFace(
         tie_word_embeddings=False) | {'ffn': hf.SILU},
     only=dict(rope_interleaved=False),
     unread=('is_llama_config',),  # of SmolLM2
-    read=read, write=_write, heads=hf.heads('Llama', tokens='score', span=SPAN),
-    **FILES)
+    read=read, write=write, check=hf.check_heads,
+    heads=hf.heads('Llama', tokens='score', span=SPAN), **FILES)

@@ -48,7 +48,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
       name: name for name in heads.POOLINGS})
   reader.must(rope_scaling=None)
   own = {'global': {},
-         'local': dict(window=reader('local_attention', 128) // 2 + 1)}
+         'local': dict(window=reader.count('local_attention', 128) // 2 + 1)}
   sections = reader.section('rope_parameters')
   for type_, (name, theta) in TYPES.items():
     rope = sections.section(type_)

@@ -42,18 +42,20 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
               sliding_window=window)
 
 
-def _write(c: ModelConfig) -> dict:
-  long = c.rope.scaling == 'longrope'
-  require(not long or c.num_heads * c.head_dim == c.d_model,
+def _check(c: ModelConfig) -> None:
+  require(c.rope.scaling != 'longrope' or c.num_heads * c.head_dim == c.d_model,
           f'model.num_heads is {c.num_heads} of {c.head_dim} features, which '
           f'are not model.d_model {c.d_model}: transformers counts the factors '
           'of a phi3 by the width over the heads')
+
+
+def _write(c: ModelConfig) -> dict:
   return dict(rope_parameters=rope_fields.write(c, whole_heads=False,
                                                 words=SCALINGS),
               sliding_window=c.sliding_window or None,
               **dict.fromkeys(IDS)) | (
                   dict(original_max_position_embeddings=c.rope.original_len)
-                  if long else {})
+                  if c.rope.scaling == 'longrope' else {})
 
 
 HF = hf.HuggingFace(
@@ -71,10 +73,9 @@ HF = hf.HuggingFace(
         intermediate_size=8192, vocab_size=32064, max_position_embeddings=4096,
         rms_norm_eps=1e-5, tie_word_embeddings=False) | {'ffn': hf.SILU},
     # Published files have these, Phi-4-mini's all: transformers has no such
-    # biases, a window in every layer, and its own class in place of the
-    # program that auto_map names.
-    only=dict(attention_bias=False, mlp_bias=False, lm_head_bias=False,
-              full_attn_mod=1, interpolate_factor=1),
-    unread=('auto_map',), read=_read, write=_write,
+    # bias, a window in every layer, and its own class in place of the program
+    # that auto_map names.
+    only=dict(lm_head_bias=False, full_attn_mod=1, interpolate_factor=1),
+    unread=('auto_map',), read=_read, write=_write, check=_check,
     heads=hf.heads('Phi3', tokens='score', only=('sequence', 'tokens')),
     **llama.FILES | dict(ignored=()))

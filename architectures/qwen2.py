@@ -25,7 +25,7 @@ class Qwen2(Decoder):
 
 def read(reader: hf.Reader, fields: dict) -> dict:
   """Returns the fields that Qwen2 and Qwen3 do not name one by one."""
-  layers, first = fields['num_layers'], reader('max_window_layers', 28)
+  layers, first = fields['num_layers'], reader.count('max_window_layers', 28)
   window = layer_types.window(reader) * reader('use_sliding_window', False)
   types = layer_types.listed(reader, layers, lambda n: window and n >= first)
   read_fields = llama.read(reader, fields) | layer_types.read(

@@ -33,10 +33,7 @@ class RoBERTa(Encoder):
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  padding = PADDING  # its id may be 0, which is no default
-  if reader.has('pad_token_id'):
-    padding = reader('pad_token_id', 0)
-  offset = padding + 1
+  offset = reader.count('pad_token_id', PADDING) + 1
   rows = reader('max_position_embeddings', 512)
   require(rows > offset, f'config.json has max_position_embeddings {rows}, of '
           f'which {offset} stand before the first token: it must be larger')

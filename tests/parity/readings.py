@@ -124,12 +124,14 @@ def _others(name: str, value) -> list:
   if isinstance(value, bool):
     return [not value]
   if isinstance(value, int):
-    return [value + 1, 2 * value]
+    return [0, value + 1, 2 * value]
   if isinstance(value, float):
     return [0.5 * value, value + 0.5]
   if isinstance(value, dict):
     return [value | {key: other} for key in value
             for other in _others(key, value[key])]
+  if isinstance(value, list):
+    return [[x] * len(value) for x in value if value.count(x) < len(value)]
   if isinstance(value, str):
     return [other for part, names in NAMES.items() if part in name
             for other in names if other != value]

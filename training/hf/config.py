@@ -95,11 +95,10 @@ class Reader:
     """Whether the field `name` is there and null."""
     return name in self._tree and self._tree[name] is None
 
-  def is_zero(self, name: str) -> bool:
-    """Whether the field `name` is the number 0, where 0 is a choice and not a
+  def count(self, name: str, default: int) -> int:
+    """Returns the field `name`, a whole number of which 0 is a choice and not a
     size that is missing."""
-    self.asked.add(name)
-    return type(self._tree.get(name)) is int and self._tree[name] == 0
+    return self(name, 0 if self.has(name) else default)
 
   def passes(self, *names: str) -> None:
     """Says that what these fields hold does not change the model."""
@@ -197,13 +196,40 @@ def fields_and_notes(tree: dict[str, Any],
     RequestError: naming what it has that no page honours.
   """
   reader = Reader(tree)
+  _refuse_quantised(reader)
   model = model_of(reader)
   if 'is_encoder_decoder' not in reader.asked:
     reader.must(is_encoder_decoder=False)  # As old files say of a decoder.
   reader.finish()
   if files is not None:
     model.update(architectures.hugging_face(model.arch).of_files(files))
+  _check(architectures.resolve(model))
   return model, reader.notes
+
+
+def _check(config: ModelConfig) -> None:
+  """Raises RequestError for a model that transformers does not run."""
+  architectures.hugging_face(config.arch).check(tables.with_all_groups(config))
+
+
+# What transformers unpacks as it loads, by quant_method: the class that asks.
+UNPACKED_BY = {'fp8': 'FineGrainedFP8Config', 'mxfp4': 'Mxfp4Config'}
+
+
+def _refuse_quantised(reader: Reader) -> None:
+  """Raises RequestError for weights that a quantisation has packed."""
+  for name in ('quantization_config', 'compression_config'):
+    packed = reader(name, {})
+    method = packed.get('quant_method', 'of no name')
+    unpacking = UNPACKED_BY.get(str(method))
+    require(not packed, f'config.json has {name}: these weights are quantised '
+            f'({short(method)}), and weights are read from '
+            f'{", ".join(hf_files.DTYPES)}. ' + (
+                'Unpack them with transformers, AutoModelForCausalLM.'
+                'from_pretrained(FOLDER, dtype="bfloat16", quantization_config='
+                f'{unpacking}(dequantize=True)).save_pretrained(NEW), and take '
+                'NEW' if unpacking else
+                'Take the folder of the model that was quantised'))
 
 
 def model_of(reader: Reader) -> ml_collections.ConfigDict:
@@ -229,6 +255,9 @@ def model_of(reader: Reader) -> ml_collections.ConfigDict:
   if 'kinds' in read:
     model.kinds = {}
   model.update(read)
+  for name, ours in hf.BIASES.items():
+    if name not in reader.asked:
+      reader.must(**{name: model[ours]})
   return model
 
 
@@ -288,6 +317,7 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
     ValueError: naming a field that a config.json cannot say.
   """
   page = architectures.hugging_face(config.arch)
+  _check(config)
   head = page.heads.get(config.head, page)
   tree = dict(model_type=page.model_type, architectures=[head.architecture])
   for ours, (names, _, *choices) in page.fields.items():

@@ -81,6 +81,8 @@ class HuggingFace(NamedTuple):
     unread: fields of config.json that do not change what is computed.
     read: (the Reader, the fields that were read) -> further fields of ours.
     write: ModelConfig -> further fields of config.json.
+    check: ModelConfig -> None; raises RequestError for a model that
+      transformers does not run, which is neither read nor written.
     tied: {tensor: the tensor whose values it must have}.
     spellings: (part of a name, what some files have in its place).
     ignored: patterns of the names of tensors that hold no weights.
@@ -101,6 +103,7 @@ class HuggingFace(NamedTuple):
   unread: Sequence[str] = ()
   read: Callable[[Reader, dict], dict] = lambda hf, fields: {}
   write: Callable[[ModelConfig], dict] = lambda c: {}
+  check: Callable[[ModelConfig], None] = lambda c: None
   tied: Mapping[str, str] = {}
   spellings: Sequence[tuple[str, str]] = ()
   ignored: Sequence[str] = ()
@@ -155,6 +158,10 @@ _OURS = {
     'routed_scaling_factor': 'moe.gate_scale', 'topk_group': 'moe.top_groups',
     'kv_lora_rank': 'latent.kv_rank', 'qk_nope_head_dim': 'latent.nope_dim',
     'qk_rope_head_dim': 'latent.rope_dim', 'v_head_dim': 'latent.v_dim'}
+
+# Of any system, whether it has such biases: where a page does not ask, a
+# config.json may say what the model has anyway.
+BIASES = {'attention_bias': 'attention_bias', 'mlp_bias': 'ffn_bias'}
 
 
 def fields(**defaults: Any) -> dict[str, tuple]:

@@ -126,7 +126,7 @@ class MoEConfig:
       about=RECIPE)
   bias_rate: float = field(
       0.001, 'of sigmoid: how far a step moves router_bias', least=0,
-      resume=REGULARISATION)
+      resume=REGULARISATION, about=RECIPE)
 
   def derived(self, c: ModelConfig) -> 'MoEConfig':
     return dataclasses.replace(self, d_ff=self.d_ff or c.d_ff)

@@ -5,6 +5,7 @@ tests/data/published_configs.json has the files of the authors of systems, with
 long lists of factors shortened to one value.
 """
 
+import copy
 import importlib
 import itertools
 import json
@@ -17,11 +18,12 @@ from safetensors.numpy import load_file, save_file
 import jax
 
 import architectures
+from architectures.parts import tables
 from architectures.parts.hf import layer_types
-from configs import kinds
+from configs import fields as declared, kinds
 from configs.errors import RequestError
 from tests.helpers import models
-from tests.parity import exports
+from tests.parity import exports, readings, recording
 from training.costs import totals
 from training.hf import config as hf_config, files as hf_files, weights
 
@@ -31,6 +33,7 @@ PUBLISHED = json.loads((pathlib.Path(__file__).parents[2] / 'data' /
 PHI3_LONG, PHI4_MINI = PUBLISHED.pop('phi3:long'), PUBLISHED.pop('phi4:mini')
 
 MAMBA2, GEMMA2 = PUBLISHED['mamba2:130m'], PUBLISHED['gemma2:2b']
+MISTRAL = dict(model_type='mistral', attention_bias=False, mlp_bias=False)
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
@@ -101,8 +104,14 @@ def test_published_files_are_read_and_what_differs_is_refused(published,
      'short_factor .*numbers > 0'),
     (MAMBA2 | dict(expand=3), 'not expand 3 times hidden_size 768'),
     (GEMMA2 | dict(final_logit_softcapping=0.0), '> 0, or null'),
+    (MISTRAL | dict(mlp_bias=True), 'mlp_bias True: only False is known'),
+    (MISTRAL | dict(quantization_config=dict(quant_method='fp8')),
+     r"quantised \('fp8'\).*=FineGrainedFP8Config.*take NEW$"),
+    (MISTRAL | dict(quantization_config=dict(quant_method='awq', bits=4)),
+     r"quantised \('awq'\).*Take the folder of the model that was quantised"),
 ])
 def test_what_is_not_known_is_refused(tree, words):
+  assert not hf_config.read(MISTRAL).ffn_bias
   with pytest.raises(ValueError, match=words):
     hf_config.read(tree)
 
@@ -115,6 +124,53 @@ def test_mamba2_has_the_bounds_of_its_file(bounds, found):
   c = hf_config.read(MAMBA2 | dict(time_step_limit=bounds))
   assert (c.mamba2.least_step, c.mamba2.most_step) == found
   hf_config.check_same(c, hf_config.read(hf_config.write(c)), 'written')
+
+
+@pytest.mark.parametrize('every', [
+    8, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize('system', recording.systems())
+def test_what_is_read_is_written_as_it_was_and_as_transformers_reads_it(
+    system, every):
+  """Whichever field of a config.json is another one."""
+  classes = pytest.importorskip('transformers').CONFIG_MAPPING
+  tree = recording.load_recording(recording.files(system)[0]).config
+  seen = set()
+  for words, changed in itertools.islice(
+      readings.changes(tree, readings.asked(tree)), 0, None, every):
+    try:
+      c = hf_config.read(changed)
+    except RequestError:
+      continue
+    if c in seen:
+      continue
+    seen.add(c)
+    written = hf_config.write(c)  # which reads it again
+    theirs = classes[written['model_type']].from_dict(copy.deepcopy(written))
+    hf_config.check_same(c, hf_config.read(
+        json.loads(theirs.to_json_string())), words)
+  assert len(seen) > 2
+
+
+@pytest.mark.parametrize('tree, said', [
+    (PUBLISHED['qwen2:0.5b'] | dict(use_sliding_window=True),
+     dict(max_window_layers=0)),
+    (PUBLISHED['qwen2:0.5b'] | dict(
+        use_sliding_window=True, sliding_window=8,
+        layer_types=24 * [layer_types.WINDOW]), dict(max_window_layers=0)),
+    (dict(model_type='modernbert', num_hidden_layers=3),
+     dict(local_attention=0))])
+def test_a_zero_that_is_a_choice_is_read_and_written(tree, said):
+  written = hf_config.write(hf_config.read(tree | said))
+  assert written | said == written
+
+
+@pytest.mark.parametrize('system', ['deepseek_v3', 'kimi_linear'])
+def test_how_a_model_is_trained_is_no_matter_of_its_export(system):
+  hf_config.write(architectures.resolve(models.config(
+      system, moe=dict(bias_rate=0.0), head_dim=8)))
+  for leaf in tables.FIELDS.values():
+    if leaf.rule.resume in (declared.REGULARISATION, declared.AT_START):
+      assert leaf.rule.about in (declared.RUN, declared.RECIPE), leaf.name
 
 
 # What a field may hold by mistake, of every type that JSON has.
@@ -278,13 +334,14 @@ def test_recurrences_and_experts_in_any_layers(tree, mixers, experts):
       itertools.product((False, True), repeat=3)):
     if not any(moe):
       continue
-    c, each = layers(tree | dict(layer_types=list(types)) | experts(moe))
-    assert [(x.mixer, x.ffn == 'moe') for x in each] == [
-        (mixers[t], x) for t, x in zip(types, moe)]
+    changed = tree | dict(layer_types=list(types)) | experts(moe)
     if A not in types:
       with pytest.raises(RequestError, match='all layers are recurrences'):
-        hf_config.write(c)
+        hf_config.read(changed)
       continue
+    c, each = layers(changed)
+    assert [(x.mixer, x.ffn == 'moe') for x in each] == [
+        (mixers[t], x) for t, x in zip(types, moe)]
     written = hf_config.write(c)
     assert experts(moe).items() <= written.items()
     hf_config.check_same(c, hf_config.read(written), 'written')
