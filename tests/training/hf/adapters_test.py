@@ -67,12 +67,9 @@ def adapted(imported, workdir):
   """Returns (module, params) of the import with adapters that do something,
   saved as a workdir."""
   run, params = start(imported, imported, LORA)
-  params = jax.tree.map(lambda x: x, params)
-  flat = paths.flatten(params)
-  flat = {path: x + 0.1 * jax.random.normal(jax.random.key(i), x.shape)
-          if weights.is_adapter(path) else x
-          for i, (path, x) in enumerate(flat.items())}
-  params = jax.tree.unflatten(jax.tree.structure(params), list(flat.values()))
+  params = jax.tree_util.tree_map_with_path(
+      lambda path, x, new: new if weights.is_adapter(paths.join(path)) else x,
+      params, models.drawn(params))
   config = run.config.copy_and_resolve_references()
   with config.unlocked():
     config.init_from = ''
