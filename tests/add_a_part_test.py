@@ -50,7 +50,8 @@ NORMS['dyt'] = DyT
 SMALL = [f'--config.{x}' for x in (
     'model.d_model=16', 'model.num_layers=2', 'model.num_heads=2',
     'data.length=16', 'data.batch_size=8', 'eval.every_steps=0',
-    'log.every_steps=1', 'optim.schedule=constant')]
+    'log.every_steps=1', 'optim.schedule=constant', 'mesh.fsdp=2',
+    'mesh.tensor=2')]
 
 
 @pytest.mark.slow
