@@ -1,52 +1,21 @@
 """A part is one entry of one table, and its fields stand beside it: nothing
 else is edited to add one.
 
-The text below is what a newcomer would write into norms.py. The test writes it
-into a copy of the project, and then sets its fields, trains, resumes and is
-refused by the programs themselves.
+The tutorial's text is what a newcomer would write into norms.py. The test
+writes it into a copy of the project, and then sets its fields, trains, resumes
+and is refused by the programs themselves.
 """
 
 import json
+import pathlib
+import re
 
 import pytest
 
 from tests.helpers import adding
 
 FILE = 'architectures/parts/norms.py'
-IMPORTS = '''
-import dataclasses
-from configs.fields import field, FUNCTION
-'''
-DYT = '''
-@dataclasses.dataclass(frozen=True)
-class DyTConfig:
-  """Of norm dyt."""
-  alpha: float = field(0.5, 'the first value of the slope', above=0,
-                       resume=FUNCTION)
-  eps: float = field(1e-6, 'is added to the slope', above=0, below=1)
-
-
-class DyT(nn.Module):
-  """y = tanh(a x) * scale (Zhu et al. 2025, "Transformers without
-  Normalization")."""
-  settings = DyTConfig
-  config: ModelConfig
-  axis: str = 'embed'
-
-  @nn.compact
-  def __call__(self, x):
-    own = self.config.dyt
-    slope = declare(self, 'slope', nn.initializers.constant(own.alpha), (),
-                    Role(()))
-    scale_D = declare(self, 'scale', nn.initializers.ones, x.shape[-1:],
-                      Role((self.axis,)))
-    ones = (1,) * (x.ndim - 1)
-    return (jnp.tanh((slope + own.eps) * x) * scale_D.reshape(*ones, -1)
-            ).astype(x.dtype)
-
-
-NORMS['dyt'] = DyT
-'''
+PAGE = pathlib.Path(__file__).parents[1] / 'docs/tutorials/add_a_part.md'
 SMALL = [f'--config.{x}' for x in (
     'model.d_model=16', 'model.num_layers=2', 'model.num_heads=2',
     'data.length=16', 'data.batch_size=8', 'eval.every_steps=0',
@@ -57,7 +26,9 @@ SMALL = [f'--config.{x}' for x in (
 @pytest.mark.slow
 def test_a_norm_with_two_fields_is_written_into_one_file(tmp_path):
   tree = adding.copy_with(tmp_path / 'tree', {})
-  (tree / FILE).write_text((tree / FILE).read_text() + IMPORTS + DYT)
+  text, = re.findall('```py\n(import dataclasses.*?)```', PAGE.read_text(),
+                     re.S)
+  (tree / FILE).write_text(f'{(tree / FILE).read_text()}\n{text}')
 
   def train(*words, code=0):
     return adding.run(tree, 'train.py', '--config', 'configs/gpt.py',

@@ -56,7 +56,6 @@ recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 class Norm(nn.Module):
   """[..., D] -> [..., D]; `axis` is the logical axis of its parameters."""
-  fields = ('norm_eps',)
   config: ModelConfig
   axis: str = 'embed'
 
@@ -65,7 +64,12 @@ class Norm(nn.Module):
     return declare(self, name, init, x.shape[-1:], Role((self.axis,)))
 
 
-class LayerNorm(Norm):
+class WithEpsilon(Norm):
+  """A norm that reads model.norm_eps."""
+  fields = ('norm_eps',)
+
+
+class LayerNorm(WithEpsilon):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -74,7 +78,7 @@ class LayerNorm(Norm):
     return recomputed(layernorm)(x, scale_D, bias_D, self.config.norm_eps)
 
 
-class LayerNormNoBias(Norm):
+class LayerNormNoBias(WithEpsilon):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -82,7 +86,7 @@ class LayerNormNoBias(Norm):
     return recomputed(layernorm)(x, scale_D, None, self.config.norm_eps)
 
 
-class RMSNorm(Norm):
+class RMSNorm(WithEpsilon):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -90,7 +94,7 @@ class RMSNorm(Norm):
     return recomputed(rmsnorm)(x, scale_D, self.config.norm_eps)
 
 
-class RMSNorm1P(Norm):
+class RMSNorm1P(WithEpsilon):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -99,7 +103,7 @@ class RMSNorm1P(Norm):
                                self.config.norm_eps)
 
 
-class PlainRMSNorm(Norm):
+class PlainRMSNorm(WithEpsilon):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
