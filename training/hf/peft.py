@@ -22,6 +22,7 @@ from architectures.parts import hf, linear
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import tensor_map
 from configs.errors import require, short
+from configs.fields import check_number, check_type
 from architectures.parts import paths
 from training.hf import files as hf_files, weights
 from architectures.parts.roles import parameter_shapes
@@ -36,6 +37,10 @@ ONLY = dict(peft_type='LORA', bias='none', use_dora=False, use_rslora=False,
             rank_pattern={}, alpha_pattern={}, modules_to_save=None,
             layer_replication=None, trainable_token_indices=None,
             target_parameters=None, lora_bias=False)
+# What it must say, numbers: of the type of the first, and with these bounds.
+NUMBERS = {'r': (1, (('>=', 1), ('<=', 2**16))),
+           'lora_alpha': (1.0, (('>', 0), ('<=', 1e9))),
+           'lora_dropout': (0.0, (('>=', 0), ('<', 1)))}
 # Ways to begin A and B that leave the weight of the model as it is.
 INITS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
 
@@ -141,10 +146,10 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
           f'{", ".join(str(x) for x in INITS if x is not None)}): save them '
           "anew by PEFT's save_pretrained with "
           'path_initial_model_for_weight_conversion, or merge them there')
-  for name in ('r', 'lora_alpha'):
-    require(type(tree.get(name)) in (int, float) and tree[name] > 0,
-            f'{file} has {name} {short(tree.get(name))}: it must be a number '
-            '> 0')
+  tree.setdefault('lora_dropout', 0.0)
+  for name, (usual, bounds) in NUMBERS.items():
+    check_type(tree.get(name), usual, f'{name} of {file}')
+    check_number(f'{name} of {file}', tree[name], bounds)
   source = hf_files.Files(folder / WEIGHTS)
   c = _with_adapters(c, tree, set(source), file)
   shapes = {path: x.shape for path, x in paths.flatten(
@@ -156,12 +161,15 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
             'adapter of a product of this model')
     require(name in source, f'{folder / WEIGHTS} has no {name}, though it has '
             'an adapter of the same product in another layer')
+  named = weights.Names(architectures.hugging_face(c.arch), source, c)
   flat = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
   for t in tensors:
-    require(source.shape(t.name) == t.shape, f'{folder / WEIGHTS} has {t.name} '
-            f'of shape {source.shape(t.name)}, and the model needs {t.shape}')
+    wrong = named.wrong(t)
+    require(not wrong, f'{folder / WEIGHTS}: {wrong}')
+    x = source[t.name]
+    weights.check_range(t.name, x, np.dtype(c.param_dtype))
     sizes = {axis: (0, t.sizes[axis]) for axis in t.ours[0]}
-    flat[t.paths[0]][t.index] = t.part(source[t.name].__getitem__, 0, sizes)
+    flat[t.paths[0]][t.index] = t.part(x.__getitem__, 0, sizes)
   return c, checkpoints.nest({path: jnp.asarray(x, c.param_dtype)
                               for path, x in flat.items()})
 
@@ -169,14 +177,14 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
 def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
                    file: pathlib.Path) -> ModelConfig:
   """Returns the model whose products have adapters as the file's names say."""
-  rank, alpha = int(tree['r']), float(tree['lora_alpha'])
+  alpha = float(tree['lora_alpha'])
   if tree.get('use_rslora'):  # x W + (alpha / sqrt(rank)) x A B
-    alpha *= math.sqrt(rank)
+    alpha *= math.sqrt(tree['r'])
 
   def with_targets(targets: str) -> ModelConfig:
     return dataclasses.replace(c, lora=dataclasses.replace(
-        c.lora, rank=rank, alpha=alpha, targets=targets,
-        dropout=float(tree.get('lora_dropout') or 0.0)))
+        c.lora, rank=tree['r'], alpha=alpha, targets=targets,
+        dropout=float(tree['lora_dropout'])))
 
   # One that shares its tensor is found missing by the names that are left over.
   fused = {name for ours, *_ in architectures.hugging_face(c.arch).rows(c)

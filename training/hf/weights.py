@@ -111,7 +111,7 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   require(partial or needed <= 2 * count + 100, f'config.json is of a model of '
           f'{needed:,} tensors, of which the files hold {count:,}')
   tensors = tensor_map.expand(rows, shapes)
-  names = _Names(page, source, module.config)
+  names = Names(page, source, module.config)
   fills: dict[str, list] = {path: [] for path in shapes}
   drawn_paths: set[str] = set()
   heads = names.there(names_left_out(module)) if new_head else []
@@ -163,7 +163,7 @@ def _matching(pattern: str, names: Collection[str]) -> list[str]:
   return [name for name in names if re.fullmatch(pattern, name)]
 
 
-class _Names:
+class Names:
   """Tensors by their names, as the files spell them: some leave a prefix out.
   """
 
@@ -224,7 +224,7 @@ class _Names:
     return lines
 
 
-def _fill(leaf: Any, fills: list, names: _Names) -> jax.Array:
+def _fill(leaf: Any, fills: list, names: Names) -> jax.Array:
   """Returns one parameter, each shard read once and where it lies."""
   sharding = getattr(leaf, 'sharding', None) or (
       jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
@@ -235,7 +235,7 @@ def _fill(leaf: Any, fills: list, names: _Names) -> jax.Array:
           s.indices(n)[:2] for s, n in zip(index, leaf.shape))))
 
 
-def _shard(dtype: np.dtype, ranges: tuple, fills: list, names: _Names
+def _shard(dtype: np.dtype, ranges: tuple, fills: list, names: Names
            ) -> np.ndarray:
   """Returns the part of a parameter that lies in `ranges`, (start, stop)s."""
   shard = np.empty([stop - start for start, stop in ranges], dtype)

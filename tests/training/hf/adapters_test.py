@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import architectures
 from configs.errors import RequestError
@@ -142,15 +142,29 @@ def test_pefts_names_and_the_order_of_its_axes(tmp_path):
 
 @pytest.mark.parametrize('change, words', [
     (dict(use_dora=True), 'has use_dora True: only False is known'),
-    (dict(r='8'), "has r '8': it must be a number > 0"),
-    (dict(r=5), r'lora_A.weight of shape \(2, 32\), and the model needs'),
+    (dict(r='8'), "r of .*adapter_config.json is '8', of type str: it must be"),
+    (dict(r=float('inf')), 'r of .* is inf, of type float: it must be of type'),
+    (dict(r=0), 'r of .* is 0: it must be >= 1'),
+    (dict(lora_alpha=10**400), 'lora_alpha of .* is a number of about 398 dig'),
+    (dict(lora_alpha=float('inf')), 'lora_alpha of .* is inf: it must be > 0'),
+    (dict(lora_dropout='x'), "lora_dropout of .* is 'x', of type str: it must"),
+    (dict(r=5), r'lora_A.weight is \(2, 32\) in the files and \(5, 32\) in'),
     *((dict(init_lora_weights=init), f"has init_lora_weights '{init}'")
-      for init in ('pissa_niter_4', 'OLoRA'))])
+      for init in ('pissa_niter_4', 'OLoRA')),
+    # Of a tensor.
+    (np.float32('nan'), r'lora_.\.weight has a value that is no finite number'),
+    (np.float32('inf'), r'lora_.\.weight has a value that is no finite number'),
+    (np.int32(1), r'lora_.\.weight is of type I32: weights are read from')])
 def test_an_adapter_of_another_kind_is_refused(change, words, tmp_path):
   module, params = models.make('llama', lora=LORA)
   peft.write(module.config, params, tmp_path, 'base')
   file = tmp_path / peft.CONFIG
-  file.write_text(json.dumps(json.loads(file.read_text()) | change))
+  if isinstance(change, dict):
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+  else:
+    tensors = load_file(tmp_path / peft.WEIGHTS)
+    tensors[max(tensors)] = np.full(tensors[max(tensors)].shape, change)
+    save_file(tensors, tmp_path / peft.WEIGHTS)
   with pytest.raises(RequestError, match=words):
     peft.read(weights.without_adapters(module.config), tmp_path)
 
