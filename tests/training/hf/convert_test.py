@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from unittest import mock
 
 from etils import epath
 import jax
@@ -170,6 +171,20 @@ def test_what_is_no_gguf_file_is_refused(content, words, tmp_path):
   with pytest.raises(RequestError, match=words):
     convert.of_gguf(file, tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('loaded, words', [
+    ((None, dict(missing_keys={'a'})), r"names as missing_keys \['a'\]"),
+    ((None, dict(missing_keys=(), unexpected_keys={'b'})), 'as unexpected_key'),
+    (IndexError('no tensor'), 'does not read .*: IndexError: no tensor')])
+def test_a_gguf_file_is_read_whole_or_not(loaded, words, tmp_path, monkeypatch):
+  """By what transformers, which this stands in for, says of it."""
+  library = mock.Mock()
+  library.AutoModelForCausalLM.from_pretrained.side_effect = [loaded]
+  for name in 'gguf', 'torch', 'transformers':
+    monkeypatch.setitem(sys.modules, name, library)
+  test_what_is_no_gguf_file_is_refused(b'GGUF', words, tmp_path)
+
 
 GIVEN = dict(
     fields=dict(bos_token_id=3, eos_token_id=[4, 5], pad_token_id=None,
