@@ -88,9 +88,6 @@ def of_folder(folder: epath.Path, template: str = '') -> Speaker:
   model = hf_config.read(hf_config.load_config_json(folder))
   require(architectures.stack(model) == 'decoder' and model.head == 'lm',
           f'{folder}: {INSTEAD}')
-  require(bool(tokenizers.found_in(folder)),
-          f'{folder} has no tokenizer that is read here: it needs '
-          + ', or '.join(' + '.join(names) for names in tokenizers.FOLDERS))
   tokenizer = tokenizers.load(str(folder))
   generation = hf_generation.of_folder(folder)
   talk = _talk(tokenizer, generation, template, causal.goes_on(tokenizer), True)

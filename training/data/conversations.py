@@ -13,13 +13,13 @@ or PROMPT_INPUT where there is an input, directly followed by the output and the
 separator. training/objectives/causal.py makes rows of all of these parts.
 
 Where data.chat_template names a Jinja file or a Hugging Face folder, that
-template lays out the turns. transformers renders it, in a sandbox. A special
-token that a template writes is obeyed. What the tokenizer would take for one in
-what somebody said is spelt, so that nobody speaks for another; so is, unless
-the assistant says it, any other added token that the template's text has, since
-some turns begin with one. The same is transformers' sanitize_control_tokens.
-Until the text is encoded, it stands between two characters, MARKS, that have no
-meaning in Unicode.
+template lays out the turns. transformers renders it, in a sandbox and in a
+process with limits (limited.py). A special token that a template writes is
+obeyed. What the tokenizer would take for one in what somebody said is spelt, so
+that nobody speaks for another; so is, unless the assistant says it, any other
+added token that the template's text has, since some turns begin with one. The
+same is transformers' sanitize_control_tokens. Until the text is encoded, it
+stands between two characters, MARKS, that have no meaning in Unicode.
 """
 
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -254,12 +254,11 @@ class Template:
         continue
       asked = self.render(messages[:i], answer=True)
       answered = self.render(messages[:i + 1])
-      if not (answered.startswith(asked) and text.startswith(answered)):
-        raise RequestError(
-            f'message {i + 1} cannot be told from the others: the chat '
-            f'template {self.name} has no {{% generation %}} block, and what '
-            'it writes before an answer changes with the answer: put the '
-            'block around what the assistant says')
+      require(answered.startswith(asked) and text.startswith(answered),
+              f'message {i + 1} cannot be told from the others: the chat '
+              f'template {self.name} has no {{% generation %}} block, and what '
+              'it writes before an answer changes with the answer: put the '
+              'block around what the assistant says')
       spans.append((len(asked), self._up_to_special(answered, len(asked))))
     return spans
 
@@ -275,21 +274,15 @@ class Template:
   def _render(self, messages: Messages, answer: bool = False
               ) -> tuple[str, list[tuple[int, int]]]:
     """Returns the text, and where {% generation %} blocks stand in it."""
-    utils = texts.imported('transformers.utils.chat_template_utils',
-                           f'the chat template {self.name}', 'hf')
+    from training.data import limited
     chat = [{key: marked(value, self.tokenizer,
                          self.markers[message['role'] != 'assistant'])
              for key, value in message.items()} for message in messages]
-    try:
-      (text,), spans = utils.render_jinja_template(
-          [chat], chat_template=self.text, add_generation_prompt=answer,
-          return_assistant_tokens_mask=bool(_BLOCK.search(self.text)),
-          **self.specials)
-    except Exception as error:  # of jinja2, and whatever a template does
-      why = ' '.join(str(error).split()) or type(error).__name__
-      raise RequestError(
-          f'the chat template {self.name} fails: {why}') from error
-    return text, spans[0] if spans else []
+    return limited.call(
+        f'the chat template {self.name} fails', 'render', self.text, chat, dict(
+            self.specials, add_generation_prompt=answer,
+            return_assistant_tokens_mask=bool(_BLOCK.search(self.text))),
+        keep=True)
 
 
 def read(spec: str, tokenizer: Tokenizer) -> Template:

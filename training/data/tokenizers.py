@@ -4,7 +4,8 @@
 tokenizer.json, or a folder that holds one of the files of FOLDERS. A
 tokenizer.json is read by the package tokenizers; the other files by the class
 of transformers that the folder names, whose pipelines are the same package's
-(extra `hf`; without PyTorch).
+(extra `hf`; without PyTorch). Both happen first in a process with limits
+(limited.py).
 
 No tokenizer adds special tokens by itself, and none reads them out of plain
 text: '<|endoftext|>' typed inside a document is spelt, not obeyed. Whoever
@@ -22,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import RequestError, require, short
-from training.data import texts
+from configs.errors import require
 from training.workdir import storage
 
 SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
@@ -74,7 +74,7 @@ class Tokenizer:
   added_texts: dict[str, int]
 
   def __reduce__(self):
-    return load, (self.name,)  # To a worker goes the name alone.
+    return load, (self.name, True)  # To a worker goes the name alone.
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns one int32 [T] array for each text."""
@@ -119,10 +119,8 @@ class Tokenizer:
     Raises:
       ValueError: if the vocabulary has none, naming those that it has.
     """
-    if name not in self.special_ids:
-      raise RequestError(
-          f'tokenizer {self.name!r} has no {name!r} token: '
-          f'it has {", ".join(self.special_ids) or "none"}.')
+    require(name in self.special_ids, f'tokenizer {self.name!r} has no '
+            f'{name!r} token: it has {", ".join(self.special_ids) or "none"}')
     return self.special_ids[name]
 
   @property
@@ -223,7 +221,8 @@ class Bytes(Tokenizer):
 class HuggingFace(Tokenizer):
   """A pipeline of the package tokenizers: BPE, unigram or WordPiece."""
 
-  def __init__(self, name: str, tokenizer: Any, special_ids: dict[str, int]):
+  def __init__(self, name: str, tokenizer: Any, ids: dict[str, int | None]):
+    special_ids = {kind: i for kind, i in ids.items() if i is not None}
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
@@ -234,6 +233,8 @@ class HuggingFace(Tokenizer):
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     require(bool(vocab), f'tokenizer {name!r} has an empty vocabulary')
     self.vocab_size = 1 + max(vocab.values())
+    require(self.vocab_size <= 2**31, f'tokenizer {name!r} has the id '
+            f'{self.vocab_size - 1:,}: they must be below {2**31:,}')
     self.special_ids = _framing(tokenizer) | special_ids
     self.sentinel_ids = tuple(
         vocab[f'<extra_id_{i}>'] for i in range(SENTINELS)
@@ -305,8 +306,12 @@ class HuggingFace(Tokenizer):
     self._tokenizer.save(str(path))
 
 
-def load(spec: str) -> Tokenizer:
+def load(spec: str, tried: bool = False) -> Tokenizer:
   """Returns the tokenizer that data.tokenizer names.
+
+  Args:
+    spec: see the head of this file.
+    tried: whether the process that started this one has read it.
 
   Raises:
     ValueError: if there is no such file, or it is not a tokenizer.
@@ -327,6 +332,10 @@ def load(spec: str) -> Tokenizer:
   require(path.is_file() and path.suffix == '.json', f'unknown tokenizer '
           f'{spec!r}, which is no such file or folder: choose bytes, bytes:N, '
           'a tokenizer.json, or a folder of Hugging Face with a tokenizer')
+  if not tried:
+    from training.data import limited
+    limited.call(f'tokenizer {spec!r} cannot be read as a Hugging Face '
+                 'tokenizer.json', 'read_json', str(path.absolute()))
   return _read_json(spec, path)
 
 
@@ -354,12 +363,7 @@ def named_tokens(folder: pathlib.Path) -> dict[str, str]:
 def _read_json(spec: str, path: pathlib.Path) -> Tokenizer:
   """Reads a tokenizer.json, and what stands beside it."""
   import tokenizers
-  try:
-    pipeline = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # tokenizers raises bare Exception.
-    raise RequestError(
-        f'tokenizer {spec!r} is not a Hugging Face tokenizer.json: '
-        f'{short(" ".join(str(error).split()))}.') from error
+  pipeline = tokenizers.Tokenizer.from_file(str(path))
   special = {token.content: i for i, token
              in pipeline.get_added_tokens_decoder().items() if token.special}
   named = named_tokens(path.parent)
@@ -367,26 +371,18 @@ def _read_json(spec: str, path: pathlib.Path) -> Tokenizer:
          for kind, names in SPECIAL_NAMES.items()}
   ids |= {kind: i for kind in ids if (i := pipeline.token_to_id(
       named.get(f'{kind}_token', ''))) is not None}
-  return HuggingFace(spec, pipeline, {
-      kind: i for kind, i in ids.items() if i is not None})
+  return HuggingFace(spec, pipeline, ids)
 
 
 def _read_others(spec: str, folder: pathlib.Path, names: tuple[str, ...]
                  ) -> Tokenizer:
   """Reads the files of a folder by the class of transformers that it names."""
-  transformers = texts.imported(
-      'transformers', f'tokenizer {spec!r}, which has no tokenizer.json,', 'hf')
-  try:
-    theirs = transformers.AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True)
-    pipeline = theirs.backend_tokenizer
-  except Exception as error:  # whatever is wrong with the files
-    raise RequestError(
-        f'tokenizer {spec!r}: transformers cannot read {" + ".join(names)}: '
-        f'{short(" ".join(str(error).split()))}.') from error
-  ids = {kind: getattr(theirs, f'{kind}_token_id') for kind in SPECIAL_NAMES}
-  return HuggingFace(spec, pipeline, {
-      kind: i for kind, i in ids.items() if i is not None})
+  import tokenizers
+  from training.data import limited
+  text, ids = limited.call(
+      f'tokenizer {spec!r}: transformers cannot read {" + ".join(names)}',
+      'read_others', str(folder), [*SPECIAL_NAMES])
+  return HuggingFace(spec, tokenizers.Tokenizer.from_str(text), ids)
 
 
 def _framing(tokenizer: Any) -> dict[str, int]:

@@ -228,7 +228,7 @@ def test_a_folder_is_read_as_transformers_does(kind, trained, corpus, tmp_path):
     ('byte', "unknown tokenizer 'byte', .*: choose bytes, "),
     ('{}/none.json', 'no such file or folder'),
     ('{}', 'holds none of: tokenizer.json; vocab.json \\+ merges.txt; '),
-    ('{}/broken.json', 'is not a Hugging Face tokenizer.json: '),
+    ('{}/broken.json', 'cannot be read as a Hugging Face tokenizer.json: '),
     ('{}/pair', 'transformers cannot read tokenizer.model'),
 ])
 def test_what_is_no_tokenizer_is_refused(spec, message, tmp_path):

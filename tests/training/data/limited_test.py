@@ -1,0 +1,101 @@
+"""What a chat template and a tokenizer.json may take: what has no end, writes
+gigabytes or ends its process is a sentence that names the file, and the next
+call is answered."""
+
+import json
+
+import pytest
+import tokenizers as hf
+
+from configs.errors import RequestError
+from training.data import conversations, limited, tokenizers
+
+BYTES = tokenizers.load('bytes')
+OVER = 'it takes more than .* seconds or 1,024 MiB of memory, or ends the proc'
+
+
+def rendered(text, said='x'):
+  return conversations.make('of models/a', text, BYTES).render(
+      [dict(role='user', content=said)])
+
+
+@pytest.mark.parametrize('text, why', [
+    ('{% for x in range(99999) %}' * 3 + '{% endfor %}' * 3, OVER),
+    ('{{ (10**100000)**1000 }}', OVER),
+    ('{{ "%1000000000s"|format(1) }}', OVER),
+    ("{% set t = namespace(s='x') %}{% for i in range(60) %}"
+     '{% set t.s = t.s ~ t.s %}{% endfor %}{{ t.s }}', OVER),
+    ('{{ "%9000000s"|format(1) }}', 'it writes 9,000,000 characters where 5 '),
+    (f'{{{{ {"(" * 5000}1{")" * 5000} }}}}', 'maximum recursion depth'),
+    ('{% break %}', "'break' outside loop"),
+    ('{% for x in [1] %}' * 60 + '{% endfor %}' * 60, 'too many statically'),
+    (r'{{ "\ud800" }}', 'its text is not text')])
+def test_a_template_has_limits(text, why, monkeypatch):
+  if why == OVER:
+    monkeypatch.setattr(limited, 'SECONDS', 2)
+    limited._process.cache_clear()
+  with pytest.raises(RequestError, match='^the chat template of models/a fails'
+                     f': {why}') as caught:
+    rendered(text)
+  assert '\n' not in str(caught.value) and len(str(caught.value)) < 300
+  assert rendered('{{ messages[0].content }}!') == 'x!'
+
+
+def test_a_long_conversation_is_rendered():
+  said = 'x' * 2**22
+  assert rendered('{{ messages[0].content }}' * 2, said) == said * 2
+
+
+def test_an_interrupted_call_answers_no_other(monkeypatch):
+  def interrupt(*args, **options):
+    print(*args, **options)
+    raise KeyboardInterrupt
+  monkeypatch.setattr(limited, 'print', interrupt, raising=False)
+  with pytest.raises(KeyboardInterrupt):
+    rendered('first')
+  monkeypatch.undo()
+  assert rendered('second') == 'second'
+
+
+DOUBLED = dict(type='Replace', pattern=dict(String='Q'), content='QQ')
+SLOW = dict(type='Split', pattern=dict(Regex='(a+)+$'), behavior='Isolated',
+            invert=False)
+
+
+def pipeline(path, model=(), **parts):
+  """Writes a tokenizer.json of one word, and these parts."""
+  tree = json.loads(hf.Tokenizer(hf.models.WordLevel(
+      {'a': 0}, unk_token='a')).to_str()) | parts
+  path.write_text(json.dumps(tree | dict(model=tree['model'] | dict(model))))
+  return str(path)
+
+
+def bpe(second, prefix):
+  return dict(type='BPE', vocab={'a': 0, second: 1}, merges=[['a', second]],
+              continuing_subword_prefix=prefix, unk_token=None)
+
+
+@pytest.mark.parametrize('parts, why', [
+    (dict(normalizer=dict(type='Prepend', prepend='x' * 10**8)), OVER),
+    (dict(normalizer=dict(type='Prepend', prepend='x' * 10**6)),
+     'it makes 1,012,320 characters of 12,320'),
+    (dict(normalizer=dict(type='Sequence', normalizers=[DOUBLED] * 16)),
+     'it makes 2,109,440 characters of 12,320'),
+    (dict(model=bpe('b', 'xxxx')), 'range end index'),  # a panic of Rust
+    (dict(model=bpe('éb', '#')), OVER),  # which ends the process
+    (dict(pre_tokenizer=SLOW), 'Onig: Regex search error: retry-limit'),
+    (dict(model=dict(vocab={'b': 0}, unk_token='none')), 'WordLevel error'),
+    (dict(model=dict(vocab={'a': 2**32 - 1})), 'has the id 4,294,967,295')])
+def test_a_tokenizer_has_limits(parts, why, tmp_path):
+  file = pipeline(tmp_path / 'tokenizer.json', **parts)
+  with pytest.raises(RequestError, match=f"^tokenizer '{file}' (cannot be read "
+                     f'as a Hugging Face tokenizer.json: )?{why}') as caught:
+    tokenizers.load(file)
+  assert '\n' not in str(caught.value)
+
+
+def test_a_worker_reads_what_was_tried(tmp_path, monkeypatch):
+  tokenizer = tokenizers.load(pipeline(tmp_path / 'a.json'))
+  monkeypatch.setattr(limited, 'call', None)
+  make, args = tokenizer.__reduce__()
+  assert make(*args).fingerprint == tokenizer.fingerprint

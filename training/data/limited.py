@@ -1,0 +1,142 @@
+"""What the files of a folder make other libraries do, in a process with limits.
+
+A chat template can loop without an end. A tokenizer.json of a few lines can
+write a gigabyte for a word, or end the process that reads it. So a template is
+rendered, and the files of a tokenizer are read before they are read here, in a
+process that may take SECONDS of the processor's time and BYTES of memory. It
+imports neither JAX nor the rest of the project.
+"""
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any
+
+from configs.errors import require
+from training.data import texts
+
+SECONDS, BYTES = 10, 2**30
+# A template may write so many characters, and so many times what is said; a
+# tokenizer so many times a text.
+MOST_MORE, MOST_TIMES = 2**20, 8
+# What makes texts long, or a regular expression slow, does so with some of
+# these.
+_PROBE = ''.join(chr(i) * 32 for i in [*range(1, 0x180), 0x2581, 0x65e5])
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def call(what: str, function: str, *args: Any, keep: bool = False) -> Any:
+  """Returns what a function of this file returns in the process with limits.
+
+  Args:
+    what: what fails, as the beginning of a sentence.
+    function: its name.
+    *args: what it takes, as JSON has it.
+    keep: whether the process stays for the next call. Else its memory is free
+      again, of which a large vocabulary takes much.
+
+  Raises:
+    RequestError: with `what`, and why: an exception, or a limit.
+  """
+  with _ONE_AT_A_TIME:
+    process, reply = _process(os.getpid()), ''
+    try:
+      with contextlib.suppress(BrokenPipeError):  # it has ended
+        print(json.dumps([function, *args]), file=process.stdin, flush=True)
+      reply = process.stdout.readline()
+    finally:
+      if not (keep and reply):  # without one, the caller may be interrupted
+        process.kill()
+        process.communicate()
+        _process.cache_clear()
+  value, why = json.loads(reply or '[null, "MemoryError"]')
+  require(why != 'MemoryError', f'{what}: it takes more than {SECONDS} seconds '
+          f'or {BYTES >> 20:,} MiB of memory, or ends the process it is in')
+  require(not why, f'{what}: {why}')
+  return value
+
+
+@functools.cache
+def _process(_: int) -> Any:
+  """Returns the process with limits of the process of this number."""
+  paths = os.pathsep.join(map(os.path.abspath, sys.path))
+  return subprocess.Popen(
+      [sys.executable, '-P', '-m', __name__, str(SECONDS), str(BYTES)],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+      text=True, env=os.environ | {'PYTHONPATH': paths})
+
+
+# In the process with limits.
+
+
+def render(template: str, chat: Sequence[Mapping[str, str]],
+           options: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+  """Returns the text of a conversation, and where {% generation %} blocks stand
+  in it; `options` are of transformers' render_jinja_template."""
+  utils = texts.imported('transformers.utils.chat_template_utils', 'it', 'hf')
+  (text,), spans = utils.render_jinja_template(
+      [chat], chat_template=template, **options)
+  said = sum(len(value) for message in chat for value in message.values())
+  require(len(text) <= MOST_MORE + MOST_TIMES * said, 'it writes '
+          f'{len(text):,} characters where {said:,} are said')
+  return texts.checked(text, 'its text'), spans[0] if spans else []
+
+
+def read_json(file: str) -> None:
+  """Reads a tokenizer.json and tries it."""
+  import tokenizers
+  _try(tokenizers.Tokenizer.from_file(file))
+
+
+def read_others(folder: str, kinds: Sequence[str]
+                ) -> tuple[str, dict[str, int | None]]:
+  """Returns the tokenizer.json that transformers makes of a folder without one,
+  and the ids of these kinds of special tokens."""
+  transformers = texts.imported('transformers', 'it', 'hf')
+  theirs = transformers.AutoTokenizer.from_pretrained(
+      folder, local_files_only=True)
+  _try(theirs.backend_tokenizer)
+  return theirs.backend_tokenizer.to_str(), {
+      kind: getattr(theirs, f'{kind}_token_id') for kind in kinds}
+
+
+def _try(pipeline: Any) -> None:
+  pipeline.decode(pipeline.encode('a', 'b').ids)
+  if pipeline.normalizer:
+    size = len(pipeline.normalizer.normalize_str(_PROBE))
+    require(size <= MOST_TIMES * len(_PROBE), f'it makes {size:,} characters '
+            f'of {len(_PROBE):,}')
+  with contextlib.suppress(Exception):  # of an alphabet with fewer characters
+    pipeline.decode(pipeline.encode(_PROBE).ids)
+
+
+def main() -> None:
+  """Answers calls, a line each, until who asks has ended."""
+  seconds, size = map(int, sys.argv[1:])
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)  # who asks answers to them
+  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+  _, most = resource.getrlimit(resource.RLIMIT_CPU)
+  replies, sys.stdout = sys.stdout, sys.stderr
+  for line in sys.stdin:
+    function, *args = json.loads(line)
+    until = int(sum(os.times()[:2])) + 1 + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (until, most))
+    try:
+      reply = json.dumps([globals()[function](*args), ''])
+    except BaseException as error:  # a panic of Rust is no Exception
+      why = ' '.join(str(error).split())[:200] or type(error).__name__
+      reply = json.dumps([None, why])
+    print(reply, file=replies, flush=True)
+
+
+if __name__ == '__main__':
+  main()
