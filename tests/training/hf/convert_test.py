@@ -132,7 +132,7 @@ def test_an_import_that_fails_leaves_no_run(room, name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('write', [
     lambda folder: convert.export(folder, folder, step=None),
-    lambda folder: archetype.Model(None, {}).save(folder),
+    lambda folder: archetype.Model(*models.make()).save(folder),
     lambda folder: peft.write(models.config('llama'), {}, folder, ''),
     lambda folder: convert.of_gguf(folder / 'config.json', folder)],
                          ids=['export', 'save', 'peft', 'gguf'])
