@@ -5,7 +5,7 @@ import argparse
 import json
 
 from architectures.parts import tables
-from configs.errors import RequestError, require
+from configs.errors import require
 from configs.fields import check_number
 from tools.compare import cost, layout, spec
 from training import progress
@@ -87,7 +87,7 @@ def describe(args) -> dict:
   if args.match:
     sweep = cost.match(sweep, args.match, field)
   return {
-      'name': sweep.name, 'file': sweep.file, 'match': sweep.match,
+      'name': sweep.name, 'file': sweep.file, 'match': args.match,
       'match_field': field if args.match else '',
       'base': sweep.base_name,
       'base_config': sweep.base.to_dict(),
@@ -100,7 +100,7 @@ def describe(args) -> dict:
 
 def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
   config = sweep.config(point)
-  try:
+  with spec.naming(f'point {point.name!r}'):
     cost.check(config, point.changes)
     figures = cost.of(config)
     require(bool(config.eval.every_steps or config.eval.tasks
@@ -108,8 +108,6 @@ def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
             'done, so there would be nothing to compare: set it, to '
             'train.steps for one held-out loss after the last step, or name '
             'a task in TASKS')
-  except RequestError as error:
-    raise RequestError(f'point {point.name!r}: {error}') from error
   model = cost.resolved(config)
   before, after = (run_config.flatten_dict({'model': tables.as_dict(of)})
                    for of in (cost.resolved(sweep.base), model))

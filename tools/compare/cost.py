@@ -22,6 +22,9 @@ TOLERANCE = 0.01  # what may be off at most
 NEAR = 0.0025  # what is left alone, or rounded for
 STEP = 8  # a width that hardware likes
 LARGEST = 2 ** 24
+# Points of a sweep ask for the same ones many times.
+_tokenizer = functools.cache(tokenizers.load)
+_parameters = functools.cache(totals.parameters)
 
 
 class Cost(NamedTuple):
@@ -87,17 +90,6 @@ def resolved(config):
   return runs.resolve(config, _tokenizer(config.data.tokenizer))[0]
 
 
-@functools.cache
-def _tokenizer(name: str):
-  return tokenizers.load(name)
-
-
-@functools.cache
-def _parameters(model) -> tuple[int, int]:
-  """Sweeps of the optimiser ask for the same model many times."""
-  return totals.parameters(model)
-
-
 def match(sweep: spec.Sweep, what: str, field: str) -> spec.Sweep:
   """Returns the sweep with `field` solved in each point that needs it.
 
@@ -116,11 +108,9 @@ def match(sweep: spec.Sweep, what: str, field: str) -> spec.Sweep:
   target = figure(sweep.base, what)
   points = []
   for point in sweep.points:
-    try:
+    with spec.naming(f'point {point.name!r}'):
       points.append(_solved(sweep, point, what, field, target))
-    except RequestError as error:
-      raise RequestError(f'point {point.name!r}: {error}') from error
-  return dataclasses.replace(sweep, points=tuple(points), match=what)
+  return dataclasses.replace(sweep, points=tuple(points))
 
 
 def _solved(sweep, point, what, field, target) -> spec.Point:

@@ -36,8 +36,8 @@ def of(frozen: plans.Frozen, group: int, times: Times | None
   """
   plan = frozen.plan
   names = (plan.base, *plan.variants)
-  untuned = [plans.Tuned(*search.name, dict(search.candidates[0]), (), 0, 0.0,
-                         0.0, ()) for search in phases.searches(plan)]
+  untuned = [plans.Tuned(*search.name, dict(search.candidates[0]), (), 0, ())
+             for search in phases.searches(plan)]
   extended = (plan.tuning.extend * len(plan.tuning.fields) * plan.seeds.tune
               * len(untuned))
   full = lambda phase, sizes: phases.full_runs(frozen, untuned, phase, names,
@@ -93,13 +93,11 @@ def known(workdir, frozen: plans.Frozen) -> Times | None:
   wanted = [(size, workload) for size in plan.sizes
             for workload in plan.workloads]
   steps, seconds = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0)
-  for x in results.outcomes(workdir):
+  for x in map(plans.outcome_from_json, results.load(workdir)['outcomes']):
     key = x.size, x.workload
     if (x.seconds == x.seconds and not x.diverged and x.variant in variants
         and key in steps):
-      row = frozen.point_of(x)
-      steps[key] += (x.flops / row['flops_per_token'] / row['tokens']
-                     * frozen.steps(row['changes']))
+      steps[key] += frozen.steps(x.changes)
       seconds[key] += x.seconds
   return {key: seconds[key] / steps[key] for key in wanted} if all(
       steps.values()) else None

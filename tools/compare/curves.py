@@ -55,18 +55,20 @@ class Run:
   strange: tuple[str, ...] = ()
 
   @property
-  def final(self) -> float | None:
-    """The held-out loss after the last step; None where there is none.
+  def held_out(self) -> dict[str, Any]:
+    """The figures of what is held out after the last step, by name; None: not
+    finite.
 
-    A run has it once it is trained, whatever it still owes or fails at.
+    A run has them once it is trained, whatever it still owes or fails at.
     """
-    if not self.config:
-      return None
-    last = self.config['train.steps']
-    losses = [row['loss'] for row in self.rows
-              if row['split'] == 'eval' and row['step'] == last
-              and row.get('loss') is not None]
-    return losses[-1] if losses else None
+    return {name: value for row in self.rows if row['split'] == 'eval'
+            and row['step'] == self.config.get('train.steps')
+            for name, value in row.items() if name not in ('split', 'step')}
+
+  @property
+  def final(self) -> float | None:
+    """The held-out loss after the last step; None where there is none."""
+    return self.held_out.get('loss')
 
   @property
   def is_whole(self) -> bool:
@@ -163,10 +165,7 @@ def load_sweep(workdir) -> Sweep:
     ValueError: where no sweep was run.
   """
   description = layout.load_description(workdir)
-  with layout.Ledger(workdir) as ledger:
-    states = {(run.point, run.seed): (run.state, run.error)
-              for run in ledger.runs()}
-  sweep = read(workdir, description, states)
+  sweep = read(workdir, description, layout.ledger_runs(workdir))
   for stranger in sweep.strangers:
     print(f'warning: not of the config that sweep.json says: {stranger}',
           file=sys.stderr)
@@ -174,30 +173,28 @@ def load_sweep(workdir) -> Sweep:
 
 
 def read(workdir, description: Mapping[str, Any],
-         states: Mapping[tuple[str, int], tuple[str, str]]) -> Sweep:
+         rows: Sequence[layout.Run]) -> Sweep:
   """Returns the sweep of a folder.
 
   Args:
     workdir: W.
     description: what sweep.json holds.
-    states: the ledger's (state, error) by point and seed.
+    rows: the ledger's.
   """
   base_config = run_config.flatten_dict(description['base_config'])
+  states = {(row.point, row.seed): (row.state, row.error) for row in rows}
   points = tuple(_point(workdir, description, row, base_config, states)
                  for row in description['points'])
   base = next(p for p in points if p.name == description['base'])
-  ran = [(p.name, s) for p in points for s in p.runs]
   return Sweep(description['name'], description['file'], description['match'],
                description['paired'], description['base_config'], base_config,
-               base, points, tuple(layout.codes(workdir, ran)))
+               base, points, tuple(layout.codes(workdir, description)))
 
 
 def _point(workdir, description, row: Mapping[str, Any],
            base: Mapping[str, Any], states) -> Point:
-  runs = {}
-  for seed in row['seeds']:
-    state, error = states.get((row['name'], seed), ('not run', ''))
-    runs[seed] = _run(workdir, description, row['name'], seed, state, error)
+  runs = {seed: _run(workdir, description, row['name'], seed, *states.get(
+      (row['name'], seed), ('not run', ''))) for seed in row['seeds']}
   # The base need not have the kinds of layer that a point has.
   changes = {key: value for key, value in row['changes'].items()
              if key not in base or value != base[key]}
@@ -211,17 +208,14 @@ def _run(workdir, description, point: str, seed: int, state: str, error: str
   folder = layout.run_folder(workdir, point, seed)
   started = (folder / 'config.json').exists()
   file = folder / 'metrics.jsonl'
-  config = run_config.flatten(run_config.load_config(folder)) if (
-      started) else {}
-  evaluations, longer = {}, {}
-  if (folder / 'eval.json').exists():
-    evaluations = layout.evaluation(folder)
-    try:
-      longer = _longer(evaluations.get('extrapolation'),
-                       config.get('model.position'))
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-      raise RequestError(f'{folder / "eval.json"} is damaged: extrapolation: '
-                         f'{error!r}') from error
+  config = run_config.flatten(run_config.load_config(folder)) if started else {}
+  evaluations = layout.evaluation(folder)
+  try:
+    longer = _longer(evaluations.get('extrapolation'),
+                     config.get('model.position'))
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
+    raise RequestError(f'{folder / "eval.json"} is damaged: extrapolation: '
+                       f'{error!r}') from error
   return Run(
       seed, state, error, config,
       tuple(metrics.read(file)) if file.exists() else (), evaluations, longer,

@@ -194,8 +194,11 @@ def noise(plan: Plan, outcomes: Iterable[Outcome]) -> list[Noise]:
 def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
                rate: float) -> Noise:
   share = plan.alpha if phase == 'confirm' else plan.q
-  level = share / _tests(plan, measure, phase)
-  seeds = getattr(plan.seeds, phase)
+  # Tests that are corrected together where all variants pass the screening.
+  tests = len(plan.variants)
+  if phase == 'confirm' and measure != plan.primary:
+    tests *= len(plan.measures) - 1
+  level, seeds = share / tests, getattr(plan.seeds, phase)
   by_seed = _differences_by_seed(sizes, measure)
   row = Noise(name, measure.name, phase, len(by_seed), None, seeds, level)
   if len(by_seed) < 2:
@@ -210,13 +213,6 @@ def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
   return dataclasses.replace(
       row, power=statistics.power(plan.effect, seeds=seeds, **test),
       seeds_needed=statistics.seeds_needed(plan.effect, plan.power, **test))
-
-
-def _tests(plan: Plan, measure: Measure, phase: str) -> int:
-  """Returns how many tests may be corrected together with one of a measure:
-  as `confirm` has them where all variants pass the screening."""
-  secondary = phase == 'confirm' and measure != plan.primary
-  return len(plan.variants) * (len(plan.measures) - 1 if secondary else 1)
 
 
 def announce(plan: Plan, rows: Sequence[Noise]) -> Announced:
@@ -303,7 +299,7 @@ def _family(plan: Plan, runs: Runs, members, sizes: Sequence[str],
 def _verdict(plan, sizes, member, pairs, effect: Effect, p_corrected,
              p_diverged) -> Verdict:
   variant, measure = member
-  each = [_effect(size, _differences(part, measure))
+  each = [_effect(size, _means(_differences_by_seed([part], measure)))
           for size, part in zip(sizes, pairs)]
   every = [pair for part in pairs for pair in part.values()]
   ours, base = (sum(pair[i].diverged for pair in every) for i in (0, 1))
@@ -337,22 +333,12 @@ def _both(runs: Runs, variant: str, base: str, size: str, measure: Measure
           for seed in sorted(ours.keys() & theirs.keys())}
 
 
-def _difference(pair: tuple[Outcome, Outcome], measure: Measure) -> float:
-  ours, base = pair
-  return ours.values[measure.name] - base.values[measure.name]
-
-
-def _differences(pairs, measure: Measure) -> list[float]:
-  """Of the pairs that both ended."""
-  return [_difference(pair, measure) for pair in pairs.values()
-          if not any(x.diverged for x in pair)]
-
-
 def _differences_by_seed(sizes, measure: Measure) -> dict[int, list[float]]:
   """Returns the differences at each size, of the seeds whose runs ended at all
   sizes: a mean over other sizes would be another figure."""
   seeds = sorted(set.intersection(*(set(pairs) for pairs in sizes)))
-  return {seed: [_difference(pairs[seed], measure) for pairs in sizes]
+  return {seed: [ours.values[measure.name] - base.values[measure.name]
+                 for ours, base in (pairs[seed] for pairs in sizes)]
           for seed in seeds
           if not any(x.diverged for pairs in sizes for x in pairs[seed])}
 
@@ -387,13 +373,11 @@ def _trend(plan: Plan, runs: Runs, variant: str) -> Effect | None:
   by_seed = _differences_by_seed(
       [_both(runs, variant, plan.base, size, plan.primary)
        for size in plan.sizes], plan.primary)
-  if not by_seed:
+  if not by_seed or len(plan.sizes) < 2:
     return None
   logs = [math.log10(next(iter(runs[
       plan.base, size, plan.primary.workload].values())).params)
           for size in plan.sizes]
-  if len(set(logs)) < 2:
-    return None
   slopes, _ = np.polyfit(logs, np.array([*by_seed.values()]).T, 1)
   return _effect(ALL, slopes.tolist())
 

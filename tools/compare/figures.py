@@ -5,7 +5,7 @@ A variant has the same colour and dashes in every figure. Sizes are a journal's:
 one column, or two. `c` is a report.Comparison.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import html
 import io
 import math
@@ -100,8 +100,7 @@ def css_look(c, name: str, turn: int = 0) -> str:
   if name == c.plan.base:
     return f'ink d{turn % len(DASHES)}' if turn else 'ink'
   i = c.plan.variants.index(name)
-  return (f'c{i % len(COLOURS)} '
-          f'd{(turn or i // len(COLOURS)) % len(DASHES)}')
+  return f'c{i % len(COLOURS)} d{(turn or i // len(COLOURS)) % len(DASHES)}'
 
 
 def shortened(names: Sequence[str], most: int = 22) -> dict[str, str]:
@@ -121,7 +120,7 @@ def outcome(c) -> Any:
   """Returns the figure of what was found: on the left the held-out loss by
   tokens, the mean over seeds, at the largest size; on the right the difference
   of each variant with its interval and verdict, the best at the top."""
-  from matplotlib import pyplot
+  from matplotlib import pyplot, ticker
   plan = c.plan
   rows = sorted((row for row in c.verdicts() if page.known(row['effect'])),
                 key=lambda row: -plan.primary.sign * row['effect'])
@@ -140,7 +139,9 @@ def outcome(c) -> Any:
     unit = measures.said(c.frozen, plan.primary, ', ')
     left.set(xlabel='training tokens', ylabel=f'held-out loss{unit}',
              title=' '.join(['loss curves', plan.sizes[-1]]))
-    _tokens(left)
+    left.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+    left.locator_params(axis='x', nbins=4)
+    left.grid(axis='y')
     if left.lines:
       left.legend()
     _forest(right, c, rows, look, shortened(c.variants, 40))
@@ -148,13 +149,6 @@ def outcome(c) -> Any:
               f'{label[plan.base]}{unit}', title='difference from the base')
     figure.canvas.draw()  # under this style, wherever it is written
   return figure
-
-
-def _tokens(axes: Any) -> None:
-  from matplotlib.ticker import EngFormatter
-  axes.xaxis.set_major_formatter(EngFormatter(sep=''))
-  axes.locator_params(axis='x', nbins=4)
-  axes.grid(axis='y')
 
 
 def _forest(axes: Any, c, rows: Sequence[Mapping], look: Mapping,
@@ -240,21 +234,20 @@ def of(c) -> list[page.Figure]:
     drawn.append(_drawn('outcome', 'Outcome', (
         'Held-out loss, the mean over seeds; and the difference of each '
         f'variant{sizes}, with 95 % intervals over paired seeds: {side} of the '
-        f'line is better than {plan.base}.'), effects, lambda: outcome(c)))
+        f'line is better than {plan.base}.'), effects, outcome(c)))
   if plan.sizes[1:] and any(c.values('confirm', plan.base, size, measure)
                             for size in plan.sizes
                             for measure in plan.measures[1:]):
     drawn.append(_drawn('measures', 'Other measures', (
         'Means over the seeds of the confirmation with their 95 % intervals; '
-        'the dashed line is what guessing gives.'), '', lambda: by_size(c)))
+        'the dashed line is what guessing gives.'), '', by_size(c)))
   return drawn
 
 
 def _drawn(name: str, title: str, caption: str, words: str,
-           draw: Callable[[], Any]) -> page.Figure:
+           figure: Any) -> page.Figure:
   """Returns a figure; `words` says it to who cannot see it."""
   from matplotlib import pyplot
-  figure = draw()
   with style(name):
     files = {kind: _written(figure, kind) for kind in FORMATS}
   pyplot.close(figure)

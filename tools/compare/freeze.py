@@ -14,11 +14,10 @@ from typing import Any
 
 from configs import base as base_config
 from configs.fields import check_number
-from configs.errors import RequestError, one_of, require, short
-from tools.compare import cost, phases, spec
+from configs.errors import one_of, require, short
+from tools.compare import cost, phases, spec, statistics
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
-from tools.compare import statistics
 from training import objectives, preflight, progress
 from training.data import tokenizers
 from training.objectives import pipeline
@@ -72,11 +71,9 @@ def freeze(file: str) -> plans.Frozen:
   measures = []
   for own in given['MEASURES']:
     at = [row['workload'] for row in points].index(own['workload'])
-    measures.append(plans.Measure(
-        own['name'], own['workload'], own['figure'], own['better'],
-        measures_lib.chance(own, configs[at], points[at]['vocab'],
-                            bytes_per_token * (own['workload'] == plans.TEXT),
-                            file)))
+    measures.append(plans.Measure(**own | {'chance': measures_lib.chance(
+        own, configs[at], points[at]['vocab'],
+        bytes_per_token * (own['workload'] == plans.TEXT), file)}))
   plan = plans.Plan(
       name=sweep.name, question=given['QUESTION'], file=file,
       base=sweep.base_name, variants=tuple(
@@ -215,16 +212,14 @@ def _matched(sweep: spec.Sweep, given: Mapping, size: str
              ) -> tuple[spec.Point, ...]:
   """Returns the variants as they are at a size: what is matched is solved on
   the text, and is the same on every workload."""
-  who = f'{sweep.file}, size {size!r},'
+  who = f'{sweep.file}, size {size!r}'
   base = spec.changed(sweep.base, _workload(sweep, given, size, plans.TEXT),
                       who)
   if not given['MATCH']:
     return sweep.points
-  try:
+  with spec.naming(who):
     return cost.match(dataclasses.replace(sweep, base=base), given['MATCH'],
                       given['MATCH_FIELD']).points
-  except RequestError as error:
-    raise RequestError(f'{who} {error}') from error
 
 
 def _workload(sweep: spec.Sweep, given: Mapping, size: str, workload: str,
@@ -255,8 +250,9 @@ def _workload(sweep: spec.Sweep, given: Mapping, size: str, workload: str,
 def _row(sweep: spec.Sweep, given: Mapping, size: str, workload: str,
          point: spec.Point) -> dict:
   variant = f'variant {point.name!r}'
+  where = f'{sweep.file}, {variant} at size {size!r} on {workload!r}'
   asked = [own for own in given['MEASURES'] if own['workload'] == workload]
-  try:
+  with spec.naming(where):
     changes = {**_workload(sweep, given, size, workload, measures_lib.tasks(
         given['MEASURES'], workload)), **point.changes}
     config = spec.changed(sweep.base, changes, 'it')
@@ -279,9 +275,6 @@ def _row(sweep: spec.Sweep, given: Mapping, size: str, workload: str,
     figures = cost.of(config)
     vocab = cost.resolved(config).vocab_size
     guess = measures_lib.guess(asked, config, vocab)
-  except RequestError as error:
-    raise RequestError(f'{sweep.file}, {variant} at size {size!r} on '
-                       f'{workload!r}: {error}') from error
   return {'variant': point.name, 'size': size, 'workload': workload,
           'changes': changes, 'matched': list(point.matched),
           **figures._asdict(), 'vocab': vocab, 'guess': guess}

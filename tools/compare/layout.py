@@ -144,9 +144,8 @@ def load_description(workdir) -> dict:
   return load_checked(path)
 
 
-def save_description(workdir, description: dict) -> dict:
-  """Writes sweep.json, and returns what it holds: also the points and seeds
-  that it had before.
+def save_description(workdir, description: dict) -> None:
+  """Writes sweep.json, which keeps the points and seeds that it had before.
 
   Raises:
     RequestError: where it is of another sweep.
@@ -167,7 +166,6 @@ def save_description(workdir, description: dict) -> dict:
     description = description | {
         'points': [*points, *left.values()], 'sources': sources}
   save_checked(path, description)
-  return description
 
 
 def _fixed(description: dict, points: Sequence[dict] = ()) -> dict:
@@ -237,14 +235,15 @@ def stranger(description: dict, workdir, point: str, seed: int) -> str:
       'may have changed since the sweep began')
 
 
-def codes(workdir, runs) -> list[str]:
-  """Returns the different codes that trained the (point, seed) of a sweep, as
-  far as they are known."""
+def codes(workdir, description: Mapping[str, Any]) -> list[str]:
+  """Returns the different codes that trained the runs of a sweep, as far as
+  they are known."""
   starts = []
-  for point, seed in runs:
-    # A config that is damaged is reported where the run is looked at.
-    with contextlib.suppress(RequestError):
-      starts += run_config.starts(run_folder(workdir, point, seed))
+  for row in description['points']:
+    for seed in row['seeds']:
+      # A config that is damaged is reported where the run is looked at.
+      with contextlib.suppress(RequestError):
+        starts += run_config.starts(run_folder(workdir, row['name'], seed))
   return provenance.codes(starts)
 
 
@@ -271,20 +270,22 @@ def is_trained(folder: pathlib.Path, train) -> bool:
 
 
 def evaluation(folder: pathlib.Path) -> dict:
-  """Returns what a run's eval.json holds, which was written in one piece.
+  """Returns what a run's eval.json holds, which was written in one piece; {}
+  where there is none.
 
   Raises:
     RequestError: where it is damaged.
   """
   path = folder / 'eval.json'
+  if not path.is_file():
+    return {}
   who = f'{path} (which can be removed: the evaluation is then done again)'
   return storage.parse(path.read_bytes(), who)
 
 
 def is_evaluated(folder: pathlib.Path, tasks: Iterable[str]) -> bool:
   """Whether eval.json holds every task."""
-  return set(tasks) <= set(evaluation(folder)
-                           if (folder / 'eval.json').is_file() else ())
+  return set(tasks) <= evaluation(folder).keys()
 
 
 def log(folder: pathlib.Path, line: str) -> None:
@@ -301,26 +302,14 @@ def error(folder: pathlib.Path) -> str:
   return (errors or lines)[-1].removeprefix('error: ')
 
 
-def flags(changes: Mapping[str, Any]) -> list[str]:
-  """Returns the changes of a point as train.py's flags."""
-  return [f'--config.{key}={spec.tuples(value)}'
-          for key, value in changes.items()]
-
-
 def train_command(description: dict, workdir, point: str, seed: int
                   ) -> list[str]:
   """Returns the words that train one run, from `train.py` on."""
+  changes = row_of(description, point)['changes'] | {'seed': seed}
   return ['train.py', '--config', description['file'], '--workdir',
-          str(run_folder(workdir, point, seed)),
-          *flags(row_of(description, point)['changes']),
-          f'--config.seed={seed}']
-
-
-def evaluate_command(workdir, point: str, seed: int, tasks: str) -> list[str]:
-  """Returns the words that do the evaluations which a run owes."""
-  folder = run_folder(workdir, point, seed)
-  return ['eval.py', '--workdir', str(folder), f'--tasks={tasks}', '--json',
-          str(folder / 'eval.json')]
+          str(run_folder(workdir, point, seed)), *(
+              f'--config.{key}={spec.tuples(value)}'
+              for key, value in changes.items())]
 
 
 def group_command(workdir, runs: Iterable[tuple[str, int]], tasks: str = ''
@@ -336,7 +325,9 @@ def shell_line(description: dict, workdir, run) -> str:
   """Returns one line for a shell: all that a run still needs."""
   words = [train_command(description, workdir, run.point, run.seed)]
   if run.tasks:
-    words.append(evaluate_command(workdir, run.point, run.seed, run.tasks))
+    folder = run_folder(workdir, run.point, run.seed)
+    words.append(['eval.py', '--workdir', str(folder), f'--tasks={run.tasks}',
+                  '--json', str(folder / 'eval.json')])
   return ' && '.join(shlex.join(['python', *word]) for word in words)
 
 
@@ -545,6 +536,12 @@ class Ledger:
         f'({", ".join("?" * len(dead))}) RETURNING point, seed',
         PENDING, RUNNING, *dead)
     return [f'{point}, seed {seed}' for point, seed in freed]
+
+
+def ledger_runs(workdir) -> list[Run]:
+  """Returns what the ledger of a sweep holds."""
+  with Ledger(workdir) as ledger:
+    return ledger.runs()
 
 
 def _crc32(*values: Any) -> int:

@@ -6,9 +6,10 @@ import math
 
 from configs.errors import one_of, require, short
 from tools.compare import plan as plans
-from training import evals
-from training.workdir import metrics
+from training import evals, objectives
+from training.data import probes
 from training.evals.tasks import probe as probe_task
+from training.workdir import metrics
 
 _ENTRIES = ('workload', 'figure', 'better', 'name', 'chance')
 
@@ -107,7 +108,6 @@ def guess(measures: Sequence[dict], config, vocab: int) -> float:
 
 
 def _guessing(config, vocab: int) -> float | None:
-  from training import objectives
   return objectives.of(config).guessing(objectives.with_labels(config), vocab)
 
 
@@ -125,8 +125,6 @@ def chance(measure: dict, config, vocab: int, bytes_per_token: float, file: str
   """
   if 'chance' in measure:
     return float(measure['chance'])
-  from training import objectives
-  from training.data import probes
   guessing = _guessing(config, vocab)
   figure = measure['figure']
   if figure == 'loss' and guessing is not None:
@@ -148,7 +146,6 @@ def chance(measure: dict, config, vocab: int, bytes_per_token: float, file: str
 def unit(frozen, measure) -> str:
   """Returns the unit of a measure, 'nats a token'; '' where it has none, as an
   accuracy, or where it is not known, as of a task's own figure."""
-  from training import objectives
   if measure.figure.rpartition('/')[2] == 'bits_per_byte':
     return 'bits a byte'
   if measure.figure != 'loss':

@@ -17,7 +17,7 @@ import re
 import tomllib
 from typing import Any, NamedTuple
 
-from tools.compare import decide
+from tools.compare import decide, layout
 
 TEMPLATES = pathlib.Path(__file__).parent / 'templates'
 UNKNOWN = 'n/a'
@@ -53,12 +53,9 @@ class Table(NamedTuple):
 
   def text(self) -> str:
     """Renders for a terminal."""
-    rows = [list(self.columns)]
-    rows += [[cell.text for cell in row.values()] for row in self.rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join(
-        text.ljust(width) for text, width in zip(row, widths)).rstrip()
-                     for row in rows)
+    rows = [[cell.text for cell in row.values()] for row in self.rows]
+    return '\n'.join(layout.columns([[*self.columns], *rows],
+                                    left=len(self.columns)))
 
 
 def table(name: str, title: str, rows: Sequence[Mapping[str, Cell]]) -> Table:

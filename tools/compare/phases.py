@@ -27,6 +27,7 @@ from configs.errors import RequestError
 from tools.compare import decide
 from tools.compare import plan as plans
 from training.data import ramp
+from training.workdir import run_config
 
 Changes = dict[str, Any]
 
@@ -180,17 +181,14 @@ def _run(frozen: plans.Frozen, phase: str, variant: str, size: str,
 
 def shorten(changes: dict, base: dict, share: float) -> None:
   """Makes a run a share as long, with a whole schedule of its own."""
-  def value(field: str):
-    group, name = field.split('.')
-    return changes.get(field, base[group][name])
-
-  steps = value('train.steps')
+  before = run_config.flatten_dict(base) | changes
+  steps = before['train.steps']
   changes['train.steps'] = short = max(round(steps * share), 1)
   for field in ('optim.warmup_steps', 'optim.decay_steps'):
-    changes[field] = min(round(value(field) * short / steps), short)
+    changes[field] = min(round(before[field] * short / steps), short)
   for field in ('checkpoint.every_steps', 'log.every_steps'):
-    changes[field] = min(value(field), short)
-  if stages := value('data.batch_ramp'):
+    changes[field] = min(before[field], short)
+  if stages := before['data.batch_ramp']:
     changes['data.batch_ramp'] = ramp.scaled(stages, steps, short)
 
 
@@ -205,7 +203,7 @@ class Search:
     candidates: that are trained next; () where the search is over.
     best: the best of the last rung, once that is done.
     tried: of each candidate of each rung, as plans.Tuned has it.
-    outcomes: of all that was trained.
+    runs: how many were trained.
   """
   plan: plans.Plan
   variant: str
@@ -215,7 +213,7 @@ class Search:
   candidates: tuple[Changes, ...] = ()
   best: dict | None = None
   tried: list[dict] = dataclasses.field(default_factory=list)
-  outcomes: list[plans.Outcome] = dataclasses.field(default_factory=list)
+  runs: int = 0
 
   def __post_init__(self):
     fields = self.plan.tuning.fields
@@ -247,7 +245,7 @@ class Search:
              'diverged': any(x.diverged for x in own)}
             for changes, own in zip(self.candidates, outcomes, strict=True)]
     self.tried += rows
-    self.outcomes += itertools.chain(*outcomes)
+    self.runs += sum(map(len, outcomes))
     tuning = self.plan.tuning
     self.rung += 1
 
@@ -284,9 +282,8 @@ class Search:
 
   def found(self) -> plans.Tuned:
     return plans.Tuned(
-        *self.name, dict(self.best['changes']), self.at_edge,
-        len(self.outcomes), sum(x.flops for x in self.outcomes),
-        sum(x.seconds for x in self.outcomes), tuple(self.tried))
+        *self.name, dict(self.best['changes']), self.at_edge, self.runs,
+        tuple(self.tried))
 
 
 def further_out(edge: float, inner: float) -> float:

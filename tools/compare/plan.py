@@ -182,7 +182,7 @@ class Tuned:
     changes: the values chosen, by field.
     at_edge: of these fields, those whose optimum is still at the edge of what
       was tried.
-    runs, flops, seconds: what it took.
+    runs: how many it took.
     tried: of each candidate of each rung {'rung', 'steps', 'changes', 'value',
       'loss', 'diverged'}: means over the seeds of tuning, of the workload's
       first measure and of the held-out loss.
@@ -193,8 +193,6 @@ class Tuned:
   changes: dict
   at_edge: tuple[str, ...]
   runs: int
-  flops: float
-  seconds: float
   tried: tuple[dict, ...]
 
 

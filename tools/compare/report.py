@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import require
-from tools.compare import curves, decide, figures, layout, page
-from tools.compare import statistics
+from tools.compare import curves, decide, figures, layout, page, statistics
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
@@ -34,11 +33,6 @@ BASE, OPEN = 'base', 'not done yet'
 MOST = 300  # points of a line; longer ones are thinned
 # Fields that say where and how a run is done, not what it computes.
 ASIDE = ('log.', 'checkpoint.', 'mesh.', 'profile.')
-# What a study that was frozen and no more has found.
-_NOTHING = {'outcomes': [], 'noise': [], 'announced': None, 'tuned': [],
-            'screen': [], 'confirm': [], 'phases': {},
-            'as_planned': {'differences': []},
-            'provenance': {'codes': [], 'devices': [], 'versions': {}}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,13 +172,10 @@ def load(workdir) -> Comparison:
 
 
 def _study(workdir) -> Comparison:
-  frozen, results = plans.load(workdir), _NOTHING
-  path = pathlib.Path(workdir) / results_lib.FILE
-  if path.is_file():
-    results = layout.load_checked(path)
-    require(results['study']['hash'] == frozen.hash, f'{path} is of another '
-            'plan than study.json, whose study has to be run before it is '
-            'reported')
+  frozen, results = plans.load(workdir), results_lib.load(workdir)
+  require(not results['study'] or results['study']['hash'] == frozen.hash,
+          f'{workdir}/{results_lib.FILE} is of another plan than study.json, '
+          'whose study has to be run before it is reported')
   outcomes = [plans.outcome_from_json(row) for row in results['outcomes']]
   over = [name for name, row in results['phases'].items() if row['finished']]
   left = [name for name in plans.PHASES if name not in over]
@@ -234,7 +225,7 @@ def _sweep(workdir) -> Comparison:
       plans.Tuning({LR: ()}, rungs=1), 0.0, unstable=1.0, match=sweep.match)
   confirm = [dataclasses.replace(row, verdict=decide.by_itself(plan, row))
              for row in decide.confirm(plan, outcomes)]
-  results = _NOTHING | plans.to_json({
+  results = results_lib.NOTHING | plans.to_json({
       'confirm': confirm, 'tuned': _rates(sweep),
       'provenance': {'codes': sweep.codes, 'devices': [], 'versions': {}}})
   points = [{'variant': p.name, 'size': '', 'workload': plans.TEXT} | {
@@ -263,13 +254,11 @@ def _values(run: curves.Run) -> dict[str, float]:
   training length, and the last figures of its routers. Counts, groups of
   figures and curves are left out."""
   values = {} if run.final is None else {'loss': run.final}
-  for row in run.rows:
-    if (run.config and row['split'] == 'eval'
-        and row['step'] == run.config['train.steps']):
-      tasks = evals.listed(run.config['eval.tasks'])
-      values |= {name: value for name, value in row.items()
-                if type(value) is float
-                and any(_is_own(task, name) for task in tasks)}
+  if held_out := run.held_out:
+    tasks = evals.listed(run.config['eval.tasks'])
+    values |= {name: value for name, value in held_out.items()
+               if type(value) is float
+               and any(_is_own(task, name) for task in tasks)}
   for task, results in run.evaluations.items():
     if isinstance(results, Mapping):
       values |= {f'{task}/{name}': value for name, value in results.items()
@@ -482,8 +471,6 @@ def costs(c: Comparison) -> Table:
 def effects(c: Comparison) -> Table:
   """Each change alone: the mean over all pairs of points that differ in it and
   in nothing else, what was matched aside; none where no change has 2 pairs."""
-  if c.is_study:
-    return page.table('effects', '', [])
   declared = {row['variant']: {k: v for k, v in row['changes'].items()
                                if k not in row['matched']}
               for row in c.frozen.points}
@@ -607,21 +594,17 @@ def provenance(c: Comparison) -> Table:
       {'what': label(what), 'which': Cell(name)} for what, name in rows])
 
 
-def planned(frozen: plans.Frozen) -> list[str]:
-  """The paragraphs that say how a study will be done."""
-  return methods(Comparison('', frozen, _NOTHING, [], {}, [], [], []))
-
-
-def methods(c: Comparison) -> list[str]:
-  """The paragraphs that a paper needs to say how a study was done."""
-  if not c.is_study:
-    return []
+def methods(frozen: plans.Frozen, announced: Mapping[str, Any] | None
+            ) -> list[str]:
+  """The paragraphs that a paper needs to say how a study was done, or will be:
+  then nothing is announced yet."""
+  plan = frozen.plan
   text = page.render(
-      'methods.txt', c=c, plan=c.plan, primary=c.plan.primary, changed=changed,
-      said=measures_lib.said, alone=alone,
-      amount=measures_lib.amount(c.frozen, c.plan.effect),
+      'methods.txt', frozen=frozen, announced=announced, plan=plan,
+      primary=plan.primary, changed=changed, said=measures_lib.said,
+      alone=alone, amount=measures_lib.amount(frozen, plan.effect),
       grid=[f'{name} in {{{", ".join(map(value, values))}}}'
-            for name, values in c.plan.tuning.fields.items()])
+            for name, values in plan.tuning.fields.items()])
   return [' '.join(part.split()) for part in text.split('\n---\n')]
 
 
@@ -728,7 +711,8 @@ def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
       Section('curves', 'Loss curves', plots=curve_plots(c)),
       Section('others', 'Sizes and measures', (), pick('measures'),
               [other_table(c)]),
-      Section('changes', 'Each change', tables=[effects(c)]),
+      Section('changes', 'Each change',
+              tables=[] if c.is_study else [effects(c)]),
       Section('tuning', 'Tuning', tables=[tuning(c)], plots=[tuning_plot(c)]),
       Section('noise', 'Noise and power', [announced['sentence']] if announced
               else (), (), [noise(c)]),
@@ -737,7 +721,8 @@ def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
           [row for row in c.estimates if row['phase'] == 'screen'])]),
       Section('left-out', 'Left out', tables=[excluded(c)]),
       Section('planned', 'Planned and run', planned * c.is_study),
-      Section('methods', 'Methods', methods(c), (), [config(c)]),
+      Section('methods', 'Methods', methods(c.frozen, announced)
+              if c.is_study else (), (), [config(c)]),
       Section('provenance', 'Provenance and cost', (), (), [
           spent(c), provenance(c)])],
                    title=c.plan.name, about=c.about, answer=answer(c),
@@ -758,20 +743,18 @@ def write(c: Comparison) -> list[pathlib.Path]:
       'changes': json.dumps(x.changes, sort_keys=True)}
           for x in c.outcomes for measure, y in x.values.items()]
   lines = [{'variant': variant, 'size': size, 'seed': seed, 'figure': figure}
-           | {name: x for name, x in zip(curve, row)}
+           | dict(zip(curve, row))
            for (variant, size, seed), by_figure in c.curves.items()
            for figure, curve in by_figure.items()
            for row in zip(*curve.values())]
-  texts = {'index.html': html(c, drawn), 'results.csv': page.sheet(c.estimates),
-           'runs.csv': page.sheet(runs), 'curves.csv': page.sheet(lines)}
+  files = {'index.html': html(c, drawn), 'results.csv': page.sheet(c.estimates),
+           'runs.csv': page.sheet(runs), 'curves.csv': page.sheet(lines)} | {
+               f'{figure.name}.{kind}': content for figure in drawn
+               for kind, content in figure.files.items()}
   folder.mkdir(parents=True, exist_ok=True)
-  for name, content in texts.items():
+  for name, content in files.items():
     storage.write(folder / name, content)
-  pictures = {f'{figure.name}.{kind}': content for figure in drawn
-              for kind, content in figure.files.items()}
-  for name, content in pictures.items():
-    (folder / name).write_bytes(content)
-  return [folder / name for name in (*texts, *pictures)]
+  return [folder / name for name in files]
 
 
 def text(c: Comparison) -> str:

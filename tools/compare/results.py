@@ -6,12 +6,17 @@ import pathlib
 import platform
 from typing import Any
 
-from tools.compare import phases
+from tools.compare import layout, phases
 from tools.compare import plan as plans
-from tools.compare import layout
 
 FILE = 'results.json'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy')
+# What a study that was frozen and no more has found.
+NOTHING: dict[str, Any] = {
+    'study': None, 'outcomes': [], 'noise': [], 'announced': None, 'tuned': [],
+    'screen': [], 'confirm': [], 'phases': {},
+    'as_planned': {'differences': []},
+    'provenance': {'codes': [], 'devices': [], 'versions': {}}}
 
 
 def write(workdir, frozen: plans.Frozen, found: phases.Found,
@@ -24,11 +29,14 @@ def write(workdir, frozen: plans.Frozen, found: phases.Found,
     found: so far.
     planned: how many runs each phase has, as far as it is known.
   """
-  path = pathlib.Path(workdir) / FILE
-  if _holds_more(path, frozen, found):
+  before = load(workdir)
+  over = {phase for phase, row in before['phases'].items() if row['finished']}
+  # A study that is started again walks through all of its phases, and may be
+  # told to end early.
+  if set(found.finished) < over and before['study']['hash'] == frozen.hash:
     return
   ran = codes(workdir)
-  layout.save_checked(path, {
+  layout.save_checked(pathlib.Path(workdir) / FILE, {
       'study': {'name': frozen.plan.name, 'hash': frozen.hash},
       **{name: plans.to_json(getattr(found, name)) for name in (
           'outcomes', 'noise', 'announced', 'tuned', 'screen', 'confirm')},
@@ -36,48 +44,23 @@ def write(workdir, frozen: plans.Frozen, found: phases.Found,
                  for phase in plans.PHASES},
       'as_planned': as_planned(workdir, frozen, ran),
       'provenance': {'codes': ran, 'devices': _devices(workdir),
-                     'versions': versions()}})
+                     'versions': {'python': platform.python_version()} | {
+                         name: importlib.metadata.version(name)
+                         for name in _PACKAGES}}})
 
 
-def _holds_more(path: pathlib.Path, frozen: plans.Frozen,
-                found: phases.Found) -> bool:
-  """Whether phases are over there that `found` has not come to: a study that
-  is started again walks through all of them, and may be told to end early."""
-  if not path.is_file():
-    return False
-  tree = layout.load_checked(path)
-  return tree['study']['hash'] == frozen.hash and set(found.finished) < {
-      phase for phase, row in tree['phases'].items() if row['finished']}
-
-
-def outcomes(workdir) -> list[plans.Outcome]:
-  """Returns those of results.json; none where there is no such file yet."""
+def load(workdir) -> dict[str, Any]:
+  """Returns what results.json holds; NOTHING where there is no such file."""
   path = pathlib.Path(workdir) / FILE
-  if not path.is_file():
-    return []
-  return [plans.outcome_from_json(row)
-          for row in layout.load_checked(path)['outcomes']]
+  return layout.load_checked(path) if path.is_file() else NOTHING
 
 
 def folders(workdir, phase: str = '') -> list[pathlib.Path]:
   """Returns the sweeps of a phase, or of all, in the order of the phases."""
-  wanted = [phase] if phase else plans.PHASES
-  sweeps = []
-  for name in wanted:
-    sweeps += sorted(
-        (path.parent for path in pathlib.Path(workdir).glob(
-            f'{name}*/sweep.json')), key=lambda path: (
-                len(path.name), path.name))
-  return sweeps
-
-
-def rows(workdir, phase: str) -> list[layout.Run]:
-  """Returns what the ledgers of a phase's sweeps hold."""
-  runs = []
-  for folder in folders(workdir, phase):
-    with layout.Ledger(folder) as ledger:
-      runs += ledger.runs()
-  return runs
+  order = lambda path: (len(path.parent.name), path.parent.name)
+  return [path.parent for name in ([phase] if phase else plans.PHASES)
+          for path in sorted(
+              pathlib.Path(workdir).glob(f'{name}*/sweep.json'), key=order)]
 
 
 def _spent(frozen: plans.Frozen, phase: str, found: phases.Found,
@@ -116,13 +99,8 @@ def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]
 def codes(workdir) -> list[str]:
   """Returns the codes that trained the runs, as far as they are known."""
   return list(dict.fromkeys(code for folder in folders(workdir)
-                            for code in layout.codes(folder, _runs(folder))))
-
-
-def _runs(folder: pathlib.Path) -> list[tuple[str, int]]:
-  return [(row['name'], seed)
-          for row in layout.load_description(folder)['points']
-          for seed in row['seeds']]
+                            for code in layout.codes(
+                                folder, layout.load_description(folder))))
 
 
 def _devices(workdir) -> list[str]:
@@ -135,8 +113,3 @@ def _devices(workdir) -> list[str]:
         if colon and name.strip() == 'devices':
           names[devices.partition(', mesh')[0]] = None
   return list(names)
-
-
-def versions() -> dict[str, str]:
-  return {'python': platform.python_version()} | {
-      name: importlib.metadata.version(name) for name in _PACKAGES}

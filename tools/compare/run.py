@@ -50,7 +50,7 @@ def main(args) -> int:
   with layout.Ledger(args.workdir) as ledger:
     if args.retry:
       ledger.retry()
-    layout.begin(args.workdir, ledger, description)
+    description = layout.begin(args.workdir, ledger, description)
     waiting = ledger.runs(layout.PENDING)
     if args.launcher == 'print':
       for run in waiting:
@@ -59,7 +59,7 @@ def main(args) -> int:
       submit(args, args.jobs or len(waiting))
     elif args.launcher == 'local':
       local.Runner(args.workdir, ledger, args.parallel, args.group).run()
-    return _summary(args, ledger)
+    return _summary(args, ledger.runs(), description)
 
 
 def submit(args, jobs: int) -> None:
@@ -72,10 +72,9 @@ def submit(args, jobs: int) -> None:
                args.slurm, 'compare')
 
 
-def _summary(args, ledger) -> int:
+def _summary(args, runs: list[layout.Run], description: dict) -> int:
   """Prints the states of all runs, not to stdout where that holds commands."""
-  runs = ledger.runs()
-  codes = layout.codes(args.workdir, [(run.point, run.seed) for run in runs])
+  codes = layout.codes(args.workdir, description)
   failed = status.failed(runs)
   lines = [f'{args.workdir}: {status.states(runs)}',
            *[f'warning: {layout.codes_note(codes)}'] * (len(codes) > 1),

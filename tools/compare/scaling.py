@@ -277,8 +277,7 @@ def described(law: Law, drawn: list[Law], runs: Runs, budgets) -> dict:
       'runs': len(losses),
       'parameters': _ends(params), 'tokens': _ends(tokens),
       'rms_log_residual': float(np.sqrt(np.mean(residuals ** 2))),
-      'constants': {name: _with_interval(operator.attrgetter(name), law, drawn)
-                    for name in CONSTANTS},
+      'constants': _with_intervals(dataclasses.asdict, law, drawn),
       'flops_per_token': dataclasses.asdict(cost),
       'optima': [_optimum(law, drawn, cost, budget) for budget in budgets]}
 
@@ -287,9 +286,16 @@ def _ends(values: np.ndarray) -> list[float]:
   return [float(values.min()), float(values.max())]
 
 
-def _with_interval(figure, law: Law, drawn) -> dict:
-  low, high = np.percentile([figure(other) for other in drawn], [2.5, 97.5])
-  return {'value': float(figure(law)), 'low': float(low), 'high': float(high)}
+def _with_intervals(figures, law: Law, drawn) -> dict[str, dict]:
+  """Returns the figures of a law by name, with those of laws around it."""
+  each = [figures(other) for other in drawn]
+  return {name: _interval(value, [other[name] for other in each])
+          for name, value in figures(law).items()}
+
+
+def _interval(value: float, drawn: Sequence[float]) -> dict:
+  low, high = map(float, np.percentile(drawn, [2.5, 97.5]))
+  return {'value': float(value), 'low': low, 'high': high}
 
 
 def _optimum(law, drawn, cost, budget: float) -> dict:
@@ -298,13 +304,13 @@ def _optimum(law, drawn, cost, budget: float) -> dict:
   kept = [other for other in drawn if min(other.a, other.b) > 0.01]
   if min(law.a, law.b) <= 0.01 or len(kept) < 0.95 * len(drawn):
     return {'budget': budget}
-  best = lambda of: optimum(of, cost, budget)
-  figures = {'parameters': lambda of: best(of)[0],
-             'tokens': lambda of: best(of)[1],
-             'loss': lambda of: float(of.loss(*best(of)))}
-  return {'budget': budget} | {
-      name: _with_interval(figure, law, kept)
-      for name, figure in figures.items()}
+
+  def best(of: Law) -> dict[str, float]:
+    params, tokens = optimum(of, cost, budget)
+    return {'parameters': params, 'tokens': tokens,
+            'loss': of.loss(params, tokens)}
+
+  return {'budget': budget} | _with_intervals(best, law, kept)
 
 
 def text(f: dict) -> str:
@@ -351,7 +357,6 @@ def report_by(sweep, field: str, count: str, budgets, draws: int) -> dict:
   ladders: dict[str, list] = {str(of_base): []}
   for point in sweep.points:
     ladders.setdefault(str(point.changes.get(field, of_base)), []).append(point)
-  ladders = {value: points for value, points in ladders.items() if points}
   require(len(ladders) > 1, f'--by is {field!r}, which is '
           f'{next(iter(ladders))!r} at every point of {sweep.name}: name a '
           'field of which it has two values')
@@ -367,14 +372,11 @@ def report_by(sweep, field: str, count: str, budgets, draws: int) -> dict:
     # Else what is drawn of both would hang together by chance.
     theirs = drawn[value] if is_paired else bootstrap(
         laws[value], *runs[value][:3], draws, seed=1)
-    row = {'variant': value, 'against': first, 'paired': is_paired}
-    for name in ('a', 'b'):
-      apart = [getattr(x, name) - getattr(y, name)
-               for x, y in zip(theirs, drawn[first])]
-      low, high = map(float, np.percentile(apart, [2.5, 97.5]))
-      row[name] = {'value': getattr(laws[value], name)
-                   - getattr(laws[first], name), 'low': low, 'high': high}
-    differences.append(row)
+    differences.append({
+        'variant': value, 'against': first, 'paired': is_paired} | {
+            name: _interval(of(laws[value]) - of(laws[first]), [
+                of(x) - of(y) for x, y in zip(theirs, drawn[first])])
+            for name in ('a', 'b') for of in [operator.attrgetter(name)]})
   return {'field': field, 'differences': differences, 'variants': {
       value: described(laws[value], drawn[value], runs[value], budgets)
       for value in runs}}

@@ -8,7 +8,8 @@ says nothing) and TASKS (evaluations that each run owes once trained) may stand
 beside them. A constant of the file itself begins with an underscore.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -22,8 +23,7 @@ from configs import base as fields
 from configs.arguments import typed
 from configs.errors import RequestError, hint, require, short
 from configs.fields import check_type
-from training import evals
-from training import cli
+from training import cli, evals
 
 CONSTANTS = ('SEEDS', 'TASKS')  # that a sweep's file may hold
 OF_A_STUDY = ('SIZES', 'EFFECT')  # that a study's must hold
@@ -60,7 +60,6 @@ class Sweep:
   base_name: str
   seeds: tuple[int, ...]
   tasks: tuple[str, ...]
-  match: str = ''
 
   def config(self, point: Point) -> ml_collections.ConfigDict:
     """Returns the locked config of a point, but for its seed."""
@@ -112,11 +111,18 @@ class Add:
     """
     from training.costs import systems
     name = name or arch
-    try:
+    with naming(f'{self._file}: point {name!r}'):
       of_system = systems.changes(self._base, arch, size)
-    except RequestError as error:
-      raise RequestError(f'{self._file}: point {name!r}: {error}') from error
     self(name, **{**of_system, **changes})
+
+
+@contextlib.contextmanager
+def naming(who: str) -> Iterator[None]:
+  """Says of a wrong request inside whose it is."""
+  try:
+    yield
+  except RequestError as error:
+    raise RequestError(f'{who}: {error}') from error
 
 
 def is_study(file: str) -> bool:

@@ -5,6 +5,7 @@ so the differences of a pair vary less than the runs themselves, and their
 spread is the noise that a difference must leave behind.
 """
 
+import bisect
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -282,16 +283,7 @@ def seeds_needed(effect: float, wanted: float, sd: float, sds, df: float,
                  level: float, **kwargs) -> int | None:
   """Returns the least number of seeds with the power `wanted`; None where
   MOST_SEEDS are too few."""
-  enough = lambda seeds: power(effect, sd, sds, df, seeds, level,
-                               **kwargs) >= wanted
-  # Near where a test of a known deviation has its power of 80 %.
-  guess = 8 * (sd / effect) ** 2
-  low, high = MIN_SEEDS - 1, int(min(max(guess, MIN_SEEDS), MOST_SEEDS))
-  while not enough(high):
-    if high == MOST_SEEDS:
-      return None
-    low, high = high, min(high + high // 2 + 1, MOST_SEEDS)
-  while high - low > 1:
-    middle = max((low + high) // 2, 2 * high // 3)
-    low, high = (low, middle) if enough(middle) else (middle, high)
-  return high
+  numbers = range(MIN_SEEDS, MOST_SEEDS + 1)
+  at = bisect.bisect_left(numbers, True, key=lambda seeds: power(
+      effect, sd, sds, df, seeds, level, **kwargs) >= wanted)
+  return numbers[at] if at < len(numbers) else None

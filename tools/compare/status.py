@@ -20,8 +20,7 @@ def main(args) -> int:
   if layout.is_study(workdir):
     return _study(workdir, args.json)
   description = layout.load_description(workdir)
-  with layout.Ledger(workdir) as ledger:
-    runs = ledger.runs()
+  runs = layout.ledger_runs(workdir)
   if args.json:
     print(json.dumps({
         'sweep': description['name'], 'points': [
@@ -29,14 +28,18 @@ def main(args) -> int:
                 description, workdir, runs)],
         'runs': [run._asdict() for run in runs]}, indent=2))
   else:
-    print(plain(description, workdir, runs))
+    table = [HEADINGS, *rows(description, workdir, runs)]
+    print(*layout.columns(table, left=2), '',
+          f'{len(runs)} runs: {states(runs)}',
+          *(f'failed: {line}' for line in failed(runs)), sep='\n')
   return 0
 
 
 def _study(workdir, as_json: bool) -> int:
   from tools.compare import costs, plan, results
   frozen = plan.load(workdir)
-  phases = [(cost, results.rows(workdir, cost.phase))
+  phases = [(cost, [run for folder in results.folders(workdir, cost.phase)
+                    for run in layout.ledger_runs(folder)])
             for cost in costs.of(frozen, 1, None)]
   if as_json:
     print(json.dumps({
@@ -91,14 +94,6 @@ def states(runs: list) -> str:
 def failed(runs: list) -> list[str]:
   return [f'{run.point}, seed {run.seed}: {run.error}' for run in runs
           if run.state == layout.FAILED]
-
-
-def plain(description: dict, workdir, runs: list) -> str:
-  """Returns the table, all runs in one line, and why some failed."""
-  table = [HEADINGS, *rows(description, workdir, runs)]
-  return '\n'.join([
-      *layout.columns(table, left=2), '', f'{len(runs)} runs: {states(runs)}',
-      *(f'failed: {line}' for line in failed(runs))])
 
 
 def _mean(values, form: str) -> str:

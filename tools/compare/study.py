@@ -7,7 +7,7 @@ killed study goes on, several runners share one, and
 `python -m tools.compare status W/noise` shows how far a phase is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import math
 import pathlib
 import textwrap
@@ -16,7 +16,7 @@ from typing import Any
 
 from configs.errors import EnvironmentFailure, one_of, require
 from tools.compare import costs, curves, freeze, layout
-from tools.compare import local, phases, report, results
+from tools.compare import local, page, phases, report, results
 from tools.compare import plan as plans
 
 # Times the loss of guessing, above which a run counts as diverged: one that
@@ -70,7 +70,7 @@ def described(frozen: plans.Frozen) -> str:
            for row in [frozen.point(plan.base, size, plans.TEXT)]]
   return '\n\n'.join([
       f'study {plan.name}: {plan.question}',
-      *map(textwrap.fill, report.planned(frozen)),
+      *map(textwrap.fill, report.methods(frozen, None)),
       '\n'.join(layout.columns([
           ('size', 'parameters', 'FLOPs a token'), *sizes]))])
 
@@ -102,8 +102,7 @@ def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
   print(costs.table(each, args.parallel), flush=True)
   phases.run(frozen, trainer, until, args.anyway, after)
   if args.until == plans.REPORT:
-    page, *_ = report.write(report.load(workdir))
-    print(f'report: {page}', flush=True)
+    print(f'report: {report.write(report.load(workdir))[0]}', flush=True)
   return 0
 
 
@@ -128,15 +127,11 @@ def _told(found: phases.Found) -> str:
               f'the edge: {", ".join(row.at_edge) or "none"}'
               for row in found.tuned]
   return '\n'.join(lines + [
-      f'  {row.variant}, {row.measure}: {_number(row.effect, "+.4f")} '
-      f'[{_number(row.low, "+.4f")}, {_number(row.high, "+.4f")}], corrected p '
-      f'{_number(row.p_corrected, ".3g")}: {row.verdict}'
+      f'  {row.variant}, {row.measure}: '
+      f'{page.estimate(row.effect, row.low, row.high).text}, corrected p '
+      f'{page.p_value(row.p_corrected).text}: {row.verdict}'
       for row in {'screen': found.screen, 'confirm': found.confirm}.get(
           phase, ())])
-
-
-def _number(value: float | None, form: str) -> str:
-  return 'unknown' if value is None else format(value, form)
 
 
 class Trainer:
@@ -157,7 +152,8 @@ class Trainer:
 
   def train(self, folder: str, runs: Sequence[phases.Run]
             ) -> list[plans.Outcome]:
-    """Returns the outcome of each run, once all of them have ended.
+    """Returns the outcome of each run, once all of them have ended, as it lies
+    on disk.
 
     Raises:
       Stopped: after a signal.
@@ -168,9 +164,26 @@ class Trainer:
       description = layout.begin(path, ledger, self.describe(folder, runs))
       if ledger.runs(layout.PENDING, layout.RUNNING):
         self.work(path, ledger)
-      states = {(row.point, row.seed): (row.state, row.error)
-                for row in ledger.runs()}
-    return self.outcomes(path, description, runs, states)
+      rows = ledger.runs()
+    sweep = curves.read(path, description, rows)
+    require(not sweep.strangers, f'{path} holds runs of another config than '
+            f'the plan says: {"; ".join(sweep.strangers[:3])}; move them away')
+    points = {point.name: point for point in sweep.points}
+    outcomes, failed = [], []
+    for run in runs:
+      own = points[run.point].runs[run.seed]
+      if ended_badly(own) or own.held_out and own.state != layout.FAILED:
+        outcomes.append(self._outcome(run, points[run.point], own))
+      else:
+        failed.append(f'{run.point}, seed {run.seed}: ' + (
+            own.error or 'it was not evaluated after its last step'))
+    if failed:
+      raise EnvironmentFailure(
+          f'{path}: {len(failed)} runs failed that did not diverge: '
+          f'{"; ".join(failed[:3])}: see log.txt in their folders; --retry '
+          'takes up again those that failed, and a run whose folder is moved '
+          'away is trained anew')
+    return outcomes
 
   def work(self, path: pathlib.Path, ledger) -> None:
     """Trains what is pending, and waits for what other runners have."""
@@ -198,31 +211,6 @@ class Trainer:
             'paired': True, 'points': list(rows.values()),
             'sources': frozen.sources}
 
-  def outcomes(self, path: pathlib.Path, description: dict,
-               runs: Sequence[phases.Run], states: Mapping
-               ) -> list[plans.Outcome]:
-    """Returns what the runs gave, as it lies on disk."""
-    sweep = curves.read(path, description, states)
-    require(not sweep.strangers, f'{path} holds runs of another config than '
-            f'the plan says: {"; ".join(sweep.strangers[:3])}; move them away')
-    points = {point.name: point for point in sweep.points}
-    outcomes, failed = [], []
-    for run in runs:
-      own = points[run.point].runs[run.seed]
-      if ended_badly(own) or (
-          figures(own) and own.state != layout.FAILED):
-        outcomes.append(self._outcome(run, points[run.point], own))
-      else:
-        failed.append(f'{run.point}, seed {run.seed}: ' + (
-            own.error or 'it was not evaluated after its last step'))
-    if failed:
-      raise EnvironmentFailure(
-          f'{path}: {len(failed)} runs failed that did not diverge: '
-          f'{"; ".join(failed[:3])}: see log.txt in their folders; --retry '
-          'takes up again those that failed, and a run whose folder is moved '
-          'away is trained anew')
-    return outcomes
-
   def _outcome(self, run: phases.Run, point: curves.Point, own: curves.Run
                ) -> plans.Outcome:
     loss = own.final if own.final is not None else math.inf
@@ -230,10 +218,10 @@ class Trainer:
                 or loss > GUESSING * self._frozen.point_of(run)['guess'])
     values = {}
     for measure in self._frozen.plan.of_workload(run.workload):
-      value = measure.chance if diverged else figures(own).get(measure.figure)
+      value = measure.chance if diverged else own.held_out.get(measure.figure)
       require(isinstance(value, int | float), f'measure {measure.name!r} is '
               f'{measure.figure!r}, which {run.point}, seed {run.seed}, has '
-              f'not reported: it has {", ".join(figures(own)) or "nothing"}')
+              f'not reported: it has {", ".join(own.held_out) or "nothing"}')
       values[measure.name] = float(value)
     spent = {name: values[-1] for name, values in point.curve(
         run.seed, 'train').items()}
@@ -254,11 +242,3 @@ def ended_badly(run: curves.Run) -> bool:
       for row in rows))
 
 
-def figures(run: curves.Run) -> dict[str, float]:
-  """Returns what a run reported of what is held out after its last step."""
-  reported = {}
-  for row in run.rows:
-    if row['split'] == 'eval' and row['step'] == run.config['train.steps']:
-      reported |= {name: value for name, value in row.items()
-                   if name not in ('split', 'step')}
-  return reported

@@ -43,8 +43,7 @@ def main():
   cli.define_workdir()
   job.define(job.FLAGS + module.FLAGS)
   flags.adopt_module_key_flags(job)
-  argv = [sys.argv[0], *sys.argv[2:]]
-  cli.parse(module.__doc__, argv)
+  cli.parse(module.__doc__, [sys.argv[0], *sys.argv[2:]])
   args = flags.FLAGS
   return module.launch(job.make(module.size(args)), args)
 

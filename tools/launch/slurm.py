@@ -69,22 +69,16 @@ def words(job: job_lib.Job, args) -> list[str]:
   """Returns the command that submits the job."""
   per_node = args.gpus if args.per_gpu else 1
   logs = os.path.abspath(job.logs)
-  options = {
-      'job-name': job.name, 'nodes': args.nodes, 'ntasks-per-node': per_node,
-      'signal': f'TERM@{args.grace_seconds}', 'requeue': '',
-      'open-mode': 'append',
-      'output': f'{logs}/job.log'.replace('%', '%%')}
-  if args.cpus_per_task:
-    options['cpus-per-task'] = args.cpus_per_task
-  if args.gpus:
-    options['gpus-per-node'] = args.gpus
-  who = ['JAX_PROCESS_ID=$SLURM_PROCID']
-  if args.per_gpu:
-    who.append('JAX_LOCAL_DEVICE_IDS=$SLURM_LOCALID')
-  shell = '\n'.join([*([args.setup] if args.setup else []),
-                     f'export {" ".join(who)}; exec "$@"'])
-  ours = [f'--{name}={value}' if value != '' else f'--{name}'
-          for name, value in options.items()]
+  output = f'{logs}/job.log'.replace('%', '%%')
+  ours = [
+      f'--job-name={job.name}', f'--nodes={args.nodes}',
+      f'--ntasks-per-node={per_node}', f'--signal=TERM@{args.grace_seconds}',
+      '--requeue', '--open-mode=append', f'--output={output}',
+      *[f'--cpus-per-task={args.cpus_per_task}'] * bool(args.cpus_per_task),
+      *[f'--gpus-per-node={args.gpus}'] * bool(args.gpus)]
+  who = ('JAX_PROCESS_ID=$SLURM_PROCID'
+         + ' JAX_LOCAL_DEVICE_IDS=$SLURM_LOCALID' * args.per_gpu)
+  shell = f'{args.setup}\nexport {who}; exec "$@"'
   try:
     more = shlex.split(args.sbatch)
   except ValueError as error:

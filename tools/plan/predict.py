@@ -13,13 +13,12 @@ import jax
 import numpy as np
 
 import architectures
-from architectures.parts import remat
+from architectures.parts import paths, remat
 from architectures.parts.ffn import NONE
 from configs.errors import require
 from tools.plan import collectives
 from tools.plan.chips import Topology
 from training import objectives, runs
-from architectures.parts import paths
 from training.costs import flops, memory
 from training.distributed import devices
 from training.runs import parameter_roles

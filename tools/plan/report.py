@@ -6,13 +6,11 @@ from tools.plan.chips import GIB
 def text(plan: dict) -> str:
   """Returns the whole report of a plan."""
   mesh = ' '.join(f'{axis}={n}' for axis, n in plan['mesh'].items())
-  chips, count = plan['chips'], plan['devices']
-  place = f'{plan["topology"]}' + (
-      f' x {plan["slices"]} slices' if plan['slices'] > 1 else '')
-  devices = f'{chips:,} chips' + (
-      f', {count:,} devices' if count != chips else '')
-  kept = '' if plan['keep_gathered'] == 'none' else (
-      f'gathered once: {plan["keep_gathered"]}; ')
+  chips, count, slices = plan['chips'], plan['devices'], plan['slices']
+  place = plan['topology'] + f' x {slices} slices' * (slices > 1)
+  devices = f'{chips:,} chips' + f', {count:,} devices' * (count != chips)
+  gathered = plan['keep_gathered']
+  kept = f'gathered once: {gathered}; ' * (gathered != 'none')
   lines = [
       f'{plan["model"]} on {place}: {devices}; mesh {mesh}',
       f'{plan["parameters"]:,} parameters, {plan["active_parameters"]:,} at '
@@ -33,12 +31,9 @@ def _program(p: dict) -> list[str]:
   m = '~' if p['estimate'] else ''
   lines = [f'{p["program"]}: fits (compiled in {p["compile_seconds"]} s)']
   hbm = p['memory']['hbm']
-  for name, n in p['memory'].items():
-    if name == 'hbm':
-      continue
-    share = f'{n / hbm:>8.1%} of {hbm / GIB:.2f}' if name == 'peak' else ''
-    lines.append(f'  {name.replace("_", " "):<28}{m}{n / GIB:>12.3f} GiB '
-                 f'{share}')
+  lines += [f'  {name.replace("_", " "):<28}{m}{n / GIB:>12.3f} GiB '
+            + f'{n / hbm:>8.1%} of {hbm / GIB:.2f}' * (name == 'peak')
+            for name, n in p['memory'].items() if name != 'hbm']
   return [*lines, '  collectives of a step, by device',
           *collectives(p['collectives'], m), *_performance(p, m)]
 

@@ -77,7 +77,7 @@ class World:
   def outcomes(self, phase: str = 'confirm') -> list[plans.Outcome]:
     """Returns the outcomes of one phase, whatever was screened and tuned."""
     plan = self.plan
-    tuned = [plans.Tuned(variant, size, plans.TEXT, {}, (), 0, 0.0, 0.0, ())
+    tuned = [plans.Tuned(variant, size, plans.TEXT, {}, (), 0, ())
              for size in SIZES for variant in (plan.base, *plan.variants)]
     return self.train('', phases.full_runs(
         _frozen(plan), tuned, phase, (plan.base, *plan.variants),
