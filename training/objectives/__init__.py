@@ -9,13 +9,11 @@ would not read.
 
 from collections.abc import Mapping
 
-import ml_collections
-
 from architectures.parts.config import ModelConfig
 from configs import base, lazy
 from configs.errors import RequestError, one_of, require, short
 from training.data import conversations, packing, records, sources
-from training.objectives.record import Objective, Shape
+from training.objectives.record import Config, Objective, Shape
 
 # The fields that some objectives read and others do not; see Objective.reads.
 OF_SOME = (
@@ -32,7 +30,7 @@ OBJECTIVES: Mapping[str, Objective] = lazy.Lazy(
     without=('losses', 'pipeline', 'record'))
 
 
-def of(config: ml_collections.ConfigDict) -> Objective:
+def of(config: Config) -> Objective:
   """Returns the record of a run's objective; RequestError if there is none."""
   one_of('objective', config.objective, OBJECTIVES)
   return OBJECTIVES[config.objective]
@@ -52,8 +50,7 @@ def with_head(model: ModelConfig) -> str:
   return found[0]
 
 
-def check_fits(config: ml_collections.ConfigDict, source: sources.Source
-               ) -> None:
+def check_fits(config: Config, source: sources.Source) -> None:
   """Raises RequestError for a source of which the objective cannot learn."""
   reads = packing.reads(of(config))
   require(bool(set(reads) & set(source.holds)), f'objective '
@@ -62,8 +59,7 @@ def check_fits(config: ml_collections.ConfigDict, source: sources.Source
           f'{sources.forms(reads)}')
 
 
-def with_labels(config: ml_collections.ConfigDict
-                ) -> ml_collections.ConfigDict:
+def with_labels(config: Config) -> Config:
   """Returns a run's config with data.labels as its training data have them,
   where the objective has labels and the config names none."""
   labels = of(config).labels
@@ -76,13 +72,13 @@ def with_labels(config: ml_collections.ConfigDict
   return config
 
 
-def shapes(config: ml_collections.ConfigDict) -> dict[str, Shape]:
+def shapes(config: Config) -> dict[str, Shape]:
   """Returns the shape and dtype of each array of a run's batches."""
   return {key: ((config.data.batch_size, *shape), dtype)
           for key, (shape, dtype) in of(config).arrays(config).items()}
 
 
-def check_objective(config: ml_collections.ConfigDict) -> None:
+def check_objective(config: Config) -> None:
   """Raises RequestError for an unknown objective, and for a field that was set,
   so that it differs from its default, and that the objective does not read."""
   objective = of(config)

@@ -221,9 +221,8 @@ def jinja(config: Config, tokenizer: Tokenizer) -> str:
 def _questions(texts: Sequence[str], config: Config, tokenizer: Tokenizer
                ) -> Prompts:
   """Returns each text as a question."""
-  return Prompts(*record.padded([question(text, config, tokenizer)
-                                 for text in texts]), gap='\n',
-                 lead=talk(config, tokenizer).lead)
+  rows = record.padded([question(text, config, tokenizer) for text in texts])
+  return Prompts(*rows, gap='\n', lead=talk(config, tokenizer).lead)
 
 
 OBJECTIVES = {

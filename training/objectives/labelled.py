@@ -34,7 +34,7 @@ the only one that has seen all, as in XLNet (Yang et al. 2019), whose [CLS]
 stands last.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import math
 from typing import Any
 
@@ -46,7 +46,8 @@ import architectures
 from architectures.parts.skeletons import Output
 from training.data import labelled, records
 from training.data.tokenizers import Tokenizer
-from training.objectives.record import Config, Mean, Objective, Row, Shape
+from training.objectives.record import Batch, Config, Figures, Mean, Objective
+from training.objectives.record import Row, Shape
 
 NEVER = -1e30  # the score of padding
 
@@ -88,11 +89,10 @@ def fill(tokenizer: Tokenizer) -> int:
   return tokenizer.special_ids.get('pad', tokenizer.separator_id)
 
 
-def classified(targets: str) -> Callable[..., dict[str, Mean]]:
+def classified(targets: str) -> Callable[..., Figures]:
   """Returns what gives the cross-entropy of batch[targets], [B] or [B, L], and
   how many are likeliest."""
-  def figures(output: Output, batch: Mapping[str, jax.Array], config: Config
-              ) -> dict[str, Mean]:
+  def figures(output: Output, batch: Batch, config: Config) -> Figures:
     scores, weights = output.extra['scores'], batch['weights']
     smooth, log_p = config.train.label_smoothing, jax.nn.log_softmax(scores)
     likely = jnp.take_along_axis(log_p, batch[targets][..., None], -1)[..., 0]
@@ -104,8 +104,7 @@ def classified(targets: str) -> Callable[..., dict[str, Mean]]:
   return figures
 
 
-def estimated(output: Output, batch: Mapping[str, jax.Array], config: Config
-              ) -> dict[str, Mean]:
+def estimated(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns the squared error of targets [B], in what they are measured in."""
   weights_B = batch['weights']
   error_B = output.extra['scores'][:, 0] - batch['targets']
@@ -122,17 +121,14 @@ def lay_out_words(item: records.Piece, rng: np.random.Generator | None,
   a label counts [up to L].
   """
   first, after = records.special_tokens(tokenizer, stack(config))
-  around = (1, 1)
   return dict(tokens=np.concatenate([[first], item.ids, [after]]),
               segment_ids=np.ones(len(item.ids) + records.AROUND),
-              labels=np.pad(item.targets, around),
-              weights=np.pad(item.weights, around))
+              labels=np.pad(item.targets, 1), weights=np.pad(item.weights, 1))
 
 
 def _word_arrays(config: Config) -> dict[str, Shape]:
-  L = (config.data.length,)
-  return dict(tokens=(L, np.int32), segment_ids=(L, np.int32),
-              labels=(L, np.int32), weights=(L, np.float32))
+  L = ((config.data.length,), np.int32)
+  return dict(tokens=L, segment_ids=L, labels=L, weights=(L[0], np.float32))
 
 
 def lay_out_question(item: records.Window, rng: np.random.Generator | None,
@@ -171,8 +167,7 @@ def null_place(item: records.Window, kind: str) -> int:
   return 0 if kind == 'encoder' else length(item) - 1
 
 
-def answered(output: Output, batch: Mapping[str, jax.Array], config: Config
-             ) -> dict[str, Mean]:
+def answered(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns the cross-entropy of starts [B] and ends [B], and of how many rows
   both are likeliest."""
   real_BL1 = batch['segment_ids'][..., None] != 0

@@ -34,9 +34,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from architectures.parts import gathered
-from architectures.parts import linear
-from architectures.parts import sharding
+from architectures.parts import gathered, linear, sharding
 from architectures.parts.heads import Head
 
 # Where `chunk` is 0: float32 logits of 64 MiB a device, but tokens enough to
@@ -66,11 +64,10 @@ class _Settings(NamedTuple):
   positions: int  # P
 
 
-def cross_entropy(
-    hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
-    weights_BL: jax.Array, *, z_loss: float = 0.0,
-    label_smoothing: float = 0.0, chunk: int = 0,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
+                  weights_BL: jax.Array, *, z_loss: float = 0.0,
+                  label_smoothing: float = 0.0, chunk: int = 0
+                  ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the weighted sum of the tokens' losses, and other weighted sums.
 
   Args:
@@ -154,8 +151,7 @@ def _loss_sum_fwd(settings: _Settings, *args):
       d_kernel += _kernel_gradient(x_QBPD, d_QBPV)
     dx_QBPD = None
     if ask_hidden:
-      dx_QBPD = linear.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD,
-                              x_QBPD.dtype)
+      dx_QBPD = linear.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD, x_QBPD.dtype)
     return (d_kernel, d_bias), (losses, dx_QBPD)
 
   ask_bias = head.bias_V is not None and ask_head.bias_V
@@ -163,8 +159,7 @@ def _loss_sum_fwd(settings: _Settings, *args):
            _zeros(settings, ask_bias, head.bias_V))
   (d_kernel, d_bias), (losses, dx_QBPD) = jax.lax.scan(
       of_chunk, zeros, _cut(settings, (hidden_BLD, targets_BL, weights_BL)))
-  tokens, d_hidden = _join(
-      settings, (losses, dx_QBPD), targets_BL.shape)
+  tokens, d_hidden = _join(settings, (losses, dx_QBPD), targets_BL.shape)
   d_head = head.replace(
       kernel_DV=_whole(d_kernel, head.kernel_DV, 'embed', 'vocab'),
       bias_V=_whole(d_bias, head.bias_V, 'vocab'))
@@ -177,7 +172,6 @@ def _loss_sum_fwd(settings: _Settings, *args):
 
 
 def _loss_sum_bwd(settings: _Settings, gradients: Any, cotangents: Any):
-  del settings
   scale = cotangents[0]
   if isinstance(scale, jax.custom_derivatives.SymbolicZero):
     return None, None, None, None
@@ -262,8 +256,7 @@ def _settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
   most = max(1, tokens * rows // batch)
   length //= lengths
   chunks = -(-length // most)
-  return _Settings(z_loss, label_smoothing, rows, lengths,
-                   -(-length // chunks))
+  return _Settings(z_loss, label_smoothing, rows, lengths, -(-length // chunks))
 
 
 def _cut(settings: _Settings, arrays: tuple[jax.Array, ...]):
@@ -331,7 +324,7 @@ MTP_LOSS = 'mtp_{}_loss'  # of the loss at a depth
 
 
 def mtp_shifted(batch: Mapping[str, jax.Array], depth: int
-            ) -> tuple[jax.Array, jax.Array]:
+                ) -> tuple[jax.Array, jax.Array]:
   """Returns the targets of a depth, [B, L], and their weights."""
   targets_BL = jnp.roll(batch['targets'], -depth, 1)
   L = targets_BL.shape[1]
@@ -343,9 +336,8 @@ def mtp_shifted(batch: Mapping[str, jax.Array], depth: int
   return targets_BL, jnp.where(there_BL, weights_BL, 0)
 
 
-def mtp_sums(output: Any, batch: Mapping[str, jax.Array],
-         train: ml_collections.ConfigDict
-         ) -> dict[str, tuple[jax.Array, jax.Array]]:
+def mtp_sums(output: Any, batch: Mapping[str, jax.Array], train: Any
+             ) -> dict[str, tuple[jax.Array, jax.Array]]:
   """Returns (weighted sum, weight) of the loss and the accuracy of each depth;
   {} of a model that looks no further than the next token.
 
@@ -365,8 +357,7 @@ def mtp_sums(output: Any, batch: Mapping[str, jax.Array],
   return sums
 
 
-def mtp_share(figures: Mapping[str, Any], config: ml_collections.ConfigDict
-          ) -> jax.Array | float:
+def mtp_share(figures: Mapping[str, Any], config: ml_collections.ConfigDict):
   """Returns what these losses add to the sum of the tokens' losses.
 
   Args:

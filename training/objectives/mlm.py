@@ -30,7 +30,6 @@ documents are tokens like others, which tell where a text ends. The rows that
 LLaDA cuts to random lengths, one in a hundred, are not.
 """
 
-from collections.abc import Mapping
 import functools
 import math
 
@@ -41,11 +40,12 @@ import numpy as np
 import architectures
 from architectures.parts import sharding
 from architectures.parts.skeletons import Output
-from configs.errors import RequestError, require
+from configs.errors import require
 from training.data import packing
 from training.data.tokenizers import Tokenizer
 from training.objectives import record
-from training.objectives.record import Config, Mean, Objective, Row
+from training.objectives.record import Batch, Config, Figures, Mean, Objective
+from training.objectives.record import Row
 
 
 def mlm(window: packing.Window, rng: np.random.Generator, config: Config,
@@ -92,10 +92,9 @@ def mlm_nsp(stretch: packing.Stretch, rng: np.random.Generator, config: Config,
 def _masked(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
             config: Config, tokenizer: Tokenizer) -> Row:
   """Returns tokens, targets and weights of a row."""
-  masked, chosen = mask(ids, special, rng, tokenizer,
-                        rate=config.data.mask_rate,
-                        whole_words=config.data.whole_words,
-                        size=config.model.vocab_size)
+  masked, chosen = mask(
+      ids, special, rng, tokenizer, rate=config.data.mask_rate,
+      whole_words=config.data.whole_words, size=config.model.vocab_size)
   return dict(tokens=masked, targets=ids, weights=chosen)
 
 
@@ -168,20 +167,19 @@ def _words(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     return begins, np.zeros(len(pieces), bool)
   begins = np.array([piece[:1].isspace() for piece in pieces])
   ends = np.array([piece[-1:].isspace() for piece in pieces])
-  if not (begins | ends)[[i not in special for i in range(len(pieces))]].any():
-    raise RequestError(
-        f'data.whole_words: tokenizer {tokenizer.name!r} does not show where a '
-        'word begins. Set it to False, or take WordPiece, bytes or a '
-        'byte-level BPE.')
+  usual = [i not in special for i in range(len(pieces))]
+  require(bool((begins | ends)[usual].any()), f'data.whole_words: tokenizer '
+          f'{tokenizer.name!r} does not show where a word begins. Set it to '
+          'False, or take WordPiece, bytes or a byte-level BPE.')
   return begins, ends
 
 
-def rows(batch: Mapping[str, jax.Array]) -> jax.Array:
+def rows(batch: Batch) -> jax.Array:
   """Returns how many rows are not padding."""
   return _real_B(batch).sum()
 
 
-def _real_B(batch: Mapping[str, jax.Array]) -> jax.Array:
+def _real_B(batch: Batch) -> jax.Array:
   return (batch['segment_ids'] != 0).any(1).astype(jnp.float32)
 
 
@@ -192,8 +190,7 @@ def unread(config: Config, length: int) -> int:
       length - M, 0)
 
 
-def masked_words(output: Output, batch: Mapping[str, jax.Array],
-                 config: Config) -> dict[str, Mean]:
+def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns record.given_token of the tokens to predict: the head reads no
   other places. `mask` chooses at most `most` tokens of a row; if a batch has
   more, the loss is nan. If words are masked whole, which may exceed that, or if
@@ -216,8 +213,7 @@ def masked_words(output: Output, batch: Mapping[str, jax.Array],
       dict(targets=at(batch['targets']), weights=weights_BM), config)
 
 
-def mlm_and_nsp(output: Output, batch: Mapping[str, jax.Array], config: Config
-                ) -> dict[str, Mean]:
+def mlm_and_nsp(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns BERT's losses: of the masked words, and of whether the second text
   follows the first. One is a mean over these words, the other over rows."""
   figures = masked_words(output, batch, config)
@@ -262,13 +258,12 @@ def masked_diffusion(window: packing.Window, rng: np.random.Generator,
               weights=masked / t) | apart
 
 
-def tokens(batch: Mapping[str, jax.Array]) -> jax.Array:
+def tokens(batch: Batch) -> jax.Array:
   """Returns how many tokens of a batch are text, masked or not."""
   return (batch['segment_ids'] != 0).astype(jnp.float32).sum()
 
 
-def over_all_tokens(output: Output, batch: Mapping[str, jax.Array],
-                    config: Config) -> dict[str, Mean]:
+def over_all_tokens(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns the weighted losses of the masked tokens over the number of all
   tokens; the accuracy is a mean over the masked ones, by weight."""
   figures = record.given_token(output, batch, config)

@@ -63,20 +63,17 @@ class Loader:
   def __init__(self, name: str, share: float, text: str, dataset: Sequence,
                views: Sequence, config: Config, tokenizer: Tokenizer,
                split: str, process_index: int, process_count: int):
-    self.name = name
-    self.share = share
-    self.text = text
-    self._dataset = dataset
-    self._config = config
-    self.tokenizer = tokenizer
-    self._split = split
+    self.name, self.share, self.text = name, share, text
+    self.views, self._dataset, self._config = views, dataset, config
+    self.tokenizer, self._split = tokenizer, split
     self.ramp = (ramp.of(config) if split == 'train' else
                  ramp.parse('', config.data.batch_size))
     self.objective = objectives.of(config)
-    self.views = views
     self._place = process_index, process_count
-    self._config_of = {length: with_length(config, length)
-                       for length in lengths(config)}
+    self._config_of = {}
+    for length in lengths(config):
+      self._config_of[length] = config.copy_and_resolve_references()
+      self._config_of[length].data.length = length
     self.beside: Sequence[Loader] = [self]
     self.num_windows = sum(len(view) for view in views)
     self.cut(0)
@@ -225,7 +222,6 @@ def _signals_blocked():
 def _begin_worker(index: int, count: int) -> None:
   """What a worker does first: it sees to it that it ends with its parent,
   which may be killed before it can say so."""
-  del index, count
   parent = multiprocessing.parent_process()
 
   def end_with_it() -> None:
@@ -245,15 +241,6 @@ def lengths(config: Config) -> tuple[int, ...]:
   step = math.lcm(8, max(config.mesh.context, 1))
   step *= -(-length // (step * most))
   return (*range(step, length, step), length)
-
-
-def with_length(config: Config, length: int) -> Config:
-  """Returns the config with another data.length."""
-  if length == config.data.length:
-    return config
-  config = config.copy_and_resolve_references()
-  config.data.length = length
-  return config
 
 
 def training_loader(config: Config, tokenizer: Tokenizer,
@@ -279,10 +266,9 @@ def training_loader(config: Config, tokenizer: Tokenizer,
            for start, stop, seed in zip(starts, starts[1:], seeds)]
   dataset = _Ordered(parts[0] if len(parts) == 1 else
                      grain.MapDataset.mix(parts, weights), views)
-  return Loader(config.data.source, 1.0,
-                ' and '.join(corpus.text for corpus in corpora), dataset,
-                views, config, tokenizer, 'train', process_index,
-                process_count)
+  text = ' and '.join(corpus.text for corpus in corpora)
+  return Loader(config.data.source, 1.0, text, dataset, views, config,
+                tokenizer, 'train', process_index, process_count)
 
 
 def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
@@ -322,10 +308,9 @@ def check_sources(config: Config) -> None:
   """Raises RequestError for a source that is unknown or not there, or a cache
   that cannot be written; reads no text."""
   tokenising.check_cache_dir(config.data.cache_dir)
-  for spec in (config.data.source, config.data.eval_source):
-    if spec:
-      for _, source in sources.parse(spec):
-        objectives.check_fits(config, source)
+  for spec in filter(None, (config.data.source, config.data.eval_source)):
+    for _, source in sources.parse(spec):
+      objectives.check_fits(config, source)
 
 
 def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:

@@ -43,6 +43,10 @@ class Mean(NamedTuple):
   weight: jax.Array
 
 
+Batch = Mapping[str, jax.Array]
+Figures = dict[str, Mean]
+
+
 class Prompts(NamedTuple):
   """Texts as a model is shown them before it writes.
 
@@ -89,13 +93,12 @@ class Talk(NamedTuple):
   plain: bool = False
 
 
-def targets(batch: Mapping[str, jax.Array]) -> jax.Array:
+def targets(batch: Batch) -> jax.Array:
   """Returns how many tokens of a batch are to be predicted, by weight."""
   return batch['weights'].astype(jnp.float32).sum()
 
 
-def given_token(output: Output, batch: Mapping[str, jax.Array], config: Config
-                ) -> dict[str, Mean]:
+def given_token(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns the cross-entropy of targets [B, L], where weights [B, L] count
   them: of the next tokens, or of the masked ones."""
   train = config.train
@@ -221,7 +224,7 @@ class Objective(NamedTuple):
   seen: tuple[str, ...] = ('segment_ids',)
   reads: tuple[str, ...] = ()
   fill: Callable[[Tokenizer], int] = lambda tokenizer: tokenizer.separator_id
-  figures: Callable[..., dict[str, Mean]] = given_token
+  figures: Callable[..., Figures] = given_token
   terms: Mapping[str, Callable] = {'loss': targets}
   prompt: Callable[..., Prompts] | None = None
   every_token: bool = False
@@ -274,19 +277,17 @@ class Objective(NamedTuple):
     return tuple(arrays[key][0][0] for key in ('tokens', 'decoder_tokens')
                  if key in arrays)
 
-  def apply(self, module: nn.Module, params: Any,
-            batch: Mapping[str, jax.Array], **kwargs) -> Output:
+  def apply(self, module: nn.Module, params: Any, batch: Batch,
+            **kwargs) -> Output:
     """Runs `module` on what this objective shows it of the batch."""
-    options = {keyword: batch[key] for key, keyword in self.options.items()
+    kwargs |= {keyword: batch[key] for key, keyword in self.options.items()
                if key in batch}
     return module.apply({'params': params},
-                        *[batch[key] for key in self.inputs], **options,
-                        **kwargs)
+                        *[batch[key] for key in self.inputs], **kwargs)
 
   def ends(self, config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the ids with which a written text ends, the separator first."""
-    talked = (frozenset() if self.talk is None
-              else self.talk(config, tokenizer).ends)
+    talked = self.talk(config, tokenizer).ends if self.talk else frozenset()
     end = tokenizer.separator_id
     return (end, *sorted(talked - {end}))
 
@@ -325,18 +326,16 @@ class Objective(NamedTuple):
     """The figure that is the loss of a token to predict."""
     return next(iter(self.terms))
 
-  def weights(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  def weights(self, batch: Batch) -> dict[str, jax.Array]:
     """Returns what each term of the loss is divided by in this batch."""
     return {name: of(batch) for name, of in self.terms.items()}
 
-  def tokens(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+  def tokens(self, batch: Batch) -> jax.Array:
     """Returns how many tokens of a batch the model sees, without padding."""
-    return sum((batch[key] != 0).astype(jnp.float32).sum()
-               for key in self.seen)
+    return sum((batch[key] != 0).astype(jnp.float32).sum() for key in self.seen)
 
-  def loss(self, output: Output, batch: Mapping[str, jax.Array], config: Config,
-           whole: Mapping[str, jax.Array] | None = None
-           ) -> tuple[jax.Array, dict[str, Mean]]:
+  def loss(self, output: Output, batch: Batch, config: Config,
+           whole: Batch | None = None) -> tuple[jax.Array, Figures]:
     """Returns a batch's share in whole[main] times the loss, and its figures.
 
     The shares of micro-batches add up, and so do their gradients.
@@ -357,6 +356,5 @@ class Objective(NamedTuple):
 
   def means(self, figures: Mapping[str, Mean]) -> dict[str, Any]:
     """Returns the figures' values, `loss` among them."""
-    values = {name: mean.total / mean.weight
-              for name, mean in figures.items()}
+    values = {name: mean.total / mean.weight for name, mean in figures.items()}
     return values | {'loss': sum(values[name] for name in self.terms)}

@@ -113,8 +113,7 @@ def corrupt(ids: np.ndarray, cut: np.ndarray, sentinels: np.ndarray
   """Returns source and target: each span that the other has, a sentinel."""
   def side(gone: np.ndarray) -> np.ndarray:
     first = gone & ~np.concatenate([[False], gone[:-1]])
-    shown = np.where(first, sentinels[np.maximum(np.cumsum(first) - 1, 0)],
-                     ids)
+    shown = np.where(first, sentinels[np.maximum(np.cumsum(first) - 1, 0)], ids)
     return shown[~gone | first]
   return side(cut), side(~cut)
 

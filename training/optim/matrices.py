@@ -126,7 +126,6 @@ def scale_by_muon(roles: Any, beta: float) -> optax.GradientTransformation:
   plain = optax.contrib.scale_by_muon(beta=beta)
 
   def update(grads: Any, state: optax.contrib.MuonState, params: Any = None):
-    del params
     mean = optax.tree.update_moment(grads, state.mu, beta, 1)
     count = optax.safe_increment(state.count)
     ahead = jax.tree.map(
@@ -171,7 +170,6 @@ def scale_by_normuon(roles: Any, beta: float, b2: float
         roles, lambda axes, x: _zeros(x, axes.inputs), params))
 
   def update(grads: Any, state: Any, params: Any = None):
-    del params
     mixed = lambda m, g: beta * m + (1 - beta) * g
     momentum = jax.tree.map(mixed, state.momentum, grads)
     ahead = jax.tree.map(mixed, momentum, grads)

@@ -37,10 +37,8 @@ from configs.errors import one_of
 # them, and would need rules of their own.
 _ADAM = lambda inputs, outputs, divisor: divisor / inputs
 RATES = {
-    'adamw': _ADAM,
-    'lion': _ADAM,
-    'sgd': lambda inputs, outputs, divisor: divisor ** 2 * outputs / inputs,
-}
+    'adamw': _ADAM, 'lion': _ADAM,
+    'sgd': lambda inputs, outputs, divisor: divisor ** 2 * outputs / inputs}
 
 
 def check_optimizer(config: ModelConfig, optimizer: str) -> None:

@@ -32,7 +32,7 @@ import optax
 
 from architectures.parts.roles import Role
 from configs import base as base_config
-from configs.errors import RequestError, one_of, require
+from configs.errors import one_of, require
 from architectures.parts import paths
 from training.optim import matrices, shares, soap
 
@@ -171,13 +171,11 @@ def check_optim(optim: ml_collections.ConfigDict) -> None:
     choice = optim[selector]
     one_of(f'optim.{selector}', choice, table)
     for field in sorted({f for row in table.values() for f in row.reads}):
-      if field in table[choice].reads or optim[field] == defaults[field]:
-        continue
       readers = ', '.join(n for n, row in table.items() if field in row.reads)
-      raise RequestError(
-          f'optim.{field} is {optim[field]}, which optim.{selector} {choice!r} '
-          f'does not read (it is read by {readers}): leave it at '
-          f'{defaults[field]}, or choose one of these')
+      require(field in table[choice].reads or optim[field] == defaults[field],
+              f'optim.{field} is {optim[field]}, which optim.{selector} '
+              f'{choice!r} does not read (it is read by {readers}): leave it '
+              f'at {defaults[field]}, or choose one of these')
   require(optim.decay_steps == 0 or optim.decay_steps > optim.warmup_steps,
           f'optim.decay_steps is {optim.decay_steps} and optim.warmup_steps '
           f'{optim.warmup_steps}: choose more than these, or 0 for train.steps')
@@ -223,11 +221,9 @@ def make(optim: ml_collections.ConfigDict, steps: int, roles: Any,
     thousandth of it is less than half of its last digit."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), keep(tree))
 
-  def update(grads: Any, state: Any, params: Any):
-    return tx.update(cast(grads), state, cast(params))
-
-  return optax.GradientTransformation(lambda params: tx.init(cast(params)),
-                                      update)
+  return optax.GradientTransformation(
+      lambda params: tx.init(cast(params)),
+      lambda grads, state, params: tx.update(cast(grads), state, cast(params)))
 
 
 def _with_rates(tx: optax.GradientTransformation, rates: Any
@@ -279,10 +275,7 @@ def update_if(ok: jax.Array, tx: optax.GradientTransformation, grads: Any,
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
-  def skip(grads: Any, state: Any, params: Any):
-    del grads
-    return params, state
-
+  skip = lambda grads, state, params: (params, state)
   return jax.lax.cond(ok, apply, skip, grads, state, params)
 
 

@@ -52,8 +52,7 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
     below[stack] = depth
     depth += stacks.counts[stack]
   try:
-    patterns = [re.compile(pattern)
-                for pattern in filter(None, optim.freeze.split(','))]
+    patterns = [*map(re.compile, filter(None, optim.freeze.split(',')))]
   except re.error as error:
     raise RequestError(f'optim.freeze is {optim.freeze!r}, of which a pattern '
                        f'is no regular expression: {error}') from error

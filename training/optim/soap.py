@@ -73,8 +73,6 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
                      *(zeros[i] for i in (0, 0, 1, 2, 1, 2)))
 
   def update(grads: Any, state: Any, params: Any = None):
-    del params
-
     def one(axes: Axes, g: jax.Array, *fields: Any):
       each = [*zip(seen(axes), fields)]
       step, s = _update(
