@@ -10,7 +10,8 @@ timed by benchmarks.step; tests/gpu_test.py says whether what is computed is
 right.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+import functools
 import importlib
 import json
 from typing import Any
@@ -39,15 +40,15 @@ CASES = {
     'mixtral': ('mixtral:8x7b', dict(max_len=4096), 4096, 4)}
 TOY = dict(d_model=32, num_layers=2, num_heads=2, num_kv_heads=0, d_ff=64,
            vocab_size=384, max_len=256)
-# Ways to multiply the rows of experts: fields of model.moe, and options of
+# Ways to multiply the rows of experts: model.moe.grouped_kernel, and options of
 # XLA's compiler.
 EXPERTS = {
     'ragged_dot': {},
-    'ragged_dot, fused by XLA with Triton': dict(compiler=dict(
-        xla_gpu_experimental_use_ragged_dot_fusion=True)),
-    'ragged_dot, grouped product of cuBLAS': dict(compiler=dict(
-        xla_gpu_experimental_use_ragged_dot_grouped_gemm=True)),
-    'megablox': dict(moe=dict(grouped_kernel='megablox'))}
+    'ragged_dot, fused by XLA with Triton': dict(
+        xla_gpu_experimental_use_ragged_dot_fusion=True),
+    'ragged_dot, grouped product of cuBLAS': dict(
+        xla_gpu_experimental_use_ragged_dot_grouped_gemm=True),
+    'megablox': dict(kernel='megablox')}
 
 
 def config_of(case: str, toy: bool):
@@ -84,28 +85,26 @@ def attention(config: Any) -> Iterator[dict[str, Any]]:
           sink_H=None)
     return jnp.square(out.astype(jnp.float32)).sum()
 
-  for name in ('xla', *kernels.KERNELS):
-    if name != 'xla' and kernels.KERNELS[name].platform != here:
-      continue
-    if name != 'xla' and (why := kernels.refusal(name, c, mask, L, L, here)):
-      yield dict(way=name, error=f'{name} is refused, {why}')
-      continue
-    yield dict(way=name) | _timed(
-        jax.grad(lambda *x, name=name: loss(name, *x), (0, 1, 2)), *args)
+  names = [name for name, kernel in kernels.KERNELS.items()
+           if kernel.platform == here]
+  for name in ('xla', *names):
+    why = kernels.refusal(name, c, mask, L, L, here)
+    yield dict(way=name) | (
+        dict(error=f'{name} is refused, {why}') if why else _timed(
+            jax.grad(functools.partial(loss, name), (0, 1, 2)), *args))
 
 
-def experts(config: Any, moe: Mapping[str, Any] | None = None,
-            compiler: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def experts(config: Any, kernel: str = 'auto', **compiler: Any
+            ) -> dict[str, Any]:
   """Returns the row of a layer of experts, its router and dispatch included.
 
   Args:
     config: of a run.
-    moe: fields of config.model.moe that choose a way to multiply.
-    compiler: options of XLA's that do.
+    kernel: config.model.moe.grouped_kernel.
+    **compiler: options of XLA's.
   """
-  config.model.moe.update(dict(
-      grouped_kernel='auto', dispatch='auto', capacity_factor=0.0,
-      eval_capacity_factor=0.0) | dict(moe or {}))
+  config.model.moe.update(grouped_kernel=kernel, dispatch='auto',
+                          capacity_factor=0.0, eval_capacity_factor=0.0)
   c = totals.resolved(config)
   B, L = config.data.batch_size, config.data.length
   x_BLD = jax.random.normal(jax.random.key(0), (B, L, c.d_model),
@@ -118,15 +117,13 @@ def experts(config: Any, moe: Mapping[str, Any] | None = None,
     y_BLD, _ = module.apply(params, x_BLD, ctx)
     return jnp.square(y_BLD.astype(jnp.float32)).mean()
 
-  return _timed(jax.grad(loss, (0, 1)), params, x_BLD, compiler=compiler)
+  return _timed(jax.grad(loss, (0, 1)), params, x_BLD, **compiler)
 
 
-def _timed(function: Any, *args: Any,
-           compiler: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  compiled = jax.jit(function).lower(*args).compile(
-      compiler_options=dict(compiler) if compiler else None)
-  return worker.turns({'': lambda: jax.block_until_ready(compiled(*args))},
-                      5)['']
+def _timed(function: Any, *args: Any, **compiler: Any) -> dict[str, Any]:
+  compiled = jax.jit(function).lower(*args).compile(compiler or None)
+  run = lambda: jax.block_until_ready(compiled(*args))
+  return worker.turns({'': run}, 5)['']
 
 
 def measure(toy: bool) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,6 @@ allocates besides its arguments and results (memory_analysis of XLA); of decode,
 it is the size of a row's cache.
 """
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 import json
 import math
@@ -135,21 +134,17 @@ def measure(sections: Sequence[str], names: Sequence[str],
           for key in ('seconds', 'cpu_seconds'):
             times[key] /= contenders[name].times
           row = dict(section=section, dtype=dtype, length=length, mixer=name,
-                     **times, nbytes=contenders[name].nbytes,
-                     growth=_growth(before.get(name), length, times))
+                     **times, nbytes=contenders[name].nbytes, growth=None)
+          if name in before:  # the exponent of the length in the CPU time
+            taken, longer = (row[key] / before[name][key]
+                             for key in ('cpu_seconds', 'length'))
+            row['growth'] = math.log(taken, longer)
           before[name] = row
           rows.append(row)
           print(line(row), flush=True)
   return rows
 
 
-def _growth(before: Mapping[str, Any] | None, length: int,
-            now: Mapping[str, Any]) -> float | None:
-  """Returns the exponent of the length in the CPU time; None: the first."""
-  if before is None:
-    return None
-  return math.log(now['cpu_seconds'] / before['cpu_seconds']) / math.log(
-      length / before['length'])
 
 
 HEAD = (f'{"tokens":>8}  {"mixer":<12}{"ms":>10}{"CPU ms":>10}{"ratio":>8}'
@@ -165,7 +160,7 @@ def line(row: Mapping[str, Any]) -> str:
           f'{row["nbytes"] / 2 ** 20:>10.2f}')
 
 
-def _parser() -> argparse.ArgumentParser:
+def main() -> None:
   parser = cli.Parser(prog='python -m benchmarks.mixers', description=__doc__)
   several = 'separated by commas'
   parser.add_argument('--sections', default=','.join(SECTIONS),
@@ -178,17 +173,12 @@ def _parser() -> argparse.ArgumentParser:
                       help=f'dtypes of the computation, {several}')
   parser.add_argument('--d_model', type=int, default=256,
                       help='the width of the model')
-  parser.add_argument('--num_heads', type=int, default=4,
-                      help='its heads')
+  parser.add_argument('--num_heads', type=int, default=4, help='its heads')
   parser.add_argument('--rounds', type=int, default=5,
                       help='how many turns each mixer takes')
   parser.add_argument('--json', default='',
                       help='write the figures to this file')
-  return parser
-
-
-def main() -> None:
-  args = _parser().parse_args()
+  args = parser.parse_args()
   recurrent = [name for name, own in mixers.MIXERS.items() if own.state]
   chosen = args.mixers.split(',') if args.mixers else ['attention', *recurrent]
   sections, dtypes = args.sections.split(','), args.dtypes.split(',')

@@ -13,15 +13,13 @@ from training.workdir import run_config
 class Trainer:
   """A run's state, its compiled step and one batch."""
 
-  def __init__(self, tree):
-    self.config = objectives.with_labels(run_config.from_json(tree))
-    ids = rival.tokenizer(self.config)
-    model, _ = runs.resolve(self.config, ids)
-    self.run = runs.build(self.config, model)
-    self.batch = self.run.put(rival.batch(self.config, ids))
-
-  def create(self) -> None:
-    """Makes the state and compiles the step."""
+  def __init__(self, request):
+    cpu.prepare()
+    config = objectives.with_labels(run_config.from_json(request['config']))
+    ids = rival.tokenizer(config)
+    model, _ = runs.resolve(config, ids)
+    self.run = runs.build(config, model)
+    self.batch = self.run.put(rival.batch(config, ids))
     with self.run.context():
       self.state = self.run.new_state()
       cpu.trim()
@@ -41,14 +39,3 @@ class Trainer:
           self.run.module, self.state.params, prompts_BL,
           jnp.full(prompts_BL.shape[:1], prompt), jax.random.key(0),
           max_new_tokens=new, sampling=generate.Sampling(temperature=0)))
-
-
-def jobs(request):
-  """Returns what a worker can be asked to do, by name."""
-  cpu.prepare()
-  trainer = Trainer(request['config'])
-  trainer.create()
-  trainer.step()
-  prompt, new = request['prompt'], request['new']
-  return {'step': trainer.step,
-          'generate': lambda: trainer.generate(prompt, new)}

@@ -88,12 +88,3 @@ class Trainer:
       self.model.generate(
           tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
           min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
-
-
-def jobs(request):
-  """Returns what a worker can be asked to do, by name."""
-  trainer = Trainer(request)
-  trainer.step()
-  prompt, new = request['prompt'], request['new']
-  return {'step': trainer.step,
-          'generate': lambda: trainer.generate(prompt, new)}

@@ -18,8 +18,7 @@ import numpy as np
 import architectures
 from configs import base
 from configs.errors import require
-from training import objectives
-from training import runs
+from training import objectives, runs
 from training.costs import totals
 from training.data import packing, sources, tokenizers
 from training.objectives import pipeline
@@ -81,17 +80,16 @@ def request(config: Config) -> dict[str, Any]:
   ids = tokenizer(config)
   model, _ = runs.resolve(config, ids)
   tree = hf_config.write(model)
-  inputs = arguments(batch(config, ids),
-                     causal=architectures.stack(model) == 'decoder')
+  decoder = architectures.stack(model) == 'decoder'
+  inputs = arguments(batch(config, ids), causal=decoder)
   both = 'next_sentence_label' in inputs
   named, = tree['architectures']
   require(both or not named.endswith('ForPreTraining'), f'{named} of '
           'transformers has no loss without next sentences: take objective '
           "'mlm_nsp', or --config.model.next_sentence=False")
   return dict(
-      config_json=tree, parameters=totals.parameters(model)[0],
-      inputs={name: array.tolist() for name, array in inputs.items()},
-      decoder=architectures.stack(model) == 'decoder')
+      config_json=tree, parameters=totals.parameters(model)[0], decoder=decoder,
+      inputs={name: array.tolist() for name, array in inputs.items()})
 
 
 def arguments(made: dict[str, np.ndarray], causal: bool

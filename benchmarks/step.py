@@ -92,8 +92,7 @@ def main():
             f'model.arch {config.model.arch!r} is an {stack}')
     require(args.prompt <= config.data.length, f'--prompt is {args.prompt}, '
             f'and rows have data.length={config.data.length} tokens')
-  request = dict(config=config.to_dict(), prompt=args.prompt,
-                 new=args.new)
+  request = dict(config=config.to_dict(), prompt=args.prompt, new=args.new)
   other = rival.request(config) if args.compare else {}
   figures = {'dtype': args.dtype} | {
       name: against(request, args, other, name) for name in args.sections}

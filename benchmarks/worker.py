@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 import importlib
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from typing import Any
+
+import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError
 
@@ -26,23 +27,19 @@ def turns(contenders: Mapping[str, Callable[[], Any]], rounds: int
     contenders: functions that wait for their result.
     rounds: how many turns each takes, after one that warms it up.
   """
-  seconds = {name: [] for name in contenders}
-  cpu = {name: [] for name in contenders}
+  times = {name: [] for name in contenders}
   for turn in range(1 + rounds):
     for name, run in contenders.items():
       start, start_cpu = time.perf_counter(), time.process_time()
       run()
       if turn:
-        cpu[name].append(time.process_time() - start_cpu)
-        seconds[name].append(time.perf_counter() - start)
-  first = next(iter(contenders))
-  over = lambda times, name: statistics.median(
-      own / base for own, base in zip(times[name], times[first]))
-  return {name: dict(
-      seconds=statistics.median(seconds[name]),
-      cpu_seconds=statistics.median(cpu[name]),
-      ratio=over(seconds, name), cpu_ratio=over(cpu, name))
-          for name in contenders}
+        times[name].append((time.perf_counter() - start,
+                            time.process_time() - start_cpu))
+  first = np.array(next(iter(times.values())))
+  figures = 'seconds', 'cpu_seconds', 'ratio', 'cpu_ratio'
+  return {name: dict(zip(
+      figures, np.median(np.hstack([own, own / first]), 0).tolist()))
+          for name, own in times.items()}
 
 
 class Worker:
@@ -89,10 +86,14 @@ class Worker:
 
 
 def main():
-  module = importlib.import_module(f'benchmarks.{sys.argv[1]}')
+  side = importlib.import_module(f'benchmarks.{sys.argv[1]}')
   answer = lambda **message: print(json.dumps(message), flush=True)
   try:
-    jobs = module.jobs(json.loads(sys.stdin.readline()))
+    request = json.loads(sys.stdin.readline())
+    trainer = side.Trainer(request)
+    trainer.step()
+    jobs = {'step': trainer.step, 'generate': lambda: trainer.generate(
+        request['prompt'], request['new'])}
     answer(ready=True)
     for line in sys.stdin:
       job = json.loads(line)

@@ -119,8 +119,7 @@ def test_the_loss_of_both_sides_is_the_same(system, tmp_path):
   config = rival.alike(toy(system))
   request = rival.request(config) | dict(dtype='float32', compiled=False)
   other = pytorch.Trainer(request)
-  trainer = ours.Trainer(config.to_dict())
-  trainer.create()
+  trainer = ours.Trainer(dict(config=config.to_dict()))
   weights.to_hf(trainer.run.module, trainer.state.params, tmp_path)
   other.forward = type(other.model).from_pretrained(
       tmp_path, config=other.model.config).train()

@@ -43,21 +43,18 @@ ATTENTION, WEIGHTS = 'attention', 'weights'
 
 
 def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0,
-                  training: bool = False, prompt: bool = False
-                  ) -> dict[str, float]:
+                  prompt: bool = False) -> dict[str, float]:
   """Returns the FLOPs of a forward pass over one sequence: of `attention`'s
-  scores and weighted values, and of products with `weights`.
+  scores and weighted values, and of products with `weights`; without the
+  modules of model.mtp_depth, which training alone needs.
 
   Args:
     model: config.model, or the frozen ModelConfig.
     length: tokens; of the encoder, for an encoder-decoder.
     decoder_length: tokens of the decoder, for an encoder-decoder.
-    training: with the modules of model.mtp_depth, which training alone needs.
     prompt: whether all tokens see each other: those of a prompt of a prefix LM.
   """
-  c = architectures.resolve(model)
-  if not training:
-    c = dataclasses.replace(c, mtp_depth=0)
+  c = dataclasses.replace(architectures.resolve(model), mtp_depth=0)
   return dict(_forward(_countable(c, max(length, decoder_length)), length,
                        decoder_length, prefix=prompt, prompt=prompt))
 
@@ -232,10 +229,9 @@ def _row_flops(c: ModelConfig, program: Any, *args, unread: int = 0,
         if jnp.issubdtype(x.dtype, jnp.floating)))(
             shares.trained(trained, params))
 
-  work = count(
-      jax.make_jaxpr(outputs if trained is None else gradients)(
-          parameter_shapes(module), *args),
-      Place('gpu', useful=True, prompt=prompt))
+  traced = jax.make_jaxpr(outputs if trained is None else gradients)
+  work = count(traced(parameter_shapes(module), *args),
+               Place('gpu', useful=True, prompt=prompt))
   if work.loops or work.kernels:
     raise ValueError(
         f'the FLOPs of model.arch {c.arch!r} cannot be counted: it has '
@@ -501,16 +497,12 @@ def peak(kind: str, dtype: str, cores: int = 1) -> float | None:
     dtype: of the products: bfloat16 or float32.
     cores: TensorCores in one jax device; TPUs only.
   """
-  if dtype not in ('bfloat16', 'float32'):
-    return None
   if dtype == 'float32' and jax.config.jax_default_matmul_precision not in (
-      None, 'default'):
+      None, 'default') or dtype not in ('bfloat16', 'float32'):
     return None  # several passes: no published figure
   if kind in _TPU_CORE:
     return _TPU_CORE[kind] * cores * 1e12
-  if kind in _GPU:
-    return _GPU[kind][dtype == 'float32'] * 1e12
-  return None
+  return _GPU[kind][dtype == 'float32'] * 1e12 if kind in _GPU else None
 
 
 def total_peak(devices: Sequence[jax.Device], dtype: str) -> float | None:

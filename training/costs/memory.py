@@ -8,16 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
-import ml_collections
-
 import architectures
-from architectures.parts import mixers, positions, remat
+from architectures.parts import mixers, paths, positions, remat
 from architectures.parts.attention import kernels, visibility
 from architectures.parts.config import ModelConfig
 from architectures.parts.ffn import NONE
 from training import objectives, runs
-from architectures.parts import paths
 from training.distributed import devices
+from training.objectives.record import Config
 from training.optim import shares
 from training.runs import parameter_roles, parameter_shares
 
@@ -53,8 +51,8 @@ def _names(entry: Any) -> tuple[str, ...]:
   return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def described(config: ml_collections.ConfigDict, model: ModelConfig,
-              shape: Mapping[str, int]) -> runs.Run:
+def described(config: Config, model: ModelConfig, shape: Mapping[str, int]
+              ) -> runs.Run:
   """Returns the run on a mesh that is only described: nothing can be computed
   on it, and no device is looked for.
 
@@ -66,8 +64,11 @@ def described(config: ml_collections.ConfigDict, model: ModelConfig,
   mesh = AbstractMesh(tuple(shape.values()), tuple(shape),
                       axis_types=(AxisType.Auto,) * len(shape))
   runs.check_mesh(config, model, shape)
-  run = runs.Run.of(config, traceable(model), mesh)
-  return dataclasses.replace(run, model=model)
+  # It is traced with kernels of the device that is there: those that the config
+  # names may run on others alone.
+  moe = model.moe and dataclasses.replace(model.moe, grouped_kernel='auto')
+  traced = dataclasses.replace(model, attention_kernel='auto', moe=moe)
+  return dataclasses.replace(runs.Run.of(config, traced, mesh), model=model)
 
 
 def analytic(run: runs.Run, kept_in_all: tuple[int, int] | None = None,
@@ -135,8 +136,7 @@ def _hidden(c: ModelConfig) -> int:
           0 if c.ffn == NONE else c.d_ff)
 
 
-def _scores(config: ml_collections.ConfigDict, c: ModelConfig, tokens: int,
-            platform: str) -> int:
+def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
   """Bytes of the scores of a layer of a kind, where a kernel does not do
   without, in an encoder, in a decoder, or in both."""
   mixer, length = mixers.of(c), config.data.length
@@ -145,8 +145,7 @@ def _scores(config: ml_collections.ConfigDict, c: ModelConfig, tokens: int,
   kind = visibility.KINDS[c.attention]
   masks = [kernels.Mask(
       causal=causal, bias=positions.of(c).has_bias,
-      window=kind.window(c) if kind.window else 0,
-      rule=bool(kind.sees),
+      window=kind.window(c) if kind.window else 0, rule=bool(kind.sees),
       prefix=causal and objectives.of(config).prefix,
       dropout=bool(c.attention_dropout)) for causal in (True, False)
            if architectures.stack(c) != ('encoder' if causal else 'decoder')]
@@ -156,11 +155,6 @@ def _scores(config: ml_collections.ConfigDict, c: ModelConfig, tokens: int,
   return 0 if fused else 2 * 4 * tokens * c.num_heads * length
 
 
-def traceable(model: ModelConfig) -> ModelConfig:
-  """Returns the model with kernels of the device that it is traced on: those
-  that its config names may run on others alone."""
-  moe = model.moe and dataclasses.replace(model.moe, grouped_kernel='auto')
-  return dataclasses.replace(model, attention_kernel='auto', moe=moe)
 
 
 def kept(run: runs.Run) -> tuple[int, int]:

@@ -8,7 +8,6 @@ and its kinds of layer. Only its own page is imported.
 
 from collections.abc import Mapping
 import functools
-import importlib
 import importlib.util
 import operator
 from typing import Any, NamedTuple

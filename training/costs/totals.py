@@ -7,17 +7,16 @@ tools/count.py prints them, a sweep matches its points by them.
 
 import flax.linen as nn
 import jax
-import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import mixers, positions
+from architectures.parts import mixers, paths, positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from configs.errors import require
 from training import objectives
-from architectures.parts import paths
 from training.costs import flops
+from training.objectives.record import Config
 from training.optim import shares
 from training.runs import (optimizer, parameter_roles, parameter_shapes,
                            parameter_shares)
@@ -26,7 +25,7 @@ from training.workdir import run_config
 STAND_IN_VOCAB = 384  # of the byte tokenizer, where a size leaves it open
 
 
-def count(config: ml_collections.ConfigDict, length: int = 0,
+def count(config: Config, length: int = 0,
           model: ModelConfig | None = None) -> dict:
   """Returns every figure of one config, as a dict for JSON.
 
@@ -85,7 +84,7 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
   }
 
 
-def brief(config: ml_collections.ConfigDict) -> dict:
+def brief(config: Config) -> dict:
   """Returns those of the figures that are told of every size at once."""
   model = resolved(config)
   sides = _row_lengths(config, model, config.data.length)
@@ -95,8 +94,7 @@ def brief(config: ml_collections.ConfigDict) -> dict:
               flops.of_a_row(config, model).values()) / sum(sides)}
 
 
-def _row_lengths(config: ml_collections.ConfigDict, model: ModelConfig,
-                 length: int) -> list[int]:
+def _row_lengths(config: Config, model: ModelConfig, length: int) -> list[int]:
   """Returns the tokens of a row that a run trains on, whose data.length is
   `length`."""
   config = config.copy_and_resolve_references()
@@ -129,8 +127,7 @@ def kinds_of_layer(model: ModelConfig) -> list[dict]:
   return rows
 
 
-def trained_parameters(module: nn.Module, optim: ml_collections.ConfigDict
-                       ) -> int:
+def trained_parameters(module: nn.Module, optim: Config) -> int:
   """Returns how many parameters are not frozen; where some layers of a stack
   are, they count."""
   return sum(x.size for x in jax.tree.leaves(shares.trained(
@@ -143,7 +140,7 @@ def parameters(model: ModelConfig) -> tuple[int, int]:
   return sum(sizes.values()), round(sum(active.values()))
 
 
-def resolved(config: ml_collections.ConfigDict):
+def resolved(config: Config):
   """Returns the model config, open fields filled as a run would by default."""
   model = config.model.to_dict()
   model['vocab_size'] = model['vocab_size'] or STAND_IN_VOCAB

@@ -5,7 +5,7 @@ To add the task NAME, write a file in tasks/ with its record in a table TASKS;
 tasks and their flags from this table.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import fnmatch
@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 from absl import flags
 from etils import epath
 import jax
-import ml_collections
 
 from configs import lazy
 from configs.errors import RequestError, one_of, require, short
-from training import objectives, parameters, runs
+from training import objectives, parameters, progress, runs
 from training.data import tokenizers
 from training.distributed import devices
 from training.evals import tasks
 from training.objectives import pipeline
+from training.objectives.record import Config
 from training.workdir import checkpoints, metrics, provenance, run_config
 from training.workdir import storage
 
@@ -80,6 +80,13 @@ class Evaluation:
         if not name.startswith(UNREAD)))
     return self.programs.setdefault(key, jax.jit(function))
 
+  def results(self, step: Callable, loader: pipeline.Loader, doing: str
+              ) -> Iterator[Any]:
+    """Yields step(params, batch) of each batch of a loader, on the host;
+    `doing` is for who watches."""
+    for batch in progress.each(loader.iterate(), doing, loader.num_batches):
+      yield jax.device_get(step(self.params, self.run.put(batch)))
+
 
 class Flag(NamedTuple):
   """A flag of eval.py.
@@ -122,7 +129,7 @@ class Task(NamedTuple):
   """
   help: str
   run: Callable[[Evaluation], dict[str, Any]]
-  unfit: Callable[[ml_collections.ConfigDict], str] = lambda config: ''
+  unfit: Callable[[Config], str] = lambda config: ''
   check: Callable[[Any, Any], None] = lambda options, config: None
   flags: tuple[Flag, ...] = ()
   figures: tuple[str, ...] | None = None
@@ -229,7 +236,7 @@ def asked_for(names: Sequence[str], values: flags.FlagValues, text: str = ''
   return names
 
 
-def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
+def check_task(name: str, options: Any, config: Config,
                where: str = '--tasks') -> None:
   """Raises RequestError where a task cannot be done of a run.
 
@@ -343,7 +350,7 @@ def listed(names: str | Sequence[str]) -> list[str]:
   return tasks_
 
 
-def check_in_training(config: ml_collections.ConfigDict) -> None:
+def check_in_training(config: Config) -> None:
   """Raises RequestError for what eval.tasks and eval.best ask of a run and
   cannot get. An eval.best of a task whose figures are known only when it is
   done is tried before the first step."""
@@ -364,15 +371,14 @@ def check_in_training(config: ml_collections.ConfigDict) -> None:
           f'are {", ".join(known or ()) or "none"}')
 
 
-def without(has: Callable[[Any], Any], words: str
-            ) -> Callable[[ml_collections.ConfigDict], str]:
+def without(has: Callable[[Any], Any], words: str) -> Callable[[Config], str]:
   """Returns an `unfit` for tasks that not every objective allows.
 
   Args:
     has: whether the record of a run's objective has what the task needs.
     words: what an objective without it does not do, or does not have.
   """
-  def unfit(config: ml_collections.ConfigDict) -> str:
+  def unfit(config: Config) -> str:
     return '' if has(objectives.of(config)) else (
         f'objective {config.objective!r} {words}')
   return unfit

@@ -74,9 +74,8 @@ def n_best(context: str, window: Window, most: int, count: int
   one character make is one."""
   T = len(window.starts_T)
   last_TS = np.arange(T)[:, None] + np.arange(min(most, T))[None]
-  ends_T = np.append(np.asarray(window.ends_T, np.float64), -np.inf)
-  flat = (np.asarray(window.starts_T, np.float64)[:, None]
-          + ends_T[np.minimum(last_TS, T)]).reshape(-1)
+  ends_T = np.append(window.ends_T, -np.inf)
+  flat = (window.starts_T[:, None] + ends_T[np.minimum(last_TS, T)]).reshape(-1)
   found: dict[tuple[int, int], float] = {}
   for i in np.argsort(-flat, kind='stable'):
     if len(found) == count or not np.isfinite(flat[i]):
@@ -128,12 +127,11 @@ def answers(view: Questions, scores: Sequence[np.ndarray], kind: str,
   windows: list[list[Window]] = [[] for _ in view.questions]
   for item, scores_L2 in zip(view.items, scores, strict=True):
     size, begin = len(item.context), labelled.begin(item)
-    starts_T, ends_T = np.asarray(scores_L2, np.float64)[begin:begin + size].T
-    windows[item.asked].append(Window(
-        starts_T, ends_T,
-        view.contexts[item.asked][1][item.first:item.first + size],
-        float(np.sum(scores_L2[labelled.null_place(item, kind)],
-                     dtype=np.float64))))
+    scores_L2 = np.asarray(scores_L2, np.float64)
+    starts_T, ends_T = scores_L2[begin:begin + size].T
+    spans_T2 = view.contexts[item.asked][1][item.first:item.first + size]
+    null = float(scores_L2[labelled.null_place(item, kind)].sum())
+    windows[item.asked].append(Window(starts_T, ends_T, spans_T2, null))
   none = any(not question.answers for question in view.questions)
   return [best(context, shown, most=options.max_answer_length,
                count=options.n_best, may_be_null=none,

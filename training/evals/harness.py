@@ -19,9 +19,8 @@ import numpy as np
 
 from configs.arguments import PositiveSize, typed
 from configs.errors import require, short
-from training import generate, objectives, progress
+from training import evals, generate, objectives, progress
 from training.data import conversations, inputs
-from training import evals
 from training.evals import Evaluation, scoring
 from training.evals.scoring import Question
 from training.hf import generation as hf_generation
@@ -76,10 +75,8 @@ class Model(api.TemplateLM):
       require(not add_bos_token or bos is not None, 'add_bos_token is True, '
               f'but the tokenizer {tokens.name!r} has no bos token')
       self._begin = (bos,) if add_bos_token else ()
-    self._prefix = prefix_token_id
-    if prefix_token_id is None:
-      self._prefix = (bos if published and bos is not None
-                      else tokens.separator_id)
+    usual = bos if published and bos is not None else tokens.separator_id
+    self._prefix = usual if prefix_token_id is None else prefix_token_id
     inputs.check_ids('prefix_token_id', self._prefix, model.vocab_size)
 
   @classmethod
@@ -93,7 +90,6 @@ class Model(api.TemplateLM):
       additional_config: lm_eval's batch size and device, which the run's mesh
         and the lengths of the texts decide here.
     """
-    del additional_config
     given = {'step': None} | arg_dict
     known = ('workdir', 'step', *[*inspect.signature(cls).parameters][1:])
     strange = [name for name in given if name not in known]
@@ -217,8 +213,7 @@ class Model(api.TemplateLM):
                ) -> Iterator[tuple[int, str]]:
     """Yields (which, text) of requests with the same options."""
     options = model_utils.normalize_gen_kwargs(options, self.max_gen_toks)
-    stops = model_utils.handle_stop_sequences(
-        options.get('until'), eos=None)
+    stops = model_utils.handle_stop_sequences(options.get('until'), eos=None)
     count = options['max_gen_toks']
     room = self.max_length - count
     require(room > 0, f'a task writes up to {count} tokens (max_gen_toks), and '

@@ -67,8 +67,7 @@ def means(found: Sequence[dict[str, Mean]],
   with np.errstate(divide='ignore', invalid='ignore'):
     each = [objective.means(own) for own in found]
   names = sorted(each[0], key=lambda name: (name != 'loss', name))
-  figures = {name: mix([own[name] for own in each], loaders)
-             for name in names}
+  figures = {name: mix([own[name] for own in each], loaders) for name in names}
   if objective.perplexity:
     with np.errstate(over='ignore'):
       figures['perplexity'] = float(np.exp(figures[objective.main]))

@@ -86,9 +86,8 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
                    evaluation.run.model)
   step = evaluation.program(_program(evaluation, prefix), 'scoring')
   answers: dict[int, Answer] = {}
-  groups = list(batches(
-      questions, max(SHORTEST, model.max_len), evaluation.run.mesh.size,
-      prefix))
+  groups = list(batches(questions, max(SHORTEST, model.max_len),
+                        evaluation.run.mesh.size, prefix))
   for shape, rows in progress.each(groups, doing):
     losses_P, greedy_P = jax.device_get(step(evaluation.params, devices.put(
         _batch(shape, rows, questions), evaluation.run.place)))

@@ -113,16 +113,14 @@ def _read(evaluation: Evaluation) -> Read:
     read = Read(dict(tokens_BM=source_1M, decoder_tokens_BL=shown_1L),
                 dict(encoder=source_1M[0], decoder=shown_1L[0]), notes)
   elif objective.prompt is not None:
-    prompts, _ = hf_generation.shown([prompt], run_.config, tokenizer,
-                            hf_generation.published(evaluation.workdir,
-                                                    evaluation.step))
+    folder = hf_generation.published(evaluation.workdir, evaluation.step)
+    prompts, _ = hf_generation.shown([prompt], run_.config, tokenizer, folder)
     read = Read(dict(tokens_BL=prompts.tokens, **prompts.arguments),
                 {stack: prompts.tokens[0]}, [])
   else:
     before, after = reading.around(evaluation)
-    ids_L = np.concatenate(
-        [before, reading.with_masks(prompt, tokenizer), after]
-    ).astype(np.int32)
+    ids_L = np.concatenate([before, reading.with_masks(prompt, tokenizer),
+                            after]).astype(np.int32)
     read = Read(dict(tokens_BL=ids_L[None]), {stack: ids_L}, [])
   for name, ids_L in read.tokens.items():
     most = min(run_.model.max_len, MOST)
@@ -271,11 +269,10 @@ def page(found: Inspection, title: str, about: Sequence[str],
   data = json.dumps(
       {'tokens': {name: list(row) for name, row in texts.items()},
        'maps': maps}, allow_nan=False).replace('<', '\\u003c')
+  folder = pathlib.Path(__file__).parents[1] / 'templates'
   template = jinja2.Environment(
-      loader=jinja2.FileSystemLoader(
-          pathlib.Path(__file__).parents[1] / 'templates'),
-      autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined,
-  ).get_template('inspect.html')
+      loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True,
+      undefined=jinja2.StrictUndefined).get_template('inspect.html')
   return template.render(
       title=title, about=about, data=data,
       sections=list(_sections(found, texts, spell, measures))).lstrip()

@@ -18,16 +18,15 @@ need not be.
 
 from collections.abc import Iterable, Sequence
 import importlib.util
+import itertools
 import json
 from typing import Any, NamedTuple
 import warnings
 
-import jax
 import numpy as np
 
 import architectures
 from configs.errors import require
-from training import progress
 from training.data import labelled, records, sources
 from training.evals import Evaluation, Flag, Task, answers, held_out
 from training.evals.tasks import writing
@@ -84,19 +83,14 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
                                 for loader, one in zip(loaders, found)}}
 
 
-def scores(evaluation: Evaluation, loader: pipeline.Loader
-           ) -> list[np.ndarray]:
+def scores(evaluation: Evaluation, loader: pipeline.Loader) -> list[np.ndarray]:
   """Returns the scores of each row of a loader's view, in its order: [K], or
   of each token [L, K], where L is the length that its batch was padded to."""
   objective, module = loader.objective, evaluation.run.module
   step = evaluation.program(lambda params, batch: objective.apply(
       module, params, batch).extra['scores'], 'labels')
-  found = []
-  for batch in progress.each(loader.iterate(), 'answering',
-                             loader.num_batches):
-    found += [*jax.device_get(
-        step(evaluation.params, evaluation.run.put(batch)))]
-  return found[:loader.num_windows]
+  batches = evaluation.results(step, loader, 'answering')
+  return [*itertools.chain(*batches)][:loader.num_windows]
 
 
 def of_scores(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
@@ -261,13 +255,10 @@ def entities(right: Sequence[Sequence[str]], found: Sequence[Sequence[str]]
 def of_questions(view: records.Questions, scores: Sequence[np.ndarray],
                  evaluation: Evaluation) -> Measured:
   """Measures answers to questions."""
-  found = answers.answers(view, scores,
-                          architectures.stack(evaluation.run.model),
-                          evaluation.options)
+  kind = architectures.stack(evaluation.run.model)
+  found = answers.answers(view, scores, kind, evaluation.options)
   figures = answers.figures(view, found)
-  return Measured(figures, answers.lines(figures),
-                  {} if not evaluation.options.predictions else
-                  answers.written(view, found))
+  return Measured(figures, answers.lines(figures), answers.written(view, found))
 
 
 def _jsonl(rows: Iterable[dict[str, Any]]) -> dict[str, str]:

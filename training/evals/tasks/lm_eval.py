@@ -16,8 +16,7 @@ import pathlib
 import traceback
 from typing import Any
 
-from configs.errors import EnvironmentFailure, RequestError, hint
-from configs.errors import require
+from configs.errors import EnvironmentFailure, RequestError, hint, require
 from training.evals import Evaluation, Flag, Task, scoring
 
 OWN = pathlib.Path(__file__).parents[1] / 'lm_eval_tasks'

@@ -181,9 +181,8 @@ def bound(evaluation: Evaluation) -> dict[str, Any]:
   """Prints the bound in nats a token and in bits a byte of text."""
   run_, loaders = evaluation.run, evaluation.held_out()
   count, mask = evaluation.options.bound_samples, evaluation.tokenizer.mask_id
-  step = evaluation.program(
-      bound_program(run_.module, run_.config, mask, count), 'diffusion_bound',
-      count)
+  program = bound_program(run_.module, run_.config, mask, count)
+  step = evaluation.program(program, 'diffusion_bound', count)
   totals = []
   for loader in loaders:
     sums = np.zeros(6)
@@ -235,8 +234,7 @@ def bound_program(module: Any, config: Any, mask: int, count: int):
       noise_BL = jax.random.uniform(jax.random.fold_in(key, k), real_BL.shape)
       masked_BL = real_BL & generate.among_largest(
           jnp.where(real_BL, noise_BL, -1.0), l_B[:, None])
-      shown = batch | dict(tokens=jnp.where(
-          masked_BL, mask, batch['targets']))
+      shown = batch | dict(tokens=jnp.where(masked_BL, mask, batch['targets']))
       output = objective.apply(module, params, shown)
       nats_BL = losses.token_losses(
           output.hidden, output.head, batch['targets'],

@@ -19,14 +19,13 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from architectures.parts import positions
 from configs.errors import one_of
-from training import objectives, progress
+from training import objectives
 from training.data import probes
 from training.distributed import devices
 from training.evals import Evaluation, Flag, Task, without
@@ -99,8 +98,7 @@ def cells(settings: Any, grows: bool, longer: bool = True) -> Iterator[Cell]:
                settings.length * factor, factor)
 
 
-def measured(evaluation: Evaluation, cell: Cell, count: int
-             ) -> dict[str, Any]:
+def measured(evaluation: Evaluation, cell: Cell, count: int) -> dict[str, Any]:
   """Returns the figures of `count` held-out rows of one level and length."""
   run_, config = evaluation.run, evaluation.run.config
   config = config.copy_and_resolve_references()
@@ -114,10 +112,8 @@ def measured(evaluation: Evaluation, cell: Cell, count: int
       *devices.batch_shard(run_.place, config.data.batch_size))
   objective = objectives.of(config)
   step = evaluation.program(_counts(run_.module, objective), 'probe')
-  total = sum(np.asarray(jax.device_get(step(evaluation.params, run_.put(
-      batch))), np.float64) for batch in progress.each(
-          loader.iterate(), f'{probes.of(config).level}: {cell.level}',
-          loader.num_batches))
+  total = sum(np.asarray(counts, np.float64) for counts in evaluation.results(
+      step, loader, f'{probes.of(config).level}: {cell.level}'))
   right, asked, whole, seen, squares = map(float, total)
   return dict(
       accuracy=right / asked,

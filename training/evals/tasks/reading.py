@@ -49,9 +49,8 @@ def embed(evaluation: Evaluation) -> dict[str, Any]:
   """Writes the vectors of --texts to --vectors, [N, D] in the file's order."""
   options = evaluation.options
   rows = laid_out(read(options.texts), evaluation)
-  step = evaluation.program(
-      _embedding(evaluation, options.pooling, options.normalize), 'embed',
-      options.pooling, options.normalize)
+  how = options.pooling, options.normalize
+  step = evaluation.program(_embedding(evaluation, *how), 'embed', *how)
   vectors: dict[int, np.ndarray] = {}
   groups = list(scoring.padded(dict(enumerate(rows)),
                                evaluation.run.model.max_len))
@@ -135,8 +134,7 @@ def _embedding(evaluation: Evaluation, pooling: str, normalize: bool):
           "'first', but the first token of a decoder sees none of those after "
           'it: choose mean or last')
 
-  def vectors(params: Any, tokens_BL: jax.Array, lengths_B: jax.Array
-              ) -> jax.Array:
+  def vectors(params: Any, tokens_BL: jax.Array, lengths_B: jax.Array):
     """Returns float32 [B, D]."""
     places_1L = jnp.arange(tokens_BL.shape[1])[None]
     real_BL = places_1L < lengths_B[:, None]
@@ -186,18 +184,16 @@ def fill_mask(evaluation: Evaluation) -> dict[str, Any]:
   module = evaluation.run.module.clone(config=without_capacity(model))
 
   def fill(params: Any, tokens_BL: jax.Array, real_BL: jax.Array,
-           rows_P: jax.Array, places_P: jax.Array
-           ) -> tuple[jax.Array, jax.Array]:
+           rows_P: jax.Array, places_P: jax.Array):
     """Returns the probabilities of the likeliest tokens, and their ids."""
     output = module.apply({'params': params}, tokens_BL,
                           segment_ids_BL=real_BL, lengths_B=real_BL.sum(1))
     logits_1PV = output.head.logits(output.hidden[rows_P, places_P][None])
     return jax.lax.top_k(jax.nn.softmax(logits_1PV[0], -1), top)
 
-  likely_PK, ids_PK = jax.device_get(
-      evaluation.program(fill, 'fill_mask', top)(
-          evaluation.params, tokens_BL, real_BL.astype(np.int32), rows_P,
-          places_P))
+  step = evaluation.program(fill, 'fill_mask', top)
+  likely_PK, ids_PK = jax.device_get(step(
+      evaluation.params, tokens_BL, real_BL.astype(np.int32), rows_P, places_P))
   prompts = [{'prompt': text, 'masks': []} for text in texts]
   for row, likely_K, ids_K in zip(rows_P, likely_PK, ids_PK):
     prompts[row]['masks'].append(

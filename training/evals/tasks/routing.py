@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from architectures.parts.moe import routing
-from training import objectives, progress
+from training import objectives
 from training.evals import Evaluation, Task
 
 FILE = 'routing.png'
@@ -37,10 +37,8 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   step = evaluation.program(panel, 'routing')
   panels, weights_W = [], []
   for loader in evaluation.held_out():
-    found, tokens_W = zip(*[
-        jax.device_get(step(evaluation.params, run_.put(batch)))
-        for batch in progress.each(loader.cut(ROWS).iterate(), 'evaluating',
-                                   loader.num_batches)])
+    found, tokens_W = zip(*evaluation.results(
+        step, loader.cut(ROWS), 'evaluating'))
     panels += found
     weights_W += [loader.share * n / sum(tokens_W) for n in tokens_W]
   weights_W = np.array(weights_W, np.float32)

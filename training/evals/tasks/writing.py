@@ -38,9 +38,8 @@ def samples(evaluation: Evaluation) -> dict[str, Any]:
              prompts.lengths)
     more = dict(max_new_tokens=count, stop_token=ends, **prompts.arguments)
     if how is None:
-      tokens = generate.generate(
-          *given, jax.random.key(options.sample_seed),
-          sampling=sampling(options), **more)
+      tokens = generate.generate(*given, jax.random.key(options.sample_seed),
+                                 sampling=sampling(options), **more)
     else:  # the best of each prompt
       best, _ = generate.beam_search(*given, beams=how, **more)
       tokens = best[:, :options.samples].reshape(-1, count)
@@ -56,13 +55,12 @@ def diffusion_samples(evaluation: Evaluation) -> dict[str, Any]:
   new = _room(evaluation, prompts)
   steps = options.diffusion_steps or new
   with progress.during('writing'):
-    tokens = jax.device_get(jax.jit(
-        generate.write_diffusion, static_argnums=0,
-        static_argnames=('new', 'steps', 'mask', 'temperature'))(
-            evaluation.run.module, evaluation.params, prompts.tokens,
-            prompts.lengths, jax.random.key(options.sample_seed), new=new,
-            steps=steps, mask=tokenizer.mask_id,
-            temperature=options.temperature))
+    write = jax.jit(generate.write_diffusion, static_argnums=0,
+                    static_argnames=('new', 'steps', 'mask', 'temperature'))
+    tokens = jax.device_get(write(
+        evaluation.run.module, evaluation.params, prompts.tokens,
+        prompts.lengths, jax.random.key(options.sample_seed), new=new,
+        steps=steps, mask=tokenizer.mask_id, temperature=options.temperature))
   return {'samples': _told(evaluation, prompts, tokens,
                            tokenizer.separator_id), 'steps': steps}
 
@@ -187,9 +185,8 @@ def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
               source_BM=jnp.asarray(batch['tokens']),
               source_lengths_B=jnp.asarray(batch['segment_ids'].sum(1)))
   if how is None:
-    tokens = generate.generate(*given, jax.random.key(0),
-                               sampling=generate.Sampling(temperature=0),
-                               **more)
+    tokens = generate.generate(*given, jax.random.key(0), **more,
+                               sampling=generate.Sampling(temperature=0))
   else:
     tokens = generate.beam_search(*given, beams=how, **more)[0][:, 0]
   text = lambda ids: tokenizer.decode(generate.until(ids, end))
@@ -279,8 +276,7 @@ TASKS = {
         without(lambda objective: 'encoder-decoder' in objective.stacks,
                 'has no targets to write'),
         check=lambda options, config: beams(options) and None,
-        flags=(TARGETS, *BEAMS),
-        figures=('exact', 'targets', 'exact/*')),
+        flags=(TARGETS, *BEAMS), figures=('exact', 'targets', 'exact/*')),
     'translation': Task(
         'BLEU of held-out pairs, and exact', translation,
         without(lambda objective: 'data.target_length' in objective.reads,
