@@ -14,7 +14,7 @@ of nothing is nan, not 0.
 
 from collections.abc import Callable, Mapping, Sequence
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,7 @@ from configs.errors import RequestError
 from training.objectives import losses
 from training.data.tokenizers import Tokenizer, spelt
 
-Config = ml_collections.ConfigDict
+Config: TypeAlias = ml_collections.ConfigDict
 Shape = tuple[tuple[int, ...], type]  # of an array, with its dtype
 Row = dict[str, Any]  # arrays and numbers of one row, by key of the batch
 
