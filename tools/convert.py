@@ -38,7 +38,6 @@ import argparse
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import functools
 import importlib
 import pathlib
 import sys
@@ -277,9 +276,7 @@ _STEP = ('of the checkpoint; best; of several, for the mean of their '
 
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(prog='python -m tools.convert', description=__doc__)
-  add = functools.partial(
-      parser.add_subparsers(dest='command', required=True).add_parser,
-      allow_abbrev=False, formatter_class=cli.HelpFormatter)
+  add = parser.add_subparsers(dest='command', required=True).add_parser
   into = add('import', help='Hugging Face to a workdir')
   into.add_argument('source', type=pathlib.Path)
   into.add_argument('workdir')

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 
 from configs import base
 from configs import mixtral
@@ -243,7 +242,7 @@ def test_a_signal_saves_all(trained, tmp_path, monkeypatch):
   assert [r['step'] for r in rows(workdirs[2])] == [1, 2, 3]
   with monkeypatch.context() as patch:  # and one that comes too late is told
     patch.setattr(signals.Stop, 'agreed', lambda self, step: (
-        step == STEPS and setattr(self, '_first', signal.SIGTERM)))
+        step == STEPS and setattr(self, 'stop_requested', True)))
     assert vectorised.train(configs, workdirs)[0].told_to_stop
   for workdir, single in zip(workdirs, singles):
     assert_same(workdir, single)
