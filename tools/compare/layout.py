@@ -25,7 +25,6 @@ import json
 import os
 import pathlib
 import shlex
-import socket
 import sqlite3
 import sys
 import time
@@ -466,9 +465,9 @@ class Ledger:
 
   def register(self) -> str:
     """Adds this process as a runner; returns its name."""
-    name = f'{_host()}:{os.getpid()}:{time.time_ns()}'
+    name = f'{storage.host()}:{os.getpid()}:{time.time_ns()}'
     self._change('INSERT INTO runners (name, host, pid) VALUES (?, ?, ?)',
-                 name, _host(), os.getpid())
+                 name, storage.host(), os.getpid())
     return name
 
   def claim(self, ids: Sequence[int], runner: str) -> list[int]:
@@ -525,7 +524,8 @@ class Ledger:
         '(SELECT runner FROM runs WHERE state = ?)', RUNNING):
       first, last, looks = self._watched.get(name, (beats, -1, 0))
       looks = looks + 1 if beats == last else 0
-      if looks >= STALE_LOOKS or _gone(host, pid):
+      is_gone = host == storage.host() and not storage.is_alive(pid)
+      if looks >= STALE_LOOKS or is_gone:
         dead.append(name)
       else:
         watched[name] = first, beats, looks
@@ -546,24 +546,6 @@ def ledger_runs(workdir) -> list[Run]:
 
 def _crc32(*values: Any) -> int:
   return zlib.crc32(repr(values).encode())
-
-
-def _gone(host: str, pid: int) -> bool:
-  """Whether a runner is of this host, and its process is no more."""
-  try:
-    if host == _host():
-      os.kill(pid, 0)
-  except OSError as error:  # not permitted: it is another user's
-    return isinstance(error, ProcessLookupError)
-  return False
-
-
-def _host() -> str:
-  """This machine, and the space of process numbers if it has several."""
-  try:
-    return f'{socket.gethostname()}:{os.readlink("/proc/self/ns/pid")}'
-  except OSError:  # not Linux: one space
-    return socket.gethostname()
 
 
 def begin(workdir, ledger, description: dict) -> dict:

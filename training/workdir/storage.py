@@ -91,7 +91,7 @@ def whole(target: epath.Path) -> Iterator[Callable[[bytes], None]]:
     if on_disk:
       _remove_left(target.parent)
       partial = target.with_name(
-          f'{_WRITING}{_host()}-{os.getpid()}-{uuid.uuid4().hex}')
+          f'{_WRITING}{host()}-{os.getpid()}-{uuid.uuid4().hex}')
     file = partial.open('wb')
 
   def write_(data: bytes) -> None:
@@ -118,21 +118,22 @@ def _remove_left(folder: epath.Path) -> None:
   """Removes files of `whole` whose process is gone, and of other machines
   those to which nothing was written for a day."""
   for left in pathlib.Path(folder).glob(f'{_WRITING}*'):
-    *host, pid, _ = left.name.removeprefix(_WRITING).split('-')
+    *of_host, pid, _ = left.name.removeprefix(_WRITING).split('-')
     with contextlib.suppress(FileNotFoundError):  # moved to its place
-      if ('-'.join(host) == _host() and not _is_alive(int(pid))
+      if ('-'.join(of_host) == host() and not is_alive(int(pid))
           or time.time() - left.stat().st_mtime > _STALE_SECONDS):
         left.unlink()
 
 
-def _host() -> str:
+def host() -> str:
   """This machine, and the space of its process numbers if it has several."""
   spaces = '/proc/self/ns/pid'  # of Linux
   space = os.stat(spaces).st_ino if os.path.exists(spaces) else 0
   return f'{socket.gethostname()}.{space}'
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+  """Whether a process of this machine runs."""
   try:
     os.kill(pid, 0)
   except ProcessLookupError:

@@ -242,7 +242,7 @@ def test_a_run_goes_through_its_states(book):
 def _held_elsewhere(book, monkeypatch, *ids):
   """Lets a runner of another host take runs; returns its name."""
   with monkeypatch.context() as elsewhere:
-    elsewhere.setattr(layout, '_host', lambda: 'elsewhere')
+    elsewhere.setattr(layout.storage, 'host', lambda: 'elsewhere')
     other = book.register()
   assert book.claim(ids, other) == list(ids)
   return other
