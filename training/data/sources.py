@@ -28,6 +28,7 @@ import re
 from typing import Any, NamedTuple
 
 from etils import epath
+import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError, require
 from training.data import conversations, labelled, texts
@@ -35,6 +36,7 @@ from training.data import conversations, labelled, texts
 Document = str | list[tuple[str, str]]
 # What the documents of a source may be, beside the kinds of labelled records.
 DOCUMENTS = TEXT, TURNS, PAIRS = 'text', 'conversations', 'pairs of texts'
+PARTS = ('', 'first', 'second')  # eval.part: all, or one of every two documents
 
 _WEIGHTED = re.compile(r'\s*(?:(\d*\.?\d+(?:e[+-]?\d+)?)\*)?(.*\S)\s*', re.I)
 
@@ -96,6 +98,28 @@ class Source:
     return hashlib.blake2b(
         json.dumps([self.reader, self.content, digests]).encode(),
         digest_size=16).hexdigest()
+
+
+def chosen(numbers: np.ndarray, every: int | None, split: str, part: str = ''
+           ) -> np.ndarray:
+  """Tells which documents belong to a split.
+
+  Args:
+    numbers: int64 [N], their places in the source.
+    every: data.holdout_every, of which 0 holds nothing out; None: the source
+      has its split for itself (data.eval_source), and all belong to it.
+    split: 'train' or 'eval'.
+    part: eval.part, which is read for 'eval'.
+  """
+  if every is None:
+    wanted, order = np.ones(len(numbers), bool), numbers
+  else:
+    held_out = numbers % every == 0 if every else np.zeros(len(numbers), bool)
+    wanted = held_out if split == 'eval' else ~held_out
+    order = numbers // max(every, 1)
+  if part and split == 'eval':
+    wanted = wanted & (order % 2 == PARTS.index(part) - 1)
+  return wanted
 
 
 def cut(source: Source, every: int | None, part: str = '') -> Source:

@@ -27,8 +27,7 @@ import numpy as np
 
 from configs.errors import require
 from training import objectives
-from training.data import conversations, holdout, packing, ramp
-from training.data import sources, tokenising, tokens
+from training.data import conversations, packing, ramp, sources, tokens
 from training.data.tokenizers import Tokenizer
 from training.objectives.record import Config
 
@@ -307,7 +306,7 @@ def _views(config: Config, tokenizer: Tokenizer, split: str,
 def check_sources(config: Config) -> None:
   """Raises RequestError for a source that is unknown or not there, or a cache
   that cannot be written; reads no text."""
-  tokenising.check_cache_dir(config.data.cache_dir)
+  tokens.check_cache_dir(config.data.cache_dir)
   for spec in filter(None, (config.data.source, config.data.eval_source)):
     for _, source in sources.parse(spec):
       objectives.check_fits(config, source)
@@ -323,7 +322,7 @@ def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
       source = sources.cut(source, _holdout_every(data))
       if source.files:
         hashes[source.name] = source.digest() if source.tokens else (
-            tokenising.content(source, tokenizer, data.cache_dir))
+            tokens.content(source, tokenizer, data.cache_dir))
   return hashes
 
 
@@ -347,7 +346,7 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
       yield weight, packing.Corpus(source.name, source.name, *of_split)
     elif objectives.of(config).records:
       records = list(source.records())
-      chosen = holdout.chosen(np.arange(len(records)), every, split, part)
+      chosen = sources.chosen(np.arange(len(records)), every, split, part)
       text = _words(source, every, split, part, chosen.sum(), len(records))
       yield weight, packing.Corpus(
           source.name, text, *of_split,
@@ -358,7 +357,7 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
         whole = tokens.load(source.tokens, source.name)
         tokens.check_tokenizer(whole, tokenizer, source.name)
       else:
-        whole = tokenising.cached(source, tokenizer, data.cache_dir)
+        whole = tokens.cached(source, tokenizer, data.cache_dir)
       # Of a source that is cut, document 0 is the part already.
       chosen = tokens.Split(whole, every, split, '' if source.is_cut else part,
                          tokenizer.separator_id)
