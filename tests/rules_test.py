@@ -62,7 +62,7 @@ def test_every_parameter_declares_its_role():
   makes = {name for name, path in MODULES.items()
            if _room(name).startswith('architectures')
            and re.search(r'\.param\(', path.read_text())}
-  assert makes == {'architectures/parts/roles'}
+  assert makes == {'architectures/parts/sharding'}
 
 
 def _bound(tree) -> set[str]:

@@ -26,12 +26,12 @@ import numpy as np
 import optax
 
 import architectures
-from architectures.parts import heads, roles, sharding
+from architectures.parts import heads, sharding
 from architectures.parts.attention import kernels
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import grouped
 from architectures.parts.moe import layer as moe
-from architectures.parts.roles import abstract_params, parameter_shapes
+from architectures.parts.sharding import abstract_params, parameter_shapes
 from configs.errors import RequestError, require
 from training import objectives
 from training.data import ramp, tokenizers
@@ -70,7 +70,7 @@ def parameter_roles(module: nn.Module):
   Raises:
     RequestError: for a parameter that declares none.
   """
-  return roles.read(abstract_params(module))
+  return sharding.roles(abstract_params(module))
 
 
 def optimizer(module: nn.Module, optim: ml_collections.ConfigDict,

@@ -11,10 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
-from architectures.parts import gathered
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
-from architectures.parts.roles import Role, declare
+from architectures.parts.sharding import Role, declare
 from configs.fields import field, FUNCTION, REGULARISATION, RUN
 
 INITS = ('normal', 'scaled_normal', 'fan_in')  # see _initializer
@@ -124,10 +123,10 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
     w: a weight, or activations.
     dtype: what both are rounded to before the product.
     out_dtype: of the result; default: dtype.
-    axes: the logical axes of a weight, which is gathered as gathered.py says if
+    axes: the logical axes of a weight, which is gathered as sharding.py says if
       it is sharded.
     keep: whether the whole weight may be kept for the gradient.
-    kept_as: the name of the whole weight, as of gathered.product.
+    kept_as: the name of the whole weight, as of sharding.gathered_product.
   """
   out_dtype = jnp.dtype(out_dtype or dtype)
   ins, out = spec.split('->')
@@ -137,8 +136,9 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
     spec = spec.replace('...', 'ZYXW'[:x.ndim - named])
   x, w = x.astype(dtype), w.astype(dtype)
   local = functools.partial(_product, spec, out_dtype)
-  at = gathered.places(spec, x, w, axes)
-  y = gathered.product(local, x, w, at, keep, kept_as) if at else local(x, w)
+  at = sharding.product_places(spec, x, w, axes)
+  y = (sharding.gathered_product(local, x, w, at, keep, kept_as) if at else
+       local(x, w))
   return y if shared else checkpoint_name(y, PRODUCT)
 
 
@@ -231,7 +231,7 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
   longer = keeps_gathered(c, name)
   y = einsum(spec, x, w, c.compute_dtype, axes=axes,
              keep=longer or c.remat != 'none',
-             kept_as=gathered.KEPT if longer else '')
+             kept_as=sharding.KEPT if longer else '')
   if not adapted(c, name):
     return y
   of_x, of_w, of_y = spec.replace('->', ',').split(',')

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts.config import ModelConfig
-from architectures.parts.roles import Role, declare
+from architectures.parts.sharding import Role, declare
 
 
 def layernorm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None,

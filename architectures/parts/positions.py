@@ -25,7 +25,7 @@ import numpy as np
 from architectures.parts import linear
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
-from architectures.parts.roles import Role, declare
+from architectures.parts.sharding import Role, declare
 from configs.errors import require, short
 from configs.fields import field, FUNCTION, SHAPES
 

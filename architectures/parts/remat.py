@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from architectures.parts import gathered
+from architectures.parts import sharding
 from architectures.parts import linear
 from architectures.parts.config import ModelConfig
 
@@ -66,7 +66,7 @@ def policy(c: ModelConfig) -> Optional[Callable[..., object]]:
   """Returns the config's policy as jax.checkpoint takes it."""
   keeps = of(c).keeps
   if linear.keeps_gathered(c):
-    keeps += (gathered.KEPT,)
+    keeps += (sharding.KEPT,)
   policies = jax.checkpoint_policies
   if of(c).to_host:
     return policies.save_and_offload_only_these_names(

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import (
-    gathered, heads, linear, mixers, positions, remat, sharding, streams)
+    heads, linear, mixers, positions, remat, sharding, streams)
 from architectures.parts.attention import multi_head
 from architectures.parts.blocks import BLOCKS, branches, residual
 from architectures.parts.config import LayerKind, ModelConfig, Section
@@ -80,7 +80,7 @@ class Embed(nn.Module):
                deterministic: bool = True):
     c = self.config
     table_VD = linear.embedding(self, 'tokens', c.vocab_size, 'vocab')
-    x_BLD = gathered.lookup(table_VD, tokens_BL, c.compute_dtype)
+    x_BLD = sharding.lookup(table_VD, tokens_BL, c.compute_dtype)
     if c.embed_scale != 1:
       x_BLD = x_BLD * jnp.asarray(c.embed_scale, x_BLD.dtype)
     if positions.of(c).embed:

@@ -63,7 +63,7 @@ from architectures.parts import linear
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.norms import norm, recomputed, rmsnorm
-from architectures.parts.roles import Role, declare
+from architectures.parts.sharding import Role, declare
 from configs.fields import field, FUNCTION, SHAPES
 
 OFF = -8.0  # logits off A's diagonal in a new mhc

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from architectures.parts import gathered, sharding
+from architectures.parts import sharding
 from configs import sharding as tables
 from tests.helpers import models
 from training.objectives import losses
@@ -97,7 +97,7 @@ def test_shards_are_joined_and_sums_are_cut_up(sizes):
   w = np.arange(3 * 16.0, dtype=np.float32).reshape(3, 16)
   own = np.arange(8.0, dtype=np.float32)  # a number of each device
   def local(shard, number):
-    whole, gradient = jax.vjp(lambda w: gathered.along(w, 1, names), shard)
+    whole, gradient = jax.vjp(lambda w: sharding.join(w, 1, names), shard)
     cut, = gradient(number[:, None] * whole)
     return whole[None], cut[None]
   P = jax.sharding.PartitionSpec
@@ -122,8 +122,9 @@ def test_a_product_gathers_its_weight_again_unless_it_may_be_kept(
   w_DF = jax.random.normal(jax.random.key(1), (16, 24))
   local = lambda x, w: jnp.einsum('BLD,DF->BLF', x, w)
   def loss(x_BLD, w_DF):
-    at = gathered.places('BLD,DF->BLF', x_BLD, w_DF, ('embed', 'mlp'))
-    return jnp.square(gathered.product(local, x_BLD, w_DF, at, keep)).sum()
+    at = sharding.product_places('BLD,DF->BLF', x_BLD, w_DF, ('embed', 'mlp'))
+    y_BLF = sharding.gathered_product(local, x_BLD, w_DF, at, keep)
+    return jnp.square(y_BLF).sum()
   want = jax.grad(lambda x, w: jnp.square(local(x, w)).sum(), (0, 1))(
       x_BLD, w_DF)
   with jax.set_mesh(make_mesh(sizes)), sharding.rules('default'):
@@ -143,7 +144,7 @@ def test_rows_of_a_table_whose_columns_are_split_and_their_gradient():
   table_VD = jax.random.normal(jax.random.key(0), (12, 16))
   ids_BL, d_BLD = models.tokens(8, 5) % 12, jnp.arange(8 * 5 * 16.0)
   def loss(table_VD, ids_BL):
-    rows_BLD = gathered.lookup(table_VD, ids_BL, jnp.float32)
+    rows_BLD = sharding.lookup(table_VD, ids_BL, jnp.float32)
     return (rows_BLD * d_BLD.reshape(8, 5, 16)).sum()
   want = jax.value_and_grad(lambda table_VD: (
       table_VD[ids_BL] * d_BLD.reshape(8, 5, 16)).sum())(table_VD)

@@ -16,7 +16,7 @@ from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
 from architectures.parts.ffn import ClampConfig, FFN
 from architectures.parts.norms import NORMS
-from architectures.parts.roles import Declared, Role
+from architectures.parts.sharding import Declared, Role
 from configs import base
 from tests.helpers import models
 from architectures.parts import paths

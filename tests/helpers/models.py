@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import paths, roles
+from architectures.parts import paths, sharding
 from configs import kinds
 
 VOCAB = 61
@@ -72,7 +72,7 @@ def tokens(batch: int = 2, length: int = 16, seed: int = 1) -> jax.Array:
 def make(system: str = 'gpt', seed: int = 0, **changes):
   """Returns (module, params); see `drawn`."""
   module = architectures.build(config(system, **changes))
-  return module, drawn(roles.parameter_shapes(module), seed)
+  return module, drawn(sharding.parameter_shapes(module), seed)
 
 
 def drawn(shapes, seed: int = 0):

@@ -25,7 +25,7 @@ from configs.errors import require, short
 from configs.fields import check_number, check_type
 from architectures.parts import paths
 from training.hf import files as hf_files, weights
-from architectures.parts.roles import parameter_shapes
+from architectures.parts.sharding import parameter_shapes
 from training.workdir import checkpoints, storage
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'

@@ -47,7 +47,7 @@ from architectures.parts import paths
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import generation as hf_generation
-from architectures.parts.roles import parameter_shapes
+from architectures.parts.sharding import parameter_shapes
 from training.workdir import checkpoints, storage
 
 SHARD_BYTES = 5 * 10**9

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from architectures.parts import gathered, linear, sharding
+from architectures.parts import linear, sharding
 from architectures.parts.heads import Head
 
 # Where `chunk` is 0: float32 logits of 64 MiB a device, but tokens enough to
@@ -297,7 +297,7 @@ def _join(settings: _Settings, arrays: tuple[jax.Array, ...],
 
 def _kernel(head: Head, hidden_BLD: jax.Array):
   """The head's kernel as every chunk reads it: cast, and gathered, once."""
-  return gathered.whole(head.kernel_DV.astype(hidden_BLD.dtype),
+  return sharding.whole(head.kernel_DV.astype(hidden_BLD.dtype),
                         ('embed', 'vocab'))
 
 
@@ -317,7 +317,7 @@ def _whole(d: Optional[jax.Array], x: jax.Array, *axes: str):
     return None
   if sharding.one_cpu():
     return d[0].astype(x.dtype)
-  return gathered.total(d, axes[::-1]).T.astype(x.dtype)
+  return sharding.total(d, axes[::-1]).T.astype(x.dtype)
 
 
 MTP_LOSS = 'mtp_{}_loss'  # of the loss at a depth

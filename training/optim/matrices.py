@@ -2,9 +2,9 @@
 
 Layers and experts that share an array are matrices of their own, and several
 axes of inputs, or of outputs, such as heads, are one side
-(architectures/parts/roles.py). optax's Adafactor would factor the two largest
-axes of an array, and so mix layers: a scanned model would learn otherwise than
-an unrolled one.
+(architectures/parts/sharding.py). optax's Adafactor would factor the two
+largest axes of an array, and so mix layers: a scanned model would learn
+otherwise than an unrolled one.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from architectures.parts import sharding
-from architectures.parts.roles import Axes, Role
+from architectures.parts.sharding import Axes, Role
 
 
 def over(roles: Any, fn: Callable[..., Any], *trees: Any):

@@ -15,9 +15,9 @@ A tied embedding is in the first and the third row, which agree. Attention
 scores are scaled by 1 / head_dim. Weight decay is not multiplied: it stays
 lr * weight_decay at every width, as in the authors' package.
 
-The rates follow from what a parameter declares (architectures/parts/roles.py).
-Initial variances and multipliers are architectures/parts/linear.py,
-skeletons.py and moe/layer.py.
+The rates follow from what a parameter declares: its Role, in
+architectures/parts/sharding.py. Initial variances and multipliers are
+architectures/parts/linear.py, skeletons.py and moe/layer.py.
 """
 
 import math
@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from architectures.parts.config import ModelConfig
-from architectures.parts.roles import Role
+from architectures.parts.sharding import Role
 from configs.errors import one_of
 
 # A parameter's rate, of how many times as wide as at the base its inputs and

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from architectures.parts.roles import Role
+from architectures.parts.sharding import Role
 from configs import base as base_config
 from configs.errors import one_of, require
 from architectures.parts import paths

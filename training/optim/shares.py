@@ -7,7 +7,7 @@ each layer the rate lr * layer_decay ** (N - n), n counted from 0 (Clark et al.
 BEiT, whose last layer has the first power): the embedding has one power more
 than the first layer, and what stands above the layers has the whole rate. Low-
 rank adapters (model.lora) leave nothing trained but themselves and what else
-declares itself `tuned` (architectures/parts/roles.py).
+declares itself `tuned` (architectures/parts/sharding.py).
 
 A parameter that is not trained has no gradient, no update, no decay and no
 state in the optimiser. The layers of a stack share an array: where some of
@@ -24,7 +24,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from architectures.parts.roles import Role
+from architectures.parts.sharding import Role
 from configs.errors import RequestError, require
 from architectures.parts import paths
 

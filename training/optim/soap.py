@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from architectures.parts.roles import Axes
+from architectures.parts.sharding import Axes
 from training.optim import matrices
 
 

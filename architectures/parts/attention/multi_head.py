@@ -32,7 +32,7 @@ from architectures.parts.attention import xla
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Cache, Context, First, Keys
 from architectures.parts.recurrent import features
-from architectures.parts.roles import Role, declare
+from architectures.parts.sharding import Role, declare
 from configs.errors import require
 
 QK_NORMS = ('head', 'projection')  # what one norm of queries or keys is over

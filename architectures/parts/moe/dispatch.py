@@ -56,7 +56,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from architectures.parts import gathered, sharding
+from architectures.parts import sharding
 from architectures.parts.ffn import Hidden
 from architectures.parts.linear import mix
 from architectures.parts.moe import grouped, routing
@@ -447,7 +447,7 @@ def _within_capacity(m: MoEConfig, factor: float, tokens: int, groups: int,
 def _gather(w: Weights, axes: Axes) -> Weights:
   """Whole weights of this device's experts, but for the share of 'mlp'."""
   if axes.embed:
-    gather = lambda x, axis: None if x is None else gathered.along(
+    gather = lambda x, axis: None if x is None else sharding.join(
         x, axis, axes.embed)
     w = w.replace(
         up_EDF=gather(w.up_EDF, 1), gate_EDF=gather(w.gate_EDF, 1),
@@ -560,7 +560,7 @@ def exchange(x: jax.Array, send_n: Optional[jax.Array],
   everything = lambda x, *_: whole(x)
   # Where only full rows travel, TPU pads a number for each row to LANES of
   # them. The numbers of all rows are fewer.
-  numbers = x.ndim == 2 and x.shape[0] <= gathered.LANES
+  numbers = x.ndim == 2 and x.shape[0] <= sharding.LANES
   return jax.lax.platform_dependent(
       x, send_n, receive_n, cpu=everything,
       **(dict(tpu=everything) if numbers else {}),

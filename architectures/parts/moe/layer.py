@@ -30,7 +30,7 @@ from architectures.parts.moe import dispatch
 from architectures.parts.moe import routing
 from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.moe.dispatch import Dropout, Weights
-from architectures.parts.roles import Role, declare
+from architectures.parts.sharding import Role, declare
 from configs.errors import require
 
 BIAS = 'router_bias'

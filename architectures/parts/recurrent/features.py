@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from architectures.parts import linear, norms
 from architectures.parts.config import ModelConfig
-from architectures.parts.roles import Role, declare
+from architectures.parts.sharding import Role, declare
 
 LENGTH_EPS = 1e-6  # beside a squared length, as in the authors' programs
 

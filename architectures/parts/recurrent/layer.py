@@ -22,7 +22,7 @@ from architectures.parts import linear, positions, sharding
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import recurrence, features
-from architectures.parts.roles import Role, declare
+from architectures.parts.sharding import Role, declare
 from configs.errors import require
 
 VALUE_AXES = 'heads', 'head'

@@ -26,7 +26,7 @@ from architectures.parts import norms
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import layer, recurrence, features
-from architectures.parts.roles import Role, declare
+from architectures.parts.sharding import Role, declare
 from configs.errors import require
 from configs.fields import field, FUNCTION, SHAPES
 

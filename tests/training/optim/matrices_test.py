@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from architectures.parts import sharding
-from architectures.parts.roles import Role
+from architectures.parts.sharding import Role
 from configs import sharding as tables
 from training.distributed import devices
 from training.optim import matrices, soap

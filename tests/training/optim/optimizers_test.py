@@ -8,7 +8,7 @@ import pytest
 
 import architectures
 from architectures.parts import paths
-from architectures.parts.roles import Role
+from architectures.parts.sharding import Role
 from configs import base
 from tests.helpers import models
 from training.optim import optimizers
