@@ -30,7 +30,6 @@ from architectures.parts.moe import routing
 from configs.errors import STOPPED, require
 from training import progress, runs
 from training.costs import flops, systems, totals
-from training.data import ramp
 from training.distributed import cpu, devices, signals
 from training.evals import held_out, in_training
 from training.objectives import pipeline
@@ -198,7 +197,7 @@ class _Batches:
                count: int):
     self._program, self._loaders = program, loaders
     config, objective = program.run.config, loaders[0].objective
-    self._ramp = ramp.of(config)
+    self._ramp = pipeline.ramp_of(config)
     sides = objective.row_lengths(config)
     self._row_tokens = sum(sides)  # at most
     self.tokens = self._ramp.last * sum(sides)  # of each run in a step, at most
@@ -780,7 +779,7 @@ def describe(run: runs.Run, start: int, tokens: int,
   mesh = ','.join(
       f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1)
   parts = config.train.grad_accumulation
-  sizes = ramp.of(config)
+  sizes = pipeline.ramp_of(config)
   all_rows = int(sizes.before(steps))
   rows = f'{config.data.batch_size:,} rows' + (
       f' in {parts} micro-batches' if parts > 1 else '')

@@ -14,7 +14,8 @@ from configs import base
 from configs import sharding as sharding_tables
 from configs.errors import RequestError, one_of, require
 from training import evals, objectives, runs
-from training.data import ramp, sources, tokenizers
+from training.data import sources, tokenizers
+from training.objectives import pipeline
 from training.optim import mup, optimizers
 from training.workdir import checkpoints, metrics, run_config, storage
 
@@ -42,7 +43,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
             f'{value!r}, which is not read while {other} is not set: leave it '
             f'at {default!r}, or set {other}')
   one_of('mesh.rules', config.mesh.rules, sharding_tables.RULES)
-  ramp.check(config)
+  pipeline.check_ramp(config)
   optimizers.check_optim(config.optim)
   _check_best(config.eval)
   one_of('eval.part', config.eval.part, sources.PARTS)

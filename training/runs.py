@@ -34,8 +34,9 @@ from architectures.parts.moe import layer as moe
 from architectures.parts.sharding import abstract_params, parameter_shapes
 from configs.errors import RequestError, require
 from training import objectives
-from training.data import ramp, tokenizers
+from training.data import tokenizers
 from training.distributed import devices
+from training.objectives import pipeline
 from training.objectives.record import Mean
 from training.optim import mup, optimizers, shares
 from training.workdir import run_config
@@ -423,7 +424,7 @@ def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
   """Refuses a mesh that does not divide the model, the batches or the rows."""
   devices.check_mesh(model, config.data.batch_size,
                      config.train.grad_accumulation, shape)
-  ramp.check_shards(config, shape)
+  pipeline.check_ramp_shards(config, shape)
   for name in ('length', 'target_length'):
     size = config.data[name]
     require(size % shape['context'] == 0, f'mesh.context is '

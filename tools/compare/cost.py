@@ -14,7 +14,7 @@ from configs.errors import RequestError, require
 from tools.compare import spec
 from training import objectives, preflight, runs
 from training.costs import flops, totals
-from training.data import ramp, tokenizers
+from training.data import tokenizers
 from training.objectives import pipeline
 
 # Of a cost that is made equal to the base's:
@@ -54,7 +54,7 @@ def of(config) -> Cost:
   return Cost(
       *_parameters(model),
       sum(flops.of_a_row(config, model).values()) / length,
-      int(ramp.of(config).before(config.train.steps)) * length)
+      int(pipeline.ramp_of(config).before(config.train.steps)) * length)
 
 
 def figure(config, what: str) -> float:

@@ -14,8 +14,8 @@ import numpy as np
 
 from configs.errors import RequestError
 from tools.compare import layout
-from training.data import ramp
 from training.evals.tasks.extrapolation import Text, loss_at
+from training.objectives import pipeline
 from training.workdir import metrics, run_config
 
 # What a curve can be drawn against, and its name to a reader.
@@ -117,8 +117,8 @@ class Point:
     if not rows:
       return {}
     step = np.array([row['step'] for row in rows], float)
-    batches = ramp.parse(run.config['data.batch_ramp'],
-                         run.config['data.batch_size'])
+    batches = pipeline.parse_ramp(run.config['data.batch_ramp'],
+                                  run.config['data.batch_size'])
     tokens = self.tokens * batches.before(step) / batches.before(
         run.config['train.steps'])
     loss = [float(np.mean(np.asarray(row[name], float))) for row in rows]

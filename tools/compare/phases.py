@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from configs.errors import RequestError
 from tools.compare import decide
 from tools.compare import plan as plans
-from training.data import ramp
+from training.objectives import pipeline
 from training.workdir import run_config
 
 Changes = dict[str, Any]
@@ -189,7 +189,7 @@ def shorten(changes: dict, base: dict, share: float) -> None:
   for field in ('checkpoint.every_steps', 'log.every_steps'):
     changes[field] = min(before[field], short)
   if stages := before['data.batch_ramp']:
-    changes['data.batch_ramp'] = ramp.scaled(stages, steps, short)
+    changes['data.batch_ramp'] = pipeline.scaled_ramp(stages, steps, short)
 
 
 @dataclasses.dataclass

@@ -17,8 +17,9 @@ from configs.errors import RequestError
 from tools.plan import chips, collectives, predict, programs
 from training import preflight, progress, runs
 from training.costs import memory
-from training.data import ramp, tokenizers
+from training.data import tokenizers
 from training.distributed import devices
+from training.objectives import pipeline
 
 BOUNDS = ('step_seconds', 'highest_mfu', 'bound')
 
@@ -39,7 +40,7 @@ def meshes(config, model, topology: chips.Topology):
         continue
       try:
         devices.check_mesh(model, config.data.batch_size, 1, shape)
-        ramp.check_shards(config, shape)
+        pipeline.check_ramp_shards(config, shape)
       except RequestError:  # what does not divide is no candidate
         continue
       yield shape
@@ -52,7 +53,7 @@ def candidates(config, topology: chips.Topology) -> list[dict]:
   predict.peak_flops(topology, model.dtype)  # or there is no order of plans
   config = config.copy_and_resolve_references()
   config.train.grad_accumulation = 1  # the plans have their own
-  sizes = (*ramp.of(config).sizes, config.data.batch_size)
+  sizes = (*pipeline.ramp_of(config).sizes, config.data.batch_size)
   placed = chips.devices(topology)
   plans, kept = [], {}
   for shape in progress.each(list(meshes(config, model, topology)),

@@ -3,15 +3,22 @@
 Which tokens are in global batch n is a pure function of (seed, n). Row r of
 batch n is example g = n B + r of one endless sequence: a permutation of all
 windows, then another one, and so on, or for a mixture such sequences
-interleaved by weight. Where batches grow (ramp.py), n B is the number of all
-rows before batch n. Process p of P takes rows p B/P to (p+1) B/P and loads only
-those. So a run may stop at any n and go on with any number of processes or
+interleaved by weight. Process p of P takes rows p B/P to (p+1) B/P and loads
+only those. So a run may stop at any n and go on with any number of processes or
 workers, and the state of the data is n.
+
+Batches may grow: data.batch_ramp is a text such as '100:8,300:16', batches of 8
+rows until step 100, of 16 until step 300, and of data.batch_size from there on.
+n B is then the number of all rows before batch n, so that row g is in one batch
+alone, whatever the sizes are. Each size is a compiled program, so that there
+are few.
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import dataclasses
+import functools
 import gc
 import itertools
 import math
@@ -27,13 +34,14 @@ import numpy as np
 
 from configs.errors import require
 from training import objectives
-from training.data import conversations, packing, ramp, sources, tokens
+from training.data import conversations, packing, sources, tokens
 from training.data.tokenizers import Tokenizer
 from training.objectives.record import Config
 
 EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
 THREADS = 2  # With workers=0; more only contend for the interpreter's lock.
 PREFETCH = 4  # Batches prepared ahead.
+SIZES = 15  # of batches that grow, beside data.batch_size
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -65,8 +73,8 @@ class Loader:
     self.name, self.share, self.text = name, share, text
     self.views, self._dataset, self._config = views, dataset, config
     self.tokenizer, self._split = tokenizer, split
-    self.ramp = (ramp.of(config) if split == 'train' else
-                 ramp.parse('', config.data.batch_size))
+    self.ramp = (ramp_of(config) if split == 'train' else
+                 parse_ramp('', config.data.batch_size))
     self.objective = objectives.of(config)
     self._place = process_index, process_count
     self._config_of = {}
@@ -382,3 +390,97 @@ def _words(source: sources.Source, every: int | None, split: str, part: str,
     return f'{but}{half}the last 1/{every} of {source.name}'
   return source.name if taken == of else (
       f'{taken:,} of {of:,} documents of {source.name}')
+
+
+# Batches that grow.
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+  """The sizes of a run's batches.
+
+  Attributes:
+    until: the steps at which the sizes change, ascending.
+    sizes: the rows of a batch before each of these, ascending.
+    last: data.batch_size, from the last of them on.
+  """
+  until: tuple[int, ...]
+  sizes: tuple[int, ...]
+  last: int
+
+  def rows(self, n: int) -> int:
+    """Returns the rows of batch n."""
+    return int((*self.sizes, self.last)[
+        int(np.searchsorted(self.until, n, side='right'))])
+
+  def before(self, n):
+    """Returns the rows of all batches before batch n, which may be an array."""
+    n, start, total = np.asarray(n), 0, 0
+    for until, size in zip(self.until, self.sizes):
+      total = total + size * np.clip(n - start, 0, until - start)
+      start = until
+    return total + self.last * np.clip(n - start, 0, None)
+
+
+def ramp_of(config: Config) -> Ramp:
+  """Returns the ramp of a run.
+
+  Raises:
+    RequestError: a sentence, for a data.batch_ramp that is none.
+  """
+  return parse_ramp(config.data.batch_ramp, config.data.batch_size)
+
+
+@functools.lru_cache(maxsize=64)
+def parse_ramp(text: str, batch_size: int) -> Ramp:
+  """Returns the ramp of a text; '': none."""
+  if not text:
+    return Ramp((), (), batch_size)
+  try:
+    until, sizes = zip(*(map(int, stage.split(':'))
+                         for stage in text.split(',')))
+  except ValueError:
+    until, sizes = (0,), ()
+  require(len(until) <= SIZES and all(
+      a < b for values in ((0, *until), (0, *sizes, batch_size))
+      for a, b in zip(values, values[1:])), f'data.batch_ramp is {text!r}: '
+          "write STEP:ROWS with commas between, such as '100:8,300:16', at "
+          f'most {SIZES}; the steps must rise from 1 on, and the rows too, to '
+          f'less than data.batch_size {batch_size}')
+  return Ramp(until, sizes, batch_size)
+
+
+def scaled_ramp(text: str, steps: int, short: int) -> str:
+  """Returns the ramp of a run of `steps` steps for one of `short`; a size that
+  no batch would have is left out."""
+  stages: dict[int, str] = {}
+  for stage in text.split(','):
+    step, size = stage.split(':')
+    stages[int(step) * short // steps] = size
+  return ','.join(f'{step}:{size}' for step, size in stages.items() if step)
+
+
+def check_ramp(config: Config) -> None:
+  """Raises RequestError for a ramp that the run could not honour."""
+  ramp, steps = ramp_of(config), config.train.steps
+  require(not ramp.until or ramp.until[-1] < steps, 'data.batch_ramp is '
+          f'{config.data.batch_ramp!r}, and train.steps is {steps}: it must '
+          'end before, or data.batch_size would not be read')
+
+
+def check_ramp_shards(config: Config, shape: Mapping[str, int]
+                 ) -> None:
+  """Raises RequestError for a size that the devices do not divide.
+
+  Args:
+    config: a run's.
+    shape: the size of each mesh axis.
+  """
+  shards = (shape['data'] * shape['fsdp'] * shape['expert']
+            * config.train.grad_accumulation)
+  for size in ramp_of(config).sizes:
+    require(size % shards == 0, 'data.batch_ramp is '
+            f'{config.data.batch_ramp!r}, whose batches of {size} rows the '
+            'batch shards of mesh.data x mesh.fsdp x mesh.expert times '
+            f'train.grad_accumulation, {shards} in all, do not divide: choose '
+            f'multiples of {shards}')

@@ -16,7 +16,7 @@ import pytest
 from configs import base
 from configs.errors import RequestError
 from training import preflight
-from training.data import ramp, tokenizers
+from training.data import tokenizers
 from training.objectives import pipeline
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -307,7 +307,7 @@ def test_what_cannot_be_loaded_is_refused(folder, fields, message):
 
 @pytest.mark.parametrize('text', ['', '3:2', '1:1,4:2,6:3'])
 def test_rows_are_counted_as_they_come(text):
-  sizes = ramp.parse(text, 5)
+  sizes = pipeline.parse_ramp(text, 5)
   stages = [tuple(map(int, stage.split(':'))) for stage in
             filter(None, text.split(','))] + [(99, 5)]
   total = 0
@@ -349,9 +349,10 @@ def test_the_order_of_the_rows_is_that_without_a_ramp(folder):
 
 
 def test_a_ramp_is_scaled_with_the_steps_of_a_run():
-  assert ramp.scaled('100:8,300:16', 1000, 500) == '50:8,150:16'
-  assert ramp.scaled('1:2,3:4,100:8', 400, 4) == '1:8'  # no batch has 2 or 4
-  assert ramp.scaled('99:4', 100, 50) == '49:4'  # still ends before the run
+  scaled = pipeline.scaled_ramp
+  assert scaled('100:8,300:16', 1000, 500) == '50:8,150:16'
+  assert scaled('1:2,3:4,100:8', 400, 4) == '1:8'  # no batch has 2 or 4
+  assert scaled('99:4', 100, 50) == '49:4'  # still ends before the run
 
 
 # Grain's workers in real processes: signals, and the death of their parent.
