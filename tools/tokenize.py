@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--tokenizer', default=base.base().data.tokenizer,
                       help='as data.tokenizer')
   parser.add_argument('--shard_mib', type=int,
-                      default=tokens.SHARD_BYTES >> 20, help='MiB of text '
+                      default=sources.SHARD_BYTES >> 20, help='MiB of text '
                       'in a shard; a larger file is a shard of its own')
   parser.add_argument('--jobs', type=int, default=1,
                       help='how many commands share the work')
@@ -81,17 +81,17 @@ def tokenise(args: argparse.Namespace) -> dict[str, Any]:
   storage.try_folder(out, '--out')
   storage.refuse_run(out, '--out', tokens.BEGUN)
   tokenizer, source = tokenizers.load(args.tokenizer), _source(args.source)
-  parts, sizes = tokens.plan(source, args.shard_mib << 20)
+  parts, sizes = sources.plan(source, args.shard_mib << 20)
   content = tokens.digest([source.reader, source.content, [
       [os.path.basename(path), size]
-      for path, size, _ in tokens.stats(source)]])
-  begun = tokens.begin(out, source, parts, content, tokenizer)
+      for path, size, _ in sources.stats(source)]])
+  begun = sources.begin(out, source, parts, content, tokenizer)
   done = tokens.finished(out, begun)
   # Each job has about as much to do.
   order = sorted(range(len(parts)), key=lambda i: -sizes[i])
   for i in order[args.job::args.jobs]:
     if not done[i]:
-      tokens.shard(out, i, parts[i], tokenizer, begun)
+      sources.shard(out, i, parts[i], tokenizer, begun)
   done = tokens.finished(out, begun)
   figures = {'shards': f'{sum(done)} of {len(done)}',
              'seconds': round(time.monotonic() - started, 1)}

@@ -15,7 +15,7 @@ import tokenizers as hf
 from configs import base
 from configs.errors import RequestError, require
 from training import cli, progress
-from training.data import sources
+from training.data import sources, tokens
 from training.workdir import storage
 
 # Of each kind: a model, what cuts text into words, and back, and a trainer with
@@ -68,7 +68,7 @@ def _texts(spec: str, every: int) -> Iterator[str]:
     require(sources.TEXT in source.holds, f'data source {source.name!r} holds '
             f'{source.holds[0]}, and no text: choose another')
     for i, document in enumerate(sources.cut(source, every).documents()):
-      if sources.chosen(np.array([i]), every, 'train').any():
+      if tokens.chosen(np.array([i]), every, 'train').any():
         yield from ([document] if isinstance(document, str)
                     else [text for _, text in document])
 

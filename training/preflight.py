@@ -14,7 +14,7 @@ from configs import base
 from configs import sharding as sharding_tables
 from configs.errors import RequestError, one_of, require
 from training import evals, objectives, runs
-from training.data import sources, tokenizers
+from training.data import tokenizers, tokens
 from training.objectives import pipeline
 from training.optim import mup, optimizers
 from training.workdir import checkpoints, metrics, run_config, storage
@@ -46,7 +46,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   pipeline.check_ramp(config)
   optimizers.check_optim(config.optim)
   _check_best(config.eval)
-  one_of('eval.part', config.eval.part, sources.PARTS)
+  one_of('eval.part', config.eval.part, tokens.PARTS)
   metrics.check_writers(config.log)
   module = architectures.build(runs.resolve_alone(config))
   refuse_unread_of(by_hand, config, module.config)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.errors import one_of, require, short
-from training.data import labelled, packing, sources
+from training.data import labelled, packing, sources, tokens
 from training.data.tokenizers import Tokenizer
 
 MANY_LABELS = 50  # so many may be a column of something else than labels
@@ -34,7 +34,7 @@ def of_training(config: Any) -> list[Any]:
   for _, source in sources.parse(data.source):
     records = list(source.records())
     every = 0 if data.eval_source else data.holdout_every
-    ours = sources.chosen(np.arange(len(records)), every, 'train')
+    ours = tokens.chosen(np.arange(len(records)), every, 'train')
     training += itertools.compress(records, ours)
   return training
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from training.data import conversations, packing, tokens
+from training.data import conversations, packing, sources
 from training.data.conversations import Messages
 from training.data.tokenizers import Tokenizer
 from training.objectives import record
@@ -183,7 +183,7 @@ def _encoded(parts: list[tuple[str, str]], tokenizer: Tokenizer
     if kind == 'answer' and ids:
       question = parts[len(ids) - 1][1]
       both = tokenizer.encode(question + text)
-      shared = tokens.shared(both, ids[-1][1])
+      shared = sources.shared(both, ids[-1][1])
       ids[-1] = ids[-1][0], both[:shared]
       ids.append((kind, both[shared:]))
     else:

@@ -314,7 +314,7 @@ def _views(config: Config, tokenizer: Tokenizer, split: str,
 def check_sources(config: Config) -> None:
   """Raises RequestError for a source that is unknown or not there, or a cache
   that cannot be written; reads no text."""
-  tokens.check_cache_dir(config.data.cache_dir)
+  sources.check_cache_dir(config.data.cache_dir)
   for spec in filter(None, (config.data.source, config.data.eval_source)):
     for _, source in sources.parse(spec):
       objectives.check_fits(config, source)
@@ -330,7 +330,7 @@ def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
       source = sources.cut(source, _holdout_every(data))
       if source.files:
         hashes[source.name] = source.digest() if source.tokens else (
-            tokens.content(source, tokenizer, data.cache_dir))
+            sources.content(source, tokenizer, data.cache_dir))
   return hashes
 
 
@@ -354,7 +354,7 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
       yield weight, packing.Corpus(source.name, source.name, *of_split)
     elif objectives.of(config).records:
       records = list(source.records())
-      chosen = sources.chosen(np.arange(len(records)), every, split, part)
+      chosen = tokens.chosen(np.arange(len(records)), every, split, part)
       text = _words(source, every, split, part, chosen.sum(), len(records))
       yield weight, packing.Corpus(
           source.name, text, *of_split,
@@ -365,7 +365,7 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
         whole = tokens.load(source.tokens, source.name)
         tokens.check_tokenizer(whole, tokenizer, source.name)
       else:
-        whole = tokens.cached(source, tokenizer, data.cache_dir)
+        whole = sources.cached(source, tokenizer, data.cache_dir)
       # Of a source that is cut, document 0 is the part already.
       chosen = tokens.Split(whole, every, split, '' if source.is_cut else part,
                          tokenizer.separator_id)

@@ -89,8 +89,8 @@ def corpus(tmp_path_factory):
 def small(monkeypatch):
   """Blocks and shards of a size at which there are many."""
   monkeypatch.setattr(tokens, 'BLOCK_BYTES', 1024)
-  real = tokens.plan
-  monkeypatch.setattr(tokens, 'plan', lambda source, size=0: real(
+  real = sources.plan
+  monkeypatch.setattr(sources, 'plan', lambda source, size=0: real(
       source, 100_000))
 
 
@@ -103,7 +103,7 @@ def shards(corpus, tmp_path, small):
 def entry(spec, folder, tokenizer=BYTES):
   """Returns the cache's folder of a source, and its tokens."""
   (_, source), = sources.parse(spec)
-  found = tokens.cached(source, tokenizer, str(folder / 'cache'))
+  found = sources.cached(source, tokenizer, str(folder / 'cache'))
   return pathlib.Path(found.folder), found
 
 
@@ -130,7 +130,7 @@ def test_every_token_stands_where_the_text_has_it(corpus, shards):
   for every in (None, 4, 3):
     for split, part in (('train', ''), ('eval', ''), ('eval', 'first'),
                         ('eval', 'second')):
-      chosen = sources.chosen(np.arange(len(texts)), every, split, part)
+      chosen = tokens.chosen(np.arange(len(texts)), every, split, part)
       kept = [text for text, own in zip(texts, chosen) if own]
       stream = np.array([EOS, *(i for text in kept
                                 for i in (*text.encode(), EOS))])
@@ -153,7 +153,7 @@ def test_held_out_is_the_first_of_every_n():
       (3, 'eval', 'second'): [3, 9], (3, 'train', 'first'): [1, 2, 4, 5, 7, 8],
       (0, 'eval', ''): [], (0, 'train', ''): [*range(10)],
       (None, 'eval', 'second'): [1, 3, 5, 7, 9]}.items():
-    chosen = sources.chosen(numbers, every, split, part)
+    chosen = tokens.chosen(numbers, every, split, part)
     assert np.flatnonzero(chosen).tolist() == expected
 
 
@@ -205,16 +205,16 @@ def test_what_was_killed_goes_on_and_of_two_processes_one_reads(tmp_path):
   program = textwrap.dedent(f"""
       import sys
       from training.data import sources, tokenizers, tokens
-      plan, shard = tokens.plan, tokens.shard
-      tokens.plan = lambda source: plan(source, 1)
+      plan, shard = sources.plan, sources.shard
+      sources.plan = lambda source: plan(source, 1)
       def slow(*args, **kwargs):
         made = shard(*args, **kwargs)
         print('made', flush=True)
         sys.argv[1:] and __import__('time').sleep(60)
         return made
-      tokens.shard = slow
+      sources.shard = slow
       (_, source), = sources.parse('text:{tmp_path}/*.txt')
-      tokens.cached(source, tokenizers.load('bytes'), '{tmp_path}/cache')
+      sources.cached(source, tokenizers.load('bytes'), '{tmp_path}/cache')
       """)
   start = lambda *words: subprocess.Popen(
       [sys.executable, '-c', program, *words], cwd=ROOT, text=True,
@@ -254,7 +254,7 @@ def test_an_entry_is_keyed_by_files_and_tokenizer(tmp_path, monkeypatch):
   spec = f'text:{tmp_path}/*.txt'
   path, _ = entry(spec, tmp_path)
   with monkeypatch.context() as patch:
-    patch.setattr(tokens, 'shard', None)  # nothing is tokenised again
+    patch.setattr(sources, 'shard', None)  # nothing is tokenised again
     assert entry(spec, tmp_path)[0] == path
   assert entry(spec, tmp_path, tokenizers.load('bytes:64'))[0] != path
   (tmp_path / '0.txt').write_text('changed')

@@ -25,7 +25,7 @@ from tests import train_test
 from tests.helpers import toy_run
 from tools.compare import layout
 from training import preflight, vectorised
-from training.data import sources, tokenizers, tokens
+from training.data import sources, tokenizers
 from training.workdir import metrics, run_config, storage
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -194,8 +194,8 @@ def _write(folder):
 def _tokens(folder):
   (folder / 'a.txt').write_text('All the tokens of this text. ' * 99)
   with files_of_at_most(1000):
-    tokens.cached(sources.parse(f'text:{folder}/*.txt')[0][1],
-                  tokenizers.load('bytes'), str(folder / 'cache'))
+    sources.cached(sources.parse(f'text:{folder}/*.txt')[0][1],
+                   tokenizers.load('bytes'), str(folder / 'cache'))
 
 
 @pytest.mark.parametrize('write, name', [

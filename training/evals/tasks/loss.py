@@ -31,7 +31,7 @@ import numpy as np
 
 from configs.errors import one_of, require
 from training import generate, objectives, progress
-from training.data import sources
+from training.data import sources, tokens
 from training.evals import Evaluation, Flag, Task, held_out, scoring, without
 from training.objectives import losses
 from training.runs import make_eval_step
@@ -149,8 +149,8 @@ def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   part = evaluation.run.config.eval.part
   source = sources.cut(source, every, part)
   documents = list(source.documents())
-  chosen = sources.chosen(np.arange(len(documents)), every, 'eval',
-                          '' if source.is_cut else part)
+  chosen = tokens.chosen(np.arange(len(documents)), every, 'eval',
+                         '' if source.is_cut else part)
   found = [document for document, own in zip(documents, chosen) if own]
   require(all(isinstance(x, str) for x in found), f'{source.name} holds pairs '
           'or conversations: --stride is for text')
