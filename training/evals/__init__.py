@@ -98,6 +98,7 @@ class Flag(NamedTuple):
     least, most: of a number; None: no bound.
     asks: whether to set the flag asks for its task, too, unless a task that
       was named reads it.
+    needs: a flag of the same task, without which it is not read; '': none.
   """
   name: str
   default: bool | int | float | str
@@ -105,6 +106,7 @@ class Flag(NamedTuple):
   least: float | None = None
   most: float | None = None
   asks: bool = False
+  needs: str = ''
 
 
 class Task(NamedTuple):
@@ -218,7 +220,7 @@ def asked_for(names: Sequence[str], values: flags.FlagValues, text: str = ''
 
   Raises:
     RequestError: for a name that is no task's, for no task at all, and for a
-      flag, or a --text, that no task reads.
+      flag, or a --text, that nothing reads.
   """
   read = {flag.name for name in names for flag in task(name).flags}
   names = list(dict.fromkeys([*names, *(
@@ -227,9 +229,14 @@ def asked_for(names: Sequence[str], values: flags.FlagValues, text: str = ''
   require(bool(names), "--tasks is '', so nothing is evaluated: choose from "
           f'{", ".join(TASKS)}')
   read = {flag.name for name in names for flag in task(name).flags}
-  for flag in {flag.name for row in TASKS.values() for flag in row.flags}:
-    require(flag in read or not values[flag].present, f'--{flag} is read by '
-            f'{", ".join(readers(flag))} alone: add it to --tasks')
+  every = {flag.name: flag for row in TASKS.values() for flag in row.flags}
+  for name, flag in every.items():
+    require(name in read or not values[name].present, f'--{name} is read by '
+            f'{", ".join(readers(name))} alone: add it to --tasks')
+    require(not (flag.needs and values[name].present)
+            or values[flag.needs].value != every[flag.needs].default,
+            f'--{name} is read beside --{flag.needs} alone, which is '
+            f'{flag.needs and values[flag.needs].value!r}')
   require(not text or any(task(name).held_out for name in names), '--text is '
           f'{short(text)}, which {", ".join(names)} would not read: leave it '
           'out, or add a task that does to --tasks')

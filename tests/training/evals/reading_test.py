@@ -2,6 +2,7 @@
 mask is filled with, and what a page shows."""
 
 import base64
+import contextlib
 import json
 import math
 import re
@@ -176,7 +177,9 @@ def test_fillings_are_those_of_a_bert_in_numpy(tmp_path, capsys):
 
 def given(*names):
   """The flags of all tasks, of which a command line has `names`."""
-  return {flag.name: types.SimpleNamespace(present=flag.name in names)
+  return {flag.name: types.SimpleNamespace(
+      present=flag.name in names,
+      value='set' if flag.name in names else flag.default)
           for task in evals.TASKS.values() for flag in task.flags}
 
 
@@ -185,8 +188,12 @@ def test_a_flag_that_no_task_reads_is_refused():
   for flag in {flag.name for task in evals.TASKS.values()
                for flag in task.flags}:
     readers = evals.readers(flag)
-    for name in readers:
-      assert evals.asked_for([name], given(flag)) == [name]
+    for name, own in readers.items():
+      needs = [own.needs] if own.needs else []
+      assert evals.asked_for([name], given(flag, *needs)) == [name]
+      with pytest.raises(RequestError, match=f'--{flag} is read beside --'
+                         ) if needs else contextlib.nullcontext():
+        evals.asked_for([name], given(flag))
     asks = [name for name, own in readers.items() if own.asks]
     if asks:
       assert {*evals.asked_for(['routing'], given(flag))} == {'routing', *asks}
@@ -194,6 +201,18 @@ def test_a_flag_that_no_task_reads_is_refused():
     with pytest.raises(RequestError, match=rf'--{flag} is read by') as e:
       evals.asked_for(['routing'], given(flag))
     assert all(name in str(e.value) for name in readers)
+
+
+@pytest.mark.parametrize('name, objective, flag, beside', [
+    ('labels', 'regression', 'max_answer_length', {}),
+    ('samples', 'next_token', 'top_k', {'temperature': 0}),
+    ('samples', 'next_token', 'top_p', {'beams': 2})])
+def test_a_flag_of_what_is_not_done_is_refused(name, objective, flag, beside):
+  row, config = evals.task(name), types.SimpleNamespace(objective=objective)
+  options = {one.name: one.default for one in row.flags} | beside
+  row.check(types.SimpleNamespace(**options), config)
+  with pytest.raises(RequestError, match=f'--({flag}|top_k|temperature)'):
+    row.check(types.SimpleNamespace(**options | {flag: 0.5}), config)
 
 
 PROMPT = 'My fellow, my'

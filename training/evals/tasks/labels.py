@@ -291,6 +291,11 @@ def _check(options: Any, config: Any) -> None:
             f"the package {name}: pip install 'archetype[finetune]'")
   if options.predictions:
     storage.output(options.predictions, '--predictions')
+  for flag in OF_ANSWERS:
+    require(config is None or config.objective == 'question_answering'
+            or getattr(options, flag.name) == flag.default, f'--{flag.name} is '
+            'of answers to questions, and objective '
+            f'{config and config.objective!r} gives none')
 
 
 # How the answers to a view are measured, by objective: (view, answers,
@@ -299,6 +304,12 @@ def _check(options: Any, config: Any) -> None:
 MEASURES = {'classification': of_scores, 'regression': of_numbers,
             'token_classification': of_words,
             'question_answering': of_questions, 'seq2seq': of_texts}
+OF_ANSWERS = (  # to questions
+    Flag('n_best', 20, 'How many of the best answers to a question are '
+         'written.', 1, 1000, needs='predictions'),
+    Flag('max_answer_length', 30, 'The most tokens of an answer.', 1, 10_000),
+    Flag('null_threshold', 0.0, 'How much more likely than the best answer '
+         '(in nats) it has to be that there is none.', -1e6, 1e6))
 TASKS = {'labels': Task(
     'accuracy, F1, correlations: what labelled data say', run, _unfit, _check,
     figures=('accuracy', 'f1', 'f1_macro', 'mcc', 'rows', 'pearson', 'spearman',
@@ -308,10 +319,4 @@ TASKS = {'labels': Task(
     flags=(
         Flag('predictions', '', 'A file for what is predicted of each record: '
              'words with labels, or answers as JSON.', asks=True),
-        # Of answers to questions alone.
-        Flag('n_best', 20, 'How many of the best answers to a question are '
-             'written.', 1, 1000),
-        Flag('max_answer_length', 30, 'The most tokens of an answer.', 1,
-             10_000),
-        Flag('null_threshold', 0.0, 'How much more likely than the best answer '
-             '(in nats) it has to be that there is none.', -1e6, 1e6)))}
+        *OF_ANSWERS))}

@@ -125,8 +125,6 @@ def _check(options: Any, config: Any) -> None:
   """Raises RequestError for a --stride that a run cannot be read with."""
   one_of('--detokenize', options.detokenize, DETOKENIZE)
   stride = options.stride
-  require(options.detokenize == 'none' or stride > 0, '--detokenize is '
-          f'{options.detokenize!r}, which is read with --stride alone')
   if not stride:
     return
   reason = scoring.unfit(config)
@@ -261,7 +259,7 @@ TASKS = {
                  'stride; 0: as in training.', 0, 2**24),
             Flag('detokenize', 'none', "With --stride: 'wikitext' undoes "
                  "WikiText's tokenisation, as lm_eval does, before the text is "
-                 'read.'))),
+                 'read.', needs='stride'))),
     'diffusion_bound': Task(
         'the bound of masked diffusion on the held-out loss, by many draws',
         bound, without(lambda objective: objective.bound,

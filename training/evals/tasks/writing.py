@@ -203,6 +203,11 @@ def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
 def _check_samples(options: Any, config: Any) -> None:
   text_files.checked(options.prompt, '--prompt')
   drawn = sampling(options)
+  greedy = drawn == generate.Sampling(
+      0, repetition_penalty=options.repetition_penalty)
+  require(options.temperature > 0 or greedy and not options.sample_seed,
+          '--temperature=0 draws no token: leave out the other flags of how '
+          'one is drawn, such as --top_k and --sample_seed')
   if beams(options) is None:
     return
   require(drawn in (generate.Sampling(), generate.Sampling(temperature=0))
@@ -240,11 +245,12 @@ BEAMS = (
     Flag('beams', 1, 'Texts that a beam search follows; 1: no beam search.', 1,
          1000),
     Flag('length_penalty', 0.6, "The exponent of a beam search's penalty of "
-         'length; 0: none.'),
+         'length; 0: none.', needs='beams'),
     Flag('penalty', 'gnmt', 'What that exponent is of: gnmt, (5 + length) / 6, '
-         'as for the Transformer; or power, length, as in transformers.'),
+         'as for the Transformer; or power, length, as in transformers.',
+         needs='beams'),
     Flag('early_stopping', False, 'End a beam search with as many finished '
-         'texts as beams.'))
+         'texts as beams.', needs='beams'))
 
 # A number of rows, and not of batches, so that no figure depends on their size.
 TARGETS = Flag('targets', 512, 'Held-out targets to write of each source; 0: '
