@@ -244,10 +244,12 @@ class Deferred:
     leaves = jax.tree.leaves(metrics)
     for value in leaves:
       value.copy_to_host_async()
+    # Before the time of this step is taken: it is done after the last one.
+    read = self.flush()
     # A CPU computes in the thread that dispatches (distributed/cpu.py):
     # there the step is done by now, and not when it is read, a step later.
     done = self._now() if all(x.is_ready() for x in leaves) else None
-    read, self._waiting = self.flush(), (step, metrics, done)
+    self._waiting = step, metrics, done
     return read
 
   def flush(self) -> Read | None:

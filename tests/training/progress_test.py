@@ -2,8 +2,10 @@
 meter, and figures that are read a step late."""
 
 import io
+import itertools
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -138,6 +140,11 @@ def test_figures_come_one_step_late():
   deferred.push(2, {'loss': Result('loss 2', asked)})
   assert [call for call in asked if 'wait' in call] == ['wait loss 1']
   assert asked.index('copy loss 2') < asked.index('wait loss 1')
+  # Where the first is late and the next is not, no time goes backwards.
+  deferred = progress.Deferred(itertools.count(1).__next__)
+  deferred.push(1, {'loss': Result('loss', [])})
+  late = deferred.push(2, {'loss': jax.block_until_ready(jnp.float32(1))})
+  assert late.done < deferred.flush().done
 
 
 @pytest.mark.parametrize('steps', ['10', 'a:b', '13:10', '3:3', '20:21'])

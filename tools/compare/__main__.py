@@ -18,8 +18,8 @@ on fresh seeds (docs/studies.md).
 `run` may be killed at any moment and started again, and also started several
 times at once: a ledger in the workdir says which runs are pending, running,
 done or failed. The exit code is 2 for a wrong request or a study that cannot
-find what it is after, 1 if a run failed, and 75 if a signal stopped it before
-all was done.
+find what it is after, 1 if a run failed, and 75 where not all is done: a signal
+stopped it, or another runner has the rest.
 """
 
 from training import cli

@@ -6,7 +6,7 @@ import pathlib
 import shlex
 import sys
 
-from configs.errors import one_of
+from configs.errors import STOPPED, one_of
 from configs.fields import check_number
 from tools.compare import check, layout, local, plan, slurm, status
 
@@ -81,4 +81,7 @@ def _summary(args, runs: list[layout.Run], description: dict) -> int:
            *(f'failed: {line}' for line in failed),
            *['--retry takes up again what failed'] * bool(failed)]
   print('\n'.join(lines), file=sys.stderr)
-  return 1 if failed else 0
+  if failed:
+    return 1
+  owed = any(run.state in (layout.PENDING, layout.RUNNING) for run in runs)
+  return STOPPED if owed and args.launcher == 'local' else 0

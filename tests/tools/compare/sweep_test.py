@@ -379,6 +379,15 @@ def test_print_gives_a_line_a_run_and_runs_none(tmp_path, capsys):
       run.main(args)
 
 
+def test_a_runner_that_leaves_runs_to_others_does_not_say_all_is_done(
+    tmp_path, monkeypatch):
+  monkeypatch.setattr(local.Runner, 'run', lambda self: self._ledger.claim(
+      [row.id for row in self._ledger.runs()], 'another'))
+  args = sweeps.arguments(sweeps.write(tmp_path), f'--workdir={tmp_path}')
+  assert run.main(args) == STOPPED
+  assert set(states(tmp_path).values()) == {'running'}
+
+
 @pytest.mark.parametrize('word, told', [
     ('--launcher=slrum', "Did you mean 'slurm'"),
     ('--parallel=0', '--parallel is 0'), ('--seeds=-1', '--seeds is -1'),
