@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import architectures
 from architectures.parts.context import Context
-from architectures.parts.ffn import FFN
+from architectures.parts.layers import FFN
 from architectures.parts.moe.layer import MoE
 from benchmarks import worker
 from configs import base

@@ -1,7 +1,7 @@
 """A part is one entry of one table, and its fields stand beside it: nothing
 else is edited to add one.
 
-The tutorial's text is what a newcomer would write into norms.py. The test
+The tutorial's text is what a newcomer would write into layers.py. The test
 writes it into a copy of the project, and then sets its fields, trains, resumes
 and is refused by the programs themselves.
 """
@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers import adding
 
-FILE = 'architectures/parts/norms.py'
+FILE = 'architectures/parts/layers.py'
 PAGE = pathlib.Path(__file__).parents[1] / 'docs/tutorials/add_a_part.md'
 SMALL = [f'--config.{x}' for x in (
     'model.d_model=16', 'model.num_layers=2', 'model.num_heads=2',

@@ -16,7 +16,7 @@ import pytest
 
 import architectures
 from architectures.parts.attention import kernels, xla
-from architectures.parts.ffn import Hidden
+from architectures.parts.layers import Hidden
 from architectures.parts.moe import dispatch, grouped
 from configs import sharding as tables
 from tests.helpers import models

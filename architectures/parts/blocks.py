@@ -17,16 +17,15 @@ from typing import Optional
 import flax.linen as nn
 import jax
 
-from architectures.parts import linear
+from architectures.parts import layers
 from architectures.parts import mixers
 from architectures.parts import sharding
 from architectures.parts import streams
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Cache, Context
-from architectures.parts.ffn import FFN, NONE
+from architectures.parts.layers import FFN, NO_FFN, norm
 from architectures.parts.moe.layer import MoE
-from architectures.parts.norms import norm
 
 
 class Block(nn.Module):
@@ -69,10 +68,10 @@ class Block(nn.Module):
   @staticmethod
   def branches(kind: LayerKind) -> int:
     """Returns how often a layer of this wiring adds to x."""
-    return 1 + kind.cross + (kind.ffn != NONE)
+    return 1 + kind.cross + (kind.ffn != NO_FFN)
 
   def drop(self, x: jax.Array, ctx: Context) -> jax.Array:
-    return linear.Dropout(self.config.dropout)(
+    return layers.Dropout(self.config.dropout)(
         x, deterministic=ctx.deterministic)
 
 
@@ -98,7 +97,7 @@ class PreNorm(Block):
       y_BLD, cache = self.cross_attention()(
           self.norm('cross_norm')(x_BLD), ctx, cache)
       x = add(self.drop(y_BLD, ctx))
-    if self.kind.ffn == NONE:
+    if self.kind.ffn == NO_FFN:
       return residual(x), cache, {}
     x_BLD, add = self.branch('ffn', x)
     y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
@@ -139,7 +138,7 @@ class PostNorm(Block):
     if self.kind.cross:
       y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
       x_BLD = self.norm('cross_norm')(x_BLD + self.drop(y_BLD, ctx))
-    if self.kind.ffn == NONE:
+    if self.kind.ffn == NO_FFN:
       return residual(x_BLD), cache, {}
     y_BLD, aux = self.ffn()(x_BLD, ctx)
     x_BLD = self.norm('ffn_norm')(x_BLD + self.drop(y_BLD, ctx))
@@ -195,7 +194,7 @@ class Sandwich(Block):
           self.norm('cross_norm')(x_BLD), ctx, cache)
       y_BLD = self.norm('cross_out_norm')(y_BLD)
       x = add(self.drop(y_BLD, ctx))
-    if self.kind.ffn == NONE:
+    if self.kind.ffn == NO_FFN:
       return residual(x), cache, {}
     x_BLD, add = self.branch('ffn', x)
     y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
@@ -216,7 +215,7 @@ class OutNorm(Block):
       x_BLD, add = self.branch('cross', x)
       y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
       x = add(self.drop(self.norm('cross_out_norm')(y_BLD), ctx))
-    if self.kind.ffn == NONE:
+    if self.kind.ffn == NO_FFN:
       return residual(x), cache, {}
     x_BLD, add = self.branch('ffn', x)
     y_BLD, aux = self.ffn()(x_BLD, ctx)

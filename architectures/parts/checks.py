@@ -8,13 +8,13 @@ left for this file are combinations of parts that nobody can mean.
 from collections.abc import Callable, Iterable
 
 from architectures.parts import heads
-from architectures.parts import linear
+from architectures.parts import layers
 from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts.attention import visibility
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind, ModelConfig
-from architectures.parts.ffn import FFNS, NONE
+from architectures.parts.layers import FFNS, NO_FFN
 from architectures.parts.moe import routing
 from architectures.parts.tables import get
 from configs import kinds
@@ -123,7 +123,7 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   visibility.KINDS[c.attention].check(c)
   for able, needed, field in (
       ('STREAMS', c.residual != 'plain', f'model.residual {c.residual!r}'),
-      ('WITHOUT_FFN', c.ffn == NONE, f'model.ffn {NONE!r}'),
+      ('WITHOUT_FFN', c.ffn == NO_FFN, f'model.ffn {NO_FFN!r}'),
       ('CROSS', stack == 'encoder-decoder', f'model.arch {c.arch!r}')):
     require(not needed or getattr(BLOCKS[c.block], able),
             f'model.block is {c.block!r}, which has no equation for {field}: '
@@ -145,20 +145,20 @@ def _check_values(c: ModelConfig) -> None:
 
 
 def products(c: ModelConfig) -> list[str]:
-  """Returns which of linear.PRODUCTS the model has, outside of experts."""
+  """Returns which of layers.PRODUCTS the model has, outside of experts."""
   there: set[str] = set()
   for kind in map(c.of_kind, c.kinds_used):
     there |= mixers.of(kind).products(kind)
-    if kind.ffn != NONE and (kind.ffn != 'moe' or c.moe.shared_experts):
+    if kind.ffn != NO_FFN and (kind.ffn != 'moe' or c.moe.shared_experts):
       ffn = c.moe.ffn if kind.ffn == 'moe' else kind.ffn
       there |= {'up', 'down'} | ({'gate'} if FFNS[ffn].gated else set())
-  return [name for name in linear.PRODUCTS if name in there]
+  return [name for name in layers.PRODUCTS if name in there]
 
 
 def _check_products(c: ModelConfig) -> None:
   """Raises RequestError for a product that is to get a low-rank adapter, or
   whose weight is to stay gathered, and that no layer has outside of experts."""
-  there = (*products(c), linear.ALL)
+  there = (*products(c), layers.ALL)
   for field, read in (('lora.targets', c.lora.rank > 0),
                       ('keep_gathered', c.keep_gathered != 'none')):
     for name in get(c, field).split(',') if read else ():
@@ -184,10 +184,10 @@ def _check_stack(c: ModelConfig, stack: str,
             f'model.{field} {value!r} has no meaning with model.arch '
             f'{c.arch!r}: set it to {rest!r}, or choose model.arch from '
             f'{", ".join(archs(kind))}')
-  require(c.ffn != NONE or stack != 'encoder', f'model.ffn is {NONE!r}, and '
-          f'the head of masked words of model.arch {c.arch!r} has the '
+  require(c.ffn != NO_FFN or stack != 'encoder', f'model.ffn is {NO_FFN!r}, '
+          f'and the head of masked words of model.arch {c.arch!r} has the '
           'activation of the layers: set model.ffn to a network, and '
-          f'ffn={NONE} of the kinds of layer that have none')
+          f'ffn={NO_FFN} of the kinds of layer that have none')
   require(not c.mtp_depth or c.layer_kinds(c.num_layers)[-1].source is None,
           f'model.mtp_depth is {c.mtp_depth}, but the last layer, whose kind '
           'the modules that predict further tokens have, reads the keys of '

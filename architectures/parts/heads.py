@@ -29,11 +29,11 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import linear
+from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
-from architectures.parts.norms import norm
+from architectures.parts.layers import norm
 from configs.errors import require
 
 FEW = 32  # tokens, at most, of which a tied head reads the table as it lies
@@ -57,17 +57,17 @@ class Head:
     """
     if (self.tied and x_BLD.size <= FEW * x_BLD.shape[-1]
         and x_BLD.dtype == jnp.float32 and sharding.one_cpu()):
-      logits_VT = jax.lax.optimization_barrier(linear.einsum(
+      logits_VT = jax.lax.optimization_barrier(layers.einsum(
           'VD,TD->VT', self.kernel_DV.T, x_BLD.reshape(-1, x_BLD.shape[-1]),
           x_BLD.dtype, jnp.float32))
       return self.finish(logits_VT.T.reshape(*x_BLD.shape[:-1], -1))
-    return self.finish(linear.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
+    return self.finish(layers.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
                                      x_BLD.dtype, jnp.float32))
 
   def finish(self, logits_BLV: jax.Array) -> jax.Array:
     """The logits of the bare products x W."""
     if self.bias_V is not None:
-      logits_BLV = linear.add_bias(logits_BLV, self.bias_V)
+      logits_BLV = layers.add_bias(logits_BLV, self.bias_V)
     logits_BLV = logits_BLV * self.scale
     if self.softcap:
       logits_BLV = self.softcap * jnp.tanh(logits_BLV / self.softcap)
@@ -82,9 +82,9 @@ class Unembed(nn.Module):
   def __call__(self, table_DV: jax.Array) -> Head:
     c = self.config
     if not c.tie_embeddings:
-      table_DV = linear.weight(self, 'kernel', (c.d_model, c.vocab_size),
+      table_DV = layers.weight(self, 'kernel', (c.d_model, c.vocab_size),
                                ('embed', 'vocab'), output=True)
-    bias_V = (linear.bias(self, 'bias', (c.vocab_size,), ('vocab',),
+    bias_V = (layers.bias(self, 'bias', (c.vocab_size,), ('vocab',),
                           output=True)
               if c.logits_bias else None)
     # muP's output multiplier, of a tied table too; the bias makes up for it by
@@ -106,11 +106,11 @@ class Task(nn.Module):
     c = self.config
     outputs = HEADS[c.head].outputs(c)
     # The letter K of the legend is a head's size, V the vocabulary: U is left.
-    kernel_DU = linear.weight(self, 'kernel', (c.d_model, outputs),
+    kernel_DU = layers.weight(self, 'kernel', (c.d_model, outputs),
                               ('embed', None), output=True, tuned=True)
-    bias_U = (linear.bias(self, 'bias', (outputs,), (None,), output=True,
+    bias_U = (layers.bias(self, 'bias', (outputs,), (None,), output=True,
                           tuned=True) if self.bias else None)
-    x = linear.Dropout(c.head_dropout)(x, deterministic=deterministic)
+    x = layers.Dropout(c.head_dropout)(x, deterministic=deterministic)
     return Head(kernel_DU, bias_U, 1 / c.widening).logits(x)
 
 
@@ -132,15 +132,15 @@ class Unfold(nn.Module):
     x_BLD = x_BD[:, None] + places_LD[None].astype(x_BD.dtype)
     for i in range(2):
       y_BLD = norm(c, f'norm_{i}')(x_BLD)
-      w_DD = linear.weight(self, f'kernel_{i}', (c.d_model, c.d_model),
+      w_DD = layers.weight(self, f'kernel_{i}', (c.d_model, c.d_model),
                            ('embed', None), tuned=True)
-      b_D = linear.bias(self, f'bias_{i}', (c.d_model,), (None,), tuned=True)
-      x_BLD = jax.nn.gelu(linear.add_bias(linear.einsum(
+      b_D = layers.bias(self, f'bias_{i}', (c.d_model,), (None,), tuned=True)
+      x_BLD = jax.nn.gelu(layers.add_bias(layers.einsum(
           'BLD,DE->BLE', y_BLD, w_DD, y_BLD.dtype, y_BLD.dtype), b_D),
                           approximate=False)
-    kernel_DV = linear.weight(self, 'kernel', (c.d_model, c.vocab_size),
+    kernel_DV = layers.weight(self, 'kernel', (c.d_model, c.vocab_size),
                               ('embed', 'vocab'), output=True, tuned=True)
-    bias_V = linear.bias(self, 'bias', (c.vocab_size,), ('vocab',),
+    bias_V = layers.bias(self, 'bias', (c.vocab_size,), ('vocab',),
                          output=True, tuned=True)
     return norm(c, 'norm_2')(x_BLD), Head(kernel_DV, bias_V, 1 / c.widening)
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from architectures.parts import linear
+from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.sharding import Role, declare
@@ -460,7 +460,7 @@ def learned(table_LD: jax.Array, positions: jax.Array, stretch: float,
 def _add_learned(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array):
   c = module.config
   check_length(c, x_BLD.shape[1])
-  table_LD = linear.embedding(module, 'positions',
+  table_LD = layers.embedding(module, 'positions',
                               c.max_len + c.learned.offset)
   return x_BLD + learned(sharding.constrain(table_LD, None, None),
                          positions_BL, c.learned.stretch,

@@ -136,7 +136,7 @@ def rules(name: str):
 
 # What a parameter is, declared where it is made.
 #
-# Every parameter is made by `declare` (weight and bias of linear.py call it),
+# Every parameter is made by `declare` (weight and bias of layers.py call it),
 # which keeps its role beside its logical axes. The optimisers read nothing
 # else: muP's learning rates, the matrices of Muon and Adafactor, and weight
 # decay (training/optim/). No pattern over names has to know a new parameter.
@@ -208,7 +208,7 @@ def roles(boxed):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     require(isinstance(box, Declared),
             f'the parameter {name!r} declares no role: make it by weight, bias '
-            'or embedding of architectures/parts/linear.py, or by declare of '
+            'or embedding of architectures/parts/layers.py, or by declare of '
             'sharding.py')
     return box.role
 

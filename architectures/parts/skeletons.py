@@ -24,14 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import (
-    heads, linear, mixers, positions, remat, sharding, streams)
+    heads, layers, mixers, positions, sharding, streams)
 from architectures.parts.attention import multi_head
 from architectures.parts.blocks import BLOCKS, branches, residual
 from architectures.parts.config import LayerKind, ModelConfig, Section
 from architectures.parts.context import (
     Cache, Context, First, Slots, apart, joined)
-from architectures.parts.ffn import FFNS
-from architectures.parts.norms import norm
+from architectures.parts.layers import FFNS, norm
 from configs.errors import require, short
 from configs.kinds import SECTIONS
 
@@ -79,20 +78,20 @@ class Embed(nn.Module):
                type_ids_BL: Optional[jax.Array] = None,
                deterministic: bool = True):
     c = self.config
-    table_VD = linear.embedding(self, 'tokens', c.vocab_size, 'vocab')
+    table_VD = layers.embedding(self, 'tokens', c.vocab_size, 'vocab')
     x_BLD = sharding.lookup(table_VD, tokens_BL, c.compute_dtype)
     if c.embed_scale != 1:
       x_BLD = x_BLD * jnp.asarray(c.embed_scale, x_BLD.dtype)
     if positions.of(c).embed:
       x_BLD = positions.of(c).embed(self, x_BLD, positions_BL)
     if c.type_vocab_size:
-      types_TD = linear.embedding(self, 'types', c.type_vocab_size)
+      types_TD = layers.embedding(self, 'types', c.type_vocab_size)
       if type_ids_BL is None:
         type_ids_BL = jnp.zeros((1, 1), jnp.int32)
       x_BLD = x_BLD + types_TD[type_ids_BL].astype(x_BLD.dtype)
     if c.embed_norm:
       x_BLD = norm(c, 'norm')(x_BLD)
-    x_BLD = linear.Dropout(c.dropout)(x_BLD, deterministic=deterministic)
+    x_BLD = layers.Dropout(c.dropout)(x_BLD, deterministic=deterministic)
     return sharding.constrain_stream(x_BLD, 'embed'), table_VD.T
 
 
@@ -121,8 +120,9 @@ class Period(nn.Module):
         ends + place for place in self.lends}
     for i, kind in enumerate(self.pattern):
       config = self.config.of_kind(kind.name)
-      block = remat.block(BLOCKS[config.block], config,
-                          prevent_cse=not (self.in_loop and ends == 1))
+      block = layers.with_remat(
+          BLOCKS[config.block], config,
+          prevent_cse=not (self.in_loop and ends == 1))
       make = functools.partial(block, config, kind, name=f'block_{i}')
       told = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
                          lends=i in wanted), cache and cache[i]
@@ -337,9 +337,9 @@ class Mtp(nn.Module):
           norm(c, f'token_norm_{depth}')(jnp.roll(embedded_BLD, -depth, 1)),
           norm(c, f'hidden_norm_{depth}')(x_BLD)], -1)
       axes = 'mlp', 'embed'
-      w_UD = linear.weight(self, f'join_{depth}', (2 * c.d_model, c.d_model),
+      w_UD = layers.weight(self, f'join_{depth}', (2 * c.d_model, c.d_model),
                            axes)
-      x_BLD = residual(linear.einsum('BLU,UD->BLD', both_BLU, w_UD,
+      x_BLD = residual(layers.einsum('BLU,UD->BLD', both_BLU, w_UD,
                                      c.compute_dtype, axes=axes, keep=False))
       x = streams.begin(c, x_BLD, branches(c, (kind,)))
       if positions.of(c).stack_bias:
@@ -514,10 +514,10 @@ class Encoder(nn.Module):
 
   def _dense(self, name: str, x: jax.Array, size: int, output: bool = False,
              bias: bool = True) -> jax.Array:
-    w = linear.weight(self, name, (self.config.d_model, size),
+    w = layers.weight(self, name, (self.config.d_model, size),
                       ('embed', None), output=output)
-    y = linear.einsum('...D,DE->...E', x, w, self.config.compute_dtype)
-    return linear.add_bias(y, linear.bias(
+    y = layers.einsum('...D,DE->...E', x, w, self.config.compute_dtype)
+    return layers.add_bias(y, layers.bias(
         self, f'{name}_bias', (size,), (None,), output=output)) if bias else y
 
 

@@ -59,10 +59,10 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import linear
+from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
-from architectures.parts.norms import norm, recomputed, rmsnorm
+from architectures.parts.layers import norm, recomputed, rmsnorm
 from architectures.parts.sharding import Role, declare
 from configs.fields import field, FUNCTION, SHAPES
 
@@ -189,11 +189,11 @@ def _mixed(weigh: Callable[[nn.Module, Streams], Weights]
     w, count = weigh(module, x), x.x_BLUD.shape[2]
 
     def add(y_BLD: jax.Array) -> Streams:
-      x_BLUD = recomputed(linear.counted(_written, 2 * (count + 1)))(
+      x_BLUD = recomputed(layers.counted(_written, 2 * (count + 1)))(
           x.x_BLUD, y_BLD, w)
       return x.replace(x_BLUD=x_BLUD, branch=x.branch + 1)
 
-    return recomputed(linear.counted(_weighed, 2 * count))(
+    return recomputed(layers.counted(_weighed, 2 * count))(
         x.x_BLUD, w.read_BLU), add
   return read
 
@@ -233,7 +233,7 @@ def _hyper(module: nn.Module, x: Streams) -> Weights:
   w_DU = declare(module, 'dynamic', nn.initializers.zeros, (D, count + 2),
                  Role(('embed', None), inputs=(0,), kind='logits'))
   scale_U = _own(module, 'dynamic_scale', nn.initializers.constant(SCALE), 2)
-  z_BLUU = jnp.tanh(linear.einsum(
+  z_BLUU = jnp.tanh(layers.einsum(
       'BLUD,DI->BLUI', norm(c, 'norm')(x.x_BLUD), w_DU, c.compute_dtype,
       jnp.float32) / c.widening)
   return Weights(w.read_BLU + scale_U[0] * z_BLUU[..., 0],
@@ -253,7 +253,7 @@ def _mhc(module: nn.Module, x: Streams) -> Weights:
                   (count, D, count * (count + 2)),
                   Role((None, 'embed', None), inputs=(0, 1), kind='logits'))
   scale_U = _own(module, 'dynamic_scale', nn.initializers.constant(SCALE), 3)
-  z_BLU = recomputed(lambda x_BLI, w_IO: linear.einsum(
+  z_BLU = recomputed(lambda x_BLI, w_IO: layers.einsum(
       'BLI,IO->BLO', rmsnorm(x_BLI, None, c.norm_eps), w_IO, c.compute_dtype,
       jnp.float32))(x.x_BLUD.reshape(B, L, -1),
                     w_UDU.reshape(count * D, -1)) / c.widening
@@ -309,7 +309,7 @@ def _attended(module: nn.Module, x: Streams, part: int, whole: int
                      Role(('embed', None), inputs=(0,), kind='logits'))
   scale_D = declare(module, 'scale', nn.initializers.ones, (D,),
                     Role(('embed',)))
-  return recomputed(linear.counted(_over_slots, part, whole))(
+  return recomputed(layers.counted(_over_slots, part, whole))(
       x.x_BLUD, query_D1[:, 0] / c.widening, scale_D,
       _sources(c, x.branch), jnp.float32(c.norm_eps))
 

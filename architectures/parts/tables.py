@@ -16,7 +16,7 @@ import re
 from typing import Any
 
 from architectures.parts import heads
-from architectures.parts import linear
+from architectures.parts import layers
 from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts import streams
@@ -25,13 +25,11 @@ from architectures.parts.attention import multi_head
 from architectures.parts.attention import visibility
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import Kinds, ModelConfig
-from architectures.parts.ffn import FFNS, NONE
+from architectures.parts.layers import FFNS, NO_FFN, NORMS, REMAT
 from architectures.parts.moe import dispatch
 from architectures.parts.moe import grouped
 from architectures.parts.moe import layer as moe_layer
 from architectures.parts.moe import routing
-from architectures.parts.norms import NORMS
-from architectures.parts.remat import REMAT
 from configs import fields as declared
 from configs import kinds as layer_kinds
 from configs.errors import hint, require
@@ -41,7 +39,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     'norm': NORMS,
     'position': positions.POSITIONS,
     'rope.scaling': positions.SCALINGS,
-    'ffn': collections.ChainMap({'moe': moe_layer.MoE, NONE: None}, FFNS),
+    'ffn': collections.ChainMap({'moe': moe_layer.MoE, NO_FFN: None}, FFNS),
     'moe.ffn': FFNS,
     'moe.router': routing.ROUTERS,
     'moe.balance_loss': routing.BALANCE_LOSSES,
@@ -60,17 +58,17 @@ CHOICES: dict[str, Collection[str]] = {
     'attention_gate': multi_head.GATES,
     'attention_kernel': collections.ChainMap(
         kernels.KERNELS, dict.fromkeys(('auto', 'xla'))),
-    'init': linear.INITS,
-    'lora.targets': (*linear.PRODUCTS, linear.ALL),
+    'init': layers.INITS,
+    'lora.targets': (*layers.PRODUCTS, layers.ALL),
     'remat': REMAT,
-    'keep_gathered': ('none', *linear.PRODUCTS, linear.ALL),
+    'keep_gathered': ('none', *layers.PRODUCTS, layers.ALL),
     'moe.dispatch': ('auto', *dispatch.WAYS),
     'moe.grouped_kernel': grouped.GROUPED_KERNELS,
 }
 
 
 def _groups_and_owners() -> tuple[dict[str, type], dict[str, dict]]:
-  groups: dict[str, type] = {'lora': linear.LoraConfig}
+  groups: dict[str, type] = {'lora': layers.LoraConfig}
   owners: dict[str, dict[str, list[str]]] = {}
   for selector, table in TABLES.items():
     for name, entry in table.items():

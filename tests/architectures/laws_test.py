@@ -17,7 +17,7 @@ from architectures.parts import mixers
 from architectures.parts.attention.visibility import visible
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
-from architectures.parts.norms import NORMS
+from architectures.parts.layers import NORMS
 from architectures.parts.positions import POSITIONS
 from configs.errors import RequestError
 from tests.helpers import models

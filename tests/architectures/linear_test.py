@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import linear, norms, paths
+from architectures.parts import layers, paths
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
-from architectures.parts.ffn import FFN
+from architectures.parts.layers import FFN
 from tests.helpers import models
 from tests.training import step_test
 from training.costs import flops, totals
@@ -27,7 +27,7 @@ from training.runs import make_train_step
 
 
 RANK = 3
-LORA = dict(rank=RANK, alpha=6.0, targets=linear.ALL)
+LORA = dict(rank=RANK, alpha=6.0, targets=layers.ALL)
 
 
 def logits(module, params, tokens_BL, **kwargs):
@@ -171,7 +171,7 @@ def test_a_block_that_drops_all_that_its_parts_return_passes_x_on(block, cross):
     names = ('attention_norm', *['cross_norm'] * cross, 'ffn_norm')
     for name in names:
       p = params[name]
-      want_BLD = norms.layernorm(want_BLD, p['scale'], p['bias'], 1e-5)
+      want_BLD = layers.layernorm(want_BLD, p['scale'], p['bias'], 1e-5)
   np.testing.assert_allclose(dropped_BLD, want_BLD, atol=1e-5)
   assert not np.allclose(whole_BLD, want_BLD, atol=1e-2)
 
@@ -195,7 +195,7 @@ def test_a_part_that_drops_all_inside_is_its_bias(make, bias):
 
 def test_bits_are_scattered_as_the_published_finaliser_scatters():
   """MurmurHash3 of nothing is the finaliser of its seed: two of its vectors."""
-  got = linear.mix(jnp.array([0, 1, 0xFFFFFFFF], jnp.uint32))
+  got = layers.mix(jnp.array([0, 1, 0xFFFFFFFF], jnp.uint32))
   assert got.tolist() == [0, 0x514E28B7, 0x81F16F39]
 
 
@@ -203,7 +203,7 @@ SHAPE = (4, 6, 64, 96)
 
 
 def dropped(rate, key=0, shape=SHAPE):
-  y = np.asarray(linear.drop(jnp.ones(shape), rate, jax.random.key(key)))
+  y = np.asarray(layers.drop(jnp.ones(shape), rate, jax.random.key(key)))
   np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - rate)], rtol=1e-6)
   return y == 0
 
@@ -231,7 +231,7 @@ def test_elements_are_dropped_by_their_share_and_independent(rate):
 def test_a_mask_is_the_same_on_a_mesh_under_vmap_and_for_the_gradient():
   x = jax.random.normal(jax.random.key(1), (4, 2, 8, 6))
   keys = jax.random.split(jax.random.key(2), 3)
-  f = lambda x, key: linear.drop(x, 0.3, key)
+  f = lambda x, key: layers.drop(x, 0.3, key)
   want = jnp.stack([f(x, key) for key in keys])
   np.testing.assert_array_equal(jax.vmap(f, (None, 0))(x, keys), want)
   mesh = jax.make_mesh((2, 2), ('data', 'model'),

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import ffn, linear, norms, positions
+from architectures.parts import layers, positions
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
-from architectures.parts.ffn import ClampConfig, FFN
-from architectures.parts.norms import NORMS
+from architectures.parts.layers import ClampConfig, FFN, NORMS
 from architectures.parts.sharding import Declared, Role
 from configs import base
 from tests.helpers import models
@@ -76,7 +75,7 @@ def test_a_product_in_bfloat16_rounds_its_operands_alone():
   """Its gradients too: each near that of float32, and of its operand's type."""
   x, w, d = normal(0, 64, 48), normal(1, 48, 40), normal(2, 64, 40)
   def value_and_grads(dtype):
-    y, vjp = jax.vjp(lambda x, w: linear.einsum(
+    y, vjp = jax.vjp(lambda x, w: layers.einsum(
         'AB,BC->AC', x, w, dtype, jnp.float32), x, w)
     return y, *vjp(d)
   for got, want in zip(*map(value_and_grads, (jnp.bfloat16, jnp.float32))):
@@ -94,7 +93,7 @@ def test_a_product_in_bfloat16_rounds_its_operands_alone():
     ('QBPV,QBPD->QVD', (2, 3, 4, 5), (2, 3, 4, 7))])
 def test_the_gradients_of_a_product_are_those_that_jax_derives(spec, x, w):
   x, w = normal(0, *x), normal(1, *w)
-  product = lambda x, w: linear.einsum(spec, x, w, jnp.float32)
+  product = lambda x, w: layers.einsum(spec, x, w, jnp.float32)
   want = np.einsum(spec, *(np.asarray(a, np.float64) for a in (x, w)))
   y, vjp = jax.vjp(product, x, w)
   np.testing.assert_allclose(y, want, atol=1e-5)
@@ -111,8 +110,8 @@ def test_a_norm_rounds_its_result_alone(name):
   """Of bfloat16, it computes in float32: an offset costs no digits."""
   x = (10 + normal(0, 4, D)).astype(jnp.bfloat16)
   one, zero = jnp.ones(D), jnp.zeros(D)
-  run = lambda x: (norms.layernorm(x, one, zero, 1e-6) if name == 'layernorm'
-                   else norms.rmsnorm(x, one, 1e-6))
+  run = lambda x: (layers.layernorm(x, one, zero, 1e-6) if name == 'layernorm'
+                   else layers.rmsnorm(x, one, 1e-6))
   got, want = run(x), run(x.astype(jnp.float32))
   assert got.dtype == jnp.bfloat16
   np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
@@ -213,7 +212,7 @@ def test_a_block_follows_its_equations(block, cross):
   got = module.apply({'params': params}, x, ctx, None)[0]
   def n(name, x):
     p = params[f'{name}_norm']
-    return norms.layernorm(x, p['scale'], p['bias'], c.norm_eps)
+    return layers.layernorm(x, p['scale'], p['bias'], c.norm_eps)
   A = lambda x: Attention(c, KIND).apply(
       {'params': params['attention']}, x, ctx, None)[0]
   C = lambda x: Attention(c, KIND, cross=True).apply(
@@ -261,9 +260,9 @@ UP, GATE = np.random.default_rng(0).normal(size=(2, 40, 8)) * 6
 
 def test_relu2_and_reglu_by_hand():
   up, gate = jnp.asarray(UP), jnp.asarray(GATE)
-  np.testing.assert_allclose(ffn.Hidden('relu2')(up),
+  np.testing.assert_allclose(layers.Hidden('relu2')(up),
                              np.where(UP > 0, UP ** 2, 0), rtol=1e-5)
-  np.testing.assert_allclose(ffn.Hidden('reglu')(up, gate),
+  np.testing.assert_allclose(layers.Hidden('reglu')(up, gate),
                              np.where(GATE > 0, GATE * UP, 0), rtol=1e-5)
 
 
@@ -272,15 +271,15 @@ def test_clamped_swiglu_by_hand():
   assert GATE.max() > limit and min(UP.min(), GATE.min()) < -limit
   g, u = np.minimum(GATE, limit), np.clip(UP, -limit, limit)
   want = g / (1 + np.exp(-alpha * g)) * (u + 1)
-  got = ffn.Hidden('swiglu_clamped', ClampConfig(alpha, limit))(
+  got = layers.Hidden('swiglu_clamped', ClampConfig(alpha, limit))(
       jnp.asarray(UP), jnp.asarray(GATE))
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('kind', ffn.FFNS)
+@pytest.mark.parametrize('kind', layers.FFNS)
 def test_hidden_units_of_bfloat16_are_rounded_once(kind):
   """And so are their gradients."""
-  hidden = ffn.Hidden(kind, ClampConfig(1.3, 5.0))
+  hidden = layers.Hidden(kind, ClampConfig(1.3, 5.0))
   narrow = [jnp.asarray(x, jnp.bfloat16) for x in (UP, GATE)]
   narrow = narrow[:1 + hidden.gated]
   wide = [x.astype(jnp.float32) for x in narrow]

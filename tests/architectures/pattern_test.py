@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import skeletons, tables, blocks, norms
+from architectures.parts import blocks, layers, skeletons, tables
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
@@ -210,7 +210,7 @@ def test_a_block_ends_before_its_network():
   x_BLD = jax.random.normal(jax.random.key(0), (2, 6, c.d_model))
   _, whole = models.make(num_layers=1, norm='layernorm', block='sandwich')
   p = jax.tree.map(lambda x: x[0], whole['decoder']['layers']['block_0'])
-  n = lambda name, x: norms.layernorm(
+  n = lambda name, x: layers.layernorm(
       x, *(p[f'{name}_norm'][k] for k in ('scale', 'bias')), c.norm_eps)
   A = lambda x: Attention(c, LayerKind('global', 'none')).apply(
       {'params': p['attention']}, x, ctx, None)[0]

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 
 import architectures
-from architectures.parts import paths, remat
-from architectures.parts.ffn import NONE
+from architectures.parts import layers, paths
 from configs.errors import require
 from tools.plan import collectives
 from tools.plan.chips import Topology
@@ -34,7 +33,7 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
   """
   c, shape = run.model, run.mesh.shape
   accumulation = run.config.train.grad_accumulation
-  itemsize, passes = c.compute_dtype.itemsize, 2 + remat.of(c).again
+  itemsize, passes = c.compute_dtype.itemsize, 2 + layers.remat(c).again
   batch = ('data', 'fsdp', 'expert')
   predicted = []
 
@@ -58,9 +57,9 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
       objectives.of(run.config).row_lengths(run.config))
   one = tokens * c.d_model * itemsize / math.prod(shape[a] for a in batch)
   both = architectures.stack(c) == 'encoder-decoder'
-  layers = [kind for n in (c.num_layers, c.num_decoder_layers)[:1 + both]
-            for kind in c.layer_kinds(n)]
-  parts = sum(1 + (kind.ffn != NONE) for kind in layers)
+  kinds = [kind for n in (c.num_layers, c.num_decoder_layers)[:1 + both]
+           for kind in c.layer_kinds(n)]
+  parts = sum(1 + (kind.ffn != layers.NO_FFN) for kind in kinds)
   length, tensor = run.config.data.length, shape['tensor']
   if length % (shape['context'] * tensor):
     add('all-reduce', ('tensor',), one, passes * parts)  # sums of products
@@ -68,11 +67,11 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
     for kind in ('reduce-scatter', 'all-gather'):
       add(kind, ('tensor',), one / tensor, passes * parts)
   keys = 2 * c.num_kv_heads * c.head_dim / c.d_model / tensor
-  add('all-gather', ('context',), keys * one, passes * len(layers))
+  add('all-gather', ('context',), keys * one, passes * len(kinds))
   if c.has_experts:
     crossings = 4 if c.remat == 'none' else 6  # see parts/dispatch.py
     add('all-to-all', ('expert',), c.moe.top_k * one,
-        crossings * sum(kind.ffn == 'moe' for kind in layers))
+        crossings * sum(kind.ffn == 'moe' for kind in kinds))
   return predicted
 
 

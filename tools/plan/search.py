@@ -12,7 +12,7 @@ import math
 
 import ml_collections
 
-from architectures.parts import remat
+from architectures.parts import layers
 from configs.errors import RequestError
 from tools.plan import chips, collectives, predict, programs
 from training import preflight, progress, runs
@@ -63,7 +63,7 @@ def candidates(config, topology: chips.Topology) -> list[dict]:
     if sum(memory.state(run).values()) > topology.chip.hbm:
       continue
     least = math.inf  # the accumulation of this mesh's plans so far
-    for name, policy in remat.REMAT.items():
+    for name, policy in layers.REMAT.items():
       variant = _variant(run, name, 1)
       if name not in kept:
         kept[name] = memory.kept(variant)
@@ -105,7 +105,7 @@ def _score(run: runs.Run, topology: chips.Topology, kept: tuple[int, int]
   inside, outside = collectives.total(
       predict.sent(run, programs.hosts(run, topology)))
   bounds = predict.times(
-      topology, c.dtype, flops=needed * (3 + remat.of(c).again) / 3,
+      topology, c.dtype, flops=needed * (3 + layers.remat(c).again) / 3,
       hbm_bytes=predict.hbm_bytes(run, 0.0, True), sent=inside,
       sent_outside=outside, model_flops=needed)
   mesh = ','.join(f'{a}={n}' for a, n in run.mesh.shape.items() if n > 1)

@@ -2,14 +2,14 @@
 
 Of a program, they are counted in its jaxpr, loops multiplied, recomputation
 included, whatever XLA makes of it. Only matrix products and convolutions count,
-and functions that say what they count as (linear.counted). Splash attention is
+and functions that say what they count as (layers.counted). Splash attention is
 known by its name; another kernel counts with the estimate that it carries. A
 product of [a, b] and [b, c] is 2abc.
 
 Of a model, they are counted in the program of a forward pass, so that a part is
 counted without being described a second time. The program that is traced pads
 no expert and skips no masked block, and attention declares which share of its
-products the mask shows (`linear.useful`; with a prefix, in the mean over those
+products the mask shows (`layers.useful`; with a prefix, in the mean over those
 of training, or of a whole prompt). So the work that an implementation wastes on
 masked keys, padding, idle expert slots or recomputation lowers utilisation
 (MFU, Chowdhery et al. 2022, appendix B; theirs counts all keys). A token counts
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import ml_collections
 
 import architectures
-from architectures.parts import linear
+from architectures.parts import layers
 from architectures.parts.config import Kinds, ModelConfig
 from architectures.parts.moe import routing
 from training import objectives
@@ -251,8 +251,8 @@ class Place(NamedTuple):
     passes: of a loop that depends on data, where they are known otherwise.
     dense: of GROUPED, those that the compiler makes of all rows and all
       groups, and masks.
-    useful: whether products count as the shares that linear.useful declares,
-      and functions as linear.counted says, instead of as they are computed.
+    useful: whether products count as the shares that layers.useful declares,
+      and functions as layers.counted says, instead of as they are computed.
     prompt: whether these are the shares of a prompt.
     loop_rows: `rows` in a pass of the loop that `passes` is of.
   """
@@ -316,8 +316,8 @@ def count(jaxpr: Any, place: Place) -> Work:
   return total
 
 
-_DECLARED = re.compile(linear.USEFUL.format(r'(\d+)', r'(\d+)', r'(\d+)'))
-_COUNTED = re.compile(linear.COUNTED.format(r'(\d+)', r'(\d+)'))
+_DECLARED = re.compile(layers.USEFUL.format(r'(\d+)', r'(\d+)', r'(\d+)'))
+_COUNTED = re.compile(layers.COUNTED.format(r'(\d+)', r'(\d+)'))
 
 
 def _equation(eqn: jex.JaxprEqn, place: Place) -> Work:

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 import architectures
-from architectures.parts import mixers, paths, positions, remat
+from architectures.parts import layers, mixers, paths, positions
 from architectures.parts.attention import kernels, visibility
 from architectures.parts.config import ModelConfig
-from architectures.parts.ffn import NONE
 from training import objectives, runs
 from training.distributed import devices
 from training.objectives.record import Config
@@ -120,7 +119,7 @@ def analytic(run: runs.Run, kept_in_all: tuple[int, int] | None = None,
 
 def gathers(run: runs.Run) -> dict[str, int]:
   """Returns how often a step gathers each parameter, if it is sharded."""
-  return {path: remat.gathers(run.model, path, role.axes) for path, role
+  return {path: layers.gathers(run.model, path, role.axes) for path, role
           in paths.flatten(parameter_roles(run.module)).items()}
 
 
@@ -133,7 +132,7 @@ def whole_size(x: Any, shape: Mapping[str, int]) -> int:
 def _hidden(c: ModelConfig) -> int:
   """Hidden units of a token, of a layer's feed-forward network."""
   return (c.moe.d_ff * c.moe.top_k if c.ffn == 'moe' else
-          0 if c.ffn == NONE else c.d_ff)
+          0 if c.ffn == layers.NO_FFN else c.d_ff)
 
 
 def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:

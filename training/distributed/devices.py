@@ -16,7 +16,7 @@ import numpy as np
 from architectures.parts import mixers
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
-from architectures.parts.ffn import NONE
+from architectures.parts.layers import NO_FFN
 from configs import sharding as tables
 from configs.errors import one_of, require
 
@@ -107,7 +107,7 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
           'model.attention_conv): set mesh.context=1')
   def rows_of(kind: str) -> tuple[tuple[str, str], ...]:
     c = model.of_kind(kind)
-    return (*mixers.of(c).divided, *[('tensor', 'd_ff')] * (c.ffn != NONE),
+    return (*mixers.of(c).divided, *[('tensor', 'd_ff')] * (c.ffn != NO_FFN),
             *held)
   for name, (axis, field) in [
       (kind, row) for kind in model.kinds_used for row in rows_of(kind)]:

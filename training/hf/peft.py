@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import hf, linear
+from architectures.parts import hf, layers
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import tensor_map
 from configs.errors import require, short
@@ -55,7 +55,7 @@ def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
   for ours, axes, theirs, their_axes in (
       architectures.hugging_face(c.arch).rows(c)):
     names = ours.rpartition('/')[2].split('|')
-    if '{e}' in theirs or not any(linear.adapted(c, n) for n in names):
+    if '{e}' in theirs or not any(layers.adapted(c, n) for n in names):
       continue
     require(len(names) == 1, f'model.lora.targets is {c.lora.targets!r}: '
             f'transformers has {", ".join(names)} of model.arch {c.arch!r} in '
@@ -66,9 +66,9 @@ def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
     if not lies_so:
       into, out = out, into
     module = PREFIX + theirs.removesuffix('.weight')
-    yield ((ours + linear.LORA_A, f'{into}Z', f'{module}.lora_A.weight',
+    yield ((ours + layers.LORA_A, f'{into}Z', f'{module}.lora_A.weight',
             f'Z {into}'), lies_so)
-    yield ((ours + linear.LORA_B, f'Z{out}', f'{module}.lora_B.weight',
+    yield ((ours + layers.LORA_B, f'Z{out}', f'{module}.lora_B.weight',
             f'{out} Z'), lies_so)
 
 
@@ -190,7 +190,7 @@ def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
   fused = {name for ours, *_ in architectures.hugging_face(c.arch).rows(c)
            if '|' in ours for name in ours.rpartition('/')[2].split('|')}
   targets = []
-  for product in set(linear.PRODUCTS) - fused:
+  for product in set(layers.PRODUCTS) - fused:
     # Of any layer: the first one may have no such product.
     theirs = [re.escape(row[2]).replace(r'\{n\}', r'\d+')
               for row, *_ in rows(with_targets(product))]
@@ -200,4 +200,4 @@ def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
           f'model.arch {c.arch!r}: its tensors are such as '
           f'{", ".join(sorted(names)[:2])}')
   return architectures.resolve(with_targets(','.join(
-      name for name in linear.PRODUCTS if name in targets)))
+      name for name in layers.PRODUCTS if name in targets)))

@@ -19,7 +19,7 @@ import ml_collections
 
 import architectures
 from architectures.parts.config import ModelConfig
-from architectures.parts.ffn import NONE
+from architectures.parts.layers import NO_FFN
 from architectures.parts.moe import routing
 from configs import kinds
 from configs.errors import RequestError, require
@@ -49,9 +49,9 @@ def config(model: ml_collections.ConfigDict, moe: dict,
   require(not dense.has_experts,
           'model.ffn is moe: this model has experts already, only a dense one '
           'is upcycled')
-  require(NONE not in (model.ffn, *(
+  require(NO_FFN not in (model.ffn, *(
       kind.get('ffn') for kind in model.kinds.values())),
-          f'model.ffn is {NONE!r} of some layers: experts begin as copies of '
+          f'model.ffn is {NO_FFN!r} of some layers: experts begin as copies of '
           "a layer's feed-forward network, which each must have")
   moe = dict(moe)
   every = moe.pop('every', 1)

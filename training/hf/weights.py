@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import checks, hf, linear
+from architectures.parts import checks, hf, layers
 from architectures.parts.config import DTYPES, ModelConfig
 from architectures.parts.hf import tensor_map
 from configs.arguments import PositiveSize, Seed, typed
@@ -364,19 +364,19 @@ def names_left_out(module: nn.Module) -> set[str]:
 
 def without_adapters(model: ModelConfig) -> ModelConfig:
   """Returns the same model without adapters."""
-  return dataclasses.replace(model, lora=linear.LoraConfig())
+  return dataclasses.replace(model, lora=layers.LoraConfig())
 
 
 def same_adapters(one: ModelConfig, other: ModelConfig) -> bool:
   """Whether two models have the same adapters, or none."""
   fields = lambda c: (c.lora.rank, c.lora.rank and (c.lora.scale, *(
-      name for name in checks.products(c) if linear.adapted(c, name))))
+      name for name in checks.products(c) if layers.adapted(c, name))))
   return fields(one) == fields(other)
 
 
 def is_adapter(path: str) -> bool:
   """Whether the parameter at `path` is A or B of an adapter."""
-  return path.endswith((linear.LORA_A, linear.LORA_B))
+  return path.endswith((layers.LORA_A, layers.LORA_B))
 
 
 def without(params: Any) -> Any:
@@ -412,13 +412,13 @@ def merge(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
 
 def _merged(path: str, w: jax.Array, flat: Mapping[str, jax.Array],
             scale: float) -> jax.Array:
-  if path + linear.LORA_A not in flat:
+  if path + layers.LORA_A not in flat:
     return w
   a, b = (jnp.asarray(flat[path + name], jnp.float32)
-          for name in (linear.LORA_A, linear.LORA_B))
-  layers = a.ndim + b.ndim - 2 - w.ndim  # axes in front of the inputs
-  lead, rank = w.shape[:layers], a.shape[-1]
-  inputs = math.prod(a.shape[layers:-1])
+          for name in (layers.LORA_A, layers.LORA_B))
+  stacked = a.ndim + b.ndim - 2 - w.ndim  # axes in front of the inputs
+  lead, rank = w.shape[:stacked], a.shape[-1]
+  inputs = math.prod(a.shape[stacked:-1])
   product = jnp.matmul(a.reshape(*lead, inputs, rank),
                        b.reshape(*lead, rank, -1),
                        precision=jax.lax.Precision.HIGHEST)

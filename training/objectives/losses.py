@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from architectures.parts import linear, sharding
+from architectures.parts import layers, sharding
 from architectures.parts.heads import Head
 
 # Where `chunk` is 0: float32 logits of 64 MiB a device, but tokens enough to
@@ -151,7 +151,7 @@ def _loss_sum_fwd(settings: _Settings, *args):
       d_kernel += _kernel_gradient(x_QBPD, d_QBPV)
     dx_QBPD = None
     if ask_hidden:
-      dx_QBPD = linear.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD, x_QBPD.dtype)
+      dx_QBPD = layers.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD, x_QBPD.dtype)
     return (d_kernel, d_bias), (losses, dx_QBPD)
 
   ask_bias = head.bias_V is not None and ask_head.bias_V
@@ -182,7 +182,7 @@ _loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd, symbolic_zeros=True)
 
 
 def _product(x_QBPD: jax.Array, kernel_DV: jax.Array):
-  return linear.einsum('QBPD,DV->QBPV', x_QBPD, kernel_DV, x_QBPD.dtype,
+  return layers.einsum('QBPD,DV->QBPV', x_QBPD, kernel_DV, x_QBPD.dtype,
                        jnp.float32)
 
 
@@ -192,9 +192,9 @@ def _kernel_gradient(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
   hidden states. The barrier keeps it from turning the product of a tied kernel
   around, into one of bfloat16 that it does not have."""
   if sharding.one_cpu():
-    return jax.lax.optimization_barrier(linear.einsum(
+    return jax.lax.optimization_barrier(layers.einsum(
         'QBPD,QBPV->QDV', x_QBPD, d_QBPV, x_QBPD.dtype, jnp.float32))
-  return linear.einsum('QBPV,QBPD->QVD', d_QBPV, x_QBPD, x_QBPD.dtype,
+  return layers.einsum('QBPV,QBPD->QVD', d_QBPV, x_QBPD, x_QBPD.dtype,
                        jnp.float32)
 
 

@@ -17,7 +17,7 @@ lr * weight_decay at every width, as in the authors' package.
 
 The rates follow from what a parameter declares: its Role, in
 architectures/parts/sharding.py. Initial variances and multipliers are
-architectures/parts/linear.py, skeletons.py and moe/layer.py.
+architectures/parts/layers.py, skeletons.py and moe/layer.py.
 """
 
 import math

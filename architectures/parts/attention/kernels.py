@@ -19,7 +19,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import jax.numpy as jnp
 
-from architectures.parts import linear
+from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from configs.errors import require
@@ -218,7 +218,7 @@ def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask,
     ids = None if q_ids_BL is None else pallas.SegmentIds(q_ids_BL, k_ids_BM)
     o_BHLK = _by_splash(kernel, ids, *(
         jnp.swapaxes(x, 1, 2) for x in (
-            linear.times(q_BLHK, scale), k_BMJK, v_BMJK)), sink_H)
+            layers.times(q_BLHK, scale), k_BMJK, v_BMJK)), sink_H)
     return jnp.swapaxes(o_BHLK, 1, 2)
 
   mesh = jax.sharding.get_abstract_mesh()
@@ -277,7 +277,7 @@ def _splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
           block_kv_dkv=k, block_kv_dkv_compute=k, block_q_dq=q, block_kv_dq=k),
       attn_logits_soft_cap=softcap or None, interpret=interpret,
       # Where remat keeps products, it keeps what the gradient needs of these.
-      residual_checkpoint_name=linear.PRODUCT)
+      residual_checkpoint_name=layers.PRODUCT)
 
 
 def cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,

@@ -22,8 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import linear
-from architectures.parts import norms
+from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention.multi_head import Attention, gate_products
@@ -101,7 +100,7 @@ class LatentAttention(Attention):
     # Queries may be split over the mesh along the length; each sees all keys.
     slot_BM1U = sharding.constrain(slot_BM1U, 'batch', None, None, None)
     L, M = q_BLHK.shape[1], slot_BM1U.shape[1]
-    up_UHK = linear.weight(
+    up_UHK = layers.weight(
         self, 'kv_up', (c.latent.kv_rank, c.num_heads,
                         c.latent.nope_dim + c.latent.v_dim), UP_AXES)
     absorbed = slots and ctx.deterministic and is_absorbed(c, L, M)
@@ -131,7 +130,7 @@ class LatentAttention(Attention):
     else:
       how = ('query', 'BLD,DHK->BLHK', x_BLD, (c.d_model, *shape),
              ('embed', 'heads', 'head'))
-    q_BLHK = linear.dense(self, *how, gain=gain, with_bias=False,
+    q_BLHK = layers.dense(self, *how, gain=gain, with_bias=False,
                           deterministic=ctx.deterministic)
     q_BLHK = sharding.constrain(q_BLHK, 'batch', 'length', 'heads', 'head')
     plain_BLHK, turned_BLHK = jnp.split(q_BLHK, (c.latent.nope_dim,), -1)
@@ -149,16 +148,16 @@ class LatentAttention(Attention):
   def _normalised(self, name: str, latent_BLU: jax.Array) -> jax.Array:
     c = self.config
     own = dataclasses.replace(c, norm_eps=c.latent.norm_eps)
-    return norms.norm(own, f'{name}_norm', 'latent')(latent_BLU)
+    return layers.norm(own, f'{name}_norm', 'latent')(latent_BLU)
 
   def _down(self, name: str, x_BLD: jax.Array, size: int, ctx: Context
             ) -> jax.Array:
     c, name = self.config, f'{name}_down'
-    y_BLU = linear.dense(self, name, 'BLD,DU->BLU', x_BLD, (c.d_model, size),
+    y_BLU = layers.dense(self, name, 'BLD,DU->BLU', x_BLD, (c.d_model, size),
                          ('embed', 'latent'), with_bias=False,
                          deterministic=ctx.deterministic)
     if c.attention_bias:
-      y_BLU = linear.add_bias(y_BLU, linear.bias(
+      y_BLU = layers.add_bias(y_BLU, layers.bias(
           self, f'{name}_bias', (size,), (None,)))
     return sharding.constrain(y_BLU, 'batch', 'length', None)
 
@@ -173,7 +172,7 @@ class LatentAttention(Attention):
     """Meets keys and values that are made of the latents, a head each."""
     c = self.config
     latent_BM1U, key_BM1K = jnp.split(slot_BM1U, (c.latent.kv_rank,), -1)
-    kv_BMHK = linear.product(
+    kv_BMHK = layers.product(
         self, 'kv_up', 'BMU,UHK->BMHK', latent_BM1U[:, :, 0], up_UHK, UP_AXES,
         deterministic=ctx.deterministic)
     k_BMHK, v_BMHK = jnp.split(kv_BMHK, (c.latent.nope_dim,), -1)
@@ -191,20 +190,20 @@ class LatentAttention(Attention):
                   *, slots: bool):
     """Meets the latents themselves, as keys and values that all heads share."""
     c = self.config
-    up_UHK = linear.adapted_weight(self, 'kv_up', up_UHK, UP_AXES)
+    up_UHK = layers.adapted_weight(self, 'kv_up', up_UHK, UP_AXES)
     key_UHK, value_UHK = jnp.split(up_UHK, (c.latent.nope_dim,), -1)
     q_BLHK, turned_BLHK = jnp.split(q_BLHK, (c.latent.nope_dim,), -1)
-    q_BLHU = linear.einsum('BLHK,UHK->BLHU', q_BLHK, key_UHK, c.compute_dtype)
+    q_BLHU = layers.einsum('BLHK,UHK->BLHU', q_BLHK, key_UHK, c.compute_dtype)
     q_BLHU = jnp.concatenate([q_BLHU, turned_BLHK], -1)
     with self._useful(q_BLHU, slot_BM1U, ctx):
       o_BLHU, weights_BHLM = self._weigh(
           q_BLHU, slot_BM1U, slot_BM1U[..., :c.latent.kv_rank], k_positions_BM,
           ctx, slots=slots)
-    return linear.einsum('BLHU,UHK->BLHK', o_BLHU, value_UHK,
+    return layers.einsum('BLHU,UHK->BLHK', o_BLHU, value_UHK,
                          c.compute_dtype), weights_BHLM
 
   def _useful(self, q_BLHK: jax.Array, k_BMJK: jax.Array, ctx: Context) -> Any:
-    return linear.useful(*share(self.kind, self.config, q_BLHK.shape[1],
+    return layers.useful(*share(self.kind, self.config, q_BLHK.shape[1],
                                 k_BMJK.shape[1], ctx.prefix_B is not None))
 
 
@@ -228,7 +227,7 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
 
 
 def products(c: ModelConfig) -> set[str]:
-  """Returns which of linear.PRODUCTS a layer has."""
+  """Returns which of layers.PRODUCTS a layer has."""
   query = {'query_down', 'query_up'} if c.latent.q_rank else {'query'}
   return query | {'kv_down', 'kv_up', 'out'} | gate_products(
       c.attention_gate)

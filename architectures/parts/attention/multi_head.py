@@ -22,8 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import linear
-from architectures.parts import norms
+from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import kernels
@@ -95,7 +94,7 @@ class Attention(nn.Module):
     L, M = q_BLHK.shape[1], k_BMJK.shape[1]
     seen = (1, 1) if self.cross else visibility.share(
         self.kind, c, L, M, ctx.prefix_B is not None)
-    with linear.useful(*seen):
+    with layers.useful(*seen):
       o_BLHK, weights_BHLM = self._weigh(
           q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, slots=slots,
           strict=not cached)
@@ -122,7 +121,7 @@ class Attention(nn.Module):
     if gate:
       o_BLHK = gate(self, x_BLD, o_BLHK, deterministic=ctx.deterministic)
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
-    return linear.dense(
+    return layers.dense(
         self, 'out', 'BLHK,HKD->BLD', o_BLHK, (*o_BLHK.shape[2:], c.d_model),
         ('heads', 'head', 'embed'), in_axes=(0, 1), residual=True,
         with_bias=c.attention_bias and c.attention_out_bias,
@@ -139,7 +138,7 @@ class Attention(nn.Module):
     key = None
     if c.attention_dropout and not ctx.deterministic:
       key, mask = self.make_rng('dropout'), mask.replace(dropout=True)
-    sink_H = (linear.bias(self, 'sink', (c.num_heads,), ('heads',))
+    sink_H = (layers.bias(self, 'sink', (c.num_heads,), ('heads',))
               if c.attention_sinks else None)
     weights_BHLM = None
     if ctx.keep_attention:
@@ -192,8 +191,8 @@ class Attention(nn.Module):
     """Returns queries or keys with a norm over each head or over all heads.
     """
     if self.config.qk_norm_over == 'head':
-      return norms.norm(self.config, name, 'head')(x_BLHK)
-    y_BLU = norms.norm(self.config, name, 'joined')(
+      return layers.norm(self.config, name, 'head')(x_BLHK)
+    y_BLU = layers.norm(self.config, name, 'joined')(
         x_BLHK.reshape(*x_BLHK.shape[:2], -1))
     return y_BLU.reshape(x_BLHK.shape)
 
@@ -203,7 +202,7 @@ class Attention(nn.Module):
     # What the scores are not scaled by, the query's weights are (T5).
     gain = (c.base_head_dim ** -0.5 / c.attention_scale
             if name == 'query' and c.init == 'fan_in' else 1.0)
-    y_BLHK = linear.dense(
+    y_BLHK = layers.dense(
         self, name, 'BLD,DHK->BLHK', x_BLD, (c.d_model, heads, c.head_dim),
         ('embed', axis, 'head'), gain=gain, with_bias=c.attention_bias,
         deterministic=ctx.deterministic)
@@ -247,18 +246,18 @@ def _gated(headwise: bool, module: nn.Module, x_BLD: jax.Array,
   c, axes = module.config, ('embed', 'heads', 'head')[:3 - headwise]
   shape = o_BLHK.shape[2:4 - headwise]
   spec = 'BLD,DH->BLH' if headwise else 'BLD,DHK->BLHK'
-  z = linear.dense(module, GATE, spec, x_BLD, (x_BLD.shape[-1], *shape), axes,
+  z = layers.dense(module, GATE, spec, x_BLD, (x_BLD.shape[-1], *shape), axes,
                    output=headwise, with_bias=False,
                    deterministic=deterministic)
   z = z / c.widening if headwise else z
   if c.attention_bias:  # which muP does not divide
-    z = linear.add_bias(z, linear.bias(module, f'{GATE}_bias', shape, axes[1:]))
+    z = layers.add_bias(z, layers.bias(module, f'{GATE}_bias', shape, axes[1:]))
   gate = jax.nn.sigmoid(sharding.constrain(z, 'batch', 'length', *axes[1:]))
   return o_BLHK * (gate[..., None] if headwise else gate)
 
 
 def gate_products(gate: str) -> set[str]:
-  """Returns which of linear.PRODUCTS a layer has for its gate."""
+  """Returns which of layers.PRODUCTS a layer has for its gate."""
   return {GATE} if GATES[gate] else set()
 
 
@@ -336,7 +335,7 @@ def _embedded_values(module: nn.Module, x_BLD: jax.Array, v_BLJK: jax.Array,
       (x_BLD.shape[-1], shape[0]),
       Role(('embed', 'kv_heads'), inputs=(0,), kind='logits'))
   # A wider model may have as many heads: in muP these are logits.
-  z_BLJ = linear.einsum('BLD,DJ->BLJ', x_BLD, gate_DJ,
+  z_BLJ = layers.einsum('BLD,DJ->BLJ', x_BLD, gate_DJ,
                         v_BLJK.dtype) / c.widening
   return 2 * jax.nn.sigmoid(z_BLJ)[..., None] * e_BLJK
 

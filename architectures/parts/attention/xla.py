@@ -13,9 +13,9 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from architectures.parts import linear
+from architectures.parts import layers
 from architectures.parts import sharding
-from architectures.parts.linear import drop
+from architectures.parts.layers import drop
 
 MASKED = -1e30  # finite, so that a row that sees nothing is no NaN
 BLOCKS = 4  # of queries under a causal mask, which spare 3 of 8 scores; but
@@ -98,7 +98,7 @@ def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *,
 def _scores(how: _How, rows: slice, keys: slice, mask_BLM: Optional[jax.Array],
             q_BJRLK: jax.Array, k_BJMK: jax.Array,
             bias_BJRLM: Optional[jax.Array]):
-  s_BJRLM = _times_keys(linear.times(q_BJRLK[..., rows, :], how.scale),
+  s_BJRLM = _times_keys(layers.times(q_BJRLK[..., rows, :], how.scale),
                         k_BJMK[..., keys, :])
   if how.softcap:
     s_BJRLM = how.softcap * jnp.tanh(s_BJRLM / how.softcap)
@@ -124,7 +124,7 @@ def _plus_one(s_BJRLM: jax.Array, bias_1JRLM: jax.Array) -> jax.Array:
 
 _plus_one.defvjp(
     lambda s_BJRLM, bias_1JRLM: (_plus_one(s_BJRLM, bias_1JRLM), None),
-    lambda _, d_BJRLM: (d_BJRLM, linear.counted(_over_rows, 0)(d_BJRLM)))
+    lambda _, d_BJRLM: (d_BJRLM, layers.counted(_over_rows, 0)(d_BJRLM)))
 
 
 def _over_rows(d_BJRLM: jax.Array) -> jax.Array:
@@ -145,30 +145,30 @@ def _weigh(how: _How, rows: slice, keys: slice, key: Optional[jax.Array],
 
 @jax.custom_vjp
 def _times_keys(q_BJRLK: jax.Array, k_BJMK: jax.Array) -> jax.Array:
-  return linear.einsum('BJRLK,BJMK->BJRLM', q_BJRLK, k_BJMK, q_BJRLK.dtype,
+  return layers.einsum('BJRLK,BJMK->BJRLM', q_BJRLK, k_BJMK, q_BJRLK.dtype,
                        jnp.float32)
 
 
 def _times_keys_bwd(saved: tuple, d_BJRLM: jax.Array):
   q_BJRLK, k_BJMK = saved
-  return (linear.einsum('BJRLM,BJMK->BJRLK', d_BJRLM, k_BJMK, q_BJRLK.dtype),
+  return (layers.einsum('BJRLM,BJMK->BJRLK', d_BJRLM, k_BJMK, q_BJRLK.dtype),
           _by_keys(q_BJRLK, d_BJRLM, k_BJMK.dtype))
 
 
 def _by_keys(x_BJRLK: jax.Array, w_BJRLM: jax.Array, dtype: Any) -> jax.Array:
   return jnp.swapaxes(
-      linear.einsum('BJRLK,BJRLM->BJKM', x_BJRLK, w_BJRLM, dtype), 2, 3)
+      layers.einsum('BJRLK,BJRLM->BJKM', x_BJRLK, w_BJRLM, dtype), 2, 3)
 
 
 @jax.custom_vjp
 def _times_values(p_BJRLM: jax.Array, v_BJMK: jax.Array) -> jax.Array:
-  return linear.einsum('BJRLM,BJMK->BJRLK', p_BJRLM, v_BJMK, v_BJMK.dtype,
+  return layers.einsum('BJRLM,BJMK->BJRLK', p_BJRLM, v_BJMK, v_BJMK.dtype,
                        jnp.float32)
 
 
 def _times_values_bwd(saved: tuple, d_BJRLK: jax.Array):
   p_BJRLM, v_BJMK = saved
-  return (linear.einsum('BJRLK,BJMK->BJRLM', d_BJRLK, v_BJMK, v_BJMK.dtype,
+  return (layers.einsum('BJRLK,BJMK->BJRLM', d_BJRLK, v_BJMK, v_BJMK.dtype,
                         p_BJRLM.dtype),
           _by_keys(d_BJRLK, p_BJRLM, v_BJMK.dtype))
 
@@ -207,7 +207,7 @@ def _attend_fwd(how: _How, q_BJRLK: jax.Array, k_BJMK: jax.Array,
   # Where remat keeps products, it keeps what the gradient needs of these.
   o_BJRLK, top_BJRL1, sum_BJRL1 = checkpoint_name(
       (jnp.concatenate(outs, 3), jnp.concatenate(tops, 3),
-       jnp.concatenate(sums, 3)), linear.PRODUCT)
+       jnp.concatenate(sums, 3)), layers.PRODUCT)
   return o_BJRLK, (q_BJRLK, k_BJMK, v_BJMK, bias_BJRLM, sink_1JR11, mask_BLM,
                    key, top_BJRL1, sum_BJRL1)
 

@@ -57,8 +57,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from architectures.parts import sharding
-from architectures.parts.ffn import Hidden
-from architectures.parts.linear import mix
+from architectures.parts.layers import Hidden, mix
 from architectures.parts.moe import grouped, routing
 from architectures.parts.moe.routing import MoEConfig, Routing, ranks
 from configs.errors import require

@@ -23,9 +23,9 @@ from typing import Any, Callable, NamedTuple, Optional
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import linear, sharding
+from architectures.parts import layers, sharding
+from architectures.parts.layers import Hidden
 from architectures.parts.moe.routing import MoEConfig
-from architectures.parts.ffn import Hidden
 from configs.errors import require
 
 # Sizes of blocks, relative to the rows an even load gives an expert: dense
@@ -379,7 +379,7 @@ def _blocks_backward(kind: Hidden, even: int, rows_PD: jax.Array,
     narrow = lambda x: x.astype(dy.dtype)
     d_pre = [narrow(d) for d in act_vjp(gate * u)[0]]
     def grads(x: jax.Array, d: jax.Array, b: Optional[jax.Array]):
-      return linear.of_weight(x, d), (
+      return layers.of_weight(x, d), (
           None if b is None else d.astype(jnp.float32).sum(0))
     new = _like(w, [grads(x, d, b) for d, (_, b) in zip(d_pre, _into(own))],
                 grads(narrow(h), narrow(gate * dy), own.down_bias_ED))

@@ -20,16 +20,14 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from architectures.parts import ffn as dense
-from architectures.parts import linear
-from architectures.parts import remat
+from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.moe import dispatch
 from architectures.parts.moe import routing
-from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.moe.dispatch import Dropout, Weights
+from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.sharding import Role, declare
 from configs.errors import require
 
@@ -64,8 +62,8 @@ class MoE(nn.Module):
     routed = routing.route(m, inputs)
     y_TD, kept_A = dispatch.experts(
         m, x_TD.astype(c.compute_dtype), routed, self._weights(),
-        dense.Hidden(m.ffn, c.clamp), inputs.groups, self._dropout(ctx),
-        train=inputs.train, again=remat.of(c).again)
+        layers.Hidden(m.ffn, c.clamp), inputs.groups, self._dropout(ctx),
+        train=inputs.train, again=layers.remat(c).again)
     aux = routing.report(m, routed, inputs.logits_TE, valid_T, kept_A,
                         dispatch.expert_shards(), B)
     aux['loads'] = {} if inputs.bias_E is None else {
@@ -76,7 +74,7 @@ class MoE(nn.Module):
     y_BLD = sharding.constrain(y_TD.reshape(B, L, D), 'batch', 'length',
                                'embed')
     if m.shared_experts:
-      shared_BLD, _ = dense.FFN(
+      shared_BLD, _ = layers.FFN(
           c, m.ffn, width=m.shared_experts * m.d_ff, name='shared')(x_BLD, ctx)
       y_BLD = y_BLD + self._gated(shared_BLD, x_BLD)
     return y_BLD, aux
@@ -87,16 +85,16 @@ class MoE(nn.Module):
     c = self.config
     if not c.moe.shared_gate:
       return shared_BLD
-    gate_DU = linear.weight(self, 'shared_gate', (c.d_model, 1),
+    gate_DU = layers.weight(self, 'shared_gate', (c.d_model, 1),
                             ('embed', None), output=True)
-    gate_BLU = linear.einsum('BLD,DU->BLU', x_BLD, gate_DU, c.compute_dtype)
+    gate_BLU = layers.einsum('BLD,DU->BLU', x_BLD, gate_DU, c.compute_dtype)
     return shared_BLD * jax.nn.sigmoid(gate_BLU / c.widening)
 
   def _logits(self, x_TD: jax.Array, ctx: Context):
     m = self.config.moe
     if not routing.of(m).logits:
       return None
-    router_DE = linear.weight(self, 'router', (x_TD.shape[1], m.num_experts),
+    router_DE = layers.weight(self, 'router', (x_TD.shape[1], m.num_experts),
                               ('embed', None), output=True)
     x_TD = x_TD.astype(jnp.float32)
     key = self._noise_key(m.jitter, ctx)
@@ -105,10 +103,10 @@ class MoE(nn.Module):
                                        1 - m.jitter, 1 + m.jitter)
     logits_TE = checkpoint_name(jnp.einsum(
         'TD,DE->TE', x_TD, router_DE.astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST), linear.PRODUCT)
+        precision=jax.lax.Precision.HIGHEST), layers.PRODUCT)
     logits_TE = logits_TE / self.config.widening  # muP's output multiplier
     if m.logit_bias:  # gpt-oss; after the multiplier, which is not of it
-      logits_TE = linear.add_bias(logits_TE, linear.bias(
+      logits_TE = layers.add_bias(logits_TE, layers.bias(
           self, 'logit_bias', (m.num_experts,), (None,)))
     key = self._noise_key(m.logit_noise, ctx)
     if key is not None:
@@ -143,14 +141,14 @@ class MoE(nn.Module):
   def _weights(self) -> Weights:
     c, m = self.config, self.config.moe
     size = {'embed': c.d_model, 'mlp': m.d_ff}
-    weight = lambda name, *axes: linear.weight(
+    weight = lambda name, *axes: layers.weight(
         self, name, (m.num_experts, *map(size.get, axes)), ('experts', *axes),
         in_axes=(1,), batch_axes=(0,), residual=name == 'down'
         ).astype(c.compute_dtype)
-    bias = lambda name, axis: linear.bias(
+    bias = lambda name, axis: layers.bias(
         self, name, (m.num_experts, size[axis]), ('experts', axis),
         batch_axes=(0,)).astype(c.compute_dtype) if c.ffn_bias else None
-    gated = dense.FFNS[m.ffn].gated
+    gated = layers.FFNS[m.ffn].gated
     up_EDF = weight('up', 'embed', 'mlp')
     gate_EDF = weight('gate', 'embed', 'mlp') if gated else None
     return Weights(up_EDF, weight('down', 'mlp', 'embed'), gate_EDF,

@@ -54,7 +54,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts.config import ModelConfig
-from architectures.parts.linear import mix
+from architectures.parts.layers import mix
 from configs.errors import require
 from configs.fields import field, FUNCTION, RECIPE, REGULARISATION, Resume
 from configs.fields import RUN, SAFE, SAME, SHAPES

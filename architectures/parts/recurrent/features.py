@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import linear, norms
+from architectures.parts import layers
 from architectures.parts.config import ModelConfig
 from architectures.parts.sharding import Role, declare
 
@@ -64,7 +64,7 @@ def unit(x: jax.Array, length: float = 1.0) -> jax.Array:
 
 
 def rmsnorm(x: jax.Array, scale_K: jax.Array, eps: float) -> jax.Array:
-  """The same as norms.rmsnorm, [..., K] -> [..., K]."""
+  """The same as layers.rmsnorm, [..., K] -> [..., K]."""
   x32 = x.astype(jnp.float32)
   y = scaled(x32, jax.lax.rsqrt(jnp.square(x32).mean(-1) + eps))
   return (y * scale_K.astype(jnp.float32)[(None,) * (x.ndim - 1)]
@@ -79,7 +79,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     scale_K = declare(self, 'scale', nn.initializers.ones, x.shape[-1:],
                       Role(('head',)))
-    return norms.recomputed(rmsnorm)(x, scale_K, self.config.norm_eps)
+    return layers.recomputed(rmsnorm)(x, scale_K, self.config.norm_eps)
 
 
 # A short convolution of each feature by itself:
@@ -124,7 +124,7 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
   if before_BWHK is None:
     before_BWHK = jnp.zeros((B, W - 1, H, K), x_BLHK.dtype)
   all_BMHK = jnp.concatenate([before_BWHK.astype(x_BLHK.dtype), x_BLHK], 1)
-  y_BLHK = linear.counted(_activated if silu else _biased, 2 * W)(
+  y_BLHK = layers.counted(_activated if silu else _biased, 2 * W)(
       all_BMHK, w_WHK, bias_HK, segment_ids_BL)
   if valid_BL is None:
     after_BWHK = all_BMHK[:, L:]

@@ -18,7 +18,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import linear, positions, sharding
+from architectures.parts import layers, positions, sharding
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import recurrence, features
@@ -111,9 +111,9 @@ class Layer(nn.Module):
     o_BLHU = sharding.constrain(o_BLHU.astype(c.compute_dtype), 'batch',
                                 'length', 'heads', 'head')
     axes = 'heads', 'head', 'embed'
-    out_HUD = linear.weight(self, 'out', (*o_BLHU.shape[2:], c.d_model), axes,
+    out_HUD = layers.weight(self, 'out', (*o_BLHU.shape[2:], c.d_model), axes,
                             in_axes=(0, 1), residual=True)
-    return linear.product(self, 'out', 'BLHU,HUD->BLD', o_BLHU, out_HUD, axes,
+    return layers.product(self, 'out', 'BLHU,HUD->BLD', o_BLHU, out_HUD, axes,
                           deterministic=ctx.deterministic), cache
 
   def _read(self, name: str, x_BLD: jax.Array, shape: tuple[int, ...],
@@ -142,9 +142,9 @@ class Layer(nn.Module):
     """Returns a product with the input, of heads of features on these logical
     axes."""
     c, fixed = self.config, axes[1] is None
-    w_DHK = linear.weight(self, name, (c.d_model, *shape), ('embed', *axes),
+    w_DHK = layers.weight(self, name, (c.d_model, *shape), ('embed', *axes),
                           output=fixed)
-    y_BLHK = linear.product(self, name, 'BLD,DHK->BLHK', x_BLD, w_DHK,
+    y_BLHK = layers.product(self, name, 'BLD,DHK->BLHK', x_BLD, w_DHK,
                             ('embed', *axes), deterministic=ctx.deterministic)
     if fixed:
       y_BLHK /= c.widening
@@ -157,21 +157,21 @@ class Layer(nn.Module):
     logits, like a router's: they are divided by the widening.
     """
     c = self.config
-    w_DH = linear.weight(self, name, (c.d_model, self.sizes.value_heads),
+    w_DH = layers.weight(self, name, (c.d_model, self.sizes.value_heads),
                          ('embed', 'heads'), output=True)
-    y_BLH = linear.einsum('BLD,DH->BLH', x_BLD, w_DH, c.compute_dtype)
+    y_BLH = layers.einsum('BLD,DH->BLH', x_BLD, w_DH, c.compute_dtype)
     return y_BLH.astype(jnp.float32) / c.widening
 
   def low_rank(self, name: str, x_BLD: jax.Array, features: int) -> jax.Array:
     """Returns x W_down W_up for each head of values, in float32. In muP the
     rank is that of the base, so the outputs of W_down are logits, too."""
     c, d = self.config, self.sizes
-    down_DU = linear.weight(self, f'{name}_down', (c.d_model, d.rank),
+    down_DU = layers.weight(self, f'{name}_down', (c.d_model, d.rank),
                             ('embed', None), output=True)
-    up_UHK = linear.weight(self, f'{name}_up', (
+    up_UHK = layers.weight(self, f'{name}_up', (
         d.rank, d.value_heads, features), (None, 'heads', 'head'))
-    y_BLU = linear.einsum('BLD,DU->BLU', x_BLD, down_DU, c.compute_dtype)
-    y_BLHK = linear.einsum('BLU,UHK->BLHK', y_BLU / c.widening, up_UHK,
+    y_BLU = layers.einsum('BLD,DU->BLU', x_BLD, down_DU, c.compute_dtype)
+    y_BLHK = layers.einsum('BLU,UHK->BLHK', y_BLU / c.widening, up_UHK,
                            c.compute_dtype)
     return sharding.constrain(y_BLHK, 'batch', 'length', 'heads', 'head'
                               ).astype(jnp.float32)

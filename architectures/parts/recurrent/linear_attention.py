@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from architectures.parts import linear, positions
+from architectures.parts import layers, positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer, recurrence
@@ -191,9 +191,9 @@ class GLA(layer.Layer):
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
     del ctx
     d = self.sizes
-    bias_HK = linear.bias(self, 'decay_bias', (d.heads, d.key_dim),
+    bias_HK = layers.bias(self, 'decay_bias', (d.heads, d.key_dim),
                           ('heads', 'head'))
-    log_decay_BLHK = jax.nn.log_sigmoid(linear.add_bias(
+    log_decay_BLHK = jax.nn.log_sigmoid(layers.add_bias(
         self.low_rank('decay', x_BLD, d.key_dim), bias_HK)) / d.temperature
     scale = jnp.asarray(self.base_key_dim ** 0.5 / d.key_dim, q_BLJK.dtype)
     return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU, log_decay_BLHK)

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import norms
+from architectures.parts import layers
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import layer, recurrence, features
@@ -117,7 +117,7 @@ class Mamba2(layer.Layer):
     norm = functools.partial(
         gated_norm, groups=m.groups if m.norm_over == 'group' else 1,
         eps=self.config.norm_eps)
-    return norms.recomputed(norm)(o_BLHU, gate_BLHU, scale_HU)
+    return layers.recomputed(norm)(o_BLHU, gate_BLHU, scale_HU)
 
   def _of_head(self, name: str, init: Callable) -> jax.Array:
     """Declares a number of each head; returns them in float32."""

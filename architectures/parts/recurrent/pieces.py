@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from architectures.parts import linear
+from architectures.parts import layers
 
 FORGETS = -1e30  # a logarithm in place of -inf, whose exponential is 0 as well
 
@@ -110,7 +110,7 @@ in_groups.defvjp(lambda f, most, x: (in_groups(f, most, x), x), _in_groups_bwd)
 def decays(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns the decay after place j up to i, [..., i, j], 0 where j is later;
   and that of the piece up to i, [..., i]."""
-  sums, upto = linear.counted(_sums, 0)(jnp.maximum(log_decay, FORGETS))
+  sums, upto = layers.counted(_sums, 0)(jnp.maximum(log_decay, FORGETS))
   return jnp.where(_lower(log_decay), jnp.exp(sums), 0), jnp.exp(upto)
 
 

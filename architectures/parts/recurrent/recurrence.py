@@ -37,7 +37,7 @@ from typing import Any, NamedTuple, Optional
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import linear
+from architectures.parts import layers
 from architectures.parts.recurrent import features, pieces
 from architectures.parts.recurrent.pieces import Inputs
 
@@ -104,7 +104,7 @@ def _step(x: Inputs, state_BHKU: jax.Array) -> tuple[jax.Array, jax.Array]:
       lambda x: x[:, 0].astype(jnp.float32), x)
   q_BHK, k_BHK = (jnp.repeat(x, v.shape[1] // x.shape[1], 1) for x in (q, k))
   state_BHKU = jnp.exp(log_decay)[..., None] * state_BHKU
-  with linear.useful(1, 1):
+  with layers.useful(1, 1):
     if rate is not None:
       found_BHU = jnp.einsum('BHK,BHKU->BHU', k_BHK, state_BHKU)
       v = rate[..., None] * (v - found_BHU)
@@ -151,11 +151,11 @@ def _forward(places: int, x: Inputs, state_BHKU: jax.Array):
       write_BHPU -= read_BHPK @ state_BHKU
     return (decay_BHK1 * state_BHKU + _t(k_BHPK) @ write_BHPU,
             (write_BHPU, state_BHKU))
-  with linear.useful(1, 1):
+  with layers.useful(1, 1):
     last_BHKU, (write, states) = jax.lax.scan(
         step, state_BHKU, (p.k_BHPK, p.decay_BHK1, p.write_BHPU, p.read_BHPK))
     o_BHPU = p.q_BHPK @ states
-  with linear.useful(places + 1, 2 * places):
+  with layers.useful(places + 1, 2 * places):
     o_BHPU += p.pairs.weights_BHPQ @ write
   return (_joined(o_BHPU, x.v_BLHU.shape[1]), last_BHKU), states
 
@@ -275,7 +275,7 @@ def _pieces(x: Inputs, pairs: _Pairs) -> _Pieces:
   P = k.shape[-2]
   inverse = _inverse(rate[..., None] * pairs.found_BHPQ)
   solve = inverse * rate[..., None, :]
-  with linear.useful(P + 1, 2 * P):
+  with layers.useful(P + 1, 2 * P):
     return _Pieces(*whole, solve @ v, solve @ (pairs.first_BHPK * k), inverse)
 
 
@@ -294,9 +294,9 @@ def _meet_by_head(x: Inputs) -> _Pairs:
   q, k, v, log_decay, _ = x
   P = k.shape[-2]
   pair, first = pieces.decays(log_decay[..., 0])
-  with linear.useful(P + 1, 2 * P):
+  with layers.useful(P + 1, 2 * P):
     weights = pair * _each(v.shape[2], q @ _t(k))
-  with linear.useful(P - 1, 2 * P):
+  with layers.useful(P - 1, 2 * P):
     found = pair * _each(v.shape[2], k @ _t(k))
   return _Pairs(weights, found, first[..., None], pair[..., -1, :, None])
 
@@ -307,7 +307,7 @@ def _meet_by_feature(x: Inputs) -> _Pairs:
   each = lambda y: jnp.repeat(y, v_BHPU.shape[1] // y.shape[1], 1)
   q_BHPK, k_BHPK = each(q_BJPK), each(k_BJPK)
   is_delta = rate_BHP is not None
-  with linear.useful(1, 1):
+  with layers.useful(1, 1):
     met, upto_BHPK, after_BHPK = pieces.paired(
         [q_BHPK, k_BHPK] if is_delta else [q_BHPK], k_BHPK, log_decay_BHPK)
     own_BHP = each(jnp.einsum('BJPK,BJPK->BJP', q_BJPK, k_BJPK))
@@ -322,8 +322,8 @@ def _inverse(a_BHPQ: jax.Array) -> jax.Array:
   substitution, in which an entry d places below the diagonal is a sum of d - 1
   products and of A's entry."""
   P = a_BHPQ.shape[-1]
-  with linear.useful(1, 1):
-    return linear.counted(pieces.inverse, (P - 1) * (P - 2), 3 * P)(a_BHPQ)
+  with layers.useful(1, 1):
+    return layers.counted(pieces.inverse, (P - 1) * (P - 2), 3 * P)(a_BHPQ)
 
 
 # Recurrences that add to the state, whatever it is: there is no delta rule, and
@@ -347,7 +347,7 @@ def _additive(places: int, x: Inputs, state_BHKU: jax.Array):
 def _additive_forward(places: int, x: Inputs, state_BHKU: jax.Array):
   q, k, v, log_decay = _cut_heads(places, x)
   pair, first, after = _decays(log_decay)
-  with linear.useful(places + 1, 2 * places):
+  with layers.useful(places + 1, 2 * places):
     met = _met(q, k)
     o = jnp.einsum('nbjrpm,nbmjru->nbpjru', pair * met[:, :, :, None], v)
 
@@ -355,7 +355,7 @@ def _additive_forward(places: int, x: Inputs, state_BHKU: jax.Array):
     k, v, decay = here
     added_BJKRU = jnp.einsum('bpjk,bpjru->bjkru', k, v)
     return _by(decay, state_BJKRU) + added_BJKRU, state_BJKRU
-  with linear.useful(1, 1):
+  with layers.useful(1, 1):
     last, states = jax.lax.scan(
         step, _side_by_side(x.k_BLJK.shape[2], state_BHKU),
         (k, after[..., None] * v, first[:, :, -1]))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from architectures.parts import linear
+from architectures.parts import layers
 from architectures.parts.attention import xla
 from tests.helpers import models
 
@@ -25,7 +25,7 @@ def _plain(q, k, v, *, mask, bias, sink, softcap, key):
         [s, jnp.broadcast_to(sink[None, :, None, None], (*s.shape[:3], 1))], -1)
   p = jax.nn.softmax(s, -1)[..., :k.shape[1]]
   if key is not None:
-    p = linear.drop(p.reshape(B, J, R, L, L), DROPOUT,
+    p = layers.drop(p.reshape(B, J, R, L, L), DROPOUT,
                      jax.random.fold_in(key, 0)).reshape(p.shape)
   return jnp.einsum('bhlm,bmhk->blhk', p, v)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import sharding, remat as policies
+from architectures.parts import layers, sharding
 from architectures.parts.context import Context
 from architectures.parts.moe import dispatch
 from architectures.parts.moe.layer import MoE
@@ -202,7 +202,7 @@ def test_accelerators_send_only_full_rows(remat, times):
   loss, params, x_BLD, _ = setup(config())
   apply = lambda p, x: loss(p, x)[0]
   if remat != 'none':
-    apply = jax.checkpoint(apply, policy=policies.policy(
+    apply = jax.checkpoint(apply, policy=layers.remat_policy(
         models.make('mixtral', remat=remat)[0].config))
   with jax.set_mesh(mesh_of(tables.PRESETS['ep'])), sharding.rules('default'):
     traced = jax.jit(jax.grad(apply, (0, 1))).trace(params, x_BLD)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import ffn as dense
+from architectures.parts import layers
 from architectures.parts.context import Context
 from architectures.parts.moe import dispatch, grouped
 from architectures.parts.moe.layer import MoE
@@ -25,7 +25,7 @@ from training.runs import make_train_step
 
 
 B, L, D, F, E = 2, 16, 8, 12, 4
-SWIGLU = dense.Hidden('swiglu')
+SWIGLU = layers.Hidden('swiglu')
 
 
 def config(*, dtype='float32', bias=True, d_model=D, **moe):
@@ -129,8 +129,8 @@ def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
   assert params['shared']['up'].shape == (D, 2 * F)
   own = {name: params[name][0] for name in
          ('up', 'up_bias', 'gate', 'gate_bias', 'down', 'down_bias')}
-  want_BLD = dense.FFN(c, kind).apply({'params': own}, x_BLD, ctx)[0]
-  shared_BLD = dense.FFN(c, kind, width=2 * F).apply(
+  want_BLD = layers.FFN(c, kind).apply({'params': own}, x_BLD, ctx)[0]
+  shared_BLD = layers.FFN(c, kind, width=2 * F).apply(
       {'params': params['shared']}, x_BLD, ctx)[0]
   gate_DU = params['shared_gate'] = 10 * params['shared_gate']
   gate_BLU = 1 / (1 + jnp.exp(-x_BLD @ gate_DU))

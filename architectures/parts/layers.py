@@ -1,9 +1,14 @@
-"""Weights, biases, the one matrix product that every part uses, and dropout."""
+"""What every layer is made of: weights, biases and the one matrix product that
+all parts use; dropout; norms; the dense feed-forward network; and what of a
+layer the backward pass computes again.
+
+An entry of NORMS, of FFNS or of REMAT is all that there is of one.
+"""
 
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 import flax.linen as nn
 import jax
@@ -13,6 +18,7 @@ import numpy as np
 
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.sharding import Role, declare
 from configs.fields import field, FUNCTION, REGULARISATION, RUN
 
@@ -399,3 +405,350 @@ def mix(x: jax.Array) -> jax.Array:
   x = (x ^ (x >> 16)) * jnp.uint32(0x85ebca6b)
   x = (x ^ (x >> 13)) * jnp.uint32(0xc2b2ae35)
   return x ^ (x >> 16)
+
+
+# Normalisation over the feature axis, computed in float32.
+#
+# LayerNorm (Ba et al. 2016): y = (x - mean) / sqrt(var + eps) * scale + bias.
+# Without the bias it is layernorm_no_bias (MPT, ModernBERT).
+# RMSNorm (Zhang and Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * scale.
+# The last two agree on centred input. Two more forms of RMSNorm:
+# rmsnorm_1p     x / sqrt(mean(x^2) + eps) * (1 + offset), offset 0 at first:
+#                what decays it, or rounds it, draws the factor to 1 (Gemma)
+# rmsnorm_plain  x / sqrt(mean(x^2) + eps), without parameters
+
+
+def layernorm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None,
+              eps: float) -> jax.Array:
+  """[..., D] -> [..., D], with zero mean and unit variance before scale."""
+  x32 = x.astype(jnp.float32)
+  mean = x32.mean(-1, keepdims=True)
+  centred = x32 - mean
+  var = jnp.square(centred).mean(-1, keepdims=True)
+  return _affine(centred * jax.lax.rsqrt(var + eps), scale_D, bias_D, x.dtype)
+
+
+def rmsnorm(x: jax.Array, scale_D: Optional[jax.Array],
+            eps: float) -> jax.Array:
+  """[..., D] -> [..., D], with unit mean square before scale."""
+  x32 = x.astype(jnp.float32)
+  mean_square = jnp.square(x32).mean(-1, keepdims=True)
+  return _affine(x32 * jax.lax.rsqrt(mean_square + eps), scale_D, None, x.dtype)
+
+
+def _affine(y: jax.Array, scale_D: Optional[jax.Array],
+            bias_D: Optional[jax.Array], dtype: jax.typing.DTypeLike):
+  ones = (1,) * (y.ndim - 1)
+  if scale_D is not None:
+    y = y * scale_D.astype(jnp.float32).reshape(*ones, -1)
+  if bias_D is not None:
+    y = y + bias_D.astype(jnp.float32).reshape(*ones, -1)
+  return y.astype(dtype)
+
+
+# The gradient computes a norm, or an activation, again: cheaper than to keep
+# what it computes on its way.
+recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+class Norm(nn.Module):
+  """[..., D] -> [..., D]; `axis` is the logical axis of its parameters."""
+  config: ModelConfig
+  axis: str = 'embed'
+
+  def vector(self, name: str, init: Callable, x: jax.Array) -> jax.Array:
+    """Declares a parameter for each feature."""
+    return declare(self, name, init, x.shape[-1:], Role((self.axis,)))
+
+
+class WithEpsilon(Norm):
+  """A norm that reads model.norm_eps."""
+  fields = ('norm_eps',)
+
+
+class LayerNorm(WithEpsilon):
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale_D = self.vector('scale', nn.initializers.ones, x)
+    bias_D = self.vector('bias', nn.initializers.zeros, x)
+    return recomputed(layernorm)(x, scale_D, bias_D, self.config.norm_eps)
+
+
+class LayerNormNoBias(WithEpsilon):
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale_D = self.vector('scale', nn.initializers.ones, x)
+    return recomputed(layernorm)(x, scale_D, None, self.config.norm_eps)
+
+
+class RMSNorm(WithEpsilon):
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale_D = self.vector('scale', nn.initializers.ones, x)
+    return recomputed(rmsnorm)(x, scale_D, self.config.norm_eps)
+
+
+class RMSNorm1P(WithEpsilon):
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    offset_D = self.vector('offset', nn.initializers.zeros, x)
+    return recomputed(rmsnorm)(x, 1.0 + offset_D.astype(jnp.float32),
+                               self.config.norm_eps)
+
+
+class PlainRMSNorm(WithEpsilon):
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return recomputed(lambda x: rmsnorm(x, None, self.config.norm_eps))(x)
+
+
+# A norm is a module. `settings`: the group of fields of config.model, a
+# dataclass, that it alone reads; `fields`: others that not every norm reads.
+NORMS = {
+    'layernorm': LayerNorm,
+    'layernorm_no_bias': LayerNormNoBias,
+    'rmsnorm': RMSNorm,
+    'rmsnorm_1p': RMSNorm1P,
+    'rmsnorm_plain': PlainRMSNorm,
+}
+
+
+def norm(config: ModelConfig, name: str, axis: str = 'embed') -> nn.Module:
+  """The config's norm, as a module whose parameters stand under `name`."""
+  return NORMS[config.norm](config, axis, name=name)
+
+
+# The feed-forward network, dense. Experts are made of the same.
+#
+# FFN(x) = act(x W_up) W_down (Vaswani et al. 2017, section 3.3), and gated:
+# FFN(x) = (act(x W_gate) * x W_up) W_down (Shazeer 2020; SwiGLU: act = SiLU).
+#
+# relu2: relu(x)^2 (Primer: So et al. 2021, section 4.1). reglu: Shazeer's
+# equation 5. swiglu_clamped: `clamped` (gpt-oss: OpenAI 2025, section 2.2).
+
+
+gelu = functools.partial(jax.nn.gelu, approximate=False)
+gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+
+
+NO_FFN = 'none'  # model.ffn of layers without such a network
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampConfig:
+  """Of the network swiglu_clamped: see `clamped`."""
+  GROUP = 'clamp'
+  alpha: float = field(1.702, 'multiplies the gate in its sigmoid', above=0,
+                       resume=FUNCTION)
+  limit: float = field(
+      7.0, 'the most that the gate and the other factor may be', above=0,
+      resume=FUNCTION)
+
+
+class Network(NamedTuple):
+  """One feed-forward network.
+
+  Attributes:
+    act: the activation.
+    gated: whether it multiplies x W_up, of a second product with x.
+    join: (x W_gate, x W_up, config.clamp) -> the hidden units, of a gated
+      network that is no act(x W_gate) * x W_up.
+    settings: the group of fields of config.model that it reads.
+  """
+  act: Callable[[jax.Array], jax.Array]
+  gated: bool = False
+  join: Optional[Callable[[jax.Array, jax.Array, ClampConfig], jax.Array]] = (
+      None)
+  settings: Optional[type] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+  """What leads to the hidden units; hashable, so a program can be keyed on it.
+
+  Attributes:
+    kind: a name of FFNS.
+    clamp: config.model.clamp.
+  """
+  kind: str
+  clamp: Optional[ClampConfig] = None
+
+  @property
+  def gated(self) -> bool:
+    return FFNS[self.kind].gated
+
+  def __call__(self, up: jax.Array, gate: Optional[jax.Array] = None
+               ) -> jax.Array:
+    """Returns the hidden units, of x W_up and, where it is gated, x W_gate.
+
+    They are computed in float32 and rounded once: rounded to bfloat16 after
+    each operation they lose digits, and XLA's CPU backend takes three times as
+    long for a GELU and its gradient.
+    """
+    row, dtype = FFNS[self.kind], up.dtype
+    up, gate = jax.tree.map(lambda x: x.astype(jnp.float32), (up, gate))
+    if row.join:
+      hidden = row.join(gate, up, self.clamp)
+    else:
+      hidden = row.act(gate) * up if row.gated else row.act(up)
+    return hidden.astype(dtype)
+
+
+def relu2(x: jax.Array) -> jax.Array:
+  return jnp.square(jax.nn.relu(x))
+
+
+def clamped(gate: jax.Array, up: jax.Array, clamp: ClampConfig) -> jax.Array:
+  """g sigmoid(alpha g) (u + 1), with g = min(gate, limit) and u = up, bounded
+  by limit on both sides."""
+  gate = jnp.minimum(gate, clamp.limit)
+  up = jnp.clip(up, -clamp.limit, clamp.limit)
+  return gate * jax.nn.sigmoid(clamp.alpha * gate) * (up + 1)
+
+
+class FFN(nn.Module):
+  """(x_BLD, context) -> (y_BLD, aux); a dense layer's aux is empty."""
+  config: ModelConfig
+  kind: str
+  width: int = 0  # 0: d_ff
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context):
+    c, F = self.config, self.width or self.config.d_ff
+    hidden = Hidden(self.kind, c.clamp)
+    multiply = functools.partial(product, self,
+                                 deterministic=ctx.deterministic)
+    into, out = ('embed', 'mlp'), ('mlp', 'embed')
+    up_DF = weight(self, 'up', (c.d_model, F), into)
+    down_FD = weight(self, 'down', (F, c.d_model), out, residual=True)
+    h_BLF = multiply('up', 'BLD,DF->BLF', x_BLD, up_DF, into)
+    if c.ffn_bias:
+      h_BLF = add_bias(
+          h_BLF, bias(self, 'up_bias', (F,), ('mlp',)))
+    if hidden.gated:
+      gate_DF = weight(self, 'gate', (c.d_model, F), into)
+      g_BLF = multiply('gate', 'BLD,DF->BLF', x_BLD, gate_DF, into)
+      if c.ffn_bias:
+        g_BLF = add_bias(
+            g_BLF, bias(self, 'gate_bias', (F,), ('mlp',)))
+    h_BLF = recomputed(hidden)(h_BLF, *([g_BLF] if hidden.gated else []))
+    h_BLF = Dropout(c.ffn_dropout)(
+        h_BLF, deterministic=ctx.deterministic)
+    h_BLF = sharding.constrain(h_BLF, 'batch', 'length', 'mlp')
+    y_BLD = multiply('down', 'BLF,FD->BLD', h_BLF, down_FD, out)
+    if c.ffn_bias:
+      y_BLD = add_bias(
+          y_BLD, bias(self, 'down_bias', (c.d_model,), ('embed',)))
+    return y_BLD, {}
+
+
+FFNS = {
+    'relu': Network(jax.nn.relu),
+    'relu2': Network(relu2),
+    'gelu': Network(gelu),
+    'gelu_tanh': Network(gelu_tanh),
+    'silu': Network(jax.nn.silu),
+    'reglu': Network(jax.nn.relu, gated=True),
+    'geglu': Network(gelu, gated=True),
+    'geglu_tanh': Network(gelu_tanh, gated=True),
+    'swiglu': Network(jax.nn.silu, gated=True),
+    'swiglu_clamped': Network(jax.nn.silu, gated=True, join=clamped,
+                              settings=ClampConfig),
+}
+
+
+# What the backward pass computes again, and what is kept for it.
+#
+# What a layer computes has names (JAX's `checkpoint_name`), by which an entry
+# of REMAT keeps it.
+
+
+INPUT = 'block_input'
+HOST = 'pinned_host'  # the kind of memory
+
+
+class Remat(NamedTuple):
+  """A policy.
+
+  Attributes:
+    keeps: the names of what a layer keeps on its device, beside its input.
+    to_host: whether the input of each layer waits in the host's memory.
+    again: whether the products of a layer are computed again.
+  """
+  keeps: tuple[str, ...] = ()
+  to_host: bool = False
+  again: bool = True
+
+
+REMAT = {
+    'none': Remat(again=False),  # each layer keeps all that its gradient needs
+    'dots': Remat(keeps=(PRODUCT,), again=False),
+    'full': Remat(),
+    'offload': Remat(to_host=True),
+}
+
+
+def remat(c: ModelConfig) -> Remat:
+  """Returns the config's policy."""
+  return REMAT[c.remat]
+
+
+def with_remat(kind: type[nn.Module], c: ModelConfig, prevent_cse: bool
+          ) -> type[nn.Module]:
+  """Returns a kind of block whose backward pass computes again what the config
+  says.
+
+  Args:
+    kind: its module, called with (x, *args).
+    c: the config.
+    prevent_cse: as of jax.checkpoint.
+  """
+  if c.remat == 'none':
+    return kind
+  if remat(c).to_host:
+    kind = _named(kind)
+  return nn.remat(kind, policy=remat_policy(c), prevent_cse=prevent_cse)
+
+
+def remat_policy(c: ModelConfig) -> Optional[Callable[..., object]]:
+  """Returns the config's policy as jax.checkpoint takes it."""
+  keeps = remat(c).keeps
+  if keeps_gathered(c):
+    keeps += (sharding.KEPT,)
+  policies = jax.checkpoint_policies
+  if remat(c).to_host:
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=keeps, names_which_can_be_offloaded=[INPUT],
+        offload_src='device', offload_dst=HOST)
+  return policies.save_only_these_names(*keeps) if keeps else None
+
+
+def gathers(c: ModelConfig, path: str, axes: tuple[str | None, ...]) -> int:
+  """Returns how often a step gathers a sharded parameter: for the product and
+  again for its gradient, or once.
+
+  Args:
+    c: the config.
+    path: of the parameter, as 'decoder/layers/block_0/ffn/up'.
+    axes: its logical axes.
+  """
+  once = keeps_gathered(c, path.split('/')[-1]) and 'experts' not in axes
+  return 1 if once else 2
+
+
+def _named(kind: type[nn.Module]) -> type[nn.Module]:
+  """Returns the kind of block with a name for what goes in. Only what is
+  computed inside of jax.checkpoint can go to the host: not an argument."""
+
+  class Named(kind):
+
+    def __call__(self, x, *args):
+      name = lambda leaf: checkpoint_name(leaf, INPUT)
+      return super().__call__(jax.tree.map(name, x), *args)
+
+  return Named
