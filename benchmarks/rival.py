@@ -20,7 +20,7 @@ from configs import base
 from configs.errors import require
 from training import objectives, runs
 from training.costs import totals
-from training.data import packing, sources, tokenizers
+from training.data import sources, tokenizers
 from training.objectives import pipeline
 from training.hf import config as hf_config
 from training.objectives.record import Config
@@ -143,4 +143,4 @@ def batch(config: Config, ids: tokenizers.Tokenizer) -> dict[str, np.ndarray]:
 
 
 def _is_plain(config: Config) -> bool:
-  return sources.TEXT in packing.reads(objectives.of(config))
+  return sources.TEXT in objectives.of(config).holds

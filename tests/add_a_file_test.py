@@ -15,11 +15,10 @@ each after a sentinel, then what stood between them."""
 
 import numpy as np
 
-from training.data import packing
-from training.objectives import record
+from training.objectives import causal, record
 
 
-class Windows(packing.Windows):
+class Windows(causal.Windows):
   """Windows that leave room for three sentinels."""
 
   def __init__(self, corpus):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from configs import base
-from training.data import packing, sources, tokenizers
+from training.data import sources, tokenizers
 
 TAGGED = (('Ana Ruiz', 'B-per I-per'), ('visited', 'O'), ('Rome', 'B-loc'),
           ('and', 'O'), ('Oslo', 'B-loc'), ('Bo', 'B-per'), ('.', 'O'))
@@ -89,10 +89,10 @@ def config(source: str, tokenizer: str, objective: str, **data: Any):
   return found
 
 
-def corpus(config_: Any) -> packing.Corpus:
+def corpus(config_: Any) -> sources.Corpus:
   """Returns all records of data.source."""
   (_, source), = sources.parse(config_.data.source)
   records = [record for path in source.files for record in source.read(path)]
-  return packing.Corpus(source.name, source.name, 'train',
+  return sources.Corpus(source.name, source.name, 'train',
                         tokenizers.load(config_.data.tokenizer), config_,
                         records=records)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.errors import one_of, require, short
-from training.data import labelled, packing, sources, tokens
+from training.data import labelled, sources, tokens
 from training.data.tokenizers import Tokenizer
 
 MANY_LABELS = 50  # so many may be a column of something else than labels
@@ -148,7 +148,7 @@ class Texts(Rows):
     lengths: int32 [N], the tokens of each row.
     cut: how many rows had to be cut off.
   """
-  def __init__(self, corpus: packing.Corpus):
+  def __init__(self, corpus: sources.Corpus):
     self.records = list(corpus.records)
     length = corpus.config.data.length
     texts = [text for record in self.records for text in record.texts]
@@ -179,12 +179,12 @@ class Texts(Rows):
 class Classes(Texts):
   """Texts with one of some labels."""
 
-  def __init__(self, corpus: packing.Corpus):
+  def __init__(self, corpus: sources.Corpus):
     self.labels = labels_of(corpus.config)
     self._number = {label: i for i, label in enumerate(self.labels)}
     super().__init__(corpus)
 
-  def weights(self, corpus: packing.Corpus) -> np.ndarray | None:
+  def weights(self, corpus: sources.Corpus) -> np.ndarray | None:
     return (class_weights(corpus.config, self.labels)
             if corpus.split == 'train' else None)
 
@@ -197,7 +197,7 @@ class Classes(Texts):
 class Numbers(Texts):
   """Texts with a number."""
 
-  def weights(self, corpus: packing.Corpus) -> None:
+  def weights(self, corpus: sources.Corpus) -> None:
     return None
 
   def target(self, record: labelled.Record) -> float:
@@ -303,7 +303,7 @@ class Sentences(Rows):
     labels: of the run, by number.
     num_tokens, num_bytes: of the text.
   """
-  def __init__(self, corpus: packing.Corpus):
+  def __init__(self, corpus: sources.Corpus):
     config = corpus.config
     self.records = list(corpus.records)
     self.labels = labels_of(config)
@@ -374,7 +374,7 @@ class Questions(Rows):
     items: a Window for each row.
     num_tokens, num_bytes: of the rows' text.
   """
-  def __init__(self, corpus: packing.Corpus):
+  def __init__(self, corpus: sources.Corpus):
     paragraphs = corpus.records
     self.questions = [q for p in paragraphs for q in p.questions]
     asked = corpus.tokenizer.encode_batch([q.question for q in self.questions])
@@ -395,7 +395,7 @@ class Questions(Rows):
 
 
 def _windows(question: labelled.Question, number: int, asked: np.ndarray,
-             ids: np.ndarray, spans_T2: np.ndarray, corpus: packing.Corpus
+             ids: np.ndarray, spans_T2: np.ndarray, corpus: sources.Corpus
              ) -> list[Window]:
   """Returns the rows of one question."""
   where, length = question.where, corpus.config.data.length

@@ -39,6 +39,7 @@ import numpy as np
 from configs.errors import EnvironmentFailure, RequestError, require
 from training.data import conversations, labelled, texts, tokens
 from training.data.tokenizers import Tokenizer
+from training.data.tokens import Split
 from training.workdir import storage
 
 Document = str | list[tuple[str, str]]
@@ -108,6 +109,36 @@ class Source:
     return hashlib.blake2b(
         json.dumps([self.reader, self.content, digests]).encode(),
         digest_size=16).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """What of one source belongs to one split.
+
+  Attributes:
+    name: the source, for messages.
+    text: which part of the source this is, in words.
+    split: 'train' or 'eval'.
+    tokenizer: see tokenizers.load.
+    config: the run's config.
+    tokens: of text: the tokens of the split's documents.
+    records: of labelled data: the records of the split.
+  """
+
+  name: str
+  text: str
+  split: str
+  tokenizer: Any
+  config: Any
+  tokens: Split | None = None
+  records: Sequence[Any] = ()
+
+  def check_plain(self) -> None:
+    """Raises RequestError for pairs or conversations, where plain text is read.
+    """
+    require(self.tokens.kinds == {'text'}, f'objective '
+            f'{self.config.objective!r} reads plain text, but data source '
+            f'{self.name!r} holds pairs or conversations: name a field of text')
 
 
 def cut(source: Source, every: int | None, part: str = '') -> Source:

@@ -9,7 +9,7 @@ of transformers that the folder names, whose pipelines are the same package's
 
 No tokenizer adds special tokens by itself, and none reads them out of plain
 text: '<|endoftext|>' typed inside a document is spelt, not obeyed. Whoever
-lays out a sequence (packing, objectives, generation) places the special ids;
+lays out a sequence (objectives, generation) places the special ids;
 a chat template writes them as text, and `encode_placed` obeys it.
 """
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from architectures.parts.config import ModelConfig
 from configs import base, lazy
 from configs.errors import RequestError, one_of, require, short
-from training.data import conversations, packing, records, sources
+from training.data import conversations, records, sources
 from training.objectives.record import Config, Objective, Shape
 
 # The fields that some objectives read and others do not; see Objective.reads.
@@ -52,7 +52,7 @@ def with_head(model: ModelConfig) -> str:
 
 def check_fits(config: Config, source: sources.Source) -> None:
   """Raises RequestError for a source of which the objective cannot learn."""
-  reads = packing.reads(of(config))
+  reads = of(config).holds
   require(bool(set(reads) & set(source.holds)), f'objective '
           f'{config.objective!r} reads {" or ".join(reads)}, but data source '
           f'{source.name!r} holds {source.holds[0]}: choose from '

@@ -13,18 +13,73 @@ assistant's: see training/data/conversations.py.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from training.data import conversations, packing, sources
+from configs.errors import require
+from training.data import conversations, sources
 from training.data.conversations import Messages
 from training.data.tokenizers import Tokenizer
+from training.data.tokens import Documents
 from training.objectives import record
 from training.objectives.record import Config, Objective, Prompts, Row
 from training.objectives.record import Shape, Talk
 
 
-def causal(window: packing.Window, rng: np.random.Generator | None,
+class Window(NamedTuple):
+  """Consecutive tokens of the text, and the one token that follows them.
+
+  Attributes:
+    tokens: int32 [length + 1].
+    size: how many of them are text; separators fill up the rest.
+  """
+
+  tokens: np.ndarray
+  size: int
+
+
+class Windows:
+  """All documents as one stream of tokens, cut into windows of equal length.
+
+  The stream is separator, document, separator, ... document, separator. Window
+  i is stream[i L : i L + L + 1]: it overlaps the next one by a token, and so
+  each token of the stream but the first separator is a target exactly once. In
+  the 'eval' split the last window may be short, and is filled up with
+  separators; in 'train' a short last window is left out.
+
+  Args:
+    corpus: of plain text.
+    length: L; 0: data.length.
+  """
+
+  READS = (sources.TEXT,)
+
+  def __init__(self, corpus: sources.Corpus, length: int = 0):
+    self.length = length or corpus.config.data.length
+    self.separator = corpus.tokenizer.separator_id
+    corpus.check_plain()
+    self._stream = corpus.tokens
+    self.num_tokens = self._stream.num_tokens
+    self.num_bytes = self._stream.num_bytes
+    full, rest = divmod(self.num_tokens, self.length)
+    self._len = full + (rest > 0 and corpus.split == 'eval')
+    require(self._len > 0, f'data source {corpus.name!r} has '
+            f'{self.num_tokens} training tokens, fewer than one sequence of '
+            f'data.length={self.length}.')
+
+  def __len__(self) -> int:
+    return self._len
+
+  def __getitem__(self, i: int) -> Window:
+    first = int(i) * self.length
+    last = min(first + self.length, self.num_tokens)  # Inclusive.
+    tokens = np.full(self.length + 1, self.separator, np.int32)
+    self._stream.fill(tokens, first)
+    return Window(tokens, last - first + 1)
+
+
+def causal(window: Window, rng: np.random.Generator | None,
            config: Config, tokenizer: Tokenizer) -> Row:
   """Next-token prediction: the target of each token is the next one.
 
@@ -37,7 +92,7 @@ def causal(window: packing.Window, rng: np.random.Generator | None,
   row = dict(tokens=tokens_L, targets=targets_L,
              weights=np.arange(len(tokens_L)) < window.size - 1)
   if config.data.document_mask:
-    row |= packing.documents(tokens_L == tokenizer.separator_id)
+    row |= record.documents(tokens_L == tokenizer.separator_id)
   return row
 
 
@@ -46,7 +101,7 @@ def _arrays(config: Config) -> dict[str, Shape]:
   return record.text_arrays(config, *apart)
 
 
-def prefix(window: packing.Window, rng: np.random.Generator, config: Config,
+def prefix(window: Window, rng: np.random.Generator, config: Config,
            tokenizer: Tokenizer) -> Row:
   """Prefix LM (Raffel et al. 2020, section 3.2.1): the tokens before a random
   place see each other; those from there on are predicted.
@@ -94,6 +149,29 @@ def goes_on(tokenizer: Tokenizer, start: int | None = None) -> Talk:
 
   return Talk('goes on from the text', encode, frozenset({separator}),
               system=False, plain=True)
+
+
+class Conversations:
+  """Documents made of turns: item i is the [(kind, ids)] parts of one."""
+
+  READS = (sources.TURNS,)
+
+  def __init__(self, corpus: sources.Corpus):
+    kinds = corpus.tokens.kinds
+    require(kinds <= {*conversations.KINDS}
+            and bool(kinds & {*conversations.ANSWERS}),
+            f'objective {corpus.config.objective!r} predicts the answers of '
+            f'the assistant, but data source {corpus.name!r} holds none: name '
+            'a field with a list of turns, some of the role assistant')
+    self._documents = Documents(corpus.tokens)
+    self.num_tokens = corpus.tokens.num_tokens - corpus.tokens.documents
+    self.num_bytes = corpus.tokens.num_bytes
+
+  def __len__(self) -> int:
+    return len(self._documents)
+
+  def __getitem__(self, i: int) -> list[tuple[str, np.ndarray]]:
+    return self._documents[int(i)]
 
 
 def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator | None,
@@ -228,18 +306,18 @@ def _questions(texts: Sequence[str], config: Config, tokenizer: Tokenizer
 OBJECTIVES = {
     # Every token of a window but its padding is one to predict from.
     'causal': Objective(
-        ('decoder',), packing.Windows, causal, _arrays, ('tokens',),
+        ('decoder',), Windows, causal, _arrays, ('tokens',),
         {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL',
          'weights': 'valid_BL'}, ('weights',), reads=('data.document_mask',),
         prompt=record.after_separator, every_token=True, mtp=True,
         talk=lambda config, tokenizer: goes_on(tokenizer)),
     'prefix': Objective(
-        ('decoder',), packing.Windows, prefix,
+        ('decoder',), Windows, prefix,
         lambda config: _valid_arrays(config) | dict(prefix=((), np.int32)),
         ('tokens',), {'prefix': 'prefix_B', 'valid': 'valid_BL'}, ('valid',),
         prompt=_as_prefix),
     'chat': Objective(
-        ('decoder',), packing.Conversations, chat, _valid_arrays, ('tokens',),
+        ('decoder',), Conversations, chat, _valid_arrays, ('tokens',),
         {'valid': 'valid_BL'}, ('valid',), reads=('data.chat_template',),
         prompt=_questions, chat_template=jinja, talk=talk, derived=_derived,
         mtp=True),

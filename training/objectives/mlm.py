@@ -30,8 +30,10 @@ documents are tokens like others, which tell where a text ends. The rows that
 LLaDA cuts to random lengths, one in a hundred, are not.
 """
 
+from collections.abc import Callable
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +43,25 @@ import architectures
 from architectures.parts import sharding
 from architectures.parts.skeletons import Output
 from configs.errors import require
-from training.data import packing
+from training.data import sources
 from training.data.tokenizers import Tokenizer
-from training.objectives import record
+from training.data.tokens import Documents
+from training.objectives import causal, record
 from training.objectives.record import Batch, Config, Figures, Mean, Objective
 from training.objectives.record import Row
 
 
-def mlm(window: packing.Window, rng: np.random.Generator, config: Config,
+class Passages(causal.Windows):
+  """Windows of data.length - 2 tokens, which leave room for [CLS] and [SEP]."""
+
+  def __init__(self, corpus: sources.Corpus):
+    room = corpus.config.data.length - 2
+    require(room > 0, f'data.length={corpus.config.data.length}: a row of '
+            '[CLS], text and [SEP] needs at least 3.')
+    super().__init__(corpus, room)
+
+
+def mlm(window: causal.Window, rng: np.random.Generator, config: Config,
         tokenizer: Tokenizer) -> Row:
   """Returns one masked row of text.
 
@@ -66,11 +79,75 @@ def mlm(window: packing.Window, rng: np.random.Generator, config: Config,
   apart = dict(segment_ids=np.ones(len(ids)))
   if config.data.document_mask:
     starts[-1] = False  # the end of the row begins no document
-    apart = packing.documents(starts)
+    apart = record.documents(starts)
   return _masked(ids, special, rng, config, tokenizer) | apart
 
 
-def mlm_nsp(stretch: packing.Stretch, rng: np.random.Generator, config: Config,
+class Stretch(NamedTuple):
+  """Consecutive tokens of one document, and the way to other documents.
+
+  Attributes:
+    tokens: [T], at most data.length - 3.
+    elsewhere: (rng, size) -> up to `size` tokens of another document.
+  """
+
+  tokens: np.ndarray
+  elsewhere: Callable[[np.random.Generator, int], np.ndarray]
+
+
+class Stretches:
+  """Each document cut into stretches of data.length - 3 tokens.
+
+  The three places are for [CLS] and two [SEP], for BERT's pairs of texts. A
+  stretch of fewer than MIN tokens, too short to learn from, is left out.
+  """
+
+  MIN = 8
+  READS = (sources.TEXT,)
+
+  def __init__(self, corpus: sources.Corpus):
+    corpus.check_plain()
+    self.room = corpus.config.data.length - 3  # [CLS] and twice [SEP]
+    require(self.room >= self.MIN, f'data.length={corpus.config.data.length}: '
+            f'pairs of texts need at least {self.MIN + 3}.')
+    self._documents = documents = Documents(corpus.tokens)
+    first = documents.parts[documents.first]
+    sizes = documents.parts[documents.end] - first
+    enough = sizes >= self.MIN
+    self._first, self._sizes = first[enough], sizes[enough]
+    require(len(self._first) > 1, f'data source {corpus.name!r} has '
+            f'{len(self._first)} document(s) of {self.MIN} tokens or more in '
+            f'the split {corpus.split!r}: pairs need two, to take a second '
+            'text from another document.')
+    counts = (self._sizes + self.room - self.MIN) // self.room
+    self._starts = np.concatenate([[0], np.cumsum(counts)])
+    self.num_tokens = int(self._sizes.sum())
+    self.num_bytes = corpus.tokens.num_bytes
+
+  def __len__(self) -> int:
+    return int(self._starts[-1])
+
+  def __getitem__(self, i: int) -> Stretch:
+    document = int(np.searchsorted(self._starts, i, side='right')) - 1
+    low = (int(i) - int(self._starts[document])) * self.room
+    high = min(low + self.room, int(self._sizes[document]))
+    first = int(self._first[document])
+    return Stretch(self._documents.read(first + low, first + high),
+                   functools.partial(self.other, document))
+
+  def other(self, document: int, rng: np.random.Generator, size: int
+            ) -> np.ndarray:
+    """Returns up to `size` tokens from a random place of a random document
+    other than `document`."""
+    other = int(rng.integers(len(self._first) - 1))
+    other += other >= document
+    size = min(size, int(self._sizes[other]))
+    low = int(self._first[other]) + int(
+        rng.integers(int(self._sizes[other]) - size + 1))
+    return self._documents.read(low, low + size)
+
+
+def mlm_nsp(stretch: Stretch, rng: np.random.Generator, config: Config,
             tokenizer: Tokenizer) -> Row:
   """Returns one masked pair.
 
@@ -103,7 +180,7 @@ def _pad(tokenizer: Tokenizer) -> int:
   return tokenizer.special_ids.get('pad', tokenizer.sep_id)
 
 
-def _pair(stretch: packing.Stretch, rng: np.random.Generator
+def _pair(stretch: Stretch, rng: np.random.Generator
           ) -> tuple[np.ndarray, np.ndarray, bool]:
   """Returns (first text, second text, whether that is from elsewhere)."""
   tokens = stretch.tokens
@@ -239,7 +316,7 @@ def _check_next_sentence(config: Config) -> None:
           "choose objective 'mlm'")
 
 
-def masked_diffusion(window: packing.Window, rng: np.random.Generator,
+def masked_diffusion(window: causal.Window, rng: np.random.Generator,
                      config: Config, tokenizer: Tokenizer) -> Row:
   """Returns one row with a random share of its tokens masked.
 
@@ -253,7 +330,7 @@ def masked_diffusion(window: packing.Window, rng: np.random.Generator,
   masked = rng.random(len(ids)) < t
   apart = dict(segment_ids=np.ones(len(ids)))
   if config.data.document_mask:
-    apart = packing.documents(ids == tokenizer.separator_id)
+    apart = record.documents(ids == tokenizer.separator_id)
   return dict(tokens=np.where(masked, tokenizer.mask_id, ids), targets=ids,
               weights=masked / t) | apart
 
@@ -274,11 +351,11 @@ def over_all_tokens(output: Output, batch: Batch, config: Config) -> Figures:
 _READS = ('data.mask_rate', 'data.whole_words')
 OBJECTIVES = {
     'mlm': Objective(
-        ('encoder',), packing.Passages, mlm, record.document_arrays,
+        ('encoder',), Passages, mlm, record.document_arrays,
         reads=(*_READS, 'data.document_mask'), fill=_pad,
         figures=masked_words, unread=unread),
     'mlm_nsp': Objective(
-        ('encoder',), packing.Stretches, mlm_nsp,
+        ('encoder',), Stretches, mlm_nsp,
         lambda config: record.text_arrays(config, 'types', 'segment_ids') | {
             'nsp_targets': ((), np.int32)},
         reads=_READS, fill=_pad, figures=mlm_and_nsp, unread=unread,
@@ -286,7 +363,7 @@ OBJECTIVES = {
         guess=lambda config, vocab: math.log(vocab) + math.log(2),
         check=_check_next_sentence),
     'masked_diffusion': Objective(
-        ('encoder',), packing.Windows, masked_diffusion, record.document_arrays,
+        ('encoder',), causal.Windows, masked_diffusion, record.document_arrays,
         reads=('data.document_mask',), figures=over_all_tokens,
         terms={'loss': tokens}, bound=True),
 }

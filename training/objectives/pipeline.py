@@ -34,7 +34,7 @@ import numpy as np
 
 from configs.errors import require
 from training import objectives
-from training.data import conversations, packing, sources, tokens
+from training.data import conversations, sources, tokens
 from training.data.tokenizers import Tokenizer
 from training.objectives.record import Config
 
@@ -341,8 +341,8 @@ def _holdout_every(data: Config) -> int | None:
 
 
 def _corpora(config: Config, tokenizer: Tokenizer, split: str
-             ) -> Iterator[tuple[float, packing.Corpus]]:
-  """Yields (weight, packing.Corpus) of each source of the split."""
+             ) -> Iterator[tuple[float, sources.Corpus]]:
+  """Yields (weight, sources.Corpus) of each source of the split."""
   data, every = config.data, _holdout_every(config.data)
   part = config.eval.part if split == 'eval' else ''
   spec = (data.eval_source or data.source) if split == 'eval' else data.source
@@ -351,12 +351,12 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
     objectives.check_fits(config, source)
     of_split = split, tokenizer, config
     if source.drawn:
-      yield weight, packing.Corpus(source.name, source.name, *of_split)
+      yield weight, sources.Corpus(source.name, source.name, *of_split)
     elif objectives.of(config).records:
       records = list(source.records())
       chosen = tokens.chosen(np.arange(len(records)), every, split, part)
       text = _words(source, every, split, part, chosen.sum(), len(records))
-      yield weight, packing.Corpus(
+      yield weight, sources.Corpus(
           source.name, text, *of_split,
           records=[*itertools.compress(records, chosen)])
     else:
@@ -370,7 +370,7 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
       chosen = tokens.Split(whole, every, split, '' if source.is_cut else part,
                          tokenizer.separator_id)
       text = _words(source, every, split, part, chosen.documents, chosen.of)
-      yield weight, packing.Corpus(source.name, text, *of_split, tokens=chosen)
+      yield weight, sources.Corpus(source.name, text, *of_split, tokens=chosen)
 
 
 def _words(source: sources.Source, every: int | None, split: str, part: str,

@@ -11,16 +11,16 @@ import numpy as np
 
 import architectures
 from configs.errors import require
-from training.data import packing, probes
+from training.data import probes, sources
 from training.data.tokenizers import Tokenizer
 from training.objectives import record
 from training.objectives.record import Config, Objective, Row
 
 
 class Rows(probes.Rows):
-  """The rows of a run's probe; see packing.py for what a view is."""
+  """The rows of a run's probe; see Objective.view."""
 
-  def __init__(self, corpus: packing.Corpus):
+  def __init__(self, corpus: sources.Corpus):
     config = corpus.config
     require(corpus.name == config.data.source, 'a run on a probe is evaluated '
             f'on its own, {config.data.source!r}, and not on {corpus.name!r}')

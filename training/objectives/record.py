@@ -24,8 +24,9 @@ import numpy as np
 
 from architectures.parts.skeletons import Output
 from configs.errors import RequestError
-from training.objectives import losses
+from training.data import sources
 from training.data.tokenizers import Tokenizer, spelt
+from training.objectives import losses
 
 Config: TypeAlias = ml_collections.ConfigDict
 Shape = tuple[tuple[int, ...], type]  # of an array, with its dtype
@@ -147,6 +148,14 @@ def document_arrays(config: Config) -> dict[str, Shape]:
   return text_arrays(config, 'segment_ids', *apart)
 
 
+def documents(starts_L: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns segment_ids and positions [L] of packed documents: one begins
+  wherever starts_L is true, and one at the beginning of the row."""
+  index_L = np.arange(len(starts_L))
+  first_L = np.maximum.accumulate(np.where(starts_L, index_L, 0))
+  return dict(segment_ids=1 + np.cumsum(starts_L), positions=index_L - first_L)
+
+
 def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """Returns prompts of unequal lengths as [B, L], and their lengths [B]."""
   lengths = np.array([len(row) for row in rows], np.int32)
@@ -168,7 +177,10 @@ class Objective(NamedTuple):
 
   Attributes:
     stacks: which models it trains, as architectures.stack names them.
-    view: the class of training/data/packing.py whose items it reads.
+    view: a class that takes a sources.Corpus and gives the items that rows are
+      made of. It is a sequence whose view[i] takes the same time for every i,
+      so that an item can be read wherever the order of a run puts it; its
+      num_tokens and num_bytes say how much text one pass over it reads.
     example: (item, rng, config, tokenizer) -> one row of a batch. `rng` is
       drawn from the seed and the row's place in the whole run, so that masks
       too repeat on any number of hosts and workers. See `row`.
@@ -290,6 +302,13 @@ class Objective(NamedTuple):
     talked = self.talk(config, tokenizer).ends if self.talk else frozenset()
     end = tokenizer.separator_id
     return (end, *sorted(talked - {end}))
+
+  @property
+  def holds(self) -> tuple[str, ...]:
+    """What a source may hold for it (sources.Source.holds): the READS of its
+    view, or any documents where that has none."""
+    return (self.records,) if self.records else getattr(
+        self.view, 'READS', sources.DOCUMENTS)
 
   @property
   def perplexity(self) -> bool:

@@ -20,13 +20,15 @@ code, followed here, doesn't.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from configs.errors import require
-from training.data import packing
+from training.data import labelled, sources
 from training.data.tokenizers import Tokenizer
-from training.objectives import record
+from training.data.tokens import Documents
+from training.objectives import causal, record
 from training.objectives.record import Config, Objective, Prompts, Row, Shape
 
 
@@ -36,14 +38,67 @@ def start_id(tokenizer: Tokenizer) -> int:
   return tokenizer.special_ids.get('pad', tokenizer.separator_id)
 
 
-def seq2seq(pair: packing.Pair, rng: np.random.Generator | None, config: Config,
+class Pair(NamedTuple):
+  """A source and its target.
+
+  Attributes:
+    source, target: token ids, of any length.
+    whole: whether both end where a text ends, and not in the middle of it.
+  """
+  source: np.ndarray
+  target: np.ndarray
+  whole: bool
+
+
+def pair_lengths(config: Config) -> tuple[int, int]:
+  """Returns how many tokens a source and a target may have: M and L."""
+  return config.data.length, config.data.target_length or config.data.length
+
+
+class Pairs:
+  """Pairs of a source and a target, as a file has them. Plain text is cut into
+  stretches of M + L tokens, whose last L are the target."""
+
+  READS = (sources.TEXT, sources.PAIRS)
+
+  def __init__(self, corpus: sources.Corpus):
+    self._lengths = pair_lengths(corpus.config)
+    self._items: causal.Windows | Documents
+    if not corpus.tokens.kinds & {*labelled.PAIR}:
+      self._items = causal.Windows(corpus, sum(self._lengths))
+      share = self._lengths[1] / sum(self._lengths)
+      self.num_tokens = max(1, round(self._items.num_tokens * share))
+      self.num_bytes = max(1, round(self._items.num_bytes * share))
+      return
+    require(corpus.tokens.kinds == {*labelled.PAIR},
+            f'data source {corpus.name!r} holds more than pairs')
+    self._items = documents = Documents(corpus.tokens)
+    targets = documents.first + 1
+    parts = documents.parts
+    self.num_tokens = int(np.sum(parts[targets + 1] - parts[targets] + 1))
+    self.num_bytes = int(np.sum(documents.num_bytes[targets]))
+
+  def __len__(self) -> int:
+    return len(self._items)
+
+  def __getitem__(self, i: int) -> Pair:
+    item = self._items[int(i)]
+    if isinstance(item, causal.Window):
+      M, L = self._lengths
+      ids = item.tokens[:min(item.size, M + L)]
+      return Pair(ids[:M], ids[M:], False)
+    parts = dict(item)
+    return Pair(parts['source'], parts['target'], True)
+
+
+def seq2seq(pair: Pair, rng: np.random.Generator | None, config: Config,
             tokenizer: Tokenizer) -> Row:
   """Lays out one pair; what is longer than its row is cut off.
 
   Returns:
     as `lay_out`.
   """
-  M, L = packing.pair_lengths(config)
+  M, L = pair_lengths(config)
   source, target = pair.source, pair.target
   if pair.whole:
     source = np.append(source, tokenizer.separator_id)
@@ -75,7 +130,7 @@ def two_rows(M: int, L: int) -> dict[str, Shape]:
 
 
 def _arrays(config: Config) -> dict[str, Shape]:
-  return two_rows(*packing.pair_lengths(config))
+  return two_rows(*pair_lengths(config))
 
 
 def as_source(texts: Sequence[str], config: Config, tokenizer: Tokenizer
@@ -118,7 +173,7 @@ def corrupt(ids: np.ndarray, cut: np.ndarray, sentinels: np.ndarray
   return side(cut), side(~cut)
 
 
-def span(window: packing.Window, rng: np.random.Generator, config: Config,
+def span(window: causal.Window, rng: np.random.Generator, config: Config,
          tokenizer: Tokenizer) -> Row:
   """Corrupts the data.length tokens of a window.
 
@@ -152,7 +207,7 @@ def _span_arrays(config: Config) -> dict[str, Shape]:
 
 
 ENCODER_DECODER = Objective(
-    ('encoder-decoder',), packing.Pairs, seq2seq, _arrays,
+    ('encoder-decoder',), Pairs, seq2seq, _arrays,
     ('tokens', 'decoder_tokens'),
     {'segment_ids': 'segment_ids_BM',
      'decoder_segment_ids': 'decoder_segment_ids_BL'},
@@ -160,6 +215,6 @@ ENCODER_DECODER = Objective(
 OBJECTIVES = {
     'seq2seq': ENCODER_DECODER._replace(reads=('data.target_length',)),
     'span': ENCODER_DECODER._replace(
-        view=packing.Windows, example=span, arrays=_span_arrays,
+        view=causal.Windows, example=span, arrays=_span_arrays,
         reads=('span.noise_density', 'span.mean_length')),
 }

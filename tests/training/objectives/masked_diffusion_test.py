@@ -9,9 +9,8 @@ import pytest
 
 from tests.helpers import evaluations, letters, models
 from training import generate, objectives
-from training.data import packing
 from training.evals.tasks import loss as loss_task
-from training.objectives import mlm
+from training.objectives import causal, mlm
 
 BYTES = letters.BYTES
 
@@ -28,7 +27,7 @@ def test_a_row_masks_each_token_with_the_probability_that_it_drew():
   shares, excess = [], []
   for seed in range(600):
     row = mlm.masked_diffusion(
-        packing.Window(ids, 201), np.random.default_rng(seed), config, BYTES)
+        causal.Window(ids, 201), np.random.default_rng(seed), config, BYTES)
     masked = row['tokens'] == BYTES.mask_id
     assert (row['tokens'][~masked] == ids[1:][~masked]).all()
     assert (row['targets'] == ids[1:]).all()

@@ -11,12 +11,11 @@ from configs import base
 from tests.helpers import labelled_files as files
 from training import generate
 from training import objectives
-from training.data import packing
 from training.objectives import pipeline
 from training.data import labelled
 from training.data import tokenizers
 from training.evals.tasks import writing
-from training.objectives import seq2seq
+from training.objectives import causal, seq2seq
 
 TOKENIZER = tokenizers.load('bytes')
 END, START = TOKENIZER.separator_id, seq2seq.start_id(TOKENIZER)
@@ -31,7 +30,7 @@ def _config(objective, **fields):
 
 def _window(n=64, seed=0, length=64):
   ids = np.random.default_rng(seed).integers(0, 256, length + 1)
-  return packing.Window(ids.astype(np.int32), n)
+  return causal.Window(ids.astype(np.int32), n)
 
 
 def _text(row):
@@ -106,7 +105,7 @@ def test_a_target_shows_what_it_is_and_no_more():
   tokenizer = types.SimpleNamespace(special_ids={'pad': 9}, separator_id=3)
   row = files.row(
       objectives.OBJECTIVES['seq2seq'],
-      packing.Pair(np.array([7, 8]), np.array([4, 5, 6]), whole=False), None,
+      seq2seq.Pair(np.array([7, 8]), np.array([4, 5, 6]), whole=False), None,
       _config('seq2seq', length=4, target_length=5), tokenizer)
   shown = {name: x.tolist() for name, x in row.items()}
   assert shown == dict(
