@@ -241,8 +241,8 @@ class Checkpoint:
 class Eval:
   """What is measured while training."""
   every_steps: int = _written(250, 'steps between two evaluations', most=MOST)
-  batches: int = _written(16, 'batches of each source; 0: all of them',
-                          most=MOST)
+  batches: int = _written(16, 'Batches of each source, of data.batch_size '
+                          'rows; 0: all, whatever that size is.', most=MOST)
   part: str = _written(
       '', 'first or second: on one half of the documents that are held out, of '
       'a probe on rows of its own. Empty: on all of them.')

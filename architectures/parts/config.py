@@ -96,7 +96,7 @@ class ModelConfig:
       False, "BERT's pooler, and its head of next sentences")
   norm: str = field('layernorm', 'the norm of every layer')
   norm_eps: float = field(1e-5, 'added to the variance or the mean square',
-                          above=0, resume=FUNCTION)
+                          above=0, most=1, resume=FUNCTION)
   embed_norm: bool = field(False, 'a norm right after the embedding')
   position: str = field('learned', 'the position encoding', of_layers=True)
   ffn: str = field(

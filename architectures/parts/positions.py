@@ -40,7 +40,7 @@ from configs.fields import field, FUNCTION, SHAPES
 class RopeConfig:
   """Of position rope: rotary positions, and how they stretch past training."""
   theta: float = field(10000.0, 'the base of the frequencies', above=0,
-                       resume=FUNCTION)
+                       most=1e12, resume=FUNCTION)
   fraction: float = field(1.0, 'the share of a head that is rotated', above=0,
                           most=1, resume=FUNCTION)
   interleaved: bool = field(

@@ -89,7 +89,8 @@ def keep(workdir: epath.Path, generation: Generation | None,
 def is_published(workdir: epath.Path, step: int) -> bool:
   """Whether the parameters at a step are as they were imported: trained neither
   in the workdir nor in a run that this was made of."""
-  return step == 0 and not _read(workdir).get('trained', False)
+  tree = _read(workdir)
+  return step == 0 and not (tree and tree['trained'])
 
 
 def published(workdir: epath.Path, step: int) -> Generation | None:
@@ -108,7 +109,8 @@ def kept(workdir: epath.Path) -> Generation | None:
 def _read(workdir: epath.Path) -> dict[str, Any]:
   """Returns what `keep` wrote; {}: nothing."""
   path = storage.path(workdir) / KEPT
-  return hf_files.read_object(path) if path.exists() else {}
+  return storage.parse(path.read_bytes(), str(path), {'trained': bool}
+                       ) if path.exists() else {}
 
 
 # What a model that writes is shown, and where its texts end.

@@ -58,7 +58,7 @@ class LatentConfig:
       0.0, 'The factor of the scores; derived: (nope_dim + rope_dim) ** -0.5.',
       least=0, resume=FUNCTION)
   norm_eps: float = field(
-      0.0, "epsilon of the latents' norms; derived: norm_eps", least=0,
+      0.0, "epsilon of the latents' norms; derived: norm_eps", least=0, most=1,
       resume=FUNCTION)
 
   @property

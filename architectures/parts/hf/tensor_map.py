@@ -216,8 +216,8 @@ def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
           f'{folder}/{name}'.lstrip('/').replace('/layers/', f'/{place}/')
           if where == '/layers/' else f'{folder}/{name}'.lstrip('/')
           for name in names.split('|'))
-      shape, axes = shapes.get(paths[0], ()), axes_of(row[1], len(paths))[0]
-      if len(shape) == len(axes) + bool(where):
+      shape, axes = shapes.get(paths[0]), axes_of(row[1], len(paths))[0]
+      if shape is not None and len(shape) == len(axes) + bool(where):
         yield (row, paths,
                range(first, first + period * shape[0], period) if where
                else (None,),

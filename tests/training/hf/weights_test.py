@@ -115,6 +115,12 @@ def test_parts_of_a_tensor_join_to_it(shapes, axes, theirs):
       assert asked[0] <= x.size
 
 
+def test_a_number_that_a_model_has_not_has_no_tensor():
+  row = 'norm/alpha', '', 'alpha', ''
+  assert tensor_map.count([row], {'norm/alpha': ()}) == 1
+  assert tensor_map.count([row], {}) == 0
+
+
 def test_heads_stand_where_a_fused_tensor_has_them():
   tensor, = tensor_map.expand([('q|k|v', 'DHK', 'x', 'H3K D')],
                               dict.fromkeys('qkv', (4, 2, 3)))

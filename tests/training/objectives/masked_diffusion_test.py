@@ -185,8 +185,11 @@ def test_tasks_tell_the_bound_and_write(texts, capsys):
       plain['bits_per_byte'] / plain['loss'], rel=1e-5)
   assert found['tokens'] == plain['tokens'] and found['samples'] == 4
   assert 0 < found['standard_error'] < found['loss']
-  again = evaluations.run('diffusion_bound', evaluation)
-  assert again == found  # the draws are those of every evaluation
+  # The draws of a row are those of every evaluation and batch.
+  config.data.batch_size = 3
+  again = evaluations.run('diffusion_bound', evaluations.make(
+      config, bound_samples=4))
+  assert again == pytest.approx(found, rel=1e-5)
   written = evaluations.run('diffusion_samples', evaluation)
   assert [row['prompt'] for row in written['samples']] == ['aa', 'b']
   assert 'sample 2 of 2:\nb' in capsys.readouterr().out

@@ -223,13 +223,17 @@ def bound_program(module: Any, config: Any, mask: int, count: int):
     tokens: those of x, n, x^2, x n and n^2, and how many rows there are."""
     real_BL = batch['segment_ids'] != 0
     n_B = real_BL.sum(1)
-    key = jax.random.fold_in(jax.random.key(0), number)
-    start_B = jax.random.uniform(jax.random.fold_in(key, count), n_B.shape)
+    # A row's draws are its own, whatever rows are beside it in a batch.
+    row_B = number * len(n_B) + jnp.arange(len(n_B))
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), row_B)
+    uniform = lambda k, *shape: jax.vmap(lambda key: jax.random.uniform(
+        jax.random.fold_in(key, k), shape))(key_B)
+    start_B = uniform(count)
 
     def draw(_: None, k: jax.Array):
       share_B = (start_B + k / count) % 1.0
       l_B = jnp.minimum(1 + (share_B * n_B).astype(jnp.int32), n_B)
-      noise_BL = jax.random.uniform(jax.random.fold_in(key, k), real_BL.shape)
+      noise_BL = uniform(k, real_BL.shape[1])
       masked_BL = real_BL & generate.among_largest(
           jnp.where(real_BL, noise_BL, -1.0), l_B[:, None])
       shown = batch | dict(tokens=jnp.where(masked_BL, mask, batch['targets']))
