@@ -23,7 +23,7 @@ from training.costs import totals
 from training.data import sources, tokenizers
 from training.objectives import pipeline
 from training.hf import config as hf_config
-from training.objectives.record import Config
+from training.objectives import Config
 
 IGNORED = -100  # a label that transformers' losses leave out
 # What transformers calls our arrays. Its `labels` are made of two of ours.

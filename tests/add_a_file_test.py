@@ -15,7 +15,8 @@ each after a sentinel, then what stood between them."""
 
 import numpy as np
 
-from training.objectives import causal, record
+from training import objectives
+from training.objectives import causal
 
 
 class Windows(causal.Windows):
@@ -37,13 +38,13 @@ def fim(window, rng, config, tokenizer):
 
 
 def arrays(config):
-  row = record.text_arrays(config)
+  row = objectives.text_arrays(config)
   return row | dict(valid=row['weights'])
 
 
-OBJECTIVES = {'fim': record.Objective(
+OBJECTIVES = {'fim': objectives.Objective(
     ('decoder',), Windows, fim, arrays, ('tokens',), {'valid': 'valid_BL'},
-    ('valid',), prompt=record.after_separator)}
+    ('valid',), prompt=objectives.after_separator)}
 ''',
     'training/evals/tasks/among.py': '''
 """How often a target is among the likeliest tokens."""

@@ -27,7 +27,7 @@ from training.data.tokenizers import Tokenizer
 from training.hf import config as hf_config, generation as hf_generation
 from training.hf import weights
 from training.objectives import causal
-from training.objectives.record import Talk
+from training.objectives import Talk
 
 # So many tokens are read at once; what is left of the last piece is padding,
 # which the next tokens overwrite.

@@ -37,7 +37,7 @@ from training import objectives
 from training.data import tokenizers
 from training.distributed import devices
 from training.objectives import pipeline
-from training.objectives.record import Mean
+from training.objectives import Mean
 from training.optim import mup, optimizers, shares
 from training.workdir import run_config
 

@@ -14,7 +14,7 @@ from architectures.parts.attention import kernels, visibility
 from architectures.parts.config import ModelConfig
 from training import objectives, runs
 from training.distributed import devices
-from training.objectives.record import Config
+from training.objectives import Config
 from training.optim import shares
 from training.runs import parameter_roles, parameter_shares
 

@@ -16,7 +16,7 @@ from architectures.parts.moe import routing
 from configs.errors import require
 from training import objectives
 from training.costs import flops
-from training.objectives.record import Config
+from training.objectives import Config
 from training.optim import shares
 from training.runs import (optimizer, parameter_roles, parameter_shapes,
                            parameter_shares)

@@ -25,7 +25,7 @@ from training.data import tokenizers
 from training.distributed import devices
 from training.evals import tasks
 from training.objectives import pipeline
-from training.objectives.record import Config
+from training.objectives import Config
 from training.workdir import checkpoints, metrics, provenance, run_config
 from training.workdir import storage
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from training.objectives import pipeline
-from training.objectives.record import Mean
+from training.objectives import Mean
 
 
 def evaluate(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],

@@ -22,7 +22,7 @@ from training.data import tokenizers
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.objectives import causal, seq2seq
-from training.objectives.record import Prompts, Talk, known_ids, padded
+from training.objectives import Prompts, Talk, known_ids, padded
 from training.workdir import storage
 
 KEPT = 'generation.json'  # in a workdir

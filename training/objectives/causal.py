@@ -18,13 +18,12 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.errors import require
+from training import objectives
 from training.data import conversations, sources
 from training.data.conversations import Messages
 from training.data.tokenizers import Tokenizer
 from training.data.tokens import Documents
-from training.objectives import record
-from training.objectives.record import Config, Objective, Prompts, Row
-from training.objectives.record import Shape, Talk
+from training.objectives import Config, Objective, Prompts, Row, Shape, Talk
 
 
 class Window(NamedTuple):
@@ -92,13 +91,13 @@ def causal(window: Window, rng: np.random.Generator | None,
   row = dict(tokens=tokens_L, targets=targets_L,
              weights=np.arange(len(tokens_L)) < window.size - 1)
   if config.data.document_mask:
-    row |= record.documents(tokens_L == tokenizer.separator_id)
+    row |= objectives.documents(tokens_L == tokenizer.separator_id)
   return row
 
 
 def _arrays(config: Config) -> dict[str, Shape]:
   apart = ('segment_ids', 'positions') if config.data.document_mask else ()
-  return record.text_arrays(config, *apart)
+  return objectives.text_arrays(config, *apart)
 
 
 def prefix(window: Window, rng: np.random.Generator, config: Config,
@@ -118,14 +117,14 @@ def prefix(window: Window, rng: np.random.Generator, config: Config,
 
 
 def _valid_arrays(config: Config) -> dict[str, Shape]:
-  row = record.text_arrays(config)
+  row = objectives.text_arrays(config)
   return row | dict(valid=row['weights'])
 
 
 def _as_prefix(texts: Sequence[str], config: Config, tokenizer: Tokenizer
                ) -> Prompts:
   """Returns prompts whose tokens all see each other."""
-  prompts = record.after_separator(texts, config, tokenizer)
+  prompts = objectives.after_separator(texts, config, tokenizer)
   return prompts._replace(arguments=dict(prefix_B=prompts.lengths))
 
 
@@ -299,7 +298,8 @@ def jinja(config: Config, tokenizer: Tokenizer) -> str:
 def _questions(texts: Sequence[str], config: Config, tokenizer: Tokenizer
                ) -> Prompts:
   """Returns each text as a question."""
-  rows = record.padded([question(text, config, tokenizer) for text in texts])
+  rows = objectives.padded(
+      [question(text, config, tokenizer) for text in texts])
   return Prompts(*rows, gap='\n', lead=talk(config, tokenizer).lead)
 
 
@@ -309,7 +309,7 @@ OBJECTIVES = {
         ('decoder',), Windows, causal, _arrays, ('tokens',),
         {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL',
          'weights': 'valid_BL'}, ('weights',), reads=('data.document_mask',),
-        prompt=record.after_separator, every_token=True, mtp=True,
+        prompt=objectives.after_separator, every_token=True, mtp=True,
         talk=lambda config, tokenizer: goes_on(tokenizer)),
     'prefix': Objective(
         ('decoder',), Windows, prefix,

@@ -46,8 +46,8 @@ import architectures
 from architectures.parts.skeletons import Output
 from training.data import labelled, records
 from training.data.tokenizers import Tokenizer
-from training.objectives.record import Batch, Config, Figures, Mean, Objective
-from training.objectives.record import Row, Shape
+from training.objectives import Batch, Config, Figures, Mean, Objective, Row
+from training.objectives import Shape
 
 NEVER = -1e30  # the score of padding
 

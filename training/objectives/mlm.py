@@ -43,12 +43,12 @@ import architectures
 from architectures.parts import sharding
 from architectures.parts.skeletons import Output
 from configs.errors import require
+from training import objectives
 from training.data import sources
 from training.data.tokenizers import Tokenizer
 from training.data.tokens import Documents
-from training.objectives import causal, record
-from training.objectives.record import Batch, Config, Figures, Mean, Objective
-from training.objectives.record import Row
+from training.objectives import Batch, Config, Figures, Mean, Objective, Row
+from training.objectives import causal
 
 
 class Passages(causal.Windows):
@@ -79,7 +79,7 @@ def mlm(window: causal.Window, rng: np.random.Generator, config: Config,
   apart = dict(segment_ids=np.ones(len(ids)))
   if config.data.document_mask:
     starts[-1] = False  # the end of the row begins no document
-    apart = record.documents(starts)
+    apart = objectives.documents(starts)
   return _masked(ids, special, rng, config, tokenizer) | apart
 
 
@@ -268,7 +268,7 @@ def unread(config: Config, length: int) -> int:
 
 
 def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
-  """Returns record.given_token of the tokens to predict: the head reads no
+  """Returns objectives.given_token of the tokens to predict: the head reads no
   other places. `mask` chooses at most `most` tokens of a row; if a batch has
   more, the loss is nan. If words are masked whole, which may exceed that, or if
   a row is split over devices, the head reads every place."""
@@ -276,7 +276,7 @@ def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
   L = weights_BL.shape[1]
   M = most(config.data.mask_rate, L)
   if config.data.whole_words or sharding.shards('length', L) > 1 or M >= L:
-    return record.given_token(output, batch, config)
+    return objectives.given_token(output, batch, config)
   chosen_BL = weights_BL != 0
   places_BM = jnp.sort(jnp.where(chosen_BL, jnp.arange(L), L), 1)[:, :M]
   at = lambda x: jnp.take_along_axis(
@@ -285,7 +285,7 @@ def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
   weights_BM = jnp.where(places_BM < L, at(weights_BL), 0)
   weights_BM = jnp.where(chosen_BL.sum() > (places_BM < L).sum(), jnp.nan,
                          weights_BM)
-  return record.given_token(
+  return objectives.given_token(
       output.replace(hidden=at(output.hidden)),
       dict(targets=at(batch['targets']), weights=weights_BM), config)
 
@@ -330,7 +330,7 @@ def masked_diffusion(window: causal.Window, rng: np.random.Generator,
   masked = rng.random(len(ids)) < t
   apart = dict(segment_ids=np.ones(len(ids)))
   if config.data.document_mask:
-    apart = record.documents(ids == tokenizer.separator_id)
+    apart = objectives.documents(ids == tokenizer.separator_id)
   return dict(tokens=np.where(masked, tokenizer.mask_id, ids), targets=ids,
               weights=masked / t) | apart
 
@@ -343,7 +343,7 @@ def tokens(batch: Batch) -> jax.Array:
 def over_all_tokens(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns the weighted losses of the masked tokens over the number of all
   tokens; the accuracy is a mean over the masked ones, by weight."""
-  figures = record.given_token(output, batch, config)
+  figures = objectives.given_token(output, batch, config)
   return {name: mean if name == 'accuracy' else Mean(mean.total, tokens(batch))
           for name, mean in figures.items()}
 
@@ -351,19 +351,19 @@ def over_all_tokens(output: Output, batch: Batch, config: Config) -> Figures:
 _READS = ('data.mask_rate', 'data.whole_words')
 OBJECTIVES = {
     'mlm': Objective(
-        ('encoder',), Passages, mlm, record.document_arrays,
+        ('encoder',), Passages, mlm, objectives.document_arrays,
         reads=(*_READS, 'data.document_mask'), fill=_pad,
         figures=masked_words, unread=unread),
     'mlm_nsp': Objective(
         ('encoder',), Stretches, mlm_nsp,
-        lambda config: record.text_arrays(config, 'types', 'segment_ids') | {
-            'nsp_targets': ((), np.int32)},
+        lambda config: objectives.text_arrays(
+            config, 'types', 'segment_ids') | {'nsp_targets': ((), np.int32)},
         reads=_READS, fill=_pad, figures=mlm_and_nsp, unread=unread,
-        terms={'mlm_loss': record.targets, 'nsp_loss': rows},
+        terms={'mlm_loss': objectives.targets, 'nsp_loss': rows},
         guess=lambda config, vocab: math.log(vocab) + math.log(2),
         check=_check_next_sentence),
     'masked_diffusion': Objective(
-        ('encoder',), causal.Windows, masked_diffusion, record.document_arrays,
-        reads=('data.document_mask',), figures=over_all_tokens,
-        terms={'loss': tokens}, bound=True),
+        ('encoder',), causal.Windows, masked_diffusion,
+        objectives.document_arrays, reads=('data.document_mask',),
+        figures=over_all_tokens, terms={'loss': tokens}, bound=True),
 }

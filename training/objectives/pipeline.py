@@ -36,7 +36,7 @@ from configs.errors import require
 from training import objectives
 from training.data import conversations, sources, tokens
 from training.data.tokenizers import Tokenizer
-from training.objectives.record import Config
+from training.objectives import Config
 
 EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
 THREADS = 2  # With workers=0; more only contend for the interpreter's lock.

@@ -11,10 +11,10 @@ import numpy as np
 
 import architectures
 from configs.errors import require
+from training import objectives
 from training.data import probes, sources
 from training.data.tokenizers import Tokenizer
-from training.objectives import record
-from training.objectives.record import Config, Objective, Row
+from training.objectives import Config, Objective, Row
 
 
 class Rows(probes.Rows):
@@ -62,7 +62,7 @@ def _derived(config: Config) -> dict[str, Any]:
 
 _PROBE = Objective(
     ('decoder', 'encoder'), Rows, probe,
-    lambda config: record.text_arrays(config, 'segment_ids'),
+    lambda config: objectives.text_arrays(config, 'segment_ids'),
     reads=tuple(f'probe.{name}' for name in probes.DERIVED),
     fill=lambda tokenizer: 0, records=probes.KIND, check=_check,
     ignores=('data.tokenizer', 'data.eval_source', 'data.holdout_every'),

@@ -25,11 +25,11 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.errors import require
+from training import objectives
 from training.data import labelled, sources
 from training.data.tokenizers import Tokenizer
 from training.data.tokens import Documents
-from training.objectives import causal, record
-from training.objectives.record import Config, Objective, Prompts, Row, Shape
+from training.objectives import Config, Objective, Prompts, Row, Shape, causal
 
 
 def start_id(tokenizer: Tokenizer) -> int:
@@ -137,7 +137,7 @@ def as_source(texts: Sequence[str], config: Config, tokenizer: Tokenizer
               ) -> Prompts:
   """Returns the start of a target for each text, which is the source; it ends
   with the separator, as the sources of training do."""
-  sources, lengths = record.padded(
+  sources, lengths = objectives.padded(
       [np.append(ids, tokenizer.separator_id)
        for ids in tokenizer.encode_batch(texts)])
   return Prompts(

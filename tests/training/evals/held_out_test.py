@@ -17,13 +17,14 @@ from configs import base, gpt
 from configs import sharding as tables
 from configs.errors import RequestError
 from tests.helpers import evaluations, models
-from training import evals, generate, loop, parameters, preflight, runs
+from training import evals, generate, loop, objectives, parameters
+from training import preflight, runs
 from training.data import probes, tokenizers
 from training.distributed import devices
 from training.evals import held_out
 from training.evals.tasks import extrapolation
 from training.evals.tasks import probe as probe_task
-from training.objectives import pipeline, record
+from training.objectives import pipeline
 from training.workdir import checkpoints, run_config
 
 BYTES = tokenizers.load('bytes')
@@ -60,7 +61,7 @@ def judged(c, loss_of):
   """The figures where the loss of a target is `loss_of` its id."""
   def step(_, batch):
     weights = batch['weights']
-    return {'loss': record.Mean(
+    return {'loss': objectives.Mean(
         (loss_of(batch['targets']) * weights).sum(), weights.sum())}
   loaders = pipeline.held_out(c, BYTES)
   return held_out.means(held_out.evaluate(

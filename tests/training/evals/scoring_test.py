@@ -15,13 +15,12 @@ import pytest
 
 from configs.errors import RequestError
 from tests.helpers import evaluations, models
-from training import evals, runs
+from training import evals, objectives, runs
 from training.data import tokenizers
 from training.evals import scoring
 from training.evals.lm_eval_tasks import local
 from training.evals.scoring import Question
 from training.evals.tasks import lm_eval, loss
-from training.objectives import record
 
 SMALL = dict(d_model=16, num_layers=1, num_heads=2, num_kv_heads=0, d_ff=24,
              head_dim=0, max_len=12)
@@ -150,7 +149,7 @@ def test_each_token_is_predicted_once_from_enough(tmp_path, stride):
       assert i - start >= min(length - stride, i)
       contexts.append(ids[start:i])
       targets.append(ids[i])
-  tokens_BL, lengths_B = record.padded(contexts)
+  tokens_BL, lengths_B = objectives.padded(contexts)
   logits_BLV = np.asarray(models.logits(
       evaluation.run.module, evaluation.params, tokens_BL))
   rows = np.arange(len(targets))

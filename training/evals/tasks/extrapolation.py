@@ -26,7 +26,7 @@ from training import objectives, progress
 from training.data.tokenizers import Tokenizer
 from training.distributed import devices
 from training.evals import Evaluation, Flag, Task, without
-from training.objectives import losses, pipeline, record
+from training.objectives import losses, pipeline
 
 FILE = 'extrapolation.png'
 MULTIPLES = (1, 2, 4, 8)
@@ -104,7 +104,7 @@ def _cut(batch: Mapping[str, np.ndarray], pieces: int, tokenizer: Tokenizer
   """Returns the rows of a batch cut into so many, each of which begins anew."""
   cut = {name: x.reshape(len(x) * pieces, -1) for name, x in batch.items()}
   if 'positions' in cut:  # of packed documents
-    each = [record.documents(row_L == tokenizer.separator_id)
+    each = [objectives.documents(row_L == tokenizer.separator_id)
             for row_L in cut['tokens']]
     cut |= {name: np.stack([row[name] for row in each])
             for name in ('segment_ids', 'positions')}

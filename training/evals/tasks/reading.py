@@ -30,7 +30,6 @@ from training.data import probes
 from training.data import texts as text_files
 from training.evals import Evaluation, Flag, Task, scoring, without
 from training.hf import generation as hf_generation
-from training.objectives import record
 from training.workdir import storage
 
 # The module's argument that is 0 on padding, by what it stacks.
@@ -176,7 +175,7 @@ def fill_mask(evaluation: Evaluation) -> dict[str, Any]:
   prompts, by '|||'), with their probabilities."""
   tokenizer, model = evaluation.tokenizer, evaluation.run.model
   texts = evaluation.options.prompt.split('|||')
-  tokens_BL, lengths_B = record.padded(
+  tokens_BL, lengths_B = objectives.padded(
       [_with_mask(text, tokenizer, model.max_len) for text in texts])
   real_BL = np.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
   rows_P, places_P = np.nonzero(real_BL & (tokens_BL == tokenizer.mask_id))

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.errors import require
-from training import generate, progress
+from training import generate, objectives, progress
 from training.data import texts as text_files
 from training.evals import Evaluation, Flag, Task, held_out, without
 from training.hf import generation as hf_generation
-from training.objectives import pipeline, record, seq2seq
+from training.objectives import pipeline, seq2seq
 
 
 def samples(evaluation: Evaluation) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def samples(evaluation: Evaluation) -> dict[str, Any]:
 def diffusion_samples(evaluation: Evaluation) -> dict[str, Any]:
   """The same of a model of masked diffusion."""
   options, tokenizer = evaluation.options, evaluation.tokenizer
-  prompts = record.after_separator(_prompts(options, options.samples),
+  prompts = objectives.after_separator(_prompts(options, options.samples),
                                    evaluation.run.config, tokenizer)
   new = _room(evaluation, prompts)
   steps = options.diffusion_steps or new
@@ -69,7 +69,7 @@ def _prompts(options: Any, each: int) -> list[str]:
   return [text for text in options.prompt.split('|||') for _ in range(each)]
 
 
-def _room(evaluation: Evaluation, prompts: record.Prompts) -> int:
+def _room(evaluation: Evaluation, prompts: objectives.Prompts) -> int:
   """Returns how many tokens are written after prompts."""
   length, most = prompts.tokens.shape[1], evaluation.run.model.max_len
   room, new = most - length, evaluation.options.max_new_tokens
@@ -80,8 +80,9 @@ def _room(evaluation: Evaluation, prompts: record.Prompts) -> int:
   return new or min(256, room)
 
 
-def _told(evaluation: Evaluation, prompts: record.Prompts, tokens: np.ndarray,
-          ends: Any, stop: Sequence[str] = ()) -> list[dict[str, str]]:
+def _told(evaluation: Evaluation, prompts: objectives.Prompts,
+          tokens: np.ndarray, ends: Any, stop: Sequence[str] = ()
+          ) -> list[dict[str, str]]:
   """Prints and returns what was written after each prompt, up to one of the
   tokens `ends` or the texts `stop`."""
   texts = _prompts(evaluation.options, evaluation.options.samples)
