@@ -60,7 +60,7 @@ slurm-test: $(VENV)/.test
 	$(run) -m pytest -m slurm tests/tools/launch/real_slurm_test.py
 
 # Single faults in the source, by cosmic-ray, which the tests must notice:
-#   make mutants MUTATED=training/objectives/losses.py NOTICED_BY=tests/training/objectives/losses_test.py
+#   make mutants MUTATED=training/objectives/__init__.py NOTICED_BY=tests/training/objectives/losses_test.py
 mutants: $(VENV)/.mutants
 	@mkdir -p .cache
 	@printf '%s\n' '[cosmic-ray]' 'module-path = "$(MUTATED)"' 'timeout = 600' \

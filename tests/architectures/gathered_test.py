@@ -12,7 +12,7 @@ import pytest
 from architectures.parts import sharding
 from configs import sharding as tables
 from tests.helpers import models
-from training.objectives import losses
+from training import objectives
 from training.distributed import devices
 
 LENGTH = 16
@@ -21,7 +21,7 @@ LENGTH = 16
 def step_of(module):
   def loss(params, tokens_BL):
     out = module.apply({'params': params}, tokens_BL)
-    return losses.cross_entropy(
+    return objectives.cross_entropy(
         out.hidden, out.head, jnp.roll(tokens_BL, -1, 1),
         jnp.ones(tokens_BL.shape), chunk=24)[0]
   return jax.value_and_grad(loss)

@@ -13,7 +13,6 @@ from architectures.parts.context import Context
 from tests.helpers import models
 from tests.training import step_test
 from training import cli, objectives
-from training.objectives import losses
 from training.costs import totals
 
 
@@ -205,13 +204,13 @@ def test_packed_documents_predict_only_their_own():
   ids = jnp.array([[1, 1, 1, 1, 2, 2, 2]])
   batch = dict(targets=jnp.arange(7)[None], weights=jnp.ones((1, 7)),
                segment_ids=ids)
-  targets, weights = losses.mtp_shifted(batch, 2)
+  targets, weights = objectives.mtp_shifted(batch, 2)
   assert weights.tolist() == [[1, 1, 0, 0, 1, 0, 0]]
   assert targets[0, :5].tolist() == [2, 3, 4, 5, 6]
   del batch['segment_ids']
   batch['weights'] = batch['weights'].at[0, 3].set(0)
-  assert losses.mtp_shifted(batch, 1)[1].tolist() == [[1, 1, 0, 1, 1, 1, 0]]
-  assert losses.mtp_share({}, c) == 0
+  assert objectives.mtp_shifted(batch, 1)[1].tolist() == [[1, 1, 0, 1, 1, 1, 0]]
+  assert objectives.mtp_share({}, c) == 0
 
 
 def test_what_no_token_follows_and_padding_take_no_expert():

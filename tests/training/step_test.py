@@ -15,8 +15,7 @@ import architectures
 from architectures.parts import sharding
 from tests.helpers import models
 from tests.helpers.jaxprs import equations
-from training import runs
-from training.objectives import losses
+from training import objectives, runs
 from training.distributed import devices
 from training.optim import optimizers
 from training.runs import _accumulate, make_eval_step, make_train_step
@@ -268,11 +267,11 @@ ADDED = {
 @pytest.mark.parametrize('name', ADDED)
 def test_a_loss_or_a_gradient_that_is_not_finite_alone_is_bad(name,
                                                               monkeypatch):
-  plain = losses.cross_entropy
+  plain = objectives.cross_entropy
   def cross_entropy(hidden_BLD, *args, **kwargs):
     value, sums = plain(hidden_BLD, *args, **kwargs)
     return value + ADDED[name](hidden_BLD), sums
-  monkeypatch.setattr(losses, 'cross_entropy', cross_entropy)
+  monkeypatch.setattr(objectives, 'cross_entropy', cross_entropy)
   _, before, after, metrics = one_step(config())
   assert np.isfinite(metrics['loss']) == (name == 'gradient')
   assert np.isfinite(metrics['grad_norm']) == (name == 'loss')

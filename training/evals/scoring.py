@@ -19,7 +19,6 @@ import numpy as np
 
 from architectures.parts.moe.layer import without_capacity
 from training import objectives, progress
-from training.objectives import losses
 from training.distributed import devices
 from training.evals import Evaluation
 
@@ -198,7 +197,7 @@ def _program(evaluation: Evaluation, prefix: bool):
                           lengths_B=batch['lengths'], **options)
     hidden_PD = output.hidden.reshape(-1, output.hidden.shape[-1])[
         batch['places']]
-    judged = losses.token_losses(hidden_PD[None], output.head,
-                                 batch['targets'][None])
+    judged = objectives.token_losses(hidden_PD[None], output.head,
+                                     batch['targets'][None])
     return judged.loss[0], judged.correct[0]
   return score

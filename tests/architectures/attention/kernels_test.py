@@ -20,7 +20,7 @@ from architectures.parts.attention import kernels, visibility, xla
 from architectures.parts.config import LayerKind
 from configs import sharding as tables
 from tests.helpers import models
-from training.objectives import losses
+from training import objectives
 from training.distributed import devices
 
 
@@ -259,7 +259,7 @@ def loss_of(module):
   def loss(params, tokens):
     out = module.apply({'params': params}, tokens, positions_BL=positions_BL,
                        segment_ids_BL=ids_BL)
-    return losses.cross_entropy(
+    return objectives.cross_entropy(
         out.hidden, out.head, jnp.roll(tokens, -1, 1),
         jnp.broadcast_to(ids_BL != 0, tokens.shape), chunk=24)[0]
 

@@ -13,7 +13,7 @@ import pytest
 from architectures.parts import sharding
 from architectures.parts.heads import Head
 from tests.helpers.jaxprs import equations
-from training.objectives import losses
+from training import objectives
 from training.distributed import devices
 
 B, L, D, V = 8, 12, 16, 50
@@ -82,8 +82,8 @@ def test_value_and_gradients_equal_the_equations(name, chunk):
   expected = oracle(hidden, head, targets, weights, **options)
 
   def loss(hidden, head, weights):
-    return losses.cross_entropy(hidden, head, targets, weights, chunk=chunk,
-                                **options)
+    return objectives.cross_entropy(hidden, head, targets, weights, chunk=chunk,
+                                    **options)
 
   (value, sums), (d_hidden, d_head, d_weights) = jax.value_and_grad(
       loss, (0, 1, 2), has_aux=True)(hidden, head, weights)
@@ -107,7 +107,7 @@ def test_value_and_gradients_equal_the_equations(name, chunk):
 @pytest.mark.parametrize('chunk', [0, 40])
 def test_token_losses_equal_the_equations(chunk):
   hidden, head, targets, weights = make(scale=0.7, softcap=3.0)
-  tokens = losses.token_losses(hidden, head, targets, chunk=chunk)
+  tokens = objectives.token_losses(hidden, head, targets, chunk=chunk)
   expected = oracle(hidden, head, targets, weights)
   np.testing.assert_allclose(tokens.loss, expected['loss'], rtol=1e-5)
   np.testing.assert_array_equal(tokens.correct, expected['correct'])
@@ -122,8 +122,8 @@ def test_a_tied_kernel_has_the_gradient_of_its_table(dtype, chunk):
 
   def loss(table_VD, hidden_BLD):
     tied = head.replace(kernel_DV=table_VD.T)
-    return losses.cross_entropy(hidden_BLD, tied, targets, weights,
-                                chunk=chunk)[0]
+    return objectives.cross_entropy(hidden_BLD, tied, targets, weights,
+                                    chunk=chunk)[0]
 
   rounded = head.replace(kernel_DV=head.kernel_DV.astype(dtype))
   expected = oracle(hidden, rounded, targets, weights)['kernel'].T
@@ -136,10 +136,10 @@ def test_a_tied_kernel_has_the_gradient_of_its_table(dtype, chunk):
 def test_large_logits_stay_finite_and_nan_shows():
   hidden, head, targets, weights = make(scale=1e4)
   value, grads = jax.value_and_grad(
-      lambda x: losses.cross_entropy(x, head, targets, weights)[0])(hidden)
+      lambda x: objectives.cross_entropy(x, head, targets, weights)[0])(hidden)
   assert np.isfinite(value) and np.isfinite(grads).all()
-  value, _ = losses.cross_entropy(hidden.at[0, 0, 0].set(jnp.nan), head,
-                                  targets, jnp.ones_like(weights))
+  value, _ = objectives.cross_entropy(hidden.at[0, 0, 0].set(jnp.nan), head,
+                                      targets, jnp.ones_like(weights))
   assert np.isnan(value)
 
 
@@ -149,7 +149,8 @@ def test_no_array_of_all_logits_is_held(differentiate):
   hidden, head, targets, weights = make(vocab=vocab, length=length)
 
   def loss(hidden, head):
-    return losses.cross_entropy(hidden, head, targets, weights, chunk=chunk)[0]
+    return objectives.cross_entropy(
+        hidden, head, targets, weights, chunk=chunk)[0]
 
   fn = jax.grad(loss, (0, 1)) if differentiate else loss
   sizes = [math.prod(v.aval.shape)
@@ -201,7 +202,7 @@ def test_sharded_equals_one_device_and_gathers_no_batch(name):
 
   def grads(hidden, head, targets, weights):
     return jax.value_and_grad(
-        lambda x, h: losses.cross_entropy(
+        lambda x, h: objectives.cross_entropy(
             x, h, targets, weights, z_loss=0.1, label_smoothing=0.1,
             chunk=3 * B // shards), (0, 1), has_aux=True)(hidden, head)
 

@@ -26,7 +26,7 @@ from training import objectives, progress
 from training.data.tokenizers import Tokenizer
 from training.distributed import devices
 from training.evals import Evaluation, Flag, Task, without
-from training.objectives import losses, pipeline
+from training.objectives import pipeline
 
 FILE = 'extrapolation.png'
 MULTIPLES = (1, 2, 4, 8)
@@ -135,8 +135,8 @@ def _by_position(evaluation: Evaluation, model: ModelConfig,
 
   def sums_of(params: Any, batch: Any):
     output = objective.apply(module, params, batch)
-    loss_BL = losses.token_losses(output.hidden, output.head,
-                                  batch['targets']).loss
+    loss_BL = objectives.token_losses(output.hidden, output.head,
+                                      batch['targets']).loss
     return jnp.sum(loss_BL * batch['weights'], 0)
 
   step = evaluation.program(sums_of, 'extrapolation', model)

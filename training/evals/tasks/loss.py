@@ -33,7 +33,6 @@ from configs.errors import one_of, require
 from training import generate, objectives, progress
 from training.data import sources, tokens
 from training.evals import Evaluation, Flag, Task, held_out, scoring, without
-from training.objectives import losses
 from training.runs import make_eval_step
 
 
@@ -238,7 +237,7 @@ def bound_program(module: Any, config: Any, mask: int, count: int):
           jnp.where(real_BL, noise_BL, -1.0), l_B[:, None])
       shown = batch | dict(tokens=jnp.where(masked_BL, mask, batch['targets']))
       output = objective.apply(module, params, shown)
-      nats_BL = losses.token_losses(
+      nats_BL = objectives.token_losses(
           output.hidden, output.head, batch['targets'],
           chunk=config.train.loss_chunk).loss
       sum_B = jnp.where(masked_BL, nats_BL, 0).sum(1)

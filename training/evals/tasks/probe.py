@@ -29,7 +29,7 @@ from training import objectives
 from training.data import probes
 from training.distributed import devices
 from training.evals import Evaluation, Flag, Task, without
-from training.objectives import losses, pipeline
+from training.objectives import pipeline
 
 FACTORS = (2, 4)  # lengths beyond training
 LEVELS = 6  # at most so many of the levels of training are measured
@@ -127,8 +127,8 @@ def _counts(module: Any, objective: Any):
   rows, the sum over rows of their answers squared]."""
   def step(params: Any, batch: Any):
     output = objective.apply(module, params, batch)
-    right_BL = losses.token_losses(output.hidden, output.head,
-                                   batch['targets']).correct
+    right_BL = objectives.token_losses(output.hidden, output.head,
+                                       batch['targets']).correct
     asked_BL = batch['weights'] > 0
     row_B = asked_BL.any(1)
     whole_B = row_B & (right_BL | ~asked_BL).all(1)

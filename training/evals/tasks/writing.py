@@ -51,7 +51,7 @@ def diffusion_samples(evaluation: Evaluation) -> dict[str, Any]:
   """The same of a model of masked diffusion."""
   options, tokenizer = evaluation.options, evaluation.tokenizer
   prompts = objectives.after_separator(_prompts(options, options.samples),
-                                   evaluation.run.config, tokenizer)
+                                       evaluation.run.config, tokenizer)
   new = _room(evaluation, prompts)
   steps = options.diffusion_steps or new
   with progress.during('writing'):
