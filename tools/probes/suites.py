@@ -210,11 +210,7 @@ def write(card: Mapping[str, Any], workdir: epath.Path) -> None:
   import matplotlib
   matplotlib.use('Agg')
   from matplotlib import pyplot
-  figure = _draw(card, pyplot)
-  path = workdir / PICTURE
-  with storage.writing(path), path.open('wb') as file:
-    figure.savefig(file, dpi=150, format='png')
-  pyplot.close(figure)
+  storage.write_picture(workdir / PICTURE, _draw(card, pyplot))
 
 
 def _draw(card: Mapping[str, Any], pyplot: Any) -> Any:

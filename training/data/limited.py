@@ -3,8 +3,8 @@
 A chat template can loop without an end. A tokenizer.json of a few lines can
 write a gigabyte for a word, or end the process that reads it. So a template is
 rendered, and the files of a tokenizer are read before they are read here, in a
-process that may take SECONDS of the processor's time and BYTES of memory. It
-imports neither JAX nor the rest of the project.
+process that may take SECONDS of the processor's time and BYTES of memory, and
+WAITS times as long in all. It imports neither JAX nor the rest of the project.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,7 @@ from configs.errors import require
 from training.data import texts
 
 SECONDS, BYTES = 10, 2**30
+WAITS = 30  # times SECONDS until one that waits for something is ended, too
 # A template may write so many characters, and so many times what is said; a
 # tokenizer so many times a text.
 MOST_MORE, MOST_TIMES = 2**20, 8
@@ -68,7 +69,8 @@ def _process(_: int) -> Any:
   """Returns the process with limits of the process of this number."""
   paths = os.pathsep.join(map(os.path.abspath, sys.path))
   return subprocess.Popen(
-      [sys.executable, '-P', '-m', __name__, str(SECONDS), str(BYTES)],
+      [sys.executable, '-P', '-m', __name__,
+       *map(str, (SECONDS, BYTES, WAITS * SECONDS))],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
       text=True, env=os.environ | {'PYTHONPATH': paths})
 
@@ -119,7 +121,7 @@ def _try(pipeline: Any) -> None:
 
 def main() -> None:
   """Answers calls, a line each, until who asks has ended."""
-  seconds, size = map(int, sys.argv[1:])
+  seconds, size, at_most = map(int, sys.argv[1:])
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)  # who asks answers to them
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -130,11 +132,13 @@ def main() -> None:
     function, *args = json.loads(line)
     until = int(sum(os.times()[:2])) + 1 + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (until, most))
+    signal.alarm(at_most)
     try:
       reply = json.dumps([globals()[function](*args), ''])
     except BaseException as error:  # a panic of Rust is no Exception
       why = ' '.join(str(error).split())[:200] or type(error).__name__
       reply = json.dumps([None, why])
+    signal.alarm(0)  # no call is under way
     print(reply, file=replies, flush=True)
 
 

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import fcntl
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -73,6 +74,15 @@ def write(file: epath.Path, data: str | bytes) -> None:
   """Writes a file whole or not at all, see `whole`."""
   with whole(file) as write_:
     write_(data.encode() if isinstance(data, str) else data)
+
+
+def write_picture(file: epath.Path, figure: Any) -> None:
+  """Writes a drawing of matplotlib, which is drawn no more, as a PNG."""
+  from matplotlib import pyplot
+  drawn = io.BytesIO()
+  figure.savefig(drawn, dpi=150, format='png')
+  pyplot.close(figure)
+  write(file, drawn.getvalue())
 
 
 @contextlib.contextmanager

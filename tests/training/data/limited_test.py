@@ -3,6 +3,7 @@ gigabytes or ends its process is a sentence that names the file, and the next
 call is answered."""
 
 import json
+import os
 
 import pytest
 import tokenizers as hf
@@ -55,6 +56,15 @@ def test_an_interrupted_call_answers_no_other(monkeypatch):
     rendered('first')
   monkeypatch.undo()
   assert rendered('second') == 'second'
+
+
+def test_what_waits_has_a_limit(tmp_path, monkeypatch):
+  os.mkfifo(tmp_path / 'a.json')
+  monkeypatch.setattr(limited, 'WAITS', 1)
+  monkeypatch.setattr(limited, 'SECONDS', 2)
+  limited._process.cache_clear()
+  with pytest.raises(RequestError, match=f'^a.json: {OVER}'):
+    limited.call('a.json', 'read_json', str(tmp_path / 'a.json'))
 
 
 DOUBLED = dict(type='Replace', pattern=dict(String='Q'), content='QQ')

@@ -198,9 +198,15 @@ def _tokens(folder):
                    tokenizers.load('bytes'), str(folder / 'cache'))
 
 
+def _picture(folder):
+  matplotlib = pytest.importorskip('matplotlib.figure')
+  storage.write_picture(storage.path(folder / 'a.png'), matplotlib.Figure())
+
+
 @pytest.mark.parametrize('write, name', [
-    (_write, 'eval.json'), (_tokens, 'cache/tokens'), (lambda folder:
-        layout.save_checked(folder / 'a.json', {'b': 'x' * 100}), 'a.json'),
+    (_write, 'eval.json'), (_picture, 'a.png'), (_tokens, 'cache/tokens'),
+    (lambda folder: layout.save_checked(
+        folder / 'a.json', {'b': 'x' * 100}), 'a.json'),
     (lambda folder: layout.log(folder, 'x' * 100), 'log.txt')])
 def test_what_else_a_run_writes(tmp_path, write, name):
   limit = contextlib.nullcontext() if write is _tokens else files_of_at_most(50)

@@ -27,6 +27,7 @@ from training.data.tokenizers import Tokenizer
 from training.distributed import devices
 from training.evals import Evaluation, Flag, Task, without
 from training.objectives import pipeline
+from training.workdir import storage
 
 FILE = 'extrapolation.png'
 MULTIPLES = (1, 2, 4, 8)
@@ -188,9 +189,7 @@ def plot(curves: Mapping, texts: Mapping[int, Text], length: int,
   axes.xaxis.set_major_formatter('{x:,.0f}')
   axes.grid(alpha=0.3)
   figure.legend(loc='outside right upper')
-  with path.open('wb') as file:
-    figure.savefig(file, dpi=150, format='png')
-  pyplot.close(figure)
+  storage.write_picture(path, figure)
 
 
 TASKS = {'extrapolation': Task(

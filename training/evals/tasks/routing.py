@@ -13,6 +13,7 @@ import numpy as np
 from architectures.parts.moe import routing
 from training import objectives
 from training.evals import Evaluation, Task
+from training.workdir import storage
 
 FILE = 'routing.png'
 ROWS = 512  # of each source, at most
@@ -79,9 +80,7 @@ def plot(load_NE: np.ndarray, path: Any) -> None:
   for axis in (axes.xaxis, axes.yaxis):
     axis.set_major_locator(ticker.MaxNLocator(12, integer=True))
   figure.colorbar(image, ax=axes, extend='max')
-  with path.open('wb') as file:
-    figure.savefig(file, dpi=150, format='png')
-  pyplot.close(figure)
+  storage.write_picture(path, figure)
 
 
 def _unfit(config: ml_collections.ConfigDict) -> str:
