@@ -6,7 +6,7 @@ import pathlib
 import shlex
 import sys
 
-from configs.errors import STOPPED, one_of
+from configs.errors import STOPPED, one_of, require
 from configs.fields import check_number
 from tools.compare import check, layout, local, plan, slurm, status
 
@@ -40,6 +40,9 @@ def main(args) -> int:
   is_study = check.check_arguments(args)
   one_of('--launcher', args.launcher, LAUNCHERS[:2] if is_study else LAUNCHERS)
   check_number('--jobs', args.jobs, (('>=', 0), ('<=', 100_000)))
+  for flag in ('jobs', 'slurm'):
+    require(args.launcher == 'slurm' or not getattr(args, flag), f'--{flag} is '
+            f'of --launcher=slurm, which is {args.launcher}: leave it out')
   if is_study:
     from tools.compare import study
     return study.run(args, submit)

@@ -391,6 +391,7 @@ def test_a_runner_that_leaves_runs_to_others_does_not_say_all_is_done(
 @pytest.mark.parametrize('word, told', [
     ('--launcher=slrum', "Did you mean 'slurm'"),
     ('--parallel=0', '--parallel is 0'), ('--seeds=-1', '--seeds is -1'),
+    ('--slurm=timeout_min=60', '--slurm is of --launcher=slurm'),
     ('--anyway', '--anyway is of a study, and .* is none'),
     ('--workdir=gs://bucket/w', 'gs://bucket/w')])
 def test_a_wrong_request_is_a_sentence(word, told, tmp_path):
