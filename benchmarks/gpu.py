@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import sharding
-from architectures.parts.attention import kernels, xla
+from architectures.parts.attention import kernels
 from architectures.parts.context import Context
 from architectures.parts.moe.layer import MoE
 from benchmarks import worker
@@ -77,8 +77,8 @@ def attention(config: Any) -> Iterator[dict[str, Any]]:
 
   def loss(name: str, *qkv: jax.Array) -> jax.Array:
     if name == 'xla':
-      out = xla.attend(*qkv, mask_BLM=seen_BLM, scale=c.head_dim ** -0.5,
-                       causal=True)
+      out = kernels.attend(*qkv, mask_BLM=seen_BLM, scale=c.head_dim ** -0.5,
+                           causal=True)
     else:
       out = kernels.KERNELS[name].run(
           *qkv, mask, seen_BLM, scale=c.head_dim ** -0.5, softcap=0.0,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 import architectures
-from architectures.parts.attention import kernels, xla
+from architectures.parts.attention import kernels
 from architectures.parts.layers import Hidden
 from architectures.parts.moe import dispatch, grouped
 from configs import sharding as tables
@@ -82,8 +82,8 @@ def test_attention_equals_a_plain_softmax(kernel, dtype, name):
 
   def ours(q, k, v, w):
     if kernel == 'xla':
-      out = xla.attend(q, k, v, scale=K ** -0.5, mask_BLM=seen_BLM,
-                     causal=True, window=mask.window)
+      out = kernels.attend(q, k, v, scale=K ** -0.5, mask_BLM=seen_BLM,
+                           causal=True, window=mask.window)
     else:
       out = kernels.KERNELS[kernel].run(
           q, k, v, mask, seen_BLM, scale=K ** -0.5, softcap=0.0, sink_H=None)

@@ -11,7 +11,7 @@ from architectures.parts import heads
 from architectures.parts import layers
 from architectures.parts import mixers
 from architectures.parts import positions
-from architectures.parts.attention import visibility
+from architectures.parts.attention import kernels
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.layers import FFNS, NO_FFN
@@ -120,7 +120,7 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   mixer.check(c, stack)  # which may refuse the position
   if mixer.turns_heads or not position.rotate:
     position.check(c, stack)
-  visibility.KINDS[c.attention].check(c)
+  kernels.RULES[c.attention].check(c)
   for able, needed, field in (
       ('STREAMS', c.residual != 'plain', f'model.residual {c.residual!r}'),
       ('WITHOUT_FFN', c.ffn == NO_FFN, f'model.ffn {NO_FFN!r}'),

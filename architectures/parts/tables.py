@@ -22,7 +22,6 @@ from architectures.parts import positions
 from architectures.parts import streams
 from architectures.parts.attention import kernels
 from architectures.parts.attention import multi_head
-from architectures.parts.attention import visibility
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import Kinds, ModelConfig
 from architectures.parts.layers import FFNS, NO_FFN, NORMS, REMAT
@@ -46,7 +45,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     'block': BLOCKS,
     'residual': streams.RESIDUALS,
     'mixer': mixers.MIXERS,
-    'attention': visibility.KINDS,
+    'attention': kernels.RULES,
     'head': heads.HEADS,
 }
 # The choices of each field that names a part, or several with commas between.

@@ -14,7 +14,7 @@ import pytest
 
 import architectures
 from architectures.parts import mixers
-from architectures.parts.attention.visibility import visible
+from architectures.parts.attention.kernels import visible
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.layers import NORMS

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 import architectures
 from architectures.parts import layers, mixers, paths, positions
-from architectures.parts.attention import kernels, visibility
+from architectures.parts.attention import kernels
 from architectures.parts.config import ModelConfig
 from training import objectives, runs
 from training.distributed import devices
@@ -141,7 +141,7 @@ def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
   mixer, length = mixers.of(c), config.data.length
   if mixer.at_once:
     return 4 * tokens * mixer.at_once(c)
-  kind = visibility.KINDS[c.attention]
+  kind = kernels.RULES[c.attention]
   masks = [kernels.Mask(
       causal=causal, bias=positions.of(c).has_bias,
       window=kind.window(c) if kind.window else 0, rule=bool(kind.sees),

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
+from architectures.parts.attention.kernels import begins, share
 from architectures.parts.attention.multi_head import Attention, gate_products
-from architectures.parts.attention.visibility import begins, share
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Cache, Context
 from configs.errors import require

@@ -7,7 +7,7 @@ queries and keys (QK-norm: each head by itself, as in Qwen3, or all that is
 projected, as in OLMo 2), a learned sink per head in the denominator, and what
 has equations of its own further down: a gate on what the heads return, more in
 their values, and short convolutions of queries, keys and values. Which keys a
-query sees is in visibility.py.
+query sees is in kernels.py.
 
 A layer with kv_sharing has no keys and values of its own and reads those of an
 earlier layer, as they were turned and mixed there (cross-layer attention:
@@ -26,8 +26,6 @@ from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import kernels
-from architectures.parts.attention import visibility
-from architectures.parts.attention import xla
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Cache, Context, First, Keys
 from architectures.parts.recurrent import features
@@ -52,7 +50,7 @@ class Attention(nn.Module):
     rotate = None if self.cross else positions.of(c).rotate
     cached = (ctx.keys.cached if ctx.keys is not None else
               cache is not None and cache.key_BMJK is not None)
-    slots = cached and (self.cross or not visibility.begins(self.kind, ctx))
+    slots = cached and (self.cross or not kernels.begins(self.kind, ctx))
     read = None if self.cross else ctx.keys
     conv, first = None, None
     if c.attention_conv and not self.cross:
@@ -92,7 +90,7 @@ class Attention(nn.Module):
     k_BMJK, v_BMJK = (sharding.constrain(x, 'batch', None, 'kv_heads', 'head')
                       for x in (k_BMJK, v_BMJK))
     L, M = q_BLHK.shape[1], k_BMJK.shape[1]
-    seen = (1, 1) if self.cross else visibility.share(
+    seen = (1, 1) if self.cross else kernels.share(
         self.kind, c, L, M, ctx.prefix_B is not None)
     with layers.useful(*seen):
       o_BLHK, weights_BHLM = self._weigh(
@@ -142,7 +140,7 @@ class Attention(nn.Module):
               if c.attention_sinks else None)
     weights_BHLM = None
     if ctx.keep_attention:
-      weights_BHLM = xla.weights(
+      weights_BHLM = kernels.weights(
           q_BLHK, k_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,
           sink_H=sink_H, scale=self.scale, softcap=c.attention_softcap)
     kernel = 'xla'
@@ -155,7 +153,7 @@ class Attention(nn.Module):
           softcap=c.attention_softcap, sink_H=sink_H), weights_BHLM
     causal = (mask.causal and mask.in_order and not mask.prefix
               and sharding.shards('length', q_BLHK.shape[1]) == 1)
-    return xla.attend(
+    return kernels.attend(
         q_BLHK, k_BMJK, v_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,
         sink_H=sink_H, key=key, scale=self.scale,
         softcap=c.attention_softcap, dropout=c.attention_dropout,
@@ -172,13 +170,13 @@ class Attention(nn.Module):
         ids_BL = jnp.ones((1, 1), jnp.int32) if ids_BL is None else ids_BL
         seen_BLM = ids_BL[:, :, None] == k_ids_BM[:, None]
       return kernels.Mask(ids_BL, k_ids_BM), seen_BLM, None
-    seen_BLM = visibility.visible(
+    seen_BLM = kernels.visible(
         self.kind, c, ctx.positions_BL, k_positions_BM, ids_BL, ids_BL,
         ctx.prefix_B)
     bias_BHLM = ctx.bias_BHLM if positions.of(c).stack_bias else None
     if positions.of(c).bias:
       bias_BHLM = positions.of(c).bias(c, ctx.positions_BL, k_positions_BM)
-    rule = visibility.KINDS[self.kind.attention]
+    rule = kernels.RULES[self.kind.attention]
     mask = kernels.Mask(
         ids_BL, ids_BL, causal=self.kind.causal, in_order=ctx.in_order,
         window=rule.window(c) if rule.window else 0,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from architectures.parts import hf
-from architectures.parts.attention import visibility
+from architectures.parts.attention import kernels
 from architectures.parts.config import ModelConfig
 from configs import kinds as layer_kinds
 from configs.errors import require, short
@@ -95,7 +95,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
 
 def type_of(c: ModelConfig) -> str:
   """Returns their type of the layers of `c`, which are all alike."""
-  return WINDOW if visibility.KINDS[c.attention].window else WHOLE
+  return WINDOW if kernels.RULES[c.attention].window else WHOLE
 
 
 def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 
 import architectures
 from architectures.parts import sharding
-from architectures.parts.attention import kernels, visibility, xla
+from architectures.parts.attention import kernels
 from architectures.parts.config import LayerKind
 from configs import sharding as tables
 from tests.helpers import models
@@ -45,9 +45,9 @@ def test_splash_equals_xla(name):
   ids_BL = (jnp.searchsorted(jnp.array([100, 230]), place_L, side='right')
             + 1)[None] % 3 if ids else None
   mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window)
-  seen_BLM = visibility.visible(kind, SimpleNamespace(sliding_window=window),
-                                place_L[None], place_L[None],
-                                ids_BL, ids_BL)
+  seen_BLM = kernels.visible(kind, SimpleNamespace(sliding_window=window),
+                             place_L[None], place_L[None],
+                             ids_BL, ids_BL)
   keys = jax.random.split(jax.random.key(0), 4)
   q, k, v, w = (jax.random.normal(key, (B, L, heads, K))
                 for key, heads in zip(keys, (H, J, J, H)))
@@ -55,8 +55,8 @@ def test_splash_equals_xla(name):
   options = dict(scale=K ** -0.5, softcap=softcap)
 
   def ours(q, k, v, sink_H=None):
-    return (w * xla.attend(q, k, v, mask_BLM=seen_BLM, sink_H=sink_H,
-                           **options)).sum()
+    return (w * kernels.attend(q, k, v, mask_BLM=seen_BLM, sink_H=sink_H,
+                               **options)).sum()
 
   def splash(q, k, v, sink_H=None):
     return (w * kernels.splash(q, k, v, mask, sink_H=sink_H, interpret=True,
@@ -85,12 +85,12 @@ def test_cudnn_is_asked_for_the_same_function(banded, causal, in_order, ids,
   ids_BL = (jnp.arange(length)[None] > 9).astype(int) if ids else None
   mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window,
                       in_order=in_order)
-  seen_BLM = visibility.visible(kind, SimpleNamespace(sliding_window=window),
-                                at_BL, at_BL, ids_BL, ids_BL)
+  seen_BLM = kernels.visible(kind, SimpleNamespace(sliding_window=window),
+                             at_BL, at_BL, ids_BL, ids_BL)
   q, k, v = (jax.random.normal(jax.random.key(i), (B, length, H, K))
              for i in range(3))
   models.close(
-      xla.attend(q, k, v, mask_BLM=seen_BLM, scale=0.2),
+      kernels.attend(q, k, v, mask_BLM=seen_BLM, scale=0.2),
       kernels.cudnn(q, k, v, mask, seen_BLM, scale=0.2))
 
 
@@ -101,10 +101,10 @@ def test_splash_takes_causal_lengths_that_are_no_multiple():
                 for i, heads in enumerate((2, 1, 1, 2)))
   ids_BL = 1 + (jnp.arange(length)[None] >= 70)
   mask = kernels.Mask(ids_BL, ids_BL, causal=True, window=90)
-  seen_BLM = visibility.visible(
+  seen_BLM = kernels.visible(
       LayerKind('banded', 'gelu', True), SimpleNamespace(sliding_window=90),
       *[jnp.arange(length)[None]] * 2, ids_BL, ids_BL)
-  ours = lambda *x: (w * xla.attend(
+  ours = lambda *x: (w * kernels.attend(
       *x, mask_BLM=seen_BLM, scale=0.2, sink_H=jnp.arange(2.0))).sum()
   splash = lambda *x: (w * kernels.splash(
       *x, mask, scale=0.2, sink_H=jnp.arange(2.0), interpret=True)).sum()

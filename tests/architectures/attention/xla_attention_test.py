@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from architectures.parts import layers
-from architectures.parts.attention import xla
+from architectures.parts.attention import kernels
 from tests.helpers import models
 
 B, L, J, R, K = 2, 8, 2, 3, 4
@@ -46,7 +46,7 @@ def test_values_and_gradients_are_those_of_the_definition(softcap, sinks, key):
   key = None if key is None else jax.random.key(key)
 
   def ours(q, k, v, bias, sink):
-    o = xla.attend(
+    o = kernels.attend(
         q, k, v, scale=0.5, mask_BLM=mask, bias_BHLM=bias, softcap=softcap,
         sink_H=sink if sinks else None, dropout=DROPOUT, key=key)
     return (weight * o).sum(), o
@@ -65,15 +65,15 @@ def test_values_and_gradients_are_those_of_the_definition(softcap, sinks, key):
 
 @pytest.mark.parametrize('window', [0, 1, 9, 100])
 def test_blocks_of_a_causal_mask_are_the_whole(window, monkeypatch):
-  monkeypatch.setattr(xla, 'QUERIES', 1)
+  monkeypatch.setattr(kernels, 'LEAST', 1)
   q, k, v, bias, sink, weight = _inputs(length=22)  # not a multiple
   distance = jnp.arange(22)[None, :, None] - jnp.arange(22)[None, None]
   mask = (distance >= 0) & (distance < (window or 22))
 
   def loss(**kwargs):
     def f(q, k, v, bias, sink):
-      o = xla.attend(q, k, v, scale=0.5, mask_BLM=mask,
-                     bias_BHLM=bias, sink_H=sink, **kwargs)
+      o = kernels.attend(q, k, v, scale=0.5, mask_BLM=mask,
+                         bias_BHLM=bias, sink_H=sink, **kwargs)
       return (weight * o).sum(), o
     return jax.jit(jax.grad(f, argnums=(0, 1, 2, 3, 4), has_aux=True))(
         q, k, v, bias, sink)
@@ -86,7 +86,7 @@ def test_blocks_of_a_causal_mask_are_the_whole(window, monkeypatch):
 def test_a_row_that_sees_nothing_is_finite_and_so_is_its_gradient():
   q, k, v, *_ = _inputs()
   mask = jnp.zeros((B, L, L), bool)
-  o, vjp = jax.vjp(lambda *x: xla.attend(
+  o, vjp = jax.vjp(lambda *x: kernels.attend(
       *x, scale=0.5, mask_BLM=mask), q, k, v)
   np.testing.assert_allclose(
       o, jnp.broadcast_to(jnp.repeat(v, R, 2).mean(1, keepdims=True), o.shape),
@@ -103,7 +103,7 @@ def test_equal_a_softmax_in_float64():
   bias, sink = random.randn(1, 6, 5, 7), random.randn(6)
   mask = random.rand(2, 5, 7) < 0.7
   mask[..., 0] = True
-  found = xla.weights(
+  found = kernels.weights(
       *(jnp.asarray(x, jnp.float32) for x in (q, k)), scale=0.3,
       mask_BLM=jnp.asarray(mask), bias_BHLM=jnp.asarray(bias, jnp.float32),
       softcap=2.0, sink_H=jnp.asarray(sink, jnp.float32))

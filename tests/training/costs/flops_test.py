@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import architectures
-from architectures.parts.attention import visibility
+from architectures.parts.attention import kernels
 from architectures.parts.config import LayerKind
 from configs import base, bert
 from tests.helpers import flops_formulas as formulas
@@ -90,28 +90,28 @@ def test_a_convolution_counts_its_window():
 def test_keys_are_counted_as_the_mask_has_them(kind, window):
   at = jnp.arange(LENGTH)[None]
   c = types.SimpleNamespace(sliding_window=window)
-  mask = visibility.visible(kind, c, at, at)
+  mask = kernels.visible(kind, c, at, at)
   seen = LENGTH**2 if mask is None else int(mask.sum())
-  assert visibility.pairs(kind, c, LENGTH, LENGTH) == seen
+  assert kernels.pairs(kind, c, LENGTH, LENGTH) == seen
 
 
 @pytest.mark.parametrize('name', ['global', 'banded', 'even'])
 def test_a_prefix_counts_as_the_mean_over_all_prefixes(monkeypatch, name):
-  monkeypatch.setitem(visibility.KINDS, 'even', visibility.Kind(
+  monkeypatch.setitem(kernels.RULES, 'even', kernels.Rule(
       sees=lambda c, q, k: (q + k) % 2 == 0))
-  monkeypatch.setattr(visibility, 'QUERIES', 7)
+  monkeypatch.setattr(kernels, 'AT_ONCE', 7)
   at = jnp.arange(LENGTH)[None]
   c = types.SimpleNamespace(sliding_window=5)
   kind = LayerKind(name, 'gelu', causal=True)
-  seen = [int(visibility.visible(kind, c, at, at, prefix_B=jnp.array([size])
-                                 ).sum()) for size in range(1, LENGTH)]
-  part, whole, prompt = visibility.share(kind, c, LENGTH, LENGTH, prefix=True)
+  seen = [int(kernels.visible(kind, c, at, at, prefix_B=jnp.array([size])
+                              ).sum()) for size in range(1, LENGTH)]
+  part, whole, prompt = kernels.share(kind, c, LENGTH, LENGTH, prefix=True)
   assert part / whole == pytest.approx(sum(seen) / len(seen) / LENGTH ** 2)
-  all_of_it = visibility.visible(kind, c, at, at, prefix_B=jnp.array([LENGTH]))
+  all_of_it = kernels.visible(kind, c, at, at, prefix_B=jnp.array([LENGTH]))
   assert prompt / whole == pytest.approx(all_of_it.sum() / LENGTH ** 2)
   # One token has no prefix, and a token with a cache sees all before it.
-  assert visibility.share(kind, c, 1, 1, prefix=True) == (1, 1, 1)
-  assert visibility.share(kind, c, 1, 9, prefix=True) == visibility.share(
+  assert kernels.share(kind, c, 1, 1, prefix=True) == (1, 1, 1)
+  assert kernels.share(kind, c, 1, 9, prefix=True) == kernels.share(
       kind, c, 1, 9)
 
 
