@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 import architectures
-from architectures.parts import mixers, skeletons
+from architectures.parts import blocks, skeletons
 from architectures.parts.context import Context
 from benchmarks import worker
 from configs import llama
@@ -67,7 +67,7 @@ def layer(made: Any) -> Contender:
   the gradient of a sum of squares with respect to its parameters and input."""
   c = architectures.resolve(made.model)
   L = made.data.length
-  module = mixers.of(c).module(c, c.layer_kinds(1)[0])
+  module = blocks.mixer_of(c).module(c, c.layer_kinds(1)[0])
   x_BLD = jax.random.normal(jax.random.key(0), (1, L, c.d_model)).astype(
       c.compute_dtype)
   ctx = Context(jnp.arange(L)[None])
@@ -179,10 +179,10 @@ def main() -> None:
   parser.add_argument('--json', default='',
                       help='write the figures to this file')
   args = parser.parse_args()
-  recurrent = [name for name, own in mixers.MIXERS.items() if own.state]
+  recurrent = [name for name, own in blocks.MIXERS.items() if own.state]
   chosen = args.mixers.split(',') if args.mixers else ['attention', *recurrent]
   sections, dtypes = args.sections.split(','), args.dtypes.split(',')
-  for flag, names, there in (('--mixers', chosen, mixers.MIXERS),
+  for flag, names, there in (('--mixers', chosen, blocks.MIXERS),
                              ('--sections', sections, SECTIONS),
                              ('--dtypes', dtypes, DTYPES)):
     for name in names:

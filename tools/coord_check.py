@@ -24,7 +24,7 @@ import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import mixers
+from architectures.parts import blocks
 from configs import base as base_config
 from configs import kinds
 from configs.errors import RequestError, one_of, require
@@ -77,7 +77,7 @@ def main():
   for system in args.systems:
     one_of('--systems', system, decoders)
   for mixer in args.mixers:
-    one_of('--mixers', mixer, mixers.MIXERS)
+    one_of('--mixers', mixer, blocks.MIXERS)
   one_of('--widen', args.widen, WIDEN)
   one_of('--optimizer', args.optimizer, LRS)
   widths = sorted({int(w) for w in args.widths if w.isdecimal()})
@@ -141,7 +141,7 @@ def config(system: str, parametrization: str, width: int, base: int,
   model.moe.d_ff = round(model.moe.d_ff * wider)
   if how.widen == 'heads':
     model.update(head_dim=head_dim, mup_base_head_dim=head_dim if mup else 0)
-  for group in (model, *(model[name] for name, row in mixers.MIXERS.items()
+  for group in (model, *(model[name] for name, row in blocks.MIXERS.items()
                          if row.state)):
     for field in WIDEN[how.widen]:
       if field in group:

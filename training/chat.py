@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import mixers
+from architectures.parts import blocks
 from architectures.parts import skeletons
 from architectures.parts.moe.layer import without_capacity
 from configs.errors import require
@@ -146,7 +146,7 @@ class Engine:
           params, self._cache)
     self._key = jax.random.key(seed)
     self._ids = np.zeros(0, np.int32)  # what the cache holds
-    self._state = mixers.with_state(config)
+    self._state = blocks.with_state(config)
     self._ends = generate.rereads_at(module)
     self.context, self.num_read = context, 0
 

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import mixers, positions
+from architectures.parts import blocks, positions
 from architectures.parts.context import Cache
 from architectures.parts.moe.layer import without_capacity
 from architectures.parts.skeletons import one_by_one
@@ -232,7 +232,7 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
   options: dict[str, Any] = dict(cache=cache, lengths_B=lengths_B)
   fixed: dict[str, jax.Array] = {}  # what every step is given
   if source_BM is None:
-    if mixers.with_state(module.config):
+    if blocks.with_state(module.config):
       options['valid_BL'] = (jnp.arange(prompts_BL.shape[1])[None]
                              < lengths_B[:, None]).astype(jnp.int32)
     output = apply({'params': params}, prompts_BL, prefix_B=prefix_B, **options)

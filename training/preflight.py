@@ -8,7 +8,7 @@ import flax.linen as nn
 import ml_collections
 
 import architectures
-from architectures.parts import mixers, positions, tables
+from architectures.parts import blocks, positions, tables
 from architectures.parts.config import ModelConfig
 from configs import base
 from configs import sharding as sharding_tables
@@ -115,7 +115,7 @@ def _check_objective(name: str, module: nn.Module) -> None:
     raise RequestError(
         f'objective is {name!r}, which does not fit model.arch '
         f'{module.config.arch} ({stack}): choose from {", ".join(choices)}')
-  require(not objective.prefix or not mixers.with_state(module.config),
+  require(not objective.prefix or not blocks.with_state(module.config),
           f'objective is {name!r}, whose first tokens see each other, and some '
           'layers read a row in one direction (a recurrence of model.mixer, or '
           'model.attention_conv): choose causal')

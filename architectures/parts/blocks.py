@@ -1,31 +1,537 @@
-"""Block wirings, side by side. Each is (x, context, cache) -> (x, cache, aux).
+"""What a layer is: what mixes its tokens, the residual streams that it adds to,
+and how it is wired.
 
-The docstring of each begins with its equation and those who have it;
-docs/architectures.md has them in a table. A is self-attention and, in a decoder
-with a memory, C follows it wired alike. With model.ffn 'none' a block ends
-before F, as Mamba-2's do: x + A(n(x)).
-
-To add one, write a class and its entry in BLOCKS, at the end of this file. What
-else it can do than self-attention and F on one stream it says by the attributes
-of Block; what it does not say is refused. tests/architectures/parts_test.py
-has the equations again.
+An entry of MIXERS, of RESIDUALS or of BLOCKS is all that there is of one.
+docs/architectures.md has the wirings in a table, and
+tests/architectures/parts_test.py has their equations again.
 """
 
 from collections.abc import Callable
-from typing import Optional
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple, Optional
 
+from flax import struct
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from architectures.parts import layers
-from architectures.parts import mixers
 from architectures.parts import sharding
-from architectures.parts import streams
-from architectures.parts.attention.multi_head import Attention
+from architectures.parts.attention import latent
+from architectures.parts.attention import multi_head
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Cache, Context
-from architectures.parts.layers import FFN, NO_FFN, norm
+from architectures.parts.layers import FFN, NO_FFN, norm, recomputed, rmsnorm
 from architectures.parts.moe.layer import MoE
+from architectures.parts.recurrent import layer, linear_attention, mamba2
+from architectures.parts.sharding import Role, declare
+from configs.fields import field, FUNCTION, SHAPES
+
+# What mixes the tokens of a layer: (x_BLD, context, cache) -> (y_BLD, cache).
+#
+# A new mixer is a file like latent.py or, of a recurrence, like
+# recurrent/mamba2.py, and its entry in MIXERS.
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixer:
+  """One way of mixing tokens.
+
+  Attributes:
+    module: of (config, kind), named by the block; its parameters stand under
+      that name. Its FUSED says whether it may do without scores [B, H, L, M].
+    cache: (config, shape) -> an empty cache.Cache, or the state of a
+      recurrence; `shape` is [..., B, M].
+    products: config -> which of layers.PRODUCTS a layer has.
+    settings: the group of fields of config.model that it reads.
+    fields: others of config.model that it reads and not every mixer does.
+    sources: fields that others are derived from, where those are left open,
+      and that it does not read otherwise.
+    divided: (mesh axis, field of config.model that it must divide).
+    whole: of these, the fields that a mesh need not divide where they are 1:
+      all devices have the same.
+    state: whether it is a recurrence, whose cache is a state of one size: what
+      has been read cannot be taken back, padding must be told apart, and a row
+      stays on one device.
+    at_once: config -> how many numbers of a token its widest step holds; None:
+      attention's scores.
+    positional: whether its layers turn or bias by positions.
+    turns_heads: whether what positions turn are heads of head_dim features; if
+      not, `check` says what they may be.
+    check: (config, stack) -> None; raises RequestError for what cannot be.
+      `stack` is what architectures.stack returns.
+  """
+  module: type[nn.Module]
+  cache: Callable[[ModelConfig, tuple[int, ...]], Any]
+  products: Callable[[ModelConfig], set[str]]
+  settings: Optional[type] = None
+  fields: tuple[str, ...] = ()
+  sources: tuple[str, ...] = ()
+  divided: tuple[tuple[str, str], ...] = ()
+  whole: tuple[str, ...] = ()
+  state: bool = False
+  at_once: Optional[Callable[[ModelConfig], int]] = None
+  positional: bool = True
+  turns_heads: bool = True
+  check: Callable[[ModelConfig, str], None] = lambda c, stack: None
+
+
+def mixer_of(c: ModelConfig) -> Mixer:
+  """Returns the mixer of a model, or of its layers of one kind."""
+  return MIXERS[c.mixer]
+
+
+def readers(c: ModelConfig, field: str) -> list[ModelConfig]:
+  """Returns the configs of those kinds of layer whose mixer reads a field."""
+  return [own for own in map(c.of_kind, c.kinds_used)
+          if field in mixer_of(own).fields]
+
+
+def with_state(c: ModelConfig) -> bool:
+  """Whether some layers of a model read a row in one direction alone and keep
+  a state of it: a recurrence, or a short convolution before attention."""
+  return any(mixer_of(own).state for own in map(c.of_kind, c.kinds_used)
+             ) or any(own.attention_conv
+                      for own in readers(c, 'attention_conv'))
+
+
+# Of scores, and of products with a bias.
+SCORES = ('attention_kernel', 'attention_softcap', 'attention_sinks',
+          'attention_dropout', 'attention_bias', 'attention_out_bias')
+
+
+def recurrent(module: type[layer.Layer],
+              heads: tuple[str, ...] = ('key_heads', 'value_heads'),
+              positional: bool = False, check: Callable = layer.check
+              ) -> Mixer:
+  """Returns the entry of a recurrence.
+
+  Args:
+    module: its layer.
+    heads: those of its settings that the mesh axis tensor must divide.
+    positional: as of a Mixer.
+    check: (name, config, stack) -> None, as of a Mixer.
+  """
+  name = module.NAME
+  return Mixer(
+      module, functools.partial(layer.empty, name),
+      products=lambda c: set(module.PRODUCTS), settings=module.settings,
+      fields=('norm_eps',),
+      sources=('num_heads', 'head_dim', 'mup_base_head_dim'),
+      turns_heads=False,
+      divided=tuple(('tensor', f'{name}.{field}') for field in heads),
+      state=True, at_once=functools.partial(layer.at_once, name),
+      positional=positional, check=functools.partial(check, name))
+
+
+MIXERS = {
+    'attention': Mixer(
+        multi_head.Attention, multi_head.empty,
+        products=lambda c: {'query', 'out'} | (
+            set() if c.kv_sharing else {'key', 'value'}) | (
+                multi_head.gate_products(c.attention_gate)),
+        fields=('num_kv_heads', 'attention_scale', 'qk_norm', 'qk_norm_over',
+                'attention_gate', 'value_residual', 'value_embedding',
+                'kv_sharing', 'attention_conv', *SCORES),
+        divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads'))),
+    'latent': Mixer(
+        latent.LatentAttention, latent.empty, latent.products,
+        settings=latent.LatentConfig,
+        fields=('attention_gate', 'norm_eps', *SCORES),
+        sources=('head_dim', 'mup_base_head_dim'), turns_heads=False,
+        divided=(('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
+                 ('fsdp', 'latent.q_rank')),
+        check=latent.check),
+    'deltanet': recurrent(linear_attention.DeltaNet),
+    'mamba2': dataclasses.replace(
+        recurrent(mamba2.Mamba2, heads=('heads', 'groups'),
+                  check=mamba2.check),
+        whole=('mamba2.groups',)),
+    'kda': recurrent(linear_attention.KDA, check=linear_attention.check_kda),
+    'gla': recurrent(linear_attention.GLA, ('heads',)),
+    'retnet': recurrent(linear_attention.RetNet, ('heads',), positional=True,
+                        check=linear_attention.check_retnet),
+}
+
+
+# Residual streams: what a branch reads of the branches before it, and where
+# its result goes.
+#
+# A branch F is attention, or the network, with its norms; k counts the branches
+# of a stack from 0. The first one reads the embedding e.
+#
+#   plain      x' = x + F(x)
+#   hyper      x'_v = sum over u of A_uv x_u  +  b_v F(sum over u of a_u x_u)
+#   mhc        the same, with a in (0, 1), b in (0, 2) and A doubly stochastic
+#   attention  v_(k+1) = F(sum over i of p_i v_i),   v_0 = e
+#
+# hyper (Zhu et al. 2024, arXiv 2409.19606, equations 10 to 14) has
+# streams.count streams, which begin as copies of e, and n is the model's norm:
+#
+#   a = e_(k mod count) + a_k + s tanh(n(x) W_a)
+#   b = b_k + s' tanh(n(x) W_b)
+#   A = A_k + s tanh(n(x) W_A)
+#
+# At first b_k = 1, A_k = I, s = 0.01, and a_k and all W are 0. With
+# streams.dynamic=False, nothing depends on the token: there are no W and no s.
+#
+# mhc (Xie et al. 2025, arXiv 2512.24880, equations 7 to 9), with rms over the
+# features of all streams at once:
+#
+#   a = sigmoid(c_k + z_a),   b = 2 sigmoid(z_b),   A = Sinkhorn(exp(z_A))
+#   z = s rms(x) W + d_k
+#
+# Sinkhorn divides by sums over u, then over v, streams.iterations times, so
+# that A neither adds to the streams nor takes from them. The paper does not
+# publish the initial values of c_k and d_k. Here c_k are the logits of 3/4 for
+# stream k mod count and of equal parts of the rest for the other streams; d_k
+# is 0, and -8 off A's diagonal; W is 0, where the paper draws it, and s = 0.01.
+#
+# So in a new model all streams equal the stream of a plain model. Both forms
+# end with the mean of the streams. (The paper takes their sum, which is count
+# times the mean; the final norm removes the factor.)
+#
+# attention (Kimi Team 2026, arXiv 2603.15031, equations 2 to 6): every branch
+# has a query w, which is 0 at first, and
+#
+#   p = softmax over i of w . rms(v_i)
+#
+# With streams.block_size=S above 1, each v_i after e is the sum of S branches,
+# and the last one the sum of the earlier branches of the reader's own block.
+# One more query reads the result of the stack. A new model reads means where a
+# plain model reads sums. A norm makes the two equal (up to norm_eps); out_norm
+# and ffn_norm, whose attention reads x without a norm, do not.
+
+OFF = -8.0  # logits off A's diagonal in a new mhc
+OWN = 0.75  # how much a branch of a new mhc reads of stream k mod count
+SCALE = 0.01  # the initial factor s of what depends on the token
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamsConfig:
+  """Of a residual that is not plain."""
+  GROUP = 'streams'
+  count: int = field(4, 'number of streams, for hyper and mhc', least=2,
+                     resume=SHAPES)
+  dynamic: bool = field(
+      True, 'for hyper: whether the mixture depends on the token',
+      resume=SHAPES)
+  iterations: int = field(20, "for mhc: rounds of Sinkhorn's algorithm",
+                          least=1, resume=FUNCTION)
+  block_size: int = field(
+      1, 'For attention: how many attentions and networks are summed before '
+      'they are attended to; 1: each stands for itself.', least=1,
+      resume=FUNCTION)
+
+
+@struct.dataclass
+class Streams:
+  """What goes from layer to layer, where that is not one array.
+
+  Attributes:
+    x_BLUD: the streams, or what is attended to; slots not yet written are 0.
+    branch: how many branches have run so far, int32.
+    branches: how many the whole stack has.
+  """
+  x_BLUD: jax.Array
+  branch: jax.Array
+  branches: int = struct.field(pytree_node=False)
+
+
+# What a layer is given: [B, L, D], or Streams.
+X = Any
+Read = tuple[jax.Array, Callable[[jax.Array], X]]
+
+
+class Weights(NamedTuple):
+  """How a branch mixes streams, for each token or for all (axes of 1), in
+  float32.
+
+  Attributes:
+    read_BLU: how much of each stream the branch reads.
+    write_BLU: how much of its result is added to each stream.
+    mix_BLUU: [u, v], how much of stream u goes into stream v.
+  """
+  read_BLU: jax.Array
+  write_BLU: jax.Array
+  mix_BLUU: jax.Array
+
+
+class Branch(nn.Module):
+  """Streams -> (what a branch reads, x_BLD; its result y_BLD -> the next
+  Streams)."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: Streams) -> Read:
+    read = RESIDUALS[self.config.residual].read
+    assert read is not None
+    x_BLD, add = read(self, x)
+    return sharding.constrain_stream(x_BLD, 'embed'), add
+
+
+def branch(c: ModelConfig, name: str, x: X) -> Read:
+  """Returns what a branch reads of `x`, and a function that adds its result to
+  `x`.
+
+  Args:
+    c: the model.
+    name: the branch's, which begins the name of its parameters.
+    x: what the layer is given.
+  """
+  if not RESIDUALS[c.residual].read:
+    return x, lambda y_BLD: x + y_BLD
+  return Branch(c, name=f'{name}_streams')(x)
+
+
+def slots(c: ModelConfig, branches: int) -> int:
+  """Returns how many arrays [B, L, D] go from layer to layer in a stack with
+  this number of branches."""
+  return RESIDUALS[c.residual].slots(c, branches)
+
+
+def begin_streams(c: ModelConfig, x_BLD: jax.Array, branches: int) -> X:
+  """Returns what the first layer is given, in a stack with this number of
+  branches."""
+  entry = RESIDUALS[c.residual]
+  if not entry.begin:
+    return x_BLD
+  x_BLUD = entry.begin(x_BLD[:, :, None], slots(c, branches))
+  return Streams(pin(x_BLUD), jnp.zeros((), jnp.int32), branches)
+
+
+class EndOfStreams(nn.Module):
+  """What a layer returns -> x_BLD, as the final norm reads it. The arrays may
+  have an axis of layers in front of theirs."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: X) -> jax.Array:
+    return RESIDUALS[self.config.residual].end(self, x)
+
+
+def pin(x_BLUD: jax.Array) -> jax.Array:
+  """Keeps XLA from resharding streams between layers."""
+  return sharding.constrain_stream(x_BLUD, None, 'embed')
+
+
+# Streams that are mixed: hyper, mhc.
+
+
+def _mixed(weigh: Callable[[nn.Module, Streams], Weights]
+           ) -> Callable[[nn.Module, Streams], Read]:
+  """Returns Residual.read of streams that are mixed by the weights."""
+  def read(module: nn.Module, x: Streams) -> Read:
+    w, count = weigh(module, x), x.x_BLUD.shape[2]
+
+    def add(y_BLD: jax.Array) -> Streams:
+      x_BLUD = recomputed(layers.counted(_written, 2 * (count + 1)))(
+          x.x_BLUD, y_BLD, w)
+      return x.replace(x_BLUD=x_BLUD, branch=x.branch + 1)
+
+    return recomputed(layers.counted(_weighed, 2 * count))(
+        x.x_BLUD, w.read_BLU), add
+  return read
+
+
+def _weighed(x_BLUD: jax.Array, w_BLU: jax.Array) -> jax.Array:
+  y_BLD = (x_BLUD.astype(jnp.float32) * w_BLU[..., None]).sum(2)
+  return y_BLD.astype(x_BLUD.dtype)
+
+
+def _written(x_BLUD: jax.Array, y_BLD: jax.Array, w: Weights) -> jax.Array:
+  x32_BLUD = x_BLUD.astype(jnp.float32)
+  mixed_BLUD = sum(x32_BLUD[:, :, u, None] * w.mix_BLUU[:, :, u, :, None]
+                   for u in range(x_BLUD.shape[2]))
+  y_BLUD = y_BLD[:, :, None].astype(jnp.float32) * w.write_BLU[..., None]
+  return (mixed_BLUD + y_BLUD).astype(x_BLUD.dtype)
+
+
+def _own(module: nn.Module, name: str, init: Callable, *shape: int
+         ) -> jax.Array:
+  """Declares parameters whose number does not depend on the width; returns them
+  in float32."""
+  return declare(module, name, init, shape, Role((None,) * len(shape))).astype(
+      jnp.float32)
+
+
+def _hyper(module: nn.Module, x: Streams) -> Weights:
+  c: Any = module.config  # type: ignore[attr-defined]
+  count, D = x.x_BLUD.shape[2:]
+  eye = lambda key, shape, dtype: jnp.eye(count, dtype=dtype)
+  read_U = _own(module, 'read', nn.initializers.zeros, count)
+  read_U = read_U + jax.nn.one_hot(x.branch % count, count)
+  write_U = _own(module, 'write', nn.initializers.ones, count)
+  mix_UU = _own(module, 'mix', eye, count, count)
+  w = Weights(*(a[None, None] for a in (read_U, write_U, mix_UU)))
+  if not c.streams.dynamic:
+    return w
+  w_DU = declare(module, 'dynamic', nn.initializers.zeros, (D, count + 2),
+                 Role(('embed', None), inputs=(0,), kind='logits'))
+  scale_U = _own(module, 'dynamic_scale', nn.initializers.constant(SCALE), 2)
+  z_BLUU = jnp.tanh(layers.einsum(
+      'BLUD,DI->BLUI', norm(c, 'norm')(x.x_BLUD), w_DU, c.compute_dtype,
+      jnp.float32) / c.widening)
+  return Weights(w.read_BLU + scale_U[0] * z_BLUU[..., 0],
+                 w.write_BLU + scale_U[1] * z_BLUU[..., 1],
+                 w.mix_BLUU + scale_U[0] * z_BLUU[..., 2:])
+
+
+def _mhc(module: nn.Module, x: Streams) -> Weights:
+  c: Any = module.config  # type: ignore[attr-defined]
+  B, L, count, D = x.x_BLUD.shape
+  apart = lambda key, shape, dtype: OFF * (1 - jnp.eye(count, dtype=dtype))
+  own = (_own(module, 'read', nn.initializers.zeros, count)
+         + fresh(count, x.branch),
+         _own(module, 'write', nn.initializers.zeros, count),
+         _own(module, 'mix', apart, count, count).reshape(-1))
+  w_UDU = declare(module, 'dynamic', nn.initializers.zeros,
+                  (count, D, count * (count + 2)),
+                  Role((None, 'embed', None), inputs=(0, 1), kind='logits'))
+  scale_U = _own(module, 'dynamic_scale', nn.initializers.constant(SCALE), 3)
+  z_BLU = recomputed(lambda x_BLI, w_IO: layers.einsum(
+      'BLI,IO->BLO', rmsnorm(x_BLI, None, c.norm_eps), w_IO, c.compute_dtype,
+      jnp.float32))(x.x_BLUD.reshape(B, L, -1),
+                    w_UDU.reshape(count * D, -1)) / c.widening
+  read_BLU, write_BLU, mix_BLU = (
+      scale_U[i] * part_BLU + own[i][None, None]
+      for i, part_BLU in enumerate(jnp.split(z_BLU, (count, 2 * count), -1)))
+  # sinkhorn's rows are the streams that are written.
+  mix_BLUU = recomputed(lambda z: sinkhorn(z, c.streams.iterations))(
+      mix_BLU.reshape(B, L, count, count))
+  return Weights(jax.nn.sigmoid(read_BLU), 2 * jax.nn.sigmoid(write_BLU),
+                 jnp.swapaxes(mix_BLUU, -1, -2))
+
+
+def fresh(count: int, branch: jax.Array) -> jax.Array:
+  """Returns the logits, [count], of what a branch of a new mhc reads."""
+  logit = lambda p: math.log(p / (1 - p))
+  turn_U = jax.nn.one_hot(branch % count, count)
+  return jnp.where(turn_U > 0, logit(OWN), logit((1 - OWN) / (count - 1)))
+
+
+def sinkhorn(logits_BLUU: jax.Array, iterations: int) -> jax.Array:
+  """Returns exp(logits) after so many rounds, each of which divides the columns
+  and then the rows by their sums. It computes with logarithms, because a column
+  of exp(logits) may be 0 in float32."""
+  def divide(z_BLUU: jax.Array, _: None) -> tuple[jax.Array, None]:
+    z_BLUU = z_BLUU - jax.nn.logsumexp(z_BLUU, -2, keepdims=True)
+    return z_BLUU - jax.nn.logsumexp(z_BLUU, -1, keepdims=True), None
+
+  return jnp.exp(jax.lax.scan(divide, logits_BLUU, length=iterations)[0])
+
+
+def _mean(module: nn.Module, x: Streams) -> jax.Array:
+  del module
+  return x.x_BLUD.astype(jnp.float32).mean(-2).astype(x.x_BLUD.dtype)
+
+
+# Attention to the branches before.
+
+
+def _sources(c: ModelConfig, branch: Any) -> Any:
+  """Returns how many slots a branch attends to; its index may be traced."""
+  size = c.streams.block_size
+  return 1 + branch // size + (branch % size > 0)
+
+
+def _attended(module: nn.Module, x: Streams, part: int, whole: int
+              ) -> jax.Array:
+  """Returns what the module's query reads of the slots. It counts as
+  part / whole FLOPs for each feature."""
+  c: Any = module.config  # type: ignore[attr-defined]
+  D = x.x_BLUD.shape[-1]
+  query_D1 = declare(module, 'query', nn.initializers.zeros, (D, 1),
+                     Role(('embed', None), inputs=(0,), kind='logits'))
+  scale_D = declare(module, 'scale', nn.initializers.ones, (D,),
+                    Role(('embed',)))
+  return recomputed(layers.counted(_over_slots, part, whole))(
+      x.x_BLUD, query_D1[:, 0] / c.widening, scale_D,
+      _sources(c, x.branch), jnp.float32(c.norm_eps))
+
+
+def _over_slots(x_BLUD: jax.Array, query_D: jax.Array, scale_D: jax.Array,
+                sources: jax.Array, eps: jax.Array) -> jax.Array:
+  """Softmax attention to the first `sources` slots, in float32; there may be an
+  axis of layers in front."""
+  x32_BLUD = x_BLUD.astype(jnp.float32)
+  keys_BLUD = rmsnorm(x32_BLUD, scale_D, eps)
+  logits_BLU = jnp.einsum('...D,D->...', keys_BLUD, query_D.astype(jnp.float32))
+  place_U = jnp.arange(x_BLUD.shape[-2]).reshape(
+      (1,) * (logits_BLU.ndim - 1) + (-1,))
+  seen_BLU = place_U < sources.reshape(*sources.shape, 1, 1, 1)
+  p_BLU = jax.nn.softmax(jnp.where(seen_BLU, logits_BLU, -jnp.inf))
+  return (p_BLU[..., None] * x32_BLUD).sum(-2).astype(x_BLUD.dtype)
+
+
+def _attention(module: nn.Module, x: Streams) -> Read:
+  c: Any = module.config  # type: ignore[attr-defined]
+  # 2 FLOPs in the score and 2 in the sum, for each feature of each slot that is
+  # attended to: the mean over all branches.
+  seen = sum(_sources(c, k) for k in range(x.branches))
+  read_BLD = _attended(module, x, 4 * seen, x.branches)
+  slot = 1 + x.branch // c.streams.block_size
+
+  def add(y_BLD: jax.Array) -> Streams:
+    into_U = (jnp.arange(x.x_BLUD.shape[2]) == slot)[None, None, :, None]
+    x_BLUD = jnp.where(into_U, x.x_BLUD + y_BLD[:, :, None], x.x_BLUD)
+    return x.replace(x_BLUD=x_BLUD, branch=x.branch + 1)
+
+  return read_BLD, add
+
+
+def _attended_at_the_end(module: nn.Module, x: Streams) -> jax.Array:
+  return _attended(module, x, 4 * x.x_BLUD.shape[-2], 1)
+
+
+class Residual(NamedTuple):
+  """A form of the residual sum, as an entry of RESIDUALS.
+
+  Attributes:
+    read: (module, Streams) -> (what a branch reads, what adds its result).
+      None: there is one stream.
+    slots: (config, branches of a stack) -> arrays that go from layer to layer.
+    begin: (the embedding [B, L, 1, D], slots) -> Streams.x_BLUD.
+    end: (module, Streams) -> what the final norm reads.
+    settings: the group of fields of config.model that it reads.
+    fields: of config.model, those that this form reads and others may not.
+  """
+  read: Optional[Callable[[nn.Module, Streams], Read]] = None
+  slots: Callable[[ModelConfig, int], int] = lambda c, branches: 1
+  begin: Optional[Callable[[jax.Array, int], jax.Array]] = None
+  end: Callable[[nn.Module, Any], jax.Array] = lambda module, x: x
+  settings: Optional[type] = None
+  fields: tuple[str, ...] = ()
+
+
+_COPIED: dict[str, Any] = dict(
+    slots=lambda c, branches: c.streams.count, end=_mean,
+    begin=lambda x_BL1D, slots: jnp.repeat(x_BL1D, slots, 2),
+    settings=StreamsConfig)
+_first = lambda x_BL1D, slots: jnp.pad(
+    x_BL1D, ((0, 0), (0, 0), (0, slots - 1), (0, 0)))
+RESIDUALS = {
+    'plain': Residual(),
+    'hyper': Residual(_mixed(_hyper), **_COPIED,
+                      fields=('streams.count', 'streams.dynamic')),
+    'mhc': Residual(_mixed(_mhc), **_COPIED, fields=(
+        'streams.count', 'streams.iterations', 'norm_eps')),
+    'attention': Residual(_attention, _sources, _first, _attended_at_the_end,
+                          StreamsConfig, ('streams.block_size', 'norm_eps')),
+}
+
+
+# Block wirings, side by side. Each is (x, context, cache) -> (x, cache, aux).
+#
+# The docstring of each begins with its equation and those who have it. A is
+# self-attention and, in a decoder with a memory, C follows it wired alike. With
+# model.ffn 'none' a block ends before F, as Mamba-2's do: x + A(n(x)).
+#
+# To add one, write a class and its entry in BLOCKS. What else it can do than
+# self-attention and F on one stream it says by the attributes of Block; what it
+# does not say is refused.
 
 
 class Block(nn.Module):
@@ -34,7 +540,7 @@ class Block(nn.Module):
   FINAL_NORM: whether what the last block returns is not normalised yet.
   CROSS: whether it has C too, where its kind of layer asks for it.
   WITHOUT_FFN: whether it ends before F, where its kind of layer has none.
-  STREAMS: whether x may be several streams (streams.py): everything that the
+  STREAMS: whether x may be several streams (see RESIDUALS): everything that the
     block adds to x is then added by `branch`, as often as `branches` says.
   """
   FINAL_NORM = True
@@ -48,22 +554,22 @@ class Block(nn.Module):
     return norm(self.config, name)
 
   def attention(self) -> nn.Module:
-    mixer = mixers.of(self.config)
-    return mixer.module(self.config, self.kind, name='attention')
+    return mixer_of(self.config).module(self.config, self.kind,
+                                        name='attention')
 
   def cross_attention(self) -> nn.Module:
-    return Attention(self.config, self.kind, cross=True,
-                     name='cross_attention')
+    return multi_head.Attention(self.config, self.kind, cross=True,
+                                name='cross_attention')
 
   def ffn(self) -> nn.Module:
     if self.kind.ffn == 'moe':
       return MoE(self.config, name='ffn')
     return FFN(self.config, self.kind.ffn, name='ffn')
 
-  def branch(self, name: str, x: streams.X) -> streams.Read:
+  def branch(self, name: str, x: X) -> Read:
     """Returns what a branch reads of x, and a function that adds its result to
     x."""
-    return streams.branch(self.config, name, x)
+    return branch(self.config, name, x)
 
   @staticmethod
   def branches(kind: LayerKind) -> int:
@@ -75,10 +581,10 @@ class Block(nn.Module):
         x, deterministic=ctx.deterministic)
 
 
-def residual(x: streams.X) -> streams.X:
+def residual(x: X) -> X:
   """Pins the residual stream, so that XLA never reshards it in between."""
-  if isinstance(x, streams.Streams):
-    return x.replace(x_BLUD=streams.pin(x.x_BLUD))
+  if isinstance(x, Streams):
+    return x.replace(x_BLUD=pin(x.x_BLUD))
   return sharding.constrain_stream(x, 'embed')
 
 
@@ -87,7 +593,7 @@ class PreNorm(Block):
   CROSS = WITHOUT_FFN = STREAMS = True
 
   @nn.compact
-  def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
     x_BLD, add = self.branch('attention', x)
     y_BLD, cache = self.attention()(
         self.norm('attention_norm')(x_BLD), ctx, cache)
@@ -110,7 +616,7 @@ class FfnNorm(Block):
   CROSS = STREAMS = True  # without F it would have no norm
 
   @nn.compact
-  def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
     x_BLD, add = self.branch('attention', x)
     y_BLD, cache = self.attention()(x_BLD, ctx, cache)
     x = add(self.drop(y_BLD, ctx))
@@ -158,7 +664,7 @@ class Parallel(Block):
     return lambda part: self.norm(f'{part}_norm')(x_BLD)
 
   @nn.compact
-  def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
     x_BLD, add = self.branch('attention', x)
     normed = self.normed(x_BLD)
     y_BLD, cache = self.attention()(normed('attention'), ctx, cache)
@@ -182,7 +688,7 @@ class Sandwich(Block):
   CROSS = WITHOUT_FFN = STREAMS = True
 
   @nn.compact
-  def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
     x_BLD, add = self.branch('attention', x)
     y_BLD, cache = self.attention()(
         self.norm('attention_norm')(x_BLD), ctx, cache)
@@ -207,7 +713,7 @@ class OutNorm(Block):
   CROSS = WITHOUT_FFN = STREAMS = True
 
   @nn.compact
-  def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
     x_BLD, add = self.branch('attention', x)
     y_BLD, cache = self.attention()(x_BLD, ctx, cache)
     x = add(self.drop(self.norm('attention_out_norm')(y_BLD), ctx))

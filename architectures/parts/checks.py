@@ -7,9 +7,9 @@ left for this file are combinations of parts that nobody can mean.
 
 from collections.abc import Callable, Iterable
 
+from architectures.parts import blocks
 from architectures.parts import heads
 from architectures.parts import layers
-from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts.attention import kernels
 from architectures.parts.blocks import BLOCKS
@@ -116,7 +116,7 @@ def _check_position(c: ModelConfig, name: str) -> None:
 def _check_layers(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what the layers of a model, or those of one kind,
   cannot be."""
-  position, mixer = positions.of(c), mixers.of(c)
+  position, mixer = positions.of(c), blocks.mixer_of(c)
   mixer.check(c, stack)  # which may refuse the position
   if mixer.turns_heads or not position.rotate:
     position.check(c, stack)
@@ -137,7 +137,7 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
 def _check_values(c: ModelConfig) -> None:
   """Raises RequestError where the first layer's values fit no other layer."""
   sizes = {(layer.num_kv_heads, layer.head_dim)
-           for layer in mixers.readers(c, 'value_residual')}
+           for layer in blocks.readers(c, 'value_residual')}
   require(not c.value_residual or len(sizes) == 1, 'model.value_residual is '
           'True, but the values of the kinds of layer differ in num_kv_heads '
           f'or head_dim, {" and ".join(map(str, sorted(sizes)))}: choose one '
@@ -148,7 +148,7 @@ def products(c: ModelConfig) -> list[str]:
   """Returns which of layers.PRODUCTS the model has, outside of experts."""
   there: set[str] = set()
   for kind in map(c.of_kind, c.kinds_used):
-    there |= mixers.of(kind).products(kind)
+    there |= blocks.mixer_of(kind).products(kind)
     if kind.ffn != NO_FFN and (kind.ffn != 'moe' or c.moe.shared_experts):
       ffn = c.moe.ffn if kind.ffn == 'moe' else kind.ffn
       there |= {'up', 'down'} | ({'gate'} if FFNS[ffn].gated else set())

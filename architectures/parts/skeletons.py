@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from architectures.parts import (
-    heads, layers, mixers, positions, sharding, streams)
+from architectures.parts import blocks, heads, layers, positions, sharding
 from architectures.parts.attention import multi_head
 from architectures.parts.blocks import BLOCKS, branches, residual
 from architectures.parts.config import LayerKind, ModelConfig, Section
@@ -111,7 +110,7 @@ class Period(nn.Module):
   in_loop: bool = False
 
   @nn.compact
-  def __call__(self, carry: tuple[streams.X, Optional[First]],
+  def __call__(self, carry: tuple[blocks.X, Optional[First]],
                cache: Any, ctx: Context):
     x, first = carry
     caches, auxes, kept, lent = [], [], [], dict(ctx.lent)
@@ -143,7 +142,7 @@ class Period(nn.Module):
         tuple(caches) if with_cache else None, tuple(auxes), tuple(kept),
         {place: lent[ends + place] for place in self.lends})
 
-  def _after_its_weights(self, name: str, block: Callable, x: streams.X,
+  def _after_its_weights(self, name: str, block: Callable, x: blocks.X,
                          *args: Any):
     """Returns block(x, *args), whose gradient goes on to the layer before it
     when those of its weights are there, each of them in its shards.
@@ -162,7 +161,7 @@ class Period(nn.Module):
 
 
 @jax.custom_vjp
-def _tied(x: streams.X, params: Any) -> tuple[streams.X, Any]:
+def _tied(x: blocks.X, params: Any) -> tuple[blocks.X, Any]:
   return x, params
 
 
@@ -216,13 +215,13 @@ class Stack(nn.Module):
     run = self._one_by_one if ctx.one_by_one else self._scan
     given_BLD, with_cache = x_BLD, cache is not None
     first = (multi_head.first_values(
-        mixers.readers(c, 'value_residual')[0], x_BLD)
+        blocks.readers(c, 'value_residual')[0], x_BLD)
              if c.value_residual else None)
     kinds = sum((section.kinds * section.periods for section in self.sections),
                 ())
-    x = streams.begin(c, x_BLD, branches(c, kinds))
+    x = blocks.begin_streams(c, x_BLD, branches(c, kinds))
     (x, _), found = run((x, first), cache, ctx)
-    final, end = lambda x: x, streams.End(c, name='final_streams')
+    final, end = lambda x: x, blocks.EndOfStreams(c, name='final_streams')
     if BLOCKS[c.of_kind(kinds[-1].name).block].FINAL_NORM:
       final = norm(c, 'final_norm')
     # If the length stayed over `tensor`, as the vocabulary is, their product
@@ -341,14 +340,14 @@ class Mtp(nn.Module):
                            axes)
       x_BLD = residual(layers.einsum('BLU,UD->BLD', both_BLU, w_UD,
                                      c.compute_dtype, axes=axes, keep=False))
-      x = streams.begin(c, x_BLD, branches(c, (kind,)))
+      x = blocks.begin_streams(c, x_BLD, branches(c, (kind,)))
       if positions.of(c).stack_bias:
         own = own.replace(bias_BHLM=positions.of(c).stack_bias(
             c, kind.causal, name=f'{c.position}_bias_{depth}')(
                 ctx.positions_BL, ctx.positions_BL))
       (x, _), (_, (aux,), _, _) = Period(
           c, (kind,), name=f'depth_{depth}')((x, None), None, own)
-      x_BLD = streams.End(c, name=f'streams_{depth}')(x)
+      x_BLD = blocks.EndOfStreams(c, name=f'streams_{depth}')(x)
       if BLOCKS[c.of_kind(kind.name).block].FINAL_NORM:
         x_BLD = norm(c, f'norm_{depth}')(x_BLD)
       found.append(x_BLD)
@@ -625,7 +624,7 @@ def init_cache(config: ModelConfig, batch: int, length: int):
   positions.check_length(config, length)
   def empty(kind: LayerKind, rows: int) -> Cache:
     c = config.of_kind(kind.name)
-    return mixers.of(c).cache(c, (rows, batch, length))
+    return blocks.mixer_of(c).cache(c, (rows, batch, length))
   return tuple(empty(kind, section.periods)
                for section in config.sections(config.num_decoder_layers)
                for kind in section.kinds)

@@ -15,11 +15,10 @@ import functools
 import re
 from typing import Any
 
+from architectures.parts import blocks
 from architectures.parts import heads
 from architectures.parts import layers
-from architectures.parts import mixers
 from architectures.parts import positions
-from architectures.parts import streams
 from architectures.parts.attention import kernels
 from architectures.parts.attention import multi_head
 from architectures.parts.blocks import BLOCKS
@@ -43,8 +42,8 @@ TABLES: dict[str, Mapping[str, Any]] = {
     'moe.router': routing.ROUTERS,
     'moe.balance_loss': routing.BALANCE_LOSSES,
     'block': BLOCKS,
-    'residual': streams.RESIDUALS,
-    'mixer': mixers.MIXERS,
+    'residual': blocks.RESIDUALS,
+    'mixer': blocks.MIXERS,
     'attention': kernels.RULES,
     'head': heads.HEADS,
 }
@@ -130,7 +129,7 @@ def get(c: ModelConfig, name: str) -> Any:
 # Fields whose reading depends on more than one other: in words, and whether.
 _ALSO = {
     'position': ('a layer turns or biases by positions', lambda c: (
-        c.position == 'none' or mixers.of(c).positional
+        c.position == 'none' or blocks.mixer_of(c).positional
         or bool(positions.of(c).embed))),
     'd_ff': ('the network of a layer is dense, or model.moe.d_ff is 0',
              lambda c: c.ffn != 'moe' or c.moe.d_ff == c.d_ff),
@@ -210,7 +209,7 @@ def unread(c: ModelConfig, tree: Mapping[str, Any] | None = None
     layer = c.of_kind(kind)
     for name in flat(changes):
       field = OF_LAYERS.get(name, name)
-      if name in mixers.of(layer).sources:
+      if name in blocks.mixer_of(layer).sources:
         fields[f'kinds.{kind}.{name}'] = (
             'a layer of the kind has attention: the sizes of model.mixer '
             f'{layer.mixer} stand in model.{layer.mixer}')
@@ -236,7 +235,7 @@ def _sources_of_nothing(c: ModelConfig, tree: Mapping[str, Any]
   return {name: 'a size is left open in ' + ' or '.join(
               dict.fromkeys(f'model.{layer.mixer}' for layer in layers))
           for name in set.intersection(*(
-              set(mixers.of(layer).sources) for layer in layers))
+              set(blocks.mixer_of(layer).sources) for layer in layers))
           if not mup and not decides(name)}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import mixers
+from architectures.parts import blocks
 from architectures.parts.attention.kernels import visible
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
@@ -40,7 +40,7 @@ ATTENTIONS = {
     # Each recurrence beside attention.
     **{name: dict(pattern='state,whole', kinds=dict(
         state=dict(mixer=name, position='none'), whole={}))
-       for name, row in mixers.MIXERS.items() if row.state},
+       for name, row in blocks.MIXERS.items() if row.state},
 }
 FFNS = ('gelu', 'swiglu', 'moe')
 PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import streams
+from architectures.parts import blocks
 from tests.architectures.parts_test import D, normal, resolved
 from tests.helpers import models, numpy_attention
 from tests.training import step_test
@@ -50,9 +50,9 @@ def test_a_new_model_is_the_plain_one(kind):
 
 
 def branch_of(c, x, k, y_of):
-  """Returns the streams after branch k of `streams.Branch`, with random
+  """Returns the streams after branch k of `blocks.Branch`, with random
   parameters, and these parameters."""
-  module, given = streams.Branch(c), streams.Streams(x, jnp.int32(k), 5)
+  module, given = blocks.Branch(c), blocks.Streams(x, jnp.int32(k), 5)
   params = nn.meta.unbox(module.init(jax.random.key(0), given)['params'])
   params = {name: jax.tree.map(lambda a: a + 0.3 * normal(a.size, *a.shape), p)
             for name, p in params.items()}
@@ -105,7 +105,7 @@ def test_branches_attend_to_those_before_them(size):
   and the end, with NumPy in float64, which keeps a list of all outputs."""
   c = resolved('llama', residual='attention', streams=dict(block_size=size))
   e, total = normal(0, 2, 4, D), 5
-  x, outputs = streams.begin(c, e, total), []
+  x, outputs = blocks.begin_streams(c, e, total), []
   rms = lambda x: x / np.sqrt((x ** 2).mean(-1, keepdims=True) + c.norm_eps)
 
   def want(params):
@@ -119,7 +119,7 @@ def test_branches_attend_to_those_before_them(size):
   for k in range(total):
     x, params = branch_of(c, x.x_BLUD, k, jnp.sin)
     outputs.append(np.sin(want(params)))
-  module = streams.End(c)
+  module = blocks.EndOfStreams(c)
   params = jax.tree.map(lambda a: a + 0.3 * normal(1, *a.shape), nn.meta.unbox(
       module.init(jax.random.key(0), x)['params']))
   np.testing.assert_allclose(module.apply({'params': params}, x), want(params),
@@ -129,13 +129,13 @@ def test_branches_attend_to_those_before_them(size):
 def test_mixing_neither_adds_nor_takes():
   """Sinkhorn's matrix is doubly stochastic; gradients of large logits are
   finite."""
-  m = streams.sinkhorn(2 * normal(0, 5, 1, N, N), 50)
+  m = blocks.sinkhorn(2 * normal(0, 5, 1, N, N), 50)
   np.testing.assert_allclose(m.sum(-1), 1, atol=1e-5)
   np.testing.assert_allclose(m.sum(-2), 1, atol=1e-3)
-  one = streams.sinkhorn(normal(0, 1, 1, N, N), 1)
+  one = blocks.sinkhorn(normal(0, 1, 1, N, N), 1)
   np.testing.assert_allclose(one.sum(-1), 1, atol=1e-5)
   assert np.abs(one.sum(-2) - 1).max() > 1e-3
-  grad = jax.grad(lambda z: streams.sinkhorn(z, 20)[..., 0, 0].sum())(
+  grad = jax.grad(lambda z: blocks.sinkhorn(z, 20)[..., 0, 0].sum())(
       100 * normal(1, 1, 1, N, N))
   assert np.isfinite(grad).all()
 

@@ -1,5 +1,5 @@
 """Small layers of every mixer that keeps a state, of those that
-architectures/parts/mixers.py lists: a new one has the same tests at once."""
+architectures/parts/blocks.py lists: a new one has the same tests at once."""
 
 import dataclasses
 import functools
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import mixers
+from architectures.parts import blocks
 from architectures.parts.context import Context
 from tests.helpers import models
 
-NAMES = tuple(name for name, mixer in mixers.MIXERS.items() if mixer.state)
+NAMES = tuple(name for name, mixer in blocks.MIXERS.items() if mixer.state)
 WIDTH = 32  # d_model of models.config
 # Each mixer takes those of these fields that its group has: 2 or 4 heads of
 # keys with 6 features, and 4 heads of values with 5.
@@ -30,7 +30,7 @@ def each(*names: str) -> pytest.MarkDecorator:
 
 def sizes(mixer: str, **changes) -> dict:
   """Returns the fields of a mixer's group."""
-  group = mixers.MIXERS[mixer].settings
+  group = blocks.MIXERS[mixer].settings
   own = {field.name for field in dataclasses.fields(group)}
   return {name: x for name, x in _SIZES.items() if name in own} | changes
 
@@ -51,7 +51,7 @@ def layer_of(mixer: str, dtype: str = 'float32', **changes):
   """Returns (layer, its parameters off their tidy initial values)."""
   c = architectures.resolve(models.config('llama', dtype=dtype, num_layers=1,
                                           **fields(mixer, **changes)))
-  return mixers.MIXERS[mixer].module(c, None), _drawn(
+  return blocks.MIXERS[mixer].module(c, None), _drawn(
       mixer, tuple(sorted(changes.items())))
 
 
@@ -59,7 +59,7 @@ def layer_of(mixer: str, dtype: str = 'float32', **changes):
 def _drawn(mixer: str, changes: tuple):
   c = architectures.resolve(models.config(
       'llama', num_layers=1, **fields(mixer, **dict(changes))))
-  layer = mixers.MIXERS[mixer].module(c, None)
+  layer = blocks.MIXERS[mixer].module(c, None)
   params = nn.meta.unbox(jax.jit(lambda key: layer.init(
       key, jnp.zeros((1, 2, WIDTH)), Context(jnp.arange(2)[None]), None)[
           'params'])(jax.random.key(0)))
@@ -84,4 +84,4 @@ def applied(layer, params, x_BLD: jax.Array, cache=None, first: int = 0,
 
 def empty(layer, batch: int, length: int = 1):
   """Returns the cache of rows without a token."""
-  return mixers.of(layer.config).cache(layer.config, (batch, length))
+  return blocks.mixer_of(layer.config).cache(layer.config, (batch, length))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import mixers
+from architectures.parts import blocks
 from tests.parity.recording import Recording
 from training import generate
 from architectures.parts import paths
@@ -213,7 +213,7 @@ def _scores(out):
 
 
 def _decoder(module, params, inputs):
-  weighs = not mixers.with_state(module.config)
+  weighs = not blocks.with_state(module.config)
   out = module.apply({'params': params}, inputs['tokens'],
                      positions_BL=inputs.get('positions'),
                      segment_ids_BL=inputs['mask'], keep_layers=True,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import mixers
+from architectures.parts import blocks
 from architectures.parts import tables
 from architectures.parts.config import ModelConfig
 from configs import fields
@@ -145,7 +145,7 @@ def export_findings(system: str) -> Iterator[compare.Finding]:
     error, why = _error(system, module)
     # A state accumulates the rounding of all tokens before.
     limit = compare.LIMITS['output'] * (
-        3 if mixers.with_state(module.config) else 1)
+        3 if blocks.with_state(module.config) else 1)
     yield compare.Finding(f'{words(change)}{why}', error, limit)
 
 

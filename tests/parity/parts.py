@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import streams
+from architectures.parts import blocks
 from configs import base
 from tests.parity import compare
 
@@ -29,17 +29,17 @@ def mhc() -> list[compare.Finding]:
                norm_eps=1e-6)
   model.streams.count = STREAMS
   c = architectures.resolve(model)
-  module = streams.Branch(c)
+  module = blocks.Branch(c)
 
   def run(params, x, y):
     def through(module, x):
-      read, add = module(streams.Streams(x, jnp.int32(1), 4))
+      read, add = module(blocks.Streams(x, jnp.int32(1), 4))
       return read, add(y).x_BLUD
     return nn.apply(through, module)({'params': params}, x)
 
   born = nn.meta.unbox(module.init(
-      jax.random.key(0), streams.Streams(x, jnp.int32(1), 4)))['params']
-  at_first = jax.jit(lambda: streams.fresh(STREAMS, jnp.int32(1)))()
+      jax.random.key(0), blocks.Streams(x, jnp.int32(1), 4)))['params']
+  at_first = jax.jit(lambda: blocks.fresh(STREAMS, jnp.int32(1)))()
   params = born | dict(
       dynamic=_transposed(fn).T.reshape(STREAMS, D, rows), dynamic_scale=scale,
       read=bias[:STREAMS] - np.asarray(at_first),

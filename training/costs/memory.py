@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 import architectures
-from architectures.parts import layers, mixers, paths, positions
+from architectures.parts import blocks, layers, paths, positions
 from architectures.parts.attention import kernels
 from architectures.parts.config import ModelConfig
 from training import objectives, runs
@@ -138,7 +138,7 @@ def _hidden(c: ModelConfig) -> int:
 def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
   """Bytes of the scores of a layer of a kind, where a kernel does not do
   without, in an encoder, in a decoder, or in both."""
-  mixer, length = mixers.of(c), config.data.length
+  mixer, length = blocks.mixer_of(c), config.data.length
   if mixer.at_once:
     return 4 * tokens * mixer.at_once(c)
   kind = kernels.RULES[c.attention]

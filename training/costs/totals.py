@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import architectures
-from architectures.parts import mixers, paths, positions
+from architectures.parts import blocks, paths, positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from configs.errors import require
@@ -190,7 +190,7 @@ def kept_bytes(model: ModelConfig) -> tuple[int, int]:
 
 def _layer_bytes(c: ModelConfig) -> tuple[int, int]:
   def row(length: int) -> int:
-    cache = jax.eval_shape(lambda: mixers.of(c).cache(c, (1, length)))
+    cache = jax.eval_shape(lambda: blocks.mixer_of(c).cache(c, (1, length)))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
   return row(2) - row(1), 2 * row(1) - row(2)
 

@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from architectures.parts import mixers
+from architectures.parts import blocks
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import NO_FFN
@@ -101,19 +101,19 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
   held = [('fsdp', 'd_model')]
   if model.has_experts:
     held.append(('tensor', 'moe.d_ff'))
-  require(shape['context'] == 1 or not mixers.with_state(model),
+  require(shape['context'] == 1 or not blocks.with_state(model),
           f'mesh.context is {shape["context"]}, and some layers keep each '
           'row on one device (a recurrence of model.mixer, or '
           'model.attention_conv): set mesh.context=1')
   def rows_of(kind: str) -> tuple[tuple[str, str], ...]:
     c = model.of_kind(kind)
-    return (*mixers.of(c).divided, *[('tensor', 'd_ff')] * (c.ffn != NO_FFN),
-            *held)
+    return (*blocks.mixer_of(c).divided,
+            *[('tensor', 'd_ff')] * (c.ffn != NO_FFN), *held)
   for name, (axis, field) in [
       (kind, row) for kind in model.kinds_used for row in rows_of(kind)]:
     c = model.of_kind(name)
     size = operator.attrgetter(field)(c)
-    if size == 1 and field in mixers.of(c).whole:
+    if size == 1 and field in blocks.mixer_of(c).whole:
       continue
     where = (f'model.kinds.{name}.{field}' if field in model.kinds.get(name, ())
              else f'model.{field}')

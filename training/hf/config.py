@@ -20,7 +20,7 @@ from typing import Any
 import ml_collections
 
 import architectures
-from architectures.parts import heads, hf, mixers, tables
+from architectures.parts import blocks, heads, hf, tables
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from configs import base
@@ -410,7 +410,7 @@ def _layers(c: ModelConfig, count: int) -> list[ModelConfig]:
 def flat(config: ModelConfig) -> dict[str, Any]:
   """The fields that tell what is computed, by dotted name, of a model whose
   layers are all alike."""
-  unused = {*tables.unread(config), *mixers.of(config).sources}
+  unused = {*tables.unread(config), *blocks.mixer_of(config).sources}
   fields = run_config.flatten_dict(tables.as_dict(config))
   return {name: value for name, value in fields.items()
           if name not in unused

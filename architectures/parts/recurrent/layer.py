@@ -46,7 +46,7 @@ class Layer(nn.Module):
   its group of fields in config.model, which has `key_heads`, `value_heads`,
   `key_dim`, `value_dim` and `conv` (how many tokens a convolution sees; 0:
   there is none). It defines `inputs`, and may define `gate` or `gated`;
-  `recurrent` in mixers.py makes its entry.
+  `recurrent` in blocks.py makes its entry.
   """
   NAME = ''
   settings = None

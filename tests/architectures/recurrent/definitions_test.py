@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import mixers
+from architectures.parts import blocks
 from architectures.parts.context import Context
 from configs import sharding as tables
 from tests.helpers import models
@@ -161,7 +161,7 @@ def test_retention_turns_only_by_rotary_positions():
 def test_decays_are_born_as_in_the_authors_programs(mixer, least):
   c = architectures.resolve(models.config(
       'llama', mixer=mixer, **{mixer: dict(key_heads=128, key_dim=8)}))
-  layer = mixers.MIXERS[mixer].module(c, None)
+  layer = blocks.MIXERS[mixer].module(c, None)
   p = nn.meta.unbox(jax.jit(layer.init)(
       jax.random.key(0), jnp.zeros((1, 2, 32)),
       Context(jnp.arange(2)[None]), None))['params']

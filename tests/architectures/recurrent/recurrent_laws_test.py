@@ -1,4 +1,4 @@
-"""What every recurrence of architectures/parts/mixers.py promises, whatever its
+"""What every recurrence of architectures/parts/blocks.py promises, whatever its
 equation: its state stands for all tokens before, has one size, begins anew with
 each document, and ends where a text does.
 
