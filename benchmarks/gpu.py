@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from architectures.parts import sharding
 from architectures.parts.attention import kernels
-from architectures.parts.context import Context
+from architectures.parts.config import Context
 from architectures.parts.moe.layer import MoE
 from benchmarks import worker
 from configs.errors import EnvironmentFailure

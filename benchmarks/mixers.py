@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 import architectures
 from architectures.parts import blocks, skeletons
-from architectures.parts.context import Context
+from architectures.parts.config import Context
 from benchmarks import worker
 from configs import llama
 from configs.errors import one_of, require

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import architectures
-from architectures.parts.context import Context
+from architectures.parts.config import Context
 from architectures.parts.layers import FFN
 from architectures.parts.moe.layer import MoE
 from benchmarks import worker

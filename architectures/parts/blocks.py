@@ -21,8 +21,7 @@ from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.attention import latent
 from architectures.parts.attention import multi_head
-from architectures.parts.config import LayerKind, ModelConfig
-from architectures.parts.context import Cache, Context
+from architectures.parts.config import Cache, Context, LayerKind, ModelConfig
 from architectures.parts.layers import FFN, NO_FFN, norm, recomputed, rmsnorm
 from architectures.parts.moe.layer import MoE
 from architectures.parts.recurrent import layer, linear_attention, mamba2
@@ -42,7 +41,7 @@ class Mixer:
   Attributes:
     module: of (config, kind), named by the block; its parameters stand under
       that name. Its FUSED says whether it may do without scores [B, H, L, M].
-    cache: (config, shape) -> an empty cache.Cache, or the state of a
+    cache: (config, shape) -> an empty Cache, or the state of a
       recurrence; `shape` is [..., B, M].
     products: config -> which of layers.PRODUCTS a layer has.
     settings: the group of fields of config.model that it reads.

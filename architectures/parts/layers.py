@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import sharding
-from architectures.parts.config import ModelConfig
-from architectures.parts.context import Context
+from architectures.parts.config import Context, ModelConfig
 from architectures.parts.sharding import Role, declare
 from configs.fields import field, FUNCTION, REGULARISATION, RUN
 

@@ -26,9 +26,9 @@ import numpy as np
 from architectures.parts import blocks, heads, layers, positions, sharding
 from architectures.parts.attention import multi_head
 from architectures.parts.blocks import BLOCKS, branches, residual
-from architectures.parts.config import LayerKind, ModelConfig, Section
-from architectures.parts.context import (
-    Cache, Context, First, Slots, apart, joined)
+from architectures.parts.config import (
+    apart, Cache, Context, First, joined, LayerKind, ModelConfig, Section,
+    Slots)
 from architectures.parts.layers import FFNS, norm
 from configs.errors import require, short
 from configs.kinds import SECTIONS

@@ -9,7 +9,7 @@ import pytest
 from scipy import special
 
 from architectures.parts import skeletons
-from architectures.parts.context import Context
+from architectures.parts.config import Context
 from tests.helpers import models
 from tests.training import step_test
 from training import cli, objectives

@@ -12,8 +12,7 @@ import architectures
 from architectures.parts import layers, positions
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
-from architectures.parts.config import LayerKind
-from architectures.parts.context import Context
+from architectures.parts.config import Context, LayerKind
 from architectures.parts.layers import ClampConfig, FFN, NORMS
 from architectures.parts.sharding import Declared, Role
 from configs import base

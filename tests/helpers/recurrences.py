@@ -12,7 +12,7 @@ import pytest
 
 import architectures
 from architectures.parts import blocks
-from architectures.parts.context import Context
+from architectures.parts.config import Context
 from tests.helpers import models
 
 NAMES = tuple(name for name, mixer in blocks.MIXERS.items() if mixer.state)

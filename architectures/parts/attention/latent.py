@@ -27,8 +27,7 @@ from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention.kernels import begins, share
 from architectures.parts.attention.multi_head import Attention, gate_products
-from architectures.parts.config import ModelConfig
-from architectures.parts.context import Cache, Context
+from architectures.parts.config import Cache, Context, ModelConfig
 from configs.errors import require
 from configs.fields import field, FUNCTION, SHAPES
 

@@ -26,8 +26,8 @@ from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import kernels
-from architectures.parts.config import LayerKind, ModelConfig
-from architectures.parts.context import Cache, Context, First, Keys
+from architectures.parts.config import (
+    Cache, Context, First, Keys, LayerKind, ModelConfig)
 from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
 from configs.errors import require

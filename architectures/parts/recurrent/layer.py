@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import layers, positions, sharding
-from architectures.parts.config import LayerKind, ModelConfig
-from architectures.parts.context import Context
+from architectures.parts.config import Context, LayerKind, ModelConfig
 from architectures.parts.recurrent import recurrence, features
 from architectures.parts.sharding import Role, declare
 from configs.errors import require

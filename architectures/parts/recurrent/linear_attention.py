@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import layers, positions
-from architectures.parts.config import ModelConfig
-from architectures.parts.context import Context
+from architectures.parts.config import Context, ModelConfig
 from architectures.parts.recurrent import features, layer, recurrence
 from configs.errors import require
 from configs.fields import field, FUNCTION, SHAPES

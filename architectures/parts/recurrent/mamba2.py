@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import layers
-from architectures.parts.config import ModelConfig
-from architectures.parts.context import Context
+from architectures.parts.config import Context, ModelConfig
 from architectures.parts.recurrent import layer, recurrence, features
 from architectures.parts.sharding import Role, declare
 from configs.errors import require

@@ -8,7 +8,7 @@ import pytest
 
 import architectures
 from architectures.parts.attention import latent
-from architectures.parts.context import Context
+from architectures.parts.config import Context
 from configs import base
 from tests.helpers import models
 from training.costs import totals

@@ -13,7 +13,7 @@ import pytest
 import architectures
 from architectures.parts import sharding, skeletons
 from architectures.parts.attention.multi_head import Attention, QK_NORMS
-from architectures.parts.context import Cache
+from architectures.parts.config import Cache
 from configs.errors import RequestError
 from tests.architectures.parts_test import (
     D, KIND, born, context, normal, resolved)
