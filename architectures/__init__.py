@@ -16,7 +16,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from architectures.parts import checks, skeletons, tables
+from architectures.parts import skeletons, tables
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import HuggingFace
 from configs.arguments import PositiveSize, typed
@@ -98,7 +98,7 @@ def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
   """
   config = (model if isinstance(model, ModelConfig)
             else tables.make(model))
-  checks.check_model(config, system(config.arch).STACK, _archs)
+  tables.check_model(config, system(config.arch).STACK, _archs)
   return config
 
 

@@ -3,8 +3,8 @@ hashable dataclass, and the context of a call. And what attention keeps of the
 tokens that it has read: keys and values.
 
 What belongs to one part is a group of fields beside the part. `make` of
-tables.py checks the fields and fills in what is derived; what they may say
-together is checked in checks.py; architectures.resolve does both.
+tables.py checks the fields and fills in what is derived, and `check_model` what
+they may say together; architectures.resolve does both.
 
 Axis legend, for every array of the project:
 B batch, L length, M memory length (what is attended to), D d_model, H query

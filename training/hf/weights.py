@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import checks, hf, layers
+from architectures.parts import hf, layers, tables
 from architectures.parts.config import DTYPES, ModelConfig
 from architectures.parts.hf import tensor_map
 from configs.arguments import PositiveSize, Seed, typed
@@ -370,7 +370,7 @@ def without_adapters(model: ModelConfig) -> ModelConfig:
 def same_adapters(one: ModelConfig, other: ModelConfig) -> bool:
   """Whether two models have the same adapters, or none."""
   fields = lambda c: (c.lora.rank, c.lora.rank and (c.lora.scale, *(
-      name for name in checks.products(c) if layers.adapted(c, name))))
+      name for name in tables.products(c) if layers.adapted(c, name))))
   return fields(one) == fields(other)
 
 
