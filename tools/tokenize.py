@@ -66,7 +66,8 @@ def _source(spec: str) -> sources.Source:
             'own files')
     return document
 
-  (_, source), *others = sources.parse(spec, conversations.Layout('', refuse))
+  (_, source), *others = sources.parse(
+      spec, lambda: conversations.Layout('', refuse))
   require(not others, f'data source {spec!r} is a mixture: tokenise each of '
           "its sources, and mix them in the run, '0.7*tokens:A,0.3*tokens:B'")
   require(sources.TEXT in source.holds and not source.tokens, 'data source '

@@ -66,8 +66,8 @@ class Source:
     holds: what these may be, as far as is known before they are read.
     files: whose bytes are the documents' content; () if `content` says it.
     content: a fingerprint that stands in for the files' bytes.
-    is_cut: whether it was one document, and is now its last part, then the
-      rest.
+    is_text: whether a file is one text, of which a part can be held out.
+    is_cut: whether it was one text, and is now its last part, then the rest.
     tokens: the folder of its tokens, where these are all that there is
       (training/data/tokens.py); the files are its tables.
   """
@@ -77,6 +77,7 @@ class Source:
   holds: tuple[str, ...] = (TEXT,)
   files: tuple[str, ...] = ()
   content: str = ''
+  is_text: bool = False
   is_cut: bool = False
   tokens: str = ''
 
@@ -152,7 +153,7 @@ def cut(source: Source, every: int | None, part: str = '') -> Source:
     every: data.holdout_every.
     part: eval.part: document 0 is this half of the last part.
   """
-  if (every or 0) < 2 or source.reader != 'text' or len(source.files) != 1:
+  if (every or 0) < 2 or not source.is_text or len(source.files) != 1:
     return source
 
   def read(path: str) -> Iterator[str]:
@@ -169,13 +170,13 @@ def cut(source: Source, every: int | None, part: str = '') -> Source:
       reader=f'{source.reader}, the last 1/{every} first {part}'.rstrip())
 
 
-def parse(spec: str, layout: conversations.Layout = conversations.PUBLISHED
-          ) -> list[tuple[float, Source]]:
+def parse(spec: str, layout: Callable[[], conversations.Layout] =
+          lambda: conversations.PUBLISHED) -> list[tuple[float, Source]]:
   """Returns the (weight, source) pairs of 'A' or '0.7*A,0.3*B'.
 
   Args:
     spec: data.source, or data.eval_source.
-    layout: of conversations.
+    layout: gives that of conversations, where a source may have some.
 
   Raises:
     ValueError: for an unknown prefix, a bad weight, a glob without a match.
@@ -191,11 +192,12 @@ def parse(spec: str, layout: conversations.Layout = conversations.PUBLISHED
             "weight above 0: write a mixture as '0.7*A,0.3*B', with no other "
             'commas')
     prefix, colon, rest = name.partition(':')
-    require(prefix in SOURCES and (prefix != 'sotu') == bool(colon),
+    require(prefix in SOURCES
+            and (':' in SOURCES[prefix].usage) == bool(colon),
             f'unknown data source {name!r}: choose from {forms()}')
     source = SOURCES[prefix].parse(name, rest)
     if TURNS in source.holds and not source.tokens:
-      source = _laid_out(source, layout)
+      source = _laid_out(source, layout())
     require(source.name not in [other.name for _, other in pairs],
             f'data source {spec!r} names {name!r} twice: add up its weights')
     pairs.append((weight, source))
@@ -228,7 +230,7 @@ def _sotu(name: str, _: str) -> Source:
 def _text(name: str, pattern: str) -> Source:
   """UTF-8 text; one document a file."""
   return Source(name, 'text', lambda path: [texts.read(path)],
-                files=_files(name, pattern))
+                files=_files(name, pattern), is_text=True)
 
 
 def _column(name: str, rest: str) -> Source:

@@ -324,7 +324,8 @@ def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   """Returns a hash of what each source of a run holds, by its name. Left out
   are those that are drawn, and Hugging Face's, whose files lie elsewhere."""
   data, hashes = config.data, {}
-  layout = conversations.layout(data.chat_template, tokenizer)
+  layout = functools.partial(
+      conversations.layout, data.chat_template, tokenizer)
   for spec in filter(None, (data.source, data.eval_source)):
     for _, source in sources.parse(spec, layout):
       source = sources.cut(source, _holdout_every(data))
@@ -346,7 +347,8 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
   data, every = config.data, _holdout_every(config.data)
   part = config.eval.part if split == 'eval' else ''
   spec = (data.eval_source or data.source) if split == 'eval' else data.source
-  layout = conversations.layout(data.chat_template, tokenizer)
+  layout = functools.partial(
+      conversations.layout, data.chat_template, tokenizer)
   for weight, source in sources.parse(spec, layout):
     objectives.check_fits(config, source)
     of_split = split, tokenizer, config
