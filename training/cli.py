@@ -1,12 +1,12 @@
 """What the programs share at the command line: flags, config files, errors,
 exit codes.
 
-Exit codes: 0 all is done; 75 a signal came before that, and what was under way
-is saved (Stopped; train.py has --stopped_exit_code for it, by default 0); 2 a
-wrong request (RequestError, printed as one sentence; of train.py also a loss
-that is not finite); 1 a failure, either of the environment (EnvironmentFailure
-or OSError, one sentence) or a bug (any other exception, with its traceback);
-128 + n ended by signal n.
+Exit codes: 0 all is done; 75 not all is: a signal came, and what was under way
+is saved (Stopped; train.py has --stopped_exit_code for it, by default 0), or
+others have it; 2 a wrong request (RequestError, printed as one sentence; of
+train.py also a loss that is not finite); 1 a failure, either of the environment
+(EnvironmentFailure or OSError, one sentence) or a bug (any other exception,
+with its traceback); 128 + n ended by signal n.
 """
 
 from collections.abc import Callable, Mapping, Sequence

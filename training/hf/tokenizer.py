@@ -37,7 +37,8 @@ FRAMES = {'bert': '{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1',
 def take(folder: epath.Path, workdir: epath.Path,
          config: ml_collections.ConfigDict) -> list[str]:
   """Copies a folder's tokenizer into a workdir, and takes it for its run where
-  it can be read; returns the names of what was copied."""
+  it can be read; returns the names of what was copied. Raises RequestError for
+  files of another one that lie there."""
   if storage.in_bucket(folder):  # a run's: its config names the tokenizer
     return []
   # Before anything is written.
@@ -46,6 +47,8 @@ def take(folder: epath.Path, workdir: epath.Path,
   target, copied = folder, {}
   if not storage.in_bucket(workdir):
     target, copied = workdir / 'tokenizer', _in_folder(folder)
+    # What is left of an import that was killed may be another's tokenizer.
+    files.refuse_left(target, {*copied, *[PIPELINE] * bool(tokenizer)}, NAMES)
     _copy(copied, target)
     if isinstance(tokenizer, tokenizers.HuggingFace) and (
         PIPELINE not in copied):

@@ -124,6 +124,12 @@ def test_an_import_that_fails_leaves_no_run(room, name, tmp_path, monkeypatch):
     with pytest.raises(EnvironmentFailure, match='full'):
       to_run()
   assert not list((tmp_path / 'run').iterdir())
+  left = tmp_path / 'run/tokenizer/tokenizer.json'  # of one that was killed
+  left.parent.mkdir()
+  left.write_text('{}')
+  with pytest.raises(ValueError, match="tokenizer.json', which would stay"):
+    to_run()
+  left.unlink()
   to_run()  # the same command goes on
   (tmp_path / 'run/config.json').unlink()
   with pytest.raises(ValueError, match='holds a run already'):
