@@ -291,8 +291,9 @@ def check_fields(tree: Mapping[str, Any], who: str = 'model',
   names = names or {x: x for x in defaults()}
   declared.check_type(tree, {}, who)
   for name, value in tree.items():
-    require(name in names, f'{who}.{name} is no field of {who}: choose from '
-            f'{", ".join(names)}.{hint(name, names)}')
+    if name not in names:
+      raise RequestError(f'{who}.{name} is no field of {who}: choose from '
+                         f'{", ".join(names)}.{hint(name, names)}')
     full, field = f'{who}.{name}', names[name]
     if field == 'kinds':
       check_kinds(value, full)

@@ -179,8 +179,9 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
       config.model.kinds = ml_collections.ConfigDict(value)
       continue
     leaf = fields.FIELDS.get(key) or (fields.find(key) if kind else None)
-    require(leaf is not None, f'{who} sets {key!r}, which is no config field.'
-            f'{hint(key, fields.FIELDS)}')
+    if leaf is None:
+      raise RequestError(f'{who} sets {key!r}, which is no config field.'
+                         f'{hint(key, fields.FIELDS)}')
     check_type(value, leaf.default, f'{who}: {key}')
     config.update_from_flattened_dict({key: value})
   return config.lock()
