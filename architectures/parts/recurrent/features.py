@@ -72,7 +72,7 @@ def rmsnorm(x: jax.Array, scale_K: jax.Array, eps: float) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-  """norms.RMSNorm of the features of a head."""
+  """layers.RMSNorm of the features of a head."""
   config: ModelConfig
 
   @nn.compact
