@@ -41,6 +41,8 @@ os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 # Threads for the collectives of eight devices, as training/distributed/cpu.py
 # has them.
 os.environ.setdefault('PJRT_NPROC', '32')
+# Tracing makes many objects and little garbage.
+gc.set_threshold(100_000, 20, 100)
 # Tokenised text: kept from one run of the tests to the next.
 os.environ.setdefault('ARCHETYPE_CACHE', str(_CACHE / 'archetype'))
 
