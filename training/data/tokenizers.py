@@ -438,8 +438,8 @@ def _spans(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
 _CONTEXT = 8
 
 
-def spelt(tokenizer: Tokenizer, ids: Sequence[int],
-          prompt: Sequence[int] = ()) -> bytes:
+def spelt(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray,
+          prompt: Sequence[int] | np.ndarray = ()) -> bytes:
   """Returns the bytes that ids add to the text of a prompt.
 
   Where words carry the space before them, as sentencepiece and WordPiece have

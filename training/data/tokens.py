@@ -12,11 +12,11 @@ or in a bucket; the cache of a run is folders of the same form. A folder holds
                 block of ids
 
 Which documents make which shard is the same for any number of machines: a shard
-is made of neighbouring files, so many that they have SHARD_BYTES of text, or a
-MOST_SHARDS-th of all. A larger file is a shard of its own. What is held out
-follows from the number of a document, so that a folder serves every
-data.holdout_every. A process keeps the tables of TABLES shards and some blocks
-in memory, and reads the others as it needs them.
+is made of neighbouring files, so many that they have sources.SHARD_BYTES of
+text, or a sources.MOST_SHARDS-th of all. A larger file is a shard of its own.
+What is held out follows from the number of a document, so that a folder serves
+every data.holdout_every. A process keeps the tables of TABLES shards and some
+blocks in memory, and reads the others as it needs them.
 
 An entry of the cache is named by the paths, sizes and times of the source's
 files and by the tokenizer, so it is never stale, and is shared by all runs,
@@ -175,13 +175,13 @@ class Split:
   def __init__(self, tokens: Tokens, every: int | None, split: str, part: str,
                separator: int):
     """Which documents these are `every`, `split` and `part` say, see
-    sources.chosen."""
+    chosen."""
     self.tokens, self._chosen = tokens, (every, split, part)
     self._separator = separator
     kinds, counts, totals = set[int](), [], []
     for table in tokens.tables():
       wanted = chosen(np.arange(len(table.counts)) + sum(counts),
-                              *self._chosen)
+                      *self._chosen)
       totals.append([wanted.sum(), *table.of_documents()[:, wanted].sum(1)])
       counts.append(len(table.counts))
       kinds.update(np.unique(table.kinds).tolist())
@@ -244,7 +244,7 @@ class Split:
   def wanted(self, shard: int) -> np.ndarray:
     """Tells which documents of a shard belong to the split."""
     return chosen(np.arange(*self._firsts[shard:shard + 2]),
-                          *self._chosen)
+                  *self._chosen)
 
 
 class Documents:

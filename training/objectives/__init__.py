@@ -114,6 +114,7 @@ def given_token(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns the cross-entropy of targets [B, L], where weights [B, L] count
   them: of the next tokens, or of the masked ones."""
   train = config.train
+  assert output.head is not None, 'a head of a task predicts no tokens'
   loss_sum, sums = cross_entropy(
       output.hidden, output.head, batch['targets'], batch['weights'],
       z_loss=train.z_loss, label_smoothing=train.label_smoothing,
@@ -272,7 +273,7 @@ class Objective(NamedTuple):
     rng, in the shapes and dtypes of `arrays`. What is shorter is filled up:
     tokens and targets with `fill`, everything else with zeros."""
     # Once for a batch: fields of a config are slow to read.
-    batch = {}
+    batch: dict[str, np.ndarray] = {}
     for key, (shape, dtype) in self.arrays(config).items():
       ids = key.endswith(('tokens', 'targets'))
       batch[key] = np.full((len(examples), *shape),
@@ -304,8 +305,8 @@ class Objective(NamedTuple):
     """Runs `module` on what this objective shows it of the batch."""
     kwargs |= {keyword: batch[key] for key, keyword in self.options.items()
                if key in batch}
-    return module.apply({'params': params},
-                        *[batch[key] for key in self.inputs], **kwargs)
+    return module.apply(  # type: ignore[return-value]
+        {'params': params}, *[batch[key] for key in self.inputs], **kwargs)
 
   def ends(self, config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the ids with which a written text ends, the separator first."""
@@ -361,7 +362,8 @@ class Objective(NamedTuple):
 
   def tokens(self, batch: Batch) -> jax.Array:
     """Returns how many tokens of a batch the model sees, without padding."""
-    return sum((batch[key] != 0).astype(jnp.float32).sum() for key in self.seen)
+    return sum(  # type: ignore[return-value]
+        (batch[key] != 0).astype(jnp.float32).sum() for key in self.seen)
 
   def loss(self, output: Output, batch: Batch, config: Config,
            whole: Batch | None = None) -> tuple[jax.Array, Figures]:
@@ -804,7 +806,7 @@ def mtp_shifted(batch: Batch, depth: int
   return targets_BL, jnp.where(there_BL, weights_BL, 0)
 
 
-def mtp_sums(output: Output, batch: Batch, train: Config) -> Figures:
+def mtp_sums(output: Any, batch: Batch, train: Config) -> Figures:
   """Returns the loss and the accuracy of each depth, of tokens, targets and
   weights [B, L]; {} of a model that looks no further than the next token."""
   figures = {}
