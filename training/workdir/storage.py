@@ -41,10 +41,12 @@ _STALE_SECONDS = 24 * 3600
 
 
 def check_folder(text: str | os.PathLike, name: str = '--workdir') -> None:
-  """Raises RequestError for what is neither on disk nor in a bucket."""
-  require(re.match('(gs://[^/]+/+[^/]|(?!.*://))', str(text)) is not None,
-          f'{name} is {str(text)!r}: choose a folder on disk, or a bucket as '
-          'gs://BUCKET/NAME')
+  """Raises RequestError for what is neither on disk nor in a bucket, and
+  cannot be."""
+  usable = re.fullmatch(
+      r'(?s)(gs://[^/]+/+[^/]|(?!.*://))[^\0\ud800-\udc7f]*', str(text))
+  require(usable is not None, f'{name} is {str(text)!r}: choose a folder on '
+          'disk, or a bucket as gs://BUCKET/NAME')
 
 
 def path(text: str | os.PathLike, name: str = '--workdir') -> epath.Path:
@@ -226,7 +228,7 @@ def refuse_run(folder: str | os.PathLike, name: str, own: str = '') -> None:
     own: a file that says that it was written there before, and may go on; '':
       there is none.
   """
-  folder = epath.Path(folder)
+  folder = path(folder, name)
   require(bool(own) and (folder / own).exists() or not (
       (folder / CHECKPOINTS).exists() or has_config(folder)),
           f'{name} is {str(folder)!r}, which holds a training run: choose '

@@ -32,7 +32,8 @@ ROOT = pathlib.Path(__file__).parents[3]
 texts = train_test.texts
 
 
-@pytest.mark.parametrize('text', ['s3://bucket/a', 'gs:///', 'gs://bucket/'])
+@pytest.mark.parametrize('text', [
+    's3://bucket/a', 'gs:///', 'gs://bucket/', 'a\0b', 'a\ud800'])
 def test_what_is_no_place_is_refused(text):
   with pytest.raises(RequestError, match='--workdir is .* gs://BUCKET/NAME'):
     storage.path(text)
