@@ -94,8 +94,8 @@ def test_runs_that_do_not_converse_are_refused(system, objective, tmp_path):
 # The engine.
 
 
-@pytest.fixture(name='model', scope='module', params=['rope', *(pytest.param(
-    name, marks=pytest.mark.slow) for name in ('learned', 'scanned'))])
+@pytest.fixture(name='model', scope='module', params=[
+    'rope', 'scanned', pytest.param('learned', marks=pytest.mark.long)])
 def _model(request):
   return models.make('llama', max_len=CONTEXT,
                      position=request.param.replace('scanned', 'rope'))
@@ -116,7 +116,7 @@ def _logits(module, params, tokens):
 def _next(model, ids):
   tokens = np.zeros((1, CONTEXT), np.int32)
   tokens[0, :len(ids)] = ids
-  return int(_logits(*model, jnp.array(tokens))[0, len(ids) - 1].argmax())
+  return int(np.asarray(_logits(*model, tokens))[0, len(ids) - 1].argmax())
 
 
 def test_two_turns_are_what_a_forward_pass_says_up_to_the_last_slot(model):
@@ -211,7 +211,8 @@ TALK = causal.templated(conversations.make('a template', (
 
 @pytest.fixture(name='writer', scope='module')
 def _writer():
-  return models.make('llama', max_len=ROOM, vocab_size=BYTES.vocab_size)
+  return models.make('llama', max_len=ROOM, vocab_size=BYTES.vocab_size,
+                     num_layers=1)
 
 
 def make(writer, talk=TALK, **settings):

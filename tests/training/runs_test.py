@@ -59,14 +59,15 @@ def test_the_outline_says_what_the_run_does(tmp_path):
 
 def test_the_first_parameters_are_drawn_from_both_seeds():
   drawn = {}
-  for seeds in ((3, 0), (3, 1), (4, 1), (3, 2)):
+  for seeds in ((3, 0), (3, 1), (4, 1)):
     config = base.base()
     config.model.update(d_model=16, num_layers=1, num_heads=2, vocab_size=8)
     config.seed, config.init_seed = seeds
     run = runs.build(config, runs.resolve_alone(config))
     drawn[seeds] = jax.tree.leaves(run.new_state().params)[-1]
-  assert len({float(x.std()) for x in drawn.values()}) == 4
-  alone = run.module.init(jax.random.key(3), np.zeros((1, 1), np.int32))
+  assert len({float(x.std()) for x in drawn.values()}) == 3
+  alone = jax.jit(run.module.init)(jax.random.key(3),
+                                   np.zeros((1, 1), np.int32))
   np.testing.assert_allclose(drawn[3, 0], jax.tree.leaves(alone)[-1],
                              rtol=1e-6)
 

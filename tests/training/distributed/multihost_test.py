@@ -5,6 +5,7 @@ Few launches, each with several runs: the processes cost more than the steps.
 """
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -21,6 +22,7 @@ texts = train_test.texts
 pytestmark = [pytest.mark.multihost, pytest.mark.slow]
 STEPS = 12
 LOST = 9  # the step that a process is lost in; a stop is agreed on before
+SAVES = '--config.checkpoint.every_steps=3'
 EXPERTS = ('--config.model.moe.num_experts=4', '--config.model.moe.d_ff=32',
            '--config.model.num_kv_heads=2', '--config.model.num_layers=1')
 
@@ -29,8 +31,7 @@ def words(workdir, texts, *flags, config='configs/gpt.py', **mesh):
   mesh = dict(data=1, fsdp=1, expert=1, tensor=1) | mesh
   return [f'--config={config}', f'--workdir={workdir}', texts,
           *train_test.SMALL, f'--config.train.steps={STEPS}',
-          '--config.checkpoint.every_steps=3', '--config.checkpoint.keep=4',
-          '--config.eval.every_steps=0',
+          '--config.checkpoint.every_steps=100', '--config.eval.every_steps=0',
           *(f'--config.mesh.{axis}={size}' for axis, size in mesh.items()),
           *flags]
 
@@ -55,8 +56,8 @@ def same(workdir, reference):
                              [theirs[s] for s in steps], rtol=1e-5)
 
 
-def two_slices(workdir, texts):
-  return words(workdir, texts, '--config.mesh.slices=2', fsdp=2, data=2)
+def two_slices(workdir, texts, *flags):
+  return words(workdir, texts, *flags, '--config.mesh.slices=2', fsdp=2, data=2)
 
 
 def of_experts(workdir, texts):
@@ -64,43 +65,50 @@ def of_experts(workdir, texts):
                expert=2, tensor=2)
 
 
+def alone(devices, words):
+  """Runs train.py as one process."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('XLA_FLAGS', f'{os.environ["XLA_FLAGS"]} '
+                 f'--xla_force_host_platform_device_count={devices}')
+    train_test.run([sys.executable, 'train.py', *words])
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory, texts):
-  """Runs of one process with four devices, with which two are compared, and
-  of two with two devices each; the last one is stopped."""
+  """A run of one process with four devices, and one of two with two each, that
+  is stopped and goes on."""
   folder = tmp_path_factory.mktemp('pods')
-  assert launch(folder, 1, 4, [
-      words(folder / 'alone', texts, fsdp=2, data=2),
-      of_experts(folder / 'experts-alone', texts)])[0] == 0
-  code, (log,) = launch(folder, 2, 2, [
-      two_slices(folder / 'two', texts),
-      of_experts(folder / 'experts', texts),
-      two_slices(folder / 'stopped', texts)],
-      faults=[dict(folder=str(folder), workdir=str(folder / 'stopped'),
-                   process=1, step=2, kind='term')])
+  alone(4, words(folder / 'alone', texts, fsdp=2, data=2))
+  code, (log,) = launch(folder, 2, 2, [two_slices(folder / 'two', texts)] * 2,
+                        faults=[dict(
+                            folder=str(folder), workdir=str(folder / 'two'),
+                            process=1, step=2, kind='term')])
   assert code == 0
   # Figures cross no hosts; only checkpoints have to be agreed on.
-  assert 'exchanges in step 5: 0\n' in log
+  assert f'exchanges in step {LOST + 1}: 0\n' in log
   return folder
 
 
-def test_two_processes_train_as_one(folder):
+def test_two_processes_train_as_one_and_stop_after_the_same_step(folder):
+  """SIGTERM to one of them stops both, and they go on from there."""
   same(folder / 'two', folder / 'alone')
-  same(folder / 'experts', folder / 'experts-alone')
+  stopped, done = sorted(int(path.name) for path in (
+      folder / 'two/checkpoints').iterdir() if path.name.isdigit())
+  assert 2 <= stopped < LOST and done == STEPS
 
 
-def test_sigterm_to_one_stops_all_after_the_same_step(folder):
-  saved = max(int(path.name) for path in
-              (folder / 'stopped/checkpoints').iterdir() if path.name.isdigit())
-  assert 2 <= saved < LOST
-  assert max(train_test.losses(folder / 'stopped')) == saved
+@pytest.mark.long
+def test_two_processes_train_experts_as_one(tmp_path, texts):
+  alone(4, of_experts(tmp_path / 'alone', texts))
+  assert launch(tmp_path, 2, 2, [of_experts(tmp_path / 'two', texts)])[0] == 0
+  same(tmp_path / 'two', tmp_path / 'alone')
 
 
+@pytest.mark.long
 def test_a_lost_process_ends_all_and_the_run_goes_on(folder, texts, monkeypatch,
                                                      capfd):
-  """From a copy of the stopped run: one process is killed, then the other one
-  raises, and each time the launcher starts them again."""
-  shutil.copytree(folder / 'stopped', folder / 'lost')
+  """One process is killed, then the other one raises, and each time the
+  launcher starts them again."""
   ends = []
   local_run = local.run
   def run(*args):
@@ -112,7 +120,7 @@ def test_a_lost_process_ends_all_and_the_run_goes_on(folder, texts, monkeypatch,
   where.mkdir()
   fault = dict(folder=str(where), workdir=str(folder / 'lost'))
   code, _ = launch(
-      where, 2, 2, [two_slices(folder / 'lost', texts)], max_restarts=2,
+      where, 2, 2, [two_slices(folder / 'lost', texts, SAVES)], max_restarts=2,
       faults=[fault | dict(process=1, step=LOST, kind='kill'),
               fault | dict(process=0, step=LOST + 1, kind='raise')])
   said = capfd.readouterr()
@@ -123,31 +131,30 @@ def test_a_lost_process_ends_all_and_the_run_goes_on(folder, texts, monkeypatch,
     assert end - float((where / f'fault-{kind}').read_text()) < 30
   assert 'launch: process 1 was killed by SIGKILL' in said.err
   assert "KeyError: 'raised on purpose'" in said.err
-  assert said.out.count('going on from step') == 3
+  assert said.out.count('going on from step') == 2
   met = re.findall(r'process 0: 2 x cpu, slice 0, .*\nprocess 1: 2 x cpu',
                    said.out)
   assert len(met) == 3  # once a start
   same(folder / 'lost', folder / 'alone')
 
 
-def test_the_rest_ends_by_itself_where_no_launcher_ends_it(folder, texts,
+@pytest.mark.long
+def test_the_rest_ends_by_itself_where_no_launcher_ends_it(tmp_path, texts,
                                                            monkeypatch):
   """JAX's coordination service notices a process that was killed."""
   monkeypatch.setattr(local, 'PATIENCE_SECONDS', 55)
-  where = folder / 'alone-left'
-  where.mkdir()
   code, _ = launch(
-      where, 2, 2, [two_slices(folder / 'left', texts)],
-      faults=[dict(folder=str(where), workdir=str(folder / 'left'), process=1,
-                   step=LOST, kind='kill')])
+      tmp_path, 2, 2, [two_slices(tmp_path / 'left', texts)],
+      faults=[dict(folder=str(tmp_path), workdir=str(tmp_path / 'left'),
+                   process=1, step=LOST, kind='kill')])
   assert code == 1
-  assert time.time() - float((where / 'fault-kill').read_text()) < 54
+  assert time.time() - float((tmp_path / 'fault-kill').read_text()) < 54
 
 
 def test_one_process_goes_on_from_a_checkpoint_of_two(folder, texts):
-  shutil.copytree(folder / 'stopped', folder / 'one')
-  code, _ = launch(folder, 1, 1, [words(folder / 'one', texts)])
-  assert code == 0
+  shutil.copytree(folder / 'two', folder / 'one')
+  shutil.rmtree(folder / f'one/checkpoints/{STEPS}')
+  alone(1, words(folder / 'one', texts))
   same(folder / 'one', folder / 'alone')
 
 

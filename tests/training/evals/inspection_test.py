@@ -115,7 +115,7 @@ def test_an_outlier_is_one_by_dettmers_criterion(layers, tokens, size, told):
 
 
 @pytest.mark.parametrize('system', [
-    'gpt', 'llama', pytest.param('t5', marks=pytest.mark.slow), 'bert'])
+    'gpt', 't5', 'bert', pytest.param('llama', marks=pytest.mark.long)])
 def test_the_last_layer_of_the_lens_is_the_models_own_prediction(system):
   model, tokens_BL = _model(system), models.tokens(2, L)
   lens = model.inspect(tokens_BL, top=4).lens

@@ -74,8 +74,10 @@ OPTIONS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('chunk', [0, 8, 40])  # one; a position; uneven
-@pytest.mark.parametrize('name', OPTIONS)
+@pytest.mark.parametrize('name, chunk', [
+    pytest.param(name, chunk, marks=[pytest.mark.long] * (
+        chunk != 8 and name not in ('plain', 'all')))
+    for chunk in (0, 8, 40) for name in OPTIONS])  # one; a position; uneven
 def test_value_and_gradients_equal_the_equations(name, chunk):
   of_head, options = OPTIONS[name]
   hidden, head, targets, weights = make(**of_head)
@@ -85,9 +87,13 @@ def test_value_and_gradients_equal_the_equations(name, chunk):
     return objectives.cross_entropy(hidden, head, targets, weights, chunk=chunk,
                                     **options)
 
-  (value, sums), (d_hidden, d_head, d_weights) = jax.value_and_grad(
-      loss, (0, 1, 2), has_aux=True)(hidden, head, weights)
-  plain, plain_sums = loss(hidden, head, weights)
+  @jax.jit
+  def both(*args):
+    return (jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*args),
+            loss(*args))
+
+  ((value, sums), (d_hidden, d_head, d_weights)), (plain, plain_sums) = both(
+      hidden, head, weights)
   np.testing.assert_allclose(value, expected['sum'], rtol=1e-5)
   np.testing.assert_allclose(plain, expected['sum'], rtol=1e-5)
   assert sums.keys() == plain_sums.keys()
@@ -195,7 +201,9 @@ def collectives(text):
           for dims in re.findall(r'\[([\d,]*)\]', found[1])]
 
 
-@pytest.mark.parametrize('name', tables.PRESETS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.long] * (
+        name in ('dp', 'ep', 'cp', 'ep_cp'))) for name in tables.PRESETS])
 def test_sharded_equals_one_device_and_gathers_no_batch(name):
   args = make(vocab=96)
   shards = 8 // tables.PRESETS[name]['tensor']
@@ -207,7 +215,7 @@ def test_sharded_equals_one_device_and_gathers_no_batch(name):
             chunk=3 * B // shards), (0, 1), has_aux=True)(hidden, head)
 
   got, text = on_mesh(name, grads, args)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(grads(*args))):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(jax.jit(grads)(*args))):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
   chunk_hidden = 3 * B // shards * D
   whole_kernel = D * 96 // tables.PRESETS[name]['tensor']

@@ -63,19 +63,23 @@ def test_the_loss_is_that_of_equation_3():
                weights=(masked / t_B1).astype(np.float32))
   objective = objectives.OBJECTIVES['masked_diffusion']
   config = letters.config('', 'masked_diffusion', 12)
-  apply = jax.jit(lambda batch: objective.apply(module, params, batch))
-  output = apply(batch)
-  figures = objective.means(objective.figures(output, batch, config))
-  logits = np.asarray(output.logits, np.float64)
+  whole = objective.weights(batch)
+
+  @jax.jit
+  def judge(batch):
+    output = objective.apply(module, params, batch)
+    return (output.logits, objective.figures(output, batch, config),
+            objective.loss(output, batch, config, whole)[0])
+
+  logits, figures, _ = jax.device_get(judge(batch))
+  figures, logits = objective.means(figures), logits.astype(np.float64)
   nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
       logits, targets[..., None], -1)[..., 0]
   want = sum((nats[b] * masked[b]).sum() / t_B1[b, 0] for b in range(2)) / 18
   assert figures['loss'] == pytest.approx(want, rel=1e-5)
   # A micro-batch counts by its tokens, not by how many are masked.
   halves = [{key: x[b:b + 1] for key, x in batch.items()} for b in range(2)]
-  whole = objective.weights(batch)
-  shares = [objective.loss(apply(half), half, config, whole)[0]
-            for half in halves]
+  shares = [judge(half)[2] for half in halves]
   assert sum(shares) / whole['loss'] == pytest.approx(want, rel=1e-5)
 
 

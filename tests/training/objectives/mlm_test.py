@@ -113,34 +113,42 @@ def test_bert_is_judged_by_both_its_tasks():
   """By hand: words are a mean over the masked ones, the other over rows, of
   which the last is padding; the rows have 3, 1 and 2 words masked."""
   module, params = models.make('bert')
-  tokens = models.tokens(4, 8)
+  tokens = np.asarray(models.tokens(4, 8))
   words = [(0, 0), (0, 1), (0, 2), (1, 2), (2, 0), (2, 5)]
-  batch = dict(tokens=tokens, targets=tokens, types=jnp.zeros((4, 8), int),
-               segment_ids=jnp.ones((4, 8), int).at[3].set(0),
-               weights=jnp.zeros((4, 8)).at[tuple(zip(*words))].set(1.0),
-               nsp_targets=jnp.array([0, 1, 1, 0]))
+  batch = dict(tokens=tokens, targets=tokens, types=np.zeros((4, 8), int),
+               segment_ids=np.repeat([[1], [1], [1], [0]], 8, 1),
+               weights=np.zeros((4, 8), np.float32),
+               nsp_targets=np.array([0, 1, 1, 0]))
+  batch['weights'][tuple(zip(*words))] = 1
   config = base.base()
   config.data.mask_rate = 3 / 8
   objective = objectives.OBJECTIVES['mlm_nsp']
-  output = objective.apply(module, params, batch)
-  share, figures = objective.loss(output, batch, config)
+  alone = objectives.OBJECTIVES['mlm']
+
+  @jax.jit
+  def judge(params, batch):
+    output = objective.apply(module, params, batch)
+    return (objective.loss(output, batch, config),
+            alone.figures(output, batch, config), output.logits,
+            output.extra['nsp_logits'])
+
+  (share, figures), of_words, all_logits, logits = jax.device_get(
+      judge(params, batch))
   values = objective.means(figures)
-  nll = -jax.nn.log_softmax(output.logits)
+  nll = -np.asarray(jax.nn.log_softmax(all_logits))
   words_loss = np.mean([nll[b, i, tokens[b, i]] for b, i in words])
-  logits = np.asarray(output.extra['nsp_logits'])
-  nsp = -jax.nn.log_softmax(logits)
+  nsp = -np.asarray(jax.nn.log_softmax(logits))
   nsp = np.mean([nsp[0, 0], nsp[1, 1], nsp[2, 1]])
   right = np.mean([logits[0, 0] > logits[0, 1], logits[1, 1] > logits[1, 0],
                    logits[2, 1] > logits[2, 0]])
-  said = np.mean([jnp.argmax(output.logits[b, i]) == tokens[b, i]
+  said = np.mean([all_logits[b, i].argmax() == tokens[b, i]
                   for b, i in words])
   for name, value in dict(loss=words_loss + nsp,
                           mlm_loss=words_loss, nsp_loss=nsp,
                           nsp_accuracy=right, mlm_accuracy=said).items():
     np.testing.assert_allclose(values[name], value, rtol=1e-5, err_msg=name)
   np.testing.assert_allclose(share, 6 * (words_loss + nsp), rtol=1e-5)
-  alone = objectives.OBJECTIVES['mlm']
-  words = alone.means(alone.figures(output, batch, config))
+  words = alone.means(of_words)
   assert words == {'loss': values['mlm_loss'],
                    'accuracy': values['mlm_accuracy']}
 
@@ -148,7 +156,7 @@ def test_bert_is_judged_by_both_its_tasks():
 def _chosen(rate, whole_words=False):
   """A loss of four rows of 16 tokens, of which `rate` are chosen, and what it
   is given."""
-  module, params = models.make('bert')
+  module, params = models.make('bert', num_layers=1)
   tokens, weights = models.tokens(4, 16), np.zeros((4, 16), np.float32)
   for row, chosen in zip(weights, ([2, 5, 9, 15], [15], [0, 7, 15], [])):
     row[chosen] = 1.0
@@ -183,16 +191,13 @@ def test_the_head_reads_what_is_to_be_predicted_alone():
 
 def test_a_prefix_sees_itself_whole_and_nothing_later():
   module, params = models.make('gpt')
-  tokens = models.tokens(1, 8)
-
-  def logits(changed):
-    out = module.apply({'params': params}, tokens.at[0, changed].add(1) % 60,
-                       prefix_B=jnp.array([4]))
-    return out.logits[0]
-
-  plain = module.apply({'params': params}, tokens % 60,
-                       prefix_B=jnp.array([4])).logits[0]
-  inside, after = logits(3) != plain, logits(5) != plain
+  tokens = np.asarray(models.tokens(1, 8))
+  logits = jax.jit(lambda place, new: models.logits(
+      module, params, jnp.asarray(tokens).at[0, place].set(new),
+      prefix_B=jnp.array([4]))[0])
+  plain = np.asarray(logits(0, tokens[0, 0]))
+  inside, after = (np.asarray(logits(place, (tokens[0, place] + 1) % 60))
+                   != plain for place in (3, 5))
   assert inside.any(1).tolist() == [True] * 8
   assert after.any(1).tolist() == [False] * 5 + [True] * 3
 

@@ -154,9 +154,10 @@ def test_layers_and_experts_are_matrices_and_heads_a_side(
     role, shape, matrix, make):
   grads = gradients(shape, 5)
   found, _ = ours(make(role), grads)
+  one = make(MATRIX)
   apart = [g.reshape(-1, *matrix) for g in grads]
   for i in range(len(apart[0])):
-    alone, _ = ours(make(MATRIX), [g[i] for g in apart])
+    alone, _ = ours(one, [g[i] for g in apart])
     for whole, step in zip(found, alone):
       # A gradient with more rows than columns has no one basis: sizes alone.
       np.testing.assert_allclose(whole.reshape(-1, *matrix)[i], step,
@@ -243,8 +244,9 @@ def muon_of_optax():
 
 
 @pytest.mark.parametrize('sizes', [
-    None, dict(fsdp=8), dict(fsdp=2, expert=4),
-    dict(fsdp=2, expert=2, tensor=2), dict(data=2, tensor=4)], ids=str)
+    None, dict(fsdp=2, expert=2, tensor=2), dict(data=2, tensor=4),
+    *(pytest.param(sizes, marks=pytest.mark.long) for sizes in (
+        dict(fsdp=8), dict(fsdp=2, expert=4)))], ids=str)
 def test_muon_is_that_of_optax_on_any_mesh(sizes, capfd):
   tx = matrices.scale_by_muon(ROLES, 0.9)
   if sizes is None:

@@ -34,7 +34,8 @@ def flat(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', ['gpt', 'mixtral'])
+@pytest.mark.parametrize('system', [
+    'mixtral', pytest.param('gpt', marks=pytest.mark.long)])
 def test_at_the_base_all_is_as_in_the_standard_form(system):
   plain, ours = built(system), scaled(system)
   key, tokens = jax.random.key(0), models.tokens()

@@ -75,7 +75,10 @@ def test_what_cannot_be_honoured_is_refused(fields, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.long] * (
+        name not in ('adamw', 'adafactor', 'muon')))
+    for name in optimizers.OPTIMIZERS])
 def test_decay_is_decoupled_and_masked(name):
   """With a gradient of zero, p becomes p * (1 - lr * decay), or stays."""
   config = optim(name=name, lr=0.5, warmup_steps=0, schedule='constant',
@@ -155,10 +158,10 @@ def test_a_stack_learns_as_its_layers_do():
   for i in range(2):
     tree = layer(whole, i)
     tx = optimizers.make(config, 10, stack(roles()))
-    state = tx.init(tree)
+    state, update = tx.init(tree), jax.jit(tx.update)
     for step in range(3):
       g = layer(gradients(whole, step), i)
-      updates, state = jax.jit(tx.update)(g, state, tree)
+      updates, state = update(g, state, tree)
       tree = optax.apply_updates(tree, updates)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
@@ -166,7 +169,9 @@ def test_a_stack_learns_as_its_layers_do():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['adamw', 'adafactor', 'muon', 'soap'])
+@pytest.mark.parametrize('name', ['adamw', 'soap', *(
+    pytest.param(name, marks=pytest.mark.long)
+    for name in ('adafactor', 'muon'))])
 def test_update_if(name):
   """Not ok: every bit stays. ok: all move, and no type or shape changes."""
   tree = params(jnp.bfloat16)
@@ -182,8 +187,8 @@ def test_update_if(name):
     moved, moved_state = step(True, g, moved_state, moved)
   shapes = lambda x: jax.tree.map(lambda a: (a.shape, a.dtype), x)
   assert shapes((moved, moved_state)) == shapes((tree, state))
-  for path, value in paths.flatten(moved).items():
-    assert bool(jnp.all(jnp.isfinite(value))), path
+  for path, value in paths.flatten(jax.device_get(moved)).items():
+    assert np.isfinite(value).all(), path
     assert not np.array_equal(value, paths.flatten(tree)[path]), path
 
 

@@ -7,10 +7,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
-import time
 
 import hypothesis
 from hypothesis import strategies as st
@@ -24,7 +21,7 @@ import pytest
 
 from architectures.parts import paths
 from configs.errors import EnvironmentFailure, RequestError
-from tests.helpers import toy_run
+from tests.helpers import forked, toy_run
 from training.workdir import checkpoints
 
 
@@ -174,7 +171,7 @@ def test_no_flipped_bit_of_any_file_gets_through(run, copy):
   folder = checkpoints.directory(copy)
   draw, noticed = random.Random(0), set()
   for path in sorted(p for p in step_dir.rglob('*') if p.is_file()):
-    for _ in range(3):
+    for _ in range(2):
       place, bit = draw.randrange(path.stat().st_size), draw.randrange(8)
       toy_run.flip(path, place, bit)
       for wanted in (abstract, part):
@@ -275,7 +272,7 @@ def test_due_by_step_or_by_time_since_the_last(
 
 
 _LOOP = '''
-    import sys
+    import os, signal, sys, threading
     from tests.helpers import toy_run as here
     state, train_step = here.born(4, 2), here.trainer(4, 2)
     with here.open_store(sys.argv[1], keep=1) as store:
@@ -283,6 +280,9 @@ _LOOP = '''
         state = train_step(state)
         here.save(store, step, state)
         print(step, flush=True)
+        if step == 4:
+          threading.Timer(float(sys.argv[2]), os.kill, (
+              os.getpid(), signal.SIGKILL)).start()
     '''
 
 
@@ -290,23 +290,18 @@ _LOOP = '''
 def test_kill_9_in_a_save_leaves_a_good_step(tmp_path):
   """Three times, each at its own moment; the store opens on what is left."""
   abstract = toy_run.abstract(4, 2)
+  program = tmp_path / 'loop.py'
+  program.write_text(textwrap.dedent(_LOOP))
   for trial, moment in enumerate((0.0, 0.02, 0.05)):
     workdir = tmp_path / str(trial)
-    process = subprocess.Popen(
-        [sys.executable, '-c', textwrap.dedent(_LOOP), workdir],
-        stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-      if int(line) == 4:
-        break
-    time.sleep(moment)
-    process.send_signal(signal.SIGKILL)
-    last = [int(line) for line in process.stdout.read().split()][-1:] or [4]
-    process.wait()
+    killed = forked.run(program, workdir, moment)
+    assert killed.returncode == -signal.SIGKILL
+    last = int(killed.stdout.split()[-1])
     with toy_run.open_store(workdir) as store:
       restored = toy_run.resume(store, abstract)
       assert restored.damaged == ()
       # keep=1 removes a step only when the next is whole; one is under way.
-      assert last[0] - 1 <= restored.step <= last[0] + 1
+      assert last - 1 <= restored.step <= last + 1
       assert int(restored.state['step']) == restored.step
       toy_run.save(store, restored.step + 1, restored.state)
     assert [path.name for path in store.directory.iterdir()
