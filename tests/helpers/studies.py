@@ -20,7 +20,7 @@ def plan(**changes) -> plans.Plan:
       workloads=('text', 'copy'),
       measures=(plans.Measure('loss', 'text', 'loss', plans.LOWER, 5.5),
                 plans.Measure('copy', 'copy', 'accuracy', plans.HIGHER, 0.0)),
-      seeds=plans.Seeds(noise=6, tune=2, screen=6, confirm=6),
+      seeds=dict(noise=6, tune=2, screen=6, confirm=6),
       tuning=plans.Tuning({'optim.lr': (1e-3, 2e-3, 4e-3)}), effect=0.1,
       tuned_sizes=('s', 'm', 'l')), **changes)
 

@@ -6,8 +6,7 @@ import pathlib
 import numpy as np
 
 from configs.sweeps import helpers
-from tools.compare import decide
-from tools.compare import layout
+from tools.compare import decide, layout, phases
 from tools.compare import plan as plans
 
 BASE, VARIANTS = 'learned', ('rope', 'alibi', 'none', 'post_norm', 'wild')
@@ -28,7 +27,7 @@ def plan(variants=VARIANTS, **changes):
       'have?', file='configs/studies/positions.py', base=BASE,
       variants=tuple(variants), sizes=SIZES, workloads=(plans.TEXT, 'mqar'),
       measures=MEASURES,
-      seeds=plans.Seeds(noise=6, tune=1, screen=4, confirm=5),
+      seeds=dict(noise=6, tune=1, screen=4, confirm=5),
       tuning=plans.Tuning({'optim.lr': (1e-3, 2e-3, 4e-3)}), effect=0.05,
       match='params', match_field='model.d_ff', tuned_sizes=SIZES[:1])
                     | changes)
@@ -57,7 +56,8 @@ def outcomes(of, phase, names, effects=None):
   return [_outcome(of, phase, name, i, workload, seed, effects.get(name, 0.0),
                    shared, rng)
           for i in range(1 if phase == 'screen' else 3)
-          for workload in of.workloads for seed in of.seeds.of(phase)
+          for workload in of.workloads
+          for seed in phases.PHASES[phase].seeds_of(of)
           for shared in [rng.normal(0, 0.03)] for name in names]
 
 
@@ -85,32 +85,31 @@ def _outcome(of, phase, name, i, workload, seed, effect, shared, rng):
 def results(of, upto='confirm', effects=None):
   """What results.json holds once the phases up to `upto` are over ('': none).
   """
-  phases = plans.PHASES[:plans.PHASES.index(upto) + 1] if upto else ()
-  runs, found = [], dict(noise=[], announced=None, tuned=[], screen=[],
-                         confirm=[])
-  if 'noise' in phases:
+  names = [*of.seeds][:[*of.seeds].index(upto) + 1] if upto else ()
+  runs, found = [], {}
+  if 'noise' in names:
     runs += outcomes(of, 'noise', (of.base, plans.AGAIN))
     found['noise'] = decide.noise(of, runs)
     found['announced'] = decide.Announced(
         0.84, True,
         'An effect of 0.05 in loss is found with a probability of 84%.')
-  if 'tune' in phases:
+  if 'tune' in names:
     found['tuned'] = [_tuned(variant, workload)
                       for variant in (of.base, *of.variants)
                       for workload in of.workloads]
-  if 'screen' in phases:
+  if 'screen' in names:
     runs += outcomes(of, 'screen', (of.base, *of.variants), effects)
     found['screen'] = decide.screen(of, runs)
-  passed = [row.variant for row in found['screen']
+  passed = [row.variant for row in found.get('screen', ())
             if row.verdict == decide.PASSED]
-  if 'confirm' in phases and passed:
+  if 'confirm' in names:
     runs += outcomes(of, 'confirm', (of.base, *passed), effects)
     found['confirm'] = decide.confirm(of, runs)
   return plans.to_json(dict(
       study=dict(name=of.name, hash=frozen(of).hash), outcomes=runs, **found,
       phases={name: dict(planned=10, done=10, failed=1, tokens=1.23e7,
                          flops=4.56e13, seconds=321.0, finished=True)
-              for name in phases},
+              for name in names},
       as_planned=dict(same=True, differences=[]),
       provenance=dict(codes=['commit f5ac5de01234'], devices=['cpu x 2'],
                       versions={'jax': '0.10.2', 'python': '3.11.9'})))

@@ -34,38 +34,13 @@ def of(frozen: plans.Frozen, group: int, times: Times | None
     group: how many runs one program holds at most.
     times: None: not measured.
   """
-  plan = frozen.plan
-  names = (plan.base, *plan.variants)
-  untuned = [plans.Tuned(*search.name, dict(search.candidates[0]), (), 0, ())
-             for search in phases.searches(plan)]
-  extended = (plan.tuning.extend * len(plan.tuning.fields) * plan.seeds.tune
-              * len(untuned))
-  full = lambda phase, sizes: phases.full_runs(frozen, untuned, phase, names,
-                                               sizes)
-  return [_cost(frozen, group, times, *phase) for phase in (
-      ('noise', phases.noise_runs(frozen), ''),
-      ('tune', _tuned_runs(frozen), f'and at most {extended} more runs, where '
-       'an optimum is at an edge' if extended else ''),
-      ('screen', full('screen', plan.sizes[:1]), ''),
-      ('confirm', full('confirm', plan.sizes),
-       'if every variant passes the screening'))]
+  return [_cost(frozen, group, times, phase)
+          for phase in phases.of(frozen.plan.seeds)]
 
 
-def _tuned_runs(frozen: plans.Frozen) -> list[phases.Run]:
-  """The runs of all rungs: which candidates survive does not matter here."""
-  runs = []
-  for search in phases.searches(frozen.plan):
-    for rung in range(frozen.plan.tuning.rungs):
-      search.rung = rung
-      runs += [run for each in phases.tune_runs(frozen, search) for run in each]
-      search.candidates = search.candidates[:phases.kept(
-          frozen.plan.tuning, len(search.candidates))]
-  return runs
-
-
-def _cost(frozen, group: int, times: Times | None, phase: str,
-          runs: Sequence[phases.Run], note: str) -> Cost:
+def _cost(frozen, group: int, times: Times | None, phase) -> Cost:
   from training import vectorised
+  runs = phase.most(frozen)
   tokens = flops = seconds = 0.0
   alike: dict[tuple, int] = {}
   for run in runs:
@@ -80,8 +55,8 @@ def _cost(frozen, group: int, times: Times | None, phase: str,
     if times:
       seconds += steps * times[run.size, run.workload]
   programs = sum(-(-n // group) for n in alike.values())
-  return Cost(phase, len(runs), programs, tokens, flops,
-              seconds if times else None, note)
+  return Cost(phase.name, len(runs), programs, tokens, flops,
+              seconds if times else None, phase.note(frozen.plan))
 
 
 def known(workdir, frozen: plans.Frozen) -> Times | None:

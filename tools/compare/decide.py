@@ -154,10 +154,11 @@ class Verdict:
 
 
 BY = ('flops', 'seconds')  # speed-ups
+Outcomes = Iterable[Outcome]
 Runs = Mapping[tuple[str, str, str], Mapping[int, Outcome]]
 
 
-def of_phase(outcomes: Iterable[Outcome], phase: str) -> Runs:
+def of_phase(outcomes: Outcomes, phase: str) -> Runs:
   """Returns {(variant, size, workload): {seed: outcome}}."""
   by_point: dict[tuple[str, str, str], dict[int, Outcome]] = {}
   for x in outcomes:
@@ -166,7 +167,7 @@ def of_phase(outcomes: Iterable[Outcome], phase: str) -> Runs:
   return by_point
 
 
-def noise(plan: Plan, outcomes: Iterable[Outcome]) -> list[Noise]:
+def noise(plan: Plan, outcomes: Outcomes, phase='noise') -> list[Noise]:
   """Returns, for each measure, a row for each size, one for the screening, and
   one for the confirmation, which is over the mean of the sizes.
 
@@ -174,7 +175,7 @@ def noise(plan: Plan, outcomes: Iterable[Outcome]) -> list[Noise]:
   take the sizes for independent would give it more degrees of freedom, and
   promise far too much where they are not.
   """
-  runs = of_phase(outcomes, 'noise')
+  runs = of_phase(outcomes, phase)
   rows = []
   for measure in plan.measures:
     both = {size: _both(runs, AGAIN, plan.base, size, measure)
@@ -198,7 +199,7 @@ def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
   tests = len(plan.variants)
   if phase == 'confirm' and measure != plan.primary:
     tests *= len(plan.measures) - 1
-  level, seeds = share / tests, getattr(plan.seeds, phase)
+  level, seeds = share / tests, plan.seeds[phase]
   by_seed = _differences_by_seed(sizes, measure)
   row = Noise(name, measure.name, phase, len(by_seed), None, seeds, level)
   if len(by_seed) < 2:
@@ -226,9 +227,9 @@ def announce(plan: Plan, rows: Sequence[Noise]) -> Announced:
   enough = both >= plan.power
   sentence = (f'An effect of {plan.effect:g} in {plan.primary.name} is found '
               f'with a probability of {math.floor(100 * both)}% or more: it '
-              f'passes the screening ({plan.seeds.screen} seeds) in '
+              f'passes the screening ({plan.seeds["screen"]} seeds) in '
               f'{screen:.0%} of such studies, and the confirmation '
-              f'({plan.seeds.confirm} seeds) in {confirm:.0%}.')
+              f'({plan.seeds["confirm"]} seeds) in {confirm:.0%}.')
   if not enough:
     needs = '; '.join(_wanted(plan, by_phase[phase])
                       for phase in ('screen', 'confirm'))
@@ -246,9 +247,9 @@ def _wanted(plan: Plan, row: Noise) -> str:
   return f'{plan.power:.0%} in the {phase} alone takes {needs}'
 
 
-def screen(plan: Plan, outcomes: Iterable[Outcome]) -> list[Verdict]:
+def screen(plan: Plan, outcomes: Outcomes, phase='screen') -> list[Verdict]:
   """Returns each variant's row at the smallest size."""
-  runs = of_phase(outcomes, 'screen')
+  runs = of_phase(outcomes, phase)
   rows = _family(plan, runs, [(v, plan.primary) for v in plan.variants],
                  plan.sizes[:1], 'bh')
   return [dataclasses.replace(row, verdict=(
@@ -257,10 +258,10 @@ def screen(plan: Plan, outcomes: Iterable[Outcome]) -> list[Verdict]:
           for row in rows]
 
 
-def confirm(plan: Plan, outcomes: Iterable[Outcome]) -> list[Verdict]:
+def confirm(plan: Plan, outcomes: Outcomes, phase='confirm') -> list[Verdict]:
   """Returns the verdict on each variant that was run in the confirmation, for
   the primary measure; then rows for the other measures."""
-  runs = of_phase(outcomes, 'confirm')
+  runs = of_phase(outcomes, phase)
   ran = {variant for variant, *_ in runs}
   variants = [variant for variant in plan.variants if variant in ran]
   primary = _family(plan, runs, [(v, plan.primary) for v in variants],

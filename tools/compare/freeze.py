@@ -13,9 +13,9 @@ import re
 from typing import Any
 
 from configs import base as base_config
-from configs.fields import check_number
+from configs.fields import check_number, check_type
 from configs.errors import one_of, require, short
-from tools.compare import cost, phases, spec, statistics
+from tools.compare import cost, phases, spec
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
 from training import objectives, preflight, progress
@@ -24,7 +24,8 @@ from training.objectives import pipeline
 from training.workdir import provenance
 
 PARTS = ('first', 'second')  # eval.part of tuning, and of all else
-# What a study's file may hold, with its default; None: it must.
+# What a study's file may hold, with its default; None: it must. So it may what
+# its phases have (Phase.constants).
 STUDY: dict[str, Any] = {
     'QUESTION': '',
     'SIZES': None,
@@ -35,7 +36,7 @@ STUDY: dict[str, Any] = {
     # Of each {'workload', 'figure', 'better', 'name', 'chance'}; derived: the
     # loss of the text, and the accuracy of each probe.
     'MEASURES': (),
-    'SEEDS': {'noise': 5, 'tune': 1, 'screen': 5, 'confirm': 5},
+    'SEEDS': {name: x.seeds for name, x in phases.PHASES.items() if x.seeds},
     # 'fields': the values of each that are tried; derived: half of the base's
     # learning rate, the rate, and twice the rate.
     'TUNING': {},
@@ -47,8 +48,6 @@ _FORMS = {'SIZES': (dict, {'small': {'model.d_model': 32}, 'middle': ...}),
           'EFFECT': (numbers.Real, 0.02),
           'MEASURES': (tuple | list, ({'figure': 'loss'},))}
 LEAST_SIZES = 3
-LEAST_SEEDS = {'noise': 3, 'tune': 1, 'screen': statistics.MIN_SEEDS,
-               'confirm': statistics.MIN_SEEDS}
 # Fields that are the study's own.
 _OWN = ('seed', 'init_seed', 'eval.part')
 # Fields by which a run sees other data, or more of it, than the base's.
@@ -80,12 +79,14 @@ def freeze(file: str) -> plans.Frozen:
           point.name for point in sweep.points
           if point.name != sweep.base_name),
       sizes=tuple(given['SIZES']), workloads=tuple(given['WORKLOADS']),
-      measures=tuple(measures), seeds=plans.Seeds(**given['SEEDS']),
+      measures=tuple(measures), seeds=given['SEEDS'],
       tuning=given['TUNING'], effect=float(given['EFFECT']),
       alpha=given['ALPHA'], q=given['Q'], power=given['POWER'],
       unstable=float(given['UNSTABLE']), match=given['MATCH'],
       match_field=given['MATCH_FIELD'] if given['MATCH'] else '',
-      tuned_sizes=tuple(given['SIZES'])[:1 if mup else None])
+      tuned_sizes=tuple(given['SIZES'])[:1 if mup else None],
+      settings={name: x for name, x in given.items() if name not in STUDY}
+      or None)
   code = provenance.this_start()
   return plans.Frozen(
       plan, sweep.base.to_dict(), points, cost.contents(configs),
@@ -107,7 +108,19 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
     given[name] = value = getattr(module, name, default)
     require(isinstance(value, kind), f'{file}: {name} is {short(value)}: '
             f'write it as {form!r}')
-  sweep = spec.read_sweep_file(file, seeds=1, known=STUDY)
+  seeds = STUDY['SEEDS'] | given['SEEDS']
+  for phase in seeds:
+    one_of('phase of SEEDS', phase, phases.PHASES)
+  given['SEEDS'] = {phase.name: seeds[phase.name] for phase in phases.of(seeds)}
+  for phase in phases.of(seeds):
+    number = seeds[phase.name]
+    require(type(number) is int and phase.least <= number <= phases.APART,
+            f'{file}: SEEDS has {number!r} for {phase.name}: choose a whole '
+            f'number from {phase.least} to {phases.APART:,}')
+    for name, default in phase.constants.items():
+      given[name] = getattr(module, name, default)
+      check_type(given[name], default, f'{file}: {name}')
+  sweep = spec.read_sweep_file(file, seeds=1, known=given)
   for name, most in (('EFFECT', 1e30), ('ALPHA', 1), ('Q', 1), ('POWER', 1)):
     check_number(f'{file}: {name}', given[name], (('>', 0), ('<', most)))
   check_number(f'{file}: UNSTABLE', given['UNSTABLE'], (('>=', 0), ('<=', 1)))
@@ -125,13 +138,6 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   require(next(iter(workloads), '') == plans.TEXT, f'{file}: WORKLOADS begins '
           f'with {next(iter(workloads), "nothing")!r}: begin it with '
           f'{plans.TEXT!r}, which probes stand beside')
-  given['SEEDS'] = seeds = STUDY['SEEDS'] | given['SEEDS']
-  for phase, number in seeds.items():
-    one_of('phase of SEEDS', phase, plans.PHASES)
-    require(type(number) is int
-            and LEAST_SEEDS[phase] <= number <= plans.Seeds.APART,
-            f'{file}: SEEDS has {number!r} for {phase}: choose a whole number '
-            f'from {LEAST_SEEDS[phase]} to {plans.Seeds.APART:,}')
   given['TUNING'] = _tuning(file, given['TUNING'], sweep.base)
   _check_overlaps(file, sweep, given)
   given['MEASURES'] = measures_lib.completed(given['MEASURES'] or [

@@ -1,7 +1,8 @@
 """The phases of a study, each from the outcomes of those before.
 
-noise -> tune -> screen -> confirm. A phase asks a trainer for runs, gets their
-outcomes, and decides. A trainer is an object with
+noise -> tune -> screen -> confirm: the records of PHASES, the table at the end,
+over which plans, costs, results, status and reports go. A phase asks a trainer
+for runs, gets their outcomes, and decides. A trainer is an object with
 
     train(folder, runs) -> [Outcome of each run]
 
@@ -17,18 +18,19 @@ the outcomes alone, so that a study which is resumed, or run by two at once,
 searches in the same way.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import dataclasses
 import itertools
 import math
 from typing import Any, NamedTuple
 
 from configs.errors import RequestError
-from tools.compare import decide
+from tools.compare import decide, page, statistics
 from tools.compare import plan as plans
 from training.objectives import pipeline
 from training.workdir import run_config
 
+APART = 10_000  # seeds from the first of a phase to the first of the next
 Changes = dict[str, Any]
 
 
@@ -53,112 +55,201 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass
 class Found:
-  """What a study has found so far; see plan.py."""
+  """What a study has found so far.
+
+  Attributes:
+    trainer: of the runs.
+    outcomes: of all runs.
+    records: what the phases decided, by the keys of results.json (plan.py).
+    finished: the names of the phases that are over.
+  """
+  trainer: Any
   outcomes: list[plans.Outcome] = dataclasses.field(default_factory=list)
-  noise: list[decide.Noise] = dataclasses.field(default_factory=list)
-  announced: decide.Announced | None = None
-  tuned: list[plans.Tuned] = dataclasses.field(default_factory=list)
-  screen: list[decide.Verdict] = dataclasses.field(default_factory=list)
-  confirm: list[decide.Verdict] = dataclasses.field(default_factory=list)
+  records: dict[str, Any] = dataclasses.field(default_factory=dict)
   finished: list[str] = dataclasses.field(default_factory=list)
+
+  def train(self, phase: 'Phase', runs: list[Run], rung: int = 0) -> list:
+    """Returns the outcomes of runs; each rung of a phase has its folder."""
+    outcomes = self.trainer.train(
+        f'{phase.name}-{rung}' if rung else phase.name, runs)
+    self.outcomes += outcomes
+    return outcomes
+
+  @property
+  def weakness(self) -> str:
+    """Why the study cannot find what it is after; '' where it can, or where
+    the noise is not known yet."""
+    announced = self.records.get('announced')
+    return '' if not announced or announced.enough else announced.sentence
 
 
 class TooWeak(RequestError):
   """The study cannot find the effect that it is after."""
 
 
-def run(frozen: plans.Frozen, trainer: Any, until: str = 'confirm',
-        anyway: bool = False,
-        after: Callable[[Found], None] = lambda found: None) -> Found:
-  """Goes through the phases.
+def of(seeds: Collection[str]) -> list['Phase']:
+  """Returns the phases that a study has, in order; `seeds` are its plan's."""
+  return [phase for name, phase in PHASES.items() if name in seeds]
+
+
+def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
+        anyway: bool = False) -> Iterator[Found]:
+  """Goes through the phases; yields all that is found, after each.
 
   Args:
     frozen: the plan.
     trainer: of the runs.
-    until: the last phase.
+    until: the last phase; REPORT: all.
     anyway: whether to go on where the noise is too large for the effect.
-    after: called with all that is found, after each phase.
 
   Raises:
     TooWeak: after `noise`, unless `anyway`.
   """
-  found, plan = Found(), frozen.plan
-  for phase in plans.PHASES[:plans.PHASES.index(until) + 1]:
-    if phase == 'noise':
-      found.outcomes += trainer.train(phase, noise_runs(frozen))
-      found.noise = decide.noise(plan, found.outcomes)
-      found.announced = decide.announce(plan, found.noise)
-    elif phase == 'tune':
-      found.tuned = _tune(frozen, trainer, found)
-    elif phase == 'screen':
-      found.outcomes += trainer.train(phase, full_runs(
-          frozen, found.tuned, phase, (plan.base, *plan.variants),
-          plan.sizes[:1]))
-      found.screen = decide.screen(plan, found.outcomes)
-    else:
-      passed = [row.variant for row in found.screen
-                if row.verdict == decide.PASSED]
-      if passed:
-        found.outcomes += trainer.train(phase, full_runs(
-            frozen, found.tuned, phase, (plan.base, *passed), plan.sizes))
-      found.confirm = decide.confirm(plan, found.outcomes)
-    found.finished.append(phase)
-    after(found)
-    if phase == 'noise' and not found.announced.enough and not anyway:
-      raise TooWeak(found.announced.sentence.rstrip('.') + ': take more seeds, '
-                    'a larger EFFECT, or --anyway')
-  return found
+  found = Found(trainer)
+  for phase in of(frozen.plan.seeds):
+    found.records |= phase.run(frozen, found)
+    found.finished.append(phase.name)
+    yield found
+    if found.weakness and not anyway:
+      raise TooWeak(found.weakness.rstrip('.') + ': take more seeds, a larger '
+                    'EFFECT, or --anyway')
+    if phase.name == until:
+      return
 
 
-def _tune(frozen: plans.Frozen, trainer: Any, found: Found
-          ) -> list[plans.Tuned]:
-  each = searches(frozen.plan)
-  for rung in itertools.count(1):
-    going = [search for search in each if search.candidates]
-    if not going:
-      return [search.found() for search in each]
-    asked = [tune_runs(frozen, search) for search in going]
-    outcomes = trainer.train(f'tune-{rung}', [
-        run for own in asked for candidate in own for run in candidate])
-    found.outcomes += outcomes
-    given = iter(outcomes)
-    for search, own in zip(going, asked):
-      search.take(frozen.steps(own[0][0].changes),
-                  [[next(given) for _ in candidate] for candidate in own])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+  """A phase: variants beside the base, with the values that were tuned, which
+  the report tables. Noise and Tune are of other kinds.
+
+  The verdict of a study is that of `confirm`, or of a phase before it that lets
+  a variant go no further. What a later phase finds stands beside it.
+
+  Attributes:
+    name: what SEEDS and reports call it, and results.json what it decides. Its
+      runs are in the folder NAME, or NAME-1, NAME-2, ... for rungs: so a name
+      has no '-'.
+    block: its seeds begin at block * APART. No other phase has the same, and
+      none changes its own, whatever comes before it.
+    seeds: how many a study has of it that says nothing; 0: only a study whose
+      SEEDS says how many has this phase.
+    least: how many it needs.
+    decide: (plan, outcomes, name) -> what follows: a Verdict of each variant
+      and measure; the plan is that of `narrow`.
+    enter: (plan, records so far) -> the variants that are run.
+    narrow: plan -> the same with the sizes and the measures that this phase
+      compares; by default all of them.
+    note: plan -> what stands beside its costs.
+    methods: a paragraph of the report, made by str.format(plan=plan), where
+      templates/methods.txt.jinja does not say it.
+    constants: what the file of a study that has this phase may also hold, with
+      the defaults; they stand in Plan.settings.
+  """
+  name: str
+  block: int
+  seeds: int
+  least: int = statistics.MIN_SEEDS
+  decide: Callable[..., list] = decide.confirm
+  enter: Callable[..., Sequence[str]] = lambda plan, records: plan.variants
+  narrow: Callable[[plans.Plan], plans.Plan] = lambda plan: plan
+  note: Callable[[plans.Plan], str] = lambda plan: ''
+  methods: str = ''
+  constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    assert self.name.isidentifier(), self.name
+
+  def seeds_of(self, plan: plans.Plan) -> tuple[int, ...]:
+    return tuple(self.block * APART + i for i in range(plan.seeds[self.name]))
+
+  def runs(self, frozen: plans.Frozen, best: Callable[[str, str, str], Changes],
+           variants: Sequence[str]) -> list[Run]:
+    """Returns the runs of the base and of variants with the best values of
+    (variant, size, workload): of a size that was not tuned, the smallest's."""
+    plan = self.narrow(frozen.plan)
+    return [_run(frozen, self.name, variant, size, workload, seed, best(
+        variant, size if size in plan.tuned_sizes else plan.tuned_sizes[0],
+        workload))
+            for size in plan.sizes for workload in plan.workloads
+            if plan.of_workload(workload)
+            for variant in (plan.base, *variants)
+            for seed in self.seeds_of(plan)]
+
+  def most(self, frozen: plans.Frozen) -> list[Run]:
+    """Returns the runs that it asks for at most, whatever is found before."""
+    plan = frozen.plan
+    first = {name: values[0] for name, values in plan.tuning.fields.items()}
+    return self.runs(frozen, lambda *at: first, plan.variants)
+
+  def run(self, frozen: plans.Frozen, found: Found) -> dict[str, Any]:
+    """Trains what follows from what was found; returns what it decides, by the
+    keys of results.json."""
+    tuned = {(row.variant, row.size, row.workload): row.changes
+             for row in found.records.get('tuned', ())}
+    if variants := self.enter(frozen.plan, found.records):
+      found.train(self, self.runs(frozen, lambda *at: tuned[at], variants))
+    return {self.name: self.decide(
+        self.narrow(frozen.plan), found.outcomes, self.name)}
+
+  def told(self, records: Mapping[str, Any]) -> list[str]:
+    """Returns what it decided, in lines."""
+    return [f'  {row.variant}, {row.measure}: '
+            f'{page.estimate(row.effect, row.low, row.high).text}, corrected p '
+            f'{page.p_value(row.p_corrected).text}: {row.verdict}'
+            for row in records[self.name]]
 
 
-def noise_runs(frozen: plans.Frozen) -> list[Run]:
+class Noise(Phase):
   """The base, and the base with other first parameters."""
-  plan = frozen.plan
-  return [_run(frozen, 'noise', variant, size, workload, seed, apart)
-          for size in plan.sizes for workload in plan.workloads
-          for variant, apart in ((plan.base, {}), (plans.AGAIN,
-                                                   {'init_seed': 1}))
-          for seed in plan.seeds.of('noise')]
+
+  def runs(self, frozen, best, variants):
+    apart = {frozen.plan.base: {}, plans.AGAIN: {'init_seed': 1}}
+    return super().runs(frozen, lambda name, *at: apart[name], [plans.AGAIN])
+
+  def run(self, frozen, found):
+    rows = super().run(frozen, found)[self.name]
+    return {self.name: rows, 'announced': decide.announce(frozen.plan, rows)}
+
+  def told(self, records):
+    return [records['announced'].sentence]
 
 
-def tune_runs(frozen: plans.Frozen, search: 'Search') -> list[list[Run]]:
-  """The runs of each candidate of a search, over the seeds of tuning."""
-  return [[_run(frozen, 'tune', *search.name, seed, changes, search.share)
-           for seed in frozen.plan.seeds.of('tune')]
-          for changes in search.candidates]
+class Tune(Phase):
+  """The search of each variant and the base, rung by rung."""
 
+  def runs_of(self, frozen: plans.Frozen, search: 'Search') -> list[list[Run]]:
+    """Returns the runs of each candidate of a search."""
+    return [[_run(frozen, self.name, *search.name, seed, changes, search.share)
+             for seed in self.seeds_of(frozen.plan)]
+            for changes in search.candidates]
 
-def full_runs(frozen: plans.Frozen, tuned: Sequence[plans.Tuned],
-              phase: str, variants: Iterable[str], sizes: Iterable[str]
-              ) -> list[Run]:
-  """The runs of `screen` or `confirm`, with the values that were tuned: of a
-  size that was not tuned, those of the smallest. The primary measure decides on
-  the screening, so that has its workload alone."""
-  plan, variants = frozen.plan, tuple(variants)
-  best = {(row.variant, row.size, row.workload): row.changes for row in tuned}
-  workloads = (plan.workloads if phase == 'confirm'
-               else (plan.primary.workload,))
-  return [_run(frozen, phase, variant, size, workload, seed, best[
-      variant, size if size in plan.tuned_sizes else plan.tuned_sizes[0],
-      workload])
-          for size in sizes for workload in workloads
-          for variant in variants for seed in plan.seeds.of(phase)]
+  def most(self, frozen):
+    """Those of all rungs: which candidates survive does not matter here."""
+    runs, tuning = [], frozen.plan.tuning
+    for search in searches(frozen.plan):
+      for search.rung in range(tuning.rungs):
+        runs += itertools.chain(*self.runs_of(frozen, search))
+        search.candidates = search.candidates[:kept(
+            tuning, len(search.candidates))]
+    return runs
+
+  def run(self, frozen, found):
+    each = searches(frozen.plan)
+    for rung in itertools.count(1):
+      going = [search for search in each if search.candidates]
+      if not going:
+        return {'tuned': [search.found() for search in each]}
+      asked = [self.runs_of(frozen, search) for search in going]
+      given = iter(found.train(
+          self, [*itertools.chain(*itertools.chain(*asked))], rung))
+      for search, own in zip(going, asked):
+        search.take(frozen.steps(own[0][0].changes),
+                    [[next(given) for _ in candidate] for candidate in own])
+
+  def told(self, records):
+    return [f'  {row.workload} {row.size} {row.variant}: {row.changes}, at the '
+            f'edge: {", ".join(row.at_edge) or "none"}'
+            for row in records['tuned']]
 
 
 def _run(frozen: plans.Frozen, phase: str, variant: str, size: str,
@@ -311,3 +402,23 @@ def searches(plan: plans.Plan) -> list[Search]:
   return [Search(plan, variant, size, workload)
           for size in plan.tuned_sizes for workload in plan.workloads
           for variant in (plan.base, *plan.variants)]
+
+
+def _edges(plan: plans.Plan) -> str:
+  more = (plan.tuning.extend * len(plan.tuning.fields) * plan.seeds['tune']
+          * len(searches(plan)))
+  return (f'and at most {more} more runs, where an optimum is at an edge'
+          if more else '')
+
+
+PHASES = {phase.name: phase for phase in (
+    Noise(name='noise', block=0, seeds=5, decide=decide.noise),
+    Tune(name='tune', block=1, seeds=1, least=1, note=_edges),
+    Phase(name='screen', block=2, seeds=5, decide=decide.screen,
+          narrow=lambda plan: dataclasses.replace(
+              plan, sizes=plan.sizes[:1], measures=plan.measures[:1])),
+    Phase(name='confirm', block=3, seeds=5, decide=decide.confirm,
+          enter=lambda plan, records: [row.variant for row in records['screen']
+                                       if row.verdict == decide.PASSED],
+          note=lambda plan: 'if every variant passes the screening'),
+)}

@@ -6,16 +6,15 @@ was found, by key:
   study       name, hash of the plan that it is of
   outcomes    Outcome of every run that is done, as objects
   noise       decide.noise's
-  announced   decide.announce's; null where noise is not over
+  announced   decide.announce's
   tuned       Tuned, of each variant, size and workload
-  screen      decide.screen's
-  confirm     decide.confirm's
+  screen, confirm, ...: the Verdicts of each phase that compares
   phases      by phase: {'planned': runs, 'done': runs, 'failed': runs,
               'tokens', 'flops', 'seconds', 'wall_seconds', 'finished': bool}
   as_planned  {'same': bool, 'differences': [sentences]}
   provenance  {'codes': [...], 'devices': [...], 'versions': {...}}
 
-Lists are empty where a phase has not been decided yet.
+What a phase decides (phases.py) is absent where it is not over.
 """
 
 from collections.abc import Mapping
@@ -28,9 +27,7 @@ from typing import Any, NamedTuple
 from configs.errors import require
 from tools.compare import layout, spec
 
-PHASES = ('noise', 'tune', 'screen', 'confirm')
 REPORT = 'report'  # what follows the last phase
-UNTIL = ('freeze', *PHASES, REPORT)  # how far a study may be told to go
 TEXT = 'text'  # the workload that every study has, and that comes first
 AGAIN = 'base-again'  # the base with other first parameters, of `noise`
 LOWER, HIGHER = 'lower', 'higher'  # which value of a measure is better
@@ -58,21 +55,6 @@ class Measure:
   def sign(self) -> int:
     """What makes a difference positive where it is an improvement."""
     return 1 if self.better == HIGHER else -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Seeds:
-  """How many seeds each phase has; no two phases share one."""
-  noise: int
-  tune: int
-  screen: int
-  confirm: int
-
-  APART = 10_000  # phase k has the seeds k * APART, k * APART + 1, ...
-
-  def of(self, phase: str) -> tuple[int, ...]:
-    first = PHASES.index(phase) * self.APART
-    return tuple(range(first, first + getattr(self, phase)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +86,8 @@ class Plan:
     sizes: smallest first.
     workloads: 'text' first, then probes.
     measures: the first is the primary one, which the verdict is on.
+    seeds: how many each phase has, in their order. A phase that is not here is
+      none of the study.
     effect: the smallest improvement of the primary measure that is wanted.
     alpha: family-wise error of the confirmation (Holm).
     q: false discovery rate of the screening (Benjamini-Hochberg).
@@ -113,6 +97,8 @@ class Plan:
     match_field: the field that is solved for it.
     tuned_sizes: those that are tuned; the others take the values of the
       smallest one. With muP the smallest alone, else all.
+    settings: the constants of the phases (Phase.constants); None: they have
+      none.
   """
   name: str
   question: str
@@ -122,7 +108,7 @@ class Plan:
   sizes: tuple[str, ...]
   workloads: tuple[str, ...]
   measures: tuple[Measure, ...]
-  seeds: Seeds
+  seeds: Mapping[str, int]
   tuning: Tuning
   effect: float
   alpha: float = 0.05
@@ -132,6 +118,7 @@ class Plan:
   match: str = ''
   match_field: str = ''
   tuned_sizes: tuple[str, ...] = ()
+  settings: Mapping[str, Any] | None = None
 
   @property
   def primary(self) -> Measure:
@@ -145,7 +132,7 @@ class Outcome(NamedTuple):
   """What one run gave.
 
   Attributes:
-    phase: of PHASES.
+    phase: its name.
     variant: of the plan, its base, or AGAIN.
     values: by the measures' names; `chance` where the run diverged.
     diverged: whether its loss was not finite, ended well above guessing, or
@@ -224,8 +211,11 @@ class Frozen:
 
   @property
   def hash(self) -> str:
-    """Of all that was planned, and what it was planned with."""
+    """Of all that was planned, and what it was planned with. A field of the
+    plan that is None, which a later version may add, is no part of it."""
     tree = to_json(self)
+    tree['plan'] = {name: x for name, x in tree['plan'].items()
+                    if x is not None}
     return layout.checksum({name: tree[name] for name in (
         'plan', 'base_config', 'points', 'sources', 'code')})
 
@@ -257,7 +247,12 @@ def load(workdir) -> Frozen:
   plan = spec.tuples(tree['plan'])
   return Frozen(**tree | {'plan': Plan(**plan | dict(
       measures=tuple(Measure(**row) for row in plan['measures']),
-      seeds=Seeds(**plan['seeds']), tuning=Tuning(**plan['tuning'])))})
+      tuning=Tuning(**plan['tuning'])))})
+
+
+def phase_of(folder: pathlib.Path) -> str:
+  """Returns the phase whose runs a folder of a study has."""
+  return folder.name.partition('-')[0]
 
 
 def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
@@ -286,11 +281,11 @@ def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
           f'{", ".join(changed[:8])}{", ..." * (len(changed) > 8)} changed '
           'since. Take another --workdir, or give the reason by '
           '--amend=REASON, which the report will tell')
+  begun = [phase_of(x.parent) for x in pathlib.Path(workdir).glob('*/points')]
   frozen.amendments = [*old.amendments, {
       'reason': reason, 'time': time.time(), 'before': old.hash,
-      'changed': changed, 'seen': [
-          phase for phase in PHASES
-          if list(pathlib.Path(workdir).glob(f'{phase}*/points'))]}]
+      'changed': changed,
+      'seen': [phase for phase in old.plan.seeds if phase in begun]}]
   frozen.notes = old.notes
   save(workdir, frozen)
   return frozen

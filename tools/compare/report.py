@@ -22,6 +22,7 @@ import numpy as np
 from configs.errors import require
 from tools.compare import curves, decide, figures, layout, page, statistics
 from tools.compare import measures as measures_lib
+from tools.compare import phases as phases_lib
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
 from tools.compare.page import UNKNOWN, Cell, Section, Table, label
@@ -86,9 +87,10 @@ class Comparison:
     return (self.plan.base, *self.plan.variants)
 
   @property
-  def sizes(self) -> tuple[str, ...]:
-    """Those of the confirmation; the last is over all of them."""
-    return (*self.plan.sizes, decide.ALL) if self.is_study else self.plan.sizes
+  def comparing(self) -> list[phases_lib.Phase]:
+    """The phases that compare variants with the base."""
+    return [phase for phase in phases_lib.of(self.plan.seeds)
+            if not isinstance(phase, phases_lib.Noise | phases_lib.Tune)]
 
   def values(self, phase: str, variant: str, size: str,
              measure: plans.Measure) -> dict[int, float]:
@@ -102,7 +104,7 @@ class Comparison:
              ) -> Mapping[str, Any]:
     """What a phase says of a measure, by default over all sizes; {} of what it
     has not compared."""
-    row = next((row for row in self.results[phase]
+    row = next((row for row in self.results.get(phase, ())
                 if (row['variant'], row['measure']) == (variant, measure)), {})
     if not row or size in ('', decide.ALL) or len(row['sizes']) == 1:
       return row
@@ -112,8 +114,9 @@ class Comparison:
     """How far a variant came, in the words of the verdict's column."""
     if variant == self.plan.base:
       return BASE
-    for phase in ('confirm', 'screen'):
-      row = self.effect(phase, variant, self.plan.primary.name)
+    names = [phase.name for phase in self.comparing]
+    for name in reversed(names[:names.index('confirm') + 1]):
+      row = self.effect(name, variant, self.plan.primary.name)
       if row and row['verdict'] != decide.PASSED:
         return row['verdict']
     return OPEN
@@ -121,19 +124,23 @@ class Comparison:
   @functools.cached_property
   def estimates(self) -> list[dict[str, Any]]:
     """A row for each measure of each variant in each phase, at each size and
-    over all of them: its mean, and its difference from the base."""
-    asked = [('confirm', measure, size) for measure in self.plan.measures
-             for size in reversed(self.sizes)]
-    asked += [('screen', self.plan.primary, self.plan.sizes[0])
-              ] * bool(self.results['screen'])
-    return [self._estimate(*which, variant) for which in asked
-            for variant in self.variants]
+    over all of them: its mean, and its difference from the base. Those of the
+    confirmation come first, and of each phase those that its verdict is on."""
+    rows = []
+    for phase in sorted(self.comparing, key=lambda x: x.name != 'confirm'):
+      plan = phase.narrow(self.plan)
+      sizes = [decide.ALL] * (len(plan.sizes) > 1) + [*reversed(plan.sizes)]
+      if phase.name in ('confirm', *self.results):
+        rows += [self._estimate(phase.name, measure, size, variant, (
+            measure, size) == (plan.primary, sizes[0]))
+                 for measure in plan.measures for size in sizes
+                 for variant in self.variants]
+    return rows
 
   def _estimate(self, phase: str, measure: plans.Measure, size: str,
-                variant: str) -> dict[str, Any]:
+                variant: str, is_verdict: bool) -> dict[str, Any]:
     values = [*self.values(phase, variant, size, measure).values()]
     compared = self.effect(phase, variant, measure.name, size)
-    is_verdict = measure == self.plan.primary and size == self.sizes[-1]
     row = {
         'phase': phase, 'measure': measure.name, 'variant': variant,
         'size': size, 'mean': float(np.mean(values)) if values else None,
@@ -142,16 +149,15 @@ class Comparison:
     row |= {name: compared.get(name) for name in (
         'effect', 'low', 'high', 'n', 'p', 'p_corrected', 'diverged',
         'base_diverged')}
-    row['verdict'] = (self.standing(variant) if is_verdict else
-                      compared.get('verdict') if phase == 'screen' else None)
+    row['verdict'] = (None if not is_verdict else self.standing(variant)
+                      if phase == 'confirm' else compared.get('verdict'))
     trend = compared.get('trend') or {}
     row |= {f'trend_{name}': trend.get(name)
             for name in ('effect', 'low', 'high')}
-    speed_ups = self.effect('confirm', variant, measure.name).get(
-        'speed_ups', ())
+    speed_ups = self.effect(phase, variant, measure.name).get('speed_ups', ())
     for by in decide.BY:
-      fast = next((x for x in speed_ups if phase == 'confirm' and (
-          x['size'], x['by']) == (size, by)), {})
+      fast = next((x for x in speed_ups
+                   if (x['size'], x['by']) == (size, by)), {})
       row |= {f'speed_up_{by}{ending}': fast.get(name) for ending, name in (
           ('', 'factor'), ('_low', 'low'), ('_high', 'high'),
           ('_fit_error', 'fit_error'))}
@@ -178,7 +184,7 @@ def _study(workdir) -> Comparison:
           'whose study has to be run before it is reported')
   outcomes = [plans.outcome_from_json(row) for row in results['outcomes']]
   over = [name for name, row in results['phases'].items() if row['finished']]
-  left = [name for name in plans.PHASES if name not in over]
+  left = [name for name in frozen.plan.seeds if name not in over]
   warnings, announced = [], results['announced']
   if left:
     warnings.append(f'This study is not over: {", ".join(left)} '
@@ -221,7 +227,7 @@ def _sweep(workdir) -> Comparison:
       tuple(p.name for p in sweep.points if p is not sweep.base), ('',),
       (plans.TEXT,), tuple(plans.Measure(
           name, plans.TEXT, name, plans.LOWER, math.nan) for name in names),
-      plans.Seeds(0, 0, 0, len(sweep.base.runs)),
+      {'confirm': len(sweep.base.runs)},
       plans.Tuning({LR: ()}, rungs=1), 0.0, unstable=1.0, match=sweep.match)
   confirm = [dataclasses.replace(row, verdict=decide.by_itself(plan, row))
              for row in decide.confirm(plan, outcomes)]
@@ -601,6 +607,7 @@ def methods(frozen: plans.Frozen, announced: Mapping[str, Any] | None
   plan = frozen.plan
   text = page.render(
       'methods.txt', frozen=frozen, announced=announced, plan=plan,
+      phases=phases_lib.of(plan.seeds),
       primary=plan.primary, changed=changed, said=measures_lib.said,
       alone=alone, amount=measures_lib.amount(frozen, plan.effect),
       grid=[f'{name} in {{{", ".join(map(value, values))}}}'
@@ -700,6 +707,15 @@ def other_table(c: Comparison) -> Table:
       row for row in rows if row['phase'] == 'confirm'])
 
 
+def comparison(c: Comparison, phase: phases_lib.Phase) -> Section:
+  """What a phase found that the verdicts are not of."""
+  sizes = phase.narrow(c.plan).sizes
+  return Section(phase.name, phase.name.capitalize(), tables=[estimate_table(
+      c, f'{phase.name}-table', f'At the smallest size, {sizes[0]}'
+      if sizes == c.plan.sizes[:1] else f'At {", ".join(sizes)}',
+      [row for row in c.estimates if row['phase'] == phase.name])])
+
+
 def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
   pick = lambda name: [figure for figure in drawn if figure.name == name]
   announced = c.results['announced']
@@ -716,9 +732,8 @@ def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
       Section('tuning', 'Tuning', tables=[tuning(c)], plots=[tuning_plot(c)]),
       Section('noise', 'Noise and power', [announced['sentence']] if announced
               else (), (), [noise(c)]),
-      Section('screen', 'Screen', tables=[estimate_table(
-          c, 'screened', f'At the smallest size, {c.plan.sizes[0]}',
-          [row for row in c.estimates if row['phase'] == 'screen'])]),
+      *(comparison(c, phase) for phase in c.comparing
+        if phase.name != 'confirm'),
       Section('left-out', 'Left out', tables=[excluded(c)]),
       Section('planned', 'Planned and run', planned * c.is_study),
       Section('methods', 'Methods', methods(c.frozen, announced)

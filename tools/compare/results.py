@@ -1,6 +1,6 @@
 """results.json: everything that a study has found, and what it took."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import importlib.metadata
 import pathlib
 import platform
@@ -13,21 +13,18 @@ FILE = 'results.json'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy')
 # What a study that was frozen and no more has found.
 NOTHING: dict[str, Any] = {
-    'study': None, 'outcomes': [], 'noise': [], 'announced': None, 'tuned': [],
-    'screen': [], 'confirm': [], 'phases': {},
-    'as_planned': {'differences': []},
+    'study': None, 'outcomes': [], 'phases': {}, 'noise': [], 'announced': None,
+    'tuned': [], 'as_planned': {'differences': []},
     'provenance': {'codes': [], 'devices': [], 'versions': {}}}
 
 
-def write(workdir, frozen: plans.Frozen, found: phases.Found,
-          planned: Mapping[str, int]) -> None:
+def write(workdir, frozen: plans.Frozen, found: phases.Found) -> None:
   """Writes results.json, unless it holds later phases of the same plan.
 
   Args:
     workdir: of the study.
     frozen: its plan.
     found: so far.
-    planned: how many runs each phase has, as far as it is known.
   """
   before = load(workdir)
   over = {phase for phase, row in before['phases'].items() if row['finished']}
@@ -38,10 +35,9 @@ def write(workdir, frozen: plans.Frozen, found: phases.Found,
   ran = codes(workdir)
   layout.save_checked(pathlib.Path(workdir) / FILE, {
       'study': {'name': frozen.plan.name, 'hash': frozen.hash},
-      **{name: plans.to_json(getattr(found, name)) for name in (
-          'outcomes', 'noise', 'announced', 'tuned', 'screen', 'confirm')},
-      'phases': {phase: _spent(frozen, phase, found, planned)
-                 for phase in plans.PHASES},
+      'outcomes': plans.to_json(found.outcomes), **plans.to_json(found.records),
+      'phases': {phase.name: _spent(frozen, phase, found)
+                 for phase in phases.of(frozen.plan.seeds)},
       'as_planned': as_planned(workdir, frozen, ran),
       'provenance': {'codes': ran, 'devices': _devices(workdir),
                      'versions': {'python': platform.python_version()} | {
@@ -50,30 +46,29 @@ def write(workdir, frozen: plans.Frozen, found: phases.Found,
 
 
 def load(workdir) -> dict[str, Any]:
-  """Returns what results.json holds; NOTHING where there is no such file."""
+  """Returns what results.json holds, and what of NOTHING it does not."""
   path = pathlib.Path(workdir) / FILE
-  return layout.load_checked(path) if path.is_file() else NOTHING
+  return NOTHING | (layout.load_checked(path) if path.is_file() else {})
 
 
 def folders(workdir, phase: str = '') -> list[pathlib.Path]:
   """Returns the sweeps of a phase, or of all, in the order of the phases."""
-  order = lambda path: (len(path.parent.name), path.parent.name)
-  return [path.parent for name in ([phase] if phase else plans.PHASES)
-          for path in sorted(
-              pathlib.Path(workdir).glob(f'{name}*/sweep.json'), key=order)]
+  paths = sorted((path.parent for path in pathlib.Path(workdir).glob(
+      '*/sweep.json')), key=lambda path: (len(path.name), path.name))
+  return [path for name in ([phase] if phase else phases.PHASES)
+          for path in paths if plans.phase_of(path) == name]
 
 
-def _spent(frozen: plans.Frozen, phase: str, found: phases.Found,
-           planned: Mapping[str, int]) -> dict[str, Any]:
-  runs = [x for x in found.outcomes if x.phase == phase]
-  return {'planned': planned.get(phase, len(runs)), 'done': len(runs),
+def _spent(frozen: plans.Frozen, phase: phases.Phase, found) -> dict[str, Any]:
+  runs = [x for x in found.outcomes if x.phase == phase.name]
+  return {'planned': len(phase.most(frozen)), 'done': len(runs),
           'failed': sum(x.diverged for x in runs),
           'tokens': sum(x.flops / frozen.point_of(x)['flops_per_token']
                         for x in runs),
           'flops': float(sum(x.flops for x in runs)),
           'seconds': float(sum(x.seconds for x in runs
                                if x.seconds == x.seconds)),
-          'finished': phase in found.finished}
+          'finished': phase.name in found.finished}
 
 
 def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]

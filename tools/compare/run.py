@@ -8,7 +8,7 @@ import sys
 
 from configs.errors import STOPPED, one_of, require
 from configs.fields import check_number
-from tools.compare import check, layout, local, plan, slurm, status
+from tools.compare import check, layout, local, phases, plan, slurm, status
 
 LAUNCHERS = ('local', 'slurm', 'print')
 
@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--slurm', default='', help='of slurm: what submitit '
                       'is told, as slurm_partition=gpu,timeout_min=60')
   parser.add_argument('--until', default=plan.REPORT, help='of a study: its '
-                      f'last phase, of {", ".join(plan.UNTIL)} (%(default)s)')
+                      f'last phase, of freeze, {", ".join(phases.PHASES)}, '
+                      f'{plan.REPORT} (%(default)s)')
   parser.add_argument('--amend', default='', metavar='REASON', help='of a '
                       'study: go on with a plan that was changed; the reason '
                       'is reported')

@@ -16,7 +16,7 @@ from typing import Any
 
 from configs.errors import EnvironmentFailure, one_of, require
 from tools.compare import costs, curves, freeze, layout
-from tools.compare import local, page, phases, report, results
+from tools.compare import local, phases, report, results
 from tools.compare import plan as plans
 
 # Times the loss of guessing, above which a run counts as diverged: one that
@@ -46,9 +46,10 @@ def run(args, submit: Callable[..., None]) -> int:
     args: of `run`, as its add_arguments defines them.
     submit: (args, jobs) submits runners to SLURM.
   """
-  one_of('--until', args.until, plans.UNTIL)
   layout.try_folder(args.workdir, 'study.json')
-  frozen = plans.adopted(args.workdir, freeze.freeze(args.file), args.amend)
+  frozen = freeze.freeze(args.file)
+  one_of('--until', args.until, ('freeze', *frozen.plan.seeds, plans.REPORT))
+  frozen = plans.adopted(args.workdir, frozen, args.amend)
   print(described(frozen), flush=True)
   for folder in results.folders(args.workdir) if args.retry else ():
     with layout.Ledger(folder) as ledger:
@@ -85,22 +86,20 @@ def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
     args: until, anyway, group and parallel, as add_arguments defines them.
   """
   each = costs.of(frozen, args.group, costs.known(workdir, frozen))
-  planned = {cost.phase: cost.runs for cost in each}
-
-  def after(found: phases.Found) -> None:
-    if args.anyway and not found.announced.enough:
+  print(costs.table(each, args.parallel), flush=True)
+  for found in phases.run(frozen, trainer, args.until, args.anyway):
+    if args.anyway and found.weakness:
       _note(workdir, frozen, 'The study went on although it was too weak for '
-            f'what it wants. {found.announced.sentence}')
-    results.write(workdir, frozen, found, planned)
-    print(_told(found), flush=True)
-    if found.finished == ['noise'] and None in [
+            f'what it wants. {found.weakness}')
+    results.write(workdir, frozen, found)
+    phase = phases.PHASES[found.finished[-1]]
+    runs = [x for x in found.outcomes if x.phase == phase.name]
+    print(f'{phase.name}: {len(runs)} runs, {sum(x.diverged for x in runs)} '
+          'diverged', *phase.told(found.records), sep='\n', flush=True)
+    if len(found.finished) == 1 and None in [
         cost.seconds for cost in each]:  # their time is known by now
       print(costs.table(costs.of(frozen, args.group, costs.known(
           workdir, frozen))[1:], args.parallel), flush=True)
-
-  until = plans.PHASES[-1] if args.until == plans.REPORT else args.until
-  print(costs.table(each, args.parallel), flush=True)
-  phases.run(frozen, trainer, until, args.anyway, after)
   if args.until == plans.REPORT:
     print(f'report: {report.write(report.load(workdir))[0]}', flush=True)
   return 0
@@ -112,26 +111,6 @@ def _note(workdir, frozen: plans.Frozen, sentence: str) -> None:
   if sentence not in [note['told'] for note in frozen.notes]:
     frozen.notes.append({'time': time.time(), 'told': sentence})
     plans.save(workdir, frozen)
-
-
-def _told(found: phases.Found) -> str:
-  """Returns what the last phase found, in some lines."""
-  phase = found.finished[-1]
-  runs = [x for x in found.outcomes if x.phase == phase]
-  lines = [f'{phase}: {len(runs)} runs, {sum(x.diverged for x in runs)} '
-           'diverged']
-  if phase == 'noise':
-    lines.append(found.announced.sentence)
-  if phase == 'tune':
-    lines += [f'  {row.workload} {row.size} {row.variant}: {row.changes}, at '
-              f'the edge: {", ".join(row.at_edge) or "none"}'
-              for row in found.tuned]
-  return '\n'.join(lines + [
-      f'  {row.variant}, {row.measure}: '
-      f'{page.estimate(row.effect, row.low, row.high).text}, corrected p '
-      f'{page.p_value(row.p_corrected).text}: {row.verdict}'
-      for row in {'screen': found.screen, 'confirm': found.confirm}.get(
-          phase, ())])
 
 
 class Trainer:

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from tools.compare import decide, statistics
+from tools.compare import decide, phases, statistics
 from tools.compare import plan as plans
 
 SIZES = ('s', 'm', 'l')
@@ -21,7 +21,7 @@ PLAN = plans.Plan(
     variants=('a', 'b'), sizes=SIZES, workloads=('text', 'mqar'),
     measures=(LOSS, plans.Measure('mqar', 'mqar', 'probe/accuracy',
                                   plans.HIGHER, 0.0)),
-    seeds=plans.Seeds(noise=6, tune=2, screen=5, confirm=5),
+    seeds=dict(noise=6, tune=2, screen=5, confirm=5),
     tuning=plans.Tuning({'optim.lr': (1e-3, 2e-3)}), effect=0.03,
     tuned_sizes=SIZES)
 
@@ -29,7 +29,7 @@ PLAN = plans.Plan(
 def _phase(name, values, workload='text', lost=()):
   """Outcomes of {variant: array [seed, size]}; `lost` holds (variant, seed,
   size) of those that diverged, by index."""
-  first = plans.PHASES.index(name) * plans.Seeds.APART
+  first = phases.PHASES[name].block * phases.APART
   measure = 'loss' if workload == 'text' else workload
   return [plans.Outcome(
       name, variant, SIZES[k], workload, first + s,

@@ -77,11 +77,8 @@ class World:
   def outcomes(self, phase: str = 'confirm') -> list[plans.Outcome]:
     """Returns the outcomes of one phase, whatever was screened and tuned."""
     plan = self.plan
-    tuned = [plans.Tuned(variant, size, plans.TEXT, {}, (), 0, ())
-             for size in SIZES for variant in (plan.base, *plan.variants)]
-    return self.train('', phases.full_runs(
-        _frozen(plan), tuned, phase, (plan.base, *plan.variants),
-        SIZES if phase == 'confirm' else SIZES[:1]))
+    return self.train('', phases.PHASES[phase].runs(
+        _frozen(plan), lambda *point: {}, plan.variants))
 
 
 def _plan(variants: int = 5, seeds=(6, 2, 5, 5), **changes) -> plans.Plan:
@@ -90,7 +87,7 @@ def _plan(variants: int = 5, seeds=(6, 2, 5, 5), **changes) -> plans.Plan:
       variants=tuple(f'v{i + 1}' for i in range(variants)), sizes=SIZES,
       workloads=(plans.TEXT,), measures=(plans.Measure(
           'loss', plans.TEXT, 'loss', plans.LOWER, math.log(256)),),
-      seeds=plans.Seeds(*seeds), tuning=plans.Tuning(
+      seeds=dict(zip(phases.PHASES, seeds)), tuning=plans.Tuning(
           {RATE: (1e-3, 2e-3, 4e-3, 8e-3)}), effect=0.03,
       tuned_sizes=SIZES), **changes)
 
@@ -191,7 +188,8 @@ def test_as_much_is_found_as_is_announced():
 
   def one(number, add):
     own = World(plan, number)
-    rows = decide.noise(plan, own.train('', phases.noise_runs(_frozen(plan))))
+    rows = decide.noise(plan, own.train('', phases.PHASES['noise'].most(
+        _frozen(plan))))
     whole = next(row for row in rows if row.size == decide.ALL)
     naive = statistics.smallest_effect(
         plan.power, whole.sd, [whole.sd], 1e7, whole.seeds, whole.level)
@@ -217,20 +215,21 @@ def test_whole_studies_judge_what_they_picked_on_fresh_seeds(monkeypatch):
   def one(number, add):
     own = World(plan, number, effects=MIXTURE, bend=0.01, best={
         '': 2.5e-3, 'v1': 5e-3, 'v4': 1.2e-3})
-    found = phases.run(_frozen(plan), own, anyway=True)
-    rates = {(row.variant, row.size): row.changes[RATE] for row in found.tuned}
+    *_, found = phases.run(_frozen(plan), own, anyway=True)
+    rates = {(row.variant, row.size): row.changes[RATE]
+             for row in found.records['tuned']}
     truth = {name: np.array([own.effect(name, rates[name, size])
                              - own.effect('base', rates['base', size])
                              for size in SIZES]) for name in plan.variants}
     wrong = False
-    for row in found.confirm:
+    for row in found.records['confirm']:
       mean = truth[row.variant].mean()
       wrong |= row.verdict in CLAIMS and (
           mean * plan.primary.sign > 0) != (row.verdict == decide.BETTER)
       add('holds', _holds(row, mean))
       if row.variant in MIXTURE:
         add('confirmed', row.effect / mean)
-    for row in found.screen:
+    for row in found.records['screen']:
       if row.verdict == decide.PASSED and row.variant in MIXTURE:
         add('screened', row.effect / truth[row.variant][0])
     add('wrong', wrong)
@@ -239,5 +238,5 @@ def test_whole_studies_judge_what_they_picked_on_fresh_seeds(monkeypatch):
   assert found['wrong'] <= 0.1 and found['holds'] > 0.88
   assert found['screened'] > 1.05
   assert found['confirmed'] == pytest.approx(1, abs=0.06)
-  monkeypatch.setattr(plans.Seeds, 'APART', 0)
+  monkeypatch.setattr(phases, 'APART', 0)
   assert _means(40, one)['confirmed'] > 1.05

@@ -19,12 +19,15 @@ from configs.errors import EnvironmentFailure, RequestError, Stopped
 from tests.helpers import studies
 from tools.compare import costs, decide, freeze, layout, phases
 from tools.compare import plan as plans
-from tools.compare import results, status, study
+from tools.compare import report, results, status, study
 
 ROOT = pathlib.Path(__file__).parents[3]
 SECONDS = 1500  # that a process may take beside other tests
 PROBE = ("WORKLOADS = {'text': {}, 'copy': {'data.length': 8, "
          "'probe.levels': (1, 2), 'train.steps': 8}}")
+
+
+noise_runs = phases.PHASES['noise'].most
 
 
 # Its file.
@@ -61,7 +64,7 @@ def test_the_plan_is_what_the_file_says(probed, folder, tmp_path):
   back = plans.load(tmp_path)
   assert back.hash == probed.hash and back.plan == plan
   assert plans.adopted(tmp_path, probed).hash == probed.hash
-  assert phases.noise_runs(back)[3].point == phases.noise_runs(probed)[3].point
+  assert noise_runs(back)[3].point == noise_runs(probed)[3].point
 
 
 def test_each_point_is_matched_at_its_size_and_stays_so_on_a_probe(probed):
@@ -207,17 +210,18 @@ def made():
   frozen = studies.frozen(studies.plan())
   trainer = studies.Trainer(frozen)
   seen = []
-  found = phases.run(frozen, trainer, after=lambda found: seen.append(
-      list(found.finished)))
+  for found in phases.run(frozen, trainer):
+    seen.append(list(found.finished))
   return frozen, trainer, found, seen
 
 
 def test_a_whole_study_finds_what_is_there(made):
   _, trainer, found, seen = made
-  assert seen == [list(plans.PHASES[:i]) for i in (1, 2, 3, 4)]
-  assert [row.variant for row in found.screen
+  assert seen == [[*phases.PHASES][:i] for i in (1, 2, 3, 4)]
+  assert [row.variant for row in found.records['screen']
           if row.verdict == decide.PASSED] == ['good']
-  verdicts = {(row.variant, row.measure): row.verdict for row in found.confirm}
+  verdicts = {(row.variant, row.measure): row.verdict
+              for row in found.records['confirm']}
   assert verdicts['good', 'loss'] == 'better'
   assert {variant for variant, _ in verdicts} == {'good'}
   assert len(found.outcomes) == sum(map(len, trainer.asked.values()))
@@ -238,7 +242,8 @@ def test_each_phase_asks_for_its_runs(made):
   assert {run.size for run in confirm} == {'s', 'm', 'l'}
   for folder, runs in trainer.asked.items():
     phase = folder.partition('-')[0]
-    assert {run.seed for run in runs} == set(plan.seeds.of(phase))
+    assert {run.seed for run in runs} == set(
+        phases.PHASES[phase].seeds_of(plan))
     # Nothing but tuning sees the half of what is held out that tuning sees.
     assert {run.changes['eval.part'] for run in runs} == {
         'first' if phase == 'tune' else 'second'}
@@ -258,14 +263,15 @@ def test_every_variant_is_tuned_alike_and_takes_its_own_best(made):
   for run in trainer.asked['tune-1'] + trainer.asked['tune-2']:
     spent[run.variant] = spent.get(run.variant, 0) + run.share
   assert len(set(spent.values())) == 1 and len(spent) == 4
-  best = {row.variant: row.changes['optim.lr'] for row in found.tuned}
+  best = {row.variant: row.changes['optim.lr']
+          for row in found.records['tuned']}
   assert best == studies.BEST_LR
   for run in trainer.asked['confirm'] + trainer.asked['screen']:
     assert run.changes['optim.lr'] == studies.BEST_LR[run.variant]
   # The optimum of `good` was at the edge: one value further out was tried.
   assert {run.variant for run in trainer.asked['tune-3']} == {'good'}
   assert {run.changes['optim.lr'] for run in trainer.asked['tune-3']} == {8e-3}
-  assert not any(row.at_edge for row in found.tuned)
+  assert not any(row.at_edge for row in found.records['tuned'])
 
 
 def test_a_study_that_is_too_weak_stops_before_it_spends():
@@ -273,12 +279,13 @@ def test_a_study_that_is_too_weak_stops_before_it_spends():
   trainer = studies.Trainer(frozen)
   kept = []
   with pytest.raises(phases.TooWeak, match='less than the 80% .*--anyway'):
-    phases.run(frozen, trainer, after=kept.append)
+    kept.extend(phases.run(frozen, trainer))
   assert list(trainer.asked) == ['noise']
-  assert kept[-1].noise and not kept[-1].announced.enough
-  found = phases.run(frozen, trainer, anyway=True)
-  assert found.finished == list(plans.PHASES)
-  assert 'confirm' not in trainer.asked and found.confirm == []  # none passed
+  assert kept[-1].records['noise'] and kept[-1].weakness
+  *_, found = phases.run(frozen, trainer, anyway=True)
+  assert found.finished == list(phases.PHASES)
+  # None passed.
+  assert 'confirm' not in trainer.asked and not found.records['confirm']
 
 
 def _take(search, losses, steps=100, diverged=(), value=None):
@@ -404,7 +411,7 @@ def test_what_a_study_found_is_in_its_results(whole, frozen, capsys):
 @pytest.mark.parametrize('loss', [None, 9.0], ids=(
     'too many bad steps', 'well above guessing'))
 def test_runs_that_diverge_are_results(frozen, tmp_path, loss):
-  lost = frozen.plan.seeds.of('noise')[0]
+  lost = phases.PHASES['noise'].seeds_of(frozen.plan)[0]
   start(tmp_path, frozen, until='noise', anyway=True, loss=lambda config: (
       loss if config.seed == lost and not config.init_seed
       else loss_of(config)))
@@ -417,7 +424,7 @@ def test_runs_that_diverge_are_results(frozen, tmp_path, loss):
 
 def test_runs_that_fail_otherwise_end_the_study_and_are_retried(
     frozen, tmp_path):
-  lost = frozen.plan.seeds.of('noise')[1]
+  lost = phases.PHASES['noise'].seeds_of(frozen.plan)[1]
   loss = lambda config: 'no space' if config.seed == lost else loss_of(config)
   for _ in range(2):
     with pytest.raises(EnvironmentFailure,
@@ -433,7 +440,7 @@ def test_a_study_that_is_stopped_goes_on(frozen, tmp_path):
   with pytest.raises(Stopped):
     start(tmp_path, frozen, until='noise', stop_after=5)
   own = start(tmp_path, frozen, until='noise', anyway=True)
-  assert len(own.did) == len(phases.noise_runs(frozen)) - 5
+  assert len(own.did) == len(noise_runs(frozen)) - 5
 
 
 def test_a_run_that_is_gone_is_trained_anew(whole, frozen, tmp_path):
@@ -466,7 +473,7 @@ def test_a_changed_plan_is_refused_and_amended_for_a_reason(frozen, tmp_path):
   assert kept.hash == other.hash
   assert [own['before'] for own in kept.amendments] == [frozen.hash]
   # More seeds go into the same sweep; other models and other data do not.
-  seeds = dataclasses.replace(frozen.plan.seeds, noise=4)
+  seeds = frozen.plan.seeds | {'noise': 4}
   own = start(tmp_path, _with(other, seeds=seeds), until='noise',
               amend='too few')
   assert len(own.did) == 6  # a pair more at each size
@@ -524,9 +531,52 @@ def test_hours_and_states_are_known_of_what_has_run(
   assert 'confirm  not begun, 18 planned at most' in capsys.readouterr().out
 
 
+def test_a_phase_more_is_one_entry(
+    whole, frozen, tmp_path, monkeypatch, capsys):
+  """It is planned, costed, run, told and reported where a study asks for it,
+  and what others have planned and found stays as it is."""
+  blocks = [phase.block for phase in phases.PHASES.values()]
+  assert blocks[:4] == [0, 1, 2, 3] and len(set(blocks)) == len(blocks)
+  with pytest.raises(AssertionError):  # it would have the folder of a rung
+    phases.Phase(name='confirm-2', block=4, seeds=0)
+  monkeypatch.setitem(phases.PHASES, 'confirmed', phases.Phase(
+      name='confirmed', block=4, seeds=0, constants={'MARGIN': 0.1},
+      enter=lambda plan, records: [row.variant for row in records['confirm']
+                                   if row.verdict == decide.WORSE],
+      narrow=lambda plan: dataclasses.replace(plan, sizes=plan.sizes[1:]),
+      note=lambda plan: f'beyond {plan.settings["MARGIN"]}',
+      methods='What was confirmed had {plan.seeds[confirmed]} seeds more.'))
+  shutil.copytree(whole[2], tmp_path / 'four')
+  assert start(tmp_path / 'four', frozen).did == []
+  assert read(tmp_path / 'four') == whole[1]
+  with pytest.raises(RequestError, match='MARGIN, which is not read'):
+    freeze.freeze(studies.write(tmp_path, 'MARGIN = 0.2'))
+
+  workdir, more = tmp_path / 'five', freeze.freeze(studies.write(
+      tmp_path, "SEEDS['confirmed'] = 3\nMARGIN = 0.2"))
+  own = start(workdir, more, until='confirmed')
+  assert {(folder, seed) for folder, _, seed in own.did[-12:]} == {
+      ('confirmed', 40_000 + i) for i in range(3)}
+  found, c = read(workdir), report.load(workdir)
+  again, = found['confirmed']
+  assert again['verdict'] == decide.WORSE and len(again['sizes']) == 2
+  assert [found['phases'][phase]['done'] for phase in (
+      'confirm', 'confirmed')] == [3 * 2 * 3, 2 * 2 * 3]
+  assert {row['phase'] for row in c.verdicts()} == {'confirm'}
+  assert c.estimates[-6]['size'] == decide.ALL and (
+      c.estimates[-5]['effect'] == again['effect'])
+  page = report.html(c, [])
+  assert 'At m, l' in page and 'had 3 seeds more.' in page
+  status.main(types.SimpleNamespace(where=str(workdir), workdir='', json=False))
+  out = capsys.readouterr().out
+  for told in ('beyond 0.2', 'confirmed: 12 runs, 0 diverged\n  none, loss: +',
+               'confirmed 12 done, 12 planned', 'confirm  18 done, 18 planned'):
+    assert told in out
+
+
 def test_a_run_of_another_config_is_refused(frozen, tmp_path):
   own = studies.Written(tmp_path, frozen, loss=loss_of)
-  runs = phases.noise_runs(frozen)[:1]
+  runs = noise_runs(frozen)[:1]
   own.train('noise', runs)
   file = tmp_path / 'noise/points' / runs[0].point / 'seed-0/config.json'
   file.write_text(file.read_text().replace('"b2": 0.95', '"b2": 0.9'))
@@ -585,7 +635,7 @@ def test_an_a_a_study_goes_through_all_phases(tmp_path):
   found = json.loads((workdir / 'results.json').read_text())
   assert all(row['finished'] and row['done'] == row['planned']
              for row in found['phases'].values())
-  assert [found['phases'][phase]['done'] for phase in plans.PHASES] == [
+  assert [found['phases'][phase]['done'] for phase in phases.PHASES] == [
       3 * 2 * 3, 2 * 2, 2 * 3, 2 * 3 * 3]
   assert not any(x['diverged'] for x in found['outcomes'])
   verdict, = found['confirm']
