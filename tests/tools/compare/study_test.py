@@ -340,6 +340,8 @@ def test_the_hash_is_of_all_that_is_planned_and_of_nothing_else():
                   dict(base_config={'seed': 1}),
                   dict(sources={'text': 'b'}), dict(code={'commit': 'c'})):
     assert dataclasses.replace(frozen, **changed).hash != frozen.hash
+  # What a plan may hold since then, and this one does not, is no part of it.
+  assert studies.frozen(studies.plan()).hash == '471739196931b36a'
   noted = dataclasses.replace(frozen, notes=[{'time': 0.0, 'told': 'looked'}])
   assert noted.hash == frozen.hash
 
@@ -534,7 +536,7 @@ def test_hours_and_states_are_known_of_what_has_run(
 def test_a_phase_more_is_one_entry(
     whole, frozen, tmp_path, monkeypatch, capsys):
   """It is planned, costed, run, told and reported where a study asks for it,
-  and what others have planned and found stays as it is."""
+  be it over already; and what others have planned and found stays as it is."""
   blocks = [phase.block for phase in phases.PHASES.values()]
   assert blocks[:4] == [0, 1, 2, 3] and len(set(blocks)) == len(blocks)
   with pytest.raises(AssertionError):  # it would have the folder of a rung
@@ -546,22 +548,20 @@ def test_a_phase_more_is_one_entry(
       narrow=lambda plan: dataclasses.replace(plan, sizes=plan.sizes[1:]),
       note=lambda plan: f'beyond {plan.settings["MARGIN"]}',
       methods='What was confirmed had {plan.seeds[confirmed]} seeds more.'))
-  shutil.copytree(whole[2], tmp_path / 'four')
-  assert start(tmp_path / 'four', frozen).did == []
-  assert read(tmp_path / 'four') == whole[1]
+  workdir = tmp_path / 'w'
+  shutil.copytree(whole[2], workdir)
+  assert start(workdir, frozen).did == [] and read(workdir) == whole[1]
   with pytest.raises(RequestError, match='MARGIN, which is not read'):
     freeze.freeze(studies.write(tmp_path, 'MARGIN = 0.2'))
 
-  workdir, more = tmp_path / 'five', freeze.freeze(studies.write(
-      tmp_path, "SEEDS['confirmed'] = 3\nMARGIN = 0.2"))
-  own = start(workdir, more, until='confirmed')
-  assert {(folder, seed) for folder, _, seed in own.did[-12:]} == {
+  plan = freeze.freeze(studies.write(
+      tmp_path, "SEEDS['confirmed'] = 3\nMARGIN = 0.2")).plan
+  own = start(workdir, _with(frozen, seeds=plan.seeds, settings=plan.settings),
+              until='confirmed', amend='to be sure')
+  assert {(folder, seed) for folder, _, seed in own.did} == {
       ('confirmed', 40_000 + i) for i in range(3)}
-  found, c = read(workdir), report.load(workdir)
-  again, = found['confirmed']
+  (again,), c = read(workdir)['confirmed'], report.load(workdir)
   assert again['verdict'] == decide.WORSE and len(again['sizes']) == 2
-  assert [found['phases'][phase]['done'] for phase in (
-      'confirm', 'confirmed')] == [3 * 2 * 3, 2 * 2 * 3]
   assert {row['phase'] for row in c.verdicts()} == {'confirm'}
   assert c.estimates[-6]['size'] == decide.ALL and (
       c.estimates[-5]['effect'] == again['effect'])
