@@ -100,7 +100,7 @@ def test_python_on_a_page_runs(page):
     exec(compile(code, _name(page), 'exec'), names)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
 def test_the_cells_of_a_notebook_run(path):
   pytest.importorskip('treescope', reason='no treescope')

@@ -2,6 +2,7 @@
 parameters declare their roles."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 import re
@@ -25,9 +26,15 @@ def _room(module: str) -> str:
                if f'{module}/'.startswith(f'{room}/')), '')
 
 
+@functools.cache
+def _nodes(path):
+  """Returns the nodes of a file's syntax tree."""
+  return list(ast.walk(ast.parse(path.read_text())))
+
+
 def _imports(path):
   """Yields those of our modules that a file imports, by their paths."""
-  for node in ast.walk(ast.parse(path.read_text())):
+  for node in _nodes(path):
     if isinstance(node, ast.Import):
       names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
@@ -65,25 +72,25 @@ def test_every_parameter_declares_its_role():
   assert makes == {'architectures/parts/sharding'}
 
 
-def _bound(tree) -> set[str]:
+def _bound(nodes) -> set[str]:
   """Returns the names that a module binds anywhere."""
-  names = {alias.asname or alias.name for node in ast.walk(tree)
+  names = {alias.asname or alias.name for node in nodes
            if isinstance(node, (ast.Import, ast.ImportFrom))
            for alias in node.names}
   return names | {getattr(node, 'name', None) or getattr(node, 'id', None)
-                  for node in ast.walk(tree) if isinstance(node, (
+                  for node in nodes if isinstance(node, (
                       ast.FunctionDef, ast.ClassDef, ast.Name))}
 
 
 def test_what_a_module_takes_of_another_is_there():
   """As nothing else says before the line runs."""
-  trees = {name.replace('/', '.'): ast.parse(path.read_text())
+  trees = {name.replace('/', '.'): _nodes(path)
            for name, path in MODULES.items()}
-  bound = {name: _bound(tree) for name, tree in trees.items()}
+  bound = {name: _bound(nodes) for name, nodes in trees.items()}
   missing = []
-  for name, tree in trees.items():
+  for name, nodes in trees.items():
     modules = {}  # what they are called here
-    for node in ast.walk(tree):
+    for node in nodes:
       if isinstance(node, ast.ImportFrom):
         for alias in node.names:
           full = f'{node.module}.{alias.name}'
@@ -91,10 +98,10 @@ def test_what_a_module_takes_of_another_is_there():
             modules[alias.asname or alias.name] = full
           elif alias.name not in bound.get(node.module, {alias.name}):
             missing.append(f'{name}: {full}')
-    for node in ast.walk(tree):  # a variable may be called the same
+    for node in nodes:  # a variable may be called the same
       if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         modules.pop(node.id, None)
-    taken = {(modules[node.value.id], node.attr) for node in ast.walk(tree)
+    taken = {(modules[node.value.id], node.attr) for node in nodes
              if isinstance(node, ast.Attribute)
              and isinstance(node.value, ast.Name) and node.value.id in modules}
     missing += [f'{name}: {module}.{attribute}' for module, attribute in taken

@@ -6,7 +6,6 @@ import pathlib
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -38,10 +37,10 @@ def command(workdir, texts, *flags, config='configs/gpt.py'):
           f'--workdir={workdir}', texts, *SMALL, *flags]
 
 
-def run(words, code=0):
+def run(words, code=0, **options):
   """Runs the command of a program; checks its exit code."""
   assert words[0] == sys.executable
-  result = forked.run(*words[1:])
+  result = forked.run(*words[1:], **options)
   assert result.returncode == code, result.stdout + result.stderr
   assert 'Traceback' not in result.stderr, result.stderr
   return result
@@ -122,19 +121,17 @@ def test_resume_is_bitwise(straight, texts, tmp_path):
 @pytest.mark.parametrize('kind', [
     signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_saves_and_exits_cleanly(kind, straight, texts, tmp_path):
-  process = _start(command(tmp_path / 'run', texts,
-                           '--config.checkpoint.every_steps=0'))
-  _wait_for_step(tmp_path / 'run', 2)
-  process.send_signal(signal.SIGSTOP)  # or it may be done before the signal
-  process.send_signal(kind)
-  process.send_signal(signal.SIGCONT)
-  out, err = process.communicate(timeout=120)
-  assert process.returncode == 0, out + err
-  assert 'saved: the same command goes on' in out
+  words = command(tmp_path / 'run', texts, '--config.checkpoint.every_steps=0')
+
+  def stop(pid):
+    _wait_for_step(tmp_path / 'run', 2)
+    os.kill(pid, signal.SIGSTOP)  # or it may be done before the signal
+    os.kill(pid, kind)
+    os.kill(pid, signal.SIGCONT)
+  assert 'saved: the same command goes on' in run(words, meanwhile=stop).stdout
   [saved] = (tmp_path / 'run/checkpoints').iterdir()
   assert int(saved.name) < 20
-  result = run(command(tmp_path / 'run', texts,
-                       '--config.checkpoint.every_steps=0'))
+  result = run(words)
   assert f'going on from step {saved.name}' in result.stdout
   assert state(tmp_path / 'run') == state(straight)
 
@@ -143,16 +140,14 @@ def test_a_signal_saves_and_exits_cleanly(kind, straight, texts, tmp_path):
 @pytest.mark.parametrize('seed', [
     0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 def test_kill_at_a_random_moment_then_resume(seed, straight, texts, tmp_path):
-  process = _start(command(tmp_path / 'run', texts,
-                           '--config.checkpoint.every_steps=1'))
-  _wait_for_step(tmp_path / 'run', random.Random(seed).randint(1, 17))
-  process.kill()
-  process.communicate()
-  assert process.returncode == -signal.SIGKILL
+  words = command(tmp_path / 'run', texts, '--config.checkpoint.every_steps=3')
+
+  def kill(pid):
+    _wait_for_step(tmp_path / 'run', random.Random(seed).randint(1, 17))
+    os.kill(pid, signal.SIGKILL)
+  run(words, -signal.SIGKILL, meanwhile=kill)
   assert max(losses(tmp_path / 'run')) < 20
-  result = run(command(tmp_path / 'run', texts,
-                       '--config.checkpoint.every_steps=1'))
-  assert 'is complete' not in result.stdout
+  assert 'is complete' not in run(words).stdout
   assert state(tmp_path / 'run') == state(straight)
   assert losses(tmp_path / 'run') == losses(straight)
 
@@ -173,15 +168,11 @@ def test_eval_reports_and_samples(straight, texts):
   evaluate(straight, f'--text={held_out}', f'--json={target}')
   named = json.loads(target.read_text())['loss']
   assert named == figures['loss'] | {'text': held_out}
-  greedy = [evaluate(straight, '--temperature=0', '--tasks=samples',
-                     '--step=10').stdout for _ in range(2)]
-  assert greedy[0] == greedy[1] and 'step 10' in greedy[0]
-
-
-def _start(words):
-  return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True,
-                          env=os.environ | {'PYTHONUNBUFFERED': '1'})
+  evaluate(straight, '--temperature=0', '--tasks=samples', '--step=10',
+           '--samples=2', f'--json={target}', '--max_new_tokens=8')
+  greedy = json.loads(target.read_text())
+  one, other = greedy['samples']['samples']
+  assert one == other and greedy['step'] == 10
 
 
 def _wait_for_step(workdir, step):
@@ -191,4 +182,4 @@ def _wait_for_step(workdir, step):
     if path.exists() and path.read_text().count('\n') >= step:
       return
     time.sleep(0.01)
-  raise AssertionError(f'no step {step} in time')
+  raise TimeoutError(f'no step {step}')

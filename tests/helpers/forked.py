@@ -4,8 +4,8 @@ time.
 To import JAX, Orbax and Grain takes longer than most programs of a test. So one
 process imports them, and nothing of this project, and a program runs in a fork
 of it, with arguments, a folder, an environment, output and an exit code of its
-own. A test of signals, of imports or of the time that a program takes to start
-has to start it for real.
+own. A test of imports or of the time that a program takes to start has to start
+it for real.
 """
 
 import atexit
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGES = ('numpy', 'jax', 'flax.linen', 'optax', 'chex', 'orbax.checkpoint',
@@ -29,19 +30,22 @@ READ_BY_JAX = ('JAX_', 'TF_', 'PYTHON')
 
 
 def run(*words: str, cwd: pathlib.Path = ROOT, said: str = '',
-        timeout: float = 300) -> subprocess.CompletedProcess:
+        timeout: float = 300, meanwhile: Callable[[int], None] | None = None
+        ) -> subprocess.CompletedProcess:
   """Runs `python WORDS`, which begin with a file, -m MODULE or -c CODE.
 
   Args:
     cwd: the folder that it runs in.
     said: what it reads from its standard input.
     timeout: in seconds.
+    meanwhile: called with the number of its process once that has started.
 
   Raises:
     subprocess.TimeoutExpired: it has not ended after `timeout` seconds.
   """
   words = [str(word) for word in words]
   if words[0] == '-c' or _of_jax(os.environ) != _server()[1]:
+    assert meanwhile is None
     return subprocess.run([sys.executable, *words], cwd=cwd, input=said,
                           text=True, capture_output=True, timeout=timeout)
   with tempfile.TemporaryDirectory() as folder:
@@ -49,6 +53,8 @@ def run(*words: str, cwd: pathlib.Path = ROOT, said: str = '',
     pathlib.Path(files['said']).write_text(said)
     pid = _ask(dict(words=words, cwd=str(cwd), env=dict(os.environ), **files))
     try:
+      if meanwhile:
+        meanwhile(pid)
       code = _answer(timeout)
     except TimeoutError:
       os.kill(pid, signal.SIGKILL)

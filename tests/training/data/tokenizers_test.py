@@ -1,5 +1,6 @@
 """Tokenizers: what goes in comes out, and equals independent ones."""
 
+import functools
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import tokenizers as hf
 from configs import base
 from tests.training.data import roberta_files
 from tools import tokenizer as tool
-from training.data import tokenizers
+from training.data import limited, tokenizers
 from training.hf import tokenizer as hf_tokenizer
 
 TEXT = (
@@ -157,6 +158,13 @@ def test_rare_special_tokens_at_the_end_need_no_row(tmp_path):
 
 
 # Folders without a tokenizer.json, as transformers reads them.
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+  """transformers is imported once: the process that reads them stays."""
+  monkeypatch.setattr(limited, 'call', functools.partial(
+      limited.call, keep=True))
 
 
 def _files(kind, folder, trained, corpus):
