@@ -27,13 +27,16 @@ def config(system: str, objective: str, tokenizer: str = 'bytes',
   return c
 
 
+def one_device() -> jax.sharding.Mesh:
+  return devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
+                           jax.devices()[:1])
+
+
 def make(c: ml_collections.ConfigDict, workdir: pathlib.Path = pathlib.Path(),
          **options: Any) -> Evaluation:
   """Returns an evaluation on one device; `options` are flags of the tasks."""
   tokenizer = tokenizers.load(c.data.tokenizer)
-  mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
-                           jax.devices()[:1])
-  run = runs.build(c, runs.resolve(c, tokenizer)[0], mesh)
+  run = runs.build(c, runs.resolve(c, tokenizer)[0], one_device())
   params = models.drawn(run.abstract.params, 1)
   return Evaluation(run, params, 0, tokenizer, types.SimpleNamespace(**options),
                     workdir, {})

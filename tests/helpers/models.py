@@ -5,6 +5,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import architectures
 from architectures.parts import paths, sharding
@@ -63,6 +64,12 @@ def mixers_of(system: str) -> set[str]:
 # Those that muP has rules for: it has none for ranks of latent attention.
 MUP = [system for system in FEW if system in DECODERS
        and 'latent' not in mixers_of(system)]
+
+
+def long_but(few, cases) -> list:
+  """Returns the parameters of a test, all but a few of them long."""
+  return [pytest.param(case, marks=[pytest.mark.long] * (case not in few))
+          for case in cases]
 
 
 def tokens(batch: int = 2, length: int = 16, seed: int = 1) -> jax.Array:

@@ -1,13 +1,11 @@
-"""One process of a test of several: runs train.py's main once or more.
+"""One process of a test of several: runs train.py's main.
 
-  python -m tests.helpers.pod_worker JSON: {"runs": [[words of train.py], ...],
+  python -m tests.helpers.pod_worker JSON: {"words": [words of train.py],
       "faults": [{"folder": F, "process": 1, "step": 4, "kind": "kill"}, ...]}
 
-Several runs in one process save what costs most in a test: the imports. A
-fault happens at the end of its step, once: a file in its folder says so, and
-holds the time. While a run goes on, prints how often the processes have
-exchanged anything outside of the step itself. Ends with the first run that does
-not give 0.
+A fault happens at the end of its step, once: a file in its folder says so, and
+holds the time. While the run goes on, prints how often the processes have
+exchanged anything outside of the step itself.
 """
 
 import json
@@ -22,7 +20,7 @@ import jax
 from jax.experimental import multihost_utils
 
 import train
-from training.distributed import cpu, processes, signals
+from training.distributed import signals
 
 
 def _fault(fault: dict) -> None:
@@ -63,17 +61,8 @@ def _watch_steps(faults: list[dict]) -> None:
 def main():
   given = json.loads(sys.argv[1])
   _watch_steps(given['faults'])
-  for words in given['runs']:
-    flags.FLAGS.unparse_flags()
-    sys.argv = ['train.py', *words]
-    code = train.main()
-    if code:
-      return code
-    # Joined and settled for good.
-    cpu.prepare = lambda: None
-    processes.initialize = lambda *_: None
-    processes.meet = lambda: None
-  return 0
+  sys.argv = ['train.py', *given['words']]
+  return train.main()
 
 
 if __name__ == '__main__':

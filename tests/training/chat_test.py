@@ -16,6 +16,7 @@ import tokenizers as hf
 from configs import base
 from configs.errors import RequestError
 from tests.helpers import forked, models
+from tests.training import generate_test
 from tools import chat as program
 from tools import convert
 from training import chat, generate
@@ -94,11 +95,9 @@ def test_runs_that_do_not_converse_are_refused(system, objective, tmp_path):
 # The engine.
 
 
-@pytest.fixture(name='model', scope='module', params=[
-    'rope', 'scanned', pytest.param('learned', marks=pytest.mark.long)])
-def _model(request):
-  return models.make('llama', max_len=CONTEXT,
-                     position=request.param.replace('scanned', 'rope'))
+@pytest.fixture(name='model', scope='module', params=['rope', 'scanned'])
+def _model():
+  return models.make('llama', max_len=CONTEXT)
 
 
 @pytest.fixture(autouse=True)
@@ -134,8 +133,7 @@ def test_two_turns_are_what_a_forward_pass_says_up_to_the_last_slot(model):
 
 def test_a_text_that_outgrows_a_length_is_as_if_written_in_one_go():
   module, params = models.make('phi3', max_len=CONTEXT, head_dim=8, rope=dict(
-      scaling='longrope', original_len=9, factor=4.0,
-      short_factor=(1.0, 1.1, 1.3, 1.8), long_factor=(1.0, 3.0, 8.0, 30.0)))
+      generate_test.LONGROPE, original_len=9, factor=4.0))
   model = module, jax.tree.map(lambda x: 3 * x, params)
   engine, ids = chat.Engine(*model, CONTEXT, GREEDY), [5, 17, 3, 44, 9]
   written = generate.generate(

@@ -73,14 +73,16 @@ def test_a_head_begins_on_a_language_model(tmp_path, capsys, write, system,
   assert 0 < np.asarray(ours['task/kernel']).std() < 0.05  # as it is born
 
 
-@pytest.mark.parametrize('write', [_folder, _workdir])
+@pytest.mark.parametrize('write', models.long_but(
+    (_workdir,), (_folder, _workdir)))
 def test_another_function_is_refused(tmp_path, write):
   write(tmp_path, 'gpt')
   with pytest.raises(RequestError, match="model.norm is 'rmsnorm', not"):
     _start(tmp_path, 'gpt', norm='rmsnorm')
 
 
-@pytest.mark.parametrize('write', [_folder, _workdir])
+@pytest.mark.parametrize('write', models.long_but(
+    (_folder,), (_folder, _workdir)))
 def test_the_same_head_goes_on(tmp_path, capsys, write):
   theirs = write(tmp_path, 'bert', **HEAD)
   params = paths.flatten(_start(tmp_path, 'bert'))

@@ -1,6 +1,7 @@
 """The training step: sharded = single, accumulation = whole, bad steps, its
 figures, parameters in bfloat16, and the golden step against numpy."""
 
+import functools
 import re
 
 from configs import base
@@ -13,7 +14,7 @@ import pytest
 import architectures
 from architectures.parts import sharding
 from tests.helpers import models
-from tests.helpers.jaxprs import equations
+from tests.helpers.evaluations import one_device
 from training import objectives, runs
 from training.distributed import devices
 from training.optim import optimizers
@@ -73,22 +74,15 @@ def train(c, mesh=None, steps=2, batches=None, params=None):
   return run, jax.device_get(state), seen
 
 
-def one_device():
-  shape = dict.fromkeys(tables.MESH_AXES, 1)
-  return devices.make_mesh(shape, jax.devices()[:1])
+@functools.cache
+def begin():
+  """The parameters that the runs of this file begin with."""
+  return models.make()[1]
 
 
 @pytest.fixture(scope='module')
-def born():
-  """The parameters that a run on one device begins with."""
-  c = config()
-  run = runs.build(c, architectures.resolve(c.model), one_device())
-  return jax.device_get(run.new_state().params)
-
-
-@pytest.fixture(scope='module')
-def single(born):
-  return train(config(), one_device(), params=born)
+def single():
+  return train(config(), one_device(), params=begin())
 
 
 @pytest.mark.parametrize('preset, rules', [
@@ -97,21 +91,19 @@ def single(born):
                      name, [pytest.mark.long]))
     for name, shape in tables.PRESETS.items()
     if shape['expert'] == 1] + [
-        pytest.param(name, 'replicated', marks=pytest.mark.slow
-                     if name == 'fsdp_tp' else pytest.mark.long)
+        pytest.param(name, 'replicated', marks=pytest.mark.long)
         for name in ('dp', 'fsdp_tp')])
-def test_sharded_equals_single_device(preset, rules, born, single, capfd):
+def test_sharded_equals_single_device(preset, rules, single, capfd):
   shape = tables.PRESETS[preset]
   c = config(mesh__rules=rules)
   c.mesh.update(shape)
-  run, state, metrics = train(
-      c, params=None if (preset, rules) == ('fsdp_tp', 'default') else born)
+  run, state, metrics = train(c, params=begin())
   # XLA says so, where it compiles, if it had to gather what we meant to stay.
   assert 'Involuntary full rematerialization' not in capfd.readouterr().err
   models.close(single[1].params, state.params, rtol=1e-4)
   for a, b in zip(single[2], metrics, strict=True):
     models.close(a, b, rtol=1e-4)
-  # And the state was born in shards, not copied.
+  # And the state is born in shards.
   used = {axis for s in jax.tree.leaves(run.shardings.params)
           for axes in s.spec if axes
           for axis in ([axes] if isinstance(axes, str) else axes)}
@@ -121,27 +113,20 @@ def test_sharded_equals_single_device(preset, rules, born, single, capfd):
   assert sharded <= used
 
 
-def test_accumulation_equals_the_whole_batch(born, single):
-  _, state, metrics = train(config(train__grad_accumulation=4), one_device(),
-                            params=born)
-  models.close(single[1].params, state.params, rtol=1e-4)
-  models.close(single[2][1], metrics[1], rtol=1e-4)
-
-
 @pytest.mark.slow
 def test_a_micro_batch_counts_by_what_it_holds():
   """Targets, rows and tokens are spread unevenly over the micro-batches, from
   none to all, and figures and parameters are those of the whole batch all the
   same."""
   c, b = config(objective='mlm_nsp', data__mask_rate=0.4), batch(3)
-  c.model = models.config('bert', dropout=0.0)
+  c.model = models.config('bert', dropout=0.0, num_layers=1)
   index_BL = np.broadcast_to(np.arange(LENGTH), (BATCH, LENGTH))
   seen = index_BL < 4 + np.arange(BATCH)[:, None] % 13
   b |= dict(
       types=(index_BL > 5).astype(np.int32), segment_ids=seen.astype(np.int32),
       weights=(seen & (index_BL % 3 == 0)).astype(np.float32),
       nsp_targets=np.arange(BATCH, dtype=np.int32) % 2)
-  _, params = models.make('bert', dropout=0.0)
+  params = models.make('bert', dropout=0.0, num_layers=1)[1]
   _, whole, (metrics,) = train(c, one_device(), 1, [b], params)
   c.train.grad_accumulation = 4
   _, state, (parts,) = train(c, one_device(), 1, [b], params)
@@ -176,13 +161,13 @@ def test_evaluation_is_the_plain_loss():
 
 
 @pytest.mark.slow
-def test_golden_step(born, single):
+def test_golden_step(single):
   """One AdamW step from the gradient alone, by numpy (Loshchilov and Hutter
   2019, algorithm 2); the gradient by finite differences of the loss."""
   c = config(optim__name='adamw', optim__lr=1e-2)
   run = runs.build(c, architectures.resolve(c.model), mesh=one_device())
   with run.context():
-    b = batch(0)
+    b, before = batch(0), jax.device_get(begin())
     @jax.jit
     @jax.value_and_grad
     def loss(params):
@@ -190,11 +175,11 @@ def test_golden_step(born, single):
       nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(
           logits, jnp.asarray(b['targets'])[..., None], -1)[..., 0]
       return (nll * b['weights']).sum() / b['weights'].sum()
-    value, grads = jax.device_get(loss(born))
+    value, grads = jax.device_get(loss(before))
   np.testing.assert_allclose(single[2][0]['loss'], value, rtol=1e-5)
   norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(grads)))
   np.testing.assert_allclose(single[2][0]['grad_norm'], norm, rtol=1e-4)
-  _, after, metrics = train(c, one_device(), steps=1, params=born)
+  _, after, metrics = train(c, one_device(), steps=1, params=before)
   rate = metrics[0]['learning_rate']
 
   def check(path, p, g, new):
@@ -212,42 +197,29 @@ def test_golden_step(born, single):
     return sure.any()
 
   assert sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(
-      check, born, grads, after.params))) > 10
+      check, before, grads, after.params))) > 10
   # The gradient itself, along a random direction.
   random = np.random.default_rng(5)
   d = jax.tree.map(
-      lambda x: random.standard_normal(x.shape).astype(np.float32), born)
+      lambda x: random.standard_normal(x.shape).astype(np.float32), before)
   h = 1e-3
   with run.context():
-    up, down = [loss(jax.tree.map(
-        lambda x, y, s=s: x + np.float32(s) * y, born, d))[0] for s in (h, -h)]
+    up, down = [loss(jax.tree.map(lambda x, y, s=s: x + np.float32(s) * y,
+                                  before, d))[0] for s in (h, -h)]
   slope = sum(np.vdot(x, y) for x, y in zip(
       jax.tree.leaves(grads), jax.tree.leaves(d), strict=True))
   np.testing.assert_allclose((up - down) / (2 * h), slope, rtol=2e-2)
 
 
-def _at(tree, path):
-  for name in path:
-    tree = tree[name]
-  return np.asarray(tree)
-
-
-def sizes(jaxpr):
-  """Elements of every array of a program, inner ones included."""
-  for eqn in equations(jaxpr):
-    yield from (v.aval.size for v in eqn.outvars)
-
-
-def test_a_bad_step_changes_nothing_and_is_counted(born):
+def test_a_bad_step_changes_nothing_and_is_counted():
   bad = batch(1)
   bad['weights'] = np.full_like(bad['weights'], np.nan)
   _, state, metrics = train(config(), one_device(), 3,
-                            [batch(0), bad, batch(0)], born)
+                            [batch(0), bad, batch(0)], begin())
   assert [m['bad_steps'] for m in metrics] == [0, 1, 1]
   assert [m['bad_in_row'] for m in metrics] == [0, 1, 0]
-  _, good, _ = train(config(), one_device(), 2, [batch(0)] * 2, born)
-  np.testing.assert_array_equal(
-      *[_at(s.params, ('embed', 'tokens')) for s in (state, good)])
+  _, good, _ = train(config(), one_device(), 2, [batch(0)] * 2, begin())
+  jax.tree.map(np.testing.assert_array_equal, state.params, good.params)
   assert state.step == 3 and good.step == 2
 
 
@@ -275,8 +247,7 @@ ADDED = {
 
 
 @pytest.mark.slow
-def test_a_loss_or_a_gradient_that_is_not_finite_alone_is_bad(monkeypatch,
-                                                              born):
+def test_a_loss_or_a_gradient_that_is_not_finite_alone_is_bad(monkeypatch):
   plain, c, chosen = objectives.cross_entropy, config(), []
   def cross_entropy(hidden_BLD, *args, **kwargs):
     value, sums = plain(hidden_BLD, *args, **kwargs)
@@ -293,18 +264,19 @@ def test_a_loss_or_a_gradient_that_is_not_finite_alone_is_bad(monkeypatch,
 
   for which, name in enumerate([*ADDED, 'none']):
     with run.context():
-      after, metrics = jax.device_get(step(which, start(run, born), batch()))
+      after, metrics = jax.device_get(step(
+          which, start(run, begin()), batch()))
     assert np.isfinite(metrics['loss']) == (name != 'loss')
     assert np.isfinite(metrics['grad_norm']) == (name != 'gradient')
     assert metrics['bad_steps'] == (name != 'none')
-    same = jax.tree.map(np.array_equal, born, after.params)
+    same = jax.tree.map(np.array_equal, begin(), after.params)
     assert all(jax.tree.leaves(same)) == (name != 'none')
 
 
 @pytest.mark.slow
-def test_bfloat16_keeps_float32_parameters(born, single):
+def test_bfloat16_keeps_float32_parameters(single):
   _, state, metrics = train(config(model__dtype='bfloat16'), one_device(),
-                            params=born)
+                            params=begin())
   assert {x.dtype for x in jax.tree.leaves(state.params)} == {
       jnp.dtype('float32')}
   np.testing.assert_allclose(metrics[1]['loss'], single[2][1]['loss'],
@@ -315,10 +287,8 @@ def types(tree):
   return jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), tree)
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[pytest.mark.long] * (
-        name not in ('adamw', 'adafactor', 'soap')))
-    for name in optimizers.OPTIMIZERS])
+@pytest.mark.parametrize('name', models.long_but(
+    ('adamw', 'soap'), optimizers.OPTIMIZERS))
 def test_a_step_returns_a_state_of_the_same_types(name):
   """Else the second step would be another program. Figures are in float32,
   counts apart. (Float32 parameters take a second step in other tests.)"""

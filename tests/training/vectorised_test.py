@@ -1,21 +1,21 @@
 """Runs as one program equal the runs alone: losses, files, going on."""
 
+import functools
 import json
 import shutil
 
 from configs import base
 from configs import mixtral
-from configs import sharding as tables
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import models
+from tests.helpers import evaluations, models
 from training import evals, loop, parameters, runs, vectorised
 from training.data import tokenizers
 from training.objectives import pipeline
-from training.distributed import devices, signals
+from training.distributed import signals
 from training.optim import optimizers
 from training.runs import parameter_roles
 from training.workdir import checkpoints, run_config
@@ -53,17 +53,16 @@ def config(texts, **changes):
 
 
 def alone(c, workdir):
-  """The run as train.py does it, on one device."""
+  """Trains as train.py does, on one device; returns what the loop does."""
   tokenizer = tokenizers.load(c.data.tokenizer)
   model, derived = runs.resolve(c, tokenizer)
-  mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
-                           jax.devices()[:1])
-  run = runs.build(c, model, mesh)
+  run = runs.build(c, model, evaluations.one_device())
   with checkpoints.Checkpoints(workdir, **c.checkpoint) as saved:
     state, start = parameters.restore_or_create(run, saved)
     run_config.save(workdir, c, derived, pipeline.contents(c, tokenizer))
-    loop.train(run, state, start, pipeline.training_loader(c, tokenizer),
-               pipeline.held_out(c, tokenizer), saved, workdir)
+    return loop.train(
+        run, state, start, pipeline.training_loader(c, tokenizer),
+        pipeline.held_out(c, tokenizer), saved, workdir)
 
 
 def rows(workdir, split='train'):
@@ -95,16 +94,18 @@ DIFFERENT = (
 
 @pytest.fixture(scope='module')
 def singles(texts, tmp_path_factory):
-  """(configs, workdirs) of three runs, of which 0 and 2 were trained, each
-  alone, with dropout."""
+  """(configs, workdir of one of them trained alone) of three runs with
+  dropout."""
   folder = tmp_path_factory.mktemp('alone')
   configs = [config(texts, model__dropout=0.1, **fields)
              for fields in DIFFERENT]
   assert vectorised.groups(configs) == [[0, 1, 2]]
-  workdirs = {i: folder / str(i) for i in (0, 2)}
-  for i, workdir in workdirs.items():
-    alone(configs[i], workdir)
-  return configs, workdirs
+
+  @functools.cache
+  def single(i):
+    alone(configs[i], folder / str(i))
+    return folder / str(i)
+  return configs, single
 
 
 # By devices, the shape of the joint arrays: (devices in use, rows on each). On
@@ -116,8 +117,8 @@ SHAPES = {1: (1, 3), 2: (2, 2), 8: (3, 1)}
     pytest.param(n, marks=[pytest.mark.long] * (n != 2), id=f'{n} devices')
     for n in SHAPES])
 def trained(request, singles, tmp_path_factory):
-  """(configs, workdirs, those of the runs alone), trained as a group."""
-  configs, alone = singles
+  """(configs, workdirs, `single`), trained as a group."""
+  configs, single = singles
   folder = tmp_path_factory.mktemp('runs')
   workdirs = [folder / str(i) for i in range(3)]
   shapes, of = set(), vectorised.program_of
@@ -134,22 +135,22 @@ def trained(request, singles, tmp_path_factory):
     patch.setattr(vectorised, 'program_of', program_of)
     vectorised.train(configs, workdirs)
     assert shapes == {SHAPES[request.param]}
-    yield configs, workdirs, alone
+    yield configs, workdirs, single
 
 
 two_devices = pytest.mark.parametrize(
     'trained', [2], indirect=True, ids='{} devices'.format)
 
 
-def test_each_run_equals_its_own(trained):
-  _, workdirs, singles = trained
-  for i, single in singles.items():
-    assert_same(workdirs[i], single)
-    ours, theirs = rows(workdirs[i])[0], rows(single)[0]
-    assert ours.keys() - theirs.keys() == {'runs_at_once'}
-    assert not theirs.keys() - ours.keys()
-    assert (workdirs[i] / 'config.json').read_text() == (
-        single / 'config.json').read_text()
+@pytest.mark.parametrize('i', models.long_but((1,), range(3)))
+def test_each_run_equals_its_own(trained, i):
+  _, workdirs, single = trained
+  assert_same(workdirs[i], single(i))
+  ours, theirs = rows(workdirs[i])[0], rows(single(i))[0]
+  assert ours.keys() - theirs.keys() == {'runs_at_once'}
+  assert not theirs.keys() - ours.keys()
+  assert (workdirs[i] / 'config.json').read_text() == (
+      single(i) / 'config.json').read_text()
   losses = [rows(workdir)[-1]['loss'] for workdir in workdirs]
   assert len({round(x, 3) for x in losses}) == 3  # and they do differ
 
@@ -157,19 +158,19 @@ def test_each_run_equals_its_own(trained):
 @pytest.mark.long
 @two_devices
 def test_a_run_goes_on_alone_and_joins_again(trained, tmp_path):
-  configs, workdirs, singles = trained
+  configs, workdirs, single = trained
   copies = [tmp_path / str(i) for i in range(3)]
   for source, copy in zip(workdirs, copies):
     shutil.copytree(source, copy)
   shutil.rmtree(copies[0] / 'checkpoints/8')
   alone(configs[0], copies[0])  # from what the group has saved
-  assert_same(copies[0], singles[0])
+  assert_same(copies[0], single(0))
   # Killed in the middle of a save: one is done, two are not.
   for i in (1, 2):
     shutil.rmtree(copies[i] / 'checkpoints/8')
   vectorised.train(configs, copies)
-  for i, single in singles.items():
-    assert_same(copies[i], single)
+  for i, copy in enumerate(copies):
+    assert_same(copy, single(i))
 
 
 @pytest.mark.long
@@ -234,7 +235,7 @@ def test_a_run_that_blows_up_ends_alone(texts, tmp_path, bad, monkeypatch):
 @pytest.mark.long
 @two_devices
 def test_a_signal_saves_all(trained, tmp_path, monkeypatch):
-  configs, _, singles = trained
+  configs, _, single = trained
   workdirs = [tmp_path / str(i) for i in range(3)]
   with monkeypatch.context() as patch:
     patch.setattr(signals.Stop, 'agreed', lambda self, step: step == 3)
@@ -245,8 +246,8 @@ def test_a_signal_saves_all(trained, tmp_path, monkeypatch):
     patch.setattr(signals.Stop, 'agreed', lambda self, step: (
         step == STEPS and setattr(self, 'stop_requested', True)))
     assert vectorised.train(configs, workdirs)[0].told_to_stop
-  for i, single in singles.items():
-    assert_same(workdirs[i], single)
+  for i, workdir in enumerate(workdirs):
+    assert_same(workdir, single(i))
 
 
 def test_groups_are_of_runs_that_differ_in_the_fields_alone(texts):
@@ -267,11 +268,10 @@ def test_what_is_no_group_is_refused(fields, words, texts, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[pytest.mark.long] * (
-        name not in ('adamw', 'soap'))) for name in optimizers.OPTIMIZERS])
-@pytest.mark.parametrize('dtype', [
-    'float32', pytest.param('bfloat16', marks=pytest.mark.long)])
+@pytest.mark.parametrize('name', models.long_but(
+    ('adamw', 'soap'), optimizers.OPTIMIZERS))
+@pytest.mark.parametrize('dtype', models.long_but(
+    ('float32',), ('float32', 'bfloat16')))
 def test_every_optimizer_takes_traced_fields(name, dtype):
   module, params = models.make('gpt', num_layers=1)
   roles = parameter_roles(module)

@@ -1,6 +1,5 @@
 """Parameter counts and costs against published figures and hand sums."""
 
-import importlib
 import json
 
 from configs import bert, gpt, mixtral, t5
@@ -11,26 +10,11 @@ from tests.helpers import forked
 from tools import count
 from training.costs import totals, flops
 
-EXACT = {
-    'gpt:gpt2': 124_439_808,
-    'gpt:gpt2-medium': 354_823_168,
-    'gpt:gpt2-large': 774_030_080,
-    'gpt:gpt2-xl': 1_557_611_200,
-}
 # Over 2 %, as the lab notes explain.
 EXPLAINED = {
     'gshard:600b': 0.0328, 'gshard:150b': 0.0369, 'gshard:37b': 0.0676,
     'switch:base-16': -0.0251, 'transformer:base': -0.0295,
 }
-
-
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[pytest.mark.long] * (name != 'gpt:gpt2'))
-    for name in EXACT])
-def test_exact_parameter_counts(name):
-  system, size = name.split(':')
-  config = importlib.import_module(f'configs.{system}').get_config(size)
-  assert totals.count(config)['parameters'] == EXACT[name]
 
 
 @pytest.mark.long
@@ -95,7 +79,8 @@ def test_training_of_an_encoder_decoder_is_that_of_its_rows():
 
 def test_parts_add_up_and_costs_are_gpt2s():
   figures = totals.count(gpt.get_config('gpt2'), 1024)
-  assert sum(figures['by_part'].values()) == figures['parameters']
+  assert figures['parameters'] == sum(
+      figures['by_part'].values()) == 124_439_808
   assert figures['active_parameters'] == figures['parameters']
   assert figures['kv_cache_bytes_per_token'] == 2 * 12 * 768 * 2
   # 24 D^2 a layer and token for weights, 4 D keys for attention, the head.

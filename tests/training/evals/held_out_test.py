@@ -1,7 +1,6 @@
 """What is held out of several sources, figures over unequal batches, the tasks
 of eval.tasks, losses at longer lengths than in training, and probes."""
 
-import json
 import math
 import shutil
 import types
@@ -14,20 +13,19 @@ import pytest
 import architectures
 from architectures.parts import heads, positions
 from configs import base, gpt
-from configs import sharding as tables
 from configs.errors import RequestError
 from tests.helpers import evaluations, models
-from training import evals, generate, loop, objectives, parameters
+from tests.training import vectorised_test
+from training import evals, generate, objectives, parameters
 from training import preflight, runs
 from training.data import probes, tokenizers
-from training.distributed import devices
 from training.evals import held_out
 from training.evals.tasks import extrapolation
 from training.evals.tasks import probe as probe_task
 from training.objectives import pipeline
-from training.workdir import checkpoints, run_config
 
 BYTES = tokenizers.load('bytes')
+texts = vectorised_test.texts
 TEXT = 'It is a law of nature that what is sown is reaped. ' * 10
 
 
@@ -51,12 +49,6 @@ def config_of(folder, source, **fields):
   return c
 
 
-def run_of(c):
-  mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
-                           jax.devices()[:1])
-  return runs.build(c, runs.resolve(c, BYTES)[0], mesh)
-
-
 def judged(c, loss_of):
   """The figures where the loss of a target is `loss_of` its id."""
   def step(_, batch):
@@ -65,7 +57,9 @@ def judged(c, loss_of):
         (loss_of(batch['targets']) * weights).sum(), weights.sum())}
   loaders = pipeline.held_out(c, BYTES)
   return held_out.means(held_out.evaluate(
-      step, None, loaders, 0, run_of(c).put, lambda: False), loaders)
+      step, None, loaders, 0, runs.build(
+          c, runs.resolve(c, BYTES)[0], evaluations.one_device()).put,
+      lambda: False), loaders)
 
 
 def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):
@@ -161,47 +155,23 @@ def test_which_variants_a_length_is_tried_with():
   assert list(alone) == ['rope, ntk'] and alone['rope, ntk'].rope.factor == 2
 
 
-def training_config(tmp_path, **changes):
-  for i in range(8):
-    (tmp_path / f'{i}.txt').write_text(f'Document {i}. {TEXT}')
-  c = base.base()
-  c.model.update(d_model=16, num_layers=1, num_heads=2)
-  c.data.update(source=f'text:{tmp_path}/*.txt', length=16, batch_size=4,
-                holdout_every=4)
-  c.train.steps = 8
-  # All that is held out, each time: so the task has the same to say.
-  c.eval.update(every_steps=4, batches=0, tasks='loss', tasks_every_steps=2)
-  c.log.every_steps = 1
-  c.checkpoint.every_steps = 4
-  c.update_from_flattened_dict(changes)
-  return c.lock()
-
-
-def trained(c, workdir):
-  run = run_of(c)
-  with checkpoints.Checkpoints(workdir, **c.checkpoint) as saved:
-    state, start = parameters.restore_or_create(run, saved)
-    run_config.save(workdir, c, runs.resolve(c, BYTES)[1])
-    return loop.train(
-        run, state, start, pipeline.training_loader(c, BYTES),
-        pipeline.held_out(c, BYTES), saved, workdir)
-
-
-def rows_of(workdir, split):
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return [row for row in map(json.loads, lines) if row['split'] == split]
+def training_config(texts, **changes):
+  return vectorised_test.config(texts, **dict(
+      # All that is held out, each time: so the task has the same to say.
+      eval__batches=0, eval__tasks='loss', eval__tasks_every_steps=2) | changes)
 
 
 def test_training_is_the_same_and_goes_on_with_the_same_figures(
-    tmp_path, capsys):
-  plain = training_config(
-      tmp_path, **{'eval.tasks': '', 'eval.tasks_every_steps': 0})
-  with_tasks = training_config(tmp_path)
+    texts, tmp_path, capsys):
+  plain = training_config(texts, eval__tasks='', eval__tasks_every_steps=0,
+                          eval__every_steps=0)
+  with_tasks = training_config(texts)
+  trained, rows = vectorised_test.alone, vectorised_test.rows
   assert trained(plain, tmp_path / 'plain') == 0
   assert trained(with_tasks, tmp_path / 'run') == 0
-  train = [row['loss'] for row in rows_of(tmp_path / 'run', 'train')]
-  assert train == [row['loss'] for row in rows_of(tmp_path / 'plain', 'train')]
-  found = rows_of(tmp_path / 'run', 'eval')
+  train = [row['loss'] for row in rows(tmp_path / 'run')]
+  assert train == [row['loss'] for row in rows(tmp_path / 'plain')]
+  found = rows(tmp_path / 'run', 'eval')
   assert [(row['step'], 'loss' in row, 'loss/loss' in row) for row in found
           ] == [(2, False, True), (4, True, True), (6, False, True),
                 (8, True, True)]
@@ -211,19 +181,19 @@ def test_training_is_the_same_and_goes_on_with_the_same_figures(
   assert f'step 6  loss: loss {found[2]["loss/loss"]:.4f}' in shown
   shutil.rmtree(tmp_path / 'run/checkpoints/8')
   assert trained(with_tasks, tmp_path / 'run') == 0
-  assert rows_of(tmp_path / 'run', 'eval') == found
+  assert rows(tmp_path / 'run', 'eval') == found
 
 
 @pytest.mark.parametrize('fields, sentence', [
-    ({'eval.tasks': 'los'}, "'los'"),
-    ({'eval.tasks': 'embed'}, 'cannot be done there: task embed reads texts'),
-    ({'eval.tasks': 'routing'}, 'has no experts to route to: leave routing'),
-    ({'eval.tasks': 'exact,probe'}, 'has no targets to write: leave exact'),
-    ({'eval.best': 'loss/loss', 'eval.tasks': 'routing'}, 'no .loss.|routing'),
+    (dict(eval__tasks='los'), "'los'"),
+    (dict(eval__tasks='embed'), 'cannot be done there: task embed reads texts'),
+    (dict(eval__tasks='routing'), 'has no experts to route to: leave routing'),
+    (dict(eval__tasks='exact,probe'), 'has no targets to write: leave exact'),
+    (dict(eval__best='loss/loss', eval__tasks='routing'), 'no .loss.|routing'),
 ])
-def test_what_no_training_can_do_is_refused(tmp_path, fields, sentence):
+def test_what_no_training_can_do_is_refused(texts, fields, sentence):
   with pytest.raises(RequestError, match=sentence):
-    preflight.check_config(training_config(tmp_path, **fields))
+    preflight.check_config(training_config(texts, **fields))
 
 
 def test_levels_of_training_then_longer_rows():
@@ -261,9 +231,8 @@ def test_counts_are_those_of_numpy():
       hidden=jax.nn.one_hot(jnp.asarray(answers), 5),
       head=heads.Head(jnp.eye(5)))
   objective = types.SimpleNamespace(apply=lambda *_: output)
-  found = probe_task._counts(None, objective)({}, dict(
-      tokens=tokens, targets=jnp.asarray(targets),
-      weights=jnp.asarray(asked, jnp.float32)))
+  found = jax.jit(probe_task._counts(None, objective))({}, dict(
+      tokens=tokens, targets=targets, weights=asked.astype(np.float32)))
   right = (answers == targets)
   rows = asked.any(1)
   assert found.tolist() == [

@@ -1,5 +1,6 @@
 """The chunked cross-entropy: its value, its gradients, and what it holds."""
 
+import itertools
 import math
 import re
 
@@ -12,6 +13,7 @@ import pytest
 
 from architectures.parts import sharding
 from architectures.parts.heads import Head
+from tests.helpers import models
 from tests.helpers.jaxprs import equations
 from training import objectives
 from training.distributed import devices
@@ -74,12 +76,12 @@ OPTIONS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, chunk', [
-    pytest.param(name, chunk, marks=[pytest.mark.long] * (
-        chunk != 8 and name not in ('plain', 'all')))
-    for chunk in (0, 8, 40) for name in OPTIONS])  # one; a position; uneven
-def test_value_and_gradients_equal_the_equations(name, chunk):
-  of_head, options = OPTIONS[name]
+@pytest.mark.parametrize('case', models.long_but(
+    [('all', 0), ('all', 40), *((name, 8) for name in OPTIONS)],
+    # In one chunk; of a position each; uneven.
+    list(itertools.product(OPTIONS, (0, 8, 40)))), ids=str)
+def test_value_and_gradients_equal_the_equations(case):
+  (of_head, options), chunk = OPTIONS[case[0]], case[1]
   hidden, head, targets, weights = make(**of_head)
   expected = oracle(hidden, head, targets, weights, **options)
 
@@ -201,9 +203,8 @@ def collectives(text):
           for dims in re.findall(r'\[([\d,]*)\]', found[1])]
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[pytest.mark.long] * (
-        name in ('dp', 'ep', 'cp', 'ep_cp'))) for name in tables.PRESETS])
+@pytest.mark.parametrize('name', models.long_but(
+    ('fsdp', 'tp', 'cp_fsdp_tp', 'ep_fsdp_tp'), tables.PRESETS))
 def test_sharded_equals_one_device_and_gathers_no_batch(name):
   args = make(vocab=96)
   shards = 8 // tables.PRESETS[name]['tensor']

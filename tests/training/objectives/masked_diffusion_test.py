@@ -178,7 +178,8 @@ def test_what_it_is_surest_of_stays():
 def test_tasks_tell_the_bound_and_write(texts, capsys):
   """The draws of many masks are near the one that an evaluation has."""
   config = evaluations.config('bert', 'masked_diffusion')
-  config.data.update(source=texts, eval_source=texts, holdout_every=0)
+  config.data.update(source=texts, eval_source=texts, holdout_every=0,
+                     batch_size=32)
   evaluation = evaluations.make(
       config, bound_samples=4, prompt='aa|||b', max_new_tokens=5,
       diffusion_steps=2)

@@ -34,8 +34,8 @@ def flat(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', [
-    'mixtral', pytest.param('gpt', marks=pytest.mark.long)])
+@pytest.mark.parametrize('system', models.long_but(
+    ('mixtral',), ('gpt', 'mixtral')))
 def test_at_the_base_all_is_as_in_the_standard_form(system):
   plain, ours = built(system), scaled(system)
   key, tokens = jax.random.key(0), models.tokens()
@@ -45,8 +45,9 @@ def test_at_the_base_all_is_as_in_the_standard_form(system):
       return variables, module.apply(variables, tokens).logits
     return jax.jit(run)(key)
   jax.tree.map(np.testing.assert_array_equal, logits(plain), logits(ours))
+  roles = parameter_roles(ours)
   for name in mup.RATES:
-    rates = mup.rates(ours.config, name, parameter_roles(ours))
+    rates = mup.rates(ours.config, name, roles)
     assert set(jax.tree.leaves(rates)) == {1.0}
 
 
@@ -82,9 +83,9 @@ def test_rates_agree_with_the_shapes(system, parts):
                       moe=dict(moe, d_ff=24 * width // BASE), **parts)
     return architectures.build(c)
   narrow, wide = make(BASE), make(BASE * r)
-  small, large = flat(narrow), flat(wide)
-  trees = {name: paths.flatten(mup.rates(
-      wide.config, name, parameter_roles(wide))) for name in mup.RATES}
+  small, large, roles = flat(narrow), flat(wide), parameter_roles(wide)
+  trees = {name: paths.flatten(mup.rates(wide.config, name, roles))
+           for name in mup.RATES}
   for path, x in large.items():
     widths = [b // a for a, b in zip(small[path].shape, x.shape) if a != b]
     assert set(widths) <= {r} and len(widths) <= 2

@@ -75,10 +75,8 @@ def test_what_cannot_be_honoured_is_refused(fields, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[pytest.mark.long] * (
-        name not in ('adamw', 'adafactor', 'muon')))
-    for name in optimizers.OPTIMIZERS])
+@pytest.mark.parametrize('name', models.long_but(
+    ('adamw', 'muon'), optimizers.OPTIMIZERS))
 def test_decay_is_decoupled_and_masked(name):
   """With a gradient of zero, p becomes p * (1 - lr * decay), or stays."""
   config = optim(name=name, lr=0.5, warmup_steps=0, schedule='constant',
@@ -169,9 +167,8 @@ def test_a_stack_learns_as_its_layers_do():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['adamw', 'soap', *(
-    pytest.param(name, marks=pytest.mark.long)
-    for name in ('adafactor', 'muon'))])
+@pytest.mark.parametrize('name', models.long_but(
+    ('adamw',), ('adamw', 'adafactor', 'muon', 'soap')))
 def test_update_if(name):
   """Not ok: every bit stays. ok: all move, and no type or shape changes."""
   tree = params(jnp.bfloat16)
@@ -193,7 +190,8 @@ def test_update_if(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['adamw', 'adafactor'])
+@pytest.mark.parametrize('name', models.long_but(
+    ('adafactor',), ('adamw', 'adafactor')))
 def test_state_lies_where_the_parameters_lie(name):
   mesh = jax.make_mesh((2, 4), ('fsdp', 'tensor'),
                        axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -8,9 +8,9 @@ import optax
 import pytest
 
 import architectures
-from configs import base
 from tests.helpers import models
 from tests.training import step_test
+from tests.training.optim.optimizers_test import optim
 from training import runs
 from architectures.parts import paths
 from training.distributed import devices
@@ -18,12 +18,6 @@ from training.optim import shares
 from training.runs import make_train_step, optimizer, parameter_shares
 
 LAYERS = dict(num_layers=4, **models.banded(8))
-
-
-def optim(**fields):
-  config = base.base().optim
-  config.update(fields)
-  return config
 
 
 def flat_shares(system='gpt', changes=None, **fields):
@@ -68,7 +62,7 @@ def test_a_pattern_freezes_what_it_matches(freeze, names):
              if path not in names)
 
 
-@pytest.mark.parametrize('name', ['adamw', 'muon'])
+@pytest.mark.parametrize('name', models.long_but(('muon',), ('adamw', 'muon')))
 def test_an_update_is_that_of_numpy(name):
   """The update of a parameter, its decay included, is its share of what it
   would be; that of a frozen one is not there, nor is its state."""
