@@ -11,6 +11,7 @@ import pytest
 
 from architectures.parts import sharding
 from configs import sharding as tables
+from tests.architectures.parts_test import normal
 from tests.helpers import models
 from training import objectives
 from training.distributed import devices
@@ -118,8 +119,7 @@ def test_shards_are_joined_and_sums_are_cut_up(sizes):
 @pytest.mark.parametrize('keep', [True, False])
 def test_a_product_gathers_its_weight_again_unless_it_may_be_kept(
     sizes, gathers, keep):
-  x_BLD = jax.random.normal(jax.random.key(0), (8, 4, 16))
-  w_DF = jax.random.normal(jax.random.key(1), (16, 24))
+  x_BLD, w_DF = normal(0, 8, 4, 16), normal(1, 16, 24)
   local = lambda x, w: jnp.einsum('BLD,DF->BLF', x, w)
   def loss(x_BLD, w_DF):
     at = sharding.product_places('BLD,DF->BLF', x_BLD, w_DF, ('embed', 'mlp'))
@@ -141,7 +141,7 @@ def test_a_product_gathers_its_weight_again_unless_it_may_be_kept(
 
 
 def test_rows_of_a_table_whose_columns_are_split_and_their_gradient():
-  table_VD = jax.random.normal(jax.random.key(0), (12, 16))
+  table_VD = normal(0, 12, 16)
   ids_BL, d_BLD = models.tokens(8, 5) % 12, jnp.arange(8 * 5 * 16.0)
   def loss(table_VD, ids_BL):
     rows_BLD = sharding.lookup(table_VD, ids_BL, jnp.float32)

@@ -1,7 +1,7 @@
 """What holds of every model, whatever its parts: causality, scan = loop,
-remat = plain, decode = forward, packed = apart, with gradients; of an
-encoder-decoder, that no padding leaks and the memory is projected once; and
-that two steps of training on eight devices are those on one."""
+remat = plain, decode = forward, packed = apart; of an encoder-decoder, that no
+padding leaks and the memory is projected once; and that two steps of training
+on eight devices are those on one."""
 
 import dataclasses
 import functools
@@ -37,14 +37,13 @@ ATTENTIONS = {
                   qk_norm_over='projection', attention_out_bias=False,
                   attention_gate='elementwise'),
     'latent': dict(mixer='latent', attention_gate='elementwise'),
-    # Each recurrence beside attention.
-    **{name: dict(pattern='state,whole', kinds=dict(
-        state=dict(mixer=name, position='none'), whole={}))
-       for name, row in blocks.MIXERS.items() if row.state},
 }
-FFNS = ('gelu', 'swiglu', 'moe')
+# Recurrences, each in layers beside those of an attention.
+STATES = [name for name, mixer in blocks.MIXERS.items() if mixer.state]
+# A layer with a mixture of experts costs most, and has tests of its own.
+FFNS = ('gelu', 'swiglu', 'gelu', 'swiglu', 'gelu', 'moe', 'swiglu')
 PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,
-             attention=ATTENTIONS)
+             attention=ATTENTIONS, state=[*STATES, 'no', 'no'])
 # Every value of every part but networks, one that is added too.
 VARIANTS = [{part: tuple(values)[i % len(values)]
              for part, values in PARTS.items()}
@@ -56,6 +55,11 @@ VARIANTS = [{part: tuple(values)[i % len(values)]
 def test_laws_of_a_variant(parts):
   changes = dict(parts)
   changes |= dict(attention='global') | ATTENTIONS[changes.pop('attention')]
+  state = changes.pop('state')
+  if state in STATES:
+    kinds = changes.get('kinds', dict(own={})) | dict(state=dict(
+        mixer=state, position='rope' if state == 'retnet' else 'none'))
+    changes |= dict(pattern=','.join(kinds), kinds=kinds)
   module, params = models.make(**changes)
   check_laws(module, params)
   # A step of training on eight devices, up to its compiling.
@@ -66,30 +70,27 @@ def test_laws_of_a_variant(parts):
 
 
 def check_laws(module, params):
-  tokens = models.tokens()
-  apply = jax.jit(lambda t: models.logits(module, params, t))
-  logits = apply(tokens)
+  tokens = np.asarray(models.tokens())
+  apply = jax.jit(functools.partial(models.logits, module))
+  logits = apply(params, tokens)
   # Causality: a later token does not change an earlier prediction.
-  changed = apply(tokens.at[:, 9].set((tokens[:, 9] + 1) % models.VOCAB))
+  changed = tokens.copy()
+  changed[:, 9] = (changed[:, 9] + 1) % models.VOCAB
+  changed = apply(params, changed)
   np.testing.assert_array_equal(logits[:, :9], changed[:, :9])
   assert not np.allclose(logits[:, 9:], changed[:, 9:])
-  # Scan = loop, on the same parameters, gradients too.
+  # Decoding through the cache = the forward pass, and a loop over layers, which
+  # decodes here after a scan over them, = the scan, on the same parameters.
   other = architectures.build(
       dataclasses.replace(module.config, scan_layers=False))
-  def loss(module, params):
-    return jnp.square(models.logits(module, params, tokens)).mean()
-  models.close(jax.jit(jax.value_and_grad(
-      lambda p: loss(module, p)))(params), jax.jit(jax.value_and_grad(
-          lambda p: loss(other, p)))(params), rtol=3e-5)
-  # Decoding through the cache = the forward pass.
   @jax.jit
   def decode(params, tokens):
     cache = architectures.init_cache(module.config, 2, 16)
     out = module.apply({'params': params}, tokens[:, :8], cache=cache)
     def step(cache, i):
       token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, 1)
-      out = module.apply({'params': params}, token, cache=cache,
-                         positions_BL=jnp.full((2, 1), i))
+      out = other.apply({'params': params}, token, cache=cache,
+                        positions_BL=jnp.full((2, 1), i))
       return out.cache, out.logits[:, 0]
     _, rest = jax.lax.scan(step, out.cache, jnp.arange(8, 16))
     return jnp.concatenate([out.logits, jnp.swapaxes(rest, 0, 1)], 1)
@@ -103,11 +104,11 @@ def test_remat_equals_plain_and_computes_again_what_it_says():
   tokens, found, products = models.tokens(), {}, {}
   for remat in ('none', 'full', 'dots'):
     module, params = models.make(
-        dropout=0.1, remat=remat, position='rope', block='sandwich', ffn='moe')
+        dropout=0.1, remat=remat, position='rope', block='sandwich')
     def loss(p, module=module):
-      rngs = {name: jax.random.key(3) for name in ('dropout', 'router')}
-      return jnp.square(models.logits(module, p, tokens, deterministic=False,
-                                      rngs=rngs)).mean()
+      return jnp.square(models.logits(
+          module, p, tokens, deterministic=False,
+          rngs=dict(dropout=jax.random.key(3)))).mean()
     lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
     found[remat] = lowered.compile()(params)
     products[remat] = lowered.as_text().count('dot_general')
@@ -164,13 +165,15 @@ def _picture(mask):
 def test_packed_documents_do_not_see_each_other():
   module, params = models.make(position='rope')
   a, b = models.tokens(1, 7, seed=4), models.tokens(1, 9, seed=5)
-  packed = models.logits(
-      module, params, jnp.concatenate([a, b], 1),
-      positions_BL=jnp.concatenate([jnp.arange(7), jnp.arange(9)])[None],
-      segment_ids_BL=jnp.array([[1] * 7 + [2] * 9]))
-  apart = jnp.concatenate([models.logits(module, params, a),
-                           models.logits(module, params, b)], 1)
-  models.close(apart, packed)
+  @jax.jit
+  def both(params):
+    packed = models.logits(
+        module, params, jnp.concatenate([a, b], 1),
+        positions_BL=np.concatenate([np.arange(7), np.arange(9)])[None],
+        segment_ids_BL=np.array([[1] * 7 + [2] * 9]))
+    return packed, jnp.concatenate(
+        [models.logits(module, params, x) for x in (a, b)], 1)
+  models.close(*both(params))
 
 
 DROPLESS = dict(capacity_factor=0.0, eval_capacity_factor=0.0, num_experts=4)
@@ -222,12 +225,11 @@ def test_generation_equals_asking_again_for_each_token():
 def test_the_memory_is_projected_once():
   """With a filled cache, no product has the memory's features in it."""
   module, params = _make('t5')
-  memory, _ = module.apply({'params': params}, models.tokens(2, 11),
-                           method='encode')
+  memory = jnp.ones((2, 11, 32))
   cache = architectures.init_cache(module.config, 2, 4)
   first = lambda m: _apply(module, params, None, models.tokens(2, 1),
                            memory=m, cache=cache)
-  filled = first(memory).cache
+  filled = jax.jit(lambda memory: first(memory).cache)(memory)
   again = jax.make_jaxpr(lambda cache: _apply(
       module, params, None, models.tokens(2, 1), cache=cache,
       decoder_positions_BL=jnp.ones((2, 1), jnp.int32)).logits)(filled)
@@ -238,15 +240,18 @@ def test_the_memory_is_projected_once():
 
 
 MODELS = {
-    # Values, keys and queries of several sorts, and heads of two numbers.
-    'attention': ('llama', dict(
+    # Values, keys and queries of several sorts, heads of two numbers, and a
+    # recurrence.
+    'mixers': ('llama', dict(
         attention_conv=3, attention_gate='elementwise', num_kv_heads=2,
-        num_layers=4, pattern='own,reads', qk_norm=True,
+        num_layers=6, pattern='own,reads,state', qk_norm=True,
         qk_norm_over='projection', value_residual=True, value_embedding=True,
-        kinds=dict(own={}, reads=dict(kv_sharing=True)))),
-    'latent': ('deepseek_v3', dict(mtp_depth=1)),
+        kinds=dict(own={}, reads=dict(kv_sharing=True), state=dict(
+            mixer='gla', position='none')),
+        gla=dict(heads=4, key_dim=8, value_dim=8))),
     'deltanet': ('llama', dict(mixer='deltanet', deltanet=dict(
         key_heads=2, value_heads=4, key_dim=8, value_dim=8))),
+    'latent': ('deepseek_v3', dict(mtp_depth=1)),
     'mamba2': ('mamba2', {}),
     'streams': ('llama', dict(residual='mhc')),
 }
@@ -254,14 +259,24 @@ MODELS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[] if name in ('attention', 'deltanet')
-                 else pytest.mark.long) for name in MODELS])
+    pytest.param(name, marks=[] if name == 'mixers' else pytest.mark.long)
+    for name in MODELS])
 def test_several_devices_are_one(name, capfd):
   system, changes = MODELS[name]
   c = step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
   c.model = models.config(system, vocab_size=64, **changes)
-  _, state, metrics = step_test.train(c, steps=2)
+
+  def trained(mesh=None):
+    run = runs.build(c, architectures.resolve(c.model), mesh=mesh)
+    with run.context():
+      state = jax.device_put(models.drawn(run.abstract), run.shardings)
+      step = run.train_step()
+      for n in range(2):
+        state, metrics = step(state, run.put(step_test.batch(n)))
+    return jax.device_get((state.params, metrics['loss']))
+
+  params, loss = trained()
   assert 'Involuntary full rematerialization' not in capfd.readouterr().err
-  _, alone, other = step_test.train(c, step_test.one_device(), steps=2)
-  models.close(alone.params, state.params, rtol=2e-4)
-  assert metrics[1]['loss'] == pytest.approx(other[1]['loss'], rel=1e-4)
+  alone, other = trained(step_test.one_device())
+  models.close(alone, params, rtol=2e-4)
+  assert loss == pytest.approx(other, rel=1e-4)

@@ -18,11 +18,12 @@ from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import Context, LayerKind
 from architectures.parts.layers import FFN
+from tests.architectures.parts_test import EACH_BLOCK, normal
 from tests.helpers import models
 from tests.training import step_test
 from training.costs import flops, totals
 from training.hf import weights
-from training.runs import make_train_step
+from training import runs
 
 
 RANK = 3
@@ -32,7 +33,8 @@ LORA = dict(rank=RANK, alpha=6.0, targets=layers.ALL)
 def logits(module, params, tokens_BL, **kwargs):
   if architectures.stack(module.config) == 'encoder-decoder':
     kwargs['decoder_tokens_BL'] = tokens_BL[:, ::-1]
-  return models.logits(module, params, tokens_BL, **kwargs)
+  return jax.jit(lambda params: models.logits(
+      module, params, tokens_BL, **kwargs))(params)
 
 
 @pytest.fixture(scope='module')
@@ -77,7 +79,7 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_as_by_its_authors():
       lambda x: x.value, jax.jit(module.init)(
           jax.random.key(0), models.tokens())['params'],
       is_leaf=lambda x: hasattr(x, 'value'))
-  flat = paths.flatten(params)
+  flat = paths.flatten(jax.device_get(params))
   assert not any(x.any() for path, x in flat.items() if path.endswith('_b'))
   for name, fan_in in (('attention/query', 32), ('attention/out', 32),
                        ('ffn/down', 48)):
@@ -85,20 +87,29 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_as_by_its_authors():
     assert 0.95 < np.abs(a).max() * fan_in ** 0.5 <= 1, name
     assert np.std(a) * fan_in ** 0.5 == pytest.approx(3 ** -0.5, rel=0.1)
   plain = architectures.build(weights.without_adapters(module.config))
+  run = jax.jit(models.logits, static_argnums=0)
   np.testing.assert_array_equal(
-      models.logits(module, params, models.tokens()),
-      models.logits(plain, weights.without(params), models.tokens()))
+      run(module, params, models.tokens()),
+      run(plain, weights.without(params), models.tokens()))
 
 
 @pytest.fixture(scope='module')
 def trained():
+  """(run, parameters before a step, the state after it)."""
   c = step_test.config(model__lora=LORA, optim__name='adamw')
-  return step_test.train(c, step_test.one_device())
+  run = runs.build(c, architectures.resolve(c.model),
+                   mesh=step_test.one_device())
+  new = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.abstract)
+  params = jax.device_get(models.drawn(run.abstract.params))
+  with run.context():
+    state, _ = run.train_step()(new.replace(params=params),
+                                run.put(step_test.batch()))
+  return run, params, jax.device_get(state)
 
 
 def test_a_step_changes_the_adapters_alone(trained):
-  run, state, _ = trained
-  before = paths.flatten(jax.device_get(run.new_state().params))
+  run, params, state = trained
+  before = paths.flatten(params)
   for path, x in paths.flatten(state.params).items():
     assert np.array_equal(x, before[path]) != weights.is_adapter(path), path
   sizes = {path: x.size for path, x in before.items()
@@ -116,8 +127,7 @@ def test_no_gradient_of_a_frozen_weight_is_computed(trained):
   the adapters and attention, but once the frozen products."""
   run = trained[0]
   with run.context():
-    program = jax.make_jaxpr(make_train_step(run.module, run.tx, run.config))(
-        run.abstract, {k: jnp.asarray(v) for k, v in step_test.batch().items()})
+    program = run.train_step().trace(run.abstract, step_test.batch()).jaxpr
   work = flops.count(program, flops.Place('cpu'))
   whole = step_test.BATCH * sum(flops.training_flops(
       run.model, step_test.LENGTH).values())
@@ -139,8 +149,8 @@ def run(module, *args, **kwargs):
   """Returns (parameters off their initial values, module's output in training
   and in evaluation)."""
   rngs = {name: jax.random.key(0) for name in ('params', 'dropout')}
-  params = nn.meta.unbox(module.init(rngs, *args, **kwargs))
-  params = jax.tree.map(lambda x: x + 0.1, params)
+  params = models.drawn(nn.meta.unbox(jax.eval_shape(
+      lambda: module.init(rngs, *args, **kwargs))))
   def call(deterministic):
     with_ctx = [a.replace(deterministic=deterministic)
                 if isinstance(a, Context) else a for a in args]
@@ -151,15 +161,12 @@ def run(module, *args, **kwargs):
 
 
 def inputs(B=2, L=6, D=32):
-  x_BLD = jax.random.normal(jax.random.key(1), (B, L, D))
-  memory_BMD = jax.random.normal(jax.random.key(2), (B, L + 1, D))
-  return x_BLD, Context(jnp.arange(L)[None], memory_BMD=memory_BMD)
+  return normal(1, B, L, D), Context(jnp.arange(L)[None],
+                                     memory_BMD=normal(2, B, L + 1, D))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('block, cross', [
-    (name, cross) for name, block in BLOCKS.items()
-    for cross in (False, True)[:1 + block.CROSS]])
+@EACH_BLOCK
 def test_a_block_that_drops_all_that_its_parts_return_passes_x_on(block, cross):
   x_BLD, ctx = inputs()
   kind = LayerKind('global', 'gelu', cross=cross)
@@ -230,7 +237,7 @@ def test_elements_are_dropped_by_their_share_and_independent(rate):
 def test_a_mask_is_the_same_on_a_mesh_under_vmap_and_for_the_gradient():
   x = jax.random.normal(jax.random.key(1), (4, 2, 8, 6))
   keys = jax.random.split(jax.random.key(2), 3)
-  f = lambda x, key: layers.drop(x, 0.3, key)
+  f = jax.jit(lambda x, key: layers.drop(x, 0.3, key))
   want = jnp.stack([f(x, key) for key in keys])
   np.testing.assert_array_equal(jax.vmap(f, (None, 0))(x, keys), want)
   mesh = jax.make_mesh((2, 2), ('data', 'model'),
@@ -252,9 +259,10 @@ def test_each_layer_drops_by_a_draw_of_its_own():
       return x
     return jnp.ones_like(x) if name == 'down_bias' else jnp.zeros_like(x)
   params = jax.tree_util.tree_map_with_path(one, params)
-  layers_NBLD = module.apply(
+  layers_NBLD = jax.jit(lambda params: module.apply(
       {'params': params}, models.tokens(), deterministic=False,
-      keep_layers=True, rngs={'dropout': jax.random.key(0)}).aux['layers']
+      keep_layers=True, rngs={'dropout': jax.random.key(0)}).aux['layers'])(
+          params)
   masks = np.diff(np.asarray(layers_NBLD), axis=0) > 1
   assert 0.4 < masks.mean() < 0.6
   assert 0.4 < (masks[0] != masks[1]).mean() < 0.6

@@ -30,15 +30,14 @@ def resolved(system='gpt', **changes):
 
 
 def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(
+      np.float32))
 
 
 def born(module, *args, seed=0):
-  """Parameters off their initial values: biases, norms and sinks count."""
-  params = nn.meta.unbox(module.init(jax.random.key(seed), *args))['params']
-  leaves, tree = jax.tree.flatten(params)
-  return jax.tree.unflatten(tree, [
-      x + 0.3 * normal(i, *x.shape) for i, x in enumerate(leaves)])
+  """Parameters at no tidy initial value: biases, norms and sinks count."""
+  return models.drawn(nn.meta.unbox(jax.eval_shape(
+      lambda: module.init(jax.random.key(0), *args)))['params'], seed)
 
 
 def context(L=6, **fields):
@@ -49,7 +48,8 @@ def context(L=6, **fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('init', ['normal', 'scaled_normal', 'fan_in'])
+@pytest.mark.parametrize('init', [
+    pytest.param('normal', marks=pytest.mark.long), 'scaled_normal', 'fan_in'])
 def test_weights_are_born_with_the_size_that_the_init_says(init):
   """GPT-2, section 2.3, and Switch, section 2.4; `down` has 4 x the fan-in."""
   N, d, F = 8, 64, 256
@@ -84,7 +84,6 @@ def test_a_product_in_bfloat16_rounds_its_operands_alone():
 
 @pytest.mark.parametrize('spec, x, w', [
     ('BLD,DF->BLF', (2, 3, 5), (5, 7)),
-    ('BLF,FD->BLD', (2, 3, 7), (7, 5)),
     ('BLD,DHK->BLHK', (2, 3, 5), (5, 4, 7)),
     ('BLHK,HKD->BLD', (2, 3, 4, 7), (4, 7, 5)),
     ('BLHU,UHK->BLHK', (2, 3, 4, 7), (7, 4, 5)),
@@ -199,10 +198,16 @@ def test_what_yarn_has_on_all_features_multiplies_the_scores(query, mixer):
 # Blocks: the equations of their docstrings.
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('block, cross', [
-    (name, cross) for name, block in BLOCKS.items()
+# Blocks, with cross-attention where they have it, and without.
+EACH_BLOCK = pytest.mark.parametrize('block, cross', [
+    pytest.param(name, cross, marks=[] if cross == block.CROSS
+                 else pytest.mark.long)
+    for name, block in BLOCKS.items()
     for cross in (False, True)[:1 + block.CROSS]])
+
+
+@pytest.mark.slow
+@EACH_BLOCK
 def test_a_block_follows_its_equations(block, cross):
   c, x = resolved(block=block, norm='layernorm'), normal(0, 2, 6, D)
   ctx = context(memory_BMD=normal(1, 2, 7, D))
@@ -393,16 +398,16 @@ def test_axes_as_a_picture():
   assert query.split(4).sizes((2, 3, 5, 7)) == (3, 35)
 
 
-@pytest.mark.parametrize('arch', models.FEW)
-@pytest.mark.parametrize('fields', [
-    dict(),
-    dict(ffn='swiglu', tie_embeddings=False, qk_norm=True, logits_bias=True,
-         qk_norm_over='projection', attention_sinks=True, position='relative',
-         attention_gate='headwise', num_kv_heads=2, value_residual=True,
-         value_embedding=True),
-    dict(ffn='moe', attention_gate='elementwise',
-         moe=dict(router='sigmoid', shared_experts=1, shared_gate=True,
-                  ffn='swiglu', logit_bias=True), **models.DENSE_MOE)])
+@pytest.mark.parametrize('arch, fields', [
+    ('bert', {}), ('gpt', {}),
+    ('t5', dict(
+        ffn='swiglu', tie_embeddings=False, qk_norm=True, logits_bias=True,
+        qk_norm_over='projection', attention_sinks=True, position='relative',
+        attention_gate='headwise', num_kv_heads=2, value_residual=True,
+        value_embedding=True)),
+    ('gpt', dict(ffn='moe', attention_gate='elementwise', moe=dict(
+        router='sigmoid', shared_experts=1, shared_gate=True, ffn='swiglu',
+        logit_bias=True), **models.DENSE_MOE))])
 def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
   config = base.base().model
   config.update(dict(arch=arch, vocab_size=64, max_len=16, **fields))

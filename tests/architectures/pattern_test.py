@@ -66,7 +66,7 @@ def test_layers_that_are_equal_are_a_plain_model(fields):
 
 
 def test_the_scan_equals_the_loop():
-  module, params = mixed()
+  module, params = models.make('gpt', **MIXED | dict(suffix='', num_layers=5))
   other = architectures.build(
       dataclasses.replace(module.config, scan_layers=False))
   loss = lambda module: jax.jit(jax.grad(lambda p: jnp.square(
@@ -79,8 +79,8 @@ def test_each_layer_is_that_of_its_kind():
   """A stack equals its blocks, called one after another."""
   module, params = mixed()
   c, tokens = module.config, models.tokens()
-  out = module.apply({'params': params}, tokens, keep_layers=True)
-  layers_NBLD = out.aux['layers']
+  layers_NBLD = jax.jit(lambda p: module.apply(
+      {'params': p}, tokens, keep_layers=True).aux['layers'])(params)
   decoder = params['decoder']
   own = [row_of(decoder['prefix'], 0, 0)] + [
       row_of(decoder['layers'], block, row)
@@ -89,27 +89,39 @@ def test_each_layer_is_that_of_its_kind():
   names = ('far', 'local', 'far', 'local', 'far', 'far', 'local')
   assert tuple(k.name for k in c.layer_kinds(7)) == names
   ctx = Context(jnp.arange(tokens.shape[1])[None])
-  for n, (name, layer) in enumerate(zip(names, own)):
+  @functools.partial(jax.jit, static_argnums=0)
+  def alone(name, layer, x_BLD):
     plain = skeletons.Period(c.of_kind(name), c.of_kind(name).layer_pattern())
-    (got, _), _ = plain.apply({'params': {'block_0': layer}},
-                              (layers_NBLD[n], None), None, ctx)
-    models.close(got, layers_NBLD[n + 1])
+    return plain.apply({'params': {'block_0': layer}}, (x_BLD, None), None,
+                       ctx)[0][0]
+  for n, (name, layer) in enumerate(zip(names, own)):
+    models.close(alone(name, layer, layers_NBLD[n]), layers_NBLD[n + 1])
   assert own[0]['attention']['key'].shape == (32, 2, 8)
   assert own[1]['attention']['key'].shape == (32, 4, 8)
   assert own[0]['ffn']['up'].shape == (32, 24)
+
+
+@functools.cache
+def _whole_and_first():
+  """Returns logits of all tokens, and of the first nine with a cache, which is
+  returned too."""
+  module, params = mixed()
+  def read(params, tokens):
+    out = module.apply({'params': params}, tokens[:, :9],
+                       cache=architectures.init_cache(module.config, 2, 16))
+    return models.logits(module, params, tokens), out.logits, out.cache
+  return jax.jit(read)(params, models.tokens())
 
 
 @pytest.mark.parametrize('apart', [False, True])
 def test_decoding_with_a_cache_is_the_forward_pass(apart):
   module, params = mixed()
   tokens = models.tokens()
-  wanted = logits(module, params, tokens)
-  cache = architectures.init_cache(module.config, 2, 16)
+  wanted, first, cache = _whole_and_first()
   assert [x.key_BMJK.shape for x in cache] == [
       (1, 2, 16, 2, 8), (2, 2, 16, 4, 8), (2, 2, 16, 2, 8), (1, 2, 16, 2, 8),
       (1, 2, 16, 4, 8)]
-  out = module.apply({'params': params}, tokens[:, :9], cache=cache)
-  got, cache, ours = [out.logits], out.cache, params
+  got, ours = [first], params
   if apart:
     ours, cache = skeletons.one_by_one(params, cache)
   step = jax.jit(lambda token, at, cache: (lambda out: (

@@ -8,7 +8,7 @@ import pytest
 
 import architectures
 from architectures.parts import blocks
-from tests.architectures.parts_test import D, normal, resolved
+from tests.architectures.parts_test import D, born, normal, resolved
 from tests.helpers import models, numpy_attention
 from tests.training import step_test
 from training.costs import flops, totals
@@ -28,7 +28,7 @@ def new(module, *inputs):
 
   def moved(path, x):
     own = any('_streams' in str(key) for key in path)
-    return x if own else x + 0.1 * jax.random.normal(jax.random.key(1), x.shape)
+    return x if own else np.asarray(x) + 0.1 * np.asarray(normal(1, *x.shape))
   return jax.tree_util.tree_map_with_path(moved, params)
 
 
@@ -38,7 +38,8 @@ def without(params):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['mhc', 'blocks'])
+@pytest.mark.parametrize('kind', [
+    'mhc', pytest.param('blocks', marks=pytest.mark.long)])
 def test_a_new_model_is_the_plain_one(kind):
   module, plain = (architectures.build(models.config(
       'llama', norm_eps=1e-12, num_layers=3, **more))
@@ -53,9 +54,7 @@ def branch_of(c, x, k, y_of):
   """Returns the streams after branch k of `blocks.Branch`, with random
   parameters, and these parameters."""
   module, given = blocks.Branch(c), blocks.Streams(x, jnp.int32(k), 5)
-  params = nn.meta.unbox(module.init(jax.random.key(0), given)['params'])
-  params = {name: jax.tree.map(lambda a: a + 0.3 * normal(a.size, *a.shape), p)
-            for name, p in params.items()}
+  params = born(module, given)
 
   def run(module, x):
     read, add = module(x)
@@ -120,8 +119,7 @@ def test_branches_attend_to_those_before_them(size):
     x, params = branch_of(c, x.x_BLUD, k, jnp.sin)
     outputs.append(np.sin(want(params)))
   module = blocks.EndOfStreams(c)
-  params = jax.tree.map(lambda a: a + 0.3 * normal(1, *a.shape), nn.meta.unbox(
-      module.init(jax.random.key(0), x)['params']))
+  params = born(module, x)
   np.testing.assert_allclose(module.apply({'params': params}, x), want(params),
                              rtol=1e-4, atol=1e-5)
 

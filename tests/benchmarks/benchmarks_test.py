@@ -110,11 +110,10 @@ def test_a_side_that_refuses_says_so():
 
 
 @pytest.mark.slow
+@pytest.mark.verify
 @pytest.mark.parametrize('system', SYSTEMS)
 def test_the_loss_of_both_sides_is_the_same(system, tmp_path):
   """With the same weights and batch, each by its own definition."""
-  pytest.importorskip('torch')
-  pytest.importorskip('transformers')
   from benchmarks import pytorch
   config = rival.alike(toy(system))
   request = rival.request(config) | dict(dtype='float32', compiled=False)
@@ -134,17 +133,16 @@ def test_the_loss_of_both_sides_is_the_same(system, tmp_path):
 def test_mixers_are_measured_as_they_say(tmp_path, monkeypatch, capsys):
   file = tmp_path / 'found.json'
   monkeypatch.setattr('sys.argv', [
-      'mixers', '--mixers=attention,deltanet', '--lengths=32', '--rounds=1',
+      'mixers', '--mixers=attention,retnet', '--lengths=32', '--rounds=1',
       '--sections=layer,decode', '--dtypes=float32', '--d_model=16',
       '--num_heads=2', f'--json={file}'])
   mixers.main()
   rows = json.loads(file.read_text())['rows']
-  assert capsys.readouterr().out.count('deltanet') == 2 and len(rows) == 4
+  assert capsys.readouterr().out.count('retnet') == 2 and len(rows) == 4
   nbytes = {(row['section'], row['mixer']): row['nbytes'] for row in rows}
-  # Keys and values of 2 layers; states of 2 heads of 8 x 8, and 3 tokens of
-  # their three convolutions.
+  # Keys and values of 2 layers; states of 2 heads of 8 x 16.
   assert nbytes['decode', 'attention'] == 4 * 2 * 2 * 32 * 16
-  assert nbytes['decode', 'deltanet'] == 4 * 2 * (2 * 8 * 8 + 3 * 3 * 16)
+  assert nbytes['decode', 'retnet'] == 4 * 2 * 2 * 8 * 16
 
 
 @pytest.mark.slow

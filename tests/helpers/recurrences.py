@@ -21,6 +21,9 @@ WIDTH = 32  # d_model of models.config
 # keys with 6 features, and 4 heads of values with 5.
 _SIZES = dict(key_heads=2, value_heads=4, heads=4, groups=2, key_dim=6, state=6,
               value_dim=5, head_dim=5, rank=3)
+# Where a model in training has parameters that are not about 0.
+_ABOUT = dict(scale=1.0, out_norm_scale=1.0, skip=1.0, decay_scale=1.5,
+              decay_bias=-4.6, step_bias=-4.0)
 
 
 def each(*names: str) -> pytest.MarkDecorator:
@@ -60,18 +63,19 @@ def _drawn(mixer: str, changes: tuple):
   c = architectures.resolve(models.config(
       'llama', num_layers=1, **fields(mixer, **dict(changes))))
   layer = blocks.MIXERS[mixer].module(c, None)
-  params = nn.meta.unbox(jax.jit(lambda key: layer.init(
-      key, jnp.zeros((1, 2, WIDTH)), Context(jnp.arange(2)[None]), None)[
-          'params'])(jax.random.key(0)))
+  shapes = nn.meta.unbox(jax.eval_shape(lambda: layer.init(
+      jax.random.key(0), jnp.zeros((1, 2, WIDTH)),
+      Context(jnp.arange(2)[None]), None)['params']))
   rng = np.random.default_rng(1)
-  return jax.tree.map(lambda x: jnp.asarray(
-      x + 0.1 * rng.normal(size=x.shape), jnp.float32), params)
+  return jax.tree_util.tree_map_with_path(lambda path, x: jnp.asarray((
+      _ABOUT.get(path[-1].key, 0.0) + 0.12 * rng.normal(size=x.shape)
+  ).astype(np.float32)), shapes)
 
 
 def inputs(batch: int, length: int, seed: int = 3) -> jax.Array:
   """Returns x_BLD of a layer."""
   return jnp.asarray(np.random.default_rng(seed).normal(
-      size=(batch, length, WIDTH)), jnp.float32)
+      size=(batch, length, WIDTH)).astype(np.float32))
 
 
 def applied(layer, params, x_BLD: jax.Array, cache=None, first: int = 0,

@@ -18,6 +18,7 @@ from architectures.parts.moe import dispatch, grouped
 from architectures.parts.moe.layer import MoE
 from configs import base
 from tests.architectures.attention import kernels_test
+from tests.helpers import models
 from tests.training import step_test
 from training import runs
 from training.distributed import devices
@@ -28,25 +29,30 @@ B, L, D, F, E = 2, 16, 8, 12, 4
 SWIGLU = layers.Hidden('swiglu')
 
 
-def config(*, dtype='float32', bias=True, d_model=D, **moe):
+def config(*, dtype='float32', bias=True, **moe):
   fields = base.base().model
   fields.arch = 'bert'  # in a decoder experts may not choose
-  fields.update(d_model=d_model, d_ff=F, num_heads=1, vocab_size=9, max_len=L,
+  fields.update(d_model=D, d_ff=F, num_heads=1, vocab_size=9, max_len=L,
                 ffn='moe', dtype=dtype, ffn_bias=bias)
   fields.moe.update(dict(num_experts=E) | moe)
   return architectures.resolve(fields)
 
 
-def run(c, train=True, length=L, **context):
+@functools.cache
+def parameters(c):
+  return models.drawn(nn.meta.unbox(jax.eval_shape(lambda: MoE(c).init(
+      jax.random.key(0), jnp.zeros((B, L, D)), Context(jnp.arange(L)[None])))))
+
+
+def run(c, train=True, **context):
   """Returns (y_BLD, aux, gradients of the parameters and of x)."""
   module, key = MoE(c), jax.random.key(0)
-  ctx = Context(jnp.arange(length)[None], deterministic=not train, **context)
-  x_BLD = jax.random.normal(key, (B, length, c.d_model))
-  rngs = {name: key for name in ('params', 'router', 'dropout')}
-  born = jax.jit(lambda rngs, x_BLD: module.init(rngs, x_BLD, ctx))
-  params = jax.tree.map(lambda p: 20 * p + 0.1,
-                        nn.meta.unbox(born(rngs, x_BLD)))
-  wave = jnp.cos(jnp.arange(c.d_model, dtype=jnp.float32))[None, None]
+  ctx = Context(jnp.arange(L)[None], deterministic=not train, **context)
+  x_BLD = np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
+  rngs = {name: key for name in ('router', 'dropout')}
+  params = parameters(dataclasses.replace(
+      c, dtype='float32', moe=dataclasses.replace(c.moe, dispatch='auto')))
+  wave = np.cos(np.arange(D, dtype=np.float32))[None, None]
 
   def loss(params, x_BLD):
     y_BLD, aux = module.apply(params, x_BLD, ctx, rngs=rngs)
@@ -92,9 +98,10 @@ def oracle(c, **context):
     dict(ffn='swiglu_clamped', expert_dropout=0.2, capacity_factor=0.75,
          eval_capacity_factor=0.75, logit_bias=True, gate_scale=2.5,
          num_experts=8, expert_groups=4, top_groups=2),
-    dict(ffn='gelu', bias=False, group_size=16, capacity_factor=8.0,
-         eval_capacity_factor=8.0),
-    dict(router='expert_choice', top_k=1, group_size=16)],
+    pytest.param(dict(ffn='gelu', bias=False, group_size=16,
+                      capacity_factor=8.0, eval_capacity_factor=8.0),
+                 marks=pytest.mark.long),
+    dict(router='expert_choice', bias=False, top_k=1, group_size=16)],
                          ids=['gated', 'grouped', 'expert_choice'])
 def test_each_way_is_the_sum_over_all_experts(fields):
   """With padding, which takes no expert and is dropped from the rest."""
@@ -123,19 +130,23 @@ def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
   kind = 'swiglu_clamped'
   c = config(num_experts=1, top_k=1, ffn=kind, shared_experts=2,
              shared_gate=True)
-  x_BLD, ctx = jnp.ones((B, L, D)) * 0.3, Context(jnp.arange(L)[None])
-  params = nn.meta.unbox(jax.jit(
-      lambda: MoE(c).init(jax.random.key(0), x_BLD, ctx))())['params']
+  x_BLD = np.full((B, L, D), 0.3, np.float32)
+  ctx = Context(jnp.arange(L)[None])
+  params = parameters(c)['params']
   assert params['shared']['up'].shape == (D, 2 * F)
-  own = {name: params[name][0] for name in
-         ('up', 'up_bias', 'gate', 'gate_bias', 'down', 'down_bias')}
-  want_BLD = layers.FFN(c, kind).apply({'params': own}, x_BLD, ctx)[0]
-  shared_BLD = layers.FFN(c, kind, width=2 * F).apply(
-      {'params': params['shared']}, x_BLD, ctx)[0]
-  gate_DU = params['shared_gate'] = 10 * params['shared_gate']
-  gate_BLU = 1 / (1 + jnp.exp(-x_BLD @ gate_DU))
+
+  @jax.jit
+  def each(params):
+    own = {name: params[name][0] for name in
+           ('up', 'up_bias', 'gate', 'gate_bias', 'down', 'down_bias')}
+    shared = layers.FFN(c, kind, width=2 * F)
+    return [module.apply({'params': p}, x_BLD, ctx)[0] for module, p in (
+        (MoE(c), params), (layers.FFN(c, kind), own),
+        (shared, params['shared']))]
+
+  got_BLD, want_BLD, shared_BLD = map(np.asarray, each(params))
+  gate_BLU = 1 / (1 + np.exp(-x_BLD @ np.asarray(params['shared_gate'])))
   assert gate_BLU.shape == (B, L, 1) and abs(gate_BLU - 0.5).min() > 0.01
-  got_BLD = jax.jit(lambda: MoE(c).apply({'params': params}, x_BLD, ctx)[0])()
   assert_close(got_BLD, want_BLD + gate_BLU * shared_BLD)
 
 
@@ -143,16 +154,13 @@ ROWS = ([5, 0, 40], [0, 0, 0], [64, 0, 0], [1, 62, 1])
 
 
 def grouped_case(counts, rows=64):
-  keys = jax.random.split(jax.random.key(0), 9)
-  normal = lambda i, *shape: jax.random.normal(keys[i], shape)
-  n = len(counts)
-  w = dispatch.Weights(
-      normal(0, n, D, F), normal(1, n, F, D), normal(2, n, D, F),
-      normal(3, n, F), normal(4, n, F), normal(5, n, D))
-  inside_R1 = (jnp.arange(rows) < sum(counts))[:, None]
-  mask_RF = jax.random.bernoulli(keys[8], 0.8, (rows, F)) / 0.8
-  return (normal(6, rows, D), w, mask_RF, normal(7, rows, D) * inside_R1,
-          inside_R1)
+  random, n = np.random.default_rng(0), len(counts)
+  normal = lambda *shape: random.normal(size=shape).astype(np.float32)
+  w = dispatch.Weights(normal(n, D, F), normal(n, F, D), normal(n, D, F),
+                       normal(n, F), normal(n, F), normal(n, D))
+  inside_R1 = (np.arange(rows) < sum(counts))[:, None]
+  mask_RF = np.float32((random.random((rows, F)) < 0.8) / 0.8)
+  return normal(rows, D), w, mask_RF, normal(rows, D) * inside_R1
 
 
 @pytest.mark.slow
@@ -181,28 +189,28 @@ def test_grouped_product_equals_a_loop_over_experts(even, monkeypatch):
   megablox = functools.partial(
       whole, functools.partial(grouped.megablox, even, True), True)
 
-  def loop(counts, x_RD, gate_R, w, mask_RF, d_RD):
+  @jax.jit
+  def loop(count_E, x_RD, gate_R, w, mask_RF, d_RD):
+    expert_R = jnp.searchsorted(jnp.cumsum(count_E), jnp.arange(len(x_RD)),
+                                side='right')
     def loss(x_RD, gate_R, w):
-      total, start = 0.0, 0
-      for e, n in enumerate(counts):
+      total = 0.0
+      for e in range(len(count_E)):  # each of all rows, of which it has some
         own = jax.tree.map(lambda m, e=e: m[e:e + 1], w)
-        at = slice(start, start + n)
-        y_1RD = dispatch.batched(x_RD[None, at], own, SWIGLU,
-                                mask_RF[None, at])
-        y_RD = gate_R[at, None] * y_1RD[0]
-        total, start = total + (y_RD * d_RD[at]).sum(), start + n
+        y_RD = dispatch.batched(x_RD[None], own, SWIGLU, mask_RF[None])[0]
+        total += ((expert_R == e) * gate_R * (y_RD * d_RD).sum(1)).sum()
       return total
     return jax.value_and_grad(loss, (0, 1, 2))(x_RD, gate_R, w)
 
-  gate_R = jax.random.uniform(jax.random.key(1), (64,))
+  gate_R = jnp.linspace(0, 1, 64)
   for counts in ROWS:
-    x_RD, w, mask_RF, d_RD, _ = grouped_case(counts)
-    args = x_RD, gate_R, w, mask_RF, d_RD
-    want = loop(counts, *args)
+    x_RD, w, mask_RF, d_RD = grouped_case(counts)
+    args = jnp.array(counts), x_RD, gate_R, w, mask_RF, d_RD
+    want = loop(*args)
     for way in (functools.partial(blocks, False), functools.partial(
         blocks, True), functools.partial(ragged, False), functools.partial(
             ragged, True), megablox):
-      assert_close(way(jnp.array(counts), *args), want)
+      assert_close(way(*args), want)
 
 
 @pytest.mark.slow
@@ -211,10 +219,7 @@ def test_the_router_multiplies_float32_whatever_the_model_does():
   c = config(dtype='bfloat16')
   module, ctx = MoE(c), Context(jnp.arange(L)[None])
   x_BLD = jax.random.normal(jax.random.key(0), (B, L, D)).astype(jnp.bfloat16)
-  params = nn.meta.unbox(jax.jit(
-      lambda: module.init(jax.random.key(1), x_BLD, ctx))())
-  # Digits that bfloat16 has not got.
-  params['params']['router'] = 40 * params['params']['router'] + 1
+  params = parameters(config())  # with digits that bfloat16 has not got
   router_DE = np.array(params['params']['router'], np.float64)
   logits_TE = np.array(x_BLD, np.float64).reshape(-1, D) @ router_DE
   z = (np.log(np.exp(logits_TE).sum(-1)) ** 2).mean()
@@ -233,7 +238,7 @@ def test_the_router_multiplies_float32_whatever_the_model_does():
 @pytest.mark.slow
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
 def test_accelerators_get_a_ragged_product(platform):
-  x_RD, w, _, _, _ = grouped_case([5, 0, 40])
+  x_RD, w, _, _ = grouped_case([5, 0, 40])
   step = jax.jit(jax.grad(lambda x, w: grouped.ffn(
       x, jnp.array([5, 0, 40]), jnp.ones(len(x)), w, None,
       grouped.How(SWIGLU, 16, 'xla')).sum(), (0, 1)))
@@ -251,29 +256,32 @@ COUNTS = {  # of 300 rows, in tiles of 128 and by the even load of 256
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('counts', COUNTS.values(), ids=list(COUNTS))
-def test_the_product_equals_a_loop_over_experts(monkeypatch, counts):
+def test_the_product_equals_a_loop_over_experts(monkeypatch):
   """Whatever void rows hold, and with sides that tiles do not divide."""
   monkeypatch.setitem(grouped.SIDE, 'float32', 128)
-  R, K, N, E = 300, 200, 130, len(counts)
-  keys = jax.random.split(jax.random.key(0), 3)
-  x_RK, m_EKN, dy_RN = (jax.random.normal(key, shape) for key, shape in zip(
-      keys, ((R, K), (E, K, N), (R, N))))
-  inside_R1 = (jnp.arange(R) < sum(counts))[:, None]
+  R, K, N, random = 300, 200, 130, np.random.default_rng(0)
+  x_RK, m_EKN, dy_RN = (random.normal(size=shape).astype(np.float32)
+                        for shape in ((R, K), (4, K, N), (R, N)))
 
-  def loop(x_RK, m_EKN):
-    ends = np.cumsum(counts)
-    parts = [x_RK[end - n:end] @ m_KN
-             for end, n, m_KN in zip(ends, counts, m_EKN)]
-    return jnp.concatenate([*parts, jnp.zeros((R - ends[-1], N))])
+  @jax.jit
+  def product(x_RK, m_EKN, dy_RN, count_E):
+    y_RN, vjp = jax.vjp(lambda x, m: grouped.megablox(256, True, x, m, count_E),
+                        x_RK, m_EKN)
+    return y_RN, *vjp(dy_RN)
 
-  want_RN, vjp = jax.vjp(loop, x_RK, m_EKN)
-  want = want_RN, *vjp(dy_RN)
-  void = lambda x: jnp.where(inside_R1, x, jnp.nan)
-  got_RN, vjp = jax.vjp(lambda x, m: grouped.megablox(
-      256, True, x, m, jnp.array(counts, jnp.int32)), void(x_RK), m_EKN)
-  for a, b in zip((got_RN, *vjp(void(dy_RN))), want):
-    np.testing.assert_allclose(a, b, atol=1e-5 * (1 + float(jnp.abs(b).max())))
+  for name, counts in COUNTS.items():
+    want = tuple(map(np.zeros_like, (dy_RN, x_RK, m_EKN)))
+    for e, end in enumerate(np.cumsum(counts)):
+      at = slice(end - counts[e], end)
+      want[0][at] = x_RK[at] @ m_EKN[e]
+      want[1][at] = dy_RN[at] @ m_EKN[e].T
+      want[2][e] = x_RK[at].T @ dy_RN[at]
+    inside_R1 = (np.arange(R) < sum(counts))[:, None]
+    void = lambda x, inside_R1=inside_R1: np.where(inside_R1, x, np.nan)
+    for a, b in zip(product(void(x_RK), m_EKN, void(dy_RN),
+                            np.array(counts, np.int32)), want):
+      np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max()),
+                                 err_msg=name)
 
 
 @pytest.mark.slow
@@ -318,13 +326,13 @@ def _biases(params):
 @pytest.mark.slow
 def test_the_bias_moves_against_the_load_and_evens_it_out():
   c = _config(grad_accumulation=2)
-  run = runs.build(c, architectures.resolve(c.model))
+  run = runs.build(c, architectures.resolve(c.model),
+                   mesh=step_test.one_device())
   with run.context():
     state = run.new_state()
     # It begins collapsed: expert 0 is every token's, in both layers.
     ffn = state.params['decoder']['layers']['block_0']['ffn']
-    ffn['router_bias'] = jax.device_put(
-        ffn['router_bias'].at[:, 0].set(0.6), ffn['router_bias'].sharding)
+    ffn['router_bias'] = ffn['router_bias'].at[:, 0].set(0.6)
     step = jax.jit(make_train_step(run.module, run.tx, c))
     biases, loads = [_biases(state.params)], []
     for n in range(STEPS):

@@ -17,6 +17,10 @@ B, J, H, K, U = 2, 2, 4, 5, 3
 FAMILY = {'gated_deltanet': (1, True), 'deltanet': (0, True),
           'mamba2': (1, False), 'linear_attention': (0, False),
           'kda': (K, True), 'gla': (K, False)}
+# A decay of a head or of each feature, corrected or not: two have all of that.
+FOUR = pytest.mark.parametrize('name', ['mamba2', 'kda', *(
+    pytest.param(name, marks=pytest.mark.long)
+    for name in ('gated_deltanet', 'gla'))])
 DECAYS = pytest.mark.parametrize('decays', [1, K], ids=['head', 'feature'])
 
 
@@ -29,7 +33,8 @@ def drawn(length, decays=1, rate=True, seed=0, most=1.0):
   arrays = (unit(normal(J, K)), unit(normal(J, K)), normal(H, U),
             -np.exp(2 * normal(H, decays)) if decays else None,
             most / (1 + np.exp(-normal(H))) if rate else None)
-  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), Inputs(*arrays))
+  return jax.tree.map(lambda x: jnp.asarray(x.astype(np.float32)),
+                      Inputs(*arrays))
 
 
 def definition(x, state_BHKU=None):
@@ -77,23 +82,25 @@ def run(x, state_BHKU=None, places=4):
 @pytest.mark.parametrize('name', FAMILY)
 def test_pieces_equal_the_definition(name):
   state = jax.random.normal(jax.random.key(5), (B, H, K, U))
-  x = drawn(10, *FAMILY[name])
+  x = drawn(9, *FAMILY[name])
   for got, want in zip(run(x, state), definition(x, state)):
     np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
 
 
 @pytest.mark.parametrize('length, decays', [
-    (1, 1), (3, 1), (4, 1), (5, 1), (9, 1), (1, K), (3, K), (5, K)])
+    (1, 1), (4, 1), (9, 1), (3, K), (5, K), *(
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in ((3, 1), (5, 1), (1, K)))])
 def test_lengths_that_no_piece_divides(length, decays):
   x = drawn(length, decays)
   for got, want in zip(run(x), definition(x)):
     np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
 
 
-@pytest.mark.parametrize('name', ['gated_deltanet', 'mamba2', 'kda', 'gla'])
+@FOUR
 def test_gradients_are_those_of_autodiff_through_the_definition(name):
   state = jax.random.normal(jax.random.key(5), (B, H, K, U))
-  x = drawn(10, *FAMILY[name])
+  x = drawn(9, *FAMILY[name])
   weigh = [jnp.asarray(np.random.default_rng(3).normal(size=y.shape),
                        jnp.float32) for y in run(x, state)]
   loss = lambda f: lambda *args: sum(
@@ -102,7 +109,9 @@ def test_gradients_are_those_of_autodiff_through_the_definition(name):
                jax.jit(jax.grad(loss(run), (0, 1)))(x, state))
 
 
-@pytest.mark.parametrize('rate', [False, True], ids=['gla', 'kda'])
+@pytest.mark.parametrize('rate', [
+    pytest.param(False, marks=pytest.mark.long, id='gla'),
+    pytest.param(True, id='kda')])
 def test_groups_that_share_a_piece(rate, monkeypatch):
   """Five pieces, two at a time: the second and the third group share one."""
   monkeypatch.setattr(recurrence, 'AT_ONCE', 8)
@@ -116,7 +125,8 @@ def test_groups_that_share_a_piece(rate, monkeypatch):
   models.close(both(scanned)(x, state), both(in_groups)(x, state))
 
 
-@pytest.mark.parametrize('length, decays', [(9, 1), (9, K), (1, 1)])
+@pytest.mark.parametrize('length, decays', [
+    (9, K), (1, 1), pytest.param(9, 1, marks=pytest.mark.long)])
 def test_inputs_of_bfloat16_are_those_numbers_in_float32(length, decays):
   """Only their gradients are rounded, to the numbers that bfloat16 has."""
   state = jax.random.normal(jax.random.key(5), (B, H, K, U))
@@ -141,8 +151,8 @@ def test_rates_up_to_two_and_keys_that_repeat():
 @DECAYS
 def test_a_decay_of_zero_forgets_all_and_one_of_one_nothing(decays):
   """Exactly, in the gradient too: what comes after is a row of its own."""
-  x = drawn(11, decays)
-  at = 6
+  x = drawn(9, decays)
+  at = 4
   decay = x.log_decay_BLHK.at[:, :3].set(0).at[:, at].set(-jnp.inf)
   x = x._replace(log_decay_BLHK=decay)
   after = jax.tree.map(lambda y: y[:, at:], x)
@@ -190,7 +200,7 @@ def test_the_gradient_keeps_inputs_and_the_states_between_pieces(decays, rate):
 def test_a_feature_that_forgets_leaves_the_others_alone():
   """Decays of 0 and of 1 side by side, against the definition: a quotient of
   cumulative decays would be 0 / 0 here."""
-  x = drawn(12, K)
+  x = drawn(9, K)
   rng = np.random.default_rng(1)
   ends, stays = (rng.random(x.log_decay_BLHK.shape) < 0.3 for _ in range(2))
   x = x._replace(log_decay_BLHK=jnp.where(
@@ -203,12 +213,12 @@ def test_a_feature_that_forgets_leaves_the_others_alone():
 
 
 def test_decays_that_are_alike_are_one_of_the_head():
-  one = drawn(21)
+  one = drawn(9)
   each = one._replace(log_decay_BLHK=jnp.repeat(one.log_decay_BLHK, K, -1))
   models.close(run(one), run(each), 2e-6)
 
 
-@pytest.mark.parametrize('name', ['gated_deltanet', 'mamba2', 'kda', 'gla'])
+@FOUR
 def test_products_as_tpus_compute_them_lose_no_more_than_inputs(
     name, monkeypatch):
   """TPUs round what goes into a product of float32 to bfloat16, unless it asks
@@ -270,26 +280,23 @@ def convolution(x_BLHK, w_WHK, before_BWHK, ids_BL):
 def test_a_convolution_and_its_gradient_are_those_of_the_definition(ids):
   L, W = 9, 4
   rng = np.random.default_rng(0)
-  drawn = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  x, w, before = drawn(B, L, H, K), drawn(W, H, K), drawn(B, W - 1, H, K)
+  drawn = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))
+  args = drawn(B, L, H, K), drawn(W, H, K), drawn(B, W - 1, H, K), drawn(H, K)
   if ids is not None:
     ids = jnp.array([ids])
-  ours = lambda x, w, before: features.convolve(
-      x, w, before_BWHK=before, segment_ids_BL=ids)[0]
-  theirs = lambda x, w, before: convolution(x, w, before, ids)
-  loss = lambda f: lambda *args: jnp.sin(f(*args)).sum()
-  models.close(ours(x, w, before), theirs(x, w, before), 1e-6)
-  models.close(*(jax.jit(jax.grad(loss(f), (0, 1, 2)))(x, w, before)
+  # Without a bias, and with one and through SiLU.
+  ours = lambda x, w, before, bias: [features.convolve(
+      x, w, b, before_BWHK=before, segment_ids_BL=ids, silu=b is not None)[0]
+                                     for b in (None, bias)]
+  def theirs(x, w, before, bias):
+    y = convolution(x, w, before, ids)
+    return [y, jax.nn.silu(y + bias[None, None])]
+  def both(f, *args):
+    y, vjp = jax.vjp(f, *args)
+    return y, [vjp([a * jnp.cos(y[0]), b * jnp.cos(y[1])])
+               for a, b in ((1, 0), (0, 1))]
+  models.close(*(jax.jit(functools.partial(both, f))(*args)
                  for f in (ours, theirs)), 2e-6)
-  # With a bias, and through SiLU.
-  bias = drawn(H, K)
-  ours = lambda x, w, before, bias: features.convolve(
-      x, w, bias, before_BWHK=before, segment_ids_BL=ids, silu=True)[0]
-  theirs = lambda x, w, before, bias: jax.nn.silu(
-      convolution(x, w, before, ids) + bias[None, None])
-  found, want = (jax.jit(jax.value_and_grad(loss(f), (0, 1, 2, 3)))(
-      x, w, before, bias) for f in (ours, theirs))
-  models.close(found, want, 2e-6)
 
 
 # The inverse of a triangular matrix against numpy's in float64, as CPUs, GPUs
@@ -305,14 +312,15 @@ def expected(a):
 
 
 @WAYS
-@pytest.mark.parametrize('size', [1, 2, 7, 17, 40, 64])
+@pytest.mark.parametrize('size', [1, 7, 64, *(
+    pytest.param(size, marks=pytest.mark.long) for size in (2, 17, 40))])
 def test_it_is_the_inverse_and_reads_what_is_below_the_diagonal_alone(
     size, inverse):
-  a = jnp.asarray(0.3 * np.random.default_rng(0).normal(
-      size=(2, 3, size, size)), jnp.float32)
+  a = (0.3 * np.random.default_rng(0).normal(size=(2, 3, size, size))).astype(
+      np.float32)
   want = expected(a)
   np.testing.assert_allclose(inverse(a), want, atol=1e-6 * np.abs(want).max())
-  upper = jnp.triu(jnp.full(a.shape, jnp.nan))
+  upper = np.triu(np.full(a.shape, np.float32('nan')))
   np.testing.assert_array_equal(inverse(a + upper), inverse(a))
 
 
@@ -320,5 +328,5 @@ def test_it_is_the_inverse_and_reads_what_is_below_the_diagonal_alone(
 @pytest.mark.parametrize('rate', [0.5, 1.0, 1.99])
 def test_keys_that_are_alike_take_no_digits(rate, inverse):
   """Powers of A grow to 1e18 here, and the inverse is below 2."""
-  a = jnp.full((1, 1, 64, 64), rate)
+  a = np.full((1, 1, 64, 64), rate, np.float32)
   np.testing.assert_allclose(inverse(a), expected(a), atol=5e-5)
