@@ -119,7 +119,8 @@ def rows(gpt):
 
 
 @pytest.mark.parametrize('early, stops', [
-    (False, STOPS), (True, STOPS), (False, OTHERS)],
+    (False, STOPS), (True, STOPS),
+    pytest.param(False, OTHERS, marks=pytest.mark.long)],
     ids=['late', 'early', 'others'])
 @pytest.mark.parametrize('options', [
     OPTIONS[0], *(pytest.param(o, marks=pytest.mark.long) for o in OPTIONS[1:])
