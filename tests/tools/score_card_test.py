@@ -21,7 +21,7 @@ LRS = (1e-3, 1e-2)
 
 def suite(add):
   add('parity', **{'data.length': 9, 'probe.levels': (4, 8), 'train.steps': 2,
-                   'data.batch_size': 256, 'probe.held_out': 8})
+                   'data.batch_size': 64, 'probe.held_out': 8})
 '''
 SMALL = {'model.num_layers': 1, 'model.d_model': 16, 'model.num_heads': 2,
          'model.d_ff': 16, 'model.position': 'none'}

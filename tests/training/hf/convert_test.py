@@ -18,9 +18,9 @@ import architectures
 from configs import base
 from configs.errors import EnvironmentFailure, RequestError
 from tests import train_test
-from tests.helpers import models
+from tests.helpers import evaluations, models, toy_run
 from tests.parity import exports
-from training import runs
+from training import parameters, runs
 from architectures.parts import paths
 from tools import convert
 from training.data import tokenizers
@@ -150,20 +150,33 @@ def test_no_weights_are_written_into_a_run(write, tmp_path):
   assert sorted(tmp_path.rglob('*')) == before
 
 
-# Of the programs; hf_generation_test.py evaluates an import, too.
+def test_a_run_begins_with_the_parameters_of_a_mixture(
+    imported, tmp_path, capsys):
+  workdir = epath.Path(tmp_path)
+  convert.upcycle(imported, workdir, moe=['num_experts=4', 'every=2'],
+                  step=None, seed=0)
+  assert 'to go on: python train.py' in capsys.readouterr().out
+  assert hf_generation.kept(workdir) == hf_generation.kept(imported)
+  config, _, params, _ = convert._from_workdir(workdir, None)
+  assert config.model.pattern == 'dense,moe'
+  run = runs.build(config, architectures.resolve(config.model),
+                   evaluations.one_device())
+  with toy_run.open_store(workdir) as store:
+    state = parameters.restore(run, store).state
+  assert ('starting from the parameters in this workdir'
+          in capsys.readouterr().out)
+  jax.tree.map(np.testing.assert_array_equal, state.params, params)
+
+
+@pytest.mark.long
 def test_eval_reads_an_import_and_train_goes_on_in_a_mixture(
     imported, tmp_path, capsys):
   assert 'bits per byte' in train_test.evaluate(imported).stdout
   convert.upcycle(imported, tmp_path / 'moe',
                   moe=['num_experts=4', 'every=2'], step=None, seed=0)
-  assert run_config.load_config(
-      tmp_path / 'moe').model.pattern == 'dense,moe'
-  assert hf_generation.kept(tmp_path / 'moe') == hf_generation.kept(imported)
   said = capsys.readouterr().out.strip().splitlines()[-1]
   words = shlex.split(said.removeprefix('to go on: '))
-  assert words[:2] == ['python', 'train.py']
-  result = train_test.run([sys.executable, *words[1:]])
-  assert 'starting from the parameters in this workdir' in result.stdout
+  train_test.run([sys.executable, *words[1:]])
   assert [r['step'] for r in train_test.rows(tmp_path / 'moe')
           if r['split'] == 'eval'] == [2]
 
