@@ -52,8 +52,7 @@ FIELDS = [*(dict(qk_norm=True, qk_norm_over=over, norm=norm)
 
 @pytest.mark.parametrize('fields, cross', [
     *((fields, False) for fields in FIELDS), (FIELDS[0], True),
-    (FIELDS[-1], True), *(pytest.param(fields, True, marks=pytest.mark.long)
-                          for fields in FIELDS[1:-1])], ids=str)
+    (FIELDS[-1], True)], ids=str)
 def test_a_layer_is_its_definition(fields, cross):
   """In float64, with grouped keys, biases and scales that differ."""
   x, memory = normal(0, 2, 6, D), normal(1, 2, 6, D)
@@ -290,8 +289,7 @@ def test_layers_that_are_scanned_write_their_slots_where_they_lie():
 
 
 @pytest.mark.parametrize('rows, dtype, held, changes', [
-    (1, 'float32', 'f32', {}), (3, 'bfloat16', 'u16', dict(mixer='latent')),
-    pytest.param(3, 'bfloat16', 'u16', {}, marks=pytest.mark.long)])
+    (1, 'float32', 'f32', {}), (3, 'bfloat16', 'u16', dict(mixer='latent'))])
 def test_a_loop_over_tokens_writes_as_on_one_cpu_as_elsewhere(
     rows, dtype, held, changes, monkeypatch):
   """There its slots are turned, and written where they lie; one row's were once

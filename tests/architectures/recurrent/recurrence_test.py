@@ -18,9 +18,7 @@ FAMILY = {'gated_deltanet': (1, True), 'deltanet': (0, True),
           'mamba2': (1, False), 'linear_attention': (0, False),
           'kda': (K, True), 'gla': (K, False)}
 # A decay of a head or of each feature, corrected or not: two have all of that.
-FOUR = pytest.mark.parametrize('name', ['mamba2', 'kda', *(
-    pytest.param(name, marks=pytest.mark.long)
-    for name in ('gated_deltanet', 'gla'))])
+TWO = pytest.mark.parametrize('name', ['mamba2', 'kda'])
 DECAYS = pytest.mark.parametrize('decays', [1, K], ids=['head', 'feature'])
 
 
@@ -88,16 +86,14 @@ def test_pieces_equal_the_definition(name):
 
 
 @pytest.mark.parametrize('length, decays', [
-    (1, 1), (4, 1), (9, 1), (3, K), (5, K), *(
-        pytest.param(*case, marks=pytest.mark.long)
-        for case in ((3, 1), (5, 1), (1, K)))])
+    (1, 1), (4, 1), (9, 1), (3, K), (5, K)])
 def test_lengths_that_no_piece_divides(length, decays):
   x = drawn(length, decays)
   for got, want in zip(run(x), definition(x)):
     np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
 
 
-@FOUR
+@TWO
 def test_gradients_are_those_of_autodiff_through_the_definition(name):
   state = jax.random.normal(jax.random.key(5), (B, H, K, U))
   x = drawn(9, *FAMILY[name])
@@ -109,15 +105,12 @@ def test_gradients_are_those_of_autodiff_through_the_definition(name):
                jax.jit(jax.grad(loss(run), (0, 1)))(x, state))
 
 
-@pytest.mark.parametrize('rate', [
-    pytest.param(False, marks=pytest.mark.long, id='gla'),
-    pytest.param(True, id='kda')])
-def test_groups_that_share_a_piece(rate, monkeypatch):
+def test_groups_that_share_a_piece(monkeypatch):
   """Five pieces, two at a time: the second and the third group share one."""
   monkeypatch.setattr(recurrence, 'AT_ONCE', 8)
   monkeypatch.setattr(recurrence, 'WHOLE', 0)
   state = jax.random.normal(jax.random.key(5), (B, H, K, U))
-  x = drawn(18, K, rate)
+  x = drawn(18, K, True)
   both = lambda f: jax.jit(lambda *args: (f(*args), jax.grad(
       lambda *args: sum(jnp.sin(y).sum() for y in f(*args)), (0, 1))(*args)))
   in_groups = lambda *args: recurrence.run(*args, places=4)
@@ -125,8 +118,7 @@ def test_groups_that_share_a_piece(rate, monkeypatch):
   models.close(both(scanned)(x, state), both(in_groups)(x, state))
 
 
-@pytest.mark.parametrize('length, decays', [
-    (9, K), (1, 1), pytest.param(9, 1, marks=pytest.mark.long)])
+@pytest.mark.parametrize('length, decays', [(9, K), (1, 1)])
 def test_inputs_of_bfloat16_are_those_numbers_in_float32(length, decays):
   """Only their gradients are rounded, to the numbers that bfloat16 has."""
   state = jax.random.normal(jax.random.key(5), (B, H, K, U))
@@ -218,7 +210,7 @@ def test_decays_that_are_alike_are_one_of_the_head():
   models.close(run(one), run(each), 2e-6)
 
 
-@FOUR
+@TWO
 def test_products_as_tpus_compute_them_lose_no_more_than_inputs(
     name, monkeypatch):
   """TPUs round what goes into a product of float32 to bfloat16, unless it asks
@@ -312,8 +304,7 @@ def expected(a):
 
 
 @WAYS
-@pytest.mark.parametrize('size', [1, 7, 64, *(
-    pytest.param(size, marks=pytest.mark.long) for size in (2, 17, 40))])
+@pytest.mark.parametrize('size', [1, 7, 64])
 def test_it_is_the_inverse_and_reads_what_is_below_the_diagonal_alone(
     size, inverse):
   a = (0.3 * np.random.default_rng(0).normal(size=(2, 3, size, size))).astype(
