@@ -168,21 +168,9 @@ def test_products_of_experts_equal_a_loop(counts, dtype):
 def test_decoding_equals_the_forward_pass(arch, dtype):
   module, params = models.make(arch, dtype=dtype)
   tokens = models.tokens()
-
-  @jax.jit
-  def decode(params, tokens):
-    cache = architectures.init_cache(module.config, *tokens.shape)
-    def step(cache, i):
-      token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, 1)
-      out = module.apply({'params': params}, token, cache=cache,
-                         positions_BL=jnp.full((tokens.shape[0], 1), i))
-      return out.cache, out.logits[:, 0]
-    return jnp.swapaxes(jax.lax.scan(
-        step, cache, jnp.arange(tokens.shape[1]))[1], 0, 1)
-
   with exact(dtype):
     want = jax.jit(lambda p: models.logits(module, p, tokens))(params)
-    close(want, decode(params, tokens), dtype)
+    close(want, models.decoded(module, params, tokens, 1), dtype)
 
 
 @long_elsewhere

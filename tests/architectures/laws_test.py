@@ -83,18 +83,8 @@ def check_laws(module, params):
   # decodes here after a scan over them, = the scan, on the same parameters.
   other = architectures.build(
       dataclasses.replace(module.config, scan_layers=False))
-  @jax.jit
-  def decode(params, tokens):
-    cache = architectures.init_cache(module.config, 2, 16)
-    out = module.apply({'params': params}, tokens[:, :8], cache=cache)
-    def step(cache, i):
-      token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, 1)
-      out = other.apply({'params': params}, token, cache=cache,
-                        positions_BL=jnp.full((2, 1), i))
-      return out.cache, out.logits[:, 0]
-    _, rest = jax.lax.scan(step, out.cache, jnp.arange(8, 16))
-    return jnp.concatenate([out.logits, jnp.swapaxes(rest, 0, 1)], 1)
-  models.close(logits, decode(params, tokens), rtol=3e-5)
+  models.close(logits, models.decoded(module, params, tokens, stepped=other),
+               rtol=3e-5)
 
 
 @pytest.mark.slow

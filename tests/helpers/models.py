@@ -95,6 +95,23 @@ def logits(module, params, tokens_BL: jax.Array, **kwargs) -> jax.Array:
   return module.apply({'params': params}, tokens_BL, **kwargs).logits
 
 
+def decoded(module, params, tokens, first: int = 8, stepped=None):
+  """Returns logits by the cache: of the `first` tokens at once, then one by
+  one, by the model `stepped` where it is another."""
+  @jax.jit
+  def whole(params, tokens):
+    cache = architectures.init_cache(module.config, *tokens.shape)
+    out = module.apply({'params': params}, tokens[:, :first], cache=cache)
+    def step(cache, i):
+      token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, 1)
+      out = (stepped or module).apply({'params': params}, token, cache=cache,
+                                      positions_BL=jnp.full((1, 1), i))
+      return out.cache, out.logits[:, 0]
+    rest = jax.lax.scan(step, out.cache, jnp.arange(first, tokens.shape[1]))[1]
+    return jnp.concatenate([out.logits, jnp.swapaxes(rest, 0, 1)], 1)
+  return whole(params, tokens)
+
+
 def close(a, b, rtol: float = 1e-5):
   """Asserts that the leaves of two trees differ by rtol of their largest value
   at most; one that is zero but for rounding, by rtol / 1000 of the tree's."""

@@ -13,7 +13,6 @@ from training import generate
 NEW = 5
 # So many that texts do end, some of them early.
 STOPS = tuple(range(1, models.VOCAB, 2))
-OTHERS = tuple(range(0, models.VOCAB, 2))
 STOP = 2  # of the smallest vocabulary
 LENGTHS = (3, 6)
 
@@ -38,8 +37,7 @@ def _divisor(penalty, alpha):
 
 
 @pytest.mark.parametrize('penalty, alpha', [
-    ('gnmt', 0.6), *(pytest.param(*row, marks=pytest.mark.long) for row in (
-        ('gnmt', 0.0), ('power', 1.0), ('power', -0.5), ('power', 2.5)))])
+    ('gnmt', 0.6), pytest.param('power', 2.5, marks=pytest.mark.long)])
 def test_with_enough_beams_the_texts_are_the_best_of_all(penalty, alpha):
   """Of a vocabulary of 4: 1 + 3 + 9 x 4 = 40 texts of up to 3 tokens."""
   module, params = models.make('gpt', vocab_size=4, num_layers=1)
@@ -65,7 +63,7 @@ def test_with_enough_beams_the_texts_are_the_best_of_all(penalty, alpha):
   assert (scores[0, 40:] <= generate.NEVER / 10).all()
 
 
-def by_the_book(log_p, count, divisor, early_stopping, stops=STOPS):
+def by_the_book(log_p, count, divisor, early_stopping):
   """One row, by lists.
 
   Args:
@@ -78,7 +76,7 @@ def by_the_book(log_p, count, divisor, early_stopping, stops=STOPS):
   for n in range(1, NEW + 1):
     found = sorted(((score + p, (*text, token)) for score, text in running
                     for token, p in enumerate(log_p(text))), reverse=True)
-    ends = [text[-1] in stops or n == NEW for _, text in found]
+    ends = [text[-1] in STOPS or n == NEW for _, text in found]
     finished += [(score / divisor(n), text) for (score, text), end in zip(
         found[:count], ends) if end]
     finished = sorted(finished, reverse=True)[:count]
@@ -118,21 +116,17 @@ def rows(gpt):
       _log_p(gpt, np.asarray(row[:n])) for row, n in zip(tokens, LENGTHS)]
 
 
-@pytest.mark.parametrize('early, stops', [
-    (False, STOPS), (True, STOPS),
-    pytest.param(False, OTHERS, marks=pytest.mark.long)],
-    ids=['late', 'early', 'others'])
-@pytest.mark.parametrize('options', [
-    OPTIONS[0], *(pytest.param(o, marks=pytest.mark.long) for o in OPTIONS[1:])
-], ids=str)
-def test_rows_are_searched_as_by_the_book(gpt, rows, options, early, stops):
+@pytest.mark.parametrize('early', [False, True], ids=['late', 'early'])
+@pytest.mark.parametrize(
+    'options', models.long_but(OPTIONS[:1], OPTIONS), ids=str)
+def test_rows_are_searched_as_by_the_book(gpt, rows, options, early):
   prompts, log_ps = rows
-  tokens, scores = search(gpt, prompts, stop=stops, count=3,
-                          early_stopping=early, **options)
+  tokens, scores = search(gpt, prompts, count=3, early_stopping=early,
+                          **options)
   divisor = _divisor(options['penalty'], options['length_penalty'])
   for row, score, log_p in zip(tokens, scores, log_ps):
-    expected = by_the_book(log_p, len(row), divisor, early, stops)
-    texts = [tuple(text[:1 + len(generate.until(text, stops))]) for text in row]
+    expected = by_the_book(log_p, len(row), divisor, early)
+    texts = [tuple(text[:1 + len(generate.until(text, STOPS))]) for text in row]
     assert texts == [text for _, text in expected]
     np.testing.assert_allclose(score, [s for s, _ in expected], atol=1e-4)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import train_test
 from tests.helpers import evaluations, models
 from training import evals, loop, parameters, runs, vectorised
 from training.data import tokenizers
@@ -20,24 +21,17 @@ from training.optim import optimizers
 from training.runs import parameter_roles
 from training.workdir import checkpoints, run_config
 
+texts = train_test.texts
 pytestmark = pytest.mark.slow
 
 STEPS = 8
-TEXT = 'It is a law of nature that what is sown is reaped. ' * 10
-
-
-@pytest.fixture(scope='module')
-def texts(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('texts')
-  for i in range(8):
-    (folder / f'{i}.txt').write_text(f'Document {i}. {TEXT}')
-  return f'text:{folder}/*.txt'
 
 
 def config(texts, **changes):
   c = base.base()
   c.model.update(d_model=16, num_layers=2, num_heads=2, init='fan_in')
-  c.data.update(source=texts, length=16, batch_size=4, holdout_every=4)
+  c.data.update(source=texts.split('=')[1], length=16, batch_size=4,
+                holdout_every=4)
   c.train.steps = STEPS
   c.optim.warmup_steps = 2
   c.eval.update(every_steps=4, batches=2)
@@ -205,8 +199,7 @@ def test_experts_too(texts, tmp_path):
                                theirs[-1]['health/load_E'], atol=1e-6)
 
 
-@pytest.mark.parametrize('bad', [
-    0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize('bad', models.long_but((0,), (0, 1)))
 def test_a_run_that_blows_up_ends_alone(texts, tmp_path, bad, monkeypatch):
   asked, due = {}, checkpoints.Checkpoints.due
   def spy(self, step):

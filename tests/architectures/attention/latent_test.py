@@ -22,21 +22,6 @@ def make(system='llama', dtype='float32', **changes):
   return models.make(system, dtype=dtype, **LATENT | changes)
 
 
-def decoded(module, params, tokens, first=6):
-  """Logits by the cache: `first` tokens at once, then one by one."""
-  @jax.jit
-  def whole(params, tokens):
-    cache = architectures.init_cache(module.config, *tokens.shape)
-    out = module.apply({'params': params}, tokens[:, :first], cache=cache)
-    logits = [out.logits]
-    for i in range(first, tokens.shape[1]):
-      out = module.apply({'params': params}, tokens[:, i:i + 1],
-                         cache=out.cache, positions_BL=jnp.full((1, 1), i))
-      logits.append(out.logits)
-    return jnp.concatenate(logits, 1)
-  return whole(params, tokens)
-
-
 def _numpy_layer(p, x_LD, *, theta=10000.0, eps=1e-5):
   """The definition, for one row and in float64, a head and a pair at a time."""
   norm = lambda x, scale: x / np.sqrt((x * x).mean(-1, keepdims=True) + eps
@@ -97,7 +82,7 @@ def test_absorbed_decoding_equals_expanded(monkeypatch):
       taken.append(absorbed)
       return absorbed
     monkeypatch.setattr(latent, 'is_absorbed', choose)
-    found[absorbed] = decoded(module, params, tokens)
+    found[absorbed] = models.decoded(module, params, tokens, 6)
   assert set(taken) == {True, False}
   models.close(found[False], found[True], 1e-5)
   whole = jax.jit(lambda p: models.logits(module, p, tokens))(params)

@@ -24,9 +24,6 @@ def rendered(text, said='x'):
     ('{% for x in range(99999) %}' * 3 + '{% endfor %}' * 3, OVER),
     pytest.param('{{ (10**100000)**1000 }}', OVER, marks=pytest.mark.long),
     ('{{ "%1000000000s"|format(1) }}', OVER),
-    pytest.param("{% set t = namespace(s='x') %}{% for i in range(60) %}"
-                 '{% set t.s = t.s ~ t.s %}{% endfor %}{{ t.s }}', OVER,
-                 marks=pytest.mark.long),
     ('{{ "%9000000s"|format(1) }}', 'it writes 9,000,000 characters where 5 '),
     (f'{{{{ {"(" * 5000}1{")" * 5000} }}}}', 'maximum recursion depth'),
     ('{% break %}', "'break' outside loop"),

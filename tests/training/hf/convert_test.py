@@ -59,9 +59,8 @@ def _check_same_logits(module, params, run, mixture):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', [
-    pytest.param(system, marks=[pytest.mark.long] * (system == 't5'))
-    for system in MIXTURES])
+@pytest.mark.parametrize(
+    'system', models.long_but({*MIXTURES} - {'t5'}, MIXTURES))
 def test_a_mixture_starts_as_its_dense_model(system):
   module, params, run, mixture = _upcycled(
       system, MIXTURES[system], num_layers=4, num_decoder_layers=4)
