@@ -8,9 +8,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/tiny
-# Two workers nearly halve the time of compiling; more only wait for cores. A
-# file's tests share fixtures and compiled programs, so one worker takes it.
-TEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# Three workers for two cores: a fifth of the time tests wait for programs that
+# they started. A file's tests share fixtures and compiled programs, so one
+# worker takes it.
+TEST_FLAGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 # What `make mutants` changes, and the tests that must notice.
 MUTATED ?= training/optim
 NOTICED_BY ?= tests/training/optim

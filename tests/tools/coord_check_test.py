@@ -15,7 +15,7 @@ WIDTHS = [32, 128]
     for system in models.MUP if models.mixers_of(system) == {'attention'}])
 def rows(request):
   return {name: coord_check.output_sizes(
-      request.param, name, WIDTHS, coord_check.Setting('adamw', 2e-3, 8), 6)
+      request.param, name, WIDTHS, coord_check.Setting('adamw', 2e-3, 8), 3)
           for name in ('standard', 'mup')}
 
 
