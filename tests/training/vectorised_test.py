@@ -30,7 +30,7 @@ STEPS = 8
 def config(texts, **changes):
   c = base.base()
   c.model.update(d_model=16, num_layers=2, num_heads=2, init='fan_in')
-  c.data.update(source=texts.split('=')[1], length=16, batch_size=4,
+  c.data.update(source=texts.split('=')[-1], length=16, batch_size=4,
                 holdout_every=4)
   c.train.steps = STEPS
   c.optim.warmup_steps = 2
