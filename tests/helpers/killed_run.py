@@ -14,7 +14,7 @@ import time
 from absl import flags
 
 from training.distributed import signals
-from training.workdir import storage
+from training.workdir import checkpoints, storage
 
 
 def main():
@@ -23,9 +23,9 @@ def main():
 
   def die_or_go_on(stop, n: int) -> bool:
     if n > step:
-      saved = storage.path(flags.FLAGS.workdir) / 'checkpoints' / str(step)
+      folder = checkpoints.directory(storage.path(flags.FLAGS.workdir))
       until = time.monotonic() + 300
-      while not saved.exists() and time.monotonic() < until:
+      while step not in checkpoints.steps(folder) and time.monotonic() < until:
         time.sleep(0.01)
       os.kill(os.getpid(), signal.SIGKILL)
     return agreed(stop, n)
