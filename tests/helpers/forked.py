@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGES = ('numpy', 'jax', 'flax.linen', 'optax', 'chex', 'orbax.checkpoint',
             'grain', 'ml_collections.config_flags')
 # What JAX reads of the environment, it reads when it is imported.
-READ_BY_JAX = ('JAX_', 'TF_', 'PYTHON')
+READ_BY_JAX = ('JAX_', 'PYTHON')
 
 
 def run(*words: str, cwd: pathlib.Path = ROOT, said: str = '',
