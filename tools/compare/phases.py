@@ -135,12 +135,15 @@ class Phase:
       SEEDS says how many has this phase.
     least: how many it needs.
     decide: (plan, outcomes, name) -> what follows: a Verdict of each variant
-      and measure; the plan is that of `narrow`.
-    enter: (plan, records so far) -> the variants that are run.
+      and measure, with the phase's own words where it has others; the plan is
+      that of `narrow`, the outcomes are those of all phases so far.
+    enter: (plan, records so far) -> the variants that are run; a record has a
+      row of each measure, so a variant may stand in it more than once.
     narrow: plan -> the same with the sizes and the measures that this phase
       compares; by default all of them.
     note: plan -> what stands beside its costs.
-    methods: a paragraph of the report, made by str.format(plan=plan), where
+    methods: a paragraph of the report, made by str.format(plan=plan), which
+      takes no index from the end such as {plan.sizes[-1]}, where
       templates/methods.txt.jinja does not say it.
     constants: what the file of a study that has this phase may also hold, with
       the defaults; they stand in Plan.settings.
@@ -172,7 +175,7 @@ class Phase:
         workload))
             for size in plan.sizes for workload in plan.workloads
             if plan.of_workload(workload)
-            for variant in (plan.base, *variants)
+            for variant in dict.fromkeys((plan.base, *variants))
             for seed in self.seeds_of(plan)]
 
   def most(self, frozen: plans.Frozen) -> list[Run]:
