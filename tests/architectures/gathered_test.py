@@ -33,14 +33,14 @@ def make_mesh(sizes):
 
 
 def on_mesh(sizes, module, params, fn, *rows):
-  """Returns (what fn returns on a mesh, its program before XLA compiles it)."""
+  """Returns the program of fn on a mesh, lowered, that XLA has yet to compile,
+  and its arguments."""
   mesh = make_mesh(sizes)
   boxed = jax.eval_shape(module.init, jax.random.key(0), models.tokens(1, 1))
   places = devices.param_shardings(boxed['params'], mesh, 'default')
   with jax.set_mesh(mesh), sharding.rules('default'):
     args = jax.tree.map(jax.device_put, params, places), *rows
-    lowered = jax.jit(fn).lower(*args)
-    return lowered.compile()(*args), lowered.as_text()
+    return jax.jit(fn).lower(*args), args
 
 
 @pytest.mark.slow
@@ -50,8 +50,9 @@ def test_equals_one_device_and_scatters_each_gradient(sizes, remat, steps):
                                tie_embeddings=remat == 'none')
   tokens_BL, step = models.tokens(8, LENGTH), step_of(module)
   want = jax.jit(step)(params, tokens_BL)
-  got, text = on_mesh(sizes, module, params, step, tokens_BL)
-  models.close(want, got, rtol=5e-5)
+  lowered, args = on_mesh(sizes, module, params, step, tokens_BL)
+  models.close(want, lowered.compile()(*args), rtol=5e-5)
+  text = lowered.as_text()
   count = lambda name: text.count(f'stablehlo.{name}"')
   # Gathered are a layer's seven matrices, for the product and for the gradient,
   # the head's, and the ids of the tokens.
@@ -66,14 +67,10 @@ def test_equals_one_device_and_scatters_each_gradient(sizes, remat, steps):
     ('query,key,value,out', 'offload', 3)])
 def test_a_weight_that_stays_gathered_is_not_gathered_again(
     keep, remat, again):
-  changes = dict(num_kv_heads=2, num_layers=3)
-  module, params = models.make('llama', **changes)
-  tokens_BL = models.tokens(8, LENGTH)
-  want = jax.jit(step_of(module))(params, tokens_BL)
-  module, _ = models.make('llama', remat=remat, keep_gathered=keep, **changes)
-  got, text = on_mesh(dict(data=2, fsdp=4), module, params, step_of(module),
-                      tokens_BL)
-  models.close(want, got, rtol=5e-5)
+  module, params = models.make('llama', num_kv_heads=2, num_layers=3,
+                               remat=remat, keep_gathered=keep)
+  text = on_mesh(dict(data=2, fsdp=4), module, params, step_of(module),
+                 models.tokens(8, LENGTH))[0].as_text()
   assert text.count('stablehlo.all_gather"') == 7 + again + 2
   assert text.count('stablehlo.reduce_scatter"') == 7 + 1
 

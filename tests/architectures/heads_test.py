@@ -142,23 +142,28 @@ def test_modules_are_those_of_the_oracle(fields):
   module, params = models.make(fields.pop('system', 'llama'), **TWO, **fields)
   c, tokens = module.config, models.tokens(2, 9)
   batch = batch_of(tokens)
-  out = jax.jit(lambda params: module.apply(
-      {'params': params}, batch['tokens']))(params)
+  objective, run = objectives.OBJECTIVES['causal'], config(**TWO)
+  @jax.jit
+  def read(params):
+    out = module.apply({'params': params}, batch['tokens'])
+    return out, objective.figures(out, batch, run), objective.loss(
+        out, batch, run)[0]
+  out, figures, share = read(params)
   own, L = params['mtp'], 8
   def rms(x, p):
     x = np.asarray(x)
     return np.asarray(p['scale']) * x / np.sqrt(
         (x ** 2).mean(-1, keepdims=True) + c.norm_eps)
   before, losses = out.hidden, []
-  embedded = params['embed']['tokens'][batch['tokens']]
+  embedded = np.asarray(params['embed']['tokens'])[batch['tokens']]
   for k in (1, 2):
     pair = np.concatenate([rms(embedded[:, k:], own[f'token_norm_{k}']),
                            rms(before[:, :L - k], own[f'hidden_norm_{k}'])], -1)
     layer = skeletons.Period(c, (c.layer_pattern()[-1],))
-    run = jax.jit(lambda p, x, k=k, layer=layer: layer.apply(
+    one = jax.jit(lambda p, x, k=k, layer=layer: layer.apply(
         {'params': p}, (x, None), None,
         Context(jnp.arange(L - k)[None]))[0][0])
-    h = run(own[f'depth_{k}'], jnp.asarray(pair @ own[f'join_{k}']))
+    h = one(own[f'depth_{k}'], pair @ np.asarray(own[f'join_{k}']))
     before = rms(h, own[f'norm_{k}'])
     models.close(out.extra['mtp'][k - 1][:, :L - k], before, rtol=1e-4)
     logits = np.asarray(out.head.logits(before), np.float64)
@@ -166,13 +171,10 @@ def test_modules_are_those_of_the_oracle(fields):
     nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
         logits, target[..., None], -1)[..., 0]
     losses.append(nats.sum())
-  objective, run = objectives.OBJECTIVES['causal'], config(**TWO)
-  figures = objective.figures(out, batch, run)
   for k in (1, 2):
     assert figures[f'mtp_{k}_loss'].total == pytest.approx(
         losses[k - 1], rel=1e-4)
     assert figures[f'mtp_{k}_loss'].weight == 2 * (L - k)
-  share, _ = objective.loss(out, batch, run)
   own_loss = float(figures['loss'].total)
   assert float(share) == pytest.approx(own_loss + 0.3 / 2 * sum(losses), 1e-5)
   assert float(objective.means(figures)['loss']) == pytest.approx(own_loss / 16)

@@ -45,7 +45,7 @@ def fields(mixer: str, **changes) -> dict:
 
 def hybrid(mixer: str, **changes) -> dict:
   """The same in every other layer; attention is in the others."""
-  return {'num_layers': 4, mixer: sizes(mixer, **changes),
+  return {'num_layers': 2, mixer: sizes(mixer, **changes),
           'pattern': 'own,whole',
           'kinds': dict(own=dict(mixer=mixer), whole={})}
 

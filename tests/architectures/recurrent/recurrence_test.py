@@ -77,11 +77,22 @@ def run(x, state_BHKU=None, places=4):
   return recurrence.run(x, state_BHKU, places=places)
 
 
+def graded(f, loss=lambda ys: sum(jnp.sin(y).sum() for y in ys), wrt=0):
+  """Returns f jitted, whose results are the gradients of a loss of what f
+  returns, and that."""
+  def both(*args):
+    ys = f(*args)
+    return loss(ys), ys
+  return jax.jit(jax.grad(both, wrt, has_aux=True))
+
+
+STATE = np.random.default_rng(5).normal(size=(B, H, K, U)).astype(np.float32)
+
+
 @pytest.mark.parametrize('name', FAMILY)
 def test_pieces_equal_the_definition(name):
-  state = jax.random.normal(jax.random.key(5), (B, H, K, U))
   x = drawn(9, *FAMILY[name])
-  for got, want in zip(run(x, state), definition(x, state)):
+  for got, want in zip(run(x, STATE), definition(x, STATE)):
     np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
 
 
@@ -95,40 +106,34 @@ def test_lengths_that_no_piece_divides(length, decays):
 
 @TWO
 def test_gradients_are_those_of_autodiff_through_the_definition(name):
-  state = jax.random.normal(jax.random.key(5), (B, H, K, U))
   x = drawn(9, *FAMILY[name])
-  weigh = [jnp.asarray(np.random.default_rng(3).normal(size=y.shape),
-                       jnp.float32) for y in run(x, state)]
-  loss = lambda f: lambda *args: sum(
-      (y * w).sum() for y, w in zip(f(*args), weigh))
-  models.close(jax.jit(jax.grad(loss(scanned), (0, 1)))(x, state),
-               jax.jit(jax.grad(loss(run), (0, 1)))(x, state))
+  weigh = [np.random.default_rng(3).normal(size=shape).astype(np.float32)
+           for shape in ((B, 9, H, U), STATE.shape)]
+  loss = lambda ys: sum((y * w).sum() for y, w in zip(ys, weigh))
+  models.close(*(graded(f, loss, (0, 1))(x, STATE) for f in (scanned, run)))
 
 
 def test_groups_that_share_a_piece(monkeypatch):
   """Five pieces, two at a time: the second and the third group share one."""
   monkeypatch.setattr(recurrence, 'AT_ONCE', 8)
   monkeypatch.setattr(recurrence, 'WHOLE', 0)
-  state = jax.random.normal(jax.random.key(5), (B, H, K, U))
   x = drawn(18, K, True)
-  both = lambda f: jax.jit(lambda *args: (f(*args), jax.grad(
-      lambda *args: sum(jnp.sin(y).sum() for y in f(*args)), (0, 1))(*args)))
   in_groups = lambda *args: recurrence.run(*args, places=4)
-  assert 'dynamic_slice' in str(jax.make_jaxpr(in_groups)(x, state))
-  models.close(both(scanned)(x, state), both(in_groups)(x, state))
+  assert 'dynamic_slice' in str(jax.make_jaxpr(in_groups)(x, STATE))
+  models.close(*(graded(f, wrt=(0, 1))(x, STATE)
+                 for f in (scanned, in_groups)))
 
 
 @pytest.mark.parametrize('length, decays', [(9, K), (1, 1)])
 def test_inputs_of_bfloat16_are_those_numbers_in_float32(length, decays):
   """Only their gradients are rounded, to the numbers that bfloat16 has."""
-  state = jax.random.normal(jax.random.key(5), (B, H, K, U))
-  half = jax.tree.map(lambda y: y.astype(jnp.bfloat16), drawn(length, decays))
-  grad = jax.jit(jax.grad(
-      lambda x: sum(jnp.sin(y).sum() for y in run(x, state))))
-  to_float32 = lambda x: jax.tree.map(lambda y: y.astype(jnp.float32), x)
-  models.close(run(to_float32(half), state), run(half, state), 1e-6)
-  assert all(y.dtype == jnp.bfloat16 for y in grad(half))
-  models.close(grad(to_float32(half)), to_float32(grad(half)), 2 ** -8)
+  to = lambda dtype, x: jax.tree.map(lambda y: np.asarray(y).astype(dtype), x)
+  half = to(jnp.bfloat16, drawn(length, decays))
+  grad = graded(lambda x: run(x, STATE))
+  (got, got_ys), (want, want_ys) = grad(half), grad(to(np.float32, half))
+  models.close(want_ys, got_ys, 1e-6)
+  assert all(y.dtype == jnp.bfloat16 for y in got)
+  models.close(want, to(np.float32, got), 2 ** -8)
 
 
 def test_rates_up_to_two_and_keys_that_repeat():
@@ -145,12 +150,13 @@ def test_a_decay_of_zero_forgets_all_and_one_of_one_nothing(decays):
   """Exactly, in the gradient too: what comes after is a row of its own."""
   x = drawn(9, decays)
   at = 4
-  decay = x.log_decay_BLHK.at[:, :3].set(0).at[:, at].set(-jnp.inf)
+  decay = np.array(x.log_decay_BLHK)
+  decay[:, :3], decay[:, at] = 0, -np.inf
   x = x._replace(log_decay_BLHK=decay)
-  after = jax.tree.map(lambda y: y[:, at:], x)
-  models.close(run(after)[0], run(x)[0][:, at:], 1e-6)
-  grads = jax.jit(jax.grad(lambda x: run(x)[0][:, at:].sum()))(x)
-  for grad in grads:
+  after = jax.tree.map(lambda y: np.asarray(y)[:, at:], x)
+  grads, ys = graded(run, lambda ys: ys[0][:, at:].sum())(x)
+  models.close(run(after)[0], ys[0][:, at:], 1e-6)
+  for grad in map(np.asarray, grads):
     assert np.isfinite(grad).all()
     assert not np.any(grad[:, :at])
     assert np.any(grad[:, at:])
@@ -170,10 +176,11 @@ def test_a_row_goes_on_from_its_state(decays):
   x = drawn(9, decays)
   o, last = run(x)
   state, parts = None, []
-  for piece in (slice(0, 5), slice(5, 6), slice(6, 9)):
-    part, state = run(Inputs(*(y[:, piece] for y in x)), state)
+  for first in (0, 3, 6):
+    part, state = run(Inputs(*(
+        np.asarray(y)[:, first:first + 3] for y in x)), state)
     parts.append(part)
-  models.close((o, last), (jnp.concatenate(parts, 1), state), 3e-6)
+  models.close((o, last), (np.concatenate(parts, 1), state), 3e-6)
 
 
 @pytest.mark.parametrize('decays, rate', [(1, True), (K, True), (1, False)],
@@ -195,13 +202,12 @@ def test_a_feature_that_forgets_leaves_the_others_alone():
   x = drawn(9, K)
   rng = np.random.default_rng(1)
   ends, stays = (rng.random(x.log_decay_BLHK.shape) < 0.3 for _ in range(2))
-  x = x._replace(log_decay_BLHK=jnp.where(
-      ends, -jnp.inf, jnp.where(stays, 0, x.log_decay_BLHK)))
-  state = jnp.ones((B, H, K, U))
-  for got, want in zip(run(x, state), definition(x, state)):
-    np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
-  models.close(*(jax.jit(jax.grad(lambda x, f=f: jnp.sin(f(x, state)[0]).sum())
-                         )(x) for f in (scanned, run)))
+  x = x._replace(log_decay_BLHK=np.where(
+      ends, -np.inf, np.where(stays, 0, x.log_decay_BLHK)).astype(np.float32))
+  (want, _), (got, ys) = (graded(f)(x, STATE) for f in (scanned, run))
+  for y, exact in zip(ys, definition(x, STATE)):
+    np.testing.assert_allclose(y, exact, atol=2e-6 * np.abs(exact).max())
+  models.close(want, got)
 
 
 def test_decays_that_are_alike_are_one_of_the_head():
@@ -243,9 +249,9 @@ def test_products_as_tpus_compute_them_lose_no_more_than_inputs(
 
 def test_features_are_weighted_as_by_a_product():
   """And so are the gradients, which are written out."""
-  x_LHU, w_HU, d_LHU = (jax.random.normal(jax.random.key(i), shape)
-                        for i, shape in enumerate([(5, 2, 3), (2, 3),
-                                                   (5, 2, 3)]))
+  x_LHU, w_HU, d_LHU = (
+      np.random.default_rng(i).normal(size=shape).astype(np.float32)
+      for i, shape in enumerate([(5, 2, 3), (2, 3), (5, 2, 3)]))
   by_hand = jax.vjp(features.weighted, x_LHU, w_HU)
   derived = jax.vjp(lambda x, w: x * w[None], x_LHU, w_HU)
   models.close(by_hand[0], derived[0])
