@@ -86,9 +86,9 @@ def drawn(shapes, seed: int = 0):
   """Returns parameters for a tree of shapes, none at a tidy initial value:
   biases, norms and sinks count too. Nothing is compiled."""
   random = np.random.default_rng(seed)
-  return jax.tree_util.tree_map_with_path(lambda path, x: jnp.asarray(
-      np.asarray(0.2 * random.standard_normal(x.shape)
-                 + paths.join(path).endswith('scale'), x.dtype)), shapes)
+  return jax.device_put(jax.tree_util.tree_map_with_path(
+      lambda path, x: np.asarray(0.2 * random.standard_normal(x.shape) + (
+          paths.join(path).endswith('scale')), x.dtype), shapes))
 
 
 def logits(module, params, tokens_BL: jax.Array, **kwargs) -> jax.Array:

@@ -129,12 +129,3 @@ def test_rows_are_searched_as_by_the_book(gpt, rows, options, early):
     texts = [tuple(text[:1 + len(generate.until(text, STOPS))]) for text in row]
     assert texts == [text for _, text in expected]
     np.testing.assert_allclose(score, [s for s, _ in expected], atol=1e-4)
-
-
-def test_one_beam_that_stops_early_is_greedy(gpt, rows):
-  prompts, _ = rows
-  greedy = generate.generate(
-      *gpt, prompts, jnp.array(LENGTHS), jax.random.key(0), max_new_tokens=NEW,
-      sampling=generate.Sampling(temperature=0), stop_token=STOPS)
-  tokens, _ = search(gpt, prompts, count=1, early_stopping=True)
-  np.testing.assert_array_equal(tokens[:, 0], greedy)

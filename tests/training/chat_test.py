@@ -40,7 +40,7 @@ ASK = [dict(role='user', content='a')]
 def save(folder, template=OF_FOLDER, **generation):
   """Writes a small model with a tokenizer of letters, as ids 0 to 16, and
   special tokens, 17 to 19."""
-  module, params = models.make('llama')
+  module, params = models.make('llama', num_layers=1)
   weights.to_hf(module, params, folder, generation=hf_generation.Generation(
       {}, dict(bos_token_id=17, eos_token_id=[18, 19]) | generation))
   tokenizer = hf.Tokenizer(hf.models.WordLevel(
@@ -133,7 +133,7 @@ def test_two_turns_are_what_a_forward_pass_says_up_to_the_last_slot(model):
 
 def test_a_text_that_outgrows_a_length_is_as_if_written_in_one_go():
   module, params = models.make('phi3', max_len=CONTEXT, head_dim=8, rope=dict(
-      generate_test.LONGROPE, original_len=9, factor=4.0))
+      generate_test.LONGROPE, original_len=9, factor=4.0), num_layers=1)
   model = module, jax.tree.map(lambda x: 3 * x, params)
   engine, ids = chat.Engine(*model, CONTEXT, GREEDY), [5, 17, 3, 44, 9]
   written = generate.generate(
@@ -154,6 +154,7 @@ def test_what_changes_is_read_again_from_there(model):
     assert engine.num_read == before + read  # the last one, for its logits
 
 
+@pytest.mark.parametrize('model', ['rope'], indirect=True)
 def test_draws_follow_the_seed_and_a_penalty_counts_the_conversation(model):
   def draws(seed):
     engine = chat.Engine(*model, CONTEXT, generate.Sampling(5.0), seed)

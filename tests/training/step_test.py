@@ -87,8 +87,7 @@ def single():
 
 @pytest.mark.parametrize('preset, rules', [
     pytest.param(name, 'default',
-                 marks={'fsdp_tp': [], 'cp_fsdp_tp': [pytest.mark.slow]}.get(
-                     name, [pytest.mark.long]))
+                 marks=[] if name == 'cp_fsdp_tp' else [pytest.mark.long])
     for name, shape in tables.PRESETS.items()
     if shape['expert'] == 1] + [
         pytest.param(name, 'replicated', marks=pytest.mark.long)

@@ -177,7 +177,7 @@ def test_what_it_is_surest_of_stays():
 @pytest.mark.slow
 def test_tasks_tell_the_bound_and_write(texts, capsys):
   """The draws of many masks are near the one that an evaluation has."""
-  config = evaluations.config('bert', 'masked_diffusion')
+  config = evaluations.config('bert', 'masked_diffusion', num_layers=1)
   config.data.update(source=texts, eval_source=texts, holdout_every=0,
                      batch_size=32)
   evaluation = evaluations.make(

@@ -31,7 +31,7 @@ def roles():
   return parameter_roles(MODULE)
 
 
-def params(dtype=jnp.float32):
+def params(dtype=np.float32):
   """A tree with every kind of parameter that a shape rule must tell."""
   shapes = parameter_shapes(MODULE)
   return jax.tree.map(lambda x: (0.1 * x).astype(dtype), gradients(shapes, 0))
@@ -46,15 +46,21 @@ def plain(tree):
 def gradients(tree, seed=1):
   random = np.random.default_rng(seed)
   return jax.tree.map(
-      lambda x: jnp.asarray(random.standard_normal(x.shape), x.dtype), tree)
+      lambda x: random.standard_normal(x.shape).astype(x.dtype), tree)
+
+
+def stepping(tx):
+  """Returns jitted step(gradients, state, tree) -> (tree, state)."""
+  def step(grads, state, tree):
+    updates, state = tx.update(grads, state, tree)
+    return optax.apply_updates(tree, updates), state
+  return jax.jit(step)
 
 
 def run(tx, tree, steps=3):
-  state = tx.init(tree)
-  step = jax.jit(tx.update)
+  state, step = jax.jit(tx.init)(tree), stepping(tx)
   for i in range(steps):
-    updates, state = step(gradients(tree, i), state, tree)
-    tree = optax.apply_updates(tree, updates)
+    tree, state = step(gradients(tree, i), state, tree)
   return tree
 
 
@@ -83,9 +89,8 @@ def test_decay_is_decoupled_and_masked(name):
                  weight_decay=0.1)
   tree = params()
   tx = optimizers.make(config, 10, roles())
-  updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, tree),
-                                  tx.init(tree), tree)
-  after = paths.flatten(optax.apply_updates(tree, updates))
+  after = paths.flatten(stepping(tx)(
+      jax.tree.map(np.zeros_like, tree), jax.jit(tx.init)(tree), tree)[0])
   for path, before in paths.flatten(tree).items():
     factor = 1.0 if any(w in path for w in ('norm', 'bias', 'embed')) else 0.95
     np.testing.assert_allclose(after[path], before * factor, rtol=1e-6,
@@ -146,21 +151,20 @@ def test_a_stack_learns_as_its_layers_do():
   # Layers of unlike sizes: a statistic taken over all of them would show.
   whole, stack = params(), lambda tree: tree['decoder']['layers']
   whole['decoder']['layers'] = jax.tree.map(
-      lambda x: x * jnp.arange(1.0, 3.0).reshape((-1,) + (1,) * (x.ndim - 1)),
+      lambda x: x * np.float32([1, 2]).reshape((-1,) + (1,) * (x.ndim - 1)),
       stack(whole))
   stacked = run(optimizers.make(config, 10, roles()), whole)
 
   def layer(tree, i):
     return jax.tree.map(lambda x: x[i:i + 1], stack(tree))
 
+  tx = optimizers.make(config, 10, stack(roles()))
+  init, step = jax.jit(tx.init), stepping(tx)
   for i in range(2):
     tree = layer(whole, i)
-    tx = optimizers.make(config, 10, stack(roles()))
-    state, update = tx.init(tree), jax.jit(tx.update)
-    for step in range(3):
-      g = layer(gradients(whole, step), i)
-      updates, state = update(g, state, tree)
-      tree = optax.apply_updates(tree, updates)
+    state = init(tree)
+    for n in range(3):
+      tree, state = step(layer(gradients(whole, n), i), state, tree)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
         tree, layer(stacked, i))
@@ -175,7 +179,7 @@ def test_update_if(name):
   tx = optimizers.make(optim(name=name, warmup_steps=0, lr=0.1), 10, roles())
   step = jax.jit(lambda ok, *args: optimizers.update_if(ok, tx, *args))
   g = gradients(tree)
-  state = tx.init(tree)
+  state = jax.jit(tx.init)(tree)
   kept, kept_state = step(False, g, state, tree)
   jax.tree.map(np.testing.assert_array_equal, (kept, kept_state),
                (tree, state))
@@ -225,7 +229,7 @@ def test_state_lies_where_the_parameters_lie(name):
   # One step on the mesh equals one on a single device.
   updates, after = jax.jit(tx.update, out_shardings=(where, state))(
       jax.device_put(gradients(tree), where), born, placed)
-  alone, _ = jax.jit(tx.update)(gradients(tree), tx.init(tree), tree)
+  alone = jax.jit(lambda: tx.update(gradients(tree), tx.init(tree), tree)[0])()
   jax.tree.map(lambda a, b: np.testing.assert_allclose(
       a, b, rtol=2e-4, atol=1e-7), updates, alone)
   assert jax.tree.map(lambda x: x.sharding, after) == state

@@ -72,10 +72,10 @@ def test_an_update_is_that_of_numpy(name):
   usual = optimizer(module, optim(**fields), 10)
   tx = optimizer(module, optim(**fields, layer_decay=0.5,
                                freeze='embed/.*,decoder/layers/0/.*'), 10)
-  plain = paths.flatten(jax.jit(usual.update)(
-      grads, usual.init(params), params)[0])
-  state = tx.init(params)
-  updates, _ = jax.jit(tx.update)(grads, state, params)
+  plain, (updates, state) = jax.jit(lambda params: (
+      usual.update(grads, usual.init(params), params)[0],
+      tx.update(grads, tx.init(params), params)))(params)
+  plain = paths.flatten(plain)
   assert isinstance(updates['embed']['tokens'], optax.MaskedNode)
   found = paths.flatten(updates)
   assert set(found) == {path for path in plain if 'embed' not in path}
