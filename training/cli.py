@@ -3,15 +3,17 @@ exit codes.
 
 Exit codes: 0 all is done; 75 not all is: a signal came, and what was under way
 is saved (Stopped; train.py has --stopped_exit_code for it, by default 0), or
-others have it; 2 a wrong request (RequestError, printed as one sentence; of
-train.py also a loss that is not finite); 1 a failure, either of the environment
-(EnvironmentFailure or OSError, one sentence) or a bug (any other exception,
-with its traceback); 128 + n ended by signal n.
+others have it; 2 a wrong request (RequestError, or a file's name that is too
+long, printed as one sentence; of train.py also a loss that is not finite); 1 a
+failure, either of the environment (EnvironmentFailure or another OSError, one
+sentence) or a bug (any other exception, with its traceback); 128 + n ended by
+signal n.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 import argparse
 import ast
+import errno
 import functools
 import importlib.machinery
 import importlib.util
@@ -58,7 +60,9 @@ def run(main: Callable[[], int | None]) -> None:
       os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     at_failure(128 + signal.SIGPIPE)
   except (EnvironmentFailure, OSError) as error:
-    code, sentence = 1, f'error: {error}'
+    # A name that is too long for a disk is so at each further try.
+    wrong = getattr(error, 'errno', None) == errno.ENAMETOOLONG
+    code, sentence = 2 if wrong else 1, f'error: {error}'
   except Exception as error:
     if not is_out_of_memory(error):
       raise

@@ -176,17 +176,21 @@ def test_yarn_keeps_what_turns_often_and_stretches_what_turns_seldom():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('query, mixer', [
-    ('query', {}), ('query_up', dict(mixer='latent', latent=dict(q_rank=12)))])
+    ('query', {}), ('query_up', dict(
+        mixer='latent', latent=dict(q_rank=12, nope_dim=8)))])
 def test_what_yarn_has_on_all_features_multiplies_the_scores(query, mixer):
-  """DeepSeek-V2's softmax_scale * mscale^2, mscale = 0.1 m ln s + 1: as if the
-  weights of the queries were so much larger. With m = 0 there is none."""
-  yarn = lambda m: dict(num_layers=1, **mixer, rope=dict(
-      scaling='yarn', factor=4.0, original_len=8, mscale=m, mscale_all_dim=m))
-  module, params = models.make('llama', **yarn(0.7))
-  larger = jax.tree_util.tree_map_with_path(
-      lambda path, x: x * (0.07 * np.log(4) + 1) ** 2
-      if path[-1].key == query else x, params)
-  none = architectures.build(models.config('llama', **yarn(0.0)))
+  """DeepSeek-V2's softmax_scale * mscale_all_dim^2, of 0.1 m ln s + 1: as if
+  the weights of the queries were so much larger. On turned features mscale^2 is
+  left; the first 8 of a head of latent attention are none. With m = 0 there is
+  none."""
+  of = lambda m: (0.1 * m * np.log(4) + 1) ** 2
+  yarn = lambda **m: dict(num_layers=1, **mixer, rope=dict(
+      scaling='yarn', factor=4.0, original_len=8, **m))
+  module, params = models.make('llama', **yarn(mscale=0.7, mscale_all_dim=0.4))
+  larger = jax.tree_util.tree_map_with_path(lambda path, x: np.asarray(x) * (
+      np.where(np.arange(x.shape[-1]) < 8 * bool(mixer), of(0.4), of(0.7))
+      if path[-1].key == query else 1), params)
+  none = architectures.build(models.config('llama', **yarn(mscale=0.0)))
   run = jax.jit(models.logits, static_argnums=0)
   models.close(run(module, params, models.tokens()),
                run(none, larger, models.tokens()), 1e-4)
