@@ -234,13 +234,12 @@ def test_what_no_token_follows_and_padding_take_no_expert():
 
 
 @pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize('ends, size', [((5, 12), 10)])
-def test_the_load_of_a_module_is_of_those_that_take_experts(ends, size):
+def test_the_load_of_a_module_is_of_those_that_take_experts():
   """Not of the last k of each document: what they join is of two texts; nor of
   padding. It is a share of the choices of the others."""
-  module, params = models.make('mixtral', moe=dict(router='sigmoid'), **TWO)
-  at = np.arange(12)
+  module, params = models.make('mixtral', num_layers=1,
+                               moe=dict(router='sigmoid'), **TWO)
+  at, ends, size = np.arange(12), (5, 12), 10
   ids_BL = jnp.asarray(np.searchsorted(ends, at, side='right'))[None] + 1
   out = jax.jit(lambda x: module.apply(
       {'params': params}, x, segment_ids_BL=ids_BL, positions_BL=at[None],
