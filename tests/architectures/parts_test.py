@@ -2,6 +2,8 @@
 a product rounds, norms, positions, the hidden units of networks, and the wiring
 of a block."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,8 +32,8 @@ def resolved(system='gpt', **changes):
 
 
 def normal(seed, *shape):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(
-      np.float32))
+  return jax.device_put(np.random.default_rng(seed).normal(
+      size=shape).astype(np.float32))
 
 
 def born(module, *args, seed=0):
@@ -56,30 +58,31 @@ def test_weights_are_born_with_the_size_that_the_init_says(init):
   module = architectures.build(models.config(
       d_model=d, d_ff=F, num_layers=N, init=init, init_stddev=0.05,
       init_scale=0.5, tie_embeddings=False, vocab_size=200, num_heads=4))
-  params = paths.flatten(nn.meta.unbox(jax.jit(module.init)(
-      jax.random.key(0), models.tokens())['params']))
+  params = jax.device_get(paths.flatten(nn.meta.unbox(jax.jit(module.init)(
+      jax.random.key(0), models.tokens())['params'])))
   residual = 0.05 / (2 * N) ** 0.5 if init == 'scaled_normal' else 0.05
   layer = 'decoder/layers/block_0/'
   sizes = {'attention/query': (d, 0.05), 'attention/out': (d, residual),
            'ffn/up': (d, 0.05), 'ffn/down': (F, residual)}
   for name, (fan_in, stddev) in sizes.items():
     want = (0.5 / fan_in) ** 0.5 if init == 'fan_in' else stddev
-    got = float(params[layer + name].std())
+    got = np.std(params[layer + name])
     assert got == pytest.approx(want, rel=0.03), name
   want = (0.5 / d) ** 0.5 if init == 'fan_in' else 0.05
-  assert float(params['head/kernel'].std()) == pytest.approx(want, rel=0.03)
+  assert np.std(params['head/kernel']) == pytest.approx(want, rel=0.03)
 
 
 def test_a_product_in_bfloat16_rounds_its_operands_alone():
   """Its gradients too: each near that of float32, and of its operand's type."""
   x, w, d = normal(0, 64, 48), normal(1, 48, 40), normal(2, 64, 40)
+  @functools.partial(jax.jit, static_argnums=0)
   def value_and_grads(dtype):
     y, vjp = jax.vjp(lambda x, w: layers.einsum(
         'AB,BC->AC', x, w, dtype, jnp.float32), x, w)
     return y, *vjp(d)
   for got, want in zip(*map(value_and_grads, (jnp.bfloat16, jnp.float32))):
     assert got.dtype == want.dtype == jnp.float32
-    assert jnp.abs(got - want).max() < 0.02 * jnp.abs(want).max()
+    models.close(want, got, 0.02)
 
 
 @pytest.mark.parametrize('spec, x, w', [
@@ -91,12 +94,14 @@ def test_a_product_in_bfloat16_rounds_its_operands_alone():
     ('QBPV,QBPD->QVD', (2, 3, 4, 5), (2, 3, 4, 7))])
 def test_the_gradients_of_a_product_are_those_that_jax_derives(spec, x, w):
   x, w = normal(0, *x), normal(1, *w)
-  product = lambda x, w: layers.einsum(spec, x, w, jnp.float32)
   want = np.einsum(spec, *(np.asarray(a, np.float64) for a in (x, w)))
-  y, vjp = jax.vjp(product, x, w)
+  @jax.jit
+  def both(x, w):
+    y, vjp = jax.vjp(lambda x, w: layers.einsum(spec, x, w, jnp.float32), x, w)
+    return y, vjp(y), jax.vjp(lambda x, w: jnp.einsum(spec, x, w), x, w)[1](y)
+  y, grads, plain = both(x, w)
   np.testing.assert_allclose(y, want, atol=1e-5)
-  plain = jax.vjp(lambda x, w: jnp.einsum(spec, x, w), x, w)[1]
-  for got, grad in zip(vjp(y), plain(y)):
+  for got, grad in zip(grads, plain):
     np.testing.assert_allclose(got, grad, atol=1e-4)
 
 
@@ -108,9 +113,9 @@ def test_a_norm_rounds_its_result_alone(name):
   """Of bfloat16, it computes in float32: an offset costs no digits."""
   x = (10 + normal(0, 4, D)).astype(jnp.bfloat16)
   one, zero = jnp.ones(D), jnp.zeros(D)
-  run = lambda x: (layers.layernorm(x, one, zero, 1e-6) if name == 'layernorm'
-                   else layers.rmsnorm(x, one, 1e-6))
-  got, want = run(x), run(x.astype(jnp.float32))
+  run = (lambda x: layers.layernorm(x, one, zero, 1e-6)
+         ) if name == 'layernorm' else lambda x: layers.rmsnorm(x, one, 1e-6)
+  got, want = map(jax.jit(run), (x, x.astype(jnp.float32)))
   assert got.dtype == jnp.bfloat16
   np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
 
@@ -119,12 +124,13 @@ def test_a_norm_rounds_its_result_alone(name):
 
 
 def test_stretched_positions_lie_between_two_rows():
-  table_LD = normal(0, 4, D)
-  got = positions.learned(table_LD, jnp.array([0, 1, 2, 3, 7]), 2.0)
+  table_LD = np.asarray(normal(0, 4, D))
+  learned = jax.jit(positions.learned, static_argnums=2)
+  got = learned(table_LD, jnp.array([0, 1, 2, 3, 7]), 2.0)
   want = [table_LD[0], (table_LD[0] + table_LD[1]) / 2, table_LD[1],
           (table_LD[1] + table_LD[2]) / 2, table_LD[3]]
   np.testing.assert_allclose(got, want, rtol=1e-6)
-  quarter = positions.learned(table_LD, jnp.array([1]), 4.0)[0]
+  quarter = learned(table_LD, jnp.array([1]), 4.0)[0]
   np.testing.assert_allclose(quarter, 0.75 * table_LD[0] + 0.25 * table_LD[1],
                              rtol=1e-6)
 

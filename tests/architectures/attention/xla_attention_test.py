@@ -42,7 +42,7 @@ def _inputs(length=L):
   shapes = ((B, length, J * R, K), (B, length, J, K), (B, length, J, K),
             (1, J * R, length, length), (J * R,), (B, length, J * R, K))
   random = np.random.default_rng(0)
-  return [jnp.asarray((2 * random.normal(size=shape)).astype(np.float32))
+  return [jax.device_put((2 * random.normal(size=shape)).astype(np.float32))
           for shape in shapes]
 
 
@@ -97,12 +97,13 @@ def test_blocks_of_a_causal_mask_are_the_whole(window, monkeypatch):
 def test_a_row_that_sees_nothing_is_finite_and_so_is_its_gradient():
   q, k, v, *_ = _inputs()
   mask = jnp.zeros((B, L, L), bool)
-  o, vjp = jax.vjp(lambda *x: kernels.attend(
-      *x, scale=0.5, mask_BLM=mask), q, k, v)
-  np.testing.assert_allclose(
-      o, jnp.broadcast_to(jnp.repeat(v, R, 2).mean(1, keepdims=True), o.shape),
-      rtol=1e-5, atol=1e-6)
-  assert all(np.isfinite(g).all() for g in vjp(o))
+  f = lambda *x: kernels.attend(*x, scale=0.5, mask_BLM=mask)
+  o, grads = jax.jit(lambda *x: (lambda o, vjp: (o, vjp(o)))(*jax.vjp(f, *x)))(
+      q, k, v)
+  np.testing.assert_allclose(o, np.broadcast_to(np.repeat(
+      np.asarray(v), R, 2).mean(1, keepdims=True), o.shape),
+                             rtol=1e-5, atol=1e-6)
+  assert all(np.isfinite(g).all() for g in grads)
 
 
 # Attention weights that a model gives when it is asked for them.
@@ -114,10 +115,9 @@ def test_equal_a_softmax_in_float64():
   bias, sink = random.randn(1, 6, 5, 7), random.randn(6)
   mask = random.rand(2, 5, 7) < 0.7
   mask[..., 0] = True
-  found = kernels.weights(
-      *(jnp.asarray(x, jnp.float32) for x in (q, k)), scale=0.3,
-      mask_BLM=jnp.asarray(mask), bias_BHLM=jnp.asarray(bias, jnp.float32),
-      softcap=2.0, sink_H=jnp.asarray(sink, jnp.float32))
+  found = jax.jit(functools.partial(kernels.weights, scale=0.3, softcap=2.0))(
+      *(x.astype(np.float32) for x in (q, k)), mask_BLM=mask,
+      bias_BHLM=bias.astype(np.float32), sink_H=sink.astype(np.float32))
   scores = 0.3 * np.einsum('blhk,bmhk->bhlm', q, k.repeat(2, 2))
   scores = 2 * np.tanh(scores / 2) + bias
   e = np.exp(scores) * mask[:, None]
