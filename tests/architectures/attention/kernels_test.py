@@ -42,19 +42,18 @@ def test_splash_equals_xla(name):
   banded, causal, ids, softcap, sinks = CASES[name]
   kind = LayerKind(banded, 'gelu', causal)
   window = 50 if banded == 'banded' else 0
-  place_L = jnp.arange(L)
-  ids_BL = (jnp.searchsorted(jnp.array([100, 230]), place_L, side='right')
+  place_L = np.arange(L)
+  ids_BL = (np.searchsorted([100, 230], place_L, side='right').astype(np.int32)
             + 1)[None] % 3 if ids else None
   mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window)
-  seen_BLM = kernels.visible(kind, SimpleNamespace(sliding_window=window),
-                             place_L[None], place_L[None],
-                             ids_BL, ids_BL)
   q, k, v, w = (normal(i, B, L, heads, K)
                 for i, heads in enumerate((H, J, J, H)))
   args = (q, k, v, *([jnp.linspace(-1, 1, H)] if sinks else []))
   options = dict(scale=K ** -0.5, softcap=softcap)
 
   def ours(q, k, v, sink_H=None):
+    seen_BLM = kernels.visible(kind, SimpleNamespace(sliding_window=window),
+                               place_L[None], place_L[None], ids_BL, ids_BL)
     return (w * kernels.attend(q, k, v, mask_BLM=seen_BLM, sink_H=sink_H,
                                **options)).sum()
 
@@ -98,13 +97,12 @@ def test_splash_takes_causal_lengths_that_are_no_multiple():
   length = 200
   q, k, v, w = (normal(i, 1, length, heads, K)
                 for i, heads in enumerate((2, 1, 1, 2)))
-  ids_BL = 1 + (jnp.arange(length)[None] >= 70)
+  ids_BL = 1 + np.int32(np.arange(length)[None] >= 70)
   mask = kernels.Mask(ids_BL, ids_BL, causal=True, window=90)
-  seen_BLM = kernels.visible(
-      LayerKind('banded', 'gelu', True), SimpleNamespace(sliding_window=90),
-      *[jnp.arange(length)[None]] * 2, ids_BL, ids_BL)
   ours = lambda *x: (w * kernels.attend(
-      *x, mask_BLM=seen_BLM, scale=0.2, sink_H=jnp.arange(2.0))).sum()
+      *x, scale=0.2, sink_H=jnp.arange(2.0), mask_BLM=kernels.visible(
+          LayerKind('banded', 'gelu', True), SimpleNamespace(sliding_window=90),
+          *[jnp.arange(length)[None]] * 2, ids_BL, ids_BL))).sum()
   splash = lambda *x: (w * kernels.splash(
       *x, mask, scale=0.2, sink_H=jnp.arange(2.0), interpret=True)).sum()
   models.close(*(jax.jit(jax.value_and_grad(f, (0, 1, 2)))(q, k, v)
@@ -242,18 +240,19 @@ def compile_on(mesh, fn, module, params, *arrays):
   boxed = jax.eval_shape(module.init, jax.random.key(0), models.tokens(1, 1))
   with jax.set_mesh(mesh), sharding.rules('default'):
     specs = nn.logical_to_mesh(nn.get_partition_spec(boxed['params']))
-    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    put = lambda x, spec: jax.device_put(
+        np.asarray(x), NamedSharding(mesh, spec))
     rows = devices.batch_sharding(mesh, 'default')
     args = (jax.tree.map(put, params, specs),
-            *(jax.device_put(x, rows) for x in arrays))
+            *(jax.device_put(np.asarray(x), rows) for x in arrays))
     return jax.jit(fn).lower(*args).compile(), args
 
 
 def loss_of(module):
   """As in training, over two documents a row; 0: padding."""
-  place_L = jnp.arange(LONG)
-  ids_BL = jnp.where(place_L < 50, 1, jnp.where(place_L < LONG - 9, 2, 0))[None]
-  positions_BL = jnp.where(ids_BL == 2, place_L[None] - 50, place_L[None])
+  place_L = np.arange(LONG)
+  ids_BL = np.where(place_L < 50, 1, np.where(place_L < LONG - 9, 2, 0))[None]
+  positions_BL = np.where(ids_BL == 2, place_L[None] - 50, place_L[None])
 
   def loss(params, tokens):
     out = module.apply({'params': params}, tokens, positions_BL=positions_BL,
@@ -285,7 +284,7 @@ def test_splash_with_split_queries_equals_one_device():
   """In interpret mode: each shard's kernel has the mask of its queries."""
   L, H, J, K = 512, 2, 1, 16
   q, k, v = (normal(i, 2, L, heads, K) for i, heads in enumerate((H, J, J)))
-  ids_BL = 1 + (jnp.arange(L)[None] >= jnp.array([[150], [390]]))
+  ids_BL = 1 + np.int32(np.arange(L)[None] >= np.array([[150], [390]]))
   mask = kernels.Mask(ids_BL, ids_BL, causal=True, window=100)
   def grads(q, k, v):
     return jax.value_and_grad(lambda *x: jnp.square(kernels.splash(

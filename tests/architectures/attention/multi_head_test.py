@@ -166,9 +166,9 @@ def decoded(module, params, tokens, pieces):
   step = jax.jit(lambda t, cache, at: module.apply(
       {'params': params}, t, cache=cache, positions_BL=at))
   for first, last in pieces:
-    out = step(tokens[:, first:last], cache, jnp.arange(first, last)[None])
+    out = step(tokens[:, first:last], cache, np.arange(first, last)[None])
     cache, states = out.cache, [*states, out.hidden]
-  return jnp.concatenate(states, 1)
+  return np.concatenate(states, 1)
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_a_model_mixes_values_and_reads_keys_as_published(name):
   fields, sources = MODELS[name]
   module, params = models.make('llama', norm='rmsnorm_plain', ffn='relu',
                                num_kv_heads=2, **fields)
-  tokens = models.tokens(2, 6)
+  tokens = np.asarray(models.tokens(2, 6))
   want = by_numpy(module.config, params, tokens, sources)
   run = jax.jit(lambda t: module.apply({'params': params}, t).hidden)
   for got in (run(tokens), decoded(module, params, tokens,
@@ -189,14 +189,14 @@ def test_a_model_mixes_values_and_reads_keys_as_published(name):
 @pytest.mark.slow
 def test_convolutions_decode_and_pack_as_the_forward_pass():
   module, params = models.make('llama', attention_conv=3, num_kv_heads=2)
-  tokens = models.tokens(2, 8)
+  tokens = np.asarray(models.tokens(2, 8))
   run = jax.jit(lambda t, **o: module.apply({'params': params}, t, **o).hidden)
   whole = run(tokens)
   models.close(decoded(module, params, tokens,
                        [(0, 3), (3, 4), (4, 5), (5, 8)]), whole, rtol=1e-4)
   packed = run(tokens, segment_ids_BL=np.array([[1] * 4 + [2] * 4] * 2),
                positions_BL=np.array([[*range(4)] * 2] * 2))
-  models.close(packed, jnp.concatenate(
+  models.close(packed, np.concatenate(
       [run(tokens[:, :4]), run(tokens[:, 4:])], 1), rtol=1e-4)
 
 
@@ -303,7 +303,7 @@ def test_a_loop_over_tokens_writes_as_on_one_cpu_as_elsewhere(
   made = {}
   for turned in (True, False):
     monkeypatch.setattr(sharding, 'one_cpu', lambda turned=turned: turned)
-    ours, slots = skeletons.one_by_one(params, cache)
+    ours, slots = jax.jit(skeletons.one_by_one)(params, cache)
     shape = ','.join(map(str, slots[0][0].key_BMJK.shape))
     run = jax.jit(lambda params, slots: jax.lax.scan(
         functools.partial(step, params), (jnp.ones((rows, 1), int), slots),
