@@ -39,6 +39,7 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import importlib
+import json
 import pathlib
 import sys
 from typing import Any
@@ -177,6 +178,11 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
   for name, value in vars(model.config).items():
     if isinstance(value, float):
       setattr(model.config, name, float(str(np.float32(value))))
+  try:  # of a damaged file, an epsilon may be none
+    hf_config.read(json.loads(model.config.to_json_string()))
+  except RequestError as error:
+    raise RequestError(f'{file} gives a folder that an import refuses: {error}'
+                       ) from error
   tokenizer.save_pretrained(folder)
   model.save_pretrained(folder)
   print(f'{folder}: {sum(x.numel() for x in model.parameters()):,} parameters '

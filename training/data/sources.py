@@ -438,13 +438,15 @@ def begin(folder: epath.Path, source: Source, parts: list[Source],
   """
   made = tokens.digest([content, [len(part.files) for part in parts]])
   if not (folder / tokens.BEGUN).exists():
-    storage.write(folder / tokens.BEGUN, json.dumps(dict(
+    written = dict(
         format=tokens.FORMAT, source=source.name, content=content,
         digest=made, shards=len(parts),
         dtype='<u4' if tokenizer.vocab_size > 1 << 16 else '<u2',
         tokenizer=dict(
             name=tokenizer.name, fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size)), indent=1))
+            vocab_size=tokenizer.vocab_size))
+    storage.write(folder / tokens.BEGUN, json.dumps(
+        written | dict(checksum=tokens.digest(written)), indent=1))
   begun = tokens.begun_of(folder)
   require(begun['digest'] == made and begun['tokenizer']['fingerprint']
           == tokenizer.fingerprint, f'{folder} was begun of the source '

@@ -312,10 +312,13 @@ def load(text: str, name: str) -> Tokens:
 
 
 def begun_of(folder: epath.Path) -> dict[str, Any]:
+  """Returns what begun.json holds, less the checksum that it may have."""
   try:
-    begun = json.loads((folder / BEGUN).read_bytes())
-  except (ValueError, RecursionError) as error:
+    begun = dict(json.loads((folder / BEGUN).read_bytes()))
+  except (TypeError, ValueError, RecursionError) as error:
     raise damaged(folder / BEGUN, 'it is no JSON') from error
+  if begun.pop('checksum', None) not in (None, digest(begun)):
+    raise damaged(folder / BEGUN, 'it has another checksum')
   require(begun.get('format') == FORMAT, f'{folder} has the format '
           f'{short(begun.get("format"))} of tokens, and this program reads '
           f'{FORMAT}: tokenise into another folder')

@@ -127,14 +127,16 @@ def whole(target: epath.Path) -> Iterator[Callable[[bytes], None]]:
 
 
 def _remove_left(folder: epath.Path) -> None:
-  """Removes files of `whole` whose process is gone, and of other machines
-  those to which nothing was written for a day."""
+  """Removes what `whole` began to write where its process is gone, and of other
+  machines, or under names of another form, that to which nothing was written
+  for a day."""
   for left in pathlib.Path(folder).glob(f'{_WRITING}*'):
-    *of_host, pid, _ = left.name.removeprefix(_WRITING).split('-')
-    with contextlib.suppress(FileNotFoundError):  # moved to its place
-      if ('-'.join(of_host) == host() and not is_alive(int(pid))
+    ours = re.fullmatch(f'{_WRITING}{re.escape(host())}-([0-9]{{1,9}})-.*',
+                        left.name)
+    with contextlib.suppress(OSError):  # as where it was moved to its place
+      if (ours and not is_alive(int(ours[1]))
           or time.time() - left.stat().st_mtime > _STALE_SECONDS):
-        left.unlink()
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def host() -> str:

@@ -191,7 +191,13 @@ def test_what_is_no_gguf_file_is_refused(content, words, tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
+UNREAD = mock.Mock(**{'config.to_json_string.return_value': json.dumps(
+    hf_config.write(models.config('llama')) | dict(rms_norm_eps=-1.0))})
+
+
 @pytest.mark.parametrize('loaded, words', [
+    ((UNREAD, dict.fromkeys(('missing_keys', 'unexpected_keys',
+                             'mismatched_keys'))), 'import refuses: .*-1.0'),
     ((None, dict(missing_keys={'a'})), r"names as missing_keys \['a'\]"),
     ((None, dict(missing_keys=(), unexpected_keys={'b'})), 'as unexpected_key'),
     (IndexError('no tensor'), 'does not read .*: IndexError: no tensor')])

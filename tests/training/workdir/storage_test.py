@@ -49,12 +49,15 @@ def test_a_file_is_written_whole(tmp_path):
                   'with storage.whole(storage.path(sys.argv[1])):\n'
                   '  os.kill(os.getpid(), 9)', str(file)], cwd=ROOT)
   assert len(list(file.parent.iterdir())) == 2
+  file.with_name(f'.writing-{storage.host()}-999999999-x').mkdir()
+  file.with_name('.writing-1').touch()  # whose, it does not say: a day is left
   with storage.whole(storage.path(file)) as write:
     write(b'thr')
     storage.write(storage.path(file.with_name('c')), 'another')  # nor is it
     write(b'ee')
   assert file.read_text() == 'three' and sorted(
-      path.name for path in file.parent.iterdir()) == ['b.json', 'c']
+      path.name for path in file.parent.iterdir()) == [
+          '.writing-1', 'b.json', 'c']
 
 
 def in_bucket(folder, program, *words, code=0):
