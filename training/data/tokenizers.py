@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import require
+from configs.errors import RequestError, require
 from training.workdir import storage
 
 SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
@@ -259,20 +259,29 @@ class HuggingFace(Tokenizer):
     self.added_ids = tuple(placed.ids[:ends])
 
   def encode_batch(self, texts: Sequence[str]):
-    encodings = self._tokenizer.encode_batch_fast(
-        list(texts), add_special_tokens=False)
+    encodings = self._encode('encode_batch_fast', self._tokenizer, list(texts))
     return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
   def encode_spans(self, texts: Sequence[str]):
-    encodings = self._tokenizer.encode_batch(
-        list(texts), add_special_tokens=False)
+    encodings = self._encode('encode_batch', self._tokenizer, list(texts))
     return [*map(_placed, encodings)]
 
   def encode_placed(self, text: str):
-    return _placed(self._obeying.encode(text, add_special_tokens=False))
+    return _placed(self._encode('encode', self._obeying, text))
 
   def encode_typed(self, text: str):
-    return _placed(self._spelling.encode(text, add_special_tokens=False))
+    return _placed(self._encode('encode', self._spelling, text))
+
+  def _encode(self, how: str, pipeline: Any, text: str | list[str]) -> Any:
+    """Returns what a method of the library makes of a text or several. It raises
+    bare Exception, and where it panics what is none."""
+    try:
+      return getattr(pipeline, how)(text, add_special_tokens=False)
+    except BaseException as error:
+      if isinstance(error, KeyboardInterrupt | SystemExit):
+        raise
+      raise RequestError(f'tokenizer {self.name!r} fails at a text: {error}'
+                         ) from error
 
   @property
   def special_texts(self):

@@ -92,13 +92,16 @@ def bpe(second, prefix):
     (dict(model=bpe('b', 'xxxx')), 'range end index'),  # a panic of Rust
     (dict(model=bpe('éb', '#')), OVER),  # which ends the process
     (dict(pre_tokenizer=SLOW), 'Onig: Regex search error: retry-limit'),
+    (dict(pre_tokenizer=SLOW | dict(pattern=dict(Regex='(b+)+c'))),
+     'fails at a text: Onig'),
+    (dict(model=dict(unk_token='none')), 'fails at a text: WordLevel error'),
     (dict(model=dict(vocab={'b': 0}, unk_token='none')), 'WordLevel error'),
     (dict(model=dict(vocab={'a': 2**32 - 1})), 'has the id 4,294,967,295')])
 def test_a_tokenizer_has_limits(parts, why, tmp_path):
   file = pipeline(tmp_path / 'tokenizer.json', **parts)
   with pytest.raises(RequestError, match=f"^tokenizer '{file}' (cannot be read "
                      f'as a Hugging Face tokenizer.json: )?{why}') as caught:
-    tokenizers.load(file)
+    tokenizers.load(file).encode('b' * 60)
   assert '\n' not in str(caught.value)
 
 
