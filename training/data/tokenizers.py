@@ -273,8 +273,8 @@ class HuggingFace(Tokenizer):
     return _placed(self._encode('encode', self._spelling, text))
 
   def _encode(self, how: str, pipeline: Any, text: str | list[str]) -> Any:
-    """Returns what a method of the library makes of a text or several. It raises
-    bare Exception, and where it panics what is none."""
+    """Returns what a method of the library makes of a text or several, which
+    raises bare Exception, and where it panics what is none."""
     try:
       return getattr(pipeline, how)(text, add_special_tokens=False)
     except BaseException as error:
