@@ -516,7 +516,7 @@ def _reason(error: BaseException) -> str:
   while not isinstance(error, _Damaged) and (
       error.__cause__ or error.__context__):
     error = error.__cause__ or error.__context__
-  line = str(error).split('\n')[0]
+  line = str(error).split('\n')[0].rstrip(':')
   line = re.sub(r' in OCDBT database at \w+ file "[^"]*"', '', line)
   line = re.split(r' \[(?:source locations|tensorstore_spec)', line)[0]
   if isinstance(error, (_Damaged, ValueError)) and line:

@@ -65,8 +65,7 @@ def test_what_waits_has_a_limit(tmp_path, monkeypatch):
     limited.call('a.json', 'read_json', str(tmp_path / 'a.json'))
 
 
-DOUBLED = dict(type='Replace', pattern=dict(String='Q'), content='QQ')
-SLOW = dict(type='Split', pattern=dict(Regex='(a+)+$'), behavior='Isolated',
+SLOW = dict(type='Split', pattern=dict(Regex='(b+)+c'), behavior='Isolated',
             invert=False)
 
 
@@ -87,13 +86,9 @@ def bpe(second, prefix):
     (dict(normalizer=dict(type='Prepend', prepend='x' * 10**8)), OVER),
     (dict(normalizer=dict(type='Prepend', prepend='x' * 10**6)),
      'it makes 1,012,320 characters of 12,320'),
-    (dict(normalizer=dict(type='Sequence', normalizers=[DOUBLED] * 16)),
-     'it makes 2,109,440 characters of 12,320'),
     (dict(model=bpe('b', 'xxxx')), 'range end index'),  # a panic of Rust
     (dict(model=bpe('éb', '#')), OVER),  # which ends the process
-    (dict(pre_tokenizer=SLOW), 'Onig: Regex search error: retry-limit'),
-    (dict(pre_tokenizer=SLOW | dict(pattern=dict(Regex='(b+)+c'))),
-     'fails at a text: Onig'),
+    (dict(pre_tokenizer=SLOW), 'fails at a text: Onig: Regex search error'),
     (dict(model=dict(unk_token='none')), 'fails at a text: WordLevel error'),
     (dict(model=dict(vocab={'b': 0}, unk_token='none')), 'WordLevel error'),
     (dict(model=dict(vocab={'a': 2**32 - 1})), 'has the id 4,294,967,295')])

@@ -287,8 +287,7 @@ def test_shards_that_are_cut_short_under_a_run_are_named(corpus, shards):
         source.read(i, 0, size)
 
 
-@pytest.mark.parametrize('name', [
-    '00001.tokens', '00001.table', 'begun.json'])
+@pytest.mark.parametrize('name', ['00001.tokens', '00001.table', 'begun.json'])
 def test_a_flipped_bit_is_seen(name, corpus, shards):
   config = config_of(corpus, shards.parent, f'tokens:{shards}')
   data = (shards / name).read_bytes()
