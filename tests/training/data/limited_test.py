@@ -89,7 +89,6 @@ def bpe(second, prefix):
     (dict(model=bpe('b', 'xxxx')), 'range end index'),  # a panic of Rust
     (dict(model=bpe('éb', '#')), OVER),  # which ends the process
     (dict(pre_tokenizer=SLOW), 'fails at a text: Onig: Regex search error'),
-    (dict(model=dict(unk_token='none')), 'fails at a text: WordLevel error'),
     (dict(model=dict(vocab={'b': 0}, unk_token='none')), 'WordLevel error'),
     (dict(model=dict(vocab={'a': 2**32 - 1})), 'has the id 4,294,967,295')])
 def test_a_tokenizer_has_limits(parts, why, tmp_path):

@@ -197,7 +197,7 @@ UNREAD = mock.Mock(**{'config.to_json_string.return_value':
 
 @pytest.mark.parametrize('loaded, words', [
     ((UNREAD, dict.fromkeys(('missing_keys', 'unexpected_keys',
-                             'mismatched_keys'))), 'import refuses: .*-1.0'),
+                             'mismatched_keys'), ())), 'import refuses: .*-1'),
     ((None, dict(missing_keys={'a'})), r"names as missing_keys \['a'\]"),
     ((None, dict(missing_keys=(), unexpected_keys={'b'})), 'as unexpected_key'),
     (IndexError('no tensor'), 'does not read .*: IndexError: no tensor')])
