@@ -150,7 +150,7 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
   require(file.is_file() and file.open('rb').read(4) == b'GGUF',
           f'{file} is no GGUF file: it does not begin with GGUF')
   try:
-    importlib.import_module('gguf')  # which transformers imports late
+    gguf = importlib.import_module('gguf')  # which transformers imports late
     import torch
     import transformers
   except ImportError as error:
@@ -163,12 +163,19 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float32, output_loading_info=True)
+    given = sum(int(x.n_elements) for x in gguf.GGUFReader(file).tensors
+                if not x.name.startswith('rope_'))  # which config.json has
   except Exception as error:  # a damaged file ends its readers anywhere
     raise RequestError(f'transformers does not read {file}: '
                        f'{type(error).__name__}: {str(error)[:200]}') from error
   for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
     require(not loaded[kind], f'{file} is not a whole model: of its tensors '
             f'transformers names as {kind} {short(sorted(loaded[kind]))}')
+  # It passes over names that it does not know, and ties what it has not found.
+  sizes = {x.data_ptr(): x.numel() for x in model.state_dict().values()}
+  read = sum(sizes.values())
+  require(read == given, f'{file} has {given:,} weights, of which transformers '
+          f'reads {read:,}: it does not know the name of a tensor')
   # The weights are whole numbers no longer, and save_pretrained refuses what
   # still says so.
   model.hf_quantizer = None

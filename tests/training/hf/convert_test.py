@@ -180,24 +180,29 @@ def test_eval_reads_an_import_and_train_goes_on_in_a_mixture(
           if r['split'] == 'eval'] == [2]
 
 
-@pytest.mark.parametrize('content, words', [
-    (None, 'is no GGUF file'), (b'{}', 'is no GGUF file')])
-def test_what_is_no_gguf_file_is_refused(content, words, tmp_path):
+def test_what_is_no_gguf_file_is_refused(
+    tmp_path, content=b'{}', words='is no GGUF file'):
   file = tmp_path / 'model.gguf'
-  if content is not None:
-    file.write_bytes(content)
+  file.write_bytes(content)
   with pytest.raises(RequestError, match=words):
     convert.of_gguf(file, tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
 
 
-UNREAD = mock.Mock(**{'config.to_json_string.return_value':
+ALL = dict.fromkeys(('missing_keys', 'unexpected_keys', 'mismatched_keys'), ())
+
+
+def _model(size):
+  """Stands for a model of one tensor, whose epsilon is none."""
+  tensor = mock.Mock(**{'numel.return_value': size})
+  return mock.Mock(**{'state_dict.return_value': dict(a=tensor),
+                      'config.to_json_string.return_value':
                       '{"model_type": "llama", "rms_norm_eps": -1.0}'})
 
 
 @pytest.mark.parametrize('loaded, words', [
-    ((UNREAD, dict.fromkeys(('missing_keys', 'unexpected_keys',
-                             'mismatched_keys'), ())), 'import refuses: .*-1'),
+    ((_model(9), ALL), 'that an import refuses: .*norm_eps is -1'),
+    ((_model(4), ALL), 'has 9 weights, of which transformers reads 4'),
     ((None, dict(missing_keys={'a'})), r"names as missing_keys \['a'\]"),
     ((None, dict(missing_keys=(), unexpected_keys={'b'})), 'as unexpected_key'),
     (IndexError('no tensor'), 'does not read .*: IndexError: no tensor')])
@@ -205,9 +210,11 @@ def test_a_gguf_file_is_read_whole_or_not(loaded, words, tmp_path, monkeypatch):
   """By what transformers, which this stands in for, says of it."""
   library = mock.Mock()
   library.AutoModelForCausalLM.from_pretrained.side_effect = [loaded]
+  library.GGUFReader.return_value.tensors = [
+      mock.Mock(n_elements=9, **{'name.startswith.return_value': False})]
   for name in 'gguf', 'torch', 'transformers':
     monkeypatch.setitem(sys.modules, name, library)
-  test_what_is_no_gguf_file_is_refused(b'GGUF', words, tmp_path)
+  test_what_is_no_gguf_file_is_refused(tmp_path, b'GGUF', words)
 
 
 GIVEN = dict(
