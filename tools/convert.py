@@ -167,7 +167,8 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
                 if not x.name.startswith('rope_'))  # which config.json has
   except Exception as error:  # a damaged file ends its readers anywhere
     raise RequestError(f'transformers does not read {file}: '
-                       f'{type(error).__name__}: {str(error)[:200]}') from error
+                       f'{type(error).__name__}: '
+                       + ' '.join(str(error).split())[:200]) from error
   for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
     require(not loaded[kind], f'{file} is not a whole model: of its tensors '
             f'transformers names as {kind} {short(sorted(loaded[kind]))}')
