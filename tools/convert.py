@@ -145,7 +145,12 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
 
 def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
   """Makes a Hugging Face folder of a GGUF file, by transformers. Quantised
-  weights are written as the float32 that they stand for."""
+  weights are written as the float32 that they stand for.
+
+  Raises:
+    RequestError: where it does not read all weights of the file, or an import
+      would refuse the folder, as that of a damaged file; none is made.
+  """
   storage.refuse_run(folder, 'DIR')
   require(file.is_file() and file.open('rb').read(4) == b'GGUF',
           f'{file} is no GGUF file: it does not begin with GGUF')

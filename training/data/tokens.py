@@ -4,7 +4,7 @@
 or in a bucket; the cache of a run is folders of the same form. A folder holds
 
   begun.json    of which source and tokenizer it is being made, in how many
-                shards
+                shards; with a checksum
   00000.tokens  a shard: the ids of some documents, uint16 or uint32, with
                 nothing between them
   00000.table   that the shard is finished: a checksum, and as an .npz its
