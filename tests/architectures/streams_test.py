@@ -59,7 +59,7 @@ def branch_of(c, x, k, y_of):
   def run(module, x):
     read, add = module(x)
     return add(y_of(read))
-  return nn.apply(run, module)({'params': params}, given), params
+  return jax.jit(nn.apply(run, module))({'params': params}, given), params
 
 
 @pytest.mark.parametrize('kind', ['hyper', 'static', 'mhc'])
@@ -127,14 +127,15 @@ def test_branches_attend_to_those_before_them(size):
 def test_mixing_neither_adds_nor_takes():
   """Sinkhorn's matrix is doubly stochastic; gradients of large logits are
   finite."""
-  m = blocks.sinkhorn(2 * normal(0, 5, 1, N, N), 50)
+  sinkhorn = jax.jit(blocks.sinkhorn, static_argnums=1)
+  m = np.asarray(sinkhorn(2 * np.asarray(normal(0, 5, 1, N, N)), 50))
   np.testing.assert_allclose(m.sum(-1), 1, atol=1e-5)
   np.testing.assert_allclose(m.sum(-2), 1, atol=1e-3)
-  one = blocks.sinkhorn(normal(0, 1, 1, N, N), 1)
+  one = np.asarray(sinkhorn(normal(0, 1, 1, N, N), 1))
   np.testing.assert_allclose(one.sum(-1), 1, atol=1e-5)
   assert np.abs(one.sum(-2) - 1).max() > 1e-3
-  grad = jax.grad(lambda z: blocks.sinkhorn(z, 20)[..., 0, 0].sum())(
-      100 * normal(1, 1, 1, N, N))
+  grad = jax.jit(jax.grad(lambda z: blocks.sinkhorn(z, 20)[..., 0, 0].sum()))(
+      100 * np.asarray(normal(1, 1, 1, N, N)))
   assert np.isfinite(grad).all()
 
 

@@ -67,14 +67,14 @@ def _drawn(mixer: str, changes: tuple):
       jax.random.key(0), jnp.zeros((1, 2, WIDTH)),
       Context(jnp.arange(2)[None]), None)['params']))
   rng = np.random.default_rng(1)
-  return jax.tree_util.tree_map_with_path(lambda path, x: jnp.asarray((
+  return jax.tree_util.tree_map_with_path(lambda path, x: jax.device_put((
       _ABOUT.get(path[-1].key, 0.0) + 0.12 * rng.normal(size=x.shape)
   ).astype(np.float32)), shapes)
 
 
 def inputs(batch: int, length: int, seed: int = 3) -> jax.Array:
   """Returns x_BLD of a layer."""
-  return jnp.asarray(np.random.default_rng(seed).normal(
+  return jax.device_put(np.random.default_rng(seed).normal(
       size=(batch, length, WIDTH)).astype(np.float32))
 
 

@@ -105,7 +105,7 @@ def oracle(c, **context):
                          ids=['gated', 'grouped', 'expert_choice'])
 def test_each_way_is_the_sum_over_all_experts(fields):
   """With padding, which takes no expert and is dropped from the rest."""
-  ids = jnp.ones((B, L), int).at[:, L // 2:].set(0)
+  ids = np.repeat(np.int32([[1, 0]] * B), L // 2, 1)
   want = oracle(config(**fields), segment_ids_BL=ids)
   assert (want[1]['health']['dropped'] > 0) == ('expert_dropout' in fields)
   assert not want[0][:, L // 2:].any() and want[0][:, :L // 2].any()
@@ -164,10 +164,10 @@ def grouped_case(counts, rows=64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('even', [8])
-def test_grouped_product_equals_a_loop_over_experts(even, monkeypatch):
+def test_grouped_product_equals_a_loop_over_experts(monkeypatch):
   """Gates, and hidden units that are made again in parts, included."""
   monkeypatch.setattr(grouped, '_parts', lambda D, F: 2)
+  even = 8
 
   @functools.partial(jax.jit, static_argnums=0)
   def blocks(again, count_E, x_RD, gate_R, w, mask_RF, d_RD):
@@ -185,7 +185,7 @@ def test_grouped_product_equals_a_loop_over_experts(even, monkeypatch):
         product, SWIGLU, x_RD, count_E, gate_R, w, mask_RF,
         None if again else pre, d_RD)
 
-  ragged = functools.partial(whole, grouped.product('xla', even))
+  ragged = functools.partial(whole, grouped.product('xla', even), False)
   megablox = functools.partial(
       whole, functools.partial(grouped.megablox, even, True), True)
 
@@ -202,14 +202,13 @@ def test_grouped_product_equals_a_loop_over_experts(even, monkeypatch):
       return total
     return jax.value_and_grad(loss, (0, 1, 2))(x_RD, gate_R, w)
 
-  gate_R = jnp.linspace(0, 1, 64)
+  gate_R = np.linspace(0, 1, 64, dtype=np.float32)
   for counts in ROWS:
     x_RD, w, mask_RF, d_RD = grouped_case(counts)
-    args = jnp.array(counts), x_RD, gate_R, w, mask_RF, d_RD
+    args = np.int32(counts), x_RD, gate_R, w, mask_RF, d_RD
     want = loop(*args)
     for way in (functools.partial(blocks, False), functools.partial(
-        blocks, True), functools.partial(ragged, False), functools.partial(
-            ragged, True), megablox):
+        blocks, True), ragged, megablox):
       assert_close(way(*args), want)
 
 
@@ -304,7 +303,7 @@ def test_auto_is_megablox_in_a_tpu_program(chips, sizes):
   assert calls == 9
 
 
-EXPERTS, RATE, STEPS = 4, 0.05, 16
+EXPERTS, RATE, STEPS = 4, 0.08, 12
 
 
 def _config(**train):

@@ -32,9 +32,9 @@ def moe(**fields):
 def inputs(seed=0, **fields):
   random = np.random.default_rng(seed)
   return routing.Inputs(**(dict(
-      logits_TE=jnp.asarray(2 * random.normal(size=(T, E)), jnp.float32),
-      valid_T=jnp.ones(T, bool), tokens_T=jnp.asarray(random.integers(
-          50, size=T), jnp.int32), bias_E=jnp.zeros(E)) | fields))
+      logits_TE=2 * random.normal(size=(T, E)).astype(np.float32),
+      valid_T=np.ones(T, bool), bias_E=np.zeros(E, np.float32),
+      tokens_T=random.integers(50, size=T, dtype=np.int32)) | fields))
 
 
 def route(router, x=None, **fields):
@@ -321,9 +321,9 @@ routed = jax.jit(routing.route, static_argnums=0)
 def many(**fields):
   random = np.random.default_rng(0)
   return inputs(**dict(
-      logits_TE=jnp.asarray(2 * random.normal(size=(T, MANY)), jnp.float32),
+      logits_TE=2 * random.normal(size=(T, MANY)).astype(np.float32),
       # So low that zero, for what is in no group, would be better.
-      bias_E=jnp.asarray(random.normal(size=MANY) - 5, jnp.float32)) | fields)
+      bias_E=random.normal(size=MANY).astype(np.float32) - 5) | fields)
 
 
 def by_hand(scores_TE, best):

@@ -86,7 +86,7 @@ def test_packed_documents_are_those_apart(mixer, short_pieces):
   layer, p = recurrences.layer_of(mixer)
   x_BLD = recurrences.inputs(3, 5)
   apply = jax.jit(lambda x, **how: applied(layer, p, x, **how)[0])
-  at = jnp.arange(15)[None]
+  x_BLD, at = np.asarray(x_BLD), np.arange(15)[None]
   packed = apply(x_BLD.reshape(1, 15, -1), positions_BL=at % 5,
                  segment_ids_BL=1 + at // 5)
   models.close(apply(x_BLD), packed.reshape(x_BLD.shape), 2e-5)
@@ -97,10 +97,12 @@ def test_packed_documents_are_those_apart(mixer, short_pieces):
 def test_padding_is_no_part_of_a_state(mixer):
   layer, p = recurrences.layer_of(mixer)
   x_BLD = recurrences.inputs(2, 7)
-  apply = jax.jit(lambda x, cache, **how: applied(layer, p, x, cache, **how))
-  y, cache = apply(x_BLD, empty(layer, 2), valid_BL=jnp.array(
-      [[1] * 3 + [0] * 4, [1] * 7]))
-  models.close(apply(x_BLD[:1, :3], empty(layer, 1)),
+  apply = jax.jit(lambda x, **how: applied(
+      layer, p, x, empty(layer, len(x)), **how))
+  x_BLD = np.asarray(x_BLD)
+  y, cache = jax.device_get(apply(x_BLD, valid_BL=jnp.array(
+      [[1] * 3 + [0] * 4, [1] * 7])))
+  models.close(apply(x_BLD[:1, :3]),
                (y[:1, :3], jax.tree.map(lambda x: x[:1], cache)), 2e-5)
 
 
