@@ -23,7 +23,7 @@ import pathlib
 from absl import flags
 
 from configs.errors import require
-from training import cli
+from training import cli, preflight
 from training.costs import systems, totals
 
 cli.define_config()
@@ -47,8 +47,9 @@ def main():
     for line in _table(everything()):  # each row as it is counted
       print(line, flush=True)
   else:
-    figures = totals.count(args.config, args.length)
     model = totals.resolved(args.config)
+    preflight.refuse_unread_of(cli.overrides(), args.config, model)
+    figures = totals.count(args.config, args.length)
     figures['not_as_published'] = [
         row._asdict() for row in systems.unlike(model)]
     print(json.dumps(figures, indent=2) if args.json

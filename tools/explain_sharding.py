@@ -141,6 +141,7 @@ def main():
           {axis: abs(args.config.mesh[axis]) for axis in tables.MESH_AXES})
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', math.prod(mesh.values()))
+  preflight.check_config(args.config, cli.overrides())
   report = explain(args.config, mesh)
   print(json.dumps(report, indent=2) if args.json else text(report))
   return 0

@@ -74,7 +74,7 @@ def make(num_devices: int) -> Job:
           f'--logs is {args.logs!r}: choose a folder on disk')
   from training import preflight, progress, runs
   from training.distributed import devices
-  preflight.check_config(args.config)
+  preflight.check_config(args.config, cli.overrides())
   if num_devices:
     runs.check_mesh(args.config, runs.resolve_alone(args.config),
                     devices.mesh_shape(args.config.mesh, num_devices))

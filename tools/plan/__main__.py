@@ -51,6 +51,8 @@ def main():
   chips.environment(topology)
 
   from tools.plan import programs, report
+  from training import preflight
+  preflight.check_config(args.config, cli.overrides())
   if args.search:
     from tools.plan import search
     plans = search.search(args.config, topology, args.search)

@@ -100,3 +100,5 @@ def test_a_count_says_where_a_model_is_not_the_system_that_it_names():
       *words, '--json', '--config.model.norm=rmsnorm').stdout)
   assert told['not_as_published'] == [
       {'field': 'norm', 'value': 'rmsnorm', 'published': 'layernorm'}]
+  refused = forked.run(*words, '--config.model.rope.theta=3')
+  assert refused.returncode == 2 and 'model does not read' in refused.stderr
