@@ -108,7 +108,7 @@ def test_the_card_has_the_best_rate_and_students_interval(file, tmp_path):
   assert abs(own['commonest'] - 0.5) < 0.02  # of a bit
 
 
-@pytest.mark.slow  # it compiles a group of runs
+@pytest.mark.long  # it compiles a group of runs
 def test_a_suite_is_trained_once(file, tmp_path, capsys):
   suite = suites.load(str(file), base())
   workdir = epath.Path(tmp_path)

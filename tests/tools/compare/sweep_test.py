@@ -103,6 +103,9 @@ def test_matched_points_cost_what_the_base_costs(what, tmp_path):
   assert made['swiglu']['matched'] == ['model.d_ff']
   assert made['swiglu']['changes']['model.d_ff'] < 128
   assert '(matched)' in check.table(description)
+
+
+def test_a_matched_width_is_of_whole_heads(tmp_path):
   deep = sweeps.write(tmp_path, "  add('deep', **{'model.num_layers': 4})\n")
   made = points(described(deep, 'params', 'model.d_model'))
   assert made['deep']['changes']['model.d_model'] % 4 == 0  # whole heads

@@ -157,14 +157,14 @@ def test_the_state_on_a_device(no_compiler):
 
 @pytest.mark.slow
 def test_a_search_ranks_what_fits(no_compiler):
-  t = chips.parse('v5p:2x2x2')
+  t = chips.parse('v5p:2x2x1')
   config = small(gpt.get_config())
   listed = search.candidates(config, t)
   assert listed == sorted(listed, key=lambda one: one['step_seconds'])
   assert {one['remat'] for one in listed} == {'none', 'dots', 'full'}
-  assert {one['mesh']['data'] for one in listed} >= {1, 8}
+  assert {one['mesh']['data'] for one in listed} >= {1, 4}
   assert all(one['peak_bytes'] < t.chip.hbm for one in listed)
-  whole = memory.state(programs.run_on(config, t, 'dp'))
+  whole = memory.state(programs.run_on(config, t, 'data=4'))
   tight = t._replace(chip=t.chip._replace(hbm=1.1 * sum(whole.values())))
   for one in search.candidates(config, tight):  # no state lies whole
     assert one['mesh']['fsdp'] * one['mesh']['tensor'] > 1
