@@ -94,6 +94,7 @@ def test_a_folder_is_saved_with_its_labels_and_what_it_says(tmp_path):
 
 @pytest.mark.slow
 def test_a_part_is_swapped_and_the_rest_stays(gpt):
+  assert gpt.with_parts(norm='layernorm').drawn == ()
   gated = gpt.with_parts(ffn='swiglu', seed=3)
   assert gated.drawn == ('decoder/layers/block_0/ffn/gate',
                          'decoder/layers/block_0/ffn/gate_bias')

@@ -35,7 +35,7 @@ if _PLATFORM == 'cpu':
 # Each Python has its own jax, and each jax its own executables.
 os.environ.setdefault(
     'JAX_COMPILATION_CACHE_DIR', str(_CACHE / 'jax' / _PYTHON))
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.05')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 # Threads for the collectives of eight devices, as training/distributed/cpu.py

@@ -165,11 +165,17 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
   where = dict(pretrained_model_name_or_path=str(file.parent),
                gguf_file=file.name)
   try:
+    tensors = gguf.GGUFReader(file).tensors
+    layers = transformers.AutoConfig.from_pretrained(**where).num_hidden_layers
+    require(layers <= len(tensors), f'{file} says that it has {layers} layers, '
+            f'and has {len(tensors)} tensors')  # each would be built
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float32, output_loading_info=True)
-    given = sum(int(x.n_elements) for x in gguf.GGUFReader(file).tensors
+    given = sum(int(x.n_elements) for x in tensors
                 if not x.name.startswith('rope_'))  # which config.json has
+  except RequestError:
+    raise
   except Exception as error:  # a damaged file ends its readers anywhere
     raise RequestError(f'transformers does not read {file}: '
                        f'{type(error).__name__}: '

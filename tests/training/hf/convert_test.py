@@ -205,10 +205,13 @@ def _model(size):
     ((_model(4), ALL), 'has 9 weights, of which transformers reads 4'),
     ((None, dict(missing_keys={'a'})), r"names as missing_keys \['a'\]"),
     ((None, dict(missing_keys=(), unexpected_keys={'b'})), 'as unexpected_key'),
+    (None, 'says that it has 2 layers, and has 1 tensors'),
     (IndexError('no tensor'), 'does not read .*: IndexError: no tensor')])
 def test_a_gguf_file_is_read_whole_or_not(loaded, words, tmp_path, monkeypatch):
   """By what transformers, which this stands in for, says of it."""
   library = mock.Mock()
+  library.AutoConfig.from_pretrained.return_value.num_hidden_layers = (
+      1 if loaded else 2)
   library.AutoModelForCausalLM.from_pretrained.side_effect = [loaded]
   library.GGUFReader.return_value.tensors = [
       mock.Mock(n_elements=9, **{'name.startswith.return_value': False})]
