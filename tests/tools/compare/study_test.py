@@ -30,14 +30,6 @@ PROBE = ("WORKLOADS = {'text': {}, 'copy': {'data.length': 8, "
 noise_runs = phases.PHASES['noise'].most
 
 
-@pytest.fixture(scope='module', autouse=True)
-def flops_of_a_formula():
-  """What a study plans with; sweep_test has those that are counted."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(freeze.cost.flops, 'of_a_row', lambda _, c: {'': c.d_model})
-    yield
-
-
 # Its file.
 
 
