@@ -74,10 +74,10 @@ def findings_of(recording: Recording, rope: dict | None = None,
     outputs, layers, attention = call(module, params, inputs)
     outputs = {name: outputs[name] for name in recording.outputs}
     return (objective(outputs, inputs, jnp.asarray),
-            (outputs, layers, attention))
+            (outputs, (layers, attention) if recording.layers else ((), ())))
 
   of_loss = jax.grad(loss, has_aux=True) if whole else loss
-  grads, (outputs, layers, attention) = jax.jit(of_loss)(params)
+  grads, (outputs, (layers, attention)) = jax.jit(of_loss)(params)
   found = [Finding(name, error(_seen(outputs[name], inputs, name),
                                _seen(value, recording.inputs, name)),
                    LIMITS['output'])

@@ -184,9 +184,9 @@ def random(module: nn.Module):
   draw = np.random.default_rng(0)
   like = nn.meta.unbox(abstract_params(module))
   return jax.tree_util.tree_map_with_path(
-      lambda path, x: jnp.asarray(
+      lambda path, x: (
           paths.join(path).endswith('scale')
-          + 0.15 * draw.standard_normal(x.shape), x.dtype), like)
+          + 0.15 * draw.standard_normal(x.shape)).astype(x.dtype), like)
 
 
 def logits(module: nn.Module, params, inputs) -> dict:

@@ -12,7 +12,7 @@ import pytest
 import architectures
 from configs import base
 from configs.errors import RequestError
-from tests.helpers import models
+from tests.helpers import evaluations, models
 from training import parameters, runs
 from architectures.parts import paths
 from training.workdir import checkpoints, run_config
@@ -25,7 +25,8 @@ def _run(model, source):
   config = base.base()
   config.model = model
   config.update(init_from=str(source), data=dict(length=16, batch_size=8))
-  return runs.build(config, architectures.resolve(model))
+  return runs.build(config, architectures.resolve(model),
+                    evaluations.one_device())
 
 
 def _start(source, system, **changes):

@@ -110,9 +110,8 @@ def _labelled(tmp_path):
   return vectorised_test.config(
       f'labelled:{tmp_path}/rows.tsv', data__holdout_every=20,
       objective='classification', model__arch='bert', model__block='post_norm',
-      model__dropout=0.1, data__length=32, data__batch_size=8,
-      data__length_buckets=2, train__steps=24, eval__every_steps=0,
-      checkpoint__every_steps=12).unlock()
+      data__length=32, data__batch_size=8, data__length_buckets=2,
+      train__steps=24, eval__every_steps=0, checkpoint__every_steps=12).unlock()
 
 
 @pytest.mark.slow

@@ -23,7 +23,8 @@ LORA = dict(rank=2, alpha=4.0, targets='all-linear')
 
 @pytest.fixture(scope='module')
 def made():
-  return models.make('llama', vocab_size=384)
+  module, params = models.make('llama', vocab_size=384, num_layers=1)
+  return module, jax.device_get(params)
 
 
 @pytest.fixture(scope='module')
@@ -51,11 +52,16 @@ def start(source, workdir, lora):
   return run, parameters.create(run, config.init_from).params
 
 
-def test_a_run_starts_from_a_model_without_adapters(made, folder, imported):
+@pytest.fixture(scope='module')
+def started(imported):
+  return start(imported, imported, LORA)
+
+
+def test_a_run_starts_from_a_model_without_adapters(
+    made, folder, imported, started):
   """Of Hugging Face's format and of a workdir: the weights are theirs, A is
   drawn and B is zero."""
-  for source in (folder, imported):
-    run, params = start(source, imported, LORA)
+  for _, params in (start(folder, imported, LORA), started):
     jax.tree.map(np.testing.assert_array_equal, weights.without(params),
                  made[1])
     flat = paths.flatten(params)
@@ -64,37 +70,31 @@ def test_a_run_starts_from_a_model_without_adapters(made, folder, imported):
     assert all(flat[path].any() == path.endswith('a') for path in names)
 
 
-def adapted(imported, workdir):
-  """Returns (module, params) of the import with adapters that do something,
-  saved as a workdir."""
-  run, params = start(imported, imported, LORA)
+@pytest.mark.slow
+def test_merged_it_is_a_model_like_any_other(imported, started, tmp_path):
+  """By `export`, from which other runs start: the same logits to the rounding
+  of float32. Its adapters are not those that it was drawn with, which do
+  nothing."""
+  run, params = started
   params = jax.tree_util.tree_map_with_path(
       lambda path, x, new: new if weights.is_adapter(paths.join(path)) else x,
       params, models.drawn(params))
   config = run.config.copy_and_resolve_references()
   with config.unlocked():
     config.init_from = ''
-  convert._make(workdir, config, params, None, True, '')
-  return run.module, params
-
-
-@pytest.mark.slow
-def test_merged_it_is_a_model_like_any_other(imported, tmp_path):
-  """By `export`, from which other runs start: the same logits to the rounding
-  of float32."""
-  module, params = adapted(imported, tmp_path / 'run')
+  convert._make(tmp_path / 'run', config, params, None, True, '')
   tokens = models.tokens()
   logits = lambda module, params: jax.device_get(jax.jit(
       lambda params: models.logits(module, params, tokens))(params))
-  want = logits(module, params)
+  want = logits(run.module, params)
   convert.export(tmp_path / 'run', tmp_path / 'hf', step=None)
   plain, merged = weights.from_hf(tmp_path / 'hf')
   assert plain.config.lora.rank == 0
   models.close(want, logits(plain, merged), rtol=1e-5)
-  run, started = start(tmp_path / 'hf', imported, dict(LORA, rank=3))
-  jax.tree.map(np.testing.assert_array_equal, weights.without(started), merged)
-  _, started = start(tmp_path / 'run', imported, LORA)  # the same adapters
-  jax.tree.map(np.testing.assert_array_equal, started, params)
+  _, other = start(tmp_path / 'hf', imported, dict(LORA, rank=3))
+  jax.tree.map(np.testing.assert_array_equal, weights.without(other), merged)
+  _, same = start(tmp_path / 'run', imported, LORA)
+  jax.tree.map(np.testing.assert_array_equal, same, params)
   with pytest.raises(RequestError, match='begin with its export'):
     start(tmp_path / 'run', imported, dict(LORA, rank=3))
 

@@ -183,6 +183,7 @@ WRONG = (
 
 @pytest.mark.parametrize('system', models.FEW)
 def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
+  """A third of what is wrong for each field, of which systems share most."""
   tree = hf_config.write(architectures.resolve(models.config(
       system, d_ff=128, head_dim=8, moe=dict(eval_capacity_factor=0.0))))
   readers, make = [], hf_config.Reader.__init__
@@ -195,8 +196,8 @@ def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
   fields = [(r._name, name) for r in readers for name in sorted(r.asked)]
   assert len(fields) > 8
   refused = 0
-  for section, name in fields:
-    for value in WRONG:
+  for n, (section, name) in enumerate(fields):
+    for value in WRONG[n % 3::3]:
       part = dict(tree.get(section) or {}) if section else dict(tree)
       part[name] = value
       try:
@@ -205,7 +206,7 @@ def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
         refused += 1
         said = str(error)
         assert '\n' not in said and len(said) < 900, said
-  assert refused > 6 * len(fields)
+  assert refused > 2 * len(fields)
 
 
 @pytest.mark.parametrize('change, said', [
@@ -315,6 +316,13 @@ def layers(tree):
   return c, [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
 
 
+def layered(*choices):
+  """Yields what three layers choose, each way of one choice with some ways of
+  the other."""
+  return itertools.islice(itertools.product(*(
+      itertools.product(choice, repeat=3) for choice in choices)), 0, None, 3)
+
+
 @pytest.mark.parametrize('count, every, first, period, last', [
     (26, 6, 2, 6, 0),  # Gemma 3 1B: two layers more than four periods
     (34, 6, 4, 6, 0), (26, 2, 0, 2, 0), (4, 6, 0, 1, 0), (7, 6, 0, 7, 0)])
@@ -331,9 +339,7 @@ def test_layers_of_gemma(count, every, first, period, last):
     (QWEN, {D: 'deltanet', A: 'attention'}, lambda moe: dict(
         mlp_only_layers=[n for n, x in enumerate(moe) if not x]))])
 def test_recurrences_and_experts_in_any_layers(tree, mixers, experts):
-  for types, moe in itertools.product(
-      itertools.product((D, A), repeat=3),
-      itertools.product((False, True), repeat=3)):
+  for types, moe in layered((D, A), (False, True)):
     if not any(moe):
       continue
     changed = tree | dict(layer_types=list(types)) | experts(moe)
@@ -350,8 +356,7 @@ def test_recurrences_and_experts_in_any_layers(tree, mixers, experts):
 
 
 def test_positions_and_windows_in_any_layers():
-  for turned, types in itertools.product(
-      itertools.product((0, 1), repeat=3), itertools.product((W, A), repeat=3)):
+  for turned, types in layered((0, 1), (W, A)):
     c, each = layers(dict(
         SMOLLM, no_rope_layers=list(turned), layer_types=list(types),
         use_sliding_window=True, sliding_window=7))

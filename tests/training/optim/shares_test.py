@@ -139,7 +139,7 @@ def test_a_step_averages_what_it_trains():
   run = runs.build(c, architectures.resolve(c.model), step_test.one_device())
   states, evaluated = [], []
   with run.context():
-    state = run.new_state()
+    state = step_test.start(run, step_test.begin())
     step = jax.jit(make_train_step(run.module, run.tx, c))
     for n in range(4):
       b = step_test.batch(n)
