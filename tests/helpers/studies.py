@@ -4,11 +4,13 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+from unittest import mock
 
 from configs.errors import Stopped
 from tools.compare import plan as plans
 from tools.compare import layout, study
-from training.workdir import run_config
+from training.workdir import provenance, run_config
 
 BEST_LR = {'base': 2e-3, 'good': 4e-3, 'same': 2e-3, 'wild': 2e-3}
 
@@ -156,7 +158,11 @@ class Written(study.Trainer):
       if ledger.claim([row.id], name):
         config = layout.config(description, row.point, row.seed)
         folder = layout.run_folder(path, row.point, row.seed)
-        state, error = leave(folder, config, self.loss(config))
+        if not folder.exists():
+          self.begun(path, [row])
+        with mock.patch.dict(os.environ, {
+            provenance.PLAN: description['plan']}):
+          state, error = leave(folder, config, self.loss(config))
         ledger.settle(row.id, name, state, error)
         self.did.append((path.name, row.point, row.seed))
 

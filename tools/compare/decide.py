@@ -134,6 +134,8 @@ class Verdict:
     verdict: of VERDICTS; in the screening PASSED, STOPPED or STOPPED_UNSTABLE.
     trend: by how much the effect grows for ten times the parameters of the
       base; of the primary measure in the confirmation, as are speed_ups.
+    text: half of the effect's 95 % interval over the documents of what is held
+      out, if they are known: what another text of the kind may change.
   """
   variant: str
   measure: str
@@ -151,6 +153,7 @@ class Verdict:
   verdict: str
   trend: Effect | None = None
   speed_ups: list[SpeedUp] = dataclasses.field(default_factory=list)
+  text: float | None = None
 
 
 BY = ('flops', 'seconds')  # speed-ups
@@ -268,7 +271,8 @@ def confirm(plan: Plan, outcomes: Outcomes, phase='confirm') -> list[Verdict]:
                     plan.sizes)
   return [dataclasses.replace(
       row, trend=_trend(plan, runs, row.variant),
-      speed_ups=_speed_ups(plan, runs, row.variant))
+      speed_ups=_speed_ups(plan, runs, row.variant),
+      text=_text(plan, runs, row.variant))
           for row in primary] + _family(plan, runs, [
               (v, measure) for measure in plan.measures[1:] for v in variants
               if any(_both(runs, v, plan.base, size, measure)
@@ -363,6 +367,21 @@ def _more_diverge(sizes) -> float:
 def _effect(size: str, values: Sequence[float]) -> Effect:
   ends = statistics.interval(values)[:3] if values else (None,) * 3
   return Effect(size, *ends, len(values), statistics.p_value(values))
+
+
+def _text(plan: Plan, runs: Runs, variant: str) -> float | None:
+  """Returns the noise of the held-out text in a mean effect on the loss: over
+  documents, of each of which the seeds and the sizes have one mean."""
+  each = [[(ours.documents, base.documents) for ours, base in _both(
+      runs, variant, plan.base, size, plan.primary).values()
+           if not (ours.diverged or base.diverged)] for size in plan.sizes]
+  texts = [x.get('tokens') for pairs in each for pair in pairs for x in pair]
+  if (plan.primary.figure != 'loss' or not all(each) or None in texts
+      or any(text != texts[0] for text in texts)):
+    return None
+  means = [np.mean([np.subtract(ours['nats'], base['nats'])
+                    for ours, base in pairs], axis=0) for pairs in each]
+  return statistics.ratio_half_width(np.mean(means, axis=0), texts[0])
 
 
 def _trend(plan: Plan, runs: Runs, variant: str) -> Effect | None:

@@ -23,7 +23,7 @@ from training.data import tokenizers
 from training.objectives import pipeline
 from training.workdir import provenance
 
-PARTS = ('first', 'second')  # eval.part of tuning, and of all else
+PARTS = ('first', 'second')  # eval.part: see Phase.part
 # What a study's file may hold, with its default; None: it must. So it may what
 # its phases have (Phase.constants).
 STUDY: dict[str, Any] = {
@@ -42,6 +42,9 @@ STUDY: dict[str, Any] = {
     'TUNING': {},
     'ALPHA': 0.05, 'Q': 0.05, 'POWER': 0.8, 'UNSTABLE': 0.1,
     'MATCH': '', 'MATCH_FIELD': spec.MATCH_FIELD,
+    # Another number gives fresh seeds to a second study of the same; -1: drawn
+    # by the plan's hash.
+    'REPLICATION': 1, 'SEED_OFFSET': -1,
 }
 # The type of what has no default to tell it, and an example.
 _FORMS = {'SIZES': (dict, {'small': {'model.d_model': 32}, 'middle': ...}),
@@ -86,11 +89,14 @@ def freeze(file: str) -> plans.Frozen:
       match_field=given['MATCH_FIELD'] if given['MATCH'] else '',
       tuned_sizes=tuple(given['SIZES'])[:1 if mup else None],
       settings={name: x for name, x in given.items() if name not in STUDY}
-      or None)
+      or None, replication=given['REPLICATION'])
   code = provenance.this_start()
-  return plans.Frozen(
+  frozen = plans.Frozen(
       plan, sweep.base.to_dict(), points, cost.contents(configs),
       {name: code[name] for name in ('commit', 'diff')})
+  offset = given['SEED_OFFSET']
+  return dataclasses.replace(frozen, plan=dataclasses.replace(
+      plan, offset=frozen.drawn if offset < 0 else offset))
 
 
 def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
@@ -124,6 +130,10 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   for name, most in (('EFFECT', 1e30), ('ALPHA', 1), ('Q', 1), ('POWER', 1)):
     check_number(f'{file}: {name}', given[name], (('>', 0), ('<', most)))
   check_number(f'{file}: UNSTABLE', given['UNSTABLE'], (('>=', 0), ('<=', 1)))
+  check_number(f'{file}: REPLICATION', given['REPLICATION'],
+               (('>=', 1), ('<=', 10_000)))
+  check_number(f'{file}: SEED_OFFSET', given['SEED_OFFSET'],
+               (('>=', -1), ('<=', plans.STUDY_APART * plans.PLACES)))
   one_of('MATCH', given['MATCH'], ('', *spec.MATCH))
   for name in ('SIZES', 'WORKLOADS'):
     for key, fields in given[name].items():
@@ -175,7 +185,7 @@ def _check_overlaps(file: str, sweep: spec.Sweep, given: Mapping) -> None:
   require(plans.AGAIN not in points, f'{file}: a variant is called '
           f'{plans.AGAIN!r}, which is what the study calls its base with other '
           'first parameters: call it otherwise')
-  for name in ('init_seed', 'eval.part'):
+  for name in _OWN:
     value = base_config.get(sweep.base, name)
     require(not value, f'{file}: base() sets {name} to {value!r}, which the '
             'study sets itself: leave it out')

@@ -15,6 +15,9 @@ default: write-ahead logging does not work on network folders.
 
 Each row has a checksum. A ledger that is not as it was written is set aside,
 and written anew from sweep.json and the folders of the runs.
+
+The ledger of a study, beside study.json, holds instead every plan that it had,
+and each run that was begun in a new folder: it is only ever added to.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,7 +74,21 @@ CREATE TABLE runners (
   host TEXT NOT NULL,
   pid INTEGER NOT NULL,
   beats INTEGER NOT NULL DEFAULT 0,
-  {_checksum('name, host, pid, beats')})""".split(';\n')
+  {_checksum('name, host, pid, beats')});
+CREATE TABLE plans (
+  id INTEGER PRIMARY KEY,
+  time REAL NOT NULL,
+  hash TEXT NOT NULL,
+  tree TEXT NOT NULL,
+  {_checksum('time, hash, tree')});
+CREATE TABLE begun (
+  id INTEGER PRIMARY KEY,
+  time REAL NOT NULL,
+  plan TEXT NOT NULL,
+  folder TEXT NOT NULL,
+  point TEXT NOT NULL,
+  seed INTEGER NOT NULL,
+  {_checksum('time, plan, folder, point, seed')})""".split(';\n')
 # What SQLite says of a file that is none of its own, or that it cannot read.
 _DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
@@ -244,6 +261,17 @@ def codes(workdir, description: Mapping[str, Any]) -> list[str]:
       with contextlib.suppress(RequestError):
         starts += run_config.starts(run_folder(workdir, row['name'], seed))
   return provenance.codes(starts)
+
+
+def plans_of(workdir) -> set[str]:
+  """Returns the hashes of the plans by which the runs of a folder were started;
+  '' is of a run that no study started."""
+  plans: set[str] = set()
+  for folder in pathlib.Path(workdir).glob('points/*/seed-*'):
+    with contextlib.suppress(RequestError):
+      plans |= {str(start.get('plan', '')).partition(' ')[0]
+                for start in run_config.starts(folder)}
+  return plans
 
 
 def codes_note(codes: list[str]) -> str:
@@ -505,6 +533,25 @@ class Ledger:
     """Makes what failed pending again."""
     self._change("UPDATE runs SET state = ?, error = '' WHERE state = ?",
                  PENDING, FAILED)
+
+  def add_plan(self, hash: str, tree: Any) -> None:
+    self._change('INSERT INTO plans (time, hash, tree) VALUES (?, ?, ?)',
+                 time.time(), hash, json.dumps(tree))
+
+  def plan(self) -> Any:
+    """Returns the tree of the last plan; None where there is none."""
+    rows = self._rows('SELECT tree FROM plans ORDER BY id DESC LIMIT 1')
+    return json.loads(rows[0][0]) if rows else None
+
+  def add_begun(self, plan: str, runs: Iterable[tuple[str, str, int]]) -> None:
+    """Adds (folder of a phase, point, seed) of runs that begin anew."""
+    for run in runs:
+      self._change('INSERT INTO begun (time, plan, folder, point, seed) '
+                   'VALUES (?, ?, ?, ?, ?)', time.time(), plan, *run)
+
+  def begun(self) -> list[tuple[str, str, int]]:
+    """Returns what `add_begun` was given, in order."""
+    return self._rows('SELECT folder, point, seed FROM begun ORDER BY id')
 
   def beat(self, runner: str) -> set[int]:
     """Says that the runner lives; returns the runs that are still its own."""

@@ -8,6 +8,7 @@ A group is trained, and evaluated, by this module as a program:
   python -m tools.compare.local --workdir W --runs=NAME/0 --evaluate=loss
 """
 
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import os
@@ -23,7 +24,7 @@ from tools import dies_with_parent
 from tools.compare import layout
 from training import cli, evals, vectorised
 from training.distributed import cpu, signals
-from training.workdir import storage
+from training.workdir import provenance, storage
 
 POLL_SECONDS = 0.2
 GPUS = 'CUDA_VISIBLE_DEVICES'
@@ -48,13 +49,16 @@ class Runner:
     ledger: its ledger.
     parallel: how many processes at once; they share the cores out.
     group: how many runs may train as one program; 1: none do.
+    begun: is given the runs whose folder is new, before they are trained.
   """
 
-  def __init__(self, workdir, ledger, parallel: int, group: int):
+  def __init__(self, workdir, ledger, parallel: int, group: int,
+               begun: Callable[[Sequence], None] = lambda runs: None):
     self._workdir = pathlib.Path(workdir)
     self._ledger = ledger
     self._parallel = parallel
     self._group = group
+    self._begun = begun
     self._name = ledger.register()
     self._jobs: list[Job] = []
     self._signals = signals.Count()
@@ -149,6 +153,8 @@ class Runner:
     else:
       words = layout.train_command(self._description, self._workdir, *names[0])
     log = self._folder(runs[0]) / 'log.txt'
+    self._begun([run for run in runs
+                 if not (self._folder(run) / 'log.txt').exists()])
     for run in runs:
       print(f'{run.point}, seed {run.seed}: '
             + ('evaluating' if evaluates else 'training'), flush=True)
@@ -161,7 +167,8 @@ class Runner:
           dies_with_parent.words([sys.executable, *words],
                                  _cores(slot, self._parallel)),
           stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-          start_new_session=True, env=_environment(slot, self._parallel))
+          start_new_session=True, env=_environment(slot, self._parallel) | {
+              provenance.PLAN: self._description.get('plan', '')})
 
   def _folder(self, run) -> pathlib.Path:
     return layout.run_folder(self._workdir, run.point, run.seed)

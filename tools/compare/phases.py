@@ -129,10 +129,13 @@ class Phase:
     name: what SEEDS and reports call it, and results.json what it decides. Its
       runs are in the folder NAME, or NAME-1, NAME-2, ... for rungs: so a name
       has no '-'.
-    block: its seeds begin at block * APART. No other phase has the same, and
-      none changes its own, whatever comes before it.
+    block: its seeds begin block * APART after the study's own first one. No
+      other phase has the same, and none changes its own, whatever comes before
+      it.
     seeds: how many a study has of it that says nothing; 0: only a study whose
       SEEDS says how many has this phase.
+    part: the half of the held-out text that its runs are evaluated on
+      (eval.part). What confirms has a half that no phase before it sees.
     least: how many it needs.
     decide: (plan, outcomes, name) -> what follows: a Verdict of each variant
       and measure, with the phase's own words where it has others; the plan is
@@ -151,6 +154,7 @@ class Phase:
   name: str
   block: int
   seeds: int
+  part: str = 'second'
   least: int = statistics.MIN_SEEDS
   decide: Callable[..., list] = decide.confirm
   enter: Callable[..., Sequence[str]] = lambda plan, records: plan.variants
@@ -163,7 +167,8 @@ class Phase:
     assert self.name.isidentifier(), self.name
 
   def seeds_of(self, plan: plans.Plan) -> tuple[int, ...]:
-    return tuple(self.block * APART + i for i in range(plan.seeds[self.name]))
+    first = (plan.offset or 0) + self.block * APART
+    return tuple(first + i for i in range(plan.seeds[self.name]))
 
   def runs(self, frozen: plans.Frozen, best: Callable[[str, str, str], Changes],
            variants: Sequence[str]) -> list[Run]:
@@ -260,8 +265,7 @@ def _run(frozen: plans.Frozen, phase: str, variant: str, size: str,
   """Returns a run of a point of the plan, with `more` changes."""
   row = frozen.point(frozen.plan.base if variant == plans.AGAIN else variant,
                      size, workload)
-  changes = {**row['changes'], **more,
-             'eval.part': 'first' if phase == 'tune' else 'second'}
+  changes = {**row['changes'], **more, 'eval.part': PHASES[phase].part}
   if share < 1:
     shorten(changes, frozen.base_config, share)
   if phase != 'confirm':  # whose curves are drawn
@@ -415,9 +419,9 @@ def _edges(plan: plans.Plan) -> str:
 
 
 PHASES = {phase.name: phase for phase in (
-    Noise(name='noise', block=0, seeds=5, decide=decide.noise),
-    Tune(name='tune', block=1, seeds=1, least=1, note=_edges),
-    Phase(name='screen', block=2, seeds=5, decide=decide.screen,
+    Noise(name='noise', block=0, seeds=5, part='first', decide=decide.noise),
+    Tune(name='tune', block=1, seeds=1, part='first', least=1, note=_edges),
+    Phase(name='screen', block=2, seeds=5, part='first', decide=decide.screen,
           narrow=lambda plan: dataclasses.replace(
               plan, sizes=plan.sizes[:1], measures=plan.measures[:1])),
     Phase(name='confirm', block=3, seeds=5, decide=decide.confirm,

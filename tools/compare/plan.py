@@ -31,6 +31,9 @@ REPORT = 'report'  # what follows the last phase
 TEXT = 'text'  # the workload that every study has, and that comes first
 AGAIN = 'base-again'  # the base with other first parameters, of `noise`
 LOWER, HIGHER = 'lower', 'higher'  # which value of a measure is better
+# Seeds from the first of a study to the first of another, and how many such
+# places there are: all seeds are below 2^31.
+STUDY_APART, PLACES = 100_000, 20_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,9 @@ class Plan:
       smallest one. With muP the smallest alone, else all.
     settings: the constants of the phases (Phase.constants); None: they have
       none.
+    replication: its number; another one is a study of the same with fresh
+      seeds.
+    offset: what is added to all of its seeds; None: nothing.
   """
   name: str
   question: str
@@ -119,6 +125,8 @@ class Plan:
   match_field: str = ''
   tuned_sizes: tuple[str, ...] = ()
   settings: Mapping[str, Any] | None = None
+  replication: int | None = None
+  offset: int | None = None
 
   @property
   def primary(self) -> Measure:
@@ -145,6 +153,8 @@ class Outcome(NamedTuple):
       'loss', and 'warm': whether the learning rate had reached its height, from
       where on a law is fitted; {} where it is not kept (any phase but
       `confirm`).
+    documents: of the held-out text, if it is kept: lists by 'nats' and
+      'tokens', as the task `documents` gives them.
   """
   phase: str
   variant: str
@@ -159,6 +169,7 @@ class Outcome(NamedTuple):
   changes: dict
   loss: float = float('nan')
   curve: dict = {}
+  documents: dict = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +209,9 @@ class Frozen:
     code: {'commit', 'diff'} as provenance.this_start() says them.
     amendments: of each {'reason', 'time', 'before', 'changed', 'seen'}: why
       the plan was changed, when, the hash of the plan before, the fields that
-      changed, and the phases that had been looked at.
+      changed, and by phase how many seeds had been looked at.
     notes: what else was decided by hand, as {'time', 'told'}.
+    time: when it was frozen first; 0: it is not.
   """
   plan: Plan
   base_config: dict
@@ -208,6 +220,7 @@ class Frozen:
   code: dict
   amendments: list[dict] = dataclasses.field(default_factory=list)
   notes: list[dict] = dataclasses.field(default_factory=list)
+  time: float = 0.0
 
   @property
   def hash(self) -> str:
@@ -218,6 +231,19 @@ class Frozen:
                     if x is not None}
     return layout.checksum({name: tree[name] for name in (
         'plan', 'base_config', 'points', 'sources', 'code')})
+
+  @property
+  def known(self) -> set[str]:
+    """The hashes of this plan and of those that it was amended from."""
+    return {self.hash, *(change['before'] for change in self.amendments)}
+
+  @property
+  def drawn(self) -> int:
+    """The offset of seeds that the plan draws by its hash, in which its
+    replication is."""
+    plan = dataclasses.replace(self.plan, offset=None)
+    blank = dataclasses.replace(self, plan=plan)
+    return STUDY_APART * (1 + int(blank.hash, 16) % PLACES)
 
   def point(self, variant: str, size: str, workload: str) -> dict:
     wanted = (variant, size, workload)
@@ -235,19 +261,42 @@ class Frozen:
 
 
 def save(workdir, frozen: Frozen) -> None:
-  layout.save_checked(pathlib.Path(workdir) / 'study.json', to_json(frozen))
+  """Writes study.json, and what it holds into the ledger beside it."""
+  with layout.Ledger(workdir) as ledger, ledger.transaction():
+    _save(ledger, workdir, frozen)
+
+
+def _save(ledger, workdir, frozen: Frozen) -> None:
+  tree = to_json(frozen)
+  if ledger.plan() != tree:
+    ledger.add_plan(frozen.hash, tree)
+  layout.save_checked(pathlib.Path(workdir) / 'study.json', tree)
 
 
 def load(workdir) -> Frozen:
-  """Returns what study.json holds; RequestError where there is none."""
+  """Returns what study.json holds; RequestError where there is none, or where
+  it is not what the ledger has."""
   path = pathlib.Path(workdir) / 'study.json'
   require(path.is_file(), f'{path} is missing: no study was run in this '
           'workdir')
-  tree = layout.load_checked(path)
+  tree = last = layout.load_checked(path)
+  if path.with_name('ledger.sqlite').is_file():
+    with layout.Ledger(workdir) as ledger, ledger.transaction():
+      tree, last = layout.load_checked(path), ledger.plan()
+  require(last in (None, tree), f'{path} is not the plan that the ledger beside'
+          ' it has: remove it, and `run` puts back what was planned')
+  return _frozen(tree)
+
+
+def _frozen(tree: Mapping[str, Any]) -> Frozen:
   plan = spec.tuples(tree['plan'])
   return Frozen(**tree | {'plan': Plan(**plan | dict(
       measures=tuple(Measure(**row) for row in plan['measures']),
       tuning=Tuning(**plan['tuning'])))})
+
+
+def date(seconds: float) -> str:
+  return time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(seconds))
 
 
 def phase_of(folder: pathlib.Path) -> str:
@@ -258,37 +307,88 @@ def phase_of(folder: pathlib.Path) -> str:
 def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
   """Returns the plan that goes on in a workdir, and writes it there.
 
+  What was planned before is what the ledger has last: so study.json may be
+  removed, and is put back. Where the ledger is gone, too, the runs and the
+  results say by which plan they were made.
+
   Args:
     workdir: of the study.
     frozen: of the file as it is now.
     reason: why it was changed, where it was.
 
   Raises:
-    RequestError: where it was changed, and no reason is given.
+    RequestError: where it was changed, or there are runs or results of another
+      plan, and no reason is given.
   """
-  if not layout.is_study(workdir):
-    save(workdir, frozen)
-    return frozen
-  old = load(workdir)
-  before, after = map(_planned, (old, frozen))
-  # Data of which the old plan has no hash are as planned.
-  after['sources'] = {name: frozen.sources[name] for name in old.sources
-                      if name in frozen.sources}
-  changed = layout.differences(before, after)
-  if not changed:
-    return old
-  require(bool(reason), f'{workdir} was planned otherwise: '
-          f'{", ".join(changed[:8])}{", ..." * (len(changed) > 8)} changed '
-          'since. Take another --workdir, or give the reason by '
-          '--amend=REASON, which the report will tell')
-  begun = [phase_of(x.parent) for x in pathlib.Path(workdir).glob('*/points')]
-  frozen.amendments = [*old.amendments, {
-      'reason': reason, 'time': time.time(), 'before': old.hash,
-      'changed': changed,
-      'seen': [phase for phase in old.plan.seeds if phase in begun]}]
-  frozen.notes = old.notes
-  save(workdir, frozen)
-  return frozen
+  path = pathlib.Path(workdir) / 'study.json'
+  with layout.Ledger(workdir) as ledger, ledger.transaction():
+    tree = ledger.plan() or (
+        layout.load_checked(path) if path.is_file() else None)
+    old = _frozen(tree) if tree else dataclasses.replace(
+        frozen, time=time.time())
+    # An amendment keeps the seeds, unless the file asks for others.
+    if (frozen.plan.offset == frozen.drawn
+        and frozen.plan.replication == old.plan.replication):
+      frozen = dataclasses.replace(frozen, plan=dataclasses.replace(
+          frozen.plan, offset=old.plan.offset))
+    before, after = map(_planned, (old, frozen))
+    # Data of which the old plan has no hash are as planned.
+    after['sources'] = {name: frozen.sources[name] for name in old.sources
+                        if name in frozen.sources}
+    changed = layout.differences(before, after)
+    require(not changed or bool(reason), f'{workdir} was planned otherwise: '
+            f'{", ".join(changed[:8])}{", ..." * (len(changed) > 8)} changed '
+            'since. Take another --workdir, or give the reason by '
+            '--amend=REASON, which the report will tell')
+    others = _others(workdir, old.known)
+    require(not others or bool(reason), f'{workdir} holds what is of another '
+            'plan than this study has had: ' + '; '.join(
+                f'{", ".join(where)} by {_plan(hash)}'
+                for hash, where in others.items()) + '. Move it away, take '
+            'another --workdir, or give the reason why it is of this study by '
+            '--amend=REASON, which the report will tell')
+    seen = _seen(workdir, ledger, old.plan)
+    amendments = [{'before': hash, 'changed': [
+        f'from {_plan(hash)}, which is not kept']} for hash in others]
+    if changed:
+      amendments.append({'before': old.hash, 'changed': changed})
+    going = dataclasses.replace(
+        frozen if changed else old, notes=old.notes, time=old.time,
+        amendments=[*old.amendments, *(
+            {'reason': reason, 'time': time.time(), **row, 'seen': seen}
+            for row in amendments)])
+    _save(ledger, workdir, going)
+  return going
+
+
+def _plan(hash: str) -> str:
+  return f'the plan {hash}' if hash else 'no plan'
+
+
+def _others(workdir, known: set[str]) -> dict[str, list[str]]:
+  """Returns the folders and files of a study that are of no plan of `known`,
+  by the hash of their plan; '': of none."""
+  others: dict[str, list[str]] = {}
+  for path in sorted(pathlib.Path(workdir).glob('*/sweep.json')):
+    for hash in sorted(layout.plans_of(path.parent) - known):
+      others.setdefault(hash, []).append(path.parent.name)
+  results = pathlib.Path(workdir) / 'results.json'
+  if results.is_file():
+    hash = layout.load_checked(results)['study']['hash']
+    if hash not in known:
+      others.setdefault(hash, []).append(results.name)
+  return others
+
+
+def _seen(workdir, ledger, plan: Plan) -> dict[str, int]:
+  """Returns how many seeds of each phase have been begun, also of runs that are
+  deleted since."""
+  seeds = {(phase_of(path.parents[2]), int(path.name.removeprefix('seed-')))
+           for path in pathlib.Path(workdir).glob('*/points/*/seed-*')}
+  seeds |= {(phase_of(pathlib.Path(folder)), seed)
+            for folder, _, seed in ledger.begun()}
+  phases = [phase for phase, _ in seeds]
+  return {phase: phases.count(phase) for phase in plan.seeds if phase in phases}
 
 
 def _planned(frozen: Frozen) -> dict:

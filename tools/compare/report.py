@@ -149,6 +149,7 @@ class Comparison:
     row |= {name: compared.get(name) for name in (
         'effect', 'low', 'high', 'n', 'p', 'p_corrected', 'diverged',
         'base_diverged')}
+    row['text'] = compared.get('text')
     row['verdict'] = (None if not is_verdict else self.standing(variant)
                       if phase == 'confirm' else compared.get('verdict'))
     trend = compared.get('trend') or {}
@@ -195,6 +196,12 @@ def _study(workdir) -> Comparison:
   if announced and not announced['enough']:
     warnings.append(announced['sentence'] + ' That no difference is shown does '
                     'not mean that there is none.')
+  if small := [row['variant'] for row in results.get('confirm', ())
+               if page.known(row['text']) and abs(row['effect']) < row['text']
+               and row['verdict'] in (decide.BETTER, decide.WORSE)]:
+    warnings.append(f'The difference of {", ".join(small)} is smaller than the '
+                    'noise of the held-out text: another text of its kind may '
+                    'show none.')
   if edges := dict.fromkeys(row['variant'] for row in results['tuned']
                             if row['at_edge']):
     warnings.append('Tuning ended at the edge of what was tried for '
@@ -412,6 +419,7 @@ def estimate_table(c: Comparison, name: str, title: str,
       mean: page.mean(row['mean'], row['sd']),
       'minus base': Cell(BASE, 0.0) if row['variant'] == c.plan.base
       else ends(row, 'effect'),
+      '± text': page.number(row['text']),
       'verdict': label(row['verdict'] or '', page.MARKS.get(
           row['verdict'], '')),
       'p': page.p_value(row['p'] if row['p_corrected'] is None else None),
@@ -589,8 +597,8 @@ def config(c: Comparison) -> Table:
 def provenance(c: Comparison) -> Table:
   """Code, machines, versions and data."""
   record = c.results['provenance']
-  rows = [('plan', f'{c.frozen.hash}, frozen at commit '
-           f'{c.frozen.code.get("commit")}')] * c.is_study
+  rows = [('plan', f'{c.frozen.hash}, frozen on {plans.date(c.frozen.time)} at '
+           f'commit {c.frozen.code.get("commit")}')] * c.is_study
   rows += [(what, name) for what, names in (
       ('code', record['codes']), ('device', record['devices']),
       ('version', [f'{name} {x}' for name, x in record['versions'].items()]),
@@ -600,13 +608,18 @@ def provenance(c: Comparison) -> Table:
       {'what': label(what), 'which': Cell(name)} for what, name in rows])
 
 
-def methods(frozen: plans.Frozen, announced: Mapping[str, Any] | None
+def methods(frozen: plans.Frozen, announced: Mapping[str, Any] | None,
+            as_planned: Mapping[str, Any] = results_lib.NOTHING['as_planned']
             ) -> list[str]:
   """The paragraphs that a paper needs to say how a study was done, or will be:
   then nothing is announced yet."""
-  plan = frozen.plan
+  plan, again = frozen.plan, as_planned.get('repeated', {}).get('confirm', 0)
+  seen = max((change['seen'].get('confirm', 0)
+              for change in frozen.amendments), default=0)
   text = page.render(
       'methods.txt', frozen=frozen, announced=announced, plan=plan,
+      seen=seen, again=again, otherwise=as_planned['differences'],
+      date=plans.date, unknown=as_planned.get('unknown', 0),
       phases=phases_lib.of(plan.seeds),
       primary=plan.primary, changed=changed, said=measures_lib.said,
       alone=alone, amount=measures_lib.amount(frozen, plan.effect),
@@ -736,7 +749,8 @@ def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
         if phase.name != 'confirm'),
       Section('left-out', 'Left out', tables=[excluded(c)]),
       Section('planned', 'Planned and run', planned * c.is_study),
-      Section('methods', 'Methods', methods(c.frozen, announced)
+      Section('methods', 'Methods', methods(
+          c.frozen, announced, c.results['as_planned'])
               if c.is_study else (), (), [config(c)]),
       Section('provenance', 'Provenance and cost', (), (), [
           spent(c), provenance(c)])],

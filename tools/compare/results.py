@@ -1,5 +1,6 @@
 """results.json: everything that a study has found, and what it took."""
 
+import collections
 from collections.abc import Sequence
 import importlib.metadata
 import pathlib
@@ -76,19 +77,40 @@ def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]
   """Returns whether what ran, by these codes, is what was planned, and what is
   not."""
   from training.workdir import provenance
-  differences = []
+  differences, (repeated, unknown) = [], _begun(workdir)
   for change in frozen.amendments:
     seen = ', '.join(change['seen']) or 'nothing'
     differences.append(
         f'The plan was changed ({", ".join(change["changed"])}) when {seen} '
         f'had been looked at. Reason: {change["reason"]}')
   differences += [change['told'] for change in frozen.notes]
+  differences += [f'Runs of {phase} were deleted and trained again: {number}.'
+                  for phase, number in repeated.items()]
+  if unknown:
+    differences.append('Runs that the ledger of the study does not know, since '
+                       'they were begun elsewhere or it was lost: '
+                       f'{unknown}.')
   planned = provenance.codes([frozen.code])
   others = [code for code in ran if planned and code not in planned]
   if others:
     differences.append(f'The plan was made with {planned[0]}, and runs were '
                        f'trained by {", ".join(others)}.')
-  return {'same': not differences, 'differences': differences}
+  return {'same': not differences, 'differences': differences,
+          'repeated': repeated, 'unknown': unknown}
+
+
+def _begun(workdir) -> tuple[dict[str, int], int]:
+  """Returns how many times runs of each phase were begun anew, and how many
+  runs are on disk that the ledger of the study did not see begin."""
+  with layout.Ledger(workdir) as ledger:
+    begun = ledger.begun()
+  phase = lambda run: plans.phase_of(pathlib.Path(run[0]))
+  again = collections.Counter(map(phase, begun))
+  again.subtract(map(phase, set(begun)))
+  there = {(folder.name, run.parent.name, int(run.name.removeprefix('seed-')))
+           for folder in folders(workdir)
+           for run in folder.glob('points/*/seed-*')}
+  return dict(+again), len(there - set(begun))
 
 
 def codes(workdir) -> list[str]:

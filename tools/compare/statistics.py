@@ -43,6 +43,20 @@ def interval(values: Sequence[float]) -> Interval:
   return Interval(mean, low, high, len(values))
 
 
+def ratio_half_width(totals: Sequence[float], sizes: Sequence[float]
+                     ) -> float | None:
+  """Returns half of the 95 % interval of sum(totals) / sum(sizes), a mean over
+  the parts of clusters that are a sample of many (Cochran 1977, section 2.11);
+  None for fewer than two clusters."""
+  from scipy.special import stdtrit
+  x, n = np.asarray(totals, float), np.asarray(sizes, float)
+  if len(x) < 2:
+    return None
+  rest = x - n * (x.sum() / n.sum())
+  error = math.sqrt(np.sum(rest ** 2) * len(x) / (len(x) - 1)) / n.sum()
+  return float(stdtrit(len(x) - 1, 0.975) * error)
+
+
 def p_value(values: Sequence[float]) -> float | None:
   """Returns Student's two-sided p of a mean of 0; None for too few values.
 

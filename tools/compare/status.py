@@ -48,7 +48,8 @@ def _study(workdir, as_json: bool) -> int:
              'states': collections.Counter(run.state for run in runs),
              'failed': failed(runs)} for cost, runs in phases]}, indent=2))
     return 0
-  print(f'study {frozen.plan.name}, plan {frozen.hash}')
+  print(f'study {frozen.plan.name}, plan {frozen.hash}, frozen on '
+        f'{plan.date(frozen.time)}')
   for cost, runs in phases:
     print(f'{cost.phase:<8} {states(runs) or "not begun"}, {cost.runs} planned '
           'at most')

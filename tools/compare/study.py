@@ -18,6 +18,7 @@ from configs.errors import EnvironmentFailure, one_of, require
 from tools.compare import costs, curves, freeze, layout
 from tools.compare import local, phases, report, results
 from tools.compare import plan as plans
+from training import objectives
 
 # Times the loss of guessing, above which a run counts as diverged: one that
 # has learnt nothing ends near it.
@@ -145,6 +146,10 @@ class Trainer:
         self.work(path, ledger)
       rows = ledger.runs()
     sweep = curves.read(path, description, rows)
+    others = layout.plans_of(path) - self._frozen.known
+    require(not others, f'{path} holds runs of another plan than the study has '
+            f'had ({", ".join(sorted(others)) or "none"}): move them away, or '
+            'give the reason why they are of this study by --amend=REASON')
     require(not sweep.strangers, f'{path} holds runs of another config than '
             f'the plan says: {"; ".join(sweep.strangers[:3])}; move them away')
     points = {point.name: point for point in sweep.points}
@@ -166,7 +171,14 @@ class Trainer:
 
   def work(self, path: pathlib.Path, ledger) -> None:
     """Trains what is pending, and waits for what other runners have."""
-    local.Runner(path, ledger, self._parallel, self._group).run(wait=True)
+    local.Runner(path, ledger, self._parallel, self._group,
+                 lambda runs: self.begun(path, runs)).run(wait=True)
+
+  def begun(self, path: pathlib.Path, runs: Sequence[layout.Run]) -> None:
+    """Notes in the study's ledger that runs of a phase begin from nothing."""
+    with layout.Ledger(self._workdir) as ledger:
+      ledger.add_begun(self._frozen.hash, [
+          (path.name, run.point, run.seed) for run in runs])
 
   def describe(self, folder: str, runs: Sequence[phases.Run]) -> dict:
     """Returns what sweep.json holds of a phase."""
@@ -177,7 +189,8 @@ class Trainer:
         rows[run.point] = {
             'name': run.point, 'variant': run.variant, 'size': run.size,
             'workload': run.workload,
-            'changes': plans.to_json(run.changes), 'seeds': [], 'tasks': [],
+            'changes': plans.to_json(run.changes), 'seeds': [],
+            'tasks': self._owed(run),
             # A run may take fewer steps than its point.
             'tokens': round(point['tokens'] / frozen.steps(point['changes'])
                             * frozen.steps(run.changes)),
@@ -188,7 +201,15 @@ class Trainer:
             'match': frozen.plan.match, 'match_field': frozen.plan.match_field,
             'base': runs[0].point, 'base_config': frozen.base_config,
             'paired': True, 'points': list(rows.values()),
-            'sources': frozen.sources}
+            'sources': frozen.sources,
+            'plan': f'{frozen.hash} {plans.date(frozen.time)}'}
+
+  def _owed(self, run: phases.Run) -> list[str]:
+    """The losses of each document, of what the verdict is on."""
+    objective = (self._frozen.base_config | run.changes)['objective']
+    return ['documents'] * (
+        run.phase == 'confirm' and run.workload == plans.TEXT
+        and objectives.OBJECTIVES[objective].every_token)
 
   def _outcome(self, run: phases.Run, point: curves.Point, own: curves.Run
                ) -> plans.Outcome:
@@ -208,7 +229,9 @@ class Trainer:
         run.phase, run.variant, run.size, run.workload, run.seed, values,
         diverged, spent.get('flops', 0.0), spent.get('seconds', math.nan),
         point.params, dict(run.changes), loss,
-        point.curve(run.seed) if run.phase == 'confirm' else {})
+        point.curve(run.seed) if run.phase == 'confirm' else {},
+        {name: own.evaluations['documents'][name] for name in (
+            'nats', 'tokens') if 'documents' in own.evaluations})
 
 
 def ended_badly(run: curves.Run) -> bool:

@@ -95,6 +95,10 @@ class Loader:
     self.num_batches = -(-self.num_windows // self._config.data.batch_size)
     return self
 
+  def place(self, n: int) -> int:
+    """Returns which item of its view row n of what is held out is."""
+    return int(self._dataset.places[n])
+
   def first(self, batches: int) -> int:
     """Returns how many batches of a pass `batches` are; 0: all."""
     return min(batches or self.num_batches, self.num_batches)
@@ -197,11 +201,11 @@ class _Ordered:
   """
 
   def __init__(self, places: Sequence[int], views: Sequence):
-    self._places, self._views = places, views
+    self.places, self._views = places, views
     self._starts = np.cumsum([0, *map(len, views)]).tolist()
 
   def __getitem__(self, n: int):
-    place = self._places[n]
+    place = self.places[n]
     view = bisect.bisect_right(self._starts, place) - 1
     return self._views[view][place - self._starts[view]]
 

@@ -13,6 +13,7 @@ from typing import Any
 from configs.errors import require
 
 ROOT = pathlib.Path(__file__).parents[2]
+PLAN = 'ARCHETYPE_PLAN'  # in the environment of a study's runs
 
 
 def this_start(data: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -25,9 +26,13 @@ def this_start(data: Mapping[str, str] | None = None) -> dict[str, Any]:
   command: the command line.
   data: what was given, a hash of what each source holds, by its name
     (pipeline.contents); there only if it was given.
+  plan: the hash of the study's plan, and when it was frozen; there only for a
+    run that a study trains.
   """
+  plan = os.environ.get(PLAN, '')
   return {**_code(ROOT), 'command': shlex.join(sys.argv),
-          **({} if data is None else {'data': dict(data)})}
+          **({} if data is None else {'data': dict(data)}),
+          **({'plan': plan} if plan else {})}
 
 
 def check_shape(starts: Any, who: str) -> None:

@@ -72,6 +72,32 @@ def test_the_confirmation_is_scipys_test_and_statsmodels_holm():
   assert [row.verdict for row in found] == ['better', 'no difference shown']
 
 
+def test_the_noise_of_the_text_is_that_of_the_mean_of_seeds_and_sizes():
+  rng, tokens = np.random.default_rng(4), [10.0, 30.0, 20.0, 25.0]
+  nats = {}
+
+  def with_documents(x):
+    own = nats[x.variant, x.size, x.seed] = rng.normal(60, 3, 4)
+    return x._replace(documents={'nats': own.tolist(), 'tokens': tokens})
+
+  outcomes = [*map(with_documents, _phase(
+      'confirm', _values(), lost=[('b', 0, 0)]))]
+  found = decide.confirm(PLAN, outcomes)
+  mean = lambda name, lost=(): np.mean([np.mean(
+      [nats[name, size, seed] - nats['base', size, seed]
+       for size_, seed in ((x.size, x.seed) for x in outcomes
+                           if x.variant == name)
+       if size_ == size and (size, seed) not in lost], 0) for size in SIZES], 0)
+  for row, lost in zip(found, ((), (('s', 30_000),))):
+    assert row.text == pytest.approx(statistics.ratio_half_width(
+        mean(row.variant, lost), tokens))
+  # Where the texts are not the same, or not known, nothing is said.
+  other = outcomes[0]._replace(
+      documents={'nats': [1.0] * 3, 'tokens': [1.0] * 3})
+  for first in (other, outcomes[0]._replace(documents={})):
+    assert decide.confirm(PLAN, [first, *outcomes[1:]])[0].text is None
+
+
 def test_the_screening_is_scipys_test_at_the_smallest_size():
   values = _values(effects=(0, -0.05, 0.1, 0.02))
   found = decide.screen(dataclasses.replace(PLAN, variants=('a', 'b', 'c')),

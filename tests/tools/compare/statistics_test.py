@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 from scipy import stats
+import statsmodels.api as sm
 from statsmodels.stats.power import TTestPower
 
 from tools.compare import statistics
@@ -27,6 +28,24 @@ def test_intervals_and_p_values_are_scipys():
   assert statistics.interval([0.1, 0.2]).low is None
   assert statistics.p_value([0.0] * 4) == 1
   assert statistics.p_value([1.0] * 4) == 1 / 8  # the sign test's
+
+
+def test_the_noise_of_documents_is_statsmodels_and_covers():
+  """Of documents of unequal length; the mean of 2,000 such texts is where the
+  interval says that it is."""
+  rng = np.random.default_rng(3)
+  sizes = np.round(rng.lognormal(5, 0.5, (2000, 60)))
+  losses = 0.02 + rng.normal(0, 0.05, sizes.shape)  # of a token, by document
+  fit = sm.WLS(losses[0], np.ones(60), weights=sizes[0]).fit(
+      cov_type='HC1', use_t=True)
+  half = statistics.ratio_half_width(losses[0] * sizes[0], sizes[0])
+  (low, high), = fit.conf_int()
+  assert half == pytest.approx((high - low) / 2)
+  means = (losses * sizes).sum(1) / sizes.sum(1)
+  covered = [abs(mean - 0.02) < statistics.ratio_half_width(x * n, n)
+             for mean, x, n in zip(means, losses, sizes)]
+  assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+  assert statistics.ratio_half_width([1.0], [2.0]) is None
 
 
 def test_corrected_p_values_are_those_of_the_papers():

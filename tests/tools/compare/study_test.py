@@ -20,6 +20,7 @@ from tests.helpers import studies
 from tools.compare import costs, decide, freeze, layout, phases
 from tools.compare import plan as plans
 from tools.compare import report, results, status, study
+from training.workdir import run_config
 
 ROOT = pathlib.Path(__file__).parents[3]
 SECONDS = 1500  # that a process may take beside other tests
@@ -132,6 +133,7 @@ def test_guessing_among_labels_is_not_guessing_among_tokens(folder):
 
 
 REFUSED = {
+    'seeds of its own': (dict(base='c.seed = 1'), r'base\(\) sets seed to 1'),
     'parameters of its own': (dict(base='c.init_seed = 1'),
                               r'base\(\) sets init_seed to 1'),
     'one size': (dict(constants="SIZES = {'s': {}}"), 'SIZES has 1 of them'),
@@ -185,6 +187,24 @@ def test_what_cannot_be_a_study_is_refused(case, tmp_path):
   fields, told = REFUSED[case]
   with pytest.raises(RequestError, match=told):
     freeze.freeze(studies.write(tmp_path, **fields))
+
+
+def test_another_replication_has_fresh_seeds_and_the_same_has_its_own(folder):
+  plan = lambda constants='': freeze.freeze(studies.write(folder, constants)
+                                            ).plan
+  seeds = lambda own: {
+      seed for phase in phases.PHASES.values() for seed in phase.seeds_of(own)}
+  first, second = plan(), plan('REPLICATION = 2')
+  assert first == plan() and first.replication == 1
+  assert first.offset % plans.STUDY_APART == 0 != first.offset
+  assert len(seeds(first)) == 3 + 1 + 3 + 3
+  assert not seeds(first) & seeds(second) and max(seeds(second)) < 2 ** 31
+  assert seeds(plan('SEED_OFFSET = 70')) == {
+      seed - first.offset + 70 for seed in seeds(first)}
+  # Of 2,000 plans, as few share seeds as of such draws do.
+  offsets = [studies.frozen(studies.plan(effect=1 / n)).drawn
+             for n in range(1, 2001)]
+  assert 1860 < len(set(offsets)) < 1945  # 20,000 (1 - e^-0.1) = 1,903
 
 
 def test_its_ratios_divide_the_layers():
@@ -244,9 +264,9 @@ def test_each_phase_asks_for_its_runs(made):
     phase = folder.partition('-')[0]
     assert {run.seed for run in runs} == set(
         phases.PHASES[phase].seeds_of(plan))
-    # Nothing but tuning sees the half of what is held out that tuning sees.
+    # What confirms has a half of what is held out that nothing else has seen.
     assert {run.changes['eval.part'] for run in runs} == {
-        'first' if phase == 'tune' else 'second'}
+        'second' if phase == 'confirm' else 'first'}
     assert len({(run.point, run.seed) for run in runs}) == len(runs)
   # A short rung has a whole schedule of its own.
   for run in trainer.asked['tune-1']:
@@ -399,7 +419,8 @@ def test_what_a_study_found_is_in_its_results(whole, frozen, capsys):
   curves = [x['curve'] for x in found['outcomes'] if x['curve']]
   assert len(curves) == found['phases']['confirm']['done']
   assert curves[0]['step'] == [2, 4] and curves[0]['seconds'] == [1.0, 2.0]
-  assert found['as_planned'] == {'same': True, 'differences': []}
+  assert found['as_planned'] == {
+      'same': True, 'differences': [], 'repeated': {}, 'unknown': 0}
   assert found['provenance']['versions']['jax']
   assert start(workdir, frozen).did == []  # what is done is not done again
   assert read(workdir) == found
@@ -451,7 +472,87 @@ def test_a_run_that_is_gone_is_trained_anew(whole, frozen, tmp_path):
   shutil.rmtree(gone)
   assert start(tmp_path / 'w', frozen).did == [
       ('screen', gone.parent.name, int(gone.name[5:]))]
-  assert read(tmp_path / 'w') == whole[1]
+  again = read(tmp_path / 'w')
+  assert again.pop('as_planned') == {
+      'same': False, 'repeated': {'screen': 1}, 'unknown': 0, 'differences': [
+          'Runs of screen were deleted and trained again: 1.']}
+  assert again | {'checksum': 0} == {name: x for name, x in whole[1].items()
+                                     if name != 'as_planned'} | {'checksum': 0}
+  # Nor does it help to delete a whole phase, and look again.
+  assert 'on 3 fresh seeds' in _methods(whole[2])
+  shutil.rmtree(tmp_path / 'w' / 'confirm')
+  start(tmp_path / 'w', frozen, loss=lambda config: 1.01 * loss_of(config))
+  assert read(tmp_path / 'w')['as_planned']['repeated'] == {
+      'screen': 1, 'confirm': 18}
+  told = _methods(tmp_path / 'w')
+  assert 'Runs of confirm were deleted and trained again: 18.' in told
+  assert 'on 3 seeds:' in told and 'fresh' not in told
+
+
+def _methods(workdir):
+  c = report.load(workdir)
+  return ' '.join(report.methods(
+      c.frozen, c.results['announced'], c.results['as_planned']))
+
+
+def test_a_plan_cannot_be_swapped(frozen, tmp_path):
+  """Neither by deleting study.json, nor by putting another one there, nor by
+  deleting the ledger of the study too: the runs know their plan."""
+  start(tmp_path, frozen, until='noise', anyway=True)
+  assert 'before any run' in _methods(tmp_path)
+  path, other = tmp_path / 'study.json', _with(frozen, effect=0.2)
+  path.unlink()
+  with pytest.raises(RequestError, match='planned otherwise: plan.effect'):
+    start(tmp_path, other)
+  start(tmp_path, frozen, until='noise')  # which puts it back
+  plans.save(tmp_path / 'other', other)
+  shutil.copy(tmp_path / 'other' / 'study.json', path)
+  with pytest.raises(RequestError, match='not the plan that the ledger'):
+    report.load(tmp_path)
+  for name in ('ledger.sqlite', 'study.json'):
+    (tmp_path / name).unlink()
+  known = f'noise by the plan {frozen.hash}; results.json|noise, results.json '
+  with pytest.raises(RequestError, match=known):
+    start(tmp_path, other)
+  # It is adopted as an amendment, which is told.
+  start(tmp_path, other, until='noise', amend='a smaller effect', anyway=True)
+  first, second = read(tmp_path)['as_planned']['differences']
+  assert first == (
+      f'The plan was changed (from the plan {frozen.hash}, which is not kept) '
+      'when noise had been looked at. Reason: a smaller effect')
+  assert second.endswith('or it was lost: 18.')
+  told = _methods(tmp_path)
+  assert 'before any run' not in told and first in told
+  assert 'changed once since' in told
+
+
+def test_runs_and_results_of_another_plan_are_no_part_of_it(
+    whole, frozen, tmp_path):
+  other = _with(frozen, alpha=0.01)
+  for name in ('noise', 'results.json'):
+    workdir = tmp_path / name
+    plans.adopted(workdir, other)
+    copy = shutil.copy if '.' in name else shutil.copytree
+    copy(whole[2] / name, workdir / name)
+    with pytest.raises(RequestError, match=f'{name} by the plan {frozen.hash}'):
+      start(workdir, other)
+  with pytest.raises(RequestError, match='noise holds runs of another plan'):
+    studies.Written(tmp_path / 'noise', other, loss=loss_of).train(
+        'noise', noise_runs(other))
+
+
+def test_methods_say_what_had_been_looked_at(whole, frozen, tmp_path):
+  shutil.copytree(whole[2], tmp_path / 'w')
+  more = _with(frozen, seeds=frozen.plan.seeds | {'confirm': 5})
+  more = _with(more, offset=more.drawn)  # as its file is read
+  assert more.plan.offset != frozen.plan.offset
+  own = start(tmp_path / 'w', more, amend='it was not enough')
+  assert len(own.did) == 2 * 2 * 3  # an amendment keeps the seeds that it has
+  told = _methods(tmp_path / 'w')
+  for words in ('on 5 seeds, of which 3 had been looked at when',
+                'plan.seeds.confirm', 'Reason: it was not enough'):
+    assert words in told
+  assert 'fresh' not in told and 'before any run' not in told
 
 
 def _with(frozen, **plan):
@@ -559,7 +660,7 @@ def test_a_phase_more_is_one_entry(
   own = start(workdir, _with(frozen, seeds=plan.seeds, settings=plan.settings),
               until='confirmed', amend='to be sure')
   assert {(folder, seed) for folder, _, seed in own.did} == {
-      ('confirmed', 40_000 + i) for i in range(3)}
+      ('confirmed', frozen.plan.offset + 40_000 + i) for i in range(3)}
   (again,), c = read(workdir)['confirmed'], report.load(workdir)
   assert again['verdict'] == decide.WORSE and len(again['sizes']) == 2
   assert {row['phase'] for row in c.verdicts()} == {'confirm'}
@@ -578,7 +679,8 @@ def test_a_run_of_another_config_is_refused(frozen, tmp_path):
   own = studies.Written(tmp_path, frozen, loss=loss_of)
   runs = noise_runs(frozen)[:1]
   own.train('noise', runs)
-  file = tmp_path / 'noise/points' / runs[0].point / 'seed-0/config.json'
+  file = layout.run_folder(tmp_path / 'noise', runs[0].point, runs[0].seed)
+  file /= 'config.json'
   file.write_text(file.read_text().replace('"b2": 0.95', '"b2": 0.9'))
   with pytest.raises(RequestError, match='of another config than the plan .*'
                      'optim.b2'):
@@ -616,7 +718,8 @@ def test_an_a_a_study_goes_through_all_phases(tmp_path):
   that there is something to confirm."""
   file = studies.write(
       tmp_path, "TUNING['rungs'] = 1\nQ = 0.999\nQUESTION = 'Is it better?'",
-      base="c.model.update(parametrization='mup', mup_base_width=8)",
+      base="c.model.update(parametrization='mup', mup_base_width=8)\n"
+      '  c.data.holdout_every = 2',  # two documents in each half
       sweep="add('twin', init_seed=2)")
   workdir = tmp_path / 'study'
   first = _start(file, workdir)
@@ -641,6 +744,18 @@ def test_an_a_a_study_goes_through_all_phases(tmp_path):
   verdict, = found['confirm']
   assert verdict['variant'] == 'twin'
   assert verdict['verdict'] != decide.UNSTABLE and verdict['n'] == 3
+  # Each run has the plan in its record, and each confirmed one its documents.
+  frozen = plans.load(workdir)
+  records = [run_config.starts(path.parent)[-1]['plan']
+             for path in workdir.glob('*/points/*/*/config.json')]
+  assert set(records) == {f'{frozen.hash} {plans.date(frozen.time)}'}
+  assert found['as_planned']['differences'] in ([], [
+      frozen.notes[0]['told'] if frozen.notes else ''])
+  assert verdict['text'] > 0
+  for x in found['outcomes']:
+    if x['phase'] == 'confirm':
+      assert sum(x['documents']['nats']) / sum(
+          x['documents']['tokens']) == pytest.approx(x['loss'], rel=1e-5)
   # Base and twin have the same data, but not the same parameters.
   values = {(x['variant'], x['seed']): x['values']['loss']
             for x in found['outcomes'] if x['phase'] == 'screen'}

@@ -21,6 +21,7 @@ from training import preflight, runs
 from training.data import probes, tokenizers
 from training.evals import held_out
 from training.evals.tasks import extrapolation
+from training.evals.tasks import loss as loss_task
 from training.evals.tasks import probe as probe_task
 from training.objectives import pipeline
 
@@ -98,6 +99,43 @@ def test_bits_per_byte_are_the_bits_of_the_text_over_its_bytes(folder):
   assert figures.keys() == {'loss', 'perplexity', 'bits_per_byte'}
   assert figures['bits_per_byte'] == pytest.approx(41 / 40)
   assert figures['perplexity'] == pytest.approx(2)
+
+
+@pytest.mark.parametrize('batches', [0, 2])
+def test_each_token_that_training_evaluates_is_of_its_document(
+    tmp_path, batches, monkeypatch):
+  """Of documents of one letter each, whose tokens cost by their letter; of some
+  rows alone, in the order in which training has them."""
+  for i in range(6):
+    (tmp_path / f'{i}.txt').write_text('abcdef'[i] * (10 + 7 * i))
+  c = evaluations.config('gpt', 'causal', num_layers=1)
+  source = f'text:{tmp_path}/*.txt'
+  c.data.update(source=source, eval_source=source, length=16, batch_size=3)
+  c.eval.batches = batches
+  of_letter = lambda ids: (ids - 96) * (ids < 256) / 10
+  monkeypatch.setattr(loss_task, 'documents_program', lambda module, config: (
+      lambda params, batch: jnp.stack([
+          of_letter(batch['targets']) * batch['weights'], batch['weights']])))
+  found = evaluations.run('documents', evaluations.make(c))
+  loader, = pipeline.held_out(c, BYTES)
+  rows = [batch for batch in loader.iterate(0, loader.first(batches))]
+  targets, weights = (np.concatenate([row[name].ravel() for row in rows])
+                      for name in ('targets', 'weights'))
+  assert found['loss'] == pytest.approx(
+      np.average(of_letter(targets), weights=weights))
+  # A document's tokens, and the end of each, which costs nothing.
+  letters = [(weights * (targets == 97 + i)).sum() for i in range(6)]
+  nats = np.array(found['nats']) * weights.sum()
+  assert nats == pytest.approx(
+      [n * (i + 1) / 10 for i, n in enumerate(letters) if n], rel=1e-5)
+  assert sum(found['tokens']) == pytest.approx(1)
+  if not batches:
+    assert np.array(found['tokens']) * weights.sum() == pytest.approx(
+        [n + 1 for n in letters])
+    monkeypatch.setattr(loss_task, 'DOCUMENTS', 4)  # two by two
+    assert np.array(evaluations.run('documents', evaluations.make(c))['nats']
+                    ) * weights.sum() == pytest.approx(
+                        nats.reshape(3, 2).sum(1))
 
 
 @pytest.mark.long

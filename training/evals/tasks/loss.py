@@ -250,6 +250,56 @@ def bound_program(module: Any, config: Any, mask: int, count: int):
   return sums
 
 
+def documents(evaluation: Evaluation) -> dict[str, Any]:
+  """Returns the nats and the tokens of each document, as parts of the means
+  over all, of the rows that training evaluates after its last step: from their
+  spread follows what another text of the kind would give. Documents beside each
+  other are taken together where there are more than DOCUMENTS. Of several
+  sources each counts by its weight.
+  """
+  config, step = evaluation.run.config, evaluation.program(
+      documents_program(evaluation.run.module, evaluation.run.config),
+      'documents')
+  nats, counts = [], []
+  for loader in evaluation.held_out():
+    view, size = loader.views[0], config.data.batch_size
+    rows = min(loader.first(config.eval.batches) * size, loader.num_windows)
+    # A document begins with the separator that stands before it; separators
+    # fill up the last row, too.
+    begins = np.stack([view[i].tokens[:-1] for i in range(len(view))]
+                      ) == view.separator
+    begins[-1, view[len(view) - 1].size - 1:] = False
+    of_token = np.cumsum(begins).reshape(begins.shape) - 1
+    several = of_token.max() // DOCUMENTS + 1
+    sums = np.zeros((2, of_token.max() // several + 1))
+    for n, each in enumerate(evaluation.results(
+        step, loader.cut(rows), 'evaluating documents')):
+      for i, row in enumerate(np.moveaxis(np.float64(each), 1, 0)):
+        if (g := n * size + i) < rows:
+          np.add.at(sums, (slice(None), of_token[loader.place(g)] // several),
+                    row)
+    seen = sums[:, sums[1] > 0] * loader.share / sums[1].sum()
+    nats, counts = nats + seen[0].tolist(), counts + seen[1].tolist()
+  loss = sum(nats) / sum(counts)
+  print(f'loss of {len(nats):,} documents: {loss:.4f}')
+  return {'loss': loss, 'nats': nats, 'tokens': counts}
+
+
+def documents_program(module: Any, config: Any):
+  objective = objectives.of(config)
+
+  def losses(params: Any, batch: Any) -> jax.Array:
+    """Returns the weighted losses and the weights of all tokens, [2, B, L]."""
+    output = objective.apply(module, params, batch)
+    loss_BL = objectives.token_losses(output.hidden, output.head,
+                                      batch['targets'],
+                                      chunk=config.train.loss_chunk).loss
+    weights_BL = batch['weights'].astype(jnp.float32)
+    return jnp.stack([loss_BL * weights_BL, weights_BL])
+  return losses
+
+
+DOCUMENTS = 256
 DETOKENIZE: dict[str, Callable[[str], str]] = {
     'none': lambda text: text, 'wikitext': _wikitext}
 TASKS = {
@@ -263,6 +313,12 @@ TASKS = {
             Flag('detokenize', 'none', "With --stride: 'wikitext' undoes "
                  "WikiText's tokenisation, as lm_eval does, before the text is "
                  'read.', needs='stride'))),
+    'documents': Task(
+        'the nats and tokens of each held-out document, of the rows that '
+        'training evaluates', documents, without(
+            lambda objective: objective.every_token,
+            'does not predict every token, so it has no loss of a document'),
+        figures=('loss',)),
     'diffusion_bound': Task(
         'the bound of masked diffusion on the held-out loss, by many draws',
         bound, without(lambda objective: objective.bound,
