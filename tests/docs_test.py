@@ -11,7 +11,8 @@ import pytest
 from configs import base
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = sorted([ROOT / 'README.md', *ROOT.glob('docs/**/*.md')])
+PAGES = sorted([ROOT / 'README.md', ROOT / 'AGENTS.md',
+                *ROOT.glob('docs/**/*.md')])
 NOTEBOOKS = sorted(ROOT.glob('docs/**/*.ipynb'))
 # A word in capitals, dots or braces stands for what the reader puts there.
 PLACEHOLDER = re.compile(r'\.\.\.|…|[<>{}\[\]]|\b[A-Z][A-Z_]+\b')

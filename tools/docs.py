@@ -20,7 +20,7 @@ from configs import base
 ROOT = pathlib.Path(__file__).parents[1]
 # Pages of the site that are files outside docs/.
 PAGES = {'index.md': 'README.md', 'contributing.md': 'CONTRIBUTING.md',
-         'changelog.md': 'CHANGELOG.md'}
+         'changelog.md': 'CHANGELOG.md', 'agents.md': 'AGENTS.md'}
 API = ('archetype', 'architectures', 'training.weights', 'training.generate',
        'architectures.parts.config')
 PROGRAMS = ('train.py', 'eval.py', *(f'-m tools.{name}' for name in (

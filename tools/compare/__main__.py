@@ -5,6 +5,7 @@ r"""Checks, runs, watches and reports a sweep or a study over a config.
       --match=params --parallel=2
   python -m tools.compare status runs/parts
   python -m tools.compare report runs/parts
+  python -m tools.compare judge runs/loop/base runs/loop/rope --json
   python -m tools.compare fit runs/ladder --budgets=1e15,1e16
 
 A sweep is a file of configs/sweeps/: a base config, and points that change
@@ -19,7 +20,7 @@ on fresh seeds (docs/studies.md).
 times at once: a ledger in the workdir says which runs are pending, running,
 done or failed. The exit code is 2 for a wrong request or a study that cannot
 find what it is after, 1 if a run failed, and 75 where not all is done: a signal
-stopped it, or another runner has the rest.
+stopped it, or another runner has the rest. `judge` has codes of its own.
 """
 
 from training import cli
@@ -31,6 +32,8 @@ COMMANDS = {
     'run': ('tools.compare.run', 'train what is not done yet'),
     'status': ('tools.compare.status', 'how far each point or phase is'),
     'report': ('tools.compare.report', 'write the pages and tables'),
+    'judge': ('tools.compare.judge', 'whether a variant is better, for loops '
+              'that ask often'),
     'fit': ('tools.compare.scaling', 'the scaling law of a ladder'),
 }
 

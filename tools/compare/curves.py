@@ -78,6 +78,16 @@ class Run:
         self.final is not None
         or bool(self.config) and not self.config['eval.every_steps'])
 
+  @property
+  def ended_badly(self) -> bool:
+    """Whether it ended after too many bad steps, or with parameters that are
+    not finite; not whether it failed otherwise."""
+    rows = [row for row in self.rows if row['split'] == 'train']
+    # The step after so many was under way, and may have been a good one.
+    return bool(rows) and (rows[-1].get('param_norm', 0) is None or any(
+        row.get('bad_in_row', 0) >= self.config['train.max_bad_steps']
+        for row in rows))
+
 
 @dataclasses.dataclass(frozen=True)
 class Point:

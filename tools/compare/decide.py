@@ -33,8 +33,7 @@ from tools.compare.plan import AGAIN, Measure, Outcome, Plan
 BETTER, WORSE, NONE_SHOWN = 'better', 'worse', 'no difference shown'
 DISAGREE, UNSTABLE = 'sizes disagree', 'unstable'
 VERDICTS = (BETTER, WORSE, NONE_SHOWN, DISAGREE, UNSTABLE)
-# Of a sweep, whose differences are each looked at by themselves.
-NOISE, NO_NOISE = 'inside the noise', 'noise unknown'
+NO_NOISE = 'noise unknown'  # of a sweep, with too few seeds for any verdict
 PASSED, STOPPED = 'passed', 'stopped at the screen'
 STOPPED_UNSTABLE = f'{STOPPED}: unstable'
 ALL = 'all sizes'  # the size of a row about the mean over sizes
@@ -279,13 +278,12 @@ def confirm(plan: Plan, outcomes: Outcomes, phase='confirm') -> list[Verdict]:
                      for size in plan.sizes)], plan.sizes)
 
 
-def by_itself(plan: Plan, row: Verdict) -> str:
-  """Returns the verdict of a sweep: by the variant's own interval."""
-  if row.low is None:
-    return NO_NOISE
-  if row.low <= 0 <= row.high:
-    return NOISE
-  return BETTER if row.effect * plan.primary.sign > 0 else WORSE
+def sweep(plan: Plan, outcomes: Outcomes) -> list[Verdict]:
+  """Returns the rows of a sweep, whose runs count as a confirmation: so its
+  words follow the corrected p, too."""
+  return [dataclasses.replace(row, verdict=NO_NOISE)
+          if row.n < statistics.MIN_SEEDS else row
+          for row in confirm(plan, outcomes)]
 
 
 def _family(plan: Plan, runs: Runs, members, sizes: Sequence[str],

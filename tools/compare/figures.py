@@ -143,21 +143,24 @@ def outcome(c) -> Any:
     left.locator_params(axis='x', nbins=4)
     left.grid(axis='y')
     if left.lines:
-      left.legend()
-    _forest(right, c, rows, look, shortened(c.variants, 40))
+      figure.legend(*left.get_legend_handles_labels(), ncols=4,
+                    loc='outside lower center')
+    _forest(right, c, rows, shortened(c.variants, 40))
     right.set(xlabel=f'{plan.primary.name} minus that of '
               f'{label[plan.base]}{unit}', title='difference from the base')
     figure.canvas.draw()  # under this style, wherever it is written
   return figure
 
 
-def _forest(axes: Any, c, rows: Sequence[Mapping], look: Mapping,
-            label: Mapping) -> None:
-  """Draws a bar for each row, and below it one for each of several sizes."""
+def _forest(axes: Any, c, rows: Sequence[Mapping], label: Mapping) -> None:
+  """Draws a bar for each row, and below it one for each of several sizes, in
+  the colour of the verdict, which the corrected p decides; hollow marks are of
+  those that are neither better nor worse."""
   sizes = c.plan.sizes if c.plan.sizes[1:] else ()
   y, ticks = 0.0, {}
   for row in rows:
-    colour = look[row['variant']]['color']
+    colour = {'better': BETTER, 'worse': WORSE}.get(
+        page.MARKS.get(row['verdict']), NOISE)
     for i, size in enumerate(['', *sizes]):
       estimate = c.effect('confirm', row['variant'], row['measure'], size)
       if not estimate or not page.known(estimate['effect']):
@@ -166,13 +169,12 @@ def _forest(axes: Any, c, rows: Sequence[Mapping], look: Mapping,
         axes.plot([estimate['low'], estimate['high']], [y, y], color=colour,
                   linewidth=0.8 if size else 1.6, solid_capstyle='butt')
       axes.plot(estimate['effect'], y, MARKERS[i % len(MARKERS)], color=colour,
-                markersize=3.3 if size else 4.1, markeredgewidth=0)
+                markersize=3.3 if size else 4.1, markeredgewidth=0.8,
+                markerfacecolor='none' if colour == NOISE else colour)
       ticks[y] = size or label[row['variant']]
       if not size:
         axes.text(1.02, y, row['verdict'], va='center', fontsize=6.5,
-                  transform=axes.get_yaxis_transform(), color={
-                      'better': BETTER, 'worse': WORSE}.get(
-                          page.MARKS.get(row['verdict']), NOISE))
+                  transform=axes.get_yaxis_transform(), color=colour)
       y += 1.0
     y += 0.6 * bool(sizes)
   axes.axvline(0, color=INK, linewidth=0.6, linestyle=_DASHED)
@@ -234,7 +236,9 @@ def of(c) -> list[page.Figure]:
     drawn.append(_drawn('outcome', 'Outcome', (
         'Held-out loss, the mean over seeds; and the difference of each '
         f'variant{sizes}, with 95 % intervals over paired seeds: {side} of the '
-        f'line is better than {plan.base}.'), effects, outcome(c)))
+        f'line is better than {plan.base}. Each interval is of its variant '
+        'alone; colours and filled marks are of verdicts, which count all '
+        'variants.'), effects, outcome(c)))
   if plan.sizes[1:] and any(c.values('confirm', plan.base, size, measure)
                             for size in plan.sizes
                             for measure in plan.measures[1:]):

@@ -24,7 +24,7 @@ UNKNOWN = 'n/a'
 # How a verdict is coloured.
 MARKS = {decide.BETTER: 'better', decide.WORSE: 'worse',
          decide.UNSTABLE: 'worse', decide.STOPPED_UNSTABLE: 'worse',
-         decide.NOISE: 'noise', decide.NONE_SHOWN: 'noise'}
+         decide.NONE_SHOWN: 'noise'}
 
 
 class Cell(NamedTuple):

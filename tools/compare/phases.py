@@ -25,7 +25,7 @@ import math
 from typing import Any, NamedTuple
 
 from configs.errors import RequestError
-from tools.compare import decide, page, statistics
+from tools.compare import advice, decide, page, statistics
 from tools.compare import plan as plans
 from training.objectives import pipeline
 from training.workdir import run_config
@@ -111,8 +111,8 @@ def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
     found.finished.append(phase.name)
     yield found
     if found.weakness and not anyway:
-      raise TooWeak(found.weakness.rstrip('.') + ': take more seeds, a larger '
-                    'EFFECT, or --anyway')
+      raise TooWeak(f'{found.weakness} {found.records["advice"]} Lower the '
+                    'noise, or take more seeds, a larger EFFECT, or --anyway')
     if phase.name == until:
       return
 
@@ -175,7 +175,7 @@ class Phase:
     """Returns the runs of the base and of variants with the best values of
     (variant, size, workload): of a size that was not tuned, the smallest's."""
     plan = self.narrow(frozen.plan)
-    return [_run(frozen, self.name, variant, size, workload, seed, best(
+    return [run_of(frozen, self.name, variant, size, workload, seed, best(
         variant, size if size in plan.tuned_sizes else plan.tuned_sizes[0],
         workload))
             for size in plan.sizes for workload in plan.workloads
@@ -216,10 +216,11 @@ class Noise(Phase):
 
   def run(self, frozen, found):
     rows = super().run(frozen, found)[self.name]
-    return {self.name: rows, 'announced': decide.announce(frozen.plan, rows)}
+    return {self.name: rows, 'announced': decide.announce(frozen.plan, rows),
+            'advice': advice.sentence(frozen.plan, found.outcomes)}
 
   def told(self, records):
-    return [records['announced'].sentence]
+    return [records['announced'].sentence, *filter(None, [records['advice']])]
 
 
 class Tune(Phase):
@@ -227,7 +228,8 @@ class Tune(Phase):
 
   def runs_of(self, frozen: plans.Frozen, search: 'Search') -> list[list[Run]]:
     """Returns the runs of each candidate of a search."""
-    return [[_run(frozen, self.name, *search.name, seed, changes, search.share)
+    return [[run_of(frozen, self.name, *search.name, seed, changes,
+                    search.share)
              for seed in self.seeds_of(frozen.plan)]
             for changes in search.candidates]
 
@@ -260,15 +262,15 @@ class Tune(Phase):
             for row in records['tuned']]
 
 
-def _run(frozen: plans.Frozen, phase: str, variant: str, size: str,
-         workload: str, seed: int, more: dict, share: float = 1.0) -> Run:
+def run_of(frozen: plans.Frozen, phase: str, variant: str, size: str,
+           workload: str, seed: int, more: dict, share: float = 1.0) -> Run:
   """Returns a run of a point of the plan, with `more` changes."""
   row = frozen.point(frozen.plan.base if variant == plans.AGAIN else variant,
                      size, workload)
   changes = {**row['changes'], **more, 'eval.part': PHASES[phase].part}
   if share < 1:
     shorten(changes, frozen.base_config, share)
-  if phase != 'confirm':  # whose curves are drawn
+  if phase not in plans.WITH_CURVES:
     changes['eval.every_steps'] = frozen.steps(changes)
   name = f'{workload}.{size}.{variant}'
   if phase == 'tune':

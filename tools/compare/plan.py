@@ -7,6 +7,7 @@ was found, by key:
   outcomes    Outcome of every run that is done, as objects
   noise       decide.noise's
   announced   decide.announce's
+  advice      advice.sentence's
   tuned       Tuned, of each variant, size and workload
   screen, confirm, ...: the Verdicts of each phase that compares
   phases      by phase: {'planned': runs, 'done': runs, 'failed': runs,
@@ -31,6 +32,7 @@ REPORT = 'report'  # what follows the last phase
 TEXT = 'text'  # the workload that every study has, and that comes first
 AGAIN = 'base-again'  # the base with other first parameters, of `noise`
 LOWER, HIGHER = 'lower', 'higher'  # which value of a measure is better
+WITH_CURVES = ('noise', 'confirm')  # whose runs are evaluated as they train
 # Seeds from the first of a study to the first of another, and how many such
 # places there are: all seeds are below 2^31.
 STUDY_APART, PLACES = 100_000, 20_000
@@ -151,8 +153,7 @@ class Outcome(NamedTuple):
       not finite.
     curve: of held-out loss: lists by 'step', 'tokens', 'flops', 'seconds',
       'loss', and 'warm': whether the learning rate had reached its height, from
-      where on a law is fitted; {} where it is not kept (any phase but
-      `confirm`).
+      where on a law is fitted; {} of phases beside WITH_CURVES.
     documents: of the held-out text, if it is kept: lists by 'nats' and
       'tokens', as the task `documents` gives them.
   """

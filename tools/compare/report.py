@@ -1,10 +1,9 @@
 """report: writes W/report/ anew: a page, CSV and figures of a sweep or a study;
 prints the main table.
 
-A sweep is a study of one size that has no phase but the confirmation, of which
-each difference is looked at by itself: both are one table of runs, one of
-estimates, and one page. What a study has beside it (noise, screening, what was
-planned) has sections of its own.
+A sweep is a study of one size that has no phase but the confirmation: both are
+one table of runs, one of estimates, and one page. What a study has beside it
+(noise, screening, what was planned) has sections of its own.
 """
 
 import argparse
@@ -236,10 +235,8 @@ def _sweep(workdir) -> Comparison:
           name, plans.TEXT, name, plans.LOWER, math.nan) for name in names),
       {'confirm': len(sweep.base.runs)},
       plans.Tuning({LR: ()}, rungs=1), 0.0, unstable=1.0, match=sweep.match)
-  confirm = [dataclasses.replace(row, verdict=decide.by_itself(plan, row))
-             for row in decide.confirm(plan, outcomes)]
   results = results_lib.NOTHING | plans.to_json({
-      'confirm': confirm, 'tuned': _rates(sweep),
+      'confirm': decide.sweep(plan, outcomes), 'tuned': _rates(sweep),
       'provenance': {'codes': sweep.codes, 'devices': [], 'versions': {}}})
   points = [{'variant': p.name, 'size': '', 'workload': plans.TEXT} | {
       name: getattr(p, name) for name in (
@@ -445,8 +442,7 @@ def _speed_up(row: Mapping[str, Any], by: str) -> Cell:
   if page.known(row['effect']) and (
       abs(row['effect']) < row[f'speed_up_{by}_fit_error']):
     text = f'~{text}'
-  shown = row['verdict'] not in (decide.NOISE, decide.NO_NOISE,
-                                 decide.NONE_SHOWN)
+  shown = row['verdict'] not in (decide.NO_NOISE, decide.NONE_SHOWN)
   return Cell(text if shown else f'({text})', x)
 
 
@@ -743,8 +739,9 @@ def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
       Section('changes', 'Each change',
               tables=[] if c.is_study else [effects(c)]),
       Section('tuning', 'Tuning', tables=[tuning(c)], plots=[tuning_plot(c)]),
-      Section('noise', 'Noise and power', [announced['sentence']] if announced
-              else (), (), [noise(c)]),
+      Section('noise', 'Noise and power', [
+          announced['sentence'], *filter(None, [c.results['advice']])]
+              if announced else (), (), [noise(c)]),
       *(comparison(c, phase) for phase in c.comparing
         if phase.name != 'confirm'),
       Section('left-out', 'Left out', tables=[excluded(c)]),

@@ -15,7 +15,7 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy')
 # What a study that was frozen and no more has found.
 NOTHING: dict[str, Any] = {
     'study': None, 'outcomes': [], 'phases': {}, 'noise': [], 'announced': None,
-    'tuned': [], 'as_planned': {'differences': []},
+    'advice': '', 'tuned': [], 'as_planned': {'differences': []},
     'provenance': {'codes': [], 'devices': [], 'versions': {}}}
 
 

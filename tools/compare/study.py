@@ -10,6 +10,8 @@ killed study goes on, several runners share one, and
 from collections.abc import Callable, Sequence
 import math
 import pathlib
+import sys
+import tempfile
 import textwrap
 import time
 from typing import Any
@@ -23,6 +25,8 @@ from training import objectives
 # Times the loss of guessing, above which a run counts as diverged: one that
 # has learnt nothing ends near it.
 GUESSING = 1.2
+# To tell the hours of a plan: how many steps are timed, and how long at most.
+TIMED_STEPS, MOST_SECONDS = 8, 60.0
 
 
 def check(args) -> int:
@@ -30,14 +34,65 @@ def check(args) -> int:
   if args.workdir:
     plans.load(args.workdir)
   frozen = freeze.freeze(args.file)
-  times = costs.known(args.workdir, frozen) if args.workdir else None
+  print(described(frozen), flush=True)
+  times, whence = costs.known(args.workdir, frozen) if args.workdir else None, (
+      'the runs of this study so far')
+  if not times:
+    print('\nTiming a few steps of the base at each size ...', file=sys.stderr)
+    try:
+      times, whence = timed(frozen, args.parallel, args.group), (
+          f'{TIMED_STEPS} steps of the base on this machine')
+    except EnvironmentFailure as error:
+      print(f'warning: the hours are not known: {error}', file=sys.stderr)
   each = costs.of(frozen, args.group, times)
-  hours = (f'Hours are of the steps of {args.parallel} processes at once, '
-           'without starting and compiling them.' if times else
-           'Hours are not known before the noise has run (--until=noise; then '
-           '--workdir).')
-  print(described(frozen), costs.table(each, args.parallel), hours, sep='\n\n')
+  print('', costs.table(each, args.parallel), '', sep='\n')
+  if times:
+    print(f'Hours are of the steps of {args.parallel} processes at once, '
+          f'without starting and compiling them, by the time of {whence}.')
   return 0
+
+
+def timed(frozen: plans.Frozen, parallel: int, group: int) -> costs.Times:
+  """Returns the seconds of a step at each size on each workload, as a program
+  of the confirmation takes them, of a few steps in a folder that is removed.
+
+  The smallest size comes first. What by its FLOPs would then take longer than
+  MOST_SECONDS is not trained: its time is that of the largest size that was,
+  times its FLOPs over those, and so rather too much.
+
+  Raises:
+    EnvironmentFailure: where the runs failed.
+  """
+  plan, seconds = frozen.plan, {}
+  alike = min(group, plan.seeds['confirm'])
+  rows = {(size, workload): frozen.point(plan.base, size, workload)
+          for workload in plan.workloads for size in plan.sizes}
+  steps = {key: frozen.steps(row['changes']) for key, row in rows.items()}
+  flops = {key: row['tokens'] * row['flops_per_token'] / steps[key]
+           for key, row in rows.items()}
+  first, *others = sorted(rows, key=flops.get)
+
+  def train(keys: Sequence[tuple[str, str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+      sweep = Trainer(folder, frozen, parallel, alike).trained('timed', [
+          phases.run_of(frozen, 'screen', plan.base, *key, seed, {
+              'eval.batches': 1, 'eval.tasks': ''},
+                        min(TIMED_STEPS / steps[key], 0.999))
+          for key in keys for seed in range(alike)])
+    for key, point in zip(keys, sweep.points, strict=True):
+      for run in point.runs.values():
+        if run.state != layout.DONE:
+          raise EnvironmentFailure(f'a run of {point.name} failed: {run.error}')
+      seconds[key] = sum(point.curve(seed, 'train')['seconds'][-1] for seed in (
+          point.runs)) / alike / run.config['train.steps']
+
+  train([first])
+  most = MOST_SECONDS / (seconds[first] * TIMED_STEPS * alike) * flops[first]
+  if within := [key for key in others if flops[key] <= most]:
+    train(within)
+  last = max(seconds, key=flops.get)
+  return {key: seconds.get(key, seconds[last] * flops[key] / flops[last])
+          for key in rows}
 
 
 def run(args, submit: Callable[..., None]) -> int:
@@ -139,13 +194,7 @@ class Trainer:
       Stopped: after a signal.
       EnvironmentFailure: where runs failed that did not diverge.
     """
-    path = self._workdir / folder
-    with layout.Ledger(path) as ledger:
-      description = layout.begin(path, ledger, self.describe(folder, runs))
-      if ledger.runs(layout.PENDING, layout.RUNNING):
-        self.work(path, ledger)
-      rows = ledger.runs()
-    sweep = curves.read(path, description, rows)
+    path, sweep = self._workdir / folder, self.trained(folder, runs)
     others = layout.plans_of(path) - self._frozen.known
     require(not others, f'{path} holds runs of another plan than the study has '
             f'had ({", ".join(sorted(others)) or "none"}): move them away, or '
@@ -156,7 +205,7 @@ class Trainer:
     outcomes, failed = [], []
     for run in runs:
       own = points[run.point].runs[run.seed]
-      if ended_badly(own) or own.held_out and own.state != layout.FAILED:
+      if own.ended_badly or own.held_out and own.state != layout.FAILED:
         outcomes.append(self._outcome(run, points[run.point], own))
       else:
         failed.append(f'{run.point}, seed {run.seed}: ' + (
@@ -168,6 +217,15 @@ class Trainer:
           'takes up again those that failed, and a run whose folder is moved '
           'away is trained anew')
     return outcomes
+
+  def trained(self, folder: str, runs: Sequence[phases.Run]) -> curves.Sweep:
+    """Returns the sweep of some runs, once all of them have ended."""
+    path = self._workdir / folder
+    with layout.Ledger(path) as ledger:
+      description = layout.begin(path, ledger, self.describe(folder, runs))
+      if ledger.runs(layout.PENDING, layout.RUNNING):
+        self.work(path, ledger)
+      return curves.read(path, description, ledger.runs())
 
   def work(self, path: pathlib.Path, ledger) -> None:
     """Trains what is pending, and waits for what other runners have."""
@@ -214,7 +272,7 @@ class Trainer:
   def _outcome(self, run: phases.Run, point: curves.Point, own: curves.Run
                ) -> plans.Outcome:
     loss = own.final if own.final is not None else math.inf
-    diverged = (ended_badly(own) or not math.isfinite(loss)
+    diverged = (own.ended_badly or not math.isfinite(loss)
                 or loss > GUESSING * self._frozen.point_of(run)['guess'])
     values = {}
     for measure in self._frozen.plan.of_workload(run.workload):
@@ -229,18 +287,6 @@ class Trainer:
         run.phase, run.variant, run.size, run.workload, run.seed, values,
         diverged, spent.get('flops', 0.0), spent.get('seconds', math.nan),
         point.params, dict(run.changes), loss,
-        point.curve(run.seed) if run.phase == 'confirm' else {},
+        point.curve(run.seed) if run.phase in plans.WITH_CURVES else {},
         {name: own.evaluations['documents'][name] for name in (
             'nats', 'tokens') if 'documents' in own.evaluations})
-
-
-def ended_badly(run: curves.Run) -> bool:
-  """Whether a run ended after too many bad steps, or with parameters that are
-  not finite; not whether it failed otherwise."""
-  rows = [row for row in run.rows if row['split'] == 'train']
-  # The step after so many was under way, and may have been a good one.
-  return bool(rows) and (rows[-1].get('param_norm', 0) is None or any(
-      row.get('bad_in_row', 0) >= run.config['train.max_bad_steps']
-      for row in rows))
-
-

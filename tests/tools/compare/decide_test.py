@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from tools.compare import decide, phases, statistics
+from tools.compare import advice, decide, phases, statistics
 from tools.compare import plan as plans
 
 SIZES = ('s', 'm', 'l')
@@ -300,6 +300,51 @@ def test_a_study_that_cannot_find_what_it_wants_says_so():
   assert 'less than the 80% that the plan wants' in weak.sentence
   none = decide.announce(plan, decide.noise(plan, []))
   assert none.power == 0 and 'fewer than 2 pairs' in none.sentence
+
+
+def test_factors_of_noise_hold_what_is_true():
+  """Of pairs whose correlation is known, and of spreads whose quotient is; the
+  ends of an interval are where Pitman's and Morgan's test has p = 0.05."""
+  rng, held = np.random.default_rng(4), []
+  for r in (-0.5, 0.9):
+    for _ in range(400):
+      x, y = rng.multivariate_normal([0, 0], [[1, r], [r, 1]], 5).T
+      pairing = advice.pairing(x, y)
+      assert pairing.factor == pytest.approx(np.sqrt(
+          (np.var(x) + np.var(y)) / np.var(x - y)))
+      more = advice.lowered('', 2 * x, y)
+      held.append((pairing.low < (1 - r) ** -0.5 < pairing.high,
+                   more.low < 2 < more.high))
+  assert np.mean(held, 0) == pytest.approx(0.95, abs=0.03)
+  for end in (more.low, more.high):
+    assert stats.pearsonr(2 * x + end * y, 2 * x - end * y).pvalue == (
+        pytest.approx(0.05))
+
+
+def test_what_lowers_the_noise_is_measured_on_its_pairs():
+  rng, outcomes = np.random.default_rng(5), []
+  paired = rng.normal(0, 0.1, (200, 3))
+  walk = rng.normal(0, 0.02, (2, 200, 3, 8))
+  for name, own in zip(('base', plans.AGAIN), walk):
+    # The noise half-way is twice that of the end; that of its last quarter is
+    # a mean of two.
+    losses = 3 + paired[..., None] + own * [9, 9, 9, 2, 9, 9, 1, 1]
+    outcomes += [x._replace(curve={
+        'step': [*range(10, 90, 10)],
+        'loss': losses[x.seed, SIZES.index(x.size)].tolist()})
+                 for x in _phase('noise', {name: losses[..., -1]})]
+  pairing, longer, late = advice.measured(PLAN, outcomes)
+  assert pairing.factor == pytest.approx((1 + (0.1 / 0.02) ** 2) ** 0.5, rel=.3)
+  assert longer.factor == pytest.approx(2, rel=0.3)
+  assert late.factor == pytest.approx(2 ** 0.5, rel=0.3)
+  said = advice.sentence(PLAN, outcomes)
+  assert f'already: {pairing.factor:.2f} [{pairing.low:.2f}' in said
+  assert 'not shown that pairing' not in said
+  # A pair with the base of another seed gains nothing.
+  dealt = [x._replace(seed=(x.seed + 1) % 200) if x.variant == 'base' else x
+           for x in outcomes]
+  assert 'not shown that pairing' in advice.sentence(PLAN, dealt)
+  assert not advice.sentence(PLAN, outcomes[:3])
 
 
 @settings(max_examples=25, deadline=None)

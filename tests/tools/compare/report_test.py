@@ -66,9 +66,9 @@ def test_a_sweeps_differences_and_speed_ups_are_those_of_its_runs(sweep):
   # t(0.975, 2) = 4.3027
   assert rows['better']['high'] - rows['better']['effect'] == pytest.approx(
       4.3027 * np.std(shifts, ddof=1) / math.sqrt(3), rel=1e-4)
-  noise, unknown = decide.NOISE, decide.NO_NOISE
+  none, unknown = decide.NONE_SHOWN, decide.NO_NOISE
   assert [row['verdict'] for row in rows.values()] == [
-      'base', 'better', unknown, noise, noise, unknown, 'worse', unknown]
+      'base', 'better', unknown, none, none, unknown, none, unknown]
   for name, factor in (('better', 0.8), ('low', 1.3), ('same', 1.0)):
     fast = [rows[name][f'speed_up_flops{end}'] for end in ('_low', '', '_high')]
     assert fast[1] == pytest.approx(1 / factor, rel=0.03)

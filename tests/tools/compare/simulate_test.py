@@ -179,6 +179,24 @@ def test_unpaired_seeds_and_guessing_in_a_mean_find_nothing():
   assert found['unpaired'] < 0.15 and found['counted'] < 0.4
 
 
+def test_a_sweeps_words_are_as_rarely_wrong_as_its_corrected_p():
+  """1,000 sweeps of eleven variants without effect, three seeds each: a word
+  by each one's own interval would be wrong in a third of them."""
+  plan = _plan(11, sizes=('',))
+  rng, wrong, alone = np.random.default_rng(0), 0, 0
+  for _ in range(1000):
+    losses = rng.normal(3, 0.02, (12, 3)) + rng.normal(0, 0.3, 3)
+    rows = decide.sweep(plan, [
+        plans.Outcome('confirm', name, '', plans.TEXT, seed, {'loss': loss},
+                      False, 0.0, 0.0, 1, {})
+        for name, own in zip((plan.base, *plan.variants), losses.tolist())
+        for seed, loss in enumerate(own)])
+    wrong += any(row.verdict != decide.NONE_SHOWN for row in rows)
+    alone += any(not row.low <= 0 <= row.high for row in rows)
+  assert wrong <= 64  # of 50: two standard errors
+  assert alone > 300
+
+
 @pytest.mark.slow
 def test_as_much_is_found_as_is_announced():
   """Of the studies whose effect is the smallest that they announce with a power

@@ -298,7 +298,8 @@ def test_a_study_that_is_too_weak_stops_before_it_spends():
   frozen = studies.frozen(studies.plan(effect=1e-4, variants=('same',)))
   trainer = studies.Trainer(frozen)
   kept = []
-  with pytest.raises(phases.TooWeak, match='less than the 80% .*--anyway'):
+  with pytest.raises(phases.TooWeak, match='less than the 80% .*pairing, which '
+                     'is in it already: .*--anyway'):
     kept.extend(phases.run(frozen, trainer))
   assert list(trainer.asked) == ['noise']
   assert kept[-1].records['noise'] and kept[-1].weakness
@@ -417,7 +418,8 @@ def test_what_a_study_found_is_in_its_results(whole, frozen, capsys):
   assert found['phases']['tune']['tokens'] == 2 * 3 * (2 * 2 + 4) * 4 * 8
   assert all(row['changes'] == {'optim.lr': 4e-3} for row in found['tuned'])
   curves = [x['curve'] for x in found['outcomes'] if x['curve']]
-  assert len(curves) == found['phases']['confirm']['done']
+  assert len(curves) == sum(found['phases'][name]['done']
+                            for name in plans.WITH_CURVES)
   assert curves[0]['step'] == [2, 4] and curves[0]['seconds'] == [1.0, 2.0]
   assert found['as_planned'] == {
       'same': True, 'differences': [], 'repeated': {}, 'unknown': 0}
@@ -632,6 +634,30 @@ def test_hours_and_states_are_known_of_what_has_run(
   assert status.main(types.SimpleNamespace(
       where=str(tmp_path), workdir='', json=False)) == 0
   assert 'confirm  not begun, 18 planned at most' in capsys.readouterr().out
+
+
+def test_a_plan_has_hours_before_anything_has_run(
+    folder, frozen, monkeypatch, capsys):
+  """By a few steps of each size; of what would take long, by its FLOPs."""
+  monkeypatch.setattr(study, 'Trainer', studies.Written)
+  args = types.SimpleNamespace(file=studies.write(folder), workdir='',
+                               parallel=2, group=8)
+  assert study.check(args) == 0
+  out = capsys.readouterr().out
+  assert 'by the time of 8 steps of the base on this machine' in out
+  seconds = sum(cost.seconds for cost in costs.of(
+      frozen, 8, {(size, 'text'): 0.5 for size in 'sml'}))
+  assert f'{seconds / 2 / 3600:.2f}' in out.splitlines()[-3]
+  monkeypatch.setattr(study, 'MOST_SECONDS', 0.0)
+  times = study.timed(frozen, 1, 8)
+  flops = [frozen.point('base', size, 'text')['flops_per_token']
+           for size in 'sml']
+  assert list(times.values()) == pytest.approx([
+      0.5 * x / flops[0] for x in flops])
+  monkeypatch.setattr(study.Trainer, 'work', lambda self, path, ledger: None)
+  assert study.check(args) == 0
+  out, err = capsys.readouterr()
+  assert 'unknown' in out and 'the hours are not known: a run of text.s' in err
 
 
 def test_a_phase_more_is_one_entry(

@@ -1,0 +1,143 @@
+"""The judge of loops: its shares of alpha, loops whose truth is known, and its
+answers of runs on disk."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from configs.errors import RequestError
+from tests.helpers import sweep_folder
+from tools.compare import __main__ as command
+from tools.compare import curves, judge
+
+SHIFT = {0: 0.0, 1: 0.01, 2: -0.02}
+
+
+def test_the_shares_of_all_answers_sum_to_one_or_less():
+  """Whatever is asked together; and the p of eleven at once is Bonferroni's of
+  twelve."""
+  for each in ((1,) * 500, (3, 1, 20, 7), (400, 100)):
+    shares = [judge.share_of_question(sum(each[:i]), n)
+              for i, n in enumerate(each)]
+    assert np.dot(shares, each) == pytest.approx(1 - 1 / (sum(each) + 1))
+  assert judge.share_of_question(0, 11) == pytest.approx(1 / 12)
+  looks = dict(judge.share_of_look(n) for n in range(3, 3000))
+  assert list(looks)[:4] == [3, 6, 12, 24] and sum(looks.values()) < 1
+  assert judge.share_of_look(11) == (6, 0.25)
+
+
+def test_an_answer_is_scipys_test_at_its_share():
+  d = np.random.default_rng(0).normal(-0.01, 0.02, 6)
+  found, test = judge.paired_test(d.tolist(), 0.1), stats.ttest_1samp(d, 0)
+  assert (found.effect, found.p, found.p_corrected) == pytest.approx(
+      (d.mean(), test.pvalue, min(1, test.pvalue / 0.1)))
+  assert (found.low, found.high) == pytest.approx(
+      test.confidence_interval(1 - 0.05 * 0.1))
+
+
+def _loops(effect: float, loops: int = 2000, variants: int = 20
+           ) -> tuple[np.ndarray, np.ndarray]:
+  """Whether any of the variants is called different, by loop: by the judge, and
+  by p < 0.05. Each is looked at with 3, 6, 12 and 24 seeds; the last one alone
+  has an effect, of so many standard deviations."""
+  rng = np.random.default_rng(1)
+  d = rng.normal(0, 1, (loops, variants, 24)) - rng.normal(0, 1, (loops, 1, 24))
+  d[:, -1] += effect * 2 ** 0.5
+  wrong, naive = np.zeros((2, loops), bool)
+  for n in (3, 6, 12, 24):
+    p = stats.ttest_1samp(d[..., :n], 0, axis=-1).pvalue
+    shares = judge.share_of_look(n)[1] * np.array(
+        [judge.share_of_question(k, 1) for k in range(variants)])
+    wrong |= (p / shares <= judge.ALPHA).any(1)
+    naive |= (p <= judge.ALPHA).any(1)
+  return wrong, naive
+
+
+def test_a_loop_that_asks_of_all_is_wrong_as_rarely_as_it_says():
+  wrong, naive = _loops(0.0)
+  assert wrong.mean() <= 0.05 and naive.mean() > 0.6
+  assert _loops(3.0)[0].mean() > 0.95  # the twentieth question finds it
+
+
+@pytest.fixture
+def ask(tmp_path, tmp_path_factory, monkeypatch, capsys):
+  """Returns ask(BASE, VARIANT) -> (exit code, answer); ask.write writes runs,
+  each point's by the shifts of its seeds."""
+
+  def of(base, variant):
+    at = tmp_path / 'points'
+    monkeypatch.setattr('sys.argv', [
+        'compare', 'judge', str(at / base), str(at / variant), '--json'])
+    code = command.main()
+    return code, json.loads(capsys.readouterr().out)
+
+  def write(**points):
+    root = tmp_path_factory.mktemp('runs')
+    sweep_folder.write(root, [
+        sweep_folder.point(name, {} if name == 'base' else {
+            'optim.b1': 0.9 + 0.001 * i}, shift=shift, seeds=tuple(shift))
+        for i, (name, shift) in enumerate(points.items())])
+    shutil.copytree(root / 'points', tmp_path / 'points', dirs_exist_ok=True)
+
+  of.write, of.folder = write, tmp_path / 'points'
+  return of
+
+
+def _shift(effect, *seeds):
+  return {seed: effect + 0.003 * (-1) ** seed + SHIFT.get(seed, 0.0)
+          for seed in seeds}
+
+
+def test_codes_are_of_verdicts_and_asking_again_is_free(ask):
+  base = {seed: SHIFT.get(seed, 0.0) for seed in range(6)}
+  ask.write(base=base, good=_shift(-0.3, *range(6)),
+            bad=_shift(0.3, *range(3)), same=_shift(0.0, *range(3)))
+  answers = {name: ask('base', name) for name in ('good', 'same', 'bad')}
+  assert {name: (code, answer['verdict']) for name, (code, answer) in (
+      answers.items())} == {'good': (0, 'better'), 'bad': (4, 'worse'),
+                            'same': (3, 'no difference shown')}
+  d = [_shift(-0.3, seed)[seed] - base[seed] for seed in range(6)]
+  good = answers['good'][1]
+  # Three variants lie there: a quarter each, as is the second look's share.
+  assert good['p_corrected'] == pytest.approx(
+      16 * stats.ttest_1samp(d, 0).pvalue)
+  assert good['interval'][1] < 0 and good['questions'] == 3
+  assert (good['seeds'], good['next_look']) == ([*range(6)], 12)
+  assert 'optim.b1' in good['changes']
+  assert ask('base', 'good') == (0, good)
+  # A question more, and one of runs that were trained anew.
+  ask.write(base=base, later=_shift(-0.3, *range(3)))
+  later = ask('base', 'later')[1]
+  assert later['p_corrected'] == pytest.approx(2 * 4 * 5 * later['p'])
+  ask.write(base=base, same=_shift(-0.3, *range(3)))
+  again = ask('base', 'same')[1]
+  assert again['questions'] == 5 and 'others than those' in again['warnings'][0]
+  assert again['p_corrected'] == pytest.approx(2 * 5 * 6 * again['p'])
+
+
+def test_what_cannot_be_judged_is_refused_and_what_diverges_not_better(ask):
+  ask.write(base=SHIFT, few=_shift(0, 0, 1), wild=_shift(-0.3, 0, 1, 2))
+  for variant, told in (('few', '2 seeds have ended in both'),
+                        ('none', 'none has no runs'), ('base', 'beside each')):
+    with pytest.raises(RequestError, match=told):
+      ask('base', variant)
+  file = ask.folder / 'wild/seed-1/metrics.jsonl'
+  whole = file.read_text()
+  file.write_text(whole.replace('"loss"', '"other"'))
+  with pytest.raises(RequestError, match='wild/seed-1 has no held-out loss'):
+    ask('base', 'wild')
+  file.write_text(whole + json.dumps({
+      'step': 200, 'split': 'train', 'param_norm': None}) + '\n')
+  assert curves.Run(0, '', '', {}, ({'split': 'train', 'param_norm': None},), {}
+                    ).ended_badly
+  code, answer = ask('base', 'wild')
+  assert (code, answer['verdict'], answer['p']) == (3, 'unstable', None)
+  assert answer['diverged'] == {'base': 0, 'wild': 1}
+  config = ask.folder / 'wild/seed-0/config.json'
+  config.write_text(config.read_text().replace('"length": 256',
+                                               '"length": 128'))
+  with pytest.raises(RequestError, match='data.length differ'):
+    ask('base', 'wild')
