@@ -3,16 +3,20 @@
 Differences are paired: seed s of a variant and of the base have the same data
 in the same order, so what the seed does to both cancels. Tests are Student's
 over the seeds. How often this errs, tests/tools/compare/simulate_test.py
-measures on studies whose truth is known; three rules are as they are because
+measures on studies whose truth is known; four rules are as they are because
 of it:
 
+- Noise that is not normal, by the skewness or the largest of the differences
+  of all variants, breaks Student's test. t is then compared with what it is
+  when resampled from these differences as well; where that reaches more than
+  twice as far, no verdict can be had (statistics.shape).
 - A run that diverged is no figure of a mean, but a result of its own. Counted
   at what guessing gives, it is an outlier a hundred times the spread: an
   interval then holds the truth far less often than it says, and a variant as
   stable as the base is hardly ever found to be better. So effects are over
-  seeds whose runs ended, and a variant of which more runs diverged than the
-  plan allows, or significantly more than of the base, is 'unstable', whatever
-  its effect.
+  seeds whose runs ended, and a variant of which more runs diverged, beyond the
+  share of the base, than the plan allows, or significantly more than of the
+  base, is 'unstable', whatever its effect.
 - Sizes need not agree by significance, only by the sign of their means. That
   too fails by chance where an effect is small, so the power that is announced
   counts it in.
@@ -32,10 +36,14 @@ from tools.compare.plan import AGAIN, Measure, Outcome, Plan
 
 BETTER, WORSE, NONE_SHOWN = 'better', 'worse', 'no difference shown'
 DISAGREE, UNSTABLE = 'sizes disagree', 'unstable'
-VERDICTS = (BETTER, WORSE, NONE_SHOWN, DISAGREE, UNSTABLE)
+NO_VERDICT = 'no verdict: noise'
+EQUIVALENT, NOT_WORSE = 'equivalent', 'no worse'  # within the plan's margin
+VERDICTS = (BETTER, WORSE, NONE_SHOWN, DISAGREE, UNSTABLE, NO_VERDICT,
+            EQUIVALENT, NOT_WORSE)
 NO_NOISE = 'noise unknown'  # of a sweep, with too few seeds for any verdict
 PASSED, STOPPED = 'passed', 'stopped at the screen'
 STOPPED_UNSTABLE = f'{STOPPED}: unstable'
+STOPPED_NOISE = f'{STOPPED}: no verdict, noise'
 ALL = 'all sizes'  # the size of a row about the mean over sizes
 
 
@@ -60,6 +68,13 @@ class Noise:
     seeds_needed: for the effect that the plan wants; None for a measure that
       is not the primary one, and where 10,000 do not do.
     power: with which that effect is found; None likewise.
+    skew: the p of the skewness of the base's runs (their means over the sizes),
+      if their noise were normal.
+    outliers: that of the largest of the differences. Where one is small, the
+      other figures are resampled from these differences.
+    power_within: with which a variant that has no effect is shown to be
+      equivalent, where the plan names a margin.
+    error: how often a study without effect finds one then, at `level`.
   """
   size: str
   measure: str
@@ -71,6 +86,10 @@ class Noise:
   smallest_effect: float | None = None
   seeds_needed: int | None = None
   power: float | None = None
+  skew: float | None = None
+  outliers: float | None = None
+  error: float | None = None
+  power_within: float | None = None
 
 
 class Announced(NamedTuple):
@@ -88,13 +107,15 @@ class Announced(NamedTuple):
 
 
 class Effect(NamedTuple):
-  """A mean over the pairs of seeds that both ended, and Student's p of it."""
+  """A mean over the pairs of seeds that both ended, its interval and its p;
+  `differences` are of these seeds."""
   size: str
   effect: float | None
   low: float | None
   high: float | None
   n: int
   p: float | None
+  differences: Sequence[float] = ()
 
 
 class SpeedUp(NamedTuple):
@@ -123,14 +144,21 @@ class Verdict:
   Attributes:
     effect, low, high: mean over sizes of the paired differences, over the n
       seeds whose runs of both ended at all sizes.
+    differences: of these seeds.
     p, p_corrected: Student's over these seeds; corrected over the variants, by
       Benjamini-Hochberg in the screening and by Holm in the confirmation, and
-      for measures that are not primary over all of these together.
+      for measures that are not primary over all of these together. None where
+      the noise lets nothing be said.
     sizes: each size by itself.
     diverged, base_diverged, runs: of `runs` runs each.
     p_diverged: that it diverges more often than the base by chance (exact
       McNemar, one-sided, Holm over the variants).
-    verdict: of VERDICTS; in the screening PASSED, STOPPED or STOPPED_UNSTABLE.
+    verdict: of VERDICTS; in the screening PASSED or a way of STOPPED.
+    p_robust: of the permutation test of the trimmed mean, not corrected.
+    p_shape: of the differences of all variants, if their noise were normal.
+    p_equivalent, p_not_worse: that the primary measure lies within the plan's
+      margin, or is not worse than by it: each corrected by Holm over the
+      variants.
     trend: by how much the effect grows for ten times the parameters of the
       base; of the primary measure in the confirmation, as are speed_ups.
     text: half of the effect's 95 % interval over the documents of what is held
@@ -150,6 +178,11 @@ class Verdict:
   runs: int
   p_diverged: float
   verdict: str
+  differences: Sequence[float] = ()
+  p_robust: float | None = None
+  p_shape: float | None = None
+  p_equivalent: float | None = None
+  p_not_worse: float | None = None
   trend: Effect | None = None
   speed_ups: list[SpeedUp] = dataclasses.field(default_factory=list)
   text: float | None = None
@@ -190,7 +223,7 @@ def noise(plan: Plan, outcomes: Outcomes, phase='noise') -> list[Noise]:
         (plan.sizes[0], 'screen', plan.sizes[:1]),
         (ALL, 'confirm', plan.sizes)):
       rows.append(_noise_row(plan, measure, name, phase,
-                              [both[size] for size in sizes], rate))
+                             [both[size] for size in sizes], rate))
   return rows
 
 
@@ -206,16 +239,36 @@ def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
   row = Noise(name, measure.name, phase, len(by_seed), None, seeds, level)
   if len(by_seed) < 2:
     return row
-  sd = float(np.std(_means(by_seed), ddof=1))
-  test = dict(sd=sd, sds=np.std(list(by_seed.values()), axis=0, ddof=1),
-              df=len(by_seed) - 1, level=level, rate=rate, limit=plan.unstable)
+  apart = np.array([*by_seed.values()])
+  sd, sds = float(np.std(_means(by_seed), ddof=1)), np.std(apart, 0, ddof=1)
+  # What a seed's data do to all sizes: these are not apart, as differences are.
+  base = np.array([[np.mean([pairs[seed][1].values[measure.name]
+                             for pairs in sizes])] for seed in by_seed])
+  own, differing = statistics.shape([base]), statistics.shape([apart])
+  test = dict(sd=sd, sds=sds, df=len(by_seed) - 1, level=level, rate=rate,
+              limit=plan.unstable)
+  if own and differing:
+    row = dataclasses.replace(row, skew=own.skew, outliers=differing.outliers)
+    if is_irregular(row) and sds.all():
+      test['seen'] = apart
+      row = dataclasses.replace(row, error=statistics.errs(
+          apart, sds, seeds, level))
   row = dataclasses.replace(row, sd=sd, smallest_effect=(
       statistics.smallest_effect(plan.power, seeds=seeds, **test)))
   if measure != plan.primary:
     return row
   return dataclasses.replace(
       row, power=statistics.power(plan.effect, seeds=seeds, **test),
+      power_within=statistics.power(
+          plan.margin, seeds=seeds, within=True, **test)
+      if plan.margin else None,
       seeds_needed=statistics.seeds_needed(plan.effect, plan.power, **test))
+
+
+def is_irregular(row: Noise) -> bool:
+  """Whether the noise of the base is not taken for normal."""
+  return row.skew is not None and (
+      2 * min(row.skew, row.outliers) <= statistics.IRREGULAR)
 
 
 def announce(plan: Plan, rows: Sequence[Noise]) -> Announced:
@@ -237,7 +290,35 @@ def announce(plan: Plan, rows: Sequence[Noise]) -> Announced:
                       for phase in ('screen', 'confirm'))
     sentence += (f' That is less than the {plan.power:.0%} that the plan '
                  f'wants: {needs}.')
+  for phase, words, share in (('screen', 'screening', plan.q),
+                              ('confirm', 'confirmation', plan.alpha)):
+    if (row := by_phase[phase]).error is not None:
+      sentence += (f' The noise of the {words} does not look normal (p = '
+                   f'{row.skew:.2g} by the skewness of the base\'s runs, '
+                   f'{row.outliers:.2g} by the largest difference), so that '
+                   f'this is resampled from it, and at most '
+                   f'{min(row.error * len(plan.variants), 1):.2g} of studies '
+                   'without any effect find one, where '
+                   f'{share:.2g} is planned.')
+  if plan.margin and by_phase['confirm'].sd is not None:
+    sentence += (' A variant without any effect is shown in the confirmation '
+                 f'to be equivalent within {plan.margin:g} with a probability '
+                 f'of {by_phase["confirm"].power_within:.0%}.')
   return Announced(both, enough, sentence)
+
+
+def can_show(plan: Plan) -> str:
+  """Returns what the seeds of the confirmation can show, whatever is found."""
+  seeds, tests = plan.seeds['confirm'], len(plan.variants)
+  deviations, sign = statistics.shows(seeds, plan.alpha / tests)
+  alike = (', so that differences that are all alike show nothing'
+           if sign > plan.alpha / tests else '')
+  runs = seeds * len(plan.sizes)
+  return (f'With {seeds} seeds and {tests} variants, a difference is first '
+          f'significant at {deviations:.2g} standard deviations of a paired '
+          f'difference; signs alone have p >= {sign:.2g} before correction'
+          f'{alike}. Of {runs} runs of a variant without an outlier, up to '
+          f'{1 - 0.05 ** (1 / runs):.0%} may be such that end on a plateau.')
 
 
 def _wanted(plan: Plan, row: Noise) -> str:
@@ -250,13 +331,16 @@ def _wanted(plan: Plan, row: Noise) -> str:
 
 
 def screen(plan: Plan, outcomes: Outcomes, phase='screen') -> list[Verdict]:
-  """Returns each variant's row at the smallest size."""
-  runs = of_phase(outcomes, phase)
-  rows = _family(plan, runs, [(v, plan.primary) for v in plan.variants],
-                 plan.sizes[:1], 'bh')
+  """Returns each variant's row at the smallest size. Where the plan names a
+  margin, one that is no worse than by it passes, too."""
+  rows = _family(plan, outcomes, phase, [
+      (v, plan.primary) for v in plan.variants], plan.sizes[:1], 'bh')
+  lost = _lost_share(plan, outcomes, plan.primary)
   return [dataclasses.replace(row, verdict=(
-      STOPPED_UNSTABLE if _too_many(plan, row.diverged, row.runs) else PASSED
-      if row.p is not None and row.p_corrected <= plan.q else STOPPED))
+      STOPPED_UNSTABLE if _too_many(plan, row.diverged, row.runs, lost)
+      else STOPPED_NOISE if row.verdict == NO_VERDICT else PASSED
+      if min(p for p in (row.p_corrected, row.p_not_worse, 1.0)
+             if p is not None) <= plan.q else STOPPED))
           for row in rows]
 
 
@@ -266,13 +350,9 @@ def confirm(plan: Plan, outcomes: Outcomes, phase='confirm') -> list[Verdict]:
   runs = of_phase(outcomes, phase)
   ran = {variant for variant, *_ in runs}
   variants = [variant for variant in plan.variants if variant in ran]
-  primary = _family(plan, runs, [(v, plan.primary) for v in variants],
-                    plan.sizes)
-  return [dataclasses.replace(
-      row, trend=_trend(plan, runs, row.variant),
-      speed_ups=_speed_ups(plan, runs, row.variant),
-      text=_text(plan, runs, row.variant))
-          for row in primary] + _family(plan, runs, [
+  return _family(plan, outcomes, phase, [
+      (v, plan.primary) for v in variants], plan.sizes) + _family(
+          plan, outcomes, phase, [
               (v, measure) for measure in plan.measures[1:] for v in variants
               if any(_both(runs, v, plan.base, size, measure)
                      for size in plan.sizes)], plan.sizes)
@@ -286,43 +366,94 @@ def sweep(plan: Plan, outcomes: Outcomes) -> list[Verdict]:
           for row in confirm(plan, outcomes)]
 
 
-def _family(plan: Plan, runs: Runs, members, sizes: Sequence[str],
-            method: str = 'holm') -> list[Verdict]:
+def _family(plan: Plan, outcomes: Outcomes, phase: str, members,
+            sizes: Sequence[str], method: str = 'holm') -> list[Verdict]:
   """Tests of (variant, measure) that are corrected together."""
+  runs = of_phase(outcomes, phase)
   both = [[_both(runs, variant, plan.base, size, measure) for size in sizes]
           for variant, measure in members]
-  effects = [_effect(ALL, _means(_differences_by_seed(pairs, measure)))
-             for pairs, (_, measure) in zip(both, members)]
-  ps = statistics.corrected([test.p for test in effects], method)
-  more = statistics.corrected([_more_diverge(pairs) for pairs in both])
-  return [_verdict(plan, sizes, *row)
-          for row in zip(members, both, effects, ps, more)]
+  shapes = {measure: _shape([pairs for pairs, (_, other) in zip(both, members)
+                             if other == measure], measure)
+            for _, measure in members}
+  lost = {measure: _lost_share(plan, outcomes, measure)
+          for _, measure in members}
+  rows = [_row(plan, sizes, *member, pairs, shapes[member[1]])
+          for pairs, member in zip(both, members)]
+  holm = statistics.corrected
+  return [_verdict(plan, row, lost[measure]) for row, (_, measure) in zip((
+      dataclasses.replace(
+          row, p_corrected=p, p_diverged=diverges, p_equivalent=equivalent,
+          p_not_worse=not_worse) for row, p, diverges, equivalent, not_worse
+      in zip(rows, holm([row.p for row in rows], method),
+             holm([row.p_diverged for row in rows]),
+             holm([row.p_equivalent for row in rows], method),
+             holm([row.p_not_worse for row in rows], method))), members)]
 
 
-def _verdict(plan, sizes, member, pairs, effect: Effect, p_corrected,
-             p_diverged) -> Verdict:
-  variant, measure = member
-  each = [_effect(size, _means(_differences_by_seed([part], measure)))
-          for size, part in zip(sizes, pairs)]
+def _row(plan: Plan, sizes: Sequence[str], variant: str, measure: Measure,
+         pairs, shape: statistics.Shape | None) -> Verdict:
+  """Returns a member of a family before it is corrected, without a verdict."""
+  means = _means(_differences_by_seed(pairs, measure))
+  over = shape and shape.pool(lambda x: x.mean(1))
+  effect = _effect(ALL, means, over)
+  each = [_effect(size, _means(_differences_by_seed([part], measure)),
+                  shape and shape.pool()) for size, part in zip(sizes, pairs)]
   every = [pair for part in pairs for pair in part.values()]
   ours, base = (sum(pair[i].diverged for pair in every) for i in (0, 1))
-  if _too_many(plan, ours, len(every)) or p_diverged <= plan.alpha:
+  row = Verdict(
+      variant, measure.name, *effect[1:6], None, each, ours, base, len(every),
+      _more_diverge(pairs), '', means, statistics.robust_p(means),
+      shape and shape.p)
+  if measure != plan.primary:
+    return row
+  if plan.margin:
+    row = dataclasses.replace(row, **dict(zip(
+        ('p_equivalent', 'p_not_worse'), statistics.p_within(
+            means, plan.margin, measure.sign, over))))
+  return dataclasses.replace(
+      row, trend=_trend(measure, pairs, shape), text=_text(measure, pairs),
+      speed_ups=_speed_ups(sizes, pairs))
+
+
+def _verdict(plan: Plan, row: Verdict, lost: float) -> Verdict:
+  within = lambda p: p is not None and p <= plan.alpha
+  sign = next(m.sign for m in plan.measures if m.name == row.measure)
+  if (_too_many(plan, row.diverged, row.runs, lost)
+      or row.p_diverged <= plan.alpha):
     word = UNSTABLE
-  elif effect.p is None or p_corrected > plan.alpha:
-    word = NONE_SHOWN
-  elif len({part.effect > 0 for part in each}) > 1:
-    word = DISAGREE
+  elif row.p is None and row.n >= statistics.MIN_SEEDS:
+    word = NO_VERDICT
+  elif within(row.p_corrected):
+    alike = len({part.effect > 0 for part in row.sizes}) == 1
+    word = (DISAGREE if not alike else BETTER if row.effect * sign > 0
+            else WORSE)
+  elif within(row.p_equivalent) and all(
+      abs(part.effect) < plan.margin for part in row.sizes):
+    word = EQUIVALENT
   else:
-    word = BETTER if effect.effect * measure.sign > 0 else WORSE
-  return Verdict(variant, measure.name, *effect[1:], p_corrected, each, ours,
-                 base, len(every), p_diverged, word)
+    word = NOT_WORSE if within(row.p_not_worse) else NONE_SHOWN
+  return dataclasses.replace(row, verdict=word)
 
 
-def _too_many(plan: Plan, diverged: int, runs: int) -> bool:
-  """Whether more of the runs diverged than the plan allows. The quotient is the
-  double that the share is, as a product with it need not be: 29 of 100 are no
-  more than 0.29, and yet more than 0.29 * 100."""
-  return diverged / max(runs, 1) > plan.unstable
+def _shape(both, measure: Measure) -> statistics.Shape | None:
+  """Returns the shape of the noise of all variants beside the base."""
+  by_seed = [_differences_by_seed(pairs, measure) for pairs in both]
+  return statistics.shape([np.array([*own.values()]) for own in by_seed if own])
+
+
+def _lost_share(plan: Plan, outcomes: Outcomes, measure: Measure) -> float:
+  """Returns the share of the base's runs that diverged, in all phases but that
+  in which the rates are tried."""
+  lost = [x.diverged for x in outcomes if x.variant in (plan.base, AGAIN)
+          and x.phase != 'tune' and x.workload == measure.workload]
+  return sum(lost) / max(len(lost), 1)
+
+
+def _too_many(plan: Plan, diverged: int, runs: int, lost: float) -> bool:
+  """Whether more of the runs diverged, beyond the base's share, than the plan
+  allows. Shares are compared with some slack for their last digit: 29 of 100
+  are no more than 0.29, and yet more than 0.29 * 100."""
+  return diverged / max(runs, 1) > plan.unstable + lost + 1e-9
 
 
 def _both(runs: Runs, variant: str, base: str, size: str, measure: Measure
@@ -362,19 +493,26 @@ def _more_diverge(sizes) -> float:
   return float(binomtest(ours, ours + base, alternative='greater').pvalue)
 
 
-def _effect(size: str, values: Sequence[float]) -> Effect:
-  ends = statistics.interval(values)[:3] if values else (None,) * 3
-  return Effect(size, *ends, len(values), statistics.p_value(values))
+def _effect(size: str, values: Sequence[float],
+            pool: statistics.Pool | None = None) -> Effect:
+  ends = (statistics.interval(values, pool)[:3] if values else (None,) * 3)
+  return Effect(size, *ends, len(values), statistics.p_value(values, pool),
+                values)
 
 
-def _text(plan: Plan, runs: Runs, variant: str) -> float | None:
+def _ended(pairs: Mapping[int, tuple[Outcome, Outcome]]
+           ) -> list[tuple[Outcome, Outcome]]:
+  """Returns the pairs of which neither run diverged."""
+  return [pair for pair in pairs.values() if not any(x.diverged for x in pair)]
+
+
+def _text(measure: Measure, sizes) -> float | None:
   """Returns the noise of the held-out text in a mean effect on the loss: over
   documents, of each of which the seeds and the sizes have one mean."""
-  each = [[(ours.documents, base.documents) for ours, base in _both(
-      runs, variant, plan.base, size, plan.primary).values()
-           if not (ours.diverged or base.diverged)] for size in plan.sizes]
+  each = [[(ours.documents, base.documents) for ours, base in _ended(pairs)]
+          for pairs in sizes]
   texts = [x.get('tokens') for pairs in each for pair in pairs for x in pair]
-  if (plan.primary.figure != 'loss' or not all(each) or None in texts
+  if (measure.figure != 'loss' or not all(each) or None in texts
       or any(text != texts[0] for text in texts)):
     return None
   means = [np.mean([np.subtract(ours['nats'], base['nats'])
@@ -382,25 +520,23 @@ def _text(plan: Plan, runs: Runs, variant: str) -> float | None:
   return statistics.ratio_half_width(np.mean(means, axis=0), texts[0])
 
 
-def _trend(plan: Plan, runs: Runs, variant: str) -> Effect | None:
+def _trend(measure: Measure, sizes, shape: statistics.Shape | None
+           ) -> Effect | None:
   """Returns the slope of the effect over log10 of the base's parameters.
 
   Each seed gives a slope by least squares over its own sizes, and the interval
-  is Student's over the seeds: it holds whatever the noise of each size is.
+  is over the seeds: it holds whatever the noise of each size is.
   """
-  by_seed = _differences_by_seed(
-      [_both(runs, variant, plan.base, size, plan.primary)
-       for size in plan.sizes], plan.primary)
-  if not by_seed or len(plan.sizes) < 2:
+  by_seed = _differences_by_seed(sizes, measure)
+  if not by_seed or len(sizes) < 2:
     return None
-  logs = [math.log10(next(iter(runs[
-      plan.base, size, plan.primary.workload].values())).params)
-          for size in plan.sizes]
-  slopes, _ = np.polyfit(logs, np.array([*by_seed.values()]).T, 1)
-  return _effect(ALL, slopes.tolist())
+  logs = [math.log10(next(iter(pairs.values()))[1].params) for pairs in sizes]
+  slopes = lambda rows: np.polyfit(logs, rows.T, 1)[0]
+  return _effect(ALL, slopes(np.array([*by_seed.values()])).tolist(),
+                 shape and shape.pool(slopes))
 
 
-def _speed_ups(plan: Plan, runs: Runs, variant: str) -> list[SpeedUp]:
+def _speed_ups(sizes: Sequence[str], by_size) -> list[SpeedUp]:
   """Returns the speed-up of a variant at each size, by FLOPs and by time, of
   the curves of the primary measure's runs; none where no curves were kept.
 
@@ -408,10 +544,7 @@ def _speed_ups(plan: Plan, runs: Runs, variant: str) -> list[SpeedUp]:
   from a saturating power law of each curve (statistics.speed_up).
   """
   factors = []
-  for size in plan.sizes:
-    pairs = [pair for pair in _both(runs, variant, plan.base, size,
-                                    plan.primary).values()
-             if not any(x.diverged for x in pair)]
+  for size, pairs in zip(sizes, map(_ended, by_size)):
     if any(x.curve for pair in pairs for x in pair):
       for by in BY:
         x, error = statistics.over_seeds(

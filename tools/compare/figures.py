@@ -133,6 +133,8 @@ def outcome(c) -> Any:
       if lines := [drawn['eval'] for (variant, size, _), drawn
                    in c.curves.items() if 'eval' in drawn
                    and (variant, size) == (name, plan.sizes[-1])]:
+        _dots(left, [line['tokens'][-1] for line in lines],
+              [line['loss'][-1] for line in lines], look[name]['color'])
         curve = curves.mean(lines)
         left.plot(curve['tokens'], curve['loss'], label=label[name],
                   **look[name])
@@ -152,6 +154,13 @@ def outcome(c) -> Any:
   return figure
 
 
+def _dots(axes: Any, x: Sequence[float], y: Sequence[float], colour: str
+          ) -> None:
+  """Draws each run, or each difference of two."""
+  axes.plot(x, y, '.', color=colour, markersize=3, alpha=0.5, zorder=1,
+            markeredgewidth=0)
+
+
 def _forest(axes: Any, c, rows: Sequence[Mapping], label: Mapping) -> None:
   """Draws a bar for each row, and below it one for each of several sizes, in
   the colour of the verdict, which the corrected p decides; hollow marks are of
@@ -165,6 +174,8 @@ def _forest(axes: Any, c, rows: Sequence[Mapping], label: Mapping) -> None:
       estimate = c.effect('confirm', row['variant'], row['measure'], size)
       if not estimate or not page.known(estimate['effect']):
         continue
+      seeds = estimate.get('differences') or ()
+      _dots(axes, seeds, [y + 0.25] * len(seeds), colour)
       if page.known(estimate['low']):
         axes.plot([estimate['low'], estimate['high']], [y, y], color=colour,
                   linewidth=0.8 if size else 1.6, solid_capstyle='butt')
@@ -206,6 +217,9 @@ def by_size(c) -> Any:
                   if (values := c.values('confirm', name, size, measure))}
         if not scores:
           continue
+        for x, each in scores.items():
+          _dots(axes, [x + apart * (i - len(c.variants) / 2)] * len(each), each,
+                look[name]['color'])
         axes.errorbar(
             [x + apart * (i - len(c.variants) / 2) for x in scores],
             [sum(each) / len(each) for each in scores.values()],
@@ -238,12 +252,14 @@ def of(c) -> list[page.Figure]:
         f'variant{sizes}, with 95 % intervals over paired seeds: {side} of the '
         f'line is better than {plan.base}. Each interval is of its variant '
         'alone; colours and filled marks are of verdicts, which count all '
-        'variants.'), effects, outcome(c)))
+        'variants. Dots are the runs, and the differences of their pairs.'),
+        effects, outcome(c)))
   if plan.sizes[1:] and any(c.values('confirm', plan.base, size, measure)
                             for size in plan.sizes
                             for measure in plan.measures[1:]):
     drawn.append(_drawn('measures', 'Other measures', (
-        'Means over the seeds of the confirmation with their 95 % intervals; '
+        'Means over the seeds of the confirmation with their 95 % intervals, '
+        'and each run as a dot; '
         'the dashed line is what guessing gives.'), '', by_size(c)))
   return drawn
 

@@ -41,6 +41,7 @@ STUDY: dict[str, Any] = {
     # learning rate, the rate, and twice the rate.
     'TUNING': {},
     'ALPHA': 0.05, 'Q': 0.05, 'POWER': 0.8, 'UNSTABLE': 0.1,
+    'MARGIN': 0.0,  # of equivalence; 0: that is not asked for
     'MATCH': '', 'MATCH_FIELD': spec.MATCH_FIELD,
     # Another number gives fresh seeds to a second study of the same; -1: drawn
     # by the plan's hash.
@@ -88,6 +89,7 @@ def freeze(file: str) -> plans.Frozen:
       unstable=float(given['UNSTABLE']), match=given['MATCH'],
       match_field=given['MATCH_FIELD'] if given['MATCH'] else '',
       tuned_sizes=tuple(given['SIZES'])[:1 if mup else None],
+      margin=float(given['MARGIN']) or None,
       settings={name: x for name, x in given.items() if name not in STUDY}
       or None, replication=given['REPLICATION'])
   code = provenance.this_start()
@@ -129,6 +131,7 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   sweep = spec.read_sweep_file(file, seeds=1, known=given)
   for name, most in (('EFFECT', 1e30), ('ALPHA', 1), ('Q', 1), ('POWER', 1)):
     check_number(f'{file}: {name}', given[name], (('>', 0), ('<', most)))
+  check_number(f'{file}: MARGIN', given['MARGIN'], (('>=', 0), ('<', 1e30)))
   check_number(f'{file}: UNSTABLE', given['UNSTABLE'], (('>=', 0), ('<=', 1)))
   check_number(f'{file}: REPLICATION', given['REPLICATION'],
                (('>=', 1), ('<=', 10_000)))

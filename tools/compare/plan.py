@@ -97,11 +97,14 @@ class Plan:
     alpha: family-wise error of the confirmation (Holm).
     q: false discovery rate of the screening (Benjamini-Hochberg).
     power: with which `effect` is to be found.
-    unstable: the largest share of a variant's runs that may diverge.
+    unstable: how much larger than the base's the share of a variant's runs
+      that diverge may be.
     match: the figure of a point that is made equal at each size; '': none.
     match_field: the field that is solved for it.
     tuned_sizes: those that are tuned; the others take the values of the
       smallest one. With muP the smallest alone, else all.
+    margin: of the primary measure, within which a variant is equivalent to the
+      base; None: equivalence is not asked for.
     settings: the constants of the phases (Phase.constants); None: they have
       none.
     replication: its number; another one is a study of the same with fresh
@@ -126,6 +129,7 @@ class Plan:
   match: str = ''
   match_field: str = ''
   tuned_sizes: tuple[str, ...] = ()
+  margin: float | None = None
   settings: Mapping[str, Any] | None = None
   replication: int | None = None
   offset: int | None = None

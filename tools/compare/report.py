@@ -146,7 +146,8 @@ class Comparison:
         'sd': float(np.std(values, ddof=1)) if values[1:] else None,
         'runs': len(values)}
     row |= {name: compared.get(name) for name in (
-        'effect', 'low', 'high', 'n', 'p', 'p_corrected', 'diverged',
+        'effect', 'low', 'high', 'n', 'p', 'p_corrected', 'p_robust',
+        'p_equivalent', 'p_not_worse', 'diverged',
         'base_diverged')}
     row['text'] = compared.get('text')
     row['verdict'] = (None if not is_verdict else self.standing(variant)
@@ -205,6 +206,7 @@ def _study(workdir) -> Comparison:
                             if row['at_edge']):
     warnings.append('Tuning ended at the edge of what was tried for '
                     f'{", ".join(edges)}: a better value may lie beyond.')
+  warnings += doubts(frozen.plan, results.get('confirm', ()))
   return Comparison(
       workdir, frozen, results, outcomes,
       {(x.variant, x.size, x.seed): {'eval': x.curve} for x in outcomes
@@ -238,6 +240,7 @@ def _sweep(workdir) -> Comparison:
   results = results_lib.NOTHING | plans.to_json({
       'confirm': decide.sweep(plan, outcomes), 'tuned': _rates(sweep),
       'provenance': {'codes': sweep.codes, 'devices': [], 'versions': {}}})
+  about, warnings = _about(sweep)
   points = [{'variant': p.name, 'size': '', 'workload': plans.TEXT} | {
       name: getattr(p, name) for name in (
           'changes', 'matched', 'params', 'active_params', 'flops_per_token',
@@ -255,7 +258,31 @@ def _sweep(workdir) -> Comparison:
             if run.state == 'done' else '')}
        for p in sweep.points for seed, run in p.runs.items()
        if not run.is_whole],
-      *_about(sweep))
+      about, warnings + doubts(plan, results['confirm']))
+
+
+def doubts(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Says where the noise of a confirmation is not what Student's test takes it
+  for, and where the robust test does not agree with it."""
+  rows, said = [row for row in rows if row['measure'] == plan.primary.name], []
+  shape = next((row['p_shape'] for row in rows
+                if row.get('p_shape') is not None), 1.0)
+  if shape <= statistics.IRREGULAR:
+    none = [row['variant'] for row in rows if row['p'] is None and row['n'] > 2]
+    said.append(
+        f'The differences look skewed or have outliers (p = {shape:.2g} of '
+        'normal noise): p and intervals are the more cautious of Student\'s '
+        'and of those resampled from the differences, if these are '
+        f'{statistics.LEAST_POOL} or more.' + (
+            f' For {", ".join(none)} no verdict can be had: more seeds, or '
+            'runs that do not end on a plateau, are needed.' if none else ''))
+  apart = [f'{row["variant"]} (p = {row["p"]:.2g} and {row["p_robust"]:.2g})'
+           for row in rows if None not in (row['p'], row.get('p_robust'))
+           and (row['p'] <= plan.alpha) != (row['p_robust'] <= plan.alpha)]
+  if apart:
+    said.append('Student\'s test and the permutation test of the trimmed mean '
+                f'disagree, before correction, on {", ".join(apart)}.')
+  return said
 
 
 def _values(run: curves.Run) -> dict[str, float]:
@@ -391,9 +418,9 @@ def _excluded(c: Comparison, row: Mapping[str, Any]) -> str:
       row['measure'])
   wider = t.isf(c.plan.alpha / (2 * family), row['n'] - 1) / t.isf(
       0.025, row['n'] - 1)
-  half = (row['high'] - row['low']) / 2 * max(wider, 1.0)
-  return (f': an effect of {c.plan.effect:g} is excluded'
-          if abs(row['effect']) + half < c.plan.effect else '')
+  half = max(row['high'] - row['effect'], row['effect'] - row['low'])
+  return (f': an effect of {c.plan.effect:g} is excluded' if abs(
+      row['effect']) + half * max(wider, 1.0) < c.plan.effect else '')
 
 
 # The tables.
@@ -421,6 +448,9 @@ def estimate_table(c: Comparison, name: str, title: str,
           row['verdict'], '')),
       'p': page.p_value(row['p'] if row['p_corrected'] is None else None),
       'corrected p': page.p_value(row['p_corrected']),
+      'robust p': page.p_value(row['p_robust']),
+      'equivalence p': page.p_value(row['p_equivalent']),
+      'no worse p': page.p_value(row['p_not_worse']),
       'speed-up in FLOPs': _speed_up(row, 'flops'),
       'speed-up in time': _speed_up(row, 'seconds'),
       'trend over size': ends(row, 'trend_effect'),
@@ -548,7 +578,11 @@ def noise(c: Comparison) -> Table:
       'smallest effect': page.number(row['smallest_effect']),
       'seeds': page.count(row['seeds']),
       'seeds needed': page.count(row['seeds_needed']),
-      'power': page.number(row['power'], '.0%')} for row in c.results['noise']]
+      'power': page.number(row['power'], '.0%'),
+      'p of skew': page.p_value(row.get('skew')),
+      'p of outliers': page.p_value(row.get('outliers')),
+      'error': page.number(row.get('error'), '.2g')}
+          for row in c.results['noise']]
   return page.table('noise-table', 'Base against base; wanted is an effect of '
                     + measures_lib.amount(c.frozen, c.plan.effect), rows)
 
@@ -618,6 +652,7 @@ def methods(frozen: plans.Frozen, announced: Mapping[str, Any] | None,
       date=plans.date, unknown=as_planned.get('unknown', 0),
       phases=phases_lib.of(plan.seeds),
       primary=plan.primary, changed=changed, said=measures_lib.said,
+      shows=decide.can_show(plan), wider=f'{statistics.WIDER:g}',
       alone=alone, amount=measures_lib.amount(frozen, plan.effect),
       grid=[f'{name} in {{{", ".join(map(value, values))}}}'
             for name, values in plan.tuning.fields.items()])

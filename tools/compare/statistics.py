@@ -6,7 +6,7 @@ spread is the noise that a difference must leave behind.
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
@@ -17,6 +17,27 @@ import numpy as np
 MIN_SEEDS = 3  # with fewer, the spread itself is not known
 MIN_POINTS = 6  # of a curve whose three constants are fitted
 DRAWS, MOST_SEEDS = 2048, 10_000  # to announce a power
+ROBUST_SEEDS = 6  # from which on signs alone can show something: 2^-5 < 0.05
+MOST_SHAPED = 50  # seeds, above which a mean is normal whatever the noise is
+LEAST_POOL = 8  # residuals, with fewer of which nothing is resampled
+# p below which the noise is not taken for normal, and below which it is certain
+# that it is not.
+IRREGULAR, CERTAIN = 0.2, 0.05
+WIDER = 2.0  # than Student's; an interval that must be so for certain is none
+
+
+class Pool(NamedTuple):
+  """Residuals of noise that is not normal, for certain or not."""
+  residuals: np.ndarray
+  is_certain: bool
+
+  def resampled(self, n: int) -> tuple[np.ndarray, float, float] | None:
+    """Returns t of DRAWS samples of n residuals, whose true mean is 0; and how
+    many times as far as Student's 95 % of them reach to the left and to the
+    right, which is no less than once. None where that is certainly too far."""
+    seen, *reach = _resampled(self.residuals.tobytes(), n)
+    return (None if self.is_certain and max(reach) > WIDER
+            else (seen, *reach))
 
 
 class Interval(NamedTuple):
@@ -34,13 +55,31 @@ def half_width(values: Sequence[float]) -> float:
   return float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n))
 
 
-def interval(values: Sequence[float]) -> Interval:
-  """Returns the mean and Student's interval around it."""
-  mean, low, high = float(np.mean(values)), None, None
-  if len(values) >= MIN_SEEDS:
-    half = half_width(values)
-    low, high = mean - half, mean + half
-  return Interval(mean, low, high, len(values))
+def interval(values: Sequence[float], pool: Pool | None = None
+             ) -> Interval:
+  """Returns the mean and Student's interval around it.
+
+  Args:
+    values: one of each seed. Those that are all alike have no interval: their
+      spread is not known.
+    pool: of noise that is not normal. The interval then reaches as far as t
+      does when resampled from it, and no less far than Student's; there is none
+      where that is certainly more than WIDER times as far.
+  """
+  n, mean = len(values), float(np.mean(values))
+  if n < MIN_SEEDS or _is_even(values):
+    return Interval(mean, None, None, n)
+  half = half_width(values)
+  if pool is None:
+    return Interval(mean, mean - half, mean + half, n)
+  if (resampled := pool.resampled(n)) is None:
+    return Interval(mean, None, None, n)
+  _, left, right = resampled
+  return Interval(mean, mean - half * right, mean + half * left, n)
+
+
+def _is_even(values: Sequence[float]) -> bool:
+  return float(np.std(values)) <= 1e-12 * abs(float(np.mean(values)))
 
 
 def ratio_half_width(totals: Sequence[float], sizes: Sequence[float]
@@ -57,21 +96,168 @@ def ratio_half_width(totals: Sequence[float], sizes: Sequence[float]
   return float(stdtrit(len(x) - 1, 0.975) * error)
 
 
-def p_value(values: Sequence[float]) -> float | None:
-  """Returns Student's two-sided p of a mean of 0; None for too few values.
+def p_value(values: Sequence[float], pool: Pool | None = None
+            ) -> float | None:
+  """Returns the two-sided p of a mean of 0: Student's, or where `pool` is given
+  that of t as resampled, if it is larger; None for too few values, and where
+  the noise lets nothing be said (see `interval`).
 
   Values that are all alike have no spread to be measured by, as where a task is
   solved wholly at every seed or not at all. Their p is that of the sign test:
   2^(1 - n), and 1 where they are all 0.
   """
+  tails = _tails(values, 0.0, pool)
+  return None if tails is None else min(2 * min(tails), 1.0)
+
+
+def p_within(values: Sequence[float], margin: float, sign: int,
+             pool: Pool | None = None
+             ) -> tuple[float | None, float | None]:
+  """Returns the p of a mean that lies between -margin and margin (the larger of
+  two one-sided tests: Schuirmann 1987), and of one that is not worse than by
+  the margin, where `sign` is that of an improvement."""
+  tails = [_tails(values, end, pool) for end in (-margin, margin)]
+  if None in tails:
+    return None, None
+  above, below = tails[0][1], tails[1][0]
+  return max(above, below), above if sign > 0 else below
+
+
+def _tails(values: Sequence[float], center: float, pool: Pool | None
+           ) -> tuple[float, float] | None:
+  """Returns the p of a mean that is not below `center`, and of one that is not
+  above it; None where none can be had."""
   n = len(values)
   if n < MIN_SEEDS:
     return None
-  spread, mean = float(np.std(values, ddof=1)), float(np.mean(values))
-  if spread <= 1e-12 * abs(mean):
-    return 2.0 ** (1 - n) if mean else 1.0
+  mean = float(np.mean(values)) - center
+  if _is_even(values):  # of the same sign, all of them
+    return tuple(1.0 if mean * sign >= 0 else 2.0 ** -n for sign in (1, -1))
   from scipy.special import stdtr
-  return float(2 * stdtr(n - 1, -abs(mean) / (spread / math.sqrt(n))))
+  t = mean / (float(np.std(values, ddof=1)) / math.sqrt(n))
+  tails = float(stdtr(n - 1, t)), float(stdtr(n - 1, -t))
+  if pool is None:
+    return tails
+  if (resampled := pool.resampled(n)) is None:
+    return None
+  seen = resampled[0]
+  return (max(tails[0], float(np.mean(seen <= t))),
+          max(tails[1], float(np.mean(seen >= t))))
+
+
+@functools.lru_cache(maxsize=64)  # all variants of a family ask for the same
+def _resampled(pool: bytes, n: int) -> tuple[np.ndarray, float, float]:
+  from scipy.special import stdtrit
+  values = np.frombuffer(pool)
+  values = values - values.mean()
+  rng = np.random.default_rng(0)
+  drawn = values[rng.integers(len(values), size=(DRAWS, n))]
+  spread = np.maximum(np.std(drawn, axis=1, ddof=1), 1e-9 * values.std())
+  seen = drawn.mean(1) * math.sqrt(n) / spread
+  left, right = np.quantile(seen, [0.025, 0.975]) / stdtrit(n - 1, 0.975)
+  return seen, max(-float(left), 1.0), max(float(right), 1.0)
+
+
+def robust_p(values: Sequence[float]) -> float | None:
+  """Returns the p of the paired permutation test (of signs; Fisher 1935) of the
+  mean without the fifth of the values at each end; None for fewer than
+  ROBUST_SEEDS. It asks for noise that is symmetric, and for no shape beside."""
+  n = len(values)
+  if n < ROBUST_SEEDS:
+    return None
+  if n <= 12:
+    bits = np.arange(2 ** n)[:, None] >> np.arange(n) & 1
+  else:  # some of the signs, the given ones among them
+    bits = np.random.default_rng(0).integers(2, size=(4096, n))
+    bits[0] = 0
+  cut = n // 5
+  of = np.sort(np.asarray(values) * (1 - 2 * bits), axis=1)[:, cut:n - cut]
+  means = np.abs(of.mean(1))
+  return float(np.mean(means >= means[0] * (1 - 1e-12)))
+
+
+class Shape(NamedTuple):
+  """What noise looks like.
+
+  Attributes:
+    skew, outliers: the p of its skewness, and of its largest value, if it were
+      normal.
+    residuals: [values, sizes]: differences from the median over the seeds.
+  """
+  skew: float
+  outliers: float
+  residuals: np.ndarray
+
+  @property
+  def p(self) -> float:
+    """Of a noise that is normal."""
+    return min(2 * min(self.skew, self.outliers), 1.0)
+
+  def pool(self, of: Callable[[np.ndarray], np.ndarray] | None = None
+           ) -> Pool | None:
+    """Returns what p_value resamples; None where the noise looks normal, or too
+    little of it is known.
+
+    Args:
+      of: maps [values, sizes] to the [values] that are tested; None: these are
+        of one size, and the noise of every size tells their shape.
+    """
+    values = of(self.residuals) if of else _scaled(self.residuals).ravel()
+    values = values[values != 0]  # of an odd number, one is the median itself
+    return (Pool(values, self.p <= CERTAIN) if self.p <= IRREGULAR
+            and len(values) >= LEAST_POOL else None)
+
+
+def shape(groups: Sequence[np.ndarray]) -> Shape | None:
+  """Returns the shape of the noise of paired differences: of each variant
+  [seeds, sizes], all minus the same base. None where nothing tells it."""
+  groups = [x for x in groups if MIN_SEEDS <= len(x) <= MOST_SHAPED
+            and not all(map(_is_even, x.T))]
+  if not groups:
+    return None
+  residuals = np.concatenate([x - np.median(x, axis=0) for x in groups])
+  lengths = tuple(map(len, groups))
+  ps = [float(np.mean(null >= x * (1 - 1e-9))) for null, x in zip(
+      _normal_shapes(lengths, residuals.shape[1]), _shapes(residuals))]
+  return Shape(*ps, residuals)
+
+
+def _shapes(residuals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the skewness and the largest value of [..., values, sizes], without
+  their signs."""
+  z = _scaled(residuals)
+  z = z - np.mean(z, (-2, -1), keepdims=True)
+  spread = np.maximum(np.mean(z ** 2, (-2, -1)), 1e-300) ** 1.5
+  return (np.abs(np.mean(z ** 3, (-2, -1))) / spread,
+          np.max(np.abs(z), (-2, -1)))
+
+
+def _scaled(residuals: np.ndarray) -> np.ndarray:
+  """Returns [..., values, sizes], each size over its median distance from 0."""
+  size = np.abs(residuals)
+  scale = np.median(size, -2, keepdims=True)
+  scale = np.where(scale > 0, scale, np.mean(size, -2, keepdims=True))
+  return residuals / np.where(scale > 0, scale, 1.0)
+
+
+@functools.lru_cache(maxsize=32)
+def _normal_shapes(lengths: tuple[int, ...], sizes: int
+                   ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns what _shapes is of normal noise of variants with so many seeds."""
+  rng = np.random.default_rng(0)
+  drawn = min(DRAWS, max(4_000_000 // (sum(lengths) * sizes), 200))
+  base = rng.normal(size=(drawn, max(lengths), sizes))
+  groups = [rng.normal(size=(drawn, n, sizes)) - base[:, :n] for n in lengths]
+  return _shapes(np.concatenate(
+      [x - np.median(x, 1, keepdims=True) for x in groups], 1))
+
+
+def shows(seeds: int, level: float) -> tuple[float, float]:
+  """Returns how many standard deviations of a paired difference a mean needs to
+  be significant at a level, and the least p that signs alone can have."""
+  from scipy.special import stdtrit
+  return (float(stdtrit(seeds - 1, 1 - level / 2)) / math.sqrt(seeds),
+          2.0 ** (1 - seeds))
 
 
 def corrected(p: Sequence[float | None], method: str = 'holm'
@@ -227,7 +413,8 @@ def _lost(runs: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
-                  level: float, rate: float = 0.0, limit: float = 1.0
+                  level: float, rate: float = 0.0, limit: float = 1.0,
+                  seen: np.ndarray | None = None, within: bool = False
                   ) -> np.ndarray:
   """Returns the least effect, of any sign, that each drawn study would find:
   significant over seeds and of one direction at all sizes.
@@ -241,7 +428,12 @@ def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
     seeds: how many the test has.
     level: two-sided.
     rate: the share of runs that diverge, of variant and base alike.
-    limit: the share above which a variant is unstable, and found nothing.
+    limit: how much above `rate` the share of a variant's runs that diverge
+      may be; with more it is unstable, and found nothing.
+    seen: [pairs, sizes]: differences that the noise is resampled from; None:
+      it is normal.
+    within: return the least margin instead, within which each study would show
+      by two one-sided tests, and at all sizes, what has no effect.
   """
   from scipy.special import stdtrit
   sizes, sds, shared = _sizes(sd, np.asarray(sds, float))
@@ -252,21 +444,55 @@ def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
   if rate:
     ours, base = _lost(seeds * sizes, rate)
     n = seeds - np.minimum(ours + base, seeds)
-    void = (n < MIN_SEEDS) | (ours / (seeds * sizes) > limit)
+    void = (n < MIN_SEEDS) | (
+        ours / (seeds * sizes) > limit + rate + 1e-9)
     n = np.maximum(n, MIN_SEEDS)
-  z = _normal(dims)
-  means = (z[:, :sizes] * (1 - shared) ** 0.5 + z[:, -1:] * shared ** 0.5
-           ) * sds / np.sqrt(n)[:, None]
-  seen = np.empty(DRAWS)  # of the spread that the test is going to see
-  for k in set(n.tolist()):
-    at = n == k if len(n) > 1 else slice(None)
-    seen[at] = _spread(float(k - 1), sizes, dims)[at]
-  half = stdtrit(n - 1, 1 - level / 2) * seen * sd / np.sqrt(n)
+  if seen is not None and seeds <= MOST_SHAPED:
+    means, spread = _as_seen(seen, sds, n)
+  else:
+    z = _normal(dims)
+    means = (z[:, :sizes] * (1 - shared) ** 0.5 + z[:, -1:] * shared ** 0.5
+             ) * sds / np.sqrt(n)[:, None]
+    spread = np.empty(DRAWS)  # that the test is going to see
+    for k in set(n.tolist()):
+      at = n == k if len(n) > 1 else slice(None)
+      spread[at] = sd * _spread(float(k - 1), sizes, dims)[at]
+  half = stdtrit(n - 1, 1 - (level if within else level / 2)
+                 ) * spread / np.sqrt(n)
+  if within:
+    means = np.abs(np.column_stack([means, means.mean(1)]))
+    half = half + means[:, -1] - means.mean(1)
   need = means.mean(1) + half
   if sizes > 1:
     need = np.maximum(need, means.max(1))
   need = need / _spread(round(df, 1), sizes + 1, dims)
   return np.where(void, np.inf, need)
+
+
+def _as_seen(seen: np.ndarray, sds: np.ndarray, n: np.ndarray
+             ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns [DRAWS, sizes], the means of n seeds drawn from differences that
+  were seen, and the spread of their means over the sizes. Which of the two runs
+  of a pair is the first says nothing, so each is drawn with either sign."""
+  rng = np.random.default_rng(0)
+  shape = DRAWS, int(n.max())
+  drawn = seen[rng.integers(len(seen), size=shape)] * rng.choice(
+      (-1, 1), size=(*shape, 1)) * (sds / np.sqrt(np.mean(seen ** 2, axis=0)))
+  has = np.arange(shape[1]) < n[:, None]
+  means = np.einsum('dns,dn->ds', drawn, has * np.ones(shape)) / n[:, None]
+  apart = (drawn.mean(2) - means.mean(1)[:, None]) ** 2
+  return means, np.sqrt((apart * has).sum(1) / (n - 1))
+
+
+def errs(seen: np.ndarray, sds: Sequence[float], seeds: int, level: float
+         ) -> float:
+  """Returns how often studies whose noise is drawn from what was seen, and that
+  have no effect, find one at a level."""
+  from scipy.special import stdtrit
+  means, spread = _as_seen(seen, np.asarray(sds), np.array([seeds]))
+  half = stdtrit(seeds - 1, 1 - level / 2) * spread / math.sqrt(seeds)
+  alike = np.ptp(np.sign(means), axis=1) == 0
+  return float(np.mean((np.abs(means.mean(1)) > half) & alike))
 
 
 def _sizes(sd: float, sds: np.ndarray) -> tuple[int, np.ndarray, float]:

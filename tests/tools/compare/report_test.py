@@ -167,7 +167,7 @@ def test_each_change_over_all_settings_of_the_others(tmp_path, change):
   assert norm['from pair to pair'].text == '-0.2000 to +0.2000'
   # block: 0, 0, 0 alone and -0.4 each with norm: -0.2 each seed.
   assert parallel['change'].text == 'model.block=parallel'
-  assert parallel['minus base'].text == '-0.2000 [-0.2000, -0.2000]'
+  assert parallel['minus base'].text == '-0.2000'  # all alike
 
 
 def test_sensitivity_to_the_learning_rate(tmp_path):
@@ -317,6 +317,34 @@ def test_a_study_that_is_not_over_says_how_far_it_is(tmp_path, upto):
   if not upto:
     (tmp_path / 'results.json').unlink()
     assert not figures.of(report.load(tmp_path))
+
+
+def test_every_run_is_a_dot_of_the_figures(study):
+  c, found = study
+  left, right = figures.outcome(c).axes
+  dots = lambda axes: [line for line in axes.lines if line.get_marker() == '.']
+  own = next(row for row in found['confirm'] if row['variant'] == 'rope')
+  assert len(own['differences']) == 5
+  assert any(line.get_xdata().tolist() == own['differences']
+             for line in dots(right))
+  curve = next(lines['eval'] for (*at, _), lines in c.curves.items()
+               if at == ['rope', 'large'])
+  assert any(curve['loss'][-1] in line.get_ydata() for line in dots(left))
+  assert sum(len(line.get_xdata()) for axes in figures.by_size(c).axes
+             for line in dots(axes)) == sum(
+                 x.phase == 'confirm' and x.workload == 'mqar'
+                 for x in c.outcomes)
+
+
+def test_what_students_test_may_not_be_asked_is_said():
+  row = dict(measure='loss', variant='a', n=6, p=0.03, p_robust=0.2,
+             p_shape=0.9)
+  plan = study_folder.plan()
+  assert report.doubts(plan, [row | dict(p=0.2)]) == []
+  said, = report.doubts(plan, [row])
+  assert 'disagree, before correction, on a (p = 0.03 and 0.2)' in said
+  said, = report.doubts(plan, [row | dict(p=None, p_shape=0.01)])
+  assert 'outliers (p = 0.01' in said and 'For a no verdict' in said
 
 
 def _none_shown(**row):

@@ -146,6 +146,7 @@ REFUSED = {
     'a constant that nothing reads': (dict(constants='ALPAH = 0.1'),
                                       'has ALPAH, .* Did you mean ALPHA'),
     'alpha of 2': (dict(constants='ALPHA = 2.0'), 'ALPHA is 2.0'),
+    'a margin below 0': (dict(constants='MARGIN = -1.0'), 'MARGIN is -1.0'),
     'other data': (dict(sweep="add('x', **{'data.length': 4})"),
                    'a variant sets data.length: every variant of a study has '
                    'the same data'),
@@ -669,20 +670,20 @@ def test_a_phase_more_is_one_entry(
   with pytest.raises(AssertionError):  # it would have the folder of a rung
     phases.Phase(name='confirm-2', block=4, seeds=0)
   monkeypatch.setitem(phases.PHASES, 'confirmed', phases.Phase(
-      name='confirmed', block=4, seeds=0, constants={'MARGIN': 0.1},
+      name='confirmed', block=4, seeds=0, constants={'GAP': 0.1},
       enter=lambda plan, records: [row.variant for row in records['confirm']
                                    if row.verdict == decide.WORSE],
       narrow=lambda plan: dataclasses.replace(plan, sizes=plan.sizes[1:]),
-      note=lambda plan: f'beyond {plan.settings["MARGIN"]}',
+      note=lambda plan: f'beyond {plan.settings["GAP"]}',
       methods='What was confirmed had {plan.seeds[confirmed]} seeds more.'))
   workdir = tmp_path / 'w'
   shutil.copytree(whole[2], workdir)
   assert start(workdir, frozen).did == [] and read(workdir) == whole[1]
-  with pytest.raises(RequestError, match='MARGIN, which is not read'):
-    freeze.freeze(studies.write(tmp_path, 'MARGIN = 0.2'))
+  with pytest.raises(RequestError, match='GAP, which is not read'):
+    freeze.freeze(studies.write(tmp_path, 'GAP = 0.2'))
 
   plan = freeze.freeze(studies.write(
-      tmp_path, "SEEDS['confirmed'] = 3\nMARGIN = 0.2")).plan
+      tmp_path, "SEEDS['confirmed'] = 3\nGAP = 0.2")).plan
   own = start(workdir, _with(frozen, seeds=plan.seeds, settings=plan.settings),
               until='confirmed', amend='to be sure')
   assert {(folder, seed) for folder, _, seed in own.did} == {
