@@ -31,7 +31,7 @@ import time
 from typing import Any, NamedTuple
 
 from configs.errors import require
-from tools.compare import curves, decide, layout, spec, statistics
+from tools.compare import curves, decide, layout, page, spec, statistics
 from training.workdir import metrics, run_config, storage
 
 ALPHA = 0.05
@@ -69,23 +69,21 @@ def share_of_question(before: int, together: int) -> float:
 
 
 class PairedTest(NamedTuple):
-  """A test at a share of ALPHA: the interval from `low` to `high` holds 0 where
-  `p_corrected` is above ALPHA."""
+  """A test at a share of ALPHA: the interval holds 0 where `p_corrected` is
+  above ALPHA; it is None where all differences are alike, so that their spread
+  is not known."""
   effect: float
-  low: float
-  high: float
+  interval: tuple[float, float] | None
   p: float
   p_corrected: float
 
 
 def paired_test(differences: Sequence[float], share: float) -> PairedTest:
   """Returns Student's test of paired differences, variant minus base."""
-  from scipy.special import stdtrit
-  n, p = len(differences), statistics.p_value(differences)
-  mean = math.fsum(differences) / n
-  half = statistics.half_width(differences) * float(
-      stdtrit(n - 1, ALPHA * share / 2) / stdtrit(n - 1, 0.025))
-  return PairedTest(mean, mean - half, mean + half, p, min(p / share, 1.0))
+  p = statistics.p_value(differences)
+  mean, low, high, _ = statistics.interval(differences, level=ALPHA * share)
+  return PairedTest(mean, None if low is None else (low, high), p,
+                    min(p / share, 1.0))
 
 
 def judged(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
@@ -123,7 +121,7 @@ def judged(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
     answer = {
         'base': names[0], 'variant': names[1], 'verdict': verdict,
         'effect': test and test.effect,
-        'interval': test and [test.low, test.high], 'p': test and test.p,
+        'interval': test and test.interval, 'p': test and test.p,
         'p_corrected': test and test.p_corrected, 'alpha': ALPHA,
         'seeds': seeds, 'next_look': 2 * len(seeds), 'diverged': lost,
         'questions': sum(len(x['variants']) for x in record['questions']),
@@ -227,9 +225,9 @@ def text(answer: dict[str, Any]) -> str:
   if answer['p'] is None:
     figures = 'no difference of all seeds, since runs diverged'
   else:
-    figures = '{:+.4f} [{:+.4f}, {:+.4f}], p {:.2g}, corrected p {:.2g}'.format(
-        answer['effect'], *answer['interval'], answer['p'],
-        answer['p_corrected'])
+    ends = answer['interval'] or (None, None)
+    figures = page.estimate(answer['effect'], *ends).text + (
+        ', p {p:.2g}, corrected p {p_corrected:.2g}'.format(**answer))
   return '\n'.join([
       f'{answer["variant"]} beside {answer["base"]}: {answer["verdict"]}',
       f'held-out loss {figures}; {len(answer["seeds"])} seeds (next look: '

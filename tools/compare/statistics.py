@@ -48,15 +48,17 @@ class Interval(NamedTuple):
   seeds: int
 
 
-def half_width(values: Sequence[float]) -> float:
-  """Returns half of Student's 95 % interval of a mean of two or more values."""
+def half_width(values: Sequence[float], level: float = 0.05) -> float:
+  """Returns half of Student's interval of a mean of two or more values; the
+  mean is outside with a probability of `level`."""
   from scipy.special import stdtrit
   n = len(values)
-  return float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n))
+  return float(stdtrit(n - 1, 1 - level / 2) * np.std(values, ddof=1)
+               / math.sqrt(n))
 
 
-def interval(values: Sequence[float], pool: Pool | None = None
-             ) -> Interval:
+def interval(values: Sequence[float], pool: Pool | None = None,
+             level: float = 0.05) -> Interval:
   """Returns the mean and Student's interval around it.
 
   Args:
@@ -65,11 +67,12 @@ def interval(values: Sequence[float], pool: Pool | None = None
     pool: of noise that is not normal. The interval then reaches as far as t
       does when resampled from it, and no less far than Student's; there is none
       where that is certainly more than WIDER times as far.
+    level: of Student's interval.
   """
   n, mean = len(values), float(np.mean(values))
   if n < MIN_SEEDS or _is_even(values):
     return Interval(mean, None, None, n)
-  half = half_width(values)
+  half = half_width(values, level)
   if pool is None:
     return Interval(mean, mean - half, mean + half, n)
   if (resampled := pool.resampled(n)) is None:

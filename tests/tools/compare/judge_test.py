@@ -34,8 +34,10 @@ def test_an_answer_is_scipys_test_at_its_share():
   found, test = judge.paired_test(d.tolist(), 0.1), stats.ttest_1samp(d, 0)
   assert (found.effect, found.p, found.p_corrected) == pytest.approx(
       (d.mean(), test.pvalue, min(1, test.pvalue / 0.1)))
-  assert (found.low, found.high) == pytest.approx(
-      test.confidence_interval(1 - 0.05 * 0.1))
+  assert found.interval == pytest.approx(test.confidence_interval(
+      1 - 0.05 * 0.1))
+  assert judge.paired_test([0.1] * 3, 0.5) == (
+      pytest.approx(0.1), None, 0.25, 0.5)
 
 
 def _loops(effect: float, loops: int = 2000, variants: int = 20
