@@ -317,8 +317,8 @@ def can_show(plan: Plan) -> str:
   return (f'With {seeds} seeds and {tests} variants, a difference is first '
           f'significant at {deviations:.2g} standard deviations of a paired '
           f'difference; signs alone have p >= {sign:.2g} before correction'
-          f'{alike}. Of {runs} runs of a variant without an outlier, up to '
-          f'{1 - 0.05 ** (1 / runs):.0%} may be such that end on a plateau.')
+          f'{alike}. Where none of the {runs} runs of a variant ends on a '
+          f'plateau, up to {1 - 0.05 ** (1 / runs):.0%} of such runs may.')
 
 
 def _wanted(plan: Plan, row: Noise) -> str:
