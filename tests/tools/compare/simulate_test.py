@@ -149,7 +149,7 @@ def test_no_effects_are_found_as_rarely_as_promised(diverge, monkeypatch):
 
 
 @pytest.mark.parametrize('studies', [
-    100, pytest.param(2000, marks=pytest.mark.slow)])
+    100, pytest.param(2000, marks=pytest.mark.long)])
 @pytest.mark.parametrize('tail', [
     lambda own: (own.random() < 0.2) - 0.2,
     lambda own: (own.random() < 0.1) - 0.1,
@@ -236,8 +236,8 @@ def test_a_sweeps_words_are_as_rarely_wrong_as_its_corrected_p():
                       False, 0.0, 0.0, 1, {})
         for name, own in zip((plan.base, *plan.variants), losses.tolist())
         for seed, loss in enumerate(own)])
-    wrong += any(row.verdict != decide.NONE_SHOWN for row in rows)
-    alone += any(not row.low <= 0 <= row.high for row in rows)
+    wrong += any(row.verdict in CLAIMS for row in rows)
+    alone += any(row.low is not None and not _holds(row, 0.0) for row in rows)
   assert wrong <= 64  # of 50: two standard errors
   assert alone > 300
 
