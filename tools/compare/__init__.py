@@ -6,4 +6,6 @@ What lies in a sweep's folder W:
   points/NAME/seed-S/        the folder of one run, as train.py makes it, and
     log.txt                  what it printed
     eval.json                the figures of the evaluations that it owed
+A study's folder has such a folder for each phase, study.json and study.sqlite:
+its plan, and every plan that it had; and results.json (plan.py).
 """

@@ -15,9 +15,6 @@ default: write-ahead logging does not work on network folders.
 
 Each row has a checksum. A ledger that is not as it was written is set aside,
 and written anew from sweep.json and the folders of the runs.
-
-The ledger of a study, beside study.json, holds instead every plan that it had,
-and each run that was begun in a new folder: it is only ever added to.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,7 +71,8 @@ CREATE TABLE runners (
   host TEXT NOT NULL,
   pid INTEGER NOT NULL,
   beats INTEGER NOT NULL DEFAULT 0,
-  {_checksum('name, host, pid, beats')});
+  {_checksum('name, host, pid, beats')})""".split(';\n')
+STUDY_SCHEMA = f"""\
 CREATE TABLE plans (
   id INTEGER PRIMARY KEY,
   time REAL NOT NULL,
@@ -387,9 +385,10 @@ class Ledger:
     doubtful: whether a runner that holds runs has shown no sign of life since
       `recover` saw it first.
   """
+  file, schema = 'ledger.sqlite', SCHEMA
 
   def __init__(self, workdir):
-    self._path = pathlib.Path(workdir) / 'ledger.sqlite'
+    self._path = pathlib.Path(workdir) / self.file
     self._watched: dict[str, tuple[int, int, int]] = {}
     self.doubtful = False
     self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -425,9 +424,9 @@ class Ledger:
         if getattr(error, 'sqlite_errorcode', 1) & 0xff not in _DAMAGE:
           raise
         return str(error)
-    if wrong != 'ok' or tables not in ([], SCHEMA):
+    if wrong != 'ok' or tables not in ([], self.schema):
       return wrong if wrong != 'ok' else 'its tables are others'
-    for statement in () if tables else SCHEMA:
+    for statement in () if tables else self.schema:
       self._change(statement)
     return ''
 
@@ -534,25 +533,6 @@ class Ledger:
     self._change("UPDATE runs SET state = ?, error = '' WHERE state = ?",
                  PENDING, FAILED)
 
-  def add_plan(self, hash: str, tree: Any) -> None:
-    self._change('INSERT INTO plans (time, hash, tree) VALUES (?, ?, ?)',
-                 time.time(), hash, json.dumps(tree))
-
-  def plan(self) -> Any:
-    """Returns the tree of the last plan; None where there is none."""
-    rows = self._rows('SELECT tree FROM plans ORDER BY id DESC LIMIT 1')
-    return json.loads(rows[0][0]) if rows else None
-
-  def add_begun(self, plan: str, runs: Iterable[tuple[str, str, int]]) -> None:
-    """Adds (folder of a phase, point, seed) of runs that begin anew."""
-    for run in runs:
-      self._change('INSERT INTO begun (time, plan, folder, point, seed) '
-                   'VALUES (?, ?, ?, ?, ?)', time.time(), plan, *run)
-
-  def begun(self) -> list[tuple[str, str, int]]:
-    """Returns what `add_begun` was given, in order."""
-    return self._rows('SELECT folder, point, seed FROM begun ORDER BY id')
-
   def beat(self, runner: str) -> set[int]:
     """Says that the runner lives; returns the runs that are still its own."""
     self._change('UPDATE runners SET beats = beats + 1 WHERE name = ?', runner)
@@ -583,6 +563,31 @@ class Ledger:
         f'({", ".join("?" * len(dead))}) RETURNING point, seed',
         PENDING, RUNNING, *dead)
     return [f'{point}, seed {seed}' for point, seed in freed]
+
+
+class StudyLedger(Ledger):
+  """WORKDIR/study.sqlite: every plan that a study had, and each run that began
+  in a new folder. Rows are only ever added."""
+  file, schema = 'study.sqlite', STUDY_SCHEMA
+
+  def add_plan(self, hash: str, tree: Any) -> None:
+    self._change('INSERT INTO plans (time, hash, tree) VALUES (?, ?, ?)',
+                 time.time(), hash, json.dumps(tree))
+
+  def plan(self) -> Any:
+    """Returns the tree of the last plan; None where there is none."""
+    rows = self._rows('SELECT tree FROM plans ORDER BY id DESC LIMIT 1')
+    return json.loads(rows[0][0]) if rows else None
+
+  def add_begun(self, plan: str, runs: Iterable[tuple[str, str, int]]) -> None:
+    """Adds (folder of a phase, point, seed) of runs that begin anew."""
+    for run in runs:
+      self._change('INSERT INTO begun (time, plan, folder, point, seed) '
+                   'VALUES (?, ?, ?, ?, ?)', time.time(), plan, *run)
+
+  def begun(self) -> list[tuple[str, str, int]]:
+    """Returns what `add_begun` was given, in order."""
+    return self._rows('SELECT folder, point, seed FROM begun ORDER BY id')
 
 
 def ledger_runs(workdir) -> list[Run]:

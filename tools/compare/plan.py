@@ -267,7 +267,7 @@ class Frozen:
 
 def save(workdir, frozen: Frozen) -> None:
   """Writes study.json, and what it holds into the ledger beside it."""
-  with layout.Ledger(workdir) as ledger, ledger.transaction():
+  with layout.StudyLedger(workdir) as ledger, ledger.transaction():
     _save(ledger, workdir, frozen)
 
 
@@ -285,8 +285,8 @@ def load(workdir) -> Frozen:
   require(path.is_file(), f'{path} is missing: no study was run in this '
           'workdir')
   tree = last = layout.load_checked(path)
-  if path.with_name('ledger.sqlite').is_file():
-    with layout.Ledger(workdir) as ledger, ledger.transaction():
+  if path.with_name(layout.StudyLedger.file).is_file():
+    with layout.StudyLedger(workdir) as ledger, ledger.transaction():
       tree, last = layout.load_checked(path), ledger.plan()
   require(last in (None, tree), f'{path} is not the plan that the ledger beside'
           ' it has: remove it, and `run` puts back what was planned')
@@ -326,7 +326,7 @@ def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
       plan, and no reason is given.
   """
   path = pathlib.Path(workdir) / 'study.json'
-  with layout.Ledger(workdir) as ledger, ledger.transaction():
+  with layout.StudyLedger(workdir) as ledger, ledger.transaction():
     tree = ledger.plan() or (
         layout.load_checked(path) if path.is_file() else None)
     old = _frozen(tree) if tree else dataclasses.replace(

@@ -102,7 +102,7 @@ def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]
 def _begun(workdir) -> tuple[dict[str, int], int]:
   """Returns how many times runs of each phase were begun anew, and how many
   runs are on disk that the ledger of the study did not see begin."""
-  with layout.Ledger(workdir) as ledger:
+  with layout.StudyLedger(workdir) as ledger:
     begun = ledger.begun()
   phase = lambda run: plans.phase_of(pathlib.Path(run[0]))
   again = collections.Counter(map(phase, begun))

@@ -234,7 +234,7 @@ class Trainer:
 
   def begun(self, path: pathlib.Path, runs: Sequence[layout.Run]) -> None:
     """Notes in the study's ledger that runs of a phase begin from nothing."""
-    with layout.Ledger(self._workdir) as ledger:
+    with layout.StudyLedger(self._workdir) as ledger:
       ledger.add_begun(self._frozen.hash, [
           (path.name, run.point, run.seed) for run in runs])
 

@@ -512,7 +512,7 @@ def test_a_plan_cannot_be_swapped(frozen, tmp_path):
   shutil.copy(tmp_path / 'other' / 'study.json', path)
   with pytest.raises(RequestError, match='not the plan that the ledger'):
     report.load(tmp_path)
-  for name in ('ledger.sqlite', 'study.json'):
+  for name in ('study.sqlite', 'study.json'):
     (tmp_path / name).unlink()
   known = f'noise by the plan {frozen.hash}; results.json|noise, results.json '
   with pytest.raises(RequestError, match=known):
