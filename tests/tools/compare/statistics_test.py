@@ -35,16 +35,18 @@ def test_intervals_and_p_values_are_scipys():
       (stats.t.isf(0.025, 4) / np.sqrt(5), 1 / 16))
 
 
-@pytest.mark.parametrize('n', [6, 9])
-def test_the_robust_test_is_scipys_permutation_of_a_trimmed_mean(n):
+@pytest.mark.parametrize('n, cut', [(6, 0), (7, 0.2), (9, 0.2)])
+def test_the_robust_test_is_scipys_permutation_of_a_trimmed_mean(n, cut):
   rng = np.random.default_rng(n)
   for shift in (0.0, 0.3, 2.0):
     values = rng.standard_t(2, n) + shift
     test = stats.permutation_test(
-        (values,), lambda x, axis: stats.trim_mean(x, 0.2, axis=axis),
+        (values,), lambda x, axis: stats.trim_mean(x, cut, axis=axis),
         permutation_type='samples', n_resamples=np.inf, vectorized=True)
     assert statistics.robust_p(values) == pytest.approx(test.pvalue)
   assert statistics.robust_p(values[:5]) is None
+  # What differs at every seed can be told from nothing.
+  assert statistics.robust_p(np.arange(1.0, n + 1)) <= 0.05
   assert statistics.robust_p([*values] * 4) <= 0.01
 
 
