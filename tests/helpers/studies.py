@@ -39,7 +39,7 @@ def frozen(of: plans.Plan, steps: int = 100) -> plans.Frozen:
        'matched': [], 'params': 1000 << i, 'active_params': 1000 << i,
        'flops_per_token': 6000.0 * 2 ** i, 'tokens': 10_000, 'vocab': 256,
        'guess': 5.5}
-      for i, size in enumerate(of.sizes) for workload in of.workloads
+      for i, size in enumerate(of.every_size) for workload in of.workloads
       for variant in (of.base, *of.variants)]
   return plans.Frozen(of, base, points, {}, {'commit': None, 'diff': None})
 
@@ -51,11 +51,24 @@ def spread(seed: int, *names) -> float:
 
 
 class Trainer:
-  """Computes: `good` is better by 0.3, `wild` diverges. Counts its runs."""
+  """Computes: `good` is better by 0.3, `wild` diverges. Counts its runs.
 
-  def __init__(self, of: plans.Frozen, noise: float = 0.02):
+  Attributes:
+    effects: by variant, how much better it is: a number, or by size, 0.3 at
+      those that are not there.
+    asked: the runs, by folder.
+    foretold: the predictions, with what had been asked for before.
+  """
+
+  def __init__(self, of: plans.Frozen, noise: float = 0.02, effects=None):
     self.frozen, self.noise = of, noise
+    self.effects = effects or {'good': 0.3}
     self.asked: dict[str, list] = {}
+    self.foretold: list[tuple] = []
+
+  def predicted(self, phase, rows):
+    self.foretold.append((phase, rows, [*self.asked]))
+    return {'rows': rows}
 
   def train(self, folder, runs):
     self.asked.setdefault(folder, []).extend(runs)
@@ -65,7 +78,10 @@ class Trainer:
     point = self.frozen.point_of(run)
     best = BEST_LR.get(run.variant, BEST_LR['base'])
     lr = run.changes.get('optim.lr', best)
-    loss = (2.0 - 0.3 * (run.variant == 'good')
+    effect = self.effects.get(run.variant, 0.0)
+    if isinstance(effect, dict):
+      effect = effect.get(run.size, 0.3)
+    loss = (2.0 - effect
             + 0.2 * math.log2(lr / best) ** 2 + 0.1 * spread(run.seed)
             + self.noise * spread(run.seed, run.variant, run.size, run.workload,
                                   str(run.changes.get('init_seed', 0))))
@@ -77,7 +93,8 @@ class Trainer:
         run.phase, run.variant, run.size, run.workload, run.seed,
         {measure.name: measure.chance if bad else value}, bad,
         point['tokens'] * point['flops_per_token'] * run.share, 1.0,
-        point['params'], dict(run.changes), math.inf if bad else loss)
+        point['params'], dict(run.changes), math.inf if bad else loss,
+        cooled=True)
 
 
 FILE = """

@@ -57,6 +57,16 @@ def of(config) -> Cost:
       int(pipeline.ramp_of(config).before(config.train.steps)) * length)
 
 
+def body(config) -> float:
+  """Returns the share of the FLOPs of training that is not for products with
+  the vocabulary, which grow in proportion to it."""
+  model = resolved(config)
+  own, twice = (sum(flops.of_a_row(config, dataclasses.replace(
+      model, vocab_size=model.vocab_size * times)).values())
+                for times in (1, 2))
+  return 2 - twice / own
+
+
 def figure(config, what: str) -> float:
   """Returns one figure of a Cost alone: parameters without a trace of what is
   computed with them."""

@@ -65,7 +65,7 @@ def known(workdir, frozen: plans.Frozen) -> Times | None:
   has not is left out."""
   plan = frozen.plan
   variants = (plan.base, plans.AGAIN, *plan.variants)
-  wanted = [(size, workload) for size in plan.sizes
+  wanted = [(size, workload) for size in plan.every_size
             for workload in plan.workloads]
   steps, seconds = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0)
   for x in map(plans.outcome_from_json, results.load(workdir)['outcomes']):

@@ -138,6 +138,15 @@ class Point:
             'warm': (step >= run.config['optim.warmup_steps']).tolist()}
 
 
+def cooled(config: Mapping[str, Any]) -> bool:
+  """Whether a run of a config, by dotted names, ends at a learning rate that
+  fell to the end of its schedule, to a half or less: in the middle of a decay,
+  and without one, a loss is not the best that its FLOPs buy."""
+  return (config['optim.schedule'] in ('cosine', 'linear', 'wsd')
+          and config['optim.decay_steps'] <= config['train.steps']
+          and config['optim.final_fraction'] <= 0.5)
+
+
 def mean(each: Sequence[Mapping[str, list]]) -> dict[str, np.ndarray]:
   """Returns the mean of curves, at the steps that all of them have."""
   step = functools.reduce(np.intersect1d, [curve['step'] for curve in each])

@@ -26,13 +26,14 @@ of it:
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tools.compare import statistics
-from tools.compare.plan import AGAIN, Measure, Outcome, Plan
+from tools.compare.plan import AGAIN, LOWER, Measure, Outcome, Plan
 
 BETTER, WORSE, NONE_SHOWN = 'better', 'worse', 'no difference shown'
 DISAGREE, UNSTABLE = 'sizes disagree', 'unstable'
@@ -122,11 +123,14 @@ class SpeedUp(NamedTuple):
   """How many times what the variant spends the base needs to the same loss.
 
   Attributes:
-    by: 'flops' or 'seconds'.
+    size: of the plan; of multipliers also ALL: one factor, fitted to all sizes.
+    by: 'flops' or 'seconds'; of multipliers, which FLOPs and which floor.
     factor, low, high: geometric mean over seeds; low and high are None for
-      fewer than 3.
+      fewer than 3. Of multipliers the law's, and a jackknife over paired
+      seeds.
     fit_error: rms of the fitted curves, in nats: a factor of losses that
-      differ by less says nothing.
+      differ by less says nothing; of multipliers, None.
+    floor: of a multiplier's law.
   """
   size: str
   by: str
@@ -134,6 +138,7 @@ class SpeedUp(NamedTuple):
   low: float | None
   high: float | None
   fit_error: float | None
+  floor: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +164,9 @@ class Verdict:
     p_equivalent, p_not_worse: that the primary measure lies within the plan's
       margin, or is not worse than by it: each corrected by Holm over the
       variants.
+    multipliers: of the same, how many times the variant's FLOPs the base needs
+      for its loss, by the law of the base over its sizes, each run of which
+      was cooled down at its budget.
     trend: by how much the effect grows for ten times the parameters of the
       base; of the primary measure in the confirmation, as are speed_ups.
     text: half of the effect's 95 % interval over the documents of what is held
@@ -186,8 +194,12 @@ class Verdict:
   trend: Effect | None = None
   speed_ups: list[SpeedUp] = dataclasses.field(default_factory=list)
   text: float | None = None
+  multipliers: list[SpeedUp] = dataclasses.field(default_factory=list)
 
 
+# What FLOPs of an Outcome a multiplier is of.
+COUNTED = {'multiplier': lambda x: x.flops,
+           'multiplier, no embeddings': lambda x: x.flops * (x.body or 0)}
 BY = ('flops', 'seconds')  # speed-ups
 Outcomes = Iterable[Outcome]
 Runs = Mapping[tuple[str, str, str], Mapping[int, Outcome]]
@@ -358,6 +370,45 @@ def confirm(plan: Plan, outcomes: Outcomes, phase='confirm') -> list[Verdict]:
                      for size in plan.sizes)], plan.sizes)
 
 
+def promising(plan: Plan, rows: Sequence[Verdict]) -> list[str]:
+  """Returns the variants that a screening stopped although they looked better
+  than the base, the best first."""
+  gain = lambda row: plan.primary.sign * row.effect
+  return [row.variant for row in sorted(
+      (row for row in rows if row.verdict == STOPPED and row.effect is not None
+       and gain(row) > 0), key=gain, reverse=True)]
+
+
+def predict(plan: Plan, outcomes: Outcomes, flops: Mapping[str, float]
+            ) -> list[dict[str, Any]]:
+  """Returns what the confirmation lets expect of the plan's largest size, as
+  {'variant', 'value', 'low', 'high'}: of the base its primary measure, of the
+  others their differences from it; none where runs were not cooled down.
+
+  The law is taken for true, and the multiplier for the same at all sizes; the
+  noise of the seeds that will be seen is within the interval.
+
+  Args:
+    flops: of a run of that size, by variant, the base too.
+  """
+  runs, rows = of_phase(outcomes, 'confirm'), []
+  for variant in flops:
+    if samples := _budgets(plan.primary, [_both(
+        runs, variant, plan.base, size, plan.primary) for size in plan.sizes]):
+      (compute, *_), losses = samples[0].values(), samples[1]
+      values, halves = statistics.scaled(
+          compute, losses, np.array([flops[plan.base], flops[variant]]))
+      # The base stands beside itself.
+      at, own = (1, losses[:, 0]) if variant == plan.base else (
+          2, losses[:, 1] - losses[:, 0])
+      seen = statistics.half_width(own[:, -1]) * math.sqrt(
+          len(own) / plan.seeds['largest'])
+      rows.append({'variant': variant} | dict(zip(
+          ('value', 'low', 'high'),
+          _known(values[at], math.hypot(halves[at], seen)))))
+  return rows
+
+
 def sweep(plan: Plan, outcomes: Outcomes) -> list[Verdict]:
   """Returns the rows of a sweep, whose runs count as a confirmation: so its
   words follow the corrected p, too."""
@@ -412,6 +463,7 @@ def _row(plan: Plan, sizes: Sequence[str], variant: str, measure: Measure,
             means, plan.margin, measure.sign, over))))
   return dataclasses.replace(
       row, trend=_trend(measure, pairs, shape), text=_text(measure, pairs),
+      multipliers=_multipliers(plan, sizes, pairs),
       speed_ups=_speed_ups(sizes, pairs))
 
 
@@ -534,6 +586,42 @@ def _trend(measure: Measure, sizes, shape: statistics.Shape | None
   slopes = lambda rows: np.polyfit(logs, rows.T, 1)[0]
   return _effect(ALL, slopes(np.array([*by_seed.values()])).tolist(),
                  shape and shape.pool(slopes))
+
+
+def _budgets(measure: Measure, sizes) -> tuple[dict, np.ndarray] | None:
+  """Returns the FLOPs of base and variant, [2, sizes] by each of COUNTED that
+  is known, and [seeds, 2, sizes], their losses; None where they give no law,
+  be it that a run was not cooled down."""
+  seeds = [seed for seed in sorted(set.intersection(*map(set, sizes)))
+           if not any(x.diverged for pairs in sizes for x in pairs[seed])]
+  of = lambda get: np.array([[[get(pairs[seed][i]) for pairs in sizes]
+                              for i in (1, 0)] for seed in seeds], float)
+  if (min(len(sizes), len(seeds)) < statistics.MIN_SEEDS
+      or measure.better != LOWER or not of(lambda x: bool(x.cooled)).all()):
+    return None
+  compute = {by: of(get)[0] for by, get in COUNTED.items()}
+  return ({by: x for by, x in compute.items() if np.all(x > 0)},
+          of(lambda x: x.values[measure.name]))
+
+
+def _multipliers(plan: Plan, sizes: Sequence[str], by_size) -> list[SpeedUp]:
+  compute, losses = _budgets(plan.primary, by_size) or ({}, None)
+  rows: list[SpeedUp] = []
+  for by, floor in itertools.product(compute, (None, plan.floor or 0.0)):
+    values, halves = statistics.scaled(
+        compute[by], losses, compute[by][:, -1], floor)
+    name = by + ', pinned' * (floor is not None)
+    rows += [SpeedUp(size, name, *(
+        None if x is None else math.exp(x) for x in _known(*own)), None,
+                     _known(values[0], 0.0)[0])
+             for size, *own in zip((ALL, *sizes), values[3:], halves[3:])]
+  return rows
+
+
+def _known(value: float, half: float) -> list[float | None]:
+  """Returns a value and the ends of its interval; None of what is not known."""
+  return [float(x) if math.isfinite(x) else None
+          for x in (value, value - half, value + half)]
 
 
 def _speed_ups(sizes: Sequence[str], by_size) -> list[SpeedUp]:

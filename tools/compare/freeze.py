@@ -15,13 +15,13 @@ from typing import Any
 from configs import base as base_config
 from configs.fields import check_number, check_type
 from configs.errors import one_of, require, short
-from tools.compare import cost, phases, spec
+from tools.compare import cost, curves, phases, spec
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
 from training import objectives, preflight, progress
 from training.data import tokenizers
 from training.objectives import pipeline
-from training.workdir import provenance
+from training.workdir import provenance, run_config
 
 PARTS = ('first', 'second')  # eval.part: see Phase.part
 # What a study's file may hold, with its default; None: it must. So it may what
@@ -41,6 +41,7 @@ STUDY: dict[str, Any] = {
     # learning rate, the rate, and twice the rate.
     'TUNING': {},
     'ALPHA': 0.05, 'Q': 0.05, 'POWER': 0.8, 'UNSTABLE': 0.1,
+    'FLOOR': 0.0,  # of the loss, for one of two laws of compute multipliers
     'MARGIN': 0.0,  # of equivalence; 0: that is not asked for
     'MATCH': '', 'MATCH_FIELD': spec.MATCH_FIELD,
     # Another number gives fresh seeds to a second study of the same; -1: drawn
@@ -77,19 +78,28 @@ def freeze(file: str) -> plans.Frozen:
     measures.append(plans.Measure(**own | {'chance': measures_lib.chance(
         own, configs[at], points[at]['vocab'],
         bytes_per_token * (own['workload'] == plans.TEXT), file)}))
+  last = [*given['SIZES']][-1] if 'largest' in given['SEEDS'] else None
+  sizes = tuple(size for size in given['SIZES'] if size != last)
+  if last:
+    require(measures[0].better == plans.LOWER and all(
+        curves.cooled(run_config.flatten(config)) for config in configs),
+            f'{file}: SEEDS has `largest`, which a law of losses predicts: '
+            'less must be better of the first measure, and optim.schedule must '
+            "be 'wsd', 'cosine' or 'linear', with optim.decay_steps at 0")
   plan = plans.Plan(
       name=sweep.name, question=given['QUESTION'], file=file,
       base=sweep.base_name, variants=tuple(
           point.name for point in sweep.points
           if point.name != sweep.base_name),
-      sizes=tuple(given['SIZES']), workloads=tuple(given['WORKLOADS']),
+      sizes=sizes, workloads=tuple(given['WORKLOADS']),
       measures=tuple(measures), seeds=given['SEEDS'],
       tuning=given['TUNING'], effect=float(given['EFFECT']),
       alpha=given['ALPHA'], q=given['Q'], power=given['POWER'],
       unstable=float(given['UNSTABLE']), match=given['MATCH'],
       match_field=given['MATCH_FIELD'] if given['MATCH'] else '',
-      tuned_sizes=tuple(given['SIZES'])[:1 if mup else None],
+      tuned_sizes=sizes[:1 if mup else None], largest=last,
       margin=float(given['MARGIN']) or None,
+      floor=float(given['FLOOR']) or None,
       settings={name: x for name, x in given.items() if name not in STUDY}
       or None, replication=given['REPLICATION'])
   code = provenance.this_start()
@@ -131,7 +141,8 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   sweep = spec.read_sweep_file(file, seeds=1, known=given)
   for name, most in (('EFFECT', 1e30), ('ALPHA', 1), ('Q', 1), ('POWER', 1)):
     check_number(f'{file}: {name}', given[name], (('>', 0), ('<', most)))
-  check_number(f'{file}: MARGIN', given['MARGIN'], (('>=', 0), ('<', 1e30)))
+  for name in ('MARGIN', 'FLOOR'):
+    check_number(f'{file}: {name}', given[name], (('>=', 0), ('<', 1e30)))
   check_number(f'{file}: UNSTABLE', given['UNSTABLE'], (('>=', 0), ('<=', 1)))
   check_number(f'{file}: REPLICATION', given['REPLICATION'],
                (('>=', 1), ('<=', 10_000)))
@@ -144,8 +155,9 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
               and isinstance(fields, Mapping), f'{file}: {name} has {key!r}: '
               f'{short(fields)}: write a name of letters and digits, and the '
               "fields that it changes, as 'small': {'model.d_model': 64}")
-  require(len(given['SIZES']) >= LEAST_SIZES, f'{file}: SIZES has '
-          f'{len(given["SIZES"])} of them: a study has at least {LEAST_SIZES}, '
+  least = LEAST_SIZES + ('largest' in given['SEEDS'])
+  require(len(given['SIZES']) >= least, f'{file}: SIZES has '
+          f'{len(given["SIZES"])} of them: this study has at least {least}, '
           'since a verdict must agree over sizes')
   workloads = given['WORKLOADS']
   require(next(iter(workloads), '') == plans.TEXT, f'{file}: WORKLOADS begins '
@@ -294,9 +306,10 @@ def _row(sweep: spec.Sweep, given: Mapping, size: str, workload: str,
     figures = cost.of(config)
     vocab = cost.resolved(config).vocab_size
     guess = measures_lib.guess(asked, config, vocab)
+    body = {'body': cost.body(config)} if workload == plans.TEXT else {}
   return {'variant': point.name, 'size': size, 'workload': workload,
           'changes': changes, 'matched': list(point.matched),
-          **figures._asdict(), 'vocab': vocab, 'guess': guess}
+          **figures._asdict(), **body, 'vocab': vocab, 'guess': guess}
 
 
 def _check_halves(config) -> float:

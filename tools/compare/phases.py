@@ -5,6 +5,7 @@ over which plans, costs, results, status and reports go. A phase asks a trainer
 for runs, gets their outcomes, and decides. A trainer is an object with
 
     train(folder, runs) -> [Outcome of each run]
+    predicted(phase, rows) -> plan.predicted's record
 
 such as study.Trainer, which returns what it has at once where runs are done
 already: so a study that is started again walks through its phases until there
@@ -173,10 +174,11 @@ class Phase:
   def runs(self, frozen: plans.Frozen, best: Callable[[str, str, str], Changes],
            variants: Sequence[str]) -> list[Run]:
     """Returns the runs of the base and of variants with the best values of
-    (variant, size, workload): of a size that was not tuned, the smallest's."""
+    (variant, size, workload): of a size that was not tuned, those of the
+    largest that was."""
     plan = self.narrow(frozen.plan)
     return [run_of(frozen, self.name, variant, size, workload, seed, best(
-        variant, size if size in plan.tuned_sizes else plan.tuned_sizes[0],
+        variant, size if size in plan.tuned_sizes else plan.tuned_sizes[-1],
         workload))
             for size in plan.sizes for workload in plan.workloads
             if plan.of_workload(workload)
@@ -221,6 +223,20 @@ class Noise(Phase):
 
   def told(self, records):
     return [records['announced'].sentence, *filter(None, [records['advice']])]
+
+
+class Largest(Phase):
+  """The largest size, which no other phase has, once it was predicted; the
+  verdict does not depend on it."""
+
+  def run(self, frozen, found):
+    plan = frozen.plan
+    rows = decide.predict(plan, found.outcomes, {
+        variant: row['tokens'] * row['flops_per_token']
+        for variant in (plan.base, *plan.variants)
+        for row in [frozen.point(variant, plan.largest, plans.TEXT)]})
+    return {'predicted': found.trainer.predicted(self.name, rows)} | (
+        super().run(frozen, found))
 
 
 class Tune(Phase):
@@ -426,8 +442,28 @@ PHASES = {phase.name: phase for phase in (
     Phase(name='screen', block=2, seeds=5, part='first', decide=decide.screen,
           narrow=lambda plan: dataclasses.replace(
               plan, sizes=plan.sizes[:1], measures=plan.measures[:1])),
+    Phase(name='rescreen', block=4, seeds=0, part='first',
+          decide=decide.screen, constants={'KEEP': 1},
+          enter=lambda plan, records: decide.promising(
+              plan, records['screen'])[:plan.settings['KEEP']],
+          narrow=lambda plan: dataclasses.replace(
+              plan, sizes=plan.sizes[1:2], measures=plan.measures[:1]),
+          methods='Of the variants that were stopped there, the best (at most '
+          '{plan.settings[KEEP]}) that looked better than the base were looked '
+          'at again at {plan.sizes[1]} with {plan.seeds[rescreen]} seeds.'),
     Phase(name='confirm', block=3, seeds=5, decide=decide.confirm,
-          enter=lambda plan, records: [row.variant for row in records['screen']
-                                       if row.verdict == decide.PASSED],
+          enter=lambda plan, records: [
+              row.variant for name in ('screen', 'rescreen')
+              for row in records.get(name, ()) if row.verdict == decide.PASSED],
           note=lambda plan: 'if every variant passes the screening'),
+    Largest(name='largest', block=5, seeds=0, decide=decide.confirm,
+            enter=lambda plan, records: [
+                row.variant for row in records['confirm']],
+            narrow=lambda plan: dataclasses.replace(
+                plan, sizes=(plan.largest,)),
+            note=lambda plan: 'if every variant is confirmed',
+            methods='The outcome at {plan.largest} was predicted by a scaling '
+            'law of the other sizes, in which a variant has one compute '
+            'multiplier. This was recorded, and {plan.seeds[largest]} fresh '
+            'seeds then run, with the values tuned at smaller sizes.'),
 )}

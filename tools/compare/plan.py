@@ -10,6 +10,7 @@ was found, by key:
   advice      advice.sentence's
   tuned       Tuned, of each variant, size and workload
   screen, confirm, ...: the Verdicts of each phase that compares
+  predicted   of Frozen.predictions, that of the phase `largest`
   phases      by phase: {'planned': runs, 'done': runs, 'failed': runs,
               'tokens', 'flops', 'seconds', 'wall_seconds', 'finished': bool}
   as_planned  {'same': bool, 'differences': [sentences]}
@@ -18,7 +19,7 @@ was found, by key:
 What a phase decides (phases.py) is absent where it is not over.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 import pathlib
@@ -102,7 +103,11 @@ class Plan:
     match: the figure of a point that is made equal at each size; '': none.
     match_field: the field that is solved for it.
     tuned_sizes: those that are tuned; the others take the values of the
-      smallest one. With muP the smallest alone, else all.
+      largest of these. With muP the smallest alone, else all of `sizes`.
+    floor: of the loss, at which one of both laws of a compute multiplier is
+      pinned; None: 0.
+    largest: the size that the phase `largest` predicts, and that is not in
+      `sizes`; None: the study has no such phase.
     margin: of the primary measure, within which a variant is equivalent to the
       base; None: equivalence is not asked for.
     settings: the constants of the phases (Phase.constants); None: they have
@@ -133,6 +138,13 @@ class Plan:
   settings: Mapping[str, Any] | None = None
   replication: int | None = None
   offset: int | None = None
+  floor: float | None = None
+  largest: str | None = None
+
+  @property
+  def every_size(self) -> tuple[str, ...]:
+    """With the one that is predicted."""
+    return (*self.sizes, *filter(None, [self.largest]))
 
   @property
   def primary(self) -> Measure:
@@ -160,6 +172,10 @@ class Outcome(NamedTuple):
       where on a law is fitted; {} of phases beside WITH_CURVES.
     documents: of the held-out text, if it is kept: lists by 'nats' and
       'tokens', as the task `documents` gives them.
+    cooled: whether the learning rate fell to the end of its schedule by the
+      last step, without which a run is no run of its budget; None: not known.
+    body: the share of `flops` that is not for products with the vocabulary;
+      None: not known.
   """
   phase: str
   variant: str
@@ -175,6 +191,8 @@ class Outcome(NamedTuple):
   loss: float = float('nan')
   curve: dict = {}
   documents: dict = {}
+  cooled: bool | None = None
+  body: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,14 +226,18 @@ class Frozen:
     base_config: the config that every run changes, as a tree.
     points: of each variant, size and workload {'variant', 'size', 'workload',
       'changes', 'matched', 'params', 'active_params', 'flops_per_token',
-      'tokens', 'vocab', 'guess'}: what it changes in base_config before it is
-      tuned, what a run of train.steps steps costs, and the loss of guessing.
+      'tokens', 'vocab', 'guess'}, and of the text 'body' (cost.body): what
+      it changes in base_config before it is tuned, what a run of train.steps
+      steps costs, and the loss of guessing.
     sources: hashes of the sources of data, as far as they lie on this machine.
     code: {'commit', 'diff'} as provenance.this_start() says them.
     amendments: of each {'reason', 'time', 'before', 'changed', 'seen'}: why
       the plan was changed, when, the hash of the plan before, the fields that
       changed, and by phase how many seeds had been looked at.
     notes: what else was decided by hand, as {'time', 'told'}.
+    predictions: of each {'time', 'plan', 'hash', 'blind', 'rows'}: when it was
+      made, by the plan of which hash, its own hash, whether no run of what it
+      predicts had begun, and what decide.predict returned.
     time: when it was frozen first; 0: it is not.
   """
   plan: Plan
@@ -226,6 +248,7 @@ class Frozen:
   amendments: list[dict] = dataclasses.field(default_factory=list)
   notes: list[dict] = dataclasses.field(default_factory=list)
   time: float = 0.0
+  predictions: list[dict] = dataclasses.field(default_factory=list)
 
   @property
   def hash(self) -> str:
@@ -337,6 +360,11 @@ def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
       frozen = dataclasses.replace(frozen, plan=dataclasses.replace(
           frozen.plan, offset=old.plan.offset))
     before, after = map(_planned, (old, frozen))
+    # What an older version does not say of a point is as planned.
+    for name, row in before['points'].items():
+      if name in after['points']:
+        after['points'][name] = {
+            key: x for key, x in after['points'][name].items() if key in row}
     # Data of which the old plan has no hash are as planned.
     after['sources'] = {name: frozen.sources[name] for name in old.sources
                         if name in frozen.sources}
@@ -359,11 +387,29 @@ def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
       amendments.append({'before': old.hash, 'changed': changed})
     going = dataclasses.replace(
         frozen if changed else old, notes=old.notes, time=old.time,
+        predictions=[*old.predictions],
         amendments=[*old.amendments, *(
             {'reason': reason, 'time': time.time(), **row, 'seen': seen}
             for row in amendments)])
     _save(ledger, workdir, going)
   return going
+
+
+def predicted(workdir, frozen: Frozen, phase: str, rows: Sequence) -> dict:
+  """Returns the prediction of what a phase will find that was frozen first by
+  this plan: `rows`, which stand in the ledger from then on, if there is none.
+  """
+  with layout.StudyLedger(workdir) as ledger, ledger.transaction():
+    kept = ledger.plan().get('predictions', [])
+    record = next((x for x in kept if x['plan'] == frozen.hash), None)
+    if record is None:
+      record = {'time': time.time(), 'plan': frozen.hash,
+                'hash': layout.checksum(rows), 'rows': rows,
+                'blind': phase not in _seen(workdir, ledger, frozen.plan)}
+      kept = [*kept, record]
+    frozen.predictions[:] = kept
+    _save(ledger, workdir, frozen)
+  return record
 
 
 def _plan(hash: str) -> str:

@@ -30,6 +30,9 @@ from training.workdir import run_config, storage
 
 LR = 'optim.lr'
 BASE, OPEN = 'base', 'not done yet'
+NOT_COOLED = ('Compute multipliers need runs whose learning rate has fallen to '
+              'the end of its schedule by the last step: those of some had not.'
+              )
 MOST = 300  # points of a line; longer ones are thinned
 # Fields that say where and how a run is done, not what it computes.
 ASIDE = ('log.', 'checkpoint.', 'mesh.', 'profile.')
@@ -115,9 +118,8 @@ class Comparison:
       return BASE
     names = [phase.name for phase in self.comparing]
     for name in reversed(names[:names.index('confirm') + 1]):
-      row = self.effect(name, variant, self.plan.primary.name)
-      if row and row['verdict'] != decide.PASSED:
-        return row['verdict']
+      if row := self.effect(name, variant, self.plan.primary.name):
+        return OPEN if row['verdict'] == decide.PASSED else row['verdict']
     return OPEN
 
   @functools.cached_property
@@ -736,6 +738,78 @@ def _numbers(line: Mapping[str, Sequence]) -> dict[str, list]:
                  for x in values] for name, values in line.items()}
 
 
+def multipliers(c: Comparison) -> Table:
+  """Compute multipliers at each size and of one fit of all."""
+  rows: dict[tuple, dict] = {}
+  for own in c.results.get('confirm', ()):
+    for x in own.get('multipliers', ()):
+      row = rows.setdefault((own['variant'], x['size']), {
+          'variant': label(own['variant']), 'size': label(x['size']),
+          'floor': page.number(x['floor'], '.3f')})
+      row[x['by']] = page.estimate(x['factor'], x['low'], x['high'], '.3f')
+  return page.table('multipliers', 'Compute multipliers', [*rows.values()])
+
+
+def ranks(c: Comparison) -> Table:
+  """How far the order of the variants, the base among them, is the same at a
+  size as at the largest."""
+  from scipy.stats import kendalltau
+  name, effects = c.plan.primary.name, {}
+  for size in c.plan.every_size:
+    phase = 'largest' if size == c.plan.largest else 'confirm'
+    effects[size] = np.array([0.0, *(
+        c.effect(phase, variant, name, size).get('effect')
+        for variant in c.plan.variants)], float)
+  *sizes, last = [size for size, x in effects.items()
+                  if np.isfinite(x).sum() > 2] or ['']
+  return page.table('ranks', 'Is the order that of the largest size?', [{
+      'size': label(size), 'compared with': label(last),
+      'Kendall\'s tau': page.number(float(kendalltau(
+          effects[size], effects[last], nan_policy='omit')[0]), '.2f')}
+      for size in sizes])
+
+
+def lost(c: Comparison) -> list[str]:
+  """Says what the screening may have lost."""
+  plan, rows = c.plan, c.results.get('screen', ())
+  power = next((row['power'] for row in c.results['noise'] if (
+      row['phase'], row['measure']) == ('screen', plan.primary.name)), None)
+  stopped = [row for row in rows if row['verdict'] != decide.PASSED]
+  may = [row['variant'] for row in stopped if row['low'] is None or max(
+      plan.primary.sign * row[end] for end in ('low', 'high')) >= plan.effect]
+  return [f'{len(stopped)} of {len(rows)} variants were stopped. Of such as '
+          f'improve {plan.primary.name} by {plan.effect:g} at this size, '
+          f'{1 - (power or 0):.0%} are stopped by the noise; so much is within '
+          f'the interval of {", ".join(may) or "none"}. What only larger sizes '
+          'show cannot be seen here.'] * bool(stopped and power)
+
+
+def predictions(c: Comparison) -> Section:
+  """What was predicted for the largest size, and what was seen there."""
+  record, last, rows = c.results['predicted'], c.plan.largest, []
+  seen = {row['variant']: row[
+      'mean' if row['variant'] == c.plan.base else 'effect']
+          for row in c.estimates if (row['phase'], row['measure']) == (
+              'largest', c.plan.primary.name)}
+  for own in record['rows'] if record else ():
+    x, value, low, high = np.array([seen.get(own['variant']), *(
+        own[name] for name in ('value', 'low', 'high'))], float)
+    rows.append({
+        'variant': label(own['variant']),
+        'predicted': page.estimate(value, low, high),
+        'observed': page.number(x, '+.4f'),
+        'off by': page.number(x - value, '+.4f'),
+        'inside': label('' if np.isnan(x - low) else
+                        'yes' if low <= x <= high else 'no')})
+  return Section('predicted', 'Predicted and seen', [
+      f'The prediction {record["hash"]} of {last} was recorded on '
+      f'{plans.date(record["time"])}, ' + (
+          'before any run of this size began.' if record['blind'] else
+          'when runs of this size had begun: it is none.')] if rows else (),
+                 tables=[page.table('predictions', f'{last}, by the law of the '
+                                    'other sizes', rows)])
+
+
 # The whole.
 
 
@@ -754,7 +828,8 @@ def other_table(c: Comparison) -> Table:
 def comparison(c: Comparison, phase: phases_lib.Phase) -> Section:
   """What a phase found that the verdicts are not of."""
   sizes = phase.narrow(c.plan).sizes
-  return Section(phase.name, phase.name.capitalize(), tables=[estimate_table(
+  return Section(phase.name, phase.name.capitalize(), lost(c) * (
+      phase.name == 'screen'), tables=[estimate_table(
       c, f'{phase.name}-table', f'At the smallest size, {sizes[0]}'
       if sizes == c.plan.sizes[:1] else f'At {", ".join(sizes)}',
       [row for row in c.estimates if row['phase'] == phase.name])])
@@ -769,8 +844,10 @@ def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
       Section('verdict', 'Verdict', (), pick('outcome'), [
           verdict_table(c), costs(c)]),
       Section('curves', 'Loss curves', plots=curve_plots(c)),
-      Section('others', 'Sizes and measures', (), pick('measures'),
-              [other_table(c)]),
+      Section('others', 'Sizes and measures', [NOT_COOLED] * any(
+          x.cooled is False for x in c.outcomes if x.phase == 'confirm'
+          and x.workload == plans.TEXT), pick('measures'),
+              [other_table(c), multipliers(c), ranks(c)]),
       Section('changes', 'Each change',
               tables=[] if c.is_study else [effects(c)]),
       Section('tuning', 'Tuning', tables=[tuning(c)], plots=[tuning_plot(c)]),
@@ -779,6 +856,7 @@ def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
               if announced else (), (), [noise(c)]),
       *(comparison(c, phase) for phase in c.comparing
         if phase.name != 'confirm'),
+      predictions(c),
       Section('left-out', 'Left out', tables=[excluded(c)]),
       Section('planned', 'Planned and run', planned * c.is_study),
       Section('methods', 'Methods', methods(

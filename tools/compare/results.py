@@ -16,6 +16,7 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy')
 NOTHING: dict[str, Any] = {
     'study': None, 'outcomes': [], 'phases': {}, 'noise': [], 'announced': None,
     'advice': '', 'tuned': [], 'as_planned': {'differences': []},
+    'predicted': None,
     'provenance': {'codes': [], 'devices': [], 'versions': {}}}
 
 

@@ -23,6 +23,7 @@ LEAST_POOL = 8  # residuals, with fewer of which nothing is resampled
 # p below which the noise is not taken for normal, and below which it is certain
 # that it is not.
 IRREGULAR, CERTAIN = 0.2, 0.05
+REACH = 4.0  # times the compute of a ladder, within which its law is read
 WIDER = 2.0  # than Student's; an interval that must be so for certain is none
 
 
@@ -362,6 +363,104 @@ def over_seeds(pairs: Sequence[tuple[PowerLaw | None, PowerLaw | None]]
   *logs, seeds = interval(np.log(ratios))
   return (Interval(*(None if x is None else math.exp(x) for x in logs), seeds),
           max(law.rms for pair in pairs for law in pair))
+
+
+def jackknife(samples: np.ndarray, of: Callable[[np.ndarray], np.ndarray]
+              ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns what `of` makes of the mean over seeds, and half of its 95 %
+  interval: Student's over the pseudo-values of leaving each seed out in turn
+  (Tukey 1958), which keeps what is paired by a seed together.
+
+  Args:
+    samples: [seeds, ...].
+    of: maps [...] to some numbers, of which those that are not known are NaN.
+  """
+  from scipy.special import stdtrit
+  n = len(samples)
+  without = [of(np.mean(np.delete(samples, i, axis=0), axis=0))
+             for i in range(n)]
+  spread = np.std(without, axis=0, ddof=1) * (n - 1) / math.sqrt(n)
+  return of(np.mean(samples, axis=0)), stdtrit(n - 1, 0.975) * spread
+
+
+def ladder(compute: np.ndarray, loss: np.ndarray, floor: float | None = None
+           ) -> tuple[PowerLaw | None, float]:
+  """Fits the law of a base over sizes and the compute multiplier of a variant,
+  whose loss is law.loss(multiplier * compute), to the losses of both by least
+  squares; None and NaN where the loss does not fall.
+
+  For each exponent and multiplier, the two other constants are a linear fit.
+
+  Args:
+    compute, loss: [2, sizes], of the base and of the variant.
+    floor: at which the law is pinned; None: it is fitted, and is 0 or more.
+  """
+  from scipy.optimize import least_squares
+  unit = np.exp(np.mean(np.log(compute)))
+  y = loss.ravel() - (floor or 0.0)
+
+  def linear(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns floor and scale, of the logarithms of exponent and multiplier,
+    and the residuals."""
+    spent = compute / unit * np.exp([[0.0], [theta[1]]])
+    x = spent.ravel() ** -np.exp(theta[0])
+    rows = np.stack([np.ones_like(x), x], 1)
+    both = np.linalg.lstsq(rows, y, rcond=None)[0]
+    if floor is not None or both[0] < 0:
+      both = np.array([0.0, x @ y / (x @ x)])
+    return both, rows @ both - y
+
+  fit = least_squares(
+      lambda theta: linear(theta)[1], [-1.6, 0.0], x_scale=0.1, xtol=1e-10,
+      bounds=([-5.0, -3.0], [1.5, 3.0]), ftol=1e-12, gtol=1e-12)
+  exponent, factor = map(float, np.exp(fit.x))
+  lowest, scale = map(float, linear(fit.x)[0])
+  return (None, math.nan) if scale <= 0 else (PowerLaw(
+      lowest + (floor or 0.0), scale * unit ** exponent, exponent,
+      compute[0].min(), compute[0].max(), math.sqrt(2 * fit.cost / len(y))),
+                                              factor)
+
+
+def multipliers(law: PowerLaw, compute: np.ndarray, loss: np.ndarray
+                ) -> np.ndarray:
+  """Returns the multiplier of each size alone: what the base needs to differ
+  from its own loss there by as much as the variant does, over what the variant
+  has spent; NaN where no compute is enough, or more than REACH times beyond
+  what the base has spent.
+
+  Args:
+    law: of the base.
+    compute, loss: [2, sizes], of the base and of the variant.
+  """
+  above = np.maximum(law.loss(compute[0]) - law.floor, 1e-300)
+  more = np.maximum((above + loss[1] - loss[0]) / above, 1e-300)
+  needed = compute[0] * np.exp(np.minimum(-np.log(more) / law.exponent, 50))
+  inside = (needed >= law.first / REACH) & (needed <= law.last * REACH)
+  return np.where(inside, needed / compute[1], np.nan)
+
+
+def scaled(compute: np.ndarray, losses: np.ndarray, ahead: np.ndarray,
+           floor: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+  """Returns figures of the law of `ladder`, and half of their 95 % intervals
+  over seeds (`jackknife`): the floor; what the base loses, and the variant
+  beside it, where they spend `ahead`; and the logarithms of the multiplier, and
+  of that of each size.
+
+  Args:
+    compute: [2, sizes], of the base and of the variant.
+    losses: [seeds, 2, sizes].
+    ahead: [2].
+    floor: as of `ladder`.
+  """
+  def figures(mean: np.ndarray) -> np.ndarray:
+    law, factor = ladder(compute, mean, floor)
+    if law is None:
+      return np.full(compute.shape[1] + 4, np.nan)
+    base, ours = law.loss(ahead * [1.0, factor])
+    return np.array([law.floor, base, ours - base, *np.log(
+        [factor, *multipliers(law, compute, mean)])])
+
+  return jackknife(losses, figures)
 
 
 # What a test would find, announced from a standard deviation that is itself an

@@ -66,7 +66,7 @@ def timed(frozen: plans.Frozen, parallel: int, group: int) -> costs.Times:
   plan, seconds = frozen.plan, {}
   alike = min(group, plan.seeds['confirm'])
   rows = {(size, workload): frozen.point(plan.base, size, workload)
-          for workload in plan.workloads for size in plan.sizes}
+          for workload in plan.workloads for size in plan.every_size}
   steps = {key: frozen.steps(row['changes']) for key, row in rows.items()}
   flops = {key: row['tokens'] * row['flops_per_token'] / steps[key]
            for key, row in rows.items()}
@@ -123,7 +123,7 @@ def described(frozen: plans.Frozen) -> str:
   """Returns what a plan says, and how large its models are."""
   plan = frozen.plan
   sizes = [(size, f'{row["params"]:,}', f'{row["flops_per_token"]:,.0f}')
-           for size in plan.sizes
+           for size in plan.every_size
            for row in [frozen.point(plan.base, size, plans.TEXT)]]
   return '\n\n'.join([
       f'study {plan.name}: {plan.question}',
@@ -218,6 +218,10 @@ class Trainer:
           'away is trained anew')
     return outcomes
 
+  def predicted(self, phase: str, rows: Sequence) -> dict:
+    """Freezes what a phase is expected to find, once."""
+    return plans.predicted(self._workdir, self._frozen, phase, rows)
+
   def trained(self, folder: str, runs: Sequence[phases.Run]) -> curves.Sweep:
     """Returns the sweep of some runs, once all of them have ended."""
     path = self._workdir / folder
@@ -289,4 +293,5 @@ class Trainer:
         point.params, dict(run.changes), loss,
         point.curve(run.seed) if run.phase in plans.WITH_CURVES else {},
         {name: own.evaluations['documents'][name] for name in (
-            'nats', 'tokens') if 'documents' in own.evaluations})
+            'nats', 'tokens') if 'documents' in own.evaluations},
+        curves.cooled(own.config), self._frozen.point_of(run).get('body'))

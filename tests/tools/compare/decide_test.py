@@ -300,6 +300,75 @@ def test_a_speed_up_is_the_factor_of_what_is_spent():
              for x in decide.confirm(PLAN, broken)[0].speed_ups)
 
 
+def _cooled(factors=(1.0, 1.25), **changes):
+  """A confirmation whose losses are laws of the FLOPs, with noise."""
+  rng, spent = np.random.default_rng(3), 1e12 * 6.0 ** np.arange(3)
+  common = rng.normal(0, 0.02, (5, 3))
+  values = {name: 1.2 + 2.0 * (factor * spent / 1e12) ** -0.2 + common
+            + rng.normal(0, 0.002, (5, 3))
+            for name, factor in zip(('base', 'a', 'b'), factors)}
+  return [x._replace(**dict(flops=spent[k], body=0.75, cooled=True) | changes)
+          for x in _phase('confirm', values) for k in [SIZES.index(x.size)]]
+
+
+def test_multipliers_are_of_runs_that_were_cooled_down():
+  row, = decide.confirm(PLAN, _cooled())
+  names = ('multiplier', 'multiplier, pinned', 'multiplier, no embeddings',
+           'multiplier, no embeddings, pinned')
+  assert [(x.by, x.size) for x in row.multipliers] == [
+      (name, size) for name in names for size in (decide.ALL, *SIZES)]
+  for x in row.multipliers:
+    assert x.low < x.factor < x.high
+    if x.by.endswith('pinned'):
+      assert x.floor == 0
+    else:
+      assert x.low < 1.25 < x.high and x.floor > 0.5
+  pinned, = decide.confirm(dataclasses.replace(PLAN, floor=1.2), _cooled())
+  assert pinned.multipliers[4].floor == 1.2
+  # By less that both spend alike, the multiplier is the same.
+  assert row.multipliers[8].factor == pytest.approx(
+      row.multipliers[0].factor, rel=1e-3)
+  row, = decide.confirm(PLAN, _cooled(body=None))
+  assert {x.by for x in row.multipliers} == {*names[:2]}
+  for cooled in (False, None):
+    assert not decide.confirm(PLAN, [
+        *_cooled()[:-1], _cooled()[-1]._replace(cooled=cooled)])[0].multipliers
+
+
+def test_the_largest_size_is_predicted_by_the_law_of_the_others():
+  plan = dataclasses.replace(PLAN, largest='xl',
+                             seeds=PLAN.seeds | {'largest': 5})
+  flops = dict.fromkeys(('base', 'a', 'b'), 1e12 * 6.0 ** 3)
+  loss = lambda factor: 1.2 + 2.0 * (factor * 6.0 ** 3) ** -0.2
+  base, a, b = decide.predict(plan, _cooled((1.0, 1.25, 0.8)), flops)
+  assert [x['variant'] for x in (base, a, b)] == ['base', 'a', 'b']
+  for x, truth in ((base, loss(1.0)), (a, loss(1.25) - loss(1.0)),
+                   (b, loss(0.8) - loss(1.0))):
+    assert x['low'] < truth < x['high']
+  assert a['high'] < 0 < b['low']
+  # Fewer seeds that will be seen are a wider interval.
+  few = decide.predict(dataclasses.replace(
+      plan, seeds=plan.seeds | {'largest': 1}), _cooled(), flops)[1]
+  assert few['value'] == pytest.approx(a['value'], rel=0.2)
+  assert few['high'] - few['low'] > a['high'] - a['low']
+  assert not decide.predict(plan, [x._replace(cooled=None)
+                                   for x in _cooled()], flops)
+
+
+def test_the_most_promising_of_the_stopped_look_better_than_the_base():
+  rows = [dataclasses.replace(row, verdict=verdict, effect=effect)
+          for row in decide.screen(PLAN, _phase('screen', _values()))[:1]
+          for verdict, effect in (
+              (decide.STOPPED, -0.01), (decide.STOPPED, -0.03),
+              (decide.STOPPED, 0.04), (decide.PASSED, -0.5),
+              (decide.STOPPED_UNSTABLE, -0.5), (decide.STOPPED, None))]
+  rows = [dataclasses.replace(row, variant=str(i))
+          for i, row in enumerate(rows)]
+  assert decide.promising(PLAN, rows) == ['1', '0']
+  accuracy = dataclasses.replace(PLAN, measures=PLAN.measures[1:])
+  assert decide.promising(accuracy, rows) == ['2']
+
+
 def _noise(sds, seeds, rng, plan=PLAN):
   return _phase('noise', {name: rng.normal(
       3, np.array(sds) / np.sqrt(2), (seeds, 3))

@@ -19,8 +19,9 @@ from tests.helpers import chromium, study_folder, sweep_folder
 from tests.helpers.study_folder import BASE, ODD, VARIANTS
 from tests.helpers.sweep_folder import HEALTH, LOST, POINTS, SHIFT, point
 from tools.compare import __main__ as command
-from tools.compare import curves, decide, figures, layout, measures, report
-from tools.compare import spec
+from tools.compare import curves, decide, figures, layout, measures, phases
+from tools.compare import plan as plans
+from tools.compare import report, spec
 from training import cli
 from training.evals import in_training
 from training.workdir import run_config
@@ -304,6 +305,58 @@ def test_a_studys_tables_and_sheet_have_the_results_numbers(study):
   page = report.html(c, [])
   assert html.escape(ODD).replace('&quot;', '&#34;') in page
   assert ODD not in page
+
+
+def test_multipliers_predictions_and_what_a_screening_lost_are_told(tmp_path):
+  plan = study_folder.plan(
+      ('rope', 'alibi', 'none'), largest='huge', seeds=dict(
+          noise=6, tune=1, screen=4, confirm=5, largest=3))
+  found = study_folder.results(plan, 'confirm')
+  for row in found['outcomes']:
+    row |= {'cooled': True, 'body': 0.5}
+  runs = [plans.outcome_from_json(row) for row in found['outcomes']]
+  ahead = [x._replace(phase='largest', size='huge') for x in runs
+           if (x.phase, x.size, x.workload) == ('confirm', 'large', 'text')]
+  rows = decide.predict(plan, runs, dict.fromkeys(
+      ('learned', 'rope', 'alibi'), 1e15))
+  narrowed = phases.PHASES['largest'].narrow(plan)
+  found |= plans.to_json({
+      'confirm': decide.confirm(plan, runs), 'outcomes': [*runs, *ahead],
+      'largest': decide.confirm(narrowed, ahead, 'largest'), 'predicted': {
+          'hash': 'abcd', 'time': 1e9, 'blind': True, 'rows': rows}})
+  c = _study(tmp_path, found, plan)
+  table = report.multipliers(c).rows
+  assert len(table) == 2 * 4  # of rope and alibi, which passed
+  rope = found['confirm'][0]['multipliers'][0]
+  assert table[0]['multiplier'].value == rope['factor'] > 1
+  assert [*table[0]][2:] == [
+      'floor', 'multiplier', 'multiplier, pinned', 'multiplier, no embeddings',
+      'multiplier, no embeddings, pinned']
+  assert [row['size'].text for row in report.ranks(c).rows] == [
+      'small', 'medium', 'large']
+  assert report.ranks(c).rows[2]["Kendall's tau"].value == 1  # the same runs
+  section = report.predictions(c)
+  seen = _rows(section.tables[0])
+  for own in rows:
+    row = seen[own['variant']]
+    assert row['off by'].value == pytest.approx(
+        row['observed'].value - own['value'])
+    assert row['inside'].text == ('yes' if own['low'] <= row[
+        'observed'].value <= own['high'] else 'no')
+  assert seen['rope']['observed'].value == next(
+      x['effect'] for x in found['largest'] if x['variant'] == 'rope')
+  told, = report.lost(c)
+  assert told.startswith('1 of 3 variants were stopped')
+  page = report.html(c, [])
+  for words in ('before any run of this size', 'id="multipliers"', 'At huge',
+                'id="ranks"', told[:40]):
+    assert words in page
+  assert report.NOT_COOLED not in page
+  found['predicted']['blind'] = False
+  for row in found['outcomes']:
+    row['cooled'] = False
+  page = report.html(_study(tmp_path, found, plan), [])
+  assert report.NOT_COOLED in page and 'it is none' in page
 
 
 @pytest.mark.parametrize('upto', ['', 'tune', 'screen'])

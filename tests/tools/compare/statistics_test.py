@@ -207,6 +207,72 @@ def test_speed_up_is_the_factor_of_compute_within_what_was_fitted():
   assert statistics.over_seeds([*pairs, (None, law)]) == (None, None)
 
 
+SPENT = 1e13 * 4.0 ** np.arange(3)
+
+
+def _ladder(floor=1.5, exponent=0.15, factor=1.2, cost=1.1):
+  """Compute and losses of a base and a variant, each as a law has it."""
+  compute = np.stack([SPENT, SPENT * cost])
+  return compute, floor + 1.5 * (compute * np.array([[1.0], [factor]])
+                                 / SPENT[0]) ** -exponent
+
+
+@pytest.mark.parametrize('floor, exponent, factor', [
+    (1.5, 0.15, 1.2), (0.0, 0.3, 0.7), (2.5, 0.05, 1.0)])
+def test_a_planted_multiplier_is_found(floor, exponent, factor):
+  compute, losses = _ladder(floor, exponent, factor)
+  for pinned in (None, floor):
+    law, found = statistics.ladder(compute, losses, pinned)
+    assert (found, law.exponent) == pytest.approx((factor, exponent), rel=1e-3)
+    assert law.floor == pytest.approx(floor, abs=0.02)
+    np.testing.assert_allclose(law.loss(SPENT), losses[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        statistics.multipliers(law, compute, losses), factor, rtol=1e-3)
+  # What no compute of the base reaches has no multiplier, nor what lies far
+  # beyond its sizes.
+  for share, wanted in ((0.0, [np.nan] * 3), (
+      8 ** -exponent, [8 / 1.1, 8 / 1.1, np.nan])):
+    less = floor + share * (losses[0] - floor)
+    np.testing.assert_allclose(statistics.multipliers(
+        law, compute, np.stack([losses[0], less])), wanted, rtol=1e-3)
+  assert statistics.ladder(compute, losses[:, ::-1])[0] is None
+
+
+def test_a_jackknife_of_a_mean_is_students_interval_and_a_ratios_is_its_own():
+  rng = np.random.default_rng(0)
+  x = rng.normal(2.0, 0.3, (6, 2))
+  value, half = statistics.jackknife(x, lambda mean: np.array(
+      [mean[0], np.log(mean[1] / mean[0])]))
+  interval = stats.t.interval(0.95, 5, x[:, 0].mean(), stats.sem(x[:, 0]))
+  assert (value[0] - half[0], value[0] + half[0]) == pytest.approx(interval)
+  ratios = [np.log(np.delete(x[:, 1], i).mean() / np.delete(x[:, 0], i).mean())
+            for i in range(6)]
+  spread = np.sqrt(5 / 6 * np.sum((ratios - np.mean(ratios)) ** 2))
+  assert half[1] == pytest.approx(stats.t.isf(0.025, 5) * spread)
+
+
+@pytest.mark.slow
+def test_intervals_of_planted_multipliers_and_predictions_cover():
+  """Of noise that both share at a seed and a size, and of their own. A floor
+  that is pinned where it is not makes what a size says wrong, and not what all
+  sizes together say."""
+  rng = np.random.default_rng(1)
+  compute, true = _ladder()
+  ahead = 4 * compute[:, -1]
+  seen = 1.5 + 1.5 * (ahead * [1.0, 1.2] / SPENT[0]) ** -0.15
+  truth = np.array([1.5, seen[0], seen[1] - seen[0], *np.log([1.2] * 4)])
+  inside = {floor: [] for floor in (None, 1.5, 0.0)}
+  for _ in range(100):
+    losses = true + rng.normal(0, 0.01, (5, 1, 3)) + rng.normal(
+        0, 0.004, (5, 2, 3))
+    for floor, rows in inside.items():
+      values, halves = statistics.scaled(compute, losses, ahead, floor)
+      rows.append(np.abs(values - truth) <= halves)
+  free, right, wrong = (np.mean(rows, axis=0) for rows in inside.values())
+  assert np.all(free[1:] >= 0.88) and np.all(right[1:] >= 0.88)
+  assert wrong[3] >= 0.88 and wrong[1] < 0.5
+
+
 def test_one_size_of_known_noise_has_statsmodels_power_and_seeds():
   for seeds, level in ((3, 0.05), (5, 0.01), (12, 0.05)):
     for wanted in (0.3, 0.8):

@@ -194,7 +194,7 @@ def test_another_replication_has_fresh_seeds_and_the_same_has_its_own(folder):
   plan = lambda constants='': freeze.freeze(studies.write(folder, constants)
                                             ).plan
   seeds = lambda own: {
-      seed for phase in phases.PHASES.values() for seed in phase.seeds_of(own)}
+      seed for phase in phases.of(own.seeds) for seed in phase.seeds_of(own)}
   first, second = plan(), plan('REPLICATION = 2')
   assert first == plan() and first.replication == 1
   assert first.offset % plans.STUDY_APART == 0 != first.offset
@@ -237,8 +237,8 @@ def made():
 
 
 def test_a_whole_study_finds_what_is_there(made):
-  _, trainer, found, seen = made
-  assert seen == [[*phases.PHASES][:i] for i in (1, 2, 3, 4)]
+  frozen, trainer, found, seen = made
+  assert seen == [[*frozen.plan.seeds][:i] for i in (1, 2, 3, 4)]
   assert [row.variant for row in found.records['screen']
           if row.verdict == decide.PASSED] == ['good']
   verdicts = {(row.variant, row.measure): row.verdict
@@ -305,9 +305,93 @@ def test_a_study_that_is_too_weak_stops_before_it_spends():
   assert list(trainer.asked) == ['noise']
   assert kept[-1].records['noise'] and kept[-1].weakness
   *_, found = phases.run(frozen, trainer, anyway=True)
-  assert found.finished == list(phases.PHASES)
+  assert found.finished == list(frozen.plan.seeds)
   # None passed.
   assert 'confirm' not in trainer.asked and not found.records['confirm']
+
+
+MORE = {'noise': 6, 'tune': 2, 'screen': 6, 'rescreen': 6, 'confirm': 6,
+        'largest': 4}
+
+
+def test_a_second_look_and_a_prediction_before_the_largest_size():
+  """`late` is hidden at the smallest size, and looks better at the next."""
+  frozen = studies.frozen(studies.plan(
+      variants=('good', 'late', 'bad'), seeds=MORE, largest='xl',
+      settings={'KEEP': 1}))
+  trainer = studies.Trainer(frozen, effects={
+      'good': 0.3, 'bad': -0.3, 'late': {'s': 0.02}}, noise=0.05)
+  *_, found = phases.run(frozen, trainer, anyway=True)
+  assert [*trainer.asked][-4:] == ['screen', 'rescreen', 'confirm', 'largest']
+  asked = lambda name: ({run.variant for run in trainer.asked[name]},
+                        {run.size for run in trainer.asked[name]})
+  assert asked('rescreen') == ({'base', 'late'}, {'m'})
+  assert asked('confirm')[1] == asked('noise')[1] == {'s', 'm', 'l'}
+  names = {row.variant for row in found.records['confirm']}
+  assert names == {'good', 'bad', 'late'}
+  assert asked('largest') == ({'base', *names}, {'xl'})
+  # It has the values that were tuned at the largest of the other sizes.
+  best = {row.variant: row.changes for row in found.records['tuned']
+          if (row.size, row.workload) == ('l', 'text')}
+  for run in trainer.asked['largest']:
+    if run.workload == 'text':
+      assert best[run.variant].items() <= run.changes.items()
+  # It was predicted when the largest size had not been asked for.
+  (name, rows, before), = trainer.foretold
+  assert name == 'largest' and 'largest' not in before
+  assert {row['variant'] for row in rows} == {'base', *names}
+  assert found.records['predicted']['rows'] == rows
+
+
+def test_a_prediction_is_frozen_once_and_says_whether_it_was_blind(
+    frozen, tmp_path):
+  plan = plans.adopted(tmp_path, frozen)
+  rows = [{'variant': 'base', 'value': 2.0, 'low': 1.9, 'high': 2.1}]
+  first = plans.predicted(tmp_path, plan, 'confirm', rows)
+  assert first['blind'] and first['plan'] == plan.hash
+  assert first['hash'] == layout.checksum(rows)
+  other = [rows[0] | {'value': 3.0}]
+  # Another runner, and whoever has seen the outcome, gets the first one.
+  assert plans.predicted(tmp_path, plans.load(tmp_path), 'confirm', other) == (
+      first)
+  assert plans.load(tmp_path).predictions == [first]
+  assert plans.adopted(tmp_path, frozen).predictions == [first]
+  path = tmp_path / 'study.json'
+  path.write_text(path.read_text().replace('1.9', '0.9'))
+  with pytest.raises(RequestError, match='is not as it was written'):
+    plans.load(tmp_path)
+  path.unlink()  # it is put back from the ledger
+  assert plans.adopted(tmp_path, frozen).predictions == [first]
+  # By a changed plan there is another, which is late once runs have begun.
+  with layout.StudyLedger(tmp_path) as ledger:
+    ledger.add_begun(plan.hash, [('confirm', 'text.s.base', 30_000)])
+  plan = plans.adopted(tmp_path, _with(frozen, effect=0.2), 'a reason')
+  late = plans.predicted(tmp_path, plan, 'confirm', other)
+  assert not late['blind'] and late['rows'] == other
+  assert plans.load(tmp_path).predictions == [first, late]
+
+
+def test_the_size_that_is_predicted_is_no_other_phases(folder):
+  text = ("SIZES['xl'] = {'model.d_model': 24}\nSEEDS.update(largest=3, "
+          "rescreen=3)\nKEEP = 2\nFLOOR = 0.5")
+  frozen = freeze.freeze(studies.write(folder, text))
+  plan = frozen.plan
+  assert (plan.sizes, plan.largest, plan.floor) == (('s', 'm', 'l'), 'xl', 0.5)
+  assert plan.tuned_sizes == plan.sizes and plan.settings == {'KEEP': 2}
+  assert {run.size for run in phases.PHASES['largest'].most(frozen)} == {'xl'}
+  assert not {'xl'} & {run.size for name in ('noise', 'tune', 'confirm')
+                       for run in phases.PHASES[name].most(frozen)}
+  # Embeddings cost no product on their way in; the head is one of d x vocab.
+  for row in frozen.points:
+    head = 6 * row['changes']['model.d_model'] * row['vocab']
+    assert row['flops_per_token'] * (1 - row['body']) == pytest.approx(head)
+  for more, told in (('', 'has 3 of them: this study has at least 4'),
+                     ("SIZES['xl'] = {'model.d_model': 24, "
+                      "'optim.decay_steps': 9}", 'optim.decay_steps at 0'),
+                     ("SIZES['xl'] = {'model.d_model': 24, "
+                      "'optim.schedule': 'constant'}", "must be 'wsd'")):
+    with pytest.raises(RequestError, match=told):
+      freeze.freeze(studies.write(folder, f"{more}\nSEEDS['largest'] = 3"))
 
 
 def _take(search, losses, steps=100, diverged=(), value=None):
@@ -666,11 +750,11 @@ def test_a_phase_more_is_one_entry(
   """It is planned, costed, run, told and reported where a study asks for it,
   be it over already; and what others have planned and found stays as it is."""
   blocks = [phase.block for phase in phases.PHASES.values()]
-  assert blocks[:4] == [0, 1, 2, 3] and len(set(blocks)) == len(blocks)
+  assert blocks == [0, 1, 2, 4, 3, 5]
   with pytest.raises(AssertionError):  # it would have the folder of a rung
-    phases.Phase(name='confirm-2', block=4, seeds=0)
+    phases.Phase(name='confirm-2', block=6, seeds=0)
   monkeypatch.setitem(phases.PHASES, 'confirmed', phases.Phase(
-      name='confirmed', block=4, seeds=0, constants={'GAP': 0.1},
+      name='confirmed', block=6, seeds=0, constants={'GAP': 0.1},
       enter=lambda plan, records: [row.variant for row in records['confirm']
                                    if row.verdict == decide.WORSE],
       narrow=lambda plan: dataclasses.replace(plan, sizes=plan.sizes[1:]),
@@ -687,7 +771,7 @@ def test_a_phase_more_is_one_entry(
   own = start(workdir, _with(frozen, seeds=plan.seeds, settings=plan.settings),
               until='confirmed', amend='to be sure')
   assert {(folder, seed) for folder, _, seed in own.did} == {
-      ('confirmed', frozen.plan.offset + 40_000 + i) for i in range(3)}
+      ('confirmed', frozen.plan.offset + 60_000 + i) for i in range(3)}
   (again,), c = read(workdir)['confirmed'], report.load(workdir)
   assert again['verdict'] == decide.WORSE and len(again['sizes']) == 2
   assert {row['phase'] for row in c.verdicts()} == {'confirm'}
@@ -765,14 +849,14 @@ def test_an_a_a_study_goes_through_all_phases(tmp_path):
   found = json.loads((workdir / 'results.json').read_text())
   assert all(row['finished'] and row['done'] == row['planned']
              for row in found['phases'].values())
-  assert [found['phases'][phase]['done'] for phase in phases.PHASES] == [
+  frozen = plans.load(workdir)
+  assert [found['phases'][phase]['done'] for phase in frozen.plan.seeds] == [
       3 * 2 * 3, 2 * 2, 2 * 3, 2 * 3 * 3]
   assert not any(x['diverged'] for x in found['outcomes'])
   verdict, = found['confirm']
   assert verdict['variant'] == 'twin'
   assert verdict['verdict'] != decide.UNSTABLE and verdict['n'] == 3
   # Each run has the plan in its record, and each confirmed one its documents.
-  frozen = plans.load(workdir)
   records = [run_config.starts(path.parent)[-1]['plan']
              for path in workdir.glob('*/points/*/*/config.json')]
   assert set(records) == {f'{frozen.hash} {plans.date(frozen.time)}'}
