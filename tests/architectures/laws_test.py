@@ -51,7 +51,8 @@ VARIANTS = [{part: tuple(values)[i % len(values)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('parts', VARIANTS, ids=lambda x: '-'.join(x.values()))
+@pytest.mark.parametrize('parts', models.long_but(VARIANTS[::2], VARIANTS),
+                         ids=lambda x: '-'.join(x.values()))
 def test_laws_of_a_variant(parts):
   changes = dict(parts)
   changes |= dict(attention='global') | ATTENTIONS[changes.pop('attention')]
@@ -249,9 +250,8 @@ MODELS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[] if name == 'mixers' else pytest.mark.long)
-    for name in MODELS])
+@pytest.mark.long
+@pytest.mark.parametrize('name', MODELS)
 def test_several_devices_are_one(name, capfd):
   system, changes = MODELS[name]
   c = step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)

@@ -130,6 +130,7 @@ def test_the_loss_of_both_sides_is_the_same(system, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_mixers_are_measured_as_they_say(tmp_path, monkeypatch, capsys):
   file = tmp_path / 'found.json'
   monkeypatch.setattr('sys.argv', [

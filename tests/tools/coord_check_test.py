@@ -11,8 +11,8 @@ WIDTHS = [32, 128]
 
 
 @pytest.fixture(scope='module', params=[
-    pytest.param(system, marks=[] if system == 'gpt' else pytest.mark.long)
-    for system in models.MUP if models.mixers_of(system) == {'attention'}])
+    system for system in models.MUP
+    if models.mixers_of(system) == {'attention'}])
 def rows(request):
   return {name: coord_check.output_sizes(
       request.param, name, WIDTHS, coord_check.Setting('adamw', 2e-3, 8), 3)
@@ -20,6 +20,7 @@ def rows(request):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_flat_in_mup_and_growing_in_the_standard_form(rows):
   said = {name: [coord_check.verdict(slope) for slope in row['slopes']]
           for name, row in rows.items()}

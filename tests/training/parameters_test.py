@@ -59,7 +59,8 @@ BERT = {'transform', 'transform_bias', 'transform_norm/scale',
 
 @pytest.mark.parametrize('write, system, drawn, left', [
     (_folder, 'bert', {'task/kernel', 'task/bias'}, BERT),
-    (_workdir, 'llama', {'task/kernel'}, {'head/kernel'})])
+    pytest.param(_workdir, 'llama', {'task/kernel'}, {'head/kernel'},
+                 marks=pytest.mark.long)])
 def test_a_head_begins_on_a_language_model(tmp_path, capsys, write, system,
                                            drawn, left):
   """All but the head of the task is theirs; both heads are listed."""

@@ -86,6 +86,7 @@ def folder(tmp_path_factory, texts):
   return folder
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_and_stop_after_the_same_step(folder):
   """SIGTERM to one of them stops both."""
   stopped, = [int(path.name) for path in (

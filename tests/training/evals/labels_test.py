@@ -84,7 +84,8 @@ def _evaluation(system, objective, source, length=32, **options):
 
 
 @pytest.mark.parametrize('system, objective', [
-    ('bert', 'classification'), ('gpt', 'regression')])
+    ('bert', 'classification'),
+    pytest.param('gpt', 'regression', marks=pytest.mark.long)])
 def test_each_record_has_the_answer_to_itself(system, objective, tmp_path):
   """In the file's order, from batches of several lengths, the last one filled
   up: each is what the model says of that text alone."""

@@ -71,6 +71,7 @@ def test_a_run_starts_from_a_model_without_adapters(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_merged_it_is_a_model_like_any_other(imported, started, tmp_path):
   """By `export`, from which other runs start: the same logits to the rounding
   of float32. Its adapters are not those that it was drawn with, which do

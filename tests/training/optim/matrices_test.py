@@ -244,8 +244,9 @@ def muon_of_optax():
 
 
 @pytest.mark.parametrize('sizes', [
-    None, dict(fsdp=2, expert=2, tensor=2), dict(data=2, tensor=4),
-    pytest.param(dict(fsdp=2, expert=4), marks=pytest.mark.long)], ids=str)
+    None, dict(fsdp=2, expert=2, tensor=2), *(pytest.param(
+        x, marks=pytest.mark.long) for x in (
+            dict(data=2, tensor=4), dict(fsdp=2, expert=4)))], ids=str)
 def test_muon_is_that_of_optax_on_any_mesh(sizes, capfd):
   tx = matrices.scale_by_muon(ROLES, 0.9)
   if sizes is None:
