@@ -17,6 +17,10 @@ and the shares of all sum to 1 or less:
   is enough finds no other looks. A look is free again, since it says the same.
   Where it would not, its runs were trained anew, which is a new question.
 
+Noise that is skewed or has outliers, by the differences from the base of all
+that was looked at so far, makes a test more cautious, as in studies
+(statistics.shape); where it lets nothing be said, there is no verdict.
+
 The exit code is 0 for better, 3 where that is not shown, and 4 for worse; as
 elsewhere 2 for a wrong request, such as too few seeds, and 1 for a failure.
 """
@@ -29,6 +33,8 @@ import math
 import pathlib
 import time
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from configs.errors import require
 from tools.compare import curves, decide, layout, page, spec, statistics
@@ -71,19 +77,28 @@ def share_of_question(before: int, together: int) -> float:
 class PairedTest(NamedTuple):
   """A test at a share of ALPHA: the interval holds 0 where `p_corrected` is
   above ALPHA; it is None where all differences are alike, so that their spread
-  is not known."""
+  is not known. All but the effect are None where the noise lets nothing be
+  said."""
   effect: float
   interval: tuple[float, float] | None
-  p: float
-  p_corrected: float
+  p: float | None
+  p_corrected: float | None
 
 
-def paired_test(differences: Sequence[float], share: float) -> PairedTest:
-  """Returns Student's test of paired differences, variant minus base."""
-  p = statistics.p_value(differences)
-  mean, low, high, _ = statistics.interval(differences, level=ALPHA * share)
+def paired_test(differences: Sequence[float], share: float,
+                pool: statistics.Pool | None = None) -> PairedTest:
+  """Returns Student's test of paired differences, variant minus base. By a
+  `pool`, t is as much smaller as the interval is wider: a share of ALPHA can be
+  less than any p that is counted among what was resampled."""
+  level = ALPHA * share
+  p = statistics.p_value(differences, pool)
+  mean, low, high, _ = statistics.interval(differences, pool, level)
+  if low is not None:
+    wider = ((mean - low if mean > 0 else high - mean)
+             / statistics.half_width(differences, level))
+    p = statistics.p_value(np.subtract(differences, mean * (1 - 1 / wider)))
   return PairedTest(mean, None if low is None else (low, high), p,
-                    min(p / share, 1.0))
+                    None if p is None else min(p / share, 1.0))
 
 
 def judged(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
@@ -111,11 +126,12 @@ def judged(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
     path = folder / FILE
     record = layout.load_checked(path) if path.is_file() else {
         'questions': [], 'looked': [], 'answers': []}
-    again, question = _question(record, folder, names, values)
+    again, question, pool = _question(record, folder, names, values)
     share *= question['share']
     test = (None if None in values.values()
-            else paired_test([*values.values()], share))
+            else paired_test([*values.values()], share, pool))
     verdict = (decide.UNSTABLE if lost[names[1]] > lost[names[0]] else
+               decide.NO_VERDICT if test and test.p is None else
                decide.NONE_SHOWN if test is None or test.p_corrected > ALPHA
                else decide.BETTER if test.effect < 0 else decide.WORSE)
     answer = {
@@ -191,9 +207,10 @@ def _changes(configs: Sequence[Sequence[Mapping]]) -> tuple[dict, list[str]]:
 
 
 def _question(record: dict, folder: pathlib.Path, names: tuple[str, str],
-              values: dict[int, float | None]) -> tuple[list[str], dict]:
-  """Returns a warning, if any, and the question that a pair has in a record,
-  into which it is put if it is a new one."""
+              values: dict[int, float | None]
+              ) -> tuple[list[str], dict, statistics.Pool | None]:
+  """Returns a warning, if any, the question that a pair has in a record, into
+  which it is put if it is a new one, and what its noise is like."""
   base, variant = names
   looked = next((x for x in record['looked'] if x['names'] == [*names]), None)
   now = [[seed, value] for seed, value in values.items()]
@@ -212,18 +229,31 @@ def _question(record: dict, folder: pathlib.Path, names: tuple[str, str],
                   'share': share_of_question(before, len(variants))})
     record['questions'].append(asked[-1])
   if looked is None:
-    record['looked'].append(looked := {'names': [*names], 'values': now})
-  elif not same or len(now) > len(looked['values']):
+    record['looked'].append(looked := {'names': [*names], 'values': []})
+  if not same or len(now) > len(looked['values']):
     looked['values'] = now
+    looked['noise'] = _pool(record['looked'], base)
+  pool = looked.get('noise')
   return [] if same else [
       f'the runs of {base} or {variant} are others than those that were looked '
-      'at before: this is a new question'], asked[-1]
+      'at before: this is a new question'], asked[-1], pool and statistics.Pool(
+          np.array(pool[0]), pool[1])
+
+
+def _pool(looked: Sequence[Mapping], base: str) -> list | None:
+  """Returns the Pool of the differences of all that was looked at from a base,
+  as JSON holds it: a look that is free again has the same."""
+  each = [[[value] for _, value in x['values'] if value is not None]
+          for x in looked if x['names'][0] == base]
+  noise = statistics.shape([np.array(x) for x in each if x])
+  pool = noise and noise.pool()
+  return pool and [pool.residuals.tolist(), pool.is_certain]
 
 
 def text(answer: dict[str, Any]) -> str:
   """Renders an answer for a terminal."""
   if answer['p'] is None:
-    figures = 'no difference of all seeds, since runs diverged'
+    figures = 'shows nothing, since runs diverged or its noise is too uneven'
   else:
     ends = answer['interval'] or (None, None)
     figures = page.estimate(answer['effect'], *ends).text + (

@@ -11,7 +11,7 @@ from scipy import stats
 from configs.errors import RequestError
 from tests.helpers import sweep_folder
 from tools.compare import __main__ as command
-from tools.compare import curves, judge
+from tools.compare import curves, judge, statistics
 
 SHIFT = {0: 0.0, 1: 0.01, 2: -0.02}
 
@@ -38,6 +38,27 @@ def test_an_answer_is_scipys_test_at_its_share():
       1 - 0.05 * 0.1))
   assert judge.paired_test([0.1] * 3, 0.5) == (
       pytest.approx(0.1), None, 0.25, 0.5)
+
+
+def test_a_tail_makes_an_answer_more_cautious():
+  """t is that of scipy over how much further its 95 % reach than Student's, at
+  any share; and where the noise lets nothing be said, there is no answer."""
+  d = -0.03 + 0.02 * np.random.default_rng(3).exponential(size=24)
+  looked = [{'names': ['base', 'a'], 'values': list(enumerate(d.tolist()))},
+            {'names': ['other', 'b'], 'values': [[0, 5.0]] * 3},
+            {'names': ['base', 'c'], 'values': [[0, None], [1, 0.1]]}]
+  residuals, is_certain = judge._pool(looked, 'base')
+  pool, t = statistics.Pool(np.array(residuals), is_certain), stats.ttest_1samp(
+      d, 0).statistic
+  _, left, right = pool.resampled(24)
+  assert t < 0 and left > 1.3 and right == 1 and is_certain
+  for share, is_shown in ((0.5, True), (0.02, False)):
+    test = judge.paired_test(d.tolist(), share, pool)
+    assert test.p == pytest.approx(2 * stats.t.sf(-t / left, 23))
+    assert (test.interval[1] < 0) == is_shown == (test.p_corrected <= 0.05)
+    assert judge.paired_test(d.tolist(), share).interval[1] < 0
+  far = statistics.Pool(np.array([0.001] * 9 + [1.0]), True)
+  assert judge.paired_test([-0.1, -0.11, -0.12], 0.5, far)[1:] == (None,) * 3
 
 
 def _loops(effect: float, loops: int = 2000, variants: int = 20
