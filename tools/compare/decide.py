@@ -264,7 +264,7 @@ def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
     if is_irregular(row) and sds.all():
       test['seen'] = apart
       row = dataclasses.replace(row, error=statistics.errs(
-          apart, sds, seeds, level))
+          apart, sds, seeds, level, len(plan.variants)))
   row = dataclasses.replace(row, sd=sd, smallest_effect=(
       statistics.smallest_effect(plan.power, seeds=seeds, **test)))
   if measure != plan.primary:
@@ -308,7 +308,9 @@ def announce(plan: Plan, rows: Sequence[Noise]) -> Announced:
       sentence += (f' The noise of the {words} does not look normal (p = '
                    f'{row.skew:.2g} by the skewness of the base\'s runs, '
                    f'{row.outliers:.2g} by the largest difference), so that '
-                   f'this is resampled from it, and at most '
+                   'this is resampled from it (and is less where the '
+                   'differences of the variants look so, too: the test is then '
+                   'more cautious), and at most '
                    f'{min(row.error * len(plan.variants), 1):.2g} of studies '
                    'without any effect find one, where '
                    f'{share:.2g} is planned.')

@@ -575,27 +575,45 @@ def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
 def _as_seen(seen: np.ndarray, sds: np.ndarray, n: np.ndarray
              ) -> tuple[np.ndarray, np.ndarray]:
   """Returns [DRAWS, sizes], the means of n seeds drawn from differences that
-  were seen, and the spread of their means over the sizes. Which of the two runs
-  of a pair is the first says nothing, so each is drawn with either sign."""
-  rng = np.random.default_rng(0)
-  shape = DRAWS, int(n.max())
-  drawn = seen[rng.integers(len(seen), size=shape)] * rng.choice(
-      (-1, 1), size=(*shape, 1)) * (sds / np.sqrt(np.mean(seen ** 2, axis=0)))
-  has = np.arange(shape[1]) < n[:, None]
-  means = np.einsum('dns,dn->ds', drawn, has * np.ones(shape)) / n[:, None]
+  were seen, and the spread of their means over the sizes."""
+  drawn = _drawn_as_seen(seen, sds, int(n.max()))
+  has = np.arange(drawn.shape[1]) < n[:, None]
+  means = np.einsum('dns,dn->ds', drawn, has * np.ones(
+      drawn.shape[:2])) / n[:, None]
   apart = (drawn.mean(2) - means.mean(1)[:, None]) ** 2
   return means, np.sqrt((apart * has).sum(1) / (n - 1))
 
 
-def errs(seen: np.ndarray, sds: Sequence[float], seeds: int, level: float
-         ) -> float:
-  """Returns how often studies whose noise is drawn from what was seen, and that
-  have no effect, find one at a level."""
-  from scipy.special import stdtrit
-  means, spread = _as_seen(seen, np.asarray(sds), np.array([seeds]))
-  half = stdtrit(seeds - 1, 1 - level / 2) * spread / math.sqrt(seeds)
-  alike = np.ptp(np.sign(means), axis=1) == 0
-  return float(np.mean((np.abs(means.mean(1)) > half) & alike))
+def _drawn_as_seen(seen: np.ndarray, sds: np.ndarray, n: int) -> np.ndarray:
+  """Returns [DRAWS, n, sizes], drawn from differences that were seen. Which of
+  the two runs of a pair is the first says nothing, so each is drawn with either
+  sign."""
+  rng = np.random.default_rng(0)
+  return seen[rng.integers(len(seen), size=(DRAWS, n))] * rng.choice(
+      (-1, 1), size=(DRAWS, n, 1)) * (sds / np.sqrt(np.mean(seen ** 2, axis=0)))
+
+
+def errs(seen: np.ndarray, sds: Sequence[float], seeds: int, level: float,
+         variants: int = 1) -> float:
+  """Returns how often a variant without effect is found to have one at a level,
+  in studies of so many variants whose noise is drawn from what was seen: by
+  p_value, with what it resamples where a study's differences look so, too."""
+  drawn = _drawn_as_seen(seen, np.asarray(sds), seeds)
+  studies = drawn[:DRAWS // variants * variants].reshape(
+      -1, variants, *drawn.shape[1:])
+  means = studies.mean(3)
+  t = means.mean(2) / np.maximum(means.std(2, ddof=1), 1e-300) * seeds ** 0.5
+  from scipy.special import stdtr
+  # What is resampled finds nothing that Student's test does not find.
+  significant = (2 * stdtr(seeds - 1, -np.abs(t)) <= level) & (
+      np.ptp(np.sign(studies.mean(2)), axis=2) == 0)
+  wrong = 0
+  for study, row, own in zip(studies, means, significant):
+    noise = shape(study) if own.any() else None
+    pool = noise and noise.pool(lambda x: x.mean(1))
+    ps = [p_value(values, pool) for values in row[own]]
+    wrong += sum(p is not None and p <= level for p in ps)
+  return wrong / significant.size
 
 
 def _sizes(sd: float, sds: np.ndarray) -> tuple[int, np.ndarray, float]:

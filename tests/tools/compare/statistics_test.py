@@ -117,6 +117,26 @@ def test_power_resampled_from_much_normal_noise_is_that_of_normal_noise():
       0.05, abs=0.015)
 
 
+def test_the_announced_error_is_that_of_the_test_that_is_used():
+  """Of ten variants whose runs may end on a plateau: Student's test errs ten
+  times as often at its level, and what is done of such noise does not."""
+  seen, level = np.array([[0.01], [-0.02], [0.015], [1.0], [-0.012]]), 0.005
+  rng = np.random.default_rng(6)
+  shape = 300, 10, 5
+  drawn = rng.choice(seen[:, 0], shape) * rng.choice((-1, 1), shape)
+  student = stats.ttest_1samp(drawn, 0, axis=2).pvalue <= level
+  used = []
+  for study in drawn:
+    noise = statistics.shape([x[:, None] for x in study])
+    pool = noise and noise.pool()
+    used += [p is not None and p <= level for p in (
+        statistics.p_value(x, pool) for x in study)]
+  announced = statistics.errs(seen, seen.std(0, ddof=1), 5, level, 10)
+  assert np.mean(student) > 3 * level
+  assert announced == pytest.approx(np.mean(used), abs=0.004)
+  assert announced < np.mean(student) / 3
+
+
 def test_the_noise_of_documents_is_statsmodels_and_covers():
   """Of documents of unequal length; the mean of 2,000 such texts is where the
   interval says that it is."""
