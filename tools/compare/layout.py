@@ -384,8 +384,13 @@ class Ledger:
   Attributes:
     doubtful: whether a runner that holds runs has shown no sign of life since
       `recover` saw it first.
+    anew: what a new file has in place of one that was damaged.
+    again: what to do about one that cannot be used.
   """
   file, schema = 'ledger.sqlite', SCHEMA
+  anew = ('written anew from the folders of the runs; what had failed is taken '
+          'up again')
+  again = 'run the sweep again; what is done is known by what lies on disk'
 
   def __init__(self, workdir):
     self._path = pathlib.Path(workdir) / self.file
@@ -401,8 +406,7 @@ class Ledger:
             f'{self._path.name}.aside-{time.time_ns()}')
         self._path.rename(aside)
         print(f'warning: {self._path} is damaged ({short(damage)}): it is set '
-              f'aside as {aside.name}, and written anew from the folders of '
-              'the runs; what had failed is taken up again', file=sys.stderr)
+              f'aside as {aside.name}, and {self.anew}', file=sys.stderr)
         self._open()
     if damage and (self._path.parent / 'sweep.json').is_file():
       reconcile(workdir, self)
@@ -466,8 +470,7 @@ class Ledger:
       raise  # a mistake of ours
     except sqlite3.DatabaseError as error:
       raise EnvironmentFailure(
-          f'{self._path} cannot be used ({error}): run the sweep again; what '
-          'is done is known by what lies on disk') from error
+          f'{self._path} cannot be used ({error}): {self.again}') from error
 
   def add(self, rows: Iterable[tuple[str, int, Sequence[str]]]) -> None:
     """Adds (point, seed, tasks) where missing; a run that is done and owes a
@@ -569,6 +572,9 @@ class StudyLedger(Ledger):
   """WORKDIR/study.sqlite: every plan that a study had, and each run that began
   in a new folder. Rows are only ever added."""
   file, schema = 'study.sqlite', STUDY_SCHEMA
+  anew = ('begun anew; the plan is that of study.json, and the report counts '
+          'the runs whose beginning is no longer known')
+  again = 'run the study again; its runs have ledgers of their own'
 
   def add_plan(self, hash: str, tree: Any) -> None:
     self._change('INSERT INTO plans (time, hash, tree) VALUES (?, ?, ?)',
