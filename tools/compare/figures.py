@@ -205,7 +205,7 @@ def by_size(c) -> Any:
   columns = min(len(plan.measures) - 1, 4)
   rows = math.ceil((len(plan.measures) - 1) / columns)
   # Those of one size stand a little apart, so that no interval hides another.
-  apart = min(0.06, 0.7 / len(c.variants))
+  apart = min(0.12, 0.7 / len(c.variants))
   with style('measures'):
     figure, grid = pyplot.subplots(rows, columns, squeeze=False, figsize=(
         PAGE if columns > 1 else COLUMN, 1.9 * rows + 0.6))
@@ -217,19 +217,26 @@ def by_size(c) -> Any:
                   if (values := c.values('confirm', name, size, measure))}
         if not scores:
           continue
-        for x, each in scores.items():
-          _dots(axes, [x + apart * (i - len(c.variants) / 2)] * len(each), each,
-                look[name]['color'])
+        for x, each in scores.items():  # not behind their mean
+          _dots(axes, [x + apart * (i - (len(c.variants) + 1) / 2)] * len(each),
+                each, look[name]['color'])
         axes.errorbar(
             [x + apart * (i - len(c.variants) / 2) for x in scores],
             [sum(each) / len(each) for each in scores.values()],
             [statistics.half_width(each) if each[2:] else math.nan
              for each in scores.values()], elinewidth=0.8, marker='o',
             markersize=2.5, label=label[name], **look[name])
+      low, high = axes.get_ylim()  # of the runs
       axes.axhline(measure.chance, color=SOFT, linewidth=0.8,
                    linestyle=_DASHED, zorder=0)
+      # With it in sight, runs that are alike would be one dot.
+      is_far = bool(max(low - measure.chance, measure.chance - high)
+                    > 3 * (high - low))
+      if is_far:
+        axes.set_ylim(low, high)
       axes.set_xticks(range(len(plan.sizes)), plan.sizes)
-      axes.set(title=measure.name,
+      axes.set(title=measure.name + (
+          f' (guessing: {measure.chance:.3g})' * is_far),
                ylabel='score' + measures.said(c.frozen, measure, ', '))
       axes.grid(axis='y')
     figure.legend(*grid[0, 0].get_legend_handles_labels(),
@@ -260,7 +267,8 @@ def of(c) -> list[page.Figure]:
     drawn.append(_drawn('measures', 'Other measures', (
         'Means over the seeds of the confirmation with their 95 % intervals, '
         'and each run as a dot; '
-        'the dashed line is what guessing gives.'), '', by_size(c)))
+        'the dashed line, or a number in the title, is what guessing gives.'),
+                        '', by_size(c)))
   return drawn
 
 

@@ -387,6 +387,12 @@ def test_every_run_is_a_dot_of_the_figures(study):
              for line in dots(axes)) == sum(
                  x.phase == 'confirm' and x.workload == 'mqar'
                  for x in c.outcomes)
+  # What guessing gives does not set the scale of runs that are alike.
+  alike = dataclasses.replace(c, outcomes=[x._replace(values={
+      name: 0.8 + 1e-3 * y for name, y in x.values.items()}) for x in (
+          c.outcomes)])
+  axes, = figures.by_size(alike).axes
+  assert axes.get_ylim()[0] > 0.7 and 'guessing: 0.1' in axes.get_title()
 
 
 def test_what_students_test_may_not_be_asked_is_said():
