@@ -97,11 +97,13 @@ def measured(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
         lambda x: x.curve['loss'][int(np.argmin(np.abs(_share(x) - 0.5)))],
         lambda x: x.curve['loss'][-1],
         lambda x: np.mean(np.array(x.curve['loss'])[_share(x) > 1 - LAST])))
-    factors += [
-        lowered('twice as many steps (from half-way to the end of these runs)',
-                half, last),
-        lowered('the mean loss over the last quarter of a run (averaged '
-                'parameters, optim.ema, do no worse)', last, late)]
+    factors.append(lowered(
+        'twice as many steps (from half-way to the end of these runs)', half,
+        last))
+    if not np.array_equal(last, late):  # more than one evaluation
+      factors.append(lowered(
+          'the mean loss over the last quarter of a run (averaged parameters, '
+          'optim.ema, do no worse)', last, late))
   return factors
 
 

@@ -646,6 +646,16 @@ def methods(frozen: plans.Frozen, announced: Mapping[str, Any] | None,
   """The paragraphs that a paper needs to say how a study was done, or will be:
   then nothing is announced yet."""
   plan, again = frozen.plan, as_planned.get('repeated', {}).get('confirm', 0)
+
+  def changes(row: Mapping) -> str:
+    """What a size and a workload change: most of it is as at the smallest."""
+    own, first = row['changes'], frozen.point(
+        plan.base, plan.sizes[0], row['workload'])['changes']
+    new = {name: x for name, x in own.items()
+           if (name, x) not in first.items()}
+    same = 0 < len(new) < len(own) and first.keys() <= own.keys()
+    return f'as at {plan.sizes[0]}, but ' * same + changed(new if same else own)
+
   seen = max((change['seen'].get('confirm', 0)
               for change in frozen.amendments), default=0)
   text = page.render(
@@ -653,7 +663,8 @@ def methods(frozen: plans.Frozen, announced: Mapping[str, Any] | None,
       seen=seen, again=again, otherwise=as_planned['differences'],
       date=plans.date, unknown=as_planned.get('unknown', 0),
       phases=phases_lib.of(plan.seeds),
-      primary=plan.primary, changed=changed, said=measures_lib.said,
+      primary=plan.primary, changed=changed, changes=changes,
+      said=measures_lib.said,
       shows=decide.can_show(plan), wider=f'{statistics.WIDER:g}',
       alone=alone, amount=measures_lib.amount(frozen, plan.effect),
       grid=[f'{name} in {{{", ".join(map(value, values))}}}'

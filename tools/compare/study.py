@@ -8,6 +8,8 @@ killed study goes on, several runners share one, and
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
+import io
 import math
 import pathlib
 import sys
@@ -25,8 +27,10 @@ from training import objectives
 # Times the loss of guessing, above which a run counts as diverged: one that
 # has learnt nothing ends near it.
 GUESSING = 1.2
-# To tell the hours of a plan: how many steps are timed, and how long at most.
-TIMED_STEPS, MOST_SECONDS = 8, 60.0
+# To tell the hours of a plan: how many steps are timed, and how long at most;
+# and the seconds of all steps of a study, below which its smallest size tells
+# enough: to start and to compile programs would take longer than they may err.
+TIMED_STEPS, MOST_SECONDS, SHORT_SECONDS = 8, 60.0, 900.0
 
 
 def check(args) -> int:
@@ -57,8 +61,9 @@ def timed(frozen: plans.Frozen, parallel: int, group: int) -> costs.Times:
   of the confirmation takes them, of a few steps in a folder that is removed.
 
   The smallest size comes first. What by its FLOPs would then take longer than
-  MOST_SECONDS is not trained: its time is that of the largest size that was,
-  times its FLOPs over those, and so rather too much.
+  MOST_SECONDS is not trained, nor is any other of a study that is short by
+  them: its time is that of the largest size that was, times its FLOPs over
+  those, and so rather too much.
 
   Raises:
     EnvironmentFailure: where the runs failed.
@@ -73,7 +78,8 @@ def timed(frozen: plans.Frozen, parallel: int, group: int) -> costs.Times:
   first, *others = sorted(rows, key=flops.get)
 
   def train(keys: Sequence[tuple[str, str]]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, (
+        contextlib.redirect_stdout(io.StringIO())):
       sweep = Trainer(folder, frozen, parallel, alike).trained('timed', [
           phases.run_of(frozen, 'screen', plan.base, *key, seed, {
               'eval.batches': 1, 'eval.tasks': ''},
@@ -86,13 +92,17 @@ def timed(frozen: plans.Frozen, parallel: int, group: int) -> costs.Times:
       seconds[key] = sum(point.curve(seed, 'train')['seconds'][-1] for seed in (
           point.runs)) / alike / run.config['train.steps']
 
+  def every() -> costs.Times:
+    last = max(seconds, key=flops.get)
+    return {key: seconds.get(key, seconds[last] * flops[key] / flops[last])
+            for key in rows}
+
   train([first])
   most = MOST_SECONDS / (seconds[first] * TIMED_STEPS * alike) * flops[first]
-  if within := [key for key in others if flops[key] <= most]:
-    train(within)
-  last = max(seconds, key=flops.get)
-  return {key: seconds.get(key, seconds[last] * flops[key] / flops[last])
-          for key in rows}
+  if sum(x.seconds for x in costs.of(frozen, group, every())) > SHORT_SECONDS:
+    if within := [key for key in others if flops[key] <= most]:
+      train(within)
+  return every()
 
 
 def run(args, submit: Callable[..., None]) -> int:
@@ -142,7 +152,7 @@ def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
     args: until, anyway, group and parallel, as add_arguments defines them.
   """
   each = costs.of(frozen, args.group, costs.known(workdir, frozen))
-  print(costs.table(each, args.parallel), flush=True)
+  print('', costs.table(each, args.parallel), '', sep='\n', flush=True)
   for found in phases.run(frozen, trainer, args.until, args.anyway):
     if args.anyway and found.weakness:
       _note(workdir, frozen, 'The study went on although it was too weak for '
@@ -150,8 +160,10 @@ def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
     results.write(workdir, frozen, found)
     phase = phases.PHASES[found.finished[-1]]
     runs = [x for x in found.outcomes if x.phase == phase.name]
+    # What is too weak to go on says all this as it ends.
+    on = args.anyway or not found.weakness
     print(f'{phase.name}: {len(runs)} runs, {sum(x.diverged for x in runs)} '
-          'diverged', *phase.told(found.records), sep='\n', flush=True)
+          'diverged', *phase.told(found.records) * on, sep='\n', flush=True)
     if len(found.finished) == 1 and None in [
         cost.seconds for cost in each]:  # their time is known by now
       print(costs.table(costs.of(frozen, args.group, costs.known(

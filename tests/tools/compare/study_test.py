@@ -685,6 +685,15 @@ def test_a_plan_that_was_written_over_is_refused(frozen, tmp_path):
     plans.load(tmp_path)
 
 
+def test_a_damaged_ledger_of_a_study_has_its_own_sentence(
+    frozen, tmp_path, capsys):
+  before = plans.adopted(tmp_path, frozen)
+  (tmp_path / 'study.sqlite').write_text('no ledger')
+  assert plans.adopted(tmp_path, frozen).hash == before.hash
+  told = capsys.readouterr().err
+  assert 'the plan is that of study.json' in told and 'failed' not in told
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_weak_study_goes_on_for_once_told_and_says_so(frozen, tmp_path):
@@ -727,6 +736,9 @@ def test_a_plan_has_hours_before_anything_has_run(
   monkeypatch.setattr(study, 'Trainer', studies.Written)
   args = types.SimpleNamespace(file=studies.write(folder), workdir='',
                                parallel=2, group=8)
+  # A short study is timed at its smallest size alone.
+  short = study.timed(frozen, 1, 8)
+  monkeypatch.setattr(study, 'SHORT_SECONDS', 0.0)
   assert study.check(args) == 0
   out = capsys.readouterr().out
   assert 'by the time of 8 steps of the base on this machine' in out
@@ -739,6 +751,7 @@ def test_a_plan_has_hours_before_anything_has_run(
            for size in 'sml']
   assert list(times.values()) == pytest.approx([
       0.5 * x / flops[0] for x in flops])
+  assert times == short
   monkeypatch.setattr(study.Trainer, 'work', lambda self, path, ledger: None)
   assert study.check(args) == 0
   out, err = capsys.readouterr()
