@@ -345,10 +345,12 @@ def _wanted(plan: Plan, row: Noise) -> str:
 
 
 def screen(plan: Plan, outcomes: Outcomes, phase='screen') -> list[Verdict]:
-  """Returns each variant's row at the smallest size. Where the plan names a
-  margin, one that is no worse than by it passes, too."""
+  """Returns the row of each variant that was run, at the smallest size. Where
+  the plan names a margin, one that is no worse than by it passes, too."""
+  ran = {variant for variant, *_ in of_phase(outcomes, phase)}
   rows = _family(plan, outcomes, phase, [
-      (v, plan.primary) for v in plan.variants], plan.sizes[:1], 'bh')
+      (v, plan.primary) for v in plan.variants if v in ran], plan.sizes[:1],
+                 'bh')
   lost = _lost_share(plan, outcomes, plan.primary)
   return [dataclasses.replace(row, verdict=(
       STOPPED_UNSTABLE if _too_many(plan, row.diverged, row.runs, lost)

@@ -326,6 +326,7 @@ def test_a_second_look_and_a_prediction_before_the_largest_size():
   asked = lambda name: ({run.variant for run in trainer.asked[name]},
                         {run.size for run in trainer.asked[name]})
   assert asked('rescreen') == ({'base', 'late'}, {'m'})
+  assert [row.variant for row in found.records['rescreen']] == ['late']
   assert asked('confirm')[1] == asked('noise')[1] == {'s', 'm', 'l'}
   names = {row.variant for row in found.records['confirm']}
   assert names == {'good', 'bad', 'late'}
