@@ -5,7 +5,8 @@
 
 lm_eval has no plugins: this registers the model `archetype`, which is then what
 --model says by default, adds training/evals/lm_eval_tasks to where tasks are
-looked for unless --include_path names another folder, and hands every word on.
+looked for unless --include_path names another folder, adds --log_samples to an
+--output_path, so that each item's score is kept, and hands every word on.
 --model_args takes workdir=DIR, step=N, add_bos_token=True or False,
 prefix_token_id=ID, max_length=N and max_gen_toks=N. All else is lm_eval's, but
 for batch sizes and devices, which follow from the texts' lengths and the run's
@@ -49,6 +50,8 @@ def _defaults(given: set[str]) -> list[str]:
     if not given & set(names):
       raise RequestError(f'pass {names[0]} {words}')
   found = [] if given & {'--model', '-M'} else ['--model', 'archetype']
+  if given & {'--output_path', '-o'}:  # each item's score, too
+    found.append('--log_samples')
   return found + ([] if '--include_path' in given else
                   ['--include_path', str(task.OWN)])
 

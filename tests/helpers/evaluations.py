@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
+import pytest
 
 from configs import base
 from configs import sharding as tables
@@ -50,4 +52,7 @@ def run(task: str, evaluation: Evaluation) -> dict[str, Any]:
   for name in in_training.numbers_of(figures, task):
     assert known is None or any(
         fnmatch.fnmatchcase(name.partition('/')[2], own) for own in known), name
+  for name, own in figures.get('items', {}).items():  # of which it is the mean
+    assert np.average(own['scores'], weights=own.get('weights')
+                      ) == pytest.approx(figures[name]), name
   return figures

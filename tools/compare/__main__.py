@@ -6,6 +6,7 @@ r"""Checks, runs, watches and reports a sweep or a study over a config.
   python -m tools.compare status runs/parts
   python -m tools.compare report runs/parts
   python -m tools.compare judge runs/loop/base runs/loop/rope --json
+  python -m tools.compare items runs/a runs/b
   python -m tools.compare fit runs/ladder --budgets=1e15,1e16
 
 A sweep is a file of configs/sweeps/: a base config, and points that change
@@ -34,6 +35,7 @@ COMMANDS = {
     'report': ('tools.compare.report', 'write the pages and tables'),
     'judge': ('tools.compare.judge', 'whether a variant is better, for loops '
               'that ask often'),
+    'items': ('tools.compare.items', 'whether two runs differ, item by item'),
     'fit': ('tools.compare.scaling', 'the scaling law of a ladder'),
 }
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from configs.errors import RequestError
 from tools.compare import layout
+from training.evals import items
 from training.evals.tasks.extrapolation import Text, loss_at
 from training.objectives import pipeline
 from training.workdir import metrics, run_config
@@ -43,6 +44,8 @@ class Run:
     rows: of its metrics.jsonl.
     evaluations: of its evaluation JSON, by task.
     longer: the losses past the training length that one of them found.
+    items: what each item scored, by the names of figures, as items.read gives
+      it; of the held-out loss they are the documents.
     strange: the fields in which its config is not the sweep's.
   """
   seed: int
@@ -53,6 +56,7 @@ class Run:
   evaluations: Mapping[str, Any]
   longer: Mapping[str, float] = dataclasses.field(default_factory=dict)
   strange: tuple[str, ...] = ()
+  items: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
 
   @property
   def held_out(self) -> dict[str, Any]:
@@ -235,11 +239,14 @@ def _run(workdir, description, point: str, seed: int, state: str, error: str
   except (AttributeError, LookupError, TypeError, ValueError) as error:
     raise RequestError(f'{folder / "eval.json"} is damaged: extrapolation: '
                        f'{error!r}') from error
+  scored = items.read(folder)
+  if 'documents/loss' in scored:
+    scored['loss'] = scored['documents/loss']
   return Run(
       seed, state, error, config,
       tuple(metrics.read(file)) if file.exists() else (), evaluations, longer,
       tuple(layout.differing(description, workdir, point, seed))
-      if started else ())
+      if started else (), scored)
 
 
 def _longer(task: Mapping[str, Any] | None, position: str | None

@@ -34,6 +34,7 @@ import numpy as np
 
 from tools.compare import statistics
 from tools.compare.plan import AGAIN, LOWER, Measure, Outcome, Plan
+from training.evals import items
 
 BETTER, WORSE, NONE_SHOWN = 'better', 'worse', 'no difference shown'
 DISAGREE, UNSTABLE = 'sizes disagree', 'unstable'
@@ -76,6 +77,8 @@ class Noise:
     power_within: with which a variant that has no effect is shown to be
       equivalent, where the plan names a margin.
     error: how often a study without effect finds one then, at `level`.
+    snr: of the measure: how far the means of the sizes are apart, over the
+      standard deviation of a run (Heineman et al. 2025, arXiv 2508.13144).
   """
   size: str
   measure: str
@@ -91,6 +94,7 @@ class Noise:
   outliers: float | None = None
   error: float | None = None
   power_within: float | None = None
+  snr: float | None = None
 
 
 class Announced(NamedTuple):
@@ -169,8 +173,11 @@ class Verdict:
       was cooled down at its budget.
     trend: by how much the effect grows for ten times the parameters of the
       base; of the primary measure in the confirmation, as are speed_ups.
-    text: half of the effect's 95 % interval over the documents of what is held
-      out, if they are known: what another text of the kind may change.
+    both: the effect over seeds and items crossed, if it is known what each item
+      scored (of the held-out loss: each document); n is the number of items,
+      and its p is not corrected.
+    item_noise: half of the effect's 95 % interval over the items alone: what
+      others of the kind may change.
   """
   variant: str
   measure: str
@@ -193,7 +200,8 @@ class Verdict:
   p_not_worse: float | None = None
   trend: Effect | None = None
   speed_ups: list[SpeedUp] = dataclasses.field(default_factory=list)
-  text: float | None = None
+  both: Effect | None = None
+  item_noise: float | None = None
   multipliers: list[SpeedUp] = dataclasses.field(default_factory=list)
 
 
@@ -224,6 +232,8 @@ def noise(plan: Plan, outcomes: Outcomes, phase='noise') -> list[Noise]:
   """
   runs = of_phase(outcomes, phase)
   rows = []
+  snrs = {m.name: _signal_to_noise(plan, runs, m) for m in plan.measures}
+  going = going_on(plan, snrs)
   for measure in plan.measures:
     both = {size: _both(runs, AGAIN, plan.base, size, measure)
             for size in plan.sizes}
@@ -234,9 +244,32 @@ def noise(plan: Plan, outcomes: Outcomes, phase='noise') -> list[Noise]:
         *((size, 'confirm', (size,)) for size in plan.sizes),
         (plan.sizes[0], 'screen', plan.sizes[:1]),
         (ALL, 'confirm', plan.sizes)):
-      rows.append(_noise_row(plan, measure, name, phase,
-                             [both[size] for size in sizes], rate))
+      row = _noise_row(going, measure, name, phase,
+                       [both[size] for size in sizes], rate)
+      rows.append(dataclasses.replace(row, snr=snrs[measure.name]))
   return rows
+
+
+def _signal_to_noise(plan: Plan, runs: Runs, measure: Measure) -> float | None:
+  each = [[x.values[measure.name] for name in (plan.base, AGAIN)
+           for x in runs.get((name, size, measure.workload), {}).values()
+           if measure.name in x.values and not x.diverged]
+          for size in plan.sizes]
+  if min(map(len, each)) < 2:
+    return None
+  noise = math.sqrt(np.mean([np.var(values, ddof=1) for values in each]))
+  signal = float(np.ptp([np.mean(values) for values in each]))
+  return signal / noise if noise else math.inf if signal else 0.0
+
+
+def going_on(plan: Plan, snrs: Mapping[str, float | None]) -> Plan:
+  """Returns the plan without the measures, the first one aside, that have less
+  signal to noise than it wants, and the workloads that have none then."""
+  measures = tuple(
+      m for m in plan.measures if m == plan.primary
+      or (snr := snrs.get(m.name)) is None or snr >= (plan.least_snr or 0.0))
+  return dataclasses.replace(plan, measures=measures, workloads=tuple(
+      x for x in plan.workloads if x in {m.workload for m in measures}))
 
 
 def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
@@ -245,7 +278,7 @@ def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
   # Tests that are corrected together where all variants pass the screening.
   tests = len(plan.variants)
   if phase == 'confirm' and measure != plan.primary:
-    tests *= len(plan.measures) - 1
+    tests *= max(len(plan.measures) - 1, 1)
   level, seeds = share / tests, plan.seeds[phase]
   by_seed = _differences_by_seed(sizes, measure)
   row = Noise(name, measure.name, phase, len(by_seed), None, seeds, level)
@@ -458,7 +491,7 @@ def _row(plan: Plan, sizes: Sequence[str], variant: str, measure: Measure,
   row = Verdict(
       variant, measure.name, *effect[1:6], None, each, ours, base, len(every),
       _more_diverge(pairs), '', means, statistics.robust_p(means),
-      shape and shape.p)
+      shape and shape.p, **_over_items(measure, pairs))
   if measure != plan.primary:
     return row
   if plan.margin:
@@ -466,7 +499,7 @@ def _row(plan: Plan, sizes: Sequence[str], variant: str, measure: Measure,
         ('p_equivalent', 'p_not_worse'), statistics.p_within(
             means, plan.margin, measure.sign, over))))
   return dataclasses.replace(
-      row, trend=_trend(measure, pairs, shape), text=_text(measure, pairs),
+      row, trend=_trend(measure, pairs, shape),
       multipliers=_multipliers(plan, sizes, pairs),
       speed_ups=_speed_ups(sizes, pairs))
 
@@ -562,18 +595,22 @@ def _ended(pairs: Mapping[int, tuple[Outcome, Outcome]]
   return [pair for pair in pairs.values() if not any(x.diverged for x in pair)]
 
 
-def _text(measure: Measure, sizes) -> float | None:
-  """Returns the noise of the held-out text in a mean effect on the loss: over
-  documents, of each of which the seeds and the sizes have one mean."""
-  each = [[(ours.documents, base.documents) for ours, base in _ended(pairs)]
-          for pairs in sizes]
-  texts = [x.get('tokens') for pairs in each for pair in pairs for x in pair]
-  if (measure.figure != 'loss' or not all(each) or None in texts
-      or any(text != texts[0] for text in texts)):
-    return None
-  means = [np.mean([np.subtract(ours['nats'], base['nats'])
-                    for ours, base in pairs], axis=0) for pairs in each]
-  return statistics.ratio_half_width(np.mean(means, axis=0), texts[0])
+def _over_items(measure: Measure, sizes) -> dict[str, Any]:
+  """Returns `both` and `item_noise` of a Verdict, of the seeds whose runs ended
+  at all sizes: of each item, a seed has one mean over these. {} where the items
+  are not known, or not the same in all runs."""
+  seeds = _differences_by_seed(sizes, measure)
+  scores = items.paired([x.items.get(measure.name) for x in pairs[seed]]
+                        for seed in seeds for pairs in sizes)
+  if scores is None:
+    return {}
+  ours, base, weights_Q = scores
+  values_SQ = (ours - base).reshape(len(seeds), len(sizes), -1).mean(1)
+  both, alone = (statistics.crossed(x_SQ, weights_Q)
+                 for x_SQ in (values_SQ, values_SQ.mean(0, keepdims=True)))
+  row = {} if alone.p is None else {'item_noise': alone.high - alone.mean}
+  return row if both.p is None or len(seeds) < 2 else row | {
+      'both': Effect(ALL, *both[:3], values_SQ.shape[1], both.p)}
 
 
 def _trend(measure: Measure, sizes, shape: statistics.Shape | None

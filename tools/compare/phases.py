@@ -108,7 +108,9 @@ def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
   """
   found = Found(trainer)
   for phase in of(frozen.plan.seeds):
-    found.records |= phase.run(frozen, found)
+    snrs = {row.measure: row.snr for row in found.records.get('noise', ())}
+    found.records |= phase.run(dataclasses.replace(
+        frozen, plan=decide.going_on(frozen.plan, snrs)), found)
     found.finished.append(phase.name)
     yield found
     if found.weakness and not anyway:

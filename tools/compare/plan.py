@@ -115,6 +115,8 @@ class Plan:
     replication: its number; another one is a study of the same with fresh
       seeds.
     offset: what is added to all of its seeds; None: nothing.
+    least_snr: the least signal-to-noise that the noise phase must give to a
+      measure which is not the primary one, for it to go on; None: none.
   """
   name: str
   question: str
@@ -140,6 +142,7 @@ class Plan:
   offset: int | None = None
   floor: float | None = None
   largest: str | None = None
+  least_snr: float | None = None
 
   @property
   def every_size(self) -> tuple[str, ...]:
@@ -170,8 +173,9 @@ class Outcome(NamedTuple):
     curve: of held-out loss: lists by 'step', 'tokens', 'flops', 'seconds',
       'loss', and 'warm': whether the learning rate had reached its height, from
       where on a law is fitted; {} of phases beside WITH_CURVES.
-    documents: of the held-out text, if it is kept: lists by 'nats' and
-      'tokens', as the task `documents` gives them.
+    items: what each item scored, of the measures of which it is kept: a record
+      of training/evals/items.py by the measure's name; of the held-out loss its
+      items are documents.
     cooled: whether the learning rate fell to the end of its schedule by the
       last step, without which a run is no run of its budget; None: not known.
     body: the share of `flops` that is not for products with the vocabulary;
@@ -190,7 +194,7 @@ class Outcome(NamedTuple):
   changes: dict
   loss: float = float('nan')
   curve: dict = {}
-  documents: dict = {}
+  items: dict = {}
   cooled: bool | None = None
   body: float | None = None
 

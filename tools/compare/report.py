@@ -151,7 +151,10 @@ class Comparison:
         'effect', 'low', 'high', 'n', 'p', 'p_corrected', 'p_robust',
         'p_equivalent', 'p_not_worse', 'diverged',
         'base_diverged')}
-    row['text'] = compared.get('text')
+    row['item_noise'] = compared.get('item_noise')
+    both = compared.get('both') or {}
+    row |= {f'both_{name}': both.get(name) for name in (
+        'effect', 'low', 'high', 'p')}
     row['verdict'] = (None if not is_verdict else self.standing(variant)
                       if phase == 'confirm' else compared.get('verdict'))
     trend = compared.get('trend') or {}
@@ -198,12 +201,13 @@ def _study(workdir) -> Comparison:
   if announced and not announced['enough']:
     warnings.append(announced['sentence'] + ' That no difference is shown does '
                     'not mean that there is none.')
-  if small := [row['variant'] for row in results.get('confirm', ())
-               if page.known(row['text']) and abs(row['effect']) < row['text']
+  if small := [f'{row["variant"]} in {row["measure"]}'
+               for row in results.get('confirm', ())
+               if row.get('both') and row['both']['p'] > frozen.plan.alpha
                and row['verdict'] in (decide.BETTER, decide.WORSE)]:
-    warnings.append(f'The difference of {", ".join(small)} is smaller than the '
-                    'noise of the held-out text: another text of its kind may '
-                    'show none.')
+    warnings.append(f'The difference of {"; ".join(small)} is not shown over '
+                    'seeds and items (documents, questions) together: other '
+                    'items of their kind may show none.')
   if edges := dict.fromkeys(row['variant'] for row in results['tuned']
                             if row['at_edge']):
     warnings.append('Tuning ended at the edge of what was tried for '
@@ -226,7 +230,8 @@ def _sweep(workdir) -> Comparison:
       plans.Outcome(
           'confirm', point.name, '', plans.TEXT, seed, values, False,
           spent.get('flops', math.nan), spent.get('seconds', math.nan),
-          point.params, point.changes, curve=point.curve(seed))
+          point.params, point.changes, curve=point.curve(seed),
+          items={name: x for name, x in run.items.items() if name in values})
       for point in sweep.points for seed, run in point.runs.items()
       if (values := _values(run))
       for spent in [{name: x[-1] for name, x in
@@ -445,7 +450,9 @@ def estimate_table(c: Comparison, name: str, title: str,
       mean: page.mean(row['mean'], row['sd']),
       'minus base': Cell(BASE, 0.0) if row['variant'] == c.plan.base
       else ends(row, 'effect'),
-      '± text': page.number(row['text']),
+      '± items': page.number(row['item_noise']),
+      'over seeds and items': ends(row, 'both_effect'),
+      'p over both': page.p_value(row['both_p']),
       'verdict': label(row['verdict'] or '', page.MARKS.get(
           row['verdict'], '')),
       'p': page.p_value(row['p'] if row['p_corrected'] is None else None),
@@ -581,6 +588,7 @@ def noise(c: Comparison) -> Table:
       'seeds': page.count(row['seeds']),
       'seeds needed': page.count(row['seeds_needed']),
       'power': page.number(row['power'], '.0%'),
+      'signal to noise': page.number(row.get('snr'), '.1f'),
       'p of skew': page.p_value(row.get('skew')),
       'p of outliers': page.p_value(row.get('outliers')),
       'error': page.number(row.get('error'), '.2g')}

@@ -86,18 +86,58 @@ def _is_even(values: Sequence[float]) -> bool:
   return float(np.std(values)) <= 1e-12 * abs(float(np.mean(values)))
 
 
-def ratio_half_width(totals: Sequence[float], sizes: Sequence[float]
-                     ) -> float | None:
-  """Returns half of the 95 % interval of sum(totals) / sum(sizes), a mean over
-  the parts of clusters that are a sample of many (Cochran 1977, section 2.11);
-  None for fewer than two clusters."""
-  from scipy.special import stdtrit
-  x, n = np.asarray(totals, float), np.asarray(sizes, float)
-  if len(x) < 2:
-    return None
-  rest = x - n * (x.sum() / n.sum())
-  error = math.sqrt(np.sum(rest ** 2) * len(x) / (len(x) - 1)) / n.sum()
-  return float(stdtrit(len(x) - 1, 0.975) * error)
+class Crossed(NamedTuple):
+  """A mean over seeds and items, its 95 % interval and its p; None where they
+  are too few, or all alike."""
+  mean: float
+  low: float | None
+  high: float | None
+  p: float | None
+
+
+def crossed(values_SQ: np.ndarray, weights_Q: Sequence[float] | None = None
+            ) -> Crossed:
+  """Returns what differences say, each of a seed and an item, where both are
+  samples of many; of one seed, over its items alone.
+
+  The variance of the mean is that of a two-way table of random effects (Searle,
+  Casella and McCulloch 1992, chapter 4): of the mean squares of the S seeds,
+  the Q items and the rest, (seeds + items - rest) / (S Q), with Satterthwaite's
+  degrees of freedom. It is at least that over the seeds alone. Weights make
+  the mean a ratio, whose residuals stand for the values (Cochran 1977, section
+  2.11).
+
+  Args:
+    values_SQ: one of each seed and item.
+    weights_Q: of the items; None: all count alike.
+  """
+  from scipy.special import stdtr, stdtrit
+  x_SQ = np.asarray(values_SQ, float)
+  S, Q = x_SQ.shape
+  mean = float(np.average(x_SQ.mean(0), weights=weights_Q))
+  if weights_Q is not None:
+    x_SQ = mean + (x_SQ - mean) * weights_Q / np.mean(weights_Q)
+  if Q < 2 or 1 < S < MIN_SEEDS or np.ptp(x_SQ) <= 1e-12 * abs(mean):
+    return Crossed(mean, None, None, None)
+  dfs = np.maximum((S - 1, Q - 1, (S - 1) * (Q - 1)), 1)
+  seeds_S1, items_Q = x_SQ.mean(1, keepdims=True) - mean, x_SQ.mean(0) - mean
+  squares = np.array([Q * np.sum(seeds_S1 ** 2), S * np.sum(items_Q ** 2),
+                      np.sum((x_SQ - seeds_S1 - items_Q - mean) ** 2)]) / dfs
+  variance = max(squares @ (1, 1, -1), squares[0])
+  df = max(variance ** 2 / np.sum(squares ** 2 / dfs), S - 1)
+  error = math.sqrt(variance / (S * Q))
+  half = float(stdtrit(df, 0.975)) * error
+  return Crossed(mean, mean - half, mean + half,
+                 float(2 * stdtr(df, -abs(mean) / error)))
+
+
+def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
+  """Returns the exact two-sided p of McNemar's test of items that are right (1)
+  or wrong (0)."""
+  from scipy.stats import binomtest
+  apart = np.sign(np.subtract(ours, theirs))
+  wins, losses = int(np.sum(apart > 0)), int(np.sum(apart < 0))
+  return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def p_value(values: Sequence[float], pool: Pool | None = None

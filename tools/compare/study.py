@@ -304,6 +304,8 @@ class Trainer:
         diverged, spent.get('flops', 0.0), spent.get('seconds', math.nan),
         point.params, dict(run.changes), loss,
         point.curve(run.seed) if run.phase in plans.WITH_CURVES else {},
-        {name: own.evaluations['documents'][name] for name in (
-            'nats', 'tokens') if 'documents' in own.evaluations},
+        {measure.name: own.items[measure.figure]
+         for measure in self._frozen.plan.of_workload(run.workload)
+         if measure.figure in own.items and run.phase not in (
+             'noise', 'tune')},
         curves.cooled(own.config), self._frozen.point_of(run).get('body'))

@@ -33,6 +33,9 @@ flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
 # Fields that no evaluation reads: `model` stands resolved beside them.
 UNREAD = ('seed', 'init_', 'model.', 'optim.', 'checkpoint.', 'log.')
+# Of a run's folder: what each item scored when it was evaluated last as it
+# trained (items.py).
+ITEMS = 'items.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +118,8 @@ class Task(NamedTuple):
   Attributes:
     help: what it reports, for --help.
     run: returns figures: a dict of numbers, lists and strings, which go into
-      --json after they have been printed for a reader.
+      --json after they have been printed for a reader; `items` is that of
+      items.py.
     unfit: config -> why such a run has nothing to measure; '': it has.
     check: (options, config) -> None; raises RequestError for options that
       cannot be honoured, and where this machine lacks something. The config is

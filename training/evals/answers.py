@@ -29,6 +29,7 @@ import numpy as np
 
 from configs.errors import require
 from training.data.records import Questions
+from training.evals import items
 from training.objectives import labelled
 
 # The names of what is measured; all but the first three only where questions
@@ -229,7 +230,12 @@ def figures(view: Questions, found: Sequence[Best]) -> dict[str, Any]:
         [answer.stretches[0][0] if answer.stretches else ''
          for answer in found], right,
         [answer.null_minus_best for answer in found])
-  return own
+  scores_N2 = 100 * np.array([score(answer.text, texts)
+                              for answer, texts in zip(found, right)])
+  names = [(question.question, context) for question, (context, _) in zip(
+      view.questions, view.contexts)]
+  return own | {'items': {kind: items.of(scores_N, names) for kind, scores_N
+                          in zip(('exact', 'f1'), scores_N2.T)}}
 
 
 def lines(own: dict[str, Any]) -> list[str]:

@@ -77,7 +77,7 @@ class Tasks:
     """
     evaluation = Evaluation(self._run, params, n, self._tokenizer, None,
                             workdir, self._programs)
-    found = Found({}, [])
+    found, items = Found({}, []), {}
     for name in names or self._names:
       printed = io.StringIO()
       try:
@@ -87,6 +87,8 @@ class Tasks:
       except progress.Stopped:
         return None
       found.figures.update(numbers_of(figures, name))
+      if 'items' in figures:
+        items[name] = {'items': figures['items']}
       # The fractions, not the counts.
       fractions = [f'{key.replace("_", " ")} {held_out.shown(value)}'
                    for key, value in figures.items()
@@ -94,6 +96,8 @@ class Tasks:
                    and not isinstance(value, numbers.Integral)]
       found.told.append(f'{name}: {"  ".join(fractions)}' if fractions
                         else printed.getvalue().rstrip())
+    if items:
+      evals.write(workdir / evals.ITEMS, {'step': n} | items)
     return found
 
 

@@ -12,6 +12,7 @@ from statsmodels.stats.multitest import multipletests
 
 from tools.compare import advice, decide, phases, statistics
 from tools.compare import plan as plans
+from training.evals import items
 
 SIZES = ('s', 'm', 'l')
 PARAMS = dict(zip(SIZES, (10_000, 100_000, 1_000_000)))
@@ -72,30 +73,65 @@ def test_the_confirmation_is_scipys_test_and_statsmodels_holm():
   assert [row.verdict for row in found] == ['better', 'no difference shown']
 
 
-def test_the_noise_of_the_text_is_that_of_the_mean_of_seeds_and_sizes():
+def test_items_are_compared_by_the_mean_of_sizes_of_each_seed():
   rng, tokens = np.random.default_rng(4), [10.0, 30.0, 20.0, 25.0]
-  nats = {}
+  losses = {}
 
   def with_documents(x):
-    own = nats[x.variant, x.size, x.seed] = rng.normal(60, 3, 4)
-    return x._replace(documents={'nats': own.tolist(), 'tokens': tokens})
+    own = losses[x.variant, x.size, x.seed] = rng.normal(3, 0.1, 4)
+    return x._replace(items={'loss': items.of(own, tokens, tokens)})
 
   outcomes = [*map(with_documents, _phase(
       'confirm', _values(), lost=[('b', 0, 0)]))]
   found = decide.confirm(PLAN, outcomes)
-  mean = lambda name, lost=(): np.mean([np.mean(
-      [nats[name, size, seed] - nats['base', size, seed]
-       for size_, seed in ((x.size, x.seed) for x in outcomes
-                           if x.variant == name)
-       if size_ == size and (size, seed) not in lost], 0) for size in SIZES], 0)
-  for row, lost in zip(found, ((), (('s', 30_000),))):
-    assert row.text == pytest.approx(statistics.ratio_half_width(
-        mean(row.variant, lost), tokens))
-  # Where the texts are not the same, or not known, nothing is said.
-  other = outcomes[0]._replace(
-      documents={'nats': [1.0] * 3, 'tokens': [1.0] * 3})
-  for first in (other, outcomes[0]._replace(documents={})):
-    assert decide.confirm(PLAN, [first, *outcomes[1:]])[0].text is None
+  seeds = sorted({x.seed for x in outcomes})
+  for row, own in zip(found, (seeds, seeds[1:])):
+    table = np.array([np.mean(
+        [losses[row.variant, size, seed] - losses['base', size, seed]
+         for size in SIZES], 0) for seed in own])
+    assert (row.both.effect, row.both.low, row.both.high, row.both.p
+            ) == pytest.approx(statistics.crossed(table, tokens))
+    alone = statistics.crossed(table.mean(0)[None], tokens)
+    assert row.item_noise == pytest.approx((alone.high - alone.low) / 2)
+  # Where they are not the same, or not known, nothing is said.
+  other = items.of([1.0] * 4, tokens[::-1], tokens[::-1])
+  for first in ({'loss': other}, {}):
+    row = decide.confirm(PLAN, [outcomes[0]._replace(items=first),
+                                *outcomes[1:]])[0]
+    assert (row.both, row.item_noise) == (None, None)
+
+
+def test_measures_go_on_by_their_signal_to_noise():
+  """Of a measure that rises by 1 from size to size, with a deviation of 0.1;
+  and of one that is noise alone."""
+  rng, plan = np.random.default_rng(8), dataclasses.replace(
+      PLAN, least_snr=5.0, measures=(PLAN.primary, *(
+          plans.Measure(name, 'text', f't/{name}', 'higher', 0.0)
+          for name in ('rises', 'noise'))))
+  outcomes = [
+      x._replace(values=x.values | {
+          'rises': SIZES.index(x.size) + rng.normal(0, 0.1),
+          'noise': rng.normal()})
+      for phase, names in (('noise', ('base', plans.AGAIN)), (
+          'confirm', ('base', *PLAN.variants)))
+      for x in _phase(phase, {name: rng.normal(size=(5, 3)) for name in names})]
+  rows = decide.noise(plan, outcomes)
+  snr = {row.measure: row.snr for row in rows}
+  values = np.array([[x.values['rises'] for x in outcomes if x.phase == 'noise'
+                      and x.size == size] for size in SIZES])
+  assert snr['rises'] == pytest.approx(np.ptp(values.mean(1)) / np.sqrt(
+      np.var(values, axis=1, ddof=1).mean()))
+  assert snr['rises'] > 15 and snr['noise'] < 2
+  going = decide.going_on(plan, snr)
+  assert [m.name for m in going.measures] == ['loss', 'rises']
+  assert going.workloads == ('text',)
+  # What does not go on is not in what the others are corrected by.
+  assert {row.level for row in rows if (row.measure, row.phase) == (
+      'rises', 'confirm')} == {plan.alpha / len(plan.variants)}
+  assert {row.measure for row in decide.confirm(going, outcomes)} == {
+      'loss', 'rises'}
+  alone = dataclasses.replace(plan, least_snr=None)
+  assert decide.going_on(alone, snr).measures == alone.measures
 
 
 def test_the_screening_is_scipys_test_at_the_smallest_size():

@@ -1,16 +1,23 @@
 """Intervals, p-values, power laws and speed-ups, beside scipy and statsmodels;
 and the power that is announced, beside studies that were drawn."""
 
+import json
+import math
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 import statsmodels.api as sm
+import statsmodels.formula.api as smf
+from statsmodels.stats import contingency_tables
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
 
-from tools.compare import statistics
+from configs.errors import RequestError
+from tools.compare import items, statistics
+from training.evals import items as eval_items
 
 COMPUTE = np.geomspace(1e10, 1e13, 20)
 KNOWN = 1e7  # degrees of freedom of a deviation that is known
@@ -145,14 +152,110 @@ def test_the_noise_of_documents_is_statsmodels_and_covers():
   losses = 0.02 + rng.normal(0, 0.05, sizes.shape)  # of a token, by document
   fit = sm.WLS(losses[0], np.ones(60), weights=sizes[0]).fit(
       cov_type='HC1', use_t=True)
-  half = statistics.ratio_half_width(losses[0] * sizes[0], sizes[0])
+  own = statistics.crossed(losses[:1], sizes[0])
   (low, high), = fit.conf_int()
-  assert half == pytest.approx((high - low) / 2)
-  means = (losses * sizes).sum(1) / sizes.sum(1)
-  covered = [abs(mean - 0.02) < statistics.ratio_half_width(x * n, n)
-             for mean, x, n in zip(means, losses, sizes)]
+  assert (own.low, own.high, own.p) == pytest.approx(
+      (low, high, fit.pvalues[0]))
+  covered = [own.low < 0.02 < own.high for own in (
+      statistics.crossed(x[None], n) for x, n in zip(losses, sizes))]
   assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
-  assert statistics.ratio_half_width([1.0], [2.0]) is None
+
+
+@pytest.mark.parametrize('seeds', [3, 5])
+@pytest.mark.parametrize('of_seeds, of_items, rest', [
+    (0.3, 0.05, 1), (0, 1, 0.3), (0.1, 0.5, 0.1), (0, 0, 1), (0.1, 0.5, 1)])
+def test_the_interval_over_seeds_and_items_covers(
+    seeds, of_seeds, of_items, rest):
+  """Of 2,000 tables whose seeds and items both have effects."""
+  rng, size = np.random.default_rng(5), (2000, seeds, 60)
+  tables = (rng.normal(0.1, of_seeds, size[:2] + (1,))
+            + rng.normal(0, of_items, (2000, 1, 60))
+            + rng.normal(0, rest, size))
+  found = [statistics.crossed(table) for table in tables]
+  assert np.mean([x.low < 0.1 < x.high for x in found]) == pytest.approx(
+      0.95, abs=0.02)
+
+
+def test_a_table_has_the_mean_squares_of_statsmodels():
+  rng = np.random.default_rng(6)
+  table = rng.normal(size=(4, 1)) + rng.normal(size=30) + rng.normal(
+      size=(4, 30))
+  rows, columns = np.indices(table.shape)
+  fit = smf.ols('y ~ C(s) + C(q)', pd.DataFrame(dict(
+      y=table.ravel(), s=rows.ravel(), q=columns.ravel()))).fit()
+  anova = sm.stats.anova_lm(fit)
+  squares, dfs = (anova['sum_sq'] / anova['df']).values, anova['df'].values
+  variance = squares @ (1, 1, -1)
+  df = variance ** 2 / (squares ** 2 / dfs).sum()
+  assert squares[0] < variance and df > 3
+  low, high = stats.t.interval(
+      0.95, df, table.mean(), math.sqrt(variance / table.size))
+  own = statistics.crossed(table)
+  assert own[:3] == pytest.approx((table.mean(), low, high))
+  # The p is that of the level at which the interval ends at 0.
+  assert stats.t.isf(own.p / 2, df) * (high - table.mean()) == pytest.approx(
+      abs(table.mean()) * stats.t.isf(0.025, df))
+  assert statistics.crossed(table[:2])[1:] == (None,) * 3
+  assert statistics.crossed(np.ones((4, 30)))[1:] == (None,) * 3
+  assert statistics.crossed(table[:, :1])[1:] == (None,) * 3
+
+
+def test_paired_items_show_what_two_standard_errors_do_not(tmp_path):
+  """As in issue 3831 of lm_eval and its mend: of 220 questions two models
+  answer 140 and 122 rightly, and of 42 one alone does."""
+  right = np.repeat([[0, 0], [0, 1], [1, 0], [1, 1]], [68, 12, 30, 110], 0).T
+  for name, own in zip('ab', right):
+    folder = tmp_path / name / 'model'
+    folder.mkdir(parents=True)
+    (folder / 'results_now.json').write_text(json.dumps({'results': {
+        'arc_easy': {'acc,none': own.mean(), 'perplexity,none': 3.0}}}))
+    (folder / 'samples_arc_easy_now.jsonl').write_text('\n'.join(json.dumps(
+        {'filter': 'none', 'doc_hash': str(i), 'acc': x, 'perplexity': -1.0})
+        for i, x in enumerate(own.tolist())))
+  row, = items.compared(str(tmp_path / 'b'), str(tmp_path / 'a'))
+  error = np.sqrt(np.sum(right.mean(1) * (1 - right.mean(1)) / 219))
+  unpaired = 2 * stats.norm.sf(row['effect'] / error)
+  assert (f'{unpaired:.3f}', f'{row["p"]:.3f}') == ('0.080', '0.008')
+  assert row['p'] == pytest.approx(contingency_tables.mcnemar(
+      [[110, 30], [12, 68]], exact=True).pvalue)
+  assert [row['low'], row['high']] == pytest.approx(
+      [*stats.ttest_rel(*right).confidence_interval()])
+  assert (row['figure'], row['base'], row['test']) == (
+      'arc_easy/acc', pytest.approx(122 / 220), 'McNemar')
+  assert '+0.0818 [+0.0247, +0.1390]  McNemar  0.0079' in items.text([row])
+  assert statistics.mcnemar(right[0], right[0]) == 1
+
+
+def test_runs_of_seeds_are_compared_over_seeds_and_items(tmp_path):
+  """Some scores stand in eval.json, some are of the evaluation in training."""
+  scores = np.random.default_rng(7).normal(size=(2, 3, 20))
+  weights = np.arange(1.0, 21)
+  for name, of_seeds in zip('ab', scores):
+    for seed, own in enumerate(of_seeds):
+      folder = tmp_path / name / f'seed-{seed}'
+      folder.mkdir(parents=True)
+      for file, task, scored in (
+          ('eval.json', 'documents', {
+              'loss': eval_items.of(own, [1], weights)}),
+          ('items.json', 'probe', {
+              'accuracy': eval_items.of(own, [seed]),
+              'rows_right': eval_items.of(own > 0, [name])})):
+        (folder / file).write_text(json.dumps({
+            'step': 8, task: {'items': scored}}))
+  a, b = str(tmp_path / 'a'), str(tmp_path / 'b')
+  row, = items.compared(a, b)
+  table = statistics.crossed(scores[1] - scores[0], weights)
+  assert (row['effect'], row['low'], row['high'], row['p']) == pytest.approx(
+      table)
+  assert (row['figure'], row['items'], row['seeds']) == (
+      'documents/loss', 20, 3)
+  one = [row['figure'] for row in items.compared(
+      f'{a}/seed-1', f'{b}/seed-1')]
+  assert one == ['documents/loss', 'probe/accuracy']
+  with pytest.raises(RequestError, match='no figure of the same items'):
+    items.compared(f'{a}/seed-1/items.json', f'{b}/seed-2/items.json')
+  with pytest.raises(RequestError, match='of the same seeds'):
+    items.compared(a, f'{b}/seed-1')
 
 
 def test_corrected_p_values_are_those_of_the_papers():

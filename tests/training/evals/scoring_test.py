@@ -223,6 +223,27 @@ def test_what_lm_eval_refuses_is_a_sentence_and_a_fault_of_ours_is_none():
 
 
 @needs_lm_eval
+def test_each_item_of_lm_eval_has_its_score(tmp_path):
+  """Also of a task whose perplexity is no mean of its items."""
+  for name, rows in (
+      ('blimp', [dict(sentence_good=f'{x} b', sentence_bad=f'{x} c',
+                      linguistics_term='xy'[i % 2])
+                 for i, x in enumerate('defg')]),
+      ('cloze', [dict(text='a b'), dict(text='c d')])):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  evaluation = evaluations.make(
+      evaluations.config('gpt', 'causal', num_layers=1),
+      lm_eval_data=str(tmp_path))
+  found = evaluations.run('lm_eval:blimp_files', evaluation)
+  own = found['items']['acc']
+  assert len(own['scores']) == found['examples']['blimp_files'] == 4
+  assert {*own['scores']} <= {0, 1}
+  again = evaluations.run('lm_eval:cloze_files', evaluation)['items']
+  assert again.keys() == {'acc'} and len(again['acc']['scores']) == 2
+
+
+@needs_lm_eval
 def test_a_text_begins_as_in_the_training_of_the_weights(tmp_path, monkeypatch):
   ids = tokenizers.load('bytes').special_ids
   begins = lambda step: _model(tmp_path, step=step).prefix_token_id

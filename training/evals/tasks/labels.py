@@ -28,7 +28,7 @@ import numpy as np
 import architectures
 from configs.errors import require
 from training.data import labelled, records, sources
-from training.evals import Evaluation, Flag, Task, answers, held_out
+from training.evals import Evaluation, Flag, Task, answers, held_out, items
 from training.evals.tasks import writing
 from training.objectives import pipeline
 from training.workdir import storage
@@ -145,6 +145,7 @@ def _classified(names: Sequence[str], targets: np.ndarray, found: np.ndarray,
       targets, found, **labels)
   occur = np.union1d(targets, found)
   macro = float(np.mean(f1[occur[occur < count]]))
+  right = {'accuracy': items.of(found == targets, _asked(predictions))}
   figures = {
       'accuracy': float(metrics.accuracy_score(targets, found)),
       'f1': float(f1[1]) if count == 2 else macro, 'f1_macro': macro,
@@ -157,7 +158,7 @@ def _classified(names: Sequence[str], targets: np.ndarray, found: np.ndarray,
       targets, found, target_names=names[:count], digits=4, **labels)
   return Measured(
       figures | {'rows': len(targets), 'by_label': each, 'labels': [*names],
-                 'confusion': confusion.tolist()},
+                 'confusion': confusion.tolist(), 'items': right},
       [f'{len(targets):,} records', *_lines(figures), *report.splitlines()],
       _jsonl(predictions))
 
@@ -179,7 +180,10 @@ def of_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
              'mean_absolute_error': float(np.mean(np.abs(error)))}
   predictions = [_record(record) | {'predicted': float(value)}
                  for record, value in zip(view.records, found)]
-  return Measured(figures | {'rows': len(targets)},
+  return Measured(figures | {'rows': len(targets), 'items': {
+      name: items.of(each, _asked(predictions)) for name, each in (
+          ('mean_squared_error', error ** 2),
+          ('mean_absolute_error', np.abs(error)))}},
                   [f'{len(targets):,} records', *_lines(figures)],
                   _jsonl(predictions))
 
@@ -269,6 +273,10 @@ def _jsonl(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
 def _record(record: Any) -> dict[str, Any]:
   return {'where': record.where.rstrip(','), 'texts': [*record.texts],
           'label': record.label}
+
+
+def _asked(predictions: Iterable[dict[str, Any]]) -> list[tuple]:
+  return [(row.get('texts'), row['label']) for row in predictions]
 
 
 def _lines(figures: dict[str, float]) -> list[str]:

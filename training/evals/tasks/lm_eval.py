@@ -17,7 +17,7 @@ import traceback
 from typing import Any
 
 from configs.errors import EnvironmentFailure, RequestError, hint, require
-from training.evals import Evaluation, Flag, Task, scoring
+from training.evals import Evaluation, Flag, Task, items, scoring
 
 OWN = pathlib.Path(__file__).parents[1] / 'lm_eval_tasks'
 # Of what is resampled for a standard error; means have one without.
@@ -40,23 +40,31 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
         limit=options.lm_eval_limit or None,
         num_fewshot=None if options.lm_eval_fewshot < 0
         else options.lm_eval_fewshot, task_manager=_manager(options),
-        bootstrap_iters=BOOTSTRAPS, log_samples=False, random_seed=None,
+        bootstrap_iters=BOOTSTRAPS, log_samples=True, random_seed=None,
         numpy_random_seed=None, torch_random_seed=None)
   figures: dict[str, float] = {}
   errors: dict[str, float] = {}
+  records: dict[str, dict] = {}
+
+  def samples(task: str) -> list[dict]:
+    return found['samples'].get(task) or [
+        row for part in found['group_subtasks'].get(task, ())
+        for row in samples(part)]
+
   for task, row in found['results'].items():
+    before = '' if names == [task] else f'{task}/'
     for name, value in row.items():
-      figure, _, kind = name.partition(',')
       if isinstance(value, float):
-        into = errors if figure.endswith('_stderr') else figures
-        into[('' if names == [task] else f'{task}/')
-             + figure.removesuffix('_stderr')
-             + ('' if kind in ('', 'none') else f' ({kind})')] = value
+        into = errors if '_stderr' in name else figures
+        into[before + items.called(name.replace('_stderr', ''))] = value
+    records |= {before + name: record for name, record in items.of_samples(
+        row, samples(task)).items()}
   for name, value in figures.items():
     print(f'  {name:<40} {value:>10.4f}'
           + (f' ± {errors[name]:.4f}' if name in errors else ''))
   return figures | {'stderr': errors, 'examples': {
-      task: n['effective'] for task, n in found['n-samples'].items()}}
+      task: n['effective'] for task, n in found['n-samples'].items()},
+                    'items': records}
 
 
 @contextlib.contextmanager
@@ -138,4 +146,4 @@ TASKS = {'lm_eval': Task(
              2**31 - 1),
         Flag('lm_eval_fewshot', -1, 'Examples before each question; -1: as the '
              'task says.', -1, 1000)),
-    argument='lm_eval', beside=('stderr', 'examples'))}
+    argument='lm_eval', beside=('stderr', 'examples', 'items'))}

@@ -32,7 +32,8 @@ import numpy as np
 from configs.errors import one_of, require
 from training import generate, objectives, progress
 from training.data import sources, tokens
-from training.evals import Evaluation, Flag, Task, held_out, scoring, without
+from training.evals import Evaluation, Flag, Task, held_out, items, scoring
+from training.evals import without
 from training.runs import make_eval_step
 
 
@@ -251,9 +252,9 @@ def bound_program(module: Any, config: Any, mask: int, count: int):
 
 
 def documents(evaluation: Evaluation) -> dict[str, Any]:
-  """Returns the nats and the tokens of each document, as parts of the means
-  over all, of the rows that training evaluates after its last step: from their
-  spread follows what another text of the kind would give. Documents beside each
+  """Returns the loss of each document, whose weights are its tokens, of the
+  rows that training evaluates after its last step: from their spread follows
+  what another text of the kind would give. Documents beside each
   other are taken together where there are more than DOCUMENTS. Of several
   sources each counts by its weight.
   """
@@ -282,7 +283,8 @@ def documents(evaluation: Evaluation) -> dict[str, Any]:
     nats, counts = nats + seen[0].tolist(), counts + seen[1].tolist()
   loss = sum(nats) / sum(counts)
   print(f'loss of {len(nats):,} documents: {loss:.4f}')
-  return {'loss': loss, 'nats': nats, 'tokens': counts}
+  return {'loss': loss, 'items': {'loss': items.of(
+      np.divide(nats, counts), counts, counts)}}
 
 
 def documents_program(module: Any, config: Any):
@@ -314,8 +316,8 @@ TASKS = {
                  "WikiText's tokenisation, as lm_eval does, before the text is "
                  'read.', needs='stride'))),
     'documents': Task(
-        'the nats and tokens of each held-out document, of the rows that '
-        'training evaluates', documents, without(
+        'the loss of each held-out document, of the rows that training '
+        'evaluates', documents, without(
             lambda objective: objective.every_token,
             'does not predict every token, so it has no loss of a document'),
         figures=('loss',)),

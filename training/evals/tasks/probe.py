@@ -28,7 +28,7 @@ from configs.errors import one_of
 from training import objectives
 from training.data import probes
 from training.distributed import devices
-from training.evals import Evaluation, Flag, Task, without
+from training.evals import Evaluation, Flag, Task, items, without
 from training.objectives import pipeline
 
 FACTORS = (2, 4)  # lengths beyond training
@@ -55,6 +55,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
         f'{probe.level:>20} {"length":>7} {"accuracy":>9} {"95 %":>16} '
         f'{"rows right":>11} {"95 %":>16}')
   figures: dict[str, Any] = {'level': {}, 'beyond': {}, 'table': []}
+  rows_2R: list[np.ndarray] = []
   reach = positions.reach(evaluation.run.model)
   shown = lambda bounds: f'[{bounds[0]:.4f}, {bounds[1]:.4f}]'
   for cell in cells(settings, probe.grows, probe.longer):
@@ -64,12 +65,13 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
     if reason:
       print(f'{cell.level:>20} {cell.length:>7}   refused: {reason}')
       continue
-    own = measured(evaluation, cell, rows)
+    own, each_2R = measured(evaluation, cell, rows)
     print(f'{cell.level:>20} {cell.length:>7} {own["accuracy"]:>9.4f} '
           f'{shown(own["accuracy_95"])} {own["rows_right"]:>11.4f} '
           f'{shown(own["rows_right_95"])}')
     figures['table'].append(cell._asdict() | own)
     if cell.beyond == 1:
+      rows_2R.append(each_2R / [[1], [own['answers']]])
       figures['level'][f'{cell.level:g}'] = own['accuracy']
     else:
       figures['beyond'][f'{cell.beyond}x'] = own['accuracy']
@@ -78,7 +80,11 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
     figures[name] = float(np.mean([row[name] for row in trained]))
   print(f'the mean over the levels of training: accuracy '
         f'{figures["accuracy"]:.4f}, rows right {figures["rows_right"]:.4f}')
-  return figures | {'rows': rows}
+  share_N, weights_N = np.concatenate(rows_2R, axis=1)
+  names = config.data.source, settings, probes.held_out_seed(config), rows
+  return figures | {'rows': rows, 'items': {
+      'accuracy': items.of(share_N, names, weights_N),
+      'rows_right': items.of(share_N == 1, names)}}
 
 
 def cells(settings: Any, grows: bool, longer: bool = True) -> Iterator[Cell]:
@@ -98,8 +104,11 @@ def cells(settings: Any, grows: bool, longer: bool = True) -> Iterator[Cell]:
                settings.length * factor, factor)
 
 
-def measured(evaluation: Evaluation, cell: Cell, count: int) -> dict[str, Any]:
-  """Returns the figures of `count` held-out rows of one level and length."""
+def measured(evaluation: Evaluation, cell: Cell, count: int
+             ) -> tuple[dict[str, Any], np.ndarray]:
+  """Returns the figures of `count` held-out rows of one level and length; and
+  [2, rows]: the share of the answers of each that are right, and how many it is
+  asked for."""
   run_, config = evaluation.run, evaluation.run.config
   config = config.copy_and_resolve_references()
   config.data.length = cell.length
@@ -112,29 +121,28 @@ def measured(evaluation: Evaluation, cell: Cell, count: int) -> dict[str, Any]:
       *devices.batch_shard(run_.place, config.data.batch_size))
   objective = objectives.of(config)
   step = evaluation.program(_counts(run_.module, objective), 'probe')
-  total = sum(np.asarray(counts, np.float64) for counts in evaluation.results(
-      step, loader, f'{probes.of(config).level}: {cell.level}'))
-  right, asked, whole, seen, squares = map(float, total)
+  right_R, asked_R = np.concatenate([*evaluation.results(
+      step, loader, f'{probes.of(config).level}: {cell.level}')],
+          axis=1).astype(float)
+  right_R, asked_R = right_R[asked_R > 0], asked_R[asked_R > 0]
+  asked, seen = asked_R.sum(), len(asked_R)
+  accuracy, whole = right_R.sum() / asked, np.mean(right_R == asked_R)
   return dict(
-      accuracy=right / asked,
-      accuracy_95=wilson(right / asked, asked ** 2 / squares),
-      rows_right=whole / seen, rows_right_95=wilson(whole / seen, int(seen)),
-      answers=int(asked), rows=int(seen))
+      accuracy=float(accuracy),
+      accuracy_95=wilson(accuracy, asked ** 2 / np.sum(asked_R ** 2)),
+      rows_right=float(whole), rows_right_95=wilson(whole, seen),
+      answers=int(asked), rows=seen), np.stack([right_R / asked_R, asked_R])
 
 
 def _counts(module: Any, objective: Any):
-  """Returns step(params, batch) -> [right answers, answers, rows all right,
-  rows, the sum over rows of their answers squared]."""
+  """Returns step(params, batch) -> [2, B]: of each row the answers that are
+  right, and those that it is asked for; 0 of what fills a batch up."""
   def step(params: Any, batch: Any):
     output = objective.apply(module, params, batch)
     right_BL = objectives.token_losses(output.hidden, output.head,
                                        batch['targets']).correct
     asked_BL = batch['weights'] > 0
-    row_B = asked_BL.any(1)
-    whole_B = row_B & (right_BL | ~asked_BL).all(1)
-    return jnp.stack([(right_BL & asked_BL).sum(), asked_BL.sum(),
-                      whole_B.sum(), row_B.sum(),
-                      (asked_BL.sum(1) ** 2).sum()])
+    return jnp.stack([(right_BL & asked_BL).sum(1), asked_BL.sum(1)])
 
   return step
 

@@ -18,7 +18,7 @@ import numpy as np
 from configs.errors import require
 from training import generate, objectives, progress
 from training.data import texts as text_files
-from training.evals import Evaluation, Flag, Task, held_out, without
+from training.evals import Evaluation, Flag, Task, held_out, items, without
 from training.hf import generation as hf_generation
 from training.objectives import pipeline, seq2seq
 
@@ -161,7 +161,10 @@ def _scored(evaluation: Evaluation, things: str,
     main = next(iter(scores))
     figures |= {f'{main}/{loader.name}': one[main]
                 for loader, one in zip(loaders, each)}
-  return figures | {things: sum(map(len, pairs))}
+  *_, same = zip(*pairs[0])
+  return figures | {things: sum(map(len, pairs))} | ({'items': {
+      'exact': items.of(same, [target for _, target, _ in pairs[0]])}}
+          if len(loaders) == 1 else {})
 
 
 def written(evaluation: Evaluation, loader: pipeline.Loader,
