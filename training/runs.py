@@ -116,6 +116,8 @@ def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
 
 # 2^32 over the golden ratio: multiples of it lie far from each other.
 _APART = 0x9E3779B9
+# The init_seed by which a seed has the first parameters of the next seed.
+AS_NEXT = pow(_APART, -1, 2 ** 32)
 
 
 def initial_seed(config: ml_collections.ConfigDict) -> jax.Array:

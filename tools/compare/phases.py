@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from configs.errors import RequestError
 from tools.compare import advice, decide, page, statistics
 from tools.compare import plan as plans
+from training import runs as starts
 from training.objectives import pipeline
 from training.workdir import run_config
 
@@ -212,10 +213,12 @@ class Phase:
 
 
 class Noise(Phase):
-  """The base, and the base with other first parameters."""
+  """The base, and the base with the first parameters that it has with the next
+  seed: so a pair has one order of the data, and each start of the base but the
+  first is also seen with another order (advice.split)."""
 
   def runs(self, frozen, best, variants):
-    apart = {frozen.plan.base: {}, plans.AGAIN: {'init_seed': 1}}
+    apart = {frozen.plan.base: {}, plans.AGAIN: {'init_seed': starts.AS_NEXT}}
     return super().runs(frozen, lambda name, *at: apart[name], [plans.AGAIN])
 
   def run(self, frozen, found):
