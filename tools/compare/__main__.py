@@ -5,6 +5,7 @@ r"""Checks, runs, watches and reports a sweep or a study over a config.
       --match=params --parallel=2
   python -m tools.compare status runs/parts
   python -m tools.compare report runs/parts
+  python -m tools.compare publish runs/parts_study
   python -m tools.compare judge runs/loop/base runs/loop/rope --json
   python -m tools.compare items runs/a runs/b
   python -m tools.compare fit runs/ladder --budgets=1e15,1e16
@@ -33,6 +34,8 @@ COMMANDS = {
     'run': ('tools.compare.run', 'train what is not done yet'),
     'status': ('tools.compare.status', 'how far each point or phase is'),
     'report': ('tools.compare.report', 'write the pages and tables'),
+    'publish': ('tools.compare.publish', 'bundle studies, and write the page '
+                'of verdicts'),
     'judge': ('tools.compare.judge', 'whether a variant is better, for loops '
               'that ask often'),
     'items': ('tools.compare.items', 'whether two runs differ, item by item'),
