@@ -44,6 +44,7 @@ STUDY: dict[str, Any] = {
     'FLOOR': 0.0,  # of the loss, for one of two laws of compute multipliers
     'MARGIN': 0.0,  # of equivalence; 0: that is not asked for
     'LEAST_SNR': 0.0,  # of measures beside the first one; 0: all go on
+    'TARGET': 0.0,  # a loss of the text to be reached; 0: none
     'MATCH': '', 'MATCH_FIELD': spec.MATCH_FIELD,
     # Another number gives fresh seeds to a second study of the same; -1: drawn
     # by the plan's hash.
@@ -103,7 +104,8 @@ def freeze(file: str) -> plans.Frozen:
       floor=float(given['FLOOR']) or None,
       least_snr=float(given['LEAST_SNR']) or None,
       settings={name: x for name, x in given.items() if name not in STUDY}
-      or None, replication=given['REPLICATION'])
+      or None, replication=given['REPLICATION'],
+      target=float(given['TARGET']) or None)
   code = provenance.this_start()
   frozen = plans.Frozen(
       plan, sweep.base.to_dict(), points, cost.contents(configs),
@@ -143,7 +145,7 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   sweep = spec.read_sweep_file(file, seeds=1, known=given)
   for name, most in (('EFFECT', 1e30), ('ALPHA', 1), ('Q', 1), ('POWER', 1)):
     check_number(f'{file}: {name}', given[name], (('>', 0), ('<', most)))
-  for name in ('MARGIN', 'FLOOR', 'LEAST_SNR'):
+  for name in ('MARGIN', 'FLOOR', 'LEAST_SNR', 'TARGET'):
     check_number(f'{file}: {name}', given[name], (('>=', 0), ('<', 1e30)))
   check_number(f'{file}: UNSTABLE', given['UNSTABLE'], (('>=', 0), ('<=', 1)))
   check_number(f'{file}: REPLICATION', given['REPLICATION'],

@@ -362,6 +362,7 @@ class Search:
     mean = lambda values: sum(values) / len(values)
     rows = [{'rung': self.rung, 'steps': steps, 'changes': changes,
              'value': mean([x.values[measure.name] for x in own]),
+             'values': [x.values[measure.name] for x in own],
              'loss': mean([x.loss for x in own]),
              'diverged': any(x.diverged for x in own)}
             for changes, own in zip(self.candidates, outcomes, strict=True)]

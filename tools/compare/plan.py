@@ -117,6 +117,8 @@ class Plan:
     offset: what is added to all of its seeds; None: nothing.
     least_snr: the least signal-to-noise that the noise phase must give to a
       measure which is not the primary one, for it to go on; None: none.
+    target: the held-out loss of which the report says what each variant spends
+      to reach it; None: none.
   """
   name: str
   question: str
@@ -143,6 +145,7 @@ class Plan:
   floor: float | None = None
   largest: str | None = None
   least_snr: float | None = None
+  target: float | None = None
 
   @property
   def every_size(self) -> tuple[str, ...]:
@@ -209,8 +212,8 @@ class Tuned:
       was tried.
     runs: how many it took.
     tried: of each candidate of each rung {'rung', 'steps', 'changes', 'value',
-      'loss', 'diverged'}: means over the seeds of tuning, of the workload's
-      first measure and of the held-out loss.
+      'values', 'loss', 'diverged'}: means over the seeds of tuning, of the
+      workload's first measure (and its values) and of the held-out loss.
   """
   variant: str
   size: str

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import require
+from configs.fields import check_number
 from tools.compare import curves, decide, figures, layout, page, statistics
 from tools.compare import measures as measures_lib
 from tools.compare import phases as phases_lib
@@ -34,6 +35,7 @@ NOT_COOLED = ('Compute multipliers need runs whose learning rate has fallen to '
               'the end of its schedule by the last step: those of some had not.'
               )
 MOST = 300  # points of a line; longer ones are thinned
+TARGET_LEVEL = 0.01  # as in the rules of modded-nanogpt's third track
 # Fields that say where and how a run is done, not what it computes.
 ASIDE = ('log.', 'checkpoint.', 'mesh.', 'profile.')
 
@@ -41,10 +43,15 @@ ASIDE = ('log.', 'checkpoint.', 'mesh.', 'profile.')
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   layout.add_workdir(parser)
   parser.add_argument('--json', action='store_true', help='print JSON')
+  parser.add_argument('--target', type=float, help='a held-out loss: what each '
+                      'variant spends to reach it (default: TARGET of a study)')
 
 
 def main(args) -> int:
   c = load(layout.workdir_of(args))
+  if args.target is not None:
+    check_number('--target', args.target, (('>', 0), ('<', 1e30)))
+    c = dataclasses.replace(c, target=args.target)
   print(json.dumps(as_json(c), indent=2) if args.json else text(c))
   print(*write(c), sep='\n', file=sys.stderr if args.json else sys.stdout)
   return 0
@@ -65,6 +72,7 @@ class Comparison:
       'variant', 'size', 'workload', 'seed', 'state', 'why'}.
     about: what it is, in paragraphs.
     warnings: what a reader must know before the figures.
+    target: the held-out loss that is to be reached; None: none is.
   """
   workdir: str
   frozen: plans.Frozen
@@ -74,6 +82,7 @@ class Comparison:
   excluded: Sequence[Mapping[str, Any]]
   about: Sequence[str]
   warnings: Sequence[str]
+  target: float | None = None
 
   @property
   def plan(self) -> plans.Plan:
@@ -221,7 +230,7 @@ def _study(workdir) -> Comparison:
       [{'phase': x.phase, 'variant': x.variant, 'size': x.size,
         'workload': x.workload, 'seed': x.seed, 'state': 'diverged',
         'why': 'in no mean of differences'} for x in outcomes if x.diverged],
-      [frozen.plan.question], warnings)
+      [frozen.plan.question], warnings, frozen.plan.target)
 
 
 def _sweep(workdir) -> Comparison:
@@ -485,6 +494,56 @@ def _speed_up(row: Mapping[str, Any], by: str) -> Cell:
   return Cell(text if shown else f'({text})', x)
 
 
+def reached(each: Sequence[Mapping[str, Sequence]], target: float
+            ) -> dict[str, float | None]:
+  """Returns what runs spend to reach a loss: 'step', 'tokens' and 'seconds' of
+  the first evaluation from which on their mean loss is below the target, with
+  a one-sided p below TARGET_LEVEL, and this 'p'; where there is none, the p of
+  the last evaluation alone.
+
+  The last evaluation is tested first, then the one before it, until one is not
+  below. In an order that is fixed beforehand no test has to be corrected
+  (Maurer et al. 1995): that any step is named too early has a probability of
+  at most TARGET_LEVEL.
+
+  Args:
+    each: the curve of each seed.
+    target: the loss.
+  """
+  at = curves.mean(each)
+  losses = [np.asarray(x['loss'], float)[np.isin(x['step'], at['step'])]
+            for x in each]
+  ps = [statistics.p_below(seeds, target) for seeds in zip(*losses)]
+  first = len(ps)
+  while first and ps[first - 1] is not None and ps[first - 1] < TARGET_LEVEL:
+    first -= 1
+  if first == len(ps):
+    return {'p': ps[-1] if ps else None}
+  return {name: float(at[name][first])
+          for name in ('step', 'tokens', 'seconds')} | {'p': ps[first]}
+
+
+def target_table(c: Comparison) -> Table:
+  """What each variant spends to reach the target at each size. A run that
+  diverged or failed never does, and so neither does its variant."""
+  rows = []
+  for size in reversed(c.plan.sizes) if c.target is not None else ():
+    for name in c.variants:
+      each = [by['eval'] for (variant, at, _), by in c.curves.items()
+              if (variant, at) == (name, size) and by.get('eval')]
+      lost = any((x['variant'], x['size']) == (name, size)
+                 and x['phase'] in ('', 'confirm') for x in c.excluded)
+      spent = reached(each, c.target) if each and not lost else {}
+      rows.append({
+          'variant': label(name), 'size': label(size),
+          'steps to target': page.count(spent.get('step')),
+          'tokens to target': page.count(spent.get('tokens')),
+          'time to target': page.duration(spent.get('seconds')),
+          'p of target': page.p_value(spent.get('p')),
+          'seeds': page.count(len(each))})
+  return page.table('target', f'To a held-out loss of {c.target}', rows)
+
+
 def costs(c: Comparison) -> Table:
   """What each variant costs at each size, and what it changes."""
   def beside(row, name):
@@ -561,6 +620,8 @@ def tuning(c: Comparison) -> Table:
             if trial['changes'] == row['changes']][-1]
     last = [trial['value'] for trial in row['tried']
             if trial['rung'] >= c.plan.tuning.rungs - 1]
+    measure = next(iter(c.plan.of_workload(row['workload'])), c.plan.primary)
+    fresh = [*c.values('screen', row['variant'], row['size'], measure).values()]
     rows.append({
         'variant': label(row['variant']),
         'size': label(row['size']), 'workload': label(row['workload']),
@@ -569,6 +630,10 @@ def tuning(c: Comparison) -> Table:
                                  for name, values in tried.items())),
         'at the edge': label(', '.join(row['at_edge']) or 'no'),
         'best': page.number(best),
+        'next best': _next_best(c, row, measure),
+        'on fresh seeds': page.mean(
+            float(np.mean(fresh)), float(np.std(fresh, ddof=1)))
+        if len(fresh) > 1 else Cell(UNKNOWN),
         'sensitivity': page.number(
             abs(sum(last) / len(last) - best)
             if last and None not in last else None),
@@ -576,6 +641,20 @@ def tuning(c: Comparison) -> Table:
         'diverged': Cell(str(n) if (n := sum(
             bool(trial['diverged']) for trial in row['tried'])) else '', n)})
   return page.table('tuned', 'What was tried for each variant', rows)
+
+
+def _next_best(c: Comparison, row: Mapping[str, Any], measure: plans.Measure
+               ) -> Cell:
+  """The candidate after the chosen one minus it, over the seeds of tuning."""
+  trials = sorted((trial for trial in row['tried'] if not trial['diverged']
+                   and trial['rung'] >= c.plan.tuning.rungs - 1
+                   and page.known(trial['value'])),
+                  key=lambda trial: (trial['changes'] != row['changes'],
+                                     -measure.sign * trial['value']))[:2]
+  if len(trials) < 2:
+    return Cell(UNKNOWN)
+  return page.estimate(*statistics.interval(np.subtract(*(
+      trial.get('values', [trial['value']]) for trial in trials[::-1])))[:3])
 
 
 def noise(c: Comparison) -> Table:
@@ -862,7 +941,8 @@ def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
   return page.html([
       Section('verdict', 'Verdict', (), pick('outcome'), [
           verdict_table(c), costs(c)]),
-      Section('curves', 'Loss curves', plots=curve_plots(c)),
+      Section('curves', 'Loss curves', tables=[target_table(c)],
+              plots=curve_plots(c)),
       Section('others', 'Sizes and measures', [NOT_COOLED] * any(
           x.cooled is False for x in c.outcomes if x.phase == 'confirm'
           and x.workload == plans.TEXT), pick('measures'),
@@ -918,7 +998,8 @@ def write(c: Comparison) -> list[pathlib.Path]:
 def text(c: Comparison) -> str:
   """Returns the outcome for a terminal, with what to know of it."""
   more = () if c.is_study else (costs(c), other_table(c), effects(c))
-  first, *others = [table for table in (verdict_table(c), *more, excluded(c))
+  first, *others = [table for table in (
+      verdict_table(c), target_table(c), *more, excluded(c))
                     if table.rows]
   return '\n'.join([first.text(), *(f'- {line}' for line in c.warnings), *(
       f'\n{table.title}\n{table.text()}' for table in others)])
@@ -927,5 +1008,7 @@ def text(c: Comparison) -> str:
 def as_json(c: Comparison) -> dict[str, Any]:
   return {'name': c.plan.name, 'file': c.plan.file, 'match': c.plan.match,
           'base': c.plan.base, 'answer': answer(c), 'warnings': c.warnings,
+          'target': [{name: cell.value for name, cell in row.items()}
+                     for row in target_table(c).rows],
           'estimates': c.estimates, 'points': c.frozen.points,
           'excluded': c.excluded}

@@ -167,6 +167,13 @@ def p_within(values: Sequence[float], margin: float, sign: int,
   return max(above, below), above if sign > 0 else below
 
 
+def p_below(values: Sequence[float], target: float) -> float | None:
+  """Returns the one-sided p of a mean that is not below a target (Student's);
+  None for too few values."""
+  tails = _tails(values, target, None)
+  return tails and tails[0]
+
+
 def _tails(values: Sequence[float], center: float, pool: Pool | None
            ) -> tuple[float, float] | None:
   """Returns the p of a mean that is not below `center`, and of one that is not

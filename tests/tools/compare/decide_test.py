@@ -1,8 +1,10 @@
 """What a study says of known outcomes, beside scipy and statsmodels."""
 
 import dataclasses
+import itertools
 import math
 import random
+import re
 
 from hypothesis import given, settings, strategies
 import numpy as np
@@ -484,6 +486,51 @@ def test_factors_of_noise_hold_what_is_true():
         pytest.approx(0.05))
 
 
+def _crossed(rng, start, order, rest, seeds, sizes=3, studies=()):
+  """Runs of the noise phase whose deviations are known: base and again, each
+  [*studies, sizes, seeds]; again has the start of the base of the next seed."""
+  starts = start * rng.normal(size=(*studies, sizes, seeds + 1))
+  orders = order * rng.normal(size=(*studies, 1, seeds))
+  own = rest * rng.normal(size=(2, *studies, sizes, seeds))
+  return starts[..., :-1] + orders + own[0], starts[..., 1:] + orders + own[1]
+
+
+@pytest.mark.parametrize('deviations', [
+    (0.03, 0.05, 0.01), (0.0, 0.04, 0.0), (0.02, 0.0, 0.03)])
+def test_the_split_of_the_variance_is_the_true_one(deviations):
+  rng, truth = np.random.default_rng(7), np.square(deviations)
+  found = advice.components(*_crossed(rng, *deviations, 5, studies=(4000,)))
+  errors = np.std(found.mean(1), axis=0) / 4000 ** 0.5
+  assert np.all(np.abs(found.mean((0, 1)) - truth) < 4 * errors)
+  # Of any two classes of runs, by the definition: one pair at a time.
+  base, again = _crossed(rng, *deviations, 4, 1)
+  runs = [(s, s, base[0, s]) for s in range(4)] + [
+      (s + 1, s, again[0, s]) for s in range(4)]
+  half = lambda same: np.mean([
+      (a[2] - b[2]) ** 2 / 2 for a, b in itertools.combinations(runs, 2)
+      if (a[0] == b[0], a[1] == b[1]) == same])
+  none, start, order = half((False, False)), half((True, False)), half(
+      (False, True))
+  assert advice.components(base, again)[0] == pytest.approx(
+      [none - start, none - order, start + order - none])
+  held = np.mean([[x.low <= share <= x.high for x, share in zip(
+      advice.split(*_crossed(rng, *deviations, 6)), truth / truth.sum())]
+                  for _ in range(60)], axis=0)
+  assert np.all(held >= 0.85)
+
+
+def test_crossed_starts_promise_no_more_than_apart_ones():
+  """The differences of the noise phase share starts; the deviation that they
+  give is too low no more often than that of pairs that share none."""
+  rng = np.random.default_rng(8)
+  for start, rest in ((1, 0), (1, 1), (0.3, 1)):
+    base, again = _crossed(rng, start, 1, rest, 5, 1, (20_000,))
+    spread = np.var(base - again, axis=-1, ddof=1)[:, 0]
+    of = stats.chi2.cdf(4 * spread / (2 * start ** 2 + 2 * rest ** 2), 4)
+    for share in (0.1, 0.2, 0.5):
+      assert np.mean(of < share) < share + 0.01
+
+
 def test_what_lowers_the_noise_is_measured_on_its_pairs():
   rng, outcomes = np.random.default_rng(5), []
   paired = rng.normal(0, 0.1, (200, 3))
@@ -502,6 +549,7 @@ def test_what_lowers_the_noise_is_measured_on_its_pairs():
   assert late.factor == pytest.approx(2 ** 0.5, rel=0.3)
   said = advice.sentence(PLAN, outcomes)
   assert f'already: {pairing.factor:.2f} [{pairing.low:.2f}' in said
+  assert re.search(r'the order of the data [89]\d% \[\d\d%, \d+%\], the', said)
   assert 'not shown that pairing' not in said
   # A pair with the base of another seed gains nothing.
   dealt = [x._replace(seed=(x.seed + 1) % 200) if x.variant == 'base' else x

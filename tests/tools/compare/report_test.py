@@ -1,6 +1,7 @@
 """The report of sweeps and studies whose runs are known: its numbers, names,
 what is not over or damaged, and its page in a browser."""
 
+import argparse
 import csv
 import dataclasses
 import html
@@ -8,6 +9,7 @@ import json
 import math
 import re
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from tests.helpers.sweep_folder import HEALTH, LOST, POINTS, SHIFT, point
 from tools.compare import __main__ as command
 from tools.compare import curves, decide, figures, layout, measures, phases
 from tools.compare import plan as plans
+from tools.compare import publish
 from tools.compare import report, spec
 from training import cli
 from training.evals import in_training
@@ -404,6 +407,96 @@ def test_what_students_test_may_not_be_asked_is_said():
   assert 'disagree, before correction, on a (p = 0.03 and 0.2)' in said
   said, = report.doubts(plan, [row | dict(p=None, p_shape=0.01)])
   assert 'outliers (p = 0.01' in said and 'For a no verdict' in said
+
+
+def test_verdicts_are_published_from_bundles_alone(study, tmp_path, capsys):
+  args = argparse.Namespace(workdirs=[study[0].workdir], page=tmp_path / 'p.md',
+                            bundles=tmp_path / 'bundles')
+  publish.main(args)
+  path, = args.bundles.iterdir()
+  first, packed = args.page.read_text(), path.read_bytes()
+  rows = {line[2:].partition(' (')[0]: line for line in first.splitlines()
+          if line.startswith('| ') and '(model.' in line}
+  assert len(rows) == len(ALL)  # who was stopped, too, and is worse or unstable
+  for row in study[1]['confirm']:
+    if row['measure'] == 'loss' and row['variant'] in rows:
+      line = rows[row['variant']]
+      assert f'{row["effect"]:+.4f} [{row["low"]:+.4f}' in line
+      assert f'| {row["verdict"]} |' in line
+  assert f'plan {study[0].frozen.hash}' in first and 'f5ac5de01234' in first
+  # Without the workdir the page is the same, and so are the bytes of a bundle.
+  args.page.unlink()
+  args.workdirs = []
+  publish.main(args)
+  assert args.page.read_text() == first
+  assert publish.bundle(study[0].workdir) == packed
+  with tarfile.open(path) as tar:
+    tar.extractall(tmp_path / 'unpacked', filter='data')
+  assert report.load(tmp_path / 'unpacked').estimates == study[0].estimates
+  path.write_bytes(packed[:500])
+  with pytest.raises(RequestError, match='is no bundle'):
+    publish.main(args)
+  shutil.rmtree(args.bundles)
+  with pytest.raises(RequestError, match='has no bundle'):
+    publish.main(args)
+  study_folder.write(tmp_path / 'w', found=study_folder.results(
+      study_folder.plan(), 'screen'))
+  args.workdirs = [tmp_path / 'w']
+  with pytest.raises(RequestError, match='confirmation is over'):
+    publish.main(args)
+
+
+def test_what_was_tuned_is_compared_seed_by_seed_and_on_fresh_seeds(tmp_path):
+  found = study_folder.results(study_folder.plan())
+  row = next(row for row in found['tuned'] if row['workload'] == 'text')
+  tried = {1e-3: [2.6, 2.7, 2.8], 2e-3: [2.5, 2.61, 2.69],
+           4e-3: [2.52, 2.6, 2.72]}  # 2e-3 was chosen
+  for trial in row['tried']:
+    trial['values'] = tried[trial['changes']['optim.lr']]
+    trial['value'] = float(np.mean(trial['values']))
+  c = _study(tmp_path, found)
+  cells = report.tuning(c).rows[found['tuned'].index(row)]
+  apart = np.subtract(tried[4e-3], tried[2e-3])
+  low, high = stats.t.interval(0.95, 2, apart.mean(), stats.sem(apart))
+  assert cells['next best'].text == (
+      f'{apart.mean():+.4f} [{low:+.4f}, {high:+.4f}]')
+  fresh = [x.values['loss'] for x in c.outcomes if (
+      x.phase, x.variant, x.workload) == ('screen', BASE, 'text')]
+  assert cells['on fresh seeds'].text == (
+      f'{np.mean(fresh):.4f} ± {np.std(fresh, ddof=1):.4f}')
+
+
+def test_a_target_is_reached_from_where_on_the_one_sided_test_says_so(
+    study, sweep, tmp_path):
+  losses = np.array([[3.4, 3.29, 3.2776, 3.276, 3.27],
+                     [3.5, 3.28, 3.2778, 3.275, 3.28],
+                     [3.3, 3.27, 3.2777, 3.277, 3.27],
+                     [3.6, 3.27, 3.2779, 3.276, 3.27]])
+  each = [dict(step=[10, 20, 30, 40, 50], tokens=[1, 2, 3, 4, 5],
+               flops=[0] * 5, seconds=[.1, .2, .3, .4, .5], loss=row)
+          for row in losses.tolist()]
+  p = stats.ttest_1samp(losses, 3.28, alternative='less').pvalue
+  assert list(p < 0.01) == [False, False, True, True, False]
+  # The last is not below: then no earlier one is asked.
+  assert report.reached(each, 3.28) == {'p': pytest.approx(p[4])}
+  shorter = [{name: x[:4] for name, x in curve.items()} for curve in each]
+  assert report.reached(shorter, 3.28) == {
+      'step': 30, 'tokens': 3, 'seconds': pytest.approx(0.3),
+      'p': pytest.approx(p[2])}
+  # Of 2,000 curves that never are below, it is said of 1 % that they are.
+  rng = np.random.default_rng(0)
+  wrong = np.mean(['step' in report.reached([
+      {name: [1, 2, 3] for name in ('step', 'tokens', 'flops', 'seconds')}
+      | {'loss': row} for row in rng.normal(3.28, 0.01, (4, 3)).tolist()], 3.28)
+                   for _ in range(2000)])
+  assert 0.005 < wrong < 0.016
+  table = report.target_table(dataclasses.replace(study[0], target=2.4))
+  steps = {(row['variant'].text, row['size'].text): row['steps to target'].text
+           for row in table.rows}
+  assert steps['rope', 'large'].isdecimal() and steps['wild', 'large'] == 'n/a'
+  assert not report.target_table(study[0]).rows
+  assert 'To a held-out loss of 2.5' in report.text(
+      dataclasses.replace(sweep, target=2.5))
 
 
 def _none_shown(**row):
