@@ -77,6 +77,8 @@ class Probe:
                         'published', most=MOST)
   held_out: int = _rows(0, 'rows to evaluate on; derived: as published',
                         most=MOST)
+  random_non_queries: bool = _rows(False, 'Of mqar: any letter between the '
+                                   'queries, and not always the same one.')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -397,7 +397,8 @@ OF_SOME = (
         'chat_template', 'class_weights', 'document_mask', 'labels',
         'length_buckets', 'mask_rate', 'pair_separators', 'stride',
         'target_length', 'whole_words')),
-    *(f'probe.{name}' for name in ('examples', 'held_out', 'levels', 'vocab')),
+    *(f'probe.{name}' for name in (
+        'examples', 'held_out', 'levels', 'random_non_queries', 'vocab')),
     'span.mean_length', 'span.noise_density')
 
 

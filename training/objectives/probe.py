@@ -63,7 +63,7 @@ def _derived(config: Config) -> dict[str, Any]:
 _PROBE = Objective(
     ('decoder', 'encoder'), Rows, probe,
     lambda config: objectives.text_arrays(config, 'segment_ids'),
-    reads=tuple(f'probe.{name}' for name in probes.DERIVED),
+    reads=tuple(f'probe.{name}' for name in probes.FIELDS),
     fill=lambda tokenizer: 0, records=probes.KIND, check=_check,
     ignores=('data.tokenizer', 'data.eval_source', 'data.holdout_every'),
     vocab_size=lambda config, tokenizer: probes.of(config).vocab_size(

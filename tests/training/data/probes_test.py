@@ -7,6 +7,7 @@ import re
 from hypothesis import given, settings as hypothesis, strategies as st
 import numpy as np
 import pytest
+from scipy import stats
 
 from configs import base
 from configs.errors import RequestError
@@ -303,6 +304,31 @@ def test_levels_that_cannot_be_drawn(name, levels, length, words):
   settings = probes.Settings(length, levels, probe.vocab, 1, 1)
   with pytest.raises(RequestError, match=words):
     probes.check_level(name, levels[0], settings)
+
+
+def test_what_stands_between_the_queries_of_zoology_may_be_random():
+  """As in multiquery_ar.py with random_non_queries=True: the pairs and queries
+  are those without it, and every other place has any letter."""
+  config = base.base()
+  config.objective, config.data.source = 'probe', 'probe:mqar'
+  config.data.length, config.probe.vocab = 64, 80
+  plain, drawn = [], []
+  for rows in (plain, drawn):
+    probes.check(config)
+    rows += itertools.islice(probes.Rows(
+        probes.of(config), probes.settings(config), 'train', 0), 200)
+    config.probe.random_non_queries = True
+  for before, after in zip(plain, drawn):
+    assert np.array_equal(before.targets, after.targets)
+    assert np.array_equal(before.asked, after.asked)
+    told = before.tokens > 0
+    assert np.array_equal(before.tokens[told], after.tokens[told])
+  filled = np.concatenate([after.tokens[before.tokens == 0]
+                           for before, after in zip(plain, drawn)])
+  assert stats.chisquare(np.bincount(filled, minlength=80)).pvalue > 0.001
+  config.data.source, config.probe.vocab = 'probe:copy', 0
+  with pytest.raises(RequestError, match='random_non_queries is True, which'):
+    probes.check(config)
 
 
 def test_each_half_of_what_is_held_out_has_rows_of_its_own():

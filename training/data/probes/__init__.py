@@ -28,6 +28,7 @@ KIND = labelled.PROBE_ROWS
 _STREAMS = {'train': 0, 'eval': 1}
 _HELD_OUT = {'': 0, 'first': 1, 'second': 2}  # by eval.part
 DERIVED = ('levels', 'vocab', 'examples', 'held_out')  # fields of config.probe
+FIELDS = (*DERIVED, 'random_non_queries')
 
 
 def of(config: ml_collections.ConfigDict) -> Probe:
@@ -51,7 +52,8 @@ def settings(config: ml_collections.ConfigDict) -> Settings:
   probe, given = of(config), config.probe
   return Settings(config.data.length, tuple(given.levels) or probe.levels,
                   given.vocab or probe.vocab, given.examples or probe.examples,
-                  given.held_out or probe.held_out)
+                  given.held_out or probe.held_out,
+                  random_non_queries=given.random_non_queries)
 
 
 def held_out_seed(config: ml_collections.ConfigDict) -> int:
@@ -68,6 +70,9 @@ def check(config: ml_collections.ConfigDict) -> None:
   require(bool(probe.vocab) or not config.probe.vocab,
           f'probe.vocab is {config.probe.vocab}, which probe {name!r} does not '
           'read: leave it at 0')
+  require(probe.fills or not config.probe.random_non_queries,
+          'probe.random_non_queries is True, which probe '
+          f'{name!r} does not read: leave it at False')
   least = min(4, probe.vocab)
   require(chosen.vocab >= least,
           f'probe.vocab is {chosen.vocab}: probe {name!r} has '

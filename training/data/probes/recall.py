@@ -117,7 +117,7 @@ def _motif(rng: np.random.Generator, letters: np.ndarray, most: int
 
 
 POWER = 0.01  # of the gaps' distribution: power_a of the published code
-FILLER = 0  # the id between the queries
+FILLER = 0  # the id between the queries, if they are not drawn
 
 
 def mqar(rng: np.random.Generator, pairs: int, settings: Settings
@@ -126,7 +126,10 @@ def mqar(rng: np.random.Generator, pairs: int, settings: Settings
 
   Ids below half of the vocabulary are keys, but 0, the filler; the others are
   values. Where the queries stand is drawn from the published power law, which
-  puts most of them soon after the pairs.
+  puts most of them soon after the pairs. With settings.random_non_queries, as
+  the published code has by default and its figure 2 has not, each place between
+  the queries has any of all ids: also that of a key, which then asks for
+  nothing.
   """
   half = settings.vocab // 2
   keys = rng.choice(np.arange(1, half), pairs, replace=False)
@@ -139,6 +142,9 @@ def mqar(rng: np.random.Generator, pairs: int, settings: Settings
   gaps = rng.choice(slots - 1, pairs, replace=False, p=weight / weight.sum())
   places = context + 2 * gaps
   tokens[places] = keys
+  if settings.random_non_queries:
+    fillers = tokens == FILLER
+    tokens[fillers] = rng.integers(0, settings.vocab, fillers.sum())
   return record.asking(tokens, places, values)
 
 
@@ -227,7 +233,7 @@ PROBES = {
     'mqar': record.Probe(
         mqar, 'pairs', (4,), lambda pairs, settings: 4 * pairs,
         lambda settings: settings.vocab, vocab=8192, length=64,
-        examples=100_000, held_out=3_000, grows=True, hides=True,
+        examples=100_000, held_out=3_000, grows=True, hides=True, fills=True,
         limit=lambda settings, pairs: '' if pairs < settings.vocab // 2 else
         f'{settings.vocab} letters have {settings.vocab // 2 - 1} keys'),
     'memorisation': record.Probe(

@@ -24,6 +24,7 @@ class Settings(NamedTuple):
     held_out: rows to evaluate on.
     test: whether the row is one to evaluate on, where a paper tests on others
       than it trains on.
+    random_non_queries: whether what stands between queries is drawn, too.
   """
   length: int
   levels: tuple[Level, ...]
@@ -31,6 +32,7 @@ class Settings(NamedTuple):
   examples: int
   held_out: int
   test: bool = False
+  random_non_queries: bool = False
 
   @property
   def most(self) -> Level:
@@ -97,6 +99,7 @@ class Probe(NamedTuple):
     hides: whether no answer stands among the tokens of its row, so that a model
       that sees the whole row has to find it too.
     objective: which trains on it.
+    fills: whether it reads probe.random_non_queries.
   """
   draw: Callable[[np.random.Generator, Level, Settings], Row]
   level: str
@@ -113,3 +116,4 @@ class Probe(NamedTuple):
   longer: bool = True
   hides: bool = False
   objective: str = 'probe'
+  fills: bool = False
