@@ -186,9 +186,9 @@ def sentence(plan: Plan, outcomes: Iterable[Outcome]) -> str:
     return ''
   each = '; '.join(f'{x.what}: {x.factor:.2f} [{x.low:.2f}, {x.high:.2f}]'
                    for x in factors)
-  parts = ', '.join(f'{x.what} {x.factor:.0%} [{x.low:.0%}, {x.high:.0%}]'
+  parts = ', '.join(f'{x.what} ({x.factor:.0%} [{x.low:.0%}, {x.high:.0%}])'
                     for x in measured_split(plan, outcomes))
   return ('What divides the standard deviation of a difference, by how much, '
           f'with 95 % intervals: {each}. A factor f spares f² times the seeds. '
           f'{"" if factors[0].low > 1 else NO_GAIN}{UNMEASURED}'
-          + f' Of the variance of a run comes from {parts}.' * bool(parts))
+          + f' The variance of a run comes from {parts}.' * bool(parts))

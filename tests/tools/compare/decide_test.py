@@ -549,7 +549,7 @@ def test_what_lowers_the_noise_is_measured_on_its_pairs():
   assert late.factor == pytest.approx(2 ** 0.5, rel=0.3)
   said = advice.sentence(PLAN, outcomes)
   assert f'already: {pairing.factor:.2f} [{pairing.low:.2f}' in said
-  assert re.search(r'the order of the data [89]\d% \[\d\d%, \d+%\], the', said)
+  assert re.search(r'the order of the data \([89]\d% \[\d\d%, \d+%\]\), ', said)
   assert 'not shown that pairing' not in said
   # A pair with the base of another seed gains nothing.
   dealt = [x._replace(seed=(x.seed + 1) % 200) if x.variant == 'base' else x
