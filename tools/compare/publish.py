@@ -18,7 +18,7 @@ import tempfile
 from typing import Any
 
 from configs.errors import RequestError, require
-from tools.compare import page, report
+from tools.compare import decide, page, report
 from tools.compare import plan as plans
 from training.workdir import storage
 
@@ -93,7 +93,9 @@ def rows(c: report.Comparison) -> Iterator[dict[str, str]]:
     points = [c.frozen.point(plan.base, size, plans.TEXT)
               for size in plan.sizes[:None if confirmed else 1]]
     shown = row if confirmed else _of(c, 'screen', name, plan.primary)
-    largest = _of(c, 'confirm', name, plan.primary, plan.sizes[-1])
+    factor = next((x for x in c.effect('confirm', name, plan.primary.name).get(
+        'multipliers', ()) if (x['size'], x['by']) == (
+            decide.ALL, 'multiplier')), {})
     others = [(m.name, _of(c, 'confirm', name, m)) for m in plan.measures[1:]]
     yield {
         'part': f'{name} ({_changes(c, name)})',
@@ -102,8 +104,7 @@ def rows(c: report.Comparison) -> Iterator[dict[str, str]]:
         'tokens': ', '.join(f'{x["tokens"]:,}' for x in points),
         'seeds': str(shown.get('n')), 'effect': _estimate(shown, *_EFFECT),
         'p': page.p_value(shown.get('p_corrected')).text,
-        'multiplier': _estimate(largest, *(
-            f'speed_up_flops{end}' for end in ('', '_low', '_high'))),
+        'multiplier': _estimate(factor, 'factor', 'low', 'high'),
         'others': '; '.join(f'{measure} {_estimate(x, *_EFFECT)}'
                             for measure, x in others if x.get('n')) or 'n/a'}
 
@@ -121,10 +122,10 @@ def _estimate(row: Mapping[str, Any], *names: str) -> str:
                        '+.4f' if names == _EFFECT else '.2f').text
 
 
-def _of(c: report.Comparison, phase: str, variant: str, measure: plans.Measure,
-        size: str = '') -> Mapping[str, Any]:
-  """Returns the estimate of a measure, by default over all sizes of a phase; {}
-  where there is none."""
-  return next((x for x in c.estimates if size in ('', x['size']) and (
+def _of(c: report.Comparison, phase: str, variant: str, measure: plans.Measure
+        ) -> Mapping[str, Any]:
+  """Returns the estimate of a measure over all sizes of a phase; {} where there
+  is none."""
+  return next((x for x in c.estimates if (
       x['phase'], x['variant'], x['measure']) == (
           phase, variant, measure.name)), {})

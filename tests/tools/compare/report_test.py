@@ -423,6 +423,9 @@ def test_verdicts_are_published_from_bundles_alone(study, tmp_path, capsys):
       line = rows[row['variant']]
       assert f'{row["effect"]:+.4f} [{row["low"]:+.4f}' in line
       assert f'| {row["verdict"]} |' in line
+      assert all(f'{x["factor"]:.2f}' in line for x in row['multipliers']
+                 if (x['size'], x['by']) == ('all sizes', 'multiplier')
+                 and x['factor'])
   assert f'plan {study[0].frozen.hash}' in first and 'f5ac5de01234' in first
   # Without the workdir the page is the same, and so are the bytes of a bundle.
   args.page.unlink()
