@@ -95,8 +95,8 @@ def split(base: np.ndarray, again: np.ndarray) -> list[Factor]:
       over the sizes.
   """
   def shares(*runs: np.ndarray) -> np.ndarray:
-    found = np.maximum(components(*runs).mean(-2), 0)
-    return found / np.maximum(found.sum(-1, keepdims=True), 1e-300)
+    each = np.maximum(components(*runs).mean(-2), 0)
+    return each / np.maximum(each.sum(-1, keepdims=True), 1e-300)
 
   share, (sizes, n) = shares(base, again), base.shape
   rng, scale = np.random.default_rng(0), np.sqrt(share)
