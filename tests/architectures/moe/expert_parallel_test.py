@@ -186,8 +186,9 @@ def test_equals_one_device_by_all_to_all(preset, way, reference):
     dict(router='expert_choice', group_size=8),
     pytest.param(dict(router='gshard', capacity_factor=1.0, group_size=32),
                  marks=pytest.mark.long),
-    dict(router='sigmoid', balance_loss='importance', balance_weight=0.1,
-         expert_groups=4, top_groups=2, gate_scale=2.5)],
+    pytest.param(dict(router='sigmoid', balance_loss='importance',
+                      balance_weight=0.1, expert_groups=4, top_groups=2,
+                      gate_scale=2.5), marks=pytest.mark.long)],
                          ids=lambda fields: fields['router'])
 def test_routers_route_alike_on_a_mesh(fields):
   fields = fields | dict(jitter=0.1, logit_noise=0.1)

@@ -114,6 +114,7 @@ def test_each_way_is_the_sum_over_all_experts(fields):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_bfloat16_is_near_float32():
   want_BLD, _, want = run(config(), train=False)
   for way in ('sorted', 'dropless'):

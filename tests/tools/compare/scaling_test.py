@@ -139,6 +139,7 @@ def test_what_is_no_ladder_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_exponents_of_two_variants_are_compared(tmp_path, capsys, quick):
   """What a seed and a length do to both laws cancels."""
   rng = np.random.default_rng(1)

@@ -244,6 +244,7 @@ def test_a_sweeps_words_are_as_rarely_wrong_as_its_corrected_p():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_as_much_is_found_as_is_announced():
   """Of the studies whose effect is the smallest that they announce with a power
   of 80 %, 80 % find it; not where the noise that was measured on a few pairs is
@@ -269,6 +270,7 @@ def test_as_much_is_found_as_is_announced():
   assert found['naive'] < found['announced']
 
 
+@pytest.mark.long
 def test_whole_studies_judge_what_they_picked_on_fresh_seeds(monkeypatch):
   """Each variant has a best rate of its own between the values of the grid, and
   the grid is searched with noise. What is true of a variant is its effect at

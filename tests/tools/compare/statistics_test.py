@@ -374,6 +374,7 @@ def test_a_jackknife_of_a_mean_is_students_interval_and_a_ratios_is_its_own():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_intervals_of_planted_multipliers_and_predictions_cover():
   """Of noise that both share at a seed and a size, and of their own. A floor
   that is pinned where it is not makes what a size says wrong, and not what all

@@ -760,6 +760,7 @@ def test_a_plan_has_hours_before_anything_has_run(
   assert 'unknown' in out and 'the hours are not known: a run of text.s' in err
 
 
+@pytest.mark.long
 def test_a_phase_more_is_one_entry(
     whole, frozen, tmp_path, monkeypatch, capsys):
   """It is planned, costed, run, told and reported where a study asks for it,

@@ -65,7 +65,7 @@ def states(evaluation, kind, text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', models.long_but(
-    ('decoder', 'encoder'), KINDS))
+    ('decoder',), KINDS))
 def test_a_vector_is_pooled_of_the_text_alone(tmp_path, kind):
   """In a batch with longer texts, too: padding is neither seen nor counted. A
   decoder's separator sees nothing of the text, and is not counted either."""
