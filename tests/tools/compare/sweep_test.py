@@ -493,7 +493,9 @@ def test_kill_in_the_middle_then_two_runners_redo_nothing(tmp_path):
   _wait(lambda: len(_running(workdir)) == 2)  # the ledger may say so too soon
   (workdir / 'hold-seed-1').unlink()
   printed = [process.communicate(timeout=100)[0] for process in runners]
-  assert [p.returncode for p in runners] == [0, 0], printed
+  # One that leaves while the other one still trains has not seen all done.
+  assert 0 in (codes := [p.returncode for p in runners]), printed
+  assert {*codes} <= {0, 75}, printed
   assert set(states(workdir).values()) == {'done'}
   assert before == {p: p.stat().st_mtime_ns for p in before}
   ended = [[line for line in text.splitlines() if line.endswith(': done')]
