@@ -1,0 +1,60 @@
+"""Which of the parts that are argued about today help a small LLaMA?
+
+Lab note. Eleven parts, each alone in LLaMA's wiring (RMSNorm, RoPE, SwiGLU, no
+bias), at 4 layers of width 24, 32 and 48 and then, predicted, of 64, on the
+bytes of a text of 40 MB, in rows of 128: the GNU Collaborative International
+Dictionary of English, of Debian's package dict-gcide 0.48.5. An entry is a
+document:
+  python -c "import gzip, json, re
+  text = gzip.open('/usr/share/dictd/gcide.dict.dz', 'rt',
+                   encoding='latin-1').read()
+  for entry in re.split(r'\\n\\n(?=\\S)', text):
+    print(json.dumps({'text': entry}))" > gcide.jsonl
+The feed-forward networks are solved for, so that all have the FLOPs of the
+base. The learning rate is tuned for each part and size.
+  python -m tools.study run configs/studies/parts.py --workdir runs/parts \\
+      --parallel=2
+"""
+
+from configs import llama
+from configs.sweeps import helpers
+
+QUESTION = ('Which of the parts that are argued about today help a small '
+            'LLaMA at equal FLOPs?')
+SIZES = {f'd{width}': {'model.d_model': width} for width in (24, 32, 48, 64)}
+SEEDS = {'noise': 6, 'tune': 1, 'screen': 5, 'confirm': 6, 'largest': 4}
+TUNING = {'fields': {'optim.lr': (5e-3, 1e-2, 2e-2)}, 'rungs': 1}
+EFFECT = MARGIN = 0.03  # nats a byte
+MATCH = 'flops_per_token'
+
+
+def base():
+  c = helpers.small(llama.get_config('tiny'), 200, 16, 128, every=20,
+                    batches=16, lr=1e-2, d_model=24, num_layers=4, num_heads=4,
+                    num_kv_heads=0, d_ff=0)
+  c.data.update(source='jsonl:gcide.jsonl:text', holdout_every=200)
+  return c
+
+
+get_config = base
+
+
+def sweep(add):
+  def three_of_four(**fields):
+    """Of four layers, three of another kind, and then the base's."""
+    return {'model.pattern': 'other,other,other,full',
+            'model.kinds.full.mixer': 'attention',
+            **{f'model.kinds.other.{name}': fields[name] for name in fields}}
+
+  add('llama')
+  add('qk-norm', **{'model.qk_norm': True})
+  add('value-residual', **{'model.value_residual': True})
+  add('output-gate', **{'model.attention_gate': 'elementwise'})
+  add('relu2', **{'model.ffn': 'relu2'})
+  add('sandwich-norm', **{'model.block': 'sandwich'})
+  add('biases', **{'model.attention_bias': True, 'model.ffn_bias': True})
+  add('gqa', **{'model.num_kv_heads': 2})
+  add('sliding-3-to-1', **three_of_four(window=32))
+  add('deltanet-3-to-1', **three_of_four(mixer='deltanet'))
+  add('hyper-connections', **{'model.residual': 'hyper'})
+  add('multi-token', **{'model.mtp_depth': 1})
