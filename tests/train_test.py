@@ -21,7 +21,7 @@ SMALL = [f'--config.{flag}' for flag in (
     'data.length=16', 'data.batch_size=8', 'data.holdout_every=4',
     'model.max_len=32', 'train.steps=20', 'optim.warmup_steps=2',
     'eval.every_steps=10', 'eval.batches=1', 'log.every_steps=1',
-    'checkpoint.every_steps=5', 'mesh.data=2', 'mesh.fsdp=4')]
+    'checkpoint.every_steps=10', 'mesh.data=2', 'mesh.fsdp=4')]
 
 
 @pytest.fixture(scope='module')
@@ -109,8 +109,7 @@ def test_a_complete_run_says_how_to_go_on(straight, texts):
 def test_resume_is_bitwise(straight, texts, tmp_path):
   """20 straight steps = 10 + restart + 10: parameters and optimiser alike."""
   shutil.copytree(straight, tmp_path / 'run')
-  for step in (15, 20):
-    shutil.rmtree(tmp_path / f'run/checkpoints/{step}')
+  shutil.rmtree(tmp_path / 'run/checkpoints/20')
   result = run(command(tmp_path / 'run', texts))
   assert 'going on from step 10' in result.stdout
   assert state(tmp_path / 'run') == state(straight)

@@ -1,15 +1,17 @@
 """Runs the programs of this project as a user does, without importing JAX each
 time.
 
-To import JAX, Orbax and Grain takes longer than most programs of a test. So one
-process imports them, and nothing of this project, and a program runs in a fork
-of it, with arguments, a folder, an environment, output and an exit code of its
-own. A test of imports or of the time that a program takes to start has to start
-it for real.
+To import JAX, Orbax and Grain takes longer than most programs of a test, and so
+do the modules of this project. So one process imports them, and a program runs
+in a fork of it, with arguments, a folder, an environment, output and an exit
+code of its own. In a copy of the project it imports the modules of the copy. A
+test of imports or of the time that a program takes to start has to start it for
+real.
 """
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -24,7 +26,10 @@ from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGES = ('numpy', 'jax', 'flax.linen', 'optax', 'chex', 'orbax.checkpoint',
-            'grain', 'ml_collections.config_flags')
+            'grain', 'ml_collections.config_flags', 'training.loop',
+            'training.preflight', 'training.evals.held_out', 'training.cli',
+            'tools.compare.study', 'tools.compare.check')
+OURS = {path.name.removesuffix('.py') for path in ROOT.iterdir()}
 # What JAX reads of the environment, it reads when it is imported.
 READ_BY_JAX = ('JAX_', 'PYTHON')
 
@@ -101,6 +106,7 @@ def _serve():
   """Forks for each request; returns the request in the fork only."""
   for package in PACKAGES:
     importlib.import_module(package)
+  gc.freeze()
   for line in sys.stdin:
     with warnings.catch_warnings():  # JAX has no threads yet
       warnings.simplefilter('ignore')
@@ -121,7 +127,8 @@ def _become(words, cwd, env, said, out, err):
                             (1, out, os.O_WRONLY | os.O_CREAT),
                             (2, err, os.O_WRONLY | os.O_CREAT)):
     os.dup2(os.open(path, how), number)
-  for name in [name for name in sys.modules if name.split('.')[0] == 'tests']:
+  ours = OURS if pathlib.Path(cwd) != ROOT else {'tests'}
+  for name in [name for name in sys.modules if name.split('.')[0] in ours]:
     del sys.modules[name]
   module = words[0] == '-m'
   sys.argv = words[1:] if module else words

@@ -185,7 +185,8 @@ def test_ctrl_c_while_a_run_compiles_ends_it(tmp_path, monkeypatch):
         # By then the loop has the signal, which it hears after the compiler.
         return os.kill(pid, signal.SIGINT)
       time.sleep(0.01)
-  result = train(tmp_path / 'run', '--config.model.num_layers=1',
+  result = train(tmp_path / 'run', '--config.data.source=text:README.md',
+                 '--config.model.num_layers=1',
                  '--config.model.d_model=32', '--config.data.length=16',
                  meanwhile=interrupt)
   assert result.returncode == 0 and 'SIGINT: finishing' in result.stderr
