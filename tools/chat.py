@@ -63,26 +63,27 @@ def main() -> None:
           'the folder of a run, or --folder DIR, in the Hugging Face format')
   require(args.step is None or not args.folder,
           f'{args.folder} is no run: it has no --step')
-  given = {flag.name: args[flag.name].value for flag in writing.SAMPLING
-           if args[flag.name].value is not None}
-  writing.sampling(_options({}, given))  # which refuses what is out of range
+  overrides = {flag.name: args[flag.name].value for flag in writing.SAMPLING
+               if args[flag.name].value is not None}
+  # Which refuses what is out of range.
+  writing.sampling(_options({}, overrides))
   sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]
   with contextlib.redirect_stdout(sys.stderr):
-    session = _session(args, given)
+    session = _session(args, overrides)
   converse(session, sys.stdin.isatty() and sys.stdout.isatty())
 
 
-def _options(generation: dict[str, Any], given: dict[str, Any]
+def _options(generation: dict[str, Any], overrides: dict[str, Any]
              ) -> types.SimpleNamespace:
   """Returns the options of writing.SAMPLING.
 
   Args:
     generation: what a folder's generation_config.json says; {}: nothing.
-    given: those that were set on the command line.
+    overrides: those that were set on the command line.
   """
   usual = {flag.name: flag.default for flag in writing.SAMPLING}
   draws = {'temperature', 'top_k', 'top_p', 'min_p'}
-  if generation and not draws & given.keys():
+  if generation and not draws & overrides.keys():
     # What transformers takes where the file says nothing.
     usual |= dict(top_k=50) if generation.get('do_sample') else dict(
         temperature=0.0)
@@ -91,10 +92,10 @@ def _options(generation: dict[str, Any], given: dict[str, Any]
               if generation[name] is not None}
   if generation.get('repetition_penalty') is not None:
     usual['repetition_penalty'] = generation['repetition_penalty']
-  return types.SimpleNamespace(**usual | given)
+  return types.SimpleNamespace(**usual | overrides)
 
 
-def _session(args: Any, given: dict[str, Any]) -> Any:
+def _session(args: Any, overrides: dict[str, Any]) -> Any:
   """Returns the session; prints what a reader should know of it."""
   from training import chat
   from training.workdir import checkpoints, storage
@@ -102,7 +103,7 @@ def _session(args: Any, given: dict[str, Any]) -> Any:
                             args.template) if args.folder else
              chat.of_run(storage.path(args.workdir),
                          checkpoints.named_step(args.step), args.template))
-  options = _options(speaker.options, given)
+  options = _options(speaker.options, overrides)
   context = min(args.context, speaker.module.config.max_len)
   session = chat.Session(
       chat.Engine(speaker.module, speaker.params, context,

@@ -172,8 +172,8 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float32, output_loading_info=True)
-    given = sum(int(x.n_elements) for x in tensors
-                if not x.name.startswith('rope_'))  # which config.json has
+    num_elements = sum(  # config.json has what is left out
+        int(x.n_elements) for x in tensors if not x.name.startswith('rope_'))
   except RequestError:
     raise
   except Exception as error:  # a damaged file ends its readers anywhere
@@ -186,8 +186,9 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
   # It passes over names that it does not know, and ties what it has not found.
   sizes = {x.data_ptr(): x.numel() for x in model.state_dict().values()}
   read = sum(sizes.values())
-  require(read == given, f'{file} has {given:,} weights, of which transformers '
-          f'reads {read:,}: it does not know the name of a tensor')
+  require(read == num_elements, f'{file} has {num_elements:,} weights, of '
+          f'which transformers reads {read:,}: it does not know the name of a '
+          'tensor')
   # The weights are whole numbers no longer, and save_pretrained refuses what
   # still says so.
   model.hf_quantizer = None

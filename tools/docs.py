@@ -37,8 +37,8 @@ class Blocks(griffe.Extension):
   def on_object(self, *, obj: griffe.Object, **_) -> None:
     if obj.docstring:
       obj.docstring.value = re.sub(
-          r'(?<=\n\n)((?:  .*(?:\n|$))+)', lambda found: '```text\n' + re.sub(
-              '(?m)^  ', '', found[1]).rstrip() + '\n```\n',
+          r'(?<=\n\n)((?:  .*(?:\n|$))+)', lambda match: '```text\n' + re.sub(
+              '(?m)^  ', '', match[1]).rstrip() + '\n```\n',
           obj.docstring.value)
 
 
@@ -66,15 +66,15 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
   folder = os.path.dirname(PAGES.get(uri, f'docs/{uri}'))
   page_of = {path: name for name, path in PAGES.items()}
 
-  def link(found: re.Match) -> str:
-    target = os.path.normpath(os.path.join(folder, found[2]))
+  def link(match: re.Match) -> str:
+    target = os.path.normpath(os.path.join(folder, match[2]))
     place = page_of.get(target) or (
         re.sub(r'\.ipynb$', '.md', target.removeprefix('docs/'))
         if target.startswith('docs/') else None)
     if place is None:
-      return found[1]
+      return match[1]
     path = os.path.relpath(place, os.path.dirname(uri) or '.')
-    return found[0].replace(f'({found[2]}', f'({path}')
+    return match[0].replace(f'({match[2]}', f'({path}')
   return ''.join(part if i % 2 else _LINK.sub(link, part)
                  for i, part in enumerate(_FENCE.split(markdown)))
 
@@ -105,9 +105,9 @@ def config_fields() -> str:
                 '|---|---|---|']
     choices = f' One of {", ".join(leaf.rule.choices)}.' if (
         leaf.rule.choices) else ''
-    said = re.sub(r'([|*_])', r'\\\1', (leaf.rule.doc + choices).replace(
+    description = re.sub(r'([|*_])', r'\\\1', (leaf.rule.doc + choices).replace(
         '<', '&lt;'))
-    lines.append(f'| `{name}` | `{leaf.default!r}` | {said} |')
+    lines.append(f'| `{name}` | `{leaf.default!r}` | {description} |')
   return '\n'.join(lines) + '\n'
 
 

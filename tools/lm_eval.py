@@ -41,19 +41,19 @@ def main() -> None:
     cli_evaluate()
 
 
-def _defaults(given: set[str]) -> list[str]:
+def _defaults(options: set[str]) -> list[str]:
   """Returns the words that `run` gets where a command does not have them."""
-  if given & {'--config', '-C'}:  # a file says it all
+  if options & {'--config', '-C'}:  # a file says it all
     return []
   for names, words in ((('--model_args', '-a'), 'workdir=DIR'),
                        (('--tasks', '-t'), 'NAME,NAME')):
-    if not given & set(names):
+    if not options & set(names):
       raise RequestError(f'pass {names[0]} {words}')
-  found = [] if given & {'--model', '-M'} else ['--model', 'archetype']
-  if given & {'--output_path', '-o'}:  # each item's score, too
-    found.append('--log_samples')
-  return found + ([] if '--include_path' in given else
-                  ['--include_path', str(task.OWN)])
+  defaults = [] if options & {'--model', '-M'} else ['--model', 'archetype']
+  if options & {'--output_path', '-o'}:  # each item's score, too
+    defaults.append('--log_samples')
+  return defaults + ([] if '--include_path' in options else
+                     ['--include_path', str(task.OWN)])
 
 
 if __name__ == '__main__':

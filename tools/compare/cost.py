@@ -61,10 +61,10 @@ def body(config) -> float:
   """Returns the share of the FLOPs of training that is not for products with
   the vocabulary, which grow in proportion to it."""
   model = resolved(config)
-  own, twice = (sum(flops.of_a_row(config, dataclasses.replace(
+  once, twice = (sum(flops.of_a_row(config, dataclasses.replace(
       model, vocab_size=model.vocab_size * times)).values())
-                for times in (1, 2))
-  return 2 - twice / own
+                 for times in (1, 2))
+  return 2 - twice / once
 
 
 def figure(config, what: str) -> float:

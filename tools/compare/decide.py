@@ -289,11 +289,12 @@ def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
   # What a seed's data do to all sizes: these are not apart, as differences are.
   base = np.array([[np.mean([pairs[seed][1].values[measure.name]
                              for pairs in sizes])] for seed in by_seed])
-  own, differing = statistics.shape([base]), statistics.shape([apart])
+  base_shape, differing = statistics.shape([base]), statistics.shape([apart])
   test = dict(sd=sd, sds=sds, df=len(by_seed) - 1, level=level, rate=rate,
               limit=plan.unstable)
-  if own and differing:
-    row = dataclasses.replace(row, skew=own.skew, outliers=differing.outliers)
+  if base_shape and differing:
+    row = dataclasses.replace(row, skew=base_shape.skew,
+                              outliers=differing.outliers)
     if is_irregular(row) and sds.all():
       test['seen'] = apart
       row = dataclasses.replace(row, error=statistics.errs(
@@ -436,10 +437,10 @@ def predict(plan: Plan, outcomes: Outcomes, flops: Mapping[str, float]
       values, halves = statistics.scaled(
           compute, losses, np.array([flops[plan.base], flops[variant]]))
       # The base stands beside itself.
-      at, own = (1, losses[:, 0]) if variant == plan.base else (
+      at, per_seed = (1, losses[:, 0]) if variant == plan.base else (
           2, losses[:, 1] - losses[:, 0])
-      seen = statistics.half_width(own[:, -1]) * math.sqrt(
-          len(own) / plan.seeds['largest'])
+      seen = statistics.half_width(per_seed[:, -1]) * math.sqrt(
+          len(per_seed) / plan.seeds['largest'])
       rows.append({'variant': variant} | dict(zip(
           ('value', 'low', 'high'),
           _known(values[at], math.hypot(halves[at], seen)))))
@@ -527,7 +528,8 @@ def _verdict(plan: Plan, row: Verdict, lost: float) -> Verdict:
 def _shape(both, measure: Measure) -> statistics.Shape | None:
   """Returns the shape of the noise of all variants beside the base."""
   by_seed = [_differences_by_seed(pairs, measure) for pairs in both]
-  return statistics.shape([np.array([*own.values()]) for own in by_seed if own])
+  return statistics.shape([np.array([*differences.values()])
+                           for differences in by_seed if differences])
 
 
 def _lost_share(plan: Plan, outcomes: Outcomes, measure: Measure) -> float:
@@ -653,9 +655,9 @@ def _multipliers(plan: Plan, sizes: Sequence[str], by_size) -> list[SpeedUp]:
         compute[by], losses, compute[by][:, -1], floor)
     name = by + ', pinned' * (floor is not None)
     rows += [SpeedUp(size, name, *(
-        None if x is None else math.exp(x) for x in _known(*own)), None,
+        None if x is None else math.exp(x) for x in _known(*estimate)), None,
                      _known(values[0], 0.0)[0])
-             for size, *own in zip((ALL, *sizes), values[3:], halves[3:])]
+             for size, *estimate in zip((ALL, *sizes), values[3:], halves[3:])]
   return rows
 
 

@@ -138,7 +138,7 @@ def outcome(c) -> Any:
         curve = curves.mean(lines)
         left.plot(curve['tokens'], curve['loss'], label=label[name],
                   **look[name])
-    unit = measures.said(c.frozen, plan.primary, ', ')
+    unit = measures.unit_text(c.frozen, plan.primary, ', ')
     left.set(xlabel='training tokens', ylabel=f'held-out loss{unit}',
              title=' '.join(['loss curves', plan.sizes[-1]]))
     left.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
@@ -237,7 +237,7 @@ def by_size(c) -> Any:
       axes.set_xticks(range(len(plan.sizes)), plan.sizes)
       axes.set(title=measure.name + (
           f' (guessing: {measure.chance:.3g})' * is_far),
-               ylabel='score' + measures.said(c.frozen, measure, ', '))
+               ylabel='score' + measures.unit_text(c.frozen, measure, ', '))
       axes.grid(axis='y')
     figure.legend(*grid[0, 0].get_legend_handles_labels(),
                   loc='outside lower center', ncols=min(2 * columns, 4))

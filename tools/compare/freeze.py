@@ -56,7 +56,7 @@ _FORMS = {'SIZES': (dict, {'small': {'model.d_model': 32}, 'middle': ...}),
           'MEASURES': (tuple | list, ({'figure': 'loss'},))}
 LEAST_SIZES = 3
 # Fields that are the study's own.
-_OWN = ('seed', 'init_seed', 'eval.part')
+_STUDY_FIELDS = ('seed', 'init_seed', 'eval.part')
 # Fields by which a run sees other data, or more of it, than the base's.
 _DATA = (*spec.BATCHES, 'train.steps', 'train.grad_accumulation', 'eval.')
 
@@ -69,19 +69,19 @@ def freeze(file: str) -> plans.Frozen:
       a comparison unfair.
   """
   cost.off_devices()
-  sweep, given = read_study_file(file)
-  points = _points(sweep, given)
+  sweep, constants = read_study_file(file)
+  points = _points(sweep, constants)
   configs = [spec.changed(sweep.base, row['changes'], 'it') for row in points]
   bytes_per_token = _check_halves(configs[0])
   mup = all(c.model.parametrization == 'mup' for c in configs)
   measures = []
-  for own in given['MEASURES']:
-    at = [row['workload'] for row in points].index(own['workload'])
-    measures.append(plans.Measure(**own | {'chance': measures_lib.chance(
-        own, configs[at], points[at]['vocab'],
-        bytes_per_token * (own['workload'] == plans.TEXT), file)}))
-  last = [*given['SIZES']][-1] if 'largest' in given['SEEDS'] else None
-  sizes = tuple(size for size in given['SIZES'] if size != last)
+  for measure in constants['MEASURES']:
+    at = [row['workload'] for row in points].index(measure['workload'])
+    measures.append(plans.Measure(**measure | {'chance': measures_lib.chance(
+        measure, configs[at], points[at]['vocab'],
+        bytes_per_token * (measure['workload'] == plans.TEXT), file)}))
+  last = [*constants['SIZES']][-1] if 'largest' in constants['SEEDS'] else None
+  sizes = tuple(size for size in constants['SIZES'] if size != last)
   if last:
     require(measures[0].better == plans.LOWER and all(
         curves.cooled(run_config.flatten(config)) for config in configs),
@@ -89,28 +89,28 @@ def freeze(file: str) -> plans.Frozen:
             'less must be better of the first measure, and optim.schedule must '
             "be 'wsd', 'cosine' or 'linear', with optim.decay_steps at 0")
   plan = plans.Plan(
-      name=sweep.name, question=given['QUESTION'], file=file,
+      name=sweep.name, question=constants['QUESTION'], file=file,
       base=sweep.base_name, variants=tuple(
           point.name for point in sweep.points
           if point.name != sweep.base_name),
-      sizes=sizes, workloads=tuple(given['WORKLOADS']),
-      measures=tuple(measures), seeds=given['SEEDS'],
-      tuning=given['TUNING'], effect=float(given['EFFECT']),
-      alpha=given['ALPHA'], q=given['Q'], power=given['POWER'],
-      unstable=float(given['UNSTABLE']), match=given['MATCH'],
-      match_field=given['MATCH_FIELD'] if given['MATCH'] else '',
+      sizes=sizes, workloads=tuple(constants['WORKLOADS']),
+      measures=tuple(measures), seeds=constants['SEEDS'],
+      tuning=constants['TUNING'], effect=float(constants['EFFECT']),
+      alpha=constants['ALPHA'], q=constants['Q'], power=constants['POWER'],
+      unstable=float(constants['UNSTABLE']), match=constants['MATCH'],
+      match_field=constants['MATCH_FIELD'] if constants['MATCH'] else '',
       tuned_sizes=sizes[:1 if mup else None], largest=last,
-      margin=float(given['MARGIN']) or None,
-      floor=float(given['FLOOR']) or None,
-      least_snr=float(given['LEAST_SNR']) or None,
-      settings={name: x for name, x in given.items() if name not in STUDY}
-      or None, replication=given['REPLICATION'],
-      target=float(given['TARGET']) or None)
+      margin=float(constants['MARGIN']) or None,
+      floor=float(constants['FLOOR']) or None,
+      least_snr=float(constants['LEAST_SNR']) or None,
+      settings={name: x for name, x in constants.items() if name not in STUDY}
+      or None, replication=constants['REPLICATION'],
+      target=float(constants['TARGET']) or None)
   code = provenance.this_start()
   frozen = plans.Frozen(
       plan, sweep.base.to_dict(), points, cost.contents(configs),
       {name: code[name] for name in ('commit', 'diff')})
-  offset = given['SEED_OFFSET']
+  offset = constants['SEED_OFFSET']
   return dataclasses.replace(frozen, plan=dataclasses.replace(
       plan, offset=frozen.drawn if offset < 0 else offset))
 
@@ -123,65 +123,67 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   Raises:
     RequestError: for what no study can be made of.
   """
-  module, given = spec.module_of(file), {}
+  module, constants = spec.module_of(file), {}
   for name, default in STUDY.items():
     kind, form = _FORMS.get(name, (
         numbers.Real if isinstance(default, float) else type(default), default))
-    given[name] = value = getattr(module, name, default)
+    constants[name] = value = getattr(module, name, default)
     require(isinstance(value, kind), f'{file}: {name} is {short(value)}: '
             f'write it as {form!r}')
-  seeds = STUDY['SEEDS'] | given['SEEDS']
+  seeds = STUDY['SEEDS'] | constants['SEEDS']
   for phase in seeds:
     one_of('phase of SEEDS', phase, phases.PHASES)
-  given['SEEDS'] = {phase.name: seeds[phase.name] for phase in phases.of(seeds)}
+  constants['SEEDS'] = {phase.name: seeds[phase.name]
+                        for phase in phases.of(seeds)}
   for phase in phases.of(seeds):
     number = seeds[phase.name]
     require(type(number) is int and phase.least <= number <= phases.APART,
             f'{file}: SEEDS has {number!r} for {phase.name}: choose a whole '
             f'number from {phase.least} to {phases.APART:,}')
     for name, default in phase.constants.items():
-      given[name] = getattr(module, name, default)
-      check_type(given[name], default, f'{file}: {name}')
-  sweep = spec.read_sweep_file(file, seeds=1, known=given)
+      constants[name] = getattr(module, name, default)
+      check_type(constants[name], default, f'{file}: {name}')
+  sweep = spec.read_sweep_file(file, seeds=1, known=constants)
   for name, most in (('EFFECT', 1e30), ('ALPHA', 1), ('Q', 1), ('POWER', 1)):
-    check_number(f'{file}: {name}', given[name], (('>', 0), ('<', most)))
+    check_number(f'{file}: {name}', constants[name], (('>', 0), ('<', most)))
   for name in ('MARGIN', 'FLOOR', 'LEAST_SNR', 'TARGET'):
-    check_number(f'{file}: {name}', given[name], (('>=', 0), ('<', 1e30)))
-  check_number(f'{file}: UNSTABLE', given['UNSTABLE'], (('>=', 0), ('<=', 1)))
-  check_number(f'{file}: REPLICATION', given['REPLICATION'],
+    check_number(f'{file}: {name}', constants[name], (('>=', 0), ('<', 1e30)))
+  check_number(f'{file}: UNSTABLE', constants['UNSTABLE'],
+               (('>=', 0), ('<=', 1)))
+  check_number(f'{file}: REPLICATION', constants['REPLICATION'],
                (('>=', 1), ('<=', 10_000)))
-  check_number(f'{file}: SEED_OFFSET', given['SEED_OFFSET'],
+  check_number(f'{file}: SEED_OFFSET', constants['SEED_OFFSET'],
                (('>=', -1), ('<=', plans.STUDY_APART * plans.PLACES)))
-  one_of('MATCH', given['MATCH'], ('', *spec.MATCH))
+  one_of('MATCH', constants['MATCH'], ('', *spec.MATCH))
   for name in ('SIZES', 'WORKLOADS'):
-    for key, fields in given[name].items():
+    for key, fields in constants[name].items():
       require(re.fullmatch(r'[\w=+-]+', str(key)) is not None
               and isinstance(fields, Mapping), f'{file}: {name} has {key!r}: '
               f'{short(fields)}: write a name of letters and digits, and the '
               "fields that it changes, as 'small': {'model.d_model': 64}")
-  least = LEAST_SIZES + ('largest' in given['SEEDS'])
-  require(len(given['SIZES']) >= least, f'{file}: SIZES has '
-          f'{len(given["SIZES"])} of them: this study has at least {least}, '
-          'since a verdict must agree over sizes')
-  workloads = given['WORKLOADS']
+  least = LEAST_SIZES + ('largest' in constants['SEEDS'])
+  require(len(constants['SIZES']) >= least, f'{file}: SIZES has '
+          f'{len(constants["SIZES"])} of them: this study has at least '
+          f'{least}, since a verdict must agree over sizes')
+  workloads = constants['WORKLOADS']
   require(next(iter(workloads), '') == plans.TEXT, f'{file}: WORKLOADS begins '
           f'with {next(iter(workloads), "nothing")!r}: begin it with '
           f'{plans.TEXT!r}, which probes stand beside')
-  given['TUNING'] = _tuning(file, given['TUNING'], sweep.base)
-  _check_overlaps(file, sweep, given)
-  given['MEASURES'] = measures_lib.completed(given['MEASURES'] or [
+  constants['TUNING'] = _tuning(file, constants['TUNING'], sweep.base)
+  _check_overlaps(file, sweep, constants)
+  constants['MEASURES'] = measures_lib.completed(constants['MEASURES'] or [
       {'workload': name, 'figure': 'loss' if name == plans.TEXT else 'accuracy'}
       for name in workloads], workloads, file)
-  return sweep, given
+  return sweep, constants
 
 
-def _tuning(file: str, given: Mapping, base) -> plans.Tuning:
+def _tuning(file: str, entries: Mapping, base) -> plans.Tuning:
   """Returns TUNING; `base` is the base's config."""
-  for name in given:
+  for name in entries:
     one_of('entry of TUNING', name, ('fields', 'keep', 'rungs', 'extend'))
   lr = base.optim.lr
-  fields = given.get('fields', {'optim.lr': (lr / 2, lr, 2 * lr)})
-  tuning = plans.Tuning(**{**given, 'fields': fields})
+  fields = entries.get('fields', {'optim.lr': (lr / 2, lr, 2 * lr)})
+  tuning = plans.Tuning(**{**entries, 'fields': fields})
   for name, values in fields.items():
     who = f'{file}: TUNING of {name}'
     require(isinstance(values, tuple | list) and len(values) > 1
@@ -192,27 +194,28 @@ def _tuning(file: str, given: Mapping, base) -> plans.Tuning:
       spec.changed(base, {name: value}, who)
   require(type(tuning.rungs) is int and 1 <= tuning.rungs <= 10
           and type(tuning.extend) is int and 0 <= tuning.extend <= 10
-          and 0 < tuning.keep < 1, f'{file}: TUNING is {short(given)}: keep is '
-          'a share between 0 and 1, rungs from 1 to 10, extend from 0 to 10')
+          and 0 < tuning.keep < 1, f'{file}: TUNING is {short(entries)}: keep '
+          'is a share between 0 and 1, rungs from 1 to 10, extend from 0 to 10')
   return tuning
 
 
-def _check_overlaps(file: str, sweep: spec.Sweep, given: Mapping) -> None:
+def _check_overlaps(file: str, sweep: spec.Sweep, constants: Mapping) -> None:
   """Raises RequestError for a field that two would set, or by which variants
   would not see the same data."""
   points = {point.name: point.changes for point in sweep.points}
   require(plans.AGAIN not in points, f'{file}: a variant is called '
           f'{plans.AGAIN!r}, which is what the study calls its base with other '
           'first parameters: call it otherwise')
-  for name in _OWN:
+  for name in _STUDY_FIELDS:
     value = base_config.get(sweep.base, name)
     require(not value, f'{file}: base() sets {name} to {value!r}, which the '
             'study sets itself: leave it out')
   owners: dict[str, str] = {}
   for who, groups in (
-      ('the study itself', [_OWN]), ('TUNING', [given['TUNING'].fields]),
-      ('a size', given['SIZES'].values()),
-      ('a workload', given['WORKLOADS'].values()),
+      ('the study itself', [_STUDY_FIELDS]),
+      ('TUNING', [constants['TUNING'].fields]),
+      ('a size', constants['SIZES'].values()),
+      ('a workload', constants['WORKLOADS'].values()),
       ('a variant', points.values())):
     fields = set(itertools.chain(*groups))
     for field in fields:
@@ -227,50 +230,50 @@ def _check_overlaps(file: str, sweep: spec.Sweep, given: Mapping) -> None:
     owners |= dict.fromkeys(fields, who)
 
 
-def _points(sweep: spec.Sweep, given: Mapping) -> list[dict]:
+def _points(sweep: spec.Sweep, constants: Mapping) -> list[dict]:
   """Returns the rows of Frozen.points, those of the base first."""
-  work = [(size, workload, point) for size in given['SIZES']
-          for matched in [_matched(sweep, given, size)]
-          for workload in given['WORKLOADS'] for point in matched]
+  work = [(size, workload, point) for size in constants['SIZES']
+          for matched in [_matched(sweep, constants, size)]
+          for workload in constants['WORKLOADS'] for point in matched]
   work.sort(key=lambda row: row[2].name != sweep.base_name)
-  rows = [_row(sweep, given, *each)
+  rows = [_row(sweep, constants, *each)
           for each in progress.each(work, 'points checked')]
   params = [row['params'] for row in rows if (
       row['variant'], row['workload']) == (sweep.base_name, plans.TEXT)]
   require(params == sorted(set(params)), f'{sweep.file}: the base has '
           f'{", ".join(f"{n:,}" for n in params)} parameters at the sizes '
-          f'{", ".join(given["SIZES"])}: write them smallest first')
+          f'{", ".join(constants["SIZES"])}: write them smallest first')
   return rows
 
 
-def _matched(sweep: spec.Sweep, given: Mapping, size: str
+def _matched(sweep: spec.Sweep, constants: Mapping, size: str
              ) -> tuple[spec.Point, ...]:
   """Returns the variants as they are at a size: what is matched is solved on
   the text, and is the same on every workload."""
   who = f'{sweep.file}, size {size!r}'
-  base = spec.changed(sweep.base, _workload(sweep, given, size, plans.TEXT),
+  base = spec.changed(sweep.base, _workload(sweep, constants, size, plans.TEXT),
                       who)
-  if not given['MATCH']:
+  if not constants['MATCH']:
     return sweep.points
   with spec.naming(who):
-    return cost.match(dataclasses.replace(sweep, base=base), given['MATCH'],
-                      given['MATCH_FIELD']).points
+    return cost.match(dataclasses.replace(sweep, base=base), constants['MATCH'],
+                      constants['MATCH_FIELD']).points
 
 
-def _workload(sweep: spec.Sweep, given: Mapping, size: str, workload: str,
+def _workload(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
               tasks: tuple[str, ...] = ()) -> dict[str, Any]:
   """Returns what a size and a workload change in the base."""
-  base, own = sweep.base, given['WORKLOADS'][workload]
-  changes = dict(given['SIZES'][size])
+  base, fields = sweep.base, constants['WORKLOADS'][workload]
+  changes = dict(constants['SIZES'][size])
   if tasks or workload != plans.TEXT:
     changes['eval.tasks'] = ','.join(tasks)
   if workload == plans.TEXT:
-    return changes | own
+    return changes | fields
   defaults = base_config.base()
   changes |= {name: base_config.get(defaults, name)
               for name in objectives.OBJECTIVES['probe'].ignores}
   of_size = lambda name: changes.get(name, base_config.get(base, name))
-  steps = own.get('train.steps', of_size('train.steps'))
+  steps = fields.get('train.steps', of_size('train.steps'))
   longer = steps / of_size('train.steps')
   # A schedule is as much longer as the run; reports are as a size has them.
   schedule = {name: round(of_size(name) * longer)
@@ -279,22 +282,23 @@ def _workload(sweep: spec.Sweep, given: Mapping, size: str, workload: str,
              'log.every_steps': max(steps // 10, 1)}
   return reports | changes | schedule | {
       'objective': 'probe', 'data.source': f'probe:{workload}',
-      'model.vocab_size': 0, 'model.max_len': 0} | own
+      'model.vocab_size': 0, 'model.max_len': 0} | fields
 
 
-def _row(sweep: spec.Sweep, given: Mapping, size: str, workload: str,
+def _row(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
          point: spec.Point) -> dict:
   variant = f'variant {point.name!r}'
   where = f'{sweep.file}, {variant} at size {size!r} on {workload!r}'
-  asked = [own for own in given['MEASURES'] if own['workload'] == workload]
+  asked = [measure for measure in constants['MEASURES']
+           if measure['workload'] == workload]
   with spec.naming(where):
-    changes = {**_workload(sweep, given, size, workload, measures_lib.tasks(
-        given['MEASURES'], workload)), **point.changes}
+    changes = {**_workload(sweep, constants, size, workload, measures_lib.tasks(
+        constants['MEASURES'], workload)), **point.changes}
     config = spec.changed(sweep.base, changes, 'it')
-    for own in asked:
-      measures_lib.check_of_task(own, config, variant)
+    for measure in asked:
+      measures_lib.check_of_task(measure, config, variant)
     cost.check(config, changes)
-    for name, values in given['TUNING'].fields.items():
+    for name, values in constants['TUNING'].fields.items():
       for value in values if workload == plans.TEXT else ():
         preflight.check_config(spec.changed(config, {name: value}, 'TUNING'),
                                [name])
@@ -303,7 +307,7 @@ def _row(sweep: spec.Sweep, given: Mapping, size: str, workload: str,
             'train.steps, or to less for curves and speed-ups')
     require(not config.init_from, f'init_from is {config.init_from!r}: a run '
             'of a study begins with parameters of its own')
-    share = phases.share(given['TUNING'], 0)
+    share = phases.share(constants['TUNING'], 0)
     require(config.train.steps * share >= 1, 'TUNING buys less than one run: '
             f'its first rung trains {share:.3g} of {config.train.steps} steps, '
             'which is less than one step; take fewer rungs, or a larger keep')

@@ -108,13 +108,13 @@ def is_study(workdir) -> bool:
   return (pathlib.Path(workdir) / 'study.json').exists()
 
 
-def try_folder(workdir, own: str = 'sweep.json') -> None:
-  """Raises RequestError where no sweep, nor what `own` tells of, can be kept:
-  before anything is run."""
+def try_folder(workdir, marker: str = 'sweep.json') -> None:
+  """Raises RequestError where no sweep, nor what `marker` tells of, can be
+  kept: before anything is run."""
   require('://' not in str(workdir), f'--workdir is {str(workdir)!r}: a ledger '
           'needs a folder of this machine, or one that is mounted')
   storage.try_folder(workdir)
-  storage.refuse_run(workdir, '--workdir', own)
+  storage.refuse_run(workdir, '--workdir', marker)
 
 
 def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:

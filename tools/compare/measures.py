@@ -14,7 +14,7 @@ from training.workdir import metrics
 _ENTRIES = ('workload', 'figure', 'better', 'name', 'chance')
 
 
-def completed(given: Sequence, workloads: Collection[str], file: str
+def completed(entries: Sequence, workloads: Collection[str], file: str
               ) -> list[dict]:
   """Returns the measures of a file with what they leave out, but for `chance`.
 
@@ -22,7 +22,7 @@ def completed(given: Sequence, workloads: Collection[str], file: str
     RequestError: for one that is none.
   """
   measures: list[dict] = []
-  for entry in given:
+  for entry in entries:
     who = f'{file}: the measure {short(entry)}'
     require(isinstance(entry, dict) and 'figure' in entry, f'{who} has no '
             "figure: write {'workload': 'text', 'figure': 'loss'}")
@@ -159,7 +159,7 @@ def unit(frozen, measure) -> str:
   return 'nats a token' if objective.head in ('lm', 'vector') else ''
 
 
-def said(frozen, measure, before: str = '', after: str = '') -> str:
+def unit_text(frozen, measure, before: str = '', after: str = '') -> str:
   """Returns the unit with what stands around it, or '' where it has none."""
   name = unit(frozen, measure)
   return f'{before}{name}{after}' if name else ''
@@ -167,4 +167,4 @@ def said(frozen, measure, before: str = '', after: str = '') -> str:
 
 def amount(frozen, value: float) -> str:
   """Returns '0.2 nats a token', of the primary measure."""
-  return f'{value:g}{said(frozen, frozen.plan.primary, " ")}'
+  return f'{value:g}{unit_text(frozen, frozen.plan.primary, " ")}'

@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
 
 @dataclasses.dataclass
-class Found:
+class State:
   """What a study has found so far.
 
   Attributes:
@@ -95,7 +95,7 @@ def of(seeds: Collection[str]) -> list['Phase']:
 
 
 def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
-        anyway: bool = False) -> Iterator[Found]:
+        anyway: bool = False) -> Iterator[State]:
   """Goes through the phases; yields all that is found, after each.
 
   Args:
@@ -107,15 +107,15 @@ def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
   Raises:
     TooWeak: after `noise`, unless `anyway`.
   """
-  found = Found(trainer)
+  state = State(trainer)
   for phase in of(frozen.plan.seeds):
-    snrs = {row.measure: row.snr for row in found.records.get('noise', ())}
-    found.records |= phase.run(dataclasses.replace(
-        frozen, plan=decide.going_on(frozen.plan, snrs)), found)
-    found.finished.append(phase.name)
-    yield found
-    if found.weakness and not anyway:
-      raise TooWeak(f'{found.weakness} {found.records["advice"]} Lower the '
+    snrs = {row.measure: row.snr for row in state.records.get('noise', ())}
+    state.records |= phase.run(dataclasses.replace(
+        frozen, plan=decide.going_on(frozen.plan, snrs)), state)
+    state.finished.append(phase.name)
+    yield state
+    if state.weakness and not anyway:
+      raise TooWeak(f'{state.weakness} {state.records["advice"]} Lower the '
                     'noise, or take more seeds, a larger EFFECT, or --anyway')
     if phase.name == until:
       return
@@ -194,17 +194,17 @@ class Phase:
     first = {name: values[0] for name, values in plan.tuning.fields.items()}
     return self.runs(frozen, lambda *at: first, plan.variants)
 
-  def run(self, frozen: plans.Frozen, found: Found) -> dict[str, Any]:
+  def run(self, frozen: plans.Frozen, state: State) -> dict[str, Any]:
     """Trains what follows from what was found; returns what it decides, by the
     keys of results.json."""
     tuned = {(row.variant, row.size, row.workload): row.changes
-             for row in found.records.get('tuned', ())}
-    if variants := self.enter(frozen.plan, found.records):
-      found.train(self, self.runs(frozen, lambda *at: tuned[at], variants))
+             for row in state.records.get('tuned', ())}
+    if variants := self.enter(frozen.plan, state.records):
+      state.train(self, self.runs(frozen, lambda *at: tuned[at], variants))
     return {self.name: self.decide(
-        self.narrow(frozen.plan), found.outcomes, self.name)}
+        self.narrow(frozen.plan), state.outcomes, self.name)}
 
-  def told(self, records: Mapping[str, Any]) -> list[str]:
+  def summary(self, records: Mapping[str, Any]) -> list[str]:
     """Returns what it decided, in lines."""
     return [f'  {row.variant}, {row.measure}: '
             f'{page.estimate(row.effect, row.low, row.high).text}, corrected p '
@@ -221,12 +221,12 @@ class Noise(Phase):
     apart = {frozen.plan.base: {}, plans.AGAIN: {'init_seed': starts.AS_NEXT}}
     return super().runs(frozen, lambda name, *at: apart[name], [plans.AGAIN])
 
-  def run(self, frozen, found):
-    rows = super().run(frozen, found)[self.name]
+  def run(self, frozen, state):
+    rows = super().run(frozen, state)[self.name]
     return {self.name: rows, 'announced': decide.announce(frozen.plan, rows),
-            'advice': advice.sentence(frozen.plan, found.outcomes)}
+            'advice': advice.sentence(frozen.plan, state.outcomes)}
 
-  def told(self, records):
+  def summary(self, records):
     return [records['announced'].sentence, *filter(None, [records['advice']])]
 
 
@@ -234,14 +234,14 @@ class Largest(Phase):
   """The largest size, which no other phase has, once it was predicted; the
   verdict does not depend on it."""
 
-  def run(self, frozen, found):
+  def run(self, frozen, state):
     plan = frozen.plan
-    rows = decide.predict(plan, found.outcomes, {
+    rows = decide.predict(plan, state.outcomes, {
         variant: row['tokens'] * row['flops_per_token']
         for variant in (plan.base, *plan.variants)
         for row in [frozen.point(variant, plan.largest, plans.TEXT)]})
-    return {'predicted': found.trainer.predicted(self.name, rows)} | (
-        super().run(frozen, found))
+    return {'predicted': state.trainer.predicted(self.name, rows)} | (
+        super().run(frozen, state))
 
 
 class Tune(Phase):
@@ -264,20 +264,21 @@ class Tune(Phase):
             tuning, len(search.candidates))]
     return runs
 
-  def run(self, frozen, found):
+  def run(self, frozen, state):
     each = searches(frozen.plan)
     for rung in itertools.count(1):
       going = [search for search in each if search.candidates]
       if not going:
-        return {'tuned': [search.found() for search in each]}
+        return {'tuned': [search.result() for search in each]}
       asked = [self.runs_of(frozen, search) for search in going]
-      given = iter(found.train(
+      outcomes = iter(state.train(
           self, [*itertools.chain(*itertools.chain(*asked))], rung))
-      for search, own in zip(going, asked):
-        search.take(frozen.steps(own[0][0].changes),
-                    [[next(given) for _ in candidate] for candidate in own])
+      for search, candidates in zip(going, asked):
+        search.take(frozen.steps(candidates[0][0].changes),
+                    [[next(outcomes) for _ in candidate]
+                     for candidate in candidates])
 
-  def told(self, records):
+  def summary(self, records):
     return [f'  {row.workload} {row.size} {row.variant}: {row.changes}, at the '
             f'edge: {", ".join(row.at_edge) or "none"}'
             for row in records['tuned']]
@@ -361,11 +362,11 @@ class Search:
     measure = self.plan.of_workload(self.workload)[0]
     mean = lambda values: sum(values) / len(values)
     rows = [{'rung': self.rung, 'steps': steps, 'changes': changes,
-             'value': mean([x.values[measure.name] for x in own]),
-             'values': [x.values[measure.name] for x in own],
-             'loss': mean([x.loss for x in own]),
-             'diverged': any(x.diverged for x in own)}
-            for changes, own in zip(self.candidates, outcomes, strict=True)]
+             'value': mean([x.values[measure.name] for x in runs]),
+             'values': [x.values[measure.name] for x in runs],
+             'loss': mean([x.loss for x in runs]),
+             'diverged': any(x.diverged for x in runs)}
+            for changes, runs in zip(self.candidates, outcomes, strict=True)]
     self.tried += rows
     self.runs += sum(map(len, outcomes))
     tuning = self.plan.tuning
@@ -387,7 +388,8 @@ class Search:
       best = self.best['changes']
       further = [{**best, field: further_out(*self._edge(field))}
                  for field in self.at_edge]
-      self.candidates = tuple(own for own in further if own != best)
+      self.candidates = tuple(candidate for candidate in further
+                              if candidate != best)
 
   def _edge(self, field: str) -> tuple[float, float]:
     """The edge of the values of a field that were tried which is nearer to the
@@ -402,7 +404,7 @@ class Search:
     return tuple(field for field in self.plan.tuning.fields
                  if self.best['changes'][field] == self._edge(field)[0])
 
-  def found(self) -> plans.Tuned:
+  def result(self) -> plans.Tuned:
     return plans.Tuned(
         *self.name, dict(self.best['changes']), self.at_edge, self.runs,
         tuple(self.tried))

@@ -280,12 +280,13 @@ def _sweep(workdir) -> Comparison:
 def doubts(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
   """Says where the noise of a confirmation is not what Student's test takes it
   for, and where the robust test does not agree with it."""
-  rows, said = [row for row in rows if row['measure'] == plan.primary.name], []
+  rows, sentences = [
+      row for row in rows if row['measure'] == plan.primary.name], []
   shape = next((row['p_shape'] for row in rows
                 if row.get('p_shape') is not None), 1.0)
   if shape <= statistics.IRREGULAR:
     none = [row['variant'] for row in rows if row['p'] is None and row['n'] > 2]
-    said.append(
+    sentences.append(
         f'The differences look skewed or have outliers (p = {shape:.2g} of '
         'normal noise): p and intervals are the more cautious of Student\'s '
         'and of those resampled from the differences, if these are '
@@ -296,9 +297,10 @@ def doubts(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
            for row in rows if None not in (row['p'], row.get('p_robust'))
            and (row['p'] <= plan.alpha) != (row['p_robust'] <= plan.alpha)]
   if apart:
-    said.append('Student\'s test and the permutation test of the trimmed mean '
-                f'disagree, before correction, on {", ".join(apart)}.')
-  return said
+    sentences.append(
+        'Student\'s test and the permutation test of the trimmed mean '
+        f'disagree, before correction, on {", ".join(apart)}.')
+  return sentences
 
 
 def _values(run: curves.Run) -> dict[str, float]:
@@ -311,7 +313,7 @@ def _values(run: curves.Run) -> dict[str, float]:
     tasks = evals.listed(run.config['eval.tasks'])
     values |= {name: value for name, value in held_out.items()
                if type(value) is float
-               and any(_is_own(task, name) for task in tasks)}
+               and any(_is_figure_of(task, name) for task in tasks)}
   for task, results in run.evaluations.items():
     if isinstance(results, Mapping):
       values |= {f'{task}/{name}': value for name, value in results.items()
@@ -325,7 +327,7 @@ def _values(run: curves.Run) -> dict[str, float]:
   return {name: x for name, x in values.items() if math.isfinite(x)}
 
 
-def _is_own(task: str, name: str) -> bool:
+def _is_figure_of(task: str, name: str) -> bool:
   """Whether a name of metrics.jsonl is one of a task's own figures, and not of
   a group of them, whose names are joined there by a slash, too."""
   if name.rpartition('/')[0] == task:
@@ -418,7 +420,7 @@ def answer(c: Comparison) -> str:
     groups.setdefault(row['verdict'], []).append(
         row['variant'] + f' ({effect}{_excluded(c, row)})' * (
             effect != UNKNOWN))
-  unit = measures_lib.said(c.frozen, c.plan.primary, ' (', ')')
+  unit = measures_lib.unit_text(c.frozen, c.plan.primary, ' (', ')')
   return f'By {c.plan.primary.name}{unit}: ' + '; '.join(
       f'{word}: {", ".join(names)}' for word, names in groups.items()) + '.'
 
@@ -736,12 +738,13 @@ def methods(frozen: plans.Frozen, announced: Mapping[str, Any] | None,
 
   def changes(row: Mapping) -> str:
     """What a size and a workload change: most of it is as at the smallest."""
-    own, first = row['changes'], frozen.point(
+    fields, first = row['changes'], frozen.point(
         plan.base, plan.sizes[0], row['workload'])['changes']
-    new = {name: x for name, x in own.items()
+    new = {name: x for name, x in fields.items()
            if (name, x) not in first.items()}
-    same = 0 < len(new) < len(own) and first.keys() <= own.keys()
-    return f'as at {plan.sizes[0]}, but ' * same + changed(new if same else own)
+    same = 0 < len(new) < len(fields) and first.keys() <= fields.keys()
+    return f'as at {plan.sizes[0]}, but ' * same + changed(
+        new if same else fields)
 
   seen = max((change['seen'].get('confirm', 0)
               for change in frozen.amendments), default=0)
@@ -751,7 +754,7 @@ def methods(frozen: plans.Frozen, announced: Mapping[str, Any] | None,
       date=plans.date, unknown=as_planned.get('unknown', 0),
       phases=phases_lib.of(plan.seeds),
       primary=plan.primary, changed=changed, changes=changes,
-      said=measures_lib.said,
+      unit_text=measures_lib.unit_text,
       shows=decide.can_show(plan), wider=f'{statistics.WIDER:g}',
       alone=alone, amount=measures_lib.amount(frozen, plan.effect),
       grid=[f'{name} in {{{", ".join(map(value, values))}}}'
@@ -839,10 +842,10 @@ def _numbers(line: Mapping[str, Sequence]) -> dict[str, list]:
 def multipliers(c: Comparison) -> Table:
   """Compute multipliers at each size and of one fit of all."""
   rows: dict[tuple, dict] = {}
-  for own in c.results.get('confirm', ()):
-    for x in own.get('multipliers', ()):
-      row = rows.setdefault((own['variant'], x['size']), {
-          'variant': label(own['variant']), 'size': label(x['size']),
+  for verdict in c.results.get('confirm', ()):
+    for x in verdict.get('multipliers', ()):
+      row = rows.setdefault((verdict['variant'], x['size']), {
+          'variant': label(verdict['variant']), 'size': label(x['size']),
           'floor': page.number(x['floor'], '.3f')})
       row[x['by']] = page.estimate(x['factor'], x['low'], x['high'], '.3f')
   return page.table('multipliers', 'Compute multipliers', [*rows.values()])
@@ -889,11 +892,11 @@ def predictions(c: Comparison) -> Section:
       'mean' if row['variant'] == c.plan.base else 'effect']
           for row in c.estimates if (row['phase'], row['measure']) == (
               'largest', c.plan.primary.name)}
-  for own in record['rows'] if record else ():
-    x, value, low, high = np.array([seen.get(own['variant']), *(
-        own[name] for name in ('value', 'low', 'high'))], float)
+  for prediction in record['rows'] if record else ():
+    x, value, low, high = np.array([seen.get(prediction['variant']), *(
+        prediction[name] for name in ('value', 'low', 'high'))], float)
     rows.append({
-        'variant': label(own['variant']),
+        'variant': label(prediction['variant']),
         'predicted': page.estimate(value, low, high),
         'observed': page.number(x, '+.4f'),
         'off by': page.number(x - value, '+.4f'),

@@ -20,25 +20,25 @@ NOTHING: dict[str, Any] = {
     'provenance': {'codes': [], 'devices': [], 'versions': {}}}
 
 
-def write(workdir, frozen: plans.Frozen, found: phases.Found) -> None:
+def write(workdir, frozen: plans.Frozen, state: phases.State) -> None:
   """Writes results.json, unless it holds later phases of the same plan.
 
   Args:
     workdir: of the study.
     frozen: its plan.
-    found: so far.
+    state: what is found so far.
   """
   before = load(workdir)
   over = {phase for phase, row in before['phases'].items() if row['finished']}
   # A study that is started again walks through all of its phases, and may be
   # told to end early.
-  if set(found.finished) < over and before['study']['hash'] == frozen.hash:
+  if set(state.finished) < over and before['study']['hash'] == frozen.hash:
     return
   ran = codes(workdir)
   layout.save_checked(pathlib.Path(workdir) / FILE, {
       'study': {'name': frozen.plan.name, 'hash': frozen.hash},
-      'outcomes': plans.to_json(found.outcomes), **plans.to_json(found.records),
-      'phases': {phase.name: _spent(frozen, phase, found)
+      'outcomes': plans.to_json(state.outcomes), **plans.to_json(state.records),
+      'phases': {phase.name: _spent(frozen, phase, state)
                  for phase in phases.of(frozen.plan.seeds)},
       'as_planned': as_planned(workdir, frozen, ran),
       'provenance': {'codes': ran, 'devices': _devices(workdir),
@@ -61,8 +61,8 @@ def folders(workdir, phase: str = '') -> list[pathlib.Path]:
           for path in paths if plans.phase_of(path) == name]
 
 
-def _spent(frozen: plans.Frozen, phase: phases.Phase, found) -> dict[str, Any]:
-  runs = [x for x in found.outcomes if x.phase == phase.name]
+def _spent(frozen: plans.Frozen, phase: phases.Phase, state) -> dict[str, Any]:
+  runs = [x for x in state.outcomes if x.phase == phase.name]
   return {'planned': len(phase.most(frozen)), 'done': len(runs),
           'failed': sum(x.diverged for x in runs),
           'tokens': sum(x.flops / frozen.point_of(x)['flops_per_token']
@@ -70,7 +70,7 @@ def _spent(frozen: plans.Frozen, phase: phases.Phase, found) -> dict[str, Any]:
           'flops': float(sum(x.flops for x in runs)),
           'seconds': float(sum(x.seconds for x in runs
                                if x.seconds == x.seconds)),
-          'finished': phase.name in found.finished}
+          'finished': phase.name in state.finished}
 
 
 def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]

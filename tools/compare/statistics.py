@@ -655,10 +655,10 @@ def errs(seen: np.ndarray, sds: Sequence[float], seeds: int, level: float,
   significant = (2 * stdtr(seeds - 1, -np.abs(t)) <= level) & (
       np.ptp(np.sign(studies.mean(2)), axis=2) == 0)
   wrong = 0
-  for study, row, own in zip(studies, means, significant):
-    noise = shape(study) if own.any() else None
+  for study, row, mask in zip(studies, means, significant):
+    noise = shape(study) if mask.any() else None
     pool = noise and noise.pool(lambda x: x.mean(1))
-    ps = [p_value(values, pool) for values in row[own]]
+    ps = [p_value(values, pool) for values in row[mask]]
     wrong += sum(p is not None and p <= level for p in ps)
   return wrong / significant.size
 

@@ -153,18 +153,18 @@ def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
   """
   each = costs.of(frozen, args.group, costs.known(workdir, frozen))
   print('', costs.table(each, args.parallel), '', sep='\n', flush=True)
-  for found in phases.run(frozen, trainer, args.until, args.anyway):
-    if args.anyway and found.weakness:
+  for state in phases.run(frozen, trainer, args.until, args.anyway):
+    if args.anyway and state.weakness:
       _note(workdir, frozen, 'The study went on although it was too weak for '
-            f'what it wants. {found.weakness}')
-    results.write(workdir, frozen, found)
-    phase = phases.PHASES[found.finished[-1]]
-    runs = [x for x in found.outcomes if x.phase == phase.name]
+            f'what it wants. {state.weakness}')
+    results.write(workdir, frozen, state)
+    phase = phases.PHASES[state.finished[-1]]
+    runs = [x for x in state.outcomes if x.phase == phase.name]
     # What is too weak to go on says all this as it ends.
-    on = args.anyway or not found.weakness
+    on = args.anyway or not state.weakness
     print(f'{phase.name}: {len(runs)} runs, {sum(x.diverged for x in runs)} '
-          'diverged', *phase.told(found.records) * on, sep='\n', flush=True)
-    if len(found.finished) == 1 and None in [
+          'diverged', *phase.summary(state.records) * on, sep='\n', flush=True)
+    if len(state.finished) == 1 and None in [
         cost.seconds for cost in each]:  # their time is known by now
       print(costs.table(costs.of(frozen, args.group, costs.known(
           workdir, frozen))[1:], args.parallel), flush=True)
@@ -216,12 +216,13 @@ class Trainer:
     points = {point.name: point for point in sweep.points}
     outcomes, failed = [], []
     for run in runs:
-      own = points[run.point].runs[run.seed]
-      if own.ended_badly or own.held_out and own.state != layout.FAILED:
-        outcomes.append(self._outcome(run, points[run.point], own))
+      result = points[run.point].runs[run.seed]
+      if result.ended_badly or (
+          result.held_out and result.state != layout.FAILED):
+        outcomes.append(self._outcome(run, points[run.point], result))
       else:
         failed.append(f'{run.point}, seed {run.seed}: ' + (
-            own.error or 'it was not evaluated after its last step'))
+            result.error or 'it was not evaluated after its last step'))
     if failed:
       raise EnvironmentFailure(
           f'{path}: {len(failed)} runs failed that did not diverge: '
@@ -285,17 +286,18 @@ class Trainer:
         run.phase == 'confirm' and run.workload == plans.TEXT
         and objectives.OBJECTIVES[objective].every_token)
 
-  def _outcome(self, run: phases.Run, point: curves.Point, own: curves.Run
+  def _outcome(self, run: phases.Run, point: curves.Point, result: curves.Run
                ) -> plans.Outcome:
-    loss = own.final if own.final is not None else math.inf
-    diverged = (own.ended_badly or not math.isfinite(loss)
+    loss = result.final if result.final is not None else math.inf
+    diverged = (result.ended_badly or not math.isfinite(loss)
                 or loss > GUESSING * self._frozen.point_of(run)['guess'])
     values = {}
     for measure in self._frozen.plan.of_workload(run.workload):
-      value = measure.chance if diverged else own.held_out.get(measure.figure)
+      value = (measure.chance if diverged else
+               result.held_out.get(measure.figure))
       require(isinstance(value, int | float), f'measure {measure.name!r} is '
               f'{measure.figure!r}, which {run.point}, seed {run.seed}, has '
-              f'not reported: it has {", ".join(own.held_out) or "nothing"}')
+              f'not reported: it has {", ".join(result.held_out) or "nothing"}')
       values[measure.name] = float(value)
     spent = {name: values[-1] for name, values in point.curve(
         run.seed, 'train').items()}
@@ -304,8 +306,8 @@ class Trainer:
         diverged, spent.get('flops', 0.0), spent.get('seconds', math.nan),
         point.params, dict(run.changes), loss,
         point.curve(run.seed) if run.phase in plans.WITH_CURVES else {},
-        {measure.name: own.items[measure.figure]
+        {measure.name: result.items[measure.figure]
          for measure in self._frozen.plan.of_workload(run.workload)
-         if measure.figure in own.items and run.phase not in (
+         if measure.figure in result.items and run.phase not in (
              'noise', 'tune')},
-        curves.cooled(own.config), self._frozen.point_of(run).get('body'))
+        curves.cooled(result.config), self._frozen.point_of(run).get('body'))

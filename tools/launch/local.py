@@ -43,9 +43,9 @@ def size(args) -> int:
   return args.processes * args.devices
 
 
-def _platform(given: str) -> str:
-  if given := given or os.environ.get('JAX_PLATFORMS', ''):
-    return 'cpu' if given == 'cpu' else 'gpu'
+def _platform(platform: str) -> str:
+  if platform := platform or os.environ.get('JAX_PLATFORMS', ''):
+    return 'cpu' if platform == 'cpu' else 'gpu'
   return 'gpu' if os.path.exists('/dev/nvidia0') else 'cpu'
 
 
@@ -67,22 +67,25 @@ def environments(env, processes: int, devices: int, kind: str,
   """Returns what is added to the environment of each process."""
   result = []
   for i in range(processes):
-    own = dict(env)
+    process_env = dict(env)
     if processes > 1:
-      own |= {'JAX_COORDINATOR_ADDRESS': coordinator,
-              'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(i)}
+      process_env |= {
+          'JAX_COORDINATOR_ADDRESS': coordinator,
+          'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(i)}
     if kind == 'cpu':
-      own |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS':  # of two, the last counts
+      process_env |= {
+          'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS':  # of two, the last counts
               f'{os.environ.get("XLA_FLAGS", "")} '
               f'--xla_force_host_platform_device_count={devices}'}
     elif processes > 1:
-      own['JAX_LOCAL_DEVICE_IDS'] = ','.join(
+      process_env['JAX_LOCAL_DEVICE_IDS'] = ','.join(
           str(i * devices + k) for k in range(devices))
     else:  # JAX reads that only where it joins several
-      visible = own.get(_GPUS, os.environ.get(_GPUS))
-      own[_GPUS] = ','.join((list(map(str, range(devices))) if visible is None
-                             else visible.split(','))[:devices])
-    result.append(own)
+      visible = process_env.get(_GPUS, os.environ.get(_GPUS))
+      process_env[_GPUS] = ','.join((
+          list(map(str, range(devices))) if visible is None
+          else visible.split(','))[:devices])
+    result.append(process_env)
   return result
 
 

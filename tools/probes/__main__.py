@@ -31,12 +31,12 @@ flags.DEFINE_integer('seeds', 0, 'How many; 0: as the suite says.',
 
 def words(argv: list[str]) -> list[str]:
   """Returns the flags of 'run CONFIG --workdir W ...'."""
-  given = argv[1:]
-  if given[:1] == ['run']:
-    given = given[1:]
-    if given and not given[0].startswith('-'):
-      given = [f'--config={given[0]}', *given[1:]]
-  return [argv[0], *given]
+  args = argv[1:]
+  if args[:1] == ['run']:
+    args = args[1:]
+    if args and not args[0].startswith('-'):
+      args = [f'--config={args[0]}', *args[1:]]
+  return [argv[0], *args]
 
 
 def main() -> int:

@@ -415,7 +415,7 @@ def test_the_better_half_survives_a_rung():
   assert search.share == 0.5
   assert _take(search, (2.0, 1.0), 50) == [2e-3]
   assert _take(search, (1.0,)) == []
-  tuned = search.found()
+  tuned = search.result()
   assert tuned.changes == {'optim.lr': 2e-3} and tuned.at_edge == ()
   assert tuned.runs == 7
   assert phases.kept(plans.Tuning({}), 3) == 2  # the larger half
@@ -426,17 +426,17 @@ def test_an_edge_moves_as_often_as_the_plan_says_and_is_marked_then():
   assert _take(search, (1.0, 2.0)) == [5e-4]
   assert _take(search, (0.9,)) == [2.5e-4]
   assert _take(search, (0.8,)) == []
-  assert search.found().changes == {'optim.lr': 2.5e-4}
-  assert search.found().at_edge == ('optim.lr',)
+  assert search.result().changes == {'optim.lr': 2.5e-4}
+  assert search.result().at_edge == ('optim.lr',)
   search = _search(rungs=1, extend=1)
   _take(search, (1.0, 2.0))
   _take(search, (1.5,))
-  assert search.found().changes == {'optim.lr': 1e-3}
-  assert search.found().at_edge == ()
+  assert search.result().changes == {'optim.lr': 1e-3}
+  assert search.result().at_edge == ()
   # What diverged is the worst, and ties go by the loss.
   search = _search(rungs=1, extend=0)
   _take(search, (1.0, 2.0), diverged=(0,))
-  assert search.found().changes == {'optim.lr': 2e-3}
+  assert search.result().changes == {'optim.lr': 2e-3}
   search = _search(rungs=1, workload='copy')
   _take(search, (1.0, 0.5), value=0.25)
   assert search.best['changes'] == {'optim.lr': 2e-3}
