@@ -63,8 +63,8 @@ class Model:
     tokenizer: what encodes text; None where the weights came without one.
     run: the config of the run that the model is from; None where there is none.
     drawn: the paths of the parameters that `with_parts` drew anew.
-    said: what the Hugging Face folder says of generation whose weights these
-      are, also as a run that was imported from it.
+    generation: what the Hugging Face folder says of generation whose weights
+      these are, also as a run that was imported from it.
     labels: what the outputs of the head of a task stand for; (): not known.
   """
   module: nn.Module
@@ -72,7 +72,7 @@ class Model:
   tokenizer: tokenizers.Tokenizer | None = None
   run: ml_collections.ConfigDict | None = None
   drawn: tuple[str, ...] = ()
-  said: hf_generation.Generation | None = None
+  generation: hf_generation.Generation | None = None
   labels: tuple[str, ...] = ()
 
   def __repr__(self) -> str:
@@ -142,8 +142,9 @@ class Model:
     arguments are those of a call of the model.
     """
     kept, cross = self._run('attention', tokens, decoder_tokens, inputs)
-    found = self._of_stacks(kept, self.config.num_layers)
-    return found if cross is None else found | {'cross': _in_numpy(cross)}
+    attentions = self._of_stacks(kept, self.config.num_layers)
+    return attentions if cross is None else attentions | {
+        'cross': _in_numpy(cross)}
 
   def inspect(self, tokens: Tokens, decoder_tokens: Tokens | None = None, *,
               top: Size = inspection.TOP, **inputs: Tokens
@@ -199,7 +200,7 @@ class Model:
             and self.config.head == 'lm', 'this model writes no text: its '
             f'objective is {config.objective} and its head '
             f'{self.config.head!r}')
-    shown, end = hf_generation.shown(texts, config, tokenizer, self.said)
+    shown, end = hf_generation.shown(texts, config, tokenizer, self.generation)
     inputs_of.check_ids('the prompt', shown.tokens, self.config.vocab_size)
     new_BT = np.asarray(generation.generate(
         self.module, self.params, jnp.asarray(shown.tokens),
@@ -245,7 +246,7 @@ class Model:
   def save(self, folder: str | os.PathLike) -> None:
     """Writes a Hugging Face folder: config.json and the weights, and what the
     folder of the model said of generation; no tokenizer."""
-    weights.to_hf(self.module, self.params, folder, generation=self.said,
+    weights.to_hf(self.module, self.params, folder, generation=self.generation,
                   labels=self.labels)
 
   def _tokenizer(self) -> tokenizers.Tokenizer:
@@ -270,10 +271,10 @@ class Model:
   def _arrays(self, tokens: Tokens, decoder_tokens: Tokens | None,
               inputs: Mapping[str, Tokens]) -> dict[str, jax.Array]:
     """Returns the module's arguments by name."""
-    given = dict(inputs, tokens=tokens)
+    arguments = dict(inputs, tokens=tokens)
     if decoder_tokens is not None:
-      given['decoder_tokens'] = decoder_tokens
-    return inputs_of.arrays(self.stack, given, self.config.vocab_size)
+      arguments['decoder_tokens'] = decoder_tokens
+    return inputs_of.arrays(self.stack, arguments, self.config.vocab_size)
 
   def _of_stacks(self, kept: Any, encoder: int) -> Any:
     """Parts what the layers of both stacks have kept, the encoder's first."""
@@ -330,7 +331,7 @@ def load(path: str | os.PathLike, *, step: int | None = None,
     tokenizer = str(folder)
   return Model(module, params,
                tokenizers.load(tokenizer) if tokenizer else None,
-               said=hf_generation.of_folder(folder),
+               generation=hf_generation.of_folder(folder),
                labels=(hf_config.labels(hf_config.load_config_json(folder))
                        if module.config.num_labels else ()))
 
@@ -367,10 +368,10 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
 def _load_run(workdir: Any, step: int | None, tokenizer: str | None) -> Model:
   config = runs.config_of(workdir)
   module = architectures.build(runs.model_of(workdir, config))
-  found = parameters.on_one_device(workdir, module, step)
-  return Model(module, found.state,
+  checkpoint = parameters.on_one_device(workdir, module, step)
+  return Model(module, checkpoint.state,
                tokenizers.load(tokenizer or config.data.tokenizer), config,
-               said=hf_generation.published(workdir, found.step),
+               generation=hf_generation.published(workdir, checkpoint.step),
                labels=run_config.labels(workdir))
 
 

@@ -27,11 +27,11 @@ from configs.errors import RequestError, one_of, require
 def systems() -> dict[str, type[Any]]:
   """Returns {model.arch: the class of its page}, of every page in this folder.
   """
-  found = {}
+  classes = {}
   for file in _pages():
-    own = _of_page(file)
-    found[getattr(own, 'ARCH', file)] = own
-  return found
+    cls = _of_page(file)
+    classes[getattr(cls, 'ARCH', file)] = cls
+  return classes
 
 
 def _pages() -> list[str]:
@@ -42,9 +42,9 @@ def _pages() -> list[str]:
 def _of_page(file: str) -> type[Any]:
   """Returns the class of a page: the one with a STACK."""
   page_ = importlib.import_module(f'{__name__}.{file}')
-  own, = (x for x in vars(page_).values() if hasattr(x, 'STACK')
+  cls, = (x for x in vars(page_).values() if hasattr(x, 'STACK')
           and x.__module__ == page_.__name__)
-  return own
+  return cls
 
 
 @typed
@@ -55,11 +55,11 @@ def system(arch: str) -> type[Any]:
   Raises:
     RequestError: where there is none.
   """
-  own = _of_page(arch) if arch in _pages() else None
-  if own is None or getattr(own, 'ARCH', arch) != arch:
+  cls = _of_page(arch) if arch in _pages() else None
+  if cls is None or getattr(cls, 'ARCH', arch) != arch:
     one_of('model.arch', arch, systems())
-    own = systems()[arch]
-  return own
+    cls = systems()[arch]
+  return cls
 
 
 def page(arch: str) -> types.ModuleType:
@@ -103,7 +103,7 @@ def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
 
 
 def _archs(kind: str) -> list[str]:
-  return [arch for arch, own in systems().items() if own.STACK == kind]
+  return [arch for arch, cls in systems().items() if cls.STACK == kind]
 
 
 def build(model: ModelConfig | Mapping[str, Any]) -> nn.Module:

@@ -32,7 +32,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
       (layer_types.WHOLE, ('rope_theta', 1e6)))
   return dict(rope=whole) | gemma2.read_layers(
       reader, fields, every=reader('sliding_window_pattern', 6),
-      own={layer_types.WINDOW: dict(rope=local)}
+      kind_fields={layer_types.WINDOW: dict(rope=local)}
   ) | gemma2.read_scales(reader, softcap=0.0)
 
 

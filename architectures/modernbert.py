@@ -47,13 +47,13 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   pooling = reader.choose('classifier_pooling', 'cls', {
       name: name for name in heads.POOLINGS})
   reader.must(rope_scaling=None)
-  own = {'global': {},
-         'local': dict(window=reader.count('local_attention', 128) // 2 + 1)}
+  kinds = {'global': {},
+           'local': dict(window=reader.count('local_attention', 128) // 2 + 1)}
   sections = reader.section('rope_parameters')
   for type_, (name, theta) in TYPES.items():
     rope = sections.section(type_)
     rope.must(rope_type='default')
-    own[name]['rope'] = dict(theta=rope('rope_theta', reader(
+    kinds[name]['rope'] = dict(theta=rope('rope_theta', reader(
         f'{name}_rope_theta', theta)))
   layers, every = fields['num_layers'], reader('global_attn_every_n_layers', 3)
   types = layer_types.each(reader, 'layer_types', layers, TYPES) or [
@@ -64,9 +64,10 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   return dict(
       pooling=pooling if fields['head'] == 'sequence' else 'cls',
       norm='layernorm' if reader('norm_bias', False) else 'layernorm_no_bias',
-      rope=own['global'].pop('rope'), prefix='first', pattern=','.join(pattern),
-      kinds=dict(first=own[first] | dict(block='ffn_norm'),
-                 **{name: own[name] for name in dict.fromkeys(pattern)}))
+      rope=kinds['global'].pop('rope'), prefix='first',
+      pattern=','.join(pattern),
+      kinds=dict(first=kinds[first] | dict(block='ffn_norm'),
+                 **{name: kinds[name] for name in dict.fromkeys(pattern)}))
 
 
 def _write(c: ModelConfig) -> dict:

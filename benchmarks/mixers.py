@@ -179,7 +179,7 @@ def main() -> None:
   parser.add_argument('--json', default='',
                       help='write the figures to this file')
   args = parser.parse_args()
-  recurrent = [name for name, own in blocks.MIXERS.items() if own.state]
+  recurrent = [name for name, mixer in blocks.MIXERS.items() if mixer.state]
   chosen = args.mixers.split(',') if args.mixers else ['attention', *recurrent]
   sections, dtypes = args.sections.split(','), args.dtypes.split(',')
   for flag, names, there in (('--mixers', chosen, blocks.MIXERS),

@@ -31,10 +31,11 @@ def build(request):
   options = dict(attn_implementation='sdpa') if DEVICE == 'cuda' else {}
   with torch.device(DEVICE):  # drawn where it lies
     model = kind._from_config(config, **options)
-  found = count(model)
-  require(found == request['parameters'], f'{named} of transformers has '
-          f'{found:,} parameters, and ours {request["parameters"]:,}: these '
-          'are two models, which are not compared')
+  num_parameters = count(model)
+  require(num_parameters == request['parameters'],
+          f'{named} of transformers has {num_parameters:,} parameters, and '
+          f'ours {request["parameters"]:,}: these are two models, which are '
+          'not compared')
   return model
 
 

@@ -100,15 +100,15 @@ def arguments(made: dict[str, np.ndarray], causal: bool
     made: a batch of ours.
     causal: whether the class looks for the label of a token one place later.
   """
-  found = {name: made[key] for key, name in NAMES.items() if key in made}
+  inputs = {name: made[key] for key, name in NAMES.items() if key in made}
   labels = np.where(made['weights'] > 0, made['targets'], IGNORED)
   if causal:
     labels = np.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=IGNORED)
   for name in ('attention_mask', 'decoder_attention_mask'):
-    mask = found.pop(name, np.ones(1)) != 0
+    mask = inputs.pop(name, np.ones(1)) != 0
     if not mask.all():  # else there is nothing to mask
-      found[name] = mask.astype(np.int32)
-  return found | dict(labels=labels)
+      inputs[name] = mask.astype(np.int32)
+  return inputs | dict(labels=labels)
 
 
 def tokenizer(config: Config) -> tokenizers.Tokenizer:

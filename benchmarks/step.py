@@ -131,22 +131,23 @@ def against(request, args, other, job):
       for name in sides:
         answers[name].append(workers[name].do(job))
   figures = {}
-  for name, given in answers.items():
-    given = given[1:]  # the first is the warm-up
-    times = [answer['seconds'] for answer in given]
+  for name, results in answers.items():
+    results = results[1:]  # the first is the warm-up
+    times = [answer['seconds'] for answer in results]
     median = statistics.median(times)
     ratio, cpu_ratio = (statistics.median(
         theirs[key] / ours[key] for theirs, ours in zip(
-            given, answers['ours'][1:])) for key in ('seconds', 'cpu_seconds'))
+            results, answers['ours'][1:]))
+        for key in ('seconds', 'cpu_seconds'))
     figures[name] = dict(
         median_s=median, min_s=min(times), per_s=amount / median,
-        cpu_s=statistics.median(answer['cpu_seconds'] for answer in given),
-        peak_bytes=given[-1]['peak_bytes'], ours_is_faster_by=ratio,
+        cpu_s=statistics.median(answer['cpu_seconds'] for answer in results),
+        peak_bytes=results[-1]['peak_bytes'], ours_is_faster_by=ratio,
         ours_is_faster_by_cpu_time=cpu_ratio)
     print(f'{job} {name:27} {median * 1e3:8.0f} ms  (least '
           f'{min(times) * 1e3:.0f}; of CPU {figures[name]["cpu_s"] * 1e3:.0f})'
           f'  {amount / median:8.0f} {unit}  peak '
-          f'{given[-1]["peak_bytes"] / 2**20:.0f} MiB' + (
+          f'{results[-1]["peak_bytes"] / 2**20:.0f} MiB' + (
               '' if name == 'ours' else f'  ours is {ratio:.2f} x as fast '
               f'({cpu_ratio:.2f} x by CPU time)'),
           flush=True)

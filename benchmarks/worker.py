@@ -37,9 +37,9 @@ def turns(contenders: Mapping[str, Callable[[], Any]], rounds: int
                             time.process_time() - start_cpu))
   first = np.array(next(iter(times.values())))
   figures = 'seconds', 'cpu_seconds', 'ratio', 'cpu_ratio'
-  return {name: dict(zip(
-      figures, np.median(np.hstack([own, own / first]), 0).tolist()))
-          for name, own in times.items()}
+  return {name: dict(zip(figures, np.median(
+      np.hstack([durations, durations / first]), 0).tolist()))
+          for name, durations in times.items()}
 
 
 class Worker:

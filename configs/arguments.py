@@ -41,8 +41,8 @@ def typed(function: F) -> F:
 
   @functools.wraps(function)
   def checked(*args: Any, **kwargs: Any) -> Any:
-    given = signature.bind(*args, **kwargs).arguments
-    for name, value in given.items():
+    arguments = signature.bind(*args, **kwargs).arguments
+    for name, value in arguments.items():
       if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
         _check(name, value, hints().get(name, Any))
     return function(*args, **kwargs)

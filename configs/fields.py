@@ -102,11 +102,11 @@ class Leaf(NamedTuple):
 
 def leaves(group: type, prefix: str = '') -> Iterator[Leaf]:
   """Yields the fields that a group declares, and those of groups in it."""
-  for own in dataclasses.fields(group):
-    if dataclasses.is_dataclass(own.default_factory):
-      yield from leaves(own.default_factory, f'{prefix}{own.name}.')
-    elif 'rule' in own.metadata:
-      yield Leaf(prefix + own.name, own.default, own.metadata['rule'])
+  for field_ in dataclasses.fields(group):
+    if dataclasses.is_dataclass(field_.default_factory):
+      yield from leaves(field_.default_factory, f'{prefix}{field_.name}.')
+    elif 'rule' in field_.metadata:
+      yield Leaf(prefix + field_.name, field_.default, field_.metadata['rule'])
 
 
 def check(leaf: Leaf, value: Any, who: str = '',

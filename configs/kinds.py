@@ -35,12 +35,12 @@ def with_experts(model: Mapping[str, Any], every: int) -> dict[str, Any]:
   kinds = dict(model.get('kinds', {}))
   if every == 1:
     return dict(pattern=','.join(names), kinds=kinds)
-  found, made = [], {}
+  pattern, made = [], {}
   for i in range(math.lcm(len(names) or 1, every)):
-    own = names[i % len(names)] if names else ''
+    kind = names[i % len(names)] if names else ''
     moe = i % every == every - 1
-    found.append(f'{own}_' * bool(own) + ('moe' if moe else DENSE))
-    made[found[-1]] = kinds.get(own, {}) | ({} if moe else {'ffn': DENSE})
+    pattern.append(f'{kind}_' * bool(kind) + ('moe' if moe else DENSE))
+    made[pattern[-1]] = kinds.get(kind, {}) | ({} if moe else {'ffn': DENSE})
   apart = {name: kinds[name] for field in ('prefix', 'suffix')
            for name in split(model.get(field, '')) if name in kinds}
-  return dict(pattern=','.join(found), kinds=apart | made)
+  return dict(pattern=','.join(pattern), kinds=apart | made)

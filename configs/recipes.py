@@ -56,13 +56,15 @@ def config(arch: str, size: str, sizes: Mapping[str, Mapping[str, Any]],
       a row, where it is not model.max_len; and fields of config.optim.
   """
   one_of('size', size, sizes)
-  own = {name: x for name, x in sizes[size].items() if name != 'parameters'}
+  size_fields = {
+      name: x for name, x in sizes[size].items() if name != 'parameters'}
   run = TINY if size == 'tiny' else PUBLISHED | training
-  run = run | {name: own.pop(name) for name in OF_TRAINING if name in own}
+  run = run | {name: size_fields.pop(name) for name in OF_TRAINING
+               if name in size_fields}
   c = base.base()
   if size != 'tiny':
     c.model.update(dtype='bfloat16', remat=remat)
-  for fields in (architectures.system(arch).PARTS, model or {}, own):
+  for fields in (architectures.system(arch).PARTS, model or {}, size_fields):
     c.model.update({k: x for k, x in fields.items() if '.' not in k})
     c.model.update_from_flattened_dict(
         {k: x for k, x in fields.items() if '.' in k})

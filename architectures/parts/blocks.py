@@ -84,16 +84,16 @@ def mixer_of(c: ModelConfig) -> Mixer:
 
 def readers(c: ModelConfig, field: str) -> list[ModelConfig]:
   """Returns the configs of those kinds of layer whose mixer reads a field."""
-  return [own for own in map(c.of_kind, c.kinds_used)
-          if field in mixer_of(own).fields]
+  return [config for config in map(c.of_kind, c.kinds_used)
+          if field in mixer_of(config).fields]
 
 
 def with_state(c: ModelConfig) -> bool:
   """Whether some layers of a model read a row in one direction alone and keep
   a state of it: a recurrence, or a short convolution before attention."""
-  return any(mixer_of(own).state for own in map(c.of_kind, c.kinds_used)
-             ) or any(own.attention_conv
-                      for own in readers(c, 'attention_conv'))
+  return any(mixer_of(config).state for config in map(c.of_kind, c.kinds_used)
+             ) or any(config.attention_conv
+                      for config in readers(c, 'attention_conv'))
 
 
 # Of scores, and of products with a bias.
@@ -204,7 +204,7 @@ MIXERS = {
 # and ffn_norm, whose attention reads x without a norm, do not.
 
 OFF = -8.0  # logits off A's diagonal in a new mhc
-OWN = 0.75  # how much a branch of a new mhc reads of stream k mod count
+READ_WEIGHT = 0.75  # how much a branch of a new mhc reads of stream k mod count
 SCALE = 0.01  # the initial factor s of what depends on the token
 
 
@@ -348,8 +348,8 @@ def _written(x_BLUD: jax.Array, y_BLD: jax.Array, w: Weights) -> jax.Array:
   return (mixed_BLUD + y_BLUD).astype(x_BLUD.dtype)
 
 
-def _own(module: nn.Module, name: str, init: Callable, *shape: int
-         ) -> jax.Array:
+def _param(module: nn.Module, name: str, init: Callable, *shape: int
+           ) -> jax.Array:
   """Declares parameters whose number does not depend on the width; returns them
   in float32."""
   return declare(module, name, init, shape, Role((None,) * len(shape))).astype(
@@ -360,16 +360,16 @@ def _hyper(module: nn.Module, x: Streams) -> Weights:
   c: Any = module.config  # type: ignore[attr-defined]
   count, D = x.x_BLUD.shape[2:]
   eye = lambda key, shape, dtype: jnp.eye(count, dtype=dtype)
-  read_U = _own(module, 'read', nn.initializers.zeros, count)
+  read_U = _param(module, 'read', nn.initializers.zeros, count)
   read_U = read_U + jax.nn.one_hot(x.branch % count, count)
-  write_U = _own(module, 'write', nn.initializers.ones, count)
-  mix_UU = _own(module, 'mix', eye, count, count)
+  write_U = _param(module, 'write', nn.initializers.ones, count)
+  mix_UU = _param(module, 'mix', eye, count, count)
   w = Weights(*(a[None, None] for a in (read_U, write_U, mix_UU)))
   if not c.streams.dynamic:
     return w
   w_DU = declare(module, 'dynamic', nn.initializers.zeros, (D, count + 2),
                  Role(('embed', None), inputs=(0,), kind='logits'))
-  scale_U = _own(module, 'dynamic_scale', nn.initializers.constant(SCALE), 2)
+  scale_U = _param(module, 'dynamic_scale', nn.initializers.constant(SCALE), 2)
   z_BLUU = jnp.tanh(layers.einsum(
       'BLUD,DI->BLUI', norm(c, 'norm')(x.x_BLUD), w_DU, c.compute_dtype,
       jnp.float32) / c.widening)
@@ -382,20 +382,20 @@ def _mhc(module: nn.Module, x: Streams) -> Weights:
   c: Any = module.config  # type: ignore[attr-defined]
   B, L, count, D = x.x_BLUD.shape
   apart = lambda key, shape, dtype: OFF * (1 - jnp.eye(count, dtype=dtype))
-  own = (_own(module, 'read', nn.initializers.zeros, count)
-         + fresh(count, x.branch),
-         _own(module, 'write', nn.initializers.zeros, count),
-         _own(module, 'mix', apart, count, count).reshape(-1))
+  biases = (_param(module, 'read', nn.initializers.zeros, count)
+            + fresh(count, x.branch),
+            _param(module, 'write', nn.initializers.zeros, count),
+            _param(module, 'mix', apart, count, count).reshape(-1))
   w_UDU = declare(module, 'dynamic', nn.initializers.zeros,
                   (count, D, count * (count + 2)),
                   Role((None, 'embed', None), inputs=(0, 1), kind='logits'))
-  scale_U = _own(module, 'dynamic_scale', nn.initializers.constant(SCALE), 3)
+  scale_U = _param(module, 'dynamic_scale', nn.initializers.constant(SCALE), 3)
   z_BLU = recomputed(lambda x_BLI, w_IO: layers.einsum(
       'BLI,IO->BLO', rmsnorm(x_BLI, None, c.norm_eps), w_IO, c.compute_dtype,
       jnp.float32))(x.x_BLUD.reshape(B, L, -1),
                     w_UDU.reshape(count * D, -1)) / c.widening
   read_BLU, write_BLU, mix_BLU = (
-      scale_U[i] * part_BLU + own[i][None, None]
+      scale_U[i] * part_BLU + biases[i][None, None]
       for i, part_BLU in enumerate(jnp.split(z_BLU, (count, 2 * count), -1)))
   # sinkhorn's rows are the streams that are written.
   mix_BLUU = recomputed(lambda z: sinkhorn(z, c.streams.iterations))(
@@ -408,7 +408,8 @@ def fresh(count: int, branch: jax.Array) -> jax.Array:
   """Returns the logits, [count], of what a branch of a new mhc reads."""
   logit = lambda p: math.log(p / (1 - p))
   turn_U = jax.nn.one_hot(branch % count, count)
-  return jnp.where(turn_U > 0, logit(OWN), logit((1 - OWN) / (count - 1)))
+  return jnp.where(turn_U > 0, logit(READ_WEIGHT),
+                   logit((1 - READ_WEIGHT) / (count - 1)))
 
 
 def sinkhorn(logits_BLUU: jax.Array, iterations: int) -> jax.Array:

@@ -278,18 +278,18 @@ class ModelConfig:
     layers that are as the model says."""
     if not (name or self.pattern or self.prefix or self.suffix):
       return self
-    own = dict(self.kinds[name]) if name else {}
-    if 'window' in own:
-      window = own.pop('window')
-      own = {'attention': 'banded' if window else 'global',
-             'sliding_window': window} | own
-    rope = own.pop('rope', None)
+    overrides = dict(self.kinds[name]) if name else {}
+    if 'window' in overrides:
+      window = overrides.pop('window')
+      overrides = {'attention': 'banded' if window else 'global',
+                   'sliding_window': window} | overrides
+    rope = overrides.pop('rope', None)
     if rope and self.rope:
-      own['rope'] = dataclasses.replace(self.rope, **rope)
-    if own.get('ffn') == kinds.DENSE:
-      own['ffn'] = self.moe.ffn if self.ffn == 'moe' else self.ffn
+      overrides['rope'] = dataclasses.replace(self.rope, **rope)
+    if overrides.get('ffn') == kinds.DENSE:
+      overrides['ffn'] = self.moe.ffn if self.ffn == 'moe' else self.ffn
     return dataclasses.replace(self, pattern='', prefix='', suffix='',
-                               kinds=Kinds(), **own)
+                               kinds=Kinds(), **overrides)
 
   @functools.cached_property
   def kinds_used(self) -> tuple[str, ...]:

@@ -51,11 +51,11 @@ def lies_on(*axes: str | None) -> tuple[tuple[str, ...], ...]:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
     return ((),) * len(axes)
-  found = []
+  axis_names = []
   for names in nn.logical_to_mesh_axes(known_axes(axes)):
     names = (names,) if isinstance(names, str) else names or ()
-    found.append(tuple(name for name in names if mesh.shape[name] > 1))
-  return tuple(found)
+    axis_names.append(tuple(name for name in names if mesh.shape[name] > 1))
+  return tuple(axis_names)
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
@@ -397,8 +397,8 @@ def product_places(letters: str, x: jax.Array, w: jax.Array,
     return None
   weight = weight_places(w.shape, axes)
   rows = mesh_axes('batch')
-  held = set(sum(weight, ()))
-  if (not held or not held <= set(rows) or mesh_axes('mlp')
+  weight_axes = set(sum(weight, ()))
+  if (not weight_axes or not weight_axes <= set(rows) or mesh_axes('mlp')
       or shards('batch', x.shape[0]) == 1):
     return None
   cut = letters[1] in LENGTHS and shards('length', x.shape[1]) > 1
@@ -509,14 +509,14 @@ def total(d_Q: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   """Returns the sum over Q of gradients of a weight, [Q, ...], one for each
   shard of the tokens. The sum is sharded as the weight is."""
   ours, others = _by_batch(d_Q.shape[1:], axes)
-  tokens, held = mesh_axes('tokens'), set(sum(ours, ()))
-  if (not held or not held <= set(tokens)
+  tokens, weight_axes = mesh_axes('tokens'), set(sum(ours, ()))
+  if (not weight_axes or not weight_axes <= set(tokens)
       or size(tokens) != d_Q.shape[0]):
     return constrain_if(d_Q.sum(0), *axes)
 
   def local(d_Q: jax.Array):
     d = _scatter(d_Q.sum(0), ours)
-    rest = tuple(name for name in tokens if name not in held)
+    rest = tuple(name for name in tokens if name not in weight_axes)
     return jax.lax.psum(d, rest) if rest else d
 
   return jax.shard_map(local, in_specs=_spec(tokens, *others),

@@ -123,13 +123,13 @@ class Period(nn.Module):
           BLOCKS[config.block], config,
           prevent_cse=not (self.in_loop and ends == 1))
       make = functools.partial(block, config, kind, name=f'block_{i}')
-      told = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
+      args = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
                          lends=i in wanted), cache and cache[i]
       if (sharding.devices() == 1 or self.is_initializing()
           or self.in_loop and i == 0):
-        x, new, aux = make()(x, *told)
+        x, new, aux = make()(x, *args)
       else:
-        x, new, aux = self._after_its_weights(f'block_{i}', make, x, *told)
+        x, new, aux = self._after_its_weights(f'block_{i}', make, x, *args)
       if getattr(new, 'first', None) is not None:
         first, new = new.first, new.replace(first=None)
       if getattr(new, 'lent', None) is not None:
@@ -178,9 +178,9 @@ class Scanned(Period):
   """
 
   def __call__(self, carry: tuple[Any, Slots],
-               own: tuple[Optional[jax.Array], Any], ctx: Context):
+               xs: tuple[Optional[jax.Array], Any], ctx: Context):
     carry, slots = carry
-    n, rest = own
+    n, rest = xs
     cache = None if slots is None else joined(slots, rest, n)
     carry, (cache, *out) = super().__call__(carry, cache, ctx)
     if slots is not None:
@@ -213,24 +213,24 @@ class Stack(nn.Module):
           c, self.sections[0].kinds[0].causal, name=f'{c.position}_bias')(
               ctx.positions_BL, k_positions_BM))
     run = self._one_by_one if ctx.one_by_one else self._scan
-    given_BLD, with_cache = x_BLD, cache is not None
+    inputs_BLD, with_cache = x_BLD, cache is not None
     first = (multi_head.first_values(
         blocks.readers(c, 'value_residual')[0], x_BLD)
              if c.value_residual else None)
     kinds = sum((section.kinds * section.periods for section in self.sections),
                 ())
     x = blocks.begin_streams(c, x_BLD, branches(c, kinds))
-    (x, _), found = run((x, first), cache, ctx)
+    (x, _), outputs = run((x, first), cache, ctx)
     final, end = lambda x: x, blocks.EndOfStreams(c, name='final_streams')
     if BLOCKS[c.of_kind(kinds[-1].name).block].FINAL_NORM:
       final = norm(c, 'final_norm')
     # If the length stayed over `tensor`, as the vocabulary is, their product
     # would gather the head.
     x_BLD = sharding.constrain(final(end(x)), 'batch', 'length', 'embed')
-    caches, auxes, kept, _ = zip(*found)
+    caches, auxes, kept, _ = zip(*outputs)
     aux = _gather_aux(auxes)
     if ctx.keep_layers:
-      layers_NBLD = jnp.concatenate([given_BLD[None], _by_layer(
+      layers_NBLD = jnp.concatenate([inputs_BLD[None], _by_layer(
           [[end(x) for x in blocks] for blocks in kept])])
       aux = aux | {'layers': layers_NBLD, 'readouts': final(layers_NBLD)}
     if ctx.keep_attention:
@@ -241,7 +241,7 @@ class Stack(nn.Module):
     return x_BLD, ([*caches] if ctx.one_by_one else sum(caches, ())), aux
 
   def _scan(self, carry: tuple, cache: Any, ctx: Context):
-    c, entries, found = self.config, iter(cache or ()), []
+    c, entries, outputs = self.config, iter(cache or ()), []
     for name, kinds, periods in self.sections:
       slots, rest, at_N = None, None, None
       scan = nn.scan(
@@ -261,18 +261,18 @@ class Stack(nn.Module):
           c, kinds, self._lends(name), c.scan_layers and periods > 1,
           name=name)((carry, slots), (at_N, rest), ctx)
       ctx = ctx.replace(lent=jax.tree.map(lambda x: x[0], out[-1]))
-      found.append((new if slots is None else joined(slots, new), *out))
-    return carry, found
+      outputs.append((new if slots is None else joined(slots, new), *out))
+    return carry, outputs
 
   def _lends(self, section: str) -> tuple[int, ...]:
     """Returns which layers of the prefix lend their keys to those after it."""
     return tuple(sorted({
-        kind.source for own in self.sections for kind in own.kinds
+        kind.source for section_ in self.sections for kind in section_.kinds
         if kind.source is not None and kind.source < 0
     })) if section == 'prefix' else ()
 
   def _one_by_one(self, carry: tuple, cache: Any, ctx: Context):
-    found = []
+    outputs = []
     places = [(section, str(i)) for section in self.sections
               for i in range(section.periods)]
     for (section, i), entry in zip(places, cache, strict=True):
@@ -282,8 +282,8 @@ class Stack(nn.Module):
       carry, out = period.apply({'params': params}, carry, entry, ctx)
       if section.name == 'prefix':
         ctx = ctx.replace(lent=out[-1])
-      found.append((out[0], *jax.tree.map(lambda x: x[None], out[1:])))
-    return carry, found
+      outputs.append((out[0], *jax.tree.map(lambda x: x[None], out[1:])))
+    return carry, outputs
 
 
 def _context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
@@ -328,10 +328,10 @@ class Mtp(nn.Module):
   def __call__(self, x_BLD: jax.Array, embedded_BLD: jax.Array, ctx: Context):
     c = self.config
     kind = c.layer_kinds(c.num_layers)[-1]
-    found, auxes = [], []
+    hidden, auxes = [], []
     for depth in range(1, c.mtp_depth + 1):
-      own = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1),
-                        routed_BL=_followed(ctx, depth))
+      depth_ctx = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1),
+                              routed_BL=_followed(ctx, depth))
       both_BLU = jnp.concatenate([
           norm(c, f'token_norm_{depth}')(jnp.roll(embedded_BLD, -depth, 1)),
           norm(c, f'hidden_norm_{depth}')(x_BLD)], -1)
@@ -342,17 +342,17 @@ class Mtp(nn.Module):
                                      c.compute_dtype, axes=axes, keep=False))
       x = blocks.begin_streams(c, x_BLD, branches(c, (kind,)))
       if positions.of(c).stack_bias:
-        own = own.replace(bias_BHLM=positions.of(c).stack_bias(
+        depth_ctx = depth_ctx.replace(bias_BHLM=positions.of(c).stack_bias(
             c, kind.causal, name=f'{c.position}_bias_{depth}')(
                 ctx.positions_BL, ctx.positions_BL))
       (x, _), (_, (aux,), _, _) = Period(
-          c, (kind,), name=f'depth_{depth}')((x, None), None, own)
+          c, (kind,), name=f'depth_{depth}')((x, None), None, depth_ctx)
       x_BLD = blocks.EndOfStreams(c, name=f'streams_{depth}')(x)
       if BLOCKS[c.of_kind(kind.name).block].FINAL_NORM:
         x_BLD = norm(c, f'norm_{depth}')(x_BLD)
-      found.append(x_BLD)
+      hidden.append(x_BLD)
       auxes += [aux] if aux else []
-    return tuple(found), auxes
+    return tuple(hidden), auxes
 
 
 def _followed(ctx: Context, depth: int) -> jax.Array:
@@ -654,12 +654,13 @@ def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
       continue
     stacked = decoder[name], tuple(itertools.islice(entries,
                                                     len(decoder[name])))
-    layers, own = zip(*(jax.tree.map(operator.itemgetter(i), stacked)
-                        for i in range(jax.tree.leaves(stacked)[0].shape[0])))
+    layers, layer_slots = zip(*(
+        jax.tree.map(operator.itemgetter(i), stacked)
+        for i in range(jax.tree.leaves(stacked)[0].shape[0])))
     apart[name] = jax.lax.platform_dependent(
         {str(i): layer for i, layer in enumerate(layers)},
         cpu=jax.lax.optimization_barrier, default=lambda x: x)
-    slots += own
+    slots += layer_slots
   if sharding.one_cpu():
     is_cache = lambda x: isinstance(x, Cache)
     slots = jax.tree.map(lambda x: x.turn() if is_cache(x) else x, slots,

@@ -373,18 +373,20 @@ def _kind(fields: Mapping[str, Any], kind: Mapping[str, Any]
           ) -> dict[str, Any]:
   """Returns a kind of layer with what follows from the fields that it changes,
   where the model leaves that to be derived. A size of 0 is the model's."""
-  own = {name: value for name, value in kind.items() if value or name not in (
-      'num_kv_heads', 'head_dim', 'd_ff', 'attention_scale')}
-  if 'num_heads' in own and not fields['num_kv_heads']:
-    own.setdefault('num_kv_heads', own['num_heads'])
-  if 'head_dim' in own:
+  overrides = {
+      name: value for name, value in kind.items() if value or name not in (
+          'num_kv_heads', 'head_dim', 'd_ff', 'attention_scale')}
+  if 'num_heads' in overrides and not fields['num_kv_heads']:
+    overrides.setdefault('num_kv_heads', overrides['num_heads'])
+  if 'head_dim' in overrides:
     _, base_head_dim = _base(
-        {**fields, **own, 'd_model': fields['d_model']}, own['head_dim'])
+        {**fields, **overrides, 'd_model': fields['d_model']},
+        overrides['head_dim'])
     if not fields['attention_scale']:
-      own.setdefault('attention_scale', base_head_dim ** -0.5)
+      overrides.setdefault('attention_scale', base_head_dim ** -0.5)
     if fields['parametrization'] == 'mup' and not fields['mup_base_head_dim']:
-      own.setdefault('mup_base_head_dim', base_head_dim)
-  return own
+      overrides.setdefault('mup_base_head_dim', base_head_dim)
+  return overrides
 
 
 def _base(fields: Mapping[str, Any], head_dim: int) -> tuple[int, int]:
@@ -443,20 +445,22 @@ def _check_pattern(c: ModelConfig) -> None:
   it does not name, and layers that it does not divide."""
   names = {field: layer_kinds.split(getattr(c, field))
            for field in ('pattern', 'prefix', 'suffix')}
-  said = ', '.join(f'model.{field} {getattr(c, field)!r}' for field in names)
+  settings = ', '.join(
+      f'model.{field} {getattr(c, field)!r}' for field in names)
   for name in sum(names.values(), ()):
-    require(name in c.kinds, f'{said} name the kind of layer {name!r}, which '
-            'model.kinds does not have: there are '
+    require(name in c.kinds, f'{settings} name the kind of layer {name!r}, '
+            'which model.kinds does not have: there are '
             f'{", ".join(c.kinds) or "none"}')
   unused = ', '.join(name for name in c.kinds if name not in c.kinds_used)
-  require(not unused, f'model.kinds has {unused}, which no layer is by {said}')
+  require(not unused,
+          f'model.kinds has {unused}, which no layer is by {settings}')
   period = len(c.layer_pattern())
   for field in ('num_layers', 'num_decoder_layers'):
     rest = getattr(c, field) - len(names['prefix'] + names['suffix'])
     require(rest > 0 and rest % period == 0, f'model.{field} is '
             f'{getattr(c, field)}: without those of the prefix and the suffix '
             f'it must be a multiple of the {period} layers of the period, by '
-            f'{said}')
+            f'{settings}')
   sections = c.sections(c.num_layers)
   for section in sections:
     for kind in section.kinds:

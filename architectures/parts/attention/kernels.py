@@ -637,11 +637,11 @@ def cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
   """attend by cuDNN, in bfloat16; `seen_BLM`: the mask, written
   out, for what is not a causal, banded or whole one of cuDNN's own."""
   (B, L), M, at = q_BLHK.shape[:2], k_BMJK.shape[1], _Places(q_BLHK, k_BMJK)
-  own = (mask.in_order and not (mask.prefix or mask.rule)
-         and mask.q_ids_BL is None and not at.length
-         and (mask.causal or not mask.window))
-  window = (mask.window - 1, 0) if own and mask.window else None
-  if own:
+  native = (mask.in_order and not (mask.prefix or mask.rule)
+            and mask.q_ids_BL is None and not at.length
+            and (mask.causal or not mask.window))
+  window = (mask.window - 1, 0) if native and mask.window else None
+  if native:
     seen_BLM = None
   elif seen_BLM is not None:
     seen_BLM = jnp.broadcast_to(seen_BLM, (B, L, M))
@@ -651,7 +651,7 @@ def cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
     return jax.nn.dot_product_attention(
         q_BLHK, k_BMJK, v_BMJK, scale=scale, implementation='cudnn',
         mask=None if seen_BLM is None else seen_BLM[:, None],
-        is_causal=own and mask.causal, local_window_size=window)
+        is_causal=native and mask.causal, local_window_size=window)
 
   on_each_device = at.map(
       local, (at.queries, at.keys, at.keys, at.spec(at.rows, at.length)))

@@ -146,8 +146,8 @@ class LatentAttention(Attention):
 
   def _normalised(self, name: str, latent_BLU: jax.Array) -> jax.Array:
     c = self.config
-    own = dataclasses.replace(c, norm_eps=c.latent.norm_eps)
-    return layers.norm(own, f'{name}_norm', 'latent')(latent_BLU)
+    norm_config = dataclasses.replace(c, norm_eps=c.latent.norm_eps)
+    return layers.norm(norm_config, f'{name}_norm', 'latent')(latent_BLU)
 
   def _down(self, name: str, x_BLD: jax.Array, size: int, ctx: Context
             ) -> jax.Array:

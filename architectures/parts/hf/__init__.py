@@ -246,9 +246,10 @@ def check_gates(fields: Mapping[str, Any], chosen: str = 'num_experts_per_tok',
     chosen: the field of the config.json that says how many experts a token has.
     normalised: the field that says whether its gates are made to sum to 1.
   """
-  told = 'moe.normalize_gates' in fields
-  require(fields['moe.top_k'] > 1 or told and not fields['moe.normalize_gates'],
-          f'config.json has {chosen} 1' + f' and {normalised} true' * told
+  has_field = 'moe.normalize_gates' in fields
+  require(fields['moe.top_k'] > 1
+          or has_field and not fields['moe.normalize_gates'],
+          f'config.json has {chosen} 1' + f' and {normalised} true' * has_field
           + ': transformers then gives every expert the gate 1, where the gate '
           "here is the router's score, so that the router learns")
 

@@ -18,14 +18,15 @@ MOST = 2**12  # layers
 
 
 def read(types: Sequence[str], layers: int, window: int,
-         own: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+         kind_fields: Mapping[str, Mapping[str, Any]] | None = None
+         ) -> dict[str, Any]:
   """Returns the fields of config.model for layer_types.
 
   Args:
     types: of each layer.
     layers: how many there are.
     window: sliding_window of the config.json; 0: none.
-    own: further fields of a kind, by its type.
+    kind_fields: further fields of a kind, by its type.
   """
   require(len(types) == layers and all(
       isinstance(t, str) and t in NAMES for t in types),
@@ -33,17 +34,17 @@ def read(types: Sequence[str], layers: int, window: int,
           f'each of {layers} layers, of {", ".join(NAMES)}')
   require(window > 0 or WINDOW not in types, 'config.json has layers of '
           f'{WINDOW} in layer_types, but no sliding_window')
-  own = own or {}
+  kind_fields = kind_fields or {}
   if len(set(types)) == 1:
     local = types[0] == WINDOW
     return dict(attention='banded' if local else 'global', prefix='',
                 pattern='', suffix='', kinds={},
                 sliding_window=window if local else 0,
-                **own.get(types[0], {}))
+                **kind_fields.get(types[0], {}))
   return dict(
       shortest([NAMES[t] for t in types]), attention='global', sliding_window=0,
       kinds={NAMES[t]: dict(window=window if t == WINDOW else 0,
-                            **own.get(t, {})) for t in NAMES})
+                            **kind_fields.get(t, {})) for t in NAMES})
 
 
 def listed(reader: hf.Reader, layers: int, windowed: Callable[[int], bool]
@@ -66,7 +67,7 @@ def shortest(names: Sequence[str]) -> dict[str, str]:
   these layers in this order and name the fewest together, the suffix kinds of
   the pattern alone. Of those that name as many, it is the one with the
   shortest suffix and then the shortest prefix."""
-  found = []
+  candidates = []
   for first in range(len(names)):
     for period in range(1, len(names) - first + 1):
       end = first + period
@@ -74,8 +75,8 @@ def shortest(names: Sequence[str]) -> dict[str, str]:
         end += period
       if set(names[end:]) <= set(names[first:first + period]):
         last = len(names) - end
-        found.append((first + period + last, last, first, period))
-  _, last, first, period = min(found)
+        candidates.append((first + period + last, last, first, period))
+  _, last, first, period = min(candidates)
   return {field: ','.join(some) for field, some in (
       ('prefix', names[:first]), ('pattern', names[first:first + period]),
       ('suffix', names[len(names) - last:]))}
@@ -143,12 +144,12 @@ def each(reader: hf.Reader, field: str, layers: int, words: Collection[str]
          ) -> list[str]:
   """Returns what a field of a config.json says of each layer, in these words;
   an empty list if there is no such field."""
-  found = reader.listed(field)
-  require(not reader.has(field) or len(found) == layers and all(
-      isinstance(word, str) and word in words for word in found),
-          f'config.json has {field} {short(found)}: it must have an entry for '
-          f'each of {layers} layers, one of {", ".join(words)}')
-  return found
+  entries = reader.listed(field)
+  require(not reader.has(field) or len(entries) == layers and all(
+      isinstance(word, str) and word in words for word in entries),
+          f'config.json has {field} {short(entries)}: it must have an entry '
+          f'for each of {layers} layers, one of {", ".join(words)}')
+  return entries
 
 
 def mixed(types: Sequence[str], dense: Sequence[bool], mixer: str

@@ -57,12 +57,12 @@ def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]]
     *kinds: (its name there, the `theta` of `read`).
   """
   parts, old = reader.section('rope_parameters'), reader.section('rope_scaling')
-  found = []
+  ropes = []
   for name, theta in kinds:
     new = parts.section(name)
     last = old and name == kinds[-1][0]
-    found.append(_read(reader, old if last else new, theta, by_kind=True))
-  return found
+    ropes.append(_read(reader, old if last else new, theta, by_kind=True))
+  return ropes
 
 
 def _read(reader: hf.Reader, r: hf.Reader, theta: tuple[str, float],
@@ -139,14 +139,14 @@ def _fraction(reader: hf.Reader, rope: hf.Reader,
 def write_by_kind(c: ModelConfig) -> dict:
   """Returns rope_parameters with an object for each kind of layer: those with
   a window, and those that see all."""
-  found: dict[str, dict] = {}
+  ropes: dict[str, dict] = {}
   for kind in c.layer_kinds(c.num_layers):
-    own = c.of_kind(kind.name)
-    name = layer_types.type_of(own)
-    require(found.setdefault(name, write(own)) == write(own),
+    config = c.of_kind(kind.name)
+    name = layer_types.type_of(config)
+    require(ropes.setdefault(name, write(config)) == write(config),
             f'model.kinds has layers of {name} with positions that differ: '
             'this config.json has one of each')
-  return found
+  return ropes
 
 
 def write(c: ModelConfig, *, whole_heads: bool = True,

@@ -188,18 +188,18 @@ def _whole_backward(times: Callable, kind: Hidden, rows_PD: jax.Array,
     return jax.vjp(affine, x, *pair)[1](dy)
   dx_PD, dgate_P, dws = jnp.zeros_like(rows_PD), jnp.zeros_like(gate_P), []
   parts = 1 if pre is not None else _parts(*w.up_EDF.shape[1:])
-  for own, mask_own in zip(_split(w, parts), _cut(mask_PF, parts)):
+  for part, part_mask in zip(_split(w, parts), _cut(mask_PF, parts)):
     if dws:  # else XLA joins what belongs to this part with the next one's
       rows_PD, dy_PD, dx_PD, dgate_P, dws = jax.lax.optimization_barrier(
           (rows_PD, dy_PD, dx_PD, dgate_P, dws))
-    into = _into(own)
-    act = _activation(kind, mask_own)
+    into = _into(part)
+    act = _activation(kind, part_mask)
     ins = pre or tuple(affine(rows_PD, *pair) for pair in into)
     h_PF = act(ins)
-    u_PF = vjp(h_PF, (own.down_EFD, None), dy_PD)[0]
+    u_PF = vjp(h_PF, (part.down_EFD, None), dy_PD)[0]
     dgate_P += (wide(u_PF) * wide(h_PF)).sum(1)
     # The gates multiply h, because it is narrower than dy.
-    ddown, dinto = vjp(gated(h_PF), (own.down_EFD, None), dy_PD)[1], []
+    ddown, dinto = vjp(gated(h_PF), (part.down_EFD, None), dy_PD)[1], []
     if len(into) > 1:
       # The hidden units go first, and what of the activation its gradient needs
       # too is computed again: XLA would keep both, the latter in float32. Of a
@@ -210,7 +210,7 @@ def _whole_backward(times: Callable, kind: Hidden, rows_PD: jax.Array,
     for pair, d_PF in zip(into, act_vjp(gated(u_PF))[0]):
       more_PD, *grads = vjp(rows_PD, pair, d_PF)
       dx_PD, dinto = dx_PD + more_PD, dinto + [tuple(grads)]
-    dws.append(_like(own, dinto, (ddown, None)))
+    dws.append(_like(part, dinto, (ddown, None)))
   dw = _joined(dws)
   if w.down_bias_ED is not None:
     bias_PD, of_rows_vjp = jax.vjp(
@@ -341,11 +341,11 @@ def _blocks_forward(kind: Hidden, even: int, rows_PD: jax.Array,
   def body(carry: Any, size: int, e: jax.Array, start: jax.Array,
            first: jax.Array, stop: jax.Array):
     y_PD, pre_PF = carry
-    x, own = _rows(rows_PD, start, size), jax.tree.map(lambda m: m[e], w)
+    x, expert = _rows(rows_PD, start, size), jax.tree.map(lambda m: m[e], w)
     mask = None if mask_PF is None else _read(mask_PF, start, size)
-    pre = [_affine(x, *pair) for pair in _into(own)]
+    pre = [_affine(x, *pair) for pair in _into(expert)]
     h = _activation(kind, mask)(pre).astype(x.dtype)
-    y = _affine(h, own.down_EFD, own.down_bias_ED)
+    y = _affine(h, expert.down_EFD, expert.down_bias_ED)
     inside = _inside(size, start, first, stop)
     return (_write(y_PD, y, start, inside),
             tuple(_write(p_PF, p, start, inside)
@@ -364,26 +364,26 @@ def _blocks_backward(kind: Hidden, even: int, rows_PD: jax.Array,
   def body(carry: Any, size: int, e: jax.Array, start: jax.Array,
            first: jax.Array, stop: jax.Array):
     dx_PD, dgate_P, dw = carry
-    x, own = _rows(rows_PD, start, size), jax.tree.map(lambda m: m[e], w)
+    x, expert = _rows(rows_PD, start, size), jax.tree.map(lambda m: m[e], w)
     inside = _inside(size, start, first, stop)
     dy = jnp.where(inside[:, None], _rows(dy_PD, start, size), 0)
     gate = _read(gate_P, start, size)[:, None]
     mask = None if mask_PF is None else _read(mask_PF, start, size)
-    pre = (tuple(_affine(x, *pair) for pair in _into(own)) if pre_PF is None
+    pre = (tuple(_affine(x, *pair) for pair in _into(expert)) if pre_PF is None
            else tuple(_read(p_PF, start, size) for p_PF in pre_PF))
     h, act_vjp = jax.vjp(_activation(kind, mask), pre)
-    u = _times(dy, own.down_EFD.T)
+    u = _times(dy, expert.down_EFD.T)
     dgate = (u * h).sum(1)
-    if own.down_bias_ED is not None:
-      dgate += _times(dy, own.down_bias_ED)
+    if expert.down_bias_ED is not None:
+      dgate += _times(dy, expert.down_bias_ED)
     narrow = lambda x: x.astype(dy.dtype)
     d_pre = [narrow(d) for d in act_vjp(gate * u)[0]]
     def grads(x: jax.Array, d: jax.Array, b: Optional[jax.Array]):
       return layers.of_weight(x, d), (
           None if b is None else d.astype(jnp.float32).sum(0))
-    new = _like(w, [grads(x, d, b) for d, (_, b) in zip(d_pre, _into(own))],
-                grads(narrow(h), narrow(gate * dy), own.down_bias_ED))
-    dx = sum(_times(d, m.T) for d, (m, _) in zip(d_pre, _into(own)))
+    new = _like(w, [grads(x, d, b) for d, (_, b) in zip(d_pre, _into(expert))],
+                grads(narrow(h), narrow(gate * dy), expert.down_bias_ED))
+    dx = sum(_times(d, m.T) for d, (m, _) in zip(d_pre, _into(expert)))
     return (_write(dx_PD, dx, start, inside),
             _write(dgate_P, dgate[:, None], start, inside),
             jax.tree.map(lambda a, b: a.at[e].add(b), dw, new))

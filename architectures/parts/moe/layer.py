@@ -47,8 +47,8 @@ class MoE(nn.Module):
     valid_BL = jnp.ones((B, L), bool)
     if ctx.segment_ids_BL is not None:
       valid_BL = jnp.broadcast_to(ctx.segment_ids_BL != 0, (B, L))
-    for told_BL in (ctx.valid_BL, ctx.routed_BL):
-      valid_BL = valid_BL if told_BL is None else valid_BL & (told_BL != 0)
+    for mask_BL in (ctx.valid_BL, ctx.routed_BL):
+      valid_BL = valid_BL if mask_BL is None else valid_BL & (mask_BL != 0)
     valid_T = valid_BL.reshape(-1)
     # If the length is sharded over `tensor`, XLA makes one axis of batch and
     # length by collecting all rows on every device.

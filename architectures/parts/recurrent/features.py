@@ -169,11 +169,11 @@ def _filtered_bwd(kept: Any, d_BLHK: jax.Array):
   W, L = len(w_WHK), d_BLHK.shape[1]
   d_all_BMHK, d_w = 0, []
   for i in range(W):
-    own_BLHK = _of_one_document(d_BLHK, segment_ids_BL, W - 1 - i)
+    d_tap_BLHK = _of_one_document(d_BLHK, segment_ids_BL, W - 1 - i)
     seen_BLHK = all_BMHK[:, i:i + L].astype(jnp.float32)
-    d_w.append((seen_BLHK * own_BLHK).sum((0, 1)))
+    d_w.append((seen_BLHK * d_tap_BLHK).sum((0, 1)))
     # One padded array for all i, where there are no documents.
-    wide = jnp.pad(own_BLHK, ((0, 0), (W - 1, W - 1), (0, 0), (0, 0)))
+    wide = jnp.pad(d_tap_BLHK, ((0, 0), (W - 1, W - 1), (0, 0), (0, 0)))
     d_all_BMHK += (wide[:, W - 1 - i:][:, :L + W - 1]
                    * w_WHK[i].astype(jnp.float32)[None, None])
   return (d_all_BMHK.astype(all_BMHK.dtype),

@@ -102,8 +102,8 @@ class Layer(nn.Module):
         'value', x_BLD, (d.value_heads, d.value_dim), ctx, valid_BL,
         cache and cache.value_BWHU)
     o_BLHU, state_BHKU = recurrence.run(
-        _told_apart(self.inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx),
-                    ctx.segment_ids_BL, valid_BL), cache and cache.state_BHKU)
+        _with_resets(self.inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx),
+                     ctx.segment_ids_BL, valid_BL), cache and cache.state_BHKU)
     if cache is not None:
       cache = State(state_BHKU, query_BWJK, key_BWJK, value_BWHU)
     o_BLHU = self.gated(o_BLHU, x_BLD, v_BLHU, ctx)
@@ -192,8 +192,8 @@ class Layer(nn.Module):
     return scale_H * jax.nn.softplus(x_BLHK + bias_HK[None, None])
 
 
-def _told_apart(x: recurrence.Inputs, ids_BL: Optional[jax.Array],
-                valid_BL: Optional[jax.Array]) -> recurrence.Inputs:
+def _with_resets(x: recurrence.Inputs, ids_BL: Optional[jax.Array],
+                 valid_BL: Optional[jax.Array]) -> recurrence.Inputs:
   """Returns the inputs with a state that begins anew with each document, and
   that padding leaves as it is: its decay is 1, and it writes nothing."""
   log_BLHK = x.log_decay_BLHK

@@ -210,13 +210,13 @@ def by_columns(a_PP: jax.Array) -> jax.Array:
   a_PP = jnp.where(lower, a_PP, 0)
   x = a_PP[..., :0, :0]  # the inverse of the rows before the band
   for start in range(0, P, BAND):
-    own = a_PP[..., start:start + BAND, start:start + BAND]
-    n = own.shape[-1]
+    block = a_PP[..., start:start + BAND, start:start + BAND]
+    n = block.shape[-1]
     rows = jnp.concatenate(
         [-(a_PP[..., start:start + n, :start] @ x),
-         jnp.broadcast_to(jnp.eye(n, dtype=own.dtype), own.shape)], -1)
+         jnp.broadcast_to(jnp.eye(n, dtype=block.dtype), block.shape)], -1)
     for i in range(n - 1):
-      rows -= own[..., :, i:i + 1] * rows[..., i:i + 1, :]
+      rows -= block[..., :, i:i + 1] * rows[..., i:i + 1, :]
     x = jnp.pad(x, (*((0, 0) for _ in lead), (0, 0), (0, n)))
     x = jnp.concatenate([x, rows], -2)
   return x

@@ -106,8 +106,8 @@ def _step(x: Inputs, state_BHKU: jax.Array) -> tuple[jax.Array, jax.Array]:
   state_BHKU = jnp.exp(log_decay)[..., None] * state_BHKU
   with layers.useful(1, 1):
     if rate is not None:
-      found_BHU = jnp.einsum('BHK,BHKU->BHU', k_BHK, state_BHKU)
-      v = rate[..., None] * (v - found_BHU)
+      old_BHU = jnp.einsum('BHK,BHKU->BHU', k_BHK, state_BHKU)
+      v = rate[..., None] * (v - old_BHU)
     state_BHKU += jnp.einsum('BHK,BHU->BHKU', k_BHK, v)
     o_BHU = jnp.einsum('BHK,BHKU->BHU', q_BHK, state_BHKU)
   return o_BHU[:, None], state_BHKU
@@ -116,7 +116,7 @@ def _step(x: Inputs, state_BHKU: jax.Array) -> tuple[jax.Array, jax.Array]:
 class _Pairs(NamedTuple):
   """How the places i of a piece meet those before them, j."""
   weights_BHPQ: jax.Array  # how much of what j writes is read at i
-  found_BHPQ: Optional[jax.Array]  # how much of it the key at i finds
+  key_weights_BHPQ: Optional[jax.Array]  # how much of it the key at i finds
   first_BHPK: jax.Array  # the decay of the piece up to each place; K or 1
   after_BHPK: jax.Array  # and of the piece after it
 
@@ -199,10 +199,10 @@ def _to_pieces(x: Inputs, p: _Pieces, write: jax.Array, states: jax.Array,
   """Returns the gradient of the inputs of all pieces."""
   q, k, v, log_decay, rate = x
   each = functools.partial(_each, v.shape[2])
-  own_decays = by_feature(log_decay)
-  times = jnp.multiply if own_decays else (
+  per_feature = by_feature(log_decay)
+  times = jnp.multiply if per_feature else (
       lambda x, y: features.dots(x, y)[..., None])
-  met, d_v, d_rate, d_found = p.pairs, d_write, None, None
+  met, d_v, d_rate, d_key_weights = p.pairs, d_write, None, None
   d_q, d_k = d_o @ _t(states), write @ _t(d_states)
   d_first, d_after = times(each(q), d_q), times(each(k), d_k)
   d_k = _of_heads(k, met.after_BHPK, d_k)
@@ -216,20 +216,20 @@ def _to_pieces(x: Inputs, p: _Pieces, write: jax.Array, states: jax.Array,
     d_system = -jnp.tril(
         d_v @ _t(p.write_BHPU) + d_read @ _t(p.read_BHPK), -1)
     d_rate = features.dots(d_v, v) + features.dots(d_read, first_k) + (
-        features.dots(d_system, met.found_BHPQ))
-    d_found, d_v, d_read = (rate[..., None] * y for y in (
+        features.dots(d_system, met.key_weights_BHPQ))
+    d_key_weights, d_v, d_read = (rate[..., None] * y for y in (
         d_system, d_v, d_read))
     d_first += times(each(k), d_read)
     d_k += _of_heads(k, met.first_BHPK, d_read)
   d_last = features.dots(states, d_states)[..., None, :]
-  if not own_decays:
+  if not per_feature:
     d_last = d_last.sum(-1, keepdims=True)
   d_first += jnp.pad(d_last, (*((0, 0) for _ in range(3)), (
       q.shape[-2] - 1, 0), (0, 0)))
-  own, = to_met(_Pairs(d_o @ _t(write), d_found, d_first, d_after))
-  return own._replace(
-      q_BLJK=own.q_BLJK + _of_heads(q, met.first_BHPK, d_q),
-      k_BLJK=own.k_BLJK + d_k, v_BLHU=d_v, rate_BLH=d_rate)
+  d_x, = to_met(_Pairs(d_o @ _t(write), d_key_weights, d_first, d_after))
+  return d_x._replace(
+      q_BLJK=d_x.q_BLJK + _of_heads(q, met.first_BHPK, d_q),
+      k_BLJK=d_x.k_BLJK + d_k, v_BLHU=d_v, rate_BLH=d_rate)
 
 
 def _t(x: jax.Array) -> jax.Array:
@@ -273,7 +273,7 @@ def _pieces(x: Inputs, pairs: _Pairs) -> _Pieces:
   if rate is None:
     return _Pieces(*whole, v)
   P = k.shape[-2]
-  inverse = _inverse(rate[..., None] * pairs.found_BHPQ)
+  inverse = _inverse(rate[..., None] * pairs.key_weights_BHPQ)
   solve = inverse * rate[..., None, :]
   with layers.useful(P + 1, 2 * P):
     return _Pieces(*whole, solve @ v, solve @ (pairs.first_BHPK * k), inverse)
@@ -297,8 +297,8 @@ def _meet_by_head(x: Inputs) -> _Pairs:
   with layers.useful(P + 1, 2 * P):
     weights = pair * _each(v.shape[2], q @ _t(k))
   with layers.useful(P - 1, 2 * P):
-    found = pair * _each(v.shape[2], k @ _t(k))
-  return _Pairs(weights, found, first[..., None], pair[..., -1, :, None])
+    key_weights = pair * _each(v.shape[2], k @ _t(k))
+  return _Pairs(weights, key_weights, first[..., None], pair[..., -1, :, None])
 
 
 def _meet_by_feature(x: Inputs) -> _Pairs:
@@ -310,8 +310,8 @@ def _meet_by_feature(x: Inputs) -> _Pairs:
   with layers.useful(1, 1):
     met, upto_BHPK, after_BHPK = pieces.paired(
         [q_BHPK, k_BHPK] if is_delta else [q_BHPK], k_BHPK, log_decay_BHPK)
-    own_BHP = each(jnp.einsum('BJPK,BJPK->BJP', q_BJPK, k_BJPK))
-  weights_BHPQ = met[0] + own_BHP[..., None] * jnp.eye(
+    diagonal_BHP = each(jnp.einsum('BJPK,BJPK->BJP', q_BJPK, k_BJPK))
+  weights_BHPQ = met[0] + diagonal_BHP[..., None] * jnp.eye(
       q_BHPK.shape[2])[None, None]
   return _Pairs(weights_BHPQ, met[1] if is_delta else None,
                 jnp.exp(upto_BHPK), jnp.exp(after_BHPK))
@@ -388,15 +388,15 @@ def _additive_bwd(places: int, kept: Any, grads: Any):
   d_weights = jnp.einsum('nbpjru,nbmjru->nbjrpm', d_o, v)
   # As a plain sum over r it takes 20 times as long on CPU (features.py).
   d_met = jnp.einsum('nbjrpm,nbjrpm->nbjpm', pair, d_weights)
-  found = _read(k, d_states)
+  d_write = _read(k, d_states)
   d_v = jnp.einsum('nbjrpm,nbpjru->nbmjru', pair * met[:, :, :, None], d_o
-                   ) + after[..., None] * found
+                   ) + after[..., None] * d_write
   d_whole = features.dots(states, d_states).sum(3)
   d_first = features.dots(d_o, _read(q, states)) + jnp.pad(
       d_whole[:, :, None], (*2 * ((0, 0),), (v.shape[2] - 1, 0),
                             *2 * ((0, 0),)))
   d_log, = to_log((d_weights * met[:, :, :, None], d_first,
-                   features.dots(v, found)))
+                   features.dots(v, d_write)))
   d_q = jnp.einsum('nbjpm,nbmjk->nbpjk', d_met, k) + _by_states(
       read_d_o, states)
   d_k = jnp.einsum('nbjpm,nbpjk->nbmjk', d_met, q) + _by_states(
