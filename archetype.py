@@ -327,7 +327,7 @@ def load(path: str | os.PathLike, *, step: int | None = None,
   require(step is None, f'{path} is no run: it has no step {step}')
   module, params = weights.from_hf(path)
   folder = place.parent if place.is_file() else place
-  if tokenizer is None and tokenizers.found_in(folder):
+  if tokenizer is None and tokenizers.files_in(folder):
     tokenizer = str(folder)
   return Model(module, params,
                tokenizers.load(tokenizer) if tokenizer else None,

@@ -191,10 +191,10 @@ def overrides() -> tuple[str, ...]:
 def words(names: Sequence[str]) -> list[str]:
   """Returns what sets the flags `names` and fields of the config again, each as
   --name=value. After `parse`."""
-  given = [flags.FLAGS[name] for name in names if name in flags.FLAGS]
+  named_flags = [flags.FLAGS[name] for name in names if name in flags.FLAGS]
   return [f'--config={_config_file[0]}',
           *(f'--config.{name}={text}' for name, text in _overrides.items()),
-          *(flag.serialize() for flag in given
+          *(flag.serialize() for flag in named_flags
             if flag.present and flag.name != 'config')]
 
 

@@ -185,7 +185,7 @@ def train_all(program: Program, writers: Sequence['Writer'], state: TrainState,
       writer.saved.wait()
     report.bar.close()
     for writer in writers:
-      writer.told_to_stop = stop.stop_requested
+      writer.stop_requested = stop.stop_requested
       writer.close()
   return n
 
@@ -439,7 +439,7 @@ class _Evaluate:
           return False
     for row, result in results.items():
       figures[row] |= result.figures
-      for text in result.told:
+      for text in result.lines:
         self._report.say(live[row], f'step {n}  {text}')
     return True
 
@@ -505,7 +505,7 @@ class Writer:
     sentence: why the run did not reach its last step; '' where it did.
     evaluated: whether the figures of an evaluation after the step that the run
       was resumed at are in its metrics, or it was not resumed.
-    told_to_stop: whether a signal came, be it too late to stop the run.
+    stop_requested: whether a signal came, be it too late to stop the run.
   """
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
@@ -516,7 +516,7 @@ class Writer:
   code: int = 0
   sentence: str = ''
   evaluated: bool = True
-  told_to_stop: bool = False
+  stop_requested: bool = False
 
   def begin(self, start: int) -> None:
     """Opens the metrics files, and drops the rows after step `start`."""

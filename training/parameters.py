@@ -133,7 +133,7 @@ def _check_labels(run: runs.Run, source: epath.Path) -> None:
   if run.model.head == 'lm' or run.config.init_partial:
     return
   if checkpoints.directory(source).exists():
-    theirs = hf_config.given_labels(run_config.labels(source))
+    theirs = hf_config.meaningful_labels(run_config.labels(source))
   else:
     tree = hf_config.load_config_json(_folder(source))
     # That of a language model has a table that says nothing.
@@ -175,13 +175,13 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
   model without any, those of this run are as they were drawn."""
   from training.hf import weights
   theirs = runs.model_of(source)
-  model, abstract, own = run.model, run.abstract.params, drawn
+  model, abstract, initial = run.model, run.abstract.params, drawn
   if not weights.same_adapters(model, theirs):
     require(not theirs.lora.rank, f'init_from is {str(source)!r}, whose model '
             'has other low-rank adapters than the run: begin with its export, '
             'which python -m tools.convert export writes')
     model = weights.without_adapters(model)
-    abstract, own = weights.without(abstract), weights.without(drawn)
+    abstract, initial = weights.without(abstract), weights.without(drawn)
   partial, folder = run.config.init_partial, checkpoints.directory(source)
   skipped = _differences(model, theirs, source, partial)
   wanted = {'params': abstract}
@@ -201,8 +201,9 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
   restored = of_checkpoint(folder, wanted['params'], step)
   if step is None:
     _warn(restored)
-  params = checkpoints.nest(paths.flatten(own) | paths.flatten(restored.state))
-  return params if own is drawn else weights.beside(params, drawn), skipped
+  params = checkpoints.nest(
+      paths.flatten(initial) | paths.flatten(restored.state))
+  return params if initial is drawn else weights.beside(params, drawn), skipped
 
 
 def _fitting(wanted: Any, saved: dict[str, dict]

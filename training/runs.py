@@ -183,13 +183,13 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   def step(state: TrainState, batch: Any):
     # Differentiated by what is trained alone: a frozen product has no gradient
     # of its weights.
-    own = shares.trained(parts, state.params)
-    grad_fn = jax.grad(lambda own, *args: loss_fn(
-        shares.whole(parts, own, state.params), *args), has_aux=True)
+    trained = shares.trained(parts, state.params)
+    grad_fn = jax.grad(lambda trained, *args: loss_fn(
+        shares.whole(parts, trained, state.params), *args), has_aux=True)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     whole = objective.weights(batch) | {'tokens': objective.tokens(batch)}
     grads, (figures, panel, loads) = _accumulate(
-        grad_fn, own, batch, key, whole, config.train.grad_accumulation)
+        grad_fn, trained, batch, key, whole, config.train.grad_accumulation)
     grads = shares.without_frozen_rows(parts, jax.tree.map(
         lambda g: g / whole[objective.main], grads))
     metrics = objective.means(figures) | panel
@@ -197,14 +197,14 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
       metrics['health/tokens'] = whole['tokens']
     grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
-    own, opt_state = optimizers.update_if(
-        ok, tx, grads, state.opt_state, own)
-    own = shares.with_frozen_rows(
-        parts, moe.move_biases(config.model, own, loads, ok), own)
-    params = shares.whole(parts, own, state.params)
+    trained, opt_state = optimizers.update_if(
+        ok, tx, grads, state.opt_state, trained)
+    trained = shares.with_frozen_rows(
+        parts, moe.move_biases(config.model, trained, loads, ok), trained)
+    params = shares.whole(parts, trained, state.params)
     bad_in_row = jnp.where(ok, 0, state.bad_in_row + 1)
     bad_steps = state.bad_steps + jnp.where(ok, 0, 1)
-    ema = shares.update_average(config.optim, state.ema, own,
+    ema = shares.update_average(config.optim, state.ema, trained,
                                 state.step + 1 - bad_steps, ok)
     metrics |= dict(
         grad_norm=grad_norm, param_norm=_norm(params),

@@ -119,9 +119,9 @@ def train(configs: Sequence[ml_collections.ConfigDict],
       saved = stack.enter_context(checkpoints.Checkpoints(
           workdir, **c.checkpoint, agree_every=c.log.every_steps))
       writer = loop.Writer(c, workdir, saved, str(workdir))
-      own = dataclasses.replace(run, config=c, model=model,
-                                module=architectures.build(model))
-      begun.append((writer, *_take_up(own, writer, bool(changed))))
+      member = dataclasses.replace(run, config=c, model=model,
+                                   module=architectures.build(model))
+      begun.append((writer, *_take_up(member, writer, bool(changed))))
     records = dict(zip([writer for writer, *_ in begun], zip(
         configs, [derived for _, derived in resolved])))
     going = [each for each in begun if not each[0].sentence]
@@ -132,7 +132,7 @@ def train(configs: Sequence[ml_collections.ConfigDict],
       if start >= config.train.steps:
         print(f'{len(part)} of {len(going)} runs are complete: {start} steps '
               f'of {config.train.steps}')
-      elif any(writer.code == loop.STOPPED or writer.told_to_stop
+      elif any(writer.code == loop.STOPPED or writer.stop_requested
                for writer, *_ in going):
         for writer in part:
           writer.sentence = f'stopped before step {start}'
@@ -224,8 +224,8 @@ def program_of(run: runs.Run, writers: Sequence[loop.Writer]) -> loop.Program:
     return init_state(module, run.tx, jax.random.key(initial_seed(config)),
                       config.optim)
 
-  def train_step(state: TrainState, given: tuple[dict, dict]):
-    batch, values = given
+  def train_step(state: TrainState, inputs: tuple[dict, dict]):
+    batch, values = inputs
     config = with_values(run.config, values)
     tx = optimizer(run.module, config.optim, config.train.steps)
     return make_train_step(run.module, tx, config)(state, batch)
@@ -237,9 +237,9 @@ def program_of(run: runs.Run, writers: Sequence[loop.Writer]) -> loop.Program:
     if len(batches) == 1:
       return put(batches[0], _ALL), values
     of = dict(zip(seeds, batches, strict=True))
-    own = [of[writers[i].config.seed] for i in rows]
-    return put({name: np.stack([batch[name] for batch in own])
-                for name in own[0]}), values
+    row_batches = [of[writers[i].config.seed] for i in rows]
+    return put({name: np.stack([batch[name] for batch in row_batches])
+                for name in row_batches[0]}), values
 
   def join(trees: Sequence[Any]) -> Any:
     return put(jax.tree.map(lambda *xs: np.stack([xs[i] for i in rows]),
@@ -260,7 +260,7 @@ def program_of(run: runs.Run, writers: Sequence[loop.Writer]) -> loop.Program:
       lambda: jax.jit(over_runs(init, (0,)))(values),
       jax.jit(over_runs(train_step, (0, (0 if len(seeds) > 1 else None, 0))),
               donate_argnums=0),
-      jax.jit(over_runs(lambda params, given: eval_step(params, given[0]),
+      jax.jit(over_runs(lambda params, inputs: eval_step(params, inputs[0]),
                         (0, (None, 0)))),
       put_batches, split, join, part, {'runs_at_once': len(writers)},
       f'{len(writers)} runs at once, each of them:\n')

@@ -122,7 +122,7 @@ def test_a_suite_is_trained_once(file, tmp_path, capsys):
 
 def test_a_suite_that_is_stopped_is_not_done(file, tmp_path, monkeypatch):
   monkeypatch.setattr(vectorised, 'train', lambda configs, folders: [
-      types.SimpleNamespace(code=loop.STOPPED, told_to_stop=True)])
+      types.SimpleNamespace(code=loop.STOPPED, stop_requested=True)])
   with pytest.raises(Stopped):
     suites.train(suites.load(str(file), base()), epath.Path(tmp_path))
 
@@ -142,7 +142,8 @@ def test_a_rate_at_which_a_run_diverges_is_left_out(
       value = 0.5 + config.seed / 10
       (folder / 'metrics.jsonl').write_text('' if bad else json.dumps({
           'step': 2, 'probe/accuracy': value, 'probe/rows_right': value}))
-    return [types.SimpleNamespace(code=loop.DIVERGED * bad, told_to_stop=False)
+    return [types.SimpleNamespace(
+        code=loop.DIVERGED * bad, stop_requested=False)
             for _, bad in asked[-len(configs):]]
   monkeypatch.setattr(vectorised, 'train', train)
   suites.train(suite, workdir)

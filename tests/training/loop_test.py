@@ -218,7 +218,7 @@ def test_a_signal_cuts_tasks_short_and_leaves_no_part(
   monkeypatch.setattr(
       in_training.Tasks, 'of', lambda self, params, n, workdir, stop: (
           None if params[0] == 1 and stop() else
-          in_training.Found({'x/score': n + params[0]}, [])))
+          in_training.Results({'x/score': n + params[0]}, [])))
   monkeypatch.setattr(signals.Stop, 'agreed', lambda self, step: (
       asked.append(step)))
   monkeypatch.setattr(signals.Stop, 'at_once', property(
@@ -237,7 +237,7 @@ def _scores(monkeypatch, *scores):
   """Lets the evaluation after step n find scores[row][n - 1]."""
   monkeypatch.setattr(
       in_training.Tasks, 'of', lambda self, params, n, workdir, stop: (
-          in_training.Found({'x/f1': scores[params[0]][n - 1]}, [])))
+          in_training.Results({'x/f1': scores[params[0]][n - 1]}, [])))
   monkeypatch.setattr(in_training.Tasks, 'names', lambda *_, **__: None)
 
 
@@ -308,7 +308,7 @@ def _cheap(monkeypatch):
       'loss': sums[0]['nll']})
   monkeypatch.setattr(
       in_training.Tasks, 'of', lambda self, params, n, workdir, stop: (
-          None if stop() else in_training.Found({'x/score': n}, [])))
+          None if stop() else in_training.Results({'x/score': n}, [])))
 
 
 def _signal(monkeypatch, at_once):

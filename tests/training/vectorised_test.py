@@ -238,7 +238,7 @@ def test_a_signal_saves_all(trained, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:  # and one that comes too late is told
     patch.setattr(signals.Stop, 'agreed', lambda self, step: (
         step == STEPS and setattr(self, 'stop_requested', True)))
-    assert vectorised.train(configs, workdirs)[0].told_to_stop
+    assert vectorised.train(configs, workdirs)[0].stop_requested
   for i, workdir in enumerate(workdirs):
     assert_same(workdir, single(i))
 

@@ -124,7 +124,7 @@ def train(suite: Suite, workdir: epath.Path) -> None:
     for group in vectorised.groups([run.config for run in runs]):
       writers = vectorised.train([runs[i].config for i in group],
                                  [runs[i].folder(workdir) for i in group])
-      if any(writer.told_to_stop or writer.code == loop.STOPPED
+      if any(writer.stop_requested or writer.code == loop.STOPPED
              for writer in writers):
         raise Stopped
 

@@ -164,17 +164,17 @@ def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
     ValueError: naming the record that is none.
   """
   for where, record in texts.rows(path):
-    asked, given, answer = (
+    asked, context, answer = (
         texts.checked(record.get(name, default), f'{where}, {name}')
         for name, default in (('instruction', None), ('input', ''),
                               ('output', None)))
-    yield [('question', alpaca_prompt(asked, given)), ('answer', answer)]
+    yield [('question', alpaca_prompt(asked, context)), ('answer', answer)]
 
 
-def alpaca_prompt(instruction: str, given: str = '') -> str:
-  """Returns the text before an answer; `given` is the record's input."""
-  return (PROMPT_INPUT if given else PROMPT).format(
-      instruction=instruction, input=given)
+def alpaca_prompt(instruction: str, context: str = '') -> str:
+  """Returns the text before an answer; `context` is the record's input."""
+  return (PROMPT_INPUT if context else PROMPT).format(
+      instruction=instruction, input=context)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +198,9 @@ class Template:
     assistant, also those added ones that the template's text has."""
     added = self.tokenizer.added_texts
     special = {added[text] for text in self.tokenizer.special_texts}
-    own = {i for text, i in added.items() if text.strip() and text in self.text}
-    return frozenset(special), frozenset(special | own)
+    template_ids = {i for text, i in added.items()
+                    if text.strip() and text in self.text}
+    return frozenset(special), frozenset(special | template_ids)
 
   def encode(self, messages: Messages, answer: bool = False) -> np.ndarray:
     """Returns the ids [T] of a conversation.

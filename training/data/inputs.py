@@ -21,13 +21,13 @@ NAMES = {
 }
 
 
-def arrays(stack: str, given: Mapping[str, Any], vocab_size: int
+def arrays(stack: str, values: Mapping[str, Any], vocab_size: int
            ) -> dict[str, jax.Array]:
   """Returns the module's arguments by name, int32 [B, L]; [L] is one row.
 
   Args:
     stack: as of `architectures.stack`.
-    given: by the first names of NAMES: tokens and decoder_tokens, which are
+    values: by the first names of NAMES: tokens and decoder_tokens, which are
       ids; masks, types.
     vocab_size: how many ids the model has.
 
@@ -35,14 +35,14 @@ def arrays(stack: str, given: Mapping[str, Any], vocab_size: int
     RequestError: for what is none, or is not as long as its tokens.
   """
   names = NAMES[stack]
-  for name in given:
+  for name in values:
     require(name in names, f'a {stack} takes no input {name!r}: choose from '
             f'{", ".join(names)}')
-  given = {name: rows(name, value) for name, value in given.items()}
-  for name, array in given.items():
+  values = {name: rows(name, value) for name, value in values.items()}
+  for name, array in values.items():
     require(array.size > 0, f'{name} is empty')
-    like = given['decoder_tokens' if name == 'decoder_mask'
-                 and 'decoder_tokens' in given else 'tokens'].shape
+    like = values['decoder_tokens' if name == 'decoder_mask'
+                 and 'decoder_tokens' in values else 'tokens'].shape
     axes = 1 if name == 'decoder_tokens' else 2
     require(array.shape[:axes] == like[:axes], f'{name} is of the shape '
             f'{array.shape}, and its tokens of {like}')
@@ -55,7 +55,7 @@ def arrays(stack: str, given: Mapping[str, Any], vocab_size: int
               'a 1: it is 0 on padding, at the end of a row, since positions '
               'count from its start')
   return {names[name]: jnp.asarray(array, jnp.int32)
-          for name, array in given.items()}
+          for name, array in values.items()}
 
 
 def rows(name: str, value: Any) -> Any:

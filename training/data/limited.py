@@ -85,9 +85,9 @@ def render(template: str, chat: Sequence[Mapping[str, str]],
   utils = texts.imported('transformers.utils.chat_template_utils', 'it', 'hf')
   (text,), spans = utils.render_jinja_template(
       [chat], chat_template=template, **options)
-  said = sum(len(value) for message in chat for value in message.values())
-  require(len(text) <= MOST_MORE + MOST_TIMES * said, 'it writes '
-          f'{len(text):,} characters where {said:,} are said')
+  num_chars = sum(len(value) for message in chat for value in message.values())
+  require(len(text) <= MOST_MORE + MOST_TIMES * num_chars, 'it writes '
+          f'{len(text):,} characters where {num_chars:,} are said')
   return texts.checked(text, 'its text'), spans[0] if spans else []
 
 

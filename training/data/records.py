@@ -337,10 +337,10 @@ def _pieces(sentence: int, words: Words, numbers: np.ndarray,
   pieces = []
   for i, (first, end) in enumerate(spans):
     counts_T = words.first_T[first:end] & (owner_T[first:end] == i)
-    own_T = np.where(counts_T, words.words_T[first:end], NO_WORD)
-    targets_T = np.where(counts_T, numbers[own_T], 0)
+    words_T = np.where(counts_T, words.words_T[first:end], NO_WORD)
+    targets_T = np.where(counts_T, numbers[words_T], 0)
     pieces.append(Piece(words.ids[first:end], targets_T.astype(np.int32),
-                        counts_T.astype(np.float32), sentence, own_T))
+                        counts_T.astype(np.float32), sentence, words_T))
   return pieces
 
 

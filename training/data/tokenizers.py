@@ -332,7 +332,7 @@ def load(spec: str, tried: bool = False) -> Tokenizer:
     return Bytes(size)
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
-    names = found_in(path)
+    names = files_in(path)
     require(bool(names), f'tokenizer folder {spec!r} holds none of: '
             + '; '.join(' + '.join(names) for names in FOLDERS))
     if names != ('tokenizer.json',):
@@ -348,7 +348,7 @@ def load(spec: str, tried: bool = False) -> Tokenizer:
   return _read_json(spec, path)
 
 
-def found_in(folder: pathlib.Path) -> tuple[str, ...]:
+def files_in(folder: pathlib.Path) -> tuple[str, ...]:
   """Returns the files by which `load` reads a folder; () if it does not."""
   return next((names for names in FOLDERS
                if all((folder / name).is_file() for name in names)), ())

@@ -48,8 +48,8 @@ def give_threads() -> None:
   the cores that this process may use, which are XLA's own choice."""
   devices = _devices()
   if devices > 1 or jax.distributed.is_initialized():
-    own = len(os.sched_getaffinity(0))
-    os.environ.setdefault('PJRT_NPROC', str(max(_THREADS * devices, own)))
+    num_cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault('PJRT_NPROC', str(max(_THREADS * devices, num_cores)))
 
 
 def _devices() -> int:

@@ -98,9 +98,9 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
           f'mesh.data x mesh.fsdp x mesh.expert times train.grad_accumulation '
           f'{grad_accumulation} do not divide: choose a multiple of '
           f'{rows * grad_accumulation}')
-  held = [('fsdp', 'd_model')]
+  common = [('fsdp', 'd_model')]
   if model.has_experts:
-    held.append(('tensor', 'moe.d_ff'))
+    common.append(('tensor', 'moe.d_ff'))
   require(shape['context'] == 1 or not blocks.with_state(model),
           f'mesh.context is {shape["context"]}, and some layers keep each '
           'row on one device (a recurrence of model.mixer, or '
@@ -108,7 +108,7 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
   def rows_of(kind: str) -> tuple[tuple[str, str], ...]:
     c = model.of_kind(kind)
     return (*blocks.mixer_of(c).divided,
-            *[('tensor', 'd_ff')] * (c.ffn != NO_FFN), *held)
+            *[('tensor', 'd_ff')] * (c.ffn != NO_FFN), *common)
   for name, (axis, field) in [
       (kind, row) for kind in model.kinds_used for row in rows_of(kind)]:
     c = model.of_kind(name)

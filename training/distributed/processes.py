@@ -47,10 +47,10 @@ def how_to_join(coordinator: str = '', num_processes: int = 0,
   num_processes = num_processes or int(os.environ.get('JAX_NUM_PROCESSES', 0))
   if process_id < 0:
     process_id = int(os.environ.get('JAX_PROCESS_ID', -1))
-  given = bool(coordinator), bool(num_processes), process_id >= 0
-  if not any(given):
+  is_set = bool(coordinator), bool(num_processes), process_id >= 0
+  if not any(is_set):
     return {} if cluster else None
-  require(all(given) and not cluster, 'a run of several processes needs '
+  require(all(is_set) and not cluster, 'a run of several processes needs '
           '--coordinator, --num_processes and --process_id (or '
           'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), or '
           f'--cluster alone; given: coordinator {coordinator!r}, '

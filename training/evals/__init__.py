@@ -202,7 +202,7 @@ def define_flags() -> None:
     for reader, one in read_by.items():
       texts.setdefault(one.help, []).append(reader)
     define[type(flag.default)](name, flag.default, ' '.join(
-        f'{", ".join(own)}: {text}' for text, own in texts.items()), **(
+        f'{", ".join(names)}: {text}' for text, names in texts.items()), **(
             {} if flag.least is None else
             dict(lower_bound=flag.least, upper_bound=flag.most)))
 

@@ -77,15 +77,15 @@ def n_best(context: str, window: Window, most: int, count: int
   last_TS = np.arange(T)[:, None] + np.arange(min(most, T))[None]
   ends_T = np.append(window.ends_T, -np.inf)
   flat = (window.starts_T[:, None] + ends_T[np.minimum(last_TS, T)]).reshape(-1)
-  found: dict[tuple[int, int], float] = {}
+  scores: dict[tuple[int, int], float] = {}
   for i in np.argsort(-flat, kind='stable'):
-    if len(found) == count or not np.isfinite(flat[i]):
+    if len(scores) == count or not np.isfinite(flat[i]):
       break
     place = (int(window.spans_T2[i // last_TS.shape[1], 0]),
              int(window.spans_T2[last_TS.flat[i], 1]))
-    if place not in found and context[slice(*place)].strip():
-      found[place] = float(flat[i])
-  return found
+    if place not in scores and context[slice(*place)].strip():
+      scores[place] = float(flat[i])
+  return scores
 
 
 def best(context: str, windows: Sequence[Window], *, most: int, count: int,
@@ -149,34 +149,36 @@ def normalised(answer: str) -> str:
 def score(answer: str, right: Sequence[str]) -> tuple[float, float]:
   """Returns the best `exact` and `f1` of an answer, from 0 to 1, over the right
   ones; (): '' is right."""
-  found = normalised(answer)
+  predicted = normalised(answer)
   # Right answers of punctuation or an article alone are left out, as in v2.0.
   golds = [gold for gold in map(normalised, right) if gold] or ['']
-  return (float(max(gold == found for gold in golds)),
-          max(_f1(gold.split(), found.split()) for gold in golds))
+  return (float(max(gold == predicted for gold in golds)),
+          max(_f1(gold.split(), predicted.split()) for gold in golds))
 
 
-def _f1(gold: Sequence[str], found: Sequence[str]) -> float:
-  if not gold or not found:
-    return float(gold == found)
-  same = sum((collections.Counter(gold) & collections.Counter(found)).values())
-  # 2 p r / (p + r), with p = same / found and r = same / gold.
-  return 2 * same / (len(gold) + len(found))
+def _f1(gold: Sequence[str], predicted: Sequence[str]) -> float:
+  if not gold or not predicted:
+    return float(gold == predicted)
+  same = sum((collections.Counter(gold)
+              & collections.Counter(predicted)).values())
+  # 2 p r / (p + r), with p = same / predicted and r = same / gold.
+  return 2 * same / (len(gold) + len(predicted))
 
 
-def rules(told: Sequence[str], right: Sequence[Sequence[str]]
+def rules(predictions: Sequence[str], right: Sequence[Sequence[str]]
           ) -> dict[str, Any]:
   """Returns the figures of the official scripts, in percent.
 
   Args:
-    told: of each question, what was found; '': that it has no answer.
+    predictions: of each question, what was found; '': that it has no answer.
     right: of each question, the right answers; (): it has none.
 
   Returns:
     exact, f1, total; where some questions have no answer also HasAns_exact, ...
     and NoAns_exact, ..., as evaluate-v2.0.py names them.
   """
-  scores_N2 = np.array([score(*pair) for pair in zip(told, right, strict=True)])
+  scores_N2 = np.array([score(*pair) for pair in zip(predictions, right,
+                                                     strict=True)])
   answered_N = np.array([bool(texts) for texts in right])
   parts = {'': np.ones(len(right), bool)}
   if not answered_N.all():
@@ -190,7 +192,7 @@ def rules(told: Sequence[str], right: Sequence[Sequence[str]]
   return figures
 
 
-def best_thresholds(told: Sequence[str], right: Sequence[Sequence[str]],
+def best_thresholds(predictions: Sequence[str], right: Sequence[Sequence[str]],
                     null_scores: Sequence[float]) -> dict[str, float]:
   """Returns the best exact and f1 that a threshold gives, and the threshold.
 
@@ -199,7 +201,7 @@ def best_thresholds(told: Sequence[str], right: Sequence[Sequence[str]],
   questions, not how well the model answers.
 
   Args:
-    told: of each question, the best answer that is not ''.
+    predictions: of each question, the best answer that is not ''.
     right: of each question, the right answers; (): it has none.
     null_scores: of each question, how much likelier it is to have no answer.
   """
@@ -207,50 +209,51 @@ def best_thresholds(told: Sequence[str], right: Sequence[Sequence[str]],
   none = sum(not texts for texts in right)
   # From one question to the next the threshold rises above its score: what has
   # an answer gains its score, what has none was right, and now is wrong.
-  gains_N2 = np.array([score(told[i], right[i]) if right[i] else (-1.0, -1.0)
-                       for i in order])
+  gains_N2 = np.array([
+      score(predictions[i], right[i]) if right[i] else (-1.0, -1.0)
+      for i in order])
   totals_N2 = np.concatenate([np.zeros((1, 2)), np.cumsum(gains_N2, 0)])
-  found = {}
+  figures = {}
   for kind, totals_N in zip(('exact', 'f1'), totals_N2.T):
     top = int(np.argmax(totals_N))
-    found[f'best_{kind}'] = 100 * (none + float(totals_N[top])) / len(right)
-    found[f'best_{kind}_thresh'] = (
+    figures[f'best_{kind}'] = 100 * (none + float(totals_N[top])) / len(right)
+    figures[f'best_{kind}_thresh'] = (
         float(null_scores[order[top - 1]]) if top else 0.0)
-  return found
+  return figures
 
 
-def figures(view: Questions, found: Sequence[Best]) -> dict[str, Any]:
+def figures(view: Questions, predictions: Sequence[Best]) -> dict[str, Any]:
   """Returns the figures of SQuAD's scripts, in percent; where questions have no
   answer with the best thresholds."""
   right = [[text for text, _ in question.answers]
            for question in view.questions]
-  own = rules([answer.text for answer in found], right)
+  overall = rules([answer.text for answer in predictions], right)
   if not all(right):
-    own |= best_thresholds(
+    overall |= best_thresholds(
         [answer.stretches[0][0] if answer.stretches else ''
-         for answer in found], right,
-        [answer.null_minus_best for answer in found])
+         for answer in predictions], right,
+        [answer.null_minus_best for answer in predictions])
   scores_N2 = 100 * np.array([score(answer.text, texts)
-                              for answer, texts in zip(found, right)])
+                              for answer, texts in zip(predictions, right)])
   names = [(question.question, context) for question, (context, _) in zip(
       view.questions, view.contexts)]
-  return own | {'items': {kind: items.of(scores_N, names) for kind, scores_N
-                          in zip(('exact', 'f1'), scores_N2.T)}}
+  return overall | {'items': {kind: items.of(scores_N, names) for kind, scores_N
+                              in zip(('exact', 'f1'), scores_N2.T)}}
 
 
-def lines(own: dict[str, Any]) -> list[str]:
+def lines(figures: dict[str, Any]) -> list[str]:
   """Returns `figures` for a reader."""
-  told = [f'{own["total"]:,} questions']
+  report = [f'{figures["total"]:,} questions']
   for kind in 'exact', 'f1':
     parts = ''.join(
-        f', {words} {own[f"{part}_{kind}"]:.2f}' for part, words in (
+        f', {words} {figures[f"{part}_{kind}"]:.2f}' for part, words in (
             ('HasAns', 'of those with an answer'), ('NoAns', 'without'))
-        if f'{part}_{kind}' in own)
-    top = '' if f'best_{kind}' not in own else (
-        f'; at best {own[f"best_{kind}"]:.2f}, with --null_threshold='
-        f'{own[f"best_{kind}_thresh"]:.2f}')
-    told.append(f'  {kind:<16} {own[kind]:.2f}{parts}{top}')
-  return told
+        if f'{part}_{kind}' in figures)
+    top = '' if f'best_{kind}' not in figures else (
+        f'; at best {figures[f"best_{kind}"]:.2f}, with --null_threshold='
+        f'{figures[f"best_{kind}_thresh"]:.2f}')
+    report.append(f'  {kind:<16} {figures[kind]:.2f}{parts}{top}')
+  return report
 
 
 def check_ids(view: Questions) -> None:
@@ -262,7 +265,7 @@ def check_ids(view: Questions) -> None:
           'by one')
 
 
-def written(view: Questions, found: Sequence[Best]) -> dict[str, str]:
+def written(view: Questions, predictions: Sequence[Best]) -> dict[str, str]:
   """Returns the texts of three JSON files, by what stands in their names.
 
   '': {question: answer}, as evaluate-v2.0.py reads it; 'nbest': {question: the
@@ -273,9 +276,9 @@ def written(view: Questions, found: Sequence[Best]) -> dict[str, str]:
   return {kind: json.dumps(dict(zip(names, values)), indent=1,
                            ensure_ascii=False) + '\n'
           for kind, values in {
-              '': [answer.text for answer in found],
-              'nbest': map(_n_best_json, found),
-              'null_odds': [answer.null_minus_best for answer in found],
+              '': [answer.text for answer in predictions],
+              'nbest': map(_n_best_json, predictions),
+              'null_odds': [answer.null_minus_best for answer in predictions],
           }.items()}
 
 

@@ -65,8 +65,8 @@ class Model(api.TemplateLM):
             f'{max_length}: the model takes 1 to {model.max_len} tokens')
     self.max_gen_toks = max_gen_toks
     self._num_written = 0  # batches, of which each has draws of its own
-    said = hf_generation.ids(hf_generation.kept(evaluation.workdir))
-    self._ends = tuple(said.get('eos_token_id', ())
+    token_ids = hf_generation.ids(hf_generation.kept(evaluation.workdir))
+    self._ends = tuple(token_ids.get('eos_token_id', ())
                        or objectives.of(config).ends(config, tokens))
     published = hf_generation.is_published(evaluation.workdir, evaluation.step)
     bos = tokens.special_ids.get('bos')
@@ -90,17 +90,17 @@ class Model(api.TemplateLM):
       additional_config: lm_eval's batch size and device, which the run's mesh
         and the lengths of the texts decide here.
     """
-    given = {'step': None} | arg_dict
+    arguments = {'step': None} | arg_dict
     known = ('workdir', 'step', *[*inspect.signature(cls).parameters][1:])
-    strange = [name for name in given if name not in known]
+    strange = [name for name in arguments if name not in known]
     require(not strange, f'--model_args has {", ".join(strange)}: choose from '
             f'{", ".join(known)}')
-    require(bool(given.get('workdir')), 'pass --model_args workdir=DIR, the '
-            'folder of a run')
-    workdir, step = given.pop('workdir'), given.pop('step')
+    require(bool(arguments.get('workdir')),
+            'pass --model_args workdir=DIR, the folder of a run')
+    workdir, step = arguments.pop('workdir'), arguments.pop('step')
     step = None if step is None else checkpoints.named_step(str(step))
     return cls(evals.load(storage.path(str(workdir)), (), None, step=step),
-               **given)
+               **arguments)
 
   @property
   def eot_token_id(self) -> int:

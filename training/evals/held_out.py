@@ -29,13 +29,13 @@ def evaluate(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
     put: puts a batch on the devices.
     stop: asked before each batch, whether to leave it at that.
   """
-  found = []
+  totals = []
   for loader in loaders:
-    found.append(sums(step, params, loader.iterate(0, loader.first(batches)),
-                      put, stop))
-    if found[-1] is None:
+    totals.append(sums(step, params, loader.iterate(0, loader.first(batches)),
+                       put, stop))
+    if totals[-1] is None:
       return None
-  return found
+  return totals
 
 
 def sums(step: Callable, params: Any, batches: Iterable, put: Callable,
@@ -50,12 +50,12 @@ def sums(step: Callable, params: Any, batches: Iterable, put: Callable,
   return total
 
 
-def means(found: Sequence[dict[str, Mean]],
+def means(totals: Sequence[dict[str, Mean]],
           loaders: Sequence[pipeline.Loader]) -> dict[str, float]:
   """Returns the figures of an evaluation: means over the sources by share.
 
   Args:
-    found: `sums` of each loader.
+    totals: `sums` of each loader.
     loaders: of pipeline.held_out.
 
   Returns:
@@ -65,9 +65,9 @@ def means(found: Sequence[dict[str, Mean]],
   """
   objective = loaders[0].objective
   with np.errstate(divide='ignore', invalid='ignore'):
-    each = [objective.means(own) for own in found]
+    each = [objective.means(total) for total in totals]
   names = sorted(each[0], key=lambda name: (name != 'loss', name))
-  figures = {name: mix([own[name] for own in each], loaders) for name in names}
+  figures = {name: mix([one[name] for one in each], loaders) for name in names}
   if objective.perplexity:
     with np.errstate(over='ignore'):
       figures['perplexity'] = float(np.exp(figures[objective.main]))
@@ -75,8 +75,8 @@ def means(found: Sequence[dict[str, Mean]],
     figures['bits_per_byte'] = figures['loss'] / (math.log(2) * mix(
         [loader.bytes_per_token for loader in loaders], loaders))
   if len(loaders) > 1:
-    figures |= {f'loss/{loader.name}': float(own['loss'])
-                for loader, own in zip(loaders, each)}
+    figures |= {f'loss/{loader.name}': float(one['loss'])
+                for loader, one in zip(loaders, each)}
   return figures
 
 

@@ -20,16 +20,16 @@ from training.data.tokenizers import Tokenizer
 from training.evals import Evaluation, held_out
 
 
-class Found(NamedTuple):
+class Results(NamedTuple):
   """What the tasks of a run have found.
 
   Attributes:
     figures: every number, as TASK/FIGURE.
-    told: for a reader: a line for each task; or of one without a figure to put
+    lines: for a reader: a line for each task; or of one without a figure to put
       into a line, such as `samples`, what it printed.
   """
   figures: dict[str, float]
-  told: list[str]
+  lines: list[str]
 
 
 class Tasks:
@@ -58,11 +58,11 @@ class Tasks:
     None where they are known without, and were compared with the config."""
     if evals.task(task).figures is not None:
       return None
-    found = self.of(params, 0, workdir, stop, [task])
-    return found and list(found.figures)
+    results = self.of(params, 0, workdir, stop, [task])
+    return results and list(results.figures)
 
   def of(self, params: Any, n: int, workdir: epath.Path,
-         stop: Callable[[], bool], names: Sequence[str] = ()) -> Found | None:
+         stop: Callable[[], bool], names: Sequence[str] = ()) -> Results | None:
     """Does the tasks for one member.
 
     Args:
@@ -77,7 +77,7 @@ class Tasks:
     """
     evaluation = Evaluation(self._run, params, n, self._tokenizer, None,
                             workdir, self._programs)
-    found, items = Found({}, []), {}
+    results, items = Results({}, []), {}
     for name in names or self._names:
       printed = io.StringIO()
       try:
@@ -86,7 +86,7 @@ class Tasks:
           figures = evals.run(name, evaluation)
       except progress.Stopped:
         return None
-      found.figures.update(numbers_of(figures, name))
+      results.figures.update(numbers_of(figures, name))
       if 'items' in figures:
         items[name] = {'items': figures['items']}
       # The fractions, not the counts.
@@ -94,19 +94,19 @@ class Tasks:
                    for key, value in figures.items()
                    if isinstance(value, numbers.Real)
                    and not isinstance(value, numbers.Integral)]
-      found.told.append(f'{name}: {"  ".join(fractions)}' if fractions
-                        else printed.getvalue().rstrip())
+      results.lines.append(f'{name}: {"  ".join(fractions)}' if fractions
+                           else printed.getvalue().rstrip())
     if items:
       evals.write(workdir / evals.ITEMS, {'step': n} | items)
-    return found
+    return results
 
 
 def numbers_of(figures: Mapping[str, Any], prefix: str) -> dict[str, float]:
   """Returns the numbers among figures, also of groups: {'labels/f1': 0.5}."""
-  found = {}
+  flat = {}
   for name, value in figures.items():
     if isinstance(value, Mapping):
-      found |= numbers_of(value, f'{prefix}/{name}')
+      flat |= numbers_of(value, f'{prefix}/{name}')
     elif isinstance(value, numbers.Real):
-      found[f'{prefix}/{name}'] = value
-  return found
+      flat[f'{prefix}/{name}'] = value
+  return flat

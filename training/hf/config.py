@@ -293,10 +293,10 @@ def labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
           and len(set(table.values())) == len(table),
           f'config.json has id2label {short(table)}: it must be an object with '
           'the keys 0, 1, ..., whose values are strings, none of them twice')
-  return given_labels(tuple(table[str(i)] for i in range(len(table))))
+  return meaningful_labels(tuple(table[str(i)] for i in range(len(table))))
 
 
-def given_labels(names: tuple[str, ...]) -> tuple[str, ...]:
+def meaningful_labels(names: tuple[str, ...]) -> tuple[str, ...]:
   """Returns labels, or () where they are LABEL_0, ..., which say nothing."""
   return () if names == default_labels(len(names)) else names
 

@@ -42,7 +42,7 @@ def take(folder: epath.Path, workdir: epath.Path,
   if storage.in_bucket(folder):  # a run's: its config names the tokenizer
     return []
   # Before anything is written.
-  tokenizer = (tokenizers.load(str(folder)) if tokenizers.found_in(folder)
+  tokenizer = (tokenizers.load(str(folder)) if tokenizers.files_in(folder)
                else None)
   target, copied = folder, {}
   if not storage.in_bucket(workdir):
@@ -56,7 +56,7 @@ def take(folder: epath.Path, workdir: epath.Path,
       # config.json, which is not copied: the run reads it without transformers.
       tokenizer.save(target / PIPELINE)
       copied[PIPELINE] = target / PIPELINE
-  if tokenizers.found_in(target):
+  if tokenizers.files_in(target):
     config.data.tokenizer = str(target.absolute())
   return [*copied]
 
@@ -72,8 +72,8 @@ def is_stand_in(tokenizer: str) -> bool:
   return tokenizer.partition(':')[0] == 'bytes'
 
 
-def _given(workdir: epath.Path, config: ml_collections.ConfigDict, step: int
-           ) -> dict[str, epath.Path]:
+def _tokenizer_files(workdir: epath.Path, config: ml_collections.ConfigDict,
+                     step: int) -> dict[str, epath.Path]:
   """Returns the files of a run's tokenizer, by their names in an export."""
   path = pathlib.Path(config.data.tokenizer)
   if is_stand_in(config.data.tokenizer):
@@ -89,7 +89,7 @@ def refuse_left(workdir: epath.Path, config: ml_collections.ConfigDict,
                 folder: pathlib.Path, step: int) -> None:
   """Raises RequestError for files of a tokenizer that `give`, with the same
   arguments, would leave in a folder."""
-  written = {*_given(workdir, config, step)}
+  written = {*_tokenizer_files(workdir, config, step)}
   if not is_stand_in(config.data.tokenizer):
     written |= {CONFIG, PIPELINE}
     written |= {TEMPLATE} if objectives.of(config).chat_template else set()
@@ -100,18 +100,18 @@ def give(workdir: epath.Path, config: ml_collections.ConfigDict,
          folder: pathlib.Path, step: int) -> None:
   """Copies the tokenizer of a run's checkpoint into a Hugging Face folder; of
   a run that learned to chat, with the template that it learned."""
-  given = _given(workdir, config, step)
-  _copy(given, folder)
+  sources = _tokenizer_files(workdir, config, step)
+  _copy(sources, folder)
   if is_stand_in(config.data.tokenizer):
     return
   tokenizer = tokenizers.load(config.data.tokenizer)
-  if PIPELINE not in given:
+  if PIPELINE not in sources:
     assert isinstance(tokenizer, tokenizers.HuggingFace), tokenizer
     tokenizer.save(folder / PIPELINE)
   names = {kind: tokenizer.piece(i)
            for kind, i in tokenizer.special_ids.items()}
   _frame(folder / PIPELINE, FRAMES.get(config.model.arch, ''), names)
-  if CONFIG not in given:
+  if CONFIG not in sources:
     # transformers knows no special token by its spelling alone.
     described = {'tokenizer_class': 'PreTrainedTokenizerFast'} | {
         f'{kind}_token': name for kind, name in names.items()}
@@ -141,7 +141,7 @@ def _in_folder(folder: epath.Path) -> dict[str, epath.Path]:
   return {name: folder / name for name in NAMES if (folder / name).is_file()}
 
 
-def _copy(given: dict[str, epath.Path], target: epath.Path) -> None:
-  for name, path in given.items():
+def _copy(sources: dict[str, epath.Path], target: epath.Path) -> None:
+  for name, path in sources.items():
     (target / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, target / name)

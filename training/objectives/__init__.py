@@ -110,7 +110,7 @@ def targets(batch: Batch) -> jax.Array:
   return batch['weights'].astype(jnp.float32).sum()
 
 
-def given_token(output: Output, batch: Batch, config: Config) -> Figures:
+def token_loss(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns the cross-entropy of targets [B, L], where weights [B, L] count
   them: of the next tokens, or of the masked ones."""
   train = config.train
@@ -247,7 +247,7 @@ class Objective(NamedTuple):
   seen: tuple[str, ...] = ('segment_ids',)
   reads: tuple[str, ...] = ()
   fill: Callable[[Tokenizer], int] = lambda tokenizer: tokenizer.separator_id
-  figures: Callable[..., Figures] = given_token
+  figures: Callable[..., Figures] = token_loss
   terms: Mapping[str, Callable] = {'loss': targets}
   prompt: Callable[..., Prompts] | None = None
   every_token: bool = False
@@ -420,11 +420,11 @@ def with_head(model: ModelConfig) -> str:
     RequestError: for a head with one label for each token.
   """
   classes = model.num_labels > 1
-  found = [name for name, row in OBJECTIVES.items()
+  names = [name for name, row in OBJECTIVES.items()
            if row.head == model.head and (row.labels is not None) == classes]
-  require(bool(found), f'no objective trains model.head {model.head!r} with '
+  require(bool(names), f'no objective trains model.head {model.head!r} with '
           f'model.num_labels {model.num_labels}: two labels or more are needed')
-  return found[0]
+  return names[0]
 
 
 def check_fits(config: Config, source: sources.Source) -> None:
@@ -813,11 +813,11 @@ def mtp_sums(output: Any, batch: Batch, train: Config) -> Figures:
   figures = {}
   for depth, hidden_BLD in enumerate(output.extra.get('mtp', ()), 1):
     targets_BL, weights_BL = mtp_shifted(batch, depth)
-    loss, own = cross_entropy(
+    loss, sums = cross_entropy(
         hidden_BLD, output.head, targets_BL, weights_BL, z_loss=train.z_loss,
         label_smoothing=train.label_smoothing, chunk=train.loss_chunk)
-    figures[MTP_LOSS.format(depth)] = Mean(loss, own['weight'])
-    figures[f'mtp_{depth}_accuracy'] = Mean(own['accuracy'], own['weight'])
+    figures[MTP_LOSS.format(depth)] = Mean(loss, sums['weight'])
+    figures[f'mtp_{depth}_accuracy'] = Mean(sums['accuracy'], sums['weight'])
   return figures
 
 
@@ -830,5 +830,5 @@ def mtp_share(figures: Mapping[str, Any], config: Config):
   """
   depth = config.model.mtp_depth
   names = map(MTP_LOSS.format, range(1, depth + 1))
-  own = [figures[name].total for name in names if name in figures]
-  return config.train.mtp_weight / depth * sum(own) if own else 0.0
+  losses = [figures[name].total for name in names if name in figures]
+  return config.train.mtp_weight / depth * sum(losses) if losses else 0.0

@@ -182,8 +182,8 @@ def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator | None,
     assistant's; valid [up to L], 1 for each token.
   """
   L = config.data.length
-  ids, told = layout(parts, tokenizer)
-  return dict(tokens=ids[:L], targets=ids[1:L + 1], weights=told[1:L + 1],
+  ids, predicted = layout(parts, tokenizer)
+  return dict(tokens=ids[:L], targets=ids[1:L + 1], weights=predicted[1:L + 1],
               valid=np.ones(len(ids[:L])))
 
 
@@ -280,17 +280,17 @@ def jinja(config: Config, tokenizer: Tokenizer) -> str:
   kind = next(name for name in ('eos', 'sep')
               if tokenizer.special_ids.get(name) == tokenizer.separator_id)
   end = f'{{{{ {kind}_token }}}}'
-  said = "{% elif m.role == 'assistant' %}"
+  assistant = "{% elif m.role == 'assistant' %}"
   if 'alpaca:' in config.data.source:
     return (end + "{% for m in messages %}{% if m.role == 'user' %}"
             + conversations.PROMPT.format(instruction='{{ m.content }}')
-            + said + '{{ m.content }}' + end + '{% endif %}{% endfor %}')
+            + assistant + '{{ m.content }}' + end + '{% endif %}{% endfor %}')
   return (
       end + "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
       f"{{% else %}}{conversations.SYSTEM}{{% endif %}}{{{{ ' ' }}}}"
       "{% for m in messages %}{% if m.role == 'user' %}"
       "USER: {{ m.content }}{{ ' ' }}"
-      + said + 'ASSISTANT: {{ m.content }}' + end
+      + assistant + 'ASSISTANT: {{ m.content }}' + end
       + "{% elif not loop.first %}{{ m.content }}{{ ' ' }}{% endif %}"
       '{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}')
 

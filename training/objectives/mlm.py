@@ -268,7 +268,7 @@ def unread(config: Config, length: int) -> int:
 
 
 def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
-  """Returns objectives.given_token of the tokens to predict: the head reads no
+  """Returns objectives.token_loss of the tokens to predict: the head reads no
   other places. `mask` chooses at most `most` tokens of a row; if a batch has
   more, the loss is nan. If words are masked whole, which may exceed that, or if
   a row is split over devices, the head reads every place."""
@@ -276,7 +276,7 @@ def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
   L = weights_BL.shape[1]
   M = most(config.data.mask_rate, L)
   if config.data.whole_words or sharding.shards('length', L) > 1 or M >= L:
-    return objectives.given_token(output, batch, config)
+    return objectives.token_loss(output, batch, config)
   chosen_BL = weights_BL != 0
   places_BM = jnp.sort(jnp.where(chosen_BL, jnp.arange(L), L), 1)[:, :M]
   at = lambda x: jnp.take_along_axis(
@@ -285,7 +285,7 @@ def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
   weights_BM = jnp.where(places_BM < L, at(weights_BL), 0)
   weights_BM = jnp.where(chosen_BL.sum() > (places_BM < L).sum(), jnp.nan,
                          weights_BM)
-  return objectives.given_token(
+  return objectives.token_loss(
       output.replace(hidden=at(output.hidden)),
       dict(targets=at(batch['targets']), weights=weights_BM), config)
 
@@ -343,7 +343,7 @@ def tokens(batch: Batch) -> jax.Array:
 def over_all_tokens(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns the weighted losses of the masked tokens over the number of all
   tokens; the accuracy is a mean over the masked ones, by weight."""
-  figures = objectives.given_token(output, batch, config)
+  figures = objectives.token_loss(output, batch, config)
   return {name: mean if name == 'accuracy' else Mean(mean.total, tokens(batch))
           for name, mean in figures.items()}
 

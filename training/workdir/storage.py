@@ -221,17 +221,17 @@ def output(text: str, name: str) -> epath.Path | None:
   return path(text, name)
 
 
-def refuse_run(folder: str | os.PathLike, name: str, own: str = '') -> None:
+def refuse_run(folder: str | os.PathLike, name: str, marker: str = '') -> None:
   """Raises RequestError for the folder of a training run.
 
   Args:
     folder: of what is no run itself, and would write among its files.
     name: of the flag that holds it.
-    own: a file that says that it was written there before, and may go on; '':
-      there is none.
+    marker: a file that says that it was written there before, and may go on;
+      '': there is none.
   """
   folder = path(folder, name)
-  require(bool(own) and (folder / own).exists() or not (
+  require(bool(marker) and (folder / marker).exists() or not (
       (folder / CHECKPOINTS).exists() or has_config(folder)),
           f'{name} is {str(folder)!r}, which holds a training run: choose '
           'another folder')

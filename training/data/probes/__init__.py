@@ -49,11 +49,12 @@ def name_of(source: str) -> str:
 def settings(config: ml_collections.ConfigDict) -> Settings:
   """Returns the settings of a run's probe: where its config leaves a field
   empty or at 0, what is published."""
-  probe, given = of(config), config.probe
-  return Settings(config.data.length, tuple(given.levels) or probe.levels,
-                  given.vocab or probe.vocab, given.examples or probe.examples,
-                  given.held_out or probe.held_out,
-                  random_non_queries=given.random_non_queries)
+  probe, fields = of(config), config.probe
+  return Settings(config.data.length, tuple(fields.levels) or probe.levels,
+                  fields.vocab or probe.vocab,
+                  fields.examples or probe.examples,
+                  fields.held_out or probe.held_out,
+                  random_non_queries=fields.random_non_queries)
 
 
 def held_out_seed(config: ml_collections.ConfigDict) -> int:

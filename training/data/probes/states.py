@@ -97,15 +97,15 @@ def _words(things: int, even: bool, rng: np.random.Generator, count: int,
   return _tagged(len(table), tokens, np.fromiter(states, np.int64, count))
 
 
-def found(letters_T: np.ndarray) -> np.ndarray:
+def successors(letters_T: np.ndarray) -> np.ndarray:
   """Returns for each place t the latest j <= t with letters[j - 1] =
   letters[t]; -1 where there is none."""
-  found_T = np.full(len(letters_T), -1)
+  successor_T = np.full(len(letters_T), -1)
   after: dict[int, int] = {}  # of a letter: the place after its latest
   for t, letter in enumerate(letters_T.tolist()):
-    found_T[t] = after.get(letter, -1)
+    successor_T[t] = after.get(letter, -1)
     after[letter] = t + 1
-  return found_T
+  return successor_T
 
 
 def induction(rng: np.random.Generator, hops: int, settings: Settings
@@ -121,7 +121,7 @@ def induction(rng: np.random.Generator, hops: int, settings: Settings
 
 def places(letters_T: np.ndarray, hops: int) -> np.ndarray:
   """Returns where each place's hops end; -1: there are not so many."""
-  step_T, place_T = found(letters_T), np.arange(len(letters_T))
+  step_T, place_T = successors(letters_T), np.arange(len(letters_T))
   for _ in range(hops):
     place_T = np.where(place_T < 0, -1, step_T[place_T])
   return place_T

@@ -77,23 +77,23 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   """Writes inspect.html into the workdir."""
   model, tokenizer = evaluation.run.model, evaluation.tokenizer
   read = _read(evaluation)
-  found = inspection.of(
+  inspected = inspection.of(
       evaluation.run.module, evaluation.params, read.arrays,
       min(evaluation.options.top_tokens, model.vocab_size))
   spell = lambda i: readable(i, tokenizer)
   texts = {name: [spell(i) for i in ids] for name, ids in read.tokens.items()}
-  measures = by_head(found, _repeated(evaluation))
+  measures = by_head(inspected, _repeated(evaluation))
   about = [f'{model.arch} of {evaluation.workdir}, step {evaluation.step}, '
            f'reading {evaluation.options.prompt!r}.', *read.notes,
            *totals.layers(model)]
-  if found.lens is None:
+  if inspected.lens is None:
     about.append("There is no logit lens: the model's head scores no tokens of "
                  'the vocabulary.')
   path = evaluation.workdir / FILE
-  storage.write(path, page(found, f'Inside {model.arch}', about, texts, spell,
-                           measures))
+  storage.write(path, page(inspected, f'Inside {model.arch}', about, texts,
+                           spell, measures))
   print('\n'.join([*about[1:], f'attention maps and all else: {path}']))
-  return _figures(found, texts, measures, spell) | {'page': str(path)}
+  return _figures(inspected, texts, measures, spell) | {'page': str(path)}
 
 
 def _read(evaluation: Evaluation) -> Read:
@@ -167,22 +167,22 @@ def _repeated(evaluation: Evaluation) -> np.ndarray | None:
                     for _ in range(ROWS)])
   first = np.full((ROWS, 1), tokenizer.separator_id)
   tokens_BL = np.concatenate([first, drawn, drawn], 1).astype(np.int32)
-  found = inspection.of(evaluation.run.module, evaluation.params,
-                        dict(tokens_BL=tokens_BL), 0)
-  return found.attention['decoder'].induction.mean(1)
+  inspected = inspection.of(evaluation.run.module, evaluation.params,
+                            dict(tokens_BL=tokens_BL), 0)
+  return inspected.attention['decoder'].induction.mean(1)
 
 
-def by_head(found: Inspection, induction_NH: np.ndarray | None
+def by_head(inspected: Inspection, induction_NH: np.ndarray | None
             ) -> dict[str, dict[str, np.ndarray]]:
   """Returns one number a head of each figure, [N, H], by name of attention.
 
   Args:
-    found: of whose rows the first counts.
+    inspected: of whose rows the first counts.
     induction_NH: of a decoder, measured apart.
   """
   measures = {}
-  for name, attention in found.attention.items():
-    every_BL = found.real[QUERIES[name]]
+  for name, attention in inspected.attention.items():
+    every_BL = inspected.real[QUERIES[name]]
     # A causal query sees nothing but the first token, where that is its own.
     later_BL = every_BL.copy()
     if name == 'decoder' and every_BL.shape[1] > 1:
@@ -209,7 +209,7 @@ def readable(token: int, tokenizer: Any) -> str:
   return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _figures(found: Inspection, texts: Mapping[str, Sequence[str]],
+def _figures(inspected: Inspection, texts: Mapping[str, Sequence[str]],
              measures: Mapping[str, Mapping[str, np.ndarray]], spell: Any
              ) -> dict[str, Any]:
   """Returns what goes into --json; the maps themselves stand in the page."""
@@ -222,32 +222,33 @@ def _figures(found: Inspection, texts: Mapping[str, Sequence[str]],
           'median': stream.median[:, 0].tolist(),
           'rms': stream.rms[:, 0].tolist(),
           'outliers': np.flatnonzero(stream.outliers[0]).tolist()}
-                 for name, stream in found.stream.items()},
+                 for name, stream in inspected.stream.items()},
       'experts': {name: {
           'layers': experts.layers.tolist(),
           'gates': experts.gates[:, 0].tolist(),
           'probabilities': experts.probabilities[:, 0].tolist()}
-                  for name, experts in found.experts.items()}}
-  if found.lens is not None:
+                  for name, experts in inspected.experts.items()}}
+  if inspected.lens is not None:
     figures['lens'] = [
         [[dict(text=spell(i), id=i, probability=p) for i, p in cell]
-         for cell in layer] for layer in _lens(found)]
+         for cell in layer] for layer in _lens(inspected)]
   return figures
 
 
-def _lens(found: Inspection) -> list[list[list[tuple[int, float]]]]:
+def _lens(inspected: Inspection) -> list[list[list[tuple[int, float]]]]:
   """Returns the ids and probabilities of each token of each layer."""
   return [[list(zip(*cell)) for cell in zip(*layer)] for layer in zip(
-      found.lens.ids[:, 0].tolist(), found.lens.probabilities[:, 0].tolist())]
+      inspected.lens.ids[:, 0].tolist(),
+      inspected.lens.probabilities[:, 0].tolist())]
 
 
-def page(found: Inspection, title: str, about: Sequence[str],
+def page(inspected: Inspection, title: str, about: Sequence[str],
          texts: Mapping[str, Sequence[str]], spell: Any,
          measures: Mapping[str, Mapping[str, np.ndarray]]) -> str:
   """Returns the whole file.
 
   Args:
-    found: the record; of several rows, the first.
+    inspected: the record; of several rows, the first.
     title: a short one.
     about: sentences on what was looked at.
     texts: the tokens as a reader is shown them, by name.
@@ -255,7 +256,7 @@ def page(found: Inspection, title: str, about: Sequence[str],
     measures: {attention: {figure: [N, H]}}, one number a head; nan: none.
   """
   maps = []
-  for name, attention in found.attention.items():
+  for name, attention in inspected.attention.items():
     weights_NHLM = attention.weights[:, 0]
     units = np.round(np.clip(weights_NHLM, 0, 1) * 65535).astype('<u2')
     maps.append(dict(
@@ -275,33 +276,33 @@ def page(found: Inspection, title: str, about: Sequence[str],
       undefined=jinja2.StrictUndefined).get_template('inspect.html')
   return template.render(
       title=title, about=about, data=data,
-      sections=list(_sections(found, texts, spell, measures))).lstrip()
+      sections=list(_sections(inspected, texts, spell, measures))).lstrip()
 
 
-def _sections(found: Inspection, texts: Mapping[str, Sequence[str]],
+def _sections(inspected: Inspection, texts: Mapping[str, Sequence[str]],
               spell: Any, measures: Mapping[str, Mapping[str, np.ndarray]]
               ) -> Iterator[dict[str, Any]]:
   """Yields what the template is given of each section. A table is its columns,
   the names of its rows, and these."""
-  for name in found.attention:
+  for name in inspected.attention:
     yield dict(id=f'maps-{name}', heading=f'Attention: {TITLES[name]}',
                kind='maps',
                notes=[f'{of}: {MEANINGS[of]}' for of in measures[name]])
-  for name, stream in found.stream.items():
+  for name, stream in inspected.stream.items():
     yield dict(id=f'stream-{name}', heading=f'Residual stream of the {name}',
                kind='stream', **_stream(stream, texts[name]))
-  if found.lens is not None:
-    name = 'decoder' if 'decoder' in found.stream else 'encoder'
+  if inspected.lens is not None:
+    name = 'decoder' if 'decoder' in inspected.stream else 'encoder'
     rows = [[Cell(spell(cell[0][0]), cell[0][1], '\n'.join([
         _where(texts[name], i), _after(n),
         *(f'{p:.4f}  {spell(x)}' for x, p in cell)]))
              for i, cell in enumerate(layer)]
-            for n, layer in enumerate(_lens(found))]
+            for n, layer in enumerate(_lens(inspected))]
     yield dict(id='lens', heading='Logit lens', kind='lens',
                predicted='the next token' if name == 'decoder' else
                'the token itself',
                table=(texts[name], _layers(len(rows))[::-1], rows[::-1]))
-  for name, experts in found.experts.items():
+  for name, experts in inspected.experts.items():
     yield dict(id=f'experts-{name}', heading=f'Experts of the {name}',
                kind='experts', count=experts.probabilities.shape[-1],
                table=(texts[name], experts.layers, [

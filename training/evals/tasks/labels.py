@@ -58,29 +58,30 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
     require(len(loaders) == 1, '--predictions is one file, and '
             f'{len(loaders)} sources are evaluated: evaluate one by --text')
     answers.check_ids(loaders[0].views[0])
-  found = []
+  results = []
   for loader in loaders:
-    told = (writing.written(evaluation, loader)
-            if loader.objective.head == 'lm' else scores(evaluation, loader))
-    found.append(MEASURES[config.objective](loader.views[0], told, evaluation))
-    print('\n'.join([f'{loader.text}:', *found[-1].lines]))
-  for kind in found[0].files if name else ():
+    outputs = (writing.written(evaluation, loader)
+               if loader.objective.head == 'lm' else scores(evaluation, loader))
+    results.append(MEASURES[config.objective](loader.views[0], outputs,
+                                              evaluation))
+    print('\n'.join([f'{loader.text}:', *results[-1].lines]))
+  for kind in results[0].files if name else ():
     path = storage.path(name, '--predictions')
     path = path.with_name(f'{path.stem}.{kind}{path.suffix}') if kind else path
-    storage.write(path, ''.join(one.files[kind] for one in found))
+    storage.write(path, ''.join(one.files[kind] for one in results))
     print(f'written: {path}')
-  if len(found) == 1:
-    return found[0].figures
+  if len(results) == 1:
+    return results[0].figures
   # Not those of questions without answers, which some sources do not have.
-  names = [name for name, value in found[0].figures.items()
+  names = [name for name, value in results[0].figures.items()
            if isinstance(value, float)
-           and all(name in one.figures for one in found)]
-  figures = {name: held_out.mix([one.figures[name] for one in found], loaders)
+           and all(name in one.figures for one in results)]
+  figures = {name: held_out.mix([one.figures[name] for one in results], loaders)
              for name in names}
   shares = ', '.join(f'{loader.share:.3g} {loader.name}' for loader in loaders)
   print('\n'.join([f'the mean by weight, {shares}:', *_lines(figures)]))
   return figures | {'sources': {loader.name: one.figures
-                                for loader, one in zip(loaders, found)}}
+                                for loader, one in zip(loaders, results)}}
 
 
 def scores(evaluation: Evaluation, loader: pipeline.Loader) -> list[np.ndarray]:
@@ -126,36 +127,38 @@ def of_texts(view: Any, written: Sequence[tuple[str, str, bool]], *_: Any
   require(len(labels) > 1, f'what is held out has one label, {labels[0]!r}: '
           'there is nothing to measure')
   numbers = {label: i for i, label in enumerate(labels)}
-  found = np.array([numbers.get(text, len(labels)) for text, _ in rows])
+  predicted = np.array([numbers.get(text, len(labels)) for text, _ in rows])
   targets = np.array([numbers[target] for _, target in rows])
   predictions = [{'label': target, 'predicted': text} for text, target in rows]
   return _classified(
-      [*labels, NONE] if (found == len(labels)).any() else labels, targets,
-      found, predictions, len(labels))
+      [*labels, NONE] if (predicted == len(labels)).any() else labels, targets,
+      predicted, predictions, len(labels))
 
 
-def _classified(names: Sequence[str], targets: np.ndarray, found: np.ndarray,
-                predictions: list[dict], count: int = 0) -> Measured:
+def _classified(names: Sequence[str], targets: np.ndarray,
+                predicted: np.ndarray, predictions: list[dict], count: int = 0
+                ) -> Measured:
   """Of the first `count` labels; 0: of all. Those after them are never right.
   """
   from sklearn import metrics
   count = count or len(names)
   labels = dict(labels=range(count), zero_division=0.0)
   precision, recall, f1, rows = metrics.precision_recall_fscore_support(
-      targets, found, **labels)
-  occur = np.union1d(targets, found)
+      targets, predicted, **labels)
+  occur = np.union1d(targets, predicted)
   macro = float(np.mean(f1[occur[occur < count]]))
-  right = {'accuracy': items.of(found == targets, _asked(predictions))}
+  right = {'accuracy': items.of(predicted == targets, _asked(predictions))}
   figures = {
-      'accuracy': float(metrics.accuracy_score(targets, found)),
+      'accuracy': float(metrics.accuracy_score(targets, predicted)),
       'f1': float(f1[1]) if count == 2 else macro, 'f1_macro': macro,
-      'mcc': float(metrics.matthews_corrcoef(targets, found))}
-  confusion = metrics.confusion_matrix(targets, found, labels=range(len(names)))
+      'mcc': float(metrics.matthews_corrcoef(targets, predicted))}
+  confusion = metrics.confusion_matrix(targets, predicted,
+                                       labels=range(len(names)))
   each = [{'label': name, 'precision': float(p), 'recall': float(r),
            'f1': float(f), 'rows': int(n)}
           for name, p, r, f, n in zip(names, precision, recall, f1, rows)]
   report = metrics.classification_report(
-      targets, found, target_names=names[:count], digits=4, **labels)
+      targets, predicted, target_names=names[:count], digits=4, **labels)
   return Measured(
       figures | {'rows': len(targets), 'by_label': each, 'labels': [*names],
                  'confusion': confusion.tolist(), 'items': right},
@@ -166,20 +169,21 @@ def _classified(names: Sequence[str], targets: np.ndarray, found: np.ndarray,
 def of_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
   """Measures numbers, [1] of each row."""
   from scipy import stats
-  found = np.array([float(score[0]) for score in scores])
+  predicted = np.array([float(score[0]) for score in scores])
   targets = np.array([item.target for item in view.items])
   with warnings.catch_warnings():
     # Of a constant there is no correlation: nan, which is shown as n/a.
     warnings.simplefilter('ignore')
     pearson, spearman = (
-        float(kind(targets, found).statistic) if len(found) > 1 else np.nan
+        float(kind(targets, predicted).statistic) if len(predicted) > 1
+        else np.nan
         for kind in (stats.pearsonr, stats.spearmanr))
-  error = found - targets
+  error = predicted - targets
   figures = {'pearson': pearson, 'spearman': spearman,
              'mean_squared_error': float(np.mean(error ** 2)),
              'mean_absolute_error': float(np.mean(np.abs(error)))}
   predictions = [_record(record) | {'predicted': float(value)}
-                 for record, value in zip(view.records, found)]
+                 for record, value in zip(view.records, predicted)]
   return Measured(figures | {'rows': len(targets), 'items': {
       name: items.of(each, _asked(predictions)) for name, each in (
           ('mean_squared_error', error ** 2),
@@ -199,38 +203,38 @@ def of_words(view: records.Sentences, scores: Sequence[np.ndarray], *_: Any
     scores: of each item, [L, K]: of its row's tokens, padding or not.
   """
   outside = 'O' if 'O' in view.labels else '_'
-  found = [[outside] * len(sentence.words) for sentence in view.records]
-  told = 0
+  predicted = [[outside] * len(sentence.words) for sentence in view.records]
+  with_tokens = 0
   for piece, scores_LK in zip(view.items, scores, strict=True):
     for place in np.flatnonzero(piece.words != records.NO_WORD):
       # Before the sentence stands one token.
       likeliest = int(np.argmax(scores_LK[1 + place]))
-      found[piece.sentence][piece.words[place]] = view.labels[likeliest]
-      told += 1
+      predicted[piece.sentence][piece.words[place]] = view.labels[likeliest]
+      with_tokens += 1
   right = [sentence.labels for sentence in view.records]
-  same = [a == b for rows in zip(right, found) for a, b in zip(*rows)]
+  same = [a == b for rows in zip(right, predicted) for a, b in zip(*rows)]
   figures = dict(accuracy=sum(same) / len(same), words=len(same),
-                 sentences=len(right), without_tokens=len(same) - told)
+                 sentences=len(right), without_tokens=len(same) - with_tokens)
   lines = [f'{len(right):,} sentences of {len(same):,} words, of which '
-           f'{len(same) - told:,} have no token',
+           f'{len(same) - with_tokens:,} have no token',
            f'  accuracy         {figures["accuracy"]:.4f}']
   if labelled.marks_entities(view.labels):
-    found_entities, table = entities(right, found)
-    figures |= found_entities
+    entity_figures, table = entities(right, predicted)
+    figures |= entity_figures
     lines += table
   return Measured(figures, lines, {'': ''.join(
       ''.join(' '.join(row) + '\n' for row in zip(
-          sentence.words, sentence.labels, own, strict=True)) + '\n'
-      for sentence, own in zip(view.records, found))})
+          sentence.words, sentence.labels, labels, strict=True)) + '\n'
+      for sentence, labels in zip(view.records, predicted))})
 
 
-def entities(right: Sequence[Sequence[str]], found: Sequence[Sequence[str]]
+def entities(right: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
              ) -> tuple[dict[str, Any], list[str]]:
   """Returns precision, recall and F1 of entities, and a table of them.
 
   Args:
     right: the labels of each sentence.
-    found: those that a model gives.
+    predicted: those that a model gives.
 
   Returns:
     precision, recall, f1: of all entities (micro averages), from 0 to 1;
@@ -240,18 +244,18 @@ def entities(right: Sequence[Sequence[str]], found: Sequence[Sequence[str]]
   from seqeval import metrics, scheme
   how: dict[str, Any] = dict(zero_division=0)
   strict = how | dict(mode='strict', scheme=scheme.IOB2)
-  own, strictly = (
+  lenient, strictly = (
       {name: dict(precision=float(row['precision']),
                   recall=float(row['recall']), f1=float(row['f1-score']),
                   entities=int(row['support'])) for name, row in
-       metrics.classification_report(right, found, output_dict=True,
+       metrics.classification_report(right, predicted, output_dict=True,
                                      **way).items()} for way in (how, strict))
-  figures = own['micro avg'] | {
+  figures = lenient['micro avg'] | {
       f'strict_{name}': value for name, value in strictly['micro avg'].items()
       if name != 'entities'}
-  figures['types'] = {name: row for name, row in own.items()
+  figures['types'] = {name: row for name, row in lenient.items()
                       if not name.endswith(' avg')}
-  table = metrics.classification_report(right, found, digits=4, **how)
+  table = metrics.classification_report(right, predicted, digits=4, **how)
   return figures, [*table.splitlines(), *_lines(
       {name: value for name, value in figures.items() if 'strict' in name})]
 
@@ -260,9 +264,10 @@ def of_questions(view: records.Questions, scores: Sequence[np.ndarray],
                  evaluation: Evaluation) -> Measured:
   """Measures answers to questions."""
   kind = architectures.stack(evaluation.run.model)
-  found = answers.answers(view, scores, kind, evaluation.options)
-  figures = answers.figures(view, found)
-  return Measured(figures, answers.lines(figures), answers.written(view, found))
+  predictions = answers.answers(view, scores, kind, evaluation.options)
+  figures = answers.figures(view, predictions)
+  return Measured(figures, answers.lines(figures),
+                  answers.written(view, predictions))
 
 
 def _jsonl(rows: Iterable[dict[str, Any]]) -> dict[str, str]:

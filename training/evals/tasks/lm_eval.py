@@ -35,7 +35,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   names = _names(options)
   with failures(', '.join(names)):
     from lm_eval import evaluator
-    found = evaluator.simple_evaluate(
+    results = evaluator.simple_evaluate(
         harness.Model(evaluation), tasks=names,
         limit=options.lm_eval_limit or None,
         num_fewshot=None if options.lm_eval_fewshot < 0
@@ -47,11 +47,11 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   records: dict[str, dict] = {}
 
   def samples(task: str) -> list[dict]:
-    return found['samples'].get(task) or [
-        row for part in found['group_subtasks'].get(task, ())
+    return results['samples'].get(task) or [
+        row for part in results['group_subtasks'].get(task, ())
         for row in samples(part)]
 
-  for task, row in found['results'].items():
+  for task, row in results['results'].items():
     before = '' if names == [task] else f'{task}/'
     for name, value in row.items():
       if isinstance(value, float):
@@ -63,7 +63,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
     print(f'  {name:<40} {value:>10.4f}'
           + (f' ± {errors[name]:.4f}' if name in errors else ''))
   return figures | {'stderr': errors, 'examples': {
-      task: n['effective'] for task, n in found['n-samples'].items()},
+      task: n['effective'] for task, n in results['n-samples'].items()},
                     'items': records}
 
 

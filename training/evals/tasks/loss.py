@@ -49,16 +49,16 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
       step, evaluation.params, progress.each(
           loader.iterate(), 'evaluating', loader.num_batches),
       evaluation.run.put) for loader in loaders]
-  each = {loader.name: _told(loader.text, [total], [loader])
+  each = {loader.name: _report(loader.text, [total], [loader])
           for loader, total in zip(loaders, sums)}
   if len(loaders) == 1:
     return each[loaders[0].name]
   shares = ', '.join(f'{loader.share:.3g} {loader.name}' for loader in loaders)
-  return _told(f'the mean by weight, {shares}', sums, loaders) | {
+  return _report(f'the mean by weight, {shares}', sums, loaders) | {
       'sources': each}
 
 
-def _told(text: str, sums: Sequence, loaders: Sequence) -> dict[str, Any]:
+def _report(text: str, sums: Sequence, loaders: Sequence) -> dict[str, Any]:
   """Prints and returns the figures of some sources together."""
   figures = held_out.means(sums, loaders)
   tokens = sum(loader.num_tokens for loader in loaders)
@@ -149,11 +149,11 @@ def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   documents = list(source.documents())
   chosen = tokens.chosen(np.arange(len(documents)), every, 'eval',
                          '' if source.is_cut else part)
-  found = [document for document, own in zip(documents, chosen) if own]
-  require(all(isinstance(x, str) for x in found), f'{source.name} holds pairs '
+  kept = [document for document, keep in zip(documents, chosen) if keep]
+  require(all(isinstance(x, str) for x in kept), f'{source.name} holds pairs '
           'or conversations: --stride is for text')
-  require(found, f'{source.name} has no document that is held out: pass --text')
-  return source.name, found
+  require(kept, f'{source.name} has no document that is held out: pass --text')
+  return source.name, kept
 
 
 def _wikitext(text: str) -> str:

@@ -65,16 +65,16 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
     if reason:
       print(f'{cell.level:>20} {cell.length:>7}   refused: {reason}')
       continue
-    own, each_2R = measured(evaluation, cell, rows)
-    print(f'{cell.level:>20} {cell.length:>7} {own["accuracy"]:>9.4f} '
-          f'{shown(own["accuracy_95"])} {own["rows_right"]:>11.4f} '
-          f'{shown(own["rows_right_95"])}')
-    figures['table'].append(cell._asdict() | own)
+    scores, each_2R = measured(evaluation, cell, rows)
+    print(f'{cell.level:>20} {cell.length:>7} {scores["accuracy"]:>9.4f} '
+          f'{shown(scores["accuracy_95"])} {scores["rows_right"]:>11.4f} '
+          f'{shown(scores["rows_right_95"])}')
+    figures['table'].append(cell._asdict() | scores)
     if cell.beyond == 1:
-      rows_2R.append(each_2R / [[1], [own['answers']]])
-      figures['level'][f'{cell.level:g}'] = own['accuracy']
+      rows_2R.append(each_2R / [[1], [scores['answers']]])
+      figures['level'][f'{cell.level:g}'] = scores['accuracy']
     else:
-      figures['beyond'][f'{cell.beyond}x'] = own['accuracy']
+      figures['beyond'][f'{cell.beyond}x'] = scores['accuracy']
   trained = [row for row in figures['table'] if row['beyond'] == 1]
   for name in ('accuracy', 'rows_right'):
     figures[name] = float(np.mean([row[name] for row in trained]))
@@ -168,9 +168,9 @@ def _constant(name: str, settings: probes.Settings, seed: int, figure: str
       (cell.level,) for cell in cells(settings, probe.grows, longer=False)]
   count = CONSTANT_ROWS // len(levels)
   right, asked = [], []  # [level][fold]
-  for own in levels:
+  for level in levels:
     rows = probes.Rows(probe, settings._replace(held_out=count), 'eval', seed,
-                       own)
+                       level)
     folds = [[rows[i] for i in range(fold, count, FOLDS)]
              for fold in range(FOLDS)]
     answers = [_answers(fold, figure == 'probe/rows_right') for fold in folds]
@@ -190,8 +190,8 @@ def _answers(rows: list[probes.Row], whole: bool) -> tuple[np.ndarray, int]:
   ask for any."""
   each = [row.targets[row.asked] for row in rows if row.asked.any()]
   if whole:
-    return np.array([own[0] for own in each if (own == own[0]).all()],
-                    int), len(each)
+    return np.array([targets[0] for targets in each
+                     if (targets == targets[0]).all()], int), len(each)
   answers = np.concatenate(each)
   return answers, len(answers)
 

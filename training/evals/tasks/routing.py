@@ -38,9 +38,9 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   step = evaluation.program(panel, 'routing')
   panels, weights_W = [], []
   for loader in evaluation.held_out():
-    found, tokens_W = zip(*evaluation.results(
+    batch_panels, tokens_W = zip(*evaluation.results(
         step, loader.cut(ROWS), 'evaluating'))
-    panels += found
+    panels += batch_panels
     weights_W += [loader.share * n / sum(tokens_W) for n in tokens_W]
   weights_W = np.array(weights_W, np.float32)
   panels = jax.tree.map(lambda *xs: np.stack(xs), *panels)

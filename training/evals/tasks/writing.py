@@ -34,17 +34,18 @@ def samples(evaluation: Evaluation) -> dict[str, Any]:
       hf_generation.published(evaluation.workdir, evaluation.step))
   count = _room(evaluation, prompts)
   with progress.during('writing'):
-    given = (evaluation.run.module, evaluation.params, prompts.tokens,
-             prompts.lengths)
+    args = (evaluation.run.module, evaluation.params, prompts.tokens,
+            prompts.lengths)
     more = dict(max_new_tokens=count, stop_token=ends, **prompts.arguments)
     if how is None:
-      tokens = generate.generate(*given, jax.random.key(options.sample_seed),
+      tokens = generate.generate(*args, jax.random.key(options.sample_seed),
                                  sampling=sampling(options), **more)
     else:  # the best of each prompt
-      best, _ = generate.beam_search(*given, beams=how, **more)
+      best, _ = generate.beam_search(*args, beams=how, **more)
       tokens = best[:, :options.samples].reshape(-1, count)
     tokens = jax.device_get(tokens)
-  return {'samples': _told(evaluation, prompts, tokens, ends, stops(options))}
+  return {'samples': _print_samples(evaluation, prompts, tokens, ends,
+                                    stops(options))}
 
 
 def diffusion_samples(evaluation: Evaluation) -> dict[str, Any]:
@@ -61,8 +62,8 @@ def diffusion_samples(evaluation: Evaluation) -> dict[str, Any]:
         evaluation.run.module, evaluation.params, prompts.tokens,
         prompts.lengths, jax.random.key(options.sample_seed), new=new,
         steps=steps, mask=tokenizer.mask_id, temperature=options.temperature))
-  return {'samples': _told(evaluation, prompts, tokens,
-                           tokenizer.separator_id), 'steps': steps}
+  return {'samples': _print_samples(evaluation, prompts, tokens,
+                                    tokenizer.separator_id), 'steps': steps}
 
 
 def _prompts(options: Any, each: int) -> list[str]:
@@ -80,19 +81,19 @@ def _room(evaluation: Evaluation, prompts: objectives.Prompts) -> int:
   return new or min(256, room)
 
 
-def _told(evaluation: Evaluation, prompts: objectives.Prompts,
-          tokens: np.ndarray, ends: Any, stop: Sequence[str] = ()
-          ) -> list[dict[str, str]]:
+def _print_samples(evaluation: Evaluation, prompts: objectives.Prompts,
+                   tokens: np.ndarray, ends: Any, stop: Sequence[str] = ()
+                   ) -> list[dict[str, str]]:
   """Prints and returns what was written after each prompt, up to one of the
   tokens `ends` or the texts `stop`."""
   texts = _prompts(evaluation.options, evaluation.options.samples)
-  each, told = len(tokens) // len(prompts.tokens), []
+  each, results = len(tokens) // len(prompts.tokens), []
   for i, (prompt, row) in enumerate(zip(texts, tokens)):
     text = generate.before(prompts.text(
         i // each, generate.until(row, ends), evaluation.tokenizer), stop)
     print(f'sample {i + 1} of {len(texts)}:\n{prompt}{prompts.gap}{text}\n')
-    told.append({'prompt': prompt, 'text': text})
-  return told
+    results.append({'prompt': prompt, 'text': text})
+  return results
 
 
 def sampling(options: Any) -> generate.Sampling:
@@ -149,13 +150,14 @@ def _scored(evaluation: Evaluation, things: str,
   loaders = [loader.cut(options.targets) for loader in pipeline.held_out(
       evaluation.run.config, evaluation.tokenizer)]
   pairs = [written(evaluation, loader, beams(options)) for loader in loaders]
-  each = [{name: score(own) for name, score in scores.items()} for own in pairs]
+  each = [{name: score(source_pairs) for name, score in scores.items()}
+          for source_pairs in pairs]
   figures: dict[str, Any] = {
       name: held_out.mix([one[name] for one in each], loaders)
       for name in scores}
   say = lambda one: ', '.join(f'{name} {one[name]:.4f}' for name in scores)
-  for loader, own, one in zip(loaders, pairs, each):
-    print(f'{loader.text}: {len(own)} held-out {things}: {say(one)}')
+  for loader, source_pairs, one in zip(loaders, pairs, each):
+    print(f'{loader.text}: {len(source_pairs)} held-out {things}: {say(one)}')
   if len(loaders) > 1:
     print(f'the mean by weight: {say(figures)}')
     main = next(iter(scores))
@@ -183,16 +185,16 @@ def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
   each pair of a batch; rows without a weight are no pairs. `how`: None: the
   likeliest token each time."""
   start = jnp.full((len(batch['tokens']), 1), seq2seq.start_id(tokenizer))
-  given = module, params, start, jnp.ones(len(start), jnp.int32)
+  args = module, params, start, jnp.ones(len(start), jnp.int32)
   end = tokenizer.separator_id
   more = dict(max_new_tokens=batch['targets'].shape[1], stop_token=end,
               source_BM=jnp.asarray(batch['tokens']),
               source_lengths_B=jnp.asarray(batch['segment_ids'].sum(1)))
   if how is None:
-    tokens = generate.generate(*given, jax.random.key(0), **more,
+    tokens = generate.generate(*args, jax.random.key(0), **more,
                                sampling=generate.Sampling(temperature=0))
   else:
-    tokens = generate.beam_search(*given, beams=how, **more)[0][:, 0]
+    tokens = generate.beam_search(*args, beams=how, **more)[0][:, 0]
   text = lambda ids: tokenizer.decode(generate.until(ids, end))
   pairs = []
   for row, target, weights in zip(
