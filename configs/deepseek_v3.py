@@ -13,6 +13,13 @@ config.json, whose context of 163,840 tokens is from later training: with
 --config.model.rope.original_len=4096 --config.model.rope.mscale_all_dim=1`. The
 count is without the module that predicts a second token, 14B more.
 
+`kimi-k2` (Kimi Team 2025, arXiv 2507.20534, section 2 and table 2): 1.04T
+parameters of which 32.6B work for a token, 15.5T tokens, rows of 4,096 tokens,
+67M tokens a batch; 500 steps of warm-up to 2e-4, which was held for 10T tokens
+and fell to 2e-5 by a cosine. Its optimiser, Muon with clipped queries and keys,
+is AdamW here (`--config.optim.name=muon` has Muon without the clipping). Its
+context of 131,072 tokens has yarn with factor 32.
+
 `tiny` trains on the default text to a held-out loss of 1.633 nats a byte (2.36
 bits).
 """
@@ -28,8 +35,14 @@ SIZES = recipes.table(
         '671b': (7168, 61, 128, 18432, 4096, 'dense,dense,dense', 1536, 512,
                  128, 64, 128, 256, 2048, 8, 4)})
 SIZES['671b']['parameters'] = 671_026_404_352
+SIZES['kimi-k2'] = SIZES['671b'] | {
+    'num_heads': 64, 'prefix': 'dense', 'moe.num_experts': 384,
+    'moe.expert_groups': 1, 'moe.top_groups': 1, 'moe.gate_scale': 2.827,
+    'rope.theta': 50_000.0} | dict(
+        tokens=15.5e12, batch_size=16384, lr=2e-4, warmup_steps=500,
+        parameters=1_026_408_209_408)
 # The biases of the routers, which no gradient moves.
-UNCOUNTED = {'671b': 58 * 256}
+UNCOUNTED = {'671b': 58 * 256, 'kimi-k2': 60 * 384}
 
 
 def get_config(size: str = 'tiny'):
@@ -39,4 +52,5 @@ def get_config(size: str = 'tiny'):
           moe=deepseek_v2.MOE | dict(shared_experts=1, gate_scale=2.5,
                                      balance_weight=0.0001, bias_rate=0.001)),
       tokens=14.8e12, batch_size=15360, lr=2.2e-4)
-  return deepseek_v2.released(c, size, vocab_size=129280)
+  return deepseek_v2.released(
+      c, size, vocab_size=163840 if size == 'kimi-k2' else 129280)
