@@ -49,12 +49,15 @@ def off_devices() -> None:
 
 def of(config) -> Cost:
   """Returns what a run of `config` costs; ValueError for a bad model."""
-  model = resolved(config)
   length = sum(objectives.of(config).row_lengths(config))
   return Cost(
-      *_parameters(model),
-      sum(flops.of_a_row(config, model).values()) / length,
+      *_parameters(resolved(config)), _flops_per_token(config),
       int(pipeline.ramp_of(config).before(config.train.steps)) * length)
+
+
+def _flops_per_token(config) -> float:
+  return (sum(flops.of_a_row(config, resolved(config)).values())
+          / sum(objectives.of(config).row_lengths(config)))
 
 
 def body(config) -> float:
@@ -68,11 +71,11 @@ def body(config) -> float:
 
 
 def figure(config, what: str) -> float:
-  """Returns one figure of a Cost alone: parameters without a trace of what is
-  computed with them."""
-  if what in ('params', 'active_params'):
-    return _parameters(resolved(config))[what == 'active_params']
-  return getattr(of(config), what)
+  """Returns one figure of a Cost alone, of spec.MATCH: each takes a trace that
+  the others do not need."""
+  if what == 'flops_per_token':
+    return _flops_per_token(config)
+  return _parameters(resolved(config))[what == 'active_params']
 
 
 def check(config, changes: Mapping) -> None:
