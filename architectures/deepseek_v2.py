@@ -28,6 +28,23 @@ class DeepSeekV2(Decoder):
           router='topk', top_k=6, ffn='swiglu', normalize_gates=False))
 
 
+def read_dense(reader: hf.Reader, fields: dict, dense: int) -> dict:
+  """Returns the layers at the start that are dense, by default so many."""
+  first = reader.count('first_k_dense_replace', dense)
+  require(first < fields['num_layers'], 'config.json has first_k_dense_replace '
+          f'{first} of num_hidden_layers {fields["num_layers"]}: no layer has '
+          'experts')
+  return dict(prefix=','.join(['dense'] * first),
+              kinds=dict(dense=dict(ffn='dense')) if first else {})
+
+
+def write_dense(c: ModelConfig) -> dict:
+  """Returns the same for a config.json."""
+  moe = [kind.ffn == 'moe' for kind in c.layer_kinds(c.num_layers)]
+  require(any(moe), 'no layer of this model has experts')
+  return dict(first_k_dense_replace=moe.index(True))
+
+
 def read(reader: hf.Reader, fields: dict, dense: int, q_rank: int,
          interleaved: bool = True) -> dict:
   """Returns what transformers' records of V2 and V3 say alike.
@@ -39,17 +56,11 @@ def read(reader: hf.Reader, fields: dict, dense: int, q_rank: int,
     q_rank: that of q_lora_rank, whose null says that there is none.
     interleaved: whether rotary pairs are neighbours.
   """
-  first = reader.count('first_k_dense_replace', dense)
-  require(first < fields['num_layers'], 'config.json has first_k_dense_replace '
-          f'{first} of num_hidden_layers {fields["num_layers"]}: no layer has '
-          'experts')
   reader.must(num_key_value_heads=fields['num_heads'], moe_layer_freq=1)
   reader.passes('head_dim', 'qk_head_dim')  # that of what is turned, always
   rank = 0 if reader.is_null('q_lora_rank') else reader('q_lora_rank', q_rank)
-  return dict(
+  return read_dense(reader, fields, dense) | dict(
       head_dim=fields['latent.nope_dim'],
-      prefix=','.join(['dense'] * first),
-      kinds=dict(dense=dict(ffn='dense')) if first else {},
       latent=dict(q_rank=rank, norm_eps=LATENT_EPS),
       moe=dict(dispatch='dropless'),
       rope=rope_fields.read(reader, interleaved=interleaved, on_scores=True))
@@ -57,10 +68,8 @@ def read(reader: hf.Reader, fields: dict, dense: int, q_rank: int,
 
 def write(c: ModelConfig) -> dict:
   """Returns the same of the config `c`."""
-  moe = [kind.ffn == 'moe' for kind in c.layer_kinds(c.num_layers)]
-  require(any(moe), 'no layer of this model has experts')
-  return dict(
-      first_k_dense_replace=moe.index(True), num_key_value_heads=c.num_heads,
+  return write_dense(c) | dict(
+      num_key_value_heads=c.num_heads,
       q_lora_rank=c.latent.q_rank or None,
       rope_parameters=rope_fields.write(c, interleaved=c.rope.interleaved,
                                         on_scores=True))

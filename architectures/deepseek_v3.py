@@ -25,12 +25,16 @@ class DeepSeekV3(Decoder):
       router='sigmoid', top_k=8, ffn='swiglu'))
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  if reader('num_nextn_predict_layers', 0):
+def note_mtp(reader: hf.Reader) -> None:
+  """Notes that the layers that predict further tokens stay behind."""
+  if depth := reader('num_nextn_predict_layers', 0):
     reader.notes.append(
-        'config.json has num_nextn_predict_layers '
-        f'{reader("num_nextn_predict_layers", 0)}: the layers that predict '
-        'further tokens are not imported')
+        f'config.json has num_nextn_predict_layers {depth}: the layers that '
+        'predict further tokens are not imported')
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  note_mtp(reader)
   hf.check_gates(fields)
   both = deepseek_v2.read(reader, fields, dense=3, q_rank=1536,
                           interleaved=not reader.is_null('rope_interleave')

@@ -1,0 +1,61 @@
+"""GLM-4.5: grouped heads of which half turns, and DeepSeek-V3's experts (GLM
+Team 2025, arXiv 2508.06471, section 2.1).
+
+  q, k, v = W_q n + b_q, W_k n + b_k, W_v n + b_v,  n = RMSNorm(x)
+  a   = x + W_o Attention(q, k, v)       the first half of each head turned
+  x'  = a + shared(m) + gate_scale * sum over the 8 chosen of g_e SwiGLU_e(m)
+
+The experts are chosen and weighed as in architectures/deepseek_v3.py, without
+groups; the first layers are dense. The larger model has norms of each head of
+queries and keys. The module that predicts a second token is model.mtp_depth=1;
+the published one, the last layer of a folder, is not imported.
+"""
+
+from architectures import deepseek_v2, deepseek_v3, llama, qwen2
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.hf import rope_fields
+from architectures.parts.skeletons import Decoder
+
+
+class Glm4MoE(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = qwen2.Qwen2.PARTS | dict(
+      rope=dict(fraction=0.5), ffn='moe', prefix='dense',
+      kinds=dict(dense=dict(ffn='dense')), moe=dict(
+          router='sigmoid', top_k=8, ffn='swiglu', shared_experts=1))
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  deepseek_v3.note_mtp(reader)
+  hf.check_gates(fields)
+  return deepseek_v2.read_dense(reader, fields, dense=1) | dict(
+      moe=dict(dispatch='dropless'), rope=rope_fields.read(
+          reader, fraction=('partial_rotary_factor', 0.5)))
+
+
+def _write(c: ModelConfig) -> dict:
+  return deepseek_v2.write_dense(c) | dict(
+      num_nextn_predict_layers=0,
+      rope_parameters=rope_fields.write(c, whole_heads=False))
+
+
+HF = hf.HuggingFace(
+    'glm4_moe', 'Glm4MoeForCausalLM',
+    names=tuple(row for row in llama.NAMES if 'out_bias' not in row[0])
+    + llama.layers(*llama.head_norms(), *hf.under(
+        'ffn', 'mlp', *llama.FFN, *llama.experts(), *deepseek_v2.SHARED,
+        ('router_bias', 'E', 'gate.e_score_correction_bias', 'E'))),
+    fields=hf.fields(
+        hidden_size=4096, num_hidden_layers=46, num_attention_heads=96,
+        num_key_value_heads=8, head_dim=hf.SPLIT_WIDTH, intermediate_size=10944,
+        vocab_size=151552, max_position_embeddings=131072, rms_norm_eps=1e-5,
+        attention_bias=False, tie_word_embeddings=False,
+        moe_intermediate_size=1408, num_experts_per_tok=8, topk_group=1,
+        routed_scaling_factor=1.0, norm_topk_prob=True) | {
+            'qk_norm': ('use_qk_norm', False), 'moe.ffn': hf.SILU,
+            'moe.num_experts': ('n_routed_experts', 128),
+            'moe.shared_experts': ('n_shared_experts', 1),
+            'moe.expert_groups': ('n_group', 1)},
+    read=_read, write=_write, **llama.FILES | dict(
+        ignored=(*llama.HF.ignored, r'model\.layers\.(46|92)\..*')))
