@@ -21,13 +21,15 @@ class Mistral(Decoder):
   PARTS = llama.LLaMA.PARTS | dict(attention='banded')
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
+def read(reader: hf.Reader, fields: dict) -> dict:
+  """Returns the fields of systems with one window and rotary positions."""
   window = layer_types.window(reader)
   return llama.read(reader, fields) | dict(
       sliding_window=window, attention='banded' if window else 'global')
 
 
-def _write(c: ModelConfig) -> dict:
+def write(c: ModelConfig) -> dict:
+  """Returns the same for a config.json."""
   banded = c.attention == 'banded'
   return llama.write(c) | dict(
       sliding_window=c.sliding_window if banded else None)
@@ -42,5 +44,5 @@ HF = hf.HuggingFace(
     fields=FIELDS | hf.fields(
         num_key_value_heads=8, intermediate_size=14336,
         max_position_embeddings=131072),
-    read=_read, write=_write, heads=hf.heads('Mistral', tokens='score'),
+    read=read, write=write, heads=hf.heads('Mistral', tokens='score'),
     **llama.FILES)
