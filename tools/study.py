@@ -1,4 +1,4 @@
-"""The name of `python -m tools.compare` for a study; `plan` is its `check`."""
+"""Plans, runs and reports a study: tools.compare, whose `check` is `plan`."""
 
 import sys
 

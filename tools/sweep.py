@@ -1,4 +1,4 @@
-"""The name of `python -m tools.compare` for a sweep."""
+"""Checks, runs and reports a sweep: tools.compare by another name."""
 
 from tools.compare import __main__ as compare
 from training import cli

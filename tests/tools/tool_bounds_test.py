@@ -31,6 +31,16 @@ def test_a_number_out_of_bounds_is_a_sentence(words, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_the_tools_are_listed():
+  lines = forked.run('-m', 'tools').stdout.splitlines()
+  names = [line.split()[2].removeprefix('tools.') for line in lines]
+  assert names == ('chat compare convert coord_check count explain_sharding '
+                   'launch lm_eval plan probes study sweep tokenize tokenizer'
+                   ).split()
+  assert all(line.endswith('.') for line in lines), lines
+  assert forked.run('-m', 'tools', 'count').returncode == 2
+
+
 def _refused(enter, folder) -> str:
   try:
     enter(folder)
