@@ -4,7 +4,7 @@ Lab note. The variants are the base with different initial parameters, so that
 every difference is noise, and a verdict of better or worse is wrong. In about
 one of twenty studies a variant passes the screening; the confirmation then has
 to reject it. The models have 3 to 11 thousand parameters.
-  python -m tools.study run configs/studies/tiny.py --workdir runs/tiny \
+  python -m tools.study run configs/studies/tiny.py --workdir runs/tiny_study \
       --parallel=2
 """
 

@@ -238,8 +238,13 @@ def refuse_run(folder: str | os.PathLike, name: str, marker: str = '') -> None:
 
 
 def refuse_others(folder: str | os.PathLike, name: str) -> None:
-  """Raises RequestError where a run would write over the config.json of
-  something else, such as Hugging Face's weights; `name` is the flag's."""
+  """Raises RequestError where a run would write among the files of a sweep or
+  a study, or over the config.json of something else, such as Hugging Face's
+  weights; `name` is the flag's."""
+  for marker in ('sweep.json', 'study.json'):
+    require(not (path(folder, name) / marker).exists(),
+            f'{name} is {str(folder)!r}, which holds a '
+            f'{marker.removesuffix(".json")} ({marker}): choose another folder')
   require(not (path(folder, name) / CONFIG).exists() or has_config(folder),
           f'{name} is {str(folder)!r}, whose {CONFIG} is not that of a run (a '
           f'Hugging Face folder has one, too): take another {name}')

@@ -22,7 +22,7 @@ import pytest
 from configs import gpt
 from configs.errors import EnvironmentFailure, RequestError
 from tests import train_test
-from tests.helpers import toy_run
+from tests.helpers import forked, toy_run
 from tools.compare import layout
 from training import preflight, vectorised
 from training.data import sources, tokenizers
@@ -133,6 +133,18 @@ def test_the_config_of_something_else_is_not_written_over(text, tmp_path):
   preflight.try_workdir(storage.path(tmp_path))
   with pytest.raises(RequestError, match='config.json is damaged'):
     run_config.load_config(tmp_path)
+
+
+@pytest.mark.parametrize('kind', ['sweep', 'study'])
+def test_the_folder_of_a_sweep_or_study_is_refused(kind, tmp_path):
+  (tmp_path / f'{kind}.json').write_text('{}')
+  result = forked.run('train.py', '--config=configs/gpt.py',
+                      f'--workdir={tmp_path}')
+  assert result.returncode == 2
+  assert result.stderr.splitlines()[-1] == (
+      f"error: --workdir is '{tmp_path}', which holds a {kind} ({kind}.json): "
+      'choose another folder')
+  assert [path.name for path in tmp_path.iterdir()] == [f'{kind}.json']
 
 
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'config.json'])
