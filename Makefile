@@ -1,4 +1,5 @@
 # make train: a GPT on real text, in about three minutes on two CPU cores.
+# make train EXTRA=cuda13: the same on a GPU (cuda: CUDA 12; tpu: a TPU).
 # make test, test-fast, fuzz, verify, lint, docs, plan-test, slurm-test, mutants,
 # lock, clean: see CONTRIBUTING.md.
 #
@@ -8,6 +9,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/tiny
+# An extra of setup.cfg, which gets a stamp of its own.
+EXTRA ?=
+demo = $(VENV)/.demo$(EXTRA:%=-%)
 # Three workers for two cores: a fifth of the time tests wait for programs that
 # they started. A file's tests share fixtures and compiled programs, so one
 # worker takes it.
@@ -24,7 +28,7 @@ locked_extras = $(plan_extras),verify,lm-eval,hf,wandb,docs
 .DELETE_ON_ERROR:
 .PHONY: train test test-fast fuzz verify lint docs plan-test slurm-test mutants lock \
   clean
-train: $(VENV)/.demo
+train: $(demo)
 	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
 	$(run) eval.py --workdir $(WORKDIR) --tasks=loss,samples
 
@@ -87,14 +91,14 @@ version = $(shell $(run) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 lock = requirements/$(if $(filter 3.11,$(version)),py311,py312).txt
 locks = requirements/py311.txt requirements/py312.txt
 
-$(VENV)/.demo: extras = demo
+$(demo): extras = demo$(EXTRA:%=,%)
 $(VENV)/.test: extras = $(test_extras)
 $(VENV)/.plan: extras = $(plan_extras)
 $(VENV)/.verify: extras = $(test_extras),verify,lm-eval
 $(VENV)/.mutants: extras = $(test_extras),mutants
 $(VENV)/.docs: extras = docs
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.plan $(VENV)/.verify $(VENV)/.mutants \
+$(demo) $(VENV)/.test $(VENV)/.plan $(VENV)/.verify $(VENV)/.mutants \
 $(VENV)/.docs: setup.cfg $(locks) | $(VENV)/.made
 	@echo "Installing archetype[$(extras)] into $(VENV) with $(lock):" \
 	  "some minutes the first time."
