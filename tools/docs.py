@@ -54,6 +54,7 @@ def on_files(files, config):
   pages['reference/config.md'] = config_fields()
   pages['reference/commands.md'] = '\n'.join([
       '# Command-line programs', *map(_help, PROGRAMS)])
+  pages['llms.txt'] = llms(config)
   for uri, text in pages.items():
     files.append(File.generated(config, uri, content=text))
   return files
@@ -77,6 +78,19 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     return match[0].replace(f'({match[2]}', f'({path}')
   return ''.join(part if i % 2 else _LINK.sub(link, part)
                  for i, part in enumerate(_FENCE.split(markdown)))
+
+
+def llms(config) -> str:
+  """Returns llms.txt: the navigation, for programs that read the site."""
+  lines = [f'# {config.site_name}', '', f'> {config.site_description}', '']
+  for entry in config.nav:
+    for title, pages in entry.items():
+      if not isinstance(pages, str):
+        lines += ['', f'## {title}', '']
+      for page in [entry] if isinstance(pages, str) else pages:
+        lines += [f'- [{name}]({uri.replace(".md", ".html")})'
+                  for name, uri in page.items()]
+  return '\n'.join(lines) + '\n'
 
 
 def notebook(text: str) -> str:
