@@ -51,6 +51,7 @@ class Evaluation:
     programs: what was compiled, by what it is of; see `program`.
     what: which parameters these are, where the checkpoint has several, or
       where they are of several checkpoints; else ''.
+    shown: what the task's own `shown` returned.
   """
   run: Any
   params: Any
@@ -60,6 +61,7 @@ class Evaluation:
   workdir: epath.Path
   programs: dict
   what: str = ''
+  shown: Any = None
 
   def held_out(self) -> list[pipeline.Loader]:
     """Returns the loaders of what is held out; see pipeline.held_out."""
@@ -124,6 +126,9 @@ class Task(NamedTuple):
     check: (options, config) -> None; raises RequestError for options that
       cannot be honoured, and where this machine lacks something. The config is
       None where no flag of the task is set.
+    shown: lays out the texts that the options give the model; raises
+      RequestError for one that it cannot take. Called before any task is done.
+    file: that it writes into the run's folder; '': none.
     flags: those that it reads.
     figures: the names of its numbers, as patterns of fnmatch; None: they are
       not known before it is done.
@@ -137,6 +142,8 @@ class Task(NamedTuple):
   run: Callable[[Evaluation], dict[str, Any]]
   unfit: Callable[[Config], str] = lambda config: ''
   check: Callable[[Any, Any], None] = lambda options, config: None
+  shown: Callable[[Evaluation], Any] = lambda evaluation: None
+  file: str = ''
   flags: tuple[Flag, ...] = ()
   figures: tuple[str, ...] | None = None
   argument: str = ''
@@ -169,8 +176,14 @@ def task(name: str, where: str = '--tasks') -> Task:
 
 def run(name: str, evaluation: Evaluation) -> dict[str, Any]:
   """Returns the figures of the task `name`."""
-  return task(name).run(dataclasses.replace(
-      evaluation, options=_options(name, evaluation.options)))
+  return task(name).run(_ready(name, evaluation))
+
+
+def _ready(name: str, evaluation: Evaluation) -> Evaluation:
+  """Returns what the task `name` is given."""
+  ready = dataclasses.replace(
+      evaluation, options=_options(name, evaluation.options))
+  return dataclasses.replace(ready, shown=task(name).shown(ready))
 
 
 def _options(name: str, values: Any) -> types.SimpleNamespace:
@@ -294,6 +307,8 @@ def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
     config.eval.part = ''  # all of it
   for name in names:
     check_task(name, options, config)
+    if file := task(name).file:
+      storage.try_file(workdir / file, '--workdir')
   tokenizer = tokenizers.load(config.data.tokenizer)
   if not text:
     # A task that reads no data is done where they are not there.
@@ -333,8 +348,9 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any,
   if evaluation.what:
     figures['parameters'] = evaluation.what
   with evaluation.run.context():
+    ready = {name: _ready(name, evaluation) for name in names}
     for name in names:
-      figures[name] = run(name, evaluation)
+      figures[name] = task(name).run(ready[name])
   return figures
 
 

@@ -196,5 +196,6 @@ TASKS = {'extrapolation': Task(
     'loss by position at 1, 2, 4 and 8 times the training length', run,
     without(lambda objective: objective.every_token,
             'does not predict every token, so it has no loss by position'),
-    flags=(Flag('interpolate', False, 'Stretch learned positions past max_len.'
-                ),), figures=('length',))}
+    file=FILE, figures=('length',), flags=(
+        Flag('interpolate', False, 'Stretch learned positions past max_len.'),
+    ))}

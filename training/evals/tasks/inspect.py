@@ -76,7 +76,7 @@ class Cell(NamedTuple):
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Writes inspect.html into the workdir."""
   model, tokenizer = evaluation.run.model, evaluation.tokenizer
-  read = _read(evaluation)
+  read = evaluation.shown
   inspected = inspection.of(
       evaluation.run.module, evaluation.params, read.arrays,
       min(evaluation.options.top_tokens, model.vocab_size))
@@ -378,8 +378,8 @@ def _check(options: Any, config: Any) -> None:
 TASKS = {'inspect': Task(
     'attention maps, residual stream, logit lens and experts as the model '
     'reads --prompt, as an HTML page', run,
-    without(reading.reads_text, reading.NO_TEXT), check=_check, held_out=False,
-    flags=(
+    without(reading.reads_text, reading.NO_TEXT), check=_check, shown=_read,
+    file=FILE, held_out=False, flags=(
         Flag('prompt', '', 'The text to read.'),
         Flag('target', '', 'What the decoder of an encoder-decoder is shown; '
              'default: what the model writes.'),

@@ -14,7 +14,6 @@ Each mask is filled on its own, as in the fill-mask pipeline of transformers:
 the model sees the others as masks.
 """
 
-from collections.abc import Sequence
 import re
 from typing import Any
 
@@ -47,7 +46,7 @@ def reads_text(objective: Any) -> bool:
 def embed(evaluation: Evaluation) -> dict[str, Any]:
   """Writes the vectors of --texts to --vectors, [N, D] in the file's order."""
   options = evaluation.options
-  rows = laid_out(read(options.texts), evaluation)
+  rows = evaluation.shown
   how = options.pooling, options.normalize
   step = evaluation.program(_embedding(evaluation, *how), 'embed', *how)
   vectors: dict[int, np.ndarray] = {}
@@ -91,9 +90,10 @@ def read(name: str) -> list[tuple[str, str]]:
   return lines
 
 
-def laid_out(texts: Sequence[tuple[str, str]], evaluation: Evaluation
-             ) -> list[np.ndarray]:
-  """Returns the tokens that the model is shown of each text, int32 [L]."""
+def _of_texts(evaluation: Evaluation) -> list[np.ndarray]:
+  """Returns the tokens that the model is shown of each text of --texts, int32
+  [L]."""
+  texts = read(evaluation.options.texts)
   tokenizer, most = evaluation.tokenizer, evaluation.run.model.max_len
   before, after = around(evaluation)
   if architectures.stack(evaluation.run.model) == 'decoder':
@@ -175,8 +175,7 @@ def fill_mask(evaluation: Evaluation) -> dict[str, Any]:
   prompts, by '|||'), with their probabilities."""
   tokenizer, model = evaluation.tokenizer, evaluation.run.model
   texts = evaluation.options.prompt.split('|||')
-  tokens_BL, lengths_B = objectives.padded(
-      [_with_mask(text, tokenizer, model.max_len) for text in texts])
+  tokens_BL, lengths_B = objectives.padded(evaluation.shown)
   real_BL = np.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
   rows_P, places_P = np.nonzero(real_BL & (tokens_BL == tokenizer.mask_id))
   top = min(evaluation.options.top_fillings, model.vocab_size)
@@ -206,6 +205,12 @@ def fill_mask(evaluation: Evaluation) -> dict[str, Any]:
         print(f'  {filling["probability"]:.4f}  {filling["text"]}')
     print()
   return {'prompts': prompts}
+
+
+def _of_prompts(evaluation: Evaluation) -> list[np.ndarray]:
+  """Returns the tokens of each prompt, int32 [L]."""
+  return [_with_mask(text, evaluation.tokenizer, evaluation.run.model.max_len)
+          for text in evaluation.options.prompt.split('|||')]
 
 
 def _with_mask(text: str, tokenizer: Any, most: int) -> np.ndarray:
@@ -259,7 +264,7 @@ def _check_prompt(options: Any, config: Any) -> None:
 TASKS = {
     'embed': Task(
         'vectors of the texts of a file', embed, without(reads_text, NO_TEXT),
-        check=_check_embed, held_out=False, flags=(
+        check=_check_embed, shown=_of_texts, held_out=False, flags=(
             Flag('texts', '', "A file with a text a line, or jsonl with "
                  "'text'."),
             Flag('vectors', '', 'The file to write: OUT.npy.'),
@@ -270,7 +275,7 @@ TASKS = {
         'the likeliest fillings of each [MASK] of --prompt', fill_mask,
         without(lambda objective: 'data.mask_rate' in objective.reads,
                 'predicts no masked tokens of a text between [CLS] and [SEP]'),
-        check=_check_prompt, held_out=False, flags=(
+        check=_check_prompt, shown=_of_prompts, held_out=False, flags=(
             Flag('prompt', '', "A text with [MASK] in it; several: 'A|||B'."),
             Flag('top_fillings', 5, 'So many of the likeliest tokens.', 1,
                  2**26)))}

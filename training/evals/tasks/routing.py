@@ -90,4 +90,5 @@ def _unfit(config: ml_collections.ConfigDict) -> str:
 
 
 TASKS = {'routing': Task(
-    'how a mixture of experts routes held-out text', run, _unfit, figures=())}
+    'how a mixture of experts routes held-out text', run, _unfit, file=FILE,
+    figures=())}

@@ -26,13 +26,8 @@ from training.objectives import pipeline, seq2seq
 def samples(evaluation: Evaluation) -> dict[str, Any]:
   """Prints --samples continuations of --prompt (or of several, by '|||');
   of an encoder-decoder, what it writes when it has read the prompt."""
-  options, config = evaluation.options, evaluation.run.config
-  how = beams(options)
-  prompts, ends = hf_generation.shown(
-      _prompts(options, 1 if how else options.samples), config,
-      evaluation.tokenizer,
-      hf_generation.published(evaluation.workdir, evaluation.step))
-  count = _room(evaluation, prompts)
+  options, how = evaluation.options, beams(evaluation.options)
+  prompts, ends, count = evaluation.shown
   with progress.during('writing'):
     args = (evaluation.run.module, evaluation.params, prompts.tokens,
             prompts.lengths)
@@ -48,12 +43,20 @@ def samples(evaluation: Evaluation) -> dict[str, Any]:
                                     stops(options))}
 
 
+def _shown(evaluation: Evaluation) -> tuple[objectives.Prompts, Any, int]:
+  """Returns the prompts, the tokens that end a text, and how many may come."""
+  options = evaluation.options
+  prompts, ends = hf_generation.shown(
+      _prompts(options, 1 if beams(options) else options.samples),
+      evaluation.run.config, evaluation.tokenizer,
+      hf_generation.published(evaluation.workdir, evaluation.step))
+  return prompts, ends, _room(evaluation, prompts)
+
+
 def diffusion_samples(evaluation: Evaluation) -> dict[str, Any]:
   """The same of a model of masked diffusion."""
   options, tokenizer = evaluation.options, evaluation.tokenizer
-  prompts = objectives.after_separator(_prompts(options, options.samples),
-                                       evaluation.run.config, tokenizer)
-  new = _room(evaluation, prompts)
+  prompts, new = evaluation.shown
   steps = options.diffusion_steps or new
   with progress.during('writing'):
     write = jax.jit(generate.write_diffusion, static_argnums=0,
@@ -64,6 +67,15 @@ def diffusion_samples(evaluation: Evaluation) -> dict[str, Any]:
         steps=steps, mask=tokenizer.mask_id, temperature=options.temperature))
   return {'samples': _print_samples(evaluation, prompts, tokens,
                                     tokenizer.separator_id), 'steps': steps}
+
+
+def _shown_diffusion(evaluation: Evaluation) -> tuple[objectives.Prompts, int]:
+  """Returns the prompts, and how many tokens are written."""
+  options = evaluation.options
+  prompts = objectives.after_separator(
+      _prompts(options, options.samples), evaluation.run.config,
+      evaluation.tokenizer)
+  return prompts, _room(evaluation, prompts)
 
 
 def _prompts(options: Any, each: int) -> list[str]:
@@ -271,15 +283,15 @@ TASKS = {
         'texts that the model writes, also asked for by --samples or --prompt',
         samples,
         without(lambda objective: objective.prompt, 'does not write text'),
-        check=_check_samples, figures=(), held_out=False,
+        check=_check_samples, shown=_shown, figures=(), held_out=False,
         flags=(SAMPLES._replace(asks=True), PROMPT._replace(asks=True), LENGTH,
                *SAMPLING, *BEAMS, SEED)),
     'diffusion_samples': Task(
         'texts that a model of masked diffusion writes', diffusion_samples,
         without(lambda objective: objective.bound,
                 'is no masked diffusion, of which the task is'),
-        check=_check_diffusion, figures=('steps',), held_out=False,
-        flags=(SAMPLES, PROMPT, LENGTH, Flag(
+        check=_check_diffusion, shown=_shown_diffusion, figures=('steps',),
+        held_out=False, flags=(SAMPLES, PROMPT, LENGTH, Flag(
             'diffusion_steps', 0, 'Steps in which they are written; 0: one for '
             'each token.', 0, 2**24), TEMPERATURE, SEED)),
     'exact': Task(
