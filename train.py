@@ -72,6 +72,7 @@ def main():
   parameters.check_source(config.init_from)
   config = objectives.with_labels(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
+  parameters.check_tokenizer(config, tokenizer)
   model, derived = runs.resolve(config, tokenizer)
   changes = run_config.changes(workdir, config, derived)
   run_config.refuse(changes, args.allow_config_change)

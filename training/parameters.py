@@ -32,9 +32,10 @@ import jax.numpy as jnp
 import architectures
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
-from configs.errors import require, short
+from configs.errors import RequestError, require, short
 from training import objectives, runs
 from architectures.parts import paths
+from training.data.tokenizers import Tokenizer
 from training.distributed import devices
 from training.workdir import checkpoints, run_config, storage
 
@@ -48,12 +49,13 @@ def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
   restored = restore(run, saved)
   config = run.config
   if restored is None:
+    state = create(run, config.init_from)
     if devices.primary():
       seed = f'init_seed {config.init_seed} and ' * bool(config.init_seed)
       print(f'starting from the parameters in {config.init_from} (init_from)'
             if config.init_from else 'starting from random parameters, drawn '
             f'from {seed}seed {config.seed}')
-    return create(run, config.init_from), 0
+    return state, 0
   if devices.primary() and 0 < restored.step < config.train.steps:
     print(f'going on from step {restored.step}')
     for change in checkpoints.environment_changes(restored.record):
@@ -75,10 +77,10 @@ def restore(run: runs.Run, saved: checkpoints.Checkpoints
   if devices.primary():
     _warn(restored)
   if restored.state is None:
-    if devices.primary():
-      print('starting from the parameters in this workdir')
     restored = restored._replace(state=create(
         run, saved.directory.parent, restored.step))
+    if devices.primary():
+      print('starting from the parameters in this workdir')
   saved.go_on_from(restored)
   return restored
 
@@ -120,10 +122,37 @@ def create(run: runs.Run, source: str | epath.Path, step: int | None = None
 
 def check_source(source: str) -> None:
   """Raises RequestError where config.init_from names nothing that is there."""
-  if source:
+  if source and not storage.in_bucket(source):
     path = storage.path(source, 'init_from')
-    require(storage.in_bucket(source) or os.path.exists(path),
+    require(os.path.exists(path),
             f'init_from is {source!r}: no such folder or file')
+    require(not storage.has_config(path) or run_config.has_begun(path),
+            f'init_from is {source!r}, the folder of a run that has no '
+            'checkpoint')
+
+
+def check_tokenizer(config: objectives.Config, ours: Tokenizer) -> None:
+  """Raises RequestError where the ids of a run stand for other pieces of text
+  than those for which the weights of config.init_from were trained, unless
+  init_partial; their tokenizer is not compared where it cannot be read."""
+  from training.data import tokenizers
+  from training.hf import tokenizer as hf_tokenizer
+  ignored = 'data.tokenizer' in objectives.of(config).ignores
+  if not config.init_from or config.init_partial or ignored:
+    return
+  path = storage.path(config.init_from, 'init_from')
+  spec = (run_config.load_config(path).data.tokenizer
+          if checkpoints.directory(path).exists() else str(_folder(path)))
+  if spec == config.data.tokenizer or hf_tokenizer.is_stand_in(spec):
+    return
+  try:
+    theirs = tokenizers.load(spec)
+  except RequestError:
+    return
+  require(ours.vocabulary == theirs.vocabulary, f'init_from is '
+          f'{config.init_from!r}, whose weights have another tokenizer than '
+          f'data.tokenizer {ours.name!r}: pass --config.data.tokenizer={spec}, '
+          'or --config.init_partial=True to take the weights all the same')
 
 
 def _check_labels(run: runs.Run, source: epath.Path) -> None:

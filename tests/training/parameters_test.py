@@ -2,12 +2,14 @@
 the task is drawn, that of the language model left out, all else refused. And
 which parameters a checkpoint stands for, and the mean of several."""
 
+import re
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers as hf
 
 import architectures
 from configs import base
@@ -15,6 +17,7 @@ from configs.errors import RequestError
 from tests.helpers import evaluations, models
 from training import parameters, runs
 from architectures.parts import paths
+from training.data import tokenizers
 from training.workdir import checkpoints, run_config
 from training.hf import weights
 
@@ -103,6 +106,35 @@ def test_labels_in_another_order_are_refused(tmp_path):
     parameters.create(run, str(tmp_path))
   run.config.data.labels = ('b', 'a', 'c')
   parameters.create(run, str(tmp_path))
+
+
+@pytest.mark.parametrize('is_run', [False, True])
+def test_weights_are_not_trained_with_another_tokenizer(tmp_path, is_run):
+  """Where pieces that were only added differ, ids mean what they did."""
+  def read(name, text, *special):
+    file = tmp_path / name / 'tokenizer.json'
+    file.parent.mkdir()
+    words = hf.Tokenizer(hf.models.WordLevel(
+        {word: i for i, word in enumerate(text.split())}, unk_token='a'))
+    words.add_special_tokens(list(special))
+    words.save(str(file))
+    return tokenizers.load(str(file.parent))
+
+  config = base.base()
+  config.init_from = (theirs := read('theirs', 'a b c', '<end>')).name
+  if is_run:
+    config.data.tokenizer = theirs.name
+    run_config.save(epath.Path(tmp_path), config)
+    (tmp_path / 'checkpoints/0').mkdir(parents=True)
+    config.update(init_from=str(tmp_path), data=dict(tokenizer='bytes'))
+  check = lambda ours: parameters.check_tokenizer(config, ours)
+  for ours in tokenizers.load('bytes'), read('ours', 'a c b', '<end>'):
+    with pytest.raises(RequestError, match=re.escape(
+        f'--config.data.tokenizer={theirs.name},')):
+      check(ours)
+  check(read('like', 'a b c', '<eos>'))
+  config.init_partial = True
+  check(tokenizers.load('bytes'))
 
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -98,6 +98,11 @@ class Tokenizer:
     return self.encode_spans([text])[0]
 
   @property
+  def vocabulary(self) -> dict[str, int]:
+    """{how it is written: id} of all pieces, without what was added to them."""
+    return {self.piece(i): i for i in range(self.vocab_size)}
+
+  @property
   def special_texts(self) -> tuple[str, ...]:
     """How the special tokens that `encode_placed` obeys are written."""
     return tuple(self.added_texts)
@@ -287,6 +292,10 @@ class HuggingFace(Tokenizer):
   def special_texts(self):
     return tuple(token.content for token in self._added.values()
                  if token.special)
+
+  @property
+  def vocabulary(self):
+    return self._tokenizer.get_vocab(with_added_tokens=False)
 
   def _copied(self, spells: bool) -> Any:
     """Returns the pipeline as it obeys all added tokens, transformers' usual
