@@ -27,7 +27,7 @@ from configs import base
 from configs import fields as declared
 from configs.errors import require, short
 from training.hf import files as hf_files
-from training.workdir import run_config
+from training.workdir import run_config, storage
 
 # Fields by which text is generated: an export writes those of its import.
 GENERATION = re.compile('|'.join((
@@ -421,5 +421,8 @@ def flat(config: ModelConfig) -> dict[str, Any]:
 def load_config_json(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the config.json of `folder` as a dict."""
   path = folder / 'config.json'
+  require(not storage.has_config(folder), f'{folder} is the folder of a run, '
+          'which --workdir takes, and none in the Hugging Face format, which '
+          'python -m tools.convert export makes of it')
   require(path.is_file(), f'{path} is missing: it says what the weights are')
   return hf_files.read_object(path)

@@ -106,6 +106,10 @@ def _load(workdir: epath.Path) -> dict[str, Any]:
   require(path.exists(), f'{path} is missing: '
           + ('put it back, or take another --workdir' if has_begun(workdir) else
              'no run was started in this workdir'))
+  require(has_begun(workdir) or not storage.is_hugging_face(workdir),
+          f'{workdir} is a folder in the Hugging Face format, which python -m '
+          'tools.chat takes as its --folder, and not that of a run, which '
+          'python -m tools.convert import makes of it')
   tree = tuples(storage.parse(path.read_bytes(), str(path), {_DERIVED: dict}))
   require(tree.get(_FORMAT) == FORMAT, f'{path} is of format '
           f'{short(tree.get(_FORMAT))}, and this version of the code reads '

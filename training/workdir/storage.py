@@ -12,7 +12,7 @@ checkpoints, a ValueError, with the number of the operating system's error in
 its text.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 import errno
 import fcntl
@@ -252,10 +252,21 @@ def refuse_others(folder: str | os.PathLike, name: str) -> None:
 
 def has_config(folder: str | os.PathLike) -> bool:
   """Whether there is a config.json in a folder, and it is that of a run."""
+  return DERIVED in _fields(folder)
+
+
+def is_hugging_face(folder: str | os.PathLike) -> bool:
+  """Likewise, of Hugging Face's weights."""
+  return 'model_type' in _fields(folder)
+
+
+def _fields(folder: str | os.PathLike) -> Collection[str]:
+  """Returns the names of the fields in a folder's config.json; (): none."""
   try:
-    return DERIVED in json.loads((epath.Path(folder) / CONFIG).read_bytes())
-  except (OSError, ValueError, TypeError, RecursionError):
-    return False
+    tree = json.loads((epath.Path(folder) / CONFIG).read_bytes())
+  except (OSError, ValueError, RecursionError):
+    return ()
+  return tree if isinstance(tree, dict) else ()
 
 
 def locked(workdir: str | os.PathLike, primary: bool = True

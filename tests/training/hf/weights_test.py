@@ -148,6 +148,7 @@ def test_shards_are_written_and_read(gpt, tmp_path):
     (dict(scale_attn_by_inverse_layer_idx=True), 'only False is known'),
     (dict(rotary_dim=64), 'rotary_dim 64'),
     (dict(model_type='rwkv'), "'rwkv'.*choose from"),
+    (dict(derived={}), 'the folder of a run, which --workdir takes'),
     (dict(n_embd=64), r'is \(61, 32\) in the files and \(61, 64\)'),
     (dict(n_layer=2), 'h.2.* has no place in the model'),
     (dict(n_layer=4), 'the files have no transformer.h.3'),

@@ -128,6 +128,9 @@ def test_the_config_of_something_else_is_not_written_over(text, tmp_path):
                      'run .*: take another --workdir'):
     preflight.try_workdir(storage.path(tmp_path))
   assert file.read_text() == text
+  with pytest.raises(RequestError, match='in the Hugging Face format, which '
+                     '.* --folder' if 'model_type' in text else 'is damaged'):
+    run_config.load_config(tmp_path)
   # Of a run that has begun it is damaged, which is said where it is read.
   (tmp_path / 'checkpoints/5').mkdir()
   preflight.try_workdir(storage.path(tmp_path))
