@@ -38,9 +38,10 @@ flags.DEFINE_bool('live', False, 'Evaluate the parameters themselves, of a run '
 flags.DEFINE_list('tasks', ['loss'],
                   f'Comma-separated; after lm_eval:NAME, names that are none '
                   f'of these are lm_eval\'s too. {evals.described()}.')
-flags.DEFINE_string('text', '', 'What to evaluate on, written as data.source '
-                    "is, such as 'text:other/*.txt', all of it; default: what "
-                    'the run holds out.')
+flags.DEFINE_string('text', '', 'What to evaluate on in place of '
+                    'data.eval_source, all of it: text:other/*.txt, '
+                    'labelled:FILE or another form of data.source; default: '
+                    'what the run holds out.')
 flags.DEFINE_string('json', '', 'A file to write all figures to.')
 evals.define_flags()
 

@@ -305,6 +305,10 @@ FIELDS: dict[str, Leaf] = {leaf.name: leaf for leaf in leaves(Run)} | {
     for name, leaf in tables.FIELDS.items()}
 
 
+# What is said of each.
+SENTENCES = {name: leaf.rule.doc for name, leaf in FIELDS.items()}
+
+
 def find(name: str) -> Leaf | None:
   """Returns the field of a dotted name, that of a kind of layer too; None:
   there is none."""

@@ -11,7 +11,7 @@ A program that fails ends in one of three ways (training/cli.py):
 * any other exception: a bug of ours. A traceback, exit code 1.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 import difflib
 import re
 from typing import Any
@@ -45,10 +45,25 @@ def one_of(name: str, value: str, choices: Collection[str]) -> None:
 
 
 def hint(name: str, choices: Collection[str], before: str = '') -> str:
-  """Returns the question whether the choice most like `name` was meant, with
-  what stands before each of the choices; '' where none is like it."""
-  near = difflib.get_close_matches(str(name), list(choices), n=1)
-  return f' Did you mean {before}{near[0]}?' if near else ''
+  """Returns the question whether a choice was meant, or several: those whose
+  last name is that of `name`; else the one whose sentence is closest to it, as
+  'the highest learning rate' to learning_rate; else the one that is spelt most
+  like it. '' where there is none.
+
+  Args:
+    name: what is none of the choices.
+    choices: dotted names; a mapping has the sentence of each.
+    before: what stands before each of them in the question.
+  """
+  last = name.rpartition('.')[2]
+  near = [x for x in choices if x.rpartition('.')[2] == last]
+  if not near and '_' in last and isinstance(choices, Mapping):
+    words = re.compile(rf'\b{re.escape(last).replace("_", "[ _]")}\b')
+    near = sorted((x for x in choices if words.search(choices[x])),
+                  key=lambda x: len(choices[x]))[:1]
+  near = near or difflib.get_close_matches(name, list(choices), n=1)
+  return ' Did you mean ' + ' or '.join(
+      before + x for x in near) + '?' if near else ''
 
 
 def listed(choices: Iterable[str]) -> str:

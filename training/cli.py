@@ -176,6 +176,8 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
       _refuse_word(word)
     if 'config' in flags.FLAGS:
       _load_config(flags.FLAGS['config'])
+    elif _overrides:
+      _refuse_word(f'--config.{next(iter(_overrides))}')
   except RequestError as error:
     _refuse(str(error))
   except flags.Error as error:  # the lines after its first repeat the usage
@@ -203,9 +205,11 @@ def _refuse_word(word: str):
   name = word.partition('=')[0].lstrip('-')
   require(word.startswith('-') and bool(name), f'unexpected argument '
           f'{short(word)}: every setting is a --flag')
-  known = _flags_of_program()
+  known = {flag: flags.FLAGS[flag].help for flag in _flags_of_program()}
+  fields = {f'config.{field}': text for field, text in base.SENTENCES.items()
+            if 'config' in known}
   raise RequestError(f'unknown flag --{name}: choose from {", ".join(known)}.'
-                     + hint(name, known, '--'))
+                     + hint(name, known | fields, '--'))
 
 
 def _refuse(sentence: str):
@@ -273,7 +277,7 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
       fields = [x for x in base.FIELDS if x.rpartition('.')[0] == group]
       raise RequestError(
           f'--config.{name} is no field of the config.'
-          + hint(name, base.FIELDS, '--config.')
+          + hint(name, base.SENTENCES, '--config.')
           + f' There are {", ".join(fields)}.' * bool(fields))
     default = leaf.default
   *groups, last = name.split('.')

@@ -102,6 +102,14 @@ def train(workdir, *flags, **options):
 
 REFUSALS = {
     'flag': (['--wrokdir=x'], ['wrokdir', 'Did you mean --workdir?']),
+    'flag of a field': (['--lr=3e-4'], [
+        'unknown flag --lr', 'Did you mean --config.optim.lr?']),
+    'flags of several': (['--every_steps=3'], [
+        'Did you mean --config.checkpoint.every_steps or --config.eval.']),
+    'field without its group': (
+        ['--config.lr=1'], ['Did you mean --config.optim.lr?']),
+    'field in other words': (['--config.optim.learning_rate=1'],
+                             ['Did you mean --config.optim.lr?']),
     'long flag': (['--' + 'x' * 3000], ['unknown flag --x', 'x...x']),
     'profile': (['--profile_steps=5000:5010'], ['5000:5010', 'train.steps']),
     'key beside a longer one': (
@@ -120,6 +128,11 @@ REFUSALS = {
     'mesh': (['--config.mesh.tensor=3'], ['mesh', '3', '8']),
     'source': (['--config.data.source=text:no/such/*.txt'], ['no/such/*.txt']),
 }
+
+
+def test_a_field_of_the_config_is_no_flag_of_what_has_none():
+  _refused(forked.run('eval.py', '--config.data.eval_source=labelled:a.tsv'),
+           ['unknown flag --config.data.eval_source', 'Did you mean --text?'])
 
 
 @pytest.mark.parametrize('name', REFUSALS)

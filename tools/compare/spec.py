@@ -181,7 +181,7 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
     leaf = fields.FIELDS.get(key) or (fields.find(key) if kind else None)
     if leaf is None:
       raise RequestError(f'{who} sets {key!r}, which is no config field.'
-                         f'{hint(key, fields.FIELDS)}')
+                         f'{hint(key, fields.SENTENCES)}')
     check_type(value, leaf.default, f'{who}: {key}')
     config.update_from_flattened_dict({key: value})
   return config.lock()

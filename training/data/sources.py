@@ -194,7 +194,8 @@ def parse(spec: str, layout: Callable[[], conversations.Layout] =
     prefix, colon, rest = name.partition(':')
     require(prefix in SOURCES
             and (':' in SOURCES[prefix].usage) == bool(colon),
-            f'unknown data source {name!r}: choose from {forms()}')
+            f'unknown data source {name!r}: choose from {forms()}'
+            + _hint(name))
     source = SOURCES[prefix].parse(name, rest)
     if TURNS in source.holds and not source.tokens:
       source = _laid_out(source, layout())
@@ -202,6 +203,18 @@ def parse(spec: str, layout: Callable[[], conversations.Layout] =
             f'data source {spec!r} names {name!r} twice: add up its weights')
     pairs.append((weight, source))
   return pairs
+
+
+def _hint(name: str) -> str:
+  """Returns the question whether the files of a path were meant, where `name`
+  is one."""
+  path = os.path.expanduser(name)
+  if not os.path.exists(path):
+    return ''
+  end = pathlib.Path(name).suffix[1:]
+  usage = SOURCES[end if end in ('jsonl', 'parquet') else 'text'].usage
+  pattern = os.path.join(name, '*.txt') if os.path.isdir(path) else name
+  return f'. Did you mean {usage.replace("GLOB", pattern)}?'
 
 
 def _laid_out(source: Source, layout: conversations.Layout) -> Source:
@@ -392,10 +405,13 @@ def forms(reads: Sequence[str] = ()) -> str:
 
 
 def _files(name: str, pattern: str) -> tuple[str, ...]:
-  pattern = os.path.abspath(os.path.expanduser(pattern))
+  full = os.path.abspath(os.path.expanduser(pattern))
   paths = tuple(filter(os.path.isfile,
-                       sorted(glob.glob(pattern, recursive=True))))
-  require(bool(paths), f'data source {name!r} matches no file')
+                       sorted(glob.glob(full, recursive=True))))
+  inside = os.path.join(pattern, '*.txt' if name.startswith('text:') else '*')
+  written = name.replace(f':{pattern}', f':{inside}', 1)
+  require(bool(paths), f'data source {name!r} matches no file'
+          + f', but a folder: write {written}' * os.path.isdir(full))
   return paths
 
 

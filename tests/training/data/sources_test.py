@@ -1,6 +1,7 @@
 """Sources: every prefix reads its documents, every defect is one sentence."""
 
 import json
+import os
 import sys
 import types
 
@@ -116,10 +117,17 @@ def test_a_missing_package_names_its_extra(module, spec, extra, folder,
     read(spec.format(folder))
 
 
+FOLDER = os.path.dirname(__file__)
+
+
 @pytest.mark.parametrize('spec, message', [
     ('', 'has an empty part'),
     ('txt:a', "unknown data source 'txt:a': choose from sotu, text:GLOB, "),
     ('text:/none/*.txt', "'text:/none/\\*.txt' matches no file"),
+    (__file__, f'Did you mean text:{__file__}'),
+    (FOLDER, rf'Did you mean text:{FOLDER}/\*.txt'),
+    (f'text:{FOLDER}', rf'but a folder: write text:{FOLDER}/\*.txt'),
+    (f'0.5*jsonl:{FOLDER}:x', rf'but a folder: write jsonl:{FOLDER}/\*:x'),
     ('jsonl:a.jsonl', 'names no field: write jsonl:GLOB:FIELD'),
     ('0.5*sotu,text:b', "'text:b' has no weight above 0: write a mixture as"),
     ('0*sotu', "'sotu' has no weight above 0"),
