@@ -146,7 +146,7 @@ def read_sweep_file(file: str, seeds: int = 0,
   for name in vars(module):
     require(not name.isupper() or name.startswith('_') or name in known,
             f'{file} has {name}, which is not read: call it _{name} if it is '
-            f'the file\'s own.{hint(name, known)}')
+            f'the file\'s own.{hint(name, [*known])}')
   base = cli.call(file, module.base)
   cli.check_config(base, f'{file}: base()')
   add = Add(file, base)
