@@ -178,7 +178,8 @@ def forward(model, stack: str, inputs):
     return dict(logits=out.prediction_logits,
                 nsp_logits=out.seq_relationship_logits)
   if getattr(out, 'router_logits', None) is None or not hasattr(
-      _module(model), 'load_balancing_loss_func'):  # of DeepSeek's
+      _module(model), 'load_balancing_loss_func') or _biases(model):
+    # DeepSeek's has none, and MiniMax's is not of its router's sigmoids.
     return dict(logits=out.logits)
   return dict(logits=out.logits, balance=_balance(model, out, inputs))
 

@@ -1,0 +1,55 @@
+"""MiniMax-M2: grouped heads of which half turns, and 256 experts without a
+shared one (MiniMax 2025, the released config.json).
+
+  q, k = RMSNorm(x W_q), RMSNorm(x W_k)   over all heads at once
+  a    = x + W_o Attention(q, k, W_v n)   the first half of each head turned
+  y    = sum over the 8 chosen of g_e SwiGLU_e(m)
+
+The experts are chosen and weighed as in architectures/deepseek_v3.py, without
+groups, in every layer; gates sum to 1.
+"""
+
+from architectures import llama, mixtral
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.hf import rope_fields
+from architectures.parts.skeletons import Decoder
+
+
+class MiniMaxM2(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = llama.LLaMA.PARTS | dict(
+      rope=dict(fraction=0.5), qk_norm=True, qk_norm_over='projection',
+      ffn='moe', moe=dict(router='sigmoid', top_k=8, ffn='swiglu'))
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  if reader.has('attn_type_list'):  # 1: softmax attention
+    reader.must(attn_type_list=[1] * fields['num_layers'])
+  share = reader('rotary_dim', fields['head_dim']) / fields['head_dim']
+  return dict(moe=dict(dispatch='dropless'), rope=rope_fields.read(
+      reader, fraction=('partial_rotary_factor', share)))
+
+
+def _write(c: ModelConfig) -> dict:
+  return dict(intermediate_size=c.moe.d_ff, rope_parameters=rope_fields.write(
+      c, whole_heads=False))
+
+
+HF = mixtral.HF._replace(
+    model_type='minimax_m2', architecture='MiniMaxM2ForCausalLM',
+    names=llama.NAMES + llama.layers(
+        *llama.head_norms('U'), *hf.under(
+            'ffn', 'block_sparse_moe', *llama.experts('w1', 'w3', 'w2'),
+            ('router_bias', 'E', 'e_score_correction_bias', 'E'))),
+    fields=mixtral.HF.fields | hf.fields(
+        hidden_size=3072, num_hidden_layers=62, num_attention_heads=48,
+        head_dim=128, intermediate_size=1536, vocab_size=200064,
+        max_position_embeddings=196608, rms_norm_eps=1e-6,
+        num_local_experts=256, num_experts_per_tok=8),
+    only=dict(scoring_func='sigmoid', qk_norm_type='per_layer',
+              use_qk_norm=True, use_routing_bias=True,
+              shared_intermediate_size=0),
+    # Of the modules that predict further tokens, which are not published.
+    unread=('auto_map', 'use_mtp', 'num_mtp_modules', 'mtp_transformer_layers'),
+    read=_read, write=_write, heads={})
