@@ -25,6 +25,7 @@ from architectures.parts.config import Cache, Context, LayerKind, ModelConfig
 from architectures.parts.layers import FFN, NO_FFN, norm, recomputed, rmsnorm
 from architectures.parts.moe.layer import MoE
 from architectures.parts.recurrent import layer, linear_attention, mamba2
+from architectures.parts.recurrent import short_conv
 from architectures.parts.sharding import Role, declare
 from configs.fields import field, FUNCTION, SHAPES
 
@@ -51,7 +52,7 @@ class Mixer:
     divided: (mesh axis, field of config.model that it must divide).
     whole: of these, the fields that a mesh need not divide where they are 1:
       all devices have the same.
-    state: whether it is a recurrence, whose cache is a state of one size: what
+    state: whether its cache is a state of one size, as a recurrence's is: what
       has been read cannot be taken back, padding must be told apart, and a row
       stays on one device.
     at_once: config -> how many numbers of a token its widest step holds; None:
@@ -152,6 +153,13 @@ MIXERS = {
     'gla': recurrent(linear_attention.GLA, ('heads',)),
     'retnet': recurrent(linear_attention.RetNet, ('heads',), positional=True,
                         check=linear_attention.check_retnet),
+    'short_conv': Mixer(
+        short_conv.ShortConv, short_conv.empty,
+        products=lambda c: {'in', 'out'}, settings=short_conv.ShortConvConfig,
+        sources=('num_heads', 'head_dim', 'mup_base_head_dim'),
+        turns_heads=False, divided=(('tensor', 'd_model'),), state=True,
+        at_once=lambda c: 3 * c.d_model, positional=False,
+        check=functools.partial(layer.check_state, 'short_conv')),
 }
 
 

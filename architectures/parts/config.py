@@ -115,7 +115,8 @@ class ModelConfig:
       'several streams; or attention (attention residuals), a weighted mean.')
   mixer: str = field(
       'attention', 'What mixes the tokens of a layer: attention; latent, whose '
-      'keys and values are made of a small vector a token; or a recurrence.',
+      'keys and values are made of a small vector a token; a recurrence; or '
+      'short_conv, a convolution over a few tokens.',
       of_layers=True)
   attention: str = field('global', 'which keys a query sees', of_layers=True)
   pattern: str = field(

@@ -207,8 +207,8 @@ _product.defvjp(
 
 
 # The products of a layer that may have a low-rank adapter, and all of them.
-PRODUCTS = ('query', 'key', 'value', 'output_gate', 'out', 'up', 'gate',
-            'down', 'query_down', 'query_up', 'kv_down', 'kv_up')
+PRODUCTS = ('query', 'key', 'value', 'output_gate', 'in', 'out', 'up',
+            'gate', 'down', 'query_down', 'query_up', 'kv_down', 'kv_up')
 ALL = 'all-linear'
 LORA_A, LORA_B = '_lora_a', '_lora_b'  # after the name of the weight
 

@@ -1,5 +1,6 @@
 """Small layers of every mixer that keeps a state, of those that
-architectures/parts/blocks.py lists: a new one has the same tests at once."""
+architectures/parts/blocks.py lists: a new recurrence has the same tests at
+once."""
 
 import dataclasses
 import functools
@@ -13,9 +14,11 @@ import pytest
 import architectures
 from architectures.parts import blocks
 from architectures.parts.config import Context
+from architectures.parts.recurrent.layer import Layer
 from tests.helpers import models
 
-NAMES = tuple(name for name, mixer in blocks.MIXERS.items() if mixer.state)
+NAMES = tuple(name for name, mixer in blocks.MIXERS.items()
+              if issubclass(mixer.module, Layer))
 WIDTH = 32  # d_model of models.config
 # Each mixer takes those of these fields that its group has: 2 or 4 heads of
 # keys with 6 features, and 4 heads of values with 5.

@@ -90,7 +90,7 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
     c, d = self.config, self.sizes
-    _check_context(self.NAME, ctx)
+    check_context(self.NAME, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
     q_BLJK, query_BWJK = self._read(
         'query', x_BLD, (d.key_heads, d.key_dim), ctx, valid_BL,
@@ -250,7 +250,7 @@ def at_once(name: str, c: ModelConfig) -> int:
   return 3 * d.value_heads * recurrence.most_places(d.key_dim)
 
 
-def _check_context(name: str, ctx: Context) -> None:
+def check_context(name: str, ctx: Context) -> None:
   """Raises RequestError for what a state cannot do with a row."""
   who = f'model.mixer is {name!r}, which reads a row from left to right'
   require(ctx.prefix_B is None,
@@ -259,18 +259,24 @@ def _check_context(name: str, ctx: Context) -> None:
           f'{who} into a state: it has no attention weights to show')
 
 
-def check(name: str, c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer of a recurrence cannot be."""
-  who, d = f'model.mixer is {name!r}', getattr(c, name)
+def check_state(name: str, c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer with a state cannot be."""
+  who = f'model.mixer is {name!r}'
   require(stack == 'decoder', f'{who}, which reads a row in one direction and '
           f'has no attention to a memory; model.arch {c.arch!r} is an {stack}: '
           'choose attention')
-  require(c.attention == 'global', f'{who}, whose state holds all tokens '
-          f'before and has no window, and model.attention is {c.attention!r}: '
-          'set it to global, or window to 0 in a kind of layer')
+  require(c.attention == 'global', f'{who}, which keeps no keys and has no '
+          f'window, and model.attention is {c.attention!r}: set it to global, '
+          'or window to 0 in a kind of layer')
   require(not positions.of(c).stack_bias, f'{who}, which has no scores for the '
           f'bias of model.position {c.position!r}: set it to none, at least in '
           'the kinds of layer that have this mixer')
+
+
+def check(name: str, c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer of a recurrence cannot be."""
+  check_state(name, c, stack)
+  d = getattr(c, name)
   require(d.value_heads % d.key_heads == 0, f'model.{name}.key_heads is '
           f'{d.key_heads}, which does not divide model.{name}.value_heads '
           f'{d.value_heads}')

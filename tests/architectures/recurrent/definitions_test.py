@@ -122,8 +122,18 @@ def _mamba2(p, u_LD, m, eps=1e-5):
   return np.einsum('hlk,hk,hkd->ld', y, p['out_norm_scale'], p['out'])
 
 
+def _short_conv(p, u_LD, m):
+  zeros = dict(in_bias=np.zeros((3, 1)), conv_bias=0, out_bias=0)
+  p, W = zeros | p, m.kernel
+  b, c, x = np.einsum('ld,dui->uli', u_LD, p['in']) + p['in_bias'][:, None]
+  before = np.concatenate([np.zeros((W - 1, u_LD.shape[1])), b * x])
+  z = p['conv_bias'] + sum(
+      w * before[i:i + len(u_LD)] for i, w in enumerate(p['conv']))
+  return (c * z) @ p['out'] + p['out_bias']
+
+
 DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gla': _gla,
-               'retnet': _retnet, 'mamba2': _mamba2}
+               'retnet': _retnet, 'mamba2': _mamba2, 'short_conv': _short_conv}
 
 
 @pytest.mark.parametrize('mixer, sizes', [
@@ -131,6 +141,7 @@ DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gla': _gla,
     ('deltanet', dict(decay=False)),
     ('kda', {}), ('kda', dict(negative=True, conv=0, key_heads=4)),
     ('gla', {}), ('gla', dict(conv=3, temperature=2.0)), ('retnet', {}),
+    ('short_conv', {}), ('short_conv', dict(kernel=4, bias=True)),
     ('mamba2', {}),
     ('mamba2', dict(least_step=0.01, most_step=0.03,  # some are beyond each
                     norm_over='all', conv=1, conv_bias=False))])
@@ -142,7 +153,8 @@ def test_a_layer_equals_its_definition(mixer, sizes):
   p64 = jax.tree.map(lambda x: np.asarray(x, np.float64), p)
   for x_LD, got in zip(x_BLD, jax.jit(lambda p, x: applied(layer, p, x)[0])(
       p, x_BLD)):
-    want = DEFINITIONS[mixer](p64, np.asarray(x_LD, np.float64), layer.sizes)
+    want = DEFINITIONS[mixer](p64, np.asarray(x_LD, np.float64),
+                              getattr(layer.config, mixer))
     np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
 
 

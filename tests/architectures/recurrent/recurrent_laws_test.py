@@ -28,6 +28,7 @@ from training.runs import abstract_params, parameter_roles
 
 GREEDY = generate.Sampling(temperature=0)
 KDA = 'kda'  # it has all that one can have: rates, decays, convolutions, ranks
+SHORT = 'short_conv'  # whose state is inputs of a convolution alone
 ANY = each(*recurrences.NAMES)  # of what takes no time
 
 
@@ -55,7 +56,7 @@ def stepwise(layer, params, x_BLD, first=0):
   return run(params, x_BLD)
 
 
-@each(KDA)
+@each(KDA, SHORT)
 @pytest.mark.parametrize('first', [
     2, pytest.param(6, marks=pytest.mark.long)])
 def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
@@ -80,7 +81,7 @@ def test_each_place_depends_on_those_up_to_it_alone(mixer, short_pieces):
   assert (changed[np.triu_indices(L)] > 1e-4).all()
 
 
-@each(KDA)
+@each(KDA, SHORT)
 def test_packed_documents_are_those_apart(mixer, short_pieces):
   """Neither the state nor the convolutions see the document before."""
   layer, p = recurrences.layer_of(mixer)
@@ -93,7 +94,7 @@ def test_packed_documents_are_those_apart(mixer, short_pieces):
 
 
 # With the delta rule and without it.
-@each(KDA, 'gla')
+@each(KDA, 'gla', SHORT)
 def test_padding_is_no_part_of_a_state(mixer):
   layer, p = recurrences.layer_of(mixer)
   x_BLD = recurrences.inputs(2, 7)
@@ -108,7 +109,7 @@ def test_padding_is_no_part_of_a_state(mixer):
 
 # The bound is on the largest difference in a layer's output, over the largest
 # value.
-@each(KDA)
+@each(KDA, SHORT)
 def test_bfloat16_is_float32_within_a_bound(mixer):
   """The state and all products with it stay in float32."""
   x_BLD = recurrences.inputs(2, 40)
@@ -123,7 +124,7 @@ def test_bfloat16_is_float32_within_a_bound(mixer):
 
 
 @pytest.mark.slow
-@each(KDA)
+@each(KDA, SHORT)
 def test_prompts_of_several_lengths_go_on_as_each_would_alone(mixer):
   """Of the one that is padded. The model's other layer has attention."""
   module, params = models.make('llama', **recurrences.hybrid(mixer))
@@ -162,11 +163,11 @@ def test_beams_are_those_of_a_model_that_reads_each_text_anew(mixer):
 
 # The projections whose outputs do not grow with the width: a number for each
 # head, a vector of low rank, and B and C of Mamba-2.
-FIXED = {'mamba2': {'step', 'query', 'key'}}
+FIXED = {'mamba2': {'step', 'query', 'key'}, SHORT: set()}
 OTHERS = {'rate', 'decay', 'decay_down', 'gate_down'}
 
 
-@each(KDA, 'mamba2')
+@each(KDA, 'mamba2', SHORT)
 def test_mup_divides_what_does_not_grow_with_the_width(mixer):
   """At the base, which is the standard form, it divides nothing."""
   layer, p = recurrences.layer_of(mixer)
@@ -240,7 +241,20 @@ def test_flops_are_those_of_the_products(mixer):
   assert found == flops.decode_flops(c, 30)  # whatever came before
 
 
-@ANY
+def test_a_short_convolution_keeps_a_few_inputs_and_counts_its_weights():
+  c = architectures.resolve(models.config(
+      'llama', dtype='bfloat16', mixer=SHORT, short_conv=dict(kernel=4)))
+  for length in (7, 1000):
+    cache, = architectures.init_cache(c, 3, length)
+    assert cache.input_BWI.shape == (2, 3, 3, recurrences.WIDTH)
+  assert totals.kept_bytes(c) == (0, 2 * 2 * 3 * recurrences.WIDTH)
+  D, L = recurrences.WIDTH, 16
+  weights = 2 * (4 * D * D + 4 * D + 3 * D * c.d_ff) + D * c.vocab_size
+  assert flops.forward_flops(c, L) == dict(attention=0, weights=2 * weights * L)
+  assert flops.decode_flops(c, L) == dict(attention=0, weights=2 * weights)
+
+
+@each(*recurrences.NAMES, SHORT)
 @pytest.mark.parametrize('system, changes, sentence', [
     ('bert', {}, 'is an encoder: choose attention'),
     ('llama', dict(attention='banded', sliding_window=4), 'has no window'),
@@ -252,15 +266,16 @@ def test_what_cannot_be_is_refused(mixer, system, changes, sentence):
         system, **recurrences.fields(mixer) | changes))
 
 
-@ANY
+@each(*recurrences.NAMES, SHORT)
 def test_what_a_run_of_it_cannot_be_is_refused(mixer):
   module = architectures.build(models.config(
       'llama', num_kv_heads=8, num_heads=8, **recurrences.fields(mixer)))
   shape = dict.fromkeys(tables.MESH_AXES, 1)
   with pytest.raises(ValueError, match='keep each row on one device'):
     devices.check_mesh(module.config, 8, 1, shape | dict(context=2))
-  with pytest.raises(ValueError, match=f'not divide model.{mixer}.*heads'):
-    devices.check_mesh(module.config, 8, 1, shape | dict(tensor=8))
+  with pytest.raises(ValueError, match='not divide model.d_model' if (
+      mixer == SHORT) else f'not divide model.{mixer}.*heads'):
+    devices.check_mesh(module.config, 8, 1, shape | dict(tensor=64))
   with pytest.raises(ValueError, match='read a row in one direction'):
     preflight._check_objective('prefix', module)
   preflight._check_objective('causal', module)

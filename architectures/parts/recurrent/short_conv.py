@@ -1,0 +1,84 @@
+"""The gated short convolution: a filter over the last few tokens for each
+feature, between two gates (Liquid AI 2025, "LFM2 Technical Report", arXiv
+2511.23404; in transformers Lfm2ShortConv).
+
+  B, C, x = W_B u, W_C u, W_x u             one product, [D, 3, I] with I = D
+  z_l     = b + sum over i < W of w_i * (B * x)_(l - W + 1 + i)
+  y       = W_out (C * z)
+
+The products by B and C are of each feature by itself, and no function is
+applied to them. What a layer keeps of a row is B * x of the last W - 1 tokens.
+Wherever the segment id changes, a document begins, and what stands before it
+counts as zero. With a cache, padding at the end of a row is left out.
+"""
+
+import dataclasses
+from typing import Any, Optional
+
+import flax.linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import layers, sharding
+from architectures.parts.config import Context, LayerKind, ModelConfig
+from architectures.parts.recurrent import features, layer
+from configs.fields import field, SHAPES
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortConvConfig:
+  """Of mixer short_conv."""
+  kernel: int = field(
+      3, 'tokens that the convolution sees, the token itself included', least=1,
+      resume=SHAPES)
+  bias: bool = field(
+      False, 'whether the convolution and the products have a bias')
+
+
+@struct.dataclass
+class State:
+  """The last inputs of the convolution, B * x of W - 1 tokens."""
+  input_BWI: jax.Array
+
+
+class ShortConv(nn.Module):
+  """(x_BLD, context, cache) -> (y_BLD, cache), over x itself."""
+  FUSED = True  # there are no scores
+  config: ModelConfig
+  kind: LayerKind
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
+    layer.check_context('short_conv', ctx)
+    D, kernel = self.config.d_model, self.config.short_conv.kernel
+    how: dict[str, Any] = dict(with_bias=self.config.short_conv.bias,
+                               deterministic=ctx.deterministic)
+    # B, C and x have a matrix each, of which optimisers take one at a time.
+    bcx_BLUI = layers.dense(
+        self, 'in', 'BLD,DUI->BLUI', x_BLD, (D, 3, D), ('embed', None, 'mlp'),
+        batch_axes=(1,), **how)
+    bcx_BLUI = sharding.constrain(bcx_BLUI, 'batch', 'length', None, 'mlp')
+    b_BLI, c_BLI, x_BLI = (bcx_BLUI[:, :, i] for i in range(3))
+    w_WI = features.filters(self, 'conv', kernel, (kernel, D), (None, 'mlp'))
+    bias_1I = None
+    if self.config.short_conv.bias:
+      bias_1I = features.filters(self, 'conv_bias', kernel, (D,), ('mlp',))[
+          None]
+    z_BL1I, input_BW1I = features.convolve(  # of one head with I features
+        (b_BLI * x_BLI)[:, :, None], w_WI[:, None], bias_1I,
+        before_BWHK=cache and cache.input_BWI[:, :, None],
+        segment_ids_BL=ctx.segment_ids_BL,
+        valid_BL=None if cache is None else ctx.valid_BL)
+    if cache is not None:
+      cache = State(input_BW1I[:, :, 0])
+    return layers.dense(
+        self, 'out', 'BLI,ID->BLD', c_BLI * z_BL1I[:, :, 0], (D, D),
+        ('mlp', 'embed'), residual=True, **how), cache
+
+
+def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
+  """Returns the state of rows without a token; `shape` is [..., B, M], and the
+  state does not depend on M."""
+  return State(jnp.zeros((*shape[:-1], c.short_conv.kernel - 1, c.d_model),
+                         c.compute_dtype))
