@@ -38,12 +38,12 @@ ATTENTIONS = {
                   attention_gate='elementwise'),
     'latent': dict(mixer='latent', attention_gate='elementwise'),
 }
-# Recurrences, each in layers beside those of an attention.
+# Mixers with a state, each in layers beside those of an attention.
 STATES = [name for name, mixer in blocks.MIXERS.items() if mixer.state]
 # A layer with a mixture of experts costs most, and has tests of its own.
 FFNS = ('gelu', 'swiglu', 'gelu', 'swiglu', 'gelu', 'moe', 'swiglu')
 PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,
-             attention=ATTENTIONS, state=[*STATES, 'no', 'no'])
+             attention=ATTENTIONS, state=[*STATES, 'no'])
 # Every value of every part but networks, one that is added too.
 VARIANTS = [{part: tuple(values)[i % len(values)]
              for part, values in PARTS.items()}
@@ -245,6 +245,7 @@ MODELS = {
         key_heads=2, value_heads=4, key_dim=8, value_dim=8))),
     'latent': ('deepseek_v3', dict(mtp_depth=1)),
     'mamba2': ('mamba2', {}),
+    'lfm2': ('lfm2', {}),
     'streams': ('llama', dict(residual='mhc')),
 }
 

@@ -1,0 +1,105 @@
+"""LFM2, dense: gated short convolutions in most layers, and attention in the
+others (Liquid AI 2025, "LFM2 Technical Report", arXiv 2511.23404).
+
+  a  = x + ShortConv(n(x))                in 10 layers of 16, or in 22 of 30
+  a  = x + W_o Attention(q, k, W_v m)     in the others,  m = n(x)
+       q, k = n(W_q m), n(W_k m)          each head by itself, then turned
+  x' = a + W_down (silu(W_gate m) * W_up m),  m = n(a)
+  logits = n(x_N) E^T                     n is RMSNorm; no bias anywhere
+
+parts/recurrent/short_conv.py has the convolution, over 3 tokens. A config.json
+may give the hidden units before they are reduced to two thirds and rounded up
+to a multiple (block_auto_adjust_ff_dim), as the published ones of 16 layers do.
+"""
+
+from architectures import llama, phi3
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types, rope_fields
+from architectures.parts.skeletons import Decoder
+from configs.errors import require
+
+CONV = 'conv'  # in layer_types, and our kind of layer
+KINDS = {CONV: dict(mixer='short_conv'), 'full': {}}
+
+
+class LFM2(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = llama.LLaMA.PARTS | dict(qk_norm=True, tie_embeddings=True,
+                                   pattern='conv,full', kinds=KINDS)
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  layers = fields['num_layers']
+  layer_types.check_number('num_hidden_layers', layers)
+  whole = reader.listed('full_attn_idxs') if reader.has(
+      'full_attn_idxs') else range(layers)
+  types = layer_types.each(
+      reader, 'layer_types', layers, (CONV, layer_types.WHOLE)) or [
+          layer_types.WHOLE if n in whole else CONV for n in range(layers)]
+  names = [word if word == CONV else 'full' for word in types]
+  return layer_types.shortest(names) | dict(
+      kinds={name: KINDS[name] for name in dict.fromkeys(names)},
+      d_ff=_hidden(reader), rope=rope_fields.read(
+          reader, theta=('rope_theta', 1e6)))
+
+
+def _hidden(reader: hf.Reader) -> int:
+  """Returns the hidden units of a network, as Lfm2MLP has them."""
+  width = reader('block_ff_dim', reader('intermediate_size', 12288))
+  factor = reader('block_ffn_dim_multiplier', 1.0)
+  multiple = reader('block_multiple_of', 256)
+  if reader('block_auto_adjust_ff_dim', True):
+    width = -(-int(factor * int(2 * width / 3)) // multiple) * multiple
+  require(width > 0, f'config.json has block_ffn_dim_multiplier {factor}, by '
+          'which the networks have no hidden units')
+  return width
+
+
+def _write(c: ModelConfig) -> dict:
+  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  return dict(
+      layer_types=[CONV if layer.mixer == 'short_conv' else layer_types.WHOLE
+                   for layer in layers],
+      intermediate_size=c.d_ff, block_auto_adjust_ff_dim=False,
+      rope_parameters=rope_fields.write(c), **dict.fromkeys(phi3.IDS))
+
+
+HF = hf.HuggingFace(
+    'lfm2', 'Lfm2ForCausalLM',
+    names=(
+        ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
+        ('decoder/final_norm/scale', 'D', 'model.embedding_norm.weight', 'D'),
+        ('head/kernel', 'DV', 'lm_head.weight', 'V D'),
+        *llama.layers(
+            ('attention_norm/scale', 'D', 'operator_norm.weight', 'D'),
+            ('ffn_norm/scale', 'D', 'ffn_norm.weight', 'D'),
+            *hf.under('attention', 'self_attn',
+                      ('query', 'DHK', 'q_proj.weight', 'HK D'),
+                      ('key', 'DJK', 'k_proj.weight', 'JK D'),
+                      ('value', 'DJK', 'v_proj.weight', 'JK D'),
+                      ('out', 'HKD', 'out_proj.weight', 'D HK'),
+                      ('query_norm/scale', 'K', 'q_layernorm.weight', 'K'),
+                      ('key_norm/scale', 'K', 'k_layernorm.weight', 'K')),
+            *hf.under('attention', 'conv',
+                      *hf.dense('in', 'DUI', 'in_proj', 'UI D'),
+                      ('conv', 'WI', 'conv.weight', 'I 1 W'),
+                      ('conv_bias', 'I', 'conv.bias', 'I'),
+                      *hf.dense('out', 'ID', 'out_proj', 'D I')),
+            *hf.under('ffn', 'feed_forward',
+                      ('gate', 'DF', 'w1.weight', 'F D'),
+                      ('up', 'DF', 'w3.weight', 'F D'),
+                      ('down', 'FD', 'w2.weight', 'D F')))),
+    fields=hf.fields(
+        hidden_size=2560, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=hf.SPLIT_WIDTH, vocab_size=65536,
+        max_position_embeddings=128000, norm_eps=1e-5) | {
+            'tie_embeddings': ('tie_embedding|tie_word_embeddings', True),
+            'short_conv.kernel': ('conv_L_cache', 3),
+            'short_conv.bias': ('conv_bias', False)},
+    # What transformers does not read, of the program that trained the models.
+    unread=('block_dim', 'block_norm_eps', 'block_mlp_init_scale',
+            'block_out_init_scale', 'block_use_swiglu', 'block_use_xavier_init',
+            'conv_dim', 'conv_dim_out', 'conv_use_xavier_init', 'num_heads',
+            'use_pos_enc'),
+    read=_read, write=_write, **llama.FILES)
