@@ -102,4 +102,5 @@ HF = hf.HuggingFace(
             'block_out_init_scale', 'block_use_swiglu', 'block_use_xavier_init',
             'conv_dim', 'conv_dim_out', 'conv_use_xavier_init', 'num_heads',
             'use_pos_enc'),
-    read=_read, write=_write, **llama.FILES)
+    read=_read, write=_write, check=layer_types.check_attention,
+    **llama.FILES)

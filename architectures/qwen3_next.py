@@ -50,12 +50,6 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
       moe=dict(dispatch='dropless', shared_experts=shared // width))
 
 
-def _check(c: ModelConfig) -> None:
-  require(any(c.of_kind(name).mixer == 'attention' for name in c.kinds_used),
-          'all layers are recurrences: transformers runs a qwen3_next with '
-          'some layers of attention only')
-
-
 def _write(c: ModelConfig) -> dict:
   return layer_types.write_mixers(c) | dict(
       shared_expert_intermediate_size=c.moe.shared_experts * c.moe.d_ff,
@@ -110,7 +104,7 @@ HF = hf.HuggingFace(
             # Of the convolutions too, which are SiLU's here.
             'moe.ffn': ('hidden_act', 'silu', {'silu': 'swiglu'})},
     only=dict(use_sliding_window=False), read=_read, write=_write,
-    check=_check,
+    check=layer_types.check_attention,
     optional={'module that predicts a second token': r'mtp\..*'},
     heads=hf.heads('Qwen3Next', tokens='score', span=llama.SPAN),
     **llama.FILES)

@@ -152,6 +152,13 @@ def each(reader: hf.Reader, field: str, layers: int, words: Collection[str]
   return entries
 
 
+def check_attention(c: ModelConfig) -> None:
+  """Raises RequestError for a model without a layer of attention."""
+  require(any(c.of_kind(name).mixer == 'attention' for name in c.kinds_used),
+          'all layers are recurrences or short convolutions: transformers runs '
+          f'a {c.arch} with some layers of attention only')
+
+
 def mixed(types: Sequence[str], dense: Sequence[bool], mixer: str
           ) -> dict[str, Any]:
   """Returns the order and the kinds of layer of a model.
