@@ -28,7 +28,8 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
     reader.must(attn_type_list=[1] * fields['num_layers'])
   share = reader('rotary_dim', fields['head_dim']) / fields['head_dim']
   return dict(moe=dict(dispatch='dropless'), rope=rope_fields.read(
-      reader, fraction=('partial_rotary_factor', share)))
+      reader, theta=('rope_theta', 5e6),
+      fraction=('partial_rotary_factor', share)))
 
 
 def _write(c: ModelConfig) -> dict:

@@ -51,4 +51,5 @@ HF = hf.HuggingFace(
             'norm_eps': ('norm_epsilon', 1e-5),
             'ffn': ('hidden_act', 'gelu_pytorch_tanh', hf.FFNS)},
     read=_read, write=_write, check=hf.check_heads,
-    heads=hf.heads('Starcoder2', tokens='score'), **llama.FILES)
+    heads=hf.heads('Starcoder2', tokens='score', only=('sequence', 'tokens')),
+    **llama.FILES)
