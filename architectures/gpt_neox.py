@@ -35,6 +35,10 @@ def _write(c: ModelConfig) -> dict:
               use_parallel_residual=c.block == 'parallel')
 
 
+FFN = (*hf.dense('ffn/up', 'DF', 'mlp.dense_h_to_4h', 'F D'),  # Falcon's too
+       *hf.dense('ffn/down', 'FD', 'mlp.dense_4h_to_h', 'D F'))
+
+
 def layers(layer: str, attention: str) -> tuple[hf.Row, ...]:
   """Returns the rows of the layers, which BLOOM has too."""
   return hf.under(
@@ -42,9 +46,7 @@ def layers(layer: str, attention: str) -> tuple[hf.Row, ...]:
       *hf.dense('attention/query|key|value', 'DHK',
                 f'{attention}.query_key_value', 'H3K D'),
       *hf.dense('attention/out', 'HKD', f'{attention}.dense', 'D HK'),
-      *hf.norm('ffn_norm', 'post_attention_layernorm'),
-      *hf.dense('ffn/up', 'DF', 'mlp.dense_h_to_4h', 'F D'),
-      *hf.dense('ffn/down', 'FD', 'mlp.dense_4h_to_h', 'D F'))
+      *hf.norm('ffn_norm', 'post_attention_layernorm'), *FFN)
 
 
 HF = hf.HuggingFace(

@@ -1,0 +1,99 @@
+"""Falcon: attention and a GELU network side by side, with few heads of keys and
+values, rotary positions, and no biases (Almazrouei et al. 2023, arXiv
+2311.16867, section 4.3).
+
+  x' = x + Attention(n(x)) + W_down gelu(W_up n(x))     7B, one head of keys
+  x' = x + Attention(n1(x)) + W_down gelu(W_up n2(x))   40B and 180B, eight
+  logits = n(x_N) E^T                                   n is LayerNorm
+
+The second is new_decoder_architecture of a config.json, which also has a form
+with one norm for both (num_ln_in_parallel_attn). The fused matrix holds, group
+by group, the queries that share a key, then the key and the value. The models
+with ALiBi (falcon-rw) are not read: their slopes are rounded to bfloat16.
+"""
+
+from architectures import gpt_neox
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.hf import rope_fields
+from architectures.parts.skeletons import Decoder
+from configs.errors import require
+
+
+class Falcon(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = dict(position='rope', norm='layernorm', block='shared_norm',
+               attention='global', attention_bias=False, ffn='gelu',
+               ffn_bias=False, tie_embeddings=True)
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  heads = fields['num_heads']
+  grouped = reader('new_decoder_architecture', False)
+  single, parallel = reader('multi_query', True), reader('parallel_attn', True)
+  norms = reader('num_ln_in_parallel_attn', 1 + grouped)
+  require(norms in ((1, 2) if grouped else (1,)) and (parallel or not grouped),
+          f'config.json has new_decoder_architecture {grouped}, parallel_attn '
+          f'{parallel} and num_ln_in_parallel_attn {norms}, of which '
+          'transformers has no layers: two norms stand in the new architecture '
+          'alone, and it is always parallel')
+  if grouped or single:
+    reader.passes('num_kv_heads')
+  else:
+    reader.must(num_kv_heads=heads)
+  block = ('pre_norm' if not parallel else
+           'parallel' if norms == 2 else 'shared_norm')
+  bias = reader('bias', False)
+  return dict(
+      rope=rope_fields.read(reader), block=block, attention_bias=bias,
+      ffn_bias=bias, num_kv_heads=(
+          reader('num_kv_heads', heads) if grouped else 1 if single else heads))
+
+
+def _write(c: ModelConfig) -> dict:
+  require(c.attention_bias == c.ffn_bias, f'model.attention_bias is '
+          f'{c.attention_bias} and model.ffn_bias {c.ffn_bias}: a falcon '
+          'config.json has one field for both')
+  parallel = c.block != 'pre_norm'
+  grouped = parallel and (c.block == 'parallel' or c.num_kv_heads > 1)
+  return dict(
+      rope_parameters=rope_fields.write(c), bias=c.ffn_bias,
+      new_decoder_architecture=grouped, parallel_attn=parallel,
+      multi_query=c.num_kv_heads == 1,
+      num_kv_heads=c.num_kv_heads if grouped else c.num_heads,
+      num_ln_in_parallel_attn=1 + (c.block == 'parallel'))
+
+
+def _names(c: ModelConfig) -> tuple[hf.Row, ...]:
+  norms = (('ln_attn', 'ln_mlp') if c.block == 'parallel' else
+           ('input_layernorm', 'post_attention_layernorm'))
+  fused = 'self_attention.query_key_value'
+  return (
+      ('embed/tokens', 'VD', 'transformer.word_embeddings.weight', 'V D'),
+      *hf.under(
+          'decoder/layers', 'transformer.h.{n}',
+          *hf.norm('attention_norm', norms[0]), *hf.norm('ffn_norm', norms[1]),
+          ('attention/query|key|value', 'DHK|DJK|DJK', f'{fused}.weight',
+           'J(RK+K+K) D'),
+          ('attention/query_bias|key_bias|value_bias', 'HK|JK|JK',
+           f'{fused}.bias', 'J(RK+K+K)'),
+          *hf.dense('attention/out', 'HKD', 'self_attention.dense', 'D HK'),
+          *gpt_neox.FFN),
+      *hf.norm('decoder/final_norm', 'transformer.ln_f'),
+      ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
+
+
+HF = hf.HuggingFace(
+    'falcon', 'FalconForCausalLM', names=_names,
+    fields=hf.fields(
+        num_hidden_layers=32, num_attention_heads=71, vocab_size=65024,
+        max_position_embeddings=2048, layer_norm_epsilon=1e-5,
+        tie_word_embeddings=True) | {
+            'd_model': ('n_embed|hidden_size', 4544),
+            'd_ff': ('ffn_hidden_size', lambda fields: 4 * fields['d_model']),
+            'ffn': ('activation', 'gelu', hf.FFNS)},
+    only=dict(alibi=False),
+    unread=('auto_map', 'apply_residual_connection_post_layernorm'),
+    read=_read, write=_write, check=hf.check_heads,
+    tied={'lm_head.weight': 'transformer.word_embeddings.weight'},
+    spellings=(('transformer.', ''),), heads=hf.heads('Falcon'))
