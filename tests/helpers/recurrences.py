@@ -19,6 +19,8 @@ from tests.helpers import models
 
 NAMES = tuple(name for name, mixer in blocks.MIXERS.items()
               if issubclass(mixer.module, Layer))
+# Ways to set a mixer that are looked at as it is, by a name of their own.
+VARIANTS = {'delta_product': ('deltanet', dict(householders=2))}
 WIDTH = 32  # d_model of models.config
 # Each mixer takes those of these fields that its group has: 2 or 4 heads of
 # keys with 6 features, and 4 heads of values with 5.
@@ -43,6 +45,8 @@ def sizes(mixer: str, **changes) -> dict:
 
 def fields(mixer: str, **changes) -> dict:
   """Returns the changes of models.config that have it in every layer."""
+  mixer, settings = VARIANTS.get(mixer, (mixer, {}))
+  changes = settings | changes
   return {'mixer': mixer, mixer: sizes(mixer, **changes)}
 
 
@@ -57,7 +61,7 @@ def layer_of(mixer: str, dtype: str = 'float32', **changes):
   """Returns (layer, its parameters off their tidy initial values)."""
   c = architectures.resolve(models.config('llama', dtype=dtype, num_layers=1,
                                           **fields(mixer, **changes)))
-  return blocks.MIXERS[mixer].module(c, None), _drawn(
+  return blocks.mixer_of(c).module(c, None), _drawn(
       mixer, tuple(sorted(changes.items())))
 
 
@@ -65,7 +69,7 @@ def layer_of(mixer: str, dtype: str = 'float32', **changes):
 def _drawn(mixer: str, changes: tuple):
   c = architectures.resolve(models.config(
       'llama', num_layers=1, **fields(mixer, **dict(changes))))
-  layer = blocks.MIXERS[mixer].module(c, None)
+  layer = blocks.mixer_of(c).module(c, None)
   shapes = nn.meta.unbox(jax.eval_shape(lambda: layer.init(
       jax.random.key(0), jnp.zeros((1, 2, WIDTH)),
       Context(jnp.arange(2)[None]), None)['params']))

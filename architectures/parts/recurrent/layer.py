@@ -11,7 +11,7 @@ with a state of zero: so a mask has no 0 between two 1s. With a cache, padding
 changes no state.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import flax.linen as nn
 from flax import struct
@@ -44,8 +44,9 @@ class Layer(nn.Module):
   A recurrence is a subclass. Its NAME is that of the mixer, and `settings` are
   its group of fields in config.model, which has `key_heads`, `value_heads`,
   `key_dim`, `value_dim` and `conv` (how many tokens a convolution sees; 0:
-  there is none). It defines `inputs`, and may define `gate` or `gated`;
-  `recurrent` in blocks.py makes its entry.
+  there is none), and may have `householders` (how many keys, values and rates
+  a token has, one after another in its head). It defines `inputs`, and may
+  define `gate` or `gated`; `recurrent` in blocks.py makes its entry.
   """
   NAME = ''
   settings = None
@@ -89,31 +90,35 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    c, d = self.config, self.sizes
+    d, n = self.sizes, householders(self.sizes)
     check_context(self.NAME, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
     q_BLJK, query_BWJK = self._read(
         'query', x_BLD, (d.key_heads, d.key_dim), ctx, valid_BL,
         cache and cache.query_BWJK)
     k_BLJK, key_BWJK = self._read(
-        'key', x_BLD, (d.key_heads, d.key_dim), ctx, valid_BL,
+        'key', x_BLD, (d.key_heads * n, d.key_dim), ctx, valid_BL,
         cache and cache.key_BWJK)
     v_BLHU, value_BWHU = self._read(
-        'value', x_BLD, (d.value_heads, d.value_dim), ctx, valid_BL,
+        'value', x_BLD, (d.value_heads * n, d.value_dim), ctx, valid_BL,
         cache and cache.value_BWHU)
     o_BLHU, state_BHKU = recurrence.run(
-        _with_resets(self.inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx),
-                     ctx.segment_ids_BL, valid_BL), cache and cache.state_BHKU)
+        with_resets(self.inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx),
+                    ctx.segment_ids_BL, valid_BL), cache and cache.state_BHKU)
     if cache is not None:
       cache = State(state_BHKU, query_BWJK, key_BWJK, value_BWHU)
-    o_BLHU = self.gated(o_BLHU, x_BLD, v_BLHU, ctx)
+    return self.joined(self.gated(o_BLHU, x_BLD, v_BLHU, ctx), ctx), cache
+
+  def joined(self, o_BLHU: jax.Array, ctx: Context) -> jax.Array:
+    """Returns the last product, of all heads, [B, L, D]."""
+    c = self.config
     o_BLHU = sharding.constrain(o_BLHU.astype(c.compute_dtype), 'batch',
                                 'length', 'heads', 'head')
     axes = 'heads', 'head', 'embed'
     out_HUD = layers.weight(self, 'out', (*o_BLHU.shape[2:], c.d_model), axes,
                             in_axes=(0, 1), residual=True)
     return layers.product(self, 'out', 'BLHU,HUD->BLD', o_BLHU, out_HUD, axes,
-                          deterministic=ctx.deterministic), cache
+                          deterministic=ctx.deterministic)
 
   def _read(self, name: str, x_BLD: jax.Array, shape: tuple[int, ...],
             ctx: Context, valid_BL: Optional[jax.Array],
@@ -149,15 +154,17 @@ class Layer(nn.Module):
       y_BLHK /= c.widening
     return sharding.constrain(y_BLHK, 'batch', 'length', *axes)
 
-  def of_heads(self, name: str, x_BLD: jax.Array) -> jax.Array:
+  def of_heads(self, name: str, x_BLD: jax.Array, each: int = 1) -> jax.Array:
     """Returns a number for each head of values, float32 [B, L, H].
 
     The number of heads may be the same in a wider model, so in muP these are
-    logits, like a router's: they are divided by the widening.
+    logits, like a router's: they are divided by the widening. There are `each`
+    of them for a head, side by side.
     """
     c = self.config
-    w_DH = layers.weight(self, name, (c.d_model, self.sizes.value_heads),
-                         ('embed', 'heads'), output=True)
+    w_DH = layers.weight(self, name, (
+        c.d_model, self.sizes.value_heads * each), ('embed', 'heads'),
+                         output=True)
     y_BLH = layers.einsum('BLD,DH->BLH', x_BLD, w_DH, c.compute_dtype)
     return y_BLH.astype(jnp.float32) / c.widening
 
@@ -176,8 +183,9 @@ class Layer(nn.Module):
                               ).astype(jnp.float32)
 
   def rate(self, x_BLD: jax.Array) -> jax.Array:
-    """Returns b of the delta rule, float32 [B, L, H]."""
-    rate_BLH = jax.nn.sigmoid(self.of_heads('rate', x_BLD))
+    """Returns b of the delta rule, float32 [B, L, H], or [B, L, H x n]."""
+    rate_BLH = jax.nn.sigmoid(self.of_heads(
+        'rate', x_BLD, householders(self.sizes)))
     return 2 * rate_BLH if self.sizes.negative else rate_BLH
 
   def softplus_decay(self, x_BLHK: jax.Array, least: float) -> jax.Array:
@@ -192,8 +200,23 @@ class Layer(nn.Module):
     return scale_H * jax.nn.softplus(x_BLHK + bias_HK[None, None])
 
 
-def _with_resets(x: recurrence.Inputs, ids_BL: Optional[jax.Array],
-                 valid_BL: Optional[jax.Array]) -> recurrence.Inputs:
+def householders(sizes: Any) -> int:
+  """Returns how many steps of the delta rule a token takes."""
+  return getattr(sizes, 'householders', 1)
+
+
+def by_step(n: int, x_BLH: jax.Array) -> jax.Array:
+  """[B, L, H x n, ...] -> [B, L x n, H, ...]: what a head has for each step of
+  a token, to places of their own."""
+  if n == 1:
+    return x_BLH
+  B, L, _, *rest = x_BLH.shape
+  x_BLH = jnp.swapaxes(x_BLH.reshape(B, L, -1, n, *rest), 2, 3)
+  return x_BLH.reshape(B, L * n, -1, *rest)
+
+
+def with_resets(x: recurrence.Inputs, ids_BL: Optional[jax.Array],
+                valid_BL: Optional[jax.Array]) -> recurrence.Inputs:
   """Returns the inputs with a state that begins anew with each document, and
   that padding leaves as it is: its decay is 1, and it writes nothing."""
   log_BLHK = x.log_decay_BLHK
@@ -201,13 +224,15 @@ def _with_resets(x: recurrence.Inputs, ids_BL: Optional[jax.Array],
     read_BL1 = valid_BL[..., None] != 0
     if log_BLHK is not None:
       log_BLHK = jnp.where(read_BL1[..., None], log_BLHK, 0)
+    if x.steps > 1:
+      read_BL1 = jnp.repeat(read_BL1, x.steps, 1)
     if x.rate_BLH is None:
       x = x._replace(k_BLJK=jnp.where(read_BL1[..., None], x.k_BLJK, 0))
     else:
       x = x._replace(rate_BLH=jnp.where(read_BL1, x.rate_BLH, 0))
   if ids_BL is not None:
     if log_BLHK is None:
-      log_BLHK = jnp.zeros((*x.v_BLHU.shape[:3], 1))
+      log_BLHK = jnp.zeros((*x.q_BLJK.shape[:2], x.v_BLHU.shape[2], 1))
     begins_BL = jnp.pad(ids_BL[:, 1:] != ids_BL[:, :-1], ((0, 0), (1, 0)))
     log_BLHK = jnp.where(begins_BL[..., None, None], -jnp.inf, log_BLHK)
   return x._replace(log_decay_BLHK=log_BLHK)
@@ -233,21 +258,22 @@ def empty(name: str, c: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns the state of rows without a token; `shape` is [..., B, M], and the
   state does not depend on M."""
   d, rows = getattr(c, name), shape[:-1]
+  n = householders(d)
   state = jnp.zeros((*rows, d.value_heads, d.key_dim, d.value_dim))
   if not d.conv:
     return State(state)
   before = lambda *heads: jnp.zeros((*rows, d.conv - 1, *heads),
                                     c.compute_dtype)
   return State(state, before(d.key_heads, d.key_dim),
-               before(d.key_heads, d.key_dim),
-               before(d.value_heads, d.value_dim))
+               before(d.key_heads * n, d.key_dim),
+               before(d.value_heads * n, d.value_dim))
 
 
 def at_once(name: str, c: ModelConfig) -> int:
   """Returns how many numbers of a token the pieces of a row hold at once: a
   piece's weights, its triangular system, and the inverse of that."""
   d = getattr(c, name)
-  return 3 * d.value_heads * recurrence.most_places(d.key_dim)
+  return 3 * householders(d) * d.value_heads * recurrence.most_places(d.key_dim)
 
 
 def check_context(name: str, ctx: Context) -> None:

@@ -6,6 +6,7 @@ layer.py; positions are read by retention alone.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ class _Heads:
   value_dim: int = field(0, "size of a head's value; derived: head_dim",
                          resume=SHAPES)
 
+  householders = 1
+
   def derived(self, c: ModelConfig):
     return dataclasses.replace(
         self, key_heads=self.key_heads or c.num_heads,
@@ -46,6 +49,9 @@ class DeltaNetConfig(_Heads):
       resume=SHAPES)
   decay: bool = field(
       True, 'the state decays (Gated DeltaNet), or not (DeltaNet)')
+  householders: int = field(
+      1, 'steps of the delta rule a token, each with a key, a value and a rate '
+      'of its own (DeltaProduct)', least=1, resume=SHAPES)
   negative: bool = field(
       False, 'rates up to 2, not 1: eigenvalues may be negative',
       resume=FUNCTION)
@@ -64,6 +70,16 @@ class DeltaNet(layer.Layer):
 
   A step of the state has the eigenvalues a and a (1 - b), which with `negative`
   are above -1 instead of 0 (Grazzi et al. 2024, arXiv 2411.12537).
+
+  With `householders` n above 1 a token takes n steps (DeltaProduct: Siems et
+  al. 2025, arXiv 2502.10297). Step i has a key, a value and a rate of its own,
+  from products and convolutions of its own; the state decays once a token, and
+  is read after the last step, which is S_t below:
+
+    S_t,i   = (I - b_i k_i k_i^T) S_t,i-1 + b_i k_i v_i^T,   S_t,0 = a_t S_t-1
+
+  The transition of a token is a product of n reflections or less, so that with
+  `negative` n = 2 can be a rotation, and any permutation of n + 1 things.
   """
   NAME = 'deltanet'
   settings = DeltaNetConfig
@@ -72,9 +88,11 @@ class DeltaNet(layer.Layer):
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
     del ctx
     log_decay_BLHK = self.log_decay(x_BLD)
+    steps = functools.partial(layer.by_step, self.sizes.householders)
     return recurrence.Inputs(
-        features.unit(q_BLJK, self.base_key_dim ** -0.5), features.unit(k_BLJK),
-        v_BLHU, log_decay_BLHK, self.rate(x_BLD))
+        features.unit(q_BLJK, self.base_key_dim ** -0.5),
+        steps(features.unit(k_BLJK)), steps(v_BLHU), log_decay_BLHK,
+        steps(self.rate(x_BLD)))
 
   def log_decay(self, x_BLD: jax.Array) -> jax.Array | None:
     """Returns log a, [B, L, H, 1]; None: there is no decay."""

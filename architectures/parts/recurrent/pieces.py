@@ -32,13 +32,30 @@ FORGETS = -1e30  # a logarithm in place of -inf, whose exponential is 0 as well
 
 class Inputs(NamedTuple):
   """What a recurrence is given. J heads of queries and keys serve H heads of
-  values, each of them H / J that follow one another."""
+  values, each of them H / J that follow one another.
+
+  A token may take several steps: then keys, values, rates and `erase` have so
+  many places for each of it, one after another. Its state decays in the first,
+  and its query reads the state after the last.
+  """
   q_BLJK: jax.Array
   k_BLJK: jax.Array
   v_BLHU: jax.Array
   # The last axis is 1 (a head has one decay) or K (each feature has its own).
   log_decay_BLHK: Optional[jax.Array] = None  # None: no decay
-  rate_BLH: Optional[jax.Array] = None  # None: no delta rule
+  rate_BLH: Optional[jax.Array] = None  # None: no delta rule, but for `erase`
+  # What a correction reads the state by; None: the key times the rate.
+  erase_BLJK: Optional[jax.Array] = None
+
+  @property
+  def corrects(self) -> bool:
+    """Whether what is written corrects what the state has."""
+    return self.rate_BLH is not None or self.erase_BLJK is not None
+
+  @property
+  def steps(self) -> int:
+    """Of a token."""
+    return self.k_BLJK.shape[1] // self.q_BLJK.shape[1]
 
 
 def by_place(places: int, x_BL: jax.Array) -> jax.Array:
@@ -131,7 +148,7 @@ def _sums(log_decay: jax.Array):
 
 
 def paired(rows: Sequence[jax.Array], k_BHPK: jax.Array,
-           log_decay_BHPK: jax.Array
+           log_decay_BHPK: jax.Array, steps: int = 1
            ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
   """Returns what each place meets at those before it, [B, H, i, j], which is 0
   where j is not before i, by each of `rows`; the logarithms of the decay of the
@@ -143,6 +160,7 @@ def paired(rows: Sequence[jax.Array], k_BHPK: jax.Array,
       gradient of decays that are shared along an axis of them.
     k_BHPK: the keys that they meet.
     log_decay_BHPK: <= 0, and -inf for a decay of 0. P is a power of 2.
+    steps: in one of so many places the first of `rows` are not zero.
   """
   B, H, P, K = k_BHPK.shape
   assert P & (P - 1) == 0, P
@@ -155,8 +173,11 @@ def paired(rows: Sequence[jax.Array], k_BHPK: jax.Array,
     upto, later_upto = _halves(upto_BHUNK)
     after, later_after = _halves(after_BHUNK)
     keys = blocks(k_BHPK)[0] * jnp.exp(after)
-    over = [jnp.einsum('BHUNK,BHUMK->BHUNM',
-                       blocks(x)[1] * jnp.exp(later_upto), keys) for x in rows]
+    over = []
+    for x, one_of in zip(rows, (steps, 1)):
+      with layers.useful(1, one_of):
+        over.append(jnp.einsum('BHUNK,BHUMK->BHUNM',
+                               blocks(x)[1] * jnp.exp(later_upto), keys))
     met = [_joined(*_halves(x), y) for x, y in zip(met, over)]
     upto_BHUNK = jnp.concatenate([upto, upto[..., -1:, :] + later_upto], 3)
     after_BHUNK = jnp.concatenate(

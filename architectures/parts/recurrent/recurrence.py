@@ -14,6 +14,15 @@ each feature of its keys. A and the rate b tell the members of the family apart:
   no rate        linear attention  RetNet, Mamba-2  GLA
   a rate         DeltaNet          Gated DeltaNet   KDA
 
+Two further forms are run by the same code. A correction may read the state by
+another vector than the key times the rate, e_t = b_t k_t above:
+
+  d_t = v_t - (A_t S_t-1)^T e_t     S_t = (I - k_t e_t^T) A_t S_t-1 + k_t v_t^T
+
+And a token may take several steps, of which the first alone decays, and whose
+last state is read: its transition is then a product (DeltaProduct, RWKV-7).
+FLOPs are those of all steps, but what is read after the last alone.
+
 A decay is given as its logarithm, -inf for 0, which forgets all. Only decays
 of places that lie between two others are added up: 0 is exact, and a large one
 takes no digits from those after it.
@@ -57,7 +66,7 @@ def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
   after the last, float32 [B, H, K, U].
 
   Args:
-    x: of any dtypes; everything is computed in float32.
+    x: of any dtypes; everything is computed in float32. L are its tokens.
     state_BHKU: the state before the first place; None: zero.
     places: the most that a piece has; default: `most_places`. All pieces of a
       row are equally long; if each feature has a decay, their length is the
@@ -66,8 +75,9 @@ def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
   B, L, H, U = x.v_BLHU.shape
   J, K = x.k_BLJK.shape[2:]
   assert H % J == 0, (H, J)
+  steps, tokens = x.steps, x.q_BLJK.shape[1]
   if x.log_decay_BLHK is None:
-    x = x._replace(log_decay_BLHK=jnp.zeros((B, L, H, 1)))
+    x = x._replace(log_decay_BLHK=jnp.zeros((B, tokens, H, 1)))
   assert x.log_decay_BLHK.shape[-1] in (1, K), x.log_decay_BLHK.shape
   if state_BHKU is None:
     state_BHKU = jnp.zeros((B, H, K, U))
@@ -75,16 +85,31 @@ def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
   # and 0.12) joins several products into kernels that return whatever is in
   # memory: 1e29 with 8 heads and 32 tokens.
   state_BHKU = jax.lax.optimization_barrier(state_BHKU)
-  if L == 1:
-    return _step(x, state_BHKU)
+  if steps > 1:
+    x = x._replace(q_BLJK=_of_step(steps - 1, steps, x.q_BLJK),
+                   log_decay_BLHK=_of_step(0, steps, x.log_decay_BLHK))
+  if tokens == 1:
+    for i in range(steps):
+      o_BLHU, state_BHKU = _step(i, x, state_BHKU)
+    return o_BLHU, state_BHKU
   places = places or most_places(K)
   count = -(-L // places)
   places = -(-L // count)
   if by_feature(x.log_decay_BLHK):
     places = 1 << (places - 1).bit_length()
-  elif x.rate_BLH is None:
+  elif not x.corrects:
+    assert steps == 1, steps
     return _additive(places, x, state_BHKU)
-  return _chunked(places, x, state_BHKU)
+  o_BLHU, state_BHKU = _chunked(places, steps, x, state_BHKU)
+  return o_BLHU[:, steps - 1::steps] if steps > 1 else o_BLHU, state_BHKU
+
+
+def _of_step(step: int, steps: int, x_BL: jax.Array) -> jax.Array:
+  """[B, L, ...] -> [B, L x steps, ...]: what tokens have in one of their steps,
+  and 0 in the others."""
+  B, L, *rest = x_BL.shape
+  others = ((0, 0), (0, 0), (step, steps - 1 - step), *((0, 0) for _ in rest))
+  return jnp.pad(x_BL[:, :, None], others).reshape(B, L * steps, *rest)
 
 
 def most_places(K: int) -> int:
@@ -98,16 +123,20 @@ def by_feature(log_decay: jax.Array) -> bool:
   return log_decay.shape[-1] > 1
 
 
-def _step(x: Inputs, state_BHKU: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The same for one place, which is the definition."""
-  q, k, v, log_decay, rate = jax.tree.map(
-      lambda x: x[:, 0].astype(jnp.float32), x)
-  q_BHK, k_BHK = (jnp.repeat(x, v.shape[1] // x.shape[1], 1) for x in (q, k))
+def _step(i: int, x: Inputs, state_BHKU: jax.Array
+          ) -> tuple[jax.Array, jax.Array]:
+  """The same for place i, which is the definition."""
+  q, k, v, log_decay, rate, erase = jax.tree.map(
+      lambda x: x[:, i].astype(jnp.float32), x)
+  each = lambda x: jnp.repeat(x, v.shape[1] // x.shape[1], 1)
+  q_BHK, k_BHK = each(q), each(k)
   state_BHKU = jnp.exp(log_decay)[..., None] * state_BHKU
   with layers.useful(1, 1):
     if rate is not None:
       old_BHU = jnp.einsum('BHK,BHKU->BHU', k_BHK, state_BHKU)
       v = rate[..., None] * (v - old_BHU)
+    if erase is not None:
+      v -= jnp.einsum('BHK,BHKU->BHU', each(erase), state_BHKU)
     state_BHKU += jnp.einsum('BHK,BHU->BHKU', k_BHK, v)
     o_BHU = jnp.einsum('BHK,BHKU->BHU', q_BHK, state_BHKU)
   return o_BHU[:, None], state_BHKU
@@ -134,16 +163,17 @@ class _Pieces(NamedTuple):
   inverse_BHPQ: Optional[jax.Array] = None  # of the triangular system
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(places: int, x: Inputs, state_BHKU: jax.Array):
-  """Computes pieces; for the gradient it keeps the inputs and the state before
-  each piece, and the backward pass computes the rest again."""
-  return _forward(places, x, state_BHKU)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(places: int, steps: int, x: Inputs, state_BHKU: jax.Array):
+  """Computes pieces of so many places, of which a token has `steps`; for the
+  gradient it keeps the inputs and the state before each piece, and the backward
+  pass computes the rest again."""
+  return _forward(places, steps, x, state_BHKU)[0]
 
 
-def _forward(places: int, x: Inputs, state_BHKU: jax.Array):
+def _forward(places: int, steps: int, x: Inputs, state_BHKU: jax.Array):
   cut = _cut_all(places, x)
-  p = _pieces(cut, _meet(cut))
+  p = _pieces(cut, _meet(steps, cut))
 
   def step(state_BHKU: jax.Array, here: Any):
     k_BHPK, decay_BHK1, write_BHPU, read_BHPK = here
@@ -154,22 +184,23 @@ def _forward(places: int, x: Inputs, state_BHKU: jax.Array):
   with layers.useful(1, 1):
     last_BHKU, (write, states) = jax.lax.scan(
         step, state_BHKU, (p.k_BHPK, p.decay_BHK1, p.write_BHPU, p.read_BHPK))
+  with layers.useful(1, steps):
     o_BHPU = p.q_BHPK @ states
-  with layers.useful(places + 1, 2 * places):
+  with layers.useful(places + steps, 2 * places * steps):
     o_BHPU += p.pairs.weights_BHPQ @ write
   return (_joined(o_BHPU, x.v_BLHU.shape[1]), last_BHKU), states
 
 
-def _chunked_fwd(places: int, x: Inputs, state_BHKU: jax.Array):
-  out, states = _forward(places, x, state_BHKU)
+def _chunked_fwd(places: int, steps: int, x: Inputs, state_BHKU: jax.Array):
+  out, states = _forward(places, steps, x, state_BHKU)
   return out, (x, states)
 
 
-def _chunked_bwd(places: int, kept: Any, grads: Any):
+def _chunked_bwd(places: int, steps: int, kept: Any, grads: Any):
   x, states = kept
   d_o, d_state_BHKU = pieces.cut(places, grads[0]), grads[1]
   cut, to_inputs = jax.vjp(functools.partial(_cut_all, places), x)
-  pairs, to_met = jax.vjp(_meet, cut)
+  pairs, to_met = jax.vjp(functools.partial(_meet, steps), cut)
   p = _pieces(cut, pairs)
   write = p.write_BHPU
   if p.read_BHPK is not None:
@@ -197,17 +228,18 @@ def _to_pieces(x: Inputs, p: _Pieces, write: jax.Array, states: jax.Array,
                d_o: jax.Array, d_write: jax.Array, d_states: jax.Array,
                to_met: Callable) -> Inputs:
   """Returns the gradient of the inputs of all pieces."""
-  q, k, v, log_decay, rate = x
+  q, k, v, log_decay, rate, erase = x
   each = functools.partial(_each, v.shape[2])
   per_feature = by_feature(log_decay)
   times = jnp.multiply if per_feature else (
       lambda x, y: features.dots(x, y)[..., None])
-  met, d_v, d_rate, d_key_weights = p.pairs, d_write, None, None
+  met, d_v, d_rate, d_erase, d_key_weights = (
+      p.pairs, d_write, None, None, None)
   d_q, d_k = d_o @ _t(states), write @ _t(d_states)
   d_first, d_after = times(each(q), d_q), times(each(k), d_k)
   d_k = _of_heads(k, met.after_BHPK, d_k)
-  if rate is not None:
-    first_k = met.first_BHPK * each(k)
+  if x.corrects:
+    finds = _finds(x)
     # Of what the system is solved for, and the gradient of the inverse: of
     # X = (I + A)^-1, dA = -X^T dX X^T.
     back = _t(p.inverse_BHPQ)
@@ -215,21 +247,35 @@ def _to_pieces(x: Inputs, p: _Pieces, write: jax.Array, states: jax.Array,
     d_read = -d_v @ _t(states)
     d_system = -jnp.tril(
         d_v @ _t(p.write_BHPU) + d_read @ _t(p.read_BHPK), -1)
-    d_rate = features.dots(d_v, v) + features.dots(d_read, first_k) + (
-        features.dots(d_system, met.key_weights_BHPQ))
-    d_key_weights, d_v, d_read = (rate[..., None] * y for y in (
-        d_system, d_v, d_read))
-    d_first += times(each(k), d_read)
-    d_k += _of_heads(k, met.first_BHPK, d_read)
+    d_key_weights = d_system
+    if rate is not None:
+      first_k = met.first_BHPK * each(k)
+      d_rate = features.dots(d_v, v) + features.dots(d_read, first_k) + (
+          features.dots(d_system, met.key_weights_BHPQ))
+      d_key_weights, d_v, d_read = (rate[..., None] * y for y in (
+          d_system, d_v, d_read))
+    d_first += times(each(finds), d_read)
+    d_finds = _of_heads(finds, met.first_BHPK, d_read)
+    if erase is None:
+      d_k += d_finds
+    else:
+      d_erase = d_finds
   d_last = features.dots(states, d_states)[..., None, :]
   if not per_feature:
     d_last = d_last.sum(-1, keepdims=True)
   d_first += jnp.pad(d_last, (*((0, 0) for _ in range(3)), (
       q.shape[-2] - 1, 0), (0, 0)))
   d_x, = to_met(_Pairs(d_o @ _t(write), d_key_weights, d_first, d_after))
+  if d_erase is not None:
+    d_x = d_x._replace(erase_BLJK=d_x.erase_BLJK + d_erase)
   return d_x._replace(
       q_BLJK=d_x.q_BLJK + _of_heads(q, met.first_BHPK, d_q),
       k_BLJK=d_x.k_BLJK + d_k, v_BLHU=d_v, rate_BLH=d_rate)
+
+
+def _finds(x: Inputs) -> jax.Array:
+  """Returns what a correction reads the state by, but for its rate."""
+  return x.k_BLJK if x.erase_BLJK is None else x.erase_BLJK
 
 
 def _t(x: jax.Array) -> jax.Array:
@@ -266,54 +312,63 @@ def _joined(x: jax.Array, length: int) -> jax.Array:
 
 
 def _pieces(x: Inputs, pairs: _Pairs) -> _Pieces:
-  q, k, v, _, rate = x
+  q, k, v, _, rate, erase = x
   q, k = (_each(v.shape[2], y) for y in (q, k))
   whole = (pairs, pairs.first_BHPK * q, pairs.after_BHPK * k,
            _t(pairs.first_BHPK[..., -1:, :]))
-  if rate is None:
+  if not x.corrects:
     return _Pieces(*whole, v)
   P = k.shape[-2]
-  inverse = _inverse(rate[..., None] * pairs.key_weights_BHPQ)
-  solve = inverse * rate[..., None, :]
+  if rate is None:
+    solve = inverse = _inverse(pairs.key_weights_BHPQ)
+  else:
+    inverse = _inverse(rate[..., None] * pairs.key_weights_BHPQ)
+    solve = inverse * rate[..., None, :]
+  finds = k if erase is None else _each(v.shape[2], erase)
   with layers.useful(P + 1, 2 * P):
-    return _Pieces(*whole, solve @ v, solve @ (pairs.first_BHPK * k), inverse)
+    return _Pieces(*whole, solve @ v, solve @ (pairs.first_BHPK * finds),
+                   inverse)
 
 
-def _meet(x: Inputs) -> _Pairs:
+def _meet(steps: int, x: Inputs) -> _Pairs:
   """Returns how the places of all pieces meet."""
   if by_feature(x.log_decay_BLHK):
     count, places = x.k_BLJK.shape[0], x.k_BLJK.shape[-2]
     few = x.log_decay_BLHK.size <= WHOLE
     return pieces.in_groups(
-        _meet_by_feature, count if few else max(1, AT_ONCE // places), x)
-  return _meet_by_head(x)
+        functools.partial(_meet_by_feature, steps),
+        count if few else max(1, AT_ONCE // places), x)
+  return _meet_by_head(steps, x)
 
 
-def _meet_by_head(x: Inputs) -> _Pairs:
+def _meet_by_head(steps: int, x: Inputs) -> _Pairs:
   """With the delta rule: `_additive` is what there is without it."""
-  q, k, v, log_decay, _ = x
+  q, k, v, log_decay = x[:4]
   P = k.shape[-2]
   pair, first = pieces.decays(log_decay[..., 0])
-  with layers.useful(P + 1, 2 * P):
+  with layers.useful(P + steps, 2 * P * steps):
     weights = pair * _each(v.shape[2], q @ _t(k))
   with layers.useful(P - 1, 2 * P):
-    key_weights = pair * _each(v.shape[2], k @ _t(k))
+    key_weights = pair * _each(v.shape[2], _finds(x) @ _t(k))
   return _Pairs(weights, key_weights, first[..., None], pair[..., -1, :, None])
 
 
-def _meet_by_feature(x: Inputs) -> _Pairs:
+def _meet_by_feature(steps: int, x: Inputs) -> _Pairs:
   """Of one piece."""
-  q_BJPK, k_BJPK, v_BHPU, log_decay_BHPK, rate_BHP = x
+  q_BJPK, k_BJPK, v_BHPU, log_decay_BHPK = x[:4]
   each = lambda y: jnp.repeat(y, v_BHPU.shape[1] // y.shape[1], 1)
   q_BHPK, k_BHPK = each(q_BJPK), each(k_BJPK)
-  is_delta = rate_BHP is not None
+  rows = [q_BHPK]
+  if x.corrects:
+    rows.append(k_BHPK if x.erase_BLJK is None else each(x.erase_BLJK))
   with layers.useful(1, 1):
     met, upto_BHPK, after_BHPK = pieces.paired(
-        [q_BHPK, k_BHPK] if is_delta else [q_BHPK], k_BHPK, log_decay_BHPK)
+        rows, k_BHPK, log_decay_BHPK, steps)
+  with layers.useful(1, steps):
     diagonal_BHP = each(jnp.einsum('BJPK,BJPK->BJP', q_BJPK, k_BJPK))
   weights_BHPQ = met[0] + diagonal_BHP[..., None] * jnp.eye(
       q_BHPK.shape[2])[None, None]
-  return _Pairs(weights_BHPQ, met[1] if is_delta else None,
+  return _Pairs(weights_BHPQ, met[1] if x.corrects else None,
                 jnp.exp(upto_BHPK), jnp.exp(after_BHPK))
 
 

@@ -52,25 +52,32 @@ def _silu_gate(p, x_LD):
 
 
 def _delta(p, x_LD, m):
-  """Token by token, as the papers have it, of DeltaNet and KDA."""
+  """Token by token, as the papers have it, of DeltaNet, DeltaProduct and KDA:
+  each step of a token has a key, a value and a rate in a head."""
   unit = lambda x: x / np.sqrt(np.square(x).sum(-1, keepdims=True) + 1e-6)
   q, k, v = (_read(p, name, x_LD) for name in ('query', 'key', 'value'))
-  q, k = (np.repeat(unit(x), len(v) // len(x), 0) for x in (q, k))
-  rate = (1 + m.negative) * SIGMOID(x_LD @ p['rate']).T
-  log_a = np.zeros((*v.shape[:2], 1))
+  H, n = m.value_heads, m.householders
+  by_step = lambda x: x.reshape(len(x) // n, n, *x.shape[1:])
+  q = np.repeat(unit(q), H // len(q), 0)
+  k = np.repeat(by_step(unit(k)), H // m.key_heads, 0)
+  v = by_step(v)
+  rate = by_step((1 + m.negative) * SIGMOID(x_LD @ p['rate']).T)
+  log_a = np.zeros((H, len(x_LD), 1))
   if 'decay_down' in p:
     log_a = -np.exp(p['decay_scale'])[:, None, None] * SOFTPLUS(
         _low_rank(p, 'decay', x_LD) + p['decay_bias'][:, None])
   elif m.decay:
     log_a = (-np.exp(p['decay_scale']) * SOFTPLUS(
         x_LD @ p['decay'] + p['decay_bias'])).T[..., None]
-  o = np.zeros(v.shape)
-  for h in range(len(v)):
-    S = np.zeros((k.shape[2], v.shape[2]))
+  o = np.zeros((H, len(x_LD), v.shape[3]))
+  for h in range(H):
+    S = np.zeros((k.shape[3], v.shape[3]))
     for t in range(len(x_LD)):
-      S = (np.eye(len(S)) - rate[h, t] * np.outer(k[h, t], k[h, t])) @ (
-          np.exp(log_a[h, t])[:, None] * S) + rate[h, t] * np.outer(
-              k[h, t], v[h, t])
+      S = np.exp(log_a[h, t])[:, None] * S
+      for i in range(n):
+        b, key = rate[h, i, t], k[h, i, t]
+        S = (np.eye(len(S)) - b * np.outer(key, key)) @ S + b * np.outer(
+            key, v[h, i, t])
       o[h, t] = S.T @ q[h, t] / np.sqrt(len(S))
   return _normed(p, o, _silu_gate(p, x_LD) if 'output_gate' in p else
                  SIGMOID(_low_rank(p, 'gate', x_LD)))
@@ -139,6 +146,7 @@ DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gla': _gla,
 @pytest.mark.parametrize('mixer, sizes', [
     ('deltanet', {}), ('deltanet', dict(negative=True, conv=1, key_heads=4)),
     ('deltanet', dict(decay=False)),
+    ('deltanet', dict(householders=3, negative=True)),
     ('kda', {}), ('kda', dict(negative=True, conv=0, key_heads=4)),
     ('gla', {}), ('gla', dict(conv=3, temperature=2.0)), ('retnet', {}),
     ('short_conv', {}), ('short_conv', dict(kernel=4, bias=True)),

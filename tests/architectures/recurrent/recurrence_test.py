@@ -16,59 +16,75 @@ B, J, H, K, U = 2, 2, 4, 5, 3
 # name: (how many decays a head has, whether its state is corrected)
 FAMILY = {'gated_deltanet': (1, True), 'deltanet': (0, True),
           'mamba2': (1, False), 'linear_attention': (0, False),
-          'kda': (K, True), 'gla': (K, False)}
+          'kda': (K, True), 'gla': (K, False),
+          'products': (1, True, 3), 'erase': (K, 'erase'),
+          'erase_in_steps': (K, 'erase', 2), 'head_erase': (1, 'erase')}
 # A decay of a head or of each feature, corrected or not: two have all of that.
 TWO = pytest.mark.parametrize('name', ['mamba2', 'kda'])
+GRADED = pytest.mark.parametrize('name', [
+    'mamba2', 'kda', 'products', 'erase_in_steps', 'head_erase'])
 DECAYS = pytest.mark.parametrize('decays', [1, K], ids=['head', 'feature'])
 
 
-def drawn(length, decays=1, rate=True, seed=0, most=1.0):
+def drawn(length, decays=1, rate=True, steps=1, seed=0, most=1.0):
   """Inputs as a layer gives them: keys and queries of length 1, and rates in
   (0, most). The decays of a piece are far below what float32 can hold."""
+  both = rate is True
   rng = np.random.default_rng(seed)
-  normal = lambda *shape: rng.normal(size=(B, length, *shape))
+  normal = lambda *shape, n=1: rng.normal(size=(B, length * n, *shape))
   unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
-  arrays = (unit(normal(J, K)), unit(normal(J, K)), normal(H, U),
+  arrays = (unit(normal(J, K)), unit(normal(J, K, n=steps)),
+            normal(H, U, n=steps),
             -np.exp(2 * normal(H, decays)) if decays else None,
-            most / (1 + np.exp(-normal(H))) if rate else None)
+            most / (1 + np.exp(-normal(H, n=steps))) if both else None,
+            unit(normal(J, K, n=steps)) if rate == 'erase' else None)
   return jax.tree.map(lambda x: jax.device_put(x.astype(np.float32)),
                       Inputs(*arrays))
 
 
 def definition(x, state_BHKU=None):
   """numpy, in float64, one place after another and a head at a time."""
-  q, k, v, log_decay, rate = (
+  q, k, v, log_decay, rate, erase = (
       None if x is None else np.asarray(x, np.float64) for x in x)
-  o = np.zeros(v.shape)
+  o, steps = np.zeros((B, q.shape[1], H, U)), k.shape[1] // q.shape[1]
   last = np.zeros((*v.shape[::2][:1], H, K, U))
   for b, h in np.ndindex(len(v), H):
     j = h // (H // J)
     S = (np.zeros((K, U)) if state_BHKU is None else
          np.array(state_BHKU[b, h], np.float64))
     for t in range(v.shape[1]):
-      S = S * (1 if log_decay is None else np.exp(log_decay[b, t, h])[:, None])
+      if log_decay is not None and t % steps == 0:
+        S = S * np.exp(log_decay[b, t // steps, h])[:, None]
       d = v[b, t, h]
       if rate is not None:
         d = rate[b, t, h] * (d - S.T @ k[b, t, j])
+      if erase is not None:
+        d = d - S.T @ erase[b, t, j]
       S = S + np.outer(k[b, t, j], d)
-      o[b, t, h] = S.T @ q[b, t, j]
+      o[b, t // steps, h] = S.T @ q[b, t // steps, j]
     last[b, h] = S
   return o, last
 
 
 def scanned(x, state_BHKU):
   """The definition as a scan in jax, whose gradient is plain autodiff's."""
+  each = lambda y: jnp.repeat(y, H // y.shape[1], 1)
+  n, tokens = x.steps, x.q_BLJK.shape[1]
+
   def step(S, x):
-    q, k = (jnp.repeat(y, x.v_BLHU.shape[1] // y.shape[1], 1)
-            for y in (x.q_BLJK, x.k_BLJK))
-    S = S * jnp.exp(x.log_decay_BLHK)[..., None]
-    d = x.v_BLHU
-    if x.rate_BLH is not None:
-      d = x.rate_BLH[..., None] * (d - jnp.einsum('bhku,bhk->bhu', S, k))
-    S = S + k[..., None] * d[..., None, :]
-    return S, jnp.einsum('bhku,bhk->bhu', S, q)
+    S = S * jnp.exp(x.log_decay_BLHK[:, 0])[..., None]
+    for i in range(n):
+      k, d = each(x.k_BLJK[:, i]), x.v_BLHU[:, i]
+      if x.rate_BLH is not None:
+        d = x.rate_BLH[:, i, :, None] * (
+            d - jnp.einsum('bhku,bhk->bhu', S, k))
+      if x.erase_BLJK is not None:
+        d -= jnp.einsum('bhku,bhk->bhu', S, each(x.erase_BLJK[:, i]))
+      S = S + k[..., None] * d[..., None, :]
+    return S, jnp.einsum('bhku,bhk->bhu', S, each(x.q_BLJK[:, 0]))
   S, o = jax.lax.scan(step, state_BHKU, jax.tree.map(
-      lambda y: jnp.moveaxis(y, 1, 0), x))
+      lambda y: jnp.moveaxis(y.reshape(
+          B, tokens, -1, *y.shape[2:]), 1, 0), x))
   return jnp.moveaxis(o, 0, 1), S
 
 
@@ -96,15 +112,16 @@ def test_pieces_equal_the_definition(name):
     np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
 
 
-@pytest.mark.parametrize('length, decays', [
-    (1, 1), (4, 1), (3, K), (5, K)])
-def test_lengths_that_no_piece_divides(length, decays):
-  x = drawn(length, decays)
+@pytest.mark.parametrize('length, family', [
+    (1, (1,)), (4, (1,)), (3, (K,)), (5, (K,)), (1, FAMILY['products']),
+    (3, FAMILY['products']), (1, FAMILY['erase_in_steps'])])
+def test_lengths_that_no_piece_divides(length, family):
+  x = drawn(length, *family)
   for got, want in zip(run(x), definition(x)):
     np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
 
 
-@TWO
+@GRADED
 def test_gradients_are_those_of_autodiff_through_the_definition(name):
   x = drawn(9, *FAMILY[name])
   weigh = [np.random.default_rng(3).normal(size=shape).astype(np.float32)
@@ -132,7 +149,7 @@ def test_inputs_of_bfloat16_are_those_numbers_in_float32(length, decays):
   grad = graded(lambda x: run(x, STATE))
   (got, got_ys), (want, want_ys) = grad(half), grad(to(np.float32, half))
   models.close(want_ys, got_ys, 1e-6)
-  assert all(y.dtype == jnp.bfloat16 for y in got)
+  assert all(y.dtype == jnp.bfloat16 for y in jax.tree.leaves(got))
   models.close(want, to(np.float32, got), 2 ** -8)
 
 
@@ -156,7 +173,7 @@ def test_a_decay_of_zero_forgets_all_and_one_of_one_nothing(decays):
   after = jax.tree.map(lambda y: np.asarray(y)[:, at:], x)
   grads, ys = graded(run, lambda ys: ys[0][:, at:].sum())(x)
   models.close(run(after)[0], ys[0][:, at:], 1e-6)
-  for grad in map(np.asarray, grads):
+  for grad in map(np.asarray, jax.tree.leaves(grads)):
     assert np.isfinite(grad).all()
     assert not np.any(grad[:, :at])
     assert np.any(grad[:, at:])
@@ -177,7 +194,8 @@ def test_a_row_goes_on_from_its_state(decays):
   o, last = run(x)
   state, parts = None, []
   for piece in (slice(0, 8), slice(8, 9)):
-    part, state = run(Inputs(*(np.asarray(y)[:, piece] for y in x)), state)
+    part, state = run(jax.tree.map(
+        lambda y, piece=piece: np.asarray(y)[:, piece], x), state)
     parts.append(part)
   models.close((o, last), (np.concatenate(parts, 1), state), 3e-6)
 

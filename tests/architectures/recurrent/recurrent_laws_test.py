@@ -29,6 +29,7 @@ from training.runs import abstract_params, parameter_roles
 GREEDY = generate.Sampling(temperature=0)
 KDA = 'kda'  # it has all that one can have: rates, decays, convolutions, ranks
 SHORT = 'short_conv'  # whose state is inputs of a convolution alone
+PRODUCT = 'delta_product'  # a token takes several steps
 ANY = each(*recurrences.NAMES)  # of what takes no time
 
 
@@ -56,7 +57,7 @@ def stepwise(layer, params, x_BLD, first=0):
   return run(params, x_BLD)
 
 
-@each(KDA, SHORT)
+@each(KDA, SHORT, PRODUCT)
 @pytest.mark.parametrize('first', [
     2, pytest.param(6, marks=pytest.mark.long)])
 def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
@@ -68,7 +69,7 @@ def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
   models.close(want, stepwise(layer, p, x_BLD, first), 2e-5)
 
 
-@each(KDA)
+@each(KDA, PRODUCT)
 def test_each_place_depends_on_those_up_to_it_alone(mixer, short_pieces):
   """Row i of a batch is the last row but for its place i."""
   layer, p = recurrences.layer_of(mixer)
@@ -81,7 +82,7 @@ def test_each_place_depends_on_those_up_to_it_alone(mixer, short_pieces):
   assert (changed[np.triu_indices(L)] > 1e-4).all()
 
 
-@each(KDA, SHORT)
+@each(KDA, SHORT, PRODUCT)
 def test_packed_documents_are_those_apart(mixer, short_pieces):
   """Neither the state nor the convolutions see the document before."""
   layer, p = recurrences.layer_of(mixer)
@@ -94,7 +95,7 @@ def test_packed_documents_are_those_apart(mixer, short_pieces):
 
 
 # With the delta rule and without it.
-@each(KDA, 'gla', SHORT)
+@each(KDA, 'gla', SHORT, PRODUCT)
 def test_padding_is_no_part_of_a_state(mixer):
   layer, p = recurrences.layer_of(mixer)
   x_BLD = recurrences.inputs(2, 7)
@@ -207,7 +208,7 @@ def test_a_state_has_one_size_and_is_float32(mixer):
       2 * 2 * 32, 0)
 
 
-@ANY
+@each(*recurrences.NAMES, PRODUCT)
 def test_flops_are_those_of_the_products(mixer):
   """FLOPs include the convolutions, each weight of which a token uses once."""
   c = architectures.resolve(models.config('llama',
@@ -217,8 +218,10 @@ def test_flops_are_those_of_the_products(mixer):
   roles = paths.flatten(parameter_roles(module))
   weights = sum(params[path].size for path, role in roles.items() if (
       role.matrix and role.kind != 'embedding' or path.endswith('_conv')))
-  N, L, H, K, U = c.num_layers, 16, 4, 6, 5
-  J = getattr(c, mixer).key_heads
+  d = getattr(c, c.mixer)
+  n = getattr(d, 'householders', 1)
+  N, L, H, K, U = c.num_layers, 16 // n, 4, 6, 5
+  J, P = d.key_heads, L * n  # P places
   has = {path.split('/')[-1] for path in params}
   delta, by_feature = 'rate' in has, 'decay_up' in has
   found = flops.forward_flops(c, L)
@@ -228,16 +231,16 @@ def test_flops_are_those_of_the_products(mixer):
   # inverse by substitution, and the inverse times values and keys; then the
   # products with the state. If each feature has a decay, the product of a
   # place's query with its own key is computed apart.
-  half, less = L * (L + 1) / 2, L * (L - 1) / 2
+  half, less, read = P * (P + 1) / 2, P * (P - 1) / 2, L * (P + n) / 2
   meet = (H * K * less * (1 + delta) + J * K * L if by_feature
-          else J * K * (half + delta * less))
-  solved = sum(i - j - 1 for i in range(L) for j in range(i))
-  pieces = meet + H * (U + (U + K) * delta) * half + H * solved * delta
+          else J * K * (read + delta * less))
+  solved = sum(i - j - 1 for i in range(P) for j in range(i))
+  pieces = meet + H * (U * read + (U + K) * delta * half) + H * solved * delta
   assert found['attention'] == pytest.approx(
-      2 * N * (pieces + (2 + delta) * H * K * U * L))
+      2 * N * (pieces + ((1 + delta) * P + L) * H * K * U))
   found = flops.decode_flops(c, L)
   assert found['weights'] == 2 * weights
-  assert found['attention'] == 2 * N * (2 + delta) * H * K * U
+  assert found['attention'] == 2 * N * ((1 + delta) * n + 1) * H * K * U
   assert found == flops.decode_flops(c, 30)  # whatever came before
 
 
