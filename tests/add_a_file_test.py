@@ -102,13 +102,13 @@ def test_an_objective_trains_and_a_task_measures_it(tree):
   losses = [row['loss'] for row in map(json.loads, lines)
             if row['split'] == 'train']
   assert len(losses) == 4 and np.isfinite(losses).all()
-  said = adding.run(tree, 'eval.py', '--workdir=run', '--json=found.json',
+  result = adding.run(tree, 'eval.py', '--workdir=run', '--json=found.json',
                     '--tasks=loss,among,samples', '--among=384',  # of 384 ids
                     '--prompt=It is', '--max_new_tokens=4').stdout
-  found = json.loads((tree / 'found.json').read_text())
-  assert found['among']['share'] == 1 and 'sample 1 of 1:\nIt is' in said
-  said = adding.run(tree, 'eval.py', '--workdir=run', '--tasks=exact', code=2)
-  assert "objective 'fim'" in said.stderr
+  figures = json.loads((tree / 'found.json').read_text())
+  assert figures['among']['share'] == 1 and 'sample 1 of 1:\nIt is' in result
+  result = adding.run(tree, 'eval.py', '--workdir=run', '--tasks=exact', code=2)
+  assert "objective 'fim'" in result.stderr
 
 
 @pytest.mark.slow
@@ -116,6 +116,6 @@ def test_their_names_are_among_the_choices(tree):
   shown = ' '.join(adding.run(tree, 'eval.py', '--help').stdout.split())
   assert '--among: among: So many of the likeliest tokens. (default: 5)' in (
       shown)
-  said = adding.run(tree, 'train.py', '--config', 'configs/gpt.py',
+  result = adding.run(tree, 'train.py', '--config', 'configs/gpt.py',
                     '--workdir=no', '--config.objective=fmi', code=2)
-  assert "Did you mean 'fim'?" in said.stderr
+  assert "Did you mean 'fim'?" in result.stderr

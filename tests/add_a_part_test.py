@@ -39,18 +39,19 @@ def test_a_norm_with_two_fields_is_written_into_one_file(tmp_path):
     result = train(*words, code=2)
     assert sentence in result.stderr, result.stderr
 
-  own = 'model.norm=dyt', 'model.dyt.alpha=0.75', 'model.dyt.eps=0.001'
-  refused('model.dyt.eps is 2.0: it must be > 0 and < 1', own[0],
+  sets = 'model.norm=dyt', 'model.dyt.alpha=0.75', 'model.dyt.eps=0.001'
+  refused('model.dyt.eps is 2.0: it must be > 0 and < 1', sets[0],
           'model.dyt.eps=2')
   refused('model.dyt.alpha is 0.75, which this model does not read: it is read '
-          'where model.norm is dyt. Leave it at 0.5, or set model.norm', own[1])
+          'where model.norm is dyt. Leave it at 0.5, or set model.norm',
+          sets[1])
 
   steps = 'train.steps=2'
-  assert 'step 2/2' in train(*own, steps).stdout
+  assert 'step 2/2' in train(*sets, steps).stdout
   saved = json.loads((tmp_path / 'run/config.json').read_text())['model']
   assert saved['dyt'] == dict(alpha=0.75, eps=0.001)
   assert 'norm_eps' not in saved and 'rope' not in saved
-  assert 'step 4/4' in train(*own, 'train.steps=4').stdout
-  refused('the same parameters in another function', *own[::2],
+  assert 'step 4/4' in train(*sets, 'train.steps=4').stdout
+  refused('the same parameters in another function', *sets[::2],
           'model.dyt.alpha=0.8', 'train.steps=6')
-  refused('cannot go on with another model.dyt.eps', *own[:2], 'train.steps=6')
+  refused('cannot go on with another model.dyt.eps', *sets[:2], 'train.steps=6')

@@ -52,8 +52,8 @@ def test_it_obeys_the_laws():
 def test_its_weights_go_out_and_come_back_and_transformers_reads_them(tmp_path):
   module, params = models.make('stablelm')
   weights.to_hf(module, params, tmp_path)
-  _, found = weights.from_hf(tmp_path)
-  jax.tree.map(np.testing.assert_array_equal, found, params)
+  _, imported = weights.from_hf(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, imported, params)
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
   theirs = transformers.AutoModelForCausalLM.from_pretrained(

@@ -79,9 +79,9 @@ def test_a_folder_and_a_run_are_loaded_as_they_were_saved(tmp_path):
 
 def test_a_folder_is_saved_with_its_labels_and_what_it_says(tmp_path):
   module, params = models.make('bert', head='sequence', num_labels=3)
-  said = hf_generation.Generation(
+  generation = hf_generation.Generation(
       dict(pad_token_id=5), dict(eos_token_id=[7, 9], temperature=0.6))
-  weights.to_hf(module, params, tmp_path / 'one', generation=said,
+  weights.to_hf(module, params, tmp_path / 'one', generation=generation,
                 labels=('neg', 'neu', 'pos'))
   archetype.load(tmp_path / 'one').save(tmp_path / 'two')
   one, two = ({file.name: json.loads(file.read_text())

@@ -28,8 +28,8 @@ def _commands(page):
   for fence in re.findall(r'^ *```\w*\n(.*?)^ *```', page.read_text(),
                           re.M | re.S):
     for line in re.sub(r'\\\n\s*', ' ', fence).splitlines():
-      if found := COMMAND.match(line.strip()):
-        words = shlex.split(found[1], comments=True)
+      if command := COMMAND.match(line.strip()):
+        words = shlex.split(command[1], comments=True)
         ends = [i for i, word in enumerate(words)
                 if word in ('|', '&&', ';', '>', '&')]
         yield words[:min(ends, default=len(words))]

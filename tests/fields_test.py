@@ -92,15 +92,15 @@ def test_a_run_refuses_it_before_any_other_work(case):
 
 
 def test_every_field_can_be_set_by_a_flag():
-  found = {name: another(name) for name in base.FIELDS}
+  changed = {name: another(name) for name in base.FIELDS}
   argv = ['train.py', '--config=configs/gpt.py',
-          *(f'--config.{name}={value}' for name, value in found.items())]
+          *(f'--config.{name}={value}' for name, value in changed.items())]
   try:
     cli.define_config()
     cli.parse('', argv)
     config = flags.FLAGS.config
-    assert {name: base.get(config, name) for name in found} == found
-    assert set(cli.overrides()) == found.keys()
+    assert {name: base.get(config, name) for name in changed} == changed
+    assert set(cli.overrides()) == changed.keys()
     cli.check_config(config, 'it')
     tables.check_fields(config.model.to_dict())
   finally:

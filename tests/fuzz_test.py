@@ -151,9 +151,9 @@ def program(name: str, stop: str, words: list[str]) -> None:
   known, err = vars(flags.FLAGS), io.StringIO()
   theirs = {x: flag for x, flag in known['__flags'].items() if
             flags.FLAGS.find_module_defining_flag(x).split('.')[0] not in ROOMS}
-  own = {'__flags': theirs} | {x: dict(known[x]) for x in (
+  modules = {'__flags': theirs} | {x: dict(known[x]) for x in (
       '__flags_by_module', '__flags_by_module_id')}
-  with (mock.patch.dict(known, own), mock.patch('sys.argv', [name, *words]),
+  with (mock.patch.dict(known, modules), mock.patch('sys.argv', [name, *words]),
         contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())),
         contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end):
     sys.modules.pop(name, None)
@@ -169,27 +169,27 @@ def program(name: str, stop: str, words: list[str]) -> None:
 def words_of(draw, *fixed: str, names: str = '') -> list[str]:
   """The words `fixed`, of which CONFIG is one with fields of any kind, and
   flags with texts of any kind."""
-  words, found = list(fixed), {}
+  words, drawn = list(fixed), {}
   if 'CONFIG' in words:
     system = draw(st.sampled_from(models.SYSTEMS))
     words[words.index('CONFIG')] = f'--config=configs/{system}.py:tiny'
     for name in draw(st.sampled_from(['', '', 'a', 'ab', 'ab', 'b1'])):
-      found |= {f'kinds.{name}.{x}': value for x, value in draw(
+      drawn |= {f'kinds.{name}.{x}': value for x, value in draw(
           st.sampled_from(KINDS)).items()} | {
               'pattern': draw(st.sampled_from(['a', 'a,b', 'b,a,b', 'c'])),
               draw(st.sampled_from(['prefix', 'suffix'])): draw(
                   st.sampled_from(['', '', 'a', 'a,b', 'a,'])),
               'num_layers': draw(st.sampled_from([2, 4, 6, 3, 7]))}
-    found = {f'model.{x}': value for x, value in found.items()}
+    drawn = {f'model.{x}': value for x, value in drawn.items()}
     if draw(st.integers(0, 3)) == 0:
-      found['objective'] = draw(st.sampled_from([*objectives.OBJECTIVES]))
+      drawn['objective'] = draw(st.sampled_from([*objectives.OBJECTIVES]))
     names_ = sorted([*base.FIELDS, 'model.kinds', 'model', 'x' * 3000])
     for name in draw(st.lists(st.sampled_from(names_), max_size=3)):
       right = [*tables.CHOICES.get(name.removeprefix('model.'), ())] or {
           bool: ['True', 'False'], int: '124', float: ['0.5', '2']}.get(
               getattr(base.find(name), 'type', str), ['x'])
-      found[name] = draw(st.one_of(TEXTS, *[st.sampled_from(right)] * 2))
-  words += [f'--config.{name}={text}' for name, text in found.items()]
+      drawn[name] = draw(st.one_of(TEXTS, *[st.sampled_from(right)] * 2))
+  words += [f'--config.{name}={text}' for name, text in drawn.items()]
   return words + draw(st.lists(st.tuples(
       st.sampled_from([*(f'--{x}=' for x in names.split()), '', '--x' * 1500]),
       TEXTS).map(''.join), max_size=draw(st.sampled_from([0, 0, 0, 2]))))
@@ -215,13 +215,13 @@ def check_lm_eval(given: dict[str, Any]) -> None:
 
 def public() -> dict[str, Callable]:
   """The functions of the Python API that have arguments, by their names."""
-  found = {f'Model.{name}': x for name, x in vars(archetype.Model).items()
+  known = {f'Model.{name}': x for name, x in vars(archetype.Model).items()
            if inspect.isfunction(x) and (name == '__call__' or name[0] != '_')}
   for module in (archetype, architectures, training.weights):
-    found |= {f'{module.__name__}.{name}': x for name, x in vars(module).items()
+    known |= {f'{module.__name__}.{name}': x for name, x in vars(module).items()
               if inspect.isfunction(x) and name[0] != '_' and x.__module__ in (
                   module.__name__, 'training.hf.weights')}
-  return {name: x for name, x in found.items()
+  return {name: x for name, x in known.items()
           if inspect.signature(x).parameters.keys() - {'self'}}
 
 

@@ -112,10 +112,10 @@ def on_cpu(tree):
   return jax.device_put(tree, jax.devices('cpu')[0])
 
 
-def close(want, found, dtype):
-  want, found = (jax.tree.map(lambda x: on_cpu(x).astype(jnp.float32), tree)
-                 for tree in (want, found))
-  models.close(want, found, TOLERANCE[dtype])
+def close(want, result, dtype):
+  want, result = (jax.tree.map(lambda x: on_cpu(x).astype(jnp.float32), tree)
+                 for tree in (want, result))
+  models.close(want, result, TOLERANCE[dtype])
 
 
 @long_elsewhere
@@ -158,8 +158,8 @@ def test_products_of_experts_equal_a_loop(counts, dtype):
         lambda x: on_cpu(x).astype(jnp.float32), (x_PD, gate_P, w, d_PD))
     want = jax.value_and_grad(loop, (0, 1, 2))(*args)
   one = jnp.ones(1)  # what differences are measured by where all is zero
-  for found in ways:
-    close((*want, one), (*found, one), dtype)
+  for result in ways:
+    close((*want, one), (*result, one), dtype)
 
 
 @long_elsewhere
@@ -186,10 +186,10 @@ def test_steps_equal_those_of_the_cpu(arch, moe, dtype):
   c.model = models.config(arch, dtype=dtype, moe=moe)
   shape = dict.fromkeys(tables.MESH_AXES, 1)
   with exact(dtype):
-    (_, want, said), (_, found, here) = (
+    (_, want, wanted_rows), (_, result, here) = (
         step_test.train(c, devices.make_mesh(shape, [device]))
         for device in (jax.devices('cpu')[0], jax.devices()[0]))
-  for a, b in zip(said, here, strict=True):
+  for a, b in zip(wanted_rows, here, strict=True):
     for name in ('loss', 'grad_norm'):
       assert b[name] == pytest.approx(a[name], rel=TOLERANCE[dtype])
-  models.close(want.params, found.params, TOLERANCE[dtype])
+  models.close(want.params, result.params, TOLERANCE[dtype])

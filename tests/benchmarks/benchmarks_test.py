@@ -51,10 +51,10 @@ def test_labels_are_what_transformers_looks_for():
       [-100, 6, 7, -100]]
   masked = batch | dict(segment_ids=np.array([[1, 1, 1, 0]]),
                         types=np.array([[0, 0, 1, 0]]))
-  found = rival.arguments(masked, causal=False)
-  assert found['labels'].tolist() == [[6, 7, -100, 9]]
-  assert found['attention_mask'].tolist() == [[1, 1, 1, 0]]
-  assert found['token_type_ids'].tolist() == [[0, 0, 1, 0]]
+  inputs = rival.arguments(masked, causal=False)
+  assert inputs['labels'].tolist() == [[6, 7, -100, 9]]
+  assert inputs['attention_mask'].tolist() == [[1, 1, 1, 0]]
+  assert inputs['token_type_ids'].tolist() == [[0, 0, 1, 0]]
 
 
 @pytest.mark.parametrize('system, field, value, sentence', [

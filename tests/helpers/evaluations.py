@@ -52,7 +52,7 @@ def run(task: str, evaluation: Evaluation) -> dict[str, Any]:
   for name in in_training.numbers_of(figures, task):
     assert known is None or any(
         fnmatch.fnmatchcase(name.partition('/')[2], own) for own in known), name
-  for name, own in figures.get('items', {}).items():  # of which it is the mean
-    assert np.average(own['scores'], weights=own.get('weights')
+  for name, item in figures.get('items', {}).items():  # of which it is the mean
+    assert np.average(item['scores'], weights=item.get('weights')
                       ) == pytest.approx(figures[name]), name
   return figures

@@ -36,11 +36,11 @@ def decode_flops(model, keys: int, memory: int = 0) -> dict:
   layers = c.num_decoder_layers if memory else c.num_layers
   parts = [{'head': _head(c, 1)}]
   for kind in c.layer_kinds(layers, cross=bool(memory)):
-    own = c.of_kind(kind.name)
-    seen = min(keys, own.sliding_window) if own.attention == 'banded' else keys
-    parts += [_attention(own, 1, 1, seen), _ffn(own, kind, 1)]
+    of = c.of_kind(kind.name)
+    seen = min(keys, of.sliding_window) if of.attention == 'banded' else keys
+    parts += [_attention(of, 1, 1, seen), _ffn(of, kind, 1)]
     if memory:
-      parts.append(_attention(own, 1, 0, memory))
+      parts.append(_attention(of, 1, 0, memory))
   return _sum(*parts)
 
 
@@ -53,11 +53,11 @@ def _mean_keys(kind, window, length):
 def _stack(c, kinds, length, memory=0):
   parts = []
   for kind in kinds:
-    own = c.of_kind(kind.name)
-    keys = _mean_keys(kind, own.sliding_window, length)
-    parts += [_attention(own, length, length, keys), _ffn(own, kind, length)]
+    of = c.of_kind(kind.name)
+    keys = _mean_keys(kind, of.sliding_window, length)
+    parts += [_attention(of, length, length, keys), _ffn(of, kind, length)]
     if kind.cross:
-      parts.append(_attention(own, length, memory, memory))
+      parts.append(_attention(of, length, memory, memory))
   return _sum(*parts)
 
 

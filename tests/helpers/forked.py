@@ -34,14 +34,14 @@ OURS = {path.name.removesuffix('.py') for path in ROOT.iterdir()}
 READ_BY_JAX = ('JAX_', 'PYTHON')
 
 
-def run(*words: str, cwd: pathlib.Path = ROOT, said: str = '',
+def run(*words: str, cwd: pathlib.Path = ROOT, stdin: str = '',
         timeout: float = 300, meanwhile: Callable[[int], None] | None = None
         ) -> subprocess.CompletedProcess:
   """Runs `python WORDS`, which begin with a file, -m MODULE or -c CODE.
 
   Args:
     cwd: the folder that it runs in.
-    said: what it reads from its standard input.
+    stdin: what it reads from its standard input.
     timeout: in seconds.
     meanwhile: called with the number of its process once that has started.
 
@@ -51,11 +51,11 @@ def run(*words: str, cwd: pathlib.Path = ROOT, said: str = '',
   words = [str(word) for word in words]
   if words[0] == '-c' or _of_jax(os.environ) != _server()[1]:
     assert meanwhile is None
-    return subprocess.run([sys.executable, *words], cwd=cwd, input=said,
+    return subprocess.run([sys.executable, *words], cwd=cwd, input=stdin,
                           text=True, capture_output=True, timeout=timeout)
   with tempfile.TemporaryDirectory() as folder:
-    files = {name: f'{folder}/{name}' for name in ('said', 'out', 'err')}
-    pathlib.Path(files['said']).write_text(said)
+    files = {name: f'{folder}/{name}' for name in ('stdin', 'out', 'err')}
+    pathlib.Path(files['stdin']).write_text(stdin)
     pid = _ask(dict(words=words, cwd=str(cwd), env=dict(os.environ), **files))
     try:
       if meanwhile:
@@ -118,12 +118,12 @@ def _serve():
   sys.exit()
 
 
-def _become(words, cwd, env, said, out, err):
+def _become(words, cwd, env, stdin, out, err):
   """Turns this process into `python WORDS` in that folder."""
   os.chdir(cwd)
   os.environ.clear()
   os.environ.update(env)
-  for number, path, how in ((0, said, os.O_RDONLY),
+  for number, path, how in ((0, stdin, os.O_RDONLY),
                             (1, out, os.O_WRONLY | os.O_CREAT),
                             (2, err, os.O_WRONLY | os.O_CREAT)):
     os.dup2(os.open(path, how), number)

@@ -81,12 +81,12 @@ def wordpiece(folder: pathlib.Path) -> str:
 
 def config(source: str, tokenizer: str, objective: str, **data: Any):
   """Returns a run's config."""
-  found = base.base()
-  found.objective = objective
-  found.model.arch = 'bert'
-  found.data.update(source=source, eval_source=source, tokenizer=tokenizer,
+  config = base.base()
+  config.objective = objective
+  config.model.arch = 'bert'
+  config.data.update(source=source, eval_source=source, tokenizer=tokenizer,
                     **data)
-  return found
+  return config
 
 
 def corpus(config_: Any) -> sources.Corpus:

@@ -58,10 +58,10 @@ def make_job(folder, codes, workdir=None, **changes):
 
 def hostile_job(folder, **changes):
   """Returns a job whose every word is hostile, and the word."""
-  told = HOSTILE.format(folder / 'executed')
+  word = HOSTILE.format(folder / 'executed')
   return make_job(folder, '0', **dict(
-      words=(sys.executable, str(folder / 'program.py'), told, '--x=' + told),
-      env={'JAX_X': told, 'JAX_COMPILATION_CACHE_DIR': '/c'}) | changes), told
+      words=(sys.executable, str(folder / 'program.py'), word, '--x=' + word),
+      env={'JAX_X': word, 'JAX_COMPILATION_CACHE_DIR': '/c'}) | changes), word
 
 
 def starts(folder, who='0-0'):

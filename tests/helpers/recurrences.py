@@ -39,8 +39,8 @@ def each(*names: str) -> pytest.MarkDecorator:
 def sizes(mixer: str, **changes) -> dict:
   """Returns the fields of a mixer's group."""
   group = blocks.MIXERS[mixer].settings
-  own = {field.name for field in dataclasses.fields(group)}
-  return {name: x for name, x in _SIZES.items() if name in own} | changes
+  names = {field.name for field in dataclasses.fields(group)}
+  return {name: x for name, x in _SIZES.items() if name in names} | changes
 
 
 def fields(mixer: str, **changes) -> dict:

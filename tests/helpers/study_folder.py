@@ -86,27 +86,27 @@ def results(of, upto='confirm', effects=None):
   """What results.json holds once the phases up to `upto` are over ('': none).
   """
   names = [*of.seeds][:[*of.seeds].index(upto) + 1] if upto else ()
-  runs, found = [], {}
+  runs, records = [], {}
   if 'noise' in names:
     runs += outcomes(of, 'noise', (of.base, plans.AGAIN))
-    found['noise'] = decide.noise(of, runs)
-    found['announced'] = decide.Announced(
+    records['noise'] = decide.noise(of, runs)
+    records['announced'] = decide.Announced(
         0.84, True,
         'An effect of 0.05 in loss is found with a probability of 84%.')
   if 'tune' in names:
-    found['tuned'] = [_tuned(variant, workload)
+    records['tuned'] = [_tuned(variant, workload)
                       for variant in (of.base, *of.variants)
                       for workload in of.workloads]
   if 'screen' in names:
     runs += outcomes(of, 'screen', (of.base, *of.variants), effects)
-    found['screen'] = decide.screen(of, runs)
-  passed = [row.variant for row in found.get('screen', ())
+    records['screen'] = decide.screen(of, runs)
+  passed = [row.variant for row in records.get('screen', ())
             if row.verdict == decide.PASSED]
   if 'confirm' in names:
     runs += outcomes(of, 'confirm', (of.base, *passed), effects)
-    found['confirm'] = decide.confirm(of, runs)
+    records['confirm'] = decide.confirm(of, runs)
   return plans.to_json(dict(
-      study=dict(name=of.name, hash=frozen(of).hash), outcomes=runs, **found,
+      study=dict(name=of.name, hash=frozen(of).hash), outcomes=runs, **records,
       phases={name: dict(planned=10, done=10, failed=1, tokens=1.23e7,
                          flops=4.56e13, seconds=321.0, finished=True)
               for name in names},
@@ -125,7 +125,7 @@ def _tuned(variant, workload):
                   loss=2.5, diverged=False) for lr in (1e-3, 2e-3, 4e-3)])
 
 
-def write(root, of=None, found=None, **changes):
+def write(root, of=None, tree=None, **changes):
   """Writes study.json and results.json; returns what the latter holds.
 
   Args:
@@ -136,7 +136,7 @@ def write(root, of=None, found=None, **changes):
   """
   root, of = pathlib.Path(root), of or plan()
   root.mkdir(parents=True, exist_ok=True)
-  found = results(of) if found is None else found
+  tree = results(of) if tree is None else tree
   plans.save(root, dataclasses.replace(frozen(of), **changes))
-  layout.save_checked(root / 'results.json', found)
-  return found
+  layout.save_checked(root / 'results.json', tree)
+  return tree

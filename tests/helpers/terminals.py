@@ -21,9 +21,9 @@ def run_until_closed(words: list[str], until: str) -> int:
       [sys.executable, '-IS', '-c', _IN_TERMINAL, *words], cwd=ROOT,
       stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True)
   os.close(its_end)
-  said = b''
-  while until.encode() not in said:
-    said += os.read(terminal, 100)
+  shown = b''
+  while until.encode() not in shown:
+    shown += os.read(terminal, 100)
   os.close(terminal)
   try:
     return program.wait(60)

@@ -22,19 +22,19 @@ def rows(request):
 @pytest.mark.slow
 @pytest.mark.long
 def test_flat_in_mup_and_growing_in_the_standard_form(rows):
-  said = {name: [coord_check.verdict(slope) for slope in row['slopes']]
+  words = {name: [coord_check.verdict(slope) for slope in row['slopes']]
           for name, row in rows.items()}
   assert rows['mup']['outputs'][:2] == ['block 0', 'block 1']
   # A small slope adds up over blocks; a pattern may want more than two.
-  deeper = said['mup'][2:-1]
-  assert set(said['mup'][:2] + said['mup'][-1:]) == {'flat'}, rows['mup'][
+  deeper = words['mup'][2:-1]
+  assert set(words['mup'][:2] + words['mup'][-1:]) == {'flat'}, rows['mup'][
       'slopes']
   assert set(deeper) <= {'flat', 'unclear'}, rows['mup']['slopes']
   # A branch that ends in a norm adds no more at one width than at another.
   c = coord_check.config(rows['mup']['system'], 'mup', 32, 32,
                          coord_check.Setting('adamw', 1.0, 1))
   ends_in_a_norm = c.model.block in ('sandwich', 'out_norm')
-  grows = said['standard'][-1:] if ends_in_a_norm else said['standard']
+  grows = words['standard'][-1:] if ends_in_a_norm else words['standard']
   assert set(grows) == {'growing'}, rows['standard']['slopes']
   # At the base the two are one.
   np.testing.assert_allclose(rows['mup']['sizes'][0],

@@ -98,14 +98,14 @@ def test_the_card_has_the_best_rate_and_students_interval(file, tmp_path):
   suite = suites.load(str(file), base(), seeds=3)
   workdir = epath.Path(tmp_path)
   written(suite, workdir, {1e-3: [0.5, 0.6, 0.7], 1e-2: [0.4, 0.9, 0.2]})
-  own = suites.card_of(suite, workdir)['tasks']['parity']
-  assert own['lr'] == 1e-3 and own['accuracy']['seeds'] == [0.5, 0.6, 0.7]
+  row = suites.card_of(suite, workdir)['tasks']['parity']
+  assert row['lr'] == 1e-3 and row['accuracy']['seeds'] == [0.5, 0.6, 0.7]
   interval = stats.t.interval(0.95, 2, 0.6, stats.sem([0.5, 0.6, 0.7]))
-  np.testing.assert_allclose(own['accuracy']['half_95'],
+  np.testing.assert_allclose(row['accuracy']['half_95'],
                              (interval[1] - interval[0]) / 2)
-  np.testing.assert_allclose(own['level']['8']['mean'], 0.3)
-  assert list(own['beyond']) == ['2x']
-  assert abs(own['commonest'] - 0.5) < 0.02  # of a bit
+  np.testing.assert_allclose(row['level']['8']['mean'], 0.3)
+  assert list(row['beyond']) == ['2x']
+  assert abs(row['commonest'] - 0.5) < 0.02  # of a bit
 
 
 @pytest.mark.long  # it compiles a group of runs
@@ -113,8 +113,8 @@ def test_a_suite_is_trained_once(file, tmp_path, capsys):
   suite = suites.load(str(file), base())
   workdir = epath.Path(tmp_path)
   suites.train(suite, workdir)
-  found = suites.card_of(suite, workdir)
-  assert len(found['tasks']['parity']['accuracy']['seeds']) == 2
+  card = suites.card_of(suite, workdir)
+  assert len(card['tasks']['parity']['accuracy']['seeds']) == 2
   capsys.readouterr()
   suites.train(suite, workdir)
   assert '4 of 4 runs are complete' in capsys.readouterr().out

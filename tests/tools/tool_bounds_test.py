@@ -49,19 +49,19 @@ def _refused(enter, folder) -> str:
     return str(error)
 
 
-@pytest.mark.parametrize('enter, own', [
+@pytest.mark.parametrize('enter, file', [
     (layout.try_folder, 'sweep.json'),
     (lambda folder: tokenize.main(['none:', '--out', str(folder)]),
      'begun.json')], ids=['sweep', 'tokenize'])
-def test_the_folder_of_a_run_is_refused(enter, own, tmp_path):
-  told = 'holds a training run: choose another folder'
+def test_the_folder_of_a_run_is_refused(enter, file, tmp_path):
+  message = 'holds a training run: choose another folder'
   (tmp_path / 'config.json').touch()
-  assert told not in _refused(enter, tmp_path)  # of no run, or not yet
+  assert message not in _refused(enter, tmp_path)  # of no run, or not yet
   (tmp_path / 'checkpoints').mkdir()
-  assert told in _refused(enter, tmp_path)
+  assert message in _refused(enter, tmp_path)
   assert len(list(tmp_path.iterdir())) == 2
-  (tmp_path / own).touch()  # what was there before goes on
-  assert told not in _refused(enter, tmp_path)
+  (tmp_path / file).touch()  # what was there before goes on
+  assert message not in _refused(enter, tmp_path)
 
 
 def test_the_folder_of_a_run_is_refused_by_probes(tmp_path):

@@ -47,18 +47,18 @@ def test_with_enough_beams_the_texts_are_the_best_of_all(penalty, alpha):
   rows = np.concatenate([np.repeat(prompt, len(every), 0), every], 1)
   log_p = np.asarray(jax.jit(lambda rows: jax.nn.log_softmax(
       models.logits(*model, rows)))(rows))[:, 1:-1]
-  told = {}
+  score = {}
   for row, p in zip(every, log_p):
     ends = np.flatnonzero(row == STOP)
     n = ends[0] + 1 if ends.size else 3
     text = (*row[:n], *[STOP] * (3 - n))
-    told[text] = p[np.arange(n), row[:n]].sum() / _divisor(penalty, alpha)(n)
-  best = sorted(told, key=told.get, reverse=True)
+    score[text] = p[np.arange(n), row[:n]].sum() / _divisor(penalty, alpha)(n)
+  best = sorted(score, key=score.get, reverse=True)
   assert len(best) == 40
   tokens, scores = search(model, prompt, 3, STOP, [2], count=41,
                           penalty=penalty, length_penalty=alpha)
   assert [tuple(row) for row in tokens[0, :40]] == best
-  np.testing.assert_allclose(scores[0, :40], [told[text] for text in best],
+  np.testing.assert_allclose(scores[0, :40], [score[text] for text in best],
                              rtol=1e-5)
   assert (scores[0, 40:] <= generate.NEVER / 10).all()
 
@@ -74,13 +74,13 @@ def by_the_book(log_p, count, divisor, early_stopping):
   """
   running, finished = [(0.0, ())], []
   for n in range(1, NEW + 1):
-    found = sorted(((score + p, (*text, token)) for score, text in running
+    grown = sorted(((score + p, (*text, token)) for score, text in running
                     for token, p in enumerate(log_p(text))), reverse=True)
-    ends = [text[-1] in STOPS or n == NEW for _, text in found]
+    ends = [text[-1] in STOPS or n == NEW for _, text in grown]
     finished += [(score / divisor(n), text) for (score, text), end in zip(
-        found[:count], ends) if end]
+        grown[:count], ends) if end]
     finished = sorted(finished, reverse=True)[:count]
-    running = [row for row, end in zip(found, ends) if not end][:count]
+    running = [row for row, end in zip(grown, ends) if not end][:count]
     if len(finished) == count and (early_stopping or not running or (
         running[0][0] / divisor(n) <= finished[-1][0])):
       break

@@ -310,8 +310,8 @@ def test_each_line_of_a_pipe_is_a_message(monkeypatch, capsys):
       b'a\n\n  \n b \r\n/reset\nc\n/exit\nd\n')))
   session = Echo()
   program.converse(session, in_terminal=False)
-  said = capsys.readouterr()
-  assert said.out == '<a>\n< b >\n<c>\n' and said.err == ''
+  output = capsys.readouterr()
+  assert output.out == '<a>\n< b >\n<c>\n' and output.err == ''
   assert session.messages == ['c']
 
 
@@ -325,25 +325,25 @@ def test_at_a_terminal_what_is_wrong_ends_nothing(monkeypatch, capsys):
     return following
   monkeypatch.setattr('builtins.input', line)
   program.converse(Echo(), in_terminal=True)
-  said = capsys.readouterr()
-  assert said.out == '<a>\n\n'
+  output = capsys.readouterr()
+  assert output.out == '<a>\n\n'
   for words in ('[cut off at --max_new_tokens]', 'Ctrl-D ends the program',
                 'line 3 is not text'):
-    assert words in said.err
+    assert words in output.err
 
 
 def test_the_program_through_a_pipe(tmp_path):
-  def run(*flags, said='', code=0):
-    result = forked.run('-m', 'tools.chat', *flags, said=said)
+  def run(*flags, stdin='', code=0):
+    result = forked.run('-m', 'tools.chat', *flags, stdin=stdin)
     assert result.returncode == code, result.stderr
     return result
   save(tmp_path)
   flags = (f'--folder={tmp_path}', '--max_new_tokens=3')
-  first = run(*flags, said='a\n/reset\na\n')
+  first = run(*flags, stdin='a\n/reset\na\n')
   assert first.stderr == ''
   # A new conversation begins as the first one did.
   one, other = first.stdout.splitlines()
   assert one == other
-  assert 'has 33 tokens' in run(*flags, said='a' * 31, code=2).stderr
+  assert 'has 33 tokens' in run(*flags, stdin='a' * 31, code=2).stderr
   assert 'either --workdir DIR' in run('--folder=a', '--workdir=b',
                                        code=2).stderr

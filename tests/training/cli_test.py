@@ -169,15 +169,15 @@ def test_an_error_in_a_config_file_has_its_file_and_line(text, tmp_path):
 def test_kinds_of_layer_are_flags():
   """Also of a kind that is called as a keyword of Python."""
   words = ['--config.model.pattern=local,global']
-  own = dict(local=dict(window=16), **{'global': dict(
+  kinds = dict(local=dict(window=16), **{'global': dict(
       qk_norm=False, rope=dict(theta=1e6))})
   flags = ['--config.model.kinds.local.window=16',
            '--noconfig.model.kinds.global.qk_norm',
            '--config.model.kinds.global.rope.theta=1e6']
-  for given in (flags, [f'--config.model.kinds={own}']):
+  for given in (flags, [f'--config.model.kinds={kinds}']):
     result = forked.run('train.py', '--config', 'configs/llama.py:tiny',
                         *words, *given, '--print_config')
-    assert json.loads(result.stdout)['model']['kinds'] == own, result.stderr
+    assert json.loads(result.stdout)['model']['kinds'] == kinds, result.stderr
   result = forked.run(
       'train.py', '--config', 'configs/llama.py:tiny', *words, *flags,
       '--config.model.kinds.local.position=none',
@@ -218,9 +218,9 @@ def test_each_kind_of_failure_has_its_exit_code(error, code, words, capsys):
     raise error
   with pytest.raises(SystemExit) as exit_:
     cli.run(fail)
-  told = capsys.readouterr().err
-  assert exit_.value.code == code and words in told
-  assert 'Traceback' not in told and told.count('\n') == 1
+  stderr = capsys.readouterr().err
+  assert exit_.value.code == code and words in stderr
+  assert 'Traceback' not in stderr and stderr.count('\n') == 1
 
 
 def test_a_program_that_nobody_reads_any_more_ends_as_by_a_signal():

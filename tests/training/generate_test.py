@@ -117,9 +117,9 @@ def test_the_sampler_against_loops(settings):
   seen = rng.random((3, 11)) < 0.4
   sampling = generate.Sampling(**settings)
   got = sampling.filter(sampling.penalize(jnp.array(logits), jnp.array(seen)))
-  for row, own, out in zip(logits, seen, np.asarray(got)):
+  for row, before, out in zip(logits, seen, np.asarray(got)):
     row = [x if not s else x / sampling.repetition_penalty if x > 0
-           else x * sampling.repetition_penalty for x, s in zip(row, own)]
+           else x * sampling.repetition_penalty for x, s in zip(row, before)]
     row = np.array(row) / sampling.temperature
     if sampling.top_k:
       row[np.argsort(-row)[sampling.top_k:]] = -np.inf

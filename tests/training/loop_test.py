@@ -46,7 +46,7 @@ class Fake:
     each = [dict(loss=1.0, param_norm=1.0, bad_in_row=0) | row.get(
         state.step + 1, {}) for row in self.rows]
     return _state(state.step + 1), {
-        name: jnp.array([own[name] for own in each]) for name in each[0]}
+        name: jnp.array([row[name] for row in each]) for name in each[0]}
 
   def _split(self, state):
     step = getattr(state, 'step', None)  # of a state, and not of parameters

@@ -144,11 +144,11 @@ DRAWN = np.random.default_rng(0).normal(size=(5, 2, 3, 4)).astype(np.float32)
 def of_step(n, averaged=True):
   """The state of step n: a and b are trained, c is frozen."""
   put = lambda x, dtype=jnp.float32: jax.device_put(jnp.asarray(x, dtype), HERE)
-  own = DRAWN[n // 10]
-  state = {'params': {'a': put(own[0]), 'b': put(own[1], jnp.bfloat16),
-                      'c': put(own[0, 0])}}
+  drawn = DRAWN[n // 10]
+  state = {'params': {'a': put(drawn[0]), 'b': put(drawn[1], jnp.bfloat16),
+                      'c': put(drawn[0, 0])}}
   if averaged:
-    state['ema'] = {'a': put(own[0] / 2), 'b': put(own[1] / 2)}
+    state['ema'] = {'a': put(drawn[0] / 2), 'b': put(drawn[1] / 2)}
   return state
 
 
@@ -177,37 +177,37 @@ def averaged(tmp_path_factory):
 
 
 def test_it_is_the_average_where_one_is_kept(averaged):
-  found = parameters.of_checkpoint(averaged, asked())
-  assert (found.step, found.what) == (40, 'the average (optim.ema)')
+  taken = parameters.of_checkpoint(averaged, asked())
+  assert (taken.step, taken.what) == (40, 'the average (optim.ema)')
   kept = of_step(40)
-  np.testing.assert_array_equal(found.state['a'], kept['ema']['a'])
-  np.testing.assert_array_equal(found.state['c'], kept['params']['c'])
-  assert found.state['b'].dtype == jnp.bfloat16
+  np.testing.assert_array_equal(taken.state['a'], kept['ema']['a'])
+  np.testing.assert_array_equal(taken.state['c'], kept['params']['c'])
+  assert taken.state['b'].dtype == jnp.bfloat16
   np.testing.assert_array_equal(
-      found.state['b'], kept['ema']['b'].astype(jnp.bfloat16))
+      taken.state['b'], kept['ema']['b'].astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize('text, steps', [
     ('last:3', [20, 30, 40]), ('40,10', [10, 40])])
 def test_a_mean_is_that_of_numpy(plain, text, steps):
-  found = parameters.of_checkpoint(plain, asked(), checkpoints.named_step(text))
-  assert found.step == 40
-  assert found.what == f'the mean of steps {", ".join(map(str, steps))}'
+  taken = parameters.of_checkpoint(plain, asked(), checkpoints.named_step(text))
+  assert taken.step == 40
+  assert taken.what == f'the mean of steps {", ".join(map(str, steps))}'
   for name in 'abc':
-    own = [np.asarray(of_step(n)['params'][name], np.float32) for n in steps]
-    expected = np.mean(own, axis=0)
+    values = [np.asarray(of_step(n)['params'][name], np.float32) for n in steps]
+    expected = np.mean(values, axis=0)
     if name == 'b':
       expected = expected.astype(jnp.bfloat16)
-    np.testing.assert_allclose(np.float32(found.state[name]),
+    np.testing.assert_allclose(np.float32(taken.state[name]),
                                np.float32(expected), rtol=2e-7, err_msg=name)
-    assert found.state[name].dtype == asked()[name].dtype
+    assert taken.state[name].dtype == asked()[name].dtype
 
 
 def test_a_mean_is_of_averages_where_these_are_kept(averaged):
-  found = parameters.of_checkpoint(averaged, asked(), checkpoints.Mean(last=2))
-  assert found.what == ('the mean of steps 30, 40, each the average '
+  taken = parameters.of_checkpoint(averaged, asked(), checkpoints.Mean(last=2))
+  assert taken.what == ('the mean of steps 30, 40, each the average '
                         '(optim.ema)')
-  np.testing.assert_array_equal(found.state['a'], np.mean(
+  np.testing.assert_array_equal(taken.state['a'], np.mean(
       [of_step(n)['ema']['a'] for n in (30, 40)], axis=0))
   live = parameters.of_checkpoint(averaged, asked(), checkpoints.Mean(last=2),
                             live=True)

@@ -38,22 +38,22 @@ def _said(tmp_path, start=0, **fields):
 def test_the_outline_says_what_the_run_does(tmp_path):
   (tmp_path / 'one.txt').write_text(WORDS * 40)
   source = f'text:{tmp_path}/one.txt'
-  run, (train, (held_out,)), said = _said(
+  run, (train, (held_out,)), lines = _said(
       tmp_path, 10, **{'data.source': source})
   d, v, length = 16, run.model.vocab_size, run.model.max_len
   # GPT's by hand: embeddings, two blocks, the last norm.
   block = 4 * (d * d + d) + 2 * 4 * d * d + 5 * d + 4 * d
   assert f' {v * d + length * d + 2 * block + 2 * d:,} parameters in ' in (
-      said['model'])
-  assert said['devices'] == '8 of the kind cpu, mesh data=4,fsdp=2'
-  assert said['step'] == '16 rows in 2 micro-batches, 128 tokens'
+      lines['model'])
+  assert lines['devices'] == '8 of the kind cpu, mesh data=4,fsdp=2'
+  assert lines['step'] == '16 rows in 2 micro-batches, 128 tokens'
   passes = 30 * 16 / train.num_windows
-  assert said['training'] == 'steps 11 to 30, 3,840 tokens in all'
-  assert said['data'] == (
+  assert lines['training'] == 'steps 11 to 30, 3,840 tokens in all'
+  assert lines['data'] == (
       f'{passes:.3g} passes over all but the last 1/4 of {source}')
-  assert said['held out'] == (
+  assert lines['held out'] == (
       f'the last 1/4 of {source}, {len(WORDS) * 10 + 1} tokens')
-  assert said['evaluation'] == (
+  assert lines['evaluation'] == (
       f'every 10 steps, on 2 of the {-(-len(WORDS) * 10 // 128)} batches held '
       'out')
 
@@ -90,11 +90,11 @@ def test_the_ramp_of_a_run_does_not_bind_its_evaluation():
 def test_a_run_says_where_it_is_not_the_system_that_it_names(
     arch, line, tmp_path):
   (tmp_path / 'one.txt').write_text(WORDS * 40)
-  *_, said = _said(tmp_path, **{
+  *_, lines = _said(tmp_path, **{
       'data.source': f'text:{tmp_path}/one.txt', 'model.arch': arch,
       'model.ffn': 'gelu_tanh'})
-  assert said.get('not as published', '').startswith(line)
-  assert ('not as published' in said) == bool(line)
+  assert lines.get('not as published', '').startswith(line)
+  assert ('not as published' in lines) == bool(line)
 
 
 @pytest.fixture(name='labelled')

@@ -64,11 +64,11 @@ def test_the_confirmation_is_scipys_test_and_statsmodels_holm():
     assert (row.p, row.p_corrected) == pytest.approx((test.pvalue, p))
     assert (row.low, row.high) == pytest.approx(test.confidence_interval())
     assert row.n == 5 and row.runs == 15
-    own = values[row.variant] - values['base']
-    for size, d in zip(row.sizes, own.T):
+    apart = values[row.variant] - values['base']
+    for size, d in zip(row.sizes, apart.T):
       assert (size.effect, size.p) == pytest.approx(
           (d.mean(), stats.ttest_1samp(d, 0).pvalue))
-    slopes = [np.polyfit([4, 5, 6], d, 1)[0] for d in own]
+    slopes = [np.polyfit([4, 5, 6], d, 1)[0] for d in apart]
     trend = stats.ttest_1samp(slopes, 0)
     assert (row.trend.effect, row.trend.p, row.trend.low) == pytest.approx(
         (np.mean(slopes), trend.pvalue, trend.confidence_interval()[0]))
@@ -80,17 +80,17 @@ def test_items_are_compared_by_the_mean_of_sizes_of_each_seed():
   losses = {}
 
   def with_documents(x):
-    own = losses[x.variant, x.size, x.seed] = rng.normal(3, 0.1, 4)
-    return x._replace(items={'loss': items.of(own, tokens, tokens)})
+    scores = losses[x.variant, x.size, x.seed] = rng.normal(3, 0.1, 4)
+    return x._replace(items={'loss': items.of(scores, tokens, tokens)})
 
   outcomes = [*map(with_documents, _phase(
       'confirm', _values(), lost=[('b', 0, 0)]))]
-  found = decide.confirm(PLAN, outcomes)
+  verdicts = decide.confirm(PLAN, outcomes)
   seeds = sorted({x.seed for x in outcomes})
-  for row, own in zip(found, (seeds, seeds[1:])):
+  for row, subset in zip(verdicts, (seeds, seeds[1:])):
     table = np.array([np.mean(
         [losses[row.variant, size, seed] - losses['base', size, seed]
-         for size in SIZES], 0) for seed in own])
+         for size in SIZES], 0) for seed in subset])
     assert (row.both.effect, row.both.low, row.both.high, row.both.p
             ) == pytest.approx(statistics.crossed(table, tokens))
     alone = statistics.crossed(table.mean(0)[None], tokens)
@@ -138,12 +138,12 @@ def test_measures_go_on_by_their_signal_to_noise():
 
 def test_the_screening_is_scipys_test_at_the_smallest_size():
   values = _values(effects=(0, -0.05, 0.1, 0.02))
-  found = decide.screen(dataclasses.replace(PLAN, variants=('a', 'b', 'c')),
+  verdicts = decide.screen(dataclasses.replace(PLAN, variants=('a', 'b', 'c')),
                         _phase('screen', values))
   tests = [stats.ttest_rel(values[v][:, 0], values['base'][:, 0])
            for v in 'abc']
   qs = stats.false_discovery_control([t.pvalue for t in tests], method='bh')
-  for row, test, q in zip(found, tests, qs):
+  for row, test, q in zip(verdicts, tests, qs):
     assert (row.p, row.p_corrected) == pytest.approx((test.pvalue, q))
     assert (row.verdict == decide.PASSED) == (q <= 0.05)
     assert (row.low, row.high) == pytest.approx(test.confidence_interval())
@@ -156,9 +156,9 @@ def test_what_is_better_and_what_is_corrected_together():
   assert {(row.measure, row.variant): row.verdict for row in rows} == {
       ('loss', 'a'): 'better', ('loss', 'b'): 'worse',
       ('mqar', 'a'): 'worse', ('mqar', 'b'): 'better'}
-  for own in (rows[:2], rows[2:]):
-    assert [row.p_corrected for row in own] == pytest.approx(list(multipletests(
-        [row.p for row in own], method='holm')[1]))
+  for few in (rows[:2], rows[2:]):
+    assert [row.p_corrected for row in few] == pytest.approx(list(multipletests(
+        [row.p for row in few], method='holm')[1]))
   # What has no spread has the p of the sign test.
   solved = {'base': np.zeros((5, 3)), 'a': np.ones((5, 3)),
             'b': np.zeros((5, 3))}
@@ -265,12 +265,12 @@ def test_a_margin_makes_verdicts_of_what_is_not_different():
   plan = dataclasses.replace(PLAN, margin=0.05)
   values = _values(seeds=8, effects=(0.0, 0.0, 0.02), noise=0.02)
   rows = _confirm(values, plan)
-  own = [(values[v] - values['base']).mean(1) for v in 'ab']
+  means = [(values[v] - values['base']).mean(1) for v in 'ab']
   for name, ps in (('p_equivalent', [max(
       stats.ttest_1samp(d, -0.05, alternative='greater').pvalue,
-      stats.ttest_1samp(d, 0.05, alternative='less').pvalue) for d in own]),
+      stats.ttest_1samp(d, 0.05, alternative='less').pvalue) for d in means]),
                    ('p_not_worse', [stats.ttest_1samp(
-                       d, 0.05, alternative='less').pvalue for d in own])):
+                       d, 0.05, alternative='less').pvalue for d in means])):
     assert [getattr(row, name) for row in rows] == pytest.approx(
         list(multipletests(ps, method='holm')[1]))
   assert rows[0].verdict == decide.EQUIVALENT
@@ -284,8 +284,8 @@ def test_a_margin_makes_verdicts_of_what_is_not_different():
   assert _confirm(values, plan)[0].verdict == decide.NOT_WORSE
   # What is no worse passes the screening, though no difference is shown.
   values = _values(seeds=8, effects=(0.0, 0.0, 0.2))
-  screened = [[row.verdict for row in decide.screen(own, _phase(
-      'screen', values))] for own in (plan, PLAN)]
+  screened = [[row.verdict for row in decide.screen(each, _phase(
+      'screen', values))] for each in (plan, PLAN)]
   assert screened == [[decide.PASSED] * 2, [decide.STOPPED, decide.PASSED]]
 
 
@@ -320,11 +320,11 @@ def test_a_speed_up_is_the_factor_of_what_is_spent():
   outcomes = []
   for variant, factor in (('base', 1.0), ('a', 0.5)):
     for x in _phase('confirm', {variant: np.full((3, 3), 2.0)}):
-      own = spent * factor * np.exp(rng.normal(0, 0.01))
+      flops = spent * factor * np.exp(rng.normal(0, 0.01))
       # What came before the learning rate was at its height is in no law.
       loss = np.where(np.arange(20) < 4, 5.5, 1.5 + 300 * spent ** -0.25)
       outcomes.append(x._replace(curve={
-          'flops': own.tolist(), 'seconds': (own * 3e-11).tolist(),
+          'flops': flops.tolist(), 'seconds': (flops * 3e-11).tolist(),
           'loss': loss.tolist(), 'warm': [i > 3 for i in range(20)]}))
   row, = decide.confirm(PLAN, outcomes)
   assert [(x.size, x.by) for x in row.speed_ups] == [
@@ -426,9 +426,9 @@ def test_noise_rows_are_the_deviations_of_the_pairs():
                            if y.variant == x], (6, 3))
             for x in ('base', plans.AGAIN)}
   d = values[plans.AGAIN] - values['base']
-  for size, own in (*zip(SIZES, d.T), (decide.ALL, d.mean(1))):
+  for size, apart in (*zip(SIZES, d.T), (decide.ALL, d.mean(1))):
     row = rows['loss', size, 'confirm']
-    assert row.sd == pytest.approx(np.std(own, ddof=1))
+    assert row.sd == pytest.approx(np.std(apart, ddof=1))
   assert (row.level, row.pairs) == (0.025, 6)
   rule = dict(sd=row.sd, sds=np.std(d, 0, ddof=1), df=5, seeds=5, level=0.025)
   assert row.smallest_effect == statistics.smallest_effect(0.8, **rule)
@@ -436,10 +436,10 @@ def test_noise_rows_are_the_deviations_of_the_pairs():
   # An outlier: what is announced is resampled, and says so.
   far = [x._replace(values=dict.fromkeys(x.values, 4.0))
          if x is outcomes[0] else x for x in outcomes]
-  own = next(x for x in decide.noise(plan, far) if (x.measure, x.size) == (
+  apart = next(x for x in decide.noise(plan, far) if (x.measure, x.size) == (
       'loss', decide.ALL))
-  assert own.outliers < 0.01 and own.error is not None
-  assert own.smallest_effect > 2 * row.smallest_effect
+  assert apart.outliers < 0.01 and apart.error is not None
+  assert apart.smallest_effect > 2 * row.smallest_effect
   assert 'does not look normal' in decide.announce(
       plan, decide.noise(plan, far)).sentence
   # Two variants, and three measures beside the primary one.
@@ -455,9 +455,9 @@ def test_a_study_that_cannot_find_what_it_wants_says_so():
   strong, weak = (decide.announce(p, decide.noise(p, outcomes)) for p in (
       dataclasses.replace(plan, effect=0.2),
       dataclasses.replace(plan, effect=0.01)))
-  own = dataclasses.replace(plan, effect=0.03)
-  rows = decide.noise(own, outcomes)
-  assert decide.announce(own, rows).power == math.prod(
+  smaller = dataclasses.replace(plan, effect=0.03)
+  rows = decide.noise(smaller, outcomes)
+  assert decide.announce(smaller, rows).power == math.prod(
       row.power for row in rows if row.phase == 'screen'
       or row.size == decide.ALL) < 0.9
   assert strong.enough and 'less than' not in strong.sentence
@@ -470,7 +470,7 @@ def test_a_study_that_cannot_find_what_it_wants_says_so():
 def test_factors_of_noise_hold_what_is_true():
   """Of pairs whose correlation is known, and of spreads whose quotient is; the
   ends of an interval are where Pitman's and Morgan's test has p = 0.05."""
-  rng, held = np.random.default_rng(4), []
+  rng, covered = np.random.default_rng(4), []
   for r in (-0.5, 0.9):
     for _ in range(400):
       x, y = rng.multivariate_normal([0, 0], [[1, r], [r, 1]], 5).T
@@ -478,9 +478,9 @@ def test_factors_of_noise_hold_what_is_true():
       assert pairing.factor == pytest.approx(np.sqrt(
           (np.var(x) + np.var(y)) / np.var(x - y)))
       more = advice.lowered('', 2 * x, y)
-      held.append((pairing.low < (1 - r) ** -0.5 < pairing.high,
+      covered.append((pairing.low < (1 - r) ** -0.5 < pairing.high,
                    more.low < 2 < more.high))
-  assert np.mean(held, 0) == pytest.approx(0.95, abs=0.03)
+  assert np.mean(covered, 0) == pytest.approx(0.95, abs=0.03)
   for end in (more.low, more.high):
     assert stats.pearsonr(2 * x + end * y, 2 * x - end * y).pvalue == (
         pytest.approx(0.05))
@@ -491,17 +491,17 @@ def _crossed(rng, start, order, rest, seeds, sizes=3, studies=()):
   [*studies, sizes, seeds]; again has the start of the base of the next seed."""
   starts = start * rng.normal(size=(*studies, sizes, seeds + 1))
   orders = order * rng.normal(size=(*studies, 1, seeds))
-  own = rest * rng.normal(size=(2, *studies, sizes, seeds))
-  return starts[..., :-1] + orders + own[0], starts[..., 1:] + orders + own[1]
+  eps = rest * rng.normal(size=(2, *studies, sizes, seeds))
+  return starts[..., :-1] + orders + eps[0], starts[..., 1:] + orders + eps[1]
 
 
 @pytest.mark.parametrize('deviations', [
     (0.03, 0.05, 0.01), (0.0, 0.04, 0.0), (0.02, 0.0, 0.03)])
 def test_the_split_of_the_variance_is_the_true_one(deviations):
   rng, truth = np.random.default_rng(7), np.square(deviations)
-  found = advice.components(*_crossed(rng, *deviations, 5, studies=(4000,)))
-  errors = np.std(found.mean(1), axis=0) / 4000 ** 0.5
-  assert np.all(np.abs(found.mean((0, 1)) - truth) < 4 * errors)
+  shares = advice.components(*_crossed(rng, *deviations, 5, studies=(4000,)))
+  errors = np.std(shares.mean(1), axis=0) / 4000 ** 0.5
+  assert np.all(np.abs(shares.mean((0, 1)) - truth) < 4 * errors)
   # Of any two classes of runs, by the definition: one pair at a time.
   base, again = _crossed(rng, *deviations, 4, 1)
   runs = [(s, s, base[0, s]) for s in range(4)] + [
@@ -513,10 +513,10 @@ def test_the_split_of_the_variance_is_the_true_one(deviations):
       (False, True))
   assert advice.components(base, again)[0] == pytest.approx(
       [none - start, none - order, start + order - none])
-  held = np.mean([[x.low <= share <= x.high for x, share in zip(
+  covered = np.mean([[x.low <= share <= x.high for x, share in zip(
       advice.split(*_crossed(rng, *deviations, 6)), truth / truth.sum())]
                   for _ in range(60)], axis=0)
-  assert np.all(held >= 0.85)
+  assert np.all(covered >= 0.85)
 
 
 def test_crossed_starts_promise_no_more_than_apart_ones():
@@ -535,10 +535,10 @@ def test_what_lowers_the_noise_is_measured_on_its_pairs():
   rng, outcomes = np.random.default_rng(5), []
   paired = rng.normal(0, 0.1, (200, 3))
   walk = rng.normal(0, 0.02, (2, 200, 3, 8))
-  for name, own in zip(('base', plans.AGAIN), walk):
+  for name, steps in zip(('base', plans.AGAIN), walk):
     # The noise half-way is twice that of the end; that of its last quarter is
     # a mean of two.
-    losses = 3 + paired[..., None] + own * [9, 9, 9, 2, 9, 9, 1, 1]
+    losses = 3 + paired[..., None] + steps * [9, 9, 9, 2, 9, 9, 1, 1]
     outcomes += [x._replace(curve={
         'step': [*range(10, 90, 10)],
         'loss': losses[x.seed, SIZES.index(x.size)].tolist()})
@@ -547,10 +547,10 @@ def test_what_lowers_the_noise_is_measured_on_its_pairs():
   assert pairing.factor == pytest.approx((1 + (0.1 / 0.02) ** 2) ** 0.5, rel=.3)
   assert longer.factor == pytest.approx(2, rel=0.3)
   assert late.factor == pytest.approx(2 ** 0.5, rel=0.3)
-  said = advice.sentence(PLAN, outcomes)
-  assert f'already: {pairing.factor:.2f} [{pairing.low:.2f}' in said
-  assert re.search(r'the order of the data \([89]\d% \[\d\d%, \d+%\]\), ', said)
-  assert 'not shown that pairing' not in said
+  text = advice.sentence(PLAN, outcomes)
+  assert f'already: {pairing.factor:.2f} [{pairing.low:.2f}' in text
+  assert re.search(r'the order of the data \([89]\d% \[\d\d%, \d+%\]\), ', text)
+  assert 'not shown that pairing' not in text
   # A pair with the base of another seed gains nothing.
   dealt = [x._replace(seed=(x.seed + 1) % 200) if x.variant == 'base' else x
            for x in outcomes]
@@ -572,11 +572,11 @@ def test_laws_of_verdicts(seed, seeds, effect):
   # The other sign has the other verdict.
   turned = _confirm({name: -x for name, x in values.items()})
   other = {'better': 'worse', 'worse': 'better'}
-  for row, own, back in zip(rows, moved, turned):
+  for row, shifted, back in zip(rows, moved, turned):
     if row.p is None:  # by chance, the noise looks too skewed
-      assert row.verdict == own.verdict == back.verdict == decide.NO_VERDICT
+      assert row.verdict == shifted.verdict == back.verdict == decide.NO_VERDICT
       continue
-    assert own.p == pytest.approx(row.p, rel=1e-4)
+    assert shifted.p == pytest.approx(row.p, rel=1e-4)
     assert back.p == pytest.approx(row.p)
     assert back.verdict == other.get(row.verdict, row.verdict)
     assert row.p_corrected >= row.p and row.verdict in decide.VERDICTS

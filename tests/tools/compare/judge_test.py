@@ -31,10 +31,10 @@ def test_the_shares_of_all_answers_sum_to_one_or_less():
 
 def test_an_answer_is_scipys_test_at_its_share():
   d = np.random.default_rng(0).normal(-0.01, 0.02, 6)
-  found, test = judge.paired_test(d.tolist(), 0.1), stats.ttest_1samp(d, 0)
-  assert (found.effect, found.p, found.p_corrected) == pytest.approx(
+  answer, test = judge.paired_test(d.tolist(), 0.1), stats.ttest_1samp(d, 0)
+  assert (answer.effect, answer.p, answer.p_corrected) == pytest.approx(
       (d.mean(), test.pvalue, min(1, test.pvalue / 0.1)))
-  assert found.interval == pytest.approx(test.confidence_interval(
+  assert answer.interval == pytest.approx(test.confidence_interval(
       1 - 0.05 * 0.1))
   assert judge.paired_test([0.1] * 3, 0.5) == (
       pytest.approx(0.1), None, 0.25, 0.5)
@@ -143,9 +143,9 @@ def test_codes_are_of_verdicts_and_asking_again_is_free(ask):
 
 def test_what_cannot_be_judged_is_refused_and_what_diverges_not_better(ask):
   ask.write(base=SHIFT, few=_shift(0, 0, 1), wild=_shift(-0.3, 0, 1, 2))
-  for variant, told in (('few', '2 seeds have ended in both'),
+  for variant, message in (('few', '2 seeds have ended in both'),
                         ('none', 'none has no runs'), ('base', 'beside each')):
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
       ask('base', variant)
   file = ask.folder / 'wild/seed-1/metrics.jsonl'
   whole = file.read_text()

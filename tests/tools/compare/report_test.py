@@ -442,7 +442,7 @@ def test_verdicts_are_published_from_bundles_alone(study, tmp_path, capsys):
   path.unlink()
   publish.main(args)
   assert args.page.read_text().endswith('\nNo study has been published yet.\n')
-  study_folder.write(tmp_path / 'w', found=study_folder.results(
+  study_folder.write(tmp_path / 'w', tree=study_folder.results(
       study_folder.plan(), 'screen'))
   args.workdirs = [tmp_path / 'w']
   with pytest.raises(RequestError, match='confirmation is over'):

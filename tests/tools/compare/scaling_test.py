@@ -57,14 +57,14 @@ def test_the_gradient_is_that_of_the_objective():
       rtol=1e-3)
 
 
-@pytest.mark.parametrize('params, tokens, said', [
+@pytest.mark.parametrize('params, tokens, message', [
     ([1e5, 1e6, 1e7] * 3, [1e6, 1e7, 1e8] * 3, '3 different pairs'),
     ([1e5, 1e6] * 4, np.geomspace(1e6, 1e9, 8), 'numbers of parameters'),
     (np.geomspace(1e5, 1e8, 8), [1e6] * 4 + [1e7] * 4, 'numbers of tokens'),
     (np.geomspace(1e5, 1e8, 8), 20 * np.geomspace(1e5, 1e8, 8), 'correlation'),
 ])
-def test_a_ladder_too_small_is_refused(params, tokens, said):
-  with pytest.raises(ValueError, match=said):
+def test_a_ladder_too_small_is_refused(params, tokens, message):
+  with pytest.raises(ValueError, match=message):
     scaling.check_ladder(params, tokens)
 
 
@@ -102,18 +102,18 @@ def test_a_folder_of_sizes_and_lengths_is_fitted(tmp_path, capsys, quick):
       _point(f'p{i}', {'model.d_model': 64 + i}, n, d, [loss])
       for i, (n, d, loss) in enumerate(zip(*ladder(STEEP, noise=1e-4)))])
   assert _main(tmp_path, '--budgets=1e15,1e19', '--draws=40', '--json') == 0
-  found = json.loads(capsys.readouterr().out)
+  fitted = json.loads(capsys.readouterr().out)
   for name in ('E', 'a', 'b'):
-    x = found['constants'][name]
+    x = fitted['constants'][name]
     assert x['low'] <= x['value'] <= x['high']
     assert x['value'] == pytest.approx(getattr(STEEP, name), rel=0.02)
-  assert found['flops_per_token'] == pytest.approx(
+  assert fitted['flops_per_token'] == pytest.approx(
       {'factor': 6.0, 'power': 1.0})
   near = scaling.optimum(STEEP, scaling.Cost(), 1e15)
-  assert found['optima'][0]['parameters']['value'] == pytest.approx(
+  assert fitted['optima'][0]['parameters']['value'] == pytest.approx(
       near[0], rel=0.1)
   assert 'parameters and tokens beyond the ladder' in (
-      scaling.text(found).splitlines()[-2])
+      scaling.text(fitted).splitlines()[-2])
 
 
 def test_what_is_no_ladder_is_refused(tmp_path):
@@ -153,20 +153,20 @@ def test_exponents_of_two_variants_are_compared(tmp_path, capsys, quick):
                                  ('rope', other, {'model.position': 'rope'}))
       for i, (n, d) in enumerate(zip(params, tokens))])
   assert _main(tmp_path, '--by=model.position', '--draws=40', '--json') == 0
-  found = json.loads(capsys.readouterr().out)
-  assert list(found['variants']) == ['learned', 'rope']
+  fitted = json.loads(capsys.readouterr().out)
+  assert list(fitted['variants']) == ['learned', 'rope']
   for value, exponent in (('learned', STEEP.a), ('rope', other.a)):
-    law = found['variants'][value]
+    law = fitted['variants'][value]
     assert law['runs'] == 32
     assert law['constants']['a']['value'] == pytest.approx(exponent, abs=0.02)
-  row, = found['differences']
+  row, = fitted['differences']
   assert row['paired'] and (row['variant'], row['against']) == (
       'rope', 'learned')
   assert 0 < row['a']['low'] < 0.08 < row['a']['high']
   assert row['b']['low'] < 0 < row['b']['high']
-  widths = [law['constants']['a'] for law in found['variants'].values()]
+  widths = [law['constants']['a'] for law in fitted['variants'].values()]
   assert row['a']['high'] - row['a']['low'] < 0.95 * math.hypot(*(
       x['high'] - x['low'] for x in widths))
-  said = scaling.text_by(found).splitlines()
-  assert said[-2].startswith('  a (parameters), rope - learned: +0.08')
-  assert said[-1].endswith(', inside the noise')
+  lines = scaling.text_by(fitted).splitlines()
+  assert lines[-2].startswith('  a (parameters), rope - learned: +0.08')
+  assert lines[-1].endswith(', inside the noise')

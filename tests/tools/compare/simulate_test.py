@@ -51,7 +51,7 @@ class World:
   diverge: float = 0.0
   best: Mapping[str, float] = dataclasses.field(default_factory=dict)
   bend: float = 0.0
-  tail: Callable[[random.Random], float] = lambda own: 0.0
+  tail: Callable[[random.Random], float] = lambda draws: 0.0
 
   def effect(self, variant: str, rate: float | None = None) -> float:
     best = self.best.get(variant, self.best.get(''))
@@ -64,14 +64,14 @@ class World:
 
   def _outcome(self, run) -> plans.Outcome:
     rate = run.changes.get(RATE)
-    own = random.Random(f'{self.study}/{run.variant}/{run.seed}/{rate}/'
-                        f'{run.share}/{run.size}')
+    draws = random.Random(f'{self.study}/{run.variant}/{run.seed}/{rate}/'
+                          f'{run.share}/{run.size}')
     data = random.Random(f'{self.study}/{run.seed}/{run.size}')
     loss = (3.0 - 0.3 * SIZES.index(run.size) + 0.5 * (1 - run.share)
             + self.effect(run.variant, rate) + 0.3 * data.gauss(0, 1)
-            + self.noise * own.gauss(0, 1)
-            + self.tail(own) * (run.variant in self.plan.variants))
-    diverged = own.random() < self.diverge
+            + self.noise * draws.gauss(0, 1)
+            + self.tail(draws) * (run.variant in self.plan.variants))
+    diverged = draws.random() < self.diverge
     return plans.Outcome(
         run.phase, run.variant, run.size, run.workload, run.seed,
         {'loss': self.plan.primary.chance if diverged else loss}, diverged,
@@ -111,10 +111,10 @@ def _frozen(plan: plans.Plan) -> plans.Frozen:
 def _means(studies: int, one: Callable[[int, Callable], None]
            ) -> dict[str, float]:
   """Returns the mean of what one(number, add) adds to each name."""
-  found: dict[str, list[float]] = {}
+  lists: dict[str, list[float]] = {}
   for number in range(studies):
-    one(number, lambda name, value: found.setdefault(name, []).append(value))
-  return {name: float(np.mean(values)) for name, values in found.items()}
+    one(number, lambda name, value: lists.setdefault(name, []).append(value))
+  return {name: float(np.mean(values)) for name, values in lists.items()}
 
 
 def _holds(row, truth: float) -> bool:
@@ -126,13 +126,13 @@ def _confirmation(studies: int, variants: int = 10, **world
   plan = _plan(variants)
 
   def one(number, add):
-    found = decide.confirm(plan, World(plan, number, **world).outcomes())
-    add('wrong', any(row.verdict in CLAIMS for row in found))
-    for row in found:
-      for name, own in (('effect', row), ('trend', row.trend),
+    verdicts = decide.confirm(plan, World(plan, number, **world).outcomes())
+    add('wrong', any(row.verdict in CLAIMS for row in verdicts))
+    for row in verdicts:
+      for name, effect in (('effect', row), ('trend', row.trend),
                         *(('sizes', size) for size in row.sizes)):
-        if own is not None and own.low is not None:
-          add(name, _holds(own, 0.0))
+        if effect is not None and effect.low is not None:
+          add(name, _holds(effect, 0.0))
 
   return _means(studies, one)
 
@@ -140,9 +140,9 @@ def _confirmation(studies: int, variants: int = 10, **world
 @pytest.mark.parametrize('diverge', [
     0.0, pytest.param(0.03, marks=pytest.mark.long)])
 def test_no_effects_are_found_as_rarely_as_promised(diverge, monkeypatch):
-  found = _confirmation(80, diverge=diverge)
-  assert found.pop('wrong') <= 0.08  # of 0.05
-  for name, share in found.items():
+  shares = _confirmation(80, diverge=diverge)
+  assert shares.pop('wrong') <= 0.08  # of 0.05
+  for name, share in shares.items():
     assert share == pytest.approx(0.95, abs=0.03), name
   if not diverge:
     monkeypatch.setattr(statistics, 'corrected', lambda p, method='': list(p))
@@ -152,9 +152,9 @@ def test_no_effects_are_found_as_rarely_as_promised(diverge, monkeypatch):
 @pytest.mark.parametrize('studies', [
     100, pytest.param(2000, marks=pytest.mark.long)])
 @pytest.mark.parametrize('tail', [
-    lambda own: (own.random() < 0.2) - 0.2,
-    lambda own: (own.random() < 0.1) - 0.1,
-    lambda own: own.expovariate(1 / 0.06) - 0.06],
+    lambda draws: (draws.random() < 0.2) - 0.2,
+    lambda draws: (draws.random() < 0.1) - 0.1,
+    lambda draws: draws.expovariate(1 / 0.06) - 0.06],
                          ids=['plateau-20', 'plateau-10', 'exponential'])
 def test_one_sided_noise_makes_no_more_claims_than_promised(tail, studies):
   """Runs of the variants that end on a plateau a nat above in some cases, or
@@ -163,20 +163,20 @@ def test_one_sided_noise_makes_no_more_claims_than_promised(tail, studies):
   plan, slack = _plan(5), 2 * math.sqrt(0.05 * 0.95 / studies)
 
   def one(number, add):
-    own = World(plan, number, tail=tail)
-    found = decide.confirm(plan, own.outcomes())
-    add('wrong', any(row.verdict in CLAIMS for row in found))
+    world = World(plan, number, tail=tail)
+    verdicts = decide.confirm(plan, world.outcomes())
+    add('wrong', any(row.verdict in CLAIMS for row in verdicts))
     add('screened', any(row.verdict == decide.PASSED for row in decide.screen(
-        plan, own.outcomes('screen'))))
-    for row in found:
+        plan, world.outcomes('screen'))))
+    for row in verdicts:
       for name, part in (('missed', row), ('missed at a size', row.sizes[0])):
         add(name, part.low is not None and not _holds(part, 0.0))
 
-  found = _means(studies, one)
-  assert found['wrong'] <= 0.05 + slack
+  shares = _means(studies, one)
+  assert shares['wrong'] <= 0.05 + slack
   # None of 25 runs ends on the plateau in 7 % of the screenings.
-  assert found['screened'] <= 0.09 + slack
-  assert found['missed'] <= 0.05 and found['missed at a size'] <= 0.07
+  assert shares['screened'] <= 0.09 + slack
+  assert shares['missed'] <= 0.05 and shares['missed at a size'] <= 0.07
 
 
 def test_who_diverges_no_more_than_the_base_is_rarely_unstable():
@@ -194,9 +194,9 @@ def test_the_screening_keeps_its_rate_and_breaks_it_uncorrected(monkeypatch):
   plan = _plan(10, seeds=(6, 2, 3, 5), q=0.1)
 
   def one(number, add):
-    found = decide.screen(plan, World(plan, number, effects=MIXTURE).outcomes(
+    rows = decide.screen(plan, World(plan, number, effects=MIXTURE).outcomes(
         'screen'))
-    passed = [row.variant for row in found if row.verdict == decide.PASSED]
+    passed = [row.variant for row in rows if row.verdict == decide.PASSED]
     false = [name for name in passed if name not in MIXTURE]
     add('false', len(false) / max(len(passed), 1))
 
@@ -212,17 +212,17 @@ def test_unpaired_seeds_and_guessing_in_a_mean_find_nothing():
     outcomes = World(plan, number, effects={'v1': -0.05}, diverge=0.03
                      ).outcomes()
     base = [x for x in outcomes if x.variant == 'base']
-    dealt = [x._replace(seed=y.seed) for size in SIZES for own in [
-        [x for x in base if x.size == size]] for x, y in zip(own[1:] + own[:1],
-                                                             own)]
+    dealt = [x._replace(seed=y.seed) for size in SIZES for all_ in [
+        [x for x in base if x.size == size]]
+             for x, y in zip(all_[1:] + all_[:1], all_)]
     counted = [x._replace(diverged=False) for x in outcomes]
     for name, each in (('paired', outcomes), ('counted', counted), (
         'unpaired', [*dealt, *(x for x in outcomes if x.variant != 'base')])):
       add(name, decide.confirm(plan, each)[0].verdict == decide.BETTER)
 
-  found = _means(30, one)
-  assert found['paired'] > 0.75
-  assert found['unpaired'] < 0.15 and found['counted'] < 0.4
+  shares = _means(30, one)
+  assert shares['paired'] > 0.75
+  assert shares['unpaired'] < 0.15 and shares['counted'] < 0.4
 
 
 def test_a_sweeps_words_are_as_rarely_wrong_as_its_corrected_p():
@@ -235,8 +235,8 @@ def test_a_sweeps_words_are_as_rarely_wrong_as_its_corrected_p():
     rows = decide.sweep(plan, [
         plans.Outcome('confirm', name, '', plans.TEXT, seed, {'loss': loss},
                       False, 0.0, 0.0, 1, {})
-        for name, own in zip((plan.base, *plan.variants), losses.tolist())
-        for seed, loss in enumerate(own)])
+        for name, losses_of in zip((plan.base, *plan.variants), losses.tolist())
+        for seed, loss in enumerate(losses_of)])
     wrong += any(row.verdict in CLAIMS for row in rows)
     alone += any(row.low is not None and not _holds(row, 0.0) for row in rows)
   assert wrong <= 22  # of 15: two standard errors
@@ -252,22 +252,22 @@ def test_as_much_is_found_as_is_announced():
   plan = _plan(seeds=(6, 2, 5, 5))
 
   def one(number, add):
-    own = World(plan, number)
-    rows = decide.noise(plan, own.train('', phases.PHASES['noise'].most(
+    world = World(plan, number)
+    rows = decide.noise(plan, world.train('', phases.PHASES['noise'].most(
         _frozen(plan))))
     whole = next(row for row in rows if row.size == decide.ALL)
     naive = statistics.smallest_effect(
         plan.power, whole.sd, [whole.sd], 1e7, whole.seeds, whole.level)
     for name, effect in (('announced', whole.smallest_effect),
                          ('naive', naive)):
-      found = decide.confirm(plan, dataclasses.replace(
-          own, effects={'v1': -effect}).outcomes())[0]
-      add(name, found.p <= whole.level and len(
-          {own.effect > 0 for own in found.sizes}) == 1)
+      verdicts = decide.confirm(plan, dataclasses.replace(
+          world, effects={'v1': -effect}).outcomes())[0]
+      add(name, verdicts.p <= whole.level and len(
+          {size.effect > 0 for size in verdicts.sizes}) == 1)
 
-  found = _means(60, one)
-  assert found['announced'] == pytest.approx(0.8, abs=0.12)
-  assert found['naive'] < found['announced']
+  shares = _means(60, one)
+  assert shares['announced'] == pytest.approx(0.8, abs=0.12)
+  assert shares['naive'] < shares['announced']
 
 
 @pytest.mark.long
@@ -279,30 +279,30 @@ def test_whole_studies_judge_what_they_picked_on_fresh_seeds(monkeypatch):
   plan = _plan(6)
 
   def one(number, add):
-    own = World(plan, number, effects=MIXTURE, bend=0.01, best={
+    world = World(plan, number, effects=MIXTURE, bend=0.01, best={
         '': 2.5e-3, 'v1': 5e-3, 'v4': 1.2e-3})
-    *_, found = phases.run(_frozen(plan), own, anyway=True)
+    *_, state = phases.run(_frozen(plan), world, anyway=True)
     rates = {(row.variant, row.size): row.changes[RATE]
-             for row in found.records['tuned']}
-    truth = {name: np.array([own.effect(name, rates[name, size])
-                             - own.effect('base', rates['base', size])
+             for row in state.records['tuned']}
+    truth = {name: np.array([world.effect(name, rates[name, size])
+                             - world.effect('base', rates['base', size])
                              for size in SIZES]) for name in plan.variants}
     wrong = False
-    for row in found.records['confirm']:
+    for row in state.records['confirm']:
       mean = truth[row.variant].mean()
       wrong |= row.verdict in CLAIMS and (
           mean * plan.primary.sign > 0) != (row.verdict == decide.BETTER)
       add('holds', _holds(row, mean))
       if row.variant in MIXTURE:
         add('confirmed', row.effect / mean)
-    for row in found.records['screen']:
+    for row in state.records['screen']:
       if row.verdict == decide.PASSED and row.variant in MIXTURE:
         add('screened', row.effect / truth[row.variant][0])
     add('wrong', wrong)
 
-  found = _means(40, one)
-  assert found['wrong'] <= 0.1 and found['holds'] > 0.88
-  assert found['screened'] > 1.05
-  assert found['confirmed'] == pytest.approx(1, abs=0.06)
+  shares = _means(40, one)
+  assert shares['wrong'] <= 0.1 and shares['holds'] > 0.88
+  assert shares['screened'] > 1.05
+  assert shares['confirmed'] == pytest.approx(1, abs=0.06)
   monkeypatch.setattr(phases, 'APART', 0)
   assert _means(40, one)['confirmed'] > 1.05

@@ -150,11 +150,11 @@ def test_the_noise_of_documents_is_statsmodels_and_covers():
   losses = 0.02 + rng.normal(0, 0.05, sizes.shape)  # of a token, by document
   fit = sm.WLS(losses[0], np.ones(60), weights=sizes[0]).fit(
       cov_type='HC1', use_t=True)
-  own = statistics.crossed(losses[:1], sizes[0])
+  one_seed = statistics.crossed(losses[:1], sizes[0])
   (low, high), = fit.conf_int()
-  assert (own.low, own.high, own.p) == pytest.approx(
+  assert (one_seed.low, one_seed.high, one_seed.p) == pytest.approx(
       (low, high, fit.pvalues[0]))
-  covered = [own.low < 0.02 < own.high for own in (
+  covered = [each.low < 0.02 < each.high for each in (
       statistics.crossed(x[None], n) for x, n in zip(losses, sizes))]
   assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
 
@@ -169,8 +169,8 @@ def test_the_interval_over_seeds_and_items_covers(
   tables = (rng.normal(0.1, of_seeds, size[:2] + (1,))
             + rng.normal(0, of_items, (2000, 1, 60))
             + rng.normal(0, rest, size))
-  found = [statistics.crossed(table) for table in tables]
-  assert np.mean([x.low < 0.1 < x.high for x in found]) == pytest.approx(
+  intervals = [statistics.crossed(table) for table in tables]
+  assert np.mean([x.low < 0.1 < x.high for x in intervals]) == pytest.approx(
       0.95, abs=0.02)
 
 
@@ -189,10 +189,10 @@ def test_a_table_has_the_mean_squares_of_statsmodels():
   assert squares[0] < variance and df > 3
   low, high = stats.t.interval(
       0.95, df, table.mean(), math.sqrt(variance / table.size))
-  own = statistics.crossed(table)
-  assert own[:3] == pytest.approx((table.mean(), low, high))
+  both = statistics.crossed(table)
+  assert both[:3] == pytest.approx((table.mean(), low, high))
   # The p is that of the level at which the interval ends at 0.
-  assert stats.t.isf(own.p / 2, df) * (high - table.mean()) == pytest.approx(
+  assert stats.t.isf(both.p / 2, df) * (high - table.mean()) == pytest.approx(
       abs(table.mean()) * stats.t.isf(0.025, df))
   assert statistics.crossed(table[:2])[1:] == (None,) * 3
   assert statistics.crossed(np.ones((4, 30)))[1:] == (None,) * 3
@@ -203,14 +203,14 @@ def test_paired_items_show_what_two_standard_errors_do_not(tmp_path):
   """As in issue 3831 of lm_eval and its mend: of 220 questions two models
   answer 140 and 122 rightly, and of 42 one alone does."""
   right = np.repeat([[0, 0], [0, 1], [1, 0], [1, 1]], [68, 12, 30, 110], 0).T
-  for name, own in zip('ab', right):
+  for name, scores in zip('ab', right):
     folder = tmp_path / name / 'model'
     folder.mkdir(parents=True)
     (folder / 'results_now.json').write_text(json.dumps({'results': {
-        'arc_easy': {'acc,none': own.mean(), 'perplexity,none': 3.0}}}))
+        'arc_easy': {'acc,none': scores.mean(), 'perplexity,none': 3.0}}}))
     (folder / 'samples_arc_easy_now.jsonl').write_text('\n'.join(json.dumps(
         {'filter': 'none', 'doc_hash': str(i), 'acc': x, 'perplexity': -1.0})
-        for i, x in enumerate(own.tolist())))
+        for i, x in enumerate(scores.tolist())))
   row, = items.compared(str(tmp_path / 'b'), str(tmp_path / 'a'))
   error = np.sqrt(np.sum(right.mean(1) * (1 - right.mean(1)) / 219))
   unpaired = 2 * stats.norm.sf(row['effect'] / error)
@@ -230,15 +230,15 @@ def test_runs_of_seeds_are_compared_over_seeds_and_items(tmp_path):
   scores = np.random.default_rng(7).normal(size=(2, 3, 20))
   weights = np.arange(1.0, 21)
   for name, of_seeds in zip('ab', scores):
-    for seed, own in enumerate(of_seeds):
+    for seed, losses_Q in enumerate(of_seeds):
       folder = tmp_path / name / f'seed-{seed}'
       folder.mkdir(parents=True)
       for file, task, scored in (
           ('eval.json', 'documents', {
-              'loss': eval_items.of(own, [1], weights)}),
+              'loss': eval_items.of(losses_Q, [1], weights)}),
           ('items.json', 'probe', {
-              'accuracy': eval_items.of(own, [seed]),
-              'rows_right': eval_items.of(own > 0, [name])})):
+              'accuracy': eval_items.of(losses_Q, [seed]),
+              'rows_right': eval_items.of(losses_Q > 0, [name])})):
         (folder / file).write_text(json.dumps({
             'step': 8, task: {'items': scored}}))
   a, b = str(tmp_path / 'a'), str(tmp_path / 'b')
@@ -284,10 +284,10 @@ def test_power_law_is_scipys_least_squares_or_none():
   noisy = 1.5 + 300 * COMPUTE ** -0.25 + rng.normal(0, 0.01, len(COMPUTE))
   law = statistics.power_law(COMPUTE, noisy)
   x = COMPUTE / 1e11
-  found, _ = curve_fit(lambda x, e, a, p: e + a * x ** -p, x, noisy,
+  fit, _ = curve_fit(lambda x, e, a, p: e + a * x ** -p, x, noisy,
                        p0=(1.5, 0.5, 0.25), xtol=1e-14, ftol=1e-14)
   np.testing.assert_allclose(law.loss(COMPUTE),
-                             found[0] + found[1] * x ** -found[2], atol=1e-5)
+                             fit[0] + fit[1] * x ** -fit[2], atol=1e-5)
   assert statistics.power_law(COMPUTE[:5], np.arange(5.0, 0, -1)) is None
   assert statistics.power_law(COMPUTE, np.linspace(1, 2, 20)) is None
   assert statistics.power_law(COMPUTE, np.full(20, np.nan)) is None
@@ -344,8 +344,8 @@ def _ladder(floor=1.5, exponent=0.15, factor=1.2, cost=1.1):
 def test_a_planted_multiplier_is_found(floor, exponent, factor):
   compute, losses = _ladder(floor, exponent, factor)
   for pinned in (None, floor):
-    law, found = statistics.ladder(compute, losses, pinned)
-    assert (found, law.exponent) == pytest.approx((factor, exponent), rel=1e-3)
+    law, fitted = statistics.ladder(compute, losses, pinned)
+    assert (fitted, law.exponent) == pytest.approx((factor, exponent), rel=1e-3)
     assert law.floor == pytest.approx(floor, abs=0.02)
     np.testing.assert_allclose(law.loss(SPENT), losses[0], rtol=1e-5)
     np.testing.assert_allclose(
@@ -463,6 +463,6 @@ def test_sizes_that_must_agree_and_runs_that_diverge_cost_what_is_said(
   rule = dict(level=0.02, rate=rate, limit=0.1)
   for effect in (0.015, 0.03):
     sd = np.sqrt(np.sum(np.square(sds))) / len(sds)
-    said = statistics.power(effect, sd, sds, KNOWN, seeds, **rule)
-    assert said == pytest.approx(
+    announced = statistics.power(effect, sd, sds, KNOWN, seeds, **rule)
+    assert announced == pytest.approx(
         _drawn(sds, seeds, effect=effect, **rule), abs=0.03)

@@ -83,7 +83,7 @@ def test_each_point_is_matched_at_its_size_and_stays_so_on_a_probe(probed):
   assert len(widths) == 3
 
 
-@pytest.mark.parametrize('probe, size, told', [
+@pytest.mark.parametrize('probe, size, changes', [
     (PROBE.replace(", 'train.steps': 8", ''),
      {'train.steps': 16, 'optim.warmup_steps': 4, 'optim.decay_steps': 12},
      {'optim.warmup_steps': 4, 'optim.decay_steps': 12,
@@ -92,10 +92,10 @@ def test_each_point_is_matched_at_its_size_and_stays_so_on_a_probe(probed):
              'checkpoint.every_steps': 4, 'log.every_steps': 2},
      {'optim.warmup_steps': 4, 'eval.every_steps': 3,
       'checkpoint.every_steps': 4, 'log.every_steps': 2})])
-def test_a_probe_has_the_schedule_of_its_size(probe, size, told, folder):
+def test_a_probe_has_the_schedule_of_its_size(probe, size, changes, folder):
   frozen = freeze.freeze(studies.write(
       folder, f"{probe}\nSIZES['m'].update({size})"))
-  assert frozen.point('base', 'm', 'copy')['changes'].items() >= told.items()
+  assert frozen.point('base', 'm', 'copy')['changes'].items() >= changes.items()
   assert frozen.point('base', 's', 'copy')['changes']['eval.every_steps'] == (
       8 if probe == PROBE else 4)
 
@@ -186,16 +186,16 @@ REFUSED = {
 
 @pytest.mark.parametrize('case', REFUSED)
 def test_what_cannot_be_a_study_is_refused(case, tmp_path):
-  fields, told = REFUSED[case]
-  with pytest.raises(RequestError, match=told):
+  fields, message = REFUSED[case]
+  with pytest.raises(RequestError, match=message):
     freeze.freeze(studies.write(tmp_path, **fields))
 
 
 def test_another_replication_has_fresh_seeds_and_the_same_has_its_own(folder):
   plan = lambda constants='': freeze.freeze(studies.write(folder, constants)
                                             ).plan
-  seeds = lambda own: {
-      seed for phase in phases.of(own.seeds) for seed in phase.seeds_of(own)}
+  seeds = lambda plan: {
+      seed for phase in phases.of(plan.seeds) for seed in phase.seeds_of(plan)}
   first, second = plan(), plan('REPLICATION = 2')
   assert first == plan() and first.replication == 1
   assert first.offset % plans.STUDY_APART == 0 != first.offset
@@ -232,21 +232,21 @@ def made():
   frozen = studies.frozen(studies.plan())
   trainer = studies.Trainer(frozen)
   seen = []
-  for found in phases.run(frozen, trainer):
-    seen.append(list(found.finished))
-  return frozen, trainer, found, seen
+  for state in phases.run(frozen, trainer):
+    seen.append(list(state.finished))
+  return frozen, trainer, state, seen
 
 
 def test_a_whole_study_finds_what_is_there(made):
-  frozen, trainer, found, seen = made
+  frozen, trainer, state, seen = made
   assert seen == [[*frozen.plan.seeds][:i] for i in (1, 2, 3, 4)]
-  assert [row.variant for row in found.records['screen']
+  assert [row.variant for row in state.records['screen']
           if row.verdict == decide.PASSED] == ['good']
   verdicts = {(row.variant, row.measure): row.verdict
-              for row in found.records['confirm']}
+              for row in state.records['confirm']}
   assert verdicts['good', 'loss'] == 'better'
   assert {variant for variant, _ in verdicts} == {'good'}
-  assert len(found.outcomes) == sum(map(len, trainer.asked.values()))
+  assert len(state.outcomes) == sum(map(len, trainer.asked.values()))
 
 
 def test_each_phase_asks_for_its_runs(made):
@@ -280,20 +280,20 @@ def test_each_phase_asks_for_its_runs(made):
 
 
 def test_every_variant_is_tuned_alike_and_takes_its_own_best(made):
-  _, trainer, found, _ = made
+  _, trainer, state, _ = made
   spent = {}
   for run in trainer.asked['tune-1'] + trainer.asked['tune-2']:
     spent[run.variant] = spent.get(run.variant, 0) + run.share
   assert len(set(spent.values())) == 1 and len(spent) == 4
   best = {row.variant: row.changes['optim.lr']
-          for row in found.records['tuned']}
+          for row in state.records['tuned']}
   assert best == studies.BEST_LR
   for run in trainer.asked['confirm'] + trainer.asked['screen']:
     assert run.changes['optim.lr'] == studies.BEST_LR[run.variant]
   # The optimum of `good` was at the edge: one value further out was tried.
   assert {run.variant for run in trainer.asked['tune-3']} == {'good'}
   assert {run.changes['optim.lr'] for run in trainer.asked['tune-3']} == {8e-3}
-  assert not any(row.at_edge for row in found.records['tuned'])
+  assert not any(row.at_edge for row in state.records['tuned'])
 
 
 def test_a_study_that_is_too_weak_stops_before_it_spends():
@@ -305,10 +305,10 @@ def test_a_study_that_is_too_weak_stops_before_it_spends():
     kept.extend(phases.run(frozen, trainer))
   assert list(trainer.asked) == ['noise']
   assert kept[-1].records['noise'] and kept[-1].weakness
-  *_, found = phases.run(frozen, trainer, anyway=True)
-  assert found.finished == list(frozen.plan.seeds)
+  *_, state = phases.run(frozen, trainer, anyway=True)
+  assert state.finished == list(frozen.plan.seeds)
   # None passed.
-  assert 'confirm' not in trainer.asked and not found.records['confirm']
+  assert 'confirm' not in trainer.asked and not state.records['confirm']
 
 
 MORE = {'noise': 6, 'tune': 2, 'screen': 6, 'rescreen': 6, 'confirm': 6,
@@ -322,18 +322,18 @@ def test_a_second_look_and_a_prediction_before_the_largest_size():
       settings={'KEEP': 1}))
   trainer = studies.Trainer(frozen, effects={
       'good': 0.3, 'bad': -0.3, 'late': {'s': 0.02}}, noise=0.05)
-  *_, found = phases.run(frozen, trainer, anyway=True)
+  *_, state = phases.run(frozen, trainer, anyway=True)
   assert [*trainer.asked][-4:] == ['screen', 'rescreen', 'confirm', 'largest']
   asked = lambda name: ({run.variant for run in trainer.asked[name]},
                         {run.size for run in trainer.asked[name]})
   assert asked('rescreen') == ({'base', 'late'}, {'m'})
-  assert [row.variant for row in found.records['rescreen']] == ['late']
+  assert [row.variant for row in state.records['rescreen']] == ['late']
   assert asked('confirm')[1] == asked('noise')[1] == {'s', 'm', 'l'}
-  names = {row.variant for row in found.records['confirm']}
+  names = {row.variant for row in state.records['confirm']}
   assert names == {'good', 'bad', 'late'}
   assert asked('largest') == ({'base', *names}, {'xl'})
   # It has the values that were tuned at the largest of the other sizes.
-  best = {row.variant: row.changes for row in found.records['tuned']
+  best = {row.variant: row.changes for row in state.records['tuned']
           if (row.size, row.workload) == ('l', 'text')}
   for run in trainer.asked['largest']:
     if run.workload == 'text':
@@ -342,7 +342,7 @@ def test_a_second_look_and_a_prediction_before_the_largest_size():
   (name, rows, before), = trainer.foretold
   assert name == 'largest' and 'largest' not in before
   assert {row['variant'] for row in rows} == {'base', *names}
-  assert found.records['predicted']['rows'] == rows
+  assert state.records['predicted']['rows'] == rows
 
 
 def test_a_prediction_is_frozen_once_and_says_whether_it_was_blind(
@@ -387,12 +387,12 @@ def test_the_size_that_is_predicted_is_no_other_phases(folder):
   for row in frozen.points:
     head = 6 * row['changes']['model.d_model'] * row['vocab']
     assert row['flops_per_token'] * (1 - row['body']) == pytest.approx(head)
-  for more, told in (('', 'has 3 of them: this study has at least 4'),
+  for more, message in (('', 'has 3 of them: this study has at least 4'),
                      ("SIZES['xl'] = {'model.d_model': 24, "
                       "'optim.decay_steps': 9}", 'optim.decay_steps at 0'),
                      ("SIZES['xl'] = {'model.d_model': 24, "
                       "'optim.schedule': 'constant'}", "must be 'wsd'")):
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
       freeze.freeze(studies.write(folder, f"{more}\nSEEDS['largest'] = 3"))
 
 
@@ -404,8 +404,8 @@ def _take(search, losses, steps=100, diverged=(), value=None):
 
 
 def _search(values=(1e-3, 2e-3), workload='text', **changes):
-  own = studies.plan(tuning=plans.Tuning({'optim.lr': values}, **changes))
-  return phases.Search(own, 'base', 's', workload)
+  plan = studies.plan(tuning=plans.Tuning({'optim.lr': values}, **changes))
+  return phases.Search(plan, 'base', 's', workload)
 
 
 def test_the_better_half_survives_a_rung():
@@ -474,9 +474,9 @@ def start(workdir, frozen, loss=loss_of, stop_after=None, amend='', **args):
   """Freezes and runs as `run` does; returns the trainer."""
   plan = plans.adopted(workdir, dataclasses.replace(
       frozen, notes=[], amendments=[]), amend)
-  own = studies.Written(workdir, plan, loss=loss, stop_after=stop_after)
-  assert study.go(workdir, plan, own, studies.arguments(**args)) == 0
-  return own
+  trainer = studies.Written(workdir, plan, loss=loss, stop_after=stop_after)
+  assert study.go(workdir, plan, trainer, studies.arguments(**args)) == 0
+  return trainer
 
 
 def read(workdir):
@@ -490,29 +490,29 @@ def whole(frozen, tmp_path_factory):
 
 
 def test_what_a_study_found_is_in_its_results(whole, frozen, capsys):
-  own, found, workdir = whole
-  assert found['study'] == {'name': 'made', 'hash': frozen.hash}
-  verdict, = found['confirm']
+  trainer, results, workdir = whole
+  assert results['study'] == {'name': 'made', 'hash': frozen.hash}
+  verdict, = results['confirm']
   assert (verdict['variant'], verdict['verdict']) == ('none', 'worse')
-  assert len(found['outcomes']) == len(own.did) == len(set(own.did))
-  for phase, row in found['phases'].items():
-    runs = [x for x in found['outcomes'] if x['phase'] == phase]
+  assert len(results['outcomes']) == len(trainer.did) == len(set(trainer.did))
+  for phase, row in results['phases'].items():
+    runs = [x for x in results['outcomes'] if x['phase'] == phase]
     assert row['finished'] and row['done'] == row['planned'] == len(runs)
     assert row['flops'] == pytest.approx(sum(x['flops'] for x in runs))
     assert row['seconds'] == pytest.approx(sum(x['seconds'] for x in runs))
     # A batch is 4 rows of 8 tokens; a step takes half a second.
     assert row['tokens'] == pytest.approx(row['seconds'] * 2 * 4 * 8)
-  assert found['phases']['tune']['tokens'] == 2 * 3 * (2 * 2 + 4) * 4 * 8
-  assert all(row['changes'] == {'optim.lr': 4e-3} for row in found['tuned'])
-  curves = [x['curve'] for x in found['outcomes'] if x['curve']]
-  assert len(curves) == sum(found['phases'][name]['done']
+  assert results['phases']['tune']['tokens'] == 2 * 3 * (2 * 2 + 4) * 4 * 8
+  assert all(row['changes'] == {'optim.lr': 4e-3} for row in results['tuned'])
+  curves = [x['curve'] for x in results['outcomes'] if x['curve']]
+  assert len(curves) == sum(results['phases'][name]['done']
                             for name in plans.WITH_CURVES)
   assert curves[0]['step'] == [2, 4] and curves[0]['seconds'] == [1.0, 2.0]
-  assert found['as_planned'] == {
+  assert results['as_planned'] == {
       'same': True, 'differences': [], 'repeated': {}, 'unknown': 0}
-  assert found['provenance']['versions']['jax']
+  assert results['provenance']['versions']['jax']
   assert start(workdir, frozen).did == []  # what is done is not done again
-  assert read(workdir) == found
+  assert read(workdir) == results
   start(workdir, frozen, until='report')
   page = workdir / 'report' / 'index.html'
   assert capsys.readouterr().out.endswith(f'report: {page}\n')
@@ -527,9 +527,9 @@ def test_runs_that_diverge_are_results(frozen, tmp_path, loss):
   start(tmp_path, frozen, until='noise', anyway=True, loss=lambda config: (
       loss if config.seed == lost and not config.init_seed
       else loss_of(config)))
-  found = read(tmp_path)
-  bad = [x for x in found['outcomes'] if x['diverged']]
-  assert len(bad) == found['phases']['noise']['failed'] == 3
+  results = read(tmp_path)
+  bad = [x for x in results['outcomes'] if x['diverged']]
+  assert len(bad) == results['phases']['noise']['failed'] == 3
   assert {(x['variant'], x['seed']) for x in bad} == {('base', lost)}
   assert all(x['values'] == {'loss': frozen.plan.primary.chance} for x in bad)
 
@@ -544,15 +544,15 @@ def test_runs_that_fail_otherwise_end_the_study_and_are_retried(
       start(tmp_path, frozen, loss=loss)
   with layout.Ledger(tmp_path / 'noise') as book:
     book.retry()
-  own = start(tmp_path, frozen, until='noise', anyway=True)
-  assert {seed for *_, seed in own.did} == {lost} and len(own.did) == 6
+  trainer = start(tmp_path, frozen, until='noise', anyway=True)
+  assert {seed for *_, seed in trainer.did} == {lost} and len(trainer.did) == 6
 
 
 def test_a_study_that_is_stopped_goes_on(frozen, tmp_path):
   with pytest.raises(Stopped):
     start(tmp_path, frozen, until='noise', stop_after=5)
-  own = start(tmp_path, frozen, until='noise', anyway=True)
-  assert len(own.did) == len(noise_runs(frozen)) - 5
+  trainer = start(tmp_path, frozen, until='noise', anyway=True)
+  assert len(trainer.did) == len(noise_runs(frozen)) - 5
 
 
 def test_a_run_that_is_gone_is_trained_anew(whole, frozen, tmp_path):
@@ -573,9 +573,9 @@ def test_a_run_that_is_gone_is_trained_anew(whole, frozen, tmp_path):
   start(tmp_path / 'w', frozen, loss=lambda config: 1.01 * loss_of(config))
   assert read(tmp_path / 'w')['as_planned']['repeated'] == {
       'screen': 1, 'confirm': 18}
-  told = _methods(tmp_path / 'w')
-  assert 'Runs of confirm were deleted and trained again: 18.' in told
-  assert 'on 3 seeds:' in told and 'fresh' not in told
+  methods = _methods(tmp_path / 'w')
+  assert 'Runs of confirm were deleted and trained again: 18.' in methods
+  assert 'on 3 seeds:' in methods and 'fresh' not in methods
 
 
 def _methods(workdir):
@@ -610,9 +610,9 @@ def test_a_plan_cannot_be_swapped(frozen, tmp_path):
       f'The plan was changed (from the plan {frozen.hash}, which is not kept) '
       'when noise had been looked at. Reason: a smaller effect')
   assert second.endswith('or it was lost: 18.')
-  told = _methods(tmp_path)
-  assert 'before any run' not in told and first in told
-  assert 'changed once since' in told
+  methods = _methods(tmp_path)
+  assert 'before any run' not in methods and first in methods
+  assert 'changed once since' in methods
 
 
 def test_runs_and_results_of_another_plan_are_no_part_of_it(
@@ -635,13 +635,13 @@ def test_methods_say_what_had_been_looked_at(whole, frozen, tmp_path):
   more = _with(frozen, seeds=frozen.plan.seeds | {'confirm': 5})
   more = _with(more, offset=more.drawn)  # as its file is read
   assert more.plan.offset != frozen.plan.offset
-  own = start(tmp_path / 'w', more, amend='it was not enough')
-  assert len(own.did) == 2 * 2 * 3  # an amendment keeps the seeds that it has
-  told = _methods(tmp_path / 'w')
+  made = start(tmp_path / 'w', more, amend='it was not enough')
+  assert len(made.did) == 2 * 2 * 3  # an amendment keeps the seeds that it has
+  methods = _methods(tmp_path / 'w')
   for words in ('on 5 seeds, of which 3 had been looked at when',
                 'plan.seeds.confirm', 'Reason: it was not enough'):
-    assert words in told
-  assert 'fresh' not in told and 'before any run' not in told
+    assert words in methods
+  assert 'fresh' not in methods and 'before any run' not in methods
 
 
 def _with(frozen, **plan):
@@ -663,12 +663,12 @@ def test_a_changed_plan_is_refused_and_amended_for_a_reason(frozen, tmp_path):
       'been looked at. Reason: a reviewer asked']
   kept = plans.load(tmp_path)
   assert kept.hash == other.hash
-  assert [own['before'] for own in kept.amendments] == [frozen.hash]
+  assert [change['before'] for change in kept.amendments] == [frozen.hash]
   # More seeds go into the same sweep; other models and other data do not.
   seeds = frozen.plan.seeds | {'noise': 4}
-  own = start(tmp_path, _with(other, seeds=seeds), until='noise',
+  trainer = start(tmp_path, _with(other, seeds=seeds), until='noise',
               amend='too few')
-  assert len(own.did) == 6  # a pair more at each size
+  assert len(trainer.did) == 6  # a pair more at each size
   (source, _), = frozen.sources.items()
   for changes, told in (
       (dict(points=[row | {'changes': row['changes'] | {
@@ -692,8 +692,8 @@ def test_a_damaged_ledger_of_a_study_has_its_own_sentence(
   before = plans.adopted(tmp_path, frozen)
   (tmp_path / 'study.sqlite').write_text('no ledger')
   assert plans.adopted(tmp_path, frozen).hash == before.hash
-  told = capsys.readouterr().err
-  assert 'the plan is that of study.json' in told and 'failed' not in told
+  stderr = capsys.readouterr().err
+  assert 'the plan is that of study.json' in stderr and 'failed' not in stderr
 
 
 @pytest.mark.slow
@@ -705,18 +705,18 @@ def test_a_weak_study_goes_on_for_once_told_and_says_so(frozen, tmp_path):
   assert [path.name for path in results.folders(tmp_path)] == ['noise']
   for _ in range(2):
     start(tmp_path, weak, anyway=True)
-  told, = read(tmp_path)['as_planned']['differences']
-  assert told.startswith('The study went on although it was too weak')
+  difference, = read(tmp_path)['as_planned']['differences']
+  assert difference.startswith('The study went on although it was too weak')
 
 
 def test_hours_and_states_are_known_of_what_has_run(
     whole, frozen, tmp_path, capsys):
-  _, found, workdir = whole
+  _, results, workdir = whole
   assert costs.known(tmp_path, frozen) is None
   times = costs.known(workdir, frozen)
   assert times == {(size, 'text'): 0.5 for size in 'sml'}
   noise = costs.of(frozen, 8, times)[0]
-  assert noise.seconds == pytest.approx(found['phases']['noise']['seconds'])
+  assert noise.seconds == pytest.approx(results['phases']['noise']['seconds'])
   table = costs.table([noise._replace(seconds=7200.0)], 2)
   assert table.splitlines()[1].split() == [
       'noise', '18', '3', '2,304', f'{noise.flops:.3g}', '1.00']
@@ -725,7 +725,7 @@ def test_hours_and_states_are_known_of_what_has_run(
       where='', workdir=str(workdir), json=True)) == 0
   rows = json.loads(capsys.readouterr().out)['phases']
   assert {row['phase']: row['states'] for row in rows} == {
-      phase: {'done': row['done']} for phase, row in found['phases'].items()}
+      phase: {'done': row['done']} for phase, row in results['phases'].items()}
   plans.adopted(tmp_path, frozen)
   assert status.main(types.SimpleNamespace(
       where=str(tmp_path), workdir='', json=False)) == 0
@@ -784,9 +784,9 @@ def test_a_phase_more_is_one_entry(
 
   plan = freeze.freeze(studies.write(
       tmp_path, "SEEDS['confirmed'] = 3\nGAP = 0.2")).plan
-  own = start(workdir, _with(frozen, seeds=plan.seeds, settings=plan.settings),
+  done = start(workdir, _with(frozen, seeds=plan.seeds, settings=plan.settings),
               until='confirmed', amend='to be sure')
-  assert {(folder, seed) for folder, _, seed in own.did} == {
+  assert {(folder, seed) for folder, _, seed in done.did} == {
       ('confirmed', frozen.plan.offset + 60_000 + i) for i in range(3)}
   (again,), c = read(workdir)['confirmed'], report.load(workdir)
   assert again['verdict'] == decide.WORSE and len(again['sizes']) == 2
@@ -797,21 +797,21 @@ def test_a_phase_more_is_one_entry(
   assert 'At m, l' in page and 'had 3 seeds more.' in page
   status.main(types.SimpleNamespace(where=str(workdir), workdir='', json=False))
   out = capsys.readouterr().out
-  for told in ('beyond 0.2', 'confirmed: 12 runs, 0 diverged\n  none, loss: +',
+  for words in ('beyond 0.2', 'confirmed: 12 runs, 0 diverged\n  none, loss: +',
                'confirmed 12 done, 12 planned', 'confirm  18 done, 18 planned'):
-    assert told in out
+    assert words in out
 
 
 def test_a_run_of_another_config_is_refused(frozen, tmp_path):
-  own = studies.Written(tmp_path, frozen, loss=loss_of)
+  trainer = studies.Written(tmp_path, frozen, loss=loss_of)
   runs = noise_runs(frozen)[:1]
-  own.train('noise', runs)
+  trainer.train('noise', runs)
   file = layout.run_folder(tmp_path / 'noise', runs[0].point, runs[0].seed)
   file /= 'config.json'
   file.write_text(file.read_text().replace('"b2": 0.95', '"b2": 0.9'))
   with pytest.raises(RequestError, match='of another config than the plan .*'
                      'optim.b2'):
-    own.train('noise', runs)
+    trainer.train('noise', runs)
 
 
 def test_results_do_not_lose_what_is_known_by_now(tmp_path):
@@ -859,40 +859,40 @@ def test_an_a_a_study_goes_through_all_phases(tmp_path):
   first.communicate()
 
   both = [_start(file, workdir) for _ in range(2)]
-  told = [process.communicate(timeout=SECONDS)[0] for process in both]
-  assert [process.returncode for process in both] == [0, 0], told
+  outputs = [process.communicate(timeout=SECONDS)[0] for process in both]
+  assert [process.returncode for process in both] == [0, 0], outputs
 
-  found = json.loads((workdir / 'results.json').read_text())
+  results = json.loads((workdir / 'results.json').read_text())
   assert all(row['finished'] and row['done'] == row['planned']
-             for row in found['phases'].values())
+             for row in results['phases'].values())
   frozen = plans.load(workdir)
-  assert [found['phases'][phase]['done'] for phase in frozen.plan.seeds] == [
+  assert [results['phases'][phase]['done'] for phase in frozen.plan.seeds] == [
       3 * 2 * 3, 2 * 2, 2 * 3, 2 * 3 * 3]
-  assert not any(x['diverged'] for x in found['outcomes'])
-  verdict, = found['confirm']
+  assert not any(x['diverged'] for x in results['outcomes'])
+  verdict, = results['confirm']
   assert verdict['variant'] == 'twin'
   assert verdict['verdict'] != decide.UNSTABLE and verdict['n'] == 3
   # Each run has the plan in its record, and each confirmed one its documents.
   records = [run_config.starts(path.parent)[-1]['plan']
              for path in workdir.glob('*/points/*/*/config.json')]
   assert set(records) == {f'{frozen.hash} {plans.date(frozen.time)}'}
-  assert found['as_planned']['differences'] in ([], [
+  assert results['as_planned']['differences'] in ([], [
       frozen.notes[0]['told'] if frozen.notes else ''])
   assert verdict['item_noise'] > 0
-  for x in found['outcomes']:
+  for x in results['outcomes']:
     if x['phase'] == 'confirm':
-      own = x['items']['loss']
-      assert np.average(own['scores'], weights=own['weights']
+      scores = x['items']['loss']
+      assert np.average(scores['scores'], weights=scores['weights']
                         ) == pytest.approx(x['loss'], rel=1e-5)
   # Base and twin have the same data, but not the same parameters.
   values = {(x['variant'], x['seed']): x['values']['loss']
-            for x in found['outcomes'] if x['phase'] == 'screen'}
+            for x in results['outcomes'] if x['phase'] == 'screen'}
   assert len(set(values.values())) == 6
   # With muP, what was tuned at the smallest size holds for all.
-  best = {row['variant']: row['changes'] for row in found['tuned']}
-  assert len(found['tuned']) == 2
-  for x in found['outcomes']:
+  best = {row['variant']: row['changes'] for row in results['tuned']}
+  assert len(results['tuned']) == 2
+  for x in results['outcomes']:
     if x['phase'] == 'confirm':
       assert best[x['variant']].items() <= x['changes'].items()
-  assert found['provenance']['devices'] and found['provenance']['versions']
+  assert results['provenance']['devices'] and results['provenance']['versions']
   assert (workdir / 'report' / 'index.html').is_file()

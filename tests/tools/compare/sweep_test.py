@@ -58,7 +58,7 @@ def test_the_loops_that_most_sweeps_are():
       'without_norm': {'model.ffn': 'b'}, 'without_ffn': {'model.norm': 'a'}}
 
 
-@pytest.mark.parametrize('body, told', [
+@pytest.mark.parametrize('body, message', [
     ('add("a", **{"model.nrom": "rmsnorm"})', 'Did you mean model.norm?'),
     ('add("a", **{"model.d_model": "wide"})', "d_model is 'wide', of type str"),
     ('add("a", **{"model.kinds": {"b": {"windw": 1}}})', 'kinds.b.windw is no'),
@@ -78,8 +78,8 @@ def test_the_loops_that_most_sweeps_are():
     ('add("a", **{"optim.lr": 1.0})\nSEED = 2', 'Did you mean SEEDS?'),
     ('pass\ndel get_config', 'has no get_config: add `get_config = base`'),
     ('pass\ndef base():\n  return 1 / 0', 'ZeroDivisionError')])
-def test_what_is_no_sweep_is_a_sentence(body, told, tmp_path):
-  with pytest.raises(RequestError, match=told):
+def test_what_is_no_sweep_is_a_sentence(body, message, tmp_path):
+  with pytest.raises(RequestError, match=message):
     spec.read_sweep_file(sweeps.write(tmp_path, f'  {body}\n'))
 
 
@@ -111,7 +111,7 @@ def test_a_matched_width_is_of_whole_heads(tmp_path):
   assert made['deep']['changes']['model.d_model'] % 4 == 0  # whole heads
 
 
-@pytest.mark.parametrize('point, what, field, told', [
+@pytest.mark.parametrize('point, what, field, why', [
     ("'model.num_layers': 40", 'params', '', 'cannot be matched.*d_ff='),
     ("'model.d_ff': 999", 'params', '', 'sets model.d_ff, which --match=para'),
     ("'model.parametrization': 'mup', 'model.num_layers': 4, "
@@ -122,8 +122,8 @@ def test_a_matched_width_is_of_whole_heads(tmp_path):
     ("'data.source': 'text:/no/such/*.txt'", '', '', 'no/such.*no file'),
     ("'eval.every_steps': 0, 'eval.tasks': ''", '', '',
      "point 'x': eval.every_steps is 0 and no task is done")])
-def test_what_cannot_be_compared_is_refused(point, what, field, told, tmp_path):
-  with pytest.raises(RequestError, match=told):
+def test_what_cannot_be_compared_is_refused(point, what, field, why, tmp_path):
+  with pytest.raises(RequestError, match=why):
     described(sweeps.write(tmp_path, f"  add('x', **{{{point}}})\n"), what,
               field)
 
@@ -136,20 +136,20 @@ def test_what_follows_from_a_change_is_told(tmp_path):
       "  add('long', **{'data.length': 8})\n"
       "  add.system('llama')\n"
       "  add.system('llama', name='other', **{'model.norm': 'layernorm'})\n"))
-  made, told = points(description), check.table(description)
+  made, table = points(description), check.table(description)
   assert set(made['wide']['follows']) == {  # none unread
       'model.d_ff', 'model.head_dim', 'model.attention_scale'}
-  assert 'so model.d_ff 128 -> 256' in told
-  assert 'model.pattern=own, model.kinds.own.qk_norm=True' in told
-  assert not description['paired'] and 'same batches' in told
+  assert 'so model.d_ff 128 -> 256' in table
+  assert 'model.pattern=own, model.kinds.own.qk_norm=True' in table
+  assert not description['paired'] and 'same batches' in table
   assert made['long']['tokens'] == 12 * 8 * 8
   assert made['llama']['changes'] == {
       'model.arch': 'llama', 'model.position': 'rope', 'model.norm': 'rmsnorm',
       'model.ffn': 'swiglu', 'model.attention_bias': False,
       'model.ffn_bias': False, 'model.tie_embeddings': False}
   assert ('other: not as published: llama with norm=layernorm in place of '
-          'rmsnorm') in told
-  assert 'llama: not as published' not in told
+          'rmsnorm') in table
+  assert 'llama: not as published' not in table
 
 
 def test_costs_are_those_of_the_counter(tmp_path):
@@ -296,23 +296,23 @@ def test_a_sweep_begins_with_what_lies_on_disk(tmp_path, monkeypatch, capsys):
     _held_elsewhere(book, monkeypatch, book.runs()[0].id)
     layout.begin(workdir, book, description)
   assert states(workdir) == before | {('rms', 1): layout.PENDING}
-  told = capsys.readouterr().err
-  assert 'seed-1 is gone: it is trained anew' in told
-  assert 'waiting for a sign of life' in told
+  stderr = capsys.readouterr().err
+  assert 'seed-1 is gone: it is trained anew' in stderr
+  assert 'waiting for a sign of life' in stderr
 
 
 def test_no_flipped_bit_of_a_ledger_gets_through(tmp_path, capsys):
   """It is said, and what is done is known from the runs; or has no effect."""
   _, workdir = _trained(tmp_path)
   file, before = workdir / 'ledger.sqlite', states(workdir)
-  whole, draw, said = file.read_bytes(), random.Random(0), 0
+  whole, draw, warnings = file.read_bytes(), random.Random(0), 0
   places = [place for place, byte in enumerate(whole) if byte]
   for place in draw.sample(places, 12):
     toy_run.flip(file, place, draw.randrange(8))
     assert states(workdir) == before
-    said += 'ledger.sqlite is damaged (' in capsys.readouterr().err
+    warnings += 'ledger.sqlite is damaged (' in capsys.readouterr().err
     file.write_bytes(whole)
-  assert 0 < said == len(list(workdir.glob('*.aside-*')))
+  assert 0 < warnings == len(list(workdir.glob('*.aside-*')))
   with layout.Ledger(workdir) as book:
     file.write_text('no ledger')
     assert states(workdir) == before
@@ -375,12 +375,12 @@ def test_print_gives_a_line_a_run_and_runs_none(tmp_path, capsys):
       file, f'--workdir={tmp_path}', '--launcher=print', '--seeds=3')) == 0
   assert run.main(args) == 0 and len(states(tmp_path)) == 9
   text = open(file).read()
-  for old, new, told in (
+  for old, new, message in (
       ("'rmsnorm'", "'rmsnorm', 'optim.lr': 2e-3", 'points.rms.optim.lr'),
       ("'rms'", "'root'", 'points.rms.model.norm'),
       ('train.steps = 12', 'train.steps = 13', 'base_config.train.steps')):
     open(file, 'w').write(text.replace(old, new))
-    with pytest.raises(RequestError, match=f'another sweep, .* in {told}'):
+    with pytest.raises(RequestError, match=f'another sweep, .* in {message}'):
       run.main(args)
 
 
@@ -393,14 +393,14 @@ def test_a_runner_that_leaves_runs_to_others_does_not_say_all_is_done(
   assert set(states(tmp_path).values()) == {'running'}
 
 
-@pytest.mark.parametrize('word, told', [
+@pytest.mark.parametrize('word, message', [
     ('--launcher=slrum', "Did you mean 'slurm'"),
     ('--parallel=0', '--parallel is 0'), ('--seeds=-1', '--seeds is -1'),
     ('--slurm=timeout_min=60', '--slurm is of --launcher=slurm'),
     ('--anyway', '--anyway is of a study, and .* is none'),
     ('--workdir=gs://bucket/w', 'gs://bucket/w')])
-def test_a_wrong_request_is_a_sentence(word, told, tmp_path):
-  with pytest.raises(RequestError, match=told):
+def test_a_wrong_request_is_a_sentence(word, message, tmp_path):
+  with pytest.raises(RequestError, match=message):
     run.main(sweeps.arguments(sweeps.write(tmp_path), f'--workdir={tmp_path}',
                               word))
   assert not (tmp_path / 'ledger.sqlite').exists()
@@ -419,8 +419,8 @@ def test_a_failing_point_is_recorded_and_the_others_go_on(
   assert {k for k, v in states(workdir).items() if v == 'failed'} == {
       ('bad', 0), ('bad', 1)}
   assert sorted(set(states(workdir).values())) == ['done', 'failed']
-  told = capsys.readouterr().err
-  assert 'bad, seed 1: this point is bad (exit code 1)' in told
+  stderr = capsys.readouterr().err
+  assert 'bad, seed 1: this point is bad (exit code 1)' in stderr
 
   path = layout.run_folder(workdir, 'rms', 1) / 'metrics.jsonl'
   path.write_text(path.read_text().replace('"eval", "loss": 1.0',
@@ -561,12 +561,12 @@ def test_of_a_group_each_run_ends_by_itself(
       file, f'--workdir={workdir}', '--group=8')) == 1
   assert states(workdir) == {
       ('base', 0): 'done', ('bad', 0): 'failed', ('odd', 0): 'failed'}
-  told = capsys.readouterr()
-  assert told.out.count('goes on alone, since its group failed') == 2 * (
+  output = capsys.readouterr()
+  assert output.out.count('goes on alone, since its group failed') == 2 * (
       code == 1)
   reason = 'this point is bad' if code == 1 else 'not as the others'
-  assert f'failed: bad, seed 0: {reason} (exit code {code})' in told.err
-  assert f'odd, seed 0: not as the others (exit code {code})' in told.err
+  assert f'failed: bad, seed 0: {reason} (exit code {code})' in output.err
+  assert f'odd, seed 0: not as the others (exit code {code})' in output.err
 
 
 @pytest.mark.long
@@ -616,11 +616,11 @@ def test_slurm_runs_the_runner_as_an_array(tmp_path):
       2 * [words], tmp_path / 'slurm', 'timeout_min=2', 'x', 'local')
   assert [job.result() for job in jobs] == [0, 0]
   assert (tmp_path / 'mark').read_text() == 'xx'
-  for options, told in (
+  for options, message in (
       ('partition', '--slurm has .partition'),
       ('gpus=1', '--launcher=slurm: .*gpus'),
       ('slurm_signal_delay_s=10', 'slurm_signal_delay_s=10: ')):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
       slurm.submit([words], tmp_path, options, 'x', 'local')
 
 

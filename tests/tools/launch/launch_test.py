@@ -63,10 +63,10 @@ def test_local_ends_those_who_wait_for_one_that_failed(tmp_path, monkeypatch,
   program.write_text('import os, sys\nif os.environ["JAX_PROCESS_ID"] == "1":\n'
                      '  sys.exit(1)\n' + program.read_text())
   assert supervise(j) == 1
-  said = capfd.readouterr().err
-  assert 'process 1 ended with exit code 1; its output:' in said
-  assert 'process 0 did not end by itself then, and was killed' in said
-  assert 'failed 1 times (--max_restarts=0): giving up' in said
+  stderr = capfd.readouterr().err
+  assert 'process 1 ended with exit code 1; its output:' in stderr
+  assert 'process 0 did not end by itself then, and was killed' in stderr
+  assert 'failed 1 times (--max_restarts=0): giving up' in stderr
 
 
 def started(j, processes):
@@ -257,12 +257,12 @@ def test_slurm_outlives_the_signal_that_its_processes_get(slurm_job, tmp_path):
 
 def test_slurm_passes_on_what_a_shell_would_execute(slurm_job, tmp_path):
   logs = tmp_path / "lo gs '$(touch executed)%j%%;#"
-  j, told = hostile_job(tmp_path, logs=str(logs))
+  j, word = hostile_job(tmp_path, logs=str(logs))
   process = slurm_job(j, '--gpus=0')
   out, _ = process.communicate(timeout=60)
   assert process.returncode == 0, out
   [env] = starts(tmp_path)
-  assert env['argv'] == [told, '--x=' + told] and env['JAX_X'] == told
+  assert env['argv'] == [word, '--x=' + word] and env['JAX_X'] == word
   assert (logs / 'process-0.log').exists()
   assert not (tmp_path / 'executed').exists()
 
@@ -336,14 +336,14 @@ def test_tpu_vm_runs_all_workers_and_starts_again(tpu_run, tmp_path, codes,
 
 
 def test_tpu_vm_passes_on_what_a_shell_would_execute(tpu_run, tmp_path):
-  j, told = hostile_job(tmp_path, workdir='gs://bucket/run')
+  j, word = hostile_job(tmp_path, workdir='gs://bucket/run')
   folder = "a b'$(touch executed);#"
   (tmp_path / folder).mkdir()
-  process = tpu_run(j, '--tpu=a', f'--folder=~/{folder}', f'--project=p {told}')
+  process = tpu_run(j, '--tpu=a', f'--folder=~/{folder}', f'--project=p {word}')
   out, _ = process.communicate(timeout=60)
   assert process.returncode == 0, out
   [env] = starts(tmp_path)
-  assert env['argv'][:-1] == [told, '--x=' + told] and env['JAX_X'] == told
+  assert env['argv'][:-1] == [word, '--x=' + word] and env['JAX_X'] == word
   assert not any('MEGASCALE' in name for name in env)
   assert (tmp_path / folder / 'train.pid').exists()
   assert not list(tmp_path.rglob('executed'))
@@ -390,20 +390,20 @@ def test_two_workdirs_have_two_names(one, other):
   assert all(re.fullmatch('[a-z][a-z0-9-]{,39}', name) for name in names)
 
 
-@pytest.mark.parametrize('module, words, told', [
+@pytest.mark.parametrize('module, words, message', [
     (slurm, ['--gpus=0', '--per_gpu'], '--per_gpu .* --gpus is 0'),
     (slurm, ['--sbatch=--comment="a'], 'No closing quotation'),
     (slurm, ['--env=JAX_PROCESS_ID=0'], 'does not set itself'),
     (tpu_vm, ['--tpu=a'], '--zone'),
     (tpu_vm, ['--tpu=a', '--zone=z'], "--workdir is 'runs/a', and every host"),
 ])
-def test_what_no_place_has_is_refused(tmp_path, module, words, told):
-  with pytest.raises(RequestError, match=told):
+def test_what_no_place_has_is_refused(tmp_path, module, words, message):
+  with pytest.raises(RequestError, match=message):
     args = args_of(module, *words)
     module.size(args)
     job.environment(args, '')
     module.words(make_job(
-        tmp_path, '0', 'runs/a' if 'workdir' in told else 'gs://b/a'), args)
+        tmp_path, '0', 'runs/a' if 'workdir' in message else 'gs://b/a'), args)
 
 
 @pytest.mark.slow

@@ -46,11 +46,11 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
   config.model.moe.num_experts = 8
   config.data.batch_size = 64  # so that tokens are more than a dense weight
   run = run_on(topology, preset, config)
-  found = collectives.read(
+  sent = collectives.read(
       compiled(run, topology).as_text(), run.mesh.shape,
       host_of=programs.hosts(run, topology),
       ragged_rows=programs.ragged_rows(run, 'train'))
-  crossings = [c for c in found if c.kind == 'ragged-all-to-all'
+  crossings = [c for c in sent if c.kind == 'ragged-all-to-all'
                and c.dtype == 'bf16']  # of rows, not of gates
   if run.mesh.shape['expert'] > 1:
     # There and back, forward and backward, in each of the 2 layers.
@@ -68,7 +68,7 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
     assert not crossings
   # Whatever their dtype: the router has them in float32.
   a_device = config.data.batch_size * config.data.length * 256 // 8
-  assert not [c for c in found if c.kind == 'all-gather'
+  assert not [c for c in sent if c.kind == 'all-gather'
               and 'expert' in c.axes and c.elements >= a_device]
 
 
@@ -80,15 +80,15 @@ def test_no_weight_is_summed_whole_on_a_mesh_of_fsdp_alone():
   config.model.update(num_layers=2, d_model=512, d_ff=1024, remat='full')
   config.data.batch_size = 64
   run = run_on(topology, 'fsdp=64', config)
-  found = collectives.read(
+  sent = collectives.read(
       compiled(run, topology).as_text(), run.mesh.shape,
       host_of=programs.hosts(run, topology))
   # Norms, and the ids of tokens.
-  assert not [c for c in found if c.kind == 'all-reduce' and c.size == 64
+  assert not [c for c in sent if c.kind == 'all-reduce' and c.size == 64
               and c.elements > 4 * 512 and c.dtype != 's32']
-  assert {c.kind for c in found if c.elements >= 512 * 1024
+  assert {c.kind for c in sent if c.elements >= 512 * 1024
           } == {'all-gather'}
-  assert [c for c in found if c.kind == 'reduce-scatter']
+  assert [c for c in sent if c.kind == 'reduce-scatter']
 
 
 @tpu
@@ -110,13 +110,13 @@ def test_what_is_large_is_scattered_and_gathered(preset, kinds):
   config.data.update(batch_size=64, length=1024)
   config.model.update(max_len=1024, remat='full')
   run = run_on(topology, preset, config)
-  found = collectives.read(
+  sent = collectives.read(
       compiled(run, topology).as_text(), run.mesh.shape,
       host_of=programs.hosts(run, topology),
       ragged_rows=programs.ragged_rows(run, 'train'))
   # What a reduce-scatter returns is one of its shards.
   whole = lambda c: c.elements * (c.size if c.kind == 'reduce-scatter' else 1)
-  large = {(c.kind, *c.axes) for c in found if c.runs > 1  # of a layer
+  large = {(c.kind, *c.axes) for c in sent if c.runs > 1  # of a layer
            and c.dtype == 'bf16' and whole(c) >= 2 * 1024 * 512}
   assert large >= kinds
   assert not [kind for kind, *_ in large if kind == 'all-reduce']
@@ -216,7 +216,7 @@ def test_gpus_of_two_hosts():
   assert any('all-to-all' in kind and axes == ('expert',)
              for kind, axes in kinds), kinds
   assert report['roofline']['seconds']['network_outside'] > 0
-  held = 1.1 * report['memory']['arguments']
-  tight = topology._replace(chip=topology.chip._replace(hbm=held))
+  needed = 1.1 * report['memory']['arguments']
+  tight = topology._replace(chip=topology.chip._replace(hbm=needed))
   with pytest.raises(DoesNotFit, match='GiB at its peak, and a device has'):
     programs.analyse(run, tight, 'train')

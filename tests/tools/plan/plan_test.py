@@ -168,9 +168,9 @@ def test_a_search_ranks_what_fits(no_compiler):
   tight = t._replace(chip=t.chip._replace(hbm=1.1 * sum(whole.values())))
   for one in search.candidates(config, tight):  # no state lies whole
     assert one['mesh']['fsdp'] * one['mesh']['tensor'] > 1
-  found = search.search(config, t, 2)
-  assert len(found['plans']) == 2 and '--mesh' in found['plans'][0]['flags']
-  assert search.text(found).count('~') >= 6
+  result = search.search(config, t, 2)
+  assert len(result['plans']) == 2 and '--mesh' in result['plans'][0]['flags']
+  assert search.text(result).count('~') >= 6
   nothing = t._replace(chip=t.chip._replace(hbm=2 ** 10))
   with pytest.raises(DoesNotFit, match='0 plans'):
     search.search(config, nothing, 1)
@@ -180,11 +180,11 @@ def test_bytes_between_hosts_count_in_a_search():
   for mesh, gathers in ((dict(data=2, fsdp=4), False), (dict(data=8), False),
                         (dict(data=1, fsdp=8), True)):
     run = run_on_cpu(small(gpt.get_config()), tables.PRESETS['dp'] | mesh)
-    found = predict.sent(run, np.arange(8) // 4)
-    kinds = {one.kind for one in found if one.sent_outside}
+    messages = predict.sent(run, np.arange(8) // 4)
+    kinds = {one.kind for one in messages if one.sent_outside}
     assert 'all-reduce' in kinds and ('all-gather' in kinds) == gathers, mesh
-    assert sum(one.sent for one in found) > sum(
-        one.sent_outside for one in found)
+    assert sum(one.sent for one in messages) > sum(
+        one.sent_outside for one in messages)
 
 
 @pytest.mark.parametrize('name, drawn', [('prefill', 1), ('decode', 64)])
@@ -226,8 +226,8 @@ def test_weights_are_read_whole_once_a_pass(rules, mesh):
                 for path, x in paths.flatten(run.abstract.params).items()
                 if not path.startswith('embed/'))
     assert predict.hbm_bytes(run, 0.0, False) == whole, dtype
-    held = 2 * sum(memory.state(run).values())
-    assert predict.hbm_bytes(run, 0.0, True) == 2 * whole + held, dtype
+    state = 2 * sum(memory.state(run).values())
+    assert predict.hbm_bytes(run, 0.0, True) == 2 * whole + state, dtype
 
 
 @pytest.mark.parametrize('text, members', [
@@ -320,10 +320,10 @@ MESH = dict(data=1, fsdp=4, expert=1, tensor=2)
 
 
 def test_every_collective_is_read_with_its_runs_and_bytes():
-  found = collectives.read(PROGRAM, MESH, host_of=np.zeros(8, int),
+  moves = collectives.read(PROGRAM, MESH, host_of=np.zeros(8, int),
                            ragged_rows=20)
-  rows = {(c.kind, c.axes, c.runs, c.known): c for c in found}
-  assert len(rows) == len(found)
+  rows = {(c.kind, c.axes, c.runs, c.known): c for c in moves}
+  assert len(rows) == len(moves)
   sent = {key: c.sent for key, c in rows.items()}
   one = 64 * 8 * 2  # bytes of the whole bf16[64,8]
   assert sent == {
@@ -337,7 +337,7 @@ def test_every_collective_is_read_with_its_runs_and_bytes():
   again = collectives.read(PROGRAM, MESH, host_of=np.zeros(8, int), passes=6)
   assert all(c.known for c in again)
   assert {c.runs for c in again if c.kind == 'collective-permute'} == {24, 3}
-  table = collectives.table(found)
+  table = collectives.table(moves)
   permutes = next(r for r in table if r['kind'] == 'collective-permute')
   assert permutes['runs_per_step'] == 7 and not permutes['exact']
   assert permutes['bytes_sent_per_device'] == 7 * 16
@@ -365,21 +365,21 @@ def test_a_gather_that_several_fusions_print_is_one():
   text = ''.join(fusion.format(i, channel) for i, channel in enumerate(
       (5, 5, 6))) + 'ENTRY %main (x: bf16[1,4]) -> bf16[8,4] {\n' + '\n'.join(
           call.format(i) for i in range(3)) + '\n}\n'
-  found = collectives.read(text, dict(fsdp=8), host_of=np.zeros(8, int))
-  assert [c.kind for c in found] == ['all-gather'] * 2
+  sent = collectives.read(text, dict(fsdp=8), host_of=np.zeros(8, int))
+  assert [c.kind for c in sent] == ['all-gather'] * 2
 
 
 def test_an_array_is_explained_by_its_rules():
   config = small(mixtral.get_config())
   config.model.vocab_size = 385
   run = run_on_cpu(config, 'ep_fsdp_tp')
-  told = {row['name']: row for row in explain_sharding.parameters(run)}
-  assert told['decoder/layers/block_0/ffn/up'] == dict(
+  rows = {row['name']: row for row in explain_sharding.parameters(run)}
+  assert rows['decoder/layers/block_0/ffn/up'] == dict(
       name='decoder/layers/block_0/ffn/up', shape=[2, 4, 32, 64], dimensions=[
           'layers 2', 'experts 4 over expert', 'embed 32 over fsdp',
           'mlp 64 over tensor'],
       bytes_per_device=2 * 4 * 32 * 64 * 4 // 8)
-  assert told['embed/tokens']['dimensions'][0] == (
+  assert rows['embed/tokens']['dimensions'][0] == (
       'vocab 385 (not over tensor, which does not divide it)')
   stream = next(row for row in explain_sharding.activations(run)
                 if row['name'] == 'decoder/layers/block_0'

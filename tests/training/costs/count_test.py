@@ -94,11 +94,11 @@ def test_parts_add_up_and_costs_are_gpt2s():
 @pytest.mark.slow
 def test_a_count_says_where_a_model_is_not_the_system_that_it_names():
   words = '-m', 'tools.count', '--config=configs/gpt.py:tiny'
-  told = forked.run(*words, '--config.model.arch=bloom').stdout.splitlines()
-  assert told[1].startswith('not as published: bloom with embed_norm=False in ')
-  told = json.loads(forked.run(
+  out = forked.run(*words, '--config.model.arch=bloom').stdout.splitlines()
+  assert out[1].startswith('not as published: bloom with embed_norm=False in ')
+  out = json.loads(forked.run(
       *words, '--json', '--config.model.norm=rmsnorm').stdout)
-  assert told['not_as_published'] == [
+  assert out['not_as_published'] == [
       {'field': 'norm', 'value': 'rmsnorm', 'published': 'layernorm'}]
   refused = forked.run(*words, '--config.model.rope.theta=3')
   assert refused.returncode == 2 and 'model does not read' in refused.stderr

@@ -174,10 +174,10 @@ def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
   multiplied = flops.count(program, flops.Place('gpu', useful=True)).flops
   unread = objective.unread(config, L)
   assert unread == (0 if whole_words else L - round(0.15 * L))
-  said = sum(flops.training_flops(c, L, unread=unread).values()) / L
-  assert said * L * config.data.batch_size == pytest.approx(multiplied,
+  per_token = sum(flops.training_flops(c, L, unread=unread).values()) / L
+  assert per_token * L * config.data.batch_size == pytest.approx(multiplied,
                                                             rel=0.02)
-  assert said == totals.count(config)['flops_per_token']['training']
+  assert per_token == totals.count(config)['flops_per_token']['training']
 
 
 def test_below_what_is_trained_there_is_no_backward_pass():

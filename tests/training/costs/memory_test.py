@@ -17,8 +17,8 @@ def one_layer(made, length: int, **fields) -> tuple[int, int]:
   config.data.update(length=length, batch_size=ROWS)
   c = totals.resolved(config)
   shape = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
-  told = memory.analytic(memory.described(config, c, shape), (1, 0), 'tpu')
-  return told['one_layer'], 2 * 4 * ROWS * length ** 2 * c.num_heads
+  account = memory.analytic(memory.described(config, c, shape), (1, 0), 'tpu')
+  return account['one_layer'], 2 * 4 * ROWS * length ** 2 * c.num_heads
 
 
 @pytest.mark.parametrize('made, length, fields, fused', [
@@ -28,5 +28,5 @@ def one_layer(made, length: int, **fields) -> tuple[int, int]:
     (modernbert, 500, {}, False), (llama, 512, dict(position='alibi'), False)])
 def test_scores_count_where_the_kernel_cannot_do_without(
     made, length, fields, fused):
-  told, scores = one_layer(made, length, **fields)
-  assert (told < scores / 2) if fused else (scores <= told < 1.2 * scores)
+  counted, scores = one_layer(made, length, **fields)
+  assert (counted < scores / 2) if fused else (scores <= counted < 1.2 * scores)

@@ -210,8 +210,8 @@ def test_tokens_belong_to_the_answer_by_their_places(tmp_path):
   mask = [any(a < last and first < b for a, b in zip(bounds[1::2],
                                                      bounds[2::2]))
           for first, last in places]
-  told = [kind == 'said' for (kind, _), i in zip(parts, ids) for _ in i]
-  assert told == mask and any(mask)
+  answered = [kind == 'said' for (kind, _), i in zip(parts, ids) for _ in i]
+  assert answered == mask and any(mask)
   # ' Hi' is one token, and begins before the answer does.
   assert tokenizer.decode(ids[1]) == ' Hi!'
 

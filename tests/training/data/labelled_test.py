@@ -63,7 +63,7 @@ def test_records_stand_where_they_say(tmp_path):
   assert read('d.tsv')[1][0] == ('three', 'four')
 
 
-@pytest.mark.parametrize('name, text, fields, said', [
+@pytest.mark.parametrize('name, text, fields, message', [
     ('a.tsv', 'a\t1\nb\n', '', 'line 2, has 1 columns: name those'),
     ('a.tsv', 'a\t1\nb\t1\t2\n', '', 'line 2, has 3 columns: name those'),
     ('a.tsv', 'a\t1\n \t0\n', '', "line 2, column 'text', is empty"),
@@ -74,10 +74,10 @@ def test_records_stand_where_they_say(tmp_path):
     ('a.jsonl', '{"text": "a", "label": null}', '', 'has the label None'),
     ('a.tsv', 'a\t1\n', ':0+b', "names the fields '0.b': write the columns"),
 ])
-def test_a_bad_line_is_named(tmp_path, name, text, fields, said):
+def test_a_bad_line_is_named(tmp_path, name, text, fields, message):
   (tmp_path / name).write_bytes(
       text if isinstance(text, bytes) else text.encode())
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(ValueError, match=message):
     _read(f'labelled:{tmp_path}/{name}{fields}')
 
 
@@ -101,7 +101,7 @@ def test_labels_are_those_of_training_in_order(tmp_path):
     pipeline.held_out(_config(words, eval_source=other), BYTES)
 
 
-@pytest.mark.parametrize('rows, fields, said', [
+@pytest.mark.parametrize('rows, fields, message', [
     ([('a', '1'), ('b', '1')], {}, 'has 1 label.* in 2 training records'),
     ([(f'{i}', f'{i}') for i in range(101)], {}, 'has 101 label.* in 101 trai'),
     *(([('a', '1'), ('b', '2')], dict(class_weights=weights),
@@ -111,8 +111,8 @@ def test_labels_are_those_of_training_in_order(tmp_path):
      "no training record has the label '3'"),
     ([('a', '1'), ('b', '2')], dict(length=2), 'needs 3 or more'),
 ])
-def test_what_is_no_classification_is_refused(tmp_path, rows, fields, said):
-  with pytest.raises(ValueError, match=said):
+def test_what_is_no_classification_is_refused(tmp_path, rows, fields, message):
+  with pytest.raises(ValueError, match=message):
     _loader(_source(tmp_path, *rows), **fields)
 
 
@@ -132,24 +132,24 @@ def test_balanced_weights_are_scikit_learns(tmp_path):
   # n / (labels * n of the label)
   np.testing.assert_allclose(
       batch['weights'], np.array([3, 3, 9 / 21])[batch['targets']])
-  own = _loader(source, class_weights='1,2,0.5', batch_size=9).batch(0)
+  ours = _loader(source, class_weights='1,2,0.5', batch_size=9).batch(0)
   np.testing.assert_allclose(
-      own['weights'], np.array([1, 2, 0.5])[own['targets']])
+      ours['weights'], np.array([1, 2, 0.5])[ours['targets']])
   # An evaluation weighs all rows alike.
-  held, = pipeline.held_out(_config(source, class_weights='balanced',
+  loader, = pipeline.held_out(_config(source, class_weights='balanced',
                                     eval_source=source), BYTES)
-  assert {*held.batch(0)['weights']} == {1.0}
+  assert {*loader.batch(0)['weights']} == {1.0}
 
 
 def test_a_source_and_its_objective_must_fit(tmp_path):
   source = _source(tmp_path, ('a', '1'), ('b', '0'))
   pipeline.check_sources(_config(source))
-  for spec, objective, said in (
+  for spec, objective, message in (
       ('sotu', 'classification', "'classification' reads labelled texts, but"),
       (source, 'causal', 'reads text, but .* holds labelled texts: choose from '
        'sotu, text:GLOB, jsonl:GLOB:FIELD'),
       (source, 'chat', 'choose from jsonl:GLOB:FIELD, parquet')):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
       pipeline.check_sources(
           _config(spec, objective, 'gpt', cache_dir=str(tmp_path)))
 
@@ -279,20 +279,20 @@ def test_sets_of_the_hub():
   assert (labels, lines[1]) == (['B-x', 'O'], 'hf:x, row 1, word 2')
   assert [(r.texts, r.label) for r in read(
       ('s', 'l'), [dict(s='a', l=1)], s=None, l=named)] == [(('a',), 'B-x')]
-  for row, features, said in (
+  for row, features, message in (
       (dict(w=['a'], l=[-1]), lists, 'has the label -1, and the'),
       (dict(w=['a'], l=None), lists, 'has 1 words and 0 labels'),
       (dict(w=['a'], l=1), lists | dict(l=named), 'write one of lists'),
       (dict(s='a', l=2), dict(s=None, l=named), 'has the label 2, and')):
-    with pytest.raises(RequestError, match=said):
+    with pytest.raises(RequestError, match=message):
       read((*features,), [row], **features)
   asked = [dict(id=f'q{i}', context=context, question='?', answers=dict(
       text=['a'] * (i != 1), answer_start=[0] * (i != 1)))
            for i, context in enumerate(['ab', 'ab', 'ac'])]
-  found = read(labelled.SQUAD_FIELDS, asked)
-  assert [(p.context, [q.id for q in p.questions]) for p in found] == [
+  parts = read(labelled.SQUAD_FIELDS, asked)
+  assert [(p.context, [q.id for q in p.questions]) for p in parts] == [
       ('ab', ['q0', 'q1']), ('ac', ['q2'])]
-  assert [q.answers for q in found[0].questions] == [(('a', 0),), ()]
+  assert [q.answers for q in parts[0].questions] == [(('a', 0),), ()]
 
 
 # Cut into rows: against the package tokenizers, which cuts them itself.
@@ -334,23 +334,23 @@ def every(tmp_path_factory):
 def test_tokens_and_the_characters_that_they_stand_for(kind, every):
   tokenizer = every[kind]
   texts = [TEXT, '', 'a', ' a  b ']
-  for text, ids, (own, spans) in zip(
+  for text, ids, (ids_alone, spans) in zip(
       texts, tokenizer.encode_batch(texts), tokenizer.encode_spans(texts)):
-    assert ids.tolist() == own.tolist() and spans.shape == (len(ids), 2)
+    assert ids.tolist() == ids_alone.tolist() and spans.shape == (len(ids), 2)
     covered = np.zeros(len(text), bool)
     for first, end in spans:
       covered[first:end] = True
     assert all(covered[i] for i, c in enumerate(text) if not c.isspace())
   # Each word alone gives the tokens that begin in it.
-  found, = records.words_of([WORDS], tokenizer)
+  words, = records.words_of([WORDS], tokenizer)
   between = {'bpe': ' ', 'untrimmed': ' '}.get(kind, '')
   for i, word in enumerate(WORDS):
     alone = tokenizer.encode(between * (i > 0) + word).tolist()
-    assert found.ids[found.words_T == i].tolist() == alone, word
-  firsts = np.flatnonzero(found.first_T)
-  assert found.words_T[firsts].tolist() == list(range(len(WORDS)))
+    assert words.ids[words.words_T == i].tolist() == alone, word
+  firsts = np.flatnonzero(words.first_T)
+  assert words.words_T[firsts].tolist() == list(range(len(WORDS)))
   for place in firsts:  # no earlier token is of the word
-    assert found.words_T[place] not in found.words_T[:place]
+    assert words.words_T[place] not in words.words_T[:place]
   # And the tokens of a part spell it.
   (_, spans), = tokenizer.encode_spans([TEXT])
   for word in WORDS:
@@ -367,11 +367,11 @@ def test_strides_cover_each_token(size, room, stride):
   assert windows[0][0] == 0 and windows[-1][1] == size
   for (first, end), (next_, end_) in zip(windows, windows[1:]):
     assert end - first == room and end - next_ == stride and end < end_
-  for token, own in enumerate(records.owners(windows, size)):
+  for token, owner in enumerate(records.owners(windows, size)):
     # BERT's rule, written as in its code.
     scores = [min(token - first, end - 1 - token) + 0.01 * (end - first)
               if first <= token < end else -9 for first, end in windows]
-    assert own == scores.index(max(scores))
+    assert owner == scores.index(max(scores))
 
 
 def test_what_is_too_long_is_cut_as_tokenizers_does_it():

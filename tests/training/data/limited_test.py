@@ -15,9 +15,9 @@ BYTES = tokenizers.load('bytes')
 OVER = 'it takes more than .* seconds or 1,024 MiB of memory, or ends the proc'
 
 
-def rendered(text, said='x'):
+def rendered(text, content='x'):
   return conversations.make('of models/a', text, BYTES).render(
-      [dict(role='user', content=said)])
+      [dict(role='user', content=content)])
 
 
 @pytest.mark.parametrize('text, why', [
@@ -41,8 +41,8 @@ def test_a_template_has_limits(text, why, monkeypatch):
 
 
 def test_a_long_conversation_is_rendered():
-  said = 'x' * 2**20
-  assert rendered('{{ messages[0].content }}' * 2, said) == said * 2
+  content = 'x' * 2**20
+  assert rendered('{{ messages[0].content }}' * 2, content) == content * 2
 
 
 def test_an_interrupted_call_answers_no_other(monkeypatch):

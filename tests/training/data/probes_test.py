@@ -18,18 +18,18 @@ from training.data import probes
 
 
 def mqar(tokens, settings):
-  value, found = {}, {}
+  value, answers = {}, {}
   for place in range(0, len(tokens), 2):
     key, after = tokens[place:place + 2]
     if key in value:
-      found[place] = value[key]
+      answers[place] = value[key]
     elif key:
       value[key] = after
-  return found
+  return answers
 
 
 def induction(tokens, settings):
-  hops, found = tokens[0] - settings.vocab + 1, {}
+  hops, answers = tokens[0] - settings.vocab + 1, {}
   letters = tokens[1:]
   for place in range(len(letters)):
     at = place
@@ -39,28 +39,28 @@ def induction(tokens, settings):
       if at is None:
         break
     if at is not None:
-      found[1 + place] = letters[at]
-  return found
+      answers[1 + place] = letters[at]
+  return answers
 
 
 def hops(tokens, settings):
-  found = induction([tokens[0] - 1, *tokens[1:]], settings)
+  answers = induction([tokens[0] - 1, *tokens[1:]], settings)
   none = settings.vocab + settings.most + 1
   assert all(a != b for a, b in zip(tokens[1:], tokens[2:]))
-  return {place: found.get(place, none) for place in range(1, len(tokens))}
+  return {place: answers.get(place, none) for place in range(1, len(tokens))}
 
 
 def recall(tokens, settings, values=None):
-  known, found = {}, {}
+  known, answers = {}, {}
   most = settings.most if values is None else values
   for place in range(0, len(tokens), 2):
     key, value = tokens[place:place + 2]
     if key >= most:
       continue  # noise
     if key in known:
-      found[place] = known[key]
+      answers[place] = known[key]
     known[key] = value
-  return found
+  return answers
 
 
 def noisy_recall(tokens, settings):
@@ -68,16 +68,16 @@ def noisy_recall(tokens, settings):
 
 
 def fuzzy_recall(tokens, settings):
-  known, found, place = {}, {}, 0
+  known, answers, place = {}, {}, 0
   runs = [tuple(run) for _, run in itertools.groupby(
       tokens, lambda token: token < settings.vocab // 2)]
   for key, value in zip(runs[::2], runs[1::2]):
     if key in known:
       first = place + len(key) - 1
-      found |= {first + i: known[key][i] for i in range(len(known[key]))}
+      answers |= {first + i: known[key][i] for i in range(len(known[key]))}
     known[key] = value
     place += len(key) + len(value)
-  return found
+  return answers
 
 
 def selective_copying(tokens, settings):
@@ -119,11 +119,11 @@ def counting(tokens, settings):
 def permuted(tokens, things, keep=lambda permutation: True):
   """Moves things about, one permutation after the other."""
   numbered = list(filter(keep, itertools.permutations(range(things))))
-  where, found = list(range(things)), {}
+  where, answers = list(range(things)), {}
   for i, token in enumerate(tokens[1:], 1):
     where = [numbered[token][thing] for thing in where]
-    found[i] = numbered.index(tuple(where))
-  return found
+    answers[i] = numbered.index(tuple(where))
+  return answers
 
 
 def passkey(tokens, settings):
@@ -150,16 +150,16 @@ def depo(tokens, settings):
   for word in spelled:
     words.append((place, tuple(tokens[place:place + len(word)])))
     place += len(word)
-  told = spelled.index('H')
-  after = {words[i][1]: words[i + 1][1] for i in range(1, told, 2)}
+  start = spelled.index('H')
+  after = {words[i][1]: words[i + 1][1] for i in range(1, start, 2)}
   assert sorted(after) == sorted(after.values())
-  found = {}
-  for i in range(told, len(words), 4):
+  answers = {}
+  for i in range(start, len(words), 4):
     (_, (hops,)), (_, word), (place, _) = words[i:i + 3]
     for _ in range(hops - 2 * letters - 1):
       word = after[word]
-    found |= {place + j: token for j, token in enumerate(word)}
-  return found
+    answers |= {place + j: token for j, token in enumerate(word)}
+  return answers
 
 
 def mano(tokens, settings):
@@ -285,8 +285,8 @@ def found_words(probe, settings, split):
   """Returns how many words the circle of each row has."""
   vocab = settings.vocab
   for row in probes.Rows(probe, settings, split, 0):
-    told = row.tokens[1:np.argmax(row.tokens > 2 * vocab + 1)]
-    yield int((told >= vocab).sum() // 2)
+    facts = row.tokens[1:np.argmax(row.tokens > 2 * vocab + 1)]
+    yield int((facts >= vocab).sum() // 2)
 
 
 @pytest.mark.parametrize('name, levels, length, words', [
@@ -321,8 +321,8 @@ def test_what_stands_between_the_queries_of_zoology_may_be_random():
   for before, after in zip(plain, drawn):
     assert np.array_equal(before.targets, after.targets)
     assert np.array_equal(before.asked, after.asked)
-    told = before.tokens > 0
-    assert np.array_equal(before.tokens[told], after.tokens[told])
+    shown = before.tokens > 0
+    assert np.array_equal(before.tokens[shown], after.tokens[shown])
   filled = np.concatenate([after.tokens[before.tokens == 0]
                            for before, after in zip(plain, drawn)])
   assert stats.chisquare(np.bincount(filled, minlength=80)).pvalue > 0.001

@@ -103,8 +103,8 @@ def shards(corpus, tmp_path, small):
 def entry(spec, folder, tokenizer=BYTES):
   """Returns the cache's folder of a source, and its tokens."""
   (_, source), = sources.parse(spec)
-  found = sources.cached(source, tokenizer, str(folder / 'cache'))
-  return pathlib.Path(found.folder), found
+  entry = sources.cached(source, tokenizer, str(folder / 'cache'))
+  return pathlib.Path(entry.folder), entry
 
 
 # Read.
@@ -131,17 +131,17 @@ def test_every_token_stands_where_the_text_has_it(corpus, shards):
     for split, part in (('train', ''), ('eval', ''), ('eval', 'first'),
                         ('eval', 'second')):
       chosen = tokens.chosen(np.arange(len(texts)), every, split, part)
-      kept = [text for text, own in zip(texts, chosen) if own]
+      kept = [text for text, is_in in zip(texts, chosen) if is_in]
       stream = np.array([EOS, *(i for text in kept
                                 for i in (*text.encode(), EOS))])
-      found = pickle.loads(pickle.dumps(
+      again = pickle.loads(pickle.dumps(
           tokens.Split(read, every, split, part, EOS)))
-      assert (found.documents, found.of) == (len(kept), len(texts))
-      assert found.num_tokens == len(stream) - 1
-      assert found.num_bytes == sum(map(len, kept))
+      assert (again.documents, again.of) == (len(kept), len(texts))
+      assert again.num_tokens == len(stream) - 1
+      assert again.num_bytes == sum(map(len, kept))
       for first in range(0, len(stream), 1111):
         row = np.full(1112, EOS, np.int32)
-        found.fill(row, first)
+        again.fill(row, first)
         expected = stream[first:first + 1112]
         np.testing.assert_array_equal(row[:len(expected)], expected)
 
@@ -169,8 +169,8 @@ def test_documents_of_parts_and_wide_ids(tmp_path):
       return [ids + 69_000 for ids in super().encode_batch(texts)]
 
   (tmp_path / 'p.tsv').write_text('ab\tcde\n\tf\n' * 2)
-  _, found = entry(f'parallel:{tmp_path}/p.tsv', tmp_path, Wide())
-  documents = tokens.Documents(tokens.Split(found, 2, 'train', '', 0))
+  _, cached = entry(f'parallel:{tmp_path}/p.tsv', tmp_path, Wide())
+  documents = tokens.Documents(tokens.Split(cached, 2, 'train', '', 0))
   (source, ids), (target, more) = documents[0]
   assert (source, target, len(documents)) == ('source', 'target', 2)
   assert (len(ids), (more - 69_000).tolist()) == (0, [*b'f'])

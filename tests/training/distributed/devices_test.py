@@ -85,11 +85,11 @@ def test_how_a_process_joins_the_others(monkeypatch):
 EIGHT = '--xla_force_host_platform_device_count=8'
 
 
-@pytest.mark.parametrize('flags, before, own, after', [
+@pytest.mark.parametrize('flags, before, cpus, after', [
     (EIGHT, None, 2, '32'), (EIGHT, None, 48, '48'), (EIGHT, '9', 2, '9'),
     ('', None, 2, None)])
-def test_devices_get_four_threads_each(monkeypatch, flags, before, own, after):
-  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(own)))
+def test_devices_get_four_threads_each(monkeypatch, flags, before, cpus, after):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(cpus)))
   monkeypatch.setenv('XLA_FLAGS', flags)
   monkeypatch.delenv('PJRT_NPROC')
   if before:

@@ -122,17 +122,17 @@ def test_a_lost_process_ends_all_and_the_run_goes_on(folder, texts, monkeypatch,
       where, 2, 2, two_slices(folder / 'lost', texts, SAVES), max_restarts=2,
       faults=[fault | dict(process=1, step=LOST, kind='kill'),
               fault | dict(process=0, step=LOST + 1, kind='raise')])
-  said = capfd.readouterr()
-  assert code == 0, said.err
+  output = capfd.readouterr()
+  assert code == 0, output.err
   (_, killed), (_, raised), (_, done) = ends
   assert killed[1] == -9 and raised[0] == 1 and done == [0, 0]
   for (end, _), kind in zip(ends, ('kill', 'raise')):
     assert end - float((where / f'fault-{kind}').read_text()) < 30
-  assert 'launch: process 1 was killed by SIGKILL' in said.err
-  assert "KeyError: 'raised on purpose'" in said.err
-  assert said.out.count('going on from step') == 3
+  assert 'launch: process 1 was killed by SIGKILL' in output.err
+  assert "KeyError: 'raised on purpose'" in output.err
+  assert output.out.count('going on from step') == 3
   met = re.findall(r'process 0: 2 x cpu, slice 0, .*\nprocess 1: 2 x cpu',
-                   said.out)
+                   output.out)
   assert len(met) == 3  # once a start
   same(folder / 'lost', folder / 'alone')
 

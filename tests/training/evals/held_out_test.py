@@ -83,10 +83,10 @@ def test_the_loss_of_a_mixture_is_the_mean_of_its_sources(folder, a, b):
   each."""
   c = config_of(folder, f'{a}*text:{{0}}/a.txt,{b}*text:{{0}}/b.txt')
   figures = judged(c, lambda ids: ids * (ids < 256))
-  own = [40 * 97 / 41, 120 * 98 / 121]
-  assert figures[f'loss/text:{folder}/a.txt'] == pytest.approx(own[0])
-  assert figures[f'loss/text:{folder}/b.txt'] == pytest.approx(own[1])
-  assert figures['loss'] == pytest.approx(np.average(own, weights=[a, b]))
+  losses = [40 * 97 / 41, 120 * 98 / 121]
+  assert figures[f'loss/text:{folder}/a.txt'] == pytest.approx(losses[0])
+  assert figures[f'loss/text:{folder}/b.txt'] == pytest.approx(losses[1])
+  assert figures['loss'] == pytest.approx(np.average(losses, weights=[a, b]))
   size = np.average([40 / 41, 120 / 121], weights=[a, b])
   assert figures['bits_per_byte'] == pytest.approx(
       figures['loss'] / math.log(2) / size)
@@ -116,31 +116,31 @@ def test_each_token_that_training_evaluates_is_of_its_document(
   monkeypatch.setattr(loss_task, 'documents_program', lambda module, config: (
       lambda params, batch: jnp.stack([
           of_letter(batch['targets']) * batch['weights'], batch['weights']])))
-  found = evaluations.run('documents', evaluations.make(c))
+  figures = evaluations.run('documents', evaluations.make(c))
   loader, = pipeline.held_out(c, BYTES)
   rows = [batch for batch in loader.iterate(0, loader.first(batches))]
   targets, weights = (np.concatenate([row[name].ravel() for row in rows])
                       for name in ('targets', 'weights'))
-  assert found['loss'] == pytest.approx(
+  assert figures['loss'] == pytest.approx(
       np.average(of_letter(targets), weights=weights))
   # A document's tokens, and the end of each, which costs nothing.
   letters = [(weights * (targets == 97 + i)).sum() for i in range(6)]
-  tokens = lambda own: np.array(own['items']['loss']['weights'])
-  nats_of = lambda own: (np.array(own['items']['loss']['scores'])
-                         * tokens(own) * weights.sum())
-  nats = nats_of(found)
+  tokens = lambda figures: np.array(figures['items']['loss']['weights'])
+  nats_of = lambda figures: (np.array(figures['items']['loss']['scores'])
+                         * tokens(figures) * weights.sum())
+  nats = nats_of(figures)
   assert nats == pytest.approx(
       [n * (i + 1) / 10 for i, n in enumerate(letters) if n], rel=1e-5)
-  assert sum(tokens(found)) == pytest.approx(1)
+  assert sum(tokens(figures)) == pytest.approx(1)
   # As it trains, a run keeps them in its folder.
   c.eval.tasks = 'documents'
   made = evaluations.make(c, tmp_path)
   assert in_training.Tasks(made.run, made.tokenizer).of(
       made.params, 3, tmp_path, lambda: False).figures == {
-          'documents/loss': found['loss']}
-  assert items.read(tmp_path) == {'documents/loss': found['items']['loss']}
+          'documents/loss': figures['loss']}
+  assert items.read(tmp_path) == {'documents/loss': figures['items']['loss']}
   if not batches:
-    assert tokens(found) * weights.sum() == pytest.approx(
+    assert tokens(figures) * weights.sum() == pytest.approx(
         [n + 1 for n in letters])
     monkeypatch.setattr(loss_task, 'DOCUMENTS', 4)  # two by two
     assert nats_of(evaluations.run('documents', evaluations.make(c))
@@ -155,7 +155,7 @@ def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
   source = f'text:{folder}/c.txt'
   c.data.update(source=source, eval_source=source, length=16)
   evaluation = evaluations.make(c, folder)
-  found = evaluations.run('extrapolation', evaluation)
+  figures = evaluations.run('extrapolation', evaluation)
   assert (folder / 'extrapolation.png').read_bytes().startswith(b'\x89PNG')
   end = BYTES.separator_id
   ids = np.array([end, *(folder / 'c.txt').read_bytes(), end])
@@ -163,10 +163,10 @@ def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
           for line in capsys.readouterr().out.splitlines()[2:4]}
   assert rows['tokens'] == ['61'] * 4
   for place, multiple in enumerate(extrapolation.MULTIPLES):
-    tokens = found['texts'][str(multiple)]['tokens']
+    tokens = figures['texts'][str(multiple)]['tokens']
     length = 16 * multiple
     assert sum(tokens) == 61 and (np.array(tokens) > 0).sum() == min(length, 61)
-    curve = np.array(found['curves']['none'][str(multiple)])
+    curve = np.array(figures['curves']['none'][str(multiple)])
     assert (np.isnan(curve) == (np.array(tokens) == 0)).all()
     if multiple in (1, 8):
       loss = []
@@ -218,17 +218,17 @@ def test_training_is_the_same_and_goes_on_with_the_same_figures(
   assert trained(with_tasks, tmp_path / 'run') == 0
   train = [row['loss'] for row in rows(tmp_path / 'run')]
   assert train == [row['loss'] for row in rows(tmp_path / 'plain')]
-  found = rows(tmp_path / 'run', 'eval')
-  assert [(row['step'], 'loss' in row, 'loss/loss' in row) for row in found
+  logged = rows(tmp_path / 'run', 'eval')
+  assert [(row['step'], 'loss' in row, 'loss/loss' in row) for row in logged
           ] == [(2, False, True), (4, True, True), (6, False, True),
                 (8, True, True)]
-  for row in found[1::2]:
+  for row in logged[1::2]:
     assert row['loss/loss'] == pytest.approx(row['loss'], rel=1e-6)
   shown = capsys.readouterr().out
-  assert f'step 6  loss: loss {found[2]["loss/loss"]:.4f}' in shown
+  assert f'step 6  loss: loss {logged[2]["loss/loss"]:.4f}' in shown
   shutil.rmtree(tmp_path / 'run/checkpoints/8')
   assert trained(with_tasks, tmp_path / 'run') == 0
-  assert rows(tmp_path / 'run', 'eval') == found
+  assert rows(tmp_path / 'run', 'eval') == logged
 
 
 @pytest.mark.parametrize('fields, sentence', [
@@ -245,9 +245,9 @@ def test_what_no_training_can_do_is_refused(texts, fields, sentence):
 
 def test_levels_of_training_then_longer_rows():
   settings = probes.Settings(41, tuple(range(1, 21)), 16, 100, 100)
-  found = list(probe_task.cells(settings, grows=True))
-  assert [cell.level for cell in found] == [1, 5, 9, 12, 16, 20, 40, 80]
-  assert [cell.length for cell in found][-3:] == [41, 82, 164]
+  cells = list(probe_task.cells(settings, grows=True))
+  assert [cell.level for cell in cells] == [1, 5, 9, 12, 16, 20, 40, 80]
+  assert [cell.length for cell in cells][-3:] == [41, 82, 164]
   fixed = list(probe_task.cells(settings._replace(levels=(3,)), grows=False))
   assert [tuple(cell) for cell in fixed] == [
       (3, 41, 1), (3, 82, 2), (3, 164, 4)]
@@ -278,10 +278,10 @@ def test_counts_are_those_of_numpy():
       hidden=jax.nn.one_hot(jnp.asarray(answers), 5),
       head=heads.Head(jnp.eye(5)))
   objective = types.SimpleNamespace(apply=lambda *_: output)
-  found = jax.jit(probe_task._counts(None, objective))({}, dict(
+  counts = jax.jit(probe_task._counts(None, objective))({}, dict(
       tokens=tokens, targets=targets, weights=asked.astype(np.float32)))
   right = (answers == targets)
-  assert found.tolist() == [
+  assert counts.tolist() == [
       [*(right & asked).sum(1)], [*asked.sum(1)]]
 
 
@@ -290,15 +290,15 @@ def test_figures_of_a_probe_add_up():
   c = evaluations.config('gpt', 'probe', position='none', num_layers=1)
   c.data.update(source='probe:parity', length=9, batch_size=16)
   c.probe.levels = (4, 8)
-  found = evaluations.run('probe', evaluations.make(c, probe_rows=40))
+  figures = evaluations.run('probe', evaluations.make(c, probe_rows=40))
   assert [(row['level'], row['length'], row['answers'], row['rows'])
-          for row in found['table']] == [
+          for row in figures['table']] == [
       (4, 9, 160, 40), (8, 9, 320, 40), (16, 18, 640, 40), (32, 36, 1280, 40)]
-  assert found['accuracy'] == np.mean(list(found['level'].values()))
-  assert len(found['items']['accuracy']['scores']) == 80
-  assert {*found['beyond']} == {'2x', '4x'}
+  assert figures['accuracy'] == np.mean(list(figures['level'].values()))
+  assert len(figures['items']['accuracy']['scores']) == 80
+  assert {*figures['beyond']} == {'2x', '4x'}
   assert all(row['accuracy_95'][0] <= row['accuracy'] <= row['accuracy_95'][1]
-             for row in found['table'])
+             for row in figures['table'])
 
 
 @pytest.mark.parametrize('size', [2, 8])
@@ -314,10 +314,10 @@ def test_a_figure_is_of_as_many_rows_whatever_the_batch(
   (folder / 'd.txt').write_text(TEXT)
   c = evaluations.config('t5', 'span')
   c.data.update(eval_source=f'text:{folder}/d.txt', batch_size=size)
-  found = evaluations.run('exact', evaluations.make(c, targets=5))
+  figures = evaluations.run('exact', evaluations.make(c, targets=5))
   c.data.batch_size = 5
   first, = pipeline.held_out(c, BYTES)
-  assert found['targets'] == 5 and first.num_windows > 8
+  assert figures['targets'] == 5 and first.num_windows > 8
   assert shown[:5] == first.batch(0)['tokens'].tolist()
 
 

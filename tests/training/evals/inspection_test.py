@@ -79,10 +79,10 @@ def test_induction_is_the_weight_on_what_followed():
   tokens_BL = np.array([[7, 8, 9, 7, 8, 5, 9, 7]])
   real_BL = np.array([[1] * 7 + [0]], bool)
   weights = np.random.default_rng(0).dirichlet(np.ones(8), size=(1, 1, 2, 8))
-  found = measures.induction(weights, tokens_BL, real_BL)
+  scores = measures.induction(weights, tokens_BL, real_BL)
   w_HLM = weights[0, 0]
   np.testing.assert_allclose(
-      found[0, 0], (w_HLM[:, 3, 1] + w_HLM[:, 4, 2] + w_HLM[:, 6, 3]) / 3)
+      scores[0, 0], (w_HLM[:, 3, 1] + w_HLM[:, 4, 2] + w_HLM[:, 6, 3]) / 3)
   assert np.isnan(measures.induction(weights, np.arange(8)[None], real_BL)
                   ).all()
 
@@ -90,28 +90,28 @@ def test_induction_is_the_weight_on_what_followed():
 def test_norms_and_peaks_are_numpys_and_padding_does_not_count():
   model, tokens_BL = _model(), models.tokens(2, L)
   mask_BL = np.array([[1] * L, [1] * 5 + [0] * 4])
-  found = model.inspect(tokens_BL, mask=mask_BL).stream['decoder']
+  stream = model.inspect(tokens_BL, mask=mask_BL).stream['decoder']
   states = np.asarray(model.hidden_states(tokens_BL, mask=mask_BL))
   embed = jax.tree.map(np.asarray, model.params['embed'])
   np.testing.assert_allclose(
       states[0], embed['tokens'][tokens_BL] + embed['positions'][:L], atol=1e-6)
   np.testing.assert_allclose(
-      found.norms, np.sqrt((states ** 2).sum(-1)), rtol=1e-5)
+      stream.norms, np.sqrt((states ** 2).sum(-1)), rtol=1e-5)
   short = np.abs(states[:, 1, :5])
-  np.testing.assert_allclose(found.peaks[:, 1], short.max(1), rtol=1e-6)
+  np.testing.assert_allclose(stream.peaks[:, 1], short.max(1), rtol=1e-6)
   for n in range(3):
-    assert found.median[n, 1] == pytest.approx(np.median(short[n]))
-    assert found.rms[n, 1] == pytest.approx((short[n] ** 2).mean() ** 0.5)
+    assert stream.median[n, 1] == pytest.approx(np.median(short[n]))
+    assert stream.rms[n, 1] == pytest.approx((short[n] ** 2).mean() ** 0.5)
 
 
-@pytest.mark.parametrize('layers, tokens, size, told', [
+@pytest.mark.parametrize('layers, tokens, size, result', [
     (2, 3, 6.0, True), (2, 3, -7.0, True), (2, 3, 5.9, False),
     (1, 10, 9.0, False), (4, 1, 9.0, False), (5, 1, 9.0, True)])
-def test_an_outlier_is_one_by_dettmers_criterion(layers, tokens, size, told):
+def test_an_outlier_is_one_by_dettmers_criterion(layers, tokens, size, result):
   """Of 8 layers a quarter are 2; of the 80 tokens of all, 6 % are 4.8."""
   states = np.zeros((8, 10, 3), np.float32)
   states[:layers, :tokens, 1] = size
-  assert measures.outliers(states).tolist() == [False, told, False]
+  assert measures.outliers(states).tolist() == [False, result, False]
 
 
 @pytest.mark.parametrize('system', [
@@ -133,8 +133,8 @@ def test_the_last_layer_of_the_lens_is_the_models_own_prediction(system):
 def test_experts_are_the_two_best_of_a_router_in_numpy():
   """In the parallel wiring a router reads the norm of the layer's input."""
   model, tokens_BL = _model('mixtral', block='parallel'), models.tokens(2, L)
-  found = model.inspect(tokens_BL)
-  assert found.experts['decoder'].layers.tolist() == [0, 1]
+  result = model.inspect(tokens_BL)
+  assert result.experts['decoder'].layers.tolist() == [0, 1]
   states = np.asarray(model.hidden_states(tokens_BL), np.float64)
   block = jax.tree.map(np.asarray, model.params['decoder']['layers']['block_0'])
   for n in range(2):
@@ -142,10 +142,10 @@ def test_experts_are_the_two_best_of_a_router_in_numpy():
                             + model.config.norm_eps)
     logits = x * block['ffn_norm']['scale'][n] @ block['ffn']['router'][n]
     e = np.exp(logits)
-    np.testing.assert_allclose(found.experts['decoder'].probabilities[n],
+    np.testing.assert_allclose(result.experts['decoder'].probabilities[n],
                                e / e.sum(-1, keepdims=True), atol=1e-5)
     best = e >= np.sort(e)[..., -2:-1]
-    np.testing.assert_array_equal(found.experts['decoder'].chosen[n], best)
+    np.testing.assert_array_equal(result.experts['decoder'].chosen[n], best)
     np.testing.assert_allclose(
-        found.experts['decoder'].gates[n],
+        result.experts['decoder'].gates[n],
         best * e / (best * e).sum(-1, keepdims=True), atol=1e-5)

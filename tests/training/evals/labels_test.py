@@ -33,33 +33,33 @@ def _view(targets, names=('a', 'b', 'c')):
 def test_figures_are_those_of_their_formulas(count):
   rng = np.random.default_rng(count)
   right, scores = rng.integers(0, count, 40), rng.normal(size=(40, count))
-  found = scores.argmax(1)
+  ours = scores.argmax(1)
   measured = labels.of_scores(_view(right, tuple('abc'[:count])), [*scores])
   figures, f1 = measured.figures, []
   for k in range(count):
-    hits = ((found == k) & (right == k)).sum()
-    f1.append(2 * hits / ((found == k).sum() + (right == k).sum()))
+    hits = ((ours == k) & (right == k)).sum()
+    f1.append(2 * hits / ((ours == k).sum() + (right == k).sum()))
     row = figures['by_label'][k]
     assert row['f1'] == pytest.approx(f1[k])
-    assert row['precision'] == pytest.approx(hits / (found == k).sum())
+    assert row['precision'] == pytest.approx(hits / (ours == k).sum())
     assert row['recall'] == pytest.approx(hits / row['rows'])
   assert figures['f1_macro'] == pytest.approx(np.mean(f1))
   assert figures['f1'] == pytest.approx(f1[1] if count == 2 else np.mean(f1))
-  assert figures['accuracy'] == pytest.approx((found == right).mean())
-  assert np.trace(figures['confusion']) == (found == right).sum()
+  assert figures['accuracy'] == pytest.approx((ours == right).mean())
+  assert np.trace(figures['confusion']) == (ours == right).sum()
   row = json.loads(measured.files[''].splitlines()[7])
-  assert row['predicted'] == 'abc'[found[7]]
+  assert row['predicted'] == 'abc'[ours[7]]
   assert sum(row['probabilities'].values()) == pytest.approx(1)
 
 
 def test_correlations_are_those_of_their_formulas():
   rng = np.random.default_rng(0)
   right = rng.normal(size=30)
-  found = right + rng.normal(size=30)
-  figures = labels.of_numbers(_view(right), [*found[:, None]]).figures
-  assert figures['pearson'] == pytest.approx(np.corrcoef(right, found)[0, 1])
+  ours = right + rng.normal(size=30)
+  figures = labels.of_numbers(_view(right), [*ours[:, None]]).figures
+  assert figures['pearson'] == pytest.approx(np.corrcoef(right, ours)[0, 1])
   assert figures['mean_squared_error'] == pytest.approx(
-      np.mean((right - found) ** 2))
+      np.mean((right - ours) ** 2))
   constant = labels.of_numbers(_view(right), [np.zeros(1)] * 30)
   assert np.isnan(constant.figures['pearson'])
 
@@ -122,14 +122,14 @@ def test_entities_are_measured_and_written(tmp_path):
   source = f'conll:{files.conll(tmp_path / "a.conll")}'
   evaluation = _evaluation('bert', 'token_classification', source, 64,
                            predictions=str(tmp_path / 'out.conll'))
-  found = evaluations.run('labels', evaluation)
-  assert {'f1', 'strict_f1', 'accuracy', 'types'} <= found.keys()
+  figures = evaluations.run('labels', evaluation)
+  assert {'f1', 'strict_f1', 'accuracy', 'types'} <= figures.keys()
   rows = [line.split(' ') for line in
           (tmp_path / 'out.conll').read_text().splitlines() if line]
   assert [row[:2] for row in rows] == [
       line.split('\t') for line in
       (tmp_path / 'a.conll').read_text().splitlines() if line]
-  assert found['accuracy'] == pytest.approx(
+  assert figures['accuracy'] == pytest.approx(
       sum(a == b for _, a, b in rows) / len(rows))
   # Scores are those of each row alone, in rows of the full length.
   config = evaluation.run.config
@@ -140,11 +140,11 @@ def test_entities_are_measured_and_written(tmp_path):
   assert len(scores) == len(view) > config.data.batch_size
   apply = jax.jit(lambda batch: record.apply(
       evaluation.run.module, evaluation.params, batch).extra['scores'])
-  for item, own in zip(view.items, scores):
+  for item, scores_of in zip(view.items, scores):
     row = files.row(record, item, None, config, evaluation.tokenizer)
     expected = apply({key: np.asarray(x)[None] for key, x in row.items()})[0]
     size = record.length(item)
-    np.testing.assert_allclose(own[:size], expected[:size], atol=1e-5)
+    np.testing.assert_allclose(scores_of[:size], expected[:size], atol=1e-5)
 
 
 def test_answers_are_measured_and_written(tmp_path):
@@ -152,15 +152,15 @@ def test_answers_are_measured_and_written(tmp_path):
   evaluation = _evaluation(
       'bert', 'question_answering', source, 64, n_best=3, null_threshold=1e6,
       predictions=str(tmp_path / 'out.json'))
-  found = evaluations.run('labels', evaluation)
-  told, best, null = (json.loads((tmp_path / f'out{kind}.json').read_text())
+  figures = evaluations.run('labels', evaluation)
+  main, best, null = (json.loads((tmp_path / f'out{kind}.json').read_text())
                       for kind in ('', '.nbest', '.null_odds'))
-  assert list(told) == list(best) == list(null) == ['0-0', '0-1', '0-2', '1-0']
-  for name, answer in told.items():
+  assert list(main) == list(best) == list(null) == ['0-0', '0-1', '0-2', '1-0']
+  for name, answer in main.items():
     assert answer == best[name][0]['text']
     assert answer in files.CONTEXTS[int(name[0])] and len(best[name]) == 3
     assert sum(row['probability'] for row in best[name]) == pytest.approx(1)
-  assert found['total'] == 4 and found['NoAns_exact'] == 0
+  assert figures['total'] == 4 and figures['NoAns_exact'] == 0
   evaluation.options.null_threshold = -1e6
   none = evaluations.run('labels', evaluation)
   assert none['NoAns_exact'] == 100 and none['exact'] == 25
@@ -186,11 +186,11 @@ def test_scores_by_the_official_rules(answer, right, exact, f1):
 def test_the_best_threshold_is_the_best_of_all():
   rng = np.random.default_rng(0)
   right = [['x y'] if rng.random() < .6 else [] for _ in range(40)]
-  found = rng.choice(['x', 'x y', 'z'], 40)
+  ours = rng.choice(['x', 'x y', 'z'], 40)
   null = np.array([float(rng.normal() - bool(texts)) for texts in right])
-  best = answers.best_thresholds(found, right, null)
+  best = answers.best_thresholds(ours, right, null)
   for kind in ('exact', 'f1'):
-    tried = {threshold: answers.rules(np.where(null > threshold, '', found),
+    tried = {threshold: answers.rules(np.where(null > threshold, '', ours),
                                       right)[kind]
              for threshold in [-99.0, *null]}
     assert best[f'best_{kind}'] == pytest.approx(max(tried.values()))
@@ -218,15 +218,15 @@ def test_the_best_stretches_are_the_best_of_all(may_be_null):
         for j in range(i, min(i + 4, len(w.ends_T))):
           text = context[w.spans_T2[i, 0]:w.spans_T2[j, 1]]
           scores[text] = max(scores.get(text, -99), w.starts_T[i] + w.ends_T[j])
-    found, order = best(may_be_null), sorted(scores, key=scores.get)[:-11:-1]
-    assert [text for text, _, _ in found.stretches] == order
-    for text, first, score in found.stretches:
+    answer, order = best(may_be_null), sorted(scores, key=scores.get)[:-11:-1]
+    assert [text for text, _, _ in answer.stretches] == order
+    for text, first, score in answer.stretches:
       assert context[first:first + len(text)] == text
       assert score == pytest.approx(scores[text])
     gap = min(w.null for w in windows) - scores[order[0]]
-    assert found.null_minus_best == pytest.approx(gap)
+    assert answer.null_minus_best == pytest.approx(gap)
     higher += gap > 0
-    assert found.text == ('' if may_be_null and gap > 0 else order[0])
+    assert answer.text == ('' if may_be_null and gap > 0 else order[0])
     assert best(may_be_null, gap + 1e-6).text == order[0]
     assert best(True, gap - 1e-6).text == ''
   assert 0 < higher < 20
@@ -237,25 +237,25 @@ def test_space_and_a_character_of_several_tokens_take_no_place_of_others():
   window = answers.Window(np.array([9., 5, 5, 1]), np.array([9., 5, 5, 1]),
                           np.array([(0, 1), (1, 2), (1, 2), (2, 3)]), 0.0)
   for count in (1, 2):
-    found = answers.best(' äb', [window], most=1, count=count,
+    answer = answers.best(' äb', [window], most=1, count=count,
                          may_be_null=False)
-    assert found.stretches == [('ä', 1, 10.0), ('b', 2, 2.0)][:count]
+    assert answer.stretches == [('ä', 1, 10.0), ('b', 2, 2.0)][:count]
 
 
 RIGHT = [['B-per', 'I-per', 'O', 'B-loc'], ['O', 'B-loc', 'I-loc', 'B-loc']]
 
 
 def test_entities_are_found_where_type_and_ends_are_right():
-  found = [['B-per', 'I-per', 'O', 'B-per'],  # one right, one of a wrong type
+  tags = [['B-per', 'I-per', 'O', 'B-per'],  # one right, one of a wrong type
            ['O', 'B-loc', 'O', 'B-loc']]  # one too short, one right
-  figures, _ = labels.entities(RIGHT, found)
+  figures, _ = labels.entities(RIGHT, tags)
   assert (figures['precision'], figures['recall'], figures['f1']) == (.5,) * 3
   assert figures['entities'] == 4 and figures['strict_f1'] == 0.5
   assert figures['types']['loc'] == dict(
       precision=1 / 2, recall=pytest.approx(1 / 3), f1=pytest.approx(2 / 5),
       entities=3)
   # conlleval's rule, which is the default, takes I after O as a beginning.
-  found = [['I-per', 'I-per', 'O', 'B-loc'], RIGHT[1]]
-  figures, _ = labels.entities(RIGHT, found)
+  tags = [['I-per', 'I-per', 'O', 'B-loc'], RIGHT[1]]
+  figures, _ = labels.entities(RIGHT, tags)
   assert figures['f1'] == 1
   assert (figures['strict_precision'], figures['strict_recall']) == (1, 3 / 4)

@@ -144,11 +144,11 @@ def test_fillings_are_those_of_a_bert_in_numpy(tmp_path, capsys, monkeypatch):
                             ).save(file)
   evaluation = evaluations.make(evaluations.config(
       'bert', 'mlm_nsp', file, max_len=16), prompt='|||'.join(PROMPTS))
-  found = evaluations.run('fill_mask', evaluation)['prompts']
+  figures = evaluations.run('fill_mask', evaluation)['prompts']
   rows = ['[CLS] paris is the [MASK] of france [SEP]',
           '[CLS] a [MASK] city [MASK] [SEP]']
   lines = []
-  for prompt, text, row in zip(found, PROMPTS, rows):
+  for prompt, text, row in zip(figures, PROMPTS, rows):
     assert prompt['prompt'] == text
     ids = np.array([VOCAB.index(word) for word in row.split()])
     expected = bert(evaluation.params, ids)[ids == VOCAB.index('[MASK]')]
@@ -183,13 +183,13 @@ def test_a_flag_that_no_task_reads_is_refused():
   for flag in {flag.name for task in evals.TASKS.values()
                for flag in task.flags}:
     readers = evals.readers(flag)
-    for name, own in readers.items():
-      needs = [own.needs] if own.needs else []
+    for name, reader in readers.items():
+      needs = [reader.needs] if reader.needs else []
       assert evals.asked_for([name], given(flag, *needs)) == [name]
       with pytest.raises(RequestError, match=f'--{flag} is read beside --'
                          ) if needs else contextlib.nullcontext():
         evals.asked_for([name], given(flag))
-    asks = [name for name, own in readers.items() if own.asks]
+    asks = [name for name, reader in readers.items() if reader.asks]
     if asks:
       assert {*evals.asked_for(['routing'], given(flag))} == {'routing', *asks}
       continue
@@ -235,8 +235,8 @@ def test_a_decoder_reads_the_prompt_after_the_separator(gpt):
   model, figures, data = gpt
   assert figures['tokens']['decoder'] == [
       '[EOS]', *PROMPT.replace(' ', '␣')] == data['tokens']['decoder']
-  found = model.inspect([258, *PROMPT.encode()])
-  attention = found.attention['decoder']
+  result = model.inspect([258, *PROMPT.encode()])
+  attention = result.attention['decoder']
   by_head = figures['attention']['decoder']
   np.testing.assert_allclose(
       by_head['entropy'], attention.entropy.mean(-1)[:, 0], atol=1e-4)
@@ -246,9 +246,9 @@ def test_a_decoder_reads_the_prompt_after_the_separator(gpt):
   np.testing.assert_allclose(by_head['previous token'],
                              attention.previous[:, 0], atol=1e-5)
   np.testing.assert_allclose(figures['stream']['decoder']['norms'],
-                             found.stream['decoder'].norms[:, 0], rtol=1e-4)
+                             result.stream['decoder'].norms[:, 0], rtol=1e-4)
   top = [[cell[0]['id'] for cell in layer] for layer in figures['lens']]
-  assert top == found.lens.ids[:, 0, :, 0].tolist()
+  assert top == result.lens.ids[:, 0, :, 0].tolist()
   # The page holds the maps to four digits.
   (drawn,) = data['maps']
   weights = np.frombuffer(base64.b64decode(drawn['weights']), '<u2') / 65535
@@ -275,8 +275,8 @@ def test_an_encoder_reads_masks_between_its_marks(tmp_path):
   model, figures, _ = look('bert', 'mlm', tmp_path, prompt='a [MASK] b')
   assert figures['tokens'] == {'encoder': [
       '[CLS]', 'a', '␣', '[MASK]', '␣', 'b', '[SEP]']}
-  found = model.inspect([[260, 97, 32, 259, 32, 98, 261]])
+  result = model.inspect([[260, 97, 32, 259, 32, 98, 261]])
   assert [[c[0]['id'] for c in layer] for layer in figures['lens']] == (
-      found.lens.ids[:, 0, :, 0].tolist())
+      result.lens.ids[:, 0, :, 0].tolist())
   with pytest.raises(RequestError, match='33 tokens, and 32 can be shown'):
     look('gpt', 'causal', tmp_path, prompt='x' * 32)

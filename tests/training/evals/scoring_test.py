@@ -33,15 +33,15 @@ def _questions(seed=1, count=14, most=12):
   """Some share their first tokens, some are the beginning of others."""
   rng = np.random.default_rng(seed)
   stem = rng.integers(0, 256, most + 1)
-  found = []
+  questions = []
   for i in range(count):
     ids = rng.integers(0, 256, int(rng.integers(2, most + 2)))
     if i % 3:
       shared = int(rng.integers(1, len(ids)))
       ids[:shared] = stem[:shared]
-    found.append(Question(ids.astype(np.int32),
+    questions.append(Question(ids.astype(np.int32),
                           int(rng.integers(1, len(ids)))))
-  return found
+  return questions
 
 
 def _alone(evaluation, questions, prefix):
@@ -80,11 +80,11 @@ def test_each_answer_is_that_of_its_text_alone(system, objective):
   evaluation = evaluations.make(evaluations.config(
       system, objective, **SMALL, **moe))
   questions = _questions()
-  found = _answers(evaluation, questions)
+  answers = _answers(evaluation, questions)
   if system == 'mixtral':  # whose own forward pass drops tokens
     evaluation = evaluations.make(evaluations.config(
         system, objective, **SMALL, moe=dict(num_experts=4, d_ff=24)))
-  for answer, (log_p, greedy) in zip(found, _alone(
+  for answer, (log_p, greedy) in zip(answers, _alone(
       evaluation, questions, objective == 'prefix'), strict=True):
     np.testing.assert_allclose(answer.log_probs, log_p, atol=2e-5)
     np.testing.assert_array_equal(answer.greedy, greedy)
@@ -113,17 +113,17 @@ def test_few_shapes_are_compiled_whatever_the_lengths(shards):
   questions = _questions(count=900, most=200)
   questions += [Question(np.append(q.tokens[:-1], np.int32(7)), 1)
                 for q in questions]
-  found = list(scoring.batches(questions, 200, shards))
-  assert sorted(i for _, rows in found for row in rows for i in row) == list(
+  batches = list(scoring.batches(questions, 200, shards))
+  assert sorted(i for _, rows in batches for row in rows for i in row) == list(
       range(len(questions)))
-  for shape, rows in found:
+  for shape, rows in batches:
     assert shape.rows % shards == shape.places % shards == 0
     assert len(rows) <= shape.rows <= scoring.TOKENS // shape.length + shards
     assert sum(questions[i].scored for row in rows for i in row) <= shape.places
     for row in rows:  # of questions about one text
       assert len(row) > 1 and len({
           questions[i].tokens[:-1].tobytes() for i in row}) == 1
-  assert len({shape for shape, _ in found}) < 12
+  assert len({shape for shape, _ in batches}) < 12
 
 
 TEXT = 'What is sown is reaped ,\n and what is not is not .\n' * 2
@@ -139,7 +139,7 @@ def test_each_token_is_predicted_once_from_enough(tmp_path, stride):
   c = evaluations.config('gpt', 'causal', max_len=16, num_layers=1)
   c.data.eval_source = f'text:{tmp_path}/*.txt'
   evaluation = evaluations.make(c, stride=stride)
-  found = evaluations.run('loss', evaluation)
+  figures = evaluations.run('loss', evaluation)
   length = c.data.length
   first, contexts, targets = evaluation.tokenizer.separator_id, [], []
   for text in texts:
@@ -157,11 +157,11 @@ def test_each_token_is_predicted_once_from_enough(tmp_path, stride):
   last_BV = jax.nn.log_softmax(logits_BLV[rows, lengths_B - 1])
   nats, count = -float(last_BV[rows, targets].sum()), len(targets)
   words = 13 * 2 + 4 + 3  # of the lines, their ends, and the short one
-  assert (found['tokens'], found['words']) == (count, words)
-  assert found['loss'] == pytest.approx(nats / count, rel=1e-5)
-  assert found['word_perplexity'] == pytest.approx(
+  assert (figures['tokens'], figures['words']) == (count, words)
+  assert figures['loss'] == pytest.approx(nats / count, rel=1e-5)
+  assert figures['word_perplexity'] == pytest.approx(
       math.exp(nats / words), rel=1e-4)
-  assert found['bits_per_byte'] == pytest.approx(
+  assert figures['bits_per_byte'] == pytest.approx(
       nats / math.log(2) / count, rel=1e-5)
 
 
@@ -235,10 +235,10 @@ def test_each_item_of_lm_eval_has_its_score(tmp_path):
   evaluation = evaluations.make(
       evaluations.config('gpt', 'causal', num_layers=1),
       lm_eval_data=str(tmp_path))
-  found = evaluations.run('lm_eval:blimp_files', evaluation)
-  own = found['items']['acc']
-  assert len(own['scores']) == found['examples']['blimp_files'] == 4
-  assert {*own['scores']} <= {0, 1}
+  figures = evaluations.run('lm_eval:blimp_files', evaluation)
+  items = figures['items']['acc']
+  assert len(items['scores']) == figures['examples']['blimp_files'] == 4
+  assert {*items['scores']} <= {0, 1}
   again = evaluations.run('lm_eval:cloze_files', evaluation)['items']
   assert again.keys() == {'acc'} and len(again['acc']['scores']) == 2
 

@@ -109,31 +109,31 @@ def test_pefts_format_there_and_back(system, targets, tmp_path):
   module, params = models.make(
       system, lora=dict(rank=3, alpha=6.0, targets=targets))
   size = peft.write(module.config, params, tmp_path, 'base')
-  model, found = peft.read(weights.without_adapters(module.config), tmp_path)
+  model, tree = peft.read(weights.without_adapters(module.config), tmp_path)
   assert weights.same_adapters(model, module.config)
   flat = {path: x for path, x in paths.flatten(params).items()
           if weights.is_adapter(path)}
   assert size == sum(x.size for x in flat.values())
-  found = paths.flatten(found)
-  assert found.keys() == flat.keys()
+  tree = paths.flatten(tree)
+  assert tree.keys() == flat.keys()
   for path, x in flat.items():
-    np.testing.assert_array_equal(x, found[path])
+    np.testing.assert_array_equal(x, tree[path])
 
 
 def test_pefts_names_and_the_order_of_its_axes(tmp_path):
   module, params = models.make('llama', lora=LORA, num_kv_heads=2)
   peft.write(module.config, params, tmp_path, 'base')
-  held = load_file(tmp_path / peft.WEIGHTS)
+  tensors = load_file(tmp_path / peft.WEIGHTS)
   flat = paths.flatten(params)
   name = 'base_model.model.model.layers.1.self_attn.{}_proj.lora_{}.weight'
   layer = 'decoder/layers/block_0/attention/'
   np.testing.assert_array_equal(
-      held[name.format('k', 'A')], flat[f'{layer}key_lora_a'][1].T)
+      tensors[name.format('k', 'A')], flat[f'{layer}key_lora_a'][1].T)
   np.testing.assert_array_equal(  # [heads * size, rank]
-      held[name.format('k', 'B')],
+      tensors[name.format('k', 'B')],
       flat[f'{layer}key_lora_b'][1].reshape(2, -1).T)
   np.testing.assert_array_equal(
-      held[name.format('o', 'A')],
+      tensors[name.format('o', 'A')],
       flat[f'{layer}out_lora_a'][1].reshape(-1, 2).T)
   tree = json.loads((tmp_path / peft.CONFIG).read_text())
   assert (tree['r'], tree['lora_alpha'], tree['task_type']) == (

@@ -118,13 +118,13 @@ def test_what_is_not_known_is_refused(tree, words):
     hf_config.read(tree)
 
 
-@pytest.mark.parametrize('bounds, found', [
+@pytest.mark.parametrize('bounds, steps', [
     (None, (0, 0)), ([0.0, {'__float__': 'Infinity'}], (0, 0)),
     ([0.01, float('inf')], (0.01, 0))])
-def test_mamba2_has_the_bounds_of_its_file(bounds, found):
+def test_mamba2_has_the_bounds_of_its_file(bounds, steps):
   """In the words of transformers 4, of 5, and left out."""
   c = hf_config.read(MAMBA2 | dict(time_step_limit=bounds))
-  assert (c.mamba2.least_step, c.mamba2.most_step) == found
+  assert (c.mamba2.least_step, c.mamba2.most_step) == steps
   hf_config.check_same(c, hf_config.read(hf_config.write(c)), 'written')
 
 
@@ -153,7 +153,7 @@ def test_what_is_read_is_written_as_it_was_and_as_transformers_reads_it(
   assert len(seen) > 2
 
 
-@pytest.mark.parametrize('tree, said', [
+@pytest.mark.parametrize('tree, fields', [
     (PUBLISHED['qwen2:0.5b'] | dict(use_sliding_window=True),
      dict(max_window_layers=0)),
     (PUBLISHED['qwen2:0.5b'] | dict(
@@ -161,9 +161,9 @@ def test_what_is_read_is_written_as_it_was_and_as_transformers_reads_it(
         layer_types=24 * [layer_types.WINDOW]), dict(max_window_layers=0)),
     (dict(model_type='modernbert', num_hidden_layers=3),
      dict(local_attention=0))])
-def test_a_zero_that_is_a_choice_is_read_and_written(tree, said):
-  written = hf_config.write(hf_config.read(tree | said))
-  assert written | said == written
+def test_a_zero_that_is_a_choice_is_read_and_written(tree, fields):
+  written = hf_config.write(hf_config.read(tree | fields))
+  assert written | fields == written
 
 
 @pytest.mark.parametrize('system', ['deepseek_v3', 'kimi_linear'])
@@ -204,21 +204,21 @@ def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
         hf_config.read(dict(tree, **{section: part}) if section else part)
       except RequestError as error:
         refused += 1
-        said = str(error)
-        assert '\n' not in said and len(said) < 900, said
+        message = str(error)
+        assert '\n' not in message and len(message) < 900, message
   assert refused > 2 * len(fields)
 
 
-@pytest.mark.parametrize('change, said', [
+@pytest.mark.parametrize('change, message', [
     (dict(id2label=['a', 'b']), 'id2label .* must be an object'),
     (dict(id2label={'0': 'a', '2': 'b'}), 'id2label .* 0, 1'),
     (dict(id2label={'0': 'a', '1': 'a'}), 'id2label .* twice'),
     (dict(id2label={'0': 'a', '1': 5}), 'id2label .* string'),
     (dict(problem_type='multi_label_classification'), 'problem_type')])
-def test_labels_that_mean_nothing_are_refused(change, said):
+def test_labels_that_mean_nothing_are_refused(change, message):
   tree = hf_config.write(architectures.resolve(
       models.config('bert', head='sequence', num_labels=2)))
-  with pytest.raises(RequestError, match=said):
+  with pytest.raises(RequestError, match=message):
     hf_config.labels(tree | change)
     hf_config.read(tree | change)
 
@@ -328,8 +328,8 @@ def layered(*choices):
     (34, 6, 4, 6, 0), (26, 2, 0, 2, 0), (4, 6, 0, 1, 0), (7, 6, 0, 7, 0)])
 def test_layers_of_gemma(count, every, first, period, last):
   names = ['local' if (n + 1) % every else 'global' for n in range(count)]
-  found = layer_types.shortest(names)
-  assert [len(kinds.split(found[field])) for field in (
+  fields = layer_types.shortest(names)
+  assert [len(kinds.split(fields[field])) for field in (
       'prefix', 'pattern', 'suffix')] == [first, period, last]
 
 

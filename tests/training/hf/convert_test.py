@@ -173,8 +173,8 @@ def test_eval_reads_an_import_and_train_goes_on_in_a_mixture(
   assert 'bits per byte' in train_test.evaluate(imported).stdout
   convert.upcycle(imported, tmp_path / 'moe',
                   moe=['num_experts=4', 'every=2'], step=None, seed=0)
-  said = capsys.readouterr().out.strip().splitlines()[-1]
-  words = shlex.split(said.removeprefix('to go on: '))
+  stdout = capsys.readouterr().out.strip().splitlines()[-1]
+  words = shlex.split(stdout.removeprefix('to go on: '))
   train_test.run([sys.executable, *words[1:]])
   assert [r['step'] for r in train_test.rows(tmp_path / 'moe')
           if r['split'] == 'eval'] == [2]
@@ -329,11 +329,11 @@ def test_a_folder_may_lack_heads(kind, tmp_path, capsys):
   given = _folder(tmp_path / 'in', drop, kind)
   run = epath.Path(tmp_path / 'run')
   convert.import_(given, run, partial=False, seed=0)
-  said = [line for line in capsys.readouterr().out.splitlines()
+  lines = [line for line in capsys.readouterr().out.splitlines()
           if 'new, drawn from the seed' in line]
   config, _, params, _ = convert._from_workdir(run, None)
   assert config.model.next_sentence == next_sentence
-  named = {name for line in said
+  named = {name for line in lines
            for name in line.rpartition(': ')[2].split(', ')}
   assert named == new and new <= paths.flatten(params).keys()
   convert.export(run, tmp_path / 'out', step=None)

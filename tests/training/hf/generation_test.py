@@ -110,15 +110,15 @@ def test_an_export_names_its_special_tokens(tmp_path):
   wanted = dict(tokenizer_class='PreTrainedTokenizerFast', eos_token='</s>',
                 mask_token='[MASK]')
   for i, config.data.tokenizer in enumerate((file, str(tmp_path))):
-    names, said = _given(config, tmp_path / f'out{i}')
+    names, tokens = _given(config, tmp_path / f'out{i}')
     assert names == {'tokenizer.json', 'tokenizer_config.json'}
-    assert said == wanted
+    assert tokens == wanted
   # What lies beside the tokenizer goes along, and is not written over.
   for name in 'tokenizer_config.json', 'special_tokens_map.json':
     (tmp_path / name).write_text('{"eos_token": "[MASK]"}')
   for i, config.data.tokenizer in enumerate((file, str(tmp_path)), 2):
-    names, said = _given(config, tmp_path / f'out{i}')
-    assert said == {'eos_token': '[MASK]'}
+    names, tokens = _given(config, tmp_path / f'out{i}')
+    assert tokens == {'eos_token': '[MASK]'}
     assert 'special_tokens_map.json' in names
     out = tokenizers.load(str(tmp_path / f'out{i}'))
     assert out.fingerprint == tokenizers.load(file).fingerprint

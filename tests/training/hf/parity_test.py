@@ -100,23 +100,23 @@ LABELS = ('bad', 'good', 'neither')
     pytest.param(path, id=path.stem)
     for path in sorted((recording.FOLDER / 'heads').iterdir())])
 def test_scores_and_gradients_equal_transformers(path):
-  found = recording.load_recording(path)
-  findings = compare.findings_of(found)
+  recorded = recording.load_recording(path)
+  findings = compare.findings_of(recorded)
   assert {f.what for f in findings} == {'logits', 'grads'}
   assert all(f.ok for f in findings), findings
 
 
-@pytest.mark.parametrize('system, head, said', [
+@pytest.mark.parametrize('system, head, cls', [
     ('bert', 'sequence', 'BertForSequenceClassification'),
     ('gpt', 'tokens', 'GPT2ForTokenClassification'),
     ('llama', 'span', 'LlamaForQuestionAnswering'),
     ('gpt_neox', 'sequence', 'GPTNeoXForSequenceClassification')])
-def test_an_export_with_a_head_is_the_import(tmp_path, system, head, said):
+def test_an_export_with_a_head_is_the_import(tmp_path, system, head, cls):
   labels = () if head == 'span' else LABELS
   module, params = models.make(system, head=head, num_labels=len(labels))
   weights.to_hf(module, jax.device_get(params), tmp_path, labels=labels)
   tree = hf_config.load_config_json(tmp_path)
-  assert tree['architectures'] == [said]
+  assert tree['architectures'] == [cls]
   again, read = weights.from_hf(tmp_path)
   hf_config.check_same(module.config, again.config, 'read back')
   jax.tree.map(np.testing.assert_array_equal, params, read)

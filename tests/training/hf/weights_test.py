@@ -30,11 +30,11 @@ def _refused(call, *words):
   start = time.process_time()
   with pytest.raises(RequestError) as caught:
     call()
-  said = str(caught.value)
-  assert len(said.splitlines()) == 1 and len(said) < 900, said
+  message = str(caught.value)
+  assert len(message.splitlines()) == 1 and len(message) < 900, message
   for word in words:
-    assert word in said, said
-  assert time.process_time() - start < 5, said
+    assert word in message, message
+  assert time.process_time() - start < 5, message
 
 
 @pytest.fixture(scope='module')
@@ -64,8 +64,8 @@ def test_import_of_an_export_is_the_model(system, tmp_path):
       **periods))
   params = exports.random(module)
   weights.to_hf(module, params, tmp_path)
-  again, found = weights.from_hf(tmp_path)
-  _equal(found, params)
+  again, imported = weights.from_hf(tmp_path)
+  _equal(imported, params)
   hf_config.check_same(module.config, again.config, 'read back')
 
 
@@ -204,10 +204,10 @@ def test_a_pickle_gives_tensors_and_runs_no_code(gpt, tmp_path, capsys):
   assert 'was run' not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('dtype, said', [
+@pytest.mark.parametrize('dtype, words', [
     (np.int8, 'I8'), (np.float64, 'F64'),
     (ml_dtypes.float8_e4m3fn, 'F8_E4M3')])
-def test_a_tensor_that_is_no_array_of_weights_is_refused(dtype, said, gpt,
+def test_a_tensor_that_is_no_array_of_weights_is_refused(dtype, words, gpt,
                                                          tmp_path):
   folder, name = _edit(gpt[2], tmp_path), 'transformer.h.1.ln_1.bias'
   tensors = load_file(folder / hf_files.SAFE)
@@ -215,7 +215,7 @@ def test_a_tensor_that_is_no_array_of_weights_is_refused(dtype, said, gpt,
   # A mask of old files, which is not read, may be of whole numbers.
   tensors['transformer.h.0.attn.bias'] = np.ones((1, 1, 8, 8), np.uint8)
   save_file(tensors, folder / hf_files.SAFE)
-  _refused(lambda: weights.from_hf(folder), f'{name} is of type {said}')
+  _refused(lambda: weights.from_hf(folder), f'{name} is of type {words}')
   _refused(lambda: weights.from_hf(folder, partial=True), f'{name} is of type')
 
 
@@ -284,9 +284,9 @@ def test_weights_in_bfloat16(gpt, tmp_path):
       'bfloat16')
   _equal(weights.from_hf(tmp_path)[1], jax.tree.map(
       lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
-  module, found = weights.from_hf(folder, dtype='bfloat16')
+  module, imported = weights.from_hf(folder, dtype='bfloat16')
   assert module.config.param_dtype == 'bfloat16'
-  _equal(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  _equal(imported, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
 
 
 @pytest.mark.parametrize('name', [
@@ -299,14 +299,14 @@ def test_weights_that_would_stay_are_refused(name, gpt, tmp_path):
 
 
 def test_an_export_may_be_made_again(gpt, tmp_path):
-  said = hf_generation.Generation({}, dict(eos_token_id=7))
+  how = hf_generation.Generation({}, dict(eos_token_id=7))
   for shard_bytes in 10**9, 20_000:
     folder = tmp_path / str(shard_bytes)
     for _ in range(2):
-      weights.to_hf(*gpt[:2], folder, shard_bytes=shard_bytes, generation=said)
+      weights.to_hf(*gpt[:2], folder, shard_bytes=shard_bytes, generation=how)
   assert len(list((tmp_path / '20000').glob('*.safetensors'))) > 1
   (tmp_path / '20000/README.md').touch()
   weights.to_hf(*gpt[:2], tmp_path / '20000', shard_bytes=20_000,
-                generation=said)
+                generation=how)
   with pytest.raises(RequestError, match='holds .model-00001-of'):
-    weights.to_hf(*gpt[:2], tmp_path / '20000', generation=said)
+    weights.to_hf(*gpt[:2], tmp_path / '20000', generation=how)

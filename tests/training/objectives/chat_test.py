@@ -128,16 +128,16 @@ def test_alpacas_records_are_laid_out_by_its_template(kind, tmp_path):
   config = _config(f'alpaca:{path}', length=300, batch_size=3,
                    cache_dir=str(tmp_path))
   batch = pipeline.training_loader(config, BYTES).batch(0)
-  end, found = BYTES.separator_id, set()
+  end, pairs = BYTES.separator_id, set()
   for tokens, targets, weights, valid in zip(*(
       batch[k] for k in ('tokens', 'targets', 'weights', 'valid'))):
-    told = np.flatnonzero(weights)
-    prompt, answer = tokens[:told[0] + 1], targets[told]
+    places = np.flatnonzero(weights)
+    prompt, answer = tokens[:places[0] + 1], targets[places]
     assert prompt[0] == answer[-1] == end
     assert valid.sum() == len(prompt) + len(answer) and valid[0]
     assert (np.diff(valid) <= 0).all()  # and then no more
-    found.add((BYTES.decode(prompt), BYTES.decode(answer)))
-  assert found == {(text, record['output'])
+    pairs.add((BYTES.decode(prompt), BYTES.decode(answer)))
+  assert pairs == {(text, record['output'])
                    for text, record in zip(LAID_OUT, RECORDS)}
   asked = causal.question('Sing!', config, BYTES)
   assert asked[0] == end and BYTES.decode(asked) == LAID_OUT[1]

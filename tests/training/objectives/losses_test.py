@@ -195,12 +195,12 @@ def collectives(text):
   for line in text.splitlines():
     if line and not line.startswith(' '):
       entry = line.startswith('ENTRY')
-    found = re.search(r'= (.*?) (all-gather|all-reduce|reduce-scatter|'
+    match = re.search(r'= (.*?) (all-gather|all-reduce|reduce-scatter|'
                       r'all-to-all|collective-permute)(-start)?\(', line)
-    if found:
-      yield found[2], not entry, [
+    if match:
+      yield match[2], not entry, [
           math.prod(int(n) for n in dims.split(',') if n)
-          for dims in re.findall(r'\[([\d,]*)\]', found[1])]
+          for dims in re.findall(r'\[([\d,]*)\]', match[1])]
 
 
 @pytest.mark.parametrize('name', models.long_but(

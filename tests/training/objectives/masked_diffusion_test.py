@@ -142,11 +142,11 @@ def test_the_error_of_a_bound_is_that_of_a_ratio_over_rows():
 def by_numpy(module, params, prompt, new, steps, mask):
   """Algorithm 5 for one row, the likeliest token each time."""
   ids, L = np.array([*prompt, *[mask] * new]), len(prompt)
-  told = jax.jit(lambda ids: models.logits(
+  logits_of = jax.jit(lambda ids: models.logits(
       module, params, ids[None],
       segment_ids_BL=np.ones((1, len(ids)), np.int32))[0])
   for s in range(1, steps + 1):
-    logits = np.array(told(ids), np.float64)
+    logits = np.array(logits_of(ids), np.float64)
     logits[:, mask] = -np.inf
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
@@ -184,17 +184,17 @@ def test_tasks_tell_the_bound_and_write(texts, capsys):
       config, bound_samples=4, prompt='aa|||b', max_new_tokens=5,
       diffusion_steps=2)
   plain = evaluations.run('loss', evaluation)
-  found = evaluations.run('diffusion_bound', evaluation)
-  assert found['loss'] == pytest.approx(plain['loss'], rel=0.2)
-  assert found['bits_per_byte'] / found['loss'] == pytest.approx(
+  figures = evaluations.run('diffusion_bound', evaluation)
+  assert figures['loss'] == pytest.approx(plain['loss'], rel=0.2)
+  assert figures['bits_per_byte'] / figures['loss'] == pytest.approx(
       plain['bits_per_byte'] / plain['loss'], rel=1e-5)
-  assert found['tokens'] == plain['tokens'] and found['samples'] == 4
-  assert 0 < found['standard_error'] < found['loss']
+  assert figures['tokens'] == plain['tokens'] and figures['samples'] == 4
+  assert 0 < figures['standard_error'] < figures['loss']
   # The draws of a row are those of every evaluation and batch.
   config.data.batch_size = 3
   again = evaluations.run('diffusion_bound', evaluations.make(
       config, bound_samples=4))
-  assert again == pytest.approx(found, rel=1e-5)
+  assert again == pytest.approx(figures, rel=1e-5)
   written = evaluations.run('diffusion_samples', evaluation)
   assert [row['prompt'] for row in written['samples']] == ['aa', 'b']
   assert 'sample 2 of 2:\nb' in capsys.readouterr().out

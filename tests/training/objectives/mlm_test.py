@@ -141,11 +141,11 @@ def test_bert_is_judged_by_both_its_tasks():
   nsp = np.mean([nsp[0, 0], nsp[1, 1], nsp[2, 1]])
   right = np.mean([logits[0, 0] > logits[0, 1], logits[1, 1] > logits[1, 0],
                    logits[2, 1] > logits[2, 0]])
-  said = np.mean([all_logits[b, i].argmax() == tokens[b, i]
+  accuracy = np.mean([all_logits[b, i].argmax() == tokens[b, i]
                   for b, i in words])
   for name, value in dict(loss=words_loss + nsp,
                           mlm_loss=words_loss, nsp_loss=nsp,
-                          nsp_accuracy=right, mlm_accuracy=said).items():
+                          nsp_accuracy=right, mlm_accuracy=accuracy).items():
     np.testing.assert_allclose(values[name], value, rtol=1e-5, err_msg=name)
   np.testing.assert_allclose(share, 6 * (words_loss + nsp), rtol=1e-5)
   words = alone.means(of_words)
@@ -226,8 +226,8 @@ def test_each_draw_of_a_row_is_a_new_one(texts, objective):
 def test_every_token_is_told_as_often_as_any_other(whole_words):
   ids, special = np.array([*b'ab cde f gh ijkl m no pq'], np.int32), np.zeros(
       24, bool)
-  told = np.mean([
+  means = np.mean([
       mlm.mask(ids, special, np.random.default_rng(seed), BYTES, rate=0.25,
                    whole_words=whole_words)[1] for seed in range(3000)], 0)
   spread = 0.04 if whole_words else 5 * (0.25 * 0.75 / 3000) ** 0.5
-  assert np.ptp(told) < 2 * spread, told
+  assert np.ptp(means) < 2 * spread, means

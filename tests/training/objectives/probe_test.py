@@ -44,8 +44,8 @@ def test_a_pass_has_each_row_once_and_held_out_rows_are_others():
   rows = np.concatenate([ours.batch(n)['tokens'] for n in range(10)])
   of_pass = [set(map(bytes, rows[i:i + 40])) for i in (0, 40)]
   assert of_pass[0] == of_pass[1] and len(of_pass[0]) == 40
-  held, = pipeline.held_out(config, ours.tokenizer)
-  batches = list(held.iterate())
+  heldout, = pipeline.held_out(config, ours.tokenizer)
+  batches = list(heldout.iterate())
   weights = np.concatenate([batch['weights'] for batch in batches])
   shown = set(map(bytes, np.concatenate(
       [batch['tokens'] for batch in batches])[:20]))

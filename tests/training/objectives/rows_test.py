@@ -273,9 +273,9 @@ def test_the_loss_of_an_answer_is_that_of_both_ends_without_padding():
   losses = []
   for b in range(2):
     for side, place in enumerate((starts[b], ends[b])):
-      own = scores[b, :sizes[b], side]
-      losses.append(np.log(np.exp(own - own.max()).sum()) + own.max()
-                    - own[place])
+      row = scores[b, :sizes[b], side]
+      losses.append(np.log(np.exp(row - row.max()).sum()) + row.max()
+                    - row[place])
   assert figures['loss'] == pytest.approx(np.mean(losses), rel=1e-5)
   assert figures['accuracy'] == 1 / 2
   scores[0, 4:] += 1000  # what a model says of padding changes nothing

@@ -90,14 +90,14 @@ def test_pairs_of_a_file(kind, tmp_path):
   batch = loader.batch(0)
   assert loader.num_windows == 3 and loader.num_bytes == 7 + 3 + 80
   assert loader.num_tokens == 90 + 3
-  found = set()
+  pairs = set()
   for i in range(3):
     source = batch['tokens'][i][batch['segment_ids'][i] > 0]
     target = batch['targets'][i][batch['weights'][i] > 0]
     for ids in (source, target):
       assert ids[-1] == END or len(ids) == 64
-    found.add((TOKENIZER.decode(source), TOKENIZER.decode(target)))
-  assert found == {(s[:64], t[:64]) for s, t in texts}
+    pairs.add((TOKENIZER.decode(source), TOKENIZER.decode(target)))
+  assert pairs == {(s[:64], t[:64]) for s, t in texts}
   assert not batch['weights'][3:].any()
 
 

@@ -46,9 +46,9 @@ class Published:
                        + (1 - self.b2) * projected ** 2)
     denom = np.sqrt(self.exp_avg_sq) + self.eps
     size = np.sqrt(1 - self.b2 ** self.step) / (1 - self.b1 ** self.step)
-    found = -size * self._project_back(self.exp_avg / denom)
+    update = -size * self._project_back(self.exp_avg / denom)
     self._update_preconditioner(g)
-    return found
+    return update
 
   def _update_preconditioner(self, g):
     if self.Q is not None:
@@ -94,24 +94,24 @@ def ours(tx, grads):
   """Returns the directions, and the state after the first."""
   with jax.enable_x64(True):
     tree = {'x': jnp.zeros(grads[0].shape)}
-    state, found, early = tx.init(tree), [], None
+    state, steps, early = tx.init(tree), [], None
     update = jax.jit(tx.update)
     for g in grads:
       step, state = update({'x': jnp.asarray(g)}, state)
       early = early or state
-      found.append(np.asarray(step['x']))
-    return found, early
+      steps.append(np.asarray(step['x']))
+    return steps, early
 
 
 def bases_of(state):
   """The bases after the first gradient, as its own are not unique where a
   gradient has more rows than columns."""
-  found = []
+  bases = []
   for name in ('left', 'right'):
     basis, factor = (getattr(state, field)['x']
                      for field in (f'{name}_basis', name))
     if basis is None:
-      found.append(None)
+      bases.append(None)
       continue
     basis, factor = np.asarray(basis), np.asarray(factor)
     if name == 'right':
@@ -121,8 +121,8 @@ def bases_of(state):
     np.testing.assert_allclose(basis.T @ basis, np.eye(len(basis)), atol=1e-12)
     np.testing.assert_allclose(values, np.diag(np.diag(values)), atol=1e-12)
     assert (np.diff(np.diag(values)) <= 1e-12).all()
-    found.append(basis)
-  return found
+    bases.append(basis)
+  return bases
 
 
 @pytest.mark.parametrize('shape, every, most', [
@@ -132,16 +132,16 @@ def test_soap_is_that_of_its_authors(shape, every, most):
   settings = dict(b1=0.9, b2=0.95, eps=1e-8, every=every, most=most)
   tx = soap.scale_by_soap({'x': MATRIX}, **settings)
   grads = gradients(shape)
-  found, early = ours(tx, grads)
+  steps, early = ours(tx, grads)
   reference = Published(**settings, bases=[
       basis if basis is None else basis.copy() for basis in bases_of(early)])
-  for t, (g, step) in enumerate(zip(grads, found)):
+  for t, (g, step) in enumerate(zip(grads, steps)):
     np.testing.assert_allclose(-step, reference(g), rtol=1e-6, atol=1e-9,
                                err_msg=f'step {t}')
   if most < min(shape):  # neither side: Adam, a gradient late
     adam = optax.scale_by_adam(0.9, 0.95, 1e-8)
     theirs, _ = ours(adam, grads[1:])
-    np.testing.assert_allclose(found[-1], theirs[-1], rtol=1e-4)
+    np.testing.assert_allclose(steps[-1], theirs[-1], rtol=1e-4)
 
 
 @pytest.mark.parametrize('role, shape, matrix', [
@@ -153,12 +153,12 @@ def test_soap_is_that_of_its_authors(shape, every, most):
 def test_layers_and_experts_are_matrices_and_heads_a_side(
     role, shape, matrix, make):
   grads = gradients(shape, 5)
-  found, _ = ours(make(role), grads)
+  steps, _ = ours(make(role), grads)
   one = make(MATRIX)
   apart = [g.reshape(-1, *matrix) for g in grads]
   for i in range(len(apart[0])):
     alone, _ = ours(one, [g[i] for g in apart])
-    for whole, step in zip(found, alone):
+    for whole, step in zip(steps, alone):
       # A gradient with more rows than columns has no one basis: sizes alone.
       np.testing.assert_allclose(whole.reshape(-1, *matrix)[i], step,
                                  rtol=1e-5, atol=1e-8)
@@ -180,7 +180,7 @@ def newton_schulz(x):
 def published_normuon(grads, beta, beta2):
   """zichongli5/NorMuon's normuon_update (commit d45c9a4) of a weight [out, in],
   up to its last line, and then the step size of the paper's algorithm 1."""
-  momentum, second, found = 0.0, 0.0, []
+  momentum, second, steps = 0.0, 0.0, []
   for grad in grads:
     momentum = momentum + (1 - beta) * (grad - momentum)
     update = grad + beta * (momentum - grad)
@@ -188,16 +188,16 @@ def published_normuon(grads, beta, beta2):
     mean = np.mean(update * update, axis=-1, keepdims=True)
     second = second + (1 - beta2) * (mean - second)
     update = update / (np.sqrt(second) + 1e-10)
-    found.append(0.2 * np.sqrt(update.size) / np.linalg.norm(update) * update)
-  return found
+    steps.append(0.2 * np.sqrt(update.size) / np.linalg.norm(update) * update)
+  return steps
 
 
 @pytest.mark.parametrize('shape', [(4, 4), (3, 6), (6, 3)])
 def test_normuon_is_that_of_its_authors(shape):
   grads = gradients(shape)
-  found, _ = ours(matrices.scale_by_normuon({'x': MATRIX}, 0.95, 0.9), grads)
+  steps, _ = ours(matrices.scale_by_normuon({'x': MATRIX}, 0.95, 0.9), grads)
   theirs = published_normuon([g.T for g in grads], 0.95, 0.9)
-  for t, (step, other) in enumerate(zip(found, theirs)):
+  for t, (step, other) in enumerate(zip(steps, theirs)):
     np.testing.assert_allclose(step, other.T, rtol=1e-6, atol=1e-9,
                                err_msg=f'step {t}')
     assert np.sqrt(np.mean(step ** 2)) == pytest.approx(0.2)

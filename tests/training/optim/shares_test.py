@@ -28,24 +28,24 @@ def flat_shares(system='gpt', changes=None, **fields):
 def test_layer_decay_has_the_powers_of_beit():
   """BEiT's get_num_layer_for_vit: 0 for the embedding, n + 1 for layer n,
   N + 1 for the rest; the rate is decay ** (N + 1 - that)."""
-  found = flat_shares(layer_decay=0.5)
-  assert found['embed/tokens'] == found['embed/positions'] == 0.5 ** 5
-  assert found['decoder/final_norm/scale'] == 1
+  shares = flat_shares(layer_decay=0.5)
+  assert shares['embed/tokens'] == shares['embed/positions'] == 0.5 ** 5
+  assert shares['decoder/final_norm/scale'] == 1
   # Block 0 holds layers 0 and 2, block 1 layers 1 and 3.
   for block, layers in enumerate([(0, 2), (1, 3)]):
-    share = found[f'decoder/layers/block_{block}/attention/query']
+    share = shares[f'decoder/layers/block_{block}/attention/query']
     assert share.shape == (2, 1, 1, 1)
     np.testing.assert_array_equal(
         share.ravel(), [0.5 ** (4 - n) for n in layers])
 
 
 def test_an_encoder_lies_below_its_decoder():
-  found = flat_shares('t5', {}, layer_decay=0.5)
-  rows = lambda stack: next(x.ravel().tolist() for path, x in found.items()
+  shares = flat_shares('t5', {}, layer_decay=0.5)
+  rows = lambda stack: next(x.ravel().tolist() for path, x in shares.items()
                             if path.startswith(f'{stack}/layers/'))
   assert rows('decoder') == [0.25, 0.5]
   assert rows('encoder') == [0.0625, 0.125]
-  assert found['embed/tokens'] == 0.03125
+  assert shares['embed/tokens'] == 0.03125
 
 
 @pytest.mark.parametrize('freeze, names', [
@@ -56,9 +56,9 @@ def test_an_encoder_lies_below_its_decoder():
     ('.*/block_1/attention/query,embed/tokens', {
         'decoder/layers/block_1/attention/query', 'embed/tokens'})])
 def test_a_pattern_freezes_what_it_matches(freeze, names):
-  found = flat_shares(freeze=freeze)
-  assert {path for path, x in found.items() if not np.any(x)} == names
-  assert all(np.all(np.asarray(x) == 1) for path, x in found.items()
+  shares = flat_shares(freeze=freeze)
+  assert {path for path, x in shares.items() if not np.any(x)} == names
+  assert all(np.all(np.asarray(x) == 1) for path, x in shares.items()
              if path not in names)
 
 
@@ -77,10 +77,10 @@ def test_an_update_is_that_of_numpy(name):
       tx.update(grads, tx.init(params), params)))(params)
   plain = paths.flatten(plain)
   assert isinstance(updates['embed']['tokens'], optax.MaskedNode)
-  found = paths.flatten(updates)
-  assert set(found) == {path for path in plain if 'embed' not in path}
+  flat = paths.flatten(updates)
+  assert set(flat) == {path for path in plain if 'embed' not in path}
   assert not any('embed' in path for path in paths.flatten(state))
-  for path, u in found.items():
+  for path, u in flat.items():
     share = 1.0
     if '/block_' in path:
       layers = (0, 2) if '/block_0/' in path else (1, 3)
@@ -113,11 +113,11 @@ def test_a_step_leaves_what_is_frozen_as_it_was():
 
 def averages(decay, values):
   """Kingma and Ba 2015, section 7.2, in float64, after each value."""
-  m, found = 0.0, []
+  m, averages = 0.0, []
   for t, value in enumerate(values, 1):
     m = decay * m + (1 - decay) * np.float64(value)
-    found.append(m / (1 - decay ** t))
-  return found
+    averages.append(m / (1 - decay ** t))
+  return averages
 
 
 @pytest.mark.parametrize('decay', [0.5, 0.9999])

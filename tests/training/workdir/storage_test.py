@@ -92,9 +92,9 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(texts, tmp_path):
   in_bucket(tmp_path, 'eval.py', '--workdir=gs://bucket/runs/a',
             '--json=gs://bucket/eval.json')
   train_test.evaluate(disk, f'--json={tmp_path}/eval.json')
-  found, expected = (json.loads(path.read_text()) for path in (
+  written, expected = (json.loads(path.read_text()) for path in (
       tmp_path / 'bucket/eval.json', tmp_path / 'eval.json'))
-  assert found == expected
+  assert written == expected
   # Nothing went to a local folder of that name.
   assert not (train_test.ROOT / 'gs:').exists()
   assert sorted(p.name for p in run.iterdir()) == [
