@@ -150,6 +150,7 @@ MIXERS = {
                   check=mamba2.check),
         whole=('mamba2.groups',)),
     'kda': recurrent(linear_attention.KDA, check=linear_attention.check_kda),
+    'gdn2': recurrent(linear_attention.GDN2, check=linear_attention.check_kda),
     'gla': recurrent(linear_attention.GLA, ('heads',)),
     'retnet': recurrent(linear_attention.RetNet, ('heads',), positional=True,
                         check=linear_attention.check_retnet),

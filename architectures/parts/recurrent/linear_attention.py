@@ -143,8 +143,42 @@ class KDA(DeltaNet):
     return jax.nn.sigmoid(self.low_rank('gate', x_BLD, self.sizes.value_dim))
 
 
+class GDN2Config(KDAConfig):
+  """Of mixer gdn2. The fields are those of kda."""
+
+
+class GDN2(KDA):
+  """Gated DeltaNet 2: KDA that erases and writes by gates of their own, one for
+  each feature of a key and one for each of a value, where KDA has one rate for
+  both (Hatamizadeh, Choi and Kautz 2026, arXiv 2605.22791; as in
+  flash-linear-attention's gdn2).
+
+    b, w    = sigmoid(W_b x), sigmoid(W_w x)    [K] and [U] of a head; with
+                                                `negative` b is doubled
+    S_t     = (I - k_t (b_t * k_t)^T) Diag(a_t) S_t-1 + k_t (w_t * v_t)^T
+
+  q, k, v, a, o and y are those of KDA, whose gate has no bias; the authors'
+  has. Where all of b and of w are one number, it is KDA.
+  """
+  NAME = 'gdn2'
+  settings = GDN2Config
+
+  def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
+             v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    d = self.sizes
+    erase_BLJK = jax.nn.sigmoid(self.project('erase', x_BLD, self.key_axes, (
+        d.key_heads, d.key_dim), ctx).astype(jnp.float32))
+    write_BLHU = jax.nn.sigmoid(self.project('write', x_BLD, layer.VALUE_AXES, (
+        d.value_heads, d.value_dim), ctx).astype(jnp.float32))
+    k_BLJK = features.unit(k_BLJK)
+    return recurrence.Inputs(
+        features.unit(q_BLJK, self.base_key_dim ** -0.5), k_BLJK,
+        write_BLHU * v_BLHU, self.log_decay(x_BLD),
+        erase_BLJK=(1 + d.negative) * erase_BLJK * k_BLJK)
+
+
 def check_kda(name: str, c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer of KDA cannot be."""
+  """Raises RequestError for what a layer of KDA or of GDN2 cannot be."""
   layer.check(name, c, stack)
   require(c.head_widening == 1, "model.parametrization is 'mup' and a head is "
           f'{c.head_widening:g} times as wide as at the base, but the products '

@@ -52,8 +52,9 @@ def _silu_gate(p, x_LD):
 
 
 def _delta(p, x_LD, m):
-  """Token by token, as the papers have it, of DeltaNet, DeltaProduct and KDA:
-  each step of a token has a key, a value and a rate in a head."""
+  """Token by token, as the papers have it, of DeltaNet, DeltaProduct, KDA and
+  Gated DeltaNet 2: each step of a token has a key, a value and a rate in a
+  head, or gates of their features."""
   unit = lambda x: x / np.sqrt(np.square(x).sum(-1, keepdims=True) + 1e-6)
   q, k, v = (_read(p, name, x_LD) for name in ('query', 'key', 'value'))
   H, n = m.value_heads, m.householders
@@ -61,7 +62,14 @@ def _delta(p, x_LD, m):
   q = np.repeat(unit(q), H // len(q), 0)
   k = np.repeat(by_step(unit(k)), H // m.key_heads, 0)
   v = by_step(v)
-  rate = by_step((1 + m.negative) * SIGMOID(x_LD @ p['rate']).T)
+  if 'rate' in p:
+    erase = write = by_step(SIGMOID(x_LD @ p['rate']).T)[..., None]
+  else:
+    erase, write = (by_step(SIGMOID(np.einsum('ld,dhk->hlk', x_LD, p[name])))
+                    for name in ('erase', 'write'))
+    erase = np.repeat(erase, H // m.key_heads, 0)
+  erase = (1 + m.negative) * erase
+  write = erase if 'rate' in p else write
   log_a = np.zeros((H, len(x_LD), 1))
   if 'decay_down' in p:
     log_a = -np.exp(p['decay_scale'])[:, None, None] * SOFTPLUS(
@@ -75,9 +83,9 @@ def _delta(p, x_LD, m):
     for t in range(len(x_LD)):
       S = np.exp(log_a[h, t])[:, None] * S
       for i in range(n):
-        b, key = rate[h, i, t], k[h, i, t]
-        S = (np.eye(len(S)) - b * np.outer(key, key)) @ S + b * np.outer(
-            key, v[h, i, t])
+        key = k[h, i, t]
+        S = (np.eye(len(S)) - np.outer(key, erase[h, i, t] * key)) @ S
+        S = S + np.outer(key, write[h, i, t] * v[h, i, t])
       o[h, t] = S.T @ q[h, t] / np.sqrt(len(S))
   return _normed(p, o, _silu_gate(p, x_LD) if 'output_gate' in p else
                  SIGMOID(_low_rank(p, 'gate', x_LD)))
@@ -139,7 +147,7 @@ def _short_conv(p, u_LD, m):
   return (c * z) @ p['out'] + p['out_bias']
 
 
-DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gla': _gla,
+DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
                'retnet': _retnet, 'mamba2': _mamba2, 'short_conv': _short_conv}
 
 
@@ -148,6 +156,7 @@ DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gla': _gla,
     ('deltanet', dict(decay=False)),
     ('deltanet', dict(householders=3, negative=True)),
     ('kda', {}), ('kda', dict(negative=True, conv=0, key_heads=4)),
+    ('gdn2', {}), ('gdn2', dict(negative=True, conv=0, key_heads=4)),
     ('gla', {}), ('gla', dict(conv=3, temperature=2.0)), ('retnet', {}),
     ('short_conv', {}), ('short_conv', dict(kernel=4, bias=True)),
     ('mamba2', {}),

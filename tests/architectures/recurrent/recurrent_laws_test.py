@@ -57,7 +57,7 @@ def stepwise(layer, params, x_BLD, first=0):
   return run(params, x_BLD)
 
 
-@each(KDA, SHORT, PRODUCT)
+@each(KDA, SHORT, PRODUCT, 'gdn2')
 @pytest.mark.parametrize('first', [
     2, pytest.param(6, marks=pytest.mark.long)])
 def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
@@ -95,7 +95,7 @@ def test_packed_documents_are_those_apart(mixer, short_pieces):
 
 
 # With the delta rule and without it.
-@each(KDA, 'gla', SHORT, PRODUCT)
+@each(KDA, 'gla', SHORT, PRODUCT, 'gdn2')
 def test_padding_is_no_part_of_a_state(mixer):
   layer, p = recurrences.layer_of(mixer)
   x_BLD = recurrences.inputs(2, 7)
@@ -223,7 +223,7 @@ def test_flops_are_those_of_the_products(mixer):
   N, L, H, K, U = c.num_layers, 16 // n, 4, 6, 5
   J, P = d.key_heads, L * n  # P places
   has = {path.split('/')[-1] for path in params}
-  delta, by_feature = 'rate' in has, 'decay_up' in has
+  delta, by_feature = bool({'rate', 'erase'} & has), 'decay_up' in has
   found = flops.forward_flops(c, L)
   assert found['weights'] == 2 * weights * L
   # In a row of one piece these are the products of queries with keys, and with

@@ -1,0 +1,31 @@
+r"""Products of permutations of three: what one layer can track.
+
+  python -m tools.probes run configs/llama.py:tiny --workdir runs/groups \
+      --suite=configs/probes/groups.py --config.model.num_layers=1 \
+      --config.model.d_model=32 --config.model.num_heads=2 \
+      --config.model.num_kv_heads=2 --config.model.d_ff=64
+
+Lab note. Siems et al. 2025: one layer of DeltaProduct whose tokens take n steps
+of rates up to 2 can follow permutations of n + 1 things, where one step follows
+parity at most; with rates up to 1 neither is followed past the lengths of
+training. The paper trains on 128 tokens and evaluates on 512. Here rows have 1
+to 16 permutations, and 32 and 64 when evaluated. docs/mixers.md has the
+figures.
+"""
+
+SEEDS = 3
+LRS = (3e-3,)
+
+
+def suite(add):
+  for name, fields in {
+      'attention': {},
+      'positive_2': dict(mixer='deltanet', householders=2, negative=False),
+      'negative_1': dict(mixer='deltanet', householders=1, negative=True),
+      'negative_2': dict(mixer='deltanet', householders=2, negative=True),
+  }.items():
+    add('s3', label=f's3_{name}', **{
+        'data.length': 17, 'data.batch_size': 64,
+        'probe.levels': tuple(range(1, 17)), 'train.steps': 2000}, **{
+            f'model.{"" if field == "mixer" else "deltanet."}{field}': value
+            for field, value in fields.items()})
