@@ -25,7 +25,7 @@ from architectures.parts.config import Cache, Context, LayerKind, ModelConfig
 from architectures.parts.layers import FFN, NO_FFN, norm, recomputed, rmsnorm
 from architectures.parts.moe.layer import MoE
 from architectures.parts.recurrent import layer, linear_attention, mamba2
-from architectures.parts.recurrent import short_conv
+from architectures.parts.recurrent import rwkv7, short_conv
 from architectures.parts.sharding import Role, declare
 from configs.fields import field, FUNCTION, SHAPES
 
@@ -154,6 +154,9 @@ MIXERS = {
     'gla': recurrent(linear_attention.GLA, ('heads',)),
     'retnet': recurrent(linear_attention.RetNet, ('heads',), positional=True,
                         check=linear_attention.check_retnet),
+    'rwkv7': dataclasses.replace(
+        recurrent(rwkv7.RWKV7, ('heads',), check=rwkv7.check),
+        cache=rwkv7.empty),
     'short_conv': Mixer(
         short_conv.ShortConv, short_conv.empty,
         products=lambda c: {'in', 'out'}, settings=short_conv.ShortConvConfig,

@@ -19,16 +19,20 @@ from tests.helpers import models
 
 NAMES = tuple(name for name, mixer in blocks.MIXERS.items()
               if issubclass(mixer.module, Layer))
+# Those whose cache and products are as Layer has them.
+USUAL = tuple(name for name in NAMES
+              if '__call__' not in vars(blocks.MIXERS[name].module))
 # Ways to set a mixer that are looked at as it is, by a name of their own.
 VARIANTS = {'delta_product': ('deltanet', dict(householders=2))}
 WIDTH = 32  # d_model of models.config
 # Each mixer takes those of these fields that its group has: 2 or 4 heads of
 # keys with 6 features, and 4 heads of values with 5.
 _SIZES = dict(key_heads=2, value_heads=4, heads=4, groups=2, key_dim=6, state=6,
-              value_dim=5, head_dim=5, rank=3)
+              value_dim=5, head_dim=5, rank=3, decay_rank=3, rate_rank=3,
+              gate_rank=3)
 # Where a model in training has parameters that are not about 0.
 _ABOUT = dict(scale=1.0, out_norm_scale=1.0, skip=1.0, decay_scale=1.5,
-              decay_bias=-4.6, step_bias=-4.0)
+              removal_scale=0.7, decay_bias=-4.6, step_bias=-4.0)
 
 
 def each(*names: str) -> pytest.MarkDecorator:

@@ -11,6 +11,7 @@ with a state of zero: so a mask has no 0 between two 1s. With a cache, padding
 changes no state.
 """
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import flax.linen as nn
@@ -168,17 +169,21 @@ class Layer(nn.Module):
     y_BLH = layers.einsum('BLD,DH->BLH', x_BLD, w_DH, c.compute_dtype)
     return y_BLH.astype(jnp.float32) / c.widening
 
-  def low_rank(self, name: str, x_BLD: jax.Array, features: int) -> jax.Array:
-    """Returns x W_down W_up for each head of values, in float32. In muP the
-    rank is that of the base, so the outputs of W_down are logits, too."""
+  def low_rank(self, name: str, x_BLD: jax.Array, features: int, rank: int = 0,
+               through: Callable[[jax.Array], jax.Array] = lambda y: y
+               ) -> jax.Array:
+    """Returns through(x W_down) W_up for each head of values, in float32. In
+    muP the rank is that of the base, so the outputs of W_down are logits, too.
+    """
     c, d = self.config, self.sizes
-    down_DU = layers.weight(self, f'{name}_down', (c.d_model, d.rank),
+    rank = rank or d.rank
+    down_DU = layers.weight(self, f'{name}_down', (c.d_model, rank),
                             ('embed', None), output=True)
     up_UHK = layers.weight(self, f'{name}_up', (
-        d.rank, d.value_heads, features), (None, 'heads', 'head'))
+        rank, d.value_heads, features), (None, 'heads', 'head'))
     y_BLU = layers.einsum('BLD,DU->BLU', x_BLD, down_DU, c.compute_dtype)
-    y_BLHK = layers.einsum('BLU,UHK->BLHK', y_BLU / c.widening, up_UHK,
-                           c.compute_dtype)
+    y_BLHK = layers.einsum('BLU,UHK->BLHK', through(y_BLU / c.widening),
+                           up_UHK, c.compute_dtype)
     return sharding.constrain(y_BLHK, 'batch', 'length', 'heads', 'head'
                               ).astype(jnp.float32)
 

@@ -137,6 +137,35 @@ def _mamba2(p, u_LD, m, eps=1e-5):
   return np.einsum('hlk,hk,hkd->ld', y, p['out_norm_scale'], p['out'])
 
 
+def _rwkv7(p, x_LD, m, eps=1e-5):
+  """As the paper has it, whose state is transposed: [U, K]."""
+  before_LD = np.concatenate([np.zeros_like(x_LD[:1]), x_LD[:-1]])
+  xr, xw, xk, xv, xa, xg = (
+      x_LD + (before_LD - x_LD) * share for share in p['shift_conv'])
+  r, k, v = (np.einsum('ld,dhk->lhk', x, p[name]) for x, name in (
+      (xr, 'query'), (xk, 'key'), (xv, 'value')))
+  up = lambda name, y_LU: np.einsum('lu,uhk->lhk', y_LU, p[f'{name}_up'])
+  w = np.exp(-np.exp(-0.5) * SIGMOID(
+      p['decay_bias'] + up('decay', np.tanh(xw @ p['decay_down']))))
+  a = SIGMOID(p['rate_bias'] + up('rate', xa @ p['rate_down']))
+  g = up('gate', SIGMOID(xg @ p['gate_down']))
+  kappa = k * p['removal_scale']
+  kappa /= np.sqrt(np.square(kappa).sum(-1, keepdims=True) + 1e-6)
+  k = k * (1 + p['boost_scale'] * (a - 1))
+  o = np.zeros(v.shape)
+  for h in range(m.heads):
+    S = np.zeros((m.value_dim, m.key_dim))
+    for t in range(len(x_LD)):
+      S = S @ (np.diag(w[t, h]) - np.outer(
+          kappa[t, h], a[t, h] * kappa[t, h])) + np.outer(v[t, h], k[t, h])
+      o[t, h] = S @ r[t, h]
+  o = (o - o.mean(-1, keepdims=True)) / np.sqrt(
+      o.var(-1, keepdims=True) + m.value_dim * eps)
+  o = o * p['out_norm_scale'] + p['out_norm_bias']
+  o += (r * p['bonus_scale'] * k).sum(-1, keepdims=True) * v
+  return np.einsum('lhu,hud->ld', o * g, p['out'])
+
+
 def _short_conv(p, u_LD, m):
   zeros = dict(in_bias=np.zeros((3, 1)), conv_bias=0, out_bias=0)
   p, W = zeros | p, m.kernel
@@ -148,7 +177,8 @@ def _short_conv(p, u_LD, m):
 
 
 DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
-               'retnet': _retnet, 'mamba2': _mamba2, 'short_conv': _short_conv}
+               'retnet': _retnet, 'mamba2': _mamba2, 'rwkv7': _rwkv7,
+               'short_conv': _short_conv}
 
 
 @pytest.mark.parametrize('mixer, sizes', [
@@ -158,7 +188,8 @@ DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
     ('kda', {}), ('kda', dict(negative=True, conv=0, key_heads=4)),
     ('gdn2', {}), ('gdn2', dict(negative=True, conv=0, key_heads=4)),
     ('gla', {}), ('gla', dict(conv=3, temperature=2.0)), ('retnet', {}),
-    ('short_conv', {}), ('short_conv', dict(kernel=4, bias=True)),
+    ('rwkv7', {}), ('short_conv', {}),
+    ('short_conv', dict(kernel=4, bias=True)),
     ('mamba2', {}),
     ('mamba2', dict(least_step=0.01, most_step=0.03,  # some are beyond each
                     norm_over='all', conv=1, conv_bias=False))])
@@ -220,6 +251,8 @@ def test_tokens_of_zeros_have_a_gradient():
      "scaling 'dynamic' turns by the length of the row"),
     (dict(fields('kda'), parametrization='mup', mup_base_width=32,
           mup_base_head_dim=4), 'times as wide as at the base'),
+    (dict(fields('rwkv7'), parametrization='mup', mup_base_width=32),
+     "is 'mup', which says nothing of its shares"),
     (fields('mamba2', least_step=0.2, most_step=0.1), 'least_step is 0.2'),
 ])
 def test_what_cannot_be_is_refused(changes, sentence):

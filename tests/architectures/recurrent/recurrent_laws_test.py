@@ -30,7 +30,8 @@ GREEDY = generate.Sampling(temperature=0)
 KDA = 'kda'  # it has all that one can have: rates, decays, convolutions, ranks
 SHORT = 'short_conv'  # whose state is inputs of a convolution alone
 PRODUCT = 'delta_product'  # a token takes several steps
-ANY = each(*recurrences.NAMES)  # of what takes no time
+SHIFTED = 'rwkv7'  # a token is mixed with the one before it
+USUAL = each(*recurrences.USUAL)  # of what takes no time
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def stepwise(layer, params, x_BLD, first=0):
   return run(params, x_BLD)
 
 
-@each(KDA, SHORT, PRODUCT, 'gdn2')
+@each(KDA, SHORT, PRODUCT, 'gdn2', SHIFTED)
 @pytest.mark.parametrize('first', [
     2, pytest.param(6, marks=pytest.mark.long)])
 def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
@@ -69,7 +70,7 @@ def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
   models.close(want, stepwise(layer, p, x_BLD, first), 2e-5)
 
 
-@each(KDA, PRODUCT)
+@each(KDA, PRODUCT, SHIFTED)
 def test_each_place_depends_on_those_up_to_it_alone(mixer, short_pieces):
   """Row i of a batch is the last row but for its place i."""
   layer, p = recurrences.layer_of(mixer)
@@ -82,7 +83,7 @@ def test_each_place_depends_on_those_up_to_it_alone(mixer, short_pieces):
   assert (changed[np.triu_indices(L)] > 1e-4).all()
 
 
-@each(KDA, SHORT, PRODUCT)
+@each(KDA, SHORT, PRODUCT, SHIFTED)
 def test_packed_documents_are_those_apart(mixer, short_pieces):
   """Neither the state nor the convolutions see the document before."""
   layer, p = recurrences.layer_of(mixer)
@@ -95,7 +96,7 @@ def test_packed_documents_are_those_apart(mixer, short_pieces):
 
 
 # With the delta rule and without it.
-@each(KDA, 'gla', SHORT, PRODUCT, 'gdn2')
+@each(KDA, 'gla', SHORT, PRODUCT, 'gdn2', SHIFTED)
 def test_padding_is_no_part_of_a_state(mixer):
   layer, p = recurrences.layer_of(mixer)
   x_BLD = recurrences.inputs(2, 7)
@@ -110,7 +111,7 @@ def test_padding_is_no_part_of_a_state(mixer):
 
 # The bound is on the largest difference in a layer's output, over the largest
 # value.
-@each(KDA, SHORT)
+@each(KDA, SHORT, SHIFTED)
 def test_bfloat16_is_float32_within_a_bound(mixer):
   """The state and all products with it stay in float32."""
   x_BLD = recurrences.inputs(2, 40)
@@ -186,7 +187,7 @@ def test_mup_divides_what_does_not_grow_with_the_width(mixer):
     models.close(plain(divided), got, 1e-6 if wider == 1 else 1e-5)
 
 
-@ANY
+@USUAL
 def test_a_state_has_one_size_and_is_float32(mixer):
   c = architectures.resolve(models.config('llama', dtype='bfloat16',
                                           **recurrences.fields(mixer)))
@@ -208,7 +209,7 @@ def test_a_state_has_one_size_and_is_float32(mixer):
       2 * 2 * 32, 0)
 
 
-@each(*recurrences.NAMES, PRODUCT)
+@each(*recurrences.USUAL, PRODUCT)
 def test_flops_are_those_of_the_products(mixer):
   """FLOPs include the convolutions, each weight of which a token uses once."""
   c = architectures.resolve(models.config('llama',
@@ -255,6 +256,19 @@ def test_a_short_convolution_keeps_a_few_inputs_and_counts_its_weights():
   weights = 2 * (4 * D * D + 4 * D + 3 * D * c.d_ff) + D * c.vocab_size
   assert flops.forward_flops(c, L) == dict(attention=0, weights=2 * weights * L)
   assert flops.decode_flops(c, L) == dict(attention=0, weights=2 * weights)
+
+
+def test_rwkv7_keeps_an_input_and_takes_two_steps_a_token():
+  c = architectures.resolve(models.config(
+      'llama', dtype='bfloat16', **recurrences.fields(SHIFTED)))
+  for length in (7, 1000):
+    cache, = architectures.init_cache(c, 3, length)
+    assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
+    assert cache.input_B1D.shape == (2, 3, 1, recurrences.WIDTH)
+  assert totals.kept_bytes(c) == (
+      0, 2 * (4 * 4 * 6 * 5 + 2 * recurrences.WIDTH))
+  # Two steps find and write; one read follows. A share is a weight of two.
+  assert flops.decode_flops(c, 9)['attention'] == 2 * 2 * (4 + 1) * 4 * 6 * 5
 
 
 @each(*recurrences.NAMES, SHORT)

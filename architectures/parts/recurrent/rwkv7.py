@@ -1,0 +1,239 @@
+"""RWKV-7: a delta rule whose decays, rates and removed keys are vectors of a
+token (Peng et al. 2025, "RWKV-7 Goose", arXiv 2503.14456, section 4.1; as in
+flash-linear-attention).
+
+  x_s     = x_l + (x_(l-1) - x_l) * m_s           of s in r, w, k, v, a, g
+  r, k, v = W_r x_r, W_k x_k, W_v x_v
+  w       = exp(-e^(-1/2) sigmoid(b_w + tanh(x_w A_w) B_w))    K of a head
+  a       = sigmoid(b_a + x_a A_a B_a)                         K of a head
+  kappa   = k * removal / |k * removal|
+  k'      = k * (1 + boost * (a - 1))
+  S_t     = Diag(w_t) S_t-1 - (a_t * kappa_t) (kappa_t^T S_t-1) + k'_t v_t^T
+  o_t     = S_t^T r_t
+  y       = W_o ((GroupNorm(o) + (r . (bonus * k')) v) * sigmoid(x_g A_g) B_g)
+
+The token before, in the same document, is mixed into each input by a share of
+each feature, which is a convolution over two tokens. The step of the state is
+two of recurrence.py's: what kappa finds before the decay is removed along
+a * kappa, and then k' writes v. It finds what decays afterwards by kappa / w,
+and w is above 0.54. The norm of a head has the authors' epsilon, which is the
+size of the head times model.norm_eps.
+
+The authors' blend of a layer's values with those of the first layer is not
+here, nor is their feed-forward network (relu2 after a shift of tokens). Their
+initial values depend on the depth of a layer; here all have those of the
+middle, and A and B are drawn as all other weights are.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Optional
+
+import flax.linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from architectures.parts import layers
+from architectures.parts.config import Context, ModelConfig
+from architectures.parts.recurrent import features, layer, recurrence
+from architectures.parts.sharding import Role, declare
+from configs.errors import require
+from configs.fields import field, SHAPES
+
+MOST_LOG_DECAY = np.exp(-0.5)
+# What a token is mixed for, and p of the initial share of the token before in
+# feature n of N, 1 - (n / N)^p.
+SHIFTED = dict(query=0.1, decay=0.45, key=0.35, value=0.35, rate=0.45, gate=0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV7Config:
+  """Of mixer rwkv7. What is left open is as attention has it; the ranks grow
+  with the root of d_model, in steps of 32."""
+  heads: int = field(0, 'heads, each with a state; derived: num_heads',
+                     resume=SHAPES)
+  key_dim: int = field(0, "size of a head's query and key; derived: head_dim",
+                       resume=SHAPES)
+  value_dim: int = field(0, "size of a head's value; derived: head_dim",
+                         resume=SHAPES)
+  decay_rank: int = field(
+      0, "rank of the decays' product; derived: 2.5 sqrt(d_model)",
+      resume=SHAPES)
+  rate_rank: int = field(
+      0, "rank of the rates' product; derived: 2.5 sqrt(d_model)",
+      resume=SHAPES)
+  gate_rank: int = field(
+      0, "rank of the gate's product; derived: 5 sqrt(d_model)", resume=SHAPES)
+  householders = 2  # steps of recurrence.py
+
+  @property
+  def key_heads(self) -> int:
+    return self.heads
+
+  @property
+  def value_heads(self) -> int:
+    return self.heads
+
+  def derived(self, c: ModelConfig) -> 'RWKV7Config':
+    rank = lambda times: max(32, 32 * round(times * c.d_model ** 0.5 / 32))
+    return dataclasses.replace(
+        self, heads=self.heads or c.num_heads,
+        key_dim=self.key_dim or c.head_dim,
+        value_dim=self.value_dim or c.head_dim,
+        decay_rank=self.decay_rank or rank(2.5),
+        rate_rank=self.rate_rank or rank(2.5),
+        gate_rank=self.gate_rank or rank(5))
+
+
+@struct.dataclass
+class State:
+  """What a layer keeps of a row: the state after its last token, and the input
+  of that token."""
+  state_BHKU: jax.Array
+  input_B1D: jax.Array
+
+
+class RWKV7(layer.Layer):
+  """Positions are not read."""
+  NAME = 'rwkv7'
+  settings = RWKV7Config
+  PRODUCTS = frozenset({'query', 'key', 'value', 'out'})
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
+    d = self.sizes
+    layer.check_context(self.NAME, ctx)
+    valid_BL = None if cache is None else ctx.valid_BL
+    x, input_B1D = self._shifted(x_BLD, ctx, cache, valid_BL)
+    keys, values = (d.heads, d.key_dim), (d.heads, d.value_dim)
+    q_BLHK = self.project('query', x['query'], self.key_axes, keys, ctx)
+    k_BLHK = self.project('key', x['key'], self.key_axes, keys, ctx
+                          ).astype(jnp.float32)
+    v_BLHU = self.project('value', x['value'], layer.VALUE_AXES, values, ctx
+                          ).astype(jnp.float32)
+    log_decay_BLHK = -MOST_LOG_DECAY * jax.nn.sigmoid(
+        self._vector('decay_bias', decay_bias, keys) + self.low_rank(
+            'decay', x['decay'], d.key_dim, d.decay_rank, jnp.tanh))
+    rate_BLHK = jax.nn.sigmoid(
+        self._vector('rate_bias', rate_bias, keys) + self.low_rank(
+            'rate', x['rate'], d.key_dim, d.rate_rank))
+    gate_BLHU = self.low_rank('gate', x['gate'], d.value_dim, d.gate_rank,
+                              jax.nn.sigmoid)
+    removed_BLHK = features.unit(features.weighted(
+        k_BLHK, self._vector('removal_scale', removal_scale, keys)[0, 0]))
+    boost_HK = self._vector('boost_scale', constant(1.02), keys)
+    k_BLHK *= 1 + boost_HK * (rate_BLHK - 1)
+    steps = lambda *of: layer.by_step(2, jnp.stack(of, 3).reshape(
+        *of[0].shape[:2], -1, of[0].shape[3]))
+    inputs = recurrence.Inputs(
+        q_BLHK, steps(rate_BLHK * removed_BLHK, k_BLHK),
+        steps(jnp.zeros_like(v_BLHU), v_BLHU), log_decay_BLHK,
+        erase_BLJK=steps(removed_BLHK * jnp.exp(-log_decay_BLHK),
+                         jnp.zeros_like(k_BLHK)))
+    o_BLHU, state_BHKU = recurrence.run(
+        layer.with_resets(inputs, ctx.segment_ids_BL, valid_BL),
+        cache and cache.state_BHKU)
+    if cache is not None:
+      cache = State(state_BHKU, input_B1D)
+    norm = functools.partial(group_norm,
+                             eps=d.value_dim * self.config.norm_eps)
+    o_BLHU = layers.recomputed(norm)(
+        o_BLHU, self._vector('out_norm_scale', nn.initializers.ones, values),
+        self._vector('out_norm_bias', nn.initializers.zeros, values))
+    bonus_HK = self._vector('bonus_scale', constant(-0.04), keys)[0, 0]
+    o_BLHU += features.scaled(v_BLHU, features.dots(
+        q_BLHK.astype(jnp.float32), features.weighted(k_BLHK, bonus_HK)))
+    return self.joined(o_BLHU * gate_BLHU, ctx), cache
+
+  def _shifted(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State],
+               valid_BL: Optional[jax.Array]
+               ) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Returns the input, mixed with that of the token before for each of
+    SHIFTED, and the last input."""
+    D, S = x_BLD.shape[2], len(SHIFTED)
+    share_SD = declare(self, 'shift_conv', shares, (S, D),
+                       Role((None, 'embed')))
+    all_BLSD = lambda x: jnp.broadcast_to(
+        x[:, :, None], (*x.shape[:2], S, D))
+    x_BLSD, last_B1SD = features.convolve(
+        all_BLSD(x_BLD), jnp.stack([share_SD, 1 - share_SD]),
+        before_BWHK=cache and all_BLSD(cache.input_B1D),
+        segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
+    return {name: x_BLSD[:, :, i] for i, name in enumerate(SHIFTED)}, (
+        last_B1SD[:, :, 0])
+
+  def _vector(self, name: str, init: Callable, shape: tuple[int, int]
+              ) -> jax.Array:
+    """Declares a number of each feature of the heads, float32 [1, 1, H, K]."""
+    return declare(self, name, init, shape, Role(('heads', 'head'))
+                   ).astype(jnp.float32)[None, None]
+
+
+def group_norm(o_BLHU: jax.Array, scale_HU: jax.Array, bias_HU: jax.Array, *,
+               eps: float) -> jax.Array:
+  """Returns the outputs of each head less their mean and over their deviation,
+  times a scale, plus a bias, in float32."""
+  o_BLHU -= o_BLHU.mean(-1, keepdims=True)
+  square_BLH = jnp.square(o_BLHU).mean(-1)
+  return features.weighted(features.scaled(
+      o_BLHU, jax.lax.rsqrt(square_BLH + eps)), scale_HU[0, 0]) + bias_HU
+
+
+# Initial values of the authors' program, of a layer in the middle of its stack.
+
+
+def shares(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
+  del key
+  part_D = np.arange(shape[1]) / shape[1]
+  return jnp.asarray([1 - part_D ** p for p in SHIFTED.values()], dtype)
+
+
+def decay_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
+  del key
+  n_HK = _place(shape) ** (1 + 0.5 ** 0.3)
+  return jnp.asarray(6 * n_HK - 5.5 + 2.5 * _zigzag(shape), dtype)
+
+
+def rate_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
+  del key
+  return jnp.asarray(-0.19 + 0.3 * _zigzag(shape) + 0.4 * (
+      _place(shape) - 0.5), dtype)
+
+
+def removal_scale(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
+  del key
+  return jnp.asarray(0.71 - 0.1 * (_place(shape) - 0.5), dtype)
+
+
+def constant(value: float) -> Callable:
+  return nn.initializers.constant(value)
+
+
+def _place(shape: tuple[int, ...]) -> np.ndarray:
+  """Returns a number from 0 to 1 for each feature of all heads."""
+  return np.linspace(0, 1, int(np.prod(shape))).reshape(shape)
+
+
+def _zigzag(shape: tuple[int, ...]) -> np.ndarray:
+  """Returns a number from -1 to 1 for each feature of a head."""
+  x_K = np.linspace(-1, 1, shape[1])
+  return x_K * abs(x_K)
+
+
+def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
+  """Returns the state of rows without a token; `shape` is [..., B, M], and the
+  state does not depend on M."""
+  d, rows = c.rwkv7, shape[:-1]
+  return State(jnp.zeros((*rows, d.heads, d.key_dim, d.value_dim)),
+               jnp.zeros((*rows, 1, c.d_model), c.compute_dtype))
+
+
+def check(name: str, c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer of RWKV-7 cannot be."""
+  layer.check(name, c, stack)
+  require(c.parametrization != 'mup', f'model.mixer is {name!r}, and '
+          "model.parametrization is 'mup', which says nothing of its shares, "
+          'removed keys and boosts: choose standard')
