@@ -26,17 +26,22 @@ from architectures.parts.skeletons import Decoder
 from configs.errors import require
 
 
+# What Qwen3.5 has too.
+HYBRID = llama.LLaMA.PARTS | dict(
+    rope=dict(fraction=0.25), norm='rmsnorm_1p', attention_gate='elementwise',
+    qk_norm=True, pattern='linear,linear,linear,full',
+    kinds=dict(linear=dict(mixer='deltanet'), full={}))
+
+
 class Qwen3Next(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = llama.LLaMA.PARTS | dict(
-      rope=dict(fraction=0.25), norm='rmsnorm_1p', attention_gate='elementwise',
-      qk_norm=True, pattern='linear,linear,linear,full',
-      kinds=dict(linear=dict(mixer='deltanet'), full={}), ffn='moe',
-      moe=dict(router='topk', top_k=10, ffn='swiglu', shared_experts=1,
-               shared_gate=True))
+  PARTS = HYBRID | dict(
+      ffn='moe', moe=dict(router='topk', top_k=10, ffn='swiglu',
+                          shared_experts=1, shared_gate=True))
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
+def read_experts(reader: hf.Reader, fields: dict) -> dict:
+  """Returns model.moe, as far as its fields are no table's."""
   shared, width = reader('shared_expert_intermediate_size',
                          512), fields['moe.d_ff']
   require(shared % width == 0, 'config.json has '
@@ -44,15 +49,23 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           f'moe_intermediate_size {width}: model.moe.shared_experts says how '
           'many times as wide as an expert the shared one is')
   hf.check_gates(fields)
+  return dict(dispatch='dropless', shared_experts=shared // width)
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
   return layer_types.read_mixers(
       reader, fields['num_layers'], 'deltanet') | dict(
       rope=rope_fields.read(reader, fraction=('partial_rotary_factor', 0.25)),
-      moe=dict(dispatch='dropless', shared_experts=shared // width))
+      moe=read_experts(reader, fields))
+
+
+def write_experts(c: ModelConfig) -> dict:
+  """Returns the same for a config.json."""
+  return dict(shared_expert_intermediate_size=c.moe.shared_experts * c.moe.d_ff)
 
 
 def _write(c: ModelConfig) -> dict:
-  return layer_types.write_mixers(c) | dict(
-      shared_expert_intermediate_size=c.moe.shared_experts * c.moe.d_ff,
+  return layer_types.write_mixers(c) | write_experts(c) | dict(
       rope_parameters=rope_fields.write(c, whole_heads=False))
 
 
@@ -67,25 +80,42 @@ ATTENTION = (
     *llama.attention()[2:], *llama.head_norms(norm='offset'))
 
 
+# Of a recurrence, all but the products with its input.
+STATE = (
+    ('query_conv|key_conv|value_conv', 'WJK|WJK|WHU', 'conv1d.weight',
+     'JK+JK+HU 1 W'),
+    ('decay_scale', 'H', 'A_log', 'H'), ('decay_bias', 'H', 'dt_bias', 'H'),
+    ('out_norm/scale', 'U', 'norm.weight', 'U'),
+    ('out', 'HUD', 'out_proj.weight', 'D HU'))
+
+
+def attention(c: ModelConfig) -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer of attention."""
+  return tuple(row for row in ATTENTION
+               if c.attention_bias or not row[2].endswith('bias'))
+
+
 def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
   """Returns the rows of a layer's mixer. Those of a recurrence go through the
   heads of keys: the query, the key, the values and gates of each."""
   if c.mixer != 'deltanet':
-    return tuple(row for row in ATTENTION
-                 if c.attention_bias or not row[2].endswith('bias'))
+    return attention(c)
   return hf.under(
       'attention', 'linear_attn',
       ('query|key|value|output_gate', 'DJK|DJK|DHU|DHU',
        'in_proj_qkvz.weight', 'J(K+K+RU+RU) D'),
       ('rate|decay', 'DH', 'in_proj_ba.weight',
-       f'J={c.deltanet.key_heads}(R+R) D'),
-      ('query_conv|key_conv|value_conv', 'WJK|WJK|WHU', 'conv1d.weight',
-       'JK+JK+HU 1 W'),
-      ('decay_scale', 'H', 'A_log', 'H'), ('decay_bias', 'H', 'dt_bias', 'H'),
-      ('out_norm/scale', 'U', 'norm.weight', 'U'),
-      ('out', 'HUD', 'out_proj.weight', 'D HU'))
+       f'J={c.deltanet.key_heads}(R+R) D'), *STATE)
 
 
+DELTANET = {
+    'deltanet.key_heads': ('linear_num_key_heads', 16),
+    'deltanet.value_heads': ('linear_num_value_heads', 32),
+    'deltanet.key_dim': ('linear_key_head_dim', 128),
+    'deltanet.value_dim': ('linear_value_head_dim', 128),
+    'deltanet.conv': ('linear_conv_kernel_dim', 4)}
+# Of the convolutions too, which are SiLU's here.
+SILU = 'hidden_act', 'silu', {'silu': 'swiglu'}
 HF = hf.HuggingFace(
     'qwen3_next', 'Qwen3NextForCausalLM',
     names=lambda c: BASE + hf.by_block(c, 'model.layers.{n}', _mixer),
@@ -95,14 +125,8 @@ HF = hf.HuggingFace(
         vocab_size=151936, max_position_embeddings=32768, rms_norm_eps=1e-6,
         attention_bias=False, tie_word_embeddings=False,
         moe_intermediate_size=512, num_experts=512, num_experts_per_tok=10,
-        norm_topk_prob=True, router_aux_loss_coef=0.001) | {
-            'deltanet.key_heads': ('linear_num_key_heads', 16),
-            'deltanet.value_heads': ('linear_num_value_heads', 32),
-            'deltanet.key_dim': ('linear_key_head_dim', 128),
-            'deltanet.value_dim': ('linear_value_head_dim', 128),
-            'deltanet.conv': ('linear_conv_kernel_dim', 4),
-            # Of the convolutions too, which are SiLU's here.
-            'moe.ffn': ('hidden_act', 'silu', {'silu': 'swiglu'})},
+        norm_topk_prob=True, router_aux_loss_coef=0.001
+    ) | DELTANET | {'moe.ffn': SILU},
     only=dict(use_sliding_window=False), read=_read, write=_write,
     check=layer_types.check_attention,
     optional={'module that predicts a second token': r'mtp\..*'},

@@ -16,20 +16,26 @@ text, on which it trains to a held-out loss of 1.272 nats a byte (1.84 bits).
 
 from configs import recipes
 
-SIZES = recipes.table(
-    'd_model num_layers num_heads num_kv_heads head_dim d_ff max_len '
-    'deltanet.key_heads deltanet.value_heads deltanet.key_dim '
-    'deltanet.value_dim moe.num_experts moe.d_ff rope.theta', {
-        'tiny': (128, 4, 4, 2, 48, 344, 256, 2, 4, 32, 32, 32, 24, 1e4),
-        '80b-a3b': (2048, 48, 16, 2, 256, 5120, 262144, 16, 32, 128, 128, 512,
-                    512, 1e7)})
-SIZES['80b-a3b'] |= dict(vocab_size=151936, parameters=79_674_391_296)
+# Of Qwen3.5 too: what its published sizes have, its small one, its decay.
+SAME = dict(
+    head_dim=256, max_len=262144, rope=dict(theta=1e7), deltanet=dict(
+        key_heads=16, key_dim=128, value_dim=128))
+TINY = dict(
+    d_model=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=48,
+    d_ff=344, max_len=256, rope=dict(theta=1e4), deltanet=dict(
+        key_heads=2, value_heads=4, key_dim=32, value_dim=32))
+DECAY = (('.*_norm/offset', 1), ('.*(embed|scale|bias|conv).*', 0), ('.*', 1))
+SIZES = {
+    'tiny': TINY | dict(moe=dict(num_experts=32, d_ff=24)),
+    '80b-a3b': SAME | {'deltanet.value_heads': 32} | dict(
+        d_model=2048, num_layers=48, num_heads=16, num_kv_heads=2, d_ff=5120,
+        moe=dict(num_experts=512, d_ff=512), vocab_size=151936,
+        parameters=79_674_391_296)}
 
 
 def get_config(size: str = 'tiny'):
   c = recipes.config(
       'qwen3_next', size, SIZES, dict(norm_eps=1e-6, moe=dict(
           balance_weight=0.001)), length=4096, tokens=15e12)
-  c.optim.decay_mask = (('.*_norm/offset', 1),
-                        ('.*(embed|scale|bias|conv).*', 0), ('.*', 1))
+  c.optim.decay_mask = DECAY
   return c

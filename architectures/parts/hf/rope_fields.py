@@ -26,7 +26,8 @@ def read(reader: hf.Reader, *,
          theta: tuple[str, float] = ('rope_theta', 10000.0),
          fraction: tuple[str, float] | None = None,
          interleaved: bool = False, on_scores: bool = False,
-         words: Mapping[str, str] = SCALINGS, original: int = 0) -> dict:
+         words: Mapping[str, str] = SCALINGS, original: int = 0,
+         unread: tuple[str, ...] = ()) -> dict:
   """Returns model.rope, of a new config.json (rope_parameters) or an old one
   (rope_theta, rope_scaling).
 
@@ -41,8 +42,11 @@ def read(reader: hf.Reader, *,
     words: our scaling, by each rope_type that transformers has in this system.
     original: what original_max_position_embeddings is where it is not there, in
       a system that has it outside of these objects and goes by that.
+    unread: fields that say nothing of text.
   """
   new, old = reader.section('rope_parameters'), reader.section('rope_scaling')
+  for part in (new, old):
+    part.passes(*unread)
   return _read(reader, old if old else new, theta, fraction, interleaved,
                on_scores, words, original)
 

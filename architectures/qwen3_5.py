@@ -1,0 +1,72 @@
+"""Qwen3.5, of text: three layers of Gated DeltaNet to one of gated attention,
+and a dense network in each (Qwen Team 2026, "Qwen3.5: Towards Native Multimodal
+Agents").
+
+  a  = x + DeltaNet(n(x))                     in three layers of four
+  a  = x + W_o (Attention(q, k, W_v m) * sigmoid(W_g m)),  m = n(x)
+       q, k = n(W_q m), n(W_k m)              each head by itself; a quarter of
+                                              its features turns
+  x' = a + W_down (silu(W_gate m) * W_up m),  m = n(a)
+  n(x) = x / rms(x) * (1 + offset)
+
+That is architectures/qwen3_next.py without experts; its products stand apart in
+a file. Of text, all three axes of its rotary positions (mrope) are one. The
+published folders also hold what reads images, and a module that predicts a
+second token: transformers' Qwen3_5ForCausalLM reads one and writes it without.
+"""
+
+from architectures import llama, qwen3_next
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types, rope_fields
+from architectures.parts.skeletons import Decoder
+
+
+class Qwen35(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  ARCH = 'qwen3_5'
+  PARTS = qwen3_next.HYBRID
+
+
+def read(reader: hf.Reader, fields: dict) -> dict:
+  """Returns the fields of the layers and of their positions."""
+  reader.must(decoder_sparse_step=1, mlp_only_layers=[])
+  return layer_types.read_mixers(
+      reader, fields['num_layers'], 'deltanet') | dict(rope=rope_fields.read(
+          reader, fraction=('partial_rotary_factor', 0.25),
+          unread=('mrope_section', 'mrope_interleaved')))
+
+
+def write(c: ModelConfig) -> dict:
+  """Returns the same for a config.json."""
+  return dict(layer_types=layer_types.write_mixers(c)['layer_types'],
+              rope_parameters=rope_fields.write(c, whole_heads=False))
+
+
+def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
+  if c.mixer != 'deltanet':
+    return qwen3_next.attention(c)
+  return hf.under(
+      'attention', 'linear_attn',
+      ('query|key|value', 'DJK|DJK|DHU', 'in_proj_qkv.weight', 'JK+JK+HU D'),
+      ('output_gate', 'DHU', 'in_proj_z.weight', 'HU D'),
+      ('rate', 'DH', 'in_proj_b.weight', 'H D'),
+      ('decay', 'DH', 'in_proj_a.weight', 'H D'), *qwen3_next.STATE)
+
+
+HF = hf.HuggingFace(
+    'qwen3_5_text', 'Qwen3_5ForCausalLM',
+    names=lambda c: qwen3_next.BASE + hf.by_block(
+        c, 'model.layers.{n}', _mixer),
+    fields=hf.fields(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=16,
+        num_key_value_heads=4, head_dim=256, intermediate_size=12288,
+        vocab_size=248320, max_position_embeddings=32768, rms_norm_eps=1e-6,
+        attention_bias=False, tie_word_embeddings=False
+    ) | qwen3_next.DELTANET | {'ffn': qwen3_next.SILU},
+    only=dict(attn_output_gate=True, output_gate_type='swish'),
+    unread=('mamba_ssm_dtype', 'mtp_num_hidden_layers',
+            'mtp_use_dedicated_embeddings'),
+    read=read, write=write, check=layer_types.check_attention,
+    optional=qwen3_next.HF.optional,
+    heads=hf.heads('Qwen3_5Text', only=('sequence',)), **llama.FILES)

@@ -1,0 +1,44 @@
+"""Qwen3.5 with experts, of text: Qwen3.5 whose networks are mixtures of narrow
+experts beside one that every token goes through (Qwen Team 2026, "Qwen3.5:
+Towards Native Multimodal Agents").
+
+  x' = a + sum over the 8 or 10 best of 256 or 512 experts of g_e * SwiGLU_e(m)
+         + sigmoid(w m) * SwiGLU(m),  m = n(a)
+  g  = softmax(W_r m) of the chosen, divided by their sum
+
+architectures/qwen3_5.py has what mixes the tokens, and says how a published
+folder is read (here by Qwen3_5MoeForCausalLM).
+"""
+
+from architectures import qwen3_5, qwen3_next
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Decoder
+
+
+class Qwen35MoE(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  ARCH = 'qwen3_5_moe'
+  PARTS = qwen3_next.Qwen3Next.PARTS | dict(moe=dict(
+      qwen3_next.Qwen3Next.PARTS['moe'], top_k=8))
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  return qwen3_5.read(reader, fields) | dict(
+      moe=qwen3_next.read_experts(reader, fields))
+
+
+def _write(c: ModelConfig) -> dict:
+  return qwen3_5.write(c) | qwen3_next.write_experts(c)
+
+
+HF = qwen3_5.HF._replace(
+    model_type='qwen3_5_moe_text', architecture='Qwen3_5MoeForCausalLM',
+    fields={name: row for name, row in qwen3_5.HF.fields.items()
+            if name not in ('d_ff', 'ffn')} | hf.fields(
+                hidden_size=2048, num_hidden_layers=40, num_key_value_heads=2,
+                moe_intermediate_size=512, num_experts=256,
+                num_experts_per_tok=8, router_aux_loss_coef=0.001) | {
+                    'moe.ffn': qwen3_next.SILU},
+    unread=(*qwen3_5.HF.unread, 'intermediate_size'),
+    read=_read, write=_write, heads={})
