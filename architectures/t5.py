@@ -44,9 +44,13 @@ def layers(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
   last = 1 if stack == 'encoder' else 2
   cross = () if stack == 'encoder' else attention(
       1, 'EncDecAttention', 'cross_attention', 'cross_norm')
+  # Of all layers, or of each (UMT5).
+  bias = 'SelfAttention.relative_attention_bias.weight'
   return (
-      (f'{stack}/relative_bias/table', 'UH', f'{stack}.block.0.layer.0.'
-       'SelfAttention.relative_attention_bias.weight', 'U H'),
+      (f'{stack}/relative_bias/table', 'UH',
+       f'{stack}.block.0.layer.0.{bias}', 'U H'),
+      (f'{stack}/layers/attention/relative_bias/table', 'UH',
+       f'{stack}.block.{{n}}.layer.0.{bias}', 'U H'),
       *attention(0, 'SelfAttention', 'attention', 'attention_norm'), *cross,
       *hf.under(f'{stack}/layers', f'{stack}.block.{{n}}.layer.{last}',
                 ('ffn_norm/scale', 'D', 'layer_norm.weight', 'D'), *ffn),
@@ -85,12 +89,18 @@ def head(fields: dict, tied: bool) -> dict:
               logits_scale=fields['d_model'] ** -0.5 if tied else 1.0)
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
+def check_ffn(reader: hf.Reader, fields: dict) -> None:
+  """Raises RequestError where a file's words for the network disagree."""
   # Derived from it where a file has neither; where it has, they count.
   name = hf.theirs(FFNS, fields['ffn'], 'ffn')
   reader.must(dense_act_fn='gelu_new' if name == 'gated-gelu'
               else name.removeprefix('gated-'),
               is_gated_act=name.startswith('gated-'))
+
+
+def read(reader: hf.Reader, fields: dict) -> dict:
+  """Returns what every T5 or UMT5 says of its head."""
+  check_ffn(reader, fields)
   # transformers ties v1.1 in name, and tells it by the missing scale.
   require(not reader.is_null('scale_decoder_outputs'),
           'config.json has scale_decoder_outputs null, which transformers '
@@ -110,7 +120,7 @@ HF = hf.HuggingFace(
     fields=FIELDS | {'ffn': ('feed_forward_proj', 'relu', FFNS)},
     only=dict(is_encoder_decoder=True),
     unread=('is_decoder', 'add_cross_attention'),  # of the stacks
-    read=_read, write=write,
+    read=read, write=write,
     tied={'encoder.embed_tokens.weight': 'shared.weight',
           'decoder.embed_tokens.weight': 'shared.weight',
           'lm_head.weight': 'shared.weight'},

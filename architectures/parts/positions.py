@@ -6,6 +6,7 @@ sinusoidal  x + PE[pos] (Vaswani et al. 2017, section 3.5)
 rope        q and k turned by pos * frequency (Su et al. 2021), see SCALINGS
 alibi       scores - slope_h * distance (Press et al. 2022)
 relative    scores + b[h, bucket(distance)] (Raffel et al. 2020, section 2.1)
+relative_by_layer  the same, with b a table of each layer's own (UMT5)
 none        nothing
 
 An entry of POSITIONS, at the end of this file, is all that there is of one.
@@ -325,7 +326,9 @@ class SinusoidalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RelativeConfig:
-  """Of position relative: T5's buckets (Raffel et al. 2020, section 2.1)."""
+  """Of positions relative and relative_by_layer: T5's buckets (Raffel et al.
+  2020, section 2.1)."""
+  GROUP = 'relative'
   buckets: int = field(32, 'buckets of distances', above=0, resume=SHAPES)
   max_distance: int = field(
       128, 'the last bucket has all larger distances', above=0,
@@ -353,6 +356,8 @@ class Position(NamedTuple):
     stack_bias: the same once for all layers of a stack: a module of (config,
       causal), called with both positions. Its parameters stand in the stack,
       under the encoding's name and '_bias'.
+    layer_bias: such a module of each layer's own. Its parameters stand in the
+      layer's attention, under 'relative_bias'.
     settings: the group of fields of config.model that it reads.
     check: (config, stack) -> None; raises RequestError for fields that do not
       fit together. `stack` is what architectures.stack returns.
@@ -366,6 +371,7 @@ class Position(NamedTuple):
   rotate: Optional[Callable] = None
   bias: Optional[Callable] = None
   stack_bias: Optional[type[nn.Module]] = None
+  layer_bias: Optional[type[nn.Module]] = None
   score_factor: Callable[[ModelConfig], float] = lambda c: 1.0
   settings: Optional[type] = None
   check: Callable[[ModelConfig, str], None] = lambda c, stack: None
@@ -375,7 +381,7 @@ class Position(NamedTuple):
   @property
   def has_bias(self) -> bool:
     """Whether scores have a bias, which fused kernels do not add."""
-    return bool(self.bias or self.stack_bias)
+    return bool(self.bias or self.stack_bias or self.layer_bias)
 
 
 def of(c: ModelConfig) -> Position:
@@ -537,7 +543,7 @@ def relative_bucket(offset: jax.Array, *, bidirectional: bool, buckets: int,
 
 
 class RelativeBias(nn.Module):
-  """T5's bias on the scores, [B or 1, H, L, M], shared by all layers."""
+  """T5's bias on the scores, [B or 1, H, L, M]: of all layers, or of one."""
   config: ModelConfig
   causal: bool
 
@@ -584,6 +590,9 @@ POSITIONS = {
         q_positions_BL, k_positions_BM, c.num_heads)),
     'relative': Position(
         stack_bias=RelativeBias, check=_check_relative,
+        settings=RelativeConfig),
+    'relative_by_layer': Position(
+        layer_bias=RelativeBias, check=_check_relative,
         settings=RelativeConfig),
     'none': Position(),
 }

@@ -143,7 +143,7 @@ def test_decoding_with_a_cache_is_the_forward_pass(apart):
     (dict(prefix='a', suffix='b', pattern='a,a,b', kinds=dict(a={}, b={})),
      'num_layers is 4: .* a multiple of the 3 layers'),
     (dict(pattern='a', kinds=dict(a=dict(position='learned'))),
-     "no encoding of one layer: .* choose from rope, alibi, none"),
+     "no encoding of one layer: .* choose from rope, alibi, rel"),
     (dict(pattern='a', kinds=dict(a=dict(block='parallel', ffn='none'))),
      'kinds.a: .* choose it from pre_norm, post_norm, sandwich, out_norm'),
 ])

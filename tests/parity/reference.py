@@ -279,10 +279,15 @@ def mend(model) -> None:
 def _t5(model) -> None:
   """v1.1's head is a matrix of its own; transformers 5 ties it when it builds
   a model, and only tells it apart when it reads a file."""
-  import torch
   if not model.config.scale_decoder_outputs:
-    model.lm_head.weight = torch.nn.Parameter(
-        model.lm_head.weight.detach().clone())
+    _own_head(model)
+
+
+def _own_head(model) -> None:
+  """So is that of every published mT5."""
+  import torch
+  model.lm_head.weight = torch.nn.Parameter(
+      model.lm_head.weight.detach().clone())
 
 
 def _marian(model) -> None:
@@ -345,7 +350,9 @@ MENDS = {
     'KimiLinearForCausalLM': _kimi_linear,
     'Mamba2ForCausalLM': _mamba2,
     'T5ForConditionalGeneration': _t5,
+    'UMT5ForConditionalGeneration': _t5,
     'MarianMTModel': _marian,
+    'MT5ForConditionalGeneration': _own_head,
     'NllbMoeForConditionalGeneration': _nllb,
 }
 

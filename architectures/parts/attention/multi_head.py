@@ -176,6 +176,10 @@ class Attention(nn.Module):
     bias_BHLM = ctx.bias_BHLM if positions.of(c).stack_bias else None
     if positions.of(c).bias:
       bias_BHLM = positions.of(c).bias(c, ctx.positions_BL, k_positions_BM)
+    if positions.of(c).layer_bias:
+      bias_BHLM = positions.of(c).layer_bias(
+          c, self.kind.causal, name='relative_bias')(
+              ctx.positions_BL, k_positions_BM)
     rule = kernels.RULES[self.kind.attention]
     mask = kernels.Mask(
         ids_BL, ids_BL, causal=self.kind.causal, in_order=ctx.in_order,

@@ -305,9 +305,9 @@ def turned(c: ModelConfig) -> ModelConfig:
 def check_retnet(name: str, c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of retention cannot be."""
   layer.check(name, c, stack)
-  require(not positions.of(c).bias, 'model.mixer is \'retnet\', which has no '
-          f'scores for the bias of model.position {c.position!r}: choose rope '
-          'or none')
+  require(not positions.of(c).has_bias, "model.mixer is 'retnet', which has "
+          f'no scores for the bias of model.position {c.position!r}: choose '
+          'rope or none')
   if positions.of(c).rotate:
     require(not positions.SCALINGS[c.rope.scaling].by_length, 'model.mixer is '
             "'retnet', whose state holds keys that were turned when the row "

@@ -1,0 +1,39 @@
+"""mT5: T5 v1.1 over texts of 101 languages (Xue et al. 2021, arXiv 2010.11934).
+
+  x_0 = E[tokens]                           E has 250,112 rows
+  a   = x + Attention(RMSNorm(x))           scores q k + b[h, bucket(i - j)]
+  b   = a + CrossAttention(RMSNorm(a), memory)          in the decoder
+  x'  = b + W2 (gelu(Wg x) * W1 x)
+  logits = W_head RMSNorm(x_N)
+
+All is T5 v1.1's (architectures/t5.py) but the vocabulary. transformers does not
+scale the logits of an mT5 whose head is tied, and goes by the tensors, not by
+tie_word_embeddings, for whether it is; the head of an export is its own.
+"""
+
+from architectures import t5
+from architectures.parts import hf
+from architectures.parts.skeletons import EncoderDecoder
+
+
+class MT5(EncoderDecoder):
+  """source [B, M], target [B, L] -> Output; see EncoderDecoder."""
+  PARTS = t5.T5.PARTS | dict(ffn='geglu_tanh', tie_embeddings=False,
+                             logits_scale=1.0)
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  t5.check_ffn(reader, fields)
+  return {}
+
+
+SIZES = hf.fields(vocab_size=250112, d_ff=1024, num_layers=8, num_heads=6) | {
+    'ffn': ('feed_forward_proj', 'gated-gelu', t5.FFNS)}
+
+HF = t5.HF._replace(
+    model_type='mt5', architecture='MT5ForConditionalGeneration',
+    fields={name: row for name, row in (t5.FIELDS | SIZES).items()
+            if name != 'tie_embeddings'},
+    unread=(*t5.HF.unread, 'tie_word_embeddings'),
+    read=_read, write=lambda c: t5.write(c) | dict(tie_word_embeddings=False),
+    of_files=lambda names: dict(tie_embeddings='lm_head.weight' not in names))
