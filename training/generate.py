@@ -521,10 +521,10 @@ def _reorder(cache: Any, rows: jax.Array, axis: int) -> Any:
   def of(entry: Any) -> Any:
     if not isinstance(entry, Cache):  # an array of a state
       return take(entry)
-    key, value, inputs = jax.tree.map(
-        take, (entry.key_BMJK, entry.value_BMJK, entry.inputs))
+    key, value, index, inputs = jax.tree.map(take, (
+        entry.key_BMJK, entry.value_BMJK, entry.index_BMJK, entry.inputs))
     return dataclasses.replace(
-        entry, key_BMJK=key, value_BMJK=value, inputs=inputs)
+        entry, key_BMJK=key, value_BMJK=value, index_BMJK=index, inputs=inputs)
   return jax.tree.map(of, cache, is_leaf=lambda x: isinstance(x, Cache))
 
 

@@ -398,6 +398,17 @@ class Context:
   # The layers follow one another in the program: see skeletons.one_by_one.
   one_by_one: bool = struct.field(pytree_node=False, default=False)
 
+  def counted(self, B: int, L: int) -> jax.Array:
+    """Returns bool [B, L]: which tokens are neither padding nor, for the
+    modules that predict further tokens, join two texts."""
+    counted_BL = jnp.ones((B, L), bool)
+    if self.segment_ids_BL is not None:
+      counted_BL = jnp.broadcast_to(self.segment_ids_BL != 0, (B, L))
+    for mask_BL in (self.valid_BL, self.routed_BL):
+      counted_BL = (counted_BL if mask_BL is None else
+                    counted_BL & (mask_BL != 0))
+    return counted_BL
+
   @property
   def length(self) -> int | jax.Array:
     """How many tokens the rows have: the same number, or [B]."""
@@ -413,21 +424,25 @@ class Cache:
   the products with a token's queries take on CPU without a copy; `slots` and
   `memory` give them as they are elsewhere.
 
+  An indexer's keys, one head of them, are held as the others are.
+
   Those of the memory are put in when a decoder is given it with the cache,
   and stand for it from then on. With context.keep_attention a layer also
   returns here what it weighed the values with, with model.value_residual the
-  values of the first layer, and with context.lends its keys and values, whether
-  or not a cache went in.
+  values of the first layer, with context.lends its keys and values, and in
+  training what it adds to the loss, by name, whether or not a cache went in.
   """
   key_BMJK: Optional[jax.Array] = None  # None: it holds no keys of its own
   # None: a mixer's values are a part of its keys (latent.py).
   value_BMJK: Optional[jax.Array] = None
+  index_BMJK: Optional[jax.Array] = None  # None: there is no indexer
   memory_key_BMJK: Optional[jax.Array] = None
   memory_value_BMJK: Optional[jax.Array] = None
   weights_BHLM: Optional[jax.Array] = None
   memory_weights_BHLM: Optional[jax.Array] = None
   first: Optional[First] = None
   lent: Optional[Keys] = None
+  losses: dict[str, jax.Array] = struct.field(default_factory=dict)
   # The last inputs of convolutions, by name.
   inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
   # Keys and values are [N, ...], of N layers: which of them this one is.
@@ -439,9 +454,9 @@ class Cache:
     return self.key_BMJK.shape[-1 if self.turned else -3]
 
   @property
-  def slots(self) -> tuple[jax.Array, jax.Array]:
-    """Keys and values, [B, M, J, K]."""
-    slots = self.key_BMJK, self.value_BMJK
+  def slots(self) -> tuple[jax.Array, jax.Array, Optional[jax.Array]]:
+    """Keys, values and the keys of an indexer, [B, M, J, K]."""
+    slots = self.key_BMJK, self.value_BMJK, self.index_BMJK
     return self._plain(*slots) if self.layer is None else jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False),
         slots)
@@ -451,11 +466,11 @@ class Cache:
     """Keys and values of the memory, [B, M, J, K]."""
     return self._plain(self.memory_key_BMJK, self.memory_value_BMJK)
 
-  def _plain(self, key: jax.Array, value: Optional[jax.Array]):
-    key, value = jax.tree.map(lambda x: _cast(x, jnp.uint16, jnp.bfloat16),
-                              (key, value))
-    return (jnp.moveaxis(key, 3, 1), jnp.moveaxis(value, 2, 1)
-            ) if self.turned else (key, value)
+  def _plain(self, *arrays: Optional[jax.Array]):
+    arrays = jax.tree.map(lambda x: _cast(x, jnp.uint16, jnp.bfloat16), arrays)
+    return tuple(x if x is None else jnp.moveaxis(x, axis, 1)
+                 for x, axis in zip(arrays, _TURNED.values())
+                 ) if self.turned else arrays
 
   def turn(self) -> 'Cache':
     """Returns the cache of one layer as a loop over single tokens takes it on
@@ -468,10 +483,12 @@ class Cache:
                           getattr(self, name))
     return self.replace(turned=turned, **{
         f'{of}{name}_BMJK': move(f'{of}{name}_BMJK', axis)
-        for of in ('', 'memory_') for name, axis in _TURNED.items()})
+        for of in ('', 'memory_') for name, axis in _TURNED.items()
+        if of + name != 'memory_index'})
 
   def write(self, key_BLJK: jax.Array, value_BLJK: Optional[jax.Array],
-            positions_BL: jax.Array) -> 'Cache':
+            positions_BL: jax.Array, index_BLJK: Optional[jax.Array] = None
+            ) -> 'Cache':
     """Puts L new tokens at their positions (a row's are consecutive)."""
     def put(slots: Optional[jax.Array], new: Optional[jax.Array], axis: int):
       if new is None:
@@ -482,10 +499,12 @@ class Cache:
                   axis if self.turned else 1)
     return self.replace(
         key_BMJK=put(self.key_BMJK, key_BLJK, _TURNED['key']),
-        value_BMJK=put(self.value_BMJK, value_BLJK, _TURNED['value']))
+        value_BMJK=put(self.value_BMJK, value_BLJK, _TURNED['value']),
+        index_BMJK=put(self.index_BMJK, index_BLJK, _TURNED['index']))
 
 
-_TURNED = {'key': 3, 'value': 2}  # the axis M of what is turned
+# The axis M of what is turned.
+_TURNED = {'key': 3, 'value': 2, 'index': 3}
 
 
 def _cast(x: jax.Array, of: jax.typing.DTypeLike, to: jax.typing.DTypeLike
@@ -514,17 +533,18 @@ def _put(slots: jax.Array, new_BLJK: jax.Array, positions_BL: jax.Array,
       (*first, 0, positions_BL[0, 0], 0, 0))
 
 
-# Of each entry its keys and values, which it may have none of.
-Slots = Optional[tuple[tuple[Optional[jax.Array], Optional[jax.Array]], ...]]
+# Of each entry what Cache.write puts in, which it may have none of.
+Slots = Optional[tuple[dict[str, Optional[jax.Array]], ...]]
+_WRITTEN = 'key_BMJK', 'value_BMJK', 'index_BMJK'
 
 
 def apart(entries: tuple) -> tuple[Slots, tuple]:
   """Returns the keys and values of entries, and the entries without."""
   def of(entry: Any):
     if not isinstance(entry, Cache):  # the arrays of a state
-      return (None, None), entry
-    return (entry.key_BMJK, entry.value_BMJK), entry.replace(
-        key_BMJK=None, value_BMJK=None, layer=None)
+      return {}, entry
+    return {name: getattr(entry, name) for name in _WRITTEN}, entry.replace(
+        **dict.fromkeys(_WRITTEN), layer=None)
   slots, rest = zip(*map(of, entries))
   return slots, rest
 
@@ -533,6 +553,6 @@ def joined(slots: Slots, rest: tuple, layer: Optional[jax.Array] = None
            ) -> tuple:
   """Returns what `apart` was given; if `layer` is, entries of this layer, to
   which `rest` belongs, with the slots of all."""
-  return tuple(entry if key is None else entry.replace(
-      key_BMJK=key, value_BMJK=value, layer=layer)
-               for entry, (key, value) in zip(rest, slots, strict=True))
+  return tuple(entry if written.get('key_BMJK') is None else entry.replace(
+      **written, layer=layer)
+               for entry, written in zip(rest, slots, strict=True))

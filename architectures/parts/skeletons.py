@@ -134,6 +134,9 @@ class Period(nn.Module):
         first, new = new.first, new.replace(first=None)
       if getattr(new, 'lent', None) is not None:
         lent[i], new = new.lent, new.replace(lent=None)
+      if getattr(new, 'losses', None):
+        aux = _with_losses(aux or _NOTHING, _NOTHING | {'losses': new.losses})
+        new = new.replace(losses={})
       caches.append(new)
       auxes.append(aux)
       kept.append(x if ctx.keep_layers else ())
@@ -700,12 +703,17 @@ def _gather_aux(sections: tuple) -> dict:
   auxes = [aux for section in sections for aux in section]
   if not auxes:
     return {}
-  losses = jax.tree.map(lambda *xs: sum(x.sum() for x in xs),
-                        *[aux['losses'] for aux in auxes])
-  stacked = {name: {key: _by_layer([[aux[name][key] for aux in section]
-                                    for section in sections if section])
-                    for key in sorted(auxes[0][name])}
-             for name in ('health', 'experts') if name in auxes[0]}
+  losses = _summed([aux['losses'] for aux in auxes], jnp.sum, 0)
+
+  def stack(name: str) -> dict:  # of the layers that have experts
+    there = [[aux[name] for aux in section if aux.get(name)]
+             for section in sections]
+    there = [section for section in there if section]
+    return {key: _by_layer([[x[key] for x in section] for section in there])
+            for key in sorted(there[0][0] if there else ())}
+
+  stacked = {name: stack(name) for name in ('health', 'experts')
+             if any(name in aux for aux in auxes)}
   loads = {path: load_NE for aux in auxes
            for path, load_NE in aux['loads'].items()}
   return {'losses': losses, 'loads': loads} | stacked
@@ -719,9 +727,21 @@ def _by_layer(sections: list[list[jax.Array]]) -> jax.Array:
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
+# What a layer reports that has neither experts nor losses.
+_NOTHING: dict[str, dict] = {'losses': {}, 'health': {}, 'loads': {}}
+
+
+def _summed(losses: list[dict], each: Callable = lambda x: x, *first: int
+            ) -> dict:
+  """Returns the sums of losses by name, which not all have."""
+  return {name: functools.reduce(operator.add, (
+      each(x[name]) for x in losses if name in x), *first)
+          for name in sorted(set().union(*losses))}
+
+
 def _with_losses(aux: dict, more: dict) -> dict:
   """Returns what a stack reports, with the losses and the loads of others."""
-  return aux | {'losses': jax.tree.map(jnp.add, aux['losses'], more['losses']),
+  return aux | {'losses': _summed([aux['losses'], more['losses']]),
                 'loads': aux['loads'] | more['loads']}
 
 

@@ -513,7 +513,7 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   mixer.check(c, stack)  # which may refuse the position
   if mixer.turns_heads or not position.rotate:
     position.check(c, stack)
-  kernels.RULES[c.attention].check(c)
+  kernels.RULES[c.attention].check(c, stack)
   for able, needed, field in (
       ('STREAMS', c.residual != 'plain', f'model.residual {c.residual!r}'),
       ('WITHOUT_FFN', c.ffn == NO_FFN, f'model.ffn {NO_FFN!r}'),

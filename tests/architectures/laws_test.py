@@ -37,6 +37,8 @@ ATTENTIONS = {
                   qk_norm_over='projection', attention_out_bias=False,
                   attention_gate='elementwise'),
     'latent': dict(mixer='latent', attention_gate='elementwise'),
+    'indexed': dict(indexer=dict(top_k=5), pattern='indexed', kinds=dict(
+        indexed=dict(attention='indexed'))),
 }
 # Mixers with a state, each in layers beside those of an attention.
 STATES = [name for name, mixer in blocks.MIXERS.items() if mixer.state]

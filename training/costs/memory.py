@@ -144,14 +144,16 @@ def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
   kind = kernels.RULES[c.attention]
   masks = [kernels.Mask(
       causal=causal, bias=positions.of(c).has_bias,
-      window=kind.window(c) if kind.window else 0, rule=bool(kind.sees),
+      window=kind.window(c) if kind.window else 0,
+      rule=bool(kind.sees or kind.top),
       prefix=causal and objectives.of(config).prefix,
       dropout=bool(c.attention_dropout)) for causal in (True, False)
            if architectures.stack(c) != ('encoder' if causal else 'decoder')]
   fused = mixer.module.FUSED and c.attention_kernel != 'xla' and not any(
       kernels.refusal('splash', c, mask, length, length, platform)
       for mask in masks)
-  return 0 if fused else 2 * 4 * tokens * c.num_heads * length
+  return 0 if fused else 2 * 4 * tokens * length * (
+      c.num_heads + (c.indexer.heads if kind.top else 0))
 
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from architectures.parts import layers
 from architectures.parts import sharding
+from architectures.parts.attention import indexer
 from architectures.parts.config import Context, LayerKind, ModelConfig
 from configs.errors import require
 
@@ -35,13 +36,19 @@ class Rule:
       rule has no window.
     sees: (config, q_positions, k_positions) -> bool, of positions that
       broadcast: any other rule. Fused kernels have no mask for it.
+    top: config -> how many of these keys an indexer leaves a query, 0: all;
+      None: the rule has no indexer.
+    settings: the group of fields of config.model that it reads.
     fields: of config.model that no other rule reads.
-    check: config -> None; raises RequestError for fields that do not fit.
+    check: (config, stack) -> None; raises RequestError for fields that do not
+      fit. `stack` is what architectures.stack returns.
   """
   window: Optional[Callable[[ModelConfig], int]] = None
   sees: Optional[Callable] = None
+  top: Optional[Callable[[ModelConfig], int]] = None
+  settings: Optional[type] = None
   fields: tuple[str, ...] = ()
-  check: Callable[[ModelConfig], None] = lambda c: None
+  check: Callable[[ModelConfig, str], None] = lambda c, stack: None
 
 
 def visible(kind: LayerKind, c: ModelConfig, q_positions_BL: jax.Array,
@@ -85,7 +92,8 @@ def _counts(kind: LayerKind, c: ModelConfig, queries: np.ndarray,
   reach = rule.window(c) if rule.window else keys.size
   first = np.maximum(queries - reach + 1, 0)
   last = np.minimum(queries + (1 if kind.causal else reach), keys.size)
-  return last - first
+  top = rule.top(c) if rule.top else 0
+  return np.minimum(last - first, top or keys.size)
 
 
 def pairs(kind: LayerKind, c: ModelConfig, queries: int, keys: int) -> int:
@@ -109,15 +117,23 @@ def share(kind: LayerKind, c: ModelConfig, queries: int, keys: int,
   seen, whole = pairs(kind, c, queries, keys), queries * keys
   if not (prefix and kind.causal and queries == keys > 1):
     return seen, whole, seen
+  both_ways, at = dataclasses.replace(kind, causal=False), np.arange(keys)
+  if RULES[kind.attention].top:  # of max(query + 1, prefix) keys, or the best
+    best_M = np.minimum(at, RULES[kind.attention].top(c) or keys)
+    longer_M = best_M.sum() - best_M.cumsum()
+    at_once = np.append(best_M[1:], _counts(kind, c, at[-1:], at))
+    return (int((at_once * np.minimum(at + 1, keys - 1)).sum()
+                + np.append(longer_M[1:], 0).sum()), whole * (keys - 1),
+            pairs(both_ways, c, queries, keys) * (keys - 1))
   # A query sees a later key in the prefixes that this key is part of. As many
   # see a key from before it as it sees before itself: masks are symmetric.
-  both_ways, at = dataclasses.replace(kind, causal=False), np.arange(keys)
   earlier_M = _counts(kind, c, at, at) - 1
   return (seen * (keys - 1) + int((earlier_M * (keys - 1 - at)).sum()),
           whole * (keys - 1), pairs(both_ways, c, queries, keys) * (keys - 1))
 
 
-def _check_banded(c: ModelConfig) -> None:
+def _check_banded(c: ModelConfig, stack: str) -> None:
+  del stack
   require(c.sliding_window > 0,
           'model.attention has a banded layer, but model.sliding_window is 0: '
           'set it to the number of keys that such a layer sees')
@@ -127,6 +143,8 @@ RULES = {
     'global': Rule(),
     'banded': Rule(window=lambda c: c.sliding_window,
                    fields=('sliding_window',), check=_check_banded),
+    'indexed': Rule(top=lambda c: c.indexer.top_k,
+                    settings=indexer.IndexerConfig, check=indexer.check),
 }
 
 
@@ -213,6 +231,31 @@ def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *,
   w_BHLM = _heads_first(attend(q_BLHK, k_BMJK, unit_BMJM, mask_BLM=mask_BLM,
                                **how))
   return w_BHLM if mask_BLM is None else jnp.where(mask_BLM[:, None], w_BHLM, 0)
+
+
+def mean_weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *,
+                 mask_BLM: Optional[jax.Array] = None,
+                 bias_BHLM: Optional[jax.Array] = None,
+                 sink_H: Optional[jax.Array] = None, scale: float,
+                 softcap: float = 0.0, causal: bool = False, window: int = 0
+                 ) -> jax.Array:
+  """Returns the mean over heads of what `attend`, whose the arguments are,
+  weighs the values with: float32 [B, L, M]."""
+  (B, L, H, K), (M, J) = q_BLHK.shape, k_BMJK.shape[1:3]
+  q_BJRLK = _heads_first(q_BLHK).reshape(B, J, H // J, L, K)
+  k_BJMK = _heads_first(k_BMJK)
+  if bias_BHLM is not None:
+    bias_BHLM = bias_BHLM.reshape(-1, J, H // J, *bias_BHLM.shape[2:])
+  means, how = [], _How(scale, softcap, 0.0, causal, window)
+  for rows, keys in how.blocks(L, M):
+    s_BJRLM = _scores(how, rows, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BHLM)
+    if sink_H is not None:  # a key more, and no value
+      sink = sink_H.astype(jnp.float32).reshape(1, J, H // J, 1, 1)
+      s_BJRLM = jnp.concatenate([s_BJRLM, jnp.broadcast_to(
+          sink, (*s_BJRLM.shape[:-1], 1))], -1)
+    p_BLM = jax.nn.softmax(s_BJRLM).mean((1, 2))[..., :keys.stop - keys.start]
+    means.append(jnp.pad(p_BLM, ((0, 0), (0, 0), (keys.start, M - keys.stop))))
+  return jnp.concatenate(means, 1)
 
 
 def _scores(how: _How, rows: slice, keys: slice, mask_BLM: Optional[jax.Array],

@@ -9,7 +9,8 @@ vector a token (DeepSeek-AI 2024, DeepSeek-V2, section 2.1 and appendix C).
 
 R turns by the position; with `q_rank` 0 queries are made of x itself.
 
-A cache holds of a token the latent and the turned key, once for all heads. A
+A cache holds of a token the latent and the turned key, once for all heads (and
+the key of an indexer, whose queries are made of n(W_dq x)). A
 few queries meet these as they are ("absorbed"): a k = (W_uk^T a) c, so W_uk
 goes to the query, and W_uv behind the weighted sum. Many queries are cheaper
 met by keys and values that are made of the latents again.
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
+from architectures.parts.attention import indexer
 from architectures.parts.attention.kernels import begins, share
 from architectures.parts.attention.multi_head import Attention, gate_products
 from architectures.parts.config import Cache, Context, ModelConfig
@@ -87,15 +89,23 @@ class LatentAttention(Attention):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
     c, cached = self.config, cache is not None
-    q_BLHK = self._queries(x_BLD, ctx)
+    asks_BLU, axis = self._asks(x_BLD, ctx)
+    q_BLHK = self._queries(asks_BLU, axis, ctx)
+    index = self._index(x_BLD, asks_BLU, axis, ctx)
     slot_BM1U = self._slots(x_BLD, ctx)
     k_positions_BM = ctx.positions_BL
     slots = cached and not begins(self.kind, ctx)
     if cached:
-      cache = cache.write(slot_BM1U, None, ctx.positions_BL)
+      cache = cache.write(slot_BM1U, None, ctx.positions_BL,
+                          index and index.key_BMJK)
     if slots:
-      slot_BM1U, _ = cache.slots
+      slot_BM1U, _, index_BMJK = cache.slots
+      index = index and index.replace(key_BMJK=index_BMJK)
       k_positions_BM = jnp.arange(slot_BM1U.shape[1])[None]
+    index_BLM = None
+    if index is not None:
+      index_BLM, k_positions_BM, (slot_BM1U,) = self._scored(
+          index, k_positions_BM, (slot_BM1U,), ctx, slots)
     # Queries may be split over the mesh along the length; each sees all keys.
     slot_BM1U = sharding.constrain(slot_BM1U, 'batch', None, None, None)
     L, M = q_BLHK.shape[1], slot_BM1U.shape[1]
@@ -104,10 +114,10 @@ class LatentAttention(Attention):
                         c.latent.nope_dim + c.latent.v_dim), UP_AXES)
     absorbed = slots and ctx.deterministic and is_absorbed(c, L, M)
     attend = self._on_latents if absorbed else self._on_heads
-    o_BLHK, weights_BHLM = attend(q_BLHK, slot_BM1U, up_UHK, k_positions_BM,
-                                  ctx, slots=slots)
-    if ctx.keep_attention:
-      cache = (cache or Cache()).replace(weights_BHLM=weights_BHLM)
+    o_BLHK, kept = attend(q_BLHK, slot_BM1U, up_UHK, k_positions_BM, ctx,
+                          slots=slots, index_BLM=index_BLM)
+    if kept:
+      cache = (cache or Cache()).replace(**kept)
     return self._out(x_BLD, o_BLHK, ctx), cache
 
   @property
@@ -115,22 +125,24 @@ class LatentAttention(Attention):
     return self.config.latent.scale * positions.of(
         self.config).score_factor(self.config)
 
-  def _queries(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
+  def _asks(self, x_BLD: jax.Array, ctx: Context) -> tuple[jax.Array, str]:
+    """Returns what queries are made of, [B, L, U], and its logical axis."""
+    if not self.config.latent.q_rank:
+      return x_BLD, 'embed'
+    return self._normalised('query', self._down(
+        'query', x_BLD, self.config.latent.q_rank, ctx)), 'latent'
+
+  def _queries(self, asks_BLU: jax.Array, axis: str, ctx: Context
+               ) -> jax.Array:
     c = self.config
     shape = c.num_heads, c.latent.key_dim
     # What the scores are not scaled by, the query's weights are.
     gain = (c.latent.key_dim ** -0.5 / c.latent.scale
             if c.init == 'fan_in' else 1.0)
-    if c.latent.q_rank:
-      down_BLU = self._down('query', x_BLD, c.latent.q_rank, ctx)
-      latent_BLU = self._normalised('query', down_BLU)
-      how = ('query_up', 'BLU,UHK->BLHK', latent_BLU,
-             (c.latent.q_rank, *shape), UP_AXES)
-    else:
-      how = ('query', 'BLD,DHK->BLHK', x_BLD, (c.d_model, *shape),
-             ('embed', 'heads', 'head'))
-    q_BLHK = layers.dense(self, *how, gain=gain, with_bias=False,
-                          deterministic=ctx.deterministic)
+    q_BLHK = layers.dense(
+        self, 'query_up' if c.latent.q_rank else 'query', 'BLU,UHK->BLHK',
+        asks_BLU, (asks_BLU.shape[-1], *shape), (axis, 'heads', 'head'),
+        gain=gain, with_bias=False, deterministic=ctx.deterministic)
     q_BLHK = sharding.constrain(q_BLHK, 'batch', 'length', 'heads', 'head')
     plain_BLHK, turned_BLHK = jnp.split(q_BLHK, (c.latent.nope_dim,), -1)
     return jnp.concatenate([plain_BLHK, self._turn(turned_BLHK, ctx)], -1)
@@ -166,8 +178,8 @@ class LatentAttention(Attention):
                   ) if rotate else x_BLHK
 
   def _on_heads(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
-                up_UHK: jax.Array, k_positions_BM: jax.Array, ctx: Context, *,
-                slots: bool):
+                up_UHK: jax.Array, k_positions_BM: jax.Array, ctx: Context,
+                **how: Any):
     """Meets keys and values that are made of the latents, a head each."""
     c = self.config
     latent_BM1U, key_BM1K = jnp.split(slot_BM1U, (c.latent.kv_rank,), -1)
@@ -181,12 +193,11 @@ class LatentAttention(Attention):
     k_BMHK, v_BMHK = (sharding.constrain(x, 'batch', None, 'heads', 'head')
                       for x in (k_BMHK, v_BMHK))
     with self._useful(q_BLHK, k_BMHK, ctx):
-      return self._weigh(q_BLHK, k_BMHK, v_BMHK, k_positions_BM, ctx,
-                         slots=slots)
+      return self._weigh(q_BLHK, k_BMHK, v_BMHK, k_positions_BM, ctx, **how)
 
   def _on_latents(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
                   up_UHK: jax.Array, k_positions_BM: jax.Array, ctx: Context,
-                  *, slots: bool):
+                  **how: Any):
     """Meets the latents themselves, as keys and values that all heads share."""
     c = self.config
     up_UHK = layers.adapted_weight(self, 'kv_up', up_UHK, UP_AXES)
@@ -195,11 +206,11 @@ class LatentAttention(Attention):
     q_BLHU = layers.einsum('BLHK,UHK->BLHU', q_BLHK, key_UHK, c.compute_dtype)
     q_BLHU = jnp.concatenate([q_BLHU, turned_BLHK], -1)
     with self._useful(q_BLHU, slot_BM1U, ctx):
-      o_BLHU, weights_BHLM = self._weigh(
+      o_BLHU, kept = self._weigh(
           q_BLHU, slot_BM1U, slot_BM1U[..., :c.latent.kv_rank], k_positions_BM,
-          ctx, slots=slots)
+          ctx, **how)
     return layers.einsum('BLHU,UHK->BLHK', o_BLHU, value_UHK,
-                         c.compute_dtype), weights_BHLM
+                         c.compute_dtype), kept
 
   def _useful(self, q_BLHK: jax.Array, k_BMJK: jax.Array, ctx: Context) -> Any:
     return layers.useful(*share(self.kind, self.config, q_BLHK.shape[1],
@@ -222,7 +233,8 @@ def turned(c: ModelConfig) -> ModelConfig:
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
   """Returns a cache of this shape: what stands before the heads' axis."""
-  return Cache(jnp.zeros((*shape, 1, c.latent.slot_dim), c.compute_dtype))
+  return Cache(jnp.zeros((*shape, 1, c.latent.slot_dim), c.compute_dtype),
+               index_BMJK=indexer.empty(c, shape))
 
 
 def products(c: ModelConfig) -> set[str]:

@@ -15,6 +15,7 @@ Brandon et al. 2024, arXiv 2405.12981; which layer: kinds.source).
 """
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 from typing import Optional
 
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
+from architectures.parts.attention import indexer
 from architectures.parts.attention import kernels
 from architectures.parts.config import (
     Cache, Context, First, Keys, LayerKind, ModelConfig)
@@ -51,6 +53,7 @@ class Attention(nn.Module):
     cached = (ctx.keys.cached if ctx.keys is not None else
               cache is not None and cache.key_BMJK is not None)
     slots = cached and (self.cross or not kernels.begins(self.kind, ctx))
+    index = self._index(x_BLD, x_BLD, 'embed', ctx)
     read = None if self.cross else ctx.keys
     conv, first = None, None
     if c.attention_conv and not self.cross:
@@ -80,12 +83,18 @@ class Attention(nn.Module):
     k_positions_BM = ctx.positions_BL
     if cached and not self.cross:
       if read is None:
-        cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL)
+        cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL,
+                            index and index.key_BMJK)
         if slots:
-          k_BMJK, v_BMJK = cache.slots
+          k_BMJK, v_BMJK, index_BMJK = cache.slots
+          index = index and index.replace(key_BMJK=index_BMJK)
       if slots:
         k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
       cache = cache.replace(inputs=conv.after) if conv else cache
+    index_BLM = None
+    if index is not None:
+      index_BLM, k_positions_BM, (k_BMJK, v_BMJK) = self._scored(
+          index, k_positions_BM, (k_BMJK, v_BMJK), ctx, slots)
     # Queries may be split over the mesh along the length; each sees all keys.
     k_BMJK, v_BMJK = (sharding.constrain(x, 'batch', None, 'kv_heads', 'head')
                       for x in (k_BMJK, v_BMJK))
@@ -93,15 +102,13 @@ class Attention(nn.Module):
     seen = (1, 1) if self.cross else kernels.share(
         self.kind, c, L, M, ctx.prefix_B is not None)
     with layers.useful(*seen):
-      o_BLHK, weights_BHLM = self._weigh(
+      o_BLHK, kept = self._weigh(
           q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, slots=slots,
-          strict=not cached)
+          strict=not cached, index_BLM=index_BLM)
     lent = (Keys(k_BMJK, v_BMJK, cached) if ctx.lends and not self.cross
             else None)
-    if ctx.keep_attention:
-      cache = cache or Cache()
-      name = 'memory_weights_BHLM' if self.cross else 'weights_BHLM'
-      cache = cache.replace(**{name: weights_BHLM})
+    if kept:
+      cache = (cache or Cache()).replace(**kept)
     if first is not None or lent is not None:
       cache = (cache or Cache()).replace(first=first, lent=lent)
     return self._out(x_BLD, o_BLHK, ctx), cache
@@ -127,22 +134,33 @@ class Attention(nn.Module):
 
   def _weigh(self, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
              k_positions_BM: jax.Array, ctx: Context, *, slots: bool,
-             strict: bool = True):
+             strict: bool = True, index_BLM: Optional[jax.Array] = None
+             ) -> tuple[jax.Array, dict]:
     """Returns the weighted values, by the kernel that the config asks for, and
-    the weights where the context asks for them. No kernel meets the `slots` of
-    a cache; `strict` is as of kernels.choose."""
-    c = self.config
+    fields of a Cache: the weights where the context asks for them, and in
+    training the loss of an indexer, whose scores `index_BLM` are. No kernel
+    meets the `slots` of a cache; `strict` is as of kernels.choose."""
+    c, key, kept = self.config, None, {}
     mask, seen_BLM, bias_BHLM = self._mask(k_positions_BM, ctx)
-    key = None
+    if index_BLM is not None and 0 < c.indexer.top_k < k_BMJK.shape[1]:
+      seen_BLM = indexer.best(index_BLM, seen_BLM, c.indexer.top_k)
+      mask = mask.replace(rule=True)
     if c.attention_dropout and not ctx.deterministic:
       key, mask = self.make_rng('dropout'), mask.replace(dropout=True)
     sink_H = (layers.bias(self, 'sink', (c.num_heads,), ('heads',))
               if c.attention_sinks else None)
-    weights_BHLM = None
+    causal = (mask.causal and mask.in_order and not mask.prefix
+              and sharding.shards('length', q_BLHK.shape[1]) == 1)
+    how = dict(mask_BLM=seen_BLM, bias_BHLM=bias_BHLM, sink_H=sink_H,
+               scale=self.scale, softcap=c.attention_softcap)
     if ctx.keep_attention:
-      weights_BHLM = kernels.weights(
-          q_BLHK, k_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,
-          sink_H=sink_H, scale=self.scale, softcap=c.attention_softcap)
+      kept['memory_weights_BHLM' if self.cross else 'weights_BHLM'
+           ] = kernels.weights(q_BLHK, k_BMJK, **how)
+    if index_BLM is not None and not ctx.deterministic:
+      target_BLM = jax.lax.stop_gradient(kernels.mean_weights(
+          *jax.lax.stop_gradient((q_BLHK, k_BMJK)), causal=causal, **how))
+      kept['losses'] = {'indexer': c.indexer.loss_weight * indexer.divergence(
+          target_BLM, index_BLM, seen_BLM, ctx)}
     kernel = 'xla'
     if self.FUSED and not (slots or self.is_initializing()):
       kernel = kernels.choose(c, mask, q_BLHK.shape[1], k_BMJK.shape[1],
@@ -150,14 +168,38 @@ class Attention(nn.Module):
     if kernel != 'xla':
       return kernels.KERNELS[kernel].run(
           q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale=self.scale,
-          softcap=c.attention_softcap, sink_H=sink_H), weights_BHLM
-    causal = (mask.causal and mask.in_order and not mask.prefix
-              and sharding.shards('length', q_BLHK.shape[1]) == 1)
+          softcap=c.attention_softcap, sink_H=sink_H), kept
     return kernels.attend(
-        q_BLHK, k_BMJK, v_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,
-        sink_H=sink_H, key=key, scale=self.scale,
-        softcap=c.attention_softcap, dropout=c.attention_dropout,
-        causal=causal, window=mask.window), weights_BHLM
+        q_BLHK, k_BMJK, v_BMJK, key=key, dropout=c.attention_dropout,
+        causal=causal, window=mask.window, **how), kept
+
+  def _index(self, x_BLD: jax.Array, asks_BLU: jax.Array, axis: str,
+             ctx: Context) -> Optional[indexer.Index]:
+    """Returns what an indexer makes of the tokens; None: there is none. `axis`
+    is the logical axis of what its queries are made of."""
+    if self.cross or not kernels.RULES[self.kind.attention].top:
+      return None
+    return indexer.Indexer(self.config, axis, name='indexer')(
+        x_BLD, asks_BLU, ctx)
+
+  def _scored(self, index: indexer.Index, k_positions_BM: jax.Array,
+              arrays: tuple[jax.Array, ...], ctx: Context, slots: bool):
+    """Returns the indexer's scores of the keys, the keys' positions and their
+    arrays [B, M, J, K]. Where one token meets the slots of a cache, those that
+    it chooses alone, without scores."""
+    c, top = self.config, self.config.indexer.top_k
+    whole = dataclasses.replace(self.kind, attention='global')
+    with layers.useful(*kernels.share(
+        whole, c, index.query_BLHK.shape[1], arrays[0].shape[1],
+        ctx.prefix_B is not None)):
+      index_BLM = indexer.scores(index)
+    if not (slots and indexer.gathers(top, index_BLM.shape)
+            and ctx.bias_BHLM is None and not ctx.keep_attention):
+      return index_BLM, k_positions_BM, arrays
+    _, seen_BLM, _ = self._mask(k_positions_BM, ctx)
+    best_BM = jax.lax.top_k(indexer.of_seen(index_BLM, seen_BLM)[:, 0], top)[1]
+    return None, best_BM, tuple(jnp.take_along_axis(
+        x_BMJK, best_BM[..., None, None], 1) for x_BMJK in arrays)
 
   def _mask(self, k_positions_BM: jax.Array, ctx: Context):
     """Returns the mask as a kernel takes it and written out, and the bias."""
@@ -222,7 +264,7 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
             for name, count in heads.items()} if c.attention_conv else {}
   slots = [zeros(*shape, c.num_kv_heads, c.head_dim)
            for _ in range(0 if c.kv_sharing else 2)]
-  return Cache(*slots, inputs=inputs)
+  return Cache(*slots, indexer.empty(c, shape), inputs=inputs)
 
 
 # A gate on what the heads return, before the output's product (Qiu et al. 2025,

@@ -157,7 +157,9 @@ _OURS = {
     'router_jitter_noise': 'moe.jitter',
     'routed_scaling_factor': 'moe.gate_scale', 'topk_group': 'moe.top_groups',
     'kv_lora_rank': 'latent.kv_rank', 'qk_nope_head_dim': 'latent.nope_dim',
-    'qk_rope_head_dim': 'latent.rope_dim', 'v_head_dim': 'latent.v_dim'}
+    'qk_rope_head_dim': 'latent.rope_dim', 'v_head_dim': 'latent.v_dim',
+    'index_topk': 'indexer.top_k', 'index_n_heads': 'indexer.heads',
+    'index_head_dim': 'indexer.head_dim'}
 
 # Of any system, whether it has such biases: where a page does not ask, a
 # config.json may say what the model has anyway.

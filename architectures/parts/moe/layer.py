@@ -44,12 +44,7 @@ class MoE(nn.Module):
   def __call__(self, x_BLD: jax.Array, ctx: Context):
     c, m = self.config, self.config.moe
     B, L, D = x_BLD.shape
-    valid_BL = jnp.ones((B, L), bool)
-    if ctx.segment_ids_BL is not None:
-      valid_BL = jnp.broadcast_to(ctx.segment_ids_BL != 0, (B, L))
-    for mask_BL in (ctx.valid_BL, ctx.routed_BL):
-      valid_BL = valid_BL if mask_BL is None else valid_BL & (mask_BL != 0)
-    valid_T = valid_BL.reshape(-1)
+    valid_T = ctx.counted(B, L).reshape(-1)
     # If the length is sharded over `tensor`, XLA makes one axis of batch and
     # length by collecting all rows on every device.
     x_BLD = sharding.constrain(x_BLD, 'batch', 'length', 'embed')

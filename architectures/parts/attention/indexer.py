@@ -1,0 +1,206 @@
+"""Sparse attention: a query sees the keys that a small attention, the lightning
+indexer, scores highest (DeepSeek-AI 2025, DeepSeek-V3.2, arXiv 2512.02556,
+section 2.1). model.attention=indexed has it, of a model or of a kind of layer.
+
+  q_l,h = R_l W_q,h c_l,   k_m = R_m n(W_k x_m),   w_l = W_w x_l
+  I_l,m = (K H)^-1/2 sum over the H heads of w_l,h relu(q_l,h k_m)
+  S_l   = the top_k of the keys that l may see, by I_l; of equals, the first
+
+c is the small vector that latent attention makes its queries of, where there
+is one, and x elsewhere. R turns the first of the K features, as many as of a
+head of the layer; n is a LayerNorm. Attention is over S_l, exactly: a mask
+hides the other keys, and one token that meets a cache, which has the k of each
+token too, gathers them. With top_k at the length or above it, or 0, it is
+attention to all keys.
+
+The choice has no gradient. What teaches the indexer is added to the training
+loss, aux/indexer in the metrics:
+
+  loss_weight * mean over l of KL(p_l || softmax of I_l over the keys l attends)
+
+where p_l is the mean over heads of what l weighs the values with, to which no
+gradient goes, nor to x and c. So the rest of the model learns from its own loss
+alone. While all keys are seen (top_k=0, the dense warm-up) an indexer learns
+where attention goes.
+"""
+
+import dataclasses
+from typing import Optional
+
+import flax.linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import layers
+from architectures.parts import positions
+from architectures.parts import sharding
+from architectures.parts.config import Context, ModelConfig
+from configs.errors import require
+from configs.fields import field, FUNCTION, RECIPE, SHAPES, REGULARISATION
+
+NORM_EPS = 1e-6  # of the norm of keys, whatever model.norm_eps is
+UNSEEN = -1e30  # finite, as kernels.MASKED
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexerConfig:
+  """Of attention indexed."""
+  GROUP = 'indexer'
+  top_k: int = field(
+      64, 'Keys that a query sees; 0: all, while the indexer warms up.',
+      resume=FUNCTION)
+  heads: int = field(4, 'heads of the indexer', above=0, resume=SHAPES)
+  head_dim: int = field(
+      0, "size of such a head; derived: the model's head_dim", resume=SHAPES)
+  interleaved: bool = field(
+      False, 'turned pairs of its features are neighbours, not half as many '
+      'apart', resume=FUNCTION, read_by='position=rope')
+  loss_weight: float = field(
+      1.0, "of the divergence from attention's weights, in the training loss",
+      least=0, resume=REGULARISATION, about=RECIPE)
+
+  def derived(self, c: ModelConfig) -> 'IndexerConfig':
+    return dataclasses.replace(self, head_dim=self.head_dim or c.head_dim)
+
+
+@struct.dataclass
+class Index:
+  """What an indexer makes of tokens: queries and their heads' weights, and
+  keys, which are of one head."""
+  query_BLHK: jax.Array
+  weight_BLH: jax.Array
+  key_BMJK: jax.Array
+
+
+class Indexer(nn.Module):
+  """(x_BLD, what queries are made of, context) -> Index. `axis` is the logical
+  axis of the second one. Heads are whole on each device, as their scores add
+  up."""
+  config: ModelConfig
+  axis: str
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, asks_BLU: jax.Array, ctx: Context
+               ) -> Index:
+    c, i = self.config, self.config.indexer
+    x_BLD, asks_BLU = jax.lax.stop_gradient((x_BLD, asks_BLU))
+
+    def product(name: str, spec: str, x: jax.Array, *shape: int,
+                axis: str = 'embed', dtype: jax.typing.DTypeLike = None):
+      axes = (axis, *((None, 'head')[-len(shape):]))
+      w = layers.weight(self, name, (x.shape[-1], *shape), axes)
+      return layers.einsum(spec, x, w, c.compute_dtype, dtype, axes=axes)
+
+    q_BLHK = product('query', 'BLU,UHK->BLHK', asks_BLU, i.heads, i.head_dim,
+                     axis=self.axis)
+    k_BLK = product('key', 'BLD,DK->BLK', x_BLD, i.head_dim)
+    k_BLK = layers.LayerNorm(dataclasses.replace(c, norm_eps=NORM_EPS), 'head',
+                             name='key_norm')(k_BLK)
+    w_BLH = product('weights', 'BLD,DH->BLH', x_BLD, i.heads,
+                    dtype=jnp.float32)
+    q_BLHK, k_BL1K = (self._turn(x, ctx) for x in (q_BLHK, k_BLK[:, :, None]))
+    return Index(sharding.constrain(q_BLHK, 'batch', 'length', None, 'head'),
+                 sharding.constrain(w_BLH, 'batch', 'length', None), k_BL1K)
+
+  def _turn(self, x_BLHK: jax.Array, ctx: Context) -> jax.Array:
+    c, rotate = self.config, positions.of(self.config).rotate
+    if not rotate:
+      return x_BLHK
+    head, rest = jnp.split(x_BLHK, (turned(c),), -1)
+    rope = dataclasses.replace(c.rope, fraction=1.0,
+                               interleaved=c.indexer.interleaved)
+    return jnp.concatenate([rotate(head, ctx.positions_BL, dataclasses.replace(
+        c, head_dim=turned(c), rope=rope), ctx.length), rest], -1)
+
+
+def turned(c: ModelConfig) -> int:
+  """Returns how many features of a head rotary positions turn."""
+  return (c.latent.rope_dim if c.mixer == 'latent' else
+          positions.rotary_dim(c))
+
+
+def scores(index: Index) -> jax.Array:
+  """Returns I, float32 [B, L, M]."""
+  key_BMJK = sharding.constrain(index.key_BMJK, 'batch', None, None, 'head')
+  return sharding.constrain(
+      layers.recomputed(_scores)(index.query_BLHK, index.weight_BLH, key_BMJK),
+      'batch', 'length', None)
+
+
+def _scores(q_BLHK: jax.Array, w_BLH: jax.Array, k_BMJK: jax.Array
+            ) -> jax.Array:
+  s_BHLM = jax.nn.relu(layers.einsum('BLHK,BMK->BHLM', q_BLHK, k_BMJK[:, :, 0],
+                                     q_BLHK.dtype, jnp.float32))
+  return layers.einsum('BLH,BHLM->BLM', layers.times(
+      w_BLH, (q_BLHK.shape[2] * q_BLHK.shape[3]) ** -0.5), s_BHLM, jnp.float32)
+
+
+def of_seen(scores_BLM: jax.Array, seen_BLM: Optional[jax.Array]) -> jax.Array:
+  """Returns the scores without a gradient, and low where a key is unseen."""
+  scores_BLM = jax.lax.stop_gradient(scores_BLM)
+  return scores_BLM if seen_BLM is None else jnp.where(seen_BLM, scores_BLM,
+                                                       -jnp.inf)
+
+
+def best(scores_BLM: jax.Array, seen_BLM: Optional[jax.Array], top_k: int
+         ) -> jax.Array:
+  """Returns which keys are S, bool [B, L, M].
+
+  As lax.top_k chooses them, but written with what each device has alone: those
+  above the last one's score, and of its equals the first that there is room
+  for.
+  """
+  scores_BLM = of_seen(scores_BLM, seen_BLM)
+  last_BL1 = jax.lax.top_k(scores_BLM, top_k)[0][..., -1:]
+  above_BLM, level_BLM = scores_BLM > last_BL1, scores_BLM == last_BL1
+  room_BL1 = top_k - above_BLM.sum(-1, keepdims=True)
+  best_BLM = above_BLM | level_BLM & (
+      jnp.cumsum(level_BLM, -1, dtype=jnp.int32) <= room_BL1)
+  return best_BLM if seen_BLM is None else best_BLM & seen_BLM
+
+
+def gathers(top_k: int, shape: tuple[int, ...]) -> bool:
+  """Whether queries that have scores of this shape, [B, L, M], meet a copy of
+  the keys that they choose: of one query each, if it is a small share."""
+  return shape[1] == 1 and 0 < GATHERED * top_k <= shape[2]
+
+
+GATHERED = 4  # times as many keys, from which on a copy is faster
+
+
+def divergence(target_BLM: jax.Array, scores_BLM: jax.Array,
+               seen_BLM: Optional[jax.Array], ctx: Context) -> jax.Array:
+  """Returns the mean over tokens, in nats, of KL(target || softmax of scores),
+  both over the keys that are seen; the target may add up to less than 1."""
+  if seen_BLM is not None:
+    scores_BLM = jnp.where(seen_BLM, scores_BLM, UNSEEN)
+  total_BL1 = target_BLM.sum(-1, keepdims=True)
+  p_BLM = target_BLM / jnp.maximum(total_BL1, 1e-30)
+  there_BLM = p_BLM > 0
+  nats_BLM = jnp.log(jnp.where(there_BLM, p_BLM, 1)) - jax.nn.log_softmax(
+      scores_BLM)
+  kl_BL = jnp.where(there_BLM, p_BLM * nats_BLM, 0).sum(-1)
+  counted_BL = ctx.counted(*kl_BL.shape)
+  return (kl_BL * counted_BL).sum() / jnp.maximum(counted_BL.sum(), 1)
+
+
+def empty(c: ModelConfig, shape: tuple[int, ...]) -> Optional[jax.Array]:
+  """Returns what a cache of this shape holds of an indexer; None: nothing."""
+  return None if c.attention != 'indexed' else jnp.zeros(
+      (*shape, 1, c.indexer.head_dim), c.compute_dtype)
+
+
+def check(c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer with an indexer cannot be."""
+  who = "model.attention is 'indexed'"
+  require(stack == 'decoder', f'{who}, whose queries choose of the keys before '
+          f'them, and model.arch {c.arch!r} is no decoder: choose global')
+  require(c.parametrization != 'mup', f'{who}, for whose indexer '
+          "model.parametrization 'mup' has no rule: choose standard")
+  require(not c.kv_sharing, f'{who}, and model.kv_sharing is True: a layer '
+          'chooses of keys of its own, so set it to False')
+  if positions.of(c).rotate:
+    require(turned(c) <= c.indexer.head_dim, 'model.indexer.head_dim is '
+            f'{c.indexer.head_dim}, and rotary positions turn {turned(c)} '
+            'features of a head: choose as many or more')

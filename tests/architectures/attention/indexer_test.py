@@ -1,0 +1,161 @@
+"""Attention to what an indexer chooses, against its definition in numpy: the
+choice, the loss that teaches it, and that nothing else is taught by it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts.attention import indexer, kernels, multi_head
+from architectures.parts.config import Context, LayerKind
+from configs.errors import RequestError
+from tests.helpers import models
+
+INDEXED = dict(attention='indexed', indexer=dict(top_k=3, heads=3, head_dim=12))
+LATENT = dict(mixer='latent', latent=dict(
+    q_rank=12, kv_rank=10, nope_dim=6, rope_dim=4, v_dim=5))
+
+
+def _numpy_layer(p, x_LD, heads, top_k):
+  """Returns what a layer adds, and its indexer's loss, for one row."""
+  def turn(x_LK, dim):
+    y = np.array(x_LK)
+    for at in range(len(x_LK)):
+      for i in range(dim // 2):
+        a, b = x_LK[at, i], x_LK[at, i + dim // 2]
+        angle = at * 10000.0 ** (-2 * i / dim)
+        y[at, i] = a * np.cos(angle) - b * np.sin(angle)
+        y[at, i + dim // 2] = b * np.cos(angle) + a * np.sin(angle)
+    return y
+  i, L = p['indexer'], len(x_LD)
+  k = x_LD @ i['key']
+  k = (k - k.mean(-1, keepdims=True)) / np.sqrt(k.var(-1, keepdims=True) + 1e-6)
+  k = turn(k * i['key_norm']['scale'] + i['key_norm']['bias'], 8)
+  index = sum((x_LD @ i['weights'])[:, h, None] * np.maximum(
+      turn(x_LD @ i['query'][:, h], 8) @ k.T, 0)
+              for h in range(3)) / np.sqrt(3 * k.shape[1])
+  seen = np.zeros((L, L), bool)
+  for at in range(L):
+    best = sorted(range(at + 1), key=lambda m, at=at: (-index[at, m], m))
+    seen[at, best[:top_k]] = True
+  softmax = lambda z: np.exp(z) * seen / (np.exp(z) * seen).sum(-1)[:, None]
+  weights = [softmax(turn(x_LD @ p['query'][:, h], 8) @ turn(
+      x_LD @ p['key'][:, h // 2], 8).T / np.sqrt(8)) for h in range(heads)]
+  mean = sum(weights) / heads
+  ratio = np.where(seen, mean, 1) / np.where(seen, softmax(index), 1)
+  return (sum(w @ (x_LD @ p['value'][:, h // 2]) @ p['out'][h]
+              for h, w in enumerate(weights)),
+          (mean * np.log(ratio)).sum(-1).mean())
+
+
+@pytest.mark.parametrize('top_k', [3, 0])
+def test_a_layer_equals_its_definition(top_k):
+  """And its indexer's loss, which teaches the indexer alone: it has no gradient
+  in anything else, nor has what the layer adds one in the indexer."""
+  module, params = models.make('llama', num_layers=1, num_kv_heads=2, **(
+      INDEXED | dict(indexer=INDEXED['indexer'] | dict(top_k=top_k))))
+  layer = multi_head.Attention(module.config, module.config.layer_pattern()[0])
+  p = jax.tree.map(lambda x: x[0],
+                   params['decoder']['layers']['block_0']['attention'])
+  x_BLD = np.random.default_rng(3).normal(size=(2, 9, 32)).astype(np.float32)
+  ctx = Context(jnp.arange(9)[None], deterministic=False)
+
+  @jax.jit
+  def run(p, x_BLD):
+    def apply(p, x_BLD):
+      y_BLD, cache = layer.apply({'params': p}, x_BLD, ctx, None)
+      return jnp.square(y_BLD).sum(), cache.losses['indexer'], y_BLD
+    grads = [jax.grad(lambda *args, i=i: apply(*args)[i], (0, 1))(p, x_BLD)
+             for i in range(2)]
+    return apply(p, x_BLD)[1:], grads
+
+  (loss, y_BLD), grads = run(p, x_BLD)
+  p64 = jax.tree.map(lambda x: np.asarray(x, np.float64), p)
+  want, losses = zip(*(_numpy_layer(p64, x, 4, top_k or 9) for x in x_BLD))
+  models.close(y_BLD, np.float32(want), 3e-5)
+  assert loss == pytest.approx(np.mean(losses), rel=1e-4)
+  for moves, (of_p, of_x) in enumerate(grads):
+    taught = jax.tree.map(lambda x: bool(np.abs(x).max() > 0), of_p)
+    assert set(jax.tree.leaves(taught.pop('indexer'))) == {bool(moves)}
+    assert set(jax.tree.leaves(taught)) == {not moves}
+    assert (np.abs(of_x).max() > 0) == (not moves)
+
+
+@pytest.mark.parametrize('mixer', [{}, LATENT])
+def test_all_keys_equal_dense_attention_and_documents_are_apart(mixer):
+  """Exactly, with top_k at the length or at 0."""
+  module, params = models.make('llama', num_layers=1, **mixer, **INDEXED)
+  a, b = models.tokens(1, 7, seed=4), models.tokens(1, 9, seed=5)
+
+  def variant(top_k):
+    return architectures.build(architectures.resolve(models.config(
+        'llama', num_layers=1, **mixer, **(INDEXED | dict(
+            indexer=INDEXED['indexer'] | dict(top_k=top_k))))))
+
+  dense = architectures.build(architectures.resolve(
+      models.config('llama', num_layers=1, **mixer)))
+
+  @jax.jit
+  def run(params):
+    without = jax.tree_util.tree_map(lambda x: x, params)
+    without['decoder']['layers']['block_0']['attention'].pop('indexer')
+    packed = models.logits(
+        module, params, jnp.concatenate([a, b], 1),
+        positions_BL=np.concatenate([np.arange(7), np.arange(9)])[None],
+        segment_ids_BL=np.array([[1] * 7 + [2] * 9]))
+    return packed, jnp.concatenate(
+        [models.logits(module, params, x) for x in (a, b)], 1), [
+            models.logits(variant(n), params, b) for n in (0, 9)] + [
+                models.logits(dense, without, b)]
+
+  packed, apart, same = run(params)
+  models.close(packed, apart)
+  for logits in same:
+    np.testing.assert_array_equal(logits, same[-1])
+  assert not np.allclose(apart[:, 7:], same[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize('mixer', [{}, LATENT])
+def test_decoding_with_gathered_keys_equals_the_whole(mixer, monkeypatch):
+  module, params = models.make('llama', num_layers=1, **mixer, **INDEXED)
+  tokens = models.tokens(2, 12)
+  gathered = []
+  monkeypatch.setattr(indexer, 'gathers', lambda top_k, shape: (
+      shape[1] == 1 and not gathered.append(shape)))
+  models.close(models.logits(module, params, tokens),
+               models.decoded(module, params, tokens, 6))
+  assert gathered == [(2, 1, 12)]
+
+
+def test_of_equal_scores_the_first_keys_are_chosen():
+  scores_BLM = jnp.array(np.random.default_rng(0).integers(0, 3, (2, 6, 6)),
+                         jnp.float32)
+  seen_BLM = jnp.tril(jnp.ones((1, 6, 6), bool))
+  best_BLM = indexer.best(scores_BLM, seen_BLM, 3)
+  for b in range(2):
+    for at in range(6):
+      order = np.argsort(-scores_BLM[b, at, :at + 1], stable=True)
+      np.testing.assert_array_equal(np.flatnonzero(best_BLM[b, at]),
+                                    np.sort(order[:3]))
+
+
+@pytest.mark.parametrize('top_k', [0, 3, 20])
+def test_what_is_seen_is_counted(top_k):
+  c = architectures.resolve(models.config('llama', **INDEXED | dict(
+      indexer=dict(top_k=top_k))))
+  kind, top = LayerKind('indexed', 'gelu'), top_k or 9
+  one = sum(min(top, at + 1) for at in range(9))
+  assert kernels.share(kind, c, 9, 9) == (one, 81, one)
+  assert kernels.share(kind, c, 9, 9, prefix=True) == (
+      sum(min(top, max(at + 1, n)) for n in range(1, 9) for at in range(9)),
+      8 * 81, 8 * 9 * min(top, 9))
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(kv_sharing=True), 'kv_sharing is True'),
+    (dict(head_dim=16), 'turn 16 features'),
+    (dict(parametrization='mup', mup_base_width=32), 'no rule')])
+def test_what_it_cannot_be_is_refused(changes, words):
+  with pytest.raises(RequestError, match=words):
+    architectures.resolve(models.config('llama', **INDEXED | changes))
