@@ -26,6 +26,7 @@ Where transformers' Marian deviates from the paper, and what is done here:
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import EncoderDecoder
+from configs.errors import require
 
 
 class Transformer(EncoderDecoder):
@@ -58,9 +59,12 @@ def read_stacks(reader: hf.Reader, fields: dict, scaled: bool) -> dict:
     fields: those that were read.
     scaled: whether the embedding is, where the file does not say.
   """
-  reader.must(decoder_attention_heads=fields['num_heads'],
-              decoder_ffn_dim=fields['d_ff'],
-              num_hidden_layers=fields['num_layers'])
+  for name, default, ours in (('decoder_attention_heads', 16, 'num_heads'),
+                              ('decoder_ffn_dim', 4096, 'd_ff')):
+    require(reader(name, default) == fields[ours], f'config.json has {name} '
+            f'{reader(name, default)}: only {fields[ours]}, that of the '
+            'encoder, is known here')
+  reader.must(num_hidden_layers=fields['num_layers'])
   return dict(embed_scale=fields['d_model'] ** 0.5
               if reader('scale_embedding', scaled) else 1.0)
 

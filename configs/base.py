@@ -59,11 +59,13 @@ def _ema(old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """Of the objective span."""
+  """Of the objectives span and denoising."""
   noise_density: float = _task(0.15, 'the share of tokens that is cut out',
                                above=0, below=1)
   mean_length: float = _task(3.0, 'the mean length of a span in tokens',
                              least=1)
+  permuted: float = _task(1.0, 'Of denoising, the share of sentences that '
+                          'change places.', least=0, most=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,8 +283,9 @@ class Run:
                          '0: from seed alone.', most=2**32 - 1, resume=AT_START)
   objective: str = field(
       'causal', 'What is learned: causal, prefix, chat, mlm, mlm_nsp, '
-      'masked_diffusion, span, seq2seq, classification, regression, '
-      'token_classification, question_answering, probe, compression.',
+      'masked_diffusion, span, denoising, seq2seq, classification, '
+      'regression, token_classification, question_answering, probe, '
+      'compression.',
       resume=Resume(INCOMPATIBLE, 'another task, maybe with other heads'))
   init_from: str = field('', 'A Hugging Face folder or a workdir whose weights '
                          'the run starts from.', resume=AT_START)

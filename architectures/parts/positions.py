@@ -345,9 +345,9 @@ class Position(NamedTuple):
   """One position encoding; a hook that is None is not called.
 
   Attributes:
-    embed: (module, x_BLD, positions_BL) -> x_BLD, at the embedding. `module` is
-      the skeleton's Embed: parameters that are declared in it stand beside the
-      table of tokens.
+    embed: (module, x_BLD, positions_BL, name) -> x_BLD, at the embedding.
+      `module` is the skeleton's Embed: parameters that are declared in it, as
+      `name`, stand beside the table of tokens.
     rotate: (x_BLHK, positions_BL, config, how many tokens the rows have, as
       of `rope_frequencies`) -> x_BLHK, of queries and of keys.
     bias: (config, q_positions_BL, k_positions_BM) -> [B, H, L, M], added to the
@@ -435,8 +435,9 @@ def sinusoid(positions: jax.Array, d_model: int,
   return pairs.reshape(*positions.shape, d_model)
 
 
-def _add_sinusoids(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array
-                   ):
+def _add_sinusoids(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array,
+                   name: str):
+  del name
   c = module.config
   return x_BLD + sinusoid(positions_BL, c.d_model, c.sinusoidal.layout).astype(
       x_BLD.dtype)
@@ -463,11 +464,11 @@ def learned(table_LD: jax.Array, positions: jax.Array, stretch: float,
   return table_LD[low] * (1 - part) + table_LD[high] * part
 
 
-def _add_learned(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array):
+def _add_learned(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array,
+                 name: str):
   c = module.config
   check_length(c, x_BLD.shape[1])
-  table_LD = layers.embedding(module, 'positions',
-                              c.max_len + c.learned.offset)
+  table_LD = layers.embedding(module, name, c.max_len + c.learned.offset)
   return x_BLD + learned(sharding.constrain(table_LD, None, None),
                          positions_BL, c.learned.stretch,
                          c.learned.offset).astype(x_BLD.dtype)

@@ -69,12 +69,13 @@ class Output:
 
 
 class Embed(nn.Module):
-  """Tokens [B, L] -> (x_BLD, the table as a [D, V] kernel for a tied head)."""
+  """Tokens [B, L] -> (x_BLD, the table as a [D, V] kernel for a tied head).
+  The names of positions and norm begin with `of`."""
   config: ModelConfig
 
   @nn.compact
   def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array, *,
-               type_ids_BL: Optional[jax.Array] = None,
+               type_ids_BL: Optional[jax.Array] = None, of: str = '',
                deterministic: bool = True):
     c = self.config
     table_VD = layers.embedding(self, 'tokens', c.vocab_size, 'vocab')
@@ -82,14 +83,15 @@ class Embed(nn.Module):
     if c.embed_scale != 1:
       x_BLD = x_BLD * jnp.asarray(c.embed_scale, x_BLD.dtype)
     if positions.of(c).embed:
-      x_BLD = positions.of(c).embed(self, x_BLD, positions_BL)
+      x_BLD = positions.of(c).embed(self, x_BLD, positions_BL,
+                                    f'{of}positions')
     if c.type_vocab_size:
       types_TD = layers.embedding(self, 'types', c.type_vocab_size)
       if type_ids_BL is None:
         type_ids_BL = jnp.zeros((1, 1), jnp.int32)
       x_BLD = x_BLD + types_TD[type_ids_BL].astype(x_BLD.dtype)
     if c.embed_norm:
-      x_BLD = norm(c, 'norm')(x_BLD)
+      x_BLD = norm(c, f'{of}norm')(x_BLD)
     x_BLD = layers.Dropout(c.dropout)(x_BLD, deterministic=deterministic)
     return sharding.constrain_stream(x_BLD, 'embed'), table_VD.T
 
@@ -534,9 +536,16 @@ class EncoderDecoder(nn.Module):
   l + 1. To generate: `encode` once, `decode` the start with an empty cache
   and the memory, then token by token with the cache alone, which holds the
   keys and values of the memory from then on.
+
+  DECODER_EMBED: what the names of the decoder's positions and norm of the
+    embedding begin with; '': they are the encoder's.
+  STARTS_AFTER_END: whether a target starts after the token that ends texts, and
+    not after that of padding.
   """
   STACK = 'encoder-decoder'
   REREADS = False
+  DECODER_EMBED = ''
+  STARTS_AFTER_END = False
   config: ModelConfig
 
   def setup(self):
@@ -611,6 +620,7 @@ class EncoderDecoder(nn.Module):
     ctx = _context(tokens_BL, positions_BL, segment_ids_BL, memory_BMD=memory,
                    memory_segment_ids_BM=memory_segment_ids_BM, **how)
     x_BLD, table_DV = self.embed(tokens_BL, ctx.positions_BL,
+                                 of=self.DECODER_EMBED,
                                  deterministic=ctx.deterministic)
     x_BLD, cache, aux = self.decoder(x_BLD, ctx, cache)
     return Output(x_BLD, self.head(table_DV), cache, aux, memory=memory)

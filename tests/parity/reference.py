@@ -347,6 +347,7 @@ def _kimi_linear(model) -> None:
 
 
 MENDS = {
+    'BartForConditionalGeneration': _marian,
     'KimiLinearForCausalLM': _kimi_linear,
     'Mamba2ForCausalLM': _mamba2,
     'T5ForConditionalGeneration': _t5,

@@ -69,7 +69,7 @@ def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
     if special.get('bos') is None:
       ids['bos_token_id'] = end
     if architectures.stack(model) == 'encoder-decoder':
-      ids['decoder_start_token_id'] = seq2seq.start_id(tokenizer)
+      ids['decoder_start_token_id'] = seq2seq.start_id(config, tokenizer)
     options = {name: value for name, value in ids.items() if value is not None}
     options['bos_token_id'] = end
   fixed = architectures.hugging_face(model.arch).fixed

@@ -399,7 +399,7 @@ OF_SOME = (
         'target_length', 'whole_words')),
     *(f'probe.{name}' for name in (
         'examples', 'held_out', 'levels', 'random_non_queries', 'vocab')),
-    'span.mean_length', 'span.noise_density')
+    'span.mean_length', 'span.noise_density', 'span.permuted')
 
 
 OBJECTIVES: Mapping[str, Objective] = lazy.Lazy(

@@ -17,13 +17,30 @@ every split alike likely; they alternate, and a cut one comes last, as in the
 paper's code (random_spans_noise_mask). So rows have one length, whatever is
 drawn. The figure in the paper ends the target with one sentinel more; its
 code, followed here, doesn't.
+
+`denoising` is BART's (Lewis et al. 2020, section 2.2: text infilling, after
+sentence permutation), whose target is the whole text:
+
+  text    A fox ran off. It saw a hen in the yard.
+  source  It saw [MASK] yard. A [MASK] fox ran off. </s>
+  target  A fox ran off. It saw a hen in the yard. </s>
+
+Of the sentences of a row the share span.permuted changes places. Then round(
+density n) tokens are cut out in spans whose lengths are drawn from a Poisson
+distribution with the mean span.mean_length, the last of them cut short; each
+span, one of no tokens too, is shown as one mask. No two touch: they stand in
+gaps of what stays, every choice alike likely. A sentence ends with a token that
+ends in . ! or ?, or with the text's separator.
 """
 
 from collections.abc import Sequence
+import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
 
+import architectures
 from configs.errors import require
 from training import objectives
 from training.data import labelled, sources
@@ -32,10 +49,18 @@ from training.data.tokens import Documents
 from training.objectives import Config, Objective, Prompts, Row, Shape, causal
 
 
-def start_id(tokenizer: Tokenizer) -> int:
-  """Returns the token that a target starts after, which also fills rows up:
-  padding, as in T5 and Marian, or the separator where there is none."""
+def fill_id(tokenizer: Tokenizer) -> int:
+  """Returns the token that fills rows up: padding, or the separator where there
+  is none."""
   return tokenizer.special_ids.get('pad', tokenizer.separator_id)
+
+
+def start_id(config: Config, tokenizer: Tokenizer) -> int:
+  """Returns the token that a target starts after: what fills rows up, as in T5
+  and Marian, or what ends a text, as in BART."""
+  system = architectures.system(config.model.arch)
+  return (tokenizer.separator_id if getattr(system, 'STARTS_AFTER_END', False)
+          else fill_id(tokenizer))
 
 
 class Pair(NamedTuple):
@@ -103,11 +128,10 @@ def seq2seq(pair: Pair, rng: np.random.Generator | None, config: Config,
   if pair.whole:
     source = np.append(source, tokenizer.separator_id)
     target = np.append(target, tokenizer.separator_id)
-  return lay_out(source[:M], target[:L], tokenizer)
+  return lay_out(source[:M], target[:L], start_id(config, tokenizer))
 
 
-def lay_out(source: np.ndarray, target: np.ndarray, tokenizer: Tokenizer
-            ) -> Row:
+def lay_out(source: np.ndarray, target: np.ndarray, start: int) -> Row:
   """Returns one row for an encoder-decoder.
 
   tokens, segment_ids [up to M]: the source, and 1 for each of its tokens.
@@ -115,7 +139,7 @@ def lay_out(source: np.ndarray, target: np.ndarray, tokenizer: Tokenizer
   its last token. targets, weights [up to L]: the target.
   """
   real = np.ones(len(target))
-  shown = np.concatenate([[start_id(tokenizer)], target])[:len(target)]
+  shown = np.concatenate([[start], target])[:len(target)]
   return dict(tokens=source, segment_ids=np.ones(len(source)),
               decoder_tokens=shown, decoder_segment_ids=real,
               targets=target, weights=real)
@@ -141,7 +165,7 @@ def as_source(texts: Sequence[str], config: Config, tokenizer: Tokenizer
       [np.append(ids, tokenizer.separator_id)
        for ids in tokenizer.encode_batch(texts)])
   return Prompts(
-      np.full((len(texts), 1), start_id(tokenizer), np.int32),
+      np.full((len(texts), 1), start_id(config, tokenizer), np.int32),
       np.ones(len(texts), np.int32),
       dict(source_BM=sources, source_lengths_B=lengths))
 
@@ -197,7 +221,78 @@ def span(window: causal.Window, rng: np.random.Generator, config: Config,
   else:
     source, target = corrupt(ids, draw(n, density, mean, rng), sentinels)
     source, target = np.append(source, end), np.append(target, end)
-  return lay_out(source, target, tokenizer)
+  return lay_out(source, target, start_id(config, tokenizer))
+
+
+def infill(ids: np.ndarray, cut: int, mean: float, mask: int,
+           rng: np.random.Generator) -> np.ndarray:
+  """Returns ids of which `cut` are cut out in spans, with a mask for each: at
+  most as many as there were."""
+  stays = len(ids) - cut
+  lengths = rng.poisson(mean, min(cut, stays + 1))
+  count = int((np.cumsum(lengths) < cut)[:-1].sum()) + 1
+  lengths = lengths[:count]
+  lengths[-1] = cut - lengths[:-1].sum()
+  gaps = np.sort(rng.choice(stays + 1, count, replace=False))
+  runs = np.diff([0, *gaps, stays])
+  pieces = np.stack([runs, [*lengths, 0]], 1).reshape(-1)
+  shown = np.repeat(np.tile([True, False], count + 1), pieces)
+  return np.insert(ids[shown], gaps, mask)
+
+
+def permute(ids: np.ndarray, ends: np.ndarray, share: float,
+            rng: np.random.Generator) -> np.ndarray:
+  """Returns ids with a share of their sentences in another order.
+
+  Args:
+    ids: [n].
+    ends: bool [n], which of them end a sentence.
+    share: of the sentences, rounded up, that change places with one another.
+    rng: of the draws.
+  """
+  sentences = np.split(ids, np.flatnonzero(ends[:-1]) + 1)
+  order = np.arange(len(sentences))
+  chosen = rng.permutation(len(order))[:math.ceil(share * len(order))]
+  order[chosen] = rng.permutation(chosen)
+  return np.concatenate([sentences[i] for i in order])
+
+
+@functools.lru_cache(maxsize=4)
+def _sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
+  """Returns bool [V]: which tokens end a sentence."""
+  special = set(tokenizer.special_ids.values())
+  return np.array([
+      i == tokenizer.separator_id or i not in special
+      and tokenizer.decode_bytes([i]).rstrip().endswith((b'.', b'!', b'?'))
+      for i in range(tokenizer.vocab_size)])
+
+
+class Texts(causal.Windows):
+  """Windows of data.length - 1 tokens, which leave room for the end."""
+
+  def __init__(self, corpus: sources.Corpus):
+    length = corpus.config.data.length
+    require(length > 1, f"data.length is {length}: a row of objective "
+            "'denoising' is text and its end, and needs 2 or more")
+    super().__init__(corpus, length - 1)
+
+
+def denoising(window: causal.Window, rng: np.random.Generator, config: Config,
+              tokenizer: Tokenizer) -> Row:
+  """Permutes the sentences of a window and fills spans with masks.
+
+  Returns:
+    as `lay_out`; both rows end with the separator.
+  """
+  settings, end = config.span, tokenizer.separator_id
+  source = target = window.tokens[:min(window.size, config.data.length - 1)]
+  if len(target) > 1:
+    source = permute(target, _sentence_ends(tokenizer)[target],
+                     settings.permuted, rng)
+    cut, _ = sizes(len(source), settings.noise_density, settings.mean_length)
+    source = infill(source, cut, settings.mean_length, tokenizer.mask_id, rng)
+  return lay_out(np.append(source, end), np.append(target, end),
+                 start_id(config, tokenizer))
 
 
 def _span_arrays(config: Config) -> dict[str, Shape]:
@@ -211,10 +306,14 @@ ENCODER_DECODER = Objective(
     ('tokens', 'decoder_tokens'),
     {'segment_ids': 'segment_ids_BM',
      'decoder_segment_ids': 'decoder_segment_ids_BL'},
-    ('segment_ids', 'decoder_segment_ids'), fill=start_id, prompt=as_source)
+    ('segment_ids', 'decoder_segment_ids'), fill=fill_id, prompt=as_source)
 OBJECTIVES = {
     'seq2seq': ENCODER_DECODER._replace(reads=('data.target_length',)),
     'span': ENCODER_DECODER._replace(
         view=causal.Windows, example=span, arrays=_span_arrays,
         reads=('span.noise_density', 'span.mean_length')),
+    'denoising': ENCODER_DECODER._replace(
+        view=Texts, example=denoising,
+        arrays=lambda config: two_rows(*[config.data.length] * 2),
+        reads=('span.noise_density', 'span.mean_length', 'span.permuted')),
 }

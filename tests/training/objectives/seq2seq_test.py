@@ -18,7 +18,7 @@ from training.evals.tasks import writing
 from training.objectives import causal, seq2seq
 
 TOKENIZER = tokenizers.load('bytes')
-END, START = TOKENIZER.separator_id, seq2seq.start_id(TOKENIZER)
+END, START = TOKENIZER.separator_id, seq2seq.fill_id(TOKENIZER)
 
 
 def _config(objective, **fields):
@@ -117,6 +117,7 @@ def test_a_target_shows_what_it_is_and_no_more():
 def test_translation_counts_pairs_and_reads_to_the_end(monkeypatch):
   batch = dict(
       tokens=np.zeros((3, 4), np.int32), segment_ids=np.ones((3, 4), np.int32),
+      decoder_tokens=np.full((3, 4), START, np.int32),
       targets=np.array([[65, 66, END, START]] * 3),
       weights=np.array([[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]))
   written = np.array([[65, 66, END, END], [65, 67, END, END], [1, 1, 1, 1]])
@@ -124,3 +125,38 @@ def test_translation_counts_pairs_and_reads_to_the_end(monkeypatch):
                       lambda *args, **kwargs: written)
   assert writing.translate(None, None, batch, TOKENIZER) == [
       ('AB', 'AB', True), ('AC', 'AB', False)]
+
+
+@pytest.mark.parametrize('n, arch', [(64, 'bart'), (40, 't5'), (2, 'bart')])
+def test_denoising_masks_spans_of_the_whole_text(n, arch):
+  """Of a text in order, what is shown beside the masks is a part of it."""
+  window, mask = _window(n), TOKENIZER.mask_id
+  config = _config('denoising')
+  config.model.arch = arch
+  config.span.update(noise_density=0.3, permuted=0.0)
+  masks = []
+  for seed in range(20):
+    row = files.row(
+        objectives.OBJECTIVES['denoising'], window,
+        np.random.default_rng(seed), config, TOKENIZER)
+    *text, end = row['targets'][row['weights'] > 0]
+    assert (text, end) == (window.tokens[:min(n, 63)].tolist(), END)
+    assert row['decoder_tokens'][0] == (END if arch == 'bart' else START)
+    *source, end = row['tokens'][row['segment_ids'] > 0].tolist()
+    rest = iter(text)
+    assert end == END and all(x in rest for x in source if x != mask)
+    size = len(text)
+    assert len(source) - source.count(mask) == size - max(1, round(0.3 * size))
+    masks.append(source.count(mask))
+  assert n < 64 or 6 < np.mean(masks) < 8  # of 19 tokens, 3 each
+
+
+def test_sentences_change_places_whole():
+  text = b'One. Two two! Three? Four'
+  ids = np.frombuffer(text, np.uint8).astype(np.int32)
+  ends = seq2seq._sentence_ends(TOKENIZER)[ids]
+  seen = {bytes(seq2seq.permute(
+      ids, ends, 1.0, np.random.default_rng(seed)).astype(np.uint8))
+          for seed in range(200)}
+  assert len(seen) == 24
+  assert {text, b' Four Three?One. Two two!'} <= seen

@@ -20,7 +20,7 @@ from training import generate, objectives, progress
 from training.data import texts as text_files
 from training.evals import Evaluation, Flag, Task, held_out, items, without
 from training.hf import generation as hf_generation
-from training.objectives import pipeline, seq2seq
+from training.objectives import pipeline
 
 
 def samples(evaluation: Evaluation) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
   """Returns (hypothesis, reference, whether their tokens are the same) of
   each pair of a batch; rows without a weight are no pairs. `how`: None: the
   likeliest token each time."""
-  start = jnp.full((len(batch['tokens']), 1), seq2seq.start_id(tokenizer))
+  start = jnp.asarray(batch['decoder_tokens'][:, :1])
   args = module, params, start, jnp.ones(len(start), jnp.int32)
   end = tokenizer.separator_id
   more = dict(max_new_tokens=batch['targets'].shape[1], stop_token=end,

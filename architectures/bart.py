@@ -1,0 +1,62 @@
+"""BART: BERT's encoder and GPT's decoder in one model, which writes a damaged
+text anew (Lewis et al. 2020, arXiv 1910.13461).
+
+  x_0 = LayerNorm(E[tokens] + P[2..L+1])    P and the norm: each stack's own
+  a   = LayerNorm(x + Attention(x))
+  b   = LayerNorm(a + CrossAttention(a, memory))        in the decoder
+  x'  = LayerNorm(b + W2 gelu(W1 b))
+  logits = x_N E^T                          one table: source, target, head
+
+The first token stands at row 2 of the tables of positions, as in RoBERTa, and a
+target starts after the token that ends texts. transformers adds a bias to the
+logits, which its files hold and it never trains: model.logits_bias, off by
+default, of an import whether the files have one.
+"""
+
+from architectures import transformer
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import EncoderDecoder
+
+
+class BART(EncoderDecoder):
+  """source [B, M], target [B, L] -> Output; see EncoderDecoder."""
+  DECODER_EMBED = 'decoder_'
+  STARTS_AFTER_END = True
+  PARTS = dict(position='learned', learned=dict(offset=2), norm='layernorm',
+               embed_norm=True, block='post_norm', attention='global',
+               ffn='gelu', tie_embeddings=True)
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  return transformer.read_stacks(reader, fields, scaled=False) | dict(
+      logits_bias=reader('final_logits_bias', True))
+
+
+def _write(c: ModelConfig) -> dict:
+  return transformer.write_stacks(c) | dict(
+      final_logits_bias=c.logits_bias,  # as transformer.py has it
+      bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+      forced_eos_token_id=None)
+
+
+def _embedding(ours: str, stack: str) -> tuple[hf.Row, ...]:
+  theirs = f'model.{stack}'
+  return ((f'embed/{ours}positions', 'LD',
+           f'{theirs}.embed_positions.weight', 'L D'),
+          *hf.norm(f'embed/{ours}norm', f'{theirs}.layernorm_embedding'))
+
+
+HF = transformer.HF._replace(
+    model_type='bart', architecture='BartForConditionalGeneration',
+    names=(*transformer.HF.names, *_embedding('', 'encoder'),
+           *_embedding(BART.DECODER_EMBED, 'decoder')),
+    fields=transformer.FIELDS | hf.fields(vocab_size=50265) | {
+        'num_decoder_layers': ('decoder_layers', 12),
+        'ffn': ('activation_function', 'gelu', hf.FFNS)},
+    only=dict(is_encoder_decoder=True, tie_word_embeddings=True,
+              normalize_before=False, normalize_embedding=True,
+              add_final_layer_norm=False, add_bias_logits=False,
+              static_position_embeddings=False),
+    read=_read, write=_write, ignored=(),
+    of_files=lambda names: dict(logits_bias='final_logits_bias' in names))
