@@ -24,8 +24,8 @@ from architectures.parts.attention import multi_head
 from architectures.parts.config import Cache, Context, LayerKind, ModelConfig
 from architectures.parts.layers import FFN, NO_FFN, norm, recomputed, rmsnorm
 from architectures.parts.moe.layer import MoE
-from architectures.parts.recurrent import layer, linear_attention, mamba2
-from architectures.parts.recurrent import rwkv7, short_conv
+from architectures.parts.recurrent import layer, linear_attention, mamba
+from architectures.parts.recurrent import mamba2, rwkv7, short_conv
 from architectures.parts.sharding import Role, declare
 from configs.fields import field, FUNCTION, SHAPES
 
@@ -145,6 +145,12 @@ MIXERS = {
                  ('fsdp', 'latent.q_rank')),
         check=latent.check),
     'deltanet': recurrent(linear_attention.DeltaNet),
+    'mamba': Mixer(
+        mamba.Mamba, mamba.empty,
+        products=lambda c: {'value', 'output_gate', 'out'},
+        settings=mamba.MambaConfig, sources=('num_heads', 'head_dim'),
+        turns_heads=False, divided=(('tensor', 'd_model'),), state=True,
+        at_once=mamba.at_once, positional=False, check=mamba.check),
     'mamba2': dataclasses.replace(
         recurrent(mamba2.Mamba2, heads=('heads', 'groups'),
                   check=mamba2.check),

@@ -32,7 +32,7 @@ _SIZES = dict(key_heads=2, value_heads=4, heads=4, groups=2, key_dim=6, state=6,
               gate_rank=3)
 # Where a model in training has parameters that are not about 0.
 _ABOUT = dict(scale=1.0, out_norm_scale=1.0, skip=1.0, decay_scale=1.5,
-              removal_scale=0.7, decay_bias=-4.6, step_bias=-4.0)
+              removal_scale=0.7, conv_bias=0.5, decay_bias=-4.6, step_bias=-4.0)
 
 
 def each(*names: str) -> pytest.MarkDecorator:

@@ -137,6 +137,21 @@ def _mamba2(p, u_LD, m, eps=1e-5):
   return np.einsum('hlk,hk,hkd->ld', y, p['out_norm_scale'], p['out'])
 
 
+def _mamba(p, u_LD, m):
+  """A token at a time, of all features."""
+  x, z = u_LD @ p['value'], u_LD @ p['output_gate']
+  before = np.concatenate([np.zeros((m.conv - 1, x.shape[1])), x])
+  x = SILU(p.get('conv_bias', 0) + sum(
+      w * before[i:i + len(x)] for i, w in enumerate(p['conv'])))
+  dt = SOFTPLUS(x @ p['step_down'] @ p['step_up'] + p['step_bias'])
+  B, C, A = x @ p['key'], x @ p['query'], -np.exp(p['decay_scale'])
+  y, h = np.zeros(x.shape), np.zeros(A.shape)
+  for t in range(len(x)):
+    h = np.exp(dt[t][:, None] * A) * h + np.outer(dt[t] * x[t], B[t])
+    y[t] = h @ C[t] + p['skip'] * x[t]
+  return (y * SILU(z)) @ p['out']
+
+
 def _rwkv7(p, x_LD, m, eps=1e-5):
   """As the paper has it, whose state is transposed: [U, K]."""
   before_LD = np.concatenate([np.zeros_like(x_LD[:1]), x_LD[:-1]])
@@ -178,6 +193,7 @@ def _short_conv(p, u_LD, m):
 
 DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
                'retnet': _retnet, 'mamba2': _mamba2, 'rwkv7': _rwkv7,
+               'mamba': _mamba,
                'short_conv': _short_conv}
 
 
@@ -190,6 +206,7 @@ DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
     ('gla', {}), ('gla', dict(conv=3, temperature=2.0)), ('retnet', {}),
     ('rwkv7', {}), ('short_conv', {}),
     ('short_conv', dict(kernel=4, bias=True)),
+    ('mamba', {}), ('mamba', dict(conv=1, conv_bias=False, rank=5)),
     ('mamba2', {}),
     ('mamba2', dict(least_step=0.01, most_step=0.03,  # some are beyond each
                     norm_over='all', conv=1, conv_bias=False))])

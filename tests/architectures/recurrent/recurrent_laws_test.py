@@ -30,6 +30,7 @@ GREEDY = generate.Sampling(temperature=0)
 KDA = 'kda'  # it has all that one can have: rates, decays, convolutions, ranks
 SHORT = 'short_conv'  # whose state is inputs of a convolution alone
 PRODUCT = 'delta_product'  # a token takes several steps
+S6 = 'mamba'  # a scan of another form
 SHIFTED = 'rwkv7'  # a token is mixed with the one before it
 USUAL = each(*recurrences.USUAL)  # of what takes no time
 
@@ -58,7 +59,7 @@ def stepwise(layer, params, x_BLD, first=0):
   return run(params, x_BLD)
 
 
-@each(KDA, SHORT, PRODUCT, 'gdn2', SHIFTED)
+@each(KDA, SHORT, PRODUCT, 'gdn2', SHIFTED, S6)
 @pytest.mark.parametrize('first', [
     2, pytest.param(6, marks=pytest.mark.long)])
 def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
@@ -70,7 +71,7 @@ def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
   models.close(want, stepwise(layer, p, x_BLD, first), 2e-5)
 
 
-@each(KDA, PRODUCT, SHIFTED)
+@each(KDA, PRODUCT, SHIFTED, S6)
 def test_each_place_depends_on_those_up_to_it_alone(mixer, short_pieces):
   """Row i of a batch is the last row but for its place i."""
   layer, p = recurrences.layer_of(mixer)
@@ -83,7 +84,7 @@ def test_each_place_depends_on_those_up_to_it_alone(mixer, short_pieces):
   assert (changed[np.triu_indices(L)] > 1e-4).all()
 
 
-@each(KDA, SHORT, PRODUCT, SHIFTED)
+@each(KDA, SHORT, PRODUCT, SHIFTED, S6)
 def test_packed_documents_are_those_apart(mixer, short_pieces):
   """Neither the state nor the convolutions see the document before."""
   layer, p = recurrences.layer_of(mixer)
@@ -96,7 +97,7 @@ def test_packed_documents_are_those_apart(mixer, short_pieces):
 
 
 # With the delta rule and without it.
-@each(KDA, 'gla', SHORT, PRODUCT, 'gdn2', SHIFTED)
+@each(KDA, 'gla', SHORT, PRODUCT, 'gdn2', SHIFTED, S6)
 def test_padding_is_no_part_of_a_state(mixer):
   layer, p = recurrences.layer_of(mixer)
   x_BLD = recurrences.inputs(2, 7)
@@ -111,7 +112,7 @@ def test_padding_is_no_part_of_a_state(mixer):
 
 # The bound is on the largest difference in a layer's output, over the largest
 # value.
-@each(KDA, SHORT, SHIFTED)
+@each(KDA, SHORT, SHIFTED, S6)
 def test_bfloat16_is_float32_within_a_bound(mixer):
   """The state and all products with it stay in float32."""
   x_BLD = recurrences.inputs(2, 40)
@@ -258,6 +259,24 @@ def test_a_short_convolution_keeps_a_few_inputs_and_counts_its_weights():
   assert flops.decode_flops(c, L) == dict(attention=0, weights=2 * weights)
 
 
+def test_mamba_keeps_a_state_of_each_feature():
+  c = architectures.resolve(models.config(
+      'llama', dtype='bfloat16', mixer=S6, mamba=dict(state=6)))
+  inner, L, N = 2 * recurrences.WIDTH, 20, 6
+  for length in (7, 1000):
+    cache, = architectures.init_cache(c, 3, length)
+    assert cache.state_BIN.shape == (2, 3, inner, N)
+    assert cache.input_BWI.shape == (2, 3, 3, inner)
+  assert totals.kept_bytes(c) == (0, 2 * (4 * inner * N + 2 * 3 * inner))
+  D, R = recurrences.WIDTH, 2
+  weights = 2 * (3 * D * inner + inner * (2 * R + 2 * N + 4)
+                 + 3 * D * c.d_ff) + D * c.vocab_size
+  assert flops.decode_flops(c, L) == dict(
+      attention=0, weights=2 * weights + 2 * 4 * inner * N)
+  assert sum(flops.forward_flops(c, L).values()) == L * (
+      2 * weights + 2 * 4 * inner * N)
+
+
 def test_rwkv7_keeps_an_input_and_takes_two_steps_a_token():
   c = architectures.resolve(models.config(
       'llama', dtype='bfloat16', **recurrences.fields(SHIFTED)))
@@ -271,7 +290,7 @@ def test_rwkv7_keeps_an_input_and_takes_two_steps_a_token():
   assert flops.decode_flops(c, 9)['attention'] == 2 * 2 * (4 + 1) * 4 * 6 * 5
 
 
-@each(*recurrences.NAMES, SHORT)
+@each(*recurrences.NAMES, SHORT, S6)
 @pytest.mark.parametrize('system, changes, sentence', [
     ('bert', {}, 'is an encoder: choose attention'),
     ('llama', dict(attention='banded', sliding_window=4), 'has no window'),
@@ -283,7 +302,7 @@ def test_what_cannot_be_is_refused(mixer, system, changes, sentence):
         system, **recurrences.fields(mixer) | changes))
 
 
-@each(*recurrences.NAMES, SHORT)
+@each(*recurrences.NAMES, SHORT, S6)
 def test_what_a_run_of_it_cannot_be_is_refused(mixer):
   module = architectures.build(models.config(
       'llama', num_kv_heads=8, num_heads=8, **recurrences.fields(mixer)))
@@ -291,7 +310,7 @@ def test_what_a_run_of_it_cannot_be_is_refused(mixer):
   with pytest.raises(ValueError, match='keep each row on one device'):
     devices.check_mesh(module.config, 8, 1, shape | dict(context=2))
   with pytest.raises(ValueError, match='not divide model.d_model' if (
-      mixer == SHORT) else f'not divide model.{mixer}.*heads'):
+      mixer in (SHORT, S6)) else f'not divide model.{mixer}.*heads'):
     devices.check_mesh(module.config, 8, 1, shape | dict(tensor=64))
   with pytest.raises(ValueError, match='read a row in one direction'):
     preflight._check_objective('prefix', module)
