@@ -16,8 +16,9 @@ segment id changes, a document begins with a state of zero. With a cache,
 padding changes no state. FLOPs are those of writing and of reading the state.
 """
 
+from collections.abc import Callable
 import dataclasses
-from typing import Optional
+from typing import Any, Optional
 
 import flax.linen as nn
 from flax import struct
@@ -72,7 +73,7 @@ class Mamba(nn.Module):
     c, m = self.config, self.config.mamba
     D, inner = c.d_model, m.expand * c.d_model
     valid_BL = None if cache is None else ctx.valid_BL
-    how = dict(with_bias=False, deterministic=ctx.deterministic)
+    how: dict[str, Any] = dict(with_bias=False, deterministic=ctx.deterministic)
     x_BLI, z_BLI = (sharding.constrain(layers.dense(
         self, name, 'BLD,DI->BLI', x_BLD, (D, inner), ('embed', 'mlp'), **how),
         'batch', 'length', 'mlp') for name in ('value', 'output_gate'))
@@ -116,7 +117,8 @@ class Mamba(nn.Module):
         self, 'out', 'BLI,ID->BLD', y_BLI.astype(c.compute_dtype), (inner, D),
         ('mlp', 'embed'), residual=True, **how), cache
 
-  def _of_feature(self, name: str, init) -> jax.Array:
+  def _of_feature(self, name: str, init: Callable) -> jax.Array:
+    """Declares a number of each feature; returns them in float32."""
     m = self.config.mamba
     return declare(self, name, init, (m.expand * self.config.d_model,),
                    Role(('mlp',))).astype(jnp.float32)

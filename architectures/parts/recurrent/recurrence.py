@@ -240,6 +240,7 @@ def _to_pieces(x: Inputs, p: _Pieces, write: jax.Array, states: jax.Array,
   d_k = _of_heads(k, met.after_BHPK, d_k)
   if x.corrects:
     finds = _finds(x)
+    first_finds = met.first_BHPK * each(finds)
     # Of what the system is solved for, and the gradient of the inverse: of
     # X = (I + A)^-1, dA = -X^T dX X^T.
     back = _t(p.inverse_BHPQ)
@@ -249,8 +250,7 @@ def _to_pieces(x: Inputs, p: _Pieces, write: jax.Array, states: jax.Array,
         d_v @ _t(p.write_BHPU) + d_read @ _t(p.read_BHPK), -1)
     d_key_weights = d_system
     if rate is not None:
-      first_k = met.first_BHPK * each(k)
-      d_rate = features.dots(d_v, v) + features.dots(d_read, first_k) + (
+      d_rate = features.dots(d_v, v) + features.dots(d_read, first_finds) + (
           features.dots(d_system, met.key_weights_BHPQ))
       d_key_weights, d_v, d_read = (rate[..., None] * y for y in (
           d_system, d_v, d_read))
