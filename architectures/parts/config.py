@@ -378,6 +378,7 @@ class Context:
   positions_BL: jax.Array
   segment_ids_BL: Optional[jax.Array] = None
   bias_BHLM: Optional[jax.Array] = None  # on the scores of self-attention
+  table_UD: Optional[jax.Array] = None  # of distances, for all layers
   memory_BMD: Optional[jax.Array] = None  # for cross-attention
   memory_segment_ids_BM: Optional[jax.Array] = None
   tokens_BL: Optional[jax.Array] = None  # ids, for routers that hash them

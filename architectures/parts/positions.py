@@ -7,6 +7,8 @@ rope        q and k turned by pos * frequency (Su et al. 2021), see SCALINGS
 alibi       scores - slope_h * distance (Press et al. 2022)
 relative    scores + b[h, bucket(distance)] (Raffel et al. 2020, section 2.1)
 relative_by_layer  the same, with b a table of each layer's own (UMT5)
+disentangled  scores + products of queries and keys with vectors of distances
+            (He et al. 2021): attention/disentangled.py
 none        nothing
 
 An entry of POSITIONS, at the end of this file, is all that there is of one.
@@ -25,6 +27,7 @@ import numpy as np
 
 from architectures.parts import layers
 from architectures.parts import sharding
+from architectures.parts.attention import disentangled
 from architectures.parts.config import ModelConfig
 from architectures.parts.sharding import Role, declare
 from configs.errors import require, short
@@ -358,6 +361,11 @@ class Position(NamedTuple):
       under the encoding's name and '_bias'.
     layer_bias: such a module of each layer's own. Its parameters stand in the
       layer's attention, under 'relative_bias'.
+    stack_table: a module of (config) that makes, once for all layers of a
+      stack, what `content_bias` reads: ctx.table_UD. Its parameters stand in
+      the stack, under the encoding's name.
+    content_bias: (the layer's attention, queries, keys, k_positions_BM, ctx) ->
+      [B, H, L, M], added to the scores.
     settings: the group of fields of config.model that it reads.
     check: (config, stack) -> None; raises RequestError for fields that do not
       fit together. `stack` is what architectures.stack returns.
@@ -372,6 +380,8 @@ class Position(NamedTuple):
   bias: Optional[Callable] = None
   stack_bias: Optional[type[nn.Module]] = None
   layer_bias: Optional[type[nn.Module]] = None
+  stack_table: Optional[type[nn.Module]] = None
+  content_bias: Optional[Callable] = None
   score_factor: Callable[[ModelConfig], float] = lambda c: 1.0
   settings: Optional[type] = None
   check: Callable[[ModelConfig, str], None] = lambda c, stack: None
@@ -381,7 +391,8 @@ class Position(NamedTuple):
   @property
   def has_bias(self) -> bool:
     """Whether scores have a bias, which fused kernels do not add."""
-    return bool(self.bias or self.stack_bias or self.layer_bias)
+    return bool(self.bias or self.stack_bias or self.layer_bias
+                or self.content_bias)
 
 
 def of(c: ModelConfig) -> Position:
@@ -577,6 +588,10 @@ def _check_relative(c: ModelConfig, stack: str) -> None:
 
 
 POSITIONS = {
+    'disentangled': Position(
+        stack_table=disentangled.Distances, content_bias=disentangled.bias,
+        score_factor=lambda c: 3 ** -0.5, check=disentangled.check,
+        settings=disentangled.DisentangledConfig),
     'learned': Position(
         embed=_add_learned, settings=LearnedConfig, reach=_learned_reach,
         longer=_longer_learned),

@@ -212,11 +212,7 @@ class Stack(nn.Module):
       k_positions_BM = jnp.arange(slots.num_slots)[None]
     if cache is not None and ctx.lengths_B is None:  # up to the last token
       ctx = ctx.replace(lengths_B=ctx.positions_BL[:, -1] + 1)
-    stack_bias = positions.of(c).stack_bias
-    if stack_bias:
-      ctx = ctx.replace(bias_BHLM=stack_bias(
-          c, self.sections[0].kinds[0].causal, name=f'{c.position}_bias')(
-              ctx.positions_BL, k_positions_BM))
+    ctx = _with_distances(c, self.sections[0].kinds[0], ctx, k_positions_BM)
     run = self._one_by_one if ctx.one_by_one else self._scan
     inputs_BLD, with_cache = x_BLD, cache is not None
     first = (multi_head.first_values(
@@ -291,6 +287,21 @@ class Stack(nn.Module):
     return carry, outputs
 
 
+def _with_distances(c: ModelConfig, kind: LayerKind, ctx: Context,
+                    k_positions_BM: jax.Array, after: str = '') -> Context:
+  """Returns the context with what all layers of a stack have of distances,
+  whose modules are named by the encoding and `after`."""
+  row = positions.of(c)
+  if row.stack_bias:
+    ctx = ctx.replace(bias_BHLM=row.stack_bias(
+        c, kind.causal, name=f'{c.position}_bias{after}')(
+            ctx.positions_BL, k_positions_BM))
+  if row.stack_table:
+    ctx = ctx.replace(table_UD=row.stack_table(
+        c, name=f'{c.position}{after}')())
+  return ctx
+
+
 def _context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
              segment_ids_BL: Optional[jax.Array], **how: Any) -> Context:
   """Returns the Context of some tokens, whose positions are 0..L-1 by default.
@@ -346,10 +357,8 @@ class Mtp(nn.Module):
       x_BLD = residual(layers.einsum('BLU,UD->BLD', both_BLU, w_UD,
                                      c.compute_dtype, axes=axes, keep=False))
       x = blocks.begin_streams(c, x_BLD, branches(c, (kind,)))
-      if positions.of(c).stack_bias:
-        depth_ctx = depth_ctx.replace(bias_BHLM=positions.of(c).stack_bias(
-            c, kind.causal, name=f'{c.position}_bias_{depth}')(
-                ctx.positions_BL, ctx.positions_BL))
+      depth_ctx = _with_distances(c, kind, depth_ctx, ctx.positions_BL,
+                                  f'_{depth}')
       (x, _), (_, (aux,), _, _) = Period(
           c, (kind,), name=f'depth_{depth}')((x, None), None, depth_ctx)
       x_BLD = blocks.EndOfStreams(c, name=f'streams_{depth}')(x)
@@ -444,11 +453,13 @@ class Encoder(nn.Module):
   HEAD_ACT: the network of FFNS whose activation the head of masked words has;
     '': that of the layers.
   HEAD_BIAS: whether the product of that head has a bias.
+  POOLER_ACT: the same of the pooler; '': tanh.
   PAIR_SEPARATORS: how many separators stand between two texts of a row.
   """
   STACK = 'encoder'
   HEAD_ACT = ''
   HEAD_BIAS = True
+  POOLER_ACT = ''
   PAIR_SEPARATORS = 1
   config: ModelConfig
 
@@ -514,7 +525,8 @@ class Encoder(nn.Module):
                   extra=extra)
 
   def _pooled(self, x_BD: jax.Array) -> jax.Array:
-    return jnp.tanh(self._dense('pooler', x_BD, self.config.d_model))
+    act = FFNS[self.POOLER_ACT].act if self.POOLER_ACT else jnp.tanh
+    return act(self._dense('pooler', x_BD, self.config.d_model))
 
   def _dense(self, name: str, x: jax.Array, size: int, output: bool = False,
              bias: bool = True) -> jax.Array:

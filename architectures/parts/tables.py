@@ -188,7 +188,8 @@ def reads(c: ModelConfig, name: str) -> bool:
   for kind in c.kinds_used:
     if name not in _overridden(c, kind) and is_read(c.of_kind(kind), name):
       return True
-  beside = positions.of(c).embed or positions.of(c).stack_bias
+  row = positions.of(c)
+  beside = row.embed or row.stack_bias or row.stack_table
   return bool(beside) and is_read(c, name)
 
 
@@ -494,7 +495,8 @@ def _check_sharing(c: ModelConfig, kind: LayerKind,
 
 def _check_position(c: ModelConfig, name: str) -> None:
   """Raises RequestError for an encoding that a layer cannot have alone."""
-  layer, whole = c.of_kind(name), lambda row: row.embed or row.stack_bias
+  layer, whole = c.of_kind(name), lambda row: (
+      row.embed or row.stack_bias or row.stack_table)
   require(layer.position == c.position or not whole(positions.of(layer)),
           f'model.kinds.{name}.position is {layer.position!r}, which is no '
           'encoding of one layer: set it as model.position, or choose from '

@@ -142,6 +142,9 @@ class Attention(nn.Module):
     meets the `slots` of a cache; `strict` is as of kernels.choose."""
     c, key, kept = self.config, None, {}
     mask, seen_BLM, bias_BHLM = self._mask(k_positions_BM, ctx)
+    more_BHLM = self._own_bias(q_BLHK, k_BMJK, k_positions_BM, ctx)
+    if more_BHLM is not None:
+      mask, bias_BHLM = mask.replace(bias=True), more_BHLM
     if index_BLM is not None and 0 < c.indexer.top_k < k_BMJK.shape[1]:
       seen_BLM = indexer.best(index_BLM, seen_BLM, c.indexer.top_k)
       mask = mask.replace(rule=True)
@@ -201,6 +204,19 @@ class Attention(nn.Module):
     return None, best_BM, tuple(jnp.take_along_axis(
         x_BMJK, best_BM[..., None, None], 1) for x_BMJK in arrays)
 
+  def _own_bias(self, q_BLHK: jax.Array, k_BMJK: jax.Array,
+                k_positions_BM: jax.Array, ctx: Context
+                ) -> Optional[jax.Array]:
+    """Returns the bias on the scores that a layer makes itself; None: there is
+    none."""
+    c, row = self.config, positions.of(self.config)
+    if row.layer_bias and not self.cross:
+      return row.layer_bias(c, self.kind.causal, name='relative_bias')(
+          ctx.positions_BL, k_positions_BM)
+    if row.content_bias and not self.cross:
+      return row.content_bias(self, q_BLHK, k_BMJK, k_positions_BM, ctx)
+    return None
+
   def _mask(self, k_positions_BM: jax.Array, ctx: Context):
     """Returns the mask as a kernel takes it and written out, and the bias."""
     c, ids_BL = self.config, ctx.segment_ids_BL
@@ -218,10 +234,6 @@ class Attention(nn.Module):
     bias_BHLM = ctx.bias_BHLM if positions.of(c).stack_bias else None
     if positions.of(c).bias:
       bias_BHLM = positions.of(c).bias(c, ctx.positions_BL, k_positions_BM)
-    if positions.of(c).layer_bias:
-      bias_BHLM = positions.of(c).layer_bias(
-          c, self.kind.causal, name='relative_bias')(
-              ctx.positions_BL, k_positions_BM)
     rule = kernels.RULES[self.kind.attention]
     mask = kernels.Mask(
         ids_BL, ids_BL, causal=self.kind.causal, in_order=ctx.in_order,

@@ -1,0 +1,100 @@
+"""DeBERTa-v3: an encoder whose attention tells what a token holds from how far
+away it is (He et al. 2021, arXiv 2006.03654; 2023, arXiv 2111.09543).
+
+  x_0 = LayerNorm(E[tokens])                no positions, no segments
+  a   = LayerNorm(x + Attention(x))         scores q k + q K_r + k Q_r
+  x'  = LayerNorm(a + W2 gelu(W1 a))
+  pooled     = gelu(W_p x_N[first])         of the head of a row
+  MLM logits = LayerNorm(gelu(W_t x_N + b_t)) E^T + b
+
+K_r and Q_r: architectures/parts/attention/disentangled.py. transformers calls
+v3 DebertaV2, which v2 is too; of v2, only models without a convolution (its
+conv_kernel_size) are known here. The enhanced mask decoder of the papers, which
+adds positions before the head, is not in transformers, and not here.
+
+The heads for masked words stand in files under one of two names (`legacy`), and
+both are read; published files also hold the head that tells replaced tokens.
+"""
+
+from architectures import bert
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Encoder
+from configs.errors import require
+
+
+class DeBERTa(Encoder):
+  """tokens [B, L] -> Output; see Encoder."""
+  POOLER_ACT = 'gelu'
+  PARTS = bert.BERT.PARTS | dict(position='disentangled', next_sentence=False)
+
+
+TERMS = {'c2p', 'p2c'}
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  for name, default, known in (
+      ('relative_attention', False, True), ('share_att_key', False, True),
+      ('position_biased_input', True, False), ('norm_rel_ebd', 'none',
+                                               'layer_norm')):
+    require(reader(name, default) == known, f'config.json has {name} '
+            f'{reader(name, default)!r}: only {known!r} is known here')
+  terms = reader.listed('pos_att_type') or reader('pos_att_type', '').split('|')
+  require({str(term).strip().lower() for term in terms} == TERMS, 'config.json '
+          f'has pos_att_type {terms}: only both of {sorted(TERMS)} are known '
+          'here')
+  reader.must(conv_kernel_size=0, embedding_size=fields['d_model'],
+              attention_head_size=fields['d_model'] // fields['num_heads'],
+              pooler_hidden_size=fields['d_model'])
+  most = int(reader('max_relative_positions', -1.0))
+  return dict(disentangled=dict(
+      max_distance=most if most > 0 else fields['max_len']))
+
+
+def _write(c: ModelConfig) -> dict:
+  return dict(
+      relative_attention=True, share_att_key=True, position_biased_input=False,
+      norm_rel_ebd='layer_norm', pos_att_type=sorted(TERMS),
+      max_relative_positions=c.disentangled.max_distance,
+      tie_word_embeddings=c.tie_embeddings)
+
+
+HEAD = 'cls.predictions.'
+HF = hf.HuggingFace(
+    'deberta-v2', 'DebertaV2ForMaskedLM',
+    names=(
+        ('embed/tokens', 'VD', 'deberta.embeddings.word_embeddings.weight',
+         'V D'),
+        *hf.norm('embed/norm', 'deberta.embeddings.LayerNorm'),
+        ('encoder/disentangled/table', 'UD',
+         'deberta.encoder.rel_embeddings.weight', 'U D'),
+        *hf.norm('encoder/disentangled/norm', 'deberta.encoder.LayerNorm'),
+        *hf.under(
+            'encoder/layers', 'deberta.encoder.layer.{n}', *(
+                row for name in ('query', 'key', 'value') for row in hf.dense(
+                    f'attention/{name}', 'DHK', f'attention.self.{name}_proj',
+                    'HK D')),
+            *hf.dense('attention/out', 'HKD', 'attention.output.dense', 'D HK'),
+            *hf.norm('attention_norm', 'attention.output.LayerNorm'),
+            *hf.dense('ffn/up', 'DF', 'intermediate.dense', 'F D'),
+            *hf.dense('ffn/down', 'FD', 'output.dense', 'D F'),
+            *hf.norm('ffn_norm', 'output.LayerNorm')),
+        *hf.dense('pooler', 'DU', 'pooler.dense', 'U D'),
+        *hf.dense('transform', 'DU', f'{HEAD}transform.dense', 'U D'),
+        *hf.norm('transform_norm', f'{HEAD}transform.LayerNorm'),
+        ('head/bias', 'V', f'{HEAD}bias', 'V')),
+    fields=bert.FIELDS | hf.fields(
+        vocab_size=128100, hidden_size=1536, num_hidden_layers=24,
+        num_attention_heads=24, intermediate_size=6144, type_vocab_size=0,
+        layer_norm_eps=1e-7, max_position_embeddings=512) | {
+            'disentangled.buckets': ('position_buckets', 0)},
+    only=dict(pooler_hidden_act='gelu', tie_word_embeddings=True),
+    unread=('legacy',), read=_read, write=_write, check=hf.check_heads,
+    tied={f'{HEAD}decoder.weight': 'deberta.embeddings.word_embeddings.weight',
+          f'{HEAD}decoder.bias': f'{HEAD}bias'},
+    spellings=((f'{HEAD}transform.', 'lm_predictions.lm_head.'),
+               (HEAD, 'lm_predictions.lm_head.'), ('deberta.', '')),
+    ignored=(r'(deberta\.)?embeddings\.position_(ids|embeddings\.weight)',),
+    optional={hf.MASKED_WORDS: r'(cls\.predictions|lm_predictions)\..*',
+              'head of replaced tokens': r'mask_predictions\..*'},
+    heads=hf.heads('DebertaV2', sequence='classifier'))

@@ -1,0 +1,36 @@
+"""DeBERTa-v3: `--config configs/deberta_v2.py:SIZE`.
+
+Lab note. He et al. 2023 (arXiv 2111.09543), section 5 and appendix A: RoBERTa's
+160 GB of text, a SentencePiece vocabulary of 128,000 (128,100 rows), rows of
+512, 500,000 steps of 8,192 rows, AdamW with a decay of 0.01, b2 0.98 and eps
+1e-6, 10,000 steps of warm-up, linear decay, dropout 0.1, replaced-token
+detection; small has base's width and half its layers. Learning rates here are
+RoBERTa's, and the objective is masked words.
+
+Counts are those of transformers' DebertaV2ForMaskedLM: the encoder and its head
+for masked words.
+
+`tiny` is BERT's (configs/bert.py), with 16 buckets on each side.
+"""
+
+from configs import bert, recipes
+
+SIZES = recipes.table(
+    'num_layers d_model num_heads d_ff lr parameters', {
+        'v3-xsmall': (12, 384, 6, 1536, 6e-4, 70_958_820),
+        'v3-small': (6, 768, 12, 3072, 6e-4, 142_024_548),
+        'v3-base': (12, 768, 12, 3072, 6e-4, 184_551_780),
+        'v3-large': (24, 1024, 16, 4096, 4e-4, 435_191_908)},
+    vocab_size=128100, max_len=512, dropout=0.1, attention_dropout=0.1)
+SIZES['tiny'] = bert.SIZES['tiny'] | dict(
+    disentangled=dict(buckets=16, max_distance=32))
+
+
+def get_config(size: str = 'tiny'):
+  c = recipes.config(
+      'deberta_v2', size, SIZES, dict(norm_eps=1e-7, init='normal'),
+      remat='dots', batch_size=8192, steps=500_000, warmup_steps=10_000,
+      schedule='linear', final_fraction=0.0, weight_decay=0.01, b2=0.98,
+      eps=1e-6, clip_norm=0.0)
+  c.objective = 'mlm'
+  return c
