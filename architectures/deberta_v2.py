@@ -12,6 +12,10 @@ v3 DebertaV2, which v2 is too; of v2, only models without a convolution (its
 conv_kernel_size) are known here. The enhanced mask decoder of the papers, which
 adds positions before the head, is not in transformers, and not here.
 
+It learns as ELECTRA does (objective replaced_tokens), from a generator of its
+width and half its layers, whose table of tokens it reads without a gradient and
+adds to (generator.sharing 'apart'). transformers has no class for that head.
+
 The heads for masked words stand in files under one of two names (`legacy`), and
 both are read; published files also hold the head that tells replaced tokens.
 """
@@ -26,7 +30,8 @@ from configs.errors import require
 class DeBERTa(Encoder):
   """tokens [B, L] -> Output; see Encoder."""
   POOLER_ACT = 'gelu'
-  PARTS = bert.BERT.PARTS | dict(position='disentangled', next_sentence=False)
+  PARTS = bert.BERT.PARTS | dict(position='disentangled', next_sentence=False,
+                                 generator=dict(sharing='apart'))
 
 
 TERMS = {'c2p', 'p2c'}
@@ -65,6 +70,8 @@ HF = hf.HuggingFace(
     names=(
         ('embed/tokens', 'VD', 'deberta.embeddings.word_embeddings.weight',
          'V D'),
+        ('embed/types', 'UD', 'deberta.embeddings.token_type_embeddings.weight',
+         'U D'),
         *hf.norm('embed/norm', 'deberta.embeddings.LayerNorm'),
         ('encoder/disentangled/table', 'UD',
          'deberta.encoder.rel_embeddings.weight', 'U D'),

@@ -283,9 +283,9 @@ class Run:
                          '0: from seed alone.', most=2**32 - 1, resume=AT_START)
   objective: str = field(
       'causal', 'What is learned: causal, prefix, chat, mlm, mlm_nsp, '
-      'masked_diffusion, span, denoising, seq2seq, classification, '
-      'regression, token_classification, question_answering, probe, '
-      'compression.',
+      'replaced_tokens, masked_diffusion, span, denoising, seq2seq, '
+      'classification, regression, token_classification, question_answering, '
+      'probe, compression.',
       resume=Resume(INCOMPATIBLE, 'another task, maybe with other heads'))
   init_from: str = field('', 'A Hugging Face folder or a workdir whose weights '
                          'the run starts from.', resume=AT_START)

@@ -257,8 +257,9 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
   module = architectures.build(model)
   config = run_config.usual(model.arch)
   config.model = model
-  if model.head != 'lm':
+  if model.head != objectives.of(config).head:
     config.objective = objectives.with_head(module.config)
+  if model.head != 'lm':
     count = model.num_labels
     config.data.labels = hf_config.labels(tree) or (
         hf_config.default_labels(count) if count > 1 else ())

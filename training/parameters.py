@@ -217,7 +217,11 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
   saved = checkpoints.arrays(folder, step)
   if saved and (partial or weights.is_new_head(model, theirs)):
     wanted, lines = _fitting(wanted, saved)
-    left_out = weights.left_out(architectures.build(model))
+    require(not theirs.generator or not theirs.generator.num_layers
+            or theirs.generator.sharing == 'whole', f'init_from is '
+            f'{str(source)!r}, whose table of tokens is the sum of two: begin '
+            'with its export, which python -m tools.convert export writes')
+    left_out = weights.left_out(architectures.build(model), theirs)
     wrong = [line for path, line in lines.items() if not (
         path.startswith(f'params/{weights.TASK}')
         or path.removeprefix('params/') in left_out)]

@@ -94,6 +94,9 @@ class ModelConfig:
                           about=SIZE)
   max_len: int = field(0, 'the length of the model; derived: data.length',
                        resume=SHAPES, about=SIZE)
+  embed_dim: int = field(
+      0, 'features of the embedding of an encoder, of which a product makes '
+      'd_model; 0: it has d_model, and there is no product', resume=SHAPES)
   type_vocab_size: int = field(0, 'kinds of segments (BERT: 2); 0: none',
                                resume=SHAPES)
   next_sentence: bool = field(
@@ -246,6 +249,12 @@ class ModelConfig:
   @property
   def compute_dtype(self):
     return jnp.dtype(self.dtype)
+
+  @property
+  def of_embedding(self) -> 'ModelConfig':
+    """The config as the embedding and the head of masked words read it."""
+    return dataclasses.replace(
+        self, d_model=self.embed_dim) if self.embed_dim else self
 
   @property
   def base_width(self) -> int:

@@ -17,11 +17,20 @@ GPT2ForSequenceClassification has it. With `model.pooling` 'mean', an encoder
 reads the mean of the row's tokens where it would read the first one (Reimers
 and Gurevych 2019, section 3; classifier_pooling of ModernBERT's config.json).
 
+'replaced' has one score for each token, of a product after a product and an
+activation: that it is none of the text, but was drawn by a generator, a smaller
+network for masked words (ELECTRA: Clark et al. 2020, arXiv 2003.10555), which
+stands in the model beside it while it is trained (model.generator). They share
+the embedding; or (generator.sharing 'apart': DeBERTa-v3, arXiv 2111.09543,
+section 4.2) the encoder reads sg(E) + A, of the generator's table E, to which
+it sends no gradient, and a table A of its own, which is 0 at first.
+
 'vector' gives logits of tokens as 'lm' does, but of the row's own: each token
 is to be told from the last one's vector alone, which has to hold them all.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import NamedTuple, Optional
 
 import flax.linen as nn
@@ -35,6 +44,7 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import norm
 from configs.errors import require
+from configs.fields import field, RUN, SHAPES
 
 FEW = 32  # tokens, at most, of which a tied head reads the table as it lies
 
@@ -180,6 +190,44 @@ def mean(x_BLD: jax.Array, segment_ids_BL: Optional[jax.Array]) -> jax.Array:
 POOLINGS = {'cls': lambda x_BLD, segment_ids_BL: x_BLD[:, 0], 'mean': mean}
 
 
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+  """Of head replaced: the network whose tokens are to be told from the text's.
+  """
+  GROUP = 'generator'
+  num_layers: int = field(0, 'its layers; 0: there is no generator',
+                          resume=SHAPES)
+  d_model: int = field(0, "its width; derived: the model's", resume=SHAPES,
+                       read_by='generator.num_layers')
+  num_heads: int = field(0, "its heads; derived: the model's", resume=SHAPES,
+                         read_by='generator.num_layers')
+  d_ff: int = field(0, 'its hidden units; derived: 4 generator.d_model',
+                    resume=SHAPES, read_by='generator.num_layers')
+  sharing: str = field(
+      'whole', 'What the encoder has of its embedding: whole, all of it; '
+      'apart, the table of tokens, without a gradient, plus one of its own.',
+      choices=('whole', 'apart'), read_by='generator.num_layers')
+  loss_weight: float = field(
+      50.0, "of the encoder's loss beside that of the generator", least=0,
+      about=RUN, read_by='generator.num_layers')
+
+  def derived(self, c: ModelConfig) -> 'GeneratorConfig':
+    width = self.d_model or c.d_model
+    return dataclasses.replace(
+        self, d_model=width, num_heads=self.num_heads or c.num_heads,
+        d_ff=self.d_ff or 4 * width)
+
+
+def _check_generator(c: ModelConfig) -> None:
+  g = c.generator
+  require(g.d_model % g.num_heads == 0, f'model.generator.num_heads is '
+          f'{g.num_heads}, which does not divide model.generator.d_model '
+          f'{g.d_model}: choose a divisor')
+  require(not g.num_layers or not c.kinds, 'model.generator.num_layers is '
+          f'{g.num_layers}, and model.kinds has {", ".join(c.kinds)}: a '
+          'generator has layers of one kind, as its model must')
+
+
 class Kind(NamedTuple):
   """An entry of HEADS.
 
@@ -187,12 +235,16 @@ class Kind(NamedTuple):
     outputs: ModelConfig -> how many scores it has; 0: those of the vocabulary.
     of_row: whether a row has them, not each of its tokens.
     unfolds: whether it is an Unfold, with logits of tokens and no scores.
+    detects: whether a product and an activation come before it.
+    settings: the group of fields of the model that it reads.
     fields: the fields of the model that not every head reads.
     check: ModelConfig -> None; raises RequestError for what it cannot be.
   """
   outputs: Callable[[ModelConfig], int]
   of_row: bool = False
   unfolds: bool = False
+  detects: bool = False
+  settings: Optional[type] = None
   fields: tuple[str, ...] = ()
   check: Callable[[ModelConfig], None] = lambda c: None
 
@@ -204,10 +256,11 @@ def _needs_labels(c: ModelConfig) -> None:
 
 
 _LABELS = ('num_labels', 'head_dropout')
+_LOGITS = ('tie_embeddings', 'logits_bias', 'logits_scale', 'logits_softcap')
 HEADS = {
-    'lm': Kind(lambda c: 0, fields=(
-        'tie_embeddings', 'logits_bias', 'logits_scale', 'logits_softcap',
-        'next_sentence', 'mtp_depth')),
+    'lm': Kind(lambda c: 0, fields=(*_LOGITS, 'next_sentence', 'mtp_depth')),
+    'replaced': Kind(lambda c: 1, detects=True, settings=GeneratorConfig,
+                     fields=_LOGITS, check=_check_generator),
     'sequence': Kind(lambda c: c.num_labels, of_row=True,
                      fields=(*_LABELS, 'pooling'), check=_needs_labels),
     'tokens': Kind(lambda c: c.num_labels, fields=_LABELS,

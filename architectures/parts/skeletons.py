@@ -11,6 +11,7 @@ model.suffix come after the last period.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import itertools
 import operator
@@ -70,15 +71,20 @@ class Output:
 
 class Embed(nn.Module):
   """Tokens [B, L] -> (x_BLD, the table as a [D, V] kernel for a tied head).
-  The names of positions and norm begin with `of`."""
+  The names of positions and norm begin with `of`. With `added`, another table
+  is added to that of the tokens, which then has no gradient."""
   config: ModelConfig
 
   @nn.compact
   def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array, *,
                type_ids_BL: Optional[jax.Array] = None, of: str = '',
-               deterministic: bool = True):
+               added: bool = False, deterministic: bool = True):
     c = self.config
     table_VD = layers.embedding(self, 'tokens', c.vocab_size, 'vocab')
+    if added:
+      table_VD = jax.lax.stop_gradient(table_VD) + sharding.declare(
+          self, ADDED, nn.initializers.zeros, table_VD.shape,
+          sharding.Role(('vocab', 'embed'), inputs=(0,), kind='embedding'))
     x_BLD = sharding.lookup(table_VD, tokens_BL, c.compute_dtype)
     if c.embed_scale != 1:
       x_BLD = x_BLD * jnp.asarray(c.embed_scale, x_BLD.dtype)
@@ -438,6 +444,23 @@ class Decoder(nn.Module):
     return Output(x_BLD, None, cache, aux, extra=dict(scores=scores))
 
 
+# Of an encoder that tells replaced tokens (model.head 'replaced', heads.py).
+APART = 'generator_'  # what a generator has of its own in `embed` begins so
+ADDED = 'tokens_added'  # the encoder's own part of the table of tokens
+
+
+def generator(c: ModelConfig) -> ModelConfig:
+  """Returns the config of the network that replaces tokens."""
+  g, width = c.generator, c.of_embedding.d_model
+  head_dim = g.d_model // g.num_heads
+  return dataclasses.replace(
+      c, head='lm', generator=None, next_sentence=False, d_model=g.d_model,
+      num_layers=g.num_layers, num_decoder_layers=g.num_layers, d_ff=g.d_ff,
+      num_heads=g.num_heads, num_kv_heads=g.num_heads, head_dim=head_dim,
+      attention_scale=head_dim ** -0.5,
+      embed_dim=width if width != g.d_model else 0)
+
+
 class Encoder(nn.Module):
   """An encoder, whose tokens all see each other, as BERT's and those that came
   after it. A page says how its pre-training reads the last layer and, with
@@ -448,7 +471,10 @@ class Encoder(nn.Module):
   and nsp_logits [B, 2] (0: the second text follows the first, 1: it does not).
   With the head of a task: in `extra` hidden, scores and, where a pooler is
   what a row is scored by, pooled. `segment_ids_BL` are as a Decoder's, and
-  `how` are further fields of Context.
+  `how` are further fields of Context. With a generator (model.generator):
+  hidden and head are the generator's, at `places_BM` if they are there; what it
+  draws for these, extra['drawn'] [B, M], is what the encoder reads at them. A
+  place past the row's end is none. `embedded` is what Embed returned already.
 
   HEAD_ACT: the network of FFNS whose activation the head of masked words has;
     '': that of the layers.
@@ -467,13 +493,32 @@ class Encoder(nn.Module):
   def __call__(self, tokens_BL: jax.Array, *,
                type_ids_BL: Optional[jax.Array] = None,
                positions_BL: Optional[jax.Array] = None,
-               segment_ids_BL: Optional[jax.Array] = None, **how: Any
-               ) -> Output:
+               segment_ids_BL: Optional[jax.Array] = None,
+               places_BM: Optional[jax.Array] = None,
+               embedded: Optional[tuple[jax.Array, jax.Array]] = None,
+               **how: Any) -> Output:
     c = self.config
     ctx = _context(tokens_BL, positions_BL, segment_ids_BL, **how)
-    x_BLD, table_DV = Embed(c, name='embed')(
-        tokens_BL, ctx.positions_BL, type_ids_BL=type_ids_BL,
-        deterministic=ctx.deterministic)
+    embed = functools.partial(
+        Embed(c.of_embedding, name='embed'), positions_BL=ctx.positions_BL,
+        type_ids_BL=type_ids_BL, deterministic=ctx.deterministic)
+    apart, generated, drawn = '', None, {}
+    if c.generator and c.generator.num_layers:
+      apart = APART if c.generator.sharing == 'apart' else ''
+      generated = type(self)(generator(c), name='generator')(
+          tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL,
+          deterministic=ctx.deterministic, embedded=embed(tokens_BL, of=apart))
+    if generated is not None and places_BM is not None:
+      generated = generated.replace(hidden=jnp.take_along_axis(
+          generated.hidden, places_BM[..., None], 1, mode='clip'))
+      drawn = dict(drawn=self._drawn(generated, ctx.deterministic))
+      tokens_BL = jnp.asarray(tokens_BL).at[
+          jnp.arange(len(tokens_BL))[:, None], places_BM].set(
+              drawn['drawn'], mode='drop')
+    x_BLD, table_DV = embedded or embed(tokens_BL, added=bool(apart))
+    if c.embed_dim:
+      x_BLD = sharding.constrain_stream(
+          self._dense('widen', x_BLD, c.d_model), 'embed')
     x_BLD, _, aux = Stack(c, c.sections(c.num_layers, causal=False),
                           name='encoder')(x_BLD, ctx)
     if c.head == 'lm':
@@ -486,10 +531,32 @@ class Encoder(nn.Module):
     read, extra = self.scored(
         heads.POOLINGS[c.pooling](x_BLD, segment_ids_BL) if kind.of_row
         else x_BLD, kind.of_row)
+    if kind.detects:
+      read = self._act()(self._dense('detector', read, c.d_model))
     scores = heads.Task(c, name='task')(
         read, deterministic=ctx.deterministic)
-    return Output(x_BLD, None, aux=aux,
-                  extra=dict(hidden=x_BLD, scores=scores) | extra)
+    extra = dict(hidden=x_BLD, scores=scores) | extra | drawn
+    return (Output(x_BLD, None, aux=aux, extra=extra) if generated is None else
+            generated.replace(aux=aux, extra=extra))
+
+  def _drawn(self, generated: Output, deterministic: bool) -> jax.Array:
+    """Returns a token for each place, [B, M], drawn as likely as the generator
+    has it, one place after the other, so that no logits [B, M, V] are held.
+    Where nothing is dropped the draws are always the same."""
+    key = jax.random.key(0) if deterministic else self.make_rng('dropout')
+    hidden_BMD, head = jax.lax.stop_gradient(
+        (generated.hidden, generated.head))
+    drawn_MB = jax.lax.map(
+        lambda of: jax.random.categorical(of[0], head.logits(of[1])),
+        (jax.random.split(key, hidden_BMD.shape[1]),
+         jnp.moveaxis(hidden_BMD, 1, 0)))
+    return drawn_MB.T.astype(jnp.int32)
+
+  def _act(self, name: str = '') -> Callable[[jax.Array], jax.Array]:
+    """Returns the activation of a network of FFNS; '': of that of the layers.
+    """
+    c = self.config
+    return FFNS[name or (c.moe.ffn if c.ffn == 'moe' else c.ffn)].act
 
   def scored(self, x: jax.Array, of_row: bool
              ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -501,11 +568,11 @@ class Encoder(nn.Module):
     return pooled_BD, dict(pooled=pooled_BD)
 
   def transform(self, x: jax.Array) -> jax.Array:
-    """[..., D] -> [..., D]: what the head of masked words reads."""
-    c = self.config
-    act = FFNS[self.HEAD_ACT or (c.moe.ffn if c.ffn == 'moe' else c.ffn)].act
+    """[..., D] -> [..., D], or as wide as the embedding: what the head of
+    masked words reads."""
+    c, act = self.config, self._act(self.HEAD_ACT)
     return norm(c, 'transform_norm')(act(self._dense(
-        'transform', x, c.d_model, bias=self.HEAD_BIAS)))
+        'transform', x, c.of_embedding.d_model, bias=self.HEAD_BIAS)))
 
   def _pretraining(self, x_BLD: jax.Array, table_DV: jax.Array, aux: dict
                    ) -> Output:
@@ -521,8 +588,8 @@ class Encoder(nn.Module):
     t_BLD = self.transform(aux.get('readouts', x_BLD))
     if 'readouts' in aux:
       t_BLD, aux = t_BLD[-1], aux | {'readouts': t_BLD}
-    return Output(t_BLD, heads.Unembed(c, name='head')(table_DV), aux=aux,
-                  extra=extra)
+    head = heads.Unembed(c.of_embedding, name='head')(table_DV)
+    return Output(t_BLD, head, aux=aux, extra=extra)
 
   def _pooled(self, x_BD: jax.Array) -> jax.Array:
     act = FFNS[self.POOLER_ACT].act if self.POOLER_ACT else jnp.tanh
@@ -530,8 +597,8 @@ class Encoder(nn.Module):
 
   def _dense(self, name: str, x: jax.Array, size: int, output: bool = False,
              bias: bool = True) -> jax.Array:
-    w = layers.weight(self, name, (self.config.d_model, size),
-                      ('embed', None), output=output)
+    w = layers.weight(self, name, (x.shape[-1], size), ('embed', None),
+                      output=output)
     y = layers.einsum('...D,DE->...E', x, w, self.config.compute_dtype)
     return layers.add_bias(y, layers.bias(
         self, f'{name}_bias', (size,), (None,), output=output)) if bias else y

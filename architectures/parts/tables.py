@@ -437,6 +437,10 @@ def check_model(c: ModelConfig, stack: str,
   require(c.head == 'lm' or stack != 'encoder-decoder',
           f'model.head is {c.head!r}, which model.arch {c.arch!r} does not '
           'have: an encoder-decoder answers in text (objective seq2seq)')
+  if c.generator and stack != 'encoder':  # else no page is imported
+    raise RequestError(
+        f'model.head is {c.head!r}, which model.arch {c.arch!r} does not have: '
+        f'choose model.arch from {", ".join(archs("encoder"))}')
   if c.has_experts:
     routing.check_router(c, stack)
 
@@ -567,7 +571,7 @@ def _check_stack(c: ModelConfig, stack: str,
   """Raises RequestError for what the stack of `c` has no use for."""
   for field, rest, kind in (
       ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
-      ('pooling', 'cls', 'encoder'),
+      ('pooling', 'cls', 'encoder'), ('embed_dim', 0, 'encoder'),
       ('mtp_depth', 0, 'decoder'),
       ('attention_conv', 0, 'decoder'),
       # training/optim/mup.py has rules for the parameters of decoders alone.

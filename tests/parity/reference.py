@@ -172,6 +172,8 @@ def forward(model, stack: str, inputs):
               **dict(output_router_logits=True) if experts else {})
   if stack == 'encoder-decoder' and experts:
     return dict(logits=out.logits) | _losses(model, out, inputs)
+  if type(model).__name__ == 'ElectraForPreTraining':
+    return dict(logits=out.logits[..., None])
   if 'start_logits' in out:
     return dict(logits=torch.stack([out.start_logits, out.end_logits], -1))
   if stack == 'encoder' and 'prediction_logits' in out:

@@ -123,8 +123,8 @@ def _look(module: nn.Module, params: Any, arrays: Mapping[str, jax.Array],
   kept = {name: output.aux[name] for name in (
       'layers', 'attention', 'cross_attention', 'experts')
           if name in output.aux}
-  if output.head is None or not top:
-    return kept
+  if output.head is None or module.config.generator or not top:
+    return kept  # a generator's head reads no layer of the encoder
 
   def likeliest(x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits_BLV = output.head.logits(x_BLD)

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import hf, layers, tables
+from architectures.parts import hf, layers, skeletons, tables
 from architectures.parts.config import DTYPES, ModelConfig
 from architectures.parts.hf import tensor_map
 from configs.arguments import PositiveSize, Seed, typed
@@ -300,7 +300,7 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
   """
   one_of('dtype', dtype, ('', *DTYPES, 'float16'))
   storage.refuse_run(folder, 'the folder')
-  module, params = merge(module, params)
+  module, params = without_generator(*merge(module, params))
   config: ModelConfig = module.config
   page = architectures.hugging_face(config.arch)
   flat = paths.flatten(nn.meta.unbox(params))
@@ -340,23 +340,40 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
 
 def is_new_head(ours: ModelConfig, theirs: ModelConfig) -> bool:
   """Whether `ours` has the head of a task, and `theirs` predicts tokens."""
-  return ours.head != 'lm' and theirs.head == 'lm'
+  pretrained = 'lm', 'replaced'
+  return ours.head not in pretrained and theirs.head in pretrained
 
 
-def left_out(module: nn.Module) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of the parameters, by path, that the language model has
+def left_out(module: nn.Module, theirs: ModelConfig
+             ) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of the parameters, by path, that the model `theirs` has
   and `module`, with its head of a task, has not."""
   ours = paths.flatten(parameter_shapes(module))
-  lm = architectures.build(hf_config.without_head(module.config))
-  return {path: x.shape for path, x in paths.flatten(
-      parameter_shapes(lm)).items() if path not in ours}
+  return {path: x.shape for path, x in paths.flatten(parameter_shapes(
+      architectures.build(theirs))).items() if path not in ours}
+
+
+def without_generator(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
+  """Returns (module, parameters) of an encoder that tells replaced tokens, or
+  of any other model, without what draws these."""
+  c = module.config
+  if not c.generator or not c.generator.num_layers:
+    return module, params
+  flat = {path: x for path, x in paths.flatten(nn.meta.unbox(params)).items()
+          if not path.startswith(('generator/', f'embed/{skeletons.APART}'))}
+  added = flat.pop(f'embed/{skeletons.ADDED}', None)
+  if added is not None:
+    flat['embed/tokens'] = flat['embed/tokens'] + added
+  alone = dataclasses.replace(c.generator, num_layers=0)
+  return (architectures.build(dataclasses.replace(c, generator=alone)),
+          checkpoints.nest(flat))
 
 
 def names_left_out(module: nn.Module) -> set[str]:
   """Returns their names in Hugging Face's format."""
   lm = dataclasses.replace(module.config, head='lm')
   page = architectures.hugging_face(lm.arch)
-  shapes = left_out(module)
+  shapes = left_out(module, hf_config.without_head(module.config))
   rows = [row for row in page.rows(lm) if row[0] in shapes]
   return {tensor.name for tensor in tensor_map.expand(rows, shapes)} | set(
       page.tied)

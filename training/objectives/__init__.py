@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+import architectures
 from architectures.parts import layers, sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.heads import Head
@@ -414,14 +415,15 @@ def of(config: Config) -> Objective:
 
 
 def with_head(model: ModelConfig) -> str:
-  """Returns the objective that trains a model's head of a task.
+  """Returns the objective that trains a model's head.
 
   Raises:
     RequestError: for a head with one label for each token.
   """
   classes = model.num_labels > 1
   names = [name for name, row in OBJECTIVES.items()
-           if row.head == model.head and (row.labels is not None) == classes]
+           if row.head == model.head and (row.labels is not None) == classes
+           and architectures.stack(model) in row.stacks]
   require(bool(names), f'no objective trains model.head {model.head!r} with '
           f'model.num_labels {model.num_labels}: two labels or more are needed')
   return names[0]

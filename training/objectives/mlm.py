@@ -70,6 +70,14 @@ def mlm(window: causal.Window, rng: np.random.Generator, config: Config,
     is to be predicted. With data.document_mask a document is a segment, from
     its separator on, and positions [L] begin with it.
   """
+  ids, special, apart = framed(window, config, tokenizer)
+  return _masked(ids, special, rng, config, tokenizer) | apart
+
+
+def framed(window: causal.Window, config: Config, tokenizer: Tokenizer
+           ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+  """Returns [CLS], text and [SEP]; which of them are special; and segment_ids
+  and, of documents apart, positions."""
   text = window.tokens[1:window.size]
   ids = np.concatenate([[tokenizer.cls_id], text, [tokenizer.sep_id]]
                        ).astype(np.int32)
@@ -80,7 +88,7 @@ def mlm(window: causal.Window, rng: np.random.Generator, config: Config,
   if config.data.document_mask:
     starts[-1] = False  # the end of the row begins no document
     apart = objectives.documents(starts)
-  return _masked(ids, special, rng, config, tokenizer) | apart
+  return ids, special, apart
 
 
 class Stretch(NamedTuple):
@@ -175,7 +183,7 @@ def _masked(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
   return dict(tokens=masked, targets=ids, weights=chosen)
 
 
-def _pad(tokenizer: Tokenizer) -> int:
+def pad(tokenizer: Tokenizer) -> int:
   """Returns the token that fills a row up."""
   return tokenizer.special_ids.get('pad', tokenizer.sep_id)
 
@@ -352,13 +360,13 @@ _READS = ('data.mask_rate', 'data.whole_words')
 OBJECTIVES = {
     'mlm': Objective(
         ('encoder',), Passages, mlm, objectives.document_arrays,
-        reads=(*_READS, 'data.document_mask'), fill=_pad,
+        reads=(*_READS, 'data.document_mask'), fill=pad,
         figures=masked_words, unread=unread),
     'mlm_nsp': Objective(
         ('encoder',), Stretches, mlm_nsp,
         lambda config: objectives.text_arrays(
             config, 'types', 'segment_ids') | {'nsp_targets': ((), np.int32)},
-        reads=_READS, fill=_pad, figures=mlm_and_nsp, unread=unread,
+        reads=_READS, fill=pad, figures=mlm_and_nsp, unread=unread,
         terms={'mlm_loss': objectives.targets, 'nsp_loss': rows},
         guess=lambda config, vocab: math.log(vocab) + math.log(2),
         check=_check_next_sentence),

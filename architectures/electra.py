@@ -1,0 +1,64 @@
+"""ELECTRA: BERT's encoder, which tells of each token whether a smaller network
+drew it (Clark et al. 2020, arXiv 2003.10555).
+
+  x_0 = LayerNorm(E[tokens] + P[0..L-1] + S[segment]) W + w     W: embed_dim
+  x_n: BERT's layers
+  scores = w_s gelu(W_d x_N + b_d) + b              of each token: is it drawn?
+  MLM logits = LayerNorm(gelu(W_t x_N + b_t)) E^T + b           the generator's
+
+Small has an embedding of 128 features and a product W that makes d_model of it;
+the others have none. With model.head 'replaced', objective replaced_tokens, a
+generator stands in the model while it is trained, whose widths are a part of
+the encoder's, and both have one embedding. An export has the encoder alone, as
+transformers' ElectraForPreTraining. A model for masked words (head 'lm') is
+what a published generator is. The head of a row has gelu where BERT's pooler
+has tanh.
+"""
+
+from architectures import bert
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Encoder
+
+
+class ELECTRA(Encoder):
+  """tokens [B, L] -> Output; see Encoder."""
+  HEAD_ACT = POOLER_ACT = 'gelu'
+  PARTS = bert.BERT.PARTS | dict(next_sentence=False)
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  size = reader('embedding_size', 128)
+  return dict(embed_dim=size if size != fields['d_model'] else 0)
+
+
+def _write(c: ModelConfig) -> dict:
+  return dict(embedding_size=c.embed_dim or c.d_model,
+              tie_word_embeddings=c.tie_embeddings)
+
+
+HEAD, JUDGE = 'generator_predictions', 'discriminator_predictions'
+HF = hf.HuggingFace(
+    'electra', 'ElectraForMaskedLM',
+    names=(
+        *bert.stack('electra'),
+        *hf.dense('widen', 'UD', 'electra.embeddings_project', 'D U'),
+        *hf.dense('pooler', 'DU', 'classifier.dense', 'U D'),
+        *hf.dense('detector', 'DU', f'{JUDGE}.dense', 'U D'),
+        *hf.dense('transform', 'DU', f'{HEAD}.dense', 'U D'),
+        *hf.norm('transform_norm', f'{HEAD}.LayerNorm'),
+        ('head/bias', 'V', 'generator_lm_head.bias', 'V')),
+    fields=bert.FIELDS | hf.fields(
+        hidden_size=256, num_attention_heads=4, intermediate_size=1024,
+        vocab_size=30522, max_position_embeddings=512),
+    only=bert.ONLY, unread=('generator_size', 'directionality'),
+    read=_read, write=_write,
+    tied={'generator_lm_head.weight':
+          'electra.embeddings.word_embeddings.weight'},
+    spellings=(('electra.', ''),),
+    ignored=(r'(electra\.)?embeddings\.position_ids',),
+    optional={hf.MASKED_WORDS: r'generator_(predictions|lm_head)\..*',
+              'head of replaced tokens': rf'{JUDGE}\..*'},
+    heads=hf.heads('Electra', sequence='classifier.out_proj') | {
+        'replaced': hf.TaskHead('ElectraForPreTraining',
+                                f'{JUDGE}.dense_prediction')})
