@@ -636,7 +636,6 @@ class EncoderDecoder(nn.Module):
 
   def __call__(self, tokens_BM: Optional[jax.Array],
                decoder_tokens_BL: Optional[jax.Array] = None, *,
-               positions_BM: Optional[jax.Array] = None,
                segment_ids_BM: Optional[jax.Array] = None,
                decoder_positions_BL: Optional[jax.Array] = None,
                decoder_segment_ids_BL: Optional[jax.Array] = None,
@@ -647,7 +646,6 @@ class EncoderDecoder(nn.Module):
     Args:
       tokens_BM: the source; None with `memory` or a cache that holds it.
       decoder_tokens_BL: what the decoder is shown; default: the source.
-      positions_BM: default: 0..M-1.
       segment_ids_BM: 0 where the source is padding; as a Decoder's.
       decoder_positions_BL: default: 0..L-1; with a cache, where the tokens go.
       decoder_segment_ids_BL: 0 where the target is padding; as a Decoder's.
@@ -661,8 +659,7 @@ class EncoderDecoder(nn.Module):
     """
     aux = {}
     if memory is None and tokens_BM is not None:
-      memory, aux = self.encode(tokens_BM, positions_BM=positions_BM,
-                                segment_ids_BM=segment_ids_BM, **how)
+      memory, aux = self.encode(tokens_BM, segment_ids_BM=segment_ids_BM, **how)
     output = self.decode(
         tokens_BM if decoder_tokens_BL is None else decoder_tokens_BL,
         memory=memory, memory_segment_ids_BM=segment_ids_BM,
@@ -672,11 +669,10 @@ class EncoderDecoder(nn.Module):
     return output.replace(aux=_join_aux(aux, output.aux))
 
   def encode(self, tokens_BM: jax.Array, *,
-             positions_BM: Optional[jax.Array] = None,
              segment_ids_BM: Optional[jax.Array] = None, **how: Any
              ) -> tuple[jax.Array, dict]:
     """Returns the memory [B, M, D] and aux."""
-    ctx = _context(tokens_BM, positions_BM, segment_ids_BM, **how)
+    ctx = _context(tokens_BM, None, segment_ids_BM, **how)
     x_BMD, _ = self.embed(tokens_BM, ctx.positions_BL,
                           deterministic=ctx.deterministic)
     memory_BMD, _, aux = self.encoder(x_BMD, ctx)

@@ -10,6 +10,7 @@ from scipy import special
 
 from architectures.parts import skeletons
 from architectures.parts.config import Context
+from configs.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
 from training import cli, objectives
@@ -45,6 +46,8 @@ def test_each_token_is_scored_by_a_product_with_a_bias(system, head):
                              rtol=1e-4, atol=1e-5)
   assert 'bias' in params['task']
   assert not {'head', 'pooler', 'transform', 'nsp'} & params.keys()
+  with pytest.raises(RequestError, match='no logits of tokens'):
+    _ = output.logits
 
 
 def test_bert_scores_a_row_off_its_pooler():

@@ -147,6 +147,8 @@ def test_a_mask_with_a_hole_is_refused_where_it_is_known(system):
     with pytest.raises(RequestError, match='id but 0, .* lies in one piece'):
       run(segment_ids_BL=jnp.array([ids]))
   run(segment_ids_BL=jnp.array([[0, 1, 1, 2, 0, 0]]))
+  with pytest.raises(AssertionError, match='rank'):
+    models.logits(module, params, jnp.arange(6))
 
 
 def _picture(mask):

@@ -71,6 +71,7 @@ def test_merged_by_numpy_it_is_the_same_function(made):
 
 def test_a_new_adapter_changes_nothing_and_is_drawn_as_by_its_authors():
   module = architectures.build(models.config(lora=LORA))
+  assert layers.adapted(resolved(lora=LORA | dict(rank=1)), 'query')
   params = jax.tree.map(
       lambda x: x.value, jax.jit(module.init)(
           jax.random.key(0), models.tokens())['params'],

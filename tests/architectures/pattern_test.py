@@ -162,6 +162,12 @@ def test_what_follows_from_heads_is_of_their_kind():
   assert architectures.resolve(tables.as_dict(c)) == c
 
 
+def test_groups_are_read_where_an_expert_has_a_capacity():
+  c = architectures.resolve(models.config('mixtral', moe=dict(
+      capacity_factor=0.5, eval_capacity_factor=0.0)))
+  assert tables.is_read(c, 'moe.group_size')
+
+
 def test_every_layer_has_one_place_and_one_name():
   _, params = mixed()
   flat = paths.flatten(params)

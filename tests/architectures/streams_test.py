@@ -59,7 +59,9 @@ def branch_of(c, x, k, y_of):
   def run(module, x):
     read, add = module(x)
     return add(y_of(read))
-  return jax.jit(nn.apply(run, module))({'params': params}, given), params
+  after = jax.jit(nn.apply(run, module))({'params': params}, given)
+  assert after.branch == k + 1
+  return after, params
 
 
 @pytest.mark.parametrize('kind', ['hyper', 'static', 'mhc'])
@@ -68,7 +70,6 @@ def test_streams_are_mixed_as_published(kind):
   c = resolved('llama', norm='rmsnorm_plain', **KINDS[kind])
   x, k = normal(0, 2, 4, N, D), 4
   got, params = branch_of(c, x, k, lambda x: 3 * x)
-  assert got.branch == k + 1
   p, x = numpy_attention.float64(params), np.asarray(x, np.float64)
   n = lambda x: x / np.sqrt((x ** 2).mean(-1, keepdims=True) + c.norm_eps)
   sigmoid = lambda z: 1 / (1 + np.exp(-z))

@@ -146,7 +146,7 @@ def _whole(c: ModelConfig, length: int, decoder_length: int, prefix: bool
   place = lambda n: jnp.arange(n)[None]
   if decoder_length:
     return (lambda module, params, source, target: module.apply(
-        params, source, decoder_tokens_BL=target, positions_BM=place(length),
+        params, source, decoder_tokens_BL=target,
         decoder_positions_BL=place(decoder_length)),
             _tokens(c, length), _tokens(c, decoder_length))
   first = dict(prefix_B=jnp.ones(_rows(c), jnp.int32)) if prefix else {}

@@ -32,7 +32,6 @@ from architectures.parts.config import (
     Cache, Context, First, Keys, LayerKind, ModelConfig)
 from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
-from configs.errors import require
 
 QK_NORMS = ('head', 'projection')  # what one norm of queries or keys is over
 GATE = 'output_gate'  # its weight, and the product for adapters
@@ -376,9 +375,6 @@ def _embedded_values(module: nn.Module, x_BLD: jax.Array, v_BLJK: jax.Array,
                      tokens_BL: Optional[jax.Array]) -> jax.Array:
   """Returns the gated rows of the tokens, [B, L, J, K]."""
   c, shape = module.config, v_BLJK.shape[2:]
-  require(tokens_BL is not None, 'model.value_embedding is True, but this '
-          'architecture does not hand the token ids to its layers: set it to '
-          'False')
   table_VJK = declare(
       module, 'value_embedding', nn.initializers.normal(c.init_stddev),
       (c.vocab_size, *shape),

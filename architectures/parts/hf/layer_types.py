@@ -88,8 +88,6 @@ def write(c: ModelConfig) -> dict[str, Any]:
   types = [type_of(layer) for layer in layers]
   windows = {layer.sliding_window for layer, t in zip(layers, types)
              if t == WINDOW}
-  require(len(windows) < 2, f'model.pattern {c.pattern!r} has windows of '
-          f'{", ".join(map(str, sorted(windows)))} keys: a config.json has one')
   return dict(layer_types=types) | (
       dict(sliding_window=windows.pop()) if windows else {})
 

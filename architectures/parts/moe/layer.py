@@ -113,10 +113,6 @@ class MoE(nn.Module):
   def _tokens(self, ctx: Context, shape: tuple[int, int]):
     if not routing.of(self.config.moe).hashes:
       return None
-    require(ctx.tokens_BL is not None,
-            f'model.moe.router {self.config.moe.router} needs the token ids, '
-            'which this architecture does not hand to its layers: choose '
-            'another router')
     return jnp.broadcast_to(ctx.tokens_BL, shape).reshape(-1)
 
   def _bias(self):

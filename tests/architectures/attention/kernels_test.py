@@ -215,6 +215,11 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
   _gpu(monkeypatch)
   _refused('cudnn, which computes in bfloat16, and model.dtype is float32: '
            'choose from auto, xla, splash', attention_kernel='cudnn')
+  c = architectures.resolve(models.config(attention_kernel='cudnn',
+                                          dtype='bfloat16'))
+  for lengths in ((8, 7), (7, 8)):
+    with pytest.raises(ValueError, match='which takes even lengths'):
+      kernels.choose(c, kernels.Mask(causal=True), *lengths)
   monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
   c = architectures.build(models.config(attention_kernel='splash')).config
   for mask in (dict(in_order=False), dict(prefix=True), dict(dropout=True),

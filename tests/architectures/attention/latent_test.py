@@ -78,6 +78,7 @@ def test_absorbed_decoding_equals_expanded(monkeypatch):
   tokens = models.tokens(2, 8)
   whole = jax.jit(lambda p: models.logits(module, p, tokens))(params)
   asked = []
+  module.apply({'params': params}, tokens, keep_attention=True)
   monkeypatch.setattr(latent, 'is_absorbed', lambda *args: not asked.append(1))
   models.close(whole, models.decoded(module, params, tokens, 6), 1e-5)
   assert asked

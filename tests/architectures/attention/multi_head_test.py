@@ -201,12 +201,12 @@ def test_convolutions_decode_and_pack_as_the_forward_pass():
 
 
 def test_a_layer_reads_from_the_nearest_that_sees_as_much():
-  far, near = dict(window=0), dict(window=4)
+  far, near, mid = (dict(window=n) for n in (0, 4, 8))
   c = architectures.resolve(models.config(
       'llama', num_layers=12, prefix='far,near',
       pattern='far,near_reads,far_reads,far,far_reads,near,near_reads',
-      suffix='near,far,near_reads',
-      kinds=dict(far=far, near=near, far_reads=far | READS,
+      suffix='near,mid,near_reads',
+      kinds=dict(far=far, near=near, mid=mid, far_reads=far | READS,
                  near_reads=near | READS)))
   assert [tuple(kind.source for kind in section.kinds)
           for section in c.sections(12)] == [

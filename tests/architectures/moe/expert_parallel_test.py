@@ -272,4 +272,11 @@ def test_the_way_of_auto_pads_little(fields, factor, way):
   assert dispatch.way(moe(**fields), factor, 64, 4, 1) == way
 
 
+def test_groups_are_whole_on_shards_or_shards_in_groups():
+  for groups, shards in ((1, 8), (2, 4), (8, 4)):
+    dispatch._check_groups(64, groups, shards, experts_choose=False)
+  with pytest.raises(ValueError, match='do not fit on 4 shards'):
+    dispatch._check_groups(64, 2, 4, experts_choose=True)
+
+
 

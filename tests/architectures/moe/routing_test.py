@@ -68,19 +68,13 @@ def test_topk_normalised_is_the_softmax_after_the_choice():
                              atol=1e-6)
 
 
-def test_topk_as_it_is_is_the_softmax_before_the_choice():
+@pytest.mark.parametrize('router, choices', [('topk', 2), ('switch', 1)])
+def test_gates_as_they_are_are_the_softmax_before_the_choice(router, choices):
   x = inputs()
   logits = np.array(x.logits_TE)
   np.testing.assert_allclose(
-      gates(route('topk', x, normalize_gates=False)[1]),
-      softmax(logits) * best(logits, 2), atol=1e-6)
-
-
-def test_switch_takes_one_expert_by_its_probability():
-  x = inputs()
-  logits = np.array(x.logits_TE)
-  np.testing.assert_allclose(gates(route('switch', x)[1]),
-                             softmax(logits) * best(logits, 1), atol=1e-6)
+      gates(route(router, x, normalize_gates=False)[1]),
+      softmax(logits) * best(logits, choices), atol=1e-6)
 
 
 def test_gshard_keeps_the_second_expert_by_twice_its_gate():
@@ -227,6 +221,17 @@ def test_panel_by_hand():
   for name, value in want.items():
     np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-6,
                                err_msg=name)
+
+
+def test_the_panel_of_a_window_by_hand():
+  """One step of a token, and one of three."""
+  got = routing.window(np.array([[[0.5, 0.5, 0, 0]], [[0, 0.5, 0.5, 0]]]),
+                       np.array([1, 3]))
+  entropy = -sum(p * np.log(p) for p in (1 / 8, 1 / 2, 3 / 8)) / np.log(4)
+  assert {name: x.tolist() for name, x in got.items()} == dict(
+      load_max=[2], unused=[0.25],
+      load_entropy=[pytest.approx(entropy, rel=1e-5)])
+  assert routing.entropy(jnp.ones(1)) == 1  # where there is one expert
 
 
 def model(balance='switch', **changes):

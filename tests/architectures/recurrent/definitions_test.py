@@ -262,7 +262,6 @@ def test_tokens_of_zeros_have_a_gradient():
     (fields('kda', key_heads=3), 'key_heads is 3, which does not divide'),
     (fields('mamba2', groups=3), 'groups is 3, which does not divide'),
     (fields('retnet', key_dim=5), 'turn pairs, so it must be even'),
-    (dict(fields('retnet'), position='alibi'), 'has no scores for the bias'),
     (dict(fields('retnet'), rope=dict(scaling='dynamic', factor=2.0,
                                       original_len=8)),
      "scaling 'dynamic' turns by the length of the row"),

@@ -338,3 +338,8 @@ def test_keys_that_are_alike_take_no_digits(rate, inverse):
   """Powers of A grow to 1e18 here, and the inverse is below 2."""
   a = np.full((1, 1, 64, 64), rate, np.float32)
   np.testing.assert_allclose(inverse(a), expected(a), atol=5e-5)
+
+
+def test_halves_are_multiplied_in_all_digits():
+  text = str(jax.make_jaxpr(pieces.by_halves)(jnp.zeros((1, 1, 8, 8))))
+  assert text.count('HIGHEST') == 2 * text.count('dot_general[') > 0

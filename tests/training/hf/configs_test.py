@@ -102,6 +102,10 @@ def test_published_files_are_read_and_what_differs_is_refused(published,
     (PHI3_LONG | dict(rope_scaling=dict(
         PHI3_LONG['rope_scaling'], short_factor=['x'])),
      'short_factor .*numbers > 0'),
+    (PHI3_LONG | dict(max_position_embeddings=None), 'neither a factor nor'),
+    (PUBLISHED['qwen3_next:80b-a3b'] | dict(num_experts_per_tok=1),
+     'num_experts_per_tok 1 and norm_topk_prob true'),
+    (GEMMA2 | dict(layer_types=26 * ['x']), 'one for each of 26 layers'),
     (MAMBA2 | dict(expand=3), 'not expand 3 times hidden_size 768'),
     (GEMMA2 | dict(final_logit_softcapping=0.0), '> 0, or null'),
     # As a damaged bit of a GGUF file has it.

@@ -51,6 +51,17 @@ def test_at_the_base_all_is_as_in_the_standard_form(system):
     assert set(jax.tree.leaves(rates)) == {1.0}
 
 
+def test_a_wider_model_is_born_as_table_8_has_it():
+  narrow, wide = (paths.flatten(nn.meta.unbox(jax.jit(scaled(
+      'gpt', width, tie_embeddings=False).init)(
+          jax.random.key(0), models.tokens())['params']))
+                  for width in (BASE, 4 * BASE))
+  for name, want in {'decoder/layers/block_0/ffn/down': 0.5,
+                     'head/kernel': 1.0}.items():
+    assert np.std(wide[name]) / np.std(narrow[name]) == pytest.approx(
+        want, rel=0.1), name
+
+
 # Every part of a decoder that has parameters of its own.
 PARTS = dict(qk_norm=True, attention_sinks=True, logits_bias=True,
              attention_gate='headwise', value_residual=True,
