@@ -12,6 +12,7 @@ import pytest
 
 import architectures
 from architectures.parts import sharding, skeletons
+from architectures.parts.attention import kernels
 from architectures.parts.attention.multi_head import Attention, QK_NORMS
 from architectures.parts.config import Cache
 from configs.errors import RequestError
@@ -96,6 +97,14 @@ def test_a_wider_model_divides_the_one_number_of_a_head(name, fields):
   run = lambda module, params: module.apply({'params': params}, x, ctx, None)[0]
   np.testing.assert_allclose(run(wider, twice), run(base, params), rtol=1e-5,
                              atol=1e-6)
+
+
+def test_a_causal_layer_meets_its_keys_in_parts(monkeypatch):
+  monkeypatch.setattr(kernels, 'LEAST', 1)
+  x, module = normal(0, 2, 6, D), Attention(resolved(), KIND)
+  run = lambda p: module.apply({'params': p}, x, context(), None)[0]
+  text = str(jax.make_jaxpr(run)(born(module, x, context(), None)))
+  assert text.count('= exp ') == kernels.PARTS
 
 
 # What is mixed into the values of self-attention, those of the first layer and
