@@ -194,6 +194,10 @@ class Optim:
   layer_decay: float = _updates(
       1.0, 'What the learning rate is multiplied by from a layer to the one '
       'below it; 1: all have the same.', above=0, most=1)
+  table_rate: float = _updates(
+      1.0, 'What the learning rate of tables that n-grams look up is '
+      'multiplied by (of model.memory; Engram: 5). They do not decay by '
+      'default.', above=0)
   clip_norm: float = _updates(1.0, "The gradient's largest norm, to which it "
                               'is scaled down; 0: none.', least=0)
   b1: float = _updates(0.9, 'of adamw, lion, muon, normuon and soap', least=0,

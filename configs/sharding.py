@@ -12,7 +12,8 @@ MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 # 'stream' is the length of what goes from layer to layer, and 'length' that of
 # what a layer computes of it. 'tokens' are batch and length in one axis,
 # 'joined' heads and their features, 'rows' the tokens of a table whose columns
-# are heads, 'groups' heads of keys whose number does not grow with the width.
+# are heads, 'groups' heads of keys whose number does not grow with the width,
+# 'table' the rows of tables of model.memory.
 RULES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     # Weights are sharded over fsdp (ZeRO-3), and those other than the experts'
     # over expert too; heads and mlp over tensor (Megatron), experts over
@@ -32,6 +33,7 @@ RULES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ('embed', ('fsdp',)),
         ('latent', ('fsdp', 'expert')),
         ('rows', ('fsdp',)),
+        ('table', ('fsdp', 'expert')),
         ('length', ('context',)),
         ('stream', ('context', 'tensor')),
         ('tokens', ('data', 'fsdp', 'expert', 'context')),
@@ -42,7 +44,7 @@ RULES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 }
 # Weights whole on every device of (data, fsdp): for small models.
 RULES['replicated'] = tuple(
-    (axis, () if axis in ('embed', 'latent', 'rows') else mesh)
+    (axis, () if axis in ('embed', 'latent', 'rows', 'table') else mesh)
     for axis, mesh in RULES['default'])
 LOGICAL_AXES = tuple(dict.fromkeys(axis for axis, _ in RULES['default']))
 

@@ -117,8 +117,8 @@ def _check_objective(name: str, module: nn.Module) -> None:
         f'{module.config.arch} ({stack}): choose from {", ".join(choices)}')
   require(not objective.prefix or not blocks.with_state(module.config),
           f'objective is {name!r}, whose first tokens see each other, and some '
-          'layers read a row in one direction (a state of model.mixer, or '
-          'model.attention_conv): choose causal')
+          'layers read a row in one direction (a state of model.mixer, '
+          'model.attention_conv or model.memory): choose causal')
   require(module.config.head == objective.head, 'model.head is '
           f'{module.config.head!r}, and objective {name!r} trains '
           f'{objective.head!r}: leave it empty, to be derived')

@@ -88,7 +88,8 @@ def optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
 def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
   """Returns the share of the learning rate that each parameter of `module`
   has, None where all have the whole; see shares.of."""
-  if not (optim.freeze or module.config.lora.rank) and optim.layer_decay == 1:
+  if not (optim.freeze or module.config.lora.rank) and (
+      optim.layer_decay == optim.table_rate == 1):
     return None
   return shares.of(optim, parameter_roles(module), parameter_shapes(module),
                    adapted=module.config.lora.rank > 0)

@@ -21,7 +21,9 @@ from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.attention import latent
 from architectures.parts.attention import multi_head
-from architectures.parts.config import Cache, Context, LayerKind, ModelConfig
+from architectures.parts import lookup
+from architectures.parts.config import (
+    Both, Cache, Context, LayerKind, ModelConfig)
 from architectures.parts.layers import FFN, NO_FFN, norm, recomputed, rmsnorm
 from architectures.parts.moe.layer import MoE
 from architectures.parts.recurrent import layer, linear_attention, mamba
@@ -91,10 +93,19 @@ def readers(c: ModelConfig, field: str) -> list[ModelConfig]:
 
 def with_state(c: ModelConfig) -> bool:
   """Whether some layers of a model read a row in one direction alone and keep
-  a state of it: a recurrence, or a short convolution before attention."""
-  return any(mixer_of(config).state for config in map(c.of_kind, c.kinds_used)
+  a state of it: a recurrence, a short convolution before attention, or a memory
+  by n-grams."""
+  return any(mixer_of(config).state or lookup.keeps(config)
+             for config in map(c.of_kind, c.kinds_used)
              ) or any(config.attention_conv
                       for config in readers(c, 'attention_conv'))
+
+
+def empty_cache(c: ModelConfig, shape: tuple[int, ...]) -> Any:
+  """Returns the entry of a layer that has read nothing; `shape` is [..., B, M].
+  """
+  entry = mixer_of(c).cache(c, shape)
+  return (Both(entry, lookup.empty(c, shape)) if lookup.keeps(c) else entry)
 
 
 # Of scores, and of products with a bias.
@@ -756,6 +767,31 @@ BLOCKS = {
     'out_norm': OutNorm,
     'ffn_norm': FfnNorm,
 }
+
+
+def block_of(c: ModelConfig) -> type[Block]:
+  """Returns the wiring of the layers of one kind. One that reads a memory adds
+  what it reads to its input, or to what it returns."""
+  memory, block = lookup.MEMORIES[c.memory], BLOCKS[c.block]
+  if not memory:
+    return block
+
+  class Reading(block):  # type: ignore[valid-type,misc]
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any):
+      state, read = None, memory.module(self.config, name='memory')
+      if isinstance(cache, Both):
+        cache, state = cache.mixer, cache.memory
+      if not memory.after:
+        y_BLD, state = read(x_BLD, ctx, state)
+        x_BLD = residual(x_BLD + y_BLD)
+      x_BLD, cache, aux = super().__call__(x_BLD, ctx, cache)
+      if memory.after:
+        x_BLD = residual(x_BLD + read(x_BLD, ctx))
+      return x_BLD, cache if state is None else Both(cache, state), aux
+
+  return Reading
 
 
 def branches(c: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:

@@ -121,6 +121,10 @@ class ModelConfig:
       'keys and values are made of a small vector a token; a recurrence; or '
       'short_conv, a convolution over a few tokens.',
       of_layers=True)
+  memory: str = field(
+      'none', 'What a layer reads beside its input: none, or rows of tables '
+      'that the last tokens look up, by gates (engram) or added up '
+      '(over_encoding), or that the token does (per_layer).', of_layers=True)
   attention: str = field('global', 'which keys a query sees', of_layers=True)
   pattern: str = field(
       '', 'The kinds of layer, names of model.kinds, that are repeated over '
@@ -391,6 +395,7 @@ class Context:
   memory_BMD: Optional[jax.Array] = None  # for cross-attention
   memory_segment_ids_BM: Optional[jax.Array] = None
   tokens_BL: Optional[jax.Array] = None  # ids, for routers that hash them
+  embedded_BLD: Optional[jax.Array] = None  # for memory per_layer
   prefix_B: Optional[jax.Array] = None  # keys before it are seen by all
   valid_BL: Optional[jax.Array] = None  # 0: padding, which takes no expert
   routed_BL: Optional[jax.Array] = None  # 0: what else takes no expert
@@ -543,6 +548,14 @@ def _put(slots: jax.Array, new_BLJK: jax.Array, positions_BL: jax.Array,
       (*first, 0, positions_BL[0, 0], 0, 0))
 
 
+@struct.dataclass
+class Both:
+  """The entry of a layer that reads n-grams (lookup.py): what its mixer keeps,
+  and its last tokens."""
+  mixer: Any
+  memory: Any
+
+
 # Of each entry what Cache.write puts in, which it may have none of.
 Slots = Optional[tuple[dict[str, Optional[jax.Array]], ...]]
 _WRITTEN = 'key_BMJK', 'value_BMJK', 'index_BMJK'
@@ -551,6 +564,9 @@ _WRITTEN = 'key_BMJK', 'value_BMJK', 'index_BMJK'
 def apart(entries: tuple) -> tuple[Slots, tuple]:
   """Returns the keys and values of entries, and the entries without."""
   def of(entry: Any):
+    if isinstance(entry, Both):
+      slots, rest = of(entry.mixer)
+      return slots, entry.replace(mixer=rest)
     if not isinstance(entry, Cache):  # the arrays of a state
       return {}, entry
     return {name: getattr(entry, name) for name in _WRITTEN}, entry.replace(
@@ -563,6 +579,9 @@ def joined(slots: Slots, rest: tuple, layer: Optional[jax.Array] = None
            ) -> tuple:
   """Returns what `apart` was given; if `layer` is, entries of this layer, to
   which `rest` belongs, with the slots of all."""
-  return tuple(entry if written.get('key_BMJK') is None else entry.replace(
-      **written, layer=layer)
-               for entry, written in zip(rest, slots, strict=True))
+  def of(entry: Any, written: dict[str, Optional[jax.Array]]):
+    if isinstance(entry, Both):
+      return entry.replace(mixer=of(entry.mixer, written))
+    return entry if written.get('key_BMJK') is None else entry.replace(
+        **written, layer=layer)
+  return tuple(of(*x) for x in zip(rest, slots, strict=True))

@@ -166,6 +166,8 @@ class Role:
     kind: 'hidden'; 'logits', whose product is as many numbers at every width
       and is divided by config.widening (the head's, a router's); 'embedding',
       a table whose rows are looked up.
+    reads: of tables that the last few tokens look up, how many rows a token
+      reads; 0: it is no such table.
     tuned: whether it is trained beside low-rank adapters (model.lora), which
       leave all else as it was: it is one of them, or new to the task.
   """
@@ -174,6 +176,7 @@ class Role:
   batch: tuple[int, ...] = ()
   kind: str = 'hidden'
   tuned: bool = False
+  reads: int = 0
 
   @property
   def matrix(self) -> bool:
@@ -492,6 +495,35 @@ def lookup(table_VD: jax.Array, ids_BL: jax.Array,
   tokens = _spec(*at.tokens)
   return jax.shard_map(local, in_specs=(_spec(*at.weight), tokens),
                        out_specs=tokens, check_vma=False)(table_VD, ids_BL)
+
+
+def looked_up_rows(table_IK: jax.Array, ids_BLU: jax.Array,
+                   dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Returns rows of a table that is sharded by rows, [B, L, U, K], in `dtype`.
+
+  A device is given the ids of all tokens of the devices that the table lies on,
+  looks up those that are among its own rows, and the sum over the devices is
+  scattered to where the tokens are. So neither the table nor its gradient is
+  ever whole.
+  """
+  names, _ = weight_places(table_IK.shape, ('table', None))
+  rows = mesh_axes('batch')
+  if (not names or not set(names) <= set(rows)
+      or shards('batch', ids_BLU.shape[0]) == 1):
+    return constrain_if(table_IK, None, None)[ids_BLU].astype(dtype)
+
+  def local(table_IK: jax.Array, ids_BLU: jax.Array):
+    ids_BLU = jax.lax.all_gather(ids_BLU, names, axis=0, tiled=True)
+    ids_BLU = ids_BLU - jax.lax.axis_index(names) * len(table_IK)
+    here_BLU = (ids_BLU >= 0) & (ids_BLU < len(table_IK))
+    x_BLUK = jnp.where(here_BLU[..., None], table_IK[
+        jnp.clip(ids_BLU, 0, len(table_IK) - 1)], 0)
+    return scatter(x_BLUK.astype(dtype), 0, names)
+
+  cut = shards('length', ids_BLU.shape[1]) > 1
+  tokens = _spec(rows, mesh_axes('length') if cut else ())
+  return jax.shard_map(local, in_specs=(_spec(names), tokens),
+                       out_specs=tokens, check_vma=False)(table_IK, ids_BLU)
 
 
 def whole(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:

@@ -28,7 +28,7 @@ from architectures.parts import blocks, heads, layers, positions, sharding
 from architectures.parts.attention import multi_head
 from architectures.parts.blocks import BLOCKS, branches, residual
 from architectures.parts.config import (
-    apart, Cache, Context, First, joined, LayerKind, ModelConfig, Section,
+    apart, Both, Cache, Context, First, joined, LayerKind, ModelConfig, Section,
     Slots)
 from architectures.parts.layers import FFNS, norm
 from configs.errors import require, short
@@ -128,7 +128,7 @@ class Period(nn.Module):
     for i, kind in enumerate(self.pattern):
       config = self.config.of_kind(kind.name)
       block = layers.with_remat(
-          BLOCKS[config.block], config,
+          blocks.block_of(config), config,
           prevent_cse=not (self.in_loop and ends == 1))
       make = functools.partial(block, config, kind, name=f'block_{i}')
       args = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
@@ -138,6 +138,9 @@ class Period(nn.Module):
         x, new, aux = make()(x, *args)
       else:
         x, new, aux = self._after_its_weights(f'block_{i}', make, x, *args)
+      memory = None
+      if isinstance(new, Both):
+        new, memory = new.mixer, new.memory
       if getattr(new, 'first', None) is not None:
         first, new = new.first, new.replace(first=None)
       if getattr(new, 'lent', None) is not None:
@@ -145,7 +148,7 @@ class Period(nn.Module):
       if getattr(new, 'losses', None):
         aux = _with_losses(aux or _NOTHING, _NOTHING | {'losses': new.losses})
         new = new.replace(losses={})
-      caches.append(new)
+      caches.append(new if memory is None else Both(new, memory))
       auxes.append(aux)
       kept.append(x if ctx.keep_layers else ())
     with_cache = cache is not None or ctx.keep_attention
@@ -221,6 +224,8 @@ class Stack(nn.Module):
     ctx = _with_distances(c, self.sections[0].kinds[0], ctx, k_positions_BM)
     run = self._one_by_one if ctx.one_by_one else self._scan
     inputs_BLD, with_cache = x_BLD, cache is not None
+    if any(c.of_kind(kind).memory == 'per_layer' for kind in c.kinds_used):
+      ctx = ctx.replace(embedded_BLD=x_BLD)
     first = (multi_head.first_values(
         blocks.readers(c, 'value_residual')[0], x_BLD)
              if c.value_residual else None)
@@ -712,7 +717,7 @@ def init_cache(config: ModelConfig, batch: int, length: int):
   positions.check_length(config, length)
   def empty(kind: LayerKind, rows: int) -> Cache:
     c = config.of_kind(kind.name)
-    return blocks.mixer_of(c).cache(c, (rows, batch, length))
+    return blocks.empty_cache(c, (rows, batch, length))
   return tuple(empty(kind, section.periods)
                for section in config.sections(config.num_decoder_layers)
                for kind in section.kinds)

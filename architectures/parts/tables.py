@@ -18,6 +18,7 @@ from typing import Any
 from architectures.parts import blocks
 from architectures.parts import heads
 from architectures.parts import layers
+from architectures.parts import lookup
 from architectures.parts import positions
 from architectures.parts.attention import kernels
 from architectures.parts.attention import multi_head
@@ -44,6 +45,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     'block': BLOCKS,
     'residual': blocks.RESIDUALS,
     'mixer': blocks.MIXERS,
+    'memory': lookup.MEMORIES,
     'attention': kernels.RULES,
     'head': heads.HEADS,
 }
@@ -520,6 +522,8 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   if mixer.turns_heads or not position.rotate:
     position.check(c, stack)
   kernels.RULES[c.attention].check(c, stack)
+  if c.memory != lookup.NO_MEMORY:
+    lookup.check(c)
   for able, needed, field in (
       ('STREAMS', c.residual != 'plain', f'model.residual {c.residual!r}'),
       ('WITHOUT_FFN', c.ffn == NO_FFN, f'model.ffn {NO_FFN!r}'),
@@ -574,6 +578,7 @@ def _check_stack(c: ModelConfig, stack: str,
       ('pooling', 'cls', 'encoder'), ('embed_dim', 0, 'encoder'),
       ('mtp_depth', 0, 'decoder'),
       ('attention_conv', 0, 'decoder'),
+      ('memory', lookup.NO_MEMORY, 'decoder'),
       # training/optim/mup.py has rules for the parameters of decoders alone.
       ('parametrization', 'standard', 'decoder'),
       ('num_decoder_layers', c.num_layers, 'encoder-decoder')):
@@ -587,7 +592,12 @@ def _check_stack(c: ModelConfig, stack: str,
           f'and the head of masked words of model.arch {c.arch!r} has the '
           'activation of the layers: set model.ffn to a network, and '
           f'ffn={NO_FFN} of the kinds of layer that have none')
-  require(not c.mtp_depth or c.layer_kinds(c.num_layers)[-1].source is None,
+  last = c.layer_kinds(c.num_layers)[-1]
+  require(not c.mtp_depth or c.of_kind(last.name).memory == lookup.NO_MEMORY,
+          f'model.mtp_depth is {c.mtp_depth}, but the last layer, whose kind '
+          'the modules that predict further tokens have, reads tables of '
+          f"model.memory: end with a kind of memory {lookup.NO_MEMORY!r}")
+  require(not c.mtp_depth or last.source is None,
           f'model.mtp_depth is {c.mtp_depth}, but the last layer, whose kind '
           'the modules that predict further tokens have, reads the keys of '
           'another layer: end the pattern or the suffix with a kind that has '

@@ -108,6 +108,23 @@ def test_shards_are_joined_and_sums_are_cut_up(sizes):
     np.testing.assert_array_equal(cut, np.split(total, n, 1)[i % n])
 
 
+@pytest.mark.parametrize('sizes', [
+    dict(fsdp=8), dict(fsdp=2, expert=4), dict(data=2, fsdp=2, tensor=2)])
+def test_rows_are_looked_up_where_they_lie(sizes):
+  table_IK, d_BLUK = normal(0, 32, 4), normal(1, 8, 3, 2, 4)
+  ids_BLU = np.random.default_rng(2).integers(0, 32, (8, 3, 2))
+  def rows(table_IK):
+    return sharding.looked_up_rows(table_IK, ids_BLU, jnp.float32)
+  def both(table_IK):
+    x_BLUK, back = jax.vjp(rows, table_IK)
+    return x_BLUK, back(d_BLUK)[0]
+  want = jax.jit(both)(table_IK)
+  with jax.set_mesh(make_mesh(sizes)), sharding.rules('default'):
+    lowered = jax.jit(both).lower(table_IK)
+    models.close(want, lowered.compile()(table_IK))
+  assert 'reduce_scatter"' in lowered.as_text()
+
+
 @pytest.mark.parametrize('sizes, gathers', [
     (dict(data=2, fsdp=4), 1), (dict(fsdp=2, expert=4), 2)])
 @pytest.mark.parametrize('keep', [True, False])

@@ -25,14 +25,16 @@ from tests.training import step_test
 from training import generate, runs
 
 
+NGRAMS = dict(rows=40, heads=2)
 ATTENTIONS = {
     'global': {},
-    'grouped': dict(num_kv_heads=2),
-    'banded': dict(**models.banded(5)),
+    'grouped': dict(num_kv_heads=2, memory='engram', ngrams=NGRAMS),
+    'banded': dict(**models.banded(5), memory='over_encoding', ngrams=NGRAMS),
     'capped': dict(attention_softcap=5.0, num_kv_heads=2,
                    value_residual=True, value_embedding=True),
     # What adds nothing to another is tried beside it.
-    'qk_norm': dict(qk_norm=True, attention_gate='headwise'),
+    'qk_norm': dict(qk_norm=True, attention_gate='headwise',
+                    memory='per_layer'),
     'sinks': dict(attention_sinks=True, qk_norm=True, num_kv_heads=2,
                   qk_norm_over='projection', attention_out_bias=False,
                   attention_gate='elementwise'),
@@ -159,7 +161,7 @@ def _picture(mask):
 
 @pytest.mark.slow
 def test_packed_documents_do_not_see_each_other():
-  module, params = models.make(position='rope')
+  module, params = models.make(position='rope', memory='engram', ngrams=NGRAMS)
   a, b = models.tokens(1, 7, seed=4), models.tokens(1, 9, seed=5)
   @jax.jit
   def both(params):
@@ -251,6 +253,9 @@ MODELS = {
     'mamba2': ('mamba2', {}),
     'lfm2': ('lfm2', {}),
     'streams': ('llama', dict(residual='mhc')),
+    'memory': ('llama', dict(
+        pattern='before,after', ngrams=NGRAMS, kinds=dict(
+            before=dict(memory='engram'), after=dict(memory='per_layer')))),
 }
 
 

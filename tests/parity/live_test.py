@@ -116,6 +116,14 @@ def test_hyper_connections_are_those_of_transformers():
   holds(parts.mhc())
 
 
+def test_ngrams_are_read_as_by_transformers():
+  holds(parts.engram())
+
+
+def test_per_layer_embeddings_are_those_of_transformers():
+  holds(parts.per_layer())
+
+
 @pytest.mark.parametrize('system', harness.SYSTEMS)
 def test_a_run_and_its_export_answer_lm_eval_alike(system):
   pytest.importorskip('lm_eval')

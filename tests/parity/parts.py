@@ -1,6 +1,7 @@
-"""mHC, which no system here has, beside DeepSeek-V4's in transformers, which
-divides the columns and rows of the transposed matrix, and so gets the same
-one."""
+"""Parts that no system here has, beside those of transformers: mHC beside
+DeepSeek-V4's, which divides the columns and rows of the transposed matrix, and
+so gets the same one; Engram beside Qwen4-Exp's per-layer embedding; and that of
+Gemma 4 beside a layer of it."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import blocks
+from architectures.parts import blocks, lookup
+from architectures.parts.config import Context
 from configs import base
 from tests.parity import compare
 
@@ -55,6 +57,116 @@ def mhc() -> list[compare.Finding]:
       name, compare.error(ours[name], theirs[name]),
       compare.LIMITS['output' if name in ('output', 'streams') else 'grads'])
           for name in ours]
+
+
+ROWS, HEADS, VOCAB = 40, 2, 150_000
+
+
+def engram() -> list[compare.Finding]:
+  """Compares what a layer adds to its input, and the gradients, with weights
+  drawn from a fixed seed, of two tables of 2-grams and two of 3-grams."""
+  draw = np.random.default_rng(0)
+  normal = lambda *shape: draw.standard_normal(shape).astype(np.float32)
+  x, d = normal(2, LENGTH, D), normal(2, LENGTH, D)
+  tokens = draw.integers(1, VOCAB, (2, LENGTH))  # 0 ends a document of theirs
+  model = base.base().model
+  model.update(d_model=D, vocab_size=VOCAB, max_len=LENGTH, norm='rmsnorm_1p',
+               norm_eps=1e-6, memory='engram')
+  model.ngrams.update(rows=ROWS, heads=HEADS)
+  module = lookup.Engram(architectures.resolve(model))
+  ctx = Context(jnp.arange(LENGTH)[None], tokens_BL=jnp.asarray(tokens))
+  born = nn.meta.unbox(jax.eval_shape(
+      lambda: module.init(jax.random.key(0), x, ctx, None)['params']))
+  params = jax.tree.map(lambda leaf: normal(*leaf.shape), born)
+  y, vjp = jax.vjp(lambda params, x: module.apply(
+      {'params': params}, x, ctx, None)[0], params, x)
+  grads, dx = vjp(d)
+  ours = dict(output=y, x=dx, table=grads['table'], key=grads['key'].T,
+              value=grads['value'].T, conv=grads['conv'].T[:, None], **{
+                  f'{name}_norm': grads[f'{name}_norm']['offset']
+                  for name in ('key', 'query', 'conv')})
+  theirs = _qwen4_exp(params, x, d, tokens)
+  return [compare.Finding(
+      name, compare.error(ours[name], theirs[name]),
+      compare.LIMITS['output' if name == 'output' else 'grads'])
+          for name in ours]
+
+
+def _qwen4_exp(params, x, d, tokens) -> dict:
+  """Returns the output and gradients of transformers' module."""
+  import torch
+  from transformers.models import qwen4_exp
+  config = qwen4_exp.configuration_qwen4_exp.Qwen4ExpTextConfig(
+      hidden_size=D, vocab_size=VOCAB, rms_norm_eps=1e-6,
+      heads_per_ngram=HEADS, ngram_vocab_size_base=ROWS, ple_embed_dim=D,
+      eos_token_id=0)
+  config.hc_count = 1  # one stream, which their models do not have
+  layer = qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextPLELayer(config, 0, 0)
+  weights = dict(
+      table=layer.ple_embedding.ngram_embedding, key=layer.key_proj,
+      value=layer.value_proj, conv=layer.conv1d, key_norm=layer.norm_key,
+      query_norm=layer.norm_query, conv_norm=layer.norm_conv)
+  with torch.no_grad():
+    for name, module in weights.items():
+      ours = params[name]
+      ours = (ours['offset'] if name.endswith('norm') else
+              ours if name == 'table' else
+              ours.T[:, None] if name == 'conv' else ours.T)
+      module.weight.copy_(torch.tensor(ours))
+  x = torch.tensor(x, requires_grad=True)
+  y = layer(x, torch.tensor(tokens), None)
+  y.backward(torch.tensor(d))
+  return {name: a.detach().numpy() for name, a in dict(
+      output=y, x=x.grad, **{name: module.weight.grad
+                             for name, module in weights.items()}).items()}
+
+
+def per_layer() -> list[compare.Finding]:
+  """Compares what a layer adds to its output with the modules of Gemma 4, in a
+  model of one layer."""
+  import torch
+  from transformers.models import gemma4
+  draw = np.random.default_rng(0)
+  normal = lambda *shape: draw.standard_normal(shape).astype(np.float32)
+  size, vocab = 8, 128
+  config = gemma4.Gemma4TextConfig(
+      hidden_size=D, hidden_size_per_layer_input=size, num_hidden_layers=1,
+      vocab_size=vocab, vocab_size_per_layer_input=vocab, num_attention_heads=2,
+      num_key_value_heads=2, head_dim=8, global_head_dim=8,
+      intermediate_size=8, layer_types=['full_attention'])
+  theirs = gemma4.modeling_gemma4.Gemma4TextModel(config)
+  layer = theirs.layers[0]
+  weights = dict(
+      table=theirs.embed_tokens_per_layer,
+      input=theirs.per_layer_model_projection,
+      input_norm=theirs.per_layer_projection_norm,
+      gate=layer.per_layer_input_gate, out=layer.per_layer_projection,
+      out_norm=layer.post_per_layer_input_norm)
+  params: dict = {}
+  with torch.no_grad():
+    for name, module in weights.items():
+      x = normal(*module.weight.shape)
+      module.weight.copy_(torch.tensor(x))
+      params[name] = (dict(scale=x) if name.endswith('norm') else
+                      x if name == 'table' else x.T)
+  x, x0, tokens = normal(2, LENGTH, D), normal(2, LENGTH, D), draw.integers(
+      0, vocab, (2, LENGTH))
+  model = base.base().model
+  model.update(d_model=D, vocab_size=vocab, max_len=LENGTH, norm='rmsnorm',
+               norm_eps=1e-6, memory='per_layer')
+  model.per_layer.size = size
+  ours = lookup.PerLayer(architectures.resolve(model)).apply(
+      {'params': params}, x, Context(
+          jnp.arange(LENGTH)[None], tokens_BL=jnp.asarray(tokens),
+          embedded_BLD=jnp.asarray(x0)))
+  with torch.no_grad():
+    ids, x0, x = map(torch.tensor, (tokens, x0, x))
+    e = theirs.project_per_layer_inputs(
+        x0, theirs.get_per_layer_inputs(ids, x0))[:, :, 0]
+    y = layer.post_per_layer_input_norm(layer.per_layer_projection(
+        layer.act_fn(layer.per_layer_input_gate(x)) * e))
+  return [compare.Finding('output', compare.error(ours, y.numpy()),
+                          compare.LIMITS['output'])]
 
 
 def _transposed(fn):

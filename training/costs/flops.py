@@ -169,7 +169,7 @@ def _backward(c: ModelConfig, length: int, decoder_length: int, unread: int,
   less by what the program of the gradients of what is trained is without,
   beside that of all gradients."""
   some = parameter_shares(architectures.build(c), ml_collections.ConfigDict(
-      dict(freeze=freeze, layer_decay=1.0)))
+      dict(freeze=freeze, layer_decay=1.0, table_rate=1.0)))
   forward, most, least = (
       _row_flops(c, *_whole(c, length, decoder_length, prefix), unread=unread,
                  trained=trained)

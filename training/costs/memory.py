@@ -107,8 +107,10 @@ def analytic(run: runs.Run, kept_in_all: tuple[int, int] | None = None,
   widest = max(max(_scores(run.config, k, tokens, platform),
                    3 * width * tokens * _hidden(k))
                for k in map(c.of_kind, c.kinds_used))
+  roles = paths.flatten(parameter_roles(run.module))
   weights = max((x.size // x.shape[0] for path, x in params.items()
-                 if paths.Stacks.has(path)), default=0)
+                 if paths.Stacks.has(path) and not roles[path].reads),
+                default=0)
   parts['one_layer'] = widest // shape['tensor'] + (
       2 * width * weights // (shape['tensor'] * shape['expert']))
   parts['peak'] = sum(parts.values())

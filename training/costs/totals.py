@@ -151,23 +151,31 @@ def resolved(config: Config):
 
 def _sizes(module: nn.Module) -> tuple[dict, dict]:
   """Returns the size of each parameter by path, and how much of it one token
-  uses: of what the experts hold, the share of those that it goes through."""
+  uses: of what the experts hold, the share of those that it goes through, and
+  of tables that n-grams look up, the rows that it reads."""
   m = module.config.moe
   roles = paths.flatten(parameter_roles(module))
-  sizes = {path: x.size for path, x in paths.flatten(
-      parameter_shapes(module)).items()}
+  shapes = paths.flatten(parameter_shapes(module))
+  sizes = {path: x.size for path, x in shapes.items()}
   share = routing.active_experts(m) / m.num_experts if m else 1.0
-  return sizes, {path: size * (share if 'experts' in roles[path].axes else 1.0)
-                 for path, size in sizes.items()}
+
+  def used(path: str) -> float:
+    if reads := roles[path].reads:
+      return reads / shapes[path].shape[-2]
+    return share if 'experts' in roles[path].axes else 1.0
+
+  return sizes, {path: size * used(path) for path, size in sizes.items()}
 
 
 def _by_part(sizes: dict) -> dict:
-  """Sums by part: embed, attention, ffn, norms, head, ..."""
+  """Sums by part: embed, attention, ffn, norms, head, tables, ..."""
   parts: dict = {}
   for path, size in sizes.items():
     names = path.split('/')
     part = next((n for n in names if n in ('cross_attention', 'attention',
-                                           'ffn')), None)
+                                           'ffn', 'memory')), None)
+    if part == 'memory' and names[-1] == 'table':
+      part = 'tables'  # which nothing multiplies
     if names[0] == 'mtp':  # which the model is without in inference
       part = names[0]
     if part is None and any(n.endswith('_streams') for n in names):
@@ -190,7 +198,7 @@ def kept_bytes(model: ModelConfig) -> tuple[int, int]:
 
 def _layer_bytes(c: ModelConfig) -> tuple[int, int]:
   def row(length: int) -> int:
-    cache = jax.eval_shape(lambda: blocks.mixer_of(c).cache(c, (1, length)))
+    cache = jax.eval_shape(lambda: blocks.empty_cache(c, (1, length)))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
   return row(2) - row(1), 2 * row(1) - row(2)
 

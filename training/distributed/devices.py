@@ -103,8 +103,8 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
     common.append(('tensor', 'moe.d_ff'))
   require(shape['context'] == 1 or not blocks.with_state(model),
           f'mesh.context is {shape["context"]}, and some layers keep each '
-          'row on one device (a state of model.mixer, or '
-          'model.attention_conv): set mesh.context=1')
+          'row on one device (a state of model.mixer, '
+          'model.attention_conv or model.memory): set mesh.context=1')
   def rows_of(kind: str) -> tuple[tuple[str, str], ...]:
     c = model.of_kind(kind)
     return (*blocks.mixer_of(c).divided,

@@ -1,7 +1,8 @@
 """Which parameters are trained, at which share of the learning rate, and their
 moving average.
 
-optim.freeze names parameters that are not trained. optim.layer_decay gives
+optim.freeze names parameters that are not trained. optim.table_rate multiplies
+the rate of tables that n-grams look up (model.memory). optim.layer_decay gives
 each layer the rate lr * layer_decay ** (N - n), n counted from 0 (Clark et al.
 2020, ELECTRA, section 3.1 and table 6; with the exponents of Bao et al. 2022,
 BEiT, whose last layer has the first power): the embedding has one power more
@@ -45,7 +46,8 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
 
   Raises:
     RequestError: for a pattern that is no regular expression or matches no
-      parameter, and where nothing would be trained.
+      parameter, for a rate of tables that are not there, and where nothing
+      would be trained.
   """
   stacks, below, depth = paths.Stacks(paths.flatten(shapes)), {}, 0
   for stack in sorted(stacks.counts, key=STACKS.index):
@@ -56,6 +58,10 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
   except re.error as error:
     raise RequestError(f'optim.freeze is {optim.freeze!r}, of which a pattern '
                        f'is no regular expression: {error}') from error
+  require(optim.table_rate == 1
+          or any(role.reads for role in jax.tree.leaves(roles)),
+          f'optim.table_rate is {optim.table_rate}, and the model has no '
+          'tables that n-grams look up: leave it at 1, or set model.memory')
   names: list[str] = []
   matched = set()
 
@@ -76,7 +82,8 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
                  if pattern.fullmatch(path) or pattern.fullmatch(name)}
       matched.update(freezes)
       rows.append(0.0 if freezes or adapted and not role.tuned
-                  else optim.layer_decay ** power)
+                  else optim.layer_decay ** power * (
+                      optim.table_rate if role.reads else 1.0))
     if len(set(rows)) == 1:
       return rows[0]
     return np.array(rows, np.float32).reshape(-1, *(1,) * (len(x.shape) - 1))

@@ -7,6 +7,8 @@ backend (jaxlib 0.10.2) takes 15 times as long as for the same sum as an einsum.
 JAX derives such sums as the gradient of a number that multiplies a vector.
 """
 
+from collections.abc import Callable
+import functools
 from typing import Any, Optional
 
 import flax.linen as nn
@@ -86,6 +88,7 @@ class RMSNorm(nn.Module):
 #   y_l = b + sum over i < W of w_i x_(l - W + 1 + i)
 # The last weight is the token's own. Tokens of other documents count as zero,
 # as do those before the row, unless a cache has them (W - 1 tokens of a row).
+# The tokens that it sees may also be several places apart.
 
 
 def filters(module: nn.Module, name: str, width: int, shape: tuple[int, ...],
@@ -106,48 +109,69 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
              bias_HK: Optional[jax.Array] = None, *,
              before_BWHK: Optional[jax.Array] = None,
              segment_ids_BL: Optional[jax.Array] = None,
-             valid_BL: Optional[jax.Array] = None, silu: bool = False
-             ) -> tuple[jax.Array, jax.Array]:
-  """Returns y, in x's dtype, and the W - 1 inputs that a next token sees.
+             valid_BL: Optional[jax.Array] = None, silu: bool = False,
+             apart: int = 1) -> tuple[jax.Array, jax.Array]:
+  """Returns y, in x's dtype, and the (W - 1) * apart inputs that the next
+  tokens see.
 
   Args:
     x_BLHK: the inputs.
     w_WHK: the weights.
     bias_HK: the bias; None: there is none.
-    before_BWHK: the W - 1 inputs before them; None: zeros.
+    before_BWHK: as many inputs before them; None: zeros.
     segment_ids_BL: documents; the leading axis may be 1.
     valid_BL: 0 on padding, which stands at the end of a row; None: there is
       none.
     silu: whether y goes through SiLU, in float32.
+    apart: places between two tokens that it sees.
   """
   (B, L, H, K), W = x_BLHK.shape, w_WHK.shape[0]
+  reach = (W - 1) * apart
   if before_BWHK is None:
-    before_BWHK = jnp.zeros((B, W - 1, H, K), x_BLHK.dtype)
+    before_BWHK = jnp.zeros((B, reach, H, K), x_BLHK.dtype)
   all_BMHK = jnp.concatenate([before_BWHK.astype(x_BLHK.dtype), x_BLHK], 1)
-  y_BLHK = layers.counted(_activated if silu else _biased, 2 * W)(
+  y_BLHK = layers.counted(_at(_activated if silu else _biased, apart), 2 * W)(
       all_BMHK, w_WHK, bias_HK, segment_ids_BL)
+  return y_BLHK.astype(x_BLHK.dtype), last(all_BMHK, reach, L, valid_BL)
+
+
+def last(all_BM: jax.Array, count: int, length: int,
+         valid_BL: Optional[jax.Array]) -> jax.Array:
+  """Returns the last `count` entries of each row, [B, count, ...], of which the
+  last `length` are new; `valid_BL` is as of `convolve`."""
   if valid_BL is None:
-    after_BWHK = all_BMHK[:, L:]
-  else:
-    counts_B = jnp.broadcast_to((valid_BL != 0).sum(1), (B,))
-    after_BWHK = jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(
-        x, n, W - 1, 0))(all_BMHK, counts_B)
-  return y_BLHK.astype(x_BLHK.dtype), after_BWHK
+    return all_BM[:, length:]
+  counts_B = jnp.broadcast_to((valid_BL != 0).sum(1), (len(all_BM),))
+  return jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(
+      x, n, count, 0))(all_BM, counts_B)
 
 
-@jax.custom_vjp
+@functools.cache  # one function for each, which is traced once
+def _at(f: Callable[..., jax.Array], apart: int) -> Callable[..., jax.Array]:
+  return f if apart == 1 else lambda *args: f(*args, apart)
+
+
+def _taps(W: int, M: int, apart: int) -> list[tuple[slice, int]]:
+  """Returns of each weight the inputs that it multiplies, of M, and how far
+  before the token they stand."""
+  reach = (W - 1) * apart
+  return [(slice(i * apart, i * apart + M - reach), reach - i * apart)
+          for i in range(W)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _filtered(all_BMHK: jax.Array, w_WHK: jax.Array,
-              segment_ids_BL: Optional[jax.Array]) -> jax.Array:
+              segment_ids_BL: Optional[jax.Array], apart: int) -> jax.Array:
   """Returns y, float32. Its gradient is written out, because XLA's CPU backend
   takes 20 times as long for the one that JAX derives from these lines."""
-  W, L = len(w_WHK), all_BMHK.shape[1] - len(w_WHK) + 1
   w_WHK = w_WHK.astype(jnp.float32)
-  return sum(_of_one_document(
-      all_BMHK[:, i:i + L].astype(jnp.float32) * w_WHK[i][None, None],
-      segment_ids_BL, W - 1 - i) for i in range(W))
+  return sum(of_one_document(
+      all_BMHK[:, seen].astype(jnp.float32) * w_WHK[i][None, None],
+      segment_ids_BL, gap) for i, (seen, gap) in enumerate(
+          _taps(len(w_WHK), all_BMHK.shape[1], apart)))
 
 
-def _of_one_document(x_BLHK: jax.Array, segment_ids_BL: Optional[jax.Array],
+def of_one_document(x_BLHK: jax.Array, segment_ids_BL: Optional[jax.Array],
                      gap: int) -> jax.Array:
   """Returns x, and 0 where the token `gap` places before is of another
   document."""
@@ -159,22 +183,22 @@ def _of_one_document(x_BLHK: jax.Array, segment_ids_BL: Optional[jax.Array],
 
 
 def _filtered_fwd(all_BMHK: jax.Array, w_WHK: jax.Array,
-                  segment_ids_BL: Optional[jax.Array]):
-  return _filtered(all_BMHK, w_WHK, segment_ids_BL), (
+                  segment_ids_BL: Optional[jax.Array], apart: int):
+  return _filtered(all_BMHK, w_WHK, segment_ids_BL, apart), (
       all_BMHK, w_WHK, segment_ids_BL)
 
 
-def _filtered_bwd(kept: Any, d_BLHK: jax.Array):
+def _filtered_bwd(apart: int, kept: Any, d_BLHK: jax.Array):
   all_BMHK, w_WHK, segment_ids_BL = kept
-  W, L = len(w_WHK), d_BLHK.shape[1]
-  d_all_BMHK, d_w = 0, []
-  for i in range(W):
-    d_tap_BLHK = _of_one_document(d_BLHK, segment_ids_BL, W - 1 - i)
-    seen_BLHK = all_BMHK[:, i:i + L].astype(jnp.float32)
+  M, L = all_BMHK.shape[1], d_BLHK.shape[1]
+  d_all_BMHK, d_w, reach = 0, [], M - L
+  for i, (seen, gap) in enumerate(_taps(len(w_WHK), M, apart)):
+    d_tap_BLHK = of_one_document(d_BLHK, segment_ids_BL, gap)
+    seen_BLHK = all_BMHK[:, seen].astype(jnp.float32)
     d_w.append((seen_BLHK * d_tap_BLHK).sum((0, 1)))
     # One padded array for all i, where there are no documents.
-    wide = jnp.pad(d_tap_BLHK, ((0, 0), (W - 1, W - 1), (0, 0), (0, 0)))
-    d_all_BMHK += (wide[:, W - 1 - i:][:, :L + W - 1]
+    wide = jnp.pad(d_tap_BLHK, ((0, 0), (reach, reach), (0, 0), (0, 0)))
+    d_all_BMHK += (wide[:, gap:][:, :M]
                    * w_WHK[i].astype(jnp.float32)[None, None])
   return (d_all_BMHK.astype(all_BMHK.dtype),
           jnp.stack(d_w).astype(w_WHK.dtype), None)
@@ -183,31 +207,33 @@ def _filtered_bwd(kept: Any, d_BLHK: jax.Array):
 _filtered.defvjp(_filtered_fwd, _filtered_bwd)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _activated(all_BMHK: jax.Array, w_WHK: jax.Array,
                bias_HK: Optional[jax.Array],
-               segment_ids_BL: Optional[jax.Array]) -> jax.Array:
+               segment_ids_BL: Optional[jax.Array], apart: int = 1
+               ) -> jax.Array:
   """Returns silu(y + bias), float32; the gradient computes y again."""
-  return jax.nn.silu(_biased(all_BMHK, w_WHK, bias_HK, segment_ids_BL))
+  return jax.nn.silu(_biased(all_BMHK, w_WHK, bias_HK, segment_ids_BL, apart))
 
 
 def _biased(all_BMHK: jax.Array, w_WHK: jax.Array,
             bias_HK: Optional[jax.Array],
-            segment_ids_BL: Optional[jax.Array]) -> jax.Array:
-  y_BLHK = _filtered(all_BMHK, w_WHK, segment_ids_BL)
+            segment_ids_BL: Optional[jax.Array], apart: int = 1) -> jax.Array:
+  y_BLHK = _filtered(all_BMHK, w_WHK, segment_ids_BL, apart)
   if bias_HK is None:
     return y_BLHK
   return y_BLHK + bias_HK.astype(jnp.float32)[None, None]
 
 
-def _activated_bwd(kept: Any, d_BLHK: jax.Array):
+def _activated_bwd(apart: int, kept: Any, d_BLHK: jax.Array):
   all_BMHK, w_WHK, bias_HK, segment_ids_BL = kept
-  d_BLHK, = jax.vjp(jax.nn.silu, _biased(*kept))[1](d_BLHK)
+  d_BLHK, = jax.vjp(jax.nn.silu, _biased(*kept, apart))[1](d_BLHK)
   d_all_BMHK, d_w_WHK, _ = _filtered_bwd(
-      (all_BMHK, w_WHK, segment_ids_BL), d_BLHK)
+      apart, (all_BMHK, w_WHK, segment_ids_BL), d_BLHK)
   d_bias_HK = None if bias_HK is None else d_BLHK.sum((0, 1)).astype(
       bias_HK.dtype)
   return d_all_BMHK, d_w_WHK, d_bias_HK, None
 
 
-_activated.defvjp(lambda *args: (_activated(*args), args), _activated_bwd)
+_activated.defvjp(
+    lambda *args: (_activated(*args), args[:4]), _activated_bwd)

@@ -1,0 +1,356 @@
+"""Tables whose rows a layer looks up by the last few tokens, or by the token:
+parameters that nothing multiplies.
+
+Of n-grams there are, for each order n from 2 to N, `heads` tables. With odd
+numbers a_i, and p, a prime that is each table's own, a token reads the row
+
+  h = ((a_0 t_l) xor (a_1 t_(l-1)) xor ... xor (a_(n-1) t_(l-n+1))) mod p
+
+in integers of 64 bits, where t are the tokens of its document, and pad_token
+stands before them. e, [U], are the rows of all tables, one after another.
+
+engram (Cheng et al. 2026, arXiv 2601.07372, section 2; in transformers
+Qwen4ExpTextPLELayer) is, before a layer whose input is x,
+
+  g  = n(W_K e) . n(x) / sqrt(D)
+  v  = sigmoid(sign(g) sqrt(|g|)) W_V e
+  x' = x + v + silu(conv(n(v)))
+
+n is the model's norm, each time with its own scale. The convolution is of each
+feature by itself, over tokens that are N places apart, and 0 at first. The
+authors also join tokens that differ by case and accents alone, which is a
+tokenizer's work and not done here, and give each layer its own a_i and primes;
+here all layers hash alike, as layers that are scanned must.
+
+over_encoding (Huang et al. 2025, arXiv 2501.16975, section 3.2) is
+
+  x' = x + W e
+
+before the first layer, where x is the embedding of the tokens.
+
+A row of a batch keeps its last N - 1 tokens, and the last inputs of the
+convolution.
+
+per_layer (Gemma 3n and 4) has a table E of the vocabulary for each layer. With
+x_0, the embedding of the tokens, S features of a row, and x, what the layer
+returns,
+
+  e  = (n(W_0 x_0 / sqrt(D)) + sqrt(S) E_t) / sqrt(2)
+  x' = x + n(W_out (gelu(W_gate x) * e))
+
+Gemma's layers have the scale of the first norm in common; here each has one.
+
+The tables are sharded by rows, over fsdp and the experts' axis, and only rows
+that were looked up are sent.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple, Optional
+
+import flax.linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from architectures.parts import layers, sharding
+from architectures.parts.config import Context, ModelConfig
+from architectures.parts.recurrent import features
+from architectures.parts.sharding import Role, declare
+from configs.errors import require
+from configs.fields import field, FUNCTION, SHAPES
+
+NO_MEMORY = 'none'  # model.memory of layers that read nothing
+PADDED_TO = 128  # rows of all tables together are a multiple of it
+SEED = 1234  # of a_i, as in transformers
+
+
+@dataclasses.dataclass(frozen=True)
+class NGramsConfig:
+  """Of memory engram and over_encoding."""
+  GROUP = 'ngrams'
+  order: int = field(3, 'N, the tokens of the longest n-gram', least=2,
+                     resume=SHAPES)
+  heads: int = field(4, 'tables of each order', least=1, resume=SHAPES)
+  rows: int = field(4096, 'The rows of a table: the primes from this number '
+                    'on, one a table.', least=2, most=2**30, resume=SHAPES)
+  size: int = field(0, 'features of a row; derived: d_model / the number of '
+                    'tables', resume=SHAPES)
+  pad_token: int = field(0, 'the token that stands before a document',
+                         resume=FUNCTION)
+  kernel: int = field(4, 'of engram: tokens that the convolution sees, the '
+                      'token itself included', least=2, resume=SHAPES)
+
+  @property
+  def tables(self) -> int:
+    return (self.order - 1) * self.heads
+
+  def derived(self, c: ModelConfig) -> 'NGramsConfig':
+    return dataclasses.replace(self, size=self.size or c.d_model // self.tables)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerLayerConfig:
+  """Of memory per_layer."""
+  size: int = field(0, 'features of a row; derived: d_model / 8', resume=SHAPES)
+
+  def derived(self, c: ModelConfig) -> 'PerLayerConfig':
+    return dataclasses.replace(self, size=self.size or max(1, c.d_model // 8))
+
+
+@struct.dataclass
+class State:
+  """The last N - 1 tokens of each row, and what the convolution saw last."""
+  tokens_BW: jax.Array
+  inputs_BWD: Optional[jax.Array] = None
+
+
+# Hashing: integers of 64 bits as two of 32, high and low, as JAX has no others.
+
+
+_GAMMA, _BITS = 0x9E3779B97F4A7C15, 2**64 - 1
+
+
+def _scattered(x: int) -> int:
+  """SplitMix64 (Steele et al. 2014)."""
+  x = (x + _GAMMA) & _BITS
+  x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _BITS
+  x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _BITS
+  return x ^ (x >> 31)
+
+
+def multipliers(vocab_size: int, order: int) -> list[int]:
+  """Returns a_i: odd, and so small that no product with a token reaches 2^63.
+  """
+  most = max(1, (2**63 - 1) // vocab_size // 2)
+  return [2 * (_scattered((SEED + i * _GAMMA) & _BITS) % most) + 1
+          for i in range(1, order + 1)]
+
+
+@functools.cache
+def primes(least: int, count: int) -> tuple[int, ...]:
+  """Returns the first so many primes from `least` on."""
+  is_prime = lambda n: n > 1 and all(
+      n % divisor for divisor in range(2, math.isqrt(n) + 1))
+  return tuple(itertools.islice(filter(is_prime, itertools.count(least)),
+                                count))
+
+
+def _times(t: jax.Array, a: int) -> tuple[jax.Array, jax.Array]:
+  """Returns t * a, of uint32 and an integer below 2^63, as high and low."""
+  a0, a1, high = (np.uint32(x) for x in (a & 0xffff, a >> 16 & 0xffff, a >> 32))
+  t0, t1, half = t & 0xffff, t >> 16, lambda x: x & 0xffff
+  middle = (t0 * a0 >> 16) + half(t0 * a1) + half(t1 * a0)
+  return (t1 * a1 + (t0 * a1 >> 16) + (t1 * a0 >> 16) + (middle >> 16)
+          + t * high, half(t0 * a0) | middle << 16)
+
+
+def _modulo(high: jax.Array, low: jax.Array, by: tuple[int, ...]) -> jax.Array:
+  """Returns the number modulo each of `by`, which becomes the last axis: a long
+  division, whose digits have as many bits as fit beside a rest."""
+  by_K = jnp.asarray(by, jnp.uint32).reshape((1,) * low.ndim + (-1,))
+  rest, left = high[..., None] % by_K, 32
+  while left:
+    bits = min(32 - max(by).bit_length(), left)
+    left -= bits
+    digit = low[..., None] >> left & np.uint32(2**bits - 1)
+    rest = (rest << bits | digit) % by_K
+  return rest
+
+
+def hashed(c: ModelConfig, all_BM: jax.Array,
+           segment_ids_BL: Optional[jax.Array] = None) -> jax.Array:
+  """Returns which rows each token reads, [B, L, tables]: orders one after
+  another, all tables counted through.
+
+  Args:
+    c: the config.
+    all_BM: the tokens, after the N - 1 that stand before them.
+    segment_ids_BL: documents; the leading axis may be 1.
+  """
+  m, places = c.ngrams, []
+  by = primes(m.rows, m.tables)
+  L = all_BM.shape[1] - m.order + 1
+  mixed: tuple[jax.Array, ...] = ()
+  for back, a in enumerate(multipliers(c.vocab_size, m.order)):
+    t_BL = all_BM[:, m.order - 1 - back:][:, :L]
+    if segment_ids_BL is not None:
+      t_BL = m.pad_token + features.of_one_document(
+          (t_BL - m.pad_token)[:, :, None, None], segment_ids_BL, back
+      )[:, :, 0, 0]
+    product = _times(t_BL.astype(jnp.uint32), a)
+    if not back:
+      mixed = product
+      continue
+    mixed = tuple(x ^ y for x, y in zip(mixed, product))
+    places.append(_modulo(*mixed, by[(back - 1) * m.heads:back * m.heads]))
+  first = np.cumsum((0, *by[:-1]))[None, None]
+  return jnp.concatenate(places, -1).astype(jnp.int32) + first
+
+
+def _looked_up(module: nn.Module, ctx: Context, state: Optional[State]
+               ) -> tuple[jax.Array, jax.Array]:
+  """Returns e, [B, L, U], and the last N - 1 tokens."""
+  c: Any = module.config  # type: ignore[attr-defined]
+  m, tokens_BL = c.ngrams, ctx.tokens_BL
+  assert tokens_BL is not None
+  before_BW = state.tokens_BW if state else jnp.full(
+      (len(tokens_BL), m.order - 1), m.pad_token, tokens_BL.dtype)
+  all_BM = jnp.concatenate([before_BW, tokens_BL], 1)
+  e_BLUS = _rows(module, sum(primes(m.rows, m.tables)), m.size,
+                 hashed(c, all_BM, ctx.segment_ids_BL))
+  after_BW = features.last(all_BM, m.order - 1, tokens_BL.shape[1],
+                           None if state is None else ctx.valid_BL)
+  e_BLU = e_BLUS.reshape(*tokens_BL.shape, -1)
+  return sharding.constrain(e_BLU, 'batch', 'length', 'mlp'), after_BW
+
+
+def _rows(module: nn.Module, rows: int, size: int, ids_BLU: jax.Array
+          ) -> jax.Array:
+  """Declares a table and returns the rows of these ids, [B, L, U, size]."""
+  c: Any = module.config  # type: ignore[attr-defined]
+  table_IS = declare(
+      module, 'table', nn.initializers.normal(c.init_stddev),
+      (-(-rows // PADDED_TO) * PADDED_TO, size),
+      Role(('table', None), inputs=(0,), kind='embedding',
+           reads=ids_BLU.shape[-1]))
+  return sharding.looked_up_rows(table_IS, ids_BLU, c.compute_dtype)
+
+
+def _product(module: nn.Module, name: str, x_BLI: jax.Array, size: int = 0,
+             axes: tuple[str, str] = ('mlp', 'embed'), **how: Any) -> jax.Array:
+  c: Any = module.config  # type: ignore[attr-defined]
+  w_IO = layers.weight(module, name, (x_BLI.shape[-1], size or c.d_model), axes,
+                       **how)
+  return layers.einsum('BLI,IO->BLO', x_BLI, w_IO, c.compute_dtype, axes=axes)
+
+
+def gated(key_BLD: jax.Array, x_BLD: jax.Array, value_BLD: jax.Array
+          ) -> jax.Array:
+  """Returns v of the module's docstring, of n(W_K e), n(x) and W_V e. The root
+  is of 1e-6 at least, as in the authors' program."""
+  key, x, value = (a.astype(jnp.float32) for a in (key_BLD, x_BLD, value_BLD))
+  g_BL = features.dots(key, x) * x.shape[-1] ** -0.5
+  g_BL = jnp.sign(g_BL) * jnp.sqrt(jnp.maximum(jnp.abs(g_BL), 1e-6))
+  return features.scaled(value, jax.nn.sigmoid(g_BL)).astype(value_BLD.dtype)
+
+
+class Engram(nn.Module):
+  """(x_BLD, context, state) -> (what is added to x_BLD, state)."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, state: Optional[State]):
+    c = self.config
+    m, D = c.ngrams, c.d_model
+    e_BLU, tokens_BW = _looked_up(self, ctx, state)
+    v_BLD = layers.recomputed(gated)(
+        layers.norm(c, 'key_norm')(_product(self, 'key', e_BLU)),
+        layers.norm(c, 'query_norm')(x_BLD),
+        _product(self, 'value', e_BLU, residual=True))
+    w_WD = declare(self, 'conv', nn.initializers.zeros, (m.kernel, D),
+                   Role((None, 'embed')))
+    y_BL1D, inputs_BW1D = features.convolve(
+        layers.norm(c, 'conv_norm')(v_BLD)[:, :, None], w_WD[:, None],
+        before_BWHK=state and state.inputs_BWD[:, :, None],
+        segment_ids_BL=ctx.segment_ids_BL,
+        valid_BL=None if state is None else ctx.valid_BL, silu=True,
+        apart=m.order)
+    if state is not None:
+      state = State(tokens_BW, inputs_BW1D[:, :, 0])
+    return v_BLD + y_BL1D[:, :, 0], state
+
+
+class OverEncoding(nn.Module):
+  """(x_BLD, context, state) -> (what is added to x_BLD, state)."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, state: Optional[State]):
+    e_BLU, tokens_BW = _looked_up(self, ctx, state)
+    y_BLD = _product(self, 'value', e_BLU)
+    return y_BLD, None if state is None else State(tokens_BW)
+
+
+class PerLayer(nn.Module):
+  """(x_BLD, context) -> what is added to x_BLD."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
+    c, size = self.config, self.config.per_layer.size
+    assert ctx.tokens_BL is not None and ctx.embedded_BLD is not None
+    row_BLS = _rows(self, c.vocab_size, size, ctx.tokens_BL[..., None])[:, :, 0]
+    into = functools.partial(_product, self, size=size, axes=('embed', 'mlp'))
+    seen_BLS = layers.norm(c, 'input_norm', 'mlp')(layers.times(
+        into('input', ctx.embedded_BLD), c.d_model ** -0.5))
+    e_BLS = layers.times(seen_BLS + layers.times(row_BLS, size ** 0.5),
+                         2 ** -0.5)
+    gate_BLS = layers.recomputed(layers.gelu_tanh)(into('gate', x_BLD))
+    return layers.norm(c, 'out_norm')(
+        _product(self, 'out', gate_BLS * e_BLS, residual=True))
+
+
+def keeps(c: ModelConfig) -> bool:
+  """Whether the layers of one kind keep the last tokens of a row."""
+  memory = MEMORIES[c.memory]
+  return memory is not None and memory.settings is NGramsConfig
+
+
+def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
+  """Returns the state of rows without a token; `shape` is [..., B, M], and the
+  state does not depend on M."""
+  m = c.ngrams
+  tokens_BW = jnp.full((*shape[:-1], m.order - 1), m.pad_token, jnp.int32)
+  if c.memory != 'engram':
+    return State(tokens_BW)
+  return State(tokens_BW, jnp.zeros(
+      (*shape[:-1], (m.kernel - 1) * m.order, c.d_model), c.compute_dtype))
+
+
+def check(c: ModelConfig) -> None:
+  """Raises RequestError for what a layer that reads tables cannot be."""
+  reads = f'model.memory is {c.memory!r}'
+  require(c.residual == 'plain', f'{reads}, which adds to one stream, and '
+          f"model.residual {c.residual!r} has others: set it to 'plain'")
+  require(c.parametrization == 'standard', f'{reads}, for which '
+          f'model.parametrization {c.parametrization!r} has no rules: set it '
+          "to 'standard'")
+  if not keeps(c):
+    return
+  m = c.ngrams
+  require(m.size > 0, f'{reads}, and model.d_model {c.d_model} has not a '
+          f'feature for each of the {m.tables} tables: set model.ngrams.size')
+  require(m.pad_token < c.vocab_size, f'model.ngrams.pad_token is '
+          f'{m.pad_token}, which is no token of {c.vocab_size}')
+  rows = m.rows * m.tables
+  require(rows < 2**31 - 2**20, f'model.ngrams.rows is {m.rows} in each of '
+          f'{m.tables} tables, together {rows}: choose less, as rows are '
+          'counted in 32 bits')
+
+
+class Memory(NamedTuple):
+  """What a layer reads beside its input.
+
+  Attributes:
+    module: (x_BLD, context, state) -> (what is added to x_BLD, state); of one
+      that is read after the layer, without the state.
+    settings: the group of fields of config.model that it reads.
+    fields: of the group, those that this entry reads and others may not.
+    after: whether it is read of what the layer returns.
+  """
+  module: type[nn.Module]
+  settings: type = NGramsConfig
+  fields: tuple[str, ...] = ()
+  after: bool = False
+
+
+MEMORIES: dict[str, Optional[Memory]] = {
+    NO_MEMORY: None,
+    'engram': Memory(Engram, fields=('ngrams.kernel',)),
+    'over_encoding': Memory(OverEncoding),
+    'per_layer': Memory(PerLayer, PerLayerConfig, after=True),
+}
