@@ -43,14 +43,14 @@ SIZES['kimi-k2'] = SIZES['671b'] | {
         parameters=1_026_408_209_408)
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'671b': 58 * 256, 'kimi-k2': 60 * 384}
+# Of V3.2 and GLM-5 too.
+MODEL = dict(norm_eps=1e-6, latent=dict(norm_eps=1e-6), moe=(
+    deepseek_v2.MOE | dict(shared_experts=1, gate_scale=2.5,
+                           balance_weight=0.0001, bias_rate=0.001)))
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config(
-      'deepseek_v3', size, SIZES, dict(
-          norm_eps=1e-6, latent=dict(norm_eps=1e-6),
-          moe=deepseek_v2.MOE | dict(shared_experts=1, gate_scale=2.5,
-                                     balance_weight=0.0001, bias_rate=0.001)),
-      tokens=14.8e12, batch_size=15360, lr=2.2e-4)
+  c = recipes.config('deepseek_v3', size, SIZES, MODEL, tokens=14.8e12,
+                     batch_size=15360, lr=2.2e-4)
   return deepseek_v2.released(
       c, size, vocab_size=163840 if size == 'kimi-k2' else 129280)

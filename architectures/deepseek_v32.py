@@ -1,0 +1,64 @@
+"""DeepSeek-V3.2: DeepSeek-V3 whose queries see the tokens that an indexer
+chooses (DeepSeek-AI 2025, arXiv 2512.02556, section 2.1).
+
+  a  = x + LatentAttention(n) over the top_k of the tokens so far, by I
+  I  = sum over 64 heads of w_h relu(q_h k),  q_h = W_h n(W_dq n)
+  x' = a + shared(m) + gate_scale * sum over the chosen experts of g_e E_e(m)
+
+n and m are RMSNorms of x and a; I is in parts/attention/indexer.py, and experts
+are as in architectures/deepseek_v3.py. Rotary pairs of attention are
+neighbours, and those of the indexer half of what is turned apart. The published
+weights come of V3.1's in two steps: configs/deepseek_v32.py has them.
+"""
+
+from architectures import deepseek_v2, deepseek_v3, llama
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Decoder
+from configs.errors import require
+
+
+class DeepSeekV32(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = deepseek_v3.DeepSeekV3.PARTS | dict(attention='indexed')
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  reader.must(rope_interleave=True, indexer_rope_interleave=False)
+  return read(reader, fields, q_rank=1536)
+
+
+def read(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
+  """Returns what the records of V3.2 and GLM-5 say alike; `q_rank` is the
+  default of q_lora_rank."""
+  deepseek_v3.note_mtp(reader)
+  hf.check_gates(fields)
+  both = deepseek_v2.read(reader, fields, dense=3, q_rank=q_rank)
+  require(both['latent']['q_rank'], 'config.json has q_lora_rank null, of '
+          'which transformers makes no indexer')
+  layers, dense = fields['num_layers'], both['prefix'].count('dense')
+  reader.must(
+      layer_types=['indexed_attention'] * layers,
+      mlp_layer_types=['dense'] * dense + ['sparse'] * (layers - dense))
+  return both
+
+
+def write(c: ModelConfig) -> dict:
+  """Returns the same of the config `c`."""
+  return deepseek_v2.write(c) | dict(num_nextn_predict_layers=0)
+
+
+INDEXER = hf.under(
+    'attention/indexer', 'self_attn.indexer',
+    ('query', 'UHK', 'wq_b.weight', 'HK U'), ('key', 'DK', 'wk.weight', 'K D'),
+    ('key_norm/scale', 'K', 'k_norm.weight', 'K'),
+    ('key_norm/bias', 'K', 'k_norm.bias', 'K'),
+    ('weights', 'DH', 'weights_proj.weight', 'H D'))
+
+HF = deepseek_v3.HF._replace(
+    model_type='deepseek_v32', architecture='DeepseekV32ForCausalLM',
+    names=lambda c: (*deepseek_v3.HF.names(c), *llama.layers(*INDEXER)),
+    fields=deepseek_v3.HF.fields | hf.fields(
+        max_position_embeddings=163840, index_topk=2048, index_n_heads=64,
+        index_head_dim=128),
+    read=_read, write=write, heads={})

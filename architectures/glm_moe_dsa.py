@@ -1,0 +1,45 @@
+"""GLM-5: DeepSeek-V3.2 with fewer and larger heads (GLM-5 Team 2026, arXiv
+2602.15763, section 2.1).
+
+  a  = x + LatentAttention(n) over the top_k of the tokens so far, by I
+  I  = sum over 32 heads of w_h relu(q_h k),  q_h = W_h n(W_dq n)
+  x' = a + shared(m) + gate_scale * sum over the chosen experts of g_e E_e(m)
+
+n and m are RMSNorms of x and a; I is in parts/attention/indexer.py, and the
+indexer's rotary pairs are neighbours too. The experts are in no groups. Folders
+in which layers share one choice of tokens are refused: each here has its own.
+"""
+
+from architectures import deepseek_v32, llama
+from architectures.parts import hf
+from architectures.parts.skeletons import Decoder
+from configs.errors import require
+
+
+class GlmMoeDsa(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = deepseek_v32.DeepSeekV32.PARTS | dict(
+      indexer=dict(interleaved=True))
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  reader.must(rope_interleave=True, indexer_rope_interleave=True)
+  pattern = reader.listed('indexer_types') or reader('index_topk_pattern', '')
+  shared = 'shared' in pattern or 'S' in pattern
+  require(not shared and reader('index_topk_freq', 1) <= 1,
+          'config.json says by indexer_types or index_topk_freq that layers '
+          'share a choice of tokens: only layers that each have an indexer are '
+          'known here')
+  reader.passes('index_skip_topk_offset')
+  return deepseek_v32.read(reader, fields, q_rank=2048)
+
+
+HF = deepseek_v32.HF._replace(
+    model_type='glm_moe_dsa', architecture='GlmMoeDsaForCausalLM',
+    fields=deepseek_v32.HF.fields | hf.fields(
+        hidden_size=6144, num_hidden_layers=78, num_attention_heads=64,
+        intermediate_size=12288, vocab_size=154880, rms_norm_eps=1e-5,
+        max_position_embeddings=202752, qk_nope_head_dim=192, v_head_dim=256,
+        topk_group=1, index_n_heads=32) | {
+            'moe.expert_groups': ('n_group', 1)},
+    read=_read, ignored=(*llama.HF.ignored, r'model\.layers\.78\..*'))
