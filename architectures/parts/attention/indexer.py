@@ -21,7 +21,7 @@ loss, aux/indexer in the metrics:
 where p_l is the mean over heads of what l weighs the values with, to which no
 gradient goes, nor to x and c. So the rest of the model learns from its own loss
 alone. While all keys are seen (top_k=0, the dense warm-up) an indexer learns
-where attention goes.
+where attention goes: docs/howto/sparse_attention.md has the stages.
 """
 
 import dataclasses
