@@ -249,7 +249,7 @@ MODELS = {
         gla=dict(heads=4, key_dim=8, value_dim=8))),
     'deltanet': ('llama', dict(mixer='deltanet', deltanet=dict(
         key_heads=2, value_heads=4, key_dim=8, value_dim=8))),
-    'latent': ('deepseek_v3', dict(mtp_depth=1)),
+    'latent': ('deepseek_v32', dict(mtp_depth=1, indexer=dict(top_k=5))),
     'mamba2': ('mamba2', {}),
     'lfm2': ('lfm2', {}),
     'streams': ('llama', dict(residual='mhc')),
