@@ -126,7 +126,7 @@ class Model:
     normalised one.) The arguments are those of a call of the model.
     """
     kept = self._run('layers', tokens, decoder_tokens, inputs)
-    return self._of_stacks(kept, self.config.num_layers + 1)
+    return self._of_stacks(kept, 1)
 
   def attention_weights(self, tokens: Tokens,
                         decoder_tokens: Tokens | None = None,
@@ -142,7 +142,7 @@ class Model:
     arguments are those of a call of the model.
     """
     kept, cross = self._run('attention', tokens, decoder_tokens, inputs)
-    attentions = self._of_stacks(kept, self.config.num_layers)
+    attentions = self._of_stacks(kept, 0)
     return attentions if cross is None else attentions | {
         'cross': _in_numpy(cross)}
 
@@ -276,10 +276,12 @@ class Model:
       arguments['decoder_tokens'] = decoder_tokens
     return inputs_of.arrays(self.stack, arguments, self.config.vocab_size)
 
-  def _of_stacks(self, kept: Any, encoder: int) -> Any:
-    """Parts what the layers of both stacks have kept, the encoder's first."""
+  def _of_stacks(self, kept: Any, more: int) -> Any:
+    """Parts what the layers of both stacks have kept, the encoder's first,
+    which are so many `more` than it has layers."""
     if self.stack != 'encoder-decoder':
       return _in_numpy(kept)
+    encoder = more + len(self.config.layer_kinds(self.config.num_layers))
     return dict(encoder=_in_numpy(jnp.stack(kept[:encoder])),
                 decoder=_in_numpy(jnp.stack(kept[encoder:])))
 

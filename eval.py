@@ -4,6 +4,7 @@ r"""Evaluates a run's checkpoint; the run remembers its config.
   python eval.py --workdir runs/tiny --tasks=loss,samples --samples=3 \
       --prompt="Fellow citizens" --temperature=0.8 --json runs/tiny/eval.json
   python eval.py --workdir runs/tiny --step=last:5
+  python eval.py --workdir runs/loops --passes=8
   python eval.py --workdir runs/tiny --text='text:other/*.txt' --stride=64
   python eval.py --workdir runs/tiny --tasks=lm_eval:blimp_files \
       --lm_eval_data=DIR
@@ -35,6 +36,9 @@ flags.DEFINE_string('step', None, 'Which checkpoint: the number of a step, or '
                     'newest.')
 flags.DEFINE_bool('live', False, 'Evaluate the parameters themselves, of a run '
                   'that keeps their average (optim.ema).')
+flags.DEFINE_integer('passes', 0, 'Run the layers that loop so often, in place '
+                     'of the model.loops.passes of the run; 0: as often.',
+                     lower_bound=0)
 flags.DEFINE_list('tasks', ['loss'],
                   f'Comma-separated; after lm_eval:NAME, names that are none '
                   f'of these are lm_eval\'s too. {evals.described()}.')
@@ -60,7 +64,7 @@ def main():
 
   cpu.prepare()
   figures = evals.evaluate(workdir, tasks, args, step=step, text=args.text,
-                           live=args.live)
+                           live=args.live, passes=args.passes)
   if json_file:
     evals.write(json_file, figures)
 

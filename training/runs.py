@@ -87,7 +87,15 @@ def optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
 
 def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
   """Returns the share of the learning rate that each parameter of `module`
-  has, None where all have the whole; see shares.of."""
+  has, None where all have the whole; see shares.of.
+
+  Raises:
+    RequestError: for rates by depth of layers that loop.
+  """
+  loop = module.config.loop
+  require(optim.layer_decay == 1 or loop == 'none', 'optim.layer_decay is '
+          f'{optim.layer_decay}, and with model.loop {loop!r} a layer is run '
+          'at several depths: leave it at 1')
   if not (optim.freeze or module.config.lora.rank) and (
       optim.layer_decay == optim.table_rate == 1):
     return None

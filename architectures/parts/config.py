@@ -60,11 +60,17 @@ class LayerKind:
 
 
 class Section(NamedTuple):
-  """Layers of a stack that follow one another: `kinds`, `periods` times. `name`
-  is that of their parameters."""
+  """Layers of a stack that follow one another: `kinds`, `periods` times, and
+  all of these `passes` times. `name` is that of their parameters."""
   name: str
   kinds: tuple[LayerKind, ...]
   periods: int
+  passes: int = 1
+
+  @property
+  def layers(self) -> tuple[LayerKind, ...]:
+    """The kind of each layer that a token goes through."""
+    return self.kinds * self.periods * self.passes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +122,11 @@ class ModelConfig:
       'plain', 'What attention and networks read of what stands before them: '
       'plain, the residual sum; hyper (hyper-connections) or mhc, a mixture of '
       'several streams; or attention (attention residuals), a weighted mean.')
+  loop: str = field(
+      'none', 'What each pass reads where the layers of the pattern, between '
+      'the prefix and the suffix, are run several times: plain, what the pass '
+      'before returned; add, concat or gate, that and the input of the first '
+      'pass. none: they are run once.')
   mixer: str = field(
       'attention', 'What mixes the tokens of a layer: attention; latent, whose '
       'keys and values are made of a small vector a token; a recurrence; or '
@@ -325,7 +336,8 @@ class ModelConfig:
   def sections(self, num_layers: int, *, causal: bool = True,
                cross: bool = False) -> tuple[Section, ...]:
     """The layers of a stack of so many: those before the first period, its
-    repetitions, and those after the last. Each section has layers."""
+    repetitions, and those after the last. Each section has layers, and the
+    repetitions have the passes of model.loop."""
     first, last = kinds.split(self.prefix), kinds.split(self.suffix)
     period = kinds.split(self.pattern) or ('',)
     repeated = (num_layers - len(first) - len(last)) // len(period)
@@ -337,15 +349,17 @@ class ModelConfig:
                    for i, (c, name) in enumerate(
                        zip(configs[len(before):], names)))
 
-    return tuple(Section(name, layer_kinds(names, before), n)
-                 for name, names, before, n in zip(
+    passes = self.loops.passes if self.loops else 1
+    return tuple(Section(name, layer_kinds(names, before), *times)
+                 for name, names, before, times in zip(
                      kinds.SECTIONS, (first, period, last), ((), first, ()),
-                     (1, repeated, 1)) if names)
+                     ((1,), (repeated, passes), (1,))) if names)
 
   def layer_kinds(self, num_layers: int, *, causal: bool = True,
                   cross: bool = False) -> tuple[LayerKind, ...]:
-    """The kind of each layer of a stack of so many."""
-    return sum((section.kinds * section.periods for section in self.sections(
+    """The kind of each layer that a token goes through in a stack of so many,
+    which are more where they loop."""
+    return sum((section.layers for section in self.sections(
         num_layers, causal=causal, cross=cross)), ())
 
 

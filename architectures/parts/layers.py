@@ -89,7 +89,8 @@ def _initializer(config: ModelConfig, role: Role, residual: bool, gain: float):
         in_axis=axes.inputs, out_axis=axes.outputs, batch_axis=axes.batch)
   stddev = config.init_stddev
   if config.init == 'scaled_normal' and residual:
-    stddev /= (2 * config.num_layers) ** 0.5
+    depth = config.loops.depth if config.loops else config.num_layers
+    stddev /= (2 * depth) ** 0.5
   # The number of inputs without a logical axis does not grow with the width.
   if not output and any(role.axes[i] for i in role.inputs):
     stddev /= config.widening ** 0.5
@@ -737,7 +738,12 @@ def gathers(c: ModelConfig, path: str, axes: tuple[str | None, ...]) -> int:
     axes: its logical axes.
   """
   once = keeps_gathered(c, path.split('/')[-1]) and 'experts' not in axes
-  return 1 if once else 2
+  return (1 if once else 2) * passes(c, path)
+
+
+def passes(c: ModelConfig, path: str) -> int:
+  """Returns how often a forward pass reads a parameter of this path."""
+  return c.loops.passes if c.loops and '/layers/' in path else 1
 
 
 def _named(kind: type[nn.Module]) -> type[nn.Module]:

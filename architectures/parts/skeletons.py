@@ -8,6 +8,9 @@ not `scan_layers` unrolls the scan. The layers of model.prefix come before the
 first period: they are one of their own, `prefix/block_{n}` with one row, and
 layer n of the others stands where n - len(prefix) would. Likewise those of
 model.suffix come after the last period.
+
+With model.loop the layers of all periods are run several times, between the
+prefix and the suffix: see LOOPS.
 """
 
 from collections.abc import Callable
@@ -15,7 +18,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import chex
 from flax import struct
@@ -30,9 +33,10 @@ from architectures.parts.blocks import BLOCKS, branches, residual
 from architectures.parts.config import (
     apart, Both, Cache, Context, First, joined, LayerKind, ModelConfig, Section,
     Slots)
-from architectures.parts.layers import FFNS, norm
+from architectures.parts.layers import FFNS, norm, NORMS
 from configs.errors import require, short
-from configs.kinds import SECTIONS
+from configs.fields import AT_START, field, FUNCTION, RUN, SHAPES
+from configs.kinds import SECTIONS, split
 
 
 @struct.dataclass
@@ -202,6 +206,135 @@ class Scanned(Period):
     return (carry, slots), (cache, *out)
 
 
+# Loops: the layers between the prefix and the suffix are run loops.passes
+# times with the same weights (recurrent depth: Dehghani et al. 2019, arXiv
+# 1807.03819). F is one pass, e what the prefix returns, and s_t what pass t
+# returns; the suffix reads the last one. Pass t reads
+#
+#   plain   s_(t-1)                          s_0 = e   (ALBERT, Ouro)
+#   add     s_(t-1) + e                      s_0 = 0   (Yang et al. 2024, arXiv
+#                                            2311.12424)
+#   concat  [s_(t-1); e] W                   s_0 = 0   (Huginn: Geiping et al.
+#                                            2025, arXiv 2502.05171, sec. 3.2)
+#   gate    (1 - f) * e + g * s_(t-1)        pass 1 reads e
+#           f = tanh(r W_f)    g = tanh(r W_g)
+#           r = [rms(e); rms(s_(t-1))] W_r
+#
+# gate is the message gate of Inkling 2 (transformers: inkling2_loop), of rank
+# loops.gate_rank. Inkling has one for each query, key, value and network of
+# each layer, and attends to the blocks of the pass before; here one gate reads
+# the end of that pass. Huginn draws s_0, here it is 0, so that a model is a
+# function of its tokens. With loops.boundary 'norm', s_(t-1) goes through the
+# stack's final norm before a pass reads it (Ouro: Zhu et al. 2025, arXiv
+# 2510.25741). With loops.gradient_passes k, neither the passes before the last
+# k nor what they read have a gradient (Huginn, section 3.3).
+#
+# One plain pass, or one of add or gate, is the stack without a loop. Each pass
+# has keys, values and states of its own: a cache has loops.passes times the
+# rows of the stack, those of a pass side by side.
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopsConfig:
+  """Of a model with a loop."""
+  GROUP = 'loops'
+  passes: int = field(4, 'how often the layers that loop are run', least=1,
+                      resume=FUNCTION)
+  gradient_passes: int = field(
+      0, 'how many of the last passes have a gradient; 0: all',
+      resume=FUNCTION)
+  boundary: str = field(
+      'none', 'what a state goes through between two passes: none, or the '
+      "stack's final norm", choices=('none', 'norm'), resume=FUNCTION)
+  gate_rank: int = field(64, 'for gate: features between its products',
+                         least=1, resume=SHAPES)
+  depth: int = field(
+      0, 'the layers by whose number init scaled_normal divides; derived: '
+      'those that a token goes through', resume=AT_START, about=RUN,
+      read_by='init=scaled_normal')
+
+  def derived(self, c: ModelConfig) -> 'LoopsConfig':
+    """Returns the fields with what follows from those of the model."""
+    apart = sum(len(split(names)) for names in (c.prefix, c.suffix))
+    once = max(c.num_layers - apart, 0)
+    return dataclasses.replace(
+        self, depth=self.depth or c.num_layers + (self.passes - 1) * once)
+
+
+def _concat(module: nn.Module, state_BLD: jax.Array, input_BLD: jax.Array
+            ) -> jax.Array:
+  c, axes = module.config, ('mlp', 'embed')  # type: ignore[attr-defined]
+  w_UD = layers.weight(module, 'join', (2 * c.d_model, c.d_model), axes)
+  return layers.einsum(
+      'BLU,UD->BLD', jnp.concatenate([state_BLD, input_BLD], -1), w_UD,
+      c.compute_dtype, axes=axes, keep=False)
+
+
+def _gate(module: nn.Module, state_BLD: jax.Array, input_BLD: jax.Array
+          ) -> jax.Array:
+  c: Any = module.config  # type: ignore[attr-defined]
+  D, R = c.d_model, c.loops.gate_rank
+  both_BLU = jnp.concatenate([layers.rmsnorm(x, None, c.norm_eps)
+                              for x in (input_BLD, state_BLD)], -1)
+  rank_BLR = layers.einsum('BLU,UR->BLR', both_BLU, layers.weight(
+      module, 'down', (2 * D, R), ('mlp', None)), c.compute_dtype)
+  forget_BLD, message_BLD = (jnp.tanh(layers.einsum(
+      'BLR,RD->BLD', rank_BLR, layers.weight(
+          module, name, (R, D), (None, 'embed')), c.compute_dtype, jnp.float32))
+                             for name in ('forget', 'message'))
+  return ((1 - forget_BLD) * input_BLD + message_BLD * state_BLD).astype(
+      input_BLD.dtype)
+
+
+class Loop(NamedTuple):
+  """A form of loop, as an entry of LOOPS.
+
+  Attributes:
+    read: (module, state, input) -> what a pass reads; None: the state.
+    first: whether the first pass reads by it too; if not, it reads the input.
+    fields: of config.model, those that this form reads and others may not.
+    settings: the group of fields that all forms read.
+  """
+  read: Optional[Callable[[nn.Module, Any, Any], jax.Array]] = None
+  first: bool = False
+  fields: tuple[str, ...] = ()
+  settings: type = LoopsConfig
+
+
+LOOPS = {
+    'none': None,
+    'plain': Loop(),
+    'add': Loop(lambda module, state_BLD, input_BLD: state_BLD + input_BLD),
+    'concat': Loop(_concat, first=True),
+    'gate': Loop(_gate, fields=('loops.gate_rank', 'norm_eps')),
+}
+
+
+class Enter(nn.Module):
+  """(state, the input of the first pass, which pass) -> what this one reads."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, state: blocks.X, inputs: blocks.X, n: Any) -> blocks.X:
+    loop = LOOPS[self.config.loop]
+    assert loop is not None
+    if not loop.read:
+      return state
+    if loop.first:
+      return residual(loop.read(self, jnp.where(n == 0, 0, state), inputs))
+    return residual(jnp.where(n == 0, inputs, loop.read(self, state, inputs)))
+
+
+def _enter(c: ModelConfig, params: Any, state: blocks.X, inputs: blocks.X,
+           n: Any) -> blocks.X:
+  """Returns what pass n reads, with `params` those of the stack."""
+  if c.loops.boundary == 'norm':
+    state = jnp.where(n == 0, state, NORMS[c.norm](c, parent=None).apply(
+        {'params': params.get('final_norm', {})}, state))
+  return Enter(c, parent=None).apply({'params': params.get('loop', {})}, state,
+                                     inputs, n)
+
+
 class Stack(nn.Module):
   """num_layers layers, then the final norm where the wiring needs one.
 
@@ -229,8 +362,7 @@ class Stack(nn.Module):
     first = (multi_head.first_values(
         blocks.readers(c, 'value_residual')[0], x_BLD)
              if c.value_residual else None)
-    kinds = sum((section.kinds * section.periods for section in self.sections),
-                ())
+    kinds = sum((section.layers for section in self.sections), ())
     x = blocks.begin_streams(c, x_BLD, branches(c, kinds))
     (x, _), outputs = run((x, first), cache, ctx)
     final, end = lambda x: x, blocks.EndOfStreams(c, name='final_streams')
@@ -254,9 +386,10 @@ class Stack(nn.Module):
 
   def _scan(self, carry: tuple, cache: Any, ctx: Context):
     c, entries, outputs = self.config, iter(cache or ()), []
-    for name, kinds, periods in self.sections:
+    for section in self.sections:
+      name, kinds, periods, passes = section
       slots, rest, at_N = None, None, None
-      scan = nn.scan(
+      make = functools.partial(nn.scan(
           Scanned, variable_axes={'params': 0},
           split_rngs={'params': True, 'dropout': True, 'router': True},
           in_axes=(0, nn.broadcast), length=periods,
@@ -265,16 +398,66 @@ class Stack(nn.Module):
           # of both are counted, and what is drawn depends on the count.
           check_constancy_invariants=any(
               map(self.has_rng, ('params', 'dropout', 'router'))),
-          metadata_params={nn.PARTITION_NAME: 'layers'})
+          metadata_params={nn.PARTITION_NAME: 'layers'}), c, kinds,
+                               self._lends(name),
+                               c.scan_layers and periods * passes > 1)
       if cache is not None:
         slots, rest = apart(tuple(itertools.islice(entries, len(kinds))))
         at_N = jnp.arange(periods)
-      (carry, slots), (new, *out) = scan(
-          c, kinds, self._lends(name), c.scan_layers and periods > 1,
-          name=name)((carry, slots), (at_N, rest), ctx)
+      if not self._loops(section) or self.is_initializing():
+        (carry, slots), (new, *out) = make(name=name)(
+            (carry, slots), (at_N, rest), ctx)
+      else:
+        (carry, slots), (new, *out) = self._loop(
+            make(parent=None), section, (carry, slots), rest, ctx)
+      if self._loops(section) and self.is_initializing():
+        Enter(c, name='loop')(carry[0], carry[0], 0)
       ctx = ctx.replace(lent=jax.tree.map(lambda x: x[0], out[-1]))
       outputs.append((new if slots is None else joined(slots, new), *out))
     return carry, outputs
+
+  def _loops(self, section: Section) -> bool:
+    return self.config.loop != 'none' and section.name == 'layers'
+
+  def _loop(self, layers: nn.Module, section: Section, carry: tuple,
+            rest: Any, ctx: Context):
+    """Returns what a scan over the layers that loop returns, of all passes,
+    those of a pass side by side. `layers` is that of one pass, and unbound."""
+    c, params = self.config, self.variables['params']
+    inputs, (_, _, periods, passes) = carry[0][0], section
+    keys = {name: jax.random.split(self.make_rng(name), passes)
+            for name in ('dropout', 'router') if self.has_rng(name)}
+    root = '/'.join((*self.path, section.name))
+
+    def once(params: Any, inputs: blocks.X, ctx: Context, carry: tuple,
+             xs: tuple):
+      ((x, first), slots), (n, rest, keys) = carry, xs
+      x = _enter(c, params, x, inputs, n)
+      at_N = None if slots is None else n * periods + jnp.arange(periods)
+      return layers.apply({'params': params[section.name]},
+                          ((x, first), slots), (at_N, rest), ctx, rngs=keys)
+
+    xs = jnp.arange(passes), jax.tree.map(
+        lambda x: x.reshape(passes, periods, *x.shape[1:]), rest), keys
+    stopped = functools.partial(jax.tree.map, jax.lax.stop_gradient)
+    free = (max(passes - c.loops.gradient_passes, 0)
+            if c.loops.gradient_passes else 0)  # passes without a gradient
+    fixed, parts = (params, inputs, ctx), []
+    for some in filter(len, (range(free), range(free, passes))):
+      carry, out = jax.lax.scan(
+          functools.partial(once, *(fixed if some.stop == passes else
+                                    stopped(fixed))),
+          stopped(carry) if free else carry,
+          jax.tree.map(operator.itemgetter(slice(some.start, some.stop)), xs),
+          unroll=1 if c.scan_layers else len(some))
+      parts.append(out)
+    new, auxes, *out = jax.tree.map(lambda *x: jnp.concatenate(x).reshape(
+        -1, *x[0].shape[2:]), *parts)
+    # A bias moves by the mean of the passes; `layers` does not know its path.
+    auxes = tuple(aux and aux | {'loads': {
+        f'{root}/{path}': load.reshape(passes, periods, -1).mean(0)
+        for path, load in aux['loads'].items()}} for aux in auxes)
+    return carry, (new, auxes, *out)
 
   def _lends(self, section: str) -> tuple[int, ...]:
     """Returns which layers of the prefix lend their keys to those after it."""
@@ -284,14 +467,18 @@ class Stack(nn.Module):
     })) if section == 'prefix' else ()
 
   def _one_by_one(self, carry: tuple, cache: Any, ctx: Context):
-    outputs = []
-    places = [(section, str(i)) for section in self.sections
-              for i in range(section.periods)]
-    for (section, i), entry in zip(places, cache, strict=True):
-      period = Period(self.config, section.kinds, self._lends(section.name),
-                      parent=None)
-      params = self.get_variable('params', section.name)[i]
-      carry, out = period.apply({'params': params}, carry, entry, ctx)
+    c, params, outputs, inputs = self.config, self.variables['params'], [], None
+    places = [(section, n) for section in self.sections
+              for n in range(section.periods * section.passes)]
+    for (section, n), entry in zip(places, cache, strict=True):
+      if self._loops(section) and n % section.periods == 0:
+        x, first = carry
+        inputs = x if n == 0 else inputs
+        carry = _enter(c, params, x, inputs, n // section.periods), first
+      period = Period(c, section.kinds, self._lends(section.name), parent=None)
+      carry, out = period.apply(
+          {'params': params[section.name][str(n % section.periods)]}, carry,
+          entry, ctx)
       if section.name == 'prefix':
         ctx = ctx.replace(lent=out[-1])
       outputs.append((out[0], *jax.tree.map(lambda x: x[None], out[1:])))
@@ -709,7 +896,7 @@ class EncoderDecoder(nn.Module):
 def init_cache(config: ModelConfig, batch: int, length: int):
   """An empty cache for `length` tokens a row: one entry a layer of the prefix
   or the suffix, [1, B, M, J, K], and a block of the period, [N / period, B, M,
-  J, K], in their order.
+  J, K], in their order; of layers that loop, those of each pass.
 
   Raises:
     ValueError: where learned positions do not reach `length`.
@@ -718,7 +905,7 @@ def init_cache(config: ModelConfig, batch: int, length: int):
   def empty(kind: LayerKind, rows: int) -> Cache:
     c = config.of_kind(kind.name)
     return blocks.empty_cache(c, (rows, batch, length))
-  return tuple(empty(kind, section.periods)
+  return tuple(empty(kind, section.periods * section.passes)
                for section in config.sections(config.num_decoder_layers)
                for kind in section.kinds)
 
@@ -745,11 +932,11 @@ def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
   for name in SECTIONS:
     if name not in decoder:
       continue
-    stacked = decoder[name], tuple(itertools.islice(entries,
-                                                    len(decoder[name])))
-    layers, layer_slots = zip(*(
+    layers, layer_slots = ([
         jax.tree.map(operator.itemgetter(i), stacked)
-        for i in range(jax.tree.leaves(stacked)[0].shape[0])))
+        for i in range(jax.tree.leaves(stacked)[0].shape[0])] for stacked in (
+            decoder[name], tuple(itertools.islice(entries,
+                                                  len(decoder[name])))))
     apart[name] = jax.lax.platform_dependent(
         {str(i): layer for i, layer in enumerate(layers)},
         cpu=jax.lax.optimization_barrier, default=lambda x: x)
@@ -771,9 +958,9 @@ def _take_weights(caches: tuple) -> tuple[dict, tuple]:
   names = {'attention': 'weights_BHLM',
            'cross_attention': 'memory_weights_BHLM'}
   weights = {}
-  for name, field in names.items():
-    if getattr(caches[0][0], field) is not None:
-      blocks = [[getattr(entry, field) for entry in cache] for cache in caches]
+  for name, array in names.items():
+    if getattr(caches[0][0], array) is not None:
+      blocks = [[getattr(entry, array) for entry in cache] for cache in caches]
       require(len({w.shape[-3] for section in blocks for w in section}) == 1,
               'attention weights are kept of layers with as many heads each')
       weights[name] = _by_layer(blocks)

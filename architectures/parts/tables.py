@@ -20,6 +20,7 @@ from architectures.parts import heads
 from architectures.parts import layers
 from architectures.parts import lookup
 from architectures.parts import positions
+from architectures.parts import skeletons
 from architectures.parts.attention import kernels
 from architectures.parts.attention import multi_head
 from architectures.parts.blocks import BLOCKS
@@ -44,6 +45,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     'moe.balance_loss': routing.BALANCE_LOSSES,
     'block': BLOCKS,
     'residual': blocks.RESIDUALS,
+    'loop': skeletons.LOOPS,
     'mixer': blocks.MIXERS,
     'memory': lookup.MEMORIES,
     'attention': kernels.RULES,
@@ -433,6 +435,8 @@ def check_model(c: ModelConfig, stack: str,
       raise RequestError(f'model.kinds.{name}: {error}' if name else
                          str(error)) from error
   _check_values(c)
+  if c.loops:
+    _check_loop(c)
   _check_stack(c, stack, archs)
   _check_products(c)
   heads.HEADS[c.head].check(c)
@@ -545,6 +549,30 @@ def _check_values(c: ModelConfig) -> None:
           'True, but the values of the kinds of layer differ in num_kv_heads '
           f'or head_dim, {" and ".join(map(str, sorted(sizes)))}: choose one '
           'size, as those of the first layer are mixed into all')
+
+
+def _check_loop(c: ModelConfig) -> None:
+  """Raises RequestError for layers that cannot be run several times so."""
+  loops, who = c.loops, f'model.loop is {c.loop!r}, '
+  joins, norm = c.loop != 'plain', loops.boundary != 'none'
+  require(c.residual == 'plain' or not (joins or norm), f'{who}model.loops.'
+          f'boundary is {loops.boundary!r} and model.residual {c.residual!r}: '
+          "several streams are handed on as they are, by loop 'plain' and "
+          "boundary 'none'")
+  last = c.of_kind(c.layer_kinds(c.num_layers)[-1].name)
+  require(not norm or BLOCKS[last.block].FINAL_NORM, f"{who}model.loops."
+          f"boundary is 'norm', and after layers of model.block {last.block!r} "
+          "there is no final norm: set it to 'none'")
+  require(loops.gradient_passes <= loops.passes, f'{who}model.loops.'
+          f'gradient_passes is {loops.gradient_passes}: choose from 1 to the '
+          f'{loops.passes} of model.loops.passes, or 0 for all')
+  require(joins or loops.gradient_passes in (0, loops.passes), f'{who}model.'
+          f'loops.gradient_passes is {loops.gradient_passes}: the last passes '
+          'read nothing but the state, so what comes before them would have no '
+          'gradient; set it to 0, or choose add, concat or gate')
+  require(c.keep_gathered == 'none', f'{who}model.keep_gathered '
+          f'{c.keep_gathered!r}: each pass would keep weights that all passes '
+          'share; set it to none')
 
 
 def products(c: ModelConfig) -> list[str]:

@@ -47,7 +47,8 @@ STATES = [name for name, mixer in blocks.MIXERS.items() if mixer.state]
 # A layer with a mixture of experts costs most, and has tests of its own.
 FFNS = ('gelu', 'swiglu', 'gelu', 'swiglu', 'gelu', 'moe', 'swiglu')
 PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,
-             attention=ATTENTIONS, state=[*STATES, 'no'])
+             attention=ATTENTIONS, state=[*STATES, 'no'],
+             loop=('concat', 'none', 'plain', 'gate', 'none', 'add', 'none'))
 # Every value of every part but networks, one that is added too.
 VARIANTS = [{part: tuple(values)[i % len(values)]
              for part, values in PARTS.items()}
@@ -66,7 +67,7 @@ def test_laws_of_a_variant(parts):
         mixer=state, position='rope' if state == 'retnet' else 'none'))
     changes |= dict(pattern=','.join(kinds), kinds=kinds,
                     num_layers=len(kinds))
-  module, params = models.make(**changes)
+  module, params = models.make(**changes, loops=dict(passes=2))
   check_laws(module, params)
   # A step of training on eight devices, up to its compiling.
   run = runs.build(step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
@@ -256,6 +257,8 @@ MODELS = {
     'memory': ('llama', dict(
         pattern='before,after', ngrams=NGRAMS, kinds=dict(
             before=dict(memory='engram'), after=dict(memory='per_layer')))),
+    'loops': ('llama', dict(loop='concat', loops=dict(
+        passes=3, gradient_passes=2, boundary='norm'))),
 }
 
 

@@ -46,13 +46,13 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
   times = memory.gathers(run)
   for path, x in paths.flatten(run.abstract.params).items():
     shard = math.prod(x.sharding.shard_shape(x.shape)) * itemsize
-    part = shard
+    part, reads = shard, accumulation * layers.passes(c, path)
     for axis in reversed(memory.gathered(x.sharding)):  # one after the other
-      add('reduce-scatter', (axis,), part, accumulation)  # of gradients
+      add('reduce-scatter', (axis,), part, reads)  # of gradients
       part *= shape[axis]
       add('all-gather', (axis,), part, times[path] * accumulation)
     rest = tuple(a for a in batch if a not in memory.axes(x.sharding))
-    add('all-reduce', rest, shard, accumulation)  # of gradients
+    add('all-reduce', rest, shard, reads)  # of gradients
   tokens = run.config.data.batch_size * sum(
       objectives.of(run.config).row_lengths(run.config))
   one = tokens * c.d_model * itemsize / math.prod(shape[a] for a in batch)

@@ -63,8 +63,9 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
                    unread: int = 0, freeze: str = '', prefix: bool = False
                    ) -> dict[str, float]:
   """Returns those of a sequence, forward and backward, by part: three times the
-  forward pass where all parameters are trained. Adapters and `freeze` take from
-  the backward pass what its program is then without. A stack of which some
+  forward pass where all parameters are trained. Adapters, `freeze` and passes
+  of a loop that have no gradient take from the backward pass what its program
+  is then without. A stack of which some
   layers are frozen counts as trained, as its program computes the gradient.
 
   Args:
@@ -75,7 +76,7 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
   """
   c = architectures.resolve(model)
   c, back = _countable(c, max(length, decoder_length)), {}
-  if freeze or c.lora.rank:
+  if freeze or c.lora.rank or c.loops and c.loops.gradient_passes:
     back = dict(_backward(c, length, decoder_length, unread, freeze, prefix))
   forward = _forward(c, length, decoder_length, unread, prefix)
   if not back:
@@ -168,12 +169,16 @@ def _backward(c: ModelConfig, length: int, decoder_length: int, unread: int,
   """Returns by part how many forward passes the backward pass costs: 2, and
   less by what the program of the gradients of what is trained is without,
   beside that of all gradients."""
-  some = parameter_shares(architectures.build(c), ml_collections.ConfigDict(
-      dict(freeze=freeze, layer_decay=1.0, table_rate=1.0)))
+  module = architectures.build(c)
+  every = jax.tree.map(lambda _: 1.0, parameter_shapes(module))
+  some = parameter_shares(module, ml_collections.ConfigDict(
+      dict(freeze=freeze, layer_decay=1.0, table_rate=1.0))) or every
+  full = c if not c.loops else dataclasses.replace(
+      c, loops=dataclasses.replace(c.loops, gradient_passes=0))
   forward, most, least = (
-      _row_flops(c, *_whole(c, length, decoder_length, prefix), unread=unread,
-                 trained=trained)
-      for trained in (None, jax.tree.map(lambda _: 1.0, some), some))
+      _row_flops(model, *_whole(c, length, decoder_length, prefix),
+                 unread=unread, trained=trained)
+      for model, trained in ((c, None), (full, every), (c, some)))
 
   def passes(n: float, whole: float, part: float) -> float:
     if whole <= n:  # a part without products, or none that a trace shows

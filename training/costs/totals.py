@@ -173,7 +173,7 @@ def _by_part(sizes: dict) -> dict:
   for path, size in sizes.items():
     names = path.split('/')
     part = next((n for n in names if n in ('cross_attention', 'attention',
-                                           'ffn', 'memory')), None)
+                                           'ffn', 'memory', 'loop')), None)
     if part == 'memory' and names[-1] == 'table':
       part = 'tables'  # which nothing multiplies
     if names[0] == 'mtp':  # which the model is without in inference

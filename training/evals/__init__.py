@@ -298,10 +298,16 @@ def check_without_flags(name: str, where: str) -> Task:
 
 def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
          step: int | str | checkpoints.Mean | None, text: str = '',
-         programs: dict | None = None, live: bool = False) -> Evaluation:
+         programs: dict | None = None, live: bool = False, passes: int = 0
+         ) -> Evaluation:
   """Returns a run's checkpoint as tasks are given it, when it has been checked
   that they can be done; arguments and errors are those of `evaluate`."""
   config = runs.for_this_machine(runs.config_of(workdir))
+  if passes:
+    require(config.model.loop != 'none', f'--passes is {passes}, and '
+            f"{workdir} has model.loop 'none': its layers are run once; leave "
+            'the flag out')
+    config.model.loops.update(passes=passes, gradient_passes=0)
   if text:
     config.data.eval_source = text
     config.eval.part = ''  # all of it
@@ -339,6 +345,7 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any,
       programs: what earlier evaluations of this process compiled; it is added
         to.
       live: with optim.ema, evaluate the parameters and not their average.
+      passes: of layers that loop; 0: as many as in training.
 
   Raises:
     RequestError: where a task cannot be done of this run.
@@ -347,6 +354,11 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any,
   figures: dict[str, Any] = {'step': evaluation.step}
   if evaluation.what:
     figures['parameters'] = evaluation.what
+  if passes := how.get('passes', 0):
+    trained = runs.config_of(workdir).model.loops.passes
+    figures['passes'] = dict(evaluated=passes, trained=trained)
+    print(f'evaluated with {passes} passes of the layers that loop, trained '
+          f'with {trained}')
   with evaluation.run.context():
     ready = {name: _ready(name, evaluation) for name in names}
     for name in names:

@@ -197,7 +197,7 @@ def by_block(c: ModelConfig, theirs: str,
   """
   return sum((under(f'decoder/{section}/block_{i}', theirs,
                     *rows(c.of_kind(kind.name)))
-              for section, kinds, _ in c.sections(c.num_layers)
+              for section, kinds, *_ in c.sections(c.num_layers)
               for i, kind in enumerate(kinds)), ())
 
 

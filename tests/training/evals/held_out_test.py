@@ -75,6 +75,11 @@ def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):
                                text=f'text:{folder}/[bc].txt')
   loader, = pipeline.held_out(evaluation.run.config, BYTES)
   assert loader.num_tokens == 120 + 60 + 2
+  with pytest.raises(RequestError, match='its layers are run once'):
+    evals.load(folder, ['loss'], None, step=None, passes=6)
+  c.model.update(loop='add', loops=dict(passes=3, gradient_passes=2))
+  run = evals.load(folder, ['loss'], None, step=None, passes=6).run
+  assert run.model.loops.passes == 6 and c.model.loops.passes == 3
 
 
 @pytest.mark.parametrize('a, b', [(0.9, 0.1), (1, 999)])

@@ -1,0 +1,188 @@
+"""Layers that loop: against the deep stack of copied weights, against each
+form's equations, and what they cost."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import architectures
+from architectures.parts import layers, skeletons, tables
+from architectures.parts.config import Context
+from configs.errors import RequestError
+from tests.helpers import models
+from tests.training import step_test
+from training import generate, runs
+from training.costs import flops, totals
+
+T = 3  # passes
+ENDS = dict(prefix='first', suffix='last', pattern='inner', num_layers=4,
+            kinds=dict(first={}, inner={}, last={}))
+
+
+def value_and_grads(module, params):
+  def loss(params):
+    out = module.apply({'params': params}, models.tokens(2, 8),
+                       keep_layers=True)
+    return jnp.square(out.logits).mean(), (out.logits, out.aux)
+  (_, aux), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  return *aux, grads
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('system, changes', [
+    ('llama', ENDS | dict(value_residual=True, ffn='moe', moe=dict(
+        router='sigmoid', num_experts=4, top_k=2, capacity_factor=0.0))),
+    pytest.param('gpt', dict(residual='attention'), marks=pytest.mark.long)])
+def test_a_loop_is_the_deep_stack_of_copied_weights(system, changes):
+  """Outputs, what each layer returns and the loads of experts; the gradient of
+  a weight is the sum over its copies."""
+  module, params = models.make(system, **changes, loop='plain',
+                               loops=dict(passes=T))
+  c = module.config
+  periods = c.sections(c.num_layers)[-1 - bool(c.suffix)].periods
+  depth = len(c.layer_kinds(c.num_layers))
+  deep = architectures.build(dataclasses.replace(
+      c, loop='none', loops=None, num_layers=depth, num_decoder_layers=depth))
+  copies = lambda x: jnp.concatenate([x] * T)
+  stack = params['decoder']
+  logits, aux, grads = value_and_grads(module, params)
+  other, deep_aux, deep_grads = value_and_grads(deep, params | {
+      'decoder': stack | {'layers': jax.tree.map(copies, stack['layers'])}})
+  models.close(logits, other)
+  assert len(aux['layers']) == 1 + depth
+  models.close(aux['layers'], deep_aux['layers'])
+  for path, load in aux.get('loads', {}).items():
+    copies_NE = deep_aux['loads'][path]
+    models.close(load, copies_NE.reshape(T, periods, -1).mean(
+        0) if '/layers/' in path else copies_NE)
+  deep_grads['decoder']['layers'] = jax.tree.map(
+      lambda x: x.reshape(T, -1, *x.shape[1:]).sum(0),
+      deep_grads['decoder']['layers'])
+  models.close(grads, deep_grads, rtol=3e-5)
+
+
+def by_hand(module, params, tokens):
+  """Returns the last layer's state by the equations of LOOPS, one pass after
+  another in the program."""
+  c, stack = module.config, params['decoder']
+  loop, k = stack.get('loop', {}), c.loops.gradient_passes or c.loops.passes
+  ctx = Context(jnp.arange(tokens.shape[1])[None])
+  e = s = params['embed']['tokens'][tokens]
+  stop = functools.partial(jax.tree.map, jax.lax.stop_gradient)
+  rms = lambda x: x / jnp.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)
+  for t in range(c.loops.passes):
+    left = t - (c.loops.passes - k)  # until the first with a gradient
+    p, inputs, w = stop((stack, e, loop)) if left < 0 else (stack, e, loop)
+    if t and left <= 0:
+      s = stop(s)
+    if t and c.loops.boundary == 'norm':
+      s = rms(s) * p['final_norm']['scale'][None, None]
+    if c.loop == 'concat':
+      x = jnp.concatenate([s if t else 0 * s, inputs], -1) @ w['join']
+    elif not t:
+      x = inputs
+    elif c.loop == 'gate':
+      r = jnp.concatenate([rms(inputs), rms(s)], -1) @ w['down']
+      x = ((1 - jnp.tanh(r @ w['forget'])) * inputs
+           + jnp.tanh(r @ w['message']) * s)
+    else:
+      x = s + inputs if c.loop == 'add' else s
+    for i in range(c.num_layers):
+      row = jax.tree.map(lambda w, i=i: w[i], p['layers'])
+      (x, _), _ = skeletons.Period(c, c.layer_pattern()).apply(
+          {'params': row}, (x, None), None, ctx)
+    s = x
+  return s, rms(s) * stack['final_norm']['scale'][None, None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('loop, loops, changes', [
+    ('plain', dict(boundary='norm'), dict(remat='full')),
+    ('add', dict(gradient_passes=1), {}),
+    ('concat', dict(gradient_passes=2, boundary='norm'), {}),
+    ('gate', dict(gate_rank=5), dict(scan_layers=False))])
+def test_each_form_is_its_equations(loop, loops, changes):
+  module, params = models.make('llama', loop=loop, **changes,
+                               loops=dict(passes=T) | loops)
+  tokens = models.tokens(2, 6)
+  def ours(params):
+    out = module.apply({'params': params}, tokens, keep_layers=True)
+    return jnp.square(out.hidden).sum(), (out.aux['layers'][-1], out.hidden)
+  def theirs(params):
+    state, hidden = by_hand(module, params, tokens)
+    return jnp.square(hidden).sum(), (state, hidden)
+  (_, got), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
+  (_, want), other = jax.jit(jax.value_and_grad(theirs, has_aux=True))(params)
+  models.close(got, want, rtol=3e-5)
+  models.close(grads, other, rtol=1e-4)
+
+
+@pytest.mark.parametrize('loop', ['plain', 'add', 'gate'])
+def test_one_pass_is_the_stack_without_a_loop(loop):
+  module, params = models.make('llama', loop=loop, loops=dict(passes=1))
+  plain = architectures.build(dataclasses.replace(module.config, loop='none',
+                                                  loops=None))
+  tokens = models.tokens(2, 6)
+  models.close(*(jax.jit(lambda m=m: models.logits(m, params, tokens))()
+                 for m in (module, plain)))
+
+
+@pytest.mark.slow
+def test_what_is_written_token_by_token_is_likeliest_by_whole_rows():
+  """Each pass has its own rows of the cache, also where layers are apart."""
+  module, params = models.make('llama', **ENDS, loop='concat', loops=dict(
+      passes=T, boundary='norm'))
+  prompt = models.tokens(2, 4)
+  new = generate.generate(
+      module, params, prompt, jnp.full(2, 4), jax.random.key(0),
+      max_new_tokens=4, sampling=generate.Sampling(temperature=0))
+  rows = jnp.concatenate([prompt, new], 1)
+  best = jax.jit(lambda rows: models.logits(module, params, rows).argmax(-1))
+  assert (best(rows)[:, 3:-1] == new).all()
+
+
+def test_what_passes_cost():
+  """FLOPs, the cache and the parameters, counted by hand from one pass."""
+  c = step_test.config()
+  def of(**loops):
+    c.model = models.config('llama', loop='concat', loops=loops)
+    return totals.count(c, 16), totals.resolved(c)
+  (one, once), (some, several) = of(passes=1), of(passes=T)
+  D = 32
+  assert one['parameters'] == some['parameters']
+  assert one['by_part']['loop'] == 2 * D * D
+  cache = 'kv_cache_bytes_per_token'
+  assert some[cache] == T * one[cache]
+  by_pass = sum(flops.forward_flops(several, 16).values()) - sum(
+      flops.forward_flops(once, 16).values())
+  head = 2 * D * models.VOCAB * 16
+  assert by_pass == (T - 1) * (sum(
+      flops.forward_flops(once, 16).values()) - head)
+  whole, part = (sum(flops.training_flops(dataclasses.replace(
+      several, loops=dataclasses.replace(several.loops, gradient_passes=k)),
+      16).values()) for k in (0, 1))
+  assert whole - part == pytest.approx(2 * by_pass, rel=0.02)
+  assert layers.gathers(several, 'decoder/layers/block_0/ffn/up', ()) == 2 * T
+  assert several.loops.depth == T * several.num_layers
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(loop='add', residual='mhc'), 'several streams'),
+    (dict(loop='plain', block='post_norm', loops=dict(boundary='norm')),
+     'no final norm'),
+    (dict(loop='plain', loops=dict(gradient_passes=1)), 'no gradient'),
+    (dict(loop='add', loops=dict(gradient_passes=9)), 'choose from 1 to'),
+    (dict(loop='plain', keep_gathered='all'), 'keep_gathered')])
+def test_what_cannot_loop_is_refused(changes, words):
+  with pytest.raises(RequestError, match=words):
+    architectures.resolve(tables.make(models.config('gpt', **changes)))
+
+
+def test_layers_that_loop_have_no_rate_by_depth():
+  c = step_test.config(optim__layer_decay=0.9)
+  c.model = models.config('gpt', loop='plain', vocab_size=64)
+  with pytest.raises(RequestError, match='several depths'):
+    runs.build(c, architectures.resolve(c.model))
