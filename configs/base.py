@@ -136,8 +136,8 @@ class Data:
       0, 'Separators between the two texts of a row; derived: those of the '
       'model, 2 of roberta and 1 of others.', most=2,
       resume=Resume(OPTIMISATION, 'another layout of pairs'))
-  mask_rate: float = _batches(0.15, 'the share of tokens that mlm and mlm_nsp '
-                              'mask', above=0, most=1)
+  mask_rate: float = _batches(0.15, 'the share of tokens that mlm, mlm_nsp and '
+                              'mlm_sop mask', above=0, most=1)
   whole_words: bool = _batches(False, 'mask all tokens of a word, or none')
   workers: int = _prepared(0, 'processes that prepare batches; 0: threads',
                            most=512)
@@ -287,7 +287,7 @@ class Run:
                          '0: from seed alone.', most=2**32 - 1, resume=AT_START)
   objective: str = field(
       'causal', 'What is learned: causal, prefix, chat, mlm, mlm_nsp, '
-      'replaced_tokens, masked_diffusion, span, denoising, seq2seq, '
+      'mlm_sop, replaced_tokens, masked_diffusion, span, denoising, seq2seq, '
       'classification, regression, token_classification, question_answering, '
       'probe, compression.',
       resume=Resume(INCOMPATIBLE, 'another task, maybe with other heads'))

@@ -106,7 +106,8 @@ class ModelConfig:
   type_vocab_size: int = field(0, 'kinds of segments (BERT: 2); 0: none',
                                resume=SHAPES)
   next_sentence: bool = field(
-      False, "BERT's pooler, and its head of next sentences")
+      False, "BERT's pooler, and its head of two texts: whether the second "
+      'follows the first (mlm_nsp), or in which order they stand (mlm_sop)')
   norm: str = field('layernorm', 'the norm of every layer')
   norm_eps: float = field(1e-5, 'added to the variance or the mean square',
                           above=0, most=1, resume=FUNCTION)

@@ -660,7 +660,8 @@ class Encoder(nn.Module):
 
   tokens [B, L] -> Output: `logits` of the masked words, and in `extra`
   hidden [B, L, D] of the encoder and, with model.next_sentence, pooled [B, D]
-  and nsp_logits [B, 2] (0: the second text follows the first, 1: it does not).
+  and nsp_logits [B, 2] (0: the second text follows the first, 1: it does not,
+  or with objective mlm_sop it is the first that follows).
   With the head of a task: in `extra` hidden, scores and, where a pooler is
   what a row is scored by, pooled. `segment_ids_BL` are as a Decoder's, and
   `how` are further fields of Context. With a generator (model.generator):

@@ -178,7 +178,8 @@ def forward(model, stack: str, inputs):
     return dict(logits=torch.stack([out.start_logits, out.end_logits], -1))
   if stack == 'encoder' and 'prediction_logits' in out:
     return dict(logits=out.prediction_logits,
-                nsp_logits=out.seq_relationship_logits)
+                nsp_logits=out.get('seq_relationship_logits',
+                                   out.get('sop_logits')))
   if getattr(out, 'router_logits', None) is None or not hasattr(
       _module(model), 'load_balancing_loss_func') or _biases(model):
     # DeepSeek's has none, and MiniMax's is not of its router's sigmoids.

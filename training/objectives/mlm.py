@@ -1,11 +1,14 @@
 """Masked words: BERT's examples (Devlin et al. 2019, section 3.1 and appendix
 A.1) and RoBERTa's (Liu et al. 2019, section 4).
 
-  [CLS] first text [SEP] second text [SEP]     mlm_nsp
+  [CLS] first text [SEP] second text [SEP]     mlm_nsp, mlm_sop
   [CLS] text, over documents' ends [SEP]       mlm
 
 With next sentences the second text is, half of the time, what follows the
-first in its document; else it comes from another document. Without them a row
+first in its document; else it comes from another document. With the order of
+sentences (ALBERT: Lan et al. 2020, arXiv 1909.11942, section 3.1) both texts
+follow each other in a document, and half of the time they are swapped; the head
+is that of next sentences. Without either a row
 is full of text: documents one after the other, with a separator between them.
 15 % of the tokens are prediction targets. Of these, 80 % are replaced by
 [MASK], 10 % by a random token, and 10 % stay. Masks are drawn anew in each pass
@@ -164,14 +167,30 @@ def mlm_nsp(stretch: Stretch, rng: np.random.Generator, config: Config,
     token is to be predicted; nsp_targets [], 1: the second text is from
     elsewhere.
   """
-  first, second, random = _pair(stretch, rng)
+  return _two_texts(*_pair(stretch, rng), rng, config, tokenizer)
+
+
+def mlm_sop(stretch: Stretch, rng: np.random.Generator, config: Config,
+            tokenizer: Tokenizer) -> Row:
+  """Returns one masked pair as `mlm_nsp` does; nsp_targets is 1 where the
+  second text stood before the first."""
+  first, second = np.split(stretch.tokens,
+                           [int(rng.integers(1, len(stretch.tokens)))])
+  swapped = rng.random() < 0.5
+  texts = (second, first) if swapped else (first, second)
+  return _two_texts(*texts, swapped, rng, config, tokenizer)
+
+
+def _two_texts(first: np.ndarray, second: np.ndarray, target: bool,
+               rng: np.random.Generator, config: Config, tokenizer: Tokenizer
+               ) -> Row:
   cls, sep = tokenizer.cls_id, tokenizer.sep_id
   ids = np.concatenate([[cls], first, [sep], second, [sep]]).astype(np.int32)
   special = np.zeros(len(ids), bool)
   special[[0, 1 + len(first), -1]] = True
   return _masked(ids, special, rng, config, tokenizer) | dict(
       types=np.arange(len(ids)) >= len(first) + 2,
-      segment_ids=np.ones(len(ids)), nsp_targets=random)
+      segment_ids=np.ones(len(ids)), nsp_targets=target)
 
 
 def _masked(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
@@ -320,8 +339,8 @@ def _check_next_sentence(config: Config) -> None:
   stack = getattr(architectures.systems().get(model.arch), 'STACK', '')
   require(model.next_sentence or stack != 'encoder',
           f'model.next_sentence is {model.next_sentence}, and objective '
-          "'mlm_nsp' trains the head that it stands for: set it to True, or "
-          "choose objective 'mlm'")
+          f'{config.objective!r} trains the head that it stands for: set it to '
+          "True, or choose objective 'mlm'")
 
 
 def masked_diffusion(window: causal.Window, rng: np.random.Generator,
@@ -357,19 +376,21 @@ def over_all_tokens(output: Output, batch: Batch, config: Config) -> Figures:
 
 
 _READS = ('data.mask_rate', 'data.whole_words')
+_MLM_NSP = Objective(
+    ('encoder',), Stretches, mlm_nsp,
+    lambda config: objectives.text_arrays(
+        config, 'types', 'segment_ids') | {'nsp_targets': ((), np.int32)},
+    reads=_READS, fill=pad, figures=mlm_and_nsp, unread=unread,
+    terms={'mlm_loss': objectives.targets, 'nsp_loss': rows},
+    guess=lambda config, vocab: math.log(vocab) + math.log(2),
+    check=_check_next_sentence)
 OBJECTIVES = {
     'mlm': Objective(
         ('encoder',), Passages, mlm, objectives.document_arrays,
         reads=(*_READS, 'data.document_mask'), fill=pad,
         figures=masked_words, unread=unread),
-    'mlm_nsp': Objective(
-        ('encoder',), Stretches, mlm_nsp,
-        lambda config: objectives.text_arrays(
-            config, 'types', 'segment_ids') | {'nsp_targets': ((), np.int32)},
-        reads=_READS, fill=pad, figures=mlm_and_nsp, unread=unread,
-        terms={'mlm_loss': objectives.targets, 'nsp_loss': rows},
-        guess=lambda config, vocab: math.log(vocab) + math.log(2),
-        check=_check_next_sentence),
+    'mlm_nsp': _MLM_NSP,
+    'mlm_sop': _MLM_NSP._replace(example=mlm_sop),
     'masked_diffusion': Objective(
         ('encoder',), causal.Windows, masked_diffusion,
         objectives.document_arrays, reads=('data.document_mask',),

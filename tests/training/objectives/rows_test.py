@@ -29,7 +29,7 @@ CLS, SEP, END, PAD = (BYTES.special_ids[x] for x in ('cls', 'sep', 'eos',
 @pytest.mark.parametrize('objective, fields', [
     ('causal', {}), ('causal', dict(document_mask=True)), ('prefix', {}),
     ('mlm', {}), ('mlm', dict(document_mask=True)), ('mlm_nsp', {}),
-    ('span', {}), ('seq2seq', dict(target_length=24)),
+    ('mlm_sop', {}), ('span', {}), ('seq2seq', dict(target_length=24)),
     ('chat', dict(length=256))])
 def test_shapes_are_the_loaders(objective, fields, tmp_path):
   text = ' '.join('abcdefg'[i % 7] * (1 + i % 5) for i in range(900))

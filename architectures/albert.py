@@ -1,0 +1,101 @@
+"""ALBERT: a BERT whose layers all have the same weights (Lan et al. 2020, arXiv
+1909.11942).
+
+  x_0 = LayerNorm(E[tokens] + P[0..L-1] + S[segment]) W + w     of embed_dim
+  x_t = BERT's layer of x_(t-1), for t = 1 ... loops.passes     always the same
+  SOP logits = tanh(W_p x_T[first]) W_n + b_n
+  MLM logits = LayerNorm(gelu(W_t x_T + b_t)) E^T + b
+
+So the embedding has 128 features (section 3.1, factorised), of which a product
+makes d_model, and the head of masked words goes back to them; the second task
+is the order of two texts (objective mlm_sop), where BERT's is whether they
+belong together. One layer runs num_hidden_layers times; a config.json with
+several groups of layers (num_hidden_groups) is of no published size, and is
+refused. The weights of 2020 are version 2 of the paper's, without dropout.
+"""
+
+from collections.abc import Collection
+import re
+
+from architectures import bert
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Encoder
+from configs.errors import require
+
+
+class ALBERT(Encoder):
+  """tokens [B, L] -> Output; see Encoder. nsp_logits are of the order."""
+  PARTS = bert.BERT.PARTS | dict(ffn='gelu_tanh', loop='plain')
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  named = reader.listed('architectures')
+  return dict(next_sentence=not set(named) & {MASKED, 'AlbertModel'})
+
+
+def _of_files(names: Collection[str]) -> dict:
+  return dict(next_sentence=any(
+      re.fullmatch(OPTIONAL['pooler'], name) for name in names))
+
+
+def _write(c: ModelConfig) -> dict:
+  tree = dict(tie_word_embeddings=c.tie_embeddings)
+  if c.head == 'lm' and not c.next_sentence:
+    tree['architectures'] = [MASKED]
+  return tree
+
+
+def _check(c: ModelConfig) -> None:
+  require(c.embed_dim > 0, f'model.embed_dim is {c.embed_dim}: transformers '
+          'has a product behind the embedding of an ALBERT, whatever its '
+          'width; set it to model.d_model or less')
+
+
+MASKED = 'AlbertForMaskedLM'
+OPTIONAL = {'pooler': r'(albert\.)?pooler\..*',
+            'head of the order of sentences': r'sop_classifier\..*',
+            hf.MASKED_WORDS: r'predictions\..*'}
+LAYERS = 'albert.encoder.albert_layer_groups.0.albert_layers.{n}'
+
+HF = hf.HuggingFace(
+    'albert', 'AlbertForPreTraining',
+    names=(
+        *(row for row in bert.stack('albert') if row[0].startswith('embed/')),
+        *hf.dense('widen', 'UD', 'albert.encoder.embedding_hidden_mapping_in',
+                  'D U'),
+        *hf.under(
+            'encoder/layers', LAYERS,
+            *hf.dense('attention/query', 'DHK', 'attention.query', 'HK D'),
+            *hf.dense('attention/key', 'DHK', 'attention.key', 'HK D'),
+            *hf.dense('attention/value', 'DHK', 'attention.value', 'HK D'),
+            *hf.dense('attention/out', 'HKD', 'attention.dense', 'D HK'),
+            *hf.norm('attention_norm', 'attention.LayerNorm'),
+            *hf.dense('ffn/up', 'DF', 'ffn', 'F D'),
+            *hf.dense('ffn/down', 'FD', 'ffn_output', 'D F'),
+            *hf.norm('ffn_norm', 'full_layer_layer_norm')),
+        *hf.dense('pooler', 'DU', 'albert.pooler', 'U D'),
+        *hf.dense('transform', 'DU', 'predictions.dense', 'U D'),
+        *hf.norm('transform_norm', 'predictions.LayerNorm'),
+        ('head/bias', 'V', 'predictions.bias', 'V'),
+        *hf.dense('nsp', 'DU', 'sop_classifier.classifier', 'U D')),
+    fields=hf.fields(
+        hidden_size=4096, num_attention_heads=64, intermediate_size=16384,
+        type_vocab_size=2, layer_norm_eps=1e-12, vocab_size=30000,
+        max_position_embeddings=512) | {
+            'num_layers': ('inner_group_num', 1),
+            'loops.passes': ('num_hidden_layers', 12),
+            'embed_dim': ('embedding_size', 128),
+            'ffn': ('hidden_act', 'gelu_new', hf.FFNS)},
+    only=bert.ONLY | dict(num_hidden_groups=1),
+    # The published files have these, of a code that they do not describe.
+    unread=('net_structure_type', 'gap_size', 'num_memory_blocks',
+            'down_scale_factor'),
+    read=_read, write=_write, check=_check, of_files=_of_files,
+    optional=OPTIONAL,
+    tied={'predictions.decoder.weight':
+          'albert.embeddings.word_embeddings.weight',
+          'predictions.decoder.bias': 'predictions.bias'},
+    spellings=(('albert.', ''),),
+    ignored=(r'(albert\.)?embeddings\.position_ids',),
+    heads=hf.heads('Albert', sequence='classifier'))
