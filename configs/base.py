@@ -273,6 +273,8 @@ class Log:
   tensorboard: bool = _written(False, "write TensorBoard's files too")
   wandb: bool = _written(False, 'log to Weights & Biases too')
   wandb_project: str = _written('archetype', 'the project in Weights & Biases')
+  trackio: bool = _written(False, 'log to trackio too, on this machine')
+  trackio_project: str = _written('archetype', 'the project in trackio')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ DISTRIBUTION = {
     'huggingface_hub': 'transformers', 'sklearn': 'scikit-learn',
     'markupsafe': 'jinja2'}
 # Chosen by machine or by the release of jax or fsspec, or for developers alone,
-# so left to their ranges.
-UNPINNED_EXTRAS = {'tpu', 'cuda', 'cuda13', 'gcs', 'mutants'}
+# or at odds with what others pin, so left to their ranges.
+UNPINNED_EXTRAS = {'tpu', 'cuda', 'cuda13', 'gcs', 'mutants', 'trackio'}
 
 
 def _setup():

@@ -23,7 +23,8 @@ from training.workdir import checkpoints, metrics, run_config, storage
 BESIDE = {
     'eval.best_is': 'eval.best', 'eval.patience': 'eval.best',
     'eval.live': 'optim.ema', 'init_partial': 'init_from',
-    'log.wandb_project': 'log.wandb', 'train.mtp_weight': 'model.mtp_depth'}
+    'log.wandb_project': 'log.wandb', 'log.trackio_project': 'log.trackio',
+    'train.mtp_weight': 'model.mtp_depth'}
 
 
 def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()

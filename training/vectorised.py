@@ -32,7 +32,8 @@ from training.objectives import pipeline
 from training.distributed import devices
 from training.runs import TrainState, init_state, initial_seed
 from training.runs import make_eval_step, make_train_step, optimizer
-from training.workdir import checkpoints, provenance, run_config, storage
+from training.workdir import checkpoints, metrics, provenance, run_config
+from training.workdir import storage
 
 # What the runs of a group may differ in, and what a step is given it as.
 DTYPES = {
@@ -53,13 +54,14 @@ _EACH, _ALL = PartitionSpec(RUNS), PartitionSpec()
 def groups(configs: Sequence[ml_collections.ConfigDict]) -> list[list[int]]:
   """Returns the places of the configs that may train as one program.
 
-  A config that needs several devices, starts from weights, reports to W&B, or
-  is trained by SOAP stands alone: train.py is for it.
+  A config that needs several devices, starts from weights, reports to a
+  tracker, or is trained by SOAP stands alone: train.py is for it.
   """
   alike: dict[object, list[int]] = {}
   for i, config in enumerate(configs):
     # SOAP's bases of several runs would turn at each step.
-    alone = (config.init_from or config.log.wandb or config.seed >= 2 ** 32
+    alone = (config.init_from or config.seed >= 2 ** 32
+             or any(config.log[name] for name in metrics.TRACKERS)
              or config.optim.name == 'soap' or any(
                  config.mesh[axis] not in (1, -1 if axis == 'data' else 1)
                  for axis in tables.MESH_AXES))

@@ -21,7 +21,7 @@ from training.workdir import metrics, run_config
 
 # What a curve can be drawn against, and its name to a reader.
 AXES = {'tokens': 'tokens', 'flops': 'FLOPs of the model',
-        'seconds': 'seconds of training'}
+        'seconds': 'seconds of training', 'step': 'steps'}
 # What a curve can show. Of a router's figures over a window of steps: an expert
 # is unused if no step of the window used it.
 FIGURES = {'eval': 'held-out loss', 'train': 'training loss'} | {
@@ -127,19 +127,37 @@ class Point:
     run = self.runs[seed]
     split, name = ('train', figure) if figure.startswith('health/') else (
         figure, 'loss')
-    rows = [row for row in run.rows if row['split'] == split and name in row]
-    if not rows:
-      return {}
-    step = np.array([row['step'] for row in rows], float)
-    batches = pipeline.parse_ramp(run.config['data.batch_ramp'],
-                                  run.config['data.batch_size'])
-    tokens = self.tokens * batches.before(step) / batches.before(
-        run.config['train.steps'])
-    loss = [float(np.mean(np.asarray(row[name], float))) for row in rows]
-    return {'step': step.tolist(), 'tokens': tokens.tolist(),
-            'flops': (tokens * self.flops_per_token).tolist(),
-            'seconds': _seconds(run.rows, step).tolist(), 'loss': loss,
-            'warm': (step >= run.config['optim.warmup_steps']).tolist()}
+    return line(run.rows, split, name, run.config, self.tokens,
+                self.flops_per_token)
+
+
+def line(rows: Sequence[Mapping[str, Any]], split: str, name: str,
+         config: Mapping[str, Any], tokens: int, flops_per_token: float
+         ) -> dict[str, list]:
+  """Returns a figure of a run as Point.curve does.
+
+  Args:
+    rows: of its metrics.jsonl.
+    split: of the rows that have the figure.
+    name: the figure's there.
+    config: of the run, by dotted name.
+    tokens: of the whole run.
+    flops_per_token: of training.
+  """
+  those = [row for row in rows if row['split'] == split and name in row]
+  if not those:
+    return {}
+  step = np.array([row['step'] for row in those], float)
+  batches = pipeline.parse_ramp(config['data.batch_ramp'],
+                                config['data.batch_size'])
+  so_far = tokens * batches.before(step) / batches.before(
+      config['train.steps'])
+  return {'step': step.tolist(), 'tokens': so_far.tolist(),
+          'flops': (so_far * flops_per_token).tolist(),
+          'seconds': _seconds(rows, step).tolist(),
+          'loss': [float(np.mean(np.asarray(row[name], float)))
+                   for row in those],
+          'warm': (step >= config['optim.warmup_steps']).tolist()}
 
 
 def cooled(config: Mapping[str, Any]) -> bool:
@@ -157,7 +175,7 @@ def mean(each: Sequence[Mapping[str, list]]) -> dict[str, np.ndarray]:
   at = [np.isin(curve['step'], step) for curve in each]
   return {name: np.mean([np.asarray(curve[name], float)[i]
                          for curve, i in zip(each, at)], axis=0)
-          for name in ('step', *AXES, 'loss')}
+          for name in (*AXES, 'loss')}
 
 
 @dataclasses.dataclass(frozen=True)

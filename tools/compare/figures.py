@@ -7,12 +7,12 @@ one column, or two. `c` is a report.Comparison.
 
 from collections.abc import Mapping, Sequence
 import html
-import io
 import math
 import re
 from typing import Any
 
 from tools.compare import curves, measures, page, statistics
+from training.workdir import storage
 
 FORMATS = ('svg', 'png', 'pdf')
 COLUMN, PAGE = 3.25, 6.75  # inches: one column, and two with what is between
@@ -55,14 +55,6 @@ def style(name: str) -> Any:
   return matplotlib.rc_context(_STYLE | {'svg.hashsalt': name})
 
 
-def _written(figure: Any, kind: str) -> bytes:
-  """Returns a figure as a file of one of FORMATS holds it."""
-  file = io.BytesIO()
-  figure.savefig(file, format=kind, dpi=DPI, metadata={
-      'svg': {'Date': None}, 'pdf': {'CreationDate': None}}.get(kind))
-  return file.getvalue()
-
-
 def _inline(svg: str, name: str, alt: str) -> str:
   """Returns a drawing as it stands within a page: without its head, with the
   page's ink, on no paper of its own, and named for who cannot see it."""
@@ -99,7 +91,11 @@ def css_look(c, name: str, turn: int = 0) -> str:
   dashes to another line of the variant."""
   if name == c.plan.base:
     return f'ink d{turn % len(DASHES)}' if turn else 'ink'
-  i = c.plan.variants.index(name)
+  return turn_of(c.plan.variants.index(name), turn)
+
+
+def turn_of(i: int, turn: int = 0) -> str:
+  """Returns the classes of the i-th line beside the base's."""
   return f'c{i % len(COLOURS)} d{(turn or i // len(COLOURS)) % len(DASHES)}'
 
 
@@ -277,7 +273,7 @@ def _drawn(name: str, title: str, caption: str, words: str,
   """Returns a figure; `words` says it to who cannot see it."""
   from matplotlib import pyplot
   with style(name):
-    files = {kind: _written(figure, kind) for kind in FORMATS}
+    files = {kind: storage.drawn(figure, kind, DPI) for kind in FORMATS}
   pyplot.close(figure)
   return page.Figure(name, title, caption, _inline(
       files['svg'].decode(), name, f'{title}. {caption} {words}'), files)

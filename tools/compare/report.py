@@ -784,9 +784,9 @@ def curve_plots(c: Comparison) -> list[dict[str, Any]]:
       series.append({
           'name': name, 'base': name == c.plan.base,
           'look': figures.css_look(c, name),
-          'mean': {name: _line(curves.mean(
+          'mean': {name: thinned(curves.mean(
               [lines[name] for lines in seeds.values()])) for name in every},
-          'seeds': {seed: {name: _line(lines[name]) for name in every}
+          'seeds': {seed: {name: thinned(lines[name]) for name in every}
                     for seed, lines in seeds.items()}})
     plots.append({
         'id': f'curves-{i}', 'title': f'curves {size}', 'curves': True,
@@ -824,8 +824,9 @@ def tuning_plot(c: Comparison) -> dict[str, Any]:
           'caption': 'Bars are 95 % intervals over seeds.', 'series': series}
 
 
-def _line(curve: Mapping[str, Sequence]) -> dict[str, list]:
-  """A curve with at most MOST points, its last one kept."""
+def thinned(curve: Mapping[str, Sequence]) -> dict[str, list]:
+  """Returns a curve as report.js draws it: with at most MOST points, its last
+  one kept."""
   n = len(curve['step'])
   keep = np.unique(np.linspace(0, n - 1, min(n, MOST)).round().astype(int))
   return _numbers({'y' if name == 'loss' else name:

@@ -1,12 +1,14 @@
-"""Where a run's figures go: metrics.jsonl always, TensorBoard and W&B as asked.
+"""Where a run's figures go: metrics.jsonl always, TensorBoard, Weights & Biases
+and trackio as asked.
 
 A writer has write(step, split, figures), flush(), called before a checkpoint
 is saved, and close(); `split` is train, eval or another set, `figures` maps
-names to numbers, lists of numbers or None. After a resume no writer holds a
-step twice.
+names to numbers, lists of numbers or None. After a resume metrics.jsonl and
+TensorBoard hold no step twice; a tracker keeps what was logged before.
 """
 
 from collections.abc import Callable, Mapping
+import importlib
 import importlib.util
 import itertools
 import json
@@ -28,6 +30,7 @@ from training.workdir import storage
 METRICS = 'metrics.jsonl'
 ROW = {'step': int, 'split': str}
 UPLOAD_SECONDS = 60
+TRACKERS = ('wandb', 'trackio')  # packages, and fields of config.log
 # Figures of which it is known which value is the best; the last part of a name,
 # TASK/FIGURE.
 LEAST = ('loss', 'perplexity', 'bits_per_byte', 'word_perplexity',
@@ -102,30 +105,39 @@ class TensorboardWriter:
     self._file.close()
 
 
-class WandbWriter:
-  """Scalars as split/name, in the W&B run whose id the workdir remembers."""
+class TrackerWriter:
+  """Scalars as split/name, in the run of a tracker, `wandb` or `trackio`, whose
+  id the workdir remembers."""
 
-  def __init__(self, workdir: epath.Path, config: Mapping[str, Any],
-               local: epath.Path | None = None):
-    import wandb
+  def __init__(self, module: str, workdir: epath.Path,
+               config: Mapping[str, Any], local: epath.Path | None = None):
+    tracker = importlib.import_module(module)
     workdir = storage.path(workdir)
-    path = workdir / 'wandb_id'
+    path, name = workdir / f'{module}_id', workdir.absolute().name
     if not path.exists():
       storage.write(path, secrets.token_hex(4))
-    self._run = wandb.init(
-        project=config['log']['wandb_project'], id=path.read_text().strip(),
-        name=workdir.absolute().name, dir=str(local or workdir),
-        config=dict(config), resume='allow')
-    # Our own step is the axis: W&B's only grows, and a resume goes back.
-    self._run.define_metric('step')
-    self._run.define_metric('*', step_metric='step')
+    id_ = path.read_text().strip()
+    # trackio knows a run by its name, which two folders may share.
+    where = (dict(id=id_, name=name, dir=str(local or workdir))
+             if module == 'wandb' else dict(name=f'{name}-{id_}'))
+    self._run = tracker.init(
+        project=config['log'][f'{module}_project'], config=dict(config),
+        resume='allow', **where)
+    self._by_own_step = module == 'wandb'
+    if self._by_own_step:
+      # Our own step is the axis: W&B's only grows, and a resume goes back.
+      self._run.define_metric('step')
+      self._run.define_metric('*', step_metric='step')
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
-    self._run.log({'step': step} | {
-        f'{split}/{name}': x for name, x in scalars(figures).items()})
+    row = {f'{split}/{name}': x for name, x in scalars(figures).items()}
+    if self._by_own_step:
+      self._run.log({'step': step} | row)
+    else:
+      self._run.log(row, step=step)
 
   def flush(self) -> None:
-    """Nothing: W&B sends what it has by itself."""
+    """Nothing: a tracker sends what it has by itself."""
 
   def close(self) -> None:
     self._run.finish()
@@ -153,7 +165,7 @@ class UploadWriter:
 
 def check_writers(log: ml_collections.ConfigDict) -> None:
   """Raises RequestError where config.log asks for an extra that is missing."""
-  for name in ('tensorboard', 'wandb'):
+  for name in ('tensorboard', *TRACKERS):
     require(not log[name] or importlib.util.find_spec(name) is not None,
             f'log.{name} is True, but the package {name} is not installed: run '
             f"pip install -e '.[{name}]', or set log.{name}=False")
@@ -176,8 +188,8 @@ def writers(workdir: epath.Path, config: Mapping[str, Any],
   result = [JsonlWriter(uploads.local, resumed_step)]
   if config['log']['tensorboard']:
     result.append(TensorboardWriter(uploads.local, resumed_step))
-  if config['log']['wandb']:
-    result.append(WandbWriter(workdir, config, uploads.local))
+  result += [TrackerWriter(module, workdir, config, uploads.local)
+             for module in TRACKERS if config['log'][module]]
   if storage.in_bucket(workdir):
     result.append(UploadWriter(uploads))
   return result

@@ -79,12 +79,21 @@ def write(file: epath.Path, data: str | bytes) -> None:
 
 
 def write_picture(file: epath.Path, figure: Any) -> None:
-  """Writes a drawing of matplotlib, which is drawn no more, as a PNG."""
+  """Writes a drawing of matplotlib, which is drawn no more, as the ending of
+  the file's name says: .png, .svg or .pdf."""
   from matplotlib import pyplot
-  drawn = io.BytesIO()
-  figure.savefig(drawn, dpi=150, format='png')
+  data = drawn(figure, file.suffix[1:], 150)
   pyplot.close(figure)
-  write(file, drawn.getvalue())
+  write(file, data)
+
+
+def drawn(figure: Any, kind: str, dpi: int) -> bytes:
+  """Returns a drawing of matplotlib as a file of a kind holds it, without the
+  time at which it was drawn."""
+  file = io.BytesIO()
+  figure.savefig(file, format=kind, dpi=dpi, metadata={
+      'svg': {'Date': None}, 'pdf': {'CreationDate': None}}.get(kind))
+  return file.getvalue()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """What is written of a run: lines, TensorBoard's events, W&B's."""
 
 import json
+import sys
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -96,3 +98,20 @@ def test_tensorboards_own_reader_reads_the_file(tmp_path):
   assert scalars['train/load/1'][-1] == (40, 0.75)
   assert 'train/mfu' not in scalars
   assert [row['step'] for row in rows(tmp_path)] == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize('module', metrics.TRACKERS)
+def test_a_tracker_goes_on_with_the_run_of_the_folder(tmp_path, module,
+                                                      monkeypatch):
+  tracker = mock.MagicMock()
+  monkeypatch.setitem(sys.modules, module, tracker)
+  config = log_config(**{module: True, f'{module}_project': 'p'})
+  for start in (0, 20):
+    writer = metrics.writers(tmp_path, config, resumed_step=start)[1]
+    writer.write(30, 'train', {'loss': 2.0, 'mfu': None})
+  first, second = tracker.init.call_args_list
+  assert first == second
+  assert first.kwargs['project'] == 'p' and first.kwargs['resume'] == 'allow'
+  row, how = tracker.init().log.call_args
+  assert row[0]['train/loss'] == 2.0 and 'train/mfu' not in row[0]
+  assert how.get('step', row[0].get('step')) == 30
