@@ -12,7 +12,6 @@ choose from, and shows the figure under the pointer.
 from collections.abc import Mapping, Sequence
 import math
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -75,11 +74,6 @@ def _lines(folder: str, weight: float) -> dict[str, dict[str, list]]:
   Raises:
     RequestError: where no run lies there, or it has no figures yet.
   """
-  sweep = next((name for name in ('sweep.json', 'study.json')
-                if (pathlib.Path(folder) / name).exists()), '')
-  require(not sweep, f'{folder} holds a {sweep[:5]}: its curves are drawn by '
-          f'python -m tools.compare report {folder}; a run of it is a folder '
-          'seed-N below')
   config = runs.config_of(storage.path(folder))
   file = storage.path(folder) / metrics.METRICS
   rows = metrics.read(file) if file.exists() else []
@@ -115,19 +109,14 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
 
 def _table(drawn: Mapping[str, Mapping]) -> list[Sequence[str]]:
   """Returns where each run is, for a terminal."""
-  rows: list[Sequence[str]] = [('run', 'step', 'training loss', 'held-out loss',
-                                'lowest', 'at step', 'tokens/s')]
+  rows: list[Sequence[str]] = [('run', 'step', 'held-out loss', 'lowest',
+                                'at step')]
   for name, lines in drawn.items():
-    last = [format(lines[figure]['loss'][-1], '.4f') if figure in lines else ''
-            for figure in ('train/loss', 'eval/loss')]
-    lowest = ['', '']
-    if 'eval/loss' in lines:
-      line = lines['eval/loss']
-      at = int(np.argmin(np.nan_to_num(line['loss'], nan=np.inf)))
-      lowest = [f'{line["loss"][at]:.4f}', f'{line["step"][at]:,.0f}']
-    speed = lines.get('train/tokens_per_second', {}).get('loss', [])
+    line = lines.get('eval/loss', {'loss': [math.nan], 'step': [0]})
+    at = int(np.argmin(np.nan_to_num(line['loss'], nan=np.inf)))
     rows.append((name, f'{max(x["step"][-1] for x in lines.values()):,.0f}',
-                 *last, *lowest, f'{np.median(speed):,.0f}' if speed else ''))
+                 f'{line["loss"][-1]:.4f}', f'{line["loss"][at]:.4f}',
+                 f'{line["step"][at]:,.0f}'))
   return rows
 
 
@@ -141,11 +130,10 @@ def _picture(drawn: Mapping[str, Mapping], by: str) -> Any:
     look = figures.looks('', [*drawn])
     label = figures.shortened([*drawn])
     rows = math.ceil(len(panels) / 2)
-    figure, grid = pyplot.subplots(rows, 2, squeeze=False, figsize=(
+    figure = pyplot.figure(figsize=(
         figures.PAGE, 1.9 * rows + 0.3 + 0.15 * math.ceil(len(drawn) / 4)))
-    for axes in grid.flat[len(panels):]:
-      axes.set_visible(False)
-    for axes, panel in zip(grid.flat, panels):
+    for place, panel in enumerate(panels, 1):
+      axes = figure.add_subplot(rows, 2, place)
       for name, lines in drawn.items():
         x, y = (lines[panel][key] if panel in lines else []
                 for key in (by, 'loss'))
@@ -154,7 +142,7 @@ def _picture(drawn: Mapping[str, Mapping], by: str) -> Any:
       axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
       axes.locator_params(axis='x', nbins=5)
       axes.grid(axis='y')
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), ncols=4,
+    figure.legend(*axes.get_legend_handles_labels(), ncols=4,
                   loc='outside lower center')
     figure.canvas.draw()  # under this style, wherever it is written
   return figure

@@ -19,6 +19,7 @@ import dataclasses
 import math
 import pathlib
 import sys
+import time
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -32,7 +33,7 @@ from training import progress, runs
 from training.costs import flops, systems, totals
 from training.distributed import cpu, devices, signals
 from training.evals import held_out, in_training
-from training.objectives import pipeline
+from training.objectives import pipeline, probe
 from training.runs import TrainState
 from training.workdir import checkpoints, metrics, storage
 
@@ -41,6 +42,8 @@ from training.workdir import checkpoints, metrics, storage
 # end in the same way, and no launcher is to start it again.
 DIVERGED = 2
 EARLY = -1  # after eval.patience evaluations: it is done, exit code 0
+REHEARSED = 5  # steps that a dry run times
+MANY_PASSES = 5  # over the data, before a run warns of them
 BAD = ('the loss or a gradient was not finite, or there was nothing to '
        'predict')
 
@@ -100,7 +103,49 @@ def train(run: runs.Run, state: TrainState, start: int,
       print(f'error: {writer.sentence}', file=sys.stderr)
     elif writer.code:
       print(writer.sentence)
+    if writer.code in (0, EARLY):
+      print(end='\n'.join([*writer.lowest(), '']))
   return 0 if writer.code == EARLY else writer.code
+
+
+def rehearse(run: runs.Run, train_data: pipeline.Loader,
+             eval_data: Sequence[pipeline.Loader]) -> list[str]:
+  """Times some steps of a run that starts anew, without writing anything.
+
+  Returns:
+    What the run is about to do, and its time and memory, in some lines.
+  """
+  program, config = program_of(run), run.config
+  batches = _Batches(program, [train_data], 1)
+  step, evaluate = (_PerShape(x, batches.meter)
+                    for x in (program.train_step, program.eval_step))
+  steps, every = config.train.steps, config.eval.every_steps
+  times, evaluated = [], [0.0]
+  with program.context():
+    state = program.new_state()
+    batches.begin(0)
+    for n in range(min(REHEARSED + 1, steps)):
+      (state, _), seconds = step.timed(state, batches.after(n))
+      times.append(seconds)
+    batches.close()
+    for _ in range(2 * bool(every)):
+      evaluated.append(evaluate.timed(
+          state.params, program.put(eval_data[0].batch(0)))[1])
+  a_step = float(np.median(times[1:] or times))  # the first is slower
+  number = -(-steps // every) if every else 0
+  parts = {f'{steps:,} steps': steps * a_step, f'{number:,} evaluations': (
+      number * evaluated[-1] * sum(x.first(config.eval.batches)
+                                   for x in eval_data)),
+           'compiling': batches.meter.lap(1, batches.meter.now()).get(
+               'compile_seconds', 0.0)}
+  total = sum(parts.values())
+  return [
+      describe(run, 0, batches.tokens, train_data, eval_data),
+      f'a step: {a_step:.3g} s, {batches.tokens / a_step:,.0f} tokens/s, '
+      f'{step.memory() / 2**30:,.2f} GiB on each device',
+      f'in all some {total:,.0f} s, {progress.clock(total)}: ' + ', '.join(
+          f'{name} {progress.clock(x)}' for name, x in parts.items())
+      + '; beside saving and eval.tasks']
 
 
 def train_all(program: Program, writers: Sequence['Writer'], state: TrainState,
@@ -251,11 +296,29 @@ class _PerShape:
     """Compiles for the shape of a batch."""
     self._compiled[_shape(batch)] = self._step.lower(state, batch).compile()
 
-  def __call__(self, state: Any, batch: Any) -> Any:
+  def prepare(self, state: Any, batch: Any) -> None:
+    """Compiles for the shape of a batch, unless that is done."""
     if _shape(batch) not in self._compiled:  # all processes meet it at once
       with self._meter.compiling():
         self.compile(state, batch)
         devices.sync('compiled')
+
+  def timed(self, state: Any, batch: Any) -> tuple[Any, float]:
+    """Returns what a step gives, and its seconds without compiling."""
+    self.prepare(state, batch)
+    start = time.perf_counter()
+    return jax.block_until_ready(self(state, batch)), (
+        time.perf_counter() - start)
+
+  def memory(self) -> int:
+    """Returns the bytes that the programs need on each device."""
+    return max(x.argument_size_in_bytes + x.output_size_in_bytes
+               + x.temp_size_in_bytes - x.alias_size_in_bytes
+               for x in (program.memory_analysis()
+                         for program in self._compiled.values()))
+
+  def __call__(self, state: Any, batch: Any) -> Any:
+    self.prepare(state, batch)
     return self._compiled[_shape(batch)](state, batch)
 
 
@@ -577,6 +640,20 @@ class Writer:
                     good=not self.last['bad_in_row'],
                     best=self.best and self.best.record())
 
+  def lowest(self) -> list[str]:
+    """Says where the held-out loss was lowest, unless that is the end; of
+    process 0."""
+    losses = self._files[0].held_out
+    step, last = min(losses, key=losses.get, default=0), max(losses, default=0)
+    if step == last:
+      return []
+    keep = ('python eval.py --step=best judges the checkpoint that eval.best '
+            'kept' if self.best else 'eval.py judges the last step; a run with '
+            '--config.eval.best=loss keeps the best, and with '
+            '--config.eval.patience=3 ends soon after it')
+    return [f'held-out loss was lowest at step {step:,}, {losses[step]:.4f}, '
+            f'and is {losses[last]:.4f} at step {last:,}: {keep}']
+
   def close(self) -> None:
     for file in self._files:
       file.close()
@@ -784,8 +861,10 @@ def describe(run: runs.Run, start: int, tokens: int,
   rows = f'{config.data.batch_size:,} rows' + (
       f' in {parts} micro-batches' if parts > 1 else '')
   source = train_data.text
+  passes = 0.0  # of a mixture they are not counted
   if len(train_data.views) == 1:
-    source = f'{all_rows / train_data.num_windows:.3g} passes over {source}'
+    passes = all_rows / train_data.num_windows
+    source = f'{passes:.3g} passes over {source}'
   # Of views of records alone: text is cut into rows, and nothing of it is lost.
   cut = sum(getattr(view, 'cut', 0) for view in train_data.views)
   if cut:
@@ -814,6 +893,11 @@ def describe(run: runs.Run, start: int, tokens: int,
       f'training: steps {start + 1:,} to {steps:,}, {most}'
       f'{all_rows * (tokens // sizes.last):,} tokens in all',
       f'data: {source}',
+      *[f'warning: after some {MANY_PASSES} passes a model mostly learns its '
+        'data by heart: take fewer steps, or add --config.eval.best=loss '
+        '--config.eval.patience=3, to keep the best and end soon after it'] * (
+            passes > MANY_PASSES and not config.eval.best and every > 0
+            and config.objective not in probe.OBJECTIVES),
       f'held out: {" and ".join(loader.text for loader in eval_data)}, '
       f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
       'evaluation: ' + (

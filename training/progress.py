@@ -199,6 +199,11 @@ def compiling(primary: bool = True):
     print(f'compiled in {time.monotonic() - start:.1f} s', flush=True)
 
 
+def clock(seconds: float) -> str:
+  """Returns 1:02:03."""
+  return str(datetime.timedelta(seconds=round(seconds)))
+
+
 def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
   """loss 3.1416  12,345 tokens/s  MFU 43.2%  1:02:03 left, as far as known."""
   parts = []
@@ -209,8 +214,7 @@ def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
   if figures.get('mfu') is not None:  # no peak is known of a CPU
     parts.append(f'MFU {figures["mfu"]:.1%}')
   if 'step_seconds' in figures:
-    left = round((total - step) * figures['step_seconds'])
-    parts.append(f'{datetime.timedelta(seconds=left)} left')
+    parts.append(f'{clock((total - step) * figures["step_seconds"])} left')
   return '  '.join(parts)
 
 

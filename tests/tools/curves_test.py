@@ -43,7 +43,7 @@ def test_the_ending_of_the_name_says_what_is_drawn(folders, tmp_path, kind,
     ((1, '--plot=/proc/a.png'), 'nothing can be written'),
     ((1, '--smooth=1'), '--smooth is 1.0'),
     ((1, 1), 'a run is named twice'),
-    ((0,), 'holds a sweep: its curves are drawn by python -m tools.compare'),
+    ((0,), 'no run was started in this workdir'),
 ])
 def test_what_cannot_be_drawn_is_refused(folders, words, sentence,
                                          monkeypatch):

@@ -414,3 +414,13 @@ def test_when_the_trace_starts_and_stops(first, last, wanted, monkeypatch,
     seen += [f'{call} {step}' for call in calls[len(seen):]]
   profiler.close(jnp.zeros(()))
   assert seen + [f'{call} end' for call in calls[len(seen):]] == wanted
+
+
+@pytest.mark.parametrize('losses, said', [
+    ({}, []), ({10: 3.0, 20: 2.0}, []),
+    ({10: 2.0, 20: 3.0}, ['held-out loss was lowest at step 10, 2.0000, and is '
+                          '3.0000 at step 20: eval.py judges the last step'])])
+def test_a_run_says_where_the_held_out_loss_was_lowest(losses, said):
+  writer = loop.Writer(None, None, None)
+  writer._files, writer.best = [types.SimpleNamespace(held_out=losses)], None
+  assert [line.partition(';')[0] for line in writer.lowest()] == said

@@ -51,6 +51,7 @@ def test_the_outline_says_what_the_run_does(tmp_path):
   assert lines['training'] == 'steps 11 to 30, 3,840 tokens in all'
   assert lines['data'] == (
       f'{passes:.3g} passes over all but the last 1/4 of {source}')
+  assert ('warning' in lines) == (passes > loop.MANY_PASSES)
   assert lines['held out'] == (
       f'the last 1/4 of {source}, {len(WORDS) * 10 + 1} tokens')
   assert lines['evaluation'] == (

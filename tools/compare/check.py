@@ -3,6 +3,10 @@ its phases and what they cost."""
 
 import argparse
 import json
+import re
+import subprocess
+import sys
+import tempfile
 
 from architectures.parts import tables
 from configs.errors import require
@@ -13,7 +17,7 @@ from training.costs import systems, totals
 from training.workdir import run_config
 
 # What only a sweep's file is read with, or only a study's.
-_OF_A_SWEEP = ('seeds', 'match', 'match_field')
+_OF_A_SWEEP = ('seeds', 'match', 'match_field', 'time')
 _OF_A_STUDY = ('amend', 'anyway')
 
 
@@ -21,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_file_arguments(parser)
   parser.add_argument('--workdir', default='', help='write sweep.json here; of '
                       'a study that has run in part: take the hours from it')
+  parser.add_argument('--time', action='store_true', help='of a sweep: time a '
+                      'few steps of each point on this machine')
   parser.add_argument('--json', action='store_true', help='of a sweep: print '
                       'JSON')
 
@@ -64,6 +70,9 @@ def main(args) -> int:
   if args.workdir:  # only once all is well
     with layout.Ledger(args.workdir) as ledger, ledger.transaction():
       layout.save_description(args.workdir, description)
+  if args.time:
+    for row in progress.each(description['points'], 'points timed'):
+      row['seconds'] = _seconds(description, row)
   print(json.dumps(description, indent=2) if args.json
         else table(description))
   return 0
@@ -96,6 +105,22 @@ def describe(args) -> dict:
       'sources': cost.contents(map(sweep.config, sweep.points)),
       'points': [_row(sweep, point)
                  for point in progress.each(sweep.points, 'points checked')]}
+
+
+def _seconds(description: dict, row: dict) -> float:
+  """Returns how long a run of a point takes here, by a dry run of it.
+
+  Raises:
+    RequestError: where that failed, with its last line.
+  """
+  words = layout.train_command(description, tempfile.gettempdir(), row['name'],
+                               row['seeds'][0])
+  ran = subprocess.run([sys.executable, *words, '--dry_run'],
+                       capture_output=True, text=True)
+  seconds = re.search(r'^in all some ([\d,]+) s', ran.stdout, re.M)
+  require(ran.returncode == 0 and seconds is not None, f'point {row["name"]!r} '
+          f'cannot be timed: {ran.stderr.strip().rpartition(chr(10))[2]}')
+  return float(seconds[1].replace(',', ''))
 
 
 def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
@@ -146,6 +171,15 @@ def table(description: dict) -> str:
             for point in points if point is not base]
   lines += ['', f'{len(points)} points, {len(points[0]["seeds"])} seeds each: '
             f'{sum(len(p["seeds"]) for p in points)} runs']
+  if 'seconds' in points[0]:
+    spent = [(p['name'], p['seconds'], len(p['seeds'])) for p in points]
+    lines += ['', 'a run here takes:', *(
+        f'  {name.ljust(width)}  {progress.clock(seconds)}'
+        for name, seconds, _ in spent)]
+    total = sum(seconds * seeds for _, seconds, seeds in spent)
+    lines.append(f'all runs, one after another: some {progress.clock(total)}; '
+                 'runs that train as one program or beside others (--parallel) '
+                 'share the machine')
   if not description['paired']:
     lines.append('warning: points differ in data.*, objective, span.* or '
                  'probe.*, so a seed does not give all of them the same '

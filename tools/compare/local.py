@@ -22,11 +22,12 @@ import time
 from configs.errors import EnvironmentFailure, RequestError, Stopped
 from tools import dies_with_parent
 from tools.compare import layout
-from training import cli, evals, vectorised
+from training import cli, evals, progress, vectorised
 from training.distributed import cpu, signals
 from training.workdir import provenance, storage
 
 POLL_SECONDS = 0.2
+TELL_SECONDS = 60  # between two lines of the time left
 GPUS = 'CUDA_VISIBLE_DEVICES'
 UNFINISHED = 3  # exit code: the log of each run that did not end says why
 
@@ -61,8 +62,11 @@ class Runner:
     self._begun = begun
     self._name = ledger.register()
     self._jobs: list[Job] = []
+    self._description = layout.load_description(workdir)
     self._signals = signals.Count()
     self._beaten = 0.0
+    self._told = time.monotonic()
+    self._first = (self._told, self._trained())
 
   def run(self, wait: bool = False) -> None:
     """Returns once nothing is left.
@@ -79,6 +83,7 @@ class Runner:
       try:
         while True:
           self._beat()
+          self._tell()
           for job in list(self._jobs):
             self._pass_on(job)
             if job.process.poll() is not None:
@@ -118,6 +123,30 @@ class Runner:
         job.process.kill()  # we were taken for dead; another has them
     for run in self._ledger.recover():
       print(f'{run}: its runner died; it goes on here', flush=True)
+
+  def _trained(self) -> list[float]:
+    """Returns how much of each run is trained, from 0 to 1; a run that failed
+    is over."""
+    shares = []
+    for run in self._ledger.runs():
+      over = run.state in (layout.DONE, layout.FAILED)
+      rows = [] if over else layout.metrics(self._folder(run), 'train')
+      shares.append(1.0 if over else rows[-1]['step'] / self._config(
+          run).train.steps if rows else 0.0)
+    return shares
+
+  def _tell(self) -> None:
+    """Prints from time to time how much is done, and how long the rest takes if
+    it goes on as fast as since the start."""
+    now = time.monotonic()
+    if now - self._told < TELL_SECONDS:
+      return
+    self._told, (start, before), shares = now, self._first, self._trained()
+    done = sum(shares) - sum(before)
+    left = len(shares) - sum(shares)
+    print(f'{sum(shares):.1f} of {len(shares)} runs are trained' + (
+        f', some {progress.clock(left / done * (now - start))} left'
+        if done > 0 and left else ''), flush=True)
 
   def _start(self) -> bool:
     """Starts one more job; returns whether there was one to take."""
