@@ -46,7 +46,7 @@ fuzz: $(VENV)/.test
 # Parity with PyTorch and transformers, live. One system: VERIFY_FLAGS='-k llama'.
 verify: $(VENV)/.verify
 	$(run) -m pytest -n 2 -m verify tests/parity tests/benchmarks \
-	  $(VERIFY_FLAGS)
+	  tests/front_door_test.py $(VERIFY_FLAGS)
 
 lint: $(VENV)/.test
 	$(run) -m ruff check .

@@ -580,6 +580,7 @@ class Writer:
   sentence: str = ''
   evaluated: bool = True
   stop_requested: bool = False
+  _files: list = dataclasses.field(default_factory=list, init=False)
 
   def begin(self, start: int) -> None:
     """Opens the metrics files, and drops the rows after step `start`."""
@@ -643,7 +644,7 @@ class Writer:
   def lowest(self) -> list[str]:
     """Says where the held-out loss was lowest, unless that is the end; of
     process 0."""
-    losses = self._files[0].held_out
+    losses = self._files[0].held_out if self._files else {}
     step, last = min(losses, key=losses.get, default=0), max(losses, default=0)
     if step == last:
       return []

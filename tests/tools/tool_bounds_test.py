@@ -34,7 +34,7 @@ def test_a_number_out_of_bounds_is_a_sentence(words, tmp_path):
 def test_the_tools_are_listed():
   lines = forked.run('-m', 'tools').stdout.splitlines()
   names = [line.split()[2].removeprefix('tools.') for line in lines]
-  assert names == ('chat compare convert coord_check count curves '
+  assert names == ('batches chat compare convert coord_check count curves '
                    'explain_sharding launch lm_eval plan probes study sweep '
                    'tokenize tokenizer'
                    ).split()

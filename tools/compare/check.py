@@ -172,14 +172,11 @@ def table(description: dict) -> str:
   lines += ['', f'{len(points)} points, {len(points[0]["seeds"])} seeds each: '
             f'{sum(len(p["seeds"]) for p in points)} runs']
   if 'seconds' in points[0]:
-    spent = [(p['name'], p['seconds'], len(p['seeds'])) for p in points]
-    lines += ['', 'a run here takes:', *(
-        f'  {name.ljust(width)}  {progress.clock(seconds)}'
-        for name, seconds, _ in spent)]
-    total = sum(seconds * seeds for _, seconds, seeds in spent)
-    lines.append(f'all runs, one after another: some {progress.clock(total)}; '
-                 'runs that train as one program or beside others (--parallel) '
-                 'share the machine')
+    total = sum(p['seconds'] * len(p['seeds']) for p in points)
+    lines += ['a run here takes ' + ', '.join(
+        f'{progress.clock(p["seconds"])} ({p["name"]})' for p in points),
+              f'all runs, one after another: some {progress.clock(total)}; as '
+              'one program or beside others (--parallel) they take less']
   if not description['paired']:
     lines.append('warning: points differ in data.*, objective, span.* or '
                  'probe.*, so a seed does not give all of them the same '

@@ -5,14 +5,16 @@ W/points/NAME/seed-S are plain workdirs.
 """
 
 from collections.abc import Mapping, Sequence
+import csv
 import dataclasses
 import functools
+import math
 import sys
 from typing import Any
 
 import numpy as np
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from tools.compare import layout
 from training.evals import items
 from training.evals.tasks.extrapolation import Text, loss_at
@@ -211,6 +213,46 @@ def load_sweep(workdir) -> Sweep:
     print(f'warning: not of the config that sweep.json says: {stranger}',
           file=sys.stderr)
   return sweep
+
+
+def with_rows(sweep: Sweep, file: str) -> Sweep:
+  """Returns a sweep with a point for each variant of a CSV, which was trained
+  elsewhere on the batches of the same seeds; its costs are not known.
+
+  Args:
+    sweep: as read.
+    file: with the columns variant, seed and loss, held out; and step, where a
+      run has several rows.
+
+  Raises:
+    RequestError: for a row that is none, or a name that the sweep has.
+  """
+  steps = sweep.base_config['train.steps']
+  variants: dict[str, dict[int, list]] = {}
+  with open(file, newline='') as text:
+    table = csv.DictReader(text)
+    require({'variant', 'seed', 'loss'} <= {*(table.fieldnames or ())},
+            f'--rows is {file!r}, whose first line must name the columns '
+            'variant, seed and loss')
+    for row in table:
+      try:
+        seed, step, loss = int(row['seed']), int(row.get('step') or steps), (
+            float(row['loss']))
+      except (TypeError, ValueError) as error:
+        raise RequestError(f'{file}, line {table.line_num}: {error}') from error
+      variants.setdefault(row['variant'], {}).setdefault(seed, []).append(
+          {'split': 'eval', 'step': step,
+           'loss': loss if math.isfinite(loss) else None})
+  again = variants.keys() & {point.name for point in sweep.points}
+  require(variants and not again, f'{file}: ' + (
+      f'the sweep has a variant {min(again)!r}: call it otherwise' if again
+      else 'it has no rows'))
+  return dataclasses.replace(sweep, points=(*sweep.points, *(
+      Point(name, {'rows': f'{file}:{name}'}, (), *[math.nan] * 3,
+            sweep.base.tokens, {seed: Run(seed, layout.DONE, '', {
+                **sweep.base_config, 'seed': seed}, tuple(rows), {})
+                                for seed, rows in by_seed.items()})
+      for name, by_seed in variants.items())))
 
 
 def read(workdir, description: Mapping[str, Any],

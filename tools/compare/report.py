@@ -27,7 +27,7 @@ from tools.compare import plan as plans
 from tools.compare import results as results_lib
 from tools.compare.page import UNKNOWN, Cell, Section, Table, label
 from training import evals
-from training.workdir import run_config, storage
+from training.workdir import metrics, run_config, storage
 
 LR = 'optim.lr'
 BASE, OPEN = 'base', 'not done yet'
@@ -43,12 +43,15 @@ ASIDE = ('log.', 'checkpoint.', 'mesh.', 'profile.')
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   layout.add_workdir(parser)
   parser.add_argument('--json', action='store_true', help='print JSON')
+  parser.add_argument('--rows', default='', metavar='FILE.csv', help='of a '
+                      'sweep: losses of variants that were trained elsewhere, '
+                      'in columns variant, seed, loss and, maybe, step')
   parser.add_argument('--target', type=float, help='a held-out loss: what each '
                       'variant spends to reach it (default: TARGET of a study)')
 
 
 def main(args) -> int:
-  c = load(layout.workdir_of(args))
+  c = load(layout.workdir_of(args), args.rows)
   if args.target is not None:
     check_number('--target', args.target, (('>', 0), ('<', 1e30)))
     c = dataclasses.replace(c, target=args.target)
@@ -183,13 +186,21 @@ class Comparison:
     return self.estimates[:len(self.variants)]
 
 
-def load(workdir) -> Comparison:
+def load(workdir, rows: str = '') -> Comparison:
   """Returns what lies in a workdir, from its files alone.
+
+  Args:
+    workdir: of a sweep or a study.
+    rows: of a sweep: a CSV of further variants (curves.with_rows); '': none.
 
   Raises:
     RequestError: where no sweep or study was run there, or a file is damaged.
   """
-  return (_study if layout.is_study(workdir) else _sweep)(workdir)
+  if not layout.is_study(workdir):
+    return _sweep(workdir, rows)
+  require(not rows, f'--rows is of a sweep, and {workdir} holds a study: its '
+          'plan was written down before it ran')
+  return _study(workdir)
 
 
 def _study(workdir) -> Comparison:
@@ -233,8 +244,10 @@ def _study(workdir) -> Comparison:
       [frozen.plan.question], warnings, frozen.plan.target)
 
 
-def _sweep(workdir) -> Comparison:
+def _sweep(workdir, rows: str) -> Comparison:
   sweep = curves.load_sweep(workdir)
+  if rows:
+    sweep = curves.with_rows(sweep, rows)
   outcomes = [
       plans.Outcome(
           'confirm', point.name, '', plans.TEXT, seed, values, False,
@@ -549,6 +562,8 @@ def target_table(c: Comparison) -> Table:
 def costs(c: Comparison) -> Table:
   """What each variant costs at each size, and what it changes."""
   def beside(row, name):
+    if not page.known(row[name]):
+      return Cell(UNKNOWN)
     base = c.frozen.point(c.plan.base, row['size'], row['workload'])[name]
     more = row[name] / base - 1
     x, units = row[name], ['', 'k', 'M', 'G', 'T']
@@ -1014,5 +1029,5 @@ def as_json(c: Comparison) -> dict[str, Any]:
           'base': c.plan.base, 'answer': answer(c), 'warnings': c.warnings,
           'target': [{name: cell.value for name, cell in row.items()}
                      for row in target_table(c).rows],
-          'estimates': c.estimates, 'points': c.frozen.points,
+          'estimates': c.estimates, 'points': metrics.plain(c.frozen.points),
           'excluded': c.excluded}

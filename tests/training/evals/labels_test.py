@@ -12,10 +12,10 @@ import pytest
 from tests.helpers import evaluations
 from tests.helpers import labelled_files as files
 from training import objectives
-from training.data import labelled, records
+from training.data import labelled, records, tokenizers
 from training.evals import answers
 from training.evals.tasks import labels
-from training.objectives import pipeline
+from training.objectives import pipeline, seq2seq
 
 pytest.importorskip('sklearn')
 pytest.importorskip('seqeval')
@@ -64,14 +64,24 @@ def test_correlations_are_those_of_their_formulas():
   assert np.isnan(constant.figures['pearson'])
 
 
+def _of_texts(written):
+  view = [seq2seq.Pair(np.frombuffer(b'text', np.uint8), None, True)
+          for _ in written]
+  return labels.of_texts(view, written, types.SimpleNamespace(
+      tokenizer=tokenizers.load('bytes')))
+
+
 def test_a_text_that_is_no_label_is_never_right():
-  figures = labels.of_texts(None, [
+  measured = _of_texts([
       ('yes', 'yes', True), (' no', 'no', False), ('perhaps', 'yes', False),
-      ('no', 'yes', False)]).figures
+      ('no', 'yes', False)])
+  figures = measured.figures
+  assert json.loads(measured.files[''].splitlines()[2]) == {
+      'texts': ['text'], 'label': 'yes', 'predicted': 'perhaps'}
   assert figures['accuracy'] == 0.5
   assert figures['labels'] == ['no', 'yes', labels.NONE]
   assert figures['f1'] == pytest.approx(2 * 1 / (1 + 3))
-  numbers = labels.of_texts(None, [
+  numbers = _of_texts([
       (text, target, text == target) for text, target in (
           ('9', '9'), ('10', '10'), ('10', '9'))]).figures
   assert numbers['labels'] == ['9', '10']  # as a classifier's are
@@ -259,3 +269,9 @@ def test_entities_are_found_where_type_and_ends_are_right():
   figures, _ = labels.entities(RIGHT, tags)
   assert figures['f1'] == 1
   assert (figures['strict_precision'], figures['strict_recall']) == (1, 3 / 4)
+
+
+def test_many_labels_are_not_printed_one_by_one():
+  rows = [(str(i), str(i), True) for i in range(labels.MOST + 1)]
+  assert _of_texts(rows).lines[-1] == '  41 labels, whose figures --json writes'
+  assert len(_of_texts(rows).figures['by_label']) == 41

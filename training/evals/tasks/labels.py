@@ -34,6 +34,7 @@ from training.objectives import pipeline
 from training.workdir import storage
 
 NONE = '(none of these)'
+MOST = 40  # labels whose figures are printed
 
 
 class Measured(NamedTuple):
@@ -113,14 +114,15 @@ def of_scores(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
   return _classified(view.labels, targets, scores_NU.argmax(1), predictions)
 
 
-def of_texts(view: Any, written: Sequence[tuple[str, str, bool]], *_: Any
-             ) -> Measured:
+def of_texts(view: Any, written: Sequence[tuple[str, str, bool]],
+             evaluation: Evaluation) -> Measured:
   """Measures labels that are written as text.
 
   Args:
-    view: not read.
+    view: of training/objectives/seq2seq.py.
     written: (what the model wrote, the label) of each row, and more. The space
       that some tokenizers put before a text is no part of either.
+    evaluation: whose tokenizer the rows are of.
   """
   rows = [(text.strip(), target.strip()) for text, target, *_ in written]
   labels = records.in_order(target for _, target in rows)
@@ -129,7 +131,9 @@ def of_texts(view: Any, written: Sequence[tuple[str, str, bool]], *_: Any
   numbers = {label: i for i, label in enumerate(labels)}
   predicted = np.array([numbers.get(text, len(labels)) for text, _ in rows])
   targets = np.array([numbers[target] for _, target in rows])
-  predictions = [{'label': target, 'predicted': text} for text, target in rows]
+  predictions = [{'texts': [evaluation.tokenizer.decode(pair.source)],
+                  'label': target, 'predicted': text}
+                 for (text, target), pair in zip(rows, view)]
   return _classified(
       [*labels, NONE] if (predicted == len(labels)).any() else labels, targets,
       predicted, predictions, len(labels))
@@ -162,7 +166,9 @@ def _classified(names: Sequence[str], targets: np.ndarray,
   return Measured(
       figures | {'rows': len(targets), 'by_label': each, 'labels': [*names],
                  'confusion': confusion.tolist(), 'items': right},
-      [f'{len(targets):,} records', *_lines(figures), *report.splitlines()],
+      [f'{len(targets):,} records', *_lines(figures), *(
+          report.splitlines() if count <= MOST else
+          [f'  {count:,} labels, whose figures --json writes'])],
       _jsonl(predictions))
 
 

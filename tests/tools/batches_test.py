@@ -1,0 +1,94 @@
+"""What leaves for models of other frameworks, and what comes back of them."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from configs import base
+from configs.errors import RequestError
+from tests.helpers import sweep_folder, study_folder
+from tools import batches
+from tools.compare import report
+from training.data import tokenizers
+from training.objectives import pipeline
+from training.workdir import run_config
+
+SEEDS = (0, 1, 2)
+
+
+def test_the_batches_are_those_of_the_run(tmp_path, monkeypatch):
+  (tmp_path / 'a.txt').write_text('All the words of a text. ' * 99)
+  config = base.base()
+  config.data.update(source=f'text:{tmp_path}/a.txt', length=16, batch_size=2,
+                     cache_dir=str(tmp_path), document_mask=True)
+  config.train.steps, config.eval.batches = 5, 2
+  run_config.save(tmp_path / 'run', config, {'model.vocab_size': 384})
+  monkeypatch.setattr(batches, 'STEPS', 3)
+  monkeypatch.setattr(sys, 'argv', ['batches', str(tmp_path / 'run'),
+                                    f'--out={tmp_path / "out"}'])
+  assert batches.main() == 0
+  folder, tokenizer = tmp_path / 'out/run', tokenizers.load('bytes')
+  train = pipeline.training_loader(config, tokenizer)
+  for first, steps in ((0, 3), (3, 2)):
+    arrays = np.load(folder / f'train-{first}.npz')
+    assert set(arrays) == set(train.batch(0)) >= {
+        'tokens', 'targets', 'weights', 'segment_ids', 'positions'}
+    for name in arrays:
+      assert len(arrays[name]) == steps
+      np.testing.assert_array_equal(
+          arrays[name][-1], train.batch(first + steps - 1)[name])
+  assert np.load(folder / 'held_out-0.npz')['tokens'].shape == (2, 2, 16)
+  about = json.loads((folder / 'about.json').read_text())
+  assert (about['vocab_size'], about['steps'], about['shares']) == (
+      384, 5, [1.0])
+
+
+@pytest.fixture(scope='module')
+def sweep(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('sweep')
+  sweep_folder.write(folder, sweep_folder.POINTS[:2])
+  return folder
+
+
+def _rows(folder, *lines, head='variant,seed,loss'):
+  file = folder / 'losses.csv'
+  file.write_text('\n'.join([head, *lines, '']))
+  return str(file)
+
+
+def test_a_variant_of_a_csv_is_paired_with_the_base(sweep, tmp_path):
+  finals = report.load(sweep).values(
+      'confirm', 'base', '', report.load(sweep).plan.primary)
+  file = _rows(tmp_path, *(f'gru,{seed},{step},{loss}' for seed in SEEDS
+                           for step, loss in ((100, 9.0), (
+                               sweep_folder.STEPS,
+                               finals[seed] + 0.3 + 0.001 * seed))),
+               head='variant,seed,step,loss')
+  c = report.load(sweep, file)
+  row = next(row for row in c.verdicts() if row['variant'] == 'gru')
+  assert row['effect'] == pytest.approx(0.301) and row['n'] == 3
+  assert row['verdict'] == 'worse'
+  costs = next(row for row in report.costs(c).rows
+               if row['variant'].text == 'gru')
+  assert costs['parameters'].text == 'n/a'
+  assert 'NaN' not in json.dumps(report.as_json(c)['points'])
+  assert any(path.suffix == '.svg' for path in report.write(c))
+
+
+@pytest.mark.parametrize('lines, sentence', [
+    (['base,0,1.0'], "the sweep has a variant 'base'"),
+    (['gru,0,high'], 'line 2: could not convert'),
+    (['gru,,1.0'], 'line 2: invalid literal'), ([], 'it has no rows')])
+def test_rows_that_are_none_are_refused(sweep, tmp_path, lines, sentence):
+  with pytest.raises(RequestError, match=sentence):
+    report.load(sweep, _rows(tmp_path, *lines))
+  with pytest.raises(RequestError, match='must name the columns'):
+    report.load(sweep, _rows(tmp_path, head='variant,loss'))
+
+
+def test_a_study_takes_no_rows(tmp_path):
+  study_folder.write(tmp_path, study_folder.plan())
+  with pytest.raises(RequestError, match='--rows is of a sweep'):
+    report.load(tmp_path, 'losses.csv')
