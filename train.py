@@ -14,9 +14,7 @@ command would end in the same way; exit code 1 means a failure.
 """
 
 import json
-import pathlib
 import signal
-import tempfile
 
 from absl import flags
 
@@ -28,8 +26,7 @@ cli.define_workdir()
 flags.DEFINE_bool('print_config', False, 'Print the config as JSON, with '
                   'derived fields filled in, and end; needs no --workdir.')
 flags.DEFINE_bool('dry_run', False, 'Time a few steps, print the hours and the '
-                  'memory that the run takes, and end; writes nothing, and '
-                  'needs no --workdir.')
+                  'memory that the run takes, and end; writes nothing.')
 flags.DEFINE_bool('allow_config_change', False,
                   'Resume the run although its config differs from this one.')
 flags.DEFINE_string('profile_steps', '',
@@ -52,8 +49,7 @@ flags.DEFINE_integer('stopped_exit_code', 0, 'The exit code after a signal '
 def main():
   cli.parse(__doc__)
   args = flags.FLAGS
-  if args.config is None or not (
-      args.workdir or args.print_config or args.dry_run):
+  if args.config is None or not (args.workdir or args.print_config):
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
@@ -66,8 +62,7 @@ def main():
   if args.print_config:
     print(json.dumps(preflight.printable(config, cli.overrides()), indent=2))
     return 0
-  workdir = storage.path(args.workdir or pathlib.Path(
-      tempfile.gettempdir(), 'archetype-of-a-dry-run'))
+  workdir = storage.path(args.workdir)
 
   # 1. The config: everything wrong in it is said before any device work.
   preflight.try_workdir(workdir)

@@ -10,10 +10,9 @@ last name:
                   and weights (what a target counts in the loss)
   held_out-0.npz  those of the held-out data on which a run is evaluated; of a
                   mixture one file a source
-  about.json      vocab_size, steps, the sources' shares, and the run's config
+  about.json      vocab_size, steps, and the run's config
 """
 
-from collections.abc import Sequence
 import io
 import json
 import pathlib
@@ -37,49 +36,40 @@ def main() -> int:
                       help='where to write')
   args = parser.parse_args()
   storage.try_folder(args.out, '--out')
-  names = [pathlib.Path(folder).resolve().name for folder in args.runs]
-  require(len({*names}) == len(names), f'two of the folders are called alike, '
-          f'and would be written over each other: {", ".join(names)}')
-  for workdir, name in zip(args.runs, names):
-    _write(storage.path(workdir), pathlib.Path(args.out) / name)
-    print(pathlib.Path(args.out) / name)
+  for workdir in args.runs:
+    folder = pathlib.Path(args.out, pathlib.Path(workdir).resolve().name)
+    require(not folder.exists(), f'{folder} is there already: move it away')
+    _write(storage.path(workdir), folder)
+    print(folder)
   return 0
 
 
 def _write(workdir: Any, folder: pathlib.Path) -> None:
-  """Writes the files of one run."""
+  """Writes the files of one run.
+
+  Raises:
+    RequestError: where the batches of a file differ in shape.
+  """
   config = runs.config_of(workdir)
   tokenizer = tokenizers.load(config.data.tokenizer)
   train = pipeline.training_loader(config, tokenizer)
-  held_out = pipeline.held_out(config, tokenizer)
   steps = config.train.steps
-  for first in range(0, steps, STEPS):
-    _save(folder / f'train-{first}.npz',
-          [*train.iterate(first, min(first + STEPS, steps))])
-  for i, loader in enumerate(held_out):
-    _save(folder / f'held_out-{i}.npz',
-          [*loader.iterate(0, loader.first(config.eval.batches))])
-  about = {'vocab_size': runs.model_of(workdir, config).vocab_size,
-           'steps': steps, 'shares': [loader.share for loader in held_out],
-           'config': run_config.flatten(config)}
-  storage.write(storage.path(folder / 'about.json'),
-                json.dumps(about, indent=2) + '\n')
-
-
-def _save(file: pathlib.Path, batches: Sequence[dict[str, np.ndarray]]) -> None:
-  """Writes batches of one shape, stacked.
-
-  Raises:
-    RequestError: where their shapes differ.
-  """
-  shapes = {tuple(x.shape for x in batch.values()) for batch in batches}
-  require(len(shapes) == 1, f'{file}: the batches differ in shape: take a run '
-          'with --config.data.length_buckets=1 and without data.batch_ramp')
-  data = io.BytesIO()
-  np.savez_compressed(data, **{
-      name: np.stack([batch[name] for batch in batches])
-      for name in batches[0]})
-  storage.write(storage.path(file), data.getvalue())
+  files = {f'train-{n}': train.iterate(n, min(n + STEPS, steps))
+           for n in range(0, steps, STEPS)} | {
+               f'held_out-{i}': loader.iterate(
+                   0, loader.first(config.eval.batches))
+               for i, loader in enumerate(pipeline.held_out(config, tokenizer))}
+  for name, stream in files.items():
+    batches, data = [*stream], io.BytesIO()
+    require(len({str([x.shape for x in batch.values()])
+                 for batch in batches}) == 1, f'{workdir}: batches differ in '
+            'shape: take a run with data.length_buckets=1 and no batch_ramp')
+    np.savez_compressed(data, **{
+        key: np.stack([batch[key] for batch in batches]) for key in batches[0]})
+    storage.write(storage.path(folder / f'{name}.npz'), data.getvalue())
+  storage.write(storage.path(folder / 'about.json'), json.dumps({
+      'vocab_size': runs.resolve(config, tokenizer)[0].vocab_size,
+      'steps': steps, 'config': run_config.flatten(config)}, indent=2) + '\n')
 
 
 if __name__ == '__main__':

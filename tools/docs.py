@@ -25,7 +25,11 @@ API = ('archetype', 'architectures', 'training.weights', 'training.generate',
        'architectures.parts.config')
 PROGRAMS = ('train.py', 'eval.py', *(f'-m tools.{name}' for name in (
     'compare', 'probes', 'plan', 'explain_sharding', 'launch', 'convert',
-    'count', 'chat', 'tokenize', 'tokenizer', 'coord_check', 'lm_eval')))
+    'count', 'curves', 'batches', 'chat', 'tokenize', 'tokenizer',
+    'coord_check', 'lm_eval')))
+# How much a page weighs in a search, by the beginning of its path.
+BOOSTS = {'tutorials/': 4, 'howto/': 4, 'pods.md': 4, 'install.md': 4,
+          'reference/': .2, 'contributing.md': .2, 'changelog.md': .2}
 _FENCE = re.compile(r'(^ *```.*?^ *```)', re.M | re.S)
 _LINK = re.compile(r'!?\[([^\]]*)\]\(([^)\s#:]+)((?:#[^)\s]*)?)\)')
 
@@ -64,6 +68,8 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
   """Turns links, which are of the repository, into links of the site. What is
   no page of it is named and not linked."""
   uri = page.file.src_uri
+  page.meta['search'] = {'boost': next((
+      boost for start, boost in BOOSTS.items() if uri.startswith(start)), 1)}
   folder = os.path.dirname(PAGES.get(uri, f'docs/{uri}'))
   page_of = {path: name for name, path in PAGES.items()}
 
@@ -78,6 +84,12 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     return match[0].replace(f'({match[2]}', f'({path}')
   return ''.join(part if i % 2 else _LINK.sub(link, part)
                  for i, part in enumerate(_FENCE.split(markdown)))
+
+
+def on_post_build(config) -> None:
+  """Removes the page for what is missing, whose links hold at the root of a
+  server alone."""
+  pathlib.Path(config.site_dir, '404.html').unlink()
 
 
 def llms(config) -> str:

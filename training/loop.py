@@ -120,7 +120,7 @@ def rehearse(run: runs.Run, train_data: pipeline.Loader,
   step, evaluate = (_PerShape(x, batches.meter)
                     for x in (program.train_step, program.eval_step))
   steps, every = config.train.steps, config.eval.every_steps
-  times, evaluated = [], [0.0]
+  times, evaluated = [], 0.0
   with program.context():
     state = program.new_state()
     batches.begin(0)
@@ -128,13 +128,13 @@ def rehearse(run: runs.Run, train_data: pipeline.Loader,
       (state, _), seconds = step.timed(state, batches.after(n))
       times.append(seconds)
     batches.close()
-    for _ in range(2 * bool(every)):
-      evaluated.append(evaluate.timed(
-          state.params, program.put(eval_data[0].batch(0)))[1])
+    if every:
+      _, evaluated = evaluate.timed(state.params, program.put(
+          eval_data[0].batch(0)))
   a_step = float(np.median(times[1:] or times))  # the first is slower
   number = -(-steps // every) if every else 0
   parts = {f'{steps:,} steps': steps * a_step, f'{number:,} evaluations': (
-      number * evaluated[-1] * sum(x.first(config.eval.batches)
+      number * evaluated * sum(x.first(config.eval.batches)
                                    for x in eval_data)),
            'compiling': batches.meter.lap(1, batches.meter.now()).get(
                'compile_seconds', 0.0)}
@@ -580,7 +580,6 @@ class Writer:
   sentence: str = ''
   evaluated: bool = True
   stop_requested: bool = False
-  _files: list = dataclasses.field(default_factory=list, init=False)
 
   def begin(self, start: int) -> None:
     """Opens the metrics files, and drops the rows after step `start`."""
@@ -642,9 +641,12 @@ class Writer:
                     best=self.best and self.best.record())
 
   def lowest(self) -> list[str]:
-    """Says where the held-out loss was lowest, unless that is the end; of
-    process 0."""
-    losses = self._files[0].held_out if self._files else {}
+    """Says where the held-out loss was lowest, unless that is the end, of a run
+    whose figures lie on disk."""
+    path = pathlib.Path(self.workdir) / metrics.METRICS
+    losses = {row['step']: row['loss']
+              for row in (metrics.read(path) if path.exists() else ())
+              if row['split'] == 'eval' and row.get('loss') is not None}
     step, last = min(losses, key=losses.get, default=0), max(losses, default=0)
     if step == last:
       return []

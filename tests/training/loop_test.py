@@ -13,6 +13,7 @@ import pytest
 from configs import base
 from configs.errors import RequestError
 from training import loop, objectives, preflight
+from training.workdir import metrics
 from training.distributed import signals
 from training.evals import held_out, in_training
 
@@ -385,11 +386,12 @@ def test_another_figure_begins_anew():
 
 @pytest.mark.parametrize('code', [0, loop.EARLY, loop.STOPPED, loop.DIVERGED])
 def test_to_end_early_is_to_end_well_and_only_to_diverge_is_an_error(
-    code, monkeypatch, capsys):
+    code, monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(loop, 'program_of', lambda run: None)
   monkeypatch.setattr(loop, 'train_all', lambda program, writers, *_: (
       writers[0].__dict__.update(code=code, sentence='why')))
-  assert loop.train(types.SimpleNamespace(config=None), *[None] * 6) == (
+  assert loop.train(types.SimpleNamespace(config=None), *[None] * 5,
+                    tmp_path) == (
       0 if code == loop.EARLY else code)
   assert tuple(capsys.readouterr()) == (
       'why\n' * (code in (loop.EARLY, loop.STOPPED)),
@@ -420,7 +422,10 @@ def test_when_the_trace_starts_and_stops(first, last, wanted, monkeypatch,
     ({}, []), ({10: 3.0, 20: 2.0}, []),
     ({10: 2.0, 20: 3.0}, ['held-out loss was lowest at step 10, 2.0000, and is '
                           '3.0000 at step 20: eval.py judges the last step'])])
-def test_a_run_says_where_the_held_out_loss_was_lowest(losses, said):
-  writer = loop.Writer(None, None, None)
-  writer._files, writer.best = [types.SimpleNamespace(held_out=losses)], None
+def test_a_run_says_where_the_held_out_loss_was_lowest(losses, said, tmp_path):
+  files = metrics.JsonlWriter(tmp_path, 0)
+  for step, loss in losses.items():
+    files.write(step, 'eval', {'loss': loss})
+  writer = loop.Writer(None, tmp_path, None)
+  writer.best = None
   assert [line.partition(';')[0] for line in writer.lowest()] == said

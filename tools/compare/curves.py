@@ -231,22 +231,18 @@ def with_rows(sweep: Sweep, file: str) -> Sweep:
   variants: dict[str, dict[int, list]] = {}
   with open(file, newline='') as text:
     table = csv.DictReader(text)
-    require({'variant', 'seed', 'loss'} <= {*(table.fieldnames or ())},
-            f'--rows is {file!r}, whose first line must name the columns '
-            'variant, seed and loss')
     for row in table:
       try:
-        seed, step, loss = int(row['seed']), int(row.get('step') or steps), (
-            float(row['loss']))
-      except (TypeError, ValueError) as error:
-        raise RequestError(f'{file}, line {table.line_num}: {error}') from error
-      variants.setdefault(row['variant'], {}).setdefault(seed, []).append(
-          {'split': 'eval', 'step': step,
-           'loss': loss if math.isfinite(loss) else None})
+        variants.setdefault(row['variant'], {}).setdefault(
+            int(row['seed']), []).append({
+                'split': 'eval', 'step': int(row.get('step') or steps),
+                'loss': float(row['loss'])})
+      except (KeyError, TypeError, ValueError) as error:
+        raise RequestError(f'{file}, line {table.line_num}, has no variant, '
+                           f'seed or loss: {error}') from error
   again = variants.keys() & {point.name for point in sweep.points}
-  require(variants and not again, f'{file}: ' + (
-      f'the sweep has a variant {min(again)!r}: call it otherwise' if again
-      else 'it has no rows'))
+  require(not again, f'{file}: the sweep has a variant of the name '
+          f'{min(again, default="")!r}, too: call it otherwise')
   return dataclasses.replace(sweep, points=(*sweep.points, *(
       Point(name, {'rows': f'{file}:{name}'}, (), *[math.nan] * 3,
             sweep.base.tokens, {seed: Run(seed, layout.DONE, '', {

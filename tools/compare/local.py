@@ -65,8 +65,8 @@ class Runner:
     self._description = layout.load_description(workdir)
     self._signals = signals.Count()
     self._beaten = 0.0
-    self._told = time.monotonic()
-    self._first = (self._told, self._trained())
+    self._told, self._before = time.monotonic(), self._trained()
+    self._since = self._told
 
   def run(self, wait: bool = False) -> None:
     """Returns once nothing is left.
@@ -124,16 +124,12 @@ class Runner:
     for run in self._ledger.recover():
       print(f'{run}: its runner died; it goes on here', flush=True)
 
-  def _trained(self) -> list[float]:
-    """Returns how much of each run is trained, from 0 to 1; a run that failed
-    is over."""
-    shares = []
-    for run in self._ledger.runs():
-      over = run.state in (layout.DONE, layout.FAILED)
-      rows = [] if over else layout.metrics(self._folder(run), 'train')
-      shares.append(1.0 if over else rows[-1]['step'] / self._config(
-          run).train.steps if rows else 0.0)
-    return shares
+  def _trained(self) -> float:
+    """Returns how many runs are trained, and parts of runs; one that failed is
+    over."""
+    return sum(1.0 if run.state in (layout.DONE, layout.FAILED) else sum(
+        row['step'] for row in layout.metrics(self._folder(run), 'train')[-1:])
+               / self._config(run).train.steps for run in self._ledger.runs())
 
   def _tell(self) -> None:
     """Prints from time to time how much is done, and how long the rest takes if
@@ -141,12 +137,12 @@ class Runner:
     now = time.monotonic()
     if now - self._told < TELL_SECONDS:
       return
-    self._told, (start, before), shares = now, self._first, self._trained()
-    done = sum(shares) - sum(before)
-    left = len(shares) - sum(shares)
-    print(f'{sum(shares):.1f} of {len(shares)} runs are trained' + (
-        f', some {progress.clock(left / done * (now - start))} left'
-        if done > 0 and left else ''), flush=True)
+    self._told, trained, runs = now, self._trained(), len(self._ledger.runs())
+    left = (runs - trained) * (now - self._since) / max(
+        trained - self._before, 1e-9)
+    print(f'{trained:.1f} of {runs} runs are trained'
+          + f', some {progress.clock(left)} left' * (trained > self._before),
+          flush=True)
 
   def _start(self) -> bool:
     """Starts one more job; returns whether there was one to take."""

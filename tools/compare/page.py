@@ -12,8 +12,10 @@ import functools
 import io
 import json
 import math
+import os
 import pathlib
 import re
+import sys
 import tomllib
 from typing import Any, NamedTuple
 
@@ -53,10 +55,16 @@ class Table(NamedTuple):
             for heading in (self.rows[0] if self.rows else ())}
 
   def text(self) -> str:
-    """Renders for a terminal."""
-    rows = [[cell.text for cell in row.values()] for row in self.rows]
-    return '\n'.join(layout.columns([[*self.columns], *rows],
-                                    left=len(self.columns)))
+    """Renders for a terminal, without the last columns where it is narrow."""
+    room = os.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    rows = [[*self.columns], *([cell.text for cell in row.values()]
+                               for row in self.rows)]
+    for shown in range(len(self.columns), 0, -1):
+      lines = layout.columns([row[:shown] for row in rows], left=shown)
+      if len(max(lines, key=len)) <= room:
+        break
+    left = ', '.join([*self.columns][shown:])
+    return '\n'.join(lines + [f'(too narrow for {left})'] * bool(left))
 
 
 def table(name: str, title: str, rows: Sequence[Mapping[str, Cell]]) -> Table:

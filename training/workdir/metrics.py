@@ -46,17 +46,11 @@ class JsonlWriter:
 
   `loss` is in nats per token. What is unknown or not finite is null, since
   JSON has no word for it.
-
-  Attributes:
-    held_out: the held-out loss by step, of what stands there.
   """
 
   def __init__(self, workdir: epath.Path, resumed_step: int):
     path = pathlib.Path(workdir) / METRICS
     self._there = _drop_after(path, resumed_step)
-    self.held_out: dict[int, float] = {}
-    for row in read(path) if path.exists() else ():
-      self._note(row)
     self._file = storage.File(path)
 
   def has_kept(self, step: int, split: str) -> bool:
@@ -69,11 +63,6 @@ class JsonlWriter:
     row = plain({'step': int(step), 'split': split, **figures})
     # One call a line: what is read while the run goes on is whole.
     self._file.write((json.dumps(row, allow_nan=False) + '\n').encode())
-    self._note(row)
-
-  def _note(self, row: Mapping[str, Any]) -> None:
-    if row['split'] == 'eval' and row.get('loss') is not None:
-      self.held_out[row['step']] = row['loss']
 
   def flush(self) -> None:
     """Nothing: every line is on disk."""

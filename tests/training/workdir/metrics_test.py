@@ -69,11 +69,6 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
   assert [row['step'] for row in metrics.read(tmp_path / 'metrics.jsonl')
           ][:2] == [10, 20]
   jsonl(tmp_path, [30], resumed_step=25)
-  writer = metrics.JsonlWriter(tmp_path, 25)
-  writer.write(25, 'eval', {'loss': 1.5})
-  assert writer.held_out == {25: 1.5}
-  assert metrics.JsonlWriter(tmp_path, 25).held_out == writer.held_out
-  jsonl(tmp_path, [30], resumed_step=24)
   assert [row['step'] for row in rows(tmp_path)] == [10, 20, 30]
 
 

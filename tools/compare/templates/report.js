@@ -3,7 +3,7 @@
 // #data; nothing is fetched.
 
 const WIDTH = 900, HEIGHT = 420;
-const EDGE = {left: 64, right: 16, top: 12, bottom: 46};
+const EDGE = {left: 76, right: 28, top: 12, bottom: 54};
 
 function element(name, attributes, ...children) {
   const svg = ['svg', 'path', 'line', 'circle', 'text', 'g', 'rect'];
@@ -54,6 +54,15 @@ function format(x) {
     }
   }
   return String(+x.toPrecision(5));
+}
+
+// The numbers of an axis, with as many decimals each: 2.0, 2.5, 3.0.
+function alike(ticks) {
+  const texts = ticks.map(format);
+  const plain = text => /^-?\d+(\.\d+)?$/.test(text);
+  const decimals = Math.max(...texts.filter(plain).map(
+    text => (text.split('.')[1] || '').length), 0);
+  return texts.map(text => plain(text) ? (+text).toFixed(decimals) : text);
 }
 
 function scale(low, high, from, to, log) {
@@ -239,18 +248,18 @@ class Plot {
     const {spec, choice: c} = this, bottom = HEIGHT - EDGE.bottom;
     const add = (name, attributes, ...text) =>
       this.canvas.append(element(name, attributes, ...text));
-    for (const t of x.ticks) {
+    x.ticks.forEach((t, i, all) => {
       add('line', {class: 'grid', x1: x(t), x2: x(t), y1: EDGE.top,
                    y2: bottom});
-      add('text', {x: x(t), y: bottom + 17, 'text-anchor': 'middle'},
-          format(t));
-    }
-    for (const t of y.ticks) {
+      add('text', {x: x(t), y: bottom + 20, 'text-anchor': 'middle'},
+          c.log ? format(t) : alike(all)[i]);
+    });
+    y.ticks.forEach((t, i, all) => {
       add('line', {class: 'grid', x1: EDGE.left, x2: WIDTH - EDGE.right,
                    y1: y(t), y2: y(t)});
       add('text', {x: EDGE.left - 8, y: y(t) + 4, 'text-anchor': 'end'},
-          format(t));
-    }
+          alike(all)[i]);
+    });
     add('text', {x: (WIDTH + EDGE.left) / 2, y: HEIGHT - 8,
                  'text-anchor': 'middle'}, spec.x[c.x]);
     const middle = (EDGE.top + bottom) / 2;
