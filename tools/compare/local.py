@@ -62,11 +62,8 @@ class Runner:
     self._begun = begun
     self._name = ledger.register()
     self._jobs: list[Job] = []
-    self._description = layout.load_description(workdir)
     self._signals = signals.Count()
     self._beaten = 0.0
-    self._told, self._before = time.monotonic(), self._trained()
-    self._since = self._told
 
   def run(self, wait: bool = False) -> None:
     """Returns once nothing is left.
@@ -78,6 +75,9 @@ class Runner:
       Stopped: after a signal, where something is.
     """
     unended = (layout.PENDING, *[layout.RUNNING] * wait)
+    self._description = layout.load_description(self._workdir)
+    self._told = self._since = time.monotonic()
+    self._before = self._trained()
     # It counts alone: it may come while a job is being started.
     with signals.handled(self._signals.add):
       try:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -19,7 +20,7 @@ import pytest
 
 from configs.errors import EnvironmentFailure, RequestError, STOPPED
 from configs.sweeps import helpers
-from tests.helpers import forked, studies, sweeps, toy_run
+from tests.helpers import forked, studies, sweep_folder, sweeps, toy_run
 from tests.helpers.sweeps import states
 from tools.compare import __main__ as command
 from tools.compare import check, cost, layout, local, run, slurm, spec
@@ -161,6 +162,38 @@ def test_costs_are_those_of_the_counter(tmp_path):
   figures, ours = totals.count(base, 16, model), cost.of(base)
   assert ours.params == figures['parameters']
   assert ours.flops_per_token == figures['flops_per_token']['training']
+
+
+def test_check_times_a_run_of_each_point(tmp_path, monkeypatch, capsys):
+  ran = types.SimpleNamespace(returncode=0, stderr='', stdout='a step: 1 s\n'
+                              'in all some 1,200 s, 0:20:00: 12 steps')
+  monkeypatch.setattr(check, 'subprocess', types.SimpleNamespace(
+      run=lambda words, **_: ran))
+  monkeypatch.setattr(sys, 'argv', ['compare', 'check', str(sweeps.write(
+      tmp_path)), '--time', '--seeds=3'])
+  assert command.main() == 0
+  printed = capsys.readouterr().out
+  names = re.search('a run here takes (.*)', printed)[1].split(', ')
+  assert all(name.startswith('0:20:00 (') for name in names)
+  whole = len(names) * 3 * 1200
+  assert f'some {whole // 3600}:{whole % 3600 // 60:02}:00; as one' in printed
+  ran.returncode, ran.stderr = 2, 'W0000\nerror: no memory\n'
+  with pytest.raises(RequestError, match='be timed: error: no memory'):
+    command.main()
+
+
+def test_a_runner_tells_the_time_left(tmp_path, monkeypatch, capsys):
+  sweep_folder.write(tmp_path, sweep_folder.POINTS[:2], states={
+      ('better', 1): (layout.PENDING, '')})
+  with layout.Ledger(tmp_path) as ledger:
+    runner = local.Runner(tmp_path, ledger, 1, 1)
+    runner._description = layout.load_description(tmp_path)
+    runner._before, runner._told = 3.0, float('-inf')
+    runner._since = time.monotonic() - 100  # for two runs; one is left
+    runner._tell()
+    runner._tell()  # not again so soon
+  assert capsys.readouterr().out == (
+      '5.0 of 6 runs are trained, some 0:00:50 left\n')
 
 
 def parsed(words, monkeypatch):
