@@ -33,11 +33,10 @@ def main() -> int:
   parser.add_argument('--by', default='step', choices=sorted(curves.AXES),
                       help='what to draw against')
   parser.add_argument('--smooth', type=float, default=0.0, metavar='W',
-                      help='what is measured in training as a moving average, '
+                      help='a moving average of what is measured in training, '
                       'in which what came before weighs W, as 0.9')
   args = parser.parse_args()
-  require(0 <= args.smooth < 1, f'--smooth is {args.smooth}: it must be from 0 '
-          'to below 1')
+  require(0 <= args.smooth < 1, f'--smooth is {args.smooth}: choose 0 to .999')
   file = storage.output(args.plot, '--plot')
   require(file is not None and file.suffix[1:] in KINDS, f'--plot is '
           f'{args.plot!r}: its name must end in one of .{", .".join(KINDS)}')
@@ -61,8 +60,7 @@ def _lines(folder: str, weight: float) -> dict[str, dict[str, list]]:
   file = storage.path(folder) / metrics.METRICS
   config = runs.config_of(file.parent)
   rows = metrics.read(file) if file.exists() else []
-  require(rows, f'{file} has no figures: the run has not reported a step yet '
-          '(log.every_steps)')
+  require(rows, f'{file} has no figures yet (log.every_steps)')
   spent, lines = cost.of(config), {}
   for figure in FIGURES:
     split, name = figure.split('/')
@@ -116,7 +114,7 @@ def _page(drawn: Mapping[str, Mapping], panels: Mapping[str, str], by: str
   plot = {
       'id': 'curves-0', 'title': 'curves', 'curves': True, 'log': False,
       'x': {by: curves.AXES[by]} | curves.AXES, 'y': panels,
-      'series': [{'name': name, 'base': False, 'look': figures.turn_of(i),
+      'series': [{'name': name, 'base': False, 'look': f'c{i % 6} d{i // 6}',
                   'mean': {figure: report.thinned(line)
                            for figure, line in lines.items()}}
                  for i, (name, lines) in enumerate(drawn.items())],

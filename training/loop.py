@@ -132,20 +132,14 @@ def rehearse(run: runs.Run, train_data: pipeline.Loader,
       _, evaluated = evaluate.timed(state.params, program.put(
           eval_data[0].batch(0)))
   a_step = float(np.median(times[1:] or times))  # the first is slower
-  number = -(-steps // every) if every else 0
-  parts = {f'{steps:,} steps': steps * a_step, f'{number:,} evaluations': (
-      number * evaluated * sum(x.first(config.eval.batches)
-                                   for x in eval_data)),
-           'compiling': batches.meter.lap(1, batches.meter.now()).get(
-               'compile_seconds', 0.0)}
-  total = sum(parts.values())
+  spent = [steps * a_step, evaluated * -(-steps // max(every, 1)) * sum(
+      x.first(config.eval.batches) for x in eval_data), batches.meter.compiled]
   return [
       describe(run, 0, batches.tokens, train_data, eval_data),
       f'a step: {a_step:.3g} s, {batches.tokens / a_step:,.0f} tokens/s, '
       f'{step.memory() / 2**30:,.2f} GiB on each device',
-      f'in all some {total:,.0f} s, {progress.clock(total)}: ' + ', '.join(
-          f'{name} {progress.clock(x)}' for name, x in parts.items())
-      + '; beside saving and eval.tasks']
+      f'in all some {sum(spent):,.0f} s, beside saving and eval.tasks: training '
+      '{}, evaluating {}, compiling {}'.format(*map(progress.clock, spent))]
 
 
 def train_all(program: Program, writers: Sequence['Writer'], state: TrainState,
@@ -650,10 +644,9 @@ class Writer:
     step, last = min(losses, key=losses.get, default=0), max(losses, default=0)
     if step == last:
       return []
-    keep = ('python eval.py --step=best judges the checkpoint that eval.best '
-            'kept' if self.best else 'eval.py judges the last step; a run with '
-            '--config.eval.best=loss keeps the best, and with '
-            '--config.eval.patience=3 ends soon after it')
+    keep = ('eval.py --step=best judges the best' if self.best else 'to keep '
+            'the best, train with --config.eval.best=loss, and with '
+            '--config.eval.patience=3 to end soon after it')
     return [f'held-out loss was lowest at step {step:,}, {losses[step]:.4f}, '
             f'and is {losses[last]:.4f} at step {last:,}: {keep}']
 
@@ -897,10 +890,9 @@ def describe(run: runs.Run, start: int, tokens: int,
       f'{all_rows * (tokens // sizes.last):,} tokens in all',
       f'data: {source}',
       *[f'warning: after some {MANY_PASSES} passes a model mostly learns its '
-        'data by heart: take fewer steps, or add --config.eval.best=loss '
-        '--config.eval.patience=3, to keep the best and end soon after it'] * (
-            passes > MANY_PASSES and not config.eval.best and every > 0
-            and config.objective not in probe.OBJECTIVES),
+        'data by heart: add --config.eval.best=loss --config.eval.patience=3'
+        ] * (passes > MANY_PASSES and not config.eval.best and every > 0
+             and config.objective not in probe.OBJECTIVES),
       f'held out: {" and ".join(loader.text for loader in eval_data)}, '
       f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
       'evaluation: ' + (

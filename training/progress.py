@@ -274,6 +274,9 @@ class Meter:
     flops_per_step: model FLOPs of a training step (training/costs/flops.py).
     peak_flops: of all devices together (training/costs/flops.py), or None.
     clock: seconds, for tests.
+
+  Attributes:
+    compiled: the seconds of compiling since the last lap.
   """
 
   def __init__(self, tokens_per_step: int, flops_per_step: float,
@@ -282,7 +285,7 @@ class Meter:
     self._usual, self._peak = (tokens_per_step, flops_per_step), peak_flops
     self._clock = clock
     self._others: dict[int, tuple[int, float]] = {}
-    self._compiled = self._paused = self._waited = 0.0
+    self.compiled = self._paused = self._waited = 0.0
     self._pauses = 0
     self.begin(0)
 
@@ -297,7 +300,7 @@ class Meter:
     start = self._clock()
     with self.paused():
       yield
-    self._compiled += self._clock() - start
+    self.compiled += self._clock() - start
 
   @contextlib.contextmanager
   def waiting(self):
@@ -341,9 +344,9 @@ class Meter:
         'tokens_per_second': tokens / seconds,
         'data_seconds': waited / steps,
         'mfu': flops / seconds / self._peak if self._peak else None}
-    if self._compiled:
-      figures['compile_seconds'] = self._compiled
-    self._compiled = 0.0
+    if self.compiled:
+      figures['compile_seconds'] = self.compiled
+    self.compiled = 0.0
     self._step, self._since = step, done
     return figures
 

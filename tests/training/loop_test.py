@@ -421,11 +421,11 @@ def test_when_the_trace_starts_and_stops(first, last, wanted, monkeypatch,
 @pytest.mark.parametrize('losses, said', [
     ({}, []), ({10: 3.0, 20: 2.0}, []),
     ({10: 2.0, 20: 3.0}, ['held-out loss was lowest at step 10, 2.0000, and is '
-                          '3.0000 at step 20: eval.py judges the last step'])])
+                          '3.0000 at step 20'])])
 def test_a_run_says_where_the_held_out_loss_was_lowest(losses, said, tmp_path):
   files = metrics.JsonlWriter(tmp_path, 0)
   for step, loss in losses.items():
     files.write(step, 'eval', {'loss': loss})
   writer = loop.Writer(None, tmp_path, None)
   writer.best = None
-  assert [line.partition(';')[0] for line in writer.lowest()] == said
+  assert [line.partition(': ')[0] for line in writer.lowest()] == said

@@ -91,11 +91,7 @@ def css_look(c, name: str, turn: int = 0) -> str:
   dashes to another line of the variant."""
   if name == c.plan.base:
     return f'ink d{turn % len(DASHES)}' if turn else 'ink'
-  return turn_of(c.plan.variants.index(name), turn)
-
-
-def turn_of(i: int, turn: int = 0) -> str:
-  """Returns the classes of the i-th line beside the base's."""
+  i = c.plan.variants.index(name)
   return f'c{i % len(COLOURS)} d{(turn or i // len(COLOURS)) % len(DASHES)}'
 
 

@@ -196,11 +196,10 @@ def load(workdir, rows: str = '') -> Comparison:
   Raises:
     RequestError: where no sweep or study was run there, or a file is damaged.
   """
-  if not layout.is_study(workdir):
-    return _sweep(workdir, rows)
-  require(not rows, f'--rows is of a sweep, and {workdir} holds a study: its '
-          'plan was written down before it ran')
-  return _study(workdir)
+  is_study = layout.is_study(workdir)
+  require(not (rows and is_study), f'--rows is of a sweep, and {workdir} holds '
+          'a study, whose plan was written down before it ran')
+  return _study(workdir) if is_study else _sweep(workdir, rows)
 
 
 def _study(workdir) -> Comparison:
