@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 
 import pytest
 
@@ -73,6 +74,17 @@ def test_a_model_their_own_text_and_the_curves_of_both(tree):
   assert 'sample 1 of 1' in printed and 'Once upon' in printed
   _run(tree, _block('README.md', 'tools.curves'))
   assert (tree / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('page, rows', [('own_data', 45), ('finetune', 180)])
+def test_the_labelled_set(tree, page, rows):
+  pytest.importorskip('sklearn')
+  shutil.copytree(ROOT / 'docs/assets', tree / 'docs/assets',
+                  dirs_exist_ok=True)
+  assert f'{rows} records' in _run(tree, _block(
+      f'docs/howto/{page}.md', 'labelled:docs/assets/sentences.tsv'))
+  assert len((tree / 'answers.jsonl').read_text().splitlines()) == rows
 
 
 @pytest.fixture(scope='module')
