@@ -120,7 +120,7 @@ def rehearse(run: runs.Run, train_data: pipeline.Loader,
   step, evaluate = (_PerShape(x, batches.meter)
                     for x in (program.train_step, program.eval_step))
   steps, every = config.train.steps, config.eval.every_steps
-  times, evaluated = [], 0.0
+  times, evaluated = [0.0], 0.0
   with program.context():
     state = program.new_state()
     batches.begin(0)
@@ -131,7 +131,7 @@ def rehearse(run: runs.Run, train_data: pipeline.Loader,
     if every:
       _, evaluated = evaluate.timed(state.params, program.put(
           eval_data[0].batch(0)))
-  a_step = float(np.median(times[1:] or times))  # the first is slower
+  a_step = float(np.median(times[2:] or times[1:]))  # the first is slow
   spent = [steps * a_step, evaluated * -(-steps // max(every, 1)) * sum(
       x.first(config.eval.batches) for x in eval_data), batches.meter.compiled]
   return [

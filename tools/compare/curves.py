@@ -106,8 +106,8 @@ class Point:
   name: str
   changes: Mapping[str, Any]
   matched: tuple[str, ...]
-  params: int
-  active_params: int
+  params: float
+  active_params: float
   flops_per_token: float
   tokens: int
   runs: Mapping[int, Run]
