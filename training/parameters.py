@@ -221,10 +221,11 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
             or theirs.generator.sharing == 'whole', f'init_from is '
             f'{str(source)!r}, whose table of tokens is the sum of two: begin '
             'with its export, which python -m tools.convert export writes')
-    left_out = weights.left_out(architectures.build(model), theirs)
+    apart = weights.left_out(architectures.build(model), theirs) | (
+        weights.left_out(architectures.build(theirs), model))
     wrong = [line for path, line in lines.items() if not (
         path.startswith(f'params/{weights.TASK}')
-        or path.removeprefix('params/') in left_out)]
+        or path.removeprefix('params/') in apart)]
     require(partial or not wrong, f'init_from {str(source)!r}: '
             + '; '.join(wrong) + '. To take what fits all the same: '
             '--config.init_partial=True')

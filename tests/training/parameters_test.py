@@ -78,6 +78,18 @@ def test_a_head_begins_on_a_language_model(tmp_path, capsys, write, system,
   assert 0 < np.asarray(ours['task/kernel']).std() < 0.05  # as it is born
 
 
+def test_a_head_begins_on_an_encoder_that_told_replaced_tokens(tmp_path):
+  theirs = _workdir(tmp_path, 'electra', head='replaced')
+  ours = paths.flatten(_start(tmp_path, 'electra'))
+  new = {'task/kernel', 'task/bias', 'pooler', 'pooler_bias'}
+  for path in ours.keys() - new:
+    np.testing.assert_array_equal(ours[path], theirs[path], path)
+  _workdir(tmp_path / 'apart', 'electra', head='replaced',
+           generator=dict(sharing='apart'))
+  with pytest.raises(RequestError, match='sum of two: begin with its export'):
+    _start(tmp_path / 'apart', 'electra')
+
+
 @pytest.mark.parametrize('write', models.long_but(
     (_workdir,), (_folder, _workdir)))
 def test_another_function_is_refused(tmp_path, write):
