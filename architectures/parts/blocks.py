@@ -143,9 +143,10 @@ MIXERS = {
         products=lambda c: {'query', 'out'} | (
             set() if c.kv_sharing else {'key', 'value'}) | (
                 multi_head.gate_products(c.attention_gate)),
-        fields=('num_kv_heads', 'attention_scale', 'qk_norm', 'qk_norm_over',
-                'attention_gate', 'value_residual', 'value_embedding',
-                'kv_sharing', 'attention_conv', *SCORES),
+        fields=('num_kv_heads', 'attention_scale', 'attention_log_scale',
+                'qk_norm', 'qk_norm_over', 'qk_norm_scale', 'attention_gate',
+                'value_residual', 'value_embedding', 'kv_sharing',
+                'attention_conv', *SCORES),
         divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads'))),
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,
@@ -190,7 +191,7 @@ MIXERS = {
 # A branch F is attention, or the network, with its norms; k counts the branches
 # of a stack from 0. The first one reads the embedding e.
 #
-#   plain      x' = x + F(x)
+#   plain      x' = x + residual_scale F(x)
 #   hyper      x'_v = sum over u of A_uv x_u  +  b_v F(sum over u of a_u x_u)
 #   mhc        the same, with a in (0, 1), b in (0, 2) and A doubly stochastic
 #   attention  v_(k+1) = F(sum over i of p_i v_i),   v_0 = e
@@ -310,7 +311,9 @@ def branch(c: ModelConfig, name: str, x: X) -> Read:
     x: what the layer is given.
   """
   if not RESIDUALS[c.residual].read:
-    return x, lambda y_BLD: x + y_BLD
+    scale = c.residual_scale
+    return x, lambda y_BLD: x + (
+        y_BLD if scale == 1 else layers.times(y_BLD, scale))
   return Branch(c, name=f'{name}_streams')(x)
 
 
@@ -542,7 +545,7 @@ _COPIED: dict[str, Any] = dict(
 _first = lambda x_BL1D, slots: jnp.pad(
     x_BL1D, ((0, 0), (0, 0), (0, slots - 1), (0, 0)))
 RESIDUALS = {
-    'plain': Residual(),
+    'plain': Residual(fields=('residual_scale',)),
     'hyper': Residual(_mixed(_hyper), **_COPIED,
                       fields=('streams.count', 'streams.dynamic')),
     'mhc': Residual(_mixed(_mhc), **_COPIED, fields=(

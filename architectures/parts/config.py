@@ -128,6 +128,9 @@ class ModelConfig:
       'the prefix and the suffix, are run several times: plain, what the pass '
       'before returned; add, concat or gate, that and the input of the first '
       'pass. none: they are run once.')
+  residual_scale: float = field(
+      1.0, 'The factor of what a branch adds to a plain residual sum.',
+      above=0, resume=FUNCTION)
   mixer: str = field(
       'attention', 'What mixes the tokens of a layer: attention; latent, whose '
       'keys and values are made of a small vector a token; a recurrence; or '
@@ -155,6 +158,15 @@ class ModelConfig:
   sliding_window: int = field(
       0, 'the keys that a banded layer sees, that of the query included',
       resume=FUNCTION)
+  attention_chunk: int = field(
+      0, 'The tokens of a chunk, within which a chunked layer sees keys.',
+      resume=FUNCTION)
+  attention_log_scale: float = field(
+      0.0, 'How much queries grow with the logarithm of their position; 0: '
+      'they do not.', least=0, resume=FUNCTION, of_layers=True)
+  attention_log_from: int = field(
+      8192, 'the position from which they grow', above=0, resume=FUNCTION,
+      read_by='attention_log_scale')
   attention_softcap: float = field(
       0.0, 'bounds the attention scores; 0: none', least=0, resume=FUNCTION,
       of_layers=True)
@@ -162,6 +174,9 @@ class ModelConfig:
   qk_norm_over: str = field(
       'head', 'what it is over: a head, or the whole projection',
       of_layers=True, read_by='qk_norm')
+  qk_norm_scale: bool = field(
+      True, 'whether it is the norm of the model, with parameters; if not, '
+      'rmsnorm_plain', of_layers=True, read_by='qk_norm')
   attention_sinks: bool = field(
       False, "a learned term in the softmax's denominator", of_layers=True)
   attention_gate: str = field(

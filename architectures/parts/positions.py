@@ -188,7 +188,7 @@ def _llama3(r: RopeConfig, dim: int):
   frequency, _ = _unscaled(r, dim)
   turns = r.original_len * frequency / (2 * math.pi)
   smooth = (turns - r.low_freq_factor) / (
-      r.high_freq_factor - r.low_freq_factor)
+      (r.high_freq_factor - r.low_freq_factor) or 1e-30)  # a step
   smooth = jnp.clip(smooth, 0, 1)
   return (1 - smooth) * frequency / r.factor + smooth * frequency, 1.0
 
@@ -227,9 +227,9 @@ def _refuse_longrope(r: RopeConfig, dim: int) -> str:
 
 def _refuse_llama3(r: RopeConfig, dim: int) -> str:
   del dim
-  return '' if r.high_freq_factor > r.low_freq_factor else (
-      f'model.rope.high_freq_factor is {r.high_freq_factor}: it needs it above '
-      f'model.rope.low_freq_factor {r.low_freq_factor}')
+  return '' if r.high_freq_factor >= r.low_freq_factor else (
+      f'model.rope.high_freq_factor is {r.high_freq_factor}: it needs it no '
+      f'smaller than model.rope.low_freq_factor {r.low_freq_factor}')
 
 
 def _refuse_yarn(r: RopeConfig, dim: int) -> str:

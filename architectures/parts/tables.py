@@ -530,6 +530,8 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
     lookup.check(c)
   for able, needed, field in (
       ('STREAMS', c.residual != 'plain', f'model.residual {c.residual!r}'),
+      ('STREAMS', c.residual_scale != 1,
+       f'model.residual_scale {c.residual_scale}'),
       ('WITHOUT_FFN', c.ffn == NO_FFN, f'model.ffn {NO_FFN!r}'),
       ('CROSS', stack == 'encoder-decoder', f'model.arch {c.arch!r}')):
     require(not needed or getattr(BLOCKS[c.block], able),

@@ -14,7 +14,7 @@ import pytest
 
 import architectures
 from architectures.parts import blocks
-from architectures.parts.attention.kernels import visible
+from architectures.parts.attention.kernels import parts, visible
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.layers import NORMS
@@ -30,11 +30,14 @@ ATTENTIONS = {
     'global': {},
     'grouped': dict(num_kv_heads=2, memory='engram', ngrams=NGRAMS),
     'banded': dict(**models.banded(5), memory='over_encoding', ngrams=NGRAMS),
-    'capped': dict(attention_softcap=5.0, num_kv_heads=2,
+    'capped': dict(attention_softcap=5.0, num_kv_heads=2, residual_scale=0.5,
                    value_residual=True, value_embedding=True),
     # What adds nothing to another is tried beside it.
-    'qk_norm': dict(qk_norm=True, attention_gate='headwise',
-                    memory='per_layer'),
+    'qk_norm': dict(
+        qk_norm=True, attention_gate='headwise', memory='per_layer',
+        qk_norm_scale=False, attention_chunk=4, attention_log_scale=0.2,
+        attention_log_from=4, pattern='global,chunked', kinds={
+            'global': {}, 'chunked': dict(attention='chunked')}),
     'sinks': dict(attention_sinks=True, qk_norm=True, num_kv_heads=2,
                   qk_norm_over='projection', attention_out_bias=False,
                   attention_gate='elementwise'),
@@ -113,12 +116,14 @@ def test_remat_equals_plain_and_computes_again_what_it_says():
   assert products['full'] > products['dots'], products
 
 
-WINDOW = types.SimpleNamespace(sliding_window=2)  # of a config
+WINDOW = types.SimpleNamespace(  # of a config
+    sliding_window=2, attention_chunk=2)
 PICTURES = {
     ('global', True): ['x....', 'xx...', 'xxx..', 'xxxx.', 'xxxxx'],
     ('global', False): None,
     ('banded', True): ['x....', 'xx...', '.xx..', '..xx.', '...xx'],
     ('banded', False): ['xx...', 'xxx..', '.xxx.', '..xxx', '...xx'],
+    ('chunked', True): ['x....', 'xx...', '..x..', '..xx.', '....x'],
 }
 
 
@@ -132,7 +137,13 @@ def test_masks_as_pictures(attention, causal):
 
 def test_masks_of_documents_and_prefixes():
   positions, segments = jnp.arange(5)[None], jnp.array([[1, 1, 2, 2, 2]])
+  chunks = LayerKind('chunked', 'gelu')
   kind = LayerKind('global', 'gelu')
+  for ids in (segments, None):  # a kernel takes chunks for documents
+    apart = parts(chunks, WINDOW, positions, ids)
+    assert _picture(visible(kind, WINDOW, positions, positions, apart, apart)
+                    ) == _picture(visible(chunks, WINDOW, positions, positions,
+                                          ids, ids))
   assert _picture(visible(kind, WINDOW, positions, positions, segments,
                           segments)
                   ) == ['x....', 'xx...', '..x..', '..xx.', '..xxx']
@@ -253,6 +264,7 @@ MODELS = {
     'latent': ('deepseek_v32', dict(mtp_depth=1, indexer=dict(top_k=5))),
     'mamba2': ('mamba2', {}),
     'lfm2': ('lfm2', {}),
+    'llama4': ('llama4', dict(attention_chunk=4, attention_log_from=4)),
     'streams': ('llama', dict(residual='mhc')),
     'memory': ('llama', dict(
         pattern='before,after', ngrams=NGRAMS, kinds=dict(

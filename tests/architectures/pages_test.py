@@ -15,7 +15,8 @@ from training.workdir import run_config
 # What every page says, and what it says where that is not the usual.
 ALWAYS = {'position', 'norm', 'block', 'attention', 'ffn', 'tie_embeddings'}
 OF_EXPERTS = {'moe.router', 'moe.top_k', 'moe.ffn'}
-SCALES = {'attention_scale', 'embed_scale', 'logits_scale', 'rope.fraction'}
+SCALES = {'attention_scale', 'embed_scale', 'logits_scale', 'rope.fraction',
+          'residual_scale'}
 
 
 def config(system):
@@ -50,7 +51,7 @@ def test_a_system_is_its_page_and_its_config(system):
 def test_a_record_names_nothing_that_is_not_there(system):
   module = architectures.build(models.config(system))
   c, page = module.config, architectures.hugging_face(config(system).arch)
-  names = {name.format(n=0, e=0) for *_, name, _ in page.rows(c)}
+  names = {name.format(n=0, m=0, e=0) for *_, name, _ in page.rows(c)}
   known = [name for names, *_ in page.fields.values()
            for name in names.split('|')]
   asked = [*known, *page.only, *page.unread]

@@ -25,6 +25,7 @@ from configs.errors import require
 # The mask: which keys a query sees, and how many pairs it shows.
 
 AT_ONCE = 1024  # queries whose keys are counted at once
+MOST = 2**15  # chunks of a document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Rule:
     top: config -> how many of these keys an indexer leaves a query, 0: all;
       None: the rule has no indexer.
     settings: the group of fields of config.model that it reads.
+    chunk: config -> n, where a document is in chunks of n tokens, and a query
+      sees its own; None: it is whole.
     fields: of config.model that no other rule reads.
     check: (config, stack) -> None; raises RequestError for fields that do not
       fit. `stack` is what architectures.stack returns.
@@ -47,6 +50,7 @@ class Rule:
   sees: Optional[Callable] = None
   top: Optional[Callable[[ModelConfig], int]] = None
   settings: Optional[type] = None
+  chunk: Optional[Callable[[ModelConfig], int]] = None
   fields: tuple[str, ...] = ()
   check: Callable[[ModelConfig, str], None] = lambda c, stack: None
 
@@ -67,11 +71,24 @@ def visible(kind: LayerKind, c: ModelConfig, q_positions_BL: jax.Array,
     seen.append(causal)
   if rule.window:
     seen.append(jnp.abs(q - k) < rule.window(c))
+  if rule.chunk:
+    seen.append(q // rule.chunk(c) == k // rule.chunk(c))
   if rule.sees:
     seen.append(rule.sees(c, q, k))
   if q_segments_BL is not None:
     seen.append(q_segments_BL[:, :, None] == k_segments_BM[:, None])
   return functools.reduce(operator.and_, seen) if seen else None
+
+
+def parts(kind: LayerKind, c: ModelConfig, positions_BL: jax.Array,
+          segments_BL: Optional[jax.Array]) -> Optional[jax.Array]:
+  """Returns segment ids as a kernel takes them, in which the chunks of a
+  document are documents."""
+  rule = RULES[kind.attention]
+  if not rule.chunk:
+    return segments_BL
+  chunk_BL = positions_BL // rule.chunk(c)
+  return chunk_BL if segments_BL is None else chunk_BL + MOST * segments_BL
 
 
 def begins(kind: LayerKind, ctx: Context) -> bool:
@@ -84,6 +101,10 @@ def _counts(kind: LayerKind, c: ModelConfig, queries: np.ndarray,
             keys: np.ndarray) -> np.ndarray:
   """Returns how many of the keys at these places each query sees."""
   rule = RULES[kind.attention]
+  if rule.chunk:
+    first = queries - queries % rule.chunk(c)
+    stop = queries + 1 if kind.causal else first + rule.chunk(c)
+    return np.minimum(stop, keys.size) - first
   if rule.sees:  # count them, some queries at a time
     with jax.ensure_compile_time_eval():
       return np.concatenate([np.asarray(visible(
@@ -139,8 +160,17 @@ def _check_banded(c: ModelConfig, stack: str) -> None:
           'set it to the number of keys that such a layer sees')
 
 
+def _check_chunked(c: ModelConfig, stack: str) -> None:
+  del stack
+  require(c.attention_chunk > 0,
+          'model.attention has a chunked layer, but model.attention_chunk is '
+          '0: set it to the number of tokens of a chunk')
+
+
 RULES = {
     'global': Rule(),
+    'chunked': Rule(chunk=lambda c: c.attention_chunk,  # Llama 4
+                    fields=('attention_chunk',), check=_check_chunked),
     'banded': Rule(window=lambda c: c.sliding_window,
                    fields=('sliding_window',), check=_check_banded),
     'indexed': Rule(top=lambda c: c.indexer.top_k,

@@ -79,6 +79,8 @@ class Attention(nn.Module):
       q_BLHK = rotate(q_BLHK, ctx.positions_BL, c, ctx.length)
       if read is None:
         k_BMJK = rotate(k_BMJK, ctx.positions_BL, c, ctx.length)
+    if c.attention_log_scale and not self.cross:
+      q_BLHK = _grown(q_BLHK, ctx.positions_BL, c)
     k_positions_BM = ctx.positions_BL
     if cached and not self.cross:
       if read is None:
@@ -234,6 +236,7 @@ class Attention(nn.Module):
     if positions.of(c).bias:
       bias_BHLM = positions.of(c).bias(c, ctx.positions_BL, k_positions_BM)
     rule = kernels.RULES[self.kind.attention]
+    ids_BL = kernels.parts(self.kind, c, ctx.positions_BL, ids_BL)
     mask = kernels.Mask(
         ids_BL, ids_BL, causal=self.kind.causal, in_order=ctx.in_order,
         window=rule.window(c) if rule.window else 0,
@@ -245,9 +248,11 @@ class Attention(nn.Module):
   def _normalise(self, name: str, x_BLHK: jax.Array) -> jax.Array:
     """Returns queries or keys with a norm over each head or over all heads.
     """
+    norm = (layers.norm if self.config.qk_norm_scale else
+            lambda c, name, axis: layers.PlainRMSNorm(c, axis, name=name))
     if self.config.qk_norm_over == 'head':
-      return layers.norm(self.config, name, 'head')(x_BLHK)
-    y_BLU = layers.norm(self.config, name, 'joined')(
+      return norm(self.config, name, 'head')(x_BLHK)
+    y_BLU = norm(self.config, name, 'joined')(
         x_BLHK.reshape(*x_BLHK.shape[:2], -1))
     return y_BLU.reshape(x_BLHK.shape)
 
@@ -263,6 +268,21 @@ class Attention(nn.Module):
         deterministic=ctx.deterministic)
     y_BLHK = conv(name, y_BLHK, axis) if conv else y_BLHK
     return sharding.constrain(y_BLHK, 'batch', 'length', axis, 'head')
+
+
+def _grown(q_BLHK: jax.Array, positions_BL: jax.Array, c: ModelConfig
+           ) -> jax.Array:
+  """Returns queries that grow with their position, against weights that flatten
+  over more keys (Nakanishi 2025, arXiv 2501.19399; as in Llama 4):
+
+    q' = q (1 + attention_log_scale log(1 + n)),
+    n  = floor((position + 1) / attention_log_from)
+  """
+  steps_BL = jnp.floor((positions_BL.astype(jnp.float32) + 1.0)
+                       / c.attention_log_from)
+  factor_BL = 1.0 + c.attention_log_scale * jnp.log1p(steps_BL)
+  return (q_BLHK.astype(jnp.float32) * factor_BL[..., None, None]).astype(
+      q_BLHK.dtype)
 
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:

@@ -53,12 +53,14 @@ class HuggingFace(NamedTuple):
   Axes are letters of the legend, or U where it has none, of which only the
   order and the grouping count: a blank ends a dimension of theirs, and HK is
   one dimension of size H*K. {n} is the layer, counted through the blocks of
-  the period. {e} is an expert, axis E of ours. 'query|key|value' are several
-  parameters of ours in one tensor of theirs, along its axis 3 (1 is a dimension
-  of theirs that ours has not); with the axes 'DHK|DJK|DJK' and 'HK+JK+JK D'
-  they follow one another in it, each of its own size, and with 'J(RK+K+K) D'
-  within each group of heads: R is H / J, and J=2 says how many groups there are
-  where no axis of ours does. A row is passed over where the model has no such
+  the period; {m} is the same where theirs counts a layer's feed-forward network
+  as the next layer. {e} is an expert, axis E of ours. 'query|key|value' are
+  several parameters of ours in one tensor of theirs, along its axis 3 (1 is a
+  dimension of theirs that ours has not); with the axes 'DHK|DJK|DJK' and
+  'HK+JK+JK D' they follow one another in it, each of its own size, and with
+  'J(RK+K+K) D' within each group of heads: R is H / J, and J=2 says how many
+  groups there are where no axis of ours does. A row is passed over where the
+  model has no such
   parameter with as many axes, so that a dense and an expert ffn/up may both
   have one; decoder/layers/block_2 stands for one block of the period alone
   (`by_block`).

@@ -175,8 +175,8 @@ def expand(rows: Sequence[Row],
                   for one in each)
     for (row, n), e in itertools.product(enumerate(layers), experts):
       index = (() if n is None else (row,)) + (() if e is None else (e,))
-      tensors.append(Tensor(theirs.format(n=n, e=e), their_axes, paths, inner,
-                            index,
+      tensors.append(Tensor(theirs.format(n=n, m=n, e=e), their_axes, paths,
+                            inner, index,
                             sizes | {'1': 1, str(len(paths)): len(paths)}))
   covered = {path for tensor in tensors for path in tensor.paths}
   if bare := sorted(set(shapes) - covered):
@@ -209,7 +209,8 @@ def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
     layers = _OF_LAYERS.search(ours)
     where = layers[0] if layers else ''
     for place, first, period in _blocks(
-        ours.partition(where)[0], shapes) if where else (('', 0, 0),):
+        ours.partition(where)[0], shapes, '{m}' in theirs
+    ) if where else (('', 0, 0),):
       if where not in ('', '/layers/', f'/{place}/'):
         continue
       paths = tuple(
@@ -218,6 +219,7 @@ def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
           for name in names.split('|'))
       shape, axes = shapes.get(paths[0]), axes_of(row[1], len(paths))[0]
       if shape is not None and len(shape) == len(axes) + bool(where):
+        first += '{m}' in theirs and '/ffn' in ours
         yield (row, paths,
                range(first, first + period * shape[0], period) if where
                else (None,),
@@ -225,12 +227,17 @@ def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
                if '{e}' in theirs else (None,))
 
 
-def _blocks(stack: str, shapes: Mapping[str, tuple[int, ...]]):
-  """Yields where each block stands, its first layer, the step to the next."""
+def _blocks(stack: str, shapes: Mapping[str, tuple[int, ...]],
+            parts: bool = False):
+  """Yields where each block stands, its first layer, the step to the next. With
+  `parts`, a layer with a feed-forward network counts as two."""
   before = 0
   for section in SECTIONS:
     periods = {path.split('/')[2]: shape[0] for path, shape in shapes.items()
                if path.startswith(f'{stack}/{section}/')}
-    for n in range(len(periods)):
-      yield f'{section}/block_{n}', before + n, len(periods)
-    before += sum(periods.values())
+    blocks = [f'{section}/block_{n}' for n in range(len(periods))]
+    sizes = [1 + (parts and f'{stack}/{block}/ffn_norm/scale' in shapes)
+             for block in blocks]
+    for n, block in enumerate(blocks):
+      yield block, before + sum(sizes[:n]), sum(sizes)
+    before += sum(sizes) * next(iter(periods.values()), 0)

@@ -54,6 +54,9 @@ class MoE(nn.Module):
         self._bias(), self._noise_key(routing.of(m).draws, ctx),
         routing_groups(m.group_size, B * L), not ctx.deterministic)
     routed = routing.route(m, inputs)
+    if m.gate_inputs:  # a token has one gate
+      x_TD = x_TD * routed.gate_A[:, None].astype(x_TD.dtype)
+      routed = routed.replace(gate_A=(routed.gate_A > 0).astype(jnp.float32))
     y_TD, kept_A = dispatch.experts(
         m, x_TD.astype(c.compute_dtype), routed, self._weights(),
         layers.Hidden(m.ffn, c.clamp), inputs.groups, self._dropout(ctx),

@@ -16,6 +16,7 @@ expert_choice  an expert takes its ceil(S X / E) best tokens of a group, scaled
 sigmoid        scores sigmoid(logits); the X best of score + router_bias, which
                `step_bias` moves against the load (DeepSeek-V3, 2024, equations
                12 to 16).
+sigmoid_plain  the same without router_bias, and so without groups (Llama 4).
 sinkhorn       in training, the X best of the logits balanced over tokens and
                experts by Sinkhorn's iteration; in evaluation, of the logits
                (BASE: Lewis et al. 2021; S-BASE: Clark et al. 2022). So in
@@ -102,6 +103,9 @@ class MoEConfig:
   normalize_gates: bool = field(
       True, 'The gates of a token sum to 1: of topk, sigmoid and sinkhorn, '
       'from top_k 2 on.', resume=FUNCTION)
+  gate_inputs: bool = field(
+      False, 'Whether the gate multiplies what an expert reads, and not what '
+      'it returns: of top_k 1.', resume=FUNCTION)
   gate_scale: float = field(
       1.0, 'multiplies the gates, normalised or not', above=0,
       resume=FUNCTION)
@@ -321,9 +325,10 @@ def gshard(m: MoEConfig, x: Inputs) -> Routing:
 
 def sigmoid(m: MoEConfig, x: Inputs) -> Routing:
   scores_TE = jax.nn.sigmoid(x.logits_TE)
-  bias_E = jax.lax.stop_gradient(x.bias_E)
-  expert_TX = _best(_of_best_groups(m, scores_TE + bias_E[None], best=2),
-                    m.top_k)
+  ranked_TE = scores_TE
+  if x.bias_E is not None:
+    ranked_TE += jax.lax.stop_gradient(x.bias_E)[None]
+  expert_TX = _best(_of_best_groups(m, ranked_TE, best=2), m.top_k)
   gate_TX = _chosen(scores_TE, expert_TX)
   if m.normalize_gates:
     gate_TX = normalize(gate_TX)
@@ -481,6 +486,10 @@ def check_router(c: ModelConfig, stack: str) -> None:
           f'model.moe.top_k is {m.top_k}, but model.moe.router {m.router} '
           f'chooses {router.top_k}: set it to {router.top_k}, or choose router '
           'topk')
+  require(not m.gate_inputs or m.top_k == 1 and not router.experts_choose,
+          f'model.moe.gate_inputs is True and model.moe.top_k {m.top_k}, and a '
+          'token has one input for all of its experts: set top_k to 1, or '
+          'gate_inputs to False')
   E, groups, kept = m.num_experts, m.expert_groups, m.top_groups
   require(m.top_k <= E, f'model.moe.top_k is {m.top_k}: choose 1 to '
           f'model.moe.num_experts {E}')
@@ -534,6 +543,7 @@ ROUTERS = {
                             experts_choose=True),
     'sigmoid': Router(sigmoid, (*GROUPED, 'moe.bias_rate'), bias=step_bias,
                       wanted=best_scores),
+    'sigmoid_plain': Router(sigmoid, NORMALIZED),
     'sinkhorn': Router(sinkhorn, NORMALIZED, groups=True),
     'hash': Router(hash_, logits=False, hashes=True, whole=True),
     'uniform': Router(uniform, logits=False, whole=True),

@@ -85,23 +85,25 @@ def test_a_convolution_counts_its_window():
     LayerKind('global', 'gelu', causal=False),
     LayerKind('banded', 'gelu', causal=True),
     LayerKind('banded', 'gelu', causal=False),
+    LayerKind('chunked', 'gelu', causal=True),
+    LayerKind('chunked', 'gelu', causal=False),
 ])
 @pytest.mark.parametrize('window', [1, 3, 24, 99])
 def test_keys_are_counted_as_the_mask_has_them(kind, window):
   at = jnp.arange(LENGTH)[None]
-  c = types.SimpleNamespace(sliding_window=window)
+  c = types.SimpleNamespace(sliding_window=window, attention_chunk=window)
   mask = kernels.visible(kind, c, at, at)
   seen = LENGTH**2 if mask is None else int(mask.sum())
   assert kernels.pairs(kind, c, LENGTH, LENGTH) == seen
 
 
-@pytest.mark.parametrize('name', ['global', 'banded', 'even'])
+@pytest.mark.parametrize('name', ['global', 'banded', 'chunked', 'even'])
 def test_a_prefix_counts_as_the_mean_over_all_prefixes(monkeypatch, name):
   monkeypatch.setitem(kernels.RULES, 'even', kernels.Rule(
       sees=lambda c, q, k: (q + k) % 2 == 0))
   monkeypatch.setattr(kernels, 'AT_ONCE', 7)
   at = jnp.arange(LENGTH)[None]
-  c = types.SimpleNamespace(sliding_window=5)
+  c = types.SimpleNamespace(sliding_window=5, attention_chunk=5)
   kind = LayerKind(name, 'gelu', causal=True)
   seen = [int(kernels.visible(kind, c, at, at, prefix_B=jnp.array([size])
                               ).sum()) for size in range(1, LENGTH)]
