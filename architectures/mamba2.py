@@ -26,12 +26,8 @@ class Mamba2(Decoder):
 INFINITY = {'__float__': 'Infinity'}
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  heads, head_dim = fields['mamba2.heads'], fields['mamba2.head_dim']
-  expand = reader('expand', 2)
-  require(heads * head_dim == expand * fields['d_model'],
-          f'config.json has num_heads {heads} of head_dim {head_dim}, which '
-          f'are not expand {expand} times hidden_size {fields["d_model"]}')
+def read_limits(reader: hf.Reader) -> dict[str, float]:
+  """Returns the bounds of a step, of time_step_limit."""
   bounds = reader.listed('time_step_limit')
   whole = [0 if bound in (INFINITY, float('inf')) else bound
            for bound in bounds or (0.0, INFINITY)]
@@ -39,18 +35,42 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           and bounds[:1] not in ([INFINITY], [float('inf')]),
           f'config.json has time_step_limit {short(bounds)}: it must be two '
           'numbers, of which the second may be infinite')
-  return dict(num_heads=max(1, heads // 2), head_dim=head_dim, mamba2=dict(
-      least_step=float(whole[0]), most_step=float(whole[1])))
+  return dict(least_step=float(whole[0]), most_step=float(whole[1]))
+
+
+def write_limits(c: ModelConfig) -> dict:
+  """Returns the same for a config.json, empty where there are none."""
+  m = c.mamba2
+  return dict(time_step_limit=[m.least_step, m.most_step or INFINITY]) if (
+      m.least_step or m.most_step) else {}
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  heads, head_dim = fields['mamba2.heads'], fields['mamba2.head_dim']
+  expand = reader('expand', 2)
+  require(heads * head_dim == expand * fields['d_model'],
+          f'config.json has num_heads {heads} of head_dim {head_dim}, which '
+          f'are not expand {expand} times hidden_size {fields["d_model"]}')
+  return dict(num_heads=max(1, heads // 2), head_dim=head_dim,
+              mamba2=read_limits(reader))
 
 
 def _write(c: ModelConfig) -> dict:
   m = c.mamba2
-  limits = dict(time_step_limit=[m.least_step, m.most_step or INFINITY])
-  return dict(expand=m.heads * m.head_dim // c.d_model) | (
-      limits if m.least_step or m.most_step else {})
+  return dict(expand=m.heads * m.head_dim // c.d_model) | write_limits(c)
 
 
 CONVOLVED = 'value', 'key', 'query'  # x, B, C
+MIXER = (  # of hybrids too
+    ('|'.join(('output_gate', *CONVOLVED, 'step')), 'DHK|DHK|DJU|DJU|DH',
+     'in_proj.weight', 'HK+HK+JU+JU+H D'),
+    ('|'.join(f'{name}_conv' for name in CONVOLVED), 'WHK|WJU|WJU',
+     'conv1d.weight', 'HK+JU+JU 1 W'),
+    ('|'.join(f'{name}_conv_bias' for name in CONVOLVED), 'HK|JU|JU',
+     'conv1d.bias', 'HK+JU+JU'),
+    ('step_bias', 'H', 'dt_bias', 'H'), ('decay_scale', 'H', 'A_log', 'H'),
+    ('skip', 'H', 'D', 'H'), ('out_norm_scale', 'HK', 'norm.weight', 'HK'),
+    ('out', 'HKD', 'out_proj.weight', 'D HK'))
 HF = hf.HuggingFace(
     'mamba2', 'Mamba2ForCausalLM',
     names=(
@@ -60,17 +80,7 @@ HF = hf.HuggingFace(
             ('attention_norm/scale', 'D', 'norm.weight', 'D')),
         *hf.under(
             'decoder/layers/attention', 'backbone.layers.{n}.mixer',
-            ('|'.join(('output_gate', *CONVOLVED, 'step')),
-             'DHK|DHK|DJU|DJU|DH', 'in_proj.weight', 'HK+HK+JU+JU+H D'),
-            ('|'.join(f'{name}_conv' for name in CONVOLVED), 'WHK|WJU|WJU',
-             'conv1d.weight', 'HK+JU+JU 1 W'),
-            ('|'.join(f'{name}_conv_bias' for name in CONVOLVED), 'HK|JU|JU',
-             'conv1d.bias', 'HK+JU+JU'),
-            ('step_bias', 'H', 'dt_bias', 'H'),
-            ('decay_scale', 'H', 'A_log', 'H'),
-            ('skip', 'H', 'D', 'H'),
-            ('out_norm_scale', 'HK', 'norm.weight', 'HK'),
-            ('out', 'HKD', 'out_proj.weight', 'D HK')),
+            *MIXER),
         ('decoder/final_norm/scale', 'D', 'backbone.norm_f.weight', 'D'),
         ('head/kernel', 'DV', 'lm_head.weight', 'V D')),
     fields=hf.fields(

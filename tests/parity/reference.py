@@ -333,6 +333,23 @@ def _mamba2(model) -> None:
   model.forward = mended
 
 
+def _nemotron_h(model) -> None:
+  """A network is a layer of its own there, and here a part of the layer before
+  it: what such a layer returns is what the next one without a network reads.
+  """
+  forward, types = model.forward, model.config.layers_block_type
+
+  @functools.wraps(forward)
+  def mended(*args, **kwargs):
+    out = forward(*args, **kwargs)
+    if out.hidden_states is not None:
+      out.hidden_states = (*(state for state, kind in zip(
+          out.hidden_states, types) if kind.endswith('attention')),
+                           out.hidden_states[-1])
+    return out
+  model.forward = mended
+
+
 def _kimi_linear(model) -> None:
   """It writes the network of a dense layer under the name of the experts.
   Published files have it under its own name, and both are read."""
@@ -357,6 +374,7 @@ MENDS = {
     'UMT5ForConditionalGeneration': _t5,
     'MarianMTModel': _marian,
     'MT5ForConditionalGeneration': _own_head,
+    'NemotronHForCausalLM': _nemotron_h,
     'NllbMoeForConditionalGeneration': _nllb,
 }
 
