@@ -365,7 +365,8 @@ class ModelConfig:
                    for i, (c, name) in enumerate(
                        zip(configs[len(before):], names)))
 
-    passes = self.loops.passes if self.loops else 1
+    # With all groups filled in, a model that does not loop has this one too.
+    passes = self.loops.passes if self.loop != 'none' else 1
     return tuple(Section(name, layer_kinds(names, before), *times)
                  for name, names, before, times in zip(
                      kinds.SECTIONS, (first, period, last), ((), first, ()),
