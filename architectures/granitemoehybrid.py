@@ -1,0 +1,141 @@
+"""Granite 4.0-H: nine layers of Mamba-2 to one of attention without positions,
+with a factor on everything that meets (IBM 2025, "Granite 4.0", and its model
+cards).
+
+  x_0 = 12 E[tokens]
+  a   = x + 0.22 Mamba2(n(x))              in nine layers of ten
+  a   = x + 0.22 W_o Attention(q, k, v)    in the tenth; scores times 1 / K
+  x'  = a + 0.22 (shared(m) + sum over the best experts of g_e SwiGLU_e(m))
+        or a + 0.22 SwiGLU(m), without experts;   m = n(a)
+  g   = softmax over those chosen of W_r m
+  logits = n(x_N) E^T * 256 / D            n is RMSNorm; no bias but of the
+                                           convolutions
+
+The factors are model.embed_scale, residual_scale, attention_scale and
+logits_scale. parts/recurrent/mamba2.py has the recurrence.
+"""
+
+from architectures import llama, mamba2
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types, rope_fields
+from architectures.parts.skeletons import Decoder
+from configs.errors import require
+
+KINDS = {'linear': dict(mixer='mamba2'), 'full': {}}
+# Of their files, and as the published ones have it.
+TYPES = {layer_types.LINEAR: 'linear', layer_types.WHOLE: 'full',
+         'mamba': 'linear', 'attention': 'full'}
+
+
+class GraniteHybrid(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = llama.LLaMA.PARTS | dict(
+      position='none', pattern='linear,full', kinds=KINDS, tie_embeddings=True,
+      embed_scale=12.0, residual_scale=0.22, attention_scale=1 / 128,
+      logits_scale=1 / 6, ffn='moe', moe=dict(
+          router='topk', top_k=6, ffn='swiglu', shared_experts=2))
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  layers, heads = fields['num_layers'], fields['mamba2.heads']
+  layer_types.check_number('num_hidden_layers', layers)
+  types = layer_types.each(reader, 'layer_types', layers, TYPES) or [
+      layer_types.LINEAR] * layers
+  names = [TYPES[word] for word in types]
+  for name in 'embedding_multiplier', 'attention_multiplier', 'logits_scaling':
+    require(reader(name, 1.0) > 0, f'config.json has {name} '
+            f'{reader(name, 1.0)}: it must be > 0')
+  inner = reader('mamba_expand', 2) * fields['d_model']
+  size = reader('mamba_d_head', inner // heads)
+  require(size * heads == inner, f'config.json has mamba_n_heads {heads} of '
+          f'mamba_d_head {size}, which are not mamba_expand times hidden_size, '
+          f'{inner}')
+  return layer_types.shortest(names) | _read_ffn(reader) | _positions(
+      reader) | dict(
+          kinds={name: KINDS[name] for name in dict.fromkeys(names)},
+          logits_scale=1 / reader('logits_scaling', 1.0),
+          mamba2=mamba2.read_limits(reader) | dict(head_dim=size))
+
+
+def _positions(reader: hf.Reader) -> dict:
+  rope = rope_fields.read(reader)
+  turned = reader('position_embedding_type', 'nope') == 'rope'
+  return dict(position='rope', rope=rope) if turned else dict(position='none')
+
+
+def _read_ffn(reader: hf.Reader) -> dict:
+  experts = reader.count('num_local_experts', 8)
+  shared = reader('shared_intermediate_size', 1024)
+  if not experts:
+    reader.passes('intermediate_size', 'num_experts_per_tok',
+                  'router_aux_loss_coef')
+    return dict(ffn='swiglu', d_ff=shared)
+  width, chosen = (reader('intermediate_size', 11008),
+                   reader('num_experts_per_tok', 2))
+  require(shared % width == 0, 'config.json has shared_intermediate_size '
+          f'{shared}, which is no multiple of intermediate_size {width}: '
+          'model.moe.shared_experts says how many times as wide as an expert '
+          'the shared one is')
+  hf.check_gates({'moe.top_k': chosen})
+  return dict(d_ff=shared, moe=dict(
+      num_experts=experts, top_k=chosen, d_ff=width, dispatch='dropless',
+      shared_experts=shared // width,
+      balance_weight=reader('router_aux_loss_coef', 0.001)))
+
+
+def _write(c: ModelConfig) -> dict:
+  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  dense = [layer.ffn != 'moe' for layer in layers]
+  require(len(set(dense)) == 1, 'some layers of this model have experts, and '
+          'some have none: a granitemoehybrid config.json is of one of both')
+  m, turned = c.moe, c.position == 'rope'
+  ffn = dict(num_local_experts=0, shared_intermediate_size=c.d_ff) if (
+      dense[0]) else dict(
+          num_local_experts=m.num_experts, num_experts_per_tok=m.top_k,
+          intermediate_size=m.d_ff, router_aux_loss_coef=m.balance_weight,
+          shared_intermediate_size=m.shared_experts * m.d_ff)
+  return ffn | mamba2.write_limits(c) | dict(
+      layer_types=[layer_types.LINEAR if layer.mixer == 'mamba2'
+                   else layer_types.WHOLE for layer in layers],
+      mamba_expand=c.mamba2.heads * c.mamba2.head_dim // c.d_model,
+      mamba_d_head=c.mamba2.head_dim, logits_scaling=1 / c.logits_scale,
+      position_embedding_type='rope' if turned else 'nope') | (
+          dict(rope_parameters=rope_fields.write(c)) if turned else {})
+
+
+def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
+  return (hf.under('attention', 'mamba', *mamba2.MIXER)
+          if c.mixer == 'mamba2' else llama.attention())
+
+
+NAMES = llama.ends() + llama.layers(*llama.norms(), *hf.under(
+    'ffn', 'shared_mlp',
+    ('gate|up', 'DF', 'input_linear.weight', '2F D'),
+    ('down', 'FD', 'output_linear.weight', 'D F'),
+    ('shared/gate|up', 'DF', 'input_linear.weight', '2F D'),
+    ('shared/down', 'FD', 'output_linear.weight', 'D F')), *hf.under(
+        'ffn', 'block_sparse_moe',
+        ('router', 'DE', 'router.layer.weight', 'E D'),
+        ('gate|up', 'EDF', 'input_linear.weight', 'E 2F D'),
+        ('down', 'EFD', 'output_linear.weight', 'E D F')))
+HF = hf.HuggingFace(
+    'granitemoehybrid', 'GraniteMoeHybridForCausalLM',
+    names=lambda c: NAMES + hf.by_block(c, 'model.layers.{n}', _mixer),
+    fields=hf.fields(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=hf.EACH_HEAD, head_dim=hf.SPLIT_WIDTH,
+        vocab_size=32000, max_position_embeddings=2048, rms_norm_eps=1e-6,
+        attention_bias=False, tie_word_embeddings=False) | {
+            'embed_scale': ('embedding_multiplier', 1.0),
+            'residual_scale': ('residual_multiplier', 1.0),
+            'attention_scale': ('attention_multiplier', 1.0),
+            'mamba2.heads': ('mamba_n_heads', 128),
+            'mamba2.groups': ('mamba_n_groups', 1),
+            'mamba2.state': ('mamba_d_state', 256),
+            'mamba2.conv': ('mamba_d_conv', 4),
+            'mamba2.conv_bias': ('mamba_conv_bias', True)},
+    only=dict(hidden_act='silu', mamba_proj_bias=False),
+    unread=('mamba_chunk_size', 'normalization_function', 'init_method'),
+    read=_read, write=_write, check=layer_types.check_attention,
+    **llama.FILES)
