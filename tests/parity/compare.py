@@ -109,7 +109,7 @@ def findings_of(recording: Recording, rope: dict | None = None,
 def layer_names(c) -> list[str]:
   """Returns what _decoder, ... give for each layer: of each stack, what comes
   out of the embedding and what each layer returns."""
-  stacks = [('', c.num_layers)]
+  stacks = [('', len(c.layer_kinds(c.num_layers)))]  # of all passes
   if architectures.stack(c) == 'encoder-decoder':
     stacks = [('encoder ', c.num_layers), ('decoder ', c.num_decoder_layers)]
   return [f'{stack}{name}' for stack, layers in stacks
