@@ -262,6 +262,10 @@ MODELS = {
     'deltanet': ('llama', dict(mixer='deltanet', deltanet=dict(
         key_heads=2, value_heads=4, key_dim=8, value_dim=8))),
     'latent': ('deepseek_v32', dict(mtp_depth=1, indexer=dict(top_k=5))),
+    'deltaproduct': ('llama', dict(mixer='deltanet', deltanet=dict(
+        key_heads=2, householders=2))),
+    'rwkv7': ('llama', dict(mixer='rwkv7')),
+    'mamba': ('llama', dict(mixer='mamba')),
     'mamba2': ('mamba2', {}),
     'lfm2': ('lfm2', {}),
     'llama4': ('llama4', dict(attention_chunk=4, attention_log_from=4)),

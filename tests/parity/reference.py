@@ -369,6 +369,7 @@ def _kimi_linear(model) -> None:
 MENDS = {
     'BartForConditionalGeneration': _marian,
     'KimiLinearForCausalLM': _kimi_linear,
+    'MambaForCausalLM': _mamba2,
     'Mamba2ForCausalLM': _mamba2,
     'T5ForConditionalGeneration': _t5,
     'UMT5ForConditionalGeneration': _t5,

@@ -299,7 +299,9 @@ def check_state(name: str, c: ModelConfig, stack: str) -> None:
   require(c.attention == 'global', f'{who}, which keeps no keys and has no '
           f'window, and model.attention is {c.attention!r}: set it to global, '
           'or window to 0 in a kind of layer')
-  require(not positions.of(c).stack_bias, f'{who}, which has no scores for the '
+  position = positions.of(c)
+  require(not (position.stack_bias or position.layer_bias
+               or position.content_bias), f'{who}, which has no scores for the '
           f'bias of model.position {c.position!r}: set it to none, at least in '
           'the kinds of layer that have this mixer')
 

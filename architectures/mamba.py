@@ -1,0 +1,74 @@
+"""Mamba: layers of a selective state space model, and nothing else: no
+attention, no feed-forward networks, no positions (Gu and Dao 2023, arXiv
+2312.00752, section 3.4).
+
+  x'     = x + Mamba(RMSNorm(x))         parts/recurrent/mamba.py
+  logits = RMSNorm(x_N) E^T
+
+A layer has twice as many features as the stream, each with a state of 16
+numbers, where Mamba-2 has heads. As there, a model has twice as many layers as
+a transformer of its width.
+"""
+
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Decoder
+
+
+class Mamba(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = dict(mixer='mamba', position='none', norm='rmsnorm',
+               block='pre_norm', attention='global', ffn='none',
+               tie_embeddings=True)
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  rank = -(-fields['d_model'] // 16)  # what 'auto' is
+  return dict(mamba=dict(rank=reader('time_step_rank', rank)))
+
+
+def _write(c: ModelConfig) -> dict:
+  return dict(time_step_rank=c.mamba.rank)
+
+
+HF = hf.HuggingFace(
+    'mamba', 'MambaForCausalLM',
+    names=(
+        ('embed/tokens', 'VD', 'backbone.embeddings.weight', 'V D'),
+        *hf.under(
+            'decoder/layers', 'backbone.layers.{n}',
+            ('attention_norm/scale', 'D', 'norm.weight', 'D')),
+        *hf.under(
+            'decoder/layers/attention', 'backbone.layers.{n}.mixer',
+            ('value|output_gate', 'DF|DF', 'in_proj.weight', 'F+F D'),
+            ('conv', 'WF', 'conv1d.weight', 'F 1 W'),
+            ('conv_bias', 'F', 'conv1d.bias', 'F'),
+            ('step_down|key|query', 'FU|FK|FK', 'x_proj.weight', 'U+K+K F'),
+            ('step_up', 'UF', 'dt_proj.weight', 'F U'),
+            ('step_bias', 'F', 'dt_proj.bias', 'F'),
+            ('decay_scale', 'FK', 'A_log', 'F K'),
+            ('skip', 'F', 'D', 'F'),
+            ('out', 'FD', 'out_proj.weight', 'D F')),
+        ('decoder/final_norm/scale', 'D', 'backbone.norm_f.weight', 'D'),
+        ('head/kernel', 'DV', 'lm_head.weight', 'V D')),
+    fields=hf.fields(
+        hidden_size=768, num_hidden_layers=32, vocab_size=50280,
+        max_position_embeddings=2048, layer_norm_epsilon=1e-5,
+        tie_word_embeddings=True) | {
+            'mamba.expand': ('expand', 2), 'mamba.state': ('state_size', 16),
+            'mamba.conv': ('conv_kernel', 4),
+            'mamba.conv_bias': ('use_conv_bias', True)},
+    # The last divides the weights of a folder as it is loaded.
+    only=dict(use_bias=False, hidden_act='silu',
+              rescale_prenorm_residual=False),
+    # How it is computed, how its first weights are drawn, and fields that
+    # published files have and transformers does not read.
+    unread=('residual_in_fp32', 'use_mambapy', 'use_associative_scan', *(
+        f'time_step_{name}' for name in (
+            'min', 'max', 'floor', 'scale', 'init_scheme')),
+            'intermediate_size', 'd_model', 'd_inner', 'n_layer', 'rms_norm',
+            'fused_add_norm', 'pad_vocab_size_multiple', 'ssm_cfg'),
+    read=_read, write=_write,
+    tied={'lm_head.weight': 'backbone.embeddings.weight'},
+    # As the authors' own files have it.
+    spellings=(('backbone.embeddings.', 'backbone.embedding.'),))
