@@ -55,7 +55,7 @@ class NemotronH(Decoder):
   PARTS = dict(
       position='none', norm='rmsnorm', block='pre_norm', attention='global',
       attention_bias=False, ffn='relu2', ffn_bias=False, tie_embeddings=False,
-      pattern='mamba_mlp,mamba,attention_mlp',
+      pattern='mamba_mlp,mamba,mamba_mlp,attention_mlp',
       kinds={name: KINDS[name] for name in (
           'mamba_mlp', 'mamba', 'attention_mlp')},
       moe=dict(router='sigmoid', top_k=6, ffn='relu2', shared_experts=2))

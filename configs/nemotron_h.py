@@ -8,7 +8,7 @@ experts and the order of layers are those of each config.json. Their schedules
 hold and then fall, or fall by a cosine; here it is a cosine. Counts are exact,
 without the biases of the routers.
 
-`tiny` has Mamba-2 in four layers of six, and networks in four.
+`tiny` has Mamba-2 in three layers of four, and networks in three.
 """
 
 from architectures import nemotron_h
@@ -33,7 +33,7 @@ SIZES = {
 for published in SIZES.values():
   published |= dict(head_dim=128, max_len=8192, vocab_size=131_072)
   published['mamba2'] |= dict(groups=8, least_step=0.001)
-SIZES['tiny'] = recipes.SMALL | dict(num_layers=6, mamba2=dict(
+SIZES['tiny'] = recipes.SMALL | dict(mamba2=dict(
     state=32, groups=2, least_step=0.001))
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'30b-a3b': 23 * 128}

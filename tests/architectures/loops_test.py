@@ -33,9 +33,10 @@ def value_and_grads(module, params):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('system, changes', [
-    ('llama', ENDS | dict(value_residual=True, ffn='moe', moe=dict(
-        router='sigmoid', num_experts=4, top_k=2, capacity_factor=0.0))),
-    pytest.param('gpt', dict(residual='attention'), marks=pytest.mark.long)])
+    pytest.param('llama', ENDS | dict(value_residual=True, ffn='moe', moe=dict(
+        router='sigmoid', num_experts=4, top_k=2, capacity_factor=0.0)),
+                 marks=pytest.mark.long),
+    ('gpt', dict(residual='attention'))])
 def test_a_loop_is_the_deep_stack_of_copied_weights(system, changes):
   """Outputs, what each layer returns and the loads of experts; the gradient of
   a weight is the sum over its copies."""
@@ -100,8 +101,9 @@ def by_hand(module, params, tokens):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('loop, loops, changes', [
-    ('plain', dict(boundary='norm'), dict(remat='full')),
-    ('add', dict(gradient_passes=1), {}),
+    pytest.param('plain', dict(boundary='norm'), dict(remat='full'),
+                 marks=pytest.mark.long),
+    pytest.param('add', dict(gradient_passes=1), {}, marks=pytest.mark.long),
     ('concat', dict(gradient_passes=2, boundary='norm'), {}),
     ('gate', dict(gate_rank=5), dict(scan_layers=False))])
 def test_each_form_is_its_equations(loop, loops, changes):

@@ -124,7 +124,7 @@ MODELS = {  # with whose keys each layer reads
 
 def layers_of(params, c):
   """Yields the parameters of each layer in order."""
-  for name, kinds, periods in c.sections(c.num_layers):
+  for name, kinds, periods, _ in c.sections(c.num_layers):
     for row in range(periods):
       for block in range(len(kinds)):
         yield jax.tree.map(lambda a, row=row: a[row],
