@@ -104,6 +104,12 @@ def _write(c: ModelConfig) -> dict:
           dict(rope_parameters=rope_fields.write(c)) if turned else {})
 
 
+def _check(c: ModelConfig) -> None:
+  layer_types.check_attention(c)
+  require(c.head_dim % 2 == 0, f'model.head_dim is {c.head_dim}: transformers '
+          f'refuses a {c.arch} of odd heads, whether or not they turn')
+
+
 def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
   return (hf.under('attention', 'mamba', *mamba2.MIXER)
           if c.mixer == 'mamba2' else llama.attention())
@@ -137,5 +143,5 @@ HF = hf.HuggingFace(
             'mamba2.conv_bias': ('mamba_conv_bias', True)},
     only=dict(hidden_act='silu', mamba_proj_bias=False),
     unread=('mamba_chunk_size', 'normalization_function', 'init_method'),
-    read=_read, write=_write, check=layer_types.check_attention,
+    read=_read, write=_write, check=_check,
     **llama.FILES)

@@ -26,6 +26,9 @@ from configs.kinds import DENSE
 CHUNKED = 'chunked_attention'
 CHUNK = dict(attention='chunked', qk_norm=True)
 FULL = dict(position='none', attention_log_scale=0.1)
+# A norm follows the turning there, so the temperatures of others would vanish.
+SCALINGS = {name: rope_fields.SCALINGS[name]
+            for name in ('default', 'linear', 'dynamic', 'llama3')}
 
 
 class Llama4(Decoder):
@@ -73,7 +76,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   return dict(layer_types.shortest(names), kinds=kinds, attention_chunk=chunk,
               attention_log_from=reader('floor_scale', 8192),
               rope=rope_fields.read(reader, theta=('rope_theta', 5e5),
-                                    interleaved=True),
+                                    interleaved=True, words=SCALINGS),
               moe=dict(dispatch='dropless'))
 
 
@@ -96,7 +99,8 @@ def _write(c: ModelConfig) -> dict:
       moe_layers=[n for n, layer in enumerate(layers) if layer.ffn == 'moe'],
       attention_chunk_size=c.attention_chunk or None, use_qk_norm=rope.qk_norm,
       attn_temperature_tuning=scale > 0, floor_scale=c.attention_log_from,
-      rope_parameters=rope_fields.write(rope, interleaved=True)) | (
+      rope_parameters=rope_fields.write(
+          rope, interleaved=True, words=SCALINGS)) | (
           dict(attn_scale=scale) if scale else {})
 
 

@@ -12,6 +12,7 @@ import types
 import numpy as np
 
 import architectures
+from architectures import mamba2
 from configs.errors import RequestError
 from tests.parity import compare
 from tests.parity.recording import HALF, Recording
@@ -107,7 +108,11 @@ def draw(config: dict, system: str, head: str = 'lm'):
   kind = model_class(system, head)
   of_head = {} if head == 'lm' else dict(
       num_labels=2 if head == 'span' else 3, pad_token_id=0)
-  config = kind.config_class.from_dict(config | of_head)
+  # Some classes take none of what transformers writes for infinity.
+  config = kind.config_class.from_dict({
+      name: [float('inf') if x == mamba2.INFINITY else x for x in value]
+      if isinstance(value, list) else value
+      for name, value in (config | of_head).items()})
   if of_head and not getattr(config, 'layer_types', None):
     config.num_hidden_layers = 1  # so that a recording is small
     if hasattr(config, 'first_k_dense_replace'):

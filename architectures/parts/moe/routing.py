@@ -327,8 +327,9 @@ def sigmoid(m: MoEConfig, x: Inputs) -> Routing:
   scores_TE = jax.nn.sigmoid(x.logits_TE)
   ranked_TE = scores_TE
   if x.bias_E is not None:
-    ranked_TE += jax.lax.stop_gradient(x.bias_E)[None]
-  expert_TX = _best(_of_best_groups(m, ranked_TE, best=2), m.top_k)
+    ranked_TE = _of_best_groups(
+        m, scores_TE + jax.lax.stop_gradient(x.bias_E)[None], best=2)
+  expert_TX = _best(ranked_TE, m.top_k)
   gate_TX = _chosen(scores_TE, expert_TX)
   if m.normalize_gates:
     gate_TX = normalize(gate_TX)
