@@ -92,6 +92,7 @@ def _tree(tmp_path_factory):
   return adding.copy_with(tmp_path_factory.mktemp('added') / 'tree', FILES)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_objective_trains_and_a_task_measures_it(tree):
   for i in range(8):
@@ -103,7 +104,7 @@ def test_an_objective_trains_and_a_task_measures_it(tree):
             if row['split'] == 'train']
   assert len(losses) == 4 and np.isfinite(losses).all()
   result = adding.run(tree, 'eval.py', '--workdir=run', '--json=found.json',
-                    '--tasks=loss,among,samples', '--among=384',  # of 384 ids
+                      '--tasks=loss,among,samples', '--among=384',  # of 384 ids
                     '--prompt=It is', '--max_new_tokens=4').stdout
   figures = json.loads((tree / 'found.json').read_text())
   assert figures['among']['share'] == 1 and 'sample 1 of 1:\nIt is' in result
@@ -111,11 +112,12 @@ def test_an_objective_trains_and_a_task_measures_it(tree):
   assert "objective 'fim'" in result.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_their_names_are_among_the_choices(tree):
   shown = ' '.join(adding.run(tree, 'eval.py', '--help').stdout.split())
   assert '--among: among: So many of the likeliest tokens. (default: 5)' in (
       shown)
   result = adding.run(tree, 'train.py', '--config', 'configs/gpt.py',
-                    '--workdir=no', '--config.objective=fmi', code=2)
+                      '--workdir=no', '--config.objective=fmi', code=2)
   assert "Did you mean 'fim'?" in result.stderr

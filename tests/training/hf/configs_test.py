@@ -133,7 +133,7 @@ def test_mamba2_has_the_bounds_of_its_file(bounds, steps):
 
 
 @pytest.mark.parametrize('every', [
-    8, pytest.param(1, marks=pytest.mark.long)])
+    16, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize('system', recording.systems())
 def test_what_is_read_is_written_as_it_was_and_as_transformers_reads_it(
     system, every):
@@ -154,7 +154,7 @@ def test_what_is_read_is_written_as_it_was_and_as_transformers_reads_it(
     theirs = classes[written['model_type']].from_dict(copy.deepcopy(written))
     hf_config.check_same(c, hf_config.read(
         json.loads(theirs.to_json_string())), words)
-  assert len(seen) > 2
+  assert len(seen) > 1
 
 
 @pytest.mark.parametrize('tree, fields', [

@@ -53,7 +53,8 @@ def test_a_row_masks_its_share_and_knows_the_words():
             & (batch['targets'][row, :len(real)] < 123)).all()
 
 
-@pytest.mark.parametrize('sharing', ['whole', 'apart'])
+@pytest.mark.parametrize('sharing', [
+    'whole', pytest.param('apart', marks=pytest.mark.long)])
 def test_the_encoder_judges_what_the_generator_drew(sharing):
   config = _config()
   (module, params), batch = _make(sharing), _batch(config)
