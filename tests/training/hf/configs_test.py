@@ -154,7 +154,7 @@ def test_what_is_read_is_written_as_it_was_and_as_transformers_reads_it(
     theirs = classes[written['model_type']].from_dict(copy.deepcopy(written))
     hf_config.check_same(c, hf_config.read(
         json.loads(theirs.to_json_string())), words)
-  assert len(seen) > 1
+  assert seen
 
 
 @pytest.mark.parametrize('tree, fields', [
