@@ -138,7 +138,7 @@ def rehearse(run: runs.Run, train_data: pipeline.Loader,
       describe(run, 0, batches.tokens, train_data, eval_data),
       f'a step: {a_step:.3g} s, {batches.tokens / a_step:,.0f} tokens/s, '
       f'{step.memory() / 2**30:,.2f} GiB on each device',
-      f'in all some {sum(spent):,.0f} s, beside saving and eval.tasks: steps '
+      f'about {sum(spent):,.0f} s in all, without saving and eval.tasks: steps '
       '{}, evaluating {}, compiling {}'.format(*map(progress.clock, spent))]
 
 

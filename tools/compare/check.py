@@ -117,7 +117,7 @@ def _seconds(description: dict, row: dict) -> float:
                                row['seeds'][0])
   ran = subprocess.run([sys.executable, *words, '--dry_run'],
                        capture_output=True, text=True)
-  seconds = re.search(r'^in all some ([\d,]+) s', ran.stdout, re.M)
+  seconds = re.search(r'^about ([\d,]+) s in all', ran.stdout, re.M)
   require(ran.returncode == 0 and seconds is not None, f'point {row["name"]!r} '
           f'cannot be timed: {ran.stderr.strip().rpartition(chr(10))[2]}')
   return float(seconds[1].replace(',', ''))

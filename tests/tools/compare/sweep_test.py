@@ -166,7 +166,7 @@ def test_costs_are_those_of_the_counter(tmp_path):
 
 def test_check_times_a_run_of_each_point(tmp_path, monkeypatch, capsys):
   ran = types.SimpleNamespace(returncode=0, stderr='', stdout='a step: 1 s\n'
-                              'in all some 1,200 s, 0:20:00: 12 steps')
+                              'about 1,200 s in all, 0:20:00: 12 steps')
   monkeypatch.setattr(check, 'subprocess', types.SimpleNamespace(
       run=lambda words, **_: ran))
   monkeypatch.setattr(sys, 'argv', ['compare', 'check', str(sweeps.write(
