@@ -187,7 +187,7 @@ def check_kda(name: str, c: ModelConfig, stack: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _States:
+class States:
   """Each head has a query, a key and a value of its own."""
   heads: int = field(0, 'heads, each with a state; derived: num_heads',
                      resume=SHAPES)
@@ -202,7 +202,7 @@ class _States:
 
 
 @dataclasses.dataclass(frozen=True)
-class GLAConfig(_States):
+class GLAConfig(States):
   """Of mixer gla. The paper's keys are half as wide as the values."""
   key_dim: int = field(
       0, "size of a head's query and key; derived: head_dim / 2",
@@ -251,7 +251,7 @@ class GLA(layer.Layer):
 
 
 @dataclasses.dataclass(frozen=True)
-class RetNetConfig(_States):
+class RetNetConfig(States):
   """Of mixer retnet. The paper's values are twice as wide as the keys."""
   key_dim: int = field(0, "size of a head's query and key; derived: head_dim",
                        resume=SHAPES)

@@ -38,7 +38,8 @@ import numpy as np
 
 from architectures.parts import layers
 from architectures.parts.config import Context, ModelConfig
-from architectures.parts.recurrent import features, layer, recurrence
+from architectures.parts.recurrent import features, layer
+from architectures.parts.recurrent import linear_attention, recurrence
 from architectures.parts.sharding import Role, declare
 from configs.errors import require
 from configs.fields import field, SHAPES
@@ -50,11 +51,9 @@ SHIFTED = dict(query=0.1, decay=0.45, key=0.35, value=0.35, rate=0.45, gate=0.1)
 
 
 @dataclasses.dataclass(frozen=True)
-class RWKV7Config:
+class RWKV7Config(linear_attention.States):
   """Of mixer rwkv7. What is left open is as attention has it; the ranks grow
   with the root of d_model, in steps of 32."""
-  heads: int = field(0, 'heads, each with a state; derived: num_heads',
-                     resume=SHAPES)
   key_dim: int = field(0, "size of a head's query and key; derived: head_dim",
                        resume=SHAPES)
   value_dim: int = field(0, "size of a head's value; derived: head_dim",
@@ -68,14 +67,6 @@ class RWKV7Config:
   gate_rank: int = field(
       0, "rank of the gate's product; derived: 5 sqrt(d_model)", resume=SHAPES)
   householders = 2  # steps of recurrence.py
-
-  @property
-  def key_heads(self) -> int:
-    return self.heads
-
-  @property
-  def value_heads(self) -> int:
-    return self.heads
 
   def derived(self, c: ModelConfig) -> 'RWKV7Config':
     rank = lambda times: max(32, 32 * round(times * c.d_model ** 0.5 / 32))
