@@ -41,7 +41,7 @@ from training.data import inputs as inputs_of
 from training.data import tokenizers
 from training.data.texts import checked
 from training.hf import config as hf_config, generation as hf_generation
-from training.hf import weights
+from training.hf import hub, weights
 from training.evals import inspection
 from training.workdir import checkpoints, run_config, storage
 
@@ -315,7 +315,8 @@ def load(path: str | os.PathLike, *, step: int | None = None,
 
   Args:
     path: the folder of a run (`--workdir`); or a folder with a config.json and
-      weights in Hugging Face's format, or a file of weights in one.
+      weights in Hugging Face's format, a file of weights in one, or
+      hf://ORG/NAME.
     step: of a run, which checkpoint; default: the newest.
     tokenizer: instead of the model's own, written as data.tokenizer is.
 
@@ -323,6 +324,7 @@ def load(path: str | os.PathLike, *, step: int | None = None,
     RequestError: where there is no such model, or one that is not supported.
     EnvironmentFailure: where the checkpoint cannot be read.
   """
+  path = hub.local(path)
   place = storage.path(path)
   if checkpoints.directory(place).exists():
     return _load_run(place, step, tokenizer)

@@ -98,7 +98,8 @@ class Data:
       20, 'n: every n-th document is held out of training; of a single text '
       'file, its last n-th part. 0: nothing is held out.', most=MOST)
   tokenizer: str = field(
-      'bytes', 'bytes | bytes:N (in N ids) | a tokenizer.json | a folder',
+      'bytes', 'bytes | bytes:N (in N ids) | a tokenizer.json | a folder '
+      '| hf://ORG/NAME',
       resume=Resume(INCOMPATIBLE, 'token numbers mean something else'))
   length: int = _batches(256, 'tokens in a sequence (in the source, with '
                          'seq2seq)', least=1, most=2**24)
@@ -293,8 +294,9 @@ class Run:
       'classification, regression, token_classification, question_answering, '
       'probe, compression.',
       resume=Resume(INCOMPATIBLE, 'another task, maybe with other heads'))
-  init_from: str = field('', 'A Hugging Face folder or a workdir whose weights '
-                         'the run starts from.', resume=AT_START)
+  init_from: str = field(
+      '', 'A Hugging Face folder, hf://ORG/NAME or a workdir whose weights the '
+      'run starts from.', resume=AT_START)
   init_partial: bool = field(False, 'Load only the parameters whose names and '
                              'shapes match; list the others.', resume=AT_START)
   span: Span = dataclasses.field(default_factory=Span)

@@ -33,7 +33,7 @@ from training.evals.tasks import writing
 
 cli.define_workdir()
 flags.DEFINE_string('folder', '', 'Instead of --workdir: a folder in the '
-                    'Hugging Face format.')
+                    'Hugging Face format, or hf://ORG/NAME.')
 flags.DEFINE_string('step', None, 'Which checkpoint: the number of a step, or '
                     'best, of a run with eval.best; default: the newest.')
 flags.DEFINE_string('template', '', 'A chat template instead of the model\'s '
@@ -98,8 +98,9 @@ def _options(generation: dict[str, Any], overrides: dict[str, Any]
 def _session(args: Any, overrides: dict[str, Any]) -> Any:
   """Returns the session; prints what a reader should know of it."""
   from training import chat
+  from training.hf import hub
   from training.workdir import checkpoints, storage
-  speaker = (chat.of_folder(storage.path(args.folder, '--folder'),
+  speaker = (chat.of_folder(storage.path(hub.local(args.folder), '--folder'),
                             args.template) if args.folder else
              chat.of_run(storage.path(args.workdir),
                          checkpoints.named_step(args.step), args.template))

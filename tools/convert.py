@@ -20,6 +20,9 @@ low-rank adapters are added to the weights first.
 With --adapter, it writes the adapters alone, as PEFT's folders have them, and
 `import` reads such a folder beside that of the model.
 `gguf` makes a Hugging Face folder of a GGUF file, by transformers.
+hf://ORG/NAME in the place of a Hugging Face folder is a repository of the hub:
+it is downloaded, or uploaded to; one that is new is private. An export has a
+model card (README.md), whose licence is yours to fill in.
 
 A config.json with a value that no architecture here honours is refused, and the
 sentence names the field. With --partial, parameters that the files lack are
@@ -55,7 +58,7 @@ from training import cli, objectives, parameters, progress, runs
 from training.data import tokenizers
 from training.distributed import cpu
 from training.hf import config as hf_config, files as hf_files
-from training.hf import generation as hf_generation, peft
+from training.hf import card, generation as hf_generation, hub, peft
 from training.hf import tokenizer as hf_tokenizer, upcycling, weights
 from training.workdir import checkpoints, run_config, storage
 
@@ -140,6 +143,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   weights.to_hf(module, params, folder, dtype=dtype, generation=generation,
                 labels=run_config.labels(workdir))
   hf_tokenizer.give(workdir, config, folder, step)
+  card.write(workdir, config, folder, step, runs.count(params))
   print(f'{folder}: {runs.count(params):,} parameters of {workdir}')
 
 
@@ -305,18 +309,18 @@ def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(prog='python -m tools.convert', description=__doc__)
   add = parser.add_subparsers(dest='command', required=True).add_parser
   into = add('import', help='Hugging Face to a workdir')
-  into.add_argument('source', type=pathlib.Path)
+  into.add_argument('source')
   into.add_argument('workdir')
   into.add_argument('--partial', action='store_true',
                     help='draw what the files lack, pass over what is extra')
   into.add_argument('--seed', type=int, default=0, help='of what is drawn')
   into.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'),
                     help='of the parameters (model.param_dtype); float32')
-  into.add_argument('--adapter', type=pathlib.Path, metavar='PEFT_DIR',
+  into.add_argument('--adapter', metavar='PEFT_DIR',
                     help='low-rank adapters of the model, in PEFT\'s format')
   out = add('export', help='a workdir to Hugging Face')
   out.add_argument('workdir')
-  out.add_argument('folder', type=pathlib.Path)
+  out.add_argument('folder')
   out.add_argument('--step', help=_STEP)
   out.add_argument('--dtype', default='', choices=(
       '', 'float32', 'bfloat16', 'float16'), help="the parameters' own")
@@ -349,18 +353,20 @@ def main() -> None:
   step = checkpoints.named_step(getattr(args, 'step', None))
   args.workdir = storage.path(args.workdir, 'WORKDIR')
   if args.command == 'export':
-    storage.try_folder(args.folder, 'FOLDER')
-    export(args.workdir, args.folder, step=step, dtype=args.dtype,
-           dropless=args.dropless, adapter=args.adapter)
+    with hub.destination(args.folder) as folder:
+      storage.try_folder(folder, 'FOLDER')
+      export(args.workdir, folder, step=step, dtype=args.dtype,
+             dropless=args.dropless, adapter=args.adapter)
     return
   check_number('--seed', args.seed, (('>=', 0), ('<=', 2**32 - 1)))
   storage.try_folder(args.workdir, 'WORKDIR')
   if args.command == 'import':
-    import_(args.source, args.workdir, partial=args.partial, seed=args.seed,
-            adapter=args.adapter, dtype=args.dtype)
+    adapter = args.adapter and pathlib.Path(hub.local(args.adapter))
+    import_(pathlib.Path(hub.local(args.source)), args.workdir, adapter=adapter,
+            partial=args.partial, seed=args.seed, dtype=args.dtype)
   else:
-    upcycle(storage.path(args.source, 'SOURCE'), args.workdir, moe=args.moe,
-            step=step, seed=args.seed)
+    upcycle(storage.path(hub.local(args.source), 'SOURCE'), args.workdir,
+            moe=args.moe, step=step, seed=args.seed)
 
 
 if __name__ == '__main__':

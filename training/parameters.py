@@ -37,6 +37,7 @@ from training import objectives, runs
 from architectures.parts import paths
 from training.data.tokenizers import Tokenizer
 from training.distributed import devices
+from training.hf import hub
 from training.workdir import checkpoints, run_config, storage
 
 Step = int | str | checkpoints.Mean | None
@@ -109,7 +110,7 @@ def create(run: runs.Run, source: str | epath.Path, step: int | None = None
   if not str(source):
     return state
   check_source(str(source))
-  path = storage.path(source, 'init_from')
+  path = _path(source)
   _check_labels(run, path)
   if checkpoints.directory(path).exists():
     params, skipped = _from_workdir(run, path, state.params, step)
@@ -122,10 +123,11 @@ def create(run: runs.Run, source: str | epath.Path, step: int | None = None
 
 def check_source(source: str) -> None:
   """Raises RequestError where config.init_from names nothing that is there."""
-  if source and not storage.in_bucket(source):
-    path = storage.path(source, 'init_from')
+  path = _path(source)
+  if source and not storage.in_bucket(path):
     require(os.path.exists(path),
-            f'init_from is {source!r}: no such folder or file')
+            f'init_from is {source!r}: no such folder or file (one of the hub '
+            'is hf://ORG/NAME)')
     require(not storage.has_config(path) or run_config.has_begun(path),
             f'init_from is {source!r}, the folder of a run that has no '
             'checkpoint')
@@ -140,9 +142,10 @@ def check_tokenizer(config: objectives.Config, ours: Tokenizer) -> None:
   ignored = 'data.tokenizer' in objectives.of(config).ignores
   if not config.init_from or config.init_partial or ignored:
     return
-  path = storage.path(config.init_from, 'init_from')
+  path = _path(config.init_from)
   spec = (run_config.load_config(path).data.tokenizer
-          if checkpoints.directory(path).exists() else str(_folder(path)))
+          if checkpoints.directory(path).exists() else config.init_from
+          if hub.repository(config.init_from) else str(_folder(path)))
   if spec == config.data.tokenizer or hf_tokenizer.is_stand_in(spec):
     return
   try:
@@ -171,6 +174,10 @@ def _check_labels(run: runs.Run, source: epath.Path) -> None:
   require(ours == theirs or not (ours and theirs), f'init_from {str(source)!r} '
           f'has the labels {short(", ".join(theirs))}, in this order, and the '
           f'run {short(", ".join(ours))}: set data.labels to the first')
+
+
+def _path(source: str | epath.Path) -> epath.Path:
+  return storage.path(hub.local(source), 'init_from')
 
 
 def _folder(path: epath.Path) -> epath.Path:

@@ -36,6 +36,7 @@ import numpy as np
 from configs.errors import RequestError, one_of, require, short
 from training.data import texts
 from training.data.tokenizers import Tokenizer, named_tokens
+from training.hf import hub
 from training.workdir import storage
 
 # Who speaks, as files spell it: our kind of part.
@@ -305,7 +306,7 @@ def source(spec: str) -> tuple[str, str]:
   RequestError: there is none."""
   if spec.startswith(TEXT):
     return 'of the run', spec.removeprefix(TEXT)
-  path = pathlib.Path(spec).expanduser()
+  path = pathlib.Path(hub.local(spec, weights=False)).expanduser()
   text = in_folder(path) if path.is_dir() else (
       texts.read(str(path)) if path.is_file() else None)
   if text is None:

@@ -1,7 +1,7 @@
 """Tokenizers behind one small interface: text to ids, and back.
 
 `load(spec)` takes data.tokenizer: `bytes`, `bytes:N`, a Hugging Face
-tokenizer.json, or a folder that holds one of the files of FOLDERS. A
+tokenizer.json, or a folder (or hf://ORG/NAME) with the files of FOLDERS. A
 tokenizer.json is read by the package tokenizers; the other files by the class
 of transformers that the folder names, whose pipelines are the same package's
 (extra `hf`; without PyTorch). Both happen first in a process with limits
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import RequestError, require
+from training.hf import hub
 from training.workdir import storage
 
 SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
@@ -339,6 +340,7 @@ def load(spec: str, tried: bool = False) -> Tokenizer:
     require(Bytes.LEAST <= size <= Bytes.USUAL, f'tokenizer {spec!r}: choose '
             f'from bytes:{Bytes.LEAST} to bytes:{Bytes.USUAL}')
     return Bytes(size)
+  spec = str(hub.local(spec, weights=False))
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
     names = files_in(path)
@@ -349,7 +351,8 @@ def load(spec: str, tried: bool = False) -> Tokenizer:
     path = path / 'tokenizer.json'
   require(path.is_file() and path.suffix == '.json', f'unknown tokenizer '
           f'{spec!r}, which is no such file or folder: choose bytes, bytes:N, '
-          'a tokenizer.json, or a folder of Hugging Face with a tokenizer')
+          'a tokenizer.json, or a folder of Hugging Face with a tokenizer, of '
+          'the hub hf://ORG/NAME')
   if not tried:
     from training.data import limited
     limited.call(f'tokenizer {spec!r} cannot be read as a Hugging Face '

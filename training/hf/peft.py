@@ -24,7 +24,7 @@ from architectures.parts.hf import tensor_map
 from configs.errors import require, short
 from configs.fields import check_number, check_type
 from architectures.parts import paths
-from training.hf import files as hf_files, weights
+from training.hf import files as hf_files, hub, weights
 from architectures.parts.sharding import parameter_shapes
 from training.workdir import checkpoints, storage
 
@@ -110,7 +110,8 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
   alpha = c.lora.alpha
   tree = ONLY | dict(
       r=c.lora.rank, lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-      lora_dropout=c.lora.dropout, base_model_name_or_path=base,
+      lora_dropout=c.lora.dropout,
+      base_model_name_or_path=base.removeprefix(hub.PREFIX),
       task_type=TASKS.get(architectures.stack(c)), inference_mode=True,
       target_modules=sorted({
           name.removeprefix(PREFIX).rpartition('.lora_')[0]

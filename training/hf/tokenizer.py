@@ -14,7 +14,7 @@ import ml_collections
 
 from training import objectives
 from training.data import conversations, tokenizers
-from training.hf import files
+from training.hf import files, hub
 from training.workdir import storage
 
 TEMPLATE, PIPELINE = conversations.FILE, 'tokenizer.json'
@@ -75,7 +75,7 @@ def is_stand_in(tokenizer: str) -> bool:
 def _tokenizer_files(workdir: epath.Path, config: ml_collections.ConfigDict,
                      step: int) -> dict[str, epath.Path]:
   """Returns the files of a run's tokenizer, by their names in an export."""
-  path = pathlib.Path(config.data.tokenizer)
+  path = pathlib.Path(hub.local(config.data.tokenizer, weights=False))
   if is_stand_in(config.data.tokenizer):
     # An import's own, until training has given the ids another meaning.
     return _in_folder(workdir / 'tokenizer') if step == 0 and (
