@@ -84,6 +84,27 @@ def test_commands_of_a_page(page):
   assert not wrong, '\n'.join(wrong)
 
 
+# What a command reads: a file of a source, or a folder that a flag names.
+READS = re.compile(
+    r"(?<![\w.])(?:text|labelled|jsonl|alpaca):([^:,\s']+)"
+    r"|--(?:texts|folder|config\.init_from|config\.data\.tokenizer)[= ]"
+    r"([^\s']+)")
+# Made by README, and by the tutorial that imports weights.
+MADE = {'runs/tiny', 'runs/a', 'models/smollm2', 'bytes'}
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if (
+    page.stem == 'README' or page.parent.stem == 'howto')], ids=_name)
+def test_what_commands_read_is_in_a_clone_or_made_before(page):
+  text = '\n'.join(re.findall(r'^ *```sh\n(.*?)^ *```', page.read_text(),
+                              re.M | re.S))
+  for match in READS.finditer(text):
+    name = match[1] or match[2]
+    assert (name in MADE or name.startswith('hf://') or PLACEHOLDER.search(name)
+            or any(ROOT.glob(name)) or re.search(
+                rf'(--workdir|--out|>) {name}\s', text[:match.start()])), name
+
+
 @pytest.mark.parametrize('page', PAGES, ids=_name)
 def test_links_lead_somewhere(page):
   text = re.sub(r'^ *```.*?^ *```', '', page.read_text(), flags=re.M | re.S)
