@@ -90,7 +90,7 @@ def test_shards_are_joined_and_sums_are_cut_up(sizes):
   """Compares with numpy, along an axis that is not the first."""
   names = tuple(name for name in sizes if name != 'data')
   w = np.arange(3 * 16.0, dtype=np.float32).reshape(3, 16)
-  own = np.arange(8.0, dtype=np.float32)  # a number of each device
+  numbers = np.arange(8.0, dtype=np.float32)  # a number of each device
   def local(shard, number):
     whole, gradient = jax.vjp(lambda w: sharding.join(w, 1, names), shard)
     cut, = gradient(number[:, None] * whole)
@@ -100,11 +100,11 @@ def test_shards_are_joined_and_sums_are_cut_up(sizes):
   with jax.set_mesh(make_mesh(sizes)):
     wholes, cuts = jax.jit(jax.shard_map(
         local, in_specs=(P(None, names), every), out_specs=(every, every),
-        check_vma=False))(w, own)
+        check_vma=False))(w, numbers)
   np.testing.assert_array_equal(wholes, np.broadcast_to(w, (8, 3, 16)))
   n = math.prod(sizes[name] for name in names)
   for i, cut in enumerate(cuts):  # the devices of `names` follow one another
-    total = own.reshape(-1, n).sum(1)[i // n] * w
+    total = numbers.reshape(-1, n).sum(1)[i // n] * w
     np.testing.assert_array_equal(cut, np.split(total, n, 1)[i % n])
 
 

@@ -150,7 +150,7 @@ def test_modules_are_those_of_the_oracle():
     return out, objective.figures(out, batch, run), objective.loss(
         out, batch, run)[0]
   out, figures, share = read(params)
-  own, L = params['mtp'], 8
+  mtp, L = params['mtp'], 8
   def rms(x, p):
     x = np.asarray(x)
     return np.asarray(p['scale']) * x / np.sqrt(
@@ -158,14 +158,14 @@ def test_modules_are_those_of_the_oracle():
   before, losses = out.hidden, []
   embedded = np.asarray(params['embed']['tokens'])[batch['tokens']]
   for k in (1, 2):
-    pair = np.concatenate([rms(embedded[:, k:], own[f'token_norm_{k}']),
-                           rms(before[:, :L - k], own[f'hidden_norm_{k}'])], -1)
+    pair = np.concatenate([rms(embedded[:, k:], mtp[f'token_norm_{k}']),
+                           rms(before[:, :L - k], mtp[f'hidden_norm_{k}'])], -1)
     layer = skeletons.Period(c, (c.layer_pattern()[-1],))
     one = jax.jit(lambda p, x, k=k, layer=layer: layer.apply(
         {'params': p}, (x, None), None,
         Context(jnp.arange(L - k)[None]))[0][0])
-    h = one(own[f'depth_{k}'], pair @ np.asarray(own[f'join_{k}']))
-    before = rms(h, own[f'norm_{k}'])
+    h = one(mtp[f'depth_{k}'], pair @ np.asarray(mtp[f'join_{k}']))
+    before = rms(h, mtp[f'norm_{k}'])
     models.close(out.extra['mtp'][k - 1][:, :L - k], before, rtol=1e-4)
     logits = np.asarray(out.head.logits(before), np.float64)
     target = np.asarray(tokens)[:, k + 1:]
@@ -176,9 +176,10 @@ def test_modules_are_those_of_the_oracle():
     assert figures[f'mtp_{k}_loss'].total == pytest.approx(
         losses[k - 1], rel=1e-4)
     assert figures[f'mtp_{k}_loss'].weight == 2 * (L - k)
-  own_loss = float(figures['loss'].total)
-  assert float(share) == pytest.approx(own_loss + 0.3 / 2 * sum(losses), 1e-5)
-  assert float(objective.means(figures)['loss']) == pytest.approx(own_loss / 16)
+  main_loss = float(figures['loss'].total)
+  assert float(share) == pytest.approx(main_loss + 0.3 / 2 * sum(losses), 1e-5)
+  assert float(objective.means(figures)['loss']) == pytest.approx(
+      main_loss / 16)
 
 
 @pytest.mark.slow
@@ -189,9 +190,9 @@ def test_a_module_sees_no_token_that_it_predicts():
   tokens = jnp.arange(L)[None]
 
   def states(table):
-    own = params | dict(embed=dict(tokens=params['embed']['tokens'].at[:L].set(
-        table)))
-    out = module.apply({'params': own}, tokens)
+    changed = params | dict(embed=dict(
+        tokens=params['embed']['tokens'].at[:L].set(table)))
+    out = module.apply({'params': changed}, tokens)
     return jnp.stack([out.hidden[0], *(x[0] for x in out.extra['mtp'])])
 
   slope = jax.jit(jax.jacobian(lambda t: states(t).sum(-1)))(

@@ -341,11 +341,11 @@ DYNAMIC = dict(scaling='dynamic', theta=THETA, original_len=ORIGINAL,
 
 def frequencies(rope, length):
   c = architectures.resolve(models.config('llama', head_dim=K, rope=rope))
-  found = positions.rope_frequencies(c, length)
+  result = positions.rope_frequencies(c, length)
   # Rows of several lengths, each by its own.
   rows, _ = positions.rope_frequencies(c, jnp.array([length, 2 * ORIGINAL]))
-  np.testing.assert_allclose(np.atleast_2d(rows)[0], found[0], rtol=1e-6)
-  return found
+  np.testing.assert_allclose(np.atleast_2d(rows)[0], result[0], rtol=1e-6)
+  return result
 
 
 @pytest.mark.parametrize('length', [1, ORIGINAL, ORIGINAL + 1, 5 * ORIGINAL])

@@ -75,7 +75,7 @@ def test_each_layer_is_that_of_its_kind():
   layers_NBLD = jax.jit(lambda p: module.apply(
       {'params': p}, tokens, keep_layers=True).aux['layers'])(params)
   decoder = params['decoder']
-  own = [row_of(decoder['prefix'], 0, 0)] + [
+  each_layer = [row_of(decoder['prefix'], 0, 0)] + [
       row_of(decoder['layers'], block, row)
       for row in range(2) for block in range(2)] + [
           row_of(decoder['suffix'], block, 0) for block in range(2)]
@@ -87,11 +87,11 @@ def test_each_layer_is_that_of_its_kind():
     plain = skeletons.Period(c.of_kind(name), c.of_kind(name).layer_pattern())
     return plain.apply({'params': {'block_0': layer}}, (x_BLD, None), None,
                        ctx)[0][0]
-  for n, (name, layer) in enumerate(zip(names, own)):
+  for n, (name, layer) in enumerate(zip(names, each_layer)):
     models.close(alone(name, layer, layers_NBLD[n]), layers_NBLD[n + 1])
-  assert own[0]['attention']['key'].shape == (32, 2, 8)
-  assert own[1]['attention']['key'].shape == (32, 4, 8)
-  assert own[0]['ffn']['up'].shape == (32, 24)
+  assert each_layer[0]['attention']['key'].shape == (32, 2, 8)
+  assert each_layer[1]['attention']['key'].shape == (32, 4, 8)
+  assert each_layer[0]['ffn']['up'].shape == (32, 24)
 
 
 @functools.cache
@@ -179,8 +179,9 @@ def test_every_layer_has_one_place_and_one_name():
         for row in range(2) for b in range(2)),
       *((f'decoder/suffix/block_{b}/attention/query', 0) for b in range(2))]
   row = 'decoder/layers/attention/query', 'DHK', 'h.{n}.q', 'HK D'
-  found = tensor_map.expand([row], {path: flat[path].shape for path in queries})
-  assert {t.name: (t.paths[0], *t.index) for t in found} == {
+  tensors = tensor_map.expand(
+      [row], {path: flat[path].shape for path in queries})
+  assert {t.name: (t.paths[0], *t.index) for t in tensors} == {
       f'h.{n}.q': stacks.place(queries[0], n) for n in range(7)}
 
 
@@ -197,10 +198,10 @@ def test_a_gradient_waits_for_those_of_the_weights_above(devices, waits):
   with jax.set_mesh(mesh), rules('default'):
     jaxpr = jax.make_jaxpr(jax.grad(loss))(params, models.tokens(8))
   of_block = 1 + len(jax.tree.leaves(params['decoder']['layers']['block_1']))
-  found = [eqn for eqn in equations(jaxpr.jaxpr)
-           if eqn.primitive.name == 'optimization_barrier'
-           and len(eqn.invars) == of_block]
-  assert len(found) == waits
+  barriers = [eqn for eqn in equations(jaxpr.jaxpr)
+              if eqn.primitive.name == 'optimization_barrier'
+              and len(eqn.invars) == of_block]
+  assert len(barriers) == waits
 
 
 @pytest.mark.parametrize('model, last, normed', [

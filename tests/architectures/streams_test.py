@@ -27,8 +27,9 @@ def new(module, *inputs):
       jax.random.key(0), *inputs)['params'])
 
   def moved(path, x):
-    own = any('_streams' in str(key) for key in path)
-    return x if own else np.asarray(x) + 0.1 * np.asarray(normal(1, *x.shape))
+    of_streams = any('_streams' in str(key) for key in path)
+    return x if of_streams else (
+        np.asarray(x) + 0.1 * np.asarray(normal(1, *x.shape)))
   return jax.tree_util.tree_map_with_path(moved, params)
 
 
@@ -158,15 +159,16 @@ def test_what_streams_cost(kind):
   c.model = models.config('llama', num_layers=N_layers, **KINDS[kind])
   plain = c.copy_and_resolve_references()
   plain.model.residual = 'plain'
-  own, other = (totals.count(x, 16) for x in (c, plain))
+  costs, plain_costs = (totals.count(x, 16) for x in (c, plain))
   norm = D
   each = {'hyper': N + N + N * N + D * (N + 2) + 2 + norm,
           'static': N + N + N * N,
           'mhc': (N + N + N * N) + N * D * N * (N + 2) + 3,
           'attention': 2 * D, 'blocks': 2 * D}[kind]
   ends = 2 * D if kind in ('attention', 'blocks') else 0
-  assert own['by_part']['streams'] == each * 2 * N_layers + ends
-  assert own['parameters'] - other['parameters'] == own['by_part']['streams']
+  assert costs['by_part']['streams'] == each * 2 * N_layers + ends
+  assert costs['parameters'] - plain_costs['parameters'] == (
+      costs['by_part']['streams'])
   # The number of slots that the branches, and the end, attend to.
   seen = {'attention': sum(range(1, 10)),
           'blocks': 1 + 2 + 2 + 2 + 3 + 3 + 3 + 4 + 4}

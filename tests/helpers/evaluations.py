@@ -51,7 +51,8 @@ def run(task: str, evaluation: Evaluation) -> dict[str, Any]:
     figures = evals.run(task, evaluation)
   for name in in_training.numbers_of(figures, task):
     assert known is None or any(
-        fnmatch.fnmatchcase(name.partition('/')[2], own) for own in known), name
+        fnmatch.fnmatchcase(name.partition('/')[2], pattern)
+        for pattern in known), name
   for name, item in figures.get('items', {}).items():  # of which it is the mean
     assert np.average(item['scores'], weights=item.get('weights')
                       ) == pytest.approx(figures[name]), name

@@ -78,32 +78,32 @@ def findings_of(recording: Recording, rope: dict | None = None,
 
   of_loss = jax.grad(loss, has_aux=True) if whole else loss
   grads, (outputs, (layers, attention)) = jax.jit(of_loss)(params)
-  found = [Finding(name, error(_seen(outputs[name], inputs, name),
-                               _seen(value, recording.inputs, name)),
-                   LIMITS['output'])
-           for name, value in recording.outputs.items()]
+  findings = [Finding(name, error(_seen(outputs[name], inputs, name),
+                                  _seen(value, recording.inputs, name)),
+                      LIMITS['output'])
+              for name, value in recording.outputs.items()]
   if not whole:
-    return found
+    return findings
   theirs = weights.read_params(module, files.Files(recording.grads)).params
-  found.append(Finding('grads', grad_error(
+  findings.append(Finding('grads', grad_error(
       paths.flatten(grads), paths.flatten(theirs)), LIMITS['grads']))
   if recording.greedy:
-    found.append(Finding('greedy', _greedy(module, params, recording),
+    findings.append(Finding('greedy', _greedy(module, params, recording),
                          LIMITS['greedy']))
   if not recording.layers:
-    return found
+    return findings
   names = layer_names(module.config)
   for name, mine, value in zip(names, layers, recording.layers, strict=True):
-    found.append(Finding(name, error(
+    findings.append(Finding(name, error(
         _seen(mine, inputs, 'logits'),
         _seen(value, recording.inputs, 'logits')), LIMITS['layer']))
   for name, value in recording.attention.items():
     queries = inputs['decoder_mask' if name in ('decoder', 'cross') else 'mask']
     real_1B1L1 = np.asarray(queries)[None, :, None, :, None]
-    found.append(Finding(f'{name} attention', error(
+    findings.append(Finding(f'{name} attention', error(
         np.asarray(attention[name]) * real_1B1L1, value * real_1B1L1),
                          LIMITS['attention']))
-  return found
+  return findings
 
 
 def layer_names(c) -> list[str]:
@@ -139,14 +139,14 @@ def inputs(stack: str, tree: dict) -> dict[str, np.ndarray]:
 
 def padded(inputs: dict[str, np.ndarray], left: bool) -> dict[str, np.ndarray]:
   """Returns inputs whose padding is the token 0, on one side of each row."""
-  found = {name: x * inputs['mask'] for name, x in inputs.items()}
+  arrays = {name: x * inputs['mask'] for name, x in inputs.items()}
   if not left:
-    return found
+    return arrays
   count = 12 - inputs['mask'].sum(1)
-  found = {name: np.stack([np.roll(row, n) for row, n in zip(x, count)])
-           for name, x in found.items()}
-  return found | dict(positions=np.maximum(
-      found['mask'].cumsum(1) - 1, 0).astype(np.int32))
+  arrays = {name: np.stack([np.roll(row, n) for row, n in zip(x, count)])
+            for name, x in arrays.items()}
+  return arrays | dict(positions=np.maximum(
+      arrays['mask'].cumsum(1) - 1, 0).astype(np.int32))
 
 
 def prompts(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -192,14 +192,14 @@ def grad_error(ours, theirs) -> float:
 
 def _greedy(module, params, recording: Recording) -> float:
   """The share of tokens that differ."""
-  found = prompts(recording.inputs)
-  longest = max(len(p) for p in found.values())
-  padded = np.stack([np.pad(p, (0, longest - len(p))) for p in found.values()])
-  lengths = np.array([len(p) for p in found.values()])
+  texts = prompts(recording.inputs)
+  longest = max(len(p) for p in texts.values())
+  padded = np.stack([np.pad(p, (0, longest - len(p))) for p in texts.values()])
+  lengths = np.array([len(p) for p in texts.values()])
   padded, lengths, sources = jnp.asarray(padded), jnp.asarray(lengths), {}
   if architectures.stack(module.config) == 'encoder-decoder':
     sources = dict(source_BM=padded, source_lengths_B=lengths)
-    padded = jnp.full((len(found), 1),
+    padded = jnp.full((len(texts), 1),
                       recording.config['decoder_start_token_id'])
     lengths = jnp.ones_like(lengths)
   new = generate.generate(
@@ -207,7 +207,7 @@ def _greedy(module, params, recording: Recording) -> float:
       max_new_tokens=NEW_TOKENS, sampling=generate.Sampling(temperature=0),
       **sources)
   wrong = [np.asarray(new[i]) != recording.greedy[row]
-           for i, row in enumerate(found)]
+           for i, row in enumerate(texts)]
   return float(np.mean(wrong))
 
 

@@ -43,13 +43,13 @@ def holds(findings):
 def test_equals_transformers(path, tmp_path):
   system = path.stem.partition('-')[0]
   given = recording.load_recording(path)
-  found = reference.run(given.config, system, given.weights,
-                        greedy=path.stem not in NO_GREEDY)
-  holds(compare.findings_of(found, compare.OUR_ROPE.get(path.stem)))
-  module, params = compare.model_of(found)
+  live = reference.run(given.config, system, given.weights,
+                       greedy=path.stem not in NO_GREEDY)
+  holds(compare.findings_of(live, compare.OUR_ROPE.get(path.stem)))
+  module, params = compare.model_of(live)
   weights.to_hf(module, params, tmp_path)
-  theirs = reference.logits(system, tmp_path, found.inputs)
-  assert compare.error(theirs['logits'], found.outputs['logits']) <= (
+  theirs = reference.logits(system, tmp_path, live.inputs)
+  assert compare.error(theirs['logits'], live.outputs['logits']) <= (
       compare.LIMITS['export'])
 
 
@@ -61,8 +61,8 @@ def test_a_text_outgrows_the_original_length_as_in_transformers(name):
   field, config = 'original_max_position_embeddings', given.config
   if 'longrope' in name:
     config[field] = config['rope_parameters'][field] = 20
-  found = reference.run(config, name.partition('-')[0], given.weights)
-  holds(f for f in compare.findings_of(found) if f.what == 'greedy')
+  live = reference.run(config, name.partition('-')[0], given.weights)
+  holds(f for f in compare.findings_of(live) if f.what == 'greedy')
 
 
 @pytest.mark.parametrize('system, head, left', HEADS)
@@ -70,14 +70,14 @@ def test_heads_equal_those_of_transformers(system, head, left, tmp_path):
   """Rows of decoders are padded on the left, too: a row is scored off its last
   token."""
   given = recording.load_recording(recording.files(system)[0])
-  found = reference.run(given.config, system, head=head, left=left)
-  holds(compare.findings_of(found))
+  live = reference.run(given.config, system, head=head, left=left)
+  holds(compare.findings_of(live))
   if not left:
-    module, params = compare.model_of(found)
+    module, params = compare.model_of(live)
     weights.to_hf(module, params, tmp_path, labels=('no', 'yes', 'perhaps')[
         :module.config.num_labels])
-    theirs = reference.logits(system, tmp_path, found.inputs, head)
-    assert compare.worst(theirs, found.outputs, found.inputs) <= (
+    theirs = reference.logits(system, tmp_path, live.inputs, head)
+    assert compare.worst(theirs, live.outputs, live.inputs) <= (
         compare.LIMITS['export'])
 
 

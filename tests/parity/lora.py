@@ -46,9 +46,9 @@ def findings(system: str) -> list[compare.Finding]:
     plain = hf_config.read(theirs.config)
     base, _ = weights.read_params(architectures.build(plain),
                                   files.Files(theirs.weights))
-    model, found = peft.read(plain, folder / 'adapters')
+    model, adapters = peft.read(plain, folder / 'adapters')
     module = architectures.build(model)
-    params = weights.beside(base, found)
+    params = weights.beside(base, adapters)
     inputs = {k: jnp.asarray(v) for k, v in theirs.inputs.items()}
     call = compare.CALLS[architectures.stack(model)]
 
@@ -78,23 +78,24 @@ def _run(system: str, folder: pathlib.Path) -> Adapted:
   import torch
   stack = architectures.systems()[system].STACK
   base = _base(system)
-  config, held = reference.saved(base)
+  config, base_weights = reference.saved(base)
   adapted = theirs.get_peft_model(base, theirs.LoraConfig(
       **LORA, target_modules=MODULES[system]))
   adapted.eval()
-  own = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+  trained = {name: p for name, p in adapted.named_parameters()
+             if p.requires_grad}
   with torch.no_grad():
-    for parameter in own.values():
+    for parameter in trained.values():
       parameter.copy_(0.3 * torch.randn_like(parameter))
   adapted.save_pretrained(folder / 'adapters')
   inputs = compare.inputs(stack, config)
   outputs = reference.forward(base, stack, inputs)
   compare.objective(outputs, inputs, torch.as_tensor).backward()
   with torch.no_grad():
-    for parameter in own.values():
+    for parameter in trained.values():
       parameter.copy_(parameter.grad)
   adapted.save_pretrained(folder / 'grads')
-  return Adapted(config, held, inputs, {
+  return Adapted(config, base_weights, inputs, {
       name: value.detach().numpy() for name, value in outputs.items()})
 
 

@@ -195,6 +195,6 @@ def _deepseek_v4(x, y, d_read, d_next, fn, bias, scale) -> dict:
       comb.transpose(-1, -2), x)
   torch.autograd.backward((read, after), (torch.tensor(d_read),
                                           torch.tensor(d_next)))
-  found = dict(output=read, streams=after, x=x.grad, y=y.grad,
-               scale=module.scale.grad, dynamic=module.fn.grad)
-  return {name: a.detach().numpy() for name, a in found.items()}
+  results = dict(output=read, streams=after, x=x.grad, y=y.grad,
+                 scale=module.scale.grad, dynamic=module.fn.grad)
+  return {name: a.detach().numpy() for name, a in results.items()}

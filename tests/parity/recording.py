@@ -66,12 +66,12 @@ def systems() -> list[str]:
 def load_insides(recording: Recording, path: pathlib.Path) -> Recording:
   """Returns the recording with the layers and attention weights of a file."""
   from safetensors.numpy import load_file
-  found = load_file(path)
-  count = sum(name.startswith('layers/') for name in found)
+  arrays = load_file(path)
+  count = sum(name.startswith('layers/') for name in arrays)
   return dataclasses.replace(
-      recording, layers=[found[f'layers/{n}'] for n in range(count)],
+      recording, layers=[arrays[f'layers/{n}'] for n in range(count)],
       attention={name.removeprefix('attention/'): x
-                 for name, x in found.items() if 'attention/' in name})
+                 for name, x in arrays.items() if 'attention/' in name})
 
 
 def load_recording(path: pathlib.Path) -> Recording:

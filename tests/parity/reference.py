@@ -202,20 +202,20 @@ def _losses(model, out, inputs):
   by itself, over all tokens but padding as one group, summed."""
   import torch
   theirs = _module(model)
-  found = dict(balance=0.0)
+  losses = dict(balance=0.0)
   for stack, mask in (('encoder', 'mask'), ('decoder', 'decoder_mask')):
     seen = torch.as_tensor(inputs[mask]).bool().reshape(-1)
     for logits in getattr(out, f'{stack}_router_logits'):
       logits = logits.reshape(len(seen), -1)[seen]
       if hasattr(theirs, 'router_z_loss_func'):  # Switch
-        found['balance'] += theirs.load_balancing_loss_func(
+        losses['balance'] += theirs.load_balancing_loss_func(
             logits.softmax(-1)[None], logits.argmax(-1)[None])
-        found['router_z'] = found.get(
+        losses['router_z'] = losses.get(
             'router_z', 0.0) + theirs.router_z_loss_func(logits[None])
       else:
-        found['balance'] += theirs.load_balancing_loss_func(
+        losses['balance'] += theirs.load_balancing_loss_func(
             (logits,), model.config.num_experts, 2)
-  return found
+  return losses
 
 
 def _balance(model, out, inputs):
@@ -253,15 +253,15 @@ def _insides(model, stack: str, inputs: dict[str, np.ndarray]
 def _greedy(model, stack: str, inputs) -> dict[str, np.ndarray]:
   """Returns the likeliest continuation of each prompt, one by one."""
   import torch
-  found = {}
+  continued = {}
   for row, prompt in compare.prompts(inputs).items():
     ids = torch.as_tensor(prompt)[None].long()
     with torch.no_grad():
       new = model.generate(
           ids, attention_mask=torch.ones_like(ids), do_sample=False,
           max_new_tokens=compare.NEW_TOKENS, use_cache=True)
-    found[row] = new[0, -compare.NEW_TOKENS:].numpy().astype(np.int32)
-  return found
+    continued[row] = new[0, -compare.NEW_TOKENS:].numpy().astype(np.int32)
+  return continued
 
 
 def logits(system: str, folder, inputs, head: str = 'lm'
@@ -288,10 +288,10 @@ def _t5(model) -> None:
   """v1.1's head is a matrix of its own; transformers 5 ties it when it builds
   a model, and only tells it apart when it reads a file."""
   if not model.config.scale_decoder_outputs:
-    _own_head(model)
+    _untie(model)
 
 
-def _own_head(model) -> None:
+def _untie(model) -> None:
   """So is that of every published mT5."""
   import torch
   model.lm_head.weight = torch.nn.Parameter(
@@ -379,7 +379,7 @@ MENDS = {
     'T5ForConditionalGeneration': _t5,
     'UMT5ForConditionalGeneration': _t5,
     'MarianMTModel': _marian,
-    'MT5ForConditionalGeneration': _own_head,
+    'MT5ForConditionalGeneration': _untie,
     'NemotronHForCausalLM': _nemotron_h,
     'NllbMoeForConditionalGeneration': _nllb,
 }

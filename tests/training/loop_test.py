@@ -418,14 +418,14 @@ def test_when_the_trace_starts_and_stops(first, last, wanted, monkeypatch,
   assert seen + [f'{call} end' for call in calls[len(seen):]] == wanted
 
 
-@pytest.mark.parametrize('losses, said', [
+@pytest.mark.parametrize('losses, lines', [
     ({}, []), ({10: 3.0, 20: 2.0}, []),
     ({10: 2.0, 20: 3.0}, ['held-out loss was lowest at step 10, 2.0000, and is '
                           '3.0000 at step 20'])])
-def test_a_run_says_where_the_held_out_loss_was_lowest(losses, said, tmp_path):
+def test_a_run_says_where_the_held_out_loss_was_lowest(losses, lines, tmp_path):
   files = metrics.JsonlWriter(tmp_path, 0)
   for step, loss in losses.items():
     files.write(step, 'eval', {'loss': loss})
   writer = loop.Writer(None, tmp_path, None)
   writer.best = None
-  assert [line.partition(': ')[0] for line in writer.lowest()] == said
+  assert [line.partition(': ')[0] for line in writer.lowest()] == lines

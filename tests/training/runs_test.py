@@ -18,7 +18,7 @@ from training.objectives import pipeline
 WORDS = 'What is sown is reaped. '
 
 
-def _said(tmp_path, start=0, **fields):
+def _outline(tmp_path, start=0, **fields):
   config = base.base()
   config.model.update(d_model=16, num_layers=2, num_heads=2)
   config.data.update(length=8, batch_size=16, holdout_every=4,
@@ -38,7 +38,7 @@ def _said(tmp_path, start=0, **fields):
 def test_the_outline_says_what_the_run_does(tmp_path):
   (tmp_path / 'one.txt').write_text(WORDS * 40)
   source = f'text:{tmp_path}/one.txt'
-  run, (train, (held_out,)), lines = _said(
+  run, (train, (held_out,)), lines = _outline(
       tmp_path, 10, **{'data.source': source})
   d, v, length = 16, run.model.vocab_size, run.model.max_len
   # GPT's by hand: embeddings, two blocks, the last norm.
@@ -91,7 +91,7 @@ def test_the_ramp_of_a_run_does_not_bind_its_evaluation():
 def test_a_run_says_where_it_is_not_the_system_that_it_names(
     arch, line, tmp_path):
   (tmp_path / 'one.txt').write_text(WORDS * 40)
-  *_, lines = _said(tmp_path, **{
+  *_, lines = _outline(tmp_path, **{
       'data.source': f'text:{tmp_path}/one.txt', 'model.arch': arch,
       'model.ffn': 'gelu_tanh'})
   assert lines.get('not as published', '').startswith(line)

@@ -76,7 +76,7 @@ class Runner:
     """
     unended = (layout.PENDING, *[layout.RUNNING] * wait)
     self._description = layout.load_description(self._workdir)
-    self._told = self._since = time.monotonic()
+    self._printed = self._since = time.monotonic()
     self._before = self._trained()
     # It counts alone: it may come while a job is being started.
     with signals.handled(self._signals.add):
@@ -135,9 +135,10 @@ class Runner:
     """Prints from time to time how much is done, and how long the rest takes if
     it goes on as fast as since the start."""
     now = time.monotonic()
-    if now - self._told < TELL_SECONDS:
+    if now - self._printed < TELL_SECONDS:
       return
-    self._told, trained, runs = now, self._trained(), len(self._ledger.runs())
+    self._printed = now
+    trained, runs = self._trained(), len(self._ledger.runs())
     left = (runs - trained) * (now - self._since) / max(
         trained - self._before, 1e-9)
     print(f'{trained:.1f} of {runs} runs are trained'

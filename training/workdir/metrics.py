@@ -123,15 +123,15 @@ class TrackerWriter:
     self._run = tracker.init(
         project=config['log'][f'{module}_project'], config=dict(config),
         resume='allow', **where)
-    self._by_own_step = module == 'wandb'
-    if self._by_own_step:
+    self._logs_step = module == 'wandb'
+    if self._logs_step:
       # Our own step is the axis: W&B's only grows, and a resume goes back.
       self._run.define_metric('step')
       self._run.define_metric('*', step_metric='step')
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
     row = {f'{split}/{name}': x for name, x in scalars(figures).items()}
-    if self._by_own_step:
+    if self._logs_step:
       self._run.log({'step': step} | row)
     else:
       self._run.log(row, step=step)

@@ -143,7 +143,7 @@ class Attention(nn.Module):
     meets the `slots` of a cache; `strict` is as of kernels.choose."""
     c, key, kept = self.config, None, {}
     mask, seen_BLM, bias_BHLM = self._mask(k_positions_BM, ctx)
-    more_BHLM = self._own_bias(q_BLHK, k_BMJK, k_positions_BM, ctx)
+    more_BHLM = self._layer_bias(q_BLHK, k_BMJK, k_positions_BM, ctx)
     if more_BHLM is not None:
       mask, bias_BHLM = mask.replace(bias=True), more_BHLM
     if index_BLM is not None and 0 < c.indexer.top_k < k_BMJK.shape[1]:
@@ -205,9 +205,9 @@ class Attention(nn.Module):
     return None, best_BM, tuple(jnp.take_along_axis(
         x_BMJK, best_BM[..., None, None], 1) for x_BMJK in arrays)
 
-  def _own_bias(self, q_BLHK: jax.Array, k_BMJK: jax.Array,
-                k_positions_BM: jax.Array, ctx: Context
-                ) -> Optional[jax.Array]:
+  def _layer_bias(self, q_BLHK: jax.Array, k_BMJK: jax.Array,
+                  k_positions_BM: jax.Array, ctx: Context
+                  ) -> Optional[jax.Array]:
     """Returns the bias on the scores that a layer makes itself; None: there is
     none."""
     c, row = self.config, positions.of(self.config)

@@ -223,17 +223,17 @@ def test_a_layer_reads_from_the_nearest_that_sees_as_much():
 
 
 def test_the_cache_holds_shared_keys_once():
-  own, shared = (architectures.resolve(models.config(
+  unshared, shared = (architectures.resolve(models.config(
       'llama', num_kv_heads=2, num_layers=4, pattern='own,reads',
       kinds=dict(own={}, reads=dict(kv_sharing=flag))))
-                 for flag in (False, True))
+                      for flag in (False, True))
   size = lambda c: sum(x.nbytes for x in jax.tree.leaves(
       architectures.init_cache(c, 2, 8)))
-  assert size(own) == 2 * size(shared)
+  assert size(unshared) == 2 * size(shared)
   assert [row['kv_cache_bytes_per_token']
           for row in totals.kinds_of_layer(shared)
           ] == [2 * 2 * 8 * 4, 0]  # keys and values, heads, features, bytes
-  counts = [totals.parameters(c)[0] for c in (own, shared)]
+  counts = [totals.parameters(c)[0] for c in (unshared, shared)]
   assert counts[0] - counts[1] == 2 * 2 * 32 * 2 * 8  # layers, matrices
 
 
@@ -270,9 +270,9 @@ def test_a_layer_writes_its_own_slots_among_those_of_all(layer, places):
   L = places.shape[1]
   new = drawn(B, L, J, K, seed=2), drawn(B, L, J, K, seed=3)
   cache = Cache(*stacks, layer=jnp.array(layer))
-  found = cache.write(*new, jnp.asarray(places))
-  for got, was, put, read in zip((found.key_BMJK, found.value_BMJK), stacks,
-                                 new, found.slots):
+  written = cache.write(*new, jnp.asarray(places))
+  for got, was, put, read in zip((written.key_BMJK, written.value_BMJK), stacks,
+                                 new, written.slots):
     want = np.array(was)
     for row, at in enumerate(np.broadcast_to(places, (B, L))):
       want[layer, row, at] = put[row]
@@ -297,10 +297,10 @@ def test_layers_that_are_scanned_write_their_slots_where_they_lie():
   assert not re.findall(rf'= f32\[{shape}\]\S* copy\(', text)
 
 
-@pytest.mark.parametrize('rows, dtype, held, changes', [
+@pytest.mark.parametrize('rows, dtype, stored, changes', [
     (1, 'float32', 'f32', {}), (3, 'bfloat16', 'u16', dict(mixer='latent'))])
 def test_a_loop_over_tokens_writes_as_on_one_cpu_as_elsewhere(
-    rows, dtype, held, changes, monkeypatch):
+    rows, dtype, stored, changes, monkeypatch):
   """There its slots are turned, and written where they lie; one row's were once
   copied 16 times, and bfloat16 ones converted."""
   module, params = models.make('gpt', num_layers=2, dtype=dtype, **changes)
@@ -318,8 +318,8 @@ def test_a_loop_over_tokens_writes_as_on_one_cpu_as_elsewhere(
         functools.partial(step, params), (jnp.ones((rows, 1), int), slots),
         jnp.arange(9)), donate_argnums=1).lower(ours, slots).compile()
     if turned:
-      assert f'{held}[{shape}]' in run.as_text()
-      assert not re.findall(rf'= {held}\[{shape}\]\S* copy\(|'
+      assert f'{stored}[{shape}]' in run.as_text()
+      assert not re.findall(rf'= {stored}\[{shape}\]\S* copy\(|'
                             rf'= bf16\[{shape}\]\S* fusion\(', run.as_text())
     (token, slots), logits = run(ours, slots)
     made[turned] = token, logits, [entry.slots for entry, in slots]

@@ -115,7 +115,7 @@ def test_equal_a_softmax_in_float64():
   bias, sink = random.randn(1, 6, 5, 7), random.randn(6)
   mask = random.rand(2, 5, 7) < 0.7
   mask[..., 0] = True
-  found = jax.jit(functools.partial(kernels.weights, scale=0.3, softcap=2.0))(
+  weights = jax.jit(functools.partial(kernels.weights, scale=0.3, softcap=2.0))(
       *(x.astype(np.float32) for x in (q, k)), mask_BLM=mask,
       bias_BHLM=bias.astype(np.float32), sink_H=sink.astype(np.float32))
   scores = 0.3 * np.einsum('blhk,bmhk->bhlm', q, k.repeat(2, 2))
@@ -123,7 +123,7 @@ def test_equal_a_softmax_in_float64():
   e = np.exp(scores) * mask[:, None]
   expected = e / (e.sum(-1, keepdims=True)
                   + np.exp(sink)[None, :, None, None])
-  np.testing.assert_allclose(found, expected, atol=1e-6)
+  np.testing.assert_allclose(weights, expected, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -116,11 +116,11 @@ def reference():
 def collectives(hlo: str, kind: str):
   """Yields ({dtype: elements}, groups of devices) of each one in the text."""
   for line in hlo.splitlines():
-    found = re.search(rf' = (.*?) {kind}(?:-start)?\(', line)
-    if not found:
+    match = re.search(rf' = (.*?) {kind}(?:-start)?\(', line)
+    if not match:
       continue
     sizes = collections.Counter()
-    for dtype, shape in re.findall(r'(\w+)\[([\d,]*)\]', found[1]):
+    for dtype, shape in re.findall(r'(\w+)\[([\d,]*)\]', match[1]):
       sizes[dtype] += math.prod(int(d) for d in shape.split(',') if d)
     yield sizes, groups(line)
 
@@ -214,8 +214,8 @@ def test_accelerators_send_only_full_rows(remat, times):
   with jax.set_mesh(mesh_of(tables.PRESETS['ep'])), sharding.rules('default'):
     traced = jax.jit(jax.grad(apply, (0, 1))).trace(params, x_BLD)
     lower = lambda name: traced.lower(lowering_platforms=(name,)).as_text()
-    found = [eqn.primitive.name for eqn in equations(traced.jaxpr.jaxpr)]
-    assert found.count('ragged_all_to_all') == times
+    primitives = [eqn.primitive.name for eqn in equations(traced.jaxpr.jaxpr)]
+    assert primitives.count('ragged_all_to_all') == times
     ragged = {name: set(re.findall(
         r'ragged_all_to_all.*: \(tensor<(\w+)>', lower(name)))
               for name in ('cuda', 'tpu', 'cpu')}

@@ -138,11 +138,11 @@ def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
 
   @jax.jit
   def each(params):
-    own = {name: params[name][0] for name in
+    expert = {name: params[name][0] for name in
            ('up', 'up_bias', 'gate', 'gate_bias', 'down', 'down_bias')}
     shared = layers.FFN(c, kind, width=2 * F)
     return [module.apply({'params': p}, x_BLD, ctx)[0] for module, p in (
-        (MoE(c), params), (layers.FFN(c, kind), own),
+        (MoE(c), params), (layers.FFN(c, kind), expert),
         (shared, params['shared']))]
 
   got_BLD, want_BLD, shared_BLD = map(np.asarray, each(params))
@@ -197,8 +197,8 @@ def test_grouped_product_equals_a_loop_over_experts(monkeypatch):
     def loss(x_RD, gate_R, w):
       total = 0.0
       for e in range(len(count_E)):  # each of all rows, of which it has some
-        own = jax.tree.map(lambda m, e=e: m[e:e + 1], w)
-        y_RD = dispatch.batched(x_RD[None], own, SWIGLU, mask_RF[None])[0]
+        expert = jax.tree.map(lambda m, e=e: m[e:e + 1], w)
+        y_RD = dispatch.batched(x_RD[None], expert, SWIGLU, mask_RF[None])[0]
         total += ((expert_R == e) * gate_R * (y_RD * d_RD).sum(1)).sum()
       return total
     return jax.value_and_grad(loss, (0, 1, 2))(x_RD, gate_R, w)

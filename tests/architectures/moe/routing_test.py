@@ -392,9 +392,9 @@ def test_balance_of_each_sequence_by_hand():
         X * n)
     p_E = (s_LE / s_LE.sum(1, keepdims=True))[:n].mean(0)
     losses.append((f_E * p_E).sum())
-  found = report(r, m, x, np.asarray(r.expert_A) < MANY, 1, rows)
-  np.testing.assert_allclose(found['health']['sequence_loss'],
+  reported = report(r, m, x, np.asarray(r.expert_A) < MANY, 1, rows)
+  np.testing.assert_allclose(reported['health']['sequence_loss'],
                              np.mean(losses), rtol=1e-5)
-  np.testing.assert_allclose(found['losses']['balance'],
+  np.testing.assert_allclose(reported['losses']['balance'],
                              0.5 * np.mean(losses), rtol=1e-5)
-  assert abs(found['health']['balance_loss'] - np.mean(losses)) > 1e-3
+  assert abs(reported['health']['balance_loss'] - np.mean(losses)) > 1e-3

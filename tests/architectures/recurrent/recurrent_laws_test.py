@@ -201,10 +201,10 @@ def test_a_state_has_one_size_and_is_float32(mixer):
       assert cache.query_BWJK.shape == (2, 3, 3, d.key_heads, 6)
       assert cache.key_BWJK.shape == cache.query_BWJK.shape
       assert cache.value_BWHU.shape == (2, 3, 3, 4, 5)
-  own, whole = totals.kinds_of_layer(architectures.resolve(models.config(
+  state, whole = totals.kinds_of_layer(architectures.resolve(models.config(
       'llama', dtype='bfloat16', num_kv_heads=4, **recurrences.hybrid(mixer))))
   conv = 2 * 3 * (2 * d.key_heads * 6 + 4 * 5) if d.conv else 0
-  assert (own['kv_cache_bytes_per_token'], own['state_bytes_per_row']) == (
+  assert (state['kv_cache_bytes_per_token'], state['state_bytes_per_row']) == (
       0, 4 * 4 * 6 * 5 + conv)
   assert (whole['kv_cache_bytes_per_token'], whole['state_bytes_per_row']) == (
       2 * 2 * 32, 0)
@@ -226,8 +226,8 @@ def test_flops_are_those_of_the_products(mixer):
   J, P = d.key_heads, L * n  # P places
   has = {path.split('/')[-1] for path in params}
   delta, by_feature = bool({'rate', 'erase'} & has), 'decay_up' in has
-  found = flops.forward_flops(c, L)
-  assert found['weights'] == 2 * weights * L
+  counts = flops.forward_flops(c, L)
+  assert counts['weights'] == 2 * weights * L
   # In a row of one piece these are the products of queries with keys, and with
   # what is written; with the delta rule the system without its diagonal, its
   # inverse by substitution, and the inverse times values and keys; then the
@@ -238,12 +238,12 @@ def test_flops_are_those_of_the_products(mixer):
           else J * K * (read + delta * less))
   solved = sum(i - j - 1 for i in range(P) for j in range(i))
   pieces = meet + H * (U * read + (U + K) * delta * half) + H * solved * delta
-  assert found['attention'] == pytest.approx(
+  assert counts['attention'] == pytest.approx(
       2 * N * (pieces + ((1 + delta) * P + L) * H * K * U))
-  found = flops.decode_flops(c, L)
-  assert found['weights'] == 2 * weights
-  assert found['attention'] == 2 * N * ((1 + delta) * n + 1) * H * K * U
-  assert found == flops.decode_flops(c, 30)  # whatever came before
+  counts = flops.decode_flops(c, L)
+  assert counts['weights'] == 2 * weights
+  assert counts['attention'] == 2 * N * ((1 + delta) * n + 1) * H * K * U
+  assert counts == flops.decode_flops(c, 30)  # whatever came before
 
 
 def test_a_short_convolution_keeps_a_few_inputs_and_counts_its_weights():

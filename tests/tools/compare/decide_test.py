@@ -56,11 +56,11 @@ def _confirm(values, plan=PLAN, **more):
 
 def test_the_confirmation_is_scipys_test_and_statsmodels_holm():
   values = _values()
-  found = _confirm(values)
+  rows = _confirm(values)
   tests = [stats.ttest_1samp((values[v] - values['base']).mean(1), 0)
            for v in 'ab']
   holm = multipletests([t.pvalue for t in tests], method='holm')[1]
-  for row, test, p in zip(found, tests, holm):
+  for row, test, p in zip(rows, tests, holm):
     assert (row.p, row.p_corrected) == pytest.approx((test.pvalue, p))
     assert (row.low, row.high) == pytest.approx(test.confidence_interval())
     assert row.n == 5 and row.runs == 15
@@ -72,7 +72,7 @@ def test_the_confirmation_is_scipys_test_and_statsmodels_holm():
     trend = stats.ttest_1samp(slopes, 0)
     assert (row.trend.effect, row.trend.p, row.trend.low) == pytest.approx(
         (np.mean(slopes), trend.pvalue, trend.confidence_interval()[0]))
-  assert [row.verdict for row in found] == ['better', 'no difference shown']
+  assert [row.verdict for row in rows] == ['better', 'no difference shown']
 
 
 def test_items_are_compared_by_the_mean_of_sizes_of_each_seed():

@@ -42,8 +42,8 @@ def sweep(tmp_path_factory):
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
   folder = tmp_path_factory.mktemp('study')
-  found = study_folder.write(folder, study_folder.plan(ALL))
-  return report.load(folder), found
+  results = study_folder.write(folder, study_folder.plan(ALL))
+  return report.load(folder), results
 
 
 @pytest.fixture(scope='module')
@@ -51,8 +51,8 @@ def written(sweep):
   return {path.name: path for path in report.write(sweep)}
 
 
-def _study(folder, found=None, plan=None, **changes):
-  study_folder.write(folder, plan, found, **changes)
+def _study(folder, results=None, plan=None, **changes):
+  study_folder.write(folder, plan, results, **changes)
   return report.load(folder)
 
 
@@ -86,8 +86,8 @@ def test_a_sweeps_differences_and_speed_ups_are_those_of_its_runs(sweep):
 def test_p_values_are_corrected_over_the_points(sweep):
   base, ps = sweep.values('confirm', 'base', '', sweep.plan.primary), {}
   for name in sweep.plan.variants:
-    own = sweep.values('confirm', name, '', sweep.plan.primary)
-    d = [own[seed] - base[seed] for seed in own]
+    values = sweep.values('confirm', name, '', sweep.plan.primary)
+    d = [values[seed] - base[seed] for seed in values]
     # The runs of some are the base's own; others differ alike at each seed,
     # which has the sign test's p. One of too few seeds is of the family.
     ps[name] = (None if len(d) < 3 else stats.ttest_1samp(d, 0).pvalue
@@ -108,9 +108,9 @@ def test_curves_stand_at_what_was_spent(sweep, tmp_path, written):
       (0.5 * sweep_folder.EVERY, 0.5 * sweep_folder.STEPS))
   # Runs that train together share the seconds.
   sweep_folder.write(tmp_path, [point('base', together=2)])
-  own = curves.mean([own['eval'] for own in report.load(
+  together = curves.mean([lines['eval'] for lines in report.load(
       tmp_path).curves.values()])
-  assert own['seconds'][-1] == pytest.approx(0.25 * sweep_folder.STEPS)
+  assert together['seconds'][-1] == pytest.approx(0.25 * sweep_folder.STEPS)
   rows = list(csv.DictReader(written['curves.csv'].open()))
   curve = sweep.curves['better', '', 2]['eval']
   for name in (*curves.AXES, 'step', 'loss'):
@@ -124,16 +124,16 @@ def test_what_a_point_leaves_as_it_is_is_no_change(tmp_path):
   sweep_folder.write(tmp_path, [point('base'), point(
       'other', {'model.norm': 'layernorm', 'model.block': 'parallel'}),
                                 point('kind', kind)])
-  _, other, own = curves.load_sweep(tmp_path).points
+  _, other, patterned = curves.load_sweep(tmp_path).points
   assert other.changes == {'model.block': 'parallel'}
-  assert own.changes == kind  # which the base has not
+  assert patterned.changes == kind  # which the base has not
 
 
 def test_what_is_not_known_is_said(sweep, tmp_path):
-  said = report.text(sweep)
-  assert re.search(r'worse +failed +the loss was not finite +1', said)
-  assert re.search(r'high +pending +2', said)
-  assert '2 of 23 runs failed or are not done' in said
+  text = report.text(sweep)
+  assert re.search(r'worse +failed +the loss was not finite +1', text)
+  assert re.search(r'high +pending +2', text)
+  assert '2 of 23 runs failed or are not done' in text
   # A base without runs compares nothing.
   sweep_folder.write(tmp_path / 'a', POINTS[:2], states={
       ('base', s): ('failed', 'no memory') for s in range(3)})
@@ -180,10 +180,10 @@ def test_sensitivity_to_the_learning_rate(tmp_path):
       point('twice', {'optim.lr': 2e-3}, factor=1.4, shift=SHIFT)])
   c = report.load(tmp_path)
   group, = c.results['tuned']
-  assert [own['changes']['optim.lr'] for own in group['tried']] == [
+  assert [trial['changes']['optim.lr'] for trial in group['tried']] == [
       5e-4, 1e-3, 2e-3]
   row, = report.tuning(c).rows
-  means = [own['value'] for own in group['tried']]
+  means = [trial['value'] for trial in group['tried']]
   assert row['chosen'].text == 'optim.lr=0.001'
   assert row['at the edge'].text == 'no'
   assert row['sensitivity'].value == pytest.approx(np.mean(means) - means[1])
@@ -235,8 +235,8 @@ def test_figures_of_tasks_are_the_same_whenever_they_were_done():
       'stderr': {'acc': 0.1, 'mmlu_law/acc': 0.2}, 'examples': {'mmlu_law': 4}},
            'labels': {'f1': 0.5, 'by_label': {'a': 0.25}}}
   row = dict(step=8, split='eval', **{'other/f1': 0.7})
-  for task, own in tasks.items():
-    row |= in_training.numbers_of(own, task)
+  for task, values in tasks.items():
+    row |= in_training.numbers_of(values, task)
   during = curves.Run(0, 'done', '', {
       'train.steps': 8, 'eval.tasks': 'lm_eval:mmlu,labels,gone'},
                       (row | {'step': 4, 'labels/f1': 0.1}, row), {})
@@ -253,52 +253,53 @@ def test_the_command_writes_beside_the_runs(sweep, monkeypatch, capsys,
     return command.main()
 
   assert main('--workdir', sweep.workdir, '--json') == 0
-  said, err = capsys.readouterr()
+  printed, err = capsys.readouterr()
   assert str(sweep.workdir / 'report/index.html') in err
-  said = json.loads(said)
-  assert [p['variant'] for p in said['points']] == [p['name'] for p in POINTS]
-  assert said['estimates'][1]['verdict'] == 'better' and said['warnings']
+  printed = json.loads(printed)
+  assert [p['variant'] for p in printed['points']] == [
+      p['name'] for p in POINTS]
+  assert printed['estimates'][1]['verdict'] == 'better' and printed['warnings']
   with pytest.raises(ValueError, match='sweep.json is missing'):
     main(tmp_path / 'none')
   assert not (tmp_path / 'none').exists()
 
 
 def test_a_studys_tables_and_sheet_have_the_results_numbers(study):
-  c, found = study
+  c, results = study
   rows = _rows(report.verdict_table(c))
   assert [*rows] == [BASE, *ALL]
   sheet = {(row['phase'], row['measure'], row['variant'], row['size']): row
            for row in c.estimates}
   confirmed = {(row['variant'], row['measure']): row
-               for row in found['confirm']}
-  assert len(confirmed) == len(found['confirm']) == 2 * 4
-  for (variant, measure), own in confirmed.items():
+               for row in results['confirm']}
+  assert len(confirmed) == len(results['confirm']) == 2 * 4
+  for (variant, measure), result in confirmed.items():
     row = sheet['confirm', measure, variant, decide.ALL]
     for name in ('effect', 'low', 'high', 'p', 'p_corrected'):
-      assert row[name] == own[name]
-    for size in own['sizes']:
+      assert row[name] == result[name]
+    for size in result['sizes']:
       assert sheet['confirm', measure, variant, size['size']]['effect'] == (
           size['effect'])
-    for fast in own['speed_ups']:
+    for fast in result['speed_ups']:
       assert sheet['confirm', measure, variant, fast['size']][
           f'speed_up_{fast["by"]}'] == fast['factor']
   for variant in ALL:
-    own = confirmed.get((variant, 'loss'))
-    if own is None:
+    result = confirmed.get((variant, 'loss'))
+    if result is None:
       assert rows[variant]['verdict'].text.startswith('stopped at the screen')
       continue
-    assert rows[variant]['verdict'].text == own['verdict']
+    assert rows[variant]['verdict'].text == result['verdict']
     assert rows[variant]['minus base'] == (
-        f'{own["effect"]:+.4f} [{own["low"]:+.4f}, {own["high"]:+.4f}]',
-        own['effect'], '')
-    assert rows[variant]['trend over size'].value == own['trend']['effect']
-  for row, own in zip(report.noise(c).rows, found['noise'], strict=True):
-    assert row['standard deviation'].value == own['sd']
-    assert row['smallest effect'].value == own['smallest_effect']
-  for own in found['screen']:
-    assert sheet['screen', 'loss', own['variant'], 'small']['verdict'] == (
-        own['verdict'])
-  values = [run['values']['mqar'] for run in found['outcomes'] if (
+        '{effect:+.4f} [{low:+.4f}, {high:+.4f}]'.format(**result),
+        result['effect'], '')
+    assert rows[variant]['trend over size'].value == result['trend']['effect']
+  for row, result in zip(report.noise(c).rows, results['noise'], strict=True):
+    assert row['standard deviation'].value == result['sd']
+    assert row['smallest effect'].value == result['smallest_effect']
+  for result in results['screen']:
+    assert sheet['screen', 'loss', result['variant'], 'small']['verdict'] == (
+        result['verdict'])
+  values = [run['values']['mqar'] for run in results['outcomes'] if (
       run['phase'], run['variant'], run['size'], run['workload']) == (
           'confirm', 'alibi', 'large', 'mqar')]
   assert sheet['confirm', 'mqar', 'alibi', 'large']['mean'] == pytest.approx(
@@ -314,23 +315,23 @@ def test_multipliers_predictions_and_what_a_screening_lost_are_told(tmp_path):
   plan = study_folder.plan(
       ('rope', 'alibi', 'none'), largest='huge', seeds=dict(
           noise=6, tune=1, screen=4, confirm=5, largest=3))
-  found = study_folder.results(plan, 'confirm')
-  for row in found['outcomes']:
+  results = study_folder.results(plan, 'confirm')
+  for row in results['outcomes']:
     row |= {'cooled': True, 'body': 0.5}
-  runs = [plans.outcome_from_json(row) for row in found['outcomes']]
+  runs = [plans.outcome_from_json(row) for row in results['outcomes']]
   ahead = [x._replace(phase='largest', size='huge') for x in runs
            if (x.phase, x.size, x.workload) == ('confirm', 'large', 'text')]
   rows = decide.predict(plan, runs, dict.fromkeys(
       ('learned', 'rope', 'alibi'), 1e15))
   narrowed = phases.PHASES['largest'].narrow(plan)
-  found |= plans.to_json({
+  results |= plans.to_json({
       'confirm': decide.confirm(plan, runs), 'outcomes': [*runs, *ahead],
       'largest': decide.confirm(narrowed, ahead, 'largest'), 'predicted': {
           'hash': 'abcd', 'time': 1e9, 'blind': True, 'rows': rows}})
-  c = _study(tmp_path, found, plan)
+  c = _study(tmp_path, results, plan)
   table = report.multipliers(c).rows
   assert len(table) == 2 * 4  # of rope and alibi, which passed
-  rope = found['confirm'][0]['multipliers'][0]
+  rope = results['confirm'][0]['multipliers'][0]
   assert table[0]['multiplier'].value == rope['factor'] > 1
   assert [*table[0]][2:] == [
       'floor', 'multiplier', 'multiplier, pinned', 'multiplier, no embeddings',
@@ -340,25 +341,25 @@ def test_multipliers_predictions_and_what_a_screening_lost_are_told(tmp_path):
   assert report.ranks(c).rows[2]["Kendall's tau"].value == 1  # the same runs
   section = report.predictions(c)
   seen = _rows(section.tables[0])
-  for own in rows:
-    row = seen[own['variant']]
+  for prediction in rows:
+    row = seen[prediction['variant']]
     assert row['off by'].value == pytest.approx(
-        row['observed'].value - own['value'])
-    assert row['inside'].text == ('yes' if own['low'] <= row[
-        'observed'].value <= own['high'] else 'no')
+        row['observed'].value - prediction['value'])
+    assert row['inside'].text == ('yes' if prediction['low'] <= row[
+        'observed'].value <= prediction['high'] else 'no')
   assert seen['rope']['observed'].value == next(
-      x['effect'] for x in found['largest'] if x['variant'] == 'rope')
-  told, = report.lost(c)
-  assert told.startswith('1 of 3 variants were stopped')
+      x['effect'] for x in results['largest'] if x['variant'] == 'rope')
+  sentence, = report.lost(c)
+  assert sentence.startswith('1 of 3 variants were stopped')
   page = report.html(c, [])
   for words in ('before any run of this size', 'id="multipliers"', 'At huge',
-                'id="ranks"', told[:40]):
+                'id="ranks"', sentence[:40]):
     assert words in page
   assert report.NOT_COOLED not in page
-  found['predicted']['blind'] = False
-  for row in found['outcomes']:
+  results['predicted']['blind'] = False
+  for row in results['outcomes']:
     row['cooled'] = False
-  page = report.html(_study(tmp_path, found, plan), [])
+  page = report.html(_study(tmp_path, results, plan), [])
   assert report.NOT_COOLED in page and 'it is none' in page
 
 
@@ -376,12 +377,12 @@ def test_a_study_that_is_not_over_says_how_far_it_is(tmp_path, upto):
 
 
 def test_every_run_is_a_dot_of_the_figures(study):
-  c, found = study
+  c, results = study
   left, right = figures.outcome(c).axes
   dots = lambda axes: [line for line in axes.lines if line.get_marker() == '.']
-  own = next(row for row in found['confirm'] if row['variant'] == 'rope')
-  assert len(own['differences']) == 5
-  assert any(line.get_xdata().tolist() == own['differences']
+  rope = next(row for row in results['confirm'] if row['variant'] == 'rope')
+  assert len(rope['differences']) == 5
+  assert any(line.get_xdata().tolist() == rope['differences']
              for line in dots(right))
   curve = next(lines['eval'] for (*at, _), lines in c.curves.items()
                if at == ['rope', 'large'])
@@ -403,10 +404,10 @@ def test_what_students_test_may_not_be_asked_is_said():
              p_shape=0.9)
   plan = study_folder.plan()
   assert report.doubts(plan, [row | dict(p=0.2)]) == []
-  said, = report.doubts(plan, [row])
-  assert 'disagree, before correction, on a (p = 0.03 and 0.2)' in said
-  said, = report.doubts(plan, [row | dict(p=None, p_shape=0.01)])
-  assert 'outliers (p = 0.01' in said and 'For a no verdict' in said
+  doubt, = report.doubts(plan, [row])
+  assert 'disagree, before correction, on a (p = 0.03 and 0.2)' in doubt
+  doubt, = report.doubts(plan, [row | dict(p=None, p_shape=0.01)])
+  assert 'outliers (p = 0.01' in doubt and 'For a no verdict' in doubt
 
 
 def test_verdicts_are_published_from_bundles_alone(study, tmp_path, capsys):
@@ -450,15 +451,15 @@ def test_verdicts_are_published_from_bundles_alone(study, tmp_path, capsys):
 
 
 def test_what_was_tuned_is_compared_seed_by_seed_and_on_fresh_seeds(tmp_path):
-  found = study_folder.results(study_folder.plan())
-  row = next(row for row in found['tuned'] if row['workload'] == 'text')
+  results = study_folder.results(study_folder.plan())
+  row = next(row for row in results['tuned'] if row['workload'] == 'text')
   tried = {1e-3: [2.6, 2.7, 2.8], 2e-3: [2.5, 2.61, 2.69],
            4e-3: [2.52, 2.6, 2.72]}  # 2e-3 was chosen
   for trial in row['tried']:
     trial |= {'rung': 1, 'values': tried[trial['changes']['optim.lr']]}
     trial['value'] = float(np.mean(trial['values']))
-  c = _study(tmp_path, found)
-  cells = report.tuning(c).rows[found['tuned'].index(row)]
+  c = _study(tmp_path, results)
+  cells = report.tuning(c).rows[results['tuned'].index(row)]
   apart = np.subtract(tried[4e-3], tried[2e-3])
   low, high = stats.t.interval(0.95, 2, apart.mean(), stats.sem(apart))
   assert cells['next best'].text == (
@@ -504,42 +505,43 @@ def test_a_target_is_reached_from_where_on_the_one_sided_test_says_so(
 
 def _none_shown(**row):
   """Results in which no difference is shown of rope."""
-  found = study_folder.results(study_folder.plan())
-  primary = [own for own in found['confirm'] if own['measure'] == 'loss']
+  results = study_folder.results(study_folder.plan())
+  primary = [result for result in results['confirm']
+             if result['measure'] == 'loss']
   assert primary[0]['variant'] == 'rope' and len(primary) == 3
   primary[0].update(verdict=decide.NONE_SHOWN, n=5, **row)
-  return found
+  return results
 
 
 def test_the_answer_names_effects_and_what_is_excluded(tmp_path):
   """An effect is excluded by an interval that holds for all variants."""
-  answer = lambda found=None: report.answer(_study(tmp_path, found))
+  answer = lambda results=None: report.answer(_study(tmp_path, results))
   plain = answer()
   assert plain.startswith('By loss (nats a token): better: rope (-0.2')
   assert 'stopped at the screen: unstable: wild' in plain
   assert ('rope (+0.0050 [-0.0020, +0.0120]: an effect of 0.05 is excluded)'
           in answer(_none_shown(effect=0.005, low=-0.002, high=0.012)))
   # By itself this interval lies within 0.05; not so beside two others.
-  found = _none_shown(effect=0.0, low=-0.045, high=0.045)
-  assert 'excluded' not in answer(found)
-  found['confirm'] = [row for row in found['confirm']
+  results = _none_shown(effect=0.0, low=-0.045, high=0.045)
+  assert 'excluded' not in answer(results)
+  results['confirm'] = [row for row in results['confirm']
                       if row['variant'] == 'rope']
-  assert 'an effect of 0.05 is excluded' in answer(found)
+  assert 'an effect of 0.05 is excluded' in answer(results)
 
 
 def test_what_was_planned_and_done_is_told(study, tmp_path):
   methods = ' '.join(report.methods(
       study[0].frozen, study[0].results['announced']))
   assert 'What ran is what was planned' in report.html(study[0], [])
-  for said in (
+  for words in (
       'optim.lr in {0.001, 0.002, 0.004}', 'rope (model.position=rope)',
       '5 fresh seeds', '6 pairs', 'by successive halving over 2 rungs',
       '(loss on text, in nats a token, lower is better)', 'McNemar',
       'an effect of 0.05 nats a token on loss', study[0].frozen.hash):
-    assert said in methods, said
-  found = study_folder.results(study_folder.plan())
-  found['as_planned'] = dict(same=False, differences=['2 runs are missing'])
-  page = report.html(_study(tmp_path, found), [])
+    assert words in methods, words
+  results = study_folder.results(study_folder.plan())
+  results['as_planned'] = dict(same=False, differences=['2 runs are missing'])
+  page = report.html(_study(tmp_path, results), [])
   assert '2 runs are missing' in page
   assert 'What ran is what was planned' not in page
 
@@ -664,7 +666,8 @@ def test_plots_have_the_points_and_follow_their_controls(page, sweep):
       const b = c.getBoundingClientRect();
       return [b.x + b.width / 2, b.y + b.height / 2]; })()''')
   page.move(x, y)
-  first = curves.mean([own['eval'] for (name, *_), own in sweep.curves.items()
+  first = curves.mean([lines['eval']
+                       for (name, *_), lines in sweep.curves.items()
                        if name == 'base'])['loss'][0]
   assert page.evaluate('document.querySelector("#curves-0 .tip").textContent'
                        ) == f'base: {first:.4f} at 50k tokens'

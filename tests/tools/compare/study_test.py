@@ -656,9 +656,9 @@ def test_a_changed_plan_is_refused_and_amended_for_a_reason(frozen, tmp_path):
   with pytest.raises(RequestError, match='planned otherwise: plan.alpha'):
     start(tmp_path, other)
   assert start(tmp_path, other, amend='a reviewer asked').did == []
-  told = read(tmp_path)['as_planned']
-  assert not told['same']
-  assert told['differences'] == [
+  as_planned = read(tmp_path)['as_planned']
+  assert not as_planned['same']
+  assert as_planned['differences'] == [
       'The plan was changed (plan.alpha) when noise, tune, screen, confirm had '
       'been looked at. Reason: a reviewer asked']
   kept = plans.load(tmp_path)
@@ -670,11 +670,11 @@ def test_a_changed_plan_is_refused_and_amended_for_a_reason(frozen, tmp_path):
               amend='too few')
   assert len(trainer.did) == 6  # a pair more at each size
   (source, _), = frozen.sources.items()
-  for changes, told in (
+  for changes, words in (
       (dict(points=[row | {'changes': row['changes'] | {
           'model.norm': 'rmsnorm'}} for row in frozen.points]), 'model.norm'),
       (dict(sources={source: 'other'}), 'sources')):
-    with pytest.raises(RequestError, match=f'holds another sweep, .*{told}'):
+    with pytest.raises(RequestError, match=f'holds another sweep, .*{words}'):
       start(tmp_path, dataclasses.replace(other, **changes), until='noise',
             amend='why not')
 

@@ -188,7 +188,7 @@ def test_a_runner_tells_the_time_left(tmp_path, monkeypatch, capsys):
   with layout.Ledger(tmp_path) as ledger:
     runner = local.Runner(tmp_path, ledger, 1, 1)
     runner._description = layout.load_description(tmp_path)
-    runner._before, runner._told = 3.0, float('-inf')
+    runner._before, runner._printed = 3.0, float('-inf')
     runner._since = time.monotonic() - 100  # for two runs; one is left
     runner._tell()
     runner._tell()  # not again so soon
@@ -277,7 +277,7 @@ def test_a_run_goes_through_its_states(book):
   assert book.runs()[1].state == layout.PENDING
 
 
-def _held_elsewhere(book, monkeypatch, *ids):
+def _claimed_elsewhere(book, monkeypatch, *ids):
   """Lets a runner of another host take runs; returns its name."""
   with monkeypatch.context() as elsewhere:
     elsewhere.setattr(layout.storage, 'host', lambda: 'elsewhere')
@@ -299,7 +299,7 @@ def test_a_runner_of_another_host_is_dead_once_it_stands_still(
     return freed
 
   book.add([('a', 0, ()), ('a', 1, ())])
-  other = _held_elsewhere(book, monkeypatch, 1, 2)
+  other = _claimed_elsewhere(book, monkeypatch, 1, 2)
   assert look(layout.STALE_LOOKS) == [] and book.doubtful
   assert look(5 * layout.STALE_LOOKS, beats=True) == [] and not book.doubtful
   assert look(layout.STALE_LOOKS - 1) == []
@@ -326,7 +326,7 @@ def test_a_sweep_begins_with_what_lies_on_disk(tmp_path, monkeypatch, capsys):
   before = states(workdir)
   shutil.rmtree(layout.run_folder(workdir, 'rms', 1))
   with layout.Ledger(workdir) as book:
-    _held_elsewhere(book, monkeypatch, book.runs()[0].id)
+    _claimed_elsewhere(book, monkeypatch, book.runs()[0].id)
     layout.begin(workdir, book, description)
   assert states(workdir) == before | {('rms', 1): layout.PENDING}
   stderr = capsys.readouterr().err

@@ -13,7 +13,7 @@ from training import preflight, runs
 from training.costs import systems, totals
 
 
-def said(config, **fields):
+def line_of(config, **fields):
   config.model.update(fields)
   return systems.line(totals.resolved(config))
 
@@ -22,7 +22,7 @@ def said(config, **fields):
 def test_no_size_of_a_system_is_unlike_it(system):
   module = importlib.import_module(f'configs.{system}')
   for size in module.SIZES:
-    assert said(module.get_config(size)) == '', size
+    assert line_of(module.get_config(size)) == '', size
 
 
 @pytest.mark.parametrize('config, fields, words', [
@@ -38,7 +38,7 @@ def test_no_size_of_a_system_is_unlike_it(system):
     (gpt, dict(pattern='a,b', kinds=dict(a=dict(window=8), b={})),
      "gpt with pattern=a,b in place of ''")])
 def test_what_is_unlike_is_named(config, fields, words):
-  assert said(config.get_config('tiny'), **fields) == (
+  assert line_of(config.get_config('tiny'), **fields) == (
       f'not as published: {words}')
 
 

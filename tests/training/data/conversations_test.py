@@ -61,7 +61,7 @@ def test_what_is_no_template_is_a_sentence(tmp_path):
       conversations.read(spec, BYTES)
 
 
-def _said(template, messages):
+def _pieces(template, messages):
   parts = template.parts(messages)
   ids = conversations.encode([text for _, text in parts], template.tokenizer)
   assert [kind for kind, _ in parts] == [
@@ -77,7 +77,7 @@ def _spelt(ids):
 @pytest.mark.parametrize('text', [CHATML, MARKED])
 def test_the_parts_of_a_conversation_say_who_speaks(text):
   end = '\n\n' if text is CHATML else ''
-  shown = _said(make(text), TALK)
+  shown = _pieces(make(text), TALK)
   if text is CHATML:
     assert shown == [
         'user: HÃ©[EOS]\n\nassistant: ', 'Hi![EOS]',

@@ -263,13 +263,13 @@ def test_circles_of_depo_are_as_large_as_published(name, most):
   probe, settings = of(name)
   vocab, hops = settings.vocab, len(probe.levels)
   small = settings._replace(length=probe.size(1, settings), examples=1)
-  assert set(found_words(probe, small, 'train')) == {3}
+  assert set(words_of_circles(probe, small, 'train')) == {3}
   rows = probes.Rows(probe, settings, 'eval', 0, levels=(hops,))
   for row in itertools.islice(rows, 3):
     asks = row.tokens[row.tokens > 2 * vocab + 1]
     assert (row.tokens[:np.argmax(row.tokens > 2 * vocab + 1)] >= vocab
             ).sum() == 2 * most + 1 and set(asks - 2 * vocab - 1) == {hops}
-  counts = np.array([*found_words(
+  counts = np.array([*words_of_circles(
       probe, settings._replace(examples=800), 'train')])
   sizes = np.arange(3, most + 1)
   law = 1 / (sizes + np.sqrt(most))
@@ -281,7 +281,7 @@ def test_circles_of_depo_are_as_large_as_published(name, most):
   assert len(set(row.tokens[row.tokens > 2 * vocab + 1])) > 1
 
 
-def found_words(probe, settings, split):
+def words_of_circles(probe, settings, split):
   """Returns how many words the circle of each row has."""
   vocab = settings.vocab
   for row in probes.Rows(probe, settings, split, 0):

@@ -90,12 +90,12 @@ def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
   module, params = models.make('bert', vocab_size=270)
   ids, L = np.array([10, 200, 97], np.int32), 3
   segments = np.ones((1, L), np.int32)
-  told = jax.jit(lambda shown: models.logits(
+  logits_of = jax.jit(lambda shown: models.logits(
       module, params, shown, segment_ids_BL=segments)[0])
   nats = {}  # of token i where the tokens of a set are masked
   for hidden in itertools.product((False, True), repeat=L):
     shown = np.where(hidden, BYTES.mask_id, ids)[None]
-    logits = np.asarray(told(shown), np.float64)
+    logits = np.asarray(logits_of(shown), np.float64)
     nats[hidden] = np.log(np.exp(logits).sum(-1)) - logits[range(L), ids]
   orders = []
   for order in itertools.permutations(range(L)):
@@ -112,17 +112,17 @@ def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
   program = jax.jit(loss_task.bound_program(module, config, BYTES.mask_id, 6))
   sums = np.asarray(program(params, batch, np.uint32(0)), np.float64)
   assert sums[[1, 4, 5]].tolist() == [rows * L, rows * L ** 2, rows]
-  found = sums[0] / rows
+  bound = sums[0] / rows
   # A third of the draws masks one, two or three of the three tokens; which
   # ones is chance, whose spread says how far their mean may be away.
   kinds = [[nats[hidden][list(hidden)].sum() * L / sum(hidden)
             for hidden in nats if sum(hidden) == many] for many in (1, 2, 3)]
   assert np.mean([np.mean(x) for x in kinds]) == pytest.approx(np.mean(orders))
   error = (np.mean([np.var(x) for x in kinds]) / (rows * 6)) ** 0.5
-  assert found == pytest.approx(np.mean(orders), abs=4 * error)
+  assert bound == pytest.approx(np.mean(orders), abs=4 * error)
   # Every row is the same text, so that they differ by their draws alone.
-  told = loss_task.bound_error(*sums) * L
-  assert told < error < 0.01 * np.mean(orders)
+  estimate = loss_task.bound_error(*sums) * L
+  assert estimate < error < 0.01 * np.mean(orders)
   assert np.ptp([np.mean(x) for x in kinds]) > 8 * error
 
 
