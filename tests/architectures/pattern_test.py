@@ -16,7 +16,6 @@ from architectures.parts.hf import tensor_map
 from architectures.parts.sharding import rules
 from configs import sharding
 from tests.helpers import models
-from tests.helpers.jaxprs import equations
 from architectures.parts import paths
 from training.distributed.devices import make_mesh
 
@@ -198,7 +197,7 @@ def test_a_gradient_waits_for_those_of_the_weights_above(devices, waits):
   with jax.set_mesh(mesh), rules('default'):
     jaxpr = jax.make_jaxpr(jax.grad(loss))(params, models.tokens(8))
   of_block = 1 + len(jax.tree.leaves(params['decoder']['layers']['block_1']))
-  barriers = [eqn for eqn in equations(jaxpr.jaxpr)
+  barriers = [eqn for eqn in models.equations(jaxpr.jaxpr)
               if eqn.primitive.name == 'optimization_barrier'
               and len(eqn.invars) == of_block]
   assert len(barriers) == waits

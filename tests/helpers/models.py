@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import architectures
 from architectures.parts import paths, sharding
@@ -122,3 +123,11 @@ def close(a, b, rtol: float = 1e-5):
     error = float(np.abs(x - y).max() / scale)
     assert error <= rtol, f'{jax.tree_util.keystr(path)}: {error:.2e}'
   jax.tree_util.tree_map_with_path(check, a, b)
+
+
+def equations(jaxpr):
+  """Yields every equation of a jaxpr, those of its inner ones included."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jaxprs_in_params(equation.params):
+      yield from equations(inner)

@@ -18,7 +18,6 @@ from architectures.parts.moe import dispatch
 from architectures.parts.moe.layer import MoE
 from configs import base, sharding as tables
 from tests.helpers import models
-from tests.helpers.jaxprs import equations
 from tools.plan.collectives import groups as named_groups
 
 B, L, D, F, E, X = 8, 8, 16, 32, 8, 2
@@ -214,7 +213,8 @@ def test_accelerators_send_only_full_rows(remat, times):
   with jax.set_mesh(mesh_of(tables.PRESETS['ep'])), sharding.rules('default'):
     traced = jax.jit(jax.grad(apply, (0, 1))).trace(params, x_BLD)
     lower = lambda name: traced.lower(lowering_platforms=(name,)).as_text()
-    primitives = [eqn.primitive.name for eqn in equations(traced.jaxpr.jaxpr)]
+    primitives = [eqn.primitive.name
+                  for eqn in models.equations(traced.jaxpr.jaxpr)]
     assert primitives.count('ragged_all_to_all') == times
     ragged = {name: set(re.findall(
         r'ragged_all_to_all.*: \(tensor<(\w+)>', lower(name)))

@@ -14,7 +14,6 @@ import pytest
 from architectures.parts import sharding
 from architectures.parts.heads import Head
 from tests.helpers import models
-from tests.helpers.jaxprs import equations
 from training import objectives
 from training.distributed import devices
 
@@ -162,7 +161,7 @@ def test_no_array_of_all_logits_is_held(differentiate):
 
   fn = jax.grad(loss, (0, 1)) if differentiate else loss
   sizes = [math.prod(v.aval.shape)
-           for e in equations(jax.make_jaxpr(fn)(hidden, head).jaxpr)
+           for e in models.equations(jax.make_jaxpr(fn)(hidden, head).jaxpr)
            for v in e.outvars]
   assert max(sizes) == chunk * vocab
   stats = jax.jit(fn).lower(hidden, head).compile().memory_analysis()

@@ -1,1 +1,0 @@
-"""Parity of every system with its implementation in transformers."""
