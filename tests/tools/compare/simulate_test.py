@@ -4,8 +4,8 @@ where one of their rules is broken.
 They are decided by the functions that decide on real studies; what trains is
 replaced by a world whose effects are known. The loss of a run is
 
-    level(size) + effect(variant, size) + bend * log2(rate / best(variant))^2
-      + common(seed, size) + private(variant, size, seed, changes)
+    level(size) + effect(variant) + common(seed, size)
+      + private(variant, size, seed, changes)
 
 `common` is what a seed's data do to every variant alike, which pairing removes.
 Each draw follows from what it belongs to, so a run gives the same whenever and
@@ -25,7 +25,6 @@ from tools.compare import plan as plans
 
 RATE, SIZES = 'optim.lr', ('small', 'middle', 'large')
 CLAIMS = (decide.BETTER, decide.WORSE)
-MIXTURE = {'v1': -0.06, 'v2': -0.03, 'v3': 0.03}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +38,6 @@ class World:
       sqrt(2) times as much.
     effects: of the variants that have one, at each size.
     diverge: the share of runs that diverge.
-    best: the best learning rate, by variant; '' is any other.
-    bend: how much a rate is worse that is twice or half as large.
     tail: what a run of a variant has beside the noise, or in its place: a
       function of a random.Random, with a mean of 0.
   """
@@ -49,14 +46,7 @@ class World:
   noise: float = 0.02
   effects: Mapping[str, float] = dataclasses.field(default_factory=dict)
   diverge: float = 0.0
-  best: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  bend: float = 0.0
   tail: Callable[[random.Random], float] = lambda draws: 0.0
-
-  def effect(self, variant: str, rate: float | None = None) -> float:
-    best = self.best.get(variant, self.best.get(''))
-    bent = math.log2(rate / best) ** 2 if rate and best else 0.0
-    return self.effects.get(variant, 0.0) + self.bend * bent
 
   def train(self, folder, runs) -> list[plans.Outcome]:
     del folder
@@ -68,7 +58,7 @@ class World:
                           f'{run.share}/{run.size}')
     data = random.Random(f'{self.study}/{run.seed}/{run.size}')
     loss = (3.0 - 0.3 * SIZES.index(run.size) + 0.5 * (1 - run.share)
-            + self.effect(run.variant, rate) + 0.3 * data.gauss(0, 1)
+            + self.effects.get(run.variant, 0.0) + 0.3 * data.gauss(0, 1)
             + self.noise * draws.gauss(0, 1)
             + self.tail(draws) * (run.variant in self.plan.variants))
     diverged = draws.random() < self.diverge
@@ -179,52 +169,6 @@ def test_one_sided_noise_makes_no_more_claims_than_promised(tail, studies):
   assert shares['missed'] <= 0.05 and shares['missed at a size'] <= 0.07
 
 
-def test_who_diverges_no_more_than_the_base_is_rarely_unstable():
-  plan = _plan(5)
-
-  def one(number, add):
-    for row in decide.confirm(plan, World(plan, number, diverge=0.1).outcomes()
-                              ):
-      add('unstable', row.verdict == decide.UNSTABLE)
-
-  assert _means(60, one)['unstable'] < 0.2
-
-
-def test_the_screening_keeps_its_rate_and_breaks_it_uncorrected(monkeypatch):
-  plan = _plan(10, seeds=(6, 2, 3, 5), q=0.1)
-
-  def one(number, add):
-    rows = decide.screen(plan, World(plan, number, effects=MIXTURE).outcomes(
-        'screen'))
-    passed = [row.variant for row in rows if row.verdict == decide.PASSED]
-    false = [name for name in passed if name not in MIXTURE]
-    add('false', len(false) / max(len(passed), 1))
-
-  kept = _means(100, one)['false']
-  monkeypatch.setattr(statistics, 'corrected', lambda p, method='': list(p))
-  assert kept <= 0.12 and _means(100, one)['false'] > kept + 0.05
-
-
-def test_unpaired_seeds_and_guessing_in_a_mean_find_nothing():
-  plan = _plan(2, seeds=(6, 2, 5, 8))
-
-  def one(number, add):
-    outcomes = World(plan, number, effects={'v1': -0.05}, diverge=0.03
-                     ).outcomes()
-    base = [x for x in outcomes if x.variant == 'base']
-    dealt = [x._replace(seed=y.seed) for size in SIZES for all_ in [
-        [x for x in base if x.size == size]]
-             for x, y in zip(all_[1:] + all_[:1], all_)]
-    counted = [x._replace(diverged=False) for x in outcomes]
-    for name, each in (('paired', outcomes), ('counted', counted), (
-        'unpaired', [*dealt, *(x for x in outcomes if x.variant != 'base')])):
-      add(name, decide.confirm(plan, each)[0].verdict == decide.BETTER)
-
-  shares = _means(30, one)
-  assert shares['paired'] > 0.75
-  assert shares['unpaired'] < 0.15 and shares['counted'] < 0.4
-
-
 def test_a_sweeps_words_are_as_rarely_wrong_as_its_corrected_p():
   """300 sweeps of eleven variants without effect, three seeds each: a word
   by each one's own interval would be wrong in a third of them."""
@@ -268,41 +212,3 @@ def test_as_much_is_found_as_is_announced():
   shares = _means(60, one)
   assert shares['announced'] == pytest.approx(0.8, abs=0.12)
   assert shares['naive'] < shares['announced']
-
-
-@pytest.mark.long
-def test_whole_studies_judge_what_they_picked_on_fresh_seeds(monkeypatch):
-  """Each variant has a best rate of its own between the values of the grid, and
-  the grid is searched with noise. What is true of a variant is its effect at
-  the rates that tuning chose. Screened effects of what passed are too large;
-  confirmed ones are right, unless the phases share their seeds."""
-  plan = _plan(6)
-
-  def one(number, add):
-    world = World(plan, number, effects=MIXTURE, bend=0.01, best={
-        '': 2.5e-3, 'v1': 5e-3, 'v4': 1.2e-3})
-    *_, state = phases.run(_frozen(plan), world, anyway=True)
-    rates = {(row.variant, row.size): row.changes[RATE]
-             for row in state.records['tuned']}
-    truth = {name: np.array([world.effect(name, rates[name, size])
-                             - world.effect('base', rates['base', size])
-                             for size in SIZES]) for name in plan.variants}
-    wrong = False
-    for row in state.records['confirm']:
-      mean = truth[row.variant].mean()
-      wrong |= row.verdict in CLAIMS and (
-          mean * plan.primary.sign > 0) != (row.verdict == decide.BETTER)
-      add('holds', _holds(row, mean))
-      if row.variant in MIXTURE:
-        add('confirmed', row.effect / mean)
-    for row in state.records['screen']:
-      if row.verdict == decide.PASSED and row.variant in MIXTURE:
-        add('screened', row.effect / truth[row.variant][0])
-    add('wrong', wrong)
-
-  shares = _means(40, one)
-  assert shares['wrong'] <= 0.1 and shares['holds'] > 0.88
-  assert shares['screened'] > 1.05
-  assert shares['confirmed'] == pytest.approx(1, abs=0.06)
-  monkeypatch.setattr(phases, 'APART', 0)
-  assert _means(40, one)['confirmed'] > 1.05

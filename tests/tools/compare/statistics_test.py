@@ -373,29 +373,6 @@ def test_a_jackknife_of_a_mean_is_students_interval_and_a_ratios_is_its_own():
   assert half[1] == pytest.approx(stats.t.isf(0.025, 5) * spread)
 
 
-@pytest.mark.slow
-@pytest.mark.long
-def test_intervals_of_planted_multipliers_and_predictions_cover():
-  """Of noise that both share at a seed and a size, and of their own. A floor
-  that is pinned where it is not makes what a size says wrong, and not what all
-  sizes together say."""
-  rng = np.random.default_rng(1)
-  compute, true = _ladder()
-  ahead = 4 * compute[:, -1]
-  seen = 1.5 + 1.5 * (ahead * [1.0, 1.2] / SPENT[0]) ** -0.15
-  truth = np.array([1.5, seen[0], seen[1] - seen[0], *np.log([1.2] * 4)])
-  inside = {floor: [] for floor in (None, 1.5, 0.0)}
-  for _ in range(100):
-    losses = true + rng.normal(0, 0.01, (5, 1, 3)) + rng.normal(
-        0, 0.004, (5, 2, 3))
-    for floor, rows in inside.items():
-      values, halves = statistics.scaled(compute, losses, ahead, floor)
-      rows.append(np.abs(values - truth) <= halves)
-  free, right, wrong = (np.mean(rows, axis=0) for rows in inside.values())
-  assert np.all(free[1:] >= 0.88) and np.all(right[1:] >= 0.88)
-  assert wrong[3] >= 0.88 and wrong[1] < 0.5
-
-
 def test_one_size_of_known_noise_has_statsmodels_power_and_seeds():
   for seeds, level in ((3, 0.05), (5, 0.01), (12, 0.05)):
     for wanted in (0.3, 0.8):

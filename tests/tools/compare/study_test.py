@@ -649,25 +649,11 @@ def _with(frozen, **plan):
       frozen.plan, **plan))
 
 
-@pytest.mark.long
-def test_a_changed_plan_is_refused_and_amended_for_a_reason(frozen, tmp_path):
-  start(tmp_path, frozen)
-  other = _with(frozen, alpha=0.01)
-  with pytest.raises(RequestError, match='planned otherwise: plan.alpha'):
-    start(tmp_path, other)
-  assert start(tmp_path, other, amend='a reviewer asked').did == []
-  as_planned = read(tmp_path)['as_planned']
-  assert not as_planned['same']
-  assert as_planned['differences'] == [
-      'The plan was changed (plan.alpha) when noise, tune, screen, confirm had '
-      'been looked at. Reason: a reviewer asked']
-  kept = plans.load(tmp_path)
-  assert kept.hash == other.hash
-  assert [change['before'] for change in kept.amendments] == [frozen.hash]
-  # More seeds go into the same sweep; other models and other data do not.
-  seeds = frozen.plan.seeds | {'noise': 4}
-  trainer = start(tmp_path, _with(other, seeds=seeds), until='noise',
-              amend='too few')
+def test_seeds_may_be_added_and_other_models_and_data_may_not(
+    frozen, tmp_path):
+  start(tmp_path, frozen, until='noise', anyway=True)
+  more = _with(frozen, seeds=frozen.plan.seeds | {'noise': 4})
+  trainer = start(tmp_path, more, until='noise', amend='too few', anyway=True)
   assert len(trainer.did) == 6  # a pair more at each size
   (source, _), = frozen.sources.items()
   for changes, words in (
@@ -675,7 +661,7 @@ def test_a_changed_plan_is_refused_and_amended_for_a_reason(frozen, tmp_path):
           'model.norm': 'rmsnorm'}} for row in frozen.points]), 'model.norm'),
       (dict(sources={source: 'other'}), 'sources')):
     with pytest.raises(RequestError, match=f'holds another sweep, .*{words}'):
-      start(tmp_path, dataclasses.replace(other, **changes), until='noise',
+      start(tmp_path, dataclasses.replace(more, **changes), until='noise',
             amend='why not')
 
 
@@ -694,19 +680,6 @@ def test_a_damaged_ledger_of_a_study_has_its_own_sentence(
   assert plans.adopted(tmp_path, frozen).hash == before.hash
   stderr = capsys.readouterr().err
   assert 'the plan is that of study.json' in stderr and 'failed' not in stderr
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_a_weak_study_goes_on_for_once_told_and_says_so(frozen, tmp_path):
-  weak = _with(frozen, effect=1e-5)
-  with pytest.raises(phases.TooWeak):
-    start(tmp_path, weak)
-  assert [path.name for path in results.folders(tmp_path)] == ['noise']
-  for _ in range(2):
-    start(tmp_path, weak, anyway=True)
-  difference, = read(tmp_path)['as_planned']['differences']
-  assert difference.startswith('The study went on although it was too weak')
 
 
 def test_hours_and_states_are_known_of_what_has_run(
