@@ -1,5 +1,5 @@
-"""Model FLOPs, counted in the traced program, against closed formulas and by
-hand."""
+"""Model FLOPs, counted in the traced program, against the sizes of weights and
+by hand."""
 
 import types
 
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 import architectures
+from architectures.parts import paths
 from architectures.parts.attention import kernels
 from architectures.parts.config import LayerKind
 from configs import base, bert
-from tests.helpers import flops_formulas as formulas
 from tests.helpers import models
 from training import objectives, runs
 from training.costs import flops, totals
@@ -27,12 +27,16 @@ def model(**fields):
   return config
 
 
-def assert_counts(counted, oracle):
-  """By the two parts of a count: attention, and products with weights."""
-  oracle = dict(oracle)
-  attention = oracle.pop('attention')
-  assert counted['attention'] == pytest.approx(attention, rel=1e-12)
-  assert counted['weights'] == pytest.approx(sum(oracle.values()), rel=1e-12)
+def weights_at_work(c) -> float:
+  """Returns how many weights a token is multiplied with: of experts, those of
+  its choice."""
+  module = architectures.build(c)
+  roles = paths.flatten(runs.parameter_roles(module))
+  chosen = c.moe.top_k / c.moe.num_experts if c.ffn == 'moe' else 1
+  return c.tie_embeddings * c.d_model * c.vocab_size + sum(
+      x.size * (chosen if roles[path].axes[0] == 'experts' else 1)
+      for path, x in paths.flatten(runs.parameter_shapes(module)).items()
+      if roles[path].matrix and roles[path].kind != 'embedding')
 
 
 @pytest.mark.parametrize('fields', [
@@ -49,24 +53,18 @@ def assert_counts(counted, oracle):
     dict(ffn='moe', **models.DENSE_MOE, moe=dict(
         num_experts=8, top_k=2, shared_experts=1, capacity_factor=1.25)),
 ])
-def test_the_program_multiplies_what_the_formula_says(fields):
-  config = model(**fields)
-  assert_counts(flops.forward_flops(config, LENGTH),
-                formulas.forward_flops(config, LENGTH))
-  assert_counts(flops.decode_flops(config, LENGTH),
-                formulas.decode_flops(config, LENGTH))
-
-
-@pytest.mark.parametrize('arch', models.FEW)
-def test_the_formula_of_every_architecture(arch):
-  config = model(arch=arch)
-  stack = architectures.stack(config)
-  other = 7 if stack == 'encoder-decoder' else 0
-  assert_counts(flops.forward_flops(config, LENGTH, other),
-                formulas.forward_flops(config, LENGTH, other))
-  if stack != 'encoder':
-    assert_counts(flops.decode_flops(config, 7, other and LENGTH),
-                  formulas.decode_flops(config, 7, other and LENGTH))
+def test_a_weight_is_two_flops_and_a_pair_four_of_each_feature(fields):
+  c = architectures.resolve(model(**fields))
+  weights, rows = weights_at_work(c), flops.forward_flops(c, LENGTH)
+  assert rows['weights'] == pytest.approx(2 * LENGTH * weights, rel=1e-12)
+  token = flops.decode_flops(c, LENGTH)
+  assert token['weights'] == pytest.approx(2 * weights, rel=1e-12)
+  seen = [[min(at, c.of_kind(kind.name).sliding_window or at)
+           for at in range(1, LENGTH + 1)]
+          for kind in c.layer_kinds(c.num_layers)]
+  size = 4 * c.num_heads * c.head_dim
+  assert rows['attention'] == size * sum(map(sum, seen))
+  assert token['attention'] == size * sum(layer[-1] for layer in seen)
 
 
 def test_a_convolution_counts_its_window():
