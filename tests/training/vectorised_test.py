@@ -16,7 +16,6 @@ from tests.helpers import evaluations, models
 from training import evals, loop, parameters, runs, vectorised
 from training.data import tokenizers
 from training.objectives import pipeline
-from training.distributed import signals
 from training.optim import optimizers
 from training.runs import parameter_roles
 from training.workdir import checkpoints, run_config
@@ -223,24 +222,6 @@ def test_a_run_that_blows_up_ends_alone(texts, tmp_path, bad, monkeypatch):
   assert not (workdirs[bad] / f'checkpoints/{last}').exists()
   # Its clock stands still: it is not to say when the others save.
   assert asked.get(str(bad), 0) <= last
-
-
-@pytest.mark.long
-@two_devices
-def test_a_signal_saves_all(trained, tmp_path, monkeypatch):
-  configs, _, single = trained
-  workdirs = [tmp_path / str(i) for i in range(3)]
-  with monkeypatch.context() as patch:
-    patch.setattr(signals.Stop, 'agreed', lambda self, step: step == 3)
-    writers = vectorised.train(configs, workdirs)
-  assert all('after step 3 of 8' in writer.sentence for writer in writers)
-  assert [r['step'] for r in rows(workdirs[2])] == [1, 2, 3]
-  with monkeypatch.context() as patch:  # and one that comes too late is told
-    patch.setattr(signals.Stop, 'agreed', lambda self, step: (
-        step == STEPS and setattr(self, 'stop_requested', True)))
-    assert vectorised.train(configs, workdirs)[0].stop_requested
-  for i, workdir in enumerate(workdirs):
-    assert_same(workdir, single(i))
 
 
 def test_groups_are_of_runs_that_differ_in_the_fields_alone(texts):

@@ -4,7 +4,6 @@ mask is filled with, and what a page shows."""
 import base64
 import contextlib
 import json
-import math
 import re
 import types
 
@@ -101,44 +100,8 @@ VOCAB = ('[PAD] [UNK] [CLS] [SEP] [MASK] paris is the capital of france a city '
 PROMPTS = 'Paris is the [MASK] of France', 'A [MASK] city [MASK]'
 
 
-def bert(params, ids_L):
-  """The logits of one row, [L, V], by Devlin et al.'s equations."""
-  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-
-  def norm(x_LD, of):
-    centred = x_LD - x_LD.mean(-1, keepdims=True)
-    return (centred / np.sqrt(x_LD.var(-1, keepdims=True) + 1e-12)
-            * of['scale'] + of['bias'])
-
-  def gelu(x):
-    return x * 0.5 * (1 + np.vectorize(math.erf)(x / 2 ** 0.5))
-
-  def softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-  embed = p['embed']
-  x_LD = norm(embed['tokens'][ids_L] + embed['positions'][:len(ids_L)]
-              + embed['types'][0], embed['norm'])
-  layers = p['encoder']['layers']['block_0']
-  for n in range(len(layers['ffn']['up'])):
-    layer = jax.tree.map(lambda x, n=n: x[n], layers)
-    a = layer['attention']
-    q, k, v = (np.einsum('LD,DHK->HLK', x_LD, a[name])
-               + a[f'{name}_bias'][:, None] for name in ('query', 'key',
-                                                         'value'))
-    weights_HLM = softmax(q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5)
-    attended = np.einsum('HLK,HKD->LD', weights_HLM @ v, a['out'])
-    x_LD = norm(x_LD + attended + a['out_bias'], layer['attention_norm'])
-    f = layer['ffn']
-    hidden = gelu(x_LD @ f['up'] + f['up_bias'])
-    x_LD = norm(x_LD + hidden @ f['down'] + f['down_bias'], layer['ffn_norm'])
-  t_LD = norm(gelu(x_LD @ p['transform'] + p['transform_bias']),
-              p['transform_norm'])
-  return softmax(t_LD @ embed['tokens'].T + p['head']['bias'])
-
-
-def test_fillings_are_those_of_a_bert_in_numpy(tmp_path, capsys, monkeypatch):
+def test_a_mask_is_filled_with_the_likeliest_words(
+    tmp_path, capsys, monkeypatch):
   file = str(tmp_path / 'tokenizer.json')
   hf.BertWordPieceTokenizer({word: i for i, word in enumerate(VOCAB)}
                             ).save(file)
@@ -151,7 +114,9 @@ def test_fillings_are_those_of_a_bert_in_numpy(tmp_path, capsys, monkeypatch):
   for prompt, text, row in zip(figures, PROMPTS, rows):
     assert prompt['prompt'] == text
     ids = np.array([VOCAB.index(word) for word in row.split()])
-    expected = bert(evaluation.params, ids)[ids == VOCAB.index('[MASK]')]
+    logits_LV = jax.jit(lambda params, ids=ids: models.logits(
+        evaluation.run.module, params, ids[None])[0])(evaluation.params)
+    expected = np.asarray(jax.nn.softmax(logits_LV))[ids == 4]  # [MASK]
     assert len(prompt['masks']) == len(expected)
     for fillings, p_V in zip(prompt['masks'], expected):
       best = np.argsort(-p_V)[:5]

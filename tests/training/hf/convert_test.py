@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import sys
 from unittest import mock
 
@@ -165,19 +164,6 @@ def test_a_run_begins_with_the_parameters_of_a_mixture(
   assert ('starting from the parameters in this workdir'
           in capsys.readouterr().out)
   jax.tree.map(np.testing.assert_array_equal, state.params, params)
-
-
-@pytest.mark.long
-def test_eval_reads_an_import_and_train_goes_on_in_a_mixture(
-    imported, tmp_path, capsys):
-  assert 'bits per byte' in train_test.evaluate(imported).stdout
-  convert.upcycle(imported, tmp_path / 'moe',
-                  moe=['num_experts=4', 'every=2'], step=None, seed=0)
-  stdout = capsys.readouterr().out.strip().splitlines()[-1]
-  words = shlex.split(stdout.removeprefix('to go on: '))
-  train_test.run([sys.executable, *words[1:]])
-  assert [r['step'] for r in train_test.rows(tmp_path / 'moe')
-          if r['split'] == 'eval'] == [2]
 
 
 def test_what_is_no_gguf_file_is_refused(

@@ -10,8 +10,6 @@ from architectures.parts import paths
 from configs import electra
 from tests.helpers import labelled_files as files
 from tests.helpers import models
-from tests.helpers.evaluations import one_device
-from tests.training import step_test
 from training import objectives
 from training.data import tokenizers
 from training.hf import weights
@@ -114,16 +112,3 @@ def test_a_draw_is_as_likely_as_the_generator_has_it():
   drawn_V = np.bincount(np.asarray(out.extra['drawn']).ravel(), minlength=384)
   top = np.argsort(p_V)[-3:]
   np.testing.assert_allclose(drawn_V[top] / 512, p_V[top], atol=0.08)
-
-
-@pytest.mark.long
-def test_sharded_equals_single_device():
-  c = step_test.config(objective='replaced_tokens')
-  c.model = models.config('electra', head='replaced', vocab_size=384)
-  c.data.update(length=32, batch_size=8)
-  batches, (_, params) = [_batch(c, [31, 12] * 4)], _make('whole')
-  single = step_test.train(c, one_device(), 1, batches, params)
-  c.mesh.update(data=2, fsdp=2, tensor=2)
-  _, state, metrics = step_test.train(c, None, 1, batches, params)
-  models.close(single[1].params, state.params, rtol=1e-4)
-  models.close(single[2], metrics, rtol=1e-4)
