@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from configs import base
 from configs.errors import RequestError
+from tests.helpers import data_files as files
 from training import objectives, runs
 from training.data import conversations, tokenizers
 from training.objectives import causal, pipeline
@@ -217,12 +217,8 @@ def test_tokens_belong_to_the_answer_by_their_places(tmp_path):
 
 
 def _config(tmp_path, source, **data):
-  config = base.base()
-  config.objective = 'chat'
-  config.data.update(dict(
-      source=source, length=64, batch_size=2, holdout_every=0,
-      cache_dir=str(tmp_path / 'cache')) | data)
-  return config
+  return files.config(source, 'chat', batch_size=2,
+                      cache_dir=str(tmp_path / 'cache'), **data)
 
 
 @pytest.mark.parametrize('template', [CHATML, MARKED])

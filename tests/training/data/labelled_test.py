@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from configs import base
 from configs.errors import RequestError
-from tests.helpers import labelled_files as files
+from tests.helpers import data_files as files
 from training import objectives
 from training.data import labelled, records, sources, tokenizers
 from training.objectives import labelled as labelled_rows, pipeline
@@ -25,11 +24,7 @@ def _read(spec):
 
 
 def _config(source, objective='classification', arch='bert', **fields):
-  c = base.base()
-  c.objective, c.model.arch = objective, arch
-  c.data.update(dict(source=source, length=16, batch_size=4,
-                     holdout_every=0) | fields)
-  return c
+  return files.config(source, objective, **dict(length=16, arch=arch) | fields)
 
 
 def _loader(*args, **fields):
@@ -399,7 +394,8 @@ def wordpiece(place):
 def _rows_of(place, tokenizer, **data):
   source = f'conll:{files.conll(place / "a.conll")}'
   return records.Sentences(files.corpus(files.config(
-      source, tokenizer, 'token_classification', **data)))
+      source, 'token_classification', arch='bert', tokenizer=tokenizer,
+      **data)))
 
 
 @pytest.mark.parametrize('length, stride', [(64, 0), (12, 9), (3, 0), (7, 4)])
@@ -434,8 +430,9 @@ def test_first_tokens_equal_those_of_the_package_tokenizers(place, wordpiece):
 
 def _asked(place, tokenizer, **data):
   """Returns the config and the view of questions."""
-  config = files.config(f'squad:{files.squad(place / "a.json")}', tokenizer,
-                        'question_answering', **data)
+  config = files.config(f'squad:{files.squad(place / "a.json")}',
+                        'question_answering', arch='bert', tokenizer=tokenizer,
+                        **data)
   return config, records.Questions(files.corpus(config))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import evaluations
-from tests.helpers import labelled_files as files
+from tests.helpers import data_files as files
 from training import objectives
 from training.data import labelled, records, tokenizers
 from training.evals import answers

@@ -9,8 +9,7 @@ import tokenizers as hf
 import architectures
 from configs import base
 from configs.errors import RequestError
-from tests.helpers import evaluations, models
-from tests.training.data import roberta_files
+from tests.helpers import data_files, evaluations, models
 from training import runs
 from training.objectives import pipeline
 from training.data import tokenizers
@@ -154,7 +153,7 @@ IMAGE = '<image_soft_token>'
 def test_a_model_needs_no_row_for_what_no_text_gives(tmp_path):
   """As the tokenizer of Gemma 3's text models has a special token IMAGE of
   which the model has no embedding."""
-  folder = roberta_files.write(tmp_path)
+  folder = data_files.roberta(tmp_path)
   file = str(folder / 'tokenizer.json')
   tokenizer = hf.Tokenizer.from_file(file)
   tokenizer.add_special_tokens([IMAGE])

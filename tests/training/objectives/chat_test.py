@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from configs import base
 from tests import train_test
+from tests.helpers import data_files as files
 from training.objectives import pipeline
 from training.data import tokenizers
 from training.objectives import causal
@@ -25,14 +25,6 @@ SYSTEM = ('A chat between a curious user and an artificial intelligence '
           "answers to the user's questions.")
 VICUNA = (f'{SYSTEM} USER: Hello! ASSISTANT: Hi!</s>'
           'USER: How are you? ASSISTANT: I am good.</s>')
-
-
-def _config(source, **changes):
-  c = base.base()
-  c.objective = 'chat'
-  c.data.update(dict(source=source, length=350, batch_size=4,
-                     holdout_every=0) | changes)
-  return c
 
 
 @pytest.fixture
@@ -53,7 +45,8 @@ def _text(ids, tokenizer=BYTES) -> str:
 
 
 def test_turns_are_laid_out_by_vicunas_template(talks):
-  batch = pipeline.training_loader(_config(f'{talks}:messages'), BYTES).batch(0)
+  batch = pipeline.training_loader(files.config(
+      f'{talks}:messages', 'chat', 350), BYTES).batch(0)
   tokens, targets, weights, valid = (
       batch[k][0] for k in ('tokens', 'targets', 'weights', 'valid'))
   assert _text(tokens[valid == 1]) == f'</s>{VICUNA}'
@@ -62,7 +55,7 @@ def test_turns_are_laid_out_by_vicunas_template(talks):
 
 
 def test_a_question_is_the_start_of_a_conversation(talks):
-  config = _config(f'{talks}:messages')
+  config = files.config(f'{talks}:messages', 'chat', 350)
   row = pipeline.training_loader(config, BYTES).batch(0)['tokens'][0]
   asked = causal.question('Hello!', config, BYTES)
   np.testing.assert_array_equal(asked, row[:len(asked)])
@@ -91,7 +84,7 @@ def test_a_question_and_its_answer_are_tokenised_as_one(talks, tmp_path):
   """As in both published codes: an answer alone would begin otherwise."""
   tokenizer = _llama_like(tmp_path)
   batch = pipeline.training_loader(
-      _config(f'{talks}:messages'), tokenizer).batch(0)
+      files.config(f'{talks}:messages', 'chat', 350), tokenizer).batch(0)
   targets, weights = batch['targets'][0], batch['weights'][0]
   turns = VICUNA.split('</s>')[:2]
   expected = [i for turn in turns
@@ -100,7 +93,8 @@ def test_a_question_and_its_answer_are_tokenised_as_one(talks, tmp_path):
   alone = tokenizer.encode(' Hi!').tolist()
   assert alone not in [expected[i:i + len(alone)]
                        for i in range(len(expected))]
-  asked = causal.question('Hello!', _config('jsonl:x:y'), tokenizer)
+  config = files.config('jsonl:x:y', 'chat')
+  asked = causal.question('Hello!', config, tokenizer)
   assert asked[1:].tolist() == expected[:len(asked) - 1]
   assert not weights[:len(asked) - 1].any() and weights[len(asked) - 1]
 
@@ -125,8 +119,8 @@ def test_alpacas_records_are_laid_out_by_its_template(kind, tmp_path):
   path = tmp_path / f'alpaca.{kind}'
   path.write_text(json.dumps(RECORDS) if kind == 'json' else
                   '\n'.join(map(json.dumps, RECORDS)) + '\n')
-  config = _config(f'alpaca:{path}', length=300, batch_size=3,
-                   cache_dir=str(tmp_path))
+  config = files.config(f'alpaca:{path}', 'chat', 300, batch_size=3,
+                        cache_dir=str(tmp_path))
   batch = pipeline.training_loader(config, BYTES).batch(0)
   end, pairs = BYTES.separator_id, set()
   for tokens, targets, weights, valid in zip(*(

@@ -7,23 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import evaluations, letters, models
+from tests.helpers import data_files as files
+from tests.helpers import evaluations, models
 from training import generate, objectives
 from training.evals.tasks import loss as loss_task
 from training.objectives import causal, mlm
 
-BYTES = letters.BYTES
+BYTES = files.BYTES
 
 
 @pytest.fixture(name='texts')
 def _texts(tmp_path, monkeypatch):
-  return letters.write(tmp_path, monkeypatch)
+  return files.letters(tmp_path, monkeypatch)
 
 
 def test_a_row_masks_each_token_with_the_probability_that_it_drew():
   """What each row drew is read off its weights, 1 / t."""
   ids = np.arange(201, dtype=np.int32)
-  config = letters.config('', 'masked_diffusion', 200)
+  config = files.config('', 'masked_diffusion', 200)
   shares, excess = [], []
   for seed in range(600):
     row = mlm.masked_diffusion(
@@ -62,7 +63,7 @@ def test_the_loss_is_that_of_equation_3():
                targets=targets, segment_ids=segments,
                weights=(masked / t_B1).astype(np.float32))
   objective = objectives.OBJECTIVES['masked_diffusion']
-  config = letters.config('', 'masked_diffusion', 12)
+  config = files.config('', 'masked_diffusion', 12)
   whole = objective.weights(batch)
 
   @jax.jit
@@ -104,7 +105,7 @@ def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
       total += nats[tuple(hidden)][i]
       hidden[i] = False
     orders.append(total)
-  config = letters.config('', 'masked_diffusion', L)
+  config = files.config('', 'masked_diffusion', L)
   rows = 512
   batch = dict(tokens=np.tile(ids, (rows, 1)), targets=np.tile(ids, (rows, 1)),
                segment_ids=np.ones((rows, L), np.int32),

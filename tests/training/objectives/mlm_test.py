@@ -10,21 +10,23 @@ import numpy as np
 import pytest
 
 from configs import base
-from tests.helpers import letters, models
+from tests.helpers import data_files as files
+from tests.helpers import models
 from training import objectives
 from training.objectives import pipeline
 from training.objectives import mlm
 
-BYTES = letters.BYTES
+BYTES = files.BYTES
 
 
 @pytest.fixture(name='texts')
 def _texts(tmp_path, monkeypatch):
-  return letters.write(tmp_path, monkeypatch)
+  return files.letters(tmp_path, monkeypatch)
 
 
 def test_pairs_are_laid_out_as_bert_has_them(texts):
-  batches = letters.pairs(texts)
+  loader = pipeline.training_loader(files.config(texts, 'mlm_nsp'), BYTES)
+  batches = [loader.batch(n) for n in range(20)]
   tokens = np.concatenate([b['targets'] for b in batches])
   types = np.concatenate([b['types'] for b in batches])
   real = np.concatenate([b['segment_ids'] for b in batches]) == 1
@@ -53,7 +55,7 @@ def test_fifteen_percent_are_told_eighty_ten_ten(texts):
 
 
 def _rows(texts, split='train', **changes):
-  config = letters.config(texts, 'mlm', **changes)
+  config = files.config(texts, 'mlm', **changes)
   loader = (pipeline.training_loader(config, BYTES) if split == 'train'
             else pipeline.held_out(config, BYTES)[0])
   return [{key: x[b] for key, x in loader.batch(n).items()}
@@ -208,7 +210,7 @@ def test_each_draw_of_a_row_is_a_new_one(texts, objective):
   """The masks of one text differ from epoch to epoch and from seed to seed."""
   shown = {}  # of each text: (seed, all that its row holds), each time
   for seed in (0, 1):
-    config = letters.config(texts, objective, batch_size=1)
+    config = files.config(texts, objective, batch_size=1)
     config.seed = seed
     loader = pipeline.training_loader(config, BYTES)
     for n in range(2 * loader.num_windows):

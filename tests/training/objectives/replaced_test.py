@@ -8,7 +8,7 @@ import pytest
 
 from architectures.parts import paths
 from configs import electra
-from tests.helpers import labelled_files as files
+from tests.helpers import data_files as files
 from tests.helpers import models
 from training import objectives
 from training.data import tokenizers

@@ -14,8 +14,7 @@ import tokenizers as hf
 
 import architectures
 from configs import base
-from tests.helpers import labelled_files as files
-from tests.training.data import roberta_files
+from tests.helpers import data_files as files
 from tools.compare import cost
 from training import objectives
 from training.data import records, tokenizers
@@ -55,20 +54,12 @@ def test_shapes_are_the_loaders(objective, fields, tmp_path):
   assert cost.of(c).tokens == seen * c.train.steps
 
 
-def config(source, objective='classification', arch='bert', **fields):
-  c = base.base()
-  c.objective, c.model.arch = objective, arch
-  c.data.update(dict(source=source, length=64, batch_size=4,
-                     holdout_every=0) | fields)
-  return c
-
-
 def test_rows_are_laid_out_as_pictured(tmp_path):
   def rows(arch, text):
     (tmp_path / 'one.tsv').write_text(text)
-    batch = pipeline.training_loader(config(
-        f'labelled:{tmp_path}/one.tsv', arch=arch, batch_size=2, length=8),
-                                     BYTES).batch(0)
+    batch = pipeline.training_loader(files.config(
+        f'labelled:{tmp_path}/one.tsv', 'classification', 8, arch,
+        batch_size=2), BYTES).batch(0)
     order = np.argsort(batch['targets'])
     return {key: value[order].tolist() for key, value in batch.items()}
 
@@ -94,11 +85,12 @@ def test_a_batch_is_as_long_as_its_longest_row_needs(tmp_path):
   rows = [f'{"ab"[i % 2] * int(n)}\t{"ab"[i % 2]}\n' for i, n in enumerate(
       rng.integers(1, 20, 96))] + ['a' * 50 + '\ta\n'] * 4
   (tmp_path / 'a.tsv').write_text(''.join(rows))
-  source = f'labelled:{tmp_path}/a.tsv'
-  loader = pipeline.training_loader(config(source), BYTES)
-  parts = [pipeline.training_loader(config(source), BYTES, i, 4)
-           for i in range(4)]
-  whole = pipeline.training_loader(config(source, length_buckets=1), BYTES)
+  c = files.config(f'labelled:{tmp_path}/a.tsv', 'classification', arch='bert')
+  loader = pipeline.training_loader(c, BYTES)
+  parts = [pipeline.training_loader(c, BYTES, i, 4) for i in range(4)]
+  c = c.copy_and_resolve_references()
+  c.data.length_buckets = 1
+  whole = pipeline.training_loader(c, BYTES)
   seen = set()
   for n in range(50):
     batch = loader.batch(n)
@@ -122,14 +114,13 @@ PAIRS = [('an ant', 'ran'), ('a', 'an an an an an an an an an'),
 @pytest.mark.parametrize('length', [12, 64])
 def test_pairs_equal_those_of_the_package_tokenizers(length, tmp_path):
   """As RoBERTa was shown them: two separators between them."""
-  folder = roberta_files.write(tmp_path)
+  folder = files.roberta(tmp_path)
   theirs = hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
   theirs.enable_truncation(length)
   (tmp_path / 'a.tsv').write_text(''.join(
       f'{a}\t{b}\t{i % 2}\n' for i, (a, b) in enumerate(PAIRS)))
-  c = files.config(f'labelled:{tmp_path}/a.tsv', str(folder), 'classification',
-                   length=length)
-  c.model.arch = 'roberta'
+  c = files.config(f'labelled:{tmp_path}/a.tsv', 'classification', length,
+                   'roberta', tokenizer=str(folder))
   view = records.Classes(files.corpus(c))
   record, ours = objectives.of(c), tokenizers.load(str(folder))
   rows = [files.row(record, item, np.random.default_rng(0), c, ours)['tokens'][
@@ -150,9 +141,8 @@ def _asked(tmp_path, objective, arch='bert', length=64):
   source = (f'conll:{files.conll(tmp_path / "a.conll")}'
             if objective == 'token_classification' else
             f'squad:{files.squad(tmp_path / "a.json")}')
-  c = files.config(source, 'bytes', objective, length=length, stride=16)
-  c.model.arch = arch
-  c = objectives.with_labels(c)
+  c = objectives.with_labels(
+      files.config(source, objective, length, arch, stride=16))
   record = objectives.of(c)
   view = record.view(files.corpus(c))
   return record, c, [
@@ -161,8 +151,7 @@ def _asked(tmp_path, objective, arch='bert', length=64):
 
 def test_words_are_laid_out_as_pictured(tmp_path):
   (tmp_path / 'a').write_text('ab\tB-x\nc\tO\n')
-  c = files.config(f'conll:{tmp_path}/a', 'bytes', 'token_classification',
-                   length=8)
+  c = files.config(f'conll:{tmp_path}/a', 'token_classification', 8)
   for arch, before, after in ('bert', CLS, SEP), ('gpt', END, END):
     c.model.arch = arch
     record = objectives.of(c)

@@ -7,8 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from configs import base
-from tests.helpers import labelled_files as files
+from tests.helpers import data_files as files
 from training import generate
 from training import objectives
 from training.objectives import pipeline
@@ -19,13 +18,6 @@ from training.objectives import causal, seq2seq
 
 TOKENIZER = tokenizers.load('bytes')
 END, START = TOKENIZER.separator_id, seq2seq.fill_id(TOKENIZER)
-
-
-def _config(objective, **fields):
-  config = base.base()
-  config.objective = objective
-  config.data.update(dict(length=64, batch_size=8) | fields)
-  return config
 
 
 def _window(n=64, seed=0, length=64):
@@ -56,7 +48,7 @@ def test_a_corrupted_window_holds_the_text(n):
   for seed in range(20):
     row = files.row(
         objectives.OBJECTIVES['span'], window, np.random.default_rng(seed),
-        _config('span'), TOKENIZER)
+        files.config('', 'span'), TOKENIZER)
     text, left = _text(row)
     np.testing.assert_array_equal(text, window.tokens[:min(n, 64)])
     assert not left
@@ -84,8 +76,8 @@ def test_pairs_of_a_file(kind, tmp_path):
   path.write_text('\n'.join(
       '\t'.join(pair) if kind == 'tsv' else json.dumps(
           dict(zip(labelled.PAIR, pair))) for pair in texts) + '\n')
-  config = _config('seq2seq', source=f'parallel:{path}',
-                   eval_source=f'parallel:{path}')
+  config = files.config(f'parallel:{path}', 'seq2seq', batch_size=8,
+                        eval_source=f'parallel:{path}')
   loader, = pipeline.held_out(config, TOKENIZER)
   batch = loader.batch(0)
   assert loader.num_windows == 3 and loader.num_bytes == 7 + 3 + 80
@@ -106,7 +98,7 @@ def test_a_target_shows_what_it_is_and_no_more():
   row = files.row(
       objectives.OBJECTIVES['seq2seq'],
       seq2seq.Pair(np.array([7, 8]), np.array([4, 5, 6]), whole=False), None,
-      _config('seq2seq', length=4, target_length=5), tokenizer)
+      files.config('', 'seq2seq', 4, target_length=5), tokenizer)
   shown = {name: x.tolist() for name, x in row.items()}
   assert shown == dict(
       tokens=[7, 8, 9, 9], segment_ids=[1, 1, 0, 0],
@@ -131,7 +123,7 @@ def test_translation_counts_pairs_and_reads_to_the_end(monkeypatch):
 def test_denoising_masks_spans_of_the_whole_text(n, arch):
   """Of a text in order, what is shown beside the masks is a part of it."""
   window, mask = _window(n), TOKENIZER.mask_id
-  config = _config('denoising')
+  config = files.config('', 'denoising')
   config.model.arch = arch
   config.span.update(noise_density=0.3, permuted=0.0)
   masks = []

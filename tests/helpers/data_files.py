@@ -1,5 +1,5 @@
-"""Small files of words with labels and of questions, and a WordPiece tokenizer
-of them, for tests."""
+"""Small files of texts, labels, questions and tokenizers, and configs of runs
+that read them."""
 
 import json
 import pathlib
@@ -10,6 +10,8 @@ import numpy as np
 from configs import base
 from training.data import sources, tokenizers
 
+BYTES = tokenizers.load('bytes')
+
 TAGGED = (('Ana Ruiz', 'B-per I-per'), ('visited', 'O'), ('Rome', 'B-loc'),
           ('and', 'O'), ('Oslo', 'B-loc'), ('Bo', 'B-per'), ('.', 'O'))
 CONTEXTS = (
@@ -17,6 +19,26 @@ CONTEXTS = (
     'Bo ran to Rome. The road was closed, so that he ran to Lund.')
 ASKED = ((('How many gulls?', '308'), ('Where?', 'the bay of Oslo'),
           ('Who swam?', '')), (('Where did Bo run?', 'Rome'),))
+SPECIAL = ('<s>', '<pad>', '</s>', '<unk>')  # of roberta-base
+
+
+def config(source: str, objective: str, length: int = 64, arch: str = '',
+           **data: Any):
+  """Returns the config of a run that trains on all of a source."""
+  c = base.base()
+  c.objective, c.model.arch = objective, arch or c.model.arch
+  c.data.update(dict(source=source, length=length, batch_size=4,
+                     holdout_every=0) | data)
+  return c
+
+
+def letters(folder: pathlib.Path, monkeypatch) -> str:
+  """Writes six texts of one letter each; returns them as a source."""
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(folder / 'cache'))
+  for i, letter in enumerate('abcdef'):
+    words = [letter * (1 + (i + j) % 5) for j in range(300)]
+    (folder / f'{letter}.txt').write_text(' '.join(words))
+  return f'text:{folder}/*.txt'
 
 
 def row(objective: Any, item: Any, rng: np.random.Generator | None, config: Any,
@@ -62,8 +84,8 @@ def wordpiece(folder: pathlib.Path) -> str:
   import tokenizers as hf
   texts = [*CONTEXTS, *(word for word, _ in TAGGED),
            *(question for asked in ASKED for question, _ in asked)]
-  letters = sorted({c for text in texts for c in text if not c.isspace()})
-  pieces = [*letters, *(f'##{c}' for c in letters), 'ana', 'the', 'ran',
+  alphabet = sorted({c for text in texts for c in text if not c.isspace()})
+  pieces = [*alphabet, *(f'##{c}' for c in alphabet), 'ana', 'the', 'ran',
             '##oad', '##ull', 'gull', 'ro', '##me']
   vocab = {name: i for i, name in enumerate(dict.fromkeys(
       ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]',
@@ -79,16 +101,6 @@ def wordpiece(folder: pathlib.Path) -> str:
   return str(folder / 'tokenizer.json')
 
 
-def config(source: str, tokenizer: str, objective: str, **data: Any):
-  """Returns a run's config."""
-  config = base.base()
-  config.objective = objective
-  config.model.arch = 'bert'
-  config.data.update(source=source, eval_source=source, tokenizer=tokenizer,
-                    **data)
-  return config
-
-
 def corpus(config_: Any) -> sources.Corpus:
   """Returns all records of data.source."""
   (_, source), = sources.parse(config_.data.source)
@@ -96,3 +108,44 @@ def corpus(config_: Any) -> sources.Corpus:
   return sources.Corpus(source.name, source.name, 'train',
                         tokenizers.load(config_.data.tokenizer), config_,
                         records=records)
+
+
+def roberta(folder: pathlib.Path, *, framed: Any = None, pair: bool = False,
+            **described: Any) -> pathlib.Path:
+  """Writes a byte-level BPE with the special tokens of roberta-base.
+
+  Args:
+    folder: into which it is written.
+    framed: the post_processor of its tokenizer.json; None: RobertaProcessing.
+    pair: whether it is written as vocab.json and merges.txt instead.
+    **described: tokenizer_config.json.
+  """
+  import tokenizers as hf
+  vocab = {token: i for i, token in enumerate(
+      [*SPECIAL, *sorted(hf.pre_tokenizers.ByteLevel.alphabet()), 'an', 'Ġan',
+       '<mask>'])}
+  merges = [('a', 'n'), ('Ġ', 'an')]
+  (folder / 'tokenizer_config.json').write_text(
+      json.dumps(dict(model_max_length=512) | described))
+  if pair:
+    (folder / 'vocab.json').write_text(json.dumps(vocab))
+    (folder / 'merges.txt').write_text(
+        '#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in merges))
+    return folder
+  tokenizer = hf.Tokenizer(hf.models.BPE(vocab, merges, unk_token='<unk>'))
+  tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = hf.decoders.ByteLevel()
+  tokenizer.add_special_tokens([
+      *SPECIAL, hf.AddedToken('<mask>', lstrip=True)])
+  tokenizer.post_processor = framed or hf.processors.RobertaProcessing(
+      ('</s>', 2), ('<s>', 0), trim_offsets=True, add_prefix_space=False)
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  return folder
+
+
+def framing(single: str, pair: str) -> Any:
+  """Returns a post_processor that writes the special tokens of a template."""
+  import tokenizers as hf
+  return hf.processors.TemplateProcessing(
+      single=single, pair=pair,
+      special_tokens=[('<s>', 0), ('</s>', 2)])
