@@ -30,7 +30,9 @@ from training.hf import config as hf_config, files as hf_files, weights
 PUBLISHED = json.loads((pathlib.Path(__file__).parents[2] / 'data' /
                         'published_configs.json').read_text())
 
-PHI3_LONG, PHI4_MINI = PUBLISHED.pop('phi3:long'), PUBLISHED.pop('phi4:mini')
+PHI3_LONG, PHI4_MINI, OPUS, SWITCH, ROBERTA, MODERNBERT = map(PUBLISHED.pop, (
+    'phi3:long', 'phi4:mini', 'marian:opus-mt-en-de',
+    'switch_transformers:base-8', 'roberta:base', 'modernbert:base'))
 
 MAMBA2, GEMMA2 = PUBLISHED['mamba2:130m'], PUBLISHED['gemma2:2b']
 MISTRAL = dict(model_type='mistral', attention_bias=False, mlp_bias=False)
@@ -55,31 +57,6 @@ def test_phi3_for_long_texts_has_the_factors_of_its_file():
   assert written['original_max_position_embeddings'] == 4096
   hf_config.check_same(c, hf_config.read(written), 'written')
 
-
-OPUS = dict(
-    _name_or_path='/tmp/Helsinki-NLP/opus-mt-en-de', model_type='marian',
-    activation_dropout=0.0, activation_function='swish', add_bias_logits=False,
-    add_final_layer_norm=False, attention_dropout=0.0, bad_words_ids=[[58100]],
-    d_model=512, decoder_attention_heads=8, decoder_ffn_dim=2048,
-    decoder_layerdrop=0.0, decoder_layers=6, decoder_start_token_id=58100,
-    decoder_vocab_size=58101, encoder_attention_heads=8, encoder_ffn_dim=2048,
-    encoder_layerdrop=0.0, encoder_layers=6, extra_pos_embeddings=58101,
-    is_encoder_decoder=True, max_position_embeddings=512,
-    normalize_before=False, normalize_embedding=False, num_hidden_layers=6,
-    scale_embedding=True, share_encoder_decoder_embeddings=True,
-    static_position_embeddings=True, vocab_size=58101)
-
-SWITCH = dict(
-    model_type='switch_transformers', add_router_probs=False,
-    batch_prioritized_routing=False, d_ff=3072, d_kv=64, d_model=768,
-    decoder_sparse_step=2, dense_act_fn='relu', dropout_rate=0.1,
-    encoder_sparse_step=2, expert_capacity=64, feed_forward_proj='relu',
-    initializer_factor=1.0, is_encoder_decoder=True, is_gated_act=False,
-    layer_norm_epsilon=1e-6, num_decoder_layers=12, num_experts=8,
-    num_heads=12, num_layers=12, num_sparse_decoder_layers=6,
-    num_sparse_encoder_layers=6, router_bias=False, router_dtype='float32',
-    router_ignore_padding_tokens=False, router_jitter_noise=0.01,
-    router_type='tokens_masked', vocab_size=32128)
 
 @pytest.mark.parametrize('published, wrong', [
     (OPUS, dict(activation_function='mish')), (OPUS, dict(num_hidden_layers=3)),
@@ -225,30 +202,6 @@ def test_labels_that_mean_nothing_are_refused(change, message):
   with pytest.raises(RequestError, match=message):
     hf_config.labels(tree | change)
     hf_config.read(tree | change)
-
-ROBERTA = dict(
-    architectures=['RobertaForMaskedLM'], attention_probs_dropout_prob=0.1,
-    bos_token_id=0, eos_token_id=2, hidden_act='gelu', hidden_dropout_prob=0.1,
-    hidden_size=768, initializer_range=0.02, intermediate_size=3072,
-    layer_norm_eps=1e-05, max_position_embeddings=514, model_type='roberta',
-    num_attention_heads=12, num_hidden_layers=12, pad_token_id=1,
-    type_vocab_size=1, vocab_size=50265)
-
-MODERNBERT = dict(
-    architectures=['ModernBertForMaskedLM'], attention_bias=False,
-    attention_dropout=0.0, bos_token_id=50281, classifier_activation='gelu',
-    classifier_bias=False, classifier_dropout=0.0, classifier_pooling='mean',
-    cls_token_id=50281, decoder_bias=True, deterministic_flash_attn=False,
-    embedding_dropout=0.0, eos_token_id=50282, global_attn_every_n_layers=3,
-    global_rope_theta=160000.0, gradient_checkpointing=False,
-    hidden_activation='gelu', hidden_size=768, initializer_cutoff_factor=2.0,
-    initializer_range=0.02, intermediate_size=1152, layer_norm_eps=1e-05,
-    local_attention=128, local_rope_theta=10000.0,
-    max_position_embeddings=8192, mlp_bias=False, mlp_dropout=0.0,
-    model_type='modernbert', norm_bias=False, norm_eps=1e-05,
-    num_attention_heads=12, num_hidden_layers=22, pad_token_id=50283,
-    position_embedding_type='absolute', sep_token_id=50282,
-    tie_word_embeddings=True, torch_dtype='float32', vocab_size=50368)
 
 
 def test_robertas_first_token_stands_after_the_row_of_padding(tmp_path):
