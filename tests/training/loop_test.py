@@ -210,20 +210,26 @@ def test_a_member_that_ends_leaves_the_others_alone(train):
   assert n == 5  # where the last one ended
 
 
+def _signal(monkeypatch, at_once):
+  """Lets a signal be there where `at_once`, of the step that was asked about,
+  says so."""
+  asked = [0]
+  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, step: (
+      asked.append(step)))
+  monkeypatch.setattr(signals.Stop, 'at_once', property(
+      lambda self: at_once(asked[-1])))
+
+
 @pytest.mark.parametrize('at, done', [
     (4, [2]), (STEPS, [2, 4, STEPS]), (None, [2, 4, STEPS])])
 def test_a_signal_cuts_tasks_short_and_leaves_no_part(
     train, monkeypatch, at, done):
   """Of two members the first is through when the signal comes."""
-  asked = [0]
   monkeypatch.setattr(
       in_training.Tasks, 'of', lambda self, params, n, workdir, stop: (
           None if params[0] == 1 and stop() else
           in_training.Results({'x/score': n + params[0]}, [])))
-  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, step: (
-      asked.append(step)))
-  monkeypatch.setattr(signals.Stop, 'at_once', property(
-      lambda self: asked[-1] == at))
+  _signal(monkeypatch, lambda step: step == at)
   n, members, program = train(
       {}, {}, eval__tasks='x', eval__tasks_every_steps=2)
   assert n == (at or STEPS)
@@ -310,16 +316,6 @@ def _cheap(monkeypatch):
   monkeypatch.setattr(
       in_training.Tasks, 'of', lambda self, params, n, workdir, stop: (
           None if stop() else in_training.Results({'x/score': n}, [])))
-
-
-def _signal(monkeypatch, at_once):
-  """Lets a signal be there where `at_once`, of the step that was asked about,
-  says so."""
-  asked = [0]
-  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, step: (
-      asked.append(step)))
-  monkeypatch.setattr(signals.Stop, 'at_once', property(
-      lambda self: at_once(asked[-1])))
 
 
 @pytest.mark.parametrize('rows, stop', [(1, 3), (2, 4)])

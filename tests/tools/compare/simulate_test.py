@@ -20,6 +20,7 @@ import random
 import numpy as np
 import pytest
 
+from tests.helpers import studies
 from tools.compare import decide, freeze, phases, statistics
 from tools.compare import plan as plans
 
@@ -72,7 +73,7 @@ class World:
     """Returns the outcomes of one phase, whatever was screened and tuned."""
     plan = self.plan
     return self.train('', phases.PHASES[phase].runs(
-        _frozen(plan), lambda *point: {}, plan.variants))
+        studies.frozen(plan), lambda *point: {}, plan.variants))
 
 
 def _plan(variants: int = 5, seeds=(6, 2, 5, 5), **changes) -> plans.Plan:
@@ -84,18 +85,6 @@ def _plan(variants: int = 5, seeds=(6, 2, 5, 5), **changes) -> plans.Plan:
       seeds=dict(zip(freeze.STUDY['SEEDS'], seeds)), tuning=plans.Tuning(
           {RATE: (1e-3, 2e-3, 4e-3, 8e-3)}), effect=0.03,
       tuned_sizes=SIZES), **changes)
-
-
-def _frozen(plan: plans.Plan) -> plans.Frozen:
-  config = {'train': {'steps': 1000},
-            'checkpoint': {'every_steps': 1000, 'average': 0},
-            'optim': {'warmup_steps': 50, 'decay_steps': 0},
-            'log': {'every_steps': 100}, 'data': {'batch_ramp': ''}}
-  return plans.Frozen(plan, config, [
-      {'variant': variant, 'size': size, 'workload': plans.TEXT, 'changes': {},
-       'matched': [], 'params': 1, 'active_params': 1, 'flops_per_token': 1e6,
-       'tokens': 1000, 'vocab': 256}
-      for size in SIZES for variant in (plan.base, *plan.variants)], {}, {})
 
 
 def _means(studies: int, one: Callable[[int, Callable], None]
@@ -198,7 +187,7 @@ def test_as_much_is_found_as_is_announced():
   def one(number, add):
     world = World(plan, number)
     rows = decide.noise(plan, world.train('', phases.PHASES['noise'].most(
-        _frozen(plan))))
+        studies.frozen(plan))))
     whole = next(row for row in rows if row.size == decide.ALL)
     naive = statistics.smallest_effect(
         plan.power, whole.sd, [whole.sd], 1e7, whole.seeds, whole.level)

@@ -677,34 +677,3 @@ os.kill(os.getppid(), signal.SIGUSR2)
 time.sleep(60)
 """]], tmp_path / 'slurm', 'timeout_min=2', 'x', 'local')
   assert jobs[0].result() == 7 and saved.exists()
-
-
-@pytest.mark.long
-def test_a_sweep_of_real_runs(tmp_path):
-  """Trained alone and as a group, evaluated, and with paired seeds; one that
-  diverges says so."""
-  file = sweeps.write(tmp_path, "  add('slow', **{'optim.lr': 1e-4})\n"
-                      "  add('bad', **{'optim.lr': 1e30})\n",
-                      seeds=1, tasks=('loss',))
-  for name, flag in (('alone', '--group=1'), ('group', '--group=8')):
-    result = subprocess.run(
-        [sys.executable, '-m', 'tools.sweep', 'run', file, '--seeds=1',
-         f'--workdir={tmp_path / name}', flag], cwd=ROOT, capture_output=True,
-        text=True, timeout=300)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert 'failed: bad, seed 0: ' in result.stderr
-    assert 'not finite' in result.stderr
-    assert states(tmp_path / name) == {
-        ('base', 0): 'done', ('slow', 0): 'done', ('bad', 0): 'failed'}
-  first = {}
-  for name in ('alone', 'group'):
-    for point in ('base', 'slow'):
-      folder = layout.run_folder(tmp_path / name, point, 0)
-      losses = [row['loss'] for row in layout.metrics(folder, 'train')]
-      assert len(losses) == 12 and (folder / 'eval.json').exists()
-      first[name, point] = losses
-  for point in ('base', 'slow'):
-    assert first['alone', point] == pytest.approx(first['group', point], 1e-4)
-  # Paired: the same first batch, before the learning rate tells.
-  assert first['alone', 'base'][0] == first['alone', 'slow'][0]
-  assert first['alone', 'base'][-1] != first['alone', 'slow'][-1]
