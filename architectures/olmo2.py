@@ -20,15 +20,15 @@ class OLMo2(Decoder):
                                    qk_norm_over='projection')
 
 
-# Those of OLMo 3 too.
-NAMES = (*llama.ends(), *llama.layers(
-    *llama.attention(), *llama.head_norms('U'), *hf.under(
-        'ffn', 'mlp', *llama.FFN),
+# Those of OLMo 3 and Olmo Hybrid too.
+BASE = llama.ends() + llama.layers(
+    *hf.under('ffn', 'mlp', *llama.FFN),
     ('attention_out_norm/scale', 'D', 'post_attention_layernorm.weight', 'D'),
-    ('ffn_out_norm/scale', 'D', 'post_feedforward_layernorm.weight', 'D')))
+    ('ffn_out_norm/scale', 'D', 'post_feedforward_layernorm.weight', 'D'))
+ATTENTION = (*llama.attention(), *llama.head_norms('U'))
 
 HF = hf.HuggingFace(
-    'olmo2', 'Olmo2ForCausalLM', names=NAMES,
+    'olmo2', 'Olmo2ForCausalLM', names=BASE + llama.layers(*ATTENTION),
     fields={name: row for name, row in llama.HF.fields.items()
             if name != 'ffn_bias'} | hf.fields(
                 vocab_size=50304, rms_norm_eps=1e-5),

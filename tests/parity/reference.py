@@ -358,6 +358,36 @@ def _nemotron_h(model) -> None:
 def _kimi_linear(model) -> None:
   """It writes the network of a dense layer under the name of the experts.
   Published files have it under its own name, and both are read."""
+  _write_as(model, lambda tensors: {
+      re.sub(r'\.block_sparse_moe\.(gate|up|down)_proj\.', r'.mlp.\1_proj.',
+             name): x for name, x in tensors.items()})
+
+
+def _olmo_hybrid(model) -> None:
+  """It writes a norm of the layers that attend under the name that those of a
+  recurrence have, and cuts the filters of queries, keys and values into equal
+  parts. In published files each part is its own."""
+  c = model.config
+  attend = '|'.join(str(n) for n, word in enumerate(c.layer_types)
+                    if word == 'full_attention')
+  keys = c.linear_num_key_heads * c.linear_key_head_dim
+  sizes = keys, keys, c.linear_num_value_heads * c.linear_value_head_dim
+
+  def published(tensors):
+    tensors = {re.sub(rf'\.({attend})\.feedforward_layer_norm',
+                      r'.\1.post_attention_layernorm', name): x
+               for name, x in tensors.items()}
+    for name in [name for name in tensors if 'q_conv1d' in name]:
+      names = [name.replace('q_conv1d', f'{x}_conv1d') for x in 'qkv']
+      parts = _torch().cat([tensors[name] for name in names]).split(sizes)
+      tensors |= {name: part.clone() for name, part in zip(names, parts)}
+    return tensors
+
+  _write_as(model, published)
+
+
+def _write_as(model, change) -> None:
+  """Makes a model write its tensors, by name, as `change` returns them."""
   from safetensors.torch import load_file, save_file
   save = model.save_pretrained
 
@@ -365,9 +395,7 @@ def _kimi_linear(model) -> None:
   def mended(folder, **kwargs):
     save(folder, **kwargs)
     file = pathlib.Path(folder) / 'model.safetensors'
-    save_file({re.sub(r'\.block_sparse_moe\.(gate|up|down)_proj\.',
-                      r'.mlp.\1_proj.', name): x
-               for name, x in load_file(file).items()}, file)
+    save_file(change(load_file(file)), file)
   model.save_pretrained = mended
 
 
@@ -382,6 +410,7 @@ MENDS = {
     'MT5ForConditionalGeneration': _untie,
     'NemotronHForCausalLM': _nemotron_h,
     'NllbMoeForConditionalGeneration': _nllb,
+    'OlmoHybridForCausalLM': _olmo_hybrid,
 }
 
 

@@ -12,6 +12,7 @@ changes no state.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any, Optional
 
 import flax.linen as nn
@@ -46,8 +47,9 @@ class Layer(nn.Module):
   its group of fields in config.model, which has `key_heads`, `value_heads`,
   `key_dim`, `value_dim` and `conv` (how many tokens a convolution sees; 0:
   there is none), and may have `householders` (how many keys, values and rates
-  a token has, one after another in its head). It defines `inputs`, and may
-  define `gate` or `gated`; `recurrent` in blocks.py makes its entry.
+  a token has, one after another in its head) and `norm_eps` (of what is read).
+  It defines `inputs`, and may define `gate` or `gated`; `recurrent` in
+  blocks.py makes its entry.
   """
   NAME = ''
   settings = None
@@ -71,7 +73,10 @@ class Layer(nn.Module):
             ctx: Context) -> jax.Array:
     """Returns what the last product joins, of what was read of the state."""
     del v_BLHU
-    return features.RMSNorm(self.config, name='out_norm')(
+    c = self.config
+    norm_config = dataclasses.replace(
+        c, norm_eps=getattr(self.sizes, 'norm_eps', c.norm_eps))
+    return features.RMSNorm(norm_config, name='out_norm')(
         o_BLHU) * self.gate(x_BLD, ctx)
 
   @property

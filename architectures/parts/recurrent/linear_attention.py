@@ -55,6 +55,13 @@ class DeltaNetConfig(_Heads):
   negative: bool = field(
       False, 'rates up to 2, not 1: eigenvalues may be negative',
       resume=FUNCTION)
+  norm_eps: float = field(
+      0.0, 'epsilon of the norm of what is read; derived: norm_eps', least=0,
+      most=1, resume=FUNCTION)
+
+  def derived(self, c: ModelConfig):
+    return dataclasses.replace(super().derived(c),
+                               norm_eps=self.norm_eps or c.norm_eps)
 
 
 class DeltaNet(layer.Layer):

@@ -1,0 +1,102 @@
+"""Olmo Hybrid: OLMo 3 with Gated DeltaNet in three layers of four (Ai2 2026,
+"Olmo Hybrid").
+
+  a  = x + DeltaNet(n(x)),  x' = a + SwiGLU(n(a))     in three layers of four
+  a  = x + n(Attention(x)), x' = a + n(SwiGLU(a))     in the fourth, as OLMo 3
+       q, k = n(W_q x), n(W_k x)     over all heads, then turned
+  logits = n(x_N) W                  n is RMSNorm; no bias anywhere
+
+parts/recurrent/linear_attention.py has the recurrence, whose rates go up to 2,
+and whose norm has an epsilon of its own. The released weights, for longer
+texts, turn nothing.
+"""
+
+from architectures import llama, olmo2, phi3, qwen3_next
+from architectures.parts import blocks, hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types, rope_fields
+from architectures.parts.skeletons import Decoder
+from configs.errors import require
+
+KINDS = dict(linear=dict(mixer='deltanet', block='pre_norm'), full={})
+
+
+class OlmoHybrid(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = olmo2.OLMo2.PARTS | dict(
+      pattern='linear,linear,linear,full', kinds=KINDS,
+      deltanet=dict(negative=True))
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  layers = fields['num_layers']
+  layer_types.check_number('num_hidden_layers', layers)
+  types = layer_types.each(reader, 'layer_types', layers, layer_types.MIXERS)
+  names = [layer_types.MIXERS[word] for word in types] or [
+      'full' if n % 4 == 3 or n == layers - 1 < 3 else 'linear'
+      for n in range(layers)]
+  rope, named = rope_fields.read(reader), reader('rope_parameters', {})
+  turns = (named.get('rope_theta', 1) is not None if named
+           else not reader.is_null('rope_theta'))
+  return layer_types.shortest(names) | dict(
+      kinds={name: KINDS[name] for name in dict.fromkeys(names)},
+      deltanet=dict(norm_eps=1e-5)) | (
+          dict(rope=rope) if turns else dict(position='none'))
+
+
+def _write(c: ModelConfig) -> dict:
+  return dict(
+      layer_types=layer_types.write_mixers(c)['layer_types'],
+      rope_parameters=rope_fields.write(c) if c.position != 'none' else dict(
+          rope_type='default', rope_theta=None),
+      **dict.fromkeys(phi3.IDS))  # else ids of the published vocabulary
+
+
+def _check(c: ModelConfig) -> None:
+  layer_types.check_attention(c)
+  require(blocks.with_state(c), 'all layers attend: transformers runs an '
+          'olmo_hybrid with some recurrences only')
+
+
+LINEAR = hf.under(
+    'attention', 'linear_attn',
+    ('query', 'DJK', 'q_proj.weight', 'JK D'),
+    ('key', 'DJK', 'k_proj.weight', 'JK D'),
+    ('value', 'DHU', 'v_proj.weight', 'HU D'),
+    ('query_conv', 'WJK', 'q_conv1d.weight', 'JK 1 W'),
+    ('key_conv', 'WJK', 'k_conv1d.weight', 'JK 1 W'),
+    ('value_conv', 'WHU', 'v_conv1d.weight', 'HU 1 W'),
+    ('output_gate', 'DHU', 'g_proj.weight', 'HU D'),
+    ('rate', 'DH', 'b_proj.weight', 'H D'),
+    ('decay', 'DH', 'a_proj.weight', 'H D'), *qwen3_next.STATE[1:3],
+    ('out_norm/scale', 'U', 'o_norm.weight', 'U'),
+    ('out', 'HUD', 'o_proj.weight', 'D HU'))
+BASE = olmo2.BASE + llama.layers(
+    ('attention_norm/scale', 'D', 'attention_layer_norm.weight', 'D'),
+    ('ffn_norm/scale', 'D', 'feedforward_layer_norm.weight', 'D'))
+
+HF = hf.HuggingFace(
+    'olmo_hybrid', 'OlmoHybridForCausalLM',
+    names=lambda c: BASE + hf.by_block(
+        c, 'model.layers.{n}', lambda layer: LINEAR
+        if layer.mixer == 'deltanet' else olmo2.ATTENTION),
+    fields=olmo2.HF.fields | hf.fields(
+        hidden_size=3840, num_attention_heads=30, vocab_size=100352,
+        max_position_embeddings=65536, rms_norm_eps=1e-6) | {
+            'ffn': qwen3_next.SILU,
+            'deltanet.key_heads': ('linear_num_key_heads', hf.EACH_HEAD),
+            'deltanet.value_heads': ('linear_num_value_heads', hf.EACH_HEAD),
+            'deltanet.key_dim': ('linear_key_head_dim', lambda fields: int(
+                0.75 * fields['d_model'] / fields['deltanet.key_heads'])),
+            'deltanet.value_dim': ('linear_value_head_dim', lambda fields: (
+                2 * fields['deltanet.key_dim'])),
+            'deltanet.conv': ('linear_conv_kernel_dim', 4),
+            'deltanet.negative': ('linear_allow_neg_eigval', True)},
+    # How weights are drawn.
+    unread=('linear_a_log_min', 'linear_a_log_max', 'linear_dt_min',
+            'linear_dt_max', 'linear_dt_init_floor'),
+    read=_read, write=_write, check=_check, tied=llama.FILES['tied'],
+    # transformers writes it so in the layers that attend, too.
+    spellings=(*llama.HF.spellings, ('post_attention_layernorm',
+                                     'feedforward_layer_norm')),
+    ignored=llama.HF.ignored)
