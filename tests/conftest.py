@@ -38,6 +38,8 @@ os.environ.setdefault(
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.05')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+# Programs without the lines of Python that wrote them are lowered faster.
+os.environ.setdefault('JAX_TRACEBACK_IN_LOCATIONS_LIMIT', '0')
 # Threads for the collectives of eight devices, as training/distributed/cpu.py
 # has them.
 os.environ.setdefault('PJRT_NPROC', '32')

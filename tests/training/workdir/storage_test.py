@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -250,6 +251,10 @@ def test_a_save_that_fails_says_what_the_run_goes_on_from(tmp_path):
   assert str(failure.value) == (
       f'cannot write checkpoint 20 in {tmp_path}/checkpoints: File too large; '
       'once that is mended, the same command goes on')
+  # A new process would go on, in which those threads are no more.
+  written = None
+  while written != (written := sorted(tmp_path.rglob('*'))):
+    time.sleep(.5)
   with toy_run.open_store(tmp_path) as store:
     restored = toy_run.resume(store, toy_run.abstract(4, 2))
     assert (restored.step, restored.damaged) == (10, ())
