@@ -12,10 +12,12 @@ import numbers
 import re
 from typing import Any
 
+import jax
+
 from configs import base as base_config
 from configs.fields import check_number, check_type
 from configs.errors import one_of, require, short
-from tools.compare import cost, curves, phases, spec
+from tools.compare import cost, curves, layout, phases, spec
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
 from training import objectives, preflight, progress
@@ -61,8 +63,13 @@ _STUDY_FIELDS = ('seed', 'init_seed', 'eval.part')
 _DATA = (*spec.BATCHES, 'train.steps', 'train.grad_accumulation', 'eval.')
 
 
-def freeze(file: str) -> plans.Frozen:
+def freeze(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
   """Returns the plan of a study's file.
+
+  Args:
+    file: its path.
+    kept: an earlier plan, whose points are checked already where they follow
+      from the same file by the same code.
 
   Raises:
     RequestError: for the first thing in it that cannot be, or that would make
@@ -70,7 +77,11 @@ def freeze(file: str) -> plans.Frozen:
   """
   cost.off_devices()
   sweep, constants = read_study_file(file)
-  points = _points(sweep, constants)
+  code = {name: provenance.this_start()[name] for name in ('commit', 'diff')}
+  inputs = code['commit'] and layout.checksum(plans.to_json(
+      [code, jax.__version__, sweep.base.to_dict(), sweep.points, constants]))
+  points = (kept.points if kept and kept.inputs and kept.inputs == inputs
+            else _points(sweep, constants))
   configs = [spec.changed(sweep.base, row['changes'], 'it') for row in points]
   bytes_per_token = _check_halves(configs[0])
   mup = all(c.model.parametrization == 'mup' for c in configs)
@@ -106,10 +117,8 @@ def freeze(file: str) -> plans.Frozen:
       settings={name: x for name, x in constants.items() if name not in STUDY}
       or None, replication=constants['REPLICATION'],
       target=float(constants['TARGET']) or None)
-  code = provenance.this_start()
-  frozen = plans.Frozen(
-      plan, sweep.base.to_dict(), points, cost.contents(configs),
-      {name: code[name] for name in ('commit', 'diff')})
+  frozen = plans.Frozen(plan, sweep.base.to_dict(), points,
+                        cost.contents(configs), code, inputs=inputs or '')
   offset = constants['SEED_OFFSET']
   return dataclasses.replace(frozen, plan=dataclasses.replace(
       plan, offset=frozen.drawn if offset < 0 else offset))

@@ -246,6 +246,7 @@ class Frozen:
       made, by the plan of which hash, its own hash, whether no run of what it
       predicts had begun, and what decide.predict returned.
     time: when it was frozen first; 0: it is not.
+    inputs: a hash of what `points` follow from; '': not known.
   """
   plan: Plan
   base_config: dict
@@ -256,6 +257,7 @@ class Frozen:
   notes: list[dict] = dataclasses.field(default_factory=list)
   time: float = 0.0
   predictions: list[dict] = dataclasses.field(default_factory=list)
+  inputs: str = ''
 
   @property
   def hash(self) -> str:
@@ -321,6 +323,15 @@ def load(workdir) -> Frozen:
   require(last in (None, tree), f'{path} is not the plan that the ledger beside'
           ' it has: remove it, and `run` puts back what was planned')
   return _frozen(tree)
+
+
+def last(workdir) -> Frozen | None:
+  """Returns the plan that the ledger of a workdir has last, if any."""
+  if not (pathlib.Path(workdir) / layout.StudyLedger.file).is_file():
+    return None
+  with layout.StudyLedger(workdir) as ledger, ledger.transaction():
+    tree = ledger.plan()
+  return tree and _frozen(tree)
 
 
 def _frozen(tree: Mapping[str, Any]) -> Frozen:

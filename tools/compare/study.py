@@ -35,9 +35,8 @@ TIMED_STEPS, MOST_SECONDS, SHORT_SECONDS = 8, 60.0, 900.0
 
 def check(args) -> int:
   """Prints the plan of a study's file and the costs of its phases."""
-  if args.workdir:
-    plans.load(args.workdir)
-  frozen = freeze.freeze(args.file)
+  frozen = freeze.freeze(
+      args.file, plans.load(args.workdir) if args.workdir else None)
   print(described(frozen), flush=True)
   times, whence = costs.known(args.workdir, frozen) if args.workdir else None, (
       'the runs of this study so far')
@@ -113,7 +112,7 @@ def run(args, submit: Callable[..., None]) -> int:
     submit: (args, jobs) submits runners to SLURM.
   """
   layout.try_folder(args.workdir, 'study.json')
-  frozen = freeze.freeze(args.file)
+  frozen = freeze.freeze(args.file, plans.last(args.workdir))
   one_of('--until', args.until, ('freeze', *frozen.plan.seeds, plans.REPORT))
   frozen = plans.adopted(args.workdir, frozen, args.amend)
   print(described(frozen), flush=True)

@@ -462,6 +462,27 @@ def frozen(tmp_path_factory):
   return freeze.freeze(studies.write(tmp_path_factory.mktemp('study')))
 
 
+def test_points_are_checked_once_for_the_same_file_and_code(
+    frozen, tmp_path, monkeypatch):
+  checked, code = [], {'commit': 'a', 'diff': ''}
+  monkeypatch.setattr(freeze, '_points', lambda *args: (
+      checked.append(args) or frozen.points))
+  monkeypatch.setattr(freeze.provenance, 'this_start', lambda: code)
+  write = lambda *text: studies.write(tmp_path, *text)
+  assert plans.last(tmp_path / 'w') is None
+  layout.try_folder(tmp_path / 'w', 'study.json')
+  first = plans.adopted(tmp_path / 'w', freeze.freeze(write()))
+  kept = plans.last(tmp_path / 'w')
+  assert freeze.freeze(write(), kept).hash == first.hash
+  assert len(checked) == 1
+  freeze.freeze(write('ALPHA = 0.01'), kept)
+  code['diff'] = 'b'
+  freeze.freeze(write(), kept)
+  code['commit'] = None  # what code this is cannot be told
+  freeze.freeze(write(), freeze.freeze(write()))
+  assert len(checked) == 5
+
+
 def loss_of(config):
   """Without positions a model is worse; the best learning rate is the higher
   one; and there is noise."""
