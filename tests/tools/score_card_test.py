@@ -7,7 +7,7 @@ import types
 from etils import epath
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from configs import gpt
 from configs.errors import RequestError, Stopped
@@ -94,15 +94,17 @@ def written(suite, workdir, figures):
         ''.join(json.dumps(row) + '\n' for row in rows))
 
 
-def test_the_card_has_the_best_rate_and_students_interval(file, tmp_path):
+def test_the_card_has_the_best_rate_and_the_interval_of_its_logit(
+    file, tmp_path):
   suite = suites.load(str(file), base(), seeds=3)
   workdir = epath.Path(tmp_path)
   written(suite, workdir, {1e-3: [0.5, 0.6, 0.7], 1e-2: [0.4, 0.9, 0.2]})
   row = suites.card_of(suite, workdir)['tasks']['parity']
   assert row['lr'] == 1e-3 and row['accuracy']['seeds'] == [0.5, 0.6, 0.7]
-  interval = stats.t.interval(0.95, 2, 0.6, stats.sem([0.5, 0.6, 0.7]))
-  np.testing.assert_allclose(row['accuracy']['half_95'],
-                             (interval[1] - interval[0]) / 2)
+  low, high = stats.t.interval(0.95, 2, 0.6, stats.sem([0.5, 0.6, 0.7]))
+  of_logit = special.logit([row['accuracy'][end] for end in ('low', 'high')])
+  np.testing.assert_allclose(  # the slope of a logit is 1 / (p (1 - p))
+      of_logit - special.logit(0.6), np.array([low - 0.6, high - 0.6]) / 0.24)
   np.testing.assert_allclose(row['level']['8']['mean'], 0.3)
   assert list(row['beyond']) == ['2x']
   assert abs(row['commonest'] - 0.5) < 0.02  # of a bit
@@ -153,7 +155,7 @@ def test_a_rate_at_which_a_run_diverges_is_left_out(
   assert parity['lr'] == 1e-3 and parity['diverged'] == {1e-2: [1]}
   assert parity['accuracy']['seeds'] == [0.5, 0.6]
   lines = suites.text(card).splitlines()
-  assert 'parity, lr 0.001: 0.5500' in lines[1]
+  assert 'parity, lr 0.001: 0.5500 (the' in lines[1]  # two seeds: no interval
   assert lines[2] == '  left out, since runs diverged: lr 0.01 (1 of 2 runs)'
   suites.write(card, workdir)
   kept = json.loads((workdir / suites.JSON).read_text())['tasks']

@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from tools.compare import curves, measures, page, statistics
-from training.workdir import storage
+from training.workdir import metrics, storage
 
 FORMATS = ('svg', 'png', 'pdf')
 COLUMN, PAGE = 3.25, 6.75  # inches: one column, and two with what is between
@@ -215,9 +215,9 @@ def by_size(c) -> Any:
         axes.errorbar(
             [x + apart * (i - len(c.variants) / 2) for x in scores],
             [sum(each) / len(each) for each in scores.values()],
-            [statistics.half_width(each) if each[2:] else math.nan
-             for each in scores.values()], elinewidth=0.8, marker='o',
-            markersize=2.5, label=label[name], **look[name])
+            [*zip(*(_reach(measure, each) for each in scores.values()))],
+            elinewidth=0.8, marker='o', markersize=2.5, label=label[name],
+            **look[name])
       low, high = axes.get_ylim()  # of the runs
       axes.axhline(measure.chance, color=SOFT, linewidth=0.8,
                    linestyle=_DASHED, zorder=0)
@@ -235,6 +235,14 @@ def by_size(c) -> Any:
                   loc='outside lower center', ncols=min(2 * columns, 4))
     figure.canvas.draw()
   return figure
+
+
+def _reach(measure, values: Sequence[float]) -> list[float]:
+  """Returns how far the 95 % interval of a mean reaches down and up."""
+  is_share = measure.figure.rpartition('/')[2] in metrics.SHARES
+  mean, low, high, _ = (statistics.share_interval if is_share
+                        else statistics.interval)(values)
+  return [math.nan] * 2 if low is None else [mean - low, high - mean]
 
 
 def of(c) -> list[page.Figure]:

@@ -82,6 +82,19 @@ def interval(values: Sequence[float], pool: Pool | None = None,
   return Interval(mean, mean - half * right, mean + half * left, n)
 
 
+def share_interval(values: Sequence[float]) -> Interval:
+  """Returns the mean of shares, such as accuracies, and an interval around it
+  inside 0 to 1: Student's of the mean's logit, by the delta method (that of
+  shares of clusters in surveys: Lumley 2010, R's svyciprop)."""
+  mean, low, high, n = interval(values)
+  if low is None:
+    return Interval(mean, None, None, n)
+  from scipy.special import expit, logit
+  half = (high - low) / 2 / (mean * (1 - mean))
+  return Interval(mean, *(
+      float(expit(logit(mean) + end)) for end in (-half, half)), n)
+
+
 def _is_even(values: Sequence[float]) -> bool:
   return float(np.std(values)) <= 1e-12 * abs(float(np.mean(values)))
 

@@ -173,17 +173,17 @@ def _figures(run: Run, workdir: epath.Path) -> dict[str, float]:
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
-  """Returns the mean over the seeds, half of its 95 % interval by Student's t
-  (None of one seed), and the figure of each seed."""
-  return dict(mean=float(np.mean(values)), seeds=list(values),
-              half_95=statistics.half_width(values) if values[1:] else None)
+  """Returns the mean over the seeds and its 95 % interval (None of fewer than
+  three, or where all are alike), and the figure of each seed."""
+  mean, low, high, _ = statistics.share_interval(values)
+  return dict(mean=mean, low=low, high=high, seeds=list(values))
 
 
 def text(card: Mapping[str, Any]) -> str:
   """Renders a card for a terminal."""
   seeds = len(card['seeds'])
-  lines = [f'accuracy over {seeds} seeds, at the best learning rate: mean ± '
-           'half of the 95 % interval']
+  lines = [f'accuracy over {seeds} seeds, at the best learning rate: mean and '
+           '95 % interval']
   for task, row in card['tasks'].items():
     lines.append(f'{task}: no figures' if row['lr'] is None else (
         f'{task}, lr {row["lr"]:g}: {_shown(row["accuracy"])} (the commonest '
@@ -199,9 +199,9 @@ def text(card: Mapping[str, Any]) -> str:
 
 
 def _shown(figure: Mapping[str, Any], digits: int = 4) -> str:
-  half = figure['half_95']
-  more = '' if half is None else f' ± {half:.{digits}f}'
-  return f'{figure["mean"]:.{digits}f}{more}'
+  low, high = figure['low'], figure['high']
+  return f'{figure["mean"]:.{digits}f}' + (
+      '' if low is None else f' [{low:.{digits}f}, {high:.{digits}f}]')
 
 
 def write(card: Mapping[str, Any], workdir: epath.Path) -> None:
@@ -229,8 +229,9 @@ def _draw(card: Mapping[str, Any], pyplot: Any) -> Any:
     for x, (name, cell) in [*enumerate(row['level'].items()),
                             *enumerate(longer, width)]:
       values[y, x] = cell['mean']
-      axes.text(x, y, f'{name}\n{_shown(cell, 2)}', ha='center', va='center',
-                fontsize=8, color='white' if cell['mean'] < 0.6 else 'black')
+      axes.text(x, y, '\n'.join([name, *_shown(cell, 2).split(' ', 1)]),
+                ha='center', va='center', fontsize=8,
+                color='white' if cell['mean'] < 0.6 else 'black')
   image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis', aspect='auto')
   axes.set_yticks(range(len(tasks)), [
       f'{task}\n{row["what"]}; commonest answer {row["commonest"]:.2f}'
@@ -239,7 +240,7 @@ def _draw(card: Mapping[str, Any], pyplot: Any) -> Any:
   axes.set_xlabel('difficulty, from easy to hard; then rows longer than in '
                   'training')
   axes.axvline(width - 0.5, color='black')
-  axes.set_title(f'{len(card["seeds"])} seeds: mean ± half of the 95 % '
-                 'interval', fontsize=9)
+  axes.set_title(f'{len(card["seeds"])} seeds: mean and 95 % interval',
+                 fontsize=9)
   figure.colorbar(image, label='accuracy')
   return figure

@@ -38,6 +38,7 @@ LEAST = ('loss', 'perplexity', 'bits_per_byte', 'word_perplexity',
 LARGEST = ('accuracy', 'f1', 'macro_f1', 'micro_f1', 'mcc', 'matthews',
            'precision', 'recall', 'pearson', 'spearman', 'exact', 'exact_match',
            'em', 'acc', 'acc_norm', 'bleu')
+SHARES = ('accuracy', 'rows_right', 'acc', 'acc_norm')  # between 0 and 1
 _FILES = itertools.count()  # of TensorBoard, by this process
 
 

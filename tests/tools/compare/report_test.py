@@ -397,6 +397,12 @@ def test_every_run_is_a_dot_of_the_figures(study):
           c.outcomes)])
   axes, = figures.by_size(alike).axes
   assert axes.get_ylim()[0] > 0.7 and 'guessing: 0.1' in axes.get_title()
+  # An accuracy's interval ends below 1.
+  uneven = dataclasses.replace(c, outcomes=[x._replace(values=dict.fromkeys(
+      x.values, (0.5, 0.99)[x.seed % 3 > 0])) for x in c.outcomes])
+  axes, = figures.by_size(uneven).axes
+  bars = [bar.get_segments() for line in axes.containers for bar in line[2]]
+  assert 0.9 < np.nanmax(np.concatenate(bars)[..., 1]) < 1
 
 
 def test_what_students_test_may_not_be_asked_is_said():
