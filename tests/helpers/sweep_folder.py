@@ -108,7 +108,7 @@ POINTS = [
           extrapolation=_extrapolation(1.0, refused=True)),
     point('worse', {'model.position': 'none'}, factor=1.2, shift=SHIFT),
     point('same', {'model.block': 'parallel'},
-          shift={0: 0.02, 1: -0.04, 2: 0.03}),
+          shift={0: 0.012, 1: -0.022, 2: 0.018}),
     point('moe', {'model.ffn': 'moe'}, shift=SHIFT, params=80000,
           health=HEALTH),
     point('</script><b>', {'model.ffn': 'geglu'}, seeds=(0, 1), shift=SHIFT),

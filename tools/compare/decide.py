@@ -7,9 +7,8 @@ measures on studies whose truth is known; four rules are as they are because
 of it:
 
 - Noise that is not normal, by the skewness or the largest of the differences
-  of all variants, breaks Student's test. t is then compared with what it is
-  when resampled from these differences as well; where that reaches more than
-  twice as far, no verdict can be had (statistics.shape).
+  of all variants, breaks Student's test. The spread of all variants together
+  must then find a difference, too (statistics.Pooled).
 - A run that diverged is no figure of a mean, but a result of its own. Counted
   at what guessing gives, it is an outlier a hundred times the spread: an
   interval then holds the truth far less often than it says, and a variant as
@@ -38,15 +37,14 @@ from training.evals import items
 
 BETTER, WORSE, NONE_SHOWN = 'better', 'worse', 'no difference shown'
 DISAGREE, UNSTABLE = 'sizes disagree', 'unstable'
-NO_VERDICT = 'no verdict: noise'
 EQUIVALENT, NOT_WORSE = 'equivalent', 'no worse'  # within the plan's margin
-VERDICTS = (BETTER, WORSE, NONE_SHOWN, DISAGREE, UNSTABLE, NO_VERDICT,
-            EQUIVALENT, NOT_WORSE)
+VERDICTS = (BETTER, WORSE, NONE_SHOWN, DISAGREE, UNSTABLE, EQUIVALENT,
+            NOT_WORSE)
 NO_NOISE = 'noise unknown'  # of a sweep, with too few seeds for any verdict
 PASSED, STOPPED = 'passed', 'stopped at the screen'
 STOPPED_UNSTABLE = f'{STOPPED}: unstable'
-STOPPED_NOISE = f'{STOPPED}: no verdict, noise'
 ALL = 'all sizes'  # the size of a row about the mean over sizes
+RARE = 0.1  # the share of runs on a plateau by which a screening may be misled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +154,7 @@ class Verdict:
     differences: of these seeds.
     p, p_corrected: Student's over these seeds; corrected over the variants, by
       Benjamini-Hochberg in the screening and by Holm in the confirmation, and
-      for measures that are not primary over all of these together. None where
-      the noise lets nothing be said.
+      for measures that are not primary over all of these together.
     sizes: each size by itself.
     diverged, base_diverged, runs: of `runs` runs each.
     p_diverged: that it diverges more often than the base by chance (exact
@@ -348,6 +345,12 @@ def announce(plan: Plan, rows: Sequence[Noise]) -> Announced:
                    f'{min(row.error * len(plan.variants), 1):.2g} of studies '
                    'without any effect find one, where '
                    f'{share:.2g} is planned.')
+  runs = plan.seeds['screen'] * len(plan.variants)
+  unseen = (1 - RARE) ** runs
+  sentence += (f' Where {RARE:.0%} of the variants\' runs end on a plateau, '
+               f'none of the {runs} of the screening does with a probability '
+               f'of {unseen:.2g}, so that its false discovery rate is up to '
+               f'{min(plan.q + unseen, 1):.2g} then.')
   if plan.margin and by_phase['confirm'].sd is not None:
     sentence += (' A variant without any effect is shown in the confirmation '
                  f'to be equivalent within {plan.margin:g} with a probability '
@@ -388,9 +391,8 @@ def screen(plan: Plan, outcomes: Outcomes, phase='screen') -> list[Verdict]:
   lost = _lost_share(plan, outcomes, plan.primary)
   return [dataclasses.replace(row, verdict=(
       STOPPED_UNSTABLE if _too_many(plan, row.diverged, row.runs, lost)
-      else STOPPED_NOISE if row.verdict == NO_VERDICT else PASSED
-      if min(p for p in (row.p_corrected, row.p_not_worse, 1.0)
-             if p is not None) <= plan.q else STOPPED))
+      else PASSED if min(p for p in (row.p_corrected, row.p_not_worse, 1.0)
+                         if p is not None) <= plan.q else STOPPED))
           for row in rows]
 
 
@@ -483,10 +485,11 @@ def _row(plan: Plan, sizes: Sequence[str], variant: str, measure: Measure,
          pairs, shape: statistics.Shape | None) -> Verdict:
   """Returns a member of a family before it is corrected, without a verdict."""
   means = _means(_differences_by_seed(pairs, measure))
-  over = shape and shape.pool(lambda x: x.mean(1))
+  over = shape and shape.pooled(lambda x: x.mean(1))
   effect = _effect(ALL, means, over)
   each = [_effect(size, _means(_differences_by_seed([part], measure)),
-                  shape and shape.pool()) for size, part in zip(sizes, pairs)]
+                  shape and shape.pooled_at(i))
+          for i, (size, part) in enumerate(zip(sizes, pairs))]
   every = [pair for part in pairs for pair in part.values()]
   ours, base = (sum(pair[i].diverged for pair in every) for i in (0, 1))
   row = Verdict(
@@ -511,8 +514,6 @@ def _verdict(plan: Plan, row: Verdict, lost: float) -> Verdict:
   if (_too_many(plan, row.diverged, row.runs, lost)
       or row.p_diverged <= plan.alpha):
     word = UNSTABLE
-  elif row.p is None and row.n >= statistics.MIN_SEEDS:
-    word = NO_VERDICT
   elif within(row.p_corrected):
     alike = len({part.effect > 0 for part in row.sizes}) == 1
     word = (DISAGREE if not alike else BETTER if row.effect * sign > 0
@@ -585,9 +586,9 @@ def _more_diverge(sizes) -> float:
 
 
 def _effect(size: str, values: Sequence[float],
-            pool: statistics.Pool | None = None) -> Effect:
-  ends = (statistics.interval(values, pool)[:3] if values else (None,) * 3)
-  return Effect(size, *ends, len(values), statistics.p_value(values, pool),
+            pooled: statistics.Pooled | None = None) -> Effect:
+  ends = (statistics.interval(values, pooled)[:3] if values else (None,) * 3)
+  return Effect(size, *ends, len(values), statistics.p_value(values, pooled),
                 values)
 
 
@@ -628,7 +629,7 @@ def _trend(measure: Measure, sizes, shape: statistics.Shape | None
   logs = [math.log10(next(iter(pairs.values()))[1].params) for pairs in sizes]
   slopes = lambda rows: np.polyfit(logs, rows.T, 1)[0]
   return _effect(ALL, slopes(np.array([*by_seed.values()])).tolist(),
-                 shape and shape.pool(slopes))
+                 shape and shape.pooled(slopes))
 
 
 def _budgets(measure: Measure, sizes) -> tuple[dict, np.ndarray] | None:

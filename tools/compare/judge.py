@@ -19,7 +19,7 @@ and the shares of all sum to 1 or less:
 
 Noise that is skewed or has outliers, by the differences from the base of all
 that was looked at so far, makes a test more cautious, as in studies
-(statistics.shape); where it lets nothing be said, there is no verdict.
+(statistics.Pooled).
 
 The exit code is 0 for better, 3 where that is not shown, and 4 for worse; as
 elsewhere 2 for a wrong request, such as too few seeds, and 1 for a failure.
@@ -77,28 +77,20 @@ def share_of_question(before: int, together: int) -> float:
 class PairedTest(NamedTuple):
   """A test at a share of ALPHA: the interval holds 0 where `p_corrected` is
   above ALPHA; it is None where all differences are alike, so that their spread
-  is not known. All but the effect are None where the noise lets nothing be
-  said."""
+  is not known."""
   effect: float
   interval: tuple[float, float] | None
-  p: float | None
-  p_corrected: float | None
+  p: float
+  p_corrected: float
 
 
 def paired_test(differences: Sequence[float], share: float,
-                pool: statistics.Pool | None = None) -> PairedTest:
-  """Returns Student's test of paired differences, variant minus base. By a
-  `pool`, t is as much smaller as the interval is wider: a share of ALPHA can be
-  less than any p that is counted among what was resampled."""
-  level = ALPHA * share
-  p = statistics.p_value(differences, pool)
-  mean, low, high, _ = statistics.interval(differences, pool, level)
-  if low is not None:
-    wider = ((mean - low if mean > 0 else high - mean)
-             / statistics.half_width(differences, level))
-    p = statistics.p_value(np.subtract(differences, mean * (1 - 1 / wider)))
+                pooled: statistics.Pooled | None = None) -> PairedTest:
+  """Returns Student's test of paired differences, variant minus base."""
+  p = statistics.p_value(differences, pooled)
+  mean, low, high, _ = statistics.interval(differences, pooled, ALPHA * share)
   return PairedTest(mean, None if low is None else (low, high), p,
-                    None if p is None else min(p / share, 1.0))
+                    min(p / share, 1.0))
 
 
 def judged(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
@@ -126,12 +118,11 @@ def judged(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
     path = folder / FILE
     record = layout.load_checked(path) if path.is_file() else {
         'questions': [], 'looked': [], 'answers': []}
-    again, question, pool = _question(record, folder, names, values)
+    again, question, pooled = _question(record, folder, names, values)
     share *= question['share']
     test = (None if None in values.values()
-            else paired_test([*values.values()], share, pool))
+            else paired_test([*values.values()], share, pooled))
     verdict = (decide.UNSTABLE if lost[names[1]] > lost[names[0]] else
-               decide.NO_VERDICT if test and test.p is None else
                decide.NONE_SHOWN if test is None or test.p_corrected > ALPHA
                else decide.BETTER if test.effect < 0 else decide.WORSE)
     answer = {
@@ -208,9 +199,10 @@ def _changes(configs: Sequence[Sequence[Mapping]]) -> tuple[dict, list[str]]:
 
 def _question(record: dict, folder: pathlib.Path, names: tuple[str, str],
               values: dict[int, float | None]
-              ) -> tuple[list[str], dict, statistics.Pool | None]:
+              ) -> tuple[list[str], dict, statistics.Pooled | None]:
   """Returns a warning, if any, the question that a pair has in a record, into
-  which it is put if it is a new one, and what its noise is like."""
+  which it is put if it is a new one, and the spread of the differences of all
+  that was looked at from the base: a look that is free again has the same."""
   base, variant = names
   looked = next((x for x in record['looked'] if x['names'] == [*names]), None)
   now = [[seed, value] for seed, value in values.items()]
@@ -232,28 +224,22 @@ def _question(record: dict, folder: pathlib.Path, names: tuple[str, str],
     record['looked'].append(looked := {'names': [*names], 'values': []})
   if not same or len(now) > len(looked['values']):
     looked['values'] = now
-    looked['noise'] = _pool(record['looked'], base)
-  pool = looked.get('noise')
+    noise = statistics.shape([np.array([
+        [value] for _, value in x['values'] if value is not None])
+                              for x in record['looked']
+                              if x['names'][0] == base])
+    looked['pooled'] = noise and noise.pooled(np.ravel)
+  pooled = looked.get('pooled')
   return [] if same else [
       f'the runs of {base} or {variant} are others than those that were looked '
-      'at before: this is a new question'], asked[-1], pool and statistics.Pool(
-          np.array(pool[0]), pool[1])
-
-
-def _pool(looked: Sequence[Mapping], base: str) -> list | None:
-  """Returns the Pool of the differences of all that was looked at from a base,
-  as JSON holds it: a look that is free again has the same."""
-  each = [[[value] for _, value in x['values'] if value is not None]
-          for x in looked if x['names'][0] == base]
-  noise = statistics.shape([np.array(x) for x in each if x])
-  pool = noise and noise.pool()
-  return pool and [pool.residuals.tolist(), pool.is_certain]
+      'at before: this is a new question'], asked[-1], (
+          pooled and statistics.Pooled(*pooled))
 
 
 def text(answer: dict[str, Any]) -> str:
   """Renders an answer for a terminal."""
   if answer['p'] is None:
-    figures = 'shows nothing, since runs diverged or its noise is too uneven'
+    figures = 'shows nothing, since runs diverged'
   else:
     ends = answer['interval'] or (None, None)
     figures = page.estimate(answer['effect'], *ends).text + (

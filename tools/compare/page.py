@@ -26,8 +26,7 @@ UNKNOWN = 'n/a'
 # How a verdict is coloured.
 MARKS = {decide.BETTER: 'better', decide.WORSE: 'worse',
          decide.UNSTABLE: 'worse', decide.STOPPED_UNSTABLE: 'worse',
-         decide.NONE_SHOWN: 'noise', decide.NO_VERDICT: 'noise',
-         decide.STOPPED_NOISE: 'noise'}
+         decide.NONE_SHOWN: 'noise'}
 
 
 class Cell(NamedTuple):

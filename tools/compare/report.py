@@ -297,14 +297,10 @@ def doubts(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
   shape = next((row['p_shape'] for row in rows
                 if row.get('p_shape') is not None), 1.0)
   if shape <= statistics.IRREGULAR:
-    none = [row['variant'] for row in rows if row['p'] is None and row['n'] > 2]
     sentences.append(
         f'The differences look skewed or have outliers (p = {shape:.2g} of '
         'normal noise): p and intervals are the more cautious of Student\'s '
-        'and of those resampled from the differences, if these are '
-        f'{statistics.LEAST_POOL} or more.' + (
-            f' For {", ".join(none)} no verdict can be had: more seeds, or '
-            'runs that do not end on a plateau, are needed.' if none else ''))
+        'and of those by the differences of all variants together.')
   apart = [f'{row["variant"]} (p = {row["p"]:.2g} and {row["p_robust"]:.2g})'
            for row in rows if None not in (row['p'], row.get('p_robust'))
            and (row['p'] <= plan.alpha) != (row['p_robust'] <= plan.alpha)]
@@ -769,8 +765,8 @@ def methods(frozen: plans.Frozen, announced: Mapping[str, Any] | None,
       phases=phases_lib.of(plan.seeds),
       primary=plan.primary, changed=changed, changes=changes,
       unit_text=measures_lib.unit_text,
-      shows=decide.can_show(plan), wider=f'{statistics.WIDER:g}',
-      alone=alone, amount=measures_lib.amount(frozen, plan.effect),
+      shows=decide.can_show(plan), alone=alone,
+      amount=measures_lib.amount(frozen, plan.effect),
       grid=[f'{name} in {{{", ".join(map(value, values))}}}'
             for name, values in plan.tuning.fields.items()])
   return [' '.join(part.split()) for part in text.split('\n---\n')]

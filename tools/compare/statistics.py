@@ -19,26 +19,22 @@ MIN_POINTS = 6  # of a curve whose three constants are fitted
 DRAWS, MOST_SEEDS = 2048, 10_000  # to announce a power
 ROBUST_SEEDS = 6  # from which on signs alone can show something: 2^-5 < 0.05
 MOST_SHAPED = 50  # seeds, above which a mean is normal whatever the noise is
-LEAST_POOL = 8  # residuals, with fewer of which nothing is resampled
-# p below which the noise is not taken for normal, and below which it is certain
-# that it is not.
-IRREGULAR, CERTAIN = 0.2, 0.05
+IRREGULAR = 0.2  # p below which the noise is not taken for normal
 REACH = 4.0  # times the compute of a ladder, within which its law is read
-WIDER = 2.0  # than Student's; an interval that must be so for certain is none
 
 
-class Pool(NamedTuple):
-  """Residuals of noise that is not normal, for certain or not."""
-  residuals: np.ndarray
-  is_certain: bool
+class Pooled(NamedTuple):
+  """The standard deviation of a seed's difference, of all variants together
+  (their pooled variance), and its degrees of freedom.
 
-  def resampled(self, n: int) -> tuple[np.ndarray, float, float] | None:
-    """Returns t of DRAWS samples of n residuals, whose true mean is 0; and how
-    many times as far as Student's 95 % of them reach to the left and to the
-    right, which is no less than once. None where that is certainly too far."""
-    seen, *reach = _resampled(self.residuals.tobytes(), n)
-    return (None if self.is_certain and max(reach) > WIDER
-            else (seen, *reach))
+  Where noise has a tail to one side, the runs of a variant that have none of it
+  by chance lie close together, and far from their true mean: its own spread is
+  least where it errs most. A variant of such a family has therefore to differ
+  by its own spread and by that of all (an intersection-union test: Berger
+  1982), which never says more than Student's.
+  """
+  sd: float
+  df: int
 
 
 class Interval(NamedTuple):
@@ -49,37 +45,37 @@ class Interval(NamedTuple):
   seeds: int
 
 
-def half_width(values: Sequence[float], level: float = 0.05) -> float:
-  """Returns half of Student's interval of a mean of two or more values; the
-  mean is outside with a probability of `level`."""
+def half_width(values: Sequence[float], level: float = 0.05,
+               pooled: Pooled | None = None) -> float:
+  """Returns half of Student's interval of a mean of two or more values, or of
+  that by `pooled` if it is wider; the mean is outside with a probability of
+  `level`."""
   from scipy.special import stdtrit
-  n = len(values)
-  return float(stdtrit(n - 1, 1 - level / 2) * np.std(values, ddof=1)
-               / math.sqrt(n))
+  return max(float(stdtrit(df, 1 - level / 2)) * sd / math.sqrt(len(values))
+             for sd, df in _spreads(values, pooled))
 
 
-def interval(values: Sequence[float], pool: Pool | None = None,
+def _spreads(values: Sequence[float], pooled: Pooled | None) -> list[Pooled]:
+  """Returns the spread of the values themselves, and that of all variants."""
+  each = Pooled(float(np.std(values, ddof=1)), len(values) - 1)
+  return [each, pooled] if pooled else [each]
+
+
+def interval(values: Sequence[float], pooled: Pooled | None = None,
              level: float = 0.05) -> Interval:
   """Returns the mean and Student's interval around it.
 
   Args:
     values: one of each seed. Those that are all alike have no interval: their
       spread is not known.
-    pool: of noise that is not normal. The interval then reaches as far as t
-      does when resampled from it, and no less far than Student's; there is none
-      where that is certainly more than WIDER times as far.
-    level: of Student's interval.
+    pooled: of noise that is not normal.
+    level: the probability of a mean that is outside.
   """
   n, mean = len(values), float(np.mean(values))
   if n < MIN_SEEDS or _is_even(values):
     return Interval(mean, None, None, n)
-  half = half_width(values, level)
-  if pool is None:
-    return Interval(mean, mean - half, mean + half, n)
-  if (resampled := pool.resampled(n)) is None:
-    return Interval(mean, None, None, n)
-  _, left, right = resampled
-  return Interval(mean, mean - half * right, mean + half * left, n)
+  half = half_width(values, level, pooled)
+  return Interval(mean, mean - half, mean + half, n)
 
 
 def share_interval(values: Sequence[float]) -> Interval:
@@ -153,27 +149,26 @@ def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
   return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def p_value(values: Sequence[float], pool: Pool | None = None
+def p_value(values: Sequence[float], pooled: Pooled | None = None
             ) -> float | None:
-  """Returns the two-sided p of a mean of 0: Student's, or where `pool` is given
-  that of t as resampled, if it is larger; None for too few values, and where
-  the noise lets nothing be said (see `interval`).
+  """Returns the two-sided p of a mean of 0: Student's, or that by `pooled` if
+  it is larger; None for too few values.
 
   Values that are all alike have no spread to be measured by, as where a task is
   solved wholly at every seed or not at all. Their p is that of the sign test:
   2^(1 - n), and 1 where they are all 0.
   """
-  tails = _tails(values, 0.0, pool)
+  tails = _tails(values, 0.0, pooled)
   return None if tails is None else min(2 * min(tails), 1.0)
 
 
 def p_within(values: Sequence[float], margin: float, sign: int,
-             pool: Pool | None = None
+             pooled: Pooled | None = None
              ) -> tuple[float | None, float | None]:
   """Returns the p of a mean that lies between -margin and margin (the larger of
   two one-sided tests: Schuirmann 1987), and of one that is not worse than by
   the margin, where `sign` is that of an improvement."""
-  tails = [_tails(values, end, pool) for end in (-margin, margin)]
+  tails = [_tails(values, end, pooled) for end in (-margin, margin)]
   if None in tails:
     return None, None
   above, below = tails[0][1], tails[1][0]
@@ -187,10 +182,10 @@ def p_below(values: Sequence[float], target: float) -> float | None:
   return tails and tails[0]
 
 
-def _tails(values: Sequence[float], center: float, pool: Pool | None
+def _tails(values: Sequence[float], center: float, pooled: Pooled | None
            ) -> tuple[float, float] | None:
   """Returns the p of a mean that is not below `center`, and of one that is not
-  above it; None where none can be had."""
+  above it; None for too few values."""
   n = len(values)
   if n < MIN_SEEDS:
     return None
@@ -198,28 +193,9 @@ def _tails(values: Sequence[float], center: float, pool: Pool | None
   if _is_even(values):  # of the same sign, all of them
     return tuple(1.0 if mean * sign >= 0 else 2.0 ** -n for sign in (1, -1))
   from scipy.special import stdtr
-  t = mean / (float(np.std(values, ddof=1)) / math.sqrt(n))
-  tails = float(stdtr(n - 1, t)), float(stdtr(n - 1, -t))
-  if pool is None:
-    return tails
-  if (resampled := pool.resampled(n)) is None:
-    return None
-  seen = resampled[0]
-  return (max(tails[0], float(np.mean(seen <= t))),
-          max(tails[1], float(np.mean(seen >= t))))
-
-
-@functools.lru_cache(maxsize=64)  # all variants of a family ask for the same
-def _resampled(pool: bytes, n: int) -> tuple[np.ndarray, float, float]:
-  from scipy.special import stdtrit
-  values = np.frombuffer(pool)
-  values = values - values.mean()
-  rng = np.random.default_rng(0)
-  drawn = values[rng.integers(len(values), size=(DRAWS, n))]
-  spread = np.maximum(np.std(drawn, axis=1, ddof=1), 1e-9 * values.std())
-  seen = drawn.mean(1) * math.sqrt(n) / spread
-  left, right = np.quantile(seen, [0.025, 0.975]) / stdtrit(n - 1, 0.975)
-  return seen, max(-float(left), 1.0), max(float(right), 1.0)
+  spreads = _spreads(values, pooled)
+  return tuple(max(float(stdtr(df, sign * mean * math.sqrt(n) / sd))
+                   for sd, df in spreads) for sign in (1, -1))
 
 
 def robust_p(values: Sequence[float]) -> float | None:
@@ -247,30 +223,40 @@ class Shape(NamedTuple):
   Attributes:
     skew, outliers: the p of its skewness, and of its largest value, if it were
       normal.
-    residuals: [values, sizes]: differences from the median over the seeds.
+    groups: of each variant [seeds, sizes], the differences.
   """
   skew: float
   outliers: float
-  residuals: np.ndarray
+  groups: Sequence[np.ndarray]
 
   @property
   def p(self) -> float:
     """Of a noise that is normal."""
     return min(2 * min(self.skew, self.outliers), 1.0)
 
-  def pool(self, of: Callable[[np.ndarray], np.ndarray] | None = None
-           ) -> Pool | None:
-    """Returns what p_value resamples; None where the noise looks normal, or too
-    little of it is known.
+  def pooled(self, of: Callable[[np.ndarray], np.ndarray]) -> Pooled | None:
+    """Returns the spread of what is tested, of all variants together; None
+    where the noise looks normal.
 
     Args:
-      of: maps [values, sizes] to the [values] that are tested; None: these are
-        of one size, and the noise of every size tells their shape.
+      of: maps [seeds, sizes] to the [seeds] that are tested.
     """
-    values = of(self.residuals) if of else _scaled(self.residuals).ravel()
-    values = values[values != 0]  # of an odd number, one is the median itself
-    return (Pool(values, self.p <= CERTAIN) if self.p <= IRREGULAR
-            and len(values) >= LEAST_POOL else None)
+    if self.p > IRREGULAR:
+      return None
+    df = sum(len(x) - 1 for x in self.groups)
+    return Pooled(math.sqrt(sum(
+        np.var(of(x)) * len(x) for x in self.groups) / df), df)
+
+
+  def pooled_at(self, size: int) -> Pooled | None:
+    """Returns the spread at one size. It is no less, beside the median distance
+    from the mean, than that of all sizes: a tail may be seen at another one."""
+    if pooled := self.pooled(lambda x: x[:, size]):
+      each = np.mean(_scaled(np.concatenate(
+          [x - np.mean(x, axis=0) for x in self.groups])) ** 2, axis=0)
+      return pooled._replace(sd=pooled.sd * math.sqrt(
+          max(each.mean() / max(each[size], 1e-300), 1.0)))
+    return None
 
 
 def shape(groups: Sequence[np.ndarray]) -> Shape | None:
@@ -284,7 +270,7 @@ def shape(groups: Sequence[np.ndarray]) -> Shape | None:
   lengths = tuple(map(len, groups))
   ps = [float(np.mean(null >= x * (1 - 1e-9))) for null, x in zip(
       _normal_shapes(lengths, residuals.shape[1]), _shapes(residuals))]
-  return Shape(*ps, residuals)
+  return Shape(*ps, groups)
 
 
 def _shapes(residuals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -657,21 +643,21 @@ def errs(seen: np.ndarray, sds: Sequence[float], seeds: int, level: float,
          variants: int = 1) -> float:
   """Returns how often a variant without effect is found to have one at a level,
   in studies of so many variants whose noise is drawn from what was seen: by
-  p_value, with what it resamples where a study's differences look so, too."""
+  p_value, with the spread of all where a study's differences look so, too."""
   drawn = _drawn_as_seen(seen, np.asarray(sds), seeds)
   studies = drawn[:DRAWS // variants * variants].reshape(
       -1, variants, *drawn.shape[1:])
   means = studies.mean(3)
   t = means.mean(2) / np.maximum(means.std(2, ddof=1), 1e-300) * seeds ** 0.5
   from scipy.special import stdtr
-  # What is resampled finds nothing that Student's test does not find.
+  # The spread of all finds nothing that Student's test does not find.
   significant = (2 * stdtr(seeds - 1, -np.abs(t)) <= level) & (
       np.ptp(np.sign(studies.mean(2)), axis=2) == 0)
   wrong = 0
   for study, row, mask in zip(studies, means, significant):
     noise = shape(study) if mask.any() else None
-    pool = noise and noise.pool(lambda x: x.mean(1))
-    ps = [p_value(values, pool) for values in row[mask]]
+    pooled = noise and noise.pooled(lambda x: x.mean(1))
+    ps = [p_value(values, pooled) for values in row[mask]]
     wrong += sum(p is not None and p <= level for p in ps)
   return wrong / significant.size
 

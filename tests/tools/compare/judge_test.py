@@ -2,6 +2,7 @@
 answers of runs on disk."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -40,25 +41,25 @@ def test_an_answer_is_scipys_test_at_its_share():
       pytest.approx(0.1), None, 0.25, 0.5)
 
 
-def test_a_tail_makes_an_answer_more_cautious():
-  """t is that of scipy over how much further its 95 % reach than Student's, at
-  any share; and where the noise lets nothing be said, there is no answer."""
-  d = -0.03 + 0.02 * np.random.default_rng(3).exponential(size=24)
-  looked = [{'names': ['base', 'a'], 'values': list(enumerate(d.tolist()))},
-            {'names': ['other', 'b'], 'values': [[0, 5.0]] * 3},
+def test_the_spread_of_all_that_was_looked_at_makes_an_answer_more_cautious(
+    tmp_path):
+  """Of those beside the same base; the test is by scipy's t, at any share."""
+  tail = 0.2 * np.random.default_rng(3).exponential(size=24)
+  d = [-0.1, -0.11, -0.12]
+  looked = [{'names': ['base', 'a'], 'values': list(enumerate(tail.tolist()))},
+            {'names': ['other', 'b'], 'values': [[0, 5.0], [1, 9.0]] * 2},
             {'names': ['base', 'c'], 'values': [[0, None], [1, 0.1]]}]
-  residuals, is_certain = judge._pool(looked, 'base')
-  pool, t = statistics.Pool(np.array(residuals), is_certain), stats.ttest_1samp(
-      d, 0).statistic
-  _, left, right = pool.resampled(24)
-  assert t < 0 and left > 1.3 and right == 1 and is_certain
+  pooled = judge._question(
+      {'questions': [], 'looked': looked, 'answers': []}, tmp_path,
+      ('base', 'v'), dict(enumerate(d)))[2]
+  squares = [np.var(x) * len(x) for x in (tail, d)]
+  assert pooled == pytest.approx((math.sqrt(sum(squares) / 25), 25))
+  t = -0.11 * 3 ** 0.5 / 0.06
   for share, is_shown in ((0.5, True), (0.02, False)):
-    test = judge.paired_test(d.tolist(), share, pool)
-    assert test.p == pytest.approx(2 * stats.t.sf(-t / left, 23))
+    test = judge.paired_test(d, share, statistics.Pooled(0.06, 25))
+    assert test.p == pytest.approx(2 * stats.t.sf(-t, 25))
     assert (test.interval[1] < 0) == is_shown == (test.p_corrected <= 0.05)
-    assert judge.paired_test(d.tolist(), share).interval[1] < 0
-  far = statistics.Pool(np.array([0.001] * 9 + [1.0]), True)
-  assert judge.paired_test([-0.1, -0.11, -0.12], 0.5, far)[1:] == (None,) * 3
+    assert judge.paired_test(d, share).p < test.p
 
 
 def _loops(effect: float, loops: int = 2000, variants: int = 20

@@ -103,26 +103,33 @@ def test_normal_noise_looks_as_normal_as_it_says_and_tails_do_not():
   assert statistics.shape([np.zeros((5, 3))]) is None
 
 
-def test_resampled_noise_never_says_more_than_students_test():
+def test_the_spread_of_all_variants_is_statsmodels_and_never_says_more():
+  """Each variant has a mean of its own: the residuals of that are pooled."""
   rng = np.random.default_rng(1)
   groups = _groups(rng, lambda size: 3 * rng.exponential(size=size))
+  groups[0] = groups[0][:3]  # of which two seeds diverged
   shape = statistics.shape(groups)
-  pool = shape.pool(lambda x: x.mean(1))
-  assert shape.p <= statistics.IRREGULAR and len(
-      pool.residuals) == 25
-  for values in (x.mean(1) for x in groups):
-    ours, plain = (statistics.interval(values, x) for x in (pool, None))
-    assert ours.low <= plain.low and ours.high >= plain.high
-    assert ours.high - ours.low > plain.high - plain.low
-    assert statistics.p_value(values, pool) >= statistics.p_value(values)
-  # A tail to the right takes a mean that is too low for what it is not: runs
-  # without a value of the tail lie close together, and below the mean.
-  far = np.concatenate([np.zeros(20) + rng.normal(0, 0.01, 20), np.ones(3)])
-  assert statistics.p_value([-0.1, -0.11, -0.12], (
-      certain := statistics.Pool(far, True))) is None
-  assert statistics.interval([-0.1, -0.11, -0.12], certain).low is None
-  assert statistics.p_value([-0.1, -0.11, -0.12], certain._replace(
-      is_certain=False)) > 0.05 > statistics.p_value([-0.1, -0.11, -0.12])
+  assert shape.p <= statistics.IRREGULAR
+  pooled = shape.pooled(lambda x: x.mean(1))
+  values = [x.mean(1) for x in groups]
+  each = np.repeat(np.eye(5), [*map(len, values)], 0)
+  fit = sm.OLS(np.concatenate(values), each).fit()
+  assert pooled == pytest.approx((fit.mse_resid ** 0.5, fit.df_resid))
+  by_all = fit.t_test(np.eye(5))
+  for x, p, ends in zip(values, by_all.pvalue, by_all.conf_int()):
+    student, (_, low, high, _) = (stats.ttest_1samp(x, 0),
+                                  statistics.interval(x, pooled))
+    assert statistics.p_value(x, pooled) == pytest.approx(
+        max(p, student.pvalue))
+    assert high - low == pytest.approx(max(
+        np.ptp(ends), np.ptp(student.confidence_interval(0.95))))
+  # Runs without a value of the tail lie close together, and below the mean.
+  close = [-0.1, -0.11, -0.12]
+  far = statistics.Pooled(0.3, 20)
+  assert statistics.p_value(close, far) > 0.05 > statistics.p_value(close)
+  assert statistics.interval(close, far).high > 0
+  assert statistics.shape([x for x in rng.normal(size=(5, 5, 3))]).pooled(
+      lambda x: x.mean(1)) is None
 
 
 def test_power_resampled_from_much_normal_noise_is_that_of_normal_noise():
@@ -148,9 +155,8 @@ def test_the_announced_error_is_that_of_the_test_that_is_used():
   used = []
   for study in drawn:
     noise = statistics.shape([x[:, None] for x in study])
-    pool = noise and noise.pool()
-    used += [p is not None and p <= level for p in (
-        statistics.p_value(x, pool) for x in study)]
+    pooled = noise and noise.pooled(np.ravel)
+    used += [statistics.p_value(x, pooled) <= level for x in study]
   announced = statistics.errs(seen, seen.std(0, ddof=1), 5, level, 10)
   assert np.mean(student) > 3 * level
   assert announced == pytest.approx(np.mean(used), abs=0.004)
