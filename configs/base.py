@@ -128,7 +128,7 @@ class Data:
       'each label the same in all; or a number for each label, with commas '
       'between. Empty: all rows the same.')
   length_buckets: int = _batches(
-      8, 'Batches of labelled data are padded to one of so many lengths, the '
+      4, 'Batches of labelled data are padded to one of so many lengths, the '
       'last of them data.length.', least=1, most=64)
   stride: int = _batches(
       0, 'Tokens that neighbouring windows share, of a sentence or a paragraph '

@@ -19,6 +19,7 @@ from configs.errors import RequestError
 from tests.helpers import evaluations
 from tests.helpers import models
 from training import evals
+from training.data import tokenizers
 from training.evals.tasks import reading
 
 TEXTS = ('abcd', 'quick brown', 'jumps', 'over the', 'dog and cat', 'away')
@@ -128,6 +129,9 @@ def test_a_mask_is_filled_with_the_likeliest_words(
   shown = capsys.readouterr().out
   assert [line.strip() for line in shown.splitlines()
           if line.startswith('  ')] == lines
+  letters = tokenizers.load('bytes')
+  assert [reading.readable(i, letters) for i in letters.encode(' \n')] == [
+      '␣', '↵']
   evaluation.options.prompt = '[MASK] ' + 'a ' * 13 + 'a'
   monkeypatch.setattr(evals, 'load', lambda *_, **__: evaluation)
   with pytest.raises(RequestError, match='has 17 tokens.*max_len 16'):

@@ -96,7 +96,7 @@ def test_a_batch_is_as_long_as_its_longest_row_needs(tmp_path):
     batch = loader.batch(n)
     longest = int((batch['tokens'] != PAD).sum(1).max())
     size = batch['tokens'].shape[1]
-    assert size == -(-longest // 8) * 8
+    assert size == -(-longest // 16) * 16
     seen.add(size)
     pieces = [part.batch(n) for part in parts]
     for key, value in whole.batch(n).items():  # padding is all that differs

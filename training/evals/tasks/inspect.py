@@ -35,7 +35,6 @@ MOST = 512  # tokens, whose attention maps a browser can show
 WRITTEN = 32  # tokens that an encoder-decoder writes, where none are given
 REPEATED, ROWS = 25, 4  # random tokens that come twice, in some rows
 FEATURES = 3  # of a layer, that are named
-SPACES = str.maketrans({' ': '␣', '\n': '↵', '\t': '⇥', '\r': '␍'})
 QUERIES = {'encoder': 'encoder', 'decoder': 'decoder', 'cross': 'decoder'}
 KEYS = QUERIES | {'cross': 'encoder'}
 TITLES = {'encoder': "the encoder's self-attention",
@@ -80,7 +79,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   inspected = inspection.of(
       evaluation.run.module, evaluation.params, read.arrays,
       min(evaluation.options.top_tokens, model.vocab_size))
-  spell = lambda i: readable(i, tokenizer)
+  spell = lambda i: reading.readable(i, tokenizer)
   texts = {name: [spell(i) for i in ids] for name, ids in read.tokens.items()}
   measures = by_head(inspected, _repeated(evaluation))
   about = [f'{model.arch} of {evaluation.workdir}, step {evaluation.step}, '
@@ -197,16 +196,6 @@ def by_head(inspected: Inspection, induction_NH: np.ndarray | None
     if name == 'decoder' and induction_NH is not None:
       measures[name]['induction'] = induction_NH
   return measures
-
-
-def readable(token: int, tokenizer: Any) -> str:
-  """Returns a token for a reader, its spaces and line breaks to be seen."""
-  text = reading.spelt(int(token), tokenizer)
-  if token < tokenizer.vocab_size and not text.startswith(' ') and (
-      tokenizer.piece(int(token)).startswith('▁')):
-    text = ' ' + text  # sentencepiece takes it off
-  text = text.translate(SPACES)
-  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _figures(inspected: Inspection, texts: Mapping[str, Sequence[str]],

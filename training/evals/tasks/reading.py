@@ -34,6 +34,8 @@ from training.workdir import storage
 # The module's argument that is 0 on padding, by what it stacks.
 PADDING = {'encoder': 'segment_ids_BL', 'decoder': 'valid_BL',
            'encoder-decoder': 'segment_ids_BM'}
+# How a reader sees what is blank.
+SPACES = str.maketrans({' ': '␣', '\n': '↵', '\t': '⇥', '\r': '␍'})
 POOLINGS = 'mean', 'last', 'first', 'pooler'
 NO_TEXT = 'reads rows of a probe, whose ids stand for no text'
 
@@ -202,7 +204,8 @@ def fill_mask(evaluation: Evaluation) -> dict[str, Any]:
     for number, fillings in enumerate(prompt['masks'], 1):
       print(f'mask {number} of {len(prompt["masks"])}:')
       for filling in fillings:
-        print(f'  {filling["probability"]:.4f}  {filling["text"]}')
+        print(f'  {filling["probability"]:.4f}  '
+              f'{readable(filling["id"], tokenizer)}')
     print()
   return {'prompts': prompts}
 
@@ -244,6 +247,16 @@ def spelt(token: int, tokenizer: Any) -> str:
     return f'<{token}>'
   spelling = tokenizer.decode_bytes([token]).decode('utf-8', 'backslashreplace')
   return spelling or tokenizer.piece(int(token))
+
+
+def readable(token: int, tokenizer: Any) -> str:
+  """Returns a token for a reader, its spaces and line breaks to be seen."""
+  text = spelt(int(token), tokenizer)
+  if token < tokenizer.vocab_size and not text.startswith(' ') and (
+      tokenizer.piece(int(token)).startswith('▁')):
+    text = ' ' + text  # sentencepiece takes it off
+  text = text.translate(SPACES)
+  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _check_embed(options: Any, config: Any) -> None:
