@@ -1,16 +1,17 @@
 """What a newcomer does, in the order of README and as the pages say it: a model
-and its curve, own text, a comparison, a part and a PyTorch model of their own.
+and its curve, own text, a comparison, a part and a PyTorch model of their own;
+and what the how-tos do with text, labels, masks, vectors and conversations.
 
 The commands and files are those of the pages, in a copy of the project. They
 are made small by what the pages document: fields as flags, numbers of a file.
 """
 
-import glob
 import os
 import pathlib
 import re
-import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -28,9 +29,14 @@ NUMBERS = {'steps = 300': 'steps = 6', 'warmup_steps=30': 'warmup_steps=2',
 @pytest.fixture(scope='module')
 def tree(tmp_path_factory):
   tree = adding.copy_with(tmp_path_factory.mktemp('front') / 'tree', {})
-  (tree / 'my').mkdir()
-  for i in range(25):
-    (tree / f'my/{i}.txt').write_text(f'Text {i}. ' + 'What is sown? ' * 99)
+  shutil.copytree(ROOT / 'docs', tree / 'docs')
+  python = tree / '.bin/python'  # which makes what is trained small
+  python.parent.mkdir()
+  python.write_text(f"""#!/bin/sh
+test "$1" = train.py && set -- "$@" {' '.join(SMALL)}
+exec {sys.executable} "$@"
+""")
+  python.chmod(0o755)
   return tree
 
 
@@ -43,16 +49,11 @@ def _block(page, holds):
 
 def _run(tree, text):
   """Runs the commands of a fence, made small; returns what they print."""
-  printed = []
-  for line in re.sub(r'\\\n\s*', ' ', text).splitlines():
-    program, *words = shlex.split(line, comments=True)
-    assert program in ('python', '$(run)'), line
-    words = [name for word in words for name in (
-        sorted(glob.glob(word, root_dir=tree)) if '*' in word
-        and not word.startswith('--') else [word])]
-    printed.append(adding.run(
-        tree, *words, *SMALL * (words[0] == 'train.py')).stdout)
-  return '\n'.join(printed)
+  result = subprocess.run(
+      ['bash', '-euc', text], cwd=tree, capture_output=True, text=True,
+      env=os.environ | {'PATH': f'{tree}/.bin:{os.environ["PATH"]}'})
+  assert result.returncode == 0, result.stdout + result.stderr
+  return result.stdout
 
 
 def _save(tree, page, name):
@@ -68,7 +69,8 @@ def _save(tree, page, name):
 def test_a_model_their_own_text_and_the_curves_of_both(tree):
   made = '\n'.join(re.findall(r'^\t(\$\(run\) (?:train|eval)\.py.*)',
                               (ROOT / 'Makefile').read_text(), re.M))
-  printed = _run(tree, made.replace('$(WORKDIR)', 'runs/tiny'))
+  printed = _run(tree, made.replace('$(WORKDIR)', 'runs/tiny').replace(
+      '$(run)', 'python'))
   assert 'step 6/6' in printed and 'sample 1 of 1' in printed
   printed = _run(tree, _block('README.md', '--workdir runs/a'))
   assert 'sample 1 of 1' in printed and 'Once upon' in printed
@@ -76,15 +78,26 @@ def test_a_model_their_own_text_and_the_curves_of_both(tree):
   assert (tree / 'curves.png').read_bytes().startswith(b'\x89PNG')
 
 
+# A page of docs/howto, what its block holds, and what that prints.
+BLOCKS = [('own_data', '--workdir runs/mine', 'held-out loss'),
+          ('own_data', 'labelled:docs/assets/sentences.tsv', '45 records'),
+          ('own_data', '0.7*text:docs', 'held-out loss'),
+          ('finetune', '--workdir runs/sentences', '180 records'),
+          ('finetune', '--workdir runs/from_bert', '180 records'),
+          ('evaluate', '--tasks=fill_mask', 'mask 1 of 1:'),
+          ('evaluate', '--tasks=embed', '900 texts'),
+          ('chat', '--workdir runs/chat', 'primary colours'),
+          ('chat', 'tools.convert export', 'models/chat: '),
+          ('talk', 'printf', '\n')]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize('page, rows', [('own_data', 45), ('finetune', 180)])
-def test_the_labelled_set(tree, page, rows):
+def test_blocks_of_how_tos(tree):
+  """In this order: some go on from runs of those before them, or of README."""
   pytest.importorskip('sklearn')
-  shutil.copytree(ROOT / 'docs/assets', tree / 'docs/assets',
-                  dirs_exist_ok=True)
-  assert f'{rows} records' in _run(tree, _block(
-      f'docs/howto/{page}.md', 'labelled:docs/assets/sentences.tsv'))
-  assert len((tree / 'answers.jsonl').read_text().splitlines()) == rows
+  for page, holds, prints in BLOCKS:
+    assert prints in _run(tree, _block(f'docs/howto/{page}.md', holds)), page
+  assert (tree / 'models/chat/README.md').exists()
 
 
 @pytest.fixture(scope='module')
