@@ -15,7 +15,7 @@ from architectures.parts import layers, positions
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import Context, LayerKind
-from architectures.parts.layers import ClampConfig, FFN, NORMS
+from architectures.parts.layers import ClampConfig, FFN
 from architectures.parts.sharding import Declared, Role
 from configs import base
 from configs.errors import RequestError
@@ -181,31 +181,6 @@ def test_yarn_keeps_what_turns_often_and_stretches_what_turns_seldom():
     assert factor == pytest.approx(of(s, m) / of(s, every))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('query, mixer', [
-    ('query', {}), ('query_up', dict(
-        mixer='latent', latent=dict(q_rank=12, nope_dim=8)))])
-def test_what_yarn_has_on_all_features_multiplies_the_scores(query, mixer):
-  """DeepSeek-V2's softmax_scale * mscale_all_dim^2, of 0.1 m ln s + 1: as if
-  the weights of the queries were so much larger. On turned features mscale^2 is
-  left; the first 8 of a head of latent attention are none. With m = 0 there is
-  none."""
-  of = lambda m: (0.1 * m * np.log(4) + 1) ** 2
-  yarn = lambda **m: dict(num_layers=1, **mixer, rope=dict(
-      scaling='yarn', factor=4.0, original_len=8, **m))
-  module, params = models.make('llama', **yarn(mscale=0.7, mscale_all_dim=0.4))
-  larger = jax.tree_util.tree_map_with_path(lambda path, x: np.asarray(x) * (
-      np.where(np.arange(x.shape[-1]) < 8 * bool(mixer), of(0.4), of(0.7))
-      if path[-1].key == query else 1), params)
-  none = architectures.build(models.config('llama', **yarn(mscale=0.0)))
-  run = jax.jit(models.logits, static_argnums=0)
-  models.close(run(module, params, models.tokens()),
-               run(none, larger, models.tokens()), 1e-4)
-
-
-# Attention's options.
-
-
 # Blocks: the equations of their docstrings.
 
 
@@ -264,9 +239,6 @@ def test_a_block_follows_its_equations(block, cross):
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-# Models.
-
-
 # The hidden units of each network are what its paper says, in numpy.
 
 
@@ -305,27 +277,6 @@ def test_hidden_units_of_bfloat16_are_rounded_once(kind):
       d.astype(jnp.float32)))):
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
-
-
-# RMSNorm with 1 + offset and without parameters, against NumPy's formula.
-
-
-EPS = 1e-3
-
-
-@pytest.mark.parametrize('name', ['rmsnorm_1p', 'rmsnorm_plain'])
-def test_a_norm_is_its_formula(name):
-  rng = np.random.default_rng(0)
-  x, offset = rng.normal(size=(3, 8)), rng.normal(size=8)
-  module = NORMS[name](models.config(norm_eps=EPS))
-  made = module.init(jax.random.key(0), jnp.ones((1, 8)))
-  factor = {'rmsnorm_1p': 1 + offset, 'rmsnorm_plain': 1.0}[name]
-  params = jax.tree.map(lambda _: jnp.asarray(offset), made)
-  np.testing.assert_allclose(
-      module.apply(params, jnp.asarray(x, jnp.float32)),
-      x / np.sqrt(np.square(x).mean(-1, keepdims=True) + EPS) * factor,
-      rtol=1e-5)
-  assert len(jax.tree.leaves(made)) == (name == 'rmsnorm_1p')
 
 
 # Rotary positions that turn otherwise in long rows: longrope and dynamic.

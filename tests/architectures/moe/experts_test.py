@@ -114,19 +114,6 @@ def test_each_way_is_the_sum_over_all_experts(fields):
 
 
 @pytest.mark.slow
-@pytest.mark.long
-def test_bfloat16_is_near_float32():
-  want_BLD, _, want = run(config(), train=False)
-  for way in ('sorted', 'dropless'):
-    y_BLD, _, grads = run(config(dispatch=way, dtype='bfloat16',
-                                 capacity_factor=E, eval_capacity_factor=E),
-                          train=False)
-    assert y_BLD.dtype == jnp.bfloat16
-    assert_close(y_BLD, want_BLD, 0.03)
-    assert_close(grads, want, 0.05)
-
-
-@pytest.mark.slow
 def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
   kind = 'swiglu_clamped'
   c = config(num_experts=1, top_k=1, ffn=kind, shared_experts=2,

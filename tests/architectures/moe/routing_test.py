@@ -60,23 +60,6 @@ def best(scores, k):
   return np.argsort(np.argsort(-scores, -1), -1) < k
 
 
-def test_topk_normalised_is_the_softmax_after_the_choice():
-  x = inputs()
-  logits = np.array(x.logits_TE)
-  chosen = np.where(best(logits, 2), logits, -np.inf)
-  np.testing.assert_allclose(gates(route('topk', x)[1]), softmax(chosen),
-                             atol=1e-6)
-
-
-@pytest.mark.parametrize('router, choices', [('topk', 2), ('switch', 1)])
-def test_gates_as_they_are_are_the_softmax_before_the_choice(router, choices):
-  x = inputs()
-  logits = np.array(x.logits_TE)
-  np.testing.assert_allclose(
-      gates(route(router, x, normalize_gates=False)[1]),
-      softmax(logits) * best(logits, choices), atol=1e-6)
-
-
 def test_gshard_keeps_the_second_expert_by_twice_its_gate():
   logits = jnp.log(jnp.array([0.8, 0.2, 1e-9, 1e-9]))
   logits_TE = jnp.broadcast_to(logits, (T, E))
@@ -101,17 +84,6 @@ def test_expert_choice_fills_every_expert_with_its_best_tokens_of_a_group(
   probs = softmax(np.array(x.logits_TE)).reshape(2, T // 2, E)
   mask = best(probs.swapaxes(1, 2), slots).swapaxes(1, 2)
   np.testing.assert_allclose(gates(r), (probs * mask).reshape(T, E), atol=1e-6)
-
-
-def test_sigmoid_chooses_by_the_biased_score_and_weighs_by_the_score():
-  x = inputs(bias_E=jnp.array([10.0, 0, 0, 0]))
-  scores = 1 / (1 + np.exp(-np.array(x.logits_TE)))
-  mask = best(scores + np.array(x.bias_E), 2)
-  assert mask[:, 0].all()
-  want = scores * mask
-  np.testing.assert_allclose(
-      gates(route('sigmoid', x)[1]), want / want.sum(1, keepdims=True),
-      atol=1e-6)
 
 
 def test_hash_goes_by_the_token_id_alone():
@@ -340,16 +312,6 @@ def by_hand(scores_TE, best):
     allowed = np.concatenate(groups[:KEPT])
     chosen[allowed[np.argsort(-row[allowed])[:X]]] = True
   return chosen_TE
-
-
-def test_groups_of_the_best_expert_limit_the_softmax_router():
-  x = many()
-  probs_TE = softmax(np.array(x.logits_TE))
-  want_TE = probs_TE * by_hand(probs_TE, best=1)
-  m = grouped('topk', normalize_gates=False)
-  got_TE = gates(routed(m, x))
-  np.testing.assert_allclose(got_TE, want_TE, atol=1e-6)
-  assert (want_TE != probs_TE * best(probs_TE, X)).any()
 
 
 @pytest.mark.parametrize('scale', [1.0, 2.5])

@@ -1,6 +1,6 @@
-"""Each recurrence against its definition in numpy, in float64. What they share
-is in recurrent_laws_test.py, and transformers' layers are compared with in
-tests/parity."""
+"""Recurrences against their definitions in numpy, in float64. What they share
+is in recurrent_laws_test.py; short convolutions, and what transformers has of
+Mamba-2, are compared with its recordings (tests/training/hf/parity_test.py)."""
 
 import dataclasses
 
@@ -29,8 +29,7 @@ def _read(p, name, x_LD):
   if f'{name}_conv' not in p:
     return x_HLK
   w = p[f'{name}_conv']
-  y_HLK = np.zeros(x_HLK.shape) + np.expand_dims(
-      p.get(f'{name}_conv_bias', np.zeros(w.shape[1:])), 1)
+  y_HLK = np.zeros(x_HLK.shape)
   for at, back in np.ndindex(len(x_LD), len(w)):
     if back <= at:
       y_HLK[:, at] += w[len(w) - 1 - back] * x_HLK[:, at - back]
@@ -181,20 +180,9 @@ def _rwkv7(p, x_LD, m, eps=1e-5):
   return np.einsum('lhu,hud->ld', o * g, p['out'])
 
 
-def _short_conv(p, u_LD, m):
-  zeros = dict(in_bias=np.zeros((3, 1)), conv_bias=0, out_bias=0)
-  p, W = zeros | p, m.kernel
-  b, c, x = np.einsum('ld,dui->uli', u_LD, p['in']) + p['in_bias'][:, None]
-  before = np.concatenate([np.zeros((W - 1, u_LD.shape[1])), b * x])
-  z = p['conv_bias'] + sum(
-      w * before[i:i + len(u_LD)] for i, w in enumerate(p['conv']))
-  return (c * z) @ p['out'] + p['out_bias']
-
-
 DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
                'retnet': _retnet, 'mamba2': _mamba2, 'rwkv7': _rwkv7,
-               'mamba': _mamba,
-               'short_conv': _short_conv}
+               'mamba': _mamba}
 
 
 @pytest.mark.parametrize('mixer, sizes', [
@@ -204,10 +192,8 @@ DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
     ('kda', {}), ('kda', dict(negative=True, conv=0, key_heads=4)),
     ('gdn2', {}), ('gdn2', dict(negative=True, conv=0, key_heads=4)),
     ('gla', {}), ('gla', dict(conv=3, temperature=2.0)), ('retnet', {}),
-    ('rwkv7', {}), ('short_conv', {}),
-    ('short_conv', dict(kernel=4, bias=True)),
-    ('mamba', {}), ('mamba', dict(conv=1, conv_bias=False, rank=5)),
-    ('mamba2', {}),
+    ('rwkv7', {}), ('mamba', {}),
+    ('mamba', dict(conv=1, conv_bias=False, rank=5)),
     ('mamba2', dict(least_step=0.01, most_step=0.03,  # some are beyond each
                     norm_over='all', conv=1, conv_bias=False))])
 def test_a_layer_equals_its_definition(mixer, sizes):
