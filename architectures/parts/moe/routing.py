@@ -17,26 +17,32 @@ sigmoid        scores sigmoid(logits); the X best of score + router_bias, which
                `step_bias` moves against the load (DeepSeek-V3, 2024, equations
                12 to 16).
 sigmoid_plain  the same without router_bias, and so without groups (Llama 4).
+softmax_bias   sigmoid with the scores softmax(logits) (LongCat-Flash: Meituan
+               2025, arXiv 2509.01322).
+sqrt_softplus  sigmoid with the scores sqrt(log(1 + exp(logits))) (DeepSeek-V4).
 sinkhorn       in training, the X best of the logits balanced over tokens and
                experts by Sinkhorn's iteration; in evaluation, of the logits
                (BASE: Lewis et al. 2021; S-BASE: Clark et al. 2022). So in
                training, a choice depends on later tokens of the group too.
 hash           a fixed hash of the token id (Roller et al. 2021). No router
                weight, hence no loss.
+hash_scored    experts as those of hash, which weigh as those of sqrt_softplus
+               (the first layers of DeepSeek-V4, whose table of the experts of a
+               token stands in the weights).
 uniform        tokens dealt in turn, in perfect balance: for benchmarks.
 
 With X = 1 a gate is never normalised: it would be 1 and teach nothing.
 gate_scale multiplies all gates afterwards (DeepSeek-V2, its code's
 routed_scaling_factor).
 
-topk and sigmoid can be limited to some groups of experts. Where each group lies
-on a node, a token then crosses to top_groups nodes at most. The experts stand
-in expert_groups equal groups, of which a token has the top_groups best to
-choose from. A group is as good as
+topk and the routers with a bias can be limited to some groups of experts. Where
+each group lies on a node, a token then crosses to top_groups nodes at most. The
+experts stand in expert_groups equal groups, of which a token has the top_groups
+best to choose from. A group is as good as
 
 topk       its best expert (DeepSeek-V2, 2024, section 2.2.2: with a group on
            each device; group_limited_greedy in its code).
-sigmoid    its two best experts together, by score + router_bias (DeepSeek-V3,
+the others its two best experts together, by score + router_bias (DeepSeek-V3,
            2024, section 2.1.2, as its code has it: noaux_tc. The paper's number
            is top_k / top_groups, which is 2 there).
 
@@ -47,6 +53,7 @@ costs, and how it fares.
 from collections.abc import Callable
 import dataclasses
 import fractions
+import functools
 import math
 from typing import NamedTuple, Optional
 
@@ -101,7 +108,7 @@ class MoEConfig:
       0.0, 'the same in evaluation', least=0,
       resume=Resume(SAFE, 'only evaluation'), about=RECIPE)
   normalize_gates: bool = field(
-      True, 'The gates of a token sum to 1: of topk, sigmoid and sinkhorn, '
+      True, 'The gates of a token sum to 1: of most routers, '
       'from top_k 2 on.', resume=FUNCTION)
   gate_inputs: bool = field(
       False, 'Whether the gate multiplies what an expert reads, and not what '
@@ -129,7 +136,7 @@ class MoEConfig:
       0, 'Tokens that share capacity; 0: all of a batch.', resume=FUNCTION,
       about=RECIPE)
   bias_rate: float = field(
-      0.001, 'of sigmoid: how far a step moves router_bias', least=0,
+      0.001, 'how far a step moves router_bias', least=0,
       resume=REGULARISATION, about=RECIPE)
 
   def derived(self, c: ModelConfig) -> 'MoEConfig':
@@ -141,8 +148,8 @@ class Inputs:
   """What a router may look at; T tokens in `groups` groups of a sequence."""
   logits_TE: Optional[jax.Array]
   valid_T: jax.Array  # bool: padding takes no expert
-  tokens_T: Optional[jax.Array] = None  # ids, for hash
-  bias_E: Optional[jax.Array] = None  # for sigmoid
+  tokens_T: Optional[jax.Array] = None  # ids, for routers that hash
+  bias_E: Optional[jax.Array] = None  # for routers with a bias
   key: Optional[jax.Array] = None  # None: deterministic
   groups: int = struct.field(pytree_node=False, default=1)
   train: bool = struct.field(pytree_node=False, default=False)
@@ -323,18 +330,29 @@ def gshard(m: MoEConfig, x: Inputs) -> Routing:
   return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
 
 
-def sigmoid(m: MoEConfig, x: Inputs) -> Routing:
-  scores_TE = jax.nn.sigmoid(x.logits_TE)
+def scored(score: Callable[[jax.Array], jax.Array], m: MoEConfig, x: Inputs
+           ) -> Routing:
+  scores_TE = score(x.logits_TE)
   ranked_TE = scores_TE
   if x.bias_E is not None:
     ranked_TE = _of_best_groups(
         m, scores_TE + jax.lax.stop_gradient(x.bias_E)[None], best=2)
-  expert_TX = _best(ranked_TE, m.top_k)
+  return _weighed(m, x, scores_TE, _best(ranked_TE, m.top_k))
+
+
+def _weighed(m: MoEConfig, x: Inputs, scores_TE: jax.Array,
+             expert_TX: jax.Array) -> Routing:
+  """Experts that weigh by their scores."""
   gate_TX = _chosen(scores_TE, expert_TX)
   if m.normalize_gates:
     gate_TX = normalize(gate_TX)
   probs_TE = scores_TE / scores_TE.sum(-1, keepdims=True)
   return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
+
+
+def sqrt_softplus(logits_TE: jax.Array) -> jax.Array:
+  # Not of 0, where the root has no slope.
+  return jnp.sqrt(jnp.maximum(jax.nn.softplus(logits_TE), 1e-30))
 
 
 def best_scores(m: MoEConfig, logits_TE: jax.Array, valid_T: jax.Array
@@ -393,25 +411,35 @@ def expert_choice(m: MoEConfig, x: Inputs) -> Routing:
                  token_GEC.reshape(-1).astype(jnp.int32), probs_TE)
 
 
-def _fixed(m: MoEConfig, first_T: jax.Array, stride: int, valid_T: jax.Array
-           ) -> Routing:
-  """Experts first, first + stride, ...; each with gate 1 / X."""
-  E, X = m.num_experts, m.top_k
-  expert_TX = (first_T[:, None] + stride * jnp.arange(X)[None]) % E
-  probs_TE = jax.nn.one_hot(expert_TX, E).mean(1)
-  return _routing(expert_TX, jnp.full(expert_TX.shape, 1 / X), probs_TE,
+def _following(m: MoEConfig, first_T: jax.Array) -> jax.Array:
+  """The experts first, first + 1, ..., [T, X]."""
+  return (first_T[:, None] + jnp.arange(m.top_k)[None]) % m.num_experts
+
+
+def _fixed(m: MoEConfig, expert_TX: jax.Array, valid_T: jax.Array) -> Routing:
+  """Each expert with gate 1 / X."""
+  probs_TE = jax.nn.one_hot(expert_TX, m.num_experts).mean(1)
+  return _routing(expert_TX, jnp.full(expert_TX.shape, 1 / m.top_k), probs_TE,
                   valid_T)
 
 
+def hashed(m: MoEConfig, tokens_T: jax.Array) -> jax.Array:
+  """The experts of these token ids, [T, X]."""
+  spread_T = mix(tokens_T.astype(jnp.uint32) + jnp.uint32(1))
+  return _following(m, (spread_T % m.num_experts).astype(jnp.int32))
+
+
 def hash_(m: MoEConfig, x: Inputs) -> Routing:
-  spread_T = mix(x.tokens_T.astype(jnp.uint32) + jnp.uint32(1))
-  first_T = (spread_T % m.num_experts).astype(jnp.int32)
-  return _fixed(m, first_T, 1, x.valid_T)
+  return _fixed(m, hashed(m, x.tokens_T), x.valid_T)
+
+
+def hash_scored(m: MoEConfig, x: Inputs) -> Routing:
+  return _weighed(m, x, sqrt_softplus(x.logits_TE), hashed(m, x.tokens_T))
 
 
 def uniform(m: MoEConfig, x: Inputs) -> Routing:
   first_T = jnp.arange(x.valid_T.shape[0]) * m.top_k % m.num_experts
-  return _fixed(m, first_T, 1, x.valid_T)
+  return _fixed(m, _following(m, first_T), x.valid_T)
 
 
 def step_bias(bias_NE: jax.Array, load_NE: jax.Array, rate: float | jax.Array
@@ -432,7 +460,8 @@ class Router(NamedTuple):
     logits: whether it has a weight, and so logits and losses of them.
     top_k: how many experts a token has, where no other number is possible.
     draws: whether it draws in training: Inputs.key.
-    hashes: whether it reads the tokens' ids: Inputs.tokens_T.
+    hashes: whether the tokens' ids alone choose, Inputs.tokens_T, so that no
+      loss asks for even load.
     bias: (bias_NE, load_NE, rate) -> bias_NE, how a step moves a bias on the
       choice, Inputs.bias_E, against the load; None: it has none.
     groups: whether tokens of one group compete even without a capacity.
@@ -496,11 +525,11 @@ def check_router(c: ModelConfig, stack: str) -> None:
           f'model.moe.num_experts {E}')
   require(groups == 1 or 'moe.expert_groups' not in router.fields or (
       E % groups == 0 and kept <= groups and m.top_k <= kept * E // groups
-      and (E > groups or m.router != 'sigmoid')),
+      and (E > groups or not router.bias)),
           f'model.moe.expert_groups is {groups}, model.moe.top_groups {kept} '
           f'and model.moe.top_k {m.top_k}: of {E} experts choose groups that '
           'divide them, as many of these at most, and as many experts as they '
-          'have at most; the router sigmoid needs two experts of a group')
+          'have at most; a router with a bias needs two experts of a group')
   require(not (router.experts_choose
                and BALANCE_LOSSES[m.balance_loss].by_sequence),
           f'model.moe.balance_loss is {m.balance_loss}, which is of what the '
@@ -528,10 +557,13 @@ def active_experts(m: MoEConfig) -> float:
   return m.top_k
 
 
-LEARNED = ('moe.jitter', 'moe.logit_noise', 'moe.logit_bias',
-           'moe.balance_loss', 'moe.z_loss_weight')
+SCORED = 'moe.jitter', 'moe.logit_noise', 'moe.logit_bias'
+LEARNED = (*SCORED, 'moe.balance_loss', 'moe.z_loss_weight')
 NORMALIZED = (*LEARNED, 'moe.normalize_gates')
 GROUPED = (*NORMALIZED, 'moe.expert_groups', 'moe.top_groups')
+SIGMOID = Router(functools.partial(scored, jax.nn.sigmoid),
+                 (*GROUPED, 'moe.bias_rate'), bias=step_bias,
+                 wanted=best_scores)
 
 ROUTERS = {
     'topk': Router(topk, GROUPED),
@@ -542,11 +574,16 @@ ROUTERS = {
     # normalize_gates is accepted, and changes nothing.
     'expert_choice': Router(expert_choice, NORMALIZED, groups=True,
                             experts_choose=True),
-    'sigmoid': Router(sigmoid, (*GROUPED, 'moe.bias_rate'), bias=step_bias,
-                      wanted=best_scores),
-    'sigmoid_plain': Router(sigmoid, NORMALIZED),
+    'sigmoid': SIGMOID,
+    'sigmoid_plain': Router(SIGMOID.assign, NORMALIZED),
+    'softmax_bias': SIGMOID._replace(
+        assign=functools.partial(scored, jax.nn.softmax)),
+    'sqrt_softplus': SIGMOID._replace(
+        assign=functools.partial(scored, sqrt_softplus)),
     'sinkhorn': Router(sinkhorn, NORMALIZED, groups=True),
     'hash': Router(hash_, logits=False, hashes=True, whole=True),
+    'hash_scored': Router(hash_scored, (*SCORED, 'moe.normalize_gates'),
+                          hashes=True),
     'uniform': Router(uniform, logits=False, whole=True),
 }
 
@@ -563,7 +600,7 @@ ROUTERS = {
 # sequence    the mean over sequences of the first, taken of each by itself
 #             (DeepSeek-V3, 2024, equations 17 to 20, the mean over sequences).
 #             f counts the experts that the scores alone would choose, without
-#             the bias and the groups of the sigmoid router (equation 18).
+#             the bias and the groups of the router (equation 18).
 # router z    mean_t logsumexp(logits_t)^2   (ST-MoE: Zoph et al. 2022).
 #
 # Means run over all tokens but padding of what goes through the model at once:
@@ -676,7 +713,7 @@ def report(m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
   z = (jnp.zeros(()) if logits_TE is None else
        mean(jnp.square(jax.nn.logsumexp(logits_TE, -1))))
   losses = {}
-  if router.logits:
+  if router.logits and not router.hashes:
     if m.balance_loss in raw:
       losses['balance'] = m.balance_weight * raw[m.balance_loss]
     if m.z_loss_weight:

@@ -86,6 +86,31 @@ def test_expert_choice_fills_every_expert_with_its_best_tokens_of_a_group(
   np.testing.assert_allclose(gates(r), (probs * mask).reshape(T, E), atol=1e-6)
 
 
+SCORES = {'softmax_bias': softmax,
+          'sqrt_softplus': lambda x: np.sqrt(np.log1p(np.exp(x)))}
+
+
+@pytest.mark.parametrize('router', SCORES)
+def test_the_biased_score_chooses_and_the_score_weighs(router):
+  x = inputs(bias_E=jnp.array([10.0, 0, 0, 0]))
+  scores = SCORES[router](np.array(x.logits_TE))
+  mask = best(scores + np.array(x.bias_E), 2)
+  assert mask[:, 0].all()
+  want = scores * mask
+  np.testing.assert_allclose(
+      gates(route(router, x)[1]), want / want.sum(1, keepdims=True),
+      atol=1e-6)
+
+
+def test_where_the_hash_chooses_the_scores_may_weigh():
+  x = inputs()
+  _, r = route('hash_scored', x)
+  mask = gates(route('hash', x)[1]) > 0
+  want = SCORES['sqrt_softplus'](np.array(x.logits_TE)) * mask
+  np.testing.assert_allclose(gates(r), want / want.sum(1, keepdims=True),
+                             atol=1e-6)
+
+
 def test_hash_goes_by_the_token_id_alone():
   first, second = inputs(0), inputs(1)
   table = {}
