@@ -121,7 +121,8 @@ def _countable(c: ModelConfig, reach: int) -> ModelConfig:
   layer is made again."""
   moe = c.moe
   if moe:
-    factor = routing.active_experts(moe) / moe.top_k
+    factor = (routing.active_experts(moe) / moe.top_k
+              if routing.of(moe).experts_choose else 1.0)
     moe = dataclasses.replace(
         moe, dispatch='sorted', grouped_kernel='auto', group_size=0,
         capacity_factor=factor, eval_capacity_factor=factor)
@@ -132,7 +133,7 @@ def _countable(c: ModelConfig, reach: int) -> ModelConfig:
 
 def _rows(c: ModelConfig) -> int:
   """Of the batch that is traced: tokens divide evenly over experts."""
-  return c.moe.num_experts if c.has_experts else 1
+  return c.moe.all_experts if c.has_experts else 1
 
 
 def _tokens(c: ModelConfig, length: int) -> jax.ShapeDtypeStruct:

@@ -332,7 +332,7 @@ def slots(m: MoEConfig, factor: float, tokens: int, groups: int,
   T = -(-tokens // shards)
   if not factor:
     return T
-  one = routing.capacity(factor, tokens // groups, m.top_k, m.num_experts)
+  one = routing.capacity(factor, tokens // groups, m.top_k, m.all_experts)
   return min(T, max(1, groups // shards) * one)
 
 
@@ -414,7 +414,7 @@ def _compute(m: MoEConfig, hidden: Hidden, factor: float, tokens: int,
         first_row=index * routed.expert_A.shape[0],
         first_unit=(jax.lax.axis_index(axes.mlp) * w.up_EDF.shape[2]
                     if axes.mlp else 0))
-  even = max(1, T * devices * m.top_k // E)
+  even = max(1, T * devices * m.top_k // m.all_experts)
   run = Local(_gather(w, axes), dropout,
               grouped.How(hidden, even, grouped.choose(m), again), E)
   if axes.experts:
@@ -438,8 +438,8 @@ def _within_capacity(m: MoEConfig, factor: float, tokens: int, groups: int,
   if not factor:
     return routed
   return routed.replace(expert_A=routing.within_capacity(
-      routed.expert_A, choices=X, groups=max(1, groups // shards),
-      slots=routing.capacity(factor, tokens // groups, X, E), experts=E,
+      routed.expert_A, choices=X, groups=max(1, groups // shards), experts=E,
+      slots=routing.capacity(factor, tokens // groups, X, m.all_experts),
       earlier=_earlier(axes, groups) if groups < shards else None))
 
 

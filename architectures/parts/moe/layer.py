@@ -3,7 +3,9 @@
 y = shared(x) + sum over the chosen experts of gate * FFN_e(x)
 
 With `shared_gate`, shared(x) is multiplied by sigmoid(w x) (Qwen1.5-MoE,
-Qwen3-Next).
+Qwen3-Next). With `zero_experts`, a token may choose so many experts more that
+multiply nothing, FFN_e(x) = x (LongCat-Flash: Meituan 2025, arXiv 2509.01322,
+section 2.1).
 
 The router runs in float32 (Switch, section 2.4), on TPU and GPU too, which
 multiply float32 arrays in fewer digits unless told. Shared experts
@@ -57,10 +59,15 @@ class MoE(nn.Module):
     if m.gate_inputs:  # a token has one gate
       x_TD = x_TD * routed.gate_A[:, None].astype(x_TD.dtype)
       routed = routed.replace(gate_A=(routed.gate_A > 0).astype(jnp.float32))
+    x_TD = x_TD.astype(c.compute_dtype)
     y_TD, kept_A = dispatch.experts(
-        m, x_TD.astype(c.compute_dtype), routed, self._weights(),
+        m, x_TD, routing.networks(m, routed), self._weights(),
         layers.Hidden(m.ffn, c.clamp), inputs.groups, self._dropout(ctx),
         train=inputs.train, again=layers.remat(c).again)
+    if m.zero_experts:
+      zero_A, gate_T = routing.zero(m, routed)
+      y_TD, kept_A = y_TD + gate_T[:, None].astype(
+          y_TD.dtype) * x_TD, kept_A | zero_A
     aux = routing.report(m, routed, inputs.logits_TE, valid_T, kept_A,
                         dispatch.expert_shards(), B)
     aux['loads'] = {} if inputs.bias_E is None else {
@@ -91,7 +98,7 @@ class MoE(nn.Module):
     m = self.config.moe
     if not routing.of(m).logits:
       return None
-    router_DE = layers.weight(self, 'router', (x_TD.shape[1], m.num_experts),
+    router_DE = layers.weight(self, 'router', (x_TD.shape[1], m.all_experts),
                               ('embed', None), output=True)
     x_TD = x_TD.astype(jnp.float32)
     key = self._noise_key(m.jitter, ctx)
@@ -104,7 +111,7 @@ class MoE(nn.Module):
     logits_TE = logits_TE / self.config.widening  # muP's output multiplier
     if m.logit_bias:  # gpt-oss; after the multiplier, which is not of it
       logits_TE = layers.add_bias(logits_TE, layers.bias(
-          self, 'logit_bias', (m.num_experts,), (None,)))
+          self, 'logit_bias', (m.all_experts,), (None,)))
     key = self._noise_key(m.logit_noise, ctx)
     if key is not None:
       logits_TE += m.logit_noise * jax.random.normal(key, logits_TE.shape)
@@ -123,7 +130,7 @@ class MoE(nn.Module):
     if not routing.of(self.config.moe).bias:
       return None
     return declare(self, BIAS, nn.initializers.zeros,
-                   (self.config.moe.num_experts,), Role((None,)), jnp.float32)
+                   (self.config.moe.all_experts,), Role((None,)), jnp.float32)
 
   def _dropout(self, ctx: Context):
     rate = self.config.moe.expert_dropout

@@ -92,6 +92,10 @@ class MoEConfig:
                     resume=SHAPES)
   shared_experts: int = field(
       0, 'A dense network beside the experts, this many times as wide as one.')
+  zero_experts: int = field(
+      0, 'Experts that return what they read: a token may choose them, too.',
+      resume=SHAPES,
+      read_by='moe.router!=expert_choice,hash,hash_scored,uniform')
   shared_gate: bool = field(
       False, "Whether a sigmoid of the layer's input multiplies the output of "
       'the shared experts.', read_by='moe.shared_experts')
@@ -138,6 +142,11 @@ class MoEConfig:
   bias_rate: float = field(
       0.001, 'how far a step moves router_bias', least=0,
       resume=REGULARISATION, about=RECIPE)
+
+  @property
+  def all_experts(self) -> int:
+    """How many a token may choose from."""
+    return self.num_experts + self.zero_experts
 
   def derived(self, c: ModelConfig) -> 'MoEConfig':
     return dataclasses.replace(self, d_ff=self.d_ff or c.d_ff)
@@ -325,7 +334,7 @@ def gshard(m: MoEConfig, x: Inputs) -> Routing:
   if x.key is not None:
     draw_T = jax.random.uniform(x.key, gate_TX.shape[:1])
     second_T = jnp.where(2 * gate_TX[:, 1] > draw_T, expert_TX[:, 1],
-                         m.num_experts)
+                         m.all_experts)
     expert_TX = jnp.stack([expert_TX[:, 0], second_T], 1)
   return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
 
@@ -360,7 +369,7 @@ def best_scores(m: MoEConfig, logits_TE: jax.Array, valid_T: jax.Array
   """Returns the experts that the scores alone would choose, as expert_A: by
   neither the bias nor the groups of experts."""
   expert_TX = jnp.where(valid_T[:, None], _best(logits_TE, m.top_k),
-                        m.num_experts)
+                        m.all_experts)
   return expert_TX.reshape(-1).astype(jnp.int32)
 
 
@@ -381,7 +390,7 @@ def sinkhorn(m: MoEConfig, x: Inputs) -> Routing:
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
   scores_TE = x.logits_TE
   if x.train:
-    shape = (x.groups, -1, m.num_experts)
+    shape = (x.groups, -1, m.all_experts)
     scores_TE = jax.vmap(balanced)(
         scores_TE.reshape(shape), x.valid_T.reshape(shape[:2])
     ).reshape(scores_TE.shape)
@@ -520,9 +529,11 @@ def check_router(c: ModelConfig, stack: str) -> None:
           f'model.moe.gate_inputs is True and model.moe.top_k {m.top_k}, and a '
           'token has one input for all of its experts: set top_k to 1, or '
           'gate_inputs to False')
-  E, groups, kept = m.num_experts, m.expert_groups, m.top_groups
+  E, groups, kept = m.all_experts, m.expert_groups, m.top_groups
   require(m.top_k <= E, f'model.moe.top_k is {m.top_k}: choose 1 to '
-          f'model.moe.num_experts {E}')
+          f'model.moe.num_experts {m.num_experts}' + (
+              f' + model.moe.zero_experts {m.zero_experts}'
+              if m.zero_experts else ''))
   require(groups == 1 or 'moe.expert_groups' not in router.fields or (
       E % groups == 0 and kept <= groups and m.top_k <= kept * E // groups
       and (E > groups or not router.bias)),
@@ -542,6 +553,24 @@ def check_router(c: ModelConfig, stack: str) -> None:
           'choose dispatch dropless')
 
 
+def networks(m: MoEConfig, routed: Routing) -> Routing:
+  """Returns what of a routing is to experts that compute; the rest is void."""
+  E = m.num_experts
+  return routed if not m.zero_experts else routed.replace(
+      expert_A=jnp.minimum(routed.expert_A, E),
+      gate_A=jnp.where(routed.expert_A < E, routed.gate_A, 0.0),
+      probs_TE=routed.probs_TE[:, :E])
+
+
+def zero(m: MoEConfig, routed: Routing) -> tuple[jax.Array, jax.Array]:
+  """Returns which assignments are to the others, and their gates of each token
+  together."""
+  zero_A = (routed.expert_A >= m.num_experts) & (
+      routed.expert_A < m.all_experts)
+  return zero_A, jnp.where(zero_A, routed.gate_A, 0.0).reshape(
+      -1, routed.choices).sum(1)
+
+
 def whole_gates(m: MoEConfig) -> bool:
   """Returns whether the gates of each token sum to 1."""
   router = of(m)
@@ -554,7 +583,7 @@ def active_experts(m: MoEConfig) -> float:
   """
   if of(m).experts_choose:  # as many as the experts take
     return min(m.top_k * (m.capacity_factor or 1.0), m.num_experts)
-  return m.top_k
+  return m.top_k * m.num_experts / m.all_experts
 
 
 SCORED = 'moe.jitter', 'moe.logit_noise', 'moe.logit_bias'
@@ -692,7 +721,7 @@ def report(m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
   probability) and `router_entropy` (1: undecided); `shard_imbalance`, the
   largest load of a shard over the mean; and each loss, raw.
   """
-  E = m.num_experts
+  E = m.all_experts
   weight_T = valid_T / jnp.maximum(valid_T.sum(), 1).astype(jnp.float32)
   mean = lambda x_T: (x_T * weight_T).sum()
   probs_TE = routed.probs_TE
@@ -728,7 +757,8 @@ def report(m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
       unused=(load_E == 0).mean(),
       confidence=mean(probs_TE.max(-1)),
       router_entropy=mean(entropy(probs_TE)),
-      shard_imbalance=shards * load_E.reshape(shards, -1).sum(1).max(),
+      shard_imbalance=shards * load_E[:m.num_experts].reshape(
+          shards, -1).sum(1).max(),
       z_loss=z,
       **{BALANCE_LOSSES[name].metric: x for name, x in raw.items()},
   )

@@ -114,6 +114,30 @@ def test_each_way_is_the_sum_over_all_experts(fields):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('dispatch_way', ['sorted', 'dropless'])
+def test_zero_experts_return_what_they_read(dispatch_way):
+  """By hand, of 3 networks and 2 others."""
+  c = config(num_experts=3, zero_experts=2, ffn='swiglu', bias=False,
+             dispatch=dispatch_way, capacity_factor=5.0,
+             eval_capacity_factor=5.0)
+  y_BLD, aux, _ = run(c)
+  p = parameters(dataclasses.replace(c, moe=dataclasses.replace(
+      c.moe, dispatch='auto')))['params']
+  x = np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
+  score = np.exp(x @ p['router'])
+  gate = score * (np.argsort(np.argsort(-score)) < 2)
+  assert gate[..., :3].any() and gate[..., 3:].any()
+  silu = lambda a: a / (1 + np.exp(-a))
+  networks = [(silu(x @ p['gate'][e]) * (x @ p['up'][e])) @ p['down'][e]
+              for e in range(3)]
+  want = sum(g[..., None] * y for g, y in zip(
+      np.moveaxis(gate / gate.sum(-1, keepdims=True), -1, 0),
+      [*networks, x, x]))
+  assert_close(y_BLD, want)
+  assert aux['health']['dropped'] == 0 and aux['health']['load_E'].size == 5
+
+
+@pytest.mark.slow
 def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
   kind = 'swiglu_clamped'
   c = config(num_experts=1, top_k=1, ffn=kind, shared_experts=2,

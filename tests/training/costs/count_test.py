@@ -35,6 +35,8 @@ def test_every_size_is_near_its_published_figure(monkeypatch):
 @pytest.mark.parametrize('fields, active', [
     # Two layers of 3 x 128 x 172 an expert: 8, of which 2 are at work.
     (dict(), 2), (dict(shared_experts=2), 4), (dict(router='hash'), 2),
+    # A quarter of the choices multiply nothing.
+    (dict(top_k=4, num_experts=6, zero_experts=2), 3),
     (dict(router='expert_choice', capacity_factor=1.5), 3)])
 def test_the_experts_at_work_for_a_token(fields, active):
   config = mixtral.get_config('tiny')

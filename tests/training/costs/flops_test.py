@@ -32,7 +32,7 @@ def weights_at_work(c) -> float:
   its choice."""
   module = architectures.build(c)
   roles = paths.flatten(runs.parameter_roles(module))
-  chosen = c.moe.top_k / c.moe.num_experts if c.ffn == 'moe' else 1
+  chosen = c.moe.top_k / c.moe.all_experts if c.ffn == 'moe' else 1
   return c.tie_embeddings * c.d_model * c.vocab_size + sum(
       x.size * (chosen if roles[path].axes[0] == 'experts' else 1)
       for path, x in paths.flatten(runs.parameter_shapes(module)).items()
@@ -51,7 +51,8 @@ def weights_at_work(c) -> float:
     dict(scan_layers=False, norm='rmsnorm', position='none', dtype='bfloat16',
          pattern='own,reads', kinds=dict(own={}, reads=dict(kv_sharing=True))),
     dict(ffn='moe', **models.DENSE_MOE, moe=dict(
-        num_experts=8, top_k=2, shared_experts=1, capacity_factor=1.25)),
+        num_experts=8, top_k=2, shared_experts=1, capacity_factor=1.25,
+        zero_experts=4)),
 ])
 def test_a_weight_is_two_flops_and_a_pair_four_of_each_feature(fields):
   c = architectures.resolve(model(**fields))
