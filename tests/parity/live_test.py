@@ -120,6 +120,11 @@ def test_ngrams_are_read_as_by_transformers():
   holds(parts.engram())
 
 
+@pytest.mark.parametrize('router', list(parts.MIXTURES))
+def test_mixtures_are_those_of_transformers(router):
+  holds(parts.experts(router))
+
+
 def test_per_layer_embeddings_are_those_of_transformers():
   holds(parts.per_layer())
 

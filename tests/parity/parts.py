@@ -11,6 +11,8 @@ import numpy as np
 import architectures
 from architectures.parts import blocks, lookup
 from architectures.parts.config import Context
+from architectures.parts.moe import routing
+from architectures.parts.moe.layer import MoE
 from configs import base
 from tests.parity import compare
 
@@ -167,6 +169,97 @@ def per_layer() -> list[compare.Finding]:
         layer.act_fn(layer.per_layer_input_gate(x)) * e))
   return [compare.Finding('output', compare.error(ours, y.numpy()),
                           compare.LIMITS['output'])]
+
+
+EXPERTS, HIDDEN, CHOICES, SCALE = 5, 8, 2, 1.5
+MIXTURES = {
+    'sqrt_softplus': dict(shared_experts=1),
+    'hash_scored': dict(shared_experts=1),
+    'softmax_bias': dict(zero_experts=3, normalize_gates=False),
+}
+
+
+def experts(router: str) -> list[compare.Finding]:
+  """Compares what a mixture returns, and the gradients, with weights drawn from
+  a fixed seed."""
+  draw = np.random.default_rng(0)
+  normal = lambda *shape: draw.standard_normal(shape).astype(np.float32)
+  x, d = normal(2, LENGTH, D), normal(2, LENGTH, D)
+  tokens = draw.integers(0, VOCAB, (2, LENGTH))
+  model = base.base().model
+  model.update(d_model=D, vocab_size=VOCAB, max_len=LENGTH, ffn='moe',
+               ffn_bias=False)
+  model.moe.update(MIXTURES[router], router=router, num_experts=EXPERTS,
+                   top_k=CHOICES, d_ff=HIDDEN, ffn='swiglu', gate_scale=SCALE)
+  c = architectures.resolve(model)
+  module = MoE(c)
+  ctx = Context(jnp.arange(LENGTH)[None], tokens_BL=jnp.asarray(tokens))
+  params = jax.tree.map(lambda leaf: 0.3 * normal(*leaf.shape), nn.meta.unbox(
+      jax.eval_shape(lambda: module.init(jax.random.key(0), x, ctx)['params'])))
+  y, vjp = jax.vjp(lambda params, x: module.apply(
+      {'params': params}, x, ctx)[0], params, x)
+  grads, dx = vjp(d)
+  theirs, names = (_longcat if c.moe.zero_experts else _v4)(router, c)
+  tensors = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
+  import torch
+  with torch.no_grad():
+    for name, value in names(params).items():
+      tensors[name].copy_(torch.tensor(value))
+  at = torch.tensor(x, requires_grad=True)
+  out = theirs(at, *[torch.tensor(tokens)] * (router == 'hash_scored'))
+  out.backward(torch.tensor(d))
+  found = [('output', y, out), ('x', dx, at.grad)] + [
+      (name, value, tensors[name].grad) for name, value in names(grads).items()
+      if tensors[name].requires_grad]
+  return [compare.Finding(
+      name, compare.error(mine, value.detach().numpy()),
+      compare.LIMITS['output' if name == 'output' else 'grads'])
+          for name, mine, value in found]
+
+
+def _v4(router: str, c) -> tuple:
+  """Returns transformers' module, and our parameters by its names."""
+  import torch
+  from transformers.models import deepseek_v4
+  config = deepseek_v4.DeepseekV4Config(
+      hidden_size=D, moe_intermediate_size=HIDDEN, n_routed_experts=EXPERTS,
+      num_experts_per_tok=CHOICES, routed_scaling_factor=SCALE,
+      swiglu_limit=1e9, vocab_size=VOCAB, num_hidden_layers=1,
+      mlp_layer_types=['hash_moe' if router == 'hash_scored' else 'moe'])
+  config._experts_implementation = 'eager'
+  module = deepseek_v4.modeling_deepseek_v4.DeepseekV4SparseMoeBlock(config, 0)
+  if router == 'hash_scored':
+    module.gate.tid2eid.copy_(torch.tensor(np.array(
+        routing.hashed(c.moe, jnp.arange(VOCAB)))))
+  return module, lambda p: _experts(p) | {
+      f'shared_experts.{name}_proj.weight': p['shared'][name].T
+      for name in ('gate', 'up', 'down')} | {'gate.weight': p['router'].T} | (
+          {'gate.e_score_correction_bias': p['router_bias']}
+          if 'router_bias' in p else {})
+
+
+def _longcat(router: str, c) -> tuple:
+  del router
+  from transformers.models import longcat_flash
+  config = longcat_flash.LongcatFlashConfig(
+      hidden_size=D, expert_ffn_hidden_size=HIDDEN, n_routed_experts=EXPERTS,
+      moe_topk=CHOICES, routed_scaling_factor=SCALE,
+      zero_expert_num=c.moe.zero_experts)
+  module = longcat_flash.modeling_longcat_flash.LongcatFlashMoE(config)
+  # Theirs has weights of experts that are none, too.
+  more = ((0, c.moe.zero_experts), (0, 0), (0, 0))
+  return module, lambda p: {
+      name: np.pad(x, more) if 'gate' in name else x
+      for name, x in _experts(p).items()} | {
+          'router.classifier.weight': p['router'].T,
+          'router.e_score_correction_bias': p['router_bias']}
+
+
+def _experts(p: dict) -> dict:
+  up, gate, down = (np.swapaxes(p[name], 1, 2)
+                    for name in ('up', 'gate', 'down'))
+  return {'experts.gate_up_proj': np.concatenate([gate, up], 1),
+          'experts.down_proj': down}
 
 
 def _transposed(fn):
