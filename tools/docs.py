@@ -41,9 +41,13 @@ class Blocks(griffe.Extension):
   def on_object(self, *, obj: griffe.Object, **_) -> None:
     if obj.docstring:
       obj.docstring.value = re.sub(
-          r'(?<=\n\n)((?:  .*(?:\n|$))+)', lambda match: '```text\n' + re.sub(
+          r'(?<=\n\n)((?:  .*(?:\n|$)|\n(?=  ))+)',
+          lambda match: '```text\n' + re.sub(
               '(?m)^  ', '', match[1]).rstrip() + '\n```\n',
           obj.docstring.value)
+
+  def on_package(self, *, pkg: griffe.Module, **_) -> None:
+    self.on_object(obj=pkg)  # which griffe leaves out
 
 
 def on_files(files, config):

@@ -2,6 +2,8 @@
 
   module, params = weights.from_hf(folder)
   weights.to_hf(module, params, folder)
+
+The first reads a folder, the second writes one.
 """
 
 from training.hf.weights import from_hf, to_hf
