@@ -105,6 +105,23 @@ def test_what_commands_read_is_in_a_clone_or_made_before(page):
                 rf'(--workdir|--out|>) {name}\s', text[:match.start()])), name
 
 
+def test_no_two_pages_begin_other_runs_in_one_folder():
+  """A page may go on with its own runs, and repeat what another begins."""
+  begun = {}
+  for page in PAGES:
+    for words in _commands(page):
+      line = ' '.join(words).replace('=', ' ')
+      if match := re.search(r'(train\.py|(?:sweep|study|compare) run) .*'
+                            r'--workdir (runs/\S+)', line):
+        settings = {match[1], *re.findall(
+            r'\S+\.py(?=\s|:)|--(?:config\.|match)\S+ \S+', line)}
+        begun.setdefault(match[2], {}).setdefault(_name(page), settings)
+  assert 'runs/a' in begun
+  wrong = {folder: pages for folder, pages in begun.items()
+           if len({frozenset(x) for x in pages.values()}) > 1}
+  assert not wrong, wrong
+
+
 @pytest.mark.parametrize('page', PAGES, ids=_name)
 def test_links_lead_somewhere(page):
   text = re.sub(r'^ *```.*?^ *```', '', page.read_text(), flags=re.M | re.S)
