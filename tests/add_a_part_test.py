@@ -25,7 +25,7 @@ SMALL = [f'--config.{x}' for x in (
 
 @pytest.mark.slow
 def test_a_norm_with_two_fields_is_written_into_one_file(tmp_path):
-  tree = adding.copy_with(tmp_path / 'tree', {})
+  tree = adding.copied(tmp_path / 'tree')
   text, = re.findall('```py\n(import dataclasses.*?)```', PAGE.read_text(),
                      re.S)
   (tree / FILE).write_text(f'{(tree / FILE).read_text()}\n{text}')

@@ -28,7 +28,7 @@ NUMBERS = {'steps = 300': 'steps = 6', 'warmup_steps=30': 'warmup_steps=2',
 
 @pytest.fixture(scope='module')
 def tree(tmp_path_factory):
-  tree = adding.copy_with(tmp_path_factory.mktemp('front') / 'tree', {})
+  tree = adding.copied(tmp_path_factory.mktemp('front') / 'tree')
   shutil.copytree(ROOT / 'docs', tree / 'docs')
   python = tree / '.bin/python'  # which makes what is trained small
   python.parent.mkdir()

@@ -122,16 +122,6 @@ def test_each_form_is_its_equations(loop, loops, changes):
   models.close(grads, other, rtol=1e-4)
 
 
-@pytest.mark.parametrize('loop', ['plain', 'add', 'gate'])
-def test_one_pass_is_the_stack_without_a_loop(loop):
-  module, params = models.make('llama', loop=loop, loops=dict(passes=1))
-  plain = architectures.build(dataclasses.replace(module.config, loop='none',
-                                                  loops=None))
-  tokens = models.tokens(2, 6)
-  models.close(*(jax.jit(lambda m=m: models.logits(m, params, tokens))()
-                 for m in (module, plain)))
-
-
 @pytest.mark.slow
 def test_what_is_written_token_by_token_is_likeliest_by_whole_rows():
   """Each pass has its own rows of the cache, also where layers are apart."""

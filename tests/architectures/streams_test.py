@@ -160,22 +160,14 @@ def test_what_streams_cost(kind):
   plain = c.copy_and_resolve_references()
   plain.model.residual = 'plain'
   costs, plain_costs = (totals.count(x, 16) for x in (c, plain))
-  norm = D
-  each = {'hyper': N + N + N * N + D * (N + 2) + 2 + norm,
-          'static': N + N + N * N,
-          'mhc': (N + N + N * N) + N * D * N * (N + 2) + 3,
-          'attention': 2 * D, 'blocks': 2 * D}[kind]
-  ends = 2 * D if kind in ('attention', 'blocks') else 0
+  each, ends = {'hyper': (N + N + N * N + D * (N + 2) + 2 + D, 0),
+                'blocks': (2 * D, 2 * D)}[kind]
   assert costs['by_part']['streams'] == each * 2 * N_layers + ends
   assert costs['parameters'] - plain_costs['parameters'] == (
       costs['by_part']['streams'])
-  # The number of slots that the branches, and the end, attend to.
-  seen = {'attention': sum(range(1, 10)),
-          'blocks': 1 + 2 + 2 + 2 + 3 + 3 + 3 + 4 + 4}
-  mixing = 2 * D * (N + N * N + N)
-  more = {'hyper': 8 * (mixing + 2 * N * D * (N + 2)), 'static': 8 * mixing,
-          'mhc': 8 * (mixing + 2 * N * D * N * (N + 2))}.get(
-              kind) or 4 * D * seen[kind]
+  # The slots that the branches of blocks, and the end, attend to are added.
+  more = {'hyper': 8 * (2 * D * (N + N * N + N) + 2 * N * D * (N + 2)),
+          'blocks': 4 * D * (1 + 2 + 2 + 2 + 3 + 3 + 3 + 4 + 4)}[kind]
   models_ = [totals.resolved(x) for x in (c, plain)]
   a, b = (sum(flops.forward_flops(m, 16).values()) / 16 for m in models_)
   assert a - b == pytest.approx(more)

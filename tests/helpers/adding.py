@@ -43,22 +43,14 @@ def files(folder: pathlib.Path, sources: Mapping[str, str]) -> Iterator[None]:
     architectures.systems.cache_clear()
 
 
-def copy_with(tree: pathlib.Path, sources: Mapping[str, str]) -> pathlib.Path:
-  """Returns `tree`, now a copy of the project with some new files and no other
-  change, in which programs can be run.
-
-  Args:
-    tree: a folder that is not there yet.
-    sources: {path of a new file: its text}.
-  """
+def copied(tree: pathlib.Path) -> pathlib.Path:
+  """Returns `tree`, a folder that was not there yet: now a copy of the project,
+  in which programs can be run."""
   for room in ROOMS:
     shutil.copytree(ROOT / room, tree / room,
                     ignore=shutil.ignore_patterns('__pycache__'))
   for program in ROOT.glob('*.py'):
     shutil.copy(program, tree)
-  for path, text in sources.items():
-    assert not (tree / path).exists(), path
-    (tree / path).write_text(text)
   return tree
 
 

@@ -48,13 +48,12 @@ def row(objective: Any, item: Any, rng: np.random.Generator | None, config: Any,
   return {key: rows[0] for key, rows in batch.items()}
 
 
-def conll(path: pathlib.Path, sentences: int = 12, most: int = 9,
-          seed: int = 0) -> str:
+def conll(path: pathlib.Path) -> str:
   """Writes random sentences; returns the path."""
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   lines = []
-  for _ in range(sentences):
-    for i in rng.integers(0, len(TAGGED), rng.integers(1, most)):
+  for _ in range(12):
+    for i in rng.integers(0, len(TAGGED), rng.integers(1, 9)):
       lines += [f'{word}\t{label}' for word, label in zip(
           *(side.split() for side in TAGGED[i]))]
     lines.append('')
@@ -62,19 +61,14 @@ def conll(path: pathlib.Path, sentences: int = 12, most: int = 9,
   return str(path)
 
 
-def squad(path: pathlib.Path, impossible: bool = True) -> str:
+def squad(path: pathlib.Path) -> str:
   """Writes two paragraphs; returns the path."""
   paragraphs = []
   for number, (context, asked) in enumerate(zip(CONTEXTS, ASKED)):
-    qas: list[dict[str, Any]] = []
-    for question, answer in asked:
-      if answer or impossible:
-        qas.append(dict(
-            id=f'{number}-{len(qas)}', question=question,
-            is_impossible=not answer, answers=[dict(
-                text=answer, answer_start=context.index(answer))] * bool(
-                    answer)))
-    paragraphs.append(dict(context=context, qas=qas))
+    paragraphs.append(dict(context=context, qas=[dict(
+        id=f'{number}-{i}', question=question, is_impossible=not answer,
+        answers=[dict(text=answer, answer_start=context.index(answer))] * bool(
+            answer)) for i, (question, answer) in enumerate(asked)]))
   path.write_text(json.dumps(dict(data=[dict(paragraphs=paragraphs)])))
   return str(path)
 

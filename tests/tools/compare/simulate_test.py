@@ -96,8 +96,8 @@ def _means(studies: int, one: Callable[[int, Callable], None]
   return {name: float(np.mean(values)) for name, values in lists.items()}
 
 
-def _holds(row, truth: float) -> bool:
-  return row.low <= truth <= row.high
+def _holds_zero(row) -> bool:
+  return row.low <= 0 <= row.high
 
 
 def _confirmation(studies: int, variants: int = 10, **world
@@ -111,7 +111,7 @@ def _confirmation(studies: int, variants: int = 10, **world
       for name, effect in (('effect', row), ('trend', row.trend),
                         *(('sizes', size) for size in row.sizes)):
         if effect is not None and effect.low is not None:
-          add(name, _holds(effect, 0.0))
+          add(name, _holds_zero(effect))
 
   return _means(studies, one)
 
@@ -153,7 +153,7 @@ def test_one_sided_noise_makes_no_more_claims_than_promised(
         plan, world.outcomes('screen'))))
     for row in verdicts:
       for name, part in (('missed', row), ('missed at a size', row.sizes[0])):
-        add(name, not _holds(part, 0.0))
+        add(name, not _holds_zero(part))
     world = World(plan, number, tail=tail, effects={'v1': -effect})
     add('found', decide.confirm(plan, world.outcomes())[0].verdict
         == decide.BETTER)
@@ -177,7 +177,7 @@ def test_a_sweeps_words_are_as_rarely_wrong_as_its_corrected_p():
         for name, losses_of in zip((plan.base, *plan.variants), losses.tolist())
         for seed, loss in enumerate(losses_of)])
     wrong += any(row.verdict in CLAIMS for row in rows)
-    alone += any(row.low is not None and not _holds(row, 0.0) for row in rows)
+    alone += any(row.low is not None and not _holds_zero(row) for row in rows)
   assert wrong <= 22  # of 15: two standard errors
   assert alone > 90
 
