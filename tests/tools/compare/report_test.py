@@ -353,7 +353,8 @@ def test_multipliers_predictions_and_what_a_screening_lost_are_told(tmp_path):
   assert sentence.startswith('1 of 3 variants were stopped')
   page = report.html(c, [])
   for words in ('before any run of this size', 'id="multipliers"', 'At huge',
-                'id="ranks"', sentence[:40]):
+                'id="ranks"', sentence[:40],
+                'The outcome at huge was predicted'):
     assert words in page
   assert report.NOT_COOLED not in page
   results['predicted']['blind'] = False

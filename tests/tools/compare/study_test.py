@@ -270,6 +270,9 @@ def test_each_phase_asks_for_its_runs(made):
     assert {run.changes['eval.part'] for run in runs} == {
         'second' if phase == 'confirm' else 'first'}
     assert len({(run.point, run.seed) for run in runs}) == len(runs)
+  # Other blocks of seeds would be other runs of studies that are over.
+  assert [phase.block for phase in phases.PHASES.values()] == [
+      0, 1, 2, 4, 3, 5]
   # A short rung has a whole schedule of its own.
   for run in trainer.asked['tune-1']:
     assert run.changes['train.steps'] == run.changes['eval.every_steps'] == 50
@@ -752,48 +755,6 @@ def test_a_plan_has_hours_before_anything_has_run(
   assert study.check(args) == 0
   out, err = capsys.readouterr()
   assert 'unknown' in out and 'the hours are not known: a run of text.s' in err
-
-
-@pytest.mark.long
-def test_a_phase_more_is_one_entry(
-    whole, frozen, tmp_path, monkeypatch, capsys):
-  """It is planned, costed, run, told and reported where a study asks for it,
-  be it over already; and what others have planned and found stays as it is."""
-  blocks = [phase.block for phase in phases.PHASES.values()]
-  assert blocks == [0, 1, 2, 4, 3, 5]
-  with pytest.raises(AssertionError):  # it would have the folder of a rung
-    phases.Phase(name='confirm-2', block=6, seeds=0)
-  monkeypatch.setitem(phases.PHASES, 'confirmed', phases.Phase(
-      name='confirmed', block=6, seeds=0, constants={'GAP': 0.1},
-      enter=lambda plan, records: [row.variant for row in records['confirm']
-                                   if row.verdict == decide.WORSE],
-      narrow=lambda plan: dataclasses.replace(plan, sizes=plan.sizes[1:]),
-      note=lambda plan: f'beyond {plan.settings["GAP"]}',
-      methods='What was confirmed had {plan.seeds[confirmed]} seeds more.'))
-  workdir = tmp_path / 'w'
-  shutil.copytree(whole[2], workdir)
-  assert start(workdir, frozen).did == [] and read(workdir) == whole[1]
-  with pytest.raises(RequestError, match='GAP, which is not read'):
-    freeze.freeze(studies.write(tmp_path, 'GAP = 0.2'))
-
-  plan = freeze.freeze(studies.write(
-      tmp_path, "SEEDS['confirmed'] = 3\nGAP = 0.2")).plan
-  done = start(workdir, _with(frozen, seeds=plan.seeds, settings=plan.settings),
-              until='confirmed', amend='to be sure')
-  assert {(folder, seed) for folder, _, seed in done.did} == {
-      ('confirmed', frozen.plan.offset + 60_000 + i) for i in range(3)}
-  (again,), c = read(workdir)['confirmed'], report.load(workdir)
-  assert again['verdict'] == decide.WORSE and len(again['sizes']) == 2
-  assert {row['phase'] for row in c.verdicts()} == {'confirm'}
-  assert c.estimates[-6]['size'] == decide.ALL and (
-      c.estimates[-5]['effect'] == again['effect'])
-  page = report.html(c, [])
-  assert 'At m, l' in page and 'had 3 seeds more.' in page
-  status.main(types.SimpleNamespace(where=str(workdir), workdir='', json=False))
-  out = capsys.readouterr().out
-  for words in ('beyond 0.2', 'confirmed: 12 runs, 0 diverged\n  none, loss: +',
-               'confirmed 12 done, 12 planned', 'confirm  18 done, 18 planned'):
-    assert words in out
 
 
 def test_a_run_of_another_config_is_refused(frozen, tmp_path):
