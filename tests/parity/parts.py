@@ -208,13 +208,13 @@ def experts(router: str) -> list[compare.Finding]:
   at = torch.tensor(x, requires_grad=True)
   out = theirs(at, *[torch.tensor(tokens)] * (router == 'hash_scored'))
   out.backward(torch.tensor(d))
-  found = [('output', y, out), ('x', dx, at.grad)] + [
+  compared = [('output', y, out), ('x', dx, at.grad)] + [
       (name, value, tensors[name].grad) for name, value in names(grads).items()
       if tensors[name].requires_grad]
   return [compare.Finding(
       name, compare.error(mine, value.detach().numpy()),
       compare.LIMITS['output' if name == 'output' else 'grads'])
-          for name, mine, value in found]
+          for name, mine, value in compared]
 
 
 def _v4(router: str, c) -> tuple:
