@@ -7,6 +7,9 @@ rate of 3e-4, AdamW (0.9, 0.95) that decays by 0.1, without embeddings, after
 2,000 steps of warm-up, and a weight of 1e-5 for log(Z)^2 of the logits; 6T
 tokens in all. `7b-64k` is as it is released, for 65,536 tokens and without
 positions. The count is that of transformers' class.
+
+`tiny` trains on the default text to a held-out loss of 1.304 nats a byte (1.88
+bits).
 """
 
 from configs import recipes
