@@ -6,13 +6,14 @@ experts Nemotron 3 Nano, arXiv 2512.20848).
   x' = x + W_o Attention(q, k, v)               written *
   x' = x + W_down relu(W_up n(x))^2             written -
   x' = x + shared(n(x)) + gate_scale * sum over the 6 best of 128 experts of
-           g_e E_e(n(x))                        written E, as in DeepSeek-V3
+           g_e E_e(n(x))                        written E, as in DeepSeek-V3;
+           Super: W_up sum over the 22 best of 512 of g_e E_e(W_down n(x))
   logits = n(x_N) W                             n is RMSNorm
 
 What transformers calls a layer is one of these. A layer here is M or *, and
 with it the network that follows, which is the same function: M-M*- has three
 layers, of kinds mamba_mlp, mamba and attention_mlp. A network that follows no
-M or * is refused, and so are experts in a latent space (moe_latent_size).
+M or * is refused.
 """
 
 from collections.abc import Sequence
@@ -96,6 +97,7 @@ def _write(c: ModelConfig) -> dict:
                  else layer_types.WHOLE)
     types += {'none': [], 'moe': ['moe']}.get(layer.ffn, ['mlp'])
   return dict(layers_block_type=types, num_nextn_predict_layers=0) | (dict(
+      moe_latent_size=c.moe.latent_dim or None,
       moe_shared_expert_intermediate_size=c.moe.shared_experts * c.moe.d_ff)
                                                     if c.has_experts else {})
 
@@ -116,6 +118,8 @@ NAMES = (
                                   'D'),
         ('ffn_norm/scale', 'D', 'norm.weight', 'D'), *hf.under(
             'ffn', 'mixer', *llama.FFN, *llama.experts(), *deepseek_v2.SHARED,
+            *hf.dense('latent_down', 'DU', 'fc1_latent_proj', 'U D'),
+            *hf.dense('latent_up', 'UD', 'fc2_latent_proj', 'D U'),
             ('router_bias', 'E', 'gate.e_score_correction_bias', 'E'))),
     ('decoder/final_norm/scale', 'D', 'backbone.norm_f.weight', 'D'),
     ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
@@ -130,6 +134,7 @@ HF = hf.HuggingFace(
         routed_scaling_factor=1.0, norm_topk_prob=True) | {
             'moe.num_experts': ('n_routed_experts', 8),
             'moe.expert_groups': ('n_group', 1),
+            'moe.latent_dim': ('moe_latent_size', 0),
             'mamba2.heads': ('mamba_num_heads', 128),
             'mamba2.head_dim': ('mamba_head_dim', 64),
             'mamba2.groups': ('n_groups', 8),
@@ -139,8 +144,7 @@ HF = hf.HuggingFace(
             # A bound of every step, and not only of the first weights.
             'mamba2.least_step': ('time_step_min', 0.001)},
     only=dict(tie_word_embeddings=False, use_bias=False, sliding_window=None,
-              mlp_hidden_act='relu2', mamba_hidden_act='silu',
-              moe_latent_size=None),
+              mlp_hidden_act='relu2', mamba_hidden_act='silu'),
     unread=('auto_map', 'chunk_size', 'expand', 'mamba_proj_bias',
             'mamba_ssm_cache_dtype', 'moe_shared_expert_overlap',
             'mtp_hybrid_override_pattern', 'mtp_layers_block_type',

@@ -101,6 +101,8 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
   common = [('fsdp', 'd_model')]
   if model.has_experts:
     common.append(('tensor', 'moe.d_ff'))
+    if model.moe.latent_dim:
+      common.append(('fsdp', 'moe.latent_dim'))
   require(shape['context'] == 1 or not blocks.with_state(model),
           f'mesh.context is {shape["context"]}, and some layers keep each '
           'row on one device (a state of model.mixer, '

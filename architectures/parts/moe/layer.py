@@ -5,7 +5,8 @@ y = shared(x) + sum over the chosen experts of gate * FFN_e(x)
 With `shared_gate`, shared(x) is multiplied by sigmoid(w x) (Qwen1.5-MoE,
 Qwen3-Next). With `zero_experts`, a token may choose so many experts more that
 multiply nothing, FFN_e(x) = x (LongCat-Flash: Meituan 2025, arXiv 2509.01322,
-section 2.1).
+section 2.1). With `latent_dim`, experts read W_down x, and W_up multiplies
+their sum; the router and the shared experts read x (Nemotron 3 Super).
 
 The router runs in float32 (Switch, section 2.4), on TPU and GPU too, which
 multiply float32 arrays in fewer digits unless told. Shared experts
@@ -56,6 +57,8 @@ class MoE(nn.Module):
         self._bias(), self._noise_key(routing.of(m).draws, ctx),
         routing_groups(m.group_size, B * L), not ctx.deterministic)
     routed = routing.route(m, inputs)
+    if m.latent_dim:
+      x_TD = self._product('latent_down', x_BLD, ctx).reshape(-1, m.latent_dim)
     if m.gate_inputs:  # a token has one gate
       x_TD = x_TD * routed.gate_A[:, None].astype(x_TD.dtype)
       routed = routed.replace(gate_A=(routed.gate_A > 0).astype(jnp.float32))
@@ -75,13 +78,24 @@ class MoE(nn.Module):
     if ctx.keep_layers:
       aux['experts'] = {name: x_TE.reshape(B, L, -1) for name, x_TE in
                         choices(routed, kept_A).items()}
-    y_BLD = sharding.constrain(y_TD.reshape(B, L, D), 'batch', 'length',
-                               'embed')
+    y_BLD = y_TD.reshape(B, L, -1)
+    if m.latent_dim:
+      y_BLD = self._product('latent_up', y_BLD, ctx)
+    y_BLD = sharding.constrain(y_BLD, 'batch', 'length', 'embed')
     if m.shared_experts:
       shared_BLD, _ = layers.FFN(
           c, m.ffn, width=m.shared_experts * m.d_ff, name='shared')(x_BLD, ctx)
       y_BLD = y_BLD + self._gated(shared_BLD, x_BLD)
     return y_BLD, aux
+
+  def _product(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
+    """Returns a product into the space of the experts, or out of it."""
+    c, up = self.config, name == 'latent_up'
+    sizes, axes = (c.d_model, c.moe.latent_dim), ('embed', None)
+    return layers.dense(
+        self, name, 'BLD,DU->BLU', x_BLD, sizes[::-1] if up else sizes,
+        axes[::-1] if up else axes, with_bias=c.ffn_bias, residual=up,
+        deterministic=ctx.deterministic)
 
   def _gated(self, shared_BLD: jax.Array, x_BLD: jax.Array) -> jax.Array:
     """Returns what the shared experts add. A token has one gate at every width,
@@ -140,7 +154,7 @@ class MoE(nn.Module):
 
   def _weights(self) -> Weights:
     c, m = self.config, self.config.moe
-    size = {'embed': c.d_model, 'mlp': m.d_ff}
+    size = {'embed': m.latent_dim or c.d_model, 'mlp': m.d_ff}
     weight = lambda name, *axes: layers.weight(
         self, name, (m.num_experts, *map(size.get, axes)), ('experts', *axes),
         in_axes=(1,), batch_axes=(0,), residual=name == 'down'

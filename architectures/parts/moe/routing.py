@@ -90,6 +90,9 @@ class MoEConfig:
       'gelu', 'the network of an expert, and of the dense layers between')
   d_ff: int = field(0, 'hidden units of one expert; derived: model.d_ff',
                     resume=SHAPES)
+  latent_dim: int = field(
+      0, 'Features that experts read and return, between two products; 0: '
+      'd_model.', resume=SHAPES)
   shared_experts: int = field(
       0, 'A dense network beside the experts, this many times as wide as one.')
   zero_experts: int = field(
@@ -541,6 +544,9 @@ def check_router(c: ModelConfig, stack: str) -> None:
           f'and model.moe.top_k {m.top_k}: of {E} experts choose groups that '
           'divide them, as many of these at most, and as many experts as they '
           'have at most; a router with a bias needs two experts of a group')
+  require(not m.latent_dim or c.parametrization != 'mup',
+          f'model.moe.latent_dim is {m.latent_dim}, for which '
+          "model.parametrization 'mup' has no rule: choose standard")
   require(not (router.experts_choose
                and BALANCE_LOSSES[m.balance_loss].by_sequence),
           f'model.moe.balance_loss is {m.balance_loss}, which is of what the '

@@ -115,10 +115,10 @@ def test_each_way_is_the_sum_over_all_experts(fields):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('dispatch_way', ['sorted', 'dropless'])
-def test_zero_experts_return_what_they_read(dispatch_way):
+def test_zero_experts_return_what_they_read_of_the_latent_space(dispatch_way):
   """By hand, of 3 networks and 2 others."""
-  c = config(num_experts=3, zero_experts=2, ffn='swiglu', bias=False,
-             dispatch=dispatch_way, capacity_factor=5.0,
+  c = config(num_experts=3, zero_experts=2, latent_dim=6, ffn='swiglu',
+             bias=False, dispatch=dispatch_way, capacity_factor=5.0,
              eval_capacity_factor=5.0)
   y_BLD, aux, _ = run(c)
   p = parameters(dataclasses.replace(c, moe=dataclasses.replace(
@@ -127,13 +127,13 @@ def test_zero_experts_return_what_they_read(dispatch_way):
   score = np.exp(x @ p['router'])
   gate = score * (np.argsort(np.argsort(-score)) < 2)
   assert gate[..., :3].any() and gate[..., 3:].any()
-  silu = lambda a: a / (1 + np.exp(-a))
+  silu, x = lambda a: a / (1 + np.exp(-a)), x @ p['latent_down']
   networks = [(silu(x @ p['gate'][e]) * (x @ p['up'][e])) @ p['down'][e]
               for e in range(3)]
   want = sum(g[..., None] * y for g, y in zip(
       np.moveaxis(gate / gate.sum(-1, keepdims=True), -1, 0),
       [*networks, x, x]))
-  assert_close(y_BLD, want)
+  assert_close(y_BLD, want @ p['latent_up'])
   assert aux['health']['dropped'] == 0 and aux['health']['load_E'].size == 5
 
 
