@@ -28,7 +28,7 @@ import numpy as np
 from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.attention import disentangled
-from architectures.parts.config import ModelConfig
+from architectures.parts.config import Context, ModelConfig
 from architectures.parts.sharding import Role, declare
 from configs.errors import require, short
 from configs.fields import field, FUNCTION, SHAPES
@@ -364,8 +364,8 @@ class Position(NamedTuple):
     stack_table: a module of (config) that makes, once for all layers of a
       stack, what `content_bias` reads: ctx.table_UD. Its parameters stand in
       the stack, under the encoding's name.
-    content_bias: (the layer's attention, queries, keys, k_positions_BM, ctx) ->
-      [B, H, L, M], added to the scores.
+    content_bias: (the layer's attention, its input, queries, keys,
+      k_positions_BM, ctx) -> [B, H, L, M], added to the scores.
     settings: the group of fields of config.model that it reads.
     check: (config, stack) -> None; raises RequestError for fields that do not
       fit together. `stack` is what architectures.stack returns.
@@ -587,6 +587,53 @@ def _check_relative(c: ModelConfig, stack: str) -> None:
           'larger distance')
 
 
+@dataclasses.dataclass(frozen=True)
+class ProfilesConfig:
+  """Of position relative_by_token."""
+  GROUP = 'profiles'
+  rank: int = field(16, 'profiles of the bias by distance, of which each token '
+                    'mixes its own', above=0, resume=SHAPES)
+  extent: int = field(1024, 'distances that have a bias: 0 to extent - 1',
+                      above=0, resume=SHAPES)
+
+
+def _by_token(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
+              k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
+              ) -> jax.Array:
+  """A bias that a token makes of its own (Inkling: Thinking Machines 2026, as
+  transformers has it), [B, H, L, M]:
+
+    bias_ij = (W_r x_i) P[:, i - j]     and 0 past the extent and for later keys
+
+  Each head mixes the rows of P, which are profiles by distance. A wider model
+  may have as many, so in muP W_r x are logits, as a router's.
+  """
+  del q_BLHK, k_BMJK
+  c: ModelConfig = module.config  # type: ignore[attr-defined]
+  rank, extent = c.profiles.rank, c.profiles.extent
+  mix_BLHU = layers.dense(
+      module, 'profile', 'BLD,DHU->BLHU', x_BLD,
+      (c.d_model, c.num_heads, rank), ('embed', 'heads', None), output=True,
+      with_bias=False, deterministic=ctx.deterministic) / c.widening
+  profiles_UM = declare(module, 'profiles',
+                        nn.initializers.normal(c.init_stddev), (rank, extent),
+                        Role((None, None)))
+  by_distance_BHLM = layers.einsum('BLHU,UM->BHLM', mix_BLHU, profiles_UM,
+                                   c.compute_dtype, jnp.float32)
+  distance_BLM = ctx.positions_BL[:, :, None] - k_positions_BM[:, None]
+  bias_BHLM = jnp.take_along_axis(by_distance_BHLM, jnp.clip(
+      distance_BLM, 0, extent - 1)[:, None], -1)
+  inside_BLM = (distance_BLM >= 0) & (distance_BLM < extent)
+  return jnp.where(inside_BLM[:, None], bias_BHLM, 0)
+
+
+def _check_profiles(c: ModelConfig, stack: str) -> None:
+  require(stack == 'decoder' and c.mixer == 'attention',
+          "model.position is 'relative_by_token', a bias of earlier keys by "
+          'model.mixer attention in a decoder: choose these, or position '
+          'relative_by_layer')
+
+
 POSITIONS = {
     'disentangled': Position(
         stack_table=disentangled.Distances, content_bias=disentangled.bias,
@@ -610,5 +657,8 @@ POSITIONS = {
     'relative_by_layer': Position(
         layer_bias=RelativeBias, check=_check_relative,
         settings=RelativeConfig),
+    'relative_by_token': Position(
+        content_bias=_by_token, check=_check_profiles,
+        settings=ProfilesConfig),
     'none': Position(),
 }

@@ -81,16 +81,19 @@ def _projected(module: nn.Module, name: str, table_UD: jax.Array) -> jax.Array:
       c.attention_bias) else y_UHK
 
 
-def bias(module: nn.Module, q_BLHK: jax.Array, k_BMJK: jax.Array,
-         k_positions_BM: jax.Array, ctx: Context) -> jax.Array:
+def bias(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
+         k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
+         ) -> jax.Array:
   """Returns what is added to the scaled scores, float32 [B, H, L, M].
 
   Args:
     module: the layer's attention, which has multiplied by its weights.
+    x_BLD: its input.
     q_BLHK, k_BMJK: queries and keys.
     k_positions_BM: where the keys stand.
     ctx: with `table_UD`, what Distances returns.
   """
+  del x_BLD
   c: ModelConfig = module.config  # type: ignore[attr-defined]
   table_UD = layers.Dropout(c.dropout)(
       ctx.table_UD, deterministic=ctx.deterministic)

@@ -105,7 +105,7 @@ class Attention(nn.Module):
     with layers.useful(*seen):
       o_BLHK, kept = self._weigh(
           q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, slots=slots,
-          strict=not cached, index_BLM=index_BLM)
+          strict=not cached, index_BLM=index_BLM, x_BLD=x_BLD)
     lent = (Keys(k_BMJK, v_BMJK, cached) if ctx.lends and not self.cross
             else None)
     if kept:
@@ -135,15 +135,15 @@ class Attention(nn.Module):
 
   def _weigh(self, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
              k_positions_BM: jax.Array, ctx: Context, *, slots: bool,
-             strict: bool = True, index_BLM: Optional[jax.Array] = None
-             ) -> tuple[jax.Array, dict]:
+             strict: bool = True, index_BLM: Optional[jax.Array] = None,
+             x_BLD: Optional[jax.Array] = None) -> tuple[jax.Array, dict]:
     """Returns the weighted values, by the kernel that the config asks for, and
     fields of a Cache: the weights where the context asks for them, and in
     training the loss of an indexer, whose scores `index_BLM` are. No kernel
     meets the `slots` of a cache; `strict` is as of kernels.choose."""
     c, key, kept = self.config, None, {}
     mask, seen_BLM, bias_BHLM = self._mask(k_positions_BM, ctx)
-    more_BHLM = self._layer_bias(q_BLHK, k_BMJK, k_positions_BM, ctx)
+    more_BHLM = self._layer_bias(x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx)
     if more_BHLM is not None:
       mask, bias_BHLM = mask.replace(bias=True), more_BHLM
     if index_BLM is not None and 0 < c.indexer.top_k < k_BMJK.shape[1]:
@@ -205,8 +205,8 @@ class Attention(nn.Module):
     return None, best_BM, tuple(jnp.take_along_axis(
         x_BMJK, best_BM[..., None, None], 1) for x_BMJK in arrays)
 
-  def _layer_bias(self, q_BLHK: jax.Array, k_BMJK: jax.Array,
-                  k_positions_BM: jax.Array, ctx: Context
+  def _layer_bias(self, x_BLD: Optional[jax.Array], q_BLHK: jax.Array,
+                  k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
                   ) -> Optional[jax.Array]:
     """Returns the bias on the scores that a layer makes itself; None: there is
     none."""
@@ -215,7 +215,8 @@ class Attention(nn.Module):
       return row.layer_bias(c, self.kind.causal, name='relative_bias')(
           ctx.positions_BL, k_positions_BM)
     if row.content_bias and not self.cross:
-      return row.content_bias(self, q_BLHK, k_BMJK, k_positions_BM, ctx)
+      return row.content_bias(self, x_BLD, q_BLHK, k_BMJK, k_positions_BM,
+                              ctx)
     return None
 
   def _mask(self, k_positions_BM: jax.Array, ctx: Context):
