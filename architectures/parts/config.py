@@ -177,6 +177,10 @@ class ModelConfig:
   qk_norm_scale: bool = field(
       True, 'whether it is the norm of the model, with parameters; if not, '
       'rmsnorm_plain', of_layers=True, read_by='qk_norm')
+  qk_clip: float = field(
+      0.0, 'The greatest length of a query or a key, after a scale of each '
+      'feature of a query; 0: there is none.', least=0, resume=FUNCTION,
+      of_layers=True)
   attention_sinks: bool = field(
       False, "a learned term in the softmax's denominator", of_layers=True)
   attention_gate: str = field(

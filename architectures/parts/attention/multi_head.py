@@ -4,10 +4,11 @@ Heads may share keys and values (grouped heads: Ainslie et al. 2023, num_kv
 heads = 1: Shazeer 2019), be banded (a query sees the last `sliding_window`
 keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
 queries and keys (QK-norm: each head by itself, as in Qwen3, or all that is
-projected, as in OLMo 2), a learned sink per head in the denominator, and what
-has equations of its own further down: a gate on what the heads return, more in
-their values, and short convolutions of queries, keys and values. Which keys a
-query sees is in kernels.py.
+projected, as in OLMo 2) or bounded ones (clipped, as in Inkling 2), a learned
+sink per head in the denominator, and what has equations of its own further
+down: a gate on what the heads return, more in their values, and short
+convolutions of queries, keys and values. Which keys a query sees is in
+kernels.py.
 
 A layer with kv_sharing has no keys and values of its own and reads those of an
 earlier layer, as they were turned and mixed there (cross-layer attention:
@@ -58,8 +59,7 @@ class Attention(nn.Module):
     if c.attention_conv and not self.cross:
       conv = _Convolution(self, cache.inputs if cached else {}, ctx)
     q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads', ctx, conv)
-    if c.qk_norm:
-      q_BLHK = self._normalise('query_norm', q_BLHK)
+    q_BLHK = self._bounded('query', q_BLHK)
     if self.cross and ctx.memory_BMD is None:
       k_BMJK, v_BMJK = cache.memory
     elif read is not None:
@@ -68,8 +68,7 @@ class Attention(nn.Module):
       k_BMJK, v_BMJK = (self._project(
           name, ctx.memory_BMD if self.cross else x_BLD, c.num_kv_heads,
           'kv_heads', ctx, conv) for name in ('key', 'value'))
-      if c.qk_norm:
-        k_BMJK = self._normalise('key_norm', k_BMJK)
+      k_BMJK = self._bounded('key', k_BMJK)
       if not self.cross:
         v_BMJK, first = mixed_values(self, x_BLD, v_BMJK, ctx.first,
                                      ctx.tokens_BL)
@@ -245,6 +244,23 @@ class Attention(nn.Module):
         prefix=self.kind.causal and ctx.prefix_B is not None,
         bias=bias_BHLM is not None)
     return mask, seen_BLM, bias_BHLM
+
+  def _bounded(self, name: str, x_BLHK: jax.Array) -> jax.Array:
+    """Returns queries or keys as the config bounds them: normalised, and none
+    longer than qk_clip, for which queries have a scale."""
+    c = self.config
+    if c.qk_norm:
+      x_BLHK = self._normalise(f'{name}_norm', x_BLHK)
+    if not c.qk_clip:
+      return x_BLHK
+    x32_BLHK = x_BLHK.astype(jnp.float32)
+    if name == 'query':
+      x32_BLHK *= declare(self, 'query_scale', nn.initializers.ones,
+                          x_BLHK.shape[2:], Role(('heads', 'head')))[None, None]
+    length_BLH1 = jnp.sqrt(jnp.maximum(
+        jnp.square(x32_BLHK).sum(-1, keepdims=True), 1e-30))
+    return (x32_BLHK * jnp.minimum(
+        c.qk_clip / (length_BLH1 + 1e-6), 1.0)).astype(x_BLHK.dtype)
 
   def _normalise(self, name: str, x_BLHK: jax.Array) -> jax.Array:
     """Returns queries or keys with a norm over each head or over all heads.
