@@ -145,9 +145,10 @@ MIXERS = {
                 multi_head.gate_products(c.attention_gate)),
         fields=('num_kv_heads', 'attention_scale', 'attention_log_scale',
                 'qk_norm', 'qk_norm_over', 'qk_norm_scale', 'qk_clip',
-                'attention_gate', 'value_residual', 'value_embedding',
-                'kv_sharing', 'attention_conv', *SCORES),
-        divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads'))),
+                'attention_difference', 'attention_gate', 'value_residual',
+                'value_embedding', 'kv_sharing', 'attention_conv', *SCORES),
+        divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads')),
+        check=multi_head.check),
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,
         settings=latent.LatentConfig,

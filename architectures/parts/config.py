@@ -181,6 +181,10 @@ class ModelConfig:
       0.0, 'The greatest length of a query or a key, after a scale of each '
       'feature of a query; 0: there is none.', least=0, resume=FUNCTION,
       of_layers=True)
+  attention_difference: float = field(
+      0.0, 'How much of the second weights of a pair of heads is subtracted '
+      'from the first at first; 0: heads are no pairs.', least=0, below=1,
+      resume=FUNCTION, of_layers=True)
   attention_sinks: bool = field(
       False, "a learned term in the softmax's denominator", of_layers=True)
   attention_gate: str = field(

@@ -39,6 +39,7 @@ ATTENTIONS = {
         attention_log_from=4, pattern='global,chunked', kinds={
             'global': {}, 'chunked': dict(attention='chunked')}),
     'sinks': dict(attention_sinks=True, qk_norm=True, num_kv_heads=2,
+                  qk_clip=0.5, attention_difference=0.5,
                   qk_norm_over='projection', attention_out_bias=False,
                   attention_gate='elementwise'),
     'latent': dict(mixer='latent', attention_gate='elementwise'),

@@ -125,6 +125,11 @@ def test_mixtures_are_those_of_transformers(router):
   holds(parts.experts(router))
 
 
+@pytest.mark.parametrize('name', list(parts.ATTENTIONS))
+def test_layers_of_attention_are_those_of_transformers(name):
+  holds(parts.attention(name))
+
+
 def test_per_layer_embeddings_are_those_of_transformers():
   holds(parts.per_layer())
 

@@ -10,7 +10,8 @@ import numpy as np
 
 import architectures
 from architectures.parts import blocks, lookup
-from architectures.parts.config import Context
+from architectures.parts.attention.multi_head import Attention
+from architectures.parts.config import Context, LayerKind
 from architectures.parts.moe import routing
 from architectures.parts.moe.layer import MoE
 from configs import base
@@ -260,6 +261,95 @@ def _experts(p: dict) -> dict:
                     for name in ('up', 'gate', 'down'))
   return {'experts.gate_up_proj': np.concatenate([gate, up], 1),
           'experts.down_proj': down}
+
+
+HEADS_OF = dict(num_heads=8, num_kv_heads=4, head_dim=8)
+ATTENTIONS = {
+    'token': dict(position='relative_by_token', qk_clip=1.5),
+    'difference': dict(position='rope', attention_difference=0.2),
+}
+
+
+def attention(name: str) -> list[compare.Finding]:
+  """Compares what a layer of attention returns, and the gradients, with weights
+  drawn from a fixed seed."""
+  draw = np.random.default_rng(0)
+  normal = lambda *shape: draw.standard_normal(shape).astype(np.float32)
+  x, d = normal(2, LENGTH, D), normal(2, LENGTH, D)
+  model = base.base().model
+  model.update(d_model=D, vocab_size=2, max_len=LENGTH, attention_bias=False,
+               norm_eps=1e-6, **HEADS_OF, **ATTENTIONS[name])
+  model.profiles.update(rank=4, extent=7)
+  c = architectures.resolve(model)
+  module = Attention(c, LayerKind('global', 'gelu', causal=True))
+  ctx = Context(jnp.arange(LENGTH)[None])
+  params = jax.tree.map(lambda leaf: 0.4 * normal(*leaf.shape), nn.meta.unbox(
+      jax.eval_shape(lambda: module.init(jax.random.key(0), x, ctx, None)[
+          'params'])))
+  y, vjp = jax.vjp(lambda params, x: module.apply(
+      {'params': params}, x, ctx, None)[0], params, x)
+  grads, dx = vjp(d)
+  import torch
+  leaves = {name: torch.tensor(value, requires_grad=True)
+            for name, value in dict(params, x=x).items()}
+  out = (_inkling if name == 'token' else _diffllama)(c, **leaves)
+  out.backward(torch.tensor(d))
+  return [compare.Finding('output', compare.error(y, out.detach().numpy()),
+                          compare.LIMITS['output'])] + [
+      compare.Finding(name, compare.error(grad, leaves[name].grad.numpy()),
+                      compare.LIMITS['grads'])
+      for name, grad in dict(grads, x=dx).items()]
+
+
+def _hidden():
+  """Returns a mask that hides later keys."""
+  import torch
+  return torch.full((LENGTH, LENGTH), -torch.inf).triu(1)[None, None]
+
+
+def _inkling(c, x, query, key, value, out, query_scale, profile, profiles):
+  """Returns what transformers' parts make of our parameters."""
+  import torch
+  from transformers.models.inkling import modeling_inkling as inkling
+  from transformers.models.inkling2 import modeling_inkling2 as inkling2
+  clip = inkling2.Inkling2L2Clip(c.qk_clip)
+  q, k, v, r = (torch.einsum('bld,dhk->blhk', x, w)
+                for w in (query, key, value, profile))
+  bias = inkling.InklingRelativeLogits(*profiles.shape)
+  del bias.proj
+  bias.proj = profiles
+  at = torch.arange(LENGTH)
+  module = torch.nn.Module()
+  module.num_key_value_groups = c.num_heads // c.num_kv_heads
+  o, _ = inkling.eager_attention_forward(
+      module, clip(q * query_scale).transpose(1, 2), clip(k).transpose(1, 2),
+      v.transpose(1, 2), _hidden(), c.head_dim ** -0.5,
+      position_bias=bias(r, at, at))
+  return torch.einsum('blhk,hkd->bld', o, out)
+
+
+def _diffllama(c, x, **ours):
+  """Likewise. Their pairs are of heads half of all apart."""
+  import torch
+  from transformers.models import diffllama
+  config = diffllama.DiffLlamaConfig(
+      hidden_size=D, num_attention_heads=c.num_heads, rms_norm_eps=c.norm_eps,
+      num_key_value_heads=c.num_kv_heads, head_dim=c.head_dim,
+      attn_implementation='eager')
+  layer = diffllama.modeling_diffllama.DiffLlamaAttention(config, 0)
+  layer.lambda_init = c.attention_difference
+  apart = lambda w, heads: w.reshape(D, heads // 2, 2, -1).swapaxes(
+      1, 2).reshape(D, -1).T
+  weights = {'q_proj.weight': apart(ours['query'].reshape(
+                 D, c.num_kv_heads, -1), c.num_kv_heads),
+             'k_proj.weight': apart(ours['key'], c.num_kv_heads),
+             'v_proj.weight': apart(ours['value'], c.num_kv_heads),
+             'o_proj.weight': ours['out'].reshape(-1, D).T} | {
+      f'lambda_{theirs}': ours[f'difference_{name}'] for theirs, name in (
+          ('q1', 'a1'), ('k1', 'b1'), ('q2', 'a2'), ('k2', 'b2'))}
+  turn = diffllama.modeling_diffllama.DiffLlamaRotaryEmbedding(config)
+  return torch.func.functional_call(
+      layer, weights, (x, turn(x, torch.arange(LENGTH)[None]), _hidden()))[0]
 
 
 def _transposed(fn):

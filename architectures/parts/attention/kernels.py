@@ -534,6 +534,8 @@ def refusal(name: str, c: ModelConfig, mask: Mask, q_length: int,
     return ('which adds no bias to the scores and drops no weights, as '
             f'model.position {c.position} and model.attention_dropout '
             f'{c.attention_dropout} do')
+  if c.attention_difference:
+    return 'which takes no values of two heads (model.attention_difference)'
   return _elsewhere(name, device) or KERNELS[name].refuse(
       c, mask, q_length, k_length)
 

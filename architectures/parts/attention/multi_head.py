@@ -6,9 +6,9 @@ keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
 queries and keys (QK-norm: each head by itself, as in Qwen3, or all that is
 projected, as in OLMo 2) or bounded ones (clipped, as in Inkling 2), a learned
 sink per head in the denominator, and what has equations of its own further
-down: a gate on what the heads return, more in their values, and short
-convolutions of queries, keys and values. Which keys a query sees is in
-kernels.py.
+down: differences of pairs of heads, a gate on what the heads return, more in
+their values, and short convolutions of queries, keys and values. Which keys a
+query sees is in kernels.py.
 
 A layer with kv_sharing has no keys and values of its own and reads those of an
 earlier layer, as they were turned and mixed there (cross-layer attention:
@@ -33,6 +33,7 @@ from architectures.parts.config import (
     Cache, Context, First, Keys, LayerKind, ModelConfig)
 from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
+from configs.errors import require
 
 QK_NORMS = ('head', 'projection')  # what one norm of queries or keys is over
 GATE = 'output_gate'  # its weight, and the product for adapters
@@ -101,10 +102,14 @@ class Attention(nn.Module):
     L, M = q_BLHK.shape[1], k_BMJK.shape[1]
     seen = (1, 1) if self.cross else kernels.share(
         self.kind, c, L, M, ctx.prefix_B is not None)
+    pairs = c.attention_difference > 0
     with layers.useful(*seen):
       o_BLHK, kept = self._weigh(
-          q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, slots=slots,
-          strict=not cached, index_BLM=index_BLM, x_BLD=x_BLD)
+          q_BLHK, k_BMJK, both_values(v_BMJK) if pairs else v_BMJK,
+          k_positions_BM, ctx, slots=slots, strict=not cached,
+          index_BLM=index_BLM, x_BLD=x_BLD)
+    if pairs:
+      o_BLHK = subtracted(self, o_BLHK)
     lent = (Keys(k_BMJK, v_BMJK, cached) if ctx.lends and not self.cross
             else None)
     if kept:
@@ -313,6 +318,51 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
   slots = [zeros(*shape, c.num_kv_heads, c.head_dim)
            for _ in range(0 if c.kv_sharing else 2)]
   return Cache(*slots, indexer.empty(c, shape), inputs=inputs)
+
+
+# Differences of pairs of heads (Ye et al. 2024, "Differential Transformer",
+# arXiv 2410.05258; as transformers' DiffLlama, whose pairs stand apart).
+#
+#   y  = (1 - l) n((A_1 - lambda A_2) [v_1, v_2]),   n(y) = y / rms(y)
+#   lambda = exp(a_1 b_1) - exp(a_2 b_2) + l,        l = attention_difference
+#
+# A_1 and A_2 are the weights of two heads, whose keys have heads 2i and 2i + 1,
+# and v_1 and v_2 the values there. A layer has vectors a and b of its own. In
+# the paper l grows with the depth, 0.8 - 0.6 exp(-0.3 n) in layer n, as kinds
+# of layer can have it; by its table 6 a constant 0.8 is nearly as good. y has
+# the features of two heads, which stand for the pair in what follows.
+
+
+def both_values(v_BMJK: jax.Array) -> jax.Array:
+  """Returns, for each head of keys, the values of its pair."""
+  B, M, J, K = v_BMJK.shape
+  return jnp.repeat(v_BMJK.reshape(B, M, J // 2, 2 * K), 2, 2)
+
+
+def subtracted(module: nn.Module, o_BLHU: jax.Array) -> jax.Array:
+  """Returns y [B, L, H, K] of what the heads return of values of pairs."""
+  c: ModelConfig = module.config  # type: ignore[attr-defined]
+  B, L, H, U = o_BLHU.shape
+  a1_K, b1_K, a2_K, b2_K = (
+      declare(module, f'difference_{name}', nn.initializers.normal(0.1),
+              (c.head_dim,), Role(('head',))).astype(jnp.float32)
+      for name in ('a1', 'b1', 'a2', 'b2'))
+  share = (jnp.exp((a1_K * b1_K).sum()) - jnp.exp((a2_K * b2_K).sum())
+           + c.attention_difference).astype(o_BLHU.dtype)
+  o_BLJ2RU = o_BLHU.reshape(B, L, c.num_kv_heads // 2, 2, -1, U)
+  y_BLJRU = layers.PlainRMSNorm(c, name='difference_norm')(
+      o_BLJ2RU[:, :, :, 0] - share * o_BLJ2RU[:, :, :, 1])
+  return (1 - c.attention_difference) * y_BLJRU.reshape(B, L, H, -1)
+
+
+def check(c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer of attention cannot be."""
+  del stack
+  require(not c.attention_difference or (
+      c.num_kv_heads % 2 == 0 and c.parametrization != 'mup'),
+          f'model.attention_difference is {c.attention_difference}: it needs '
+          'an even model.num_kv_heads, and model.parametrization standard; '
+          f'they are {c.num_kv_heads} and {c.parametrization}')
 
 
 # A gate on what the heads return, before the output's product (Qiu et al. 2025,
