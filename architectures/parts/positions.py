@@ -617,7 +617,7 @@ def _by_token(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
       with_bias=False, deterministic=ctx.deterministic) / c.widening
   profiles_UM = declare(module, 'profiles',
                         nn.initializers.normal(c.init_stddev), (rank, extent),
-                        Role((None, None)))
+                        Role((None, None), inputs=(0,)))
   by_distance_BHLM = layers.einsum('BLHU,UM->BHLM', mix_BLHU, profiles_UM,
                                    c.compute_dtype, jnp.float32)
   distance_BLM = ctx.positions_BL[:, :, None] - k_positions_BM[:, None]

@@ -115,7 +115,9 @@ class LatentAttention(Attention):
     absorbed = slots and ctx.deterministic and is_absorbed(c, L, M)
     attend = self._on_latents if absorbed else self._on_heads
     o_BLHK, kept = attend(q_BLHK, slot_BM1U, up_UHK, k_positions_BM, ctx,
-                          slots=slots, index_BLM=index_BLM)
+                          slots=slots, index_BLM=index_BLM,
+                          layer_BHLM=self._layer_bias(
+                              x_BLD, q_BLHK, slot_BM1U, k_positions_BM, ctx))
     if kept:
       cache = (cache or Cache()).replace(**kept)
     return self._out(x_BLD, o_BLHK, ctx), cache

@@ -102,12 +102,13 @@ class Attention(nn.Module):
     L, M = q_BLHK.shape[1], k_BMJK.shape[1]
     seen = (1, 1) if self.cross else kernels.share(
         self.kind, c, L, M, ctx.prefix_B is not None)
+    layer_BHLM = self._layer_bias(x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx)
     pairs = c.attention_difference > 0
     with layers.useful(*seen):
       o_BLHK, kept = self._weigh(
           q_BLHK, k_BMJK, both_values(v_BMJK) if pairs else v_BMJK,
           k_positions_BM, ctx, slots=slots, strict=not cached,
-          index_BLM=index_BLM, x_BLD=x_BLD)
+          index_BLM=index_BLM, layer_BHLM=layer_BHLM)
     if pairs:
       o_BLHK = subtracted(self, o_BLHK)
     lent = (Keys(k_BMJK, v_BMJK, cached) if ctx.lends and not self.cross
@@ -140,16 +141,16 @@ class Attention(nn.Module):
   def _weigh(self, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
              k_positions_BM: jax.Array, ctx: Context, *, slots: bool,
              strict: bool = True, index_BLM: Optional[jax.Array] = None,
-             x_BLD: Optional[jax.Array] = None) -> tuple[jax.Array, dict]:
+             layer_BHLM: Optional[jax.Array] = None) -> tuple[jax.Array, dict]:
     """Returns the weighted values, by the kernel that the config asks for, and
     fields of a Cache: the weights where the context asks for them, and in
-    training the loss of an indexer, whose scores `index_BLM` are. No kernel
+    training the loss of an indexer, whose scores `index_BLM` are. `layer_BHLM`
+    is the bias that the layer makes itself, if it makes one. No kernel
     meets the `slots` of a cache; `strict` is as of kernels.choose."""
     c, key, kept = self.config, None, {}
     mask, seen_BLM, bias_BHLM = self._mask(k_positions_BM, ctx)
-    more_BHLM = self._layer_bias(x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx)
-    if more_BHLM is not None:
-      mask, bias_BHLM = mask.replace(bias=True), more_BHLM
+    if layer_BHLM is not None:
+      mask, bias_BHLM = mask.replace(bias=True), layer_BHLM
     if index_BLM is not None and 0 < c.indexer.top_k < k_BMJK.shape[1]:
       seen_BLM = indexer.best(index_BLM, seen_BLM, c.indexer.top_k)
       mask = mask.replace(rule=True)

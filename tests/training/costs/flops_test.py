@@ -29,12 +29,13 @@ def model(**fields):
 
 def weights_at_work(c) -> float:
   """Returns how many weights a token is multiplied with: of experts, those of
-  its choice."""
+  its choice, and the profiles of a bias with each head."""
   module = architectures.build(c)
   roles = paths.flatten(runs.parameter_roles(module))
   chosen = c.moe.top_k / c.moe.all_experts if c.ffn == 'moe' else 1
   return c.tie_embeddings * c.d_model * c.vocab_size + sum(
       x.size * (chosen if roles[path].axes[0] == 'experts' else 1)
+      * (c.num_heads if path.endswith('profiles') else 1)
       for path, x in paths.flatten(runs.parameter_shapes(module)).items()
       if roles[path].matrix and roles[path].kind != 'embedding')
 
@@ -48,6 +49,8 @@ def weights_at_work(c) -> float:
          attention_gate='headwise'),
     dict(tie_embeddings=False, **models.banded(5),
          position='alibi'),
+    dict(position='relative_by_token', profiles=dict(rank=4, extent=7),
+         attention_difference=0.5, num_kv_heads=2),
     dict(scan_layers=False, norm='rmsnorm', position='none', dtype='bfloat16',
          pattern='own,reads', kinds=dict(own={}, reads=dict(kv_sharing=True))),
     dict(ffn='moe', **models.DENSE_MOE, moe=dict(
@@ -63,7 +66,8 @@ def test_a_weight_is_two_flops_and_a_pair_four_of_each_feature(fields):
   seen = [[min(at, c.of_kind(kind.name).sliding_window or at)
            for at in range(1, LENGTH + 1)]
           for kind in c.layer_kinds(c.num_layers)]
-  size = 4 * c.num_heads * c.head_dim
+  # A pair of heads weighs the values of both.
+  size = (6 if c.attention_difference else 4) * c.num_heads * c.head_dim
   assert rows['attention'] == size * sum(map(sum, seen))
   assert token['attention'] == size * sum(layer[-1] for layer in seen)
 
