@@ -1,0 +1,43 @@
+"""Tables of n-grams against a wider feed-forward network and against experts.
+
+Lab note. The base is LLaMA's wiring at 2 layers of width 32, with networks of
+512 hidden units. `engram` reads 8 tables of 1,021 rows or more before the
+second layer and `over_encoding` before the first, with the authors' five times
+the learning rate for tables; `moe` has 8 experts, 2 of them for a token;
+`moe-engram` has both. What is equal is chosen as the sweep is run, by the width
+of the networks, or of an expert:
+  python -m tools.sweep run configs/sweeps/memory.py --workdir runs/memory-p \
+      --match=params
+  python -m tools.sweep run configs/sweeps/memory.py --workdir runs/memory-f \
+      --match=flops_per_token
+150 steps of 16 x 64 bytes and one learning rate for all: enough to rank what
+learns faster, no claim about larger models.
+"""
+
+from configs import llama
+from configs.sweeps import helpers
+
+SEEDS = 5
+
+
+def base():
+  c = helpers.small(
+      llama.get_config('tiny'), 150, 16, 64, every=25, d_model=32,
+      d_ff=512, num_layers=2, num_heads=2, num_kv_heads=2)
+  c.model.ngrams.rows = 1021
+  c.model.moe.ffn = 'swiglu'
+  return c
+
+
+get_config = base
+
+
+def sweep(add):
+  experts = {'model.ffn': 'moe'}
+  reads = lambda memory, pattern: {
+      'model.pattern': pattern, 'optim.table_rate': 5.0, 'model.kinds': {
+          'plain': {'memory': 'none'}, 'reads': {'memory': memory}}}
+  add('engram', **reads('engram', 'plain,reads'))
+  add('over_encoding', **reads('over_encoding', 'reads,plain'))
+  add('moe', **experts)
+  add('moe-engram', **experts, **reads('engram', 'plain,reads'))

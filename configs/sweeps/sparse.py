@@ -1,0 +1,37 @@
+"""Full, banded and indexed attention in a small LLaMA, and hybrids with full.
+
+Lab note. The base is LLaMA's wiring at 2 layers of width 32, all of them with
+full attention to 128 bytes. In `window` a query sees the last 16 keys, in
+`indexed` the 16 that an indexer of 2 heads scores highest; in a hybrid so does
+the first layer, and the second has full attention. All settings else are equal,
+so that an indexer's parameters and FLOPs come on top:
+  python -m tools.sweep run configs/sweeps/sparse.py --workdir runs/sparse
+150 steps of 8 rows are 0.15M tokens of the default text, which rank what learns
+faster and say nothing of larger models.
+"""
+
+from configs import llama
+from configs.sweeps import helpers
+
+SEEDS = 5
+
+
+def base():
+  c = helpers.small(
+      llama.get_config('tiny'), 150, 8, 128, every=25, batches=8, d_model=32,
+      d_ff=128, num_layers=2, num_heads=2, num_kv_heads=2)
+  c.model.indexer.update(top_k=16, heads=2)
+  return c
+
+
+get_config = base
+
+
+def sweep(add):
+  add('full')
+  for name, fields in {'window': {'window': 16},
+                       'indexed': {'attention': 'indexed'}}.items():
+    for suffix, pattern in {'': 'sparse', '-hybrid': 'sparse,full'}.items():
+      kinds = {'sparse': fields, 'full': {'attention': 'global'}}
+      add(name + suffix, **{'model.pattern': pattern, 'model.kinds': {
+          kind: kinds[kind] for kind in pattern.split(',')}})
