@@ -33,7 +33,7 @@ def write(workdir: epath.Path, config: Any, folder: pathlib.Path, step: int,
   (folder / hub.CARD).write_text(jinja2.Environment(
       loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True,
       undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
-  ).get_template('card.md').render(
+  ).get_template('card.md.jinja').render(
       config=config, step=step, count=count, verdicts=verdicts(workdir),
       at=rows[-1]['step'] if rows else None,
       losses=metrics.scalars(rows[-1]) if rows else {},
