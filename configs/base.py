@@ -323,7 +323,8 @@ SENTENCES = {name: leaf.rule.doc for name, leaf in FIELDS.items()}
 def find(name: str) -> Leaf | None:
   """Returns the field of a dotted name, that of a kind of layer too; None:
   there is none."""
-  return FIELDS.get(name) or tables.find(name.removeprefix('model.'))
+  group, _, field = name.partition('.')
+  return FIELDS.get(name) or (tables.find(field) if group == 'model' else None)
 
 
 def get(config: ml_collections.ConfigDict, name: str) -> Any:

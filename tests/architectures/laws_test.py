@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import blocks
+from architectures.parts import blocks, layers
 from architectures.parts.attention.kernels import parts, visible
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
@@ -49,7 +49,12 @@ ATTENTIONS = {
 # Mixers with a state, each in layers beside those of an attention.
 STATES = [name for name, mixer in blocks.MIXERS.items() if mixer.state]
 # A layer with a mixture of experts costs most, and has tests of its own.
-FFNS = ('gelu', 'swiglu', 'gelu', 'swiglu', 'gelu', 'moe', 'swiglu')
+# The other networks are these two with another function.
+ALIKE = {'relu', 'relu2', 'gelu_tanh', 'silu', 'reglu', 'geglu', 'geglu_tanh',
+         'swiglu_clamped'}
+FFNS = ('gelu', 'swiglu', 'gelu', 'swiglu', 'gelu', 'moe', 'swiglu',
+        *[name for name in layers.FFNS
+          if name not in {'gelu', 'swiglu', *ALIKE}])
 PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,
              attention=ATTENTIONS, state=[*STATES, 'no'],
              loop=('concat', 'none', 'plain', 'gate', 'none', 'add', 'none'))

@@ -108,6 +108,10 @@ REFUSALS = {
         'Did you mean --config.checkpoint.every_steps or --config.eval.']),
     'field without its group': (
         ['--config.lr=1'], ['Did you mean --config.optim.lr?']),
+    'field of the model without its group': (
+        ['--config.norm=rmsnorm'], ['Did you mean --config.model.norm?']),
+    'field of a part without the model': (
+        ['--config.lora.rank=2'], ['Did you mean --config.model.lora.rank']),
     'field in other words': (['--config.optim.learning_rate=1'],
                              ['Did you mean --config.optim.lr?']),
     'long flag': (['--' + 'x' * 3000], ['unknown flag --x', 'x...x']),
