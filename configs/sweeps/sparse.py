@@ -7,7 +7,8 @@ the first layer, and the second has full attention. All settings else are equal,
 so that an indexer's parameters and FLOPs come on top:
   python -m tools.sweep run configs/sweeps/sparse.py --workdir runs/sparse
 150 steps of 8 rows are 0.15M tokens of the default text, which rank what learns
-faster and say nothing of larger models.
+faster and say nothing of larger models. docs/howto/sparse_attention.md has the
+result.
 """
 
 from configs import llama
