@@ -10,12 +10,13 @@ from tools import coord_check
 WIDTHS = [32, 128]
 
 
+# With 3 seeds, a slope of 0.06 was once 0.154.
 @pytest.fixture(scope='module', params=[
     system for system in models.MUP
     if models.mixers_of(system) == {'attention'}])
 def rows(request):
   return {name: coord_check.output_sizes(
-      request.param, name, WIDTHS, coord_check.Setting('adamw', 2e-3, 8), 3)
+      request.param, name, WIDTHS, coord_check.Setting('adamw', 2e-3, 8), 6)
           for name in ('standard', 'mup')}
 
 
