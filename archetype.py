@@ -34,14 +34,14 @@ from configs import base
 from configs.arguments import PositiveSize, Seed, Size, typed
 from configs.errors import require, short
 from training import cli
-from training import generate as generation, objectives, parameters
+from training import generate as generation, hub, objectives, parameters
 from training import runs
 from training.costs import totals
 from training.data import inputs as inputs_of
 from training.data import tokenizers
 from training.data.texts import checked
 from training.hf import config as hf_config, generation as hf_generation
-from training.hf import hub, weights
+from training.hf import weights
 from training.evals import inspection
 from training.workdir import checkpoints, run_config, storage
 

@@ -98,7 +98,7 @@ def _options(generation: dict[str, Any], overrides: dict[str, Any]
 def _session(args: Any, overrides: dict[str, Any]) -> Any:
   """Returns the session; prints what a reader should know of it."""
   from training import chat
-  from training.hf import hub
+  from training import hub
   from training.workdir import checkpoints, storage
   speaker = (chat.of_folder(storage.path(hub.local(args.folder), '--folder'),
                             args.template) if args.folder else

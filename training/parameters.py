@@ -33,11 +33,10 @@ import architectures
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
 from configs.errors import RequestError, require, short
-from training import objectives, runs
+from training import hub, objectives, runs
 from architectures.parts import paths
 from training.data.tokenizers import Tokenizer
 from training.distributed import devices
-from training.hf import hub
 from training.workdir import checkpoints, run_config, storage
 
 Step = int | str | checkpoints.Mean | None

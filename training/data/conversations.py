@@ -34,9 +34,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.errors import RequestError, one_of, require, short
+from training import hub
 from training.data import texts
 from training.data.tokenizers import Tokenizer, named_tokens
-from training.hf import hub
 from training.workdir import storage
 
 # Who speaks, as files spell it: our kind of part.

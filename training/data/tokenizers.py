@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import RequestError, require
-from training.hf import hub
+from training import hub
 from training.workdir import storage
 
 SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>

@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from training.hf import hub
+from training import hub
 from training.workdir import metrics, run_config, storage
 
 TEMPLATES = pathlib.Path(__file__).parent / 'templates'

@@ -24,7 +24,8 @@ from architectures.parts.hf import tensor_map
 from configs.errors import require, short
 from configs.fields import check_number, check_type
 from architectures.parts import paths
-from training.hf import files as hf_files, hub, weights
+from training import hub
+from training.hf import files as hf_files, weights
 from architectures.parts.sharding import parameter_shapes
 from training.workdir import checkpoints, storage
 

@@ -14,7 +14,8 @@ import ml_collections
 
 from training import objectives
 from training.data import conversations, tokenizers
-from training.hf import files, hub
+from training import hub
+from training.hf import files
 from training.workdir import storage
 
 TEMPLATE, PIPELINE = conversations.FILE, 'tokenizer.json'

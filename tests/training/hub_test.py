@@ -16,9 +16,9 @@ from tests.helpers import sweep_folder
 from tests.training import chat_test
 from tools import convert
 from tools.compare import layout, page, report
-from training import chat, parameters
+from training import chat, hub, parameters
 from training.data import conversations, tokenizers
-from training.hf import card, hub
+from training.hf import card
 from training.workdir import run_config
 
 NAME = 'hf://org/tiny'
