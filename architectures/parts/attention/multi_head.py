@@ -330,8 +330,8 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
 # A_1 and A_2 are the weights of two heads, whose keys have heads 2i and 2i + 1,
 # and v_1 and v_2 the values there. A layer has vectors a and b of its own. In
 # the paper l grows with the depth, 0.8 - 0.6 exp(-0.3 n) in layer n, as kinds
-# of layer can have it; by its table 6 a constant 0.8 is nearly as good. y has
-# the features of two heads, which stand for the pair in what follows.
+# of layer can have it. y has the features of two heads, which stand for the
+# pair in what follows.
 
 
 def both_values(v_BMJK: jax.Array) -> jax.Array:
