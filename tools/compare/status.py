@@ -50,11 +50,12 @@ def _study(workdir, as_json: bool) -> int:
     return 0
   print(f'study {frozen.plan.name}, plan {frozen.hash}, frozen on '
         f'{plan.date(frozen.time)}')
+  width = max(len(cost.phase) for cost, _ in phases)
   for cost, runs in phases:
-    print(f'{cost.phase:<8} {states(runs) or "not begun"}, {cost.runs} planned '
-          'at most')
+    print(f'{cost.phase:<{width}} {states(runs) or "not begun"}, {cost.runs} '
+          'planned at most')
     for line in failed(runs):
-      print(f'         failed: {line}')
+      print(' ' * width, f'failed: {line}')
   return 0
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
+import difflib
 import fcntl
 import functools
 import glob
@@ -207,10 +208,11 @@ def parse(spec: str, layout: Callable[[], conversations.Layout] =
 
 def _hint(name: str) -> str:
   """Returns the question whether the files of a path were meant, where `name`
-  is one."""
+  is one, or the source whose prefix is spelt most like it."""
   path = os.path.expanduser(name)
   if not os.path.exists(path):
-    return ''
+    near = difflib.get_close_matches(name.partition(':')[0], SOURCES, n=1)
+    return f'. Did you mean {SOURCES[near[0]].usage}?' if near else ''
   end = pathlib.Path(name).suffix[1:]
   usage = SOURCES[end if end in ('jsonl', 'parquet') else 'text'].usage
   pattern = os.path.join(name, '*.txt') if os.path.isdir(path) else name

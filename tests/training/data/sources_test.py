@@ -122,7 +122,7 @@ FOLDER = os.path.dirname(__file__)
 
 @pytest.mark.parametrize('spec, message', [
     ('', 'has an empty part'),
-    ('txt:a', "unknown data source 'txt:a': choose from sotu, text:GLOB, "),
+    ('txt:a', "unknown data source 'txt:a': choose .* Did you mean text:GLOB"),
     ('text:/none/*.txt', "'text:/none/\\*.txt' matches no file"),
     (__file__, f'Did you mean text:{__file__}'),
     (FOLDER, rf'Did you mean text:{FOLDER}/\*.txt'),
