@@ -739,12 +739,14 @@ def provenance(c: Comparison) -> Table:
       {'what': label(what), 'which': Cell(name)} for what, name in rows])
 
 
-def methods(frozen: plans.Frozen, announced: Mapping[str, Any] | None,
-            as_planned: Mapping[str, Any] = results_lib.NOTHING['as_planned']
-            ) -> list[str]:
+def methods(frozen: plans.Frozen,
+            results: Mapping[str, Any] = results_lib.NOTHING) -> list[str]:
   """The paragraphs that a paper needs to say how a study was done, or will be:
-  then nothing is announced yet."""
-  plan, again = frozen.plan, as_planned.get('repeated', {}).get('confirm', 0)
+  then there are no results yet. Nothing is said of a phase that had no runs."""
+  plan, as_planned = frozen.plan, results['as_planned']
+  again = as_planned.get('repeated', {}).get('confirm', 0)
+  empty = {name for name, phase in results['phases'].items()
+           if phase['finished'] and not phase['done']}
 
   def changes(row: Mapping) -> str:
     """What a size and a workload change: most of it is as at the smallest."""
@@ -759,10 +761,10 @@ def methods(frozen: plans.Frozen, announced: Mapping[str, Any] | None,
   seen = max((change['seen'].get('confirm', 0)
               for change in frozen.amendments), default=0)
   text = page.render(
-      'methods.txt', frozen=frozen, announced=announced, plan=plan,
+      'methods.txt', frozen=frozen, announced=results['announced'], plan=plan,
       seen=seen, again=again, otherwise=as_planned['differences'],
       date=plans.date, unknown=as_planned.get('unknown', 0),
-      phases=phases_lib.of(plan.seeds),
+      phases=[x for x in phases_lib.of(plan.seeds) if x.name not in empty],
       primary=plan.primary, changed=changed, changes=changes,
       unit_text=measures_lib.unit_text,
       shows=decide.can_show(plan), alone=alone,
@@ -972,8 +974,7 @@ def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
       predictions(c),
       Section('left-out', 'Left out', tables=[excluded(c)]),
       Section('planned', 'Planned and run', planned * c.is_study),
-      Section('methods', 'Methods', methods(
-          c.frozen, announced, c.results['as_planned'])
+      Section('methods', 'Methods', methods(c.frozen, c.results)
               if c.is_study else (), (), [config(c)]),
       Section('provenance', 'Provenance and cost', (), (), [
           spent(c), provenance(c)])],

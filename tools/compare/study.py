@@ -136,7 +136,7 @@ def described(frozen: plans.Frozen) -> str:
            for row in [frozen.point(plan.base, size, plans.TEXT)]]
   return '\n\n'.join([
       f'study {plan.name}: {plan.question}',
-      *map(textwrap.fill, report.methods(frozen, None)),
+      *map(textwrap.fill, report.methods(frozen)),
       '\n'.join(layout.columns([
           ('size', 'parameters', 'FLOPs a token'), *sizes]))])
 

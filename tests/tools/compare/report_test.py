@@ -537,8 +537,7 @@ def test_the_answer_names_effects_and_what_is_excluded(tmp_path):
 
 
 def test_what_was_planned_and_done_is_told(study, tmp_path):
-  methods = ' '.join(report.methods(
-      study[0].frozen, study[0].results['announced']))
+  methods = ' '.join(report.methods(study[0].frozen, study[0].results))
   assert 'What ran is what was planned' in report.html(study[0], [])
   for words in (
       'optim.lr in {0.001, 0.002, 0.004}', 'rope (model.position=rope)',

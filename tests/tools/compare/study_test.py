@@ -384,6 +384,11 @@ def test_the_size_that_is_predicted_is_no_other_phases(folder):
   assert (plan.sizes, plan.largest, plan.floor) == (('s', 'm', 'l'), 'xl', 0.5)
   assert plan.tuned_sizes == plan.sizes and plan.settings == {'KEEP': 2}
   assert {run.size for run in phases.PHASES['largest'].most(frozen)} == {'xl'}
+  # Nothing is said of the second look where no variant had one.
+  done = {'rescreen': {'finished': True, 'done': 0}}
+  assert 'looked at again' in ' '.join(report.methods(frozen))
+  assert 'looked at again' not in ' '.join(report.methods(
+      frozen, results.NOTHING | {'phases': done}))
   assert not {'xl'} & {run.size for name in ('noise', 'tune', 'confirm')
                        for run in phases.PHASES[name].most(frozen)}
   # Embeddings cost no product on their way in; the head is one of d x vocab.
@@ -604,8 +609,7 @@ def test_a_run_that_is_gone_is_trained_anew(whole, frozen, tmp_path):
 
 def _methods(workdir):
   c = report.load(workdir)
-  return ' '.join(report.methods(
-      c.frozen, c.results['announced'], c.results['as_planned']))
+  return ' '.join(report.methods(c.frozen, c.results))
 
 
 def test_a_plan_cannot_be_swapped(frozen, tmp_path):
@@ -726,7 +730,7 @@ def test_hours_and_states_are_known_of_what_has_run(
   plans.adopted(tmp_path, frozen)
   assert status.main(types.SimpleNamespace(
       where=str(tmp_path), workdir='', json=False)) == 0
-  assert 'confirm  not begun, 18 planned at most' in capsys.readouterr().out
+  assert 'screen  not begun, 6 planned at most' in capsys.readouterr().out
 
 
 def test_a_plan_has_hours_before_anything_has_run(
