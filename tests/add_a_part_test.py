@@ -26,9 +26,9 @@ SMALL = [f'--config.{x}' for x in (
 @pytest.mark.slow
 def test_a_norm_with_two_fields_is_written_into_one_file(tmp_path):
   tree = adding.copied(tmp_path / 'tree')
-  text, = re.findall('```py\n(import dataclasses.*?)```', PAGE.read_text(),
+  text, = re.findall('```py\n(@dataclasses.*?)```', PAGE.read_text(),
                      re.S)
-  (tree / FILE).write_text(f'{(tree / FILE).read_text()}\n{text}')
+  (tree / FILE).write_text(f'{(tree / FILE).read_text()}\n\n{text}')
 
   def train(*words, code=0):
     return adding.run(tree, 'train.py', '--config', 'configs/gpt.py',
