@@ -738,12 +738,14 @@ def gathers(c: ModelConfig, path: str, axes: tuple[str | None, ...]) -> int:
     axes: its logical axes.
   """
   once = keeps_gathered(c, path.split('/')[-1]) and 'experts' not in axes
-  return (1 if once else 2) * passes(c, path)
+  return passes(c, path) + (not once) * passes(c, path, back=True)
 
 
-def passes(c: ModelConfig, path: str) -> int:
-  """Returns how often a forward pass reads a parameter of this path."""
-  return c.loops.passes if c.loops and '/layers/' in path else 1
+def passes(c: ModelConfig, path: str, back: bool = False) -> int:
+  """Returns how often a forward pass, or a backward one, reads a parameter."""
+  if c.loops and ('/layers/' in path or '/loop/' in path):
+    return back and c.loops.gradient_passes or c.loops.passes
+  return 1
 
 
 def _named(kind: type[nn.Module]) -> type[nn.Module]:

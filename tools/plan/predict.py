@@ -33,7 +33,7 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
   """
   c, shape = run.model, run.mesh.shape
   accumulation = run.config.train.grad_accumulation
-  itemsize, passes = c.compute_dtype.itemsize, 2 + layers.remat(c).again
+  itemsize = c.compute_dtype.itemsize
   batch = ('data', 'fsdp', 'expert')
   predicted = []
 
@@ -46,7 +46,7 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
   times = memory.gathers(run)
   for path, x in paths.flatten(run.abstract.params).items():
     shard = math.prod(x.sharding.shard_shape(x.shape)) * itemsize
-    part, reads = shard, accumulation * layers.passes(c, path)
+    part, reads = shard, accumulation * layers.passes(c, path, back=True)
     for axis in reversed(memory.gathered(x.sharding)):  # one after the other
       add('reduce-scatter', (axis,), part, reads)  # of gradients
       part *= shape[axis]
@@ -57,21 +57,25 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
       objectives.of(run.config).row_lengths(run.config))
   one = tokens * c.d_model * itemsize / math.prod(shape[a] for a in batch)
   both = architectures.stack(c) == 'encoder-decoder'
-  kinds = [kind for n in (c.num_layers, c.num_decoder_layers)[:1 + both]
-           for kind in c.layer_kinds(n)]
+  sections = [section for n in (c.num_layers, c.num_decoder_layers)[:1 + both]
+              for section in c.sections(n)]
+  ahead, back = (sum((s._replace(passes=min(s.passes, layers.passes(
+      c, '/layers/', way))).layers for s in sections), ())
+                 for way in (False, True))
+  kinds = ahead + (1 + layers.remat(c).again) * back
   parts = sum(1 + (kind.ffn != layers.NO_FFN) for kind in kinds)
   length, tensor = run.config.data.length, shape['tensor']
   if length % (shape['context'] * tensor):
-    add('all-reduce', ('tensor',), one, passes * parts)  # sums of products
+    add('all-reduce', ('tensor',), one, parts)  # sums of products
   else:  # between the products, they lie over tensor: see configs/sharding.py
     for kind in ('reduce-scatter', 'all-gather'):
-      add(kind, ('tensor',), one / tensor, passes * parts)
+      add(kind, ('tensor',), one / tensor, parts)
   keys = 2 * c.num_kv_heads * c.head_dim / c.d_model / tensor
-  add('all-gather', ('context',), keys * one, passes * len(kinds))
-  if c.has_experts:
-    crossings = 4 if c.remat == 'none' else 6  # see parts/dispatch.py
+  add('all-gather', ('context',), keys * one, len(kinds))
+  if c.has_experts:  # which cross twice in a pass: see parts/dispatch.py
+    crossed = 2 * (ahead + (1 + (c.remat != 'none')) * back)
     add('all-to-all', ('expert',), c.moe.top_k * one,
-        crossings * sum(kind.ffn == 'moe' for kind in kinds))
+        sum(kind.ffn == 'moe' for kind in crossed))
   return predicted
 
 
@@ -143,14 +147,13 @@ def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
       that each device has whole may count once.
     training: whether the program is the training step.
   """
-  c, shape, state, passes = run.model, run.mesh.shape, 0, 1
-  accumulation = run.config.train.grad_accumulation
+  c, shape, state, back, accumulation = run.model, run.mesh.shape, 0, False, 1
   if training:
+    accumulation = run.config.train.grad_accumulation
     state = 2 * sum((memory.state(run) | {
         'parameters': devices.on_device(memory.trained(run))}).values())
     # Below what is trained there is no backward pass.
     back = not (run.config.optim.freeze or c.lora.rank)
-    passes = (1 + back) * accumulation
   roles, share = paths.flatten(parameter_roles(run.module)), 1.0
   if c.has_experts:
     data = run.config.data
@@ -158,13 +161,14 @@ def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
         'experts', shape, run.config.mesh.rules)
     share = min(experts, expert_rows(run, data.batch_size * (
         data.length - (not training)) // accumulation)) / experts
-  gathered = sum(
-      (share if 'experts' in roles[path].axes else 1)
+  gathered = accumulation * sum(
+      (layers.passes(c, path) + back * layers.passes(c, path, back=True))
+      * (share if 'experts' in roles[path].axes else 1)
       * memory.whole_size(x, shape)
       * min(c.compute_dtype.itemsize, x.dtype.itemsize)
       for path, x in paths.flatten(run.abstract.params).items()
       if roles[path].kind != 'embedding')
-  return max(products / math.prod(shape.values()), passes * gathered) + state
+  return max(products / math.prod(shape.values()), gathered) + state
 
 
 def expert_rows(run: runs.Run, tokens: float) -> int:

@@ -158,8 +158,6 @@ def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
       c.num_heads + (c.indexer.heads if kind.top else 0))
 
 
-
-
 def kept(run: runs.Run) -> tuple[int, int]:
   """Returns the bytes that all devices keep between the passes, of a whole
   batch without accumulation, and those that wait in the hosts' memory: the

@@ -230,6 +230,42 @@ def test_weights_are_read_whole_once_a_pass(rules, mesh):
     assert predict.hbm_bytes(run, 0.0, True) == 2 * whole + state, dtype
 
 
+def test_passes_cost_what_as_many_layers_do():
+  """Those without a gradient have no backward pass: three of four passes send
+  and read half as much, and their weights are not summed again."""
+  def costs(**changes):
+    config = small(mixtral.get_config())
+    config.model.update(changes)
+    run = run_on_cpu(config, 'ep_fsdp_tp')
+    figures = {'read': predict.hbm_bytes(run, 0.0, True)
+               - 2 * sum(memory.state(run).values())}
+    for one in predict.sent(run, np.zeros(8, int)):
+      key = one.kind, *one.axes
+      figures[key] = figures.get(key, 0) + one.sent * one.runs
+    return figures
+
+  loop = lambda passes, k=0: dict(loop='add', loops=dict(
+      passes=passes, gradient_passes=k))
+  once, several, last = (costs(**loop(*n)) for n in ((1,), (4,), (4, 1)))
+  assert several == costs(num_layers=8)
+  for key, figure in last.items():
+    summed = key[0] in ('all-reduce', 'reduce-scatter') and 'tensor' not in key
+    assert figure == (once[key] if summed
+                      else (once[key] + several[key]) / 2), key
+
+
+@pytest.mark.slow
+def test_every_pass_keeps_its_activations():
+  def kept(**changes):
+    config = small(gpt.get_config())
+    config.model.update(changes)
+    return memory.kept(run_on_cpu(config, 'dp'))[0]
+
+  loop = lambda **loops: kept(loop='add', loops=dict(passes=4, **loops))
+  assert loop() == kept(num_layers=8) + 4  # bytes of the number of a pass
+  assert kept() < loop(gradient_passes=1) < loop(gradient_passes=2) < loop()
+
+
 @pytest.mark.parametrize('text, members', [
     ('replica_groups={{0,2},{1,3}}, x', [[0, 2], [1, 3]]),
     ('replica_groups=[2,2]<=[4], x', [[0, 1], [2, 3]]),
