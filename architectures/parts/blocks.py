@@ -27,7 +27,7 @@ from architectures.parts.config import (
 from architectures.parts.layers import FFN, NO_FFN, norm, recomputed, rmsnorm
 from architectures.parts.moe.layer import MoE
 from architectures.parts.recurrent import layer, linear_attention, mamba
-from architectures.parts.recurrent import mamba2, rwkv7, short_conv
+from architectures.parts.recurrent import mamba2, mamba3, rwkv7, short_conv
 from architectures.parts.sharding import Role, declare
 from configs.fields import field, FUNCTION, SHAPES
 
@@ -168,6 +168,10 @@ MIXERS = {
         recurrent(mamba2.Mamba2, heads=('heads', 'groups'),
                   check=mamba2.check),
         whole=('mamba2.groups',)),
+    'mamba3': dataclasses.replace(
+        recurrent(mamba3.Mamba3, heads=('heads', 'groups'),
+                  check=mamba3.check),
+        whole=('mamba3.groups',), cache=mamba3.empty),
     'kda': recurrent(linear_attention.KDA, check=linear_attention.check_kda),
     'gdn2': recurrent(linear_attention.GDN2, check=linear_attention.check_kda),
     'gla': recurrent(linear_attention.GLA, ('heads',)),

@@ -273,6 +273,7 @@ MODELS = {
     'rwkv7': ('llama', dict(mixer='rwkv7')),
     'mamba': ('llama', dict(mixer='mamba')),
     'mamba2': ('mamba2', {}),
+    'mamba3': ('llama', dict(mixer='mamba3')),
     'lfm2': ('lfm2', {}),
     'llama4': ('llama4', dict(attention_chunk=4, attention_log_from=4)),
     'streams': ('llama', dict(residual='mhc')),

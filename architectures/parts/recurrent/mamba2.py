@@ -33,9 +33,9 @@ NORMS_OVER = ('group', 'all')
 
 
 @dataclasses.dataclass(frozen=True)
-class Mamba2Config:
-  """Of mixer mamba2. What is left open: heads of attention's size, and twice as
-  many ("expand" is 2 in the published models)."""
+class Groups:
+  """What is left open: heads of attention's size, and twice as many ("expand"
+  is 2 in the published models)."""
   heads: int = field(
       0, 'heads of x, each with a state; derived: 2 num_heads', resume=SHAPES)
   head_dim: int = field(0, 'features of a head; derived: head_dim',
@@ -44,18 +44,6 @@ class Mamba2Config:
       1, 'groups of heads, each of which shares one B and one C', above=0,
       resume=SHAPES)
   state: int = field(128, 'features of B and C', above=0, resume=SHAPES)
-  conv: int = field(
-      4, 'tokens that a convolution sees, the token itself included', least=1,
-      resume=SHAPES)
-  conv_bias: bool = field(True, 'whether the convolutions have a bias')
-  norm_over: str = field(
-      'group', 'one norm is over the heads of a group, or all',
-      choices=NORMS_OVER, resume=FUNCTION, read_by='mamba2.groups>1')
-  least_step: float = field(
-      0.0, 'lower bound of dt, the step from one token to the next', least=0,
-      resume=FUNCTION)
-  most_step: float = field(
-      0.0, 'its upper bound; 0: there is none', least=0, resume=FUNCTION)
 
   @property
   def key_heads(self) -> int:
@@ -74,10 +62,27 @@ class Mamba2Config:
   def value_dim(self) -> int:
     return self.head_dim
 
-  def derived(self, c: ModelConfig) -> 'Mamba2Config':
+  def derived(self, c: ModelConfig):
     return dataclasses.replace(
         self, heads=self.heads or 2 * c.num_heads,
         head_dim=self.head_dim or c.head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2Config(Groups):
+  """Of mixer mamba2."""
+  conv: int = field(
+      4, 'tokens that a convolution sees, the token itself included', least=1,
+      resume=SHAPES)
+  conv_bias: bool = field(True, 'whether the convolutions have a bias')
+  norm_over: str = field(
+      'group', 'one norm is over the heads of a group, or all',
+      choices=NORMS_OVER, resume=FUNCTION, read_by='mamba2.groups>1')
+  least_step: float = field(
+      0.0, 'lower bound of dt, the step from one token to the next', least=0,
+      resume=FUNCTION)
+  most_step: float = field(
+      0.0, 'its upper bound; 0: there is none', least=0, resume=FUNCTION)
 
 
 class Mamba2(layer.Layer):
@@ -95,11 +100,8 @@ class Mamba2(layer.Layer):
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
     del ctx
     m = self.sizes
-    bias_H = self._of_head('step_bias', layer.step_bias)
-    dt_BLH = jnp.clip(
-        jax.nn.softplus(self.of_heads('step', x_BLD) + bias_H[None, None]),
-        m.least_step, m.most_step or None)
-    scale_H = self._of_head('decay_scale', layer.log_uniform(1.0))
+    dt_BLH = jnp.clip(self.step(x_BLD), m.least_step, m.most_step or None)
+    scale_H = self.of_head('decay_scale', layer.log_uniform(1.0))
     return recurrence.Inputs(
         q_BLJK, k_BLJK, features.scaled(v_BLHU.astype(jnp.float32), dt_BLH),
         (-jnp.exp(scale_H)[None, None] * dt_BLH)[..., None])
@@ -107,7 +109,7 @@ class Mamba2(layer.Layer):
   def gated(self, o_BLHU: jax.Array, x_BLD: jax.Array, v_BLHU: jax.Array,
             ctx: Context) -> jax.Array:
     m, shape = self.sizes, v_BLHU.shape[2:]
-    skip_H = self._of_head('skip', nn.initializers.ones)
+    skip_H = self.of_head('skip', nn.initializers.ones)
     o_BLHU += skip_H[None, None, :, None] * v_BLHU.astype(jnp.float32)
     gate_BLHU = self.project('output_gate', x_BLD, layer.VALUE_AXES, shape,
                              ctx)
@@ -118,7 +120,12 @@ class Mamba2(layer.Layer):
         eps=self.config.norm_eps)
     return layers.recomputed(norm)(o_BLHU, gate_BLHU, scale_HU)
 
-  def _of_head(self, name: str, init: Callable) -> jax.Array:
+  def step(self, x_BLD: jax.Array) -> jax.Array:
+    """Returns dt, float32 [B, L, H]."""
+    bias_H = self.of_head('step_bias', layer.step_bias)
+    return jax.nn.softplus(self.of_heads('step', x_BLD) + bias_H[None, None])
+
+  def of_head(self, name: str, init: Callable) -> jax.Array:
     """Declares a number of each head; returns them in float32."""
     return declare(self, name, init, (self.sizes.heads,), Role(('heads',))
                    ).astype(jnp.float32)
@@ -136,12 +143,18 @@ def gated_norm(y_BLHU: jax.Array, z_BLHU: jax.Array, scale_HU: jax.Array, *,
   return features.weighted(y_BLHU, scale_HU)
 
 
+def check_groups(name: str, c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for groups that do not share the heads."""
+  m = getattr(c, name)
+  require(m.heads % m.groups == 0, f'model.{name}.groups is {m.groups}, which '
+          f'does not divide model.{name}.heads {m.heads}')
+  layer.check(name, c, stack)
+
+
 def check(name: str, c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of Mamba-2 cannot be."""
   m = c.mamba2
-  require(m.heads % m.groups == 0, f'model.mamba2.groups is {m.groups}, which '
-          f'does not divide model.mamba2.heads {m.heads}')
-  layer.check(name, c, stack)
+  check_groups(name, c, stack)
   require(not m.most_step or m.least_step <= m.most_step,
           f'model.mamba2.least_step is {m.least_step}, above '
           f'model.mamba2.most_step {m.most_step}: choose it at most as large, '

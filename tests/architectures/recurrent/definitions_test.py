@@ -136,6 +136,35 @@ def _mamba2(p, u_LD, m, eps=1e-5):
   return np.einsum('hlk,hk,hkd->ld', y, p['out_norm_scale'], p['out'])
 
 
+def _mamba3(p, u_LD, m, eps=1e-5):
+  """A head and a token at a time, with a state of complex numbers: the first
+  features turn in pairs, and the rest decay alone."""
+  x, B, C = (_read(p, name, u_LD) for name in ('value', 'key', 'query'))
+  unit = lambda x: x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps)
+  dt = SOFTPLUS(u_LD @ p['step'] + p['step_bias'])
+  share = SIGMOID(u_LD @ p['share'])
+  rate = np.maximum(SOFTPLUS(u_LD @ p['decay']), 1e-4)
+  angle = np.pi * np.tanh(u_LD @ p['angle']) if m.turned else u_LD[:, :0]
+  y, A = np.zeros(x.shape), angle.shape[1]
+
+  def paired(name, x_K, h):  # the complex features of a head
+    x_K = x_K * p[f'{name}_norm']['scale'] + p[f'{name}_bias'][h]
+    return np.concatenate([x_K[:A] + 1j * x_K[A:2 * A], x_K[2 * A:]])
+
+  for h in range(m.heads):
+    j, S, Bx = h // (m.heads // m.groups), 0, 0
+    for t in range(len(u_LD)):
+      b, c = paired('key', unit(B[j, t]), h), paired('query', unit(C[j, t]), h)
+      turn = np.exp(-1j * dt[t, h] * angle[t])
+      a = np.exp(-dt[t, h] * rate[t, h]) * np.concatenate(
+          [turn, np.ones(len(b) - A)])[:, None]
+      S = a * S + (1 - share[t, h]) * dt[t, h] * a * Bx
+      Bx = np.outer(b, x[h, t])
+      S = S + share[t, h] * dt[t, h] * Bx
+      y[h, t] = (S.T @ c.conj()).real + p['skip'][h] * x[h, t]
+  return np.einsum('hlk,hkd->ld', y * _silu_gate(p, u_LD), p['out'])
+
+
 def _mamba(p, u_LD, m):
   """A token at a time, of all features."""
   x, z = u_LD @ p['value'], u_LD @ p['output_gate']
@@ -182,7 +211,7 @@ def _rwkv7(p, x_LD, m, eps=1e-5):
 
 DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
                'retnet': _retnet, 'mamba2': _mamba2, 'rwkv7': _rwkv7,
-               'mamba': _mamba}
+               'mamba': _mamba, 'mamba3': _mamba3}
 
 
 @pytest.mark.parametrize('mixer, sizes', [
@@ -194,6 +223,8 @@ DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
     ('gla', {}), ('gla', dict(conv=3, temperature=2.0)), ('retnet', {}),
     ('rwkv7', {}), ('mamba', {}),
     ('mamba', dict(conv=1, conv_bias=False, rank=5)),
+    ('mamba3', {}), ('mamba3', dict(turned=1.0, groups=4)),
+    ('mamba3', dict(turned=0.0)),
     ('mamba2', dict(least_step=0.01, most_step=0.03,  # some are beyond each
                     norm_over='all', conv=1, conv_bias=False))])
 def test_a_layer_equals_its_definition(mixer, sizes):
@@ -247,6 +278,8 @@ def test_tokens_of_zeros_have_a_gradient():
 @pytest.mark.parametrize('changes, sentence', [
     (fields('kda', key_heads=3), 'key_heads is 3, which does not divide'),
     (fields('mamba2', groups=3), 'groups is 3, which does not divide'),
+    (fields('mamba3', groups=3), 'groups is 3, which does not divide'),
+    (fields('mamba3', turned=0.3), 'less than a pair of model.mamba3.state 6'),
     (fields('retnet', key_dim=5), 'turn pairs, so it must be even'),
     (dict(fields('retnet'), rope=dict(scaling='dynamic', factor=2.0,
                                       original_len=8)),

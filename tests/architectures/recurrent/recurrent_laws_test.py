@@ -32,6 +32,7 @@ SHORT = 'short_conv'  # whose state is inputs of a convolution alone
 PRODUCT = 'delta_product'  # a token takes several steps
 S6 = 'mamba'  # a scan of another form
 SHIFTED = 'rwkv7'  # a token is mixed with the one before it
+TURNED = 'mamba3'  # keys turn by angles that add up, and wait for a token
 USUAL = each(*recurrences.USUAL)  # of what takes no time
 
 
@@ -59,7 +60,7 @@ def stepwise(layer, params, x_BLD, first=0):
   return run(params, x_BLD)
 
 
-@each(KDA, SHORT, PRODUCT, 'gdn2', SHIFTED, S6)
+@each(KDA, SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6)
 @pytest.mark.parametrize('first', [
     2, pytest.param(6, marks=pytest.mark.long)])
 def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
@@ -71,7 +72,7 @@ def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
   models.close(want, stepwise(layer, p, x_BLD, first), 2e-5)
 
 
-@each(KDA, PRODUCT, SHIFTED, S6)
+@each(KDA, PRODUCT, SHIFTED, TURNED, S6)
 def test_each_place_depends_on_those_up_to_it_alone(mixer, short_pieces):
   """Row i of a batch is the last row but for its place i."""
   layer, p = recurrences.layer_of(mixer)
@@ -84,7 +85,7 @@ def test_each_place_depends_on_those_up_to_it_alone(mixer, short_pieces):
   assert (changed[np.triu_indices(L)] > 1e-4).all()
 
 
-@each(KDA, SHORT, PRODUCT, SHIFTED, S6)
+@each(KDA, SHORT, PRODUCT, SHIFTED, TURNED, S6)
 def test_packed_documents_are_those_apart(mixer, short_pieces):
   """Neither the state nor the convolutions see the document before."""
   layer, p = recurrences.layer_of(mixer)
@@ -97,7 +98,7 @@ def test_packed_documents_are_those_apart(mixer, short_pieces):
 
 
 # With the delta rule and without it.
-@each(KDA, 'gla', SHORT, PRODUCT, 'gdn2', SHIFTED, S6)
+@each(KDA, 'gla', SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6)
 def test_padding_is_no_part_of_a_state(mixer):
   layer, p = recurrences.layer_of(mixer)
   x_BLD = recurrences.inputs(2, 7)
@@ -112,7 +113,7 @@ def test_padding_is_no_part_of_a_state(mixer):
 
 # The bound is on the largest difference in a layer's output, over the largest
 # value.
-@each(KDA, SHORT, SHIFTED, S6)
+@each(KDA, SHORT, SHIFTED, TURNED, S6)
 def test_bfloat16_is_float32_within_a_bound(mixer):
   """The state and all products with it stay in float32."""
   x_BLD = recurrences.inputs(2, 40)
@@ -166,11 +167,12 @@ def test_beams_are_those_of_a_model_that_reads_each_text_anew(mixer):
 
 # The projections whose outputs do not grow with the width: a number for each
 # head, a vector of low rank, and B and C of Mamba-2.
-FIXED = {'mamba2': {'step', 'query', 'key'}, SHORT: set()}
+FIXED = {'mamba2': {'step', 'query', 'key'}, SHORT: set(), TURNED: {
+    'step', 'query', 'key', 'decay', 'share', 'angle'}}
 OTHERS = {'rate', 'decay', 'decay_down', 'gate_down'}
 
 
-@each(KDA, 'mamba2', SHORT)
+@each(KDA, 'mamba2', SHORT, TURNED)
 def test_mup_divides_what_does_not_grow_with_the_width(mixer):
   """At the base, which is the standard form, it divides nothing."""
   layer, p = recurrences.layer_of(mixer)
@@ -288,6 +290,18 @@ def test_rwkv7_keeps_an_input_and_takes_two_steps_a_token():
       0, 2 * (4 * 4 * 6 * 5 + 2 * recurrences.WIDTH))
   # Two steps find and write; one read follows. A share is a weight of two.
   assert flops.decode_flops(c, 9)['attention'] == 2 * 2 * (4 + 1) * 4 * 6 * 5
+
+
+def test_mamba3_keeps_a_token_and_its_angles():
+  c = architectures.resolve(models.config(
+      'llama', dtype='bfloat16', **recurrences.fields(TURNED, turned=1.0)))
+  for length in (7, 1000):
+    cache, = architectures.init_cache(c, 3, length)
+    assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(cache))
+  assert totals.kept_bytes(c) == (0, 2 * 4 * 4 * (6 * 5 + 6 + 5 + 3 + 1))
+  # The token before is written, and the state is read.
+  assert flops.decode_flops(c, 9)['attention'] == 2 * 2 * 2 * 4 * 6 * 5
 
 
 @each(*recurrences.NAMES, SHORT, S6)

@@ -1,0 +1,161 @@
+"""Mamba-3: Mamba-2 whose state is complex and takes in each token twice (Lahoti
+et al. 2026, arXiv 2603.15569; as in state-spaces/mamba, in its form with one
+input and one output a head).
+
+  x, B, C = W_x u, RMSNorm(W_B u) + bias, RMSNorm(W_C u) + bias'
+  dt, l   = softplus(W_dt u + bias''), sigmoid(W_l u)       numbers of a head
+  a_t     = exp(-dt_t max(softplus(W_A u_t), 0.0001))
+  r_t     = r_t-1 + dt_t pi tanh(W_r u_t)                   angles of a head
+  S_t     = a_t S_t-1 + (1 - l_t) dt_t a_t B_t-1 x_t-1^T + l_t dt_t B_t x_t^T
+  y_t     = S_t^T C_t + D x_t
+  out     = W_o (y * silu(W_z u))
+
+The second line of S is the trapezoidal rule, of which Mamba-2 has l = 1, and
+stands in the place of its convolutions. B and C belong to a group of heads, and
+their biases to a head; in S they are turned by r, as rotary positions turn,
+which is what a state of complex numbers does. Feature i is paired with the one
+`turned` / 2 of the state after it; the authors pair neighbours, which is a
+permutation of the features.
+
+S without its last term, S', is a recurrence of the usual form, in which a token
+writes what the one before it had, and g_t = l_t dt_t:
+
+  S'_t = a_t S'_t-1 + a_t (g_t-1 + (1 - l_t) dt_t) B_t-1 x_t-1^T
+  y_t  = S'_t^T C_t + (g_t B_t . C_t + D) x_t
+
+The form with several inputs and outputs a head (MIMO) is not here.
+"""
+
+import dataclasses
+from typing import Optional
+
+from flax import struct
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from architectures.parts import layers
+from architectures.parts.config import Context, ModelConfig
+from architectures.parts.recurrent import features, layer, mamba2, recurrence
+from architectures.parts.sharding import Role, declare
+from configs.errors import require
+from configs.fields import field, SHAPES
+
+LEAST_RATE = 1e-4  # at which a state decays, as in the authors' program
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba3Config(mamba2.Groups):
+  """Of mixer mamba3."""
+  turned: float = field(
+      0.5, 'the part of the features of B and C that turns; 0: a real state',
+      least=0, most=1, resume=SHAPES)
+  conv = 0
+
+  @property
+  def angles(self) -> int:
+    return int(self.state * self.turned) // 2
+
+
+@struct.dataclass
+class State:
+  """What a layer keeps of a row: S' after its last token, the angles there, and
+  B, x and g of that token."""
+  state_BHKU: jax.Array
+  angle_B1HA: jax.Array
+  key_B1HK: jax.Array
+  value_B1HU: jax.Array
+  step_B1H: jax.Array
+
+
+class Mamba3(mamba2.Mamba2):
+  """Positions are not read."""
+  NAME = 'mamba3'
+  settings = Mamba3Config
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
+    m, L = self.sizes, x_BLD.shape[1]
+    layer.check_context(self.NAME, ctx)
+    valid_BL = None if cache is None else ctx.valid_BL
+    before = cache or empty(self.config, x_BLD.shape[:2])
+    dt_BLH = self.step(x_BLD)
+    log_decay_BLH = -dt_BLH * jnp.maximum(
+        jax.nn.softplus(self.of_heads('decay', x_BLD)), LEAST_RATE)
+    now_BLH = dt_BLH * jax.nn.sigmoid(self.of_heads('share', x_BLD))
+    angle_BLHA = self._angles(x_BLD, dt_BLH, valid_BL, before.angle_B1HA)
+    q_BLHK = self._turned('query', x_BLD, angle_BLHA, ctx)
+    k_BLHK = self._turned('key', x_BLD, angle_BLHA, ctx)
+    v_BLHU = self.project('value', x_BLD, layer.VALUE_AXES, (
+        m.heads, m.head_dim), ctx).astype(jnp.float32)
+    kept = [jnp.concatenate(pair, 1) for pair in (
+        (before.key_B1HK, k_BLHK), (before.value_B1HU, v_BLHU),
+        (before.step_B1H, now_BLH))]
+    key_BLHK, value_BLHU, step_BLH = (x[:, :L] for x in kept)
+    written_BLHU = features.scaled(
+        features.of_one_document(value_BLHU, ctx.segment_ids_BL, 1),
+        jnp.exp(log_decay_BLH) * (step_BLH + dt_BLH - now_BLH))
+    inputs = recurrence.Inputs(q_BLHK, key_BLHK, written_BLHU,
+                               log_decay_BLH[..., None])
+    o_BLHU, state_BHKU = recurrence.run(
+        layer.with_resets(inputs, ctx.segment_ids_BL, valid_BL),
+        before.state_BHKU)
+    skip_H = self.of_head('skip', nn.initializers.ones)
+    o_BLHU += features.scaled(v_BLHU, skip_H[None, None] + now_BLH
+                              * features.dots(q_BLHK, k_BLHK))
+    if cache is not None:
+      cache = State(state_BHKU, angle_BLHA[:, -1:], *(
+          features.last(x, 1, L, valid_BL) for x in kept))
+    return self.joined(o_BLHU * self.gate(x_BLD, ctx), ctx), cache
+
+  def _angles(self, x_BLD: jax.Array, dt_BLH: jax.Array,
+              valid_BL: Optional[jax.Array], before_B1HA: jax.Array
+              ) -> jax.Array:
+    """Returns r, which padding leaves as it is. All sums are taken modulo 2 pi,
+    so that a long row takes no digits from them."""
+    c, A = self.config, self.sizes.angles
+    if not A:
+      return jnp.zeros((*dt_BLH.shape, 0))
+    w_DA = layers.weight(self, 'angle', (c.d_model, A), ('embed', None),
+                         output=True)
+    y_BLA = layers.einsum('BLD,DA->BLA', x_BLD, w_DA, c.compute_dtype
+                          ).astype(jnp.float32) / c.widening
+    turn_BLHA = dt_BLH[..., None] * (np.pi * jnp.tanh(y_BLA))[:, :, None]
+    if valid_BL is not None:
+      turn_BLHA = jnp.where(valid_BL[..., None, None] != 0, turn_BLHA, 0)
+    return jax.lax.associative_scan(
+        lambda x, y: (x + y) % (2 * np.pi),
+        jnp.concatenate([before_B1HA, turn_BLHA], 1), axis=1)[:, 1:]
+
+  def _turned(self, name: str, x_BLD: jax.Array, angle_BLHA: jax.Array,
+              ctx: Context) -> jax.Array:
+    """Returns B or C of each head, float32."""
+    m, A = self.sizes, angle_BLHA.shape[-1]
+    x_BLJK = features.RMSNorm(self.config, name=f'{name}_norm')(self.project(
+        name, x_BLD, self.key_axes, (m.groups, m.state), ctx))
+    bias_HK = declare(self, f'{name}_bias', nn.initializers.ones,
+                      (m.heads, m.state), Role(('heads', None)))
+    x_BLHK = jnp.repeat(x_BLJK.astype(jnp.float32), m.heads // m.groups, 2) + (
+        bias_HK.astype(jnp.float32)[None, None])
+    a, b, rest = jnp.split(x_BLHK, (A, 2 * A), -1)
+    cos, sin = jnp.cos(angle_BLHA), jnp.sin(angle_BLHA)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
+  """Returns the state of rows without a token; `shape` is [..., B, M], and the
+  state does not depend on M."""
+  m, rows = c.mamba3, shape[:-1]
+  last = lambda *each: jnp.zeros((*rows, 1, m.heads, *each))
+  return State(jnp.zeros((*rows, m.heads, m.state, m.head_dim)),
+               last(m.angles), last(m.state), last(m.head_dim), last())
+
+
+def check(name: str, c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer of Mamba-3 cannot be."""
+  mamba2.check_groups(name, c, stack)
+  m = c.mamba3
+  require(not m.turned or m.angles, f'model.mamba3.turned is {m.turned}, which '
+          f'is less than a pair of model.mamba3.state {m.state}: choose more, '
+          'or 0')
