@@ -29,7 +29,7 @@ from architectures.parts.moe.layer import MoE
 from architectures.parts.recurrent import layer, linear_attention, mamba
 from architectures.parts.recurrent import mamba2, mamba3, rwkv7, short_conv
 from architectures.parts.sharding import Role, declare
-from configs.fields import field, FUNCTION, SHAPES
+from configs.fields import field, FUNCTION, leaves, SHAPES
 
 # What mixes the tokens of a layer: (x_BLD, context, cache) -> (y_BLD, cache).
 #
@@ -143,10 +143,8 @@ MIXERS = {
         products=lambda c: {'query', 'out'} | (
             set() if c.kv_sharing else {'key', 'value'}) | (
                 multi_head.gate_products(c.attention_gate)),
-        fields=('num_kv_heads', 'attention_scale', 'attention_log_scale',
-                'qk_norm', 'qk_norm_over', 'qk_norm_scale', 'qk_clip',
-                'attention_difference', 'attention_gate', 'value_residual',
-                'value_embedding', 'kv_sharing', 'attention_conv', *SCORES),
+        fields=('num_kv_heads', 'attention_gate', *SCORES, *(
+            leaf.name for leaf in leaves(multi_head.AttentionConfig))),
         divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads')),
         check=multi_head.check),
     'latent': Mixer(

@@ -161,49 +161,13 @@ class ModelConfig:
   attention_chunk: int = field(
       0, 'The tokens of a chunk, within which a chunked layer sees keys.',
       resume=FUNCTION)
-  attention_log_scale: float = field(
-      0.0, 'How much queries grow with the logarithm of their position; 0: '
-      'they do not.', least=0, resume=FUNCTION, of_layers=True)
-  attention_log_from: int = field(
-      8192, 'the position from which they grow', above=0, resume=FUNCTION,
-      read_by='attention_log_scale')
   attention_softcap: float = field(
       0.0, 'bounds the attention scores; 0: none', least=0, resume=FUNCTION,
       of_layers=True)
-  qk_norm: bool = field(False, 'a norm of queries and of keys', of_layers=True)
-  qk_norm_over: str = field(
-      'head', 'what it is over: a head, or the whole projection',
-      of_layers=True, read_by='qk_norm')
-  qk_norm_scale: bool = field(
-      True, 'whether it is the norm of the model, with parameters; if not, '
-      'rmsnorm_plain', of_layers=True, read_by='qk_norm')
-  qk_clip: float = field(
-      0.0, 'The greatest length of a query or a key, after a scale of each '
-      'feature of a query; 0: there is none.', least=0, resume=FUNCTION,
-      of_layers=True)
-  attention_difference: float = field(
-      0.0, 'How much of the second weights of a pair of heads is subtracted '
-      'from the first at first; 0: heads are no pairs.', least=0, below=1,
-      resume=FUNCTION, of_layers=True)
   attention_sinks: bool = field(
       False, "a learned term in the softmax's denominator", of_layers=True)
   attention_gate: str = field(
       'none', "of the heads' outputs: elementwise, headwise", of_layers=True)
-  attention_conv: int = field(
-      0, 'Tokens that a convolution of queries, keys and values sees; 0: no '
-      'convolution.', resume=SHAPES, of_layers=True)
-  value_residual: bool = field(
-      False, "the first layer's values are mixed into all",
-      read_by='kv_sharing=False')
-  value_embedding: bool = field(
-      False, "a table of tokens is added to a layer's values", of_layers=True,
-      read_by='kv_sharing=False')
-  kv_sharing: bool = field(
-      False, 'A layer reads the keys and values of one before it: of a kind of '
-      'layer.', of_layers=True)
-  attention_scale: float = field(
-      0.0, 'The factor of the scores; derived: head_dim ** -0.5 (with mup: '
-      'that of the base).', least=0, resume=FUNCTION, of_layers=True)
   attention_bias: bool = field(True, 'biases in the products of attention',
                                of_layers=True)
   attention_out_bias: bool = field(

@@ -55,7 +55,6 @@ TABLES: dict[str, Mapping[str, Any]] = {
 CHOICES: dict[str, Collection[str]] = {
     **TABLES,
     'head': collections.ChainMap(heads.HEADS, {'': None}),
-    'qk_norm_over': multi_head.QK_NORMS,
     'pooling': heads.POOLINGS,
     'attention_gate': multi_head.GATES,
     'attention_kernel': collections.ChainMap(
@@ -86,21 +85,20 @@ def _groups_and_owners() -> tuple[dict[str, type], dict[str, dict]]:
 # The dataclass of each group; and of each group, or field that not every entry
 # of a table reads, the entries that do: {selector: their names}.
 GROUPS, _OWNERS = _groups_and_owners()
+Model = dataclasses.make_dataclass(
+    'Model', [(name, settings | None, None)
+              for name, settings in GROUPS.items()],
+    bases=(multi_head.AttentionConfig, ModelConfig), frozen=True)
+Model.__module__ = __name__
 # All fields of config.model but `kinds`, by dotted name.
 FIELDS: dict[str, declared.Leaf] = {leaf.name: leaf for leaf in (
-    *declared.leaves(ModelConfig),
+    *declared.leaves(Model),
     *(leaf for group, settings in GROUPS.items()
       for leaf in declared.leaves(settings, f'{group}.')))}
 # The fields of a kind of layer, and of the model what each stands for.
 OF_LAYERS = {name: name for name, leaf in FIELDS.items()
              if leaf.rule.of_layers} | {'window': 'sliding_window',
                                         'rope': 'rope'}
-
-Model = dataclasses.make_dataclass(
-    'Model', [(name, settings | None, None)
-              for name, settings in GROUPS.items()],
-    bases=(ModelConfig,), frozen=True)
-Model.__module__ = __name__
 
 
 def defaults() -> dict[str, Any]:

@@ -94,9 +94,9 @@ def changes(base: ModelConfig) -> Iterator[dict[str, Any]]:
   """Yields what differs from `base` in each variant, by the fields of
   config.model: every choice, and other values of what it reads."""
   yield {}
-  for name, choices in tables.CHOICES.items():
-    if tables.FIELDS[name].rule.about not in (fields.RUN, fields.RECIPE):
-      for choice in choices:
+  for name, leaf in tables.FIELDS.items():
+    if leaf.rule.about not in (fields.RUN, fields.RECIPE):
+      for choice in tables.CHOICES.get(name, leaf.rule.choices):
         yield _nested(name, choice)
   for name, value in hf_config.flat(base).items():
     for other in _others(value):

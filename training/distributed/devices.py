@@ -98,30 +98,22 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
           f'mesh.data x mesh.fsdp x mesh.expert times train.grad_accumulation '
           f'{grad_accumulation} do not divide: choose a multiple of '
           f'{rows * grad_accumulation}')
-  common = [('fsdp', 'd_model')]
-  if model.has_experts:
-    common.append(('tensor', 'moe.d_ff'))
-    if model.moe.latent_dim:
-      common.append(('fsdp', 'moe.latent_dim'))
+  common = [('fsdp', 'd_model'), *[
+      ('tensor', 'moe.d_ff'), ('fsdp', 'moe.latent_dim')] * model.has_experts]
   require(shape['context'] == 1 or not blocks.with_state(model),
           f'mesh.context is {shape["context"]}, and some layers keep each '
           'row on one device (a state of model.mixer, '
           'model.attention_conv or model.memory): set mesh.context=1')
-  def rows_of(kind: str) -> tuple[tuple[str, str], ...]:
-    c = model.of_kind(kind)
-    return (*blocks.mixer_of(c).divided,
-            *[('tensor', 'd_ff')] * (c.ffn != NO_FFN), *common)
-  for name, (axis, field) in [
-      (kind, row) for kind in model.kinds_used for row in rows_of(kind)]:
+  for name in model.kinds_used:
     c = model.of_kind(name)
-    size = operator.attrgetter(field)(c)
-    if size == 1 and field in blocks.mixer_of(c).whole:
-      continue
-    where = (f'model.kinds.{name}.{field}' if field in model.kinds.get(name, ())
-             else f'model.{field}')
-    require(size % shape[axis] == 0,
-            f'mesh.{axis} is {shape[axis]}, which does not divide '
-            f'{where} {size}: choose from {_divisors(size)}')
+    mixer = blocks.mixer_of(c)
+    for axis, field in (*mixer.divided, *common,
+                        *[('tensor', 'd_ff')] * (c.ffn != NO_FFN)):
+      size = operator.attrgetter(field)(c)
+      where = f'kinds.{name}.' * (field in model.kinds.get(name, ()))
+      require(size % shape[axis] == 0 or size == 1 and field in mixer.whole,
+              f'mesh.{axis} is {shape[axis]}, which does not divide '
+              f'model.{where}{field} {size}: choose from {_divisors(size)}')
   require(shape['tensor'] == 1 or model.keep_gathered == 'none',
           f'model.keep_gathered is {model.keep_gathered!r}, and mesh.tensor '
           f'{shape["tensor"]}: XLA then gathers the weights of products as it '

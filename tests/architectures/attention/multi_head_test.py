@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import sharding, skeletons
+from architectures.parts import sharding, skeletons, tables
 from architectures.parts.attention import kernels
-from architectures.parts.attention.multi_head import Attention, QK_NORMS
+from architectures.parts.attention.multi_head import Attention
 from architectures.parts.config import Cache
 from configs.errors import RequestError
 from tests.architectures.parts_test import (
@@ -46,7 +46,8 @@ def convolved(x_BLHK, w_WHK):
 
 
 FIELDS = [*(dict(qk_norm=True, qk_norm_over=over, norm=norm)
-            for over in QK_NORMS for norm in ('rmsnorm', 'layernorm')),
+            for over in tables.FIELDS['qk_norm_over'].rule.choices
+            for norm in ('rmsnorm', 'layernorm')),
           *(dict(attention_gate=gate) for gate in GATES),
           dict(attention_out_bias=False), dict(attention_conv=3)]
 
