@@ -11,8 +11,7 @@ of the networks, or of an expert:
   python -m tools.sweep run configs/sweeps/memory.py --workdir runs/memory-f \
       --match=flops_per_token
 150 steps of 16 x 64 bytes and one learning rate for all: enough to rank what
-learns faster, no claim about larger models. docs/sweeps.md has the result at
-equal parameters.
+learns faster, no claim about larger models. docs/sweeps.md has the results.
 """
 
 from configs import llama
