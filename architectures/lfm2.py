@@ -65,31 +65,36 @@ def _write(c: ModelConfig) -> dict:
       rope_parameters=rope_fields.write(c), **dict.fromkeys(phi3.IDS))
 
 
+def names(out: str = 'out_proj', norm: str = 'layernorm') -> tuple[hf.Row, ...]:
+  """Returns the rows; `out` and `norm` are theirs for the last product of
+  attention, and for the norms of queries and keys."""
+  return (
+      ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
+      ('decoder/final_norm/scale', 'D', 'model.embedding_norm.weight', 'D'),
+      ('head/kernel', 'DV', 'lm_head.weight', 'V D'),
+      *llama.layers(
+          ('attention_norm/scale', 'D', 'operator_norm.weight', 'D'),
+          ('ffn_norm/scale', 'D', 'ffn_norm.weight', 'D'),
+          *hf.under('attention', 'self_attn',
+                    ('query', 'DHK', 'q_proj.weight', 'HK D'),
+                    ('key', 'DJK', 'k_proj.weight', 'JK D'),
+                    ('value', 'DJK', 'v_proj.weight', 'JK D'),
+                    ('out', 'HKD', f'{out}.weight', 'D HK'),
+                    ('query_norm/scale', 'K', f'q_{norm}.weight', 'K'),
+                    ('key_norm/scale', 'K', f'k_{norm}.weight', 'K')),
+          *hf.under('attention', 'conv',
+                    *hf.dense('in', 'DUI', 'in_proj', 'UI D'),
+                    ('conv', 'WI', 'conv.weight', 'I 1 W'),
+                    ('conv_bias', 'I', 'conv.bias', 'I'),
+                    *hf.dense('out', 'ID', 'out_proj', 'D I')),
+          *hf.under('ffn', 'feed_forward',
+                    ('gate', 'DF', 'w1.weight', 'F D'),
+                    ('up', 'DF', 'w3.weight', 'F D'),
+                    ('down', 'FD', 'w2.weight', 'D F'))))
+
+
 HF = hf.HuggingFace(
-    'lfm2', 'Lfm2ForCausalLM',
-    names=(
-        ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
-        ('decoder/final_norm/scale', 'D', 'model.embedding_norm.weight', 'D'),
-        ('head/kernel', 'DV', 'lm_head.weight', 'V D'),
-        *llama.layers(
-            ('attention_norm/scale', 'D', 'operator_norm.weight', 'D'),
-            ('ffn_norm/scale', 'D', 'ffn_norm.weight', 'D'),
-            *hf.under('attention', 'self_attn',
-                      ('query', 'DHK', 'q_proj.weight', 'HK D'),
-                      ('key', 'DJK', 'k_proj.weight', 'JK D'),
-                      ('value', 'DJK', 'v_proj.weight', 'JK D'),
-                      ('out', 'HKD', 'out_proj.weight', 'D HK'),
-                      ('query_norm/scale', 'K', 'q_layernorm.weight', 'K'),
-                      ('key_norm/scale', 'K', 'k_layernorm.weight', 'K')),
-            *hf.under('attention', 'conv',
-                      *hf.dense('in', 'DUI', 'in_proj', 'UI D'),
-                      ('conv', 'WI', 'conv.weight', 'I 1 W'),
-                      ('conv_bias', 'I', 'conv.bias', 'I'),
-                      *hf.dense('out', 'ID', 'out_proj', 'D I')),
-            *hf.under('ffn', 'feed_forward',
-                      ('gate', 'DF', 'w1.weight', 'F D'),
-                      ('up', 'DF', 'w3.weight', 'F D'),
-                      ('down', 'FD', 'w2.weight', 'D F')))),
+    'lfm2', 'Lfm2ForCausalLM', names=names(),
     fields=hf.fields(
         hidden_size=2560, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, head_dim=hf.SPLIT_WIDTH, vocab_size=65536,

@@ -16,7 +16,6 @@ An entry of POSITIONS, at the end of this file, is all that there is of one.
 
 from collections.abc import Callable
 import dataclasses
-import functools
 import math
 from typing import NamedTuple, Optional
 
@@ -47,6 +46,9 @@ class RopeConfig:
                        most=1e12, resume=FUNCTION)
   fraction: float = field(1.0, 'the share of a head that is rotated', above=0,
                           most=1, resume=FUNCTION)
+  proportional: bool = field(
+      False, 'Frequencies and pairs are those of a whole head, of which the '
+      'first share turns (Gemma 4).', resume=FUNCTION)
   interleaved: bool = field(
       False, 'pairs are neighbours, not half a head apart', resume=FUNCTION)
   scaling: str = field('none', 'how they stretch past original_len',
@@ -104,8 +106,9 @@ class Scaling(NamedTuple):
 
 
 def rotary_dim(c: ModelConfig) -> int:
-  """Returns how many of a head's features are rotated."""
-  return int(c.head_dim * c.rope.fraction)
+  """Returns how many of a head's features are in pairs that may turn."""
+  return c.head_dim if c.rope.proportional else int(
+      c.head_dim * c.rope.fraction)
 
 
 def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
@@ -121,11 +124,16 @@ def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
 
   `length` decides on the last two: how many tokens the rows have so far. Of an
   int the radians are [K'/2], and of an array [B], a number for each row, they
-  may be [B, K'/2].
+  may be [B, K'/2]. With rope.proportional, those past rope.fraction of K are 0.
   """
   r, dim = config.rope, rotary_dim(config)
   row = SCALINGS[r.scaling]
-  frequencies = functools.partial(row.frequencies, r, dim)
+  turned = int(r.fraction * dim // 2) if r.proportional else dim // 2
+
+  def frequencies(*length):
+    each, factor = row.frequencies(r, dim, *length)
+    return jnp.where(jnp.arange(dim // 2) < turned, each, 0), factor
+
   if not row.by_length:
     return frequencies()
   if isinstance(length, int):
@@ -260,7 +268,8 @@ def check_rope(c: ModelConfig, stack: str = '', head: str = 'model.head_dim'
 
 def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig,
            length: int | jax.Array = 0) -> jax.Array:
-  """Turns the first `rope.fraction` of each head by its position.
+  """Turns the first `rope.fraction` of each head, or of its pairs, by its
+  position.
 
   Feature i is paired with i + K'/2, as in GPT-NeoX and Hugging Face; the
   paper pairs neighbours (`rope.interleaved`), which is the same up to a

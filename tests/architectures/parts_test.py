@@ -181,6 +181,21 @@ def test_yarn_keeps_what_turns_often_and_stretches_what_turns_seldom():
     assert factor == pytest.approx(of(s, m) / of(s, every))
 
 
+def test_proportional_positions_turn_the_first_pairs_of_a_whole_head():
+  got, factor, plain = rope('none', fraction=0.25, proportional=True)
+  want = np.where(np.arange(64) < 16, plain, 0)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  assert factor == 1
+  c = resolved(position='rope', head_dim=8, rope=dict(
+      fraction=0.6, proportional=True, scaling='linear', factor=2.0))
+  x, at = np.float64(normal(0, 1, 3, 1, 8)), np.array([[0, 1, 5]])
+  got = positions.rotate(x.astype(np.float32), at, c)
+  angle = np.float64([0.5, 1e4 ** (-2 / 8) / 2, 0, 0]) * at[0][:, None]
+  turned = (x[0, :, 0, :4] + 1j * x[0, :, 0, 4:]) * np.exp(1j * angle)
+  np.testing.assert_allclose(
+      got[0, :, 0], np.concatenate([turned.real, turned.imag], -1), atol=1e-6)
+
+
 # Blocks: the equations of their docstrings.
 
 

@@ -128,7 +128,7 @@ class Reader:
     """Returns what `choices` has for the field `name`."""
     value = self(name, default)
     require(value in choices, f'config.json has {self._full(name)} '
-            f'{short(value)}: choose from {", ".join(choices)}')
+            f'{short(value)}: choose from {", ".join(map(str, choices))}')
     return choices[value]
 
   @property

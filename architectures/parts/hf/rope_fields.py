@@ -20,6 +20,8 @@ _FROM_A_LENGTH = 'llama3', 'yarn', 'longrope'
 # rope_type: our scaling.
 SCALINGS = {'default': 'none', 'linear': 'linear', 'dynamic': 'dynamic',
             'llama3': 'llama3', 'yarn': 'yarn', 'longrope': 'longrope'}
+# Of positions by the kind of layer: rope.proportional, which may be stretched.
+PROPORTIONAL = 'proportional'
 
 
 def read(reader: hf.Reader, *,
@@ -65,7 +67,16 @@ def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]]
   for name, theta in kinds:
     new = parts.section(name)
     last = old and name == kinds[-1][0]
-    ropes.append(_read(reader, old if last else new, theta, by_kind=True))
+    r = old if last else new
+    if r('rope_type', 'default') == PROPORTIONAL:
+      factor = r('factor', 1.0)
+      ropes.append(dict(
+          theta=r('rope_theta', reader(*theta)), proportional=True,
+          fraction=r('partial_rotary_factor', 1.0), interleaved=False,
+          scaling='none' if factor == 1 else 'linear', factor=factor))
+    else:
+      ropes.append(_read(reader, r, theta, by_kind=True) | dict(
+          proportional=False))
   return ropes
 
 
@@ -146,8 +157,11 @@ def write_by_kind(c: ModelConfig) -> dict:
   ropes: dict[str, dict] = {}
   for kind in c.layer_kinds(c.num_layers):
     config = c.of_kind(kind.name)
+    if config.mixer != 'attention':
+      continue
     name = layer_types.type_of(config)
-    require(ropes.setdefault(name, write(config)) == write(config),
+    rope = write(config, by_kind=True)
+    require(ropes.setdefault(name, rope) == rope,
             f'model.kinds has layers of {name} with positions that differ: '
             'this config.json has one of each')
   return ropes
@@ -155,7 +169,7 @@ def write_by_kind(c: ModelConfig) -> dict:
 
 def write(c: ModelConfig, *, whole_heads: bool = True,
           interleaved: bool = False, on_scores: bool = False,
-          words: Mapping[str, str] = SCALINGS) -> dict:
+          words: Mapping[str, str] = SCALINGS, by_kind: bool = False) -> dict:
   """Returns rope_parameters for the config `c`.
 
   Args:
@@ -163,12 +177,15 @@ def write(c: ModelConfig, *, whole_heads: bool = True,
     whole_heads: whether transformers turns whole heads in this system, and
       does not read that it should turn a part.
     interleaved, on_scores, words: as of `read`.
+    by_kind: whether they are those of a kind of layer.
   """
   require(c.position == 'rope', f'model.position is {c.position!r}: this '
           "config.json can only say 'rope'")
   r = c.rope
   for name, only in (('interleaved', interleaved),
-                     *([('fraction', 1.0)] if whole_heads else [])):
+                     *([] if by_kind else [('proportional', False)]),
+                     *([('fraction', 1.0)] if whole_heads and not r.proportional
+                       else [])):
     require(getattr(r, name) == only, f'model.rope.{name} is '
             f'{getattr(r, name)}, which transformers has not in this '
             f'architecture: set it to {only}')
@@ -177,9 +194,11 @@ def write(c: ModelConfig, *, whole_heads: bool = True,
         "model.rope.scaling is 'ntk', which config.json has not: it is the "
         'same as scaling none with model.rope.theta '
         f'{positions.ntk_theta(r, positions.rotary_dim(c))!r}')
+  if r.proportional:
+    words = {PROPORTIONAL: r.scaling if r.scaling == 'linear' else 'none'}
   rope = dict(rope_type=hf.theirs(words, r.scaling, 'rope.scaling'),
               rope_theta=r.theta)
-  if not whole_heads:
+  if not whole_heads or r.proportional:
     rope['partial_rotary_factor'] = r.fraction
   if r.scaling != 'none':
     rope['factor'] = r.factor
