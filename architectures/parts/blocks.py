@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from architectures.parts import layers
 from architectures.parts import sharding
+from architectures.parts.attention import indexer
 from architectures.parts.attention import latent
 from architectures.parts.attention import multi_head
 from architectures.parts import lookup
@@ -93,9 +94,10 @@ def readers(c: ModelConfig, field: str) -> list[ModelConfig]:
 
 def with_state(c: ModelConfig) -> bool:
   """Whether some layers of a model read a row in one direction alone and keep
-  a state of it: a recurrence, a short convolution before attention, or a memory
-  by n-grams."""
+  a state of it: a recurrence, a short convolution before attention, a memory by
+  n-grams, or an indexer of blocks."""
   return any(mixer_of(config).state or lookup.keeps(config)
+             or indexer.has_blocks(config)
              for config in map(c.of_kind, c.kinds_used)
              ) or any(config.attention_conv
                       for config in readers(c, 'attention_conv'))
@@ -197,6 +199,7 @@ MIXERS = {
 #   plain      x' = x + residual_scale F(x)
 #   hyper      x'_v = sum over u of A_uv x_u  +  b_v F(sum over u of a_u x_u)
 #   mhc        the same, with a in (0, 1), b in (0, 2) and A doubly stochastic
+#   gated      x'_v = x_v + b_v F(mean over u of g_u * n_u(x_u)),  b in (0, 2)
 #   attention  v_(k+1) = F(sum over i of p_i v_i),   v_0 = e
 #
 # hyper (Zhu et al. 2024, arXiv 2409.19606, equations 10 to 14) has
@@ -225,6 +228,16 @@ MIXERS = {
 # end with the mean of the streams. (The paper takes their sum, which is count
 # times the mean; the final norm removes the factor.)
 #
+# gated (Qwen4-Exp's GatedResidual, in transformers) has gates g in (0, 1) for
+# each feature of each stream, by a product of low rank, streams.rank:
+#
+#   g = sigmoid(silu(sum over u of n_u(x_u) W_down,u / count) W_up)
+#   b = 2 sigmoid(sum over u of n_u(x_u) W_b,u / count)
+#
+# n_u is the model's norm with scales of the stream's own. One more such mean
+# ends the stack. As it is of what is normalised already, there may be no other
+# norm: block no_norm.
+#
 # attention (Kimi Team 2026, arXiv 2603.15031, equations 2 to 6): every branch
 # has a query w, which is 0 at first, and
 #
@@ -245,8 +258,10 @@ SCALE = 0.01  # the initial factor s of what depends on the token
 class StreamsConfig:
   """Of a residual that is not plain."""
   GROUP = 'streams'
-  count: int = field(4, 'number of streams, for hyper and mhc', least=2,
+  count: int = field(4, 'number of streams, for hyper, mhc and gated', least=2,
                      resume=SHAPES)
+  rank: int = field(320, "for gated: rank of the gates' product", least=1,
+                    resume=SHAPES)
   dynamic: bool = field(
       True, 'for hyper: whether the mixture depends on the token',
       resume=SHAPES)
@@ -284,11 +299,12 @@ class Weights(NamedTuple):
   Attributes:
     read_BLU: how much of each stream the branch reads.
     write_BLU: how much of its result is added to each stream.
-    mix_BLUU: [u, v], how much of stream u goes into stream v.
+    mix_BLUU: [u, v], how much of stream u goes into stream v; None: each stays
+      as it is.
   """
-  read_BLU: jax.Array
+  read_BLU: Optional[jax.Array]
   write_BLU: jax.Array
-  mix_BLUU: jax.Array
+  mix_BLUU: Optional[jax.Array] = None
 
 
 class Branch(nn.Module):
@@ -359,15 +375,18 @@ def _mixed(weigh: Callable[[nn.Module, Streams], Weights]
   """Returns Residual.read of streams that are mixed by the weights."""
   def read(module: nn.Module, x: Streams) -> Read:
     w, count = weigh(module, x), x.x_BLUD.shape[2]
-
-    def add(y_BLD: jax.Array) -> Streams:
-      x_BLUD = recomputed(layers.counted(_written, 2 * (count + 1)))(
-          x.x_BLUD, y_BLD, w)
-      return x.replace(x_BLUD=x_BLUD, branch=x.branch + 1)
-
     return recomputed(layers.counted(_weighed, 2 * count))(
-        x.x_BLUD, w.read_BLU), add
+        x.x_BLUD, w.read_BLU), _adder(x, w, 2 * (count + 1))
   return read
+
+
+def _adder(x: Streams, w: Weights, flops: int) -> Callable[[jax.Array], X]:
+  """Returns what adds a branch's result; it counts as so many FLOPs for each
+  feature of each stream."""
+  def add(y_BLD: jax.Array) -> Streams:
+    x_BLUD = recomputed(layers.counted(_written, flops))(x.x_BLUD, y_BLD, w)
+    return x.replace(x_BLUD=x_BLUD, branch=x.branch + 1)
+  return add
 
 
 def _weighed(x_BLUD: jax.Array, w_BLU: jax.Array) -> jax.Array:
@@ -377,8 +396,9 @@ def _weighed(x_BLUD: jax.Array, w_BLU: jax.Array) -> jax.Array:
 
 def _written(x_BLUD: jax.Array, y_BLD: jax.Array, w: Weights) -> jax.Array:
   x32_BLUD = x_BLUD.astype(jnp.float32)
-  mixed_BLUD = sum(x32_BLUD[:, :, u, None] * w.mix_BLUU[:, :, u, :, None]
-                   for u in range(x_BLUD.shape[2]))
+  mixed_BLUD = x32_BLUD if w.mix_BLUU is None else sum(
+      x32_BLUD[:, :, u, None] * w.mix_BLUU[:, :, u, :, None]
+      for u in range(x_BLUD.shape[2]))
   y_BLUD = y_BLD[:, :, None].astype(jnp.float32) * w.write_BLU[..., None]
   return (mixed_BLUD + y_BLUD).astype(x_BLUD.dtype)
 
@@ -456,6 +476,41 @@ def sinkhorn(logits_BLUU: jax.Array, iterations: int) -> jax.Array:
     return z_BLUU - jax.nn.logsumexp(z_BLUU, -1, keepdims=True), None
 
   return jnp.exp(jax.lax.scan(divide, logits_BLUU, length=iterations)[0])
+
+
+def _gated(module: nn.Module, x: Streams) -> Read:
+  c: Any = module.config  # type: ignore[attr-defined]
+  read_BLD, n_BLUD = _gated_mean(module, x)
+  count, D = n_BLUD.shape[2:]
+  w_UDU = layers.weight(module, 'write', (count, D, count),
+                        (None, 'embed', None), in_axes=(0, 1), output=True)
+  z_BLU = layers.einsum('BLUD,UDV->BLV', n_BLUD, w_UDU, c.compute_dtype,
+                        jnp.float32)
+  return read_BLD, _adder(x, Weights(None, 2 * jax.nn.sigmoid(
+      z_BLU / (count * c.widening))), 2)
+
+
+def _gated_mean(module: nn.Module, x: Streams) -> tuple[jax.Array, jax.Array]:
+  """Returns what is read, and the normalised streams; there may be an axis of
+  layers in front."""
+  c: Any = module.config  # type: ignore[attr-defined]
+  n_BLUD = layers.norms(c, 'norm')(x.x_BLUD)
+  (count, D), rank = n_BLUD.shape[-2:], c.streams.rank
+  down_UDR = layers.weight(module, 'down', (count, D, rank),
+                           (None, 'embed', None), in_axes=(0, 1), output=True)
+  up_RUD = layers.weight(module, 'up', (rank, count, D), (None, None, 'embed'))
+  z_BLR = jax.nn.silu(layers.einsum(
+      '...UD,UDR->...R', n_BLUD, down_UDR, c.compute_dtype, jnp.float32
+  ) / (count * c.widening))
+  gate_BLUD = layers.einsum('...R,RUD->...UD', z_BLR, up_RUD, c.compute_dtype)
+  return recomputed(layers.counted(_opened, 2 * count))(
+      gate_BLUD, n_BLUD), n_BLUD
+
+
+def _opened(gate_BLUD: jax.Array, n_BLUD: jax.Array) -> jax.Array:
+  gate32_BLUD = jax.nn.sigmoid(gate_BLUD.astype(jnp.float32))
+  return (gate32_BLUD * n_BLUD.astype(jnp.float32)).mean(-2).astype(
+      n_BLUD.dtype)
 
 
 def _mean(module: nn.Module, x: Streams) -> jax.Array:
@@ -553,6 +608,9 @@ RESIDUALS = {
                       fields=('streams.count', 'streams.dynamic')),
     'mhc': Residual(_mixed(_mhc), **_COPIED, fields=(
         'streams.count', 'streams.iterations', 'norm_eps')),
+    'gated': Residual(_gated, **_COPIED | dict(
+        end=lambda module, x: _gated_mean(module, x)[0]),
+                      fields=('streams.count', 'streams.rank')),
     'attention': Residual(_attention, _sources, _first, _attended_at_the_end,
                           StreamsConfig, ('streams.block_size', 'norm_eps')),
 }
@@ -572,7 +630,7 @@ RESIDUALS = {
 class Block(nn.Module):
   """What the wirings share: their parts by name.
 
-  FINAL_NORM: whether what the last block returns is not normalised yet.
+  FINAL_NORM: whether a norm follows the last block.
   CROSS: whether it has C too, where its kind of layer asks for it.
   WITHOUT_FFN: whether it ends before F, where its kind of layer has none.
   STREAMS: whether x may be several streams (see RESIDUALS): everything that the
@@ -585,7 +643,7 @@ class Block(nn.Module):
   config: ModelConfig
   kind: LayerKind
 
-  def norm(self, name: str) -> nn.Module:
+  def norm(self, name: str) -> Callable[[jax.Array], jax.Array]:
     return norm(self.config, name)
 
   def attention(self) -> nn.Module:
@@ -643,6 +701,15 @@ class PreNorm(Block):
     x_BLD, add = self.branch('ffn', x)
     y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
     return residual(add(self.drop(y_BLD, ctx))), cache, aux
+
+
+class NoNorm(PreNorm):
+  """x + A(x); x + F(x) (Qwen4-Exp, where the streams of residual gated are
+  normalised as they are read)."""
+  FINAL_NORM = False
+
+  def norm(self, name: str) -> Callable[[jax.Array], jax.Array]:
+    return lambda x_BLD: x_BLD
 
 
 class FfnNorm(Block):
@@ -772,6 +839,7 @@ BLOCKS = {
     'sandwich': Sandwich,
     'out_norm': OutNorm,
     'ffn_norm': FfnNorm,
+    'no_norm': NoNorm,
 }
 
 
@@ -789,7 +857,10 @@ def block_of(c: ModelConfig) -> type[Block]:
       state, read = None, memory.module(self.config, name='memory')
       if isinstance(cache, Both):
         cache, state = cache.mixer, cache.memory
-      if not memory.after:
+      if isinstance(x_BLD, Streams):
+        y_BLUD, state = read(x_BLD.x_BLUD, ctx, state)
+        x_BLD = residual(x_BLD.replace(x_BLUD=x_BLD.x_BLUD + y_BLUD))
+      elif not memory.after:
         y_BLD, state = read(x_BLD, ctx, state)
         x_BLD = residual(x_BLD + y_BLD)
       x_BLD, cache, aux = super().__call__(x_BLD, ctx, cache)

@@ -121,8 +121,9 @@ class ModelConfig:
       of_layers=True)
   residual: str = field(
       'plain', 'What attention and networks read of what stands before them: '
-      'plain, the residual sum; hyper (hyper-connections) or mhc, a mixture of '
-      'several streams; or attention (attention residuals), a weighted mean.')
+      'plain, the residual sum; hyper (hyper-connections), mhc or gated, a '
+      'mixture of several streams; or attention (attention residuals), a '
+      'weighted mean.')
   loop: str = field(
       'none', 'What each pass reads where the layers of the pattern, between '
       'the prefix and the suffix, are run several times: plain, what the pass '

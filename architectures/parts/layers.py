@@ -523,6 +523,14 @@ def norm(config: ModelConfig, name: str, axis: str = 'embed') -> nn.Module:
   return NORMS[config.norm](config, axis, name=name)
 
 
+def norms(config: ModelConfig, name: str) -> nn.Module:
+  """The same of streams, [..., U, D]: each has parameters of its own."""
+  return nn.vmap(
+      NORMS[config.norm], in_axes=-2, out_axes=-2, split_rngs={'params': True},
+      variable_axes={'params': 0},
+      metadata_params={nn.PARTITION_NAME: None})(config, name=name)
+
+
 # The feed-forward network, dense. Experts are made of the same.
 #
 # FFN(x) = act(x W_up) W_down (Vaswani et al. 2017, section 3.3), and gated:

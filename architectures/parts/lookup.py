@@ -20,7 +20,8 @@ n is the model's norm, each time with its own scale. The convolution is of each
 feature by itself, over tokens that are N places apart, and 0 at first. The
 authors also join tokens that differ by case and accents alone, which is a
 tokenizer's work and not done here, and give each layer its own a_i and primes;
-here all layers hash alike, as layers that are scanned must.
+here all layers hash alike, as layers that are scanned must. Of several streams
+each has its own W_K, norms, g and convolution, and W_V is one (Qwen4-Exp).
 
 over_encoding (Huang et al. 2025, arXiv 2501.16975, section 3.2) is
 
@@ -81,6 +82,8 @@ class NGramsConfig:
                     'tables', resume=SHAPES)
   pad_token: int = field(0, 'the token that stands before a document',
                          resume=FUNCTION)
+  stops: bool = field(False, 'whether no n-gram reaches over a pad_token',
+                      resume=FUNCTION)
   kernel: int = field(4, 'of engram: tokens that the convolution sees, the '
                       'token itself included', least=2, resume=SHAPES)
 
@@ -175,12 +178,16 @@ def hashed(c: ModelConfig, all_BM: jax.Array,
   by = primes(m.rows, m.tables)
   L = all_BM.shape[1] - m.order + 1
   mixed: tuple[jax.Array, ...] = ()
+  over_BL = jnp.zeros((1, 1), bool)
   for back, a in enumerate(multipliers(c.vocab_size, m.order)):
     t_BL = all_BM[:, m.order - 1 - back:][:, :L]
     if segment_ids_BL is not None:
       t_BL = m.pad_token + features.of_one_document(
           (t_BL - m.pad_token)[:, :, None, None], segment_ids_BL, back
       )[:, :, 0, 0]
+    if m.stops and back:
+      over_BL |= t_BL == m.pad_token
+      t_BL = jnp.where(over_BL, m.pad_token, t_BL)
     product = _times(t_BL.astype(jnp.uint32), a)
     if not back:
       mixed = product
@@ -230,38 +237,44 @@ def _product(module: nn.Module, name: str, x_BLI: jax.Array, size: int = 0,
 
 def gated(key_BLD: jax.Array, x_BLD: jax.Array, value_BLD: jax.Array
           ) -> jax.Array:
-  """Returns v of the module's docstring, of n(W_K e), n(x) and W_V e. The root
-  is of 1e-6 at least, as in the authors' program."""
+  """Returns v of the module's docstring, of n(W_K e), n(x) and W_V e; the first
+  two may be of streams, [B, L, U, D]. The root is of 1e-6 at least, as in the
+  authors' program."""
   key, x, value = (a.astype(jnp.float32) for a in (key_BLD, x_BLD, value_BLD))
+  if x.ndim > value.ndim:
+    value = jnp.broadcast_to(value[:, :, None], x.shape)
   g_BL = features.dots(key, x) * x.shape[-1] ** -0.5
   g_BL = jnp.sign(g_BL) * jnp.sqrt(jnp.maximum(jnp.abs(g_BL), 1e-6))
   return features.scaled(value, jax.nn.sigmoid(g_BL)).astype(value_BLD.dtype)
 
 
 class Engram(nn.Module):
-  """(x_BLD, context, state) -> (what is added to x_BLD, state)."""
+  """(x_BLD, context, state) -> (what is added to x_BLD, state). x may be
+  several streams, [B, L, U, D]."""
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, state: Optional[State]):
-    c = self.config
-    m, D = c.ngrams, c.d_model
+    c, shape = self.config, x_BLD.shape
+    m, size = c.ngrams, math.prod(shape[2:])
+    norm = functools.partial(
+        layers.norm if x_BLD.ndim == 3 else layers.norms, c)
     e_BLU, tokens_BW = _looked_up(self, ctx, state)
     v_BLD = layers.recomputed(gated)(
-        layers.norm(c, 'key_norm')(_product(self, 'key', e_BLU)),
-        layers.norm(c, 'query_norm')(x_BLD),
+        norm('key_norm')(_product(self, 'key', e_BLU, size).reshape(shape)),
+        norm('query_norm')(x_BLD),
         _product(self, 'value', e_BLU, residual=True))
-    w_WD = declare(self, 'conv', nn.initializers.zeros, (m.kernel, D),
+    w_WD = declare(self, 'conv', nn.initializers.zeros, (m.kernel, size),
                    Role((None, 'embed')))
     y_BL1D, inputs_BW1D = features.convolve(
-        layers.norm(c, 'conv_norm')(v_BLD)[:, :, None], w_WD[:, None],
+        norm('conv_norm')(v_BLD).reshape(*shape[:2], 1, size), w_WD[:, None],
         before_BWHK=state and state.inputs_BWD[:, :, None],
         segment_ids_BL=ctx.segment_ids_BL,
         valid_BL=None if state is None else ctx.valid_BL, silu=True,
         apart=m.order)
     if state is not None:
       state = State(tokens_BW, inputs_BW1D[:, :, 0])
-    return v_BLD + y_BL1D[:, :, 0], state
+    return v_BLD + y_BL1D.reshape(shape), state
 
 
 class OverEncoding(nn.Module):
@@ -307,15 +320,18 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
   tokens_BW = jnp.full((*shape[:-1], m.order - 1), m.pad_token, jnp.int32)
   if c.memory != 'engram':
     return State(tokens_BW)
+  size = c.d_model * (1 if c.residual == 'plain' else c.streams.count)
   return State(tokens_BW, jnp.zeros(
-      (*shape[:-1], (m.kernel - 1) * m.order, c.d_model), c.compute_dtype))
+      (*shape[:-1], (m.kernel - 1) * m.order, size), c.compute_dtype))
 
 
 def check(c: ModelConfig) -> None:
   """Raises RequestError for what a layer that reads tables cannot be."""
   reads = f'model.memory is {c.memory!r}'
-  require(c.residual == 'plain', f'{reads}, which adds to one stream, and '
-          f"model.residual {c.residual!r} has others: set it to 'plain'")
+  require(c.residual == 'plain' or (
+      c.memory == 'engram' and c.residual != 'attention'),
+          f'{reads}, which adds to one stream, and model.residual '
+          f"{c.residual!r} has others: set it to 'plain'")
   require(c.parametrization == 'standard', f'{reads}, for which '
           f'model.parametrization {c.parametrization!r} has no rules: set it '
           "to 'standard'")

@@ -45,6 +45,10 @@ ATTENTIONS = {
     'latent': dict(mixer='latent', attention_gate='elementwise'),
     'indexed': dict(indexer=dict(top_k=5), pattern='indexed', kinds=dict(
         indexed=dict(attention='indexed'))),
+    'blocks': dict(indexer=dict(top_k=4, block=2), pattern='indexed',
+                   kinds=dict(indexed=dict(
+                       attention='indexed', memory='engram')), ngrams=NGRAMS,
+                   residual='gated', streams=dict(count=2, rank=3)),
 }
 # Mixers with a state, each in layers beside those of an attention.
 STATES = [name for name, mixer in blocks.MIXERS.items() if mixer.state]

@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import architectures
 from architectures.parts import lookup, paths
@@ -20,13 +21,14 @@ IDS = np.array([[1] * 5 + [2] * 7, [1] * 12])
 
 
 def _places(c, tokens_BL):
-  """In int64, which no product leaves; token by token."""
+  """In int64, which no product leaves; token by token. No n-gram reaches over a
+  3."""
   a, by = (np.array(x) for x in (lookup.multipliers(c.vocab_size, 3),
                                  lookup.primes(40, 4)))
   places = np.zeros((*tokens_BL.shape, 4), np.int64)
   for b, at in np.ndindex(tokens_BL.shape):
     t = [tokens_BL[b, at - i] if i <= at and IDS[b, at - i] == IDS[b, at]
-         else 3 for i in range(3)]
+         and 3 not in tokens_BL[b, at - i:at] else 3 for i in range(3)]
     two = t[0] * a[0] ^ t[1] * a[1]
     both = np.array([two, two, two ^ t[2] * a[2], two ^ t[2] * a[2]])
     places[b, at] = both % by + np.cumsum((0, *by[:-1]))
@@ -38,15 +40,20 @@ def _normed(c, p):
       np.square(x).mean(-1, keepdims=True) + c.norm_eps)
 
 
-def test_engram_is_its_definition():
+@pytest.mark.parametrize('streams', [(), (2,)])
+def test_engram_is_its_definition(streams):
+  """Streams have keys, norms and convolutions of their own."""
   assert lookup.primes(40, 4) == (41, 43, 47, 53)
-  module, params = models.make('llama', memory='engram', ngrams=NGRAMS)
+  module, params = models.make(
+      'llama', memory='engram', ngrams=NGRAMS | dict(stops=True), **dict(
+          residual='hyper', streams=dict(count=2)) if streams else {})
   c = dataclasses.replace(module.config, vocab_size=2**31 - 1)
   draw = np.random.default_rng(0)
   p = jax.tree.map(lambda x: np.asarray(x[0], np.float64),
                    params['decoder']['layers']['block_0']['memory'])
   tokens_BL = draw.integers(0, 2**31 - 1, (2, 12))
-  x_BLD = draw.standard_normal((2, 12, c.d_model))
+  tokens_BL[:, 8] = 3
+  x_BLD = draw.standard_normal((2, 12, *streams, c.d_model))
   ctx = Context(jnp.arange(12)[None], jnp.asarray(IDS),
                 tokens_BL=jnp.asarray(tokens_BL, jnp.int32))
   ours, _ = jax.jit(lambda p, x_BLD: lookup.Engram(c).apply(
@@ -55,14 +62,16 @@ def test_engram_is_its_definition():
   assert places.max() < len(p['table']) == 256 and len(np.unique(places)) > 60
   n = _normed(c, p)
   e_BLU = p['table'][places].reshape(2, 12, -1)
-  g_BL = (n(e_BLU @ p['key'], 'key_norm') * n(x_BLD, 'query_norm')).sum(-1)
+  g_BL = (n((e_BLU @ p['key']).reshape(x_BLD.shape), 'key_norm')
+          * n(x_BLD, 'query_norm')).sum(-1)
   g_BL = np.sign(g_BL) * np.sqrt(np.abs(g_BL) / np.sqrt(c.d_model))
-  v_BLD = (e_BLU @ p['value']) / (1 + np.exp(-g_BL))[..., None]
+  value_BLD = (e_BLU @ p['value']).reshape(2, 12, *(1 for _ in streams), -1)
+  v_BLD = value_BLD / (1 + np.exp(-g_BL))[..., None]
   y_BLD, m_BLD = np.zeros_like(v_BLD), n(v_BLD, 'conv_norm')
   for b, at, i in np.ndindex(2, 12, 4):
     seen = at - 3 * (3 - i)
     if seen >= 0 and IDS[b, seen] == IDS[b, at]:
-      y_BLD[b, at] += p['conv'][i] * m_BLD[b, seen]
+      y_BLD[b, at] += p['conv'][i].reshape(*streams, -1) * m_BLD[b, seen]
   models.close(ours, v_BLD + y_BLD / (1 + np.exp(-y_BLD)))
 
 

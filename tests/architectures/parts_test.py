@@ -238,10 +238,10 @@ def test_a_block_follows_its_equations(block, cross):
     x = x + n('attention_out', A(x))
     x = x + n('cross_out', C(x)) if cross else x
     want = x + n('ffn_out', F(x))
-  elif block == 'ffn_norm':
+  elif block in ('ffn_norm', 'no_norm'):
     x = x + A(x)
     x = x + C(x) if cross else x
-    want = x + F(n('ffn', x))
+    want = x + F(n('ffn', x) if block == 'ffn_norm' else x)
   elif block == 'shared_norm':
     m = n('attention', x)
     want = x + A(m) + F(m) + (C(m) if cross else 0)

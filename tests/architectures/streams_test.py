@@ -17,6 +17,7 @@ N = 3
 KINDS = {'hyper': dict(residual='hyper', streams=dict(count=N)),
          'static': dict(residual='hyper', streams=dict(count=N, dynamic=False)),
          'mhc': dict(residual='mhc', streams=dict(count=N)),
+         'gated': dict(residual='gated', streams=dict(count=N, rank=5)),
          'attention': dict(residual='attention'),
          'blocks': dict(residual='attention', streams=dict(block_size=3))}
 
@@ -65,10 +66,11 @@ def branch_of(c, x, k, y_of):
   return after, params
 
 
-@pytest.mark.parametrize('kind', ['hyper', 'static', 'mhc'])
+@pytest.mark.parametrize('kind', ['hyper', 'static', 'mhc', 'gated'])
 def test_streams_are_mixed_as_published(kind):
   """Compares one branch, y = 3 x, with the equations in float64."""
-  c = resolved('llama', norm='rmsnorm_plain', **KINDS[kind])
+  norm = 'rmsnorm_1p' if kind == 'gated' else 'rmsnorm_plain'
+  c = resolved('llama', norm=norm, **KINDS[kind])
   x, k = normal(0, 2, 4, N, D), 4
   got, params = branch_of(c, x, k, lambda x: 3 * x)
   p, x = numpy_attention.float64(params), np.asarray(x, np.float64)
@@ -88,6 +90,13 @@ def test_streams_are_mixed_as_published(kind):
         m = m / m.sum(0, keepdims=True)
         m = m / m.sum(1, keepdims=True)
       mixed = m @ h
+    elif kind == 'gated':
+      x_n = n(h) * (1 + p['norm']['offset'])
+      z = np.einsum('ud,udr->r', x_n, p['down']) / N
+      gates = sigmoid(np.einsum('r,rud->ud', z * sigmoid(z), p['up']))
+      write = 2 * sigmoid(np.einsum('ud,udv->v', x_n, p['write']) / N)
+      want[place] = h + np.outer(write, 3 * (gates * x_n).mean(0))
+      continue
     else:
       read, write, mix = turn + p['read'], p['write'], p['mix']
       if kind == 'hyper':

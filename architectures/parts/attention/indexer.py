@@ -13,6 +13,16 @@ hides the other keys, and one token that meets a cache, which has the k of each
 token too, gathers them. With top_k at the length or above it, or 0, it is
 attention to all keys.
 
+With a block of n tokens (Qwen Sparse Attention of Qwen4-Exp, in transformers)
+queries choose among the blocks 0 ... n - 1, n ... 2 n - 1, ... of a document,
+and see all of a block's keys, and those after their last whole block too:
+
+  k_b = R_(n b) n(mean over b of W_k x_m),   q_l,h = R_l n(W_q,h x_l)
+  I_l,b = K^-1/2 sum over the H heads of relu(q_l,h k_b)
+
+Here n is the model's norm. A cache has of each token the key of the n tokens
+that end with it, and the last n - 1 products W_k x.
+
 The choice has no gradient. What teaches the indexer is added to the training
 loss, aux/indexer in the metrics:
 
@@ -25,22 +35,25 @@ where attention goes: docs/howto/sparse_attention.md has the stages.
 """
 
 import dataclasses
-from typing import Optional
+from typing import Any, NamedTuple, Optional
 
 import flax.linen as nn
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.config import Context, ModelConfig
+from architectures.parts.recurrent import features
 from configs.errors import require
 from configs.fields import field, FUNCTION, RECIPE, SHAPES, REGULARISATION
 
 NORM_EPS = 1e-6  # of the norm of keys, whatever model.norm_eps is
 UNSEEN = -1e30  # finite, as kernels.MASKED
+INPUT = 'index'  # in Cache.inputs: of the means of keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +63,9 @@ class IndexerConfig:
   top_k: int = field(
       64, 'Keys that a query sees; 0: all, while the indexer warms up.',
       resume=FUNCTION)
+  block: int = field(
+      0, 'Tokens of a block, which divide top_k: they are chosen together; 0: '
+      'each by itself.', least=0, resume=SHAPES)
   heads: int = field(4, 'heads of the indexer', above=0, resume=SHAPES)
   head_dim: int = field(
       0, "size of such a head; derived: the model's head_dim", resume=SHAPES)
@@ -67,22 +83,24 @@ class IndexerConfig:
 @struct.dataclass
 class Index:
   """What an indexer makes of tokens: queries and their heads' weights, and
-  keys, which are of one head."""
+  keys, which are of one head; of blocks, also what the next keys are made of.
+  """
   query_BLHK: jax.Array
   weight_BLH: jax.Array
   key_BMJK: jax.Array
+  inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 class Indexer(nn.Module):
-  """(x_BLD, what queries are made of, context) -> Index. `axis` is the logical
-  axis of the second one. Heads are whole on each device, as their scores add
-  up."""
+  """(x_BLD, what queries are made of, context, Index.inputs of the tokens
+  before) -> Index. `axis` is the logical axis of the second one. Heads are
+  whole on each device, as their scores add up."""
   config: ModelConfig
   axis: str
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, asks_BLU: jax.Array, ctx: Context
-               ) -> Index:
+  def __call__(self, x_BLD: jax.Array, asks_BLU: jax.Array, ctx: Context,
+               before: Optional[dict[str, jax.Array]] = None) -> Index:
     c, i = self.config, self.config.indexer
     x_BLD, asks_BLU = jax.lax.stop_gradient((x_BLD, asks_BLU))
 
@@ -95,29 +113,116 @@ class Indexer(nn.Module):
     q_BLHK = product('query', 'BLU,UHK->BLHK', asks_BLU, i.heads, i.head_dim,
                      axis=self.axis)
     k_BLK = product('key', 'BLD,DK->BLK', x_BLD, i.head_dim)
-    k_BLK = layers.LayerNorm(dataclasses.replace(c, norm_eps=NORM_EPS), 'head',
-                             name='key_norm')(k_BLK)
-    w_BLH = product('weights', 'BLD,DH->BLH', x_BLD, i.heads,
-                    dtype=jnp.float32)
-    q_BLHK, k_BL1K = (self._turn(x, ctx) for x in (q_BLHK, k_BLK[:, :, None]))
+    inputs = {}
+    if i.block:
+      q_BLHK = layers.norm(c, 'query_norm', 'head')(q_BLHK)
+      mean_BL1K, inputs[INPUT] = features.convolve(
+          k_BLK[:, :, None], jnp.full((i.block, 1, i.head_dim), 1 / i.block),
+          before_BWHK=before[INPUT] if before else None,
+          segment_ids_BL=ctx.segment_ids_BL,
+          valid_BL=ctx.valid_BL if before else None)
+      k_BLK = layers.norm(c, 'key_norm', 'head')(mean_BL1K[:, :, 0])
+      w_BLH = jnp.full(q_BLHK.shape[:3], i.heads ** 0.5)
+    else:
+      k_BLK = layers.LayerNorm(dataclasses.replace(c, norm_eps=NORM_EPS),
+                               'head', name='key_norm')(k_BLK)
+      w_BLH = product('weights', 'BLD,DH->BLH', x_BLD, i.heads,
+                      dtype=jnp.float32)
+    q_BLHK = self._turn(q_BLHK, ctx)
+    k_BL1K = self._turn(k_BLK[:, :, None], ctx, max(i.block - 1, 0))
     return Index(sharding.constrain(q_BLHK, 'batch', 'length', None, 'head'),
-                 sharding.constrain(w_BLH, 'batch', 'length', None), k_BL1K)
+                 sharding.constrain(w_BLH, 'batch', 'length', None), k_BL1K,
+                 inputs)
 
-  def _turn(self, x_BLHK: jax.Array, ctx: Context) -> jax.Array:
+  def _turn(self, x_BLHK: jax.Array, ctx: Context, back: int = 0) -> jax.Array:
     c, rotate = self.config, positions.of(self.config).rotate
     if not rotate:
       return x_BLHK
     head, rest = jnp.split(x_BLHK, (turned(c),), -1)
     rope = dataclasses.replace(c.rope, fraction=1.0,
                                interleaved=c.indexer.interleaved)
-    return jnp.concatenate([rotate(head, ctx.positions_BL, dataclasses.replace(
-        c, head_dim=turned(c), rope=rope), ctx.length), rest], -1)
+    return jnp.concatenate([rotate(
+        head, ctx.positions_BL - back, dataclasses.replace(
+            c, head_dim=turned(c), rope=rope), ctx.length), rest], -1)
 
 
 def turned(c: ModelConfig) -> int:
   """Returns how many features of a head rotary positions turn."""
   return (c.latent.rope_dim if c.mixer == 'latent' else
           positions.rotary_dim(c))
+
+
+class Scored(NamedTuple):
+  """I of keys, or of their whole blocks, of which N = M / size or fewer are.
+
+  Attributes:
+    scores_BLM: float32 [B, L, M], or of blocks, [B, L, N].
+    size: of a block; 0: keys stand by themselves.
+    last_BN: the last key of each block; M: there is no such block.
+    of_BM: the block of each key. One that is in no whole block has a number
+      that stands for none of its document.
+  """
+  scores_BLM: jax.Array
+  size: int = 0
+  last_BN: Any = None
+  of_BM: Any = None
+
+  def whole(self, seen_BLM: Any) -> jax.Array:
+    """Returns of which blocks each query sees all keys, bool [B, L, N]."""
+    return jnp.take_along_axis(seen_BLM, self.last_BN[:, None], 2,
+                               mode='fill', fill_value=False)
+
+  def to_keys(self, x_BLN: jax.Array, rest: float | bool) -> jax.Array:
+    """Returns for each key what `x_BLN` has for its block, or `rest`."""
+    return jnp.take_along_axis(x_BLN, self.of_BM[:, None], 2, mode='fill',
+                               fill_value=rest)
+
+  def best(self, seen_BLM: Any, top_k: int) -> jax.Array:
+    """Returns which keys are S, bool [B, L, M]."""
+    if not self.size:
+      return best(self.scores_BLM, seen_BLM, top_k)
+    whole_BLN = self.whole(seen_BLM)
+    best_BLN = best(self.scores_BLM, whole_BLN, top_k // self.size)
+    return seen_BLM & self.to_keys(best_BLN | ~whole_BLN, True)
+
+  def places(self, seen_B1M: jax.Array, top_k: int) -> jax.Array:
+    """Returns where the keys of S are, of one query a row of one document:
+    [B, top_k], or a block more of them; and places that it does not see."""
+    if not self.size:
+      return jax.lax.top_k(of_seen(self.scores_BLM, seen_B1M)[:, 0], top_k)[1]
+    whole_B1N = self.whole(seen_B1M)
+    score_BN, block_BN = jax.lax.top_k(
+        of_seen(self.scores_BLM, whole_B1N)[:, 0], top_k // self.size)
+    rest_B1 = jnp.broadcast_to(whole_B1N.sum(-1), (len(block_BN), 1))
+    block_BN = jnp.where(score_BN > -jnp.inf, block_BN, seen_B1M.shape[-1])
+    return (jnp.concatenate([block_BN, rest_B1], 1)[..., None] * self.size
+            + jnp.arange(self.size)[None, None]).reshape(len(block_BN), -1)
+
+  def divergence(self, target_BLM: jax.Array, seen_BLM: Any, ctx: Context
+                 ) -> jax.Array:
+    """As the function; of blocks, over the keys of those that are whole."""
+    scores_BLM = self.scores_BLM
+    if self.size:
+      seen_BLM = seen_BLM & self.to_keys(self.whole(seen_BLM), False)
+      target_BLM = jnp.where(seen_BLM, target_BLM, 0)
+      scores_BLM = self.to_keys(scores_BLM, 0.0)
+    return divergence(target_BLM, scores_BLM, seen_BLM, ctx)
+
+
+def scored(c: ModelConfig, index: Index, ids_BM: Optional[jax.Array]) -> Scored:
+  """Returns the scores of all keys, whose documents are `ids_BM`."""
+  size, keys = c.indexer.block, index.key_BMJK.shape[1]
+  if not size:
+    return Scored(scores(index))
+  at_1M = jnp.arange(keys)[None]
+  first_BM = 0 if ids_BM is None else jax.lax.cummax(jnp.where(jnp.pad(
+      ids_BM[:, 1:] != ids_BM[:, :-1], ((0, 0), (1, 0))), at_1M, 0), 1)
+  ends_BM = (at_1M - first_BM) % size == size - 1
+  last_BN = jnp.sort(jnp.where(ends_BM, at_1M, keys))[:, :max(keys // size, 1)]
+  key_BNJK = jnp.take_along_axis(
+      index.key_BMJK, last_BN[..., None, None], 1, mode='clip')
+  return Scored(scores(index.replace(key_BMJK=key_BNJK)), size, last_BN,
+                jnp.cumsum(ends_BM, -1, dtype=jnp.int32) - ends_BM)
 
 
 def scores(index: Index) -> jax.Array:
@@ -193,6 +298,25 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> Optional[jax.Array]:
       (*shape, 1, c.indexer.head_dim), c.compute_dtype)
 
 
+def has_blocks(c: ModelConfig) -> bool:
+  """Whether the indexer of a layer, if it has one, chooses blocks."""
+  return c.attention == 'indexed' and c.indexer.block > 0
+
+
+def inputs(c: ModelConfig, shape: tuple[int, ...]) -> dict[str, jax.Array]:
+  """Returns Index.inputs of rows without a token, likewise."""
+  return {INPUT: jnp.zeros(
+      (*shape[:-1], c.indexer.block - 1, 1, c.indexer.head_dim),
+      c.compute_dtype)} if has_blocks(c) else {}
+
+
+def kept(c: ModelConfig, seen: np.ndarray) -> np.ndarray:
+  """Returns how many keys queries see that may see so many."""
+  size, top = max(c.indexer.block, 1), c.indexer.top_k
+  return np.minimum(seen // size, top // size) * size + seen % size if (
+      top) else seen
+
+
 def check(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer with an indexer cannot be."""
   who = "model.attention is 'indexed'"
@@ -202,6 +326,9 @@ def check(c: ModelConfig, stack: str) -> None:
           "model.parametrization 'mup' has no rule: choose standard")
   require(not c.kv_sharing, f'{who}, and model.kv_sharing is True: a layer '
           'chooses of keys of its own, so set it to False')
+  i = c.indexer
+  require(not i.block or i.top_k % i.block == 0, f'model.indexer.block is '
+          f'{i.block}, which does not divide model.indexer.top_k {i.top_k}')
   if positions.of(c).rotate:
     require(turned(c) <= c.indexer.head_dim, 'model.indexer.head_dim is '
             f'{c.indexer.head_dim}, and rotary positions turn {turned(c)} '

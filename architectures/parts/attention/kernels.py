@@ -37,8 +37,8 @@ class Rule:
       rule has no window.
     sees: (config, q_positions, k_positions) -> bool, of positions that
       broadcast: any other rule. Fused kernels have no mask for it.
-    top: config -> how many of these keys an indexer leaves a query, 0: all;
-      None: the rule has no indexer.
+    top: (config, numbers of these keys) -> how many of them an indexer leaves
+      a query; None: the rule has no indexer.
     settings: the group of fields of config.model that it reads.
     chunk: config -> n, where a document is in chunks of n tokens, and a query
       sees its own; None: it is whole.
@@ -48,7 +48,7 @@ class Rule:
   """
   window: Optional[Callable[[ModelConfig], int]] = None
   sees: Optional[Callable] = None
-  top: Optional[Callable[[ModelConfig], int]] = None
+  top: Optional[Callable[[ModelConfig, np.ndarray], np.ndarray]] = None
   settings: Optional[type] = None
   chunk: Optional[Callable[[ModelConfig], int]] = None
   fields: tuple[str, ...] = ()
@@ -113,8 +113,7 @@ def _counts(kind: LayerKind, c: ModelConfig, queries: np.ndarray,
   reach = rule.window(c) if rule.window else keys.size
   first = np.maximum(queries - reach + 1, 0)
   last = np.minimum(queries + (1 if kind.causal else reach), keys.size)
-  top = rule.top(c) if rule.top else 0
-  return np.minimum(last - first, top or keys.size)
+  return rule.top(c, last - first) if rule.top else last - first
 
 
 def pairs(kind: LayerKind, c: ModelConfig, queries: int, keys: int) -> int:
@@ -139,8 +138,9 @@ def share(kind: LayerKind, c: ModelConfig, queries: int, keys: int,
   if not (prefix and kind.causal and queries == keys > 1):
     return seen, whole, seen
   both_ways, at = dataclasses.replace(kind, causal=False), np.arange(keys)
-  if RULES[kind.attention].top:  # of max(query + 1, prefix) keys, or the best
-    best_M = np.minimum(at, RULES[kind.attention].top(c) or keys)
+  top = RULES[kind.attention].top
+  if top:  # of max(query + 1, prefix) keys, or the best
+    best_M = top(c, at)
     longer_M = best_M.sum() - best_M.cumsum()
     at_once = np.append(best_M[1:], _counts(kind, c, at[-1:], at))
     return (int((at_once * np.minimum(at + 1, keys - 1)).sum()
@@ -173,7 +173,7 @@ RULES = {
                     fields=('attention_chunk',), check=_check_chunked),
     'banded': Rule(window=lambda c: c.sliding_window,
                    fields=('sliding_window',), check=_check_banded),
-    'indexed': Rule(top=lambda c: c.indexer.top_k,
+    'indexed': Rule(top=indexer.kept,
                     settings=indexer.IndexerConfig, check=indexer.check),
 }
 

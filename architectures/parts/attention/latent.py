@@ -91,7 +91,7 @@ class LatentAttention(Attention):
     c, cached = self.config, cache is not None
     asks_BLU, axis = self._asks(x_BLD, ctx)
     q_BLHK = self._queries(asks_BLU, axis, ctx)
-    index = self._index(x_BLD, asks_BLU, axis, ctx)
+    index, cache = self._index(x_BLD, asks_BLU, axis, ctx, cache)
     slot_BM1U = self._slots(x_BLD, ctx)
     k_positions_BM = ctx.positions_BL
     slots = cached and not begins(self.kind, ctx)
@@ -102,9 +102,9 @@ class LatentAttention(Attention):
       slot_BM1U, _, index_BMJK = cache.slots
       index = index and index.replace(key_BMJK=index_BMJK)
       k_positions_BM = jnp.arange(slot_BM1U.shape[1])[None]
-    index_BLM = None
+    scored = None
     if index is not None:
-      index_BLM, k_positions_BM, (slot_BM1U,) = self._scored(
+      scored, k_positions_BM, (slot_BM1U,) = self._scored(
           index, k_positions_BM, (slot_BM1U,), ctx, slots)
     # Queries may be split over the mesh along the length; each sees all keys.
     slot_BM1U = sharding.constrain(slot_BM1U, 'batch', None, None, None)
@@ -115,7 +115,7 @@ class LatentAttention(Attention):
     absorbed = slots and ctx.deterministic and is_absorbed(c, L, M)
     attend = self._on_latents if absorbed else self._on_heads
     o_BLHK, kept = attend(q_BLHK, slot_BM1U, up_UHK, k_positions_BM, ctx,
-                          slots=slots, index_BLM=index_BLM,
+                          slots=slots, scored=scored,
                           layer_BHLM=self._layer_bias(
                               x_BLD, q_BLHK, slot_BM1U, k_positions_BM, ctx))
     if kept:
@@ -236,7 +236,8 @@ def turned(c: ModelConfig) -> ModelConfig:
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
   """Returns a cache of this shape: what stands before the heads' axis."""
   return Cache(jnp.zeros((*shape, 1, c.latent.slot_dim), c.compute_dtype),
-               index_BMJK=indexer.empty(c, shape))
+               index_BMJK=indexer.empty(c, shape),
+               inputs=indexer.inputs(c, shape))
 
 
 def products(c: ModelConfig) -> set[str]:

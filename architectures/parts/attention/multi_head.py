@@ -95,7 +95,7 @@ class Attention(nn.Module):
     cached = (ctx.keys.cached if ctx.keys is not None else
               cache is not None and cache.key_BMJK is not None)
     slots = cached and (self.cross or not kernels.begins(self.kind, ctx))
-    index = self._index(x_BLD, x_BLD, 'embed', ctx)
+    index, cache = self._index(x_BLD, x_BLD, 'embed', ctx, cache)
     read = None if self.cross else ctx.keys
     conv, first = None, None
     if c.attention_conv and not self.cross:
@@ -132,10 +132,11 @@ class Attention(nn.Module):
           index = index and index.replace(key_BMJK=index_BMJK)
       if slots:
         k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
-      cache = cache.replace(inputs=conv.after) if conv else cache
-    index_BLM = None
+      cache = cache.replace(
+          inputs=cache.inputs | conv.after) if conv else cache
+    scored = None
     if index is not None:
-      index_BLM, k_positions_BM, (k_BMJK, v_BMJK) = self._scored(
+      scored, k_positions_BM, (k_BMJK, v_BMJK) = self._scored(
           index, k_positions_BM, (k_BMJK, v_BMJK), ctx, slots)
     # Queries may be split over the mesh along the length; each sees all keys.
     k_BMJK, v_BMJK = (sharding.constrain(x, 'batch', None, 'kv_heads', 'head')
@@ -149,7 +150,7 @@ class Attention(nn.Module):
       o_BLHK, kept = self._weigh(
           q_BLHK, k_BMJK, both_values(v_BMJK) if pairs else v_BMJK,
           k_positions_BM, ctx, slots=slots, strict=not cached,
-          index_BLM=index_BLM, layer_BHLM=layer_BHLM)
+          scored=scored, layer_BHLM=layer_BHLM)
     if pairs:
       o_BLHK = subtracted(self, o_BLHK)
     lent = (Keys(k_BMJK, v_BMJK, cached) if ctx.lends and not self.cross
@@ -181,19 +182,19 @@ class Attention(nn.Module):
 
   def _weigh(self, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
              k_positions_BM: jax.Array, ctx: Context, *, slots: bool,
-             strict: bool = True, index_BLM: Optional[jax.Array] = None,
+             strict: bool = True, scored: Optional[indexer.Scored] = None,
              layer_BHLM: Optional[jax.Array] = None) -> tuple[jax.Array, dict]:
     """Returns the weighted values, by the kernel that the config asks for, and
     fields of a Cache: the weights where the context asks for them, and in
-    training the loss of an indexer, whose scores `index_BLM` are. `layer_BHLM`
+    training the loss of an indexer, which has `scored` the keys. `layer_BHLM`
     is the bias that the layer makes itself, if it makes one. No kernel
     meets the `slots` of a cache; `strict` is as of kernels.choose."""
     c, key, kept = self.config, None, {}
     mask, seen_BLM, bias_BHLM = self._mask(k_positions_BM, ctx)
     if layer_BHLM is not None:
       mask, bias_BHLM = mask.replace(bias=True), layer_BHLM
-    if index_BLM is not None and 0 < c.indexer.top_k < k_BMJK.shape[1]:
-      seen_BLM = indexer.best(index_BLM, seen_BLM, c.indexer.top_k)
+    if scored is not None and 0 < c.indexer.top_k < k_BMJK.shape[1]:
+      seen_BLM = scored.best(seen_BLM, c.indexer.top_k)
       mask = mask.replace(rule=True)
     if c.attention_dropout and not ctx.deterministic:
       key, mask = self.make_rng('dropout'), mask.replace(dropout=True)
@@ -206,11 +207,11 @@ class Attention(nn.Module):
     if ctx.keep_attention:
       kept['memory_weights_BHLM' if self.cross else 'weights_BHLM'
            ] = kernels.weights(q_BLHK, k_BMJK, **how)
-    if index_BLM is not None and not ctx.deterministic:
+    if scored is not None and not ctx.deterministic:
       target_BLM = jax.lax.stop_gradient(kernels.mean_weights(
           *jax.lax.stop_gradient((q_BLHK, k_BMJK)), causal=causal, **how))
-      kept['losses'] = {'indexer': c.indexer.loss_weight * indexer.divergence(
-          target_BLM, index_BLM, seen_BLM, ctx)}
+      kept['losses'] = {'indexer': c.indexer.loss_weight * scored.divergence(
+          target_BLM, seen_BLM, ctx)}
     kernel = 'xla'
     if self.FUSED and not (slots or self.is_initializing()):
       kernel = kernels.choose(c, mask, q_BLHK.shape[1], k_BMJK.shape[1],
@@ -224,13 +225,16 @@ class Attention(nn.Module):
         causal=causal, window=mask.window, **how), kept
 
   def _index(self, x_BLD: jax.Array, asks_BLU: jax.Array, axis: str,
-             ctx: Context) -> Optional[indexer.Index]:
-    """Returns what an indexer makes of the tokens; None: there is none. `axis`
-    is the logical axis of what its queries are made of."""
+             ctx: Context, cache: Optional[Cache]
+             ) -> tuple[Optional[indexer.Index], Optional[Cache]]:
+    """Returns what an indexer makes of the tokens, None: there is none; and the
+    cache with what it keeps of them beside its keys. `axis` is the logical axis
+    of what its queries are made of."""
     if self.cross or not kernels.RULES[self.kind.attention].top:
-      return None
-    return indexer.Indexer(self.config, axis, name='indexer')(
-        x_BLD, asks_BLU, ctx)
+      return None, cache
+    index = indexer.Indexer(self.config, axis, name='indexer')(
+        x_BLD, asks_BLU, ctx, cache and cache.inputs)
+    return index, cache and cache.replace(inputs=cache.inputs | index.inputs)
 
   def _scored(self, index: indexer.Index, k_positions_BM: jax.Array,
               arrays: tuple[jax.Array, ...], ctx: Context, slots: bool):
@@ -239,17 +243,17 @@ class Attention(nn.Module):
     it chooses alone, without scores."""
     c, top = self.config, self.config.indexer.top_k
     whole = dataclasses.replace(self.kind, attention='global')
-    with layers.useful(*kernels.share(
-        whole, c, index.query_BLHK.shape[1], arrays[0].shape[1],
-        ctx.prefix_B is not None)):
-      index_BLM = indexer.scores(index)
-    if not (slots and indexer.gathers(top, index_BLM.shape)
+    shape = *index.query_BLHK.shape[:2], arrays[0].shape[1]
+    with layers.useful(*kernels.share(whole, c, *shape[1:],
+                                      ctx.prefix_B is not None)):
+      scored = indexer.scored(c, index, None if slots else ctx.segment_ids_BL)
+    if not (slots and indexer.gathers(top, shape)
             and ctx.bias_BHLM is None and not ctx.keep_attention):
-      return index_BLM, k_positions_BM, arrays
+      return scored, k_positions_BM, arrays
     _, seen_BLM, _ = self._mask(k_positions_BM, ctx)
-    best_BM = jax.lax.top_k(indexer.of_seen(index_BLM, seen_BLM)[:, 0], top)[1]
+    best_BM = scored.places(seen_BLM, top)
     return None, best_BM, tuple(jnp.take_along_axis(
-        x_BMJK, best_BM[..., None, None], 1) for x_BMJK in arrays)
+        x_BMJK, best_BM[..., None, None], 1, mode='clip') for x_BMJK in arrays)
 
   def _layer_bias(self, x_BLD: Optional[jax.Array], q_BLHK: jax.Array,
                   k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
@@ -359,7 +363,8 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
             for name, count in heads.items()} if c.attention_conv else {}
   slots = [zeros(*shape, c.num_kv_heads, c.head_dim)
            for _ in range(0 if c.kv_sharing else 2)]
-  return Cache(*slots, indexer.empty(c, shape), inputs=inputs)
+  return Cache(*slots, indexer.empty(c, shape),
+               inputs=inputs | indexer.inputs(c, shape))
 
 
 # Differences of pairs of heads (Ye et al. 2024, "Differential Transformer",

@@ -47,9 +47,9 @@ class Layer(nn.Module):
   its group of fields in config.model, which has `key_heads`, `value_heads`,
   `key_dim`, `value_dim` and `conv` (how many tokens a convolution sees; 0:
   there is none), and may have `householders` (how many keys, values and rates
-  a token has, one after another in its head) and `norm_eps` (of what is read).
-  It defines `inputs`, and may define `gate` or `gated`; `recurrent` in
-  blocks.py makes its entry.
+  a token has, one after another in its head), `norm_eps` (of what is read) and
+  `gate` (the name of its activation in jax.nn). It defines `inputs`, and may
+  define `gate` or `gated`; `recurrent` in blocks.py makes its entry.
   """
   NAME = ''
   settings = None
@@ -65,8 +65,9 @@ class Layer(nn.Module):
 
   def gate(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     """Returns what the normalised outputs are multiplied by, [B, L, H, U]: the
-    SiLU of a product with the input."""
-    return jax.nn.silu(self.project('output_gate', x_BLD, VALUE_AXES, (
+    SiLU, or the sigmoid, of a product with the input."""
+    act = getattr(jax.nn, getattr(self.sizes, 'gate', 'silu'))
+    return act(self.project('output_gate', x_BLD, VALUE_AXES, (
         self.sizes.value_heads, self.sizes.value_dim), ctx).astype(jnp.float32))
 
   def gated(self, o_BLHU: jax.Array, x_BLD: jax.Array, v_BLHU: jax.Array,

@@ -58,6 +58,8 @@ class DeltaNetConfig(_Heads):
   norm_eps: float = field(
       0.0, 'epsilon of the norm of what is read; derived: norm_eps', least=0,
       most=1, resume=FUNCTION)
+  gate: str = field('silu', 'what the gate on what is read goes through',
+                    choices=('silu', 'sigmoid'), resume=FUNCTION)
 
   def derived(self, c: ModelConfig):
     return dataclasses.replace(super().derived(c),
@@ -73,7 +75,7 @@ class DeltaNet(layer.Layer):
     b       = sigmoid(W_b x)                    doubled with `negative`
     log a   = -exp(A) softplus(W_a x + bias)    0 without `decay` (DeltaNet)
     S_t     = a_t (I - b_t k_t k_t^T) S_t-1 + b_t k_t v_t^T,   o_t = S_t^T q_t
-    y       = W_o (RMSNorm(o) * silu(W_z x))    a head by itself
+    y       = W_o (RMSNorm(o) * silu(W_z x))    or the sigmoid, by `gate`
 
   A step of the state has the eigenvalues a and a (1 - b), which with `negative`
   are above -1 instead of 0 (Grazzi et al. 2024, arXiv 2411.12537).

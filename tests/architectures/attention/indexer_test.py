@@ -13,48 +13,66 @@ from configs.errors import RequestError
 from tests.helpers import models
 
 INDEXED = dict(attention='indexed', indexer=dict(top_k=3, heads=3, head_dim=12))
+BLOCKS = INDEXED['indexer'] | dict(top_k=4, block=2)
 LATENT = dict(mixer='latent', latent=dict(
     q_rank=12, kv_rank=10, nope_dim=6, rope_dim=4, v_dim=5))
 
 
-def _numpy_layer(p, x_LD, heads, top_k):
+def _numpy_layer(p, x_LD, heads, top_k, block):
   """Returns what a layer adds, and its indexer's loss, for one row."""
-  def turn(x_LK, dim):
+  def turn(x_LK, dim, step=1):
     y = np.array(x_LK)
     for at in range(len(x_LK)):
       for i in range(dim // 2):
         a, b = x_LK[at, i], x_LK[at, i + dim // 2]
-        angle = at * 10000.0 ** (-2 * i / dim)
+        angle = step * at * 10000.0 ** (-2 * i / dim)
         y[at, i] = a * np.cos(angle) - b * np.sin(angle)
         y[at, i + dim // 2] = b * np.cos(angle) + a * np.sin(angle)
     return y
-  i, L = p['indexer'], len(x_LD)
-  k = x_LD @ i['key']
-  k = (k - k.mean(-1, keepdims=True)) / np.sqrt(k.var(-1, keepdims=True) + 1e-6)
-  k = turn(k * i['key_norm']['scale'] + i['key_norm']['bias'], 8)
-  index = sum((x_LD @ i['weights'])[:, h, None] * np.maximum(
-      turn(x_LD @ i['query'][:, h], 8) @ k.T, 0)
+  i, L, size = p['indexer'], len(x_LD), max(block, 1)
+  k, q, w = (x_LD @ i['key'], x_LD @ np.moveaxis(i['query'], 1, 0),
+             np.full((L, 3), np.sqrt(3)))
+  if block:
+    rms = lambda x, name: x / np.sqrt(np.square(x).mean(-1, keepdims=True)
+                                      + 1e-5) * i[name]['scale']
+    k = k[:L - L % size].reshape(-1, size, 12).mean(1)
+    k, q = turn(rms(k, 'key_norm'), 8, size), rms(q, 'query_norm')
+  else:
+    k = (k - k.mean(-1, keepdims=True)) / np.sqrt(
+        k.var(-1, keepdims=True) + 1e-6)
+    k = turn(k * i['key_norm']['scale'] + i['key_norm']['bias'], 8)
+    w = x_LD @ i['weights']
+  index = sum(w[:, h, None] * np.maximum(turn(q[h], 8) @ k.T, 0)
               for h in range(3)) / np.sqrt(3 * k.shape[1])
-  seen = np.zeros((L, L), bool)
+  seen, scored = np.zeros((2, L, L), bool)
   for at in range(L):
-    best = sorted(range(at + 1), key=lambda m, at=at: (-index[at, m], m))
-    seen[at, best[:top_k]] = True
-  softmax = lambda z: np.exp(z) * seen / (np.exp(z) * seen).sum(-1)[:, None]
+    whole = (at + 1) // size  # blocks, of which the best are chosen
+    best = sorted(range(whole), key=lambda m, at=at: (-index[at, m], m))
+    for m in best[:top_k // size]:
+      seen[at, m * size:(m + 1) * size] = True
+    scored[at] = seen[at]
+    seen[at, whole * size:at + 1] = True
+  index = np.pad(np.repeat(index, size, 1), ((0, 0), (0, L % size)))
+  softmax = lambda z, seen=seen: np.exp(z) * seen / np.maximum(
+      (np.exp(z) * seen).sum(-1)[:, None], 1e-300)
   weights = [softmax(turn(x_LD @ p['query'][:, h], 8) @ turn(
       x_LD @ p['key'][:, h // 2], 8).T / np.sqrt(8)) for h in range(heads)]
   mean = sum(weights) / heads
-  ratio = np.where(seen, mean, 1) / np.where(seen, softmax(index), 1)
+  mean = mean * scored / np.maximum((mean * scored).sum(-1)[:, None], 1e-300)
+  ratio = np.where(scored, mean, 1) / np.where(
+      scored, softmax(index, scored), 1)
   return (sum(w @ (x_LD @ p['value'][:, h // 2]) @ p['out'][h]
               for h, w in enumerate(weights)),
           (mean * np.log(ratio)).sum(-1).mean())
 
 
-@pytest.mark.parametrize('top_k', [3, 0])
-def test_a_layer_equals_its_definition(top_k):
+@pytest.mark.parametrize('top_k, block', [(3, 0), (0, 0), (4, 2), (0, 2)])
+def test_a_layer_equals_its_definition(top_k, block):
   """And its indexer's loss, which teaches the indexer alone: it has no gradient
   in anything else, nor has what the layer adds one in the indexer."""
   module, params = models.make('llama', num_layers=1, num_kv_heads=2, **(
-      INDEXED | dict(indexer=INDEXED['indexer'] | dict(top_k=top_k))))
+      INDEXED | dict(indexer=INDEXED['indexer'] | dict(
+          top_k=top_k, block=block))))
   layer = multi_head.Attention(module.config, module.config.layer_pattern()[0])
   p = jax.tree.map(lambda x: x[0],
                    params['decoder']['layers']['block_0']['attention'])
@@ -72,7 +90,8 @@ def test_a_layer_equals_its_definition(top_k):
 
   (loss, y_BLD), grads = run(p, x_BLD)
   p64 = jax.tree.map(lambda x: np.asarray(x, np.float64), p)
-  want, losses = zip(*(_numpy_layer(p64, x, 4, top_k or 9) for x in x_BLD))
+  want, losses = zip(*(_numpy_layer(p64, x, 4, top_k or 9, block)
+                       for x in x_BLD))
   models.close(y_BLD, np.float32(want), 3e-5)
   assert loss == pytest.approx(np.mean(losses), rel=1e-4)
   for moves, (of_p, of_x) in enumerate(grads):
@@ -82,19 +101,21 @@ def test_a_layer_equals_its_definition(top_k):
     assert (np.abs(of_x).max() > 0) == (not moves)
 
 
-@pytest.mark.parametrize('mixer', [{}, LATENT])
-def test_all_keys_equal_dense_attention_and_documents_are_apart(mixer):
+@pytest.mark.parametrize('changes', [{}, LATENT, dict(indexer=BLOCKS)])
+def test_all_keys_equal_dense_attention_and_documents_are_apart(changes):
   """Exactly, with top_k at the length or at 0."""
-  module, params = models.make('llama', num_layers=1, **mixer, **INDEXED)
+  changes = INDEXED | changes
+  module, params = models.make('llama', num_layers=1, **changes)
   a, b = models.tokens(1, 7, seed=4), models.tokens(1, 9, seed=5)
 
   def variant(top_k):
     return architectures.build(architectures.resolve(models.config(
-        'llama', num_layers=1, **mixer, **(INDEXED | dict(
-            indexer=INDEXED['indexer'] | dict(top_k=top_k))))))
+        'llama', num_layers=1, **(changes | dict(
+            indexer=changes['indexer'] | dict(top_k=top_k))))))
 
-  dense = architectures.build(architectures.resolve(
-      models.config('llama', num_layers=1, **mixer)))
+  dense = architectures.build(architectures.resolve(models.config(
+      'llama', num_layers=1, **{name: x for name, x in changes.items()
+                                if name not in INDEXED})))
 
   @jax.jit
   def run(params):
@@ -106,7 +127,7 @@ def test_all_keys_equal_dense_attention_and_documents_are_apart(mixer):
         segment_ids_BL=np.array([[1] * 7 + [2] * 9]))
     return packed, jnp.concatenate(
         [models.logits(module, params, x) for x in (a, b)], 1), [
-            models.logits(variant(n), params, b) for n in (0, 9)] + [
+            models.logits(variant(n), params, b) for n in (0, 10)] + [
                 models.logits(dense, without, b)]
 
   packed, apart, same = run(params)
@@ -116,9 +137,10 @@ def test_all_keys_equal_dense_attention_and_documents_are_apart(mixer):
   assert not np.allclose(apart[:, 7:], same[-1], atol=1e-3)
 
 
-@pytest.mark.parametrize('mixer', [{}, LATENT])
-def test_decoding_with_gathered_keys_equals_the_whole(mixer, monkeypatch):
-  module, params = models.make('llama', num_layers=1, **mixer, **INDEXED)
+@pytest.mark.parametrize('changes', [
+    {}, LATENT, dict(indexer=BLOCKS), LATENT | dict(indexer=BLOCKS)])
+def test_decoding_with_gathered_keys_equals_the_whole(changes, monkeypatch):
+  module, params = models.make('llama', num_layers=1, **INDEXED | changes)
   tokens = models.tokens(2, 12)
   gathered = []
   monkeypatch.setattr(indexer, 'gathers', lambda top_k, shape: (
@@ -140,21 +162,23 @@ def test_of_equal_scores_the_first_keys_are_chosen():
                                     np.sort(order[:3]))
 
 
-@pytest.mark.parametrize('top_k', [0, 3, 20])
-def test_what_is_seen_is_counted(top_k):
+@pytest.mark.parametrize('top_k, block', [(0, 0), (3, 0), (20, 0), (4, 2)])
+def test_what_is_seen_is_counted(top_k, block):
   c = architectures.resolve(models.config('llama', **INDEXED | dict(
-      indexer=dict(top_k=top_k))))
-  kind, top = LayerKind('indexed', 'gelu'), top_k or 9
-  one = sum(min(top, at + 1) for at in range(9))
+      indexer=dict(top_k=top_k, block=block))))
+  kind, top, size = LayerKind('indexed', 'gelu'), top_k or 9, block or 1
+  of = lambda n: min(top, n - n % size) + n % size
+  one = sum(of(at + 1) for at in range(9))
   assert kernels.share(kind, c, 9, 9) == (one, 81, one)
   assert kernels.share(kind, c, 9, 9, prefix=True) == (
-      sum(min(top, max(at + 1, n)) for n in range(1, 9) for at in range(9)),
-      8 * 81, 8 * 9 * min(top, 9))
+      sum(of(max(at + 1, n)) for n in range(1, 9) for at in range(9)),
+      8 * 81, 8 * 9 * of(9))
 
 
 @pytest.mark.parametrize('changes, words', [
     (dict(kv_sharing=True), 'kv_sharing is True'),
     (dict(head_dim=16), 'turn 16 features'),
+    (dict(indexer=dict(top_k=3, block=2)), 'block is 2'),
     (dict(parametrization='mup', mup_base_width=32), 'no rule')])
 def test_what_it_cannot_be_is_refused(changes, words):
   with pytest.raises(RequestError, match=words):
