@@ -43,7 +43,8 @@ def write(c: ModelConfig) -> dict:
               rope_parameters=rope_fields.write(c, whole_heads=False))
 
 
-def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
+def mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer's mixer."""
   if c.mixer != 'deltanet':
     return qwen3_next.attention(c)
   return hf.under(
@@ -57,7 +58,7 @@ def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
 HF = hf.HuggingFace(
     'qwen3_5_text', 'Qwen3_5ForCausalLM',
     names=lambda c: qwen3_next.BASE + hf.by_block(
-        c, 'model.layers.{n}', _mixer),
+        c, 'model.layers.{n}', mixer),
     fields=hf.fields(
         hidden_size=4096, num_hidden_layers=32, num_attention_heads=16,
         num_key_value_heads=4, head_dim=256, intermediate_size=12288,

@@ -281,6 +281,8 @@ MODELS = {
     'lfm2': ('lfm2', {}),
     'llama4': ('llama4', dict(attention_chunk=4, attention_log_from=4)),
     'streams': ('llama', dict(residual='mhc')),
+    'qwen4_exp': ('qwen4_exp', dict(
+        ngrams=NGRAMS, indexer=dict(top_k=4, block=2), streams=dict(count=2))),
     'memory': ('llama', dict(
         pattern='before,after', ngrams=NGRAMS, kinds=dict(
             before=dict(memory='engram'), after=dict(memory='per_layer')))),

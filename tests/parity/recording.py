@@ -48,7 +48,7 @@ def save_recording(recording: Recording, path: pathlib.Path) -> None:
              for part in _PARTS
              for name, value in getattr(recording, part).items()}
   for name, value in tensors.items():
-    if name.startswith('weights/'):
+    if name.startswith('weights/') and value.dtype.kind == 'f':
       tensors[name] = value.astype(HALF)
       assert (tensors[name].astype(value.dtype) == value).all(), name
   save_file(tensors, path, metadata=dict(config=json.dumps(recording.config)))
@@ -82,6 +82,6 @@ def load_recording(path: pathlib.Path) -> Recording:
     for key in file.keys():
       part, _, name = key.partition('/')
       value = file.get_tensor(key)
-      parts[part][name] = (value.astype(np.float32) if part == 'weights'
+      parts[part][name] = (value.astype(np.float32) if value.dtype == HALF
                            else value)
   return Recording(json.loads(meta['config']), **parts)

@@ -243,6 +243,11 @@ def _insides(model, stack: str, inputs: dict[str, np.ndarray]
                      decoder=out.decoder_attentions, cross=out.cross_attentions)
   else:
     states, attention = out.hidden_states, dict(self=out.attentions)
+    mixer = getattr(getattr(model, 'model', 0), 'hyper_connection_mixer', None)
+    if mixer:  # its streams, as the head would read them
+      first, *states, last = states
+      with torch.no_grad():
+        states = [first[..., :last.shape[-1]], *map(mixer, states), last]
     if out.attentions is None or len(out.attentions) < len(states) - 1:
       attention = {}  # where a layer is a recurrence, none are compared
   return ([state.numpy() for state in states],

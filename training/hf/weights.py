@@ -170,6 +170,7 @@ class Names:
   def __init__(self, page: hf.HuggingFace, source: hf_files.Files,
                config: ModelConfig):
     self._page, self._source = page, source
+    self._constants = page.constants(config)
     self._spellings = page.spellings_of(config)
 
   def find(self, name: str) -> str:
@@ -215,7 +216,10 @@ class Names:
       if name in used or any(re.fullmatch(pattern, name)
                              for pattern in self._page.ignored):
         continue
-      if name not in tied:
+      if name in self._constants:
+        if not np.array_equal(self._source[name], self._constants[name]):
+          lines.append(f'{name} of the files is not as config.json has it')
+      elif name not in tied:
         lines.append(f'{name} of the files has no place in the model')
       elif not np.array_equal(self._source[name],
                               self._source[self.find(tied[name])]):
@@ -316,9 +320,11 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
       for path in tensors[name].paths])
   for name, tensor in tensors.items():
     check_range(' and '.join(tensor.paths), join(name), dtypes[name])
+  constants = page.constants(config)
   files = hf_files.shards({
       name: math.prod(tensor.shape) * dtypes[name].itemsize
-      for name, tensor in tensors.items()}, shard_bytes)
+      for name, tensor in tensors.items()} | {
+          name: x.nbytes for name, x in constants.items()}, shard_bytes)
   folder = pathlib.Path(folder)
   hf_files.refuse_left(folder, {
       *files, *[hf_files.INDEX] * (len(files) > 1),
@@ -327,6 +333,8 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
   with progress.during('writing tensors', len(tensors)) as advance:
 
     def make(name: str) -> np.ndarray:
+      if name in constants:
+        return constants[name]
       advance()
       return join(name).astype(dtypes[name], copy=False)
 

@@ -88,6 +88,7 @@ class HuggingFace(NamedTuple):
     tied: {tensor: the tensor whose values it must have}.
     spellings: (part of a name, what some files have in its place).
     ignored: patterns of the names of tensors that hold no weights.
+    constants: ModelConfig -> the tensors, by name, that follow from it.
     fixed: token ids that an export writes as `write` has them, whatever the
       tokenizer of the run says.
     heads: those that transformers has for tasks, by model.head.
@@ -109,6 +110,7 @@ class HuggingFace(NamedTuple):
   tied: Mapping[str, str] = {}
   spellings: Sequence[tuple[str, str]] = ()
   ignored: Sequence[str] = ()
+  constants: Callable[[ModelConfig], dict[str, Any]] = lambda c: {}
   fixed: Sequence[str] = ()
   heads: Mapping[str, TaskHead] = {}
   of_files: Callable[[Collection[str]], dict] = lambda names: {}

@@ -1,0 +1,141 @@
+"""Qwen4-Exp, of text: Qwen3.5 with experts, whose layers read streams by gates,
+whose attention sees blocks that an indexer chooses, and of which one layer
+looks up n-grams (Qwen Team 2026; transformers' qwen4_exp).
+
+  r  = mean over the 4 streams u of g_u * n_u(x_u),  g_u in (0, 1) by features
+  x'_u = x_u + b_u F(r),  b_u in (0, 2)       F: a recurrence or attention, then
+                                              experts
+  x'_u = x_u + v_u + silu(conv(n_u(v_u)))     before, of layer 2: v_u of n-grams
+
+F is as in architectures/qwen3_5_moe.py, but the gate of the recurrence is a
+sigmoid. Streams are `gated` in parts/blocks.py, blocks in
+parts/attention/indexer.py and n-grams `engram` in parts/lookup.py, where those
+that reach over the token that ends texts stop at it. There is no norm but what
+streams are read through, and one such reading ends the stack.
+
+The published folder also holds what reads images, a module that predicts a
+second token, and the table of n-grams in parts: transformers'
+Qwen4ExpForCausalLM reads it and writes it without, in one part if its config
+has split_ngram_parts=1.
+"""
+
+import numpy as np
+
+from architectures import qwen3_5, qwen3_5_moe, qwen3_next
+from architectures.parts import hf, lookup
+from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types, rope_fields
+from architectures.parts.skeletons import Decoder
+from configs.errors import require, short
+
+KINDS = dict(
+    linear=dict(mixer='deltanet'), full=dict(attention='indexed'),
+    ngrams=dict(mixer='deltanet', memory='engram'))
+
+
+class Qwen4Exp(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = qwen3_next.Qwen3Next.PARTS | dict(
+      pattern='linear,ngrams,linear,full', kinds=KINDS, block='no_norm',
+      residual='gated', deltanet=dict(gate='sigmoid'),
+      indexer=dict(block=4), ngrams=dict(stops=True))
+
+
+TYPES = {layer_types.LINEAR: 'linear', 'indexed_attention': 'full',
+         layer_types.WHOLE: 'full'}
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  layers, every = fields['num_layers'], reader('full_attention_interval', 4)
+  layer_types.check_number('num_hidden_layers', layers)
+  reader.must(indexer_kv_heads=1, split_ngram_parts=1, seed=lookup.SEED,
+              make_ngram_vocab_size_divisible_by=lookup.PADDED_TO)
+  words = layer_types.each(reader, 'layer_types', layers, TYPES)
+  names = [TYPES[word] for word in words] or [
+      'linear' if (n + 1) % every else 'full' for n in range(layers)]
+  looked_up, ends = map(reader.listed, ('ple_layer_ids', 'eos_token_id'))
+  require(len(looked_up) == 1 and looked_up[0] in [
+      n for n, name in enumerate(names, 1) if name == 'linear'], 'config.json '
+          f'has ple_layer_ids {short(looked_up)}: n-grams are known in one '
+          'layer, of linear_attention')
+  names[looked_up[0] - 1] = 'ngrams'
+  tables = (fields['ngrams.order'] - 1) * fields['ngrams.heads']
+  return dict(
+      layer_types.shortest(names), kinds={name: KINDS[name] for name in names},
+      ngrams=dict(
+          stops=True, size=reader('ple_embed_dim', fields['d_model']) // tables,
+          pad_token=ends[0] if ends else reader.count('eos_token_id', 0)),
+      moe=qwen3_next.read_experts(reader, fields), rope=rope_fields.read(
+          reader, fraction=('partial_rotary_factor', 1.0),
+          unread=('mrope_section', 'mrope_interleaved')))
+
+
+def _write(c: ModelConfig) -> dict:
+  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  return qwen3_5_moe.HF.write(c) | dict(
+      ple_layer_ids=[n for n, layer in enumerate(layers, 1)
+                     if layer.memory == 'engram'],
+      ple_embed_dim=c.ngrams.tables * c.ngrams.size, indexer_kv_heads=1,
+      split_ngram_parts=1, eos_token_id=c.ngrams.pad_token)
+
+
+def _constants(c: ModelConfig) -> dict[str, np.ndarray]:
+  """Returns what n-grams are hashed by, which their files hold too."""
+  sizes = lookup.primes(c.ngrams.rows, c.ngrams.tables)
+  return {f'model.layers.{n - 1}.ple.ple_embedding.{name}': np.array(
+      x, np.int64) for n in _write(c)['ple_layer_ids'] for name, x in dict(
+          layer_multipliers=lookup.multipliers(c.vocab_size, c.ngrams.order),
+          ngram_heads_vocab_sizes=sizes,
+          ngram_heads_offsets=np.cumsum((0, *sizes[:-1]))).items()}
+
+
+def _streams(ours: str, theirs: str) -> tuple[hf.Row, ...]:
+  return hf.under(
+      ours, theirs, ('norm/offset', 'UD', 'hc_norm.weight', 'UD'),
+      ('down', 'UDC', 'input_mix_weight_down.weight', 'C UD'),
+      ('up', 'CUD', 'input_mix_weight_up.weight', 'UD C'),
+      ('write', 'UDC', 'block_inject_weight.weight', 'C UD'))
+
+
+NGRAMS = hf.under(
+    'memory', 'ple',
+    ('table', 'IS', 'ple_embedding.ngram_embedding.shard_0.weight', 'I S'),
+    ('key', 'IF', 'key_proj.weight', 'F I'),
+    ('value', 'ID', 'value_proj.weight', 'D I'),
+    ('conv', 'WF', 'conv1d.weight', 'F 1 W'),
+    *((f'{name}_norm/offset', 'UD', f'norm_{name}.weight', 'UD')
+      for name in ('key', 'query', 'conv')))
+
+
+def _layer(c: ModelConfig) -> tuple[hf.Row, ...]:
+  return (*_streams('attention_streams', 'attn_hyper_connection'),
+          *_streams('ffn_streams', 'mlp_hyper_connection'), *NGRAMS,
+          *hf.under('attention/indexer', 'self_attn.indexer',
+                    ('query|key', 'DHK|DK', 'index_qk_proj.weight', 'HK+K D'),
+                    ('query_norm/offset', 'K', 'q_layernorm.weight', 'K'),
+                    ('key_norm/offset', 'K', 'k_layernorm.weight', 'K')),
+          *qwen3_5.mixer(c))
+
+
+HF = qwen3_5_moe.HF._replace(
+    model_type='qwen4_exp_text', architecture='Qwen4ExpForCausalLM',
+    names=lambda c: (
+        *qwen3_next.BASE, *hf.by_block(c, 'model.layers.{n}', _layer),
+        *_streams('decoder/final_streams', 'model.hyper_connection_mixer')),
+    fields=qwen3_5_moe.HF.fields | hf.fields(
+        num_experts=512, num_experts_per_tok=10, norm_topk_prob=True) | {
+            'streams.count': ('hc_count', 4),
+            'streams.rank': ('hc_lowrank', 320),
+            'indexer.heads': ('indexer_n_heads', 4),
+            'indexer.head_dim': ('indexer_head_dim', 128),
+            'indexer.top_k': ('indexer_budget', 2048),
+            'indexer.block': ('indexer_compress_ratio', 4),
+            'ngrams.order': ('ngram_size', 3),
+            'ngrams.heads': ('heads_per_ngram', 8),
+            'ngrams.rows': ('ngram_vocab_size_base', 20_000_000),
+            'ngrams.kernel': ('ple_conv_kernel_size', 4),
+            'deltanet.gate': ('output_gate_type', 'silu', {
+                'silu': 'silu', 'sigmoid': 'sigmoid'})},
+    only=dict(attn_output_gate=True),
+    unread=(*qwen3_5_moe.HF.unread, 'number_of_conv_states'), read=_read,
+    write=_write, constants=_constants, fixed=('eos_token_id',))
