@@ -71,19 +71,22 @@ def write_scales(c: ModelConfig) -> dict:
               final_logit_softcapping=c.logits_softcap or None)
 
 
-NAMES = (
-    *llama.ends('offset'),
-    *llama.layers(
-        *((f'{ours}/offset', 'D', f'{theirs}_layernorm.weight', 'D')
-          for ours, theirs in (
-              ('attention_norm', 'input'),
-              ('attention_out_norm', 'post_attention'),
-              ('ffn_norm', 'pre_feedforward'),
-              ('ffn_out_norm', 'post_feedforward'))),
-        *llama.attention(), *hf.under('ffn', 'mlp', *llama.FFN)))
+def names(norm: str = 'offset') -> tuple[hf.Row, ...]:
+  """Returns the rows; `norm` is our parameter of a norm."""
+  return (
+      *llama.ends(norm),
+      *llama.layers(
+          *((f'{ours}/{norm}', 'D', f'{theirs}_layernorm.weight', 'D')
+            for ours, theirs in (
+                ('attention_norm', 'input'),
+                ('attention_out_norm', 'post_attention'),
+                ('ffn_norm', 'pre_feedforward'),
+                ('ffn_out_norm', 'post_feedforward'))),
+          *llama.attention(), *hf.under('ffn', 'mlp', *llama.FFN)))
+
 
 HF = hf.HuggingFace(
-    'gemma2', 'Gemma2ForCausalLM', names=NAMES,
+    'gemma2', 'Gemma2ForCausalLM', names=names(),
     fields=hf.fields(
         hidden_size=2304, num_hidden_layers=26, num_attention_heads=8,
         num_key_value_heads=4, head_dim=256, intermediate_size=9216,

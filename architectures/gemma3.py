@@ -43,7 +43,7 @@ def _write(c: ModelConfig) -> dict:
 
 HF = gemma2.HF._replace(
     model_type='gemma3_text', architecture='Gemma3ForCausalLM',
-    names=gemma2.NAMES + llama.layers(*llama.head_norms(norm='offset')),
+    names=gemma2.names() + llama.layers(*llama.head_norms(norm='offset')),
     fields=gemma2.HF.fields | hf.fields(
         vocab_size=262208, max_position_embeddings=131072),
     # A bound on scores is a field that transformers has and does not read.

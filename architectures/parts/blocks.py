@@ -143,7 +143,8 @@ MIXERS = {
     'attention': Mixer(
         multi_head.Attention, multi_head.empty,
         products=lambda c: {'query', 'out'} | (
-            set() if c.kv_sharing else {'key', 'value'}) | (
+            set() if c.kv_sharing else
+            {'key'} if c.keys_as_values else {'key', 'value'}) | (
                 multi_head.gate_products(c.attention_gate)),
         fields=('num_kv_heads', 'attention_gate', *SCORES, *(
             leaf.name for leaf in leaves(multi_head.AttentionConfig))),
@@ -848,7 +849,7 @@ def block_of(c: ModelConfig) -> type[Block]:
   what it reads to its input, or to what it returns."""
   memory, block = lookup.MEMORIES[c.memory], BLOCKS[c.block]
   if not memory:
-    return block
+    return _scaled(block) if c.layer_scale else block
 
   class Reading(block):  # type: ignore[valid-type,misc]
 
@@ -868,7 +869,22 @@ def block_of(c: ModelConfig) -> type[Block]:
         x_BLD = residual(x_BLD + read(x_BLD, ctx))
       return x_BLD, cache if state is None else Both(cache, state), aux
 
-  return Reading
+  return _scaled(Reading) if c.layer_scale else Reading
+
+
+def _scaled(block: type[Block]) -> type[Block]:
+  """Returns a wiring whose result is multiplied by a number of the layer."""
+  class Scaled(block):  # type: ignore[valid-type,misc]
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any):
+      x_BLD, cache, aux = super().__call__(x_BLD, ctx, cache)
+      scale_1 = declare(self, 'layer_scale', nn.initializers.ones, (1,),
+                        Role((None,)))
+      return residual((x_BLD.astype(jnp.float32) * scale_1[None, None]).astype(
+          x_BLD.dtype)), cache, aux
+
+  return Scaled
 
 
 def branches(c: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:

@@ -124,6 +124,8 @@ class ModelConfig:
       'plain, the residual sum; hyper (hyper-connections), mhc or gated, a '
       'mixture of several streams; or attention (attention residuals), a '
       'weighted mean.')
+  layer_scale: bool = field(
+      False, 'a learned factor of what each layer returns, 1 at first')
   loop: str = field(
       'none', 'What each pass reads where the layers of the pattern, between '
       'the prefix and the suffix, are run several times: plain, what the pass '

@@ -526,6 +526,9 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   kernels.RULES[c.attention].check(c, stack)
   if c.memory != lookup.NO_MEMORY:
     lookup.check(c)
+  require(not c.layer_scale or c.residual == 'plain', 'model.layer_scale is '
+          'True, which multiplies one stream, and model.residual '
+          f"{c.residual!r} has others: set it to 'plain'")
   for able, needed, field in (
       ('STREAMS', c.residual != 'plain', f'model.residual {c.residual!r}'),
       ('STREAMS', c.residual_scale != 1,

@@ -29,7 +29,8 @@ NGRAMS = dict(rows=40, heads=2)
 ATTENTIONS = {
     'global': {},
     'grouped': dict(num_kv_heads=2, memory='engram', ngrams=NGRAMS),
-    'banded': dict(**models.banded(5), memory='over_encoding', ngrams=NGRAMS),
+    'banded': dict(**models.banded(5), value_norm=True, keys_as_values=True,
+                   layer_scale=True, memory='over_encoding', ngrams=NGRAMS),
     'capped': dict(attention_softcap=5.0, num_kv_heads=2, residual_scale=0.5,
                    value_residual=True, value_embedding=True),
     # What adds nothing to another is tried beside it.

@@ -360,6 +360,13 @@ def _nemotron_h(model) -> None:
   model.forward = mended
 
 
+def _gemma4(model) -> None:
+  """The number of each layer is no parameter there, so it has no gradient."""
+  for layer in model.model.layers:
+    layer.layer_scalar = _torch().nn.Parameter(
+        layer._buffers.pop('layer_scalar'))
+
+
 def _kimi_linear(model) -> None:
   """It writes the network of a dense layer under the name of the experts.
   Published files have it under its own name, and both are read."""
@@ -406,6 +413,7 @@ def _write_as(model, change) -> None:
 
 MENDS = {
     'BartForConditionalGeneration': _marian,
+    'Gemma4ForCausalLM': _gemma4,
     'KimiLinearForCausalLM': _kimi_linear,
     'MambaForCausalLM': _mamba2,
     'Mamba2ForCausalLM': _mamba2,

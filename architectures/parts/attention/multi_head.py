@@ -4,11 +4,12 @@ Heads may share keys and values (grouped heads: Ainslie et al. 2023, num_kv
 heads = 1: Shazeer 2019), be banded (a query sees the last `sliding_window`
 keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
 queries and keys (QK-norm: each head by itself, as in Qwen3, or all that is
-projected, as in OLMo 2) or bounded ones (clipped, as in Inkling 2), a learned
-sink per head in the denominator, and what has equations of its own further
-down: differences of pairs of heads, a gate on what the heads return, more in
-their values, and short convolutions of queries, keys and values. Which keys a
-query sees is in kernels.py.
+projected, as in OLMo 2) or bounded ones (clipped, as in Inkling 2), normalised
+values that may be the keys themselves (Gemma 4), a learned sink per head in the
+denominator, and what has equations of its own further down: differences of
+pairs of heads, a gate on what the heads return, more in their values, and short
+convolutions of queries, keys and values. Which keys a query sees is in
+kernels.py.
 
 A layer with kv_sharing has no keys and values of its own and reads those of an
 earlier layer, as they were turned and mixed there (cross-layer attention:
@@ -73,6 +74,12 @@ class AttentionConfig:
   value_embedding: bool = field(
       False, "a table of tokens is added to a layer's values", of_layers=True,
       read_by='kv_sharing=False')
+  value_norm: bool = field(
+      False, 'a norm of each head of values, rmsnorm_plain', of_layers=True,
+      read_by='kv_sharing=False')
+  keys_as_values: bool = field(
+      False, 'values are the keys, before their norm and their positions',
+      of_layers=True, read_by='kv_sharing=False')
   kv_sharing: bool = field(
       False, 'A layer reads the keys and values of one before it: of a kind of '
       'layer.', of_layers=True)
@@ -107,9 +114,13 @@ class Attention(nn.Module):
     elif read is not None:
       k_BMJK, v_BMJK = read.key_BMJK, read.value_BMJK
     else:
-      k_BMJK, v_BMJK = (self._project(
+      project = lambda name: self._project(
           name, ctx.memory_BMD if self.cross else x_BLD, c.num_kv_heads,
-          'kv_heads', ctx, conv) for name in ('key', 'value'))
+          'kv_heads', ctx, conv)
+      k_BMJK = project('key')
+      v_BMJK = k_BMJK if c.keys_as_values else project('value')
+      if c.value_norm:
+        v_BMJK = layers.PlainRMSNorm(c, 'head', name='value_norm')(v_BMJK)
       k_BMJK = self._bounded('key', k_BMJK)
       if not self.cross:
         v_BMJK, first = mixed_values(self, x_BLD, v_BMJK, ctx.first,

@@ -34,6 +34,17 @@ PHI3_LONG, PHI4_MINI, OPUS, SWITCH, ROBERTA, MODERNBERT = map(PUBLISHED.pop, (
     'phi3:long', 'phi4:mini', 'marian:opus-mt-en-de',
     'switch_transformers:base-8', 'roberta:base', 'modernbert:base'))
 
+# What is not transformers' default.
+PUBLISHED |= {
+    'lfm3:1.7b': dict(model_type='lfm3'),
+    'gemma4:31b': dict(
+        model_type='gemma4_text', hidden_size=5376, num_hidden_layers=60,
+        num_attention_heads=32, num_key_value_heads=16, head_dim=256,
+        num_global_key_value_heads=4, global_head_dim=512,
+        attention_k_eq_v=True, intermediate_size=21504, sliding_window=1024,
+        max_position_embeddings=262144, hidden_size_per_layer_input=0,
+        final_logit_softcapping=30.0, use_bidirectional_attention='vision')}
+GEMMA4 = PUBLISHED['gemma4:31b']
 MAMBA2, GEMMA2 = PUBLISHED['mamba2:130m'], PUBLISHED['gemma2:2b']
 MISTRAL = dict(model_type='mistral', attention_bias=False, mlp_bias=False)
 
@@ -83,6 +94,11 @@ def test_published_files_are_read_and_what_differs_is_refused(published,
     (PUBLISHED['qwen3_next:80b-a3b'] | dict(num_experts_per_tok=1),
      'num_experts_per_tok 1 and norm_topk_prob true'),
     (GEMMA2 | dict(layer_types=26 * ['x']), 'one for each of 26 layers'),
+    (dict(model_type='lfm3', sliding_window=None), 'but no sliding_window'),
+    (GEMMA4 | dict(hidden_size_per_layer_input=256), '256, as Gemma 4 E2B'),
+    (GEMMA4 | dict(enable_moe_block=True), 'enable_moe_block True: only False'),
+    (GEMMA4 | dict(per_layer_config={'5': {'head_dim': 8}}),
+     'the same head_dim and num_key_value_heads for each'),
     (MAMBA2 | dict(expand=3), 'not expand 3 times hidden_size 768'),
     (GEMMA2 | dict(final_logit_softcapping=0.0), '> 0, or null'),
     # As a damaged bit of a GGUF file has it.
