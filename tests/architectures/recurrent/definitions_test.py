@@ -240,6 +240,24 @@ def test_a_layer_equals_its_definition(mixer, sizes):
     np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
 
 
+def test_a_complex_state_follows_parity():
+  """By weights set by hand: each bit 1 turns by pi what the first token wrote,
+  which no state with positive eigenvalues does (Grazzi et al. 2024)."""
+  layer, p = layer_of('mamba3')
+  begins, bit, always, L = 0, 1, 2, 700
+  x_LD = np.zeros((L, 32), np.float32)
+  x_LD[0, begins], x_LD[:, always] = 1, 1
+  x_LD[1:, bit] = np.random.default_rng(0).integers(0, 2, L - 1)
+  p = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), p)
+  p['step_bias'] += np.log(np.e - 1)  # a step of 1
+  p['angle'][bit], p['share'][always], p['decay'][always] = 20, 20, -20
+  p['key_bias'][:, 0] = p['query_bias'][:, 0] = 1  # of a pair that turns
+  p['value'][begins], p['output_gate'][always], p['out'][..., 0] = 1, 1, 1
+  got = jax.jit(lambda p, x: applied(layer, p, x)[0])(p, x_LD[None])[0, :, 0]
+  want = (-1.0) ** np.cumsum(x_LD[:, bit]) * np.exp(-1e-4 * np.arange(L))
+  np.testing.assert_allclose(got, want * 4 * 5 * SILU(1.0), rtol=1e-4)
+
+
 def test_retention_turns_only_by_rotary_positions():
   layer, p = layer_of('retnet')
   layer = layer.clone(config=architectures.resolve(models.config(
