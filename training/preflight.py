@@ -119,7 +119,7 @@ def _check_objective(name: str, module: nn.Module) -> None:
   require(not objective.prefix or not blocks.with_state(module.config),
           f'objective is {name!r}, whose first tokens see each other, and some '
           'layers read a row in one direction (a state of model.mixer, '
-          'model.attention_conv, model.memory or model.indexer.block): choose '
+          'model.attention_conv, branch_conv, memory or indexer.block): choose '
           'causal')
   require(module.config.head == objective.head, 'model.head is '
           f'{module.config.head!r}, and objective {name!r} trains '

@@ -27,7 +27,8 @@ from architectures.parts.config import (
     Both, Cache, Context, LayerKind, ModelConfig)
 from architectures.parts.layers import FFN, NO_FFN, norm, recomputed, rmsnorm
 from architectures.parts.moe.layer import MoE
-from architectures.parts.recurrent import layer, linear_attention, mamba
+from architectures.parts.recurrent import features, layer
+from architectures.parts.recurrent import linear_attention, mamba
 from architectures.parts.recurrent import mamba2, mamba3, rwkv7, short_conv
 from architectures.parts.sharding import Role, declare
 from configs.fields import field, FUNCTION, leaves, SHAPES
@@ -94,10 +95,10 @@ def readers(c: ModelConfig, field: str) -> list[ModelConfig]:
 
 def with_state(c: ModelConfig) -> bool:
   """Whether some layers of a model read a row in one direction alone and keep
-  a state of it: a recurrence, a short convolution before attention, a memory by
-  n-grams, or an indexer of blocks."""
+  a state of it: a recurrence, a short convolution before attention or after a
+  branch, a memory by n-grams, or an indexer of blocks."""
   return any(mixer_of(config).state or lookup.keeps(config)
-             or indexer.has_blocks(config)
+             or indexer.has_blocks(config) or config.branch_conv
              for config in map(c.of_kind, c.kinds_used)
              ) or any(config.attention_conv
                       for config in readers(c, 'attention_conv'))
@@ -107,7 +108,12 @@ def empty_cache(c: ModelConfig, shape: tuple[int, ...]) -> Any:
   """Returns the entry of a layer that has read nothing; `shape` is [..., B, M].
   """
   entry = mixer_of(c).cache(c, shape)
-  return (Both(entry, lookup.empty(c, shape)) if lookup.keeps(c) else entry)
+  memory = lookup.empty(c, shape) if lookup.keeps(c) else None
+  inputs = {name: jnp.zeros((*shape[:-1], c.branch_conv - 1, c.d_model),
+                            c.compute_dtype)
+            for name in ('attention', 'ffn')[:1 + (c.ffn != NO_FFN)]
+            if c.branch_conv}
+  return Both(entry, memory, inputs) if inputs or memory is not None else entry
 
 
 # Of scores, and of products with a bias.
@@ -647,18 +653,43 @@ class Block(nn.Module):
   def norm(self, name: str) -> Callable[[jax.Array], jax.Array]:
     return norm(self.config, name)
 
-  def attention(self) -> nn.Module:
-    return mixer_of(self.config).module(self.config, self.kind,
-                                        name='attention')
+  def attention(self, x_BLD: jax.Array, ctx: Context, cache: Any):
+    """Returns A(x_BLD), and the cache."""
+    entry = cache.mixer if isinstance(cache, Both) else cache
+    y_BLD, entry = mixer_of(self.config).module(
+        self.config, self.kind, name='attention')(x_BLD, ctx, entry)
+    if isinstance(cache, Both):
+      entry = cache.replace(mixer=entry)
+    return self._convolved('attention', y_BLD, ctx, entry)
 
   def cross_attention(self) -> nn.Module:
     return multi_head.Attention(self.config, self.kind, cross=True,
                                 name='cross_attention')
 
-  def ffn(self) -> nn.Module:
-    if self.kind.ffn == 'moe':
-      return MoE(self.config, name='ffn')
-    return FFN(self.config, self.kind.ffn, name='ffn')
+  def ffn(self, x_BLD: jax.Array, ctx: Context, cache: Any):
+    """Returns F(x_BLD), the cache, and what a router says."""
+    module = (MoE(self.config, name='ffn') if self.kind.ffn == 'moe' else
+              FFN(self.config, self.kind.ffn, name='ffn'))
+    y_BLD, aux = module(x_BLD, ctx)
+    return *self._convolved('ffn', y_BLD, ctx, cache), aux
+
+  def _convolved(self, name: str, y_BLD: jax.Array, ctx: Context, cache: Any):
+    """Returns the result of a branch and, with model.branch_conv, a convolution
+    of it, which is 0 at first (Inkling, whose keys and values have one too);
+    and the cache."""
+    c, cached = self.config, isinstance(cache, Both)
+    if not c.branch_conv:
+      return y_BLD, cache
+    w_WD = declare(self, f'{name}_conv', nn.initializers.zeros,
+                   (c.branch_conv, c.d_model), Role((None, 'embed')))
+    z_BL1D, last_BW1D = features.convolve(
+        y_BLD[:, :, None], w_WD[:, None],
+        before_BWHK=cache.inputs[name][:, :, None] if cached else None,
+        segment_ids_BL=ctx.segment_ids_BL,
+        valid_BL=ctx.valid_BL if cached else None)
+    if cached:
+      cache = cache.replace(inputs=cache.inputs | {name: last_BW1D[:, :, 0]})
+    return y_BLD + z_BL1D[:, :, 0], cache
 
   def branch(self, name: str, x: X) -> Read:
     """Returns what a branch reads of x, and a function that adds its result to
@@ -689,7 +720,7 @@ class PreNorm(Block):
   @nn.compact
   def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
     x_BLD, add = self.branch('attention', x)
-    y_BLD, cache = self.attention()(
+    y_BLD, cache = self.attention(
         self.norm('attention_norm')(x_BLD), ctx, cache)
     x = add(self.drop(y_BLD, ctx))
     if self.kind.cross:
@@ -700,7 +731,7 @@ class PreNorm(Block):
     if self.kind.ffn == NO_FFN:
       return residual(x), cache, {}
     x_BLD, add = self.branch('ffn', x)
-    y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
+    y_BLD, cache, aux = self.ffn(self.norm('ffn_norm')(x_BLD), ctx, cache)
     return residual(add(self.drop(y_BLD, ctx))), cache, aux
 
 
@@ -721,14 +752,14 @@ class FfnNorm(Block):
   @nn.compact
   def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
     x_BLD, add = self.branch('attention', x)
-    y_BLD, cache = self.attention()(x_BLD, ctx, cache)
+    y_BLD, cache = self.attention(x_BLD, ctx, cache)
     x = add(self.drop(y_BLD, ctx))
     if self.kind.cross:
       x_BLD, add = self.branch('cross', x)
       y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
       x = add(self.drop(y_BLD, ctx))
     x_BLD, add = self.branch('ffn', x)
-    y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
+    y_BLD, cache, aux = self.ffn(self.norm('ffn_norm')(x_BLD), ctx, cache)
     return residual(add(self.drop(y_BLD, ctx))), cache, aux
 
 
@@ -742,14 +773,14 @@ class PostNorm(Block):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
-    y_BLD, cache = self.attention()(x_BLD, ctx, cache)
+    y_BLD, cache = self.attention(x_BLD, ctx, cache)
     x_BLD = self.norm('attention_norm')(x_BLD + self.drop(y_BLD, ctx))
     if self.kind.cross:
       y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
       x_BLD = self.norm('cross_norm')(x_BLD + self.drop(y_BLD, ctx))
     if self.kind.ffn == NO_FFN:
       return residual(x_BLD), cache, {}
-    y_BLD, aux = self.ffn()(x_BLD, ctx)
+    y_BLD, cache, aux = self.ffn(x_BLD, ctx, cache)
     x_BLD = self.norm('ffn_norm')(x_BLD + self.drop(y_BLD, ctx))
     return residual(x_BLD), cache, aux
 
@@ -770,11 +801,11 @@ class Parallel(Block):
   def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
     x_BLD, add = self.branch('attention', x)
     normed = self.normed(x_BLD)
-    y_BLD, cache = self.attention()(normed('attention'), ctx, cache)
+    y_BLD, cache = self.attention(normed('attention'), ctx, cache)
     if self.kind.cross:
       z_BLD, cache = self.cross_attention()(normed('cross'), ctx, cache)
       y_BLD = y_BLD + z_BLD
-    z_BLD, aux = self.ffn()(normed('ffn'), ctx)
+    z_BLD, cache, aux = self.ffn(normed('ffn'), ctx, cache)
     return residual(add(self.drop(y_BLD + z_BLD, ctx))), cache, aux
 
 
@@ -793,7 +824,7 @@ class Sandwich(Block):
   @nn.compact
   def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
     x_BLD, add = self.branch('attention', x)
-    y_BLD, cache = self.attention()(
+    y_BLD, cache = self.attention(
         self.norm('attention_norm')(x_BLD), ctx, cache)
     y_BLD = self.norm('attention_out_norm')(y_BLD)
     x = add(self.drop(y_BLD, ctx))
@@ -806,7 +837,7 @@ class Sandwich(Block):
     if self.kind.ffn == NO_FFN:
       return residual(x), cache, {}
     x_BLD, add = self.branch('ffn', x)
-    y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
+    y_BLD, cache, aux = self.ffn(self.norm('ffn_norm')(x_BLD), ctx, cache)
     y_BLD = self.norm('ffn_out_norm')(y_BLD)
     return residual(add(self.drop(y_BLD, ctx))), cache, aux
 
@@ -818,7 +849,7 @@ class OutNorm(Block):
   @nn.compact
   def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
     x_BLD, add = self.branch('attention', x)
-    y_BLD, cache = self.attention()(x_BLD, ctx, cache)
+    y_BLD, cache = self.attention(x_BLD, ctx, cache)
     x = add(self.drop(self.norm('attention_out_norm')(y_BLD), ctx))
     if self.kind.cross:
       x_BLD, add = self.branch('cross', x)
@@ -827,7 +858,7 @@ class OutNorm(Block):
     if self.kind.ffn == NO_FFN:
       return residual(x), cache, {}
     x_BLD, add = self.branch('ffn', x)
-    y_BLD, aux = self.ffn()(x_BLD, ctx)
+    y_BLD, cache, aux = self.ffn(x_BLD, ctx, cache)
     y_BLD = self.drop(self.norm('ffn_out_norm')(y_BLD), ctx)
     return residual(add(y_BLD)), cache, aux
 
@@ -855,9 +886,8 @@ def block_of(c: ModelConfig) -> type[Block]:
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any):
-      state, read = None, memory.module(self.config, name='memory')
-      if isinstance(cache, Both):
-        cache, state = cache.mixer, cache.memory
+      read = memory.module(self.config, name='memory')
+      state = cache.memory if isinstance(cache, Both) else None
       if isinstance(x_BLD, Streams):
         y_BLUD, state = read(x_BLD.x_BLUD, ctx, state)
         x_BLD = residual(x_BLD.replace(x_BLUD=x_BLD.x_BLUD + y_BLUD))
@@ -867,7 +897,9 @@ def block_of(c: ModelConfig) -> type[Block]:
       x_BLD, cache, aux = super().__call__(x_BLD, ctx, cache)
       if memory.after:
         x_BLD = residual(x_BLD + read(x_BLD, ctx))
-      return x_BLD, cache if state is None else Both(cache, state), aux
+      if state is not None:
+        cache = cache.replace(memory=state)
+      return x_BLD, cache, aux
 
   return _scaled(Reading) if c.layer_scale else Reading
 

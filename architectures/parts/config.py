@@ -134,6 +134,9 @@ class ModelConfig:
   residual_scale: float = field(
       1.0, 'The factor of what a branch adds to a plain residual sum.',
       above=0, resume=FUNCTION)
+  branch_conv: int = field(
+      0, 'Tokens that a convolution beside the results of attention and of the '
+      'network sees; 0: no convolution.', resume=SHAPES, of_layers=True)
   mixer: str = field(
       'attention', 'What mixes the tokens of a layer: attention; latent, whose '
       'keys and values are made of a small vector a token; a recurrence; or '
@@ -556,10 +559,12 @@ def _put(slots: jax.Array, new_BLJK: jax.Array, positions_BL: jax.Array,
 
 @struct.dataclass
 class Both:
-  """The entry of a layer that reads n-grams (lookup.py): what its mixer keeps,
-  and its last tokens."""
+  """The entry of a layer that keeps more than its mixer does: the last tokens,
+  if it reads n-grams (lookup.py), and the last results of its branches, by
+  name, if those have convolutions."""
   mixer: Any
-  memory: Any
+  memory: Any = None
+  inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 # Of each entry what Cache.write puts in, which it may have none of.

@@ -142,9 +142,9 @@ class Period(nn.Module):
         x, new, aux = make()(x, *args)
       else:
         x, new, aux = self._after_its_weights(f'block_{i}', make, x, *args)
-      memory = None
-      if isinstance(new, Both):
-        new, memory = new.mixer, new.memory
+      entry = new
+      if isinstance(entry, Both):
+        new = entry.mixer
       if getattr(new, 'first', None) is not None:
         first, new = new.first, new.replace(first=None)
       if getattr(new, 'lent', None) is not None:
@@ -152,7 +152,8 @@ class Period(nn.Module):
       if getattr(new, 'losses', None):
         aux = _with_losses(aux or _NOTHING, _NOTHING | {'losses': new.losses})
         new = new.replace(losses={})
-      caches.append(new if memory is None else Both(new, memory))
+      caches.append(entry.replace(mixer=new) if isinstance(entry, Both) else
+                    new)
       auxes.append(aux)
       kept.append(x if ctx.keep_layers else ())
     with_cache = cache is not None or ctx.keep_attention

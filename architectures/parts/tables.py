@@ -608,7 +608,7 @@ def _check_stack(c: ModelConfig, stack: str,
       ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
       ('pooling', 'cls', 'encoder'), ('embed_dim', 0, 'encoder'),
       ('mtp_depth', 0, 'decoder'),
-      ('attention_conv', 0, 'decoder'),
+      ('attention_conv', 0, 'decoder'), ('branch_conv', 0, 'decoder'),
       ('memory', lookup.NO_MEMORY, 'decoder'),
       # training/optim/mup.py has rules for the parameters of decoders alone.
       ('parametrization', 'standard', 'decoder'),

@@ -28,11 +28,12 @@ from training import generate, runs
 NGRAMS = dict(rows=40, heads=2)
 ATTENTIONS = {
     'global': {},
-    'grouped': dict(num_kv_heads=2, memory='engram', ngrams=NGRAMS),
+    'grouped': dict(num_kv_heads=2, memory='engram', ngrams=NGRAMS,
+                    branch_conv=2),
     'banded': dict(**models.banded(5), value_norm=True, keys_as_values=True,
                    layer_scale=True, memory='over_encoding', ngrams=NGRAMS),
     'capped': dict(attention_softcap=5.0, num_kv_heads=2, residual_scale=0.5,
-                   value_residual=True, value_embedding=True),
+                   value_residual=True, value_embedding=True, branch_conv=3),
     # What adds nothing to another is tried beside it.
     'qk_norm': dict(
         qk_norm=True, attention_gate='headwise', memory='per_layer',
@@ -264,7 +265,8 @@ MODELS = {
     # Values, keys and queries of several sorts, heads of two numbers, and a
     # recurrence.
     'mixers': ('llama', dict(
-        attention_conv=3, attention_gate='elementwise', num_kv_heads=2,
+        attention_conv=3, branch_conv=2, attention_gate='elementwise',
+        num_kv_heads=2,
         num_layers=6, pattern='own,reads,state', qk_norm=True,
         qk_norm_over='projection', value_residual=True, value_embedding=True,
         kinds=dict(own={}, reads=dict(kv_sharing=True), state=dict(

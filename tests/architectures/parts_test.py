@@ -210,19 +210,27 @@ EACH_BLOCK = pytest.mark.parametrize('block, cross', [
 @pytest.mark.slow
 @EACH_BLOCK
 def test_a_block_follows_its_equations(block, cross):
-  c, x = resolved(block=block, norm='layernorm'), normal(0, 2, 6, D)
+  W = 0 if cross else 3  # a decoder without a memory has convolutions too
+  c = resolved(block=block, norm='layernorm', branch_conv=W)
+  x = normal(0, 2, 6, D)
   ctx = context(memory_BMD=normal(1, 2, 7, D))
   module = BLOCKS[block](c, LayerKind('global', 'gelu', cross=cross))
   params = born(module, x, ctx, None)
+  params |= {name: normal(2, *w.shape) for name, w in params.items()
+             if name.endswith('_conv')}
   got = module.apply({'params': params}, x, ctx, None)[0]
+  def conv(name, y):
+    return y + sum(np.pad(y, ((0, 0), (W - 1 - i, 0), (0, 0)))[:, :6]
+                   * params[f'{name}_conv'][i][None, None] for i in range(W))
   def n(name, x):
     p = params[f'{name}_norm']
     return layers.layernorm(x, p['scale'], p['bias'], c.norm_eps)
-  A = lambda x: Attention(c, KIND).apply(
-      {'params': params['attention']}, x, ctx, None)[0]
+  A = lambda x: conv('attention', Attention(c, KIND).apply(
+      {'params': params['attention']}, x, ctx, None)[0])
   C = lambda x: Attention(c, KIND, cross=True).apply(
       {'params': params['cross_attention']}, x, ctx, None)[0]
-  F = lambda x: FFN(c, 'gelu').apply({'params': params['ffn']}, x, ctx)[0]
+  F = lambda x: conv('ffn', FFN(c, 'gelu').apply(
+      {'params': params['ffn']}, x, ctx)[0])
   if block == 'pre_norm':
     x = x + A(n('attention', x))
     x = x + C(n('cross', x)) if cross else x

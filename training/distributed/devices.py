@@ -103,7 +103,7 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
   require(shape['context'] == 1 or not blocks.with_state(model),
           f'mesh.context is {shape["context"]}, and some layers keep each '
           'row on one device (a state of model.mixer, '
-          'model.attention_conv, model.memory or model.indexer.block): set '
+          'model.attention_conv, branch_conv, memory or indexer.block): set '
           'mesh.context=1')
   for name in model.kinds_used:
     c = model.of_kind(name)

@@ -197,8 +197,10 @@ def test_a_model_mixes_values_and_reads_keys_as_published(name):
 
 
 @pytest.mark.slow
-def test_convolutions_decode_and_pack_as_the_forward_pass():
-  module, params = models.make('llama', attention_conv=3, num_kv_heads=2)
+@pytest.mark.parametrize('fields', [
+    dict(attention_conv=3), dict(branch_conv=3)], ids=lambda x: [*x][0])
+def test_convolutions_decode_and_pack_as_the_forward_pass(fields):
+  module, params = models.make('llama', num_kv_heads=2, **fields)
   tokens = np.asarray(models.tokens(2, 8))
   run = jax.jit(lambda t, **o: module.apply({'params': params}, t, **o).hidden)
   whole = run(tokens)

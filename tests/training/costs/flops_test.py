@@ -37,7 +37,8 @@ def weights_at_work(c) -> float:
       x.size * (chosen if roles[path].axes[0] == 'experts' else 1)
       * (c.num_heads if path.endswith('profiles') else 1)
       for path, x in paths.flatten(runs.parameter_shapes(module)).items()
-      if roles[path].matrix and roles[path].kind != 'embedding')
+      if roles[path].matrix and roles[path].kind != 'embedding'
+      or path.endswith('_conv'))
 
 
 @pytest.mark.parametrize('fields', [
@@ -46,7 +47,7 @@ def weights_at_work(c) -> float:
          attention_gate='elementwise', value_embedding=True,
          value_residual=True),
     dict(block='parallel', position='rope', ffn='geglu', remat='full',
-         attention_gate='headwise'),
+         attention_gate='headwise', branch_conv=3),
     dict(tie_embeddings=False, **models.banded(5),
          position='alibi'),
     dict(position='relative_by_token', profiles=dict(rank=4, extent=7),
