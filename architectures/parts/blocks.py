@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from architectures.parts import layers
 from architectures.parts import sharding
+from architectures.parts.attention import compressed
 from architectures.parts.attention import indexer
 from architectures.parts.attention import latent
 from architectures.parts.attention import multi_head
@@ -145,6 +146,18 @@ def recurrent(module: type[layer.Layer],
       positional=positional, check=functools.partial(check, name))
 
 
+def with_entries(module: type[compressed.SWA], *fields: str) -> Mixer:
+  """Returns the entry of a mixer of compressed.py, which reads `fields` too."""
+  return Mixer(
+      module, functools.partial(compressed.empty, module.PARTS),
+      products=lambda c: {'query_down', 'query_up', 'key', 'out'},
+      settings=compressed.CompressedConfig, state=True,
+      fields=('attention_scale', 'norm_eps', *SCORES[1:4], *fields),
+      divided=(('tensor', 'num_heads'), ('fsdp', 'compressed.q_rank'),
+               ('tensor', 'compressed.out_groups')),
+      whole=('compressed.out_groups',), check=compressed.check)
+
+
 MIXERS = {
     'attention': Mixer(
         multi_head.Attention, multi_head.empty,
@@ -164,6 +177,9 @@ MIXERS = {
         divided=(('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
                  ('fsdp', 'latent.q_rank')),
         check=latent.check),
+    'swa': with_entries(compressed.SWA),
+    'hca': with_entries(compressed.HCA, 'compressed.hca_rate'),
+    'csa': with_entries(compressed.CSA, 'compressed.csa_rate', 'indexer'),
     'deltanet': recurrent(linear_attention.DeltaNet),
     'mamba': Mixer(
         mamba.Mamba, mamba.empty,

@@ -79,10 +79,13 @@ def test_laws_of_a_variant(parts):
   state = changes.pop('state')
   if state in STATES:
     kinds = changes.get('kinds', dict(own={})) | dict(state=dict(
-        mixer=state, position='rope' if state == 'retnet' else 'none'))
+        mixer=state, position='rope' if blocks.MIXERS[state].positional
+        else 'none'))
     changes |= dict(pattern=','.join(kinds), kinds=kinds,
                     num_layers=len(kinds))
-  module, params = models.make(**changes, loops=dict(passes=2))
+  module, params = models.make(
+      **changes, loops=dict(passes=2), compressed=dict(
+          window=5, csa_rate=2, hca_rate=3, out_groups=2))
   check_laws(module, params)
   # A step of training on eight devices, up to its compiling.
   run = runs.build(step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
@@ -275,6 +278,11 @@ MODELS = {
     'deltanet': ('llama', dict(mixer='deltanet', deltanet=dict(
         key_heads=2, value_heads=4, key_dim=8, value_dim=8))),
     'latent': ('deepseek_v32', dict(mtp_depth=1, indexer=dict(top_k=5))),
+    'entries': ('llama', dict(
+        pattern='csa,hca,swa', kinds={name: dict(mixer=name) for name in (
+            'csa', 'hca', 'swa')}, num_layers=3, attention_sinks=True,
+        compressed=dict(window=5, csa_rate=2, hca_rate=3, out_groups=2,
+                        q_rank=16), indexer=dict(top_k=2, head_dim=8))),
     'deltaproduct': ('llama', dict(mixer='deltanet', deltanet=dict(
         key_heads=2, householders=2))),
     'rwkv7': ('llama', dict(mixer='rwkv7')),

@@ -130,6 +130,11 @@ def test_layers_of_attention_are_those_of_transformers(name):
   holds(parts.attention(name))
 
 
+@pytest.mark.parametrize('mixer', list(parts.ENTRIES))
+def test_layers_of_entries_are_those_of_transformers(mixer):
+  holds(parts.compressed(mixer))
+
+
 def test_per_layer_embeddings_are_those_of_transformers():
   holds(parts.per_layer())
 

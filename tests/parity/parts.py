@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import blocks, lookup
+from architectures.parts import blocks, lookup, paths
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.config import Context, LayerKind
+from architectures.parts.hf import tensor_map
 from architectures.parts.moe import routing
 from architectures.parts.moe.layer import MoE
 from configs import base
@@ -299,6 +300,89 @@ def attention(name: str) -> list[compare.Finding]:
       compare.Finding(name, compare.error(grad, leaves[name].grad.numpy()),
                       compare.LIMITS['grads'])
       for name, grad in dict(grads, x=dx).items()]
+
+
+ENTRIES = {'swa': 'sliding_attention', 'csa': 'compressed_sparse_attention',
+           'hca': 'heavily_compressed_attention'}
+
+
+_ENTRY_ROWS = (
+    ('query_down', 'DU', 'q_a_proj.weight', 'U D'),
+    ('query_norm/scale', 'U', 'q_a_norm.weight', 'U'),
+    ('query_up', 'UHK', 'q_b_proj.weight', 'HK U'),
+    ('key', 'DK', 'kv_proj.weight', 'K D'),
+    ('key_norm/scale', 'K', 'kv_norm.weight', 'K'),
+    ('out_down', 'GHKU', 'o_a_proj.weight', 'GU HK'),
+    ('out', 'GUD', 'o_b_proj.weight', 'D GU'), ('sink', 'H', 'sinks', 'H'),
+    ('indexer/query', 'UHK', 'compressor.indexer.q_b_proj.weight', 'HK U'),
+    ('indexer/weights', 'DH', 'compressor.indexer.scorer.weights_proj.weight',
+     'H D'),
+    *((f'{ours}/{name}', axes, f'compressor.{theirs}', their_axes)
+      for folder, prefix in (('entries', ''), ('indexer/entries', 'indexer.'))
+      for ours, name, axes, theirs, their_axes in (
+          (folder, 'value', 'DU', f'{prefix}kv_proj.weight', 'U D'),
+          (folder, 'score', 'DU', f'{prefix}gate_proj.weight', 'U D'),
+          (folder, 'score_bias', 'PU', f'{prefix}position_bias', 'P U'),
+          (folder, 'norm/scale', 'K', f'{prefix}kv_norm.weight', 'K'))))
+
+
+def compressed(mixer: str) -> list[compare.Finding]:
+  """Compares what a layer of DeepSeek-V4's attention returns, and the
+  gradients, with weights drawn from a fixed seed. Theirs has no gradient in the
+  indexer, and ours none but that of a loss in training."""
+  import torch
+  from transformers.models import deepseek_v4
+  draw = np.random.default_rng(0)
+  normal = lambda *shape: draw.standard_normal(shape).astype(np.float32)
+  x, d = normal(2, LENGTH, D), normal(2, LENGTH, D)
+  model = base.base().model
+  model.update(d_model=D, vocab_size=2, max_len=LENGTH, norm='rmsnorm',
+               norm_eps=1e-6, mixer=mixer, num_heads=4, head_dim=16,
+               attention_sinks=True, position='rope')
+  model.rope.update(fraction=0.25, interleaved=True, theta=100.0)
+  model.compressed.update(window=5, q_rank=12, csa_rate=2, hca_rate=3,
+                          out_groups=2, out_rank=6)
+  model.indexer.update(heads=8, head_dim=8, top_k=3, interleaved=True)
+  c = architectures.resolve(model)
+  module = blocks.MIXERS[mixer].module(c, LayerKind('global', 'gelu'))
+  ctx = Context(jnp.arange(LENGTH)[None])
+  params = jax.tree.map(lambda leaf: 0.4 * normal(*leaf.shape), nn.meta.unbox(
+      jax.eval_shape(lambda: module.init(jax.random.key(0), x, ctx, None)[
+          'params'])))
+  y, vjp = jax.vjp(lambda params, x: module.apply(
+      {'params': params}, x, ctx, None)[0], params, x)
+  grads, dx = vjp(d)
+  config = deepseek_v4.DeepseekV4Config(
+      hidden_size=D, num_hidden_layers=1, num_attention_heads=4, head_dim=16,
+      q_lora_rank=12, o_groups=2, o_lora_rank=6, sliding_window=5,
+      index_n_heads=8, index_head_dim=8, index_topk=3, rope_theta=100.0,
+      compress_rope_theta=100.0, partial_rotary_factor=0.25,
+      layer_types=[ENTRIES[mixer]], compress_rates={
+          ENTRIES['csa']: 2, ENTRIES['hca']: 3}, attn_implementation='eager')
+  layer = deepseek_v4.modeling_deepseek_v4.DeepseekV4Attention(config, 0)
+  flat, flat_grads = paths.flatten(params), paths.flatten(grads)
+  tensors = tensor_map.expand(
+      _ENTRY_ROWS, {path: leaf.shape for path, leaf in flat.items()})
+  weights = dict(layer.named_parameters())
+  assert {t.name for t in tensors} == set(weights)
+  joined = lambda t, leaves: t.join([np.asarray(leaves[p]) for p in t.paths])
+  with torch.no_grad():
+    for t in tensors:
+      weights[t.name].copy_(torch.tensor(joined(t, flat)))
+  at, places = torch.tensor(x, requires_grad=True), torch.arange(LENGTH)[None]
+  turns = deepseek_v4.modeling_deepseek_v4.DeepseekV4RotaryEmbedding(config)
+  far = (places.T - places >= 5) | (places.T < places)
+  out = layer(at, {kind: turns(at, places, kind) for kind in (
+      'main', 'compress')}, places.expand(2, -1), torch.zeros(
+          2, 1, LENGTH, LENGTH).masked_fill(far, -torch.inf))[0]
+  out.backward(torch.tensor(d))
+  compared = [('output', y, out), ('x', dx, at.grad)] + [
+      (t.name, joined(t, flat_grads), weights[t.name].grad)
+      for t in tensors if 'indexer' not in t.name]
+  return [compare.Finding(
+      name, compare.error(mine, value.detach().numpy()),
+      compare.LIMITS['output' if name == 'output' else 'grads'])
+          for name, mine, value in compared]
 
 
 def _hidden():

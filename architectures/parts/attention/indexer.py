@@ -34,6 +34,7 @@ alone. While all keys are seen (top_k=0, the dense warm-up) an indexer learns
 where attention goes: docs/howto/sparse_attention.md has the stages.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple, Optional
 
@@ -94,13 +95,17 @@ class Index:
 class Indexer(nn.Module):
   """(x_BLD, what queries are made of, context, Index.inputs of the tokens
   before) -> Index. `axis` is the logical axis of the second one. Heads are
-  whole on each device, as their scores add up."""
+  whole on each device, as their scores add up. A layer may turn queries itself,
+  and make keys of x (compressed.py)."""
   config: ModelConfig
   axis: str
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, asks_BLU: jax.Array, ctx: Context,
-               before: Optional[dict[str, jax.Array]] = None) -> Index:
+               before: Optional[dict[str, jax.Array]] = None, *,
+               turn: Optional[Callable[..., jax.Array]] = None,
+               keys: Optional[Callable[[jax.Array], jax.Array]] = None
+               ) -> Index:
     c, i = self.config, self.config.indexer
     x_BLD, asks_BLU = jax.lax.stop_gradient((x_BLD, asks_BLU))
 
@@ -112,8 +117,8 @@ class Indexer(nn.Module):
 
     q_BLHK = product('query', 'BLU,UHK->BLHK', asks_BLU, i.heads, i.head_dim,
                      axis=self.axis)
-    k_BLK = product('key', 'BLD,DK->BLK', x_BLD, i.head_dim)
-    inputs = {}
+    inputs, k_BLK = {}, None if keys else product(
+        'key', 'BLD,DK->BLK', x_BLD, i.head_dim)
     if i.block:
       q_BLHK = layers.norm(c, 'query_norm', 'head')(q_BLHK)
       mean_BL1K, inputs[INPUT] = features.convolve(
@@ -124,12 +129,14 @@ class Indexer(nn.Module):
       k_BLK = layers.norm(c, 'key_norm', 'head')(mean_BL1K[:, :, 0])
       w_BLH = jnp.full(q_BLHK.shape[:3], i.heads ** 0.5)
     else:
-      k_BLK = layers.LayerNorm(dataclasses.replace(c, norm_eps=NORM_EPS),
-                               'head', name='key_norm')(k_BLK)
+      if not keys:
+        k_BLK = layers.LayerNorm(dataclasses.replace(c, norm_eps=NORM_EPS),
+                                 'head', name='key_norm')(k_BLK)
       w_BLH = product('weights', 'BLD,DH->BLH', x_BLD, i.heads,
                       dtype=jnp.float32)
-    q_BLHK = self._turn(q_BLHK, ctx)
-    k_BL1K = self._turn(k_BLK[:, :, None], ctx, max(i.block - 1, 0))
+    q_BLHK = (turn or self._turn)(q_BLHK, ctx)
+    k_BL1K = keys(x_BLD) if keys else self._turn(
+        k_BLK[:, :, None], ctx, max(i.block - 1, 0))
     return Index(sharding.constrain(q_BLHK, 'batch', 'length', None, 'head'),
                  sharding.constrain(w_BLH, 'batch', 'length', None), k_BL1K,
                  inputs)

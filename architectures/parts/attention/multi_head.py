@@ -194,14 +194,16 @@ class Attention(nn.Module):
   def _weigh(self, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
              k_positions_BM: jax.Array, ctx: Context, *, slots: bool,
              strict: bool = True, scored: Optional[indexer.Scored] = None,
-             layer_BHLM: Optional[jax.Array] = None) -> tuple[jax.Array, dict]:
+             layer_BHLM: Optional[jax.Array] = None,
+             masked: Optional[tuple] = None) -> tuple[jax.Array, dict]:
     """Returns the weighted values, by the kernel that the config asks for, and
     fields of a Cache: the weights where the context asks for them, and in
     training the loss of an indexer, which has `scored` the keys. `layer_BHLM`
     is the bias that the layer makes itself, if it makes one. No kernel
-    meets the `slots` of a cache; `strict` is as of kernels.choose."""
+    meets the `slots` of a cache; `strict` is as of kernels.choose. `masked` is
+    what stands for `_mask`."""
     c, key, kept = self.config, None, {}
-    mask, seen_BLM, bias_BHLM = self._mask(k_positions_BM, ctx)
+    mask, seen_BLM, bias_BHLM = masked or self._mask(k_positions_BM, ctx)
     if layer_BHLM is not None:
       mask, bias_BHLM = mask.replace(bias=True), layer_BHLM
     if scored is not None and 0 < c.indexer.top_k < k_BMJK.shape[1]:

@@ -1,0 +1,374 @@
+"""Attention to entries that stand for several tokens each, beside a window of
+plain keys: CSA, HCA and, without entries, SWA (DeepSeek-AI 2026, DeepSeek-V4,
+arXiv 2606.19348, section 2.3; as transformers has it).
+
+  k_m   = R_m n(W_k x_m)                          key and value of all heads
+  q_l,h = R_l n(W_q,h n(W_dq x_l))
+  e_w   = R_s n(sum over i of p_i * v_i),   p = softmax over i of (z_i + b_i)
+  v_i   = W_v x_i,   z_i = W_z x_i
+  o_l,h = R_-l sum of softmax([q_l,h [k; e] / sqrt(K), sink_h]) [k; e]
+  y_l   = W_o [W_g o_l of the heads of group g] over the groups
+
+A query sees the last `window` keys k, and entries whose windows have closed by
+then. e_w is made of the tokens i of a window of `rate` tokens, each feature of
+which has weights of its own, and s is the first of them. In HCA a query sees
+all such entries. In CSA it sees those that an indexer (indexer.py) scores
+highest, whose keys are entries of its own, and each entry is made of the window
+before, too, by other v, z and b. R turns the last of the K features, and n is
+the norm of the model, in queries without parameters.
+
+Windows begin anew with each document. A cache has the keys of all tokens, the
+entries, and v and z of the tokens of windows that have not closed.
+"""
+
+import dataclasses
+from typing import NamedTuple, Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from architectures.parts import layers
+from architectures.parts import positions
+from architectures.parts import sharding
+from architectures.parts.attention import indexer
+from architectures.parts.attention import kernels
+from architectures.parts.attention.multi_head import Attention
+from architectures.parts.config import Cache, Context, LayerKind, ModelConfig
+from architectures.parts.recurrent import features
+from architectures.parts.sharding import Role, declare
+from configs.errors import require
+from configs.fields import field, FUNCTION, SHAPES
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedConfig:
+  """Of mixers csa, hca and swa."""
+  GROUP = 'compressed'
+  window: int = field(128, 'plain keys that a query sees, its own included',
+                      above=0, resume=FUNCTION)
+  csa_rate: int = field(4, 'tokens of an entry of csa, and of the one before',
+                        above=0, resume=SHAPES)
+  hca_rate: int = field(128, 'tokens of an entry of hca', above=0,
+                        resume=SHAPES)
+  q_rank: int = field(0, 'Size of the vector that queries are made from; '
+                      'derived: 2 head_dim.', resume=SHAPES)
+  out_groups: int = field(1, 'groups of heads that have a first product of the '
+                          'output of their own', above=0, resume=SHAPES)
+  out_rank: int = field(0, 'what it makes of a group; derived: 2 head_dim',
+                        resume=SHAPES)
+
+  def derived(self, c: ModelConfig) -> 'CompressedConfig':
+    return dataclasses.replace(self, q_rank=self.q_rank or 2 * c.head_dim,
+                               out_rank=self.out_rank or 2 * c.head_dim)
+
+
+class Windows(NamedTuple):
+  """The windows that tokens close, S tokens that each entry is made of.
+
+  Attributes:
+    at_BWS: their places among what is kept of tokens before and the tokens.
+    there_BWS: whether the document has them.
+    number_BW: which entries of the row these are.
+    end_BW: the place of the last token in the row.
+    first_BW: the position of the first token of the window.
+  """
+  at_BWS: jax.Array
+  there_BWS: jax.Array
+  number_BW: jax.Array
+  end_BW: jax.Array
+  first_BW: jax.Array
+
+
+def windows(ctx: Context, L: int, rate: int, slots: int, cached: bool
+            ) -> Windows:
+  """Returns the windows of L tokens, with entries of `slots` tokens. There are
+  as many as L tokens can close; those that stay open are seen by no token."""
+  ids_BL, positions_BL = ctx.segment_ids_BL, ctx.positions_BL
+  number_BW = jnp.arange(-(-L // rate) if cached else max(1, L // rate))[None]
+  if cached:
+    number_BW += positions_BL[:, :1] // rate
+  end_BW = stop_BW = number_BW * rate + rate - 1
+  if ids_BL is not None:
+    at_1L = jnp.arange(L)[None]
+    place_BL = at_1L - _start(ids_BL)
+    end_BW = jax.vmap(jnp.searchsorted, (0, None))(
+        jnp.cumsum((place_BL + 1) % rate == 0, 1), number_BW[0] + 1)
+    stop_BW = _take(place_BL, end_BW)
+  before_1S = jnp.arange(1 - slots, 1)[None, None]
+  first, last = (positions_BL[:, :1, None], slots - 1) if cached else (0, 0)
+  return Windows(
+      jnp.clip(end_BW[..., None] + before_1S + last - first, 0, last + L - 1),
+      stop_BW[..., None] + before_1S >= 0, number_BW, end_BW,
+      (end_BW if cached else _take(positions_BL, end_BW)) - rate + 1)
+
+
+def _start(ids_BL: jax.Array) -> jax.Array:
+  """Returns where the document of each token begins."""
+  new_BL = jnp.diff(ids_BL, prepend=ids_BL[:, :1]) != 0
+  return jax.lax.cummax(
+      jnp.where(new_BL, jnp.arange(ids_BL.shape[1])[None], 0), axis=1)
+
+
+def _take(x_BL: jax.Array, at_BW: jax.Array) -> jax.Array:
+  rows, last = max(len(x_BL), len(at_BW)), x_BL.shape[1] - 1
+  return jnp.take_along_axis(
+      *(jnp.broadcast_to(x, (rows, x.shape[1]))
+        for x in (x_BL, jnp.minimum(at_BW, last))), 1)
+
+
+class Entries(nn.Module):
+  """(x_BLD, windows, v and z of tokens before) -> (e_BWK, not turned; v and z
+  that the next tokens need). `parts`: of how many windows an entry is made."""
+  config: ModelConfig
+  rate: int
+  size: int
+  parts: int
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, at: Windows, ctx: Context,
+               before_BMU: Optional[jax.Array]):
+    c, (_, L, D) = self.config, x_BLD.shape
+    U = self.parts * self.size
+    axes = 'embed', None
+    both_BMU = jnp.concatenate([layers.einsum(
+        'BLD,DU->BLU', x_BLD, layers.weight(self, name, (D, U), axes),
+        c.compute_dtype, axes=axes) for name in ('value', 'score')], -1)
+    bias_PU = declare(self, 'score_bias', nn.initializers.zeros,
+                      (self.rate, U), Role((None, None)))
+    after_BMU = None
+    if before_BMU is not None:
+      both_BMU = jnp.concatenate([before_BMU.astype(both_BMU.dtype), both_BMU],
+                                 1)
+      after_BMU = features.last(both_BMU, before_BMU.shape[1], L, ctx.valid_BL)
+    both_BMU = sharding.constrain(both_BMU, 'batch', None, None)
+    e_BWK = layers.counted(_pooled, 4 * self.rate * self.parts)(
+        both_BMU, bias_PU, at.at_BWS, at.there_BWS)
+    return layers.norm(c, 'norm', 'head')(e_BWK), after_BMU
+
+
+def _pooled(both_BMU: jax.Array, bias_PU: jax.Array, at_BWS: jax.Array,
+            there_BWS: jax.Array) -> jax.Array:
+  """Returns the weighted means of v by z, both of which are in `both`."""
+  (B, M, _), P = both_BMU.shape, len(bias_PU)
+  parts = at_BWS.shape[-1] // P
+  # v and z of each part, of the windows before and then of the own.
+  both_BMVTK = both_BMU.reshape(B, M, 2, parts, -1)
+  at_BWS = jnp.broadcast_to(at_BWS, (B, *at_BWS.shape[1:]))
+  v_BWSK, z_BWSK = jnp.moveaxis(jnp.concatenate([
+      jax.vmap(lambda x, at: x[at])(both_BMVTK[:, :, :, i],
+                                    at_BWS[..., i * P:(i + 1) * P])
+      for i in range(parts)], 2).astype(jnp.float32), 3, 0)
+  bias_SK = jnp.moveaxis(bias_PU.reshape(P, parts, -1), 1, 0).reshape(
+      parts * P, -1).astype(jnp.float32)
+  z_BWSK = jnp.where(there_BWS[..., None], z_BWSK + bias_SK[None, None],
+                     kernels.MASKED)
+  return (jax.nn.softmax(z_BWSK, 2) * v_BWSK).sum(2).astype(both_BMU.dtype)
+
+
+class Scored(indexer.Scored):
+  """I of entries, which stand behind plain keys."""
+
+  def best(self, seen_BLM: jax.Array, top_k: int) -> jax.Array:
+    count = self.scores_BLM.shape[-1]
+    best_BLW = super().best(seen_BLM[..., -count:], min(top_k, count))
+    return _joined(seen_BLM[..., :-count], best_BLW)
+
+  def divergence(self, target_BLM: jax.Array, seen_BLM: jax.Array, ctx: Context
+                 ) -> jax.Array:
+    count = self.scores_BLM.shape[-1]
+    return super().divergence(target_BLM[..., -count:], seen_BLM[..., -count:],
+                              ctx)
+
+
+def _joined(*seen: jax.Array) -> jax.Array:
+  rows = max(map(len, seen))
+  return jnp.concatenate([jnp.broadcast_to(x, (rows, *x.shape[1:]))
+                          for x in seen], -1)
+
+
+class SWA(Attention):
+  """(x_BLD, context, cache) -> (y_BLD, cache), over x itself.
+
+  PARTS: how many windows an entry is made of; 0: there are no entries.
+  """
+  FUSED = False
+  PARTS = 0
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
+    c, m = self.config, self.config.compressed
+    require(not ctx.keep_attention, f'model.mixer {c.mixer!r} weighs entries '
+            'of several tokens each: there is no weight of each token to keep')
+    asks_BLU = layers.norm(c, 'query_norm', 'latent')(self._dense(
+        'query_down', 'BLD,DU->BLU', x_BLD, ('embed', None), ctx, m.q_rank))
+    q_BLHK = layers.PlainRMSNorm(c, name='head_norm')(self._dense(
+        'query_up', 'BLU,UHK->BLHK', asks_BLU, ('latent', 'heads', 'head'),
+        ctx, c.num_heads, c.head_dim))
+    q_BLHK = sharding.constrain(turn(q_BLHK, ctx.positions_BL, c, ctx.length),
+                                'batch', 'length', 'heads', 'head')
+    k_BMK = layers.norm(c, 'key_norm', 'head')(self._dense(
+        'key', 'BLD,DK->BLK', x_BLD, ('embed', 'head'), ctx, c.head_dim))
+    k_BM1K = turn(k_BMK[:, :, None], ctx.positions_BL, c, ctx.length)
+    slots = cache is not None and not kernels.begins(self.kind, ctx)
+    k_positions_BM = ctx.positions_BL
+    if cache is not None:
+      cache = cache.write(k_BM1K, None, ctx.positions_BL)
+    if slots:
+      k_BM1K = cache.slots[0]
+      k_positions_BM = jnp.arange(k_BM1K.shape[1])[None]
+    seen_BLM = kernels.visible(
+        LayerKind('banded', self.kind.ffn),
+        dataclasses.replace(c, sliding_window=m.window), ctx.positions_BL,
+        k_positions_BM, ctx.segment_ids_BL, ctx.segment_ids_BL)
+    L, M, scored = q_BLHK.shape[1], k_BM1K.shape[1], None
+    if self.PARTS:
+      e_BW1K, scored, seen_BLW, cache = self._entries(
+          x_BLD, asks_BLU, ctx, cache, slots)
+      k_BM1K = jnp.concatenate([k_BM1K, e_BW1K], 1)
+      seen_BLM = _joined(seen_BLM, seen_BLW)
+    k_BM1K = sharding.constrain(k_BM1K, 'batch', None, None, 'head')
+    with layers.useful(self._pairs(L, M), L * k_BM1K.shape[1]):
+      o_BLHK, kept = self._weigh(
+          q_BLHK, k_BM1K, k_BM1K, k_positions_BM, ctx, slots=slots,
+          scored=scored, masked=(kernels.Mask(), seen_BLM, None))
+    if kept:
+      cache = (cache or Cache()).replace(**kept)
+    o_BLHK = turn(o_BLHK, -ctx.positions_BL, c, ctx.length)
+    return self._grouped(o_BLHK, ctx), cache
+
+  def _dense(self, name: str, spec: str, x: jax.Array,
+             axes: tuple[str | None, ...], ctx: Context, *shape: int):
+    return layers.dense(
+        self, name, spec, x, (x.shape[-1], *shape), axes, with_bias=False,
+        deterministic=ctx.deterministic)
+
+  def _grouped(self, o_BLHK: jax.Array, ctx: Context) -> jax.Array:
+    """Returns the output, of two products, the first for each group."""
+    c, m, (B, L, H, K) = self.config, self.config.compressed, o_BLHK.shape
+    axes, shape = ('heads', None, 'head'), (m.out_groups, H // m.out_groups, K)
+    w_GHKU = layers.weight(self, 'out_down', (*shape, m.out_rank),
+                           (*axes, None), in_axes=(1, 2), batch_axes=(0,))
+    y_BLGU = layers.einsum('BLGHK,GHKU->BLGU', o_BLHK.reshape(B, L, *shape),
+                           w_GHKU, c.compute_dtype)
+    y_BLGU = sharding.constrain(y_BLGU, 'batch', 'length', 'heads', None)
+    return layers.dense(
+        self, 'out', 'BLGU,GUD->BLD', y_BLGU, (*y_BLGU.shape[2:], c.d_model),
+        ('heads', None, 'embed'), in_axes=(0, 1), residual=True,
+        with_bias=False, deterministic=ctx.deterministic)
+
+  def _entries(self, x_BLD: jax.Array, asks_BLU: jax.Array, ctx: Context,
+               cache: Optional[Cache], slots: bool):
+    """Returns the entries, what an indexer scored, which of them each query
+    sees, and the cache with those that are new."""
+    c, L, rate = self.config, x_BLD.shape[1], rate_of(self.config)
+    at = windows(ctx, L, rate, rate * self.PARTS, cache is not None)
+    kept = {} if cache is None else dict(cache.inputs)
+
+    def entries(name: str, size: int, x_BLD: jax.Array) -> jax.Array:
+      e_BWK, after_BMU = Entries(c, rate, size, self.PARTS, name='entries')(
+          x_BLD, at, ctx, kept.get(f'{name}_open'))
+      e_BW1K = turn(e_BWK[:, :, None], at.first_BW, c, ctx.length,
+                    of_index=name == 'index')
+      if cache is None:
+        return e_BW1K
+      kept[f'{name}_open'], all_BWK = after_BMU, kept[name]
+      rows_B1 = jnp.arange(len(all_BWK))[:, None]
+      kept[name] = all_BWK.at[rows_B1, at.number_BW].set(
+          e_BW1K[:, :, 0].astype(all_BWK.dtype), mode='drop')
+      return kept[name][:, :, None] if slots else e_BW1K
+
+    e_BW1K, scored = entries('entry', c.head_dim, x_BLD), None
+    q_BL = jnp.arange(L)[None] if cache is None else ctx.positions_BL
+    end_BW = (jnp.arange(1, e_BW1K.shape[1] + 1)[None] * rate - 1 if slots else
+              at.end_BW)
+    seen_BLW = end_BW[:, None] <= q_BL[:, :, None]
+    if ctx.segment_ids_BL is not None:
+      seen_BLW &= end_BW[:, None] >= _start(ctx.segment_ids_BL)[:, :, None]
+    if c.mixer == 'csa':
+      index = indexer.Indexer(c, 'latent', name='indexer')(
+          x_BLD, asks_BLU, ctx, turn=lambda q_BLHK, ctx: turn(
+              q_BLHK, ctx.positions_BL, c, ctx.length, of_index=True),
+          keys=lambda x_BLD: entries('index', c.indexer.head_dim, x_BLD))
+      M = cache.num_slots if slots else L
+      with layers.useful(self._pairs(L, M, whole=True), L * e_BW1K.shape[1]):
+        scored = Scored(indexer.scores(index))
+    return e_BW1K, scored, seen_BLW, cache and cache.replace(inputs=kept)
+
+  def _pairs(self, queries: int, keys: int, whole: bool = False) -> int:
+    """Returns how many pairs of a query and a key or an entry there are, where
+    the queries are the last of so many tokens; `whole`: of all entries that a
+    query might see."""
+    c, at = self.config, np.arange(keys - queries, keys) + 1
+    seen = 0 if whole else np.minimum(at, c.compressed.window)
+    if self.PARTS:
+      entries, top = at // rate_of(c), c.indexer.top_k if c.indexer else 0
+      chosen = c.mixer == 'csa' and top and not whole
+      seen = seen + (np.minimum(entries, top) if chosen else entries)
+    return int(seen.sum())
+
+
+class HCA(SWA):
+  PARTS = 1
+
+
+class CSA(SWA):
+  PARTS = 2
+
+
+def rate_of(c: ModelConfig) -> int:
+  """Returns how many tokens an entry stands for."""
+  m = c.compressed
+  return m.csa_rate if c.mixer == 'csa' else m.hca_rate
+
+
+def turn(x_BLHK: jax.Array, positions_BL: jax.Array, c: ModelConfig,
+         length: int | jax.Array, of_index: bool = False) -> jax.Array:
+  """Returns x whose last features are turned, as many as of a head; pairs `of
+  index` are those of an indexer."""
+  rotate = positions.of(c).rotate
+  if not rotate:
+    return x_BLHK
+  dim = positions.rotary_dim(c)
+  rest, tail = jnp.split(x_BLHK, (x_BLHK.shape[-1] - dim,), -1)
+  return jnp.concatenate([rest, rotate(tail, positions_BL, dataclasses.replace(
+      c, head_dim=dim, rope=dataclasses.replace(
+          c.rope, fraction=1.0, interleaved=(
+              c.indexer if of_index else c.rope).interleaved)), length)], -1)
+
+
+def empty(parts: int, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
+  """Returns a cache of this shape: what stands before the heads' axis."""
+  zeros = lambda *shape: jnp.zeros(shape, c.compute_dtype)
+  *rows, M = shape
+  sizes = {'entry': c.head_dim} | (
+      {'index': c.indexer.head_dim} if c.mixer == 'csa' else {})
+  inputs: dict[str, jax.Array] = {}
+  for name, size in sizes.items() if parts else ():
+    rate = rate_of(c)
+    inputs[name] = zeros(*rows, max(1, M // rate), size)
+    inputs[f'{name}_open'] = zeros(*rows, rate * parts - 1, 2 * parts * size)
+  return Cache(zeros(*shape, 1, c.head_dim), inputs=inputs)
+
+
+def check(c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what such a layer cannot be."""
+  m, who = c.compressed, f'model.mixer is {c.mixer!r}'
+  require(stack == 'decoder', f'{who}, whose entries are made of the tokens '
+          f'before, and model.arch {c.arch!r} is no decoder: choose attention')
+  require(c.attention == 'global', f'{who}, which says itself what a query '
+          f'sees: set model.attention {c.attention!r} to global')
+  require(c.parametrization != 'mup', f'{who}, for whose ranks '
+          "model.parametrization 'mup' has no rule: choose standard")
+  require(not positions.of(c).has_bias, f'{who}, which has no bias by '
+          f'distances as model.position {c.position!r}: choose rope')
+  require(c.num_heads % m.out_groups == 0, 'model.compressed.out_groups is '
+          f'{m.out_groups}, which does not divide model.num_heads '
+          f'{c.num_heads}')
+  require(c.mixer != 'csa' or not c.indexer.block, f'{who}, whose entries are '
+          'chosen one by one: set model.indexer.block to 0')
+  if c.mixer == 'csa' and positions.of(c).rotate:
+    require(indexer.turned(c) <= c.indexer.head_dim, 'model.indexer.head_dim '
+            f'is {c.indexer.head_dim}, and rotary positions turn '
+            f'{indexer.turned(c)} features of a head: choose as many or more')
