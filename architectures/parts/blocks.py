@@ -241,7 +241,7 @@ MIXERS = {
 #   a = sigmoid(c_k + z_a),   b = 2 sigmoid(z_b),   A = Sinkhorn(exp(z_A))
 #   z = s rms(x) W + d_k
 #
-# Sinkhorn divides by sums over u, then over v, streams.iterations times, so
+# Sinkhorn divides by sums over v, then over u, streams.iterations times, so
 # that A neither adds to the streams nor takes from them. The paper does not
 # publish the initial values of c_k and d_k. Here c_k are the logits of 3/4 for
 # stream k mod count and of equal parts of the rest for the other streams; d_k
@@ -249,7 +249,9 @@ MIXERS = {
 #
 # So in a new model all streams equal the stream of a plain model. Both forms
 # end with the mean of the streams. (The paper takes their sum, which is count
-# times the mean; the final norm removes the factor.)
+# times the mean; the final norm removes the factor.) With streams.learned_end
+# they end as DeepSeek-V4 (arXiv 2606.19348): sum over u of sigmoid(z_u) x_u,
+# z = s rms(x) W + d. There c_k is 0, and W is drawn.
 #
 # gated (Qwen4-Exp's GatedResidual, in transformers) has gates g in (0, 1) for
 # each feature of each stream, by a product of low rank, streams.rank:
@@ -274,6 +276,7 @@ MIXERS = {
 
 OFF = -8.0  # logits off A's diagonal in a new mhc
 READ_WEIGHT = 0.75  # how much a branch of a new mhc reads of stream k mod count
+FLOOR = 1e-6  # added in mhc to weights, and to what divides them
 SCALE = 0.01  # the initial factor s of what depends on the token
 
 
@@ -290,6 +293,9 @@ class StreamsConfig:
       resume=SHAPES)
   iterations: int = field(20, "for mhc: rounds of Sinkhorn's algorithm",
                           least=1, resume=FUNCTION)
+  learned_end: bool = field(
+      False, 'for mhc: whether a mixture by the token ends the streams, and a '
+      'new branch reads all of them alike', resume=SHAPES)
   block_size: int = field(
       1, 'For attention: how many attentions and networks are summed before '
       'they are attended to; 1: each stands for itself.', least=1,
@@ -413,7 +419,7 @@ def _adder(x: Streams, w: Weights, flops: int) -> Callable[[jax.Array], X]:
 
 
 def _weighed(x_BLUD: jax.Array, w_BLU: jax.Array) -> jax.Array:
-  y_BLD = (x_BLUD.astype(jnp.float32) * w_BLU[..., None]).sum(2)
+  y_BLD = (x_BLUD.astype(jnp.float32) * w_BLU[..., None]).sum(-2)
   return y_BLD.astype(x_BLUD.dtype)
 
 
@@ -458,28 +464,35 @@ def _hyper(module: nn.Module, x: Streams) -> Weights:
 
 def _mhc(module: nn.Module, x: Streams) -> Weights:
   c: Any = module.config  # type: ignore[attr-defined]
-  B, L, count, D = x.x_BLUD.shape
+  B, L, count, _ = x.x_BLUD.shape
   apart = lambda key, shape, dtype: OFF * (1 - jnp.eye(count, dtype=dtype))
-  biases = (_param(module, 'read', nn.initializers.zeros, count)
-            + fresh(count, x.branch),
+  first_U = 0 if c.streams.learned_end else fresh(count, x.branch)
+  biases = (_param(module, 'read', nn.initializers.zeros, count) + first_U,
             _param(module, 'write', nn.initializers.zeros, count),
             _param(module, 'mix', apart, count, count).reshape(-1))
-  w_UDU = declare(module, 'dynamic', nn.initializers.zeros,
-                  (count, D, count * (count + 2)),
-                  Role((None, 'embed', None), inputs=(0, 1), kind='logits'))
+  z_BLU = _of_all(module, x.x_BLUD, count * (count + 2))
   scale_U = _param(module, 'dynamic_scale', nn.initializers.constant(SCALE), 3)
-  z_BLU = recomputed(lambda x_BLI, w_IO: layers.einsum(
-      'BLI,IO->BLO', rmsnorm(x_BLI, None, c.norm_eps), w_IO, c.compute_dtype,
-      jnp.float32))(x.x_BLUD.reshape(B, L, -1),
-                    w_UDU.reshape(count * D, -1)) / c.widening
   read_BLU, write_BLU, mix_BLU = (
       scale_U[i] * part_BLU + biases[i][None, None]
       for i, part_BLU in enumerate(jnp.split(z_BLU, (count, 2 * count), -1)))
-  # sinkhorn's rows are the streams that are written.
   mix_BLUU = recomputed(lambda z: sinkhorn(z, c.streams.iterations))(
       mix_BLU.reshape(B, L, count, count))
-  return Weights(jax.nn.sigmoid(read_BLU), 2 * jax.nn.sigmoid(write_BLU),
-                 jnp.swapaxes(mix_BLUU, -1, -2))
+  return Weights(jax.nn.sigmoid(read_BLU) + FLOOR,
+                 2 * jax.nn.sigmoid(write_BLU), mix_BLUU)
+
+
+def _of_all(module: nn.Module, x_BLUD: jax.Array, size: int) -> jax.Array:
+  """Returns so many logits of each token, made of all its streams."""
+  c: Any = module.config  # type: ignore[attr-defined]
+  *rows, count, D = x_BLUD.shape
+  init = (nn.initializers.normal(c.init_stddev) if c.streams.learned_end else
+          nn.initializers.zeros)
+  w_UDO = declare(module, 'dynamic', init, (count, D, size),
+                  Role((None, 'embed', None), inputs=(0, 1), kind='logits'))
+  return recomputed(lambda x_BLI, w_IO: layers.einsum(
+      '...I,IO->...O', rmsnorm(x_BLI, None, c.norm_eps), w_IO, c.compute_dtype,
+      jnp.float32))(x_BLUD.reshape(*rows, -1),
+                    w_UDO.reshape(count * D, -1)) / c.widening
 
 
 def fresh(count: int, branch: jax.Array) -> jax.Array:
@@ -491,14 +504,16 @@ def fresh(count: int, branch: jax.Array) -> jax.Array:
 
 
 def sinkhorn(logits_BLUU: jax.Array, iterations: int) -> jax.Array:
-  """Returns exp(logits) after so many rounds, each of which divides the columns
-  and then the rows by their sums. It computes with logarithms, because a column
-  of exp(logits) may be 0 in float32."""
-  def divide(z_BLUU: jax.Array, _: None) -> tuple[jax.Array, None]:
-    z_BLUU = z_BLUU - jax.nn.logsumexp(z_BLUU, -2, keepdims=True)
-    return z_BLUU - jax.nn.logsumexp(z_BLUU, -1, keepdims=True), None
+  """Returns exp(logits) after so many rounds, each of which divides the rows
+  and then the columns by their sums. As in DeepSeek-V4, the first rows are a
+  softmax, and FLOOR is added to it and to later sums, none of which is 0."""
+  def divide(m_BLUU: jax.Array, axis: int) -> jax.Array:
+    return m_BLUU / (m_BLUU.sum(axis, keepdims=True) + FLOOR)
 
-  return jnp.exp(jax.lax.scan(divide, logits_BLUU, length=iterations)[0])
+  return jax.lax.scan(
+      lambda m_BLUU, _: (divide(divide(m_BLUU, -1), -2), None),
+      divide(jax.nn.softmax(logits_BLUU) + FLOOR, -2),
+      length=iterations - 1)[0]
 
 
 def _gated(module: nn.Module, x: Streams) -> Read:
@@ -539,6 +554,20 @@ def _opened(gate_BLUD: jax.Array, n_BLUD: jax.Array) -> jax.Array:
 def _mean(module: nn.Module, x: Streams) -> jax.Array:
   del module
   return x.x_BLUD.astype(jnp.float32).mean(-2).astype(x.x_BLUD.dtype)
+
+
+def _ended(module: nn.Module, x: Streams) -> jax.Array:
+  c: Any = module.config  # type: ignore[attr-defined]
+  if not c.streams.learned_end:
+    return _mean(module, x)
+  count = x.x_BLUD.shape[-2]
+  z_BLU = _of_all(module, x.x_BLUD, count)
+  scale_U, read_U = (_param(module, name, init, size) for name, init, size in (
+      ('dynamic_scale', nn.initializers.constant(SCALE), 1),
+      ('read', nn.initializers.zeros, count)))
+  z_BLU = scale_U[0] * z_BLU + read_U.reshape((1,) * (z_BLU.ndim - 1) + (-1,))
+  return recomputed(layers.counted(_weighed, 2 * count))(
+      x.x_BLUD, jax.nn.sigmoid(z_BLU) + FLOOR)
 
 
 # Attention to the branches before.
@@ -629,8 +658,9 @@ RESIDUALS = {
     'plain': Residual(fields=('residual_scale',)),
     'hyper': Residual(_mixed(_hyper), **_COPIED,
                       fields=('streams.count', 'streams.dynamic')),
-    'mhc': Residual(_mixed(_mhc), **_COPIED, fields=(
-        'streams.count', 'streams.iterations', 'norm_eps')),
+    'mhc': Residual(_mixed(_mhc), **_COPIED | dict(end=_ended), fields=(
+        'streams.count', 'streams.iterations', 'streams.learned_end',
+        'norm_eps')),
     'gated': Residual(_gated, **_COPIED | dict(
         end=lambda module, x: _gated_mean(module, x)[0]),
                       fields=('streams.count', 'streams.rank')),

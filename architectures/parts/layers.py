@@ -549,13 +549,15 @@ NO_FFN = 'none'  # model.ffn of layers without such a network
 
 @dataclasses.dataclass(frozen=True)
 class ClampConfig:
-  """Of the network swiglu_clamped: see `clamped`."""
+  """Of the network swiglu_clamped: see `clamped`. gpt-oss has the defaults, and
+  DeepSeek-V4 alpha 1 and offset 0."""
   GROUP = 'clamp'
   alpha: float = field(1.702, 'multiplies the gate in its sigmoid', above=0,
                        resume=FUNCTION)
   limit: float = field(
       7.0, 'the most that the gate and the other factor may be', above=0,
       resume=FUNCTION)
+  offset: float = field(1.0, 'added to the other factor', resume=FUNCTION)
 
 
 class Network(NamedTuple):
@@ -612,11 +614,12 @@ def relu2(x: jax.Array) -> jax.Array:
 
 
 def clamped(gate: jax.Array, up: jax.Array, clamp: ClampConfig) -> jax.Array:
-  """g sigmoid(alpha g) (u + 1), with g = min(gate, limit) and u = up, bounded
-  by limit on both sides."""
+  """g sigmoid(alpha g) (u + offset), with g = min(gate, limit) and u = up,
+  bounded by limit on both sides."""
   gate = jnp.minimum(gate, clamp.limit)
   up = jnp.clip(up, -clamp.limit, clamp.limit)
-  return gate * jax.nn.sigmoid(clamp.alpha * gate) * (up + 1)
+  return gate * jax.nn.sigmoid(clamp.alpha * gate) * (
+      up + clamp.offset)
 
 
 class FFN(nn.Module):

@@ -291,7 +291,8 @@ MODELS = {
     'mamba3': ('llama', dict(mixer='mamba3')),
     'lfm2': ('lfm2', {}),
     'llama4': ('llama4', dict(attention_chunk=4, attention_log_from=4)),
-    'streams': ('llama', dict(residual='mhc')),
+    'streams': ('llama', dict(residual='mhc', streams=dict(
+        learned_end=True))),
     'qwen4_exp': ('qwen4_exp', dict(
         ngrams=NGRAMS, indexer=dict(top_k=4, block=2), streams=dict(count=2))),
     'memory': ('llama', dict(

@@ -87,9 +87,9 @@ def test_streams_are_mixed_as_published(kind):
       write = 2 * sigmoid(s[1] * z[N:2 * N] + p['write'])
       m = np.exp(s[2] * z[2 * N:].reshape(N, N) + p['mix'])
       for _ in range(20):
-        m = m / m.sum(0, keepdims=True)
         m = m / m.sum(1, keepdims=True)
-      mixed = m @ h
+        m = m / m.sum(0, keepdims=True)
+      mixed = m.T @ h
     elif kind == 'gated':
       x_n = n(h) * (1 + p['norm']['offset'])
       z = np.einsum('ud,udr->r', x_n, p['down']) / N
@@ -140,11 +140,11 @@ def test_mixing_neither_adds_nor_takes():
   finite."""
   sinkhorn = jax.jit(blocks.sinkhorn, static_argnums=1)
   m = np.asarray(sinkhorn(2 * np.asarray(normal(0, 5, 1, N, N)), 50))
-  np.testing.assert_allclose(m.sum(-1), 1, atol=1e-5)
-  np.testing.assert_allclose(m.sum(-2), 1, atol=1e-3)
+  np.testing.assert_allclose(m.sum(-2), 1, atol=1e-5)
+  np.testing.assert_allclose(m.sum(-1), 1, atol=1e-3)
   one = np.asarray(sinkhorn(normal(0, 1, 1, N, N), 1))
-  np.testing.assert_allclose(one.sum(-1), 1, atol=1e-5)
-  assert np.abs(one.sum(-2) - 1).max() > 1e-3
+  np.testing.assert_allclose(one.sum(-2), 1, atol=1e-5)
+  assert np.abs(one.sum(-1) - 1).max() > 1e-3
   grad = jax.jit(jax.grad(lambda z: blocks.sinkhorn(z, 20)[..., 0, 0].sum()))(
       100 * np.asarray(normal(1, 1, 1, N, N)))
   assert np.isfinite(grad).all()
