@@ -116,10 +116,6 @@ def test_hyper_connections_are_those_of_transformers():
   holds(parts.mhc())
 
 
-def test_ngrams_are_read_as_by_transformers():
-  holds(parts.engram())
-
-
 @pytest.mark.parametrize('router', list(parts.MIXTURES))
 def test_mixtures_are_those_of_transformers(router):
   holds(parts.experts(router))

@@ -1,6 +1,6 @@
 """Parts that no system here has, beside those of transformers: mHC and layers
-of attention beside DeepSeek-V4's; Engram beside Qwen4-Exp's per-layer
-embedding; and that of Gemma 4 beside a layer of it."""
+of attention beside DeepSeek-V4's; and the per-layer embedding of Gemma 4 beside
+a layer of it."""
 
 import flax.linen as nn
 import jax
@@ -66,66 +66,7 @@ def mhc() -> list[compare.Finding]:
           for name in ours]
 
 
-ROWS, HEADS, VOCAB = 40, 2, 150_000
-
-
-def engram() -> list[compare.Finding]:
-  """Compares what a layer adds to its input, and the gradients, with weights
-  drawn from a fixed seed, of two tables of 2-grams and two of 3-grams."""
-  draw = np.random.default_rng(0)
-  normal = lambda *shape: draw.standard_normal(shape).astype(np.float32)
-  x, d = normal(2, LENGTH, D), normal(2, LENGTH, D)
-  tokens = draw.integers(1, VOCAB, (2, LENGTH))  # 0 ends a document of theirs
-  model = base.base().model
-  model.update(d_model=D, vocab_size=VOCAB, max_len=LENGTH, norm='rmsnorm_1p',
-               norm_eps=1e-6, memory='engram')
-  model.ngrams.update(rows=ROWS, heads=HEADS)
-  module = lookup.Engram(architectures.resolve(model))
-  ctx = Context(jnp.arange(LENGTH)[None], tokens_BL=jnp.asarray(tokens))
-  born = nn.meta.unbox(jax.eval_shape(
-      lambda: module.init(jax.random.key(0), x, ctx, None)['params']))
-  params = jax.tree.map(lambda leaf: normal(*leaf.shape), born)
-  y, vjp = jax.vjp(lambda params, x: module.apply(
-      {'params': params}, x, ctx, None)[0], params, x)
-  grads, dx = vjp(d)
-  ours = dict(output=y, x=dx, table=grads['table'], key=grads['key'].T,
-              value=grads['value'].T, conv=grads['conv'].T[:, None], **{
-                  f'{name}_norm': grads[f'{name}_norm']['offset']
-                  for name in ('key', 'query', 'conv')})
-  theirs = _qwen4_exp(params, x, d, tokens)
-  return [compare.Finding(
-      name, compare.error(ours[name], theirs[name]),
-      compare.LIMITS['output' if name == 'output' else 'grads'])
-          for name in ours]
-
-
-def _qwen4_exp(params, x, d, tokens) -> dict:
-  """Returns the output and gradients of transformers' module."""
-  import torch
-  from transformers.models import qwen4_exp
-  config = qwen4_exp.configuration_qwen4_exp.Qwen4ExpTextConfig(
-      hidden_size=D, vocab_size=VOCAB, rms_norm_eps=1e-6,
-      heads_per_ngram=HEADS, ngram_vocab_size_base=ROWS, ple_embed_dim=D,
-      eos_token_id=0)
-  config.hc_count = 1  # one stream, which their models do not have
-  layer = qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextPLELayer(config, 0, 0)
-  weights = dict(
-      table=layer.ple_embedding.ngram_embedding, key=layer.key_proj,
-      value=layer.value_proj, conv=layer.conv1d, key_norm=layer.norm_key,
-      query_norm=layer.norm_query, conv_norm=layer.norm_conv)
-  with torch.no_grad():
-    for name, module in weights.items():
-      ours = params[name]
-      ours = (ours['offset'] if name.endswith('norm') else
-              ours if name == 'table' else
-              ours.T[:, None] if name == 'conv' else ours.T)
-      module.weight.copy_(torch.tensor(ours))
-  x = torch.tensor(x, requires_grad=True)
-  y = layer(x, torch.tensor(tokens), None)
-  y.backward(torch.tensor(d))
-  return {name: a.detach().numpy() for name, a in dict(
-      output=y, x=x.grad, **{name: module.weight.grad
-                             for name, module in weights.items()}).items()}
+VOCAB = 150_000
 
 
 def per_layer() -> list[compare.Finding]:
