@@ -153,4 +153,5 @@ HF = hf.HuggingFace(
             'residual_in_fp32', 'rope_theta', 'time_step_floor',
             'time_step_limit', 'time_step_max', 'use_mamba_kernels'),
     read=_read, write=_write, check=layer_types.check_attention,
-    optional=qwen3_next.HF.optional, spellings=(('backbone.', 'model.'),))
+    optional=qwen3_next.HF.optional, spellings=(('backbone.', 'model.'),),
+    module=('backbone.', 'model.'))

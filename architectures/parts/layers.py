@@ -754,9 +754,8 @@ def gathers(c: ModelConfig, path: str, axes: tuple[str | None, ...]) -> int:
 
 def passes(c: ModelConfig, path: str, back: bool = False) -> int:
   """Returns how often a forward pass, or a backward one, reads a parameter."""
-  if c.loops and ('/layers/' in path or '/loop/' in path):
-    return back and c.loops.gradient_passes or c.loops.passes
-  return 1
+  loops: Any = ('/layers/' in path or '/loop/' in path) and c.loops
+  return (back and loops.gradient_passes or loops.passes) if loops else 1
 
 
 def _named(kind: type[nn.Module]) -> type[nn.Module]:

@@ -15,8 +15,8 @@ from architectures.parts import paths
 from training.hf import config as hf_config, files, peft, weights
 
 # The modules that get an adapter, as PEFT names them. BERT's pooler and head
-# are dense modules too, which get none here; transformers has the experts of
-# Mixtral in one array.
+# are dense modules too, which get none here; transformers has experts in one
+# array. Of hybrids some layers alone have one.
 MODULES = {
     'gpt': ['c_proj', 'c_fc'],
     'llama': ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj',
@@ -24,6 +24,9 @@ MODULES = {
     'bert': r'.*encoder.*\.(query|key|value|dense)',
     't5': ['q', 'k', 'v', 'o', 'wi', 'wo'],
     'mixtral': ['q_proj', 'v_proj'],
+    'llama4': ['q_proj', 'k_proj', 'v_proj', 'o_proj'],
+    'granitemoehybrid': r'.*shared_mlp\.output_linear',
+    'nemotron_h': ['up_proj', 'down_proj'],
 }
 LORA = dict(r=3, lora_alpha=7, lora_dropout=0.0)
 
@@ -54,6 +57,7 @@ def findings(system: str) -> list[compare.Finding]:
 
     def loss(params):
       outputs, *_ = call(module, params, inputs)
+      outputs = {name: outputs[name] for name in theirs.outputs}
       return compare.objective(outputs, inputs, jnp.asarray), outputs
 
     grads, outputs = jax.jit(jax.grad(loss, has_aux=True))(params)

@@ -53,10 +53,10 @@ def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
   Raises:
     RequestError: for a product that transformers has together with others.
   """
-  for ours, axes, theirs, their_axes in (
-      architectures.hugging_face(c.arch).rows(c)):
+  page = architectures.hugging_face(c.arch)
+  for ours, axes, theirs, their_axes in page.rows(c):
     names = ours.rpartition('/')[2].split('|')
-    if '{e}' in theirs or not any(layers.adapted(c, n) for n in names):
+    if 'E' in axes or not any(layers.adapted(c, n) for n in names):
       continue
     require(len(names) == 1, f'model.lora.targets is {c.lora.targets!r}: '
             f'transformers has {", ".join(names)} of model.arch {c.arch!r} in '
@@ -66,11 +66,21 @@ def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
     lies_so = axes == into + out
     if not lies_so:
       into, out = out, into
-    module = PREFIX + theirs.removesuffix('.weight')
+    module = PREFIX + theirs.removesuffix('.weight').replace(*page.module, 1)
     yield ((ours + layers.LORA_A, f'{into}Z', f'{module}.lora_A.weight',
             f'Z {into}'), lies_so)
     yield ((ours + layers.LORA_B, f'Z{out}', f'{module}.lora_B.weight',
             f'{out} Z'), lies_so)
+
+
+def tensors(c: ModelConfig, params: Any) -> list[tensor_map.Tensor]:
+  """Returns each A and B of a model. Its other parameters, or their shapes,
+  tell which layer of theirs is which: not all have an adapter."""
+  page, shapes = architectures.hugging_face(c.arch), {
+      path: x.shape for path, x in paths.flatten(params).items()}
+  names = [*page.rows(c), *(row for row, _ in rows(c))]
+  return [t for t in tensor_map.expand(names, shapes)
+          if weights.is_adapter(t.paths[0])]
 
 
 def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
@@ -95,19 +105,16 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
   require(c.head == 'lm', f'model.head is {c.head!r}: the adapters alone would '
           'leave out the head, which was trained with them. Export the merged '
           'model instead')
-  flat = {path: np.asarray(x) for path, x in paths.flatten(params).items()
-          if weights.is_adapter(path)}
-  adapted = list(rows(c))
-  tensors = {}
-  for t in tensor_map.expand([row for row, *_ in adapted], {
-      path: x.shape for path, x in flat.items()}):
+  flat, written = {path: np.asarray(x) for path, x in paths.flatten(
+      params).items() if weights.is_adapter(path)}, {}
+  for t in tensors(c, params):
     x = t.join([flat[t.paths[0]][t.index]])
     kind = np.dtype(dtype or x.dtype)
     weights.check_range(t.paths[0], x, kind)
-    tensors[t.name] = x.astype(kind, copy=False)
+    written[t.name] = x.astype(kind, copy=False)
   hf_files.refuse_left(folder, (CONFIG, WEIGHTS))
   folder.mkdir(parents=True, exist_ok=True)
-  save_file(tensors, folder / WEIGHTS, metadata={'format': 'pt'})
+  save_file(written, folder / WEIGHTS, metadata={'format': 'pt'})
   alpha = c.lora.alpha
   tree = ONLY | dict(
       r=c.lora.rank, lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
@@ -116,8 +123,8 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
       task_type=TASKS.get(architectures.stack(c)), inference_mode=True,
       target_modules=sorted({
           name.removeprefix(PREFIX).rpartition('.lora_')[0]
-          for name in tensors}),
-      fan_in_fan_out=any(lies_so for _, lies_so in adapted))
+          for name in written}),
+      fan_in_fan_out=any(lies_so for _, lies_so in rows(c)))
   (folder / CONFIG).write_text(json.dumps(tree, indent=2) + '\n')
   return sum(x.size for x in flat.values())
 
@@ -154,19 +161,18 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
     check_number(f'{name} of {file}', tree[name], bounds)
   source = hf_files.Files(folder / WEIGHTS)
   c = _with_adapters(c, tree, set(source), file)
-  shapes = {path: x.shape for path, x in paths.flatten(
-      parameter_shapes(architectures.build(c))).items()
-            if weights.is_adapter(path)}
-  tensors = tensor_map.expand([row for row, *_ in rows(c)], shapes)
-  for name in sorted({t.name for t in tensors} ^ set(source)):
+  shapes = parameter_shapes(architectures.build(c))
+  named = tensors(c, shapes)
+  for name in sorted({t.name for t in named} ^ set(source)):
     require(name not in source, f'{folder / WEIGHTS} has {name}, which is no '
             'adapter of a product of this model')
     require(name in source, f'{folder / WEIGHTS} has no {name}, though it has '
             'an adapter of the same product in another layer')
-  named = weights.Names(architectures.hugging_face(c.arch), source, c)
-  flat = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
-  for t in tensors:
-    wrong = named.wrong(t)
+  names = weights.Names(architectures.hugging_face(c.arch), source, c)
+  flat = {path: np.zeros(x.shape, np.float32) for path, x in paths.flatten(
+      shapes).items() if weights.is_adapter(path)}
+  for t in named:
+    wrong = names.wrong(t)
     require(not wrong, f'{folder / WEIGHTS}: {wrong}')
     x = source[t.name]
     weights.check_range(t.name, x, np.dtype(c.param_dtype))
@@ -194,7 +200,7 @@ def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
   targets = []
   for product in set(layers.PRODUCTS) - fused:
     # Of any layer: the first one may have no such product.
-    theirs = [re.escape(row[2]).replace(r'\{n\}', r'\d+')
+    theirs = [re.sub(r'\\\{[mn]\\\}', r'\\d+', re.escape(row[2]))
               for row, *_ in rows(with_targets(product))]
     if any(re.fullmatch('|'.join(theirs), name) for name in names):
       targets.append(product)

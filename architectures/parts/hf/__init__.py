@@ -87,6 +87,8 @@ class HuggingFace(NamedTuple):
       transformers does not run, which is neither read nor written.
     tied: {tensor: the tensor whose values it must have}.
     spellings: (part of a name, what some files have in its place).
+    module: (what names begin with, what those of transformers' modules do, and
+      so those of PEFT's adapters), where these differ.
     ignored: patterns of the names of tensors that hold no weights.
     constants: ModelConfig -> the tensors, by name, that follow from it.
     fixed: token ids that an export writes as `write` has them, whatever the
@@ -109,6 +111,7 @@ class HuggingFace(NamedTuple):
   check: Callable[[ModelConfig], None] = lambda c: None
   tied: Mapping[str, str] = {}
   spellings: Sequence[tuple[str, str]] = ()
+  module: tuple[str, str] = ('', '')
   ignored: Sequence[str] = ()
   constants: Callable[[ModelConfig], dict[str, Any]] = lambda c: {}
   fixed: Sequence[str] = ()

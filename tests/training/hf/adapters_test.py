@@ -102,6 +102,9 @@ def test_merged_it_is_a_model_like_any_other(imported, started, tmp_path):
 
 @pytest.mark.parametrize('system, targets', [
     ('llama', 'all-linear'), ('mixtral', 'key,out'), ('t5', 'query,value'),
+    # With experts in one tensor; whose parts are counted as layers, of which
+    # some alone have an adapter.
+    ('llama4', 'query,out'), ('nemotron_h', 'up,down'),
     # Whose first layer lacks products.
     pytest.param('kimi_linear', 'all-linear', marks=pytest.mark.long),
     ('gpt', 'out,up,down')])
@@ -139,6 +142,18 @@ def test_pefts_names_and_the_order_of_its_axes(tmp_path):
   assert (tree['r'], tree['lora_alpha'], tree['task_type']) == (
       2, 4, 'CAUSAL_LM')
   assert len(tree['target_modules']) == 2 * 7
+
+
+def test_an_adapter_is_named_as_the_layer_that_it_adapts(tmp_path):
+  """Of a Mamba-2 and its network, a Mamba-2 alone, another with a network, and
+  attention with one, the networks are the parts 1, 4 and 6."""
+  module, params = models.make('nemotron_h', num_layers=4, lora=LORA | dict(
+      targets='down'))
+  peft.write(module.config, params, tmp_path, 'base')
+  names = {name.partition('.lora_')[0] for name in load_file(
+      tmp_path / peft.WEIGHTS)}
+  assert names == {f'base_model.model.model.layers.{n}.mixer.down_proj'
+                   for n in (1, 4, 6)}
 
 
 @pytest.mark.parametrize('change, words', [
