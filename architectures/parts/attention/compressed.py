@@ -331,11 +331,12 @@ def turn(x_BLHK: jax.Array, positions_BL: jax.Array, c: ModelConfig,
   if not rotate:
     return x_BLHK
   dim = positions.rotary_dim(c)
+  rope = dataclasses.replace(
+      c.rope, fraction=c.rope.fraction if c.rope.proportional else 1.0,
+      interleaved=(c.indexer if of_index else c.rope).interleaved)
   rest, tail = jnp.split(x_BLHK, (x_BLHK.shape[-1] - dim,), -1)
   return jnp.concatenate([rest, rotate(tail, positions_BL, dataclasses.replace(
-      c, head_dim=dim, rope=dataclasses.replace(
-          c.rope, fraction=1.0, interleaved=(
-              c.indexer if of_index else c.rope).interleaved)), length)], -1)
+      c, head_dim=dim, rope=rope), length)], -1)
 
 
 def empty(parts: int, c: ModelConfig, shape: tuple[int, ...]) -> Cache:

@@ -8,6 +8,8 @@ import pytest
 
 import architectures
 from architectures.parts import blocks
+from architectures.parts import positions
+from architectures.parts.attention import compressed
 from architectures.parts.config import LayerKind
 from configs.errors import RequestError
 from tests.helpers import models
@@ -67,6 +69,18 @@ def test_what_is_seen_is_counted_and_kept(mixer, entries, seen):
           {'hca': 2, 'csa': 3}[mixer], {'hca': 16, 'csa': 32}[mixer])} | ({
               'index': (8, 8), 'index_open': (3, 32)} if mixer == 'csa' else {}
           ) if entries else {})
+
+
+def test_the_last_features_are_turned_or_as_many_pairs_of_all():
+  x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
+  at = jnp.arange(3)[None]
+  for proportional in (False, True):
+    c = architectures.resolve(models.config('llama', mixer='hca', rope=dict(
+        fraction=0.5, proportional=proportional)))
+    got, whole = compressed.turn(x, at, c, 3), positions.rotate(x, at, c, 3)
+    if not proportional:
+      whole = jnp.roll(positions.rotate(jnp.roll(x, 4, -1), at, c, 3), 4, -1)
+    np.testing.assert_array_equal(got, whole)
 
 
 @pytest.mark.parametrize('changes, words', [
