@@ -269,7 +269,7 @@ MODELS = {
     # recurrence.
     'mixers': ('llama', dict(
         attention_conv=3, branch_conv=2, attention_gate='elementwise',
-        num_kv_heads=2,
+        num_kv_heads=2, attention_difference=0.3,
         num_layers=6, pattern='own,reads,state', qk_norm=True,
         qk_norm_over='projection', value_residual=True, value_embedding=True,
         kinds=dict(own={}, reads=dict(kv_sharing=True), state=dict(

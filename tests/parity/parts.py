@@ -357,7 +357,7 @@ def _inkling(c, x, query, key, value, out, query_scale, profile, profiles):
 
 
 def _diffllama(c, x, **ours):
-  """Likewise. Their pairs are of heads half of all apart."""
+  """Likewise."""
   import torch
   from transformers.models import diffllama
   config = diffllama.DiffLlamaConfig(
@@ -366,12 +366,9 @@ def _diffllama(c, x, **ours):
       attn_implementation='eager')
   layer = diffllama.modeling_diffllama.DiffLlamaAttention(config, 0)
   layer.lambda_init = c.attention_difference
-  apart = lambda w, heads: w.reshape(D, heads // 2, 2, -1).swapaxes(
-      1, 2).reshape(D, -1).T
-  weights = {'q_proj.weight': apart(ours['query'].reshape(
-                 D, c.num_kv_heads, -1), c.num_kv_heads),
-             'k_proj.weight': apart(ours['key'], c.num_kv_heads),
-             'v_proj.weight': apart(ours['value'], c.num_kv_heads),
+  weights = {f'{theirs}_proj.weight': ours[name].reshape(D, -1).T
+             for theirs, name in (('q', 'query'), ('k', 'key'),
+                                  ('v', 'value'))} | {
              'o_proj.weight': ours['out'].reshape(-1, D).T} | {
       f'lambda_{theirs}': ours[f'difference_{name}'] for theirs, name in (
           ('q1', 'a1'), ('k1', 'b1'), ('q2', 'a2'), ('k2', 'b2'))}

@@ -381,38 +381,37 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
 
 
 # Differences of pairs of heads (Ye et al. 2024, "Differential Transformer",
-# arXiv 2410.05258; as transformers' DiffLlama, whose pairs stand apart).
+# arXiv 2410.05258; as transformers' DiffLlama).
 #
 #   y  = (1 - l) n((A_1 - lambda A_2) [v_1, v_2]),   n(y) = y / rms(y)
 #   lambda = exp(a_1 b_1) - exp(a_2 b_2) + l,        l = attention_difference
 #
-# A_1 and A_2 are the weights of two heads, whose keys have heads 2i and 2i + 1,
-# and v_1 and v_2 the values there. A layer has vectors a and b of its own. In
-# the paper l grows with the depth, 0.8 - 0.6 exp(-0.3 n) in layer n, as kinds
-# of layer can have it. y has the features of two heads, which stand for the
-# pair in what follows.
+# A_1 and A_2 are the weights of two heads that are half of all heads apart, as
+# those of their keys are, and v_1 and v_2 the values there. A layer has vectors
+# a and b of its own. In the paper l grows with the depth, 0.8 - 0.6 exp(-0.3 n)
+# in layer n, as kinds of layer can have it. y has the features of two heads,
+# which stand for the pair in what follows.
 
 
 def both_values(v_BMJK: jax.Array) -> jax.Array:
   """Returns, for each head of keys, the values of its pair."""
-  B, M, J, K = v_BMJK.shape
-  return jnp.repeat(v_BMJK.reshape(B, M, J // 2, 2 * K), 2, 2)
+  pairs = jnp.concatenate(jnp.split(v_BMJK, 2, 2), -1)
+  return jnp.concatenate([pairs, pairs], 2)
 
 
 def subtracted(module: nn.Module, o_BLHU: jax.Array) -> jax.Array:
   """Returns y [B, L, H, K] of what the heads return of values of pairs."""
   c: ModelConfig = module.config  # type: ignore[attr-defined]
-  B, L, H, U = o_BLHU.shape
   a1_K, b1_K, a2_K, b2_K = (
       declare(module, f'difference_{name}', nn.initializers.normal(0.1),
               (c.head_dim,), Role(('head',))).astype(jnp.float32)
       for name in ('a1', 'b1', 'a2', 'b2'))
   share = (jnp.exp((a1_K * b1_K).sum()) - jnp.exp((a2_K * b2_K).sum())
            + c.attention_difference).astype(o_BLHU.dtype)
-  o_BLJ2RU = o_BLHU.reshape(B, L, c.num_kv_heads // 2, 2, -1, U)
-  y_BLJRU = layers.PlainRMSNorm(c, name='difference_norm')(
-      o_BLJ2RU[:, :, :, 0] - share * o_BLJ2RU[:, :, :, 1])
-  return (1 - c.attention_difference) * y_BLJRU.reshape(B, L, H, -1)
+  first, second = jnp.split(o_BLHU, 2, 2)
+  y = layers.PlainRMSNorm(c, name='difference_norm')(first - share * second)
+  return (1 - c.attention_difference) * y.reshape(
+      *y.shape[:2], c.num_heads, c.head_dim)
 
 
 def check(c: ModelConfig, stack: str) -> None:

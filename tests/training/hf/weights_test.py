@@ -277,6 +277,12 @@ def test_partial_lists_what_it_skips(gpt, tmp_path):
   _equal(flat, old)
 
 
+def test_layers_whose_differences_are_not_of_their_depth_are_refused(tmp_path):
+  module, params = models.make('diffllama', num_layers=8)
+  with pytest.raises(ValueError, match='0.2.* in layer 4, where a diffllama'):
+    weights.to_hf(module, params, tmp_path)
+
+
 def test_weights_in_bfloat16(gpt, tmp_path):
   module, params, folder = gpt
   weights.to_hf(module, params, tmp_path, dtype='bfloat16')

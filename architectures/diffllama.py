@@ -1,0 +1,68 @@
+"""DiffLlama: LLaMA whose heads attend in pairs, by the difference of what the
+two weigh (Ye et al. 2024, "Differential Transformer", arXiv 2410.05258; in
+transformers by a developer of the community).
+
+  a   = x + W_o (1 - l) n((A_1 - lambda A_2) [v_1, v_2])    of RMSNorm(x)
+  l   = 0.8 - 0.6 exp(-0.3 n)                       in layer n = 0, 1, ...
+  x'  = a + W_down (silu(W_gate m) * W_up m),       m = RMSNorm(a)
+  logits = RMSNorm(x_N) W
+
+parts/attention/multi_head.py has lambda and n. As each layer has its own l, it
+is a kind of its own, and no layers are scanned.
+"""
+
+import math
+from typing import Any
+
+from architectures import llama
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types
+from architectures.parts.skeletons import Decoder
+from configs.errors import require
+
+
+def by_depth(layers: int) -> dict[str, Any]:
+  """Returns the kinds of so many layers, and their order."""
+  names = [f'layer_{n}' for n in range(layers)]
+  return dict(pattern=','.join(names), prefix='', suffix='', kinds={
+      name: dict(attention_difference=share(n))
+      for n, name in enumerate(names)})
+
+
+def share(layer: int) -> float:
+  """Returns l."""
+  return 0.8 - 0.6 * math.exp(-0.3 * layer)
+
+
+class DiffLlama(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = llama.LLaMA.PARTS | by_depth(4)
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  layer_types.check_number('num_hidden_layers', fields['num_layers'])
+  return llama.read(reader, fields) | by_depth(fields['num_layers'])
+
+
+def _check(c: ModelConfig) -> None:
+  hf.check_heads(c)
+  for n, kind in enumerate(c.layer_kinds(c.num_layers)):
+    x = c.of_kind(kind.name).attention_difference
+    require(abs(x - share(n)) < 1e-6, f'model.attention_difference is {x} in '
+            f'layer {n}, where a diffllama has {share(n)}')
+
+
+HF = llama.HF._replace(
+    model_type='diffllama', architecture='DiffLlamaForCausalLM',
+    names=llama.HF.names + llama.layers(*(
+        (f'attention/difference_{ours}', 'K', f'self_attn.lambda_{theirs}', 'K')
+        for ours, theirs in (('a1', 'q1'), ('b1', 'k1'), ('a2', 'q2'),
+                             ('b2', 'k2')))),
+    fields={name: x for name, x in llama.HF.fields.items()
+            if name != 'ffn_bias'} | hf.fields(
+                hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
+                intermediate_size=8192, rms_norm_eps=1e-5),
+    only={}, unread=('lambda_std_dev',),  # how weights are drawn
+    read=_read, check=_check,
+    heads=hf.heads('DiffLlama', tokens='score', span=llama.SPAN))
