@@ -13,7 +13,6 @@ right.
 from collections.abc import Iterator
 import functools
 import importlib
-import json
 from typing import Any
 
 from absl import flags
@@ -153,9 +152,9 @@ def main() -> None:
     rows.append(row)
     time = row.get('error') or f'{1e3 * row["seconds"]:10.2f} ms'
     print(f'{row["part"]} {row["case"]} {row["way"]:40} {time}', flush=True)
-    if json_file:  # at once, for what comes next may take the machine down
-      storage.write(json_file, json.dumps(dict(
-          card=device.device_kind, toy=args.toy, rows=rows), indent=1) + '\n')
+    # At once, for what comes next may take the machine down.
+    storage.write_json(json_file, dict(
+        card=device.device_kind, toy=args.toy, rows=rows))
 
 
 if __name__ == '__main__':

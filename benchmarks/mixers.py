@@ -20,10 +20,10 @@ it is the size of a row's cache.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import json
 import math
 from typing import Any, NamedTuple
 
+from absl import flags
 import jax
 import jax.numpy as jnp
 
@@ -32,7 +32,7 @@ from architectures.parts import blocks, skeletons
 from architectures.parts.config import Context
 from benchmarks import worker
 from configs import llama
-from configs.errors import one_of, require
+from configs.errors import require
 from training import cli
 from training.distributed import cpu
 from training.workdir import storage
@@ -131,7 +131,7 @@ def measure(sections: Sequence[str], names: Sequence[str],
         timed = worker.turns(
             {name: one.run for name, one in contenders.items()}, rounds)
         for name, times in timed.items():
-          for key in ('seconds', 'cpu_seconds'):
+          for key in ('seconds', 'cpu_seconds', 'least_seconds'):
             times[key] /= contenders[name].times
           row = dict(section=section, dtype=dtype, length=length, mixer=name,
                      **times, nbytes=contenders[name].nbytes, growth=None)
@@ -143,8 +143,6 @@ def measure(sections: Sequence[str], names: Sequence[str],
           rows.append(row)
           print(line(row), flush=True)
   return rows
-
-
 
 
 HEAD = (f'{"tokens":>8}  {"mixer":<12}{"ms":>10}{"CPU ms":>10}{"ratio":>8}'
@@ -161,46 +159,30 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-  parser = cli.Parser(prog='python -m benchmarks.mixers', description=__doc__)
-  several = 'separated by commas'
-  parser.add_argument('--sections', default=','.join(SECTIONS),
-                      help=f'what to time, {several}')
-  parser.add_argument('--mixers', default='', help=f'values of model.mixer, '
-                      f'{several}; default: attention and every recurrence')
-  parser.add_argument('--lengths', default=','.join(map(str, LENGTHS)),
-                      help=f'tokens of a row, {several}, in rising order')
-  parser.add_argument('--dtypes', default=','.join(DTYPES),
-                      help=f'dtypes of the computation, {several}')
-  parser.add_argument('--d_model', type=int, default=256,
-                      help='the width of the model')
-  parser.add_argument('--num_heads', type=int, default=4, help='its heads')
-  parser.add_argument('--rounds', type=int, default=5,
-                      help='how many turns each mixer takes')
-  parser.add_argument('--json', default='',
-                      help='write the figures to this file')
-  args = parser.parse_args()
-  recurrent = [name for name, mixer in blocks.MIXERS.items() if mixer.state]
-  chosen = args.mixers.split(',') if args.mixers else ['attention', *recurrent]
-  sections, dtypes = args.sections.split(','), args.dtypes.split(',')
-  for flag, names, there in (('--mixers', chosen, blocks.MIXERS),
-                             ('--sections', sections, SECTIONS),
-                             ('--dtypes', dtypes, DTYPES)):
-    for name in names:
-      one_of(flag, name, there)
-  lengths = args.lengths.split(',')
-  require(all(n.isdecimal() and int(n) > WRITTEN for n in lengths)
-          and sorted(set(map(int, lengths))) == [*map(int, lengths)],
-          f'--lengths is {args.lengths!r}: write whole numbers above '
-          f'{WRITTEN}, in rising order, separated by commas')
-  require(args.rounds > 0, f'--rounds is {args.rounds}: it must be 1 or more')
+  cli.define_choices('sections', [*SECTIONS], SECTIONS, 'What to time.')
+  cli.define_choices('mixers', ['attention', *(
+      name for name, mixer in blocks.MIXERS.items() if mixer.state)],
+                     blocks.MIXERS, 'Values of model.mixer; default: '
+                     'attention and every recurrence.')
+  cli.define_choices('dtypes', DTYPES, DTYPES, 'Dtypes of the computation.')
+  flags.DEFINE_list('lengths', [*map(str, LENGTHS)], 'Tokens of a row.')
+  flags.DEFINE_integer('d_model', 256, 'The width of the model.', 1)
+  flags.DEFINE_integer('num_heads', 4, 'Its heads.', 1)
+  flags.DEFINE_integer('rounds', 5, 'How many turns each mixer takes.', 1)
+  flags.DEFINE_string('json', '', 'Write the figures to this file.')
+  cli.parse(__doc__)
+  args = flags.FLAGS
+  lengths = sorted({int(n) for n in args.lengths if n.isdecimal()})
+  require(len(lengths) == len(args.lengths) and min(lengths, default=0)
+          > WRITTEN, f'--lengths is {",".join(args.lengths)}: write whole '
+          f'numbers above {WRITTEN}, each once')
   json_file = storage.output(args.json, '--json')
   cpu.prepare()
   sizes = dict(d_model=args.d_model, num_heads=args.num_heads)
-  rows = measure(sections, chosen, [*map(int, lengths)], dtypes, sizes,
+  rows = measure(args.sections, args.mixers, lengths, args.dtypes, sizes,
                  args.rounds)
-  if json_file:
-    storage.write(json_file, json.dumps(
-        dict(sizes=sizes, rounds=args.rounds, rows=rows), indent=1) + '\n')
+  storage.write_json(json_file, dict(
+      sizes=sizes, rounds=args.rounds, rows=rows))
 
 
 if __name__ == '__main__':

@@ -22,17 +22,15 @@ the layers against as many as the config has).
 """
 
 import contextlib
-import json
 import shutil
-import statistics
 
 from absl import flags
 
 import architectures
 from benchmarks import rival
-from benchmarks.worker import Worker
+from benchmarks.worker import Worker, turns
 from configs import gpt
-from configs.errors import one_of, require
+from configs.errors import require
 from training import cli, objectives, preflight, runs
 from training.data import tokenizers
 from training.workdir import storage
@@ -63,8 +61,7 @@ def main():
                                           shutil.which('g++')),
                     'Whether to time the other side under torch.compile too; '
                     'default: if there is a C++ compiler.')
-  flags.DEFINE_list('sections', ['step'],
-                    'What to time, of ' + ', '.join(SECTIONS) + '.')
+  cli.define_choices('sections', ['step'], SECTIONS, 'What to time.')
   flags.DEFINE_integer('pairs', 7, 'How often each side is timed.', 1, 1000)
   flags.DEFINE_integer('prompt', 128, 'Tokens of the prompt of a generation.',
                        1, 10**6)
@@ -74,8 +71,6 @@ def main():
   cli.parse(__doc__)
   args = flags.FLAGS
   json_file = storage.output(args.json, '--json')
-  for name in args.sections:
-    one_of('--sections', name, SECTIONS)
   config = args.config or default_config()
   config = config.copy_and_resolve_references().unlock()
   config.model.dtype = args.dtype = args.dtype or config.model.dtype
@@ -96,8 +91,7 @@ def main():
   other = rival.request(config) if args.compare else {}
   figures = {'dtype': args.dtype} | {
       name: against(request, args, other, name) for name in args.sections}
-  if json_file:
-    storage.write(json_file, json.dumps(figures, indent=1) + '\n')
+  storage.write_json(json_file, figures)
 
 
 def against(request, args, other, job):
@@ -122,34 +116,26 @@ def against(request, args, other, job):
               (args.compare, request | other | dict(
                   dtype=dtype, compiled=compiled))
               for dtype in RIVALS[args.dtype] for compiled in ways}
-  answers = {name: [] for name in sides}
   with contextlib.ExitStack() as stack:
     # Ours last: others may refuse.
     workers = {name: stack.enter_context(Worker(*side))
                for name, side in reversed(sides.items())}
-    for _ in range(args.pairs + 1):
-      for name in sides:
-        answers[name].append(workers[name].do(job))
+    rows = turns({name: workers[name] for name in sides}, args.pairs,
+                 lambda worker: worker.do(job))
   figures = {}
-  for name, results in answers.items():
-    results = results[1:]  # the first is the warm-up
-    times = [answer['seconds'] for answer in results]
-    median = statistics.median(times)
-    ratio, cpu_ratio = (statistics.median(
-        theirs[key] / ours[key] for theirs, ours in zip(
-            results, answers['ours'][1:]))
-        for key in ('seconds', 'cpu_seconds'))
+  for name, x in rows.items():
+    per_s = amount / x['seconds']
     figures[name] = dict(
-        median_s=median, min_s=min(times), per_s=amount / median,
-        cpu_s=statistics.median(answer['cpu_seconds'] for answer in results),
-        peak_bytes=results[-1]['peak_bytes'], ours_is_faster_by=ratio,
-        ours_is_faster_by_cpu_time=cpu_ratio)
-    print(f'{job} {name:27} {median * 1e3:8.0f} ms  (least '
-          f'{min(times) * 1e3:.0f}; of CPU {figures[name]["cpu_s"] * 1e3:.0f})'
-          f'  {amount / median:8.0f} {unit}  peak '
-          f'{results[-1]["peak_bytes"] / 2**20:.0f} MiB' + (
-              '' if name == 'ours' else f'  ours is {ratio:.2f} x as fast '
-              f'({cpu_ratio:.2f} x by CPU time)'),
+        median_s=x['seconds'], min_s=x['least_seconds'], per_s=per_s,
+        cpu_s=x['cpu_seconds'], peak_bytes=x['peak_bytes'],
+        ours_is_faster_by=x['ratio'],
+        ours_is_faster_by_cpu_time=x['cpu_ratio'])
+    print(f'{job} {name:27} {x["seconds"] * 1e3:8.0f} ms  (least '
+          f'{x["least_seconds"] * 1e3:.0f}; of CPU '
+          f'{x["cpu_seconds"] * 1e3:.0f})  {per_s:8.0f} {unit}  peak '
+          f'{x["peak_bytes"] / 2**20:.0f} MiB' + (
+              '' if name == 'ours' else f'  ours is {x["ratio"]:.2f} x as fast '
+              f'({x["cpu_ratio"]:.2f} x by CPU time)'),
           flush=True)
   return figures
 

@@ -18,28 +18,38 @@ import numpy as np
 from configs.errors import EnvironmentFailure, RequestError
 
 
-def turns(contenders: Mapping[str, Callable[[], Any]], rounds: int
+def timed(run: Callable[[], Any]) -> dict[str, float]:
+  """Returns {seconds, cpu_seconds} of a function that waits for its result; the
+  second is what all of its threads took together."""
+  start, start_cpu = time.perf_counter(), time.process_time()
+  run()
+  return dict(seconds=time.perf_counter() - start,
+              cpu_seconds=time.process_time() - start_cpu)
+
+
+def turns(contenders: Mapping[str, Any], rounds: int,
+          measure: Callable[[Any], dict[str, float]] = timed
           ) -> dict[str, dict[str, float]]:
-  """Returns of each contender its median time and CPU time, in seconds, and the
-  medians of the turns' ratios to the first contender.
+  """Returns of each contender its median time and CPU time, in seconds, the
+  least time, and the medians of the turns' ratios to the first contender; of
+  what else is measured, the last figure.
 
   Args:
-    contenders: functions that wait for their result.
+    contenders: what is measured.
     rounds: how many turns each takes, after one that warms it up.
+    measure: of a contender's turn.
   """
-  times = {name: [] for name in contenders}
-  for turn in range(1 + rounds):
-    for name, run in contenders.items():
-      start, start_cpu = time.perf_counter(), time.process_time()
-      run()
-      if turn:
-        times[name].append((time.perf_counter() - start,
-                            time.process_time() - start_cpu))
-  first = np.array(next(iter(times.values())))
+  results = {name: [] for name in contenders}
+  for _ in range(1 + rounds):
+    for name, one in contenders.items():
+      results[name].append(measure(one))
+  times = {name: np.array([(x['seconds'], x['cpu_seconds']) for x in each[1:]])
+           for name, each in results.items()}
+  first = next(iter(times.values()))
   figures = 'seconds', 'cpu_seconds', 'ratio', 'cpu_ratio'
-  return {name: dict(zip(figures, np.median(
-      np.hstack([durations, durations / first]), 0).tolist()))
-          for name, durations in times.items()}
+  return {name: results[name][-1] | dict(
+      zip(figures, np.median(np.hstack([x, x / first]), 0).tolist()),
+      least_seconds=float(x[:, 0].min())) for name, x in times.items()}
 
 
 class Worker:
@@ -61,8 +71,7 @@ class Worker:
     self.process.communicate()
 
   def do(self, job: Any) -> dict:
-    """Returns {seconds, cpu_seconds, peak_bytes, result} of one job; the second
-    is what all of its threads took together.
+    """Returns {seconds, cpu_seconds, peak_bytes} of one job, see `timed`.
 
     Raises:
       EnvironmentFailure: the job failed, as where the memory of a GPU is too
@@ -99,12 +108,8 @@ def main():
       job = json.loads(line)
       if job is None:
         break
-      start, cpu_start = time.perf_counter(), time.process_time()
-      result = jobs[job]()
-      answer(seconds=time.perf_counter() - start,
-             cpu_seconds=time.process_time() - cpu_start,
-             peak_bytes=1024 * resource.getrusage(
-                 resource.RUSAGE_SELF).ru_maxrss, result=result)
+      answer(**timed(jobs[job]), peak_bytes=1024 * resource.getrusage(
+          resource.RUSAGE_SELF).ru_maxrss)
   except RequestError as error:
     answer(refused=str(error))
   except Exception as error:

@@ -14,7 +14,6 @@ the two forms are one (Yang et al. 2022, appendix D.1).
 from collections.abc import Sequence
 import importlib
 import itertools
-import json
 from typing import NamedTuple
 
 from absl import flags
@@ -27,7 +26,7 @@ import architectures
 from architectures.parts import blocks
 from configs import base as base_config
 from configs import kinds
-from configs.errors import RequestError, one_of, require
+from configs.errors import RequestError, require
 from training import cli, progress
 from training.runs import init_state, make_train_step, optimizer
 from training.workdir import storage
@@ -51,20 +50,20 @@ TEXT = (
 
 def define_flags() -> None:
   """Defines the flags of this program; other programs have some alike."""
-  flags.DEFINE_list('systems', [], 'Which decoders; none: all that '
-                    'muP has rules for.')
+  cli.define_choices('systems', [], architectures.files('decoder'),
+                     'Decoders; default: all that muP has rules for.')
   flags.DEFINE_list('widths', ['64', '128', '256', '512'],
                     'Values of model.d_model, the base first.')
-  flags.DEFINE_list('mixers', [], 'Values of model.mixer: each system is '
-                    'measured with each of them in all its layers; default: '
-                    'with the mixers that it has.')
-  flags.DEFINE_string('widen', 'size', 'What grows with d_model: the size of a '
-                      'head (size), or the number of heads, which keep their '
-                      'size (heads).')
+  cli.define_choices('mixers', [], blocks.MIXERS, 'Values of model.mixer: each '
+                     'system is measured with each of them in all its layers; '
+                     'default: with the mixers that it has.')
+  flags.DEFINE_enum('widen', 'size', [*WIDEN], 'What grows with d_model: the '
+                    'size of a head (size), or the number of heads, which keep '
+                    'their size (heads).')
   flags.DEFINE_integer('steps', 6, 'Training steps.', 1, 10**6)
   flags.DEFINE_integer('seeds', 2, 'Initialisations that are averaged.',
                        1, 10_000)
-  flags.DEFINE_string('optimizer', 'adamw', 'Of ' + ', '.join(LRS) + '.')
+  flags.DEFINE_enum('optimizer', 'adamw', [*LRS], 'Of training.')
   flags.DEFINE_float('lr', None, 'Learning rate; default: '
                      + ', '.join(f'{k} {v:g}' for k, v in LRS.items()) + '.')
   flags.DEFINE_string('json', '', 'A file to write the figures to.')
@@ -73,20 +72,13 @@ def define_flags() -> None:
 def main():
   cli.parse(__doc__)
   args = flags.FLAGS
-  decoders = architectures.files('decoder')
-  for system in args.systems:
-    one_of('--systems', system, decoders)
-  for mixer in args.mixers:
-    one_of('--mixers', mixer, blocks.MIXERS)
-  one_of('--widen', args.widen, WIDEN)
-  one_of('--optimizer', args.optimizer, LRS)
   widths = sorted({int(w) for w in args.widths if w.isdecimal()})
   require(len(widths) == len(args.widths) > 1, f'--widths is '
           f'{",".join(args.widths)}: give two numbers or more, each once')
   json_file = storage.output(args.json, '--json')
   measured, rows = [], []
-  for system, mixer in itertools.product(args.systems or decoders,
-                                         args.mixers or ['']):
+  for system, mixer in itertools.product(
+      args.systems or architectures.files('decoder'), args.mixers or ['']):
     how = Setting(args.optimizer, args.lr or LRS[args.optimizer], args.steps,
                   mixer, args.widen)
     try:
@@ -102,8 +94,7 @@ def main():
     for name in ('standard', 'mup'):
       rows.append(output_sizes(system, name, widths, how, args.seeds))
       print(text(rows[-1]), flush=True)
-  if json_file:
-    storage.write(json_file, json.dumps(rows, indent=1) + '\n')
+  storage.write_json(json_file, rows)
   return 0
 
 
@@ -142,7 +133,7 @@ def config(system: str, parametrization: str, width: int, base: int,
   if how.widen == 'heads':
     model.update(head_dim=head_dim, mup_base_head_dim=head_dim if mup else 0)
   for group in (model, *(model[name] for name, row in blocks.MIXERS.items()
-                         if row.state)):
+                         if row.state and name in model)):
     for field in WIDEN[how.widen]:
       if field in group:
         group[field] = round(group[field] * wider)

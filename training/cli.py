@@ -10,7 +10,7 @@ sentence) or a bug (any other exception, with its traceback); 128 + n ended by
 signal n.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import argparse
 import ast
 import errno
@@ -151,6 +151,19 @@ def define_workdir() -> None:
   """Defines --workdir, likewise."""
   if 'workdir' not in flags.FLAGS:
     flags.DEFINE_string('workdir', '', 'The folder of the run.')
+
+
+def define_choices(name: str, default: Sequence[str], choices: Collection[str],
+                   text: str) -> None:
+  """Defines a flag of names that are separated by commas, each of `choices`;
+  `text` says what they are."""
+  flags.DEFINE_list(name, [*default], f'{text} Of {", ".join(choices)}.')
+
+  @flags.validator(name)
+  def _(values: Sequence[str]) -> bool:
+    for value in values:
+      one_of(f'--{name}', value, choices)
+    return True
 
 
 def parse(doc: str, argv: Sequence[str] | None = None) -> None:

@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import gpu, mixers, ours, rival, step, worker
+from benchmarks import gpu, ours, rival, step, worker
 from configs.errors import RequestError
+from tests.helpers import forked
 from training import objectives
 from training.hf import weights
 
@@ -131,15 +132,15 @@ def test_the_loss_of_both_sides_is_the_same(system, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_mixers_are_measured_as_they_say(tmp_path, monkeypatch, capsys):
+def test_mixers_are_measured_as_they_say(tmp_path):
   file = tmp_path / 'found.json'
-  monkeypatch.setattr('sys.argv', [
-      'mixers', '--mixers=attention,retnet', '--lengths=32', '--rounds=1',
-      '--sections=layer,decode', '--dtypes=float32', '--d_model=16',
-      '--num_heads=2', f'--json={file}'])
-  mixers.main()
+  result = forked.run(
+      '-m', 'benchmarks.mixers', '--mixers=attention,retnet', '--lengths=32',
+      '--rounds=1', '--dtypes=float32', '--d_model=16', '--num_heads=2',
+      f'--json={file}')
+  assert result.returncode == 0, result.stderr
   rows = json.loads(file.read_text())['rows']
-  assert capsys.readouterr().out.count('retnet') == 2 and len(rows) == 4
+  assert result.stdout.count('retnet') == 2 and len(rows) == 4
   nbytes = {(row['section'], row['mixer']): row['nbytes'] for row in rows}
   # Keys and values of 2 layers; states of 2 heads of 8 x 16.
   assert nbytes['decode', 'attention'] == 4 * 2 * 2 * 32 * 16

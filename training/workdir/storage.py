@@ -78,6 +78,13 @@ def write(file: epath.Path, data: str | bytes) -> None:
     write_(data.encode() if isinstance(data, str) else data)
 
 
+def write_json(file: epath.Path | None, tree: Any) -> None:
+  """Writes what JSON can hold to a file that a flag names; None: it names none.
+  """
+  if file is not None:
+    write(file, json.dumps(tree, indent=1) + '\n')
+
+
 def write_picture(file: epath.Path, figure: Any) -> None:
   """Writes a drawing of matplotlib, which is drawn no more, as the ending of
   the file's name says: .png, .svg or .pdf."""
