@@ -16,15 +16,13 @@ import importlib
 from typing import Any
 
 from absl import flags
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from architectures.parts import sharding
 from architectures.parts.attention import kernels
-from architectures.parts.config import Context
 from architectures.parts.moe.layer import MoE
-from benchmarks import worker
+from benchmarks import mixers, worker
 from configs.errors import EnvironmentFailure
 from training import cli
 from training.costs import totals
@@ -90,7 +88,8 @@ def attention(config: Any) -> Iterator[dict[str, Any]]:
     why = kernels.refusal(name, c, mask, L, L, here)
     yield dict(way=name) | (
         dict(error=f'{name} is refused, {why}') if why else _timed(
-            jax.grad(functools.partial(loss, name), (0, 1, 2)), *args))
+            jax.jit(jax.grad(functools.partial(loss, name), (0, 1, 2))
+                    ).lower(*args).compile(), args))
 
 
 def experts(config: Any, kernel: str = 'auto', **compiler: Any
@@ -106,21 +105,10 @@ def experts(config: Any, kernel: str = 'auto', **compiler: Any
                           capacity_factor=0.0, eval_capacity_factor=0.0)
   c = totals.resolved(config)
   B, L = config.data.batch_size, config.data.length
-  x_BLD = jax.random.normal(jax.random.key(0), (B, L, c.d_model),
-                            c.compute_dtype)
-  ctx = Context(jnp.arange(L)[None])
-  module = MoE(c)
-  params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(1), x_BLD, ctx))
-
-  def loss(params: Any, x_BLD: jax.Array) -> jax.Array:
-    y_BLD, _ = module.apply(params, x_BLD, ctx)
-    return jnp.square(y_BLD.astype(jnp.float32)).mean()
-
-  return _timed(jax.grad(loss, (0, 1)), params, x_BLD, **compiler)
+  return _timed(*mixers.gradient(MoE(c), c, B, L, **compiler))
 
 
-def _timed(function: Any, *args: Any, **compiler: Any) -> dict[str, Any]:
-  compiled = jax.jit(function).lower(*args).compile(compiler or None)
+def _timed(compiled: Any, args: Any) -> dict[str, Any]:
   run = lambda: jax.block_until_ready(compiled(*args))
   return worker.turns({'': run}, 5)['']
 

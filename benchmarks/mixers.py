@@ -24,12 +24,13 @@ import math
 from typing import Any, NamedTuple
 
 from absl import flags
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 import architectures
 from architectures.parts import blocks, skeletons
-from architectures.parts.config import Context
+from architectures.parts.config import Context, ModelConfig
 from benchmarks import worker
 from configs import llama
 from configs.errors import require
@@ -62,23 +63,41 @@ def config(mixer: str, length: int, dtype: str, sizes: Mapping[str, int]):
   return made
 
 
-def layer(made: Any) -> Contender:
-  """Returns the forward and backward pass of one mixer on an input [1, L, D]:
-  the gradient of a sum of squares with respect to its parameters and input."""
-  c = architectures.resolve(made.model)
-  L = made.data.length
-  module = blocks.mixer_of(c).module(c, c.layer_kinds(1)[0])
-  x_BLD = jax.random.normal(jax.random.key(0), (1, L, c.d_model)).astype(
-      c.compute_dtype)
-  ctx = Context(jnp.arange(L)[None])
-  params = jax.jit(module.init)(jax.random.key(1), x_BLD, ctx, None)
+def gradient(module: nn.Module, c: ModelConfig, rows: int, length: int,
+             *more: Any, **compiler: Any):
+  """Returns the compiled forward and backward pass of a layer, and what it is
+  called with: the gradient of the mean square of its output, and of its losses,
+  with respect to its parameters and an input [rows, length, D].
+
+  Args:
+    module: the layer.
+    c: the model's config.
+    rows, length: of the input.
+    *more: arguments after the input and its context.
+    **compiler: options of XLA's.
+  """
+  x_BLD = jax.random.normal(jax.random.key(0), (rows, length, c.d_model),
+                            c.compute_dtype)
+  beside = Context(jnp.arange(length)[None]), *more
+  params = nn.meta.unbox(jax.jit(module.init)(
+      jax.random.key(1), x_BLD, *beside))
 
   def loss(params: Any, x_BLD: jax.Array) -> jax.Array:
-    y_BLD, _ = module.apply(params, x_BLD, ctx, None)
-    return jnp.square(y_BLD.astype(jnp.float32)).sum()
+    y_BLD, aux = module.apply(params, x_BLD, *beside)
+    losses = aux.get('losses', {}) if isinstance(aux, dict) else {}
+    return jnp.square(y_BLD.astype(jnp.float32)).mean() + sum(losses.values())
 
-  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, x_BLD).compile()
-  return Contender(lambda: jax.block_until_ready(compiled(params, x_BLD)), 1,
+  args = params, x_BLD
+  return jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile(
+      compiler or None), args
+
+
+def layer(made: Any) -> Contender:
+  """Returns the forward and backward pass of one mixer on one row."""
+  c = architectures.resolve(made.model)
+  compiled, args = gradient(blocks.mixer_of(c).module(c, c.layer_kinds(1)[0]),
+                            c, 1, made.data.length, None)
+  return Contender(lambda: jax.block_until_ready(compiled(*args)), 1,
                    compiled.memory_analysis().temp_size_in_bytes)
 
 

@@ -7,13 +7,11 @@ and backward pass, router and dispatch included.
 
 from absl import flags
 import jax
-import jax.numpy as jnp
 
 import architectures
-from architectures.parts.config import Context
 from architectures.parts.layers import FFN
 from architectures.parts.moe.layer import MoE
-from benchmarks import worker
+from benchmarks import mixers, worker
 from configs import base
 from training import cli
 from training.distributed import cpu
@@ -32,16 +30,8 @@ def layer(experts: int, tokens: int):
   fields.moe.update(num_experts=experts or TOP_K, top_k=TOP_K, ffn='swiglu')
   c = architectures.resolve(fields)
   module = MoE(c) if experts else FFN(c, 'swiglu', width=TOP_K * D_FF)
-  x_BLD = jax.random.normal(jax.random.key(0), (1, tokens, D_MODEL))
-  ctx = Context(jnp.arange(tokens)[None])
-  params = jax.jit(module.init)(jax.random.key(1), x_BLD, ctx)
-
-  def loss(params, x_BLD):
-    y_BLD, aux = module.apply(params, x_BLD, ctx)
-    return jnp.square(y_BLD).mean() + sum(aux.get('losses', {}).values())
-
-  step = jax.jit(jax.grad(loss, (0, 1)))
-  return lambda: jax.block_until_ready(step(params, x_BLD))
+  compiled, args = mixers.gradient(module, c, 1, tokens)
+  return lambda: jax.block_until_ready(compiled(*args))
 
 
 def main() -> None:

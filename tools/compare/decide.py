@@ -559,14 +559,18 @@ def _both(runs: Runs, variant: str, base: str, size: str, measure: Measure
           for seed in sorted(ours.keys() & theirs.keys())}
 
 
+def _ended(sizes) -> list[int]:
+  """Returns the seeds whose runs ended at all sizes: a mean over other sizes
+  would be another figure."""
+  return [seed for seed in sorted(set.intersection(*map(set, sizes)))
+          if not any(x.diverged for pairs in sizes for x in pairs[seed])]
+
+
 def _differences_by_seed(sizes, measure: Measure) -> dict[int, list[float]]:
-  """Returns the differences at each size, of the seeds whose runs ended at all
-  sizes: a mean over other sizes would be another figure."""
-  seeds = sorted(set.intersection(*(set(pairs) for pairs in sizes)))
+  """Returns the differences at each size, of the seeds of `_ended`."""
   return {seed: [ours.values[measure.name] - base.values[measure.name]
                  for ours, base in (pairs[seed] for pairs in sizes)]
-          for seed in seeds
-          if not any(x.diverged for pairs in sizes for x in pairs[seed])}
+          for seed in _ended(sizes)}
 
 
 def _means(by_seed: Mapping[int, list[float]]) -> list[float]:
@@ -577,12 +581,8 @@ def _more_diverge(sizes) -> float:
   """McNemar's exact test, of one side: of the pairs of which one run diverged,
   the variant's is it no more often than the base's."""
   pairs = [pair for size in sizes for pair in size.values()]
-  ours, base = (sum(a.diverged > b.diverged for a, b in (
-      pair[::order] for pair in pairs)) for order in (1, -1))
-  if not ours:
-    return 1.0
-  from scipy.stats import binomtest
-  return float(binomtest(ours, ours + base, alternative='greater').pvalue)
+  return statistics.mcnemar(*([pair[i].diverged for pair in pairs]
+                              for i in (0, 1)), 'greater')
 
 
 def _effect(size: str, values: Sequence[float],
@@ -590,12 +590,6 @@ def _effect(size: str, values: Sequence[float],
   ends = (statistics.interval(values, pooled)[:3] if values else (None,) * 3)
   return Effect(size, *ends, len(values), statistics.p_value(values, pooled),
                 values)
-
-
-def _ended(pairs: Mapping[int, tuple[Outcome, Outcome]]
-           ) -> list[tuple[Outcome, Outcome]]:
-  """Returns the pairs of which neither run diverged."""
-  return [pair for pair in pairs.values() if not any(x.diverged for x in pair)]
 
 
 def _over_items(measure: Measure, sizes) -> dict[str, Any]:
@@ -636,8 +630,7 @@ def _budgets(measure: Measure, sizes) -> tuple[dict, np.ndarray] | None:
   """Returns the FLOPs of base and variant, [2, sizes] by each of COUNTED that
   is known, and [seeds, 2, sizes], their losses; None where they give no law,
   be it that a run was not cooled down."""
-  seeds = [seed for seed in sorted(set.intersection(*map(set, sizes)))
-           if not any(x.diverged for pairs in sizes for x in pairs[seed])]
+  seeds = _ended(sizes)
   of = lambda get: np.array([[[get(pairs[seed][i]) for pairs in sizes]
                               for i in (1, 0)] for seed in seeds], float)
   if (min(len(sizes), len(seeds)) < statistics.MIN_SEEDS
@@ -676,7 +669,8 @@ def _speed_ups(sizes: Sequence[str], by_size) -> list[SpeedUp]:
   from a saturating power law of each curve (statistics.speed_up).
   """
   factors = []
-  for size, pairs in zip(sizes, map(_ended, by_size)):
+  for size, by_seed in zip(sizes, by_size):
+    pairs = [by_seed[seed] for seed in _ended([by_seed])]
     if any(x.curve for pair in pairs for x in pair):
       for by in BY:
         x, error = statistics.over_seeds(

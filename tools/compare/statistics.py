@@ -140,13 +140,15 @@ def crossed(values_SQ: np.ndarray, weights_Q: Sequence[float] | None = None
                  float(2 * stdtr(df, -abs(mean) / error)))
 
 
-def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
-  """Returns the exact two-sided p of McNemar's test of items that are right (1)
-  or wrong (0)."""
+def mcnemar(ours: Sequence[float], theirs: Sequence[float],
+            alternative: str = 'two-sided') -> float:
+  """Returns the exact p of McNemar's test of items that are right (1) or wrong
+  (0); `alternative` is scipy's."""
   from scipy.stats import binomtest
-  apart = np.sign(np.subtract(ours, theirs))
+  apart = np.subtract(ours, theirs, dtype=float)
   wins, losses = int(np.sum(apart > 0)), int(np.sum(apart < 0))
-  return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+  return float(binomtest(wins, wins + losses, alternative=alternative
+                         ).pvalue) if wins + losses else 1.0
 
 
 def p_value(values: Sequence[float], pooled: Pooled | None = None

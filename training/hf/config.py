@@ -11,7 +11,6 @@ training gave none.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-import dataclasses
 import math
 import pathlib
 import re
@@ -348,12 +347,6 @@ def _write_head(config: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
   if config.head == 'sequence':
     fields['problem_type'] = PROBLEMS[config.num_labels > 1]
   return fields
-
-
-def without_head(config: ModelConfig) -> ModelConfig:
-  """Returns the language model of the same stack."""
-  return dataclasses.replace(config, head='lm', num_labels=0, head_dropout=0.0,
-                             pooling='cls')
 
 
 def check_same(ours: ModelConfig, theirs: ModelConfig, why: str) -> None:

@@ -156,8 +156,7 @@ def read_object(path: pathlib.Path) -> dict:
   Raises:
     RequestError: if it holds none.
   """
-  tree = storage.parse(path.read_bytes(), str(path))
-  return tree
+  return storage.parse(path.read_bytes(), str(path))
 
 
 def shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:

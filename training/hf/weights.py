@@ -379,9 +379,10 @@ def without_generator(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
 
 def names_left_out(module: nn.Module) -> set[str]:
   """Returns their names in Hugging Face's format."""
-  lm = dataclasses.replace(module.config, head='lm')
+  lm = dataclasses.replace(module.config, head='lm', num_labels=0,
+                           head_dropout=0.0, pooling='cls')
   page = architectures.hugging_face(lm.arch)
-  shapes = left_out(module, hf_config.without_head(module.config))
+  shapes = left_out(module, lm)
   rows = [row for row in page.rows(lm) if row[0] in shapes]
   return {tensor.name for tensor in tensor_map.expand(rows, shapes)} | set(
       page.tied)

@@ -211,22 +211,20 @@ def fill_mask(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _of_prompts(evaluation: Evaluation) -> list[np.ndarray]:
-  """Returns the tokens of each prompt, int32 [L]."""
-  return [_with_mask(text, evaluation.tokenizer, evaluation.run.model.max_len)
-          for text in evaluation.options.prompt.split('|||')]
-
-
-def _with_mask(text: str, tokenizer: Any, most: int) -> np.ndarray:
-  """Returns the tokens of a prompt of up to `most` tokens, int32 [L]; a
-  RequestError where there is no mask in it, or it is longer."""
-  ids = with_masks(text, tokenizer)
-  require(tokenizer.mask_id in ids, f'the prompt {short(text)} has no mask: '
-          'write [MASK] where a token is to be filled in')
-  row = np.concatenate([[tokenizer.cls_id], ids, [tokenizer.sep_id]])
-  require(len(row) <= most, f'the prompt {short(text)} has {len(row)} tokens, '
-          f'[CLS] and [SEP] included, and the model takes max_len {most}: '
-          'shorten it')
-  return row.astype(np.int32)
+  """Returns the tokens of each prompt, int32 [L]; a RequestError where there is
+  no mask in one, or it is longer than the model takes."""
+  tokenizer, most = evaluation.tokenizer, evaluation.run.model.max_len
+  rows = []
+  for text in evaluation.options.prompt.split('|||'):
+    ids = with_masks(text, tokenizer)
+    require(tokenizer.mask_id in ids, f'the prompt {short(text)} has no mask: '
+            'write [MASK] where a token is to be filled in')
+    rows.append(np.concatenate([[tokenizer.cls_id], ids, [tokenizer.sep_id]]
+                               ).astype(np.int32))
+    require(len(rows[-1]) <= most, f'the prompt {short(text)} has '
+            f'{len(rows[-1])} tokens, [CLS] and [SEP] included, and the model '
+            f'takes max_len {most}: shorten it')
+  return rows
 
 
 def with_masks(text: str, tokenizer: Any) -> np.ndarray:
