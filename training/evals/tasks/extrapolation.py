@@ -168,10 +168,9 @@ def table(curves: Mapping, texts: Mapping[int, Text], length: int) -> str:
 def plot(curves: Mapping, texts: Mapping[int, Text], length: int,
          path: Any) -> None:
   """Draws the loss by position at the longest length that each one takes."""
-  import matplotlib
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
-  figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
+  from matplotlib.figure import Figure
+  figure = Figure(figsize=(8, 4.5), layout='constrained')
+  axes = figure.subplots()
   for name, by in curves.items():
     longest = max((m for m, c in by.items() if c is not None), default=None)
     if longest is None:

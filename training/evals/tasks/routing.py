@@ -66,13 +66,12 @@ def table(figures: Mapping[str, np.ndarray]) -> str:
 
 def plot(load_NE: np.ndarray, path: Any) -> None:
   """Draws the load of each expert, 1 where it is even."""
-  import matplotlib
-  matplotlib.use('Agg')
-  from matplotlib import pyplot, ticker
+  from matplotlib import figure as figures, ticker
   layers, experts = load_NE.shape
-  figure, axes = pyplot.subplots(
+  figure = figures.Figure(
       figsize=(max(4, min(12, experts / 2)), max(2, min(10, 1 + layers / 3))),
       layout='constrained')
+  axes = figure.subplots()
   image = axes.imshow(load_NE * experts, aspect='auto', vmin=0, vmax=2,
                       cmap='RdBu_r')
   axes.set(xlabel='expert', ylabel='layer of experts',
