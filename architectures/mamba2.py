@@ -32,9 +32,10 @@ def read_limits(reader: hf.Reader) -> dict[str, float]:
   whole = [0 if bound in (INFINITY, float('inf')) else bound
            for bound in bounds or (0.0, INFINITY)]
   require(len(whole) == 2 and all(type(x) in (int, float) for x in whole)
-          and bounds[:1] not in ([INFINITY], [float('inf')]),
-          f'config.json has time_step_limit {short(bounds)}: it must be two '
-          'numbers, of which the second may be infinite')
+          and bounds[:1] not in ([INFINITY], [float('inf')])
+          and 0 not in bounds[1:], f'config.json has time_step_limit '
+          f'{short(bounds)}: it must be two numbers, of which the second is '
+          'above 0 and may be infinite')
   return dict(least_step=float(whole[0]), most_step=float(whole[1]))
 
 

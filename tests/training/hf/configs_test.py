@@ -108,6 +108,8 @@ def test_published_files_are_read_and_what_differs_is_refused(published,
      r"quantised \('fp8'\).*=FineGrainedFP8Config.*take NEW$"),
     (MISTRAL | dict(quantization_config=dict(quant_method='awq', bits=4)),
      r"quantised \('awq'\).*Take the folder of the model that was quantised"),
+    # Which no field of ours tells from a limit that is not there.
+    (MAMBA2 | dict(time_step_limit=[0.0, 0.0]), 'the second is above 0'),
 ])
 def test_what_is_not_known_is_refused(tree, words):
   assert not hf_config.read(MISTRAL).ffn_bias
