@@ -305,6 +305,9 @@ class ModelConfig:
     rope = overrides.pop('rope', None)
     if rope and self.rope:
       overrides['rope'] = dataclasses.replace(self.rope, **rope)
+    router = overrides.pop('router', None)
+    if router and self.moe:
+      overrides['moe'] = dataclasses.replace(self.moe, router=router)
     if overrides.get('ffn') == kinds.DENSE:
       overrides['ffn'] = self.moe.ffn if self.ffn == 'moe' else self.ffn
     return dataclasses.replace(self, pattern='', prefix='', suffix='',

@@ -98,7 +98,7 @@ FIELDS: dict[str, declared.Leaf] = {leaf.name: leaf for leaf in (
 # The fields of a kind of layer, and of the model what each stands for.
 OF_LAYERS = {name: name for name, leaf in FIELDS.items()
              if leaf.rule.of_layers} | {'window': 'sliding_window',
-                                        'rope': 'rope'}
+                                        'router': 'moe.router', 'rope': 'rope'}
 
 
 def defaults() -> dict[str, Any]:
@@ -445,8 +445,9 @@ def check_model(c: ModelConfig, stack: str,
     raise RequestError(
         f'model.head is {c.head!r}, which model.arch {c.arch!r} does not have: '
         f'choose model.arch from {", ".join(archs("encoder"))}')
-  if c.has_experts:
-    routing.check_router(c, stack)
+  for kind in map(c.of_kind, c.kinds_used):
+    if kind.ffn == 'moe':
+      routing.check_router(kind, stack)
 
 
 def _check_pattern(c: ModelConfig) -> None:

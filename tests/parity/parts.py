@@ -142,6 +142,9 @@ def experts(router: str) -> list[compare.Finding]:
   ctx = Context(jnp.arange(LENGTH)[None], tokens_BL=jnp.asarray(tokens))
   params = jax.tree.map(lambda leaf: 0.3 * normal(*leaf.shape), nn.meta.unbox(
       jax.eval_shape(lambda: module.init(jax.random.key(0), x, ctx)['params'])))
+  if 'experts_of' in params:
+    params['experts_of'] = np.asarray(routing.hashed(
+        c.moe, jnp.arange(VOCAB)), np.float32)
   y, vjp = jax.vjp(lambda params, x: module.apply(
       {'params': params}, x, ctx)[0], params, x)
   grads, dx = vjp(d)

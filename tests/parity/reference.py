@@ -52,7 +52,7 @@ def run(config: dict, system: str, given: dict[str, np.ndarray] | None = None,
     for parameter in model.parameters():
       grad = parameter.grad
       parameter.copy_(_torch().zeros_like(parameter) if grad is None else grad)
-    for buffer in _biases(model):
+    for buffer in _biases(model) + _tables(model):
       buffer.zero_()
   _, grads = saved(model)
   return Recording(config, weights, inputs, outputs, grads, continued, layers,
@@ -129,6 +129,9 @@ def draw(config: dict, system: str, head: str = 'lm'):
         parameter.copy_((parameter + noise).to(half).float())
     for buffer in _biases(model):
       buffer.copy_((0.15 * torch.randn_like(buffer)).to(half).float())
+    for buffer in _tables(model):
+      rows, columns = map(torch.arange, buffer.shape)
+      buffer.copy_((3 * rows[:, None] + columns) % config.n_routed_experts)
   return model
 
 
@@ -136,6 +139,13 @@ def _biases(model) -> list:
   """Returns the biases of routers that no gradient reaches (DeepSeek-V3)."""
   return [buffer for name, buffer in model.named_buffers()
           if name.endswith('e_score_correction_bias')]
+
+
+def _tables(model) -> list:
+  """Returns which experts each token has, where these are fixed
+  (DeepSeek-V4)."""
+  return [buffer for name, buffer in model.named_buffers()
+          if name.endswith('tid2eid')]
 
 
 def model_class(system: str, head: str = 'lm') -> type:
@@ -343,6 +353,23 @@ def _mamba2(model) -> None:
   model.forward = mended
 
 
+def _deepseek_v4(model) -> None:
+  """Its hidden states are several streams, of which the end of the stack makes
+  one, and its attention weighs entries."""
+  forward = model.forward
+
+  @functools.wraps(forward)
+  def mended(*args, **kwargs):
+    out = forward(*args, **kwargs)
+    if out.hidden_states is not None:
+      first, *layers = out.hidden_states
+      out.hidden_states = (first[:, :, 0], *(
+          x if x.ndim == 3 else model.model.hc_head(x) for x in layers))
+    out.attentions = None
+    return out
+  model.forward = mended
+
+
 def _nemotron_h(model) -> None:
   """A network is a layer of its own there, and here a part of the layer before
   it: what such a layer returns is what the next one without a network reads.
@@ -413,6 +440,7 @@ def _write_as(model, change) -> None:
 
 MENDS = {
     'BartForConditionalGeneration': _marian,
+    'DeepseekV4ForCausalLM': _deepseek_v4,
     'Gemma4ForCausalLM': _gemma4,
     'KimiLinearForCausalLM': _kimi_linear,
     'MambaForCausalLM': _mamba2,

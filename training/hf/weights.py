@@ -195,8 +195,9 @@ class Names:
     if name not in self._source:
       return f'{" and ".join(tensor.paths)}: the files have no {tensor.name}'
     dtype, shape = self._source.dtype(name), self._source.shape(name)
-    require(dtype in hf_files.DTYPES, f'{name} is of type {dtype}: weights are '
-            f'read from {", ".join(hf_files.DTYPES)}')
+    require(dtype in hf_files.DTYPES or dtype in ('I64', 'int64') and re.
+            fullmatch(self._page.integers, tensor.name), f'{name} is of type '
+            f'{dtype}: weights are read from {", ".join(hf_files.DTYPES)}')
     return '' if shape == tensor.shape else (
         f'{tensor.name} is {shape} in the files and {tensor.shape} in the '
         'model')
@@ -320,6 +321,8 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
       for path in tensors[name].paths])
   for name, tensor in tensors.items():
     check_range(' and '.join(tensor.paths), join(name), dtypes[name])
+  dtypes |= {name: np.dtype('int64') for name in tensors
+             if re.fullmatch(page.integers, name)}
   constants = page.constants(config)
   files = hf_files.shards({
       name: math.prod(tensor.shape) * dtypes[name].itemsize

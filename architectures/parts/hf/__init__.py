@@ -91,6 +91,7 @@ class HuggingFace(NamedTuple):
       so those of PEFT's adapters), where these differ.
     ignored: patterns of the names of tensors that hold no weights.
     constants: ModelConfig -> the tensors, by name, that follow from it.
+    integers: a pattern of those of whole numbers, which are so written.
     fixed: token ids that an export writes as `write` has them, whatever the
       tokenizer of the run says.
     heads: those that transformers has for tasks, by model.head.
@@ -114,6 +115,7 @@ class HuggingFace(NamedTuple):
   module: tuple[str, str] = ('', '')
   ignored: Sequence[str] = ()
   constants: Callable[[ModelConfig], dict[str, Any]] = lambda c: {}
+  integers: str = ''
   fixed: Sequence[str] = ()
   heads: Mapping[str, TaskHead] = {}
   of_files: Callable[[Collection[str]], dict] = lambda names: {}

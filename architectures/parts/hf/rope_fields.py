@@ -53,14 +53,15 @@ def read(reader: hf.Reader, *,
                on_scores, words, original)
 
 
-def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]]
-                 ) -> list[dict]:
+def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]],
+                 **how: Any) -> list[dict]:
   """Returns model.rope of each kind of layer, of a rope_parameters that has an
   object for each. An old config.json has one rope_scaling, of the last kind.
 
   Args:
     reader: of the config.json.
     *kinds: (its name there, the `theta` of `read`).
+    **how: further arguments of `read`, and `temperature`: whether YaRN has one.
   """
   parts, old = reader.section('rope_parameters'), reader.section('rope_scaling')
   ropes = []
@@ -75,7 +76,7 @@ def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]]
           fraction=r('partial_rotary_factor', 1.0), interleaved=False,
           scaling='none' if factor == 1 else 'linear', factor=factor))
     else:
-      ropes.append(_read(reader, r, theta, by_kind=True) | dict(
+      ropes.append(_read(reader, r, theta, by_kind=True, **how) | dict(
           proportional=False))
   return ropes
 
@@ -83,7 +84,8 @@ def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]]
 def _read(reader: hf.Reader, r: hf.Reader, theta: tuple[str, float],
           fraction: tuple[str, float] | None = None, interleaved: bool = False,
           on_scores: bool = False, words: Mapping[str, str] = SCALINGS,
-          original: int = 0, by_kind: bool = False) -> dict:
+          original: int = 0, by_kind: bool = False, temperature: bool = True
+          ) -> dict:
   rope: dict[str, Any] = dict(
       theta=r('rope_theta', reader(*theta)),
       fraction=_fraction(reader, r, fraction), interleaved=interleaved,
@@ -102,7 +104,8 @@ def _read(reader: hf.Reader, r: hf.Reader, theta: tuple[str, float],
   rope |= {name: r(name, default)
            for name, default in _OF.get(rope['scaling'], {}).items()}
   if rope['scaling'] == 'yarn':
-    rope |= _mscale(r, on_scores)
+    rope |= (_mscale(r, on_scores) if temperature else
+             dict(mscale=0.0, mscale_all_dim=0.0))
     r.must(attention_factor=positions.yarn_factor(
         **{name: rope[name] for name in ('factor', 'mscale', 'mscale_all_dim')}
     ))
@@ -151,16 +154,18 @@ def _fraction(reader: hf.Reader, rope: hf.Reader,
   return 1.0
 
 
-def write_by_kind(c: ModelConfig) -> dict:
+def write_by_kind(c: ModelConfig, names: Mapping[str, str] | None = None,
+                  **how: Any) -> dict:
   """Returns rope_parameters with an object for each kind of layer: those with
-  a window, and those that see all."""
+  a window, and those that see all; or by their mixers, which `names` names.
+  `how` is of `write`."""
   ropes: dict[str, dict] = {}
   for kind in c.layer_kinds(c.num_layers):
     config = c.of_kind(kind.name)
-    if config.mixer != 'attention':
+    if not names and config.mixer != 'attention':
       continue
-    name = layer_types.type_of(config)
-    rope = write(config, by_kind=True)
+    name = names[config.mixer] if names else layer_types.type_of(config)
+    rope = write(config, by_kind=True, **how)
     require(ropes.setdefault(name, rope) == rope,
             f'model.kinds has layers of {name} with positions that differ: '
             'this config.json has one of each')
@@ -169,7 +174,8 @@ def write_by_kind(c: ModelConfig) -> dict:
 
 def write(c: ModelConfig, *, whole_heads: bool = True,
           interleaved: bool = False, on_scores: bool = False,
-          words: Mapping[str, str] = SCALINGS, by_kind: bool = False) -> dict:
+          words: Mapping[str, str] = SCALINGS, by_kind: bool = False,
+          temperature: bool = True) -> dict:
   """Returns rope_parameters for the config `c`.
 
   Args:
@@ -178,6 +184,7 @@ def write(c: ModelConfig, *, whole_heads: bool = True,
       does not read that it should turn a part.
     interleaved, on_scores, words: as of `read`.
     by_kind: whether they are those of a kind of layer.
+    temperature: as of `read_by_kind`.
   """
   require(c.position == 'rope', f'model.position is {c.position!r}: this '
           "config.json can only say 'rope'")
@@ -204,7 +211,9 @@ def write(c: ModelConfig, *, whole_heads: bool = True,
     rope['factor'] = r.factor
   rope |= {name: getattr(r, name) for name in _OF.get(r.scaling, ())
            if name != 'truncate' or not r.truncate}
-  if r.scaling == 'yarn' and (r.mscale, r.mscale_all_dim) != (1, 0):
+  if r.scaling == 'yarn' and not temperature:
+    rope['attention_factor'] = 1.0
+  elif r.scaling == 'yarn' and (r.mscale, r.mscale_all_dim) != (1, 0):
     require(on_scores and r.mscale and r.mscale_all_dim, 'model.rope.mscale '
             f'is {r.mscale} and model.rope.mscale_all_dim {r.mscale_all_dim}, '
             'which this config.json cannot say: set them to 1 and 0'

@@ -33,7 +33,7 @@ from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.sharding import Role, declare
 from configs.errors import require
 
-BIAS = 'router_bias'
+BIAS, TABLE = 'router_bias', 'experts_of'
 
 
 class MoE(nn.Module):
@@ -53,7 +53,7 @@ class MoE(nn.Module):
     x_BLD = sharding.constrain(x_BLD, 'batch', 'length', 'embed')
     x_TD = x_BLD.reshape(-1, D)
     inputs = routing.Inputs(
-        self._logits(x_TD, ctx), valid_T, self._tokens(ctx, (B, L)),
+        self._logits(x_TD, ctx), valid_T, self._hashed(ctx, (B, L)),
         self._bias(), self._noise_key(routing.of(m).draws, ctx),
         routing_groups(m.group_size, B * L), not ctx.deterministic)
     routed = routing.route(m, inputs)
@@ -134,10 +134,17 @@ class MoE(nn.Module):
   def _noise_key(self, wanted: float, ctx: Context):
     return self.make_rng('router') if wanted and not ctx.deterministic else None
 
-  def _tokens(self, ctx: Context, shape: tuple[int, int]):
-    if not routing.of(self.config.moe).hashes:
+  def _hashed(self, ctx: Context, shape: tuple[int, int]):
+    c, m = self.config, self.config.moe
+    if not routing.of(m).hashes:
       return None
-    return jnp.broadcast_to(ctx.tokens_BL, shape).reshape(-1)
+    tokens_T = jnp.broadcast_to(ctx.tokens_BL, shape).reshape(-1)
+    if not routing.of(m).table:
+      return routing.hashed(m, tokens_T)
+    table_VX = declare(self, TABLE, lambda _, shape, dtype: routing.hashed(
+        m, jnp.arange(shape[0])).astype(dtype), (c.vocab_size, m.top_k),
+                       Role((None, None)), jnp.float32)
+    return jax.lax.stop_gradient(table_VX)[tokens_T].astype(jnp.int32)
 
   def _bias(self):
     """DeepSeek-V3's bias: no gradient moves it, `move_biases` does."""
@@ -203,7 +210,7 @@ def move_biases(c: ModelConfig, params: dict[str, Any],
   """
   def move(path, x: jax.Array) -> jax.Array:
     path = jax.tree_util.keystr(path, simple=True, separator='/')
-    return routing.of(c.moe).bias(
+    return routing.step_bias(
         x, loads[path], applied * c.moe.bias_rate) if path in loads else x
 
   return jax.tree_util.tree_map_with_path(move, params)

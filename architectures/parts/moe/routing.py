@@ -27,8 +27,8 @@ sinkhorn       in training, the X best of the logits balanced over tokens and
 hash           a fixed hash of the token id (Roller et al. 2021). No router
                weight, hence no loss.
 hash_scored    experts as those of hash, which weigh as those of sqrt_softplus
-               (the first layers of DeepSeek-V4, whose table of the experts of a
-               token stands in the weights).
+               (the first layers of DeepSeek-V4). They stand in a table of the
+               layer, experts_of, which no training moves.
 uniform        tokens dealt in turn, in perfect balance: for benchmarks.
 
 With X = 1 a gate is never normalised: it would be 1 and teach nothing.
@@ -160,7 +160,7 @@ class Inputs:
   """What a router may look at; T tokens in `groups` groups of a sequence."""
   logits_TE: Optional[jax.Array]
   valid_T: jax.Array  # bool: padding takes no expert
-  tokens_T: Optional[jax.Array] = None  # ids, for routers that hash
+  expert_TX: Optional[jax.Array] = None  # by the ids, for routers that hash
   bias_E: Optional[jax.Array] = None  # for routers with a bias
   key: Optional[jax.Array] = None  # None: deterministic
   groups: int = struct.field(pytree_node=False, default=1)
@@ -442,11 +442,11 @@ def hashed(m: MoEConfig, tokens_T: jax.Array) -> jax.Array:
 
 
 def hash_(m: MoEConfig, x: Inputs) -> Routing:
-  return _fixed(m, hashed(m, x.tokens_T), x.valid_T)
+  return _fixed(m, x.expert_TX, x.valid_T)
 
 
 def hash_scored(m: MoEConfig, x: Inputs) -> Routing:
-  return _weighed(m, x, sqrt_softplus(x.logits_TE), hashed(m, x.tokens_T))
+  return _weighed(m, x, sqrt_softplus(x.logits_TE), x.expert_TX)
 
 
 def uniform(m: MoEConfig, x: Inputs) -> Routing:
@@ -472,10 +472,11 @@ class Router(NamedTuple):
     logits: whether it has a weight, and so logits and losses of them.
     top_k: how many experts a token has, where no other number is possible.
     draws: whether it draws in training: Inputs.key.
-    hashes: whether the tokens' ids alone choose, Inputs.tokens_T, so that no
+    hashes: whether the tokens' ids alone choose, Inputs.expert_TX, so that no
       loss asks for even load.
-    bias: (bias_NE, load_NE, rate) -> bias_NE, how a step moves a bias on the
-      choice, Inputs.bias_E, against the load; None: it has none.
+    table: whether their experts stand in a table of the layer.
+    bias: whether a bias stands on the choice, Inputs.bias_E, which `step_bias`
+      moves against the load.
     groups: whether tokens of one group compete even without a capacity.
     experts_choose: whether experts choose tokens. Which they take depends on
       later tokens, so no decoder may have it, and how many is their capacity.
@@ -491,7 +492,8 @@ class Router(NamedTuple):
   top_k: int = 0
   draws: bool = False
   hashes: bool = False
-  bias: Optional[Callable] = None
+  table: bool = False
+  bias: bool = False
   groups: bool = False
   experts_choose: bool = False
   counts_first: bool = False
@@ -597,7 +599,7 @@ LEARNED = (*SCORED, 'moe.balance_loss', 'moe.z_loss_weight')
 NORMALIZED = (*LEARNED, 'moe.normalize_gates')
 GROUPED = (*NORMALIZED, 'moe.expert_groups', 'moe.top_groups')
 SIGMOID = Router(functools.partial(scored, jax.nn.sigmoid),
-                 (*GROUPED, 'moe.bias_rate'), bias=step_bias,
+                 (*GROUPED, 'moe.bias_rate'), bias=True,
                  wanted=best_scores)
 
 ROUTERS = {
@@ -618,7 +620,7 @@ ROUTERS = {
     'sinkhorn': Router(sinkhorn, NORMALIZED, groups=True),
     'hash': Router(hash_, logits=False, hashes=True, whole=True),
     'hash_scored': Router(hash_scored, (*SCORED, 'moe.normalize_gates'),
-                          hashes=True),
+                          hashes=True, table=True),
     'uniform': Router(uniform, logits=False, whole=True),
 }
 

@@ -320,7 +320,8 @@ EXPERTS, RATE, STEPS = 4, 0.08, 12
 
 def _config(**train):
   c = step_test.config()
-  c.model.update(ffn='moe', num_layers=2)
+  c.model.update(ffn='moe', num_layers=4, pattern='table,bias', kinds=dict(
+      table=dict(router='hash_scored'), bias={}))
   c.model.moe.update(num_experts=EXPERTS, top_k=1, d_ff=16, router='sigmoid',
                      balance_loss='none', bias_rate=RATE)
   c.optim.lr = 1e-9  # nothing but the bias moves
@@ -328,10 +329,9 @@ def _config(**train):
   return c
 
 
-def _biases(params):
+def _biases(params, block=1, name='router_bias'):
   """[N, E], layers in order."""
-  return np.asarray(
-      params['decoder']['layers']['block_0']['ffn']['router_bias'])
+  return np.asarray(params['decoder']['layers'][f'block_{block}']['ffn'][name])
 
 
 @pytest.mark.slow
@@ -341,8 +341,8 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
                    mesh=step_test.one_device())
   params = jax.tree.map(np.array, models.drawn(run.abstract.params))
   # It begins collapsed: expert 0 is every token's, in both layers.
-  params['decoder']['layers']['block_0']['ffn']['router_bias'][:] = (
-      1.0, 0, 0, 0)
+  _biases(params)[:] = 1.0, 0, 0, 0
+  _biases(params, 0, 'experts_of')[:] = 2
   with run.context():
     state = step_test.start(run, params)
     step = jax.jit(make_train_step(run.module, run.tx, c))
@@ -351,7 +351,10 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
       batch = devices.put(step_test.batch(n), run.place)
       state, metrics = step(state, batch)
       biases.append(_biases(state.params))
-      loads.append(np.asarray(metrics['health/load_E']))
+      load_NE = np.asarray(metrics['health/load_E'])
+      np.testing.assert_array_equal(load_NE[::2], [[0, 0, 1, 0]] * 2)
+      loads.append(load_NE[1::2])
+  assert (_biases(state.params, 0, 'experts_of') == 2).all()
   for before, after, load_NE in zip(biases, biases[1:], loads):
     np.testing.assert_allclose(
         after - before, RATE * np.sign(1 / EXPERTS - load_NE), atol=1e-6)

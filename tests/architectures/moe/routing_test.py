@@ -34,7 +34,7 @@ def inputs(seed=0, **fields):
   return routing.Inputs(**(dict(
       logits_TE=2 * random.normal(size=(T, E)).astype(np.float32),
       valid_T=np.ones(T, bool), bias_E=np.zeros(E, np.float32),
-      tokens_T=random.integers(50, size=T, dtype=np.int32)) | fields))
+      expert_TX=routing.hashed(moe(), random.integers(50, size=T))) | fields))
 
 
 def route(router, x=None, **fields):
@@ -112,12 +112,10 @@ def test_where_the_hash_chooses_the_scores_may_weigh():
 
 
 def test_hash_goes_by_the_token_id_alone():
-  first, second = inputs(0), inputs(1)
   table = {}
-  for x in (first, second):
-    _, r = route('hash', x)
-    for token, pair in zip(np.array(x.tokens_T),
-                           np.array(r.expert_A).reshape(T, 2)):
+  for tokens_T in np.random.default_rng(0).integers(50, size=(2, T)):
+    _, r = route('hash', inputs(expert_TX=routing.hashed(moe(), tokens_T)))
+    for token, pair in zip(tokens_T, np.array(r.expert_A).reshape(T, 2)):
       assert table.setdefault(int(token), tuple(pair)) == tuple(pair)
       assert pair[0] != pair[1]
   spread = np.bincount([pair[0] for pair in table.values()], minlength=E)
