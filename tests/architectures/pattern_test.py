@@ -227,6 +227,7 @@ def test_a_block_ends_before_its_network():
       {'params': p['attention']}, x, ctx, None)[0]
   want = {
       'pre_norm': x_BLD + A(n('attention', x_BLD)),
+      'no_norm': x_BLD + A(x_BLD),
       'post_norm': n('attention', x_BLD + A(x_BLD)),
       'sandwich': x_BLD + n('attention_out', A(n('attention', x_BLD))),
       'out_norm': x_BLD + n('attention_out', A(x_BLD))}
