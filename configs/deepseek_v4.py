@@ -3,7 +3,8 @@
 Lab note. DeepSeek-AI 2026 (arXiv 2606.19348): `flash`, 284B parameters of which
 13B work for a token, trained on 32T tokens, and `pro`, 1.6T and 49B, on 33T; a
 context of 1,048,576 tokens by yarn from 65,536. Sizes and the order of layers
-are those of each config.json. Counts are of transformers' classes, without the
+are those of transformers' class and of public descriptions: neither config.json
+was read itself. Counts are of transformers' classes, without the
 module that predicts a second token and without buffers: the biases of routers,
 and the tables of hashed experts, which a hash fills here. The optimiser was
 Muon (`--config.optim.name=muon`); here it is AdamW. Batch and rates were not
