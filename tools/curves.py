@@ -97,7 +97,8 @@ def _picture(drawn: Mapping[str, Mapping], panels: Mapping[str, str], by: str
       for name, lines in drawn.items():
         x, y = (lines[panel][key] if panel in lines else []
                 for key in (by, 'loss'))
-        axes.plot(x, y, label=label[name], **look[name])
+        # A line of one point cannot be seen.
+        axes.plot(x, y, 'o' * (len(x) == 1), label=label[name], **look[name])
       axes.set(title=panels[panel], xlabel=curves.AXES[by])
       axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
       axes.locator_params(axis='x', nbins=5)
