@@ -230,13 +230,7 @@ def attention(name: str) -> list[compare.Finding]:
   model.profiles.update(rank=4, extent=7)
   c = architectures.resolve(model)
   module = Attention(c, LayerKind('global', 'gelu', causal=True))
-  ctx = Context(jnp.arange(LENGTH)[None])
-  params = jax.tree.map(lambda leaf: 0.4 * normal(*leaf.shape), nn.meta.unbox(
-      jax.eval_shape(lambda: module.init(jax.random.key(0), x, ctx, None)[
-          'params'])))
-  y, vjp = jax.vjp(lambda params, x: module.apply(
-      {'params': params}, x, ctx, None)[0], params, x)
-  grads, dx = vjp(d)
+  params, y, grads, dx = _ours(module, normal, x, d)
   import torch
   leaves = {name: torch.tensor(value, requires_grad=True)
             for name, value in dict(params, x=x).items()}
@@ -247,6 +241,18 @@ def attention(name: str) -> list[compare.Finding]:
       compare.Finding(name, compare.error(grad, leaves[name].grad.numpy()),
                       compare.LIMITS['grads'])
       for name, grad in dict(grads, x=dx).items()]
+
+
+def _ours(module: nn.Module, normal, x: np.ndarray, d: np.ndarray):
+  """Returns parameters that `normal` draws, what the module makes of x, and the
+  gradients of its sum with d: of the parameters, and of x."""
+  ctx = Context(jnp.arange(LENGTH)[None])
+  params = jax.tree.map(lambda leaf: 0.4 * normal(*leaf.shape), nn.meta.unbox(
+      jax.eval_shape(lambda: module.init(jax.random.key(0), x, ctx, None)[
+          'params'])))
+  y, vjp = jax.vjp(lambda params, x: module.apply(
+      {'params': params}, x, ctx, None)[0], params, x)
+  return params, y, *vjp(d)
 
 
 ENTRIES = {'swa': 'sliding_attention', 'csa': 'compressed_sparse_attention',
@@ -292,13 +298,7 @@ def compressed(mixer: str) -> list[compare.Finding]:
   model.indexer.update(heads=8, head_dim=8, top_k=3, interleaved=True)
   c = architectures.resolve(model)
   module = blocks.MIXERS[mixer].module(c, LayerKind('global', 'gelu'))
-  ctx = Context(jnp.arange(LENGTH)[None])
-  params = jax.tree.map(lambda leaf: 0.4 * normal(*leaf.shape), nn.meta.unbox(
-      jax.eval_shape(lambda: module.init(jax.random.key(0), x, ctx, None)[
-          'params'])))
-  y, vjp = jax.vjp(lambda params, x: module.apply(
-      {'params': params}, x, ctx, None)[0], params, x)
-  grads, dx = vjp(d)
+  params, y, grads, dx = _ours(module, normal, x, d)
   config = deepseek_v4.DeepseekV4Config(
       hidden_size=D, num_hidden_layers=1, num_attention_heads=4, head_dim=16,
       q_lora_rank=12, o_groups=2, o_lora_rank=6, sliding_window=5,
