@@ -83,8 +83,11 @@ def _write(c: ModelConfig) -> dict:
   return layer_types.write(c) | dict(
       hidden_size_per_layer_input=0, head_dim=local.head_dim,
       num_key_value_heads=local.num_kv_heads,
-      attention_k_eq_v=whole.keys_as_values, global_head_dim=whole.head_dim,
-      num_global_key_value_heads=whole.num_kv_heads,
+      attention_k_eq_v=whole.keys_as_values, per_layer_config={
+          str(n): dict(head_dim=whole.head_dim,
+                       num_key_value_heads=whole.num_kv_heads)
+          for n, layer in enumerate(layers)
+          if layer_types.type_of(layer) == WHOLE},
       final_logit_softcapping=c.logits_softcap or None,
       rope_parameters=rope_fields.write_by_kind(c))
 

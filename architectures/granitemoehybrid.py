@@ -48,9 +48,9 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
             f'{reader(name, 1.0)}: it must be > 0')
   inner = reader('mamba_expand', 2) * fields['d_model']
   size = reader('mamba_d_head', inner // heads)
-  require(size * heads == inner, f'config.json has mamba_n_heads {heads} of '
-          f'mamba_d_head {size}, which are not mamba_expand times hidden_size, '
-          f'{inner}')
+  require('linear' not in names or size * heads == inner, 'config.json has '
+          f'mamba_n_heads {heads} of mamba_d_head {size}, which are not '
+          f'mamba_expand times hidden_size, {inner}')
   return layer_types.shortest(names) | _read_ffn(reader) | _positions(
       reader) | dict(
           kinds={name: KINDS[name] for name in dict.fromkeys(names)},

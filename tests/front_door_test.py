@@ -65,13 +65,18 @@ def _save(tree, page, name):
   (tree / name).write_text(text)
 
 
-@pytest.mark.long
-def test_a_model_their_own_text_and_the_curves_of_both(tree):
-  made = '\n'.join(re.findall(r'^\t(\$\(run\) (?:train|eval)\.py.*)',
-                              (ROOT / 'Makefile').read_text(), re.M))
-  printed = _run(tree, made.replace('$(WORKDIR)', 'runs/tiny').replace(
+@pytest.fixture(scope='module')
+def tiny(tree):
+  """What `make train` prints."""
+  commands = '\n'.join(re.findall(r'^\t(\$\(run\) (?:train|eval)\.py.*)',
+                                  (ROOT / 'Makefile').read_text(), re.M))
+  return _run(tree, commands.replace('$(WORKDIR)', 'runs/tiny').replace(
       '$(run)', 'python'))
-  assert 'step 6/6' in printed and 'sample 1 of 1' in printed
+
+
+@pytest.mark.long
+def test_a_model_their_own_text_and_the_curves_of_both(tree, tiny):
+  assert 'step 6/6' in tiny and 'sample 1 of 1' in tiny
   printed = _run(tree, _block('README.md', '--workdir runs/a'))
   assert 'sample 1 of 1' in printed and 'Once upon' in printed
   _run(tree, _block('README.md', 'tools.curves'))
@@ -92,7 +97,7 @@ BLOCKS = [('own_data', '--workdir runs/mine', 'held-out loss'),
 
 
 @pytest.mark.long
-def test_blocks_of_how_tos(tree):
+def test_blocks_of_how_tos(tree, tiny):
   """In this order: some go on from runs of those before them, or of README."""
   pytest.importorskip('sklearn')
   for page, holds, prints in BLOCKS:
