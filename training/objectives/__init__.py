@@ -395,9 +395,8 @@ class Objective(NamedTuple):
 # The fields that some objectives read and others do not; see Objective.reads.
 OF_SOME = (
     *(f'data.{name}' for name in (
-        'chat_template', 'class_weights', 'document_mask', 'labels',
-        'length_buckets', 'mask_rate', 'pair_separators', 'stride',
-        'target_length', 'whole_words')),
+        'chat_template', 'document_mask', 'labels', 'length_buckets',
+        'mask_rate', 'stride', 'target_length')),
     *(f'probe.{name}' for name in (
         'examples', 'held_out', 'levels', 'random_non_queries', 'vocab')),
     'span.mean_length', 'span.noise_density', 'span.permuted')

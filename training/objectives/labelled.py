@@ -17,11 +17,7 @@ its paragraph are such a pair.
   question_answering  -(log softmax(starts)_first + log softmax(ends)_last) / 2
 
 A head reads a row off [CLS], or off its last token (architectures/parts/
-heads.py). The loss is a mean over the rows of a batch; with data.class_weights
-one in which a row counts as its label says, as torch's CrossEntropyLoss takes
-it; but with label smoothing torch weighs the smoothed share of each label by
-that label's own weight, and here all of a row's loss has the row's. Evaluations
-weigh all rows alike.
+heads.py). The loss is a mean over the rows of a batch.
 
 The first token of a word carries its label, and the others count nothing
 (Devlin et al. 2019, section 5.3). A decoder reads a label off the words up to
@@ -72,7 +68,7 @@ def lay_out(item: records.Item, rng: np.random.Generator | None, config: Config,
     types += [number] * (len(ids) + end)
   row = dict(tokens=np.concatenate(pieces).astype(np.int32),
              segment_ids=np.ones(len(types)), targets=item.target,
-             weights=item.weight)
+             weights=1.0)
   return row | (dict(types=types) if stack(config) == 'encoder' else {})
 
 
@@ -183,9 +179,6 @@ def answered(output: Output, batch: Batch, config: Config) -> Figures:
 
 
 _IGNORES = ('train.z_loss', 'train.loss_chunk')
-_PAIRS = ('data.length_buckets', 'data.pair_separators')
-
-
 _STACKS = ('encoder', 'decoder')
 
 
@@ -200,9 +193,10 @@ OBJECTIVES = {
     'classification': _of_texts(
         records.Classes, np.int32, figures=classified('targets'),
         labels=records.labels_of, ignores=_IGNORES,
-        reads=('data.labels', 'data.class_weights', *_PAIRS)),
+        reads=('data.labels', 'data.length_buckets')),
     'regression': _of_texts(
-        records.Numbers, np.float32, figures=estimated, reads=_PAIRS,
+        records.Numbers, np.float32, figures=estimated,
+        reads=('data.length_buckets',),
         ignores=(*_IGNORES, 'train.label_smoothing')),
     'token_classification': Objective(
         _STACKS, records.Sentences, lay_out_words, _word_arrays,
@@ -213,7 +207,8 @@ OBJECTIVES = {
     'question_answering': Objective(
         _STACKS, records.Questions, lay_out_question,
         lambda config: _arrays(config, starts=np.int32, ends=np.int32),
-        reads=('data.stride', *_PAIRS), fill=fill, figures=answered,
-        head='span', records=labelled.QUESTIONS, length=length,
+        reads=('data.stride', 'data.length_buckets'), fill=fill,
+        figures=answered, head='span', length=length,
+        records=labelled.QUESTIONS,
         ignores=(*_IGNORES, 'train.label_smoothing'),
         guess=lambda config, vocab: math.log(config.data.length))}

@@ -127,9 +127,8 @@ def test_pairs_equal_those_of_the_package_tokenizers(length, tmp_path):
       :record.length(item)].tolist() for item in view.items]
   assert rows == [theirs.encode(*pair).ids for pair in PAIRS]
   assert view.cut == (3 if length == 12 else 0)
-  for arch, given, between in (('roberta', 0, 2), ('roberta', 1, 1),
-                               ('bert', 0, 1), ('bert', 2, 2), ('gpt', 0, 1)):
-    c.model.arch, c.data.pair_separators = arch, given
+  for arch, between in (('roberta', 2), ('bert', 1), ('gpt', 1)):
+    c.model.arch = arch
     assert records.separators(c) == between
   transformers = pytest.importorskip('transformers')
   slow = transformers.RobertaTokenizerFast.from_pretrained(str(folder))
