@@ -232,7 +232,8 @@ def _sources_of_nothing(c: ModelConfig, tree: Mapping[str, Any]
     other = with_all_groups(dataclasses.replace(
         c, **dict.fromkeys(groups), **{name: 2 * getattr(c, name)}), tree)
     return any(getattr(c, x) != getattr(other, x) for x in groups) or (
-        name == 'num_heads' and not tree['head_dim'] and decides('head_dim'))
+        name == 'num_heads' and not tree.get('head_dim')
+        and decides('head_dim'))
 
   mup = c.parametrization == 'mup'  # whose rules are by the size of a head
   return {name: 'a size is left open in ' + ' or '.join(
@@ -339,9 +340,14 @@ def make(tree: Mapping[str, Any]) -> ModelConfig:
   c = with_all_groups(Model(**_derived(fields)), tree)
   layers = [c, *(c.of_kind(kind) for kind in c.kinds_used
                  if kind in c.kinds)]
-  return dataclasses.replace(c, **{
+  c = dataclasses.replace(c, **{
       name: None for name in GROUPS
       if not any(is_read(layer, name) for layer in layers)})
+  require(fields['head_dim'] or c.d_model % c.num_heads == 0
+          or 'num_heads' in _sources_of_nothing(c, tree),
+          f'model.num_heads is {c.num_heads}, which does not divide '
+          f'model.d_model {c.d_model}: choose a divisor, or set model.head_dim')
+  return c
 
 
 def _derived(fields: dict[str, Any]) -> dict[str, Any]:
@@ -351,10 +357,7 @@ def _derived(fields: dict[str, Any]) -> dict[str, Any]:
     require(fields[name] > 0, f'model.{name} is {fields[name]}: it must be > 0 '
             f'(derived from {source} at the start of a run)')
   heads_, width = fields['num_heads'], fields['d_model']
-  require(fields['head_dim'] or width % heads_ == 0,
-          f'model.num_heads is {heads_}, which does not divide model.d_model '
-          f'{width}: choose a divisor, or set model.head_dim')
-  head_dim = fields['head_dim'] or width // heads_
+  head_dim = fields['head_dim'] or width // heads_ or 1
   base_width, base_head_dim = _base(fields, head_dim)
   mup = fields['parametrization'] == 'mup'
   return fields | dict(

@@ -313,6 +313,13 @@ def test_what_cannot_be_is_refused(changes, sentence):
     architectures.resolve(models.config('llama', **changes))
 
 
+def test_heads_that_no_layer_has_need_not_divide_the_width():
+  config = models.config('llama', **fields('mamba'), d_model=30, head_dim=0)
+  assert architectures.resolve(config).d_model == 30
+  with pytest.raises(ValueError, match='which does not divide model.d_model'):
+    architectures.resolve(dict(config, mixer='retnet'))
+
+
 def test_groups_that_a_mesh_does_not_divide_are_refused():
   c = architectures.resolve(models.config('llama', **fields('mamba2')))
   shape = dict.fromkeys(tables.MESH_AXES, 1)
