@@ -15,7 +15,8 @@ K best of those that go on. A text that ends is finished if it is among the K
 best of all, and the K finished texts with the best scores are kept. The score
 of a text is its log-probability over a penalty of its length, so that a short
 text is not better for being short. The loop is that of transformers' `generate`
-with num_beams: token for token the same.
+with num_beams: token for token the same. A row is done when its best running
+text, were it to end now, would not beat the worst finished one.
 
 Masked diffusion (LLaDA: Nie et al. 2025, arXiv 2502.09992, algorithm 5, with
 its low-confidence remasking) begins with a prompt and N masks. In each of S
@@ -359,14 +360,10 @@ class Beams:
     length_penalty: the exponent alpha of the penalty; 0: none. The paper has
       0.6.
     penalty: an entry of PENALTIES: which penalty of a length.
-    early_stopping: whether a row is done when it has K finished texts. If not,
-      it goes on until the best running text, were it to end now, would not
-      beat the worst finished one.
   """
   count: int = 4
   length_penalty: float = 0.6
   penalty: str = 'gnmt'
-  early_stopping: bool = False
 
   def __post_init__(self):
     check_number('beams', self.count, (('>=', 1), ('<=', MOST)))
@@ -435,7 +432,7 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   def unfinished(carry: Any):
     t, state, _ = carry
-    return (t < T) & ~_done(state, beams)
+    return (t < T) & state.open_B.any()
 
   def step(carry: Any):
     t, state, cache = carry
@@ -486,11 +483,8 @@ def _choose(beams: Beams, stops: tuple[int, ...], state: _State,
   # A text that ends counts where it is one of the K best, and where its row
   # is not done. (Those below NEVER go on from a text that is none.)
   best_1C = jnp.arange(score_BC.shape[1])[None] < K
-  more_B = state.open_B
-  if beams.early_stopping:
-    more_B &= ~state.full_BK.all(1)
   new_BC = ends_BC & best_1C & (score_BC > NEVER / 2)
-  final_BC = jnp.where(new_BC & more_B[:, None],
+  final_BC = jnp.where(new_BC & state.open_B[:, None],
                        score_BC / beams.divisor(t + 1), NEVER)
   score_BK, kept_BK = jax.lax.top_k(
       jnp.concatenate([state.ended.score_BK, final_BC], 1), K)
@@ -503,11 +497,6 @@ def _choose(beams: Beams, stops: tuple[int, ...], state: _State,
   worst_B = jnp.where(full_BK.all(1), ended.score_BK.min(1), NEVER)
   return (_State(running, ended, full_BK, state.open_B & (hope_B > worst_B)),
           jnp.take_along_axis(parent_BC, chosen_BK, 1))
-
-
-def _done(state: _State, beams: Beams) -> jax.Array:
-  done = ~state.open_B.any()
-  return done | state.full_BK.all() if beams.early_stopping else done
 
 
 def _take(tokens_BCT: jax.Array, chosen_BK: jax.Array) -> jax.Array:

@@ -34,7 +34,7 @@ from training.objectives import labelled
 
 # The names of what is measured; all but the first three only where questions
 # have no answer.
-FIGURES = 'exact', 'f1', 'total', 'HasAns_*', 'NoAns_*', 'best_*'
+FIGURES = 'exact', 'f1', 'total', 'HasAns_*', 'NoAns_*'
 NEVER = 1e30  # how much higher null scores where there is no stretch
 _ARTICLES = re.compile(r'\b(a|an|the)\b')
 _PUNCTUATION = str.maketrans('', '', string.punctuation)
@@ -192,47 +192,11 @@ def rules(predictions: Sequence[str], right: Sequence[Sequence[str]]
   return figures
 
 
-def best_thresholds(predictions: Sequence[str], right: Sequence[Sequence[str]],
-                    null_scores: Sequence[float]) -> dict[str, float]:
-  """Returns the best exact and f1 that a threshold gives, and the threshold.
-
-  Above it a question counts as one without an answer. As evaluate-v2.0.py,
-  this looks at the right answers, and so says how well the scores part the
-  questions, not how well the model answers.
-
-  Args:
-    predictions: of each question, the best answer that is not ''.
-    right: of each question, the right answers; (): it has none.
-    null_scores: of each question, how much likelier it is to have no answer.
-  """
-  order = np.argsort(null_scores, kind='stable')
-  none = sum(not texts for texts in right)
-  # From one question to the next the threshold rises above its score: what has
-  # an answer gains its score, what has none was right, and now is wrong.
-  gains_N2 = np.array([
-      score(predictions[i], right[i]) if right[i] else (-1.0, -1.0)
-      for i in order])
-  totals_N2 = np.concatenate([np.zeros((1, 2)), np.cumsum(gains_N2, 0)])
-  figures = {}
-  for kind, totals_N in zip(('exact', 'f1'), totals_N2.T):
-    top = int(np.argmax(totals_N))
-    figures[f'best_{kind}'] = 100 * (none + float(totals_N[top])) / len(right)
-    figures[f'best_{kind}_thresh'] = (
-        float(null_scores[order[top - 1]]) if top else 0.0)
-  return figures
-
-
 def figures(view: Questions, predictions: Sequence[Best]) -> dict[str, Any]:
-  """Returns the figures of SQuAD's scripts, in percent; where questions have no
-  answer with the best thresholds."""
+  """Returns the figures of SQuAD's scripts, in percent."""
   right = [[text for text, _ in question.answers]
            for question in view.questions]
   overall = rules([answer.text for answer in predictions], right)
-  if not all(right):
-    overall |= best_thresholds(
-        [answer.stretches[0][0] if answer.stretches else ''
-         for answer in predictions], right,
-        [answer.null_minus_best for answer in predictions])
   scores_N2 = 100 * np.array([score(answer.text, texts)
                               for answer, texts in zip(predictions, right)])
   names = [(question.question, context) for question, (context, _) in zip(
@@ -249,10 +213,7 @@ def lines(figures: dict[str, Any]) -> list[str]:
         f', {words} {figures[f"{part}_{kind}"]:.2f}' for part, words in (
             ('HasAns', 'of those with an answer'), ('NoAns', 'without'))
         if f'{part}_{kind}' in figures)
-    top = '' if f'best_{kind}' not in figures else (
-        f'; at best {figures[f"best_{kind}"]:.2f}, with --null_threshold='
-        f'{figures[f"best_{kind}_thresh"]:.2f}')
-    report.append(f'  {kind:<16} {figures[kind]:.2f}{parts}{top}')
+    report.append(f'  {kind:<16} {figures[kind]:.2f}{parts}')
   return report
 
 

@@ -193,21 +193,6 @@ def test_scores_by_the_official_rules(answer, right, exact, f1):
   assert answers.score(answer, right) == pytest.approx((exact, f1))
 
 
-def test_the_best_threshold_is_the_best_of_all():
-  rng = np.random.default_rng(0)
-  right = [['x y'] if rng.random() < .6 else [] for _ in range(40)]
-  ours = rng.choice(['x', 'x y', 'z'], 40)
-  null = np.array([float(rng.normal() - bool(texts)) for texts in right])
-  best = answers.best_thresholds(ours, right, null)
-  for kind in ('exact', 'f1'):
-    tried = {threshold: answers.rules(np.where(null > threshold, '', ours),
-                                      right)[kind]
-             for threshold in [-99.0, *null]}
-    assert best[f'best_{kind}'] == pytest.approx(max(tried.values()))
-    assert tried[best[f'best_{kind}_thresh']] == pytest.approx(
-        max(tried.values()))
-
-
 @pytest.mark.parametrize('may_be_null', [False, True])
 def test_the_best_stretches_are_the_best_of_all(may_be_null):
   """Against loops over all windows and pairs of tokens."""

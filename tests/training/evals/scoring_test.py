@@ -20,7 +20,7 @@ from training.data import tokenizers
 from training.evals import scoring
 from training.evals.lm_eval_tasks import local
 from training.evals.scoring import Question
-from training.evals.tasks import lm_eval, loss
+from training.evals.tasks import lm_eval
 
 SMALL = dict(d_model=16, num_layers=1, num_heads=2, num_kv_heads=0, d_ff=24,
              head_dim=0, max_len=12)
@@ -163,14 +163,6 @@ def test_each_token_is_predicted_once_from_enough(tmp_path, stride):
       math.exp(nats / words), rel=1e-4)
   assert figures['bits_per_byte'] == pytest.approx(
       nats / math.log(2) / count, rel=1e-5)
-
-
-def test_wikitext_is_written_as_it_was():
-  assert loss.DETOKENIZE['wikitext'](
-      ' = Robert = \n \n He had a 1 @,@ 000 @-@ word role ( in " The Bill " ) '
-      ", didn 't he ? \n") == (
-          ' = Robert =\n\nHe had a 1,000-word role (in "The Bill"), '
-          "didn 't he?\n")
 
 
 def test_a_name_says_what_to_evaluate():

@@ -20,16 +20,15 @@ error is that of the mean over rows: of another held-out text of the same kind,
 and by other draws.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import math
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.errors import one_of, require
+from configs.errors import require
 from training import generate, objectives, progress
 from training.data import sources, tokens
 from training.evals import Evaluation, Flag, Task, held_out, items, scoring
@@ -75,10 +74,9 @@ def strided(evaluation: Evaluation) -> dict[str, Any]:
   options = evaluation.options
   name, documents = _documents(evaluation)
   length, stride = evaluation.run.config.data.length, options.stride
-  form = DETOKENIZE[options.detokenize]
   first = evaluation.tokenizer.separator_id
   questions = []
-  for ids in evaluation.tokenizer.encode_batch([form(x) for x in documents]):
+  for ids in evaluation.tokenizer.encode_batch(documents):
     questions += windows(np.concatenate([[first], ids]), length, stride)
   answers = scoring.answer(questions, evaluation, 'reading windows')
   nats = -sum(float(x.log_probs.sum()) for x in answers)
@@ -109,8 +107,7 @@ def measures(nats: float, tokens: int, documents: list[str]) -> dict[str, Any]:
   """Returns the figures of text that costs `nats` in all.
 
   Its words are what white space separates, and the ends of its lines: the
-  convention of WikiText, whose test set has 245,569 such words. Words and
-  bytes are those of the documents as they are, before they are detokenised.
+  convention of WikiText, whose test set has 245,569 such words.
   """
   words = sum(len(text.split()) + text.count('\n') for text in documents)
   size = sum(len(text.encode()) for text in documents)
@@ -123,7 +120,6 @@ def measures(nats: float, tokens: int, documents: list[str]) -> dict[str, Any]:
 
 def _check(options: Any, config: Any) -> None:
   """Raises RequestError for a --stride that a run cannot be read with."""
-  one_of('--detokenize', options.detokenize, DETOKENIZE)
   stride = options.stride
   if not stride:
     return
@@ -154,25 +150,6 @@ def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
           'or conversations: --stride is for text')
   require(kept, f'{source.name} has no document that is held out: pass --text')
   return source.name, kept
-
-
-def _wikitext(text: str) -> str:
-  """Undoes the tokenisation of WikiText, as lm_eval's task `wikitext` does:
-  the same replacements in the same order, what they miss included."""
-  text = text.replace("s '", "s'")
-  text = re.sub(r"/' [0-9]/", r"/'[0-9]/", text)
-  for mark in '-,.':
-    text = text.replace(f' @{mark}@ ', mark)
-  for mark in ':;.!?,':
-    text = text.replace(f' {mark} ', f'{mark} ')
-  for first, last in ('()', '[]', '{}', '""', "''"):
-    text = re.sub(rf'{re.escape(first)}\s*([^{re.escape(last)}]*?)\s*'
-                  rf'{re.escape(last)}', rf'{first}\1{last}', text)
-  for old, new in (('= = = =', '===='), ('= = =', '==='), ('= =', '=='),
-                   (' \N{DEGREE SIGN} ', '\N{DEGREE SIGN}'), (' \n', '\n'),
-                   ('\n ', '\n'), (' N ', ' 1 '), (" 's", "'s")):
-    text = text.replace(old, new)
-  return text
 
 
 def bound(evaluation: Evaluation) -> dict[str, Any]:
@@ -302,8 +279,6 @@ def documents_program(module: Any, config: Any):
 
 
 DOCUMENTS = 256
-DETOKENIZE: dict[str, Callable[[str], str]] = {
-    'none': lambda text: text, 'wikitext': _wikitext}
 TASKS = {
     'loss': Task(
         'held-out loss, perplexity and bits per byte', run, check=_check,
@@ -311,10 +286,7 @@ TASKS = {
             Flag('stride', 0, 'Read whole documents in windows of data.length '
                  'tokens that begin so many tokens after each other, so that '
                  'each token is predicted once, from at least data.length - '
-                 'stride; 0: as in training.', 0, 2**24),
-            Flag('detokenize', 'none', "With --stride: 'wikitext' undoes "
-                 "WikiText's tokenisation, as lm_eval does, before the text is "
-                 'read.', needs='stride'))),
+                 'stride; 0: as in training.', 0, 2**24),)),
     'documents': Task(
         'the loss of each held-out document, of the rows that training '
         'evaluates', documents, without(

@@ -117,8 +117,7 @@ def sampling(options: Any) -> generate.Sampling:
 def beams(options: Any) -> generate.Beams | None:
   """Returns how texts are searched by the flags of BEAMS; None of a single
   beam, which takes the likeliest token each time, as generate.generate does."""
-  how = generate.Beams(options.beams, options.length_penalty, options.penalty,
-                       options.early_stopping)
+  how = generate.Beams(options.beams, options.length_penalty, options.penalty)
   return how if how.count > 1 else None
 
 
@@ -266,9 +265,7 @@ BEAMS = (
          'length; 0: none.', needs='beams'),
     Flag('penalty', 'gnmt', 'What that exponent is of: gnmt, (5 + length) / 6, '
          'as for the Transformer; or power, length, as in transformers.',
-         needs='beams'),
-    Flag('early_stopping', False, 'End a beam search with as many finished '
-         'texts as beams.', needs='beams'))
+         needs='beams'))
 
 # A number of rows, and not of batches, so that no figure depends on their size.
 TARGETS = Flag('targets', 512, 'Held-out targets to write of each source; 0: '
