@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import operator
+import re
 from typing import Any
 
 import ml_collections
@@ -314,8 +315,9 @@ SENTENCES = {name: leaf.rule.doc for name, leaf in FIELDS.items()}
 def find(name: str) -> Leaf | None:
   """Returns the field of a dotted name, that of a kind of layer too; None:
   there is none."""
-  group, _, field = name.partition('.')
-  return FIELDS.get(name) or (tables.find(field) if group == 'model' else None)
+  if of_kind := re.fullmatch(r'model\.kinds\.\w+\.(\w+)(.*)', name):
+    name = f'model.{tables.OF_LAYERS.get(of_kind[1], "")}{of_kind[2]}'
+  return FIELDS.get(name)
 
 
 def get(config: ml_collections.ConfigDict, name: str) -> Any:

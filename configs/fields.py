@@ -6,7 +6,7 @@ that is resumed. All else reads the declarations: a config's defaults, flags and
 their checks, the reference page, what resuming compares, what an export says.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import math
 import operator
@@ -100,13 +100,16 @@ class Leaf(NamedTuple):
     return type(self.default)
 
 
-def leaves(group: type, prefix: str = '') -> Iterator[Leaf]:
-  """Yields the fields that a group declares, and those of groups in it."""
+def leaves(group: type, prefix: str = '') -> list[Leaf]:
+  """Returns the fields that a group declares, and those of groups in it."""
+  found = []
   for field_ in dataclasses.fields(group):
     if dataclasses.is_dataclass(field_.default_factory):
-      yield from leaves(field_.default_factory, f'{prefix}{field_.name}.')
+      found += leaves(field_.default_factory, f'{prefix}{field_.name}.')
     elif 'rule' in field_.metadata:
-      yield Leaf(prefix + field_.name, field_.default, field_.metadata['rule'])
+      found.append(Leaf(prefix + field_.name, field_.default,
+                        field_.metadata['rule']))
+  return found
 
 
 def check(leaf: Leaf, value: Any, who: str = '',

@@ -97,7 +97,7 @@ def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
     name, of_kind = f'model.{inner}', inner.startswith('kinds.')
     if name not in names and not (of_kind and 'model.kinds' in names):
       continue
-    default, value = tables.find(inner).default, base.get(config, name)
+    default, value = base.find(name).default, base.get(config, name)
     others = [] if of_kind else tables.decided_by(inner) or [
         'kinds' if 'model.kinds' in where else 'mixer']
     require(not of_kind and value == default, f'{name} is {value}, which this '

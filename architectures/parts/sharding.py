@@ -40,7 +40,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
   The logical axes are part of the operation's name, for explain_sharding.
   """
-  names = ','.join(str(axis) for axis in known_axes(axes))
+  names = ','.join(map(str, known_axes(axes)))
   with jax.named_scope(f'{AXES}({names})'):
     return nn.with_logical_constraint(x, axes)
 

@@ -68,7 +68,7 @@ CHOICES: dict[str, Collection[str]] = {
 }
 
 
-def _groups_and_owners() -> tuple[dict[str, type], dict[str, dict]]:
+def _groups_and_owners() -> tuple[dict[str, type], dict[str, list[str]]]:
   groups: dict[str, type] = {'lora': layers.LoraConfig}
   owners: dict[str, dict[str, list[str]]] = {}
   for selector, table in TABLES.items():
@@ -79,11 +79,13 @@ def _groups_and_owners() -> tuple[dict[str, type], dict[str, dict]]:
         groups[names[-1]] = settings
       for owned in names:
         owners.setdefault(owned, {}).setdefault(selector, []).append(name)
-  return groups, owners
+  return groups, {owned: [f'{selector}={",".join(names)}'
+                          for selector, names in chosen.items()]
+                  for owned, chosen in owners.items()}
 
 
 # The dataclass of each group; and of each group, or field that not every entry
-# of a table reads, the entries that do: {selector: their names}.
+# of a table reads, the choices that do, each SELECTOR=ENTRY,ENTRY.
 GROUPS, _OWNERS = _groups_and_owners()
 Model = dataclasses.make_dataclass(
     'Model', [(name, settings | None, None)
@@ -91,10 +93,9 @@ Model = dataclasses.make_dataclass(
     bases=(multi_head.AttentionConfig, ModelConfig), frozen=True)
 Model.__module__ = __name__
 # All fields of config.model but `kinds`, by dotted name.
-FIELDS: dict[str, declared.Leaf] = {leaf.name: leaf for leaf in (
-    *declared.leaves(Model),
-    *(leaf for group, settings in GROUPS.items()
-      for leaf in declared.leaves(settings, f'{group}.')))}
+FIELDS: dict[str, declared.Leaf] = {
+    leaf.name: leaf for group, settings in {'': Model, **GROUPS}.items()
+    for leaf in declared.leaves(settings, f'{group}.'.lstrip('.'))}
 # The fields of a kind of layer, and of the model what each stands for.
 OF_LAYERS = {name: name for name, leaf in FIELDS.items()
              if leaf.rule.of_layers} | {'window': 'sliding_window',
@@ -103,19 +104,8 @@ OF_LAYERS = {name: name for name, leaf in FIELDS.items()
 
 def defaults() -> dict[str, Any]:
   """Returns config.model at its defaults, with every group."""
-  tree: dict[str, Any] = {}
-  for name, leaf in FIELDS.items():
-    group, _, last = name.rpartition('.')
-    (tree.setdefault(group, {}) if group else tree)[last] = leaf.default
-  return tree | {'kinds': {}}
-
-
-def find(name: str) -> declared.Leaf | None:
-  """Returns the field of a dotted name below config.model, that of a kind of
-  layer too; None: there is none."""
-  if of_kind := re.fullmatch(r'kinds\.\w+\.(\w+)(.*)', name):
-    name = OF_LAYERS.get(of_kind[1], '') + of_kind[2]
-  return FIELDS.get(name)
+  return dataclasses.asdict(Model(**{
+      name: settings() for name, settings in GROUPS.items()}))
 
 
 def get(c: ModelConfig, name: str) -> Any:
@@ -143,29 +133,25 @@ _ALSO = {
 
 
 @functools.cache
-def _clauses(name: str) -> list[list[tuple[str, str, list[str]]]]:
+def _clauses(name: str) -> list[list[tuple[str, str, str]]]:
   """Returns when a field, or a group, is read: of each clause one condition
-  holds, (another field, a sign or '', values)."""
-  clauses = [[(selector, '=', entries)
-              for selector, entries in _OWNERS[owned].items()]
-             for owned in (name.rpartition('.')[0], name) if owned in _OWNERS]
+  holds, (another field, a sign or '', values with commas between)."""
   read_by = FIELDS[name].rule.read_by if name in FIELDS else ()
-  parsed = (re.fullmatch(r'([\w.]+)(!=|=|>|)(.*)', x).groups()
-            for x in read_by)
-  return clauses + [[(field, sign, values.split(','))
-                     for field, sign, values in parsed]] * bool(read_by)
+  return [[re.fullmatch(r'([\w.]+)(!=|=|)(.*)', x).groups() for x in clause]
+          for clause in (_OWNERS.get(name.rpartition('.')[0]),
+                         _OWNERS.get(name), read_by) if clause]
 
 
 def is_read(c: ModelConfig, name: str) -> bool:
   """Whether layers that are all as `c` says read a field, or a group."""
-  def holds(field: str, sign: str, values: list[str]) -> bool:
-    value = get(c, field)
-    fits = {'': bool(value), '=': str(value) in values,
-            '!=': str(value) not in values,
-            '>': sign == '>' and value > float(values[0])}[sign]
-    return fits and is_read(c, field)
   for clause in _clauses(name):
-    if not any([holds(*condition) for condition in clause]):
+    for field, sign, values in clause:
+      value = get(c, field)
+      fits = ((str(value) in values.split(',')) == (sign == '=') if sign else
+              bool(value))
+      if fits and is_read(c, field):
+        break
+    else:
       return False
   return name not in _ALSO or _ALSO[name][1](c)
 
@@ -178,21 +164,29 @@ def decided_by(name: str) -> list[str]:
 
 def where(name: str) -> str:
   """Returns in words when a field is read."""
-  words = {'': 'is set', '=': 'is', '!=': 'is not', '>': 'is above'}
-  return ' and '.join([*(' or '.join(
-      f'model.{field} {words[sign]} {" or ".join(values)}'.strip()
-      for field, sign, values in clause) for clause in _clauses(name)),
-      *([_ALSO[name][0]] if name in _ALSO else [])])
+  words = {'': 'is set', '=': 'is', '!=': 'is not'}
+  clauses = [' or '.join([
+      f'model.{field} {words[sign]} {values.replace(",", " or ")}'.strip()
+      for field, sign, values in clause]) for clause in _clauses(name)]
+  also = [_ALSO[name][0]] if name in _ALSO else []
+  return ' and '.join(clauses + also)
 
 
-def reads(c: ModelConfig, name: str) -> bool:
-  """Whether any layer reads a field of the model, or what is beside them."""
+def reads(c: ModelConfig, names: Iterable[str]) -> set[str]:
+  """Returns those of some fields of the model that any layer reads, or what is
+  beside the layers."""
+  layers = []
   for kind in c.kinds_used:
-    if name not in _overridden(c, kind) and is_read(c.of_kind(kind), name):
-      return True
+    changes = flat(c.kinds[kind]) if kind else {}
+    own = {OF_LAYERS.get(field, field) for field in changes} | (
+        {'attention'} if 'window' in changes else set())
+    # These are read beside the layers too.
+    layers.append((c.of_kind(kind), own - {'position', 'ffn', 'block'}))
   row = positions.of(c)
-  beside = row.embed or row.stack_bias or row.stack_table
-  return bool(beside) and is_read(c, name)
+  if row.embed or row.stack_bias or row.stack_table:
+    layers.append((c, set()))
+  return {name for layer, own in layers for name in names
+          if name not in own and is_read(layer, name)}
 
 
 def unread(c: ModelConfig, tree: Mapping[str, Any] | None = None
@@ -206,8 +200,9 @@ def unread(c: ModelConfig, tree: Mapping[str, Any] | None = None
       there are sizes that are derived; None: fields from which sizes may be
       derived count as read.
   """
+  read = reads(c, FIELDS)
   fields = {name: where(name) or 'a kind of model.kinds does not set it'
-            for name in FIELDS if not reads(c, name)}
+            for name in FIELDS if name not in read}
   for kind, changes in c.kinds.items():
     layer = c.of_kind(kind)
     for name in flat(changes):
@@ -241,15 +236,6 @@ def _sources_of_nothing(c: ModelConfig, tree: Mapping[str, Any]
           for name in set.intersection(*(
               set(blocks.mixer_of(layer).sources) for layer in layers))
           if not mup and not decides(name)}
-
-
-def _overridden(c: ModelConfig, kind: str) -> set[str]:
-  """Returns the fields of the model of which a kind of layer has its own, but
-  for those that are read beside the layers too."""
-  changes = flat(c.kinds[kind]) if kind else {}
-  names = {OF_LAYERS.get(field, field) for field in changes}
-  return (names | ({'attention'} if 'window' in changes else set())) - {
-      'position', 'ffn', 'block'}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -292,7 +278,7 @@ def check_fields(tree: Mapping[str, Any], who: str = 'model',
     names: {what a field is called in the tree: in FIELDS or GROUPS}; None:
       those of a model.
   """
-  names = names or {x: x for x in defaults()}
+  names = names or {x.name: x.name for x in dataclasses.fields(Model)}
   declared.check_type(tree, {}, who)
   for name, value in tree.items():
     if name not in names:
@@ -302,8 +288,8 @@ def check_fields(tree: Mapping[str, Any], who: str = 'model',
     if field == 'kinds':
       check_kinds(value, full)
     elif field in GROUPS and value is not None:
-      check_fields(value, full, {x.removeprefix(f'{field}.'): x for x in FIELDS
-                                 if x.startswith(f'{field}.')})
+      check_fields(value, full, {x.name: f'{field}.{x.name}'
+                                 for x in dataclasses.fields(GROUPS[field])})
     elif field not in GROUPS:
       choices = CHOICES.get(field, ())
       if field == 'ffn' and names is OF_LAYERS:
@@ -333,16 +319,13 @@ def make(tree: Mapping[str, Any]) -> ModelConfig:
   """
   tree = tree.to_dict() if hasattr(tree, 'to_dict') else tree
   check_fields(tree)
-  fields = {name: leaf.default for name, leaf in FIELDS.items()
-            if '.' not in name} | {'kinds': {}} | {
-                name: value for name, value in tree.items()
-                if name not in GROUPS}
+  fields = {name: value for name, value in (defaults() | tree).items()
+            if name not in GROUPS}
   c = with_all_groups(Model(**_derived(fields)), tree)
   layers = [c, *(c.of_kind(kind) for kind in c.kinds_used
                  if kind in c.kinds)]
-  c = dataclasses.replace(c, **{
-      name: None for name in GROUPS
-      if not any(is_read(layer, name) for layer in layers)})
+  there = {name for layer in layers for name in GROUPS if is_read(layer, name)}
+  c = dataclasses.replace(c, **dict.fromkeys(GROUPS.keys() - there))
   require(fields['head_dim'] or c.d_model % c.num_heads == 0
           or 'num_heads' in _sources_of_nothing(c, tree),
           f'model.num_heads is {c.num_heads}, which does not divide '

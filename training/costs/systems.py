@@ -118,11 +118,11 @@ def _parts(arch: str) -> tuple[str, ...]:
   kinds of layer: what its page names, every other choice or switch of a part,
   and the factors and bounds of scores and logits."""
   named = tables.flat(architectures.system(arch).PARTS)
-  tells = lambda name, leaf: name in named or (
-      leaf.rule.about == declared.PART and name != 'arch' and (
-          leaf.type in (str, bool) or name.endswith(('_scale', '_softcap'))))
-  return tuple(name for name, leaf in tables.FIELDS.items()
-               if tells(name, leaf))
+  return tuple([
+      name for name, leaf in tables.FIELDS.items() if name in named or (
+          leaf.rule.about == declared.PART and name != 'arch' and (
+              isinstance(leaf.default, str | bool)
+              or name.endswith(('_scale', '_softcap'))))])
 
 
 def _with_parts(model: ModelConfig, system: Mapping[str, Any]) -> ModelConfig:
@@ -137,10 +137,11 @@ def _with_parts(model: ModelConfig, system: Mapping[str, Any]) -> ModelConfig:
 
 
 def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
-  rows = [Difference(field, *both) for field in _parts(model.arch)
-          for both in [(tables.get(model, field), tables.get(system, field))]
-          if both[0] != both[1] and tables.reads(model, field)
-          and tables.reads(system, field)]
+  rows = [Difference(field, tables.get(model, field), tables.get(system, field))
+          for field in _parts(model.arch)]
+  differ = [row.field for row in rows if row.value != row.published]
+  read = tables.reads(model, differ) & tables.reads(system, differ)
+  rows = [row for row in rows if row.field in read]
   if any(row.field in LAYERS for row in rows):
     return rows  # so their kinds of layer are not the same ones
   for kind in filter(None, model.kinds_used):

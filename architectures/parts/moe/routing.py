@@ -85,7 +85,7 @@ class MoEConfig:
       'there are none.', above=0, resume=FUNCTION)
   top_groups: int = field(
       1, 'groups that a token may go to', above=0, resume=FUNCTION,
-      read_by='moe.expert_groups>1')
+      read_by='moe.expert_groups!=1')
   ffn: str = field(
       'gelu', 'the network of an expert, and of the dense layers between')
   d_ff: int = field(0, 'hidden units of one expert; derived: model.d_ff',

@@ -77,7 +77,7 @@ class Mamba2Config(Groups):
   conv_bias: bool = field(True, 'whether the convolutions have a bias')
   norm_over: str = field(
       'group', 'one norm is over the heads of a group, or all',
-      choices=NORMS_OVER, resume=FUNCTION, read_by='mamba2.groups>1')
+      choices=NORMS_OVER, resume=FUNCTION, read_by='mamba2.groups!=1')
   least_step: float = field(
       0.0, 'lower bound of dt, the step from one token to the next', least=0,
       resume=FUNCTION)
