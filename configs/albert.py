@@ -33,11 +33,10 @@ UNCOUNTED = {size: 128 * (row['d_model'] + 1) + 2 * 128 + 30000 + 2 * (
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config(
+  return recipes.config(
       'albert', size, SIZES,
-      dict(type_vocab_size=2, norm_eps=1e-12, init='normal'), remat='dots',
+      dict(type_vocab_size=2, norm_eps=1e-12, init='normal'),
+      dict(objective='mlm_sop'), remat='dots',
       batch_size=4096, steps=125_000, lr=1e-4, warmup_steps=3125,
       schedule='linear', final_fraction=0.0, weight_decay=0.01, b2=0.999,
       eps=1e-6)
-  c.objective = 'mlm_sop'
-  return c

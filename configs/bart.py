@@ -22,11 +22,8 @@ SIZES['tiny'] = dict(num_layers=2, d_model=128, num_heads=4, d_ff=512,
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config(
-      'bart', size, SIZES, dict(init='normal'), remat='dots', batch_size=8000,
-      length=512, steps=500_000, schedule='linear', final_fraction=0.0,
-      weight_decay=0.01, b2=0.98, eps=1e-6, clip_norm=0.0)
-  c.objective = 'denoising'
-  c.span.noise_density = 0.3
-  c.model.num_decoder_layers = c.model.num_layers
-  return c
+  return recipes.config(
+      'bart', size, SIZES, dict(init='normal'),
+      {'objective': 'denoising', 'span.noise_density': 0.3}, remat='dots',
+      batch_size=8000, length=512, steps=500_000, schedule='linear',
+      final_fraction=0.0, weight_decay=0.01, b2=0.98, eps=1e-6, clip_norm=0.0)

@@ -22,23 +22,22 @@ from configs.fields import INCOMPATIBLE, Leaf, leaves, OPTIMISATION, Resume
 from configs.fields import SAFE
 
 MOST = 2**31 - 1  # steps, rows and tokens are counted in int32 on a device
-_written = functools.partial(field, resume=Resume(
-    SAFE, 'only what is written, and when'))
-_mesh = functools.partial(field, resume=Resume(
-    SAFE, 'same sums in another order: equal to about 1e-5'))
-_prepared = functools.partial(field, resume=Resume(
-    SAFE, 'batches do not depend on it'))
-_batches = functools.partial(field, resume=Resume(
-    OPTIMISATION, 'other batches from here on'))
-_loss = functools.partial(field, resume=Resume(OPTIMISATION, 'the loss'))
-_updates = functools.partial(field, resume=Resume(
-    OPTIMISATION, 'other updates'))
-_state = functools.partial(field, resume=Resume(
-    INCOMPATIBLE, 'another optimizer state'))
-_rows = functools.partial(field, resume=Resume(
-    OPTIMISATION, 'other rows from here on'))
-_task = functools.partial(field, resume=Resume(
-    OPTIMISATION, 'another difficulty of the task'))
+
+
+def _fields(kind: str, why: str) -> functools.partial:
+  """Returns `field` for those of which a change does the same to a run."""
+  return functools.partial(field, resume=Resume(kind, why))
+
+
+_written = _fields(SAFE, 'only what is written, and when')
+_mesh = _fields(SAFE, 'same sums in another order: equal to about 1e-5')
+_prepared = _fields(SAFE, 'batches do not depend on it')
+_batches = _fields(OPTIMISATION, 'other batches from here on')
+_loss = _fields(OPTIMISATION, 'the loss')
+_updates = _fields(OPTIMISATION, 'other updates')
+_state = _fields(INCOMPATIBLE, 'another optimizer state')
+_rows = _fields(OPTIMISATION, 'other rows from here on')
+_task = _fields(OPTIMISATION, 'another difficulty of the task')
 
 
 def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:

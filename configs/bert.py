@@ -51,10 +51,9 @@ UNCOUNTED = {'minilm': 179_900, 'base': 624_188, 'large': 1_084_220}
 def get_config(size: str = 'tiny'):
   c = recipes.config(
       'bert', size, SIZES,
-      dict(type_vocab_size=2, norm_eps=1e-12, init='normal'), remat='dots',
-      batch_size=256, steps=1_000_000, lr=1e-4, warmup_steps=10_000,
-      schedule='linear', final_fraction=0.0)
-  c.objective = 'mlm_nsp'
+      dict(type_vocab_size=2, norm_eps=1e-12, init='normal'),
+      dict(objective='mlm_nsp'), remat='dots', batch_size=256, steps=1_000_000,
+      lr=1e-4, warmup_steps=10_000, schedule='linear', final_fraction=0.0)
   if size in ('base', 'large'):
     c.model.update(dropout=0.1, attention_dropout=0.1)
     c.optim.update(weight_decay=0.01, b2=0.999, eps=1e-6)

@@ -27,7 +27,4 @@ SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, max_len=256,
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config('bloom', size, SIZES, tokens=341e9)
-  if size != 'tiny':
-    c.optim.warmup_steps = int(375e6 / (c.data.batch_size * 2048))
-  return c
+  return recipes.config('bloom', size, SIZES, tokens=341e9, warmup=375e6)

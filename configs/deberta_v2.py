@@ -32,9 +32,9 @@ UNCOUNTED = {'v3-xsmall': 60_460_261, 'v3-small': 121_352_293,
 def get_config(size: str = 'tiny'):
   c = recipes.config(
       'deberta_v2', size, SIZES, dict(norm_eps=1e-7, init='normal'),
-      remat='dots', batch_size=8192, steps=500_000, warmup_steps=10_000,
+      dict(objective='replaced_tokens'), remat='dots', batch_size=8192,
+      steps=500_000, warmup_steps=10_000,
       schedule='linear', final_fraction=0.0, weight_decay=0.01, b2=0.98,
       eps=1e-6, clip_norm=0.0)
-  c.objective = 'replaced_tokens'
   c.model.generator.num_layers = c.model.num_layers // 2
   return c

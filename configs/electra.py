@@ -35,11 +35,10 @@ UNCOUNTED = {'small': 647_162, 'base': 9_903_418, 'large': 19_512_378}
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config(
+  return recipes.config(
       'electra', size, SIZES,
-      dict(type_vocab_size=2, norm_eps=1e-12, init='normal'), remat='dots',
+      dict(type_vocab_size=2, norm_eps=1e-12, init='normal'),
+      {'objective': 'replaced_tokens',
+       'data.mask_rate': 0.25 if size == 'large' else 0.15}, remat='dots',
       warmup_steps=10_000, schedule='linear', final_fraction=0.0,
       weight_decay=0.01, b2=0.999, eps=1e-6)
-  c.objective = 'replaced_tokens'
-  c.data.mask_rate = 0.25 if size == 'large' else 0.15
-  return c

@@ -21,12 +21,8 @@ SIZES = recipes.table(
         '180b': (14848, 80, 232, 8, 'parallel', 2048, 3.5e12, 1.25e-4,
                  178_557_088_768),
     }, max_len=2048, vocab_size=65024)
-SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=1,
-                     max_len=256)
+SIZES['tiny'] = recipes.SMALL | dict(num_kv_heads=1, d_ff=0)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config('falcon', size, SIZES)
-  if size != 'tiny':
-    c.optim.warmup_steps = int(4e9 / (c.data.batch_size * 2048))
-  return c
+  return recipes.config('falcon', size, SIZES, warmup=4e9)

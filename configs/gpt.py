@@ -39,7 +39,8 @@ GPT3 = recipes.table(
         'gpt3-6.7b': (32, 4096, 32, 2e6, 1.2e-4, 6.7e9),
         'gpt3-13b': (40, 5120, 40, 2e6, 1.0e-4, 13e9),
         'gpt3-175b': (96, 12288, 96, 3.2e6, 0.6e-4, 175e9),
-    }, max_len=2048, vocab_size=50257, pattern='global,banded',
+    }, max_len=2048, vocab_size=50257, warmup=375e6, decay=260e9,
+    pattern='global,banded',
     kinds={'global': dict(window=0), 'banded': dict(window=256)})
 for _size in GPT3.values():
   _size['batch_size'] = int(_size['batch'] / 2048 / 16) * 16
@@ -49,9 +50,4 @@ SIZES = {'tiny': TINY} | GPT2 | GPT3
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config('gpt', size, SIZES, remat='dots', tokens=300e9)
-  if size in GPT3:
-    batch = c.data.batch_size * 2048
-    c.optim.update(warmup_steps=int(375e6 / batch),
-                   decay_steps=int(260e9 / batch))
-  return c
+  return recipes.config('gpt', size, SIZES, remat='dots', tokens=300e9)

@@ -34,10 +34,8 @@ def get_config(size: str = 'tiny'):
   c = recipes.config(
       'gshard', size, SIZES, dict(init='fan_in', moe=dict(
           capacity_factor=1.0, eval_capacity_factor=2.0, balance_loss='switch',
-          balance_weight=0.01)), remat='dots',
+          balance_weight=0.01)), dict(objective='seq2seq'), remat='dots',
       length=512, batch_size=8192, steps=250_000, lr=1e-3, warmup_steps=10_000,
       name='adafactor', schedule='rsqrt', weight_decay=0.0, clip_norm=0.0)
-  c.model.update(num_decoder_layers=c.model.num_layers,
-                 init_stddev=c.model.d_model ** -0.5)
-  c.objective = 'seq2seq'
+  c.model.init_stddev = c.model.d_model ** -0.5
   return c

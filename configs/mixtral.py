@@ -19,8 +19,7 @@ SIZES = recipes.table(
         '8x7b': (4096, 32, 32, 8, 14336, 32768, 46_702_792_704),
         '8x22b': (6144, 56, 48, 8, 16384, 65536, 140_620_634_112),
     }, vocab_size=32000, moe=dict(num_experts=8), rope=dict(theta=1e6))
-SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                     d_ff=172, max_len=256, moe=dict(num_experts=4))
+SIZES['tiny'] = recipes.SMALL | dict(d_ff=172, moe=dict(num_experts=4))
 
 
 def get_config(size: str = 'tiny'):

@@ -28,16 +28,12 @@ SIZES['large'] |= dict(vocab_size=50368, parameters=395_881_664)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config(
+  return recipes.config(
       'modernbert', size, SIZES, dict(
           rope=dict(theta=160_000.0), kinds={
               'local': dict(window=9 if size == 'tiny' else 65,
                             rope=dict(theta=10_000.0)),
-              'global': {}}), remat='dots',
-      length=1024, tokens=1.719e12, schedule='wsd', weight_decay=1e-5, b2=0.98,
-      eps=1e-6)
-  c.objective = 'mlm'
-  if size != 'tiny':
-    c.data.mask_rate = 0.3
-    c.optim.warmup_steps = int(3e9 / (c.data.batch_size * 1024))
-  return c
+              'global': {}}),
+      {'objective': 'mlm', 'data.mask_rate': 0.15 if size == 'tiny' else 0.3},
+      remat='dots', length=1024, tokens=1.719e12, warmup=3e9, schedule='wsd',
+      weight_decay=1e-5, b2=0.98, eps=1e-6)

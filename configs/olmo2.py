@@ -23,12 +23,10 @@ SIZES = recipes.table(
         '13b': (5120, 40, 40, 40, 13824, 2048, 9e-4, 5e12, 13_716_198_400),
         '32b': (5120, 64, 40, 8, 27648, 2048, 6e-4, 6e12, 32_234_279_936),
     }, max_len=4096, vocab_size=100352)
-SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, d_ff=344,
-                     max_len=256)
+SIZES['tiny'] = recipes.SMALL | dict(num_kv_heads=0)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config('olmo2', size, SIZES, dict(
-      norm_eps=1e-6, init='normal', rope=dict(theta=500_000.0)))
-  c.train.z_loss = 1e-5
-  return c
+  return recipes.config('olmo2', size, SIZES, dict(
+      norm_eps=1e-6, init='normal', rope=dict(theta=500_000.0)),
+                        {'train.z_loss': 1e-5})

@@ -25,12 +25,10 @@ SIZES |= {f'{name}-64k': size | dict(
         window=4096, rope=dict(scaling='none'))),
     rope=dict(scaling='yarn', factor=8.0, original_len=8192))
           for name, size in SIZES.items()}
-SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, d_ff=344,
-                     max_len=256)
+SIZES['tiny'] = recipes.SMALL | dict(num_kv_heads=0)
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config('olmo3', size, SIZES, dict(
-      norm_eps=1e-6, init='normal', rope=dict(theta=500_000.0)), tokens=5e12)
-  c.train.z_loss = 1e-5
-  return c
+  return recipes.config('olmo3', size, SIZES, dict(
+      norm_eps=1e-6, init='normal', rope=dict(theta=500_000.0)),
+                        {'train.z_loss': 1e-5}, tokens=5e12)

@@ -19,14 +19,12 @@ SIZES = {'7b': dict(
     max_len=8192, vocab_size=100352, deltanet=dict(key_dim=96, value_dim=192),
     parameters=7_430_870_688)}
 SIZES['7b-64k'] = SIZES['7b'] | dict(max_len=65536, position='none')
-SIZES['tiny'] = dict(
-    d_model=128, num_layers=4, num_heads=4, d_ff=344, max_len=256,
-    deltanet=dict(key_dim=24, value_dim=48))
+SIZES['tiny'] = recipes.SMALL | dict(
+    num_kv_heads=0, deltanet=dict(key_dim=24, value_dim=48))
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config('olmo_hybrid', size, SIZES, dict(
+  return recipes.config('olmo_hybrid', size, SIZES, dict(
       norm_eps=1e-6, init='normal', deltanet=dict(norm_eps=1e-5),
-      rope=dict(theta=500_000.0)), batch=2**22, tokens=6e12)
-  c.train.z_loss = 1e-5
-  return c
+      rope=dict(theta=500_000.0)), {'train.z_loss': 1e-5}, batch=2**22,
+                        tokens=6e12)

@@ -20,8 +20,7 @@ SIZES = recipes.table(
         'mini': (3072, 32, 32, 32, 8192, 3.3e12, 3_821_079_552),
         'medium': (5120, 40, 40, 10, 17920, 4.8e12, 13_960_238_080),
     }, max_len=4096, vocab_size=32064, sliding_window=2047)
-SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, d_ff=344,
-                     max_len=256, sliding_window=128)
+SIZES['tiny'] = recipes.SMALL | dict(num_kv_heads=0, sliding_window=128)
 
 
 def get_config(size: str = 'tiny'):

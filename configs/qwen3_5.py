@@ -26,6 +26,5 @@ SIZES['tiny'] = qwen3_next.TINY
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config('qwen3_5', size, SIZES, dict(norm_eps=1e-6), length=4096)
-  c.optim.decay_mask = qwen3_next.DECAY
-  return c
+  return recipes.config('qwen3_5', size, SIZES, dict(norm_eps=1e-6),
+                        qwen3_next.DECAY, length=4096)

@@ -23,8 +23,6 @@ SIZES['tiny'] = qwen3_next.TINY | dict(moe=dict(num_experts=32, d_ff=24))
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config(
+  return recipes.config(
       'qwen3_5_moe', size, SIZES, dict(norm_eps=1e-6, moe=dict(
-          balance_weight=0.001)), length=4096)
-  c.optim.decay_mask = qwen3_next.DECAY
-  return c
+          balance_weight=0.001)), qwen3_next.DECAY, length=4096)

@@ -20,9 +20,8 @@ SIZES = recipes.table(
         '235b-a22b': (4096, 94, 64, 12288, 1536, 235_093_634_560),
     }, num_kv_heads=4, head_dim=128, max_len=40960, vocab_size=151936,
     rope=dict(theta=1e6), moe=dict(num_experts=128))
-SIZES['tiny'] = dict(
-    d_model=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=48,
-    d_ff=344, max_len=256, moe=dict(num_experts=16, d_ff=44))
+SIZES['tiny'] = recipes.SMALL | dict(
+    head_dim=48, moe=dict(num_experts=16, d_ff=44))
 
 
 def get_config(size: str = 'tiny'):

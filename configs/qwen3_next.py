@@ -20,11 +20,11 @@ from configs import recipes
 SAME = dict(
     head_dim=256, max_len=262144, rope=dict(theta=1e7), deltanet=dict(
         key_heads=16, key_dim=128, value_dim=128))
-TINY = dict(
-    d_model=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=48,
-    d_ff=344, max_len=256, rope=dict(theta=1e4), deltanet=dict(
+TINY = recipes.SMALL | dict(
+    head_dim=48, rope=dict(theta=1e4), deltanet=dict(
         key_heads=2, value_heads=4, key_dim=32, value_dim=32))
-DECAY = (('.*_norm/offset', 1), ('.*(embed|scale|bias|conv).*', 0), ('.*', 1))
+DECAY = {'optim.decay_mask': (
+    ('.*_norm/offset', 1), ('.*(embed|scale|bias|conv).*', 0), ('.*', 1))}
 SIZES = {
     'tiny': TINY | dict(moe=dict(num_experts=32, d_ff=24)),
     '80b-a3b': SAME | {'deltanet.value_heads': 32} | dict(
@@ -34,8 +34,6 @@ SIZES = {
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config(
+  return recipes.config(
       'qwen3_next', size, SIZES, dict(norm_eps=1e-6, moe=dict(
-          balance_weight=0.001)), length=4096, tokens=15e12)
-  c.optim.decay_mask = DECAY
-  return c
+          balance_weight=0.001)), DECAY, length=4096, tokens=15e12)

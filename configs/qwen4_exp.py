@@ -31,8 +31,6 @@ SIZES = {
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config(
+  return recipes.config(
       'qwen4_exp', size, SIZES, dict(norm_eps=1e-6, moe=dict(
-          balance_weight=0.001)), length=4096)
-  c.optim.decay_mask = qwen3_next.DECAY
-  return c
+          balance_weight=0.001)), qwen3_next.DECAY, length=4096)

@@ -20,7 +20,7 @@ PUBLISHED = dict(batch=2**22, tokens=500_000 * 2**22, lr=3e-4,
                  warmup_steps=2000)
 # Of a size, what are no fields of config.model.
 OF_TRAINING = ('batch', 'batch_size', 'tokens', 'steps', 'lr', 'warmup_steps',
-               'length')
+               'warmup', 'decay', 'length')
 
 
 def table(names: str, rows: Mapping[str, Sequence[Any]], **same: Any
@@ -38,7 +38,8 @@ def table(names: str, rows: Mapping[str, Sequence[Any]], **same: Any
 
 
 def config(arch: str, size: str, sizes: Mapping[str, Mapping[str, Any]],
-           model: Mapping[str, Any] | None = None, remat: str = 'full',
+           model: Mapping[str, Any] | None = None,
+           run: Mapping[str, Any] | None = None, remat: str = 'full',
            **training: Any) -> ml_collections.ConfigDict:
   """Returns the config of a size of a system.
 
@@ -50,16 +51,18 @@ def config(arch: str, size: str, sizes: Mapping[str, Mapping[str, Any]],
     size: the ':size' argument, a key of `sizes`.
     sizes: what a size has, by its name; see `table`.
     model: fields of config.model of all sizes.
+    run: other fields of the config, dotted, of all sizes.
     remat: model.remat of a published size.
     **training: of all published sizes, before what theirs says: `batch` in
-      tokens, or `batch_size` in rows; `tokens` in all, or `steps`; `length` of
-      a row, where it is not model.max_len; and fields of config.optim.
+      tokens, or `batch_size` in rows; `tokens` in all, or `steps`; `warmup` and
+      `decay` in tokens, or `warmup_steps`; `length` of a row, where it is not
+      model.max_len; and fields of config.optim.
   """
   one_of('size', size, sizes)
   size_fields = {
       name: x for name, x in sizes[size].items() if name != 'parameters'}
-  run = TINY if size == 'tiny' else PUBLISHED | training
-  run = run | {name: size_fields.pop(name) for name in OF_TRAINING
+  how = TINY if size == 'tiny' else PUBLISHED | training
+  how = how | {name: size_fields.pop(name) for name in OF_TRAINING
                if name in size_fields}
   c = base.base()
   if size != 'tiny':
@@ -69,10 +72,15 @@ def config(arch: str, size: str, sizes: Mapping[str, Mapping[str, Any]],
     c.model.update_from_flattened_dict(
         {k: x for k, x in fields.items() if '.' in k})
   c.model.arch = arch
-  length = run.pop('length', c.model.max_len)
-  batch, tokens = run.pop('batch', 0), run.pop('tokens', 0)
-  rows = run.pop('batch_size', batch // length)
+  if architectures.stack(c.model) == 'encoder-decoder':
+    c.model.num_decoder_layers = c.model.num_layers
+  length = how.pop('length', c.model.max_len)
+  batch, tokens = how.pop('batch', 0), how.pop('tokens', 0)
+  rows = how.pop('batch_size', batch // length)
   c.data.update(length=length, batch_size=rows)
-  c.train.steps = run.pop('steps', int(tokens / (rows * length)))
-  c.optim.update(run)
+  c.train.steps = how.pop('steps', int(tokens / (rows * length)))
+  for part in {'warmup', 'decay'} & how.keys():
+    how[f'{part}_steps'] = int(how.pop(part) / (rows * length))
+  c.optim.update(how)
+  c.update_from_flattened_dict(run or {})
   return c

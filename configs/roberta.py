@@ -27,9 +27,8 @@ SIZES = {'tiny': bert.SIZES['tiny']} | {
 
 
 def get_config(size: str = 'tiny', arch: str = 'roberta', sizes=None):
-  c = recipes.config(
+  return recipes.config(
       arch, size, sizes or SIZES, dict(type_vocab_size=1, init='normal'),
-      remat='dots', batch_size=8192, steps=500_000, schedule='linear',
-      final_fraction=0.0, weight_decay=0.01, b2=0.98, eps=1e-6, clip_norm=0.0)
-  c.objective = 'mlm'
-  return c
+      dict(objective='mlm'), remat='dots', batch_size=8192, steps=500_000,
+      schedule='linear', final_fraction=0.0, weight_decay=0.01, b2=0.98,
+      eps=1e-6, clip_norm=0.0)

@@ -23,9 +23,8 @@ SIZES['tiny'] = recipes.SMALL | {'rope.theta': 50_000.0}
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config(
-      'smollm3', size, SIZES, dict(norm_eps=1e-6), batch=576 * 4096,
-      steps=4_720_000, lr=2e-4, schedule='wsd', final_fraction=0.0,
+  return recipes.config(
+      'smollm3', size, SIZES, dict(norm_eps=1e-6),
+      {'data.document_mask': size != 'tiny'}, batch=576 * 4096, steps=4_720_000,
+      lr=2e-4, schedule='wsd', final_fraction=0.0,
       decay_fraction=522_000 / 4_720_000)
-  c.data.document_mask = size != 'tiny'
-  return c

@@ -50,12 +50,10 @@ def config(arch: str, size: str, sizes, model, **training):
   published = {} if size == 'tiny' else dict(
       head_dim=64, vocab_size=32128, dropout=0.1, attention_dropout=0.1,
       ffn_dropout=0.1)
-  c = recipes.config(
+  return recipes.config(
       arch, size, sizes, model | published | dict(
-          norm_eps=1e-6, init='fan_in', init_stddev=1.0), remat='dots',
+          norm_eps=1e-6, init='fan_in', init_stddev=1.0), {
+              'objective': 'span',
+              'train.z_loss': 0.0 if size == 'tiny' else 1e-4}, remat='dots',
       length=512, lr=0.01, warmup_steps=10_000, name='adafactor',
       schedule='rsqrt', weight_decay=0.0, clip_norm=0.0, **training)
-  c.objective = 'span'
-  c.model.num_decoder_layers = c.model.num_layers
-  c.train.z_loss = 0.0 if size == 'tiny' else 1e-4
-  return c

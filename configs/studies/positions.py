@@ -33,12 +33,9 @@ EFFECT = 0.16  # nats a byte
 MATCH = 'params'
 
 
-def base():
+def get_config():
   return helpers.small(gpt.get_config('tiny'), 300, 32, 64, every=30,
                        d_model=32, num_layers=2, num_heads=2)
-
-
-get_config = base
 
 
 def sweep(add):

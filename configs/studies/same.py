@@ -17,15 +17,12 @@ TUNING = tiny.TUNING
 EFFECT = 0.2
 
 
-def base():
-  c = tiny.base()
+def get_config():
+  c = tiny.get_config()
   c.train.steps = 100
   c.eval.update(every_steps=20, batches=8)
   c.checkpoint.update(every_steps=100)
   return c
-
-
-get_config = base
 
 
 def sweep(add):

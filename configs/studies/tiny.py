@@ -26,12 +26,9 @@ TUNING = {'fields': {'optim.lr': (4e-3, 8e-3)}, 'extend': 0}
 EFFECT = 0.5
 
 
-def base():
+def get_config():
   return helpers.small(gpt.get_config('tiny'), 40, 16, 32, every=10, batches=4,
                        lr=8e-3, d_model=8, num_layers=1, num_heads=2)
-
-
-get_config = base
 
 
 def sweep(add):

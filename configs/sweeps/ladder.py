@@ -16,13 +16,10 @@ _OTHER_WIDTHS, _OTHER_DEPTHS = (32, 64), (2, 8)
 _STEPS = (125, 250, 500)
 
 
-def base():
+def get_config():
   c = helpers.small_gpt(500, every=40, batches=32)
   c.optim.warmup_steps = 25  # the shortest run has 125 steps
   return c
-
-
-get_config = base
 
 
 def sweep(add):

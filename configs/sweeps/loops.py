@@ -20,12 +20,9 @@ from configs.sweeps import helpers
 SEEDS = 3
 
 
-def base():
+def get_config():
   return helpers.small(gpt.get_config('tiny'), 200, 8, 64, every=20,
                        d_model=32, num_layers=8, num_heads=2)
-
-
-get_config = base
 
 
 def sweep(add):

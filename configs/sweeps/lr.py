@@ -8,11 +8,8 @@ about 40 seconds on one CPU core.
 from configs.sweeps import helpers
 
 
-def base():
+def get_config():
   return helpers.small_gpt(500, every=50, batches=32)
-
-
-get_config = base
 
 
 def sweep(add):

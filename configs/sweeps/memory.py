@@ -20,16 +20,13 @@ from configs.sweeps import helpers
 SEEDS = 5
 
 
-def base():
+def get_config():
   c = helpers.small(
       llama.get_config('tiny'), 150, 16, 64, every=25, d_model=32,
       d_ff=512, num_layers=2, num_heads=2, num_kv_heads=2)
   c.model.ngrams.rows = 1021
   c.model.moe.ffn = 'swiglu'
   return c
-
-
-get_config = base
 
 
 def sweep(add):

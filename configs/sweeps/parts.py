@@ -13,11 +13,8 @@ the sizes equal:
 from configs.sweeps import helpers
 
 
-def base():
+def get_config():
   return helpers.small_gpt(steps=250)
-
-
-get_config = base
 
 
 def sweep(add):

@@ -13,11 +13,8 @@ from configs.sweeps import helpers
 TASKS = ('extrapolation',)
 
 
-def base():
+def get_config():
   return helpers.small_gpt(steps=250)
-
-
-get_config = base
 
 
 def sweep(add):

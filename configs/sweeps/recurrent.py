@@ -15,13 +15,10 @@ from configs.sweeps import helpers
 SEEDS = 5
 
 
-def base():
+def get_config():
   return helpers.small(
       llama.get_config('tiny'), 150, 16, 64, every=50, d_model=32,
       d_ff=128, num_layers=2, num_heads=2, num_kv_heads=2)
-
-
-get_config = base
 
 
 def sweep(add):

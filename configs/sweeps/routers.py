@@ -18,14 +18,11 @@ _CAPACITIES = (0.0, 1.0)
 _ROUTERS = {'topk': 2, 'sigmoid': 2, 'sinkhorn': 2, 'switch': 1, 'hash': 1}
 
 
-def base():
+def get_config():
   c = helpers.small_gpt(400, every=50, batches=32)
   c.model.d_ff = 256
   c.model.moe.update(num_experts=4, ffn='gelu_tanh')
   return c
-
-
-get_config = base
 
 
 def sweep(add):

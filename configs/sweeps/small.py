@@ -18,13 +18,10 @@ from configs.sweeps import helpers
 TASKS = ('extrapolation',)
 
 
-def base():
+def get_config():
   return helpers.small(
       gpt.get_config('tiny'), 300, 32, 64, every=25, checkpoints=2, d_model=32,
       num_layers=2, num_heads=2)
-
-
-get_config = base
 
 
 def sweep(add):

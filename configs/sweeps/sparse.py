@@ -17,15 +17,12 @@ from configs.sweeps import helpers
 SEEDS = 5
 
 
-def base():
+def get_config():
   c = helpers.small(
       llama.get_config('tiny'), 150, 8, 128, every=25, batches=8, d_model=32,
       d_ff=128, num_layers=2, num_heads=2, num_kv_heads=2)
   c.model.indexer.update(top_k=16, heads=2)
   return c
-
-
-get_config = base
 
 
 def sweep(add):

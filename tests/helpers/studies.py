@@ -107,7 +107,7 @@ TUNING = {{'fields': {{'optim.lr': (4e-3, 8e-3)}}, 'rungs': 2, 'extend': 0}}
 EFFECT = 0.5
 {constants}
 
-def base():
+def get_config():
   c = gpt.get_config('tiny')
   c.model.update(d_model=8, num_layers=1, num_heads=2, max_len=8)
   c.data.update(length=8, batch_size=4, source={source!r}, holdout_every=4,
@@ -119,9 +119,6 @@ def base():
   c.log.every_steps = 1
   {base}
   return c
-
-
-get_config = base
 
 
 def sweep(add):
@@ -137,7 +134,7 @@ def write(folder, constants: str = '', base: str = '',
   Args:
     folder: to write in.
     constants: lines of the file, which come after its own.
-    base: more of base().
+    base: more of get_config().
     sweep: what is in sweep(add).
     drop: a text that is taken out of the file.
   """

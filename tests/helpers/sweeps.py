@@ -11,7 +11,7 @@ from training.workdir import run_config
 FILE = '''
 from configs import gpt
 
-def base():
+def get_config():
   c = gpt.get_config('tiny')
   c.model.update(d_model=32, num_layers=2, num_heads=2, max_len=16)
   c.data.update(length=16, batch_size=8, source='text:{texts}/*.txt')
@@ -22,8 +22,6 @@ def base():
   c.log.every_steps = 1
   c.checkpoint.update(every_steps=4, keep=1)
   return c
-
-get_config = base
 SEEDS = {seeds}
 TASKS = {tasks}
 

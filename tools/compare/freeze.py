@@ -1,8 +1,8 @@
 """freeze: makes the plan of a study's file, checked before anything is run.
 
-The file holds `base()` and `sweep(add)` as a sweep's does; `SIZES`, the changes
-of each size by its name, smallest first; and `EFFECT`, the smallest difference
-of the first measure that is wanted. The rest has defaults: see `STUDY`.
+The file holds `get_config()` and `sweep(add)` as a sweep's does; `SIZES`, the
+changes of each size by its name, smallest first; and `EFFECT`, the smallest
+difference of the first measure that is wanted. The rest has defaults: `STUDY`.
 """
 
 from collections.abc import Mapping
@@ -217,8 +217,8 @@ def _check_overlaps(file: str, sweep: spec.Sweep, constants: Mapping) -> None:
           'first parameters: call it otherwise')
   for name in _STUDY_FIELDS:
     value = base_config.get(sweep.base, name)
-    require(not value, f'{file}: base() sets {name} to {value!r}, which the '
-            'study sets itself: leave it out')
+    require(not value, f'{file}: get_config() sets {name} to '
+            f'{value!r}, which the study sets itself: leave it out')
   owners: dict[str, str] = {}
   for who, groups in (
       ('the study itself', [_STUDY_FIELDS]),

@@ -1,11 +1,11 @@
 """What a file of configs/sweeps/ describes.
 
-It holds `base()`, which returns a config; `get_config`, another name of it, by
-which train.py reads it; and `sweep(add)`, which calls
-add(name, **{'model.norm': 'rmsnorm', ...}) for each point, or
-add.system('llama') for one that is another system. SEEDS (how many, 3 if it
-says nothing) and TASKS (evaluations that each run owes once trained) may stand
-beside them. A constant of the file itself begins with an underscore.
+It holds `get_config()`, which returns the base, a config, and by which train.py
+reads the file; and `sweep(add)`, which calls add(name, **{'model.norm':
+'rmsnorm', ...}) for each point, or add.system('llama') for one that is another
+system. SEEDS (how many, 3 if it says nothing) and TASKS (evaluations that each
+run owes once trained) may stand beside them. A constant of the file itself
+begins with an underscore.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -147,8 +147,8 @@ def read_sweep_file(file: str, seeds: int = 0,
     require(not name.isupper() or name.startswith('_') or name in known,
             f'{file} has {name}, which is not read: call it _{name} if it is '
             f'the file\'s own.{hint(name, [*known])}')
-  base = cli.call(file, module.base)
-  cli.check_config(base, f'{file}: base()')
+  base = cli.call(file, module.get_config)
+  cli.check_config(base, f'{file}: get_config()')
   add = Add(file, base)
   cli.call(file, module.sweep, add)
   tasks = getattr(module, 'TASKS', ())
@@ -204,11 +204,9 @@ def module_of(file: str):
     raise RequestError(f'no file {file!r}: choose from {", ".join(files)}, or '
                        'write one')
   module = cli.run_file(file)
-  for name, line in (('base', 'def base(): ...'),
-                     ('sweep', 'def sweep(add): ...'),
-                     ('get_config', 'get_config = base')):
+  for name, given in ('get_config', ''), ('sweep', 'add'):
     require(callable(getattr(module, name, None)),
-            f'{file} has no {name}: add `{line}`')
+            f'{file} has no {name}: add `def {name}({given}): ...`')
   return module
 
 

@@ -134,9 +134,9 @@ def test_guessing_among_labels_is_not_guessing_among_tokens(folder):
 
 
 REFUSED = {
-    'seeds of its own': (dict(base='c.seed = 1'), r'base\(\) sets seed to 1'),
+    'seeds of its own': (dict(base='c.seed = 1'), 'sets seed to 1'),
     'parameters of its own': (dict(base='c.init_seed = 1'),
-                              r'base\(\) sets init_seed to 1'),
+                              'sets init_seed to 1'),
     'one size': (dict(constants="SIZES = {'s': {}}"), 'SIZES has 1 of them'),
     'sizes that fall': (dict(
         constants='SIZES = dict(reversed(SIZES.items()))'),

@@ -77,8 +77,8 @@ def test_the_loops_that_most_sweeps_are():
     ('add.system("t5")', "point 't5': model.arch 't5' stacks an encoder-dec"),
     ('add("a", **{"optim.lr": 1.0})\nTASKS = "embed",', 'embed.* task'),
     ('add("a", **{"optim.lr": 1.0})\nSEED = 2', 'Did you mean SEEDS?'),
-    ('pass\ndel get_config', 'has no get_config: add `get_config = base`'),
-    ('pass\ndef base():\n  return 1 / 0', 'ZeroDivisionError')])
+    ('pass\ndel get_config', 'has no get_config: add `def get_config'),
+    ('pass\ndef get_config():\n  return 1 / 0', 'ZeroDivisionError')])
 def test_what_is_no_sweep_is_a_sentence(body, message, tmp_path):
   with pytest.raises(RequestError, match=message):
     spec.read_sweep_file(sweeps.write(tmp_path, f'  {body}\n'))
