@@ -153,9 +153,6 @@ class Train:
                                  'tokens', least=0, below=1)
   mtp_weight: float = _loss(0.3, 'Of the mean loss of the modules of '
                             'model.mtp_depth, in the loss.', least=0)
-  loss_chunk: int = field(
-      0, 'Tokens whose logits are held at once; 0: chosen by size.', most=MOST,
-      resume=Resume(SAFE, 'same sums in another order'))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,9 +133,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
              lengths_B: jax.Array, key: jax.Array, *, max_new_tokens: int,
              sampling: Sampling = Sampling(),
              stop_token: int | tuple[int, ...] | None = None,
-             source_BM: Optional[jax.Array] = None,
-             source_lengths_B: Optional[jax.Array] = None,
-             prefix_B: Optional[jax.Array] = None) -> jax.Array:
+             **inputs: jax.Array) -> jax.Array:
   """Continues each prompt by up to `max_new_tokens` tokens.
 
   Args:
@@ -148,11 +146,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     sampling: how a token is drawn.
     stop_token: a row that draws it is done, and repeats it to the end; of
       several, the first.
-    source_BM: what an encoder-decoder reads, padded on the right. It is
-      encoded once; the prompts are the beginnings of the targets.
-    source_lengths_B: how many of each row are its source.
-    prefix_B: of a decoder, how many tokens of each prompt see each other, at
-      most all of them (a prefix LM: its whole prompt); None: none.
+    **inputs: source_BM, source_lengths_B and prefix_B, as those of `begin`.
 
   Returns:
     [B, T] new tokens.
@@ -164,9 +158,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   B, L = prompts_BL.shape
   module = module.clone(config=without_capacity(module.config))
   logits_BV, cache, advance = begin(
-      module, params, prompts_BL, lengths_B, max_new_tokens,
-      source_BM=source_BM, source_lengths_B=source_lengths_B,
-      prefix_B=prefix_B)
+      module, params, prompts_BL, lengths_B, max_new_tokens, **inputs)
   rows_B = jnp.arange(B)
   real_BL = jnp.arange(L)[None] < lengths_B[:, None]
   seen_BV = None
@@ -217,9 +209,13 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
   """Reads the prompts, and the sources of an encoder-decoder.
 
   Args:
-    module, params, prompts_BL, lengths_B, source_BM, source_lengths_B,
-      prefix_B: as those of `generate`.
+    module, params, prompts_BL, lengths_B: as those of `generate`.
     room: how many tokens may follow.
+    source_BM: what an encoder-decoder reads, padded on the right. It is
+      encoded once; the prompts are the beginnings of the targets.
+    source_lengths_B: how many of each row are its source.
+    prefix_B: of a decoder, how many tokens of each prompt see each other, at
+      most all of them (a prefix LM: its whole prompt); None: none.
     copies: how many texts follow each prompt; they have rows of their own.
 
   Returns:
@@ -397,15 +393,11 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
            lengths_B: jax.Array, *, max_new_tokens: int,
            beams: Beams = Beams(),
            stop_token: int | tuple[int, ...] | None = None,
-           source_BM: Optional[jax.Array] = None,
-           source_lengths_B: Optional[jax.Array] = None,
-           prefix_B: Optional[jax.Array] = None
-           ) -> tuple[jax.Array, jax.Array]:
+           **inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Continues each prompt by the likeliest texts of up to T tokens.
 
   Args:
-    module, params, prompts_BL, lengths_B, source_BM, source_lengths_B,
-      prefix_B: as those of generate.
+    module, params, prompts_BL, lengths_B, **inputs: as those of `generate`.
     max_new_tokens: T.
     beams: how to search.
     stop_token: ends a text, which is filled up with it; or several, of which
@@ -422,8 +414,7 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
   B, K, T = len(prompts_BL), beams.count, max_new_tokens
   module = module.clone(config=without_capacity(module.config))
   logits_BV, cache, advance = begin(
-      module, params, prompts_BL, lengths_B, T, source_BM=source_BM,
-      source_lengths_B=source_lengths_B, prefix_B=prefix_B, copies=K)
+      module, params, prompts_BL, lengths_B, T, copies=K, **inputs)
   stops = stops_of(stop_token)
   choose = functools.partial(_choose, beams, stops)
   # Of the first step one beam counts: the others would be the same.

@@ -91,8 +91,6 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
                shape: Mapping[str, int]) -> None:
   """Raises ValueError where the mesh does not divide the model or batch."""
   rows = shape['data'] * shape['fsdp'] * shape['expert']
-  require(grad_accumulation >= 1, f'train.grad_accumulation is '
-          f'{grad_accumulation}: it must be >= 1')
   require(batch_size % (rows * grad_accumulation) == 0,
           f'data.batch_size is {batch_size}, which the {rows} batch shards of '
           f'mesh.data x mesh.fsdp x mesh.expert times train.grad_accumulation '

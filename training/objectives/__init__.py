@@ -106,6 +106,12 @@ class Talk(NamedTuple):
   plain: bool = False
 
 
+def fill_id(tokenizer: Tokenizer) -> int:
+  """Returns the token that fills rows up: padding, or the separator where there
+  is none."""
+  return tokenizer.special_ids.get('pad', tokenizer.separator_id)
+
+
 def targets(batch: Batch) -> jax.Array:
   """Returns how many tokens of a batch are to be predicted, by weight."""
   return batch['weights'].astype(jnp.float32).sum()
@@ -118,8 +124,7 @@ def token_loss(output: Output, batch: Batch, config: Config) -> Figures:
   assert output.head is not None, 'a head of a task predicts no tokens'
   loss_sum, sums = cross_entropy(
       output.hidden, output.head, batch['targets'], batch['weights'],
-      z_loss=train.z_loss, label_smoothing=train.label_smoothing,
-      chunk=train.loss_chunk)
+      z_loss=train.z_loss, label_smoothing=train.label_smoothing)
   weight = sums.pop('weight')
   return {name: Mean(total, weight)
           for name, total in (sums | {'loss': loss_sum}).items()
@@ -247,7 +252,7 @@ class Objective(NamedTuple):
       'segment_ids': 'segment_ids_BL'}
   seen: tuple[str, ...] = ('segment_ids',)
   reads: tuple[str, ...] = ()
-  fill: Callable[[Tokenizer], int] = lambda tokenizer: tokenizer.separator_id
+  fill: Callable[[Tokenizer], int] = fill_id
   figures: Callable[..., Figures] = token_loss
   terms: Mapping[str, Callable] = {'loss': targets}
   prompt: Callable[..., Prompts] | None = None
@@ -816,7 +821,7 @@ def mtp_sums(output: Any, batch: Batch, train: Config) -> Figures:
     targets_BL, weights_BL = mtp_shifted(batch, depth)
     loss, sums = cross_entropy(
         hidden_BLD, output.head, targets_BL, weights_BL, z_loss=train.z_loss,
-        label_smoothing=train.label_smoothing, chunk=train.loss_chunk)
+        label_smoothing=train.label_smoothing)
     figures[MTP_LOSS.format(depth)] = Mean(loss, sums['weight'])
     figures[f'mtp_{depth}_accuracy'] = Mean(sums['accuracy'], sums['weight'])
   return figures

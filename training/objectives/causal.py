@@ -49,13 +49,17 @@ class Windows:
 
   Args:
     corpus: of plain text.
-    length: L; 0: data.length.
+    length: of a row; 0: data.length. L is AROUND less.
   """
 
   READS = (sources.TEXT,)
+  AROUND = 0  # what a row has beside text, such as [CLS]
 
   def __init__(self, corpus: sources.Corpus, length: int = 0):
-    self.length = length or corpus.config.data.length
+    length = length or corpus.config.data.length
+    self.length = length - self.AROUND
+    require(self.length > 0, f'data.length is {length}: a row of objective '
+            f'{corpus.config.objective!r} needs {self.AROUND + 1} or more')
     self.separator = corpus.tokenizer.separator_id
     corpus.check_plain()
     self._stream = corpus.tokens
@@ -227,7 +231,9 @@ def talk(config: Config, tokenizer: Tokenizer) -> Talk:
     parts = ([('question', conversations.alpaca_prompt(text))
               if role == 'user' else ('answer', text) for role, text in turns]
              if alpaca else conversations.vicuna([*turns, ('assistant', '')]))
-    ids, _ = layout(_encoded([*parts, ('answer', '')], tokenizer), tokenizer)
+    parts = [*parts, ('answer', '')]
+    rows = [row for row, _ in sources.encode(tokenizer, [parts])]
+    ids, _ = layout([*zip([kind for kind, _ in parts], rows)], tokenizer)
     return ids[:-1]  # the answer has yet to end
 
   return Talk(
@@ -250,22 +256,6 @@ def templated(template: conversations.Template, ends: Iterable[int] = (),
       words or f'answers by the chat template {template.name}',
       lambda messages: template.encode(messages, answer=True),
       frozenset(ends or template.ends() | {template.tokenizer.separator_id}))
-
-
-def _encoded(parts: list[tuple[str, str]], tokenizer: Tokenizer
-             ) -> list[tuple[str, np.ndarray]]:
-  """Returns parts with their ids; a question and its answer as one text."""
-  ids: list[tuple[str, np.ndarray]] = []
-  for kind, text in parts:
-    if kind == 'answer' and ids:
-      question = parts[len(ids) - 1][1]
-      both = tokenizer.encode(question + text)
-      shared = sources.shared(both, ids[-1][1])
-      ids[-1] = ids[-1][0], both[:shared]
-      ids.append((kind, both[shared:]))
-    else:
-      ids.append((kind, tokenizer.encode(text)))
-  return ids
 
 
 def jinja(config: Config, tokenizer: Tokenizer) -> str:

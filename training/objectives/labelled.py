@@ -80,11 +80,6 @@ def _arrays(config: Config, **of_a_row: type) -> dict[str, Shape]:
   return row | (dict(types=L) if stack(config) == 'encoder' else {})
 
 
-def fill(tokenizer: Tokenizer) -> int:
-  """Returns the token that fills a row up."""
-  return tokenizer.special_ids.get('pad', tokenizer.separator_id)
-
-
 def classified(targets: str) -> Callable[..., Figures]:
   """Returns what gives the cross-entropy of batch[targets], [B] or [B, L], and
   how many are likeliest."""
@@ -178,37 +173,36 @@ def answered(output: Output, batch: Batch, config: Config) -> Figures:
           'accuracy': Mean((weights_B * right_B).sum(), weights_B.sum())}
 
 
-_IGNORES = ('train.z_loss', 'train.loss_chunk')
 _STACKS = ('encoder', 'decoder')
 
 
 def _of_texts(view: type, target: type, **fields: Any) -> Objective:
   return Objective(
       _STACKS, view, lay_out, lambda config: _arrays(config, targets=target),
-      fill=fill, head='sequence', records=labelled.TEXTS,
+      head='sequence', records=labelled.TEXTS,
       length=lambda item: item.length, **fields)
 
 
 OBJECTIVES = {
     'classification': _of_texts(
         records.Classes, np.int32, figures=classified('targets'),
-        labels=records.labels_of, ignores=_IGNORES,
+        labels=records.labels_of, ignores=('train.z_loss',),
         reads=('data.labels', 'data.length_buckets')),
     'regression': _of_texts(
         records.Numbers, np.float32, figures=estimated,
         reads=('data.length_buckets',),
-        ignores=(*_IGNORES, 'train.label_smoothing')),
+        ignores=('train.z_loss', 'train.label_smoothing')),
     'token_classification': Objective(
         _STACKS, records.Sentences, lay_out_words, _word_arrays,
-        reads=('data.labels', 'data.stride', 'data.length_buckets'), fill=fill,
+        reads=('data.labels', 'data.stride', 'data.length_buckets'),
         figures=classified('labels'), head='tokens',
-        records=labelled.SENTENCES, labels=records.labels_of, ignores=_IGNORES,
+        records=labelled.SENTENCES, labels=records.labels_of,
+        ignores=('train.z_loss',),
         length=lambda item: len(item.ids) + records.AROUND),
     'question_answering': Objective(
         _STACKS, records.Questions, lay_out_question,
         lambda config: _arrays(config, starts=np.int32, ends=np.int32),
-        reads=('data.stride', 'data.length_buckets'), fill=fill,
-        figures=answered, head='span', length=length,
-        records=labelled.QUESTIONS,
-        ignores=(*_IGNORES, 'train.label_smoothing'),
+        reads=('data.stride', 'data.length_buckets'), figures=answered,
+        head='span', length=length, records=labelled.QUESTIONS,
+        ignores=('train.z_loss', 'train.label_smoothing'),
         guess=lambda config, vocab: math.log(config.data.length))}

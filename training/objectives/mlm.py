@@ -57,11 +57,7 @@ from training.objectives import causal
 class Passages(causal.Windows):
   """Windows of data.length - 2 tokens, which leave room for [CLS] and [SEP]."""
 
-  def __init__(self, corpus: sources.Corpus):
-    room = corpus.config.data.length - 2
-    require(room > 0, f'data.length={corpus.config.data.length}: a row of '
-            '[CLS], text and [SEP] needs at least 3.')
-    super().__init__(corpus, room)
+  AROUND = 2
 
 
 def mlm(window: causal.Window, rng: np.random.Generator, config: Config,
@@ -201,11 +197,6 @@ def _masked(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
   return dict(tokens=masked, targets=ids, weights=chosen)
 
 
-def pad(tokenizer: Tokenizer) -> int:
-  """Returns the token that fills a row up."""
-  return tokenizer.special_ids.get('pad', tokenizer.sep_id)
-
-
 def _pair(stretch: Stretch, rng: np.random.Generator
           ) -> tuple[np.ndarray, np.ndarray, bool]:
   """Returns (first text, second text, whether that is from elsewhere)."""
@@ -340,15 +331,15 @@ _MLM_NSP = Objective(
     ('encoder',), Stretches, mlm_nsp,
     lambda config: objectives.text_arrays(
         config, 'types', 'segment_ids') | {'nsp_targets': ((), np.int32)},
-    reads=('data.mask_rate',), fill=pad, figures=mlm_and_nsp, unread=unread,
+    reads=('data.mask_rate',), figures=mlm_and_nsp, unread=unread,
     terms={'mlm_loss': objectives.targets, 'nsp_loss': rows},
     guess=lambda config, vocab: math.log(vocab) + math.log(2),
     check=_check_next_sentence)
 OBJECTIVES = {
     'mlm': Objective(
         ('encoder',), Passages, mlm, objectives.document_arrays,
-        reads=('data.mask_rate', 'data.document_mask'), fill=pad,
-        figures=masked_words, unread=unread),
+        reads=('data.mask_rate', 'data.document_mask'), figures=masked_words,
+        unread=unread),
     'mlm_nsp': _MLM_NSP,
     'mlm_sop': _MLM_NSP._replace(example=mlm_sop),
     'masked_diffusion': Objective(

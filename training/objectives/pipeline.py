@@ -268,7 +268,7 @@ def training_loader(config: Config, tokenizer: Tokenizer,
     ValueError: for a source that is missing, empty or unreadable.
   """
   import grain
-  weights, corpora, views = _views(config, tokenizer, 'train', process_count)
+  weights, corpora, views = _views(config, tokenizer, 'train')
   # Grain permutes epoch e by seed + e. Hashed seeds keep the second epoch
   # of seed 0 from being the first of seed 1.
   seeds = np.random.SeedSequence(config.seed).generate_state(len(views))
@@ -295,7 +295,7 @@ def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
   Args and raises: as `load`.
   """
   import grain
-  weights, corpora, views = _views(config, tokenizer, 'eval', process_count)
+  weights, corpora, views = _views(config, tokenizer, 'eval')
   return [Loader(corpus.name, weight / sum(weights), corpus.text,
                  view if in_order else _Ordered(
                      grain.MapDataset.range(len(view)).shuffle(seed=EVAL_SEED),
@@ -304,12 +304,9 @@ def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
           for weight, corpus, view in zip(weights, corpora, views)]
 
 
-def _views(config: Config, tokenizer: Tokenizer, split: str,
-           process_count: int) -> tuple[Sequence, Sequence, list]:
+def _views(config: Config, tokenizer: Tokenizer, split: str
+           ) -> tuple[Sequence, Sequence, list]:
   """Returns the weights, corpora and views of a split's sources."""
-  size = config.data.batch_size
-  require(size % process_count == 0, f'data.batch_size={size} is not divisible '
-          f'by the {process_count} processes.')
   view = objectives.of(config).view
   weights, corpora = zip(*_corpora(config, tokenizer, split))
   return weights, corpora, [view(corpus) for corpus in corpora]

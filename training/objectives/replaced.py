@@ -94,7 +94,7 @@ OBJECTIVES = {'replaced_tokens': Objective(
     ('encoder',), mlm.Passages, replaced_tokens, _arrays,
     options=Objective._field_defaults['options'] | {'places': 'places_BM'},
     reads=('data.mask_rate', 'data.document_mask'),
-    fill=mlm.pad, figures=figures, head='replaced', check=_check,
+    figures=figures, head='replaced', check=_check,
     unread=lambda config, length: max(
         length - mlm.most(config.data.mask_rate, length), 0),
     terms={'generator_loss': objectives.targets,

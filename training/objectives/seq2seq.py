@@ -49,18 +49,12 @@ from training.data.tokens import Documents
 from training.objectives import Config, Objective, Prompts, Row, Shape, causal
 
 
-def fill_id(tokenizer: Tokenizer) -> int:
-  """Returns the token that fills rows up: padding, or the separator where there
-  is none."""
-  return tokenizer.special_ids.get('pad', tokenizer.separator_id)
-
-
 def start_id(config: Config, tokenizer: Tokenizer) -> int:
   """Returns the token that a target starts after: what fills rows up, as in T5
   and Marian, or what ends a text, as in BART."""
   system = architectures.system(config.model.arch)
   return (tokenizer.separator_id if getattr(system, 'STARTS_AFTER_END', False)
-          else fill_id(tokenizer))
+          else objectives.fill_id(tokenizer))
 
 
 class Pair(NamedTuple):
@@ -270,11 +264,7 @@ def _sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
 class Texts(causal.Windows):
   """Windows of data.length - 1 tokens, which leave room for the end."""
 
-  def __init__(self, corpus: sources.Corpus):
-    length = corpus.config.data.length
-    require(length > 1, f"data.length is {length}: a row of objective "
-            "'denoising' is text and its end, and needs 2 or more")
-    super().__init__(corpus, length - 1)
+  AROUND = 1
 
 
 def denoising(window: causal.Window, rng: np.random.Generator, config: Config,
@@ -306,7 +296,7 @@ ENCODER_DECODER = Objective(
     ('tokens', 'decoder_tokens'),
     {'segment_ids': 'segment_ids_BM',
      'decoder_segment_ids': 'decoder_segment_ids_BL'},
-    ('segment_ids', 'decoder_segment_ids'), fill=fill_id, prompt=as_source)
+    ('segment_ids', 'decoder_segment_ids'), prompt=as_source)
 OBJECTIVES = {
     'seq2seq': ENCODER_DECODER._replace(reads=('data.target_length',)),
     'span': ENCODER_DECODER._replace(

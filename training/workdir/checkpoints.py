@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 from etils import epath
+from flax import traverse_util
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -535,14 +536,7 @@ def nest(leaves: dict[str, Any]) -> dict[str, Any]:
 
   Plain dicts, so that the files know nothing of optax's or our own classes.
   """
-  tree = {}
-  for path, leaf in leaves.items():
-    *folders, name = path.split('/')
-    branch = tree
-    for folder in folders:
-      branch = branch.setdefault(folder, {})
-    branch[name] = leaf
-  return tree
+  return traverse_util.unflatten_dict(leaves, sep='/')
 
 
 def from_process_0(value: np.ndarray) -> np.ndarray:

@@ -35,14 +35,6 @@ def this_start(data: Mapping[str, str] | None = None) -> dict[str, Any]:
           **({'plan': plan} if plan else {})}
 
 
-def check_shape(starts: Any, who: str) -> None:
-  """Raises RequestError for what are no starts out of config.json."""
-  require(isinstance(starts, tuple) and all(
-      isinstance(start, dict) and start.keys() >= {'commit', 'diff', 'command'}
-      and isinstance(start.get('data', {}), dict) for start in starts),
-          f'{who} is damaged')
-
-
 @functools.cache  # what is edited later is not what runs
 def _code(root: pathlib.Path) -> dict[str, str | None]:
   def git(*words: str) -> bytes:

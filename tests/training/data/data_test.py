@@ -291,7 +291,6 @@ def test_a_mixture_has_the_order_that_grain_gives_its_items(folder):
 
 
 @pytest.mark.parametrize('fields, message', [
-    (dict(count=3), 'data.batch_size=8 is not divisible by the 3 processes'),
     (dict(length=5000), r'has 729 training tokens, fewer than .*length=5000'),
     (dict(holdout_every=0, split='eval'),
      'has 12 document.s., of which data.holdout_every=0 leaves none for eval'),

@@ -17,7 +17,7 @@ from training.evals.tasks import writing
 from training.objectives import causal, seq2seq
 
 TOKENIZER = tokenizers.load('bytes')
-END, START = TOKENIZER.separator_id, seq2seq.fill_id(TOKENIZER)
+END, START = TOKENIZER.separator_id, objectives.fill_id(TOKENIZER)
 
 
 def _window(n=64, seed=0, length=64):

@@ -216,8 +216,7 @@ def bound_program(module: Any, config: Any, mask: int, count: int):
       shown = batch | dict(tokens=jnp.where(masked_BL, mask, batch['targets']))
       output = objective.apply(module, params, shown)
       nats_BL = objectives.token_losses(
-          output.hidden, output.head, batch['targets'],
-          chunk=config.train.loss_chunk).loss
+          output.hidden, output.head, batch['targets']).loss
       sum_B = jnp.where(masked_BL, nats_BL, 0).sum(1)
       return None, sum_B * n_B / jnp.maximum(l_B, 1)
 
@@ -271,8 +270,7 @@ def documents_program(module: Any, config: Any):
     """Returns the weighted losses and the weights of all tokens, [2, B, L]."""
     output = objective.apply(module, params, batch)
     loss_BL = objectives.token_losses(output.hidden, output.head,
-                                      batch['targets'],
-                                      chunk=config.train.loss_chunk).loss
+                                      batch['targets']).loss
     weights_BL = batch['weights'].astype(jnp.float32)
     return jnp.stack([loss_BL * weights_BL, weights_BL])
   return losses
