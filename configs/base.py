@@ -123,6 +123,10 @@ class Data:
   labels: tuple = field((), 'The labels of classification, in the order of the '
                         "model's scores; derived: those of the training data.",
                         resume=Resume(INCOMPATIBLE, 'scores mean other labels'))
+  class_weights: str = _batches(
+      '', 'What a row counts in the training loss of classification. balanced: '
+      'each label the same in all; or a number for each label, with commas '
+      'between. Empty: all rows the same.')
   length_buckets: int = _batches(
       4, 'Batches of labelled data are padded to one of so many lengths, the '
       'last of them data.length.', least=1, most=64)
@@ -131,6 +135,7 @@ class Data:
       'that is longer than a row; derived: length / 3, as in BERT.', most=2**24)
   mask_rate: float = _batches(0.15, 'the share of tokens that mlm, mlm_nsp and '
                               'mlm_sop mask', above=0, most=1)
+  whole_words: bool = _batches(False, 'mask all tokens of a word, or none')
   workers: int = _prepared(0, 'processes that prepare batches; 0: threads',
                            most=512)
 

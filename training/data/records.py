@@ -74,16 +74,49 @@ def check_labels(labels: Sequence[str]) -> None:
           f'{tuple(labels)}: write two labels or more, as different strings')
 
 
+def class_weights(config: Any, labels: Sequence[str]) -> np.ndarray:
+  """Returns what a record of each label counts in the training loss, [U].
+
+  `balanced` gives each label the same weight in all, as scikit-learn's
+  class_weight does: n / (labels * n of the label).
+
+  Raises:
+    RequestError: for a data.class_weights that is not one of these, and where
+      training has no record of a label that is to be balanced.
+  """
+  written = config.data.class_weights
+  if not written:
+    return np.ones(len(labels))
+  if written == 'balanced':
+    of_records = [record.label for record in of_training(config)]
+    counts = np.array([of_records.count(label) for label in labels])
+    require(counts.all(), f'data.class_weights is {written!r}, but no training '
+            f'record has the label {labels[counts.argmin()]!r}')
+    return len(of_records) / (len(labels) * counts)
+  try:
+    weights = [float(number) for number in written.split(',')]
+  except ValueError:
+    weights = []
+  require(len(weights) == len(labels)
+          and all(0 < weight < math.inf for weight in weights),
+          f"data.class_weights is {written!r}: write 'balanced', or with "
+          'commas between a number above 0 for each of the labels '
+          f'{", ".join(labels)}')
+  return np.array(weights)
+
+
 class Item(NamedTuple):
   """A record, tokenised.
 
   Attributes:
     texts: the ids [T] of each text, cut so that they fit into a row.
     target: what is to be predicted of it.
+    weight: what it counts in the loss.
     between: separators between two texts of a row.
   """
   texts: tuple[np.ndarray, ...]
   target: float
+  weight: float
   between: int = 1
 
   @property
@@ -120,7 +153,7 @@ class Texts(Rows):
     length = corpus.config.data.length
     texts = [text for record in self.records for text in record.texts]
     ids = iter(corpus.tokenizer.encode_batch(texts))
-    between = separators(corpus.config)
+    weights, between = self.weights(corpus), separators(corpus.config)
     self.items: list[Item] = []
     self.cut = 0
     for record in self.records:
@@ -134,9 +167,10 @@ class Texts(Rows):
               f'{len(rows)} text(s) needs {more + len(rows)} or more')
       sizes = fitting([len(row) for row in rows], room)
       self.cut += sum(sizes) < sum(map(len, rows))
+      target = self.target(record)
       self.items.append(Item(
-          tuple(row[:size] for row, size in zip(rows, sizes)),
-          self.target(record), between))
+          tuple(row[:size] for row, size in zip(rows, sizes)), target,
+          1.0 if weights is None else float(weights[target]), between))
     self.lengths = np.array([item.length for item in self.items], np.int32)
     self.num_tokens = int(self.lengths.sum())
     self.num_bytes = sum(len(text.encode('utf-8')) for text in texts)
@@ -150,6 +184,10 @@ class Classes(Texts):
     self._number = {label: i for i, label in enumerate(self.labels)}
     super().__init__(corpus)
 
+  def weights(self, corpus: sources.Corpus) -> np.ndarray | None:
+    return (class_weights(corpus.config, self.labels)
+            if corpus.split == 'train' else None)
+
   def target(self, record: labelled.Record) -> int:
     """Returns the number of a record's label."""
     one_of(f'label in {record.where.rstrip(",")}:', record.label, self._number)
@@ -158,6 +196,9 @@ class Classes(Texts):
 
 class Numbers(Texts):
   """Texts with a number."""
+
+  def weights(self, corpus: sources.Corpus) -> None:
+    return None
 
   def target(self, record: labelled.Record) -> float:
     """Returns a record's label as a number."""

@@ -1,13 +1,15 @@
 """Files of weights: tensors by name, one at a time.
 
-safetensors are mapped into memory, sharded ones through their index. Whatever
-is wrong with a file is a RequestError that names it.
+safetensors are mapped into memory, sharded ones through their index. A .bin
+is a pickle, from which PyTorch takes tensors and refuses code (weights_only).
+Whatever is wrong with a file is a RequestError that names it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 import json
 import pathlib
 from typing import Any
+import zipfile
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from training.workdir import storage
 # The types of weights that are read and written, and their names in
 # safetensors.
 DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
-SAFE = 'model.safetensors'
+SAFE, BIN = 'model.safetensors', 'pytorch_model.bin'
 INDEX = f'{SAFE}.index.json'  # of several files
 
 
@@ -75,7 +77,8 @@ class Files:
 
   def _tensors(self, file: Any):
     if file not in self._open:
-      self._open[file] = _open_safetensors(file)
+      self._open[file] = (_open_bin if file.suffix == '.bin'
+                          else _open_safetensors)(file)
     return self._open[file]
 
 
@@ -88,17 +91,49 @@ def _open_safetensors(file: pathlib.Path):
         f'{file} is no whole safetensors file: {error}') from error
 
 
+def _open_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    import torch
+  except ImportError as error:
+    raise RequestError(
+        f'{file} is a pickle, which PyTorch reads: pip install '
+        "'archetype[verify]', or have it as safetensors") from error
+  try:
+    tensors = torch.load(file, map_location='cpu', weights_only=True,
+                         mmap=zipfile.is_zipfile(file))
+  except Exception as error:  # torch raises several kinds of its own
+    lines = str(error).splitlines() or [type(error).__name__]
+    raise RequestError(f'{file} holds more than tensors, or is damaged: '
+                       f'{lines[0]}') from error
+  require(isinstance(tensors, dict) and all(
+      isinstance(name, str) and isinstance(x, torch.Tensor)
+      and x.layout == torch.strided for name, x in tensors.items()),
+          f'{file} is no table of tensors by name')
+  return {name: _numpy(x.detach()) for name, x in tensors.items()}
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+  import ml_dtypes
+  import torch
+  if tensor.dtype == torch.bfloat16:
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+  return tensor.numpy()
+
+
 def _files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
   """Returns each file and the names in it; None: ask the file."""
   if path.is_file():
-    require(path.suffix == '.safetensors', f'{path} is no .safetensors')
+    require(path.suffix in ('.safetensors', '.bin'),
+            f'{path} is neither .safetensors nor .bin')
     return [(path, None)]
   require(path.is_dir(), f'there is no folder or file {path}')
-  if (path / INDEX).is_file():
-    return _indexed(path / INDEX)
-  require((path / SAFE).is_file(), f'{path} has no {SAFE} or {INDEX}: of a '
-          "pytorch_model.bin, transformers' save_pretrained makes one")
-  return [(path / SAFE, None)]
+  for name in (SAFE, BIN):
+    if (index := path / f'{name}.index.json').is_file():
+      return _indexed(index)
+    if (path / name).is_file():
+      return [(path / name, None)]
+  raise RequestError(f'{path} has no weights: looked for {SAFE}, {BIN}, and '
+                     'either of them with .index.json')
 
 
 def _indexed(index: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:

@@ -66,7 +66,7 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: Seed = 0,
   """Returns (module, params) of a Hugging Face folder, or a file in one.
 
   Args:
-    path: the folder, or a .safetensors file beside a config.json.
+    path: the folder, or a .safetensors or .bin file beside a config.json.
     partial: whether parameters that the files lack are drawn from `seed`, and
       tensors that the model lacks passed over.
     seed: for these.

@@ -400,8 +400,9 @@ class Objective(NamedTuple):
 # The fields that some objectives read and others do not; see Objective.reads.
 OF_SOME = (
     *(f'data.{name}' for name in (
-        'chat_template', 'document_mask', 'labels', 'length_buckets',
-        'mask_rate', 'stride', 'target_length')),
+        'chat_template', 'class_weights', 'document_mask', 'labels',
+        'length_buckets', 'mask_rate', 'stride', 'target_length',
+        'whole_words')),
     *(f'probe.{name}' for name in (
         'examples', 'held_out', 'levels', 'random_non_queries', 'vocab')),
     'span.mean_length', 'span.noise_density', 'span.permuted')

@@ -17,7 +17,11 @@ its paragraph are such a pair.
   question_answering  -(log softmax(starts)_first + log softmax(ends)_last) / 2
 
 A head reads a row off [CLS], or off its last token (architectures/parts/
-heads.py). The loss is a mean over the rows of a batch.
+heads.py). The loss is a mean over the rows of a batch; with data.class_weights
+one in which a row counts as its label says, as torch's CrossEntropyLoss takes
+it; but with label smoothing torch weighs the smoothed share of each label by
+that label's own weight, and here all of a row's loss has the row's. Evaluations
+weigh all rows alike.
 
 The first token of a word carries its label, and the others count nothing
 (Devlin et al. 2019, section 5.3). A decoder reads a label off the words up to
@@ -68,7 +72,7 @@ def lay_out(item: records.Item, rng: np.random.Generator | None, config: Config,
     types += [number] * (len(ids) + end)
   row = dict(tokens=np.concatenate(pieces).astype(np.int32),
              segment_ids=np.ones(len(types)), targets=item.target,
-             weights=1.0)
+             weights=item.weight)
   return row | (dict(types=types) if stack(config) == 'encoder' else {})
 
 
@@ -187,7 +191,7 @@ OBJECTIVES = {
     'classification': _of_texts(
         records.Classes, np.int32, figures=classified('targets'),
         labels=records.labels_of, ignores=('train.z_loss',),
-        reads=('data.labels', 'data.length_buckets')),
+        reads=('data.labels', 'data.class_weights', 'data.length_buckets')),
     'regression': _of_texts(
         records.Numbers, np.float32, figures=estimated,
         reads=('data.length_buckets',),

@@ -192,8 +192,9 @@ def _two_texts(first: np.ndarray, second: np.ndarray, target: bool,
 def _masked(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
             config: Config, tokenizer: Tokenizer) -> Row:
   """Returns tokens, targets and weights of a row."""
-  masked, chosen = mask(ids, special, rng, tokenizer, config.data.mask_rate,
-                        config.model.vocab_size)
+  masked, chosen = mask(
+      ids, special, rng, tokenizer, rate=config.data.mask_rate,
+      whole_words=config.data.whole_words, size=config.model.vocab_size)
   return dict(tokens=masked, targets=ids, weights=chosen)
 
 
@@ -208,12 +209,13 @@ def _pair(stretch: Stretch, rng: np.random.Generator
 
 
 def most(rate: float, length: int) -> int:
-  """Returns how many tokens of `length` are chosen at most."""
+  """Returns how many tokens of `length` are chosen at most; where words are
+  masked whole, the last word may exceed it."""
   return max(1, round(rate * length))
 
 
 def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
-         tokenizer: Tokenizer, rate: float, size: int = 0
+         tokenizer: Tokenizer, *, rate: float, whole_words: bool, size: int = 0
          ) -> tuple[np.ndarray, np.ndarray]:
   """Returns (ids with some masked, which of them are to be predicted).
 
@@ -223,17 +225,48 @@ def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
     rng: of the draws.
     tokenizer: its mask token and vocabulary.
     rate: the share of tokens that are chosen, at least one of them.
+    whole_words: whether all tokens of a word are chosen, or none.
     size: how many ids the model has; 0: as many as the tokenizer.
   """
   places = np.flatnonzero(~special)
-  chosen = np.zeros(len(ids), bool)
-  chosen[rng.permutation(places)[:most(rate, len(places))]] = True
+  wanted = most(rate, len(places))
+  word = np.cumsum(_starts(ids, tokenizer) if whole_words
+                   else np.ones(len(ids), bool))
+  order = rng.permutation(np.unique(word[places]))
+  sizes = np.bincount(word[places], minlength=word[-1] + 1)
+  taken = np.cumsum(sizes[order]) - sizes[order] < wanted
+  chosen = np.isin(word, order[taken]) & ~special
   draw = rng.random(len(ids))
   masked = np.where(chosen & (draw < 0.8), tokenizer.mask_id, ids)
   known = min(tokenizer.vocab_size, size or tokenizer.vocab_size)
   other = rng.integers(0, known, len(ids))
   masked = np.where(chosen & (draw >= 0.8) & (draw < 0.9), other, masked)
   return masked.astype(np.int32), chosen
+
+
+def _starts(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+  """Returns bool [L]: whether a word begins at a token."""
+  begins, ends = _words(tokenizer)
+  after = np.concatenate([[True], ends[ids[:-1]]])
+  return begins[ids] | after
+
+
+@functools.lru_cache(maxsize=4)
+def _words(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+  """Returns bool [V] twice: which tokens begin a word, which end one."""
+  special = set(tokenizer.special_ids.values())
+  pieces = [b' ' if i in special else tokenizer.decode_bytes([i])
+            for i in range(tokenizer.vocab_size)]
+  if any(piece.startswith(b'##') and len(piece) > 2 for piece in pieces):
+    begins = np.array([not piece.startswith(b'##') for piece in pieces])
+    return begins, np.zeros(len(pieces), bool)
+  begins = np.array([piece[:1].isspace() for piece in pieces])
+  ends = np.array([piece[-1:].isspace() for piece in pieces])
+  usual = [i not in special for i in range(len(pieces))]
+  require(bool((begins | ends)[usual].any()), f'data.whole_words: tokenizer '
+          f'{tokenizer.name!r} does not show where a word begins. Set it to '
+          'False, or take WordPiece, bytes or a byte-level BPE.')
+  return begins, ends
 
 
 def rows(batch: Batch) -> jax.Array:
@@ -248,22 +281,28 @@ def _real_B(batch: Batch) -> jax.Array:
 def unread(config: Config, length: int) -> int:
   """Returns how many places of a row `masked_words` leaves out."""
   M = most(config.data.mask_rate, length)
-  return 0 if config.mesh.context > 1 else max(length - M, 0)
+  return 0 if config.data.whole_words or config.mesh.context > 1 else max(
+      length - M, 0)
 
 
 def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns objectives.token_loss of the tokens to predict: the head reads no
-  other places, but where a row is split over devices."""
+  other places. `mask` chooses at most `most` tokens of a row; if a batch has
+  more, the loss is nan. If words are masked whole, which may exceed that, or if
+  a row is split over devices, the head reads every place."""
   weights_BL = batch['weights']
   L = weights_BL.shape[1]
   M = most(config.data.mask_rate, L)
-  if sharding.shards('length', L) > 1 or M >= L:
+  if config.data.whole_words or sharding.shards('length', L) > 1 or M >= L:
     return objectives.token_loss(output, batch, config)
-  places_BM = jnp.sort(jnp.where(weights_BL != 0, jnp.arange(L), L), 1)[:, :M]
+  chosen_BL = weights_BL != 0
+  places_BM = jnp.sort(jnp.where(chosen_BL, jnp.arange(L), L), 1)[:, :M]
   at = lambda x: jnp.take_along_axis(
       x, places_BM.reshape(*places_BM.shape, *(1,) * (x.ndim - 2)), 1,
       mode='clip')
   weights_BM = jnp.where(places_BM < L, at(weights_BL), 0)
+  weights_BM = jnp.where(chosen_BL.sum() > (places_BM < L).sum(), jnp.nan,
+                         weights_BM)
   return objectives.token_loss(
       output.replace(hidden=at(output.hidden)),
       dict(targets=at(batch['targets']), weights=weights_BM), config)
@@ -327,18 +366,19 @@ def over_all_tokens(output: Output, batch: Batch, config: Config) -> Figures:
           for name, mean in figures.items()}
 
 
+_READS = ('data.mask_rate', 'data.whole_words')
 _MLM_NSP = Objective(
     ('encoder',), Stretches, mlm_nsp,
     lambda config: objectives.text_arrays(
         config, 'types', 'segment_ids') | {'nsp_targets': ((), np.int32)},
-    reads=('data.mask_rate',), figures=mlm_and_nsp, unread=unread,
+    reads=_READS, figures=mlm_and_nsp, unread=unread,
     terms={'mlm_loss': objectives.targets, 'nsp_loss': rows},
     guess=lambda config, vocab: math.log(vocab) + math.log(2),
     check=_check_next_sentence)
 OBJECTIVES = {
     'mlm': Objective(
         ('encoder',), Passages, mlm, objectives.document_arrays,
-        reads=('data.mask_rate', 'data.document_mask'), figures=masked_words,
+        reads=(*_READS, 'data.document_mask'), figures=masked_words,
         unread=unread),
     'mlm_nsp': _MLM_NSP,
     'mlm_sop': _MLM_NSP._replace(example=mlm_sop),

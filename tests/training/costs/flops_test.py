@@ -163,11 +163,13 @@ def test_an_encoder_decoder_by_hand():
       2 * 64 * 2 * (4 + 2) + 2 * 2 * 8 * 16 * 2 + 2 * 8 * 96)
 
 
-def test_a_step_of_masked_words_is_what_its_program_multiplies():
-  """The head reads the masked places alone."""
+@pytest.mark.parametrize('whole_words', [False, True])
+def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
+  """The head reads the masked places alone, unless words are masked whole."""
   config = bert.get_config('tiny')
   config.model.update(dropout=0.0, attention_dropout=0.0, remat='none',
                       vocab_size=5000)
+  config.data.whole_words = whole_words
   c, L = totals.resolved(config), config.data.length
   module, objective = architectures.build(c), objectives.of(config)
   loss = lambda params, batch: objective.loss(objective.apply(
@@ -177,7 +179,7 @@ def test_a_step_of_masked_words_is_what_its_program_multiplies():
       in objectives.shapes(config).items()})
   multiplied = flops.count(program, flops.Place('gpu', useful=True)).flops
   unread = objective.unread(config, L)
-  assert unread == L - round(0.15 * L)
+  assert unread == (0 if whole_words else L - round(0.15 * L))
   per_token = sum(flops.training_flops(c, L, unread=unread).values()) / L
   assert per_token * L * config.data.batch_size == pytest.approx(multiplied,
                                                             rel=0.02)

@@ -99,6 +99,11 @@ def test_labels_are_those_of_training_in_order(tmp_path):
 @pytest.mark.parametrize('rows, fields, message', [
     ([('a', '1'), ('b', '1')], {}, 'has 1 label.* in 2 training records'),
     ([(f'{i}', f'{i}') for i in range(101)], {}, 'has 101 label.* in 101 trai'),
+    *(([('a', '1'), ('b', '2')], dict(class_weights=weights),
+       "write 'balanced'") for weights in ('1,2,3', '1,0', 'even')),
+    ([('a', '1'), ('b', '2')], dict(labels=('1', '2', '3'),
+                                    class_weights='balanced'),
+     "no training record has the label '3'"),
     ([('a', '1'), ('b', '2')], dict(length=2), 'needs 3 or more'),
 ])
 def test_what_is_no_classification_is_refused(tmp_path, rows, fields, message):
@@ -113,6 +118,22 @@ def test_regression_reads_numbers(tmp_path):
   assert sorted(batch['targets']) == [-2, 1.5, 1000]
   with pytest.raises(ValueError, match="has the label 'nan', which is"):
     _loader(_source(tmp_path, ('a', '1'), ('b', 'nan')), 'regression')
+
+
+def test_balanced_weights_are_scikit_learns(tmp_path):
+  rows = [(f'{i}', 'abc'[min(i, 2)]) for i in range(9)]
+  source = _source(tmp_path, *rows)
+  batch = _loader(source, class_weights='balanced', batch_size=9).batch(0)
+  # n / (labels * n of the label)
+  np.testing.assert_allclose(
+      batch['weights'], np.array([3, 3, 9 / 21])[batch['targets']])
+  ours = _loader(source, class_weights='1,2,0.5', batch_size=9).batch(0)
+  np.testing.assert_allclose(
+      ours['weights'], np.array([1, 2, 0.5])[ours['targets']])
+  # An evaluation weighs all rows alike.
+  loader, = pipeline.held_out(_config(source, class_weights='balanced',
+                                    eval_source=source), BYTES)
+  assert {*loader.batch(0)['weights']} == {1.0}
 
 
 def test_a_source_and_its_objective_must_fit(tmp_path):

@@ -182,6 +182,28 @@ def test_a_malformed_folder_is_one_sentence(damage, gpt, tmp_path):
   _refused(lambda: weights.from_hf(folder), words)
 
 
+class _Code:
+  def __reduce__(self):
+    return print, ('code of a pickle was run',)
+
+
+def test_a_pickle_gives_tensors_and_runs_no_code(gpt, tmp_path, capsys):
+  torch = pytest.importorskip('torch')
+  folder = _edit(gpt[2], tmp_path)
+  good = {k: torch.as_tensor(v)
+          for k, v in load_file(folder / hf_files.SAFE).items()}
+  (folder / hf_files.SAFE).unlink()
+  torch.save(good, folder / hf_files.BIN)
+  _equal(weights.from_hf(folder)[1], gpt[1])
+  for content, words in (
+      ({'x': _Code()}, 'holds more than tensors'), ({'a': 1}, 'no table'),
+      ({'a': torch.ones(2, 2).to_sparse()}, 'no table'),
+      ({k: v.to(torch.int8) for k, v in good.items()}, 'is of type int8')):
+    torch.save(content, folder / hf_files.BIN)
+    _refused(lambda: weights.from_hf(folder), words)
+  assert 'was run' not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('dtype, words', [
     (np.int8, 'I8'), (np.float64, 'F64'),
     (ml_dtypes.float8_e4m3fn, 'F8_E4M3')])

@@ -45,7 +45,8 @@ def test_fifteen_percent_are_told_eighty_ten_ten(texts):
   ids = rng.integers(97, 123, 20000).astype(np.int32)
   special = np.zeros(len(ids), bool)
   special[:1000] = True
-  masked, chosen = mlm.mask(ids, special, rng, BYTES, 0.15)
+  masked, chosen = mlm.mask(ids, special, rng, BYTES, rate=0.15,
+                            whole_words=False)
   assert not chosen[:1000].any() and chosen.sum() == round(0.15 * 19000)
   assert (masked[~chosen] == ids[~chosen]).all()
   shares = [(masked[chosen] == BYTES.mask_id).mean(),
@@ -95,6 +96,20 @@ def test_masked_documents_are_kept_apart(texts):
   assert 'positions' not in _rows(texts)[0]
 
 
+def test_whole_words_are_masked_whole():
+  text = 'some plain words of unequal length, and a few more of them'
+  ids = BYTES.encode(text)
+  special = np.zeros(len(ids), bool)
+  _, chosen = mlm.mask(ids, special, np.random.default_rng(1), BYTES,
+                           rate=0.3, whole_words=True)
+  assert 0 < chosen.sum() < len(ids)
+  place = 0
+  for word in text.split(' '):
+    letters = chosen[place:place + len(word)]
+    assert letters.all() or not letters.any(), word
+    place += len(word) + 1
+
+
 @pytest.mark.slow
 def test_bert_is_judged_by_both_its_tasks():
   """By hand: words are a mean over the masked ones, the other over rows, of
@@ -140,7 +155,7 @@ def test_bert_is_judged_by_both_its_tasks():
                    'accuracy': values['mlm_accuracy']}
 
 
-def _chosen(rate):
+def _chosen(rate, whole_words=False):
   """A loss of four rows of 16 tokens, of which `rate` are chosen, and what it
   is given."""
   module, params = models.make('bert', num_layers=1)
@@ -151,7 +166,7 @@ def _chosen(rate):
                types=np.zeros((4, 16), int),
                segment_ids=np.ones((4, 16), int))
   config = base.base()
-  config.data.mask_rate = rate
+  config.data.update(mask_rate=rate, whole_words=whole_words)
   objective = objectives.OBJECTIVES['mlm']
 
   def loss(params):
@@ -209,11 +224,12 @@ def test_each_draw_of_a_row_is_a_new_one(texts, objective):
     assert len(alike) >= loader.num_windows and np.mean(alike) < 0.1
 
 
-def test_every_token_is_told_as_often_as_any_other():
+@pytest.mark.parametrize('whole_words', [False, True])
+def test_every_token_is_told_as_often_as_any_other(whole_words):
   ids, special = np.array([*b'ab cde f gh ijkl m no pq'], np.int32), np.zeros(
       24, bool)
   means = np.mean([
-      mlm.mask(ids, special, np.random.default_rng(seed), BYTES, 0.25)[1]
-      for seed in range(3000)], 0)
-  spread = 5 * (0.25 * 0.75 / 3000) ** 0.5
+      mlm.mask(ids, special, np.random.default_rng(seed), BYTES, rate=0.25,
+                   whole_words=whole_words)[1] for seed in range(3000)], 0)
+  spread = 0.04 if whole_words else 5 * (0.25 * 0.75 / 3000) ** 0.5
   assert np.ptp(means) < 2 * spread, means
