@@ -31,12 +31,8 @@ SIZES['tiny'] = bert.SIZES['tiny'] | {
 UNCOUNTED = {size: 128 * (row['d_model'] + 1) + 2 * 128 + 30000 + 2 * (
     row['d_model'] + 1) for size, row in SIZES.items() if size != 'tiny'}
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'albert', size, SIZES,
-      dict(type_vocab_size=2, norm_eps=1e-12, init='normal'),
-      dict(objective='mlm_sop'), remat='dots',
-      batch_size=4096, steps=125_000, lr=1e-4, warmup_steps=3125,
-      schedule='linear', final_fraction=0.0, weight_decay=0.01, b2=0.999,
-      eps=1e-6)
+get_config = recipes.of(
+    'albert', SIZES, dict(type_vocab_size=2, norm_eps=1e-12, init='normal'),
+    dict(objective='mlm_sop'), remat='dots', batch_size=4096, steps=125_000,
+    lr=1e-4, warmup_steps=3125, schedule='linear', final_fraction=0.0,
+    weight_decay=0.01, b2=0.999, eps=1e-6)

@@ -20,10 +20,8 @@ SIZES = recipes.table(
 SIZES['tiny'] = dict(num_layers=2, d_model=128, num_heads=4, d_ff=512,
                      max_len=64, batch_size=32, steps=600)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'bart', size, SIZES, dict(init='normal'),
-      {'objective': 'denoising', 'span.noise_density': 0.3}, remat='dots',
-      batch_size=8000, length=512, steps=500_000, schedule='linear',
-      final_fraction=0.0, weight_decay=0.01, b2=0.98, eps=1e-6, clip_norm=0.0)
+get_config = recipes.of(
+    'bart', SIZES, dict(init='normal'),
+    {'objective': 'denoising', 'span.noise_density': 0.3}, remat='dots',
+    batch_size=8000, length=512, steps=500_000, schedule='linear',
+    final_fraction=0.0, weight_decay=0.01, b2=0.98, eps=1e-6, clip_norm=0.0)

@@ -25,6 +25,4 @@ SIZES = recipes.table(
 SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, max_len=256,
                      batch_size=8, steps=600, lr=2e-3, warmup_steps=100)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('bloom', size, SIZES, tokens=341e9, warmup=375e6)
+get_config = recipes.of('bloom', SIZES, tokens=341e9, warmup=375e6)

@@ -48,9 +48,7 @@ SIZES['tiny'] = deepseek_v4.layers(
 UNCOUNTED = {'flash': 40 * 256 + 3 * 129280 * 6,
              'pro': 58 * 384 + 3 * 129280 * 6}
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'deepseek_v4', size, SIZES, dict(
-          norm_eps=1e-6, moe=deepseek_v2.MOE | dict(balance_weight=0.0001)),
-      length=4096, tokens=32e12, batch_size=15360, lr=2.2e-4)
+get_config = recipes.of(
+    'deepseek_v4', SIZES, dict(
+        norm_eps=1e-6, moe=deepseek_v2.MOE | dict(balance_weight=0.0001)),
+    length=4096, tokens=32e12, batch_size=15360, lr=2.2e-4)

@@ -15,6 +15,4 @@ SIZES = recipes.table(
     max_len=2048, vocab_size=32000, **diffllama.by_depth(16))
 SIZES['tiny'] = recipes.SMALL | diffllama.by_depth(4)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('diffllama', size, SIZES, dict(norm_eps=1e-5))
+get_config = recipes.of('diffllama', SIZES, dict(norm_eps=1e-5))

@@ -23,6 +23,4 @@ SIZES = recipes.table(
     }, max_len=2048, vocab_size=65024)
 SIZES['tiny'] = recipes.SMALL | dict(num_kv_heads=1, d_ff=0)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('falcon', size, SIZES, warmup=4e9)
+get_config = recipes.of('falcon', SIZES, warmup=4e9)

@@ -25,6 +25,4 @@ SIZES = recipes.table(
 SIZES['27b']['attention_scale'] = (4608 / 32) ** -0.5
 SIZES['tiny'] = recipes.SMALL
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('gemma2', size, SIZES, dict(norm_eps=1e-6))
+get_config = recipes.of('gemma2', SIZES, dict(norm_eps=1e-6))

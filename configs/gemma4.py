@@ -21,6 +21,4 @@ SIZES = recipes.table(
 SIZES['tiny'] = recipes.SMALL | {
     'kinds.global.num_kv_heads': 1, 'kinds.global.head_dim': 64}
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('gemma4', size, SIZES, dict(norm_eps=1e-6), length=4096)
+get_config = recipes.of('gemma4', SIZES, dict(norm_eps=1e-6), length=4096)

@@ -25,10 +25,7 @@ SIZES['tiny'] = recipes.SMALL | dict(moe=dict(num_experts=32, d_ff=32))
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'106b-a12b': 45 * 128, '355b-a32b': 89 * 160}
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'glm4_moe', size, SIZES, dict(
-          norm_eps=1e-5, moe=deepseek_v2.MOE | dict(
-              balance_weight=0.0001, bias_rate=0.001)),
-      tokens=23e12, batch_size=16384, lr=2.5e-4)
+get_config = recipes.of(
+    'glm4_moe', SIZES, dict(norm_eps=1e-5, moe=deepseek_v2.MOE | dict(
+        balance_weight=0.0001, bias_rate=0.001)),
+    tokens=23e12, batch_size=16384, lr=2.5e-4)

@@ -48,6 +48,4 @@ TINY = dict(num_layers=4, d_model=128, num_heads=4, max_len=128, batch_size=8,
             steps=2500, warmup_steps=100)
 SIZES = {'tiny': TINY} | GPT2 | GPT3
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('gpt', size, SIZES, remat='dots', tokens=300e9)
+get_config = recipes.of('gpt', SIZES, remat='dots', tokens=300e9)

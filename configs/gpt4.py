@@ -35,8 +35,7 @@ SIZES['tiny'] = dict(
     d_model=128, num_layers=4, num_heads=4, d_ff=256, max_len=256,
     moe=dict(num_experts=4), batch_size=8, steps=600, lr=2e-3, warmup_steps=100)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(  # about 60M tokens a batch
-      'gpt4-rumoured', size, SIZES, dict(moe=dict(dispatch='auto')),
-      batch_size=7168, tokens=13e12, lr=1e-4)
+# About 60M tokens a batch.
+get_config = recipes.of(
+    'gpt4-rumoured', SIZES, dict(moe=dict(dispatch='auto')), batch_size=7168,
+    tokens=13e12, lr=1e-4)

@@ -30,7 +30,6 @@ SIZES['20b'] |= dict(ffn='gelu_tanh', batch_size=1536,  # 1,538, made divisible
                      steps=150_000, warmup_steps=1500)
 SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, max_len=256)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('gpt_neox', size, SIZES, batch_size=1024, steps=143_000,
-                        warmup_steps=1430, weight_decay=0.01)
+get_config = recipes.of(
+    'gpt_neox', SIZES, batch_size=1024, steps=143_000, warmup_steps=1430,
+    weight_decay=0.01)

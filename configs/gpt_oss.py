@@ -28,8 +28,6 @@ for _size, _parameters in (('20b', 20_914_757_184), ('120b', 116_829_156_672)):
           theta=150_000.0, scaling='yarn', factor=32.0, original_len=4096,
           truncate=False))
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'gpt_oss', size, SIZES, dict(moe=dict(balance_weight=0.001)), length=4096,
-      tokens=15e12)
+get_config = recipes.of(
+    'gpt_oss', SIZES, dict(moe=dict(balance_weight=0.001)), length=4096,
+    tokens=15e12)

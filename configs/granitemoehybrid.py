@@ -38,8 +38,6 @@ SIZES['tiny'] = recipes.SMALL | dict(
     d_ff=64, attention_scale=1 / 32, logits_scale=1.0, mamba2=dict(state=32),
     moe=dict(num_experts=16, d_ff=32))
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'granitemoehybrid', size, SIZES, dict(moe=dict(balance_weight=0.001)),
-      length=4096, tokens=15e12)
+get_config = recipes.of(
+    'granitemoehybrid', SIZES, dict(moe=dict(balance_weight=0.001)),
+    length=4096, tokens=15e12)

@@ -25,7 +25,5 @@ SIZES['2.6b'] |= dict(
     suffix='full,conv,conv,full,conv,conv')
 SIZES['tiny'] = recipes.SMALL
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('lfm2', size, SIZES, dict(rope=dict(theta=1e6)),
-                        length=4096, tokens=10e12)
+get_config = recipes.of(
+    'lfm2', SIZES, dict(rope=dict(theta=1e6)), length=4096, tokens=10e12)

@@ -15,6 +15,4 @@ SIZES = recipes.table(
     kinds=dict(local=dict(window=256)))
 SIZES['tiny'] = recipes.SMALL
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('lfm3', size, SIZES, length=4096)
+get_config = recipes.of('lfm3', SIZES, length=4096)

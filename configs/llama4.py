@@ -27,7 +27,4 @@ SIZES['tiny'] = recipes.SMALL | dict(
     attention_chunk=64, attention_log_from=64, moe=dict(
         num_experts=16, d_ff=172))
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('llama4', size, SIZES, dict(moe=dict(
-      balance_weight=0.001)))
+get_config = recipes.of('llama4', SIZES, dict(moe=dict(balance_weight=0.001)))

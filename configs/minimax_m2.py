@@ -19,9 +19,6 @@ SIZES = {
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'230b-a10b': 62 * 256}
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'minimax_m2', size, SIZES, dict(
-          norm_eps=1e-6, moe=deepseek_v2.MOE | dict(
-              balance_weight=0.0001, bias_rate=0.001)), length=4096)
+get_config = recipes.of(
+    'minimax_m2', SIZES, dict(norm_eps=1e-6, moe=deepseek_v2.MOE | dict(
+        balance_weight=0.0001, bias_rate=0.001)), length=4096)

@@ -21,7 +21,4 @@ SIZES['7b'] |= dict(vocab_size=32000, parameters=7_241_732_096)
 SIZES['7b-v0.3'] |= dict(vocab_size=32768, parameters=7_248_023_552,
                          attention='global', rope=dict(theta=1e6))
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('mistral', size, SIZES, dict(norm_eps=1e-5),
-                        length=8192)
+get_config = recipes.of('mistral', SIZES, dict(norm_eps=1e-5), length=8192)

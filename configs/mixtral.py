@@ -21,8 +21,6 @@ SIZES = recipes.table(
     }, vocab_size=32000, moe=dict(num_experts=8), rope=dict(theta=1e6))
 SIZES['tiny'] = recipes.SMALL | dict(d_ff=172, moe=dict(num_experts=4))
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('mixtral', size, SIZES, dict(moe=dict(
-      dispatch='auto', capacity_factor=0.0, eval_capacity_factor=0.0,
-      balance_weight=0.02)), length=4096)
+get_config = recipes.of('mixtral', SIZES, dict(moe=dict(
+    dispatch='auto', capacity_factor=0.0, eval_capacity_factor=0.0,
+    balance_weight=0.02)), length=4096)

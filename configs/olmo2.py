@@ -25,8 +25,7 @@ SIZES = recipes.table(
     }, max_len=4096, vocab_size=100352)
 SIZES['tiny'] = recipes.SMALL | dict(num_kv_heads=0)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('olmo2', size, SIZES, dict(
-      norm_eps=1e-6, init='normal', rope=dict(theta=500_000.0)),
-                        {'train.z_loss': 1e-5})
+get_config = recipes.of(
+    'olmo2', SIZES,
+    dict(norm_eps=1e-6, init='normal', rope=dict(theta=500_000.0)),
+    {'train.z_loss': 1e-5})

@@ -27,8 +27,7 @@ SIZES |= {f'{name}-64k': size | dict(
           for name, size in SIZES.items()}
 SIZES['tiny'] = recipes.SMALL | dict(num_kv_heads=0)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('olmo3', size, SIZES, dict(
-      norm_eps=1e-6, init='normal', rope=dict(theta=500_000.0)),
-                        {'train.z_loss': 1e-5}, tokens=5e12)
+get_config = recipes.of(
+    'olmo3', SIZES,
+    dict(norm_eps=1e-6, init='normal', rope=dict(theta=500_000.0)),
+    {'train.z_loss': 1e-5}, tokens=5e12)

@@ -22,9 +22,8 @@ SIZES['7b-64k'] = SIZES['7b'] | dict(max_len=65536, position='none')
 SIZES['tiny'] = recipes.SMALL | dict(
     num_kv_heads=0, deltanet=dict(key_dim=24, value_dim=48))
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('olmo_hybrid', size, SIZES, dict(
-      norm_eps=1e-6, init='normal', deltanet=dict(norm_eps=1e-5),
-      rope=dict(theta=500_000.0)), {'train.z_loss': 1e-5}, batch=2**22,
-                        tokens=6e12)
+get_config = recipes.of(
+    'olmo_hybrid', SIZES, dict(
+        norm_eps=1e-6, init='normal', deltanet=dict(norm_eps=1e-5),
+        rope=dict(theta=500_000.0)),
+    {'train.z_loss': 1e-5}, batch=2**22, tokens=6e12)

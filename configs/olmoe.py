@@ -22,9 +22,7 @@ SIZES = recipes.table(
         '1b-7b': (2048, 16, 16, 1024, 4096, 64)})
 SIZES['1b-7b'] |= dict(vocab_size=50304, parameters=6_919_161_856)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'olmoe', size, SIZES, dict(norm_eps=1e-5, init='normal', moe=dict(
-          balance_weight=0.01, z_loss_weight=0.001)),
-      tokens=5033e9, lr=4e-4, warmup_steps=2500, decay_mask=(('.*', 1),))
+get_config = recipes.of(
+    'olmoe', SIZES, dict(norm_eps=1e-5, init='normal', moe=dict(
+        balance_weight=0.01, z_loss_weight=0.001)),
+    tokens=5033e9, lr=4e-4, warmup_steps=2500, decay_mask=(('.*', 1),))

@@ -23,6 +23,4 @@ SIZES = {'tiny': gpt.TINY} | recipes.table(
         '175b': (96, 12288, 96, 2_000_000, 1.2e-4, 174_604_468_224),
     }, max_len=2048, vocab_size=50272, dropout=0.1)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('opt', size, SIZES, tokens=300e9, schedule='linear')
+get_config = recipes.of('opt', SIZES, tokens=300e9, schedule='linear')

@@ -17,7 +17,5 @@ SIZES = recipes.table('num_layers parameters', {
     length=4096)
 SIZES['tiny'] = recipes.SMALL | {'num_layers': 2, 'loops.passes': 3}
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('ouro', size, SIZES, dict(
-      norm_eps=1e-6, rope=dict(theta=1e6)), tokens=7.7e12)
+get_config = recipes.of(
+    'ouro', SIZES, dict(norm_eps=1e-6, rope=dict(theta=1e6)), tokens=7.7e12)

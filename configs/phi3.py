@@ -22,6 +22,4 @@ SIZES = recipes.table(
     }, max_len=4096, vocab_size=32064, sliding_window=2047)
 SIZES['tiny'] = recipes.SMALL | dict(num_kv_heads=0, sliding_window=128)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('phi3', size, SIZES, dict(norm_eps=1e-5))
+get_config = recipes.of('phi3', SIZES, dict(norm_eps=1e-5))

@@ -27,7 +27,4 @@ for _size in ('0.5b', '1.5b', '3b'):
   SIZES[_size] |= dict(max_len=32768, tie_embeddings=True)
 SIZES['tiny'] = recipes.SMALL | dict(norm_eps=1e-6)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('qwen2', size, SIZES, dict(rope=dict(theta=1e6)),
-                        length=4096)
+get_config = recipes.of('qwen2', SIZES, dict(rope=dict(theta=1e6)), length=4096)

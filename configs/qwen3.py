@@ -25,7 +25,5 @@ SIZES = recipes.table(
     }, head_dim=128, max_len=32768, vocab_size=151936)
 SIZES['tiny'] = recipes.SMALL
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('qwen3', size, SIZES, dict(
-      norm_eps=1e-6, rope=dict(theta=1e6)), length=4096)
+get_config = recipes.of(
+    'qwen3', SIZES, dict(norm_eps=1e-6, rope=dict(theta=1e6)), length=4096)

@@ -24,7 +24,5 @@ SIZES = recipes.table(
     }, **qwen3_next.SAME, vocab_size=248320)
 SIZES['tiny'] = qwen3_next.TINY
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('qwen3_5', size, SIZES, dict(norm_eps=1e-6),
-                        qwen3_next.DECAY, length=4096)
+get_config = recipes.of(
+    'qwen3_5', SIZES, dict(norm_eps=1e-6), qwen3_next.DECAY, length=4096)

@@ -21,8 +21,6 @@ SIZES = recipes.table(
     }, num_kv_heads=2, **qwen3_next.SAME, vocab_size=248320)
 SIZES['tiny'] = qwen3_next.TINY | dict(moe=dict(num_experts=32, d_ff=24))
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'qwen3_5_moe', size, SIZES, dict(norm_eps=1e-6, moe=dict(
-          balance_weight=0.001)), qwen3_next.DECAY, length=4096)
+get_config = recipes.of(
+    'qwen3_5_moe', SIZES, dict(norm_eps=1e-6, moe=dict(balance_weight=0.001)),
+    qwen3_next.DECAY, length=4096)

@@ -23,8 +23,6 @@ SIZES = recipes.table(
 SIZES['tiny'] = recipes.SMALL | dict(
     head_dim=48, moe=dict(num_experts=16, d_ff=44))
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'qwen3_moe', size, SIZES, dict(norm_eps=1e-6, moe=dict(
-          balance_weight=0.001)), length=4096, tokens=36e12)
+get_config = recipes.of(
+    'qwen3_moe', SIZES, dict(norm_eps=1e-6, moe=dict(balance_weight=0.001)),
+    length=4096, tokens=36e12)

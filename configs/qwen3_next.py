@@ -32,8 +32,6 @@ SIZES = {
         moe=dict(num_experts=512, d_ff=512), vocab_size=151936,
         parameters=79_674_391_296)}
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'qwen3_next', size, SIZES, dict(norm_eps=1e-6, moe=dict(
-          balance_weight=0.001)), DECAY, length=4096, tokens=15e12)
+get_config = recipes.of(
+    'qwen3_next', SIZES, dict(norm_eps=1e-6, moe=dict(balance_weight=0.001)),
+    DECAY, length=4096, tokens=15e12)

@@ -29,8 +29,6 @@ SIZES = {
         ngrams=dict(stops=True, rows=20_000_000, heads=8, pad_token=248044),
         parameters=176_943_899_520)}
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'qwen4_exp', size, SIZES, dict(norm_eps=1e-6, moe=dict(
-          balance_weight=0.001)), qwen3_next.DECAY, length=4096)
+get_config = recipes.of(
+    'qwen4_exp', SIZES, dict(norm_eps=1e-6, moe=dict(balance_weight=0.001)),
+    qwen3_next.DECAY, length=4096)

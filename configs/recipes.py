@@ -1,7 +1,7 @@
 """What the configs of systems have in common: the sizes of a system as a table,
 and how a run of its smallest size and of a published size is set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -84,3 +84,10 @@ def config(arch: str, size: str, sizes: Mapping[str, Mapping[str, Any]],
   c.optim.update(how)
   c.update_from_flattened_dict(run or {})
   return c
+
+
+def of(arch: str, sizes: Mapping[str, Mapping[str, Any]], *args: Any,
+       **kwargs: Any) -> Callable[..., ml_collections.ConfigDict]:
+  """Returns the get_config of a system whose sizes are all set alike, by the
+  arguments of `config`."""
+  return lambda size='tiny': config(arch, size, sizes, *args, **kwargs)

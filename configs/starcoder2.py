@@ -23,7 +23,5 @@ SIZES = recipes.table(
 SIZES['15b']['tie_embeddings'] = False
 SIZES['tiny'] = recipes.SMALL | dict(sliding_window=128)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config('starcoder2', size, SIZES, dict(norm_eps=1e-5),
-                        length=4096, warmup_steps=1000)
+get_config = recipes.of(
+    'starcoder2', SIZES, dict(norm_eps=1e-5), length=4096, warmup_steps=1000)

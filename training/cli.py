@@ -338,7 +338,7 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
   """
   file, colon, size = spec.partition(':')
   files = [str(path) for path in sorted(pathlib.Path('configs').glob('*.py'))
-           if 'def get_config' in path.read_text()]
+           if re.search('^(def )?get_config', path.read_text(), re.M)]
   if not os.path.isfile(file):
     one_of('--config', file, files)
   module = run_file(file)
