@@ -136,8 +136,8 @@ class Data:
   mask_rate: float = _batches(0.15, 'the share of tokens that mlm, mlm_nsp and '
                               'mlm_sop mask', above=0, most=1)
   whole_words: bool = _batches(False, 'mask all tokens of a word, or none')
-  workers: int = _prepared(0, 'processes that prepare batches; 0: threads',
-                           most=512)
+  threads: int = _prepared(2, 'that prepare batches; more pay where they wait '
+                           'for a bucket', least=1, most=512)
 
 
 @dataclasses.dataclass(frozen=True)

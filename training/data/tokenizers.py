@@ -74,9 +74,6 @@ class Tokenizer:
   more_ids: frozenset[int] = frozenset()
   added_texts: dict[str, int]
 
-  def __reduce__(self):
-    return load, (self.name, True)  # To a worker goes the name alone.
-
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns one int32 [T] array for each text."""
 
@@ -325,12 +322,11 @@ class HuggingFace(Tokenizer):
     self._tokenizer.save(str(path))
 
 
-def load(spec: str, tried: bool = False) -> Tokenizer:
+def load(spec: str) -> Tokenizer:
   """Returns the tokenizer that data.tokenizer names.
 
   Args:
     spec: see the head of this file.
-    tried: whether the process that started this one has read it.
 
   Raises:
     ValueError: if there is no such file, or it is not a tokenizer.
@@ -353,10 +349,9 @@ def load(spec: str, tried: bool = False) -> Tokenizer:
           f'{spec!r}, which is no such file or folder: choose bytes, bytes:N, '
           'a tokenizer.json, or a folder of Hugging Face with a tokenizer, of '
           'the hub hf://ORG/NAME')
-  if not tried:
-    from training.data import limited
-    limited.call(f'tokenizer {spec!r} cannot be read as a Hugging Face '
-                 'tokenizer.json', 'read_json', str(path.absolute()))
+  from training.data import limited
+  limited.call(f'tokenizer {spec!r} cannot be read as a Hugging Face '
+               'tokenizer.json', 'read_json', str(path.absolute()))
   return _read_json(spec, path)
 
 

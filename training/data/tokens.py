@@ -120,9 +120,6 @@ class Tokens:
     self.table = functools.lru_cache(TABLES)(self._table)
     self._block = functools.lru_cache(BLOCKS)(self._read_block)
 
-  def __reduce__(self):
-    return Tokens, (self.folder, self.begun)
-
   def tables(self) -> Iterator[Table]:
     """Yields the tables of all shards, in order."""
     with futures.ThreadPoolExecutor(THREADS) as pool:
@@ -192,13 +189,6 @@ class Split:
     self.documents, self.of = int(documents.sum()), int(self._firsts[-1])
     self.num_tokens = int(self._starts[-1])
     self.num_bytes = int(num_bytes.sum())
-    self._places = functools.lru_cache(TABLES)(self._find_places)
-
-  def __getstate__(self) -> dict[str, Any]:  # to a worker goes no cache
-    return {k: v for k, v in self.__dict__.items() if k != '_places'}
-
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    self.__dict__.update(state)
     self._places = functools.lru_cache(TABLES)(self._find_places)
 
   def fill(self, tokens: np.ndarray, first: int) -> None:

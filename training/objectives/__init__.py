@@ -200,7 +200,7 @@ class Objective(NamedTuple):
       num_tokens and num_bytes say how much text one pass over it reads.
     example: (item, rng, config, tokenizer) -> one row of a batch. `rng` is
       drawn from the seed and the row's place in the whole run, so that masks
-      too repeat on any number of hosts and workers. See `row`.
+      too repeat on any number of hosts and threads. See `row`.
     arrays: config -> {key: (shape, dtype)} of one row: the batch's own, less
       their first axis.
     inputs: keys of the batch that are the module's positional arguments.

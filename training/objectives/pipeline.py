@@ -5,7 +5,7 @@ batch n is example g = n B + r of one endless sequence: a permutation of all
 windows, then another one, and so on, or for a mixture such sequences
 interleaved by weight. Process p of P takes rows p B/P to (p+1) B/P and loads
 only those. So a run may stop at any n and go on with any number of processes or
-workers, and the state of the data is n.
+threads, and the state of the data is n.
 
 Batches may grow: data.batch_ramp is a text such as '100:8,300:16', batches of 8
 rows until step 100, of 16 until step 300, and of data.batch_size from there on.
@@ -16,20 +16,12 @@ are few.
 
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
-import contextlib
 import dataclasses
 import functools
-import gc
 import itertools
 import math
-import multiprocessing
-from multiprocessing import connection, resource_tracker
-import os
-import signal
 import sys
-import threading
 
-from absl import flags
 import numpy as np
 
 from configs.errors import require
@@ -39,10 +31,8 @@ from training.data.tokenizers import Tokenizer
 from training.objectives import Config
 
 EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
-THREADS = 2  # With workers=0; more only contend for the interpreter's lock.
-PREFETCH = 4  # Batches prepared ahead.
+PREFETCH = 4  # Batches prepared ahead, or as many as there are threads.
 SIZES = 15  # of batches that grow, beside data.batch_size
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Loader:
@@ -137,44 +127,21 @@ class Loader:
               ) -> Iterator[dict[str, np.ndarray]]:
     """Yields batch(start), ..., batch(stop - 1), prepared ahead.
 
-    data.workers processes prepare them, or threads if it is 0. Worker
-    processes import the main module again, which needs a main guard. Give
-    `stop` where it is known: batches that no one takes are work for nothing.
+    Give `stop` where it is known: batches that no one takes are work for
+    nothing.
     """
     import grain
     stop = self._stop if stop is None else min(stop, self._stop)
     if start >= stop:
       return
-    batches = grain.MapDataset.range(start, stop).map(self.batch)
-    workers = self._config.data.workers
-    if workers:
-      if not flags.FLAGS.is_parsed():  # In a notebook or a test: Grain asks.
-        flags.FLAGS.mark_as_parsed()
-      ahead = max(1, PREFETCH // workers)
-      dataset = batches.to_iter_dataset(
-          grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
-      ).mp_prefetch(grain.MultiprocessingOptions(
-          num_workers=workers, per_worker_buffer_size=ahead),
-          worker_init_fn=_begin_worker)
-      # Out of the workers' shared memory, which is then free again at once.
-      dataset = dataset.map(
-          lambda batch: {key: np.array(batch[key]) for key in batch})
-    else:
-      dataset = batches.to_iter_dataset(grain.ReadOptions(
-          num_threads=THREADS, prefetch_buffer_size=PREFETCH))
-    iterator = iter(dataset)
+    threads = self._config.data.threads
+    iterator = iter(grain.MapDataset.range(start, stop).map(
+        self.batch).to_iter_dataset(grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=max(threads, PREFETCH))))
     try:
-      with _signals_blocked() if workers else contextlib.nullcontext():
-        first = next(iterator)  # which starts the workers
-      yield first
       yield from iterator
     finally:
       iterator.close()
-      if workers:
-        # Grain's threads end in exceptions whose tracebacks keep the last
-        # batches, and so their shared memory, in reference cycles.
-        del iterator, dataset
-        gc.collect()
 
   @property
   def _stop(self) -> int:
@@ -208,38 +175,6 @@ class _Ordered:
     place = self.places[n]
     view = bisect.bisect_right(self._starts, place) - 1
     return self._views[view][place - self._starts[view]]
-
-
-@contextlib.contextmanager
-def _signals_blocked():
-  """Blocks SIGNALS in this thread, and for good in every thread and
-  process that is started from it meanwhile. One that arrives is taken by
-  another thread, or afterwards.
-
-  Ctrl-C and SIGHUP reach every process of a terminal, and a cluster's SIGTERM
-  every process of a job. The parent then finishes its step, for which it needs
-  the batches: so its workers must not take the signal for theirs, from their
-  first instruction on.
-  """
-  # Python's, which every worker needs; its start would unblock the signals.
-  resource_tracker.ensure_running()
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-  try:
-    yield
-  finally:
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _begin_worker(index: int, count: int) -> None:
-  """What a worker does first: it sees to it that it ends with its parent,
-  which may be killed before it can say so."""
-  parent = multiprocessing.parent_process()
-
-  def end_with_it() -> None:
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-  threading.Thread(target=end_with_it, name='parent', daemon=True).start()
 
 
 def lengths(config: Config) -> tuple[int, ...]:

@@ -1,13 +1,7 @@
 """Data: tokenised once, packed without loss, in an order fixed by the seed."""
 
 import itertools
-import os
-import pathlib
-import signal
-import subprocess
 import sys
-import textwrap
-import time
 
 import grain
 import numpy as np
@@ -19,7 +13,6 @@ from training import preflight
 from training.data import tokenizers
 from training.objectives import pipeline
 
-ROOT = pathlib.Path(__file__).parents[3]
 BYTES = tokenizers.load('bytes')
 EOS = BYTES.eos_id
 OPENED = []  # The files that this process opens.
@@ -258,17 +251,6 @@ def test_iterating_from_n_is_batch_n_onwards(folder, start):
   assert not list(loader.iterate(start, start))
 
 
-@pytest.mark.slow
-def test_worker_processes_change_nothing(folder):
-  plain, workers = (load(folder, workers=n, length=7) for n in (0, 2))
-  stop = min(plain.num_batches, 7)
-  pairs = list(itertools.zip_longest(
-      plain.iterate(1, stop), workers.iterate(1, stop)))
-  assert len(pairs) == stop - 1
-  for one, two in pairs:
-    same(one, two)
-
-
 def test_a_mixture_has_the_order_that_grain_gives_its_items(folder):
   for name, letters in ('b', 'xyz'), ('c', 'uvw'):
     (folder / name).mkdir()
@@ -352,78 +334,3 @@ def test_a_ramp_is_scaled_with_the_steps_of_a_run():
   assert scaled('100:8,300:16', 1000, 500) == '50:8,150:16'
   assert scaled('1:2,3:4,100:8', 400, 4) == '1:8'  # no batch has 2 or 4
   assert scaled('99:4', 100, 50) == '49:4'  # still ends before the run
-
-
-# Grain's workers in real processes: signals, and the death of their parent.
-
-
-_PROGRAM = '''
-    import multiprocessing
-    import signal
-    import sys
-    import time
-    sys.path.insert(0, {root!r})
-
-    def main():
-      from configs import base
-      from training.data import tokenizers
-      from training.objectives import pipeline
-      got = []
-      for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: got.append(number))
-      config = base.base()
-      config.data.update(
-          source='text:{folder}/*.txt', cache_dir='{folder}/cache', length=16,
-          batch_size=8, holdout_every=4, workers=2)
-      batches = pipeline.training_loader(
-          config, tokenizers.load("bytes")).iterate(0, 10_000)
-      print('starting', flush=True)
-      for _ in range(8):
-        next(batches)
-      print(*(p.pid for p in multiprocessing.active_children()), flush=True)
-      while set(got) != {{signal.SIGINT, signal.SIGTERM}}:
-        next(batches)  # while a signal comes
-      for _ in range(500):
-        next(batches)
-      print('still going', flush=True)
-      time.sleep(600)
-
-    if __name__ == '__main__':
-      main()
-    '''
-
-
-@pytest.mark.slow
-def test_a_signal_to_all_is_the_parents_and_its_death_is_the_workers(tmp_path):
-  for i in range(8):
-    (tmp_path / f'{i}.txt').write_text(f'Document {i}. ' * 20)
-  program = tmp_path / 'program.py'
-  program.write_text(textwrap.dedent(_PROGRAM).format(
-      root=str(ROOT), folder=tmp_path))
-  parent = subprocess.Popen([sys.executable, program], text=True,
-                            start_new_session=True, stdout=subprocess.PIPE)
-  try:
-    assert parent.stdout.readline() == 'starting\n'
-    for _ in range(20):  # while the workers start
-      os.killpg(parent.pid, signal.SIGINT)
-      time.sleep(0.1)
-    workers = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(workers) == 2
-    os.killpg(parent.pid, signal.SIGINT)
-    os.killpg(parent.pid, signal.SIGTERM)
-    assert parent.stdout.readline() == 'still going\n'
-    parent.kill()
-    until = time.monotonic() + 20
-    while any(_alive(pid) for pid in workers):
-      assert time.monotonic() < until, 'a worker outlives its parent'
-      time.sleep(0.1)
-  finally:
-    os.killpg(parent.pid, signal.SIGKILL)
-    parent.communicate()
-
-
-def _alive(pid):
-  try:
-    return 'State:\tZ' not in pathlib.Path(f'/proc/{pid}/status').read_text()
-  except FileNotFoundError:
-    return False

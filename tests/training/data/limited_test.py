@@ -97,10 +97,3 @@ def test_a_tokenizer_has_limits(parts, why, tmp_path):
                      f'as a Hugging Face tokenizer.json: )?{why}') as caught:
     tokenizers.load(file).encode('b' * 60)
   assert '\n' not in str(caught.value)
-
-
-def test_a_worker_reads_what_was_tried(tmp_path, monkeypatch):
-  tokenizer = tokenizers.load(pipeline(tmp_path / 'a.json'))
-  monkeypatch.setattr(limited, 'call', None)
-  make, args = tokenizer.__reduce__()
-  assert make(*args).fingerprint == tokenizer.fingerprint

@@ -4,7 +4,6 @@ killed; read as the text itself; what is wrong with them is named."""
 import json
 import os
 import pathlib
-import pickle
 import random
 import signal
 import subprocess
@@ -134,8 +133,7 @@ def test_every_token_stands_where_the_text_has_it(corpus, shards):
       kept = [text for text, is_in in zip(texts, chosen) if is_in]
       stream = np.array([EOS, *(i for text in kept
                                 for i in (*text.encode(), EOS))])
-      again = pickle.loads(pickle.dumps(
-          tokens.Split(read, every, split, part, EOS)))
+      again = tokens.Split(read, every, split, part, EOS)
       assert (again.documents, again.of) == (len(kept), len(texts))
       assert again.num_tokens == len(stream) - 1
       assert again.num_bytes == sum(map(len, kept))
