@@ -25,7 +25,7 @@ from architectures.parts.attention import latent
 from architectures.parts.attention import multi_head
 from architectures.parts import lookup
 from architectures.parts.config import (
-    Both, Cache, Context, LayerKind, ModelConfig)
+    Both, Context, LayerKind, ModelConfig)
 from architectures.parts.layers import FFN, NO_FFN, norm, recomputed, rmsnorm
 from architectures.parts.moe.layer import MoE
 from architectures.parts.recurrent import features, layer
@@ -675,7 +675,8 @@ RESIDUALS = {
 # self-attention and, in a decoder with a memory, C follows it wired alike. With
 # model.ffn 'none' a block ends before F, as Mamba-2's do: x + A(n(x)).
 #
-# To add one, write a class and its entry in BLOCKS. What else it can do than
+# To add one, write a class with `around`, or with `wired`, and its entry in
+# BLOCKS. What else it can do than
 # self-attention and F on one stream it says by the attributes of Block; what it
 # does not say is refused.
 
@@ -695,6 +696,34 @@ class Block(nn.Module):
   STREAMS = False
   config: ModelConfig
   kind: LayerKind
+
+  @nn.compact
+  def __call__(self, x: X, ctx: Context, cache: Any):
+    """Returns x, the cache, and what a router says. A layer that reads a memory
+    adds what it reads to its input, or to what it returns, which may have a
+    factor of the layer."""
+    c, memory = self.config, lookup.MEMORIES[self.config.memory]
+    read = memory and memory.module(c, name='memory')
+    state = cache.memory if isinstance(cache, Both) else None
+    if memory and not memory.after:
+      y, state = read(x.x_BLUD if isinstance(x, Streams) else x, ctx, state)
+      x = residual(x.replace(x_BLUD=x.x_BLUD + y) if isinstance(x, Streams) else
+                   x + y)
+    x, cache, aux = self.wired(x, ctx, cache)
+    if memory and memory.after:
+      x = residual(x + read(x, ctx))
+    if state is not None:
+      cache = cache.replace(memory=state)
+    if c.layer_scale:
+      scale_1 = declare(self, 'layer_scale', nn.initializers.ones, (1,),
+                        Role((None,)))
+      x = residual(
+          (x.astype(jnp.float32) * scale_1[None, None]).astype(x.dtype))
+    return x, cache, aux
+
+  def wired(self, x: X, ctx: Context, cache: Any):
+    """Returns the same of the wiring itself."""
+    raise NotImplementedError
 
   def norm(self, name: str) -> Callable[[jax.Array], jax.Array]:
     return norm(self.config, name)
@@ -759,26 +788,38 @@ def residual(x: X) -> X:
   return sharding.constrain_stream(x, 'embed')
 
 
-class PreNorm(Block):
-  """x + A(n(x)); x + F(n(x)) (GPT-2, LLaMA)."""
+class Sequential(Block):
+  """Attention, attention to a memory where there is one, and the network, one
+  after another. A wiring says in `around` what stands around each."""
   CROSS = WITHOUT_FFN = STREAMS = True
 
-  @nn.compact
-  def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
-    x_BLD, add = self.branch('attention', x)
-    y_BLD, cache = self.attention(
-        self.norm('attention_norm')(x_BLD), ctx, cache)
-    x = add(self.drop(y_BLD, ctx))
+  def around(self, part: str, x: X, ctx: Context) -> Read:
+    """Returns what a part reads of x, and a function that joins its result to
+    x."""
+    raise NotImplementedError
+
+  def wired(self, x: X, ctx: Context, cache: Any):
+    x_BLD, join = self.around('attention', x, ctx)
+    y_BLD, cache = self.attention(x_BLD, ctx, cache)
+    x = join(y_BLD)
     if self.kind.cross:
-      x_BLD, add = self.branch('cross', x)
-      y_BLD, cache = self.cross_attention()(
-          self.norm('cross_norm')(x_BLD), ctx, cache)
-      x = add(self.drop(y_BLD, ctx))
+      x_BLD, join = self.around('cross', x, ctx)
+      y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
+      x = join(y_BLD)
     if self.kind.ffn == NO_FFN:
       return residual(x), cache, {}
-    x_BLD, add = self.branch('ffn', x)
-    y_BLD, cache, aux = self.ffn(self.norm('ffn_norm')(x_BLD), ctx, cache)
-    return residual(add(self.drop(y_BLD, ctx))), cache, aux
+    x_BLD, join = self.around('ffn', x, ctx)
+    y_BLD, cache, aux = self.ffn(x_BLD, ctx, cache)
+    return residual(join(y_BLD)), cache, aux
+
+
+class PreNorm(Sequential):
+  """x + A(n(x)); x + F(n(x)) (GPT-2, LLaMA)."""
+
+  def around(self, part: str, x: X, ctx: Context) -> Read:
+    x_BLD, add = self.branch(part, x)
+    return (self.norm(f'{part}_norm')(x_BLD),
+            lambda y_BLD: add(self.drop(y_BLD, ctx)))
 
 
 class NoNorm(PreNorm):
@@ -790,45 +831,42 @@ class NoNorm(PreNorm):
     return lambda x_BLD: x_BLD
 
 
-class FfnNorm(Block):
+class FfnNorm(PreNorm):
   """x + A(x); x + F(n(x)) (the first layer of ModernBERT, whose input is
   normalised already)."""
-  CROSS = STREAMS = True  # without F it would have no norm
+  WITHOUT_FFN = False  # it would have no norm
 
-  @nn.compact
-  def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
-    x_BLD, add = self.branch('attention', x)
-    y_BLD, cache = self.attention(x_BLD, ctx, cache)
-    x = add(self.drop(y_BLD, ctx))
-    if self.kind.cross:
-      x_BLD, add = self.branch('cross', x)
-      y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
-      x = add(self.drop(y_BLD, ctx))
-    x_BLD, add = self.branch('ffn', x)
-    y_BLD, cache, aux = self.ffn(self.norm('ffn_norm')(x_BLD), ctx, cache)
-    return residual(add(self.drop(y_BLD, ctx))), cache, aux
+  def norm(self, name: str) -> Callable[[jax.Array], jax.Array]:
+    return super().norm(name) if name == 'ffn_norm' else lambda x_BLD: x_BLD
 
 
-class PostNorm(Block):
+class PostNorm(Sequential):
   """n(x + A(x)); n(x + F(x)) (the Transformer, BERT).
 
   The papers of several streams have no equation for a sum that is normalised
   itself."""
-  FINAL_NORM = False
-  CROSS = WITHOUT_FFN = True
+  FINAL_NORM = STREAMS = False
 
-  @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
-    y_BLD, cache = self.attention(x_BLD, ctx, cache)
-    x_BLD = self.norm('attention_norm')(x_BLD + self.drop(y_BLD, ctx))
-    if self.kind.cross:
-      y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
-      x_BLD = self.norm('cross_norm')(x_BLD + self.drop(y_BLD, ctx))
-    if self.kind.ffn == NO_FFN:
-      return residual(x_BLD), cache, {}
-    y_BLD, cache, aux = self.ffn(x_BLD, ctx, cache)
-    x_BLD = self.norm('ffn_norm')(x_BLD + self.drop(y_BLD, ctx))
-    return residual(x_BLD), cache, aux
+  def around(self, part: str, x: X, ctx: Context) -> Read:
+    return x, lambda y_BLD: self.norm(f'{part}_norm')(x + self.drop(y_BLD, ctx))
+
+
+class Sandwich(Sequential):
+  """x + n(A(n(x))); x + n(F(n(x))) (CogView, Gemma 2)."""
+
+  def around(self, part: str, x: X, ctx: Context) -> Read:
+    x_BLD, add = self.branch(part, x)
+    return self.norm(f'{part}_norm')(x_BLD), lambda y_BLD: add(
+        self.drop(self.norm(f'{part}_out_norm')(y_BLD), ctx))
+
+
+class OutNorm(Sequential):
+  """x + n(A(x)); x + n(F(x)) (OLMo 2: arXiv 2501.00656, 3.1)."""
+
+  def around(self, part: str, x: X, ctx: Context) -> Read:
+    x_BLD, add = self.branch(part, x)
+    return x_BLD, lambda y_BLD: add(
+        self.drop(self.norm(f'{part}_out_norm')(y_BLD), ctx))
 
 
 class Parallel(Block):
@@ -843,8 +881,7 @@ class Parallel(Block):
     """Returns what each part is given, by its name."""
     return lambda part: self.norm(f'{part}_norm')(x_BLD)
 
-  @nn.compact
-  def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
+  def wired(self, x: X, ctx: Context, cache: Any):
     x_BLD, add = self.branch('attention', x)
     normed = self.normed(x_BLD)
     y_BLD, cache = self.attention(normed('attention'), ctx, cache)
@@ -863,52 +900,6 @@ class SharedNorm(Parallel):
     return lambda part: n_BLD
 
 
-class Sandwich(Block):
-  """x + n(A(n(x))); x + n(F(n(x))) (CogView, Gemma 2)."""
-  CROSS = WITHOUT_FFN = STREAMS = True
-
-  @nn.compact
-  def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
-    x_BLD, add = self.branch('attention', x)
-    y_BLD, cache = self.attention(
-        self.norm('attention_norm')(x_BLD), ctx, cache)
-    y_BLD = self.norm('attention_out_norm')(y_BLD)
-    x = add(self.drop(y_BLD, ctx))
-    if self.kind.cross:
-      x_BLD, add = self.branch('cross', x)
-      y_BLD, cache = self.cross_attention()(
-          self.norm('cross_norm')(x_BLD), ctx, cache)
-      y_BLD = self.norm('cross_out_norm')(y_BLD)
-      x = add(self.drop(y_BLD, ctx))
-    if self.kind.ffn == NO_FFN:
-      return residual(x), cache, {}
-    x_BLD, add = self.branch('ffn', x)
-    y_BLD, cache, aux = self.ffn(self.norm('ffn_norm')(x_BLD), ctx, cache)
-    y_BLD = self.norm('ffn_out_norm')(y_BLD)
-    return residual(add(self.drop(y_BLD, ctx))), cache, aux
-
-
-class OutNorm(Block):
-  """x + n(A(x)); x + n(F(x)) (OLMo 2: arXiv 2501.00656, 3.1)."""
-  CROSS = WITHOUT_FFN = STREAMS = True
-
-  @nn.compact
-  def __call__(self, x: X, ctx: Context, cache: Optional[Cache]):
-    x_BLD, add = self.branch('attention', x)
-    y_BLD, cache = self.attention(x_BLD, ctx, cache)
-    x = add(self.drop(self.norm('attention_out_norm')(y_BLD), ctx))
-    if self.kind.cross:
-      x_BLD, add = self.branch('cross', x)
-      y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
-      x = add(self.drop(self.norm('cross_out_norm')(y_BLD), ctx))
-    if self.kind.ffn == NO_FFN:
-      return residual(x), cache, {}
-    x_BLD, add = self.branch('ffn', x)
-    y_BLD, cache, aux = self.ffn(x_BLD, ctx, cache)
-    y_BLD = self.drop(self.norm('ffn_out_norm')(y_BLD), ctx)
-    return residual(add(y_BLD)), cache, aux
-
-
 BLOCKS = {
     'pre_norm': PreNorm,
     'post_norm': PostNorm,
@@ -919,50 +910,6 @@ BLOCKS = {
     'ffn_norm': FfnNorm,
     'no_norm': NoNorm,
 }
-
-
-def block_of(c: ModelConfig) -> type[Block]:
-  """Returns the wiring of the layers of one kind. One that reads a memory adds
-  what it reads to its input, or to what it returns."""
-  memory, block = lookup.MEMORIES[c.memory], BLOCKS[c.block]
-  if not memory:
-    return _scaled(block) if c.layer_scale else block
-
-  class Reading(block):  # type: ignore[valid-type,misc]
-
-    @nn.compact
-    def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any):
-      read = memory.module(self.config, name='memory')
-      state = cache.memory if isinstance(cache, Both) else None
-      if isinstance(x_BLD, Streams):
-        y_BLUD, state = read(x_BLD.x_BLUD, ctx, state)
-        x_BLD = residual(x_BLD.replace(x_BLUD=x_BLD.x_BLUD + y_BLUD))
-      elif not memory.after:
-        y_BLD, state = read(x_BLD, ctx, state)
-        x_BLD = residual(x_BLD + y_BLD)
-      x_BLD, cache, aux = super().__call__(x_BLD, ctx, cache)
-      if memory.after:
-        x_BLD = residual(x_BLD + read(x_BLD, ctx))
-      if state is not None:
-        cache = cache.replace(memory=state)
-      return x_BLD, cache, aux
-
-  return _scaled(Reading) if c.layer_scale else Reading
-
-
-def _scaled(block: type[Block]) -> type[Block]:
-  """Returns a wiring whose result is multiplied by a number of the layer."""
-  class Scaled(block):  # type: ignore[valid-type,misc]
-
-    @nn.compact
-    def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any):
-      x_BLD, cache, aux = super().__call__(x_BLD, ctx, cache)
-      scale_1 = declare(self, 'layer_scale', nn.initializers.ones, (1,),
-                        Role((None,)))
-      return residual((x_BLD.astype(jnp.float32) * scale_1[None, None]).astype(
-          x_BLD.dtype)), cache, aux
-
-  return Scaled
 
 
 def branches(c: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:

@@ -132,7 +132,7 @@ class Period(nn.Module):
     for i, kind in enumerate(self.pattern):
       config = self.config.of_kind(kind.name)
       block = layers.with_remat(
-          blocks.block_of(config), config,
+          BLOCKS[config.block], config,
           prevent_cse=not (self.in_loop and ends == 1))
       make = functools.partial(block, config, kind, name=f'block_{i}')
       args = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
