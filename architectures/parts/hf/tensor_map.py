@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from architectures.parts.hf import Row
-from configs.errors import RequestError, require
+from configs.errors import RequestError
 from configs.kinds import SECTIONS
 
 # A row of one block, or of all layers.
@@ -47,104 +47,60 @@ class Tensor(NamedTuple):
 
     Args:
       cut: returns a slice of theirs; the slice asked for is the smallest that
-        holds what is wanted, or whole groups of heads.
+        holds what is wanted.
       which: of `paths`.
       ranges: (start, stop) of our axes, by letter.
     """
-    wanted = {'1': (0, 1), **ranges,
-              str(len(self.paths)): (which, which + 1)}
-    if self._grouped(which):  # the groups that the heads are in
-      (first, last), R = ranges['H'], self.sizes['R']
-      wanted |= dict(J=(first // R, -(-last // R)), R=(0, R))
-    slices, shapes, indices, taken = zip(*(
-        self._narrow(dim, which, wanted) for dim in self.axes.split()))
-    x = cut(slices).reshape(sum(shapes, ()))[sum(indices, ())]
-    x = x.reshape(sum(taken, ()))
-    letters = ''.join(self._dims(which))
-    fused = [i for i, a in enumerate(letters) if a.isdigit()]
-    x = x.transpose([*map(letters.index, self._split(which)), *fused])
-    x = x.reshape(x.shape[:x.ndim - len(fused)])
-    if not self._grouped(which):
-      return x
-    at, first = self.ours[which].index('H'), ranges['H'][0] % R
-    x = x.reshape(*x.shape[:at], -1, *x.shape[at + 2:])
-    return x[(slice(None),) * at + (slice(
-        first, first + ranges['H'][1] - ranges['H'][0]),)]
-
-  def _narrow(self, dim: str, which: int, ranges: Mapping[str, tuple[int, int]]
-              ) -> tuple[slice, tuple[int, ...], tuple[slice, ...],
-                         tuple[int, ...]]:
-    """Returns the shortest slice of a dimension of theirs that holds `ranges`
-    of its axes, the shape of that slice by axis, what to take of it, and the
-    shape of that by axis.
-
-    The slice can be narrow in the axes of a single index and in the one after
-    them; of the axes that follow it holds all.
-    """
-    lead, pieces = _pieces(dim)
-    before = 0
-    if len(pieces) > 1:
-      before, dim = sum(map(self._size, pieces[:which])), pieces[which]
-    count = lambda axes: tuple(ranges[a][1] - ranges[a][0] for a in axes)
-    if lead:  # the groups; of each, the part that is ours
-      (first, last), = (ranges[a] for a in lead)
-      size = sum(map(self._size, pieces))
-      require(all(count(a)[0] == self.sizes[a] for a in dim),
-              f'{self.name} is read by whole heads')
-      return (slice(first * size, last * size), (last - first, size),
-              (slice(None), slice(before, before + self._size(dim))),
-              count(lead + dim))
-    several = (i for i, a in enumerate(dim) if ranges[a][1] - ranges[a][0] != 1)
-    end = next(several, len(dim) - 1) + 1
-    narrow, whole = dim[:end], dim[end:]
-    start = int(np.ravel_multi_index([ranges[a][0] for a in narrow],
-                                     [self.sizes[a] for a in narrow]))
-    size = self._size(whole)
-    return (slice(before + start * size,
-                  before + (start + count(narrow)[-1]) * size),
-            count(narrow) + tuple(self.sizes[a] for a in whole),
-            (slice(None),) * end + tuple(slice(*ranges[a]) for a in whole),
-            count(dim))
+    letters, places = self._places(which, ranges)
+    x = cut(tuple(slice(int(at.min()), int(at.max()) + 1) for at in places))
+    x = x[tuple(_index(at - at.min()) for at in places)]
+    x = x.reshape(sum((at.shape for at in places), ()))
+    return x.transpose([letters.index(a) for a in self.ours[which]])
 
   def join(self, ours: Sequence[np.ndarray]) -> np.ndarray:
     """Returns theirs, made of one array for each of `paths`."""
-    parts = []
+    joined = np.empty(self.shape, ours[0].dtype)
     for which, x in enumerate(ours):
-      mine = self._split(which)
-      x = x.reshape([self.sizes[a] for a in mine])
-      plain = [a for a in ''.join(self._dims(which)) if not a.isdigit()]
-      parts.append(x.transpose([mine.index(a) for a in plain]))
-    dims = self.axes.split()
-    if '+' in self.axes:
-      at = next(i for i, dim in enumerate(dims) if '+' in dim)
-      lead, _ = _pieces(dims[at])
-      shapes = [[self._size(dim.removeprefix(lead) if i == at else dim)
-                 for i, dim in enumerate(self._dims(which))]
-                for which in range(len(parts))]
-      x = np.concatenate(
-          [x.reshape([*shape[:at], self._size(lead), *shape[at:]])
-           for x, shape in zip(parts, shapes)], at + 1)
-    else:
-      fused = [i for i, a in enumerate(''.join(dims)) if a.isdigit()]
-      x = np.stack(parts, fused[0]) if fused else parts[0]
-    return np.ascontiguousarray(x.reshape(self.shape))
+      axes = self.ours[which]
+      letters, places = self._places(
+          which, {a: (0, n) for a, n in zip(axes, x.shape)})
+      joined[tuple(map(_index, places))] = x.transpose(
+          [axes.index(a) for a in letters]).reshape([at.size for at in places])
+    return joined
 
-  def _grouped(self, which: int) -> bool:
-    """Whether theirs orders the heads of paths[which] by groups of R."""
-    return 'R' in self.axes and 'H' in self.ours[which]
-
-  def _split(self, which: int) -> str:
-    """Our axes of paths[which], with H as J and R where theirs has groups."""
-    ours = self.ours[which]
-    return ours.replace('H', 'JR') if self._grouped(which) else ours
-
-  def _dims(self, which: int) -> list[str]:
-    """The axes in each dimension of theirs, where paths[which] stands."""
-    return [lead + (pieces[which] if len(pieces) > 1 else pieces[0])
-            for lead, pieces in map(_pieces, self.axes.split())]
+  def _places(self, which: int, ranges: Mapping[str, tuple[int, int]]
+              ) -> tuple[str, list[np.ndarray]]:
+    """Returns where paths[which] stands in each dimension of theirs, by those
+    of our axes that it has, which are cut to `ranges`; and these axes."""
+    letters, places = '', []
+    for lead, pieces in map(_pieces, self.axes.split()):
+      sizes, mine = [*map(self._size, pieces)], which % len(pieces)
+      axes = lead + pieces[mine]
+      at = (np.arange(self._size(lead))[:, None] * sum(sizes)
+            + sum(sizes[:mine]) + np.arange(sizes[mine])[None])
+      at = at.reshape([self.sizes[a] for a in axes])
+      at = at[tuple((which if a == str(len(self.paths)) else 0)
+                    if a.isdigit() else slice(None) for a in axes)]
+      axes = ''.join(a for a in axes if not a.isdigit())
+      if 'JR' in axes:  # theirs orders our heads by groups
+        first = axes.index('JR')
+        at = at.reshape(*at.shape[:first], -1, *at.shape[first + 2:])
+        axes = axes.replace('JR', 'H')
+      places.append(at[tuple(slice(*ranges[a]) for a in axes)])
+      letters += axes
+    return letters, places
 
   def _size(self, axes: str) -> int:
     return math.prod(self.sizes[a] for a in axes)
+
+
+def _index(at: np.ndarray) -> slice | np.ndarray:
+  """Returns what indexes a dimension at these places, which ascend: a slice,
+  which is faster, where their steps are equal."""
+  at = at.ravel()
+  even = range(at[0], at[-1] + 1, at[1] - at[0] if at.size > 1 else 1)
+  return slice(even.start, even.stop, even.step) if np.array_equal(
+      at, even) else at
 
 
 def _pieces(dim: str) -> tuple[str, list[str]]:
