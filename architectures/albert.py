@@ -14,9 +14,6 @@ several groups of layers (num_hidden_groups) is of no published size, and is
 refused. The weights of 2020 are version 2 of the paper's, without dropout.
 """
 
-from collections.abc import Collection
-import re
-
 from architectures import bert
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
@@ -29,30 +26,12 @@ class ALBERT(Encoder):
   PARTS = bert.BERT.PARTS | dict(ffn='gelu_tanh', loop='plain')
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  named = reader.listed('architectures')
-  return dict(next_sentence=not set(named) & {MASKED, 'AlbertModel'})
-
-
-def _of_files(names: Collection[str]) -> dict:
-  return dict(next_sentence=any(
-      re.fullmatch(OPTIONAL['pooler'], name) for name in names))
-
-
-def _write(c: ModelConfig) -> dict:
-  tree = dict(tie_word_embeddings=c.tie_embeddings)
-  if c.head == 'lm' and not c.next_sentence:
-    tree['architectures'] = [MASKED]
-  return tree
-
-
 def _check(c: ModelConfig) -> None:
   require(c.embed_dim > 0, f'model.embed_dim is {c.embed_dim}: transformers '
           'has a product behind the embedding of an ALBERT, whatever its '
           'width; set it to model.d_model or less')
 
 
-MASKED = 'AlbertForMaskedLM'
 OPTIONAL = {'pooler': r'(albert\.)?pooler\..*',
             'head of the order of sentences': r'sop_classifier\..*',
             hf.MASKED_WORDS: r'predictions\..*'}
@@ -91,7 +70,7 @@ HF = hf.HuggingFace(
     # The published files have these, of a code that they do not describe.
     unread=('net_structure_type', 'gap_size', 'num_memory_blocks',
             'down_scale_factor'),
-    read=_read, write=_write, check=_check, of_files=_of_files,
+    **bert.two_tasks('Albert', OPTIONAL['pooler']), check=_check,
     optional=OPTIONAL,
     tied={'predictions.decoder.weight':
           'albert.embeddings.word_embeddings.weight',

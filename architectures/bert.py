@@ -14,8 +14,8 @@ task (model.head) that is not there: scores = W_s pooled + b_s of a row, or
 W_s x_N + b_s of each token, which needs no pooler.
 """
 
-from collections.abc import Collection
 import re
+from typing import Any
 
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
@@ -29,26 +29,30 @@ class BERT(Encoder):
                tie_embeddings=True, logits_bias=True, next_sentence=True)
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  named = reader.listed('architectures')
-  return dict(next_sentence=not set(named) & {MASKED, 'BertModel'})
+def two_tasks(system: str, pooler: str) -> dict[str, Any]:
+  """Returns the items of a record that say whether there is a second task.
+
+  Args:
+    system: what the names of its classes begin with.
+    pooler: the pattern of the names of its tensors. A folder may have one or
+      not, whatever its config.json says: those of 2018 call themselves
+      BertForMaskedLM and have one.
+  """
+  masked = f'{system}ForMaskedLM'
+
+  def read(reader: hf.Reader, fields: dict) -> dict:
+    named = reader.listed('architectures')
+    return dict(next_sentence=not set(named) & {masked, f'{system}Model'})
+
+  def write(c: ModelConfig) -> dict:
+    return dict(tie_word_embeddings=c.tie_embeddings) | (
+        dict(architectures=[masked])
+        if c.head == 'lm' and not c.next_sentence else {})
+
+  return dict(read=read, write=write, of_files=lambda names: dict(
+      next_sentence=any(re.fullmatch(pooler, name) for name in names)))
 
 
-def _of_files(names: Collection[str]) -> dict:
-  """A folder may have a pooler or not, whatever its config.json says: those of
-  2018 call themselves BertForMaskedLM and have one."""
-  return dict(next_sentence=any(
-      re.fullmatch(OPTIONAL['pooler'], name) for name in names))
-
-
-def _write(c: ModelConfig) -> dict:
-  tree = dict(tie_word_embeddings=c.tie_embeddings)
-  if c.head == 'lm' and not c.next_sentence:
-    tree['architectures'] = [MASKED]
-  return tree
-
-
-MASKED = 'BertForMaskedLM'
 # What a folder may lack or have too, by what it is called.
 OPTIONAL = {'pooler': r'(bert\.)?pooler\..*',
             'head of next sentences': r'cls\.seq_relationship\..*',
@@ -97,7 +101,7 @@ HF = hf.HuggingFace(
     # The files of 2018 have these, for a pooler that they do not describe.
     unread=('directionality', 'pooler_fc_size', 'pooler_num_attention_heads',
             'pooler_num_fc_layers', 'pooler_size_per_head', 'pooler_type'),
-    read=_read, write=_write, of_files=_of_files, optional=OPTIONAL,
+    **two_tasks('Bert', OPTIONAL['pooler']), optional=OPTIONAL,
     tied={'cls.predictions.decoder.weight':
           'bert.embeddings.word_embeddings.weight',
           'cls.predictions.decoder.bias': 'cls.predictions.bias'},

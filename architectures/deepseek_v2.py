@@ -62,7 +62,6 @@ def read(reader: hf.Reader, fields: dict, dense: int, q_rank: int,
   return read_dense(reader, fields, dense) | dict(
       head_dim=fields['latent.nope_dim'],
       latent=dict(q_rank=rank, norm_eps=LATENT_EPS),
-      moe=dict(dispatch='dropless'),
       rope=rope_fields.read(reader, interleaved=interleaved, on_scores=True))
 
 
@@ -71,8 +70,7 @@ def write(c: ModelConfig) -> dict:
   return write_dense(c) | dict(
       num_key_value_heads=c.num_heads,
       q_lora_rank=c.latent.q_rank or None,
-      rope_parameters=rope_fields.write(c, interleaved=c.rope.interleaved,
-                                        on_scores=True))
+      rope_parameters=rope_fields.write(c, on_scores=True))
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
@@ -81,7 +79,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   one_of('topk_method of config.json', method, METHODS)
   both = read(reader, fields, dense=0, q_rank=1536)
   if method != METHODS[0]:
-    both['moe'] |= dict(zip(('expert_groups', 'top_groups'), groups))
+    both['moe'] = dict(zip(('expert_groups', 'top_groups'), groups))
   return both
 
 
@@ -129,10 +127,8 @@ HF = hf.HuggingFace(
         intermediate_size=11008, vocab_size=102400,
         max_position_embeddings=2048, rms_norm_eps=1e-6,
         tie_word_embeddings=False, num_experts_per_tok=6,
-        moe_intermediate_size=1407, routed_scaling_factor=1.0) | {
-            'moe.num_experts': ('n_routed_experts', 64),
-            'moe.shared_experts': ('n_shared_experts', 2),
-            'moe.ffn': hf.SILU},
+        moe_intermediate_size=1407, routed_scaling_factor=1.0,
+        n_routed_experts=64, n_shared_experts=2) | {'moe.ffn': hf.SILU},
     only=dict(norm_topk_prob=False, scoring_func='softmax'),
     unread=UNREAD, read=_read, write=_write, check=hf.check_heads,
     heads=hf.heads('DeepseekV2', only=('sequence',)), **llama.FILES)

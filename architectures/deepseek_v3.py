@@ -40,7 +40,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
                           interleaved=not reader.is_null('rope_interleave')
                           and reader('rope_interleave', True))
   if reader.is_null('norm_topk_prob'):  # which is no there
-    both['moe'] |= dict(normalize_gates=False)
+    both['moe'] = dict(normalize_gates=False)
   return both
 
 
@@ -58,10 +58,8 @@ HF = deepseek_v2.HF._replace(
         intermediate_size=18432, vocab_size=129280,
         max_position_embeddings=4096, num_experts_per_tok=8,
         moe_intermediate_size=2048, routed_scaling_factor=2.5, topk_group=4,
-        norm_topk_prob=True) | {
-            'moe.num_experts': ('n_routed_experts', 256),
-            'moe.shared_experts': ('n_shared_experts', 1),
-            'moe.expert_groups': ('n_group', 8)},
+        norm_topk_prob=True, n_routed_experts=256, n_shared_experts=1,
+        n_group=8),
     only=dict(scoring_func='sigmoid', topk_method='noaux_tc'),
     read=_read, write=_write, check=lambda c: None,
     # The layers that predict further tokens stand behind the 61 of V3.

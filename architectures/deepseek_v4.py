@@ -79,7 +79,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   return layers(
       [ours[word] for word in types] or [RATIOS[ratio] for ratio in ratios],
       hashed, **main) | dict(
-          rope=rope, moe=dict(dispatch='dropless'), compressed={
+          rope=rope, compressed={
               f'{mixer}_rate': rates(WORDS[mixer], rate)
               for rate, mixer in RATIOS.items() if rate})
 
@@ -89,8 +89,7 @@ def _write(c: ModelConfig) -> dict:
   types = [hf.theirs({word: name for name, word in WORDS.items()}, layer.mixer,
                      'mixer') for layer in kinds]
   ropes = rope_fields.write_by_kind(
-      c, ROPES, whole_heads=False, interleaved=True, temperature=False,
-      words=SCALINGS)
+      c, ROPES, whole_heads=False, temperature=False, words=SCALINGS)
   return dict(
       layer_types=types, num_nextn_predict_layers=0, mlp_layer_types=[
           NETWORKS[layer.moe.router == 'hash_scored'] for layer in kinds],
@@ -151,8 +150,7 @@ HF = hf.HuggingFace(
         head_dim=512, vocab_size=129280, max_position_embeddings=1048576,
         rms_norm_eps=1e-6, moe_intermediate_size=2048, num_experts_per_tok=6,
         routed_scaling_factor=1.5, index_topk=512, index_n_heads=64,
-        index_head_dim=128) | {
-            'moe.num_experts': ('n_routed_experts', 256),
+        index_head_dim=128, n_routed_experts=256) | {
             'moe.ffn': ('hidden_act', 'silu', {'silu': 'swiglu_clamped'}),
             'clamp.limit': ('swiglu_limit', 10.0),
             'compressed.window': ('sliding_window', 128),

@@ -16,10 +16,8 @@ from typing import Any
 
 from architectures import llama
 from architectures.parts import hf
-from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
 
 
 def by_depth(layers: int) -> dict[str, Any]:
@@ -45,14 +43,6 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   return llama.read(reader, fields) | by_depth(fields['num_layers'])
 
 
-def _check(c: ModelConfig) -> None:
-  hf.check_heads(c)
-  for n, kind in enumerate(c.layer_kinds(c.num_layers)):
-    x = c.of_kind(kind.name).attention_difference
-    require(abs(x - share(n)) < 1e-6, f'model.attention_difference is {x} in '
-            f'layer {n}, where a diffllama has {share(n)}')
-
-
 HF = llama.HF._replace(
     model_type='diffllama', architecture='DiffLlamaForCausalLM',
     names=llama.HF.names + llama.layers(*(
@@ -64,5 +54,5 @@ HF = llama.HF._replace(
                 hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
                 intermediate_size=8192, rms_norm_eps=1e-5),
     only={}, unread=('lambda_std_dev',),  # how weights are drawn
-    read=_read, check=_check,
+    read=_read,
     heads=hf.heads('DiffLlama', tokens='score', span=llama.SPAN))

@@ -51,9 +51,6 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  require(c.attention_bias == c.ffn_bias, f'model.attention_bias is '
-          f'{c.attention_bias} and model.ffn_bias {c.ffn_bias}: a falcon '
-          'config.json has one field for both')
   parallel = c.block != 'pre_norm'
   grouped = parallel and (c.block == 'parallel' or c.num_kv_heads > 1)
   return dict(

@@ -30,8 +30,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   deepseek_v3.note_mtp(reader)
   hf.check_gates(fields)
   return deepseek_v2.read_dense(reader, fields, dense=1) | dict(
-      moe=dict(dispatch='dropless'), rope=rope_fields.read(
-          reader, fraction=('partial_rotary_factor', 0.5)))
+      rope=rope_fields.read(reader, fraction=('partial_rotary_factor', 0.5)))
 
 
 def _write(c: ModelConfig) -> dict:
@@ -52,10 +51,8 @@ HF = hf.HuggingFace(
         vocab_size=151552, max_position_embeddings=131072, rms_norm_eps=1e-5,
         attention_bias=False, tie_word_embeddings=False,
         moe_intermediate_size=1408, num_experts_per_tok=8, topk_group=1,
-        routed_scaling_factor=1.0, norm_topk_prob=True) | {
-            'qk_norm': ('use_qk_norm', False), 'moe.ffn': hf.SILU,
-            'moe.num_experts': ('n_routed_experts', 128),
-            'moe.shared_experts': ('n_shared_experts', 1),
-            'moe.expert_groups': ('n_group', 1)},
+        routed_scaling_factor=1.0, norm_topk_prob=True, n_routed_experts=128,
+        n_shared_experts=1, n_group=1) | {
+            'qk_norm': ('use_qk_norm', False), 'moe.ffn': hf.SILU},
     read=_read, write=_write, **llama.FILES | dict(
         ignored=(*llama.HF.ignored, r'model\.layers\.(46|92)\..*')))

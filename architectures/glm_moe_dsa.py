@@ -40,6 +40,5 @@ HF = deepseek_v32.HF._replace(
         hidden_size=6144, num_hidden_layers=78, num_attention_heads=64,
         intermediate_size=12288, vocab_size=154880, rms_norm_eps=1e-5,
         max_position_embeddings=202752, qk_nope_head_dim=192, v_head_dim=256,
-        topk_group=1, index_n_heads=32) | {
-            'moe.expert_groups': ('n_group', 1)},
+        topk_group=1, index_n_heads=32, n_group=1),
     read=_read, ignored=(*llama.HF.ignored, r'model\.layers\.78\..*'))

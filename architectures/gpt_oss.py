@@ -37,8 +37,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   layers = fields['num_layers']
   types = layer_types.listed(reader, layers, lambda n: n % 2 == 0)
   return layer_types.read(types, layers, reader('sliding_window', 128)) | dict(
-      rope=rope_fields.read(reader, theta=('rope_theta', 150000.0)),
-      moe=dict(dispatch='dropless'))
+      rope=rope_fields.read(reader, theta=('rope_theta', 150000.0)))
 
 
 def _write(c: ModelConfig) -> dict:

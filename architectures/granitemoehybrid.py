@@ -73,25 +73,19 @@ def _read_ffn(reader: hf.Reader) -> dict:
     return dict(ffn='swiglu', d_ff=shared)
   width, chosen = (reader('intermediate_size', 11008),
                    reader('num_experts_per_tok', 2))
-  require(shared % width == 0, 'config.json has shared_intermediate_size '
-          f'{shared}, which is no multiple of intermediate_size {width}: '
-          'model.moe.shared_experts says how many times as wide as an expert '
-          'the shared one is')
   hf.check_gates({'moe.top_k': chosen})
   return dict(d_ff=shared, moe=dict(
-      num_experts=experts, top_k=chosen, d_ff=width, dispatch='dropless',
-      shared_experts=shared // width,
+      num_experts=experts, top_k=chosen, d_ff=width,
+      shared_experts=hf.shared_experts(
+          reader, 'shared_intermediate_size', shared, width),
       balance_weight=reader('router_aux_loss_coef', 0.001)))
 
 
 def _write(c: ModelConfig) -> dict:
   layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
-  dense = [layer.ffn != 'moe' for layer in layers]
-  require(len(set(dense)) == 1, 'some layers of this model have experts, and '
-          'some have none: a granitemoehybrid config.json is of one of both')
   m, turned = c.moe, c.position == 'rope'
   ffn = dict(num_local_experts=0, shared_intermediate_size=c.d_ff) if (
-      dense[0]) else dict(
+      not c.has_experts) else dict(
           num_local_experts=m.num_experts, num_experts_per_tok=m.top_k,
           intermediate_size=m.d_ff, router_aux_loss_coef=m.balance_weight,
           shared_intermediate_size=m.shared_experts * m.d_ff)

@@ -58,10 +58,9 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           head_dim=fields['latent.nope_dim'],
           latent=dict(q_rank=rank, norm_eps=deepseek_v2.LATENT_EPS),
           kda=dict(key_heads=heads, value_heads=heads, key_dim=size,
-                   value_dim=size, rank=size, conv=conv),
-          moe=dict(dispatch='dropless'))
+                   value_dim=size, rank=size, conv=conv))
   if reader.is_null('moe_renormalize'):  # which is no there
-    read_fields['moe'] |= dict(normalize_gates=False)
+    read_fields['moe'] = dict(normalize_gates=False)
   return read_fields
 
 

@@ -76,21 +76,16 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   return dict(layer_types.shortest(names), kinds=kinds, attention_chunk=chunk,
               attention_log_from=reader('floor_scale', 8192),
               rope=rope_fields.read(reader, theta=('rope_theta', 5e5),
-                                    interleaved=True, words=SCALINGS),
-              moe=dict(dispatch='dropless'))
+                                    interleaved=True, words=SCALINGS))
 
 
 def _write(c: ModelConfig) -> dict:
   layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
   turned = [layer.position == 'rope' for layer in layers]
-  scales = {layer.attention_log_scale for layer in layers
-            if layer.position != 'rope'}
   require(any(turned), 'no layer of this model has positions: a llama4 '
           'config.json is of a model with some')
-  require(len(scales) < 2, 'model.attention_log_scale is '
-          f'{" and ".join(map(str, sorted(scales)))}: a llama4 config.json has '
-          'one of all layers without positions')
-  scale = max(scales, default=0.0)
+  scale = max((layer.attention_log_scale for layer in layers
+               if layer.position != 'rope'), default=0.0)
   rope = next(layer for layer in layers if layer.position == 'rope')
   return dict(
       layer_types=[CHUNKED if layer.attention == 'chunked' else
@@ -99,8 +94,7 @@ def _write(c: ModelConfig) -> dict:
       moe_layers=[n for n, layer in enumerate(layers) if layer.ffn == 'moe'],
       attention_chunk_size=c.attention_chunk or None, use_qk_norm=rope.qk_norm,
       attn_temperature_tuning=scale > 0, floor_scale=c.attention_log_from,
-      rope_parameters=rope_fields.write(
-          rope, interleaved=True, words=SCALINGS)) | (
+      rope_parameters=rope_fields.write(rope, words=SCALINGS)) | (
           dict(attn_scale=scale) if scale else {})
 
 

@@ -31,26 +31,32 @@ def _write(c: ModelConfig) -> dict:
   return dict(time_step_rank=c.mamba.rank)
 
 
+def names(*mixer: hf.Row) -> tuple[hf.Row, ...]:
+  """Returns the rows of a model whose layers have these; Mamba-2 is one."""
+  return (('embed/tokens', 'VD', 'backbone.embeddings.weight', 'V D'),
+          *hf.under(
+              'decoder/layers', 'backbone.layers.{n}',
+              ('attention_norm/scale', 'D', 'norm.weight', 'D'),
+              *hf.under('attention', 'mixer', *mixer)),
+          ('decoder/final_norm/scale', 'D', 'backbone.norm_f.weight', 'D'),
+          ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
+
+
+# The second is as the authors' own files have it.
+FILES = dict(tied={'lm_head.weight': 'backbone.embeddings.weight'},
+             spellings=(('backbone.embeddings.', 'backbone.embedding.'),))
 HF = hf.HuggingFace(
     'mamba', 'MambaForCausalLM',
-    names=(
-        ('embed/tokens', 'VD', 'backbone.embeddings.weight', 'V D'),
-        *hf.under(
-            'decoder/layers', 'backbone.layers.{n}',
-            ('attention_norm/scale', 'D', 'norm.weight', 'D')),
-        *hf.under(
-            'decoder/layers/attention', 'backbone.layers.{n}.mixer',
-            ('value|output_gate', 'DF|DF', 'in_proj.weight', 'F+F D'),
-            ('conv', 'WF', 'conv1d.weight', 'F 1 W'),
-            ('conv_bias', 'F', 'conv1d.bias', 'F'),
-            ('step_down|key|query', 'FU|FK|FK', 'x_proj.weight', 'U+K+K F'),
-            ('step_up', 'UF', 'dt_proj.weight', 'F U'),
-            ('step_bias', 'F', 'dt_proj.bias', 'F'),
-            ('decay_scale', 'FK', 'A_log', 'F K'),
-            ('skip', 'F', 'D', 'F'),
-            ('out', 'FD', 'out_proj.weight', 'D F')),
-        ('decoder/final_norm/scale', 'D', 'backbone.norm_f.weight', 'D'),
-        ('head/kernel', 'DV', 'lm_head.weight', 'V D')),
+    names=names(
+        ('value|output_gate', 'DF|DF', 'in_proj.weight', 'F+F D'),
+        ('conv', 'WF', 'conv1d.weight', 'F 1 W'),
+        ('conv_bias', 'F', 'conv1d.bias', 'F'),
+        ('step_down|key|query', 'FU|FK|FK', 'x_proj.weight', 'U+K+K F'),
+        ('step_up', 'UF', 'dt_proj.weight', 'F U'),
+        ('step_bias', 'F', 'dt_proj.bias', 'F'),
+        ('decay_scale', 'FK', 'A_log', 'F K'),
+        ('skip', 'F', 'D', 'F'),
+        ('out', 'FD', 'out_proj.weight', 'D F')),
     fields=hf.fields(
         hidden_size=768, num_hidden_layers=32, vocab_size=50280,
         max_position_embeddings=2048, layer_norm_epsilon=1e-5,
@@ -68,7 +74,4 @@ HF = hf.HuggingFace(
             'min', 'max', 'floor', 'scale', 'init_scheme')),
             'intermediate_size', 'd_model', 'd_inner', 'n_layer', 'rms_norm',
             'fused_add_norm', 'pad_vocab_size_multiple', 'ssm_cfg'),
-    read=_read, write=_write,
-    tied={'lm_head.weight': 'backbone.embeddings.weight'},
-    # As the authors' own files have it.
-    spellings=(('backbone.embeddings.', 'backbone.embedding.'),))
+    read=_read, write=_write, **FILES)

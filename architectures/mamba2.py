@@ -9,6 +9,7 @@ there are twice as many. What a token leaves behind is a state of one size in
 each layer.
 """
 
+from architectures import mamba
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Decoder
@@ -17,9 +18,7 @@ from configs.errors import require, short
 
 class Mamba2(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = dict(mixer='mamba2', position='none', norm='rmsnorm',
-               block='pre_norm', attention='global', ffn='none',
-               tie_embeddings=True)
+  PARTS = mamba.Mamba.PARTS | dict(mixer='mamba2')
 
 
 # How transformers 5 writes a number that JSON lacks.
@@ -74,16 +73,7 @@ MIXER = (  # of hybrids too
     ('out', 'HKD', 'out_proj.weight', 'D HK'))
 HF = hf.HuggingFace(
     'mamba2', 'Mamba2ForCausalLM',
-    names=(
-        ('embed/tokens', 'VD', 'backbone.embeddings.weight', 'V D'),
-        *hf.under(
-            'decoder/layers', 'backbone.layers.{n}',
-            ('attention_norm/scale', 'D', 'norm.weight', 'D')),
-        *hf.under(
-            'decoder/layers/attention', 'backbone.layers.{n}.mixer',
-            *MIXER),
-        ('decoder/final_norm/scale', 'D', 'backbone.norm_f.weight', 'D'),
-        ('head/kernel', 'DV', 'lm_head.weight', 'V D')),
+    names=mamba.names(*MIXER),
     fields=hf.fields(
         hidden_size=4096, num_hidden_layers=64, vocab_size=32768,
         max_position_embeddings=2048, layer_norm_epsilon=1e-5,
@@ -103,7 +93,4 @@ HF = hf.HuggingFace(
         f'time_step_{name}' for name in (
             'rank', 'min', 'max', 'floor', 'scale', 'init_scheme')),
             'norm_before_gate', 'intermediate_size'),
-    read=_read, write=_write,
-    tied={'lm_head.weight': 'backbone.embeddings.weight'},
-    # As the authors' own files have it.
-    spellings=(('backbone.embeddings.', 'backbone.embedding.'),))
+    read=_read, write=_write, **mamba.FILES)

@@ -27,7 +27,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   if reader.has('attn_type_list'):  # 1: softmax attention
     reader.must(attn_type_list=[1] * fields['num_layers'])
   share = reader('rotary_dim', fields['head_dim']) / fields['head_dim']
-  return dict(moe=dict(dispatch='dropless'), rope=rope_fields.read(
+  return dict(rope=rope_fields.read(
       reader, theta=('rope_theta', 5e6),
       fraction=('partial_rotary_factor', share)))
 

@@ -27,7 +27,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   window = reader('sliding_window', 0)
   return dict(rope=rope_fields.read(reader, theta=('rope_theta', 1e6)),
               attention='banded' if window else 'global',
-              sliding_window=window, moe=dict(dispatch='dropless'))
+              sliding_window=window)
 
 
 def _write(c: ModelConfig) -> dict:

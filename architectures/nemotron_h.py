@@ -77,16 +77,13 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           'some')
   layer_types.check_number('layers', len(letters))
   deepseek_v3.note_mtp(reader)
-  shared, width = reader('moe_shared_expert_intermediate_size',
-                         7688), fields['moe.d_ff']
-  require(MOE not in letters or shared % width == 0, 'config.json has '
-          f'moe_shared_expert_intermediate_size {shared}, which is no multiple '
-          f'of moe_intermediate_size {width}: model.moe.shared_experts says '
-          'how many times as wide as an expert the shared one is')
-  if MOE in letters:
-    hf.check_gates(fields)
-  return layers(letters) | dict(moe=dict(
-      dispatch='dropless', shared_experts=shared // width))
+  shared = 'moe_shared_expert_intermediate_size'
+  if MOE not in letters:
+    reader.passes(shared)
+    return layers(letters)
+  hf.check_gates(fields)
+  return layers(letters) | dict(moe=dict(shared_experts=hf.shared_experts(
+      reader, shared, 7688, fields['moe.d_ff'])))
 
 
 def _write(c: ModelConfig) -> dict:
@@ -131,9 +128,8 @@ HF = hf.HuggingFace(
         head_dim=128, intermediate_size=21504, vocab_size=131072,
         max_position_embeddings=4096, layer_norm_epsilon=1e-5,
         moe_intermediate_size=7688, num_experts_per_tok=2, topk_group=1,
-        routed_scaling_factor=1.0, norm_topk_prob=True) | {
-            'moe.num_experts': ('n_routed_experts', 8),
-            'moe.expert_groups': ('n_group', 1),
+        routed_scaling_factor=1.0, norm_topk_prob=True, n_routed_experts=8,
+        n_group=1) | {
             'moe.latent_dim': ('moe_latent_size', 0),
             'mamba2.heads': ('mamba_num_heads', 128),
             'mamba2.head_dim': ('mamba_head_dim', 64),

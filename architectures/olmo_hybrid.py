@@ -82,15 +82,13 @@ HF = hf.HuggingFace(
         if layer.mixer == 'deltanet' else olmo2.ATTENTION),
     fields=olmo2.HF.fields | hf.fields(
         hidden_size=3840, num_attention_heads=30, vocab_size=100352,
-        max_position_embeddings=65536, rms_norm_eps=1e-6) | {
+        max_position_embeddings=65536, rms_norm_eps=1e-6,
+        linear_num_key_heads=hf.EACH_HEAD, linear_num_value_heads=hf.EACH_HEAD,
+        linear_key_head_dim=lambda fields: int(
+            0.75 * fields['d_model'] / fields['deltanet.key_heads']),
+        linear_value_head_dim=lambda fields: 2 * fields['deltanet.key_dim'],
+        linear_conv_kernel_dim=4) | {
             'ffn': qwen3_next.SILU,
-            'deltanet.key_heads': ('linear_num_key_heads', hf.EACH_HEAD),
-            'deltanet.value_heads': ('linear_num_value_heads', hf.EACH_HEAD),
-            'deltanet.key_dim': ('linear_key_head_dim', lambda fields: int(
-                0.75 * fields['d_model'] / fields['deltanet.key_heads'])),
-            'deltanet.value_dim': ('linear_value_head_dim', lambda fields: (
-                2 * fields['deltanet.key_dim'])),
-            'deltanet.conv': ('linear_conv_kernel_dim', 4),
             'deltanet.negative': ('linear_allow_neg_eigval', True)},
     # How weights are drawn.
     unread=('linear_a_log_min', 'linear_a_log_max', 'linear_dt_min',

@@ -29,7 +29,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   hf.check_gates(fields)
   # transformers has no other: its norms are as wide as the model.
   reader.must(head_dim=hf.SPLIT_WIDTH(fields))
-  return llama.read(reader, fields) | dict(moe=dict(dispatch='dropless'))
+  return llama.read(reader, fields)
 
 
 def _write(c: ModelConfig) -> dict:

@@ -33,8 +33,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           f'which does not divide num_hidden_layers {layers}')
   hf.check_gates(fields)
   reader.must(mlp_only_layers=[])
-  return llama.read(reader, fields) | kinds.with_experts({}, every) | dict(
-      moe=dict(dispatch='dropless'))
+  return llama.read(reader, fields) | kinds.with_experts({}, every)
 
 
 def _write(c: ModelConfig) -> dict:

@@ -23,7 +23,6 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
 
 
 # What Qwen3.5 has too.
@@ -42,14 +41,9 @@ class Qwen3Next(Decoder):
 
 def read_experts(reader: hf.Reader, fields: dict) -> dict:
   """Returns model.moe, as far as its fields are no table's."""
-  shared, width = reader('shared_expert_intermediate_size',
-                         512), fields['moe.d_ff']
-  require(shared % width == 0, 'config.json has '
-          f'shared_expert_intermediate_size {shared}, which is no multiple of '
-          f'moe_intermediate_size {width}: model.moe.shared_experts says how '
-          'many times as wide as an expert the shared one is')
   hf.check_gates(fields)
-  return dict(dispatch='dropless', shared_experts=shared // width)
+  return dict(shared_experts=hf.shared_experts(
+      reader, 'shared_expert_intermediate_size', 512, fields['moe.d_ff']))
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
@@ -108,12 +102,9 @@ def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
        f'J={c.deltanet.key_heads}(R+R) D'), *STATE)
 
 
-DELTANET = {
-    'deltanet.key_heads': ('linear_num_key_heads', 16),
-    'deltanet.value_heads': ('linear_num_value_heads', 32),
-    'deltanet.key_dim': ('linear_key_head_dim', 128),
-    'deltanet.value_dim': ('linear_value_head_dim', 128),
-    'deltanet.conv': ('linear_conv_kernel_dim', 4)}
+DELTANET = hf.fields(
+    linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
+    linear_value_head_dim=128, linear_conv_kernel_dim=4)
 # Of the convolutions too, which are SiLU's here.
 SILU = 'hidden_act', 'silu', {'silu': 'swiglu'}
 HF = hf.HuggingFace(

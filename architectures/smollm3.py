@@ -12,7 +12,6 @@ A config.json names them one by one (no_rope_layers, 0) or says that each n-th
 is one, and may give layers a window; the published one does not.
 """
 
-import dataclasses
 from architectures import llama, phi3
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
@@ -66,12 +65,12 @@ def _layers(types: list[str], turned: list[int], window: int
 def _write(c: ModelConfig) -> dict:
   layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
   turned = [layer for layer in layers if layer.position == 'rope']
-  # Where no layer is turned, it says how one would be.
-  one = dataclasses.replace((turned or [c])[0], position='rope')
   tree = layer_types.write(c)
   return tree | dict(
       # Left out, they are those of a vocabulary of 128,256.
-      **dict.fromkeys(phi3.IDS), rope_parameters=rope_fields.write(one),
+      **dict.fromkeys(phi3.IDS),
+      # Where no layer is turned, it says how one would be.
+      rope_parameters=rope_fields.write((turned or [c])[0]),
       no_rope_layers=[int(layer.position == 'rope') for layer in layers],
       use_sliding_window=layer_types.WINDOW in tree['layer_types'])
 

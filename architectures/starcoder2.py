@@ -10,7 +10,6 @@ from architectures import llama, mistral
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
 
 
 class StarCoder2(Decoder):
@@ -26,9 +25,6 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  require(c.attention_bias == c.ffn_bias, f'model.attention_bias is '
-          f'{c.attention_bias} and model.ffn_bias {c.ffn_bias}: a starcoder2 '
-          'config.json has one field for both')
   return mistral.write(c) | dict(use_bias=c.ffn_bias)
 
 

@@ -161,6 +161,8 @@ _OURS = {
     'layer_norm_epsilon': 'norm_eps', 'mlp_bias': 'ffn_bias',
     'tie_word_embeddings': 'tie_embeddings', 'num_experts': 'moe.num_experts',
     'num_local_experts': 'moe.num_experts', 'moe_intermediate_size': 'moe.d_ff',
+    'n_routed_experts': 'moe.num_experts',
+    'n_shared_experts': 'moe.shared_experts', 'n_group': 'moe.expert_groups',
     'num_experts_per_tok': 'moe.top_k', 'norm_topk_prob': 'moe.normalize_gates',
     'router_aux_loss_coef': 'moe.balance_weight',
     'router_jitter_noise': 'moe.jitter',
@@ -168,7 +170,12 @@ _OURS = {
     'kv_lora_rank': 'latent.kv_rank', 'qk_nope_head_dim': 'latent.nope_dim',
     'qk_rope_head_dim': 'latent.rope_dim', 'v_head_dim': 'latent.v_dim',
     'index_topk': 'indexer.top_k', 'index_n_heads': 'indexer.heads',
-    'index_head_dim': 'indexer.head_dim'}
+    'index_head_dim': 'indexer.head_dim',
+    'linear_num_key_heads': 'deltanet.key_heads',
+    'linear_num_value_heads': 'deltanet.value_heads',
+    'linear_key_head_dim': 'deltanet.key_dim',
+    'linear_value_head_dim': 'deltanet.value_dim',
+    'linear_conv_kernel_dim': 'deltanet.conv'}
 
 # Of any system, whether it has such biases: where a page does not ask, a
 # config.json may say what the model has anyway.
@@ -263,6 +270,17 @@ def check_gates(fields: Mapping[str, Any], chosen: str = 'num_experts_per_tok',
           f'config.json has {chosen} 1' + f' and {normalised} true' * has_field
           + ': transformers then gives every expert the gate 1, where the gate '
           "here is the router's score, so that the router learns")
+
+
+def shared_experts(reader: Reader, name: str, default: int, width: int) -> int:
+  """Returns model.moe.shared_experts by the field `name`, the hidden units of
+  the shared network, where an expert has `width`."""
+  shared = reader(name, default)
+  require(shared % width == 0, f'config.json has {name} {shared}, which is no '
+          f'multiple of the {width} hidden units of an expert: '
+          'model.moe.shared_experts says how many times as wide as an expert '
+          'the shared one is')
+  return shared // width
 
 
 def theirs(choices: Mapping[str, str], ours: str, field: str) -> str:

@@ -162,40 +162,26 @@ def write_by_kind(c: ModelConfig, names: Mapping[str, str] | None = None,
   ropes: dict[str, dict] = {}
   for kind in c.layer_kinds(c.num_layers):
     config = c.of_kind(kind.name)
-    if not names and config.mixer != 'attention':
-      continue
-    name = names[config.mixer] if names else layer_types.type_of(config)
-    rope = write(config, by_kind=True, **how)
-    require(ropes.setdefault(name, rope) == rope,
-            f'model.kinds has layers of {name} with positions that differ: '
-            'this config.json has one of each')
+    if names or config.mixer == 'attention':
+      name = names[config.mixer] if names else layer_types.type_of(config)
+      ropes[name] = write(config, **how)
   return ropes
 
 
-def write(c: ModelConfig, *, whole_heads: bool = True,
-          interleaved: bool = False, on_scores: bool = False,
-          words: Mapping[str, str] = SCALINGS, by_kind: bool = False,
-          temperature: bool = True) -> dict:
-  """Returns rope_parameters for the config `c`.
+def write(c: ModelConfig, *, whole_heads: bool = True, on_scores: bool = False,
+          words: Mapping[str, str] = SCALINGS, temperature: bool = True
+          ) -> dict:
+  """Returns rope_parameters for the config `c`. What they cannot say is told by
+  what is read of them again.
 
   Args:
     c: the config.
     whole_heads: whether transformers turns whole heads in this system, and
       does not read that it should turn a part.
-    interleaved, on_scores, words: as of `read`.
-    by_kind: whether they are those of a kind of layer.
+    on_scores, words: as of `read`.
     temperature: as of `read_by_kind`.
   """
-  require(c.position == 'rope', f'model.position is {c.position!r}: this '
-          "config.json can only say 'rope'")
   r = c.rope
-  for name, only in (('interleaved', interleaved),
-                     *([] if by_kind else [('proportional', False)]),
-                     *([('fraction', 1.0)] if whole_heads and not r.proportional
-                       else [])):
-    require(getattr(r, name) == only, f'model.rope.{name} is '
-            f'{getattr(r, name)}, which transformers has not in this '
-            f'architecture: set it to {only}')
   if r.scaling == 'ntk':
     raise RequestError(
         "model.rope.scaling is 'ntk', which config.json has not: it is the "
@@ -213,16 +199,8 @@ def write(c: ModelConfig, *, whole_heads: bool = True,
            if name != 'truncate' or not r.truncate}
   if r.scaling == 'yarn' and not temperature:
     rope['attention_factor'] = 1.0
-  elif r.scaling == 'yarn' and (r.mscale, r.mscale_all_dim) != (1, 0):
-    require(on_scores and r.mscale and r.mscale_all_dim, 'model.rope.mscale '
-            f'is {r.mscale} and model.rope.mscale_all_dim {r.mscale_all_dim}, '
-            'which this config.json cannot say: set them to 1 and 0'
-            + (', or both above 0' if on_scores else ''))
+  elif r.scaling == 'yarn' and on_scores and r.mscale_all_dim:
     rope |= dict(mscale=r.mscale, mscale_all_dim=r.mscale_all_dim)
-  if r.scaling == 'dynamic':
-    require(r.original_len == c.max_len, 'model.rope.original_len is '
-            f'{r.original_len} and model.max_len {c.max_len}: a config.json '
-            "has one length for both where model.rope.scaling is 'dynamic'")
   if r.scaling == 'longrope':
     rope |= dict(short_factor=list(r.short_factor),
                  long_factor=list(r.long_factor))

@@ -279,7 +279,7 @@ def test_partial_lists_what_it_skips(gpt, tmp_path):
 
 def test_layers_whose_differences_are_not_of_their_depth_are_refused(tmp_path):
   module, params = models.make('diffllama', num_layers=8)
-  with pytest.raises(ValueError, match='0.2.* in layer 4, where a diffllama'):
+  with pytest.raises(ValueError, match='of layer 4 is 0.2.*a diffllama config'):
     weights.to_hf(module, params, tmp_path)
 
 
