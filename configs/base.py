@@ -9,7 +9,6 @@ The fields of config.model are declared beside the parts that read them.
 from collections.abc import Mapping
 import dataclasses
 import functools
-import operator
 import re
 from typing import Any
 
@@ -17,7 +16,7 @@ import ml_collections
 
 from architectures.parts import tables
 from configs.errors import RequestError, short
-from configs.fields import AT_START, check as check_field, check_type, field
+from configs.fields import AT_START, check as check_field, field
 from configs.fields import INCOMPATIBLE, Leaf, leaves, OPTIMISATION, Resume
 from configs.fields import SAFE
 
@@ -321,15 +320,10 @@ def find(name: str) -> Leaf | None:
   return FIELDS.get(name)
 
 
-def get(config: ml_collections.ConfigDict, name: str) -> Any:
-  """Returns the field of a config by its dotted name."""
-  return functools.reduce(operator.getitem, name.split('.'), config)
-
-
 def check(tree: Mapping[str, Any], who: str = '') -> None:
   """Raises RequestError for what is no field of a config, or of another type
-  than its field, or out of its range; the ranges of a model's fields are
-  checked where it is built. Fields may be missing.
+  than its field, or out of its range; the parts of a model are checked where
+  it is built. Fields may be missing.
 
   Args:
     tree: of a config, as dicts.
@@ -339,10 +333,7 @@ def check(tree: Mapping[str, Any], who: str = '') -> None:
     leaf = find(name)
     if leaf is None:
       raise RequestError(f'{who}{short(name)} is no config field')
-    if name.startswith('model.'):
-      check_type(value, leaf.default, who + name)
-    else:
-      check_field(leaf, value, who + name)
+    check_field(leaf, value, who + name)
   tables.check_kinds(tree.get('model', {}).get('kinds', {}),
                      f'{who}model.kinds')
 

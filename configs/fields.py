@@ -112,7 +112,7 @@ def leaves(group: type, prefix: str = '') -> list[Leaf]:
   return found
 
 
-def check(leaf: Leaf, value: Any, who: str = '',
+def check(leaf: Leaf, value: Any, who: str,
           choices: Collection[str] = ()) -> None:
   """Raises RequestError unless a value is of a field's type, in its range and
   among its choices. What is traced, where runs train as one, passes.
@@ -120,10 +120,10 @@ def check(leaf: Leaf, value: Any, who: str = '',
   Args:
     leaf: the field.
     value: what it is to be.
-    who: what the sentence begins with; '': the field's name.
+    who: what the sentence begins with.
     choices: in place of those that are declared.
   """
-  who, rule = who or leaf.name, leaf.rule
+  rule = leaf.rule
   if type(leaf.default) is not str and getattr(value, 'shape', None) == ():
     return
   check_type(value, leaf.default, who)

@@ -99,7 +99,7 @@ def test_every_field_can_be_set_by_a_flag():
     cli.define_config()
     cli.parse('', argv)
     config = flags.FLAGS.config
-    assert {name: base.get(config, name) for name in changed} == changed
+    assert {name: config[name] for name in changed} == changed
     assert set(cli.overrides()) == changed.keys()
     cli.check_config(config, 'it')
     tables.check_fields(config.model.to_dict())
@@ -123,7 +123,7 @@ def test_what_is_not_read_is_refused_by_hand_and_is_nowhere(system):
   assert ('head_dim' in unread) == (system in ('deepseek_v3', 'kimi_linear'))
   assert {name.split('.')[0] for name in unread} >= {'mamba2', 'streams'}
   for name in tables.FIELDS:
-    was, value = base.get(config, f'model.{name}'), another(f'model.{name}')
+    was, value = config[f'model.{name}'], another(f'model.{name}')
     set_in(config, f'model.{name}', value)
     if name in unread:
       with pytest.raises(RequestError) as refusal, mock.patch.object(

@@ -14,10 +14,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import argparse
 import ast
 import errno
-import functools
 import importlib.machinery
 import importlib.util
-import operator
 import os
 import pathlib
 import re
@@ -35,7 +33,7 @@ from architectures.parts import tables
 from configs import base
 from configs.errors import EnvironmentFailure, RequestError, STOPPED, Stopped
 from configs.errors import hint, one_of, readable, require, short
-from configs.fields import check_type
+from configs.fields import Leaf
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
@@ -281,24 +279,18 @@ def _load_config(flag: flags.Flag) -> None:
 
 def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
   """Sets a field of a config as a command line says."""
-  leaf, default = base.find(name), {}
-  if name != 'model.kinds':
-    if match := re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', name):
-      declare(config.model, *match.groups())
-    elif leaf is None:
-      group = name.rpartition('.')[0]
-      fields = [x for x in base.FIELDS if x.rpartition('.')[0] == group]
-      raise RequestError(
-          f'--config.{name} is no field of the config.'
-          + hint(name, base.SENTENCES, '--config.')
-          + f' There are {", ".join(fields)}.' * bool(fields))
-    default = leaf.default
-  *groups, last = name.split('.')
-  value = _parsed(text, default, f'--config.{name}')
-  if name == 'model.kinds':
+  leaf = declare(config, name)
+  if leaf is None and name != 'model.kinds':
+    group = name.rpartition('.')[0]
+    fields = [x for x in base.FIELDS if x.rpartition('.')[0] == group]
+    raise RequestError(f'--config.{name} is no field of the config.'
+                       + hint(name, base.SENTENCES, '--config.')
+                       + f' There are {", ".join(fields)}.' * bool(fields))
+  value = _parsed(text, leaf.default if leaf else {}, f'--config.{name}')
+  if leaf is None:
     tables.check_kinds(value)
     value = ml_collections.ConfigDict(value)
-  functools.reduce(operator.getitem, groups, config)[last] = value
+  config.update_from_flattened_dict({name: value})
 
 
 _BOOLS = {'true': True, 't': True, '1': True, 'false': False, 'f': False,
@@ -394,18 +386,18 @@ def check_config(config: Any, who: str) -> None:
   base.check(config.to_dict(), f'{who}: ')
 
 
-def declare(model: ml_collections.ConfigDict, kind: str, field: str) -> None:
-  """Gives a kind of layer a field, with the model's value, where it has none:
-  to be set.
-
-  Args:
-    model: config.model.
-    kind: its name, which may be new.
-    field: of it, dotted below it.
+def declare(config: ml_collections.ConfigDict, full: str) -> Leaf | None:
+  """Returns the field of a dotted name, to be set; None: there is none. That of
+  a kind of layer, which may be new, has the model's value from now on, where it
+  had none.
 
   Raises:
     RequestError: for a field that a kind does not have.
   """
+  of_kind = re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', full)
+  if of_kind is None:
+    return base.find(full)
+  model, (kind, field) = config.model, of_kind.groups()
   name, _, inner = field.partition('.')
   of_model = tables.OF_LAYERS.get(name, '')
   one_of(f'field of model.kinds.{kind}', field, [
@@ -420,6 +412,7 @@ def declare(model: ml_collections.ConfigDict, kind: str, field: str) -> None:
       at = at[part]
     if (inner or name) not in at:
       at[inner or name] = value[inner] if inner else value
+  return base.find(full)
 
 
 def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
@@ -434,7 +427,6 @@ def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
     if name == 'kinds':
       model.kinds = ml_collections.ConfigDict(value)
     elif name in tables.GROUPS:
-      check_type(value, {}, f'model.{name}')
       model[name].update(value)
     else:
       model[name] = value

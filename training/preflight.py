@@ -39,8 +39,8 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   base.check(config.to_dict())
   objectives.check_objective(config)
   for name, other in BESIDE.items():
-    value, default = base.get(config, name), base.FIELDS[name].default
-    require(value == default or bool(base.get(config, other)), f'{name} is '
+    value, default = config[name], base.FIELDS[name].default
+    require(value == default or bool(config[other]), f'{name} is '
             f'{value!r}, which is not read while {other} is not set: leave it '
             f'at {default!r}, or set {other}')
   one_of('mesh.rules', config.mesh.rules, sharding_tables.RULES)
@@ -97,7 +97,7 @@ def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
     name, of_kind = f'model.{inner}', inner.startswith('kinds.')
     if name not in names and not (of_kind and 'model.kinds' in names):
       continue
-    default, value = base.find(name).default, base.get(config, name)
+    default, value = base.find(name).default, config[name]
     others = [] if of_kind else tables.decided_by(inner) or [
         'kinds' if 'model.kinds' in where else 'mixer']
     require(not of_kind and value == default, f'{name} is {value}, which this '

@@ -238,9 +238,9 @@ def declare(module: nn.Module, name: str, init: Callable,
   """
   axes = known_axes(role.axes)
   dtype = dtype or module.config.param_dtype
-  drawn = lambda key, shape: init(key, shape, jnp.float32).astype(dtype)
-  return module.param(
-      name, lambda *args: Declared(drawn(*args), axes, role=role), shape)
+  born = lambda key, shape: Declared(
+      init(key, shape, jnp.float32).astype(dtype), axes, role=role)
+  return module.param(name, born, shape)
 
 
 # The parameters of a module, of which nothing is computed.

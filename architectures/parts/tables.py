@@ -258,7 +258,7 @@ def with_all_groups(c: ModelConfig, tree: Mapping[str, Any] = {}
   """Returns the config with the groups that it lacks, of the fields in `tree`
   or at their defaults, with what follows from the fields of the model."""
   def group(name: str) -> Any:
-    fields = GROUPS[name](**(tree.get(name) or {}))
+    fields = GROUPS[name](**tree.get(name, {}))
     return fields.derived(c) if hasattr(fields, 'derived') else fields
   return dataclasses.replace(c, **{
       name: group(name) for name in GROUPS if getattr(c, name) is None})
@@ -287,10 +287,10 @@ def check_fields(tree: Mapping[str, Any], who: str = 'model',
     full, field = f'{who}.{name}', names[name]
     if field == 'kinds':
       check_kinds(value, full)
-    elif field in GROUPS and value is not None:
+    elif field in GROUPS:
       check_fields(value, full, {x.name: f'{field}.{x.name}'
                                  for x in dataclasses.fields(GROUPS[field])})
-    elif field not in GROUPS:
+    else:
       choices = CHOICES.get(field, ())
       if field == 'ffn' and names is OF_LAYERS:
         choices = (*choices, layer_kinds.DENSE)

@@ -216,7 +216,7 @@ def _check_overlaps(file: str, sweep: spec.Sweep, constants: Mapping) -> None:
           f'{plans.AGAIN!r}, which is what the study calls its base with other '
           'first parameters: call it otherwise')
   for name in _STUDY_FIELDS:
-    value = base_config.get(sweep.base, name)
+    value = sweep.base[name]
     require(not value, f'{file}: get_config() sets {name} to '
             f'{value!r}, which the study sets itself: leave it out')
   owners: dict[str, str] = {}
@@ -278,10 +278,9 @@ def _workload(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
     changes['eval.tasks'] = ','.join(tasks)
   if workload == plans.TEXT:
     return changes | fields
-  defaults = base_config.base()
-  changes |= {name: base_config.get(defaults, name)
+  changes |= {name: base_config.FIELDS[name].default
               for name in objectives.OBJECTIVES['probe'].ignores}
-  of_size = lambda name: changes.get(name, base_config.get(base, name))
+  of_size = lambda name: changes.get(name, base[name])
   steps = fields.get('train.steps', of_size('train.steps'))
   longer = steps / of_size('train.steps')
   # A schedule is as much longer as the run; reports are as a size has them.

@@ -171,18 +171,15 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
   `who` wants it, for a key that is not there or a value of another type."""
   config = base.copy_and_resolve_references()
   for key, value in changes.items():
-    value = tuples(value)
-    if kind := re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', key):
-      cli.declare(config.model, *kind.groups())
+    value, leaf = tuples(value), cli.declare(config, key)
     if key == 'model.kinds':
       tables.check_kinds(value, f'{who}: model.kinds')
-      config.model.kinds = ml_collections.ConfigDict(value)
-      continue
-    leaf = fields.FIELDS.get(key) or (fields.find(key) if kind else None)
-    if leaf is None:
+      value = ml_collections.ConfigDict(value)
+    elif leaf is None:
       raise RequestError(f'{who} sets {key!r}, which is no config field.'
                          f'{hint(key, fields.SENTENCES)}')
-    check_type(value, leaf.default, f'{who}: {key}')
+    else:
+      check_type(value, leaf.default, f'{who}: {key}')
     config.update_from_flattened_dict({key: value})
   return config.lock()
 

@@ -468,9 +468,8 @@ def check_objective(config: Config) -> None:
   objective = of(config)
   if config.data.chat_template != conversations.PUBLISHED_NAME:
     conversations.source(config.data.chat_template)
-  defaults = base.base()
   for name in {*OF_SOME, *objective.ignores} - {*objective.reads}:
-    value, default = base.get(config, name), base.get(defaults, name)
+    value, default = config[name], base.FIELDS[name].default
     if value != default:
       readers = [key for key, row in OBJECTIVES.items() if name in row.reads]
       raise RequestError(
