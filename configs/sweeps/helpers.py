@@ -5,7 +5,6 @@
       add(name, **changes)
 """
 
-import builtins
 from collections.abc import Iterator, Mapping, Sequence
 import itertools
 import re
@@ -55,13 +54,6 @@ def grid(values: Mapping[str, Sequence]) -> Points:
            for key, choices in values.items()]
   for combination in itertools.product(*pairs):
     yield name(dict(combination)), dict(combination)
-
-
-def zip(values: Mapping[str, Sequence]) -> Points:
-  """The first value of every key, then the second of every key, and so on."""
-  for row in builtins.zip(*values.values(), strict=True):
-    changes = dict(builtins.zip(values, row))
-    yield name(changes), changes
 
 
 def one_at_a_time(values: Mapping[str, Sequence]) -> Points:

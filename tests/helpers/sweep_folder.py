@@ -75,8 +75,7 @@ def _write_run(folder, p, seed, done):
         train['runs_at_once'] = p['together']
       for row in (train, dict(step=step, split='eval', loss=at)):
         file.write(json.dumps(row) + '\n')
-  tasks = {name: p[name] for name in ('extrapolation',) if name in p} | {
-      task: by_seed[seed] for task, by_seed in p.get('tasks', {}).items()}
+  tasks = {task: by_seed[seed] for task, by_seed in p.get('tasks', {}).items()}
   if tasks:
     (folder / 'eval.json').write_text(json.dumps({'step': STEPS, **tasks}))
 
@@ -88,24 +87,11 @@ HEALTH = {'dropped': 0.1, 'unserved': 0.02, 'window_load_max': 1.4,
           'confidence': 0.4, 'router_entropy': 0.8}
 
 
-def _extrapolation(slope, refused=False):
-  """No token reaches the last place, and half as many every second one."""
-  tokens = {m: [2 - i % 2 for i in range(64 * m - 1)] + [0]
-            for m in (1, 2, 4, 8)}
-  return {'length': 64, 'texts': {
-      str(m): dict(tokens=n, weights=[x / sum(n) for x in n])
-      for m, n in tokens.items()}, 'curves': {'alibi': {
-          str(m): None if refused and m > 1 else
-          [2 + slope * (i % 2) for i in range(64 * m - 1)] + [None]
-          for m in tokens}}}
-
-
 POINTS = [
-    point('base', shift=SHIFT, extrapolation=_extrapolation(0.1)),
+    point('base', shift=SHIFT, tasks={'labels': [{'f1': 0.5}] * 3}),
     # 0.8 of the compute, then shifts of their own.
     point('better', {'model.norm': 'rmsnorm'}, factor=0.8,
-          shift={0: 0.012, 1: -0.021, 2: 0.014},
-          extrapolation=_extrapolation(1.0, refused=True)),
+          shift={0: 0.012, 1: -0.021, 2: 0.014}),
     point('worse', {'model.position': 'none'}, factor=1.2, shift=SHIFT),
     point('same', {'model.block': 'parallel'},
           shift={0: 0.012, 1: -0.022, 2: 0.018}),

@@ -17,7 +17,6 @@ import numpy as np
 from configs.errors import RequestError, require
 from tools.compare import layout
 from training.evals import items
-from training.evals.tasks.extrapolation import Text, loss_at
 from training.objectives import pipeline
 from training.workdir import metrics, run_config
 
@@ -45,7 +44,6 @@ class Run:
     config: by dotted name; empty where the run never started.
     rows: of its metrics.jsonl.
     evaluations: of its evaluation JSON, by task.
-    longer: the losses past the training length that one of them found.
     items: what each item scored, by the names of figures, as items.read gives
       it; of the held-out loss they are the documents.
     strange: the fields in which its config is not the sweep's.
@@ -56,7 +54,6 @@ class Run:
   config: Mapping[str, Any]
   rows: tuple[Mapping[str, Any], ...]
   evaluations: Mapping[str, Any]
-  longer: Mapping[str, float] = dataclasses.field(default_factory=dict)
   strange: tuple[str, ...] = ()
   items: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
 
@@ -288,34 +285,14 @@ def _run(workdir, description, point: str, seed: int, state: str, error: str
   started = (folder / 'config.json').exists()
   file = folder / 'metrics.jsonl'
   config = run_config.flatten(run_config.load_config(folder)) if started else {}
-  evaluations = layout.evaluation(folder)
-  try:
-    longer = _longer(evaluations.get('extrapolation'),
-                     config.get('model.position'))
-  except (AttributeError, LookupError, TypeError, ValueError) as error:
-    raise RequestError(f'{folder / "eval.json"} is damaged: extrapolation: '
-                       f'{error!r}') from error
   scored = items.read(folder)
   if 'documents/loss' in scored:
     scored['loss'] = scored['documents/loss']
   return Run(
       seed, state, error, config,
-      tuple(metrics.read(file)) if file.exists() else (), evaluations, longer,
-      tuple(layout.differing(description, workdir, point, seed))
-      if started else (), scored)
-
-
-def _longer(task: Mapping[str, Any] | None, position: str | None
-            ) -> dict[str, float]:
-  """Returns the mean loss at each multiple of the training length, also by
-  other encodings than the model's own."""
-  return {} if task is None else {
-      f'loss at {multiple} × length' + f' ({name})' * (name != position):
-      loss_at(np.asarray(curve, float), Text(*(
-          np.asarray(task['texts'][multiple][key], float)
-          for key in Text._fields)), slice(None))
-      for name, by in task['curves'].items()
-      for multiple, curve in by.items() if curve is not None}
+      tuple(metrics.read(file)) if file.exists() else (),
+      layout.evaluation(folder), tuple(layout.differing(
+          description, workdir, point, seed)) if started else (), scored)
 
 
 def _seconds(rows, step: np.ndarray) -> np.ndarray:

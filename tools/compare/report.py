@@ -313,9 +313,8 @@ def doubts(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _values(run: curves.Run) -> dict[str, float]:
   """Returns the held-out loss of a run after its last step, and what else was
-  found of it then: fractions that tasks found, as TASK/FIGURE, losses past the
-  training length, and the last figures of its routers. Counts, groups of
-  figures and curves are left out."""
+  found of it then: fractions that tasks found, as TASK/FIGURE, and the last
+  figures of its routers. Counts, groups of figures and curves are left out."""
   values = {} if run.final is None else {'loss': run.final}
   if held_out := run.held_out:
     tasks = evals.listed(run.config['eval.tasks'])
@@ -326,7 +325,6 @@ def _values(run: curves.Run) -> dict[str, float]:
     if isinstance(results, Mapping):
       values |= {f'{task}/{name}': value for name, value in results.items()
                 if type(value) is float}
-  values |= run.longer
   last = next((row for row in reversed(run.rows) if row['split'] == 'train'
                and not row.keys().isdisjoint(curves.FIGURES)), {})
   if values:

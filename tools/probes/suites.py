@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 
 from configs.errors import Stopped, one_of, require
-from tools.compare import spec, statistics
+from tools.compare import page, spec, statistics
 from training import cli
 from training.data import probes
 from training.workdir import storage
@@ -130,7 +130,9 @@ def train(suite: Suite, workdir: epath.Path) -> None:
 
 
 def card_of(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
-  """Returns the card: for each task the figures of its best learning rate.
+  """Returns the card: for each task the figures of its best learning rate: the
+  mean over the seeds, its 95 % interval (None of fewer than three, or where all
+  are alike), and the figure of each seed.
 
   It is chosen by the same held-out rows that the figures are of, as in the
   papers that give the best of several learning rates. A rate at which a run
@@ -150,8 +152,9 @@ def card_of(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
     mean = {lr: float(np.mean([row['accuracy'] for row in each]))
             for lr, each in by_lr.items() if lr not in failed}
     best = max(mean, key=mean.get, default=None)
-    figures = {name: _over_seeds([row[name] for row in by_lr[best]])
-               for name in by_lr[best][0]} if mean else {}
+    figures = {name: statistics.share_interval(each)._asdict() | {'seeds': each}
+               for name in by_lr[best][0]
+               for each in [[row[name] for row in by_lr[best]]]} if mean else {}
     group = lambda prefix, figures=figures: {
         name.removeprefix(prefix): figure for name, figure in figures.items()
         if name.startswith(prefix)}
@@ -170,13 +173,6 @@ def _figures(run: Run, workdir: epath.Path) -> dict[str, float]:
           and row['step'] == run.config.train.steps]
   return {name.removeprefix('probe/'): figure for row in rows[-1:]
           for name, figure in row.items() if name.startswith('probe/')}
-
-
-def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
-  """Returns the mean over the seeds and its 95 % interval (None of fewer than
-  three, or where all are alike), and the figure of each seed."""
-  mean, low, high, _ = statistics.share_interval(values)
-  return dict(mean=mean, low=low, high=high, seeds=list(values))
 
 
 def text(card: Mapping[str, Any]) -> str:
@@ -199,9 +195,8 @@ def text(card: Mapping[str, Any]) -> str:
 
 
 def _shown(figure: Mapping[str, Any], digits: int = 4) -> str:
-  low, high = figure['low'], figure['high']
-  return f'{figure["mean"]:.{digits}f}' + (
-      '' if low is None else f' [{low:.{digits}f}, {high:.{digits}f}]')
+  return page.estimate(figure['mean'], figure['low'], figure['high'],
+                       f'.{digits}f').text
 
 
 def write(card: Mapping[str, Any], workdir: epath.Path) -> None:

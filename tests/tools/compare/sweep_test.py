@@ -46,11 +46,6 @@ def test_the_loops_that_most_sweeps_are():
   assert list(helpers.grid({'model.norm': ('a', 'b'), 'optim.lr': (1,)})) == [
       ('a-lr=1', {'model.norm': 'a', 'optim.lr': 1}),
       ('b-lr=1', {'model.norm': 'b', 'optim.lr': 1})]
-  sizes = {'model.d_model': (32, 64), 'optim.lr': (2, 1)}
-  assert list(helpers.zip(sizes))[1] == (
-      'd_model=64-lr=1', {'model.d_model': 64, 'optim.lr': 1})
-  with pytest.raises(ValueError, match='shorter'):
-    list(helpers.zip(sizes | {'optim.lr': (2,)}))
   assert dict(helpers.one_at_a_time({'model.norm': ('a', 'b'), 'seed': (1,)})
               ) == {'a': {'model.norm': 'a'}, 'b': {'model.norm': 'b'},
                     'seed=1': {'seed': 1}}

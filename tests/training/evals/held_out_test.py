@@ -181,8 +181,9 @@ def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
                                row[None, :-1])[0]
         loss += [-jax.nn.log_softmax(logits)[i, target]
                  for i, target in enumerate(row[1:])]
-      assert float(rows['none'][place]) == pytest.approx(
-          np.mean(loss), abs=6e-4)
+      figure = figures[f'loss at {multiple} × length']
+      assert figure == pytest.approx(np.mean(loss), abs=1e-4)
+      assert float(rows['none'][place]) == pytest.approx(figure, abs=6e-4)
 
 
 def test_which_variants_a_length_is_tried_with():

@@ -77,7 +77,10 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
                     for m, text in texts.items()},
           'curves': {name: {str(m): None if c is None else c.tolist()
                             for m, c in by.items()}
-                     for name, by in curves.items()}}
+                     for name, by in curves.items()}} | {
+              f'loss at {m} × length' + f' ({name})' * (name != model.position):
+              loss_at(c, texts[m]) for name, by in curves.items()
+              for m, c in by.items() if c is not None}
 
 
 def _sources(evaluation: Evaluation, multiple: int
@@ -195,6 +198,6 @@ TASKS = {'extrapolation': Task(
     'loss by position at 1, 2, 4 and 8 times the training length', run,
     without(lambda objective: objective.every_token,
             'does not predict every token, so it has no loss by position'),
-    file=FILE, figures=('length',), flags=(
+    file=FILE, figures=('length', 'loss at *'), flags=(
         Flag('interpolate', False, 'Stretch learned positions past max_len.'),
     ))}
