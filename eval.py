@@ -65,8 +65,7 @@ def main():
   cpu.prepare()
   figures = evals.evaluate(workdir, tasks, args, step=step, text=args.text,
                            live=args.live, passes=args.passes)
-  if json_file:
-    evals.write(json_file, figures)
+  evals.write(json_file, figures)
 
 
 if __name__ == '__main__':

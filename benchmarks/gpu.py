@@ -24,8 +24,7 @@ from architectures.parts.attention import kernels
 from architectures.parts.moe.layer import MoE
 from benchmarks import mixers, worker
 from configs.errors import EnvironmentFailure
-from training import cli
-from training.costs import totals
+from training import cli, runs
 from training.workdir import storage
 
 # A file of configs/ and its size, fields of config.model, and a batch. nanoGPT
@@ -63,7 +62,7 @@ def config_of(case: str, toy: bool):
 def attention(config: Any) -> Iterator[dict[str, Any]]:
   """Yields a row for each kernel of this platform, at the shapes of a config:
   of causal attention, and its gradient with respect to all three inputs."""
-  c = totals.resolved(config)
+  c = runs.resolve_alone(config)
   B, L = config.data.batch_size, config.data.length
   args = [jax.random.normal(key, (B, L, heads, c.head_dim), c.compute_dtype)
           for key, heads in zip(
@@ -103,7 +102,7 @@ def experts(config: Any, kernel: str = 'auto', **compiler: Any
   """
   config.model.moe.update(grouped_kernel=kernel, dispatch='auto',
                           capacity_factor=0.0, eval_capacity_factor=0.0)
-  c = totals.resolved(config)
+  c = runs.resolve_alone(config)
   B, L = config.data.batch_size, config.data.length
   return _timed(*mixers.gradient(MoE(c), c, B, L, **compiler))
 

@@ -23,7 +23,7 @@ import pathlib
 from absl import flags
 
 from configs.errors import require
-from training import cli, preflight
+from training import cli, preflight, runs
 from training.costs import systems, totals
 
 cli.define_config()
@@ -47,7 +47,7 @@ def main():
     for line in _table(everything()):  # each row as it is counted
       print(line, flush=True)
   else:
-    model = totals.resolved(args.config)
+    model = runs.resolve_alone(args.config)
     preflight.refuse_unread_of(cli.overrides(), args.config, model)
     figures = totals.count(args.config, args.length)
     figures['not_as_published'] = [

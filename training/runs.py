@@ -322,8 +322,7 @@ def resolve_alone(config: ml_collections.ConfigDict) -> ModelConfig:
   model = config.model.to_dict()
   _fill(model, config)
   # Stand-ins: the real ones come with the tokenizer, and with the data.
-  for name in ('vocab_size', 'max_len'):
-    model[name] = model[name] or max(config.data.length, 1)
+  model['vocab_size'] = model['vocab_size'] or tokenizers.Bytes.USUAL
   if 'num_labels' in heads.HEADS.get(model['head'], heads.HEADS['lm']).fields:
     model['num_labels'] = model['num_labels'] or 2
   return architectures.resolve(model)

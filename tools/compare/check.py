@@ -12,8 +12,8 @@ from architectures.parts import tables
 from configs.errors import require
 from configs.fields import check_number
 from tools.compare import cost, layout, spec
-from training import progress
-from training.costs import systems, totals
+from training import progress, runs
+from training.costs import systems
 from training.workdir import run_config
 
 # What only a sweep's file is read with, or only a study's.
@@ -145,7 +145,7 @@ def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
   return {
       'name': point.name, 'changes': dict(point.changes),
       'matched': list(point.matched), 'follows': follows,
-      'unlike': systems.line(totals.resolved(config))
+      'unlike': systems.line(runs.resolve_alone(config))
                 if 'model.arch' in point.changes else '',
       **figures._asdict(), 'seeds': list(sweep.seeds),
       'tasks': list(sweep.owed(point))}

@@ -19,7 +19,7 @@ from architectures.parts import tables
 from architectures.parts.config import ModelConfig
 from configs import fields as declared
 from configs.errors import RequestError, one_of, require
-from training.costs import totals
+from training.runs import resolve_alone
 from training.workdir import run_config
 
 # What a model keeps that becomes another system: its sizes, how it is trained
@@ -70,7 +70,7 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
   one_of('model.arch', arch, architectures.systems())
   sizes = _sizes(arch)
   one_of(f'size of {arch}', size, sizes)
-  ours, theirs = totals.resolved(config), architectures.systems()[arch].STACK
+  ours, theirs = resolve_alone(config), architectures.systems()[arch].STACK
   stack = architectures.stack(ours)
   alike = ', '.join(name for name, system in architectures.systems().items()
                     if system.STACK == stack)
@@ -86,7 +86,7 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
     target.model.update_from_flattened_dict(wanted | {'arch': arch})
     target.model.kinds = ml_collections.ConfigDict(sizes[size]['kinds'])
   try:
-    silent = tables.unread(totals.resolved(target))
+    silent = tables.unread(resolve_alone(target))
   except RequestError as error:
     raise RequestError(f'model.arch {arch!r} cannot have the sizes of the '
                        f'base: {error}') from error

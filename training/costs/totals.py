@@ -19,10 +19,8 @@ from training.costs import flops
 from training.objectives import Config
 from training.optim import shares
 from training.runs import (optimizer, parameter_roles, parameter_shapes,
-                           parameter_shares)
+                           parameter_shares, resolve_alone)
 from training.workdir import run_config
-
-STAND_IN_VOCAB = 384  # of the byte tokenizer, where a size leaves it open
 
 
 def count(config: Config, length: int = 0,
@@ -33,9 +31,9 @@ def count(config: Config, length: int = 0,
     config: a run's.
     length: tokens of a sequence; 0: data.length, or as many as the model has
       positions for, if these are fewer.
-    model: its model, resolved; None: as `resolved` fills it in.
+    model: its model, resolved; None: as runs.resolve_alone fills it in.
   """
-  model = model or resolved(config)
+  model = model or resolve_alone(config)
   module, objective = architectures.build(model), objectives.of(config)
   tx = optimizer(module, config.optim, config.train.steps)
   params = parameter_shapes(module)
@@ -86,7 +84,7 @@ def count(config: Config, length: int = 0,
 
 def brief(config: Config) -> dict:
   """Returns those of the figures that are told of every size at once."""
-  model = resolved(config)
+  model = resolve_alone(config)
   sides = _row_lengths(config, model, config.data.length)
   total, active = parameters(model)
   return {'rumoured': model.arch.startswith('gpt4'), 'parameters': total,
@@ -138,15 +136,6 @@ def parameters(model: ModelConfig) -> tuple[int, int]:
   """Returns the parameters of a resolved model, and the active ones."""
   sizes, active = _sizes(architectures.build(model))
   return sum(sizes.values()), round(sum(active.values()))
-
-
-def resolved(config: Config):
-  """Returns the model config, open fields filled as a run would by default."""
-  model = config.model.to_dict()
-  model['vocab_size'] = model['vocab_size'] or STAND_IN_VOCAB
-  model['max_len'] = model['max_len'] or config.data.length
-  model['head'] = model['head'] or objectives.of(config).head
-  return architectures.resolve(model)
 
 
 def _sizes(module: nn.Module) -> tuple[dict, dict]:

@@ -212,9 +212,11 @@ class Template:
     """
     return encode([self.render(messages, answer)], self.tokenizer)[0]
 
-  def render(self, messages: Messages, answer: bool = False) -> str:
-    """Returns the text of a conversation, MARKS in it; see `encode`."""
-    return self._render(messages, answer)[0]
+  def render(self, messages: Messages, answer: bool = False,
+             goes_on: bool = False) -> str:
+    """Returns the text of a conversation, MARKS in it; see `encode`. Where it
+    `goes_on`, it is without what ends the last message."""
+    return self._render(messages, answer, goes_on)[0]
 
   def parts(self, messages: Messages) -> list[tuple[str, str]]:
     """Returns the text of a conversation as parts: `said` is the assistant's,
@@ -273,8 +275,8 @@ class Template:
     # That one may have been said, too.
     return len(text) if MARKS[1] in text[end:] else end
 
-  def _render(self, messages: Messages, answer: bool = False
-              ) -> tuple[str, list[tuple[int, int]]]:
+  def _render(self, messages: Messages, answer: bool = False,
+              goes_on: bool = False) -> tuple[str, list[tuple[int, int]]]:
     """Returns the text, and where {% generation %} blocks stand in it."""
     from training.data import limited
     chat = [{key: marked(value, self.tokenizer,
@@ -283,6 +285,7 @@ class Template:
     return limited.call(
         f'the chat template {self.name} fails', 'render', self.text, chat, dict(
             self.specials, add_generation_prompt=answer,
+            continue_final_message=goes_on,
             return_assistant_tokens_mask=bool(_BLOCK.search(self.text))),
         keep=True)
 

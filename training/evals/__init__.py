@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import fnmatch
-import json
 import sys
 import types
 from typing import Any, NamedTuple
@@ -366,11 +365,10 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any,
   return figures
 
 
-def write(file: epath.Path, figures: dict[str, Any]) -> None:
-  """Writes what `evaluate` returned, in one piece; what is not finite is null.
-  """
-  storage.write(file, json.dumps(metrics.plain(figures), indent=2,
-                                 allow_nan=False) + '\n')
+def write(file: epath.Path | None, figures: dict[str, Any]) -> None:
+  """Writes what `evaluate` returned, in one piece, if there is a file; what is
+  not finite is null."""
+  storage.write_json(file, metrics.plain(figures))
 
 
 def listed(names: str | Sequence[str]) -> list[str]:

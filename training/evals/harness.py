@@ -26,8 +26,6 @@ from training.evals.scoring import Question
 from training.hf import generation as hf_generation
 from training.workdir import checkpoints, storage
 
-END = '\ue012 '  # of a message that is gone on from; no text has its letter
-
 
 class Model(api.TemplateLM):
   """A run's decoder, as lm_eval asks it.
@@ -134,16 +132,8 @@ class Model(api.TemplateLM):
                           add_generation_prompt: bool = True) -> str:
     """Returns the text of a conversation: with what begins an answer, or
     without what ends the last message, which is then gone on from."""
-    if add_generation_prompt:
-      return conversations.unmarked(self._template.render(chat_history, True))
-    *before, last = chat_history
-    text = conversations.unmarked(self._template.render(
-        [*before, last | dict(content=last['content'] + END)]))
-    start, mark, after = text.rpartition(END[0])
-    require(bool(mark), 'the chat template leaves out the last message, which '
-            'is to be gone on from')
-    # A template that trims a message has trimmed the end of the mark.
-    return start if after.startswith(END[1:]) else start.rstrip()
+    return conversations.unmarked(self._template.render(
+        chat_history, add_generation_prompt, not add_generation_prompt))
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None,
                  **kwargs) -> list[int]:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers import forked
 from tools import count
+from training import runs
 from training.costs import totals, flops
 
 # Over 2 %, as the lab notes explain.
@@ -45,7 +46,7 @@ def test_the_experts_at_work_for_a_token(fields, active):
     config.model.update(ffn='moe', ffn_bias=False)
     fields = fields | {'ffn': 'swiglu'}
   config.model.moe.update(fields)
-  model = totals.resolved(config)
+  model = runs.resolve_alone(config)
   one = 3 * model.d_model * model.moe.d_ff * model.num_layers
   figures = totals.count(config)
   every = model.moe.num_experts + model.moe.shared_experts
@@ -68,7 +69,7 @@ def test_training_of_an_encoder_decoder_is_that_of_its_rows():
   config = t5.get_config('tiny')
   figures = totals.count(config, 64)
   assert figures['training_lengths'] == [58, 14]
-  forward = flops.forward_flops(totals.resolved(config), 58, 14)
+  forward = flops.forward_flops(runs.resolve_alone(config), 58, 14)
   assert figures['flops_per_token']['training'] == pytest.approx(
       3 * sum(forward.values()) / (58 + 14))
   assert totals.brief(config)['training_flops_per_token'] == (

@@ -10,12 +10,12 @@ from configs.errors import RequestError
 from tests.helpers import models
 from tools.compare import spec
 from training import preflight, runs
-from training.costs import systems, totals
+from training.costs import systems
 
 
 def line_of(config, **fields):
   config.model.update(fields)
-  return systems.line(totals.resolved(config))
+  return systems.line(runs.resolve_alone(config))
 
 
 @pytest.mark.parametrize('system', models.SYSTEMS)

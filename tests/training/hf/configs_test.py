@@ -24,7 +24,7 @@ from configs import fields as declared, kinds
 from configs.errors import RequestError
 from tests.helpers import models
 from tests.parity import exports, readings, recording
-from training.costs import totals
+from training import runs
 from training.hf import config as hf_config, files as hf_files, weights
 
 PUBLISHED = json.loads((pathlib.Path(__file__).parents[2] / 'data' /
@@ -52,7 +52,7 @@ MISTRAL = dict(model_type='mistral', attention_bias=False, mlp_bias=False)
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_a_published_config_is_the_size_of_that_name(name):
   file, size = name.split(':')
-  ours = totals.resolved(
+  ours = runs.resolve_alone(
       importlib.import_module(f'configs.{file}').get_config(size))
   theirs = hf_config.read(PUBLISHED[name])
   hf_config.check_same(ours, theirs, name)
