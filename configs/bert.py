@@ -42,19 +42,15 @@ SIZES = recipes.table(
 SIZES['minilm'] |= recipes.TINY | dict(
     dtype='float32', remat='none', length=128, steps=200, lr=2e-4,
     warmup_steps=20)
+for _size in ('base', 'large'):
+  SIZES[_size] |= dict(dropout=0.1, attention_dropout=0.1, weight_decay=0.01,
+                       b2=0.999, eps=1e-6)
 SIZES['tiny'] = dict(num_layers=4, d_model=128, num_heads=4, max_len=32,
                      batch_size=64, steps=1500, lr=2e-3, warmup_steps=100)
 # What pre-training needs beside `parameters`: transform, its norm, nsp, head.
 UNCOUNTED = {'minilm': 179_900, 'base': 624_188, 'large': 1_084_220}
 
-
-def get_config(size: str = 'tiny'):
-  c = recipes.config(
-      'bert', size, SIZES,
-      dict(type_vocab_size=2, norm_eps=1e-12, init='normal'),
-      dict(objective='mlm_nsp'), remat='dots', batch_size=256, steps=1_000_000,
-      lr=1e-4, warmup_steps=10_000, schedule='linear', final_fraction=0.0)
-  if size in ('base', 'large'):
-    c.model.update(dropout=0.1, attention_dropout=0.1)
-    c.optim.update(weight_decay=0.01, b2=0.999, eps=1e-6)
-  return c
+get_config = recipes.of(
+    'bert', SIZES, dict(type_vocab_size=2, norm_eps=1e-12, init='normal'),
+    dict(objective='mlm_nsp'), remat='dots', batch_size=256, steps=1_000_000,
+    lr=1e-4, warmup_steps=10_000, schedule='linear', final_fraction=0.0)

@@ -17,24 +17,20 @@ of the table of tokens.
 from configs import bert, recipes
 
 SIZES = recipes.table(
-    'num_layers d_model num_heads d_ff lr parameters', {
-        'v3-xsmall': (12, 384, 6, 1536, 6e-4, 70_682_112),
-        'v3-small': (6, 768, 12, 3072, 6e-4, 141_304_320),
-        'v3-base': (12, 768, 12, 3072, 6e-4, 183_831_552),
-        'v3-large': (24, 1024, 16, 4096, 4e-4, 434_012_160)},
+    'num_layers generator.num_layers d_model num_heads d_ff lr parameters', {
+        'v3-xsmall': (12, 6, 384, 6, 1536, 6e-4, 70_682_112),
+        'v3-small': (6, 3, 768, 12, 3072, 6e-4, 141_304_320),
+        'v3-base': (12, 6, 768, 12, 3072, 6e-4, 183_831_552),
+        'v3-large': (24, 12, 1024, 16, 4096, 4e-4, 434_012_160)},
     vocab_size=128100, max_len=512, dropout=0.1, attention_dropout=0.1)
 SIZES['tiny'] = bert.SIZES['tiny'] | dict(
-    disentangled=dict(buckets=16, max_distance=32))
+    disentangled=dict(buckets=16, max_distance=32),
+    generator=dict(num_layers=2))
 UNCOUNTED = {'v3-xsmall': 60_460_261, 'v3-small': 121_352_293,
              'v3-base': 142_615_909, 'v3-large': 285_087_845}
 
-
-def get_config(size: str = 'tiny'):
-  c = recipes.config(
-      'deberta_v2', size, SIZES, dict(norm_eps=1e-7, init='normal'),
-      dict(objective='replaced_tokens'), remat='dots', batch_size=8192,
-      steps=500_000, warmup_steps=10_000,
-      schedule='linear', final_fraction=0.0, weight_decay=0.01, b2=0.98,
-      eps=1e-6, clip_norm=0.0)
-  c.model.generator.num_layers = c.model.num_layers // 2
-  return c
+get_config = recipes.of(
+    'deberta_v2', SIZES, dict(norm_eps=1e-7, init='normal'),
+    dict(objective='replaced_tokens'), remat='dots', batch_size=8192,
+    steps=500_000, warmup_steps=10_000, schedule='linear', final_fraction=0.0,
+    weight_decay=0.01, b2=0.98, eps=1e-6, clip_norm=0.0)

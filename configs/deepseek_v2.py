@@ -26,26 +26,20 @@ SIZES = recipes.table(
         'tiny': (128, 4, 4, 344, 256, 48, 24, 16, 24, 16, 48),
         'lite': (2048, 27, 16, 10944, 4096, 512, 128, 64, 128, 64, 1408),
         '236b': (5120, 60, 128, 12288, 4096, 512, 128, 64, 128, 160, 1536)})
-SIZES['lite'] |= dict(tokens=5.7e12, batch_size=4608, lr=4.2e-4,
-                      parameters=15_706_484_224)
-SIZES['236b'] |= {'latent.q_rank': 1536, 'moe.expert_groups': 8,
-                  'moe.top_groups': 3, 'moe.gate_scale': 16.0} | dict(
-    tokens=8.1e12, batch_size=9216, lr=2.4e-4, parameters=235_741_434_880)
 # Of V3 too.
+PUBLISHED = dict(head_dim=128, init='normal', init_stddev=0.006)
+SIZES['tiny']['head_dim'] = 24
+SIZES['lite'] |= PUBLISHED | dict(
+    vocab_size=102400, tokens=5.7e12, batch_size=4608, lr=4.2e-4,
+    parameters=15_706_484_224)
+SIZES['236b'] |= PUBLISHED | {
+    'latent.q_rank': 1536, 'moe.expert_groups': 8, 'moe.top_groups': 3,
+    'moe.gate_scale': 16.0} | dict(
+        vocab_size=102400, tokens=8.1e12, batch_size=9216, lr=2.4e-4,
+        parameters=235_741_434_880)
 MOE = dict(dispatch='auto', capacity_factor=0.0, eval_capacity_factor=0.0,
            balance_loss='sequence')
 
-
-def get_config(size: str = 'tiny'):
-  c = recipes.config('deepseek_v2', size, SIZES, dict(
-      norm_eps=1e-6, latent=dict(norm_eps=1e-6), moe=MOE | dict(
-          shared_experts=2, balance_weight=0.001)))
-  return released(c, size, vocab_size=102400)
-
-
-def released(c, size: str, vocab_size: int):
-  """Sets what V2 and V3 have in common."""
-  c.model.head_dim = c.model.latent.nope_dim
-  if size != 'tiny':
-    c.model.update(vocab_size=vocab_size, init='normal', init_stddev=0.006)
-  return c
+get_config = recipes.of('deepseek_v2', SIZES, dict(
+    norm_eps=1e-6, latent=dict(norm_eps=1e-6), moe=MOE | dict(
+        shared_experts=2, balance_weight=0.001)))

@@ -34,13 +34,15 @@ SIZES = recipes.table(
                  2),
         '671b': (7168, 61, 128, 18432, 4096, 'dense,dense,dense', 1536, 512,
                  128, 64, 128, 256, 2048, 8, 4)})
-SIZES['671b']['parameters'] = 671_026_404_352
+SIZES['tiny']['head_dim'] = 24
+SIZES['671b'] |= deepseek_v2.PUBLISHED | dict(
+    vocab_size=129280, parameters=671_026_404_352)
 SIZES['kimi-k2'] = SIZES['671b'] | {
     'num_heads': 64, 'prefix': 'dense', 'moe.num_experts': 384,
     'moe.expert_groups': 1, 'moe.top_groups': 1, 'moe.gate_scale': 2.827,
     'rope.theta': 50_000.0} | dict(
-        tokens=15.5e12, batch_size=16384, lr=2e-4, warmup_steps=500,
-        parameters=1_026_408_209_408)
+        vocab_size=163840, tokens=15.5e12, batch_size=16384, lr=2e-4,
+        warmup_steps=500, parameters=1_026_408_209_408)
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'671b': 58 * 256, 'kimi-k2': 60 * 384}
 # Of V3.2 and GLM-5 too.
@@ -48,9 +50,5 @@ MODEL = dict(norm_eps=1e-6, latent=dict(norm_eps=1e-6), moe=(
     deepseek_v2.MOE | dict(shared_experts=1, gate_scale=2.5,
                            balance_weight=0.0001, bias_rate=0.001)))
 
-
-def get_config(size: str = 'tiny'):
-  c = recipes.config('deepseek_v3', size, SIZES, MODEL, tokens=14.8e12,
-                     batch_size=15360, lr=2.2e-4)
-  return deepseek_v2.released(
-      c, size, vocab_size=163840 if size == 'kimi-k2' else 129280)
+get_config = recipes.of('deepseek_v3', SIZES, MODEL, tokens=14.8e12,
+                        batch_size=15360, lr=2.2e-4)

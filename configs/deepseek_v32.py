@@ -12,7 +12,7 @@ the indexer alone learned, at 1e-3: `--config.model.indexer.top_k=0
 `tiny` is that of DeepSeek-V3, of whose 256 tokens a query sees 64.
 """
 
-from configs import deepseek_v2, deepseek_v3, recipes
+from configs import deepseek_v3, recipes
 
 SIZES = {
     'tiny': deepseek_v3.SIZES['tiny'] | {
@@ -25,9 +25,6 @@ SIZES = {
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'671b': 58 * 256}
 
-
-def get_config(size: str = 'tiny'):
-  c = recipes.config(
-      'deepseek_v32', size, SIZES, deepseek_v3.MODEL, steps=15_000,
-      batch_size=480, lr=7.3e-6, warmup_steps=0, schedule='constant')
-  return deepseek_v2.released(c, size, vocab_size=129280)
+get_config = recipes.of(
+    'deepseek_v32', SIZES, deepseek_v3.MODEL, steps=15_000, batch_size=480,
+    lr=7.3e-6, warmup_steps=0, schedule='constant')

@@ -19,15 +19,13 @@ SIZES = recipes.table(
     'parameters', {
         '744b-a40b': (6144, 78, 64, 12288, 4096, 'dense,dense,dense', 2048, 512,
                       192, 64, 256, 256, 2048, 2048, 32, 128, 743_911_199_232)},
-    rope=dict(theta=1e6))
+    rope=dict(theta=1e6), vocab_size=154880,
+    **deepseek_v2.PUBLISHED | dict(head_dim=192))
 SIZES['tiny'] = deepseek_v32.SIZES['tiny'] | {
     'moe.expert_groups': 1, 'moe.top_groups': 1}
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'744b-a40b': 75 * 256}
 
-
-def get_config(size: str = 'tiny'):
-  c = recipes.config(
-      'glm_moe_dsa', size, SIZES, deepseek_v3.MODEL | dict(norm_eps=1e-5),
-      tokens=28.5e12, batch_size=16384, lr=2.5e-4)
-  return deepseek_v2.released(c, size, vocab_size=154880)
+get_config = recipes.of(
+    'glm_moe_dsa', SIZES, deepseek_v3.MODEL | dict(norm_eps=1e-5),
+    tokens=28.5e12, batch_size=16384, lr=2.5e-4)

@@ -23,19 +23,15 @@ SIZES = recipes.table(
     'moe.num_experts parameters', {
         '600b': (2048, 600e9), '150b': (512, 150e9), '37b': (128, 37e9),
     }, num_layers=18, d_model=1024, num_heads=16, head_dim=128, d_ff=8192,
-    vocab_size=64000, dropout=0.1)
+    vocab_size=64000, dropout=0.1, init_stddev=1024 ** -0.5)
 SIZES['tiny'] = dict(
     num_layers=2, d_model=128, num_heads=4, head_dim=32, d_ff=512,
     moe=dict(num_experts=4), length=64, batch_size=8, steps=1600, lr=2e-3,
-    warmup_steps=100)
+    warmup_steps=100, init_stddev=128 ** -0.5)
 
-
-def get_config(size: str = 'tiny'):
-  c = recipes.config(
-      'gshard', size, SIZES, dict(init='fan_in', moe=dict(
-          capacity_factor=1.0, eval_capacity_factor=2.0, balance_loss='switch',
-          balance_weight=0.01)), dict(objective='seq2seq'), remat='dots',
-      length=512, batch_size=8192, steps=250_000, lr=1e-3, warmup_steps=10_000,
-      name='adafactor', schedule='rsqrt', weight_decay=0.0, clip_norm=0.0)
-  c.model.init_stddev = c.model.d_model ** -0.5
-  return c
+get_config = recipes.of(
+    'gshard', SIZES, dict(init='fan_in', moe=dict(
+        capacity_factor=1.0, eval_capacity_factor=2.0, balance_loss='switch',
+        balance_weight=0.01)), dict(objective='seq2seq'), remat='dots',
+    length=512, batch_size=8192, steps=250_000, lr=1e-3, warmup_steps=10_000,
+    name='adafactor', schedule='rsqrt', weight_decay=0.0, clip_norm=0.0)

@@ -20,12 +20,13 @@ units. It trains on the default text to a held-out loss of 1.357 nats a byte
 from configs import deepseek_v2, recipes
 
 SIZES = {
-    'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344, max_len=256,
+    'tiny': dict(d_model=128, num_layers=4, num_heads=4, head_dim=24, d_ff=344,
+                 max_len=256,
                  latent=dict(kv_rank=48, nope_dim=24, rope_dim=16, v_dim=24),
                  kda=dict(key_heads=4, key_dim=24, value_dim=24),
                  moe=dict(num_experts=32, d_ff=32)),
-    '48b-a3b': dict(d_model=2304, num_layers=27, num_heads=32, d_ff=9216,
-                    max_len=1048576, vocab_size=163840,
+    '48b-a3b': dict(d_model=2304, num_layers=27, num_heads=32, head_dim=128,
+                    d_ff=9216, max_len=1048576, vocab_size=163840,
                     # The last layer, which attends, comes after two
                     # recurrences instead of three.
                     prefix='linear_dense,linear',
@@ -39,14 +40,10 @@ SIZES = {
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'48b-a3b': 26 * 256}
 
-
-def get_config(size: str = 'tiny'):
-  c = recipes.config(
-      'kimi_linear', size, SIZES, dict(
-          norm_eps=1e-5, latent=dict(norm_eps=1e-6),
-          moe=deepseek_v2.MOE | dict(shared_experts=1, gate_scale=2.446,
-                                     balance_weight=0.0001, bias_rate=0.001)),
-      length=4096, batch=2**25, tokens=5.7e12, lr=1.1e-3, warmup_steps=500,
-      name='muon', momentum=0.95, schedule='wsd', decay_fraction=0.1)
-  c.model.head_dim = c.model.latent.nope_dim
-  return c
+get_config = recipes.of(
+    'kimi_linear', SIZES, dict(
+        norm_eps=1e-5, latent=dict(norm_eps=1e-6),
+        moe=deepseek_v2.MOE | dict(shared_experts=1, gate_scale=2.446,
+                                   balance_weight=0.0001, bias_rate=0.001)),
+    length=4096, batch=2**25, tokens=5.7e12, lr=1.1e-3, warmup_steps=500,
+    name='muon', momentum=0.95, schedule='wsd', decay_fraction=0.1)

@@ -48,11 +48,7 @@ SIZES['smollm2-135m'] = dict(
     d_model=576, num_layers=30, num_heads=9, num_kv_heads=3, d_ff=1536,
     max_len=8192, vocab_size=49152, tie_embeddings=True,
     rope=dict(theta=100_000.0), dtype='float32', remat='none', length=80,
-    batch_size=4, steps=40, lr=1e-3, warmup_steps=4, parameters=134_515_008)
+    batch_size=4, steps=40, lr=1e-3, warmup_steps=4, schedule='linear',
+    weight_decay=0.0, parameters=134_515_008)
 
-
-def get_config(size: str = 'tiny'):
-  c = recipes.config('llama', size, SIZES, dict(norm_eps=1e-5))
-  if size == 'smollm2-135m':  # for fine-tuning it on a laptop
-    c.optim.update(schedule='linear', weight_decay=0.0)
-  return c
+get_config = recipes.of('llama', SIZES, dict(norm_eps=1e-5))

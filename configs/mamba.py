@@ -22,13 +22,9 @@ SIZES = recipes.table(  # lr is GPT-3's
         '1.4b': (2048, 48, 2.0e-4, 1_372_178_432),
         '2.8b': (2560, 64, 1.6e-4, 2_768_345_600),
     }, max_len=2048, vocab_size=50280)
+for _size in SIZES.values():
+  _size |= dict(lr=5 * _size['lr'], warmup=3e9,
+                final_fraction=1e-5 / (5 * _size['lr']))
 SIZES['tiny'] = dict(d_model=128, num_layers=8, max_len=256)
 
-
-def get_config(size: str = 'tiny'):
-  c = recipes.config('mamba', size, SIZES, batch_size=256, tokens=300e9)
-  if size != 'tiny':
-    lr = 5 * c.optim.lr
-    c.optim.update(lr=lr, warmup_steps=c.train.steps // 100,
-                   final_fraction=1e-5 / lr)
-  return c
+get_config = recipes.of('mamba', SIZES, batch_size=256, tokens=300e9)

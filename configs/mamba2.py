@@ -30,6 +30,9 @@ SIZES = recipes.table(
         '1.3b': (2048, 48, 32, 2.0e-4, 1_343_757_312),
         '2.7b': (2560, 64, 40, 1.6e-4, 2_702_599_680),
     }, max_len=2048, vocab_size=50288)
+for _size in SIZES.values():
+  _size |= dict(lr=5 * _size['lr'], warmup=3e9,
+                final_fraction=1e-5 / (5 * _size['lr']))
 SIZES['tiny'] = dict(d_model=128, num_layers=8, num_heads=4, max_len=256,
                      mamba2=dict(state=32))
 SIZES['codestral-7b'] = dict(
@@ -37,11 +40,4 @@ SIZES['codestral-7b'] = dict(
     mamba2=dict(groups=8), tie_embeddings=False, steps=1000, lr=1e-3,
     warmup_steps=100, parameters=7_285_403_648)
 
-
-def get_config(size: str = 'tiny'):
-  c = recipes.config('mamba2', size, SIZES, batch_size=256, tokens=300e9)
-  if size not in ('tiny', 'codestral-7b'):
-    lr = 5 * c.optim.lr
-    c.optim.update(lr=lr, warmup_steps=c.train.steps // 100,
-                   final_fraction=1e-5 / lr)
-  return c
+get_config = recipes.of('mamba2', SIZES, batch_size=256, tokens=300e9)

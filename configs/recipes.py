@@ -2,6 +2,7 @@
 and how a run of its smallest size and of a published size is set."""
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import ml_collections
@@ -19,8 +20,8 @@ SMALL = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2, d_ff=344,
 PUBLISHED = dict(batch=2**22, tokens=500_000 * 2**22, lr=3e-4,
                  warmup_steps=2000)
 # Of a size, what are no fields of config.model.
-OF_TRAINING = ('batch', 'batch_size', 'tokens', 'steps', 'lr', 'warmup_steps',
-               'warmup', 'decay', 'length')
+OF_TRAINING = ('batch', 'batch_size', 'tokens', 'steps', 'warmup', 'decay',
+               'length', *(x.name for x in dataclasses.fields(base.Optim)))
 
 
 def table(names: str, rows: Mapping[str, Sequence[Any]], **same: Any

@@ -19,8 +19,8 @@ from configs import bert, recipes
 
 SIZES = {'tiny': bert.SIZES['tiny']} | {
     size: bert.SIZES[size] | dict(
-        vocab_size=50265, dropout=0.1, attention_dropout=0.1, lr=lr,
-        warmup_steps=warmup, parameters=parameters)
+        vocab_size=50265, lr=lr, warmup_steps=warmup, b2=0.98,
+        parameters=parameters)
     for size, lr, warmup, parameters in (
         ('base', 6e-4, 24_000, 124_697_433),
         ('large', 4e-4, 30_000, 355_412_057))}
@@ -30,5 +30,4 @@ def get_config(size: str = 'tiny', arch: str = 'roberta', sizes=None):
   return recipes.config(
       arch, size, sizes or SIZES, dict(type_vocab_size=1, init='normal'),
       dict(objective='mlm'), remat='dots', batch_size=8192, steps=500_000,
-      schedule='linear', final_fraction=0.0, weight_decay=0.01, b2=0.98,
-      eps=1e-6, clip_norm=0.0)
+      schedule='linear', final_fraction=0.0, clip_norm=0.0)

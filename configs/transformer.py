@@ -22,20 +22,19 @@ nats a byte. No such target is guessed whole: BLEU is 0.3.
 from configs import recipes
 
 SIZES = recipes.table(
-    'num_layers d_model num_heads dropout steps lr parameters', {
-        'base': (6, 512, 8, 0.1, 100_000, (512 * 4000) ** -0.5, 65e6),
-        'big': (6, 1024, 16, 0.3, 300_000, (1024 * 4000) ** -0.5, 213e6),
+    'num_layers d_model num_heads dropout steps parameters', {
+        'base': (6, 512, 8, 0.1, 100_000, 65e6),
+        'big': (6, 1024, 16, 0.3, 300_000, 213e6),
     }, vocab_size=37000, remat='none')
+for _size in SIZES.values():
+  _size['lr'] = (_size['d_model'] * 4000) ** -0.5
 SIZES['tiny'] = dict(num_layers=2, d_model=128, num_heads=4, length=64,
                      batch_size=8, steps=1600, lr=1e-3, warmup_steps=200)
+for _size in SIZES.values():
+  _size |= dict(init_stddev=_size['d_model'] ** -0.5, schedule='rsqrt', b1=0.9,
+                b2=0.98, eps=1e-9, weight_decay=0.0, clip_norm=0.0)
 
-
-def get_config(size: str = 'tiny'):
-  c = recipes.config(
-      'transformer', size, SIZES, dict(init='fan_in'),
-      {'objective': 'seq2seq', 'train.label_smoothing': 0.1},
-      length=256, batch_size=96, warmup_steps=4000)
-  c.model.init_stddev = c.model.d_model ** -0.5
-  c.optim.update(schedule='rsqrt', b1=0.9, b2=0.98, eps=1e-9,
-                 weight_decay=0.0, clip_norm=0.0)
-  return c
+get_config = recipes.of(
+    'transformer', SIZES, dict(init='fan_in'),
+    {'objective': 'seq2seq', 'train.label_smoothing': 0.1},
+    length=256, batch_size=96, warmup_steps=4000)
