@@ -260,7 +260,7 @@ class Model:
     if self.run is not None:
       return self.run
     config = base.base()
-    config.objective = _OBJECTIVES[self.stack]
+    config.objective = objectives.with_head(self.config)
     return config
 
   def _run(self, wanted: str, tokens: Tokens, decoder_tokens: Tokens | None,
@@ -290,10 +290,6 @@ def _in_numpy(x: jax.Array) -> Any:
   if isinstance(x, jax.core.Tracer):
     return x
   return np.asarray(x, np.float32)  # in bfloat16, NumPy would add up in it
-
-
-_OBJECTIVES = {'decoder': 'causal', 'encoder': 'mlm',
-               'encoder-decoder': 'seq2seq'}
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'wanted'))

@@ -286,7 +286,7 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     raise RequestError(f'--config.{name} is no field of the config.'
                        + hint(name, base.SENTENCES, '--config.')
                        + f' There are {", ".join(fields)}.' * bool(fields))
-  value = _parsed(text, leaf.default if leaf else {}, f'--config.{name}')
+  value = parsed(text, leaf.default if leaf else {}, f'--config.{name}')
   if leaf is None:
     tables.check_kinds(value)
     value = ml_collections.ConfigDict(value)
@@ -297,7 +297,7 @@ _BOOLS = {'true': True, 't': True, '1': True, 'false': False, 'f': False,
           '0': False}
 
 
-def _parsed(text: str, default: Any, flag: str) -> Any:
+def parsed(text: str, default: Any, flag: str) -> Any:
   """Returns a value of the type that the default of a field has."""
   kind = type(default)
   try:

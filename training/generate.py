@@ -41,7 +41,7 @@ from architectures.parts import blocks, positions
 from architectures.parts.config import Cache
 from architectures.parts.moe.layer import without_capacity
 from architectures.parts.skeletons import one_by_one
-from configs.errors import one_of, require
+from configs.errors import one_of
 from configs.fields import check_number
 
 # So many layers a token goes through one by one, which is faster; deeper
@@ -228,22 +228,19 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
                                    prompts_BL.shape[1] + room)
   options: dict[str, Any] = dict(cache=cache, lengths_B=lengths_B)
   fixed: dict[str, jax.Array] = {}  # what every step is given
+  before, places = (), 'positions_BL'
+  real = lambda tokens, lengths_B: (
+      jnp.arange(tokens.shape[1])[None] < lengths_B[:, None]).astype(jnp.int32)
   if source_BM is None:
+    options['prefix_B'] = prefix_B
     if blocks.with_state(module.config):
-      options['valid_BL'] = (jnp.arange(prompts_BL.shape[1])[None]
-                             < lengths_B[:, None]).astype(jnp.int32)
-    output = apply({'params': params}, prompts_BL, prefix_B=prefix_B, **options)
+      options['valid_BL'] = real(prompts_BL, lengths_B)
   else:
-    require(prefix_B is None, 'prefix_B is for a decoder: an encoder-decoder '
-            'reads its source in both directions')
-    assert source_lengths_B is not None
-    fixed = dict(segment_ids_BM=(
-        jnp.arange(source_BM.shape[1])[None]
-        < source_lengths_B[:, None]).astype(jnp.int32))
-    memory, _ = apply({'params': params}, source_BM, method='encode',
-                      lengths_B=source_lengths_B, **fixed)
-    output = apply({'params': params}, None, prompts_BL, memory=memory, **fixed,
-                   **options)
+    before, places = (None,), 'decoder_positions_BL'
+    fixed = dict(segment_ids_BM=real(source_BM, source_lengths_B))
+    options['memory'], _ = apply({'params': params}, source_BM, method='encode',
+                                 lengths_B=source_lengths_B, **fixed)
+  output = apply({'params': params}, *before, prompts_BL, **fixed, **options)
   last_B1D = jnp.take_along_axis(
       output.hidden, (lengths_B - 1)[:, None, None], axis=1)
   assert output.head is not None  # objectives with a prompt train none else
@@ -262,11 +259,8 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
                     new_BT, t)
     token_B1 = jax.lax.dynamic_slice_in_dim(new_BT, t - 1, 1, 1)
     places_B1 = (lengths_B + t - 1)[:, None]
-    options = dict(cache=cache, one_by_one=apart)
-    output = (apply({'params': params}, token_B1, positions_BL=places_B1,
-                    **options) if source_BM is None else
-              apply({'params': params}, None, token_B1, **fixed,
-                    decoder_positions_BL=places_B1, **options))
+    output = apply({'params': params}, *before, token_B1, cache=cache,
+                   one_by_one=apart, **{places: places_B1}, **fixed)
     return output.head.logits(output.hidden)[:, 0], output.cache
 
   return logits_BV, cache, advance

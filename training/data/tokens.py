@@ -211,18 +211,13 @@ class Split:
     low, high = (int(np.searchsorted(starts, place, side='right')) - 1
                  for place in (first, end - 1))
     # From each of these documents, its tokens between `first` and `end`.
-    pieces = []
     for k in range(low, high + 1):
       start, stop = int(starts[k]), int(starts[k + 1]) - 1
       a, b = max(start, first), min(stop, end)
       if a < b:
-        pieces.append((a, b, int(begins[k]) - start))
-    if not pieces:
-      return
-    origin = pieces[0][0] + pieces[0][2]
-    ids = self.tokens.read(shard, origin, pieces[-1][1] + pieces[-1][2])
-    for a, b, shift in pieces:
-      tokens[a - first:b - first] = ids[a + shift - origin:b + shift - origin]
+        shift = int(begins[k]) - start
+        tokens[a - first:b - first] = self.tokens.read(
+            shard, a + shift, b + shift)
 
   def _find_places(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns where each document of the split begins in the shard's stream,

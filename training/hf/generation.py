@@ -8,7 +8,6 @@ does: that its parameters were trained stands there, too.
 """
 
 from collections.abc import Sequence
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -82,8 +81,8 @@ def keep(workdir: epath.Path, generation: Generation | None,
   """Writes what the folder says of which a new workdir's parameters are, if
   any, and whether they were trained in the run that they are of."""
   tree = {} if generation is None else generation._asdict()
-  storage.write(storage.path(workdir) / KEPT, json.dumps(
-      tree | {'trained': trained}, indent=2) + '\n')
+  storage.write_json(storage.path(workdir) / KEPT,
+                     tree | {'trained': trained})
 
 
 def is_published(workdir: epath.Path, step: int) -> bool:

@@ -8,7 +8,6 @@ tensor, an adapter of PEFT's is one of all three, which ours is not: refused.
 
 from collections.abc import Iterator, Mapping
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -125,7 +124,7 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
           name.removeprefix(PREFIX).rpartition('.lora_')[0]
           for name in written}),
       fan_in_fan_out=any(lies_so for _, lies_so in rows(c)))
-  (folder / CONFIG).write_text(json.dumps(tree, indent=2) + '\n')
+  storage.write_json(folder / CONFIG, tree)
   return sum(x.size for x in flat.values())
 
 

@@ -19,9 +19,8 @@ from training.hf import files
 from training.workdir import storage
 
 TEMPLATE, PIPELINE = conversations.FILE, 'tokenizer.json'
-CONFIG = 'tokenizer_config.json'
 # What is copied beside the only file of a tokenizer.
-BESIDE = (CONFIG, 'special_tokens_map.json', 'added_tokens.json')
+BESIDE = (tokenizers.CONFIG, 'special_tokens_map.json', 'added_tokens.json')
 # What goes along of a folder: what training/data/tokenizers.py reads; Marian's
 # and NLLB's, whose numbers are not the pieces' own, for the way out; and what
 # sentence-transformers reads beside the model.
@@ -92,7 +91,7 @@ def refuse_left(workdir: epath.Path, config: ml_collections.ConfigDict,
   arguments, would leave in a folder."""
   written = {*_tokenizer_files(workdir, config, step)}
   if not is_stand_in(config.data.tokenizer):
-    written |= {CONFIG, PIPELINE}
+    written |= {tokenizers.CONFIG, PIPELINE}
     written |= {TEMPLATE} if objectives.of(config).chat_template else set()
   files.refuse_left(folder, written, NAMES)
 
@@ -112,11 +111,11 @@ def give(workdir: epath.Path, config: ml_collections.ConfigDict,
   names = {kind: tokenizer.piece(i)
            for kind, i in tokenizer.special_ids.items()}
   _frame(folder / PIPELINE, FRAMES.get(config.model.arch, ''), names)
-  if CONFIG not in sources:
+  if tokenizers.CONFIG not in sources:
     # transformers knows no special token by its spelling alone.
     described = {'tokenizer_class': 'PreTrainedTokenizerFast'} | {
         f'{kind}_token': name for kind, name in names.items()}
-    (folder / CONFIG).write_text(json.dumps(
+    (folder / tokenizers.CONFIG).write_text(json.dumps(
         described | conversations.specials(tokenizer), indent=2) + '\n')
   chat_template = objectives.of(config).chat_template
   template = chat_template and chat_template(config, tokenizer)

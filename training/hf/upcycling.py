@@ -22,8 +22,9 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.layers import NO_FFN
 from architectures.parts.moe import routing
 from configs import kinds
-from configs.errors import RequestError, require
+from configs.errors import require
 from architectures.parts import paths
+from training import cli
 from training.hf import weights
 
 # The page of a dense model's mixture; the others are the same page.
@@ -123,18 +124,12 @@ def _layers(old: dict[str, jax.Array], path: str, shape: tuple[int, ...],
 def fields(words: Sequence[str], like: Mapping[str, Any]) -> dict[str, Any]:
   """Returns {field: value} of FIELD=VALUE words, typed as in `like`, beside
   which there is `every`: see `config`."""
-  types = {name: type(value) for name, value in like.items()
-           if name not in GIVEN} | {'every': int}
+  usual = {name: value for name, value in like.items()
+           if name not in GIVEN} | {'every': 1}
   parsed = {}
   for word in words:
     name, _, text = word.partition('=')
-    require(name in types, f'--moe {word!r}: write FIELD=VALUE, of the fields '
-            f'{", ".join(sorted(types))}')
-    kind = types[name]
-    parse = {'True': True, 'False': False}.__getitem__ if kind is bool else kind
-    try:
-      parsed[name] = parse(text)
-    except (KeyError, ValueError) as error:
-      raise RequestError(f'--moe {word!r}: {text!r} is no {kind.__name__}'
-                         ) from error
+    require(name in usual, f'--moe {word!r}: write FIELD=VALUE, of the fields '
+            f'{", ".join(sorted(usual))}')
+    parsed[name] = cli.parsed(text, usual[name], f'--moe {name}')
   return parsed

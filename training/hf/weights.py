@@ -23,7 +23,6 @@ up in another order.
 from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -343,10 +342,9 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
 
     hf_files.write(folder, files, make)
   tree['dtype'] = dtype or config.param_dtype
-  (folder / 'config.json').write_text(json.dumps(tree, indent=2) + '\n')
+  storage.write_json(folder / 'config.json', tree)
   if options is not None:
-    (folder / hf_generation.FILE).write_text(
-        json.dumps(options, indent=2) + '\n')
+    storage.write_json(folder / hf_generation.FILE, options)
 
 
 def is_new_head(ours: ModelConfig, theirs: ModelConfig) -> bool:

@@ -163,7 +163,12 @@ def mlm_nsp(stretch: Stretch, rng: np.random.Generator, config: Config,
     token is to be predicted; nsp_targets [], 1: the second text is from
     elsewhere.
   """
-  return _two_texts(*_pair(stretch, rng), rng, config, tokenizer)
+  cut = int(rng.integers(1, len(stretch.tokens)))
+  first, second = np.split(stretch.tokens, [cut])
+  from_elsewhere = rng.random() >= 0.5
+  if from_elsewhere:
+    second = stretch.elsewhere(rng, len(second))
+  return _two_texts(first, second, from_elsewhere, rng, config, tokenizer)
 
 
 def mlm_sop(stretch: Stretch, rng: np.random.Generator, config: Config,
@@ -196,16 +201,6 @@ def _masked(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
       ids, special, rng, tokenizer, rate=config.data.mask_rate,
       whole_words=config.data.whole_words, size=config.model.vocab_size)
   return dict(tokens=masked, targets=ids, weights=chosen)
-
-
-def _pair(stretch: Stretch, rng: np.random.Generator
-          ) -> tuple[np.ndarray, np.ndarray, bool]:
-  """Returns (first text, second text, whether that is from elsewhere)."""
-  tokens = stretch.tokens
-  cut = int(rng.integers(1, len(tokens)))
-  if rng.random() < 0.5:
-    return tokens[:cut], tokens[cut:], False
-  return tokens[:cut], stretch.elsewhere(rng, len(tokens) - cut), True
 
 
 def most(rate: float, length: int) -> int:

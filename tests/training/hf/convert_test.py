@@ -76,9 +76,9 @@ def test_a_mixture_starts_as_its_dense_model(system):
 @pytest.mark.slow
 @pytest.mark.parametrize('words, sentence', [
     (['num_expert=4'], 'write FIELD=VALUE, of the fields'),
-    (['num_experts'], "'' is no int"),
-    (['num_experts=few'], "'few' is no int"),
-    (['normalize_gates=no'], "'no' is no bool"),
+    (['num_experts'], "'': it must be a whole number"),
+    (['num_experts=few'], "'few': it must be a whole number"),
+    (['normalize_gates=no'], "'no': it must be True or False"),
     (['ffn=relu'], 'write FIELD=VALUE'),
 ])
 def test_a_wrong_mixture_is_refused(words, sentence, tmp_path):

@@ -8,7 +8,6 @@ by one, or are the best text of --beams.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import math
 from typing import Any
 
 import jax
@@ -236,8 +235,7 @@ def _check_samples(options: Any, config: Any) -> None:
 
 
 def _check_diffusion(options: Any, config: Any) -> None:
-  require(0 <= options.temperature < math.inf, '--temperature is '
-          f'{options.temperature}: it must be >= 0')
+  generate.Sampling(options.temperature)
   text_files.checked(options.prompt, '--prompt')
 
 
