@@ -72,6 +72,21 @@ def test_a_weight_that_stays_gathered_is_not_gathered_again():
   assert text.count('stablehlo.reduce_scatter"') == 7 + 1
 
 
+@pytest.mark.slow
+def test_of_a_row_over_several_devices_only_keys_and_values_are_gathered():
+  """Each keeps its part of the length: what is gathered is at most a layer's
+  keys, or values, of a single head here, a quarter of the stream."""
+  L = 8 * LENGTH
+  module, params = models.make(max_len=L, position='rope', num_kv_heads=1)
+  text = on_mesh(dict(context=8), module, params, step_of(module),
+                 models.tokens(2, L))[0].compile().as_text()
+  sizes = [math.prod(int(n) for n in dims.split(','))
+           for shapes in re.findall(r' = (.*?) all-gather(?:-start)?\(', text)
+           for dims in re.findall(r'f32\[([\d,]+)\]', shapes)]
+  assert max(sizes) == 2 * L * module.config.head_dim, sizes
+  assert ' all-to-all' not in text
+
+
 def test_the_input_of_each_layer_waits_in_the_hosts_memory():
   """And nothing else does; without a loop over layers too."""
   tokens_BL = models.tokens(2, 16)

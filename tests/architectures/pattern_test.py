@@ -1,6 +1,5 @@
 """Patterns of named kinds of layer: laws, and what is refused."""
 
-import dataclasses
 import functools
 
 import jax
@@ -30,40 +29,8 @@ def mixed(**changes):
   return models.make('gpt', **MIXED, **changes)
 
 
-def logits(module, params, tokens, **kwargs):
-  return jax.jit(functools.partial(models.logits, module))(
-      params, tokens, **kwargs)
-
-
 def row_of(section, block, row):
   return jax.tree.map(lambda x: np.asarray(x)[row], section[f'block_{block}'])
-
-
-def plain_of(params, blocks):
-  """Parameters of a period of several blocks as those of a plain model."""
-  layers = params['decoder']['layers']
-  flat = jax.tree.map(lambda *xs: np.stack(xs, 1).reshape(
-      -1, *xs[0].shape[1:]), *(layers[f'block_{i}'] for i in range(blocks)))
-  return params | {'decoder': params['decoder'] | {'layers': {'block_0': flat}}}
-
-
-def test_layers_that_are_equal_are_a_plain_model():
-  module, params = models.make('llama', num_layers=4, pattern='a,b', kinds=dict(
-      a=dict(window=5), b=dict(window=5)))
-  plain = architectures.build(models.config(
-      'llama', num_layers=4, sliding_window=5, attention='banded'))
-  models.close(logits(module, params, models.tokens()),
-               logits(plain, plain_of(params, 2), models.tokens()))
-
-
-def test_the_scan_equals_the_loop():
-  module, params = models.make('gpt', **MIXED | dict(
-      prefix='', suffix='', num_layers=4))
-  other = architectures.build(
-      dataclasses.replace(module.config, scan_layers=False))
-  loss = lambda module: jax.jit(jax.grad(lambda p: jnp.square(
-      models.logits(module, p, models.tokens())).sum()))
-  models.close(loss(module)(params), loss(other)(params), rtol=2e-4)
 
 
 @pytest.mark.slow

@@ -160,10 +160,7 @@ def experts(router: str) -> list[compare.Finding]:
   compared = [('output', y, out), ('x', dx, at.grad)] + [
       (name, value, tensors[name].grad) for name, value in names(grads).items()
       if tensors[name].requires_grad]
-  return [compare.Finding(
-      name, compare.error(mine, value.detach().numpy()),
-      compare.LIMITS['output' if name == 'output' else 'grads'])
-          for name, mine, value in compared]
+  return _findings(compared)
 
 
 def _v4(router: str, c) -> tuple:
@@ -236,11 +233,17 @@ def attention(name: str) -> list[compare.Finding]:
             for name, value in dict(params, x=x).items()}
   out = (_inkling if name == 'token' else _diffllama)(c, **leaves)
   out.backward(torch.tensor(d))
-  return [compare.Finding('output', compare.error(y, out.detach().numpy()),
-                          compare.LIMITS['output'])] + [
-      compare.Finding(name, compare.error(grad, leaves[name].grad.numpy()),
-                      compare.LIMITS['grads'])
-      for name, grad in dict(grads, x=dx).items()]
+  return _findings([('output', y, out), *(
+      (name, grad, leaves[name].grad)
+      for name, grad in dict(grads, x=dx).items())])
+
+
+def _findings(compared) -> list[compare.Finding]:
+  """Compares (name, ours, theirs) of an output, and of gradients."""
+  return [compare.Finding(
+      name, compare.error(mine, value.detach().numpy()),
+      compare.LIMITS['output' if name == 'output' else 'grads'])
+          for name, mine, value in compared]
 
 
 def _ours(module: nn.Module, normal, x: np.ndarray, d: np.ndarray):
@@ -326,10 +329,7 @@ def compressed(mixer: str) -> list[compare.Finding]:
   compared = [('output', y, out), ('x', dx, at.grad)] + [
       (t.name, joined(t, flat_grads), weights[t.name].grad)
       for t in tensors if 'indexer' not in t.name]
-  return [compare.Finding(
-      name, compare.error(mine, value.detach().numpy()),
-      compare.LIMITS['output' if name == 'output' else 'grads'])
-          for name, mine, value in compared]
+  return _findings(compared)
 
 
 def _hidden():

@@ -1,5 +1,6 @@
 """transformers' side of the comparison; PyTorch is imported here alone."""
 
+from collections.abc import Callable
 import functools
 import inspect
 import json
@@ -336,55 +337,44 @@ def _experts(self, hidden_states, router_mask, router_probs):
              for e in range(self.num_experts))
 
 
-def _mamba2(model) -> None:
-  """Its hidden states leave out what the embedding gives, and have what the
-  last layer returns twice, before the norm and after it."""
+def _mend_states(model, mended: Callable, attentions: bool = False) -> None:
+  """Lets `mended` make the hidden states that a model returns of its own, and
+  of its input; `attentions`: whether its attention is kept."""
   forward = model.forward
 
   @functools.wraps(forward)
-  def mended(*args, **kwargs):
+  def call(*args, **kwargs):
     out = forward(*args, **kwargs)
     if out.hidden_states is not None:
-      *layers, _, last = out.hidden_states
-      out.hidden_states = (model.get_input_embeddings()(kwargs['input_ids']),
-                           *layers, last)
-    out.attentions = None
+      out.hidden_states = mended(out.hidden_states, kwargs.get('input_ids'))
+    if not attentions:
+      out.attentions = None
     return out
-  model.forward = mended
+  model.forward = call
+
+
+def _mamba2(model) -> None:
+  """Its hidden states leave out what the embedding gives, and have what the
+  last layer returns twice, before the norm and after it."""
+  _mend_states(model, lambda states, ids: (
+      model.get_input_embeddings()(ids), *states[:-2], states[-1]))
 
 
 def _deepseek_v4(model) -> None:
   """Its hidden states are several streams, of which the end of the stack makes
   one, and its attention weighs entries."""
-  forward = model.forward
-
-  @functools.wraps(forward)
-  def mended(*args, **kwargs):
-    out = forward(*args, **kwargs)
-    if out.hidden_states is not None:
-      first, *layers = out.hidden_states
-      out.hidden_states = (first[:, :, 0], *(
-          x if x.ndim == 3 else model.model.hc_head(x) for x in layers))
-    out.attentions = None
-    return out
-  model.forward = mended
+  _mend_states(model, lambda states, ids: (states[0][:, :, 0], *(
+      x if x.ndim == 3 else model.model.hc_head(x) for x in states[1:])))
 
 
 def _nemotron_h(model) -> None:
   """A network is a layer of its own there, and here a part of the layer before
   it: what such a layer returns is what the next one without a network reads.
   """
-  forward, types = model.forward, model.config.layers_block_type
-
-  @functools.wraps(forward)
-  def mended(*args, **kwargs):
-    out = forward(*args, **kwargs)
-    if out.hidden_states is not None:
-      out.hidden_states = (*(state for state, kind in zip(
-          out.hidden_states, types) if kind.endswith('attention')),
-                           out.hidden_states[-1])
-    return out
-  model.forward = mended
+  types = model.config.layers_block_type
+  _mend_states(model, lambda states, ids: (*(
+      state for state, kind in zip(states, types)
+      if kind.endswith('attention')), states[-1]), attentions=True)
 
 
 def _gemma4(model) -> None:

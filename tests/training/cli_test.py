@@ -125,8 +125,6 @@ REFUSALS = {
     'neither true nor false': (
         ['--config.log.tensorboard=maybe'],
         ["--config.log.tensorboard is 'maybe': it must be True or False"]),
-    'part': (['--config.model.norm=layernrom'],
-             ["'layernrom'", 'rmsnorm', "Did you mean 'layernorm'?"]),
     'size': (['--config.model.d_model=1000000'],
              ['parameters and optimiser have', 'GiB on a cpu, which has']),
     'mesh': (['--config.mesh.tensor=3'], ['mesh', '3', '8']),

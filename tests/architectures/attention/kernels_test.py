@@ -1,10 +1,7 @@
 """Fused attention: splash equals ours, on a mesh too; a TPU's program holds it;
-and what a kernel cannot do is refused. One sequence over several devices
-(mesh.context) gathers keys and values alone."""
+and what a kernel cannot do is refused."""
 
-import math
 import os
-import re
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -19,34 +16,35 @@ from architectures.parts import sharding
 from architectures.parts.attention import kernels
 from architectures.parts.config import LayerKind
 from configs import sharding as tables
+from tests.architectures.gathered_test import make_mesh
 from tests.architectures.parts_test import normal
 from tests.helpers import models
-from training import objectives
-from training.distributed import devices
 
 
 B, L, H, J, K = 2, 256, 4, 2, 32
 
-CASES = {  # (banded, causal, segment ids, softcap, sinks, queries' rows)
-    'causal': ('global', True, False, 0.0, False),
-    'both_sides': ('banded', False, False, 0.0, False),
-    'documents': ('global', True, True, 5.0, True),
+CASES = {  # (banded, causal, segment ids, softcap, sinks, length)
+    'causal': ('global', True, False, 0.0, False, L),
+    'both_sides': ('banded', False, False, 0.0, False, L),
+    'documents': ('global', True, True, 5.0, True, L),
+    'padded': ('banded', True, True, 0.0, True, 200),  # to whole blocks
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [
-    'both_sides', 'documents', pytest.param('causal', marks=pytest.mark.long)])
+    'both_sides', 'documents', 'padded',
+    pytest.param('causal', marks=pytest.mark.long)])
 def test_splash_equals_xla(name):
   """In interpret mode: outputs and gradients, of sinks too."""
-  banded, causal, ids, softcap, sinks = CASES[name]
+  banded, causal, ids, softcap, sinks, length = CASES[name]
   kind = LayerKind(banded, 'gelu', causal)
   window = 50 if banded == 'banded' else 0
-  place_L = np.arange(L)
+  place_L = np.arange(length)
   ids_BL = (np.searchsorted([100, 230], place_L, side='right').astype(np.int32)
             + 1)[None] % 3 if ids else None
   mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window)
-  q, k, v, w = (normal(i, B, L, heads, K)
+  q, k, v, w = (normal(i, B, length, heads, K)
                 for i, heads in enumerate((H, J, J, H)))
   args = (q, k, v, *([jnp.linspace(-1, 1, H)] if sinks else []))
   options = dict(scale=K ** -0.5, softcap=softcap)
@@ -90,23 +88,6 @@ def test_cudnn_is_asked_for_the_same_function(banded, causal, in_order, ids,
   models.close(
       kernels.attend(q, k, v, mask_BLM=seen_BLM, scale=0.2),
       kernels.cudnn(q, k, v, mask, seen_BLM, scale=0.2))
-
-
-def test_splash_takes_causal_lengths_that_are_no_multiple():
-  """In interpret mode, with documents and gradients: the padding is unseen."""
-  length = 200
-  q, k, v, w = (normal(i, 1, length, heads, K)
-                for i, heads in enumerate((2, 1, 1, 2)))
-  ids_BL = 1 + np.int32(np.arange(length)[None] >= 70)
-  mask = kernels.Mask(ids_BL, ids_BL, causal=True, window=90)
-  ours = lambda *x: (w * kernels.attend(
-      *x, scale=0.2, sink_H=jnp.arange(2.0), mask_BLM=kernels.visible(
-          LayerKind('banded', 'gelu', True), SimpleNamespace(sliding_window=90),
-          *[jnp.arange(length)[None]] * 2, ids_BL, ids_BL))).sum()
-  splash = lambda *x: (w * kernels.splash(
-      *x, mask, scale=0.2, sink_H=jnp.arange(2.0), interpret=True)).sum()
-  models.close(*(jax.jit(jax.value_and_grad(f, (0, 1, 2)))(q, k, v)
-                 for f in (ours, splash)))
 
 
 def _mesh(devices, **sizes):
@@ -232,58 +213,6 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
     kernels.choose(c, kernels.Mask(causal=True), 256, 256)
 
 
-SHORT = 16
-LONG = 8 * SHORT  # on 8 devices, each with SHORT
-
-
-def mesh_of(**sizes):
-  return devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1) | sizes)
-
-
-def compile_on(mesh, fn, module, params, *arrays):
-  """Returns (compiled, arguments on the mesh)."""
-  boxed = jax.eval_shape(module.init, jax.random.key(0), models.tokens(1, 1))
-  with jax.set_mesh(mesh), sharding.rules('default'):
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed['params']))
-    put = lambda x, spec: jax.device_put(
-        np.asarray(x), NamedSharding(mesh, spec))
-    rows = devices.batch_sharding(mesh, 'default')
-    args = (jax.tree.map(put, params, specs),
-            *(jax.device_put(np.asarray(x), rows) for x in arrays))
-    return jax.jit(fn).lower(*args).compile(), args
-
-
-def loss_of(module):
-  """As in training, over two documents a row; 0: padding."""
-  place_L = np.arange(LONG)
-  ids_BL = np.where(place_L < 50, 1, np.where(place_L < LONG - 9, 2, 0))[None]
-  positions_BL = np.where(ids_BL == 2, place_L[None] - 50, place_L[None])
-
-  def loss(params, tokens):
-    out = module.apply({'params': params}, tokens, positions_BL=positions_BL,
-                       segment_ids_BL=ids_BL)
-    return objectives.cross_entropy(
-        out.hidden, out.head, jnp.roll(tokens, -1, 1),
-        jnp.broadcast_to(ids_BL != 0, tokens.shape), chunk=24)[0]
-
-  return jax.value_and_grad(loss)
-
-
-@pytest.mark.slow
-def test_only_keys_and_values_are_gathered():
-  """Each device keeps its part of the length: what is gathered is at most a
-  layer's keys, or values, of a single head here, a quarter of the stream."""
-  module, params = models.make(max_len=LONG, position='rope', num_kv_heads=1)
-  compiled, _ = compile_on(mesh_of(context=8), loss_of(module), module, params,
-                           models.tokens(2, LONG))
-  text = compiled.as_text()
-  sizes = [math.prod(int(n) for n in dims.split(','))
-           for shapes in re.findall(r' = (.*?) all-gather(?:-start)?\(', text)
-           for dims in re.findall(r'f32\[([\d,]+)\]', shapes)]
-  assert max(sizes) == 2 * LONG * module.config.head_dim, sizes
-  assert ' all-to-all' not in text
-
-
 @pytest.mark.slow
 def test_splash_with_split_queries_equals_one_device():
   """In interpret mode: each shard's kernel has the mask of its queries."""
@@ -295,5 +224,6 @@ def test_splash_with_split_queries_equals_one_device():
     return jax.value_and_grad(lambda *x: jnp.square(kernels.splash(
         *x, mask, scale=0.2, interpret=True)).sum(), (0, 1, 2))(q, k, v)
   want = jax.jit(grads)(q, k, v)
-  with jax.set_mesh(mesh_of(data=2, context=4)), sharding.rules('default'):
+  with jax.set_mesh(make_mesh(dict(data=2, context=4))), (
+      sharding.rules('default')):
     models.close(want, jax.jit(grads)(q, k, v))

@@ -122,14 +122,6 @@ def test_a_number_that_a_model_has_not_has_no_tensor():
   assert tensor_map.count([row], {}) == 0
 
 
-def test_heads_stand_where_a_fused_tensor_has_them():
-  tensor, = tensor_map.expand([('q|k|v', 'DHK', 'x', 'H3K D')],
-                              dict.fromkeys('qkv', (4, 2, 3)))
-  x = np.arange(72).reshape(18, 4)
-  k = tensor.part(lambda at: x[at], 1, dict(D=(0, 4), H=(0, 2), K=(0, 3)))
-  assert k[1, 1, 2] == x[1 * 9 + 1 * 3 + 2, 1]  # head 1, key, feature 2
-
-
 def test_shards_are_written_and_read(gpt, tmp_path):
   module, params, _ = gpt
   weights.to_hf(module, params, tmp_path, shard_bytes=20_000)
