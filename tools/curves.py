@@ -87,25 +87,26 @@ def _picture(drawn: Mapping[str, Mapping], panels: Mapping[str, str], by: str
              ) -> Any:
   """Returns a figure with a panel for each of `panels`, in words by figure."""
   from matplotlib import ticker
+  from matplotlib.figure import Figure
   with figures.style('curves'):
-    from matplotlib import pyplot
     look, label = figures.looks('', [*drawn]), figures.shortened([*drawn])
     rows = math.ceil(len(panels) / 2)
-    figure = pyplot.figure(figsize=(figures.PAGE, 1.9 * rows + 0.5))
+    figure = Figure(figsize=(figures.PAGE, 1.9 * rows + 0.5))
     for place, panel in enumerate(panels, 1):
       axes = figure.add_subplot(rows, 2, place)
       for name, lines in drawn.items():
         x, y = (lines[panel][key] if panel in lines else []
                 for key in (by, 'loss'))
         # A line of one point cannot be seen.
-        axes.plot(x, y, 'o' * (len(x) == 1), label=label[name], **look[name])
+        axes.plot(x, y, marker='o' * (len(x) == 1), label=label[name],
+                  **look[name])
       axes.set(title=panels[panel], xlabel=curves.AXES[by])
       axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
       axes.locator_params(axis='x', nbins=5)
       axes.grid(axis='y')
     figure.legend(*axes.get_legend_handles_labels(), ncols=4,
                   loc='outside lower center')
-    figure.canvas.draw()  # under this style, wherever it is written
+    figure.draw_without_rendering()  # under this style, wherever it is written
   return figure
 
 

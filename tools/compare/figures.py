@@ -51,7 +51,6 @@ def style(name: str) -> Any:
       not share any on one page, and are the same when it is drawn again.
   """
   import matplotlib
-  matplotlib.use('Agg')
   return matplotlib.rc_context(_STYLE | {'svg.hashsalt': name})
 
 
@@ -112,15 +111,17 @@ def outcome(c) -> Any:
   """Returns the figure of what was found: on the left the held-out loss by
   tokens, the mean over seeds, at the largest size; on the right the difference
   of each variant with its interval and verdict, the best at the top."""
-  from matplotlib import pyplot, ticker
+  from matplotlib import ticker
+  from matplotlib.figure import Figure
   plan = c.plan
   rows = sorted((row for row in c.verdicts() if page.known(row['effect'])),
                 key=lambda row: -plan.primary.sign * row['effect'])
   each = len(plan.sizes) + 1 if plan.sizes[1:] else 1
   look, label = looks(plan.base, plan.variants), shortened(c.variants)
   with style('outcome'):
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(
+    figure = Figure(figsize=(
         PAGE, 1.2 + max(0.17 * 8, 0.17 * len(rows) * min(each, 2.6))))
+    left, right = figure.subplots(1, 2)
     for name in c.variants:
       if lines := [drawn['eval'] for (variant, size, _), drawn
                    in c.curves.items() if 'eval' in drawn
@@ -142,7 +143,7 @@ def outcome(c) -> Any:
     _forest(right, c, rows, shortened(c.variants, 40))
     right.set(xlabel=f'{plan.primary.name} minus that of '
               f'{label[plan.base]}{unit}', title='difference from the base')
-    figure.canvas.draw()  # under this style, wherever it is written
+    figure.draw_without_rendering()  # under this style, wherever it is written
   return figure
 
 
@@ -191,7 +192,7 @@ def _forest(axes: Any, c, rows: Sequence[Mapping], label: Mapping) -> None:
 def by_size(c) -> Any:
   """Returns the figure of the measures that are not the primary one: means over
   the seeds with their intervals, by size, and what guessing gives."""
-  from matplotlib import pyplot
+  from matplotlib.figure import Figure
   plan, look = c.plan, looks(c.plan.base, c.plan.variants)
   label = shortened(c.variants)
   columns = min(len(plan.measures) - 1, 4)
@@ -199,8 +200,9 @@ def by_size(c) -> Any:
   # Those of one size stand a little apart, so that no interval hides another.
   apart = min(0.12, 0.7 / len(c.variants))
   with style('measures'):
-    figure, grid = pyplot.subplots(rows, columns, squeeze=False, figsize=(
+    figure = Figure(figsize=(
         PAGE if columns > 1 else COLUMN, 1.9 * rows + 0.6))
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(plan.measures) - 1:]:
       axes.set_visible(False)
     for axes, measure in zip(grid.flat, plan.measures[1:]):
@@ -233,7 +235,7 @@ def by_size(c) -> Any:
       axes.grid(axis='y')
     figure.legend(*grid[0, 0].get_legend_handles_labels(),
                   loc='outside lower center', ncols=min(2 * columns, 4))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
   return figure
 
 
@@ -275,9 +277,7 @@ def of(c) -> list[page.Figure]:
 def _drawn(name: str, title: str, caption: str, words: str,
            figure: Any) -> page.Figure:
   """Returns a figure; `words` says it to who cannot see it."""
-  from matplotlib import pyplot
   with style(name):
     files = {kind: storage.drawn(figure, kind, DPI) for kind in FORMATS}
-  pyplot.close(figure)
   return page.Figure(name, title, caption, _inline(
       files['svg'].decode(), name, f'{title}. {caption} {words}'), files)

@@ -85,10 +85,6 @@ class State:
     return '' if not announced or announced.enough else announced.sentence
 
 
-class TooWeak(RequestError):
-  """The study cannot find the effect that it is after."""
-
-
 def of(seeds: Collection[str]) -> list['Phase']:
   """Returns the phases that a study has, in order; `seeds` are its plan's."""
   return [phase for name, phase in PHASES.items() if name in seeds]
@@ -105,7 +101,8 @@ def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
     anyway: whether to go on where the noise is too large for the effect.
 
   Raises:
-    TooWeak: after `noise`, unless `anyway`.
+    RequestError: after `noise`, where the study cannot find the effect that it
+      is after, unless `anyway`.
   """
   state = State(trainer)
   for phase in of(frozen.plan.seeds):
@@ -115,8 +112,9 @@ def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
     state.finished.append(phase.name)
     yield state
     if state.weakness and not anyway:
-      raise TooWeak(f'{state.weakness} {state.records["advice"]} Lower the '
-                    'noise, or take more seeds, a larger EFFECT, or --anyway')
+      raise RequestError(
+          f'{state.weakness} {state.records["advice"]} Lower the noise, or '
+          'take more seeds, a larger EFFECT, or --anyway')
     if phase.name == until:
       return
 
@@ -166,9 +164,6 @@ class Phase:
   note: Callable[[plans.Plan], str] = lambda plan: ''
   methods: str = ''
   constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-  def __post_init__(self):
-    assert self.name.isidentifier(), self.name
 
   def seeds_of(self, plan: plans.Plan) -> tuple[int, ...]:
     first = (plan.offset or 0) + self.block * APART

@@ -96,30 +96,24 @@ def rows(c: report.Comparison) -> Iterator[dict[str, str]]:
     factor = next((x for x in c.effect('confirm', name, plan.primary.name).get(
         'multipliers', ()) if (x['size'], x['by']) == (
             decide.ALL, 'multiplier')), {})
+    changes = report.alone(
+        c.frozen, c.frozen.point(name, plan.sizes[0], plans.TEXT))
     others = [(m.name, _of(c, 'confirm', name, m)) for m in plan.measures[1:]]
     yield {
-        'part': f'{name} ({_changes(c, name)})',
+        'part': f'{name} ({report.changed(changes)})',
         'verdict': row['verdict'],
         'parameters': ', '.join(f'{x["params"]:,}' for x in points),
         'tokens': ', '.join(f'{x["tokens"]:,}' for x in points),
-        'seeds': str(shown.get('n')), 'effect': _estimate(shown, *_EFFECT),
+        'seeds': str(shown.get('n')), 'effect': _effect(shown),
         'p': page.p_value(shown.get('p_corrected')).text,
-        'multiplier': _estimate(factor, 'factor', 'low', 'high'),
-        'others': '; '.join(f'{measure} {_estimate(x, *_EFFECT)}'
+        'multiplier': page.estimate(*map(
+            factor.get, ('factor', 'low', 'high')), '.2f').text,
+        'others': '; '.join(f'{measure} {_effect(x)}'
                             for measure, x in others if x.get('n')) or 'n/a'}
 
 
-_EFFECT = 'effect', 'low', 'high'
-
-
-def _changes(c: report.Comparison, variant: str) -> str:
-  point = c.frozen.point(variant, c.plan.sizes[0], plans.TEXT)
-  return report.changed(report.alone(c.frozen, point))
-
-
-def _estimate(row: Mapping[str, Any], *names: str) -> str:
-  return page.estimate(*map(row.get, names),
-                       '+.4f' if names == _EFFECT else '.2f').text
+def _effect(row: Mapping[str, Any]) -> str:
+  return page.estimate(*map(row.get, ('effect', 'low', 'high'))).text
 
 
 def _of(c: report.Comparison, phase: str, variant: str, measure: plans.Measure

@@ -36,11 +36,11 @@ def main(args) -> int:
 
 
 def _study(workdir, as_json: bool) -> int:
-  from tools.compare import costs, plan, results
+  from tools.compare import plan, results
   frozen = plan.load(workdir)
   phases = [(cost, [run for folder in results.folders(workdir, cost.phase)
                     for run in layout.ledger_runs(folder)])
-            for cost in costs.of(frozen, 1, None)]
+            for cost in results.costs(frozen, 1, None)]
   if as_json:
     print(json.dumps({
         'study': frozen.plan.name, 'plan': frozen.hash, 'phases': [

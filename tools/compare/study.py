@@ -19,7 +19,7 @@ import time
 from typing import Any
 
 from configs.errors import EnvironmentFailure, one_of, require
-from tools.compare import costs, curves, freeze, layout
+from tools.compare import curves, freeze, layout
 from tools.compare import local, phases, report, results
 from tools.compare import plan as plans
 from training import objectives
@@ -38,8 +38,8 @@ def check(args) -> int:
   frozen = freeze.freeze(
       args.file, plans.load(args.workdir) if args.workdir else None)
   print(described(frozen), flush=True)
-  times, whence = costs.known(args.workdir, frozen) if args.workdir else None, (
-      'the runs of this study so far')
+  times = results.times_of(args.workdir, frozen) if args.workdir else None
+  whence = 'the runs of this study so far'
   if not times:
     print('\nTiming a few steps of the base at each size ...', file=sys.stderr)
     try:
@@ -47,15 +47,15 @@ def check(args) -> int:
           f'{TIMED_STEPS} steps of the base on this machine')
     except EnvironmentFailure as error:
       print(f'warning: the hours are not known: {error}', file=sys.stderr)
-  each = costs.of(frozen, args.group, times)
-  print('', costs.table(each, args.parallel), '', sep='\n')
+  each = results.costs(frozen, args.group, times)
+  print('', results.table(each, args.parallel), '', sep='\n')
   if times:
     print(f'Hours are of the steps of {args.parallel} processes at once, '
           f'without starting and compiling them, by the time of {whence}.')
   return 0
 
 
-def timed(frozen: plans.Frozen, parallel: int, group: int) -> costs.Times:
+def timed(frozen: plans.Frozen, parallel: int, group: int) -> results.Times:
   """Returns the seconds of a step at each size on each workload, as a program
   of the confirmation takes them, of a few steps in a folder that is removed.
 
@@ -91,16 +91,17 @@ def timed(frozen: plans.Frozen, parallel: int, group: int) -> costs.Times:
       seconds[key] = sum(point.curve(seed, 'train')['seconds'][-1] for seed in (
           point.runs)) / alike / run.config['train.steps']
 
-  def every() -> costs.Times:
+  def every() -> results.Times:
     last = max(seconds, key=flops.get)
     return {key: seconds.get(key, seconds[last] * flops[key] / flops[last])
             for key in rows}
 
   train([first])
   most = MOST_SECONDS / (seconds[first] * TIMED_STEPS * alike) * flops[first]
-  if sum(x.seconds for x in costs.of(frozen, group, every())) > SHORT_SECONDS:
-    if within := [key for key in others if flops[key] <= most]:
-      train(within)
+  within = [key for key in others if flops[key] <= most]
+  if within and SHORT_SECONDS < sum(
+      x.seconds for x in results.costs(frozen, group, every())):
+    train(within)
   return every()
 
 
@@ -150,8 +151,8 @@ def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
     trainer: of the runs.
     args: until, anyway, group and parallel, as add_arguments defines them.
   """
-  each = costs.of(frozen, args.group, costs.known(workdir, frozen))
-  print('', costs.table(each, args.parallel), '', sep='\n', flush=True)
+  each = results.costs(frozen, args.group, results.times_of(workdir, frozen))
+  print('', results.table(each, args.parallel), '', sep='\n', flush=True)
   for state in phases.run(frozen, trainer, args.until, args.anyway):
     if args.anyway and state.weakness:
       _note(workdir, frozen, 'The study went on although it was too weak for '
@@ -165,7 +166,7 @@ def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
           'diverged', *phase.summary(state.records) * on, sep='\n', flush=True)
     if len(state.finished) == 1 and None in [
         cost.seconds for cost in each]:  # their time is known by now
-      print(costs.table(costs.of(frozen, args.group, costs.known(
+      print(results.table(results.costs(frozen, args.group, results.times_of(
           workdir, frozen))[1:], args.parallel), flush=True)
   if args.until == plans.REPORT:
     print(f'report: {report.write(report.load(workdir))[0]}', flush=True)

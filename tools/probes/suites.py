@@ -202,20 +202,18 @@ def _shown(figure: Mapping[str, Any], digits: int = 4) -> str:
 def write(card: Mapping[str, Any], workdir: epath.Path) -> None:
   """Writes card.json and card.png."""
   storage.write(workdir / JSON, json.dumps(card, indent=1) + '\n')
-  import matplotlib
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
-  storage.write_picture(workdir / PICTURE, _draw(card, pyplot))
+  storage.write_picture(workdir / PICTURE, _draw(card))
 
 
-def _draw(card: Mapping[str, Any], pyplot: Any) -> Any:
+def _draw(card: Mapping[str, Any]) -> Any:
   """Draws a row of cells for each task: its levels, then longer rows."""
+  from matplotlib.figure import Figure
   tasks = card['tasks']
   width = max(1, *(len(row['level']) for row in tasks.values()))
   columns = width + max(len(row['beyond']) for row in tasks.values())
-  figure, axes = pyplot.subplots(
-      figsize=(3.7 + 1.05 * columns, 1.2 + 0.6 * len(tasks)),
-      layout='constrained')
+  figure = Figure(figsize=(3.7 + 1.05 * columns, 1.2 + 0.6 * len(tasks)),
+                  layout='constrained')
+  axes = figure.subplots()
   values = np.full((len(tasks), columns), np.nan)
   for y, row in enumerate(tasks.values()):
     if row['lr'] is None:

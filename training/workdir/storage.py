@@ -86,12 +86,9 @@ def write_json(file: epath.Path | None, tree: Any) -> None:
 
 
 def write_picture(file: epath.Path, figure: Any) -> None:
-  """Writes a drawing of matplotlib, which is drawn no more, as the ending of
-  the file's name says: .png, .svg or .pdf."""
-  from matplotlib import pyplot
-  data = drawn(figure, file.suffix[1:], 150)
-  pyplot.close(figure)
-  write(file, data)
+  """Writes a drawing of matplotlib as the ending of the file's name says: .png,
+  .svg or .pdf."""
+  write(file, drawn(figure, file.suffix[1:], 150))
 
 
 def drawn(figure: Any, kind: str, dpi: int) -> bytes:
