@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import random
-import shutil
 import signal
 import sys
 import time
@@ -103,17 +102,6 @@ def test_a_complete_run_says_how_to_go_on(straight, texts):
                        '--allow_config_change'), code=2)
   assert 'train.steps is 3, and the run in' in result.stderr
   assert (straight / 'config.json').read_text() == record
-
-
-@pytest.mark.slow
-def test_resume_is_bitwise(straight, texts, tmp_path):
-  """20 straight steps = 10 + restart + 10: parameters and optimiser alike."""
-  shutil.copytree(straight, tmp_path / 'run')
-  shutil.rmtree(tmp_path / 'run/checkpoints/20')
-  result = run(command(tmp_path / 'run', texts))
-  assert 'going on from step 10' in result.stdout
-  assert state(tmp_path / 'run') == state(straight)
-  assert losses(tmp_path / 'run') == losses(straight)
 
 
 @pytest.mark.slow

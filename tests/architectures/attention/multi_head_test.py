@@ -199,17 +199,12 @@ def test_a_model_mixes_values_and_reads_keys_as_published(name):
 @pytest.mark.slow
 @pytest.mark.parametrize('fields', [
     dict(attention_conv=3), dict(branch_conv=3)], ids=lambda x: [*x][0])
-def test_convolutions_decode_and_pack_as_the_forward_pass(fields):
+def test_convolutions_decode_as_the_forward_pass(fields):
   module, params = models.make('llama', num_kv_heads=2, **fields)
   tokens = np.asarray(models.tokens(2, 8))
-  run = jax.jit(lambda t, **o: module.apply({'params': params}, t, **o).hidden)
-  whole = run(tokens)
+  whole = jax.jit(lambda t: module.apply({'params': params}, t).hidden)(tokens)
   models.close(decoded(module, params, tokens,
                        [(0, 3), (3, 4), (4, 5), (5, 8)]), whole, rtol=1e-4)
-  packed = run(tokens, segment_ids_BL=np.array([[1] * 4 + [2] * 4] * 2),
-               positions_BL=np.array([[*range(4)] * 2] * 2))
-  models.close(packed, np.concatenate(
-      [run(tokens[:, :4]), run(tokens[:, 4:])], 1), rtol=1e-4)
 
 
 def test_a_layer_reads_from_the_nearest_that_sees_as_much():

@@ -123,11 +123,9 @@ def test_prompts_of_several_lengths_go_on_as_each_would_alone(mixer):
   new = generate.generate(
       module, params, prompts, jnp.array([length, 7]), jax.random.key(0),
       max_new_tokens=4, sampling=GREEDY)
-  row, best = np.array(prompts[:1]), jax.jit(
-      lambda row: models.logits(module, params, row).argmax(-1))
-  for at in range(length, length + 4):  # what stands behind is unseen
-    row[0, at] = best(row)[0, at - 1]
-  np.testing.assert_array_equal(new[0], row[0, length:])
+  text = jnp.concatenate([prompts[0, :length], new[0]])[None]
+  best = jax.jit(models.logits, static_argnums=0)(module, params, text)
+  np.testing.assert_array_equal(best[0].argmax(-1)[length - 1:-1], new[0])
 
 
 @pytest.mark.slow
@@ -177,19 +175,26 @@ def test_mup_divides_what_does_not_grow_with_the_width(mixer):
     models.close(plain(divided), got, 1e-6 if wider == 1 else 1e-5)
 
 
+def kept(**fields):
+  """A model in bfloat16, and what a layer keeps of 3 rows, whose arrays are as
+  large however long the rows are."""
+  c = architectures.resolve(models.config('llama', dtype='bfloat16', **fields))
+  short, whole = (architectures.init_cache(c, 3, length)[0]
+                  for length in (7, 1000))
+  assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, whole)
+  return c, short
+
+
 @USUAL
 def test_a_state_has_one_size_and_is_float32(mixer):
-  c = architectures.resolve(models.config('llama', dtype='bfloat16',
-                                          **recurrences.fields(mixer)))
+  c, cache = kept(**recurrences.fields(mixer))
   d = getattr(c, mixer)
-  for length in (7, 1000):
-    cache, = architectures.init_cache(c, 3, length)
-    assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
-    assert cache.state_BHKU.dtype == jnp.float32
-    if d.conv:  # it keeps 3 tokens
-      assert cache.query_BWJK.shape == (2, 3, 3, d.key_heads, 6)
-      assert cache.key_BWJK.shape == cache.query_BWJK.shape
-      assert cache.value_BWHU.shape == (2, 3, 3, 4, 5)
+  assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
+  assert cache.state_BHKU.dtype == jnp.float32
+  if d.conv:  # it keeps 3 tokens
+    assert cache.query_BWJK.shape == (2, 3, 3, d.key_heads, 6)
+    assert cache.key_BWJK.shape == cache.query_BWJK.shape
+    assert cache.value_BWHU.shape == (2, 3, 3, 4, 5)
   state, whole = totals.kinds_of_layer(architectures.resolve(models.config(
       'llama', dtype='bfloat16', num_kv_heads=4, **recurrences.hybrid(mixer))))
   conv = 2 * 3 * (2 * d.key_heads * 6 + 4 * 5) if d.conv else 0
@@ -236,11 +241,8 @@ def test_flops_are_those_of_the_products(mixer):
 
 
 def test_a_short_convolution_keeps_a_few_inputs_and_counts_its_weights():
-  c = architectures.resolve(models.config(
-      'llama', dtype='bfloat16', mixer=SHORT, short_conv=dict(kernel=4)))
-  for length in (7, 1000):
-    cache, = architectures.init_cache(c, 3, length)
-    assert cache.input_BWI.shape == (2, 3, 3, recurrences.WIDTH)
+  c, cache = kept(mixer=SHORT, short_conv=dict(kernel=4))
+  assert cache.input_BWI.shape == (2, 3, 3, recurrences.WIDTH)
   assert totals.kept_bytes(c) == (0, 2 * 2 * 3 * recurrences.WIDTH)
   D, L = recurrences.WIDTH, 16
   weights = 2 * (4 * D * D + 4 * D + 3 * D * c.d_ff) + D * c.vocab_size
@@ -249,13 +251,10 @@ def test_a_short_convolution_keeps_a_few_inputs_and_counts_its_weights():
 
 
 def test_mamba_keeps_a_state_of_each_feature():
-  c = architectures.resolve(models.config(
-      'llama', dtype='bfloat16', mixer=S6, mamba=dict(state=6)))
+  c, cache = kept(mixer=S6, mamba=dict(state=6))
   inner, L, N = 2 * recurrences.WIDTH, 20, 6
-  for length in (7, 1000):
-    cache, = architectures.init_cache(c, 3, length)
-    assert cache.state_BIN.shape == (2, 3, inner, N)
-    assert cache.input_BWI.shape == (2, 3, 3, inner)
+  assert cache.state_BIN.shape == (2, 3, inner, N)
+  assert cache.input_BWI.shape == (2, 3, 3, inner)
   assert totals.kept_bytes(c) == (0, 2 * (4 * inner * N + 2 * 3 * inner))
   D, R = recurrences.WIDTH, 2
   weights = 2 * (3 * D * inner + inner * (2 * R + 2 * N + 4)
@@ -267,12 +266,9 @@ def test_mamba_keeps_a_state_of_each_feature():
 
 
 def test_rwkv7_keeps_an_input_and_takes_two_steps_a_token():
-  c = architectures.resolve(models.config(
-      'llama', dtype='bfloat16', **recurrences.fields(SHIFTED)))
-  for length in (7, 1000):
-    cache, = architectures.init_cache(c, 3, length)
-    assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
-    assert cache.input_B1D.shape == (2, 3, 1, recurrences.WIDTH)
+  c, cache = kept(**recurrences.fields(SHIFTED))
+  assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
+  assert cache.input_B1D.shape == (2, 3, 1, recurrences.WIDTH)
   assert totals.kept_bytes(c) == (
       0, 2 * (4 * 4 * 6 * 5 + 2 * recurrences.WIDTH))
   # Two steps find and write; one read follows. A share is a weight of two.
@@ -280,12 +276,9 @@ def test_rwkv7_keeps_an_input_and_takes_two_steps_a_token():
 
 
 def test_mamba3_keeps_a_token_and_its_angles():
-  c = architectures.resolve(models.config(
-      'llama', dtype='bfloat16', **recurrences.fields(TURNED, turned=1.0)))
-  for length in (7, 1000):
-    cache, = architectures.init_cache(c, 3, length)
-    assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(cache))
+  c, cache = kept(**recurrences.fields(TURNED, turned=1.0))
+  assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(cache))
   assert totals.kept_bytes(c) == (0, 2 * 4 * 4 * (6 * 5 + 6 + 5 + 3 + 1))
   # The token before is written, and the state is read.
   assert flops.decode_flops(c, 9)['attention'] == 2 * 2 * 2 * 4 * 6 * 5

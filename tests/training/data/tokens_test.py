@@ -144,17 +144,6 @@ def test_every_token_stands_where_the_text_has_it(corpus, shards):
         np.testing.assert_array_equal(row[:len(expected)], expected)
 
 
-def test_held_out_is_the_first_of_every_n():
-  numbers = np.arange(10)
-  for (every, split, part), expected in {
-      (3, 'eval', ''): [0, 3, 6, 9], (3, 'eval', 'first'): [0, 6],
-      (3, 'eval', 'second'): [3, 9], (3, 'train', 'first'): [1, 2, 4, 5, 7, 8],
-      (0, 'eval', ''): [], (0, 'train', ''): [*range(10)],
-      (None, 'eval', 'second'): [1, 3, 5, 7, 9]}.items():
-    chosen = tokens.chosen(numbers, every, split, part)
-    assert np.flatnonzero(chosen).tolist() == expected
-
-
 def test_documents_of_parts_and_wide_ids(tmp_path):
   class Wide(tokenizers.Bytes):
     """Bytes in a vocabulary that needs 32 bits."""

@@ -15,7 +15,6 @@ import architectures
 from architectures.parts.hf import tensor_map
 from configs.errors import RequestError
 from tests.helpers import models
-from tests.parity import exports
 from architectures.parts import paths
 from training.hf import config as hf_config, files as hf_files
 from training.hf import generation as hf_generation, weights
@@ -51,22 +50,6 @@ def _edit(folder, tmp_path, **changes):
   (tmp_path / 'config.json').write_text(json.dumps(tree))
   (tmp_path / hf_files.SAFE).write_bytes((folder / hf_files.SAFE).read_bytes())
   return tmp_path
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('system', models.long_but(
-    ('gpt', 'mixtral', 't5'), models.FEW))
-def test_import_of_an_export_is_the_model(system, tmp_path):
-  # A file does not tell a prefix from a period that comes once.
-  periods = dict(num_layers=7) if system == 'kimi_linear' else {}
-  module = architectures.build(models.config(
-      system, d_ff=128, head_dim=8, moe=dict(eval_capacity_factor=0.0),
-      **periods))
-  params = exports.random(module)
-  weights.to_hf(module, params, tmp_path)
-  again, imported = weights.from_hf(tmp_path)
-  _equal(imported, params)
-  hf_config.check_same(module.config, again.config, 'read back')
 
 
 # Rows of one tensor of theirs: the parameters by path and axes, and its axes.
