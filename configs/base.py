@@ -355,6 +355,5 @@ def resume(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
 
 def base() -> ml_collections.ConfigDict:
   """Returns a config with every field of a run at its default."""
-  tree = dataclasses.asdict(Run())
-  tree['model'] = tables.defaults()
-  return ml_collections.ConfigDict(tree)
+  return ml_collections.ConfigDict(
+      dataclasses.asdict(Run()) | {'model': tables.defaults()})

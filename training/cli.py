@@ -423,10 +423,6 @@ def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
     RequestError: for a field that there is not, or a value that it cannot have.
   """
   tables.check_fields(fields)
-  for name, value in fields.items():
-    if name == 'kinds':
-      model.kinds = ml_collections.ConfigDict(value)
-    elif name in tables.GROUPS:
-      model[name].update(value)
-    else:
-      model[name] = value
+  if 'kinds' in fields:
+    model.kinds = ml_collections.ConfigDict(fields['kinds'])
+  model.update({name: x for name, x in fields.items() if name != 'kinds'})

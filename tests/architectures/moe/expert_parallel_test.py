@@ -18,7 +18,7 @@ from architectures.parts.moe import dispatch
 from architectures.parts.moe.layer import MoE
 from configs import base, sharding as tables
 from tests.helpers import models
-from tools.plan.collectives import groups as named_groups
+from tools.plan.collectives import groups
 
 B, L, D, F, E, X = 8, 8, 16, 32, 8, 2
 BATCH = ('data', 'fsdp', 'expert')
@@ -122,21 +122,6 @@ def collectives(hlo: str, kind: str):
     for dtype, shape in re.findall(r'(\w+)\[([\d,]*)\]', match[1]):
       sizes[dtype] += math.prod(int(d) for d in shape.split(',') if d)
     yield sizes, groups(line)
-
-
-def groups(line: str) -> np.ndarray:
-  """The devices of each replica group, [groups, devices], in any syntax."""
-  ints = lambda text: [int(i) for i in text.split(',')]
-  iota = re.search(
-      r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line)
-  if iota:
-    ids = np.arange(math.prod(ints(iota[2]))).reshape(ints(iota[2]))
-    return ids.transpose(ints(iota[3]) if iota[3] else None).reshape(
-        ints(iota[1]))
-  if 'replica_groups=mesh' in line:  # with the order of the devices, or without
-    return named_groups(line)
-  text = re.search(r'replica_groups=\{(\{.*?\})\}', line)[1]
-  return np.array([ints(g) for g in re.findall(r'\{([\d,]+)\}', text)])
 
 
 def along(members: np.ndarray, shape: dict, axis: str) -> bool:
@@ -281,8 +266,8 @@ def test_the_way_of_auto_pads_little(fields, factor, way):
 
 
 def test_groups_are_whole_on_shards_or_shards_in_groups():
-  for groups, shards in ((1, 8), (2, 4), (8, 4)):
-    dispatch._check_groups(64, groups, shards, experts_choose=False)
+  for count, shards in ((1, 8), (2, 4), (8, 4)):
+    dispatch._check_groups(64, count, shards, experts_choose=False)
   with pytest.raises(ValueError, match='do not fit on 4 shards'):
     dispatch._check_groups(64, 2, 4, experts_choose=True)
 
