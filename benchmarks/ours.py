@@ -1,5 +1,4 @@
-"""This project's side of a comparison: the step of train.py and its generation,
-on random tokens."""
+"""This project's side of a comparison: train.py's step, and generation."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +6,7 @@ import jax.numpy as jnp
 from benchmarks import rival
 from training import generate, objectives, runs
 from training.distributed import cpu
+from training.objectives import pipeline
 from training.workdir import run_config
 
 
@@ -19,7 +19,8 @@ class Trainer:
     ids = rival.tokenizer(config)
     model, _ = runs.resolve(config, ids)
     self.run = runs.build(config, model)
-    self.batch = self.run.put(rival.batch(config, ids))
+    self.batch = self.run.put(
+        pipeline.training_loader(config, ids).batch(0))
     with self.run.context():
       self.state = self.run.new_state()
       cpu.trim()

@@ -2,16 +2,12 @@
 
 The model is described by the config.json that an export of it would have, which
 names the class of transformers too. So every system that transformers has can
-be compared. The batch is what the run's objective makes of random letters, with
-the arrays, shapes and masks of training. Nothing here imports PyTorch.
+be compared. The batch is the first one of the run's data.source, with the
+arrays, shapes and masks of training. Nothing here imports PyTorch.
 """
 
 import importlib.util
-import os
-import pathlib
-import tempfile
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
@@ -81,7 +77,8 @@ def request(config: Config) -> dict[str, Any]:
   model, _ = runs.resolve(config, ids)
   tree = hf_config.write(model)
   decoder = architectures.stack(model) == 'decoder'
-  inputs = arguments(batch(config, ids), causal=decoder)
+  inputs = arguments(pipeline.training_loader(config, ids).batch(0),
+                     causal=decoder)
   both = 'next_sentence_label' in inputs
   named, = tree['architectures']
   require(both or not named.endswith('ForPreTraining'), f'{named} of '
@@ -112,35 +109,8 @@ def arguments(made: dict[str, np.ndarray], causal: bool
 
 
 def tokenizer(config: Config) -> tokenizers.Tokenizer:
-  """Returns one of as many ids as the model has, or, for data that are not made
-  up, the run's own."""
-  if _is_plain(config) and config.model.vocab_size:
+  """Returns bytes of as many ids as the model has, where the objective reads
+  plain text; else the run's own."""
+  if sources.TEXT in objectives.of(config).holds and config.model.vocab_size:
     return tokenizers.Bytes(config.model.vocab_size)
   return tokenizers.load(config.data.tokenizer)
-
-
-def batch(config: Config, ids: tokenizers.Tokenizer) -> dict[str, np.ndarray]:
-  """Returns a batch of data.batch_size rows, the same in each process.
-
-  Args:
-    config: a run's; where its objective reads more than plain text, the batch
-      is the first one of its data.source.
-    ids: see `tokenizer`.
-  """
-  if not _is_plain(config):
-    return pipeline.training_loader(config, ids).batch(0)
-  config = config.copy_and_resolve_references()
-  size = 2 * config.data.batch_size * max(
-      config.data.length, config.data.target_length)
-  letters = np.random.default_rng(0).integers(ord('a'), ord('z'), (2, size))
-  with tempfile.TemporaryDirectory() as folder, mock.patch.dict(
-      os.environ, ARCHETYPE_CACHE=folder):
-    for i, row in enumerate(letters.astype(np.uint8)):
-      pathlib.Path(folder, f'{i}.txt').write_bytes(row.tobytes())
-    config.data.update(source=f'text:{folder}/*.txt', eval_source='',
-                       holdout_every=0)
-    return pipeline.training_loader(config, ids).batch(0)
-
-
-def _is_plain(config: Config) -> bool:
-  return sources.TEXT in objectives.of(config).holds
