@@ -27,18 +27,15 @@ SIZES = recipes.table(
                   335_142_913)},
     vocab_size=30522, dropout=0.1, attention_dropout=0.1)
 SIZES['small']['length'] = 128
+SIZES['large']['data.mask_rate'] = 0.25
 SIZES['tiny'] = bert.SIZES['tiny'] | {
     'generator.num_layers': 2, 'generator.d_model': 64,
     'generator.num_heads': 2}
 # Of the generator, but for the embedding.
 UNCOUNTED = {'small': 647_162, 'base': 9_903_418, 'large': 19_512_378}
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'electra', size, SIZES,
-      dict(type_vocab_size=2, norm_eps=1e-12, init='normal'),
-      {'objective': 'replaced_tokens',
-       'data.mask_rate': 0.25 if size == 'large' else 0.15}, remat='dots',
-      warmup_steps=10_000, schedule='linear', final_fraction=0.0,
-      weight_decay=0.01, b2=0.999, eps=1e-6)
+get_config = recipes.of(
+    'electra', SIZES, dict(type_vocab_size=2, norm_eps=1e-12, init='normal'),
+    dict(objective='replaced_tokens'), remat='dots', warmup_steps=10_000,
+    schedule='linear', final_fraction=0.0, weight_decay=0.01, b2=0.999,
+    eps=1e-6)

@@ -18,22 +18,17 @@ positions spare it the plateau of BERT's `tiny` (configs/bert.py).
 from configs import recipes
 
 SIZES = recipes.table(
-    'num_layers d_model num_heads d_ff max_len lr batch_size', {
-        'tiny': (4, 128, 4, 192, 64, 2e-3, 32),
-        'base': (22, 768, 12, 1152, 8192, 8e-4, 4608),
-        'large': (28, 1024, 16, 2624, 8192, 5e-4, 4928)})
+    'num_layers d_model num_heads d_ff max_len lr batch_size data.mask_rate '
+    'kinds.local.window', {
+        'tiny': (4, 128, 4, 192, 64, 2e-3, 32, 0.15, 9),
+        'base': (22, 768, 12, 1152, 8192, 8e-4, 4608, 0.3, 65),
+        'large': (28, 1024, 16, 2624, 8192, 5e-4, 4928, 0.3, 65)})
 SIZES['tiny'] |= dict(steps=600, warmup_steps=100)
 SIZES['base'] |= dict(vocab_size=50368, parameters=149_655_232)
 SIZES['large'] |= dict(vocab_size=50368, parameters=395_881_664)
 
-
-def get_config(size: str = 'tiny'):
-  return recipes.config(
-      'modernbert', size, SIZES, dict(
-          rope=dict(theta=160_000.0), kinds={
-              'local': dict(window=9 if size == 'tiny' else 65,
-                            rope=dict(theta=10_000.0)),
-              'global': {}}),
-      {'objective': 'mlm', 'data.mask_rate': 0.15 if size == 'tiny' else 0.3},
-      remat='dots', length=1024, tokens=1.719e12, warmup=3e9, schedule='wsd',
-      weight_decay=1e-5, b2=0.98, eps=1e-6)
+get_config = recipes.of(
+    'modernbert', SIZES, dict(rope=dict(theta=160_000.0), kinds={
+        'local': dict(rope=dict(theta=10_000.0)), 'global': {}}),
+    dict(objective='mlm'), remat='dots', length=1024, tokens=1.719e12,
+    warmup=3e9, schedule='wsd', weight_decay=1e-5, b2=0.98, eps=1e-6)

@@ -25,6 +25,4 @@ SIZES = sizes(
     250_112, small=300_176_768, base=582_401_280, large=1_229_581_312,
     xl=3_742_619_648, xxl=12_921_057_280)
 
-
-def get_config(size: str = 'tiny'):
-  return t5.config('mt5', size, SIZES, {})
+get_config = t5.of('mt5', SIZES, {})

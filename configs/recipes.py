@@ -30,7 +30,8 @@ def table(names: str, rows: Mapping[str, Sequence[Any]], **same: Any
 
   Args:
     names: of the columns: fields of config.model, dotted in a group of fields,
-      OF_TRAINING, and `parameters`, the published count.
+      OF_TRAINING, others of the config as 'train.z_loss', and `parameters`, the
+      published count.
     rows: the values of each size, by its name.
     **same: what all of them have.
   """
@@ -65,6 +66,8 @@ def config(arch: str, size: str, sizes: Mapping[str, Mapping[str, Any]],
   how = TINY if size == 'tiny' else PUBLISHED | training
   how = how | {name: size_fields.pop(name) for name in OF_TRAINING
                if name in size_fields}
+  run = dict(run or {}) | {name: size_fields.pop(name) for name in (
+      size_fields.keys() & base.FIELDS.keys())}
   c = base.base()
   if size != 'tiny':
     c.model.update(dtype='bfloat16', remat=remat)
@@ -83,7 +86,7 @@ def config(arch: str, size: str, sizes: Mapping[str, Mapping[str, Any]],
   for part in {'warmup', 'decay'} & how.keys():
     how[f'{part}_steps'] = int(how.pop(part) / (rows * length))
   c.optim.update(how)
-  c.update_from_flattened_dict(run or {})
+  c.update_from_flattened_dict(run)
   return c
 
 

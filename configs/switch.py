@@ -37,17 +37,17 @@ SIZES = recipes.table(
                (128, 7.4e9), (256, 14.7e9))},
         'large-128': (24, 1024, 16, 4096, 128, 'relu', 26e9),
         'xxl': (24, 4096, 64, 10240, 128, 'geglu_tanh', 395e9),
-        'c-2048': (15, 2080, 32, 6144, 2048, 'relu', 1571e9)})
+        'c-2048': (15, 2080, 32, 6144, 2048, 'relu', 1571e9)}, **t5.SAME)
 SIZES['tiny'] = dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
                      d_ff=512, moe=dict(num_experts=4), length=64,
                      batch_size=32, steps=600)
 
 
 def get_config(size: str = 'tiny'):
-  c = t5.config('switch', size, SIZES, dict(init_scale=0.1, moe=dict(
+  c = t5.of('switch', SIZES, dict(init_scale=0.1, moe=dict(
       capacity_factor=1.25, eval_capacity_factor=2.0, jitter=0.01,
       balance_loss='switch', balance_weight=0.01, z_loss_weight=0.001)),
-                batch_size=2048, steps=550_000)
+            batch_size=2048, steps=550_000)(size)
   if size == 'c-2048':  # in which every layer has experts
     c.model.pattern, c.model.kinds = '', {}
   return c

@@ -18,6 +18,9 @@ held-out loss of 2.272 nats a byte of the spans.
 
 from configs import recipes
 
+# Of Switch too.
+SAME = {'head_dim': 64, 'vocab_size': 32128, 'dropout': 0.1,
+        'attention_dropout': 0.1, 'ffn_dropout': 0.1, 'train.z_loss': 1e-4}
 SIZES = recipes.table(
     'num_layers d_model num_heads head_dim d_ff parameters', {
         'small': (6, 512, 8, 64, 2048, 60_506_624),
@@ -29,7 +32,7 @@ SIZES = recipes.table(
         'v1.1-base': (12, 768, 12, 64, 2048, 247_577_856),
         'v1.1-large': (24, 1024, 16, 64, 2816, 783_150_080),
         'v1.1-xl': (24, 2048, 32, 64, 5120, 2_849_757_184),
-        'v1.1-xxl': (24, 4096, 64, 64, 10240, 11_135_332_352)})
+        'v1.1-xxl': (24, 4096, 64, 64, 10240, 11_135_332_352)}, **SAME)
 for _name, _size in SIZES.items():
   if _name.startswith('v1.1-'):
     _size |= dict(
@@ -41,19 +44,14 @@ SIZES['tiny'] = dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
                      warmup_steps=100)
 
 
-def get_config(size: str = 'tiny'):
-  return config('t5', size, SIZES, {}, batch_size=128, steps=2 ** 19)
+def of(arch: str, sizes, model, **training):
+  """Returns the get_config of a system that learns as T5 does."""
+  return recipes.of(
+      arch, sizes, dict(
+          norm_eps=1e-6, init='fan_in', init_stddev=1.0, **model),
+      dict(objective='span'), remat='dots', length=512, lr=0.01,
+      warmup_steps=10_000, name='adafactor', schedule='rsqrt',
+      weight_decay=0.0, clip_norm=0.0, **training)
 
 
-def config(arch: str, size: str, sizes, model, **training):
-  """Returns what Switch has too."""
-  published = {} if size == 'tiny' else dict(
-      head_dim=64, vocab_size=32128, dropout=0.1, attention_dropout=0.1,
-      ffn_dropout=0.1)
-  return recipes.config(
-      arch, size, sizes, model | published | dict(
-          norm_eps=1e-6, init='fan_in', init_stddev=1.0), {
-              'objective': 'span',
-              'train.z_loss': 0.0 if size == 'tiny' else 1e-4}, remat='dots',
-      length=512, lr=0.01, warmup_steps=10_000, name='adafactor',
-      schedule='rsqrt', weight_decay=0.0, clip_norm=0.0, **training)
+get_config = of('t5', SIZES, {}, batch_size=128, steps=2 ** 19)

@@ -16,6 +16,4 @@ SIZES = mt5.sizes(
     256_384, small=306_601_984, base=592_043_520, xl=3_768_356_864,
     xxl=12_972_531_712)
 
-
-def get_config(size: str = 'tiny'):
-  return t5.config('umt5', size, SIZES, {})
+get_config = t5.of('umt5', SIZES, {})
