@@ -250,20 +250,11 @@ def _fitting(wanted: Any, saved: dict[str, dict]
              ) -> tuple[dict, dict[str, str]]:
   """Returns what of `wanted` is in `saved` alike, and a line for each path of
   the rest."""
-  fits, lines, flat = {}, {}, paths.flatten(wanted)
-  for name, x in flat.items():
-    here = f'{x.dtype}{list(x.shape)}'
-    there = name in saved and f'{saved[name]["dtype"]}{saved[name]["shape"]}'
-    if not there:
-      lines[name] = f'{name} is not in the checkpoint'
-    elif here != there:
-      lines[name] = f'{name} is {there} in the checkpoint and {here} here'
-    else:
-      fits[name] = x
-  lines |= {name: f'{name} of the checkpoint has no place in the model'
-            for name in saved if name.startswith('params/')
-            and name not in flat}
-  return checkpoints.nest(fits), lines
+  flat = paths.flatten(wanted)
+  lines = {name: line for name, line in checkpoints.differences(
+      saved, flat).items() if name in flat or name.startswith('params/')}
+  return checkpoints.nest({name: x for name, x in flat.items()
+                           if name not in lines}), lines
 
 
 def _differences(ours: ModelConfig, theirs: ModelConfig, path: epath.Path,

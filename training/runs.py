@@ -432,9 +432,16 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
 def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
                shape: Mapping[str, int]) -> None:
   """Refuses a mesh that does not divide the model, the batches or the rows."""
-  devices.check_mesh(model, config.data.batch_size,
-                     config.train.grad_accumulation, shape)
-  pipeline.check_ramp_shards(config, shape)
+  devices.check_mesh(model, shape)
+  rows = shape['data'] * shape['fsdp'] * shape['expert']
+  parts, ramp = config.train.grad_accumulation, pipeline.ramp_of(config)
+  for size in (ramp.last, *ramp.sizes):
+    name = ('data.batch_size' if size == ramp.last else
+            'a size of data.batch_ramp')
+    require(size % (rows * parts) == 0, f'{name} is {size}, which the '
+            f'{rows} batch shards of mesh.data x mesh.fsdp x mesh.expert times '
+            f'train.grad_accumulation {parts} do not divide: choose a multiple '
+            f'of {rows * parts}')
   for name in ('length', 'target_length'):
     size = config.data[name]
     require(size % shape['context'] == 0, f'mesh.context is '

@@ -79,7 +79,7 @@ def test_the_ramp_of_a_run_does_not_bind_its_evaluation():
   config = base.base()
   config.model.update(d_model=16, num_layers=1, num_heads=2, vocab_size=8)
   config.data.update(batch_size=16, batch_ramp='2:4')
-  with pytest.raises(RequestError, match='batches of 4 rows'):
+  with pytest.raises(RequestError, match='data.batch_ramp is 4'):
     runs.build(config, runs.resolve_alone(config))
   here = runs.for_this_machine(config)
   assert runs.build(here, runs.resolve_alone(here)).mesh.shape['data'] == 8

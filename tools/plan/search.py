@@ -39,8 +39,7 @@ def meshes(config, model, topology: chips.Topology):
       if topology.slices > 1 and shape['data'] % topology.slices:
         continue
       try:
-        devices.check_mesh(model, config.data.batch_size, 1, shape)
-        pipeline.check_ramp_shards(config, shape)
+        runs.check_mesh(config, model, shape)
       except RequestError:  # what does not divide is no candidate
         continue
       yield shape

@@ -320,12 +320,6 @@ def source(spec: str) -> tuple[str, str]:
   return str(path), text
 
 
-def kept(spec: str) -> str:
-  """Returns a data.chat_template that says the same when the file or the folder
-  that `spec` names has changed, or is gone."""
-  return TEXT + source(spec)[1]
-
-
 def make(name: str, text: str, tokenizer: Tokenizer) -> Template:
   return Template(name, text, tokenizer, specials(tokenizer))
 

@@ -45,7 +45,7 @@ from training.workdir import storage
 
 Document = str | list[tuple[str, str]]
 # What the documents of a source may be, beside the kinds of labelled records.
-DOCUMENTS = TEXT, TURNS, PAIRS = 'text', 'conversations', 'pairs of texts'
+TEXT, TURNS, PAIRS = 'text', 'conversations', 'pairs of texts'
 SHARD_BYTES = 256 << 20
 MOST_SHARDS = 1 << 14
 CHUNK_CHARS, CHUNK_TEXTS = 1 << 20, 1 << 13  # encoded at once

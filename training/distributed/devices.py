@@ -87,15 +87,8 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
   return mesh_shape(sizes, num_devices or abs(math.prod(sizes.values())))
 
 
-def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
-               shape: Mapping[str, int]) -> None:
-  """Raises ValueError where the mesh does not divide the model or batch."""
-  rows = shape['data'] * shape['fsdp'] * shape['expert']
-  require(batch_size % (rows * grad_accumulation) == 0,
-          f'data.batch_size is {batch_size}, which the {rows} batch shards of '
-          f'mesh.data x mesh.fsdp x mesh.expert times train.grad_accumulation '
-          f'{grad_accumulation} do not divide: choose a multiple of '
-          f'{rows * grad_accumulation}')
+def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
+  """Raises ValueError where the mesh does not divide the model."""
   common = [('fsdp', 'd_model'), *[
       ('tensor', 'moe.d_ff'), ('fsdp', 'moe.latent_dim')] * model.has_experts]
   require(shape['context'] == 1 or not blocks.with_state(model),

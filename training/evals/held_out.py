@@ -5,13 +5,14 @@ text drawn as training draws it, whatever length of each is held out. Bits per
 byte are the mean loss over the mean bytes of a token.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import math
 from typing import Any
 
 import jax
 import numpy as np
 
+from training import progress
 from training.objectives import pipeline
 from training.objectives import Mean
 
@@ -29,23 +30,24 @@ def evaluate(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
     put: puts a batch on the devices.
     stop: asked before each batch, whether to leave it at that.
   """
-  totals = []
-  for loader in loaders:
-    totals.append(sums(step, params, loader.iterate(0, loader.first(batches)),
-                       put, stop))
-    if totals[-1] is None:
-      return None
-  return totals
+  def results(loader: pipeline.Loader) -> Iterator[Any]:
+    for batch in loader.iterate(0, loader.first(batches)):
+      if stop():
+        raise progress.Stopped
+      yield step(params, put(batch))
+
+  try:
+    return [sums(results(loader)) for loader in loaders]
+  except progress.Stopped:
+    return None
 
 
-def sums(step: Callable, params: Any, batches: Iterable, put: Callable,
-         stop: Callable[[], bool] = lambda: False) -> dict[str, Mean] | None:
-  """Returns {figure: Mean} of some batches, on the host; see `evaluate`."""
+def sums(results: Iterable[dict[str, Mean]]) -> dict[str, Mean]:
+  """Returns {figure: Mean} of what a step returned of some batches, on the
+  host."""
   total = None
-  for batch in batches:
-    if stop():
-      return None
-    more = jax.tree.map(np.float64, jax.device_get(step(params, put(batch))))
+  for one in results:
+    more = jax.tree.map(np.float64, jax.device_get(one))
     total = more if total is None else jax.tree.map(np.add, total, more)
   return total
 

@@ -314,6 +314,12 @@ class Objective(NamedTuple):
     return module.apply(  # type: ignore[return-value]
         {'params': params}, *[batch[key] for key in self.inputs], **kwargs)
 
+  def token_losses(self, module: nn.Module, params: Any, batch: Batch
+                   ) -> 'TokenLosses':
+    """Returns each token's own loss; for evaluation."""
+    output = self.apply(module, params, batch)
+    return token_losses(output.hidden, output.head, batch['targets'])
+
   def ends(self, config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the ids with which a written text ends, the separator first."""
     talked = self.talk(config, tokenizer).ends if self.talk else frozenset()
@@ -322,10 +328,9 @@ class Objective(NamedTuple):
 
   @property
   def holds(self) -> tuple[str, ...]:
-    """What a source may hold for it (sources.Source.holds): the READS of its
-    view, or any documents where that has none."""
-    return (self.records,) if self.records else getattr(
-        self.view, 'READS', sources.DOCUMENTS)
+    """What a source may hold for it (sources.Source.holds): its records, or the
+    READS of its view."""
+    return (self.records,) if self.records else self.view.READS
 
   @property
   def perplexity(self) -> bool:

@@ -214,9 +214,11 @@ def question(text: str, config: Config, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _derived(config: Config) -> dict[str, str]:
+  """Returns a data.chat_template that says the same when the file or the folder
+  that it names has changed, or is gone."""
   name = config.data.chat_template
   return {} if name == conversations.PUBLISHED_NAME else {
-      'data.chat_template': conversations.kept(name)}
+      'data.chat_template': conversations.TEXT + conversations.source(name)[1]}
 
 
 def talk(config: Config, tokenizer: Tokenizer) -> Talk:

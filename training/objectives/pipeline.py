@@ -15,7 +15,7 @@ are few.
 """
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import itertools
@@ -404,21 +404,3 @@ def check_ramp(config: Config) -> None:
   require(not ramp.until or ramp.until[-1] < steps, 'data.batch_ramp is '
           f'{config.data.batch_ramp!r}, and train.steps is {steps}: it must '
           'end before, or data.batch_size would not be read')
-
-
-def check_ramp_shards(config: Config, shape: Mapping[str, int]
-                 ) -> None:
-  """Raises RequestError for a size that the devices do not divide.
-
-  Args:
-    config: a run's.
-    shape: the size of each mesh axis.
-  """
-  shards = (shape['data'] * shape['fsdp'] * shape['expert']
-            * config.train.grad_accumulation)
-  for size in ramp_of(config).sizes:
-    require(size % shards == 0, 'data.batch_ramp is '
-            f'{config.data.batch_ramp!r}, whose batches of {size} rows the '
-            'batch shards of mesh.data x mesh.fsdp x mesh.expert times '
-            f'train.grad_accumulation, {shards} in all, do not divide: choose '
-            f'multiples of {shards}')

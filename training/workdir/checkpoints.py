@@ -502,16 +502,22 @@ def seal(record: Any) -> dict[str, Any]:
 def _check_fits(folder: epath.Path, record: dict[str, Any],
                 wanted: dict[str, Any], partial: bool):
   """Raises Mismatch with the name of each array that is not the same."""
-  there = {name: f'{x["dtype"]}{x["shape"]}'
-           for name, x in record['arrays'].items()}
-  here = {name: f'{x.dtype}{list(x.shape)}' for name, x in wanted.items()}
-  wrong = [f'{name} is {there.get(name, "not")} in it and '
-           f'{here.get(name, "not")} here'
-           for name in (here if partial else here | there)
-           if here.get(name) != there.get(name)]
+  wrong = [line for name, line in differences(record['arrays'], wanted).items()
+           if not partial or name in wanted]
   if wrong:
     raise Mismatch(f'checkpoint {folder.name} in {folder.parent} does not fit '
                    f'this config: {"; ".join(wrong[:8])}')
+
+
+def differences(saved: dict[str, dict[str, Any]], wanted: dict[str, Any]
+                ) -> dict[str, str]:
+  """Returns a line for each array, by name, that is not the same in a record
+  and as it is wanted."""
+  there = {name: f'{x["dtype"]}{x["shape"]}' for name, x in saved.items()}
+  here = {name: f'{x.dtype}{list(x.shape)}' for name, x in wanted.items()}
+  return {name: f'{name} is {there.get(name, "not")} in the checkpoint and '
+          f'{here.get(name, "not")} here' for name in here | there
+          if here.get(name) != there.get(name)}
 
 
 def _reason(error: BaseException) -> str:

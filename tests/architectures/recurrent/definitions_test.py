@@ -324,8 +324,8 @@ def test_groups_that_a_mesh_does_not_divide_are_refused():
   c = architectures.resolve(models.config('llama', **fields('mamba2')))
   shape = dict.fromkeys(tables.MESH_AXES, 1)
   with pytest.raises(ValueError, match='not divide model.mamba2.groups'):
-    devices.check_mesh(c, 8, 1, shape | dict(tensor=4))
+    devices.check_mesh(c, shape | dict(tensor=4))
   one = dataclasses.replace(c, mamba2=dataclasses.replace(c.mamba2, groups=1))
-  devices.check_mesh(one, 8, 1, shape | dict(tensor=4))
+  devices.check_mesh(one, shape | dict(tensor=4))
   with pytest.raises(ValueError, match='not divide model.mamba2.heads'):
-    devices.check_mesh(one, 8, 1, shape | dict(tensor=8))
+    devices.check_mesh(one, shape | dict(tensor=8))

@@ -302,10 +302,10 @@ def test_what_a_run_of_it_cannot_be_is_refused(mixer):
       'llama', num_kv_heads=8, num_heads=8, **recurrences.fields(mixer)))
   shape = dict.fromkeys(tables.MESH_AXES, 1)
   with pytest.raises(ValueError, match='keep each row on one device'):
-    devices.check_mesh(module.config, 8, 1, shape | dict(context=2))
+    devices.check_mesh(module.config, shape | dict(context=2))
   with pytest.raises(ValueError, match='not divide model.d_model' if (
       mixer in (SHORT, S6)) else f'not divide model.{mixer}.*heads'):
-    devices.check_mesh(module.config, 8, 1, shape | dict(tensor=64))
+    devices.check_mesh(module.config, shape | dict(tensor=64))
   with pytest.raises(ValueError, match='read a row in one direction'):
     preflight._check_objective('prefix', module)
   preflight._check_objective('causal', module)

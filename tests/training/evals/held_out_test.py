@@ -283,8 +283,9 @@ def test_counts_are_those_of_numpy():
   output = types.SimpleNamespace(
       hidden=jax.nn.one_hot(jnp.asarray(answers), 5),
       head=heads.Head(jnp.eye(5)))
-  objective = types.SimpleNamespace(apply=lambda *_: output)
-  counts = jax.jit(probe_task._counts(None, objective))({}, dict(
+  module = types.SimpleNamespace(apply=lambda *_: output)
+  objective = objectives.OBJECTIVES['probe']
+  counts = jax.jit(probe_task._counts(module, objective))({}, dict(
       tokens=tokens, targets=targets, weights=asked.astype(np.float32)))
   right = (answers == targets)
   assert counts.tolist() == [

@@ -138,9 +138,7 @@ def _by_position(evaluation: Evaluation, model: ModelConfig,
   objective = objectives.of(evaluation.run.config)
 
   def sums_of(params: Any, batch: Any):
-    output = objective.apply(module, params, batch)
-    loss_BL = objectives.token_losses(output.hidden, output.head,
-                                      batch['targets']).loss
+    loss_BL = objective.token_losses(module, params, batch).loss
     return jnp.sum(loss_BL * batch['weights'], 0)
 
   step = evaluation.program(sums_of, 'extrapolation', model)

@@ -44,10 +44,8 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   loaders = evaluation.held_out()
   step = evaluation.program(make_eval_step(evaluation.run.module, config),
                             'loss')
-  sums = [held_out.sums(
-      step, evaluation.params, progress.each(
-          loader.iterate(), 'evaluating', loader.num_batches),
-      evaluation.run.put) for loader in loaders]
+  sums = [held_out.sums(evaluation.results(step, loader, 'evaluating'))
+          for loader in loaders]
   each = {loader.name: _report(loader.text, [total], [loader])
           for loader, total in zip(loaders, sums)}
   if len(loaders) == 1:
@@ -214,9 +212,7 @@ def bound_program(module: Any, config: Any, mask: int, count: int):
       masked_BL = real_BL & generate.among_largest(
           jnp.where(real_BL, noise_BL, -1.0), l_B[:, None])
       shown = batch | dict(tokens=jnp.where(masked_BL, mask, batch['targets']))
-      output = objective.apply(module, params, shown)
-      nats_BL = objectives.token_losses(
-          output.hidden, output.head, batch['targets']).loss
+      nats_BL = objective.token_losses(module, params, shown).loss
       sum_B = jnp.where(masked_BL, nats_BL, 0).sum(1)
       return None, sum_B * n_B / jnp.maximum(l_B, 1)
 
@@ -268,9 +264,7 @@ def documents_program(module: Any, config: Any):
 
   def losses(params: Any, batch: Any) -> jax.Array:
     """Returns the weighted losses and the weights of all tokens, [2, B, L]."""
-    output = objective.apply(module, params, batch)
-    loss_BL = objectives.token_losses(output.hidden, output.head,
-                                      batch['targets']).loss
+    loss_BL = objective.token_losses(module, params, batch).loss
     weights_BL = batch['weights'].astype(jnp.float32)
     return jnp.stack([loss_BL * weights_BL, weights_BL])
   return losses

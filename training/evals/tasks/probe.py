@@ -138,9 +138,7 @@ def _counts(module: Any, objective: Any):
   """Returns step(params, batch) -> [2, B]: of each row the answers that are
   right, and those that it is asked for; 0 of what fills a batch up."""
   def step(params: Any, batch: Any):
-    output = objective.apply(module, params, batch)
-    right_BL = objectives.token_losses(output.hidden, output.head,
-                                       batch['targets']).correct
+    right_BL = objective.token_losses(module, params, batch).correct
     asked_BL = batch['weights'] > 0
     return jnp.stack([(right_BL & asked_BL).sum(1), asked_BL.sum(1)])
 
