@@ -11,7 +11,6 @@ of a hundred and evaluate on 40, with 12 layers of width 768, for 40,000 steps.
 docs/probes.md has the figures.
 """
 
-SEEDS = 3
 LRS = (1e-3,)
 
 

@@ -12,7 +12,6 @@ of 3 to 40 bits, evaluated on 40 to 256. Here rows have 1 to 16 bits, and 32 and
 64 when evaluated. docs/mixers.md has the figures.
 """
 
-SEEDS = 3
 LRS = (3e-3,)
 
 

@@ -13,7 +13,6 @@ to 16 permutations, and 32 and 64 when evaluated. docs/mixers.md has the
 figures.
 """
 
-SEEDS = 3
 LRS = (3e-3,)
 
 

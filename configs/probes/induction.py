@@ -8,7 +8,6 @@ stands so near that a single layer finds it by its distance. docs/probes.md has
 the figures.
 """
 
-SEEDS = 3
 LRS = (3e-3,)
 
 

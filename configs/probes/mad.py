@@ -9,7 +9,6 @@ the paper takes the better of 0 and 0.1. What is harder in the paper is a field
 here: probe.levels, probe.vocab, data.length, probe.examples. For a GPU.
 """
 
-SEEDS = 3
 LRS = (1e-4, 5e-4, 1e-3)
 
 

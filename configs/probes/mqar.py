@@ -22,7 +22,6 @@ the values of the row after 500 steps, where 1e-3 had solved it (one seed).
 docs/probes.md has the figures.
 """
 
-SEEDS = 3
 LRS = (1e-3,)
 
 

@@ -5,7 +5,6 @@ in number; docs/probes.md has the figures. Positions have to reach past the
 length of training, so choose rope, alibi, relative or none.
 """
 
-SEEDS = 3
 LRS = (3e-3,)
 
 

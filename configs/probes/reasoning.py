@@ -9,7 +9,6 @@ hops of one and of two in eight letters; products of up to 8 permutations in a5.
 docs/probes.md has the figures.
 """
 
-SEEDS = 3
 LRS = (1e-3,)
 
 

@@ -7,7 +7,6 @@ both. Figures of this suite compare architectures with each other, and not with
 papers: configs/probes/mad.py and zoology.py have the published settings.
 """
 
-SEEDS = 3
 LRS = (1e-3, 3e-3)
 
 

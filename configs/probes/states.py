@@ -11,7 +11,6 @@ have convolutions before them. Zoology's rows have 64 tokens or more, of 8,192
 letters. docs/probes.md has the figures.
 """
 
-SEEDS = 3
 LRS = (3e-3,)
 
 

@@ -13,7 +13,6 @@ has the fourth length commented out. Of so many steps it is for a GPU:
 configs/probes/mqar.py is what two cores do in minutes.
 """
 
-SEEDS = 3
 LRS = tuple(10 ** (-4 + 2 * i / 3) for i in range(4))
 
 

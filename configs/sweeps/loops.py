@@ -17,8 +17,6 @@ what learns faster, no claim about larger models. docs/sweeps.md has the result.
 from configs import gpt
 from configs.sweeps import helpers
 
-SEEDS = 3
-
 
 def get_config():
   return helpers.small(gpt.get_config('tiny'), 200, 8, 64, every=20,

@@ -1,8 +1,8 @@
 """A suite of probes as its file describes it, its training, and the score card:
 what its runs found, in a file and a picture.
 
-A file of configs/probes/ holds LRS, the learning rates, SEEDS, how many, and
-suite(add), which calls add(NAME, **{'probe.levels': (1, 2), ...}) for each
+A file of configs/probes/ holds LRS, the learning rates; SEEDS, how many, 3 if
+it says nothing; and suite(add), which calls add(NAME, **{'probe.levels': (1, 2), ...}) for each
 task: a probe by its name, with the fields in which a run differs from the
 architecture's config. add(NAME, label=OTHER, ...) calls it by another name, so
 that a suite may have a probe several times.
@@ -72,9 +72,9 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
   require(os.path.isfile(file), f'no suite {file!r}: choose a file of '
           'configs/probes, or write one')
   module = cli.run_file(file)
-  for name in ('LRS', 'SEEDS', 'suite'):
-    require(hasattr(module, name), f'{file} has no {name}: a suite has LRS, '
-            'SEEDS and suite(add)')
+  for name in ('LRS', 'suite'):
+    require(hasattr(module, name), f'{file} has no {name}: a suite has LRS '
+            'and suite(add)')
   configs: dict[str, ml_collections.ConfigDict] = {}
 
   def add(task: str, label: str = '', **fields: Any) -> None:
@@ -100,9 +100,10 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
   cli.call(file, module.suite, add)
   for task in only:
     one_of('--only', task, configs)
-  suite = Suite(file, tuple(module.LRS), tuple(range(seeds or module.SEEDS)),
-                {task: config for task, config in configs.items()
-                 if not only or task in only})
+  seeds = seeds or getattr(module, 'SEEDS', spec.SEEDS)
+  suite = Suite(file, tuple(module.LRS), tuple(range(seeds)), {
+      task: config for task, config in configs.items()
+      if not only or task in only})
   for task in suite.configs:
     for run in suite.runs(task):
       preflight.check_config(run.config)
