@@ -2,10 +2,10 @@
 what its runs found, in a file and a picture.
 
 A file of configs/probes/ holds LRS, the learning rates; SEEDS, how many, 3 if
-it says nothing; and suite(add), which calls add(NAME, **{'probe.levels': (1, 2), ...}) for each
-task: a probe by its name, with the fields in which a run differs from the
-architecture's config. add(NAME, label=OTHER, ...) calls it by another name, so
-that a suite may have a probe several times.
+it says nothing; and suite(add), which calls add(NAME, **{'probe.levels': (1,
+2), ...}) for each task: a probe by its name, with the fields in which a run
+differs from the architecture's config. add(NAME, label=OTHER, ...) calls it by
+another name, so that a suite may have a probe several times.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
