@@ -51,9 +51,8 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   require('linear' not in names or size * heads == inner, 'config.json has '
           f'mamba_n_heads {heads} of mamba_d_head {size}, which are not '
           f'mamba_expand times hidden_size, {inner}')
-  return layer_types.shortest(names) | _read_ffn(reader) | _positions(
+  return layer_types.named(names, KINDS) | _read_ffn(reader) | _positions(
       reader) | dict(
-          kinds={name: KINDS[name] for name in dict.fromkeys(names)},
           logits_scale=1 / reader('logits_scaling', 1.0),
           mamba2=mamba2.read_limits(reader) | dict(head_dim=size))
 

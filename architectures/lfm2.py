@@ -38,8 +38,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
       reader, 'layer_types', layers, (CONV, layer_types.WHOLE)) or [
           layer_types.WHOLE if n in whole else CONV for n in range(layers)]
   names = [word if word == CONV else 'full' for word in types]
-  return layer_types.shortest(names) | dict(
-      kinds={name: KINDS[name] for name in dict.fromkeys(names)},
+  return layer_types.named(names, KINDS) | dict(
       d_ff=_hidden(reader), rope=rope_fields.read(
           reader, theta=('rope_theta', 1e6)))
 

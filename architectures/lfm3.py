@@ -53,10 +53,8 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
     ropes = dict(zip(ROPES, rope_fields.read_by_kind(reader, *(
         (word, ('rope_theta', 1e6)) for word in ROPES))))
   kinds = _kinds(reader('sliding_window', 256), ropes[layer_types.WINDOW])
-  names = [NAMES[word] for word in types]
-  return layer_types.shortest(names) | dict(
-      rope=ropes[layer_types.WHOLE],
-      kinds={name: kinds[name] for name in dict.fromkeys(names)})
+  return layer_types.named([NAMES[word] for word in types], kinds) | dict(
+      rope=ropes[layer_types.WHOLE])
 
 
 def _write(c: ModelConfig) -> dict:

@@ -20,7 +20,7 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
-from configs.errors import require, short
+from configs.errors import require
 from configs.kinds import DENSE
 
 CHUNKED = 'chunked_attention'
@@ -43,14 +43,8 @@ class Llama4(Decoder):
 def _read(reader: hf.Reader, fields: dict) -> dict:
   layers = fields['num_layers']
   layer_types.check_number('num_hidden_layers', layers)
-  every, step = (reader('no_rope_layer_interval', 4),
-                 reader('interleave_moe_layer_step', 1))
-  turned = reader.listed('no_rope_layers') or [
-      int((n + 1) % every > 0) for n in range(layers)]
-  require(len(turned) == layers and all(
-      type(x) is int and x in (0, 1) for x in turned),
-          f'config.json has no_rope_layers {short(turned)}: it must have a 1, '
-          f'or 0 for no positions, for each of {layers} layers')
+  turned = layer_types.turned(reader, layers)
+  step = reader('interleave_moe_layer_step', 1)
   chunk = (0 if reader.is_null('attention_chunk_size') else
            reader('attention_chunk_size', 8192))
   types = layer_types.each(

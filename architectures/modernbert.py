@@ -58,16 +58,13 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   layers, every = fields['num_layers'], reader('global_attn_every_n_layers', 3)
   types = layer_types.each(reader, 'layer_types', layers, TYPES) or [
       tuple(TYPES)[n % every > 0] for n in range(layers)]
-  first, *rest = (TYPES[type_][0] for type_ in types)
-  pattern = rest[:next((n for n in range(1, len(rest) + 1) if len(rest) % n == 0
-                        and rest == rest[:n] * (len(rest) // n)), 0)]
+  names = [TYPES[type_][0] for type_ in types]
   return dict(
       pooling=pooling if fields['head'] == 'sequence' else 'cls',
       norm='layernorm' if reader('norm_bias', False) else 'layernorm_no_bias',
-      rope=kinds['global'].pop('rope'), prefix='first',
-      pattern=','.join(pattern),
-      kinds=dict(first=kinds[first] | dict(block='ffn_norm'),
-                 **{name: kinds[name] for name in dict.fromkeys(pattern)}))
+      rope=kinds['global'].pop('rope'), **layer_types.named(
+          ['first', *names[1:]],
+          kinds | dict(first=kinds[names[0]] | dict(block='ffn_norm'))))
 
 
 def _write(c: ModelConfig) -> dict:

@@ -46,9 +46,7 @@ def layers(pattern: Sequence[str]) -> dict[str, Any]:
             'have a network that follows no Mamba-2 and no attention: here it '
             'belongs to the layer with one of these')
     names[-1] += '_mlp' if letter == MLP else '_moe'
-  return layer_types.shortest(names) | dict(
-      num_layers=len(names),
-      kinds={name: KINDS[name] for name in dict.fromkeys(names)})
+  return layer_types.named(names, KINDS) | dict(num_layers=len(names))
 
 
 class NemotronH(Decoder):

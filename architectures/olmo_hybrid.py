@@ -38,8 +38,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   rope, named = rope_fields.read(reader), reader('rope_parameters', {})
   turns = (named.get('rope_theta', 1) is not None if named
            else not reader.is_null('rope_theta'))
-  return layer_types.shortest(names) | dict(
-      kinds={name: KINDS[name] for name in dict.fromkeys(names)},
+  return layer_types.named(names, KINDS) | dict(
       deltanet=dict(norm_eps=1e-5)) | (
           dict(rope=rope) if turns else dict(position='none'))
 

@@ -60,8 +60,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           'layer, of linear_attention')
   names[looked_up[0] - 1] = 'ngrams'
   tables = (fields['ngrams.order'] - 1) * fields['ngrams.heads']
-  return dict(
-      layer_types.shortest(names), kinds={name: KINDS[name] for name in names},
+  return layer_types.named(names, KINDS) | dict(
       ngrams=dict(
           stops=True, size=reader('ple_embed_dim', fields['d_model']) // tables,
           pad_token=ends[0] if ends else reader.count('eos_token_id', 0)),

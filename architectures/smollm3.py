@@ -17,7 +17,6 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
-from configs.errors import require, short
 
 
 class SmolLM3(Decoder):
@@ -29,13 +28,7 @@ class SmolLM3(Decoder):
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
   layers = fields['num_layers']
-  every = reader('no_rope_layer_interval', 4)
-  turned = reader.listed('no_rope_layers') if reader.has(
-      'no_rope_layers') else [int((n + 1) % every > 0) for n in range(layers)]
-  require(len(turned) == layers and all(
-      type(x) is int and x in (0, 1) for x in turned),
-          f'config.json has no_rope_layers {short(turned)}: it must have a 1, '
-          f'or 0 for no positions, for each of {layers} layers')
+  turned = layer_types.turned(reader, layers)
   window = (reader('sliding_window', 4096) if reader.has('sliding_window') else
             0) * reader('use_sliding_window', False)
   types = layer_types.listed(reader, layers,

@@ -82,6 +82,26 @@ def shortest(names: Sequence[str]) -> dict[str, str]:
       ('suffix', names[len(names) - last:]))}
 
 
+def named(names: Sequence[str], kinds: Mapping[str, Mapping[str, Any]]
+          ) -> dict[str, Any]:
+  """Returns the order of layers of these kinds, and what each kind is."""
+  return dict(shortest(names), kinds={
+      name: kinds[name] for name in dict.fromkeys(names)})
+
+
+def turned(reader: hf.Reader, layers: int) -> list[int]:
+  """Returns no_rope_layers: for each layer 1, or 0 where it has no positions,
+  as the last of every no_rope_layer_interval where they are not listed."""
+  every = reader('no_rope_layer_interval', 4)
+  listed = reader.listed('no_rope_layers') or [
+      int((n + 1) % every > 0) for n in range(layers)]
+  require(len(listed) == layers and all(
+      type(x) is int and x in (0, 1) for x in listed),
+          f'config.json has no_rope_layers {short(listed)}: it must have a 1, '
+          f'or 0 for no positions, for each of {layers} layers')
+  return listed
+
+
 def write(c: ModelConfig) -> dict[str, Any]:
   """Returns layer_types and, where a layer has one, sliding_window."""
   layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
