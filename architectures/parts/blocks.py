@@ -757,14 +757,13 @@ class Block(nn.Module):
       return y_BLD, cache
     w_WD = declare(self, f'{name}_conv', nn.initializers.zeros,
                    (c.branch_conv, c.d_model), Role((None, 'embed')))
-    z_BL1D, last_BW1D = features.convolve(
-        y_BLD[:, :, None], w_WD[:, None],
-        before_BWHK=cache.inputs[name][:, :, None] if cached else None,
+    z_BLD, last_BWD = features.convolve(
+        y_BLD, w_WD, before_BWHK=cache.inputs[name] if cached else None,
         segment_ids_BL=ctx.segment_ids_BL,
         valid_BL=ctx.valid_BL if cached else None)
     if cached:
-      cache = cache.replace(inputs=cache.inputs | {name: last_BW1D[:, :, 0]})
-    return y_BLD + z_BL1D[:, :, 0], cache
+      cache = cache.replace(inputs=cache.inputs | {name: last_BWD})
+    return y_BLD + z_BLD, cache
 
   def branch(self, name: str, x: X) -> Read:
     """Returns what a branch reads of x, and a function that adds its result to

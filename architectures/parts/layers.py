@@ -453,6 +453,7 @@ recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 class Norm(nn.Module):
   """[..., D] -> [..., D]; `axis` is the logical axis of its parameters."""
+  fields = ('norm_eps',)
   config: ModelConfig
   axis: str = 'embed'
 
@@ -461,12 +462,7 @@ class Norm(nn.Module):
     return declare(self, name, init, x.shape[-1:], Role((self.axis,)))
 
 
-class WithEpsilon(Norm):
-  """A norm that reads model.norm_eps."""
-  fields = ('norm_eps',)
-
-
-class LayerNorm(WithEpsilon):
+class LayerNorm(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -475,7 +471,7 @@ class LayerNorm(WithEpsilon):
     return recomputed(layernorm)(x, scale_D, bias_D, self.config.norm_eps)
 
 
-class LayerNormNoBias(WithEpsilon):
+class LayerNormNoBias(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -483,7 +479,7 @@ class LayerNormNoBias(WithEpsilon):
     return recomputed(layernorm)(x, scale_D, None, self.config.norm_eps)
 
 
-class RMSNorm(WithEpsilon):
+class RMSNorm(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -491,7 +487,7 @@ class RMSNorm(WithEpsilon):
     return recomputed(rmsnorm)(x, scale_D, self.config.norm_eps)
 
 
-class RMSNorm1P(WithEpsilon):
+class RMSNorm1P(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -500,7 +496,7 @@ class RMSNorm1P(WithEpsilon):
                                self.config.norm_eps)
 
 
-class PlainRMSNorm(WithEpsilon):
+class PlainRMSNorm(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:

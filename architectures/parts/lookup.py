@@ -183,8 +183,7 @@ def hashed(c: ModelConfig, all_BM: jax.Array,
     t_BL = all_BM[:, m.order - 1 - back:][:, :L]
     if segment_ids_BL is not None:
       t_BL = m.pad_token + features.of_one_document(
-          (t_BL - m.pad_token)[:, :, None, None], segment_ids_BL, back
-      )[:, :, 0, 0]
+          t_BL - m.pad_token, segment_ids_BL, back)
     if m.stops and back:
       over_BL |= t_BL == m.pad_token
       t_BL = jnp.where(over_BL, m.pad_token, t_BL)
@@ -266,15 +265,15 @@ class Engram(nn.Module):
         _product(self, 'value', e_BLU, residual=True))
     w_WD = declare(self, 'conv', nn.initializers.zeros, (m.kernel, size),
                    Role((None, 'embed')))
-    y_BL1D, inputs_BW1D = features.convolve(
-        norm('conv_norm')(v_BLD).reshape(*shape[:2], 1, size), w_WD[:, None],
-        before_BWHK=state and state.inputs_BWD[:, :, None],
+    y_BLD, inputs_BWD = features.convolve(
+        norm('conv_norm')(v_BLD).reshape(*shape[:2], size), w_WD,
+        before_BWHK=state and state.inputs_BWD,
         segment_ids_BL=ctx.segment_ids_BL,
         valid_BL=None if state is None else ctx.valid_BL, silu=True,
         apart=m.order)
     if state is not None:
-      state = State(tokens_BW, inputs_BW1D[:, :, 0])
-    return v_BLD + y_BL1D.reshape(shape), state
+      state = State(tokens_BW, inputs_BWD)
+    return v_BLD + y_BLD.reshape(shape), state
 
 
 class OverEncoding(nn.Module):

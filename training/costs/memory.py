@@ -147,7 +147,7 @@ def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
   masks = [kernels.Mask(
       causal=causal, bias=positions.of(c).has_bias,
       window=kind.window(c) if kind.window else 0,
-      rule=bool(kind.sees or kind.top),
+      rule=bool(kind.top),
       prefix=causal and objectives.of(config).prefix,
       dropout=bool(c.attention_dropout)) for causal in (True, False)
            if architectures.stack(c) != ('encoder' if causal else 'decoder')]

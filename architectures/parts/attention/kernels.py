@@ -24,7 +24,6 @@ from configs.errors import require
 
 # The mask: which keys a query sees, and how many pairs it shows.
 
-AT_ONCE = 1024  # queries whose keys are counted at once
 MOST = 2**15  # chunks of a document
 
 
@@ -35,8 +34,6 @@ class Rule:
   Attributes:
     window: config -> n, where these are the keys less than n away; None: the
       rule has no window.
-    sees: (config, q_positions, k_positions) -> bool, of positions that
-      broadcast: any other rule. Fused kernels have no mask for it.
     top: (config, numbers of these keys) -> how many of them an indexer leaves
       a query; None: the rule has no indexer.
     settings: the group of fields of config.model that it reads.
@@ -47,7 +44,6 @@ class Rule:
       fit. `stack` is what architectures.stack returns.
   """
   window: Optional[Callable[[ModelConfig], int]] = None
-  sees: Optional[Callable] = None
   top: Optional[Callable[[ModelConfig, np.ndarray], np.ndarray]] = None
   settings: Optional[type] = None
   chunk: Optional[Callable[[ModelConfig], int]] = None
@@ -73,8 +69,6 @@ def visible(kind: LayerKind, c: ModelConfig, q_positions_BL: jax.Array,
     seen.append(jnp.abs(q - k) < rule.window(c))
   if rule.chunk:
     seen.append(q // rule.chunk(c) == k // rule.chunk(c))
-  if rule.sees:
-    seen.append(rule.sees(c, q, k))
   if q_segments_BL is not None:
     seen.append(q_segments_BL[:, :, None] == k_segments_BM[:, None])
   return functools.reduce(operator.and_, seen) if seen else None
@@ -105,11 +99,6 @@ def _counts(kind: LayerKind, c: ModelConfig, queries: np.ndarray,
     first = queries - queries % rule.chunk(c)
     stop = queries + 1 if kind.causal else first + rule.chunk(c)
     return np.minimum(stop, keys.size) - first
-  if rule.sees:  # count them, some queries at a time
-    with jax.ensure_compile_time_eval():
-      return np.concatenate([np.asarray(visible(
-          kind, c, queries[None, i:i + AT_ONCE], keys[None])[0].sum(-1))
-                             for i in range(0, len(queries), AT_ONCE)])
   reach = rule.window(c) if rule.window else keys.size
   first = np.maximum(queries - reach + 1, 0)
   last = np.minimum(queries + (1 if kind.causal else reach), keys.size)
@@ -153,26 +142,23 @@ def share(kind: LayerKind, c: ModelConfig, queries: int, keys: int,
           whole * (keys - 1), pairs(both_ways, c, queries, keys) * (keys - 1))
 
 
-def _check_banded(c: ModelConfig, stack: str) -> None:
-  del stack
-  require(c.sliding_window > 0,
-          'model.attention has a banded layer, but model.sliding_window is 0: '
-          'set it to the number of keys that such a layer sees')
-
-
-def _check_chunked(c: ModelConfig, stack: str) -> None:
-  del stack
-  require(c.attention_chunk > 0,
-          'model.attention has a chunked layer, but model.attention_chunk is '
-          '0: set it to the number of tokens of a chunk')
+def _needs(field: str, what: str) -> Callable[[ModelConfig, str], None]:
+  """Returns Rule.check of a rule that needs the number of `what`."""
+  def check(c: ModelConfig, stack: str) -> None:
+    del stack
+    require(getattr(c, field) > 0, f'model.attention has a {c.attention} layer,'
+            f' but model.{field} is 0: set it to the number of {what}')
+  return check
 
 
 RULES = {
     'global': Rule(),
     'chunked': Rule(chunk=lambda c: c.attention_chunk,  # Llama 4
-                    fields=('attention_chunk',), check=_check_chunked),
+                    fields=('attention_chunk',), check=_needs(
+                        'attention_chunk', 'tokens of a chunk')),
     'banded': Rule(window=lambda c: c.sliding_window,
-                   fields=('sliding_window',), check=_check_banded),
+                   fields=('sliding_window',), check=_needs(
+                       'sliding_window', 'keys that such a layer sees')),
     'indexed': Rule(top=indexer.kept,
                     settings=indexer.IndexerConfig, check=indexer.check),
 }
@@ -249,43 +235,37 @@ def _heads_first(x_BLHK: jax.Array) -> jax.Array:
 
 
 def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *,
-            mask_BLM: Optional[jax.Array] = None, **how: Any) -> jax.Array:
-  """Returns what `attend` weighs the values with, float32 [B, H, L, M]: what it
-  makes of values that are unit vectors.
+            mask_BLM: Optional[jax.Array] = None,
+            bias_BHLM: Optional[jax.Array] = None,
+            sink_H: Optional[jax.Array] = None, scale: float,
+            softcap: float = 0.0, causal: bool = False, window: int = 0,
+            mean: bool = False) -> jax.Array:
+  """Returns what `attend`, whose the arguments are, weighs the values with:
+  float32 [B, H, L, M], or with `mean` their mean over heads, [B, L, M].
 
   A row sums to 1, less the share of the sink where there is one; weights that
-  are hidden are 0. The arguments are those of `attend`.
+  are hidden are 0.
   """
-  B, M, J, _ = k_BMJK.shape
-  unit_BMJM = jnp.broadcast_to(jnp.eye(M)[None, :, None], (B, M, J, M))
-  w_BHLM = _heads_first(attend(q_BLHK, k_BMJK, unit_BMJM, mask_BLM=mask_BLM,
-                               **how))
-  return w_BHLM if mask_BLM is None else jnp.where(mask_BLM[:, None], w_BHLM, 0)
-
-
-def mean_weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *,
-                 mask_BLM: Optional[jax.Array] = None,
-                 bias_BHLM: Optional[jax.Array] = None,
-                 sink_H: Optional[jax.Array] = None, scale: float,
-                 softcap: float = 0.0, causal: bool = False, window: int = 0
-                 ) -> jax.Array:
-  """Returns the mean over heads of what `attend`, whose the arguments are,
-  weighs the values with: float32 [B, L, M]."""
   (B, L, H, K), (M, J) = q_BLHK.shape, k_BMJK.shape[1:3]
   q_BJRLK = _heads_first(q_BLHK).reshape(B, J, H // J, L, K)
   k_BJMK = _heads_first(k_BMJK)
   if bias_BHLM is not None:
     bias_BHLM = bias_BHLM.reshape(-1, J, H // J, *bias_BHLM.shape[2:])
-  means, how = [], _How(scale, softcap, 0.0, causal, window)
+  parts, how = [], _How(scale, softcap, 0.0, causal, window)
   for rows, keys in how.blocks(L, M):
     s_BJRLM = _scores(how, rows, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BHLM)
     if sink_H is not None:  # a key more, and no value
       sink = sink_H.astype(jnp.float32).reshape(1, J, H // J, 1, 1)
       s_BJRLM = jnp.concatenate([s_BJRLM, jnp.broadcast_to(
           sink, (*s_BJRLM.shape[:-1], 1))], -1)
-    p_BLM = jax.nn.softmax(s_BJRLM).mean((1, 2))[..., :keys.stop - keys.start]
-    means.append(jnp.pad(p_BLM, ((0, 0), (0, 0), (keys.start, M - keys.stop))))
-  return jnp.concatenate(means, 1)
+    p_BJRLM = jax.nn.softmax(s_BJRLM)[..., :keys.stop - keys.start]
+    if mask_BLM is not None:
+      p_BJRLM = jnp.where(mask_BLM[:, None, None, rows, keys], p_BJRLM, 0)
+    p = p_BJRLM.mean((1, 2)) if mean else p_BJRLM.reshape(
+        B, H, *p_BJRLM.shape[3:])
+    parts.append(jnp.pad(p, (*[(0, 0)] * (p.ndim - 1),
+                             (keys.start, M - keys.stop))))
+  return jnp.concatenate(parts, -2)
 
 
 def _scores(how: _How, rows: slice, keys: slice, mask_BLM: Optional[jax.Array],
@@ -461,7 +441,7 @@ class Mask:
     k_ids_BM: those of the keys.
     causal: a query sees no later key, by their places in the array.
     window: a query sees keys less than this away; 0: any.
-    rule: whether a rule of its own hides keys besides.
+    rule: whether an indexer hides keys besides.
     in_order: whether places in the array are the tokens' order.
     prefix: whether keys at the start are seen by all.
     bias: whether the scores have a bias.

@@ -16,7 +16,6 @@ earlier layer, as they were turned and mixed there (cross-layer attention:
 Brandon et al. 2024, arXiv 2405.12981; which layer: kinds.source).
 """
 
-from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Optional
@@ -104,21 +103,28 @@ class Attention(nn.Module):
     slots = cached and (self.cross or not kernels.begins(self.kind, ctx))
     index, cache = self._index(x_BLD, x_BLD, 'embed', ctx, cache)
     read = None if self.cross else ctx.keys
-    conv, first = None, None
-    if c.attention_conv and not self.cross:
-      conv = _Convolution(self, cache.inputs if cached else {}, ctx)
-    q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads', ctx, conv)
-    q_BLHK = self._bounded('query', q_BLHK)
+    before, after, first = cache.inputs if cached else {}, {}, None
+
+    def project(name: str, x_BLD: jax.Array, heads: int, axis: str):
+      y_BLHK = self._project(name, x_BLD, heads, axis, ctx)
+      if c.attention_conv and not self.cross:
+        y_BLHK, after[name] = features.convolved(
+            self, f'{name}_conv', y_BLHK, c.attention_conv, (axis, 'head'),
+            before_BWHK=before.get(name), segment_ids_BL=ctx.segment_ids_BL,
+            valid_BL=ctx.valid_BL)
+      return sharding.constrain(y_BLHK, 'batch', 'length', axis, 'head')
+
+    q_BLHK = self._bounded('query', project(
+        'query', x_BLD, c.num_heads, 'heads'))
     if self.cross and ctx.memory_BMD is None:
       k_BMJK, v_BMJK = cache.memory
     elif read is not None:
       k_BMJK, v_BMJK = read.key_BMJK, read.value_BMJK
     else:
-      project = lambda name: self._project(
-          name, ctx.memory_BMD if self.cross else x_BLD, c.num_kv_heads,
-          'kv_heads', ctx, conv)
-      k_BMJK = project('key')
-      v_BMJK = k_BMJK if c.keys_as_values else project('value')
+      from_BMD = ctx.memory_BMD if self.cross else x_BLD
+      k_BMJK = project('key', from_BMD, c.num_kv_heads, 'kv_heads')
+      v_BMJK = k_BMJK if c.keys_as_values else project(
+          'value', from_BMD, c.num_kv_heads, 'kv_heads')
       if c.value_norm:
         v_BMJK = layers.PlainRMSNorm(c, 'head', name='value_norm')(v_BMJK)
       k_BMJK = self._bounded('key', k_BMJK)
@@ -143,8 +149,7 @@ class Attention(nn.Module):
           index = index and index.replace(key_BMJK=index_BMJK)
       if slots:
         k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
-      cache = cache.replace(
-          inputs=cache.inputs | conv.after) if conv else cache
+      cache = cache.replace(inputs=before | after)
     scored = None
     if index is not None:
       scored, k_positions_BM, (k_BMJK, v_BMJK) = self._scored(
@@ -221,8 +226,9 @@ class Attention(nn.Module):
       kept['memory_weights_BHLM' if self.cross else 'weights_BHLM'
            ] = kernels.weights(q_BLHK, k_BMJK, **how)
     if scored is not None and not ctx.deterministic:
-      target_BLM = jax.lax.stop_gradient(kernels.mean_weights(
-          *jax.lax.stop_gradient((q_BLHK, k_BMJK)), causal=causal, **how))
+      target_BLM = jax.lax.stop_gradient(kernels.weights(
+          *jax.lax.stop_gradient((q_BLHK, k_BMJK)), causal=causal, mean=True,
+          **how))
       kept['losses'] = {'indexer': c.indexer.loss_weight * scored.divergence(
           target_BLM, seen_BLM, ctx)}
     kernel = 'xla'
@@ -304,7 +310,6 @@ class Attention(nn.Module):
     mask = kernels.Mask(
         ids_BL, ids_BL, causal=self.kind.causal, in_order=ctx.in_order,
         window=rule.window(c) if rule.window else 0,
-        rule=bool(rule.sees),
         prefix=self.kind.causal and ctx.prefix_B is not None,
         bias=bias_BHLM is not None)
     return mask, seen_BLM, bias_BHLM
@@ -338,17 +343,15 @@ class Attention(nn.Module):
     return y_BLU.reshape(x_BLHK.shape)
 
   def _project(self, name: str, x_BLD: jax.Array, heads: int, axis: str,
-               ctx: Context, conv: Optional['_Convolution']):
+               ctx: Context):
     c = self.config
     # What the scores are not scaled by, the query's weights are (T5).
     gain = (c.base_head_dim ** -0.5 / c.attention_scale
             if name == 'query' and c.init == 'fan_in' else 1.0)
-    y_BLHK = layers.dense(
+    return layers.dense(
         self, name, 'BLD,DHK->BLHK', x_BLD, (c.d_model, heads, c.head_dim),
         ('embed', axis, 'head'), gain=gain, with_bias=c.attention_bias,
         deterministic=ctx.deterministic)
-    y_BLHK = conv(name, y_BLHK, axis) if conv else y_BLHK
-    return sharding.constrain(y_BLHK, 'batch', 'length', axis, 'head')
 
 
 def _grown(q_BLHK: jax.Array, positions_BL: jax.Array, c: ModelConfig
@@ -548,31 +551,6 @@ def _embedded_values(module: nn.Module, x_BLD: jax.Array, v_BLJK: jax.Array,
 # and what is mixed into values. Through them a token sees the W - 1 tokens
 # before it in its document, so a cache holds the last W - 1 outputs of each
 # projection besides keys and values.
-
-
-class _Convolution:
-  """Convolves the projections of one call of a layer.
-
-  Attributes:
-    after: what the next token sees of each projection, [B, W - 1, H, K], by the
-      projection's name.
-  """
-
-  def __init__(self, module: nn.Module, before: Mapping[str, jax.Array],
-               ctx: Context):
-    self._module, self._before, self._ctx = module, before, ctx
-    self.after: dict[str, jax.Array] = {}
-
-  def __call__(self, name: str, x_BLHK: jax.Array, axis: str) -> jax.Array:
-    """Returns the output of a projection, convolved; `axis` is the logical axis
-    of its heads."""
-    width = self._module.config.attention_conv  # type: ignore[attr-defined]
-    w_WHK = features.filters(self._module, f'{name}_conv', width,
-                             (width, *x_BLHK.shape[2:]), (None, axis, 'head'))
-    y_BLHK, self.after[name] = features.convolve(
-        x_BLHK, w_WHK, before_BWHK=self._before.get(name),
-        segment_ids_BL=self._ctx.segment_ids_BL, valid_BL=self._ctx.valid_BL)
-    return y_BLHK
 
 
 GATES = {

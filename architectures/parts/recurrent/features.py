@@ -105,6 +105,19 @@ def filters(module: nn.Module, name: str, width: int, shape: tuple[int, ...],
   return declare(module, name, init, shape, Role(axes))
 
 
+def convolved(module: nn.Module, name: str, x_BLHK: jax.Array, width: int,
+              axes: tuple[str | None, ...], with_bias: bool = False, **how: Any
+              ) -> tuple[jax.Array, jax.Array]:
+  """Declares filters over so many tokens and, if asked for, a bias of features
+  on these logical axes; returns `convolve` by them, whose arguments are `how`.
+  """
+  shape = x_BLHK.shape[2:]
+  w_WHK = filters(module, name, width, (width, *shape), (None, *axes))
+  bias_HK = filters(module, f'{name}_bias', width, shape, axes) if (
+      with_bias) else None
+  return convolve(x_BLHK, w_WHK, bias_HK, **how)
+
+
 def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
              bias_HK: Optional[jax.Array] = None, *,
              before_BWHK: Optional[jax.Array] = None,
@@ -115,7 +128,7 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
   tokens see.
 
   Args:
-    x_BLHK: the inputs.
+    x_BLHK: the inputs; features may have other axes than heads and their own.
     w_WHK: the weights.
     bias_HK: the bias; None: there is none.
     before_BWHK: as many inputs before them; None: zeros.
@@ -125,10 +138,10 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
     silu: whether y goes through SiLU, in float32.
     apart: places between two tokens that it sees.
   """
-  (B, L, H, K), W = x_BLHK.shape, w_WHK.shape[0]
+  (B, L, *shape), W = x_BLHK.shape, w_WHK.shape[0]
   reach = (W - 1) * apart
   if before_BWHK is None:
-    before_BWHK = jnp.zeros((B, reach, H, K), x_BLHK.dtype)
+    before_BWHK = jnp.zeros((B, reach, *shape), x_BLHK.dtype)
   all_BMHK = jnp.concatenate([before_BWHK.astype(x_BLHK.dtype), x_BLHK], 1)
   y_BLHK = layers.counted(_at(_activated if silu else _biased, apart), 2 * W)(
       all_BMHK, w_WHK, bias_HK, segment_ids_BL)
@@ -179,7 +192,8 @@ def of_one_document(x_BLHK: jax.Array, segment_ids_BL: Optional[jax.Array],
     return x_BLHK
   same_BL = jnp.pad(segment_ids_BL[:, gap:] == segment_ids_BL[:, :-gap],
                     ((0, 0), (min(gap, x_BLHK.shape[1]), 0)))
-  return jnp.where(same_BL[:, :, None, None], x_BLHK, 0)
+  return jnp.where(same_BL.reshape(
+      *same_BL.shape, *(1 for _ in x_BLHK.shape[2:])), x_BLHK, 0)
 
 
 def _filtered_fwd(all_BMHK: jax.Array, w_WHK: jax.Array,
@@ -197,7 +211,8 @@ def _filtered_bwd(apart: int, kept: Any, d_BLHK: jax.Array):
     seen_BLHK = all_BMHK[:, seen].astype(jnp.float32)
     d_w.append((seen_BLHK * d_tap_BLHK).sum((0, 1)))
     # One padded array for all i, where there are no documents.
-    wide = jnp.pad(d_tap_BLHK, ((0, 0), (reach, reach), (0, 0), (0, 0)))
+    wide = jnp.pad(d_tap_BLHK, ((0, 0), (reach, reach), *(
+        (0, 0) for _ in d_tap_BLHK.shape[2:])))
     d_all_BMHK += (wide[:, gap:][:, :M]
                    * w_WHK[i].astype(jnp.float32)[None, None])
   return (d_all_BMHK.astype(all_BMHK.dtype),

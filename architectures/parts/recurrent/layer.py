@@ -13,7 +13,7 @@ changes no state.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, Optional
+from typing import Optional
 
 import flax.linen as nn
 from flax import struct
@@ -45,9 +45,9 @@ class Layer(nn.Module):
 
   A recurrence is a subclass. Its NAME is that of the mixer, and `settings` are
   its group of fields in config.model, which has `key_heads`, `value_heads`,
-  `key_dim`, `value_dim` and `conv` (how many tokens a convolution sees; 0:
-  there is none), and may have `householders` (how many keys, values and rates
-  a token has, one after another in its head), `norm_eps` (of what is read) and
+  `key_dim`, `value_dim`, `conv` (how many tokens a convolution sees; 0: there
+  is none) and `householders` (how many keys, values and rates a token has, one
+  after another in its head), and may have `norm_eps` (of what is read) and
   `gate` (the name of its activation in jax.nn). It defines `inputs`, and may
   define `gate` or `gated`; `recurrent` in blocks.py makes its entry.
   """
@@ -97,7 +97,7 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    d, n = self.sizes, householders(self.sizes)
+    d, n = self.sizes, self.sizes.householders
     check_context(self.NAME, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
     q_BLJK, query_BWJK = self._read(
@@ -121,11 +121,10 @@ class Layer(nn.Module):
     c = self.config
     o_BLHU = sharding.constrain(o_BLHU.astype(c.compute_dtype), 'batch',
                                 'length', 'heads', 'head')
-    axes = 'heads', 'head', 'embed'
-    out_HUD = layers.weight(self, 'out', (*o_BLHU.shape[2:], c.d_model), axes,
-                            in_axes=(0, 1), residual=True)
-    return layers.product(self, 'out', 'BLHU,HUD->BLD', o_BLHU, out_HUD, axes,
-                          deterministic=ctx.deterministic)
+    return layers.dense(
+        self, 'out', 'BLHU,HUD->BLD', o_BLHU, (*o_BLHU.shape[2:], c.d_model),
+        ('heads', 'head', 'embed'), in_axes=(0, 1), residual=True,
+        with_bias=False, deterministic=ctx.deterministic)
 
   def _read(self, name: str, x_BLD: jax.Array, shape: tuple[int, ...],
             ctx: Context, valid_BL: Optional[jax.Array],
@@ -135,16 +134,11 @@ class Layer(nn.Module):
     the next token sees."""
     axes = VALUE_AXES if name == 'value' else self.key_axes
     x_BLHK = self.project(name, x_BLD, axes, shape, ctx)
-    width = self.sizes.conv
-    if not width:
+    if not self.sizes.conv:
       return x_BLHK, None
-    w_WHK = features.filters(self, f'{name}_conv', width, (width, *shape),
-                             (None, *axes))
-    bias_HK = None
-    if getattr(self.sizes, 'conv_bias', False):
-      bias_HK = features.filters(self, f'{name}_conv_bias', width, shape, axes)
-    return features.convolve(
-        x_BLHK, w_WHK, bias_HK, before_BWHK=before_BWHK,
+    return features.convolved(
+        self, f'{name}_conv', x_BLHK, self.sizes.conv, axes,
+        getattr(self.sizes, 'conv_bias', False), before_BWHK=before_BWHK,
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL, silu=True)
 
   def project(self, name: str, x_BLD: jax.Array,
@@ -153,10 +147,10 @@ class Layer(nn.Module):
     """Returns a product with the input, of heads of features on these logical
     axes."""
     c, fixed = self.config, axes[1] is None
-    w_DHK = layers.weight(self, name, (c.d_model, *shape), ('embed', *axes),
-                          output=fixed)
-    y_BLHK = layers.product(self, name, 'BLD,DHK->BLHK', x_BLD, w_DHK,
-                            ('embed', *axes), deterministic=ctx.deterministic)
+    y_BLHK = layers.dense(
+        self, name, 'BLD,DHK->BLHK', x_BLD, (c.d_model, *shape),
+        ('embed', *axes), output=fixed, with_bias=False,
+        deterministic=ctx.deterministic)
     if fixed:
       y_BLHK /= c.widening
     return sharding.constrain(y_BLHK, 'batch', 'length', *axes)
@@ -196,7 +190,7 @@ class Layer(nn.Module):
   def rate(self, x_BLD: jax.Array) -> jax.Array:
     """Returns b of the delta rule, float32 [B, L, H], or [B, L, H x n]."""
     rate_BLH = jax.nn.sigmoid(self.of_heads(
-        'rate', x_BLD, householders(self.sizes)))
+        'rate', x_BLD, self.sizes.householders))
     return 2 * rate_BLH if self.sizes.negative else rate_BLH
 
   def softplus_decay(self, x_BLHK: jax.Array, least: float) -> jax.Array:
@@ -209,11 +203,6 @@ class Layer(nn.Module):
                       Role(('heads', 'head')[:len(shape)])).astype(jnp.float32)
     scale_H = -jnp.exp(scale_H).reshape(1, 1, -1, *(1 for _ in shape[1:]))
     return scale_H * jax.nn.softplus(x_BLHK + bias_HK[None, None])
-
-
-def householders(sizes: Any) -> int:
-  """Returns how many steps of the delta rule a token takes."""
-  return getattr(sizes, 'householders', 1)
 
 
 def by_step(n: int, x_BLH: jax.Array) -> jax.Array:
@@ -269,7 +258,7 @@ def empty(name: str, c: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns the state of rows without a token; `shape` is [..., B, M], and the
   state does not depend on M."""
   d, rows = getattr(c, name), shape[:-1]
-  n = householders(d)
+  n = d.householders
   state = jnp.zeros((*rows, d.value_heads, d.key_dim, d.value_dim))
   if not d.conv:
     return State(state)
@@ -284,7 +273,7 @@ def at_once(name: str, c: ModelConfig) -> int:
   """Returns how many numbers of a token the pieces of a row hold at once: a
   piece's weights, its triangular system, and the inverse of that."""
   d = getattr(c, name)
-  return 3 * householders(d) * d.value_heads * recurrence.most_places(d.key_dim)
+  return 3 * d.householders * d.value_heads * recurrence.most_places(d.key_dim)
 
 
 def check_context(name: str, ctx: Context) -> None:

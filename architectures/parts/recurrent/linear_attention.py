@@ -200,6 +200,7 @@ class States:
   """Each head has a query, a key and a value of its own."""
   heads: int = field(0, 'heads, each with a state; derived: num_heads',
                      resume=SHAPES)
+  householders = 1
 
   @property
   def key_heads(self) -> int:

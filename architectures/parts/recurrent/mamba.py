@@ -77,17 +77,10 @@ class Mamba(nn.Module):
     x_BLI, z_BLI = (sharding.constrain(layers.dense(
         self, name, 'BLD,DI->BLI', x_BLD, (D, inner), ('embed', 'mlp'), **how),
         'batch', 'length', 'mlp') for name in ('value', 'output_gate'))
-    bias_1I = None
-    if m.conv_bias:
-      bias_1I = features.filters(self, 'conv_bias', m.conv, (inner,), ('mlp',))[
-          None]
-    w_WI = features.filters(self, 'conv', m.conv, (m.conv, inner),
-                            (None, 'mlp'))
-    x_BL1I, input_BW1I = features.convolve(  # of one head with I features
-        x_BLI[:, :, None], w_WI[:, None], bias_1I, silu=True,
-        before_BWHK=cache and cache.input_BWI[:, :, None],
+    x_BLI, input_BWI = features.convolved(
+        self, 'conv', x_BLI, m.conv, ('mlp',), m.conv_bias, silu=True,
+        before_BWHK=cache and cache.input_BWI,
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
-    x_BLI = x_BL1I[:, :, 0]
     step_BLR, b_BLN, c_BLN = (layers.einsum(
         'BLI,IN->BLN', x_BLI, layers.weight(self, name, (inner, size), (
             'mlp', None)), c.compute_dtype)
@@ -109,7 +102,7 @@ class Mamba(nn.Module):
         a_IN, dt_BLI, dt_BLI * x32_BLI, b_BLN.astype(jnp.float32),
         c_BLN.astype(jnp.float32), _kept(x_BLD, ctx.segment_ids_BL), state_BIN)
     if cache is not None:
-      cache = State(state_BIN, input_BW1I[:, :, 0])
+      cache = State(state_BIN, input_BWI)
     y_BLI += features.weighted(
         x32_BLI, self._of_feature('skip', nn.initializers.ones))
     y_BLI *= jax.nn.silu(z_BLI.astype(jnp.float32))

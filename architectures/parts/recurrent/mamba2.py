@@ -44,6 +44,7 @@ class Groups:
       1, 'groups of heads, each of which shares one B and one C', above=0,
       resume=SHAPES)
   state: int = field(128, 'features of B and C', above=0, resume=SHAPES)
+  householders = 1
 
   @property
   def key_heads(self) -> int:

@@ -115,7 +115,7 @@ class RWKV7(layer.Layer):
                               jax.nn.sigmoid)
     removed_BLHK = features.unit(features.weighted(
         k_BLHK, self._vector('removal_scale', removal_scale, keys)[0, 0]))
-    boost_HK = self._vector('boost_scale', constant(1.02), keys)
+    boost_HK = self._vector('boost_scale', nn.initializers.constant(1.02), keys)
     k_BLHK *= 1 + boost_HK * (rate_BLHK - 1)
     steps = lambda *of: layer.by_step(2, jnp.stack(of, 3).reshape(
         *of[0].shape[:2], -1, of[0].shape[3]))
@@ -134,7 +134,8 @@ class RWKV7(layer.Layer):
     o_BLHU = layers.recomputed(norm)(
         o_BLHU, self._vector('out_norm_scale', nn.initializers.ones, values),
         self._vector('out_norm_bias', nn.initializers.zeros, values))
-    bonus_HK = self._vector('bonus_scale', constant(-0.04), keys)[0, 0]
+    bonus_HK = self._vector(
+        'bonus_scale', nn.initializers.constant(-0.04), keys)[0, 0]
     o_BLHU += features.scaled(v_BLHU, features.dots(
         q_BLHK.astype(jnp.float32), features.weighted(k_BLHK, bonus_HK)))
     return self.joined(o_BLHU * gate_BLHU, ctx), cache
@@ -182,36 +183,23 @@ def shares(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
   return jnp.asarray([1 - part_D ** p for p in SHIFTED.values()], dtype)
 
 
-def decay_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
-  del key
-  n_HK = _place(shape) ** (1 + 0.5 ** 0.3)
-  return jnp.asarray(6 * n_HK - 5.5 + 2.5 * _zigzag(shape), dtype)
+def _by_place(value: Callable[[np.ndarray, np.ndarray], np.ndarray]
+              ) -> Callable[..., jax.Array]:
+  """Returns an initializer by a number from 0 to 1 for each feature of all
+  heads, and one from -1 to 1 for each feature of a head."""
+  def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
+    del key
+    place_HK = np.linspace(0, 1, int(np.prod(shape))).reshape(shape)
+    x_K = np.linspace(-1, 1, shape[1])
+    return jnp.asarray(value(place_HK, x_K * abs(x_K)), dtype)
+  return init
 
 
-def rate_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
-  del key
-  return jnp.asarray(-0.19 + 0.3 * _zigzag(shape) + 0.4 * (
-      _place(shape) - 0.5), dtype)
-
-
-def removal_scale(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
-  del key
-  return jnp.asarray(0.71 - 0.1 * (_place(shape) - 0.5), dtype)
-
-
-def constant(value: float) -> Callable:
-  return nn.initializers.constant(value)
-
-
-def _place(shape: tuple[int, ...]) -> np.ndarray:
-  """Returns a number from 0 to 1 for each feature of all heads."""
-  return np.linspace(0, 1, int(np.prod(shape))).reshape(shape)
-
-
-def _zigzag(shape: tuple[int, ...]) -> np.ndarray:
-  """Returns a number from -1 to 1 for each feature of a head."""
-  x_K = np.linspace(-1, 1, shape[1])
-  return x_K * abs(x_K)
+decay_bias = _by_place(
+    lambda n_HK, zigzag_K: 6 * n_HK ** (1 + 0.5 ** 0.3) - 5.5 + 2.5 * zigzag_K)
+rate_bias = _by_place(
+    lambda n_HK, zigzag_K: -0.19 + 0.3 * zigzag_K + 0.4 * (n_HK - 0.5))
+removal_scale = _by_place(lambda n_HK, _: 0.71 - 0.1 * (n_HK - 0.5))
 
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:

@@ -60,21 +60,16 @@ class ShortConv(nn.Module):
         batch_axes=(1,), **how)
     bcx_BLUI = sharding.constrain(bcx_BLUI, 'batch', 'length', None, 'mlp')
     b_BLI, c_BLI, x_BLI = (bcx_BLUI[:, :, i] for i in range(3))
-    w_WI = features.filters(self, 'conv', kernel, (kernel, D), (None, 'mlp'))
-    bias_1I = None
-    if self.config.short_conv.bias:
-      bias_1I = features.filters(self, 'conv_bias', kernel, (D,), ('mlp',))[
-          None]
-    z_BL1I, input_BW1I = features.convolve(  # of one head with I features
-        (b_BLI * x_BLI)[:, :, None], w_WI[:, None], bias_1I,
-        before_BWHK=cache and cache.input_BWI[:, :, None],
+    z_BLI, input_BWI = features.convolved(
+        self, 'conv', b_BLI * x_BLI, kernel, ('mlp',), how['with_bias'],
+        before_BWHK=cache and cache.input_BWI,
         segment_ids_BL=ctx.segment_ids_BL,
         valid_BL=None if cache is None else ctx.valid_BL)
     if cache is not None:
-      cache = State(input_BW1I[:, :, 0])
+      cache = State(input_BWI)
     return layers.dense(
-        self, 'out', 'BLI,ID->BLD', c_BLI * z_BL1I[:, :, 0], (D, D),
-        ('mlp', 'embed'), residual=True, **how), cache
+        self, 'out', 'BLI,ID->BLD', c_BLI * z_BLI, (D, D), ('mlp', 'embed'),
+        residual=True, **how), cache
 
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
