@@ -18,7 +18,7 @@ Exit code 2: a wrong request, such as a message for which the model has no
 room; 1: a failure.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
 import signal
 import sys
@@ -44,11 +44,7 @@ flags.DEFINE_integer('context', 2048, 'Tokens of the whole conversation; '
 flags.DEFINE_integer('max_new_tokens', 512, 'Tokens of an answer.', 1, 2**24)
 flags.DEFINE_integer('seed', 0, 'The seed of the draws.', 0, 2**32 - 1)
 for _flag in writing.SAMPLING:
-  _define: Callable = {int: flags.DEFINE_integer, float: flags.DEFINE_float,
-                       str: flags.DEFINE_string}[type(_flag.default)]
-  _define(_flag.name, None, _flag.help,
-          **({} if _flag.least is None else dict(lower_bound=_flag.least,
-                                                 upper_bound=_flag.most)))
+  _flag.define(None, _flag.help)
 
 NOTES = {'length': '[cut off at --max_new_tokens]',
          'context': '[the tokens of --context are full: /reset begins a new '

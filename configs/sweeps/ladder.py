@@ -11,8 +11,6 @@ longest run of the widest model takes about a minute on one CPU core. The fit:
 
 from configs.sweeps import helpers
 
-_WIDTHS = (24, 32, 48, 64, 96)
-_OTHER_WIDTHS, _OTHER_DEPTHS = (32, 64), (2, 8)
 _STEPS = (125, 250, 500)
 
 
@@ -23,11 +21,6 @@ def get_config():
 
 
 def sweep(add):
-  for width in _WIDTHS:  # at the depth of the base
-    for steps in _STEPS:
-      add(f'd{width}-{steps}', **{
-          'model.d_model': width, 'train.steps': steps,
-          'optim.lr': 4e-3 * 64 / width})
-  for name, changes in helpers.ladder(
-      _OTHER_WIDTHS, _OTHER_DEPTHS, _STEPS, lr=4e-3, at=64):
-    add(name, **changes)
+  for widths, depths in ((24, 32, 48, 64, 96), (4,)), ((32, 64), (2, 8)):
+    for name, changes in helpers.ladder(widths, depths, _STEPS, 4e-3, at=64):
+      add(name, **changes)

@@ -112,6 +112,15 @@ class Flag(NamedTuple):
   asks: bool = False
   needs: str = ''
 
+  def define(self, default: Any, text: str) -> None:
+    """Defines the flag with a default, and a sentence for --help."""
+    kinds: dict[type, Callable] = {
+        bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
+        float: flags.DEFINE_float, str: flags.DEFINE_string}
+    kinds[type(self.default)](self.name, default, text, **(
+        {} if self.least is None else
+        dict(lower_bound=self.least, upper_bound=self.most)))
+
 
 class Task(NamedTuple):
   """Something that can be measured of a checkpoint.
@@ -203,9 +212,6 @@ def readers(flag: str) -> dict[str, Flag]:
 
 def define_flags() -> None:
   """Defines the flags of all tasks; one that several read is defined once."""
-  define: dict[type, Callable] = {
-      bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
-      float: flags.DEFINE_float, str: flags.DEFINE_string}
   for name in dict.fromkeys(
       flag.name for row in TASKS.values() for flag in row.flags):
     read_by = readers(name)
@@ -213,10 +219,8 @@ def define_flags() -> None:
     flag = next(iter(read_by.values()))
     for reader, one in read_by.items():
       texts.setdefault(one.help, []).append(reader)
-    define[type(flag.default)](name, flag.default, ' '.join(
-        f'{", ".join(names)}: {text}' for text, names in texts.items()), **(
-            {} if flag.least is None else
-            dict(lower_bound=flag.least, upper_bound=flag.most)))
+    flag.define(flag.default, ' '.join(
+        f'{", ".join(names)}: {text}' for text, names in texts.items()))
 
 
 def described() -> str:
