@@ -143,7 +143,7 @@ def test_mixing_neither_adds_nor_takes():
   m = np.asarray(sinkhorn(2 * np.asarray(normal(0, 5, 1, N, N)), 50))
   np.testing.assert_allclose(m.sum(-2), 1, atol=1e-5)
   np.testing.assert_allclose(m.sum(-1), 1, atol=1e-3)
-  one = np.asarray(sinkhorn(normal(0, 1, 1, N, N), 1))
+  one = np.asarray(sinkhorn(2 * np.asarray(normal(0, 1, 1, N, N)), 2))
   np.testing.assert_allclose(one.sum(-2), 1, atol=1e-5)
   assert np.abs(one.sum(-1) - 1).max() > 1e-3
   grad = jax.jit(jax.grad(lambda z: blocks.sinkhorn(z, 20)[..., 0, 0].sum()))(

@@ -1,5 +1,6 @@
 """Attention to entries of several tokens: documents, decoding, and what counts.
-tests/parity compares layers with those of DeepSeek-V4."""
+Recordings of DeepSeek-V4 say what its layers compute
+(tests/training/hf/parity_test.py)."""
 
 import jax
 import jax.numpy as jnp
