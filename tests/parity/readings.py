@@ -68,15 +68,16 @@ def reading_findings(system: str) -> Iterator[compare.Finding]:
       try:
         config, notes = hf_config.fields_and_notes(changed)
         config = architectures.resolve(config)
+        theirs = _theirs(system, folder, inputs)
+        if theirs is None or not set(notes) <= known:  # else it is told
+          continue
         ours = first if exports.same(config, first[0]) else _ours(
             folder, changed, inputs)
       except RequestError:
         continue
-      theirs = _theirs(system, folder, inputs)
-      if theirs is not None and set(notes) <= known:  # else it is told
-        yield compare.Finding(
-            words, compare.worst(ours[1], theirs, inputs),
-            compare.LIMITS['output'])
+      yield compare.Finding(
+          words, compare.worst(ours[1], theirs, inputs),
+          compare.LIMITS['output'])
 
 
 def _ours(folder, tree, inputs):
