@@ -325,11 +325,6 @@ class ModelConfig:
     """Whether any layer is a mixture of experts."""
     return any(self.of_kind(name).ffn == 'moe' for name in self.kinds_used)
 
-  def layer_pattern(self) -> tuple[LayerKind, ...]:
-    """The kinds of layer in one period; layers repeat it."""
-    return next(section.kinds for section in self.sections(self.num_layers)
-                if section.name == 'layers')
-
   def sections(self, num_layers: int, *, causal: bool = True,
                cross: bool = False) -> tuple[Section, ...]:
     """The layers of a stack of so many: those before the first period, its

@@ -300,18 +300,12 @@ def _spec(*names: tuple[str, ...]) -> PartitionSpec:
   return PartitionSpec(*(n or None for n in names))
 
 
-def _gather(w: jax.Array, of: Names) -> jax.Array:
+def _along(each: Callable, w: jax.Array, of: Names) -> jax.Array:
+  """Joins, or scatters, along each axis that lies on some of the mesh's."""
   for axis, names in enumerate(of):
     if names:
-      w = join(w, axis, names)
+      w = each(w, axis, names)
   return w
-
-
-def _scatter(d: jax.Array, of: Names) -> jax.Array:
-  for axis, names in enumerate(of):
-    if names:
-      d = scatter(d, axis, names)
-  return d
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -444,12 +438,12 @@ def _on_each(local: Callable, of: Names, name: str, x: jax.Array,
   compute is on its way meanwhile: libtpu compiles it to a synchronous
   operation.
   """
-  return local(x, _gather(w, of))
+  return local(x, _along(join, w, of))
 
 
 def _on_each_fwd(local: Callable, of: Names, name: str, x: jax.Array,
                  w: jax.Array):
-  w = _gather(w, of)
+  w = _along(join, w, of)
   if name:
     w = checkpoint_name(w, name)
   return local(x, w), (x, w)
@@ -464,7 +458,7 @@ def _on_each_bwd(local: Callable, of: Names, name: str,
   matrix, d = jax.lax.optimization_barrier((matrix, d))
   dx, = jax.vjp(lambda x: local(x, w), x)[1](d)
   dw = _of_matrix(matrix, dw.shape, front)
-  return dx, _scatter(dw, of[:front] + ((),) + of[front + 1:])
+  return dx, _along(scatter, dw, of[:front] + ((),) + of[front + 1:])
 
 
 _on_each.defvjp(_on_each_fwd, _on_each_bwd)
@@ -533,7 +527,7 @@ def whole(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   if not any(ours):
     return w
   return jax.shard_map(
-      lambda w: _gather(w, ours), in_specs=_both(ours, others),
+      lambda w: _along(join, w, ours), in_specs=_both(ours, others),
       out_specs=_spec(*others), check_vma=False)(w)
 
 
@@ -547,7 +541,7 @@ def total(d_Q: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return constrain_if(d_Q.sum(0), *axes)
 
   def local(d_Q: jax.Array):
-    d = _scatter(d_Q.sum(0), ours)
+    d = _along(scatter, d_Q.sum(0), ours)
     rest = tuple(name for name in tokens if name not in weight_axes)
     return jax.lax.psum(d, rest) if rest else d
 

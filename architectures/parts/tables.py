@@ -450,7 +450,7 @@ def _check_pattern(c: ModelConfig) -> None:
   unused = ', '.join(name for name in c.kinds if name not in c.kinds_used)
   require(not unused,
           f'model.kinds has {unused}, which no layer is by {settings}')
-  period = len(c.layer_pattern())
+  period = len(layer_kinds.split(c.pattern)) or 1
   for field in ('num_layers', 'num_decoder_layers'):
     rest = getattr(c, field) - len(names['prefix'] + names['suffix'])
     require(rest > 0 and rest % period == 0, f'model.{field} is '

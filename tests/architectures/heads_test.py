@@ -124,7 +124,7 @@ def test_modules_are_those_of_the_oracle():
   for k in (1, 2):
     pair = np.concatenate([rms(embedded[:, k:], mtp[f'token_norm_{k}']),
                            rms(before[:, :L - k], mtp[f'hidden_norm_{k}'])], -1)
-    layer = skeletons.Period(c, (c.layer_pattern()[-1],))
+    layer = skeletons.Period(c, c.layer_kinds(c.num_layers)[-1:])
     one = jax.jit(lambda p, x, k=k, layer=layer: layer.apply(
         {'params': p}, (x, None), None,
         Context(jnp.arange(L - k)[None]))[0][0])

@@ -9,7 +9,6 @@ and its kinds of layer. Only its own page is imported.
 from collections.abc import Mapping
 import functools
 import importlib.util
-import operator
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -41,10 +40,9 @@ def unlike(model: ModelConfig) -> list[Difference]:
   """Returns the parts in which a resolved model is not the system that
   `model.arch` names, as that is at the size that is the nearest. A part that
   one of the two does not read is left out: what decides on it differs."""
-  fields = [name.split('.') for name in (*_parts(model.arch), 'kinds')]
-  distinct = {str([functools.reduce(operator.getitem, field, size)
-                   for field in fields]): size  # most sizes have equal parts
-              for size in _sizes(model.arch).values()}
+  fields = *_parts(model.arch), 'kinds'
+  distinct = {str([size[field] for field in fields]): size
+              for size in _sizes(model.arch).values()}  # most are alike
   return min((_unlike(model, _with_parts(model, size))
               for size in distinct.values()), key=len)
 
@@ -77,14 +75,14 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
   require(stack == theirs, f'model.arch {arch!r} stacks an {theirs} and '
           f'{ours.arch!r}, that of the base, an {stack}, which are not trained '
           f'alike: choose from {alike}'.replace('an decoder', 'a decoder'))
-  ours_flat, wanted = (run_config.flatten_dict(
-      {name: x for name, x in model.items() if name != 'kinds'})
-                 for model in (config.model.to_dict(), sizes[size]))
-  wanted = {name: x for name, x in wanted.items() if name not in KEPT}
+  before, wanted = (
+      {name: x for name, x in tables.flat(model).items()
+       if not name.startswith('kinds.') and name not in KEPT}
+      for model in (config.model, sizes[size]))
   target = config.copy_and_resolve_references()
   with target.unlocked():
     target.model.update_from_flattened_dict(wanted | {'arch': arch})
-    target.model.kinds = ml_collections.ConfigDict(sizes[size]['kinds'])
+    target.model.kinds = sizes[size].kinds.copy_and_resolve_references()
   try:
     silent = tables.unread(resolve_alone(target))
   except RequestError as error:
@@ -92,23 +90,23 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
                        f'base: {error}') from error
   differ = {'model.arch': arch} | {
       f'model.{name}': value for name, value in wanted.items()
-      if value != ours_flat[name] and name not in silent}
+      if value != before[name] and name not in silent}
   if target.model.kinds.to_dict() != config.model.kinds.to_dict():
     differ['model.kinds'] = target.model.kinds.to_dict()
   return differ
 
 
 @functools.cache
-def _sizes(arch: str) -> Mapping[str, Mapping[str, Any]]:
-  """Returns config.model of each size of a system, as a dict; of a system
-  without a file in configs/, what its page says."""
+def _sizes(arch: str) -> Mapping[str, ml_collections.ConfigDict]:
+  """Returns config.model of each size of a system; of a system without a file
+  in configs/, what its page says."""
   name = f'configs.{architectures.file_name(arch)}'
   if importlib.util.find_spec(name) is None:
     config = ml_collections.ConfigDict(tables.defaults())
     config.update(architectures.systems()[arch].PARTS, arch=arch)
-    return {'tiny': config.to_dict()}
+    return {'tiny': config}
   module = importlib.import_module(name)
-  return {size: module.get_config(size).model.to_dict()
+  return {size: module.get_config(size).model
           for size in getattr(module, 'SIZES', ('tiny',))}
 
 
@@ -125,15 +123,15 @@ def _parts(arch: str) -> tuple[str, ...]:
               or name.endswith(('_scale', '_softcap'))))])
 
 
-def _with_parts(model: ModelConfig, system: Mapping[str, Any]) -> ModelConfig:
+def _with_parts(model: ModelConfig, system: ml_collections.ConfigDict
+                ) -> ModelConfig:
   """Returns the model with the parts of a system, and sizes of its own."""
   fields = tables.as_dict(model)
   for field in _parts(model.arch):
     group, _, name = field.rpartition('.')
-    at, there = ((fields.setdefault(group, {}), system[group]) if group else
-                 (fields, system))
-    at[name] = there[name]
-  return tables.make(fields | {'kinds': system['kinds']})
+    at = fields.setdefault(group, {}) if group else fields
+    at[name] = system[field]
+  return tables.make(fields | {'kinds': system.kinds.to_dict()})
 
 
 def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
