@@ -31,8 +31,7 @@ from benchmarks import rival
 from benchmarks.worker import Worker, turns
 from configs import gpt
 from configs.errors import require
-from training import cli, objectives, preflight, runs
-from training.data import tokenizers
+from training import cli, preflight, runs
 from training.workdir import storage
 
 # What PyTorch may run: in bfloat16, with float32 parameters or without.
@@ -78,9 +77,6 @@ def main():
   if args.compare:
     rival.check(config)
     config = rival.alike(config)
-  if not config.model.vocab_size:
-    config.model.vocab_size = objectives.of(config).vocab_size(
-        config, tokenizers.load(config.data.tokenizer))
   if 'generate' in args.sections:
     stack = architectures.stack(runs.resolve_alone(config))
     require(stack == 'decoder', '--sections=generate needs a decoder, and '

@@ -5,6 +5,7 @@ A run needs one system, one objective and few tasks, of dozens.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+import functools
 import importlib
 import pkgutil
 import types
@@ -27,16 +28,10 @@ class Lazy(Mapping):
       read: a file -> its entries.
       without: files that have none.
     """
-    self._package, self._read = package, read
+    self._of = functools.cache(lambda file: read(
+        importlib.import_module(f'{package}.{file}')))
     self._files = [file.name for file in pkgutil.iter_modules(path)
                    if not file.ispkg and file.name not in without]
-    self._entries: dict[str, Mapping[str, Any]] = {}  # of each file
-
-  def _of(self, file: str) -> Mapping[str, Any]:
-    if file not in self._entries:
-      self._entries[file] = self._read(
-          importlib.import_module(f'{self._package}.{file}'))
-    return self._entries[file]
 
   def __getitem__(self, name: str) -> Any:
     for file in [name] * (name in self._files) + self._files:
