@@ -27,7 +27,7 @@ def config(system):
 def test_a_page_names_the_parts_that_its_config_has(system):
   model = run_config.flatten(config(system))
   usual = run_config.flatten(base.base().model)
-  parts = run_config.flatten_dict(architectures.systems()[model['arch']].PARTS)
+  parts = run_config.flatten(architectures.systems()[model['arch']].PARTS)
   changed = {
       name for name, value in model.items() if value != usual.get(name)
       and name in tables.FIELDS and tables.FIELDS[name].rule.about not in (

@@ -134,7 +134,7 @@ def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
             'train.steps for one held-out loss after the last step, or name '
             'a task in TASKS')
   model = cost.resolved(config)
-  before, after = (run_config.flatten_dict({'model': tables.as_dict(of)})
+  before, after = (run_config.flatten({'model': tables.as_dict(of)})
                    for of in (cost.resolved(sweep.base), model))
   # Model fields that were left open and that a change resolves otherwise.
   aside = {*point.changes, *(f'model.{name}' for name in tables.unread(model))}
@@ -187,7 +187,7 @@ def table(description: dict) -> str:
 
 
 def _differences(description: dict, point: dict) -> str:
-  base = run_config.flatten_dict(description['base_config'])
+  base = run_config.flatten(description['base_config'])
   changes = [f'{key}={_short(value)}' + ' (matched)' * (key in point['matched'])
              for key, value in point['changes'].items()
              if key not in base or value != base[key]]  # a new kind of layer

@@ -257,7 +257,7 @@ def read(workdir, description: Mapping[str, Any],
     description: what sweep.json holds.
     rows: the ledger's.
   """
-  base_config = run_config.flatten_dict(description['base_config'])
+  base_config = run_config.flatten(description['base_config'])
   states = {(row.point, row.seed): (row.state, row.error) for row in rows}
   points = tuple(_point(workdir, description, row, base_config, states)
                  for row in description['points'])

@@ -194,7 +194,7 @@ def _fixed(description: dict, points: Sequence[dict] = ()) -> dict:
 
 def differences(old: dict, new: dict) -> list[str]:
   """Returns the dotted names of what two trees of JSON have otherwise."""
-  before, after = (run_config.flatten_dict(json.loads(json.dumps(tree)))
+  before, after = (run_config.flatten(json.loads(json.dumps(tree)))
                    for tree in (old, new))
   return [name for name in {**before, **after}
           if before.get(name, run_config.MISSING)

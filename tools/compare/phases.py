@@ -298,7 +298,7 @@ def run_of(frozen: plans.Frozen, phase: str, variant: str, size: str,
 
 def shorten(changes: dict, base: dict, share: float) -> None:
   """Makes a run a share as long, with a whole schedule of its own."""
-  before = run_config.flatten_dict(base) | changes
+  before = run_config.flatten(base) | changes
   steps = before['train.steps']
   changes['train.steps'] = short = max(round(steps * share), 1)
   for field in ('optim.warmup_steps', 'optim.decay_steps'):

@@ -719,7 +719,7 @@ def config(c: Comparison) -> Table:
   """Every field of the config that all runs change."""
   return page.table('config', 'The config that all runs change', [
       {'field': label(name), 'value': Cell(value(x))}
-      for name, x in run_config.flatten_dict(c.frozen.base_config).items()
+      for name, x in run_config.flatten(c.frozen.base_config).items()
       if not name.startswith(ASIDE)])
 
 

@@ -404,7 +404,7 @@ def flat(config: ModelConfig) -> dict[str, Any]:
   """The fields that tell what is computed, by dotted name, of a model whose
   layers are all alike."""
   unused = {*tables.unread(config), *blocks.mixer_of(config).sources}
-  fields = run_config.flatten_dict(tables.as_dict(config))
+  fields = run_config.flatten(tables.as_dict(config))
   return {name: value for name, value in fields.items()
           if name not in unused
           and not (name in tables.FIELDS and tables.FIELDS[name].rule.about in (

@@ -160,14 +160,11 @@ def as_read(config: ml_collections.ConfigDict, model: ModelConfig,
   return tree
 
 
-def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns {'model.d_model': 128, ...}."""
-  return flatten_dict(config.to_dict())
-
-
-def flatten_dict(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns the leaves of nested dicts by their dotted names."""
-  return tables.flat(tree, prefix)
+def flatten(tree: Mapping[str, Any] | ml_collections.ConfigDict
+            ) -> dict[str, Any]:
+  """Returns {'model.d_model': 128, ...}, of a config or of nested dicts.
+  """
+  return tables.flat(tree)
 
 
 # Changes of a config half-way.

@@ -95,7 +95,7 @@ def test_what_print_config_prints_is_that_config(system):
   assert printed['model']['vocab_size'] == 384
   assert printed['model']['head_dim'] == (
       config.model.head_dim or config.model.d_model // config.model.num_heads)
-  assert run_config.flatten_dict(printed).keys() <= (
+  assert run_config.flatten(printed).keys() <= (
       run_config.flatten(config).keys())
 
 
