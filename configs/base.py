@@ -303,9 +303,8 @@ class Run:
 
 
 # All fields of a config by dotted name, but those of kinds of layer.
-FIELDS: dict[str, Leaf] = {leaf.name: leaf for leaf in leaves(Run)} | {
-    f'model.{name}': leaf._replace(name=f'model.{name}')
-    for name, leaf in tables.FIELDS.items()}
+FIELDS: dict[str, Leaf] = leaves(Run) | {
+    f'model.{name}': leaf for name, leaf in tables.FIELDS.items()}
 
 
 # What is said of each.

@@ -90,8 +90,7 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
 
 
 class Leaf(NamedTuple):
-  """A declared field by its dotted name."""
-  name: str
+  """A declared field."""
   default: Any
   rule: Rule
 
@@ -100,15 +99,16 @@ class Leaf(NamedTuple):
     return type(self.default)
 
 
-def leaves(group: type, prefix: str = '') -> list[Leaf]:
-  """Returns the fields that a group declares, and those of groups in it."""
-  found = []
+def leaves(group: type, prefix: str = '') -> dict[str, Leaf]:
+  """Returns the fields that a group declares, and those of groups in it, by
+  their dotted names."""
+  found = {}
   for field_ in dataclasses.fields(group):
+    name = prefix + field_.name
     if dataclasses.is_dataclass(field_.default_factory):
-      found += leaves(field_.default_factory, f'{prefix}{field_.name}.')
+      found |= leaves(field_.default_factory, f'{name}.')
     elif 'rule' in field_.metadata:
-      found.append(Leaf(prefix + field_.name, field_.default,
-                        field_.metadata['rule']))
+      found[name] = Leaf(field_.default, field_.metadata['rule'])
   return found
 
 

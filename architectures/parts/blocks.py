@@ -165,8 +165,8 @@ MIXERS = {
             set() if c.kv_sharing else
             {'key'} if c.keys_as_values else {'key', 'value'}) | (
                 multi_head.gate_products(c.attention_gate)),
-        fields=('num_kv_heads', 'attention_gate', *SCORES, *(
-            leaf.name for leaf in leaves(multi_head.AttentionConfig))),
+        fields=('num_kv_heads', 'attention_gate', *SCORES,
+                *leaves(multi_head.AttentionConfig)),
         divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads')),
         check=multi_head.check),
     'latent': Mixer(

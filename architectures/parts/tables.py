@@ -94,8 +94,9 @@ Model = dataclasses.make_dataclass(
 Model.__module__ = __name__
 # All fields of config.model but `kinds`, by dotted name.
 FIELDS: dict[str, declared.Leaf] = {
-    leaf.name: leaf for group, settings in {'': Model, **GROUPS}.items()
-    for leaf in declared.leaves(settings, f'{group}.'.lstrip('.'))}
+    name: leaf for group, settings in {'': Model, **GROUPS}.items()
+    for name, leaf in declared.leaves(
+        settings, f'{group}.'.lstrip('.')).items()}
 # The fields of a kind of layer, and of the model what each stands for.
 OF_LAYERS = {name: name for name, leaf in FIELDS.items()
              if leaf.rule.of_layers} | {'window': 'sliding_window',

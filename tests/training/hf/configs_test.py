@@ -169,9 +169,9 @@ def test_a_zero_that_is_a_choice_is_read_and_written(tree, fields):
 def test_how_a_model_is_trained_is_no_matter_of_its_export(system):
   hf_config.write(architectures.resolve(models.config(
       system, moe=dict(bias_rate=0.0), head_dim=8)))
-  for leaf in tables.FIELDS.values():
+  for name, leaf in tables.FIELDS.items():
     if leaf.rule.resume in (declared.REGULARISATION, declared.AT_START):
-      assert leaf.rule.about in (declared.RUN, declared.RECIPE), leaf.name
+      assert leaf.rule.about in (declared.RUN, declared.RECIPE), name
 
 
 # What a field may hold by mistake, of every type that JSON has.
