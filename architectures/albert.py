@@ -45,10 +45,8 @@ HF = hf.HuggingFace(
                   'D U'),
         *hf.under(
             'encoder/layers', LAYERS,
-            *hf.dense('attention/query', 'DHK', 'attention.query', 'HK D'),
-            *hf.dense('attention/key', 'DHK', 'attention.key', 'HK D'),
-            *hf.dense('attention/value', 'DHK', 'attention.value', 'HK D'),
-            *hf.dense('attention/out', 'HKD', 'attention.dense', 'D HK'),
+            *hf.under('attention', 'attention', *hf.attention(
+                'query', 'key', 'value', 'dense')),
             *hf.norm('attention_norm', 'attention.LayerNorm'),
             *hf.dense('ffn/up', 'DF', 'ffn', 'F D'),
             *hf.dense('ffn/down', 'FD', 'ffn_output', 'D F'),

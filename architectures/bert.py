@@ -69,10 +69,8 @@ def stack(name: str) -> tuple[hf.Row, ...]:
           *hf.norm('norm', 'LayerNorm')),
       *hf.under(
           'encoder/layers', f'{name}.encoder.layer.{{n}}',
-          *hf.dense('attention/query', 'DHK', 'attention.self.query', 'HK D'),
-          *hf.dense('attention/key', 'DHK', 'attention.self.key', 'HK D'),
-          *hf.dense('attention/value', 'DHK', 'attention.self.value', 'HK D'),
-          *hf.dense('attention/out', 'HKD', 'attention.output.dense', 'D HK'),
+          *hf.under('attention', 'attention', *hf.attention(
+              'self.query', 'self.key', 'self.value', 'output.dense')),
           *hf.norm('attention_norm', 'attention.output.LayerNorm'),
           *hf.dense('ffn/up', 'DF', 'intermediate.dense', 'F D'),
           *hf.dense('ffn/down', 'FD', 'output.dense', 'D F'),

@@ -77,11 +77,10 @@ HF = hf.HuggingFace(
          'deberta.encoder.rel_embeddings.weight', 'U D'),
         *hf.norm('encoder/disentangled/norm', 'deberta.encoder.LayerNorm'),
         *hf.under(
-            'encoder/layers', 'deberta.encoder.layer.{n}', *(
-                row for name in ('query', 'key', 'value') for row in hf.dense(
-                    f'attention/{name}', 'DHK', f'attention.self.{name}_proj',
-                    'HK D')),
-            *hf.dense('attention/out', 'HKD', 'attention.output.dense', 'D HK'),
+            'encoder/layers', 'deberta.encoder.layer.{n}',
+            *hf.under('attention', 'attention', *hf.attention(
+                'self.query_proj', 'self.key_proj', 'self.value_proj',
+                'output.dense')),
             *hf.norm('attention_norm', 'attention.output.LayerNorm'),
             *hf.dense('ffn/up', 'DF', 'intermediate.dense', 'F D'),
             *hf.dense('ffn/down', 'FD', 'output.dense', 'D F'),

@@ -55,11 +55,8 @@ def head_norms(axis: str = 'K', norm: str = 'scale') -> tuple[hf.Row, ...]:
 
 def attention(*more: hf.Row) -> tuple[hf.Row, ...]:
   """Returns the rows of a layer's attention, and `more` of it."""
-  return hf.under(
-      'attention', 'self_attn', *hf.dense('query', 'DHK', 'q_proj', 'HK D'),
-      *hf.dense('key', 'DJK', 'k_proj', 'JK D'),
-      *hf.dense('value', 'DJK', 'v_proj', 'JK D'),
-      *hf.dense('out', 'HKD', 'o_proj', 'D HK'), *more)
+  return hf.under('attention', 'self_attn', *hf.attention(
+      'q_proj', 'k_proj', 'v_proj', 'o_proj', 'J'), *more)
 
 
 FFN = (*hf.dense('gate', 'DF', 'gate_proj', 'F D'),

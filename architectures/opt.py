@@ -10,7 +10,7 @@ The 350M model is another: its norms stand on sums, and its embedding is
 narrower than its layers.
 """
 
-from architectures import gpt
+from architectures import gpt, transformer
 from architectures.parts import hf
 from architectures.parts.skeletons import Decoder
 
@@ -35,10 +35,7 @@ HF = hf.HuggingFace(
         *hf.under(
             'decoder/layers', 'model.decoder.layers.{n}',
             *hf.norm('attention_norm', 'self_attn_layer_norm'),
-            *hf.dense('attention/query', 'DHK', 'self_attn.q_proj', 'HK D'),
-            *hf.dense('attention/key', 'DHK', 'self_attn.k_proj', 'HK D'),
-            *hf.dense('attention/value', 'DHK', 'self_attn.v_proj', 'HK D'),
-            *hf.dense('attention/out', 'HKD', 'self_attn.out_proj', 'D HK'),
+            *transformer.attention('attention', 'self_attn'),
             *hf.norm('ffn_norm', 'final_layer_norm'),
             *hf.dense('ffn/up', 'DF', 'fc1', 'F D'),
             *hf.dense('ffn/down', 'FD', 'fc2', 'D F')),

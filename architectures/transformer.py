@@ -38,12 +38,9 @@ class Transformer(EncoderDecoder):
 
 
 def attention(ours: str, theirs: str) -> tuple[hf.Row, ...]:
-  """Returns the rows of one attention, which GShard has too."""
-  return hf.under(
-      ours, theirs, *hf.dense('query', 'DHK', 'q_proj', 'HK D'),
-      *hf.dense('key', 'DHK', 'k_proj', 'HK D'),
-      *hf.dense('value', 'DHK', 'v_proj', 'HK D'),
-      *hf.dense('out', 'HKD', 'out_proj', 'D HK'))
+  """Returns the rows of one attention, which GShard and OPT have too."""
+  return hf.under(ours, theirs, *hf.attention(
+      'q_proj', 'k_proj', 'v_proj', 'out_proj'))
 
 
 def layers(stack: str, *rows: hf.Row) -> tuple[hf.Row, ...]:

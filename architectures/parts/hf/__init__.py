@@ -235,6 +235,17 @@ def dense(ours: str, axes: str, theirs: str, their_axes: str
           (biases, experts + re.sub(r'\d', '', out), f'{theirs}.bias', out))
 
 
+def attention(query: str, key: str, value: str, out: str, kv_heads: str = 'H'
+              ) -> tuple[Row, ...]:
+  """Returns the rows of attention's matrices and biases, of which theirs are
+  called so. `kv_heads` is the axis of the heads of keys and values."""
+  kv = f'{kv_heads}K'
+  return (*dense('query', 'DHK', query, 'HK D'),
+          *dense('key', f'D{kv}', key, f'{kv} D'),
+          *dense('value', f'D{kv}', value, f'{kv} D'),
+          *dense('out', 'HKD', out, 'D HK'))
+
+
 # hidden_act: our ffn. Where two names mean one function, export takes the
 # first. gelu_fast and gelu_new are the same tanh approximation.
 FFNS = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
