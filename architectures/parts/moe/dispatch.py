@@ -56,7 +56,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from architectures.parts import sharding
+from architectures.parts import layers, sharding
 from architectures.parts.layers import Hidden, mix
 from architectures.parts.moe import grouped, routing
 from architectures.parts.moe.routing import MoEConfig, Routing, ranks
@@ -100,23 +100,11 @@ class Dropout:
     return keep_PF / (1 - self.rate)
 
 
-def _batched_product(spec: str, x: jax.Array, m: jax.Array) -> jax.Array:
-  """In x's dtype; on CPU XLA has no batched product of bfloat16."""
-  def wide(x: jax.Array, m: jax.Array):
-    return jnp.einsum(spec, x.astype(jnp.float32), m.astype(jnp.float32)
-                      ).astype(x.dtype)
-  def narrow(x: jax.Array, m: jax.Array):
-    return jnp.einsum(spec, x, m)
-  if x.dtype == jnp.float32:
-    return narrow(x, m)
-  return jax.lax.platform_dependent(x, m, cpu=wide, default=narrow)
-
-
 def batched(rows_ECD: jax.Array, w: Weights, hidden: Hidden,
             mask_ECF: Optional[jax.Array] = None) -> jax.Array:
   """Every expert on its own C rows."""
   add = lambda x, b: x if b is None else x + b[:, None]
-  product = _batched_product
+  product = lambda spec, x, m: layers.einsum(spec, x, m, x.dtype)
   pre = [add(product('ECD,EDF->ECF', rows_ECD, w.up_EDF), w.up_bias_EF)]
   if hidden.gated:
     pre.append(add(product('ECD,EDF->ECF', rows_ECD, w.gate_EDF),

@@ -315,19 +315,12 @@ def normalize(gate_TX: jax.Array) -> jax.Array:
 
 
 def topk(m: MoEConfig, x: Inputs) -> Routing:
-  probs_TE = jax.nn.softmax(x.logits_TE, -1)
-  expert_TX = _best(_of_best_groups(m, x.logits_TE, best=1), m.top_k)
-  gate_TX = _chosen(probs_TE, expert_TX)
-  if m.normalize_gates:
-    gate_TX = normalize(gate_TX)
-  return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
+  return _by_softmax(m, x, _best(
+      _of_best_groups(m, x.logits_TE, best=1), m.top_k))
 
 
 def switch(m: MoEConfig, x: Inputs) -> Routing:
-  del m  # one choice, its gate the probability
-  probs_TE = jax.nn.softmax(x.logits_TE, -1)
-  expert_TX = _best(x.logits_TE, 1)
-  return _routing(expert_TX, _chosen(probs_TE, expert_TX), probs_TE, x.valid_T)
+  return _by_softmax(m, x, _best(x.logits_TE, 1))
 
 
 def gshard(m: MoEConfig, x: Inputs) -> Routing:
@@ -349,16 +342,27 @@ def scored(score: Callable[[jax.Array], jax.Array], m: MoEConfig, x: Inputs
   if x.bias_E is not None:
     ranked_TE = _of_best_groups(
         m, scores_TE + jax.lax.stop_gradient(x.bias_E)[None], best=2)
-  return _weighed(m, x, scores_TE, _best(ranked_TE, m.top_k))
+  return _by_scores(m, x, _best(ranked_TE, m.top_k), scores_TE)
 
 
-def _weighed(m: MoEConfig, x: Inputs, scores_TE: jax.Array,
-             expert_TX: jax.Array) -> Routing:
-  """Experts that weigh by their scores."""
+def _by_softmax(m: MoEConfig, x: Inputs, expert_TX: jax.Array) -> Routing:
+  """Experts that weigh by the softmax of the logits."""
+  probs_TE = jax.nn.softmax(x.logits_TE, -1)
+  return _weighed(m, x, expert_TX, probs_TE, probs_TE)
+
+
+def _by_scores(m: MoEConfig, x: Inputs, expert_TX: jax.Array,
+               scores_TE: jax.Array) -> Routing:
+  """Experts that weigh by scores of each by itself."""
+  return _weighed(m, x, expert_TX, scores_TE,
+                  scores_TE / scores_TE.sum(-1, keepdims=True))
+
+
+def _weighed(m: MoEConfig, x: Inputs, expert_TX: jax.Array,
+             scores_TE: jax.Array, probs_TE: jax.Array) -> Routing:
   gate_TX = _chosen(scores_TE, expert_TX)
   if m.normalize_gates:
     gate_TX = normalize(gate_TX)
-  probs_TE = scores_TE / scores_TE.sum(-1, keepdims=True)
   return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
 
 
@@ -390,18 +394,13 @@ def balanced(logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:
 
 
 def sinkhorn(m: MoEConfig, x: Inputs) -> Routing:
-  probs_TE = jax.nn.softmax(x.logits_TE, -1)
   scores_TE = x.logits_TE
   if x.train:
     shape = (x.groups, -1, m.all_experts)
     scores_TE = jax.vmap(balanced)(
         scores_TE.reshape(shape), x.valid_T.reshape(shape[:2])
     ).reshape(scores_TE.shape)
-  expert_TX = _best(scores_TE, m.top_k)
-  gate_TX = _chosen(probs_TE, expert_TX)
-  if m.normalize_gates:
-    gate_TX = normalize(gate_TX)
-  return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
+  return _by_softmax(m, x, _best(scores_TE, m.top_k))
 
 
 def expert_choice(m: MoEConfig, x: Inputs) -> Routing:
@@ -446,7 +445,7 @@ def hash_(m: MoEConfig, x: Inputs) -> Routing:
 
 
 def hash_scored(m: MoEConfig, x: Inputs) -> Routing:
-  return _weighed(m, x, sqrt_softplus(x.logits_TE), x.expert_TX)
+  return _by_scores(m, x, x.expert_TX, sqrt_softplus(x.logits_TE))
 
 
 def uniform(m: MoEConfig, x: Inputs) -> Routing:
