@@ -362,19 +362,15 @@ class Position(NamedTuple):
       `name`, stand beside the table of tokens.
     rotate: (x_BLHK, positions_BL, config, how many tokens the rows have, as
       of `rope_frequencies`) -> x_BLHK, of queries and of keys.
-    bias: (config, q_positions_BL, k_positions_BM) -> [B, H, L, M], added to the
-      scores, in each layer anew.
     score_factor: config -> what multiplies the scores.
-    stack_bias: the same once for all layers of a stack: a module of (config,
-      causal), called with both positions. Its parameters stand in the stack,
-      under the encoding's name and '_bias'.
-    layer_bias: such a module of each layer's own. Its parameters stand in the
-      layer's attention, under 'relative_bias'.
-    stack_table: a module of (config) that makes, once for all layers of a
-      stack, what `content_bias` reads: ctx.table_UD. Its parameters stand in
-      the stack, under the encoding's name.
-    content_bias: (the layer's attention, its input, queries, keys,
+    layer_bias: (the layer's attention, its input, queries, keys,
       k_positions_BM, ctx) -> [B, H, L, M], added to the scores.
+    stack_bias: the same once for all layers of a stack: a module of (config,
+      causal), called with the positions of queries and of keys. Its parameters
+      stand in the stack, under the encoding's name and '_bias'.
+    stack_table: a module of (config) that makes, once for all layers of a
+      stack, what `layer_bias` reads: ctx.table_UD. Its parameters stand in the
+      stack, under the encoding's name.
     settings: the group of fields of config.model that it reads.
     check: (config, stack) -> None; raises RequestError for fields that do not
       fit together. `stack` is what architectures.stack returns.
@@ -386,11 +382,9 @@ class Position(NamedTuple):
   """
   embed: Optional[Callable] = None
   rotate: Optional[Callable] = None
-  bias: Optional[Callable] = None
+  layer_bias: Optional[Callable] = None
   stack_bias: Optional[type[nn.Module]] = None
-  layer_bias: Optional[type[nn.Module]] = None
   stack_table: Optional[type[nn.Module]] = None
-  content_bias: Optional[Callable] = None
   score_factor: Callable[[ModelConfig], float] = lambda c: 1.0
   settings: Optional[type] = None
   check: Callable[[ModelConfig, str], None] = lambda c, stack: None
@@ -400,8 +394,7 @@ class Position(NamedTuple):
   @property
   def has_bias(self) -> bool:
     """Whether scores have a bias, which fused kernels do not add."""
-    return bool(self.bias or self.stack_bias or self.layer_bias
-                or self.content_bias)
+    return bool(self.stack_bias or self.layer_bias)
 
 
 def of(c: ModelConfig) -> Position:
@@ -541,6 +534,12 @@ def alibi(q_positions_BL: jax.Array, k_positions_BM: jax.Array,
   return -slopes[None, :, None, None] * distance_BLM[:, None]
 
 
+def _alibi(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
+           k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
+           ) -> jax.Array:
+  return alibi(ctx.positions_BL, k_positions_BM, q_BLHK.shape[2])
+
+
 def relative_bucket(offset: jax.Array, *, bidirectional: bool, buckets: int,
                     max_distance: int) -> jax.Array:
   """T5's bucket of key position minus query position.
@@ -581,6 +580,13 @@ class RelativeBias(nn.Module):
         max_distance=c.relative.max_distance)
     bias_BHLM = jnp.moveaxis(table[bucket_BLM], -1, 1).astype(jnp.float32)
     return sharding.constrain(bias_BHLM, None, 'heads', 'length', None)
+
+
+def _relative_by_layer(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
+                       k_BMJK: jax.Array, k_positions_BM: jax.Array,
+                       ctx: Context) -> jax.Array:
+  return RelativeBias(module.config, module.kind.causal, name='relative_bias')(
+      ctx.positions_BL, k_positions_BM)
 
 
 def _check_relative(c: ModelConfig, stack: str) -> None:
@@ -645,7 +651,7 @@ def _check_profiles(c: ModelConfig, stack: str) -> None:
 
 POSITIONS = {
     'disentangled': Position(
-        stack_table=disentangled.Distances, content_bias=disentangled.bias,
+        stack_table=disentangled.Distances, layer_bias=disentangled.bias,
         score_factor=lambda c: 3 ** -0.5, check=disentangled.check,
         settings=disentangled.DisentangledConfig),
     'learned': Position(
@@ -658,16 +664,15 @@ POSITIONS = {
         rotate=rotate,
         score_factor=lambda c: SCALINGS[c.rope.scaling].score_factor(c.rope),
         check=check_rope, longer=_longer_rope, settings=RopeConfig),
-    'alibi': Position(bias=lambda c, q_positions_BL, k_positions_BM: alibi(
-        q_positions_BL, k_positions_BM, c.num_heads)),
+    'alibi': Position(layer_bias=_alibi),
     'relative': Position(
         stack_bias=RelativeBias, check=_check_relative,
         settings=RelativeConfig),
     'relative_by_layer': Position(
-        layer_bias=RelativeBias, check=_check_relative,
+        layer_bias=_relative_by_layer, check=_check_relative,
         settings=RelativeConfig),
     'relative_by_token': Position(
-        content_bias=_by_token, check=_check_profiles,
+        layer_bias=_by_token, check=_check_profiles,
         settings=ProfilesConfig),
     'none': Position(),
 }

@@ -262,12 +262,12 @@ class LoopsConfig:
         self, depth=self.depth or c.num_layers + (self.passes - 1) * once)
 
 
-def _concat(module: nn.Module, state_BLD: jax.Array, input_BLD: jax.Array
-            ) -> jax.Array:
+def _concat(module: nn.Module, one_BLD: jax.Array, other_BLD: jax.Array,
+            name: str = 'join') -> jax.Array:
   c, axes = module.config, ('mlp', 'embed')  # type: ignore[attr-defined]
-  w_UD = layers.weight(module, 'join', (2 * c.d_model, c.d_model), axes)
+  w_UD = layers.weight(module, name, (2 * c.d_model, c.d_model), axes)
   return layers.einsum(
-      'BLU,UD->BLD', jnp.concatenate([state_BLD, input_BLD], -1), w_UD,
+      'BLU,UD->BLD', jnp.concatenate([one_BLD, other_BLD], -1), w_UD,
       c.compute_dtype, axes=axes, keep=False)
 
 
@@ -547,14 +547,10 @@ class Mtp(nn.Module):
     for depth in range(1, c.mtp_depth + 1):
       depth_ctx = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1),
                               routed_BL=_followed(ctx, depth))
-      both_BLU = jnp.concatenate([
-          norm(c, f'token_norm_{depth}')(jnp.roll(embedded_BLD, -depth, 1)),
-          norm(c, f'hidden_norm_{depth}')(x_BLD)], -1)
-      axes = 'mlp', 'embed'
-      w_UD = layers.weight(self, f'join_{depth}', (2 * c.d_model, c.d_model),
-                           axes)
-      x_BLD = residual(layers.einsum('BLU,UD->BLD', both_BLU, w_UD,
-                                     c.compute_dtype, axes=axes, keep=False))
+      x_BLD = residual(_concat(
+          self, norm(c, f'token_norm_{depth}')(
+              jnp.roll(embedded_BLD, -depth, 1)),
+          norm(c, f'hidden_norm_{depth}')(x_BLD), f'join_{depth}'))
       x = blocks.begin_streams(c, x_BLD, branches(c, (kind,)))
       depth_ctx = _with_distances(c, kind, depth_ctx, ctx.positions_BL,
                                   f'_{depth}')
@@ -982,7 +978,7 @@ def _gather_aux(sections: tuple) -> dict:
   auxes = [aux for section in sections for aux in section]
   if not auxes:
     return {}
-  losses = _summed([aux['losses'] for aux in auxes], jnp.sum, 0)
+  losses = _summed([jax.tree.map(jnp.sum, aux['losses']) for aux in auxes])
 
   def stack(name: str) -> dict:  # of the layers that have experts
     there = [[aux[name] for aux in section if aux.get(name)]
@@ -1010,11 +1006,9 @@ def _by_layer(sections: list[list[jax.Array]]) -> jax.Array:
 _NOTHING: dict[str, dict] = {'losses': {}, 'health': {}, 'loads': {}}
 
 
-def _summed(losses: list[dict], each: Callable = lambda x: x, *first: int
-            ) -> dict:
+def _summed(losses: list[dict]) -> dict:
   """Returns the sums of losses by name, which not all have."""
-  return {name: functools.reduce(operator.add, (
-      each(x[name]) for x in losses if name in x), *first)
+  return {name: sum(x[name] for x in losses if name in x)
           for name in sorted(set().union(*losses))}
 
 
@@ -1031,11 +1025,8 @@ def _join_aux(encoder: dict, decoder: dict) -> dict:
   joined = decoder | {name: (*encoder[name], *decoder[name])
                       for name in ('layers', 'attention') if name in decoder}
   if 'losses' in decoder:
-    joined = joined | {
-        name: _with_losses(encoder, decoder)[name] for name in (
-            'losses', 'loads')} | {'health': jax.tree.map(
-                lambda *x: jnp.concatenate(x), encoder['health'],
-                decoder['health'])}
+    joined = _with_losses(joined, encoder) | {'health': jax.tree.map(
+        lambda *x: jnp.concatenate(x), encoder['health'], decoder['health'])}
   if 'experts' in decoder:
     joined['experts'] = {name: (*encoder['experts'][name], *x)
                          for name, x in decoder['experts'].items()}

@@ -92,7 +92,7 @@ def windows(ctx: Context, L: int, rate: int, slots: int, cached: bool
   end_BW = stop_BW = number_BW * rate + rate - 1
   if ids_BL is not None:
     at_1L = jnp.arange(L)[None]
-    place_BL = at_1L - _start(ids_BL)
+    place_BL = at_1L - features.starts(ids_BL)
     end_BW = jax.vmap(jnp.searchsorted, (0, None))(
         jnp.cumsum((place_BL + 1) % rate == 0, 1), number_BW[0] + 1)
     stop_BW = _take(place_BL, end_BW)
@@ -102,13 +102,6 @@ def windows(ctx: Context, L: int, rate: int, slots: int, cached: bool
       jnp.clip(end_BW[..., None] + before_1S + last - first, 0, last + L - 1),
       stop_BW[..., None] + before_1S >= 0, number_BW, end_BW,
       (end_BW if cached else _take(positions_BL, end_BW)) - rate + 1)
-
-
-def _start(ids_BL: jax.Array) -> jax.Array:
-  """Returns where the document of each token begins."""
-  new_BL = jnp.diff(ids_BL, prepend=ids_BL[:, :1]) != 0
-  return jax.lax.cummax(
-      jnp.where(new_BL, jnp.arange(ids_BL.shape[1])[None], 0), axis=1)
 
 
 def _take(x_BL: jax.Array, at_BW: jax.Array) -> jax.Array:
@@ -285,7 +278,8 @@ class SWA(Attention):
               at.end_BW)
     seen_BLW = end_BW[:, None] <= q_BL[:, :, None]
     if ctx.segment_ids_BL is not None:
-      seen_BLW &= end_BW[:, None] >= _start(ctx.segment_ids_BL)[:, :, None]
+      seen_BLW &= end_BW[:, None] >= features.starts(
+          ctx.segment_ids_BL)[:, :, None]
     if c.mixer == 'csa':
       index = indexer.Indexer(c, 'latent', name='indexer')(
           x_BLD, asks_BLU, ctx, turn=lambda q_BLHK, ctx: turn(

@@ -222,8 +222,7 @@ def scored(c: ModelConfig, index: Index, ids_BM: Optional[jax.Array]) -> Scored:
   if not size:
     return Scored(scores(index))
   at_1M = jnp.arange(keys)[None]
-  first_BM = 0 if ids_BM is None else jax.lax.cummax(jnp.where(jnp.pad(
-      ids_BM[:, 1:] != ids_BM[:, :-1], ((0, 0), (1, 0))), at_1M, 0), 1)
+  first_BM = 0 if ids_BM is None else features.starts(ids_BM)
   ends_BM = (at_1M - first_BM) % size == size - 1
   last_BN = jnp.sort(jnp.where(ends_BM, at_1M, keys))[:, :max(keys // size, 1)]
   key_BNJK = jnp.take_along_axis(

@@ -353,11 +353,8 @@ _times_values.defvjp(lambda p, v: (_times_values(p, v), (p, v)),
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: _How, q_BJRLK: jax.Array, k_BJMK: jax.Array, v_BJMK: jax.Array,
-            bias_BJRLM: Optional[jax.Array], sink_1JR11: Optional[jax.Array],
-            mask_BLM: Optional[jax.Array], key: Optional[jax.Array]):
-  return _attend_fwd(how, q_BJRLK, k_BJMK, v_BJMK, bias_BJRLM, sink_1JR11,
-                     mask_BLM, key)[0]
+def _attend(how: _How, *arrays: Optional[jax.Array]):
+  return _attend_fwd(how, *arrays)[0]
 
 
 def _attend_fwd(how: _How, q_BJRLK: jax.Array, k_BJMK: jax.Array,

@@ -279,14 +279,9 @@ class Attention(nn.Module):
                   ) -> Optional[jax.Array]:
     """Returns the bias on the scores that a layer makes itself; None: there is
     none."""
-    c, row = self.config, positions.of(self.config)
-    if row.layer_bias and not self.cross:
-      return row.layer_bias(c, self.kind.causal, name='relative_bias')(
-          ctx.positions_BL, k_positions_BM)
-    if row.content_bias and not self.cross:
-      return row.content_bias(self, x_BLD, q_BLHK, k_BMJK, k_positions_BM,
-                              ctx)
-    return None
+    bias = positions.of(self.config).layer_bias
+    return bias(self, x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx) if (
+        bias and not self.cross) else None
 
   def _mask(self, k_positions_BM: jax.Array, ctx: Context):
     """Returns the mask as a kernel takes it and written out, and the bias."""
@@ -303,8 +298,6 @@ class Attention(nn.Module):
         self.kind, c, ctx.positions_BL, k_positions_BM, ids_BL, ids_BL,
         ctx.prefix_B)
     bias_BHLM = ctx.bias_BHLM if positions.of(c).stack_bias else None
-    if positions.of(c).bias:
-      bias_BHLM = positions.of(c).bias(c, ctx.positions_BL, k_positions_BM)
     rule = kernels.RULES[self.kind.attention]
     ids_BL = kernels.parts(self.kind, c, ctx.positions_BL, ids_BL)
     mask = kernels.Mask(

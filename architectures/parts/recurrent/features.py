@@ -184,6 +184,18 @@ def _filtered(all_BMHK: jax.Array, w_WHK: jax.Array,
           _taps(len(w_WHK), all_BMHK.shape[1], apart)))
 
 
+def begins(ids_BL: jax.Array) -> jax.Array:
+  """Returns bool, [B, L]: whether a document begins, but for the first of a
+  row."""
+  return jnp.pad(ids_BL[:, 1:] != ids_BL[:, :-1], ((0, 0), (1, 0)))
+
+
+def starts(ids_BL: jax.Array) -> jax.Array:
+  """Returns where the document of each token begins."""
+  return jax.lax.cummax(jnp.where(
+      begins(ids_BL), jnp.arange(ids_BL.shape[1])[None], 0), axis=1)
+
+
 def of_one_document(x_BLHK: jax.Array, segment_ids_BL: Optional[jax.Array],
                      gap: int) -> jax.Array:
   """Returns x, and 0 where the token `gap` places before is of another
@@ -194,12 +206,6 @@ def of_one_document(x_BLHK: jax.Array, segment_ids_BL: Optional[jax.Array],
                     ((0, 0), (min(gap, x_BLHK.shape[1]), 0)))
   return jnp.where(same_BL.reshape(
       *same_BL.shape, *(1 for _ in x_BLHK.shape[2:])), x_BLHK, 0)
-
-
-def _filtered_fwd(all_BMHK: jax.Array, w_WHK: jax.Array,
-                  segment_ids_BL: Optional[jax.Array], apart: int):
-  return _filtered(all_BMHK, w_WHK, segment_ids_BL, apart), (
-      all_BMHK, w_WHK, segment_ids_BL)
 
 
 def _filtered_bwd(apart: int, kept: Any, d_BLHK: jax.Array):
@@ -219,7 +225,7 @@ def _filtered_bwd(apart: int, kept: Any, d_BLHK: jax.Array):
           jnp.stack(d_w).astype(w_WHK.dtype), None)
 
 
-_filtered.defvjp(_filtered_fwd, _filtered_bwd)
+_filtered.defvjp(lambda *args: (_filtered(*args), args[:3]), _filtered_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

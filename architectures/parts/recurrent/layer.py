@@ -233,8 +233,8 @@ def with_resets(x: recurrence.Inputs, ids_BL: Optional[jax.Array],
   if ids_BL is not None:
     if log_BLHK is None:
       log_BLHK = jnp.zeros((*x.q_BLJK.shape[:2], x.v_BLHU.shape[2], 1))
-    begins_BL = jnp.pad(ids_BL[:, 1:] != ids_BL[:, :-1], ((0, 0), (1, 0)))
-    log_BLHK = jnp.where(begins_BL[..., None, None], -jnp.inf, log_BLHK)
+    log_BLHK = jnp.where(features.begins(ids_BL)[..., None, None], -jnp.inf,
+                         log_BLHK)
   return x._replace(log_decay_BLHK=log_BLHK)
 
 
@@ -294,9 +294,7 @@ def check_state(name: str, c: ModelConfig, stack: str) -> None:
   require(c.attention == 'global', f'{who}, which keeps no keys and has no '
           f'window, and model.attention is {c.attention!r}: set it to global, '
           'or window to 0 in a kind of layer')
-  position = positions.of(c)
-  require(not (position.stack_bias or position.layer_bias
-               or position.content_bias), f'{who}, which has no scores for the '
+  require(not positions.of(c).stack_bias, f'{who}, which has no scores for the '
           f'bias of model.position {c.position!r}: set it to none, at least in '
           'the kinds of layer that have this mixer')
 

@@ -98,9 +98,12 @@ class Mamba(nn.Module):
     x32_BLI = x_BLI.astype(jnp.float32)
     state_BIN = cache.state_BIN if cache is not None else jnp.zeros(
         (len(x_BLD), inner, m.state))
+    kept_BL = jnp.ones(x_BLD.shape[:2])  # 0 where a document begins
+    if ctx.segment_ids_BL is not None:
+      kept_BL *= ~features.begins(ctx.segment_ids_BL)
     y_BLI, state_BIN = layers.counted(_scanned, 4 * m.state)(
         a_IN, dt_BLI, dt_BLI * x32_BLI, b_BLN.astype(jnp.float32),
-        c_BLN.astype(jnp.float32), _kept(x_BLD, ctx.segment_ids_BL), state_BIN)
+        c_BLN.astype(jnp.float32), kept_BL, state_BIN)
     if cache is not None:
       cache = State(state_BIN, input_BWI)
     y_BLI += features.weighted(
@@ -115,15 +118,6 @@ class Mamba(nn.Module):
     m = self.config.mamba
     return declare(self, name, init, (m.expand * self.config.d_model,),
                    Role(('mlp',))).astype(jnp.float32)
-
-
-def _kept(x_BLD: jax.Array, ids_BL: Optional[jax.Array]) -> jax.Array:
-  """Returns 0 where a document begins, and 1 elsewhere, float32 [B, L]."""
-  if ids_BL is None:
-    return jnp.ones(x_BLD.shape[:2])
-  ids_BL = jnp.broadcast_to(ids_BL, x_BLD.shape[:2])
-  return jnp.pad(ids_BL[:, 1:] == ids_BL[:, :-1], ((0, 0), (1, 0)),
-                 constant_values=True).astype(jnp.float32)
 
 
 def _scanned(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,

@@ -188,12 +188,7 @@ def _forward(places: int, steps: int, x: Inputs, state_BHKU: jax.Array):
     o_BHPU = p.q_BHPK @ states
   with layers.useful(places + steps, 2 * places * steps):
     o_BHPU += p.pairs.weights_BHPQ @ write
-  return (_joined(o_BHPU, x.v_BLHU.shape[1]), last_BHKU), states
-
-
-def _chunked_fwd(places: int, steps: int, x: Inputs, state_BHKU: jax.Array):
-  out, states = _forward(places, steps, x, state_BHKU)
-  return out, (x, states)
+  return (_joined(o_BHPU, x.v_BLHU.shape[1]), last_BHKU), (x, states)
 
 
 def _chunked_bwd(places: int, steps: int, kept: Any, grads: Any):
@@ -221,7 +216,7 @@ def _chunked_bwd(places: int, steps: int, kept: Any, grads: Any):
   return to_inputs(d_x)[0], first_BHKU
 
 
-_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+_chunked.defvjp(_forward, _chunked_bwd)
 
 
 def _to_pieces(x: Inputs, p: _Pieces, write: jax.Array, states: jax.Array,
@@ -415,12 +410,7 @@ def _additive_forward(places: int, x: Inputs, state_BHKU: jax.Array):
         step, _side_by_side(x.k_BLJK.shape[2], state_BHKU),
         (k, after[..., None] * v, first[:, :, -1]))
     o += first[..., None] * _read(q, states)
-  return (_rows(o, x.v_BLHU), _one_by_one(last)), states
-
-
-def _additive_fwd(places: int, x: Inputs, state_BHKU: jax.Array):
-  out, states = _additive_forward(places, x, state_BHKU)
-  return out, (x, states)
+  return (_rows(o, x.v_BLHU), _one_by_one(last)), (x, states)
 
 
 def _additive_bwd(places: int, kept: Any, grads: Any):
@@ -459,7 +449,7 @@ def _additive_bwd(places: int, kept: Any, grads: Any):
   return to_inputs((d_q, d_k, d_v, d_log))[0], _one_by_one(d_before)
 
 
-_additive.defvjp(_additive_fwd, _additive_bwd)
+_additive.defvjp(_additive_forward, _additive_bwd)
 
 
 def _cut_heads(places: int, x: Inputs):
