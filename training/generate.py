@@ -133,7 +133,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
              lengths_B: jax.Array, key: jax.Array, *, max_new_tokens: int,
              sampling: Sampling = Sampling(),
              stop_token: int | tuple[int, ...] | None = None,
-             **inputs: jax.Array) -> jax.Array:
+             **inputs: Any) -> jax.Array:
   """Continues each prompt by up to `max_new_tokens` tokens.
 
   Args:
@@ -228,7 +228,8 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
                                    prompts_BL.shape[1] + room)
   options: dict[str, Any] = dict(cache=cache, lengths_B=lengths_B)
   fixed: dict[str, jax.Array] = {}  # what every step is given
-  before, places = (), 'positions_BL'
+  before: tuple[None, ...] = ()
+  places = 'positions_BL'
   real = lambda tokens, lengths_B: (
       jnp.arange(tokens.shape[1])[None] < lengths_B[:, None]).astype(jnp.int32)
   if source_BM is None:

@@ -243,7 +243,7 @@ class Objective(NamedTuple):
     derived: config -> what it fills in of the config, by dotted name.
   """
   stacks: tuple[str, ...]
-  view: type
+  view: Any
   example: Callable[..., Row]
   arrays: Callable[[Config], dict[str, Shape]]
   inputs: tuple[str, ...] = ('tokens',)
@@ -318,6 +318,7 @@ class Objective(NamedTuple):
                    ) -> 'TokenLosses':
     """Returns each token's own loss; for evaluation."""
     output = self.apply(module, params, batch)
+    assert output.head is not None  # else there are no logits
     return token_losses(output.hidden, output.head, batch['targets'])
 
   def ends(self, config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
