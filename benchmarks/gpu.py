@@ -81,9 +81,8 @@ def attention(config: Any) -> Iterator[dict[str, Any]]:
           sink_H=None)
     return jnp.square(out.astype(jnp.float32)).sum()
 
-  names = [name for name, kernel in kernels.KERNELS.items()
-           if kernel.platform == here]
-  for name in ('xla', *names):
+  for name in ('xla', *(name for name, kernel in kernels.KERNELS.items()
+                        if kernel.platform == here)):
     why = kernels.refusal(name, c, mask, L, L, here)
     yield dict(way=name) | (
         dict(error=f'{name} is refused, {why}') if why else _timed(

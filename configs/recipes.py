@@ -63,11 +63,10 @@ def config(arch: str, size: str, sizes: Mapping[str, Mapping[str, Any]],
   one_of('size', size, sizes)
   size_fields = {
       name: x for name, x in sizes[size].items() if name != 'parameters'}
-  how = TINY if size == 'tiny' else PUBLISHED | training
-  how = how | {name: size_fields.pop(name) for name in OF_TRAINING
-               if name in size_fields}
-  run = dict(run or {}) | {name: size_fields.pop(name) for name in (
-      size_fields.keys() & base.FIELDS.keys())}
+  taken = lambda names: {name: size_fields.pop(name) for name in names
+                         if name in size_fields}
+  how = (TINY if size == 'tiny' else PUBLISHED | training) | taken(OF_TRAINING)
+  run = dict(run or {}) | taken(base.FIELDS)
   c = base.base()
   if size != 'tiny':
     c.model.update(dtype='bfloat16', remat=remat)

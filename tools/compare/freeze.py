@@ -25,7 +25,6 @@ from training.data import tokenizers
 from training.objectives import pipeline
 from training.workdir import provenance, run_config
 
-PARTS = ('first', 'second')  # eval.part: see Phase.part
 # What a study's file may hold, with its default; None: it must. So it may what
 # its phases have (Phase.constants).
 STUDY: dict[str, Any] = {
@@ -337,7 +336,7 @@ def _check_halves(config) -> float:
   tokenizer = tokenizers.load(config.data.tokenizer)
   require(bool(config.data.holdout_every or config.data.eval_source),
           'data.holdout_every is 0: a study needs text that is held out')
-  for part in PARTS:
+  for part in ('first', 'second'):  # see Phase.part
     loaders = pipeline.held_out(
         spec.changed(config, {'eval.part': part}, 'it'), tokenizer)
   return sum(x.share * x.bytes_per_token for x in loaders) / sum(

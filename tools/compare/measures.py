@@ -143,26 +143,22 @@ def chance(measure: dict, config, vocab: int, bytes_per_token: float, file: str
   return 0.0
 
 
-def unit(frozen, measure) -> str:
-  """Returns the unit of a measure, 'nats a token'; '' where it has none, as an
-  accuracy, or where it is not known, as of a task's own figure."""
-  if measure.figure.rpartition('/')[2] == 'bits_per_byte':
-    return 'bits a byte'
-  if measure.figure != 'loss':
-    return ''
-  point = frozen.point(frozen.plan.base, frozen.plan.sizes[0], measure.workload)
-  name = (frozen.base_config | point['changes'])['objective']
-  objective = objectives.OBJECTIVES[name]
-  if objective.guess or objective.labels:  # an answer, or a sum of two losses
-    return 'nats'
-  # The other heads give numbers, whose loss has the unit of their square.
-  return 'nats a token' if objective.head in ('lm', 'vector') else ''
-
-
 def unit_text(frozen, measure, before: str = '', after: str = '') -> str:
-  """Returns the unit with what stands around it, or '' where it has none."""
-  name = unit(frozen, measure)
-  return f'{before}{name}{after}' if name else ''
+  """Returns the unit of a measure, 'nats a token', with what stands around it;
+  '' where it has none, as an accuracy, or where it is not known, as of a task's
+  own figure."""
+  point = frozen.point(frozen.plan.base, frozen.plan.sizes[0], measure.workload)
+  objective = objectives.OBJECTIVES[
+      (frozen.base_config | point['changes'])['objective']]
+  unit = ''
+  if measure.figure.rpartition('/')[2] == 'bits_per_byte':
+    unit = 'bits a byte'
+  elif measure.figure == 'loss' and (objective.guess or objective.labels):
+    unit = 'nats'  # of an answer, or a sum of two losses
+  # The other heads give numbers, whose loss has the unit of their square.
+  elif measure.figure == 'loss' and objective.head in ('lm', 'vector'):
+    unit = 'nats a token'
+  return f'{before}{unit}{after}' if unit else ''
 
 
 def amount(frozen, value: float) -> str:

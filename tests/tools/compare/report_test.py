@@ -556,11 +556,11 @@ def test_the_unit_is_the_objectives():
   frozen = study_folder.frozen(plan)
   loss, accuracy = plan.measures
   bits = dataclasses.replace(loss, figure='bits_per_byte')
-  assert [measures.unit(frozen, m) for m in (loss, accuracy, bits)] == [
+  assert [measures.unit_text(frozen, m) for m in (loss, accuracy, bits)] == [
       'nats a token', '', 'bits a byte']
   for objective, unit in (('mlm_nsp', 'nats'), ('regression', '')):
     frozen.base_config['objective'] = objective
-    assert measures.unit(frozen, loss) == unit
+    assert measures.unit_text(frozen, loss) == unit
 
 
 def test_results_that_were_changed_or_are_of_another_plan_are_refused(
