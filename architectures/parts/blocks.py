@@ -676,9 +676,8 @@ RESIDUALS = {
 # model.ffn 'none' a block ends before F, as Mamba-2's do: x + A(n(x)).
 #
 # To add one, write a class with `around`, or with `wired`, and its entry in
-# BLOCKS. What else it can do than
-# self-attention and F on one stream it says by the attributes of Block; what it
-# does not say is refused.
+# BLOCKS. What else it can do than self-attention and F on one stream it says by
+# the attributes of Block; what it does not say is refused.
 
 
 class Block(nn.Module):
