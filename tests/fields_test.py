@@ -2,6 +2,7 @@
 range or choices is refused, any other value is taken from a flag, and what no
 part of the model reads is refused too."""
 
+import contextlib
 from unittest import mock
 
 from absl import flags
@@ -89,6 +90,22 @@ def test_a_run_refuses_it_before_any_other_work(case):
   set_in(config, *case)
   with pytest.raises(RequestError, match=case[0]):
     preflight.check_config(config)
+
+
+@pytest.mark.parametrize('selector', [
+    'position', *(pytest.param(name, marks=pytest.mark.long)
+                  for name in tables.TABLES if name != 'position')])
+def test_two_parts_make_a_model_or_are_refused(selector):
+  pairs = [{selector: part, name: other} for part in tables.TABLES[selector]
+           for name, table in tables.TABLES.items() for other in table
+           if name != selector]
+  resolved = 0
+  for pair in pairs:
+    with contextlib.suppress(RequestError):
+      model = models.config('gpt')
+      cli.set_fields(model, pair)
+      resolved += architectures.resolve(model) is not None
+  assert resolved
 
 
 def test_every_field_can_be_set_by_a_flag():

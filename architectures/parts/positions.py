@@ -396,6 +396,11 @@ class Position(NamedTuple):
     """Whether scores have a bias, which fused kernels do not add."""
     return bool(self.stack_bias or self.layer_bias)
 
+  @property
+  def of_stack(self) -> bool:
+    """Whether a stack reads it beside its layers, which share it."""
+    return bool(self.embed or self.stack_bias or self.stack_table)
+
 
 def of(c: ModelConfig) -> Position:
   """Returns the position encoding of a model."""

@@ -183,8 +183,7 @@ def reads(c: ModelConfig, names: Iterable[str]) -> set[str]:
         {'attention'} if 'window' in changes else set())
     # These are read beside the layers too.
     layers.append((c.of_kind(kind), own - {'position', 'ffn', 'block'}))
-  row = positions.of(c)
-  if row.embed or row.stack_bias or row.stack_table:
+  if positions.of(c).of_stack:
     layers.append((c, set()))
   return {name for layer, own in layers for name in names
           if name not in own and is_read(layer, name)}
@@ -491,13 +490,12 @@ def _check_sharing(c: ModelConfig, kind: LayerKind,
 
 def _check_position(c: ModelConfig, name: str) -> None:
   """Raises RequestError for an encoding that a layer cannot have alone."""
-  layer, whole = c.of_kind(name), lambda row: (
-      row.embed or row.stack_bias or row.stack_table)
-  require(layer.position == c.position or not whole(positions.of(layer)),
+  layer = c.of_kind(name)
+  require(layer.position == c.position or not positions.of(layer).of_stack,
           f'model.kinds.{name}.position is {layer.position!r}, which is no '
           'encoding of one layer: set it as model.position, or choose from '
           + ', '.join(key for key, row in positions.POSITIONS.items()
-                      if not whole(row)))
+                      if not row.of_stack))
   require(layer.num_heads == c.num_heads or not positions.of(layer).stack_bias,
           f'model.kinds.{name}.num_heads is {layer.num_heads}, and the bias of '
           f'model.position {layer.position!r}, which all layers share, is of '
@@ -509,7 +507,8 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   cannot be."""
   position, mixer = positions.of(c), blocks.mixer_of(c)
   mixer.check(c, stack)  # which may refuse the position
-  if mixer.turns_heads or not position.rotate:
+  if (mixer.positional or position.of_stack) and (
+      mixer.turns_heads or not position.rotate):
     position.check(c, stack)
   kernels.RULES[c.attention].check(c, stack)
   if c.memory != lookup.NO_MEMORY:

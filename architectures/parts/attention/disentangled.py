@@ -116,12 +116,12 @@ def check(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what disentangled attention cannot be."""
   del stack
   who, d = "model.position is 'disentangled'", c.disentangled
+  require(c.mixer == 'attention' and not c.kv_sharing, f'{who}, which needs '
+          "queries and keys of the layer's own: choose model.mixer attention, "
+          'without kv_sharing')
   require(d.buckets % 2 == 0 and d.max_distance > d.buckets // 2 + 1,
           f'model.disentangled.buckets is {d.buckets} and '
           f'model.disentangled.max_distance {d.max_distance}: the first must '
           'be even, and the second more than half of it and 1')
-  require(c.mixer == 'attention' and not c.kv_sharing, f'{who}, which needs '
-          "queries and keys of the layer's own: choose model.mixer attention, "
-          'without kv_sharing')
   require(c.parametrization != 'mup', f"{who}, for whose table "
           "model.parametrization 'mup' has no rule: choose standard")
