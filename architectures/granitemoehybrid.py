@@ -48,9 +48,9 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
             f'{reader(name, 1.0)}: it must be > 0')
   inner = reader('mamba_expand', 2) * fields['d_model']
   size = reader('mamba_d_head', inner // heads)
-  require('linear' not in names or size * heads == inner, 'config.json has '
-          f'mamba_n_heads {heads} of mamba_d_head {size}, which are not '
-          f'mamba_expand times hidden_size, {inner}')
+  require(size * heads == inner, f'config.json has mamba_n_heads {heads} of '
+          f'mamba_d_head {size}, which are not mamba_expand times hidden_size, '
+          f'{inner}')
   return layer_types.named(names, KINDS) | _read_ffn(reader) | _positions(
       reader) | dict(
           logits_scale=1 / reader('logits_scaling', 1.0),
@@ -83,6 +83,10 @@ def _read_ffn(reader: hf.Reader) -> dict:
 def _write(c: ModelConfig) -> dict:
   layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
   m, turned = c.moe, c.position == 'rope'
+  recurrent = any(layer.mixer == 'mamba2' for layer in layers)
+  # Sizes that fit each other, where no layer has any.
+  heads, size = (c.mamba2.heads, c.mamba2.head_dim) if recurrent else (
+      1, c.d_model)
   ffn = dict(num_local_experts=0, shared_intermediate_size=c.d_ff) if (
       not c.has_experts) else dict(
           num_local_experts=m.num_experts, num_experts_per_tok=m.top_k,
@@ -91,8 +95,9 @@ def _write(c: ModelConfig) -> dict:
   return ffn | mamba2.write_limits(c) | dict(
       layer_types=[layer_types.LINEAR if layer.mixer == 'mamba2'
                    else layer_types.WHOLE for layer in layers],
-      mamba_expand=c.mamba2.heads * c.mamba2.head_dim // c.d_model,
-      mamba_d_head=c.mamba2.head_dim, logits_scaling=1 / c.logits_scale,
+      mamba_expand=heads * size // c.d_model, mamba_n_heads=heads,
+      mamba_d_head=size,
+      logits_scaling=1 / c.logits_scale,
       position_embedding_type='rope' if turned else 'nope') | (
           dict(rope_parameters=rope_fields.write(c)) if turned else {})
 
