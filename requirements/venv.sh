@@ -9,8 +9,9 @@ refuse() {
   exit 2
 }
 
-command -v "$python" >/dev/null || refuse \
-  "there is no '$python' here: name a Python, as in 'make $goal PYTHON=python3.12'."
+# A shim of pyenv's is there without a Python behind it.
+"$python" -c '' 2>/dev/null || refuse \
+  "there is no '$python' here that starts: name a Python, as in 'make $goal PYTHON=python3.12'."
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || refuse \
   "archetype needs Python 3.11 or later, and '$python' is $("$python" -V 2>&1): name a later one, as in 'make $goal PYTHON=python3.12'."
 "$python" -c 'import ensurepip, venv' 2>/dev/null || refuse \
