@@ -66,7 +66,7 @@ FFN = (*hf.dense('gate', 'DF', 'gate_proj', 'F D'),
 
 def experts(gate: str = 'gate_proj', up: str = 'up_proj',
             down: str = 'down_proj') -> tuple[hf.Row, ...]:
-  """Returns the rows of a mixture of experts, of which theirs are called so."""
+  """Returns the rows of experts whose matrices have these names."""
   return (('router', 'DE', 'gate.weight', 'E D'),
           ('gate', 'EDF', f'experts.{{e}}.{gate}.weight', 'F D'),
           ('up', 'EDF', f'experts.{{e}}.{up}.weight', 'F D'),

@@ -698,9 +698,9 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: X, ctx: Context, cache: Any):
-    """Returns x, the cache, and what a router says. A layer that reads a memory
-    adds what it reads to its input, or to what it returns, which may have a
-    factor of the layer."""
+    """Returns x, the cache, and the figures of a router. A layer that reads a
+    memory adds what it reads to its input, or to its result. With
+    model.layer_scale the result is multiplied by a number of the layer."""
     c, memory = self.config, lookup.MEMORIES[self.config.memory]
     read = memory and memory.module(c, name='memory')
     state = cache.memory if isinstance(cache, Both) else None
@@ -721,7 +721,7 @@ class Block(nn.Module):
     return x, cache, aux
 
   def wired(self, x: X, ctx: Context, cache: Any):
-    """Returns the same of the wiring itself."""
+    """Does the same without a memory and without the layer's factor."""
     raise NotImplementedError
 
   def norm(self, name: str) -> Callable[[jax.Array], jax.Array]:

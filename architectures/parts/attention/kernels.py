@@ -240,7 +240,7 @@ def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *,
             sink_H: Optional[jax.Array] = None, scale: float,
             softcap: float = 0.0, causal: bool = False, window: int = 0,
             mean: bool = False) -> jax.Array:
-  """Returns what `attend`, whose the arguments are, weighs the values with:
+  """Returns the weights that `attend` gives the values for these arguments:
   float32 [B, H, L, M], or with `mean` their mean over heads, [B, L, M].
 
   A row sums to 1, less the share of the sink where there is one; weights that

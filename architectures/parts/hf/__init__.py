@@ -237,8 +237,8 @@ def dense(ours: str, axes: str, theirs: str, their_axes: str
 
 def attention(query: str, key: str, value: str, out: str, kv_heads: str = 'H'
               ) -> tuple[Row, ...]:
-  """Returns the rows of attention's matrices and biases, of which theirs are
-  called so. `kv_heads` is the axis of the heads of keys and values."""
+  """Returns the rows of attention's matrices and biases, which have these names
+  in transformers. `kv_heads` is the axis of the heads of keys and values."""
   kv = f'{kv_heads}K'
   return (*dense('query', 'DHK', query, 'HK D'),
           *dense('key', f'D{kv}', key, f'{kv} D'),
