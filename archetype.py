@@ -30,9 +30,9 @@ import numpy as np
 import architectures
 from architectures.parts import paths, tables
 from architectures.parts.config import ModelConfig
+from common.arguments import PositiveSize, Seed, Size, typed
+from common.errors import require, short
 from configs import base
-from configs.arguments import PositiveSize, Seed, Size, typed
-from configs.errors import require, short
 from training import cli
 from training import generate as generation, hub, objectives, parameters
 from training import runs
@@ -40,9 +40,9 @@ from training.costs import totals
 from training.data import inputs as inputs_of
 from training.data import tokenizers
 from training.data.texts import checked
+from training.evals import inspection
 from training.hf import config as hf_config, generation as hf_generation
 from training.hf import weights
-from training.evals import inspection
 from training.workdir import checkpoints, run_config, storage
 
 Tokens = jax.Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]

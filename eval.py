@@ -23,7 +23,7 @@ import signal
 
 from absl import flags
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from training import cli, evals
 from training.data import sources
 from training.distributed import cpu

@@ -18,7 +18,7 @@ import signal
 
 from absl import flags
 
-from configs.errors import RequestError, require
+from common.errors import RequestError, require
 from training import cli
 
 cli.define_config()

@@ -19,8 +19,8 @@ import flax.linen as nn
 from architectures.parts import skeletons, tables
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import HuggingFace
-from configs.arguments import PositiveSize, typed
-from configs.errors import RequestError, one_of, require
+from common.arguments import PositiveSize, typed
+from common.errors import RequestError, one_of, require
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from architectures import bert
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Encoder
-from configs.errors import require
+from common.errors import require
 
 
 class ALBERT(Encoder):

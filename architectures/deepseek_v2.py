@@ -17,7 +17,7 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
-from configs.errors import one_of, require
+from common.errors import one_of, require
 
 
 class DeepSeekV2(Decoder):

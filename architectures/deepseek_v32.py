@@ -15,7 +15,7 @@ from architectures import deepseek_v2, deepseek_v3, llama
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
+from common.errors import require
 
 
 class DeepSeekV32(Decoder):

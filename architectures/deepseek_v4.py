@@ -21,7 +21,7 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
+from common.errors import require
 
 WORDS = {'swa': layer_types.WINDOW, 'csa': 'compressed_sparse_attention',
          'hca': 'heavily_compressed_attention'}

@@ -14,7 +14,7 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
+from common.errors import require
 
 
 class Gemma2(Decoder):

@@ -13,7 +13,7 @@ in which layers share one choice of tokens are refused: each here has its own.
 from architectures import deepseek_v32, llama
 from architectures.parts import hf
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
+from common.errors import require
 
 
 class GlmMoeDsa(Decoder):

@@ -20,7 +20,7 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
+from common.errors import require
 
 KINDS = {'linear': dict(mixer='mamba2'), 'full': {}}
 # Of their files, and as the published ones have it.

@@ -17,7 +17,7 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
+from common.errors import require
 
 CONV = 'conv'  # in layer_types, and our kind of layer
 KINDS = {CONV: dict(mixer='short_conv'), 'full': {}}

@@ -18,7 +18,7 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
+from common.errors import require
 
 NAMES = layer_types.NAMES | {CONV: CONV}  # our kinds of layer
 ROPES = {layer_types.WINDOW: dict(theta=1e4, fraction=1.0, proportional=False),

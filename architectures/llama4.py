@@ -20,8 +20,8 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
-from configs.kinds import DENSE
+from common.errors import require
+from common.kinds import DENSE
 
 CHUNKED = 'chunked_attention'
 CHUNK = dict(attention='chunked', qk_norm=True)

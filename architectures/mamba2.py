@@ -13,7 +13,7 @@ from architectures import mamba
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Decoder
-from configs.errors import require, short
+from common.errors import require, short
 
 
 class Mamba2(Decoder):

@@ -16,7 +16,7 @@ from architectures.parts import blocks, hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
+from common.errors import require
 
 KINDS = dict(linear=dict(mixer='deltanet', block='pre_norm'), full={})
 

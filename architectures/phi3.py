@@ -16,7 +16,7 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
+from common.errors import require
 
 
 class Phi3(Decoder):

@@ -13,11 +13,11 @@ once. `moe.normalize_gates=False` is norm_topk_prob of config.json.
 
 from architectures import llama
 from architectures.parts import hf
-from architectures.parts.hf import layer_types
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types
 from architectures.parts.skeletons import Decoder
-from configs import kinds
-from configs.errors import require
+from common import kinds
+from common.errors import require
 
 
 class Qwen3MoE(Decoder):

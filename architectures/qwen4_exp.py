@@ -26,7 +26,7 @@ from architectures.parts import hf, lookup
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
-from configs.errors import require, short
+from common.errors import require, short
 
 KINDS = dict(
     linear=dict(mixer='deltanet'), full=dict(attention='indexed'),

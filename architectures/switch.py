@@ -26,8 +26,8 @@ from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types
 from architectures.parts.skeletons import EncoderDecoder
-from configs import kinds
-from configs.errors import require
+from common import kinds
+from common.errors import require
 
 
 class Switch(EncoderDecoder):

@@ -19,7 +19,7 @@ attention_dropout and ffn_dropout on attention weights and hidden units.
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import EncoderDecoder
-from configs.errors import require
+from common.errors import require
 
 
 class T5(EncoderDecoder):

@@ -26,7 +26,7 @@ Where transformers' Marian deviates from the paper, and what is done here:
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import EncoderDecoder
-from configs.errors import require
+from common.errors import require
 
 
 class Transformer(EncoderDecoder):

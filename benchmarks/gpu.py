@@ -23,7 +23,7 @@ from architectures.parts import sharding
 from architectures.parts.attention import kernels
 from architectures.parts.moe.layer import MoE
 from benchmarks import mixers, worker
-from configs.errors import EnvironmentFailure
+from common.errors import EnvironmentFailure
 from training import cli, runs
 from training.workdir import storage
 

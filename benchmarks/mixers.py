@@ -32,8 +32,8 @@ import architectures
 from architectures.parts import blocks, skeletons
 from architectures.parts.config import Context, ModelConfig
 from benchmarks import worker
+from common.errors import require
 from configs import llama
-from configs.errors import require
 from training import cli
 from training.distributed import cpu
 from training.workdir import storage

@@ -8,7 +8,7 @@ bfloat16 two ways: `autocast`, whose parameters stay float32 as ours do, and
 import torch
 import transformers
 
-from configs.errors import require
+from common.errors import require
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 

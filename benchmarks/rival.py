@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 import architectures
+from common.errors import require
 from configs import base
-from configs.errors import require
 from training import objectives, runs
 from training.costs import totals
 from training.data import sources, tokenizers
-from training.objectives import pipeline
 from training.hf import config as hf_config
 from training.objectives import Config
+from training.objectives import pipeline
 
 IGNORED = -100  # a label that transformers' losses leave out
 # What transformers calls our arrays. Its `labels` are made of two of ours.

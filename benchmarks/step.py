@@ -29,8 +29,8 @@ from absl import flags
 import architectures
 from benchmarks import rival
 from benchmarks.worker import Worker, turns
+from common.errors import require
 from configs import gpt
-from configs.errors import require
 from training import cli, preflight, runs
 from training.workdir import storage
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import EnvironmentFailure, RequestError
+from common.errors import EnvironmentFailure, RequestError
 
 
 def timed(run: Callable[[], Any]) -> dict[str, float]:

@@ -15,10 +15,10 @@ from typing import Any
 import ml_collections
 
 from architectures.parts import tables
-from configs.errors import RequestError, short
-from configs.fields import AT_START, check as check_field, field
-from configs.fields import INCOMPATIBLE, Leaf, leaves, OPTIMISATION, Resume
-from configs.fields import SAFE
+from common.errors import RequestError, short
+from common.fields import AT_START, check as check_field, field
+from common.fields import INCOMPATIBLE, Leaf, leaves, OPTIMISATION, Resume
+from common.fields import SAFE
 
 MOST = 2**31 - 1  # steps, rows and tokens are counted in int32 on a device
 

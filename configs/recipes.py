@@ -8,8 +8,8 @@ from typing import Any
 import ml_collections
 
 import architectures
+from common.errors import one_of
 from configs import base
-from configs.errors import one_of
 
 # Of one CPU core, in minutes.
 TINY = dict(batch_size=16, steps=300, lr=3e-3, warmup_steps=30)

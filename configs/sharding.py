@@ -9,11 +9,7 @@ taken a mesh axis of the first.
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 
-# 'stream' is the length of what goes from layer to layer, and 'length' that of
-# what a layer computes of it. 'tokens' are batch and length in one axis,
-# 'joined' heads and their features, 'rows' the tokens of a table whose columns
-# are heads, 'groups' heads of keys whose number does not grow with the width,
-# 'table' the rows of tables of model.memory.
+# architectures/parts/sharding.py says what each logical axis is.
 RULES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     # Weights are sharded over fsdp (ZeRO-3), and those other than the experts'
     # over expert too; heads and mlp over tensor (Megatron), experts over
@@ -46,7 +42,6 @@ RULES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 RULES['replicated'] = tuple(
     (axis, () if axis in ('embed', 'latent', 'rows', 'table') else mesh)
     for axis, mesh in RULES['default'])
-LOGICAL_AXES = tuple(dict.fromkeys(axis for axis, _ in RULES['default']))
 
 # Mesh shapes by name, for tests, docs and `--mesh` of the tools: 8 devices.
 PRESETS = {

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import architectures
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.architectures import laws_test, pages_test
 from tests.helpers import adding, models
-from training.hf import weights
 from training.costs import totals
+from training.hf import weights
 
 DOC = pathlib.Path(__file__).parents[1] / 'docs/howto/add_a_system.md'
 PAGE, CONFIG = re.findall(r'^```py\n(.*?)^```', DOC.read_text(), re.M | re.S)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import archetype
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import models
 from tools import convert
 from training.hf import generation as hf_generation, weights

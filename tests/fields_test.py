@@ -13,8 +13,8 @@ import pytest
 
 import architectures
 from architectures.parts import tables
+from common.errors import RequestError, short
 from configs import base
-from configs.errors import RequestError, short
 from tests.helpers import forked, models
 from training import cli, preflight
 from training.workdir import run_config

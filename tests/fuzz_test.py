@@ -1,5 +1,5 @@
 """Random requests make no traceback: what a program or the Python API cannot do
-is said in one sentence (configs/errors.py)."""
+is said in one sentence (common/errors.py)."""
 
 from collections.abc import Callable
 import contextlib
@@ -25,13 +25,13 @@ import pytest
 import archetype
 import architectures
 from architectures.parts import tables
+from common.errors import EnvironmentFailure, RequestError
 from configs import base
-from configs.errors import EnvironmentFailure, RequestError
 from tests.helpers import models, sweeps
 from tools import convert
 from training import cli, objectives
-import training.weights
 from training.data import tokenizers
+import training.weights
 
 JUNK = st.sampled_from([None, True, 0, -1, 2.5, 1e300, float('nan'), '', 'x',
                         [], {}, [[1]], {'a': 1}])

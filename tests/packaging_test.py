@@ -11,7 +11,8 @@ from packaging.requirements import Requirement
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ROOMS = ('architectures', 'benchmarks', 'configs', 'tools', 'training')
+ROOMS = ('architectures', 'benchmarks', 'common', 'configs', 'tools',
+         'training')
 # What is imported under another name than it is installed by.
 DISTRIBUTION = {
     'PIL': 'pillow', 'absl': 'absl-py', 'orbax': 'orbax-checkpoint',

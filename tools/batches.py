@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import require
+from common.errors import require
 from training import cli, runs
 from training.data import tokenizers
 from training.objectives import pipeline

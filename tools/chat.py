@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import flags
 
-from configs.errors import RequestError, require
+from common.errors import RequestError, require
 from training import cli
 from training.evals.tasks import writing
 

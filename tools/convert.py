@@ -51,14 +51,14 @@ from etils import epath
 import numpy as np
 
 import architectures
+from common.errors import RequestError, require, short
+from common.fields import check_number
 from configs import base
-from configs.fields import check_number
-from configs.errors import RequestError, require, short
 from training import cli, hub, objectives, parameters, progress, runs
 from training.data import tokenizers
 from training.distributed import cpu
-from training.hf import config as hf_config, files as hf_files
 from training.hf import card, generation as hf_generation, peft
+from training.hf import config as hf_config, files as hf_files
 from training.hf import tokenizer as hf_tokenizer, upcycling, weights
 from training.workdir import checkpoints, run_config, storage
 

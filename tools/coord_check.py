@@ -24,9 +24,9 @@ import numpy as np
 
 import architectures
 from architectures.parts import blocks
+from common import kinds
+from common.errors import RequestError, require
 from configs import base as base_config
-from configs import kinds
-from configs.errors import RequestError, require
 from training import cli, progress
 from training.runs import init_state, make_train_step, optimizer
 from training.workdir import storage

@@ -22,7 +22,7 @@ import pathlib
 
 from absl import flags
 
-from configs.errors import require
+from common.errors import require
 from training import cli, preflight, runs
 from training.costs import systems, totals
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
-from configs.errors import require
+from common.errors import require
 from tools.compare import cost, curves, figures, page, report
 from training import cli, runs
 from training.workdir import metrics, run_config, storage

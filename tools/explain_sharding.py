@@ -19,12 +19,12 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
+from architectures.parts import paths
 from architectures.parts import sharding
+from common.errors import require
 from configs import sharding as tables
-from configs.errors import require
 from tools.plan import collectives, predict, report as plans
 from training import cli, objectives, preflight, runs
-from architectures.parts import paths
 from training.data import tokenizers
 from training.distributed import devices
 from training.runs import STREAMS, abstract_params

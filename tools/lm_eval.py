@@ -16,7 +16,7 @@ mesh. `eval.py --tasks=lm_eval:NAME,NAME` does the same beside the other tasks.
 import importlib.util
 import sys
 
-from configs.errors import RequestError, require
+from common.errors import RequestError, require
 from training import cli
 from training.evals.tasks import lm_eval as task
 

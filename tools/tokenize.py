@@ -16,9 +16,9 @@ import os
 import time
 from typing import Any
 
+from common.errors import require
+from common.fields import check_number
 from configs import base
-from configs.fields import check_number
-from configs.errors import require
 from training import cli
 from training.data import conversations, sources, tokenizers, tokens
 from training.workdir import storage

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import tokenizers as hf
 
+from common.errors import RequestError, require
 from configs import base
-from configs.errors import RequestError, require
 from training import cli, progress
 from training.data import sources, tokens
 from training.workdir import storage

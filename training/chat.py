@@ -20,7 +20,7 @@ import architectures
 from architectures.parts import blocks
 from architectures.parts import skeletons
 from architectures.parts.moe.layer import without_capacity
-from configs.errors import require
+from common.errors import require
 from training import generate, objectives, parameters, runs
 from training.data import conversations, inputs, tokenizers
 from training.data.tokenizers import Tokenizer

@@ -30,10 +30,10 @@ from absl import flags
 import ml_collections
 
 from architectures.parts import tables
+from common.errors import EnvironmentFailure, RequestError, STOPPED, Stopped
+from common.errors import hint, one_of, readable, require, short
+from common.fields import Leaf
 from configs import base
-from configs.errors import EnvironmentFailure, RequestError, STOPPED, Stopped
-from configs.errors import hint, one_of, readable, require, short
-from configs.fields import Leaf
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 

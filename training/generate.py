@@ -41,8 +41,8 @@ from architectures.parts import blocks, positions
 from architectures.parts.config import Cache
 from architectures.parts.moe.layer import without_capacity
 from architectures.parts.skeletons import one_by_one
-from configs.errors import one_of
-from configs.fields import check_number
+from common.errors import one_of
+from common.fields import check_number
 
 # So many layers a token goes through one by one, which is faster; deeper
 # stacks are scanned, or the program would grow with them.

@@ -9,7 +9,7 @@ import pathlib
 import tempfile
 from typing import Any
 
-from configs.errors import EnvironmentFailure, RequestError
+from common.errors import EnvironmentFailure, RequestError
 
 PREFIX = 'hf://'
 CARD = 'README.md'

@@ -28,7 +28,7 @@ import ml_collections
 import numpy as np
 
 from architectures.parts.moe import routing
-from configs.errors import STOPPED, require
+from common.errors import STOPPED, require
 from training import progress, runs
 from training.costs import flops, systems, totals
 from training.distributed import cpu, devices, signals

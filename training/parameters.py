@@ -30,11 +30,11 @@ import jax
 import jax.numpy as jnp
 
 import architectures
+from architectures.parts import paths
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
-from configs.errors import RequestError, require, short
+from common.errors import RequestError, require, short
 from training import hub, objectives, runs
-from architectures.parts import paths
 from training.data.tokenizers import Tokenizer
 from training.distributed import devices
 from training.workdir import checkpoints, run_config, storage

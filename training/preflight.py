@@ -10,9 +10,9 @@ import ml_collections
 import architectures
 from architectures.parts import blocks, positions, tables
 from architectures.parts.config import ModelConfig
+from common.errors import RequestError, one_of, require
 from configs import base
 from configs import sharding as sharding_tables
-from configs.errors import RequestError, one_of, require
 from training import evals, objectives, runs
 from training.data import tokenizers, tokens
 from training.objectives import pipeline

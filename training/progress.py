@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any, NamedTuple, TextIO, TypeVar
 
-from configs.errors import require
+from common.errors import require
 
 Item = TypeVar('Item')
 _DRAWN_A_SECOND = 2  # by a thread, which takes time from the host's cores

@@ -32,12 +32,13 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.moe import grouped
 from architectures.parts.moe import layer as moe
 from architectures.parts.sharding import abstract_params, parameter_shapes
-from configs.errors import RequestError, require
+from common.errors import RequestError, require
+from configs import sharding as tables
 from training import objectives
 from training.data import tokenizers
 from training.distributed import devices
-from training.objectives import pipeline
 from training.objectives import Mean
+from training.objectives import pipeline
 from training.optim import mup, optimizers, shares
 from training.workdir import run_config
 
@@ -365,7 +366,8 @@ class Run:
   @contextlib.contextmanager
   def context(self):
     """The mesh and the axis rules, for whatever is traced inside."""
-    with jax.set_mesh(self.mesh), sharding.rules(self.config.mesh.rules):
+    with jax.set_mesh(self.mesh), sharding.rules(
+        tables.RULES[self.config.mesh.rules]):
       yield
 
   def new_state(self) -> TrainState:

@@ -23,15 +23,15 @@ import ml_collections
 import numpy as np
 
 import architectures
+from common.errors import require
 from configs import sharding as tables
-from configs.errors import require
 from training import loop, objectives, parameters
 from training import preflight, runs
 from training.data import tokenizers
-from training.objectives import pipeline
 from training.distributed import devices
-from training.runs import TrainState, init_state, initial_seed
+from training.objectives import pipeline
 from training.runs import make_eval_step, make_train_step, optimizer
+from training.runs import TrainState, init_state, initial_seed
 from training.workdir import checkpoints, metrics, provenance, run_config
 from training.workdir import storage
 

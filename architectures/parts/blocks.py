@@ -32,7 +32,7 @@ from architectures.parts.recurrent import features, layer
 from architectures.parts.recurrent import linear_attention, mamba
 from architectures.parts.recurrent import mamba2, mamba3, rwkv7, short_conv
 from architectures.parts.sharding import Role, declare
-from configs.fields import field, FUNCTION, leaves, SHAPES
+from common.fields import field, FUNCTION, leaves, SHAPES
 
 # What mixes the tokens of a layer: (x_BLD, context, cache) -> (y_BLD, cache).
 #

@@ -24,9 +24,9 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from configs import kinds
-from configs.fields import AT_START, field, FUNCTION, RUN, SAME
-from configs.fields import REGULARISATION, SHAPES, SIZE
+from common import kinds
+from common.fields import AT_START, field, FUNCTION, RUN, SAME
+from common.fields import REGULARISATION, SHAPES, SIZE
 
 PARAMETRIZATIONS = ('standard', 'mup')
 DTYPES = ('float32', 'bfloat16')

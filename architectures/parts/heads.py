@@ -43,8 +43,8 @@ from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import norm
-from configs.errors import require
-from configs.fields import field, RUN, SHAPES
+from common.errors import require
+from common.fields import field, RUN, SHAPES
 
 FEW = 32  # tokens, at most, of which a tied head reads the table as it lies
 

@@ -19,7 +19,7 @@ import numpy as np
 from architectures.parts import sharding
 from architectures.parts.config import Context, ModelConfig
 from architectures.parts.sharding import Role, declare
-from configs.fields import field, FUNCTION, REGULARISATION, RUN
+from common.fields import field, FUNCTION, REGULARISATION, RUN
 
 INITS = ('normal', 'scaled_normal', 'fan_in')  # see _initializer
 PRODUCT = 'product'  # the name of a product's result that remat 'dots' keeps

@@ -61,8 +61,8 @@ from architectures.parts import layers, sharding
 from architectures.parts.config import Context, ModelConfig
 from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
-from configs.errors import require
-from configs.fields import field, FUNCTION, SHAPES
+from common.errors import require
+from common.fields import field, FUNCTION, SHAPES
 
 NO_MEMORY = 'none'  # model.memory of layers that read nothing
 PADDED_TO = 128  # rows of all tables together are a multiple of it

@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from configs.errors import RequestError
-from configs.kinds import SECTIONS
+from common.errors import RequestError
+from common.kinds import SECTIONS
 
 
 def join(key_path: Any) -> str:

@@ -29,8 +29,8 @@ from architectures.parts import sharding
 from architectures.parts.attention import disentangled
 from architectures.parts.config import Context, ModelConfig
 from architectures.parts.sharding import Role, declare
-from configs.errors import require, short
-from configs.fields import field, FUNCTION, SHAPES
+from common.errors import require, short
+from common.fields import field, FUNCTION, SHAPES
 
 # Rotary positions, and how they stretch past training.
 #

@@ -5,14 +5,13 @@ mesh axis each goes to. An unknown name raises: Linen alone would take a
 misspelt one for 'not sharded'.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
 import math
 from typing import NamedTuple, Optional
 
-from configs import sharding as tables
 import flax.linen as nn
 from flax import struct
 import jax
@@ -23,15 +22,28 @@ import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
-from configs.errors import one_of, require
+from common.errors import one_of, require
 
+# {logical axis: mesh axes}, as pairs: see configs/sharding.py.
+Rules = Sequence[tuple[str, tuple[str, ...]]]
 AXES = 'axes'  # the scope that names a constraint's logical axes
+
+# The names that an axis of an array may have. 'stream' is the length of what
+# goes from layer to layer, and 'length' that of what a layer computes of it.
+# 'tokens' are batch and length in one axis, 'joined' heads and their features,
+# 'rows' the tokens of a table whose columns are heads, 'groups' heads of keys
+# whose number does not grow with the width, 'table' the rows of tables of
+# model.memory.
+LOGICAL_AXES = (
+    'batch', 'experts', 'vocab', 'mlp', 'heads', 'kv_heads', 'groups', 'joined',
+    'embed', 'latent', 'rows', 'table', 'length', 'stream', 'tokens', 'head',
+    'capacity', 'layers')
 
 
 def known_axes(axes) -> tuple[str | None, ...]:
   """Returns `axes`; raises ValueError for one that the legend lacks."""
-  for axis in {*axes} - {None, *tables.LOGICAL_AXES}:
-    one_of('logical axis', axis, tables.LOGICAL_AXES)
+  for axis in {*axes} - {None, *LOGICAL_AXES}:
+    one_of('logical axis', axis, LOGICAL_AXES)
   return tuple(axes)
 
 
@@ -127,10 +139,9 @@ def one_cpu() -> bool:
 
 
 @contextlib.contextmanager
-def rules(name: str):
-  """Installs the table configs.sharding.RULES[name] for what is traced."""
-  one_of('mesh.rules', name, tables.RULES)
-  with nn.logical_axis_rules(tables.RULES[name]):
+def rules(table: Rules):
+  """Installs a table of configs/sharding.py for what is traced."""
+  with nn.logical_axis_rules(table):
     yield
 
 

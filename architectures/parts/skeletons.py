@@ -34,9 +34,9 @@ from architectures.parts.config import (
     apart, Both, Cache, Context, First, joined, LayerKind, ModelConfig, Section,
     Slots)
 from architectures.parts.layers import FFNS, norm, NORMS
-from configs.errors import require, short
-from configs.fields import AT_START, field, FUNCTION, RUN, SHAPES
-from configs.kinds import SECTIONS, split
+from common.errors import require, short
+from common.fields import AT_START, field, FUNCTION, RUN, SHAPES
+from common.kinds import SECTIONS, split
 
 
 @struct.dataclass

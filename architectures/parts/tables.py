@@ -2,7 +2,7 @@
 frozen config that is made of them, with what it may not say.
 
 A part is an entry of a table. An entry may have `settings`, a dataclass of
-fields (configs/fields.py), which is the group of config.model that is called as
+fields (common/fields.py), which is the group of config.model that is called as
 the entry, or as the dataclass's GROUP; and `fields`, the names of other fields
 that not every entry reads. A group of which no entry is chosen by any layer is
 None in the ModelConfig, and no config that is printed or saved has it.
@@ -30,9 +30,9 @@ from architectures.parts.moe import dispatch
 from architectures.parts.moe import grouped
 from architectures.parts.moe import layer as moe_layer
 from architectures.parts.moe import routing
-from configs import fields as declared
-from configs import kinds as layer_kinds
-from configs.errors import hint, RequestError, require
+from common import fields as declared
+from common import kinds as layer_kinds
+from common.errors import hint, RequestError, require
 
 # Where a part is chosen: its table.
 TABLES: dict[str, Mapping[str, Any]] = {

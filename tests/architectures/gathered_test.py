@@ -38,7 +38,8 @@ def on_mesh(sizes, module, params, fn, *rows):
   mesh = make_mesh(sizes)
   boxed = jax.eval_shape(module.init, jax.random.key(0), models.tokens(1, 1))
   places = devices.param_shardings(boxed['params'], mesh, 'default')
-  with jax.set_mesh(mesh), sharding.rules('default'):
+  with jax.set_mesh(mesh), sharding.rules(
+      tables.RULES['default']):
     args = jax.tree.map(jax.device_put, jax.device_get(params), places), *rows
     return jax.jit(fn).lower(*args), args
 
@@ -134,7 +135,8 @@ def test_rows_are_looked_up_where_they_lie(sizes):
     x_BLUK, back = jax.vjp(rows, table_IK)
     return x_BLUK, back(d_BLUK)[0]
   want = jax.jit(both)(table_IK)
-  with jax.set_mesh(make_mesh(sizes)), sharding.rules('default'):
+  with jax.set_mesh(make_mesh(sizes)), sharding.rules(
+      tables.RULES['default']):
     lowered = jax.jit(both).lower(table_IK)
     models.close(want, lowered.compile()(table_IK))
   assert 'reduce_scatter"' in lowered.as_text()
@@ -153,7 +155,8 @@ def test_a_product_gathers_its_weight_again_unless_it_may_be_kept(
     return jnp.square(y_BLF).sum()
   want = jax.grad(lambda x, w: jnp.square(local(x, w)).sum(), (0, 1))(
       x_BLD, w_DF)
-  with jax.set_mesh(make_mesh(sizes)), sharding.rules('default'):
+  with jax.set_mesh(make_mesh(sizes)), sharding.rules(
+      tables.RULES['default']):
     lowered = jax.jit(jax.grad(loss, (0, 1))).lower(x_BLD, w_DF)
     models.close(want, lowered.compile()(x_BLD, w_DF))
   text = lowered.as_text()
@@ -175,7 +178,7 @@ def test_rows_of_a_table_whose_columns_are_split_and_their_gradient():
   want = jax.value_and_grad(lambda table_VD: (
       table_VD[ids_BL] * d_BLD.reshape(8, 5, 16)).sum())(table_VD)
   with jax.set_mesh(make_mesh(dict(fsdp=2, expert=4))), sharding.rules(
-      'default'):
+      tables.RULES['default']):
     got = jax.jit(jax.value_and_grad(loss))(table_VD, ids_BL)
   models.close(want, got)
 

@@ -10,7 +10,7 @@ from scipy import special
 
 from architectures.parts import skeletons
 from architectures.parts.config import Context
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
 from training import cli, objectives

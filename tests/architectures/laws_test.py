@@ -19,7 +19,7 @@ from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.layers import NORMS
 from architectures.parts.positions import POSITIONS
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
 from training import generate, runs

@@ -11,7 +11,7 @@ import pytest
 import architectures
 from architectures.parts import layers, skeletons, tables
 from architectures.parts.config import Context
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
 from training import generate, runs

@@ -12,15 +12,15 @@ import pytest
 
 import architectures
 from architectures.parts import layers, positions
+from architectures.parts import paths
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import Context, LayerKind
 from architectures.parts.layers import ClampConfig, FFN
 from architectures.parts.sharding import Declared, Role
+from common.errors import RequestError
 from configs import base
-from configs.errors import RequestError
 from tests.helpers import models
-from architectures.parts import paths
 from training.runs import abstract_params
 
 

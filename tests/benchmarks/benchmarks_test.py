@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu, ours, rival, step, worker
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import forked
 from training.hf import weights
 

@@ -12,7 +12,7 @@ import architectures
 from tests.helpers import forked
 
 ROOT = pathlib.Path(__file__).parents[2]
-ROOMS = ('architectures', 'configs', 'tools', 'training')
+ROOMS = ('architectures', 'common', 'configs', 'tools', 'training')
 
 
 @contextlib.contextmanager

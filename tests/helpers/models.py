@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 import architectures
 from architectures.parts import paths, sharding
-from configs import kinds
+from common import kinds
 
 VOCAB = 61
 

@@ -7,9 +7,9 @@ import math
 import os
 from unittest import mock
 
-from configs.errors import Stopped
-from tools.compare import plan as plans
+from common.errors import Stopped
 from tools.compare import layout, study
+from tools.compare import plan as plans
 from training.workdir import provenance, run_config
 
 BEST_LR = {'base': 2e-3, 'good': 4e-3, 'same': 2e-3, 'wild': 2e-3}

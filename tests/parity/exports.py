@@ -18,16 +18,16 @@ import numpy as np
 
 import architectures
 from architectures.parts import blocks
+from architectures.parts import paths
 from architectures.parts import tables
 from architectures.parts.config import ModelConfig
-from configs import fields
-from configs import kinds
-from configs.errors import RequestError
+from common import fields
+from common import kinds
+from common.errors import RequestError
 from tests.parity import compare, reference
 from training import cli
-from architectures.parts import paths
-from training.runs import abstract_params
 from training.hf import config as hf_config, weights
+from training.runs import abstract_params
 
 # What every system is made to before it is changed.
 SIZES = dict(d_model=32, num_layers=2, num_heads=4, head_dim=0, d_ff=0,

@@ -15,7 +15,7 @@ import tempfile
 from typing import Any
 
 import architectures
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.parity import compare, exports, recording, reference
 from training.hf import config as hf_config, files as hf_files, weights
 

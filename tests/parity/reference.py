@@ -14,7 +14,7 @@ import numpy as np
 
 import architectures
 from architectures import mamba2
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.parity import compare
 from tests.parity.recording import HALF, Recording
 from training.hf import files as hf_files

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
+from common.errors import RequestError
 from configs import base
-from configs.errors import RequestError
 from tests.helpers import sweep_folder, study_folder
 from tools import batches
 from tools.compare import report

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import sweep_folder
 from tools import curves
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
+from common.errors import RequestError, Stopped
 from configs import gpt
-from configs.errors import RequestError, Stopped
 from tools.probes import suites
 from training import loop, vectorised
 from training.data import probes

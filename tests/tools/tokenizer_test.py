@@ -3,7 +3,7 @@ trains is tested with the tokenizers (tests/training/data)."""
 
 import pytest
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from tools import tokenizer as tool
 
 

@@ -3,7 +3,7 @@ before it does any work."""
 
 import pytest
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import forked
 from tools import tokenize
 from tools.compare import layout

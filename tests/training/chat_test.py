@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
+from common.errors import RequestError
 from configs import base
-from configs.errors import RequestError
 from tests.helpers import forked, models
 from tests.training import generate_test
 from tools import chat as program

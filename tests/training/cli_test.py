@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from configs import errors
+from common import errors
 from tests.helpers import forked
 from training import cli
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import archetype
-from configs.errors import EnvironmentFailure, RequestError
+from common.errors import EnvironmentFailure, RequestError
 from tests.helpers import sweep_folder
 from tests.training import chat_test
 from tools import convert

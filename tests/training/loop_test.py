@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from common.errors import RequestError
 from configs import base
-from configs.errors import RequestError
 from training import loop, objectives, preflight
-from training.workdir import metrics
 from training.distributed import signals
 from training.evals import held_out, in_training
+from training.workdir import metrics
 
 STEPS = 6
 

@@ -12,14 +12,14 @@ import pytest
 import tokenizers as hf
 
 import architectures
+from architectures.parts import paths
+from common.errors import RequestError
 from configs import base
-from configs.errors import RequestError
 from tests.helpers import evaluations, models
 from training import parameters, runs
-from architectures.parts import paths
 from training.data import tokenizers
-from training.workdir import checkpoints, run_config
 from training.hf import weights
+from training.workdir import checkpoints, run_config
 
 HEAD = dict(head='sequence', num_labels=3)
 

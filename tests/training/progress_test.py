@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from training import progress
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import evaluations, models
 from tests.training import vectorised_test
 from training import loop, runs

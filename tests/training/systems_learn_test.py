@@ -6,7 +6,7 @@ import json
 import pytest
 
 import architectures
-from configs import kinds
+from common import kinds
 from training import loop, parameters, preflight, runs
 from training.data import tokenizers
 from training.distributed import devices

@@ -9,8 +9,8 @@ import sys
 import tempfile
 
 from architectures.parts import tables
-from configs.errors import require
-from configs.fields import check_number
+from common.errors import require
+from common.fields import check_number
 from tools.compare import cost, layout, spec
 from training import progress, runs
 from training.costs import systems

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from configs.errors import RequestError, require
+from common.errors import RequestError, require
 from tools.compare import spec
 from training import objectives, preflight, runs
 from training.costs import flops, totals

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import RequestError, require
+from common.errors import RequestError, require
 from tools.compare import layout
 from training.evals import items
 from training.objectives import pipeline

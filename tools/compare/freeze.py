@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 
+from common.errors import one_of, require, short
+from common.fields import check_number, check_type
 from configs import base as base_config
-from configs.fields import check_number, check_type
-from configs.errors import one_of, require, short
 from tools.compare import cost, curves, layout, phases, spec
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import require
+from common.errors import require
 from tools.compare import page, statistics
 from training.evals import items
 

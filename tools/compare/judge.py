@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from configs.errors import require
+from common.errors import require
 from tools.compare import curves, decide, layout, page, spec, statistics
 from training.workdir import metrics, run_config, storage
 

@@ -34,7 +34,7 @@ import zlib
 from etils import epath
 
 from architectures.parts import tables
-from configs.errors import EnvironmentFailure, RequestError, require, short
+from common.errors import EnvironmentFailure, RequestError, require, short
 from tools.compare import spec
 from training import runs
 from training.workdir import metrics as metrics_lib

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 
-from configs.errors import EnvironmentFailure, RequestError, Stopped
+from common.errors import EnvironmentFailure, RequestError, Stopped
 from tools import dies_with_parent
 from tools.compare import layout
 from training import cli, evals, progress, vectorised

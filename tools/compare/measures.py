@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 import fnmatch
 import math
 
-from configs.errors import one_of, require, short
+from common.errors import one_of, require, short
 from tools.compare import plan as plans
 from training import evals, objectives
 from training.data import probes

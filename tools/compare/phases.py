@@ -25,7 +25,7 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from tools.compare import advice, decide, page, statistics
 from tools.compare import plan as plans
 from training import runs as starts

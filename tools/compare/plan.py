@@ -26,7 +26,7 @@ import pathlib
 import time
 from typing import Any, NamedTuple
 
-from configs.errors import require
+from common.errors import require
 from tools.compare import layout, spec
 
 REPORT = 'report'  # what follows the last phase

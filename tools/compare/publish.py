@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 from typing import Any
 
-from configs.errors import RequestError, require
+from common.errors import RequestError, require
 from tools.compare import decide, page, report
 from tools.compare import plan as plans
 from training.workdir import storage

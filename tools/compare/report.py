@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import require
-from configs.fields import check_number
+from common.errors import require
+from common.fields import check_number
 from tools.compare import curves, decide, figures, layout, page, statistics
 from tools.compare import measures as measures_lib
 from tools.compare import phases as phases_lib

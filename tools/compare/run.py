@@ -6,8 +6,8 @@ import pathlib
 import shlex
 import sys
 
-from configs.errors import STOPPED, one_of, require
-from configs.fields import check_number
+from common.errors import STOPPED, one_of, require
+from common.fields import check_number
 from tools.compare import check, layout, local, phases, plan, slurm, status
 
 LAUNCHERS = ('local', 'slurm', 'print')

@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configs.errors import RequestError, require
-from configs.fields import check_number
+from common.errors import RequestError, require
+from common.fields import check_number
 
 DELTA = 1e-3
 CONSTANTS = ('E', 'A', 'B', 'a', 'b')

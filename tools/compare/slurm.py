@@ -9,7 +9,7 @@ import pathlib
 import subprocess
 import time
 
-from configs.errors import EnvironmentFailure, RequestError, require
+from common.errors import EnvironmentFailure, RequestError, require
 
 
 # Between submitit's signal and the end of a job: its own default, which

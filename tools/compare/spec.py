@@ -19,10 +19,10 @@ from typing import Any
 import ml_collections
 
 from architectures.parts import tables
+from common.arguments import typed
+from common.errors import RequestError, hint, require, short
+from common.fields import check_type
 from configs import base as fields
-from configs.arguments import typed
-from configs.errors import RequestError, hint, require, short
-from configs.fields import check_type
 from training import cli, evals
 
 CONSTANTS = ('SEEDS', 'TASKS')  # that a sweep's file may hold

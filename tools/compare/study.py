@@ -18,7 +18,7 @@ import textwrap
 import time
 from typing import Any
 
-from configs.errors import EnvironmentFailure, one_of, require
+from common.errors import EnvironmentFailure, one_of, require
 from tools.compare import curves, freeze, layout
 from tools.compare import local, phases, report, results
 from tools.compare import plan as plans

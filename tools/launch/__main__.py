@@ -25,7 +25,7 @@ import sys
 
 from absl import flags
 
-from configs.errors import one_of
+from common.errors import one_of
 from training import cli
 
 PLACES = ('local', 'slurm', 'tpu_vm')

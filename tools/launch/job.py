@@ -8,7 +8,7 @@ import shutil
 
 from absl import flags
 
-from configs.errors import STOPPED, require
+from common.errors import STOPPED, require
 from training import cli
 from training.workdir import storage
 

@@ -15,7 +15,7 @@ import pathlib
 import shlex
 import subprocess
 
-from configs.errors import EnvironmentFailure, RequestError, require
+from common.errors import EnvironmentFailure, RequestError, require
 from tools.launch import job as job_lib
 
 # (kind, name, default, what it says, bounds).

@@ -17,7 +17,7 @@ import os
 import pathlib
 import shlex
 
-from configs.errors import require
+from common.errors import require
 from tools.launch import job as job_lib
 from training.workdir import storage
 

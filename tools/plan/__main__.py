@@ -20,7 +20,7 @@ import os
 
 from absl import flags
 
-from configs.errors import require
+from common.errors import require
 from training import cli
 
 cli.define_config()

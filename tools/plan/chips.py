@@ -23,7 +23,7 @@ import os
 import sys
 from typing import NamedTuple, Optional
 
-from configs.errors import one_of, require
+from common.errors import one_of, require
 
 GIB = 2 ** 30
 _GB = 1e9

@@ -14,7 +14,7 @@ import numpy as np
 
 import architectures
 from architectures.parts import layers, paths
-from configs.errors import require
+from common.errors import require
 from tools.plan import collectives
 from tools.plan.chips import Topology
 from training import objectives, runs

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from configs.errors import RequestError, one_of, require
+from common.errors import RequestError, one_of, require
 from tools.plan import chips, collectives, predict
 from training import generate, objectives, progress, runs
 from training.costs import flops, memory, totals

@@ -13,7 +13,7 @@ import math
 import ml_collections
 
 from architectures.parts import layers
-from configs.errors import RequestError
+from common.errors import RequestError
 from tools.plan import chips, collectives, predict, programs
 from training import progress, runs
 from training.costs import memory

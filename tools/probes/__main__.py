@@ -17,7 +17,7 @@ import sys
 
 from absl import flags
 
-from configs.errors import require
+from common.errors import require
 from training import cli
 
 cli.define_config()

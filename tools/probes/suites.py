@@ -18,7 +18,7 @@ from etils import epath
 import ml_collections
 import numpy as np
 
-from configs.errors import Stopped, one_of, require
+from common.errors import Stopped, one_of, require
 from tools.compare import page, spec, statistics
 from training import cli
 from training.data import probes

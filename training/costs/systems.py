@@ -16,8 +16,8 @@ import ml_collections
 import architectures
 from architectures.parts import tables
 from architectures.parts.config import ModelConfig
-from configs import fields as declared
-from configs.errors import RequestError, one_of, require
+from common import fields as declared
+from common.errors import RequestError, one_of, require
 from training.runs import resolve_alone
 from training.workdir import run_config
 

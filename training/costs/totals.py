@@ -13,7 +13,7 @@ import architectures
 from architectures.parts import blocks, paths, positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
-from configs.errors import require
+from common.errors import require
 from training import objectives
 from training.costs import flops
 from training.objectives import Config

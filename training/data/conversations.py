@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from configs.errors import RequestError, one_of, require, short
+from common.errors import RequestError, one_of, require, short
 from training import hub
 from training.data import texts
 from training.data.tokenizers import Tokenizer, named_tokens

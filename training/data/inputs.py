@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.errors import require, short
+from common.errors import require, short
 
 # Of each stack, the names of inputs and of the module's arguments.
 NAMES = {

@@ -34,7 +34,7 @@ import itertools
 import re
 from typing import Any, NamedTuple
 
-from configs.errors import RequestError, require, short
+from common.errors import RequestError, require, short
 from training.data import texts
 
 TEXTS = 'labelled texts'

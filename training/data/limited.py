@@ -19,7 +19,7 @@ import sys
 import threading
 from typing import Any
 
-from configs.errors import require
+from common.errors import require
 from training.data import texts
 
 SECONDS, BYTES = 10, 2**30

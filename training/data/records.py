@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from configs.errors import one_of, require, short
+from common.errors import one_of, require, short
 from training.data import labelled, sources, tokens
 from training.data.tokenizers import Tokenizer
 

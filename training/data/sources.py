@@ -37,7 +37,7 @@ import zlib
 from etils import epath
 import numpy as np
 
-from configs.errors import EnvironmentFailure, RequestError, require
+from common.errors import EnvironmentFailure, RequestError, require
 from training.data import conversations, labelled, texts, tokens
 from training.data.tokenizers import Tokenizer
 from training.data.tokens import Split

@@ -16,7 +16,7 @@ import os
 import pathlib
 from typing import Any
 
-from configs.errors import RequestError, require, short
+from common.errors import RequestError, require, short
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where it stands, and what it has
 

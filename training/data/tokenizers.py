@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import RequestError, require
+from common.errors import RequestError, require
 from training import hub
 from training.workdir import storage
 

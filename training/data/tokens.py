@@ -40,7 +40,7 @@ import zlib
 from etils import epath
 import numpy as np
 
-from configs.errors import EnvironmentFailure, require, short
+from common.errors import EnvironmentFailure, require, short
 from training.data import conversations, labelled
 from training.data.tokenizers import Tokenizer
 from training.workdir import storage

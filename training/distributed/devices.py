@@ -17,8 +17,8 @@ from architectures.parts import blocks
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import NO_FFN
+from common.errors import one_of, require
 from configs import sharding as tables
-from configs.errors import one_of, require
 
 
 def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from configs.errors import RequestError, require
+from common.errors import RequestError, require
 from training import cli
 from training.distributed import devices
 

@@ -17,14 +17,14 @@ from absl import flags
 from etils import epath
 import jax
 
-from configs import lazy
-from configs.errors import RequestError, one_of, require, short
+from common import lazy
+from common.errors import RequestError, one_of, require, short
 from training import objectives, parameters, progress, runs
 from training.data import tokenizers
 from training.distributed import devices
 from training.evals import tasks
-from training.objectives import pipeline
 from training.objectives import Config
+from training.objectives import pipeline
 from training.workdir import checkpoints, metrics, provenance, run_config
 from training.workdir import storage
 

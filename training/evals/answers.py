@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from configs.errors import require
+from common.errors import require
 from training.data.records import Questions
 from training.evals import items
 from training.objectives import labelled

@@ -17,8 +17,8 @@ from lm_eval.api import model as api
 from lm_eval.models import utils as model_utils
 import numpy as np
 
-from configs.arguments import PositiveSize, typed
-from configs.errors import require, short
+from common.arguments import PositiveSize, typed
+from common.errors import require, short
 from training import evals, generate, objectives, progress
 from training.data import conversations, inputs
 from training.evals import Evaluation, scoring

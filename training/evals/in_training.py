@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from etils import epath
 import jax
 
-from configs.errors import require
+from common.errors import require
 from training import evals, progress, runs
 from training.data.tokenizers import Tokenizer
 from training.evals import Evaluation, held_out

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import require
+from common.errors import require
 from training import evals
 from training.workdir import storage
 

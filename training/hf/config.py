@@ -22,9 +22,9 @@ import architectures
 from architectures.parts import blocks, heads, hf, tables
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
+from common import fields as declared
+from common.errors import require, short
 from configs import base
-from configs import fields as declared
-from configs.errors import require, short
 from training.hf import files as hf_files
 from training.workdir import run_config, storage
 

@@ -13,7 +13,7 @@ import zipfile
 
 import numpy as np
 
-from configs.errors import RequestError, require, short
+from common.errors import RequestError, require, short
 from training.workdir import storage
 
 # The types of weights that are read and written, and their names in

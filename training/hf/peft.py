@@ -18,14 +18,14 @@ import numpy as np
 
 import architectures
 from architectures.parts import hf, layers
+from architectures.parts import paths
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import tensor_map
-from configs.errors import require, short
-from configs.fields import check_number, check_type
-from architectures.parts import paths
+from architectures.parts.sharding import parameter_shapes
+from common.errors import require, short
+from common.fields import check_number, check_type
 from training import hub
 from training.hf import files as hf_files, weights
-from architectures.parts.sharding import parameter_shapes
 from training.workdir import checkpoints, storage
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'

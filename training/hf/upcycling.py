@@ -18,12 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 import ml_collections
 
 import architectures
+from architectures.parts import paths
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import NO_FFN
 from architectures.parts.moe import routing
-from configs import kinds
-from configs.errors import require
-from architectures.parts import paths
+from common import kinds
+from common.errors import require
 from training import cli
 from training.hf import weights
 

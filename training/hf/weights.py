@@ -37,16 +37,16 @@ import numpy as np
 
 import architectures
 from architectures.parts import hf, layers, skeletons, tables
+from architectures.parts import paths
 from architectures.parts.config import DTYPES, ModelConfig
 from architectures.parts.hf import tensor_map
-from configs.arguments import PositiveSize, Seed, typed
-from configs.errors import one_of, require
+from architectures.parts.sharding import parameter_shapes
+from common.arguments import PositiveSize, Seed, typed
+from common.errors import one_of, require
 from training import progress
-from architectures.parts import paths
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import generation as hf_generation
-from architectures.parts.sharding import parameter_shapes
 from training.workdir import checkpoints, storage
 
 SHARD_BYTES = 5 * 10**9

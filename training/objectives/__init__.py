@@ -35,8 +35,9 @@ from architectures.parts import layers, sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.heads import Head
 from architectures.parts.skeletons import Output
-from configs import base, lazy
-from configs.errors import RequestError, one_of, require, short
+from common import lazy
+from common.errors import RequestError, one_of, require, short
+from configs import base
 from training.data import conversations, records, sources
 from training.data.tokenizers import Tokenizer, spelt
 

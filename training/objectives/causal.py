@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configs.errors import require
+from common.errors import require
 from training import objectives
 from training.data import conversations, sources
 from training.data.conversations import Messages

@@ -45,7 +45,7 @@ import numpy as np
 import architectures
 from architectures.parts import sharding
 from architectures.parts.skeletons import Output
-from configs.errors import require
+from common.errors import require
 from training import objectives
 from training.data import sources
 from training.data.tokenizers import Tokenizer

@@ -24,7 +24,7 @@ import sys
 
 import numpy as np
 
-from configs.errors import require
+from common.errors import require
 from training import objectives
 from training.data import conversations, sources, tokens
 from training.data.tokenizers import Tokenizer

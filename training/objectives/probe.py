@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import architectures
-from configs.errors import require
+from common.errors import require
 from training import objectives
 from training.data import probes, sources
 from training.data.tokenizers import Tokenizer

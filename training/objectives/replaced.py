@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from architectures.parts.skeletons import Output
-from configs.errors import require
+from common.errors import require
 from training import objectives
 from training.data.tokenizers import Tokenizer
 from training.objectives import Batch, causal, Config, Figures, Mean, mlm

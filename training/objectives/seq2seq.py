@@ -41,7 +41,7 @@ from typing import NamedTuple
 import numpy as np
 
 import architectures
-from configs.errors import require
+from common.errors import require
 from training import objectives
 from training.data import labelled, sources
 from training.data.tokenizers import Tokenizer

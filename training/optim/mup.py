@@ -27,7 +27,7 @@ import jax
 
 from architectures.parts.config import ModelConfig
 from architectures.parts.sharding import Role
-from configs.errors import one_of
+from common.errors import one_of
 
 # A parameter's rate, of how many times as wide as at the base its inputs and
 # its outputs are, and of what its product is divided by. Adam's step does not

@@ -30,10 +30,10 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from architectures.parts.sharding import Role
-from configs import base as base_config
-from configs.errors import one_of, require
 from architectures.parts import paths
+from architectures.parts.sharding import Role
+from common.errors import one_of, require
+from configs import base as base_config
 from training.optim import matrices, shares, soap
 
 

@@ -25,9 +25,9 @@ import ml_collections
 import numpy as np
 import optax
 
-from architectures.parts.sharding import Role
-from configs.errors import RequestError, require
 from architectures.parts import paths
+from architectures.parts.sharding import Role
+from common.errors import RequestError, require
 
 STACKS = ('encoder', 'decoder')  # from the bottom
 

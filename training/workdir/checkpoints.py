@@ -40,8 +40,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from configs.errors import EnvironmentFailure, RequestError, require
 from architectures.parts import paths
+from common.errors import EnvironmentFailure, RequestError, require
 from training.workdir import storage
 
 BEST = 'best'  # a name for the step whose evaluation was the best

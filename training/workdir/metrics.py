@@ -24,7 +24,7 @@ from etils import epath
 import ml_collections
 import numpy as np
 
-from configs.errors import RequestError, require
+from common.errors import RequestError, require
 from training.workdir import storage
 
 METRICS = 'metrics.jsonl'

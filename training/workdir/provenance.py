@@ -10,7 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
-from configs.errors import require
+from common.errors import require
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLAN = 'ARCHETYPE_PLAN'  # in the environment of a study's runs

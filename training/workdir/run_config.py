@@ -20,9 +20,9 @@ import ml_collections
 import architectures
 from architectures.parts import tables
 from architectures.parts.config import ModelConfig
+from common.errors import require, short
+from common.fields import INCOMPATIBLE, OPTIMISATION, SAFE
 from configs import base
-from configs.errors import require, short
-from configs.fields import INCOMPATIBLE, OPTIMISATION, SAFE
 from training.workdir import checkpoints, provenance, storage
 
 FORMAT = 1  # of config.json

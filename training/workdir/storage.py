@@ -32,7 +32,7 @@ from typing import Any
 
 from etils import epath
 
-from configs.errors import EnvironmentFailure, RequestError, require, short
+from common.errors import EnvironmentFailure, RequestError, require, short
 
 CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'  # of a run, in its folder
 DERIVED = 'derived'  # in a run's config.json, and in no other

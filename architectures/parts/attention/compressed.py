@@ -38,8 +38,8 @@ from architectures.parts.attention.multi_head import Attention
 from architectures.parts.config import Cache, Context, LayerKind, ModelConfig
 from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
-from configs.errors import require
-from configs.fields import field, FUNCTION, SHAPES
+from common.errors import require
+from common.fields import field, FUNCTION, SHAPES
 
 
 @dataclasses.dataclass(frozen=True)

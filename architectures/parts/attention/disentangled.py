@@ -29,8 +29,8 @@ import numpy as np
 
 from architectures.parts import layers
 from architectures.parts.config import Context, ModelConfig
-from configs.errors import require
-from configs.fields import field, FUNCTION, SHAPES
+from common.errors import require
+from common.fields import field, FUNCTION, SHAPES
 
 
 @dataclasses.dataclass(frozen=True)

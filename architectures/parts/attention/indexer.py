@@ -49,8 +49,8 @@ from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.config import Context, ModelConfig
 from architectures.parts.recurrent import features
-from configs.errors import require
-from configs.fields import field, FUNCTION, RECIPE, SHAPES, REGULARISATION
+from common.errors import require
+from common.fields import field, FUNCTION, RECIPE, SHAPES, REGULARISATION
 
 NORM_EPS = 1e-6  # of the norm of keys, whatever model.norm_eps is
 UNSEEN = -1e30  # finite, as kernels.MASKED

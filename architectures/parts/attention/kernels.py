@@ -20,7 +20,7 @@ from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.attention import indexer
 from architectures.parts.config import Context, LayerKind, ModelConfig
-from configs.errors import require
+from common.errors import require
 
 # The mask: which keys a query sees, and how many pairs it shows.
 

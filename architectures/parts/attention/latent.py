@@ -30,8 +30,8 @@ from architectures.parts.attention import indexer
 from architectures.parts.attention.kernels import begins, share
 from architectures.parts.attention.multi_head import Attention, gate_products
 from architectures.parts.config import Cache, Context, ModelConfig
-from configs.errors import require
-from configs.fields import field, FUNCTION, SHAPES
+from common.errors import require
+from common.fields import field, FUNCTION, SHAPES
 
 UP_AXES = 'latent', 'heads', 'head'
 

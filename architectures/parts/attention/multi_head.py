@@ -33,8 +33,8 @@ from architectures.parts.config import (
     Cache, Context, First, Keys, LayerKind, ModelConfig)
 from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
-from configs.errors import require
-from configs.fields import field, FUNCTION, SHAPES
+from common.errors import require
+from common.fields import field, FUNCTION, SHAPES
 
 GATE = 'output_gate'  # its weight, and the product for adapters
 VALUE_AXES = 'batch', 'length', 'kv_heads', 'head'

@@ -12,7 +12,7 @@ import re
 from typing import Any, NamedTuple
 
 from architectures.parts.config import ModelConfig
-from configs.errors import require
+from common.errors import require
 
 # The path of a parameter, its axes, the name of the tensor in a file, its axes.
 Row = tuple[str, str, str, str]

@@ -7,8 +7,8 @@ from typing import Any
 from architectures.parts import hf
 from architectures.parts.attention import kernels
 from architectures.parts.config import ModelConfig
-from configs import kinds as layer_kinds
-from configs.errors import require, short
+from common import kinds as layer_kinds
+from common.errors import require, short
 
 WINDOW, WHOLE = 'sliding_attention', 'full_attention'
 NAMES = {WINDOW: 'local', WHOLE: 'global'}  # our kinds of layer

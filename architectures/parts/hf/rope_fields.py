@@ -11,7 +11,7 @@ from architectures.parts import hf
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types
-from configs.errors import RequestError, require
+from common.errors import RequestError, require
 
 # The fields that a scaling alone has, with their defaults.
 _OF = {'llama3': dict(low_freq_factor=1.0, high_freq_factor=4.0),

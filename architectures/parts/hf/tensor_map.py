@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from architectures.parts.hf import Row
-from configs.errors import RequestError
-from configs.kinds import SECTIONS
+from common.errors import RequestError
+from common.kinds import SECTIONS
 
 # A row of one block, or of all layers.
 _OF_LAYERS = re.compile(rf'/(?:{"|".join(SECTIONS)})/block_\d+/|/layers/')

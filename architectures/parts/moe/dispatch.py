@@ -60,7 +60,7 @@ from architectures.parts import layers, sharding
 from architectures.parts.layers import Hidden, mix
 from architectures.parts.moe import grouped, routing
 from architectures.parts.moe.routing import MoEConfig, Routing, ranks
-from configs.errors import require
+from common.errors import require
 
 PADDING = 2
 

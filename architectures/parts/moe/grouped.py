@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from architectures.parts import layers, sharding
 from architectures.parts.layers import Hidden
 from architectures.parts.moe.routing import MoEConfig
-from configs.errors import require
+from common.errors import require
 
 # Sizes of blocks, relative to the rows an even load gives an expert: dense
 # around it, since a block that its rows do not fill wastes the rest.

@@ -31,7 +31,7 @@ from architectures.parts.moe import routing
 from architectures.parts.moe.dispatch import Dropout, Weights
 from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.sharding import Role, declare
-from configs.errors import require
+from common.errors import require
 
 BIAS, TABLE = 'router_bias', 'experts_of'
 

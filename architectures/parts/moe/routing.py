@@ -63,9 +63,9 @@ import jax.numpy as jnp
 
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import mix
-from configs.errors import require
-from configs.fields import field, FUNCTION, RECIPE, REGULARISATION, Resume
-from configs.fields import RUN, SAFE, SAME, SHAPES
+from common.errors import require
+from common.fields import field, FUNCTION, RECIPE, REGULARISATION, Resume
+from common.fields import RUN, SAFE, SAME, SHAPES
 
 SINKHORN_STEPS = 8
 NOWHERE = -1e30

@@ -24,7 +24,7 @@ from architectures.parts import layers, positions, sharding
 from architectures.parts.config import Context, LayerKind, ModelConfig
 from architectures.parts.recurrent import recurrence, features
 from architectures.parts.sharding import Role, declare
-from configs.errors import require
+from common.errors import require
 
 VALUE_AXES = 'heads', 'head'
 

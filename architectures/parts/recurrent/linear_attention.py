@@ -15,8 +15,8 @@ import numpy as np
 from architectures.parts import layers, positions
 from architectures.parts.config import Context, ModelConfig
 from architectures.parts.recurrent import features, layer, recurrence
-from configs.errors import require
-from configs.fields import field, FUNCTION, SHAPES
+from common.errors import require
+from common.fields import field, FUNCTION, SHAPES
 
 
 @dataclasses.dataclass(frozen=True)

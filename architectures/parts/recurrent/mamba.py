@@ -29,8 +29,8 @@ from architectures.parts import layers, sharding
 from architectures.parts.config import Context, LayerKind, ModelConfig
 from architectures.parts.recurrent import features, layer
 from architectures.parts.sharding import Role, declare
-from configs.errors import require
-from configs.fields import field, SHAPES
+from common.errors import require
+from common.fields import field, SHAPES
 
 PLACES = 16  # of a piece
 

@@ -26,8 +26,8 @@ from architectures.parts import layers
 from architectures.parts.config import Context, ModelConfig
 from architectures.parts.recurrent import layer, recurrence, features
 from architectures.parts.sharding import Role, declare
-from configs.errors import require
-from configs.fields import field, FUNCTION, SHAPES
+from common.errors import require
+from common.fields import field, FUNCTION, SHAPES
 
 NORMS_OVER = ('group', 'all')
 

@@ -39,8 +39,8 @@ from architectures.parts import layers
 from architectures.parts.config import Context, ModelConfig
 from architectures.parts.recurrent import features, layer, mamba2, recurrence
 from architectures.parts.sharding import Role, declare
-from configs.errors import require
-from configs.fields import field, SHAPES
+from common.errors import require
+from common.fields import field, SHAPES
 
 LEAST_RATE = 1e-4  # at which a state decays, as in the authors' program
 

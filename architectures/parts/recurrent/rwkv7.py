@@ -41,8 +41,8 @@ from architectures.parts.config import Context, ModelConfig
 from architectures.parts.recurrent import features, layer
 from architectures.parts.recurrent import linear_attention, recurrence
 from architectures.parts.sharding import Role, declare
-from configs.errors import require
-from configs.fields import field, SHAPES
+from common.errors import require
+from common.fields import field, SHAPES
 
 MOST_LOG_DECAY = np.exp(-0.5)
 # What a token is mixed for, and p of the initial share of the token before in

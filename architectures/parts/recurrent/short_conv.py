@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from architectures.parts import layers, sharding
 from architectures.parts.config import Context, LayerKind, ModelConfig
 from architectures.parts.recurrent import features, layer
-from configs.fields import field, SHAPES
+from common.fields import field, SHAPES
 
 
 @dataclasses.dataclass(frozen=True)

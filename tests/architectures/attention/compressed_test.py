@@ -12,7 +12,7 @@ from architectures.parts import blocks
 from architectures.parts import positions
 from architectures.parts.attention import compressed
 from architectures.parts.config import LayerKind
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import models
 from training import generate
 from training.costs import flops

@@ -9,7 +9,7 @@ import pytest
 import architectures
 from architectures.parts.attention import indexer, kernels, multi_head
 from architectures.parts.config import Context, LayerKind
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import models
 
 INDEXED = dict(attention='indexed', indexer=dict(top_k=3, heads=3, head_dim=12))

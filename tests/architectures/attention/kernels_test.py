@@ -105,7 +105,8 @@ def lowered(system, mesh, **changes):
   put = lambda x, spec: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
   plain = nn.meta.unbox(boxed)
-  with jax.set_mesh(mesh), sharding.rules('default'):
+  with jax.set_mesh(mesh), sharding.rules(
+      tables.RULES['default']):
     specs = nn.logical_to_mesh(nn.get_partition_spec(boxed))
     tokens = put(jax.ShapeDtypeStruct((8, 256), jnp.int32),
                  PartitionSpec('data'))
@@ -209,7 +210,8 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
       kernels.choose(c, kernels.Mask(causal=True, **mask), 128, 128)
   # A row that a mesh cuts is not padded, as its shards have to be whole blocks.
   with jax.set_mesh(_mesh(jax.devices(), context=8)), (
-      sharding.rules('default')), pytest.raises(ValueError, match='of 1024'):
+      sharding.rules(
+      tables.RULES['default'])), pytest.raises(ValueError, match='of 1024'):
     kernels.choose(c, kernels.Mask(causal=True), 256, 256)
 
 
@@ -225,5 +227,6 @@ def test_splash_with_split_queries_equals_one_device():
         *x, mask, scale=0.2, interpret=True)).sum(), (0, 1, 2))(q, k, v)
   want = jax.jit(grads)(q, k, v)
   with jax.set_mesh(make_mesh(dict(data=2, context=4))), (
-      sharding.rules('default')):
+      sharding.rules(
+      tables.RULES['default'])):
     models.close(want, jax.jit(grads)(q, k, v))

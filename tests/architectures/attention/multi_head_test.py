@@ -15,7 +15,7 @@ from architectures.parts import sharding, skeletons, tables
 from architectures.parts.attention import kernels
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.config import Cache
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.architectures.parts_test import (
     D, KIND, born, context, normal, resolved)
 from tests.helpers import models, numpy_attention

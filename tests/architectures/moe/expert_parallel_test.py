@@ -72,7 +72,8 @@ def compile_on(shape, c):
   """Returns (compiled value and gradients, its arguments on the mesh)."""
   loss, params, x_BLD, logical = setup(c)
   mesh = mesh_of(shape)
-  with jax.set_mesh(mesh), sharding.rules('default'):
+  with jax.set_mesh(mesh), sharding.rules(
+      tables.RULES['default']):
     specs = nn.logical_to_mesh(logical)
     put = lambda x, spec: jax.device_put(
         np.asarray(x), NamedSharding(mesh, spec))
@@ -203,7 +204,8 @@ def test_accelerators_send_only_full_rows(remat, times):
   if remat != 'none':
     apply = jax.checkpoint(apply, policy=layers.remat_policy(
         models.make('mixtral', remat=remat)[0].config))
-  with jax.set_mesh(mesh_of(tables.PRESETS['ep'])), sharding.rules('default'):
+  with jax.set_mesh(mesh_of(tables.PRESETS['ep'])), sharding.rules(
+      tables.RULES['default']):
     traced = jax.jit(jax.grad(apply, (0, 1))).trace(params, x_BLD)
     lower = lambda name: traced.lower(lowering_platforms=(name,)).as_text()
     primitives = [eqn.primitive.name

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import sweep_folder
 from tools.compare import __main__ as command
 from tools.compare import curves, judge, statistics

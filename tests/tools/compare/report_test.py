@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import chromium, study_folder, sweep_folder
 from tests.helpers.study_folder import BASE, ODD, VARIANTS
 from tests.helpers.sweep_folder import HEALTH, LOST, POINTS, SHIFT, point

@@ -13,7 +13,7 @@ from statsmodels.stats import contingency_tables
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from tools.compare import items, statistics
 from training.evals import items as eval_items
 

@@ -16,7 +16,7 @@ import types
 import numpy as np
 import pytest
 
-from configs.errors import EnvironmentFailure, RequestError, Stopped
+from common.errors import EnvironmentFailure, RequestError, Stopped
 from tests.helpers import studies
 from tools.compare import decide, freeze, layout, phases
 from tools.compare import plan as plans

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 import pytest
 
-from configs.errors import EnvironmentFailure, RequestError, STOPPED
+from common.errors import EnvironmentFailure, RequestError, STOPPED
 from configs.sweeps import helpers
 from tests.helpers import forked, studies, sweep_folder, sweeps, toy_run
 from tests.helpers.sweeps import states

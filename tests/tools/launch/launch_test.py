@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import forked, terminals
 from tests.helpers.launching import args_of, hostile_job, is_running, make_job
 from tests.helpers.launching import stand_in, starts, wait_for

@@ -4,9 +4,9 @@ the estimate without a compiler."""
 import json
 import re
 
+from common.errors import RequestError
 from configs import gpt, mixtral
 from configs import sharding as tables
-from configs.errors import RequestError
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P

@@ -5,8 +5,8 @@ import importlib
 import pytest
 
 import architectures
+from common.errors import RequestError
 from configs import gpt, mixtral, qwen3
-from configs.errors import RequestError
 from tests.helpers import models
 from tools.compare import spec
 from training import preflight, runs

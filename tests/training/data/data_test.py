@@ -7,8 +7,8 @@ import grain
 import numpy as np
 import pytest
 
+from common.errors import RequestError
 from configs import base
-from configs.errors import RequestError
 from training import preflight
 from training.data import tokenizers
 from training.objectives import pipeline

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import data_files as files
 from training import objectives
 from training.data import labelled, records, sources, tokenizers

@@ -8,7 +8,7 @@ import os
 import pytest
 import tokenizers as hf
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from training.data import conversations, limited, tokenizers
 
 BYTES = tokenizers.load('bytes')

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from common.errors import RequestError
 from configs import base
-from configs.errors import RequestError
 from training.data import probes
 
 # A solver takes the tokens of a row, as a list, and the settings of its probe;

@@ -13,8 +13,8 @@ import textwrap
 import numpy as np
 import pytest
 
+from common.errors import EnvironmentFailure, RequestError
 from configs import base
-from configs.errors import EnvironmentFailure, RequestError
 from tools import tokenize as command
 from training.data import sources, tokenizers, tokens
 from training.objectives import pipeline

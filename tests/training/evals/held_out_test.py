@@ -12,8 +12,8 @@ import pytest
 
 import architectures
 from architectures.parts import heads, positions
+from common.errors import RequestError
 from configs import base, gpt
-from configs.errors import RequestError
 from tests.helpers import evaluations, models
 from tests.training import vectorised_test
 from training import evals, generate, objectives, parameters

@@ -15,7 +15,7 @@ import tokenizers as hf
 
 import archetype
 from architectures.parts.moe.layer import without_capacity
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import evaluations
 from tests.helpers import models
 from training import evals

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs.errors import RequestError
+from common.errors import RequestError
 from tests.helpers import evaluations, models
 from training import evals, objectives, runs
 from training.data import tokenizers

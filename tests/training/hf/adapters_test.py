@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import architectures
-from configs.errors import RequestError
+from architectures.parts import paths
+from common.errors import RequestError
 from tests.helpers import evaluations, models
 from tools import convert
 from training import parameters, runs
-from architectures.parts import paths
 from training.hf import peft, weights
 from training.workdir import run_config
 

@@ -20,8 +20,8 @@ import jax
 import architectures
 from architectures.parts import tables
 from architectures.parts.hf import layer_types
-from configs import fields as declared, kinds
-from configs.errors import RequestError
+from common import fields as declared, kinds
+from common.errors import RequestError
 from tests.helpers import models
 from tests.parity import exports, readings, recording
 from training import runs

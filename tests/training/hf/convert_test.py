@@ -14,14 +14,14 @@ from safetensors.numpy import load_file, save_file
 
 import archetype
 import architectures
+from architectures.parts import paths
+from common.errors import EnvironmentFailure, RequestError
 from configs import base
-from configs.errors import EnvironmentFailure, RequestError
 from tests import train_test
 from tests.helpers import evaluations, models, toy_run
 from tests.parity import exports
-from training import parameters, runs
-from architectures.parts import paths
 from tools import convert
+from training import parameters, runs
 from training.data import tokenizers
 from training.hf import config as hf_config, files as hf_files
 from training.hf import generation as hf_generation, peft, upcycling

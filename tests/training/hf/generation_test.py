@@ -7,14 +7,14 @@ import pytest
 import tokenizers as hf
 
 import architectures
+from common.errors import RequestError
 from configs import base
-from configs.errors import RequestError
 from tests.helpers import data_files, evaluations, models
 from training import runs
-from training.objectives import pipeline
 from training.data import tokenizers
 from training.hf import config as hf_config, generation as hf_generation
 from training.hf import tokenizer as hf_tokenizer
+from training.objectives import pipeline
 
 
 def _vocabulary(tmp_path, specials):

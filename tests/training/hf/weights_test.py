@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import architectures
-from architectures.parts.hf import tensor_map
-from configs.errors import RequestError
-from tests.helpers import models
 from architectures.parts import paths
+from architectures.parts.hf import tensor_map
+from common.errors import RequestError
+from tests.helpers import models
 from training.hf import config as hf_config, files as hf_files
 from training.hf import generation as hf_generation, weights
 

@@ -174,7 +174,8 @@ def on_mesh(name, fn, args):
   the program's text)."""
   mesh = devices.make_mesh(tables.PRESETS[name])
   hidden, head, targets, weights = args
-  with jax.set_mesh(mesh), sharding.rules('default'):
+  with jax.set_mesh(mesh), sharding.rules(
+      tables.RULES['default']):
     def put(x, *axes):
       spec = nn.logical_to_mesh_axes(axes)
       return jax.device_put(x, jax.NamedSharding(mesh, spec))

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from common.errors import RequestError
 from configs import bert, gpt
-from configs.errors import RequestError
 from tests.helpers import evaluations, models
 from training import objectives, preflight, runs
 from training.data import probes, tokenizers

@@ -253,7 +253,8 @@ def test_muon_is_that_of_optax_on_any_mesh(sizes, capfd):
     ours, _ = muon_steps(tx)
   else:
     mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1) | sizes)
-    with jax.set_mesh(mesh), sharding.rules('default'):
+    with jax.set_mesh(mesh), sharding.rules(
+      tables.RULES['default']):
       homes = {}
       for name, role in ROLES.items():
         lead = len(SHAPES[name]) - len(role.axes)

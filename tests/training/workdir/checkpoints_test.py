@@ -20,7 +20,7 @@ import optax
 import pytest
 
 from architectures.parts import paths
-from configs.errors import EnvironmentFailure, RequestError
+from common.errors import EnvironmentFailure, RequestError
 from tests.helpers import forked, toy_run
 from training.workdir import checkpoints
 

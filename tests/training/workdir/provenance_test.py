@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
+from common.errors import RequestError
 from configs import base
-from configs.errors import RequestError
 from training.workdir import provenance
 from training.workdir import run_config
 

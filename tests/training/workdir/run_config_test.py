@@ -8,8 +8,8 @@ import pytest
 
 import architectures
 from architectures.parts import tables
+from common.errors import RequestError
 from configs import base
-from configs.errors import RequestError
 from training import preflight, runs
 from training.data import tokenizers
 from training.workdir import run_config

@@ -20,8 +20,8 @@ import time
 
 import pytest
 
+from common.errors import EnvironmentFailure, RequestError
 from configs import gpt
-from configs.errors import EnvironmentFailure, RequestError
 from tests import train_test
 from tests.helpers import forked, toy_run
 from tools.compare import layout

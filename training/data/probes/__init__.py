@@ -13,7 +13,7 @@ import pkgutil
 import ml_collections
 import numpy as np
 
-from configs.errors import one_of, require
+from common.errors import one_of, require
 from training.data import labelled
 from training.data.probes.record import Level, Probe, Row, Settings
 

@@ -5,7 +5,7 @@ import os
 import pathlib
 from typing import Any
 
-from configs.errors import require
+from common.errors import require
 from training.data import texts
 
 DATA = 'ARCHETYPE_DATA'

@@ -20,7 +20,7 @@ import markupsafe
 import numpy as np
 
 import architectures
-from configs.errors import require, short
+from common.errors import require, short
 from training import generate, objectives
 from training.costs import totals
 from training.data import texts as text_files

@@ -26,7 +26,7 @@ import warnings
 import numpy as np
 
 import architectures
-from configs.errors import require
+from common.errors import require
 from training.data import labelled, records, sources
 from training.evals import Evaluation, Flag, Task, answers, held_out, items
 from training.evals.tasks import writing

@@ -16,7 +16,7 @@ import pathlib
 import traceback
 from typing import Any
 
-from configs.errors import EnvironmentFailure, RequestError, hint, require
+from common.errors import EnvironmentFailure, RequestError, hint, require
 from training.evals import Evaluation, Flag, Task, items, scoring
 
 OWN = pathlib.Path(__file__).parents[1] / 'lm_eval_tasks'
@@ -85,7 +85,8 @@ def failures(what: str) -> Iterator[None]:
     # What its own code, or what that calls, refuses: ours is a bug.
     rooms = [frame.f_globals.get('__name__', '').partition('.')[0]
              for frame, _ in traceback.walk_tb(error.__traceback__)]
-    theirs = [x for x in rooms if x in ('configs', 'lm_eval', 'training')]
+    theirs = [x for x in rooms if x in (
+        'common', 'configs', 'lm_eval', 'training')]
     if theirs[-1] != 'lm_eval':
       raise
     reason = ' '.join(str(error).split()) or 'no message'

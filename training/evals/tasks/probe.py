@@ -24,7 +24,7 @@ import ml_collections
 import numpy as np
 
 from architectures.parts import positions
-from configs.errors import one_of
+from common.errors import one_of
 from training import objectives
 from training.data import probes
 from training.distributed import devices

@@ -23,7 +23,7 @@ import numpy as np
 
 import architectures
 from architectures.parts.moe.layer import without_capacity
-from configs.errors import one_of, require, short
+from common.errors import one_of, require, short
 from training import objectives, progress
 from training.data import probes
 from training.data import texts as text_files

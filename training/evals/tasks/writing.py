@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.errors import require
+from common.errors import require
 from training import generate, objectives, progress
 from training.data import texts as text_files
 from training.evals import Evaluation, Flag, Task, held_out, items, without

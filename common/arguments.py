@@ -14,8 +14,8 @@ import types
 import typing
 from typing import Annotated, Any, TypeVar
 
-from configs.errors import RequestError, short
-from configs.fields import check_number
+from common.errors import RequestError, short
+from common.fields import check_number
 
 F = TypeVar('F', bound=Callable)
 # A whole number in a range: the pairs are those of fields.check_number.

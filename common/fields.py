@@ -12,7 +12,7 @@ import math
 import operator
 from typing import Any, NamedTuple
 
-from configs.errors import RequestError, one_of, require, short
+from common.errors import RequestError, one_of, require, short
 
 # What a change of a field does to a run that is resumed.
 SAFE = 'safe'

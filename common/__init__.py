@@ -1,0 +1,1 @@
+"""What every other room stands on: errors, declared fields, kinds of layer."""
