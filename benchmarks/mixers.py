@@ -30,7 +30,8 @@ import jax.numpy as jnp
 
 import architectures
 from architectures.parts import blocks, skeletons
-from architectures.parts.config import Context, ModelConfig
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from benchmarks import worker
 from common.errors import require
 from configs import llama

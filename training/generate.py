@@ -38,7 +38,7 @@ import numpy as np
 
 import architectures
 from architectures.parts import blocks, positions
-from architectures.parts.config import Cache
+from architectures.parts.cache import Cache
 from architectures.parts.moe.layer import without_capacity
 from architectures.parts.skeletons import one_by_one
 from common.errors import one_of

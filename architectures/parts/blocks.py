@@ -24,8 +24,9 @@ from architectures.parts.attention import indexer
 from architectures.parts.attention import latent
 from architectures.parts.attention import multi_head
 from architectures.parts import lookup
-from architectures.parts.config import (
-    Both, Context, LayerKind, ModelConfig)
+from architectures.parts.cache import Both
+from architectures.parts.config import LayerKind, ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.layers import FFN, NO_FFN, norm, recomputed, rmsnorm
 from architectures.parts.moe.layer import MoE
 from architectures.parts.recurrent import features, layer

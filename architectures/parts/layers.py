@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import sharding
-from architectures.parts.config import Context, ModelConfig
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.sharding import Role, declare
 from common.fields import field, FUNCTION, REGULARISATION, RUN
 

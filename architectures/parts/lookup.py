@@ -58,7 +58,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import layers, sharding
-from architectures.parts.config import Context, ModelConfig
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
 from common.errors import require

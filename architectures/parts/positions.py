@@ -27,7 +27,8 @@ import numpy as np
 from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.attention import disentangled
-from architectures.parts.config import Context, ModelConfig
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.sharding import Role, declare
 from common.errors import require, short
 from common.fields import field, FUNCTION, SHAPES

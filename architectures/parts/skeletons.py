@@ -30,9 +30,9 @@ import numpy as np
 from architectures.parts import blocks, heads, layers, positions, sharding
 from architectures.parts.attention import multi_head
 from architectures.parts.blocks import BLOCKS, branches, residual
-from architectures.parts.config import (
-    apart, Both, Cache, Context, First, joined, LayerKind, ModelConfig, Section,
-    Slots)
+from architectures.parts.cache import apart, Both, Cache, joined, Slots
+from architectures.parts.config import LayerKind, ModelConfig, Section
+from architectures.parts.context import Context, First
 from architectures.parts.layers import FFNS, norm, NORMS
 from common.errors import require, short
 from common.fields import AT_START, field, FUNCTION, RUN, SHAPES

@@ -9,7 +9,7 @@ import pytest
 from scipy import special
 
 from architectures.parts import skeletons
-from architectures.parts.config import Context
+from architectures.parts.context import Context
 from common.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test

@@ -16,7 +16,8 @@ import architectures
 from architectures.parts import layers, paths
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
-from architectures.parts.config import Context, LayerKind
+from architectures.parts.config import LayerKind
+from architectures.parts.context import Context
 from architectures.parts.layers import FFN
 from tests.architectures.parts_test import EACH_BLOCK, normal
 from tests.helpers import models

@@ -10,7 +10,7 @@ import pytest
 
 import architectures
 from architectures.parts import lookup, paths
-from architectures.parts.config import Context
+from architectures.parts.context import Context
 from tests.helpers import models
 from training import runs
 from training.costs import flops, totals

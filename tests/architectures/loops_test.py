@@ -10,7 +10,7 @@ import pytest
 
 import architectures
 from architectures.parts import layers, skeletons, tables
-from architectures.parts.config import Context
+from architectures.parts.context import Context
 from common.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test

@@ -15,7 +15,8 @@ from architectures.parts import layers, positions
 from architectures.parts import paths
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
-from architectures.parts.config import Context, LayerKind
+from architectures.parts.config import LayerKind
+from architectures.parts.context import Context
 from architectures.parts.layers import ClampConfig, FFN
 from architectures.parts.sharding import Declared, Role
 from common.errors import RequestError

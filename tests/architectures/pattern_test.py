@@ -10,7 +10,8 @@ import pytest
 import architectures
 from architectures.parts import blocks, layers, skeletons, tables
 from architectures.parts.attention.multi_head import Attention
-from architectures.parts.config import Context, LayerKind
+from architectures.parts.config import LayerKind
+from architectures.parts.context import Context
 from architectures.parts.hf import tensor_map
 from architectures.parts.sharding import rules
 from configs import sharding

@@ -13,7 +13,7 @@ import pytest
 
 import architectures
 from architectures.parts import blocks
-from architectures.parts.config import Context
+from architectures.parts.context import Context
 from architectures.parts.recurrent.layer import Layer
 from tests.helpers import models
 

@@ -10,7 +10,8 @@ import numpy as np
 import architectures
 from architectures.parts import lookup
 from architectures.parts.attention.multi_head import Attention
-from architectures.parts.config import Context, LayerKind
+from architectures.parts.config import LayerKind
+from architectures.parts.context import Context
 from architectures.parts.moe.layer import MoE
 from configs import base
 from tests.parity import compare

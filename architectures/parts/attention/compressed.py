@@ -35,7 +35,9 @@ from architectures.parts import sharding
 from architectures.parts.attention import indexer
 from architectures.parts.attention import kernels
 from architectures.parts.attention.multi_head import Attention
-from architectures.parts.config import Cache, Context, LayerKind, ModelConfig
+from architectures.parts.cache import Cache
+from architectures.parts.config import LayerKind, ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
 from common.errors import require

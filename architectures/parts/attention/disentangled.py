@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import layers
-from architectures.parts.config import Context, ModelConfig
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from common.errors import require
 from common.fields import field, FUNCTION, SHAPES
 

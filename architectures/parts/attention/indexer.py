@@ -47,7 +47,8 @@ import numpy as np
 from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
-from architectures.parts.config import Context, ModelConfig
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.recurrent import features
 from common.errors import require
 from common.fields import field, FUNCTION, RECIPE, SHAPES, REGULARISATION

@@ -19,7 +19,8 @@ import numpy as np
 from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.attention import indexer
-from architectures.parts.config import Context, LayerKind, ModelConfig
+from architectures.parts.config import LayerKind, ModelConfig
+from architectures.parts.context import Context
 from common.errors import require
 
 # The mask: which keys a query sees, and how many pairs it shows.

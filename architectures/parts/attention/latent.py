@@ -29,7 +29,9 @@ from architectures.parts import sharding
 from architectures.parts.attention import indexer
 from architectures.parts.attention.kernels import begins, share
 from architectures.parts.attention.multi_head import Attention, gate_products
-from architectures.parts.config import Cache, Context, ModelConfig
+from architectures.parts.cache import Cache
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from common.errors import require
 from common.fields import field, FUNCTION, SHAPES
 

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 
 from architectures.parts import layers
 from architectures.parts import sharding
-from architectures.parts.config import Context, ModelConfig
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.moe import dispatch
 from architectures.parts.moe import routing
 from architectures.parts.moe.dispatch import Dropout, Weights

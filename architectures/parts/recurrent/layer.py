@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import layers, positions, sharding
-from architectures.parts.config import Context, LayerKind, ModelConfig
+from architectures.parts.config import LayerKind, ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.recurrent import recurrence, features
 from architectures.parts.sharding import Role, declare
 from common.errors import require

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import layers, positions
-from architectures.parts.config import Context, ModelConfig
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer, recurrence
 from common.errors import require
 from common.fields import field, FUNCTION, SHAPES

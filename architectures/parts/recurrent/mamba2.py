@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import layers
-from architectures.parts.config import Context, ModelConfig
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.recurrent import layer, recurrence, features
 from architectures.parts.sharding import Role, declare
 from common.errors import require

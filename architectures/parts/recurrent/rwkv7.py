@@ -37,7 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import layers
-from architectures.parts.config import Context, ModelConfig
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer
 from architectures.parts.recurrent import linear_attention, recurrence
 from architectures.parts.sharding import Role, declare

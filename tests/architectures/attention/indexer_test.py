@@ -8,7 +8,8 @@ import pytest
 
 import architectures
 from architectures.parts.attention import indexer, kernels, multi_head
-from architectures.parts.config import Context, LayerKind
+from architectures.parts.config import LayerKind
+from architectures.parts.context import Context
 from common.errors import RequestError
 from tests.helpers import models
 

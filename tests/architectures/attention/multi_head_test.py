@@ -14,7 +14,7 @@ import architectures
 from architectures.parts import sharding, skeletons, tables
 from architectures.parts.attention import kernels
 from architectures.parts.attention.multi_head import Attention
-from architectures.parts.config import Cache
+from architectures.parts.cache import Cache
 from common.errors import RequestError
 from tests.architectures.parts_test import (
     D, KIND, born, context, normal, resolved)

@@ -13,7 +13,7 @@ import pytest
 
 import architectures
 from architectures.parts import layers, sharding
-from architectures.parts.config import Context
+from architectures.parts.context import Context
 from architectures.parts.moe import dispatch
 from architectures.parts.moe.layer import MoE
 from configs import base, sharding as tables

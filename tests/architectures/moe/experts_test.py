@@ -13,7 +13,7 @@ import pytest
 
 import architectures
 from architectures.parts import layers
-from architectures.parts.config import Context
+from architectures.parts.context import Context
 from architectures.parts.moe import dispatch, grouped
 from architectures.parts.moe.layer import MoE
 from configs import base

@@ -12,7 +12,7 @@ import pytest
 
 import architectures
 from architectures.parts import blocks
-from architectures.parts.config import Context
+from architectures.parts.context import Context
 from configs import sharding as tables
 from tests.helpers import models
 from tests.helpers.recurrences import applied, fields, layer_of
