@@ -20,7 +20,7 @@ import ml_collections
 import architectures
 from architectures.parts import tables
 from architectures.parts.config import ModelConfig
-from common.errors import require, short
+from common.errors import RequestError, require, short
 from common.fields import INCOMPATIBLE, OPTIMISATION, SAFE
 from configs import base
 from training.workdir import checkpoints, provenance, storage
@@ -173,26 +173,44 @@ def flatten(tree: Mapping[str, Any] | ml_collections.ConfigDict
 def changes(workdir: epath.Path, config: ml_collections.ConfigDict,
             derived: Mapping[str, Any]) -> list[Change]:
   """Returns what differs from the run that has begun in a workdir, if any."""
-  return compare(load_config(workdir), config, load_derived(workdir),
-                 derived) if has_begun(workdir) else []
+  if not has_begun(workdir):
+    return []
+  old, old_derived = load_config(workdir), load_derived(workdir)
+  try:
+    before = read_fields(old, old_derived)
+  except RequestError as error:
+    raise RequestError(f'{file(workdir)} is damaged: {error}') from error
+  return compare(before, read_fields(config, derived))
 
 
-def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
-            old_derived: Mapping[str, Any] | None = None,
-            new_derived: Mapping[str, Any] | None = None) -> list[Change]:
+def read_fields(config: ml_collections.ConfigDict, derived: Mapping[str, Any]
+                ) -> dict[str, Any]:
+  """Returns the fields that a run reads, by dotted name: of those that are left
+  at 0 or '' the values in `derived`.
+
+  Raises:
+    RequestError: for a model that cannot be.
+  """
+  config = config.copy_and_resolve_references().unlock()
+  config.update_from_flattened_dict(derived)
+  return flatten(as_read(config, architectures.resolve(config.model)))
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
   """Returns the fields that differ, worst class first.
 
-  With the derived values, 0 is the same as the value that it stands for, and
-  a derived value that changes with another field is a change too.
+  Args:
+    old: what a run has read so far; see `read_fields`. There 0 is the same as
+      the value that it stands for, and a derived value that changes with
+      another field is a change too.
+    new: what it would read from now on.
   """
-  olds = flatten(old) | dict(old_derived or {})
-  news = flatten(new) | dict(new_derived or {})
   changes = []
-  for name in dict.fromkeys([*olds, *news]):
-    before, after = olds.get(name, MISSING), news.get(name, MISSING)
+  for name in dict.fromkeys([*old, *new]):
+    before, after = old.get(name, MISSING), new.get(name, MISSING)
     if type(before) is not type(after) or before != after:
       changes.append(Change(name, before, after,
-                            *base.resume(name, olds, news)))
+                            *base.resume(name, old, new)))
   order = (INCOMPATIBLE, OPTIMISATION, SAFE)
   return sorted(changes, key=lambda change: order.index(change.kind))
 

