@@ -342,8 +342,9 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
   """Returns a model with parameters as at the start of a run.
 
   Args:
-    config: 'configs/llama.py:tiny'; or a run's config, as the `get_config` of
-      such a file returns it; or a resolved model config.
+    config: 'llama:tiny', a file of configs/, or the path of such a file; or a
+      run's config, as the `get_config` of such a file returns it; or a resolved
+      model config.
     seed: of the parameters.
     **fields: of `config.model`, to be set: `norm='layernorm'`.
 

@@ -3,12 +3,17 @@
 import ast
 import configparser
 import pathlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 
 from packaging.requirements import Requirement
 import pytest
+
+from common.errors import RequestError
+import configs
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = ('architectures', 'benchmarks', 'common', 'configs', 'tools',
@@ -114,3 +119,69 @@ def test_no_python_is_a_sentence(tmp_path):
   assert result.returncode == 2
   assert "error: there is no 'no-such-python' here" in result.stderr
   assert 'make train PYTHON=' in result.stderr
+
+
+ELSEWHERE = """
+import archetype
+model = archetype.build('gpt:tiny', d_model=32, num_layers=1)
+assert archetype.build('configs/gpt.py:tiny', d_model=32, num_layers=1
+                       ).config == model.config
+print(archetype.__file__, archetype.load('run').config == model.config)
+"""
+
+
+@pytest.mark.slow
+def test_a_wheel_trains_from_another_folder(tmp_path):
+  """The wheel alone, of a copy of the project that is deleted again."""
+  copy, site, elsewhere = (tmp_path / x for x in ('copy', 'site', 'elsewhere'))
+  for path in ROOT.iterdir():
+    if path.name in ROOMS:
+      shutil.copytree(path, copy / path.name)
+    elif path.is_file() and path.suffix in ('.py', '.cfg', '.toml', '.md', ''):
+      shutil.copy(path, copy / path.name)
+  install = subprocess.run(
+      [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps',
+       '--no-build-isolation', f'--target={site}', copy],
+      capture_output=True, text=True)
+  assert install.returncode == 0, install.stderr
+  shutil.rmtree(copy)
+  elsewhere.mkdir()
+  (elsewhere / 'text.txt').write_text('a text to read\n' * 200)
+
+  def python(*words):
+    result = subprocess.run(
+        [sys.executable, *words], cwd=elsewhere, capture_output=True, text=True,
+        env=os.environ | {'PYTHONPATH': str(site)})
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+  python('-m', 'train', '--config=gpt:tiny', '--workdir=run',
+         *(f'--config.{field}' for field in (
+             'model.d_model=32', 'model.num_layers=1', 'train.steps=2',
+             'data.source=text:text.txt', 'data.cache_dir=cache',
+             'data.length=16', 'data.batch_size=8', 'checkpoint.every_steps=2',
+             'eval.every_steps=2')))
+  assert python('-c', ELSEWHERE).split() == [f'{site}/archetype.py', 'True']
+
+
+@pytest.mark.parametrize('name, meant', [
+    ('gpt', 'gpt.py'), ('configs/gpt.py', 'gpt.py'), ('gpt.py', 'gpt.py'),
+    ('sweeps/lr', 'sweeps/lr.py'), ('lr', 'sweeps/lr.py')])
+def test_a_file_of_configs_is_named_from_any_folder(
+    name, meant, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  places = ('sweeps', 'studies') if 'lr' in name else ('',)
+  path = configs.file_of(name, '--config', places)
+  assert path == str(ROOT / 'configs' / meant)
+  # A file of the user goes first.
+  mine = tmp_path / name
+  mine.parent.mkdir(exist_ok=True)
+  mine.write_text('')
+  assert configs.file_of(name, '--config', places) == name
+
+
+def test_an_unknown_config_is_answered_by_the_nearest_names():
+  with pytest.raises(RequestError, match='Did you mean gpt or gpt4\\?$'):
+    configs.file_of('gptt', '--config')
+  with pytest.raises(RequestError, match='sweeps/parts or studies/parts'):
+    configs.file_of('parts', 'file', ('sweeps', 'studies'))

@@ -18,11 +18,11 @@ its published parameter count, and the difference.
 from collections.abc import Iterable, Iterator
 import importlib
 import json
-import pathlib
 
 from absl import flags
 
 from common.errors import require
+import configs
 from training import cli, preflight, runs
 from training.costs import systems, totals
 
@@ -58,7 +58,7 @@ def main():
 
 def everything() -> Iterator[dict]:
   """Yields a row for each size of each system in configs/."""
-  for path in sorted(pathlib.Path('configs').glob('*.py')):
+  for path in sorted(configs.FOLDER.glob('*.py')):
     module = importlib.import_module(f'configs.{path.stem}')
     for size, fields in getattr(module, 'SIZES', {}).items():
       figures = totals.brief(module.get_config(size))

@@ -17,7 +17,6 @@ import errno
 import importlib.machinery
 import importlib.util
 import os
-import pathlib
 import re
 import signal
 import sys
@@ -33,6 +32,7 @@ from architectures.parts import tables
 from common.errors import EnvironmentFailure, RequestError, STOPPED, Stopped
 from common.errors import hint, one_of, readable, require, short
 from common.fields import Leaf
+import configs
 from configs import base
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
@@ -137,8 +137,9 @@ _config_file: list[str] = []
 _overrides: dict[str, str] = {}
 
 
-def define_config(text: str = 'A file of configs/ and its size, FILE.py:SIZE; '
-                  'any field is a flag: --config.optim.lr=3e-4.') -> None:
+def define_config(text: str = 'A file of configs/ and its size, as gpt:tiny, '
+                  'or the path of a file, FILE.py:SIZE; any field is a flag: '
+                  '--config.optim.lr=3e-4.') -> None:
   """Defines --config for the program that calls; once, so that one process
   may import several programs."""
   if 'config' not in flags.FLAGS:
@@ -322,20 +323,18 @@ def parsed(text: str, default: Any, flag: str) -> Any:
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
-  """Returns the config that FILE.py:SIZE describes.
+  """Returns the config that FILE.py:SIZE describes; FILE.py is a path, or the
+  name of a file of configs/, as `gpt`.
 
   Raises:
     RequestError: where the file is missing, fails, or returns no config; the
       message gives the file and the line.
   """
-  file, colon, size = spec.partition(':')
-  files = [str(path) for path in sorted(pathlib.Path('configs').glob('*.py'))
-           if re.search('^(def )?get_config', path.read_text(), re.M)]
-  if not os.path.isfile(file):
-    one_of('--config', file, files)
+  name, colon, size = spec.partition(':')
+  file = configs.file_of(name, '--config')
   module = run_file(file)
   require(hasattr(module, 'get_config'), f'--config {file!r} is no config: it '
-          f'has no get_config(); choose from {", ".join(files)}')
+          'has no get_config()')
   config = call(file, module.get_config, *([size] if colon else []))
   check_config(config, f'{file}: get_config()')
   return config

@@ -11,7 +11,6 @@ begins with an underscore.
 from collections.abc import Collection, Iterator, Mapping
 import contextlib
 import dataclasses
-import os
 import pathlib
 import re
 from typing import Any
@@ -22,6 +21,7 @@ from architectures.parts import tables
 from common.arguments import typed
 from common.errors import RequestError, hint, require, short
 from common.fields import check_type
+import configs
 from configs import base as fields
 from training import cli, evals
 
@@ -142,6 +142,7 @@ def read_sweep_file(file: str, seeds: int = 0,
   Raises:
     RequestError: for what no sweep can be made of.
   """
+  file = path_of(file)
   module = module_of(file)
   for name in vars(module):
     require(not name.isupper() or name.startswith('_') or name in known,
@@ -192,14 +193,14 @@ def tuples(value):
           else value)
 
 
+def path_of(file: str) -> str:
+  """Returns the path of a sweep's or a study's file, as configs.file_of."""
+  return configs.file_of(file, 'file', ('sweeps', 'studies'))
+
+
 def module_of(file: str):
   """Returns the module that a sweep's or a study's file is."""
-  if not os.path.isfile(file):  # which is False for a name that is too long
-    files = sorted(str(path) for folder in ('sweeps', 'studies')
-                   for path in pathlib.Path('configs', folder).glob('*.py')
-                   if path.stem not in ('__init__', 'helpers'))
-    raise RequestError(f'no file {file!r}: choose from {", ".join(files)}, or '
-                       'write one')
+  file = path_of(file)
   module = cli.run_file(file)
   for name, given in ('get_config', ''), ('sweep', 'add'):
     require(callable(getattr(module, name, None)),

@@ -10,7 +10,6 @@ another name, so that a suite may have a probe several times.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 import json
-import os
 import re
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import ml_collections
 import numpy as np
 
 from common.errors import Stopped, one_of, require
+from configs import file_of
 from tools.compare import page, spec, statistics
 from training import cli
 from training.data import probes
@@ -69,8 +69,7 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
     RequestError: for a file that is no suite, or a run that cannot be.
   """
   from training import preflight
-  require(os.path.isfile(file), f'no suite {file!r}: choose a file of '
-          'configs/probes, or write one')
+  file = file_of(file, '--suite', ('probes',), 'suite')
   module = cli.run_file(file)
   for name in ('LRS', 'suite'):
     require(hasattr(module, name), f'{file} has no {name}: a suite has LRS '
