@@ -370,8 +370,9 @@ def _load_run(workdir: Any, step: int | None, tokenizer: str | None) -> Model:
   config = runs.config_of(workdir)
   module = architectures.build(runs.model_of(workdir, config))
   checkpoint = parameters.on_one_device(workdir, module, step)
-  return Model(module, checkpoint.state,
-               tokenizers.load(tokenizer or config.data.tokenizer), config,
+  vocabulary = (tokenizers.load(tokenizer) if tokenizer else
+                runs.tokenizer_of(workdir, config))
+  return Model(module, checkpoint.state, vocabulary, config,
                generation=hf_generation.published(workdir, checkpoint.step),
                labels=run_config.labels(workdir))
 

@@ -22,7 +22,6 @@ import numpy as np
 
 from common.errors import require
 from training import cli, runs
-from training.data import tokenizers
 from training.objectives import pipeline
 from training.workdir import run_config, storage
 
@@ -51,7 +50,7 @@ def _write(workdir: Any, folder: pathlib.Path) -> None:
     RequestError: where the batches of a file differ in shape.
   """
   config = runs.config_of(workdir)
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = runs.tokenizer_of(workdir, config)
   train = pipeline.training_loader(config, tokenizer)
   steps = config.train.steps
   files = {f'train-{n}': train.iterate(n, min(n + STEPS, steps))

@@ -71,7 +71,7 @@ def of_run(workdir: epath.Path, step: int | str | None = None,
   objective = objectives.of(config)
   require(objective.talk is not None, f'objective {config.objective!r}: '
           + INSTEAD)
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = runs.tokenizer_of(workdir, config)
   generation = hf_generation.kept(workdir)
   module = architectures.build(runs.model_of(workdir, config))
   restored = parameters.on_one_device(workdir, module, step)

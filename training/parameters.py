@@ -37,7 +37,8 @@ from common.errors import RequestError, require, short
 from training import hub, objectives, runs
 from training.data.tokenizers import Tokenizer
 from training.distributed import devices
-from training.workdir import checkpoints, run_config, storage
+from training.objectives import pipeline
+from training.workdir import checkpoints, provenance, run_config, storage
 
 Step = int | str | checkpoints.Mean | None
 
@@ -142,9 +143,19 @@ def check_tokenizer(config: objectives.Config, ours: Tokenizer) -> None:
   if not config.init_from or config.init_partial or ignored:
     return
   path = _path(config.init_from)
-  spec = (run_config.load_config(path).data.tokenizer
-          if checkpoints.directory(path).exists() else config.init_from
-          if hub.repository(config.init_from) else str(_folder(path)))
+  if checkpoints.directory(path).exists():
+    spec = run_config.load_config(path).data.tokenizer
+    replaced = provenance.check_data(
+        run_config.starts(path), pipeline.of_tokenizer(config, ours),
+        allowed=True)
+    require(not replaced, f'init_from is {config.init_from!r}, whose weights '
+            f'were trained with what data.tokenizer {ours.name!r} held before '
+            'it was replaced: put the file back, or pass '
+            '--config.init_partial=True to take the weights all the same')
+  elif hub.repository(config.init_from):
+    spec = config.init_from
+  else:
+    spec = str(_folder(path))
   if spec == config.data.tokenizer or hf_tokenizer.is_stand_in(spec):
     return
   try:

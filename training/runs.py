@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
+import sys
 from typing import Any
 
 from etils import epath
@@ -40,7 +41,7 @@ from training.distributed import devices
 from training.objectives import Mean
 from training.objectives import pipeline
 from training.optim import mup, optimizers, shares
-from training.workdir import run_config
+from training.workdir import provenance, run_config
 
 STREAMS = ('dropout', 'router')  # what a model draws at random
 
@@ -477,6 +478,18 @@ def config_of(workdir: epath.Path) -> ml_collections.ConfigDict:
     if name.startswith(('data.', 'probe.')):
       config.update_from_flattened_dict({name: value})
   return config
+
+
+def tokenizer_of(workdir: epath.Path, config: ml_collections.ConfigDict
+                 ) -> tokenizers.Tokenizer:
+  """Returns the tokenizer of a run, and warns where the file of that name holds
+  another one than the run was trained with; `config` is the run's."""
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  for line in provenance.check_data(
+      run_config.starts(workdir), pipeline.of_tokenizer(config, tokenizer),
+      allowed=True):
+    print(f'warning: {line}', file=sys.stderr)
+  return tokenizer
 
 
 def model_of(workdir: epath.Path,

@@ -15,10 +15,11 @@ import architectures
 from architectures.parts import paths
 from common.errors import RequestError
 from configs import base
-from tests.helpers import evaluations, models
+from tests.helpers import data_files, evaluations, models
 from training import parameters, runs
 from training.data import tokenizers
 from training.hf import weights
+from training.objectives import pipeline
 from training.workdir import checkpoints, run_config
 
 HEAD = dict(head='sequence', num_labels=3)
@@ -147,6 +148,28 @@ def test_weights_are_not_trained_with_another_tokenizer(tmp_path, is_run):
   check(read('like', 'a b c', '<eos>'))
   config.init_partial = True
   check(tokenizers.load('bytes'))
+
+
+def test_weights_are_not_trained_with_a_tokenizer_that_was_replaced(
+    tmp_path, capsys):
+  config = base.base()
+  config.data.tokenizer = data_files.wordpiece(tmp_path)
+  before = tokenizers.load(config.data.tokenizer)
+  run_config.save(epath.Path(tmp_path), config,
+                  data=pipeline.of_tokenizer(config, before))
+  (tmp_path / 'checkpoints/0').mkdir(parents=True)
+  runs.tokenizer_of(tmp_path, config)
+  assert not capsys.readouterr().err
+  config.init_from = str(tmp_path)
+  parameters.check_tokenizer(config, before)
+
+  file = tmp_path / 'tokenizer.json'
+  file.write_text(file.read_text().replace('"ran"', '"raw"'))
+  after = tokenizers.load(config.data.tokenizer)
+  with pytest.raises(RequestError, match='before it was replaced'):
+    parameters.check_tokenizer(config, after)
+  runs.tokenizer_of(tmp_path, config)
+  assert f'what \'tokenizer {file}\' holds' in capsys.readouterr().err
 
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -90,8 +90,8 @@ def check(config, changes: Mapping) -> None:
 
 
 def contents(configs) -> dict[str, str]:
-  """Returns a hash of what each source of some configs holds, by its name, as
-  far as they lie on this machine."""
+  """Returns a hash of what each source and tokenizer of some configs holds, by
+  its name, as far as they lie on this machine."""
   hashes = {}
   for config in {str(config.data): config for config in configs}.values():
     hashes |= pipeline.contents(config, _tokenizer(config.data.tokenizer))

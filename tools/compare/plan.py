@@ -236,7 +236,8 @@ class Frozen:
       'tokens', 'vocab', 'guess'}, and of the text 'body' (cost.body): what
       it changes in base_config before it is tuned, what a run of train.steps
       steps costs, and the loss of guessing.
-    sources: hashes of the sources of data, as far as they lie on this machine.
+    sources: hashes of the sources of data, as far as they lie on this machine,
+      and of the tokenizers.
     code: {'commit', 'diff'} as provenance.this_start() says them.
     amendments: of each {'reason', 'time', 'before', 'changed', 'seen'}: why
       the plan was changed, when, the hash of the plan before, the fields that

@@ -20,7 +20,6 @@ import jax
 from common import lazy
 from common.errors import RequestError, one_of, require, short
 from training import objectives, parameters, progress, runs
-from training.data import tokenizers
 from training.distributed import devices
 from training.evals import tasks
 from training.objectives import Config
@@ -318,12 +317,12 @@ def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
     check_task(name, options, config)
     if file := task(name).file:
       storage.try_file(workdir / file, '--workdir')
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = runs.tokenizer_of(workdir, config)
   if not text:
     # A task that reads no data is done where they are not there.
     with contextlib.suppress(RequestError, OSError):
       for line in provenance.check_data(
-          run_config.starts(workdir), pipeline.contents(config, tokenizer),
+          run_config.starts(workdir), pipeline.of_sources(config, tokenizer),
           allowed=True):
         print(f'warning: {line}', file=sys.stderr)
   model, _ = runs.resolve(config, tokenizer)

@@ -12,9 +12,8 @@ import shutil
 from etils import epath
 import ml_collections
 
-from training import objectives
+from training import hub, objectives, runs
 from training.data import conversations, tokenizers
-from training import hub
 from training.hf import files
 from training.workdir import storage
 
@@ -104,7 +103,7 @@ def give(workdir: epath.Path, config: ml_collections.ConfigDict,
   _copy(sources, folder)
   if is_stand_in(config.data.tokenizer):
     return
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = runs.tokenizer_of(workdir, config)
   if PIPELINE not in sources:
     assert isinstance(tokenizer, tokenizers.HuggingFace), tokenizer
     tokenizer.save(folder / PIPELINE)

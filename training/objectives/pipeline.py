@@ -257,16 +257,33 @@ def check_sources(config: Config) -> None:
 
 
 def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
-  """Returns a hash of what each source of a run holds, by its name. Left out
-  are those that are drawn, and Hugging Face's, whose files lie elsewhere."""
+  """Returns a hash of all that the rows of a run are made of, by its name: of
+  what turns text into numbers, and of what the sources hold. Where a run is
+  labelled or chats, its labels and its template are in its config."""
+  return of_tokenizer(config, tokenizer) | of_sources(config, tokenizer)
+
+
+def of_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
+  """Returns a hash of the tokenizer of a run, by its name; {}: the objective
+  does not read it."""
+  if 'data.tokenizer' in objectives.of(config).ignores:
+    return {}
+  return {f'tokenizer {config.data.tokenizer}': tokenizer.fingerprint}
+
+
+def of_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
+  """Returns a hash of what each source of a run holds, by its name; of one that
+  is drawn, of its first rows. Left out are Hugging Face's, whose files lie
+  elsewhere."""
   data, hashes = config.data, {}
   layout = functools.partial(
       conversations.layout, data.chat_template, tokenizer)
   for spec in filter(None, (data.source, data.eval_source)):
     for _, source in sources.parse(spec, layout):
       source = sources.cut(source, _holdout_every(data))
-      if source.files:
-        hashes[source.name] = source.digest() if source.tokens else (
+      if source.files or source.drawn:
+        hashes[source.name] = (
+            source.digest() if source.tokens or source.drawn else
             sources.content(source, tokenizer, data.cache_dir))
   return hashes
 

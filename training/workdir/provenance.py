@@ -24,8 +24,8 @@ def this_start(data: Mapping[str, str] | None = None) -> dict[str, Any]:
   diff: a hash of what differs from the commit: changes, and Python files that
     are in no commit; '' for nothing, and None where there is no commit.
   command: the command line.
-  data: what was given, a hash of what each source holds, by its name
-    (pipeline.contents); there only if it was given.
+  data: what was given, a hash of what each source and the tokenizer hold, by
+    their names (pipeline.contents); there only if it was given.
   plan: the hash of the study's plan, and when it was frozen; there only for a
     run that a study trains.
   """
@@ -74,21 +74,27 @@ def changes(starts: Iterable) -> list[str]:
           f'{new[0]}']
 
 
+def data_of(starts: Iterable) -> dict[str, str]:
+  """Returns the hashes of the data at the last of some starts that knows them;
+  {}: none does."""
+  known = [start['data'] for start in starts if 'data' in start]
+  return known[-1] if known else {}
+
+
 def check_data(starts: Iterable, data: Mapping[str, str], allowed: bool
                ) -> list[str]:
-  """Returns a line for each source that no longer holds what it held at the
-  last start of which that is known.
+  """Returns a line for each source or tokenizer that no longer holds what it
+  held at the last start of which that is known.
 
   Args:
     starts: of the run.
-    data: what the sources hold now, as in `this_start`.
+    data: what they hold now, as in `this_start`.
     allowed: whether the run may go on with other data.
 
   Raises:
     RequestError: where there is such a source and it may not.
   """
-  known = [start['data'] for start in starts if 'data' in start]
-  before = known[-1] if known else {}
+  before = data_of(starts)
   lines = [f'the data have changed since this run was last started: what '
            f'{name!r} holds is not the same' for name in data
            if data[name] != before.get(name, data[name])]

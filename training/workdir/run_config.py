@@ -49,7 +49,7 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
     workdir: a folder, which is made if it isn't there.
     config: the run's config.
     derived: the resolved value of fields left at 0 or '', by dotted name.
-    data: what the sources hold; see provenance.this_start.
+    data: what the sources and the tokenizer hold; see provenance.this_start.
     model: the resolved config.model: what it does not read is left out.
   """
   if jax.process_index() != 0:

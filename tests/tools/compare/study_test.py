@@ -61,7 +61,8 @@ def test_the_plan_is_what_the_file_says(probed, folder, tmp_path):
   # Of two or three answers one is the sign that ends the row.
   assert copy == plans.Measure('copy', 'copy', 'accuracy', 'higher',
                                pytest.approx(2 / (2 + 3), abs=0.01))
-  assert set(probed.sources) == {f'text:{folder}/texts/*.txt'}
+  assert set(probed.sources) == {
+      f'text:{folder}/texts/*.txt', 'tokenizer bytes', 'probe:copy'}
   plans.save(tmp_path, probed)
   back = plans.load(tmp_path)
   assert back.hash == probed.hash and back.plan == plan
@@ -683,7 +684,7 @@ def test_seeds_may_be_added_and_other_models_and_data_may_not(
   more = _with(frozen, seeds=frozen.plan.seeds | {'noise': 4})
   trainer = start(tmp_path, more, until='noise', amend='too few', anyway=True)
   assert len(trainer.did) == 6  # a pair more at each size
-  (source, _), = frozen.sources.items()
+  source, = (name for name in frozen.sources if name.startswith('text:'))
   for changes, words in (
       (dict(points=[row | {'changes': row['changes'] | {
           'model.norm': 'rmsnorm'}} for row in frozen.points]), 'model.norm'),

@@ -1,5 +1,6 @@
-"""A run remembers its code and its command, and a sweep that they changed."""
+"""A run remembers its code, its command and its data, and notices a change."""
 
+import json
 import shutil
 import subprocess
 
@@ -7,6 +8,10 @@ import pytest
 
 from common.errors import RequestError
 from configs import base
+from tests.helpers import data_files
+from training import objectives, runs
+from training.data import probes, tokenizers
+from training.objectives import pipeline
 from training.workdir import provenance
 from training.workdir import run_config
 
@@ -80,3 +85,86 @@ def test_a_run_whose_data_have_changed_is_not_gone_on_with_unasked(
     provenance.check_data(starts, {'a': '1', 'b': '2'}, allowed=False)
   assert len(provenance.check_data(starts, {'a': '2', 'b': '2'}, True)) == 2
   assert not provenance.check_data(starts[1:], {'a': '2'}, allowed=False)
+
+
+TURNS = [dict(role='user', content='Who?'), dict(role='assistant', content='I')]
+
+
+@pytest.fixture(name='place')
+def _place(tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
+  data_files.roberta(tmp_path, eos_token='</s>')
+  (tmp_path / 'chat.jsonl').write_text(json.dumps(dict(turns=TURNS)))
+  (tmp_path / 'chat.jinja').write_text('{{ messages[0].content }}')
+  (tmp_path / 'rows.tsv').write_text('a man\tyes\na pan\tno\n')
+  return tmp_path
+
+
+def _start(place, source, objective, **data):
+  """Returns what a start of a run finds changed since the start before, which
+  is remembered if there was none."""
+  source = source.format(place)
+  tokenizer_file = str(place / 'tokenizer.json')
+  config = objectives.with_labels(data_files.config(
+      source, objective, eval_source=source, tokenizer=tokenizer_file, **data))
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  _, derived = runs.resolve(config, tokenizer)
+  contents = pipeline.contents(config, tokenizer)
+  if not run_config.has_begun(place):
+    run_config.save(place, config, derived, contents)
+    (place / 'checkpoints/1').mkdir(parents=True)
+  return [change.name for change in run_config.changes(place, config, derived)
+          ] + provenance.check_data(run_config.starts(place), contents, True)
+
+
+def _replace(file, old, new):
+  def change(place, _):
+    text = (place / file).read_text()
+    assert old in text
+    (place / file).write_text(text.replace(old, new))
+  return change
+
+
+def _another_vocabulary(place, _):
+  tree = json.loads((place / 'tokenizer.json').read_text())
+  vocab = tree['model']['vocab']
+  vocab['b'], vocab['c'] = vocab['c'], vocab['b']
+  (place / 'tokenizer.json').write_text(json.dumps(tree))
+
+
+def _another_probe(place, monkeypatch):
+  recall = probes.PROBES['recall']
+  turned = lambda *of: recall.draw(*of)._replace(
+      tokens=recall.draw(*of).tokens[::-1])
+  monkeypatch.setitem(probes.PROBES, 'recall', recall._replace(draw=turned))
+  probes.digest.cache_clear()
+
+
+CHAT = dict(source='jsonl:{}/chat.jsonl:turns', objective='chat')
+ROWS = dict(source='labelled:{}/rows.tsv', objective='classification',
+            arch='bert')
+
+
+@pytest.mark.parametrize('run, change, name', [
+    (CHAT, _another_vocabulary, 'tokenizer.json'),
+    (CHAT, _replace('tokenizer_config.json', '</s>', '<s>'), 'tokenizer.json'),
+    (CHAT | dict(chat_template='{}/chat.jinja'),
+     _replace('chat.jinja', '[0]', '[1]'), 'data.chat_template'),
+    (CHAT, _replace('chat.jsonl', 'Who', 'Why'), 'chat.jsonl'),
+    (ROWS, _replace('rows.tsv', 'man', 'fan'), 'rows.tsv'),
+    (ROWS, _replace('rows.tsv', 'man\tyes\na pan\tno',
+                    'man\tno\na pan\tyes'), 'rows.tsv'),
+    (ROWS, _replace('rows.tsv', 'yes', 'oui'), 'data.labels'),
+    (dict(source='probe:recall', objective='probe'), _another_probe,
+     'probe:recall')])
+def test_a_start_notices_whatever_makes_other_rows(
+    run, change, name, place, monkeypatch):
+  """A file of the same name may hold something else. Whatever turns text into
+  numbers is compared with what it was."""
+  run = {key: value.format(place) for key, value in run.items()}
+  start = lambda: _start(place, **run)
+  probes.digest.cache_clear()
+  assert not start() and not start()
+  change(place, monkeypatch)
+  assert any(name in line for line in start())
+  probes.digest.cache_clear()

@@ -7,6 +7,8 @@ record.py says what a record holds. Which rows are in batch n is a function of
 are held out from another stream, which is the same for all seeds.
 """
 
+import functools
+import hashlib
 import importlib
 import pkgutil
 
@@ -27,6 +29,7 @@ PREFIX = 'probe:'
 KIND = labelled.PROBE_ROWS
 _STREAMS = {'train': 0, 'eval': 1}
 _HELD_OUT = {'': 0, 'first': 1, 'second': 2}  # by eval.part
+_HASHED_ROWS = 8  # of each split
 DERIVED = ('levels', 'vocab', 'examples', 'held_out')  # fields of config.probe
 FIELDS = (*DERIVED, 'random_non_queries')
 
@@ -95,6 +98,23 @@ def check_level(name: str, level: Level, chosen: Settings) -> None:
   size = probe.size(level, chosen)
   require(size <= chosen.length, f'{where} has rows of {size} tokens or more, '
           f'and data.length is {chosen.length}: set it to {size} or more')
+
+
+@functools.cache
+def digest(name: str) -> str:
+  """Returns a hash of the first rows that a probe draws as it is published, of
+  training and of those held out."""
+  probe = PROBES[name]
+  published = Settings(
+      length=probe.length, levels=probe.levels, vocab=probe.vocab,
+      examples=probe.examples, held_out=probe.held_out)
+  hashed = hashlib.blake2b(digest_size=16)
+  for split in _STREAMS:
+    rows = Rows(probe, published, split, seed=0)
+    for number in range(_HASHED_ROWS):
+      for array in rows[number]:
+        hashed.update(array.astype(np.int64).tobytes())
+  return hashed.hexdigest()
 
 
 class Rows:
