@@ -73,6 +73,33 @@ def squad(path: pathlib.Path) -> str:
   return str(path)
 
 
+def bare(folder: pathlib.Path) -> dict[str, tuple[str, str]]:
+  """Writes data with labels and the same without; returns both sources by the
+  objective that reads them."""
+  tagged, asked = conll(folder / 'a.conll'), squad(folder / 'a.json')
+  words = [line.partition('\t')[0]
+           for line in pathlib.Path(tagged).read_text().splitlines()]
+  (folder / 'words.conll').write_text('\n'.join(words) + '\n')
+  document = json.loads(pathlib.Path(asked).read_text())
+  for paragraph in document['data'][0]['paragraphs']:
+    for question in paragraph['qas']:
+      del question['answers'], question['is_impossible']
+  (folder / 'asked.json').write_text(json.dumps(document))
+  texts = [letter * (3, 28, 9, 17)[i % 4] for i, letter in enumerate(
+      'abcdefghij')]
+  for name, head, rows in (
+      ('a.csv', 'text,label', [f'{x},{i % 3}' for i, x in enumerate(texts)]),
+      ('new.csv', 'text', texts)):
+    (folder / name).write_text('\n'.join([head, *rows]) + '\n')
+  tables = (f'labelled:{folder}/a.csv:text+label',
+            f'labelled:{folder}/new.csv:text')
+  return {
+      'classification': tables, 'regression': tables,
+      'token_classification': (
+          f'conll:{tagged}', f'conll:{folder}/words.conll:0'),
+      'question_answering': (f'squad:{asked}', f'squad:{folder}/asked.json')}
+
+
 def wordpiece(folder: pathlib.Path) -> str:
   """Writes a tokenizer.json of letters and some words; returns its path."""
   import tokenizers as hf

@@ -7,7 +7,9 @@
 
 `labelled` reads .tsv, .csv and .jsonl. FIELDS names columns, with + between
 them, of which the last is the label's: `sentence+label`. Names stand in the
-first line of a table, or are the keys of a .jsonl's objects. Numbers count
+first line of a table, or are the keys of a .jsonl's objects. Where rows have no
+label, as those that are to be predicted, none is named: `sentence`, or of two
+texts `premise+hypothesis+`. Numbers count
 columns from 0, in a table that has no line of names. Without FIELDS a .jsonl
 has `text` and `label`, and a table has no line of names, and two or three
 columns. In a .tsv quotes mean nothing, as in the files of GLUE.
@@ -20,13 +22,17 @@ columns. In a .tsv quotes mean nothing, as in the files of GLUE.
   # a comment                 before a sentence, without the columns of a word
   -DOCSTART- -X- O O          ends a sentence, and is left out
 
+COLUMNS are the numbers of the words and of the labels, 0+-1 where they are left
+out; of words without labels one number.
+
 Labels that are O, B-TYPE and I-TYPE mark entities (Ramshaw and Marcus 1995, in
 the form that is called IOB2): an entity begins with B, and I goes on with the
 entity of the word before. Other labels among them are refused, because their
 entities could be read in several ways.
 
 `squad` reads SQuAD's JSON (Rajpurkar et al. 2016; version 2: Rajpurkar, Jia and
-Liang 2018), where a question with `is_impossible` has no answer.
+Liang 2018), where a question with `is_impossible` has no answer. Questions that
+are to be answered have neither `is_impossible` nor `answers`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,7 +58,7 @@ class Record(NamedTuple):
 
   Attributes:
     texts: one or two, neither of them empty.
-    label: as it is written; not empty.
+    label: as it is written; '': the row has none.
     where: the file and the line, for messages.
     names: of the columns of `texts`.
   """
@@ -65,12 +71,15 @@ class Record(NamedTuple):
     """Returns the record as a source text and a target text, as T5 reads tasks
     (Raffel et al. 2020, appendix D): each text after the name of its column,
     and the label."""
+    require(bool(self.label), f'{self.where} has no label, and the target of a '
+            'pair of texts is one')
     source = [f'{name}: {text}' for name, text in zip(self.names, self.texts)]
     return [('source', ' '.join(source)), ('target', self.label)]
 
 
 class Sentence(NamedTuple):
-  """A sentence: its words, a label for each, and the line where each stands."""
+  """A sentence: its words, a label for each or none at all, and the line where
+  each word stands."""
   words: list[str]
   labels: list[str]
   lines: list[str]
@@ -83,12 +92,12 @@ class Question(NamedTuple):
     id: of the file, unique in it.
     question: what is asked.
     answers: (text, its first character in the context) of each answer; ():
-      the context holds none.
+      the context holds none; None: the file does not say.
     where: its file and id, for messages.
   """
   id: str
   question: str
-  answers: tuple[tuple[str, int], ...]
+  answers: tuple[tuple[str, int], ...] | None
   where: str
 
 
@@ -99,31 +108,56 @@ class Paragraph(NamedTuple):
   questions: tuple[Question, ...]
 
 
+def is_bare(record: Any) -> bool:
+  """Returns whether a record has nothing to learn or to measure: it is a text
+  or a sentence without labels, or questions whose answers are not known."""
+  if isinstance(record, Record):
+    return not record.label
+  if isinstance(record, Sentence):
+    return not record.labels
+  return isinstance(record, Paragraph) and record.questions[0].answers is None
+
+
+def refuse_bare(name: str, records: Iterable[Any]) -> None:
+  """Raises RequestError where there is nothing to learn or to measure of the
+  records of the source `name`."""
+  require(not any(map(is_bare, records)), f'data source {name!r} has no labels '
+          'or answers, so that nothing can be learned or measured of it: '
+          f'eval.py --tasks=labels --text={name} --predictions=FILE predicts '
+          'them')
+
+
 def fields_of(name: str, written: str) -> tuple[str, ...]:
-  """Returns the columns that FIELDS names; () where it is left out.
+  """Returns the columns that FIELDS names, the label's last, which is '' where
+  rows have none; () where FIELDS is left out.
 
   Raises:
     RequestError: unless these are two or three, all names or all numbers.
   """
   fields = tuple(written.split('+')) if written else ()
-  numbers = {field.isdigit() for field in fields}
-  require(not fields or len(fields) in (2, 3) and all(fields)
+  if len(fields) == 1:
+    fields = (*fields, '')
+  named = fields[:-1] if fields and not fields[-1] else fields
+  numbers = {field.isdigit() for field in named}
+  require(not fields or len(fields) in (2, 3) and all(named)
           and len(numbers) == 1,
           f'data source {name!r} names the fields {written!r}: write the '
           "columns of a text or of two and, last, the label's: "
-          'sentence+label, or premise+hypothesis+label, or their numbers')
+          'sentence+label, or premise+hypothesis+label, or their numbers; of '
+          'rows without a label: sentence, or premise+hypothesis+')
   return fields
 
 
-def columns_of(name: str, written: str) -> tuple[int, int]:
-  """Returns the columns of words and of labels that COLUMNS names."""
-  match = re.fullmatch(r'(-?\d{1,4})\+(-?\d{1,4})', written or '0+-1')
-  if match is None:
-    raise RequestError(
-        f'data source {name!r} names the columns {written!r}: write the number '
-        'of the words and of the labels, counted from 0, as 0+3, or from the '
-        'last, as 0+-1')
-  return int(match[1]), int(match[2])
+def columns_of(name: str, written: str) -> tuple[int, ...]:
+  """Returns the columns of words and of labels that COLUMNS names; of words
+  alone, if they have no labels."""
+  numbers = (written or '0+-1').split('+')
+  require(len(numbers) < 3
+          and all(re.fullmatch(r'-?\d{1,4}', number) for number in numbers),
+          f'data source {name!r} names the columns {written!r}: write the '
+          'number of the words and of the labels, counted from 0, as 0+3, or '
+          'from the last, as 0+-1; of words without labels, 0')
+  return tuple(map(int, numbers))
 
 
 def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
@@ -144,14 +178,19 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
 def _record(where: str, row: dict[str, Any], columns: Sequence[str],
             names: Sequence[str]) -> Record:
   where = f'{where},'
-  texts.check_columns(row, columns, where)
-  label = _label(row[columns[-1]], where)
-  cells = [texts.checked(value, f'{where} field {name!r},') for name, value in
-           zip(names, [*(row[column] for column in columns[:-1]), label])]
+  *of_texts, label = columns
+  texts.check_columns(row, filter(None, columns), where)
+  values = [row[column] for column in of_texts]
+  if label:
+    values.append(_label(row[label], where))
+  cells = [texts.checked(value, f'{where} field {name!r},')
+           for name, value in zip(names, values)]
   for name, cell in zip(names, cells):
     require(bool(cell.strip()), f'{where} column {name!r}, is empty: a record '
             'has a text, or two, and a label')
-  return Record(tuple(cells[:-1]), label.strip(), where, tuple(names[:-1]))
+  return Record(texts=tuple(cells[:len(of_texts)]),
+                label=cells[-1].strip() if label else '',
+                where=where, names=tuple(names[:-1]))
 
 
 def _label(value: Any, where: str) -> str:
@@ -196,25 +235,28 @@ def of_rows(name: str, fields: tuple[str, ...], features: Any
                 dict(text=text, answer_start=start) for text, start in zip(
                     row['answers']['text'], row['answers']['answer_start'])]),
          row['context']) for where, row in rows)
-  lists = [hasattr(features[field], 'feature') for field in fields]
+  lists = [hasattr(features[field], 'feature') for field in fields if field]
   if not any(lists):
     fields_of(name, '+'.join(fields))
     return TEXTS, lambda rows: (
         _record(where, row, fields, fields) for where, row in rows)
-  require(all(lists) and len(lists) == 2, f'data source {name!r} names the '
+  require(all(lists) and len(fields) == 2, f'data source {name!r} names the '
           f'fields {"+".join(fields)}: write one of lists of words and one of '
           'lists of labels')
   return SENTENCES, lambda rows: (_sentence(where, *(
-      row[field] or [] for field in fields)) for where, row in rows)
+      row[field] or [] for field in fields if field)) for where, row in rows)
 
 
-def _sentence(where: str, words: list[Any], labels: list[Any]) -> Sentence:
-  require(len(words) == len(labels) > 0, f'{where}, has {len(words)} words '
-          f'and {len(labels)} labels: there is one for each word')
+def _sentence(where: str, words: list[Any], labels: list[Any] | None = None
+              ) -> Sentence:
+  require(bool(words), f'{where}, has no words')
+  require(labels is None or len(labels) == len(words), f'{where}, has '
+          f'{len(words)} words and {len(labels or ())} labels: there is one '
+          'for each word')
   lines = [f'{where}, word {i}' for i in range(1, len(words) + 1)]
   return Sentence([texts.checked(word, f'{where},') for word in words],
                   [_label(label, f'{line},')
-                   for label, line in zip(labels, lines)], lines)
+                   for label, line in zip(labels or (), lines)], lines)
 
 
 def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
@@ -232,7 +274,7 @@ def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
     yield list(zip(PAIR, pair))
 
 
-def read_sentences(columns: tuple[int, int], path: str) -> Iterator[Sentence]:
+def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
   """Yields the sentences of a file, in order; `columns` by columns_of."""
   sentence = Sentence([], [], [])
   shape = None  # of the first line that is surely a word's
@@ -251,12 +293,15 @@ def read_sentences(columns: tuple[int, int], path: str) -> Iterator[Sentence]:
         form != shape if shape else '\t' not in text):
       continue
     shape = shape or form
-    pair = [fields[column].strip() if -len(fields) <= column < len(fields)
-            else '' for column in columns]
-    require(len(fields) > 1 and all(pair), f'{where}, has {len(fields)} '
-            f'columns, and no word and label in {columns[0]} and {columns[1]}')
-    for column, value in zip(sentence, (*pair, where)):
-      column.append(value)
+    cells = [fields[column].strip() if -len(fields) <= column < len(fields)
+             else '' for column in columns]
+    require(len(fields) >= len(columns) and all(cells), f'{where}, has '
+            f'{len(fields)} columns, and no '
+            + (f'word and label in {columns[0]} and {columns[1]}'
+               if columns[1:] else f'word in {columns[0]}'))
+    sentence.words.append(cells[0])
+    sentence.labels.extend(cells[1:])
+    sentence.lines.append(where)
   if sentence.words:
     yield sentence
 
@@ -297,6 +342,9 @@ def read_questions(path: str) -> Iterator[Paragraph]:
                        f'{error}.') from error
   ids = [question.id for p in paragraphs for question in p.questions]
   require(len(ids) == len({*ids}), f'{path} has an id of two questions')
+  unknown = {q.answers is None for p in paragraphs for q in p.questions}
+  require(len(unknown) < 2, f'{path} has answers, or is_impossible, of some of '
+          'its questions: of all, or of none that is to be answered')
   yield from paragraphs
 
 
@@ -314,6 +362,9 @@ def _paragraphs(asked: Iterable[tuple[str, str, dict[str, Any], Any]]
 
 def _question(asked: dict[str, Any], context: str, path: str) -> Question:
   where = f'{path}, question {short(asked["id"])}'
+  if 'answers' not in asked and 'is_impossible' not in asked:
+    return Question(id=_text(asked['id'], where), answers=None, where=where,
+                    question=_text(asked['question'], where))
   impossible, answers = bool(asked.get('is_impossible', False)), []
   # Of an impossible question, a file may hold answers that only look right.
   for answer in () if impossible else asked['answers']:
@@ -323,7 +374,8 @@ def _question(asked: dict[str, Any], context: str, path: str) -> Question:
             f'context has {short(there)} at answer_start={start}')
     answers.append((text, start))
   require(bool(answers) != impossible, f'{where}, has no answer, and '
-          'is_impossible is not true')
+          'is_impossible is not true: leave out `answers` where they are not '
+          'known')
   return Question(_text(asked['id'], where), _text(asked['question'], where),
                   tuple(answers), where)
 

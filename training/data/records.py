@@ -33,6 +33,7 @@ def of_training(config: Any) -> list[Any]:
   data, training = config.data, []
   for _, source in sources.parse(data.source):
     records = list(source.records())
+    labelled.refuse_bare(source.name, records)
     every = 0 if data.eval_source else data.holdout_every
     ours = tokens.chosen(np.arange(len(records)), every, 'train')
     training += itertools.compress(records, ours)
@@ -126,8 +127,15 @@ class Item(NamedTuple):
 
 
 class Rows:
-  """The rows of a split: a sequence of `items`."""
+  """The rows of a split: a sequence of `items`.
+
+  Attributes:
+    items: one for each row.
+    bare: whether its records have nothing to learn or to measure, as
+      labelled.is_bare says: their targets are 0 and mean nothing.
+  """
   items: Sequence[Any]
+  bare: bool
 
   def __len__(self) -> int:
     return len(self.items)
@@ -150,6 +158,7 @@ class Texts(Rows):
   """
   def __init__(self, corpus: sources.Corpus):
     self.records = list(corpus.records)
+    self.bare = any(map(labelled.is_bare, self.records))
     length = corpus.config.data.length
     texts = [text for record in self.records for text in record.texts]
     ids = iter(corpus.tokenizer.encode_batch(texts))
@@ -167,7 +176,7 @@ class Texts(Rows):
               f'{len(rows)} text(s) needs {more + len(rows)} or more')
       sizes = fitting([len(row) for row in rows], room)
       self.cut += sum(sizes) < sum(map(len, rows))
-      target = self.target(record)
+      target = self.target(record) if record.label else 0
       self.items.append(Item(
           tuple(row[:size] for row, size in zip(rows, sizes)), target,
           1.0 if weights is None else float(weights[target]), between))
@@ -306,9 +315,10 @@ class Sentences(Rows):
   def __init__(self, corpus: sources.Corpus):
     config = corpus.config
     self.records = list(corpus.records)
+    self.bare = any(map(labelled.is_bare, self.records))
     self.labels = labels_of(config)
     number = {label: i for i, label in enumerate(self.labels)}
-    if labelled.marks_entities(self.labels):
+    if labelled.marks_entities(self.labels) and not self.bare:
       for sentence in self.records:
         labelled.check_entities(sentence)
     room = config.data.length - AROUND
@@ -320,7 +330,9 @@ class Sentences(Rows):
     for i, (sentence, words) in enumerate(zip(self.records, tokens)):
       for label, where in zip(sentence.labels, sentence.lines):
         one_of(f'label in {where}:', label, number)
-      numbers = np.array([number[label] for label in sentence.labels])
+      numbers = np.zeros(len(sentence.words), np.int32)
+      numbers[:len(sentence.labels)] = [
+          number[label] for label in sentence.labels]
       shared = stride(config, room, sentence.lines[0])
       self.items += _pieces(i, words, numbers, shared, room)
     self.num_tokens = sum(len(words.ids) for words in tokens)
@@ -376,6 +388,7 @@ class Questions(Rows):
   """
   def __init__(self, corpus: sources.Corpus):
     paragraphs = corpus.records
+    self.bare = any(map(labelled.is_bare, paragraphs))
     self.questions = [q for p in paragraphs for q in p.questions]
     asked = corpus.tokenizer.encode_batch([q.question for q in self.questions])
     encoded = corpus.tokenizer.encode_spans([p.context for p in paragraphs])

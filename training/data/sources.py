@@ -357,7 +357,7 @@ def _hugging_face(name: str, rest: str) -> Source:
         error, (ConnectionError, TimeoutError)) else RequestError)
     raise kind(f'data source {name!r} cannot be loaded: {first}.') from error
   fields = tuple(written.split('+'))
-  texts.check_columns(dataset.column_names, fields, name)
+  texts.check_columns(dataset.column_names, filter(None, fields), name)
   kind, of_rows = labelled.of_rows(name, fields, dataset.features) if (
       fields[1:]) else (TEXT, lambda rows: _documents(rows, fields[0]))
   # Datasets fingerprints a split by its cached files, built once per content.

@@ -26,7 +26,7 @@ import numpy as np
 
 from common.errors import require
 from training import objectives
-from training.data import conversations, sources, tokens
+from training.data import conversations, labelled, sources, tokens
 from training.data.tokenizers import Tokenizer
 from training.objectives import Config
 
@@ -218,19 +218,21 @@ def training_loader(config: Config, tokenizer: Tokenizer,
 
 
 def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
-             process_count: int = 1, in_order: bool = False) -> list[Loader]:
+             process_count: int = 1, in_order: bool = False,
+             bare: bool = False) -> list[Loader]:
   """Returns a loader of each source that is held out, of one pass each.
 
   A figure of the whole is the mean of the sources' own by their `share`, the
   weights of data.eval_source or data.source: of text drawn as training draws
   it, however much of each is held out. A source's order is its own, the same
   for all runs, so that its first batches are a fair sample of all; or with
-  `in_order` that of its view.
+  `in_order` that of its view. With `bare`, records may be without what is to be
+  predicted of them.
 
   Args and raises: as `load`.
   """
   import grain
-  weights, corpora, views = _views(config, tokenizer, 'eval')
+  weights, corpora, views = _views(config, tokenizer, 'eval', bare)
   return [Loader(corpus.name, weight / sum(weights), corpus.text,
                  view if in_order else _Ordered(
                      grain.MapDataset.range(len(view)).shuffle(seed=EVAL_SEED),
@@ -239,11 +241,11 @@ def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
           for weight, corpus, view in zip(weights, corpora, views)]
 
 
-def _views(config: Config, tokenizer: Tokenizer, split: str
-           ) -> tuple[Sequence, Sequence, list]:
+def _views(config: Config, tokenizer: Tokenizer, split: str,
+           bare: bool = False) -> tuple[Sequence, Sequence, list]:
   """Returns the weights, corpora and views of a split's sources."""
   view = objectives.of(config).view
-  weights, corpora = zip(*_corpora(config, tokenizer, split))
+  weights, corpora = zip(*_corpora(config, tokenizer, split, bare))
   return weights, corpora, [view(corpus) for corpus in corpora]
 
 
@@ -294,9 +296,10 @@ def _holdout_every(data: Config) -> int | None:
   return None if data.eval_source else data.holdout_every
 
 
-def _corpora(config: Config, tokenizer: Tokenizer, split: str
-             ) -> Iterator[tuple[float, sources.Corpus]]:
-  """Yields (weight, sources.Corpus) of each source of the split."""
+def _corpora(config: Config, tokenizer: Tokenizer, split: str,
+             bare: bool = False) -> Iterator[tuple[float, sources.Corpus]]:
+  """Yields (weight, sources.Corpus) of each source of the split; raises
+  RequestError for records without labels or answers, unless `bare`."""
   data, every = config.data, _holdout_every(config.data)
   part = config.eval.part if split == 'eval' else ''
   spec = (data.eval_source or data.source) if split == 'eval' else data.source
@@ -309,6 +312,8 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
       yield weight, sources.Corpus(source.name, source.name, *of_split)
     elif objectives.of(config).records:
       records = list(source.records())
+      if not bare:
+        labelled.refuse_bare(source.name, records)
       chosen = tokens.chosen(np.arange(len(records)), every, split, part)
       text = _words(source, every, split, part, chosen.sum(), len(records))
       yield weight, sources.Corpus(

@@ -290,6 +290,54 @@ def test_sets_of_the_hub():
   assert [q.answers for q in parts[0].questions] == [(('a', 0),), ()]
 
 
+# Rows without labels.
+
+
+@pytest.mark.parametrize('objective', [
+    'classification', 'regression', 'token_classification',
+    'question_answering'])
+def test_rows_without_labels_are_the_same_rows(objective, tmp_path):
+  """Where they are allowed; a run neither learns from them nor measures."""
+  source, bare = files.bare(tmp_path)[objective]
+  view = lambda spec: pipeline.held_out(
+      _config(source, objective, length=64, eval_source=spec), BYTES,
+      in_order=True, bare=True)[0].views[0]
+  ours, theirs = view(bare), view(source)
+  assert ours.bare and not theirs.bare and len(ours) == len(theirs) > 3
+  config = _config(source, objective, length=64)
+  for a, b in zip(ours, theirs):
+    rows = [files.row(objectives.of(config), item, None, config, BYTES)
+            for item in (a, b)]
+    np.testing.assert_array_equal(*(row['tokens'] for row in rows))
+  for wrong in (dict(source=bare), dict(source=source, eval_source=bare)):
+    with pytest.raises(RequestError, match='has no labels or answers'):
+      config = _config(**dict(wrong, objective=objective, length=64))
+      pipeline.training_loader(config, BYTES)
+      pipeline.held_out(config, BYTES)
+
+
+def test_two_texts_without_a_label_and_columns_by_number(tmp_path):
+  (tmp_path / 'a.tsv').write_text('one\ttwo\nthree\tfour\n')
+  read = lambda rest: [(r.texts, r.label, r.names)
+                       for r in _read(f'labelled:{tmp_path}/a.tsv:{rest}')]
+  assert read('0+1+')[1] == (('three', 'four'), '', ('first', 'second'))
+  assert read('one+two+') == [(('three', 'four'), '', ('one', 'two'))]
+  assert read('1') == [(('two',), '', ('text',)), (('four',), '', ('text',))]
+  assert read('two') == [(('four',), '', ('two',))]
+  with pytest.raises(RequestError, match='has no label, and the target'):
+    _read(f'labelled:{tmp_path}/a.tsv:1')[0].written()
+
+
+def test_questions_of_which_some_have_answers_are_refused(tmp_path):
+  path = files.squad(tmp_path / 'a.json')
+  document = json.loads((tmp_path / 'a.json').read_text())
+  question = document['data'][0]['paragraphs'][1]['qas'][0]
+  del question['answers'], question['is_impossible']
+  (tmp_path / 'a.json').write_text(json.dumps(document))
+  with pytest.raises(RequestError, match='of some of its questions'):
+    list(labelled.read_questions(path))
+
+
 # Cut into rows: against the package tokenizers, which cuts them itself.
 
 
