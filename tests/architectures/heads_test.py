@@ -167,20 +167,6 @@ def test_a_module_sees_no_token_that_it_predicts():
     assert (reach[k, :L - k] == (i[None] <= i[:L - k, None] + k)).all(), k
 
 
-def test_packed_documents_predict_only_their_own():
-  c = config()
-  ids = jnp.array([[1, 1, 1, 1, 2, 2, 2]])
-  batch = dict(targets=jnp.arange(7)[None], weights=jnp.ones((1, 7)),
-               segment_ids=ids)
-  targets, weights = objectives.mtp_shifted(batch, 2)
-  assert weights.tolist() == [[1, 1, 0, 0, 1, 0, 0]]
-  assert targets[0, :5].tolist() == [2, 3, 4, 5, 6]
-  del batch['segment_ids']
-  batch['weights'] = batch['weights'].at[0, 3].set(0)
-  assert objectives.mtp_shifted(batch, 1)[1].tolist() == [[1, 1, 0, 1, 1, 1, 0]]
-  assert objectives.mtp_share({}, c) == 0
-
-
 def test_what_no_token_follows_and_padding_take_no_expert():
   """A row that is whole, and one that is padded from its fifth place on."""
   def followed(depth, **fields):

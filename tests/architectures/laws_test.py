@@ -14,7 +14,7 @@ import pytest
 
 import architectures
 from architectures.parts import blocks, layers
-from architectures.parts.attention.kernels import parts, visible
+from architectures.parts.attention.kernels import visible
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.layers import NORMS
@@ -152,13 +152,7 @@ def test_masks_as_pictures(attention, causal):
 
 def test_masks_of_documents_and_prefixes():
   positions, segments = jnp.arange(5)[None], jnp.array([[1, 1, 2, 2, 2]])
-  chunks = LayerKind('chunked', 'gelu')
   kind = LayerKind('global', 'gelu')
-  for ids in (segments, None):  # a kernel takes chunks for documents
-    apart = parts(chunks, WINDOW, positions, ids)
-    assert _picture(visible(kind, WINDOW, positions, positions, apart, apart)
-                    ) == _picture(visible(chunks, WINDOW, positions, positions,
-                                          ids, ids))
   assert _picture(visible(kind, WINDOW, positions, positions, segments,
                           segments)
                   ) == ['x....', 'xx...', '..x..', '..xx.', '..xxx']

@@ -1,7 +1,9 @@
 """Small models for tests, from the configs that users start from."""
 
 import importlib
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import architectures
-from architectures.parts import paths, sharding
+from architectures.parts import heads, paths, sharding, skeletons
 from common import kinds
 
 VOCAB = 61
@@ -90,6 +92,37 @@ def drawn(shapes, seed: int = 0):
   return jax.device_put(jax.tree_util.tree_map_with_path(
       lambda path, x: np.asarray(0.2 * random.standard_normal(x.shape) + (
           paths.join(path).endswith('scale')), x.dtype), shapes))
+
+
+class Bigram(nn.Module):
+  """A model whose next token hangs on the last one and its place alone: row
+  [p, t] of a table has the logits of what follows token t at place p. Places
+  that the table does not have begin anew. It compiles in no time, and numpy
+  knows all that it says."""
+  config: Any
+  places: int
+  REREADS = False
+
+  @nn.compact
+  def __call__(self, tokens_BL: jax.Array, cache: Any = None,
+               positions_BL: Any = None, **_: Any):
+    P, V = self.places, self.config.vocab_size
+    table_PVV = self.param('table', nn.initializers.zeros, (P, V, V))
+    if positions_BL is None:
+      positions_BL = jnp.arange(tokens_BL.shape[1])[None]
+    rows_BL = positions_BL % P * V + tokens_BL
+    return skeletons.Output(
+        hidden=jax.nn.one_hot(rows_BL, P * V), cache=cache,
+        head=heads.Head(table_PVV.reshape(P * V, V)))
+
+
+def bigram(table_PVV: np.ndarray):
+  """Returns (module, params) of a Bigram."""
+  P, V, _ = table_PVV.shape
+  c = architectures.resolve(config(
+      num_layers=1, position='rope', vocab_size=V))
+  return Bigram(c, P), dict(table=jnp.asarray(table_PVV, jnp.float32),
+                            decoder={})
 
 
 def logits(module, params, tokens_BL: jax.Array, **kwargs) -> jax.Array:

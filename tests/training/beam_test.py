@@ -63,20 +63,24 @@ def test_with_enough_beams_the_texts_are_the_best_of_all(penalty, alpha):
   assert (scores[0, 40:] <= generate.NEVER / 10).all()
 
 
-def by_the_book(log_p, count, divisor):
+def by_the_book(log_p, count, divisor, stops=STOPS, new=NEW):
   """One row, by lists.
 
   Args:
     log_p: text -> the log-probabilities of the next token.
+    count: of beams.
+    divisor: length -> what a text's log-probability is divided by.
+    stops: tokens that end a text.
+    new: how many tokens a text has at most.
 
   Returns:
     (score, text) of the finished texts, the best first.
   """
   running, finished = [(0.0, ())], []
-  for n in range(1, NEW + 1):
+  for n in range(1, new + 1):
     grown = sorted(((score + p, (*text, token)) for score, text in running
                     for token, p in enumerate(log_p(text))), reverse=True)
-    ends = [text[-1] in STOPS or n == NEW for _, text in grown]
+    ends = [text[-1] in stops or n == new for _, text in grown]
     finished += [(score / divisor(n), text) for (score, text), end in zip(
         grown[:count], ends) if end]
     finished = sorted(finished, reverse=True)[:count]
@@ -101,12 +105,6 @@ def _log_p(model, prompt):
   return log_p
 
 
-OPTIONS = [dict(penalty='gnmt', length_penalty=0.6),
-           dict(penalty='power', length_penalty=1.0),
-           dict(penalty='power', length_penalty=-2.0),
-           dict(penalty='power', length_penalty=3.0)]
-
-
 @pytest.fixture(scope='module')
 def rows(gpt):
   """Prompts, padded, and `log_p` of each."""
@@ -116,14 +114,36 @@ def rows(gpt):
       _log_p(gpt, np.asarray(row[:n])) for row, n in zip(tokens, LENGTHS)]
 
 
-@pytest.mark.parametrize(
-    'options', models.long_but(OPTIONS[:1], OPTIONS), ids=str)
-def test_rows_are_searched_as_by_the_book(gpt, rows, options):
+def expect(tokens, scores, expected, stops):
+  """Asserts that the texts of a row, and their scores, are the expected."""
+  texts = [tuple(row[:1 + len(generate.until(row, stops))]) for row in tokens]
+  assert texts[:len(expected)] == [text for _, text in expected]
+  np.testing.assert_allclose(
+      scores[:len(expected)], [score for score, _ in expected], atol=1e-4)
+
+
+def test_rows_are_searched_as_by_the_book(gpt, rows):
   prompts, log_ps = rows
-  tokens, scores = search(gpt, prompts, count=3, **options)
-  divisor = _divisor(options['penalty'], options['length_penalty'])
+  tokens, scores = search(gpt, prompts, count=3)
   for row, score, log_p in zip(tokens, scores, log_ps):
-    expected = by_the_book(log_p, len(row), divisor)
-    texts = [tuple(text[:1 + len(generate.until(text, STOPS))]) for text in row]
-    assert texts == [text for _, text in expected]
-    np.testing.assert_allclose(score, [s for s, _ in expected], atol=1e-4)
+    expected = by_the_book(log_p, 3, _divisor('gnmt', 0.6))
+    assert len(expected) == 3
+    expect(row, score, expected, STOPS)
+
+
+@pytest.mark.parametrize('penalty, alpha, stops', [
+    ('gnmt', 4.0, (2, 5)), ('power', 1.0, (2,)), ('power', -2.0, (2, 5)),
+    ('power', 3.0, (2,))])
+def test_every_penalty_of_a_length_is_as_by_the_book(penalty, alpha, stops):
+  """Of twenty models whose next token hangs on the last one and its place:
+  which texts are kept, how they are scored, and when a row is done."""
+  for seed in range(20):
+    table = 2 * np.random.default_rng(seed).normal(size=(6, 7, 7))
+    log_p = table - np.log(np.exp(table).sum(-1, keepdims=True))
+    tokens, scores = search(
+        models.bigram(table), np.zeros((1, 1), np.int32), 6, stops, [1],
+        count=3, penalty=penalty, length_penalty=alpha)
+    expected = by_the_book(
+        lambda text, log_p=log_p: log_p[len(text), (0, *text)[-1]], 3,
+        _divisor(penalty, alpha), stops, 6)
+    expect(tokens[0], scores[0], expected, stops)

@@ -1,5 +1,7 @@
 """Generation: equal to the plain forward pass, row by row, and its filters."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,25 +104,91 @@ def test_a_row_that_stops_stays_stopped(model, prompts):
     assert (row[end:] == stop).all()
 
 
-@pytest.mark.parametrize('settings', [
-    dict(temperature=0.7, min_p=0.3), dict(min_p=0.1, top_k=5),
-    dict(repetition_penalty=1.3, min_p=0.2), dict(repetition_penalty=0.8)])
-def test_the_sampler_against_loops(settings):
-  """Token by token, as the papers have it."""
+FILTERS = [
+    dict(), dict(temperature=0.6), dict(top_k=1), dict(top_k=4), dict(top_k=50),
+    dict(top_p=0.05), dict(top_p=0.5), dict(top_p=0.9), dict(min_p=0.3),
+    dict(min_p=1.0), dict(repetition_penalty=1.3), dict(repetition_penalty=0.8),
+    dict(temperature=2.0, top_k=6, top_p=0.7, min_p=0.2,
+         repetition_penalty=1.3)]
+
+
+def by_the_papers(logits, seen, settings):
+  """Returns the probabilities of one draw, token by token.
+
+  Args:
+    logits, seen: of one row, [V].
+    settings: as of generate.Sampling.
+  """
+  penalty = settings.get('repetition_penalty', 1.0)
+  row = np.array(logits, np.float64)
+  for token in np.flatnonzero(seen):
+    row[token] *= penalty if row[token] < 0 else 1 / penalty
+  weight = np.exp(row / settings.get('temperature', 1.0))
+  order = np.argsort(-weight)
+  if settings.get('top_k'):
+    weight[order[settings['top_k']:]] = 0
+  share, before = weight / weight.sum(), 0.0
+  for token in order:
+    if before >= settings.get('top_p', 1.0):
+      weight[token] = 0
+    before += share[token]
+  weight[weight < settings.get('min_p', 0.0) * weight.max()] = 0
+  return weight / weight.sum()
+
+
+@pytest.mark.parametrize('settings', FILTERS, ids=str)
+def test_the_sampler_against_its_definition(settings):
+  """Each filter alone, and all together; with temperature 0, the likeliest."""
   rng = np.random.default_rng(0)
-  logits = rng.normal(size=(3, 11)).astype(np.float32) * 2
-  seen = rng.random((3, 11)) < 0.4
+  logits = rng.normal(size=(20, 11)).astype(np.float32) * 2
+  seen = rng.random((20, 11)) < 0.4
   sampling = generate.Sampling(**settings)
-  got = sampling.filter(sampling.penalize(jnp.array(logits), jnp.array(seen)))
-  for row, before, out in zip(logits, seen, np.asarray(got)):
-    row = [x if not s else x / sampling.repetition_penalty if x > 0
-           else x * sampling.repetition_penalty for x, s in zip(row, before)]
-    row = np.array(row) / sampling.temperature
-    if sampling.top_k:
-      row[np.argsort(-row)[sampling.top_k:]] = -np.inf
-    p = np.exp(row) / np.exp(row).sum()
-    row[p < sampling.min_p * p.max()] = -np.inf
-    np.testing.assert_allclose(out, row, rtol=1e-5)
+  left = sampling.filter(sampling.penalize(logits, seen))
+  want = [by_the_papers(*row, settings) for row in zip(logits, seen)]
+  np.testing.assert_allclose(jax.nn.softmax(left), want, rtol=2e-5, atol=1e-7)
+  greedy = dataclasses.replace(sampling, temperature=0)
+  np.testing.assert_array_equal(
+      greedy(logits, jax.random.key(0), seen), np.argmax(want, -1))
+
+
+def chance(tokens, p_V):
+  """Asserts that tokens are drawn by their probabilities, each by itself: they
+  are as often equal to those beside, below and otherwise apart as chance has
+  it, within five standard deviations."""
+  shares = np.bincount(tokens.ravel(), minlength=len(p_V)) / tokens.size
+  spread = 5 * np.sqrt(p_V * (1 - p_V) / tokens.size)
+  assert (np.abs(shares - p_V) <= spread).all(), (shares, p_V)
+  alike(tokens[:, 1:], tokens[:, :-1], p_V)
+  alike(tokens[1:], tokens[:-1], p_V)
+  alike(tokens[1:, 1:], tokens[:-1, :-1], p_V)
+
+
+def alike(a, b, p_V):
+  """Asserts that two arrays are equal at as many places as chance has it."""
+  both = (p_V ** 2).sum()
+  assert abs((a == b).mean() - both) < 5 * (both * (1 - both) / a.size) ** 0.5
+
+
+@pytest.mark.parametrize('settings', [
+    dict(), dict(temperature=0.5, top_k=4), dict(top_p=0.6), dict(min_p=0.5)],
+    ids=str)
+def test_each_token_of_each_text_is_a_draw_of_its_own(settings):
+  """Of a model that says the same after every token. Another key is another
+  text, and a key gives its text again."""
+  logits_V = np.array([0.5, -1.0, 1.0, 0.0, 0.7, -0.3])
+  module, params = models.bigram(np.tile(logits_V, (1, 6, 1)))
+  sampling = generate.Sampling(**settings)
+
+  def write(seed):
+    return np.asarray(generate.generate(
+        module, params, jnp.zeros((60, 2), jnp.int32), jnp.full(60, 2),
+        jax.random.key(seed), max_new_tokens=50, sampling=sampling))
+
+  p_V = by_the_papers(logits_V, np.zeros(6, bool), settings)
+  text, other = write(0), write(1)
+  chance(text, p_V)
+  alike(text, other, p_V)
+  np.testing.assert_array_equal(text, write(0))
 
 
 def test_a_penalty_counts_the_prompt_and_what_was_written(model, prompts):

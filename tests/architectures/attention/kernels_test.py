@@ -1,6 +1,7 @@
 """Fused attention: splash equals ours, on a mesh too; a TPU's program holds it;
 and what a kernel cannot do is refused."""
 
+import dataclasses
 import os
 from types import SimpleNamespace
 
@@ -62,6 +63,31 @@ def test_splash_equals_xla(name):
   wrt = tuple(range(len(args)))
   models.close(jax.jit(jax.value_and_grad(ours, wrt))(*args),
                jax.jit(jax.value_and_grad(splash, wrt))(*args))
+
+
+@pytest.mark.parametrize('restart', [False, True])
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('attention', kernels.RULES)
+def test_a_kernel_is_told_of_the_same_keys(attention, causal, restart):
+  """The segment ids that a fused kernel takes, with causality and the window,
+  which it has itself, show what `visible` does: of packed documents of many
+  sizes, one of them as long as can be, whose positions go on or begin anew."""
+  kind, size = LayerKind(attention, 'gelu', causal), 4
+  c = SimpleNamespace(sliding_window=size, attention_chunk=size)
+  sizes = [3, 9, 1, 8, 12]
+  ids = np.repeat(np.arange(1, 6), sizes)[None]
+  places = np.arange(ids.size)[None]
+  if restart:
+    places = np.concatenate([np.arange(n) for n in sizes])[None]
+    places[0, :3] += size * kernels.MOST - 3
+  for segments in (ids, None):
+    told = kernels.parts(kind, c, places, segments)
+    bare = dataclasses.replace(kind, attention='banded' if (
+        attention == 'banded') else 'global')
+    shown = kernels.visible(bare, c, places, places, told, told)
+    want = kernels.visible(kind, c, places, places, segments, segments)
+    assert (shown is None) == (want is None)
+    np.testing.assert_array_equal(shown, want)
 
 
 @pytest.mark.parametrize('ids', [False, True])

@@ -10,9 +10,11 @@ import pytest
 from scipy import stats
 
 from common.errors import RequestError
+from configs import base
 from tests.helpers import sweep_folder
 from tools.compare import __main__ as command
 from tools.compare import curves, judge, statistics
+from training.workdir import run_config
 
 SHIFT = {0: 0.0, 1: 0.01, 2: -0.02}
 
@@ -160,8 +162,39 @@ def test_what_cannot_be_judged_is_refused_and_what_diverges_not_better(ask):
   code, answer = ask('base', 'wild')
   assert (code, answer['verdict'], answer['p']) == (3, 'unstable', None)
   assert answer['diverged'] == {'base': 0, 'wild': 1}
-  config = ask.folder / 'wild/seed-0/config.json'
-  config.write_text(config.read_text().replace('"length": 256',
-                                               '"length": 128'))
-  with pytest.raises(RequestError, match='data.length differ'):
-    ask('base', 'wild')
+
+
+CONFIG = run_config.flatten(base.base())
+# Fields by which a run's held-out text, or what is asked of it, is another.
+OTHER_TEXT = {
+    'objective': 'prefix', 'data.source': 'text:other',
+    'data.eval_source': 'text:other', 'data.holdout_every': 7,
+    'data.tokenizer': 'other', 'data.length': 7, 'data.target_length': 7,
+    'eval.part': 'other', 'eval.batches': 7}
+
+
+@pytest.mark.parametrize('field', OTHER_TEXT)
+def test_losses_of_different_text_are_not_compared(field):
+  """Also where one of the seeds alone has another."""
+  both = [CONFIG, CONFIG | {'optim.lr': 0.5}]
+  other = [CONFIG, CONFIG | {field: OTHER_TEXT[field], 'optim.lr': 0.5}]
+  assert judge._changes([both] * 3) == (
+      {'optim.lr': [CONFIG['optim.lr'], 0.5]}, [])
+  with pytest.raises(RequestError, match=f'^{field} differ'):
+    judge._changes([both, other, both])
+
+
+@pytest.mark.parametrize('field', ['data.batch_size', 'data.document_mask',
+                                   'seed'])
+def test_other_batches_are_told(field):
+  """A batch of another size is other held-out text too, unless all is read."""
+  def changes(batches):
+    config = CONFIG | {'eval.batches': batches}
+    return judge._changes([[config, config | {field: 7}]])
+
+  compared, warnings = changes(0)
+  assert list(compared) == [field]
+  assert [line.startswith(field) for line in warnings] == [True]
+  if field == 'data.batch_size':
+    with pytest.raises(RequestError, match='data.batch_size differ'):
+      changes(5)

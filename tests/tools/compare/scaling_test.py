@@ -61,11 +61,36 @@ def test_the_gradient_is_that_of_the_objective():
     ([1e5, 1e6, 1e7] * 3, [1e6, 1e7, 1e8] * 3, '3 different pairs'),
     ([1e5, 1e6] * 4, np.geomspace(1e6, 1e9, 8), 'numbers of parameters'),
     (np.geomspace(1e5, 1e8, 8), [1e6] * 4 + [1e7] * 4, 'numbers of tokens'),
-    (np.geomspace(1e5, 1e8, 8), 20 * np.geomspace(1e5, 1e8, 8), 'correlation'),
+    (np.geomspace(1e5, 1e8, 8), 20 * np.geomspace(1e5, 1e8, 8),
+     r'correlation 1\.000'),
+    # Of one budget: the larger a model, the shorter its run.
+    (np.geomspace(1e5, 1e8, 8), 1e15 / np.geomspace(1e5, 1e8, 8),
+     r'correlation -1\.000'),
 ])
 def test_a_ladder_too_small_is_refused(params, tokens, message):
   with pytest.raises(ValueError, match=message):
     scaling.check_ladder(params, tokens)
+
+
+def test_residuals_are_drawn_as_wide_as_the_noise(monkeypatch):
+  """Five constants took their share of the residuals: what is drawn has the
+  variance that is the noise's without bias, sum r^2 / (n - 5). With one seed
+  two ladders get the residuals of the same runs, with another seed others."""
+  monkeypatch.setattr(scaling, '_best', lambda starts, x, y, z: z)
+  params, tokens, _ = ladder(STEEP)
+  fitted = np.log(STEEP.loss(params, tokens))
+  r = np.random.default_rng(0).normal(0, 0.01, len(fitted))
+  r -= r.mean()
+
+  def drawn(residuals, seed=0):
+    return np.array(scaling.bootstrap(
+        STEEP, params, tokens, np.exp(fitted + residuals), 2000, seed)) - fitted
+
+  first = drawn(r)
+  assert first.var() == pytest.approx((r ** 2).sum() / (len(r) - 5), rel=0.02)
+  np.testing.assert_allclose(first.mean(0), 0, atol=5 * 0.012 / 2000 ** 0.5)
+  np.testing.assert_allclose(drawn(3 * r), 3 * first, atol=1e-9)
+  assert abs(np.corrcoef(drawn(r, seed=1).ravel(), first.ravel())[0, 1]) < 0.05
 
 
 def test_the_optimum_is_the_papers_formula_and_the_least_loss():

@@ -3,7 +3,9 @@
 import itertools
 import math
 import re
+import types
 
+from configs import base
 from configs import sharding as tables
 import flax.linen as nn
 import jax
@@ -229,3 +231,39 @@ def test_sharded_equals_one_device_and_gathers_no_batch(name):
       assert fsdp * expert > 1
       rest = 4 if fsdp == 8 else fsdp if expert > 1 else 1
       assert sizes in ([whole_kernel], [whole_kernel // rest])
+
+
+def test_each_depth_predicts_the_tokens_of_its_own_document():
+  """Equations 24 and 25 of DeepSeek-V3 by loops, of three depths over packed
+  documents of 5, 1, 2 and 4 tokens: depth k at place i predicts what the loss
+  predicts at place i + k, where that is of the same document."""
+  depths, random = 3, np.random.default_rng(0)
+  _, head, targets, weights = make()
+  hidden = random.normal(size=(depths, B, L, D)).astype(np.float32)
+  ids = np.repeat([1, 2, 3, 4], [5, 1, 2, 4])
+  config = base.base()
+  config.model.mtp_depth = depths
+  config.train.update(mtp_weight=0.3, z_loss=0.1, label_smoothing=0.2)
+  for segments in (None, np.tile(ids, (B, 1))):
+    batch = dict(targets=targets, weights=weights)
+    if segments is not None:
+      batch['segment_ids'] = jnp.asarray(segments)
+    output = types.SimpleNamespace(extra={'mtp': [*hidden]}, head=head)
+    figures = jax.jit(lambda batch, output=output: objectives.mtp_sums(
+        output, batch, config.train))(batch)
+    totals = []
+    for k in range(1, depths + 1):
+      ahead, counts = np.zeros((2, B, L))
+      for i in range(L - k):
+        if segments is None or ids[i] == ids[i + k]:
+          ahead[:, i], counts[:, i] = targets[:, i + k], weights[:, i + k]
+      want = oracle(hidden[k - 1], head, ahead.astype(int), counts, 0.1, 0.2)
+      loss, right = figures[f'mtp_{k}_loss'], figures[f'mtp_{k}_accuracy']
+      assert loss.total == pytest.approx(want['sum'], rel=1e-5)
+      assert loss.weight == right.weight == pytest.approx(counts.sum())
+      assert right.total == pytest.approx((counts * want['correct']).sum())
+      totals.append(want['sum'])
+    assert len(figures) == 2 * depths
+    assert objectives.mtp_share(figures, config) == pytest.approx(
+        0.3 / depths * sum(totals), rel=1e-5)
+  assert objectives.mtp_share({}, config) == 0

@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers import data_files as files
 from tests.helpers import evaluations, models
+from tests.training import generate_test
 from training import generate, objectives
 from training.evals.tasks import loss as loss_task
 from training.objectives import causal, mlm
@@ -173,6 +174,38 @@ def test_what_it_is_surest_of_stays():
     want = by_numpy(module, params, prompt, 7, 3, BYTES.mask_id)
     assert row.tolist() == want.tolist()
     assert BYTES.mask_id not in row
+
+
+def _draws(logits_V, new=12, steps=1, seed=0, temperature=1.0):
+  """Returns 100 texts of a model that says the same of every place; its last
+  token is the mask."""
+  V = len(logits_V)
+  module, params = models.bigram(np.tile(logits_V, (1, V, 1)))
+  return np.asarray(jax.jit(lambda key: generate.write_diffusion(
+      module, params, jnp.zeros((100, 1), jnp.int32), jnp.ones(100, jnp.int32),
+      key, new=new, steps=steps, mask=V - 1, temperature=temperature))(
+          jax.random.key(seed)))
+
+
+def test_each_token_is_a_draw_of_its_own():
+  """By its probability over the temperature, and never the mask, however
+  likely; another key is another text."""
+  logits_V = np.array([0.5, -1.0, 1.0, 0.0, 3.0])
+  weight_V = np.exp(logits_V / 0.7) * (np.arange(5) < 4)
+  p_V = weight_V / weight_V.sum()
+  text = _draws(logits_V, temperature=0.7)
+  generate_test.chance(text, p_V)
+  generate_test.alike(text, _draws(logits_V, temperature=0.7, seed=1), p_V)
+
+
+def test_each_step_has_draws_of_its_own():
+  """The first three of twelve tokens, all alike sure, are those of one step;
+  the others are as like them as chance has it."""
+  at_once, in_four = (_draws(np.zeros(5), steps=steps) for steps in (1, 4))
+  p_V = np.array([0.25] * 4)
+  generate_test.chance(in_four, p_V)
+  np.testing.assert_array_equal(in_four[:, :3], at_once[:, :3])
+  generate_test.alike(in_four[:, 3:], at_once[:, 3:], p_V)
 
 
 @pytest.mark.slow

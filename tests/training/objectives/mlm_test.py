@@ -13,6 +13,7 @@ from configs import base
 from tests.helpers import data_files as files
 from tests.helpers import models
 from training import objectives
+from training.objectives import causal
 from training.objectives import pipeline
 from training.objectives import mlm
 
@@ -38,6 +39,57 @@ def test_pairs_are_laid_out_as_bert_has_them(texts):
     assert (kind[seps[0] + 1:seps[1] + 1] == 1).all()
     assert (kind[~mask] == 0).all()
     assert (row[~mask] == BYTES.special('pad')).all()
+
+
+@pytest.mark.parametrize('objective', ['mlm_nsp', 'mlm_sop'])
+def test_the_second_text_is_what_its_target_says(texts, objective):
+  """Each document has a letter of its own. 0: both texts are one stretch of a
+  document. 1: of next sentences the second is from another document, from each
+  of the others as often; of their order, it stood before the first."""
+  config = files.config(texts, objective, batch_size=50)
+  loader = pipeline.training_loader(config, BYTES)
+  documents = {letter: ' '.join(letter * (1 + (i + j) % 5) for j in range(300))
+               for i, letter in enumerate('abcdef')}
+  targets, distances = [], []
+  for n in range(20):
+    batch = loader.batch(n)
+    for row, target in zip(batch['targets'], batch['nsp_targets']):
+      middle, end = np.flatnonzero(row == BYTES.sep_id)
+      first = bytes(row[1:middle].tolist()).decode()
+      second = bytes(row[middle + 1:end].tolist()).decode()
+      at, to = first.strip()[:1], second.strip()[:1]
+      targets.append(target)
+      if target == 0:
+        assert first + second in documents[at or to]
+      elif objective == 'mlm_sop':
+        assert second + first in documents[at or to]
+      elif at and to:
+        assert second in documents[to]
+        distances.append((ord(to) - ord(at)) % 6)
+  assert abs(np.mean(targets) - 0.5) < 5 * (0.25 / len(targets)) ** 0.5
+  if objective == 'mlm_nsp':
+    shares = np.bincount(distances, minlength=6) / len(distances)
+    assert shares[0] == 0
+    np.testing.assert_allclose(shares[1:], 0.2, atol=5 * (
+        0.16 / len(distances)) ** 0.5)
+
+
+def test_a_prefix_ends_at_any_place_and_all_after_it_is_predicted():
+  """A prefix of n tokens sees itself: the first that it has not seen is the one
+  at place n, the target of place n - 1."""
+  config, L = files.config('', 'prefix', 12), 12
+  sizes = []
+  for seed in range(400):
+    window = causal.Window(np.arange(L + 1, dtype=np.int32), 10)
+    row = causal.prefix(window, np.random.default_rng(seed), config, BYTES)
+    n = int(row['prefix'])
+    sizes.append(n)
+    predicted = row['targets'][row['weights'] != 0]
+    assert predicted.tolist() == list(range(n, 10))
+    assert row['valid'].tolist() == [1] * 9 + [0] * 3
+  counts = np.bincount(sizes, minlength=L)
+  assert counts[0] == 0 and len(counts) == L
+  assert (counts[1:] > 0.4 * 400 / (L - 1)).all()
 
 
 def test_fifteen_percent_are_told_eighty_ten_ten(texts):

@@ -186,6 +186,31 @@ def test_questions_are_laid_out_as_pictured(tmp_path):
         labelled.null_place(view.items[2], architectures.systems()[arch].STACK))
 
 
+def test_a_window_shows_an_answer_that_it_has_whole(tmp_path):
+  """Of windows of every length that ends or begins within an answer."""
+  source = f'squad:{files.squad(tmp_path / "a.json")}'
+  asked = [(question, answer, context) for context, pairs in zip(
+      files.CONTEXTS, files.ASKED) for question, answer in pairs]
+  cases = set()
+  for length in range(30, 90):
+    for item in records.Questions(files.corpus(files.config(
+        source, 'question_answering', length, 'bert', stride=3))).items:
+      question, answer, context = asked[item.asked]
+      text, start = bytes(item.context.tolist()).decode(), context.find(answer)
+      end = item.first + len(text)
+      assert bytes(item.question.tolist()).decode() == question
+      assert context[item.first:end] == text
+      whole = item.first <= start and start + len(answer) <= end
+      if not answer or not whole:
+        assert item.answer is None
+        continue
+      first, last = item.answer
+      assert (item.first + first, last - first + 1) == (start, len(answer))
+      assert text[first:last + 1] == answer
+      cases.add((start == item.first, start + len(answer) == end))
+  assert {(True, False), (False, True)} <= cases
+
+
 def _figures(objective, scores, batch, smooth=0.0):
   record = objectives.OBJECTIVES[objective]
   c = ml_collections.ConfigDict(dict(

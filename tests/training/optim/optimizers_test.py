@@ -131,16 +131,28 @@ def test_lion_and_sgd_by_hand():
   np.testing.assert_allclose(second['kernel'], [-0.45, 0.075], rtol=1e-6)
 
 
-def test_adafactor_equals_optax_on_plain_matrices():
+@pytest.mark.parametrize('size', [1.0, 1e-15], ids=str)
+def test_adafactor_equals_optax_on_plain_matrices(size):
+  """Of gradients of two sizes, the second so small that their squares meet
+  epsilon_1; and of parameters near and below the least root mean square."""
   tree = {'wide': params()['embed']['tokens'], 'small': jnp.ones((4, 200)),
-          'vector': jnp.linspace(0.1, 1.0, 300)}
+          'vector': jnp.linspace(0.1, 1.0, 300), 'zero': jnp.zeros((130, 140)),
+          'none': jnp.zeros(9), 'tiny': jnp.full(50, 9e-4),
+          'more': jnp.full(50, 1.2e-3)}
   config = optim(name='adafactor', lr=0.01, warmup_steps=0, clip_norm=0.0,
                  weight_decay=0.0, schedule='constant')
-  ours = run(optimizers.make(config, 10, plain(tree)), tree)
-  theirs = run(optax.adafactor(0.01), tree)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=2e-5, atol=1e-8), ours, theirs)
-  assert not np.allclose(ours['wide'], tree['wide'])
+  moved = []
+  for tx in (optimizers.make(config, 10, plain(tree)), optax.adafactor(0.01)):
+    state, step, after = tx.init(tree), stepping(tx), tree
+    for i in range(3):
+      grads = jax.tree.map(lambda g: g * size, gradients(tree, i))
+      after, state = step(grads, state, after)
+    moved.append(jax.tree.map(lambda a, b: a - b, after, tree))
+  ours, theirs = moved
+  for name, theirs_here in theirs.items():
+    np.testing.assert_allclose(ours[name], theirs_here, rtol=1e-3, atol=(
+        1e-4 * np.abs(theirs_here).max()), err_msg=name)
+    assert np.abs(theirs_here).max() > 0
 
 
 @pytest.mark.slow
