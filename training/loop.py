@@ -31,6 +31,7 @@ from architectures.parts.moe import routing
 from common.errors import STOPPED, require
 from training import progress, runs
 from training.costs import flops, systems, totals
+from training.data import records
 from training.distributed import cpu, devices, signals
 from training.evals import held_out, in_training
 from training.objectives import pipeline, probe
@@ -889,6 +890,7 @@ def describe(run: runs.Run, start: int, tokens: int,
       f'training: steps {start + 1:,} to {steps:,}, {most}'
       f'{all_rows * (tokens // sizes.last):,} tokens in all',
       f'data: {source}',
+      *records.label_lines(train_data.views),
       *[f'warning: after some {MANY_PASSES} passes a model mostly learns its '
         'data by heart: add --config.eval.best=loss --config.eval.patience=3'
         ] * (passes > MANY_PASSES and not config.eval.best and every > 0

@@ -141,3 +141,5 @@ def test_a_run_says_how_rows_are_padded_and_cut(labelled):
           '256 tokens\n') in text
   assert re.search('[1-9][0-9]* of whose 1[0-9]+ rows are longer than '
                    'data.length 32, and cut off', text)
+  # Each twentieth row is held out, and these have no c.
+  assert '\nlabels: 2, in training with 100, without 90\n' in text

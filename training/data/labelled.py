@@ -9,10 +9,13 @@
 them, of which the last is the label's: `sentence+label`. Names stand in the
 first line of a table, or are the keys of a .jsonl's objects. Where rows have no
 label, as those that are to be predicted, none is named: `sentence`, or of two
-texts `premise+hypothesis+`. Numbers count
-columns from 0, in a table that has no line of names. Without FIELDS a .jsonl
-has `text` and `label`, and a table has no line of names, and two or three
+texts `premise+hypothesis+`. Numbers count the columns of a table from 0.
+Without FIELDS a .jsonl has `text` and `label`, and a table has two or three
 columns. In a .tsv quotes mean nothing, as in the files of GLUE.
+
+Where FIELDS names no columns, the first line of a table is a line of names, and
+no record, if one of its cells is among TEXT_NAMES and one among LABEL_NAMES, as
+in what pandas writes. Without FIELDS these say which columns are read.
 
 `conll` reads the files of CoNLL's shared tasks:
 
@@ -50,6 +53,21 @@ PROBE_ROWS = 'rows of a probe'
 PAIR = ('source', 'target')
 SQUAD_FIELDS = ('context', 'question', 'answers')  # of a data set
 
+# How a line of names calls the columns of texts, that of the label, and those
+# that number the rows, in lower case.
+TEXT_NAMES = (
+    'text', 'text1', 'text2', 'text_a', 'text_b', 'sentence', 'sentence1',
+    'sentence2', 'premise', 'hypothesis', 'question', 'question1', 'question2',
+    'passage', 'paragraph', 'content', 'body', 'title', 'headline', 'document',
+    'abstract', 'description', 'review', 'comment', 'message', 'tweet', 'post',
+    'query', 'utterance', 'first', 'second', 'input', 'x')
+LABEL_NAMES = (
+    'label', 'labels', 'class', 'category', 'target', 'gold', 'gold_label',
+    'score', 'stars', 'rating', 'sentiment', 'polarity', 'emotion', 'intent',
+    'topic', 'verdict', 'similarity', 'output', 'y')
+NUMBER_NAMES = ('', 'unnamed: 0', 'index', 'idx', 'id', 'guid')
+
+_USUAL_NAMES = {2: ('text', 'label'), 3: ('first', 'second', 'label')}
 _TAG = re.compile(r'(O|[BI]-\S+)')
 
 
@@ -162,17 +180,70 @@ def columns_of(name: str, written: str) -> tuple[int, ...]:
 
 def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
   """Yields the records of a file; `fields` by fields_of."""
-  named = bool(fields) and not fields[0].isdigit()
-  columns = fields or (('text', 'label') if path.endswith('.jsonl') else ())
-  for where, row in texts.rows(path, named):
-    columns = columns or tuple(row)
-    require(len(columns) in (2, 3) and (fields or len(row) == len(columns)
-                                        or path.endswith('.jsonl')),
+  is_table = path.endswith(texts.TABLES)
+  if not is_table or fields and not fields[0].isdigit():
+    columns = fields or ('text', 'label')
+    for where, row in texts.rows(path):
+      yield _record(where, row, columns, columns)
+    return
+
+  rows = texts.rows(path, names=False)
+  columns, names, size = fields, (), 0
+  for number, (where, row) in enumerate(rows):
+    if number == 0:
+      size = len(row)
+      named = _named_columns(where, row, fields)
+      if named:
+        columns = named
+        names = tuple(row.get(column, '').strip() for column in named)
+        continue
+      columns = fields or tuple(row)
+    require(len(columns) in (2, 3) and (bool(fields) or len(row) == size),
             f'{where}, has {len(row)} columns: name those of the text and of '
             'the label, as in labelled:GLOB:sentence+label where line 1 has '
             'names, or labelled:GLOB:0+1')
-    yield _record(where, row, columns, columns if named else (
-        *(('text',) if len(columns) == 2 else ('first', 'second')), 'label'))
+    yield _record(where, row, columns, names or _USUAL_NAMES[len(columns)])
+
+
+def _named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
+                   ) -> tuple[str, ...]:
+  """Returns the columns of the texts and, last, of the label, where the first
+  line of a table names them; () where it is a record.
+
+  Args:
+    where: the file and the line, for messages.
+    row: the line, with its columns by their numbers.
+    fields: the numbers of the columns that are read; (): the names say it.
+
+  Raises:
+    RequestError: for a line of names that leaves open which columns are meant.
+  """
+  name_of = {column: cell.strip().lower() for column, cell in row.items()}
+  texts_ = [column for column in name_of if name_of[column] in TEXT_NAMES]
+  labels = [column for column in name_of if name_of[column] in LABEL_NAMES]
+  if fields:
+    *of_texts, label = fields
+    is_named = {*of_texts} <= {*texts_} and (not label or label in labels)
+    return fields if is_named else ()
+  if not texts_ or not labels:
+    return ()
+  numbers = [column for column in name_of if name_of[column] in NUMBER_NAMES]
+  read = [*texts_, *labels]
+  require(len(texts_) <= 2 and len(labels) == 1
+          and len(read) + len(numbers) == len(row),
+          f'{where}, names the columns {", ".join(row.values())}: say which '
+          'are the text and the label, as in labelled:GLOB:sentence+label')
+  return tuple(read)
+
+
+def hint(where: str) -> str:
+  """Returns what to do where a record of a table is its line of names, as the
+  end of a sentence; '' where it cannot be one."""
+  match = re.fullmatch(r'(.*), line 1,?', where)
+  if match is None or not match[1].endswith(texts.TABLES):
+    return ''
+  return ('. If that is a line of names, name the columns: labelled:GLOB:'
+          'sentence+label')
 
 
 def _record(where: str, row: dict[str, Any], columns: Sequence[str],

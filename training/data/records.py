@@ -11,19 +11,21 @@ row that does not show all of an answer, as in one of a question without any,
 what is to be predicted is the null token.
 """
 
-from collections.abc import Iterable, Sequence
+import collections
+from collections.abc import Iterable, Iterator, Sequence
 import itertools
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.errors import one_of, require, short
+from common.errors import RequestError, one_of, require, short
 from training.data import labelled, sources, tokens
 from training.data.tokenizers import Tokenizer
 
 MANY_LABELS = 50  # so many may be a column of something else than labels
 MOST_WORD_LABELS = 1000
+SHOWN_LABELS, SHOWN_RARE = 20, 5
 NO_WORD = -1
 AROUND = 2  # tokens of a row beside a sentence: one before, one after it
 
@@ -58,6 +60,35 @@ def labels_of(config: Any) -> tuple[str, ...]:
           f'{len(labels):,} label(s) in {len(records):,} training records: two '
           'or more are needed, and many may be another column')
   return in_order(labels)
+
+
+def label_lines(views: Sequence[Any]) -> list[str]:
+  """Returns a line that says how many rows, or words, of training have each
+  label, and a warning of labels that one alone has, or none; [] where what the
+  rows hold has no labels.
+
+  Args:
+    views: of a run's training data.
+  """
+  views = [view for view in views if isinstance(view, Rows) and view.labels]
+  if not views:
+    return []
+  marks = [mark for view in views for mark in view.marks()]
+  place = dict(marks)
+  counts = collections.Counter(label for label, _ in marks)
+  labels = views[0].labels
+  listed = [f'{label} {counts[label]:,}' for label in labels[:SHOWN_LABELS]]
+  if len(labels) > SHOWN_LABELS:
+    listed.append('...')
+  lines = [f'labels: {len(labels)}, in training {", ".join(listed)}']
+  rare = [label for label in labels if counts[label] <= 1]
+  if rare:
+    shown = [f'{label!r} ({place.get(label, "none")})'
+             for label in rare[:SHOWN_RARE]]
+    hints = [labelled.hint(place[label]) for label in rare if label in place]
+    lines.append('warning: one record of training alone, or none, has the '
+                 f'label {", ".join(shown)}{max(hints, default="")}')
+  return lines
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
@@ -133,15 +164,21 @@ class Rows:
     items: one for each row.
     bare: whether its records have nothing to learn or to measure, as
       labelled.is_bare says: their targets are 0 and mean nothing.
+    labels: of the run, by number; (): its rows have none.
   """
   items: Sequence[Any]
   bare: bool
+  labels: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.items)
 
   def __getitem__(self, i: int) -> Any:
     return self.items[int(i)]
+
+  def marks(self) -> Iterator[tuple[str, str]]:
+    """Yields each label that the rows have, with the place where it stands."""
+    return iter(())
 
 
 class Texts(Rows):
@@ -199,8 +236,16 @@ class Classes(Texts):
 
   def target(self, record: labelled.Record) -> int:
     """Returns the number of a record's label."""
-    one_of(f'label in {record.where.rstrip(",")}:', record.label, self._number)
+    where = record.where.rstrip(',')
+    try:
+      one_of(f'label in {where}:', record.label, self._number)
+    except RequestError as error:
+      raise RequestError(f'{error}{labelled.hint(where)}') from error
     return self._number[record.label]
+
+  def marks(self) -> Iterator[tuple[str, str]]:
+    for record in self.records:
+      yield record.label, record.where.rstrip(',')
 
 
 class Numbers(Texts):
@@ -217,7 +262,7 @@ class Numbers(Texts):
       number = math.nan
     require(math.isfinite(number), f'{record.where} has the label '
             f'{short(record.label)}, which is no number: objective '
-            "'regression' learns numbers")
+            "'regression' learns numbers" + labelled.hint(record.where))
     return number
 
 
@@ -338,6 +383,10 @@ class Sentences(Rows):
     self.num_tokens = sum(len(words.ids) for words in tokens)
     self.num_bytes = sum(len(' '.join(s.words).encode('utf-8'))
                          for s in self.records)
+
+  def marks(self) -> Iterator[tuple[str, str]]:
+    for sentence in self.records:
+      yield from zip(sentence.labels, sentence.lines)
 
 
 def _pieces(sentence: int, words: Words, numbers: np.ndarray,

@@ -18,6 +18,7 @@ from typing import Any
 
 from common.errors import RequestError, require, short
 
+TABLES = ('.tsv', '.csv')
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where it stands, and what it has
 
 
@@ -75,7 +76,7 @@ def rows(path: str, names: bool = True) -> Rows:
     path: of the file.
     names: whether the first line of a table names its columns.
   """
-  if path.endswith(('.tsv', '.csv')):
+  if path.endswith(TABLES):
     yield from _table(path, names)
     return
   with open(path, 'rb') as file:

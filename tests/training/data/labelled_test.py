@@ -58,6 +58,60 @@ def test_records_stand_where_they_say(tmp_path):
   assert read('d.tsv')[1][0] == ('three', 'four')
 
 
+PANDAS = [('Nice, and "new"', 'good'), ('Two\nlines', 'bad'), ('So', 'good')]
+
+
+@pytest.mark.parametrize('index', [False, True])
+@pytest.mark.parametrize('names', [
+    ('text', 'label'), ('label', 'Text'), ('review', 'sentiment'),
+    ('sentence1', 'sentence2', 'label')])
+def test_the_line_of_names_of_pandas_is_no_record(tmp_path, names, index):
+  pandas = pytest.importorskip('pandas')
+  is_label = [name in labelled.LABEL_NAMES for name in names]
+  rows = [{name: label if of_label else text
+           for name, of_label in zip(names, is_label)}
+          for text, label in PANDAS]
+  pandas.DataFrame(rows).to_csv(tmp_path / 'a.csv', index=index)
+  read = _read(f'labelled:{tmp_path}/a.csv')
+  assert [r.texts for r in read] == [
+      (text,) * (len(names) - 1) for text, _ in PANDAS]
+  assert [r.label for r in read] == [label for _, label in PANDAS]
+  assert {r.names for r in read} == {
+      tuple(name for name, of_label in zip(names, is_label) if not of_label)}
+  if not index:
+    numbers = [str(i) for i in np.argsort(is_label, kind='stable')]
+    assert read == _read(f'labelled:{tmp_path}/a.csv:{"+".join(numbers)}')
+    bare = _read(f'labelled:{tmp_path}/a.csv:{"+".join([*numbers[:-1], ""])}')
+    assert [r.texts for r in bare] == [r.texts for r in read]
+
+
+def test_a_first_line_that_names_no_columns_is_a_record(tmp_path):
+  for line in 'text,good', 'fine,label', 'a text,a label', 'text,text':
+    (tmp_path / 'a.csv').write_text(f'{line}\nb,bad\n')
+    assert len(_read(f'labelled:{tmp_path}/a.csv')) == 2
+  (tmp_path / 'a.csv').write_text('text,label,source\na,b,c\n')
+  with pytest.raises(RequestError, match='line 1, names the columns text, la'):
+    _read(f'labelled:{tmp_path}/a.csv')
+  assert len(_read(f'labelled:{tmp_path}/a.csv:text+label')) == 1
+
+
+def test_a_run_says_how_many_records_have_each_label(tmp_path):
+  (tmp_path / 'a.csv').write_text('remark,mood\na,good\nb,bad\nc,bad\nd,good\n')
+  source = f'labelled:{tmp_path}/a.csv'
+  loader = _loader(source, labels=('good', 'bad', 'mood', 'odd'))
+  counts, warning = records.label_lines(loader.views)
+  assert counts == 'labels: 4, in training good 2, bad 2, mood 1, odd 0'
+  assert f"has the label 'mood' ({tmp_path}/a.csv, line 1), 'odd' (none)" in (
+      warning) and 'name the columns' in warning
+  named = _loader(f'{source}:remark+mood')
+  assert records.label_lines(named.views) == [
+      'labels: 2, in training bad 2, good 2']
+  (tmp_path / 'a.conll').write_text('an O\nant B-x\n\nan O\nelk B-x\n')
+  words = _loader(f'conll:{tmp_path}/a.conll', 'token_classification')
+  assert records.label_lines(words.views) == [
+      'labels: 2, in training B-x 2, O 2']
+
+
 @pytest.mark.parametrize('name, text, fields, message', [
     ('a.tsv', 'a\t1\nb\n', '', 'line 2, has 1 columns: name those'),
     ('a.tsv', 'a\t1\nb\t1\t2\n', '', 'line 2, has 3 columns: name those'),
