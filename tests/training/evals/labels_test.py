@@ -1,6 +1,8 @@
 """The task `labels`: each record's own answer, whatever the batch, figures by
 formulas that are written out here, and the files of predictions."""
 
+import csv
+import dataclasses
 import json
 import re
 import types
@@ -9,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from common.errors import RequestError
 from tests.helpers import evaluations
 from tests.helpers import data_files as files
 from training import objectives
@@ -25,7 +28,7 @@ def _view(targets, names=('a', 'b', 'c')):
   rows = [labelled.Record((f'text {i}',), 'x', f'f, line {i},', ('text',))
           for i in range(len(targets))]
   return types.SimpleNamespace(
-      labels=names, records=rows,
+      labels=names, records=rows, bare=False,
       items=[types.SimpleNamespace(target=target) for target in targets])
 
 
@@ -174,6 +177,36 @@ def test_answers_are_measured_and_written(tmp_path):
   evaluation.options.null_threshold = -1e6
   none = evaluations.run('labels', evaluation)
   assert none['NoAns_exact'] == 100 and none['exact'] == 25
+
+
+@pytest.mark.parametrize('objective', [
+    'classification', 'token_classification', 'question_answering', 'regression'
+])
+def test_rows_without_labels_get_the_predictions_of_those_with(
+    objective, tmp_path):
+  """And no measures. The table has what the other files have."""
+  source, bare = files.bare(tmp_path)[objective]
+  evaluation = _evaluation('bert', objective, source, 64, null_threshold=0.0,
+                           predictions=str(tmp_path / 'right.csv'))
+  figures = evaluations.run('labels', evaluation)
+  config = evaluation.run.config.copy_and_resolve_references()
+  config.data.eval_source = bare
+  evaluation = dataclasses.replace(
+      evaluation, run=dataclasses.replace(evaluation.run, config=config))
+  evaluation.options.predictions = str(tmp_path / 'out.csv')
+  counts = evaluations.run('labels', evaluation)
+  assert counts.keys() <= {'rows', 'words', 'sentences', 'without_tokens',
+                           'total'}
+  assert all(figures[name] == value for name, value in counts.items())
+  right, out = (list(csv.DictReader((tmp_path / name).open(newline='')))
+                for name in ('right.csv', 'out.csv'))
+  assert len(out) > 3 and 'label' not in out[0]
+  same = out[0].keys() - {'where'}
+  assert [{name: row[name] for name in same} for row in right] == [
+      {name: row[name] for name in same} for row in out]
+  evaluation.options.predictions = ''
+  with pytest.raises(RequestError, match='pass --predictions=FILE'):
+    evaluations.run('labels', evaluation)
 
 
 # Worked out by hand by the rules of evaluate-v2.0.py.

@@ -1,5 +1,6 @@
 """The measures of labelled data: what the model answers to every record that is
-held out, and how good that is.
+held out, and how good that is. Of records without labels the answers alone are
+written, with their probabilities.
 
 Of labels: accuracy; F1 of each label and the mean of those that occur, be it as
 an answer or as a prediction (macro); of two labels the F1 of the second, which
@@ -16,8 +17,11 @@ with `strict` it is none. Labels of a file are alike in both; those of a model
 need not be.
 """
 
+import collections
 from collections.abc import Iterable, Sequence
+import csv
 import importlib.util
+import io
 import itertools
 import json
 from typing import Any, NamedTuple
@@ -29,6 +33,7 @@ import architectures
 from common.errors import require
 from training.data import labelled, records, sources
 from training.evals import Evaluation, Flag, Task, answers, held_out, items
+from training.evals import predicting
 from training.evals.tasks import writing
 from training.objectives import pipeline
 from training.workdir import storage
@@ -45,16 +50,25 @@ class Measured(NamedTuple):
     lines: for a reader.
     files: the texts of files of predictions, by what is put before the suffix
       of their name.
+    table: the predictions as rows of a .csv: cells by the names of columns.
   """
   figures: dict[str, Any]
   lines: list[str]
   files: dict[str, str]
+  table: list[dict[str, Any]]
 
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Measures the answers to all that is held out, each source on its own."""
   config, name = evaluation.run.config, evaluation.options.predictions
-  loaders = pipeline.held_out(config, evaluation.tokenizer, in_order=True)
+  loaders = pipeline.held_out(config, evaluation.tokenizer, in_order=True,
+                              bare=True)
+  bare = [isinstance(loader.views[0], records.Rows) and loader.views[0].bare
+          for loader in loaders]
+  require(all(bare) or not any(bare), 'some sources have labels or answers, '
+          'and others have none: evaluate them one by one')
+  require(bool(name) or not any(bare), 'there are no labels or answers to '
+          'measure by: pass --predictions=FILE for what is predicted')
   if config.objective == 'question_answering' and name:
     require(len(loaders) == 1, '--predictions is one file, and '
             f'{len(loaders)} sources are evaluated: evaluate one by --text')
@@ -66,11 +80,8 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
     results.append(MEASURES[config.objective](loader.views[0], outputs,
                                               evaluation))
     print('\n'.join([f'{loader.text}:', *results[-1].lines]))
-  for kind in results[0].files if name else ():
-    path = storage.path(name, '--predictions')
-    path = path.with_name(f'{path.stem}.{kind}{path.suffix}') if kind else path
-    storage.write(path, ''.join(one.files[kind] for one in results))
-    print(f'written: {path}')
+  if name:
+    _write(storage.path(name, '--predictions'), results)
   if len(results) == 1:
     return results[0].figures
   # Not those of questions without answers, which some sources do not have.
@@ -80,9 +91,23 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   figures = {name: held_out.mix([one.figures[name] for one in results], loaders)
              for name in names}
   shares = ', '.join(f'{loader.share:.3g} {loader.name}' for loader in loaders)
-  print('\n'.join([f'the mean by weight, {shares}:', *_lines(figures)]))
+  if figures:
+    print('\n'.join([f'the mean by weight, {shares}:', *_lines(figures)]))
   return figures | {'sources': {loader.name: one.figures
                                 for loader, one in zip(loaders, results)}}
+
+
+def _write(path: Any, results: Sequence[Measured]) -> None:
+  """Writes the predictions of all sources: as a table, where the name of the
+  file ends in .csv."""
+  files = {kind: ''.join(one.files[kind] for one in results)
+           for kind in results[0].files}
+  if path.suffix == '.csv':
+    files = {'': _csv([row for one in results for row in one.table])}
+  for kind, text in files.items():
+    file = path.with_name(f'{path.stem}.{kind}{path.suffix}') if kind else path
+    storage.write(file, text)
+    print(f'written: {file}')
 
 
 def scores(evaluation: Evaluation, loader: pipeline.Loader) -> list[np.ndarray]:
@@ -102,16 +127,22 @@ def of_scores(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
     view: of training/data/records.py, with labels.
     scores: [U] of each of its rows.
   """
-  scores_NU = np.stack(scores)
+  predicted = predicting.of_texts(view, scores)
+  predictions = [_record(record) | {
+      'predicted': one.label, 'probabilities': one.probabilities}
+                 for record, one in zip(view.records, predicted)]
+  table = [_columns(record) | {'predicted': one.label} | {
+      f'probability of {label}': p for label, p in one.probabilities.items()}
+           for record, one in zip(view.records, predicted)]
+  if view.bare:
+    counts = collections.Counter(one.label for one in predicted)
+    return Measured({'rows': len(predicted)}, [
+        _bare(len(predicted), 'records'),
+        *(f'  {label:<22} {counts[label]:,}' for label in view.labels[:MOST])],
+                    _jsonl(predictions), table)
   targets = np.array([item.target for item in view.items])
-  p_NU = np.exp(scores_NU - scores_NU.max(1, keepdims=True))
-  p_NU /= p_NU.sum(1, keepdims=True)
-  predictions = [
-      _record(record) | {
-          'predicted': view.labels[int(p_U.argmax())],
-          'probabilities': dict(zip(view.labels, map(float, p_U)))}
-      for record, p_U in zip(view.records, p_NU)]
-  return _classified(view.labels, targets, scores_NU.argmax(1), predictions)
+  return _classified(view.labels, targets, np.stack(scores).argmax(1),
+                     predictions, table)
 
 
 def of_texts(view: Any, written: Sequence[tuple[str, str, bool]],
@@ -134,14 +165,16 @@ def of_texts(view: Any, written: Sequence[tuple[str, str, bool]],
   predictions = [{'texts': [evaluation.tokenizer.decode(pair.source)],
                   'label': target, 'predicted': text}
                  for (text, target), pair in zip(rows, view)]
+  table = [{'text': row['texts'][0], 'label': row['label'],
+            'predicted': row['predicted']} for row in predictions]
   return _classified(
       [*labels, NONE] if (predicted == len(labels)).any() else labels, targets,
-      predicted, predictions, len(labels))
+      predicted, predictions, table, len(labels))
 
 
 def _classified(names: Sequence[str], targets: np.ndarray,
-                predicted: np.ndarray, predictions: list[dict], count: int = 0
-                ) -> Measured:
+                predicted: np.ndarray, predictions: list[dict],
+                table: list[dict], count: int = 0) -> Measured:
   """Of the first `count` labels; 0: of all. Those after them are never right.
   """
   from sklearn import metrics
@@ -169,13 +202,21 @@ def _classified(names: Sequence[str], targets: np.ndarray,
       [f'{len(targets):,} records', *_lines(figures), *(
           report.splitlines() if count <= MOST else
           [f'  {count:,} labels, whose figures --json writes'])],
-      _jsonl(predictions))
+      _jsonl(predictions), table)
 
 
 def of_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
   """Measures numbers, [1] of each row."""
   from scipy import stats
-  predicted = np.array([float(score[0]) for score in scores])
+  predicted = np.array(predicting.of_numbers(view, scores))
+  predictions = [_record(record) | {'predicted': float(value)}
+                 for record, value in zip(view.records, predicted)]
+  table = [_columns(record) | {'predicted': float(value)}
+           for record, value in zip(view.records, predicted)]
+  if view.bare:
+    return Measured({'rows': len(predicted)},
+                    [_bare(len(predicted), 'records')], _jsonl(predictions),
+                    table)
   targets = np.array([item.target for item in view.items])
   with warnings.catch_warnings():
     # Of a constant there is no correlation: nan, which is shown as n/a.
@@ -188,50 +229,70 @@ def of_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
   figures = {'pearson': pearson, 'spearman': spearman,
              'mean_squared_error': float(np.mean(error ** 2)),
              'mean_absolute_error': float(np.mean(np.abs(error)))}
-  predictions = [_record(record) | {'predicted': float(value)}
-                 for record, value in zip(view.records, predicted)]
   return Measured(figures | {'rows': len(targets), 'items': {
       name: items.of(each, _asked(predictions)) for name, each in (
           ('mean_squared_error', error ** 2),
           ('mean_absolute_error', np.abs(error)))}},
                   [f'{len(targets):,} records', *_lines(figures)],
-                  _jsonl(predictions))
+                  _jsonl(predictions), table)
 
 
 def of_words(view: records.Sentences, scores: Sequence[np.ndarray], *_: Any
              ) -> Measured:
   """Measures the likeliest label of each word of each sentence.
 
-  A word in which no token begins gets the label O, or '_' where that is none.
-
   Args:
     view: the sentences.
     scores: of each item, [L, K]: of its row's tokens, padding or not.
   """
-  outside = 'O' if 'O' in view.labels else '_'
-  predicted = [[outside] * len(sentence.words) for sentence in view.records]
-  with_tokens = 0
-  for piece, scores_LK in zip(view.items, scores, strict=True):
-    for place in np.flatnonzero(piece.words != records.NO_WORD):
-      # Before the sentence stands one token.
-      likeliest = int(np.argmax(scores_LK[1 + place]))
-      predicted[piece.sentence][piece.words[place]] = view.labels[likeliest]
-      with_tokens += 1
+  sentences = predicting.of_words(view, scores)
+  predicted = [sentence.labels for sentence in sentences]
+  without = sum(bool(np.isnan(p)) for sentence in sentences
+                for p in sentence.probabilities)
+  table = []
+  for number, record in enumerate(view.records):
+    table += _words(number + 1, record, sentences[number])
+  counts = dict(words=len(table), sentences=len(sentences),
+                without_tokens=without)
+  summary = (f'{len(sentences):,} sentences of {len(table):,} words, of which '
+             f'{without:,} have no token')
+  if view.bare:
+    return Measured(counts, [summary], _conll(
+        table, ('word', 'predicted', 'probability')), table)
   right = [sentence.labels for sentence in view.records]
-  same = [a == b for rows in zip(right, predicted) for a, b in zip(*rows)]
-  figures = dict(accuracy=sum(same) / len(same), words=len(same),
-                 sentences=len(right), without_tokens=len(same) - with_tokens)
-  lines = [f'{len(right):,} sentences of {len(same):,} words, of which '
-           f'{len(same) - with_tokens:,} have no token',
-           f'  accuracy         {figures["accuracy"]:.4f}']
+  same = [row['label'] == row['predicted'] for row in table]
+  figures = dict(accuracy=sum(same) / len(same), **counts)
+  lines = [summary, f'  accuracy         {figures["accuracy"]:.4f}']
   if labelled.marks_entities(view.labels):
-    entity_figures, table = entities(right, predicted)
+    entity_figures, report = entities(right, predicted)
     figures |= entity_figures
-    lines += table
-  return Measured(figures, lines, {'': ''.join(
-      ''.join(' '.join(row) + '\n' for row in zip(
-          sentence.words, sentence.labels, labels, strict=True)) + '\n'
-      for sentence, labels in zip(view.records, predicted))})
+    lines += report
+  return Measured(figures, lines, _conll(
+      table, ('word', 'label', 'predicted')), table)
+
+
+def _conll(table: Sequence[dict[str, Any]], names: Sequence[str]
+           ) -> dict[str, str]:
+  """Returns these columns of a table of words, a word a line, with an empty
+  line after each sentence."""
+  lines = []
+  for _, words in itertools.groupby(table, lambda row: row['sentence']):
+    lines += [' '.join(str(row[name]) for name in names) for row in words]
+    lines.append('')
+  return {'': ''.join(line + '\n' for line in lines)}
+
+
+def _words(number: int, record: labelled.Sentence,
+           sentence: predicting.Words) -> list[dict[str, Any]]:
+  """Returns the rows of a table of one sentence, a word each."""
+  rows = []
+  for i, word in enumerate(record.words):
+    row = {'sentence': number, 'word': word}
+    if record.labels:
+      row['label'] = record.labels[i]
+    rows.append(row | {'predicted': sentence.labels[i],
+                       'probability': sentence.probabilities[i]})
+  return rows
 
 
 def entities(right: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
@@ -271,9 +332,21 @@ def of_questions(view: records.Questions, scores: Sequence[np.ndarray],
   """Measures answers to questions."""
   kind = architectures.stack(evaluation.run.model)
   predictions = answers.answers(view, scores, kind, evaluation.options)
+  chosen = [predicting.of_best(best) for best in predictions]
+  table = [{'id': question.id, 'question': question.question,
+            'predicted': one.text, 'start': one.start,
+            'probability': one.probability}
+           for question, one in zip(view.questions, chosen)]
+  files = answers.written(view, predictions)
+  if view.bare:
+    return Measured({'total': len(chosen)}, [_bare(len(chosen), 'questions')],
+                    files, table)
   figures = answers.figures(view, predictions)
-  return Measured(figures, answers.lines(figures),
-                  answers.written(view, predictions))
+  return Measured(figures, answers.lines(figures), files, table)
+
+
+def _bare(count: int, what: str) -> str:
+  return f'{count:,} {what} without labels or answers, which are predicted'
 
 
 def _jsonl(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
@@ -281,9 +354,26 @@ def _jsonl(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
                       for row in rows)}
 
 
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+  """Returns rows as a table with a line of names."""
+  names = dict.fromkeys(name for row in rows for name in row)
+  text = io.StringIO()
+  writer = csv.DictWriter(text, [*names])
+  writer.writeheader()
+  writer.writerows(rows)
+  return text.getvalue()
+
+
+def _columns(record: labelled.Record) -> dict[str, Any]:
+  """Returns the columns of a table that say which record a row is of."""
+  row = _record(record)
+  texts = dict(zip(('text', 'second text'), row.pop('texts')))
+  return {'where': row.pop('where'), **texts, **row}
+
+
 def _record(record: Any) -> dict[str, Any]:
-  return {'where': record.where.rstrip(','), 'texts': [*record.texts],
-          'label': record.label}
+  row = {'where': record.where.rstrip(','), 'texts': [*record.texts]}
+  return row | {'label': record.label} if record.label else row
 
 
 def _asked(predictions: Iterable[dict[str, Any]]) -> list[tuple]:
@@ -337,5 +427,6 @@ TASKS = {'labels': Task(
              'types/*', *answers.FIGURES, 'sources/*'),
     flags=(
         Flag('predictions', '', 'A file for what is predicted of each record: '
-             'words with labels, or answers as JSON.', asks=True),
+             'words with labels, answers as JSON, or a table in a .csv.',
+             asks=True),
         *OF_ANSWERS))}
