@@ -1,4 +1,5 @@
-"""The arguments of public functions, checked by their annotations.
+"""The arguments of public functions, checked by their annotations, and texts
+that assign values to names.
 
 `typed` wraps a function, or the public methods of a class. What is called with
 an argument that its annotation does not allow raises RequestError with the
@@ -6,7 +7,7 @@ argument's name, before any work; what has too few arguments, or one that there
 is not, raises Python's own TypeError, which names it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import functools
 import inspect
 import numbers
@@ -14,7 +15,7 @@ import types
 import typing
 from typing import Annotated, Any, TypeVar
 
-from common.errors import RequestError, short
+from common.errors import RequestError, one_of, require, short
 from common.fields import check_number
 
 F = TypeVar('F', bound=Callable)
@@ -48,6 +49,32 @@ def typed(function: F) -> F:
     return function(*args, **kwargs)
 
   return checked  # type: ignore[return-value]
+
+
+def assignments(words: Iterable[str], flag: str,
+                choices: Collection[str] = ()) -> dict[str, str]:
+  """Returns the value of each name that NAME=VALUE words assign.
+
+  Args:
+    words: the assignments, one in each.
+    flag: where they were written, for messages.
+    choices: the names that there are; none: any name may stand there.
+
+  Raises:
+    RequestError: for a word that is no assignment, an unknown name, and a name
+      that is assigned twice, since one of its values would not be read.
+  """
+  values: dict[str, str] = {}
+  for word in words:
+    name, equals, value = word.strip().partition('=')
+    if choices:
+      one_of(f'name in {flag}', name, choices)
+    require(bool(name and equals),
+            f'{flag} has {short(word)}: write it as NAME=VALUE')
+    require(name not in values, f'{flag} has {name} twice, as '
+            f'{short(values.get(name))} and {short(value)}: give it once')
+    values[name] = value
+  return values
 
 
 def _check(name: str, value: Any, hint: Any) -> None:

@@ -26,6 +26,7 @@ import architectures
 from architectures.parts import blocks
 from common import kinds
 from common.errors import RequestError, require
+from common.fields import check_number
 from configs import base as base_config
 from training import cli, progress
 from training.runs import init_state, make_train_step, optimizer
@@ -75,12 +76,16 @@ def main():
   widths = sorted({int(w) for w in args.widths if w.isdecimal()})
   require(len(widths) == len(args.widths) > 1, f'--widths is '
           f'{",".join(args.widths)}: give two numbers or more, each once')
+  lr = LRS[args.optimizer]
+  if args.lr is not None:
+    check_number('--lr', args.lr, (('>', 0),))
+    lr = args.lr
   json_file = storage.output(args.json, '--json')
   measured, rows = [], []
   for system, mixer in itertools.product(
       args.systems or architectures.files('decoder'), args.mixers or ['']):
-    how = Setting(args.optimizer, args.lr or LRS[args.optimizer], args.steps,
-                  mixer, args.widen)
+    how = Setting(optimizer=args.optimizer, lr=lr, steps=args.steps,
+                  mixer=mixer, widen=args.widen)
     try:
       architectures.resolve(
           config(system, 'mup', widths[-1], widths[0], how).model)

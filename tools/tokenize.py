@@ -37,15 +37,16 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--jobs', type=int, default=1,
                       help='how many commands share the work')
   parser.add_argument('--job', type=int, help='which of them this is, from 0; '
-                      'default: as an array of SLURM says',
-                      default=int(os.environ.get('SLURM_ARRAY_TASK_ID', 0)))
+                      'default: as an array of SLURM says')
   parser.add_argument('--json', action='store_true', help='print one object')
   return parser
 
 
 def main(argv: list[str] | None = None) -> int:
   args = _parser().parse_args(argv)
-  args.job = args.job if args.jobs > 1 else 0
+  if args.job is None:  # alone, or one of an array
+    args.job = int(os.environ.get('SLURM_ARRAY_TASK_ID', 0))
+    args.job = args.job if args.jobs > 1 else 0
   for name, least, most in (
       ('shard_mib', 1, 2**20), ('jobs', 1, 100_000), ('job', 0, args.jobs - 1)):
     check_number(f'--{name}', getattr(args, name),

@@ -16,6 +16,7 @@ import ast
 import errno
 import importlib.machinery
 import importlib.util
+import math
 import os
 import re
 import signal
@@ -31,7 +32,7 @@ import ml_collections
 from architectures.parts import tables
 from common.errors import EnvironmentFailure, RequestError, STOPPED, Stopped
 from common.errors import hint, one_of, readable, require, short
-from common.fields import Leaf
+from common.fields import Leaf, check_number
 import configs
 from configs import base
 
@@ -99,9 +100,34 @@ class Parser(argparse.ArgumentParser):
 
   def __init__(self, **how: Any):
     super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **how)
+    self.register('action', None, _Once)
+    self.register('type', float, _finite)
 
   def error(self, message: str):
     super().error(readable(message))
+
+
+class _Once(argparse.Action):
+  """Stores the value of an option, which may be given once: of two values one
+  would not be read."""
+
+  is_given = False
+
+  def __call__(self, parser: argparse.ArgumentParser,
+               namespace: argparse.Namespace, values: Any,
+               option_string: str | None = None) -> None:
+    if self.is_given and option_string:
+      raise argparse.ArgumentError(self, 'is given twice: give it once')
+    self.is_given = True
+    setattr(namespace, self.dest, values)
+
+
+def _finite(text: str) -> float:
+  """Returns the finite number that a text says."""
+  number = float(text)
+  if not math.isfinite(number):
+    raise argparse.ArgumentTypeError(f'{text} is not a finite number')
+  return number
 
 
 def run_command(prog: str, doc: str | None,
@@ -180,12 +206,16 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
       print(_described(flags.FLAGS[name]))
     sys.exit(0)
   try:
+    for name in _flags_of_program():
+      flags.FLAGS[name].allow_overwrite = False
     words = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
     # What it does not know it gives back: absl's own search for flags with
     # such a name fails at a long one.
     _, *rest = flags.FLAGS(_without_overrides(words), known_only=True)
     for word in rest[:1]:
       _refuse_word(word)
+    for name in _flags_of_program():
+      _check_value(f'--{name}', flags.FLAGS[name].value)
     if 'config' in flags.FLAGS:
       _load_config(flags.FLAGS['config'])
     elif _overrides:
@@ -194,6 +224,16 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
     _refuse(str(error))
   except flags.Error as error:  # the lines after its first repeat the usage
     _refuse(str(error).splitlines()[0].removeprefix('ERROR:: '))
+
+
+def _check_value(flag: str, value: Any) -> None:
+  """Raises RequestError for a number that is not finite, and for a list that
+  names something twice."""
+  if isinstance(value, float):
+    check_number(flag, value, ())
+  if isinstance(value, list):
+    require(len({*value}) == len(value),
+            f'{flag} is {short(",".join(value))}: name each once')
 
 
 def overrides() -> tuple[str, ...]:
@@ -261,6 +301,8 @@ def _without_overrides(argv: Sequence[str]) -> list[str]:
     if leaf is not None and leaf.type is bool and text is None:
       no, text = '', str(not no)
     require(not no, f'{word}: write --config.{name}=VALUE')
+    require(name not in _overrides,
+            f'--config.{name} is given twice: give it once')
     _overrides[name] = next(left, '') if text is None else text
   return rest
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from common import errors
+from common import arguments, errors
 from tests.helpers import forked
 from training import cli
 
@@ -143,6 +143,68 @@ def test_a_wrong_request_is_one_sentence(name, tmp_path):
   result = train(tmp_path / 'run', *flags)
   _refused(result, parts)
   assert not list(tmp_path.glob('run/checkpoints/*'))
+
+
+# Requests of which a part would not be read, and what is said of them.
+PARTS_UNREAD = {
+    'a field twice': (
+        ['train.py', '--config=configs/gpt.py', '--config.optim.lr=1',
+         '--config.optim.lr=2'], '--config.optim.lr is given twice'),
+    'a flag twice': (['train.py', '--workdir=a', '--workdir=b'],
+                     'flag --workdir=b: already defined as a'),
+    'a flag of a launcher twice': (
+        ['-m', 'tools.launch', 'local', '--max_restarts=1', '--max_restarts=2'],
+        'already defined as 1'),
+    'a name of a list twice': (['eval.py', '--workdir=a', '--tasks=loss,loss'],
+                               '--tasks is \'loss,loss\': name each once'),
+    'an axis twice': (
+        ['-m', 'tools.explain_sharding', '--config=configs/gpt.py',
+         '--mesh=fsdp=2,fsdp=4'], "--mesh has fsdp twice, as '2' and '4'"),
+    'no number': (['eval.py', '--workdir=a', '--temperature=nan'],
+                  '--temperature is nan'),
+    'no end': (['-m', 'tools.coord_check', '--lr=inf'], '--lr is inf'),
+    'no rate': (['-m', 'tools.coord_check', '--lr=0'], '--lr is 0.0'),
+}
+
+
+@pytest.mark.parametrize('name', PARTS_UNREAD)
+def test_a_request_is_read_whole_or_refused(name):
+  words, sentence = PARTS_UNREAD[name]
+  _refused(forked.run(*words), [sentence])
+
+
+def _parser():
+  parser = cli.Parser()
+  parser.add_argument('--size', type=float, default=1.0)
+  parser.add_argument('--names', nargs='*', default=[])
+  parser.add_argument('--each', action='append')
+  return parser
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (['--size=2', '--size=2'], '--size: is given twice'),
+    (['--names', 'a', '--names', 'b'], '--names: is given twice'),
+    (['--size=inf'], 'inf is not a finite number'),
+    (['--size=nan'], 'nan is not a finite number'),
+    (['--size=x'], 'invalid')])
+def test_a_parser_reads_all_words_or_refuses(words, sentence, capsys):
+  args = _parser().parse_args(['--size=2', '--each=a', '--each=b'])
+  assert (args.size, args.each) == (2.0, ['a', 'b'])
+  with pytest.raises(SystemExit) as exit_:
+    _parser().parse_args(words)
+  assert exit_.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (['a=1', 'b=2', 'a=1'], "a twice, as '1' and '1'"),
+    (['a'], 'write it as NAME=VALUE'),
+    (['=1'], 'write it as NAME=VALUE'),
+    (['c=1'], "unknown name in --x 'c': choose from a, b")])
+def test_each_name_is_assigned_once(words, sentence):
+  with pytest.raises(errors.RequestError, match=re.escape(sentence)):
+    arguments.assignments(words, '--x', 'ab' if 'c=1' in words else ())
+  assert arguments.assignments(['a=1', ' b=2=3'], '--x', 'ab') == {
+      'a': '1', 'b': '2=3'}
 
 
 # What a user's file may do, and what is said of it.

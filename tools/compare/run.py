@@ -9,6 +9,7 @@ import sys
 from common.errors import STOPPED, one_of, require
 from common.fields import check_number
 from tools.compare import check, layout, local, phases, plan, slurm, status
+from training import cli
 
 LAUNCHERS = ('local', 'slurm', 'print')
 
@@ -69,8 +70,12 @@ def main(args) -> int:
 def submit(args, jobs: int) -> None:
   """Submits an array of runners on one ledger, each of which does what this
   command would do here."""
-  words = [sys.executable, '-m', 'tools.compare', *sys.argv[1:],
-           '--launcher=local', '--jobs=0', '--slurm=', '--amend=', '--no-retry']
+  of_this_command = cli.Parser(add_help=False)
+  for flag in ('--launcher', '--jobs', '--slurm', '--amend'):
+    of_this_command.add_argument(flag)
+  of_this_command.add_argument('--retry', action=argparse.BooleanOptionalAction)
+  _, others = of_this_command.parse_known_args(sys.argv[1:])
+  words = [sys.executable, '-m', 'tools.compare', *others, '--launcher=local']
   print('each job of the array:', shlex.join(words))
   slurm.submit([words] * jobs, pathlib.Path(args.workdir) / 'slurm',
                args.slurm, 'compare')

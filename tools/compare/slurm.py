@@ -8,7 +8,9 @@ import ast
 import pathlib
 import subprocess
 import time
+from typing import Any
 
+from common.arguments import assignments
 from common.errors import EnvironmentFailure, RequestError, require
 
 
@@ -76,7 +78,9 @@ def submit(commands: list[list[str]], folder: pathlib.Path, options: str,
   except ImportError as error:
     raise RequestError('--launcher=slurm needs submitit: pip install -e '
                        "'.[slurm]'") from error
-  parsed = dict(map(_option, filter(None, options.split(','))))
+  words = filter(None, options.split(','))
+  parsed = {name: _option(value)
+            for name, value in assignments(words, '--slurm').items()}
   delay = parsed.get('slurm_signal_delay_s', SIGNAL_SECONDS)
   require(type(delay) is int and delay > QUEUE_SECONDS, '--slurm has '
           f'slurm_signal_delay_s={delay}: a job is told so many seconds before '
@@ -97,11 +101,9 @@ def submit(commands: list[list[str]], folder: pathlib.Path, options: str,
   return jobs
 
 
-def _option(text: str) -> tuple:
-  """Returns ('timeout_min', 60) of 'timeout_min=60'."""
-  name, equals, value = text.partition('=')
-  require(bool(equals), f'--slurm has {text!r}: write it as NAME=VALUE')
+def _option(text: str) -> Any:
+  """Returns the value that a text of Python says, or else the text."""
   try:
-    return name, ast.literal_eval(value)
+    return ast.literal_eval(text)
   except (SyntaxError, ValueError):
-    return name, value
+    return text

@@ -8,7 +8,8 @@ import shutil
 
 from absl import flags
 
-from common.errors import STOPPED, require
+from common.arguments import assignments
+from common.errors import STOPPED, require, short
 from training import cli
 from training.workdir import storage
 
@@ -106,14 +107,14 @@ def environment(args, compile_cache: str) -> dict[str, str]:
       'JAX_COMPILATION_CACHE_DIR': args.compile_cache or compile_cache,
       # JAX leaves out what compiles within a second.
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-  for text in args.env:
-    name, equals, value = text.partition('=')
-    require(bool(equals) and name.isidentifier() and name not in (
-        *env, *_OF_THE_LAUNCHER), f'--env is {text!r}: write NAME=VALUE, of a '
-            'name that the launcher does not set itself, as it does '
-            f'{", ".join((*env, *_OF_THE_LAUNCHER))}')
-    env[name] = value
-  return env
+  taken = (*env, *_OF_THE_LAUNCHER)
+  added = assignments(args.env, '--env')
+  for name, value in added.items():
+    require(name.isidentifier() and name not in taken,
+            f'--env is {short(f"{name}={value}")}: write NAME=VALUE, of a name '
+            'that the launcher does not set itself, as it does '
+            f'{", ".join(taken)}')
+  return env | added
 
 
 def named(workdir: str) -> str:

@@ -17,7 +17,8 @@ from architectures.parts import blocks
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import NO_FFN
-from common.errors import one_of, require
+from common.arguments import assignments
+from common.errors import require
 from configs import sharding as tables
 
 
@@ -78,11 +79,12 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
   if text in tables.PRESETS:
     return mesh_shape(tables.PRESETS[text], num_devices or 8)
   sizes = dict.fromkeys(tables.MESH_AXES, 1) | {'data': -1}
-  for part in text.split(','):
-    axis, _, size = part.strip().partition('=')
-    one_of('axis in --mesh', axis, (*tables.MESH_AXES, *tables.PRESETS))
+  axes = (*tables.MESH_AXES, *tables.PRESETS)
+  for axis, size in assignments(text.split(','), '--mesh', axes).items():
+    require(axis in sizes, f'--mesh has {axis}={size}, and {axis} is a preset '
+            'of all axes: give it alone, or sizes of axes')
     require(re.fullmatch('-?[0-9]{1,9}', size) is not None,
-            f'--mesh has {part!r}: write it as {axis}=8')
+            f'--mesh has {axis}={size}: write it as {axis}=8')
     sizes[axis] = int(size)
   return mesh_shape(sizes, num_devices or abs(math.prod(sizes.values())))
 

@@ -23,6 +23,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.layers import NO_FFN
 from architectures.parts.moe import routing
 from common import kinds
+from common.arguments import assignments
 from common.errors import require
 from training import cli
 from training.hf import weights
@@ -127,9 +128,6 @@ def fields(words: Sequence[str], like: Mapping[str, Any]) -> dict[str, Any]:
   usual = {name: value for name, value in like.items()
            if name not in GIVEN} | {'every': 1}
   parsed = {}
-  for word in words:
-    name, _, text = word.partition('=')
-    require(name in usual, f'--moe {word!r}: write FIELD=VALUE, of the fields '
-            f'{", ".join(sorted(usual))}')
+  for name, text in assignments(words, '--moe', sorted(usual)).items():
     parsed[name] = cli.parsed(text, usual[name], f'--moe {name}')
   return parsed

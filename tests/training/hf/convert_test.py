@@ -75,11 +75,12 @@ def test_a_mixture_starts_as_its_dense_model(system):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('words, sentence', [
-    (['num_expert=4'], 'write FIELD=VALUE, of the fields'),
-    (['num_experts'], "'': it must be a whole number"),
+    (['num_expert=4'], "unknown name in --moe 'num_expert': choose from"),
+    (['num_experts'], 'write it as NAME=VALUE'),
+    (['num_experts=4', 'num_experts=8'], "num_experts twice, as '4' and '8'"),
     (['num_experts=few'], "'few': it must be a whole number"),
     (['normalize_gates=no'], "'no': it must be True or False"),
-    (['ffn=relu'], 'write FIELD=VALUE'),
+    (['ffn=relu'], "unknown name in --moe 'ffn'"),
 ])
 def test_a_wrong_mixture_is_refused(words, sentence, tmp_path):
   module, params = models.make('llama', vocab_size=384)
