@@ -18,7 +18,7 @@ import signal
 
 from absl import flags
 
-from common.errors import RequestError, require
+from common.errors import RequestError, STOPPED
 from training import cli
 
 cli.define_config()
@@ -53,50 +53,38 @@ def main():
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import loop, objectives, parameters, preflight, progress, runs
-  from training.data import tokenizers
-  from training.objectives import pipeline
+  from training import begin, loop, preflight, progress, writer
   from training.distributed import cpu, devices, processes
-  from training.workdir import checkpoints, provenance, run_config, storage
+  from training.objectives import pipeline
+  from training.workdir import checkpoints, run_config, storage
   config = args.config
   if args.print_config:
     print(json.dumps(preflight.printable(config, cli.overrides()), indent=2))
     return 0
   workdir = storage.path(args.workdir)
 
-  # 1. The config: everything wrong in it is said before any device work.
-  preflight.try_workdir(workdir)
-  preflight.check_config(config, cli.overrides())
+  # 1. The request: everything wrong in it is said before any device work.
   several = processes.how_to_join(args.coordinator, args.num_processes,
                                   args.process_id, args.cluster)
   progress.profiled_steps(args.profile_steps, config.train.steps)
-  pipeline.check_sources(config)
-  parameters.check_source(config.init_from)
-  config = objectives.with_labels(config)
-  tokenizer = tokenizers.load(config.data.tokenizer)
-  parameters.check_tokenizer(config, tokenizer)
-  model, derived = runs.resolve(config, tokenizer)
-  changes = run_config.changes(workdir, config, derived)
-  run_config.refuse(changes, args.allow_config_change)
-  if changes:
-    print(run_config.table(changes))
-  for line in provenance.changes(run_config.starts(workdir)):
+  request = begin.check(config, workdir, by_hand=cli.overrides(),
+                        allow_config_change=args.allow_config_change)
+  for line in request.notes():
     print(line)
+  config, tokenizer = request.config, request.tokenizer
 
   # 2. The devices and their mesh.
   processes.initialize(several)
   cpu.prepare()
   processes.meet()
-  run = runs.build(config, model)
-  devices.check_memory(run.abstract, run.mesh)
+  run = begin.on_devices(request)
 
   # 3. The data.
   index, count = devices.batch_shard(run.place, config.data.batch_size)
   train_data = pipeline.training_loader(config, tokenizer, index, count)
   eval_data = pipeline.held_out(config, tokenizer, index, count)
   contents = pipeline.contents(config, tokenizer)
-  for line in provenance.check_data(run_config.starts(workdir), contents,
-                                    args.allow_config_change):
+  for line in begin.check_data(request, contents):
     print(line)
 
   if args.dry_run:
@@ -109,31 +97,40 @@ def main():
   with storage.locked(workdir, devices.primary()), checkpoints.Checkpoints(
       workdir, **config.checkpoint, agree_every=config.log.every_steps
   ) as saved:
-    try:
-      state, start = parameters.restore_or_create(run, saved)
-    except checkpoints.Mismatch as error:  # which lists the shapes
-      raise RequestError(run_config.way_on(changes) or str(error)) from error
-    ended = loop.ended_badly(state, config)
-    require(changes or not ended, f'{workdir}: {ended}')
-    require(start <= config.train.steps, f'train.steps is '
-            f'{config.train.steps}, and the run in {workdir} has trained '
-            f'{start} steps: ask for more, or take another --workdir')
-    early = loop.ended_early(config, saved.best, start)
-    if early or start >= config.train.steps:
+    start = begin.take_up(request, run, saved)
+    if start.code == writer.DIVERGED:
+      raise RequestError(f'{workdir}: {start.sentence}')
+    if start.sentence or start.step == config.train.steps:
       if devices.primary():
-        done = early or f'{start} steps of {config.train.steps}'
-        print(f'{workdir} is complete: {done}. '
-              + 'Its config is left as it was. ' * bool(changes) +
-              f'To look at it: python eval.py --workdir {workdir}. To go on: '
-              f'a larger --config.{"eval.patience" if early else "train.steps"}'
-              ' with --allow_config_change. To start anew: another --workdir.')
+        print(_complete(request, start))
       return 0
+    state = start.state
+    if state is None:
+      state = begin.new_state(run)
 
     # 5. The loop. The record is of what is trained.
-    run_config.save(workdir, args.config, derived, contents, run.model)
-    code = loop.train(run, state, start, train_data, eval_data, saved, workdir,
-                      args.profile_steps)
-  return args.stopped_exit_code if code == loop.STOPPED else code
+    run_config.save(workdir, request.asked, request.derived, contents,
+                    run.model)
+    code = loop.train(run, state, start.step, train_data, eval_data, saved,
+                      workdir, args.profile_steps)
+  if code == STOPPED:
+    return args.stopped_exit_code
+  return code
+
+
+def _complete(request, start) -> str:
+  """Returns what is printed of a run that has nothing left to do."""
+  workdir, steps = request.workdir, request.config.train.steps
+  reason, field = f'{start.step} steps of {steps}', 'train.steps'
+  if start.sentence:
+    reason, field = start.sentence, 'eval.patience'
+  unchanged = ''
+  if request.changes:
+    unchanged = 'Its config is left as it was. '
+  return (f'{workdir} is complete: {reason}. {unchanged}'
+          f'To look at it: python eval.py --workdir {workdir}. To go on: '
+          f'a larger --config.{field} with --allow_config_change. To start '
+          'anew: another --workdir.')
 
 
 if __name__ == '__main__':

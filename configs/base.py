@@ -155,6 +155,8 @@ class Train:
                         least=0)
   label_smoothing: float = _loss(0.0, 'the share of the target given to all '
                                  'tokens', least=0, below=1)
+  hooks: str = _written('', 'Hooks of your own, FILE.py:CLASS with commas '
+                        'between; see training/hook.py.')
   mtp_weight: float = _loss(0.3, 'Of the mean loss of the modules of '
                             'model.mtp_depth, in the loss.', least=0)
 

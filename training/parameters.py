@@ -43,27 +43,6 @@ from training.workdir import checkpoints, provenance, run_config, storage
 Step = int | str | checkpoints.Mean | None
 
 
-def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
-                      ) -> tuple[runs.TrainState, int]:
-  """Returns the state that a run goes on from or begins with, and the index of
-  the next batch."""
-  restored = restore(run, saved)
-  config = run.config
-  if restored is None:
-    state = create(run, config.init_from)
-    if devices.primary():
-      seed = f'init_seed {config.init_seed} and ' * bool(config.init_seed)
-      print(f'starting from the parameters in {config.init_from} (init_from)'
-            if config.init_from else 'starting from random parameters, drawn '
-            f'from {seed}seed {config.seed}')
-    return state, 0
-  if devices.primary() and 0 < restored.step < config.train.steps:
-    print(f'going on from step {restored.step}')
-    for change in checkpoints.environment_changes(restored.record):
-      print(f'not bit for bit, since this has changed: {change}')
-  return restored.state, restored.record['next_batch']
-
-
 def restore(run: runs.Run, saved: checkpoints.Checkpoints
             ) -> checkpoints.Restored | None:
   """Returns the newest good checkpoint of a run, and goes on from it; None

@@ -13,7 +13,7 @@ from architectures.parts.config import ModelConfig
 from common.errors import RequestError, one_of, require
 from configs import base
 from configs import sharding as sharding_tables
-from training import evals, objectives, runs
+from training import evals, hook, objectives, runs
 from training.data import tokenizers, tokens
 from training.objectives import pipeline
 from training.optim import mup, optimizers
@@ -60,6 +60,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
           f'set it to {longest} or more')
   _check_objective(config.objective, module)
   evals.check_in_training(config)
+  hook.load(config)
 
 
 def _check_best(e: ml_collections.ConfigDict) -> None:

@@ -9,7 +9,7 @@ finite, as of a batch with nothing to predict, changes no parameter; it is
 counted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -157,9 +157,17 @@ def _make(params: Any, tx: optax.GradientTransformation,
 
 
 def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
-                    config: ml_collections.ConfigDict) -> Callable:
+                    config: ml_collections.ConfigDict,
+                    taps: Sequence[Callable] = ()) -> Callable:
   """Returns step(state, batch) -> (state, metrics), to be jitted with the
   state donated; trace it under the mesh and sharding.rules.
+
+  Args:
+    module: the model.
+    tx: the optimiser.
+    config: the config of the run.
+    taps: further figures of a step, each (params, grads) -> {name: array}; see
+      Hook.trace.
 
   Metrics are of the whole batch: loss (nats per token), the objective's other
   figures, grad_norm, param_norm, learning_rate, bad_steps, bad_in_row, and of
@@ -221,6 +229,8 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
         grad_norm=grad_norm, param_norm=_norm(params),
         learning_rate=schedule(state.step - state.bad_steps),
         bad_steps=bad_steps, bad_in_row=bad_in_row)
+    for tap in taps:
+      metrics |= tap(state.params, grads)
     return TrainState(state.step + 1, params, opt_state, bad_steps,
                       bad_in_row, ema), metrics
 
@@ -339,7 +349,7 @@ def count(params: Any) -> int:
 class Run:
   """A run once its devices are known: what is built of its config.
 
-  See loop.Program for what the loop trains.
+  See program.Program for what the loop trains.
   """
   config: ml_collections.ConfigDict
   model: ModelConfig
@@ -397,11 +407,12 @@ class Run:
     """Puts this process's rows of a batch on its devices."""
     return devices.put(batch, self.place)
 
-  def train_step(self) -> jax.stages.Wrapped:
+  def train_step(self, taps: Sequence[Callable] = ()) -> jax.stages.Wrapped:
     """Returns jitted step(state, batch) -> (state, figures), to which the
-    state is donated."""
-    return jax.jit(make_train_step(self.module, self.tx, self.config),
-                   donate_argnums=0, out_shardings=(self.shardings, None))
+    state is donated; `taps` is as for make_train_step."""
+    step = make_train_step(self.module, self.tx, self.config, taps)
+    return jax.jit(step, donate_argnums=0,
+                   out_shardings=(self.shardings, None))
 
   def eval_step(self) -> jax.stages.Wrapped:
     """Returns jitted step(params, batch) -> {figure: objectives.Mean}."""

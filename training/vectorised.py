@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +23,16 @@ import ml_collections
 import numpy as np
 
 import architectures
-from common.errors import require
+from common.errors import STOPPED, require
 from configs import sharding as tables
-from training import loop, objectives, parameters
-from training import preflight, runs
-from training.data import tokenizers
+from training import begin, hook, loop, runs
 from training.distributed import devices
 from training.objectives import pipeline
+from training.program import Program
 from training.runs import make_eval_step, make_train_step, optimizer
 from training.runs import TrainState, init_state, initial_seed
-from training.workdir import checkpoints, metrics, provenance, run_config
-from training.workdir import storage
+from training.workdir import checkpoints, metrics, run_config, storage
+from training.writer import Writer
 
 # What the runs of a group may differ in, and what a step is given it as.
 DTYPES = {
@@ -75,13 +74,13 @@ def _shared(config: ml_collections.ConfigDict) -> tuple:
 
 
 def train(configs: Sequence[ml_collections.ConfigDict],
-          workdirs: Sequence) -> list[loop.Writer]:
+          workdirs: Sequence) -> list[Writer]:
   """Trains a group of runs, each into its own workdir, or goes on with them.
 
   Runs that stopped at different steps go on as one program for each step.
 
   Args:
-    configs: of one group; see `groups`.
+    configs: the configs of one group; see `groups`.
     workdirs: a folder for each.
 
   Returns:
@@ -95,182 +94,235 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   require(groups(configs) == [list(range(len(workdirs)))], 'runs of a group '
           f'differ in {", ".join(FIELDS)} alone, and have a device, and a '
           'workdir, each')
-  for config, workdir in zip(configs, workdirs):
-    preflight.check_config(config)
-    preflight.try_workdir(storage.path(workdir))
-  filled = [objectives.with_labels(c) for c in configs]
-  config = filled[0]
-  tokenizer = tokenizers.load(config.data.tokenizer)
-  resolved = [runs.resolve(c, tokenizer) for c in filled]
-  changes = [run_config.changes(workdir, c, derived)
-             for c, workdir, (_, derived) in zip(filled, workdirs, resolved)]
-  for change in changes:
-    run_config.refuse(change, allow_config_change=False)
-  contents = pipeline.contents(config, tokenizer)
-  for workdir in workdirs:
-    provenance.check_data(run_config.starts(workdir), contents, allowed=False)
-  mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
-                           jax.devices()[:1])
-  run = runs.build(config, resolved[0][0], mesh)
-  devices.check_memory(run.abstract, mesh)
+  # What follows is in the order of begin.py, for all runs of the group.
+  requests = [begin.check(config, storage.path(workdir))
+              for config, workdir in zip(configs, workdirs)]
+  one_device = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
+                                 jax.devices()[:1])
+  run = begin.on_devices(requests[0], one_device)
+  contents = pipeline.contents(requests[0].config, requests[0].tokenizer)
+  for request in requests:
+    begin.check_data(request, contents)
   with contextlib.ExitStack() as stack:
-    begun = []
-    for c, workdir, (model, _), changed in zip(
-        filled, map(pathlib.Path, workdirs), resolved, changes):
-      stack.enter_context(storage.locked(workdir))
-      saved = stack.enter_context(checkpoints.Checkpoints(
-          workdir, **c.checkpoint, agree_every=c.log.every_steps))
-      writer = loop.Writer(c, workdir, saved, str(workdir))
-      member = dataclasses.replace(run, config=c, model=model,
-                                   module=architectures.build(model))
-      begun.append((writer, *_take_up(member, writer, bool(changed))))
-    records = dict(zip([writer for writer, *_ in begun], zip(
-        configs, [derived for _, derived in resolved])))
-    going = [each for each in begun if not each[0].sentence]
-    # Of two that begin, one may have the parameters of an import.
-    for start, new in sorted({(n, state is None) for _, state, n in going}):
-      part, states = zip(*[each[:2] for each in going if (
-          each[2], each[1] is None) == (start, new)])
-      if start >= config.train.steps:
-        print(f'{len(part)} of {len(going)} runs are complete: {start} steps '
-              f'of {config.train.steps}')
-      elif any(writer.code == loop.STOPPED or writer.stop_requested
-               for writer, *_ in going):
-        for writer in part:
-          writer.sentence = f'stopped before step {start}'
-      else:
-        for writer in part:  # no record is written of what is not trained
-          run_config.save(writer.workdir, *records[writer], contents)
-        _train_part(run, part, states, start, tokenizer)
-  return [writer for writer, *_ in begun]
+    members = []
+    for request in requests:
+      member = _take_up(request, run, stack)
+      members.append(member)
+    _train_members(run, members, contents)
+  return [member.writer for member in members]
 
 
-def _take_up(run: runs.Run, writer: loop.Writer, changed: bool
-             ) -> tuple[TrainState | None, int]:
-  """Returns the state that a run goes on from, None where it begins, and the
-  index of its next batch; `changed`: whether its config differs from before,
-  `run`: the run alone.
+class Member(NamedTuple):
+  """A run of a group, and where it goes on."""
+  request: begin.Request
+  writer: Writer
+  start: begin.Start
+
+
+def _take_up(request: begin.Request, run: runs.Run,
+             stack: contextlib.ExitStack) -> Member:
+  """Returns a run of the group with its folder and its checkpoints open.
+
+  Args:
+    request: the request of the run.
+    run: the first run of the group, alone on a device.
+    stack: closes what is opened.
   """
-  restored = parameters.restore(run, writer.saved)
-  if restored is None:
-    return None, 0
-  if restored.step < writer.config.train.steps:
-    print(f'{writer.workdir}: going on from step {restored.step}')
-  if not changed:
-    writer.sentence = loop.ended_badly(restored.state, writer.config)
-    writer.code = loop.DIVERGED if writer.sentence else 0
-  early = loop.ended_early(writer.config, writer.saved.best,
-                                     restored.step)
-  if early and not writer.sentence:
-    writer.sentence, writer.code = early, loop.EARLY
-  return restored.state, restored.record['next_batch']
+  config, workdir = request.config, pathlib.Path(request.workdir)
+  stack.enter_context(storage.locked(workdir))
+  saved = stack.enter_context(checkpoints.Checkpoints(
+      workdir, **config.checkpoint, agree_every=config.log.every_steps))
+  alone = dataclasses.replace(run, config=config, model=request.model,
+                              module=architectures.build(request.model))
+  start = begin.take_up(request, alone, saved, label=f'{workdir}: ')
+  writer = Writer(config=config, workdir=workdir, saved=saved,
+                  label=str(workdir), code=start.code, sentence=start.sentence)
+  return Member(request=request, writer=writer, start=start)
 
 
-def _train_part(run: runs.Run, part: Sequence[loop.Writer],
-                states: Sequence[TrainState | None], start: int,
-                tokenizer: tokenizers.Tokenizer) -> None:
+def _train_members(run: runs.Run, members: Sequence[Member],
+                   contents: dict[str, str]) -> None:
+  """Trains the runs that have not ended: those that are at one step as one
+  program. Of two that begin, one may have the parameters of an import."""
+  going = [member for member in members if not member.writer.sentence]
+  parts: dict[tuple[int, bool], list[Member]] = {}
+  for member in going:
+    key = member.start.step, member.start.state is None
+    parts.setdefault(key, []).append(member)
+
+  for (step, _), part in sorted(parts.items()):
+    steps = run.config.train.steps
+    if step >= steps:
+      print(f'{len(part)} of {len(going)} runs are complete: {step} steps of '
+            f'{steps}')
+      continue
+    if any(member.writer.code == STOPPED or member.writer.stop_requested
+           for member in going):
+      for member in part:
+        member.writer.sentence = f'stopped before step {step}'
+      continue
+    # No record is written of what is not trained.
+    for member in part:
+      request = member.request
+      run_config.save(member.writer.workdir, request.asked, request.derived,
+                      contents)
+    _train_part(run, part)
+
+
+def _train_part(run: runs.Run, part: Sequence[Member]) -> None:
   """Trains those of the runs that are at one step."""
-  program = program_of(run, part)
+  writers = [member.writer for member in part]
+  start, tokenizer = part[0].start, part[0].request.tokenizer
+  program = Group(run, writers)
   config = program.run.config
-  loaders = [pipeline.training_loader(with_values(config, {'seed': seed}),
-                                      tokenizer) for seed in seeds_of(part)]
+  loaders = []
+  for seed in program.seeds:
+    of_seed = with_values(config, {'seed': seed})
+    loaders.append(pipeline.training_loader(of_seed, tokenizer))
   for loader in loaders:
     loader.beside = loaders
-  state = (program.new_state() if states[0] is None else
-           program.join(states))
-  n = loop.train_all(program, part, state, start, loaders,
+  if start.state is None:
+    state = program.new_state()
+  else:
+    state = program.join([member.start.state for member in part])
+  n = loop.train_all(program, writers, state, start.step, loaders,
                      pipeline.held_out(config, tokenizer))
-  if any(writer.code == loop.STOPPED for writer in part):
+  if any(writer.code == STOPPED for writer in writers):
     print(f'stopped after step {n}: the same request goes on.')
 
 
-def program_of(run: runs.Run, writers: Sequence[loop.Writer]) -> loop.Program:
-  """Returns several runs at one step as one program.
+class Group(Program):
+  """Several runs at one step as one program.
 
   Arrays have a leading axis of the runs, filled up with copies of the last to
   a multiple of the devices in use. What a step takes beside the state is
-  (batch, values).
+  (batch, values): the fields in which the runs differ, an array of each.
 
   Args:
-    run: one of them, alone.
-    writers: of all of them.
+    run: one of the runs, alone.
+    writers: of all runs.
+
+  Attributes:
+    seeds: the different data seeds, each of which has batches of its own.
   """
-  run = dataclasses.replace(run, config=writers[0].config)
-  each = -(-len(writers) // jax.device_count())
-  used = -(-len(writers) // each)
-  rows = np.minimum(np.arange(each * used), len(writers) - 1)
-  mesh = jax.make_mesh((used,), (RUNS,), (AxisType.Auto,),
-                       devices=jax.devices()[:used])
 
-  def put(tree: Any, spec: Any = _EACH) -> Any:
-    return jax.device_put(tree, NamedSharding(mesh, spec))
+  def __init__(self, run: runs.Run, writers: Sequence[Writer]):
+    self.num_runs = len(writers)
+    self._seed_of = [writer.config.seed for writer in writers]
+    self.seeds = list(dict.fromkeys(self._seed_of))
 
-  seeds = seeds_of(writers)
-  flat = [run_config.flatten(writer.config) for writer in writers]
-  differ = [f for f in FIELDS if len({fields[f] for fields in flat}) > 1]
-  values = put({name: np.array([flat[i][name] for i in rows], DTYPES[name])
-                for name in differ or FIELDS[:1]})
+    # The runs on the devices: as few devices as hold them in so many rows.
+    rows_each = -(-self.num_runs // jax.device_count())
+    used = -(-self.num_runs // rows_each)
+    self._rows = np.minimum(np.arange(rows_each * used), self.num_runs - 1)
+    self._mesh = jax.make_mesh((used,), (RUNS,), (AxisType.Auto,),
+                               devices=jax.devices()[:used])
 
-  def over_runs(fn: Callable, in_axes: tuple) -> Callable:
-    """`fn` over the runs, on each device over those that it holds."""
-    specs = jax.tree.map(lambda axis: _ALL if axis is None else _EACH, in_axes,
-                         is_leaf=lambda axis: axis is None)
-    return jax.shard_map(jax.vmap(fn, in_axes), mesh=mesh, in_specs=specs,
-                         out_specs=_EACH, check_vma=False)
+    # The fields in which the runs differ.
+    fields = [run_config.flatten(writer.config) for writer in writers]
+    differ = [name for name in FIELDS
+              if len({each[name] for each in fields}) > 1]
+    values = {}
+    for name in differ or FIELDS[:1]:
+      rows = [fields[i][name] for i in self._rows]
+      values[name] = np.array(rows, DTYPES[name])
+    self._values = self._put(values)
 
-  def init(values: dict[str, jax.Array]) -> TrainState:
-    config = with_values(run.config, values)
-    module = run.module.clone(config=dataclasses.replace(
-        run.model, init_stddev=config.model.init_stddev,
-        init_scale=config.model.init_scale))
-    return init_state(module, run.tx, jax.random.key(initial_seed(config)),
-                      config.optim)
+    first = writers[0].config
+    super().__init__(dataclasses.replace(run, config=first), hook.load(first))
+    self.title = f'{self.num_runs} runs at once, each of them:\n'
+    self.figures = {'runs_at_once': self.num_runs}
 
-  def train_step(state: TrainState, inputs: tuple[dict, dict]):
-    batch, values = inputs
-    config = with_values(run.config, values)
-    tx = optimizer(run.module, config.optim, config.train.steps)
-    return make_train_step(run.module, tx, config)(state, batch)
+  @property
+  def devices(self) -> Sequence[jax.Device]:
+    return list(self._mesh.devices.flat)
 
-  eval_step = make_eval_step(run.module, run.config)
+  def context(self) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()  # each run is on one device
 
-  def put_batches(*batches: dict[str, np.ndarray]) -> tuple[dict, dict]:
-    """One batch is for all runs; else they are those of `seeds`."""
+  def _put(self, tree: Any, spec: PartitionSpec = _EACH) -> Any:
+    return jax.device_put(tree, NamedSharding(self._mesh, spec))
+
+  def _over_runs(self, function: Callable, in_axes: tuple) -> Callable:
+    """Returns `function` over the runs: on each device over those it holds."""
+    specs = jax.tree.map(_spec, in_axes, is_leaf=lambda axis: axis is None)
+    return jax.shard_map(jax.vmap(function, in_axes), mesh=self._mesh,
+                         in_specs=specs, out_specs=_EACH, check_vma=False)
+
+  def new_state(self) -> TrainState:
+    run = self.run
+
+    def init(values: dict[str, jax.Array]) -> TrainState:
+      config = with_values(run.config, values)
+      model = dataclasses.replace(
+          run.model, init_stddev=config.model.init_stddev,
+          init_scale=config.model.init_scale)
+      key = jax.random.key(initial_seed(config))
+      return init_state(run.module.clone(config=model), run.tx, key,
+                        config.optim)
+
+    return jax.jit(self._over_runs(init, (0,)))(self._values)
+
+  def make_train_step(self) -> jax.stages.Wrapped:
+    run = self.run
+    taps = [each.trace for each in self.hooks]
+
+    def step(state: TrainState, inputs: tuple[dict, dict]):
+      batch, values = inputs
+      config = with_values(run.config, values)
+      tx = optimizer(run.module, config.optim, config.train.steps)
+      return make_train_step(run.module, tx, config, taps)(state, batch)
+
+    batch_axis = None  # one batch is for all runs
+    if len(self.seeds) > 1:
+      batch_axis = 0
+    over_runs = self._over_runs(step, (0, (batch_axis, 0)))
+    return jax.jit(over_runs, donate_argnums=0)
+
+  def make_eval_step(self) -> jax.stages.Wrapped:
+    eval_step = make_eval_step(self.run.module, self.run.config)
+
+    def step(params: Any, inputs: tuple[dict, dict]):
+      batch, _ = inputs
+      return eval_step(params, batch)
+
+    return jax.jit(self._over_runs(step, (0, (None, 0))))
+
+  def put(self, *batches: dict[str, np.ndarray]) -> tuple[dict, dict]:
+    """Returns (batch, values) on the devices; one batch is for all runs, and
+    several are those of `seeds`."""
     if len(batches) == 1:
-      return put(batches[0], _ALL), values
-    of = dict(zip(seeds, batches, strict=True))
-    row_batches = [of[writers[i].config.seed] for i in rows]
-    return put({name: np.stack([batch[name] for batch in row_batches])
-                for name in row_batches[0]}), values
+      return self._put(batches[0], _ALL), self._values
+    of_seed = dict(zip(self.seeds, batches, strict=True))
+    of_row = [of_seed[self._seed_of[i]] for i in self._rows]
+    stacked = {name: np.stack([batch[name] for batch in of_row])
+               for name in of_row[0]}
+    return self._put(stacked), self._values
 
-  def join(trees: Sequence[Any]) -> Any:
-    return put(jax.tree.map(lambda *xs: np.stack([xs[i] for i in rows]),
-                            *jax.device_get(list(trees))))
+  def join(self, trees: Sequence[Any]) -> Any:
+    on_host = jax.device_get(list(trees))
 
-  def split(tree: Any) -> Iterator[Any]:
-    host = jax.device_get(tree)
-    for row in range(len(writers)):
-      yield jax.tree.map(jnp.asarray, part(host, row))
+    def stack(*arrays: np.ndarray) -> np.ndarray:
+      return np.stack([arrays[i] for i in self._rows])
 
-  def part(figures: Any, row: int) -> Any:
+    return self._put(jax.tree.map(stack, *on_host))
+
+  def split(self, tree: Any) -> Iterator[Any]:
+    on_host = jax.device_get(tree)
+    for row in range(self.num_runs):
+      yield jax.tree.map(jnp.asarray, self.part(on_host, row))
+
+  def part(self, figures: Any, row: int) -> Any:
+    # Lists are figures too: those of one layer, for each run.
     return jax.tree.map(lambda x: x[row], figures,
                         is_leaf=lambda x: isinstance(x, list))
 
-  return loop.Program(
-      run, contextlib.nullcontext,  # each run is on one device
-      list(mesh.devices.flat),
-      lambda: jax.jit(over_runs(init, (0,)))(values),
-      jax.jit(over_runs(train_step, (0, (0 if len(seeds) > 1 else None, 0))),
-              donate_argnums=0),
-      jax.jit(over_runs(lambda params, inputs: eval_step(params, inputs[0]),
-                        (0, (None, 0)))),
-      put_batches, split, join, part, {'runs_at_once': len(writers)},
-      f'{len(writers)} runs at once, each of them:\n')
 
-
-def seeds_of(writers: Sequence[loop.Writer]) -> list[int]:
-  """Returns the different seeds of some runs: each has batches of its own."""
-  return list(dict.fromkeys(writer.config.seed for writer in writers))
+def _spec(axis: int | None) -> PartitionSpec:
+  """Returns where an argument of a function over the runs lies."""
+  if axis is None:
+    return _ALL
+  return _EACH
 
 
 def with_values(config: ml_collections.ConfigDict, values: Any

@@ -12,7 +12,8 @@ import pytest
 
 from common.errors import RequestError
 from configs import base
-from training import loop, objectives, preflight
+from training import description, hook, hooks, loop, objectives, preflight
+from training import program, steps, writer
 from training.distributed import signals
 from training.evals import held_out, in_training
 from training.workdir import metrics
@@ -20,7 +21,7 @@ from training.workdir import metrics
 STEPS = 6
 
 
-class Fake:
+class Fake(program.Program):
   """What a run is to the loop; the state is how many steps were taken.
 
   Args:
@@ -29,18 +30,27 @@ class Fake:
   """
 
   def __init__(self, rows, config):
-    self.rows, self.config, self.done = rows, config, []
+    self.rows, self.done = rows, []
+    super().__init__(types.SimpleNamespace(
+        config=config, model=types.SimpleNamespace(dtype='float32'),
+        evaluated=lambda state: state.params), self.own)
+    if len(rows) > 1:
+      self.figures = {'runs_at_once': len(rows)}
 
-  def program(self):
-    run = types.SimpleNamespace(
-        config=self.config, model=types.SimpleNamespace(dtype='float32'),
-        evaluated=lambda state: state.params)
-    several = len(self.rows) > 1
-    return loop.Program(
-        run, contextlib.nullcontext, [], None, _Compiled(self._train),
-        _Compiled(lambda params, batches: None), lambda *batches: batches,
-        self._split, lambda trees: trees, self._part,
-        {'runs_at_once': len(self.rows)} if several else {})
+  devices = ()
+  own = ()  # hooks beside the usual ones
+
+  def make_train_step(self):
+    return _Compiled(self._train)
+
+  def make_eval_step(self):
+    return _Compiled(lambda params, batches: None)
+
+  def context(self):
+    return contextlib.nullcontext()
+
+  def put(self, *batches):
+    return batches
 
   def _train(self, state, batches):
     self.done.append(('dispatch', state.step + 1))
@@ -49,11 +59,11 @@ class Fake:
     return _state(state.step + 1), {
         name: jnp.array([row[name] for row in each]) for name in each[0]}
 
-  def _split(self, state):
+  def split(self, state):
     step = getattr(state, 'step', None)  # of a state, and not of parameters
     return [(row, step) for row in range(len(self.rows))]
 
-  def _part(self, figures, row):
+  def part(self, figures, row):
     if row == 0 and 'loss' in figures:
       self.done.append(('read', self.done[-1][1]))
     return {name: x[row] for name, x in figures.items()}
@@ -108,9 +118,9 @@ class Saved:
 @pytest.fixture(name='train')
 def _train(tmp_path, monkeypatch):
   """Returns a function that trains; see `Fake`."""
-  monkeypatch.setattr(loop.flops, 'of_a_row', lambda config, model, sides: {
+  monkeypatch.setattr(steps.flops, 'of_a_row', lambda config, model, sides: {
       'weights': float(sum(sides))})
-  monkeypatch.setattr(loop, 'describe', lambda *_: 'a program')
+  monkeypatch.setattr(description, 'describe', lambda *_: 'a program')
 
   def train(*rows, due=(), stop=None, start=0, best=None, **fields):
     config = base.base()
@@ -129,7 +139,7 @@ def _train(tmp_path, monkeypatch):
                for i in range(len(rows))]
     for member in members:
       member.saved.best = best
-    n = loop.train_all(fake.program(), members, _state(start), start,
+    n = loop.train_all(fake, members, _state(start), start,
                        [Loader()], [Loader()])
     return n, members, fake
 
@@ -296,7 +306,7 @@ def test_a_run_that_goes_on_decides_as_without_the_break(
 def test_the_experts_panel_is_over_the_steps_since_the_last_report(
     train, monkeypatch):
   windows = []
-  monkeypatch.setattr(loop.routing, 'window', lambda load, tokens: (
+  monkeypatch.setattr(hooks.routing, 'window', lambda load, tokens: (
       windows.append(tokens.tolist()) or {}))
   figures = {n: {'health/load_E': [n], 'health/tokens': n}
              for n in range(1, STEPS + 1)}
@@ -366,28 +376,28 @@ def test_a_best_that_cannot_be_meant_is_refused(fields, words):
 
 
 def test_another_figure_begins_anew():
-  kept = loop.Best('loss', False, 1, 4, 0.5, 3).record()
-  assert loop.Best.of(config(best='loss', patience=9), kept).waited == 3
-  assert loop.Best.of(config(best='perplexity'), kept).step is None
-  assert not loop.ended_early(config(best='loss', patience=4), kept, 8)
-  assert 'is 0.5, of step 4' in loop.ended_early(
+  kept = writer.Best('loss', False, 1, 4, 0.5, 3).record()
+  assert writer.Best.of(config(best='loss', patience=9), kept).waited == 3
+  assert writer.Best.of(config(best='perplexity'), kept).step is None
+  assert not writer.ended_early(config(best='loss', patience=4), kept, 8)
+  assert 'is 0.5, of step 4' in writer.ended_early(
       config(best='loss', patience=3), kept, 8)
   # So does another best value of it; to say what it has been does not.
   other = dict(best='loss', best_is='largest', patience=3)
-  begun = loop.Best.of(config(**other), kept)
+  begun = writer.Best.of(config(**other), kept)
   assert (begun.largest, begun.step, begun.waited) == (True, None, 0)
-  assert not loop.ended_early(config(**other), kept, 8)
-  assert loop.ended_early(config(**other | dict(best_is='least')), kept, 8)
+  assert not writer.ended_early(config(**other), kept, 8)
+  assert writer.ended_early(config(**other | dict(best_is='least')), kept, 8)
 
 
 @pytest.mark.parametrize('code', [0, loop.EARLY, loop.STOPPED, loop.DIVERGED])
 def test_to_end_early_is_to_end_well_and_only_to_diverge_is_an_error(
     code, monkeypatch, capsys, tmp_path):
-  monkeypatch.setattr(loop, 'program_of', lambda run: None)
+  monkeypatch.setattr(loop, 'Program', lambda run, hooks: None)
   monkeypatch.setattr(loop, 'train_all', lambda program, writers, *_: (
       writers[0].__dict__.update(code=code, sentence='why')))
-  assert loop.train(types.SimpleNamespace(config=None), *[None] * 5,
-                    tmp_path) == (
+  run = types.SimpleNamespace(config=base.base())
+  assert loop.train(run, *[None] * 5, tmp_path) == (
       0 if code == loop.EARLY else code)
   assert tuple(capsys.readouterr()) == (
       'why\n' * (code in (loop.EARLY, loop.STOPPED)),
@@ -406,11 +416,12 @@ def test_when_the_trace_starts_and_stops(first, last, wanted, monkeypatch,
   monkeypatch.setattr(jax.profiler, 'start_trace',
                       lambda folder: calls.append('start'))
   monkeypatch.setattr(jax.profiler, 'stop_trace', lambda: calls.append('stop'))
-  profiler = loop._Profiler('10:13', tmp_path)
+  profiler = hooks.Profile('10:13', tmp_path)
+  state = jnp.zeros(())
   for step in range(first, last):
-    profiler.before(step, jnp.zeros(()))
+    profiler.before_step(types.SimpleNamespace(n=step, state=state))
     seen += [f'{call} {step}' for call in calls[len(seen):]]
-  profiler.close(jnp.zeros(()))
+  profiler.end(types.SimpleNamespace(n=last, state=state))
   assert seen + [f'{call} end' for call in calls[len(seen):]] == wanted
 
 
@@ -422,6 +433,65 @@ def test_a_run_says_where_the_held_out_loss_was_lowest(losses, lines, tmp_path):
   files = metrics.JsonlWriter(tmp_path, 0)
   for step, loss in losses.items():
     files.write(step, 'eval', {'loss': loss})
-  writer = loop.Writer(None, tmp_path, None)
-  writer.best = None
-  assert [line.partition(': ')[0] for line in writer.lowest()] == lines
+  run = loop.Writer(None, tmp_path, None)
+  run.best = None
+  assert [line.partition(': ')[0] for line in run.lowest()] == lines
+
+
+class Notes(hook.Hook):
+  """Notes the moments at which it is called, with the steps done."""
+
+  def __init__(self):
+    self.moments = []
+
+  def check(self, loop):
+    self.moments.append(('check', loop.n))
+
+  def begin(self, loop):
+    self.moments.append(('begin', loop.n))
+
+  def before_step(self, loop):
+    self.moments.append(('before', loop.n))
+
+  def after_step(self, loop, figures):
+    self.moments.append(('after', loop.n))
+    loop.stopped = loop.n == 2
+
+  def on_figures(self, loop, writer, n, figures):
+    self.moments.append(('figures', n))
+
+  def more_figures(self, loop, writer):
+    return {'noted': len(self.moments)}
+
+  def on_evaluation(self, loop, writer, n, figures):
+    self.moments.append(('evaluation', n))
+
+  def end(self, loop):
+    self.moments.append(('end', loop.n))
+
+
+def test_a_hook_of_ones_own_is_called_at_each_moment(train, cheap, monkeypatch):
+  notes = Notes()
+  monkeypatch.setattr(Fake, 'own', [notes])
+  n, (member,), _ = train({}, eval__every_steps=2)
+  assert (n, member.code) == (2, loop.STOPPED)  # the hook has stopped it
+  assert notes.moments == [
+      ('check', 0), ('begin', 0), ('before', 0), ('after', 1), ('before', 1),
+      ('figures', 1), ('figures', 2), ('evaluation', 2), ('after', 2),
+      ('end', 2)]
+  assert [row['noted'] for row in _rows(member, 'train')] == [6, 7]
+
+
+@pytest.mark.parametrize('text, words', [
+    ('hooks.py', 'write FILE.py:CLASS'), ('none.py:A', "no file 'none.py'"),
+    ('hooks.py:Nine', "unknown train.hooks of hooks.py 'Nine': choose from "
+     'One'), ('broken.py:A', 'broken.py, line 1: ZeroDivisionError')])
+def test_hooks_that_are_none_are_refused(text, words, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'broken.py').write_text('1 / 0\n')
+  (tmp_path / 'hooks.py').write_text(
+      'from training.hook import Hook\nclass One(Hook):\n  pass\n')
+  c = base.base()
+  c.train.hooks = text
+  with pytest.raises(RequestError, match=words):
+    preflight.check_config(c)

@@ -11,7 +11,7 @@ import pytest
 from common.errors import RequestError
 from tests.helpers import evaluations, models
 from tests.training import vectorised_test
-from training import loop, runs
+from training import description, runs
 from training.data import tokenizers
 from training.objectives import pipeline
 
@@ -31,7 +31,7 @@ def _outline(tmp_path, start=0, **fields):
   run = runs.build(config, runs.resolve(config, tokenizer)[0])
   loaders = (pipeline.training_loader(config, tokenizer),
              pipeline.held_out(config, tokenizer))
-  lines = loop.describe(run, start, 128, *loaders).splitlines()
+  lines = description.describe(run, start, 128, *loaders).splitlines()
   return run, loaders, dict(line.split(': ', 1) for line in lines)
 
 
@@ -51,7 +51,7 @@ def test_the_outline_says_what_the_run_does(tmp_path):
   assert lines['training'] == 'steps 11 to 30, 3,840 tokens in all'
   assert lines['data'] == (
       f'{passes:.3g} passes over all but the last 1/4 of {source}')
-  assert ('warning' in lines) == (passes > loop.MANY_PASSES)
+  assert ('warning' in lines) == (passes > description.MANY_PASSES)
   assert lines['held out'] == (
       f'the last 1/4 of {source}, {len(WORDS) * 10 + 1} tokens')
   assert lines['evaluation'] == (
@@ -135,7 +135,7 @@ def test_a_run_says_how_rows_are_padded_and_cut(labelled):
   tokenizer = tokenizers.load('bytes')
   run = runs.build(labelled, runs.resolve(labelled, tokenizer)[0])
   train = pipeline.training_loader(labelled, tokenizer)
-  text = loop.describe(run, 0, 256, train,
+  text = description.describe(run, 0, 256, train,
                        pipeline.held_out(labelled, tokenizer))
   assert ('step: 8 rows padded to 16 or 32 tokens (a program each), at most '
           '256 tokens\n') in text

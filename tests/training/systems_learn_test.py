@@ -7,8 +7,7 @@ import pytest
 
 import architectures
 from common import kinds
-from training import loop, parameters, preflight, runs
-from training.data import tokenizers
+from training import begin, loop
 from training.distributed import devices
 from training.objectives import pipeline
 from training.workdir import checkpoints
@@ -35,17 +34,16 @@ def small(system):
 def test_a_system_learns_and_is_judged(system, tmp_path):
   """By what train.py does."""
   config = small(system)
-  preflight.check_config(config)
-  tokenizer = tokenizers.load(config.data.tokenizer)
-  run = runs.build(config, runs.resolve(config, tokenizer)[0])
+  request = begin.check(config, tmp_path)
+  tokenizer, run = request.tokenizer, begin.on_devices(request)
   rows = devices.batch_shard(run.place, config.data.batch_size)
   texts = [pipeline.training_loader(config, tokenizer, *rows),
            pipeline.held_out(config, tokenizer, *rows)]
   with checkpoints.Checkpoints(
       tmp_path, **config.checkpoint,
       agree_every=config.log.every_steps) as saved:
-    state, start = parameters.restore_or_create(run, saved)
-    assert loop.train(run, state, start, *texts, saved, tmp_path) == 0
+    assert loop.train(run, begin.new_state(run), 0, *texts, saved,
+                      tmp_path) == 0
   lines = [json.loads(line) for line in
            (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   first = next(r['loss'] for r in lines if r['split'] == 'train')

@@ -13,12 +13,11 @@ import pytest
 
 from tests import train_test
 from tests.helpers import evaluations, models
-from training import evals, loop, parameters, runs, vectorised
-from training.data import tokenizers
+from training import begin, evals, loop, vectorised
 from training.objectives import pipeline
 from training.optim import optimizers
 from training.runs import parameter_roles
-from training.workdir import checkpoints, run_config
+from training.workdir import checkpoints, run_config, storage
 
 texts = train_test.texts
 pytestmark = pytest.mark.slow
@@ -47,14 +46,16 @@ def config(texts, **changes):
 
 def alone(c, workdir):
   """Trains as train.py does, on one device; returns what the loop does."""
-  tokenizer = tokenizers.load(c.data.tokenizer)
-  model, derived = runs.resolve(c, tokenizer)
-  run = runs.build(c, model, evaluations.one_device())
+  request = begin.check(c, storage.path(workdir))
+  tokenizer = request.tokenizer
+  run = begin.on_devices(request, evaluations.one_device())
   with checkpoints.Checkpoints(workdir, **c.checkpoint) as saved:
-    state, start = parameters.restore_or_create(run, saved)
-    run_config.save(workdir, c, derived, pipeline.contents(c, tokenizer))
+    start = begin.take_up(request, run, saved)
+    state = start.state or begin.new_state(run)
+    run_config.save(workdir, c, request.derived,
+                    pipeline.contents(c, tokenizer))
     return loop.train(
-        run, state, start, pipeline.training_loader(c, tokenizer),
+        run, state, start.step, pipeline.training_loader(c, tokenizer),
         pipeline.held_out(c, tokenizer), saved, workdir)
 
 
@@ -85,12 +86,27 @@ DIFFERENT = (
          optim__warmup_steps=5, model__init_stddev=0.01, model__init_scale=0.5))
 
 
+# A hook of one's own, which taps the gradients of each scanned layer.
+TAPS = '''
+import jax.numpy as jnp
+from training.hook import Hook
+
+class LayerGradients(Hook):
+
+  def trace(self, params, grads):
+    scale_ND = grads['decoder']['layers']['block_0']['ffn_norm']['scale']
+    return {'layer_gradients_N': jnp.linalg.norm(scale_ND, axis=-1)}
+'''
+
+
 @pytest.fixture(scope='module')
 def singles(texts, tmp_path_factory):
   """(configs, workdir of one of them trained alone) of three runs with
   dropout."""
   folder = tmp_path_factory.mktemp('alone')
-  configs = [config(texts, model__dropout=0.1, **fields)
+  (folder / 'taps.py').write_text(TAPS)
+  configs = [config(texts, model__dropout=0.1,
+                    train__hooks=f'{folder}/taps.py:LayerGradients', **fields)
              for fields in DIFFERENT]
   assert vectorised.groups(configs) == [[0, 1, 2]]
 
@@ -114,18 +130,19 @@ def trained(request, singles, tmp_path_factory):
   configs, single = singles
   folder = tmp_path_factory.mktemp('runs')
   workdirs = [folder / str(i) for i in range(3)]
-  shapes, of = set(), vectorised.program_of
+  shapes = set()
 
-  def program_of(run, writers):
-    program = of(run, writers)
-    rows = len(jax.tree.leaves(jax.eval_shape(program.new_state))[0])
-    used = len(program.devices)
-    shapes.add((used, rows // used))
-    return program
+  class Group(vectorised.Group):
+
+    def __init__(self, *args):
+      super().__init__(*args)
+      rows = len(jax.tree.leaves(jax.eval_shape(self.new_state))[0])
+      used = len(self.devices)
+      shapes.add((used, rows // used))
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, 'device_count', lambda: request.param)
-    patch.setattr(vectorised, 'program_of', program_of)
+    patch.setattr(vectorised, 'Group', Group)
     vectorised.train(configs, workdirs)
     assert shapes == {SHAPES[request.param]}
     yield configs, workdirs, single
@@ -142,6 +159,8 @@ def test_each_run_equals_its_own(trained, i):
   ours, theirs = rows(workdirs[i])[0], rows(single(i))[0]
   assert ours.keys() - theirs.keys() == {'runs_at_once'}
   assert not theirs.keys() - ours.keys()
+  layer_gradient, = ours['layer_gradients_N']  # of one layer
+  assert 0 < layer_gradient < ours['grad_norm']
   assert (workdirs[i] / 'config.json').read_text() == (
       single(i) / 'config.json').read_text()
   losses = [rows(workdir)[-1]['loss'] for workdir in workdirs]

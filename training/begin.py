@@ -1,0 +1,190 @@
+"""How a run begins, in the order in which it happens; the same for one run, for
+a group of runs that train as one program, and for a dry run.
+
+  1. `check`: everything wrong in a request is said before any device work.
+  2. `on_devices`: the run on its mesh.
+  3. `check_data`: the data are those that the run was trained on so far.
+  4. `take_up`: the state and the step that it goes on from, or that it has
+     ended.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from etils import epath
+from jax.sharding import Mesh
+import ml_collections
+
+from common.errors import RequestError, require
+from training import objectives, parameters, preflight, runs, writer
+from training.data import tokenizers
+from training.distributed import devices
+from training.objectives import pipeline
+from training.runs import ModelConfig, TrainState
+from training.workdir import checkpoints, provenance, run_config
+
+
+class Request(NamedTuple):
+  """A run that was asked for, and that can be.
+
+  Attributes:
+    asked: its config, as it was given.
+    config: the config with what follows from the training data filled in.
+    workdir: the folder of the run.
+    tokenizer: its tokenizer.
+    model: its resolved config.model.
+    derived: the fields that were derived, by dotted name.
+    changes: how the config differs from that of the run in the workdir.
+    allow_config_change: whether the run may go on all the same.
+  """
+  asked: ml_collections.ConfigDict
+  config: ml_collections.ConfigDict
+  workdir: epath.Path
+  tokenizer: tokenizers.Tokenizer
+  model: ModelConfig
+  derived: dict
+  changes: Sequence[run_config.Change]
+  allow_config_change: bool
+
+  def notes(self) -> list[str]:
+    """Returns lines on what differs from the last start of the run: fields of
+    the config, and the code."""
+    lines = provenance.changes(run_config.starts(self.workdir))
+    if self.changes:
+      lines.insert(0, run_config.table(self.changes))
+    return lines
+
+
+def check(config: ml_collections.ConfigDict, workdir: epath.Path,
+          by_hand: Iterable[str] = (), allow_config_change: bool = False
+          ) -> Request:
+  """Returns a checked request; no device is touched.
+
+  Args:
+    config: the config of the run.
+    workdir: the folder of the run.
+    by_hand: the fields that were set on the command line; see
+      preflight.check_config.
+    allow_config_change: whether a run that has begun may go on with another
+      config.
+
+  Raises:
+    RequestError: for anything that the run could not honour.
+  """
+  preflight.try_workdir(workdir)
+  preflight.check_config(config, by_hand)
+  pipeline.check_sources(config)
+  parameters.check_source(config.init_from)
+  filled = objectives.with_labels(config)
+  tokenizer = tokenizers.load(filled.data.tokenizer)
+  parameters.check_tokenizer(filled, tokenizer)
+  model, derived = runs.resolve(filled, tokenizer)
+  changes = run_config.changes(workdir, filled, derived)
+  run_config.refuse(changes, allow_config_change)
+  return Request(
+      asked=config, config=filled, workdir=workdir, tokenizer=tokenizer,
+      model=model, derived=derived, changes=changes,
+      allow_config_change=allow_config_change)
+
+
+def on_devices(request: Request, mesh: Mesh | None = None) -> runs.Run:
+  """Returns the run on its devices; nothing is computed.
+
+  Args:
+    request: the request.
+    mesh: instead of config.mesh over all devices.
+
+  Raises:
+    RequestError: where the mesh does not fit, or the state the devices.
+  """
+  run = runs.build(request.config, request.model, mesh)
+  devices.check_memory(run.abstract, run.mesh)
+  return run
+
+
+def check_data(request: Request, contents: dict[str, str]) -> list[str]:
+  """Returns a line for each source that has changed since the run was started.
+
+  Args:
+    request: the request.
+    contents: what pipeline.contents returns.
+
+  Raises:
+    RequestError: where a source has changed, unless that is allowed.
+  """
+  starts = run_config.starts(request.workdir)
+  return provenance.check_data(starts, contents, request.allow_config_change)
+
+
+class Start(NamedTuple):
+  """Where a run goes on.
+
+  Attributes:
+    state: the state of the newest good checkpoint; None where the run begins.
+    step: the index of the next batch.
+    code: writer.DIVERGED or writer.EARLY of a run that has ended; 0.
+    sentence: why the run does not go on; '' where it does.
+  """
+  state: TrainState | None
+  step: int
+  code: int = 0
+  sentence: str = ''
+
+
+def take_up(request: Request, run: runs.Run, saved: checkpoints.Checkpoints,
+            label: str = '') -> Start:
+  """Returns where a run goes on, or how it has ended.
+
+  Args:
+    request: the request.
+    run: the run, alone on its devices.
+    saved: its checkpoints.
+    label: what is printed before each line; '' of a run that trains alone.
+
+  Raises:
+    RequestError: where the checkpoint is not of such a model, or of a later
+      step than the last that was asked for.
+  """
+  try:
+    restored = parameters.restore(run, saved)
+  except checkpoints.Mismatch as error:  # which lists the shapes
+    way_on = run_config.way_on(request.changes)
+    raise RequestError(way_on or str(error)) from error
+  if restored is None:
+    return Start(state=None, step=0)
+
+  state, step = restored.state, restored.record['next_batch']
+  steps = request.config.train.steps
+  require(step <= steps, f'train.steps is {steps}, and the run in '
+          f'{request.workdir} has trained {step} steps: ask for more, or take '
+          'another --workdir')
+
+  # With another config a run that ended badly may go on.
+  badly = writer.ended_badly(state, request.config)
+  if badly and not request.changes:
+    return Start(state=state, step=step, code=writer.DIVERGED, sentence=badly)
+  early = writer.ended_early(request.config, saved.best, step)
+  if early:
+    return Start(state=state, step=step, code=writer.EARLY, sentence=early)
+  if devices.primary() and 0 < step < steps:
+    print(f'{label}going on from step {step}')
+    for change in checkpoints.environment_changes(restored.record):
+      print(f'{label}not bit for bit, since this has changed: {change}')
+  return Start(state=state, step=step)
+
+
+def new_state(run: runs.Run) -> TrainState:
+  """Returns the state of a run before its first step: drawn, or with the
+  parameters of init_from."""
+  config = run.config
+  state = parameters.create(run, config.init_from)
+  if not devices.primary():
+    return state
+  if config.init_from:
+    print(f'starting from the parameters in {config.init_from} (init_from)')
+    return state
+  seed = f'seed {config.seed}'
+  if config.init_seed:
+    seed = f'init_seed {config.init_seed} and {seed}'
+  print(f'starting from random parameters, drawn from {seed}')
+  return state

@@ -1,0 +1,136 @@
+"""What a run is about to do, in some lines, which it prints before it begins.
+"""
+
+from collections.abc import Sequence
+
+import jax
+
+from training import runs
+from training.costs import systems, totals
+from training.objectives import pipeline, probe
+
+MANY_PASSES = 5  # over the data, before a run warns of them
+
+
+def describe(run: runs.Run, start: int, tokens: int,
+             train_data: pipeline.Loader,
+             eval_data: Sequence[pipeline.Loader]) -> str:
+  """Returns what a run is about to do, in some lines.
+
+  Args:
+    run: the run.
+    start: how many steps of it are done.
+    tokens: the tokens of a step, padding included.
+    train_data: the batches that it is trained on.
+    eval_data: the batches that are held out, of each source.
+  """
+  return '\n'.join([
+      _model(run),
+      *_notes(run),
+      _devices(run),
+      *_steps(run, start, tokens),
+      *_data(run, train_data),
+      _held_out(eval_data),
+      _evaluation(run, eval_data)])
+
+
+def _model(run: runs.Run) -> str:
+  """Returns the line of the model and its parameters."""
+  model = run.model
+  parameters = sum(x.size for x in jax.tree.leaves(run.abstract.params))
+  trained = totals.trained_parameters(run.module, run.config.optim)
+  text = (f'model: {model.arch}, {parameters:,} parameters in '
+          f'{model.param_dtype}')
+  if model.has_experts:
+    active = totals.parameters(model)[1]
+    text += f', of which each token uses {active:,}'
+  if trained != parameters:
+    text += f', of which {trained:,} are trained'
+  return f'{text}; computed in {model.dtype}'
+
+
+def _notes(run: runs.Run) -> list[str]:
+  """Returns what there is to say of the system and of its layers."""
+  lines = list(totals.layers(run.model))
+  system = systems.line(run.model)
+  if system:
+    lines.insert(0, system)
+  return lines
+
+
+def _devices(run: runs.Run) -> str:
+  """Returns the line of the devices and their mesh."""
+  sizes = [f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1]
+  mesh = ','.join(sizes) or 'data=1'
+  kind = run.mesh.devices.flat[0].device_kind
+  return f'devices: {run.mesh.size} of the kind {kind}, mesh {mesh}'
+
+
+def _steps(run: runs.Run, start: int, tokens: int) -> list[str]:
+  """Returns the lines of the steps: their rows, their tokens, their number."""
+  config = run.config
+  ramp = pipeline.ramp_of(config)
+  *shorter, longest = pipeline.lengths(config)
+
+  # What a step is.
+  rows = f'{config.data.batch_size:,} rows'
+  if config.train.grad_accumulation > 1:
+    rows += f' in {config.train.grad_accumulation} micro-batches'
+  at_most = ''
+  if shorter:
+    at_most = 'at most '
+    rows += (f' padded to {", ".join(map(str, shorter))} or {longest} tokens '
+             '(a program each)')
+  lines = [f'step: {rows}, {at_most}{tokens:,} tokens']
+  for until, size in zip(ramp.until, ramp.sizes):
+    lines.append(f'until step {until:,}: {size:,} rows')
+
+  # How many steps there are.
+  row_tokens = tokens // ramp.last
+  total = int(ramp.before(config.train.steps)) * row_tokens
+  lines.append(f'training: steps {start + 1:,} to {config.train.steps:,}, '
+               f'{at_most}{total:,} tokens in all')
+  return lines
+
+
+def _data(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
+  """Returns the line of the training data, and a warning of many passes."""
+  config = run.config
+  source, passes = train_data.text, 0.0  # a mixture's passes are not counted
+  if len(train_data.views) == 1:
+    rows = int(pipeline.ramp_of(config).before(config.train.steps))
+    passes = rows / train_data.num_windows
+    source = f'{passes:.3g} passes over {source}'
+
+  # Rows of records may be cut off; text is cut into rows, and nothing is lost.
+  cut = sum(getattr(view, 'cut', 0) for view in train_data.views)
+  if cut:
+    source += (f', {cut:,} of whose {train_data.num_windows:,} rows are longer '
+               f'than data.length {config.data.length}, and cut off')
+
+  lines = [f'data: {source}']
+  evaluates = config.eval.every_steps > 0
+  watched = config.eval.best or config.objective in probe.OBJECTIVES
+  if passes > MANY_PASSES and evaluates and not watched:
+    lines.append(
+        f'warning: after some {MANY_PASSES} passes a model mostly learns its '
+        'data by heart: add --config.eval.best=loss --config.eval.patience=3')
+  return lines
+
+
+def _held_out(eval_data: Sequence[pipeline.Loader]) -> str:
+  """Returns the line of what is held out."""
+  names = ' and '.join(loader.text for loader in eval_data)
+  tokens = sum(loader.num_tokens for loader in eval_data)
+  return f'held out: {names}, {tokens:,} tokens'
+
+
+def _evaluation(run: runs.Run, eval_data: Sequence[pipeline.Loader]) -> str:
+  """Returns the line of the evaluations."""
+  every = run.config.eval.every_steps
+  if not every:
+    return 'evaluation: none while training'
+  read = sum(loader.first(run.config.eval.batches) for loader in eval_data)
+  total = sum(loader.num_batches for loader in eval_data)
+  return (f'evaluation: every {every:,} steps, on {read:,} of the {total:,} '
+          'batches held out')

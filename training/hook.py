@@ -1,0 +1,173 @@
+"""A hook: something that is done at named moments of a training run.
+
+Evaluating, saving, reporting, stopping, profiling and the panel of the experts
+are hooks (training/hooks.py). `train.hooks` adds hooks of your own, each a
+subclass of `Hook` in a Python file:
+
+    # my_hooks.py
+    import optax
+    from training.hook import Hook
+
+    class HeadGradient(Hook):
+
+      def trace(self, params, grads):
+        return {'head_gradient': optax.tree.norm(grads['head'])}
+
+    python train.py ... --config.train.hooks=my_hooks.py:HeadGradient
+"""
+
+import inspect
+import os
+from typing import Any
+
+import jax
+import ml_collections
+
+from common.errors import one_of, require
+from training import cli, progress
+from training.program import Program
+from training.runs import TrainState
+from training.steps import Batches, PerShape
+from training.writer import Writer
+
+
+class Hook:
+  """Does nothing at any moment; override the methods of the moments you want.
+
+  Every process calls every hook, in the order of the hooks.
+  """
+
+  def check(self, loop: 'Loop') -> None:
+    """Is called before anything is compiled.
+
+    Raises:
+      RequestError: for a request that the hook cannot honour.
+    """
+
+  def compile(self, loop: 'Loop') -> None:
+    """Is called when the training step has been compiled."""
+
+  def begin(self, loop: 'Loop') -> None:
+    """Is called before the first step."""
+
+  def before_step(self, loop: 'Loop') -> None:
+    """Is called before the step after loop.n is dispatched."""
+
+  def after_step(self, loop: 'Loop', figures: Any) -> None:
+    """Is called when step loop.n was dispatched.
+
+    Args:
+      loop: the loop, whose state is that after the step.
+      figures: what the step returned: arrays that may not be computed yet, so
+        that to read them waits for the step.
+    """
+
+  def on_figures(self, loop: 'Loop', writer: Writer, n: int,
+                 figures: dict[str, Any]) -> None:
+    """Is called for each run when its figures of step `n` have been read, which
+    is when the next step was dispatched."""
+
+  def more_figures(self, loop: 'Loop', writer: Writer) -> dict[str, Any]:
+    """Returns figures for the next line of metrics of a run, which is due."""
+    return {}
+
+  def on_evaluation(self, loop: 'Loop', writer: Writer, n: int,
+                    figures: dict[str, Any]) -> None:
+    """Is called for each run with the figures of its evaluation after step `n`.
+    """
+
+  def end(self, loop: 'Loop') -> None:
+    """Is called after the last step."""
+
+  def trace(self, params: Any, grads: Any) -> dict[str, jax.Array]:
+    """Returns figures that the training step computes; called as it is traced.
+
+    Args:
+      params: the parameters before the step.
+      grads: their gradients, as the optimiser gets them, of the parameters that
+        are trained alone.
+
+    Returns:
+      Numbers or vectors by name; a vector is written as a list.
+    """
+    return {}
+
+
+class Loop:
+  """A run, or a group of runs, as it trains: what hooks are given.
+
+  Attributes:
+    program: what is trained.
+    writers: the runs: what each writes, and how it ended.
+    hooks: all hooks, in the order in which they are called.
+    batches: the training batches.
+    n: how many steps are done.
+    state: the state after these steps.
+    bar: shows the progress: loop.bar.say(text) prints a line above it.
+    stopped: set it to True to end the loop after this step, as a signal does.
+    train_step, eval_step: the program's, compiled for each shape of a batch.
+  """
+
+  def __init__(self, program: Program, writers: list[Writer],
+               batches: Batches, state: TrainState, start: int):
+    self.program, self.writers, self.batches = program, writers, batches
+    self.state, self.n = state, start
+    self.hooks: list[Hook] = []
+    self.bar: Any = None
+    self.stopped = False
+    self.train_step = PerShape(program.train_step, batches.meter)
+    self.eval_step = PerShape(program.eval_step, batches.meter)
+
+  @property
+  def config(self) -> ml_collections.ConfigDict:
+    """The config of the run, or of the first run of a group."""
+    return self.program.run.config
+
+  @property
+  def steps(self) -> int:
+    """The last step of the runs, train.steps."""
+    return self.config.train.steps
+
+  @property
+  def meter(self) -> progress.Meter:
+    """The times of the steps."""
+    return self.batches.meter
+
+  @property
+  def live(self) -> dict[int, Writer]:
+    """The runs that have not ended, by their row in the joint arrays."""
+    return {row: writer for row, writer in enumerate(self.writers)
+            if not writer.code}
+
+  @property
+  def ends(self) -> bool:
+    """Whether no run trains after the steps that are done."""
+    return self.stopped or self.n == self.steps
+
+  def say(self, writer: Writer, text: str) -> None:
+    """Prints a line about one of the runs."""
+    if writer.label:
+      text = f'{writer.label}: {text}'
+    self.bar.say(text)
+
+
+def load(config: ml_collections.ConfigDict) -> list[Hook]:
+  """Returns the hooks that train.hooks names, 'FILE.py:CLASS' with commas
+  between.
+
+  Raises:
+    RequestError: for a file that fails, and a name that is no hook in it.
+  """
+  hooks = []
+  for name in filter(None, config.train.hooks.split(',')):
+    file, _, class_name = name.partition(':')
+    require(class_name != '', f'train.hooks has {name!r}: write FILE.py:CLASS')
+    require(os.path.isfile(file), f'train.hooks has {name!r}: there is no file '
+            f'{file!r}')
+    module = cli.run_file(file)
+    choices = {key: value for key, value in vars(module).items()
+               if inspect.isclass(value) and issubclass(value, Hook)
+               and value is not Hook}
+    one_of(f'train.hooks of {file}', class_name, choices)
+    hooks.append(cli.call(file, choices[class_name]))
+  return hooks

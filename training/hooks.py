@@ -1,0 +1,377 @@
+"""The hooks of every run: reporting, stopping, evaluating, saving, profiling.
+
+`usual` returns them in the order in which the loop calls them. A step is
+dispatched before the figures of the step before it are read, so that the device
+has work while the host writes figures and fetches the next batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+
+from architectures.parts.moe import routing
+from training import progress
+from training.data.tokenizers import Tokenizer
+from training.distributed import signals
+from training.evals import held_out, in_training
+from training.hook import Hook, Loop
+from training.objectives import pipeline
+from training.workdir import storage
+from training.writer import DIVERGED, EARLY, Writer
+
+
+def usual(stop: signals.Stop, tokenizer: Tokenizer,
+          eval_data: Sequence[pipeline.Loader], profile_steps: str,
+          workdir: epath.Path) -> list[Hook]:
+  """Returns the hooks that every run has.
+
+  Args:
+    stop: whether a signal came.
+    tokenizer: the tokenizer of the run.
+    eval_data: a loader for each held-out source.
+    profile_steps: which steps to trace; see progress.profiled_steps.
+    workdir: where the trace goes.
+  """
+  report = Report()
+  save = Save(report)
+  return [
+      Profile(profile_steps, workdir),
+      report,
+      ExpertPanel(),
+      StopOnSignal(stop),
+      Evaluate(stop, tokenizer, eval_data, report, save),
+      save,
+  ]
+
+
+class Report(Hook):
+  """Reads the figures of a step one step late; writes and shows them if they
+  are due, and the figures of a run that they end in any case."""
+
+  def begin(self, loop: Loop) -> None:
+    self._deferred = progress.Deferred(loop.meter.now)
+
+  def after_step(self, loop: Loop, figures: Any) -> None:
+    self._report(loop, self._deferred.push(loop.n, figures))
+
+  def flush(self, loop: Loop) -> None:
+    """Reports the step whose figures are still held: before evaluating and
+    saving."""
+    self._report(loop, self._deferred.flush())
+
+  def _report(self, loop: Loop, read: progress.Read | None) -> None:
+    if read is None:
+      return
+    n, live = read.step, loop.live
+
+    # Each run takes its figures; too many bad steps end it.
+    ended = []
+    for row, writer in live.items():
+      was_over = writer.too_many_bad
+      writer.read(loop.program.part(read.figures, row))
+      if writer.too_many_bad and not was_over:
+        ended.append(writer)
+      for hook in loop.hooks:
+        hook.on_figures(loop, writer, n, writer.last)
+
+    # A line of metrics.
+    due = n % loop.config.log.every_steps == 0 or n == loop.steps
+    reported = ended
+    if due:
+      reported = list(live.values())
+    if not reported:
+      return
+    lap = loop.meter.lap(n, read.done) | loop.program.figures
+    for writer in reported:
+      figures = writer.last | lap
+      for hook in loop.hooks:
+        figures |= hook.more_figures(loop, writer)
+      writer.write(n, 'train', figures)
+
+    # The line that is shown: the mean loss of the runs.
+    if live and due:
+      losses = [writer.last['loss'] for writer in live.values()]
+      loop.bar.update(n, lap | {'loss': float(np.mean(losses))})
+
+
+class ExpertPanel(Hook):
+  """Adds the load of the experts over the steps since the last line."""
+
+  def __init__(self):
+    self._loads: dict[Writer, list[tuple]] = {}
+
+  def on_figures(self, loop: Loop, writer: Writer, n: int,
+                 figures: dict[str, Any]) -> None:
+    if 'health/load_E' in figures:
+      load = figures['health/load_E'], figures['health/tokens']
+      self._loads.setdefault(writer, []).append(load)
+
+  def more_figures(self, loop: Loop, writer: Writer) -> dict[str, Any]:
+    steps = self._loads.pop(writer, [])
+    if not steps:
+      return {}
+    loads = np.asarray([load for load, _ in steps], np.float32)
+    tokens = np.asarray([count for _, count in steps], np.float32)
+    window = routing.window(loads, tokens)
+    return {f'health/window_{name}': np.asarray(x).tolist()
+            for name, x in window.items()}
+
+
+class StopOnSignal(Hook):
+  """Ends the loop after the step on which all processes agree, once a signal
+  has come."""
+
+  def __init__(self, stop: signals.Stop):
+    self._stop = stop
+
+  def after_step(self, loop: Loop, figures: Any) -> None:
+    loop.stopped = self._stop.agreed(loop.n)
+
+  def end(self, loop: Loop) -> None:
+    for writer in loop.writers:
+      writer.stop_requested = self._stop.stop_requested
+
+
+class Evaluate(Hook):
+  """Evaluates all runs by what is due, held-out data and eval.tasks; writes and
+  shows the figures.
+
+  Where a signal cuts an evaluation short nothing is written, and the run does
+  it again when it is resumed.
+  """
+
+  def __init__(self, stop: signals.Stop, tokenizer: Tokenizer,
+               eval_data: Sequence[pipeline.Loader], report: Report,
+               save: 'Save'):
+    self._stop, self._tokenizer = stop, tokenizer
+    self._eval_data = eval_data
+    self._report, self._save = report, save
+
+  def check(self, loop: Loop) -> None:
+    """Refuses an eval.best that is none of the figures of the evaluations.
+
+    The figures of held-out data are traced, and those of a task that are not
+    known come of doing the task once.
+    """
+    self._tasks = in_training.Tasks(loop.program.run, self._tokenizer)
+    program, best = loop.program, loop.writers[0].best  # alike in all runs
+    if best is None or best.seen:
+      return
+    task, is_task, _ = best.figure.partition('/')
+    if is_task:
+      params = next(iter(program.split(loop.state.params)))
+      names = self._tasks.names(task, params, loop.writers[0].workdir,
+                                lambda: self._stop.at_once)
+    else:
+      names = held_out.names(program.eval_step, loop.state.params,
+                             self._eval_data, program.put, program.part)
+    best.is_in(names or [best.figure])
+
+  def compile(self, loop: Loop) -> None:
+    if loop.config.eval.every_steps:
+      batch = loop.program.put(self._eval_data[0].batch(0))
+      loop.eval_step.compile(loop.state.params, batch)
+
+  def begin(self, loop: Loop) -> None:
+    """Does the evaluation that a signal kept from being done before the run was
+    resumed."""
+    late = [writer for writer in loop.live.values()
+            if self._lacks(loop, writer)]
+    if late and self._due(loop):
+      loop.stopped = not self._evaluate(loop)
+    for writer in late:
+      if writer.best is not None and writer.best.is_over:
+        writer.end(EARLY, loop.n)
+
+  def after_step(self, loop: Loop, figures: Any) -> None:
+    is_last = loop.n == loop.steps
+    if not self._due(loop) or loop.stopped and not is_last:
+      return
+    try:
+      self._evaluate(loop)
+    except Exception:
+      # Tasks are done by one process alone, so that no other waits, and what
+      # the runs have learned does not hang on them.
+      if self._tasks_due(loop):
+        self._save.without_tasks(loop)
+      raise
+    loop.stopped = self._stop.at_once
+
+  def _lacks(self, loop: Loop, writer: Writer) -> bool:
+    """Whether a run lacks the evaluation after the steps that are done."""
+    if not writer.evaluated:
+      return True
+    return writer.best is not None and writer.best.seen < loop.n
+
+  def _due(self, loop: Loop) -> bool:
+    return self._held_out_due(loop) or self._tasks_due(loop)
+
+  def _held_out_due(self, loop: Loop) -> bool:
+    every = loop.config.eval.every_steps
+    if not every:
+      return False
+    return loop.n % every == 0 or loop.n == loop.steps
+
+  def _tasks_due(self, loop: Loop) -> bool:
+    every = loop.config.eval.tasks_every_steps
+    if not loop.config.eval.tasks:
+      return False
+    if loop.n == loop.steps:
+      return True
+    return every > 0 and loop.n % every == 0
+
+  def _cut_short(self, loop: Loop) -> bool:
+    """Whether a signal ends an evaluation. The last one goes on: the run was
+    for it."""
+    return self._stop.at_once and loop.n < loop.steps
+
+  def _evaluate(self, loop: Loop) -> bool:
+    """Evaluates all runs; returns False where a signal cut it short."""
+    self._report.flush(loop)
+    live = loop.live
+    figures: dict[int, dict] = {row: {} for row in live}
+    with loop.meter.paused():
+      if self._held_out_due(loop) and not self._on_held_out(loop, figures):
+        return False
+      if self._tasks_due(loop) and not self._do_tasks(loop, figures):
+        return False
+    for row, writer in live.items():
+      if figures[row]:
+        writer.evaluate(loop.n, figures[row])
+        for hook in loop.hooks:
+          hook.on_evaluation(loop, writer, loop.n, figures[row])
+    return True
+
+  def _on_held_out(self, loop: Loop, figures: dict[int, dict]) -> bool:
+    """Adds the figures of what is held out; returns False if cut short."""
+    program = loop.program
+    evaluated = {'': program.run.evaluated(loop.state)}
+    if loop.config.eval.live:
+      evaluated['live/'] = loop.state.params
+    for prefix, params in evaluated.items():
+      sums = held_out.evaluate(
+          loop.eval_step, params, self._eval_data, loop.config.eval.batches,
+          program.put, stop=lambda: self._cut_short(loop))
+      if sums is None:
+        return False
+      for row, writer in loop.live.items():
+        sums_of_run = [program.part(of_source, row) for of_source in sums]
+        means = held_out.means(sums_of_run, self._eval_data)
+        for name, value in means.items():
+          figures[row][prefix + name] = value
+        self._show(loop, writer, prefix, means)
+    return True
+
+  def _show(self, loop: Loop, writer: Writer, prefix: str,
+            means: dict[str, float]) -> None:
+    """Shows the held-out figures of a run; of one among many its loss alone."""
+    label = ''
+    if writer.label:
+      means, label = {'loss': means['loss']}, f'  {writer.label}'
+    text = '  '.join(f'{name.replace("_", " ")} {held_out.shown(value)}'
+                     for name, value in means.items())
+    which = prefix.replace('/', ' ')
+    loop.bar.say(f'step {loop.n}  held-out {which}{text}{label}')
+
+  def _do_tasks(self, loop: Loop, figures: dict[int, dict]) -> bool:
+    """Adds the figures of eval.tasks; returns False if cut short."""
+    program, live = loop.program, loop.live
+    results = {}
+    params_of_runs = program.split(program.run.evaluated(loop.state))
+    for row, params in enumerate(params_of_runs):
+      if row not in live:
+        continue
+      result = self._tasks.of(params, loop.n, live[row].workdir,
+                              stop=lambda: self._cut_short(loop))
+      if result is None:
+        return False
+      results[row] = result
+    for row, result in results.items():
+      figures[row] |= result.figures
+      for text in result.lines:
+        loop.say(live[row], f'step {loop.n}  {text}')
+    return True
+
+
+class Save(Hook):
+  """Saves the runs when that is due, and ends those that diverged and those
+  that stop early."""
+
+  def __init__(self, report: Report):
+    self._report = report
+
+  def after_step(self, loop: Loop, figures: Any) -> None:
+    self._save(loop, all_end=loop.ends)
+
+  def _save(self, loop: Loop, all_end: bool) -> None:
+    """Saves what is due; `all_end` says that no run trains further."""
+    n = loop.n
+    runs = self._asking(loop, all_end)
+    if not runs:
+      return
+    self._report.flush(loop)
+    with loop.meter.paused():
+      for row, state in enumerate(loop.program.split(loop.state)):
+        if row not in runs:
+          continue
+        if runs[row].sound:
+          runs[row].save(n, state, loop.batches.tokens_before(n))
+        else:
+          loop.say(runs[row], f'step {n} is not saved: its parameters are not '
+                   'finite')
+    for writer in runs.values():
+      if writer.too_many_bad or n == loop.steps and not writer.sound:
+        writer.end(DIVERGED, n)
+      elif writer.best is not None and writer.best.is_over and n < loop.steps:
+        writer.end(EARLY, n)
+      if writer.code and writer.label:  # the others go on
+        loop.say(writer, writer.sentence)
+
+  def _asking(self, loop: Loop, all_end: bool) -> dict[int, Writer]:
+    """Returns the runs to be saved, by row: all, where it is time for one,
+    since their clocks began together; else those that ask for it."""
+    live = loop.live
+    if all_end or any(writer.saved.due(loop.n) for writer in live.values()):
+      return live
+    return {row: writer for row, writer in live.items()
+            if writer.asks_to_be_saved(loop.n)}
+
+  def without_tasks(self, loop: Loop) -> None:
+    """Saves after an evaluation that failed."""
+    self._save(loop, all_end=True)
+    for writer in loop.writers:
+      writer.saved.wait()
+    loop.bar.say(f'step {loop.n} is saved, without all that eval.tasks names')
+
+
+class Profile(Hook):
+  """Traces some steps into WORKDIR/profile.
+
+  The trace is xprof's: pip install xprof, then xprof --logdir WORKDIR/profile,
+  or TensorBoard's profile plugin.
+  """
+
+  def __init__(self, steps: str, workdir: epath.Path):
+    self._start, self._stop = progress.profiled_steps(steps) or (0, 0)
+    self._files = storage.Uploads(storage.path(workdir) / 'profile')
+    self._tracing = False
+
+  def before_step(self, loop: Loop) -> None:
+    if self._tracing and loop.n >= self._stop:
+      self.end(loop)
+    # A run that resumes inside the range traces what is left of it.
+    elif not self._tracing and self._start <= loop.n < self._stop:
+      jax.block_until_ready(loop.state)  # no earlier step is in the trace
+      jax.profiler.start_trace(str(self._files.local))
+      self._tracing = True
+
+  def end(self, loop: Loop) -> None:
+    if not self._tracing:
+      return
+    jax.block_until_ready(loop.state)
+    jax.profiler.stop_trace()
+    self._files.push()
+    self._tracing = False

@@ -1,0 +1,134 @@
+"""The batches that a program is trained on, and its compiled steps."""
+
+from collections.abc import Callable, Iterator, Sequence
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from training import progress
+from training.costs import flops
+from training.distributed import devices
+from training.objectives import pipeline
+from training.program import Program
+
+
+class Work(NamedTuple):
+  """What a step has to do: the tokens of one run, the FLOPs of all runs."""
+  tokens: int
+  flops: float
+
+
+class Batches:
+  """The batches on the devices, and what a step on one has to do.
+
+  Attributes:
+    tokens: how many tokens a step of one run has at most.
+    meter: the times of the steps.
+  """
+
+  def __init__(self, program: Program, loaders: Sequence[pipeline.Loader],
+               num_runs: int):
+    self._program, self._loaders = program, loaders
+    config = program.run.config
+    self._ramp = pipeline.ramp_of(config)
+    row = loaders[0].objective.row_lengths(config)
+    self._row_tokens = sum(row)  # at most
+    self.tokens = self._ramp.last * self._row_tokens
+    self._peak = flops.total_peak(program.devices, program.run.model.dtype)
+
+    # Batches may have fewer rows than data.batch_size (a ramp), and rows that
+    # are padded less far than to data.length (length 0 stands for that).
+    rows_of_length = {0: row}
+    for length in pipeline.lengths(config)[:-1]:
+      rows_of_length[length] = (length,)
+    self._work = {}
+    for num_rows in (*self._ramp.sizes, self._ramp.last):
+      for length, row in rows_of_length.items():
+        self._work[num_rows, length] = self._work_of(num_rows, row, num_runs)
+    usual = self._work[self._ramp.last, 0]
+    self.meter = progress.Meter(usual.tokens, usual.flops, self._peak)
+
+  def _work_of(self, num_rows: int, row: tuple[int, ...], num_runs: int
+               ) -> Work:
+    """Returns the work of a step on so many rows of these lengths. FLOPs are
+    counted where the devices' peak is known, since nothing else reads them."""
+    total = 0.0
+    if self._peak:
+      run = self._program.run
+      of_row = flops.of_a_row(run.config, run.model, row)
+      total = num_runs * num_rows * sum(of_row.values())
+    return Work(tokens=num_rows * sum(row), flops=total)
+
+  def begin(self, start: int) -> None:
+    """Starts the streams at batch `start`."""
+    steps = self._program.run.config.train.steps
+    self._streams: list[Iterator] = [
+        loader.iterate(start, steps) for loader in self._loaders]
+
+  def after(self, n: int) -> Any:
+    """Returns the batch of the step after step n."""
+    batches = [next(stream) for stream in self._streams]
+    if len(self._work) > 1:
+      num_rows = self._ramp.rows(n)
+      key = num_rows, batches[0]['tokens'].shape[1]
+      work = self._work.get(key, self._work[num_rows, 0])
+      self.meter.does(n + 1, work.tokens, work.flops)
+    return self._program.put(*batches)
+
+  def tokens_before(self, n: int) -> int:
+    """Returns how many tokens a run has been trained on in its first n steps.
+    """
+    return int(self._ramp.before(n)) * self._row_tokens
+
+  def close(self) -> None:
+    for stream in self._streams:
+      stream.close()
+
+
+class PerShape:
+  """A jitted step, compiled ahead of time once for each shape of its batches.
+
+  Labelled data come in batches of several lengths (data.length_buckets); those
+  of text have one.
+  """
+
+  def __init__(self, step: jax.stages.Wrapped, meter: progress.Meter):
+    self._step, self._meter = step, meter
+    self._compiled: dict[tuple, Callable] = {}
+
+  def compile(self, state: Any, batch: Any) -> None:
+    """Compiles for the shape of a batch."""
+    self._compiled[_shape(batch)] = self._step.lower(state, batch).compile()
+
+  def prepare(self, state: Any, batch: Any) -> None:
+    """Compiles for the shape of a batch, unless that is done."""
+    if _shape(batch) in self._compiled:
+      return
+    with self._meter.compiling():  # all processes meet the shape at once
+      self.compile(state, batch)
+      devices.sync('compiled')
+
+  def timed(self, state: Any, batch: Any) -> tuple[Any, float]:
+    """Returns what a step returns, and its seconds without compiling."""
+    self.prepare(state, batch)
+    start = time.perf_counter()
+    result = jax.block_until_ready(self(state, batch))
+    return result, time.perf_counter() - start
+
+  def memory(self) -> int:
+    """Returns the bytes that the largest program needs on each device."""
+    sizes = []
+    for program in self._compiled.values():
+      stats = program.memory_analysis()
+      sizes.append(stats.argument_size_in_bytes + stats.output_size_in_bytes
+                   + stats.temp_size_in_bytes - stats.alias_size_in_bytes)
+    return max(sizes)
+
+  def __call__(self, state: Any, batch: Any) -> Any:
+    self.prepare(state, batch)
+    return self._compiled[_shape(batch)](state, batch)
+
+
+def _shape(batch: Any) -> tuple:
+  return tuple(x.shape for x in jax.tree.leaves(batch))

@@ -1,0 +1,319 @@
+"""What one run of the training loop writes, and how it ends.
+
+eval.best names a figure of the evaluations. The checkpoint of the best one is
+kept beside the newest, and with eval.patience the run ends after so many
+evaluations in a row that were no better (early stopping: Prechelt 1998). What
+was best is part of each checkpoint's record, so that a run that is resumed
+decides as it would have without the break.
+"""
+
+from collections.abc import Collection, Mapping
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from common.errors import require
+from training.distributed import devices
+from training.runs import TrainState
+from training.workdir import checkpoints, metrics
+
+# How a run ends, beside 0 for its last step and STOPPED for a signal before it.
+# After too many bad steps: the exit code of a wrong request, since the same
+# command would end in the same way, and no launcher is to start it again.
+DIVERGED = 2
+EARLY = -1  # after eval.patience evaluations: it is done, exit code 0
+BAD = ('the loss or a gradient was not finite, or there was nothing to '
+       'predict')
+
+
+@dataclasses.dataclass(eq=False)
+class Writer:
+  """What one run writes, its figures and its checkpoints, and how it ended.
+
+  Attributes:
+    config: the config of the run.
+    workdir: the folder of the run.
+    saved: the checkpoints of the run.
+    label: the name of the run in messages; '' where it trains alone.
+    last: the figures of the last step that the loop has read.
+    bad: the number of bad steps in a row, up to that step.
+    code: how the run ended: 0, STOPPED, DIVERGED or EARLY.
+    sentence: why the run did not reach its last step; '' where it did.
+    evaluated: whether the figures of an evaluation after the step that the run
+      was resumed at are in its metrics, or it was not resumed.
+    stop_requested: whether a signal came, be it too late to stop the run.
+  """
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  saved: checkpoints.Checkpoints
+  label: str = ''
+  last: dict[str, Any] = dataclasses.field(default_factory=dict)
+  bad: int = 0
+  code: int = 0
+  sentence: str = ''
+  evaluated: bool = True
+  stop_requested: bool = False
+
+  def begin(self, start: int) -> None:
+    """Opens the metrics files, and drops the rows after step `start`."""
+    self._files = metrics.writers(self.workdir, self.config.to_dict(), start,
+                                  devices.primary())
+    self.best = Best.of(self.config, self.saved.best)
+    if start > 0:
+      # Only process 0 has the rows: it answers for all.
+      kept = any(file.has_kept(start, 'eval') for file in self._files[:1])
+      self.evaluated = bool(checkpoints.from_process_0(np.int32(kept)))
+
+  def read(self, figures: dict[str, Any]) -> None:
+    """Takes the figures of a step."""
+    # A step that was under way when there were too many bad ones is read too,
+    # but a good loss does not save the run any more.
+    if not self.too_many_bad:
+      self.bad = figures['bad_in_row']
+    self.last = figures
+
+  def write(self, n: int, split: str, figures: dict[str, Any]) -> None:
+    """Writes a line of metrics, of step `n`."""
+    for file in self._files:
+      file.write(n, split, figures)
+
+  @property
+  def too_many_bad(self) -> bool:
+    """Whether so many steps in a row were bad that the run ends."""
+    return self.bad >= self.config.train.max_bad_steps
+
+  @property
+  def sound(self) -> bool:
+    """Whether the parameters are finite. No later step can mend parameters
+    that are not finite, so they are not saved."""
+    return math.isfinite(self.last['param_norm'])
+
+  def asks_to_be_saved(self, n: int) -> bool:
+    """Whether the run is saved after step `n`, due or not: the step is the best
+    so far, or one of too many that were bad, or the run ends there."""
+    if self.too_many_bad:
+      return True
+    if self.best is None:
+      return False
+    return self.best.step == n or self.best.is_over
+
+  def evaluate(self, n: int, figures: dict[str, Any]) -> None:
+    """Takes and writes the figures of the evaluation after step `n`."""
+    if self.best is not None and self.best.seen < n:
+      self.best.take(n, figures)
+      self.saved.best = self.best.record()
+    self.write(n, 'eval', figures)
+
+  def save(self, n: int, state: TrainState, tokens: int) -> None:
+    """Saves the state after step `n`; the run has seen so many `tokens`."""
+    for file in self._files:
+      file.flush()
+    best = None
+    if self.best is not None:
+      best = self.best.record()
+    self.saved.save(n, state, next_batch=n, tokens=tokens, config=self.config,
+                    good=not self.last['bad_in_row'], best=best)
+
+  def lowest(self) -> list[str]:
+    """Returns a line that says where the held-out loss was lowest, unless that
+    is the end, of a run whose figures lie on disk."""
+    path = pathlib.Path(self.workdir) / metrics.METRICS
+    if not path.exists():
+      return []
+    losses = {}
+    for row in metrics.read(path):
+      if row['split'] == 'eval' and row.get('loss') is not None:
+        losses[row['step']] = row['loss']
+    if not losses:
+      return []
+    lowest, last = min(losses, key=losses.get), max(losses)
+    if lowest == last:
+      return []
+    advice = ('to keep the best, train with --config.eval.best=loss, and with '
+              '--config.eval.patience=3 to end soon after it')
+    if self.best is not None:
+      advice = 'eval.py --step=best judges the best'
+    return [f'held-out loss was lowest at step {lowest:,}, '
+            f'{losses[lowest]:.4f}, and is {losses[last]:.4f} at step '
+            f'{last:,}: {advice}']
+
+  def close(self) -> None:
+    """Closes the metrics files."""
+    for file in self._files:
+      file.close()
+
+  def end(self, code: int, n: int) -> None:
+    """Records that the run ends after step `n`, as `code` says."""
+    self.code = code
+    newest = self.saved.newest
+    if code == DIVERGED:
+      self.sentence = _diverged(n, self.bad, newest)
+    elif code == EARLY:
+      self.sentence = self.best.sentence(n)
+    else:
+      self.sentence = self._stopped(n, newest)
+
+  def _stopped(self, n: int, newest: int | None) -> str:
+    """Returns where a run that a signal stopped goes on; `newest` is the step
+    of its newest checkpoint."""
+    step = f'step {n}'
+    if self.label:
+      step = f'step {n} of {self.config.train.steps}'
+    if newest == n:
+      return f'stopped after {step}, saved: the same command goes on from it.'
+    start = f'step {newest}'
+    if newest is None:
+      start = 'the beginning'
+    return (f'stopped after {step}, not saved: the same command goes on from '
+            f'{start}.')
+
+
+def _diverged(n: int, bad: int, newest: int | None) -> str:
+  """Returns why a run ends after step `n`.
+
+  Args:
+    n: the step.
+    bad: how many of the last steps were not finite.
+    newest: the step of the checkpoint that the run has.
+  """
+  reason = f'the parameters are not finite after the last step, {n}'
+  if bad:
+    reason = (f'{BAD}, in {bad} steps in a row (train.max_bad_steps), which '
+              'changed no parameter')
+  return (f'{reason}. The newest checkpoint is of step {newest}. Try a smaller '
+          'optim.lr, a longer optim.warmup_steps, optim.clip_norm=1, or '
+          'model.dtype=float32, with --allow_config_change.')
+
+
+def ended_badly(state: TrainState, config: ml_collections.ConfigDict) -> str:
+  """Returns why a run is not gone on with from `state` unless its config is
+  another: it ended there after too many bad steps. '': it did not."""
+  bad, step = int(state.bad_in_row), int(state.step)
+  if bad < config.train.max_bad_steps:
+    return ''
+  return (f'the run in this workdir ended at step {step}: {BAD}, in {bad} '
+          'steps in a row (train.max_bad_steps), and the same config would end '
+          'in the same way. Change what made it so, with '
+          '--allow_config_change, or move the latest folders out of '
+          'checkpoints to go on from an earlier step.')
+
+
+def ended_early(config: ml_collections.ConfigDict,
+                record: Mapping[str, Any] | None, step: int) -> str:
+  """Returns why a run that is at `step` does not go on; '' where it does.
+
+  Args:
+    config: the config of the run.
+    record: what Best.record returned, in the checkpoint that the run would go
+      on from.
+    step: the step of that checkpoint.
+  """
+  best = Best.of(config, record)
+  if best is None or not best.is_over:
+    return ''
+  return best.sentence(step)
+
+
+@dataclasses.dataclass
+class Best:
+  """What the evaluations of a run have been so far.
+
+  Attributes:
+    figure: eval.best.
+    largest: whether the largest value is the best.
+    patience: eval.patience.
+    step: the step of the best evaluation; None: there was none.
+    value: the figure of the best evaluation.
+    waited: how many evaluations there were since.
+    seen: the step of the last evaluation.
+  """
+  figure: str
+  largest: bool
+  patience: int
+  step: int | None = None
+  value: float | None = None
+  waited: int = 0
+  seen: int = 0
+
+  @classmethod
+  def of(cls, config: ml_collections.ConfigDict,
+         record: Mapping[str, Any] | None) -> 'Best | None':
+    """Returns what a run has to begin with; None where eval.best is empty.
+
+    Args:
+      config: the config of the run.
+      record: what `record` returned before the run was stopped, if it was.
+    """
+    figure, best_is = config.eval.best, config.eval.best_is
+    if not figure:
+      return None
+    if best_is:
+      largest = best_is == 'largest'
+    else:
+      largest = figure.rpartition('/')[2] in metrics.LARGEST
+    patience = config.eval.patience
+    if record and (record['figure'], record['largest']) == (figure, largest):
+      return cls(**record, patience=patience)
+    return cls(figure=figure, largest=largest, patience=patience)
+
+  def record(self) -> dict[str, Any]:
+    """Returns what a checkpoint keeps of it."""
+    fields = dataclasses.asdict(self)
+    del fields['patience']  # a run that is resumed may have another
+    return fields
+
+  def take(self, n: int, figures: Mapping[str, float]) -> None:
+    """Takes the figures of the evaluation after step `n`, if this figure is
+    among them; raises as `is_in` does."""
+    self.seen = n
+    if not self.is_in(figures):
+      return
+    value = float(figures[self.figure])
+    # Every process decides as process 0 does.
+    if checkpoints.from_process_0(np.int32(self._is_better(value))):
+      self.step, self.value, self.waited = n, value, 0
+    else:
+      self.waited += 1
+
+  def _is_better(self, value: float) -> bool:
+    """Whether a value is better than the best so far; an equal one is not."""
+    if not math.isfinite(value):
+      return False
+    if self.value is None:
+      return True
+    if self.largest:
+      return value > self.value
+    return value < self.value
+
+  def is_in(self, names: Collection[str]) -> bool:
+    """Returns whether it is one of the figures of an evaluation.
+
+    Raises:
+      RequestError: where these are the figures of its own task, and it is not
+        among them.
+    """
+    task, is_task, _ = self.figure.partition('/')
+    choices = list(names)
+    if is_task:
+      choices = [name for name in names if name.partition('/')[0] == task]
+    require(self.figure in names or not choices,
+            f'eval.best is {self.figure!r}, which is no figure of these '
+            f'evaluations: choose from {", ".join(choices)}')
+    return self.figure in names
+
+  @property
+  def is_over(self) -> bool:
+    """Whether the run is to end."""
+    return 0 < self.patience <= self.waited
+
+  def sentence(self, n: int) -> str:
+    """Returns why the run ends after step `n`."""
+    best = 'no evaluation had a number'
+    if self.step is not None:
+      best = f'the best is {self.value:.6g}, of step {self.step}'
+    return (f'ended early after step {n}: {self.figure} has not been better in '
+            f'{self.waited} evaluations in a row (eval.patience); {best}')
