@@ -7,6 +7,7 @@ import jax
 
 from training import runs
 from training.costs import systems, totals
+from training.data import records
 from training.objectives import pipeline, probe
 
 MANY_PASSES = 5  # over the data, before a run warns of them
@@ -94,7 +95,8 @@ def _steps(run: runs.Run, start: int, tokens: int) -> list[str]:
 
 
 def _data(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
-  """Returns the line of the training data, and a warning of many passes."""
+  """Returns the line of the training data, the labels of its rows, and a warning
+  of many passes."""
   config = run.config
   source, passes = train_data.text, 0.0  # a mixture's passes are not counted
   if len(train_data.views) == 1:
@@ -108,7 +110,7 @@ def _data(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
     source += (f', {cut:,} of whose {train_data.num_windows:,} rows are longer '
                f'than data.length {config.data.length}, and cut off')
 
-  lines = [f'data: {source}']
+  lines = [f'data: {source}', *records.label_lines(train_data.views)]
   evaluates = config.eval.every_steps > 0
   watched = config.eval.best or config.objective in probe.OBJECTIVES
   if passes > MANY_PASSES and evaluates and not watched:

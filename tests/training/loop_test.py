@@ -455,7 +455,8 @@ class Notes(hook.Hook):
 
   def after_step(self, loop, figures):
     self.moments.append(('after', loop.n))
-    loop.stopped = loop.n == 2
+    if loop.n == 2:
+      loop.stopped = True
 
   def on_figures(self, loop, writer, n, figures):
     self.moments.append(('figures', n))
