@@ -98,6 +98,8 @@ def test_what_a_module_takes_of_another_is_there():
     for node in nodes:  # a variable may be called the same
       if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         modules.pop(node.id, None)
+      if isinstance(node, ast.arg):
+        modules.pop(node.arg, None)
     taken = {(modules[node.value.id], node.attr) for node in nodes
              if isinstance(node, ast.Attribute)
              and isinstance(node.value, ast.Name) and node.value.id in modules}

@@ -95,8 +95,8 @@ def _steps(run: runs.Run, start: int, tokens: int) -> list[str]:
 
 
 def _data(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
-  """Returns the line of the training data, the labels of its rows, and a warning
-  of many passes."""
+  """Returns the line of the training data, the labels of its rows, and a
+  warning of many passes."""
   config = run.config
   source, passes = train_data.text, 0.0  # a mixture's passes are not counted
   if len(train_data.views) == 1:
