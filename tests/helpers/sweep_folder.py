@@ -20,7 +20,8 @@ def loss(step, factor: float = 1.0, floor: float = 1.5):
 
 def point(name, changes=None, factor=1.0, seeds=(0, 1, 2), shift=None,
           params=PARAMS, **more):
-  """Describes a point: `shift` is what each seed adds to its losses."""
+  """Describes a point: `shift` is what each seed adds to its losses; `diverged`
+  are seeds that end half-way, after too many bad steps."""
   return dict(name=name, changes=changes or {}, factor=factor, seeds=seeds,
               shift=shift or {}, params=params, **more)
 
@@ -59,10 +60,11 @@ def write(root, points, match='', states=None):
         p = next(p for p in points if p['name'] == run.point)
         folder = layout.run_folder(root, run.point, run.seed)
         run_config.save(folder, layout.config(description, run.point, run.seed))
-        _write_run(folder, p, run.seed, state == layout.DONE)
+        bad = config.train.max_bad_steps * (run.seed in p.get('diverged', ()))
+        _write_run(folder, p, run.seed, state == layout.DONE and not bad, bad)
 
 
-def _write_run(folder, p, seed, done):
+def _write_run(folder, p, seed, done, bad):
   with (folder / 'metrics.jsonl').open('w') as file:
     for step in range(EVERY, (STEPS if done else STEPS // 2) + 1, EVERY):
       # The same at the end, less known before it.
@@ -71,6 +73,8 @@ def _write_run(folder, p, seed, done):
       train = dict(step=step, split='train', loss=at + 0.1, step_seconds=0.5,
                    **{f'health/{name}': [value, value]
                       for name, value in p.get('health', {}).items()})
+      if step == STEPS // 2:
+        train['bad_in_row'] = bad
       if 'together' in p:
         train['runs_at_once'] = p['together']
       for row in (train, dict(step=step, split='eval', loss=at)):

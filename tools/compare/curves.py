@@ -91,6 +91,12 @@ class Run:
         row.get('bad_in_row', 0) >= self.config['train.max_bad_steps']
         for row in rows))
 
+  @property
+  def diverged(self) -> bool:
+    """Whether it ended badly, or at a held-out loss that is not finite."""
+    return self.ended_badly or (
+        'loss' in self.held_out and self.final is None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Point:
@@ -230,10 +236,11 @@ def with_rows(sweep: Sweep, file: str) -> Sweep:
     table = csv.DictReader(text)
     for row in table:
       try:
+        loss = float(row['loss'])
         variants.setdefault(row['variant'], {}).setdefault(
             int(row['seed']), []).append({
                 'split': 'eval', 'step': int(row.get('step') or steps),
-                'loss': float(row['loss'])})
+                'loss': loss if math.isfinite(loss) else None})
       except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f'{file}, line {table.line_num}, has no variant, '
                            f'seed or loss: {error}') from error

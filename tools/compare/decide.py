@@ -452,9 +452,12 @@ def predict(plan: Plan, outcomes: Outcomes, flops: Mapping[str, float]
 def sweep(plan: Plan, outcomes: Outcomes) -> list[Verdict]:
   """Returns the rows of a sweep, whose runs count as a confirmation: so its
   words follow the corrected p, too."""
-  return [dataclasses.replace(row, verdict=NO_NOISE)
-          if row.n < statistics.MIN_SEEDS else row
-          for row in confirm(plan, outcomes)]
+  rows = []
+  for row in confirm(plan, outcomes):
+    if row.n < statistics.MIN_SEEDS and row.verdict != UNSTABLE:
+      row = dataclasses.replace(row, verdict=NO_NOISE)
+    rows.append(row)
+  return rows
 
 
 def _family(plan: Plan, outcomes: Outcomes, phase: str, members,

@@ -158,8 +158,7 @@ def _ended(runs, names) -> tuple[list[int], dict[str, set[int]]]:
   """Returns the first seeds that have ended in both folders, and of each folder
   those that diverged."""
   diverged = {name: {seed for seed, run in runs[name].items()
-                     if run.ended_badly or 'loss' in run.held_out
-                     and run.final is None} for name in names}
+                     if run.diverged} for name in names}
   seeds: list[int] = []
   for seed in sorted(runs[names[0]].keys() & runs[names[1]].keys()):
     open_ = [f'{name}/seed-{seed}' for name in names if seed not in (

@@ -68,7 +68,7 @@ class Comparison:
     workdir: W.
     frozen: study.json; of a sweep, the same in its place.
     results: results.json; likewise.
-    outcomes: of it: the runs that have a figure.
+    outcomes: of it: the runs that have a figure, and those that diverged.
     curves: by (variant, size, seed), of each the figures that it has
       (curves.FIGURES).
     excluded: what failed, diverged or is not done: rows of {'phase',
@@ -247,16 +247,7 @@ def _sweep(workdir, rows: str) -> Comparison:
   sweep = curves.load_sweep(workdir)
   if rows:
     sweep = curves.with_rows(sweep, rows)
-  outcomes = [
-      plans.Outcome(
-          'confirm', point.name, '', plans.TEXT, seed, values, False,
-          spent.get('flops', math.nan), spent.get('seconds', math.nan),
-          point.params, point.changes, curve=point.curve(seed),
-          items={name: x for name, x in run.items.items() if name in values})
-      for point in sweep.points for seed, run in point.runs.items()
-      if (values := _values(run))
-      for spent in [{name: x[-1] for name, x in
-                     point.curve(seed, 'train').items()}]]
+  outcomes = _outcomes(sweep)
   names = dict.fromkeys(['loss', *(n for x in outcomes for n in x.values)])
   plan = plans.Plan(
       sweep.name, '', sweep.file, sweep.base.name,
@@ -264,7 +255,7 @@ def _sweep(workdir, rows: str) -> Comparison:
       (plans.TEXT,), tuple(plans.Measure(
           name, plans.TEXT, name, plans.LOWER, math.nan) for name in names),
       {'confirm': len(sweep.base.runs)},
-      plans.Tuning({LR: ()}, rungs=1), 0.0, unstable=1.0, match=sweep.match)
+      plans.Tuning({LR: ()}, rungs=1), 0.0, match=sweep.match)
   results = results_lib.NOTHING | plans.to_json({
       'confirm': decide.sweep(plan, outcomes), 'tuned': _rates(sweep),
       'provenance': {'codes': sweep.codes, 'devices': [], 'versions': {}}})
@@ -273,7 +264,7 @@ def _sweep(workdir, rows: str) -> Comparison:
       name: getattr(p, name) for name in (
           'changes', 'matched', 'params', 'active_params', 'flops_per_token',
           'tokens')} for p in sweep.points]
-  finished = {(x.variant, x.seed) for x in outcomes}
+  finished = {(x.variant, x.seed) for x in outcomes if not x.diverged}
   return Comparison(
       workdir, plans.Frozen(plan, sweep.base_tree, points, {}, {}),
       results, outcomes,
@@ -281,12 +272,40 @@ def _sweep(workdir, rows: str) -> Comparison:
                             if (curve := p.curve(seed, name))}
        for p in sweep.points for seed in p.runs if (p.name, seed) in finished},
       [{'phase': '', 'variant': p.name, 'size': '', 'workload': '',
-        'seed': seed, 'state': run.state, 'why': run.error.strip() or (
+        'seed': seed, 'state': 'diverged' if run.diverged else run.state,
+        'why': run.error.strip() or (
             'no finite held-out loss at the last step (eval.every_steps)'
             if run.state == 'done' else '')}
        for p in sweep.points for seed, run in p.runs.items()
-       if not run.is_whole],
+       if run.diverged or not run.is_whole],
       about, warnings + doubts(plan, results['confirm']))
+
+
+def _outcomes(sweep: curves.Sweep) -> list[plans.Outcome]:
+  """Returns what became of the runs of a sweep that have a figure, and of those
+  that diverged, which count as such and have no figures."""
+  values = {(point.name, seed): {} if run.diverged else _values(run)
+            for point in sweep.points for seed, run in point.runs.items()}
+  names = dict.fromkeys(name for row in values.values() for name in row)
+  outcomes = []
+  for point in sweep.points:
+    for seed, run in point.runs.items():
+      figures = values[point.name, seed]
+      if run.diverged:
+        figures = dict.fromkeys(names, math.nan)
+      if not figures:
+        continue
+      spent = {name: column[-1]
+               for name, column in point.curve(seed, 'train').items()}
+      outcomes.append(plans.Outcome(
+          phase='confirm', variant=point.name, size='', workload=plans.TEXT,
+          seed=seed, values=figures, diverged=run.diverged,
+          flops=spent.get('flops', math.nan),
+          seconds=spent.get('seconds', math.nan), params=point.params,
+          changes=point.changes, curve=point.curve(seed),
+          items={name: scores for name, scores in run.items.items()
+                 if name in figures}))
+  return outcomes
 
 
 def doubts(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -354,18 +373,19 @@ def _rates(sweep: curves.Sweep) -> list[dict[str, Any]]:
     groups.setdefault(changed(rest) or sweep.base.name, {})[lr] = point
   tuned = []
   for name, points in groups.items():
-    tried = [(lr, statistics.interval([*points[lr].finals.values()]))
+    tried = [(lr, any(run.diverged for run in points[lr].runs.values()),
+              statistics.interval([*points[lr].finals.values()]))
              for lr in sorted(points) if points[lr].finals]
     if len(tried) > 1:
-      best, _ = min(tried, key=lambda losses: losses[1].mean)
+      best, *_ = min(tried, key=lambda trial: (trial[1], trial[2].mean))
       tuned.append({
           'variant': name, 'size': '', 'workload': '',
           'changes': {LR: best}, 'look': next(iter(points.values())).name,
           'at_edge': [LR] * (best in (min(points), max(points))),
           'runs': sum(len(p.finals) for p in points.values()), 'tried': [
-              {'rung': 0, 'changes': {LR: lr}, 'diverged': False,
+              {'rung': 0, 'changes': {LR: lr}, 'diverged': diverged,
                'value': losses.mean, 'low': losses.low, 'high': losses.high}
-              for lr, losses in tried]})
+              for lr, diverged, losses in tried]})
   return tuned
 
 
@@ -373,15 +393,16 @@ def _about(sweep: curves.Sweep) -> tuple[list[str], list[str]]:
   """What the sweep is, and what to know before the figures."""
   runs = [run for p in sweep.points for run in p.runs.values()]
   done = sum(run.state == 'done' for run in runs)
+  left = sum(run.state != 'done' and not run.diverged for run in runs)
   matched = (f'{sweep.match} matched to the base\'s within 1 %' if sweep.match
              else 'sizes are not matched')
   paired = ('seed by seed, every point sees the same data in the same order'
             if sweep.paired else 'points differ in their data, so that seeds '
             'pair less than they do elsewhere')
   warnings = []
-  if done < len(runs):
-    warnings.append(f'{len(runs) - done} of {len(runs)} runs failed or are not '
-                    'done: they are listed at the end, and are in no verdict.')
+  if left:
+    warnings.append(f'{left} of {len(runs)} runs failed or are not done: they '
+                    'are listed at the end, and are in no verdict.')
   if not sweep.base.finals:
     warnings.append(f'The base {sweep.base.name} has no finished run with a '
                     'held-out loss: no loss can be compared with it.')

@@ -153,6 +153,36 @@ def test_what_is_not_known_is_said(sweep, tmp_path):
       report.load(tmp_path / 'b'))
 
 
+def test_a_point_of_which_runs_diverged_is_unstable_as_in_a_study(tmp_path):
+  """Whatever the runs say that did not: without them, `fast` is better."""
+  seeds = range(5)
+  shift = {seed: 0.001 * seed ** 2 for seed in seeds}
+  points = [
+      point('base', seeds=seeds, shift=shift),
+      point('fast', {'optim.lr': 2e-3}, factor=0.5, seeds=seeds,
+            diverged=(1, 3)),
+      point('sound', {'optim.lr': 1.5e-3}, factor=0.7, seeds=seeds),
+      point('gone', {'optim.lr': 1e-2}, seeds=seeds, diverged=seeds)]
+  sweep_folder.write(tmp_path, points, states={
+      (p['name'], seed): ('failed', 'error: diverged') for p in points
+      for seed in p.get('diverged', ())})
+  c = report.load(tmp_path)
+  words = {row['variant']: row['verdict'] for row in c.verdicts()}
+  assert words == {'base': 'base', 'fast': decide.UNSTABLE,
+                   'sound': decide.BETTER, 'gone': decide.UNSTABLE}
+  fast = c.effect('confirm', 'fast', 'loss')
+  assert (fast['n'], fast['diverged'], fast['runs']) == (3, 2, 5)
+  excluded = [(row['variant'], row['seed']) for row in c.excluded
+              if row['state'] == 'diverged']
+  assert excluded == [('fast', 1), ('fast', 3), *[('gone', n) for n in seeds]]
+  tuned, = c.results['tuned']
+  assert tuned['changes'] == {'optim.lr': 1.5e-3}
+  assert not any('in no verdict' in line for line in c.warnings)
+  report.write(c)
+  text = report.text(c)
+  assert re.search('fast .*unstable', text) and 'diverged' in text
+
+
 @pytest.mark.parametrize('change', [
     {'model.norm': 'rmsnorm'}, {'optim.decay_mask': [['.*', 0]]}])
 def test_each_change_over_all_settings_of_the_others(tmp_path, change):
