@@ -22,7 +22,6 @@ import dataclasses
 import difflib
 import fcntl
 import functools
-import glob
 import hashlib
 import importlib.util
 import io
@@ -38,7 +37,7 @@ from etils import epath
 import numpy as np
 
 from common.errors import EnvironmentFailure, RequestError, require
-from training.data import conversations, labelled, texts, tokens
+from training.data import conversations, globs, labelled, texts, tokens
 from training.data.tokenizers import Tokenizer
 from training.data.tokens import Split
 from training.workdir import storage
@@ -408,8 +407,7 @@ def forms(reads: Sequence[str] = ()) -> str:
 
 def _files(name: str, pattern: str) -> tuple[str, ...]:
   full = os.path.abspath(os.path.expanduser(pattern))
-  paths = tuple(filter(os.path.isfile,
-                       sorted(glob.glob(full, recursive=True))))
+  paths = globs.files(full)
   inside = os.path.join(pattern, '*.txt' if name.startswith('text:') else '*')
   written = name.replace(f':{pattern}', f':{inside}', 1)
   require(bool(paths), f'data source {name!r} matches no file'

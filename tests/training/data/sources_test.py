@@ -1,5 +1,6 @@
 """Sources: every prefix reads its documents, every defect is one sentence."""
 
+import glob
 import json
 import os
 import sys
@@ -7,7 +8,7 @@ import types
 
 import pytest
 
-from training.data import sources
+from training.data import globs, sources
 
 TEXTS = ['First.', 'Second, é.\nTwo lines.', 'Third.']
 
@@ -50,6 +51,41 @@ def fake_datasets(monkeypatch):
   module = types.SimpleNamespace(load_dataset=load_dataset)
   monkeypatch.setitem(sys.modules, 'datasets', module)
   return calls
+
+
+def _tree(folder, *names):
+  for name in names:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(name)
+
+
+@pytest.mark.parametrize('pattern', [
+    '*.txt', '**/*.txt', '**', '*/*', '**/b/*', 'a/**/*.txt', '**/a/**/b/*',
+    '[a]/*.txt', '**/.h/*', 'a**', '**/*/**'])
+def test_without_links_a_pattern_matches_as_in_glob(pattern, tmp_path):
+  _tree(tmp_path, '1.txt', 'a/2.txt', 'a/b/3.txt', 'a/b/a/b/4.txt', 'c/.5.txt',
+        '.h/6.txt', 'a [b]/7.txt', 'a/b/8.md')
+  full = f'{tmp_path}/{pattern}'
+  assert list(globs.files(full)) == sorted(
+      {*filter(os.path.isfile, glob.glob(full, recursive=True))})
+
+
+def test_a_file_is_one_document_however_many_links_lead_to_it(tmp_path):
+  _tree(tmp_path, 'texts/a.txt', 'texts/b/c.txt', 'elsewhere/d/e.txt')
+  texts = tmp_path / 'texts'
+  plain = read(f'text:{texts}/**/*.txt')
+  for name, target in (('self', '.'), ('b/up', '..'), ('0', 'b'), ('x', 'x'),
+                       ('b/a.txt', '../a.txt'), ('gone', 'nowhere')):
+    (texts / name).symlink_to(target)
+  (texts / 'b/hard.txt').hardlink_to(texts / 'a.txt')
+  assert read(f'text:{texts}/**/*.txt') == plain == ['texts/a.txt',
+                                                     'texts/b/c.txt']
+  assert globs.files(f'{texts}/**/*.txt')[1] == f'{texts}/b/c.txt'
+  # A link to what lies elsewhere is followed, once.
+  for name in 'far', 'again':
+    (texts / name).symlink_to(tmp_path / 'elsewhere')
+  assert read(f'text:{texts}/**/*.txt') == [
+      'texts/a.txt', 'elsewhere/d/e.txt', 'texts/b/c.txt']
 
 
 def test_text_and_jsonl(folder):

@@ -1,0 +1,72 @@
+"""Which files a pattern with * and ** names: each file once, whatever links
+lead to it."""
+
+from collections.abc import Iterator
+import contextlib
+import glob
+import os
+
+_ANY_DEPTH = '**'
+
+
+def files(pattern: str) -> tuple[str, ...]:
+  """Returns the files that an absolute pattern matches, sorted by their paths.
+
+  In it ** stands for no folder, or several, whose names do not begin with a
+  dot. Links are followed. A file to which several paths lead is there once, by
+  a path that ends in no link where there is one.
+  """
+  paths = sorted({*filter(os.path.isfile, _matching(pattern))})
+  paths.sort(key=os.path.islink)
+  path_of: dict[tuple[int, int], str] = {}
+  for path in paths:
+    path_of.setdefault(_identity(path), path)
+  return tuple(sorted(path_of.values()))
+
+
+def _matching(pattern: str) -> Iterator[str]:
+  """Yields the paths that a pattern matches, some perhaps twice."""
+  parts = pattern.split(os.sep)
+  if _ANY_DEPTH not in parts:
+    yield from glob.iglob(pattern)
+    return
+  place = parts.index(_ANY_DEPTH)
+  above = os.sep.join(parts[:place]) or os.sep
+  below = os.sep.join(parts[place + 1:]) or '*'
+  for folder in _folders(sorted(glob.glob(above))):
+    yield from _matching(os.path.join(glob.escape(folder), below))
+
+
+def _folders(tops: list[str]) -> Iterator[str]:
+  """Yields some folders and all below them, each once: one to which a link
+  leads, too, only where no other path leads to it."""
+  seen = set()
+  folders, links = [*reversed(tops)], []
+  while folders or links:
+    folder = folders.pop() if folders else links.pop(0)
+    if not os.path.isdir(folder) or _identity(folder) in seen:
+      continue
+    seen.add(_identity(folder))
+    yield folder
+    inner = _inside(folder)
+    links += filter(os.path.islink, inner)
+    folders += [path for path in reversed(inner) if not os.path.islink(path)]
+
+
+def _inside(folder: str) -> list[str]:
+  """Returns the folders in a folder, and the links to folders; of one that may
+  not be read none, as the shell has it."""
+  inner = []
+  with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
+    for entry in entries:
+      is_folder = (os.path.isdir(entry.path) if entry.is_symlink()
+                   else entry.is_dir())
+      if is_folder and not entry.name.startswith('.'):
+        inner.append(entry.path)
+  return sorted(inner)
+
+
+def _identity(path: str) -> tuple[int, int]:
+  """Returns what tells a file or a folder from all others."""
+  status = os.stat(path)
+  return status.st_dev, status.st_ino
