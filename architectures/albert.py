@@ -66,8 +66,6 @@ HF = hf.HuggingFace(
             'ffn': ('hidden_act', 'gelu_new', hf.FFNS)},
     only=bert.ONLY | dict(num_hidden_groups=1),
     # The published files have these, of a code that they do not describe.
-    unread=('net_structure_type', 'gap_size', 'num_memory_blocks',
-            'down_scale_factor'),
     **bert.two_tasks('Albert', OPTIONAL['pooler']), check=_check,
     optional=OPTIONAL,
     tied={'predictions.decoder.weight':

@@ -97,8 +97,6 @@ HF = hf.HuggingFace(
     fields=FIELDS | hf.fields(vocab_size=30522, max_position_embeddings=512),
     only=ONLY,
     # The files of 2018 have these, for a pooler that they do not describe.
-    unread=('directionality', 'pooler_fc_size', 'pooler_num_attention_heads',
-            'pooler_num_fc_layers', 'pooler_size_per_head', 'pooler_type'),
     **two_tasks('Bert', OPTIONAL['pooler']), optional=OPTIONAL,
     tied={'cls.predictions.decoder.weight':
           'bert.embeddings.word_embeddings.weight',

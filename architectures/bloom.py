@@ -38,8 +38,6 @@ HF = hf.HuggingFace(
         'max_len': ('seq_length', 2048)},
     only=dict(apply_residual_connection_post_layernorm=False),
     # How it was computed; the result is one.
-    unread=('slow_but_exact', 'offset_alibi', 'skip_bias_add',
-            'skip_bias_add_qkv', 'attention_softmax_in_fp32',
-            'bias_dropout_fusion', 'masked_softmax_fusion'),
+    unread=('slow_but_exact',),
     tied={'lm_head.weight': 'transformer.word_embeddings.weight'},
     spellings=(('transformer.', ''),), heads=hf.heads('Bloom'))

@@ -116,9 +116,6 @@ def names(c: ModelConfig, *more: hf.Row) -> tuple[hf.Row, ...]:
 # Of V3 and Kimi Linear too.
 LATENT = hf.fields(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
                    v_head_dim=128, attention_bias=False)
-# Of the files that DeepSeek published: what only training or their own
-# program reads.
-UNREAD = ('auto_map', 'aux_loss_alpha', 'seq_aux', 'ep_size')
 
 HF = hf.HuggingFace(
     'deepseek_v2', 'DeepseekV2ForCausalLM', names=names,
@@ -130,5 +127,5 @@ HF = hf.HuggingFace(
         moe_intermediate_size=1407, routed_scaling_factor=1.0,
         n_routed_experts=64, n_shared_experts=2) | {'moe.ffn': hf.SILU},
     only=dict(norm_topk_prob=False, scoring_func='softmax'),
-    unread=UNREAD, read=_read, write=_write, check=hf.check_heads,
+    read=_read, write=_write, check=hf.check_heads,
     heads=hf.heads('DeepseekV2', only=('sequence',)), **llama.FILES)

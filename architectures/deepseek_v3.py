@@ -51,6 +51,7 @@ def _write(c: ModelConfig) -> dict:
 
 HF = deepseek_v2.HF._replace(
     model_type='deepseek_v3', architecture='DeepseekV3ForCausalLM',
+    also=('kimi_k2',),
     names=lambda c: deepseek_v2.names(
         c, ('ffn/router_bias', 'E', 'mlp.gate.e_score_correction_bias', 'E')),
     fields=deepseek_v2.HF.fields | hf.fields(

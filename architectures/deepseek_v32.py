@@ -56,7 +56,7 @@ INDEXER = hf.under(
     ('weights', 'DH', 'weights_proj.weight', 'H D'))
 
 HF = deepseek_v3.HF._replace(
-    model_type='deepseek_v32', architecture='DeepseekV32ForCausalLM',
+    model_type='deepseek_v32', also=(), architecture='DeepseekV32ForCausalLM',
     names=lambda c: (*deepseek_v3.HF.names(c), *llama.layers(*INDEXER)),
     fields=deepseek_v3.HF.fields | hf.fields(
         max_position_embeddings=163840, index_topk=2048, index_n_heads=64,

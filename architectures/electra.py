@@ -51,8 +51,7 @@ HF = hf.HuggingFace(
     fields=bert.FIELDS | hf.fields(
         hidden_size=256, num_attention_heads=4, intermediate_size=1024,
         vocab_size=30522, max_position_embeddings=512),
-    only=bert.ONLY, unread=('generator_size', 'directionality'),
-    read=_read, write=_write,
+    only=bert.ONLY, read=_read, write=_write,
     tied={'generator_lm_head.weight':
           'electra.embeddings.word_embeddings.weight'},
     spellings=(('electra.', ''),),

@@ -90,7 +90,6 @@ HF = hf.HuggingFace(
             'd_ff': ('ffn_hidden_size', lambda fields: 4 * fields['d_model']),
             'ffn': ('activation', 'gelu', hf.FFNS)},
     only=dict(alibi=False),
-    unread=('auto_map', 'apply_residual_connection_post_layernorm'),
     read=_read, write=_write, check=hf.check_heads,
     tied={'lm_head.weight': 'transformer.word_embeddings.weight'},
     spellings=(('transformer.', ''),), heads=hf.heads('Falcon'))

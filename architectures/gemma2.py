@@ -95,6 +95,5 @@ HF = hf.HuggingFace(
             'ffn': ('hidden_activation', 'gelu_pytorch_tanh', hf.GATED)},
     only=dict(use_bidirectional_attention=False),
     # Published files have them, and transformers reads neither.
-    unread=('hidden_act', 'cache_implementation'),
     read=_read, write=_write, check=hf.check_heads, heads=hf.heads(
         'Gemma2', tokens='score', only=('sequence', 'tokens')), **llama.FILES)

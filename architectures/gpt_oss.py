@@ -67,6 +67,5 @@ HF = hf.HuggingFace(
             'clamp.limit': ('swiglu_limit', 7.0)},
     only=dict(hidden_act='silu'),
     # What OpenAI's own file has twice.
-    unread=('initial_context_length', 'experts_per_token'),
     read=_read, write=_write, heads=hf.heads(
         'GptOss', tokens='score', only=('sequence', 'tokens')), **llama.FILES)

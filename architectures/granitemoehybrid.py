@@ -140,6 +140,6 @@ HF = hf.HuggingFace(
             'mamba2.conv': ('mamba_d_conv', 4),
             'mamba2.conv_bias': ('mamba_conv_bias', True)},
     only=dict(hidden_act='silu', mamba_proj_bias=False),
-    unread=('mamba_chunk_size', 'normalization_function', 'init_method'),
+    unread=('mamba_chunk_size',),
     read=_read, write=_write, check=_check,
     **llama.FILES)

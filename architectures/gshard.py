@@ -119,8 +119,7 @@ HF = hf.HuggingFace(
               router_bias=False, router_dtype='float32',
               router_ignore_padding_tokens=False, pad_token_id=1,
               batch_prioritized_routing=False),
-    unread=(*transformer.LAYERDROP, 'expert_capacity', 'router_z_loss_coef',
-            'router_type'),
+    unread=(*transformer.LAYERDROP, 'expert_capacity', 'router_z_loss_coef'),
     read=_read, write=_write, tied=transformer.HF.tied,
     spellings=transformer.HF.spellings, ignored=transformer.HF.ignored,
     fixed=('pad_token_id',))  # positions there count from it

@@ -159,10 +159,9 @@ HF = hf.HuggingFace(
     only=dict(tie_word_embeddings=False, mla_use_nope=True,
               moe_router_activation_func='sigmoid', moe_layer_freq=1,
               num_nextn_predict_layers=0),
-    # Fields of positions, which this model has not, and of groups, of which the
-    # numbers say everything.
-    unread=('auto_map', 'head_dim', 'qk_head_dim', 'rope_theta', 'rope_scaling',
-            'rope_parameters', 'use_grouped_topk'),
+    # Fields of positions, which this model has not.
+    unread=('head_dim', 'qk_head_dim', 'rope_theta', 'rope_scaling',
+            'rope_parameters'),
     read=_read, write=_write, check=_check,
     # transformers writes the network of a dense layer as that of experts.
     spellings=(*llama.HF.spellings, ('.mlp.', '.block_sparse_moe.')),

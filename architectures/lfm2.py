@@ -102,9 +102,5 @@ HF = hf.HuggingFace(
             'short_conv.kernel': ('conv_L_cache', 3),
             'short_conv.bias': ('conv_bias', False)},
     # What transformers does not read, of the program that trained the models.
-    unread=('block_dim', 'block_norm_eps', 'block_mlp_init_scale',
-            'block_out_init_scale', 'block_use_swiglu', 'block_use_xavier_init',
-            'conv_dim', 'conv_dim_out', 'conv_use_xavier_init', 'num_heads',
-            'use_pos_enc'),
     read=_read, write=_write, check=layer_types.check_attention,
     **llama.FILES)

@@ -80,4 +80,4 @@ HF = lfm2.HF._replace(
                       {True: 'sandwich', False: 'pre_norm'}),
             'attention_gate': ('use_attention_gate', True,
                                {True: 'headwise', False: 'none'})},
-    only=dict(rope_scaling=None), unread=(), read=_read, write=_write)
+    only=dict(rope_scaling=None), read=_read, write=_write)

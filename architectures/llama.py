@@ -101,6 +101,5 @@ HF = hf.HuggingFace(
         rms_norm_eps=1e-6, attention_bias=False, mlp_bias=False,
         tie_word_embeddings=False) | {'ffn': hf.SILU},
     only=dict(rope_interleaved=False),
-    unread=('is_llama_config',),  # of SmolLM2
     read=read, write=write, check=hf.check_heads,
     heads=hf.heads('Llama', tokens='score', span=SPAN), **FILES)

@@ -72,6 +72,5 @@ HF = hf.HuggingFace(
     unread=('residual_in_fp32', 'use_mambapy', 'use_associative_scan', *(
         f'time_step_{name}' for name in (
             'min', 'max', 'floor', 'scale', 'init_scheme')),
-            'intermediate_size', 'd_model', 'd_inner', 'n_layer', 'rms_norm',
-            'fused_add_norm', 'pad_vocab_size_multiple', 'ssm_cfg'),
+            'intermediate_size'),
     read=_read, write=_write, **FILES)

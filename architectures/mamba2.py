@@ -90,7 +90,5 @@ HF = hf.HuggingFace(
     # How it is computed, how its first weights are drawn, and fields that
     # published files have and transformers does not read.
     unread=('chunk_size', 'residual_in_fp32', *(
-        f'time_step_{name}' for name in (
-            'rank', 'min', 'max', 'floor', 'scale', 'init_scheme')),
-            'norm_before_gate', 'intermediate_size'),
+        f'time_step_{name}' for name in ('rank', 'min', 'max', 'floor'))),
     read=_read, write=_write, **mamba.FILES)

@@ -51,6 +51,4 @@ HF = mixtral.HF._replace(
     only=dict(scoring_func='sigmoid', qk_norm_type='per_layer',
               use_qk_norm=True, use_routing_bias=True,
               shared_intermediate_size=0),
-    # Of the modules that predict further tokens, which are not published.
-    unread=('auto_map', 'use_mtp', 'num_mtp_modules', 'mtp_transformer_layers'),
     read=_read, write=_write, heads={})

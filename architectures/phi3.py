@@ -76,6 +76,6 @@ HF = hf.HuggingFace(
     # bias, a window in every layer, and its own class in place of the program
     # that auto_map names.
     only=dict(lm_head_bias=False, full_attn_mod=1, interpolate_factor=1),
-    unread=('auto_map',), read=_read, write=_write, check=_check,
+    read=_read, write=_write, check=_check,
     heads=hf.heads('Phi3', tokens='score', only=('sequence', 'tokens')),
     **llama.FILES | dict(ignored=()))

@@ -66,8 +66,6 @@ HF = hf.HuggingFace(
         attention_bias=False, tie_word_embeddings=False
     ) | qwen3_next.DELTANET | {'ffn': qwen3_next.SILU},
     only=dict(attn_output_gate=True, output_gate_type='swish'),
-    unread=('mamba_ssm_dtype', 'mtp_num_hidden_layers',
-            'mtp_use_dedicated_embeddings'),
     read=read, write=write, check=layer_types.check_attention,
     optional=qwen3_next.HF.optional,
     heads=hf.heads('Qwen3_5Text', only=('sequence',)), **llama.FILES)

@@ -40,5 +40,5 @@ HF = qwen3_5.HF._replace(
                 moe_intermediate_size=512, num_experts=256,
                 num_experts_per_tok=8, router_aux_loss_coef=0.001) | {
                     'moe.ffn': qwen3_next.SILU},
-    unread=(*qwen3_5.HF.unread, 'intermediate_size'),
+    unread=('intermediate_size',),
     read=_read, write=_write, heads={})

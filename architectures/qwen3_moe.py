@@ -56,6 +56,6 @@ HF = hf.HuggingFace(
             'moe.ffn': hf.SILU,
             'moe.num_experts': ('num_local_experts|num_experts', 128)},
     only=dict(use_sliding_window=False),
-    unread=('sliding_window', 'max_window_layers'),
+    unread=('sliding_window',),
     read=_read, write=_write,
     heads=hf.heads('Qwen3Moe', tokens='score', span=llama.SPAN), **llama.FILES)

@@ -74,5 +74,5 @@ HF = hf.HuggingFace(
         hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
         num_key_value_heads=4, vocab_size=128256, max_position_embeddings=32768,
         tie_word_embeddings=True),
-    unread=('max_window_layers',), read=_read, write=_write,
+    read=_read, write=_write,
     heads=hf.heads('SmolLM3', tokens='score', span=llama.SPAN), **llama.FILES)

@@ -119,7 +119,7 @@ HF = hf.HuggingFace(
     't5', 'T5ForConditionalGeneration', names=_names,
     fields=FIELDS | {'ffn': ('feed_forward_proj', 'relu', FFNS)},
     only=dict(is_encoder_decoder=True),
-    unread=('is_decoder', 'add_cross_attention'),  # of the stacks
+    unread=('is_decoder',),  # of the stacks
     read=read, write=write,
     tied={'encoder.embed_tokens.weight': 'shared.weight',
           'decoder.embed_tokens.weight': 'shared.weight',

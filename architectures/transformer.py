@@ -119,7 +119,7 @@ HF = hf.HuggingFace(
               tie_word_embeddings=True, normalize_before=False,
               normalize_embedding=False, add_final_layer_norm=False,
               add_bias_logits=False, static_position_embeddings=True),
-    unread=(*LAYERDROP, 'is_decoder', 'extra_pos_embeddings'),
+    unread=(*LAYERDROP, 'is_decoder'),
     read=_read, write=_write,
     tied={'model.encoder.embed_tokens.weight': 'model.shared.weight',
           'model.decoder.embed_tokens.weight': 'model.shared.weight',

@@ -25,4 +25,4 @@ HF = t5.HF._replace(
     model_type='umt5', architecture='UMT5ForConditionalGeneration',
     fields=t5.FIELDS | mt5.SIZES,
     # Published files have the last, which the reference does not read.
-    unread=(*t5.HF.unread, 'scalable_attention'), ignored=())
+    ignored=())

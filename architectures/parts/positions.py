@@ -243,8 +243,8 @@ def _refuse_llama3(r: RopeConfig, dim: int) -> str:
 
 def _refuse_yarn(r: RopeConfig, dim: int) -> str:
   del dim
-  return '' if r.beta_fast > r.beta_slow and r.theta > 1 else (
-      f'model.rope.beta_fast is {r.beta_fast}: it needs it above '
+  return '' if r.beta_fast >= r.beta_slow and r.theta > 1 else (
+      f'model.rope.beta_fast is {r.beta_fast}: it needs at least '
       f'model.rope.beta_slow {r.beta_slow}, and model.rope.theta {r.theta} '
       'above 1')
 

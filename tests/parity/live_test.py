@@ -10,11 +10,13 @@ of the recordings, with their weights; parity_test.py of tests/training/hf
 compares with what is recorded, and needs no PyTorch.
 """
 
+import json
+
 import pytest
 
 import architectures
-from tests.parity import compare, exports, generation, harness, lora, parts
-from tests.parity import readings, recording, reference
+from tests.parity import compare, exports, generation, harness, known_fields
+from tests.parity import lora, parts, readings, recording, reference
 from training.hf import weights
 
 pytestmark = [pytest.mark.verify, pytest.mark.slow]
@@ -89,6 +91,11 @@ def test_every_export_is_read_as_it_was_meant(system):
 @pytest.mark.parametrize('system', SYSTEMS)
 def test_every_config_json_is_read_as_transformers_reads_it(system):
   holds(readings.reading_findings(system))
+
+
+def test_the_fields_that_transformers_knows_are_those_recorded():
+  recorded = json.loads(known_fields.FILE.read_text())
+  assert known_fields.record() == recorded
 
 
 @pytest.mark.parametrize('system', SYSTEMS)

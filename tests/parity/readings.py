@@ -69,7 +69,8 @@ def reading_findings(system: str) -> Iterator[compare.Finding]:
         config, notes = hf_config.fields_and_notes(changed)
         config = architectures.resolve(config)
         theirs = _theirs(system, folder, inputs)
-        if theirs is None or not set(notes) <= known:  # else it is told
+        told = {note for note in notes if hf_config.UNREAD not in note}
+        if theirs is None or not told <= known:
           continue
         ours = first if exports.same(config, first[0]) else _ours(
             folder, changed, inputs)

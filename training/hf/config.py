@@ -1,9 +1,13 @@
 """Hugging Face's config.json: read field by field, nothing passed over.
 
 The record of a page (architectures/parts/hf) asks for each field that it
-honours, and says of others which value alone it knows. What is left must be a
-field that never changes what a model computes; any other is refused by name.
-The default with which a field is asked for says of what type it must be.
+honours, and says of others which value alone it knows. The default with which a
+field is asked for says of what type it must be. Of the fields that are left,
+those that transformers declares for a configuration of this model_type, or
+reads in its model, are refused by name, unless they never change what a model
+computes. transformers keeps all others as attributes that no model reads: they
+change nothing, and a note names them. known_fields.json has the names that
+transformers knows; tests/parity/known_fields.py writes that file.
 
 transformers tells heads by the class under `architectures`, and counts the
 outputs of the head of a task by id2label, whose names are LABEL_0, ... where a
@@ -11,6 +15,8 @@ training gave none.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+import functools
+import json
 import math
 import pathlib
 import re
@@ -45,11 +51,10 @@ NEUTRAL = re.compile('|'.join((
     r'_.*', 'architectures', 'model_type', 'torch_dtype', 'dtype',
     'transformers_version', r'.*dropout.*', r'.*_pdrop',
     r'initializer_.*', 'init_std', 'use_cache', 'gradient_checkpointing',
-    'pretraining_tp', r'summary_.*', r'output_.*', r'return_dict.*',
-    'id2label', 'label2id', 'finetuning_task', 'problem_type', 'torchscript',
-    'use_bfloat16', 'attn_implementation', 'chunk_size_feed_forward', 'n_ctx',
-    'pruned_heads', 'tf_legacy_loss', 'cross_attention_hidden_size',
-    r'transformers\.js_config')))
+    'pretraining_tp', r'summary_.*', 'output_attentions',
+    'output_hidden_states', 'output_router_logits', 'return_dict',
+    'id2label', 'label2id', 'problem_type', 'attn_implementation',
+    'chunk_size_feed_forward')))
 
 class Reader:
   """config.json, which remembers what was asked of it. A null is a default,
@@ -134,21 +139,31 @@ class Reader:
   def model_type(self) -> str:
     return self('model_type', '')
 
-  def finish(self) -> None:
-    """Raises RequestError for a field that was not asked for and may matter.
+  def finish(self, known: Collection[str]) -> list[str]:
+    """Returns the names of the fields that change nothing, as nobody reads
+    them.
+
+    Args:
+      known: the names that transformers declares or reads.
+
+    Raises:
+      RequestError: for a known field that was not asked for and may matter.
     """
     left = {name: value for name, value in self._tree.items()
             if name not in self.asked and not NEUTRAL.fullmatch(name)
             and value is not None}
+    unread = [self._full(name) for name in left if name not in known]
     for part in self._parts:
-      part.finish()
-    require(not left, 'config.json has fields that this architecture does not '
-            'know, ' + ', '.join(
-                f'{self._full(k) if k.isidentifier() else short(k)} {short(v)}'
-                for k, v in list(left.items())[:9])
-            + ': remove those that do not change what the model computes')
+      unread += part.finish(known)
+    refused = [f'{self._full(name)} {short(value)}'
+               for name, value in left.items() if name in known]
+    require(not refused, 'config.json has fields that transformers knows and '
+            f'this architecture does not, {", ".join(refused[:9])}: remove '
+            'those that do not change what the model computes')
+    return unread
 
   def _full(self, name: str) -> str:
+    name = name if name.isidentifier() else short(name)
     return f'{self._name}.{name}' if self._name else name
 
 
@@ -199,11 +214,32 @@ def fields_and_notes(tree: dict[str, Any],
   model = model_of(reader)
   if 'is_encoder_decoder' not in reader.asked:
     reader.must(is_encoder_decoder=False)  # As old files say of a decoder.
-  reader.finish()
+  unread = reader.finish(known_fields(
+      architectures.hugging_face(model.arch).model_type))
+  if unread:
+    reader.notes.append(
+        f'config.json has {", ".join(unread)}, {UNREAD} in a '
+        f'{reader.model_type}: what the model computes does not depend on it')
   if files is not None:
     model.update(architectures.hugging_face(model.arch).of_files(files))
   _check(architectures.resolve(model))
   return model, reader.notes
+
+
+UNREAD = 'which transformers does not read'  # in the note of such fields
+
+
+def known_fields(model_type: str) -> frozenset[str]:
+  """Returns the names of the fields of a config.json that transformers declares
+  for a model_type or that its model reads."""
+  names = _known_fields()
+  return frozenset(names[''] + names[model_type])
+
+
+@functools.cache
+def _known_fields() -> dict[str, Any]:
+  return json.loads(pathlib.Path(__file__).with_name(
+      'known_fields.json').read_text(encoding='utf-8'))
 
 
 def _check(config: ModelConfig) -> None:
@@ -233,9 +269,11 @@ def _refuse_quantised(reader: Reader) -> None:
 
 def model_of(reader: Reader) -> ml_collections.ConfigDict:
   """Returns config.model as the page of its model_type reads a config.json."""
-  archs = {architectures.hugging_face(arch).model_type: arch
-           for arch in architectures.systems()
-           if hasattr(architectures.page(arch), 'HF')}
+  archs: dict[str, str] = {}
+  for arch in architectures.systems():
+    if hasattr(architectures.page(arch), 'HF'):
+      page = architectures.hugging_face(arch)
+      archs |= dict.fromkeys((page.model_type, *page.also), arch)
   arch = reader.choose('model_type', '', archs)
   page = architectures.hugging_face(arch)
   fields: dict[str, Any] = {}

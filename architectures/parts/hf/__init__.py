@@ -80,7 +80,9 @@ class HuggingFace(NamedTuple):
     only: {field of config.json: the one value that is known here}. The export
       does not write it, so it must be the default of transformers, unless
       `write` has the field too.
-    unread: fields of config.json that do not change what is computed.
+    also: further model_types, of published folders whose model is this one.
+    unread: fields of config.json that transformers declares or reads, and that
+      do not change what is computed. Those that it does not know need no name.
     read: (the Reader, the fields that were read) -> further fields of ours.
     write: ModelConfig -> further fields of config.json.
     check: ModelConfig -> None; raises RequestError for a model that
@@ -106,6 +108,7 @@ class HuggingFace(NamedTuple):
   names: Sequence[Row] | Callable[[ModelConfig], Sequence[Row]]
   fields: Mapping[str, tuple]
   only: Mapping[str, Any] = {}
+  also: Sequence[str] = ()
   unread: Sequence[str] = ()
   read: Callable[[Reader, dict], dict] = lambda hf, fields: {}
   write: Callable[[ModelConfig], dict] = lambda c: {}
