@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import os
+import types
 from typing import Any
 
 import flax.linen as nn
@@ -40,7 +41,7 @@ from training.costs import totals
 from training.data import inputs as inputs_of
 from training.data import tokenizers
 from training.data.texts import checked
-from training.evals import inspection
+from training.evals import inspection, predicting
 from training.hf import config as hf_config, generation as hf_generation
 from training.hf import weights
 from training.workdir import checkpoints, run_config, storage
@@ -214,6 +215,46 @@ class Model:
                for i, row in enumerate(new_BT)]
     return written[0] if isinstance(prompts, str) else written
 
+  def predict(self, rows: str | Sequence[Any], *,
+              max_answer_length: PositiveSize = 30,
+              null_threshold: float = 0.0) -> Any:
+    """Returns what a model with the head of a task says of each row, which is
+    laid out as in training and cut to data.length.
+
+    Args:
+      rows: several, or one text. Of a classifier or a regression, texts or
+        pairs of texts; of token classification, sentences, whose words spaces
+        part, or lists of words; of question answering, pairs of a question and
+        the text that may have the answer.
+      max_answer_length: the most tokens of an answer.
+      null_threshold: how much more likely than the best answer, in nats, it has
+        to be that there is none.
+
+    Returns:
+      A list of predicting.Label, with the probability of each label; of floats;
+      of predicting.Words, or of predicting.Answer. For one text, its own alone.
+
+    Raises:
+      RequestError: for a model whose head is of no such task, and for a row
+        that is not of the kinds above, or has no token.
+    """
+    config = self._run_config().copy_and_resolve_references()
+    require(config.objective in predicting.OBJECTIVES, 'this model predicts no '
+            f'labels, numbers or answers: its objective is {config.objective}')
+    if objectives.of(config).labels is not None:
+      numbers = tuple(map(str, range(self.config.num_labels)))
+      config.data.labels = self.labels or config.data.labels or numbers
+    single = isinstance(rows, str)
+    require(single or len(rows) > 0, 'rows is empty: pass a text, or a list')
+    options = types.SimpleNamespace(
+        max_answer_length=max_answer_length, n_best=20,
+        null_threshold=null_threshold)
+    predictions = predicting.predict(
+        module=self.module, params=self.params, config=config,
+        tokenizer=self._tokenizer(), rows=[rows] if single else rows,
+        options=options)
+    return predictions[0] if single else predictions
+
   def count(self, length: Size = 0) -> dict[str, Any]:
     """Returns what the model costs: parameters, in all and active for a token,
     also by part; FLOPs per token; bytes of the parameters and of the key-value
@@ -261,6 +302,8 @@ class Model:
       return self.run
     config = base.base()
     config.objective = objectives.with_head(self.config)
+    config.model.arch = self.config.arch
+    config.data.length = self.config.max_len
     return config
 
   def _run(self, wanted: str, tokens: Tokens, decoder_tokens: Tokens | None,

@@ -11,8 +11,10 @@ import pytest
 
 import archetype
 from common.errors import RequestError
-from tests.helpers import models
+from tests.helpers import data_files, evaluations, models
 from tools import convert
+from training import objectives
+from training.evals.tasks import labels as labels_task
 from training.hf import generation as hf_generation, weights
 
 
@@ -165,3 +167,85 @@ def test_ids_and_masks_that_are_traced_go_through(gpt):
       ids, mask)
   np.testing.assert_allclose(traced, gpt.hidden_states(ids, mask=mask),
                              atol=1e-5)
+
+
+def _tagger(objective, tmp_path, **data):
+  """Returns a small BERT with the head of a task, whose rows have 64 tokens."""
+  source, bare = data_files.bare(tmp_path)[objective]
+  c = evaluations.config('bert', objective, num_layers=1, max_len=64)
+  c.data.update(dict(source=source, eval_source=bare, length=64) | data)
+  return archetype.build(objectives.with_labels(c), seed=1)
+
+
+def test_a_classifier_reads_a_text_between_cls_and_sep(tmp_path):
+  """Whatever stands beside it; the types tell the second text from the first.
+  """
+  model = _tagger('classification', tmp_path)
+  cls, sep = model.tokenizer.cls_id, model.tokenizer.sep_id
+  a, b = (model.tokenizer.encode(text) for text in ('one text', 'b'))
+  rows = [([cls, *a, sep], [0] * 10), ([cls, *b, sep], [0] * 3),
+          ([cls, *a, sep, *b, sep], [0] * 10 + [1] * 2)]
+  predictions = model.predict(['one text', 'b', ('one text', 'b')])
+  for (tokens, types), prediction in zip(rows, predictions, strict=True):
+    scores = model.module.apply(
+        {'params': model.params}, jnp.array([tokens]),
+        type_ids_BL=jnp.array([types])).extra['scores'][0]
+    assert list(prediction.probabilities) == ['0', '1', '2']
+    np.testing.assert_allclose([*prediction.probabilities.values()],
+                               jax.nn.softmax(scores), rtol=1e-5)
+    assert prediction.label == str(int(scores.argmax()))
+  assert model.predict('b').label == predictions[1].label
+  named = dataclasses.replace(model, run=None, labels=('x', 'y', 'z'))
+  assert [*named.predict('b').probabilities] == ['x', 'y', 'z']
+
+
+@pytest.mark.parametrize('objective', [
+    'regression', 'token_classification', 'question_answering'])
+def test_what_is_predicted_is_what_the_task_writes(
+    objective, tmp_path, monkeypatch):
+  model = _tagger(objective, tmp_path)
+  evaluation = evaluations.make(
+      model.run, predictions=str(tmp_path / 'out.csv'))
+  evaluation = dataclasses.replace(evaluation, params=model.params)
+  tables = []
+  monkeypatch.setattr(labels_task, '_write', lambda path, results:
+                      tables.extend(results[0].table))
+  evaluations.run('labels', evaluation)
+  if objective == 'regression':
+    rows = [row['text'] for row in tables]
+    expected = [row['predicted'] for row in tables]
+    np.testing.assert_allclose(model.predict(rows), expected, rtol=1e-5)
+    return
+  if objective == 'token_classification':
+    rows = [[] for _ in range(tables[-1]['sentence'])]
+    for row in tables:
+      rows[row['sentence'] - 1].append(row['word'])
+    predictions = model.predict([' '.join(words) for words in rows])
+    said = [x for one in predictions for x in zip(one.labels,
+                                                  one.probabilities)]
+  else:
+    context = {f'{i}-{j}': text for i, text in enumerate(data_files.CONTEXTS)
+               for j in range(3)}
+    said = [(one.text, one.probability) for one in model.predict(
+        [(row['question'], context[row['id']]) for row in tables])]
+  assert [name for name, _ in said] == [row['predicted'] for row in tables]
+  np.testing.assert_allclose([p for _, p in said],
+                             [row['probability'] for row in tables], rtol=1e-5)
+
+
+@pytest.mark.parametrize('objective, rows, message', [
+    ('classification', [], 'rows is empty'),
+    ('classification', ['a', ' '], 'row 1 has an empty text'),
+    ('classification', [('a', 'b', 'c')], 'row 0 is .*: pass a text, or a'),
+    ('token_classification', [[1]], 'row 0 is 1, not a string'),
+    ('question_answering', ['ab'], "row 0 is 'ab': pass a pair of a question"),
+    ('regression', 3, 'rows is 3, of type int')])
+def test_a_row_that_cannot_be_read_is_a_sentence(
+    objective, rows, message, tmp_path):
+  with pytest.raises(RequestError, match=message):
+    _tagger(objective, tmp_path).predict(rows)
+
+
+def test_a_language_model_predicts_no_labels(gpt):
+  with pytest.raises(RequestError, match='its objective is causal'):
+    gpt.predict(['a'])

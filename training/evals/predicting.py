@@ -115,7 +115,8 @@ def predict(module: Any, params: Any, config: objectives.Config, tokenizer: Any,
 
   Args:
     module, params: of the model.
-    config: of its run; its objective, data.labels and data.length are read.
+    config: of its run, to be changed; its objective, data.labels, data.length
+      and data.batch_size are read.
     tokenizer: of its run.
     rows: texts, or pairs of texts; sentences, or lists of words; or pairs of a
       question and its context: what the objective reads.
@@ -131,7 +132,11 @@ def predict(module: Any, params: Any, config: objectives.Config, tokenizer: Any,
           _RECORDS[objective.records](row, f'row {number}')
           for number, row in enumerate(rows)])
   view = objective.view(corpus)
-  config.data.batch_size = min(config.data.batch_size, len(view))
+  # Of few shapes, so that few programs are compiled.
+  longest = max(map(objective.length, view))
+  config.data.update(
+      batch_size=min(config.data.batch_size, len(view)), length_buckets=1,
+      length=min(config.data.length, 1 << (longest - 1).bit_length()))
   loader = pipeline.Loader(
       name=corpus.name, share=1.0, text=corpus.text, dataset=view, views=[view],
       config=config, tokenizer=tokenizer, split='eval', process_index=0,
@@ -188,6 +193,7 @@ def _text(value: Any, where: str) -> str:
 # A record of a row, by what an objective reads.
 _RECORDS = {labelled.TEXTS: _record, labelled.SENTENCES: _sentence,
             labelled.QUESTIONS: _paragraph}
-# What scores say of a view, by objective.
+# What scores say of a view, by objective; answers are said by several windows.
 OF_VIEW = {'classification': of_texts, 'regression': of_numbers,
            'token_classification': of_words}
+OBJECTIVES = (*OF_VIEW, 'question_answering')
