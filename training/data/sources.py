@@ -29,6 +29,7 @@ import json
 import os
 import pathlib
 import re
+import stat
 import sys
 from typing import Any, NamedTuple
 import zlib
@@ -49,6 +50,8 @@ SHARD_BYTES = 256 << 20
 MOST_SHARDS = 1 << 14
 CHUNK_CHARS, CHUNK_TEXTS = 1 << 20, 1 << 13  # encoded at once
 
+# The bits of a folder's mode by which its group, or all, may write in it.
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _WEIGHTED = re.compile(r'\s*(?:(\d*\.?\d+(?:e[+-]?\d+)?)\*)?(.*\S)\s*', re.I)
 
 
@@ -632,8 +635,8 @@ def cached(source: Source, tokenizer: Tokenizer, cache_dir: str
   whole = lambda: (path / tokens.BEGUN).exists() and all(
       tokens.finished(path, tokens.begun_of(path)))
   if not whole():
-    storage.try_folder(cache(cache_dir), 'data.cache_dir')
-    with _one_at_a_time(path, source.name):
+    storage.try_folder(path.parent, 'data.cache_dir')
+    with _as_shared_as(cache(cache_dir)), _one_at_a_time(path, source.name):
       if not whole():
         begun = begin(path, source, parts, source.digest(), tokenizer)
         for i, done in enumerate(tokens.finished(path, begun)):
@@ -652,12 +655,31 @@ def content(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
 
 
 @contextlib.contextmanager
+def _as_shared_as(folder: pathlib.Path) -> Iterator[None]:
+  """Around what makes files and folders in one, in which others may write if
+  they may in that folder: a cache has several users then."""
+  with storage.writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+  mode = folder.stat().st_mode
+  if not mode & _OTHERS_WRITE:
+    yield
+    return
+  usual = os.umask(0o777 & ~mode)
+  try:
+    yield
+  finally:
+    os.umask(usual)
+
+
+@contextlib.contextmanager
 def _one_at_a_time(path: epath.Path, name: str) -> Iterator[None]:
   """Lets one process at a time make an entry. The lock ends with the process
   that holds it, however that ends."""
   with storage.writing(str(path)):
     path.mkdir(parents=True, exist_ok=True)
-    file = open(path / '.lock', 'w')
+    lock = path / '.lock'
+    # Of another user's file Linux may refuse the mode that would create it.
+    file = open(lock, 'r+' if lock.exists() else 'a+')
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX)

@@ -152,8 +152,9 @@ class Tokens:
       arrays = np.load(io.BytesIO(data[4:]))
       table = Table(*(arrays[name] for name in Table._fields))
     size = int(table.sizes.sum()) * self._dtype.itemsize
-    if ids.stat().length != size:
-      raise damaged(ids, f'{ids.stat().length:,} bytes, and not {size:,}')
+    length = storage.size(ids)
+    if length != size:
+      raise damaged(ids, f'{length:,} bytes, and not {size:,}')
     return table
 
 

@@ -72,6 +72,14 @@ def in_bucket(text: str | os.PathLike) -> bool:
   return '://' in str(text)
 
 
+def size(file: epath.Path) -> int:
+  """Returns how many bytes a file has. On disk epath's stat() would look up the
+  name of its owner, which a container or a shared folder may not know."""
+  if in_bucket(file):
+    return file.stat().length
+  return os.stat(file).st_size
+
+
 def write(file: epath.Path, data: str | bytes) -> None:
   """Writes a file whole or not at all, see `whole`."""
   with whole(file) as write_:

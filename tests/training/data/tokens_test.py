@@ -1,9 +1,11 @@
 """Tokens on disk: the same whoever makes them, and however often that is
 killed; read as the text itself; what is wrong with them is named."""
 
+import grp
 import json
 import os
 import pathlib
+import pwd
 import random
 import signal
 import subprocess
@@ -249,6 +251,39 @@ def test_an_entry_is_keyed_by_files_and_tokenizer(tmp_path, monkeypatch):
 
 
 # What is wrong is named.
+
+
+@pytest.mark.parametrize('mode, of_folders, of_files', [
+    (0o777, 0o777, 0o666), (0o770, 0o770, 0o660), (0o755, 0o700, 0o600)])
+def test_a_cache_serves_whoever_may_write_in_its_folder(
+    mode, of_folders, of_files, corpus, tmp_path):
+  """And where its first user alone may, what is made is that user's."""
+  (_, source), = sources.parse(spec_of(corpus))
+  cache = tmp_path / 'cache'
+  cache.mkdir()
+  cache.chmod(mode)
+  usual = os.umask(0o077)
+  try:
+    sources.cached(source, BYTES, str(cache))
+  finally:
+    assert os.umask(usual) == 0o077
+  made = [*cache.rglob('*')]
+  assert len(made) > 4
+  for path in made:
+    wanted = of_files if path.is_file() else of_folders
+    assert path.stat().st_mode & 0o777 == wanted, path
+
+
+def test_the_owner_of_tokens_needs_no_name(corpus, tmp_path, monkeypatch):
+  """A container may run by the number of a user whom it does not know."""
+  def unknown(number):
+    raise KeyError(f'uid not found: {number}')
+
+  monkeypatch.setattr(pwd, 'getpwuid', unknown)
+  monkeypatch.setattr(grp, 'getgrgid', unknown)
+  loaders(config_of(corpus, tmp_path))[0].batch(0)
+  tokenize(corpus, tmp_path / 'out')
+  loaders(config_of(corpus, tmp_path, f'tokens:{tmp_path}/out'))[0].batch(0)
 
 
 def test_a_missing_shard_is_named_and_made_again(corpus, shards):
