@@ -131,19 +131,22 @@ def test_rows_are_searched_as_by_the_book(gpt, rows):
     expect(row, score, expected, STOPS)
 
 
-@pytest.mark.parametrize('penalty, alpha, stops', [
-    ('gnmt', 4.0, (2, 5)), ('power', 1.0, (2,)), ('power', -2.0, (2, 5)),
-    ('power', 3.0, (2,))])
-def test_every_penalty_of_a_length_is_as_by_the_book(penalty, alpha, stops):
+@pytest.mark.parametrize('penalty, alpha, stops, count', [
+    ('gnmt', 4.0, (2,), 3), ('power', 1.0, (2,), 9),
+    ('power', -2.0, (2, 5), 3), ('power', 3.0, (2, 5), 3)])
+def test_every_penalty_of_a_length_is_as_by_the_book(penalty, alpha, stops,
+                                                     count):
   """Of twenty models whose next token hangs on the last one and its place:
-  which texts are kept, how they are scored, and when a row is done."""
+  which texts are kept, how they are scored, and when a row is done. Of every
+  other one texts like to end; and there may be more beams than tokens."""
   for seed in range(20):
     table = 2 * np.random.default_rng(seed).normal(size=(6, 7, 7))
+    table[..., list(stops)] += 4 * (seed % 2)
     log_p = table - np.log(np.exp(table).sum(-1, keepdims=True))
     tokens, scores = search(
         models.bigram(table), np.zeros((1, 1), np.int32), 6, stops, [1],
-        count=3, penalty=penalty, length_penalty=alpha)
+        count=count, penalty=penalty, length_penalty=alpha)
     expected = by_the_book(
-        lambda text, log_p=log_p: log_p[len(text), (0, *text)[-1]], 3,
+        lambda text, log_p=log_p: log_p[len(text), (0, *text)[-1]], count,
         _divisor(penalty, alpha), stops, 6)
     expect(tokens[0], scores[0], expected, stops)

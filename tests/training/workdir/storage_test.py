@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 
+from etils import epath
 import pytest
 
 from common.errors import EnvironmentFailure, RequestError
@@ -100,6 +101,31 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(texts, tmp_path):
   assert not (train_test.ROOT / 'gs:').exists()
   assert sorted(p.name for p in run.iterdir()) == [
       'checkpoints', 'config.json', 'metrics.jsonl', 'profile', 'tensorboard']
+
+
+def test_what_grows_goes_into_a_bucket_whole(tmp_path, monkeypatch):
+  """Not before it is pushed, and no more often than it changes; on disk it lies
+  where it is written."""
+  folder = epath.Path(tmp_path / 'run')
+  folder.mkdir()
+  assert storage.Uploads(folder).local == folder
+  monkeypatch.setattr(storage, 'in_bucket', lambda path: True)
+  (folder / 'old').write_text('before')
+  uploads = storage.Uploads(folder)
+  for name in ('old', 'absent'):
+    uploads.fetch(name)
+  assert [path.name for path in uploads.local.iterdir()] == ['old']
+  assert (uploads.local / 'old').read_text() == 'before'
+  (uploads.local / 'a').mkdir()
+  for text in ('one', 'one, two'):
+    (uploads.local / 'a/grows').write_text(text)
+    assert not (folder / 'a/grows').exists() or (
+        folder / 'a/grows').read_text() != text
+    uploads.push()
+    assert (folder / 'a/grows').read_text() == text
+  (folder / 'a/grows').unlink()
+  uploads.push()
+  assert not (folder / 'a/grows').exists()
 
 
 # Root may write everywhere, so what is read-only is of the kernel.
