@@ -40,7 +40,8 @@ def write(root, points, match='', states=None):
                matched=p.get('matched', []), params=p['params'],
                active_params=p['params'],
                flops_per_token=p.get('flops', FLOPS),
-               tokens=p.get('tokens', TOKENS), seeds=list(p['seeds']))
+               tokens=p.get('tokens', TOKENS), seeds=list(p['seeds']),
+               tasks=[])
           for p in points]
   config = base.base()
   config.train.steps, config.optim.warmup_steps = STEPS, 20

@@ -56,7 +56,7 @@ def arguments(*words: str) -> argparse.Namespace:
 SCRIPT = '''
 import json, pathlib, sys, time
 folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-with (folder / 'metrics.jsonl').open('a') as file:
+with (folder / 'metrics.jsonl').open('w') as file:
   print(json.dumps(dict(step=1, split='train', loss=2.0)), file=file)
 if folder.parent.name == 'bad':
   sys.exit('error: this point is bad')

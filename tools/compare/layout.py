@@ -408,7 +408,9 @@ class Ledger:
         print(f'warning: {self._path} is damaged ({short(damage)}): it is set '
               f'aside as {aside.name}, and {self.anew}', file=sys.stderr)
         self._open()
-    if damage and (self._path.parent / 'sweep.json').is_file():
+    is_of_sweep = (self._path.parent / 'sweep.json').is_file()
+    # One that was deleted or emptied was made anew, and has no runs.
+    if is_of_sweep and not self._rows('SELECT id FROM runs LIMIT 1'):
       reconcile(workdir, self)
 
   def _open(self) -> str:

@@ -191,9 +191,16 @@ def mean(x: float | None, deviation: float | None) -> Cell:
 
 
 def sheet(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns rows as CSV."""
+  """Returns rows as CSV, in which no text begins as a formula does: a program
+  for spreadsheets shows it with an apostrophe before it."""
   file = io.StringIO()
   writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator='\n')
   writer.writeheader()
-  writer.writerows(rows)
+  for row in rows:
+    writer.writerow({name: _no_formula(x) for name, x in row.items()})
   return file.getvalue()
+
+
+def _no_formula(x: Any) -> Any:
+  begins_one = isinstance(x, str) and x.startswith(tuple('=+-@\t\r'))
+  return f"'{x}" if begins_one else x

@@ -146,10 +146,12 @@ class Tokens:
     path, ids = (self.folder / f'{shard:05}.{ending}'
                  for ending in ('table', 'tokens'))
     data = path.read_bytes()
-    if zlib.crc32(data[4:]) != int.from_bytes(data[:4], 'little'):
+    checksum, content = data[:4], data[4:]
+    # The checksum of nothing is 0, as a file of zeros would have it.
+    if not content or checksum != zlib.crc32(content).to_bytes(4, 'little'):
       raise damaged(path, 'it has another checksum')
     with _PARSE:
-      arrays = np.load(io.BytesIO(data[4:]))
+      arrays = np.load(io.BytesIO(content))
       table = Table(*(arrays[name] for name in Table._fields))
     size = int(table.sizes.sum()) * self._dtype.itemsize
     length = storage.size(ids)

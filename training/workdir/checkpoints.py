@@ -332,7 +332,10 @@ def steps(folder: epath.Path) -> list[int]:
   import orbax.checkpoint as ocp
   there = np.full(_MOST_STEPS, -1, np.int32)
   if jax.process_index() == 0 and folder.is_dir():
-    newest = sorted(ocp.utils.checkpoint_steps(folder))[-_MOST_STEPS:]
+    # A folder of a higher number is not of a run, which counts in int32.
+    named = [step for step in ocp.utils.checkpoint_steps(folder)
+             if step <= np.iinfo(np.int32).max]
+    newest = sorted(named)[-_MOST_STEPS:]
     there[:len(newest)] = newest
   return [int(step) for step in from_process_0(there) if step >= 0]
 

@@ -201,13 +201,21 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
   short, or that is being written.
 
   Raises:
-    RequestError: for a line that is no row.
+    RequestError: for a line that is no row, or whose step is not after that of
+      the row of its split before it.
   """
   lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
   rows = [storage.parse(line, f'{path}, line {number},', ROW)
           for number, line in enumerate(lines[:-1], 1)]
-  with_last = lines and lines[-1].endswith(b'\n') and _row(lines[-1])
-  return rows + [with_last] * bool(with_last)
+  if lines and lines[-1].endswith(b'\n') and (last := _row(lines[-1])):
+    rows.append(last)
+  steps: dict[str, int] = {}
+  for number, row in enumerate(rows, 1):
+    before = steps.get(row['split'], -1)
+    require(row['step'] > before, f'{path}, line {number}, is damaged: its '
+            f'step is {row["step"]}, and {row["split"]} was at {before} before')
+    steps[row['split']] = row['step']
+  return rows
 
 
 def plain(value: Any) -> Any:

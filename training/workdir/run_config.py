@@ -222,11 +222,12 @@ def refuse(changes: list[Change], allow_config_change: bool) -> None:
     changes: from the run's config.
     allow_config_change: whether the flag is there.
   """
-  require(allow_config_change or all(c.kind == SAFE for c in changes),
-          'the config differs from that of the run in this workdir in fields '
-          f'that matter:\n{table(changes)}\n' + (way_on(changes) or (
-              'Take another --workdir, or pass --allow_config_change to go on'
-          )))
+  names = ', '.join(c.name for c in changes if c.kind != SAFE)
+  way = way_on(changes) or ('Take another --workdir, or pass '
+                            '--allow_config_change to go on')
+  # What stands in the first line is kept of a run of a sweep that failed.
+  require(allow_config_change or not names, 'the config differs from that of '
+          f'the run in this workdir in {names}. {way}:\n{table(changes)}')
 
 
 def way_on(changes: list[Change]) -> str:

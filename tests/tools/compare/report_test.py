@@ -5,6 +5,7 @@ import argparse
 import csv
 import dataclasses
 import html
+import io
 import json
 import math
 import re
@@ -22,6 +23,7 @@ from tests.helpers.study_folder import BASE, ODD, VARIANTS
 from tests.helpers.sweep_folder import HEALTH, LOST, POINTS, SHIFT, point
 from tools.compare import __main__ as command
 from tools.compare import curves, decide, figures, layout, measures, phases
+from tools.compare import page as page_lib
 from tools.compare import plan as plans
 from tools.compare import publish
 from tools.compare import report, spec
@@ -117,6 +119,13 @@ def test_curves_stand_at_what_was_spent(sweep, tmp_path, written):
     assert [float(r[name]) for r in rows
             if (r['variant'], r['seed'], r['figure']) == ('better', '2', 'eval')
             ] == pytest.approx(curve[name])
+
+
+@pytest.mark.parametrize('begin', '=+-@\t')
+def test_no_text_of_a_sheet_is_a_formula(begin):
+  text = page_lib.sheet([{'name': f'{begin}1+1', 'x': -1.0, 'rest': 'a=b'}])
+  row, = csv.DictReader(io.StringIO(text, newline=''))
+  assert row == {'name': f"'{begin}1+1", 'x': '-1.0', 'rest': 'a=b'}
 
 
 def test_what_a_point_leaves_as_it_is_is_no_change(tmp_path):

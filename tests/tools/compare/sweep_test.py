@@ -342,6 +342,10 @@ def test_no_flipped_bit_of_a_ledger_gets_through(tmp_path, capsys):
     warnings += 'ledger.sqlite is damaged (' in capsys.readouterr().err
     file.write_bytes(whole)
   assert 0 < warnings == len(list(workdir.glob('*.aside-*')))
+  file.unlink()
+  assert states(workdir) == before
+  file.write_bytes(b'')
+  assert states(workdir) == before
   with layout.Ledger(workdir) as book:
     file.write_text('no ledger')
     assert states(workdir) == before

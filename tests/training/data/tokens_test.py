@@ -310,13 +310,16 @@ def test_shards_that_are_cut_short_under_a_run_are_named(corpus, shards):
 
 
 @pytest.mark.parametrize('name', ['00001.tokens', '00001.table', 'begun.json'])
-def test_a_flipped_bit_is_seen(name, corpus, shards):
+def test_a_file_that_was_spoilt_is_seen(name, corpus, shards):
   config = config_of(corpus, shards.parent, f'tokens:{shards}')
   data = (shards / name).read_bytes()
+  spoilt = [b'', bytes(4), bytes(len(data)), data[:len(data) // 2]]
   for at in range(0, len(data), len(data) // 3):
-    spoilt = bytearray(data)
-    spoilt[at] ^= 64
-    (shards / name).write_bytes(spoilt)
+    flipped = bytearray(data)
+    flipped[at] ^= 64
+    spoilt.append(bytes(flipped))
+  for content in spoilt:
+    (shards / name).write_bytes(content)
     with pytest.raises(EnvironmentFailure,
                        match=f'{name} is damaged.*delete it'):
       for loader in loaders(config):

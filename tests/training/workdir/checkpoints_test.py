@@ -224,6 +224,7 @@ def test_a_folder_under_another_number_is_passed_over(
   shutil.rmtree(folder / '30')
   change(folder / '20', folder / str(new))
   (folder / 'notes').mkdir()
+  (folder / f'{10 ** 20 - 1}').mkdir()  # no number of a step
   good = 10 if change is shutil.move else 20
   with toy_run.open_store(copy) as store:
     restored = toy_run.resume(store, toy_run.abstract(4, 2))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common.errors import RequestError
 from configs import base
 from training.workdir import metrics
 
@@ -70,6 +71,17 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
           ][:2] == [10, 20]
   jsonl(tmp_path, [30], resumed_step=25)
   assert [row['step'] for row in rows(tmp_path)] == [10, 20, 30]
+
+
+def test_a_step_that_does_not_rise_is_named(tmp_path):
+  file = tmp_path / 'metrics.jsonl'
+  jsonl(tmp_path, [10, 20, 30])
+  whole = file.read_text()
+  assert len(metrics.read(file)) == 3
+  for step in (1, 10):
+    file.write_text(whole.replace('"step": 20', f'"step": {step}'))
+    with pytest.raises(RequestError, match=f'line 2, .* step is {step}, and'):
+      metrics.read(file)
 
 
 def read_events(workdir):

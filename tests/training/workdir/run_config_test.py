@@ -67,6 +67,8 @@ def test_one_change_is_found_and_classed(name, value, kind):
     with pytest.raises(ValueError, match='another --workdir') as error:
       run_config.refuse([change], allow_config_change=False)
     assert f'{dotted} ' in str(error.value) and kind in str(error.value)
+    # A sweep keeps the first line of why a run failed.
+    assert f' in {dotted}. Take another' in str(error.value).splitlines()[0]
     # What the run could not go on with anyway is not offered.
     assert ('--allow_config_change' in str(error.value)) == (
         kind == OPTIMISATION)
