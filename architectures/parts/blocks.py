@@ -24,7 +24,7 @@ from architectures.parts.attention import indexer
 from architectures.parts.attention import latent
 from architectures.parts.attention import multi_head
 from architectures.parts import lookup
-from architectures.parts.cache import Both
+from architectures.parts.cache import LayerCache
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.layers import FFN, NO_FFN, norm, recomputed, rmsnorm
@@ -32,10 +32,12 @@ from architectures.parts.moe.layer import MoE
 from architectures.parts.recurrent import features, layer
 from architectures.parts.recurrent import linear_attention, mamba
 from architectures.parts.recurrent import mamba2, mamba3, rwkv7, short_conv
+from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.fields import field, FUNCTION, leaves, SHAPES
 
-# What mixes the tokens of a layer: (x_BLD, context, cache) -> (y_BLD, cache).
+# What mixes the tokens of a layer: (x_BLD, context, cache) -> (y_BLD, cache,
+# report).
 #
 # A new mixer is a file like latent.py or, of a recurrence, like
 # recurrent/mamba2.py, and its entry in MIXERS.
@@ -106,16 +108,20 @@ def with_state(c: ModelConfig) -> bool:
                       for config in readers(c, 'attention_conv'))
 
 
-def empty_cache(c: ModelConfig, shape: tuple[int, ...]) -> Any:
-  """Returns the entry of a layer that has read nothing; `shape` is [..., B, M].
+def empty_cache(c: ModelConfig, shape: tuple[int, ...]) -> LayerCache:
+  """Returns the cache of a layer that has read nothing; `shape` is [..., B, M].
   """
-  entry = mixer_of(c).cache(c, shape)
-  memory = lookup.empty(c, shape) if lookup.keeps(c) else None
-  inputs = {name: jnp.zeros((*shape[:-1], c.branch_conv - 1, c.d_model),
-                            c.compute_dtype)
-            for name in ('attention', 'ffn')[:1 + (c.ffn != NO_FFN)]
-            if c.branch_conv}
-  return Both(entry, memory, inputs) if inputs or memory is not None else entry
+  memory, inputs = None, {}
+  if lookup.keeps(c):
+    memory = lookup.empty(c, shape)
+  if c.branch_conv:
+    last_BWD = jnp.zeros((*shape[:-1], c.branch_conv - 1, c.d_model),
+                         c.compute_dtype)
+    inputs['attention'] = last_BWD
+    if c.ffn != NO_FFN:
+      inputs['ffn'] = last_BWD
+  return LayerCache(
+      mixer=mixer_of(c).cache(c, shape), memory=memory, inputs=inputs)
 
 
 # Of scores, and of products with a bias.
@@ -670,7 +676,7 @@ RESIDUALS = {
 }
 
 
-# Block wirings, side by side. Each is (x, context, cache) -> (x, cache, aux).
+# Block wirings, side by side: (x, context, cache) -> (x, cache, report).
 #
 # The docstring of each begins with its equation and those who have it. A is
 # self-attention and, in a decoder with a memory, C follows it wired alike. With
@@ -698,61 +704,87 @@ class Block(nn.Module):
   kind: LayerKind
 
   @nn.compact
-  def __call__(self, x: X, ctx: Context, cache: Any):
-    """Returns x, the cache, and the figures of a router. A layer that reads a
+  def __call__(self, x: X, ctx: Context, cache: Optional[LayerCache]
+               ) -> tuple[X, Optional[LayerCache], Report]:
+    """Returns x, the cache, and the report of the layer. A layer that reads a
     memory adds what it reads to its input, or to its result. With
     model.layer_scale the result is multiplied by a number of the layer."""
     c, memory = self.config, lookup.MEMORIES[self.config.memory]
-    read = memory and memory.module(c, name='memory')
-    state = cache.memory if isinstance(cache, Both) else None
     if memory and not memory.after:
-      y, state = read(x.x_BLUD if isinstance(x, Streams) else x, ctx, state)
-      x = residual(x.replace(x_BLUD=x.x_BLUD + y) if isinstance(x, Streams) else
-                   x + y)
-    x, cache, aux = self.wired(x, ctx, cache)
+      x, cache = self._read_tables(memory, x, ctx, cache)
+    x, cache, report = self.wired(x, ctx, cache)
     if memory and memory.after:
-      x = residual(x + read(x, ctx))
-    if state is not None:
-      cache = cache.replace(memory=state)
+      x = residual(x + memory.module(c, name='memory')(x, ctx))
     if c.layer_scale:
       scale_1 = declare(self, 'layer_scale', nn.initializers.ones, (1,),
                         Role((None,)))
       x = residual(
           (x.astype(jnp.float32) * scale_1[None, None]).astype(x.dtype))
-    return x, cache, aux
+    return x, cache, report
 
-  def wired(self, x: X, ctx: Context, cache: Any):
+  def wired(self, x: X, ctx: Context, cache: Optional[LayerCache]
+            ) -> tuple[X, Optional[LayerCache], Report]:
     """Does the same without a memory and without the layer's factor."""
     raise NotImplementedError
+
+  def _read_tables(self, memory: lookup.Memory, x: X, ctx: Context,
+                   cache: Optional[LayerCache]
+                   ) -> tuple[X, Optional[LayerCache]]:
+    """Returns x with what the layer reads of its tables added to it, and the
+    cache with the last tokens."""
+    state = None if cache is None else cache.memory
+    read = memory.module(self.config, name='memory')
+    if isinstance(x, Streams):
+      y, state = read(x.x_BLUD, ctx, state)
+      x = x.replace(x_BLUD=x.x_BLUD + y)
+    else:
+      y, state = read(x, ctx, state)
+      x = x + y
+    if cache is not None:
+      cache = cache.replace(memory=state)
+    return residual(x), cache
 
   def norm(self, name: str) -> Callable[[jax.Array], jax.Array]:
     return norm(self.config, name)
 
-  def attention(self, x_BLD: jax.Array, ctx: Context, cache: Any):
-    """Returns A(x_BLD), and the cache."""
-    entry = cache.mixer if isinstance(cache, Both) else cache
-    y_BLD, entry = mixer_of(self.config).module(
-        self.config, self.kind, name='attention')(x_BLD, ctx, entry)
-    if isinstance(cache, Both):
-      entry = cache.replace(mixer=entry)
-    return self._convolved('attention', y_BLD, ctx, entry)
+  def attention(self, x_BLD: jax.Array, ctx: Context,
+                cache: Optional[LayerCache]
+                ) -> tuple[jax.Array, Optional[LayerCache], Report]:
+    """Returns A(x_BLD), the cache, and the report."""
+    mixer = mixer_of(self.config).module(
+        self.config, self.kind, name='attention')
+    y_BLD, kept, report = mixer(x_BLD, ctx, cache and cache.mixer)
+    y_BLD, cache = self._convolved(
+        'attention', y_BLD, ctx, cache and cache.replace(mixer=kept))
+    return y_BLD, cache, report
 
-  def cross_attention(self) -> nn.Module:
-    return multi_head.Attention(self.config, self.kind, cross=True,
-                                name='cross_attention')
+  def cross_attention(self, x_BLD: jax.Array, ctx: Context,
+                      cache: Optional[LayerCache]
+                      ) -> tuple[jax.Array, Optional[LayerCache], Report]:
+    """Returns C(x_BLD), the cache, and the report."""
+    module = multi_head.Attention(self.config, self.kind, cross=True,
+                                  name='cross_attention')
+    y_BLD, mixer, report = module(x_BLD, ctx, cache and cache.mixer)
+    return y_BLD, cache and cache.replace(mixer=mixer), report
 
-  def ffn(self, x_BLD: jax.Array, ctx: Context, cache: Any):
-    """Returns F(x_BLD), the cache, and what a router says."""
-    module = (MoE(self.config, name='ffn') if self.kind.ffn == 'moe' else
-              FFN(self.config, self.kind.ffn, name='ffn'))
-    y_BLD, aux = module(x_BLD, ctx)
-    return *self._convolved('ffn', y_BLD, ctx, cache), aux
+  def ffn(self, x_BLD: jax.Array, ctx: Context, cache: Optional[LayerCache]
+          ) -> tuple[jax.Array, Optional[LayerCache], Report]:
+    """Returns F(x_BLD), the cache, and the report."""
+    if self.kind.ffn == 'moe':
+      network = MoE(self.config, name='ffn')
+    else:
+      network = FFN(self.config, self.kind.ffn, name='ffn')
+    y_BLD, figures = network(x_BLD, ctx)
+    y_BLD, cache = self._convolved('ffn', y_BLD, ctx, cache)
+    return y_BLD, cache, Report(**figures)
 
-  def _convolved(self, name: str, y_BLD: jax.Array, ctx: Context, cache: Any):
+  def _convolved(self, name: str, y_BLD: jax.Array, ctx: Context,
+                 cache: Optional[LayerCache]
+                 ) -> tuple[jax.Array, Optional[LayerCache]]:
     """Returns the result of a branch and, with model.branch_conv, a convolution
     of it, which is 0 at first (Inkling, whose keys and values have one too);
     and the cache."""
-    c, cached = self.config, isinstance(cache, Both)
+    c, cached = self.config, cache is not None
     if not c.branch_conv:
       return y_BLD, cache
     w_WD = declare(self, f'{name}_conv', nn.initializers.zeros,
@@ -797,19 +829,19 @@ class Sequential(Block):
     x."""
     raise NotImplementedError
 
-  def wired(self, x: X, ctx: Context, cache: Any):
+  def wired(self, x: X, ctx: Context, cache: Optional[LayerCache]):
     x_BLD, join = self.around('attention', x, ctx)
-    y_BLD, cache = self.attention(x_BLD, ctx, cache)
+    y_BLD, cache, report = self.attention(x_BLD, ctx, cache)
     x = join(y_BLD)
     if self.kind.cross:
       x_BLD, join = self.around('cross', x, ctx)
-      y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
-      x = join(y_BLD)
+      y_BLD, cache, more = self.cross_attention(x_BLD, ctx, cache)
+      x, report = join(y_BLD), report.joined(more)
     if self.kind.ffn == NO_FFN:
-      return residual(x), cache, {}
+      return residual(x), cache, report
     x_BLD, join = self.around('ffn', x, ctx)
-    y_BLD, cache, aux = self.ffn(x_BLD, ctx, cache)
-    return residual(join(y_BLD)), cache, aux
+    y_BLD, cache, more = self.ffn(x_BLD, ctx, cache)
+    return residual(join(y_BLD)), cache, report.joined(more)
 
 
 class PreNorm(Sequential):
@@ -883,12 +915,13 @@ class Parallel(Block):
   def wired(self, x: X, ctx: Context, cache: Any):
     x_BLD, add = self.branch('attention', x)
     normed = self.normed(x_BLD)
-    y_BLD, cache = self.attention(normed('attention'), ctx, cache)
+    y_BLD, cache, report = self.attention(normed('attention'), ctx, cache)
     if self.kind.cross:
-      z_BLD, cache = self.cross_attention()(normed('cross'), ctx, cache)
-      y_BLD = y_BLD + z_BLD
-    z_BLD, cache, aux = self.ffn(normed('ffn'), ctx, cache)
-    return residual(add(self.drop(y_BLD + z_BLD, ctx))), cache, aux
+      z_BLD, cache, more = self.cross_attention(normed('cross'), ctx, cache)
+      y_BLD, report = y_BLD + z_BLD, report.joined(more)
+    z_BLD, cache, more = self.ffn(normed('ffn'), ctx, cache)
+    x = residual(add(self.drop(y_BLD + z_BLD, ctx)))
+    return x, cache, report.joined(more)
 
 
 class SharedNorm(Parallel):

@@ -1,4 +1,6 @@
 """The context of a call: what the layers of a stack read besides their input.
+
+An array's leading dimension may be 1 where all rows agree.
 """
 
 from typing import Optional
@@ -9,10 +11,39 @@ import jax.numpy as jnp
 
 
 @struct.dataclass
+class Distances:
+  """What a position encoding makes of distances, once for all layers.
+
+  Attributes:
+    bias_BHLM: added to the scores of self-attention.
+    table_UD: vectors of distances (attention/disentangled.py).
+  """
+  bias_BHLM: Optional[jax.Array] = None
+  table_UD: Optional[jax.Array] = None
+
+
+@struct.dataclass
+class Memory:
+  """What cross-attention reads: the result of an encoder.
+
+  Attributes:
+    x_BMD: the result; None: a cache has its keys and values already.
+    segment_ids_BM: tokens see those of their own segment alone.
+  """
+  x_BMD: Optional[jax.Array] = None
+  segment_ids_BM: Optional[jax.Array] = None
+
+
+@struct.dataclass
 class First:
-  """The values of the first layer, on their way to the others."""
+  """The values of the first layer, on their way to the others.
+
+  Attributes:
+    value_BLJK: the values.
+    known: bool, whether a layer has made them yet.
+  """
   value_BLJK: jax.Array
-  known: jax.Array  # bool: whether a layer has made them yet
+  known: jax.Array
 
 
 @struct.dataclass
@@ -20,41 +51,60 @@ class Keys:
   """Keys and values of a layer, on their way to those that read them too."""
   key_BMJK: jax.Array
   value_BMJK: jax.Array
-  # Whether a cache went into the layer that they are of.
-  cached: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
+class Shared:
+  """What the attention of one layer has to do with that of others.
+
+  Attributes:
+    first: the values of the first layer, with model.value_residual.
+    keys: keys and values that the layer reads instead of its own.
+    lends: whether later layers read those of this one, so that it reports them.
+  """
+  first: Optional[First] = None
+  keys: Optional[Keys] = None
+  lends: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass
 class Context:
   """What every layer of a stack is told, besides its input.
 
-  A leading dimension may be 1 where all rows agree. Tokens see each other
-  only within one segment id; padding has an id of its own (0).
+  Attributes:
+    positions_BL: where the tokens stand.
+    segment_ids_BL: tokens see each other only within one segment id; padding
+      has an id of its own (0).
+    distances: what the position encoding makes of distances.
+    memory: what cross-attention reads.
+    tokens_BL: ids, for routers that hash them and tables that are looked up.
+    embedded_BLD: the embedding of the tokens, for model.memory per_layer.
+    prefix_B: how many tokens at the start of a row are seen by all.
+    valid_BL: 0: padding, which takes no expert.
+    routed_BL: 0: another token that takes no expert.
+    lengths_B: how many tokens each row has, those in a cache included; None:
+      all have L.
+    shared: what attention has to do with that of other layers.
+    in_order: whether the tokens stand in the order of their positions.
+    deterministic: whether nothing is drawn: no dropout.
+    keep_layers: whether routers report what they chose.
+    keep_attention: whether attention reports its weights.
   """
   positions_BL: jax.Array
   segment_ids_BL: Optional[jax.Array] = None
-  bias_BHLM: Optional[jax.Array] = None  # on the scores of self-attention
-  table_UD: Optional[jax.Array] = None  # of distances, for all layers
-  memory_BMD: Optional[jax.Array] = None  # for cross-attention
-  memory_segment_ids_BM: Optional[jax.Array] = None
-  tokens_BL: Optional[jax.Array] = None  # ids, for routers that hash them
-  embedded_BLD: Optional[jax.Array] = None  # for memory per_layer
-  prefix_B: Optional[jax.Array] = None  # keys before it are seen by all
-  valid_BL: Optional[jax.Array] = None  # 0: padding, which takes no expert
-  routed_BL: Optional[jax.Array] = None  # 0: what else takes no expert
-  # How many tokens each row has, those in a cache included; None: all have L.
+  distances: Distances = Distances()
+  memory: Optional[Memory] = None
+  tokens_BL: Optional[jax.Array] = None
+  embedded_BLD: Optional[jax.Array] = None
+  prefix_B: Optional[jax.Array] = None
+  valid_BL: Optional[jax.Array] = None
+  routed_BL: Optional[jax.Array] = None
   lengths_B: Optional[jax.Array] = None
-  first: Optional[First] = None  # of the layers before this one
-  keys: Optional[Keys] = None  # that a layer reads instead of its own
-  # Those of the layers before a period, by how far before it they are: -1 ...
-  lent: dict[int, Keys] = struct.field(default_factory=dict)
+  shared: Shared = Shared()
   in_order: bool = struct.field(pytree_node=False, default=True)
   deterministic: bool = struct.field(pytree_node=False, default=True)
   keep_layers: bool = struct.field(pytree_node=False, default=False)
   keep_attention: bool = struct.field(pytree_node=False, default=False)
-  lends: bool = struct.field(pytree_node=False, default=False)  # its keys
-  # The layers follow one another in the program: see skeletons.one_by_one.
-  one_by_one: bool = struct.field(pytree_node=False, default=False)
 
   def counted(self, B: int, L: int) -> jax.Array:
     """Returns bool [B, L]: which tokens are neither padding nor, for the
@@ -63,12 +113,13 @@ class Context:
     if self.segment_ids_BL is not None:
       counted_BL = jnp.broadcast_to(self.segment_ids_BL != 0, (B, L))
     for mask_BL in (self.valid_BL, self.routed_BL):
-      counted_BL = (counted_BL if mask_BL is None else
-                    counted_BL & (mask_BL != 0))
+      if mask_BL is not None:
+        counted_BL = counted_BL & (mask_BL != 0)
     return counted_BL
 
   @property
   def length(self) -> int | jax.Array:
     """How many tokens the rows have: the same number, or [B]."""
-    return (self.positions_BL.shape[1] if self.lengths_B is None else
-            self.lengths_B)
+    if self.lengths_B is None:
+      return self.positions_BL.shape[1]
+    return self.lengths_B

@@ -370,8 +370,8 @@ class Position(NamedTuple):
       causal), called with the positions of queries and of keys. Its parameters
       stand in the stack, under the encoding's name and '_bias'.
     stack_table: a module of (config) that makes, once for all layers of a
-      stack, what `layer_bias` reads: ctx.table_UD. Its parameters stand in the
-      stack, under the encoding's name.
+      stack, what `layer_bias` reads: ctx.distances.table_UD. Its parameters
+      stand in the stack, under the encoding's name.
     settings: the group of fields of config.model that it reads.
     check: (config, stack) -> None; raises RequestError for fields that do not
       fit together. `stack` is what architectures.stack returns.

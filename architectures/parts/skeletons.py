@@ -30,10 +30,12 @@ import numpy as np
 from architectures.parts import blocks, heads, layers, positions, sharding
 from architectures.parts.attention import multi_head
 from architectures.parts.blocks import BLOCKS, branches, residual
-from architectures.parts.cache import apart, Both, Cache, joined, Slots
+from architectures.parts.cache import apart, Cache, joined, LayerCache, Slots
 from architectures.parts.config import LayerKind, ModelConfig, Section
-from architectures.parts.context import Context, First
+from architectures.parts.context import Context, Distances, First, Keys
+from architectures.parts.context import Memory, Shared
 from architectures.parts.layers import FFNS, norm, NORMS
+from architectures.parts.report import Report, summed
 from common.errors import require, short
 from common.fields import AT_START, field, FUNCTION, RUN, SHAPES
 from common.kinds import SECTIONS, split
@@ -107,14 +109,20 @@ class Embed(nn.Module):
 
 
 class Period(nn.Module):
-  """One period of the layer pattern. From layer to layer go x, which may be
-  several streams, and, with model.value_residual, the values of the first one.
-  Returned are also the keys and values of the layers `lends`, by their place
-  before the period's end: -1 is the last.
+  """One period of the layer pattern.
 
-  `in_loop`: a loop goes over several periods. If they have one layer, its remat
-  needs no barrier. Anywhere else XLA would keep what the forward pass has, or
-  compute several layers again at once.
+  (carry, cache, context, lent) -> (carry, what the layers return beside it).
+  The carry goes from layer to layer: x, which may be several streams, and, with
+  model.value_residual, the values of the first layer.
+
+  Attributes:
+    config: the model.
+    pattern: the layers.
+    lends: the layers whose keys and values later periods read, by their place
+      before the period's end: -1 is the last.
+    in_loop: whether a loop goes over several periods. If they have one layer,
+      its remat needs no barrier. Anywhere else XLA would keep what the forward
+      pass has, or compute several layers again at once.
   """
   config: ModelConfig
   pattern: tuple[LayerKind, ...]
@@ -123,69 +131,101 @@ class Period(nn.Module):
 
   @nn.compact
   def __call__(self, carry: tuple[blocks.X, Optional[First]],
-               cache: Any, ctx: Context):
+               cache: Optional[tuple[LayerCache, ...]], ctx: Context,
+               lent: dict[int, Keys]) -> tuple[Any, 'Layers']:
+    """Runs the layers. `lent` has keys and values of layers before the period,
+    by how far before it they are: -1, ..."""
     x, first = carry
-    caches, auxes, kept, lent = [], [], [], dict(ctx.lent)
+    caches, reports, kept, lent = [], [], [], dict(lent)
     ends = len(self.pattern)
-    wanted = {kind.source for kind in self.pattern} | {
-        ends + place for place in self.lends}
+    wanted = {kind.source for kind in self.pattern}
+    wanted |= {ends + place for place in self.lends}
     for i, kind in enumerate(self.pattern):
       config = self.config.of_kind(kind.name)
       block = layers.with_remat(
           BLOCKS[config.block], config,
           prevent_cse=not (self.in_loop and ends == 1))
       make = functools.partial(block, config, kind, name=f'block_{i}')
-      args = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
-                         lends=i in wanted), cache and cache[i]
-      if (sharding.devices() == 1 or self.is_initializing()
-          or self.in_loop and i == 0):
-        x, new, aux = make()(x, *args)
+      shared = Shared(first=first, keys=lent.get(kind.source),
+                      lends=i in wanted)
+      layer_ctx = ctx.replace(shared=shared)
+      entry = None if cache is None else cache[i]
+      # The end of an iteration waits for the gradients of its first layer.
+      waits = self.in_loop and i == 0
+      if sharding.devices() == 1 or self.is_initializing() or waits:
+        x, entry, report = make()(x, layer_ctx, entry)
       else:
-        x, new, aux = self._after_its_weights(f'block_{i}', make, x, *args)
-      entry = new
-      if isinstance(entry, Both):
-        new = entry.mixer
-      if getattr(new, 'first', None) is not None:
-        first, new = new.first, new.replace(first=None)
-      if getattr(new, 'lent', None) is not None:
-        lent[i], new = new.lent, new.replace(lent=None)
-      if getattr(new, 'losses', None):
-        aux = _with_losses(aux or _NOTHING, _NOTHING | {'losses': new.losses})
-        new = new.replace(losses={})
-      caches.append(entry.replace(mixer=new) if isinstance(entry, Both) else
-                    new)
-      auxes.append(aux)
+        x, entry, report = self._after_its_weights(
+            f'block_{i}', make, x, layer_ctx, entry)
+      # What later layers read goes on with the carry, and not into the report.
+      if report.first is not None:
+        first = report.first
+      if report.keys is not None:
+        lent[i] = report.keys
+      caches.append(entry)
+      reports.append(report.replace(first=None, keys=None))
       kept.append(x if ctx.keep_layers else ())
-    with_cache = cache is not None or ctx.keep_attention
-    return (x, first), (
-        tuple(caches) if with_cache else None, tuple(auxes), tuple(kept),
-        {place: lent[ends + place] for place in self.lends})
+    return (x, first), Layers(
+        caches=None if cache is None else tuple(caches),
+        reports=tuple(reports), kept=tuple(kept),
+        lent={place: lent[ends + place] for place in self.lends})
 
-  def _after_its_weights(self, name: str, block: Callable, x: blocks.X,
-                         *args: Any):
-    """Returns block(x, *args), whose gradient goes on to the layer before it
-    when those of its weights are there, each of them in its shards.
+  def _after_its_weights(self, name: str, make: Callable[[], nn.Module],
+                         x: blocks.X, ctx: Context, cache: Any):
+    """Returns make()(x, ctx, cache), where `make` makes the layer `name`. Its
+    gradient goes on to the layer before it when those of its weights are there,
+    each of them in its shards.
 
     XLA's scheduler may otherwise put off their sums over the devices, and then
     several layers have whole gradients at once. In a loop it cannot: the end of
     an iteration needs them.
+
+    The order is that of the backward pass alone: x and the weights go through
+    one barrier there, before the layer reads them.
     """
-    def tied(variables: Any):
-      nonlocal x
-      x, weights = _tied(x, variables['params'][name])
+    x, weights = _tied(x, self.get_variable('params', name))
+
+    def with_tied(variables: Any) -> dict:
       return {'params': {**variables['params'], name: weights}}
 
-    return nn.map_variables(lambda period: block()(x, *args), 'params', tied)(
-        self)
+    def layer(period: nn.Module):
+      del period  # the parent of what `make` makes
+      return make()(x, ctx, cache)
+
+    return nn.map_variables(layer, 'params', with_tied)(self)
+
+
+@struct.dataclass
+class Layers:
+  """What the layers of a period return beside x, in their order.
+
+  Attributes:
+    caches: their entries of the cache; None: none went in.
+    reports: what they report.
+    kept: with context.keep_layers, x after each.
+    lent: keys and values that later periods read, by place.
+  """
+  caches: Optional[tuple[LayerCache, ...]]
+  reports: tuple[Report, ...]
+  kept: tuple[Any, ...]
+  lent: dict[int, Keys]
 
 
 @jax.custom_vjp
 def _tied(x: blocks.X, params: Any) -> tuple[blocks.X, Any]:
+  """Returns both as they are; their gradients wait for one another."""
   return x, params
 
 
-_tied.defvjp(lambda x, params: ((x, params), None),
-             lambda _, gradients: jax.lax.optimization_barrier(gradients))
+def _tied_fwd(x: blocks.X, params: Any):
+  return (x, params), None
+
+
+def _tied_bwd(_, gradients: tuple[blocks.X, Any]):
+  return jax.lax.optimization_barrier(gradients)
+
+
+_tied.defvjp(_tied_fwd, _tied_bwd)
 
 
 class Scanned(Period):
@@ -197,14 +237,16 @@ class Scanned(Period):
   """
 
   def __call__(self, carry: tuple[Any, Slots],
-               xs: tuple[Optional[jax.Array], Any], ctx: Context):
+               xs: tuple[Optional[jax.Array], Any], ctx: Context,
+               lent: dict[int, Keys]) -> tuple[Any, Layers]:
     carry, slots = carry
     n, rest = xs
-    cache = None if slots is None else joined(slots, rest, n)
-    carry, (cache, *out) = super().__call__(carry, cache, ctx)
-    if slots is not None:
-      slots, cache = apart(cache)
-    return (carry, slots), (cache, *out)
+    if slots is None:
+      carry, layers = super().__call__(carry, None, ctx, lent)
+      return (carry, None), layers
+    carry, layers = super().__call__(carry, joined(slots, rest, n), ctx, lent)
+    slots, rest = apart(layers.caches)
+    return (carry, slots), layers.replace(caches=rest)
 
 
 # Loops: the layers between the prefix and the suffix are run loops.passes
@@ -339,16 +381,17 @@ def _enter(c: ModelConfig, params: Any, state: blocks.X, inputs: blocks.X,
 class Stack(nn.Module):
   """num_layers layers, then the final norm where the wiring needs one.
 
-  (x_BLD, context, cache) -> (x_BLD, cache, aux). With context.one_by_one the
-  layers follow one another in the program, as a scan may copy the weights of
-  each; both update slots in place. Parameters and cache are then those that the
+  (x_BLD, context, cache) -> (x_BLD, cache, aux). With `one_by_one` the layers
+  follow one another in the program, as a scan may copy the weights of each;
+  both update slots in place. Parameters and cache are then those that the
   function `one_by_one` returns.
   """
   config: ModelConfig
   sections: tuple[Section, ...]
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any = None):
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any = None,
+               one_by_one: bool = False):
     c = self.config
     slots, k_positions_BM = any_cache(cache), ctx.positions_BL
     if slots is not None:  # where the keys stand that queries meet
@@ -356,8 +399,8 @@ class Stack(nn.Module):
     if cache is not None and ctx.lengths_B is None:  # up to the last token
       ctx = ctx.replace(lengths_B=ctx.positions_BL[:, -1] + 1)
     ctx = _with_distances(c, self.sections[0].kinds[0], ctx, k_positions_BM)
-    run = self._one_by_one if ctx.one_by_one else self._scan
-    inputs_BLD, with_cache = x_BLD, cache is not None
+    run = self._one_by_one if one_by_one else self._scan
+    inputs_BLD = x_BLD
     if any(c.of_kind(kind).memory == 'per_layer' for kind in c.kinds_used):
       ctx = ctx.replace(embedded_BLD=x_BLD)
     first = (multi_head.first_values(
@@ -365,35 +408,33 @@ class Stack(nn.Module):
              if c.value_residual else None)
     kinds = sum((section.layers for section in self.sections), ())
     x = blocks.begin_streams(c, x_BLD, branches(c, kinds))
-    (x, _), outputs = run((x, first), cache, ctx)
+    (x, _), sections = run((x, first), cache, ctx)
     final, end = lambda x: x, blocks.EndOfStreams(c, name='final_streams')
     if BLOCKS[c.of_kind(kinds[-1].name).block].FINAL_NORM:
       final = norm(c, 'final_norm')
     # If the length stayed over `tensor`, as the vocabulary is, their product
     # would gather the head.
     x_BLD = sharding.constrain(final(end(x)), 'batch', 'length', 'embed')
-    caches, auxes, kept, _ = zip(*outputs)
-    aux = _gather_aux(auxes)
+    reports = [section.reports for section in sections]
+    aux = _figures(reports) | _weights(reports)
     if ctx.keep_layers:
-      layers_NBLD = jnp.concatenate([inputs_BLD[None], _by_layer(
-          [[end(x) for x in blocks] for blocks in kept])])
+      kept = [[end(x) for x in section.kept] for section in sections]
+      layers_NBLD = jnp.concatenate([inputs_BLD[None], _by_layer(kept)])
       aux = aux | {'layers': layers_NBLD, 'readouts': final(layers_NBLD)}
-    if ctx.keep_attention:
-      weights, caches = _take_weights(caches)
-      aux = aux | weights
-    if not with_cache:
+    if cache is None:
       return x_BLD, None, aux
-    return x_BLD, ([*caches] if ctx.one_by_one else sum(caches, ())), aux
+    caches = [section.caches for section in sections]
+    return x_BLD, caches if one_by_one else sum(caches, ()), aux
 
   def _scan(self, carry: tuple, cache: Any, ctx: Context):
-    c, entries, outputs = self.config, iter(cache or ()), []
+    c, entries, lent, outputs = self.config, iter(cache or ()), {}, []
     for section in self.sections:
       name, kinds, periods, passes = section
       slots, rest, at_N = None, None, None
       make = functools.partial(nn.scan(
           Scanned, variable_axes={'params': 0},
           split_rngs={'params': True, 'dropout': True, 'router': True},
-          in_axes=(0, nn.broadcast), length=periods,
+          in_axes=(0, nn.broadcast, nn.broadcast), length=periods,
           unroll=1 if c.scan_layers else periods,
           # Else the layers are traced twice. Where they draw numbers, the draws
           # of both are counted, and what is drawn depends on the count.
@@ -406,22 +447,24 @@ class Stack(nn.Module):
         slots, rest = apart(tuple(itertools.islice(entries, len(kinds))))
         at_N = jnp.arange(periods)
       if not self._loops(section) or self.is_initializing():
-        (carry, slots), (new, *out) = make(name=name)(
-            (carry, slots), (at_N, rest), ctx)
+        (carry, slots), layers = make(name=name)(
+            (carry, slots), (at_N, rest), ctx, lent)
       else:
-        (carry, slots), (new, *out) = self._loop(
-            make(parent=None), section, (carry, slots), rest, ctx)
+        (carry, slots), layers = self._loop(
+            make(parent=None), section, (carry, slots), rest, ctx, lent)
       if self._loops(section) and self.is_initializing():
         Enter(c, name='loop')(carry[0], carry[0], 0)
-      ctx = ctx.replace(lent=jax.tree.map(lambda x: x[0], out[-1]))
-      outputs.append((new if slots is None else joined(slots, new), *out))
+      lent = jax.tree.map(lambda x: x[0], layers.lent)
+      if slots is not None:
+        layers = layers.replace(caches=joined(slots, layers.caches))
+      outputs.append(layers)
     return carry, outputs
 
   def _loops(self, section: Section) -> bool:
     return self.config.loop != 'none' and section.name == 'layers'
 
   def _loop(self, layers: nn.Module, section: Section, carry: tuple,
-            rest: Any, ctx: Context):
+            rest: Any, ctx: Context, lent: dict[int, Keys]):
     """Returns what a scan over the layers that loop returns, of all passes,
     those of a pass side by side. `layers` is that of one pass, and unbound."""
     c, params = self.config, self.variables['params']
@@ -430,20 +473,21 @@ class Stack(nn.Module):
             for name in ('dropout', 'router') if self.has_rng(name)}
     root = '/'.join((*self.path, section.name))
 
-    def once(params: Any, inputs: blocks.X, ctx: Context, carry: tuple,
-             xs: tuple):
+    def once(params: Any, inputs: blocks.X, ctx: Context,
+             lent: dict[int, Keys], carry: tuple, xs: tuple):
       ((x, first), slots), (n, rest, keys) = carry, xs
       x = _enter(c, params, x, inputs, n)
       at_N = None if slots is None else n * periods + jnp.arange(periods)
       return layers.apply({'params': params[section.name]},
-                          ((x, first), slots), (at_N, rest), ctx, rngs=keys)
+                          ((x, first), slots), (at_N, rest), ctx, lent,
+                          rngs=keys)
 
     xs = jnp.arange(passes), jax.tree.map(
         lambda x: x.reshape(passes, periods, *x.shape[1:]), rest), keys
     stopped = functools.partial(jax.tree.map, jax.lax.stop_gradient)
     free = (max(passes - c.loops.gradient_passes, 0)
             if c.loops.gradient_passes else 0)  # passes without a gradient
-    fixed, parts = (params, inputs, ctx), []
+    fixed, parts = (params, inputs, ctx, lent), []
     for some in filter(len, (range(free), range(free, passes))):
       carry, out = jax.lax.scan(
           functools.partial(once, *(fixed if some.stop == passes else
@@ -452,13 +496,17 @@ class Stack(nn.Module):
           jax.tree.map(operator.itemgetter(slice(some.start, some.stop)), xs),
           unroll=1 if c.scan_layers else len(some))
       parts.append(out)
-    new, auxes, *out = jax.tree.map(lambda *x: jnp.concatenate(x).reshape(
+    out = jax.tree.map(lambda *x: jnp.concatenate(x).reshape(
         -1, *x[0].shape[2:]), *parts)
     # A bias moves by the mean of the passes; `layers` does not know its path.
-    auxes = tuple(aux and aux | {'loads': {
-        f'{root}/{path}': load.reshape(passes, periods, -1).mean(0)
-        for path, load in aux['loads'].items()}} for aux in auxes)
-    return carry, (new, auxes, *out)
+    reports = []
+    for report in out.reports:
+      loads = {}
+      for path, load_NE in report.loads.items():
+        by_pass = load_NE.reshape(passes, periods, -1)
+        loads[f'{root}/{path}'] = by_pass.mean(0)
+      reports.append(report.replace(loads=loads))
+    return carry, out.replace(reports=tuple(reports))
 
   def _lends(self, section: str) -> tuple[int, ...]:
     """Returns which layers of the prefix lend their keys to those after it."""
@@ -468,7 +516,8 @@ class Stack(nn.Module):
     })) if section == 'prefix' else ()
 
   def _one_by_one(self, carry: tuple, cache: Any, ctx: Context):
-    c, params, outputs, inputs = self.config, self.variables['params'], [], None
+    c, params = self.config, self.variables['params']
+    lent, outputs, inputs = {}, [], None
     places = [(section, n) for section in self.sections
               for n in range(section.periods * section.passes)]
     for (section, n), entry in zip(places, cache, strict=True):
@@ -477,12 +526,15 @@ class Stack(nn.Module):
         inputs = x if n == 0 else inputs
         carry = _enter(c, params, x, inputs, n // section.periods), first
       period = Period(c, section.kinds, self._lends(section.name), parent=None)
-      carry, out = period.apply(
+      carry, layers = period.apply(
           {'params': params[section.name][str(n % section.periods)]}, carry,
-          entry, ctx)
+          entry, ctx, lent)
       if section.name == 'prefix':
-        ctx = ctx.replace(lent=out[-1])
-      outputs.append((out[0], *jax.tree.map(lambda x: x[None], out[1:])))
+        lent = layers.lent
+      # What is not a cache has an axis of periods, as after a scan.
+      caches = layers.caches
+      layers = jax.tree.map(lambda x: x[None], layers.replace(caches=None))
+      outputs.append(layers.replace(caches=caches))
     return carry, outputs
 
 
@@ -491,14 +543,13 @@ def _with_distances(c: ModelConfig, kind: LayerKind, ctx: Context,
   """Returns the context with what all layers of a stack have of distances,
   whose modules are named by the encoding and `after`."""
   row = positions.of(c)
+  bias_BHLM, table_UD = None, None
   if row.stack_bias:
-    ctx = ctx.replace(bias_BHLM=row.stack_bias(
-        c, kind.causal, name=f'{c.position}_bias{after}')(
-            ctx.positions_BL, k_positions_BM))
+    bias = row.stack_bias(c, kind.causal, name=f'{c.position}_bias{after}')
+    bias_BHLM = bias(ctx.positions_BL, k_positions_BM)
   if row.stack_table:
-    ctx = ctx.replace(table_UD=row.stack_table(
-        c, name=f'{c.position}{after}')())
-  return ctx
+    table_UD = row.stack_table(c, name=f'{c.position}{after}')()
+  return ctx.replace(distances=Distances(bias_BHLM, table_UD))
 
 
 def _context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
@@ -534,8 +585,8 @@ class Mtp(nn.Module):
   of depth k - 1, and the layer is one more of the last kind. The head, which is
   the model's, reads of h_i^k, after a norm, the token at place i + k + 1.
 
-  (x_BLD, embedded_BLD, context) -> (a tuple of [B, L, D] by depth, their losses
-  and loads). The last k places of depth k hold nothing: no token follows them.
+  (x_BLD, embedded_BLD, context) -> (a tuple of [B, L, D] by depth, their
+  reports). The last k places of depth k hold nothing: no token follows them.
   """
   config: ModelConfig
 
@@ -543,7 +594,7 @@ class Mtp(nn.Module):
   def __call__(self, x_BLD: jax.Array, embedded_BLD: jax.Array, ctx: Context):
     c = self.config
     kind = c.layer_kinds(c.num_layers)[-1]
-    hidden, auxes = [], []
+    hidden, reports = [], []
     for depth in range(1, c.mtp_depth + 1):
       depth_ctx = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1),
                               routed_BL=_followed(ctx, depth))
@@ -554,14 +605,14 @@ class Mtp(nn.Module):
       x = blocks.begin_streams(c, x_BLD, branches(c, (kind,)))
       depth_ctx = _with_distances(c, kind, depth_ctx, ctx.positions_BL,
                                   f'_{depth}')
-      (x, _), (_, (aux,), _, _) = Period(
-          c, (kind,), name=f'depth_{depth}')((x, None), None, depth_ctx)
+      (x, _), layers = Period(c, (kind,), name=f'depth_{depth}')(
+          (x, None), None, depth_ctx, {})
       x_BLD = blocks.EndOfStreams(c, name=f'streams_{depth}')(x)
       if BLOCKS[c.of_kind(kind.name).block].FINAL_NORM:
         x_BLD = norm(c, f'norm_{depth}')(x_BLD)
       hidden.append(x_BLD)
-      auxes += [aux] if aux else []
-    return tuple(hidden), auxes
+      reports += layers.reports
+    return tuple(hidden), reports
 
 
 def _followed(ctx: Context, depth: int) -> jax.Array:
@@ -591,9 +642,9 @@ class Decoder(nn.Module):
   padding, where that is all a row's end: it is unseen, and takes no room of an
   expert. `lengths_B` says how many tokens each row has, where dynamic or
   longrope turn by it; default: L or, with a cache, up to the last of them.
-  `one_by_one` says that parameters and cache are those that the
-  function of that name returns. `how` are these and other fields of Context:
-  deterministic, keep_layers, keep_attention.
+  `how` are these and other fields of Context: deterministic, keep_layers,
+  keep_attention. `one_by_one` says that parameters and cache are those that the
+  function of that name returns.
 
   REREADS: whether a text that outgrows one of positions.lengths_apart while it
     is written is read again, as if all of it had been its prompt.
@@ -606,7 +657,8 @@ class Decoder(nn.Module):
   def __call__(self, tokens_BL: jax.Array, *,
                positions_BL: Optional[jax.Array] = None,
                segment_ids_BL: Optional[jax.Array] = None,
-               cache: Any = None, **how: Any) -> Output:
+               cache: Any = None, one_by_one: bool = False,
+               **how: Any) -> Output:
     c = self.config
     require(cache is None or segment_ids_BL is None,
             'a cache holds one document a row: pass no segment ids with it')
@@ -614,13 +666,14 @@ class Decoder(nn.Module):
     embedded_BLD, table_DV = Embed(c, name='embed')(
         tokens_BL, ctx.positions_BL, deterministic=ctx.deterministic)
     x_BLD, cache, aux = Stack(c, c.sections(c.num_layers), name='decoder')(
-        embedded_BLD, ctx, cache)
+        embedded_BLD, ctx, cache, one_by_one)
     if c.head == 'lm':
       head, extra = heads.Unembed(c, name='head')(table_DV), {}
       if c.mtp_depth and cache is None and not (
           ctx.keep_layers or ctx.keep_attention):
         extra['mtp'], more = Mtp(c, name='mtp')(x_BLD, embedded_BLD, ctx)
-        aux = functools.reduce(_with_losses, more, aux)
+        for report in more:
+          aux = _with_losses(aux, report.losses, report.loads)
       return Output(x_BLD, head, cache, aux, extra=extra)
     kind = heads.HEADS[c.head]
     y = (heads.last(x_BLD, ctx.valid_BL, segment_ids_BL) if kind.of_row else
@@ -872,7 +925,7 @@ class EncoderDecoder(nn.Module):
              memory_segment_ids_BM: Optional[jax.Array] = None,
              positions_BL: Optional[jax.Array] = None,
              segment_ids_BL: Optional[jax.Array] = None, cache: Any = None,
-             **how: Any) -> Output:
+             one_by_one: bool = False, **how: Any) -> Output:
     """Returns what follows each target token; `memory` may be left out where
     the cache has been given it."""
     require(memory is not None or (
@@ -882,12 +935,12 @@ class EncoderDecoder(nn.Module):
             'cache that was filled with one')
     require(cache is None or segment_ids_BL is None,
             'a cache holds one target a row: pass no decoder segment ids')
-    ctx = _context(tokens_BL, positions_BL, segment_ids_BL, memory_BMD=memory,
-                   memory_segment_ids_BM=memory_segment_ids_BM, **how)
+    ctx = _context(tokens_BL, positions_BL, segment_ids_BL,
+                   memory=Memory(memory, memory_segment_ids_BM), **how)
     x_BLD, table_DV = self.embed(tokens_BL, ctx.positions_BL,
                                  of=self.DECODER_EMBED,
                                  deterministic=ctx.deterministic)
-    x_BLD, cache, aux = self.decoder(x_BLD, ctx, cache)
+    x_BLD, cache, aux = self.decoder(x_BLD, ctx, cache, one_by_one)
     return Output(x_BLD, self.head(table_DV), cache, aux, memory=memory)
 
 
@@ -900,7 +953,7 @@ def init_cache(config: ModelConfig, batch: int, length: int):
     ValueError: where learned positions do not reach `length`.
   """
   positions.check_length(config, length)
-  def empty(kind: LayerKind, rows: int) -> Cache:
+  def empty(kind: LayerKind, rows: int) -> LayerCache:
     c = config.of_kind(kind.name)
     return blocks.empty_cache(c, (rows, batch, length))
   return tuple(empty(kind, section.periods * section.passes)
@@ -946,88 +999,96 @@ def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
   return params | {'decoder': decoder | apart}, slots
 
 
-# What the layers of a stack report, put together in their order.
+# What the layers of a stack report, put together in their order. `sections` has
+# for each section of the stack the report of each block of its period, whose
+# arrays are [periods, ...].
 
 
-def _take_weights(caches: tuple) -> tuple[dict, tuple]:
-  """Returns the attention weights that the layers put into their caches,
-  [N, B, H, L, M] by name, in the layers' order; and the caches without.
-  `caches` has a tuple for each section of the stack."""
+def _figures(sections: list[tuple[Report, ...]]) -> dict[str, dict]:
+  """Returns the sums of the layers' losses; the loads of their experts, by
+  path; their health, and with keep_layers what they chose of their experts, of
+  all layers that have some. {}: there are neither losses nor experts."""
+  reports = [report for section in sections for report in section]
+  if not any(report.losses or report.health for report in reports):
+    return {}
+  losses, loads = [], {}
+  for report in reports:
+    losses.append({name: loss_N.sum()
+                   for name, loss_N in report.losses.items()})
+    loads |= report.loads
+  health = [[report.health for report in section] for section in sections]
+  figures = {'losses': summed(losses), 'loads': loads,
+             'health': _stacked(health)}
+  experts = [[report.experts for report in section] for section in sections]
+  if any(report.experts for report in reports):
+    figures['experts'] = _stacked(experts)
+  return figures
+
+
+def _stacked(sections: list[list[dict[str, jax.Array]]]
+             ) -> dict[str, jax.Array]:
+  """Returns [N, ...] by name, of the N layers that say anything."""
+  told = []
+  for section in sections:
+    section = [named for named in section if named]
+    if section:
+      told.append(section)
+  if not told:
+    return {}
+  return {name: _by_layer([[named[name] for named in section]
+                           for section in told])
+          for name in sorted(told[0][0])}
+
+
+def _weights(sections: list[tuple[Report, ...]]) -> dict[str, jax.Array]:
+  """Returns what the layers weighed the values with, [N, B, H, L, M], and the
+  memory's values; {}: they do not say."""
   names = {'attention': 'weights_BHLM',
            'cross_attention': 'memory_weights_BHLM'}
-  weights = {}
-  for name, array in names.items():
-    if getattr(caches[0][0], array) is not None:
-      blocks = [[getattr(entry, array) for entry in cache] for cache in caches]
-      require(len({w.shape[-3] for section in blocks for w in section}) == 1,
-              'attention weights are kept of layers with as many heads each')
-      weights[name] = _by_layer(blocks)
-  plain = dict.fromkeys(names.values())
-  return weights, tuple(tuple(entry.replace(**plain) for entry in cache)
-                      for cache in caches)
-
-
-def _gather_aux(sections: tuple) -> dict:
-  """Sums the layers' losses; stacks their health, and what they kept of their
-  experts, in the layers' order.
-
-  `sections` has for each section of the stack one entry a block of its period,
-  whose leaves are [periods, ...].
-  """
-  sections = [[aux for aux in auxes if aux] for auxes in sections]
-  auxes = [aux for section in sections for aux in section]
-  if not auxes:
-    return {}
-  losses = _summed([jax.tree.map(jnp.sum, aux['losses']) for aux in auxes])
-
-  def stack(name: str) -> dict:  # of the layers that have experts
-    there = [[aux[name] for aux in section if aux.get(name)]
-             for section in sections]
-    there = [section for section in there if section]
-    return {key: _by_layer([[x[key] for x in section] for section in there])
-            for key in sorted(there[0][0] if there else ())}
-
-  stacked = {name: stack(name) for name in ('health', 'experts')
-             if any(name in aux for aux in auxes)}
-  loads = {path: load_NE for aux in auxes
-           for path, load_NE in aux['loads'].items()}
-  return {'losses': losses, 'loads': loads} | stacked
+  gathered = {}
+  for name, field_ in names.items():
+    weights = [[getattr(report, field_) for report in section]
+               for section in sections]
+    if weights[0][0] is None:
+      continue
+    heads = {w_NBHLM.shape[-3] for section in weights for w_NBHLM in section}
+    require(len(heads) == 1,
+            'attention weights are kept of layers with as many heads each')
+    gathered[name] = _by_layer(weights)
+  return gathered
 
 
 def _by_layer(sections: list[list[jax.Array]]) -> jax.Array:
   """Returns [N, ...] of the arrays [periods, ...] of each block of a section.
   """
-  parts = [jnp.stack(blocks, 1).reshape(-1, *blocks[0].shape[1:])
-           for blocks in sections]
+  parts = []
+  for blocks_ in sections:
+    layers_NU = jnp.stack(blocks_, 1)
+    parts.append(layers_NU.reshape(-1, *blocks_[0].shape[1:]))
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-# What a layer reports that has neither experts nor losses.
-_NOTHING: dict[str, dict] = {'losses': {}, 'health': {}, 'loads': {}}
-
-
-def _summed(losses: list[dict]) -> dict:
-  """Returns the sums of losses by name, which not all have."""
-  return {name: sum(x[name] for x in losses if name in x)
-          for name in sorted(set().union(*losses))}
-
-
-def _with_losses(aux: dict, more: dict) -> dict:
-  """Returns what a stack reports, with the losses and the loads of others."""
-  return aux | {'losses': _summed([aux['losses'], more['losses']]),
-                'loads': aux['loads'] | more['loads']}
+def _with_losses(aux: dict, losses: dict, loads: dict) -> dict:
+  """Returns what a stack reports, with more losses and loads."""
+  if not losses and not loads:
+    return aux
+  return aux | {'losses': summed([aux['losses'], losses]),
+                'loads': aux['loads'] | loads}
 
 
 def _join_aux(encoder: dict, decoder: dict) -> dict:
   """Sums the stacks' losses; the encoder's layers come first in the rest."""
   if not encoder or not decoder:
     return encoder or decoder
-  joined = decoder | {name: (*encoder[name], *decoder[name])
-                      for name in ('layers', 'attention') if name in decoder}
+  joined_ = dict(decoder)
+  for name in ('layers', 'attention'):
+    if name in decoder:
+      joined_[name] = *encoder[name], *decoder[name]
   if 'losses' in decoder:
-    joined = _with_losses(joined, encoder) | {'health': jax.tree.map(
-        lambda *x: jnp.concatenate(x), encoder['health'], decoder['health'])}
+    joined_ = _with_losses(joined_, encoder['losses'], encoder['loads'])
+    joined_['health'] = jax.tree.map(
+        lambda *x: jnp.concatenate(x), encoder['health'], decoder['health'])
   if 'experts' in decoder:
-    joined['experts'] = {name: (*encoder['experts'][name], *x)
-                         for name, x in decoder['experts'].items()}
-  return joined
+    joined_['experts'] = {name: (*encoder['experts'][name], *x)
+                          for name, x in decoder['experts'].items()}
+  return joined_

@@ -127,7 +127,7 @@ def test_modules_are_those_of_the_oracle():
     layer = skeletons.Period(c, c.layer_kinds(c.num_layers)[-1:])
     one = jax.jit(lambda p, x, k=k, layer=layer: layer.apply(
         {'params': p}, (x, None), None,
-        Context(jnp.arange(L - k)[None]))[0][0])
+        Context(jnp.arange(L - k)[None]), {})[0][0])
     h = one(mtp[f'depth_{k}'], pair @ np.asarray(mtp[f'join_{k}']))
     before = rms(h, mtp[f'norm_{k}'])
     models.close(out.extra['mtp'][k - 1][:, :L - k], before, rtol=1e-4)

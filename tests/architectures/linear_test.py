@@ -17,7 +17,7 @@ from architectures.parts import layers, paths
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
-from architectures.parts.context import Context
+from architectures.parts.context import Context, Memory
 from architectures.parts.layers import FFN
 from tests.architectures.parts_test import EACH_BLOCK, normal
 from tests.helpers import models
@@ -159,7 +159,7 @@ def run(module, *args, **kwargs):
 
 def inputs(B=2, L=6, D=32):
   return normal(1, B, L, D), Context(jnp.arange(L)[None],
-                                     memory_BMD=normal(2, B, L + 1, D))
+                                     memory=Memory(normal(2, B, L + 1, D)))
 
 
 @pytest.mark.slow

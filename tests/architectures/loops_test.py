@@ -94,7 +94,7 @@ def by_hand(module, params, tokens):
     for i in range(c.num_layers):
       row = jax.tree.map(lambda w, i=i: w[i], p['layers'])
       (x, _), _ = skeletons.Period(c, c.layer_kinds(1)[:1]).apply(
-          {'params': row}, (x, None), None, ctx)
+          {'params': row}, (x, None), None, ctx, {})
     s = x
   return s, rms(s) * stack['final_norm']['scale'][None, None]
 

@@ -16,7 +16,7 @@ from architectures.parts import paths
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
-from architectures.parts.context import Context
+from architectures.parts.context import Context, Memory
 from architectures.parts.layers import ClampConfig, FFN
 from architectures.parts.sharding import Declared, Role
 from common.errors import RequestError
@@ -214,7 +214,7 @@ def test_a_block_follows_its_equations(block, cross):
   W = 0 if cross else 3  # a decoder without a memory has convolutions too
   c = resolved(block=block, norm='layernorm', branch_conv=W)
   x = normal(0, 2, 6, D)
-  ctx = context(memory_BMD=normal(1, 2, 7, D))
+  ctx = context(memory=Memory(normal(1, 2, 7, D)))
   module = BLOCKS[block](c, LayerKind('global', 'gelu', cross=cross))
   params = born(module, x, ctx, None)
   params |= {name: normal(2, *w.shape) for name, w in params.items()

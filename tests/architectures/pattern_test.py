@@ -53,7 +53,7 @@ def test_each_layer_is_that_of_its_kind():
   def alone(name, layer, x_BLD):
     plain = skeletons.Period(c.of_kind(name), c.of_kind(name).layer_kinds(1))
     return plain.apply({'params': {'block_0': layer}}, (x_BLD, None), None,
-                       ctx)[0][0]
+                       ctx, {})[0][0]
   for n, (name, layer) in enumerate(zip(names, each_layer)):
     models.close(alone(name, layer, layers_NBLD[n]), layers_NBLD[n + 1])
   assert each_layer[0]['attention']['key'].shape == (32, 2, 8)
@@ -78,7 +78,7 @@ def test_decoding_with_a_cache_is_the_forward_pass(apart):
   module, params = mixed()
   tokens = np.asarray(models.tokens())
   wanted, first, cache = _whole_and_first()
-  assert [x.key_BMJK.shape for x in cache] == [
+  assert [x.mixer.key_BMJK.shape for x in cache] == [
       (1, 2, 16, 2, 8), (2, 2, 16, 4, 8), (2, 2, 16, 2, 8), (1, 2, 16, 2, 8),
       (1, 2, 16, 4, 8)]
   got, ours = [first], params
@@ -202,10 +202,10 @@ def test_a_block_ends_before_its_network():
   assert set(want) == {name for name, block in blocks.BLOCKS.items()
                        if block.WITHOUT_FFN}
   for name, y_BLD in want.items():
-    got, _, aux = blocks.BLOCKS[name](c, LayerKind('global', 'none')).apply(
+    got, _, report = blocks.BLOCKS[name](c, LayerKind('global', 'none')).apply(
         {'params': p}, x_BLD, ctx, None)
     np.testing.assert_allclose(got, y_BLD, rtol=1e-5, atol=1e-6)
-    assert not aux
+    assert not jax.tree.leaves(report)
 
 
 

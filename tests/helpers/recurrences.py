@@ -94,7 +94,9 @@ def applied(layer, params, x_BLD: jax.Array, cache=None, first: int = 0,
   """Returns (y_BLD, cache) of a layer; `first` is the place of its first token,
   and `context` goes to Context."""
   at = dict(positions_BL=first + jnp.arange(x_BLD.shape[1])[None]) | context
-  return layer.apply({'params': params}, x_BLD, Context(**at), cache)
+  y_BLD, cache, _ = layer.apply(
+      {'params': params}, x_BLD, Context(**at), cache)
+  return y_BLD, cache
 
 
 def empty(layer, batch: int, length: int = 1):

@@ -201,9 +201,11 @@ def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
         without_sharing(c), _rows(c), keys))
     longer = lambda x: jax.ShapeDtypeStruct(
         (*x.shape[:-3], memory, *x.shape[-2:]), x.dtype)
-    cache = tuple(entry.replace(memory_key_BMJK=longer(slot.key_BMJK),
-                                memory_value_BMJK=longer(slot.value_BMJK))
-                  for entry, slot in zip(cache, slots))
+    cache = tuple(
+        entry.replace(mixer=entry.mixer.replace(
+            memory_key_BMJK=longer(slot.mixer.key_BMJK),
+            memory_value_BMJK=longer(slot.mixer.value_BMJK)))
+        for entry, slot in zip(cache, slots))
   method = 'decode' if memory else '__call__'
   return _row_flops(c, lambda module, params, token, cache: module.apply(
       params, token, positions_BL=jnp.full((1, 1), keys - 1), cache=cache,

@@ -184,7 +184,7 @@ def _joined(*seen: jax.Array) -> jax.Array:
 
 
 class SWA(Attention):
-  """(x_BLD, context, cache) -> (y_BLD, cache), over x itself.
+  """(x_BLD, context, cache) -> (y_BLD, cache, report), over x itself.
 
   PARTS: how many windows an entry is made of; 0: there are no entries.
   """
@@ -225,13 +225,11 @@ class SWA(Attention):
       seen_BLM = _joined(seen_BLM, seen_BLW)
     k_BM1K = sharding.constrain(k_BM1K, 'batch', None, None, 'head')
     with layers.useful(self._pairs(L, M), L * k_BM1K.shape[1]):
-      o_BLHK, kept = self._weigh(
+      o_BLHK, report = self._weigh(
           q_BLHK, k_BM1K, k_BM1K, k_positions_BM, ctx, slots=slots,
           scored=scored, masked=(kernels.Mask(), seen_BLM, None))
-    if kept:
-      cache = (cache or Cache()).replace(**kept)
     o_BLHK = turn(o_BLHK, -ctx.positions_BL, c, ctx.length)
-    return self._grouped(o_BLHK, ctx), cache
+    return self._grouped(o_BLHK, ctx), cache, report
 
   def _dense(self, name: str, spec: str, x: jax.Array,
              axes: tuple[str | None, ...], ctx: Context, *shape: int):

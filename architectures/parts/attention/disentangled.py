@@ -92,12 +92,12 @@ def bias(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
     x_BLD: its input.
     q_BLHK, k_BMJK: queries and keys.
     k_positions_BM: where the keys stand.
-    ctx: with `table_UD`, what Distances returns.
+    ctx: with `distances.table_UD`, what Distances returns.
   """
   del x_BLD
   c: ModelConfig = module.config  # type: ignore[attr-defined]
   table_UD = layers.Dropout(c.dropout)(
-      ctx.table_UD, deterministic=ctx.deterministic)
+      ctx.distances.table_UD, deterministic=ctx.deterministic)
   of_each = lambda x: jnp.repeat(x, c.num_heads // c.num_kv_heads, -2)
   key_UHK = of_each(_projected(module, 'key', table_UD))
   query_UHK = _projected(module, 'query', table_UD)

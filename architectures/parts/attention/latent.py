@@ -85,7 +85,7 @@ class LatentConfig:
 
 
 class LatentAttention(Attention):
-  """(x_BLD, context, cache) -> (y_BLD, cache), over x itself."""
+  """(x_BLD, context, cache) -> (y_BLD, cache, report), over x itself."""
   FUSED = False
 
   @nn.compact
@@ -116,13 +116,11 @@ class LatentAttention(Attention):
                         c.latent.nope_dim + c.latent.v_dim), UP_AXES)
     absorbed = slots and ctx.deterministic and is_absorbed(c, L, M)
     attend = self._on_latents if absorbed else self._on_heads
-    o_BLHK, kept = attend(q_BLHK, slot_BM1U, up_UHK, k_positions_BM, ctx,
+    o_BLHK, report = attend(q_BLHK, slot_BM1U, up_UHK, k_positions_BM, ctx,
                           slots=slots, scored=scored,
                           layer_BHLM=self._layer_bias(
                               x_BLD, q_BLHK, slot_BM1U, k_positions_BM, ctx))
-    if kept:
-      cache = (cache or Cache()).replace(**kept)
-    return self._out(x_BLD, o_BLHK, ctx), cache
+    return self._out(x_BLD, o_BLHK, ctx), cache, report
 
   @property
   def scale(self) -> float:
@@ -210,11 +208,11 @@ class LatentAttention(Attention):
     q_BLHU = layers.einsum('BLHK,UHK->BLHU', q_BLHK, key_UHK, c.compute_dtype)
     q_BLHU = jnp.concatenate([q_BLHU, turned_BLHK], -1)
     with self._useful(q_BLHU, slot_BM1U, ctx):
-      o_BLHU, kept = self._weigh(
+      o_BLHU, report = self._weigh(
           q_BLHU, slot_BM1U, slot_BM1U[..., :c.latent.kv_rank], k_positions_BM,
           ctx, **how)
     return layers.einsum('BLHU,UHK->BLHK', o_BLHU, value_UHK,
-                         c.compute_dtype), kept
+                         c.compute_dtype), report
 
   def _useful(self, q_BLHK: jax.Array, k_BMJK: jax.Array, ctx: Context) -> Any:
     return layers.useful(*share(self.kind, self.config, q_BLHK.shape[1],

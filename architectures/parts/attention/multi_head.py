@@ -33,6 +33,7 @@ from architectures.parts.cache import Cache
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context, First, Keys
 from architectures.parts.recurrent import features
+from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.errors import require
 from common.fields import field, FUNCTION, SHAPES
@@ -89,7 +90,8 @@ class AttentionConfig:
 
 
 class Attention(nn.Module):
-  """(x_BLD, context, cache) -> (y_BLD, cache), over x itself or the memory."""
+  """(x_BLD, context, cache) -> (y_BLD, cache, report), over x itself or the
+  memory."""
   FUSED = True  # whether a fused kernel may weigh the values
   config: ModelConfig
   kind: LayerKind
@@ -99,11 +101,10 @@ class Attention(nn.Module):
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
     c = self.config
     rotate = None if self.cross else positions.of(c).rotate
-    cached = (ctx.keys.cached if ctx.keys is not None else
-              cache is not None and cache.key_BMJK is not None)
+    cached, shared, memory = cache is not None, ctx.shared, ctx.memory
     slots = cached and (self.cross or not kernels.begins(self.kind, ctx))
     index, cache = self._index(x_BLD, x_BLD, 'embed', ctx, cache)
-    read = None if self.cross else ctx.keys
+    read = None if self.cross else shared.keys
     before, after, first = cache.inputs if cached else {}, {}, None
 
     def project(name: str, x_BLD: jax.Array, heads: int, axis: str):
@@ -117,12 +118,12 @@ class Attention(nn.Module):
 
     q_BLHK = self._bounded('query', project(
         'query', x_BLD, c.num_heads, 'heads'))
-    if self.cross and ctx.memory_BMD is None:
+    if self.cross and memory.x_BMD is None:
       k_BMJK, v_BMJK = cache.memory
     elif read is not None:
       k_BMJK, v_BMJK = read.key_BMJK, read.value_BMJK
     else:
-      from_BMD = ctx.memory_BMD if self.cross else x_BLD
+      from_BMD = memory.x_BMD if self.cross else x_BLD
       k_BMJK = project('key', from_BMD, c.num_kv_heads, 'kv_heads')
       v_BMJK = k_BMJK if c.keys_as_values else project(
           'value', from_BMD, c.num_kv_heads, 'kv_heads')
@@ -130,7 +131,7 @@ class Attention(nn.Module):
         v_BMJK = layers.PlainRMSNorm(c, 'head', name='value_norm')(v_BMJK)
       k_BMJK = self._bounded('key', k_BMJK)
       if not self.cross:
-        v_BMJK, first = mixed_values(self, x_BLD, v_BMJK, ctx.first,
+        v_BMJK, first = mixed_values(self, x_BLD, v_BMJK, shared.first,
                                      ctx.tokens_BL)
       elif cached:
         cache = cache.replace(memory_key_BMJK=k_BMJK, memory_value_BMJK=v_BMJK)
@@ -164,19 +165,16 @@ class Attention(nn.Module):
     layer_BHLM = self._layer_bias(x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx)
     pairs = c.attention_difference > 0
     with layers.useful(*seen):
-      o_BLHK, kept = self._weigh(
+      o_BLHK, report = self._weigh(
           q_BLHK, k_BMJK, both_values(v_BMJK) if pairs else v_BMJK,
           k_positions_BM, ctx, slots=slots, strict=not cached,
           scored=scored, layer_BHLM=layer_BHLM)
     if pairs:
       o_BLHK = subtracted(self, o_BLHK)
-    lent = (Keys(k_BMJK, v_BMJK, cached) if ctx.lends and not self.cross
-            else None)
-    if kept:
-      cache = (cache or Cache()).replace(**kept)
-    if first is not None or lent is not None:
-      cache = (cache or Cache()).replace(first=first, lent=lent)
-    return self._out(x_BLD, o_BLHK, ctx), cache
+    if not self.cross:
+      lent = Keys(k_BMJK, v_BMJK) if shared.lends else None
+      report = report.replace(first=first, keys=lent)
+    return self._out(x_BLD, o_BLHK, ctx), cache, report
 
   @property
   def scale(self) -> float:
@@ -201,14 +199,15 @@ class Attention(nn.Module):
              k_positions_BM: jax.Array, ctx: Context, *, slots: bool,
              strict: bool = True, scored: Optional[indexer.Scored] = None,
              layer_BHLM: Optional[jax.Array] = None,
-             masked: Optional[tuple] = None) -> tuple[jax.Array, dict]:
+             masked: Optional[tuple] = None
+             ) -> tuple[jax.Array, Report]:
     """Returns the weighted values, by the kernel that the config asks for, and
-    fields of a Cache: the weights where the context asks for them, and in
-    training the loss of an indexer, which has `scored` the keys. `layer_BHLM`
-    is the bias that the layer makes itself, if it makes one. No kernel
-    meets the `slots` of a cache; `strict` is as of kernels.choose. `masked` is
-    what stands for `_mask`."""
-    c, key, kept = self.config, None, {}
+    a report: the weights where the context asks for them, and in training
+    the loss of an indexer, which has `scored` the keys. `layer_BHLM` is the
+    bias that the layer makes itself, if it makes one. No kernel meets the
+    `slots` of a cache; `strict` is as of kernels.choose. `masked` is what
+    stands for `_mask`."""
+    c, key, report = self.config, None, Report()
     mask, seen_BLM, bias_BHLM = masked or self._mask(k_positions_BM, ctx)
     if layer_BHLM is not None:
       mask, bias_BHLM = mask.replace(bias=True), layer_BHLM
@@ -224,14 +223,16 @@ class Attention(nn.Module):
     how = dict(mask_BLM=seen_BLM, bias_BHLM=bias_BHLM, sink_H=sink_H,
                scale=self.scale, softcap=c.attention_softcap)
     if ctx.keep_attention:
-      kept['memory_weights_BHLM' if self.cross else 'weights_BHLM'
-           ] = kernels.weights(q_BLHK, k_BMJK, **how)
+      weights_BHLM = kernels.weights(q_BLHK, k_BMJK, **how)
+      report = (report.replace(memory_weights_BHLM=weights_BHLM) if self.cross
+                else report.replace(weights_BHLM=weights_BHLM))
     if scored is not None and not ctx.deterministic:
       target_BLM = jax.lax.stop_gradient(kernels.weights(
           *jax.lax.stop_gradient((q_BLHK, k_BMJK)), causal=causal, mean=True,
           **how))
-      kept['losses'] = {'indexer': c.indexer.loss_weight * scored.divergence(
-          target_BLM, seen_BLM, ctx)}
+      report = report.replace(losses={
+          'indexer': c.indexer.loss_weight * scored.divergence(
+              target_BLM, seen_BLM, ctx)})
     kernel = 'xla'
     if self.FUSED and not (slots or self.is_initializing()):
       kernel = kernels.choose(c, mask, q_BLHK.shape[1], k_BMJK.shape[1],
@@ -239,10 +240,10 @@ class Attention(nn.Module):
     if kernel != 'xla':
       return kernels.KERNELS[kernel].run(
           q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale=self.scale,
-          softcap=c.attention_softcap, sink_H=sink_H), kept
+          softcap=c.attention_softcap, sink_H=sink_H), report
     return kernels.attend(
         q_BLHK, k_BMJK, v_BMJK, key=key, dropout=c.attention_dropout,
-        causal=causal, window=mask.window, **how), kept
+        causal=causal, window=mask.window, **how), report
 
   def _index(self, x_BLD: jax.Array, asks_BLU: jax.Array, axis: str,
              ctx: Context, cache: Optional[Cache]
@@ -268,7 +269,7 @@ class Attention(nn.Module):
                                       ctx.prefix_B is not None)):
       scored = indexer.scored(c, index, None if slots else ctx.segment_ids_BL)
     if not (slots and indexer.gathers(top, shape)
-            and ctx.bias_BHLM is None and not ctx.keep_attention):
+            and ctx.distances.bias_BHLM is None and not ctx.keep_attention):
       return scored, k_positions_BM, arrays
     _, seen_BLM, _ = self._mask(k_positions_BM, ctx)
     best_BM = scored.places(seen_BLM, top)
@@ -288,7 +289,7 @@ class Attention(nn.Module):
     """Returns the mask as a kernel takes it and written out, and the bias."""
     c, ids_BL = self.config, ctx.segment_ids_BL
     if self.cross:
-      k_ids_BM, seen_BLM = ctx.memory_segment_ids_BM, None
+      k_ids_BM, seen_BLM = ctx.memory.segment_ids_BM, None
       if k_ids_BM is None:
         ids_BL = None
       else:
@@ -298,7 +299,8 @@ class Attention(nn.Module):
     seen_BLM = kernels.visible(
         self.kind, c, ctx.positions_BL, k_positions_BM, ids_BL, ids_BL,
         ctx.prefix_B)
-    bias_BHLM = ctx.bias_BHLM if positions.of(c).stack_bias else None
+    bias_BHLM = (ctx.distances.bias_BHLM if positions.of(c).stack_bias else
+                 None)
     rule = kernels.RULES[self.kind.attention]
     ids_BL = kernels.parts(self.kind, c, ctx.positions_BL, ids_BL)
     mask = kernels.Mask(

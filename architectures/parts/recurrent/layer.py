@@ -24,6 +24,7 @@ from architectures.parts import layers, positions, sharding
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import recurrence, features
+from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.errors import require
 
@@ -41,8 +42,8 @@ class State:
 
 
 class Layer(nn.Module):
-  """(x_BLD, context, cache) -> (y_BLD, cache), over x itself, in the order of
-  the row.
+  """(x_BLD, context, cache) -> (y_BLD, cache, report), over x itself, in the
+  order of the row.
 
   A recurrence is a subclass. Its NAME is that of the mixer, and `settings` are
   its group of fields in config.model, which has `key_heads`, `value_heads`,
@@ -115,7 +116,8 @@ class Layer(nn.Module):
                     ctx.segment_ids_BL, valid_BL), cache and cache.state_BHKU)
     if cache is not None:
       cache = State(state_BHKU, query_BWJK, key_BWJK, value_BWHU)
-    return self.joined(self.gated(o_BLHU, x_BLD, v_BLHU, ctx), ctx), cache
+    o_BLHU = self.gated(o_BLHU, x_BLD, v_BLHU, ctx)
+    return self.joined(o_BLHU, ctx), cache, Report()
 
   def joined(self, o_BLHU: jax.Array, ctx: Context) -> jax.Array:
     """Returns the last product, of all heads, [B, L, D]."""

@@ -29,6 +29,7 @@ from architectures.parts import layers, sharding
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer
+from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.errors import require
 from common.fields import field, SHAPES
@@ -63,7 +64,7 @@ class State:
 
 
 class Mamba(nn.Module):
-  """(x_BLD, context, cache) -> (y_BLD, cache), over x itself."""
+  """(x_BLD, context, cache) -> (y_BLD, cache, report), over x itself."""
   FUSED = True  # there are no scores
   config: ModelConfig
   kind: LayerKind
@@ -112,7 +113,7 @@ class Mamba(nn.Module):
     y_BLI *= jax.nn.silu(z_BLI.astype(jnp.float32))
     return layers.dense(
         self, 'out', 'BLI,ID->BLD', y_BLI.astype(c.compute_dtype), (inner, D),
-        ('mlp', 'embed'), residual=True, **how), cache
+        ('mlp', 'embed'), residual=True, **how), cache, Report()
 
   def _of_feature(self, name: str, init: Callable) -> jax.Array:
     """Declares a number of each feature; returns them in float32."""

@@ -39,6 +39,7 @@ from architectures.parts import layers
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer, mamba2, recurrence
+from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.errors import require
 from common.fields import field, SHAPES
@@ -108,7 +109,8 @@ class Mamba3(mamba2.Mamba2):
     if cache is not None:
       cache = State(state_BHKU, angle_BLHA[:, -1:], *(
           features.last(x, 1, L, valid_BL) for x in kept))
-    return self.joined(o_BLHU * self.gate(x_BLD, ctx), ctx), cache
+    o_BLHU = o_BLHU * self.gate(x_BLD, ctx)
+    return self.joined(o_BLHU, ctx), cache, Report()
 
   def _angles(self, x_BLD: jax.Array, dt_BLH: jax.Array,
               valid_BL: Optional[jax.Array], before_B1HA: jax.Array

@@ -41,6 +41,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer
 from architectures.parts.recurrent import linear_attention, recurrence
+from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.errors import require
 from common.fields import field, SHAPES
@@ -139,7 +140,7 @@ class RWKV7(layer.Layer):
         'bonus_scale', nn.initializers.constant(-0.04), keys)[0, 0]
     o_BLHU += features.scaled(v_BLHU, features.dots(
         q_BLHK.astype(jnp.float32), features.weighted(k_BLHK, bonus_HK)))
-    return self.joined(o_BLHU * gate_BLHU, ctx), cache
+    return self.joined(o_BLHU * gate_BLHU, ctx), cache, Report()
 
   def _shifted(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State],
                valid_BL: Optional[jax.Array]

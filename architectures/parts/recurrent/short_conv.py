@@ -24,6 +24,7 @@ from architectures.parts import layers, sharding
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer
+from architectures.parts.report import Report
 from common.fields import field, SHAPES
 
 
@@ -44,7 +45,7 @@ class State:
 
 
 class ShortConv(nn.Module):
-  """(x_BLD, context, cache) -> (y_BLD, cache), over x itself."""
+  """(x_BLD, context, cache) -> (y_BLD, cache, report), over x itself."""
   FUSED = True  # there are no scores
   config: ModelConfig
   kind: LayerKind
@@ -70,7 +71,7 @@ class ShortConv(nn.Module):
       cache = State(input_BWI)
     return layers.dense(
         self, 'out', 'BLI,ID->BLD', c_BLI * z_BLI, (D, D), ('mlp', 'embed'),
-        residual=True, **how), cache
+        residual=True, **how), cache, Report()
 
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:

@@ -64,7 +64,7 @@ def test_what_is_seen_is_counted_and_kept(mixer, entries, seen):
   got = flops.forward_flops(c, 16)['attention']
   assert got == pytest.approx(2 * (
       2 * 2 * c.num_heads * c.head_dim * pairs + of_index + weighed))
-  inputs = architectures.init_cache(c, 1, 16)[0].inputs
+  inputs = architectures.init_cache(c, 1, 16)[0].mixer.inputs
   assert {name: x.shape[2:] for name, x in inputs.items()} == ({
       'entry': (entries, 8), 'entry_open': (
           {'hca': 2, 'csa': 3}[mixer], {'hca': 16, 'csa': 32}[mixer])} | ({

@@ -83,8 +83,8 @@ def test_a_layer_equals_its_definition(top_k, block):
   @jax.jit
   def run(p, x_BLD):
     def apply(p, x_BLD):
-      y_BLD, cache = layer.apply({'params': p}, x_BLD, ctx, None)
-      return jnp.square(y_BLD).sum(), cache.losses['indexer'], y_BLD
+      y_BLD, _, report = layer.apply({'params': p}, x_BLD, ctx, None)
+      return jnp.square(y_BLD).sum(), report.losses['indexer'], y_BLD
     grads = [jax.grad(lambda *args, i=i: apply(*args)[i], (0, 1))(p, x_BLD)
              for i in range(2)]
     return apply(p, x_BLD)[1:], grads

@@ -15,6 +15,7 @@ from architectures.parts import sharding, skeletons, tables
 from architectures.parts.attention import kernels
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.cache import Cache
+from architectures.parts.context import Memory
 from common.errors import RequestError
 from tests.architectures.parts_test import (
     D, KIND, born, context, normal, resolved)
@@ -59,7 +60,7 @@ def test_a_layer_is_its_definition(fields, cross):
   """In float64, with grouped keys, biases and scales that differ."""
   x, memory = normal(0, 2, 6, D), normal(1, 2, 6, D)
   c = resolved(num_kv_heads=2, position='none', **fields)
-  module, ctx = Attention(c, KIND, cross=cross), context(memory_BMD=memory)
+  module, ctx = Attention(c, KIND, cross=cross), context(memory=Memory(memory))
   params = born(module, x, ctx, None)
   p, at = numpy_attention.float64(params), np.asarray(x, np.float64)
   assert ('out_bias' in p) == c.attention_out_bias
@@ -290,7 +291,7 @@ def test_layers_that_are_scanned_write_their_slots_where_they_lie():
     return jax.lax.fori_loop(0, 8, step, cache)
   text = jax.jit(tokens, donate_argnums=1).lower(
       params, cache).compile().as_text()
-  shape = ','.join(map(str, cache[0].key_BMJK.shape))
+  shape = ','.join(map(str, cache[0].mixer.key_BMJK.shape))
   assert f'f32[{shape}]' in text
   assert not re.findall(rf'= f32\[{shape}\]\S* copy\(', text)
 
@@ -345,6 +346,6 @@ def test_a_prompt_sees_no_slots_behind_it(changes):
           params, cache)
   models.close(want, got)
   for entry in cache:
-    entry = jax.device_get(entry)
+    entry = jax.device_get(entry.mixer)
     assert (entry.key_BMJK[:, :, 9:] == 1e3).all()
     assert not (entry.key_BMJK[:, :, :9] == 1e3).any()

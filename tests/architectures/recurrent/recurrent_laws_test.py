@@ -179,7 +179,7 @@ def kept(**fields):
   """A model in bfloat16, and what a layer keeps of 3 rows, whose arrays are as
   large however long the rows are."""
   c = architectures.resolve(models.config('llama', dtype='bfloat16', **fields))
-  short, whole = (architectures.init_cache(c, 3, length)[0]
+  short, whole = (architectures.init_cache(c, 3, length)[0].mixer
                   for length in (7, 1000))
   assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, whole)
   return c, short
