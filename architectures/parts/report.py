@@ -1,6 +1,6 @@
 """The report of a layer: what it returns beside its result and its cache."""
 
-from typing import Optional
+from typing import Any, Optional
 
 from flax import struct
 import jax
@@ -34,10 +34,10 @@ class Report:
   keys: Optional[Keys] = None
 
   def joined(self, other: 'Report') -> 'Report':
-    """Returns the report of two parts of one layer: a part that says nothing
-    leaves what the other one says."""
+    """Returns the report of two parts of one layer, which name what they say
+    differently."""
     return Report(
-        losses=summed([self.losses, other.losses]),
+        losses=self.losses | other.losses,
         health=self.health | other.health,
         loads=self.loads | other.loads,
         experts=self.experts | other.experts,
@@ -48,7 +48,8 @@ class Report:
         keys=_either(self.keys, other.keys))
 
 
-def _either(one, other):
+def _either(one: Any, other: Any) -> Any:
+  """Returns the first, or the second where the first is None."""
   return other if one is None else one
 
 

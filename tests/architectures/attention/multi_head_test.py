@@ -312,7 +312,7 @@ def test_a_loop_over_tokens_writes_as_on_one_cpu_as_elsewhere(
   for turned in (True, False):
     monkeypatch.setattr(sharding, 'one_cpu', lambda turned=turned: turned)
     ours, slots = jax.jit(skeletons.one_by_one)(params, cache)
-    shape = ','.join(map(str, slots[0][0].key_BMJK.shape))
+    shape = ','.join(map(str, slots[0][0].mixer.key_BMJK.shape))
     run = jax.jit(lambda params, slots: jax.lax.scan(
         functools.partial(step, params), (jnp.ones((rows, 1), int), slots),
         jnp.arange(9)), donate_argnums=1).lower(ours, slots).compile()
@@ -321,7 +321,8 @@ def test_a_loop_over_tokens_writes_as_on_one_cpu_as_elsewhere(
       assert not re.findall(rf'= {stored}\[{shape}\]\S* copy\(|'
                             rf'= bf16\[{shape}\]\S* fusion\(', run.as_text())
     (token, slots), logits = run(ours, slots)
-    made[turned] = token, logits, [entry.slots for entry, in slots]
+    made[turned] = token, logits, [
+        entry.mixer.slots for entry, in slots]
   models.close(made[True], made[False],
                rtol=1e-4 if dtype == 'float32' else 2e-2)
 
