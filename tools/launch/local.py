@@ -138,8 +138,13 @@ def run(words: list[str], envs: list[dict[str, str]], logs: pathlib.Path,
           stderr=out,
           start_new_session=True))  # so that Ctrl-C is passed on only once
   failed, passed_on, deadline = set(), set(), None
+  stopped: set[int] = set()
   while any(process.poll() is None for process in running):
     time.sleep(POLL_SECONDS)
+    before, stopped = stopped, _stopped(running)
+    for i in sorted(stopped - before):
+      _say(f'process {i} is stopped, as by SIGSTOP: the others wait for it, and '
+           f'end without it; kill -CONT {running[i].pid} lets it go on')
     for number in heard.to_pass_on - passed_on:
       passed_on.add(number)
       for process in running:
@@ -158,6 +163,14 @@ def run(words: list[str], envs: list[dict[str, str]], logs: pathlib.Path,
         process.kill()
         _say(f'process {i} did not end by itself then, and was killed')
   return [process.returncode for process in running]
+
+
+def _stopped(running: list[subprocess.Popen]) -> set[int]:
+  """Returns the numbers of the processes that a signal has stopped, and that
+  have not ended."""
+  how = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+  return {i for i, process in enumerate(running) if process.poll() is None
+          and os.waitid(os.P_PID, process.pid, how) is not None}
 
 
 class Signals(signals.Count):

@@ -69,6 +69,22 @@ def test_local_ends_those_who_wait_for_one_that_failed(tmp_path, monkeypatch,
   assert 'failed 1 times (--max_restarts=0): giving up' in stderr
 
 
+def test_local_names_a_process_that_is_stopped(tmp_path, monkeypatch, capfd):
+  """The others fail for want of it, and it is no less at fault."""
+  monkeypatch.setattr(local, 'PATIENCE_SECONDS', 0.5)
+  j = make_job(tmp_path, '1', max_restarts=0)
+  program = tmp_path / 'program.py'
+  program.write_text('import os, signal, time\n'
+                     'if os.environ["JAX_PROCESS_ID"] == "1":\n'
+                     '  os.kill(os.getpid(), signal.SIGSTOP)\n'
+                     'time.sleep(1)\n' + program.read_text())
+  assert supervise(j) == 1
+  first, second, third = capfd.readouterr().err.splitlines()[:3]
+  assert 'process 1 is stopped, as by SIGSTOP: the others wait' in first
+  assert 'process 0 ended with exit code 1' in second
+  assert 'process 1 did not end by itself then, and was killed' in third
+
+
 def started(j, processes):
   """Returns a launcher as a process of its own."""
   code = textwrap.dedent(f'''
