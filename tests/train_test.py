@@ -32,8 +32,10 @@ def texts(tmp_path_factory):
 
 
 def command(workdir, texts, *flags, config='configs/gpt.py'):
+  """Returns the words that train in a workdir; flags go before SMALL's."""
+  last = {flag.partition('=')[0]: flag for flag in (*SMALL, *flags)}
   return [sys.executable, 'train.py', '--config', config,
-          f'--workdir={workdir}', texts, *SMALL, *flags]
+          f'--workdir={workdir}', texts, *last.values()]
 
 
 def run(words, code=0, **options):
@@ -137,6 +139,73 @@ def test_kill_at_a_random_moment_then_resume(seed, straight, texts, tmp_path):
   assert 'is complete' not in run(words).stdout
   assert state(tmp_path / 'run') == state(straight)
   assert losses(tmp_path / 'run') == losses(straight)
+
+
+# Systems of which config.json lacks fields, as their models do not read them.
+_PARTLY_READ = {
+    'qwen3_moe': ['--config.model.num_layers=1',
+                  '--config.model.moe.num_experts=4',
+                  '--config.model.moe.top_k=2'],
+    'bert': [f'--config.{flag}' for flag in (
+        'objective=classification', 'data.length_buckets=1',
+        'data.batch_ramp=4:4')]}
+_ENDS_EARLY = [f'--config.{flag}' for flag in (
+    'mesh.data=1', 'mesh.fsdp=1', 'optim.lr=1e-2', 'checkpoint.every_steps=2',
+    'checkpoint.keep=9', 'eval.every_steps=2', 'eval.best=loss',
+    'eval.best_is=largest', 'eval.patience=3')]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('system', _PARTLY_READ)
+def test_a_killed_run_records_what_it_would_have_without(
+    system, texts, tmp_path, monkeypatch):
+  """Its loss falls, so that the largest is the first: it waits for a better
+  one, and is killed meanwhile."""
+  monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'].replace(
+      'device_count=8', 'device_count=1'))
+  if system == 'bert':
+    labelled = tmp_path / 'labelled.csv'
+    labelled.write_text('it is,good\n' * 30 + 'it was,bad\n')
+    texts = f'--config.data.source=labelled:{labelled}'
+  whole, broken = [
+      command(tmp_path / name, texts, *_ENDS_EARLY, *_PARTLY_READ[system],
+              config=f'configs/{system}.py:tiny')
+      for name in ('whole', 'broken')]
+  said = run(whole).stdout
+  killed = [sys.executable, '-m', 'tests.helpers.killed_run', '6']
+  run([*killed, *broken[2:]], -signal.SIGKILL)
+  assert max(losses(tmp_path / 'broken')) in (6, 7)
+  went_on = run(broken).stdout
+  assert 'going on from step 6' in went_on
+  ending = [line for line in said.splitlines() if 'ended early' in line]
+  assert ending and ending[0] in went_on
+  records = _records(tmp_path / 'whole')
+  assert records == _records(tmp_path / 'broken')
+  assert _without_times(tmp_path / 'whole') == _without_times(
+      tmp_path / 'broken')
+  # And what is recorded is so.
+  assert [record['step'] for record in records] == [2, 4, 6, 8]
+  for record in records:
+    rows_read = 8 * record['step']
+    if system == 'bert':  # its ramp: half as many in each of four steps
+      rows_read -= 4 * min(record['step'], 4)
+    assert record['tokens'] == 16 * rows_read
+    best = record['best']
+    assert (best['step'], best['waited']) == (2, record['step'] // 2 - 1)
+
+
+def _records(workdir) -> list[dict]:
+  """The records of all checkpoints, the config and the sums of all arrays
+  among them."""
+  files = sorted((workdir / 'checkpoints').glob('*/record/metadata'))
+  return [json.loads(file.read_text())['record'] for file in files]
+
+
+def _without_times(workdir) -> list[dict]:
+  """The rows of metrics.jsonl, without what another run measures otherwise."""
+  return [{name: value for name, value in row.items()
+           if 'second' not in name and name not in ('time', 'mfu')}
+          for row in rows(workdir)]
 
 
 @pytest.mark.slow
