@@ -143,8 +143,8 @@ def run(words: list[str], envs: list[dict[str, str]], logs: pathlib.Path,
     time.sleep(POLL_SECONDS)
     before, stopped = stopped, _stopped(running)
     for i in sorted(stopped - before):
-      _say(f'process {i} is stopped, as by SIGSTOP: the others wait for it, and '
-           f'end without it; kill -CONT {running[i].pid} lets it go on')
+      _say(f'process {i} is stopped, as by SIGSTOP: the others wait for it, '
+           f'and end without it; kill -CONT {running[i].pid} lets it go on')
     for number in heard.to_pass_on - passed_on:
       passed_on.add(number)
       for process in running:
