@@ -1,6 +1,7 @@
 """Generation: equal to the plain forward pass, row by row, and its filters."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,19 @@ def test_a_row_that_stops_stays_stopped(model, prompts):
     end = ends[0] if ends.size else NEW
     np.testing.assert_array_equal(row[:end + 1], free[:end + 1])
     assert (row[end:] == stop).all()
+
+
+@pytest.mark.parametrize('text', ['', 'a', 'ab', 'cab', 'abab', 'b. a.', 'cc'])
+def test_a_text_ends_before_the_first_of_its_stops(text):
+  """Of strings and of tokens, wherever it is; without one it is whole."""
+  for stops in (['a'], ['ab', 'b'], ['b', 'a'], ['.']):
+    left = [text.split(stop)[0] for stop in stops]
+    assert generate.before(text, stops) == min(left, key=len)
+  assert generate.before(text, []) == text
+  tokens = np.array([ord(letter) for letter in text], int)
+  for stop, ends in ((ord('a'), '[a]'), ((ord('a'), ord('.')), '[a.]')):
+    kept = generate.until(tokens, stop)
+    assert ''.join(chr(token) for token in kept) == re.split(ends, text)[0]
 
 
 FILTERS = [

@@ -117,9 +117,17 @@ def test_hash_goes_by_the_token_id_alone():
     _, r = route('hash', inputs(expert_TX=routing.hashed(moe(), tokens_T)))
     for token, pair in zip(tokens_T, np.array(r.expert_A).reshape(T, 2)):
       assert table.setdefault(int(token), tuple(pair)) == tuple(pair)
-      assert pair[0] != pair[1]
+      assert pair[1] == (pair[0] + 1) % E
   spread = np.bincount([pair[0] for pair in table.values()], minlength=E)
   assert (spread > 0).all()
+
+
+@pytest.mark.parametrize('top_k', [1, 2, 3])
+def test_uniform_fills_the_experts_in_turn(top_k):
+  m, r = route('uniform', top_k=top_k)
+  assert np.array(r.expert_A).tolist() == [
+      i % m.num_experts for i in range(T * top_k)]
+  np.testing.assert_allclose(r.gate_A, 1 / top_k)
 
 
 @pytest.mark.parametrize('router', list(routing.ROUTERS))

@@ -150,6 +150,14 @@ def test_labels_are_those_of_training_in_order(tmp_path):
     pipeline.held_out(_config(words, eval_source=other), BYTES)
 
 
+@pytest.mark.parametrize('labels', [
+    ('a',), ('a', 'a'), ('a', 'b', 'a'), ('a', ''), ('a', 1), (1, 2)])
+def test_labels_are_two_different_strings_or_more(labels):
+  records.check_labels(('a', 'b'))
+  with pytest.raises(RequestError, match='^data.labels is .* write two'):
+    records.check_labels(labels)
+
+
 @pytest.mark.parametrize('rows, fields, message', [
     ([('a', '1'), ('b', '1')], {}, 'has 1 label.* in 2 training records'),
     ([(f'{i}', f'{i}') for i in range(101)], {}, 'has 101 label.* in 101 trai'),

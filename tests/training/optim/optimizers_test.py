@@ -69,6 +69,9 @@ def run(tx, tree, steps=3):
                           "Did you mean 'adamw'")),
     (dict(momentum=0.5), ('optim.momentum is 0.5', 'muon, normuon, sgd')),
     (dict(decay_mask=(('.*', 2),)), ('optim.decay_mask is', '1 or 0')),
+    (dict(decay_mask=(('.*', 1, 1),)), ('optim.decay_mask is', '1 or 0')),
+    (dict(decay_mask=(('.*', 1), '.*')), ('optim.decay_mask is', '1 or 0')),
+    (dict(decay_steps=10, warmup_steps=10), ('optim.decay_steps is 10',)),
     (dict(decay_mask=(('.*bias', 1),)), ("parameter 'decoder/", '.*bias')),
     (dict(decay_mask=(('(', 1),)), ("'('", 'regular expression')),
 ])
@@ -78,6 +81,23 @@ def test_what_cannot_be_honoured_is_refused(fields, words):
     optimizers.make(optim(**fields), 10, roles())
   for word in words:
     assert word in str(error.value)
+
+
+@pytest.mark.parametrize('selector, table', [
+    ('name', optimizers.OPTIMIZERS), ('schedule', optimizers.SCHEDULES)])
+def test_a_field_is_taken_by_those_that_read_it_alone(selector, table):
+  fields = {field for entry in table.values() for field in entry.reads}
+  default = optim()
+  for choice, entry in table.items():
+    for field in sorted(fields):
+      other = default[field] + type(default[field])(10**6)
+      config = optim(**{selector: choice, field: other})
+      if field in entry.reads:
+        optimizers.check_optim(config)
+        continue
+      message = f'^optim.{field} is .*{choice!r} does not read'
+      with pytest.raises(ValueError, match=message):
+        optimizers.check_optim(config)
 
 
 @pytest.mark.slow
@@ -262,6 +282,8 @@ def test_state_lies_where_the_parameters_lie(name):
      (0.2, 1.0, 2.0, 2.0, 0.2, 0.2)),
 ])
 def test_schedules_by_hand(fields, rates):
-  rate = optimizers.rate(optim(lr=2.0, warmup_steps=10, **fields), 100)
+  config = optim(lr=2.0, warmup_steps=10, **fields)
+  optimizers.check_optim(config)
+  rate = optimizers.rate(config, 100)
   got = [float(rate(t - 1)) for t in (1, 5, 10, 55, 100, 200)]
   np.testing.assert_allclose(got, rates, rtol=1e-5, atol=1e-7)
