@@ -514,13 +514,19 @@ def sinkhorn(logits_BLUU: jax.Array, iterations: int) -> jax.Array:
   """Returns exp(logits) after so many rounds, each of which divides the rows
   and then the columns by their sums. As in DeepSeek-V4, the first rows are a
   softmax, and FLOOR is added to it and to later sums, none of which is 0."""
-  def divide(m_BLUU: jax.Array, axis: int) -> jax.Array:
-    return m_BLUU / (m_BLUU.sum(axis, keepdims=True) + FLOOR)
+  first_BLUU = _divided(jax.nn.softmax(logits_BLUU) + FLOOR, -2)
+  return layers.counted(_rounds, 0)(first_BLUU, jnp.arange(1, iterations))
 
+
+def _divided(m_BLUU: jax.Array, axis: int) -> jax.Array:
+  return m_BLUU / (m_BLUU.sum(axis, keepdims=True) + FLOOR)
+
+
+def _rounds(m_BLUU: jax.Array, rounds: jax.Array) -> jax.Array:
+  """Returns the matrices after a round of Sinkhorn's for each of `rounds`."""
   return jax.lax.scan(
-      lambda m_BLUU, _: (divide(divide(m_BLUU, -1), -2), None),
-      divide(jax.nn.softmax(logits_BLUU) + FLOOR, -2),
-      length=iterations - 1)[0]
+      lambda m_BLUU, _: (_divided(_divided(m_BLUU, -1), -2), None),
+      m_BLUU, rounds)[0]
 
 
 def _gated(module: nn.Module, x: Streams) -> Read:

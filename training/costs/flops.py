@@ -14,6 +14,9 @@ of training, or of a whole prompt). So the work that an implementation wastes on
 masked keys, padding, idle expert slots or recomputation lowers utilisation
 (MFU, Chowdhery et al. 2022, appendix B; theirs counts all keys). A token counts
 with the experts that its router chooses, whether or not they have room. A
+recurrence that multiplies no matrices counts what it computes element by
+element: one FLOP for each number of a sum, a product or a function, in a scan
+without a matrix product and in what `jax.lax.associative_scan` writes out. A
 backward pass costs twice the forward, the gradient of both factors, less what
 is only there for parameters that are not trained.
 """
@@ -263,6 +266,7 @@ class Place(NamedTuple):
       and functions as layers.counted says, instead of as they are computed.
     prompt: whether these are the shares of a prompt.
     loop_rows: `rows` in a pass of the loop that `passes` is of.
+    elements: whether what is computed element by element counts.
   """
   platform: str
   rows: int = 0
@@ -271,6 +275,7 @@ class Place(NamedTuple):
   useful: bool = False
   prompt: bool = False
   loop_rows: int = 0
+  elements: bool = False
 
 
 # Grouped products: rows by their group's matrix, by its transpose (as for the
@@ -328,8 +333,46 @@ _DECLARED = re.compile(layers.USEFUL.format(r'(\d+)', r'(\d+)', r'(\d+)'))
 _COUNTED = re.compile(layers.COUNTED.format(r'(\d+)', r'(\d+)'))
 
 
+# What is computed element by element: one FLOP for each number of its result,
+# or of what it sums up.
+ELEMENTWISE = frozenset((
+    'abs', 'add', 'add_any', 'atan2', 'cbrt', 'cos', 'cosh', 'cumlogsumexp',
+    'cummax', 'cummin', 'cumprod', 'cumsum', 'div', 'erf', 'exp', 'exp2',
+    'expm1', 'integer_pow', 'log', 'log1p', 'logistic', 'max', 'min', 'mul',
+    'neg', 'pow', 'reduce_max', 'reduce_min', 'reduce_prod', 'reduce_sum',
+    'rem', 'rsqrt', 'sign', 'sin', 'sinh', 'sqrt', 'square', 'sub', 'tan',
+    'tanh'))
+
+
+def _is_of_associative_scan(eqn: jex.JaxprEqn) -> bool:
+  """Whether `jax.lax.associative_scan`, which is no primitive, wrote this."""
+  trace = eqn.source_info.traceback
+  return trace is not None and any(
+      frame.function_name == 'associative_scan' for frame in trace.frames)
+
+
+def _elementwise(eqn: jex.JaxprEqn) -> Work:
+  """Returns the work of one of ELEMENTWISE; of whole numbers, none."""
+  out = eqn.outvars[0].aval
+  if not jnp.issubdtype(out.dtype, jnp.inexact):
+    return Work()
+  sizes = [v.aval.size for v in (*eqn.invars, *eqn.outvars)]
+  return Work(float(max(sizes)), _nbytes(eqn))
+
+
+def _scan(eqn: jex.JaxprEqn, place: Place) -> Work:
+  """Returns the work of all passes. Where a body multiplies no matrices, what
+  it computes element by element is all that a model must compute there."""
+  body = count(eqn.params['jaxpr'], place)
+  if place.useful and not body.flops:
+    body = count(eqn.params['jaxpr'], place._replace(elements=True))
+  return body.times(eqn.params['length'])
+
+
 def _equation(eqn: jex.JaxprEqn, place: Place) -> Work:
   name = eqn.primitive.name
+  if place.useful and not place.elements and _is_of_associative_scan(eqn):
+    place = place._replace(elements=True)
   inner = lambda jaxpr: count(jaxpr, place)
   counted = _COUNTED.fullmatch(str(eqn.params.get('name', '')))
   if place.useful and counted:
@@ -351,7 +394,9 @@ def _equation(eqn: jex.JaxprEqn, place: Place) -> Work:
   if name == 'pallas_call':
     return _kernel(eqn)
   if name == 'scan':
-    return inner(eqn.params['jaxpr']).times(eqn.params['length'])
+    return _scan(eqn, place)
+  if place.elements and name in ELEMENTWISE:
+    return _elementwise(eqn)
   if name == 'while':
     if place.passes is not None:
       return count(eqn.params['body_jaxpr'], place._replace(

@@ -127,9 +127,8 @@ class Mamba3(mamba2.Mamba2):
     turn_BLHA = dt_BLH[..., None] * (np.pi * jnp.tanh(y_BLA))[:, :, None]
     if valid_BL is not None:
       turn_BLHA = jnp.where(valid_BL[..., None, None] != 0, turn_BLHA, 0)
-    return jax.lax.associative_scan(
-        lambda x, y: (x + y) % (2 * np.pi),
-        jnp.concatenate([before_B1HA, turn_BLHA], 1), axis=1)[:, 1:]
+    return layers.counted(_sums_of_turns, 0)(
+        jnp.concatenate([before_B1HA, turn_BLHA], 1))[:, 1:]
 
   def _turned(self, name: str, x_BLD: jax.Array, angle_BLHA: jax.Array,
               ctx: Context) -> jax.Array:
@@ -144,6 +143,12 @@ class Mamba3(mamba2.Mamba2):
     a, b, rest = jnp.split(x_BLHK, (A, 2 * A), -1)
     cos, sin = jnp.cos(angle_BLHA), jnp.sin(angle_BLHA)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def _sums_of_turns(turn_BLHA: jax.Array) -> jax.Array:
+  """Returns the sums of all turns up to each place, modulo 2 pi."""
+  return jax.lax.associative_scan(
+      lambda x, y: (x + y) % (2 * np.pi), turn_BLHA, axis=1)
 
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import architectures
-from architectures.parts import paths
+from architectures.parts import layers, paths
 from architectures.parts.attention import kernels
 from architectures.parts.config import LayerKind
 from configs import base, bert
@@ -82,6 +82,42 @@ def test_a_convolution_counts_its_window():
   args = jnp.ones((2, LENGTH, 16)), jnp.ones((4, 16))
   work = flops.count(jax.make_jaxpr(short)(*args), flops.Place('gpu'))
   assert work.flops == 2 * 4 * 2 * LENGTH * 16
+
+
+def test_a_recurrence_without_matrices_counts_element_by_element():
+  """h_t = a_t h_t-1 + x_t is 2 FLOPs for each number of h, and y_t = h_t^2 a
+  third one; whole numbers and what a declaration counts are as they were."""
+  def step(h_BD, here):
+    a_BD, x_BD, at = here
+    h_BD = a_BD * h_BD + x_BD
+    return h_BD, (h_BD * h_BD, at + 1)
+
+  def scanned(a_LBD, x_LBD):
+    return jax.lax.scan(step, jnp.zeros(x_LBD.shape[1:]), (
+        a_LBD, x_LBD, jnp.arange(LENGTH)))
+
+  def after(first, then):
+    return then[0] * first[0], then[0] * first[1] + then[1]
+
+  def associative(a_LBD, x_LBD):
+    return jax.lax.associative_scan(after, (a_LBD, x_LBD))[1] + 1.0
+
+  args, place = [jnp.ones((LENGTH, 2, 5))] * 2, flops.Place('gpu', useful=True)
+  work = lambda f: flops.count(jax.make_jaxpr(f)(*args), place).flops
+  assert work(scanned) == 3 * LENGTH * 2 * 5
+  # `after` has 3 FLOPs and is applied less than twice a place; further sums put
+  # its results where they belong.
+  assert LENGTH * 2 * 5 < work(associative) < 3 * 3 * LENGTH * 2 * 5
+  assert work(layers.counted(associative, 7)) == 7 * LENGTH * 2 * 5
+
+
+def test_what_lies_between_the_products_of_a_scan_does_not_count():
+  def layer(x_LD, w_DD):
+    return jnp.tanh(x_LD @ w_DD) + x_LD, None
+  work = flops.count(jax.make_jaxpr(lambda x_LD, w_NDD: jax.lax.scan(
+      layer, x_LD, w_NDD))(jnp.ones((LENGTH, 4)), jnp.ones((3, 4, 4))),
+                     flops.Place('gpu', useful=True))
+  assert work.flops == 3 * 2 * LENGTH * 4 * 4
 
 
 @pytest.mark.parametrize('kind', [
