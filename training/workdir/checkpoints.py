@@ -22,6 +22,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging as std_logging
 import math
 import os
 import platform
@@ -158,6 +159,7 @@ class Checkpoints:
     self.best: dict[str, Any] | None = None
     self.directory = directory(workdir)
     self._good: dict[int, bool] = {}  # by step: whether it is of no bad step
+    logging.get_absl_logger().addFilter(_is_no_failed_write)
     with storage.writing(self.directory):
       self._manager = ocp.CheckpointManager(
           self.directory,
@@ -293,6 +295,15 @@ class Checkpoints:
       # Its own failure would hide the first one, and may be the same.
       with contextlib.suppress(EnvironmentFailure):
         self.close()
+
+
+def _is_no_failed_write(record: std_logging.LogRecord) -> bool:
+  """Whether a record is to be printed. Each of Orbax's threads logs a traceback
+  of a failure of the environment, and raises the failure too, of which
+  storage.writing makes one sentence."""
+  if not record.exc_info or 'orbax' not in record.pathname:
+    return True
+  return not storage.reason(record.exc_info[1])
 
 
 def environment() -> dict[str, Any]:

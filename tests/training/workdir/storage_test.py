@@ -263,7 +263,7 @@ def test_what_else_a_run_writes(tmp_path, write, name):
   assert not list(tmp_path.rglob('.writing-*'))
 
 
-def test_a_save_that_fails_says_what_the_run_goes_on_from(tmp_path):
+def test_a_save_that_fails_says_what_the_run_goes_on_from(tmp_path, caplog):
   """By a sentence alone, and the same command does go on from there."""
   state = toy_run.born(4, 2)
   with toy_run.open_store(tmp_path) as store:
@@ -277,6 +277,7 @@ def test_a_save_that_fails_says_what_the_run_goes_on_from(tmp_path):
   assert str(failure.value) == (
       f'cannot write checkpoint 20 in {tmp_path}/checkpoints: File too large; '
       'once that is mended, the same command goes on')
+  assert not [record for record in caplog.records if record.exc_info]
   # A new process would go on, in which those threads are no more.
   written = None
   while written != (written := sorted(tmp_path.rglob('*'))):
