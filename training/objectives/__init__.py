@@ -1,10 +1,9 @@
-"""What a model learns to do: one record an objective, in the table OBJECTIVES.
+"""What a model learns to do: one class an objective, in the table OBJECTIVES.
 
-To add an objective, write its record in a file of this folder, in a table
-OBJECTIVES of that file; Objective says what a record holds. Everything else
-reads these tables: the batches (pipeline.py), the training step, evaluation
-and sampling, plans of memory, exports, and the check for fields that a run
-would not read.
+To add an objective, write a subclass of Objective in a file of this folder, and
+its entry in a table OBJECTIVES of that file. Everything else reads these
+tables: the batches (pipeline.py), the training step, evaluation and sampling,
+plans of memory, exports, and the check for fields that a run would not read.
 
 A batch is a dict of arrays. Every weight of a loss stands under a key that ends
 in 'weights', and what tells tokens from padding under a key that ends in
@@ -19,11 +18,9 @@ of nothing is nan, not 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 import math
 from typing import Any, NamedTuple, TypeAlias
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -31,15 +28,14 @@ import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import layers, sharding
 from architectures.parts.config import ModelConfig
-from architectures.parts.heads import Head
 from architectures.parts.skeletons import Output
 from common import lazy
 from common.errors import RequestError, one_of, require, short
 from configs import base
 from training.data import conversations, records, sources
 from training.data.tokenizers import Tokenizer, spelt
+from training.objectives import losses
 
 Config: TypeAlias = ml_collections.ConfigDict
 Shape = tuple[tuple[int, ...], type]  # of an array, with its dtype
@@ -82,7 +78,9 @@ class Prompts(NamedTuple):
            tokenizer: Tokenizer) -> str:
     """Returns the text of the ids that were written after a row's prompt, with
     the space before its first word unless there is a gap."""
-    prompt = self.tokens[row, :self.lengths[row]] if not self.gap else ()
+    prompt = ()
+    if not self.gap:
+      prompt = self.tokens[row, :self.lengths[row]]
     text = spelt(tokenizer, ids, prompt).decode('utf-8', 'replace')
     return text.removeprefix(self.lead)
 
@@ -123,13 +121,13 @@ def token_loss(output: Output, batch: Batch, config: Config) -> Figures:
   them: of the next tokens, or of the masked ones."""
   train = config.train
   assert output.head is not None, 'a head of a task predicts no tokens'
-  loss_sum, sums = cross_entropy(
+  loss, sums = losses.cross_entropy(
       output.hidden, output.head, batch['targets'], batch['weights'],
       z_loss=train.z_loss, label_smoothing=train.label_smoothing)
+  sums['loss'] = loss
   weight = sums.pop('weight')
-  return {name: Mean(total, weight)
-          for name, total in (sums | {'loss': loss_sum}).items()
-          } | mtp_sums(output, batch, train)
+  figures = {name: Mean(total, weight) for name, total in sums.items()}
+  return figures | mtp_sums(output, batch, train)
 
 
 def lacks_ids(config: Config, tokenizer: Tokenizer) -> bool:
@@ -154,16 +152,20 @@ def known_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer, what: str
 def text_arrays(config: Config, *more: str) -> dict[str, Shape]:
   """Returns the arrays of a row of data.length tokens, each predicted at its
   own place, and `more` arrays of as many integers."""
-  L = (config.data.length,)
-  return dict(tokens=(L, np.int32), targets=(L, np.int32),
-              weights=(L, np.float32)) | {key: (L, np.int32) for key in more}
+  shape = (config.data.length,)
+  arrays = dict(tokens=(shape, np.int32), targets=(shape, np.int32),
+                weights=(shape, np.float32))
+  for key in more:
+    arrays[key] = shape, np.int32
+  return arrays
 
 
 def document_arrays(config: Config) -> dict[str, Shape]:
-  """Returns the same for rows of segments; with data.document_mask these are
-  documents, each with positions of its own."""
-  apart = ('positions',) if config.data.document_mask else ()
-  return text_arrays(config, 'segment_ids', *apart)
+  """Returns `text_arrays` for rows of segments; with data.document_mask these
+  are documents, each with positions of its own."""
+  if config.data.document_mask:
+    return text_arrays(config, 'segment_ids', 'positions')
+  return text_arrays(config, 'segment_ids')
 
 
 def documents(starts_L: np.ndarray) -> dict[str, np.ndarray]:
@@ -186,93 +188,164 @@ def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def after_separator(texts: Sequence[str], config: Config, tokenizer: Tokenizer
                     ) -> Prompts:
   """Returns texts that a document begins with, for a decoder to go on from."""
-  return Prompts(*padded([np.concatenate([[tokenizer.separator_id], ids])
-                          for ids in tokenizer.encode_batch(texts)]))
+  rows = [np.concatenate([[tokenizer.separator_id], ids])
+          for ids in tokenizer.encode_batch(texts)]
+  tokens, lengths = padded(rows)
+  return Prompts(tokens=tokens, lengths=lengths)
 
 
-class Objective(NamedTuple):
+class Objective:
   """An objective, from the text that it reads to the figures that it reports.
+
+  A subclass says what is its own: `view`, `example` and `arrays` always, and
+  of all else what differs from the defaults here.
 
   Attributes:
     stacks: which models it trains, as architectures.stack names them.
     view: a class that takes a sources.Corpus and gives the items that rows are
       made of. It is a sequence whose view[i] takes the same time for every i,
       so that an item can be read wherever the order of a run puts it; its
-      num_tokens and num_bytes say how much text one pass over it reads.
-    example: (item, rng, config, tokenizer) -> one row of a batch. `rng` is
-      drawn from the seed and the row's place in the whole run, so that masks
-      too repeat on any number of hosts and threads. See `row`.
-    arrays: config -> {key: (shape, dtype)} of one row: the batch's own, less
-      their first axis.
+      num_tokens and num_bytes say how much text one pass over it reads, and its
+      READS what a source may hold for it.
     inputs: keys of the batch that are the module's positional arguments.
     options: {key of the batch, where it is there: keyword of the module}.
     seen: keys whose entries tell tokens from padding, which is 0.
     reads: fields of the config that this objective reads and some do not: to
       set one with an objective that does not read it is refused.
-    fill: tokenizer -> the token that rows are filled up with.
-    figures: (output, batch, config) -> {name: Mean}; losses are in nats.
-    terms: {figure: batch -> what its mean is over}; the loss is the sum of
-      these means. The first one is the mean over the tokens to predict.
-    prompt: (texts, config, tokenizer) -> Prompts, where the model writes text;
-      None: it does not write.
+    ignores: fields of the config that most objectives read and this one does
+      not.
+    head: the head of the models that it trains (model.head), an entry of HEADS
+      of architectures/parts/heads.py.
+    terms: the figures whose sum is the loss. The first one is the mean over the
+      tokens to predict.
+    loss_unit: what a loss is measured in; '': the square of a number of the
+      data.
+    records: what its data hold where that is not text: Source.records.
+    has_labels: whether the data have labels; see `labels`.
+    writes: whether the model writes text; see `prompt`.
+    talks: whether the model can be talked with in turns; see `talk`.
+    has_chat_template: whether an export may have one; see `chat_template`.
+    has_lengths: whether rows differ so much in length that batches are padded
+      to one of several lengths; see `length`.
     every_token: whether each token of the text is predicted once, from those
       before it. The loss is then one of the text, in bits per byte whatever
       the tokenizer, and can be measured at longer lengths than in training.
-    bound: whether its loss is an upper bound of the text's, by draws of what
-      is masked, which is told in bits per byte too.
+    bound: whether the loss is an upper bound of the text's, by draws of what
+      is masked; it is given in bits per byte too.
     mtp: whether model.mtp_depth may predict further tokens of its rows, in
-      which none sees those after it.
-    chat_template: (config, tokenizer) -> the Jinja template of an export, or
-      None; None: there is never one.
-    head: the head of the models that it trains (model.head), an entry of HEADS
-      of architectures/parts/heads.py.
-    talk: (config, tokenizer) -> Talk; None: the model cannot be talked with
-      in turns.
-    records: what its data hold where that is not text: Source.records.
-    labels: config -> data.labels, as its training data have them; None: its
-      data have none.
-    length: item -> how many tokens its row has, where that differs so much that
-      batches are padded to one of several lengths; None: to data.length.
-    ignores: fields of the config that most objectives read and this one does
-      not.
-    unread: (config, tokens of a row) -> how many of its places the head does
-      not read in training.
-    guess: (config, ids of the model) -> the loss of guessing, in nats, where
-      it is another than `guessing` takes it for.
-    check: raises RequestError for a config that it cannot train by.
-    vocab_size: (config, tokenizer) -> how many ids its data have.
-    derived: config -> what it fills in of the config, by dotted name.
+      which no token sees those after it.
   """
-  stacks: tuple[str, ...]
-  view: Any
-  example: Callable[..., Row]
-  arrays: Callable[[Config], dict[str, Shape]]
+  stacks: tuple[str, ...] = ()
+  view: Any = None
   inputs: tuple[str, ...] = ('tokens',)
   options: Mapping[str, str] = {
       'positions': 'positions_BL', 'types': 'type_ids_BL',
       'segment_ids': 'segment_ids_BL'}
   seen: tuple[str, ...] = ('segment_ids',)
   reads: tuple[str, ...] = ()
-  fill: Callable[[Tokenizer], int] = fill_id
-  figures: Callable[..., Figures] = token_loss
-  terms: Mapping[str, Callable] = {'loss': targets}
-  prompt: Callable[..., Prompts] | None = None
+  ignores: tuple[str, ...] = ()
+  head: str = 'lm'
+  terms: tuple[str, ...] = ('loss',)
+  loss_unit: str = 'nats a token'
+  records: str = ''
+  has_labels: bool = False
+  writes: bool = False
+  talks: bool = False
+  has_chat_template: bool = False
+  has_lengths: bool = False
   every_token: bool = False
   bound: bool = False
   mtp: bool = False
-  chat_template: Callable[..., str | None] | None = None
-  head: str = 'lm'
-  talk: Callable[..., Talk] | None = None
-  records: str = ''
-  labels: Callable[[Config], tuple[str, ...]] | None = None
-  length: Callable[[Any], int] | None = None
-  ignores: tuple[str, ...] = ()
-  unread: Callable[[Config, int], int] = lambda config, length: 0
-  guess: Callable[[Config, int], float] | None = None
-  check: Callable[[Config], None] = lambda config: None
-  vocab_size: Callable[[Config, Tokenizer], int] = (
-      lambda config, tokenizer: tokenizer.vocab_size)
-  derived: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+
+  # What a subclass defines.
+
+  def example(self, item: Any, rng: np.random.Generator | None, config: Config,
+              tokenizer: Tokenizer) -> Row:
+    """Returns one row of a batch.
+
+    Args:
+      item: an item of the view.
+      rng: drawn from the seed and the row's place in the whole run, so that
+        masks too repeat on any number of hosts and threads.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
+    """
+    raise NotImplementedError
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    """Returns {key: (shape, dtype)} of one row: the arrays of a batch, without
+    their first axis."""
+    raise NotImplementedError
+
+  # What a subclass may define.
+
+  def check(self, config: Config) -> None:
+    """Raises RequestError for a config that it cannot train by."""
+
+  def fill(self, tokenizer: Tokenizer) -> int:
+    """Returns the token that rows are filled up with."""
+    return fill_id(tokenizer)
+
+  def vocab_size(self, config: Config, tokenizer: Tokenizer) -> int:
+    """Returns how many ids its data have."""
+    return tokenizer.vocab_size
+
+  def derived(self, config: Config) -> Mapping[str, Any]:
+    """Returns what it fills in of the config, by dotted name."""
+    return {}
+
+  def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
+    """Returns {name: Mean} of a batch; losses are in nats."""
+    return token_loss(output, batch, config)
+
+  def weights(self, batch: Batch) -> dict[str, jax.Array]:
+    """Returns what each of `terms` is divided by in this batch."""
+    return {self.main: targets(batch)}
+
+  def unread(self, config: Config, length: int) -> int:
+    """Returns how many places of a row of `length` tokens the head does not
+    read in training."""
+    return 0
+
+  def guessing(self, config: Config, vocab: int) -> float | None:
+    """Returns the loss, in nats, of a model to which all answers are alike:
+    all labels, or all tokens; None of an objective that has none.
+
+    Args:
+      config: the config of the run, with data.labels as its data have them.
+      vocab: how many ids the model has.
+    """
+    return math.log(vocab)
+
+  def num_labels(self, config: Config) -> int:
+    """Returns how many outputs the head has (model.num_labels); 0 where it
+    needs none."""
+    if self.has_labels:
+      return len(config.data.labels)
+    return 0
+
+  def labels(self, config: Config) -> tuple[str, ...]:
+    """Returns data.labels, as the training data have them."""
+    raise NotImplementedError
+
+  def length(self, item: Any) -> int:
+    """Returns how many tokens the row of an item has."""
+    raise NotImplementedError
+
+  def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
+             ) -> Prompts:
+    """Returns the texts as the model is shown them before it writes."""
+    raise NotImplementedError
+
+  def talk(self, config: Config, tokenizer: Tokenizer) -> Talk:
+    """Returns how the model is talked with in turns."""
+    raise NotImplementedError
+
+  def chat_template(self, config: Config, tokenizer: Tokenizer) -> str | None:
+    """Returns the Jinja template of an export; None: it gets none."""
+    raise NotImplementedError
+
+  # What follows from these.
 
   def batch(self, examples: Sequence[tuple[Any, np.random.Generator | None]],
             config: Config, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
@@ -282,16 +355,17 @@ class Objective(NamedTuple):
     # Once for a batch: fields of a config are slow to read.
     batch: dict[str, np.ndarray] = {}
     for key, (shape, dtype) in self.arrays(config).items():
-      ids = key.endswith(('tokens', 'targets'))
-      batch[key] = np.full((len(examples), *shape),
-                           self.fill(tokenizer) if ids else 0, dtype)
-    few = lacks_ids(config, tokenizer)
+      filling = 0
+      if key.endswith(('tokens', 'targets')):
+        filling = self.fill(tokenizer)
+      batch[key] = np.full((len(examples), *shape), filling, dtype)
+    may_lack = lacks_ids(config, tokenizer)
+
     for row, (item, rng) in enumerate(examples):
       values = self.example(item, rng, config, tokenizer)
       assert values.keys() == batch.keys(), (values.keys(), batch.keys())
       for key, value in values.items():
-        if few and (key.endswith('tokens')
-                    or key == 'targets' and self.head == 'lm'):
+        if may_lack and self._has_ids(key):
           known_ids(value, config, tokenizer, 'a row of the data')
         rows = batch[key]
         if np.shape(value) == rows.shape[1:]:
@@ -300,64 +374,60 @@ class Objective(NamedTuple):
           rows[row, :len(value)] = value
     return batch
 
+  def _has_ids(self, key: str) -> bool:
+    """Whether an array of a batch has ids of the vocabulary."""
+    if key == 'targets':
+      return self.head == 'lm'
+    return key.endswith('tokens')
+
   def row_lengths(self, config: Config) -> tuple[int, ...]:
     """Returns how many tokens a row has, at most: of an encoder-decoder, those
     of its source and of its target."""
     arrays = self.arrays(config)
-    return tuple(arrays[key][0][0] for key in ('tokens', 'decoder_tokens')
-                 if key in arrays)
+    lengths = []
+    for key in ('tokens', 'decoder_tokens'):
+      if key in arrays:
+        shape, _ = arrays[key]
+        lengths.append(shape[0])
+    return tuple(lengths)
 
   def apply(self, module: nn.Module, params: Any, batch: Batch,
             **kwargs) -> Output:
     """Runs `module` on what this objective shows it of the batch."""
-    kwargs |= {keyword: batch[key] for key, keyword in self.options.items()
-               if key in batch}
+    inputs = [batch[key] for key in self.inputs]
+    for key, keyword in self.options.items():
+      if key in batch:
+        kwargs[keyword] = batch[key]
     return module.apply(  # type: ignore[return-value]
-        {'params': params}, *[batch[key] for key in self.inputs], **kwargs)
+        {'params': params}, *inputs, **kwargs)
 
   def token_losses(self, module: nn.Module, params: Any, batch: Batch
-                   ) -> 'TokenLosses':
+                   ) -> losses.TokenLosses:
     """Returns each token's own loss; for evaluation."""
     output = self.apply(module, params, batch)
     assert output.head is not None  # else there are no logits
-    return token_losses(output.hidden, output.head, batch['targets'])
+    return losses.token_losses(output.hidden, output.head, batch['targets'])
 
   def ends(self, config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the ids with which a written text ends, the separator first."""
-    talked = self.talk(config, tokenizer).ends if self.talk else frozenset()
-    end = tokenizer.separator_id
-    return (end, *sorted(talked - {end}))
+    separator = tokenizer.separator_id
+    if not self.talks:
+      return (separator,)
+    others = self.talk(config, tokenizer).ends - {separator}
+    return (separator, *sorted(others))
 
   @property
   def holds(self) -> tuple[str, ...]:
     """What a source may hold for it (sources.Source.holds): its records, or the
     READS of its view."""
-    return (self.records,) if self.records else self.view.READS
+    if self.records:
+      return (self.records,)
+    return self.view.READS
 
   @property
   def perplexity(self) -> bool:
     """Whether e to the power of the loss is one."""
     return self.head == 'lm' and not self.records
-
-  def num_labels(self, config: Config) -> int:
-    """Returns how many outputs the head has (model.num_labels), as the labels
-    of the data say; 0 where it needs none."""
-    return len(config.data.labels) if self.labels else int(
-        self.head == 'sequence')
-
-  def guessing(self, config: Config, vocab: int) -> float | None:
-    """Returns the loss, in nats, of a model to which all answers are alike:
-    all labels, or all tokens. None: it has none, as of numbers.
-
-    Args:
-      config: the run's, with data.labels as its data have them.
-      vocab: how many ids the model has.
-    """
-    if self.guess is not None:
-      return self.guess(config, vocab)
-    if self.labels is not None:
-      return math.log(self.num_labels(config))
-    return math.log(vocab) if self.head in ('lm', 'vector') else None
 
   @property
   def prefix(self) -> bool:
@@ -367,11 +437,7 @@ class Objective(NamedTuple):
   @property
   def main(self) -> str:
     """The figure that is the loss of a token to predict."""
-    return next(iter(self.terms))
-
-  def weights(self, batch: Batch) -> dict[str, jax.Array]:
-    """Returns what each term of the loss is divided by in this batch."""
-    return {name: of(batch) for name, of in self.terms.items()}
+    return self.terms[0]
 
   def tokens(self, batch: Batch) -> jax.Array:
     """Returns how many tokens of a batch the model sees, without padding."""
@@ -385,39 +451,38 @@ class Objective(NamedTuple):
     The shares of micro-batches add up, and so do their gradients.
 
     Args:
-      output: the model's.
+      output: what the model returns.
       batch: a batch, or a micro-batch.
-      config: the run's.
+      config: the config of the run.
       whole: `weights` of the whole batch; None: this is the whole.
     """
     figures = self.figures(output, batch, config)
-    whole = self.weights(batch) if whole is None else whole
+    if whole is None:
+      whole = self.weights(batch)
     share = figures[self.main].total
-    for name in self.terms:
-      if name != self.main:
-        share += figures[name].total * (whole[self.main] / whole[name])
+    for name in self.terms[1:]:
+      share += figures[name].total * (whole[self.main] / whole[name])
     return share + mtp_share(figures, config), figures
 
   def means(self, figures: Mapping[str, Mean]) -> dict[str, Any]:
     """Returns the figures' values, `loss` among them."""
     values = {name: mean.total / mean.weight for name, mean in figures.items()}
-    return values | {'loss': sum(values[name] for name in self.terms)}
+    values['loss'] = sum(values[name] for name in self.terms)
+    return values
 
 
 # The fields that some objectives read and others do not; see Objective.reads.
-OF_SOME = (
-    *(f'data.{name}' for name in (
-        'chat_template', 'class_weights', 'document_mask', 'labels',
-        'length_buckets', 'mask_rate', 'stride', 'target_length',
-        'whole_words')),
-    *(f'probe.{name}' for name in (
-        'examples', 'held_out', 'levels', 'random_non_queries', 'vocab')),
+READ_BY_SOME = (
+    'data.chat_template', 'data.class_weights', 'data.document_mask',
+    'data.labels', 'data.length_buckets', 'data.mask_rate', 'data.stride',
+    'data.target_length', 'data.whole_words', 'probe.examples',
+    'probe.held_out', 'probe.levels', 'probe.random_non_queries', 'probe.vocab',
     'span.mean_length', 'span.noise_density', 'span.permuted')
 
 
 OBJECTIVES: Mapping[str, Objective] = lazy.Lazy(
     __name__, __path__, lambda file: file.OBJECTIVES,
-    without=('pipeline',))
+    without=('losses', 'pipeline'))
 
 
 def of(config: Config) -> Objective:
@@ -432,13 +497,15 @@ def with_head(model: ModelConfig) -> str:
   Raises:
     RequestError: for a head with one label for each token.
   """
-  classes = model.num_labels > 1
-  names = [name for name, row in OBJECTIVES.items()
-           if row.head == model.head and (row.labels is not None) == classes
-           and architectures.stack(model) in row.stacks]
-  require(bool(names), f'no objective trains model.head {model.head!r} with '
-          f'model.num_labels {model.num_labels}: two labels or more are needed')
-  return names[0]
+  has_labels = model.num_labels > 1
+  stack = architectures.stack(model)
+  for name, objective in OBJECTIVES.items():
+    if (objective.head == model.head and objective.has_labels == has_labels
+        and stack in objective.stacks):
+      return name
+  raise RequestError(
+      f'no objective trains model.head {model.head!r} with model.num_labels '
+      f'{model.num_labels}: two labels or more are needed')
 
 
 def check_fits(config: Config, source: sources.Source) -> None:
@@ -453,13 +520,13 @@ def check_fits(config: Config, source: sources.Source) -> None:
 def with_labels(config: Config) -> Config:
   """Returns a run's config with data.labels as its training data have them,
   where the objective has labels and the config names none."""
-  labels = of(config).labels
-  if labels is None or config.data.labels:
+  objective = of(config)
+  if not objective.has_labels or config.data.labels:
     return config
   for _, source in sources.parse(config.data.source):
     check_fits(config, source)
   config = config.copy_and_resolve_references()
-  config.data.labels = labels(config)
+  config.data.labels = objective.labels(config)
   return config
 
 
@@ -475,327 +542,43 @@ def check_objective(config: Config) -> None:
   objective = of(config)
   if config.data.chat_template != conversations.PUBLISHED_NAME:
     conversations.source(config.data.chat_template)
-  for name in {*OF_SOME, *objective.ignores} - {*objective.reads}:
-    value, default = config[name], base.FIELDS[name].default
-    if value != default:
-      readers = [key for key, row in OBJECTIVES.items() if name in row.reads]
-      raise RequestError(
-          f'{name} is {value!r}, which objective {config.objective!r} does not '
-          f'read: leave it at {default!r}' + (
-              f', or choose one that does: {", ".join(readers)}'
-              if readers else ''))
-  depth = config.model.mtp_depth
-  if depth and not objective.mtp:
-    choices = [key for key, row in OBJECTIVES.items() if row.mtp]
-    raise RequestError(
-        f'model.mtp_depth is {short(depth)}, which objective '
-        f'{config.objective!r} does not train: set it to 0, or choose the '
-        f'objective from {", ".join(choices)}')
+  for name in {*READ_BY_SOME, *objective.ignores} - {*objective.reads}:
+    _check_unread(config, name)
+  _check_mtp(config, objective)
   records.check_labels(config.data.labels)
   objective.check(config)
 
 
-# Cross-entropy of a model's hidden states, a chunk of the length at a time.
-#
-# For a token with logits l, target y, and q = (1 - s) onehot(y) + s / V, where
-# s is the label smoothing (Szegedy et al. 2016, section 7):
-#
-#   loss = log_z - q . l + c log_z^2,    log_z = logsumexp(l)
-#
-# with c the coefficient of the z-loss (PaLM: Chowdhery et al. 2022, section
-# 5). Its gradient, (1 + 2 c log_z) softmax(l) - q, needs nothing but l. So it
-# is taken in the forward pass, while a chunk's logits are there, and turned at
-# once into gradients of the hidden states and of the head: no [B, L, V] array
-# ever lives, and no logit is computed twice.
-#
-# Each shard of the tokens (Q) adds up its own gradient of the head, which the
-# devices exchange once, after the last chunk of P positions.
-
-# Where `chunk` is 0: float32 logits of 64 MiB a device, but tokens enough to
-# be worth a reading of the head's weights.
-AUTO_LOGITS = 2 ** 24
-AUTO_TOKENS = 512
+def _check_unread(config: Config, name: str) -> None:
+  """Raises RequestError unless a field that the objective does not read has its
+  default."""
+  value, default = config[name], base.FIELDS[name].default
+  if value == default:
+    return
+  readers = [other for other, objective in OBJECTIVES.items()
+             if name in objective.reads]
+  way_on = ''
+  if readers:
+    way_on = f', or choose one that does: {", ".join(readers)}'
+  raise RequestError(
+      f'{name} is {value!r}, which objective {config.objective!r} does not '
+      f'read: leave it at {default!r}{way_on}')
 
 
-class TokenLosses(NamedTuple):
-  """Of each token, [B, L], in float32.
-
-  Attributes:
-    loss: in nats, with label smoothing and z-loss.
-    log_z: the logarithm of the softmax's denominator.
-    correct: whether the target alone has the highest logit.
-  """
-  loss: jax.Array
-  log_z: jax.Array
-  correct: jax.Array
-
-
-class _Settings(NamedTuple):
-  z_loss: float
-  label_smoothing: float
-  rows: int  # shards of the batch
-  lengths: int  # shards of the length; Q = rows * lengths
-  positions: int  # P
+def _check_mtp(config: Config, objective: Objective) -> None:
+  """Raises RequestError where nothing trains the modules of model.mtp_depth."""
+  depth = config.model.mtp_depth
+  if not depth or objective.mtp:
+    return
+  choices = [name for name, other in OBJECTIVES.items() if other.mtp]
+  raise RequestError(
+      f'model.mtp_depth is {short(depth)}, which objective '
+      f'{config.objective!r} does not train: set it to 0, or choose the '
+      f'objective from {", ".join(choices)}')
 
 
-def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
-                  weights_BL: jax.Array, *, z_loss: float = 0.0,
-                  label_smoothing: float = 0.0, chunk: int = 0
-                  ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns the weighted sum of the tokens' losses, and other weighted sums.
-
-  Args:
-    hidden_BLD: what the head is applied to; products are taken in its dtype
-      and add up in float32.
-    head: the output projection.
-    targets_BL: token ids.
-    weights_BL: how much each token counts; 0: not at all.
-    z_loss: the z-loss's coefficient.
-    label_smoothing: the probability that is spread over the vocabulary.
-    chunk: tokens of one device whose logits are held at once; 0: by size.
-
-  Returns:
-    The sum to differentiate, and sums that nothing is differentiated through:
-    `weight`, `accuracy` and, where there is one, `z_loss`.
-  """
-  settings = _settings(hidden_BLD, head, z_loss, label_smoothing, chunk)
-  weights_BL = weights_BL.astype(jnp.float32)
-  chex.assert_equal_shape([targets_BL, weights_BL])
-  loss, tokens = _loss_sum(settings, hidden_BLD, head, targets_BL, weights_BL)
-  tokens = jax.lax.stop_gradient(tokens)
-  sums = {'weight': weights_BL.sum(),
-          'accuracy': (weights_BL * tokens.correct).sum()}
-  if z_loss:
-    sums['z_loss'] = (weights_BL * z_loss * tokens.log_z ** 2).sum()
-  return loss, jax.lax.stop_gradient(sums)
-
-
-def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
-                 chunk: int = 0) -> TokenLosses:
-  """Returns each token's negative log-likelihood; for evaluation."""
-  settings = _settings(hidden_BLD, head, 0.0, 0.0, chunk)
-  return _token_losses(settings, hidden_BLD, head, targets_BL)
-
-
-def _token_losses(settings: _Settings, hidden_BLD: jax.Array, head: Head,
-                  targets_BL: jax.Array) -> TokenLosses:
-  kernel_DV = _kernel(head, hidden_BLD)
-
-  def of_chunk(_: None, chunk: tuple[jax.Array, ...]):
-    x_QBPD, targets_QBP = chunk
-    logits_QBPV = head.finish(_product(x_QBPD, kernel_DV))
-    return None, _losses(settings, logits_QBPV, targets_QBP)
-
-  _, losses = jax.lax.scan(
-      of_chunk, None, _cut(settings, (hidden_BLD, targets_BL)))
-  return _join(settings, losses, targets_BL.shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sum(settings: _Settings, hidden_BLD: jax.Array, head: Head,
-              targets_BL: jax.Array, weights_BL: jax.Array):
-  """(sum of weights * losses, TokenLosses, through which no gradient goes)."""
-  tokens = _token_losses(settings, hidden_BLD, head, targets_BL)
-  return (weights_BL * tokens.loss).sum(), tokens
-
-
-def _loss_sum_fwd(settings: _Settings, *args):
-  """The sum and, in the same pass, such of its gradients as are asked for."""
-  asked = jax.tree.map(lambda x: x.perturbed, args)
-  ask_hidden, ask_head, _, ask_weights = asked
-  hidden_BLD, head, targets_BL, weights_BL = jax.tree.map(
-      lambda x: x.value, args)
-  kernel_DV = _kernel(head, hidden_BLD)
-  kernel_VD = kernel_DV.T
-  if sharding.platform() == 'cpu':
-    # Both products read the kernel along its rows: one copy for all chunks.
-    kernel_VD = jax.lax.optimization_barrier(kernel_VD)
-
-  def of_chunk(d_head: Any, chunk: tuple[jax.Array, ...]):
-    x_QBPD, targets_QBP, weights_QBP = chunk
-    logits_QBPV, pull = jax.vjp(head.finish, _product(x_QBPD, kernel_DV))
-    losses = _losses(settings, logits_QBPV, targets_QBP)
-    d_QBPV, = pull(_gradient(settings, logits_QBPV, targets_QBP, weights_QBP,
-                             losses.log_z))
-    d_kernel, d_bias = d_head
-    if ask_bias:
-      d_bias += d_QBPV.sum((1, 2))
-    d_QBPV = d_QBPV.astype(x_QBPD.dtype)
-    if ask_head.kernel_DV:
-      d_kernel += _kernel_gradient(x_QBPD, d_QBPV)
-    dx_QBPD = None
-    if ask_hidden:
-      dx_QBPD = layers.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD, x_QBPD.dtype)
-    return (d_kernel, d_bias), (losses, dx_QBPD)
-
-  ask_bias = head.bias_V is not None and ask_head.bias_V
-  zeros = (_zeros(settings, ask_head.kernel_DV, _turned(head.kernel_DV)),
-           _zeros(settings, ask_bias, head.bias_V))
-  (d_kernel, d_bias), (losses, dx_QBPD) = jax.lax.scan(
-      of_chunk, zeros, _cut(settings, (hidden_BLD, targets_BL, weights_BL)))
-  tokens, d_hidden = _join(settings, (losses, dx_QBPD), targets_BL.shape)
-  d_head = head.replace(
-      kernel_DV=_whole(d_kernel, head.kernel_DV, 'embed', 'vocab'),
-      bias_V=_whole(d_bias, head.bias_V, 'vocab'))
-  if sharding.devices() > 1:
-    # The head's gradient is scattered before the layers' are computed: whole,
-    # and in float32, it would lie there until the end.
-    d_hidden, d_head = jax.lax.optimization_barrier((d_hidden, d_head))
-  gradients = d_hidden, d_head, None, tokens.loss if ask_weights else None
-  return ((weights_BL * tokens.loss).sum(), tokens), gradients
-
-
-def _loss_sum_bwd(settings: _Settings, gradients: Any, cotangents: Any):
-  scale = cotangents[0]
-  if isinstance(scale, jax.custom_derivatives.SymbolicZero):
-    return None, None, None, None
-  return jax.tree.map(lambda x: (x * scale).astype(x.dtype), gradients)
-
-
-_loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd, symbolic_zeros=True)
-
-
-def _product(x_QBPD: jax.Array, kernel_DV: jax.Array):
-  return layers.einsum('QBPD,DV->QBPV', x_QBPD, kernel_DV, x_QBPD.dtype,
-                       jnp.float32)
-
-
-def _kernel_gradient(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
-  """Each shard's gradient of the kernel, `_turned`, in float32. XLA's CPU
-  backend transposes the first operand of such a product, so there that is the
-  hidden states. The barrier keeps it from turning the product of a tied kernel
-  around, into one of bfloat16 that it does not have."""
-  if sharding.one_cpu():
-    return jax.lax.optimization_barrier(layers.einsum(
-        'QBPD,QBPV->QDV', x_QBPD, d_QBPV, x_QBPD.dtype, jnp.float32))
-  return layers.einsum('QBPV,QBPD->QVD', d_QBPV, x_QBPD, x_QBPD.dtype,
-                       jnp.float32)
-
-
-def _turned(kernel_DV: jax.Array) -> jax.Array:
-  """The kernel as its gradient is added up: [V, D], but on one CPU [D, V]."""
-  return kernel_DV if sharding.one_cpu() else kernel_DV.T
-
-
-def _losses(settings: _Settings, logits_QBPV: jax.Array, targets_QBP: jax.Array
-            ) -> TokenLosses:
-  """The loss of each token. On a mesh the target's logit is found by a masked
-  sum: a gather would collect a sharded vocabulary on every device."""
-  smooth = settings.label_smoothing
-  max_QBP1 = logits_QBPV.max(-1, keepdims=True)
-  log_z_QBP = max_QBP1[..., 0] + jnp.log(
-      jnp.exp(logits_QBPV - max_QBP1).sum(-1))
-  if sharding.one_cpu():
-    target_QBP = jnp.take_along_axis(
-        logits_QBPV, targets_QBP[..., None], -1, mode='clip')[..., 0]
-  else:
-    target_QBP = jnp.where(_is_target(logits_QBPV, targets_QBP), logits_QBPV, 0
-                           ).sum(-1)
-  rivals_QBP = (logits_QBPV >= target_QBP[..., None]).sum(-1)
-  loss_QBP = log_z_QBP - (1 - smooth) * target_QBP
-  if smooth:
-    loss_QBP -= smooth * logits_QBPV.mean(-1)
-  if settings.z_loss:
-    loss_QBP += settings.z_loss * log_z_QBP ** 2
-  return TokenLosses(loss_QBP, log_z_QBP, rivals_QBP == 1)
-
-
-def _gradient(settings: _Settings, logits_QBPV: jax.Array,
-              targets_QBP: jax.Array, weights_QBP: jax.Array,
-              log_z_QBP: jax.Array):
-  """Of the weighted losses, in the logits."""
-  smooth, z_loss = settings.label_smoothing, settings.z_loss
-  p_QBPV = jnp.exp(logits_QBPV - log_z_QBP[..., None])
-  q_QBPV = jnp.where(_is_target(logits_QBPV, targets_QBP), 1 - smooth, 0.0)
-  if smooth:
-    q_QBPV += smooth / logits_QBPV.shape[-1]
-  if z_loss:
-    p_QBPV *= (1 + 2 * z_loss * log_z_QBP)[..., None]
-  return (p_QBPV - q_QBPV) * weights_QBP[..., None]
-
-
-def _is_target(logits_QBPV: jax.Array, targets_QBP: jax.Array):
-  ids_QBPV = jax.lax.broadcasted_iota(jnp.int32, logits_QBPV.shape, 3)
-  return ids_QBPV == targets_QBP[..., None]
-
-
-def _settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
-              label_smoothing: float, chunk: int) -> _Settings:
-  """How the tokens are cut up: shards of the batch, and of the length chunks
-  as even as can be."""
-  batch, length, _ = hidden_BLD.shape
-  rows, lengths = (sharding.shards('batch', batch),
-                   sharding.shards('length', length))
-  tokens = chunk or max(AUTO_TOKENS, AUTO_LOGITS // head.kernel_DV.shape[1])
-  most = max(1, tokens * rows // batch)
-  length //= lengths
-  chunks = -(-length // most)
-  return _Settings(z_loss, label_smoothing, rows, lengths, -(-length // chunks))
-
-
-def _cut(settings: _Settings, arrays: tuple[jax.Array, ...]):
-  """[B, L, ...] -> [chunks, Q, B / rows, P, ...], the length of a shard padded
-  with zeros; the weight of a padded token is one of them."""
-  rows, lengths, P = settings.rows, settings.lengths, settings.positions
-
-  def cut(x: jax.Array):
-    batch, length = x.shape[0] // rows, x.shape[1] // lengths
-    chunks = -(-length // P)
-    x = x.reshape(rows, batch, lengths, length, *x.shape[2:])
-    pad = chunks * P - length
-    if pad:
-      x = jnp.pad(x, ((0, 0),) * 3 + ((0, pad),) + ((0, 0),) * (x.ndim - 4))
-    x = x.reshape(rows, batch, lengths, chunks, P, *x.shape[4:])
-    x = jnp.moveaxis(x, (3, 2), (0, 2))
-    x = x.reshape(chunks, rows * lengths, batch, *x.shape[4:])
-    return sharding.constrain_if(x, None, 'tokens', *(None,) * (x.ndim - 2))
-
-  return jax.tree.map(cut, arrays)
-
-
-def _join(settings: _Settings, arrays: tuple[jax.Array, ...],
-          shape: tuple[int, ...]):
-  """[chunks, Q, B / rows, P, ...] -> [B, L, ...]: `_cut` undone."""
-  rows, lengths = settings.rows, settings.lengths
-
-  def join(x: jax.Array):
-    chunks, _, batch, P = x.shape[:4]
-    x = x.reshape(chunks, rows, lengths, batch, P, *x.shape[4:])
-    x = jnp.moveaxis(x, (0, 2), (3, 2))
-    x = x.reshape(rows, batch, lengths, chunks * P, *x.shape[5:])
-    x = x[:, :, :, :shape[1] // lengths]
-    return x.reshape(*shape, *x.shape[4:])
-
-  return jax.tree.map(join, arrays)
-
-
-def _kernel(head: Head, hidden_BLD: jax.Array):
-  """The head's kernel as every chunk reads it: cast, and gathered, once."""
-  return sharding.whole(head.kernel_DV.astype(hidden_BLD.dtype),
-                        ('embed', 'vocab'))
-
-
-def _zeros(settings: _Settings, asked: Any, x: jax.Array):
-  """What a gradient of x adds up in: a copy for each shard of the tokens."""
-  if not asked:
-    return None
-  axes = ('vocab',) + (None,) * (x.ndim - 1)
-  return sharding.constrain_if(
-      jnp.zeros((settings.rows * settings.lengths, *x.shape), jnp.float32),
-      'tokens', *axes)
-
-
-def _whole(d: jax.Array | None, x: jax.Array, *axes: str):
-  """The shards' gradients of x, added up and laid out as x is."""
-  if d is None:
-    return None
-  if sharding.one_cpu():
-    return d[0].astype(x.dtype)
-  return sharding.total(d, axes[::-1]).T.astype(x.dtype)
-
-
-# Of tokens further ahead, which model.mtp_depth predicts (DeepSeek-AI 2024b,
-# arXiv 2412.19437, equations 24 and 25):
+# The loss of tokens further ahead, which model.mtp_depth predicts (DeepSeek-AI
+# 2024b, arXiv 2412.19437, equations 24 and 25):
 #
 #   L_k = -1/T  sum over i of  log p_k(t_(i+k+1) | t_1 ... t_(i+k))
 #   loss + lambda / D  sum over k = 1 ... D of  L_k
@@ -804,7 +587,7 @@ def _whole(d: jax.Array | None, x: jax.Array, *axes: str):
 # train.mtp_weight. Of packed documents a module predicts only tokens of the
 # document that it reads.
 
-MTP_LOSS = 'mtp_{}_loss'  # of the loss at a depth
+MTP_LOSS = 'mtp_{}_loss'  # the name of the loss at a depth
 
 
 def mtp_shifted(batch: Batch, depth: int
@@ -824,9 +607,10 @@ def mtp_sums(output: Any, batch: Batch, train: Config) -> Figures:
   """Returns the loss and the accuracy of each depth, of tokens, targets and
   weights [B, L]; {} of a model that looks no further than the next token."""
   figures = {}
-  for depth, hidden_BLD in enumerate(output.extra.get('mtp', ()), 1):
+  hidden_of_depths = output.extra.get('mtp', ())
+  for depth, hidden_BLD in enumerate(hidden_of_depths, 1):
     targets_BL, weights_BL = mtp_shifted(batch, depth)
-    loss, sums = cross_entropy(
+    loss, sums = losses.cross_entropy(
         hidden_BLD, output.head, targets_BL, weights_BL, z_loss=train.z_loss,
         label_smoothing=train.label_smoothing)
     figures[MTP_LOSS.format(depth)] = Mean(loss, sums['weight'])
@@ -842,6 +626,11 @@ def mtp_share(figures: Mapping[str, Any], config: Config):
     config: the run's.
   """
   depth = config.model.mtp_depth
-  names = map(MTP_LOSS.format, range(1, depth + 1))
-  losses = [figures[name].total for name in names if name in figures]
-  return config.train.mtp_weight / depth * sum(losses) if losses else 0.0
+  totals = []
+  for k in range(1, depth + 1):
+    name = MTP_LOSS.format(k)
+    if name in figures:
+      totals.append(figures[name].total)
+  if not totals:
+    return 0.0
+  return config.train.mtp_weight / depth * sum(totals)

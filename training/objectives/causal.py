@@ -82,54 +82,85 @@ class Windows:
     return Window(tokens, last - first + 1)
 
 
-def causal(window: Window, rng: np.random.Generator | None,
-           config: Config, tokenizer: Tokenizer) -> Row:
-  """Next-token prediction: the target of each token is the next one.
+class Causal(Objective):
+  """Next-token prediction: the target of each token is the next one."""
+  stacks = ('decoder',)
+  view = Windows
+  # Every token of a window but its padding is one to predict from.
+  options = {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL',
+             'weights': 'valid_BL'}
+  seen = ('weights',)
+  reads = ('data.document_mask',)
+  writes = talks = every_token = mtp = True
 
-  Returns:
-    tokens, targets, weights [L]: a weight is 0 on padding. With
-    data.document_mask also segment_ids and positions [L]: a separator starts a
-    new segment, at position 0, and so does the window.
-  """
-  tokens_L, targets_L = window.tokens[:-1], window.tokens[1:]
-  row = dict(tokens=tokens_L, targets=targets_L,
-             weights=np.arange(len(tokens_L)) < window.size - 1)
-  if config.data.document_mask:
-    row |= objectives.documents(tokens_L == tokenizer.separator_id)
-  return row
+  def example(self, item: Window, rng: np.random.Generator | None,
+              config: Config, tokenizer: Tokenizer) -> Row:
+    """Returns one row.
+
+    Returns:
+      tokens, targets, weights [L]: a weight is 0 on padding. With
+      data.document_mask also segment_ids and positions [L]: a separator starts
+      a new segment, at position 0, and so does the window.
+    """
+    tokens_L, targets_L = item.tokens[:-1], item.tokens[1:]
+    predicted_L = np.arange(len(tokens_L)) < item.size - 1
+    row = dict(tokens=tokens_L, targets=targets_L, weights=predicted_L)
+    if config.data.document_mask:
+      row |= objectives.documents(tokens_L == tokenizer.separator_id)
+    return row
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    if config.data.document_mask:
+      return objectives.text_arrays(config, 'segment_ids', 'positions')
+    return objectives.text_arrays(config)
+
+  def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
+             ) -> Prompts:
+    return objectives.after_separator(texts, config, tokenizer)
+
+  def talk(self, config: Config, tokenizer: Tokenizer) -> Talk:
+    return goes_on(tokenizer)
 
 
-def _arrays(config: Config) -> dict[str, Shape]:
-  apart = ('segment_ids', 'positions') if config.data.document_mask else ()
-  return objectives.text_arrays(config, *apart)
-
-
-def prefix(window: Window, rng: np.random.Generator, config: Config,
-           tokenizer: Tokenizer) -> Row:
+class Prefix(Objective):
   """Prefix LM (Raffel et al. 2020, section 3.2.1): the tokens before a random
-  place see each other; those from there on are predicted.
+  place see each other; those from there on are predicted."""
+  stacks = ('decoder',)
+  view = Windows
+  options = {'prefix': 'prefix_B', 'valid': 'valid_BL'}
+  seen = ('valid',)
+  writes = True
 
-  Returns:
-    as `causal`, and prefix []: how many tokens the prefix has; valid [L]: 0 on
-    padding.
-  """
-  row = causal(window, rng, config, tokenizer)
-  valid = row['weights']
-  size = int(rng.integers(1, config.data.length))
-  predicted = np.arange(config.data.length) >= size - 1
-  return row | dict(weights=valid & predicted, valid=valid, prefix=size)
+  def example(self, item: Window, rng: np.random.Generator, config: Config,
+              tokenizer: Tokenizer) -> Row:
+    """Returns one row.
+
+    Returns:
+      tokens, targets, weights [L]; prefix []: how many tokens the prefix has;
+      valid [L]: 0 on padding.
+    """
+    tokens_L, targets_L = item.tokens[:-1], item.tokens[1:]
+    place_L = np.arange(config.data.length)
+    valid_L = place_L < item.size - 1
+    prefix = int(rng.integers(1, config.data.length))
+    predicted_L = place_L >= prefix - 1
+    return dict(tokens=tokens_L, targets=targets_L, valid=valid_L,
+                weights=valid_L & predicted_L, prefix=prefix)
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    return _valid_arrays(config) | dict(prefix=((), np.int32))
+
+  def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
+             ) -> Prompts:
+    """Returns prompts whose tokens all see each other."""
+    prompts = objectives.after_separator(texts, config, tokenizer)
+    return prompts._replace(arguments=dict(prefix_B=prompts.lengths))
 
 
 def _valid_arrays(config: Config) -> dict[str, Shape]:
+  """Returns the arrays of a row of text, of which `valid` tells padding."""
   row = objectives.text_arrays(config)
   return row | dict(valid=row['weights'])
-
-
-def _as_prefix(texts: Sequence[str], config: Config, tokenizer: Tokenizer
-               ) -> Prompts:
-  """Returns prompts whose tokens all see each other."""
-  prompts = objectives.after_separator(texts, config, tokenizer)
-  return prompts._replace(arguments=dict(prefix_B=prompts.lengths))
 
 
 def goes_on(tokenizer: Tokenizer, start: int | None = None) -> Talk:
@@ -141,17 +172,19 @@ def goes_on(tokenizer: Tokenizer, start: int | None = None) -> Talk:
     start: the token before the text; default: the separator.
   """
   separator = tokenizer.separator_id
-  first = separator if start is None else start
+  if start is None:
+    start = separator
 
   def encode(messages: Sequence[dict[str, str]]) -> np.ndarray:
     text = ''
     for message in messages:
-      starts = message['role'] == 'user' and text
-      text += ('\n' if starts else '') + message['content']
-    return np.concatenate([[first], tokenizer.encode(text)]).astype(np.int32)
+      if text and message['role'] == 'user':
+        text += '\n'
+      text += message['content']
+    return np.concatenate([[start], tokenizer.encode(text)]).astype(np.int32)
 
-  return Talk('goes on from the text', encode, frozenset({separator}),
-              system=False, plain=True)
+  return Talk(words='goes on from the text', encode=encode,
+              ends=frozenset({separator}), system=False, plain=True)
 
 
 class Conversations:
@@ -177,32 +210,73 @@ class Conversations:
     return self._documents[int(i)]
 
 
-def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator | None,
-         config: Config, tokenizer: Tokenizer) -> Row:
-  """Lays out one conversation, cut off at data.length = L.
+class Chat(Objective):
+  """The assistant's answers of conversations."""
+  stacks = ('decoder',)
+  view = Conversations
+  options = {'valid': 'valid_BL'}
+  seen = ('valid',)
+  reads = ('data.chat_template',)
+  writes = talks = has_chat_template = mtp = True
 
-  Returns:
-    tokens, targets [up to L]; weights [up to L], 1 where the target is the
-    assistant's; valid [up to L], 1 for each token.
-  """
-  L = config.data.length
-  ids, predicted = layout(parts, tokenizer)
-  return dict(tokens=ids[:L], targets=ids[1:L + 1], weights=predicted[1:L + 1],
-              valid=np.ones(len(ids[:L])))
+  def example(self, item: list[tuple[str, np.ndarray]],
+              rng: np.random.Generator | None, config: Config,
+              tokenizer: Tokenizer) -> Row:
+    """Lays out one conversation, cut off at data.length = L.
+
+    Returns:
+      tokens, targets [up to L]; weights [up to L], 1 where the target is the
+      assistant's; valid [up to L], 1 for each token.
+    """
+    L = config.data.length
+    ids, predicted = layout(item, tokenizer)
+    return dict(tokens=ids[:L], targets=ids[1:L + 1],
+                weights=predicted[1:L + 1], valid=np.ones(len(ids[:L])))
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    return _valid_arrays(config)
+
+  def derived(self, config: Config) -> dict[str, str]:
+    """Returns a data.chat_template that says the same when the file or the
+    folder that it names has changed, or is gone."""
+    name = config.data.chat_template
+    if name == conversations.PUBLISHED_NAME:
+      return {}
+    _, text = conversations.source(name)
+    return {'data.chat_template': conversations.TEXT + text}
+
+  def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
+             ) -> Prompts:
+    """Returns each text as a question."""
+    rows = [question(text, config, tokenizer) for text in texts]
+    tokens, lengths = objectives.padded(rows)
+    lead = talk(config, tokenizer).lead
+    return Prompts(tokens=tokens, lengths=lengths, gap='\n', lead=lead)
+
+  def talk(self, config: Config, tokenizer: Tokenizer) -> Talk:
+    return talk(config, tokenizer)
+
+  def chat_template(self, config: Config, tokenizer: Tokenizer) -> str:
+    return jinja(config, tokenizer)
 
 
 def layout(parts: list[tuple[str, np.ndarray]], tokenizer: Tokenizer
            ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the ids [T] of a conversation, and which of them are predicted."""
+  # A template that was rendered has its own ends of turns.
   rendered = bool(parts) and parts[0][0] in ('shown', 'said')
-  end = np.full(0 if rendered else 1, tokenizer.separator_id, np.int32)
-  ids, predicted = [end], [np.zeros(len(end), bool)]
+  end = np.array([tokenizer.separator_id], np.int32)
+  if rendered:
+    end = end[:0]
+  pieces, predicted = [end], [np.zeros(len(end), bool)]
   for kind, text in parts:
-    says = kind in conversations.ANSWERS
-    for piece in (text, end if says else end[:0]):
-      ids.append(np.asarray(piece, np.int32))
-      predicted.append(np.full(len(piece), says))
-  return np.concatenate(ids), np.concatenate(predicted)
+    piece = np.asarray(text, np.int32)
+    is_answer = kind in conversations.ANSWERS
+    if is_answer:
+      piece = np.concatenate([piece, end])
+    pieces.append(piece)
+    predicted.append(np.full(len(piece), is_answer))
+  return np.concatenate(pieces), np.concatenate(predicted)
 
 
 def question(text: str, config: Config, tokenizer: Tokenizer) -> np.ndarray:
@@ -213,35 +287,37 @@ def question(text: str, config: Config, tokenizer: Tokenizer) -> np.ndarray:
   return talk(config, tokenizer).encode([dict(role='user', content=text)])
 
 
-def _derived(config: Config) -> dict[str, str]:
-  """Returns a data.chat_template that says the same when the file or the folder
-  that it names has changed, or is gone."""
-  name = config.data.chat_template
-  return {} if name == conversations.PUBLISHED_NAME else {
-      'data.chat_template': conversations.TEXT + conversations.source(name)[1]}
-
-
 def talk(config: Config, tokenizer: Tokenizer) -> Talk:
   """Returns how a run is talked with: by the template of its data."""
   name = config.data.chat_template
   if name != conversations.PUBLISHED_NAME:
     return templated(conversations.read(name, tokenizer))
-  alpaca = 'alpaca:' in config.data.source
+  is_alpaca = 'alpaca:' in config.data.source
 
   def encode(messages: Messages) -> np.ndarray:
-    turns = [(message['role'], message['content']) for message in messages]
-    parts = ([('question', conversations.alpaca_prompt(text))
-              if role == 'user' else ('answer', text) for role, text in turns]
-             if alpaca else conversations.vicuna([*turns, ('assistant', '')]))
-    parts = [*parts, ('answer', '')]
+    parts = []
+    if is_alpaca:
+      for message in messages:
+        if message['role'] == 'user':
+          prompt = conversations.alpaca_prompt(message['content'])
+          parts.append(('question', prompt))
+        else:
+          parts.append(('answer', message['content']))
+    else:
+      turns = [(message['role'], message['content']) for message in messages]
+      parts.extend(conversations.vicuna([*turns, ('assistant', '')]))
+    parts.append(('answer', ''))
     rows = [row for row, _ in sources.encode(tokenizer, [parts])]
-    ids, _ = layout([*zip([kind for kind, _ in parts], rows)], tokenizer)
+    kinds = [kind for kind, _ in parts]
+    ids, _ = layout(list(zip(kinds, rows)), tokenizer)
     return ids[:-1]  # the answer has yet to end
 
-  return Talk(
-      f"answers by {'Alpaca' if alpaca else 'Vicuna'}'s template", encode,
-      frozenset({tokenizer.separator_id}), lead='' if alpaca else ' ',
-      system=not alpaca)
+  ends = frozenset({tokenizer.separator_id})
+  if is_alpaca:
+    return Talk(words="answers by Alpaca's template", encode=encode, ends=ends,
+                system=False)
+  return Talk(words="answers by Vicuna's template", encode=encode, ends=ends,
+              lead=' ')
 
 
 def templated(template: conversations.Template, ends: Iterable[int] = (),
@@ -252,12 +328,16 @@ def templated(template: conversations.Template, ends: Iterable[int] = (),
     template: see conversations.
     ends: the ids with which an answer ends, as a Hugging Face folder says;
       default: what the template has after an answer, and the separator.
-    words: of the Talk; default: with the template's name.
+    words: what Talk.words says; default: the name of the template.
   """
-  return Talk(
-      words or f'answers by the chat template {template.name}',
-      lambda messages: template.encode(messages, answer=True),
-      frozenset(ends or template.ends() | {template.tokenizer.separator_id}))
+  def encode(messages: Messages) -> np.ndarray:
+    return template.encode(messages, answer=True)
+
+  if not ends:
+    ends = template.ends() | {template.tokenizer.separator_id}
+  if not words:
+    words = f'answers by the chat template {template.name}'
+  return Talk(words=words, encode=encode, ends=frozenset(ends))
 
 
 def jinja(config: Config, tokenizer: Tokenizer) -> str:
@@ -287,30 +367,4 @@ def jinja(config: Config, tokenizer: Tokenizer) -> str:
       '{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}')
 
 
-def _questions(texts: Sequence[str], config: Config, tokenizer: Tokenizer
-               ) -> Prompts:
-  """Returns each text as a question."""
-  rows = objectives.padded(
-      [question(text, config, tokenizer) for text in texts])
-  return Prompts(*rows, gap='\n', lead=talk(config, tokenizer).lead)
-
-
-OBJECTIVES = {
-    # Every token of a window but its padding is one to predict from.
-    'causal': Objective(
-        ('decoder',), Windows, causal, _arrays, ('tokens',),
-        {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL',
-         'weights': 'valid_BL'}, ('weights',), reads=('data.document_mask',),
-        prompt=objectives.after_separator, every_token=True, mtp=True,
-        talk=lambda config, tokenizer: goes_on(tokenizer)),
-    'prefix': Objective(
-        ('decoder',), Windows, prefix,
-        lambda config: _valid_arrays(config) | dict(prefix=((), np.int32)),
-        ('tokens',), {'prefix': 'prefix_B', 'valid': 'valid_BL'}, ('valid',),
-        prompt=_as_prefix),
-    'chat': Objective(
-        ('decoder',), Conversations, chat, _valid_arrays, ('tokens',),
-        {'valid': 'valid_BL'}, ('valid',), reads=('data.chat_template',),
-        prompt=_questions, chat_template=jinja, talk=talk, derived=_derived,
-        mtp=True),
-}
+OBJECTIVES = {'causal': Causal(), 'prefix': Prefix(), 'chat': Chat()}

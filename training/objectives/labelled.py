@@ -34,9 +34,7 @@ the only one that has seen all, as in XLNet (Yang et al. 2019), whose [CLS]
 stands last.
 """
 
-from collections.abc import Callable
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,93 +55,31 @@ def stack(config: Config) -> str:
   return architectures.systems()[config.model.arch].STACK
 
 
-def lay_out(item: records.Item, rng: np.random.Generator | None, config: Config,
-            tokenizer: Tokenizer) -> Row:
-  """Returns one row.
-
-  tokens, segment_ids (0: padding) [up to L]; of an encoder types [up to L], 1:
-  of the second text; targets [], weights [].
-  """
-  first, after = records.special_tokens(tokenizer, stack(config))
-  pieces, types = [[first]], [0]
-  ends = [item.between] * (len(item.texts) - 1) + [1]
-  for number, (ids, end) in enumerate(zip(item.texts, ends)):
-    pieces += [ids, [after] * end]
-    types += [number] * (len(ids) + end)
-  row = dict(tokens=np.concatenate(pieces).astype(np.int32),
-             segment_ids=np.ones(len(types)), targets=item.target,
-             weights=item.weight)
-  return row | (dict(types=types) if stack(config) == 'encoder' else {})
-
-
-def _arrays(config: Config, **of_a_row: type) -> dict[str, Shape]:
+def _arrays(config: Config, **numbers: type) -> dict[str, Shape]:
   """Returns the arrays of a row of one or two texts, and numbers by name."""
-  L = ((config.data.length,), np.int32)
-  row = dict(tokens=L, segment_ids=L, weights=((), np.float32))
-  row |= {name: ((), kind) for name, kind in of_a_row.items()}
-  return row | (dict(types=L) if stack(config) == 'encoder' else {})
+  ids = (config.data.length,), np.int32
+  arrays = dict(tokens=ids, segment_ids=ids, weights=((), np.float32))
+  for name, dtype in numbers.items():
+    arrays[name] = (), dtype
+  if stack(config) == 'encoder':
+    arrays['types'] = ids
+  return arrays
 
 
-def classified(targets: str) -> Callable[..., Figures]:
-  """Returns what gives the cross-entropy of batch[targets], [B] or [B, L], and
-  how many are likeliest."""
-  def figures(output: Output, batch: Batch, config: Config) -> Figures:
-    scores, weights = output.extra['scores'], batch['weights']
-    smooth, log_p = config.train.label_smoothing, jax.nn.log_softmax(scores)
-    likely = jnp.take_along_axis(log_p, batch[targets][..., None], -1)[..., 0]
-    loss = -((1 - smooth) * likely + smooth * log_p.mean(-1))
-    right = jnp.argmax(scores, -1) == batch[targets]
-    counts = (weights > 0).astype(jnp.float32)
-    return {'loss': Mean((weights * loss).sum(), weights.sum()),
-            'accuracy': Mean((counts * right).sum(), counts.sum())}
-  return figures
-
-
-def estimated(output: Output, batch: Batch, config: Config) -> Figures:
-  """Returns the squared error of targets [B], in what they are measured in."""
-  weights_B = batch['weights']
-  error_B = output.extra['scores'][:, 0] - batch['targets']
-  return {'loss': Mean((weights_B * error_B ** 2).sum(), weights_B.sum()),
-          'mean_absolute_error': Mean((weights_B * jnp.abs(error_B)).sum(),
-                                      weights_B.sum())}
-
-
-def lay_out_words(item: records.Piece, rng: np.random.Generator | None,
-                  config: Config, tokenizer: Tokenizer) -> Row:
-  """Returns one row.
-
-  tokens, segment_ids (0: padding), labels, their numbers, and weights, 1 where
-  a label counts [up to L].
-  """
-  first, after = records.special_tokens(tokenizer, stack(config))
-  return dict(tokens=np.concatenate([[first], item.ids, [after]]),
-              segment_ids=np.ones(len(item.ids) + records.AROUND),
-              labels=np.pad(item.targets, 1), weights=np.pad(item.weights, 1))
-
-
-def _word_arrays(config: Config) -> dict[str, Shape]:
-  L = ((config.data.length,), np.int32)
-  return dict(tokens=L, segment_ids=L, labels=L, weights=(L[0], np.float32))
-
-
-def lay_out_question(item: records.Window, rng: np.random.Generator | None,
-                     config: Config, tokenizer: Tokenizer) -> Row:
-  """Returns one row.
-
-  tokens, segment_ids (0: padding), of an encoder types (1: of the paragraph)
-  [up to L]; starts, ends [], the places of the answer's ends; weights [], 1.
-  """
-  kind = stack(config)
-  first, after = records.special_tokens(tokenizer, kind)
-  tokens = np.concatenate([[first], item.question, [after] * item.between,
-                           item.context, [after]])
-  places = (null_place(item, kind),) * 2
-  if item.answer is not None:
-    places = tuple(begin(item) + place for place in item.answer)
-  row = dict(tokens=tokens, segment_ids=np.ones(len(tokens)),
-             starts=places[0], ends=places[1], weights=1.0)
-  return row | (dict(types=np.arange(len(tokens)) >= begin(item))
-                if kind == 'encoder' else {})
+def classified(output: Output, batch: Batch, config: Config, targets: str
+               ) -> Figures:
+  """Returns the cross-entropy of batch[targets], [B] or [B, L], and how many
+  are likeliest."""
+  scores, weights = output.extra['scores'], batch['weights']
+  smooth = config.train.label_smoothing
+  log_p = jax.nn.log_softmax(scores)
+  log_p_target = jnp.take_along_axis(
+      log_p, batch[targets][..., None], axis=-1)[..., 0]
+  loss = -((1 - smooth) * log_p_target + smooth * log_p.mean(-1))
+  right = jnp.argmax(scores, -1) == batch[targets]
+  counts = (weights > 0).astype(jnp.float32)
+  return {'loss': Mean((weights * loss).sum(), weights.sum()),
+          'accuracy': Mean((counts * right).sum(), counts.sum())}
 
 
 def begin(item: records.Window) -> int:
@@ -159,54 +95,195 @@ def length(item: records.Window) -> int:
 
 def null_place(item: records.Window, kind: str) -> int:
   """Returns where the token stands whose scores are those of no answer."""
-  return 0 if kind == 'encoder' else length(item) - 1
+  if kind == 'encoder':
+    return 0
+  return length(item) - 1
 
 
-def answered(output: Output, batch: Batch, config: Config) -> Figures:
-  """Returns the cross-entropy of starts [B] and ends [B], and of how many rows
-  both are likeliest."""
-  real_BL1 = batch['segment_ids'][..., None] != 0
-  # Of the two axes without a letter, one stands for start and end.
-  scores_BLU = jnp.where(real_BL1, output.extra['scores'], NEVER)
-  places_BU = jnp.stack([batch['starts'], batch['ends']], 1)
-  loss_BU = -jnp.take_along_axis(
-      jax.nn.log_softmax(scores_BLU, axis=1), places_BU[:, None], 1)[:, 0]
-  right_B = (jnp.argmax(scores_BLU, 1) == places_BU).all(1)
-  weights_B = batch['weights']
-  return {'loss': Mean((weights_B * loss_BU.mean(1)).sum(), weights_B.sum()),
-          'accuracy': Mean((weights_B * right_B).sum(), weights_B.sum())}
+class Labelled(Objective):
+  """What the objectives of labelled data share."""
+  stacks = ('encoder', 'decoder')
+  has_lengths = True
+  loss_unit = 'nats'  # of an answer
+
+  def guessing(self, config: Config, vocab: int) -> float | None:
+    return math.log(self.num_labels(config))
 
 
-_STACKS = ('encoder', 'decoder')
+class TextObjective(Labelled):
+  """A target for one text, or for a pair of texts."""
+  head = 'sequence'
+  records = labelled.TEXTS
+
+  def example(self, item: records.Item, rng: np.random.Generator | None,
+              config: Config, tokenizer: Tokenizer) -> Row:
+    """Returns one row.
+
+    Returns:
+      tokens, segment_ids (0: padding) [up to L]; of an encoder types [up to L],
+      1: of the second text; targets [], weights [].
+    """
+    first, after = records.special_tokens(tokenizer, stack(config))
+    pieces, types = [[first]], [0]
+    last = len(item.texts) - 1
+    for number, ids in enumerate(item.texts):
+      separators = [after]
+      if number < last:
+        separators = [after] * item.between
+      pieces += [ids, separators]
+      types += [number] * (len(ids) + len(separators))
+    row = dict(tokens=np.concatenate(pieces).astype(np.int32),
+               segment_ids=np.ones(len(types)), targets=item.target,
+               weights=item.weight)
+    if stack(config) == 'encoder':
+      row['types'] = types
+    return row
+
+  def length(self, item: records.Item) -> int:
+    return item.length
 
 
-def _of_texts(view: type, target: type, **fields: Any) -> Objective:
-  return Objective(
-      _STACKS, view, lay_out, lambda config: _arrays(config, targets=target),
-      head='sequence', records=labelled.TEXTS,
-      length=lambda item: item.length, **fields)
+class Classification(TextObjective):
+  """A label for a text or a pair of texts."""
+  view = records.Classes
+  reads = ('data.labels', 'data.class_weights', 'data.length_buckets')
+  ignores = ('train.z_loss',)
+  has_labels = True
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    return _arrays(config, targets=np.int32)
+
+  def labels(self, config: Config) -> tuple[str, ...]:
+    return records.labels_of(config)
+
+  def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
+    return classified(output, batch, config, 'targets')
+
+
+class Regression(TextObjective):
+  """A number for a text or a pair of texts."""
+  view = records.Numbers
+  reads = ('data.length_buckets',)
+  ignores = ('train.z_loss', 'train.label_smoothing')
+  loss_unit = ''
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    return _arrays(config, targets=np.float32)
+
+  def num_labels(self, config: Config) -> int:
+    return 1
+
+  def guessing(self, config: Config, vocab: int) -> None:
+    return None
+
+  def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
+    """Returns the squared error of targets [B], in what they are measured in.
+    """
+    weights_B = batch['weights']
+    error_B = output.extra['scores'][:, 0] - batch['targets']
+    squared, absolute = error_B ** 2, jnp.abs(error_B)
+    return {
+        'loss': Mean((weights_B * squared).sum(), weights_B.sum()),
+        'mean_absolute_error': Mean((weights_B * absolute).sum(),
+                                    weights_B.sum())}
+
+
+class TokenClassification(Labelled):
+  """A label for each word of a sentence."""
+  view = records.Sentences
+  reads = ('data.labels', 'data.stride', 'data.length_buckets')
+  ignores = ('train.z_loss',)
+  head = 'tokens'
+  records = labelled.SENTENCES
+  has_labels = True
+
+  def example(self, item: records.Piece, rng: np.random.Generator | None,
+              config: Config, tokenizer: Tokenizer) -> Row:
+    """Returns one row.
+
+    Returns:
+      tokens, segment_ids (0: padding), labels, their numbers, and weights, 1
+      where a label counts [up to L].
+    """
+    first, after = records.special_tokens(tokenizer, stack(config))
+    tokens = np.concatenate([[first], item.ids, [after]])
+    return dict(tokens=tokens, segment_ids=np.ones(len(tokens)),
+                labels=np.pad(item.targets, 1), weights=np.pad(item.weights, 1))
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    shape = (config.data.length,)
+    ids = shape, np.int32
+    return dict(tokens=ids, segment_ids=ids, labels=ids,
+                weights=(shape, np.float32))
+
+  def labels(self, config: Config) -> tuple[str, ...]:
+    return records.labels_of(config)
+
+  def length(self, item: records.Piece) -> int:
+    return len(item.ids) + records.AROUND
+
+  def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
+    return classified(output, batch, config, 'labels')
+
+
+class QuestionAnswering(Labelled):
+  """The place of a question's answer in a paragraph."""
+  view = records.Questions
+  reads = ('data.stride', 'data.length_buckets')
+  ignores = ('train.z_loss', 'train.label_smoothing')
+  head = 'span'
+  records = labelled.QUESTIONS
+
+  def example(self, item: records.Window, rng: np.random.Generator | None,
+              config: Config, tokenizer: Tokenizer) -> Row:
+    """Returns one row.
+
+    Returns:
+      tokens, segment_ids (0: padding), of an encoder types (1: of the
+      paragraph) [up to L]; starts, ends [], the places of the answer's ends;
+      weights [], 1.
+    """
+    kind = stack(config)
+    first, after = records.special_tokens(tokenizer, kind)
+    tokens = np.concatenate([[first], item.question, [after] * item.between,
+                             item.context, [after]])
+    start = end = null_place(item, kind)
+    if item.answer is not None:
+      start, end = (begin(item) + place for place in item.answer)
+    row = dict(tokens=tokens, segment_ids=np.ones(len(tokens)), starts=start,
+               ends=end, weights=1.0)
+    if kind == 'encoder':
+      row['types'] = np.arange(len(tokens)) >= begin(item)
+    return row
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    return _arrays(config, starts=np.int32, ends=np.int32)
+
+  def length(self, item: records.Window) -> int:
+    return length(item)
+
+  def guessing(self, config: Config, vocab: int) -> float:
+    return math.log(config.data.length)
+
+  def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
+    """Returns the cross-entropy of starts [B] and ends [B], and of how many
+    rows both are likeliest."""
+    # Of the two axes without a letter, one (U) stands for start and end.
+    real_BL1 = batch['segment_ids'][..., None] != 0
+    scores_BLU = jnp.where(real_BL1, output.extra['scores'], NEVER)
+    places_BU = jnp.stack([batch['starts'], batch['ends']], axis=1)
+    log_p_BLU = jax.nn.log_softmax(scores_BLU, axis=1)
+    loss_BU = -jnp.take_along_axis(log_p_BLU, places_BU[:, None], axis=1)[:, 0]
+    right_B = (jnp.argmax(scores_BLU, 1) == places_BU).all(1)
+    weights_B = batch['weights']
+    return {
+        'loss': Mean((weights_B * loss_BU.mean(1)).sum(), weights_B.sum()),
+        'accuracy': Mean((weights_B * right_B).sum(), weights_B.sum())}
 
 
 OBJECTIVES = {
-    'classification': _of_texts(
-        records.Classes, np.int32, figures=classified('targets'),
-        labels=records.labels_of, ignores=('train.z_loss',),
-        reads=('data.labels', 'data.class_weights', 'data.length_buckets')),
-    'regression': _of_texts(
-        records.Numbers, np.float32, figures=estimated,
-        reads=('data.length_buckets',),
-        ignores=('train.z_loss', 'train.label_smoothing')),
-    'token_classification': Objective(
-        _STACKS, records.Sentences, lay_out_words, _word_arrays,
-        reads=('data.labels', 'data.stride', 'data.length_buckets'),
-        figures=classified('labels'), head='tokens',
-        records=labelled.SENTENCES, labels=records.labels_of,
-        ignores=('train.z_loss',),
-        length=lambda item: len(item.ids) + records.AROUND),
-    'question_answering': Objective(
-        _STACKS, records.Questions, lay_out_question,
-        lambda config: _arrays(config, starts=np.int32, ends=np.int32),
-        reads=('data.stride', 'data.length_buckets'), figures=answered,
-        head='span', length=length, records=labelled.QUESTIONS,
-        ignores=('train.z_loss', 'train.label_smoothing'),
-        guess=lambda config, vocab: math.log(config.data.length))}
+    'classification': Classification(),
+    'regression': Regression(),
+    'token_classification': TokenClassification(),
+    'question_answering': QuestionAnswering(),
+}

@@ -45,32 +45,19 @@ import numpy as np
 import architectures
 from architectures.parts import sharding
 from architectures.parts.skeletons import Output
-from common.errors import require
+from common.errors import RequestError, require
 from training import objectives
 from training.data import sources
 from training.data.tokenizers import Tokenizer
 from training.data.tokens import Documents
 from training.objectives import Batch, Config, Figures, Mean, Objective, Row
-from training.objectives import causal
+from training.objectives import causal, Shape
 
 
 class Passages(causal.Windows):
   """Windows of data.length - 2 tokens, which leave room for [CLS] and [SEP]."""
 
   AROUND = 2
-
-
-def mlm(window: causal.Window, rng: np.random.Generator, config: Config,
-        tokenizer: Tokenizer) -> Row:
-  """Returns one masked row of text.
-
-  Returns:
-    tokens, segment_ids (0: padding), targets [L]; weights [L], 1 where a token
-    is to be predicted. With data.document_mask a document is a segment, from
-    its separator on, and positions [L] begin with it.
-  """
-  ids, special, apart = framed(window, config, tokenizer)
-  return _masked(ids, special, rng, config, tokenizer) | apart
 
 
 def framed(window: causal.Window, config: Config, tokenizer: Tokenizer
@@ -154,44 +141,21 @@ class Stretches:
     return self._documents.read(low, low + size)
 
 
-def mlm_nsp(stretch: Stretch, rng: np.random.Generator, config: Config,
-            tokenizer: Tokenizer) -> Row:
-  """Returns one masked pair.
-
-  Returns:
-    tokens, types, segment_ids (0: padding), targets [L]; weights [L], 1 where a
-    token is to be predicted; nsp_targets [], 1: the second text is from
-    elsewhere.
-  """
-  cut = int(rng.integers(1, len(stretch.tokens)))
-  first, second = np.split(stretch.tokens, [cut])
-  from_elsewhere = rng.random() >= 0.5
-  if from_elsewhere:
-    second = stretch.elsewhere(rng, len(second))
-  return _two_texts(first, second, from_elsewhere, rng, config, tokenizer)
-
-
-def mlm_sop(stretch: Stretch, rng: np.random.Generator, config: Config,
-            tokenizer: Tokenizer) -> Row:
-  """Returns one masked pair as `mlm_nsp` does; nsp_targets is 1 where the
-  second text stood before the first."""
-  first, second = np.split(stretch.tokens,
-                           [int(rng.integers(1, len(stretch.tokens)))])
-  swapped = rng.random() < 0.5
-  texts = (second, first) if swapped else (first, second)
-  return _two_texts(*texts, swapped, rng, config, tokenizer)
-
-
 def _two_texts(first: np.ndarray, second: np.ndarray, target: bool,
                rng: np.random.Generator, config: Config, tokenizer: Tokenizer
                ) -> Row:
+  """Returns [CLS] first [SEP] second [SEP], masked, as a row whose nsp_targets
+  is `target`."""
   cls, sep = tokenizer.cls_id, tokenizer.sep_id
   ids = np.concatenate([[cls], first, [sep], second, [sep]]).astype(np.int32)
+  after_first = len(first) + 1
   special = np.zeros(len(ids), bool)
-  special[[0, 1 + len(first), -1]] = True
-  return _masked(ids, special, rng, config, tokenizer) | dict(
-      types=np.arange(len(ids)) >= len(first) + 2,
-      segment_ids=np.ones(len(ids)), nsp_targets=target)
+  special[[0, after_first, -1]] = True
+  row = _masked(ids, special, rng, config, tokenizer)
+  row['types'] = np.arange(len(ids)) > after_first
+  row['segment_ids'] = np.ones(len(ids))
+  row['nsp_targets'] = target
+  return row
 
 
 def _masked(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
@@ -217,26 +181,36 @@ def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
   Args:
     ids: int32 [L].
     special: bool [L], never masked.
-    rng: of the draws.
-    tokenizer: its mask token and vocabulary.
+    rng: draws what is masked, and how.
+    tokenizer: has the mask token and the vocabulary.
     rate: the share of tokens that are chosen, at least one of them.
     whole_words: whether all tokens of a word are chosen, or none.
     size: how many ids the model has; 0: as many as the tokenizer.
   """
+  # Units are words or tokens; unit_L says which one each token is of.
+  starts_L = np.ones(len(ids), bool)
+  if whole_words:
+    starts_L = _starts(ids, tokenizer)
+  unit_L = np.cumsum(starts_L)
+
+  # Units are chosen in a random order until they have tokens enough.
   places = np.flatnonzero(~special)
   wanted = most(rate, len(places))
-  word = np.cumsum(_starts(ids, tokenizer) if whole_words
-                   else np.ones(len(ids), bool))
-  order = rng.permutation(np.unique(word[places]))
-  sizes = np.bincount(word[places], minlength=word[-1] + 1)
-  taken = np.cumsum(sizes[order]) - sizes[order] < wanted
-  chosen = np.isin(word, order[taken]) & ~special
-  draw = rng.random(len(ids))
-  masked = np.where(chosen & (draw < 0.8), tokenizer.mask_id, ids)
+  order = rng.permutation(np.unique(unit_L[places]))
+  tokens_of_unit = np.bincount(unit_L[places], minlength=unit_L[-1] + 1)
+  sizes = tokens_of_unit[order]
+  chosen_before = np.cumsum(sizes) - sizes
+  chosen_units = order[chosen_before < wanted]
+  chosen_L = np.isin(unit_L, chosen_units) & ~special
+
+  # 80 % become [MASK], 10 % a random token, and 10 % stay.
+  draw_L = rng.random(len(ids))
+  masked_L = np.where(chosen_L & (draw_L < 0.8), tokenizer.mask_id, ids)
   known = min(tokenizer.vocab_size, size or tokenizer.vocab_size)
-  other = rng.integers(0, known, len(ids))
-  masked = np.where(chosen & (draw >= 0.8) & (draw < 0.9), other, masked)
-  return masked.astype(np.int32), chosen
+  other_L = rng.integers(0, known, len(ids))
+  is_replaced_L = chosen_L & (draw_L >= 0.8) & (draw_L < 0.9)
+  masked_L = np.where(is_replaced_L, other_L, masked_L)
+  return masked_L.astype(np.int32), chosen_L
 
 
 def _starts(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -250,11 +224,19 @@ def _starts(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 def _words(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
   """Returns bool [V] twice: which tokens begin a word, which end one."""
   special = set(tokenizer.special_ids.values())
-  pieces = [b' ' if i in special else tokenizer.decode_bytes([i])
-            for i in range(tokenizer.vocab_size)]
+  pieces = []
+  for i in range(tokenizer.vocab_size):
+    piece = b' '
+    if i not in special:
+      piece = tokenizer.decode_bytes([i])
+    pieces.append(piece)
+
+  # WordPiece marks what goes on with a word.
   if any(piece.startswith(b'##') and len(piece) > 2 for piece in pieces):
     begins = np.array([not piece.startswith(b'##') for piece in pieces])
     return begins, np.zeros(len(pieces), bool)
+
+  # Other tokens show a word's ends by spaces.
   begins = np.array([piece[:1].isspace() for piece in pieces])
   ends = np.array([piece[-1:].isspace() for piece in pieces])
   usual = [i not in special for i in range(len(pieces))]
@@ -275,9 +257,9 @@ def _real_B(batch: Batch) -> jax.Array:
 
 def unread(config: Config, length: int) -> int:
   """Returns how many places of a row `masked_words` leaves out."""
-  M = most(config.data.mask_rate, length)
-  return 0 if config.data.whole_words or config.mesh.context > 1 else max(
-      length - M, 0)
+  if config.data.whole_words or config.mesh.context > 1:
+    return 0
+  return max(length - most(config.data.mask_rate, length), 0)
 
 
 def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
@@ -290,62 +272,44 @@ def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
   M = most(config.data.mask_rate, L)
   if config.data.whole_words or sharding.shards('length', L) > 1 or M >= L:
     return objectives.token_loss(output, batch, config)
+
+  # The places of the M first tokens that are chosen; L stands for none.
   chosen_BL = weights_BL != 0
-  places_BM = jnp.sort(jnp.where(chosen_BL, jnp.arange(L), L), 1)[:, :M]
-  at = lambda x: jnp.take_along_axis(
-      x, places_BM.reshape(*places_BM.shape, *(1,) * (x.ndim - 2)), 1,
-      mode='clip')
-  weights_BM = jnp.where(places_BM < L, at(weights_BL), 0)
-  weights_BM = jnp.where(chosen_BL.sum() > (places_BM < L).sum(), jnp.nan,
-                         weights_BM)
+  places_BL = jnp.sort(jnp.where(chosen_BL, jnp.arange(L), L), axis=1)
+  places_BM = places_BL[:, :M]
+  exists_BM = places_BM < L
+
+  def at_places(x_BL: jax.Array) -> jax.Array:
+    """Returns [B, M, ...] of [B, L, ...]."""
+    index = places_BM.reshape(*places_BM.shape, *(1,) * (x_BL.ndim - 2))
+    return jnp.take_along_axis(x_BL, index, axis=1, mode='clip')
+
+  weights_BM = jnp.where(exists_BM, at_places(weights_BL), 0)
+  too_many = chosen_BL.sum() > exists_BM.sum()
+  weights_BM = jnp.where(too_many, jnp.nan, weights_BM)
+  chosen = dict(targets=at_places(batch['targets']), weights=weights_BM)
   return objectives.token_loss(
-      output.replace(hidden=at(output.hidden)),
-      dict(targets=at(batch['targets']), weights=weights_BM), config)
+      output.replace(hidden=at_places(output.hidden)), chosen, config)
 
 
 def mlm_and_nsp(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns BERT's losses: of the masked words, and of whether the second text
   follows the first. One is a mean over these words, the other over rows."""
-  figures = masked_words(output, batch, config)
-  for name in ('loss', 'accuracy'):
-    figures[f'mlm_{name}'] = figures.pop(name)
+  figures = {}
+  for name, mean in masked_words(output, batch, config).items():
+    if name in ('loss', 'accuracy'):
+      name = f'mlm_{name}'
+    figures[name] = mean
+
   real_B = _real_B(batch)
   logits_B2 = output.extra['nsp_logits']
+  log_p_B2 = jax.nn.log_softmax(logits_B2, -1)
   targets_B1 = batch['nsp_targets'][:, None]
-  nsp_B = -jnp.take_along_axis(
-      jax.nn.log_softmax(logits_B2, -1), targets_B1, 1)[:, 0]
+  loss_B = -jnp.take_along_axis(log_p_B2, targets_B1, axis=1)[:, 0]
   right_B = jnp.argmax(logits_B2, -1) == batch['nsp_targets']
-  return figures | {
-      'nsp_loss': Mean((real_B * nsp_B).sum(), real_B.sum()),
-      'nsp_accuracy': Mean((real_B * right_B).sum(), real_B.sum())}
-
-
-def _check_next_sentence(config: Config) -> None:
-  model = config.model
-  stack = getattr(architectures.systems().get(model.arch), 'STACK', '')
-  require(model.next_sentence or stack != 'encoder',
-          f'model.next_sentence is {model.next_sentence}, and objective '
-          f'{config.objective!r} trains the head that it stands for: set it to '
-          "True, or choose objective 'mlm'")
-
-
-def masked_diffusion(window: causal.Window, rng: np.random.Generator,
-                     config: Config, tokenizer: Tokenizer) -> Row:
-  """Returns one row with a random share of its tokens masked.
-
-  Returns:
-    tokens, targets, segment_ids (0: padding) [L]; weights [L]: 1 / t where a
-    token is masked. With data.document_mask a document is a segment, from its
-    separator on, and positions [L] begin with it.
-  """
-  ids = window.tokens[1:window.size]
-  t = 1 - rng.random()
-  masked = rng.random(len(ids)) < t
-  apart = dict(segment_ids=np.ones(len(ids)))
-  if config.data.document_mask:
-    apart = objectives.documents(ids == tokenizer.separator_id)
-  return dict(tokens=np.where(masked, tokenizer.mask_id, ids), targets=ids,
-              weights=masked / t) | apart
+  figures['nsp_loss'] = Mean((real_B * loss_B).sum(), real_B.sum())
+  figures['nsp_accuracy'] = Mean((real_B * right_B).sum(), real_B.sum())
+  return figures
 
 
 def tokens(batch: Batch) -> jax.Array:
@@ -353,32 +317,144 @@ def tokens(batch: Batch) -> jax.Array:
   return (batch['segment_ids'] != 0).astype(jnp.float32).sum()
 
 
-def over_all_tokens(output: Output, batch: Batch, config: Config) -> Figures:
-  """Returns the weighted losses of the masked tokens over the number of all
-  tokens; the accuracy is a mean over the masked ones, by weight."""
-  figures = objectives.token_loss(output, batch, config)
-  return {name: mean if name == 'accuracy' else Mean(mean.total, tokens(batch))
-          for name, mean in figures.items()}
+class MaskedWords(Objective):
+  """Masked words of a row that is full of text (RoBERTa)."""
+  stacks = ('encoder',)
+  view = Passages
+  reads = ('data.mask_rate', 'data.whole_words', 'data.document_mask')
+
+  def example(self, item: causal.Window, rng: np.random.Generator,
+              config: Config, tokenizer: Tokenizer) -> Row:
+    """Returns one masked row of text.
+
+    Returns:
+      tokens, segment_ids (0: padding), targets [L]; weights [L], 1 where a
+      token is to be predicted. With data.document_mask a document is a segment,
+      from its separator on, and positions [L] begin with it.
+    """
+    ids, special, apart = framed(item, config, tokenizer)
+    return _masked(ids, special, rng, config, tokenizer) | apart
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    return objectives.document_arrays(config)
+
+  def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
+    return masked_words(output, batch, config)
+
+  def unread(self, config: Config, length: int) -> int:
+    return unread(config, length)
 
 
-_READS = ('data.mask_rate', 'data.whole_words')
-_MLM_NSP = Objective(
-    ('encoder',), Stretches, mlm_nsp,
-    lambda config: objectives.text_arrays(
-        config, 'types', 'segment_ids') | {'nsp_targets': ((), np.int32)},
-    reads=_READS, figures=mlm_and_nsp, unread=unread,
-    terms={'mlm_loss': objectives.targets, 'nsp_loss': rows},
-    guess=lambda config, vocab: math.log(vocab) + math.log(2),
-    check=_check_next_sentence)
+class NextSentence(Objective):
+  """Masked words, and whether the second of two texts follows the first (BERT).
+  """
+  stacks = ('encoder',)
+  view = Stretches
+  reads = ('data.mask_rate', 'data.whole_words')
+  terms = ('mlm_loss', 'nsp_loss')
+  loss_unit = 'nats'  # the sum of two losses
+
+  def example(self, item: Stretch, rng: np.random.Generator, config: Config,
+              tokenizer: Tokenizer) -> Row:
+    """Returns one masked pair.
+
+    Returns:
+      tokens, types, segment_ids (0: padding), targets [L]; weights [L], 1 where
+      a token is to be predicted; nsp_targets [], 1: the second text is from
+      elsewhere.
+    """
+    place = int(rng.integers(1, len(item.tokens)))
+    first, second = np.split(item.tokens, [place])
+    from_elsewhere = rng.random() >= 0.5
+    if from_elsewhere:
+      second = item.elsewhere(rng, len(second))
+    return _two_texts(first, second, from_elsewhere, rng, config, tokenizer)
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    row = objectives.text_arrays(config, 'types', 'segment_ids')
+    return row | dict(nsp_targets=((), np.int32))
+
+  def check(self, config: Config) -> None:
+    model = config.model
+    system = architectures.systems().get(model.arch)
+    is_encoder = getattr(system, 'STACK', '') == 'encoder'
+    if is_encoder and not model.next_sentence:
+      raise RequestError(
+          f'model.next_sentence is {model.next_sentence}, and objective '
+          f'{config.objective!r} trains the head that it stands for: set it to '
+          "True, or choose objective 'mlm'")
+
+  def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
+    return mlm_and_nsp(output, batch, config)
+
+  def weights(self, batch: Batch) -> dict[str, jax.Array]:
+    return {'mlm_loss': objectives.targets(batch), 'nsp_loss': rows(batch)}
+
+  def unread(self, config: Config, length: int) -> int:
+    return unread(config, length)
+
+  def guessing(self, config: Config, vocab: int) -> float:
+    return math.log(vocab) + math.log(2)
+
+
+class SentenceOrder(NextSentence):
+  """Masked words, and in which order two texts stand (ALBERT)."""
+
+  def example(self, item: Stretch, rng: np.random.Generator, config: Config,
+              tokenizer: Tokenizer) -> Row:
+    """Returns one masked pair as NextSentence does; nsp_targets is 1 where the
+    second text stood before the first."""
+    place = int(rng.integers(1, len(item.tokens)))
+    first, second = np.split(item.tokens, [place])
+    swapped = rng.random() < 0.5
+    if swapped:
+      first, second = second, first
+    return _two_texts(first, second, swapped, rng, config, tokenizer)
+
+
+class MaskedDiffusion(Objective):
+  """Masked diffusion over text (LLaDA)."""
+  stacks = ('encoder',)
+  view = causal.Windows
+  reads = ('data.document_mask',)
+  bound = True
+
+  def example(self, item: causal.Window, rng: np.random.Generator,
+              config: Config, tokenizer: Tokenizer) -> Row:
+    """Returns one row with a random share of its tokens masked.
+
+    Returns:
+      tokens, targets, segment_ids (0: padding) [L]; weights [L]: 1 / t where a
+      token is masked. With data.document_mask a document is a segment, from its
+      separator on, and positions [L] begin with it.
+    """
+    ids = item.tokens[1:item.size]
+    t = 1 - rng.random()
+    masked = rng.random(len(ids)) < t
+    apart = dict(segment_ids=np.ones(len(ids)))
+    if config.data.document_mask:
+      apart = objectives.documents(ids == tokenizer.separator_id)
+    shown = np.where(masked, tokenizer.mask_id, ids)
+    return dict(tokens=shown, targets=ids, weights=masked / t) | apart
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    return objectives.document_arrays(config)
+
+  def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
+    """Returns the weighted losses of the masked tokens over the number of all
+    tokens; the accuracy is a mean over the masked ones, by weight."""
+    figures = objectives.token_loss(output, batch, config)
+    for name in figures.keys() - {'accuracy'}:
+      figures[name] = Mean(figures[name].total, tokens(batch))
+    return figures
+
+  def weights(self, batch: Batch) -> dict[str, jax.Array]:
+    return {'loss': tokens(batch)}
+
+
 OBJECTIVES = {
-    'mlm': Objective(
-        ('encoder',), Passages, mlm, objectives.document_arrays,
-        reads=(*_READS, 'data.document_mask'), figures=masked_words,
-        unread=unread),
-    'mlm_nsp': _MLM_NSP,
-    'mlm_sop': _MLM_NSP._replace(example=mlm_sop),
-    'masked_diffusion': Objective(
-        ('encoder',), causal.Windows, masked_diffusion,
-        objectives.document_arrays, reads=('data.document_mask',),
-        figures=over_all_tokens, terms={'loss': tokens}, bound=True),
+    'mlm': MaskedWords(),
+    'mlm_nsp': NextSentence(),
+    'mlm_sop': SentenceOrder(),
+    'masked_diffusion': MaskedDiffusion(),
 }

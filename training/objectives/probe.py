@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 import architectures
-from common.errors import require
+from common.errors import RequestError, require
 from training import objectives
 from training.data import probes, sources
 from training.data.tokenizers import Tokenizer
-from training.objectives import Config, Objective, Row
+from training.objectives import Config, Objective, Row, Shape
 
 
 class Rows(probes.Rows):
@@ -29,43 +29,60 @@ class Rows(probes.Rows):
                      probes.held_out_seed(config))
 
 
-def probe(item: probes.Row, rng: np.random.Generator | None, config: Config,
-          tokenizer: Tokenizer) -> Row:
-  """Lays out one row.
+class Probe(Objective):
+  """The answers that the rows of a probe ask for."""
+  stacks = ('decoder', 'encoder')
+  view = Rows
+  reads = tuple(f'probe.{name}' for name in probes.FIELDS)
+  ignores = ('data.tokenizer', 'data.eval_source', 'data.holdout_every')
+  records = probes.KIND
+  mtp = True
 
-  Returns:
-    tokens, targets [up to L]; weights [up to L], 1 where a target is asked for;
-    segment_ids [up to L], 1 for each token.
-  """
-  return dict(tokens=item.tokens, targets=item.targets, weights=item.asked,
-              segment_ids=np.ones(len(item.tokens)))
+  def example(self, item: probes.Row, rng: np.random.Generator | None,
+              config: Config, tokenizer: Tokenizer) -> Row:
+    """Lays out one row.
+
+    Returns:
+      tokens, targets [up to L]; weights [up to L], 1 where a target is asked
+      for; segment_ids [up to L], 1 for each token.
+    """
+    return dict(tokens=item.tokens, targets=item.targets, weights=item.asked,
+                segment_ids=np.ones(len(item.tokens)))
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    return objectives.text_arrays(config, 'segment_ids')
+
+  def check(self, config: Config) -> None:
+    probes.check(config)
+    probe = probes.of(config)
+    require(config.objective == probe.objective, f'{config.data.source} is '
+            f'trained by objective {probe.objective!r}, and objective is '
+            f'{config.objective!r}')
+    system = architectures.systems().get(config.model.arch)
+    if probe.hides or system is None or system.STACK != 'encoder':
+      return
+    readable = [name for name, row in probes.PROBES.items()
+                if row.hides and row.objective == probe.objective]
+    raise RequestError(
+        f'{config.data.source} shows its answers to a model that sees the '
+        f'whole row, as model.arch {config.model.arch} does: choose a probe of '
+        f'{", ".join(readable)}')
+
+  def fill(self, tokenizer: Tokenizer) -> int:
+    return 0
+
+  def vocab_size(self, config: Config, tokenizer: Tokenizer) -> int:
+    return probes.of(config).vocab_size(probes.settings(config))
+
+  def derived(self, config: Config) -> dict[str, Any]:
+    settings = probes.settings(config)
+    return {f'probe.{name}': getattr(settings, name)
+            for name in probes.DERIVED}
 
 
-def _check(config: Config) -> None:
-  probes.check(config)
-  objective = probes.of(config).objective
-  require(config.objective == objective, f'{config.data.source} is trained by '
-          f'objective {objective!r}, and objective is {config.objective!r}')
-  system = architectures.systems().get(config.model.arch)
-  sees_all = system is not None and system.STACK == 'encoder'
-  readable = [name for name, row in probes.PROBES.items()
-              if row.hides and row.objective == objective]
-  require(not sees_all or probes.of(config).hides, f'{config.data.source} '
-          'shows its answers to a model that sees the whole row, as model.arch '
-          f'{config.model.arch} does: choose a probe of {", ".join(readable)}')
+class Compression(Probe):
+  """The row itself, from the vector of its last token."""
+  head = 'vector'
 
 
-def _derived(config: Config) -> dict[str, Any]:
-  settings = probes.settings(config)
-  return {f'probe.{name}': getattr(settings, name) for name in probes.DERIVED}
-
-
-_PROBE = Objective(
-    ('decoder', 'encoder'), Rows, probe,
-    lambda config: objectives.text_arrays(config, 'segment_ids'),
-    reads=tuple(f'probe.{name}' for name in probes.FIELDS),
-    fill=lambda tokenizer: 0, records=probes.KIND, check=_check,
-    ignores=('data.tokenizer', 'data.eval_source', 'data.holdout_every'),
-    vocab_size=lambda config, tokenizer: probes.of(config).vocab_size(
-        probes.settings(config)), derived=_derived, mtp=True)
-OBJECTIVES = {'probe': _PROBE, 'compression': _PROBE._replace(head='vector')}
+OBJECTIVES = {'probe': Probe(), 'compression': Compression()}

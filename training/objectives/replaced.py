@@ -20,6 +20,7 @@ paper, none is left here.
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -32,72 +33,95 @@ from training.objectives import Batch, causal, Config, Figures, Mean, mlm
 from training.objectives import Objective, Row, Shape
 
 
-def replaced_tokens(window: causal.Window, rng: np.random.Generator,
-                    config: Config, tokenizer: Tokenizer) -> Row:
-  """Returns one row.
+class ReplacedTokens(Objective):
+  """Replaced-token detection."""
+  stacks = ('encoder',)
+  view = mlm.Passages
+  options = Objective.options | {'places': 'places_BM'}
+  reads = ('data.mask_rate', 'data.document_mask')
+  head = 'replaced'
+  terms = ('generator_loss', 'weighted_detection_loss')
+  loss_unit = 'nats'  # the sum of two losses
 
-  Returns:
-    tokens, segment_ids [up to L] and, of documents apart, positions; of M masks
-    places, which is L where there is none, targets and weights [up to M].
-  """
-  ids, special, apart = mlm.framed(window, config, tokenizer)
-  usual = np.flatnonzero(~special)
-  count = min(len(usual), mlm.most(config.data.mask_rate, len(usual)))
-  chosen = np.sort(rng.permutation(usual)[:count])
-  tokens, places = ids.copy(), np.full(_masks(config), config.data.length)
-  tokens[chosen], places[:count] = tokenizer.mask_id, chosen
-  return dict(tokens=tokens, places=places, targets=ids[chosen],
-              weights=np.ones(count)) | apart
+  def example(self, item: causal.Window, rng: np.random.Generator,
+              config: Config, tokenizer: Tokenizer) -> Row:
+    """Returns one row.
+
+    Returns:
+      tokens, segment_ids [up to L] and, of documents apart, positions; of M
+      masks places, which is L where there is none, targets and weights
+      [up to M].
+    """
+    ids, special, apart = mlm.framed(item, config, tokenizer)
+    usual = np.flatnonzero(~special)
+    count = min(len(usual), mlm.most(config.data.mask_rate, len(usual)))
+    chosen = np.sort(rng.permutation(usual)[:count])
+
+    tokens = ids.copy()
+    tokens[chosen] = tokenizer.mask_id
+    places = np.full(_masks(config), config.data.length)
+    places[:count] = chosen
+    return dict(tokens=tokens, places=places, targets=ids[chosen],
+                weights=np.ones(count)) | apart
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    shape = (_masks(config),)
+    row = objectives.document_arrays(config)
+    return row | dict(places=(shape, np.int32), targets=(shape, np.int32),
+                      weights=(shape, np.float32))
+
+  def check(self, config: Config) -> None:
+    require(config.model.generator.num_layers > 0, 'model.generator.num_layers '
+            "is 0, and objective 'replaced_tokens' needs a generator: set it "
+            'to 1 or more')
+    require(config.mesh.context <= 1, f'mesh.context is {config.mesh.context}, '
+            "and objective 'replaced_tokens' reads masks at any place of a "
+            'row: set it to 1')
+
+  def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
+    """Returns the losses of both, and the shares of masks that the generator
+    fills as the text, and of tokens that the encoder tells aright."""
+    figures = {}
+    for name, mean in objectives.token_loss(output, batch, config).items():
+      figures[f'generator_{name}'] = mean
+
+    # Which tokens the generator has replaced by others than the text's.
+    scores_BL = output.extra['scores'][..., 0]
+    rows_B1 = jnp.arange(len(scores_BL))[:, None]
+    drawn_is_wrong_BM = output.extra['drawn'] != batch['targets']
+    replaced_BL = jnp.zeros(scores_BL.shape, bool)
+    replaced_BL = replaced_BL.at[rows_B1, batch['places']].set(
+        drawn_is_wrong_BM, mode='drop')
+
+    def mean_over_tokens(x_BL: jax.Array) -> Mean:
+      real_BL = batch['segment_ids'] != 0
+      return Mean((real_BL * x_BL).sum(), mlm.tokens(batch))
+
+    loss = mean_over_tokens(optax.sigmoid_binary_cross_entropy(
+        scores_BL, replaced_BL.astype(jnp.float32)))
+    weight = config.model.generator.loss_weight
+    right_BL = (scores_BL > 0) == replaced_BL
+    figures['detection_loss'] = loss
+    figures['weighted_detection_loss'] = Mean(weight * loss.total, loss.weight)
+    figures['detection_accuracy'] = mean_over_tokens(right_BL)
+    figures['replaced'] = mean_over_tokens(replaced_BL)
+    return figures
+
+  def weights(self, batch: Batch) -> dict[str, jax.Array]:
+    return {'generator_loss': objectives.targets(batch),
+            'weighted_detection_loss': mlm.tokens(batch)}
+
+  def unread(self, config: Config, length: int) -> int:
+    return max(length - mlm.most(config.data.mask_rate, length), 0)
+
+  def guessing(self, config: Config, vocab: int) -> float:
+    weight = config.model.generator.loss_weight
+    return math.log(vocab) + weight * math.log(2)
 
 
 def _masks(config: Config) -> int:
+  """Returns how many masks a row has at most."""
   return mlm.most(config.data.mask_rate, config.data.length)
 
 
-def _arrays(config: Config) -> dict[str, Shape]:
-  M, of_text = (_masks(config),), objectives.document_arrays(config)
-  return of_text | dict(places=(M, np.int32), targets=(M, np.int32),
-                        weights=(M, np.float32))
-
-
-def figures(output: Output, batch: Batch, config: Config) -> Figures:
-  """Returns the losses of both, and the shares of masks that the generator
-  fills as the text, and of tokens that the encoder tells aright."""
-  both = {f'generator_{name}': mean for name, mean in objectives.token_loss(
-      output, batch, config).items()}
-  scores_BL = output.extra['scores'][..., 0]
-  rows_B1 = jnp.arange(len(scores_BL))[:, None]
-  replaced_BL = jnp.zeros(scores_BL.shape, bool).at[
-      rows_B1, batch['places']].set(
-          output.extra['drawn'] != batch['targets'], mode='drop')
-  real_BL = batch['segment_ids'] != 0
-  mean = lambda x_BL: Mean((real_BL * x_BL).sum(), mlm.tokens(batch))
-  loss = mean(optax.sigmoid_binary_cross_entropy(
-      scores_BL, replaced_BL.astype(jnp.float32)))
-  weighted = Mean(config.model.generator.loss_weight * loss.total, loss.weight)
-  return both | {
-      'detection_loss': loss, 'weighted_detection_loss': weighted,
-      'detection_accuracy': mean((scores_BL > 0) == replaced_BL),
-      'replaced': mean(replaced_BL)}
-
-
-def _check(config: Config) -> None:
-  require(config.model.generator.num_layers > 0, 'model.generator.num_layers '
-          "is 0, and objective 'replaced_tokens' needs a generator: set it to "
-          '1 or more')
-  require(config.mesh.context <= 1, f'mesh.context is {config.mesh.context}, '
-          "and objective 'replaced_tokens' reads masks at any place of a row: "
-          'set it to 1')
-
-
-OBJECTIVES = {'replaced_tokens': Objective(
-    ('encoder',), mlm.Passages, replaced_tokens, _arrays,
-    options=Objective._field_defaults['options'] | {'places': 'places_BM'},
-    reads=('data.mask_rate', 'data.document_mask'),
-    figures=figures, head='replaced', check=_check,
-    unread=lambda config, length: max(
-        length - mlm.most(config.data.mask_rate, length), 0),
-    terms={'generator_loss': objectives.targets,
-           'weighted_detection_loss': mlm.tokens},
-    guess=lambda config, vocab: math.log(vocab) + (
-        config.model.generator.loss_weight * math.log(2)))}
+OBJECTIVES = {'replaced_tokens': ReplacedTokens()}

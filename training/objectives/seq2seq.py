@@ -53,8 +53,9 @@ def start_id(config: Config, tokenizer: Tokenizer) -> int:
   """Returns the token that a target starts after: what fills rows up, as in T5
   and Marian, or what ends a text, as in BART."""
   system = architectures.system(config.model.arch)
-  return (tokenizer.separator_id if getattr(system, 'STARTS_AFTER_END', False)
-          else objectives.fill_id(tokenizer))
+  if getattr(system, 'STARTS_AFTER_END', False):
+    return tokenizer.separator_id
+  return objectives.fill_id(tokenizer)
 
 
 class Pair(NamedTuple):
@@ -110,21 +111,6 @@ class Pairs:
     return Pair(parts['source'], parts['target'], True)
 
 
-def seq2seq(pair: Pair, rng: np.random.Generator | None, config: Config,
-            tokenizer: Tokenizer) -> Row:
-  """Lays out one pair; what is longer than its row is cut off.
-
-  Returns:
-    as `lay_out`.
-  """
-  M, L = pair_lengths(config)
-  source, target = pair.source, pair.target
-  if pair.whole:
-    source = np.append(source, tokenizer.separator_id)
-    target = np.append(target, tokenizer.separator_id)
-  return lay_out(source[:M], target[:L], start_id(config, tokenizer))
-
-
 def lay_out(source: np.ndarray, target: np.ndarray, start: int) -> Row:
   """Returns one row for an encoder-decoder.
 
@@ -147,23 +133,6 @@ def two_rows(M: int, L: int) -> dict[str, Shape]:
               weights=((L,), np.float32))
 
 
-def _arrays(config: Config) -> dict[str, Shape]:
-  return two_rows(*pair_lengths(config))
-
-
-def as_source(texts: Sequence[str], config: Config, tokenizer: Tokenizer
-              ) -> Prompts:
-  """Returns the start of a target for each text, which is the source; it ends
-  with the separator, as the sources of training do."""
-  sources, lengths = objectives.padded(
-      [np.append(ids, tokenizer.separator_id)
-       for ids in tokenizer.encode_batch(texts)])
-  return Prompts(
-      np.full((len(texts), 1), start_id(config, tokenizer), np.int32),
-      np.ones(len(texts), np.int32),
-      dict(source_BM=sources, source_lengths_B=lengths))
-
-
 def sizes(n: int, density: float, mean: float) -> tuple[int, int]:
   """Returns how many of n tokens are cut out, and in how many spans."""
   cut = min(max(round(n * density), 1), n - 1)
@@ -174,64 +143,57 @@ def draw(n: int, density: float, mean: float, rng: np.random.Generator
          ) -> np.ndarray:
   """Returns which of n tokens are cut out, bool [n]; n is at least 2."""
   cut, spans = sizes(n, density, mean)
-  def split(total: int) -> np.ndarray:  # into `spans` parts of at least 1
+
+  def split(total: int) -> np.ndarray:
+    """Returns the lengths of `spans` parts of at least 1, drawn alike likely.
+    """
     ends = rng.choice(total - 1, spans - 1, replace=False) + 1
     return np.diff(np.concatenate([[0], np.sort(ends), [total]]))
-  runs = np.stack([split(n - cut), split(cut)], 1).reshape(-1)
-  return np.repeat(np.tile([False, True], spans), runs)
+
+  stay_lengths, cut_lengths = split(n - cut), split(cut)
+  lengths = np.stack([stay_lengths, cut_lengths], axis=1).reshape(-1)
+  is_cut = np.tile([False, True], spans)
+  return np.repeat(is_cut, lengths)
 
 
 def corrupt(ids: np.ndarray, cut: np.ndarray, sentinels: np.ndarray
             ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns source and target: each span that the other has, a sentinel."""
-  def side(gone: np.ndarray) -> np.ndarray:
-    first = gone & ~np.concatenate([[False], gone[:-1]])
-    shown = np.where(first, sentinels[np.maximum(np.cumsum(first) - 1, 0)], ids)
-    return shown[~gone | first]
-  return side(cut), side(~cut)
+  """Returns source and target. Each shows a sentinel for every span that the
+  other has.
 
-
-def span(window: causal.Window, rng: np.random.Generator, config: Config,
-         tokenizer: Tokenizer) -> Row:
-  """Corrupts the data.length tokens of a window.
-
-  Returns:
-    as `lay_out`; both rows end with the separator.
+  Args:
+    ids: [n].
+    cut: bool [n], which of them the target has.
+    sentinels: the ids of the sentinels, in order.
   """
-  density, mean = config.span.noise_density, config.span.mean_length
-  length = config.data.length
-  _, most_spans = sizes(length, density, mean)
-  sentinels = np.asarray(tokenizer.sentinel_ids, np.int32)
-  require(most_spans <= len(sentinels), f"objective 'span' cuts {most_spans} "
-          f'spans out of data.length={length}, but tokenizer '
-          f'{tokenizer.name!r} has {len(sentinels)} sentinels (<extra_id_0>, '
-          '...): choose another tokenizer, a shorter length or a larger '
-          'span.mean_length')
-  n = min(window.size, length)
-  end = tokenizer.separator_id
-  ids = window.tokens[:n]
-  if n < 2:  # nothing to cut out: a row that does not count
-    source, target = ids, ids[:0]
-  else:
-    source, target = corrupt(ids, draw(n, density, mean, rng), sentinels)
-    source, target = np.append(source, end), np.append(target, end)
-  return lay_out(source, target, start_id(config, tokenizer))
+  def side(gone: np.ndarray) -> np.ndarray:
+    gone_before = np.concatenate([[False], gone[:-1]])
+    is_first = gone & ~gone_before  # of a span
+    number = np.maximum(np.cumsum(is_first) - 1, 0)
+    shown = np.where(is_first, sentinels[number], ids)
+    return shown[~gone | is_first]
+
+  return side(cut), side(~cut)
 
 
 def infill(ids: np.ndarray, cut: int, mean: float, mask: int,
            rng: np.random.Generator) -> np.ndarray:
   """Returns ids of which `cut` are cut out in spans, with a mask for each: at
   most as many as there were."""
+  # Lengths of spans, until they add up to `cut`; the last is cut short.
   stays = len(ids) - cut
   lengths = rng.poisson(mean, min(cut, stays + 1))
-  count = int((np.cumsum(lengths) < cut)[:-1].sum()) + 1
+  is_short = np.cumsum(lengths) < cut
+  count = int(is_short[:-1].sum()) + 1
   lengths = lengths[:count]
   lengths[-1] = cut - lengths[:-1].sum()
+
+  # The gaps in what stays at which the spans stand.
   gaps = np.sort(rng.choice(stays + 1, count, replace=False))
   runs = np.diff([0, *gaps, stays])
-  pieces = np.stack([runs, [*lengths, 0]], 1).reshape(-1)
-  shown = np.repeat(np.tile([True, False], count + 1), pieces)
-  return np.insert(ids[shown], gaps, mask)
+  pieces = np.stack([runs, [*lengths, 0]], axis=1).reshape(-1)
+  is_shown = np.repeat(np.tile([True, False], count + 1), pieces)
+  return np.insert(ids[is_shown], gaps, mask)
 
 
 def permute(ids: np.ndarray, ends: np.ndarray, share: float,
@@ -241,8 +203,9 @@ def permute(ids: np.ndarray, ends: np.ndarray, share: float,
   Args:
     ids: [n].
     ends: bool [n], which of them end a sentence.
-    share: of the sentences, rounded up, that change places with one another.
-    rng: of the draws.
+    share: the share of the sentences, rounded up, that change places with one
+      another.
+    rng: draws which, and their places.
   """
   sentences = np.split(ids, np.flatnonzero(ends[:-1]) + 1)
   order = np.arange(len(sentences))
@@ -255,10 +218,16 @@ def permute(ids: np.ndarray, ends: np.ndarray, share: float,
 def _sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
   """Returns bool [V]: which tokens end a sentence."""
   special = set(tokenizer.special_ids.values())
-  return np.array([
-      i == tokenizer.separator_id or i not in special
-      and tokenizer.decode_bytes([i]).rstrip().endswith((b'.', b'!', b'?'))
-      for i in range(tokenizer.vocab_size)])
+
+  def ends(i: int) -> bool:
+    if i == tokenizer.separator_id:
+      return True
+    if i in special:
+      return False
+    piece = tokenizer.decode_bytes([i]).rstrip()
+    return piece.endswith((b'.', b'!', b'?'))
+
+  return np.array([ends(i) for i in range(tokenizer.vocab_size)])
 
 
 class Texts(causal.Windows):
@@ -267,43 +236,105 @@ class Texts(causal.Windows):
   AROUND = 1
 
 
-def denoising(window: causal.Window, rng: np.random.Generator, config: Config,
-              tokenizer: Tokenizer) -> Row:
-  """Permutes the sentences of a window and fills spans with masks.
+class SequenceToSequence(Objective):
+  """A target, from its source."""
+  stacks = ('encoder-decoder',)
+  view = Pairs
+  inputs = ('tokens', 'decoder_tokens')
+  options = {'segment_ids': 'segment_ids_BM',
+             'decoder_segment_ids': 'decoder_segment_ids_BL'}
+  seen = ('segment_ids', 'decoder_segment_ids')
+  reads = ('data.target_length',)
+  writes = True
 
-  Returns:
-    as `lay_out`; both rows end with the separator.
+  def example(self, item: Pair, rng: np.random.Generator | None,
+              config: Config, tokenizer: Tokenizer) -> Row:
+    """Lays out one pair as `lay_out` does; what is longer than its row is cut
+    off."""
+    M, L = pair_lengths(config)
+    source, target = item.source, item.target
+    if item.whole:
+      source = np.append(source, tokenizer.separator_id)
+      target = np.append(target, tokenizer.separator_id)
+    return lay_out(source[:M], target[:L], start_id(config, tokenizer))
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    M, L = pair_lengths(config)
+    return two_rows(M, L)
+
+  def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
+             ) -> Prompts:
+    """Returns the start of a target for each text, which is the source; it ends
+    with the separator, as the sources of training do."""
+    rows = [np.append(ids, tokenizer.separator_id)
+            for ids in tokenizer.encode_batch(texts)]
+    source_BM, lengths_B = objectives.padded(rows)
+    start = start_id(config, tokenizer)
+    return Prompts(
+        tokens=np.full((len(texts), 1), start, np.int32),
+        lengths=np.ones(len(texts), np.int32),
+        arguments=dict(source_BM=source_BM, source_lengths_B=lengths_B))
+
+
+class SpanCorruption(SequenceToSequence):
+  """The spans that are cut out of a text (T5)."""
+  view = causal.Windows
+  reads = ('span.noise_density', 'span.mean_length')
+
+  def example(self, item: causal.Window, rng: np.random.Generator,
+              config: Config, tokenizer: Tokenizer) -> Row:
+    """Corrupts the data.length tokens of a window, and lays them out as
+    `lay_out` does; both rows end with the separator."""
+    density, mean = config.span.noise_density, config.span.mean_length
+    length = config.data.length
+    _, most_spans = sizes(length, density, mean)
+    sentinels = np.asarray(tokenizer.sentinel_ids, np.int32)
+    require(most_spans <= len(sentinels), f"objective 'span' cuts {most_spans} "
+            f'spans out of data.length={length}, but tokenizer '
+            f'{tokenizer.name!r} has {len(sentinels)} sentinels (<extra_id_0>, '
+            '...): choose another tokenizer, a shorter length or a larger '
+            'span.mean_length')
+    ids = item.tokens[:min(item.size, length)]
+    start, end = start_id(config, tokenizer), tokenizer.separator_id
+    if len(ids) < 2:  # nothing to cut out: a row that does not count
+      return lay_out(ids, ids[:0], start)
+    cut = draw(len(ids), density, mean, rng)
+    source, target = corrupt(ids, cut, sentinels)
+    return lay_out(np.append(source, end), np.append(target, end), start)
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    length, span = config.data.length, config.span
+    cut, spans = sizes(length, span.noise_density, span.mean_length)
+    end = 1
+    return two_rows(length - cut + spans + end, cut + spans + end)
+
+
+class Denoising(SequenceToSequence):
+  """A text, from the text with its sentences permuted and spans masked (BART).
   """
-  settings, end = config.span, tokenizer.separator_id
-  source = target = window.tokens[:min(window.size, config.data.length - 1)]
-  if len(target) > 1:
-    source = permute(target, _sentence_ends(tokenizer)[target],
-                     settings.permuted, rng)
-    cut, _ = sizes(len(source), settings.noise_density, settings.mean_length)
-    source = infill(source, cut, settings.mean_length, tokenizer.mask_id, rng)
-  return lay_out(np.append(source, end), np.append(target, end),
-                 start_id(config, tokenizer))
+  view = Texts
+  reads = ('span.noise_density', 'span.mean_length', 'span.permuted')
+
+  def example(self, item: causal.Window, rng: np.random.Generator,
+              config: Config, tokenizer: Tokenizer) -> Row:
+    """Permutes the sentences of a window, fills spans with masks, and lays both
+    out as `lay_out` does; both rows end with the separator."""
+    span, end = config.span, tokenizer.separator_id
+    source = target = item.tokens[:min(item.size, config.data.length - 1)]
+    if len(target) > 1:
+      ends_sentence = _sentence_ends(tokenizer)[target]
+      source = permute(target, ends_sentence, span.permuted, rng)
+      cut, _ = sizes(len(source), span.noise_density, span.mean_length)
+      source = infill(source, cut, span.mean_length, tokenizer.mask_id, rng)
+    return lay_out(np.append(source, end), np.append(target, end),
+                   start_id(config, tokenizer))
+
+  def arrays(self, config: Config) -> dict[str, Shape]:
+    return two_rows(config.data.length, config.data.length)
 
 
-def _span_arrays(config: Config) -> dict[str, Shape]:
-  length, span_ = config.data.length, config.span
-  cut, spans = sizes(length, span_.noise_density, span_.mean_length)
-  return two_rows(length - cut + spans + 1, cut + spans + 1)
-
-
-ENCODER_DECODER = Objective(
-    ('encoder-decoder',), Pairs, seq2seq, _arrays,
-    ('tokens', 'decoder_tokens'),
-    {'segment_ids': 'segment_ids_BM',
-     'decoder_segment_ids': 'decoder_segment_ids_BL'},
-    ('segment_ids', 'decoder_segment_ids'), prompt=as_source)
 OBJECTIVES = {
-    'seq2seq': ENCODER_DECODER._replace(reads=('data.target_length',)),
-    'span': ENCODER_DECODER._replace(
-        view=causal.Windows, example=span, arrays=_span_arrays,
-        reads=('span.noise_density', 'span.mean_length')),
-    'denoising': ENCODER_DECODER._replace(
-        view=Texts, example=denoising,
-        arrays=lambda config: two_rows(*[config.data.length] * 2),
-        reads=('span.noise_density', 'span.mean_length', 'span.permuted')),
+    'seq2seq': SequenceToSequence(),
+    'span': SpanCorruption(),
+    'denoising': Denoising(),
 }

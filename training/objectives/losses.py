@@ -1,0 +1,308 @@
+"""Cross-entropy of a model's hidden states, a chunk of the length at a time.
+
+For a token with logits l, target y, and q = (1 - s) onehot(y) + s / V, where
+s is the label smoothing (Szegedy et al. 2016, section 7):
+
+  loss = log_z - q . l + c log_z^2,    log_z = logsumexp(l)
+
+with c the coefficient of the z-loss (PaLM: Chowdhery et al. 2022, section 5).
+Its gradient, (1 + 2 c log_z) softmax(l) - q, needs nothing but l. So it is
+taken in the forward pass, while a chunk's logits are there, and turned at once
+into gradients of the hidden states and of the head: no [B, L, V] array ever
+lives, and no logit is computed twice.
+
+Each shard of the tokens (axis Q) adds up its own gradient of the head, which
+the devices exchange once, after the last chunk of P positions.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import layers, sharding
+from architectures.parts.heads import Head
+
+# Where `chunk` is 0: float32 logits of 64 MiB a device, but tokens enough to
+# be worth a reading of the head's weights.
+AUTO_LOGITS = 2 ** 24
+AUTO_TOKENS = 512
+
+
+class TokenLosses(NamedTuple):
+  """Of each token, [B, L], in float32.
+
+  Attributes:
+    loss: in nats, with label smoothing and z-loss.
+    log_z: the logarithm of the softmax's denominator.
+    correct: whether the target alone has the highest logit.
+  """
+  loss: jax.Array
+  log_z: jax.Array
+  correct: jax.Array
+
+
+class _Settings(NamedTuple):
+  z_loss: float
+  label_smoothing: float
+  rows: int  # shards of the batch
+  lengths: int  # shards of the length; Q = rows * lengths
+  positions: int  # P
+
+
+def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
+                  weights_BL: jax.Array, *, z_loss: float = 0.0,
+                  label_smoothing: float = 0.0, chunk: int = 0
+                  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns the weighted sum of the tokens' losses, and other weighted sums.
+
+  Args:
+    hidden_BLD: what the head is applied to; products are taken in its dtype
+      and add up in float32.
+    head: the output projection.
+    targets_BL: token ids.
+    weights_BL: how much each token counts; 0: not at all.
+    z_loss: the z-loss's coefficient.
+    label_smoothing: the probability that is spread over the vocabulary.
+    chunk: tokens of one device whose logits are held at once; 0: by size.
+
+  Returns:
+    The sum to differentiate, and sums that nothing is differentiated through:
+    `weight`, `accuracy` and, where there is one, `z_loss`.
+  """
+  settings = _settings(hidden_BLD, head, z_loss, label_smoothing, chunk)
+  weights_BL = weights_BL.astype(jnp.float32)
+  chex.assert_equal_shape([targets_BL, weights_BL])
+  loss, tokens = _loss_sum(settings, hidden_BLD, head, targets_BL, weights_BL)
+  tokens = jax.lax.stop_gradient(tokens)
+  sums = {'weight': weights_BL.sum(),
+          'accuracy': (weights_BL * tokens.correct).sum()}
+  if z_loss:
+    sums['z_loss'] = (weights_BL * z_loss * tokens.log_z ** 2).sum()
+  return loss, jax.lax.stop_gradient(sums)
+
+
+def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
+                 chunk: int = 0) -> TokenLosses:
+  """Returns each token's negative log-likelihood; for evaluation."""
+  settings = _settings(hidden_BLD, head, 0.0, 0.0, chunk)
+  return _token_losses(settings, hidden_BLD, head, targets_BL)
+
+
+def _token_losses(settings: _Settings, hidden_BLD: jax.Array, head: Head,
+                  targets_BL: jax.Array) -> TokenLosses:
+  kernel_DV = _kernel(head, hidden_BLD)
+
+  def of_chunk(_: None, chunk: tuple[jax.Array, ...]):
+    x_QBPD, targets_QBP = chunk
+    logits_QBPV = head.finish(_product(x_QBPD, kernel_DV))
+    return None, _losses(settings, logits_QBPV, targets_QBP)
+
+  _, losses = jax.lax.scan(
+      of_chunk, None, _cut(settings, (hidden_BLD, targets_BL)))
+  return _join(settings, losses, targets_BL.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss_sum(settings: _Settings, hidden_BLD: jax.Array, head: Head,
+              targets_BL: jax.Array, weights_BL: jax.Array):
+  """(sum of weights * losses, TokenLosses, through which no gradient goes)."""
+  tokens = _token_losses(settings, hidden_BLD, head, targets_BL)
+  return (weights_BL * tokens.loss).sum(), tokens
+
+
+def _loss_sum_fwd(settings: _Settings, *args):
+  """The sum and, in the same pass, such of its gradients as are asked for."""
+  asked = jax.tree.map(lambda x: x.perturbed, args)
+  ask_hidden, ask_head, _, ask_weights = asked
+  hidden_BLD, head, targets_BL, weights_BL = jax.tree.map(
+      lambda x: x.value, args)
+  kernel_DV = _kernel(head, hidden_BLD)
+  kernel_VD = kernel_DV.T
+  if sharding.platform() == 'cpu':
+    # Both products read the kernel along its rows: one copy for all chunks.
+    kernel_VD = jax.lax.optimization_barrier(kernel_VD)
+
+  def of_chunk(d_head: Any, chunk: tuple[jax.Array, ...]):
+    x_QBPD, targets_QBP, weights_QBP = chunk
+    logits_QBPV, pull = jax.vjp(head.finish, _product(x_QBPD, kernel_DV))
+    losses = _losses(settings, logits_QBPV, targets_QBP)
+    d_QBPV, = pull(_gradient(settings, logits_QBPV, targets_QBP, weights_QBP,
+                             losses.log_z))
+    d_kernel, d_bias = d_head
+    if ask_bias:
+      d_bias += d_QBPV.sum((1, 2))
+    d_QBPV = d_QBPV.astype(x_QBPD.dtype)
+    if ask_head.kernel_DV:
+      d_kernel += _kernel_gradient(x_QBPD, d_QBPV)
+    dx_QBPD = None
+    if ask_hidden:
+      dx_QBPD = layers.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD, x_QBPD.dtype)
+    return (d_kernel, d_bias), (losses, dx_QBPD)
+
+  ask_bias = head.bias_V is not None and ask_head.bias_V
+  zeros = (_zeros(settings, ask_head.kernel_DV, _turned(head.kernel_DV)),
+           _zeros(settings, ask_bias, head.bias_V))
+  (d_kernel, d_bias), (losses, dx_QBPD) = jax.lax.scan(
+      of_chunk, zeros, _cut(settings, (hidden_BLD, targets_BL, weights_BL)))
+  tokens, d_hidden = _join(settings, (losses, dx_QBPD), targets_BL.shape)
+  d_head = head.replace(
+      kernel_DV=_whole(d_kernel, head.kernel_DV, 'embed', 'vocab'),
+      bias_V=_whole(d_bias, head.bias_V, 'vocab'))
+  if sharding.devices() > 1:
+    # The head's gradient is scattered before the layers' are computed: whole,
+    # and in float32, it would lie there until the end.
+    d_hidden, d_head = jax.lax.optimization_barrier((d_hidden, d_head))
+  gradients = d_hidden, d_head, None, tokens.loss if ask_weights else None
+  return ((weights_BL * tokens.loss).sum(), tokens), gradients
+
+
+def _loss_sum_bwd(settings: _Settings, gradients: Any, cotangents: Any):
+  scale = cotangents[0]
+  if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+    return None, None, None, None
+  return jax.tree.map(lambda x: (x * scale).astype(x.dtype), gradients)
+
+
+_loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd, symbolic_zeros=True)
+
+
+def _product(x_QBPD: jax.Array, kernel_DV: jax.Array):
+  return layers.einsum('QBPD,DV->QBPV', x_QBPD, kernel_DV, x_QBPD.dtype,
+                       jnp.float32)
+
+
+def _kernel_gradient(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
+  """Each shard's gradient of the kernel, `_turned`, in float32. XLA's CPU
+  backend transposes the first operand of such a product, so there that is the
+  hidden states. The barrier keeps it from turning the product of a tied kernel
+  around, into one of bfloat16 that it does not have."""
+  if sharding.one_cpu():
+    return jax.lax.optimization_barrier(layers.einsum(
+        'QBPD,QBPV->QDV', x_QBPD, d_QBPV, x_QBPD.dtype, jnp.float32))
+  return layers.einsum('QBPV,QBPD->QVD', d_QBPV, x_QBPD, x_QBPD.dtype,
+                       jnp.float32)
+
+
+def _turned(kernel_DV: jax.Array) -> jax.Array:
+  """The kernel as its gradient is added up: [V, D], but on one CPU [D, V]."""
+  return kernel_DV if sharding.one_cpu() else kernel_DV.T
+
+
+def _losses(settings: _Settings, logits_QBPV: jax.Array, targets_QBP: jax.Array
+            ) -> TokenLosses:
+  """The loss of each token. On a mesh the target's logit is found by a masked
+  sum: a gather would collect a sharded vocabulary on every device."""
+  smooth = settings.label_smoothing
+  max_QBP1 = logits_QBPV.max(-1, keepdims=True)
+  log_z_QBP = max_QBP1[..., 0] + jnp.log(
+      jnp.exp(logits_QBPV - max_QBP1).sum(-1))
+  if sharding.one_cpu():
+    target_QBP = jnp.take_along_axis(
+        logits_QBPV, targets_QBP[..., None], -1, mode='clip')[..., 0]
+  else:
+    target_QBP = jnp.where(_is_target(logits_QBPV, targets_QBP), logits_QBPV, 0
+                           ).sum(-1)
+  rivals_QBP = (logits_QBPV >= target_QBP[..., None]).sum(-1)
+  loss_QBP = log_z_QBP - (1 - smooth) * target_QBP
+  if smooth:
+    loss_QBP -= smooth * logits_QBPV.mean(-1)
+  if settings.z_loss:
+    loss_QBP += settings.z_loss * log_z_QBP ** 2
+  return TokenLosses(loss_QBP, log_z_QBP, rivals_QBP == 1)
+
+
+def _gradient(settings: _Settings, logits_QBPV: jax.Array,
+              targets_QBP: jax.Array, weights_QBP: jax.Array,
+              log_z_QBP: jax.Array):
+  """Of the weighted losses, in the logits."""
+  smooth, z_loss = settings.label_smoothing, settings.z_loss
+  p_QBPV = jnp.exp(logits_QBPV - log_z_QBP[..., None])
+  q_QBPV = jnp.where(_is_target(logits_QBPV, targets_QBP), 1 - smooth, 0.0)
+  if smooth:
+    q_QBPV += smooth / logits_QBPV.shape[-1]
+  if z_loss:
+    p_QBPV *= (1 + 2 * z_loss * log_z_QBP)[..., None]
+  return (p_QBPV - q_QBPV) * weights_QBP[..., None]
+
+
+def _is_target(logits_QBPV: jax.Array, targets_QBP: jax.Array):
+  ids_QBPV = jax.lax.broadcasted_iota(jnp.int32, logits_QBPV.shape, 3)
+  return ids_QBPV == targets_QBP[..., None]
+
+
+def _settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
+              label_smoothing: float, chunk: int) -> _Settings:
+  """How the tokens are cut up: shards of the batch, and of the length chunks
+  as even as can be."""
+  batch, length, _ = hidden_BLD.shape
+  rows, lengths = (sharding.shards('batch', batch),
+                   sharding.shards('length', length))
+  tokens = chunk or max(AUTO_TOKENS, AUTO_LOGITS // head.kernel_DV.shape[1])
+  most = max(1, tokens * rows // batch)
+  length //= lengths
+  chunks = -(-length // most)
+  return _Settings(z_loss, label_smoothing, rows, lengths, -(-length // chunks))
+
+
+def _cut(settings: _Settings, arrays: tuple[jax.Array, ...]):
+  """[B, L, ...] -> [chunks, Q, B / rows, P, ...], the length of a shard padded
+  with zeros; the weight of a padded token is one of them."""
+  rows, lengths, P = settings.rows, settings.lengths, settings.positions
+
+  def cut(x: jax.Array):
+    batch, length = x.shape[0] // rows, x.shape[1] // lengths
+    chunks = -(-length // P)
+    x = x.reshape(rows, batch, lengths, length, *x.shape[2:])
+    pad = chunks * P - length
+    if pad:
+      x = jnp.pad(x, ((0, 0),) * 3 + ((0, pad),) + ((0, 0),) * (x.ndim - 4))
+    x = x.reshape(rows, batch, lengths, chunks, P, *x.shape[4:])
+    x = jnp.moveaxis(x, (3, 2), (0, 2))
+    x = x.reshape(chunks, rows * lengths, batch, *x.shape[4:])
+    return sharding.constrain_if(x, None, 'tokens', *(None,) * (x.ndim - 2))
+
+  return jax.tree.map(cut, arrays)
+
+
+def _join(settings: _Settings, arrays: tuple[jax.Array, ...],
+          shape: tuple[int, ...]):
+  """[chunks, Q, B / rows, P, ...] -> [B, L, ...]: `_cut` undone."""
+  rows, lengths = settings.rows, settings.lengths
+
+  def join(x: jax.Array):
+    chunks, _, batch, P = x.shape[:4]
+    x = x.reshape(chunks, rows, lengths, batch, P, *x.shape[4:])
+    x = jnp.moveaxis(x, (0, 2), (3, 2))
+    x = x.reshape(rows, batch, lengths, chunks * P, *x.shape[5:])
+    x = x[:, :, :, :shape[1] // lengths]
+    return x.reshape(*shape, *x.shape[4:])
+
+  return jax.tree.map(join, arrays)
+
+
+def _kernel(head: Head, hidden_BLD: jax.Array):
+  """The head's kernel as every chunk reads it: cast, and gathered, once."""
+  return sharding.whole(head.kernel_DV.astype(hidden_BLD.dtype),
+                        ('embed', 'vocab'))
+
+
+def _zeros(settings: _Settings, asked: Any, x: jax.Array):
+  """What a gradient of x adds up in: a copy for each shard of the tokens."""
+  if not asked:
+    return None
+  axes = ('vocab',) + (None,) * (x.ndim - 1)
+  return sharding.constrain_if(
+      jnp.zeros((settings.rows * settings.lengths, *x.shape), jnp.float32),
+      'tokens', *axes)
+
+
+def _whole(d: jax.Array | None, x: jax.Array, *axes: str):
+  """The shards' gradients of x, added up and laid out as x is."""
+  if d is None:
+    return None
+  if sharding.one_cpu():
+    return d[0].astype(x.dtype)
+  return sharding.total(d, axes[::-1]).T.astype(x.dtype)
