@@ -197,7 +197,7 @@ class Model:
     require('' not in stops, f'stop is {short(stop)}: every text begins with '
             "''")
     config, tokenizer = self._run_config(), self._tokenizer()
-    require(objectives.of(config).prompt is not None
+    require(objectives.of(config).writes
             and self.config.head == 'lm', 'this model writes no text: its '
             f'objective is {config.objective} and its head '
             f'{self.config.head!r}')
@@ -241,7 +241,7 @@ class Model:
     config = self._run_config().copy_and_resolve_references()
     require(config.objective in predicting.OBJECTIVES, 'this model predicts no '
             f'labels, numbers or answers: its objective is {config.objective}')
-    if objectives.of(config).labels is not None:
+    if objectives.of(config).has_labels:
       numbers = tuple(map(str, range(self.config.num_labels)))
       config.data.labels = self.labels or config.data.labels or numbers
     single = isinstance(rows, str)

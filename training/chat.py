@@ -69,7 +69,7 @@ def of_run(workdir: epath.Path, step: int | str | None = None,
   """
   config = runs.config_of(workdir)
   objective = objectives.of(config)
-  require(objective.talk is not None, f'objective {config.objective!r}: '
+  require(objective.talks, f'objective {config.objective!r}: '
           + INSTEAD)
   tokenizer = runs.tokenizer_of(workdir, config)
   generation = hf_generation.kept(workdir)

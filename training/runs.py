@@ -315,7 +315,7 @@ def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
           '0, to be derived, or to more')
   resolved = architectures.resolve(model)
   derived = {f'model.{name}': model[name] for name in DERIVED}
-  if objective.labels:
+  if objective.has_labels:
     derived['data.labels'] = tuple(config.data.labels)
   return resolved, derived | objective.derived(config)
 

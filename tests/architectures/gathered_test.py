@@ -13,7 +13,7 @@ from architectures.parts import sharding
 from configs import sharding as tables
 from tests.architectures.parts_test import normal
 from tests.helpers import models
-from training import objectives
+from training.objectives import losses
 from training.distributed import devices
 
 LENGTH = 16
@@ -22,7 +22,7 @@ LENGTH = 16
 def step_of(module):
   def loss(params, tokens_BL):
     out = module.apply({'params': params}, tokens_BL)
-    return objectives.cross_entropy(
+    return losses.cross_entropy(
         out.hidden, out.head, jnp.roll(tokens_BL, -1, 1),
         jnp.ones(tokens_BL.shape), chunk=24)[0]
   return jax.value_and_grad(loss)

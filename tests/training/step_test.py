@@ -15,8 +15,9 @@ import architectures
 from architectures.parts import sharding
 from tests.helpers import models
 from tests.helpers.evaluations import one_device
-from training import objectives, runs
+from training import runs
 from training.distributed import devices
+from training.objectives import losses
 from training.optim import optimizers
 from training.runs import _accumulate, make_eval_step, make_train_step
 
@@ -247,12 +248,12 @@ ADDED = {
 
 @pytest.mark.slow
 def test_a_loss_or_a_gradient_that_is_not_finite_alone_is_bad(monkeypatch):
-  plain, c, chosen = objectives.cross_entropy, config(), []
+  plain, c, chosen = losses.cross_entropy, config(), []
   def cross_entropy(hidden_BLD, *args, **kwargs):
     value, sums = plain(hidden_BLD, *args, **kwargs)
     return value + jax.lax.switch(chosen[-1], [
         *ADDED.values(), lambda x: 0.0], hidden_BLD), sums
-  monkeypatch.setattr(objectives, 'cross_entropy', cross_entropy)
+  monkeypatch.setattr(losses, 'cross_entropy', cross_entropy)
   run = runs.build(c, architectures.resolve(c.model), mesh=one_device())
   plain_step = make_train_step(run.module, run.tx, c)
 

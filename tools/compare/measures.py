@@ -129,13 +129,13 @@ def chance(measure: dict, config, vocab: int, bytes_per_token: float, file: str
   figure = measure['figure']
   if figure == 'loss' and guessing is not None:
     return guessing
-  if figure == 'accuracy' and objectives.of(config).labels is not None:
+  if figure == 'accuracy' and objectives.of(config).has_labels:
     return math.exp(-guessing)
   if figure == 'perplexity':
     return float(vocab)
   if figure == 'bits_per_byte' and bytes_per_token:
     return math.log2(vocab) / bytes_per_token
-  probed = objectives.of(config).records == probes.KIND
+  probed = objectives.of(config).record_kind == probes.KIND
   if probed and figure in probe_task.CONSTANT_FIGURES:
     return probe_task.constant(config, figure)
   require(figure == 'accuracy', f'{file}: measure {measure["name"]!r} needs a '
@@ -153,11 +153,8 @@ def unit_text(frozen, measure, before: str = '', after: str = '') -> str:
   unit = ''
   if measure.figure.rpartition('/')[2] == 'bits_per_byte':
     unit = 'bits a byte'
-  elif measure.figure == 'loss' and (objective.guess or objective.labels):
-    unit = 'nats'  # of an answer, or a sum of two losses
-  # The other heads give numbers, whose loss has the unit of their square.
-  elif measure.figure == 'loss' and objective.head in ('lm', 'vector'):
-    unit = 'nats a token'
+  elif measure.figure == 'loss':
+    unit = objective.loss_unit
   return f'{before}{unit}{after}' if unit else ''
 
 

@@ -113,7 +113,7 @@ def check(run: runs.Run, topology: chips.Topology, name: str) -> None:
   require(chips.compiler(topology), f'--programs has {name!r}, of which there '
           f'is no estimate, and no compiler for {topology.name} is installed: '
           "pip install 'archetype[plan]', or [plan-gpu]")
-  require(objective.prompt and 'decoder' in objective.stacks,
+  require(objective.writes and 'decoder' in objective.stacks,
           f'--programs has {name!r}, but a plan of generation is for decoders, '
           f'and model.arch is {run.model.arch!r}: choose train')
   require(length > DRAWN[name], f'data.length is {length}: {name} needs more '

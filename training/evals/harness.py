@@ -115,8 +115,7 @@ class Model(api.TemplateLM):
   @functools.cached_property
   def _template(self) -> conversations.Template:
     config = self.evaluation.run.config
-    make = objectives.of(config).chat_template
-    text = make and make(config, self._tokens)
+    text = objectives.of(config).chat_template(config, self._tokens)
     text = text or conversations.in_folder(epath.Path(self._tokens.name))
     require(bool(text), 'a chat template is asked for, and neither the run nor '
             f'the folder of its tokenizer {self._tokens.name!r} has one')

@@ -129,7 +129,7 @@ def predict(module: Any, params: Any, config: objectives.Config, tokenizer: Any,
   corpus = sources.Corpus(
       name='the rows', text='the rows', split='eval', tokenizer=tokenizer,
       config=config, records=[
-          _RECORDS[objective.records](row, f'row {number}')
+          _RECORDS[objective.record_kind](row, f'row {number}')
           for number, row in enumerate(rows)])
   view = objective.view(corpus)
   # Of few shapes, so that few programs are compiled.

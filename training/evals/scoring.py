@@ -21,6 +21,7 @@ from architectures.parts.moe.layer import without_capacity
 from training import objectives, progress
 from training.distributed import devices
 from training.evals import Evaluation
+from training.objectives import losses
 
 SHORTEST = 8
 TOKENS = 2 ** 12  # of a batch, padding included
@@ -67,9 +68,10 @@ Row = list[int]  # the numbers of the questions about one text
 def unfit(config: ml_collections.ConfigDict) -> str:
   """Returns why the model of a run cannot be asked; '': it can."""
   objective = objectives.of(config)
-  return '' if objective.stacks == ('decoder',) and objective.prompt else (
-      f'objective {config.objective!r} does not train a decoder-only '
-      'model that writes text, so a text has no probability')
+  if objective.stacks == ('decoder',) and objective.writes:
+    return ''
+  return (f'objective {config.objective!r} does not train a decoder-only '
+          'model that writes text, so a text has no probability')
 
 
 def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
@@ -197,7 +199,7 @@ def _program(evaluation: Evaluation, prefix: bool):
                           lengths_B=batch['lengths'], **options)
     hidden_PD = output.hidden.reshape(-1, output.hidden.shape[-1])[
         batch['places']]
-    judged = objectives.token_losses(hidden_PD[None], output.head,
+    judged = losses.token_losses(hidden_PD[None], output.head,
                                      batch['targets'][None])
     return judged.loss[0], judged.correct[0]
   return score

@@ -62,7 +62,7 @@ def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
   special, options = tokenizer.special_ids, None
   ids = {f'{name}_token_id': special.get(name)
          for name in ('bos', 'eos', 'pad')}
-  if objectives.of(config).prompt is not None:
+  if objectives.of(config).writes:
     end, *more = objectives.of(config).ends(config, tokenizer)
     ids['eos_token_id'] = [end, *more] if more else end
     if special.get('bos') is None:
@@ -140,12 +140,12 @@ def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
       none.
   """
   objective = objectives.of(config)
-  talk = objective.talk and objective.talk(config, tokenizer)
-  if generation is not None and talk and talk.plain:
+  if (generation is not None and objective.talks
+      and objective.talk(config, tokenizer).plain):
     talk = plain(tokenizer, generation)
-    return Prompts(*padded([talk.encode([dict(role='user', content=text)])
-                            for text in texts])), tuple(sorted(talk.ends))
-  assert objective.prompt is not None
+    rows = [talk.encode([dict(role='user', content=text)]) for text in texts]
+    tokens, lengths = padded(rows)
+    return Prompts(tokens=tokens, lengths=lengths), tuple(sorted(talk.ends))
   prompts = objective.prompt(texts, config, tokenizer)
   known_ids(prompts.tokens, config, tokenizer, 'the prompt')
   return prompts, objective.ends(config, tokenizer)

@@ -91,7 +91,8 @@ def refuse_left(workdir: epath.Path, config: ml_collections.ConfigDict,
   written = {*_tokenizer_files(workdir, config, step)}
   if not is_stand_in(config.data.tokenizer):
     written |= {tokenizers.CONFIG, PIPELINE}
-    written |= {TEMPLATE} if objectives.of(config).chat_template else set()
+    if objectives.of(config).has_chat_template:
+      written.add(TEMPLATE)
   files.refuse_left(folder, written, NAMES)
 
 
@@ -116,8 +117,7 @@ def give(workdir: epath.Path, config: ml_collections.ConfigDict,
         f'{kind}_token': name for kind, name in names.items()}
     (folder / tokenizers.CONFIG).write_text(json.dumps(
         described | conversations.specials(tokenizer), indent=2) + '\n')
-  chat_template = objectives.of(config).chat_template
-  template = chat_template and chat_template(config, tokenizer)
+  template = objectives.of(config).chat_template(config, tokenizer)
   if template is not None:
     (folder / TEMPLATE).write_text(template)
 

@@ -220,11 +220,11 @@ class Objective:
       tokens to predict.
     loss_unit: what a loss is measured in; '': the square of a number of the
       data.
-    records: what its data hold where that is not text: Source.records.
+    record_kind: what its data hold where that is not text: Source.records.
     has_labels: whether the data have labels; see `labels`.
     writes: whether the model writes text; see `prompt`.
     talks: whether the model can be talked with in turns; see `talk`.
-    has_chat_template: whether an export may have one; see `chat_template`.
+    has_chat_template: whether an export has one; see `chat_template`.
     has_lengths: whether rows differ so much in length that batches are padded
       to one of several lengths; see `length`.
     every_token: whether each token of the text is predicted once, from those
@@ -247,7 +247,7 @@ class Objective:
   head: str = 'lm'
   terms: tuple[str, ...] = ('loss',)
   loss_unit: str = 'nats a token'
-  records: str = ''
+  record_kind: str = ''
   has_labels: bool = False
   writes: bool = False
   talks: bool = False
@@ -343,7 +343,7 @@ class Objective:
 
   def chat_template(self, config: Config, tokenizer: Tokenizer) -> str | None:
     """Returns the Jinja template of an export; None: it gets none."""
-    raise NotImplementedError
+    return None
 
   # What follows from these.
 
@@ -420,14 +420,14 @@ class Objective:
   def holds(self) -> tuple[str, ...]:
     """What a source may hold for it (sources.Source.holds): its records, or the
     READS of its view."""
-    if self.records:
-      return (self.records,)
+    if self.record_kind:
+      return (self.record_kind,)
     return self.view.READS
 
   @property
   def perplexity(self) -> bool:
     """Whether e to the power of the loss is one."""
-    return self.head == 'lm' and not self.records
+    return self.head == 'lm' and not self.record_kind
 
   @property
   def prefix(self) -> bool:

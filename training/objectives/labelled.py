@@ -113,7 +113,7 @@ class Labelled(Objective):
 class TextObjective(Labelled):
   """A target for one text, or for a pair of texts."""
   head = 'sequence'
-  records = labelled.TEXTS
+  record_kind = labelled.TEXTS
 
   def example(self, item: records.Item, rng: np.random.Generator | None,
               config: Config, tokenizer: Tokenizer) -> Row:
@@ -194,7 +194,7 @@ class TokenClassification(Labelled):
   reads = ('data.labels', 'data.stride', 'data.length_buckets')
   ignores = ('train.z_loss',)
   head = 'tokens'
-  records = labelled.SENTENCES
+  record_kind = labelled.SENTENCES
   has_labels = True
 
   def example(self, item: records.Piece, rng: np.random.Generator | None,
@@ -232,7 +232,7 @@ class QuestionAnswering(Labelled):
   reads = ('data.stride', 'data.length_buckets')
   ignores = ('train.z_loss', 'train.label_smoothing')
   head = 'span'
-  records = labelled.QUESTIONS
+  record_kind = labelled.QUESTIONS
 
   def example(self, item: records.Window, rng: np.random.Generator | None,
               config: Config, tokenizer: Tokenizer) -> Row:

@@ -116,11 +116,11 @@ class Loader:
   def length(self, n: int) -> int:
     """Returns the data.length of global batch n: the least of `lengths` that
     its longest row fits into, whichever process has that row."""
-    size = self.objective.length
-    if size is None or len(self._config_of) == 1:
+    if not self.objective.has_lengths or len(self._config_of) == 1:
       return self._config.data.length
-    longest = max(size(self._item(g)) for g in range(
-        *map(int, self.ramp.before([n, n + 1]))))
+    first, end = map(int, self.ramp.before([n, n + 1]))
+    longest = max(self.objective.length(self._item(g))
+                  for g in range(first, end))
     return min(length for length in self._config_of if length >= longest)
 
   def iterate(self, start: int = 0, stop: int | None = None
@@ -182,7 +182,7 @@ def lengths(config: Config) -> tuple[int, ...]:
   and, of labelled data, up to data.length_buckets - 1 shorter ones, as far from
   each other as eight tokens or more that mesh.context divides."""
   length, most = config.data.length, config.data.length_buckets
-  if objectives.of(config).length is None:
+  if not objectives.of(config).has_lengths:
     return (length,)
   step = math.lcm(8, max(config.mesh.context, 1))
   step *= -(-length // (step * most))
@@ -310,7 +310,7 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str,
     of_split = split, tokenizer, config
     if source.drawn:
       yield weight, sources.Corpus(source.name, source.name, *of_split)
-    elif objectives.of(config).records:
+    elif objectives.of(config).record_kind:
       records = list(source.records())
       if not bare:
         labelled.refuse_bare(source.name, records)

@@ -35,7 +35,7 @@ class Probe(Objective):
   view = Rows
   reads = tuple(f'probe.{name}' for name in probes.FIELDS)
   ignores = ('data.tokenizer', 'data.eval_source', 'data.holdout_every')
-  records = probes.KIND
+  record_kind = probes.KIND
   mtp = True
 
   def example(self, item: probes.Row, rng: np.random.Generator | None,

@@ -569,8 +569,8 @@ def test_rows_equal_those_of_the_package_tokenizers(
         ends = (inside[0], inside[-1]) if whole else ends
       expected.append((part.ids, part.type_ids, *ends))
   ours = tokenizers.load(wordpiece)
-  rows = [labelled_rows.lay_out_question(item, None, config, ours)
-          for item in view.items]
+  objective = labelled_rows.QuestionAnswering()
+  rows = [objective.example(item, None, config, ours) for item in view.items]
   assert [(row['tokens'].tolist(), row['types'].astype(int).tolist(),
            row['starts'], row['ends']) for row in rows] == expected
   assert len(rows) > len(view.questions) or length == 128

@@ -17,6 +17,7 @@ from architectures.parts import sharding
 from architectures.parts.heads import Head
 from tests.helpers import models
 from training import objectives
+from training.objectives import losses
 from training.distributed import devices
 
 B, L, D, V = 8, 12, 16, 50
@@ -87,7 +88,7 @@ def test_value_and_gradients_equal_the_equations(case):
   expected = oracle(hidden, head, targets, weights, **options)
 
   def loss(hidden, head, weights):
-    return objectives.cross_entropy(hidden, head, targets, weights, chunk=chunk,
+    return losses.cross_entropy(hidden, head, targets, weights, chunk=chunk,
                                     **options)
 
   @jax.jit
@@ -116,7 +117,7 @@ def test_value_and_gradients_equal_the_equations(case):
 @pytest.mark.parametrize('chunk', [0, 40])
 def test_token_losses_equal_the_equations(chunk):
   hidden, head, targets, weights = make(scale=0.7, softcap=3.0)
-  tokens = objectives.token_losses(hidden, head, targets, chunk=chunk)
+  tokens = losses.token_losses(hidden, head, targets, chunk=chunk)
   expected = oracle(hidden, head, targets, weights)
   np.testing.assert_allclose(tokens.loss, expected['loss'], rtol=1e-5)
   np.testing.assert_array_equal(tokens.correct, expected['correct'])
@@ -131,7 +132,7 @@ def test_a_tied_kernel_has_the_gradient_of_its_table(dtype, chunk):
 
   def loss(table_VD, hidden_BLD):
     tied = head.replace(kernel_DV=table_VD.T)
-    return objectives.cross_entropy(hidden_BLD, tied, targets, weights,
+    return losses.cross_entropy(hidden_BLD, tied, targets, weights,
                                     chunk=chunk)[0]
 
   rounded = head.replace(kernel_DV=head.kernel_DV.astype(dtype))
@@ -145,9 +146,9 @@ def test_a_tied_kernel_has_the_gradient_of_its_table(dtype, chunk):
 def test_large_logits_stay_finite_and_nan_shows():
   hidden, head, targets, weights = make(scale=1e4)
   value, grads = jax.value_and_grad(
-      lambda x: objectives.cross_entropy(x, head, targets, weights)[0])(hidden)
+      lambda x: losses.cross_entropy(x, head, targets, weights)[0])(hidden)
   assert np.isfinite(value) and np.isfinite(grads).all()
-  value, _ = objectives.cross_entropy(hidden.at[0, 0, 0].set(jnp.nan), head,
+  value, _ = losses.cross_entropy(hidden.at[0, 0, 0].set(jnp.nan), head,
                                       targets, jnp.ones_like(weights))
   assert np.isnan(value)
 
@@ -158,7 +159,7 @@ def test_no_array_of_all_logits_is_held(differentiate):
   hidden, head, targets, weights = make(vocab=vocab, length=length)
 
   def loss(hidden, head):
-    return objectives.cross_entropy(
+    return losses.cross_entropy(
         hidden, head, targets, weights, chunk=chunk)[0]
 
   fn = jax.grad(loss, (0, 1)) if differentiate else loss
@@ -213,7 +214,7 @@ def test_sharded_equals_one_device_and_gathers_no_batch(name):
 
   def grads(hidden, head, targets, weights):
     return jax.value_and_grad(
-        lambda x, h: objectives.cross_entropy(
+        lambda x, h: losses.cross_entropy(
             x, h, targets, weights, z_loss=0.1, label_smoothing=0.1,
             chunk=3 * B // shards), (0, 1), has_aux=True)(hidden, head)
 

@@ -28,7 +28,7 @@ def test_a_row_masks_each_token_with_the_probability_that_it_drew():
   config = files.config('', 'masked_diffusion', 200)
   shares, excess = [], []
   for seed in range(600):
-    row = mlm.masked_diffusion(
+    row = mlm.MaskedDiffusion().example(
         causal.Window(ids, 201), np.random.default_rng(seed), config, BYTES)
     masked = row['tokens'] == BYTES.mask_id
     assert (row['tokens'][~masked] == ids[1:][~masked]).all()

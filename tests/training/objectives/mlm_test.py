@@ -81,7 +81,8 @@ def test_a_prefix_ends_at_any_place_and_all_after_it_is_predicted():
   sizes = []
   for seed in range(400):
     window = causal.Window(np.arange(L + 1, dtype=np.int32), 10)
-    row = causal.prefix(window, np.random.default_rng(seed), config, BYTES)
+    row = causal.Prefix().example(
+        window, np.random.default_rng(seed), config, BYTES)
     n = int(row['prefix'])
     sizes.append(n)
     predicted = row['targets'][row['weights'] != 0]

@@ -111,7 +111,7 @@ def _read(evaluation: Evaluation) -> Read:
     shown_1L, notes = _target(evaluation, prompts)
     read = Read(dict(tokens_BM=source_1M, decoder_tokens_BL=shown_1L),
                 dict(encoder=source_1M[0], decoder=shown_1L[0]), notes)
-  elif objective.prompt is not None:
+  elif objective.writes:
     folder = hf_generation.published(evaluation.workdir, evaluation.step)
     prompts, _ = hf_generation.shown([prompt], run_.config, tokenizer, folder)
     read = Read(dict(tokens_BL=prompts.tokens, **prompts.arguments),

@@ -208,7 +208,7 @@ def wilson(share: float, count: float) -> tuple[float, float]:
 
 TASKS = {'probe': Task(
     'the accuracy of a probe by difficulty and beyond the length of training',
-    run, without(lambda objective: objective.records == probes.KIND,
+    run, without(lambda objective: objective.record_kind == probes.KIND,
                  'is not trained on a probe'), held_out=False, flags=(
         Flag('probe_rows', 512, 'Rows of each difficulty.', 1, 2**20),),
     figures=('accuracy', 'rows_right', 'rows', 'level/*', 'beyond/*'))}

@@ -42,7 +42,7 @@ NO_TEXT = 'reads rows of a probe, whose ids stand for no text'
 
 def reads_text(objective: Any) -> bool:
   """Whether an objective's rows are of text, which a tokenizer encodes."""
-  return objective.records != probes.KIND
+  return objective.record_kind != probes.KIND
 
 
 def embed(evaluation: Evaluation) -> dict[str, Any]:

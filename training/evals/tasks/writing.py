@@ -277,7 +277,7 @@ TASKS = {
     'samples': Task(
         'texts that the model writes, also asked for by --samples or --prompt',
         samples,
-        without(lambda objective: objective.prompt, 'does not write text'),
+        without(lambda objective: objective.writes, 'does not write text'),
         check=_check_samples, shown=_shown, figures=(), held_out=False,
         flags=(SAMPLES._replace(asks=True), PROMPT._replace(asks=True), LENGTH,
                *SAMPLING, *BEAMS, SEED)),
