@@ -361,8 +361,28 @@ def config(**fields):
   return c
 
 
+@pytest.mark.parametrize('field, value, other, read', [
+    ('eval.best_is', 'least', 'eval.best', 'loss'),
+    ('eval.patience', 3, 'eval.best', 'loss'),
+    ('eval.live', True, 'optim.ema', 0.9),
+    ('init_partial', True, 'init_from', 'a'),
+    ('log.wandb_project', 'a', 'log.wandb', True),
+    ('log.trackio_project', 'a', 'log.trackio', True),
+    ('train.mtp_weight', 0.5, 'model.mtp_depth', 1)])
+def test_a_field_is_refused_where_nothing_reads_it(field, value, other, read):
+  c = base.base()
+  c.update_from_flattened_dict({field: value})
+  message = f'{field} is {value!r}, which is not read while {other} is not set'
+  with pytest.raises(RequestError, match=message):
+    preflight.check_config(c)
+  c.update_from_flattened_dict({other: read})
+  try:
+    preflight.check_config(c)
+  except RequestError as error:  # of a tracker that is not installed
+    assert 'is not read' not in str(error)
+
+
 @pytest.mark.parametrize('fields, words', [
-    (dict(patience=3), 'eval.patience is 3, which is not read while eval.best'),
     (dict(best='labels/f1'), "eval.tasks has no 'labels': it has none"),
     (dict(best='loss', every_steps=0), 'eval.every_steps is 0: nothing'),
     (dict(best='labels/f1', tasks='loss, labels', patience=2),

@@ -242,12 +242,13 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_splash_with_split_queries_equals_one_device():
+@pytest.mark.parametrize('causal, window', [(True, 0), (False, 100)])
+def test_splash_with_split_queries_equals_one_device(causal, window):
   """In interpret mode: each shard's kernel has the mask of its queries."""
   L, H, J, K = 512, 2, 1, 16
   q, k, v = (normal(i, 2, L, heads, K) for i, heads in enumerate((H, J, J)))
   ids_BL = 1 + np.int32(np.arange(L)[None] >= np.array([[150], [390]]))
-  mask = kernels.Mask(ids_BL, ids_BL, causal=True, window=100)
+  mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window)
   def grads(q, k, v):
     return jax.value_and_grad(lambda *x: jnp.square(kernels.splash(
         *x, mask, scale=0.2, interpret=True)).sum(), (0, 1, 2))(q, k, v)

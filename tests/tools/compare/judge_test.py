@@ -184,8 +184,9 @@ def test_losses_of_different_text_are_not_compared(field):
     judge._changes([both, other, both])
 
 
-@pytest.mark.parametrize('field', ['data.batch_size', 'data.document_mask',
-                                   'seed'])
+@pytest.mark.parametrize('field', [
+    'data.batch_size', 'data.document_mask', 'seed', 'span.mean_length',
+    'probe.vocab'])
 def test_other_batches_are_told(field):
   """A batch of another size is other held-out text too, unless all is read."""
   def changes(batches):

@@ -18,7 +18,7 @@ import pytest
 
 from common.errors import EnvironmentFailure, RequestError, Stopped
 from tests.helpers import studies
-from tools.compare import decide, freeze, layout, phases
+from tools.compare import decide, freeze, layout, measures, phases
 from tools.compare import plan as plans
 from tools.compare import report, results, status, study
 from training.workdir import run_config
@@ -135,9 +135,6 @@ def test_guessing_among_labels_is_not_guessing_among_tokens(folder):
 
 
 REFUSED = {
-    'seeds of its own': (dict(base='c.seed = 1'), 'sets seed to 1'),
-    'parameters of its own': (dict(base='c.init_seed = 1'),
-                              'sets init_seed to 1'),
     'one size': (dict(constants="SIZES = {'s': {}}"), 'SIZES has 1 of them'),
     'sizes that fall': (dict(
         constants='SIZES = dict(reversed(SIZES.items()))'),
@@ -190,6 +187,54 @@ def test_what_cannot_be_a_study_is_refused(case, tmp_path):
   fields, message = REFUSED[case]
   with pytest.raises(RequestError, match=message):
     freeze.freeze(studies.write(tmp_path, **fields))
+
+
+OURS = ('seed', 'init_seed', 'eval.part')
+DATA = ('data.source', 'data.batch_size', 'objective', 'span.mean_length',
+        'probe.vocab', 'train.steps', 'train.grad_accumulation', 'eval.batches')
+
+
+def _check_fields(base=None, variant=(), tuned=()):
+  """Checks a study of one variant, whose fields are named."""
+  sweep = types.SimpleNamespace(
+      base=dict.fromkeys(OURS, 0) | (base or {}), points=[types.SimpleNamespace(
+          name='a', changes=dict.fromkeys(variant, 1))])
+  freeze._check_overlaps('file', sweep, dict(
+      TUNING=types.SimpleNamespace(fields=tuned), SIZES={}, WORKLOADS={}))
+
+
+@pytest.mark.parametrize('field', OURS)
+def test_what_the_study_sets_is_its_own(field):
+  """But variants may be the base with other first parameters."""
+  with pytest.raises(RequestError, match=f'sets {field} to 3, which the study'):
+    _check_fields(base={field: 3})
+  with pytest.raises(RequestError, match=f'both set {field}'):
+    _check_fields(tuned=[field])
+  if field == 'init_seed':
+    _check_fields(variant=[field])
+    return
+  with pytest.raises(RequestError, match=f'both set {field}'):
+    _check_fields(variant=[field])
+
+
+@pytest.mark.parametrize('field', DATA)
+def test_all_variants_see_the_data_of_the_base(field):
+  _check_fields(variant=['model.d_model'], tuned=['optim.lr'])
+  for who, fields in (('a variant', dict(variant=[field])),
+                      ('TUNING', dict(tuned=[field]))):
+    with pytest.raises(RequestError, match=f'{who} sets {field}: every'):
+      _check_fields(**fields)
+
+
+@pytest.mark.parametrize('better, figures', [
+    ('lower', 'loss perplexity bits_per_byte word_perplexity byte_perplexity'),
+    ('higher', 'accuracy f1 macro_f1 micro_f1 mcc matthews precision recall '
+     'pearson spearman exact exact_match em acc acc_norm bleu rows_right')])
+def test_it_is_known_which_value_of_a_figure_is_better(better, figures):
+  for figure in figures.split():
+    entries = [{'figure': 'loss'}, {'figure': f'task/{figure}'}]
+    _, measure = measures.completed(entries, ['text'], 'file')
+    assert measure['better'] == better, figure
 
 
 def test_another_replication_has_fresh_seeds_and_the_same_has_its_own(folder):
