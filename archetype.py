@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import os
+import pathlib
 import types
 from typing import Any
 
@@ -43,7 +44,7 @@ from training.data import tokenizers
 from training.data.texts import checked
 from training.evals import inspection, predicting
 from training.hf import config as hf_config, generation as hf_generation
-from training.hf import weights
+from training.hf import tokenizer as hf_tokenizer, weights
 from training.workdir import checkpoints, run_config, storage
 
 Tokens = jax.Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
@@ -285,10 +286,34 @@ class Model:
                                labels=self.labels if same else ())
 
   def save(self, folder: str | os.PathLike) -> None:
-    """Writes a Hugging Face folder: config.json and the weights, and what the
-    folder of the model said of generation; no tokenizer."""
-    weights.to_hf(self.module, self.params, folder, generation=self.generation,
+    """Writes a Hugging Face folder: config.json, the weights, the tokenizer,
+    and what the folder of the model said of generation.
+
+    Bytes are written as a byte-level BPE without merges. Not written are bytes
+    that stand in for the tokenizer of imported weights, whose ids mean
+    something else, and those with more than one id for a byte (bytes:N).
+
+    Args:
+      folder: where to; made if it is not there.
+
+    Raises:
+      RequestError: for a folder that cannot be one, or holds a run or files of
+        another model; and for a model that transformers does not have.
+    """
+    storage.try_folder(folder, 'folder')
+    folder, tokenizer = pathlib.Path(folder), self.tokenizer
+    if isinstance(tokenizer, tokenizers.Bytes) and (
+        self.generation is not None or not tokenizer.is_bytewise):
+      tokenizer = None
+    config, generation = self._run_config(), self.generation
+    if tokenizer is not None:
+      hf_tokenizer.refuse_others(tokenizer, config, folder)
+      generation = generation or hf_generation.of_run(
+          config, self.config, tokenizer)
+    weights.to_hf(self.module, self.params, folder, generation=generation,
                   labels=self.labels)
+    if tokenizer is not None:
+      hf_tokenizer.save(tokenizer, config, folder)
 
   def _tokenizer(self) -> tokenizers.Tokenizer:
     require(self.tokenizer is not None, 'this model came without a tokenizer: '
@@ -348,7 +373,7 @@ def _apply(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
 
 
 @typed
-def load(path: str | os.PathLike, *, step: int | None = None,
+def load(path: str | os.PathLike, *, step: int | str | None = None,
          tokenizer: str | None = None) -> Model:
   """Returns the model of a run, or of a Hugging Face folder or file.
 
@@ -356,13 +381,18 @@ def load(path: str | os.PathLike, *, step: int | None = None,
     path: the folder of a run (`--workdir`); or a folder with a config.json and
       weights in Hugging Face's format, a file of weights in one, or
       hf://ORG/NAME.
-    step: of a run, which checkpoint; default: the newest.
+    step: of a run, which checkpoint: the number of a step, 'best', of a run
+      with eval.best, or for the mean of several '100,200' or 'last:5'; default:
+      the newest.
     tokenizer: instead of the model's own, written as data.tokenizer is.
 
   Raises:
     RequestError: where there is no such model, or one that is not supported.
     EnvironmentFailure: where the checkpoint cannot be read.
   """
+  require(str(path) != '', "path is '': name the folder of a run or of weights")
+  if isinstance(step, str):
+    step = checkpoints.named_step(step, 'step')
   path = hub.local(path)
   place = storage.path(path)
   if checkpoints.directory(place).exists():
@@ -409,7 +439,8 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
   return Model(module, _initial(module, seed), tokenizer, config)
 
 
-def _load_run(workdir: Any, step: int | None, tokenizer: str | None) -> Model:
+def _load_run(workdir: Any, step: parameters.Step, tokenizer: str | None
+              ) -> Model:
   config = runs.config_of(workdir)
   module = architectures.build(runs.model_of(workdir, config))
   checkpoint = parameters.on_one_device(workdir, module, step)

@@ -14,6 +14,7 @@ from common.errors import RequestError
 from tests.helpers import data_files, evaluations, models
 from tools import convert
 from training import objectives
+from training.data import tokenizers
 from training.evals.tasks import labels as labels_task
 from training.hf import generation as hf_generation, weights
 
@@ -249,3 +250,59 @@ def test_a_row_that_cannot_be_read_is_a_sentence(
 def test_a_language_model_predicts_no_labels(gpt):
   with pytest.raises(RequestError, match='its objective is causal'):
     gpt.predict(['a'])
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'wordpiece'])
+def test_a_model_is_saved_with_its_tokenizer(kind, tmp_path):
+  """Also where the file that it was loaded from is gone."""
+  spec = kind if kind == 'bytes' else data_files.wordpiece(tmp_path)
+  module, params = models.make('gpt', vocab_size=384)
+  model = archetype.Model(module, params, tokenizers.load(spec))
+  model.save(tmp_path / 'one')
+  (tmp_path / 'tokenizer.json').unlink(missing_ok=True)
+  model.save(tmp_path / 'two')
+  text = 'Ana Ruiz, naïve 日本\n [SEP] <extra_id_3>'
+  for folder in ('one', 'two'):
+    loaded = archetype.load(tmp_path / folder)
+    np.testing.assert_array_equal(loaded.encode(text), model.encode(text))
+    assert loaded.decode(loaded.encode(text)) == model.decode(
+        model.encode(text))
+    for name in ('special_ids', 'sentinel_ids', 'vocab_size'):
+      assert getattr(loaded.tokenizer, name) == getattr(model.tokenizer, name)
+    # Over its own files, and not over those of another.
+    loaded.save(tmp_path / folder)
+  (tmp_path / 'two' / 'vocab.txt').write_text('a')
+  with pytest.raises(RequestError, match='vocab.txt., which would stay'):
+    model.save(tmp_path / 'two')
+
+
+def test_bytes_that_stand_in_for_a_tokenizer_are_not_saved(tmp_path):
+  model = _model(vocab_size=384)
+  model.save(tmp_path / 'one')
+  stand_in = archetype.load(tmp_path / 'one', tokenizer='bytes')
+  stand_in.save(tmp_path / 'two')
+  assert archetype.load(tmp_path / 'two').tokenizer is None
+
+
+def test_a_folder_that_cannot_be_is_a_sentence(gpt, tmp_path):
+  (tmp_path / 'file').write_text('')
+  for folder, reason in (('', 'name a folder'),
+                         (tmp_path / 'file', 'Not a directory'),
+                         (tmp_path / 'file' / 'a', 'Not a directory'),
+                         (tmp_path / ('x' * 300), 'File name too long')):
+    with pytest.raises(RequestError, match=reason):
+      gpt.save(folder)
+
+
+@pytest.mark.parametrize('path, how, message', [
+    ('gpt2', {}, 'no folder or file gpt2: .* is written hf://gpt2$'),
+    ('openai/gpt2', {}, 'is written hf://openai/gpt2$'),
+    ('/no/such', {}, 'there is no folder or file /no/such$'),
+    ('', {}, "path is '': name the folder"),
+    ('gpt2', dict(step='bets'), "^step is 'bets': write the number"),
+    ('gpt2', dict(step='best'), 'gpt2 is no run: it has no step best')])
+def test_what_is_no_model_is_a_sentence(path, how, message, tmp_path,
+                                        monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(RequestError, match=message):
+    archetype.load(path, **how)

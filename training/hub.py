@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import contextlib
 import os
 import pathlib
+import re
 import tempfile
 from typing import Any
 
-from common.errors import EnvironmentFailure, RequestError
+from common.errors import EnvironmentFailure, RequestError, require
 
 PREFIX = 'hf://'
 CARD = 'README.md'
@@ -43,6 +44,15 @@ def local(name: str | os.PathLike, weights: bool = True) -> str | os.PathLike:
     return hub.snapshot_download(
         repo, revision=revision or None,
         allow_patterns=[*TEXTS, *WEIGHTS * weights])
+
+
+def check_there(path: pathlib.Path) -> None:
+  """Raises RequestError for a path where nothing is; one that may be the name
+  of a repository is asked for as such."""
+  may_be_one = re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(path))
+  hint = (f': a repository of the Hugging Face hub is written {PREFIX}{path}'
+          if may_be_one else '')
+  require(path.exists(), f'there is no folder or file {path}{hint}')
 
 
 @contextlib.contextmanager

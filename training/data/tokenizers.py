@@ -116,6 +116,9 @@ class Tokenizer:
     """Returns how the vocabulary writes an id, a special one too: [SEP]; or
     <NUMBER>, where it does not write it."""
 
+  def save(self, path: pathlib.Path) -> None:
+    """Writes a tokenizer.json."""
+
   def special(self, name: str) -> int:
     """Returns the id of a special token.
 
@@ -179,6 +182,11 @@ class Bytes(Tokenizer):
     # The highest digit comes first.
     self._shifts = np.arange(8 - bits, -1, -bits).astype(np.uint8)
 
+  @property
+  def is_bytewise(self) -> bool:
+    """Whether a byte has one id, and not one for each of some digits."""
+    return len(self._shifts) == 1
+
   def encode_batch(self, texts: Sequence[str]):
     rows = [np.frombuffer(text.encode('utf-8'), np.uint8) for text in texts]
     return [(row[:, None] >> self._shifts & self._base - 1).reshape(-1).astype(
@@ -203,6 +211,21 @@ class Bytes(Tokenizer):
   def piece(self, token):
     names = {i: f'[{name.upper()}]' for name, i in self.special_ids.items()}
     return names[token] if token in names else f'<{token}>'
+
+  def save(self, path):
+    """Writes a byte-level BPE without merges, of bytes of one id each."""
+    import tokenizers
+    assert self.is_bytewise, self.name
+    special = {i: self.piece(i) for i in self.special_ids.values()} | {
+        i: f'<extra_id_{n}>' for n, i in enumerate(self.sentinel_ids)}
+    vocab = _byte_of()
+    vocab |= {text: i for i, text in special.items()}
+    pipeline = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    pipeline.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False)
+    pipeline.decoder = tokenizers.decoders.ByteLevel()
+    pipeline.add_special_tokens([*special.values()])
+    pipeline.save(str(path))
 
   def encode_placed(self, text: str):
     ids, spans, place = [], [], 0
@@ -317,8 +340,7 @@ class HuggingFace(Tokenizer):
   def piece(self, token):
     return self._tokenizer.id_to_token(token) or f'<{token}>'
 
-  def save(self, path: pathlib.Path) -> None:
-    """Writes the pipeline as a tokenizer.json."""
+  def save(self, path):
     self._tokenizer.save(str(path))
 
 
@@ -418,6 +440,15 @@ def _framing(tokenizer: Any) -> dict[str, int]:
   return dict(zip(('cls', 'sep'), frames[0]))
 
 
+def _byte_of() -> dict[str, int]:
+  """Returns the byte that each character of a byte-level vocabulary stands for
+  (GPT-2's encoder.py, bytes_to_unicode)."""
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [b for b in range(256) if b not in set(printable)]
+  byte_of = {chr(b): b for b in printable}
+  return byte_of | {chr(256 + i): b for i, b in enumerate(others)}
+
+
 def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
                      ) -> dict[int, bytes] | None:
   """Returns {id: the bytes it spells} of a byte-level BPE, or None.
@@ -428,11 +459,7 @@ def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
   import tokenizers
   if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
     return None
-  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [b for b in range(256) if b not in set(printable)]
-  byte_of = {chr(b): b for b in printable}
-  byte_of |= {chr(256 + i): b for i, b in enumerate(others)}
-  table = {}
+  byte_of, table = _byte_of(), {}
   added = tokenizer.get_added_tokens_decoder()
   for token, i in vocab.items():
     if i in added:

@@ -31,6 +31,7 @@ from architectures.parts.moe import routing
 from common import fields as declared
 from common.errors import require, short
 from configs import base
+from training import hub
 from training.hf import files as hf_files
 from training.workdir import run_config, storage
 
@@ -451,6 +452,7 @@ def flat(config: ModelConfig) -> dict[str, Any]:
 
 def load_config_json(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the config.json of `folder` as a dict."""
+  hub.check_there(folder)
   path = folder / 'config.json'
   require(not storage.has_config(folder), f'{folder} is the folder of a run, '
           'which --workdir takes, and none in the Hugging Face format, which '

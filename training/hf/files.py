@@ -14,6 +14,7 @@ import zipfile
 import numpy as np
 
 from common.errors import RequestError, require, short
+from training import hub
 from training.workdir import storage
 
 # The types of weights that are read and written, and their names in
@@ -126,7 +127,7 @@ def _files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
     require(path.suffix in ('.safetensors', '.bin'),
             f'{path} is neither .safetensors nor .bin')
     return [(path, None)]
-  require(path.is_dir(), f'there is no folder or file {path}')
+  hub.check_there(path)
   for name in (SAFE, BIN):
     if (index := path / f'{name}.index.json').is_file():
       return _indexed(index)

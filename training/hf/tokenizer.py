@@ -79,9 +79,13 @@ def _tokenizer_files(workdir: epath.Path, config: ml_collections.ConfigDict,
     # An import's own, until training has given the ids another meaning.
     return _in_folder(workdir / 'tokenizer') if step == 0 and (
         not storage.in_bucket(workdir)) else {}
-  return _in_folder(path) if path.is_dir() else {PIPELINE: path} | {
-      name: path.parent / name for name in BESIDE
-      if (path.parent / name).is_file()}
+  return _in_folder(path) if path.is_dir() else _of_file(path)
+
+
+def _of_file(path: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Returns a tokenizer.json, and what stands beside it."""
+  return {PIPELINE: path} | {name: path.parent / name for name in BESIDE
+                             if (path.parent / name).is_file()}
 
 
 def refuse_left(workdir: epath.Path, config: ml_collections.ConfigDict,
@@ -102,16 +106,55 @@ def give(workdir: epath.Path, config: ml_collections.ConfigDict,
   a run that learned to chat, with the template that it learned."""
   sources = _tokenizer_files(workdir, config, step)
   _copy(sources, folder)
-  if is_stand_in(config.data.tokenizer):
-    return
-  tokenizer = runs.tokenizer_of(workdir, config)
-  if PIPELINE not in sources:
-    assert isinstance(tokenizer, tokenizers.HuggingFace), tokenizer
+  if not is_stand_in(config.data.tokenizer):
+    _complete(runs.tokenizer_of(workdir, config), config, folder, {*sources})
+
+
+def save(tokenizer: tokenizers.Tokenizer, config: ml_collections.ConfigDict,
+         folder: pathlib.Path) -> None:
+  """Writes a tokenizer into a Hugging Face folder: its own files, where they
+  still are what it was loaded from, else what it is in memory.
+
+  Args:
+    tokenizer: of a model.
+    config: of its run.
+    folder: where to; it is there.
+  """
+  sources = _own_files(tokenizer)
+  _copy(sources, folder)
+  _complete(tokenizer, config, folder, {*sources})
+
+
+def refuse_others(tokenizer: tokenizers.Tokenizer,
+                  config: ml_collections.ConfigDict, folder: pathlib.Path
+                  ) -> None:
+  """Raises RequestError for files of another tokenizer, which `save`, with the
+  same arguments, would leave in a folder."""
+  written = {*_own_files(tokenizer), tokenizers.CONFIG, PIPELINE}
+  written |= {TEMPLATE} if objectives.of(config).chat_template else set()
+  files.refuse_left(folder, written, NAMES)
+
+
+def _own_files(tokenizer: tokenizers.Tokenizer) -> dict[str, pathlib.Path]:
+  """Returns the files that a tokenizer was loaded from; {}: of bytes, and of
+  files that are gone or hold another one by now."""
+  path = pathlib.Path(tokenizer.name).expanduser()
+  if isinstance(tokenizer, tokenizers.Bytes) or not path.exists() or (
+      tokenizers.load(tokenizer.name).fingerprint != tokenizer.fingerprint):
+    return {}
+  return _in_folder(path) if path.is_dir() else _of_file(path)
+
+
+def _complete(tokenizer: tokenizers.Tokenizer,
+              config: ml_collections.ConfigDict, folder: pathlib.Path,
+              copied: set[str]) -> None:
+  """Writes of a tokenizer what its files, which were `copied`, leave out."""
+  if PIPELINE not in copied:
     tokenizer.save(folder / PIPELINE)
   names = {kind: tokenizer.piece(i)
            for kind, i in tokenizer.special_ids.items()}
   _frame(folder / PIPELINE, FRAMES.get(config.model.arch, ''), names)
-  if tokenizers.CONFIG not in sources:
+  if tokenizers.CONFIG not in copied:
     # transformers knows no special token by its spelling alone.
     described = {'tokenizer_class': 'PreTrainedTokenizerFast'} | {
         f'{kind}_token': name for kind, name in names.items()}
@@ -142,5 +185,8 @@ def _in_folder(folder: epath.Path) -> dict[str, epath.Path]:
 
 def _copy(sources: dict[str, epath.Path], target: epath.Path) -> None:
   for name, path in sources.items():
-    (target / name).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target / name)
+    copy = target / name
+    if copy.exists() and copy.samefile(path):
+      continue
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, copy)

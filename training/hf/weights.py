@@ -303,6 +303,7 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
       what the folder holds: a run, or weights that would stay.
   """
   one_of('dtype', dtype, ('', *DTYPES, 'float16'))
+  storage.try_folder(folder, 'the folder')
   storage.refuse_run(folder, 'the folder')
   module, params = without_generator(*merge(module, params))
   config: ModelConfig = module.config

@@ -59,9 +59,14 @@ class Mean(NamedTuple):
   last: int = 0
 
 
-def named_step(text: str | None) -> int | str | Mean | None:
+def named_step(text: str | None, name: str = '--step'
+               ) -> int | str | Mean | None:
   """Returns what --step names: a step, BEST, several steps whose mean is
   meant, as `100,200` or `last:2`, or None for the newest.
+
+  Args:
+    text: as a user writes it; None: nothing.
+    name: of the flag or argument, for messages.
 
   Raises:
     RequestError: for a text that is none of these.
@@ -71,7 +76,7 @@ def named_step(text: str | None) -> int | str | Mean | None:
   steps = text.removeprefix('last:').split(',')
   require(all(re.fullmatch('0|[1-9][0-9]{0,17}', step) for step in steps)
           and len(set(steps)) == len(steps),
-          f'--step is {text!r}: write the number of a step, or {BEST} for the '
+          f'{name} is {text!r}: write the number of a step, or {BEST} for the '
           'best of a run with eval.best; or, for the mean of several, the '
           'numbers of different steps with commas between, or last:5 for the '
           'last 5 checkpoints')

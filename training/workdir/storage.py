@@ -206,13 +206,14 @@ def parse(text: str | bytes, who: str, fields: Mapping[str, Any] = {}
 
 
 def try_folder(folder: str | os.PathLike, name: str = '--workdir') -> None:
-  """Raises RequestError unless files can be written in a folder, or where it
-  would be made; nothing is made. A bucket is not tried.
+  """Raises RequestError unless files can be written in a folder that is named,
+  or where it would be made; nothing is made. A bucket is not tried.
 
   Args:
     folder: on disk, or in a bucket.
     name: of the flag or field that holds it.
   """
+  require(str(folder) != '', f"{name} is '': name a folder")
   if in_bucket(folder):
     return
   try:
