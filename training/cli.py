@@ -62,6 +62,12 @@ def run(main: Callable[[], int | None]) -> None:
     # A name that is too long for a disk is so at each further try.
     wrong = getattr(error, 'errno', None) == errno.ENAMETOOLONG
     code, sentence = 2 if wrong else 1, f'error: {error}'
+  except MemoryError as error:
+    why = str(error).partition('\n')[0]
+    code, sentence = 1, (
+        'error: this machine has no memory left'
+        + (f' ({why})' if why else '') + ': end other programs, read smaller '
+        'files, or take a machine with more')
   except Exception as error:
     if not is_out_of_memory(error):
       raise
@@ -77,11 +83,10 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-  """Whether XLA could not have the memory that it asked for."""
+  """Whether XLA could not have the memory of a device that it asked for."""
   jax = sys.modules.get('jax')  # not imported for this alone
-  return isinstance(error, MemoryError) or (
-      jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
-      and 'RESOURCE_EXHAUSTED' in str(error))
+  return (jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
+          and 'RESOURCE_EXHAUSTED' in str(error))
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter,

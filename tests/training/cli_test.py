@@ -276,7 +276,9 @@ def test_ctrl_c_while_a_run_compiles_ends_it(tmp_path, monkeypatch):
     (OSError(28, 'No space left'), 1, 'error: [Errno 28] No space left\n'),
     (OSError(cli.errno.ENAMETOOLONG, 'Too long'), 2, 'Too long\n'),
     (errors.Stopped(), 75, 'stopped: the same command goes on\n'),
-    (MemoryError('of the host'), 1, 'no memory left')])
+    (MemoryError('of the host'), 1,
+     'this machine has no memory left (of the host): end'),
+    (MemoryError(), 1, 'this machine has no memory left: end')])
 def test_each_kind_of_failure_has_its_exit_code(error, code, words, capsys):
   def fail():
     raise error
