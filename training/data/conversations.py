@@ -331,7 +331,7 @@ def in_folder(folder: Any) -> str | None:
   path = folder / 'tokenizer_config.json'
   if not path.is_file():
     return None
-  described = storage.parse(path.read_bytes(), str(path))
+  described = storage.read_json(path)
   template = described.get('chat_template')
   if isinstance(template, list):  # several, by name
     template = {row.get('name'): row.get('template') for row in template}.get(

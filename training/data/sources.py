@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 import fcntl
 import functools
+import glob
 import hashlib
 import importlib.util
 import io
@@ -48,6 +49,12 @@ Document = str | list[tuple[str, str]]
 TEXT, TURNS, PAIRS = 'text', 'conversations', 'pairs of texts'
 SHARD_BYTES = 256 << 20
 MOST_SHARDS = 1 << 14
+# A parquet file may have so many rows for each of its bytes, and unpack to so
+# many times these, or to so many bytes in all.
+MOST_ROWS, MOST_UNPACKED, LEAST_UNPACKED = 8, 1000, 64 << 20
+# Which source reads a file of an ending, where it is not text alone.
+_OF_ENDING = {'jsonl': 'jsonl', 'parquet': 'parquet', 'csv': 'labelled',
+              'tsv': 'labelled'}
 CHUNK_CHARS, CHUNK_TEXTS = 1 << 20, 1 << 13  # encoded at once
 
 # The bits of a folder's mode by which its group, or all, may write in it.
@@ -210,15 +217,18 @@ def parse(spec: str, layout: Callable[[], conversations.Layout] =
 
 def _hint(name: str) -> str:
   """Returns the question whether the files of a path were meant, where `name`
-  is one, or the source whose prefix is spelt most like it."""
+  is one or is written as one, or the source whose prefix is spelt most like it.
+  """
   path = os.path.expanduser(name)
-  if not os.path.exists(path):
-    near = difflib.get_close_matches(name.partition(':')[0], SOURCES, n=1)
-    return f'. Did you mean {SOURCES[near[0]].usage}?' if near else ''
   end = pathlib.Path(name).suffix[1:]
-  usage = SOURCES[end if end in ('jsonl', 'parquet') else 'text'].usage
-  pattern = os.path.join(name, '*.txt') if os.path.isdir(path) else name
-  return f'. Did you mean {usage.replace("GLOB", pattern)}?'
+  there = bool(glob.glob(path, recursive=True))
+  if there or ':' not in name and (end or os.sep in name):
+    usage = SOURCES[_OF_ENDING.get(end, 'text')].usage.partition('[')[0]
+    pattern = os.path.join(name, '*.txt') if os.path.isdir(path) else name
+    absent = '' if there else f' There is no {name} yet.'
+    return f'. Did you mean {usage.replace("GLOB", pattern)}?{absent}'
+  near = difflib.get_close_matches(name.partition(':')[0], SOURCES, n=1)
+  return f'. Did you mean {SOURCES[near[0]].usage}?' if near else ''
 
 
 def _laid_out(source: Source, layout: conversations.Layout) -> Source:
@@ -246,8 +256,11 @@ def _sotu(name: str, _: str) -> Source:
 
 def _text(name: str, pattern: str) -> Source:
   """UTF-8 text; one document a file."""
-  return Source(name, 'text', lambda path: [texts.read(path)],
-                files=_files(name, pattern), is_text=True)
+  paths = _files(name, pattern)
+  for path in paths:
+    texts.check_size(path, os.stat(path).st_size)
+  return Source(name, 'text', lambda path: [texts.read(path)], files=paths,
+                is_text=True)
 
 
 def _column(name: str, rest: str) -> Source:
@@ -280,6 +293,7 @@ def _parquet(name: str, field: str, path: str) -> texts.Rows:
   try:
     file = parquet.ParquetFile(path)
     texts.check_columns(file.schema_arrow.names, [field], path)
+    _check_unpacked(file.metadata, field, path)
     number = 0
     for batch in file.iter_batches(batch_size=1024, columns=[field]):
       for row in batch.to_pylist():
@@ -289,6 +303,30 @@ def _parquet(name: str, field: str, path: str) -> texts.Rows:
     if isinstance(error, OSError) and error.errno:
       raise  # of the disk, not of what is in the file
     raise RequestError(f'{path} is not a parquet file: {error}.') from error
+
+
+def _check_unpacked(metadata: Any, field: str, path: str) -> None:
+  """Raises RequestError for a parquet file of which a few bytes make so many
+  rows, or so long ones, that they are no data.
+
+  Args:
+    metadata: of pyarrow.
+    field: that is read.
+    path: of the file.
+  """
+  size = os.stat(path).st_size
+  require(metadata.num_rows <= MOST_ROWS * size, f'{path} makes '
+          f'{metadata.num_rows:,} rows of {size:,} bytes: it is no file of '
+          'texts')
+  for number in range(metadata.num_row_groups):
+    group = metadata.row_group(number)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    unpacked = sum([column.total_uncompressed_size for column in columns
+                    if column.path_in_schema.split('.')[0] == field])
+    texts.check_size(f'{path}, row group {number},', unpacked)
+    require(unpacked <= max(MOST_UNPACKED * size, LEAST_UNPACKED),
+            f'{path} makes {unpacked:,} bytes of field {field!r} of '
+            f'{size:,}: it is no file of texts')
 
 
 def _parallel(name: str, pattern: str) -> Source:
@@ -415,6 +453,10 @@ def _files(name: str, pattern: str) -> tuple[str, ...]:
   written = name.replace(f':{pattern}', f':{inside}', 1)
   require(bool(paths), f'data source {name!r} matches no file'
           + f', but a folder: write {written}' * os.path.isdir(full))
+  # A file of the kernel has no size, and perhaps no end.
+  for path in paths:
+    require(os.stat(path).st_size > 0,
+            f'data source {name!r} is empty: {path} holds nothing')
   return paths
 
 
@@ -638,6 +680,7 @@ def cached(source: Source, tokenizer: Tokenizer, cache_dir: str
     storage.try_folder(path.parent, 'data.cache_dir')
     with _as_shared_as(cache(cache_dir)), _one_at_a_time(path, source.name):
       if not whole():
+        next(source.documents())  # what is no text is not hashed before
         begun = begin(path, source, parts, source.digest(), tokenizer)
         for i, done in enumerate(tokens.finished(path, begun)):
           if not done:

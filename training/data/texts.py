@@ -18,20 +18,60 @@ from typing import Any
 
 from common.errors import RequestError, require, short
 
+MOST_LINE = 1 << 28  # bytes
+_CHECKED_BYTES = 1 << 20
+# Control characters of ASCII, but for those that move a cursor or begin an
+# escape sequence; so many of them are no sign of anything.
+_CONTROLS = bytes({*range(8), *range(14, 27), *range(28, 32), 127})
+_FEW_CONTROLS = 8
+# How files begin that are no text, and what they are.
+_FORMS = {
+    b'\x1f\x8b': 'compressed (gzip): unpack it',
+    b'BZh91AY&SY': 'compressed (bzip2): unpack it',
+    b'\xfd7zXZ\0': 'compressed (xz): unpack it',
+    b'\x28\xb5\x2f\xfd': 'compressed (zstd): unpack it',
+    b'PK\x03\x04': 'compressed (zip): unpack it',
+    b'PAR1': 'a parquet file: write parquet:GLOB:FIELD',
+    b'\xff\xfe': 'UTF-16: write it as UTF-8',
+    b'\xfe\xff': 'UTF-16: write it as UTF-8'}
 TABLES = ('.tsv', '.csv')
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where it stands, and what it has
 
 
 def decoded(data: bytes, where: str) -> str:
-  """Returns UTF-8 bytes as text."""
+  """Returns UTF-8 bytes as text.
+
+  Raises:
+    RequestError: for what is not UTF-8, and for what is but holds so many
+      control characters that it was not written as such.
+  """
+  for start, form in _FORMS.items():
+    require(not data.startswith(start), f'{where} is {form}')
+  for at in range(0, len(data), _CHECKED_BYTES):
+    part = data[at:at + _CHECKED_BYTES]
+    controls = len(part) - len(part.translate(None, _CONTROLS))
+    require(controls <= max(_FEW_CONTROLS, len(part) // 20), f'{where} is no '
+            f'text: of {len(part):,} bytes from byte {at:,} on {controls:,} '
+            'are control characters, as in UTF-16, of which UTF-8 has to be '
+            'made, or in a damaged or binary file')
   try:
     return data.decode('utf-8')
   except UnicodeDecodeError as error:
     raise RequestError(f'{where} is not UTF-8: {error}.') from error
 
 
+def check_size(where: str, size: int) -> None:
+  """Raises RequestError for `size` bytes that are read at once and do not fit
+  into this machine's memory twice: as bytes, and as text."""
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  require(2 * size <= memory, f'{where} has {size / 2**30:,.1f} GiB, which are '
+          f'read at once, and this machine has {memory / 2**30:,.1f} GiB of '
+          'memory: cut it into several')
+
+
 def read(path: str) -> str:
   """Returns the text of a file."""
+  check_size(path, os.stat(path).st_size)
   return decoded(pathlib.Path(path).read_bytes(), path)
 
 
@@ -39,8 +79,11 @@ def lines(path: str, all_lines: bool = False) -> Iterator[tuple[str, str]]:
   """Yields (where it stands, text) of the lines of a file, or of those that
   hold text."""
   with open(path, 'rb') as file:
-    for number, line in enumerate(file, 1):
+    numbered = enumerate(iter(lambda: file.readline(MOST_LINE), b''), 1)
+    for number, line in numbered:
       where = f'{path}, line {number}'
+      require(len(line) < MOST_LINE, f'{where}, has {MOST_LINE:,} bytes or '
+              'more: it is no file of lines')
       text = decoded(line, f'{where},').rstrip('\r\n')
       text = text.removeprefix('\ufeff') if number == 1 else text
       if all_lines or text.strip():

@@ -390,7 +390,7 @@ def named_tokens(folder: pathlib.Path) -> dict[str, str]:
   named = {}
   for name in ('special_tokens_map.json', CONFIG):
     if (folder / name).is_file():
-      tree = storage.parse((folder / name).read_bytes(), str(folder / name))
+      tree = storage.read_json(folder / name)
       for key, value in tree.items():
         value = value.get('content') if isinstance(value, dict) else value
         if key.endswith('_token') and isinstance(value, str):

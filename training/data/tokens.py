@@ -302,7 +302,7 @@ def load(text: str, name: str) -> Tokens:
 def begun_of(folder: epath.Path) -> dict[str, Any]:
   """Returns what begun.json holds, less the checksum that it may have."""
   try:
-    begun = dict(json.loads((folder / BEGUN).read_bytes()))
+    begun = dict(json.loads(storage.read_small(folder / BEGUN)))
   except (TypeError, ValueError, RecursionError) as error:
     raise damaged(folder / BEGUN, 'it is no JSON') from error
   if begun.pop('checksum', None) not in (None, digest(begun)):

@@ -86,7 +86,7 @@ def read(path: pathlib.Path) -> dict[str, dict]:
     RequestError: where a file is damaged.
   """
   records: dict[str, dict] = {}
-  load = lambda file: storage.parse(file.read_bytes(), str(file))
+  load = storage.read_json
   for file in [path] if path.is_file() else [
       path / 'eval.json', path / evals.ITEMS]:
     for task, figures in load(file).items() if file.is_file() else ():

@@ -47,8 +47,7 @@ def verdicts(workdir: epath.Path) -> list[dict[str, str]]:
   comparison, name = workdir.parents[2], workdir.parent.name
   if not (comparison / 'sweep.json').exists():
     return []
-  points = storage.parse((comparison / 'sweep.json').read_bytes(),
-                         f'{comparison}/sweep.json')['points']
+  points = storage.read_json(comparison / 'sweep.json')['points']
   variant = next((point.get('variant', name) for point in points
                   if point['name'] == name), name)
   for report in (comparison, comparison.parent):  # of a sweep, of a study

@@ -157,7 +157,7 @@ def read_object(path: pathlib.Path) -> dict:
   Raises:
     RequestError: if it holds none.
   """
-  return storage.parse(path.read_bytes(), str(path))
+  return storage.read_json(path)
 
 
 def shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:

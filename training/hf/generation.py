@@ -108,8 +108,7 @@ def kept(workdir: epath.Path) -> Generation | None:
 def _read(workdir: epath.Path) -> dict[str, Any]:
   """Returns what `keep` wrote; {}: nothing."""
   path = storage.path(workdir) / KEPT
-  return storage.parse(path.read_bytes(), str(path), {'trained': bool}
-                       ) if path.exists() else {}
+  return storage.read_json(path, {'trained': bool}) if path.exists() else {}
 
 
 # What a model that writes is shown, and where its texts end.

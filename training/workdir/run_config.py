@@ -110,8 +110,7 @@ def _load(workdir: epath.Path) -> dict[str, Any]:
           f'{workdir} is a folder in the Hugging Face format, which python -m '
           'tools.chat takes as its --folder, and not that of a run, which '
           'python -m tools.convert import makes of it')
-  tree = tuples(storage.parse(path.read_bytes(), str(path), {
-      _DERIVED: dict, _STARTS: list}))
+  tree = tuples(storage.read_json(path, {_DERIVED: dict, _STARTS: list}))
   require(tree.get(_FORMAT) == FORMAT, f'{path} is of format '
           f'{short(tree.get(_FORMAT))}, and this version of the code reads '
           f'{FORMAT}: go on with the version that wrote it, or train anew')

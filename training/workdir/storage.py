@@ -24,6 +24,7 @@ import pathlib
 import re
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ from etils import epath
 from common.errors import EnvironmentFailure, RequestError, require, short
 
 CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'  # of a run, in its folder
+MOST_SMALL = 1 << 30  # bytes of a file that is read whole
 DERIVED = 'derived'  # in a run's config.json, and in no other
 _WRITING = '.writing-'  # how the name of what is not whole yet begins
 _STALE_SECONDS = 24 * 3600
@@ -178,6 +180,30 @@ def is_alive(pid: int) -> bool:
   return True
 
 
+def read_small(file: epath.Path) -> bytes:
+  """Returns the bytes of a file that is small, as one of JSON is.
+
+  Raises:
+    RequestError: for a device or a pipe, which may have no end, and for more
+      than MOST_SMALL bytes.
+  """
+  if in_bucket(file):
+    return file.read_bytes()
+  status = os.stat(file)
+  require(stat.S_ISREG(status.st_mode), f'{file} is no file that can be read '
+          'to its end, but a folder, a device or a pipe')
+  require(status.st_size <= MOST_SMALL, f'{file} has {status.st_size:,} bytes, '
+          f'and such a file has at most {MOST_SMALL:,}')
+  with open(file, 'rb') as opened:
+    return opened.read(status.st_size)
+
+
+def read_json(file: epath.Path, fields: Mapping[str, Any] = {}
+              ) -> dict[str, Any]:
+  """Returns the object that a file of JSON holds; see `parse`."""
+  return parse(read_small(file), str(file), fields)
+
+
 def parse(text: str | bytes, who: str, fields: Mapping[str, Any] = {}
           ) -> dict[str, Any]:
   """Returns the object that JSON text holds.
@@ -285,7 +311,7 @@ def is_hugging_face(folder: str | os.PathLike) -> bool:
 def _fields(folder: str | os.PathLike) -> Collection[str]:
   """Returns the names of the fields in a folder's config.json; (): none."""
   try:
-    tree = json.loads((epath.Path(folder) / CONFIG).read_bytes())
+    tree = json.loads(read_small(epath.Path(folder) / CONFIG))
   except (OSError, ValueError, RecursionError):
     return ()
   return tree if isinstance(tree, dict) else ()

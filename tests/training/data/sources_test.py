@@ -1,13 +1,17 @@
 """Sources: every prefix reads its documents, every defect is one sentence."""
 
+import bz2
 import glob
+import gzip
 import json
+import lzma
 import os
 import sys
 import types
 
 import pytest
 
+from common.errors import RequestError
 from training.data import globs, sources
 
 TEXTS = ['First.', 'Second, é.\nTwo lines.', 'Third.']
@@ -161,6 +165,9 @@ FOLDER = os.path.dirname(__file__)
     ('txt:a', "unknown data source 'txt:a': choose .* Did you mean text:GLOB"),
     ('text:/none/*.txt', "'text:/none/\\*.txt' matches no file"),
     (__file__, f'Did you mean text:{__file__}'),
+    ('input.txt', r'Did you mean text:input.txt\? There is no input.txt yet'),
+    ('my/*.csv', r'Did you mean labelled:my/\*.csv\?'),
+    (f'{FOLDER}/*.py', rf'Did you mean text:{FOLDER}/\*.py\?$'),
     (FOLDER, rf'Did you mean text:{FOLDER}/\*.txt'),
     (f'text:{FOLDER}', rf'but a folder: write text:{FOLDER}/\*.txt'),
     (f'0.5*jsonl:{FOLDER}:x', rf'but a folder: write jsonl:{FOLDER}/\*:x'),
@@ -191,3 +198,59 @@ def test_a_broken_line_is_named(data, message, tmp_path):
   with pytest.raises(ValueError, match=message) as caught:
     read(f'jsonl:{tmp_path}/x:text')
   assert '\n' not in str(caught.value)
+
+
+TEXT = 'It is a law of nature. ' * 400
+
+
+@pytest.mark.parametrize('data, message', [
+    (gzip.compress(TEXT.encode()), r'is compressed \(gzip\): unpack it'),
+    (bz2.compress(TEXT.encode()), r'is compressed \(bzip2\)'),
+    (lzma.compress(TEXT.encode()), r'is compressed \(xz\)'),
+    (TEXT.encode('utf-16'), 'is UTF-16: write it as UTF-8'),
+    (TEXT.encode('utf-16-le'), 'is no text: .* as in UTF-16'),
+    (TEXT.encode('utf-16-be'), 'is no text: .* as in UTF-16'),
+    ('Это русский текст. '.encode('utf-16-le') * 99, 'is no text: .*UTF-16'),
+    (bytes(20 << 20), 'is no text: .* damaged'),
+    (TEXT.encode() * 999 + bytes(9 << 20), 'is no text: .* damaged'),
+    (b'', 'holds nothing')])
+@pytest.mark.parametrize('form', ['text', 'parallel', 'conll'])
+def test_what_is_no_text_is_said_to_be_none(form, data, message, tmp_path):
+  (tmp_path / 'x').write_bytes(data)
+  with pytest.raises(RequestError, match=message):
+    for _, source in sources.parse(f'{form}:{tmp_path}/x'):
+      list(source.records())
+
+
+@pytest.mark.parametrize('text', [
+    '\x0c', 'a\0b', 'N\bNA\bAM\bME\bE\n' * 99, '\x1b[1mred\x1b[0m' * 99,
+    '日本語のテキスト', '\ufeffmark'])
+def test_texts_with_some_control_characters_are_texts(text, tmp_path):
+  (tmp_path / 'x').write_text(text, encoding='utf-8')
+  assert read(f'text:{tmp_path}/x') == [text]
+
+
+def test_what_has_no_end_or_no_room_is_refused(tmp_path):
+  """None of it is read to see that."""
+  with open(tmp_path / 'sparse', 'wb') as file:
+    file.truncate(1 << 42)
+  with pytest.raises(RequestError, match='4,096.0 GiB, which are read at once'):
+    sources.parse(f'text:{tmp_path}/sparse')
+  assert os.path.isfile('/proc/version')  # it has text, and no size
+  with pytest.raises(RequestError, match='/proc/version holds nothing'):
+    sources.parse('text:/proc/version')
+
+
+def test_a_parquet_file_of_a_few_bytes_does_not_unpack_to_many(tmp_path):
+  pyarrow = pytest.importorskip('pyarrow')
+  from pyarrow import parquet
+  rows = pyarrow.table({'text': pyarrow.nulls(10**6, pyarrow.string())})
+  parquet.write_table(rows, tmp_path / 'rows', row_group_size=10**6)
+  long = pyarrow.table({'text': ['a' * (100 << 20)], 'other': ['b']})
+  parquet.write_table(long, tmp_path / 'long', compression='zstd',
+                      use_dictionary=False, write_statistics=False)
+  for name, message in (('rows', 'makes 1,000,000 rows of'),
+                        ('long', "makes 104,.* bytes of field 'text'")):
+    with pytest.raises(RequestError, match=message):
+      read(f'parquet:{tmp_path}/{name}:text')
+  assert read(f'parquet:{tmp_path}/long:other') == ['b']

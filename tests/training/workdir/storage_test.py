@@ -10,6 +10,7 @@ privilege.
 import contextlib
 import importlib.util
 import json
+import os
 import pathlib
 import resource
 import shutil
@@ -28,6 +29,7 @@ from tests.helpers import forked, toy_run
 from tools.compare import layout
 from training import preflight, vectorised
 from training.data import sources, tokenizers
+from training.hf import config as hf_config
 from training.workdir import metrics, run_config, storage
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -309,3 +311,25 @@ def test_the_environment_fails(error, reason):
       except type(error) as inner:
         raise RuntimeError('Orbax wraps it') from inner
   assert str(failure.value).startswith(f'cannot write /r: {reason}; once ')
+
+
+@pytest.mark.parametrize('what', ['device', 'pipe', 'folder', 'sparse'])
+def test_a_file_of_json_that_has_no_end_is_not_read(what, tmp_path):
+  file = tmp_path / 'config.json'
+  if what == 'device':
+    file.symlink_to('/dev/zero')
+  elif what == 'pipe':
+    os.mkfifo(file)
+  elif what == 'folder':
+    file.mkdir()
+  else:
+    with open(file, 'wb') as sparse:
+      sparse.truncate(1 << 40)
+  (tmp_path / 'checkpoints/1').mkdir(parents=True)
+  for read in (
+      lambda: run_config.load_config(epath.Path(tmp_path)),
+      lambda: hf_config.load_config_json(tmp_path),
+      lambda: storage.read_json(file)):
+    with pytest.raises(RequestError, match='config.json (is|has)'):
+      read()
+  assert not storage.has_config(tmp_path)
