@@ -114,9 +114,10 @@ def _load(workdir: epath.Path) -> dict[str, Any]:
   require(tree.get(_FORMAT) == FORMAT, f'{path} is of format '
           f'{short(tree.get(_FORMAT))}, and this version of the code reads '
           f'{FORMAT}: go on with the version that wrote it, or train anew')
-  base.check({name: value for name, value in tree.items()
-              if name not in (_FORMAT, _DERIVED, _STARTS)},
-             f'{path} is damaged: ')
+  fields = {name: value for name, value in tree.items()
+            if name not in (_FORMAT, _DERIVED, _STARTS)}
+  for part in (fields, tree[_DERIVED]):
+    base.check(part, f'{path} is damaged: ')
   return tree
 
 

@@ -132,6 +132,17 @@ def test_what_print_config_prints_is_that_config(system):
       run_config.flatten(config).keys())
 
 
+@pytest.mark.parametrize('name, value, message', [
+    ('model.max_len', 'long', 'model.max_len is'),
+    ('model.max_length', 256, "'model.max_length' is no config field")])
+def test_a_derived_value_that_is_damaged_is_refused(
+    name, value, message, tmp_path):
+  run_config.save(tmp_path, base.base(), DERIVED | {name: value})
+  (tmp_path / 'checkpoints' / '1').mkdir(parents=True)
+  with pytest.raises(RequestError, match=f'config.json is damaged: {message}'):
+    run_config.changes(epath.Path(tmp_path), base.base(), DERIVED)
+
+
 def test_a_config_of_wrong_types_is_refused(tmp_path):
   run_config.save(tmp_path, base.base(), {'model.max_len': 256})
   file = tmp_path / 'config.json'
