@@ -1,6 +1,8 @@
 """Attention to what an indexer chooses, against its definition in numpy: the
 choice, the loss that teaches it, and that nothing else is taught by it."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,30 @@ def _numpy_layer(p, x_LD, heads, top_k, block):
   return (sum(w @ (x_LD @ p['value'][:, h // 2]) @ p['out'][h]
               for h, w in enumerate(weights)),
           (mean * np.log(ratio)).sum(-1).mean())
+
+
+@pytest.mark.parametrize('counted', [
+    [[1, 1, 1], [1, 0, 1]], [[0, 1, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]],
+    ids=['several', 'one', 'none'])
+def test_the_divergence_is_a_mean_over_the_tokens_that_count(counted):
+  """Of targets that sum to less than 1, as where a sink has a share, some of
+  them 0, beside a softmax over the keys that are seen."""
+  random, ids = np.random.default_rng(0), np.array(counted)
+  seen = np.tril(np.ones((2, 3, 3), bool))
+  target = random.random((2, 3, 3)) * seen
+  target[0, 2, 1] = 0
+  target *= 0.7 / target.sum(-1, keepdims=True)
+  scores = random.normal(size=(2, 3, 3))
+  nats = []
+  for b, i in zip(*np.nonzero(ids)):
+    p = target[b, i, :i + 1] / 0.7
+    q = np.exp(scores[b, i, :i + 1])
+    q /= q.sum()
+    nats.append(sum(x * np.log(x / y) for x, y in zip(p, q) if x))
+  ctx = types.SimpleNamespace(counted=lambda *shape: ids.astype(np.float32))
+  np.testing.assert_allclose(indexer.divergence(
+      *(jnp.asarray(x, jnp.float32) for x in (target, scores)), seen, ctx),
+      np.mean(nats) if nats else 0, rtol=1e-5)
 
 
 @pytest.mark.parametrize('top_k, block', [(3, 0), (0, 0), (4, 2), (0, 2)])

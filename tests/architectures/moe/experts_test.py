@@ -175,6 +175,15 @@ def grouped_case(counts, rows=64):
   return normal(rows, D), w, mask_RF, normal(rows, D) * inside_R1
 
 
+@pytest.mark.parametrize('D', [64, 128, 300, 1024])
+def test_hidden_units_are_computed_in_as_few_parts_as_may_be(D):
+  """By search: no wider than a row, a multiple of 128 wide; or all at once."""
+  for F in (64, 128, 384, 512, 1000, 1024, 1152, 2816, 8192):
+    fit = [n for n in range(1, F + 1)
+           if F % n == 0 and F // n <= D and F // n % 128 == 0]
+    assert grouped._parts(D, F) == min(fit, default=1)
+
+
 @pytest.mark.slow
 def test_grouped_product_equals_a_loop_over_experts(monkeypatch):
   """Gates, and hidden units that are made again in parts, included."""
