@@ -103,6 +103,23 @@ def test_normal_noise_looks_as_normal_as_it_says_and_tails_do_not():
   assert statistics.shape([np.zeros((5, 3))]) is None
 
 
+def test_the_shape_of_noise_is_by_its_skewness_and_its_largest_value():
+  """The first is scipy's, of values of one size; the second is how many median
+  distances the farthest is from the mean. Two outliers that face each other
+  show in the second alone."""
+  x = np.random.default_rng(0).normal(size=24)
+  x -= np.median(x)
+  skew, largest = statistics._shapes(x[:, None])
+  assert skew == pytest.approx(abs(stats.skew(x)))
+  assert largest == pytest.approx(
+      np.abs(x - x.mean()).max() / np.median(np.abs(x)))
+  plain = statistics.shape([x[:, None]])
+  assert min(plain.skew, plain.outliers) > 0.05
+  x[[np.argmin(x), np.argmax(x)]] = -12, 12
+  faced = statistics.shape([x[:, None]])
+  assert faced.skew > 0.05 and faced.outliers < 0.001
+
+
 def test_the_spread_of_all_variants_is_statsmodels_and_never_says_more():
   """Each variant has a mean of its own: the residuals of that are pooled."""
   rng = np.random.default_rng(1)
