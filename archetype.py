@@ -30,10 +30,10 @@ import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import paths, tables
+from architectures.parts import flat, paths
 from architectures.parts.config import ModelConfig
 from common.arguments import PositiveSize, Seed, Size, typed
-from common.errors import require, short
+from common.errors import RequestError, require, short
 from configs import base
 from training import cli
 from training import generate as generation, hub, objectives, parameters
@@ -471,9 +471,9 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
   for name in fields:
     require(name not in _SIZES, f'model.{name} decides the sizes of other '
             'parts: build a model with it, from a file of configs/')
-  tree = ml_collections.ConfigDict(tables.defaults())
+  tree = ml_collections.ConfigDict(flat.defaults())
   with tree.ignore_type():
-    tree.update(tables.as_dict(config))
+    tree.update(flat.as_dict(config))
     if config.lora and config.lora.alpha == config.lora.rank:
       tree.lora.alpha = 0
     if architectures.stack(config) != 'encoder-decoder':
@@ -488,7 +488,8 @@ def _refuse_unread(config: ModelConfig, fields: Mapping[str, Any],
                    tree: Mapping[str, Any]) -> None:
   """Raises RequestError for a field that the model, which was made of `tree`,
   would not read."""
-  unread = tables.unread(config, tree)
-  for name in tables.flat(fields):
-    require(name not in unread, f'model.{name} is not read by this model: it '
-            f'is read where {unread.get(name)}')
+  unread = flat.unread(config, tree)
+  for name in flat.flatten(fields):
+    if name in unread:
+      raise RequestError(f'model.{name} is not read by this model: it is read '
+                         f'where {unread[name].where}')

@@ -16,7 +16,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from architectures.parts import skeletons, tables
+from architectures.parts import flat, skeletons, tables
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import HuggingFace
 from common.arguments import PositiveSize, typed
@@ -97,7 +97,7 @@ def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
     RequestError: a sentence with the field, its value and the choices.
   """
   config = (model if isinstance(model, ModelConfig)
-            else tables.make(model))
+            else flat.make(model))
   tables.check_model(config, system(config.arch).STACK, _archs)
   return config
 

@@ -22,6 +22,7 @@ both are read; published files also hold the head that tells replaced tokens.
 
 from architectures import bert
 from architectures.parts import hf
+from architectures.parts.attention.disentangled import DisentangledConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Encoder
 from common.errors import require
@@ -60,7 +61,7 @@ def _write(c: ModelConfig) -> dict:
   return dict(
       relative_attention=True, share_att_key=True, position_biased_input=False,
       norm_rel_ebd='layer_norm', pos_att_type=sorted(TERMS),
-      max_relative_positions=c.disentangled.max_distance,
+      max_relative_positions=c.part(DisentangledConfig).max_distance,
       tie_word_embeddings=c.tie_embeddings)
 
 

@@ -14,8 +14,10 @@ experts (`moe.expert_groups`): each group lies on devices of its own.
 
 from architectures import llama
 from architectures.parts import hf
+from architectures.parts.attention.fields import LatentConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import rope_fields
+from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.skeletons import Decoder
 from common.errors import one_of, require
 
@@ -69,7 +71,7 @@ def write(c: ModelConfig) -> dict:
   """Returns the same of the config `c`."""
   return write_dense(c) | dict(
       num_key_value_heads=c.num_heads,
-      q_lora_rank=c.latent.q_rank or None,
+      q_lora_rank=c.part(LatentConfig).q_rank or None,
       rope_parameters=rope_fields.write(c, on_scores=True))
 
 
@@ -84,9 +86,10 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
+  moe = c.part(MoEConfig)
   return write(c) | dict(
-      topk_method=METHODS[c.moe.expert_groups > 1],
-      n_group=c.moe.expert_groups, topk_group=c.moe.top_groups)
+      topk_method=METHODS[moe.expert_groups > 1],
+      n_group=moe.expert_groups, topk_group=moe.top_groups)
 
 
 METHODS = 'greedy', 'group_limited_greedy'
@@ -108,8 +111,9 @@ LATENT_QUERIES = (
 
 def names(c: ModelConfig, *more: hf.Row) -> tuple[hf.Row, ...]:
   """Returns the rows of V2, and `more` of a layer."""
+  sizes = c.part(LatentConfig)
   return llama.ends() + llama.layers(
-      *(LATENT_QUERIES if c.latent.q_rank else QUERIES), *BLOCK, *hf.under(
+      *(LATENT_QUERIES if sizes.q_rank else QUERIES), *BLOCK, *hf.under(
           'ffn', 'mlp', *llama.FFN, *llama.experts(), *SHARED), *more)
 
 

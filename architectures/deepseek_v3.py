@@ -16,6 +16,7 @@ of a folder, is not imported.
 from architectures import deepseek_v2, llama
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
+from architectures.parts.positions import RopeConfig
 from architectures.parts.skeletons import Decoder
 
 
@@ -45,7 +46,8 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  return deepseek_v2.write(c) | dict(rope_interleave=c.rope.interleaved,
+  rope = c.part(RopeConfig)
+  return deepseek_v2.write(c) | dict(rope_interleave=rope.interleaved,
                                      num_nextn_predict_layers=0)
 
 

@@ -18,8 +18,11 @@ The modules that predict further tokens are not imported.
 
 from architectures import deepseek_v3, llama
 from architectures.parts import hf
+from architectures.parts.attention.compressed import CompressedConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
+from architectures.parts.moe.routing import MoEConfig
+from architectures.parts.positions import RopeConfig
 from architectures.parts.skeletons import Decoder
 from common.errors import require
 
@@ -90,12 +93,14 @@ def _write(c: ModelConfig) -> dict:
                      'mixer') for layer in kinds]
   ropes = rope_fields.write_by_kind(
       c, ROPES, whole_heads=False, temperature=False, words=SCALINGS)
+  sizes = c.part(CompressedConfig)
   return dict(
       layer_types=types, num_nextn_predict_layers=0, mlp_layer_types=[
-          NETWORKS[layer.moe.router == 'hash_scored'] for layer in kinds],
-      compress_rates={WORDS[mixer]: getattr(c.compressed, f'{mixer}_rate')
+          NETWORKS[layer.part(MoEConfig).router == 'hash_scored']
+          for layer in kinds],
+      compress_rates={WORDS[mixer]: getattr(sizes, f'{mixer}_rate')
                       for mixer in ('csa', 'hca')},
-      partial_rotary_factor=c.rope.fraction,
+      partial_rotary_factor=c.part(RopeConfig).fraction,
       # Both must stand there, though no layer has one.
       rope_parameters=dict.fromkeys(ROPES.values(), next(iter(ropes.values())))
       | ropes)

@@ -16,6 +16,7 @@ from architectures import llama
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
+from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.skeletons import Decoder
 from common.errors import require
 
@@ -42,7 +43,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 def _write(c: ModelConfig) -> dict:
   return layer_types.write(c) | llama.write(c) | dict(
-      intermediate_size=c.moe.d_ff)
+      intermediate_size=c.part(MoEConfig).d_ff)
 
 
 HF = hf.HuggingFace(

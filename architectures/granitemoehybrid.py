@@ -19,6 +19,8 @@ from architectures import llama, mamba2
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
+from architectures.parts.moe.routing import MoEConfig
+from architectures.parts.recurrent.mamba2 import Mamba2Config
 from architectures.parts.skeletons import Decoder
 from common.errors import require
 
@@ -82,11 +84,13 @@ def _read_ffn(reader: hf.Reader) -> dict:
 
 def _write(c: ModelConfig) -> dict:
   layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
-  m, turned = c.moe, c.position == 'rope'
+  m, turned = c.find(MoEConfig), c.position == 'rope'
   recurrent = any(layer.mixer == 'mamba2' for layer in layers)
   # Sizes that fit each other, where no layer has any.
-  heads, size = (c.mamba2.heads, c.mamba2.head_dim) if recurrent else (
-      1, c.d_model)
+  heads, size = 1, c.d_model
+  if recurrent:
+    sizes = c.part(Mamba2Config)
+    heads, size = sizes.heads, sizes.head_dim
   ffn = dict(num_local_experts=0, shared_intermediate_size=c.d_ff) if (
       not c.has_experts) else dict(
           num_local_experts=m.num_experts, num_experts_per_tok=m.top_k,

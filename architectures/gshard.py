@@ -32,6 +32,7 @@ from architectures import transformer
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types
+from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.skeletons import EncoderDecoder
 from common import kinds
 from common.errors import one_of, require
@@ -80,7 +81,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  m = c.moe
+  m = c.part(MoEConfig)
   policy = hf.theirs(ROUTERS, m.router, 'moe.router')
   every = layer_types.experts_every(c)
   fraction = 2 * m.eval_capacity_factor / m.num_experts

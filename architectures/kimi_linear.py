@@ -18,8 +18,10 @@ s + b, where b moves against the load as in DeepSeek-V3. The published model has
 
 from architectures import deepseek_v2, llama, phi3
 from architectures.parts import hf
+from architectures.parts.attention.fields import LatentConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types
+from architectures.parts.recurrent.linear_attention import KDAConfig
 from architectures.parts.skeletons import Decoder
 from common.errors import require
 
@@ -95,14 +97,16 @@ def _write(c: ModelConfig) -> dict:
   whole = [layer.mixer == 'latent' for layer in layers]
   numbered = lambda chosen: [n for n, is_whole in enumerate(whole, 1)
                              if is_whole == chosen]
+  sizes = c.part(LatentConfig)
+  kda = c.part(KDAConfig)
   return dict(
-      num_key_value_heads=c.num_heads, q_lora_rank=c.latent.q_rank or None,
+      num_key_value_heads=c.num_heads, q_lora_rank=sizes.q_rank or None,
       first_k_dense_replace=dense.index(False),
       mlp_layer_types=[DENSE if plain else SPARSE for plain in dense],
       linear_attn_config=dict(
           full_attn_layers=numbered(True), kda_layers=numbered(False),
-          num_heads=c.kda.key_heads, head_dim=c.kda.key_dim,
-          short_conv_kernel_size=c.kda.conv),
+          num_heads=kda.key_heads, head_dim=kda.key_dim,
+          short_conv_kernel_size=kda.conv),
       mla_use_nope=True, moe_router_activation_func='sigmoid',
       moe_layer_freq=1, use_grouped_topk=True, num_nextn_predict_layers=0,
       **dict.fromkeys(phi3.IDS))  # else ids of the published vocabulary
@@ -136,7 +140,7 @@ EXPERTS = hf.under(
 
 
 def _names(c: ModelConfig) -> tuple[hf.Row, ...]:
-  latent = deepseek_v2.LATENT_QUERIES if c.latent.q_rank else ()
+  latent = deepseek_v2.LATENT_QUERIES if c.part(LatentConfig).q_rank else ()
   return llama.ends() + llama.layers(
       *deepseek_v2.BLOCK, *deepseek_v2.QUERIES, *latent,
       *hf.under('ffn', 'mlp', *llama.FFN), *EXPERTS, *KDA)

@@ -12,6 +12,7 @@ a transformer of its width.
 
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
+from architectures.parts.recurrent.mamba import MambaConfig
 from architectures.parts.skeletons import Decoder
 
 
@@ -28,7 +29,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  return dict(time_step_rank=c.mamba.rank)
+  return dict(time_step_rank=c.part(MambaConfig).rank)
 
 
 def names(*mixer: hf.Row) -> tuple[hf.Row, ...]:

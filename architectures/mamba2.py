@@ -12,6 +12,7 @@ each layer.
 from architectures import mamba
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
+from architectures.parts.recurrent.mamba2 import Mamba2Config
 from architectures.parts.skeletons import Decoder
 from common.errors import require, short
 
@@ -40,7 +41,7 @@ def read_limits(reader: hf.Reader) -> dict[str, float]:
 
 def write_limits(c: ModelConfig) -> dict:
   """Returns the same for a config.json, empty where there are none."""
-  m = c.mamba2
+  m = c.part(Mamba2Config)
   return dict(time_step_limit=[m.least_step, m.most_step or INFINITY]) if (
       m.least_step or m.most_step) else {}
 
@@ -56,7 +57,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  m = c.mamba2
+  m = c.part(Mamba2Config)
   return dict(expand=m.heads * m.head_dim // c.d_model) | write_limits(c)
 
 

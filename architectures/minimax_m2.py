@@ -13,6 +13,7 @@ from architectures import llama, mixtral
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import rope_fields
+from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.skeletons import Decoder
 
 
@@ -33,7 +34,8 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  return dict(intermediate_size=c.moe.d_ff, rope_parameters=rope_fields.write(
+  moe = c.part(MoEConfig)
+  return dict(intermediate_size=moe.d_ff, rope_parameters=rope_fields.write(
       c, whole_heads=False))
 
 

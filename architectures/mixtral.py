@@ -13,6 +13,7 @@ from architectures import llama
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import rope_fields
+from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.skeletons import Decoder
 
 
@@ -31,7 +32,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  return llama.write(c) | dict(intermediate_size=c.moe.d_ff,
+  return llama.write(c) | dict(intermediate_size=c.part(MoEConfig).d_ff,
                                sliding_window=c.sliding_window or None)
 
 

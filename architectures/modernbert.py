@@ -19,6 +19,7 @@ import jax
 from architectures.parts import heads, hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types
+from architectures.parts.positions import RopeConfig
 from architectures.parts.skeletons import Encoder
 
 
@@ -71,7 +72,7 @@ def _write(c: ModelConfig) -> dict:
   kinds = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
   types = [tuple(TYPES)[kind.attention == 'banded'] for kind in kinds]
   thetas = {type_: theta for type_, (_, theta) in TYPES.items()} | {
-      type_: kind.rope.theta for type_, kind in zip(types, kinds)}
+      type_: kind.part(RopeConfig).theta for type_, kind in zip(types, kinds)}
   windows = [kind.sliding_window for kind in kinds if kind.sliding_window]
   return dict(
       dict.fromkeys(IDS), norm_bias=c.norm == 'layernorm', layer_types=types,

@@ -23,6 +23,7 @@ from architectures import deepseek_v2, deepseek_v3, llama, mamba2, qwen3_next
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types
+from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.skeletons import Decoder
 from common.errors import require
 
@@ -91,9 +92,10 @@ def _write(c: ModelConfig) -> dict:
     types.append(layer_types.LINEAR if layer.mixer == 'mamba2'
                  else layer_types.WHOLE)
     types += {'none': [], 'moe': ['moe']}.get(layer.ffn, ['mlp'])
+  moe = c.find(MoEConfig)
   return dict(layers_block_type=types, num_nextn_predict_layers=0) | (dict(
-      moe_latent_size=c.moe.latent_dim or None,
-      moe_shared_expert_intermediate_size=c.moe.shared_experts * c.moe.d_ff)
+      moe_latent_size=moe.latent_dim or None,
+      moe_shared_expert_intermediate_size=moe.shared_experts * moe.d_ff)
                                                     if c.has_experts else {})
 
 

@@ -15,6 +15,7 @@ published models, and is not here.
 from architectures import llama, mixtral, phi3
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
+from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.skeletons import Decoder
 
 
@@ -35,7 +36,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 def _write(c: ModelConfig) -> dict:
   # Left out, a text ends at 50,279 and is padded with 1.
   return llama.write(c) | dict.fromkeys(phi3.IDS) | dict(
-      intermediate_size=c.moe.d_ff)
+      intermediate_size=c.part(MoEConfig).d_ff)
 
 
 HF = hf.HuggingFace(

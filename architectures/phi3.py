@@ -15,6 +15,7 @@ from architectures import llama, mistral
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import rope_fields
+from architectures.parts.positions import RopeConfig
 from architectures.parts.skeletons import Decoder
 from common.errors import require
 
@@ -43,19 +44,21 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _check(c: ModelConfig) -> None:
-  require(c.rope.scaling != 'longrope' or c.num_heads * c.head_dim == c.d_model,
+  rope = c.part(RopeConfig)
+  require(rope.scaling != 'longrope' or c.num_heads * c.head_dim == c.d_model,
           f'model.num_heads is {c.num_heads} of {c.head_dim} features, which '
           f'are not model.d_model {c.d_model}: transformers counts the factors '
           'of a phi3 by the width over the heads')
 
 
 def _write(c: ModelConfig) -> dict:
+  rope = c.part(RopeConfig)
   return dict(rope_parameters=rope_fields.write(c, whole_heads=False,
                                                 words=SCALINGS),
               sliding_window=c.sliding_window or None,
               **dict.fromkeys(IDS)) | (
-                  dict(original_max_position_embeddings=c.rope.original_len)
-                  if c.rope.scaling == 'longrope' else {})
+                  dict(original_max_position_embeddings=rope.original_len)
+                  if rope.scaling == 'longrope' else {})
 
 
 HF = hf.HuggingFace(

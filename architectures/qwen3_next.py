@@ -22,6 +22,8 @@ from architectures import llama, qwen3_moe
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
+from architectures.parts.moe.routing import MoEConfig
+from architectures.parts.recurrent.linear_attention import DeltaNetConfig
 from architectures.parts.skeletons import Decoder
 
 
@@ -55,7 +57,8 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 def write_experts(c: ModelConfig) -> dict:
   """Returns the same for a config.json."""
-  return dict(shared_expert_intermediate_size=c.moe.shared_experts * c.moe.d_ff)
+  moe = c.part(MoEConfig)
+  return dict(shared_expert_intermediate_size=moe.shared_experts * moe.d_ff)
 
 
 def _write(c: ModelConfig) -> dict:
@@ -99,7 +102,7 @@ def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
       ('query|key|value|output_gate', 'DJK|DJK|DHU|DHU',
        'in_proj_qkvz.weight', 'J(K+K+RU+RU) D'),
       ('rate|decay', 'DH', 'in_proj_ba.weight',
-       f'J={c.deltanet.key_heads}(R+R) D'), *STATE)
+       f'J={c.part(DeltaNetConfig).key_heads}(R+R) D'), *STATE)
 
 
 DELTANET = hf.fields(

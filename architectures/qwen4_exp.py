@@ -25,6 +25,7 @@ from architectures import qwen3_5, qwen3_5_moe, qwen3_next
 from architectures.parts import hf, lookup
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
+from architectures.parts.lookup import NGramsConfig
 from architectures.parts.skeletons import Decoder
 from common.errors import require, short
 
@@ -71,19 +72,21 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 def _write(c: ModelConfig) -> dict:
   layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  ngrams = c.part(NGramsConfig)
   return qwen3_5_moe.HF.write(c) | dict(
       ple_layer_ids=[n for n, layer in enumerate(layers, 1)
                      if layer.memory == 'engram'],
-      ple_embed_dim=c.ngrams.tables * c.ngrams.size, indexer_kv_heads=1,
-      split_ngram_parts=1, eos_token_id=c.ngrams.pad_token)
+      ple_embed_dim=ngrams.tables * ngrams.size, indexer_kv_heads=1,
+      split_ngram_parts=1, eos_token_id=ngrams.pad_token)
 
 
 def _constants(c: ModelConfig) -> dict[str, np.ndarray]:
   """Returns what n-grams are hashed by, which their files hold too."""
-  sizes = lookup.primes(c.ngrams.rows, c.ngrams.tables)
+  ngrams = c.part(NGramsConfig)
+  sizes = lookup.primes(ngrams.rows, ngrams.tables)
   return {f'model.layers.{n - 1}.ple.ple_embedding.{name}': np.array(
       x, np.int64) for n in _write(c)['ple_layer_ids'] for name, x in dict(
-          layer_multipliers=lookup.multipliers(c.vocab_size, c.ngrams.order),
+          layer_multipliers=lookup.multipliers(c.vocab_size, ngrams.order),
           ngram_heads_vocab_sizes=sizes,
           ngram_heads_offsets=np.cumsum((0, *sizes[:-1]))).items()}
 

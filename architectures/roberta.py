@@ -21,6 +21,7 @@ that of padding in the middle of a text; here every token counts.
 from architectures import bert
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
+from architectures.parts.positions import LearnedConfig
 from architectures.parts.skeletons import Encoder
 from common.errors import require
 
@@ -41,8 +42,8 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  return dict(max_position_embeddings=c.max_len + c.learned.offset,
-              pad_token_id=c.learned.offset - 1,
+  return dict(max_position_embeddings=c.max_len + c.part(LearnedConfig).offset,
+              pad_token_id=c.part(LearnedConfig).offset - 1,
               tie_word_embeddings=c.tie_embeddings)
 
 

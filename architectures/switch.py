@@ -25,6 +25,7 @@ from architectures import t5
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types
+from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.skeletons import EncoderDecoder
 from common import kinds
 from common.errors import require
@@ -74,7 +75,7 @@ def _every(reader: hf.Reader, stack: str, layers: int) -> int:
 
 
 def _write(c: ModelConfig) -> dict:
-  m, every = c.moe, layer_types.experts_every(c)
+  m, every = c.part(MoEConfig), layer_types.experts_every(c)
   factor = m.eval_capacity_factor
   slots = -int(-factor * m.group_size // m.num_experts) if factor else 0
   return t5.write(c) | dict(

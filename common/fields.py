@@ -6,13 +6,13 @@ that is resumed. All else reads the declarations: a config's defaults, flags and
 their checks, the reference page, what resuming compares, what an export says.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 import dataclasses
 import math
 import operator
 from typing import Any, NamedTuple
 
-from common.errors import RequestError, one_of, require, short
+from common.errors import RequestError, one_of, short
 
 # What a change of a field does to a run that is resumed.
 SAFE = 'safe'
@@ -54,15 +54,21 @@ class Rule:
   about: str
   of_layers: bool
   several: bool
-  read_by: tuple[str, ...]
+
+
+class Wait(NamedTuple):
+  """The reason why nothing reads a field: another one, by its dotted name, and
+  what that would have to be, as in 'is set'."""
+  field: str
+  until: str
 
 
 def field(default: Any, doc: str, *, choices: Collection[str] = (),
           least: float | None = None, above: float | None = None,
           most: float | None = None, below: float | None = None,
           resume: Resume | Callable[[Mapping, Mapping], Resume] = PARAMETERS,
-          about: str = PART, of_layers: bool = False, several: bool = False,
-          read_by: str | tuple[str, ...] = ()) -> Any:
+          about: str = PART, of_layers: bool = False, several: bool = False
+          ) -> Any:
   """Declares a field of a group, a frozen dataclass.
 
   Args:
@@ -76,17 +82,14 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
     about: PART, SIZE, RECIPE or RUN.
     of_layers: whether a kind of layer may have its own.
     several: whether a text holds names with commas between.
-    read_by: when it is read, by other fields of the model: 'NAME' (which is
-      set), 'NAME=VALUE,VALUE', 'NAME!=VALUE,VALUE' or 'NAME>NUMBER'; of
-      several, one must hold. ('' always.)
   """
   if type(default) is int and least is None and above is None:
     least = 0
   bounds = tuple([(sign, bound) for sign, bound in zip(
       _SIGNS, (least, above, most, below)) if bound is not None])
-  read_by = (read_by,) if isinstance(read_by, str) else read_by
-  return dataclasses.field(default=default, metadata={'rule': Rule(
-      doc, choices, bounds, resume, about, of_layers, several, read_by)})
+  rule = Rule(doc=doc, choices=choices, bounds=bounds, resume=resume,
+              about=about, of_layers=of_layers, several=several)
+  return dataclasses.field(default=default, metadata={'rule': rule})
 
 
 class Leaf(NamedTuple):
@@ -112,27 +115,38 @@ def leaves(group: type, prefix: str = '') -> dict[str, Leaf]:
   return found
 
 
-def check(leaf: Leaf, value: Any, who: str,
-          choices: Collection[str] = ()) -> None:
-  """Raises RequestError unless a value is of a field's type, in its range and
-  among its choices. What is traced, where runs train as one, passes.
+class Value(NamedTuple):
+  """A value that a field is to have.
 
-  Args:
+  Attributes:
     leaf: the field.
     value: what it is to be.
-    who: what the sentence begins with.
+    who: what a refusal begins with.
     choices: in place of those that are declared.
   """
-  rule = leaf.rule
-  if type(leaf.default) is not str and getattr(value, 'shape', None) == ():
-    return
-  check_type(value, leaf.default, who)
-  if type(leaf.default) in (int, float):
-    check_number(who, value, rule.bounds)
-  choices = choices or rule.choices
-  if choices:
-    for name in value.split(',') if rule.several else (value,):
-      one_of(who, name, choices)
+  leaf: Leaf
+  value: Any
+  who: str
+  choices: Collection[str] = ()
+
+
+def check_all(values: Iterable[Value]) -> None:
+  """Raises RequestError unless each value is of its field's type, in its range
+  and among its choices. What is traced, where runs train as one, passes."""
+  for leaf, value, who, choices in values:
+    kind = type(leaf.default)
+    if kind is not str and getattr(value, 'shape', None) == ():
+      continue
+    check_type(value, leaf.default, who)
+    if kind in (int, float):
+      check_number(who, value, leaf.rule.bounds)
+    choices = choices or leaf.rule.choices
+    if not choices:
+      continue
+    names = value.split(',') if leaf.rule.several else (value,)
+    for name in names:
+      if name not in choices:
+        one_of(who, name, choices)
 
 
 def check_type(value: Any, default: Any, who: str) -> None:
@@ -142,10 +156,13 @@ def check_type(value: Any, default: Any, who: str) -> None:
   if type(value) is kind or kind is float and type(value) is int:
     return
   group = isinstance(default, Mapping) or hasattr(default, 'to_dict')
-  require(group and hasattr(value, 'items'),
-          f'{who} is {short(value)}, of type {type(value).__name__}: it must '
-          'be ' + ('a group of fields' if group else
-                   f'of type {kind.__name__}, as its default {default!r} is'))
+  if group and hasattr(value, 'items'):
+    return
+  wanted = f'of type {kind.__name__}, as its default {default!r} is'
+  if group:
+    wanted = 'a group of fields'
+  raise RequestError(f'{who} is {short(value)}, of type '
+                     f'{type(value).__name__}: it must be {wanted}')
 
 
 def check_number(who: str, value: float, bounds: Collection[tuple[str, float]]

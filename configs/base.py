@@ -14,11 +14,11 @@ from typing import Any
 
 import ml_collections
 
-from architectures.parts import tables
+from architectures.parts import flat
 from common.errors import RequestError, short
-from common.fields import AT_START, check as check_field, field
+from common.fields import AT_START, check_all, field
 from common.fields import INCOMPATIBLE, Leaf, leaves, OPTIMISATION, Resume
-from common.fields import SAFE
+from common.fields import SAFE, Value
 
 MOST = 2**31 - 1  # steps, rows and tokens are counted in int32 on a device
 
@@ -306,7 +306,7 @@ class Run:
 
 # All fields of a config by dotted name, but those of kinds of layer.
 FIELDS: dict[str, Leaf] = leaves(Run) | {
-    f'model.{name}': leaf for name, leaf in tables.FIELDS.items()}
+    f'model.{name}': leaf for name, leaf in flat.FIELDS.items()}
 
 
 # What is said of each.
@@ -317,7 +317,7 @@ def find(name: str) -> Leaf | None:
   """Returns the field of a dotted name, that of a kind of layer too; None:
   there is none."""
   if of_kind := re.fullmatch(r'model\.kinds\.\w+\.(\w+)(.*)', name):
-    name = f'model.{tables.OF_LAYERS.get(of_kind[1], "")}{of_kind[2]}'
+    name = f'model.{flat.OF_LAYERS.get(of_kind[1], "")}{of_kind[2]}'
   return FIELDS.get(name)
 
 
@@ -330,12 +330,14 @@ def check(tree: Mapping[str, Any], who: str = '') -> None:
     tree: of a config, as dicts.
     who: what the sentence begins with.
   """
-  for name, value in tables.flat(tree).items():
-    leaf = find(name)
+  values = []
+  for name, value in flat.flatten(tree).items():
+    leaf = FIELDS.get(name) or find(name)
     if leaf is None:
       raise RequestError(f'{who}{short(name)} is no config field')
-    check_field(leaf, value, who + name)
-  tables.check_kinds(tree.get('model', {}).get('kinds', {}),
+    values.append(Value(leaf=leaf, value=value, who=who + name))
+  check_all(values)
+  flat.check_kinds(tree.get('model', {}).get('kinds', {}),
                      f'{who}model.kinds')
 
 
@@ -357,4 +359,4 @@ def resume(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
 def base() -> ml_collections.ConfigDict:
   """Returns a config with every field of a run at its default."""
   return ml_collections.ConfigDict(
-      dataclasses.asdict(Run()) | {'model': tables.defaults()})
+      dataclasses.asdict(Run()) | {'model': flat.defaults()})

@@ -12,7 +12,8 @@ import ml_collections
 import pytest
 
 import architectures
-from architectures.parts import tables
+from architectures.parts import flat, tables
+from common import fields as declared
 from common.errors import RequestError, short
 from configs import base
 from tests.helpers import forked, models
@@ -79,7 +80,7 @@ def test_a_wrong_value_is_refused_by_name_and_value(case):
   set_in(config, name, value)
   with pytest.raises(RequestError) as refusal:
     base.check(config.to_dict())
-    tables.check_fields(config.model.to_dict())
+    flat.check_fields(config.model.to_dict())
   assert name in str(refusal.value) and short(value) in str(refusal.value)
 
 
@@ -120,7 +121,7 @@ def test_every_field_can_be_set_by_a_flag():
     assert {name: config[name] for name in changed} == changed
     assert set(cli.overrides()) == changed.keys()
     cli.check_config(config, 'it')
-    tables.check_fields(config.model.to_dict())
+    flat.check_fields(config.model.to_dict())
   finally:
     for name in list(flags.FLAGS):
       if name.startswith('config.'):
@@ -137,28 +138,27 @@ def test_what_is_not_read_is_refused_by_hand_and_is_nowhere(system):
   config = base.base()
   config.model = models.config(system)
   c = architectures.resolve(config.model)
-  unread = tables.unread(c, config.model)
+  unread = flat.unread(c, config.model)
   assert ('head_dim' in unread) == (system in ('deepseek_v3', 'kimi_linear'))
   assert {name.split('.')[0] for name in unread} >= {'mamba2', 'streams'}
-  for name in tables.FIELDS:
+  for name in flat.FIELDS:
     was, value = config[f'model.{name}'], another(f'model.{name}')
     set_in(config, f'model.{name}', value)
     if name in unread:
       with pytest.raises(RequestError) as refusal, mock.patch.object(
-          tables, 'unread', lambda *_: unread):  # which takes long to make
+          flat, 'unread', lambda *_: unread):  # which takes long to make
         preflight.refuse_unread_of([f'model.{name}'], config, c)
       assert all(word in str(refusal.value) for word in (
-          f'model.{name} is {value}', unread[name], 'Leave it at'))
+          f'model.{name} is {value}', unread[name].where, 'Leave it at'))
     else:
       preflight.refuse_unread_of([f'model.{name}'], config, c)
     set_in(config, f'model.{name}', was)
-  read = tables.flat(run_config.as_read(config, c))
-  assert not {f'model.{name}' for name in tables.unread(c)} & read.keys()
-  assert tables.make(tables.as_dict(c)) == c
-  for group, settings_ in tables.GROUPS.items():
-    gone = all(name in unread
-               for name in tables.declared.leaves(settings_, f'{group}.'))
-    assert (getattr(c, group) is None) == gone
+  read = flat.flatten(run_config.as_read(config, c))
+  assert not {f'model.{name}' for name in flat.unread(c)} & read.keys()
+  assert flat.make(flat.as_dict(c)) == c
+  for group, part in flat.GROUPS.items():
+    gone = all(name in unread for name in declared.leaves(part, f'{group}.'))
+    assert (c.find(part) is None) == gone or group == flat.LORA
 
 
 @pytest.mark.slow

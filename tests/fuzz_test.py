@@ -24,7 +24,7 @@ import pytest
 
 import archetype
 import architectures
-from architectures.parts import tables
+from architectures.parts import flat, tables
 from common.errors import EnvironmentFailure, RequestError
 from configs import base
 from tests.helpers import models, sweeps
@@ -178,7 +178,7 @@ def calls(draw, model: archetype.Model) -> tuple[str, dict[str, Any]]:
   name = draw(st.sampled_from(sorted(PUBLIC)))
   names = [x.name for x in inspect.signature(PUBLIC[name]).parameters.values()
            if x.name not in ('self', 'inputs', 'fields')]
-  names += tables.defaults() if 'build' in name or 'with' in name else ['mask']
+  names += flat.defaults() if 'build' in name or 'with' in name else ['mask']
   return name, needed(name, model) | draw(st.dictionaries(
       st.sampled_from(names), VALUES, max_size=2))
 

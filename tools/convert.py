@@ -51,6 +51,7 @@ from etils import epath
 import numpy as np
 
 import architectures
+from architectures.parts.moe.routing import MoEConfig
 from common.errors import RequestError, require, short
 from common.fields import check_number
 from configs import base
@@ -134,10 +135,9 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
     print(f'{folder}: the adapters of {workdir}, {size:,} parameters')
     return
   module, params = weights.merge(module, params)
-  if dropless and module.config.moe:
-    c = module.config
-    module = architectures.build(dataclasses.replace(c, moe=dataclasses.replace(
-        c.moe, eval_capacity_factor=0.0, dispatch='dropless')))
+  if dropless:
+    module = architectures.build(module.config.with_part(
+        MoEConfig, eval_capacity_factor=0.0, dispatch='dropless'))
   generation = _generation(workdir, config, module.config, step)
   hf_tokenizer.refuse_left(workdir, config, folder, step)
   weights.to_hf(module, params, folder, dtype=dtype, generation=generation,

@@ -29,7 +29,7 @@ from typing import Any
 from absl import flags
 import ml_collections
 
-from architectures.parts import tables
+from architectures.parts import flat
 from common.errors import EnvironmentFailure, RequestError, STOPPED, Stopped
 from common.errors import hint, one_of, readable, require, short
 from common.fields import Leaf, check_number
@@ -336,7 +336,7 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
                        + f' There are {", ".join(fields)}.' * bool(fields))
   value = parsed(text, leaf.default if leaf else {}, f'--config.{name}')
   if leaf is None:
-    tables.check_kinds(value)
+    flat.check_kinds(value)
     value = ml_collections.ConfigDict(value)
   config.update_from_flattened_dict({name: value})
 
@@ -426,7 +426,7 @@ def check_config(config: Any, who: str) -> None:
   require(isinstance(config, ml_collections.ConfigDict),
           f'{who} returned {short(config)}, which is no ConfigDict: end it '
           'with `return c`, where c began as base.base()')
-  missing = base.FIELDS.keys() - tables.flat(config)
+  missing = base.FIELDS.keys() - flat.flatten(config)
   require(not missing, f'{who}: the fields {short(sorted(missing))} are '
           'missing: begin with base.base() of configs/base.py')
   base.check(config.to_dict(), f'{who}: ')
@@ -445,11 +445,11 @@ def declare(config: ml_collections.ConfigDict, full: str) -> Leaf | None:
     return base.find(full)
   model, (kind, field) = config.model, of_kind.groups()
   name, _, inner = field.partition('.')
-  of_model = tables.OF_LAYERS.get(name, '')
+  of_model = flat.OF_LAYERS.get(name, '')
   one_of(f'field of model.kinds.{kind}', field, [
-      f'{name}.{x}' for x in tables.defaults()[of_model]
-  ] if of_model in tables.GROUPS else tables.OF_LAYERS)
-  tables.check_kinds({kind: {}})
+      f'{name}.{x}' for x in flat.defaults()[of_model]
+  ] if of_model in flat.GROUPS else flat.OF_LAYERS)
+  flat.check_kinds({kind: {}})
   with model.unlocked():
     at, value = model.kinds, model[of_model]
     for part in (kind, *([name] if inner else ())):
@@ -468,7 +468,7 @@ def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
   Raises:
     RequestError: for a field that there is not, or a value that it cannot have.
   """
-  tables.check_fields(fields)
+  flat.check_fields(fields)
   if 'kinds' in fields:
     model.kinds = ml_collections.ConfigDict(fields['kinds'])
   model.update({name: x for name, x in fields.items() if name != 'kinds'})

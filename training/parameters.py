@@ -33,6 +33,7 @@ import architectures
 from architectures.parts import paths
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
+from architectures.parts.heads import GeneratorConfig
 from common.errors import RequestError, require, short
 from training import hub, objectives, runs
 from training.data.tokenizers import Tokenizer
@@ -211,10 +212,11 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
   skipped = _differences(model, theirs, source, partial)
   wanted = {'params': abstract}
   saved = checkpoints.arrays(folder, step)
+  drawn_by = theirs.find(GeneratorConfig)
   if saved and (partial or weights.is_new_head(model, theirs)):
     wanted, lines = _fitting(wanted, saved)
-    require(not theirs.generator or not theirs.generator.num_layers
-            or theirs.generator.sharing == 'whole', f'init_from is '
+    require(not drawn_by or not drawn_by.num_layers
+            or drawn_by.sharing == 'whole', f'init_from is '
             f'{str(source)!r}, whose table of tokens is the sum of two: begin '
             'with its export, which python -m tools.convert export writes')
     apart = weights.left_out(architectures.build(model), theirs) | (

@@ -8,7 +8,7 @@ import flax.linen as nn
 import ml_collections
 
 import architectures
-from architectures.parts import blocks, positions, tables
+from architectures.parts import blocks, flat, positions
 from architectures.parts.config import ModelConfig
 from common.errors import RequestError, one_of, require
 from configs import base
@@ -93,18 +93,20 @@ def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
     model: its resolved ModelConfig.
   """
   names = {name for name in names if name.startswith('model.')}
-  unread = tables.unread(model, config.model) if names else {}
-  for inner, where in unread.items():
+  unread = flat.unread(model, config.model) if names else {}
+  for inner, why in unread.items():
     name, of_kind = f'model.{inner}', inner.startswith('kinds.')
     if name not in names and not (of_kind and 'model.kinds' in names):
       continue
     default, value = base.find(name).default, config[name]
-    others = [] if of_kind else tables.decided_by(inner) or [
-        'kinds' if 'model.kinds' in where else 'mixer']
-    require(not of_kind and value == default, f'{name} is {value}, which this '
-            f'model does not read: it is read where {where}. Leave it '
-            + ('away' if of_kind else f'at {default}, or set '
-               + ' or '.join(f'model.{other}' for other in others)))
+    if value == default and not of_kind:
+      continue
+    way_on = 'away'
+    if not of_kind:
+      others = ' or '.join(f'model.{other}' for other in why.others)
+      way_on = f'at {default}, or set {others}'
+    raise RequestError(f'{name} is {value}, which this model does not read: it '
+                       f'is read where {why.where}. Leave it {way_on}')
 
 
 def _check_objective(name: str, module: nn.Module) -> None:

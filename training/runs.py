@@ -32,6 +32,7 @@ from architectures.parts.attention import kernels
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import grouped
 from architectures.parts.moe import layer as moe
+from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.sharding import abstract_params, parameter_shapes
 from common.errors import RequestError, require
 from configs import sharding as tables
@@ -439,7 +440,7 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
   platform = mesh.devices.flat[0].platform
   kernels.check_kernel(model, platform)
   if model.has_experts:
-    grouped.check_grouped_kernel(model.moe, platform)
+    grouped.check_grouped_kernel(model.part(MoEConfig), platform)
   return Run.of(config, model, mesh)
 
 

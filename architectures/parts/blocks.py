@@ -23,6 +23,7 @@ from architectures.parts.attention import compressed
 from architectures.parts.attention import indexer
 from architectures.parts.attention import latent
 from architectures.parts.attention import multi_head
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts import lookup
 from architectures.parts.cache import LayerCache
 from architectures.parts.config import LayerKind, ModelConfig
@@ -34,7 +35,8 @@ from architectures.parts.recurrent import linear_attention, mamba
 from architectures.parts.recurrent import mamba2, mamba3, rwkv7, short_conv
 from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
-from common.fields import field, FUNCTION, leaves, SHAPES
+from architectures.parts.streams import StreamsConfig
+from common.fields import leaves
 
 # What mixes the tokens of a layer: (x_BLD, context, cache) -> (y_BLD, cache,
 # report).
@@ -139,18 +141,18 @@ def recurrent(module: type[layer.Layer],
     module: its layer.
     heads: those of its settings that the mesh axis tensor must divide.
     positional: as of a Mixer.
-    check: (name, config, stack) -> None, as of a Mixer.
+    check: (module, config, stack) -> None, as of a Mixer.
   """
   name = module.NAME
   return Mixer(
-      module, functools.partial(layer.empty, name),
+      module, functools.partial(layer.empty, module),
       products=lambda c: set(module.PRODUCTS), settings=module.settings,
       fields=('norm_eps',),
       sources=('num_heads', 'head_dim', 'mup_base_head_dim'),
       turns_heads=False,
       divided=tuple(('tensor', f'{name}.{field}') for field in heads),
-      state=True, at_once=functools.partial(layer.at_once, name),
-      positional=positional, check=functools.partial(check, name))
+      state=True, at_once=functools.partial(layer.at_once, module),
+      positional=positional, check=functools.partial(check, module))
 
 
 def with_entries(module: type[compressed.SWA], *fields: str) -> Mixer:
@@ -173,7 +175,7 @@ MIXERS = {
             {'key'} if c.keys_as_values else {'key', 'value'}) | (
                 multi_head.gate_products(c.attention_gate)),
         fields=('num_kv_heads', 'attention_gate', *SCORES,
-                *leaves(multi_head.AttentionConfig)),
+                *leaves(AttentionConfig)),
         divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads')),
         check=multi_head.check),
     'latent': Mixer(
@@ -285,28 +287,6 @@ OFF = -8.0  # logits off A's diagonal in a new mhc
 READ_WEIGHT = 0.75  # how much a branch of a new mhc reads of stream k mod count
 FLOOR = 1e-6  # added in mhc to weights, and to what divides them
 SCALE = 0.01  # the initial factor s of what depends on the token
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamsConfig:
-  """Of a residual that is not plain."""
-  GROUP = 'streams'
-  count: int = field(4, 'number of streams, for hyper, mhc and gated', least=2,
-                     resume=SHAPES)
-  rank: int = field(320, "for gated: rank of the gates' product", least=1,
-                    resume=SHAPES)
-  dynamic: bool = field(
-      True, 'for hyper: whether the mixture depends on the token',
-      resume=SHAPES)
-  iterations: int = field(20, "for mhc: rounds of Sinkhorn's algorithm",
-                          least=1, resume=FUNCTION)
-  learned_end: bool = field(
-      False, 'for mhc: whether a mixture by the token ends the streams, and a '
-      'new branch reads all of them alike', resume=SHAPES)
-  block_size: int = field(
-      1, 'For attention: how many attentions and networks are summed before '
-      'they are attended to; 1: each stands for itself.', least=1,
-      resume=FUNCTION)
 
 
 @struct.dataclass
@@ -456,7 +436,7 @@ def _hyper(module: nn.Module, x: Streams) -> Weights:
   write_U = _param(module, 'write', nn.initializers.ones, count)
   mix_UU = _param(module, 'mix', eye, count, count)
   w = Weights(*(a[None, None] for a in (read_U, write_U, mix_UU)))
-  if not c.streams.dynamic:
+  if not c.part(StreamsConfig).dynamic:
     return w
   w_DU = declare(module, 'dynamic', nn.initializers.zeros, (D, count + 2),
                  Role(('embed', None), inputs=(0,), kind='logits'))
@@ -473,7 +453,8 @@ def _mhc(module: nn.Module, x: Streams) -> Weights:
   c: Any = module.config  # type: ignore[attr-defined]
   B, L, count, _ = x.x_BLUD.shape
   apart = lambda key, shape, dtype: OFF * (1 - jnp.eye(count, dtype=dtype))
-  first_U = 0 if c.streams.learned_end else fresh(count, x.branch)
+  streams = c.part(StreamsConfig)
+  first_U = 0 if streams.learned_end else fresh(count, x.branch)
   biases = (_param(module, 'read', nn.initializers.zeros, count) + first_U,
             _param(module, 'write', nn.initializers.zeros, count),
             _param(module, 'mix', apart, count, count).reshape(-1))
@@ -482,7 +463,7 @@ def _mhc(module: nn.Module, x: Streams) -> Weights:
   read_BLU, write_BLU, mix_BLU = (
       scale_U[i] * part_BLU + biases[i][None, None]
       for i, part_BLU in enumerate(jnp.split(z_BLU, (count, 2 * count), -1)))
-  mix_BLUU = recomputed(lambda z: sinkhorn(z, c.streams.iterations))(
+  mix_BLUU = recomputed(lambda z: sinkhorn(z, streams.iterations))(
       mix_BLU.reshape(B, L, count, count))
   return Weights(jax.nn.sigmoid(read_BLU) + FLOOR,
                  2 * jax.nn.sigmoid(write_BLU), mix_BLUU)
@@ -492,7 +473,8 @@ def _of_all(module: nn.Module, x_BLUD: jax.Array, size: int) -> jax.Array:
   """Returns so many logits of each token, made of all its streams."""
   c: Any = module.config  # type: ignore[attr-defined]
   *rows, count, D = x_BLUD.shape
-  init = (nn.initializers.normal(c.init_stddev) if c.streams.learned_end else
+  streams = c.part(StreamsConfig)
+  init = (nn.initializers.normal(c.init_stddev) if streams.learned_end else
           nn.initializers.zeros)
   w_UDO = declare(module, 'dynamic', init, (count, D, size),
                   Role((None, 'embed', None), inputs=(0, 1), kind='logits'))
@@ -546,7 +528,7 @@ def _gated_mean(module: nn.Module, x: Streams) -> tuple[jax.Array, jax.Array]:
   layers in front."""
   c: Any = module.config  # type: ignore[attr-defined]
   n_BLUD = layers.norms(c, 'norm')(x.x_BLUD)
-  (count, D), rank = n_BLUD.shape[-2:], c.streams.rank
+  (count, D), rank = n_BLUD.shape[-2:], c.part(StreamsConfig).rank
   down_UDR = layers.weight(module, 'down', (count, D, rank),
                            (None, 'embed', None), in_axes=(0, 1), output=True)
   up_RUD = layers.weight(module, 'up', (rank, count, D), (None, None, 'embed'))
@@ -571,7 +553,7 @@ def _mean(module: nn.Module, x: Streams) -> jax.Array:
 
 def _ended(module: nn.Module, x: Streams) -> jax.Array:
   c: Any = module.config  # type: ignore[attr-defined]
-  if not c.streams.learned_end:
+  if not c.part(StreamsConfig).learned_end:
     return _mean(module, x)
   count = x.x_BLUD.shape[-2]
   z_BLU = _of_all(module, x.x_BLUD, count)
@@ -588,7 +570,7 @@ def _ended(module: nn.Module, x: Streams) -> jax.Array:
 
 def _sources(c: ModelConfig, branch: Any) -> Any:
   """Returns how many slots a branch attends to; its index may be traced."""
-  size = c.streams.block_size
+  size = c.part(StreamsConfig).block_size
   return 1 + branch // size + (branch % size > 0)
 
 
@@ -627,7 +609,7 @@ def _attention(module: nn.Module, x: Streams) -> Read:
   # attended to: the mean over all branches.
   seen = sum(_sources(c, k) for k in range(x.branches))
   read_BLD = _attended(module, x, 4 * seen, x.branches)
-  slot = 1 + x.branch // c.streams.block_size
+  slot = 1 + x.branch // c.part(StreamsConfig).block_size
 
   def add(y_BLD: jax.Array) -> Streams:
     into_U = (jnp.arange(x.x_BLUD.shape[2]) == slot)[None, None, :, None]
@@ -662,7 +644,7 @@ class Residual(NamedTuple):
 
 
 _COPIED: dict[str, Any] = dict(
-    slots=lambda c, branches: c.streams.count, end=_mean,
+    slots=lambda c, branches: c.part(StreamsConfig).count, end=_mean,
     begin=lambda x_BL1D, slots: jnp.repeat(x_BL1D, slots, 2),
     settings=StreamsConfig)
 _first = lambda x_BL1D, slots: jnp.pad(

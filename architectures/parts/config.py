@@ -1,8 +1,13 @@
-"""The model config: one frozen, hashable dataclass that every layer reads.
+"""The model config: one frozen, hashable value that every layer reads.
 
-What belongs to one part is a group of fields beside the part. `make` of
-tables.py checks the fields and fills in what is derived, and `check_model` what
-they may say together; architectures.resolve does both.
+It has the sizes and the choices of a model, and the parts that were chosen.
+Each part with fields of its own is a frozen dataclass beside the module that
+reads them, as RopeConfig in positions.py, and stands in `parts` where a layer
+has it: `c.part(RopeConfig).theta`. A part that no layer has does not exist.
+
+flat.py makes this value of the names in a config file, which are flat
+(`rope.theta`), and writes it back; no other file knows these names. What the
+fields may say together is checked in tables.py.
 
 Axis legend, for every array of the project:
 B batch, L length, M memory length (what is attended to), D d_model, H query
@@ -16,13 +21,18 @@ U an axis that has no letter.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, Optional, TypeVar
 
 import jax.numpy as jnp
 
+from architectures.parts.attention.fields import AttentionConfig
+from architectures.parts.loops import LoopsConfig
+from architectures.parts.lora import LoraConfig
 from common import kinds
 from common.fields import AT_START, field, FUNCTION, RUN, SAME
-from common.fields import REGULARISATION, SHAPES, SIZE
+from common.fields import REGULARISATION, SHAPES, SIZE, Wait
+
+Part = TypeVar('Part')  # the dataclass of a part
 
 PARAMETRIZATIONS = ('standard', 'mup')
 DTYPES = ('float32', 'bfloat16')
@@ -70,10 +80,9 @@ class Section(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Every field of `config.model`, with the derived ones filled in. The groups
-  of fields, each declared beside its part, are added to it in tables.py; one
-  of a part that no layer has is None."""
+class ModelConfig(AttentionConfig):
+  """A model: its sizes and choices, with the derived ones filled in, and the
+  parts that were chosen, each a value of its own class."""
   arch: str = field('gpt', 'a page of architectures/')
   d_model: int = field(128, 'width of the residual stream', above=0,
                        resume=SHAPES, about=SIZE)
@@ -91,7 +100,7 @@ class ModelConfig:
                         resume=SHAPES, about=SIZE, of_layers=True)
   d_ff: int = field(
       0, 'hidden units of the feed-forward network; derived: 4 d_model',
-      resume=SHAPES, about=SIZE, of_layers=True, read_by='ffn!=none')
+      resume=SHAPES, about=SIZE, of_layers=True)
   vocab_size: int = field(0, "derived: the tokenizer's", resume=SHAPES,
                           about=SIZE)
   max_len: int = field(0, 'the length of the model; derived: data.length',
@@ -173,10 +182,9 @@ class ModelConfig:
   attention_bias: bool = field(True, 'biases in the products of attention',
                                of_layers=True)
   attention_out_bias: bool = field(
-      True, 'if so, in the product of its output too', of_layers=True,
-      read_by='attention_bias')
+      True, 'if so, in the product of its output too', of_layers=True)
   ffn_bias: bool = field(True, 'biases in the feed-forward network',
-                         of_layers=True, read_by='ffn!=none')
+                         of_layers=True)
   tie_embeddings: bool = field(True, "the head is the embedding's transpose")
   mtp_depth: int = field(
       0, 'modules that predict a token further ahead each; read in training',
@@ -212,24 +220,24 @@ class ModelConfig:
   ffn_dropout: float = field(
       0.0, 'Of hidden units of dense networks; those of experts: '
       'moe.expert_dropout.', least=0, below=1, resume=REGULARISATION,
-      about=RUN, read_by=('ffn!=moe,none', 'moe.shared_experts'))
+      about=RUN)
   parametrization: str = field(
       'standard', 'How initial sizes and learning rates change with width: '
       'standard, or mup (docs/mup.md), which equals standard at the base '
       'width.', choices=PARAMETRIZATIONS, resume=FUNCTION, about=SIZE)
   mup_base_width: int = field(
       0, 'the d_model of the base, which mup needs', resume=FUNCTION,
-      about=SIZE, read_by='parametrization=mup')
+      about=SIZE)
   mup_base_head_dim: int = field(
       0, 'its head_dim; derived: it has as many heads', resume=FUNCTION,
-      about=SIZE, of_layers=True, read_by='parametrization=mup')
+      about=SIZE, of_layers=True)
   init: str = field('scaled_normal', 'the distribution of the first weights',
                     resume=AT_START, about=RUN)
   init_stddev: float = field(0.02, 'of normal and scaled_normal', least=0,
                              resume=AT_START, about=RUN)
   init_scale: float = field(
       1.0, 'of fan_in: the variance is this / fan_in', above=0,
-      resume=AT_START, about=RUN, read_by='init=fan_in')
+      resume=AT_START, about=RUN)
   dtype: str = field('float32', 'of the computation', choices=DTYPES,
                      resume=FUNCTION, about=RUN)
   param_dtype: str = field(
@@ -248,8 +256,51 @@ class ModelConfig:
       'pass. none: all are gathered again, which sends more and keeps less.',
       resume=SAME, about=RUN, several=True)
 
-  if TYPE_CHECKING:  # the groups
-    def __getattr__(self, name: str) -> Any: ...
+  # The adapters, without a rank where there are none.
+  lora: LoraConfig = LoraConfig()
+  # The parts that any layer has, one of each class.
+  parts: tuple[Any, ...] = ()
+
+  def find(self, kind: type[Part]) -> Optional[Part]:
+    """Returns the part of a class; None where no layer has it."""
+    for part in self.parts:
+      if type(part) is kind:
+        return part
+    return None
+
+  def part(self, kind: type[Part]) -> Part:
+    """Returns the part of a class, which a layer has."""
+    part = self.find(kind)
+    assert part is not None, f'no layer of this model has a {kind.__name__}'
+    return part
+
+  def with_part(self, kind: type[Any], **fields: Any) -> 'ModelConfig':
+    """Returns the config with other fields of a part; as it is where no layer
+    has the part."""
+    part = self.find(kind)
+    if part is None:
+      return self
+    changed = dataclasses.replace(part, **fields)
+    parts = [changed if x is part else x for x in self.parts]
+    return dataclasses.replace(self, parts=tuple(parts))
+
+  def without(self, kind: type[Any]) -> 'ModelConfig':
+    """Returns the config without a part."""
+    parts = [part for part in self.parts if type(part) is not kind]
+    return dataclasses.replace(self, parts=tuple(parts))
+
+  def waits(self) -> dict[str, Wait]:
+    """Returns the fields that nothing reads as others are, with what each of
+    them waits for."""
+    waits = super().waits()
+    if not self.attention_bias:
+      waits['attention_out_bias'] = Wait('attention_bias', 'is set')
+    if self.parametrization != 'mup':
+      for name in ('mup_base_width', 'mup_base_head_dim'):
+        waits[name] = Wait('parametrization', 'is mup')
+    if self.init != 'fan_in':
+      waits['init_scale'] = Wait('init', 'is fan_in')
+    return waits
 
   @property
   def compute_dtype(self):
@@ -298,16 +349,22 @@ class ModelConfig:
       window = overrides.pop('window')
       overrides = {'attention': 'banded' if window else 'global',
                    'sliding_window': window} | overrides
-    rope = overrides.pop('rope', None)
-    if rope and self.rope:
-      overrides['rope'] = dataclasses.replace(self.rope, **rope)
-    router = overrides.pop('router', None)
-    if router and self.moe:
-      overrides['moe'] = dataclasses.replace(self.moe, router=router)
+    # Fields of parts, by their groups.
+    of_rope = overrides.pop('rope', {})
+    of_moe = {}
+    if 'router' in overrides:
+      of_moe['router'] = overrides.pop('router')
+    parts = []
+    for part in self.parts:
+      group = getattr(part, 'GROUP', '')
+      if group == 'moe' and overrides.get('ffn') == kinds.DENSE:
+        overrides['ffn'] = part.ffn if self.ffn == 'moe' else self.ffn
+      changes = {'rope': of_rope, 'moe': of_moe}.get(group)
+      parts.append(dataclasses.replace(part, **changes) if changes else part)
     if overrides.get('ffn') == kinds.DENSE:
-      overrides['ffn'] = self.moe.ffn if self.ffn == 'moe' else self.ffn
+      overrides['ffn'] = self.ffn
     return dataclasses.replace(self, pattern='', prefix='', suffix='',
-                               kinds=Kinds(), **overrides)
+                               kinds=Kinds(), parts=tuple(parts), **overrides)
 
   @functools.cached_property
   def kinds_used(self) -> tuple[str, ...]:
@@ -337,8 +394,9 @@ class ModelConfig:
                    for i, (c, name) in enumerate(
                        zip(configs[len(before):], names)))
 
-    # With all groups filled in, a model that does not loop has this one too.
-    passes = self.loops.passes if self.loop != 'none' else 1
+    passes = 1
+    if self.loop != 'none':
+      passes = self.part(LoopsConfig).passes
     return tuple(Section(name, layer_kinds(names, before), *times)
                  for name, names, before, times in zip(
                      kinds.SECTIONS, (first, period, last), ((), first, ()),

@@ -44,7 +44,7 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import norm
 from common.errors import require
-from common.fields import field, RUN, SHAPES
+from common.fields import field, RUN, SHAPES, Wait
 
 FEW = 32  # tokens, at most, of which a tied head reads the table as it lies
 
@@ -197,19 +197,17 @@ class GeneratorConfig:
   GROUP = 'generator'
   num_layers: int = field(0, 'its layers; 0: there is no generator',
                           resume=SHAPES)
-  d_model: int = field(0, "its width; derived: the model's", resume=SHAPES,
-                       read_by='generator.num_layers')
-  num_heads: int = field(0, "its heads; derived: the model's", resume=SHAPES,
-                         read_by='generator.num_layers')
+  d_model: int = field(0, "its width; derived: the model's", resume=SHAPES)
+  num_heads: int = field(0, "its heads; derived: the model's", resume=SHAPES)
   d_ff: int = field(0, 'its hidden units; derived: 4 generator.d_model',
-                    resume=SHAPES, read_by='generator.num_layers')
+                    resume=SHAPES)
   sharing: str = field(
       'whole', 'What the encoder has of its embedding: whole, all of it; '
       'apart, the table of tokens, without a gradient, plus one of its own.',
-      choices=('whole', 'apart'), read_by='generator.num_layers')
+      choices=('whole', 'apart'))
   loss_weight: float = field(
       50.0, "of the encoder's loss beside that of the generator", least=0,
-      about=RUN, read_by='generator.num_layers')
+      about=RUN)
 
   def derived(self, c: ModelConfig) -> 'GeneratorConfig':
     width = self.d_model or c.d_model
@@ -217,9 +215,19 @@ class GeneratorConfig:
         self, d_model=width, num_heads=self.num_heads or c.num_heads,
         d_ff=self.d_ff or 4 * width)
 
+  def waits(self, c: ModelConfig) -> dict[str, Wait]:
+    """Returns the fields that nothing reads as the others are, with what each
+    of them waits for."""
+    del c
+    if self.num_layers:
+      return {}
+    without = Wait('generator.num_layers', 'is set')
+    return {x.name: without for x in dataclasses.fields(self)
+            if x.name != 'num_layers'}
+
 
 def _check_generator(c: ModelConfig) -> None:
-  g = c.generator
+  g = c.part(GeneratorConfig)
   require(g.d_model % g.num_heads == 0, f'model.generator.num_heads is '
           f'{g.num_heads}, which does not divide model.generator.d_model '
           f'{g.d_model}: choose a divisor')

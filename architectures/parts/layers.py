@@ -19,35 +19,12 @@ import numpy as np
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
+from architectures.parts.loops import LoopsConfig
 from architectures.parts.sharding import Role, declare
-from common.fields import field, FUNCTION, REGULARISATION, RUN
+from common.fields import field, FUNCTION
 
 INITS = ('normal', 'scaled_normal', 'fan_in')  # see _initializer
 PRODUCT = 'product'  # the name of a product's result that remat 'dots' keeps
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-  """Low-rank adapters (Hu et al. 2021); all other parameters are frozen."""
-  rank: int = field(0, 'of an adapter; 0: there is none', about=RUN)
-  alpha: float = field(
-      0.0, "An adapter's product is multiplied by alpha / rank; derived: rank.",
-      least=0, resume=FUNCTION, about=RUN, read_by='lora.rank')
-  targets: str = field(
-      'query,value', 'The products that get one, with commas: query key value '
-      'output_gate out up gate down, or all-linear. Those of experts get none.',
-      about=RUN, several=True, read_by='lora.rank')
-  dropout: float = field(
-      0.0, 'of what goes into an adapter', least=0, below=1,
-      resume=REGULARISATION, about=RUN, read_by='lora.rank')
-
-  @property
-  def scale(self) -> float:
-    return self.alpha / self.rank
-
-  def derived(self, c: ModelConfig) -> 'LoraConfig':
-    del c
-    return dataclasses.replace(self, alpha=self.alpha or self.rank)
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...],
@@ -89,8 +66,9 @@ def _initializer(config: ModelConfig, role: Role, residual: bool, gain: float):
         config.init_scale * gain ** 2, 'fan_in', 'truncated_normal',
         in_axis=axes.inputs, out_axis=axes.outputs, batch_axis=axes.batch)
   stddev = config.init_stddev
+  loops = config.find(LoopsConfig)
   if config.init == 'scaled_normal' and residual:
-    depth = config.loops.depth if config.loops else config.num_layers
+    depth = loops.depth if loops else config.num_layers
     stddev /= (2 * depth) ** 0.5
   # The number of inputs without a logical axis does not grow with the width.
   if not output and any(role.axes[i] for i in role.inputs):
@@ -628,7 +606,7 @@ class FFN(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context):
     c, F = self.config, self.width or self.config.d_ff
-    hidden = Hidden(self.kind, c.clamp)
+    hidden = Hidden(self.kind, c.find(ClampConfig))
     multiply = functools.partial(product, self,
                                  deterministic=ctx.deterministic)
     into, out = ('embed', 'mlp'), ('mlp', 'embed')
@@ -751,8 +729,12 @@ def gathers(c: ModelConfig, path: str, axes: tuple[str | None, ...]) -> int:
 
 def passes(c: ModelConfig, path: str, back: bool = False) -> int:
   """Returns how often a forward pass, or a backward one, reads a parameter."""
-  loops: Any = ('/layers/' in path or '/loop/' in path) and c.loops
-  return (back and loops.gradient_passes or loops.passes) if loops else 1
+  loops = c.find(LoopsConfig)
+  if loops is None or not ('/layers/' in path or '/loop/' in path):
+    return 1
+  if back and loops.gradient_passes:
+    return loops.gradient_passes
+  return loops.passes
 
 
 def _named(kind: type[nn.Module]) -> type[nn.Module]:

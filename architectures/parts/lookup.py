@@ -62,6 +62,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
+from architectures.parts.streams import StreamsConfig
 from common.errors import require
 from common.fields import field, FUNCTION, SHAPES
 
@@ -175,7 +176,7 @@ def hashed(c: ModelConfig, all_BM: jax.Array,
     all_BM: the tokens, after the N - 1 that stand before them.
     segment_ids_BL: documents; the leading axis may be 1.
   """
-  m, places = c.ngrams, []
+  m, places = c.part(NGramsConfig), []
   by = primes(m.rows, m.tables)
   L = all_BM.shape[1] - m.order + 1
   mixed: tuple[jax.Array, ...] = ()
@@ -202,7 +203,7 @@ def _looked_up(module: nn.Module, ctx: Context, state: Optional[State]
                ) -> tuple[jax.Array, jax.Array]:
   """Returns e, [B, L, U], and the last N - 1 tokens."""
   c: Any = module.config  # type: ignore[attr-defined]
-  m, tokens_BL = c.ngrams, ctx.tokens_BL
+  m, tokens_BL = c.part(NGramsConfig), ctx.tokens_BL
   assert tokens_BL is not None
   before_BW = state.tokens_BW if state else jnp.full(
       (len(tokens_BL), m.order - 1), m.pad_token, tokens_BL.dtype)
@@ -256,7 +257,7 @@ class Engram(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, state: Optional[State]):
     c, shape = self.config, x_BLD.shape
-    m, size = c.ngrams, math.prod(shape[2:])
+    m, size = c.part(NGramsConfig), math.prod(shape[2:])
     norm = functools.partial(
         layers.norm if x_BLD.ndim == 3 else layers.norms, c)
     e_BLU, tokens_BW = _looked_up(self, ctx, state)
@@ -294,7 +295,7 @@ class PerLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
-    c, size = self.config, self.config.per_layer.size
+    c, size = self.config, self.config.part(PerLayerConfig).size
     assert ctx.tokens_BL is not None and ctx.embedded_BLD is not None
     row_BLS = _rows(self, c.vocab_size, size, ctx.tokens_BL[..., None])[:, :, 0]
     into = functools.partial(_product, self, size=size, axes=('embed', 'mlp'))
@@ -316,11 +317,13 @@ def keeps(c: ModelConfig) -> bool:
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns the state of rows without a token; `shape` is [..., B, M], and the
   state does not depend on M."""
-  m = c.ngrams
+  m = c.part(NGramsConfig)
   tokens_BW = jnp.full((*shape[:-1], m.order - 1), m.pad_token, jnp.int32)
   if c.memory != 'engram':
     return State(tokens_BW)
-  size = c.d_model * (1 if c.residual == 'plain' else c.streams.count)
+  size = c.d_model
+  if c.residual != 'plain':
+    size *= c.part(StreamsConfig).count
   return State(tokens_BW, jnp.zeros(
       (*shape[:-1], (m.kernel - 1) * m.order, size), c.compute_dtype))
 
@@ -337,7 +340,7 @@ def check(c: ModelConfig) -> None:
           "to 'standard'")
   if not keeps(c):
     return
-  m = c.ngrams
+  m = c.part(NGramsConfig)
   require(m.size > 0, f'{reads}, and model.d_model {c.d_model} has not a '
           f'feature for each of the {m.tables} tables: set model.ngrams.size')
   require(m.pad_token < c.vocab_size, f'model.ngrams.pad_token is '

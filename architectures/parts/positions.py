@@ -43,6 +43,7 @@ from common.fields import field, FUNCTION, SHAPES
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
   """Of position rope: rotary positions, and how they stretch past training."""
+  GROUP = 'rope'
   theta: float = field(10000.0, 'the base of the frequencies', above=0,
                        most=1e12, resume=FUNCTION)
   fraction: float = field(1.0, 'the share of a head that is rotated', above=0,
@@ -108,8 +109,10 @@ class Scaling(NamedTuple):
 
 def rotary_dim(c: ModelConfig) -> int:
   """Returns how many of a head's features are in pairs that may turn."""
-  return c.head_dim if c.rope.proportional else int(
-      c.head_dim * c.rope.fraction)
+  rope = c.part(RopeConfig)
+  if rope.proportional:
+    return c.head_dim
+  return int(c.head_dim * rope.fraction)
 
 
 def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
@@ -127,7 +130,7 @@ def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
   int the radians are [K'/2], and of an array [B], a number for each row, they
   may be [B, K'/2]. With rope.proportional, those past rope.fraction of K are 0.
   """
-  r, dim = config.rope, rotary_dim(config)
+  r, dim = config.part(RopeConfig), rotary_dim(config)
   row = SCALINGS[r.scaling]
   turned = int(r.fraction * dim // 2) if r.proportional else dim // 2
 
@@ -260,11 +263,12 @@ def check_rope(c: ModelConfig, stack: str = '', head: str = 'model.head_dim'
   """
   del stack
   dim = rotary_dim(c)
-  require(dim % 2 == 0 and dim > 0, f'model.rope.fraction {c.rope.fraction} of '
+  rope = c.part(RopeConfig)
+  require(dim % 2 == 0 and dim > 0, f'model.rope.fraction {rope.fraction} of '
           f'{head} {c.head_dim} is {dim}: rotary positions turn pairs, so it '
           'must be even and > 0')
-  why = SCALINGS[c.rope.scaling].refuse(c.rope, dim)
-  require(not why, f'model.rope.scaling is {c.rope.scaling}, but {why}')
+  why = SCALINGS[rope.scaling].refuse(rope, dim)
+  require(not why, f'model.rope.scaling is {rope.scaling}, but {why}')
 
 
 def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig,
@@ -284,13 +288,19 @@ def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig,
   cos = (jnp.cos(angle) * factor).astype(x_BLHK.dtype)
   sin = (jnp.sin(angle) * factor).astype(x_BLHK.dtype)
   a, b, rest = jnp.split(x_BLHK, (dim // 2, dim), axis=-1)
-  if config.rope.interleaved:
+  if config.part(RopeConfig).interleaved:
     a, b = x_BLHK[..., 0:dim:2], x_BLHK[..., 1:dim:2]
   turned = a * cos - b * sin, b * cos + a * sin
-  if config.rope.interleaved:
+  if config.part(RopeConfig).interleaved:
     pairs = jnp.stack(turned, -1)
     turned = (pairs.reshape(*pairs.shape[:-2], dim),)
   return jnp.concatenate([*turned, rest], -1)
+
+
+def _rope_score_factor(c: ModelConfig) -> float:
+  """Returns what multiplies the scores of turned queries and keys."""
+  rope = c.part(RopeConfig)
+  return SCALINGS[rope.scaling].score_factor(rope)
 
 
 _FROM = ('rope.factor', 'rope.original_len')
@@ -417,9 +427,12 @@ def reach(c: ModelConfig) -> float:
 def lengths_apart(c: ModelConfig) -> tuple[int, ...]:
   """Returns the lengths, ascending, on whose sides a row turns otherwise, in
   some layers of a model; (): no length counts. Beyond the last one each may."""
-  return tuple(sorted({
-      k.rope.original_len for k in map(c.of_kind, c.kinds_used)
-      if k.rope and SCALINGS[k.rope.scaling].by_length}))
+  lengths = set()
+  for kind in c.kinds_used:
+    rope = c.of_kind(kind).find(RopeConfig)
+    if rope is not None and SCALINGS[rope.scaling].by_length:
+      lengths.add(rope.original_len)
+  return tuple(sorted(lengths))
 
 
 def check_length(c: ModelConfig, length: int) -> None:
@@ -458,7 +471,8 @@ def _add_sinusoids(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array,
                    name: str):
   del name
   c = module.config
-  return x_BLD + sinusoid(positions_BL, c.d_model, c.sinusoidal.layout).astype(
+  sinusoidal = c.part(SinusoidalConfig)
+  return x_BLD + sinusoid(positions_BL, c.d_model, sinusoidal.layout).astype(
       x_BLD.dtype)
 
 
@@ -487,23 +501,24 @@ def _add_learned(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array,
                  name: str):
   c = module.config
   check_length(c, x_BLD.shape[1])
-  table_LD = layers.embedding(module, name, c.max_len + c.learned.offset)
+  learned_ = c.part(LearnedConfig)
+  table_LD = layers.embedding(module, name, c.max_len + learned_.offset)
   return x_BLD + learned(sharding.constrain(table_LD, None, None),
-                         positions_BL, c.learned.stretch,
-                         c.learned.offset).astype(x_BLD.dtype)
+                         positions_BL, learned_.stretch,
+                         learned_.offset).astype(x_BLD.dtype)
 
 
 def _learned_reach(c: ModelConfig) -> int:
   # The quotient of two lengths times one of them may lie just below the other.
-  return math.floor(c.max_len * c.learned.stretch + 1e-6)
+  return math.floor(c.max_len * c.part(LearnedConfig).stretch + 1e-6)
 
 
 def _longer_learned(c: ModelConfig, length: int, multiple: int,
                     interpolate: bool):
   if length * multiple <= _learned_reach(c):
     return {'learned': c}
-  stretched = dataclasses.replace(c, learned=dataclasses.replace(
-      c.learned, stretch=length * multiple / c.max_len))
+  stretched = c.with_part(LearnedConfig,
+                          stretch=length * multiple / c.max_len)
   return {'learned': None} | (
       {'learned, interpolated': stretched} if interpolate else {})
 
@@ -513,14 +528,19 @@ def _longer_rope(c: ModelConfig, length: int, multiple: int,
   """As it is and, unless it is stretched already, with each scaling that a
   factor alone tells."""
   del interpolate
-  if c.rope.scaling != 'none':
-    return {f'rope, {c.rope.scaling}': c}
-  scaled = lambda name: c if multiple == 1 else dataclasses.replace(
-      c, rope=dataclasses.replace(c.rope, scaling=name, factor=float(multiple),
-                                  original_len=length))
-  return {'rope': c} | {f'rope, {name}': scaled(name)
-                        for name, row in SCALINGS.items()
-                        if row.by_multiple and name != 'none'}
+  rope = c.part(RopeConfig)
+  if rope.scaling != 'none':
+    return {f'rope, {rope.scaling}': c}
+  ways = {'rope': c}
+  for name, row in SCALINGS.items():
+    if not row.by_multiple or name == 'none':
+      continue
+    ways[f'rope, {name}'] = c
+    if multiple != 1:
+      ways[f'rope, {name}'] = c.with_part(
+          RopeConfig, scaling=name, factor=float(multiple),
+          original_len=length)
+  return ways
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -578,12 +598,13 @@ class RelativeBias(nn.Module):
                k_positions_BM: jax.Array) -> jax.Array:
     c = self.config
     stddev = c.base_width ** -0.5 if c.init == 'fan_in' else c.init_stddev
+    relative = c.part(RelativeConfig)
     table = declare(self, 'table', nn.initializers.normal(stddev),
-                    (c.relative.buckets, c.num_heads), Role((None, 'heads')))
+                    (relative.buckets, c.num_heads), Role((None, 'heads')))
     bucket_BLM = relative_bucket(
         k_positions_BM[:, None] - q_positions_BL[:, :, None],
-        bidirectional=not self.causal, buckets=c.relative.buckets,
-        max_distance=c.relative.max_distance)
+        bidirectional=not self.causal, buckets=relative.buckets,
+        max_distance=relative.max_distance)
     bias_BHLM = jnp.moveaxis(table[bucket_BLM], -1, 1).astype(jnp.float32)
     return sharding.constrain(bias_BHLM, None, 'heads', 'length', None)
 
@@ -598,7 +619,8 @@ def _relative_by_layer(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
 def _check_relative(c: ModelConfig, stack: str) -> None:
   """A quarter of an encoder's buckets, half of a decoder's, is exact; the
   others grow from there to max_distance."""
-  buckets, most = c.relative.buckets, c.relative.max_distance
+  relative = c.part(RelativeConfig)
+  buckets, most = relative.buckets, relative.max_distance
   least = 2 if stack == 'decoder' else 4
   exact = buckets // (4 if stack == 'encoder' else 2)
   require(buckets >= least and buckets % 2 == 0 and most > exact,
@@ -631,7 +653,8 @@ def _by_token(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
   """
   del q_BLHK, k_BMJK
   c: ModelConfig = module.config  # type: ignore[attr-defined]
-  rank, extent = c.profiles.rank, c.profiles.extent
+  profiles = c.part(ProfilesConfig)
+  rank, extent = profiles.rank, profiles.extent
   mix_BLHU = layers.dense(
       module, 'profile', 'BLD,DHU->BLHU', x_BLD,
       (c.d_model, c.num_heads, rank), ('embed', 'heads', None), output=True,
@@ -668,7 +691,7 @@ POSITIONS = {
         check=check_sinusoids),
     'rope': Position(
         rotate=rotate,
-        score_factor=lambda c: SCALINGS[c.rope.scaling].score_factor(c.rope),
+        score_factor=_rope_score_factor,
         check=check_rope, longer=_longer_rope, settings=RopeConfig),
     'alibi': Position(layer_bias=_alibi),
     'relative': Position(

@@ -34,11 +34,13 @@ from architectures.parts.cache import apart, Cache, joined, LayerCache, Slots
 from architectures.parts.config import LayerKind, ModelConfig, Section
 from architectures.parts.context import Context, Distances, First, Keys
 from architectures.parts.context import Memory, Shared
+from architectures.parts.heads import GeneratorConfig
 from architectures.parts.layers import FFNS, norm, NORMS
+from architectures.parts.loops import LoopsConfig
+from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.report import Report, summed
 from common.errors import require, short
-from common.fields import AT_START, field, FUNCTION, RUN, SHAPES
-from common.kinds import SECTIONS, split
+from common.kinds import SECTIONS
 
 
 @struct.dataclass
@@ -277,33 +279,6 @@ class Scanned(Period):
 # rows of the stack, those of a pass side by side.
 
 
-@dataclasses.dataclass(frozen=True)
-class LoopsConfig:
-  """Of a model with a loop."""
-  GROUP = 'loops'
-  passes: int = field(4, 'how often the layers that loop are run', least=1,
-                      resume=FUNCTION)
-  gradient_passes: int = field(
-      0, 'how many of the last passes have a gradient; 0: all',
-      resume=FUNCTION)
-  boundary: str = field(
-      'none', 'what a state goes through between two passes: none, or the '
-      "stack's final norm", choices=('none', 'norm'), resume=FUNCTION)
-  gate_rank: int = field(64, 'for gate: features between its products',
-                         least=1, resume=SHAPES)
-  depth: int = field(
-      0, 'the layers by whose number init scaled_normal divides; derived: '
-      'those that a token goes through', resume=AT_START, about=RUN,
-      read_by='init=scaled_normal')
-
-  def derived(self, c: ModelConfig) -> 'LoopsConfig':
-    """Returns the fields with what follows from those of the model."""
-    apart = sum(len(split(names)) for names in (c.prefix, c.suffix))
-    once = max(c.num_layers - apart, 0)
-    return dataclasses.replace(
-        self, depth=self.depth or c.num_layers + (self.passes - 1) * once)
-
-
 def _concat(module: nn.Module, one_BLD: jax.Array, other_BLD: jax.Array,
             name: str = 'join') -> jax.Array:
   c, axes = module.config, ('mlp', 'embed')  # type: ignore[attr-defined]
@@ -316,7 +291,7 @@ def _concat(module: nn.Module, one_BLD: jax.Array, other_BLD: jax.Array,
 def _gate(module: nn.Module, state_BLD: jax.Array, input_BLD: jax.Array
           ) -> jax.Array:
   c: Any = module.config  # type: ignore[attr-defined]
-  D, R = c.d_model, c.loops.gate_rank
+  D, R = c.d_model, c.part(LoopsConfig).gate_rank
   both_BLU = jnp.concatenate([layers.rmsnorm(x, None, c.norm_eps)
                               for x in (input_BLD, state_BLD)], -1)
   rank_BLR = layers.einsum('BLU,UR->BLR', both_BLU, layers.weight(
@@ -371,7 +346,7 @@ class Enter(nn.Module):
 def _enter(c: ModelConfig, params: Any, state: blocks.X, inputs: blocks.X,
            n: Any) -> blocks.X:
   """Returns what pass n reads, with `params` those of the stack."""
-  if c.loops.boundary == 'norm':
+  if c.part(LoopsConfig).boundary == 'norm':
     state = jnp.where(n == 0, state, NORMS[c.norm](c, parent=None).apply(
         {'params': params.get('final_norm', {})}, state))
   return Enter(c, parent=None).apply({'params': params.get('loop', {})}, state,
@@ -485,8 +460,9 @@ class Stack(nn.Module):
     xs = jnp.arange(passes), jax.tree.map(
         lambda x: x.reshape(passes, periods, *x.shape[1:]), rest), keys
     stopped = functools.partial(jax.tree.map, jax.lax.stop_gradient)
-    free = (max(passes - c.loops.gradient_passes, 0)
-            if c.loops.gradient_passes else 0)  # passes without a gradient
+    loops = c.part(LoopsConfig)
+    free = (max(passes - loops.gradient_passes, 0)
+            if loops.gradient_passes else 0)  # passes without a gradient
     fixed, parts = (params, inputs, ctx, lent), []
     for some in filter(len, (range(free), range(free, passes))):
       carry, out = jax.lax.scan(
@@ -693,10 +669,11 @@ ADDED = 'tokens_added'  # the encoder's own part of the table of tokens
 
 def generator(c: ModelConfig) -> ModelConfig:
   """Returns the config of the network that replaces tokens."""
-  g, width = c.generator, c.of_embedding.d_model
+  g, width = c.part(GeneratorConfig), c.of_embedding.d_model
   head_dim = g.d_model // g.num_heads
   return dataclasses.replace(
-      c, head='lm', generator=None, next_sentence=False, d_model=g.d_model,
+      c.without(GeneratorConfig), head='lm', next_sentence=False,
+      d_model=g.d_model,
       num_layers=g.num_layers, num_decoder_layers=g.num_layers, d_ff=g.d_ff,
       num_heads=g.num_heads, num_kv_heads=g.num_heads, head_dim=head_dim,
       attention_scale=head_dim ** -0.5,
@@ -746,8 +723,9 @@ class Encoder(nn.Module):
         Embed(c.of_embedding, name='embed'), positions_BL=ctx.positions_BL,
         type_ids_BL=type_ids_BL, deterministic=ctx.deterministic)
     apart, generated, drawn = '', None, {}
-    if c.generator and c.generator.num_layers:
-      apart = APART if c.generator.sharing == 'apart' else ''
+    drawn_by = c.find(GeneratorConfig)
+    if drawn_by is not None and drawn_by.num_layers:
+      apart = APART if drawn_by.sharing == 'apart' else ''
       generated = type(self)(generator(c), name='generator')(
           tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL,
           deterministic=ctx.deterministic, embedded=embed(tokens_BL, of=apart))
@@ -799,7 +777,9 @@ class Encoder(nn.Module):
     """Returns the activation of a network of FFNS; '': of that of the layers.
     """
     c = self.config
-    return FFNS[name or (c.moe.ffn if c.ffn == 'moe' else c.ffn)].act
+    if not name:
+      name = c.part(MoEConfig).ffn if c.ffn == 'moe' else c.ffn
+    return FFNS[name].act
 
   def scored(self, x: jax.Array, of_row: bool
              ) -> tuple[jax.Array, dict[str, jax.Array]]:

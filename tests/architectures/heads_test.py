@@ -10,6 +10,7 @@ from scipy import special
 
 from architectures.parts import skeletons
 from architectures.parts.context import Context
+from architectures.parts.moe.routing import MoEConfig
 from common.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
@@ -199,7 +200,7 @@ def test_the_load_of_a_module_is_of_those_that_take_experts():
   for depth in (1, 2):
     load_E, = (np.asarray(x) for path, x in out.aux['loads'].items()
                if f'depth_{depth}' in str(path))
-    choices = (size - depth * len(ends)) * module.config.moe.top_k
+    choices = (size - depth * len(ends)) * module.config.part(MoEConfig).top_k
     assert load_E.sum() == pytest.approx(1)
     np.testing.assert_allclose(load_E * choices, np.round(load_E * choices),
                                atol=1e-4)

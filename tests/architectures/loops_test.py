@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 import architectures
-from architectures.parts import layers, skeletons, tables
+from architectures.parts import flat, layers, skeletons
 from architectures.parts.context import Context
+from architectures.parts.loops import LoopsConfig
 from common.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
@@ -69,17 +70,18 @@ def by_hand(module, params, tokens):
   """Returns the last layer's state by the equations of LOOPS, one pass after
   another in the program."""
   c, stack = module.config, params['decoder']
-  loop, k = stack.get('loop', {}), c.loops.gradient_passes or c.loops.passes
+  loops = c.part(LoopsConfig)
+  loop, k = stack.get('loop', {}), loops.gradient_passes or loops.passes
   ctx = Context(jnp.arange(tokens.shape[1])[None])
   e = s = params['embed']['tokens'][tokens]
   stop = functools.partial(jax.tree.map, jax.lax.stop_gradient)
   rms = lambda x: x / jnp.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)
-  for t in range(c.loops.passes):
-    left = t - (c.loops.passes - k)  # until the first with a gradient
+  for t in range(loops.passes):
+    left = t - (loops.passes - k)  # until the first with a gradient
     p, inputs, w = stop((stack, e, loop)) if left < 0 else (stack, e, loop)
     if t and left <= 0:
       s = stop(s)
-    if t and c.loops.boundary == 'norm':
+    if t and loops.boundary == 'norm':
       s = rms(s) * p['final_norm']['scale'][None, None]
     if c.loop == 'concat':
       x = jnp.concatenate([s if t else 0 * s, inputs], -1) @ w['join']
@@ -153,12 +155,12 @@ def test_what_passes_cost():
   head = 2 * D * models.VOCAB * 16
   assert by_pass == (T - 1) * (sum(
       flops.forward_flops(once, 16).values()) - head)
-  whole, part = (sum(flops.training_flops(dataclasses.replace(
-      several, loops=dataclasses.replace(several.loops, gradient_passes=k)),
-      16).values()) for k in (0, 1))
+  whole, part = (sum(flops.training_flops(
+      several.with_part(LoopsConfig, gradient_passes=k), 16).values())
+                 for k in (0, 1))
   assert whole - part == pytest.approx(2 * by_pass, rel=0.02)
   assert layers.gathers(several, 'decoder/layers/block_0/ffn/up', ()) == 2 * T
-  assert several.loops.depth == T * several.num_layers
+  assert several.part(LoopsConfig).depth == T * several.num_layers
 
 
 @pytest.mark.parametrize('changes, words', [
@@ -170,7 +172,7 @@ def test_what_passes_cost():
     (dict(loop='plain', keep_gathered='all'), 'keep_gathered')])
 def test_what_cannot_loop_is_refused(changes, words):
   with pytest.raises(RequestError, match=words):
-    architectures.resolve(tables.make(models.config('gpt', **changes)))
+    architectures.resolve(flat.make(models.config('gpt', **changes)))
 
 
 def test_layers_that_loop_have_no_rate_by_depth():

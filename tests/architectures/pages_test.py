@@ -7,7 +7,7 @@ import re
 import pytest
 
 import architectures
-from architectures.parts import tables
+from architectures.parts import flat
 from configs import base
 from tests.helpers import models
 from training.workdir import run_config
@@ -30,7 +30,7 @@ def test_a_page_names_the_parts_that_its_config_has(system):
   parts = run_config.flatten(architectures.systems()[model['arch']].PARTS)
   changed = {
       name for name, value in model.items() if value != usual.get(name)
-      and name in tables.FIELDS and tables.FIELDS[name].rule.about not in (
+      and name in flat.FIELDS and flat.FIELDS[name].rule.about not in (
           'run', 'recipe') and name != 'arch'
       and (isinstance(value, (str, bool)) or name in SCALES)}
   wanted = ALWAYS | changed | (OF_EXPERTS if model['ffn'] == 'moe' else set())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import blocks, layers, skeletons, tables
+from architectures.parts import blocks, flat, layers, skeletons
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
@@ -118,14 +118,14 @@ def test_what_follows_from_heads_is_of_their_kind():
   assert c.kinds['a'] == dict(num_heads=2, num_kv_heads=2, head_dim=32,
                               attention_scale=32 ** -0.5)
   assert c.of_kind('b').score_scale == 8 ** -0.5
-  assert architectures.resolve(tables.as_dict(c)) == c
+  assert architectures.resolve(flat.as_dict(c)) == c
   assert architectures.resolve(models.config('t5')).logits_scale == 32 ** -0.5
 
 
 def test_groups_are_read_where_an_expert_has_a_capacity():
   c = architectures.resolve(models.config('mixtral', moe=dict(
       capacity_factor=0.5, eval_capacity_factor=0.0)))
-  assert tables.is_read(c, 'moe.group_size')
+  assert 'moe.group_size' in flat.takes(c)
 
 
 def test_every_layer_has_one_place_and_one_name():

@@ -13,6 +13,7 @@ import pytest
 
 import architectures
 from architectures.parts import blocks
+from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent.layer import Layer
 from tests.helpers import models
@@ -45,6 +46,11 @@ def sizes(mixer: str, **changes) -> dict:
   group = blocks.MIXERS[mixer].settings
   names = {field.name for field in dataclasses.fields(group)}
   return {name: x for name, x in _SIZES.items() if name in names} | changes
+
+
+def part_of(c: ModelConfig, mixer: str):
+  """Returns what a model has of a mixer's sizes."""
+  return c.part(blocks.MIXERS[mixer].settings)
 
 
 def fields(mixer: str, **changes) -> dict:

@@ -1,7 +1,6 @@
 """Our side of the comparison: outputs, gradients, greedy tokens, layers."""
 
 from collections.abc import Callable
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -10,6 +9,8 @@ import numpy as np
 
 import architectures
 from architectures.parts import blocks
+from architectures.parts.moe.routing import MoEConfig
+from architectures.parts.positions import RopeConfig
 from tests.parity.recording import Recording
 from training import generate
 from architectures.parts import paths
@@ -54,8 +55,7 @@ def model_of(recording: Recording, rope: dict | None = None):
   """Returns (module, params) of a recording; `rope` changes model.rope."""
   config = hf_config.read(recording.config)
   if rope:
-    config = dataclasses.replace(
-        config, rope=dataclasses.replace(config.rope, **rope))
+    config = config.with_part(RopeConfig, **rope)
   module = architectures.build(config)
   return module, weights.read_params(
       module, files.Files(recording.weights)).params
@@ -223,7 +223,7 @@ def _decoder(module, params, inputs):
                      keep_attention=weighs)
   layers = [*out.aux['layers'][:-1], out.hidden]  # theirs ends normalised
   outputs = dict(logits=_scores(out))
-  moe = module.config.moe
+  moe = module.config.part(MoEConfig)
   if out.aux.get('losses') and out.head:  # theirs is top_k times ours
     outputs['balance'] = (out.aux['losses']['balance']
                           / moe.balance_weight * moe.top_k)
@@ -252,7 +252,7 @@ def _encoder_decoder(module, params, inputs):
   layers = [x * inputs['mask'][..., None] for x in (*encoder[:-1], out.memory)]
   layers += [*decoder[:-1], out.hidden]  # theirs end normalised
   outputs = dict(logits=out.logits)
-  moe = module.config.moe
+  moe = module.config.part(MoEConfig)
   if 'losses' in out.aux:
     losses = out.aux['losses']
     # GShard's counts as many choices as it makes.

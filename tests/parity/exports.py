@@ -19,7 +19,7 @@ import numpy as np
 import architectures
 from architectures.parts import blocks
 from architectures.parts import paths
-from architectures.parts import tables
+from architectures.parts import flat, tables
 from architectures.parts.config import ModelConfig
 from common import fields
 from common import kinds
@@ -94,11 +94,11 @@ def changes(base: ModelConfig) -> Iterator[dict[str, Any]]:
   """Yields what differs from `base` in each variant, by the fields of
   config.model: every choice, and other values of what it reads."""
   yield {}
-  for name, leaf in tables.FIELDS.items():
+  for name, leaf in flat.FIELDS.items():
     if leaf.rule.about not in (fields.RUN, fields.RECIPE):
       for choice in tables.CHOICES.get(name, leaf.rule.choices):
         yield _nested(name, choice)
-  for name, value in hf_config.flat(base).items():
+  for name, value in hf_config.computed(base).items():
     for other in _others(value):
       yield _nested(name, other)
   yield from CHANGES
@@ -166,7 +166,7 @@ def _error(system: str, module: nn.Module) -> tuple[float, str]:
   inputs = compare.inputs(architectures.stack(module.config), dict(
       vocab_size=module.config.vocab_size,
       type_vocab_size=module.config.type_vocab_size,
-      pad_token_id=max(0, tables.get(module.config, 'learned.offset') - 1)))
+      pad_token_id=max(0, flat.get(module.config, 'learned.offset') - 1)))
   if head != 'lm':
     inputs = compare.padded(inputs, left=False)
   with tempfile.TemporaryDirectory() as folder:

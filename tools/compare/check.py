@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 
-from architectures.parts import tables
+from architectures.parts import flat
 from common.errors import require
 from common.fields import check_number
 from tools.compare import cost, layout, spec
@@ -134,10 +134,10 @@ def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
             'train.steps for one held-out loss after the last step, or name '
             'a task in TASKS')
   model = cost.resolved(config)
-  before, after = (run_config.flatten({'model': tables.as_dict(of)})
+  before, after = (run_config.flatten({'model': flat.as_dict(of)})
                    for of in (cost.resolved(sweep.base), model))
   # Model fields that were left open and that a change resolves otherwise.
-  aside = {*point.changes, *(f'model.{name}' for name in tables.unread(model))}
+  aside = {*point.changes, *(f'model.{name}' for name in flat.unread(model))}
   follows = {key: [before.get(key, ''), value] for key, value in after.items()
              if value != before.get(key, '') and key not in aside
              and not ('model.kinds' in aside and key.startswith('model.kinds.')

@@ -33,7 +33,7 @@ import zlib
 
 from etils import epath
 
-from architectures.parts import tables
+from architectures.parts import flat
 from common.errors import EnvironmentFailure, RequestError, require, short
 from tools.compare import spec
 from training import runs
@@ -231,7 +231,7 @@ def differing(description: dict, workdir, point: str, seed: int
       run_config.load_config(run_folder(workdir, point, seed)).to_dict(),
       wanted.to_dict())
   # A run's config.json does not hold what its model does not read.
-  unread = tables.unread(runs.resolve_alone(wanted)) if different else ()
+  unread = flat.unread(runs.resolve_alone(wanted)) if different else ()
   return [name for name in different
           if name.removeprefix('model.') not in unread]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import ml_collections
 
-from architectures.parts import tables
+from architectures.parts import flat
 from common.arguments import typed
 from common.errors import RequestError, hint, require, short
 from common.fields import check_type
@@ -174,7 +174,7 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
   for key, value in changes.items():
     value, leaf = tuples(value), cli.declare(config, key)
     if key == 'model.kinds':
-      tables.check_kinds(value, f'{who}: model.kinds')
+      flat.check_kinds(value, f'{who}: model.kinds')
       value = ml_collections.ConfigDict(value)
     elif leaf is None:
       raise RequestError(f'{who} sets {key!r}, which is no config field.'

@@ -14,6 +14,7 @@ import numpy as np
 
 import architectures
 from architectures.parts import layers, paths
+from architectures.parts.moe.routing import MoEConfig
 from common.errors import require
 from tools.plan import collectives
 from tools.plan.chips import Topology
@@ -74,7 +75,7 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
   add('all-gather', ('context',), keys * one, len(kinds))
   if c.has_experts:  # which cross twice in a pass: see parts/dispatch.py
     crossed = 2 * (ahead + (1 + (c.remat != 'none')) * back)
-    add('all-to-all', ('expert',), c.moe.top_k * one,
+    add('all-to-all', ('expert',), c.part(MoEConfig).top_k * one,
         sum(kind.ffn == 'moe' for kind in crossed))
   return predicted
 
@@ -157,7 +158,7 @@ def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
   roles, share = paths.flatten(parameter_roles(run.module)), 1.0
   if c.has_experts:
     data = run.config.data
-    experts = c.moe.num_experts // devices.shards(
+    experts = c.part(MoEConfig).num_experts // devices.shards(
         'experts', shape, run.config.mesh.rules)
     share = min(experts, expert_rows(run, data.batch_size * (
         data.length - (not training)) // accumulation)) / experts
@@ -176,5 +177,5 @@ def expert_rows(run: runs.Run, tokens: float) -> int:
   experts of a layer, in even load; 0: it has none."""
   if not run.model.has_experts:
     return 0
-  return math.ceil(tokens * run.model.moe.top_k / devices.shards(
+  return math.ceil(tokens * run.model.part(MoEConfig).top_k / devices.shards(
       'tokens', run.mesh.shape, run.config.mesh.rules))

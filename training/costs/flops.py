@@ -36,7 +36,9 @@ import ml_collections
 import architectures
 from architectures.parts import layers
 from architectures.parts.config import Kinds, ModelConfig
+from architectures.parts.loops import LoopsConfig
 from architectures.parts.moe import routing
+from architectures.parts.moe.routing import MoEConfig
 from training import objectives
 from training.optim import shares
 from training.runs import parameter_shapes, parameter_shares
@@ -79,7 +81,9 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
   """
   c = architectures.resolve(model)
   c, back = _countable(c, max(length, decoder_length)), {}
-  if freeze or c.lora.rank or c.loops and c.loops.gradient_passes:
+  loops = c.find(LoopsConfig)
+  stops = loops is not None and loops.gradient_passes > 0
+  if freeze or c.lora.rank or stops:
     back = dict(_backward(c, length, decoder_length, unread, freeze, prefix))
   forward = _forward(c, length, decoder_length, unread, prefix)
   if not back:
@@ -122,21 +126,20 @@ def _countable(c: ModelConfig, reach: int) -> ModelConfig:
   """The same function for `reach` tokens, whose program multiplies no more than
   the model must: experts have as many slots as tokens come in even load, and no
   layer is made again."""
-  moe = c.moe
-  if moe:
-    factor = (routing.active_experts(moe) / moe.top_k
-              if routing.of(moe).experts_choose else 1.0)
-    moe = dataclasses.replace(
-        moe, dispatch='sorted', grouped_kernel='auto', group_size=0,
-        capacity_factor=factor, eval_capacity_factor=factor)
-  return dataclasses.replace(
-      c, moe=moe, attention_kernel='xla', remat='none', scan_layers=True,
+  factor, moe = 1.0, c.find(MoEConfig)
+  if moe is not None and routing.of(moe).experts_choose:
+    factor = routing.active_experts(moe) / moe.top_k
+  plain = dataclasses.replace(
+      c, attention_kernel='xla', remat='none', scan_layers=True,
       max_len=max(c.max_len, reach))
+  return plain.with_part(
+      MoEConfig, dispatch='sorted', grouped_kernel='auto', group_size=0,
+      capacity_factor=factor, eval_capacity_factor=factor)
 
 
 def _rows(c: ModelConfig) -> int:
   """Of the batch that is traced: tokens divide evenly over experts."""
-  return c.moe.all_experts if c.has_experts else 1
+  return c.part(MoEConfig).all_experts if c.has_experts else 1
 
 
 def _tokens(c: ModelConfig, length: int) -> jax.ShapeDtypeStruct:
@@ -177,8 +180,7 @@ def _backward(c: ModelConfig, length: int, decoder_length: int, unread: int,
   every = jax.tree.map(lambda _: 1.0, parameter_shapes(module))
   some = parameter_shares(module, ml_collections.ConfigDict(
       dict(freeze=freeze, layer_decay=1.0, table_rate=1.0))) or every
-  full = c if not c.loops else dataclasses.replace(
-      c, loops=dataclasses.replace(c.loops, gradient_passes=0))
+  full = c.with_part(LoopsConfig, gradient_passes=0)
   forward, most, least = (
       _row_flops(model, *_whole(c, length, decoder_length, prefix),
                  unread=unread, trained=trained)

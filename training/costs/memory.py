@@ -11,7 +11,9 @@ from jax.sharding import AbstractMesh, AxisType
 import architectures
 from architectures.parts import blocks, layers, paths, positions
 from architectures.parts.attention import kernels
+from architectures.parts.attention.indexer import IndexerConfig
 from architectures.parts.config import ModelConfig
+from architectures.parts.moe.routing import MoEConfig
 from training import objectives, runs
 from training.distributed import devices
 from training.objectives import Config
@@ -65,8 +67,8 @@ def described(config: Config, model: ModelConfig, shape: Mapping[str, int]
   runs.check_mesh(config, model, shape)
   # It is traced with kernels of the device that is there: those that the config
   # names may run on others alone.
-  moe = model.moe and dataclasses.replace(model.moe, grouped_kernel='auto')
-  traced = dataclasses.replace(model, attention_kernel='auto', moe=moe)
+  traced = dataclasses.replace(model, attention_kernel='auto').with_part(
+      MoEConfig, grouped_kernel='auto')
   return dataclasses.replace(runs.Run.of(config, traced, mesh), model=model)
 
 
@@ -133,8 +135,12 @@ def whole_size(x: Any, shape: Mapping[str, int]) -> int:
 
 def _hidden(c: ModelConfig) -> int:
   """Hidden units of a token, of a layer's feed-forward network."""
-  return (c.moe.d_ff * c.moe.top_k if c.ffn == 'moe' else
-          0 if c.ffn == layers.NO_FFN else c.d_ff)
+  if c.ffn == layers.NO_FFN:
+    return 0
+  if c.ffn != 'moe':
+    return c.d_ff
+  moe = c.part(MoEConfig)
+  return moe.d_ff * moe.top_k
 
 
 def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
@@ -155,7 +161,7 @@ def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
       kernels.refusal('splash', c, mask, length, length, platform)
       for mask in masks)
   return 0 if fused else 2 * 4 * tokens * length * (
-      c.num_heads + (c.indexer.heads if kind.top else 0))
+      c.num_heads + (c.part(IndexerConfig).heads if kind.top else 0))
 
 
 def kept(run: runs.Run) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 import architectures
-from architectures.parts import tables
+from architectures.parts import flat
 from architectures.parts.config import ModelConfig
 from common import fields as declared
 from common.errors import RequestError, one_of, require
@@ -24,7 +24,7 @@ from training.workdir import run_config
 # What a model keeps that becomes another system: its sizes, how it is trained
 # and computed, and what is read off it.
 KEPT = frozenset(
-    name for name, leaf in tables.FIELDS.items()
+    name for name, leaf in flat.FIELDS.items()
     if leaf.rule.about in (declared.SIZE, declared.RUN))
 LAYERS = 'prefix', 'pattern', 'suffix'  # which name the kinds of the layers
 
@@ -76,7 +76,7 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
           f'{ours.arch!r}, that of the base, an {stack}, which are not trained '
           f'alike: choose from {alike}'.replace('an decoder', 'a decoder'))
   before, wanted = (
-      {name: x for name, x in tables.flat(model).items()
+      {name: x for name, x in flat.flatten(model).items()
        if not name.startswith('kinds.') and name not in KEPT}
       for model in (config.model, sizes[size]))
   target = config.copy_and_resolve_references()
@@ -84,7 +84,7 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
     target.model.update_from_flattened_dict(wanted | {'arch': arch})
     target.model.kinds = sizes[size].kinds.copy_and_resolve_references()
   try:
-    silent = tables.unread(resolve_alone(target))
+    silent = flat.unread(resolve_alone(target))
   except RequestError as error:
     raise RequestError(f'model.arch {arch!r} cannot have the sizes of the '
                        f'base: {error}') from error
@@ -102,7 +102,7 @@ def _sizes(arch: str) -> Mapping[str, ml_collections.ConfigDict]:
   in configs/, what its page says."""
   name = f'configs.{architectures.file_name(arch)}'
   if importlib.util.find_spec(name) is None:
-    config = ml_collections.ConfigDict(tables.defaults())
+    config = ml_collections.ConfigDict(flat.defaults())
     config.update(architectures.systems()[arch].PARTS, arch=arch)
     return {'tiny': config}
   module = importlib.import_module(name)
@@ -115,9 +115,9 @@ def _parts(arch: str) -> tuple[str, ...]:
   """Returns the dotted names of the fields that tell a system, but for those of
   kinds of layer: what its page names, every other choice or switch of a part,
   and the factors and bounds of scores and logits."""
-  named = tables.flat(architectures.system(arch).PARTS)
+  named = flat.flatten(architectures.system(arch).PARTS)
   return tuple([
-      name for name, leaf in tables.FIELDS.items() if name in named or (
+      name for name, leaf in flat.FIELDS.items() if name in named or (
           leaf.rule.about == declared.PART and name != 'arch' and (
               isinstance(leaf.default, str | bool)
               or name.endswith(('_scale', '_softcap'))))])
@@ -126,20 +126,20 @@ def _parts(arch: str) -> tuple[str, ...]:
 def _with_parts(model: ModelConfig, system: ml_collections.ConfigDict
                 ) -> ModelConfig:
   """Returns the model with the parts of a system, and sizes of its own."""
-  fields = tables.as_dict(model)
+  fields = flat.as_dict(model)
   for field in _parts(model.arch):
     group, _, name = field.rpartition('.')
     at = fields.setdefault(group, {}) if group else fields
     at[name] = system[field]
-  return tables.make(fields | {'kinds': system.kinds.to_dict()})
+  return flat.make(fields | {'kinds': system.kinds.to_dict()})
 
 
 def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
-  rows = [Difference(field, tables.get(model, field), tables.get(system, field))
+  rows = [Difference(field, flat.get(model, field), flat.get(system, field))
           for field in _parts(model.arch)]
-  differ = [row.field for row in rows if row.value != row.published]
-  read = tables.reads(model, differ) & tables.reads(system, differ)
-  rows = [row for row in rows if row.field in read]
+  read = flat.reads(model) & flat.reads(system)
+  rows = [row for row in rows
+          if row.value != row.published and row.field in read]
   if any(row.field in LAYERS for row in rows):
     return rows  # so their kinds of layer are not the same ones
   for kind in filter(None, model.kinds_used):
@@ -156,6 +156,6 @@ def _of_kind(c: ModelConfig, kind: str, field: str) -> Any:
   number that goes with sizes, whether there is one."""
   name, _, inner = field.partition('.')
   fields = run_config.flatten(c.kinds[kind])
-  value = fields[field] if field in fields else tables.get(
-      c.of_kind(kind), tables.OF_LAYERS[name] + (f'.{inner}' if inner else ''))
+  value = fields[field] if field in fields else flat.get(
+      c.of_kind(kind), flat.OF_LAYERS[name] + (f'.{inner}' if inner else ''))
   return value if isinstance(value, str | bool) or inner else bool(value)

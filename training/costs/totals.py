@@ -13,6 +13,7 @@ import architectures
 from architectures.parts import blocks, paths, positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
+from architectures.parts.moe.routing import MoEConfig
 from common.errors import require
 from training import objectives
 from training.costs import flops
@@ -142,7 +143,7 @@ def _sizes(module: nn.Module) -> tuple[dict, dict]:
   """Returns the size of each parameter by path, and how much of it one token
   uses: of what the experts hold, the share of those that it goes through, and
   of tables that n-grams look up, the rows that it reads."""
-  m = module.config.moe
+  m = module.config.find(MoEConfig)
   roles = paths.flatten(parameter_roles(module))
   shapes = paths.flatten(parameter_shapes(module))
   sizes = {path: x.size for path, x in shapes.items()}

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import math
-import operator
 import os
 import re
 from typing import Any
@@ -14,9 +13,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from architectures.parts import blocks
+from architectures.parts import flat
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import NO_FFN
+from architectures.parts.moe.routing import MoEConfig
 from common.arguments import assignments
 from common.errors import require
 from configs import sharding as tables
@@ -103,7 +104,7 @@ def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
     mixer = blocks.mixer_of(c)
     for axis, field in (*mixer.divided, *common,
                         *[('tensor', 'd_ff')] * (c.ffn != NO_FFN)):
-      size = operator.attrgetter(field)(c)
+      size = flat.get(c, field)
       where = f'kinds.{name}.' * (field in model.kinds.get(name, ()))
       require(size % shape[axis] == 0 or size == 1 and field in mixer.whole,
               f'mesh.{axis} is {shape[axis]}, which does not divide '
@@ -113,7 +114,7 @@ def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
           f'{shape["tensor"]}: XLA then gathers the weights of products as it '
           "chooses; set mesh.tensor=1, or model.keep_gathered='none'")
   if model.has_experts:
-    experts = model.moe.num_experts
+    experts = model.part(MoEConfig).num_experts
     require(experts % shape['expert'] == 0,
             f'mesh.expert is {shape["expert"]}, which does not divide '
             f'model.moe.num_experts {experts}: choose mesh.expert from '

@@ -18,6 +18,7 @@ import numpy as np
 
 import architectures
 from architectures.parts.config import ModelConfig
+from architectures.parts.heads import GeneratorConfig
 
 TOP = 5  # tokens of the logit lens
 # Dettmers et al. 2022 (LLM.int8(), section 3): a feature is an outlier where
@@ -123,7 +124,7 @@ def _look(module: nn.Module, params: Any, arrays: Mapping[str, jax.Array],
   kept = {name: output.aux[name] for name in (
       'layers', 'attention', 'cross_attention', 'experts')
           if name in output.aux}
-  if output.head is None or module.config.generator or not top:
+  if output.head is None or module.config.find(GeneratorConfig) or not top:
     return kept  # a generator's head reads no layer of the encoder
 
   def likeliest(x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -25,9 +25,10 @@ from typing import Any
 import ml_collections
 
 import architectures
-from architectures.parts import blocks, heads, hf, tables
+from architectures.parts import blocks, flat, heads, hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
+from architectures.parts.moe.routing import MoEConfig
 from common import fields as declared
 from common.errors import require, short
 from configs import base
@@ -245,7 +246,7 @@ def _known_fields() -> dict[str, Any]:
 
 def _check(config: ModelConfig) -> None:
   """Raises RequestError for a model that transformers does not run."""
-  architectures.hugging_face(config.arch).check(tables.with_all_groups(config))
+  architectures.hugging_face(config.arch).check(flat.whole(config))
 
 
 # What transformers unpacks as it loads, by quant_method: the class that asks.
@@ -360,12 +361,12 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
   tree = dict(model_type=page.model_type, architectures=[head.architecture])
   for ours, (names, _, *choices) in page.fields.items():
     group = ours.rpartition('.')[0]
-    if group and getattr(config, group) is None:
+    if group and config.find(flat.GROUPS[group]) is None:
       continue  # No layer reads it: the reader's default does.
-    value = tables.get(config, ours)
+    value = flat.get(config, ours)
     tree[names.split('|')[-1]] = (
         hf.theirs(*choices, value, ours) if choices else value)
-  whole = tables.with_all_groups(config)  # what differs is refused below
+  whole = flat.whole(config)  # what differs is refused below
   tree |= page.write(whole) | _write_head(config, labels)
   check_same(config, read(tree),
              f'a {page.model_type} config.json cannot say that')
@@ -402,7 +403,7 @@ def check_same(ours: ModelConfig, theirs: ModelConfig, why: str) -> None:
 def _room(config: ModelConfig) -> tuple | None:
   """How many tokens of how many an expert takes in evaluation, or which share
   of a batch; None: all that choose it."""
-  m = config.moe
+  m = config.find(MoEConfig)
   if not config.has_experts or not (
       0 < m.eval_capacity_factor * m.top_k / m.num_experts < 1):
     return None
@@ -419,9 +420,9 @@ def different(ours: ModelConfig, theirs: ModelConfig) -> dict[str, str]:
   lines: dict[str, str] = {}
   count = max(ours.num_layers, ours.num_decoder_layers)
   for n, (a, b) in enumerate(zip(_layers(ours, count), _layers(theirs, count))):
-    other = flat(b)
+    other = computed(b)
     where = f' of layer {n}' if ours.kinds or theirs.kinds else ''
-    for name, value in flat(a).items():
+    for name, value in computed(a).items():
       if other.get(name) != value:
         lines.setdefault(name, f'model.{name}{where} is {value!r}, not '
                          f'{other.get(name)!r}')
@@ -439,14 +440,14 @@ def _layers(c: ModelConfig, count: int) -> list[ModelConfig]:
   return [c.of_kind(kind.name) for kind in c.layer_kinds(count)]
 
 
-def flat(config: ModelConfig) -> dict[str, Any]:
+def computed(config: ModelConfig) -> dict[str, Any]:
   """The fields that tell what is computed, by dotted name, of a model whose
   layers are all alike."""
-  unused = {*tables.unread(config), *blocks.mixer_of(config).sources}
-  fields = run_config.flatten(tables.as_dict(config))
+  unused = {*flat.unread(config), *blocks.mixer_of(config).sources}
+  fields = run_config.flatten(flat.as_dict(config))
   return {name: value for name, value in fields.items()
           if name not in unused
-          and not (name in tables.FIELDS and tables.FIELDS[name].rule.about in (
+          and not (name in flat.FIELDS and flat.FIELDS[name].rule.about in (
               declared.RUN, declared.RECIPE))}
 
 

@@ -22,6 +22,7 @@ from architectures.parts import paths
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import NO_FFN
 from architectures.parts.moe import routing
+from architectures.parts.moe.routing import MoEConfig
 from common import kinds
 from common.arguments import assignments
 from common.errors import require
@@ -71,7 +72,7 @@ def config(model: ml_collections.ConfigDict, moe: dict,
 def is_the_same_function(c: ModelConfig) -> bool:
   """Whether a mixture of equal experts computes what one of them does, in
   evaluation."""
-  m = c.moe
+  m = c.part(MoEConfig)
   return (routing.whole_gates(m) and not m.eval_capacity_factor
           and not m.shared_experts)
 

@@ -39,7 +39,9 @@ import architectures
 from architectures.parts import hf, layers, skeletons, tables
 from architectures.parts import paths
 from architectures.parts.config import DTYPES, ModelConfig
+from architectures.parts.heads import GeneratorConfig
 from architectures.parts.hf import tensor_map
+from architectures.parts.lora import LoraConfig
 from architectures.parts.sharding import parameter_shapes
 from common.arguments import PositiveSize, Seed, typed
 from common.errors import one_of, require
@@ -367,16 +369,16 @@ def without_generator(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
   """Returns (module, parameters) of an encoder that tells replaced tokens, or
   of any other model, without what draws these."""
   c = module.config
-  if not c.generator or not c.generator.num_layers:
+  drawn_by = c.find(GeneratorConfig)
+  if drawn_by is None or not drawn_by.num_layers:
     return module, params
   flat = {path: x for path, x in paths.flatten(nn.meta.unbox(params)).items()
           if not path.startswith(('generator/', f'embed/{skeletons.APART}'))}
   added = flat.pop(f'embed/{skeletons.ADDED}', None)
   if added is not None:
     flat['embed/tokens'] = flat['embed/tokens'] + added
-  alone = dataclasses.replace(c.generator, num_layers=0)
-  return (architectures.build(dataclasses.replace(c, generator=alone)),
-          checkpoints.nest(flat))
+  alone = c.with_part(GeneratorConfig, num_layers=0)
+  return architectures.build(alone), checkpoints.nest(flat)
 
 
 def names_left_out(module: nn.Module) -> set[str]:
@@ -392,7 +394,7 @@ def names_left_out(module: nn.Module) -> set[str]:
 
 def without_adapters(model: ModelConfig) -> ModelConfig:
   """Returns the same model without adapters."""
-  return dataclasses.replace(model, lora=layers.LoraConfig())
+  return dataclasses.replace(model, lora=LoraConfig())
 
 
 def same_adapters(one: ModelConfig, other: ModelConfig) -> bool:

@@ -18,7 +18,7 @@ import jax
 import ml_collections
 
 import architectures
-from architectures.parts import tables
+from architectures.parts import flat
 from architectures.parts.config import ModelConfig
 from common.errors import RequestError, require, short
 from common.fields import INCOMPATIBLE, OPTIMISATION, SAFE
@@ -136,7 +136,7 @@ def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
   config = base.base()
   config.model.kinds = ml_collections.ConfigDict(
       tuples(tree.get('model', {}).get('kinds', {})))
-  for name, value in tables.flat(tuples(tree)).items():
+  for name, value in flat.flatten(tuples(tree)).items():
     if not name.startswith('model.kinds.'):
       config.update_from_flattened_dict({name: value})
   return config.lock()
@@ -148,14 +148,14 @@ def as_read(config: ml_collections.ConfigDict, model: ModelConfig,
   the model does not read; `resolved`: with those filled in that are derived.
   """
   tree = config.to_dict() | (
-      {'model': tables.as_dict(model)} if resolved else {})
-  for name in tables.unread(model):
+      {'model': flat.as_dict(model)} if resolved else {})
+  for name in flat.unread(model):
     *groups, last = name.split('.')
     at = above = tree['model']
     for group in groups:
       above, at = at, at.get(group, {})
     at.pop(last, None)
-    if not at and groups[-1] in tables.GROUPS:
+    if not at and groups[-1] in flat.GROUPS:
       above.pop(groups[-1], None)
   return tree
 
@@ -164,7 +164,7 @@ def flatten(tree: Mapping[str, Any] | ml_collections.ConfigDict
             ) -> dict[str, Any]:
   """Returns {'model.d_model': 128, ...}, of a config or of nested dicts.
   """
-  return tables.flat(tree)
+  return flat.flatten(tree)
 
 
 # Changes of a config half-way.
@@ -259,9 +259,9 @@ def to_train(workdir: str | os.PathLike, config: ml_collections.ConfigDict
   """Returns the command that trains in `workdir` with this very config."""
   arch = config.model.arch
   there, kinds = usual(arch), config.model.kinds.to_dict()
-  flat = flatten(there)
+  usually = flatten(there)
   words = [f'--config.{name}={value}' for name, value in flatten(config).items()
-           if not name.startswith('model.kinds.') and value != flat[name]]
+           if not name.startswith('model.kinds.') and value != usually[name]]
   if kinds != there.model.kinds.to_dict():
     words.append(f'--config.model.kinds={kinds}')
   return shlex.join(['python', 'train.py', '--config',

@@ -34,10 +34,12 @@ from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import indexer
 from architectures.parts.attention import kernels
+from architectures.parts.attention.indexer import IndexerConfig
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.cache import Cache
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
+from architectures.parts.positions import RopeConfig
 from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
 from common.errors import require
@@ -193,7 +195,7 @@ class SWA(Attention):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
-    c, m = self.config, self.config.compressed
+    c, m = self.config, self.config.part(CompressedConfig)
     require(not ctx.keep_attention, f'model.mixer {c.mixer!r} weighs entries '
             'of several tokens each: there is no weight of each token to keep')
     asks_BLU = layers.norm(c, 'query_norm', 'latent')(self._dense(
@@ -239,7 +241,8 @@ class SWA(Attention):
 
   def _grouped(self, o_BLHK: jax.Array, ctx: Context) -> jax.Array:
     """Returns the output, of two products, the first for each group."""
-    c, m, (B, L, H, K) = self.config, self.config.compressed, o_BLHK.shape
+    c, (B, L, H, K) = self.config, o_BLHK.shape
+    m = c.part(CompressedConfig)
     axes, shape = ('heads', None, 'head'), (m.out_groups, H // m.out_groups, K)
     w_GHKU = layers.weight(self, 'out_down', (*shape, m.out_rank),
                            (*axes, None), in_axes=(1, 2), batch_axes=(0,))
@@ -281,10 +284,11 @@ class SWA(Attention):
       seen_BLW &= end_BW[:, None] >= features.starts(
           ctx.segment_ids_BL)[:, :, None]
     if c.mixer == 'csa':
+      sizes = c.part(IndexerConfig)
       index = indexer.Indexer(c, 'latent', name='indexer')(
           x_BLD, asks_BLU, ctx, turn=lambda q_BLHK, ctx: turn(
               q_BLHK, ctx.positions_BL, c, ctx.length, of_index=True),
-          keys=lambda x_BLD: entries('index', c.indexer.head_dim, x_BLD))
+          keys=lambda x_BLD: entries('index', sizes.head_dim, x_BLD))
       M = cache.num_slots if slots else L
       with layers.useful(self._pairs(L, M, whole=True), L * e_BW1K.shape[1]):
         scored = Scored(indexer.scores(index))
@@ -295,11 +299,13 @@ class SWA(Attention):
     the queries are the last of so many tokens; `whole`: of all entries that a
     query might see."""
     c, at = self.config, np.arange(keys - queries, keys) + 1
-    seen = 0 if whole else np.minimum(at, c.compressed.window)
+    seen = 0 if whole else np.minimum(at, c.part(CompressedConfig).window)
     if self.PARTS:
-      entries, top = at // rate_of(c), c.indexer.top_k if c.indexer else 0
-      chosen = c.mixer == 'csa' and top and not whole
-      seen = seen + (np.minimum(entries, top) if chosen else entries)
+      entries = at // rate_of(c)
+      if c.mixer == 'csa' and not whole:
+        top = c.part(IndexerConfig).top_k
+        entries = np.minimum(entries, top) if top else entries
+      seen = seen + entries
     return int(seen.sum())
 
 
@@ -313,7 +319,7 @@ class CSA(SWA):
 
 def rate_of(c: ModelConfig) -> int:
   """Returns how many tokens an entry stands for."""
-  m = c.compressed
+  m = c.part(CompressedConfig)
   return m.csa_rate if c.mixer == 'csa' else m.hca_rate
 
 
@@ -324,13 +330,14 @@ def turn(x_BLHK: jax.Array, positions_BL: jax.Array, c: ModelConfig,
   rotate = positions.of(c).rotate
   if not rotate:
     return x_BLHK
-  dim = positions.rotary_dim(c)
-  rope = dataclasses.replace(
-      c.rope, fraction=c.rope.fraction if c.rope.proportional else 1.0,
-      interleaved=(c.indexer if of_index else c.rope).interleaved)
+  dim, rope = positions.rotary_dim(c), c.part(RopeConfig)
+  pairs = c.part(IndexerConfig) if of_index else rope
+  of_tail = dataclasses.replace(c, head_dim=dim).with_part(
+      RopeConfig, fraction=rope.fraction if rope.proportional else 1.0,
+      interleaved=pairs.interleaved)
   rest, tail = jnp.split(x_BLHK, (x_BLHK.shape[-1] - dim,), -1)
-  return jnp.concatenate([rest, rotate(tail, positions_BL, dataclasses.replace(
-      c, head_dim=dim, rope=rope), length)], -1)
+  tail = rotate(tail, positions_BL, of_tail, length)
+  return jnp.concatenate([rest, tail], -1)
 
 
 def empty(parts: int, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
@@ -338,7 +345,7 @@ def empty(parts: int, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
   zeros = lambda *shape: jnp.zeros(shape, c.compute_dtype)
   *rows, M = shape
   sizes = {'entry': c.head_dim} | (
-      {'index': c.indexer.head_dim} if c.mixer == 'csa' else {})
+      {'index': c.part(IndexerConfig).head_dim} if c.mixer == 'csa' else {})
   inputs: dict[str, jax.Array] = {}
   for name, size in sizes.items() if parts else ():
     rate = rate_of(c)
@@ -349,7 +356,7 @@ def empty(parts: int, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
 
 def check(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what such a layer cannot be."""
-  m, who = c.compressed, f'model.mixer is {c.mixer!r}'
+  m, who = c.part(CompressedConfig), f'model.mixer is {c.mixer!r}'
   require(stack == 'decoder', f'{who}, whose entries are made of the tokens '
           f'before, and model.arch {c.arch!r} is no decoder: choose attention')
   require(c.attention == 'global', f'{who}, which says itself what a query '
@@ -361,9 +368,12 @@ def check(c: ModelConfig, stack: str) -> None:
   require(c.num_heads % m.out_groups == 0, 'model.compressed.out_groups is '
           f'{m.out_groups}, which does not divide model.num_heads '
           f'{c.num_heads}')
-  require(c.mixer != 'csa' or not c.indexer.block, f'{who}, whose entries are '
-          'chosen one by one: set model.indexer.block to 0')
-  if c.mixer == 'csa' and positions.of(c).rotate:
-    require(indexer.turned(c) <= c.indexer.head_dim, 'model.indexer.head_dim '
-            f'is {c.indexer.head_dim}, and rotary positions turn '
+  if c.mixer != 'csa':
+    return
+  sizes = c.part(IndexerConfig)
+  require(not sizes.block, f'{who}, whose entries are chosen one by one: set '
+          'model.indexer.block to 0')
+  if positions.of(c).rotate:
+    require(indexer.turned(c) <= sizes.head_dim, 'model.indexer.head_dim '
+            f'is {sizes.head_dim}, and rotary positions turn '
             f'{indexer.turned(c)} features of a head: choose as many or more')

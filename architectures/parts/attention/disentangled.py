@@ -50,15 +50,16 @@ class Distances(nn.Module):
 
   @nn.compact
   def __call__(self) -> jax.Array:
-    c = self.config
-    table_UD = layers.embedding(self, 'table', 2 * c.disentangled.buckets)
+    c, distances = self.config, self.config.part(DisentangledConfig)
+    table_UD = layers.embedding(self, 'table', 2 * distances.buckets)
     return layers.norm(c, 'norm')(table_UD.astype(c.compute_dtype))
 
 
 def rows(distance: jax.Array, c: ModelConfig) -> jax.Array:
   """Returns r of i - j. Far buckets are looked up in a table that is made in
   float64, so that a distance on a bucket's border has the same one anywhere."""
-  S, most = c.disentangled.buckets, c.disentangled.max_distance
+  distances = c.part(DisentangledConfig)
+  S, most = distances.buckets, distances.max_distance
   half, sizes = S // 2, np.arange(most + 1)
   logs = np.log(np.maximum(sizes, half) / half) / np.log((most - 1) / half)
   buckets = np.where(sizes <= half, sizes,
@@ -116,10 +117,11 @@ def bias(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
 def check(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what disentangled attention cannot be."""
   del stack
-  who, d = "model.position is 'disentangled'", c.disentangled
+  who = "model.position is 'disentangled'"
   require(c.mixer == 'attention' and not c.kv_sharing, f'{who}, which needs '
           "queries and keys of the layer's own: choose model.mixer attention, "
           'without kv_sharing')
+  d = c.part(DisentangledConfig)
   require(d.buckets % 2 == 0 and d.max_distance > d.buckets // 2 + 1,
           f'model.disentangled.buckets is {d.buckets} and '
           f'model.disentangled.max_distance {d.max_distance}: the first must '

@@ -47,11 +47,14 @@ import numpy as np
 from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
+from architectures.parts.attention.fields import LatentConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
+from architectures.parts.positions import RopeConfig
 from architectures.parts.recurrent import features
 from common.errors import require
-from common.fields import field, FUNCTION, RECIPE, SHAPES, REGULARISATION
+from common.fields import field, FUNCTION, RECIPE, REGULARISATION, SHAPES
+from common.fields import Wait
 
 NORM_EPS = 1e-6  # of the norm of keys, whatever model.norm_eps is
 UNSEEN = -1e30  # finite, as kernels.MASKED
@@ -73,13 +76,20 @@ class IndexerConfig:
       0, "size of such a head; derived: the model's head_dim", resume=SHAPES)
   interleaved: bool = field(
       False, 'turned pairs of its features are neighbours, not half as many '
-      'apart', resume=FUNCTION, read_by='position=rope')
+      'apart', resume=FUNCTION)
   loss_weight: float = field(
       1.0, "of the divergence from attention's weights, in the training loss",
       least=0, resume=REGULARISATION, about=RECIPE)
 
   def derived(self, c: ModelConfig) -> 'IndexerConfig':
     return dataclasses.replace(self, head_dim=self.head_dim or c.head_dim)
+
+  def waits(self, c: ModelConfig) -> dict[str, Wait]:
+    """Returns the fields that nothing reads as the others are, with what each
+    of them waits for."""
+    if c.position == 'rope':
+      return {}
+    return {'interleaved': Wait('position', 'is rope')}
 
 
 @struct.dataclass
@@ -107,7 +117,7 @@ class Indexer(nn.Module):
                turn: Optional[Callable[..., jax.Array]] = None,
                keys: Optional[Callable[[jax.Array], jax.Array]] = None
                ) -> Index:
-    c, i = self.config, self.config.indexer
+    c, i = self.config, self.config.part(IndexerConfig)
     x_BLD, asks_BLU = jax.lax.stop_gradient((x_BLD, asks_BLU))
 
     def product(name: str, spec: str, x: jax.Array, *shape: int,
@@ -147,16 +157,16 @@ class Indexer(nn.Module):
     if not rotate:
       return x_BLHK
     head, rest = jnp.split(x_BLHK, (turned(c),), -1)
-    rope = dataclasses.replace(c.rope, fraction=1.0,
-                               interleaved=c.indexer.interleaved)
-    return jnp.concatenate([rotate(
-        head, ctx.positions_BL - back, dataclasses.replace(
-            c, head_dim=turned(c), rope=rope), ctx.length), rest], -1)
+    of_head = dataclasses.replace(c, head_dim=turned(c)).with_part(
+        RopeConfig, fraction=1.0,
+        interleaved=c.part(IndexerConfig).interleaved)
+    head = rotate(head, ctx.positions_BL - back, of_head, ctx.length)
+    return jnp.concatenate([head, rest], -1)
 
 
 def turned(c: ModelConfig) -> int:
   """Returns how many features of a head rotary positions turn."""
-  return (c.latent.rope_dim if c.mixer == 'latent' else
+  return (c.part(LatentConfig).rope_dim if c.mixer == 'latent' else
           positions.rotary_dim(c))
 
 
@@ -219,7 +229,7 @@ class Scored(NamedTuple):
 
 def scored(c: ModelConfig, index: Index, ids_BM: Optional[jax.Array]) -> Scored:
   """Returns the scores of all keys, whose documents are `ids_BM`."""
-  size, keys = c.indexer.block, index.key_BMJK.shape[1]
+  size, keys = c.part(IndexerConfig).block, index.key_BMJK.shape[1]
   if not size:
     return Scored(scores(index))
   at_1M = jnp.arange(keys)[None]
@@ -302,24 +312,26 @@ def divergence(target_BLM: jax.Array, scores_BLM: jax.Array,
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> Optional[jax.Array]:
   """Returns what a cache of this shape holds of an indexer; None: nothing."""
   return None if c.attention != 'indexed' else jnp.zeros(
-      (*shape, 1, c.indexer.head_dim), c.compute_dtype)
+      (*shape, 1, c.part(IndexerConfig).head_dim), c.compute_dtype)
 
 
 def has_blocks(c: ModelConfig) -> bool:
   """Whether the indexer of a layer, if it has one, chooses blocks."""
-  return c.attention == 'indexed' and c.indexer.block > 0
+  return c.attention == 'indexed' and c.part(IndexerConfig).block > 0
 
 
 def inputs(c: ModelConfig, shape: tuple[int, ...]) -> dict[str, jax.Array]:
   """Returns Index.inputs of rows without a token, likewise."""
-  return {INPUT: jnp.zeros(
-      (*shape[:-1], c.indexer.block - 1, 1, c.indexer.head_dim),
-      c.compute_dtype)} if has_blocks(c) else {}
+  if not has_blocks(c):
+    return {}
+  sizes = c.part(IndexerConfig)
+  shape = *shape[:-1], sizes.block - 1, 1, sizes.head_dim
+  return {INPUT: jnp.zeros(shape, c.compute_dtype)}
 
 
 def kept(c: ModelConfig, seen: np.ndarray) -> np.ndarray:
   """Returns how many keys queries see that may see so many."""
-  size, top = max(c.indexer.block, 1), c.indexer.top_k
+  size, top = max(c.part(IndexerConfig).block, 1), c.part(IndexerConfig).top_k
   return np.minimum(seen // size, top // size) * size + seen % size if (
       top) else seen
 
@@ -333,10 +345,10 @@ def check(c: ModelConfig, stack: str) -> None:
           "model.parametrization 'mup' has no rule: choose standard")
   require(not c.kv_sharing, f'{who}, and model.kv_sharing is True: a layer '
           'chooses of keys of its own, so set it to False')
-  i = c.indexer
+  i = c.part(IndexerConfig)
   require(not i.block or i.top_k % i.block == 0, f'model.indexer.block is '
           f'{i.block}, which does not divide model.indexer.top_k {i.top_k}')
   if positions.of(c).rotate:
-    require(turned(c) <= c.indexer.head_dim, 'model.indexer.head_dim is '
-            f'{c.indexer.head_dim}, and rotary positions turn {turned(c)} '
+    require(turned(c) <= i.head_dim, 'model.indexer.head_dim is '
+            f'{i.head_dim}, and rotary positions turn {turned(c)} '
             'features of a head: choose as many or more')

@@ -27,61 +27,16 @@ from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import indexer
+from architectures.parts.attention.fields import LatentConfig
 from architectures.parts.attention.kernels import begins, share
 from architectures.parts.attention.multi_head import Attention, gate_products
 from architectures.parts.cache import Cache
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
+from architectures.parts.positions import RopeConfig
 from common.errors import require
-from common.fields import field, FUNCTION, SHAPES
 
 UP_AXES = 'latent', 'heads', 'head'
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentConfig:
-  """Of mixer latent. What is left open: in DeepSeek-V2 the latent has the size
-  of 4 heads and the turned part that of half a head (section 3.1.2); here it is
-  even, too."""
-  q_rank: int = field(
-      0, 'Size of the vector that queries are made from; 0: the layer\'s '
-      'input.', resume=SHAPES)
-  kv_rank: int = field(
-      0, 'Size of the vector that keys and values are made from; derived: '
-      '4 head_dim.', resume=SHAPES)
-  nope_dim: int = field(
-      0, "Features of a head's query and key without positions; derived: "
-      'head_dim.', resume=SHAPES)
-  rope_dim: int = field(
-      0, 'Features with positions, of a key that all heads share; derived: '
-      'half of head_dim.', resume=SHAPES)
-  v_dim: int = field(0, "size of a head's value; derived: head_dim",
-                     resume=SHAPES)
-  scale: float = field(
-      0.0, 'The factor of the scores; derived: (nope_dim + rope_dim) ** -0.5.',
-      least=0, resume=FUNCTION)
-  norm_eps: float = field(
-      0.0, "epsilon of the latents' norms; derived: norm_eps", least=0, most=1,
-      resume=FUNCTION)
-
-  @property
-  def key_dim(self) -> int:
-    """The size of a head's queries and keys."""
-    return self.nope_dim + self.rope_dim
-
-  @property
-  def slot_dim(self) -> int:
-    """What a cache holds of a token: the latent and the turned key."""
-    return self.kv_rank + self.rope_dim
-
-  def derived(self, c: ModelConfig) -> 'LatentConfig':
-    nope_dim = self.nope_dim or c.head_dim
-    rope_dim = self.rope_dim or 2 * -(-c.head_dim // 4)
-    return dataclasses.replace(
-        self, kv_rank=self.kv_rank or 4 * c.head_dim, nope_dim=nope_dim,
-        rope_dim=rope_dim, v_dim=self.v_dim or c.head_dim,
-        scale=self.scale or (nope_dim + rope_dim) ** -0.5,
-        norm_eps=self.norm_eps or c.norm_eps)
 
 
 class LatentAttention(Attention):
@@ -111,9 +66,10 @@ class LatentAttention(Attention):
     # Queries may be split over the mesh along the length; each sees all keys.
     slot_BM1U = sharding.constrain(slot_BM1U, 'batch', None, None, None)
     L, M = q_BLHK.shape[1], slot_BM1U.shape[1]
+    sizes = c.part(LatentConfig)
     up_UHK = layers.weight(
-        self, 'kv_up', (c.latent.kv_rank, c.num_heads,
-                        c.latent.nope_dim + c.latent.v_dim), UP_AXES)
+        self, 'kv_up', (sizes.kv_rank, c.num_heads,
+                        sizes.nope_dim + sizes.v_dim), UP_AXES)
     absorbed = slots and ctx.deterministic and is_absorbed(c, L, M)
     attend = self._on_latents if absorbed else self._on_heads
     o_BLHK, report = attend(q_BLHK, slot_BM1U, up_UHK, k_positions_BM, ctx,
@@ -124,43 +80,45 @@ class LatentAttention(Attention):
 
   @property
   def scale(self) -> float:
-    return self.config.latent.scale * positions.of(
+    return self.config.part(LatentConfig).scale * positions.of(
         self.config).score_factor(self.config)
 
   def _asks(self, x_BLD: jax.Array, ctx: Context) -> tuple[jax.Array, str]:
     """Returns what queries are made of, [B, L, U], and its logical axis."""
-    if not self.config.latent.q_rank:
+    if not self.config.part(LatentConfig).q_rank:
       return x_BLD, 'embed'
     return self._normalised('query', self._down(
-        'query', x_BLD, self.config.latent.q_rank, ctx)), 'latent'
+        'query', x_BLD, self.config.part(LatentConfig).q_rank, ctx)), 'latent'
 
   def _queries(self, asks_BLU: jax.Array, axis: str, ctx: Context
                ) -> jax.Array:
     c = self.config
-    shape = c.num_heads, c.latent.key_dim
+    sizes = c.part(LatentConfig)
+    shape = c.num_heads, sizes.key_dim
     # What the scores are not scaled by, the query's weights are.
-    gain = (c.latent.key_dim ** -0.5 / c.latent.scale
+    gain = (sizes.key_dim ** -0.5 / sizes.scale
             if c.init == 'fan_in' else 1.0)
     q_BLHK = layers.dense(
-        self, 'query_up' if c.latent.q_rank else 'query', 'BLU,UHK->BLHK',
+        self, 'query_up' if sizes.q_rank else 'query', 'BLU,UHK->BLHK',
         asks_BLU, (asks_BLU.shape[-1], *shape), (axis, 'heads', 'head'),
         gain=gain, with_bias=False, deterministic=ctx.deterministic)
     q_BLHK = sharding.constrain(q_BLHK, 'batch', 'length', 'heads', 'head')
-    plain_BLHK, turned_BLHK = jnp.split(q_BLHK, (c.latent.nope_dim,), -1)
+    plain_BLHK, turned_BLHK = jnp.split(q_BLHK, (sizes.nope_dim,), -1)
     return jnp.concatenate([plain_BLHK, self._turn(turned_BLHK, ctx)], -1)
 
   def _slots(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     """Returns of each token the latent and the turned key, [B, L, 1, U]."""
     c = self.config
-    down_BLU = self._down('kv', x_BLD, c.latent.slot_dim, ctx)
-    latent_BLU, key_BLU = jnp.split(down_BLU, (c.latent.kv_rank,), -1)
+    sizes = c.part(LatentConfig)
+    down_BLU = self._down('kv', x_BLD, sizes.slot_dim, ctx)
+    latent_BLU, key_BLU = jnp.split(down_BLU, (sizes.kv_rank,), -1)
     latent_BLU = self._normalised('kv', latent_BLU)
     return jnp.concatenate([latent_BLU[:, :, None],
                             self._turn(key_BLU[:, :, None], ctx)], -1)
 
   def _normalised(self, name: str, latent_BLU: jax.Array) -> jax.Array:
     c = self.config
-    norm_config = dataclasses.replace(c, norm_eps=c.latent.norm_eps)
+    norm_config = dataclasses.replace(c, norm_eps=c.part(LatentConfig).norm_eps)
     return layers.norm(norm_config, f'{name}_norm', 'latent')(latent_BLU)
 
   def _down(self, name: str, x_BLD: jax.Array, size: int, ctx: Context
@@ -184,13 +142,14 @@ class LatentAttention(Attention):
                 **how: Any):
     """Meets keys and values that are made of the latents, a head each."""
     c = self.config
-    latent_BM1U, key_BM1K = jnp.split(slot_BM1U, (c.latent.kv_rank,), -1)
+    sizes = c.part(LatentConfig)
+    latent_BM1U, key_BM1K = jnp.split(slot_BM1U, (sizes.kv_rank,), -1)
     kv_BMHK = layers.product(
         self, 'kv_up', 'BMU,UHK->BMHK', latent_BM1U[:, :, 0], up_UHK, UP_AXES,
         deterministic=ctx.deterministic)
-    k_BMHK, v_BMHK = jnp.split(kv_BMHK, (c.latent.nope_dim,), -1)
+    k_BMHK, v_BMHK = jnp.split(kv_BMHK, (sizes.nope_dim,), -1)
     key_BMHK = jnp.broadcast_to(
-        key_BM1K, (*k_BMHK.shape[:3], c.latent.rope_dim))
+        key_BM1K, (*k_BMHK.shape[:3], sizes.rope_dim))
     k_BMHK = jnp.concatenate([k_BMHK, key_BMHK], -1)
     k_BMHK, v_BMHK = (sharding.constrain(x, 'batch', None, 'heads', 'head')
                       for x in (k_BMHK, v_BMHK))
@@ -203,13 +162,14 @@ class LatentAttention(Attention):
     """Meets the latents themselves, as keys and values that all heads share."""
     c = self.config
     up_UHK = layers.adapted_weight(self, 'kv_up', up_UHK, UP_AXES)
-    key_UHK, value_UHK = jnp.split(up_UHK, (c.latent.nope_dim,), -1)
-    q_BLHK, turned_BLHK = jnp.split(q_BLHK, (c.latent.nope_dim,), -1)
+    sizes = c.part(LatentConfig)
+    key_UHK, value_UHK = jnp.split(up_UHK, (sizes.nope_dim,), -1)
+    q_BLHK, turned_BLHK = jnp.split(q_BLHK, (sizes.nope_dim,), -1)
     q_BLHU = layers.einsum('BLHK,UHK->BLHU', q_BLHK, key_UHK, c.compute_dtype)
     q_BLHU = jnp.concatenate([q_BLHU, turned_BLHK], -1)
     with self._useful(q_BLHU, slot_BM1U, ctx):
       o_BLHU, report = self._weigh(
-          q_BLHU, slot_BM1U, slot_BM1U[..., :c.latent.kv_rank], k_positions_BM,
+          q_BLHU, slot_BM1U, slot_BM1U[..., :sizes.kv_rank], k_positions_BM,
           ctx, **how)
     return layers.einsum('BLHU,UHK->BLHK', o_BLHU, value_UHK,
                          c.compute_dtype), report
@@ -222,7 +182,7 @@ class LatentAttention(Attention):
 def is_absorbed(c: ModelConfig, queries: int, slots: int) -> bool:
   """Whether so many queries meet the slots of a cache with fewer products as
   they are than as keys and values of each head."""
-  dims = c.latent
+  dims = c.part(LatentConfig)
   up = dims.kv_rank * (dims.nope_dim + dims.v_dim)
   return (queries * (up + slots * (dims.kv_rank + dims.slot_dim))
           < slots * (up + queries * (dims.key_dim + dims.v_dim)))
@@ -230,19 +190,21 @@ def is_absorbed(c: ModelConfig, queries: int, slots: int) -> bool:
 
 def turned(c: ModelConfig) -> ModelConfig:
   """Returns a config whose heads are the part that positions turn."""
-  return dataclasses.replace(c, head_dim=c.latent.rope_dim)
+  return dataclasses.replace(c, head_dim=c.part(LatentConfig).rope_dim)
 
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
   """Returns a cache of this shape: what stands before the heads' axis."""
-  return Cache(jnp.zeros((*shape, 1, c.latent.slot_dim), c.compute_dtype),
+  sizes = c.part(LatentConfig)
+  return Cache(jnp.zeros((*shape, 1, sizes.slot_dim), c.compute_dtype),
                index_BMJK=indexer.empty(c, shape),
                inputs=indexer.inputs(c, shape))
 
 
 def products(c: ModelConfig) -> set[str]:
   """Returns which of layers.PRODUCTS a layer has."""
-  query = {'query_down', 'query_up'} if c.latent.q_rank else {'query'}
+  sizes = c.part(LatentConfig)
+  query = {'query_down', 'query_up'} if sizes.q_rank else {'query'}
   return query | {'kv_down', 'kv_up', 'out'} | gate_products(
       c.attention_gate)
 
@@ -255,12 +217,14 @@ def check(c: ModelConfig, stack: str) -> None:
           'attention')
   require(c.parametrization != 'mup', f"{who}, for whose ranks "
           "model.parametrization 'mup' has no rule: choose standard")
+  sizes = c.part(LatentConfig)
   require(c.attention_kernel in ('auto', 'xla'), f'{who}, whose keys have '
-          f'{c.latent.key_dim} features and whose values {c.latent.v_dim}: '
+          f'{sizes.key_dim} features and whose values {sizes.v_dim}: '
           f'model.attention_kernel {c.attention_kernel} takes heads of one '
           'size, so choose auto or xla')
   if positions.of(c).rotate:
-    require(c.rope.fraction == 1, f'model.rope.fraction is {c.rope.fraction}, '
+    rope = c.part(RopeConfig)
+    require(rope.fraction == 1, f'model.rope.fraction is {rope.fraction}, '
             f'and {who}, of whose heads model.latent.rope_dim features are '
             'turned: set it to 1')
     positions.check_rope(turned(c), head='model.latent.rope_dim')

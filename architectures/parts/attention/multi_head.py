@@ -29,6 +29,7 @@ from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import indexer
 from architectures.parts.attention import kernels
+from architectures.parts.attention.indexer import IndexerConfig
 from architectures.parts.cache import Cache
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context, First, Keys
@@ -36,57 +37,9 @@ from architectures.parts.recurrent import features
 from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.errors import require
-from common.fields import field, FUNCTION, SHAPES
 
 GATE = 'output_gate'  # its weight, and the product for adapters
 VALUE_AXES = 'batch', 'length', 'kv_heads', 'head'
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-  """What no other mixer reads. The fields are the model's own, in no group."""
-  attention_log_scale: float = field(
-      0.0, 'How much queries grow with the logarithm of their position; 0: '
-      'they do not.', least=0, resume=FUNCTION, of_layers=True)
-  attention_log_from: int = field(
-      8192, 'the position from which they grow', above=0, resume=FUNCTION,
-      read_by='attention_log_scale')
-  qk_norm: bool = field(False, 'a norm of queries and of keys', of_layers=True)
-  qk_norm_over: str = field(
-      'head', 'what it is over: a head, or the whole projection',
-      choices=('head', 'projection'), of_layers=True, read_by='qk_norm')
-  qk_norm_scale: bool = field(
-      True, 'whether it is the norm of the model, with parameters; if not, '
-      'rmsnorm_plain', of_layers=True, read_by='qk_norm')
-  qk_clip: float = field(
-      0.0, 'The greatest length of a query or a key, after a scale of each '
-      'feature of a query; 0: there is none.', least=0, resume=FUNCTION,
-      of_layers=True)
-  attention_difference: float = field(
-      0.0, 'How much of the second weights of a pair of heads is subtracted '
-      'from the first at first; 0: heads are no pairs.', least=0, below=1,
-      resume=FUNCTION, of_layers=True)
-  attention_conv: int = field(
-      0, 'Tokens that a convolution of queries, keys and values sees; 0: no '
-      'convolution.', resume=SHAPES, of_layers=True)
-  value_residual: bool = field(
-      False, "the first layer's values are mixed into all",
-      read_by='kv_sharing=False')
-  value_embedding: bool = field(
-      False, "a table of tokens is added to a layer's values", of_layers=True,
-      read_by='kv_sharing=False')
-  value_norm: bool = field(
-      False, 'a norm of each head of values, rmsnorm_plain', of_layers=True,
-      read_by='kv_sharing=False')
-  keys_as_values: bool = field(
-      False, 'values are the keys, before their norm and their positions',
-      of_layers=True, read_by='kv_sharing=False')
-  kv_sharing: bool = field(
-      False, 'A layer reads the keys and values of one before it: of a kind of '
-      'layer.', of_layers=True)
-  attention_scale: float = field(
-      0.0, 'The factor of the scores; derived: head_dim ** -0.5 (with mup: '
-      'that of the base).', least=0, resume=FUNCTION, of_layers=True)
 
 
 class Attention(nn.Module):
@@ -211,9 +164,11 @@ class Attention(nn.Module):
     mask, seen_BLM, bias_BHLM = masked or self._mask(k_positions_BM, ctx)
     if layer_BHLM is not None:
       mask, bias_BHLM = mask.replace(bias=True), layer_BHLM
-    if scored is not None and 0 < c.indexer.top_k < k_BMJK.shape[1]:
-      seen_BLM = scored.best(seen_BLM, c.indexer.top_k)
-      mask = mask.replace(rule=True)
+    if scored is not None:
+      top = c.part(IndexerConfig).top_k
+      if 0 < top < k_BMJK.shape[1]:
+        seen_BLM = scored.best(seen_BLM, top)
+        mask = mask.replace(rule=True)
     if c.attention_dropout and not ctx.deterministic:
       key, mask = self.make_rng('dropout'), mask.replace(dropout=True)
     sink_H = (layers.bias(self, 'sink', (c.num_heads,), ('heads',))
@@ -230,9 +185,9 @@ class Attention(nn.Module):
       target_BLM = jax.lax.stop_gradient(kernels.weights(
           *jax.lax.stop_gradient((q_BLHK, k_BMJK)), causal=causal, mean=True,
           **how))
+      weight = c.part(IndexerConfig).loss_weight
       report = report.replace(losses={
-          'indexer': c.indexer.loss_weight * scored.divergence(
-              target_BLM, seen_BLM, ctx)})
+          'indexer': weight * scored.divergence(target_BLM, seen_BLM, ctx)})
     kernel = 'xla'
     if self.FUSED and not (slots or self.is_initializing()):
       kernel = kernels.choose(c, mask, q_BLHK.shape[1], k_BMJK.shape[1],
@@ -262,7 +217,7 @@ class Attention(nn.Module):
     """Returns the indexer's scores of the keys, the keys' positions and their
     arrays [B, M, J, K]. Where one token meets the slots of a cache, those that
     it chooses alone, without scores."""
-    c, top = self.config, self.config.indexer.top_k
+    c, top = self.config, self.config.part(IndexerConfig).top_k
     whole = dataclasses.replace(self.kind, attention='global')
     shape = *index.query_BLHK.shape[:2], arrays[0].shape[1]
     with layers.useful(*kernels.share(whole, c, *shape[1:],

@@ -11,6 +11,7 @@ from architectures.parts import hf
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types
+from architectures.parts.positions import RopeConfig
 from common.errors import RequestError, require
 
 # The fields that a scaling alone has, with their defaults.
@@ -181,7 +182,7 @@ def write(c: ModelConfig, *, whole_heads: bool = True, on_scores: bool = False,
     on_scores, words: as of `read`.
     temperature: as of `read_by_kind`.
   """
-  r = c.rope
+  r = c.part(RopeConfig)
   if r.scaling == 'ntk':
     raise RequestError(
         "model.rope.scaling is 'ntk', which config.json has not: it is the "

@@ -15,7 +15,6 @@ wide.
 """
 
 from collections.abc import Mapping
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +26,7 @@ from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
+from architectures.parts.layers import ClampConfig
 from architectures.parts.moe import dispatch
 from architectures.parts.moe import routing
 from architectures.parts.moe.dispatch import Dropout, Weights
@@ -46,7 +46,7 @@ class MoE(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context):
-    c, m = self.config, self.config.moe
+    c, m = self.config, self.config.part(MoEConfig)
     B, L, D = x_BLD.shape
     valid_T = ctx.counted(B, L).reshape(-1)
     # If the length is sharded over `tensor`, XLA makes one axis of batch and
@@ -64,9 +64,10 @@ class MoE(nn.Module):
       x_TD = x_TD * routed.gate_A[:, None].astype(x_TD.dtype)
       routed = routed.replace(gate_A=(routed.gate_A > 0).astype(jnp.float32))
     x_TD = x_TD.astype(c.compute_dtype)
+    clamp = c.find(ClampConfig)
     y_TD, kept_A = dispatch.experts(
         m, x_TD, routing.networks(m, routed), self._weights(),
-        layers.Hidden(m.ffn, c.clamp), inputs.groups, self._dropout(ctx),
+        layers.Hidden(m.ffn, clamp), inputs.groups, self._dropout(ctx),
         train=inputs.train, again=layers.remat(c).again)
     if m.zero_experts:
       zero_A, gate_T = routing.zero(m, routed)
@@ -92,7 +93,7 @@ class MoE(nn.Module):
   def _product(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     """Returns a product into the space of the experts, or out of it."""
     c, up = self.config, name == 'latent_up'
-    sizes, axes = (c.d_model, c.moe.latent_dim), ('embed', None)
+    sizes, axes = (c.d_model, c.part(MoEConfig).latent_dim), ('embed', None)
     return layers.dense(
         self, name, 'BLD,DU->BLU', x_BLD, sizes[::-1] if up else sizes,
         axes[::-1] if up else axes, with_bias=c.ffn_bias, residual=up,
@@ -102,7 +103,7 @@ class MoE(nn.Module):
     """Returns what the shared experts add. A token has one gate at every width,
     so muP divides the gate's logit as it divides the router's."""
     c = self.config
-    if not c.moe.shared_gate:
+    if not c.part(MoEConfig).shared_gate:
       return shared_BLD
     gate_DU = layers.weight(self, 'shared_gate', (c.d_model, 1),
                             ('embed', None), output=True)
@@ -110,7 +111,7 @@ class MoE(nn.Module):
     return shared_BLD * jax.nn.sigmoid(gate_BLU / c.widening)
 
   def _logits(self, x_TD: jax.Array, ctx: Context):
-    m = self.config.moe
+    m = self.config.part(MoEConfig)
     if not routing.of(m).logits:
       return None
     router_DE = layers.weight(self, 'router', (x_TD.shape[1], m.all_experts),
@@ -136,7 +137,7 @@ class MoE(nn.Module):
     return self.make_rng('router') if wanted and not ctx.deterministic else None
 
   def _hashed(self, ctx: Context, shape: tuple[int, int]):
-    c, m = self.config, self.config.moe
+    c, m = self.config, self.config.part(MoEConfig)
     if not routing.of(m).hashes:
       return None
     tokens_T = jnp.broadcast_to(ctx.tokens_BL, shape).reshape(-1)
@@ -149,19 +150,20 @@ class MoE(nn.Module):
 
   def _bias(self):
     """DeepSeek-V3's bias: no gradient moves it, `move_biases` does."""
-    if not routing.of(self.config.moe).bias:
+    moe = self.config.part(MoEConfig)
+    if not routing.of(moe).bias:
       return None
     return declare(self, BIAS, nn.initializers.zeros,
-                   (self.config.moe.all_experts,), Role((None,)), jnp.float32)
+                   (moe.all_experts,), Role((None,)), jnp.float32)
 
   def _dropout(self, ctx: Context):
-    rate = self.config.moe.expert_dropout
+    rate = self.config.part(MoEConfig).expert_dropout
     if not rate or ctx.deterministic:
       return None
     return Dropout(jax.random.bits(self.make_rng('dropout')), rate=rate)
 
   def _weights(self) -> Weights:
-    c, m = self.config, self.config.moe
+    c, m = self.config, self.config.part(MoEConfig)
     size = {'embed': m.latent_dim or c.d_model, 'mlp': m.d_ff}
     weight = lambda name, *axes: layers.weight(
         self, name, (m.num_experts, *map(size.get, axes)), ('experts', *axes),
@@ -211,8 +213,10 @@ def move_biases(c: ModelConfig, params: dict[str, Any],
   """
   def move(path, x: jax.Array) -> jax.Array:
     path = jax.tree_util.keystr(path, simple=True, separator='/')
-    return routing.step_bias(
-        x, loads[path], applied * c.moe.bias_rate) if path in loads else x
+    if path not in loads:
+      return x
+    rate = c.part(MoEConfig).bias_rate
+    return routing.step_bias(x, loads[path], applied * rate)
 
   return jax.tree_util.tree_map_with_path(move, params)
 
@@ -223,11 +227,12 @@ def without_capacity(c: ModelConfig) -> ModelConfig:
   Over the tokens of one step a capacity would be one or two, and whether a row
   is served would hang on who else is in the batch, padding included.
   """
-  if not c.moe or routing.of(c.moe).experts_choose:
+  moe = c.find(MoEConfig)
+  if moe is None or routing.of(moe).experts_choose:
     return c  # the capacity of experts that choose is what they choose
-  way = 'dropless' if c.moe.dispatch == 'sorted' else c.moe.dispatch
-  return dataclasses.replace(c, moe=dataclasses.replace(
-      c.moe, eval_capacity_factor=0.0, group_size=0, dispatch=way))
+  way = 'dropless' if moe.dispatch == 'sorted' else moe.dispatch
+  return c.with_part(MoEConfig, eval_capacity_factor=0.0, group_size=0,
+                     dispatch=way)
 
 
 def routing_groups(size: int, tokens: int) -> int:

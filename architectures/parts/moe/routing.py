@@ -65,7 +65,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.layers import mix
 from common.errors import require
 from common.fields import field, FUNCTION, RECIPE, REGULARISATION, Resume
-from common.fields import RUN, SAFE, SAME, SHAPES
+from common.fields import RUN, SAFE, SAME, SHAPES, Wait
 
 SINKHORN_STEPS = 8
 NOWHERE = -1e30
@@ -74,6 +74,7 @@ NOWHERE = -1e30
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
   """Of ffn moe: the experts and their router."""
+  GROUP = 'moe'
   num_experts: int = field(8, 'experts of a layer', above=0, resume=SHAPES)
   top_k: int = field(
       2, 'experts of a token (with expert_choice: on average)', above=0,
@@ -84,8 +85,7 @@ class MoEConfig:
       1, 'Groups of experts, of which a token goes to the top_groups best; 1: '
       'there are none.', above=0, resume=FUNCTION)
   top_groups: int = field(
-      1, 'groups that a token may go to', above=0, resume=FUNCTION,
-      read_by='moe.expert_groups!=1')
+      1, 'groups that a token may go to', above=0, resume=FUNCTION)
   ffn: str = field(
       'gelu', 'the network of an expert, and of the dense layers between')
   d_ff: int = field(0, 'hidden units of one expert; derived: model.d_ff',
@@ -97,17 +97,16 @@ class MoEConfig:
       0, 'A dense network beside the experts, this many times as wide as one.')
   zero_experts: int = field(
       0, 'Experts that return what they read: a token may choose them, too.',
-      resume=SHAPES,
-      read_by='moe.router!=expert_choice,hash,hash_scored,uniform')
+      resume=SHAPES)
   shared_gate: bool = field(
       False, "Whether a sigmoid of the layer's input multiplies the output of "
-      'the shared experts.', read_by='moe.shared_experts')
+      'the shared experts.')
   dispatch: str = field(
       'auto', 'How tokens reach their experts. auto: sorted where a capacity '
       'pads little, else dropless.', resume=FUNCTION, about=RUN)
   grouped_kernel: str = field(
       'auto', 'The product of dropless. auto: megablox on TPU, else xla.',
-      resume=SAME, about=RUN, read_by='moe.dispatch=auto,dropless')
+      resume=SAME, about=RUN)
   capacity_factor: float = field(
       0.0, 'room of an expert in training, over an even load; 0: dropless',
       least=0, resume=FUNCTION, about=RECIPE)
@@ -153,6 +152,28 @@ class MoEConfig:
 
   def derived(self, c: ModelConfig) -> 'MoEConfig':
     return dataclasses.replace(self, d_ff=self.d_ff or c.d_ff)
+
+  def waits(self, c: ModelConfig) -> dict[str, Wait]:
+    """Returns the fields that nothing reads as the others are, with what each
+    of them waits for."""
+    del c
+    router, waits = of(self), {}
+    if self.expert_groups == 1:
+      waits['top_groups'] = Wait('moe.expert_groups', 'is not 1')
+    if router.experts_choose or not router.logits or router.table:
+      waits['zero_experts'] = Wait(
+          'moe.router', 'is not expert_choice or hash or hash_scored or '
+          'uniform')
+    if not self.shared_experts:
+      waits['shared_gate'] = Wait('moe.shared_experts', 'is set')
+    if self.dispatch not in ('auto', 'dropless'):
+      waits['grouped_kernel'] = Wait('moe.dispatch', 'is auto or dropless')
+    room = max(self.capacity_factor, self.eval_capacity_factor)
+    if not router.groups and room == 0:
+      waits['group_size'] = Wait(
+          'moe.capacity_factor', 'is set, or model.moe.eval_capacity_factor, '
+          'or model.moe.router chooses within groups')
+    return waits
 
 
 @struct.dataclass
@@ -519,7 +540,8 @@ def check_router(c: ModelConfig, stack: str) -> None:
     c: the model, with experts.
     stack: what architectures.stack returns.
   """
-  m, router = c.moe, of(c.moe)
+  m = c.part(MoEConfig)
+  router = of(m)
   require(not router.experts_choose or stack == 'encoder',
           f'model.moe.router {m.router} has no meaning in the decoder of '
           f'model.arch {c.arch}: which tokens an expert takes depends on later '

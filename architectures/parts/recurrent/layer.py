@@ -13,7 +13,7 @@ changes no state.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Optional
+from typing import Any, ClassVar, Optional
 
 import flax.linen as nn
 from flax import struct
@@ -54,7 +54,7 @@ class Layer(nn.Module):
   define `gate` or `gated`; `recurrent` in blocks.py makes its entry.
   """
   NAME = ''
-  settings = None
+  settings: ClassVar[Any] = None
   PRODUCTS = frozenset({'query', 'key', 'value', 'output_gate', 'out'})
   FUSED = True  # there are no scores
   config: ModelConfig
@@ -84,7 +84,7 @@ class Layer(nn.Module):
 
   @property
   def sizes(self):
-    return getattr(self.config, self.NAME)
+    return self.config.part(self.settings)
 
   @property
   def base_key_dim(self) -> float:
@@ -257,10 +257,10 @@ def step_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
   return jnp.log(jnp.expm1(first)).astype(dtype)
 
 
-def empty(name: str, c: ModelConfig, shape: tuple[int, ...]) -> State:
+def empty(module: type[Layer], c: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns the state of rows without a token; `shape` is [..., B, M], and the
   state does not depend on M."""
-  d, rows = getattr(c, name), shape[:-1]
+  d, rows = c.part(module.settings), shape[:-1]
   n = d.householders
   state = jnp.zeros((*rows, d.value_heads, d.key_dim, d.value_dim))
   if not d.conv:
@@ -272,10 +272,10 @@ def empty(name: str, c: ModelConfig, shape: tuple[int, ...]) -> State:
                before(d.value_heads * n, d.value_dim))
 
 
-def at_once(name: str, c: ModelConfig) -> int:
+def at_once(module: type[Layer], c: ModelConfig) -> int:
   """Returns how many numbers of a token the pieces of a row hold at once: a
   piece's weights, its triangular system, and the inverse of that."""
-  d = getattr(c, name)
+  d = c.part(module.settings)
   return 3 * d.householders * d.value_heads * recurrence.most_places(d.key_dim)
 
 
@@ -302,10 +302,10 @@ def check_state(name: str, c: ModelConfig, stack: str) -> None:
           'the kinds of layer that have this mixer')
 
 
-def check(name: str, c: ModelConfig, stack: str) -> None:
+def check(module: type[Layer], c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of a recurrence cannot be."""
+  name, d = module.NAME, c.part(module.settings)
   check_state(name, c, stack)
-  d = getattr(c, name)
   require(d.value_heads % d.key_heads == 0, f'model.{name}.key_heads is '
           f'{d.key_heads}, which does not divide model.{name}.value_heads '
           f'{d.value_heads}')

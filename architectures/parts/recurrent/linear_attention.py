@@ -15,8 +15,9 @@ import numpy as np
 from architectures.parts import layers, positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
+from architectures.parts.positions import RopeConfig
 from architectures.parts.recurrent import features, layer, recurrence
-from common.errors import require
+from common.errors import RequestError, require
 from common.fields import field, FUNCTION, SHAPES
 
 
@@ -187,13 +188,16 @@ class GDN2(KDA):
         erase_BLJK=(1 + d.negative) * erase_BLJK * k_BLJK)
 
 
-def check_kda(name: str, c: ModelConfig, stack: str) -> None:
+def check_kda(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of KDA or of GDN2 cannot be."""
-  layer.check(name, c, stack)
-  require(c.head_widening == 1, "model.parametrization is 'mup' and a head is "
-          f'{c.head_widening:g} times as wide as at the base, but the products '
-          f'of low rank of model.mixer {name!r} have the rank of the base: set '
-          'model.mup_base_head_dim to model.head_dim, and widen by more heads')
+  layer.check(module, c, stack)
+  if c.head_widening != 1:
+    raise RequestError(
+        "model.parametrization is 'mup' and a head is "
+        f'{c.head_widening:g} times as wide as at the base, but the products '
+        f'of low rank of model.mixer {module.NAME!r} have the rank of the '
+        'base: set model.mup_base_head_dim to model.head_dim, and widen by '
+        'more heads')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,18 +314,19 @@ class RetNet(layer.Layer):
 
 def turned(c: ModelConfig) -> ModelConfig:
   """Returns a config whose heads are the queries and keys that are turned."""
-  return dataclasses.replace(c, head_dim=c.retnet.key_dim)
+  return dataclasses.replace(c, head_dim=c.part(RetNetConfig).key_dim)
 
 
-def check_retnet(name: str, c: ModelConfig, stack: str) -> None:
+def check_retnet(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of retention cannot be."""
-  layer.check(name, c, stack)
+  layer.check(module, c, stack)
   require(not positions.of(c).has_bias, "model.mixer is 'retnet', which has "
           f'no scores for the bias of model.position {c.position!r}: choose '
           'rope or none')
   if positions.of(c).rotate:
-    require(not positions.SCALINGS[c.rope.scaling].by_length, 'model.mixer is '
+    rope = c.part(RopeConfig)
+    require(not positions.SCALINGS[rope.scaling].by_length, 'model.mixer is '
             "'retnet', whose state holds keys that were turned when the row "
-            f'was shorter, and model.rope.scaling {c.rope.scaling!r} turns by '
+            f'was shorter, and model.rope.scaling {rope.scaling!r} turns by '
             'the length of the row: choose another')
     positions.check_rope(turned(c), head='model.retnet.key_dim')

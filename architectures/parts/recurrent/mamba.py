@@ -72,7 +72,7 @@ class Mamba(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
     layer.check_context('mamba', ctx)
-    c, m = self.config, self.config.mamba
+    c, m = self.config, self.config.part(MambaConfig)
     D, inner = c.d_model, m.expand * c.d_model
     valid_BL = None if cache is None else ctx.valid_BL
     how: dict[str, Any] = dict(with_bias=False, deterministic=ctx.deterministic)
@@ -117,7 +117,7 @@ class Mamba(nn.Module):
 
   def _of_feature(self, name: str, init: Callable) -> jax.Array:
     """Declares a number of each feature; returns them in float32."""
-    m = self.config.mamba
+    m = self.config.part(MambaConfig)
     return declare(self, name, init, (m.expand * self.config.d_model,),
                    Role(('mlp',))).astype(jnp.float32)
 
@@ -165,7 +165,7 @@ def _entries(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns the state of rows without a token; `shape` is [..., B, M], and the
   state does not depend on M."""
-  m, rows = c.mamba, shape[:-1]
+  m, rows = c.part(MambaConfig), shape[:-1]
   inner = m.expand * c.d_model
   return State(jnp.zeros((*rows, inner, m.state)),
                jnp.zeros((*rows, m.conv - 1, inner), c.compute_dtype))
@@ -174,7 +174,7 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
 def at_once(c: ModelConfig) -> int:
   """Returns how many numbers of a token a piece of a row holds at once: decays
   and states, before and after the scan."""
-  return 4 * c.mamba.expand * c.d_model * c.mamba.state
+  return 4 * c.part(MambaConfig).expand * c.d_model * c.part(MambaConfig).state
 
 
 def check(c: ModelConfig, stack: str) -> None:

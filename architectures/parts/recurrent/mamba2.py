@@ -28,7 +28,7 @@ from architectures.parts.context import Context
 from architectures.parts.recurrent import layer, recurrence, features
 from architectures.parts.sharding import Role, declare
 from common.errors import require
-from common.fields import field, FUNCTION, SHAPES
+from common.fields import field, FUNCTION, SHAPES, Wait
 
 NORMS_OVER = ('group', 'all')
 
@@ -79,12 +79,20 @@ class Mamba2Config(Groups):
   conv_bias: bool = field(True, 'whether the convolutions have a bias')
   norm_over: str = field(
       'group', 'one norm is over the heads of a group, or all',
-      choices=NORMS_OVER, resume=FUNCTION, read_by='mamba2.groups!=1')
+      choices=NORMS_OVER, resume=FUNCTION)
   least_step: float = field(
       0.0, 'lower bound of dt, the step from one token to the next', least=0,
       resume=FUNCTION)
   most_step: float = field(
       0.0, 'its upper bound; 0: there is none', least=0, resume=FUNCTION)
+
+  def waits(self, c: ModelConfig) -> dict[str, Wait]:
+    """Returns the fields that nothing reads as the others are, with what each
+    of them waits for."""
+    del c
+    if self.groups > 1:
+      return {}
+    return {'norm_over': Wait('mamba2.groups', 'is not 1')}
 
 
 class Mamba2(layer.Layer):
@@ -145,18 +153,18 @@ def gated_norm(y_BLHU: jax.Array, z_BLHU: jax.Array, scale_HU: jax.Array, *,
   return features.weighted(y_BLHU, scale_HU)
 
 
-def check_groups(name: str, c: ModelConfig, stack: str) -> None:
+def check_groups(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
   """Raises RequestError for groups that do not share the heads."""
-  m = getattr(c, name)
+  name, m = module.NAME, c.part(module.settings)
   require(m.heads % m.groups == 0, f'model.{name}.groups is {m.groups}, which '
           f'does not divide model.{name}.heads {m.heads}')
-  layer.check(name, c, stack)
+  layer.check(module, c, stack)
 
 
-def check(name: str, c: ModelConfig, stack: str) -> None:
+def check(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of Mamba-2 cannot be."""
-  m = c.mamba2
-  check_groups(name, c, stack)
+  m = c.part(Mamba2Config)
+  check_groups(module, c, stack)
   require(not m.most_step or m.least_step <= m.most_step,
           f'model.mamba2.least_step is {m.least_step}, above '
           f'model.mamba2.most_step {m.most_step}: choose it at most as large, '

@@ -154,16 +154,16 @@ def _sums_of_turns(turn_BLHA: jax.Array) -> jax.Array:
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns the state of rows without a token; `shape` is [..., B, M], and the
   state does not depend on M."""
-  m, rows = c.mamba3, shape[:-1]
+  m, rows = c.part(Mamba3Config), shape[:-1]
   last = lambda *each: jnp.zeros((*rows, 1, m.heads, *each))
   return State(jnp.zeros((*rows, m.heads, m.state, m.head_dim)),
                last(m.angles), last(m.state), last(m.head_dim), last())
 
 
-def check(name: str, c: ModelConfig, stack: str) -> None:
+def check(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of Mamba-3 cannot be."""
-  mamba2.check_groups(name, c, stack)
-  m = c.mamba3
+  mamba2.check_groups(module, c, stack)
+  m = c.part(Mamba3Config)
   require(not m.turned or m.angles, f'model.mamba3.turned is {m.turned}, which '
           f'is less than a pair of model.mamba3.state {m.state}: choose more, '
           'or 0')

@@ -207,14 +207,14 @@ removal_scale = _by_place(lambda n_HK, _: 0.71 - 0.1 * (n_HK - 0.5))
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns the state of rows without a token; `shape` is [..., B, M], and the
   state does not depend on M."""
-  d, rows = c.rwkv7, shape[:-1]
+  d, rows = c.part(RWKV7Config), shape[:-1]
   return State(jnp.zeros((*rows, d.heads, d.key_dim, d.value_dim)),
                jnp.zeros((*rows, 1, c.d_model), c.compute_dtype))
 
 
-def check(name: str, c: ModelConfig, stack: str) -> None:
+def check(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of RWKV-7 cannot be."""
-  layer.check(name, c, stack)
-  require(c.parametrization != 'mup', f'model.mixer is {name!r}, and '
+  layer.check(module, c, stack)
+  require(c.parametrization != 'mup', f'model.mixer is {module.NAME!r}, and '
           "model.parametrization is 'mup', which says nothing of its shares, "
           'removed keys and boosts: choose standard')

@@ -53,8 +53,8 @@ class ShortConv(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
     layer.check_context('short_conv', ctx)
-    D, kernel = self.config.d_model, self.config.short_conv.kernel
-    how: dict[str, Any] = dict(with_bias=self.config.short_conv.bias,
+    D, kernel = self.config.d_model, self.config.part(ShortConvConfig).kernel
+    how: dict[str, Any] = dict(with_bias=self.config.part(ShortConvConfig).bias,
                                deterministic=ctx.deterministic)
     # B, C and x have a matrix each, of which optimisers take one at a time.
     bcx_BLUI = layers.dense(
@@ -77,5 +77,6 @@ class ShortConv(nn.Module):
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns the state of rows without a token; `shape` is [..., B, M], and the
   state does not depend on M."""
-  return State(jnp.zeros((*shape[:-1], c.short_conv.kernel - 1, c.d_model),
+  sizes = c.part(ShortConvConfig)
+  return State(jnp.zeros((*shape[:-1], sizes.kernel - 1, c.d_model),
                          c.compute_dtype))

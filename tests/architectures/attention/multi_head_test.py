@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import sharding, skeletons, tables
+from architectures.parts import flat, sharding, skeletons
 from architectures.parts.attention import kernels
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.cache import Cache
 from architectures.parts.context import Memory
+from architectures.parts.positions import RopeConfig
 from common.errors import RequestError
 from tests.architectures.parts_test import (
     D, KIND, born, context, normal, resolved)
@@ -47,7 +48,7 @@ def convolved(x_BLHK, w_WHK):
 
 
 FIELDS = [*(dict(qk_norm=True, qk_norm_over=over, norm=norm)
-            for over in tables.FIELDS['qk_norm_over'].rule.choices
+            for over in flat.FIELDS['qk_norm_over'].rule.choices
             for norm in ('rmsnorm', 'layernorm')),
           *(dict(attention_gate=gate) for gate in GATES),
           dict(attention_out_bias=False), dict(attention_conv=3)]
@@ -138,7 +139,7 @@ def turned(x_BLHK, c):
   if c.position == 'none':
     return x_BLHK
   half = x_BLHK.shape[-1] // 2
-  angle_LK = np.arange(x_BLHK.shape[1])[:, None] * c.rope.theta ** (
+  angle_LK = np.arange(x_BLHK.shape[1])[:, None] * c.part(RopeConfig).theta ** (
       -np.arange(half) / half)
   cos, sin = (f(angle_LK)[None, :, None] for f in (np.cos, np.sin))
   a, b = x_BLHK[..., :half], x_BLHK[..., half:]

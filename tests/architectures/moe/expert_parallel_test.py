@@ -16,6 +16,7 @@ from architectures.parts import layers, sharding
 from architectures.parts.context import Context
 from architectures.parts.moe import dispatch
 from architectures.parts.moe.layer import MoE
+from architectures.parts.moe.routing import MoEConfig
 from configs import base, sharding as tables
 from tests.helpers import models
 from tools.plan.collectives import groups
@@ -253,7 +254,7 @@ def test_accelerators_exchange_equals_one_device(reference, monkeypatch):
 
 
 def moe(**fields):
-  return config(**fields).moe
+  return config(**fields).part(MoEConfig)
 
 
 @pytest.mark.parametrize('fields, factor, way', [

@@ -16,6 +16,7 @@ from architectures.parts import layers
 from architectures.parts.context import Context
 from architectures.parts.moe import dispatch, grouped
 from architectures.parts.moe.layer import MoE
+from architectures.parts.moe.routing import MoEConfig
 from configs import base
 from tests.architectures.attention import kernels_test
 from tests.helpers import models
@@ -50,8 +51,8 @@ def run(c, train=True, **context):
   ctx = Context(jnp.arange(L)[None], deterministic=not train, **context)
   x_BLD = np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
   rngs = {name: key for name in ('router', 'dropout')}
-  params = parameters(dataclasses.replace(
-      c, dtype='float32', moe=dataclasses.replace(c.moe, dispatch='auto')))
+  params = parameters(dataclasses.replace(c, dtype='float32').with_part(
+      MoEConfig, dispatch='auto'))
   wave = np.cos(np.arange(D, dtype=np.float32))[None, None]
 
   def loss(params, x_BLD):
@@ -89,8 +90,7 @@ def by_einsum(x_TD, r, run, slots):
 def oracle(c, **context):
   """What `run` returns where tokens are dispatched by einsum."""
   with mock.patch.dict(dispatch.WAYS, dropless=by_einsum):
-    return run(dataclasses.replace(
-        c, moe=dataclasses.replace(c.moe, dispatch='dropless')), **context)
+    return run(c.with_part(MoEConfig, dispatch='dropless'), **context)
 
 
 @pytest.mark.slow
@@ -121,8 +121,7 @@ def test_zero_experts_return_what_they_read_of_the_latent_space(dispatch_way):
              bias=False, dispatch=dispatch_way, capacity_factor=5.0,
              eval_capacity_factor=5.0)
   y_BLD, aux, _ = run(c)
-  p = parameters(dataclasses.replace(c, moe=dataclasses.replace(
-      c.moe, dispatch='auto')))['params']
+  p = parameters(c.with_part(MoEConfig, dispatch='auto'))['params']
   x = np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
   score = np.exp(x @ p['router'])
   gate = score * (np.argsort(np.argsort(-score)) < 2)

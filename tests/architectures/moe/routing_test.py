@@ -12,6 +12,7 @@ import pytest
 import architectures
 from architectures.parts import paths
 from architectures.parts.moe import routing
+from architectures.parts.moe.routing import MoEConfig
 from configs import base
 from tests.helpers import models
 
@@ -26,7 +27,7 @@ def moe(**fields):
   model.update(vocab_size=5, max_len=8, ffn='moe')
   model.arch = 'bert'  # in a decoder experts may not choose
   model.moe.update(dict(num_experts=E) | fields)
-  return architectures.resolve(model).moe
+  return architectures.resolve(model).part(MoEConfig)
 
 
 def inputs(seed=0, **fields):

@@ -2,7 +2,6 @@
 is in recurrent_laws_test.py; short convolutions, and what transformers has of
 Mamba-2, are compared with its recordings (tests/training/hf/parity_test.py)."""
 
-import dataclasses
 
 import flax.linen as nn
 import jax
@@ -13,9 +12,10 @@ import pytest
 import architectures
 from architectures.parts import blocks
 from architectures.parts.context import Context
+from architectures.parts.recurrent.mamba2 import Mamba2Config
 from configs import sharding as tables
 from tests.helpers import models
-from tests.helpers.recurrences import applied, fields, layer_of
+from tests.helpers.recurrences import applied, fields, layer_of, part_of
 from training.distributed import devices
 
 SIGMOID = lambda x: 1 / (1 + np.exp(-x))
@@ -236,7 +236,7 @@ def test_a_layer_equals_its_definition(mixer, sizes):
   for x_LD, got in zip(x_BLD, jax.jit(lambda p, x: applied(layer, p, x)[0])(
       p, x_BLD)):
     want = DEFINITIONS[mixer](p64, np.asarray(x_LD, np.float64),
-                              getattr(layer.config, mixer))
+                              part_of(layer.config, mixer))
     np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
 
 
@@ -325,7 +325,7 @@ def test_groups_that_a_mesh_does_not_divide_are_refused():
   shape = dict.fromkeys(tables.MESH_AXES, 1)
   with pytest.raises(ValueError, match='not divide model.mamba2.groups'):
     devices.check_mesh(c, shape | dict(tensor=4))
-  one = dataclasses.replace(c, mamba2=dataclasses.replace(c.mamba2, groups=1))
+  one = c.with_part(Mamba2Config, groups=1)
   devices.check_mesh(one, shape | dict(tensor=4))
   with pytest.raises(ValueError, match='not divide model.mamba2.heads'):
     devices.check_mesh(one, shape | dict(tensor=8))

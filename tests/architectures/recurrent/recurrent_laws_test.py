@@ -188,7 +188,7 @@ def kept(**fields):
 @USUAL
 def test_a_state_has_one_size_and_is_float32(mixer):
   c, cache = kept(**recurrences.fields(mixer))
-  d = getattr(c, mixer)
+  d = recurrences.part_of(c, mixer)
   assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
   assert cache.state_BHKU.dtype == jnp.float32
   if d.conv:  # it keeps 3 tokens
@@ -214,7 +214,7 @@ def test_flops_are_those_of_the_products(mixer):
   roles = paths.flatten(parameter_roles(module))
   weights = sum(params[path].size for path, role in roles.items() if (
       role.matrix and role.kind != 'embedding' or path.endswith('_conv')))
-  d = getattr(c, c.mixer)
+  d = recurrences.part_of(c, c.mixer)
   n = getattr(d, 'householders', 1)
   N, L, H, K, U = c.num_layers, 16 // n, 4, 6, 5
   J, P = d.key_heads, L * n  # P places

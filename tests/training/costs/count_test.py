@@ -1,8 +1,8 @@
 """Parameter counts and costs against published figures and hand sums."""
 
-import dataclasses
 import json
 
+from architectures.parts.moe.routing import MoEConfig
 from configs import bert, gpt, mixtral, t5
 import pytest
 
@@ -47,9 +47,10 @@ def test_the_experts_at_work_for_a_token(fields, active):
     fields = fields | {'ffn': 'swiglu'}
   config.model.moe.update(fields)
   model = runs.resolve_alone(config)
-  one = 3 * model.d_model * model.moe.d_ff * model.num_layers
+  moe = model.part(MoEConfig)
+  one = 3 * model.d_model * moe.d_ff * model.num_layers
   figures = totals.count(config)
-  every = model.moe.num_experts + model.moe.shared_experts
+  every = moe.num_experts + moe.shared_experts
   assert figures['by_part']['ffn'] == every * one
   assert figures['active_by_part']['ffn'] == active * one
   assert figures['active_parameters'] == (
@@ -57,8 +58,7 @@ def test_the_experts_at_work_for_a_token(fields, active):
   assert totals.parameters(model) == (figures['parameters'],
                                      figures['active_parameters'])
   # And so many products: two FLOPs a parameter at work.
-  wider = dataclasses.replace(model, moe=dataclasses.replace(
-      model.moe, d_ff=2 * model.moe.d_ff))
+  wider = model.with_part(MoEConfig, d_ff=2 * moe.d_ff)
   assert flops.forward_flops(wider, 8)['weights'] - flops.forward_flops(
       model, 8)['weights'] == 2 * 8 * active * one
 

@@ -11,6 +11,7 @@ import architectures
 from architectures.parts import layers, paths
 from architectures.parts.attention import kernels
 from architectures.parts.config import LayerKind
+from architectures.parts.moe.routing import MoEConfig
 from configs import base, bert
 from tests.helpers import models
 from training import objectives, runs
@@ -32,7 +33,10 @@ def weights_at_work(c) -> float:
   its choice, and the profiles of a bias with each head."""
   module = architectures.build(c)
   roles = paths.flatten(runs.parameter_roles(module))
-  chosen = c.moe.top_k / c.moe.all_experts if c.ffn == 'moe' else 1
+  chosen = 1.0
+  if c.ffn == 'moe':
+    moe = c.part(MoEConfig)
+    chosen = moe.top_k / moe.all_experts
   return c.tie_embeddings * c.d_model * c.vocab_size + sum(
       x.size * (chosen if roles[path].axes[0] == 'experts' else 1)
       * (c.num_heads if path.endswith('profiles') else 1)

@@ -12,6 +12,8 @@ import pytest
 
 import architectures
 from architectures.parts import heads, positions
+from architectures.parts.loops import LoopsConfig
+from architectures.parts.positions import LearnedConfig, RopeConfig
 from common.errors import RequestError
 from configs import base, gpt
 from tests.helpers import evaluations, models
@@ -79,7 +81,7 @@ def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):
     evals.load(folder, ['loss'], None, step=None, passes=6)
   c.model.update(loop='add', loops=dict(passes=3, gradient_passes=2))
   run = evals.load(folder, ['loss'], None, step=None, passes=6).run
-  assert run.model.loops.passes == 6 and c.model.loops.passes == 3
+  assert run.model.part(LoopsConfig).passes == 6 and c.model.loops.passes == 3
 
 
 @pytest.mark.parametrize('a, b', [(0.9, 0.1), (1, 999)])
@@ -196,16 +198,18 @@ def test_which_variants_a_length_is_tried_with():
   assert variants(2) == {'learned': None}
   stretched = variants(4, interpolate=True)
   assert stretched['learned'] is None
-  assert stretched['learned, interpolated'].learned.stretch == 4
+  assert stretched['learned, interpolated'].part(LearnedConfig).stretch == 4
   tried = variants(8, position='rope')
   assert list(tried) == ['rope', 'rope, linear', 'rope, ntk', 'rope, llama3',
                          'rope, yarn']
-  assert tried['rope'].rope.scaling == 'none'
+  assert tried['rope'].part(RopeConfig).scaling == 'none'
   for name, model in list(tried.items())[1:]:
-    assert f'rope, {model.rope.scaling}' == name
-    assert (model.rope.factor, model.rope.original_len) == (8, 32)
+    rope = model.part(RopeConfig)
+    assert f'rope, {rope.scaling}' == name
+    assert (rope.factor, rope.original_len) == (8, 32)
   alone = variants(8, position='rope', rope=dict(scaling='ntk', factor=2.0))
-  assert list(alone) == ['rope, ntk'] and alone['rope, ntk'].rope.factor == 2
+  assert list(alone) == ['rope, ntk']
+  assert alone['rope, ntk'].part(RopeConfig).factor == 2
 
 
 def training_config(texts, **changes):

@@ -18,8 +18,10 @@ from safetensors.numpy import load_file, save_file
 import jax
 
 import architectures
-from architectures.parts import tables
+from architectures.parts import flat
 from architectures.parts.hf import layer_types
+from architectures.parts.positions import LearnedConfig, RopeConfig
+from architectures.parts.recurrent.mamba2 import Mamba2Config
 from common import fields as declared, kinds
 from common.errors import RequestError
 from tests.helpers import models
@@ -61,9 +63,10 @@ def test_a_published_config_is_the_size_of_that_name(name):
 
 def test_phi3_for_long_texts_has_the_factors_of_its_file():
   c = hf_config.read(PHI3_LONG)
-  assert (c.rope.scaling, c.rope.factor, c.rope.original_len) == (
+  rope = c.part(RopeConfig)
+  assert (rope.scaling, rope.factor, rope.original_len) == (
       'longrope', 32.0, 4096)
-  assert c.rope.long_factor == (1, *[20.5] * 47) and c.max_len == 131072
+  assert rope.long_factor == (1, *[20.5] * 47) and c.max_len == 131072
   written = hf_config.write(c)
   assert written['original_max_position_embeddings'] == 4096
   hf_config.check_same(c, hf_config.read(written), 'written')
@@ -123,7 +126,8 @@ def test_what_is_not_known_is_refused(tree, words):
 def test_mamba2_has_the_bounds_of_its_file(bounds, steps):
   """In the words of transformers 4, of 5, and left out."""
   c = hf_config.read(MAMBA2 | dict(time_step_limit=bounds))
-  assert (c.mamba2.least_step, c.mamba2.most_step) == steps
+  mamba2 = c.part(Mamba2Config)
+  assert (mamba2.least_step, mamba2.most_step) == steps
   hf_config.check_same(c, hf_config.read(hf_config.write(c)), 'written')
 
 
@@ -169,7 +173,7 @@ def test_a_zero_that_is_a_choice_is_read_and_written(tree, fields):
 def test_how_a_model_is_trained_is_no_matter_of_its_export(system):
   hf_config.write(architectures.resolve(models.config(
       system, moe=dict(bias_rate=0.0), head_dim=8)))
-  for name, leaf in tables.FIELDS.items():
+  for name, leaf in flat.FIELDS.items():
     if leaf.rule.resume in (declared.REGULARISATION, declared.AT_START):
       assert leaf.rule.about in (declared.RUN, declared.RECIPE), name
 
@@ -224,9 +228,9 @@ def test_labels_that_mean_nothing_are_refused(change, message):
 
 def test_robertas_first_token_stands_after_the_row_of_padding(tmp_path):
   c = hf_config.read(ROBERTA)
-  assert (c.max_len, c.learned.offset) == (512, 2)
+  assert (c.max_len, c.part(LearnedConfig).offset) == (512, 2)
   c = hf_config.read(ROBERTA | dict(pad_token_id=0))
-  assert (c.max_len, c.learned.offset) == (513, 1)
+  assert (c.max_len, c.part(LearnedConfig).offset) == (513, 1)
   with pytest.raises(RequestError, match='pad_token_id -1: it must be'):
     hf_config.write(architectures.resolve(
         models.config('roberta', learned=dict(offset=0))))
@@ -251,7 +255,7 @@ def test_modernberts_layers_are_those_that_its_config_json_names():
   assert [layer.block for layer in layers] == ['ffn_norm'] + 21 * ['pre_norm']
   assert [layer.sliding_window for layer in layers] == [
       65 if n % 3 else 0 for n in range(22)]
-  assert [layer.rope.theta for layer in layers] == [
+  assert [layer.part(RopeConfig).theta for layer in layers] == [
       1e4 if n % 3 else 1.6e5 for n in range(22)]
   assert (c.prefix, c.pattern) == ('first', 'local,local,global')
   local = ['full_attention', *5 * ['sliding_attention'], 'full_attention']

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from architectures.parts import paths
+from architectures.parts.heads import GeneratorConfig
 from configs import electra
 from tests.helpers import data_files as files
 from tests.helpers import models
@@ -78,7 +79,7 @@ def test_the_encoder_judges_what_the_generator_drew(sharing):
     replaced[row, real_places] = (
         extra['drawn'] != batch['targets'])[row, weights_BM[row]]
   alone, theirs = weights.without_generator(module, params)
-  assert not alone.config.generator.num_layers
+  assert not alone.config.part(GeneratorConfig).num_layers
   judged = jax.jit(lambda p: alone.apply(
       {'params': p}, shown, segment_ids_BL=batch['segment_ids']))(theirs)
   models.close(extra['scores'] * real[..., None],

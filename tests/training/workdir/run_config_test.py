@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 
 import architectures
-from architectures.parts import tables
+from architectures.parts import flat
 from common.errors import RequestError
 from configs import base
 from training import objectives, preflight, runs
@@ -122,9 +122,9 @@ def test_what_print_config_prints_is_that_config(system):
   printed = json.loads(json.dumps(preflight.printable(config)))
   model, _ = runs.resolve(config, tokenizers.load('bytes'))
   again = architectures.resolve(run_config.from_json(printed).model)
-  left = dict.fromkeys(tables.unread(model))
-  assert {**tables.flat(tables.as_dict(again)), **left} == {
-      **tables.flat(tables.as_dict(model)), **left}
+  left = dict.fromkeys(flat.unread(model))
+  assert {**flat.flatten(flat.as_dict(again)), **left} == {
+      **flat.flatten(flat.as_dict(model)), **left}
   assert printed['model']['vocab_size'] == 384
   assert printed['model']['head_dim'] == (
       config.model.head_dim or config.model.d_model // config.model.num_heads)

@@ -1,0 +1,111 @@
+"""The fields of plain attention (multi_head.py) and of latent attention
+(latent.py), which other files read too."""
+
+import dataclasses
+
+from architectures.parts.sizes import Sizes
+from common.fields import field, FUNCTION, SHAPES, Wait
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+  """The fields that mixer attention reads and no other mixer does."""
+  attention_log_scale: float = field(
+      0.0, 'How much queries grow with the logarithm of their position; 0: '
+      'they do not.', least=0, resume=FUNCTION, of_layers=True)
+  attention_log_from: int = field(
+      8192, 'the position from which they grow', above=0, resume=FUNCTION)
+  qk_norm: bool = field(False, 'a norm of queries and of keys', of_layers=True)
+  qk_norm_over: str = field(
+      'head', 'what it is over: a head, or the whole projection',
+      choices=('head', 'projection'), of_layers=True)
+  qk_norm_scale: bool = field(
+      True, 'whether it is the norm of the model, with parameters; if not, '
+      'rmsnorm_plain', of_layers=True)
+  qk_clip: float = field(
+      0.0, 'The greatest length of a query or a key, after a scale of each '
+      'feature of a query; 0: there is none.', least=0, resume=FUNCTION,
+      of_layers=True)
+  attention_difference: float = field(
+      0.0, 'How much of the second weights of a pair of heads is subtracted '
+      'from the first at first; 0: heads are no pairs.', least=0, below=1,
+      resume=FUNCTION, of_layers=True)
+  attention_conv: int = field(
+      0, 'Tokens that a convolution of queries, keys and values sees; 0: no '
+      'convolution.', resume=SHAPES, of_layers=True)
+  value_residual: bool = field(
+      False, "the first layer's values are mixed into all")
+  value_embedding: bool = field(
+      False, "a table of tokens is added to a layer's values", of_layers=True)
+  value_norm: bool = field(
+      False, 'a norm of each head of values, rmsnorm_plain', of_layers=True)
+  keys_as_values: bool = field(
+      False, 'values are the keys, before their norm and their positions',
+      of_layers=True)
+  kv_sharing: bool = field(
+      False, 'A layer reads the keys and values of one before it: of a kind of '
+      'layer.', of_layers=True)
+  attention_scale: float = field(
+      0.0, 'The factor of the scores; derived: head_dim ** -0.5 (with mup: '
+      'that of the base).', least=0, resume=FUNCTION, of_layers=True)
+
+  def waits(self) -> dict[str, Wait]:
+    """Returns the fields that nothing reads as others are, with what each of
+    them waits for."""
+    waits = {}
+    if not self.attention_log_scale:
+      waits['attention_log_from'] = Wait('attention_log_scale', 'is set')
+    if not self.qk_norm:
+      for name in ('qk_norm_over', 'qk_norm_scale'):
+        waits[name] = Wait('qk_norm', 'is set')
+    if self.kv_sharing:
+      for name in ('value_residual', 'value_embedding', 'value_norm',
+                   'keys_as_values'):
+        waits[name] = Wait('kv_sharing', 'is False')
+    return waits
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+  """Of mixer latent. What is left open: in DeepSeek-V2 the latent has the size
+  of 4 heads and the turned part that of half a head (section 3.1.2); here it is
+  even, too."""
+  q_rank: int = field(
+      0, 'Size of the vector that queries are made from; 0: the layer\'s '
+      'input.', resume=SHAPES)
+  kv_rank: int = field(
+      0, 'Size of the vector that keys and values are made from; derived: '
+      '4 head_dim.', resume=SHAPES)
+  nope_dim: int = field(
+      0, "Features of a head's query and key without positions; derived: "
+      'head_dim.', resume=SHAPES)
+  rope_dim: int = field(
+      0, 'Features with positions, of a key that all heads share; derived: '
+      'half of head_dim.', resume=SHAPES)
+  v_dim: int = field(0, "size of a head's value; derived: head_dim",
+                     resume=SHAPES)
+  scale: float = field(
+      0.0, 'The factor of the scores; derived: (nope_dim + rope_dim) ** -0.5.',
+      least=0, resume=FUNCTION)
+  norm_eps: float = field(
+      0.0, "epsilon of the latents' norms; derived: norm_eps", least=0, most=1,
+      resume=FUNCTION)
+
+  @property
+  def key_dim(self) -> int:
+    """The size of a head's queries and keys."""
+    return self.nope_dim + self.rope_dim
+
+  @property
+  def slot_dim(self) -> int:
+    """What a cache holds of a token: the latent and the turned key."""
+    return self.kv_rank + self.rope_dim
+
+  def derived(self, c: Sizes) -> 'LatentConfig':
+    nope_dim = self.nope_dim or c.head_dim
+    rope_dim = self.rope_dim or 2 * -(-c.head_dim // 4)
+    return dataclasses.replace(
+        self, kv_rank=self.kv_rank or 4 * c.head_dim, nope_dim=nope_dim,
+        rope_dim=rope_dim, v_dim=self.v_dim or c.head_dim,
+        scale=self.scale or (nope_dim + rope_dim) ** -0.5,
+        norm_eps=self.norm_eps or c.norm_eps)

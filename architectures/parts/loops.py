@@ -1,0 +1,41 @@
+"""The fields of layers that are run several times; skeletons.py has what they
+do."""
+
+import dataclasses
+
+from architectures.parts.sizes import Sizes
+from common.fields import AT_START, field, FUNCTION, RUN, SHAPES, Wait
+from common.kinds import split
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopsConfig:
+  """Of a model with a loop."""
+  GROUP = 'loops'
+  passes: int = field(4, 'how often the layers that loop are run', least=1,
+                      resume=FUNCTION)
+  gradient_passes: int = field(
+      0, 'how many of the last passes have a gradient; 0: all',
+      resume=FUNCTION)
+  boundary: str = field(
+      'none', 'what a state goes through between two passes: none, or the '
+      "stack's final norm", choices=('none', 'norm'), resume=FUNCTION)
+  gate_rank: int = field(64, 'for gate: features between its products',
+                         least=1, resume=SHAPES)
+  depth: int = field(
+      0, 'the layers by whose number init scaled_normal divides; derived: '
+      'those that a token goes through', resume=AT_START, about=RUN)
+
+  def derived(self, c: Sizes) -> 'LoopsConfig':
+    """Returns the fields with what follows from those of the model."""
+    apart = sum(len(split(names)) for names in (c.prefix, c.suffix))
+    once = max(c.num_layers - apart, 0)
+    return dataclasses.replace(
+        self, depth=self.depth or c.num_layers + (self.passes - 1) * once)
+
+  def waits(self, c: Sizes) -> dict[str, Wait]:
+    """Returns the fields that nothing reads as the others are, with what each
+    of them waits for."""
+    if c.init == 'scaled_normal':
+      return {}
+    return {'depth': Wait('init', 'is scaled_normal')}

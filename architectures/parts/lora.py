@@ -1,0 +1,39 @@
+"""The fields of low-rank adapters; layers.py has what they do."""
+
+import dataclasses
+
+from architectures.parts.sizes import Sizes
+from common.fields import field, FUNCTION, REGULARISATION, RUN, Wait
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters (Hu et al. 2021); all other parameters are frozen."""
+  rank: int = field(0, 'of an adapter; 0: there is none', about=RUN)
+  alpha: float = field(
+      0.0, "An adapter's product is multiplied by alpha / rank; derived: rank.",
+      least=0, resume=FUNCTION, about=RUN)
+  targets: str = field(
+      'query,value', 'The products that get one, with commas: query key value '
+      'output_gate out up gate down, or all-linear. Those of experts get none.',
+      about=RUN, several=True)
+  dropout: float = field(
+      0.0, 'of what goes into an adapter', least=0, below=1,
+      resume=REGULARISATION, about=RUN)
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+  def derived(self, c: Sizes) -> 'LoraConfig':
+    del c
+    return dataclasses.replace(self, alpha=self.alpha or self.rank)
+
+  def waits(self, c: Sizes) -> dict[str, Wait]:
+    """Returns the fields that nothing reads as the others are, with what each
+    of them waits for."""
+    del c
+    if self.rank:
+      return {}
+    without = Wait('lora.rank', 'is set')
+    return dict(alpha=without, targets=without, dropout=without)
