@@ -153,6 +153,16 @@ def test_large_logits_stay_finite_and_nan_shows():
   assert np.isnan(value)
 
 
+@pytest.mark.parametrize('vocab', [50, 4096, 16384, 131072])
+def test_logits_of_64_mebibytes_or_of_512_tokens_are_there_at_once(vocab):
+  """Where no size is asked for; and no fewer than half of these."""
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+  settings = losses._settings(shape(4, 8192, D), Head(shape(D, vocab)), 0, 0, 0)
+  most = max(512, 2**26 // (4 * vocab))
+  assert 4 * settings.positions <= most
+  assert 4 * settings.positions > most / 2 or settings.positions == 8192
+
+
 @pytest.mark.parametrize('differentiate', [False, True])
 def test_no_array_of_all_logits_is_held(differentiate):
   vocab, length, chunk = 512, 64, 32  # 8 x 4 positions at once

@@ -124,6 +124,7 @@ def test_a_tracker_goes_on_with_the_run_of_the_folder(tmp_path, module,
   first, second = tracker.init.call_args_list
   assert first == second
   assert first.kwargs['project'] == 'p' and first.kwargs['resume'] == 'allow'
+  assert first.kwargs.get('dir', str(tmp_path)) == str(tmp_path)
   row, how = tracker.init().log.call_args
   assert row[0]['train/loss'] == 2.0 and 'train/mfu' not in row[0]
   assert how.get('step', row[0].get('step')) == 30
