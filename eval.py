@@ -21,9 +21,10 @@ Exit code 2: a wrong request; 1: a failure.
 
 import signal
 
+from common.errors import RequestError  # first, for its sentence
+
 from absl import flags
 
-from common.errors import RequestError
 from training import cli, evals
 from training.data import sources
 from training.distributed import cpu

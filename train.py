@@ -16,9 +16,10 @@ command would end in the same way; exit code 1 means a failure.
 import json
 import signal
 
+from common.errors import RequestError, STOPPED  # first, for its sentence
+
 from absl import flags
 
-from common.errors import RequestError, STOPPED
 from training import cli
 
 cli.define_config()

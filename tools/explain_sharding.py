@@ -29,6 +29,8 @@ from training.data import tokenizers
 from training.distributed import devices
 from training.runs import STREAMS, abstract_params
 
+MOST = 4096  # devices; their making takes seconds, and grows as the square
+
 
 def row(run: runs.Run, name: str, x: Any, axes) -> dict:
   """Returns what there is to say of one array, `axes` its logical ones."""
@@ -138,8 +140,11 @@ def main():
   require(args.config is not None, 'pass --config FILE.py:SIZE')
   mesh = (devices.parse_mesh(args.mesh, 0) if args.mesh else
           {axis: abs(args.config.mesh[axis]) for axis in tables.MESH_AXES})
+  count = math.prod(mesh.values())
+  require(count <= MOST, f'a mesh of {count:,} devices is asked for: choose '
+          f'one of {MOST:,} at most, as each becomes a virtual CPU device')
   jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_num_cpu_devices', math.prod(mesh.values()))
+  jax.config.update('jax_num_cpu_devices', count)
   preflight.check_config(args.config, cli.overrides())
   report = explain(args.config, mesh)
   print(json.dumps(report, indent=2) if args.json else text(report))

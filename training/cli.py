@@ -415,9 +415,11 @@ def call(file: str, function: Callable, *args):
         error.__traceback__) if frame.filename == file]
     if isinstance(error, SyntaxError) and error.filename == file:
       lines.append(error.lineno)
+    where = file
+    if lines:  # none where it fails before a line of the file is run
+      where = f'{file}, line {lines[-1]}'
     reason = ' '.join(str(error).split()) or 'no message'
-    raise RequestError(file + f', line {lines[-1]}' * bool(lines)
-                       + f': {type(error).__name__}: {reason}') from error
+    raise RequestError(f'{where}: {type(error).__name__}: {reason}') from error
 
 
 def check_config(config: Any, who: str) -> None:

@@ -145,6 +145,15 @@ def test_a_wrong_request_is_one_sentence(name, tmp_path):
   assert not list(tmp_path.glob('run/checkpoints/*'))
 
 
+def test_a_python_without_the_packages_is_told_the_line_that_activates_them():
+  for words in (['train.py'], ['eval.py'], ['-m', 'tools.count']):
+    done = subprocess.run([sys.executable, '-S', *words], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert '. .venv/bin/activate' in done.stderr
+    assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+
+
 # Requests of which a part would not be read, and what is said of them.
 PARTS_UNREAD = {
     'a field twice': (
@@ -163,6 +172,11 @@ PARTS_UNREAD = {
     'no number': (['eval.py', '--workdir=a', '--temperature=nan'],
                   '--temperature is nan'),
     'no end': (['-m', 'tools.coord_check', '--lr=inf'], '--lr is inf'),
+    'too many devices': (
+        ['-m', 'tools.explain_sharding', '--config=configs/gpt.py',
+         '--mesh=context=99999'], 'a mesh of 99,999 devices'),
+    'no place': (['-m', 'tools.launch', 'nope'],
+                 "error: unknown place to launch on 'nope': choose from local"),
     'no rate': (['-m', 'tools.coord_check', '--lr=0'], '--lr is 0.0'),
 }
 
@@ -215,6 +229,11 @@ BAD_FILES = {
     'from configs import base\ndef get_config():\n  c = base.base()\n'
     '  c.modle.d_model = 64\n  return c':
         'line 4: AttributeError: ',
+    # What fails before a line of the file is run has no line.
+    'def get_config(size, more):\n  return size':
+        'mine.py: TypeError: get_config',
+    'get_config = 3': "mine.py: TypeError: 'int' object is not callable",
+    'a = "\0"': 'mine.py: SyntaxError: source code',
 }
 
 

@@ -36,7 +36,7 @@ def main():
   if place in ('', '--help', '-h'):
     print(__doc__.strip())
     return 0 if place else 2
-  one_of('the place to launch on', place, PLACES)
+  one_of('place to launch on', place, PLACES)
   module = importlib.import_module(f'tools.launch.{place}')
   from tools.launch import job
   cli.define_config()
