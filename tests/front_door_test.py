@@ -32,9 +32,13 @@ def tree(tmp_path_factory):
   shutil.copytree(ROOT / 'docs', tree / 'docs')
   python = tree / '.bin/python'  # which makes what is trained small
   python.parent.mkdir()
-  python.write_text(f"""#!/bin/sh
-test "$1" = train.py && set -- "$@" {' '.join(SMALL)}
-exec {sys.executable} "$@"
+  python.write_text(f"""#!{sys.executable}
+import os, sys
+small, words = {SMALL!r}, sys.argv[1:]
+if words[0] == 'train.py':  # a field may be given once
+  names = tuple(word.partition('=')[0] + '=' for word in small)
+  words = [word for word in words if not word.startswith(names)] + small
+os.execv({sys.executable!r}, [{sys.executable!r}, *words])
 """)
   python.chmod(0o755)
   return tree

@@ -29,12 +29,12 @@ EXPERTS = ('--config.model.moe.num_experts=4', '--config.model.moe.d_ff=32',
 
 def words(workdir, texts, *flags, config='configs/gpt.py', **mesh):
   mesh = dict(data=1, fsdp=1, expert=1, tensor=1) | mesh
-  return [f'--config={config}', f'--workdir={workdir}', texts,
-          *train_test.SMALL, f'--config.train.steps={STEPS}',
-          '--config.checkpoint.every_steps=100', '--config.eval.every_steps=0',
-          '--config.optim.name=sgd', '--config.optim.lr=0.1',
-          *(f'--config.mesh.{axis}={size}' for axis, size in mesh.items()),
-          *flags]
+  usual = [*train_test.SMALL, f'--config.train.steps={STEPS}',
+           '--config.checkpoint.every_steps=100', '--config.eval.every_steps=0',
+           '--config.optim.name=sgd', '--config.optim.lr=0.1',
+           *(f'--config.mesh.{axis}={size}' for axis, size in mesh.items())]
+  last = {flag.partition('=')[0]: flag for flag in (*usual, *flags)}
+  return [f'--config={config}', f'--workdir={workdir}', texts, *last.values()]
 
 
 def launch(folder, processes, devices, words, faults=(), max_restarts=0):
