@@ -31,7 +31,7 @@ _FORMS = {
     b'\xfd7zXZ\0': 'compressed (xz): unpack it',
     b'\x28\xb5\x2f\xfd': 'compressed (zstd): unpack it',
     b'PK\x03\x04': 'compressed (zip): unpack it',
-    b'PAR1': 'a parquet file: write parquet:GLOB:FIELD',
+    b'PAR1\x15': 'a parquet file: write parquet:GLOB:FIELD',
     b'\xff\xfe': 'UTF-16: write it as UTF-8',
     b'\xfe\xff': 'UTF-16: write it as UTF-8'}
 TABLES = ('.tsv', '.csv')

@@ -224,7 +224,7 @@ def test_what_is_no_text_is_said_to_be_none(form, data, message, tmp_path):
 
 @pytest.mark.parametrize('text', [
     '\x0c', 'a\0b', 'N\bNA\bAM\bME\bE\n' * 99, '\x1b[1mred\x1b[0m' * 99,
-    '日本語のテキスト', '\ufeffmark'])
+    '日本語のテキスト', '\ufeffmark', 'PAR1 is a gene.'])
 def test_texts_with_some_control_characters_are_texts(text, tmp_path):
   (tmp_path / 'x').write_text(text, encoding='utf-8')
   assert read(f'text:{tmp_path}/x') == [text]
@@ -253,4 +253,6 @@ def test_a_parquet_file_of_a_few_bytes_does_not_unpack_to_many(tmp_path):
                         ('long', "makes 104,.* bytes of field 'text'")):
     with pytest.raises(RequestError, match=message):
       read(f'parquet:{tmp_path}/{name}:text')
+    with pytest.raises(RequestError, match='is a parquet file: write parquet:'):
+      read(f'text:{tmp_path}/{name}')
   assert read(f'parquet:{tmp_path}/long:other') == ['b']
