@@ -8,7 +8,6 @@ otherwise than an unrolled one.
 """
 
 from collections.abc import Callable
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -27,17 +26,22 @@ def over(roles: Any, fn: Callable[..., Any], *trees: Any):
   optax.MaskedNode, and left so."""
 
   def one(role: Role, x: Any, *more: Any):
-    return x if isinstance(x, optax.MaskedNode) else fn(
-        role.split(x.ndim), x, *more)
+    if isinstance(x, optax.MaskedNode):
+      return x
+    return fn(role.split(x.ndim), x, *more)
 
   return jax.tree.map(one, roles, *trees)
 
 
 def apart(tree: Any, count: int) -> list:
-  """Returns `count` trees of one whose leaves are tuples of as many things."""
-  return [jax.tree.map(lambda x, i=i: x[i], tree,
-                       is_leaf=lambda x: type(x) is tuple)
-          for i in range(count)]
+  """Returns `count` trees of one whose leaves are tuples of `count` things."""
+  def is_leaf(x: Any) -> bool:
+    return type(x) is tuple
+
+  trees = []
+  for i in range(count):
+    trees.append(jax.tree.map(lambda x, i=i: x[i], tree, is_leaf=is_leaf))
+  return trees
 
 
 def as_matrices(axes: Axes, x: jax.Array) -> jax.Array:
@@ -55,10 +59,12 @@ def as_before(axes: Axes, matrices: jax.Array, shape: tuple[int, ...]
   return x.transpose(*(order.index(i) for i in range(len(order))))
 
 
-def _zeros(x: jax.Array, without: tuple[int, ...]) -> jax.Array:
-  """Returns zeros like x, with some axes at size 1."""
-  return jnp.zeros([1 if i in without else n for i, n in enumerate(x.shape)],
-                   jnp.float32)
+def _zeros(x: jax.Array, summed: tuple[int, ...]) -> jax.Array:
+  """Returns float32 zeros like x, with the summed axes at size 1."""
+  shape = list(x.shape)
+  for axis in summed:
+    shape[axis] = 1
+  return jnp.zeros(shape, jnp.float32)
 
 
 class FactoredState(NamedTuple):
@@ -78,41 +84,62 @@ def scale_by_adafactor(roles: Any) -> optax.GradientTransformation:
   Args:
     roles: the Role of each parameter, as a tree.
   """
-  factored = lambda axes, x: min(axes.sizes(x.shape)) >= 128
+  def is_factored(axes: Axes, x: jax.Array) -> bool:
+    return min(axes.sizes(x.shape)) >= 128
 
-  def init(params: Any):
-    rows = over(roles, lambda axes, x: _zeros(
-        x, axes.outputs if factored(axes, x) else ()), params)
-    columns = over(roles, lambda axes, x: _zeros(
-        x, axes.inputs) if factored(axes, x) else None, params)
-    return FactoredState(jnp.zeros([], jnp.int32), rows, columns)
+  def rows_of(axes: Axes, x: jax.Array) -> jax.Array:
+    if is_factored(axes, x):
+      return _zeros(x, axes.outputs)
+    return _zeros(x, ())
 
-  def update(grads: Any, state: Any, params: Any):
+  def columns_of(axes: Axes, x: jax.Array) -> jax.Array | None:
+    if is_factored(axes, x):
+      return _zeros(x, axes.inputs)
+    return None
+
+  def init(params: Any) -> FactoredState:
+    return FactoredState(count=jnp.zeros([], jnp.int32),
+                         rows=over(roles, rows_of, params),
+                         columns=over(roles, columns_of, params))
+
+  def update(grads: Any, state: FactoredState, params: Any):
     count = optax.safe_increment(state.count)
     decay = 1 - count.astype(jnp.float32) ** -0.8
-    moved = lambda old, new: decay * old + (1 - decay) * new
-    mean = lambda x, over: jnp.mean(x, axis=over, keepdims=True)
 
-    def scale(axes: Axes, g: jax.Array, row: jax.Array, column: Any,
-              p: jax.Array):
-      rms = lambda x: jnp.sqrt(mean(jnp.square(x), axes.inputs + axes.outputs))
+    def moved(old: jax.Array, new: jax.Array) -> jax.Array:
+      return decay * old + (1 - decay) * new
+
+    def scale(axes: Axes, g: jax.Array, row: jax.Array,
+              column: jax.Array | None, p: jax.Array):
+      """Returns the step of a parameter, and its new moments."""
+      sides = axes.inputs + axes.outputs
       square = jnp.square(g) + 1e-30
       if column is None:
         row = moved(row, square)
         u = jax.lax.rsqrt(row) * g
       else:
-        row = moved(row, mean(square, axes.outputs))
-        column = moved(column, mean(square, axes.inputs))
-        u = g * (jax.lax.rsqrt(row / mean(row, axes.inputs))
-                 * jax.lax.rsqrt(column))
-      u = u / jnp.maximum(1.0, rms(u))
-      return u * jnp.maximum(rms(p), 1e-3), row, column
+        # The second moment is row * column / mean(row).
+        row = moved(row, _mean(square, axes.outputs))
+        column = moved(column, _mean(square, axes.inputs))
+        row_factor = jax.lax.rsqrt(row / _mean(row, axes.inputs))
+        u = g * (row_factor * jax.lax.rsqrt(column))
+      u = u / jnp.maximum(1.0, _root_mean_square(u, sides))
+      size = jnp.maximum(_root_mean_square(p, sides), 1e-3)
+      return u * size, row, column
 
-    updates, rows, columns = apart(over(
-        roles, scale, grads, state.rows, state.columns, params), 3)
-    return updates, FactoredState(count, rows, columns)
+    scaled = over(roles, scale, grads, state.rows, state.columns, params)
+    updates, rows, columns = apart(scaled, 3)
+    return updates, FactoredState(count=count, rows=rows, columns=columns)
 
   return optax.GradientTransformation(init, update)
+
+
+def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  return jnp.mean(x, axis=axes, keepdims=True)
+
+
+def _root_mean_square(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  return jnp.sqrt(_mean(jnp.square(x), axes))
 
 
 def scale_by_muon(roles: Any, beta: float) -> optax.GradientTransformation:
@@ -121,19 +148,25 @@ def scale_by_muon(roles: Any, beta: float) -> optax.GradientTransformation:
 
   Args:
     roles: the Role of each parameter, as a tree.
-    beta: of the momentum.
+    beta: the decay of the momentum.
   """
   plain = optax.contrib.scale_by_muon(beta=beta)
 
+  def scaled(axes: Axes, u: jax.Array) -> jax.Array:
+    """Returns an orthogonal matrix at 0.2 root mean square."""
+    return 0.2 * max(axes.sizes(u.shape)) ** 0.5 * u
+
   def update(grads: Any, state: optax.contrib.MuonState, params: Any = None):
+    del params
+    # Momentum with Nesterov's look ahead, both without their bias.
     mean = optax.tree.update_moment(grads, state.mu, beta, 1)
     count = optax.safe_increment(state.count)
-    ahead = jax.tree.map(
-        lambda m, g: beta * m + (1 - beta) * g,
-        optax.tree.bias_correction(mean, beta, optax.safe_increment(count)),
-        optax.tree.bias_correction(grads, beta, count))
-    steps = over(roles, lambda axes, u: 0.2 * max(axes.sizes(u.shape)) ** 0.5
-                 * u, orthogonal_factors(roles, ahead))
+    next_count = optax.safe_increment(count)
+    unbiased_mean = optax.tree.bias_correction(mean, beta, next_count)
+    unbiased_grads = optax.tree.bias_correction(grads, beta, count)
+    ahead = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g,
+                         unbiased_mean, unbiased_grads)
+    steps = over(roles, scaled, orthogonal_factors(roles, ahead))
     return steps, state._replace(count=count, mu=mean)
 
   return optax.GradientTransformation(plain.init, update)
@@ -161,30 +194,36 @@ def scale_by_normuon(roles: Any, beta: float, b2: float
 
   Args:
     roles: the Role of each parameter, as a tree.
-    beta: b, of the momentum.
-    b2: of the neurons.
+    beta: b, the decay of the momentum.
+    b2: the decay of the neurons' squares.
   """
 
-  def init(params: Any):
-    return NorMuonState(optax.tree.zeros_like(params), over(
-        roles, lambda axes, x: _zeros(x, axes.inputs), params))
+  def neurons_of(axes: Axes, x: jax.Array) -> jax.Array:
+    return _zeros(x, axes.inputs)
 
-  def update(grads: Any, state: Any, params: Any = None):
-    mixed = lambda m, g: beta * m + (1 - beta) * g
+  def mixed(m: jax.Array, g: jax.Array) -> jax.Array:
+    return beta * m + (1 - beta) * g
+
+  def moved(axes: Axes, o: jax.Array, v: jax.Array) -> jax.Array:
+    return b2 * v + (1 - b2) * _mean(jnp.square(o), axes.inputs)
+
+  def evened(axes: Axes, o: jax.Array, v: jax.Array) -> jax.Array:
+    u = o / (jnp.sqrt(v) + 1e-10)
+    mean = _mean(jnp.square(u), axes.inputs + axes.outputs)
+    return 0.2 * u * jax.lax.rsqrt(mean + 1e-20)
+
+  def init(params: Any) -> NorMuonState:
+    return NorMuonState(momentum=optax.tree.zeros_like(params),
+                        neurons=over(roles, neurons_of, params))
+
+  def update(grads: Any, state: NorMuonState, params: Any = None):
+    del params
     momentum = jax.tree.map(mixed, state.momentum, grads)
     ahead = jax.tree.map(mixed, momentum, grads)
     whole = orthogonal_factors(roles, ahead)
-    neurons = over(
-        roles, lambda axes, o, v: b2 * v + (1 - b2) * jnp.mean(
-            jnp.square(o), axis=axes.inputs, keepdims=True),
-        whole, state.neurons)
-
-    def even(axes: Axes, o: jax.Array, v: jax.Array):
-      u, sides = o / (jnp.sqrt(v) + 1e-10), axes.inputs + axes.outputs
-      mean = jnp.mean(jnp.square(u), axis=sides, keepdims=True)
-      return 0.2 * u * jax.lax.rsqrt(mean + 1e-20)
-
-    return over(roles, even, whole, neurons), NorMuonState(momentum, neurons)
+    neurons = over(roles, moved, whole, state.neurons)
+    steps = over(roles, evened, whole, neurons)
+    return steps, NorMuonState(momentum=momentum, neurons=neurons)
 
   return optax.GradientTransformation(init, update)
 
@@ -201,32 +240,61 @@ def orthogonal_factors(roles: Any, tree: Any):
   2025, arXiv 2502.16982, section 2.3, gather a matrix on every device that has
   a part of it.)
   """
-  return jax.tree.map(
-      lambda role, x: x if isinstance(x, optax.MaskedNode) else _factor(
-          role, x), roles, tree)
+  def factor(role: Role, x: Any):
+    if isinstance(x, optax.MaskedNode):
+      return x
+    return _factor(role, x)
+
+  return jax.tree.map(factor, roles, tree)
 
 
 def _factor(role: Role, x: jax.Array) -> jax.Array:
+  """Returns U V^T of each matrix U S V^T of one parameter."""
   axes = role.split(x.ndim)
   homes = _homes(x.shape, role, axes)
-  lie = lambda x, places: jax.lax.with_sharding_constraint(
-      x, PartitionSpec(*(names or None for names in places)))
+  is_split = len(homes) > 1
+
+  # The matrices go to the devices one by one.
   whole = x
-  if len(homes) > 1:
-    if axes.batch:  # filled up, so that the devices divide it
-      first = axes.batch[0]
-      more = -x.shape[first] % sharding.size(homes[-1][first])
-      whole = jnp.pad(x, [(0, more * (i == first)) for i in range(x.ndim)])
-    whole = functools.reduce(lie, homes, whole)
-  # What optax is given is orthogonalised as it is.
+  if is_split:
+    whole = _padded(whole, axes, homes)
+    for places in homes:
+      whole = _laid_on(whole, places)
+
+  # optax's Muon without momentum orthogonalises what it is given as it is.
   tx = optax.contrib.scale_by_muon(beta=0.0, nesterov=False)
-  factor = lambda matrix: tx.update(matrix, tx.init(matrix))[0]
+
+  def orthogonalised(matrix: jax.Array) -> jax.Array:
+    factor, _ = tx.update(matrix, tx.init(matrix))
+    return factor
+
   for _ in axes.batch:
-    factor = jax.vmap(factor)
-  out = as_before(axes, factor(as_matrices(axes, whole)), whole.shape)
-  if len(homes) > 1:
-    out = functools.reduce(lie, homes[::-1], out)
-  return out[tuple(slice(n) for n in x.shape)]
+    orthogonalised = jax.vmap(orthogonalised)
+  factors = orthogonalised(as_matrices(axes, whole))
+  out = as_before(axes, factors, whole.shape)
+
+  # And their factors come back.
+  if is_split:
+    for places in reversed(homes):
+      out = _laid_on(out, places)
+  return out[tuple(slice(size) for size in x.shape)]
+
+
+def _padded(x: jax.Array, axes: Axes, homes: list[tuple]) -> jax.Array:
+  """Returns x with zero matrices, so that the devices divide their number."""
+  if not axes.batch:
+    return x
+  first = axes.batch[0]
+  more = -x.shape[first] % sharding.size(homes[-1][first])
+  padding = [(0, 0)] * x.ndim
+  padding[first] = (0, more)
+  return jnp.pad(x, padding)
+
+
+def _laid_on(x: jax.Array, places: tuple) -> jax.Array:
+  """Returns x with each axis on the mesh axes that `places` names."""
+  spec = PartitionSpec(*(names or None for names in places))
+  return jax.lax.with_sharding_constraint(x, spec)
 
 
 def _homes(shape: tuple[int, ...], role: Role, axes: Axes) -> list[tuple]:
@@ -239,15 +307,23 @@ def _homes(shape: tuple[int, ...], role: Role, axes: Axes) -> list[tuple]:
   """
   lead = len(shape) - len(role.axes)
   homes = [sharding.weight_places(shape, (None,) * lead + role.axes)]
-  lone = math.prod(shape[i] for i in axes.batch) == 1
+  is_lone = math.prod(shape[i] for i in axes.batch) == 1
   for side in axes.inputs + axes.outputs:
     names, places = homes[0][side], list(homes[-1])
     if not names:
       continue
     places[side] = ()
-    if not lone:
-      to = next((i for i in axes.batch if shape[i] % sharding.size(
-          places[i] + names) == 0), axes.batch[0])
-      places[to] += names
+    if not is_lone:
+      places[_host(shape, axes, places, names)] += names
     homes.append(tuple(places))
   return homes
+
+
+def _host(shape: tuple[int, ...], axes: Axes, places: list, names: tuple
+          ) -> int:
+  """Returns the axis of the batch that mesh axes go to: one that they divide,
+  or the first."""
+  for axis in axes.batch:
+    if shape[axis] % sharding.size(places[axis] + names) == 0:
+      return axis
+  return axes.batch[0]

@@ -29,16 +29,26 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.sharding import Role
 from common.errors import one_of
 
-# A parameter's rate, of how many times as wide as at the base its inputs and
-# its outputs are, and of what its product is divided by. Adam's step does not
-# depend on the size of the gradient, which SGD's follows: as many times as
-# large as there are outputs, and divided as the product is. Lion's step is as
-# Adam's. Muon, NorMuon and Adafactor size theirs by the matrix, SOAP turns
-# them, and would need rules of their own.
-_ADAM = lambda inputs, outputs, divisor: divisor / inputs
-RATES = {
-    'adamw': _ADAM, 'lion': _ADAM,
-    'sgd': lambda inputs, outputs, divisor: divisor ** 2 * outputs / inputs}
+# The rate of a parameter, of how many times as wide as at the base its inputs
+# and its outputs are, and of what its product is divided by. Muon, NorMuon and
+# Adafactor size their steps by the matrix, SOAP turns them, and would need
+# rules of their own.
+
+
+def _adam(inputs: float, outputs: float, divisor: float) -> float:
+  """Adam's step does not depend on the size of the gradient; nor does Lion's.
+  """
+  del outputs
+  return divisor / inputs
+
+
+def _sgd(inputs: float, outputs: float, divisor: float) -> float:
+  """SGD's step follows the gradient: as many times as large as there are
+  outputs, and divided as the product is."""
+  return divisor ** 2 * outputs / inputs
+
+
+RATES = {'adamw': _adam, 'lion': _adam, 'sgd': _sgd}
 
 
 def check_optimizer(config: ModelConfig, optimizer: str) -> None:
@@ -52,9 +62,9 @@ def rates(config: ModelConfig, optimizer: str, roles: Any):
   None in the standard form.
 
   Args:
-    config: the model's.
+    config: the model's config.
     optimizer: optim.name.
-    roles: the parameters' (training/runs.py).
+    roles: the Role of each parameter, as a tree (training/runs.py).
 
   Raises:
     ValueError: for an optimiser without a rule.
@@ -69,9 +79,11 @@ def rates(config: ModelConfig, optimizer: str, roles: Any):
 
   def rate(role: Role) -> float:
     axes = role.split(len(role.axes))
-    inputs, outputs = (math.prod(wider[role.axes[i]] for i in side)
-                       for side in (axes.inputs, axes.outputs))
-    divisor = r if role.kind == 'logits' else 1.0
+    inputs = math.prod(wider[role.axes[i]] for i in axes.inputs)
+    outputs = math.prod(wider[role.axes[i]] for i in axes.outputs)
+    divisor = 1.0
+    if role.kind == 'logits':
+      divisor = r
     return RATES[optimizer](inputs, outputs, divisor)
 
   return jax.tree.map(rate, roles)

@@ -17,11 +17,11 @@ parameters that optim.decay_mask selects; where it is empty, on matrices that
 are no embeddings. Moments are kept and updates are computed in float32,
 whatever model.param_dtype is; a parameter is rounded once, when the update is
 added. A field of config.optim that the chosen optimiser or schedule does not
-read has to stay at its default: setting it is refused. An entry of OPTIMIZERS
-or SCHEDULES is all that there is of one.
+read has to stay at its default: setting it is refused. To add an optimiser or a
+schedule, write its function, and its entry in OPTIMIZERS or SCHEDULES.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import math
 from typing import Any, NamedTuple
 
@@ -34,159 +34,231 @@ from architectures.parts import paths
 from architectures.parts.sharding import Role
 from common.errors import one_of, require
 from configs import base as base_config
-from training.optim import matrices, shares, soap
+from training.optim import matrices, shares
+from training.optim.soap import scale_by_soap
 
 
-class Entry(NamedTuple):
-  """One optimiser or schedule.
+Optim = ml_collections.ConfigDict  # config.optim
+Transformation = optax.GradientTransformation
 
-  Attributes:
-    make: of an optimiser, (config.optim, roles) -> a transformation of
-      gradients; of a schedule, (updates done + 1, T, config.optim) -> the share
-      of optim.lr.
-    reads: the fields of config.optim that it reads and others may not; another
-      one set is refused, not ignored.
+
+# Optimisers: each makes the direction of a step, before the learning rate and
+# the decay, of (config.optim, the Role of each parameter as a tree).
+
+
+def adamw(optim: Optim, roles: Any) -> Transformation:
+  """Adam (Kingma and Ba 2015), whose decay is decoupled."""
+  del roles
+  return optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
+
+
+def adafactor(optim: Optim, roles: Any) -> Transformation:
+  """Adafactor (Shazeer and Stern 2018) without momentum; lr is relative to a
+  matrix's own root mean square, as T5 and PaLM use it."""
+  del optim
+  return matrices.scale_by_adafactor(roles)
+
+
+def lion(optim: Optim, roles: Any) -> Transformation:
+  """Lion (Chen et al. 2023): the sign of an interpolated momentum."""
+  del roles
+  return optax.scale_by_lion(b1=optim.b1, b2=optim.b2)
+
+
+def muon(optim: Optim, roles: Any) -> Transformation:
+  """Muon (Jordan et al. 2024): orthogonalised momentum for the hidden matrices.
+
+  Embeddings, the head, routers, norms and biases go by Adam. Updates are scaled
+  to 0.2 root mean square a matrix, Adam's usual size, so that one optim.lr
+  serves both (Liu et al. 2025, section 2.2). optim.momentum is Muon's; 0.95 is
+  its authors' choice.
   """
-  make: Callable[..., Any]
-  reads: tuple[str, ...] = ()
+  direction = matrices.scale_by_muon(roles, optim.momentum)
+  return _with_adam(optim, roles, direction, _is_hidden)
+
+
+def normuon(optim: Optim, roles: Any) -> Transformation:
+  """NorMuon (Li et al. 2025): Muon with steps of one size for all neurons of a
+  matrix. optim.momentum and optim.b2 are its own; 0.95 is its authors' choice
+  for both."""
+  direction = matrices.scale_by_normuon(roles, optim.momentum, optim.b2)
+  return _with_adam(optim, roles, direction, _is_hidden)
+
+
+def soap(optim: Optim, roles: Any) -> Transformation:
+  """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo, for all
+  matrices, the embedding and the head too; vectors go by Adam."""
+  direction = scale_by_soap(
+      roles, b1=optim.b1, b2=optim.b2, eps=optim.eps,
+      every=optim.precondition_every, most=optim.precondition_max)
+  return _with_adam(optim, roles, direction, _is_matrix)
+
+
+def sgd(optim: Optim, roles: Any) -> Transformation:
+  """Momentum (Sutskever et al. 2013), without Nesterov's look ahead."""
+  del roles
+  if optim.momentum:
+    return optax.trace(optim.momentum)
+  return optax.identity()
+
+
+def _is_matrix(role: Role) -> bool:
+  return role.matrix
 
 
 def _is_hidden(role: Role) -> bool:
   return role.matrix and role.kind == 'hidden'
 
 
-def _adam(optim: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  return optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
-
-
-def _with_adam(optim: ml_collections.ConfigDict, roles: Any,
-               direction: optax.GradientTransformation,
-               chosen: Callable[[Role], bool] = _is_hidden
-               ) -> optax.GradientTransformation:
+def _with_adam(optim: Optim, roles: Any, direction: Transformation,
+               is_chosen: Callable[[Role], bool]) -> Transformation:
   """Returns a direction of the parameters that are chosen by their role, and
   Adam of the others."""
+  def label(role: Role) -> str:
+    if is_chosen(role):
+      return optim.name
+    return 'adam'
+
   return optax.partition(
-      {optim.name: direction, 'adam': _adam(optim)}, jax.tree.map(
-          lambda role: optim.name if chosen(role) else 'adam', roles))
+      {optim.name: direction, 'adam': adamw(optim, roles)},
+      jax.tree.map(label, roles))
 
 
-_ADAM = ('b1', 'b2', 'eps')
-OPTIMIZERS = {
-    # Kingma and Ba 2015, with the decay decoupled.
-    'adamw': Entry(lambda optim, roles: _adam(optim), _ADAM),
-    # Shazeer and Stern 2018, without momentum; lr is relative to a matrix's own
-    # root mean square, as T5 and PaLM use it.
-    'adafactor': Entry(
-        lambda optim, roles: matrices.scale_by_adafactor(roles)),
-    # Chen et al. 2023: the sign of an interpolated momentum.
-    'lion': Entry(lambda optim, roles: optax.scale_by_lion(optim.b1, optim.b2),
-                  ('b1', 'b2')),
-    # Jordan et al. 2024: orthogonalised momentum for the hidden matrices.
-    # Embeddings, the head, routers, norms and biases go by Adam. Updates are
-    # scaled to 0.2 root mean square a matrix, Adam's usual size, so that one
-    # optim.lr serves both (Liu et al. 2025, section 2.2). optim.momentum is
-    # Muon's; 0.95 is its authors' choice.
-    'muon': Entry(
-        lambda optim, roles: _with_adam(optim, roles, matrices.scale_by_muon(
-            roles, optim.momentum)), (*_ADAM, 'momentum')),
-    # Li et al. 2025: Muon with steps of one size for all neurons of a matrix.
-    # optim.momentum and optim.b2 are its own; 0.95 is its authors' choice for
-    # both.
-    'normuon': Entry(
-        lambda optim, roles: _with_adam(optim, roles, matrices.scale_by_normuon(
-            roles, optim.momentum, optim.b2)), (*_ADAM, 'momentum')),
-    # Vyas et al. 2024: Adam in the eigenbasis of Shampoo, for all matrices, the
-    # embedding and the head too; vectors go by Adam.
-    'soap': Entry(
-        lambda optim, roles: _with_adam(optim, roles, soap.scale_by_soap(
-            roles, optim.b1, optim.b2, optim.eps, optim.precondition_every,
-            optim.precondition_max), lambda role: role.matrix),
-        (*_ADAM, 'precondition_every', 'precondition_max')),
-    # Momentum as Sutskever et al. 2013 without Nesterov's look ahead.
-    'sgd': Entry(lambda optim, roles: optax.trace(optim.momentum)
-                 if optim.momentum else optax.identity(), ('momentum',)),
-}
+# Schedules: each returns the share of optim.lr at update t of `steps`.
 
 
-def _progress(t: jax.Array, start: float, end: float):
-  """How far t is from start to end, in [0, 1]."""
-  return jnp.clip((t - start) / jnp.maximum(end - start, 1), 0.0, 1.0)
-
-
-def _cosine(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
+def cosine(t: jax.Array, steps: int, optim: Optim) -> jax.Array:
+  """SGDR (Loshchilov and Hutter 2017, equation 5), without restarts."""
   low = optim.final_fraction
   progress = _progress(t, optim.warmup_steps, steps)
   return low + (1 - low) * 0.5 * (1 + jnp.cos(math.pi * progress))
 
 
-def _linear(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
+def linear(t: jax.Array, steps: int, optim: Optim) -> jax.Array:
+  """A line from 1 at the end of the warm-up to final_fraction."""
   progress = _progress(t, optim.warmup_steps, steps)
   return 1 - (1 - optim.final_fraction) * progress
 
 
-def _wsd(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
+def rsqrt(t: jax.Array, steps: int, optim: Optim) -> jax.Array:
+  """1 / sqrt(t), scaled to 1 where the warm-up ends (Vaswani et al. 2017)."""
+  del steps
+  return jnp.minimum(1.0, jnp.sqrt(jnp.maximum(optim.warmup_steps, 1) / t))
+
+
+def wsd(t: jax.Array, steps: int, optim: Optim) -> jax.Array:
+  """Warm-up, stable, decay (Hu et al. 2024): linear over the last share."""
   start = steps - round(optim.decay_fraction * steps)
   return 1 - (1 - optim.final_fraction) * _progress(t, start, steps)
 
 
+def constant(t: jax.Array, steps: int, optim: Optim) -> jax.Array:
+  """1 at every update."""
+  del steps, optim
+  return jnp.ones_like(t)
+
+
+def _progress(t: jax.Array, start: float, end: float) -> jax.Array:
+  """Returns how far t is from start to end, in [0, 1]."""
+  return jnp.clip((t - start) / jnp.maximum(end - start, 1), 0.0, 1.0)
+
+
+class Entry(NamedTuple):
+  """One optimiser or schedule.
+
+  Attributes:
+    make: the function above.
+    reads: the fields of config.optim that it reads and others may not; another
+      one that is set is refused, not ignored.
+  """
+  make: Callable[..., Any]
+  reads: tuple[str, ...] = ()
+
+
+OPTIMIZERS = {
+    'adamw': Entry(adamw, ('b1', 'b2', 'eps')),
+    'adafactor': Entry(adafactor),
+    'lion': Entry(lion, ('b1', 'b2')),
+    'muon': Entry(muon, ('b1', 'b2', 'eps', 'momentum')),
+    'normuon': Entry(normuon, ('b1', 'b2', 'eps', 'momentum')),
+    'soap': Entry(soap, ('b1', 'b2', 'eps', 'precondition_every',
+                         'precondition_max')),
+    'sgd': Entry(sgd, ('momentum',)),
+}
 SCHEDULES = {
-    # SGDR (Loshchilov and Hutter 2017, equation 5), without restarts.
-    'cosine': Entry(_cosine, ('final_fraction', 'decay_steps')),
-    'linear': Entry(_linear, ('final_fraction', 'decay_steps')),
-    # 1 / sqrt(t), scaled to 1 where the warm-up ends (Vaswani et al. 2017).
-    'rsqrt': Entry(lambda t, steps, optim: jnp.minimum(
-        1.0, jnp.sqrt(jnp.maximum(optim.warmup_steps, 1) / t))),
-    # Warm-up, stable, decay (Hu et al. 2024): linear over the last share.
-    'wsd': Entry(_wsd, ('final_fraction', 'decay_fraction')),
-    'constant': Entry(lambda t, steps, optim: jnp.ones_like(t)),
+    'cosine': Entry(cosine, ('final_fraction', 'decay_steps')),
+    'linear': Entry(linear, ('final_fraction', 'decay_steps')),
+    'rsqrt': Entry(rsqrt),
+    'wsd': Entry(wsd, ('final_fraction', 'decay_fraction')),
+    'constant': Entry(constant),
 }
 
 
-def rate(optim: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+def rate(optim: Optim, steps: int) -> optax.Schedule:
   """Returns the learning rate as a function of the number of updates done.
   optim.lr and optim.warmup_steps may be traced, as where several runs train as
   one program (training/vectorised.py).
 
   Args:
     optim: config.optim.
-    steps: T, the run's train.steps.
+    steps: train.steps of the run, T.
   """
   shape = SCHEDULES[optim.schedule].make
-  steps = optim.decay_steps or steps
+  last = optim.decay_steps or steps
 
   def schedule(count: jax.Array):
     t = jnp.asarray(count, jnp.float32) + 1
     warm = t / jnp.maximum(optim.warmup_steps, 1)  # never < 1 without one
-    return optim.lr * jnp.minimum(shape(t, steps, optim), warm)
+    return optim.lr * jnp.minimum(shape(t, last, optim), warm)
 
   return schedule
 
 
-def check_optim(optim: ml_collections.ConfigDict) -> None:
+def check_optim(optim: Optim) -> None:
   """Raises ValueError for fields of config.optim that are in their ranges, and
   do not fit each other. A field counts as set where it differs from the default
   of configs/base.py."""
   defaults = base_config.base().optim
-  for selector, table in (('name', OPTIMIZERS), ('schedule', SCHEDULES)):
-    choice = optim[selector]
-    one_of(f'optim.{selector}', choice, table)
-    for field in sorted({f for row in table.values() for f in row.reads}):
-      readers = ', '.join(n for n, row in table.items() if field in row.reads)
-      require(field in table[choice].reads or optim[field] == defaults[field],
-              f'optim.{field} is {optim[field]}, which optim.{selector} '
-              f'{choice!r} does not read (it is read by {readers}): leave it '
-              f'at {defaults[field]}, or choose one of these')
+  _check_fields('name', OPTIMIZERS, optim, defaults)
+  _check_fields('schedule', SCHEDULES, optim, defaults)
   require(optim.decay_steps == 0 or optim.decay_steps > optim.warmup_steps,
           f'optim.decay_steps is {optim.decay_steps} and optim.warmup_steps '
           f'{optim.warmup_steps}: choose more than these, or 0 for train.steps')
-  require(all(isinstance(row, tuple | list) and len(row) == 2
-              and row[1] in (0, 1) for row in optim.decay_mask),
-          f'optim.decay_mask is {optim.decay_mask!r}: it must be pairs of '
-          '(pattern, 1 or 0), 1 for what decays')
+  for row in optim.decay_mask:
+    is_pair = isinstance(row, tuple | list) and len(row) == 2
+    require(is_pair and row[1] in (0, 1),
+            f'optim.decay_mask is {optim.decay_mask!r}: it must be pairs of '
+            '(pattern, 1 or 0), 1 for what decays')
 
 
-def make(optim: ml_collections.ConfigDict, steps: int, roles: Any,
-         rates: Any = None, parts: Any = None) -> optax.GradientTransformation:
+def _check_fields(selector: str, table: Mapping[str, Entry], optim: Optim,
+                  defaults: Optim) -> None:
+  """Raises RequestError for a choice that the table does not have, and for a
+  field that is set and that the choice does not read.
+
+  Args:
+    selector: the field of config.optim that chooses an entry of the table.
+    table: OPTIMIZERS or SCHEDULES.
+    optim: config.optim.
+    defaults: config.optim at its defaults.
+  """
+  choice = optim[selector]
+  one_of(f'optim.{selector}', choice, table)
+  readers: dict[str, list[str]] = {}
+  for name, entry in table.items():
+    for field in entry.reads:
+      readers.setdefault(field, []).append(name)
+  for field in sorted(readers):
+    is_default = optim[field] == defaults[field]
+    require(choice in readers[field] or is_default,
+            f'optim.{field} is {optim[field]}, which optim.{selector} '
+            f'{choice!r} does not read (it is read by '
+            f'{", ".join(readers[field])}): leave it at {defaults[field]}, or '
+            'choose one of these')
+
+
+def make(optim: Optim, steps: int, roles: Any,
+         rates: Any = None, parts: Any = None) -> Transformation:
   """Builds the optimiser of a run, whose config.optim was checked; lr,
   warmup_steps and weight_decay may be traced, as where several runs train as
   one (training/vectorised.py). It takes whole trees, or those that
@@ -201,33 +273,50 @@ def make(optim: ml_collections.ConfigDict, steps: int, roles: Any,
     parts: what its learning rate is multiplied by, its decay included
       (training/optim/shares.py); None: 1.
   """
-  keep = lambda tree: None if tree is None else shares.trained(parts, tree)
-  roles = keep(roles)
-  decays = (paths.match(optim.decay_mask, roles, 'optim.decay_mask')
-            if optim.decay_mask else jax.tree.map(
-                lambda role: role.matrix and role.kind != 'embedding', roles))
+  def trained(tree: Any) -> Any:
+    if tree is None:
+      return None
+    return shares.trained(parts, tree)
+
+  roles = trained(roles)
+  clip = optax.identity()
+  if optim.clip_norm:
+    clip = clip_by_global_norm(optim.clip_norm)
+  direction = OPTIMIZERS[optim.name].make(optim, roles)
+  learning_rate = optax.scale_by_learning_rate(rate(optim, steps))
   # All four always stand in the chain, so that the state's tree does not
   # depend on numbers that a resumed run may change.
   tx = optax.chain(
-      clip_by_global_norm(optim.clip_norm) if optim.clip_norm
-      else optax.identity(),
-      _with_rates(OPTIMIZERS[optim.name].make(optim, roles), keep(rates)),
-      _add_decay(optim.weight_decay, decays),
-      _with_rates(optax.scale_by_learning_rate(rate(optim, steps)),
-                  keep(parts)))
+      clip,
+      _with_rates(direction, trained(rates)),
+      _add_decay(optim.weight_decay, _decays(optim, roles)),
+      _with_rates(learning_rate, trained(parts)))
 
-  def cast(tree: Any):
-    """In bfloat16 a second moment with b2 = 0.999 would never fall: a
-    thousandth of it is less than half of its last digit."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32), keep(tree))
+  def cast(tree: Any) -> Any:
+    """Returns a tree in float32. In bfloat16 a second moment with b2 = 0.999
+    would never fall: a thousandth of it is less than half of its last digit.
+    """
+    return jax.tree.map(lambda x: x.astype(jnp.float32), trained(tree))
 
-  return optax.GradientTransformation(
-      lambda params: tx.init(cast(params)),
-      lambda grads, state, params: tx.update(cast(grads), state, cast(params)))
+  def init(params: Any):
+    return tx.init(cast(params))
+
+  def update(grads: Any, state: Any, params: Any):
+    return tx.update(cast(grads), state, cast(params))
+
+  return Transformation(init, update)
 
 
-def _with_rates(tx: optax.GradientTransformation, rates: Any
-                ) -> optax.GradientTransformation:
+def _decays(optim: Optim, roles: Any) -> Any:
+  """Returns which parameters decay, as a tree of truth values."""
+  if optim.decay_mask:
+    return paths.match(optim.decay_mask, roles, 'optim.decay_mask')
+  return jax.tree.map(
+      lambda role: role.matrix and role.kind != 'embedding', roles)
+
+
+def _with_rates(tx: Transformation, rates: Any
+                ) -> Transformation:
   """Multiplies the updates of `tx` by the leaves of `rates`. Its state stays
   as it is: a checkpoint is one whether there are rates or not."""
   if rates is None:
@@ -237,19 +326,25 @@ def _with_rates(tx: optax.GradientTransformation, rates: Any
     updates, state = tx.update(grads, state, params)
     return jax.tree.map(lambda u, rate: u * rate, updates, rates), state
 
-  return optax.GradientTransformation(tx.init, update)
+  return Transformation(tx.init, update)
 
 
 def _add_decay(weight_decay: float | jax.Array, decays: Any
-               ) -> optax.GradientTransformation:
+               ) -> Transformation:
   """Adds weight_decay * p to the updates of the parameters that `decays`
   selects. optax's own, given a mask, has another tree of states."""
-  return optax.stateless(lambda updates, params: jax.tree.map(
-      lambda u, p, decay: u + weight_decay * p if decay else u,
-      updates, params, decays))
+  def add(update: jax.Array, param: jax.Array, is_decayed: bool):
+    if not is_decayed:
+      return update
+    return update + weight_decay * param
+
+  def decay(updates: Any, params: Any):
+    return jax.tree.map(add, updates, params, decays)
+
+  return optax.stateless(decay)
 
 
-def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+def clip_by_global_norm(limit: float) -> Transformation:
   """Scales all gradients so that their joint norm is at most `limit`.
 
   optax's own selects between whole arrays, which on CPU keeps XLA from fusing
@@ -263,7 +358,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
   return optax.stateless(clip)
 
 
-def update_if(ok: jax.Array, tx: optax.GradientTransformation, grads: Any,
+def update_if(ok: jax.Array, tx: Transformation, grads: Any,
               state: Any, params: Any):
   """Returns (params, state) after one update; unchanged unless `ok`.
 
@@ -275,11 +370,14 @@ def update_if(ok: jax.Array, tx: optax.GradientTransformation, grads: Any,
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
-  skip = lambda grads, state, params: (params, state)
+  def skip(grads: Any, state: Any, params: Any):
+    del grads
+    return params, state
+
   return jax.lax.cond(ok, apply, skip, grads, state, params)
 
 
-def opt_state_shardings(tx: optax.GradientTransformation, params: Any,
+def opt_state_shardings(tx: Transformation, params: Any,
                         shardings: Any):
   """Returns the sharding of each leaf of tx.init(params), as one tree.
 
@@ -292,19 +390,29 @@ def opt_state_shardings(tx: optax.GradientTransformation, params: Any,
     params: the parameters' shapes, unboxed.
     shardings: a NamedSharding for each parameter.
   """
-  placed = {path: (x.shape, sharding) for (path, x), sharding in zip(
-      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings),
-      strict=True)}
   mesh = jax.tree.leaves(shardings)[0].mesh
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  of_parameter = {}  # by path
+  for (path, x), sharding in zip(leaves, jax.tree.leaves(shardings),
+                                 strict=True):
+    of_parameter[path] = x.shape, sharding.spec
 
   def place(path: tuple, leaf: Any):
-    ends = (path[i:] for i in range(len(path)))
-    shape, sharding = next(
-        (placed[end] for end in ends if end in placed), ((), None))
-    spec = [] if sharding is None else [
-        axis if size == whole else None for size, whole, axis in zip(
-            leaf.shape, shape, (*sharding.spec, *(None,) * leaf.ndim))]
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    """Returns the sharding of a leaf of the state."""
+    shape, spec = (), ()
+    for i in range(len(path)):
+      if path[i:] in of_parameter:
+        shape, spec = of_parameter[path[i:]]
+        break
+    # Axes beyond those that the spec names are whole.
+    mesh_axes = (*spec, *(None,) * leaf.ndim)
+    places = []
+    for size, parameter_size, axis in zip(leaf.shape, shape, mesh_axes):
+      if size != parameter_size:
+        axis = None
+      places.append(axis)
+    return jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec(*places))
 
   return jax.tree_util.tree_map_with_path(
       place, jax.eval_shape(tx.init, params))

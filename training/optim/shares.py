@@ -49,41 +49,29 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
       parameter, for a rate of tables that are not there, and where nothing
       would be trained.
   """
-  stacks, below, depth = paths.Stacks(paths.flatten(shapes)), {}, 0
-  for stack in sorted(stacks.counts, key=STACKS.index):
-    below[stack] = depth
-    depth += stacks.counts[stack]
-  try:
-    patterns = [*map(re.compile, filter(None, optim.freeze.split(',')))]
-  except re.error as error:
-    raise RequestError(f'optim.freeze is {optim.freeze!r}, of which a pattern '
-                       f'is no regular expression: {error}') from error
-  require(optim.table_rate == 1
-          or any(role.reads for role in jax.tree.leaves(roles)),
+  patterns = _patterns(optim.freeze)
+  has_tables = any(role.reads for role in jax.tree.leaves(roles))
+  require(optim.table_rate == 1 or has_tables,
           f'optim.table_rate is {optim.table_rate}, and the model has no '
           'tables that n-grams look up: leave it at 1, or set model.memory')
+  stacks = paths.Stacks(paths.flatten(shapes))
   names: list[str] = []
   matched = set()
 
-  def rows_of(path: str) -> list[tuple[str, int]]:
-    """Returns the name of each row of a parameter, which has the number of its
-    layer in it, and how many powers of the decay it has."""
-    if not paths.Stacks.has(path):
-      return [(path, depth + 1 if path.startswith('embed/') else 0)]
-    stack, name = stacks.split(path)
-    return [(f'{stack}/layers/{n}/{name}', depth - below[stack] - n)
-            for n in stacks.layers(path)]
-
-  def share(key: Any, role: Role, x: Any):
+  def share(key: Any, role: Role, x: Any) -> float | np.ndarray:
+    """Returns the share of a parameter, of its rows where these differ."""
     path, rows = paths.join(key), []
-    for name, power in rows_of(path):
+    for name, power in _rows_of(path, stacks):
       names.append(name)
-      freezes = {pattern for pattern in patterns
-                 if pattern.fullmatch(path) or pattern.fullmatch(name)}
-      matched.update(freezes)
-      rows.append(0.0 if freezes or adapted and not role.tuned
-                  else optim.layer_decay ** power * (
-                      optim.table_rate if role.reads else 1.0))
+      freezing = [pattern for pattern in patterns
+                  if pattern.fullmatch(path) or pattern.fullmatch(name)]
+      matched.update(freezing)
+      if freezing or adapted and not role.tuned:
+        rows.append(0.0)
+      elif role.reads:
+        rows.append(optim.layer_decay ** power * optim.table_rate)
+      else:
+        rows.append(optim.layer_decay ** power)
     if len(set(rows)) == 1:
       return rows[0]
     return np.array(rows, np.float32).reshape(-1, *(1,) * (len(x.shape) - 1))
@@ -100,20 +88,55 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
   return tree
 
 
+def _patterns(freeze: str) -> list[re.Pattern]:
+  """Returns the regular expressions of optim.freeze."""
+  try:
+    return [re.compile(text) for text in freeze.split(',') if text]
+  except re.error as error:
+    raise RequestError(f'optim.freeze is {freeze!r}, of which a pattern is no '
+                       f'regular expression: {error}') from error
+
+
+def _rows_of(path: str, stacks: paths.Stacks) -> list[tuple[str, int]]:
+  """Returns the rows of a parameter: the name of each, which has the number of
+  its layer in it, and how many powers of the decay it has."""
+  depth = sum(stacks.counts.values())
+  if path.startswith('embed/'):
+    return [(path, depth + 1)]
+  if not paths.Stacks.has(path):
+    return [(path, 0)]
+  stack, name = stacks.split(path)
+  below = 0  # layers of the stacks before this one
+  for other in STACKS[:STACKS.index(stack)]:
+    below += stacks.counts.get(other, 0)
+  return [(f'{stack}/layers/{n}/{name}', depth - below - n)
+          for n in stacks.layers(path)]
+
+
 def trained(shares: Any, tree: Any):
   """Returns `tree` with optax.MaskedNode() for each frozen parameter."""
   if shares is None:
     return tree
-  return jax.tree.map(
-      lambda share, x: x if np.any(share) else optax.MaskedNode(), shares, tree)
+
+  def keep(share: Any, x: Any) -> Any:
+    if np.any(share):
+      return x
+    return optax.MaskedNode()
+
+  return jax.tree.map(keep, shares, tree)
 
 
 def whole(shares: Any, part: Any, params: Any):
   """Returns `params` with what `trained` has kept of a tree in its places."""
   if shares is None:
     return part
-  return jax.tree.map(lambda share, new, old: new if np.any(share) else old,
-                      shares, part, params)
+
+  def choose(share: Any, new: Any, old: Any) -> Any:
+    if np.any(share):
+      return new
+    return old
+
+  return jax.tree.map(choose, shares, part, params)
 
 
 def without_frozen_rows(shares: Any, grads: Any):
@@ -126,9 +149,13 @@ def with_frozen_rows(shares: Any, new: Any, old: Any):
   both trees are as `trained` returns them."""
   if shares is None:
     return new
-  return jax.tree.map(
-      lambda share, x, was: x if x is was or np.all(share)
-      else jnp.where(share != 0, x, was), trained(shares, shares), new, old)
+
+  def restore(share: Any, x: Any, before: Any) -> Any:
+    if x is before or np.all(share):
+      return x
+    return jnp.where(share != 0, x, before)
+
+  return jax.tree.map(restore, trained(shares, shares), new, old)
 
 
 def start_average(optim: ml_collections.ConfigDict, shares: Any, params: Any):
@@ -161,8 +188,8 @@ def update_average(optim: ml_collections.ConfigDict, average: Any, params: Any,
 
   Args:
     optim: config.optim.
-    average: what it was before.
-    params: those that are trained, after the step.
+    average: the average before the step.
+    params: the parameters that are trained, after the step.
     updates: t, how many updates there have been, this one included.
     ok: whether the step was an update.
   """
@@ -180,5 +207,6 @@ def evaluated(shares: Any, average: Any, params: Any):
   dtype of the parameters, or where there is none these themselves."""
   if average is None:
     return params
-  return whole(shares, jax.tree.map(lambda m, p: m.astype(p.dtype), average,
-                                    trained(shares, params)), params)
+  cast = jax.tree.map(lambda m, p: m.astype(p.dtype), average,
+                      trained(shares, params))
+  return whole(shares, cast, params)

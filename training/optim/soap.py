@@ -50,104 +50,177 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
 
   Args:
     roles: the Role of each parameter, as a tree.
-    b1, b2, eps: of Adam; b2 is of the preconditioners too.
-    every: steps between two updates of the bases.
+    b1, b2, eps: Adam's; b2 is the decay of the preconditioners too.
+    every: the steps between two updates of the bases.
     most: the longest side that has a preconditioner.
   """
-  flipped = lambda axes: Axes(axes.batch, axes.outputs, axes.inputs)
-  # Of a field of the state: its own side is the rows.
-  seen = lambda axes: (axes, axes, axes, flipped(axes), axes, flipped(axes))
+  def left_factor(axes: Axes, x: jax.Array) -> jax.Array | None:
+    """Returns zeros for L: the side of the outputs is as long as the inputs'.
+    """
+    size, _ = axes.sizes(x.shape)
+    if size > most:
+      return None
+    shape = list(x.shape)
+    for axis in axes.outputs:
+      shape[axis] = 1
+    shape[axes.outputs[0]] = size
+    return jnp.zeros(shape, x.dtype)
 
-  def init(params: Any):
-    def factor(axes: Axes, x: jax.Array):
-      size, _ = axes.sizes(x.shape)
-      other = axes.outputs
-      return None if size > most else jnp.zeros(
-          [size if i == other[0] else 1 if i in other else n
-           for i, n in enumerate(x.shape)], x.dtype)
+  def right_factor(axes: Axes, x: jax.Array) -> jax.Array | None:
+    return left_factor(_flipped(axes), x)
 
-    zeros = [matrices.over(roles, make, params) for make in (
-        lambda _, x: jnp.zeros_like(x), factor,
-        lambda axes, x: factor(flipped(axes), x))]
-    return SoapState(jnp.zeros([], jnp.int32),
-                     *(zeros[i] for i in (0, 0, 1, 2, 1, 2)))
+  def init(params: Any) -> SoapState:
+    zeros = optax.tree.zeros_like(params)
+    left = matrices.over(roles, left_factor, params)
+    right = matrices.over(roles, right_factor, params)
+    return SoapState(count=jnp.zeros([], jnp.int32), mean=zeros, square=zeros,
+                     left=left, right=right, left_basis=left,
+                     right_basis=right)
 
-  def update(grads: Any, state: Any, params: Any = None):
+  def update(grads: Any, state: SoapState, params: Any = None):
+    del params
+
     def one(axes: Axes, g: jax.Array, *fields: Any):
-      each = [*zip(seen(axes), fields)]
-      step, s = _update(
-          matrices.as_matrices(axes, g), SoapState(state.count, *(
-              None if x is None else matrices.as_matrices(sides, x)
-              for sides, x in each)), b1, b2, eps, every)
-      return (matrices.as_before(axes, step, g.shape), *(
-          None if x is None else matrices.as_before(sides, new, x.shape)
-          for (sides, x), new in zip(each, s[1:])))
+      """Returns the step of a parameter, and the new fields of its state."""
+      # A field's own side is its rows.
+      flipped = _flipped(axes)
+      sides = SoapState(count=None, mean=axes, square=axes, left=axes,
+                        right=flipped, left_basis=axes, right_basis=flipped)
+      of_matrices = [_as_matrices(side, x)
+                     for side, x in zip(sides[1:], fields)]
+      step, new = _update(
+          matrices.as_matrices(axes, g), SoapState(state.count, *of_matrices),
+          b1=b1, b2=b2, eps=eps, every=every)
+      new_fields = [_as_before(side, x, old) for side, x, old in zip(
+          sides[1:], new[1:], fields)]
+      return matrices.as_before(axes, step, g.shape), *new_fields
 
-    step, *fields = matrices.apart(
-        matrices.over(roles, one, grads, *state[1:]), 7)
+    updated = matrices.over(roles, one, grads, *state[1:])
+    step, *fields = matrices.apart(updated, len(SoapState._fields))
     return step, SoapState(state.count + 1, *fields)
 
   return optax.GradientTransformation(init, update)
+
+
+def _flipped(axes: Axes) -> Axes:
+  """Returns the axes of the transposed matrices."""
+  return Axes(axes.batch, axes.outputs, axes.inputs)
+
+
+def _as_matrices(axes: Axes, x: jax.Array | None) -> jax.Array | None:
+  if x is None:
+    return None
+  return matrices.as_matrices(axes, x)
+
+
+def _as_before(axes: Axes, x: jax.Array | None, old: jax.Array | None
+               ) -> jax.Array | None:
+  if x is None:
+    return None
+  return matrices.as_before(axes, x, old.shape)
 
 
 def _update(g: jax.Array, s: SoapState, b1: float, b2: float, eps: float,
             every: int) -> tuple[jax.Array, SoapState]:
   """Returns the step and the new state of matrices [*batch, rows, columns];
   s.count: how many steps there have been, this one included, 0 at the first."""
-  t, first = s.count, s.count == 0
+  is_first = s.count == 0
+
+  def unless_first(new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(is_first, old, new)
+
+  # Adam in the basis. The first step is 0: it is of the mean before.
   p = _into(g, s.left_basis, s.right_basis)
-  keep = lambda new, old: jnp.where(first, old, new)
-  mean = keep(b1 * s.mean + (1 - b1) * p, s.mean)
-  square = keep(b2 * s.square + (1 - b2) * p * p, s.square)
-  done = jnp.maximum(t, 1).astype(g.dtype)
+  mean = unless_first(b1 * s.mean + (1 - b1) * p, s.mean)
+  square = unless_first(b2 * s.square + (1 - b2) * p * p, s.square)
+  done = jnp.maximum(s.count, 1).astype(g.dtype)
   debias = jnp.sqrt(1 - b2 ** done) / (1 - b1 ** done)
-  step = debias * _out_of(mean / (jnp.sqrt(square) + eps), s.left_basis,
-                          s.right_basis)
-  left, right = (
-      None if old is None else b2 * old + (1 - b2) * new
-      for old, new in ((s.left, g @ g.mT), (s.right, g.mT @ g)))
-  s = s._replace(mean=mean, square=square, left=left, right=right)
-  begin = lambda s: s._replace(left_basis=_eigenbasis(s.left),
-                               right_basis=_eigenbasis(s.right))
-  s = jax.lax.cond(first, begin, lambda s: s, s)
-  s = jax.lax.cond(~first & (t % every == 0), _turn, lambda s: s, s)
-  return step, s  # 0 at the first: it is of the mean before
+  direction = mean / (jnp.sqrt(square) + eps)
+  step = debias * _out_of(direction, s.left_basis, s.right_basis)
+
+  # The preconditioners, and their bases.
+  s = s._replace(mean=mean, square=square)
+  if s.left is not None:
+    s = s._replace(left=b2 * s.left + (1 - b2) * (g @ g.mT))
+  if s.right is not None:
+    s = s._replace(right=b2 * s.right + (1 - b2) * (g.mT @ g))
+  is_turn = ~is_first & (s.count % every == 0)
+  s = jax.lax.cond(is_first, _begin, _as_it_is, s)
+  s = jax.lax.cond(is_turn, _turn, _as_it_is, s)
+  return step, s
+
+
+def _as_it_is(s: SoapState) -> SoapState:
+  return s
+
+
+def _begin(s: SoapState) -> SoapState:
+  """Makes the bases of the first preconditioners."""
+  return s._replace(left_basis=_eigenbasis(s.left),
+                    right_basis=_eigenbasis(s.right))
 
 
 def _turn(s: SoapState) -> SoapState:
   """Brings the bases nearer to the eigenvectors, and M and V into them."""
   mean = _out_of(s.mean, s.left_basis, s.right_basis)
-  square, bases = s.square, []
-  for axis, factor, basis in ((-2, s.left, s.left_basis),
-                              (-1, s.right, s.right_basis)):
-    if factor is not None:
-      values = jnp.einsum('...ij,...ij->...j', basis, factor @ basis)
-      order = jnp.argsort(values, axis=-1, descending=True)
-      square = jnp.take_along_axis(
-          square, jnp.expand_dims(order, -3 - axis), axis=axis)
-      basis = jnp.take_along_axis(basis, order[..., None, :], axis=-1)
-      basis = _one_by_one(lambda x: jnp.linalg.qr(x)[0], factor @ basis)
-    bases.append(basis)
-  return s._replace(mean=_into(mean, *bases), square=square,
-                    left_basis=bases[0], right_basis=bases[1])
+  square, left_basis, right_basis = s.square, s.left_basis, s.right_basis
+  if s.left is not None:
+    left_basis, order = _nearer(s.left, left_basis)
+    square = jnp.take_along_axis(square, order[..., :, None], axis=-2)
+  if s.right is not None:
+    right_basis, order = _nearer(s.right, right_basis)
+    square = jnp.take_along_axis(square, order[..., None, :], axis=-1)
+  mean = _into(mean, left_basis, right_basis)
+  return s._replace(mean=mean, square=square, left_basis=left_basis,
+                    right_basis=right_basis)
 
 
-def _into(x: jax.Array, left: Any, right: Any) -> jax.Array:
-  x = x if left is None else left.mT @ x
-  return x if right is None else x @ right
+def _nearer(factor: jax.Array, basis: jax.Array
+            ) -> tuple[jax.Array, jax.Array]:
+  """Returns a basis that is nearer to the eigenvectors of a factor, by a step
+  of power iteration and a QR decomposition, and the new order of its vectors,
+  those of large values first."""
+  values = jnp.einsum('...ij,...ij->...j', basis, factor @ basis)
+  order = jnp.argsort(values, axis=-1, descending=True)
+  basis = jnp.take_along_axis(basis, order[..., None, :], axis=-1)
+  return _one_by_one(_q_of, factor @ basis), order
 
 
-def _out_of(x: jax.Array, left: Any, right: Any) -> jax.Array:
-  x = x if left is None else left @ x
-  return x if right is None else x @ right.mT
+def _q_of(x: jax.Array) -> jax.Array:
+  q, _ = jnp.linalg.qr(x)
+  return q
 
 
-def _eigenbasis(factor: Any):
-  """The eigenvectors, those of large values first; None of None."""
+def _eigenvectors(x: jax.Array) -> jax.Array:
+  _, vectors = jnp.linalg.eigh(x)
+  return vectors
+
+
+def _into(x: jax.Array, left: jax.Array | None, right: jax.Array | None
+          ) -> jax.Array:
+  """Returns matrices in the bases; None is the identity."""
+  if left is not None:
+    x = left.mT @ x
+  if right is not None:
+    x = x @ right
+  return x
+
+
+def _out_of(x: jax.Array, left: jax.Array | None, right: jax.Array | None
+            ) -> jax.Array:
+  """Returns matrices out of the bases; None is the identity."""
+  if left is not None:
+    x = left @ x
+  if right is not None:
+    x = x @ right.mT
+  return x
+
+
+def _eigenbasis(factor: jax.Array | None) -> jax.Array | None:
+  """Returns the eigenvectors, those of large values first; None of None."""
   if factor is None:
     return None
-  return jnp.flip(_one_by_one(
-      lambda x: jnp.linalg.eigh(x)[1], factor), -1)
+  return jnp.flip(_one_by_one(_eigenvectors, factor), -1)
 
 
 def _one_by_one(fn: Callable[[jax.Array], jax.Array], x: jax.Array
@@ -159,10 +232,10 @@ def _one_by_one(fn: Callable[[jax.Array], jax.Array], x: jax.Array
   wait forever (jaxlib 0.10.2, ParallelBatchMap).
 
   Args:
-    fn: of one matrix; its result has the same shape.
+    fn: a function of one matrix, whose result has the same shape.
     x: the matrices.
   """
   flat = x.reshape(-1, *x.shape[-2:])
   # vmap would make a batch of them again.
-  return jax.lax.map(jax.custom_batching.sequential_vmap(fn), flat
-                     ).reshape(x.shape)
+  one_by_one = jax.custom_batching.sequential_vmap(fn)
+  return jax.lax.map(one_by_one, flat).reshape(x.shape)
