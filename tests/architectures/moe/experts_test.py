@@ -15,7 +15,7 @@ import architectures
 from architectures.parts import layers
 from architectures.parts.context import Context
 from architectures.parts.moe import dispatch, grouped
-from architectures.parts.moe.layer import MoE
+from architectures.parts.moe.layer import MoE, without_capacity
 from architectures.parts.moe.routing import MoEConfig
 from configs import base
 from tests.architectures.attention import kernels_test
@@ -172,6 +172,18 @@ def grouped_case(counts, rows=64):
   inside_R1 = (np.arange(rows) < sum(counts))[:, None]
   mask_RF = np.float32((random.random((rows, F)) < 0.8) / 0.8)
   return normal(rows, D), w, mask_RF, normal(rows, D) * inside_R1
+
+
+def test_text_is_written_without_a_capacity():
+  """So that a row's text depends on no other's; what has none stays."""
+  c = architectures.resolve(models.config('mixtral', moe=dict(
+      dispatch='sorted', capacity_factor=1.0, eval_capacity_factor=1.0,
+      group_size=8)))
+  moe = without_capacity(c).find(MoEConfig)
+  assert moe.dispatch == 'dropless'
+  assert moe.eval_capacity_factor == moe.group_size == 0
+  dense = architectures.resolve(models.config('llama'))
+  assert without_capacity(dense) is dense
 
 
 @pytest.mark.parametrize('D', [64, 128, 300, 1024])

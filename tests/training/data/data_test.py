@@ -113,6 +113,9 @@ def test_eval_counts_every_held_out_token_once(folder, count, length):
   for loader in loaders:
     batches = list(loader.iterate())
     assert len(batches) == loader.num_batches == -(-loader.num_windows // 8)
+    every = loader.num_batches
+    assert [loader.first(n) for n in (0, 1, every, every + 1)] == [
+        every, 1, every, every]
     for batch in batches:
       assert batch['tokens'].shape == (8 // count, length)
       targets += batch['targets'][batch['weights'] > 0].tolist()
