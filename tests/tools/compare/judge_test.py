@@ -156,7 +156,7 @@ def test_what_cannot_be_judged_is_refused_and_what_diverges_not_better(ask):
   with pytest.raises(RequestError, match='wild/seed-1 has no held-out loss'):
     ask('base', 'wild')
   file.write_text(whole + json.dumps({
-      'step': 200, 'split': 'train', 'param_norm': None}) + '\n')
+      'step': 201, 'split': 'train', 'param_norm': None}) + '\n')
   assert curves.Run(0, '', '', {}, ({'split': 'train', 'param_norm': None},), {}
                     ).ended_badly
   code, answer = ask('base', 'wild')
