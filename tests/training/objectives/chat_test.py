@@ -27,6 +27,17 @@ VICUNA = (f'{SYSTEM} USER: Hello! ASSISTANT: Hi!</s>'
           'USER: How are you? ASSISTANT: I am good.</s>')
 
 
+@pytest.mark.parametrize('start', [None, 5])
+def test_each_message_of_a_user_is_a_line_of_plain_text(start):
+  """The model's own goes on where the line ends."""
+  talk = causal.goes_on(BYTES, start)
+  messages = [dict(role=role, content=content) for role, content in (
+      ('user', 'a'), ('assistant', ' b'), ('user', 'c'))]
+  first = BYTES.separator_id if start is None else start
+  assert talk.encode(messages).tolist() == [first, *b'a b\nc']
+  assert talk.ends == {BYTES.separator_id}
+
+
 @pytest.fixture
 def talks(tmp_path, monkeypatch):
   monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
