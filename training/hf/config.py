@@ -418,8 +418,7 @@ def different(ours: ModelConfig, theirs: ModelConfig) -> dict[str, str]:
   """Returns a line for each field that makes them different functions, of the
   first layer in which it does so, by its dotted name."""
   lines: dict[str, str] = {}
-  count = max(ours.num_layers, ours.num_decoder_layers)
-  for n, (a, b) in enumerate(zip(_layers(ours, count), _layers(theirs, count))):
+  for n, (a, b) in _first_layers(ours, theirs).items():
     other = computed(b)
     where = f' of layer {n}' if ours.kinds or theirs.kinds else ''
     for name, value in computed(a).items():
@@ -432,12 +431,23 @@ def different(ours: ModelConfig, theirs: ModelConfig) -> dict[str, str]:
   return lines
 
 
-def _layers(c: ModelConfig, count: int) -> list[ModelConfig]:
-  """Returns the config of each of so many layers; of one, where they are all
-  alike."""
-  if not c.kinds:
-    return [c] * count
-  return [c.of_kind(kind.name) for kind in c.layer_kinds(count)]
+def _first_layers(ours: ModelConfig, theirs: ModelConfig
+                  ) -> dict[int, tuple[ModelConfig, ModelConfig]]:
+  """Returns the two configs of the first layer of each pair of kinds, by its
+  number."""
+  count = max(ours.num_layers, ours.num_decoder_layers)
+  kinds = [[kind.name for kind in c.layer_kinds(count)] if c.kinds else
+           [''] * count for c in (ours, theirs)]
+  first: dict[tuple[str, str], int] = {}
+  for n, pair in enumerate(zip(*kinds)):
+    first.setdefault(pair, n)
+  return {n: (_of_kind(ours, a), _of_kind(theirs, b))
+          for (a, b), n in first.items()}
+
+
+def _of_kind(c: ModelConfig, name: str) -> ModelConfig:
+  """Returns the config of a kind of layer; all of `c`, where it has none."""
+  return c.of_kind(name) if name else c
 
 
 def computed(config: ModelConfig) -> dict[str, Any]:
