@@ -59,9 +59,9 @@ def _heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
   once = dict(head_dim=reader('global_head_dim', 512),
               num_key_value_heads=several if same else heads)
   each = reader('per_layer_config', {})
-  entries = [each.get(str(n), {}) for n, word in enumerate(types)
-             if word == WHOLE]
-  require(not each or len(each) == len(entries) and all(
+  numbers = [str(n) for n, word in enumerate(types) if word == WHOLE]
+  entries = [each.get(number, {}) for number in numbers]
+  require(not each or each.keys() == set(numbers) and all(
       isinstance(entry, dict) and entry == entries[0]
       and entry.keys() <= once.keys() and all(
           type(x) is int and x > 0 for x in entry.values())
