@@ -1,6 +1,7 @@
 """Weights that are gathered where they are used give the numbers of one device,
 and no collective sends more than it must."""
 
+import importlib
 import math
 import re
 
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from architectures.parts import sharding
+import architectures
+from architectures.parts import paths, sharding
 from configs import sharding as tables
 from tests.architectures.parts_test import normal
 from tests.helpers import models
+from training import runs
 from training.objectives import losses
 from training.distributed import devices
 
@@ -42,6 +45,38 @@ def on_mesh(sizes, module, params, fn, *rows):
       tables.RULES['default']):
     args = jax.tree.map(jax.device_put, jax.device_get(params), places), *rows
     return jax.jit(fn).lower(*args), args
+
+
+# Of all layers together. What is smaller is not worth a collective of its own.
+SMALL = 4 * 2 ** 20
+
+
+@pytest.mark.parametrize('system', models.long_but(
+    ('deepseek_v4', 'kimi_linear', 'mamba'), models.SYSTEMS))
+def test_no_large_matrix_stands_whole_along_fsdp(system):
+  """At all published sizes, from the shapes and the table of rules alone."""
+  rules = dict(tables.RULES['default'])
+  module = importlib.import_module(f'configs.{system}')
+  for size in module.SIZES:
+    model = runs.resolve_alone(module.get_config(size))
+    boxes = jax.tree_util.tree_leaves_with_path(
+        runs.abstract_params(architectures.build(model)),
+        is_leaf=lambda x: hasattr(x, 'names'))
+    for path, box in boxes:
+      is_cut = any('fsdp' in rules.get(axis, ()) for axis in box.names)
+      count = math.prod(box.value.shape) * box.value.dtype.itemsize
+      assert is_cut or not box.role.matrix or count <= SMALL, (
+          size, paths.join(path), box.names, box.value.shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('system', ['mamba', 'deepseek_v4'])
+def test_products_of_low_rank_equal_one_device(system):
+  module, params = models.make(system)
+  tokens_BL, step = models.tokens(8, LENGTH), step_of(module)
+  want = jax.jit(step)(params, tokens_BL)
+  lowered, args = on_mesh(dict(fsdp=8), module, params, step, tokens_BL)
+  models.close(want, lowered.compile()(*args), rtol=5e-5)
 
 
 @pytest.mark.slow

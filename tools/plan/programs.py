@@ -3,6 +3,7 @@ report of each: a dict that JSON can hold."""
 
 from collections.abc import Callable
 import importlib.metadata
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
+from architectures.parts import paths
 from common.errors import RequestError, one_of, require
 from tools.plan import chips, collectives, predict
 from training import generate, objectives, progress, runs
@@ -21,6 +23,9 @@ from training.runs import make_train_step
 
 GIB = chips.GIB
 DRAWN = {'prefill': 1, 'decode': 64}  # tokens that are added to each prompt
+# Of the parameters that stand whole along fsdp, those that a plan names: so
+# many of the largest, from so many bytes on.
+LARGEST, SMALL = 5, 2 ** 20
 
 
 class Program(NamedTuple):
@@ -100,8 +105,26 @@ def plan(run: runs.Run, topology: chips.Topology, names: list[str]) -> dict:
           config.data.batch_size / rows / config.train.grad_accumulation),
       grad_accumulation=config.train.grad_accumulation, remat=c.remat,
       keep_gathered=c.keep_gathered, optimizer=config.optim.name,
+      whole_along_fsdp=whole_along_fsdp(run),
       programs=reports, fits=not reasons,
       reasons=list(dict.fromkeys(reasons)))
+
+
+def whole_along_fsdp(run: runs.Run) -> list[dict]:
+  """Returns the largest parameters that stand whole along fsdp, each with its
+  bytes on a device: the optimiser's state of them is repeated, too."""
+  if run.mesh.shape['fsdp'] == 1:
+    return []
+  rows = []
+  for name, x in paths.flatten(run.abstract.params).items():
+    axes: set[str] = set()
+    for entry in x.sharding.spec:
+      axes.update((entry,) if isinstance(entry, str) else entry or ())
+    size = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    if 'fsdp' not in axes and size >= SMALL:
+      rows.append(dict(name=name, bytes_per_device=size))
+  rows.sort(key=lambda row: -row['bytes_per_device'])
+  return rows[:LARGEST]
 
 
 def check(run: runs.Run, topology: chips.Topology, name: str) -> None:

@@ -22,6 +22,11 @@ def text(plan: dict) -> str:
       'An estimate: no compiler for these devices is installed (pip install -e '
       "'.[plan,plan-gpu]', for GPUs with Python 3.12 or later), so memory and "
       'collectives are by formula. Every figure has a ~.']
+  whole = [f'{row["name"]} {row["bytes_per_device"] / GIB:.3f} GiB'
+           for row in plan['whole_along_fsdp']]
+  if whole:
+    lines.append('whole on each device along fsdp, which does not cut them: '
+                 + ', '.join(whole))
   for program in plan['programs']:
     lines += ['', *_program(program)]
   return '\n'.join(lines)

@@ -243,11 +243,12 @@ class SWA(Attention):
     """Returns the output, of two products, the first for each group."""
     c, (B, L, H, K) = self.config, o_BLHK.shape
     m = c.part(CompressedConfig)
-    axes, shape = ('heads', None, 'head'), (m.out_groups, H // m.out_groups, K)
-    w_GHKU = layers.weight(self, 'out_down', (*shape, m.out_rank),
-                           (*axes, None), in_axes=(1, 2), batch_axes=(0,))
+    axes = 'heads', None, 'head', 'latent'
+    shape = m.out_groups, H // m.out_groups, K
+    w_GHKU = layers.weight(self, 'out_down', (*shape, m.out_rank), axes,
+                           in_axes=(1, 2), batch_axes=(0,))
     y_BLGU = layers.einsum('BLGHK,GHKU->BLGU', o_BLHK.reshape(B, L, *shape),
-                           w_GHKU, c.compute_dtype)
+                           w_GHKU, c.compute_dtype, axes=axes)
     y_BLGU = sharding.constrain(y_BLGU, 'batch', 'length', 'heads', None)
     return layers.dense(
         self, 'out', 'BLGU,GUD->BLD', y_BLGU, (*y_BLGU.shape[2:], c.d_model),

@@ -182,11 +182,12 @@ class Layer(nn.Module):
     rank = rank or d.rank
     down_DU = layers.weight(self, f'{name}_down', (c.d_model, rank),
                             ('embed', None), output=True)
+    axes = 'latent', 'heads', 'head'
     up_UHK = layers.weight(self, f'{name}_up', (
-        rank, d.value_heads, features), (None, 'heads', 'head'))
+        rank, d.value_heads, features), axes)
     y_BLU = layers.einsum('BLD,DU->BLU', x_BLD, down_DU, c.compute_dtype)
     y_BLHK = layers.einsum('BLU,UHK->BLHK', through(y_BLU / c.widening),
-                           up_UHK, c.compute_dtype)
+                           up_UHK, c.compute_dtype, axes=axes)
     return sharding.constrain(y_BLHK, 'batch', 'length', 'heads', 'head'
                               ).astype(jnp.float32)
 

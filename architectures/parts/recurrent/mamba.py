@@ -83,16 +83,17 @@ class Mamba(nn.Module):
         self, 'conv', x_BLI, m.conv, ('mlp',), m.conv_bias, silu=True,
         before_BWHK=cache and cache.input_BWI,
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
+    down, up = ('mlp', 'latent'), ('latent', 'mlp')
     step_BLR, b_BLN, c_BLN = (layers.einsum(
-        'BLI,IN->BLN', x_BLI, layers.weight(self, name, (inner, size), (
-            'mlp', None)), c.compute_dtype)
+        'BLI,IN->BLN', x_BLI, layers.weight(self, name, (inner, size), down),
+        c.compute_dtype, axes=down)
         for name, size in (('step_down', m.rank), ('key', m.state),
                            ('query', m.state)))
-    dt_BLI = jax.nn.softplus(layers.einsum(
+    step_BLI = layers.einsum(
         'BLR,RI->BLI', step_BLR, layers.weight(
-            self, 'step_up', (m.rank, inner), (None, 'mlp')), c.compute_dtype
-        ).astype(jnp.float32) + self._of_feature(
-            'step_bias', layer.step_bias)[None, None])
+            self, 'step_up', (m.rank, inner), up), c.compute_dtype, axes=up)
+    dt_BLI = jax.nn.softplus(step_BLI.astype(jnp.float32) + self._of_feature(
+        'step_bias', layer.step_bias)[None, None])
     if valid_BL is not None:
       dt_BLI = jnp.where(valid_BL[..., None] != 0, dt_BLI, 0)
     a_IN = -jnp.exp(declare(self, 'decay_scale', _entries, (inner, m.state),

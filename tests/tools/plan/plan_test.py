@@ -135,6 +135,19 @@ def test_without_a_compiler_every_figure_is_an_estimate(no_compiler):
     programs.plan(run, t, ['prefill'])
 
 
+def test_a_plan_names_the_largest_of_what_stands_whole(
+    no_compiler, monkeypatch):
+  """Of a GPT, in which fsdp cuts d_model, the biases of d_ff numbers."""
+  monkeypatch.setattr(programs, 'SMALL', 2 * 64 * 4)
+  t = chips.parse('v5p:2x2x2')
+  run = programs.run_on(small(gpt.get_config()), t, 'fsdp')
+  row, = programs.whole_along_fsdp(run)
+  assert row['bytes_per_device'] == 2 * 64 * 4
+  assert row['name'].startswith('decoder/layers/block_0/ffn/up')
+  alone = programs.run_on(small(gpt.get_config()), t, 'dp')
+  assert not programs.whole_along_fsdp(alone)
+
+
 def test_what_does_not_fit_is_refused_with_figures(no_compiler):
   t = chips.parse('v5p:2x2x2')
   run = programs.run_on(small(gpt.get_config()), t, 'fsdp')
