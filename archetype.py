@@ -18,6 +18,7 @@ pure functions. The letters of the shapes are those of README.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import types
@@ -30,7 +31,7 @@ import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import flat, paths
+from architectures.parts import flat, paths, sharding
 from architectures.parts.config import ModelConfig
 from common.arguments import PositiveSize, Seed, Size, typed
 from common.errors import RequestError, require, short
@@ -42,6 +43,7 @@ from training.costs import totals
 from training.data import inputs as inputs_of
 from training.data import tokenizers
 from training.data.texts import checked
+from training.distributed import devices
 from training.evals import inspection, predicting
 from training.hf import config as hf_config, generation as hf_generation
 from training.hf import tokenizer as hf_tokenizer, weights
@@ -452,7 +454,14 @@ def _load_run(workdir: Any, step: parameters.Step, tokenizer: str | None
 
 
 def _initial(module: nn.Module, seed: int) -> Any:
-  """The parameters that a run of this seed starts from."""
+  """The parameters that a run of this seed starts from.
+
+  Raises:
+    RequestError: where all memory of a device has no room for them.
+  """
+  shapes = jax.tree.leaves(nn.meta.unbox(sharding.abstract_params(module)))
+  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
+  devices.check_size(size, jax.local_devices()[0], 'the parameters')
   return nn.meta.unbox(jax.jit(module.init)(
       jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))['params'])
 

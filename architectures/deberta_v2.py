@@ -52,13 +52,17 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   reader.must(conv_kernel_size=0, embedding_size=fields['d_model'],
               attention_head_size=fields['d_model'] // fields['num_heads'],
               pooler_hidden_size=fields['d_model'])
+  buckets = int(reader('position_buckets', -1.0))
+  require(buckets >= 4, f'config.json has position_buckets {buckets}: only '
+          'distances in buckets are known here, 4 or more on each side')
   most = int(reader('max_relative_positions', -1.0))
   return dict(disentangled=dict(
-      max_distance=most if most > 0 else fields['max_len']))
+      buckets=buckets, max_distance=most if most > 0 else fields['max_len']))
 
 
 def _write(c: ModelConfig) -> dict:
   return dict(
+      position_buckets=c.disentangled.buckets,
       relative_attention=True, share_att_key=True, position_biased_input=False,
       norm_rel_ebd='layer_norm', pos_att_type=sorted(TERMS),
       max_relative_positions=c.part(DisentangledConfig).max_distance,
@@ -93,8 +97,7 @@ HF = hf.HuggingFace(
     fields=bert.FIELDS | hf.fields(
         vocab_size=128100, hidden_size=1536, num_hidden_layers=24,
         num_attention_heads=24, intermediate_size=6144, type_vocab_size=0,
-        layer_norm_eps=1e-7, max_position_embeddings=512) | {
-            'disentangled.buckets': ('position_buckets', 0)},
+        layer_norm_eps=1e-7, max_position_embeddings=512),
     only=dict(pooler_hidden_act='gelu', tie_word_embeddings=True),
     unread=('legacy',), read=_read, write=_write, check=hf.check_heads,
     tied={f'{HEAD}decoder.weight': 'deberta.embeddings.word_embeddings.weight',

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from common.errors import RequestError, one_of, short
 
+MOST = 2**31 - 1  # what is counted in 32 bits on a device
+
 # What a change of a field does to a run that is resumed.
 SAFE = 'safe'
 OPTIMISATION = 'changes the optimisation'
@@ -76,15 +78,16 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
     doc: one sentence, or less, for the reference.
     choices: the names that a text may be.
     least, above, most, below: the range of a number. A whole number is 0 or
-      more where nothing else is said.
+      more and at most MOST where nothing else is said.
     resume: what a change does to a run that is resumed; or a function of the
       fields of the old and the new config, by dotted name, that tells.
     about: PART, SIZE, RECIPE or RUN.
     of_layers: whether a kind of layer may have its own.
     several: whether a text holds names with commas between.
   """
-  if type(default) is int and least is None and above is None:
-    least = 0
+  if type(default) is int:
+    least = 0 if least is None and above is None else least
+    most = MOST if most is None and below is None else most
   bounds = tuple([(sign, bound) for sign, bound in zip(
       _SIGNS, (least, above, most, below)) if bound is not None])
   rule = Rule(doc=doc, choices=choices, bounds=bounds, resume=resume,

@@ -306,3 +306,29 @@ def test_what_is_no_model_is_a_sentence(path, how, message, tmp_path,
   monkeypatch.chdir(tmp_path)
   with pytest.raises(RequestError, match=message):
     archetype.load(path, **how)
+
+
+def test_numbers_of_numpy_are_numbers():
+  fields = dict(d_model=16, num_layers=1, norm_eps=0.5, pattern='a',
+                kinds={'a': dict(window=3)})
+  module = archetype.build('gpt:tiny', **fields).module
+  fields |= dict(d_model=np.int64(16), num_layers=np.int32(1),
+                 norm_eps=np.float64(0.5), kinds={'a': dict(
+                     window=np.int16(3))})
+  assert archetype.build('gpt:tiny', **fields).module == module
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(d_model=10**18), 'model.d_model is 10000.*: it must be > 0 and <= '),
+    (dict(d_model=2**63), 'model.d_model is 9223372036854775808: it must be'),
+    (dict(vocab_size=10**20), 'model.vocab_size is 100.* <= 2,147,483,647'),
+    (dict(attention_conv=10**20), 'model.attention_conv is 100.* <= 2,147,'),
+    (dict(num_layers=10**6), 'num_layers is 1000000: it must be .* <= 10,000'),
+    (dict(mtp_depth=99999999999), 'model.mtp_depth is 99999999999: .* <= 64'),
+    (dict(d_model=2**20), 'the parameters have [0-9,.]+ GiB on a cpu'),
+    (dict(d_ff=2**31 - 1), 'the parameters have [0-9,.]+ GiB on a cpu'),
+    (dict(vocab_size=2**31 - 1), 'the parameters have [0-9,.]+ GiB on a cpu'),
+    (dict(kinds={None: {}}), 'has a kind called None: call it by letters')])
+def test_a_size_that_cannot_be_is_refused_before_any_work(fields, message):
+  with pytest.raises(RequestError, match=message):
+    archetype.build('gpt:tiny', **fields)

@@ -28,6 +28,7 @@ from typing import Any
 
 from absl import flags
 import ml_collections
+import numpy as np
 
 from architectures.parts import flat
 from common.errors import EnvironmentFailure, RequestError, STOPPED, Stopped
@@ -470,7 +471,17 @@ def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
   Raises:
     RequestError: for a field that there is not, or a value that it cannot have.
   """
+  fields = _plain(fields)
   flat.check_fields(fields)
   if 'kinds' in fields:
     model.kinds = ml_collections.ConfigDict(fields['kinds'])
   model.update({name: x for name, x in fields.items() if name != 'kinds'})
+
+
+def _plain(value: Any) -> Any:
+  """Returns a value, or a tree of values, with numpy's numbers as Python's."""
+  if isinstance(value, np.generic):
+    return value.item()
+  if hasattr(value, 'items'):
+    return {name: _plain(x) for name, x in value.items()}
+  return value

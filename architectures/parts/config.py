@@ -79,25 +79,32 @@ class Section(NamedTuple):
     return self.kinds * self.periods * self.passes
 
 
+# No model is as deep; the programs of deeper ones would take hours to make.
+MOST_LAYERS = 10_000  # one function, repeated
+MOST_MODULES = 64  # each written out
+MOST_WIDE = 2**20  # more would be no matrices that a device can index
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(AttentionConfig):
   """A model: its sizes and choices, with the derived ones filled in, and the
   parts that were chosen, each a value of its own class."""
   arch: str = field('gpt', 'a page of architectures/')
   d_model: int = field(128, 'width of the residual stream', above=0,
-                       resume=SHAPES, about=SIZE)
+                       most=MOST_WIDE, resume=SHAPES, about=SIZE)
   num_layers: int = field(4, 'of the encoder, in encoder-decoders', above=0,
-                          resume=SHAPES, about=SIZE)
+                          most=MOST_LAYERS, resume=SHAPES, about=SIZE)
   num_decoder_layers: int = field(
       0, 'layers of the decoder in encoder-decoders; derived: num_layers',
-      resume=SHAPES, about=SIZE)
-  num_heads: int = field(4, 'query heads', above=0, resume=SHAPES, about=SIZE,
-                         of_layers=True)
+      most=MOST_LAYERS, resume=SHAPES, about=SIZE)
+  num_heads: int = field(4, 'query heads', above=0, most=MOST_WIDE,
+                         resume=SHAPES, about=SIZE, of_layers=True)
   num_kv_heads: int = field(
-      0, 'key and value heads; derived: num_heads', resume=SHAPES, about=SIZE,
-      of_layers=True)
+      0, 'key and value heads; derived: num_heads', most=MOST_WIDE,
+      resume=SHAPES, about=SIZE, of_layers=True)
   head_dim: int = field(0, 'size of a head; derived: d_model / num_heads',
-                        resume=SHAPES, about=SIZE, of_layers=True)
+                        most=MOST_WIDE, resume=SHAPES, about=SIZE,
+                        of_layers=True)
   d_ff: int = field(
       0, 'hidden units of the feed-forward network; derived: 4 d_model',
       resume=SHAPES, about=SIZE, of_layers=True)
@@ -188,7 +195,7 @@ class ModelConfig(AttentionConfig):
   tie_embeddings: bool = field(True, "the head is the embedding's transpose")
   mtp_depth: int = field(
       0, 'modules that predict a token further ahead each; read in training',
-      resume=SHAPES)
+      most=MOST_MODULES, resume=SHAPES)
   embed_scale: float = field(
       1.0, 'The factor of the embedding; 0, derived: d_model ** 0.5 (with mup: '
       'that of the base).', resume=FUNCTION)

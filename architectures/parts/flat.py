@@ -550,7 +550,7 @@ def check_kinds(kinds: Any, who: str = 'model.kinds') -> None:
   declared.check_type(kinds, {}, who)
   values = []
   for kind, fields in kinds.items():
-    if re.fullmatch(r'[A-Za-z]\w*', str(kind)) is None:
+    if not isinstance(kind, str) or not re.fullmatch(r'[A-Za-z]\w*', kind):
       raise RequestError(f'{who} has a kind called {kind!r}: call it by '
                          'letters, digits and _')
     of_kind = f'{who}.{kind}'

@@ -59,13 +59,28 @@ def check_memory(state: Any, mesh: Mesh) -> None:
   size, device = on_device(state), mesh.local_devices[0]
   if device.platform == 'cpu':
     size *= len(mesh.local_devices)
+  check_size(size, device, 'parameters and optimiser', ', or more devices over '
+             'which mesh.fsdp cuts them')
+
+
+def check_size(size: int, device: jax.Device, what: str, more: str = ''
+               ) -> None:
+  """Raises RequestError for so many bytes, where all memory of a device, or of
+  this machine if its devices are CPUs, has less.
+
+  Args:
+    size: in bytes.
+    device: where they are to be.
+    what: what has them, for the message.
+    more: what else may be done, for the message.
+  """
+  if device.platform == 'cpu':
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   else:
     memory = (device.memory_stats() or {}).get('bytes_limit', math.inf)
-  require(size <= memory, 'parameters and optimiser have '
-          f'{size / 2**30:,.1f} GiB on a {device.device_kind}, which has '
-          f'{memory / 2**30:,.1f}: take a smaller model.d_model or '
-          'model.num_layers, or more devices over which mesh.fsdp cuts them')
+  require(size <= memory, f'{what} have {size / 2**30:,.1f} GiB on a '
+          f'{device.device_kind}, which has {memory / 2**30:,.1f}: take a '
+          f'smaller model.d_model or model.num_layers{more}')
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
