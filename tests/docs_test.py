@@ -1,6 +1,7 @@
 """The commands, the Python and the notebooks of the pages can be run."""
 
 import importlib
+import io
 import json
 import pathlib
 import re
@@ -9,6 +10,7 @@ import shlex
 import pytest
 
 from configs import base
+from training import progress
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([ROOT / 'README.md', ROOT / 'AGENTS.md',
@@ -120,6 +122,20 @@ def test_no_two_pages_begin_other_runs_in_one_folder():
   wrong = {folder: pages for folder, pages in begun.items()
            if len({frozenset(x) for x in pages.values()}) > 1}
   assert not wrong, wrong
+
+
+def _shape(line):
+  """Returns a line as it is printed on any machine: its figures are masked."""
+  return re.sub(r'\d[\d,.]*', '#', ' '.join(line.split()))
+
+
+def test_the_line_of_a_step_is_as_printed():
+  page = (ROOT / 'docs/tutorials/train.md').read_text()
+  line, = re.findall(r'^step 10/2500.*', page, re.M)
+  stream = io.StringIO()
+  progress.bar(2500, stream=stream).update(10, dict(
+      loss=5.2385, tokens_per_second=7830.0, step_seconds=0.131))
+  assert _shape(stream.getvalue()) == _shape(line)
 
 
 @pytest.mark.parametrize('page', PAGES, ids=_name)
