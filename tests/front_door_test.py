@@ -135,6 +135,9 @@ def test_their_own_part(tree):
                    for sign in '+-')
   assert file.read_text().count(before) == 1
   file.write_text(file.read_text().replace(before, after))
+  # The parameters and FLOPs are those of the page, to the last digit.
+  command, counted = _block(page, '$ python -m tools.count').split('\n', 1)
+  assert _run(tree, command.removeprefix('$ ')) == counted
   _save(tree, page, 'my_ffn.py')
   printed = _run(tree, _block(page, 'run my_ffn.py'))
   assert re.search(r'^bilinear .*\] ', printed, re.M), printed
