@@ -62,7 +62,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 def _write(c: ModelConfig) -> dict:
   return dict(
-      position_buckets=c.disentangled.buckets,
+      position_buckets=c.part(DisentangledConfig).buckets,
       relative_attention=True, share_att_key=True, position_biased_input=False,
       norm_rel_ebd='layer_norm', pos_att_type=sorted(TERMS),
       max_relative_positions=c.part(DisentangledConfig).max_distance,
