@@ -497,6 +497,8 @@ def _refuse_unread(config: ModelConfig, fields: Mapping[str, Any],
                    tree: Mapping[str, Any]) -> None:
   """Raises RequestError for a field that the model, which was made of `tree`,
   would not read."""
+  if not fields:
+    return
   unread = flat.unread(config, tree)
   for name in flat.flatten(fields):
     if name in unread:

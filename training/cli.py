@@ -426,12 +426,15 @@ def call(file: str, function: Callable, *args):
 def check_config(config: Any, who: str) -> None:
   """Raises RequestError unless `config` has the fields of configs/base.py, each
   of the type and in the range that is declared there."""
-  require(isinstance(config, ml_collections.ConfigDict),
-          f'{who} returned {short(config)}, which is no ConfigDict: end it '
-          'with `return c`, where c began as base.base()')
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise RequestError(
+        f'{who} returned {short(config)}, which is no ConfigDict: end it with '
+        '`return c`, where c began as base.base()')
   missing = base.FIELDS.keys() - flat.flatten(config)
-  require(not missing, f'{who}: the fields {short(sorted(missing))} are '
-          'missing: begin with base.base() of configs/base.py')
+  if missing:
+    raise RequestError(
+        f'{who}: the fields {short(sorted(missing))} are missing: begin with '
+        'base.base() of configs/base.py')
   base.check(config.to_dict(), f'{who}: ')
 
 

@@ -374,11 +374,17 @@ class ModelConfig(AttentionConfig):
                                kinds=Kinds(), parts=tuple(parts), **overrides)
 
   @functools.cached_property
+  def names_of_layers(self) -> tuple[tuple[str, ...], ...]:
+    """The kinds of the layers before the first period, of a period, and of
+    those after the last; '' is that of layers as the model says."""
+    return (kinds.split(self.prefix), kinds.split(self.pattern) or ('',),
+            kinds.split(self.suffix))
+
+  @functools.cached_property
   def kinds_used(self) -> tuple[str, ...]:
     """The kinds of all layers, each once, in the order of the layers."""
-    return tuple(dict.fromkeys(
-        (*kinds.split(self.prefix), *(kinds.split(self.pattern) or ('',)),
-         *kinds.split(self.suffix))))
+    first, period, last = self.names_of_layers
+    return tuple(dict.fromkeys((*first, *period, *last)))
 
   @property
   def has_experts(self) -> bool:
@@ -390,8 +396,7 @@ class ModelConfig(AttentionConfig):
     """The layers of a stack of so many: those before the first period, its
     repetitions, and those after the last. Each section has layers, and the
     repetitions have the passes of model.loop."""
-    first, last = kinds.split(self.prefix), kinds.split(self.suffix)
-    period = kinds.split(self.pattern) or ('',)
+    first, period, last = self.names_of_layers
     repeated = (num_layers - len(first) - len(last)) // len(period)
 
     def layer_kinds(names: tuple[str, ...], before: tuple[str, ...]):

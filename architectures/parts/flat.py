@@ -21,7 +21,7 @@ from typing import Any, Optional
 from architectures.parts import blocks
 from architectures.parts import positions
 from architectures.parts.attention.fields import AttentionConfig
-from architectures.parts.config import Kinds, ModelConfig
+from architectures.parts.config import Kinds, ModelConfig, Part
 from architectures.parts.layers import NO_FFN
 from architectures.parts.lora import LoraConfig
 from architectures.parts.moe.routing import MoEConfig
@@ -401,11 +401,20 @@ def _part(kind: type, tree: Mapping[str, Any], c: Sizes) -> Any:
   return part.derived(c) if hasattr(part, 'derived') else part
 
 
-def whole(c: ModelConfig) -> ModelConfig:
-  """Returns the config with the parts that it lacks, at their defaults."""
-  lacking = [_part(kind, {}, c) for group, kind in GROUPS.items()
-             if group != LORA and c.find(kind) is None]
-  return dataclasses.replace(c, parts=(*c.parts, *lacking))
+@dataclasses.dataclass(frozen=True)
+class Whole(ModelConfig):
+  """A config whose parts that no layer has are at their defaults."""
+
+  def part(self, kind: type[Part]) -> Part:
+    """Returns the part of a class."""
+    part = self.find(kind)
+    return _part(kind, {}, self) if part is None else part
+
+
+def whole(c: ModelConfig) -> Whole:
+  """Returns the config as one that lacks no part."""
+  return Whole(**{field.name: getattr(c, field.name)
+                  for field in dataclasses.fields(c)})
 
 
 def make(tree: Mapping[str, Any]) -> ModelConfig:
@@ -579,7 +588,8 @@ def _values(name: str, field: str, value: Any, who: str,
     choices = CHOICES.get(field, ())
     return [declared.Value(leaf=FIELDS[field], value=value, who=full,
                            choices=(*choices, *more) if more else choices)]
-  declared.check_type(value, {}, full)
+  if not hasattr(value, 'items'):
+    declared.check_type(value, {}, full)
   names = [x.name for x in dataclasses.fields(GROUPS[field])]
   values = []
   for inner, x in value.items():

@@ -66,9 +66,9 @@ def _initializer(config: ModelConfig, role: Role, residual: bool, gain: float):
         config.init_scale * gain ** 2, 'fan_in', 'truncated_normal',
         in_axis=axes.inputs, out_axis=axes.outputs, batch_axis=axes.batch)
   stddev = config.init_stddev
-  loops = config.find(LoopsConfig)
   if config.init == 'scaled_normal' and residual:
-    depth = loops.depth if loops else config.num_layers
+    loops = config.find(LoopsConfig)
+    depth = config.num_layers if loops is None else loops.depth
     stddev /= (2 * depth) ** 0.5
   # The number of inputs without a logical axis does not grow with the width.
   if not output and any(role.axes[i] for i in role.inputs):

@@ -29,7 +29,6 @@ from architectures.parts.moe import layer as moe_layer
 from architectures.parts.moe import routing
 from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.positions import RopeConfig
-from common import kinds as layer_kinds
 from common.errors import RequestError, require
 
 # Where a part is chosen: its table.
@@ -96,9 +95,10 @@ def check_model(c: ModelConfig, stack: str,
   _check_stack(c, stack, archs)
   _check_products(c)
   heads.HEADS[c.head].check(c)
-  require(c.head == 'lm' or stack != 'encoder-decoder',
-          f'model.head is {c.head!r}, which model.arch {c.arch!r} does not '
-          'have: an encoder-decoder answers in text (objective seq2seq)')
+  if c.head != 'lm' and stack == 'encoder-decoder':
+    raise RequestError(
+        f'model.head is {c.head!r}, which model.arch {c.arch!r} does not have: '
+        'an encoder-decoder answers in text (objective seq2seq)')
   if c.find(GeneratorConfig) and stack != 'encoder':  # else no page is imported
     raise RequestError(
         f'model.head is {c.head!r}, which model.arch {c.arch!r} does not have: '
@@ -111,24 +111,26 @@ def check_model(c: ModelConfig, stack: str,
 def _check_pattern(c: ModelConfig) -> None:
   """Raises RequestError for a pattern that names what is not there, kinds that
   it does not name, and layers that it does not divide."""
-  names = {field: layer_kinds.split(getattr(c, field))
-           for field in ('pattern', 'prefix', 'suffix')}
-  settings = ', '.join(
-      f'model.{field} {getattr(c, field)!r}' for field in names)
-  for name in sum(names.values(), ()):
-    require(name in c.kinds, f'{settings} name the kind of layer {name!r}, '
-            'which model.kinds does not have: there are '
-            f'{", ".join(c.kinds) or "none"}')
-  unused = ', '.join(name for name in c.kinds if name not in c.kinds_used)
-  require(not unused,
-          f'model.kinds has {unused}, which no layer is by {settings}')
-  period = len(layer_kinds.split(c.pattern)) or 1
-  for field in ('num_layers', 'num_decoder_layers'):
-    rest = getattr(c, field) - len(names['prefix'] + names['suffix'])
-    require(rest > 0 and rest % period == 0, f'model.{field} is '
-            f'{getattr(c, field)}: without those of the prefix and the suffix '
-            f'it must be a multiple of the {period} layers of the period, by '
-            f'{settings}')
+  first, period, last = c.names_of_layers
+  settings = (f'model.pattern {c.pattern!r}, model.prefix {c.prefix!r}, '
+              f'model.suffix {c.suffix!r}')
+  for name in c.kinds_used:
+    if name and name not in c.kinds:
+      raise RequestError(
+          f'{settings} name the kind of layer {name!r}, which model.kinds does '
+          f'not have: there are {", ".join(c.kinds) or "none"}')
+  unused = [name for name in c.kinds if name not in c.kinds_used]
+  if unused:
+    raise RequestError(f'model.kinds has {", ".join(unused)}, which no layer '
+                       f'is by {settings}')
+  for field, count in (('num_layers', c.num_layers),
+                       ('num_decoder_layers', c.num_decoder_layers)):
+    rest = count - len(first) - len(last)
+    if rest <= 0 or rest % len(period):
+      raise RequestError(
+          f'model.{field} is {count}: without those of the prefix and the '
+          f'suffix it must be a multiple of the {len(period)} layers of the '
+          f'period, by {settings}')
   sections = c.sections(c.num_layers)
   for section in sections:
     for kind in section.kinds:
@@ -187,32 +189,39 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   kernels.RULES[c.attention].check(c, stack)
   if c.memory != lookup.NO_MEMORY:
     lookup.check(c)
-  require(not c.layer_scale or c.residual == 'plain', 'model.layer_scale is '
-          'True, which multiplies one stream, and model.residual '
-          f"{c.residual!r} has others: set it to 'plain'")
+  if c.layer_scale and c.residual != 'plain':
+    raise RequestError(
+        'model.layer_scale is True, which multiplies one stream, and '
+        f"model.residual {c.residual!r} has others: set it to 'plain'")
   for able, needed, field in (
       ('STREAMS', c.residual != 'plain', f'model.residual {c.residual!r}'),
       ('STREAMS', c.residual_scale != 1,
        f'model.residual_scale {c.residual_scale}'),
       ('WITHOUT_FFN', c.ffn == NO_FFN, f'model.ffn {NO_FFN!r}'),
       ('CROSS', stack == 'encoder-decoder', f'model.arch {c.arch!r}')):
-    require(not needed or getattr(BLOCKS[c.block], able),
-            f'model.block is {c.block!r}, which has no equation for {field}: '
-            'choose it from ' + ', '.join(
-                x for x, block in BLOCKS.items() if getattr(block, able)))
-  require(c.num_heads % c.num_kv_heads == 0,
-          f'model.num_kv_heads is {c.num_kv_heads}, which does not divide '
-          f'model.num_heads {c.num_heads}')
+    if needed and not getattr(BLOCKS[c.block], able):
+      choices = [x for x, block in BLOCKS.items() if getattr(block, able)]
+      raise RequestError(
+          f'model.block is {c.block!r}, which has no equation for {field}: '
+          f'choose it from {", ".join(choices)}')
+  if c.num_heads % c.num_kv_heads:
+    raise RequestError(
+        f'model.num_kv_heads is {c.num_kv_heads}, which does not divide '
+        f'model.num_heads {c.num_heads}')
 
 
 def _check_values(c: ModelConfig) -> None:
   """Raises RequestError where the first layer's values fit no other layer."""
+  if not c.value_residual:
+    return
   sizes = {(layer.num_kv_heads, layer.head_dim)
            for layer in blocks.readers(c, 'value_residual')}
-  require(not c.value_residual or len(sizes) == 1, 'model.value_residual is '
-          'True, but the values of the kinds of layer differ in num_kv_heads '
-          f'or head_dim, {" and ".join(map(str, sorted(sizes)))}: choose one '
-          'size, as those of the first layer are mixed into all')
+  if len(sizes) != 1:
+    raise RequestError(
+        'model.value_residual is True, but the values of the kinds of layer '
+        'differ in num_kv_heads or head_dim, '
+        f'{" and ".join(map(str, sorted(sizes)))}: choose one size, as those '
+        'of the first layer are mixed into all')
 
 
 def _check_loop(c: ModelConfig) -> None:
@@ -260,12 +269,14 @@ def products(c: ModelConfig) -> list[str]:
 def _check_products(c: ModelConfig) -> None:
   """Raises RequestError for a product that is to get a low-rank adapter, or
   whose weight is to stay gathered, and that no layer has outside of experts."""
-  there = (*products(c), layers.ALL)
   named = []
   if c.lora.rank:
     named += [('lora.targets', x) for x in c.lora.targets.split(',')]
   if c.keep_gathered != 'none':
     named += [('keep_gathered', x) for x in c.keep_gathered.split(',')]
+  if not named:
+    return
+  there = (*products(c), layers.ALL)
   for field, name in named:
     if name not in there:
       raise RequestError(
@@ -277,6 +288,9 @@ def _check_products(c: ModelConfig) -> None:
 def _check_stack(c: ModelConfig, stack: str,
                  archs: Callable[[str], Iterable[str]]) -> None:
   """Raises RequestError for what the stack of `c` has no use for."""
+  layers_ = [c]
+  if c.kinds:
+    layers_ += [c.of_kind(name) for name in c.kinds_used]
   for field, rest, kind in (
       ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
       ('pooling', 'cls', 'encoder'), ('embed_dim', 0, 'encoder'),
@@ -286,23 +300,26 @@ def _check_stack(c: ModelConfig, stack: str,
       # training/optim/mup.py has rules for the parameters of decoders alone.
       ('parametrization', 'standard', 'decoder'),
       ('num_decoder_layers', c.num_layers, 'encoder-decoder')):
-    for layer in (c, *map(c.of_kind, c.kinds_used)):
+    for layer in layers_:
       value = getattr(layer, field)
       if stack != kind and value != rest:  # else no page is imported
         raise RequestError(
             f'model.{field} {value!r} has no meaning with model.arch '
             f'{c.arch!r}: set it to {rest!r}, or choose model.arch from '
             f'{", ".join(archs(kind))}')
-  require(c.ffn != NO_FFN or stack != 'encoder', f'model.ffn is {NO_FFN!r}, '
-          f'and the head of masked words of model.arch {c.arch!r} has the '
-          'activation of the layers: set model.ffn to a network, and '
-          f'ffn={NO_FFN} of the kinds of layer that have none')
+  if c.ffn == NO_FFN and stack == 'encoder':
+    raise RequestError(
+        f'model.ffn is {NO_FFN!r}, and the head of masked words of model.arch '
+        f'{c.arch!r} has the activation of the layers: set model.ffn to a '
+        f'network, and ffn={NO_FFN} of the kinds of layer that have none')
+  if not c.mtp_depth:
+    return
   last = c.layer_kinds(c.num_layers)[-1]
-  require(not c.mtp_depth or c.of_kind(last.name).memory == lookup.NO_MEMORY,
+  require(c.of_kind(last.name).memory == lookup.NO_MEMORY,
           f'model.mtp_depth is {c.mtp_depth}, but the last layer, whose kind '
           'the modules that predict further tokens have, reads tables of '
           f"model.memory: end with a kind of memory {lookup.NO_MEMORY!r}")
-  require(not c.mtp_depth or last.source is None,
+  require(last.source is None,
           f'model.mtp_depth is {c.mtp_depth}, but the last layer, whose kind '
           'the modules that predict further tokens have, reads the keys of '
           'another layer: end the pattern or the suffix with a kind that has '
