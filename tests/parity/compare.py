@@ -223,8 +223,8 @@ def _decoder(module, params, inputs):
                      keep_attention=weighs)
   layers = [*out.aux['layers'][:-1], out.hidden]  # theirs ends normalised
   outputs = dict(logits=_scores(out))
-  moe = module.config.part(MoEConfig)
   if out.aux.get('losses') and out.head:  # theirs is top_k times ours
+    moe = module.config.part(MoEConfig)
     outputs['balance'] = (out.aux['losses']['balance']
                           / moe.balance_weight * moe.top_k)
   return outputs, layers, dict(self=out.aux['attention']) if weighs else {}
@@ -252,9 +252,8 @@ def _encoder_decoder(module, params, inputs):
   layers = [x * inputs['mask'][..., None] for x in (*encoder[:-1], out.memory)]
   layers += [*decoder[:-1], out.hidden]  # theirs end normalised
   outputs = dict(logits=out.logits)
-  moe = module.config.part(MoEConfig)
   if 'losses' in out.aux:
-    losses = out.aux['losses']
+    moe, losses = module.config.part(MoEConfig), out.aux['losses']
     # GShard's counts as many choices as it makes.
     outputs['balance'] = losses['balance'] / moe.balance_weight * moe.top_k
     if 'router_z' in losses:

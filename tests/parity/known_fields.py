@@ -13,7 +13,7 @@ installed.
 """
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 import dataclasses
 import functools
 import importlib
@@ -67,6 +67,7 @@ def known(system: str) -> set[str]:
           and not callable(getattr(config, name, None))}
 
 
+# Of dicts and functions, and no fields.
 _OF_PYTHON = {'self', 'args', 'kwargs', 'keys', 'values', 'items', 'get', 'pop',
               'update', 'setdefault', 'copy'}
 
@@ -93,41 +94,42 @@ def _parts(models: Iterable[type]) -> set[Any]:
 @functools.cache
 def _read(part: Any, more: tuple[str, ...] = ()) -> frozenset[str]:
   """Returns the names of the fields that the code of a class or a function
-  reads of a configuration.
+  reads of a configuration: attributes, keys, and names that are looked up.
 
   Args:
     part: the class or function.
     more: further names that a configuration has there.
   """
-  tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(part))))
-  is_config = lambda node: bool(
-      CONFIGURATION.fullmatch(_last_name(node)) or _last_name(node) in more)
-  return frozenset(_reads(tree, is_config))
-
-
-def _reads(tree: ast.AST, is_config) -> Iterator[str]:
-  for node in ast.walk(tree):
-    if isinstance(node, ast.Attribute) and is_config(node.value):
-      yield node.attr
-    elif isinstance(node, ast.Subscript) and is_config(node.value):
-      yield from _strings([node.slice])
+  code = textwrap.dedent(inspect.getsource(inspect.unwrap(part)))
+  names: set[str] = set()
+  for node in ast.walk(ast.parse(code)):
+    if isinstance(node, ast.Attribute) and _is_config(node.value, more):
+      names.add(node.attr)
+    elif isinstance(node, ast.Subscript) and _is_config(node.value, more):
+      names |= _strings([node.slice])
     elif isinstance(node, ast.Call) and _last_name(node.func) in LOOKS_UP:
-      of = [node.func.value] if isinstance(node.func, ast.Attribute) else []
-      if any(map(is_config, of + node.args)):
-        yield from _strings(node.args)
-    elif isinstance(node, ast.Compare) and any(map(is_config,
-                                                   node.comparators)):
-      yield from _strings([node.left])
+      owner = getattr(node.func, 'value', node.func)  # of a method
+      if any(_is_config(x, more) for x in (owner, *node.args)):
+        names |= _strings(node.args)
+    elif isinstance(node, ast.Compare) and any(
+        _is_config(x, more) for x in node.comparators):  # 'name' in config
+      names |= _strings([node.left])
+  return frozenset(names)
+
+
+def _is_config(node: ast.AST, more: tuple[str, ...]) -> bool:
+  """Whether an expression is a configuration, by its last name."""
+  name = _last_name(node)
+  return name in more or CONFIGURATION.fullmatch(name) is not None
 
 
 def _last_name(node: ast.AST) -> str:
   return getattr(node, 'attr', getattr(node, 'id', ''))
 
 
-def _strings(nodes: Iterable[ast.AST]) -> Iterator[str]:
-  for node in nodes:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-      yield node.value
+def _strings(nodes: Iterable[ast.AST]) -> set[str]:
+  return {node.value for node in nodes
+          if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def main() -> None:
