@@ -34,7 +34,7 @@ def read(reader: hf.Reader, fields: dict) -> dict:
   return layer_types.read_mixers(
       reader, fields['num_layers'], 'deltanet') | dict(rope=rope_fields.read(
           reader, fraction=('partial_rotary_factor', 0.25),
-          unread=('mrope_section', 'mrope_interleaved')))
+          unread=('mrope_section',)))
 
 
 def write(c: ModelConfig) -> dict:

@@ -67,7 +67,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           pad_token=ends[0] if ends else reader.count('eos_token_id', 0)),
       moe=qwen3_next.read_experts(reader, fields), rope=rope_fields.read(
           reader, fraction=('partial_rotary_factor', 1.0),
-          unread=('mrope_section', 'mrope_interleaved')))
+          unread=('mrope_section',)))
 
 
 def _write(c: ModelConfig) -> dict:
