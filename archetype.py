@@ -31,7 +31,7 @@ import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import flat, paths, sharding
+from architectures.parts import flat, paths
 from architectures.parts.config import ModelConfig
 from common.arguments import PositiveSize, Seed, Size, typed
 from common.errors import RequestError, require, short
@@ -459,11 +459,13 @@ def _initial(module: nn.Module, seed: int) -> Any:
   Raises:
     RequestError: where all memory of a device has no room for them.
   """
-  shapes = jax.tree.leaves(nn.meta.unbox(sharding.abstract_params(module)))
+  init = jax.jit(module.init)
+  inputs = jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)
+  # What is traced for the sizes is run then.
+  shapes = jax.tree.leaves(nn.meta.unbox(init.eval_shape(*inputs)['params']))
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
   devices.check_size(size, jax.local_devices()[0], 'the parameters')
-  return nn.meta.unbox(jax.jit(module.init)(
-      jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))['params'])
+  return nn.meta.unbox(init(*inputs)['params'])
 
 
 # Other fields are derived from these when a run's config is resolved.

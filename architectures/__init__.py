@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import functools
 import importlib
 import pkgutil
+import sys
 import types
 from typing import Any
 
@@ -76,6 +77,17 @@ def hugging_face(arch: str) -> HuggingFace:
   require(hasattr(page(arch), 'HF'),
           f'model.arch {arch!r} has no counterpart in transformers')
   return page(arch).HF
+
+
+@functools.cache
+def by_model_type() -> dict[str, str]:
+  """Returns the system of each model_type that transformers has too."""
+  archs: dict[str, str] = {}
+  for arch, module in systems().items():
+    record = getattr(sys.modules[module.__module__], 'HF', None)
+    if record is not None:
+      archs |= dict.fromkeys((record.model_type, *record.also), arch)
+  return archs
 
 
 def file_name(arch: str) -> str:

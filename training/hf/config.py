@@ -30,7 +30,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from architectures.parts.moe.routing import MoEConfig
 from common import fields as declared
-from common.errors import require, short
+from common.errors import RequestError, require, short
 from configs import base
 from training import hub
 from training.hf import files as hf_files
@@ -185,9 +185,10 @@ TYPES = (
 def _typed(what: str, value: Any, default: Any) -> Any:
   """Returns a value of the type of `default`, or raises RequestError."""
   kind, words, test = next(row for row in TYPES if type(default) is row[0])
-  require(test(value), f'{what} {short(value)}: it must be {words}')
-  require(kind is not int or value or not default,
-          f'{what} {short(value)}: it must be 1 or more')
+  if not test(value):
+    raise RequestError(f'{what} {short(value)}: it must be {words}')
+  if kind is int and default and not value:
+    raise RequestError(f'{what} {short(value)}: it must be 1 or more')
   return float(value) if kind is float else value
 
 
@@ -271,12 +272,7 @@ def _refuse_quantised(reader: Reader) -> None:
 
 def model_of(reader: Reader) -> ml_collections.ConfigDict:
   """Returns config.model as the page of its model_type reads a config.json."""
-  archs: dict[str, str] = {}
-  for arch in architectures.systems():
-    if hasattr(architectures.page(arch), 'HF'):
-      page = architectures.hugging_face(arch)
-      archs |= dict.fromkeys((page.model_type, *page.also), arch)
-  arch = reader.choose('model_type', '', archs)
+  arch = reader.choose('model_type', '', architectures.by_model_type())
   page = architectures.hugging_face(arch)
   fields: dict[str, Any] = {}
   for ours, (names, default, *choices) in page.fields.items():

@@ -71,8 +71,9 @@ class Files:
   def _find(self, name: str) -> Any:
     """Returns an array, or what reads a part of a tensor of safetensors."""
     tensors = self._tensors(self._file_of[name])
-    require(name in tensors.keys(), f'{self._file_of[name]} has no {name}, '
-            'though its index says so')
+    if name not in tensors.keys():
+      raise RequestError(f'{self._file_of[name]} has no {name}, though its '
+                         'index says so')
     return (tensors[name] if isinstance(tensors, Mapping)
             else tensors.get_slice(name))
 

@@ -44,7 +44,7 @@ from architectures.parts.hf import tensor_map
 from architectures.parts.lora import LoraConfig
 from architectures.parts.sharding import parameter_shapes
 from common.arguments import PositiveSize, Seed, typed
-from common.errors import one_of, require
+from common.errors import RequestError, one_of, require
 from training import progress
 from training.hf import config as hf_config
 from training.hf import files as hf_files
@@ -196,12 +196,15 @@ class Names:
     if name not in self._source:
       return f'{" and ".join(tensor.paths)}: the files have no {tensor.name}'
     dtype, shape = self._source.dtype(name), self._source.shape(name)
-    require(dtype in hf_files.DTYPES or dtype in ('I64', 'int64') and re.
-            fullmatch(self._page.integers, tensor.name), f'{name} is of type '
-            f'{dtype}: weights are read from {", ".join(hf_files.DTYPES)}')
-    return '' if shape == tensor.shape else (
-        f'{tensor.name} is {shape} in the files and {tensor.shape} in the '
-        'model')
+    integers = dtype in ('I64', 'int64') and re.fullmatch(
+        self._page.integers, tensor.name)
+    if dtype not in hf_files.DTYPES and not integers:
+      raise RequestError(f'{name} is of type {dtype}: weights are read from '
+                         f'{", ".join(hf_files.DTYPES)}')
+    if shape == tensor.shape:
+      return ''
+    return (f'{tensor.name} is {shape} in the files and {tensor.shape} in the '
+            'model')
 
   def there(self, names: Collection[str]) -> list[str]:
     """Returns the spellings of those of `names` that the files have."""
@@ -262,9 +265,12 @@ def check_range(name: str, x: np.ndarray, dtype: np.dtype) -> None:
   with np.errstate(invalid='ignore'):  # NumPy's warning of a NaN
     largest = float(max(x.max(), -x.min(), key=abs)) if x.size else 0.0
   most = float(jnp.finfo(dtype).max)
-  require(np.isfinite(largest), f'{name} has a value that is no finite number')
-  require(largest <= most, f'{name} has the value {largest:g}, and '
-          f'{np.dtype(dtype).name} ends at {most:g}: choose another dtype')
+  if not np.isfinite(largest):
+    raise RequestError(f'{name} has a value that is no finite number')
+  if largest > most:
+    raise RequestError(
+        f'{name} has the value {largest:g}, and {np.dtype(dtype).name} ends at '
+        f'{most:g}: choose another dtype')
 
 
 def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
