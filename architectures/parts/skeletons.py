@@ -28,8 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import blocks, heads, layers, positions, sharding
-from architectures.parts.attention import multi_head
-from architectures.parts.blocks import BLOCKS, branches, residual
+from architectures.parts import streams
+from architectures.parts.attention import steps
+from architectures.parts.blocks import BLOCKS, branches
 from architectures.parts.cache import apart, Cache, joined, LayerCache, Slots
 from architectures.parts.config import LayerKind, ModelConfig, Section
 from architectures.parts.context import Context, Distances, First, Keys
@@ -39,6 +40,7 @@ from architectures.parts.layers import FFNS, norm, NORMS
 from architectures.parts.loops import LoopsConfig
 from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.report import Report, summed
+from architectures.parts.streams import residual
 from common.errors import require, short
 from common.kinds import SECTIONS
 
@@ -132,7 +134,7 @@ class Period(nn.Module):
   in_loop: bool = False
 
   @nn.compact
-  def __call__(self, carry: tuple[blocks.X, Optional[First]],
+  def __call__(self, carry: tuple[streams.X, Optional[First]],
                cache: Optional[tuple[LayerCache, ...]], ctx: Context,
                lent: dict[int, Keys]) -> tuple[Any, 'Layers']:
     """Runs the layers. `lent` has keys and values of layers before the period,
@@ -173,7 +175,7 @@ class Period(nn.Module):
         lent={place: lent[ends + place] for place in self.lends})
 
   def _after_its_weights(self, name: str, make: Callable[[], nn.Module],
-                         x: blocks.X, ctx: Context, cache: Any):
+                         x: streams.X, ctx: Context, cache: Any):
     """Returns make()(x, ctx, cache), where `make` makes the layer `name`. Its
     gradient goes on to the layer before it when those of its weights are there,
     each of them in its shards.
@@ -214,16 +216,16 @@ class Layers:
 
 
 @jax.custom_vjp
-def _tied(x: blocks.X, params: Any) -> tuple[blocks.X, Any]:
+def _tied(x: streams.X, params: Any) -> tuple[streams.X, Any]:
   """Returns both as they are; their gradients wait for one another."""
   return x, params
 
 
-def _tied_fwd(x: blocks.X, params: Any):
+def _tied_fwd(x: streams.X, params: Any):
   return (x, params), None
 
 
-def _tied_bwd(_, gradients: tuple[blocks.X, Any]):
+def _tied_bwd(_, gradients: tuple[streams.X, Any]):
   return jax.lax.optimization_barrier(gradients)
 
 
@@ -333,7 +335,7 @@ class Enter(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, state: blocks.X, inputs: blocks.X, n: Any) -> blocks.X:
+  def __call__(self, state: streams.X, inputs: streams.X, n: Any) -> streams.X:
     loop = LOOPS[self.config.loop]
     assert loop is not None
     if not loop.read:
@@ -343,8 +345,8 @@ class Enter(nn.Module):
     return residual(jnp.where(n == 0, inputs, loop.read(self, state, inputs)))
 
 
-def _enter(c: ModelConfig, params: Any, state: blocks.X, inputs: blocks.X,
-           n: Any) -> blocks.X:
+def _enter(c: ModelConfig, params: Any, state: streams.X, inputs: streams.X,
+           n: Any) -> streams.X:
   """Returns what pass n reads, with `params` those of the stack."""
   if c.part(LoopsConfig).boundary == 'norm':
     state = jnp.where(n == 0, state, NORMS[c.norm](c, parent=None).apply(
@@ -378,13 +380,13 @@ class Stack(nn.Module):
     inputs_BLD = x_BLD
     if any(c.of_kind(kind).memory == 'per_layer' for kind in c.kinds_used):
       ctx = ctx.replace(embedded_BLD=x_BLD)
-    first = (multi_head.first_values(
+    first = (steps.first_values(
         blocks.readers(c, 'value_residual')[0], x_BLD)
              if c.value_residual else None)
     kinds = sum((section.layers for section in self.sections), ())
-    x = blocks.begin_streams(c, x_BLD, branches(c, kinds))
+    x = streams.begin_streams(c, x_BLD, branches(c, kinds))
     (x, _), sections = run((x, first), cache, ctx)
-    final, end = lambda x: x, blocks.EndOfStreams(c, name='final_streams')
+    final, end = lambda x: x, streams.EndOfStreams(c, name='final_streams')
     if BLOCKS[c.of_kind(kinds[-1].name).block].FINAL_NORM:
       final = norm(c, 'final_norm')
     # If the length stayed over `tensor`, as the vocabulary is, their product
@@ -448,7 +450,7 @@ class Stack(nn.Module):
             for name in ('dropout', 'router') if self.has_rng(name)}
     root = '/'.join((*self.path, section.name))
 
-    def once(params: Any, inputs: blocks.X, ctx: Context,
+    def once(params: Any, inputs: streams.X, ctx: Context,
              lent: dict[int, Keys], carry: tuple, xs: tuple):
       ((x, first), slots), (n, rest, keys) = carry, xs
       x = _enter(c, params, x, inputs, n)
@@ -578,12 +580,12 @@ class Mtp(nn.Module):
           self, norm(c, f'token_norm_{depth}')(
               jnp.roll(embedded_BLD, -depth, 1)),
           norm(c, f'hidden_norm_{depth}')(x_BLD), f'join_{depth}'))
-      x = blocks.begin_streams(c, x_BLD, branches(c, (kind,)))
+      x = streams.begin_streams(c, x_BLD, branches(c, (kind,)))
       depth_ctx = _with_distances(c, kind, depth_ctx, ctx.positions_BL,
                                   f'_{depth}')
       (x, _), layers = Period(c, (kind,), name=f'depth_{depth}')(
           (x, None), None, depth_ctx, {})
-      x_BLD = blocks.EndOfStreams(c, name=f'streams_{depth}')(x)
+      x_BLD = streams.EndOfStreams(c, name=f'streams_{depth}')(x)
       if BLOCKS[c.of_kind(kind.name).block].FINAL_NORM:
         x_BLD = norm(c, f'norm_{depth}')(x_BLD)
       hidden.append(x_BLD)

@@ -16,6 +16,7 @@ from architectures.parts import layers
 from architectures.parts import lookup
 from architectures.parts import positions
 from architectures.parts import skeletons
+from architectures.parts import streams
 from architectures.parts.attention import kernels
 from architectures.parts.attention import multi_head
 from architectures.parts.blocks import BLOCKS
@@ -41,7 +42,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     'moe.router': routing.ROUTERS,
     'moe.balance_loss': routing.BALANCE_LOSSES,
     'block': BLOCKS,
-    'residual': blocks.RESIDUALS,
+    'residual': streams.RESIDUALS,
     'loop': skeletons.LOOPS,
     'mixer': blocks.MIXERS,
     'memory': lookup.MEMORIES,

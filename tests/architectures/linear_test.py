@@ -14,7 +14,7 @@ import pytest
 
 import architectures
 from architectures.parts import layers, paths
-from architectures.parts.attention.multi_head import Attention
+from architectures.parts.attention.multi_head import SelfAttention
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context, Memory
@@ -182,7 +182,7 @@ def test_a_block_that_drops_all_that_its_parts_return_passes_x_on(block, cross):
 @pytest.mark.parametrize('make, bias', [
     (lambda: FFN(resolved(ffn_dropout=ALL), 'gelu'), 'down_bias'),
     (lambda: FFN(resolved(ffn_dropout=ALL), 'swiglu'), 'down_bias'),
-    (lambda: Attention(resolved(attention_dropout=ALL),
+    (lambda: SelfAttention(resolved(attention_dropout=ALL),
                        LayerKind('global', 'gelu')), 'out_bias')])
 def test_a_part_that_drops_all_inside_is_its_bias(make, bias):
   x_BLD, ctx = inputs()

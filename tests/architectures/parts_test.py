@@ -13,7 +13,8 @@ import pytest
 import architectures
 from architectures.parts import layers, positions
 from architectures.parts import paths
-from architectures.parts.attention.multi_head import Attention
+from architectures.parts.attention.multi_head import CrossAttention
+from architectures.parts.attention.multi_head import SelfAttention
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context, Memory
@@ -226,9 +227,9 @@ def test_a_block_follows_its_equations(block, cross):
   def n(name, x):
     p = params[f'{name}_norm']
     return layers.layernorm(x, p['scale'], p['bias'], c.norm_eps)
-  A = lambda x: conv('attention', Attention(c, KIND).apply(
+  A = lambda x: conv('attention', SelfAttention(c, KIND).apply(
       {'params': params['attention']}, x, ctx, None)[0])
-  C = lambda x: Attention(c, KIND, cross=True).apply(
+  C = lambda x: CrossAttention(c, KIND).apply(
       {'params': params['cross_attention']}, x, ctx, None)[0]
   F = lambda x: conv('ffn', FFN(c, 'gelu').apply(
       {'params': params['ffn']}, x, ctx)[0])

@@ -9,7 +9,7 @@ import pytest
 
 import architectures
 from architectures.parts import blocks, flat, layers, skeletons
-from architectures.parts.attention.multi_head import Attention
+from architectures.parts.attention.multi_head import SelfAttention
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
 from architectures.parts.hf import tensor_map
@@ -191,7 +191,7 @@ def test_a_block_ends_before_its_network():
   p = jax.tree.map(lambda x: x[0], whole['decoder']['layers']['block_0'])
   n = lambda name, x: layers.layernorm(
       x, *(p[f'{name}_norm'][k] for k in ('scale', 'bias')), c.norm_eps)
-  A = lambda x: Attention(c, LayerKind('global', 'none')).apply(
+  A = lambda x: SelfAttention(c, LayerKind('global', 'none')).apply(
       {'params': p['attention']}, x, ctx, None)[0]
   want = {
       'pre_norm': x_BLD + A(n('attention', x_BLD)),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import blocks
+from architectures.parts import streams
 from tests.architectures.parts_test import D, born, normal, resolved
 from tests.helpers import models, numpy_attention
 from tests.training import step_test
@@ -54,14 +54,14 @@ def test_a_new_model_is_the_plain_one(kind):
 
 
 def branch_of(c, x, k, y_of):
-  """Returns the streams after branch k of `blocks.Branch`, with random
+  """Returns the streams after branch k of `streams.Branch`, with random
   parameters, and these parameters."""
-  module, given = blocks.Branch(c), blocks.Streams(x, jnp.int32(k), 5)
+  module, given = streams.Branch(c), streams.Streams(x, jnp.int32(k), 5)
   params = born(module, given)
 
   def run(module, x):
-    read, add = module(x)
-    return add(y_of(read))
+    read, weights = module(x)
+    return streams.add(c, x, y_of(read), weights)
   after = jax.jit(nn.apply(run, module))({'params': params}, given)
   assert after.branch == k + 1
   return after, params
@@ -116,7 +116,7 @@ def test_branches_attend_to_those_before_them(size):
   and the end, with NumPy in float64, which keeps a list of all outputs."""
   c = resolved('llama', residual='attention', streams=dict(block_size=size))
   e, total = normal(0, 2, 4, D), 5
-  x, outputs = blocks.begin_streams(c, e, total), []
+  x, outputs = streams.begin_streams(c, e, total), []
   rms = lambda x: x / np.sqrt((x ** 2).mean(-1, keepdims=True) + c.norm_eps)
 
   def want(params):
@@ -130,7 +130,7 @@ def test_branches_attend_to_those_before_them(size):
   for k in range(total):
     x, params = branch_of(c, x.x_BLUD, k, jnp.sin)
     outputs.append(np.sin(want(params)))
-  module = blocks.EndOfStreams(c)
+  module = streams.EndOfStreams(c)
   params = born(module, x)
   np.testing.assert_allclose(module.apply({'params': params}, x), want(params),
                              rtol=1e-4, atol=1e-5)
@@ -139,14 +139,14 @@ def test_branches_attend_to_those_before_them(size):
 def test_mixing_neither_adds_nor_takes():
   """Sinkhorn's matrix is doubly stochastic; gradients of large logits are
   finite."""
-  sinkhorn = jax.jit(blocks.sinkhorn, static_argnums=1)
+  sinkhorn = jax.jit(streams.sinkhorn, static_argnums=1)
   m = np.asarray(sinkhorn(2 * np.asarray(normal(0, 5, 1, N, N)), 50))
   np.testing.assert_allclose(m.sum(-2), 1, atol=1e-5)
   np.testing.assert_allclose(m.sum(-1), 1, atol=1e-3)
   one = np.asarray(sinkhorn(2 * np.asarray(normal(0, 1, 1, N, N)), 2))
   np.testing.assert_allclose(one.sum(-2), 1, atol=1e-5)
   assert np.abs(one.sum(-1) - 1).max() > 1e-3
-  grad = jax.jit(jax.grad(lambda z: blocks.sinkhorn(z, 20)[..., 0, 0].sum()))(
+  grad = jax.jit(jax.grad(lambda z: streams.sinkhorn(z, 20)[..., 0, 0].sum()))(
       100 * np.asarray(normal(1, 1, 1, N, N)))
   assert np.isfinite(grad).all()
 

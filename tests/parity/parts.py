@@ -9,7 +9,7 @@ import numpy as np
 
 import architectures
 from architectures.parts import lookup
-from architectures.parts.attention.multi_head import Attention
+from architectures.parts.attention.multi_head import SelfAttention
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
 from architectures.parts.moe.layer import MoE
@@ -126,7 +126,7 @@ def attention() -> list[compare.Finding]:
                position='relative_by_token', qk_clip=1.5)
   model.profiles.update(rank=4, extent=7)
   c = architectures.resolve(model)
-  module = Attention(c, LayerKind('global', 'gelu', causal=True))
+  module = SelfAttention(c, LayerKind('global', 'gelu', causal=True))
   params, y, grads, dx = _ours(module, normal, x, d, None)
   import torch
   leaves = {name: torch.tensor(value, requires_grad=True)

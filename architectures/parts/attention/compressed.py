@@ -227,9 +227,9 @@ class SWA(Attention):
       seen_BLM = _joined(seen_BLM, seen_BLW)
     k_BM1K = sharding.constrain(k_BM1K, 'batch', None, None, 'head')
     with layers.useful(self._pairs(L, M), L * k_BM1K.shape[1]):
-      o_BLHK, report = self._weigh(
-          q_BLHK, k_BM1K, k_BM1K, k_positions_BM, ctx, slots=slots,
-          scored=scored, masked=(kernels.Mask(), seen_BLM, None))
+      o_BLHK, report = self.weigh(
+          q_BLHK, k_BM1K, k_BM1K, kernels.Seen(kernels.Mask(), seen_BLM), ctx,
+          scored=scored)
     o_BLHK = turn(o_BLHK, -ctx.positions_BL, c, ctx.length)
     return self._grouped(o_BLHK, ctx), cache, report
 

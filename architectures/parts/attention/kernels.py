@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import layers
+from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import indexer
 from architectures.parts.config import LayerKind, ModelConfig
@@ -454,6 +455,46 @@ class Mask:
   prefix: bool = struct.field(pytree_node=False, default=False)
   bias: bool = struct.field(pytree_node=False, default=False)
   dropout: bool = struct.field(pytree_node=False, default=False)
+
+  def in_parts(self, queries: int) -> bool:
+    """Whether so many queries, of which later ones see more, may meet their
+    keys part by part: as `causal` of `attend`."""
+    if not self.causal or not self.in_order or self.prefix:
+      return False
+    return sharding.shards('length', queries) == 1
+
+
+class Seen(NamedTuple):
+  """Which keys queries see, and what is added to their scores.
+
+  Attributes:
+    mask: the keys in a kernel's terms.
+    seen_BLM: the keys written out, bool; None: all.
+    bias_BHLM: added to the scores; None: nothing is.
+  """
+  mask: Mask
+  seen_BLM: Optional[jax.Array] = None
+  bias_BHLM: Optional[jax.Array] = None
+
+
+def seen(kind: LayerKind, c: ModelConfig, ctx: Context,
+         k_positions_BM: jax.Array) -> Seen:
+  """Returns which of the keys at these positions the tokens of a row see, with
+  the bias on the scores that all layers of a stack have, if there is one."""
+  rule, ids_BL = RULES[kind.attention], ctx.segment_ids_BL
+  seen_BLM = visible(kind, c, ctx.positions_BL, k_positions_BM, ids_BL, ids_BL,
+                     ctx.prefix_B)
+  # A layer may have another encoding than the stack, without its bias.
+  bias_BHLM = None
+  if positions.of(c).stack_bias:
+    bias_BHLM = ctx.distances.bias_BHLM
+  ids_BL = parts(kind, c, ctx.positions_BL, ids_BL)
+  mask = Mask(
+      q_ids_BL=ids_BL, k_ids_BM=ids_BL, causal=kind.causal,
+      in_order=ctx.in_order, window=rule.window(c) if rule.window else 0,
+      prefix=kind.causal and ctx.prefix_B is not None,
+      bias=bias_BHLM is not None)
+  return Seen(mask, seen_BLM, bias_BHLM)
 
 
 class Kernel(NamedTuple):

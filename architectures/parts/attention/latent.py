@@ -17,7 +17,7 @@ met by keys and values that are made of the latents again.
 """
 
 import dataclasses
-from typing import Any, Optional
+from typing import Optional
 
 import flax.linen as nn
 import jax
@@ -27,13 +27,14 @@ from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import indexer
+from architectures.parts.attention import kernels
 from architectures.parts.attention.fields import LatentConfig
-from architectures.parts.attention.kernels import begins, share
 from architectures.parts.attention.multi_head import Attention, gate_products
 from architectures.parts.cache import Cache
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.positions import RopeConfig
+from architectures.parts.report import Report
 from common.errors import require
 
 UP_AXES = 'latent', 'heads', 'head'
@@ -48,10 +49,10 @@ class LatentAttention(Attention):
     c, cached = self.config, cache is not None
     asks_BLU, axis = self._asks(x_BLD, ctx)
     q_BLHK = self._queries(asks_BLU, axis, ctx)
-    index, cache = self._index(x_BLD, asks_BLU, axis, ctx, cache)
+    index, cache = self.index(x_BLD, asks_BLU, axis, ctx, cache)
     slot_BM1U = self._slots(x_BLD, ctx)
     k_positions_BM = ctx.positions_BL
-    slots = cached and not begins(self.kind, ctx)
+    slots = cached and not kernels.begins(self.kind, ctx)
     if cached:
       cache = cache.write(slot_BM1U, None, ctx.positions_BL,
                           index and index.key_BMJK)
@@ -59,10 +60,8 @@ class LatentAttention(Attention):
       slot_BM1U, _, index_BMJK = cache.slots
       index = index and index.replace(key_BMJK=index_BMJK)
       k_positions_BM = jnp.arange(slot_BM1U.shape[1])[None]
-    scored = None
-    if index is not None:
-      scored, k_positions_BM, (slot_BM1U,) = self._scored(
-          index, k_positions_BM, (slot_BM1U,), ctx, slots)
+    scored, k_positions_BM, (slot_BM1U,) = self.choose(
+        index, k_positions_BM, (slot_BM1U,), ctx, slots)
     # Queries may be split over the mesh along the length; each sees all keys.
     slot_BM1U = sharding.constrain(slot_BM1U, 'batch', None, None, None)
     L, M = q_BLHK.shape[1], slot_BM1U.shape[1]
@@ -72,11 +71,11 @@ class LatentAttention(Attention):
                         sizes.nope_dim + sizes.v_dim), UP_AXES)
     absorbed = slots and ctx.deterministic and is_absorbed(c, L, M)
     attend = self._on_latents if absorbed else self._on_heads
-    o_BLHK, report = attend(q_BLHK, slot_BM1U, up_UHK, k_positions_BM, ctx,
-                          slots=slots, scored=scored,
-                          layer_BHLM=self._layer_bias(
-                              x_BLD, q_BLHK, slot_BM1U, k_positions_BM, ctx))
-    return self._out(x_BLD, o_BLHK, ctx), cache, report
+    seen = self.biased(
+        kernels.seen(self.kind, c, ctx, k_positions_BM), x_BLD, q_BLHK,
+        slot_BM1U, k_positions_BM, ctx)
+    o_BLHK, report = attend(q_BLHK, slot_BM1U, up_UHK, seen, ctx, scored)
+    return self.output(x_BLD, o_BLHK, ctx), cache, report
 
   @property
   def scale(self) -> float:
@@ -138,8 +137,9 @@ class LatentAttention(Attention):
                   ) if rotate else x_BLHK
 
   def _on_heads(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
-                up_UHK: jax.Array, k_positions_BM: jax.Array, ctx: Context,
-                **how: Any):
+                up_UHK: jax.Array, seen: kernels.Seen, ctx: Context,
+                scored: Optional[indexer.Scored]
+                ) -> tuple[jax.Array, Report]:
     """Meets keys and values that are made of the latents, a head each."""
     c = self.config
     sizes = c.part(LatentConfig)
@@ -153,12 +153,13 @@ class LatentAttention(Attention):
     k_BMHK = jnp.concatenate([k_BMHK, key_BMHK], -1)
     k_BMHK, v_BMHK = (sharding.constrain(x, 'batch', None, 'heads', 'head')
                       for x in (k_BMHK, v_BMHK))
-    with self._useful(q_BLHK, k_BMHK, ctx):
-      return self._weigh(q_BLHK, k_BMHK, v_BMHK, k_positions_BM, ctx, **how)
+    with self.useful(q_BLHK, k_BMHK, ctx):
+      return self.weigh(q_BLHK, k_BMHK, v_BMHK, seen, ctx, scored=scored)
 
   def _on_latents(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
-                  up_UHK: jax.Array, k_positions_BM: jax.Array, ctx: Context,
-                  **how: Any):
+                  up_UHK: jax.Array, seen: kernels.Seen, ctx: Context,
+                  scored: Optional[indexer.Scored]
+                  ) -> tuple[jax.Array, Report]:
     """Meets the latents themselves, as keys and values that all heads share."""
     c = self.config
     up_UHK = layers.adapted_weight(self, 'kv_up', up_UHK, UP_AXES)
@@ -167,16 +168,13 @@ class LatentAttention(Attention):
     q_BLHK, turned_BLHK = jnp.split(q_BLHK, (sizes.nope_dim,), -1)
     q_BLHU = layers.einsum('BLHK,UHK->BLHU', q_BLHK, key_UHK, c.compute_dtype)
     q_BLHU = jnp.concatenate([q_BLHU, turned_BLHK], -1)
-    with self._useful(q_BLHU, slot_BM1U, ctx):
-      o_BLHU, report = self._weigh(
-          q_BLHU, slot_BM1U, slot_BM1U[..., :sizes.kv_rank], k_positions_BM,
-          ctx, **how)
-    return layers.einsum('BLHU,UHK->BLHK', o_BLHU, value_UHK,
-                         c.compute_dtype), report
-
-  def _useful(self, q_BLHK: jax.Array, k_BMJK: jax.Array, ctx: Context) -> Any:
-    return layers.useful(*share(self.kind, self.config, q_BLHK.shape[1],
-                                k_BMJK.shape[1], ctx.prefix_B is not None))
+    value_BM1U = slot_BM1U[..., :sizes.kv_rank]
+    with self.useful(q_BLHU, slot_BM1U, ctx):
+      o_BLHU, report = self.weigh(
+          q_BLHU, slot_BM1U, value_BM1U, seen, ctx, scored=scored)
+    o_BLHK = layers.einsum(
+        'BLHU,UHK->BLHK', o_BLHU, value_UHK, c.compute_dtype)
+    return o_BLHK, report
 
 
 def is_absorbed(c: ModelConfig, queries: int, slots: int) -> bool:

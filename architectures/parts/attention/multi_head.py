@@ -2,14 +2,11 @@
 
 Heads may share keys and values (grouped heads: Ainslie et al. 2023, num_kv
 heads = 1: Shazeer 2019), be banded (a query sees the last `sliding_window`
-keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
-queries and keys (QK-norm: each head by itself, as in Qwen3, or all that is
-projected, as in OLMo 2) or bounded ones (clipped, as in Inkling 2), normalised
-values that may be the keys themselves (Gemma 4), a learned sink per head in the
-denominator, and what has equations of its own further down: differences of
-pairs of heads, a gate on what the heads return, more in their values, and short
-convolutions of queries, keys and values. Which keys a query sees is in
-kernels.py.
+keys), capped (softcap * tanh(score / softcap), Gemma 2), and have a learned
+sink per head in the denominator, values that are the keys themselves (Gemma 4),
+and a gate on what the heads return: GATES. steps.py has the equations of what
+changes queries, keys and values: norms, clips, positions, convolutions, and
+what is mixed into values. Which keys a query sees is in kernels.py.
 
 A layer with kv_sharing has no keys and values of its own and reads those of an
 earlier layer, as they were turned and mixed there (cross-layer attention:
@@ -17,8 +14,7 @@ Brandon et al. 2024, arXiv 2405.12981; which layer: kinds.source).
 """
 
 import dataclasses
-import functools
-from typing import Optional
+from typing import Any, Optional
 
 import flax.linen as nn
 import jax
@@ -29,105 +25,26 @@ from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import indexer
 from architectures.parts.attention import kernels
+from architectures.parts.attention import steps
 from architectures.parts.attention.indexer import IndexerConfig
 from architectures.parts.cache import Cache
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context, First, Keys
-from architectures.parts.recurrent import features
 from architectures.parts.report import Report
-from architectures.parts.sharding import Role, declare
-from common.errors import require
+from common.errors import RequestError
 
 GATE = 'output_gate'  # its weight, and the product for adapters
-VALUE_AXES = 'batch', 'length', 'kv_heads', 'head'
 
 
 class Attention(nn.Module):
-  """(x_BLD, context, cache) -> (y_BLD, cache, report), over x itself or the
-  memory."""
-  FUSED = True  # whether a fused kernel may weigh the values
+  """What all forms of attention share: the way from queries, keys and values to
+  the output, and an indexer that chooses keys.
+
+  FUSED: whether a fused kernel may weigh the values.
+  """
+  FUSED = True
   config: ModelConfig
   kind: LayerKind
-  cross: bool = False
-
-  @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
-    c = self.config
-    rotate = None if self.cross else positions.of(c).rotate
-    cached, shared, memory = cache is not None, ctx.shared, ctx.memory
-    slots = cached and (self.cross or not kernels.begins(self.kind, ctx))
-    index, cache = self._index(x_BLD, x_BLD, 'embed', ctx, cache)
-    read = None if self.cross else shared.keys
-    before, after, first = cache.inputs if cached else {}, {}, None
-
-    def project(name: str, x_BLD: jax.Array, heads: int, axis: str):
-      y_BLHK = self._project(name, x_BLD, heads, axis, ctx)
-      if c.attention_conv and not self.cross:
-        y_BLHK, after[name] = features.convolved(
-            self, f'{name}_conv', y_BLHK, c.attention_conv, (axis, 'head'),
-            before_BWHK=before.get(name), segment_ids_BL=ctx.segment_ids_BL,
-            valid_BL=ctx.valid_BL)
-      return sharding.constrain(y_BLHK, 'batch', 'length', axis, 'head')
-
-    q_BLHK = self._bounded('query', project(
-        'query', x_BLD, c.num_heads, 'heads'))
-    if self.cross and memory.x_BMD is None:
-      k_BMJK, v_BMJK = cache.memory
-    elif read is not None:
-      k_BMJK, v_BMJK = read.key_BMJK, read.value_BMJK
-    else:
-      from_BMD = memory.x_BMD if self.cross else x_BLD
-      k_BMJK = project('key', from_BMD, c.num_kv_heads, 'kv_heads')
-      v_BMJK = k_BMJK if c.keys_as_values else project(
-          'value', from_BMD, c.num_kv_heads, 'kv_heads')
-      if c.value_norm:
-        v_BMJK = layers.PlainRMSNorm(c, 'head', name='value_norm')(v_BMJK)
-      k_BMJK = self._bounded('key', k_BMJK)
-      if not self.cross:
-        v_BMJK, first = mixed_values(self, x_BLD, v_BMJK, shared.first,
-                                     ctx.tokens_BL)
-      elif cached:
-        cache = cache.replace(memory_key_BMJK=k_BMJK, memory_value_BMJK=v_BMJK)
-    if rotate:
-      q_BLHK = rotate(q_BLHK, ctx.positions_BL, c, ctx.length)
-      if read is None:
-        k_BMJK = rotate(k_BMJK, ctx.positions_BL, c, ctx.length)
-    if c.attention_log_scale and not self.cross:
-      q_BLHK = _grown(q_BLHK, ctx.positions_BL, c)
-    k_positions_BM = ctx.positions_BL
-    if cached and not self.cross:
-      if read is None:
-        cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL,
-                            index and index.key_BMJK)
-        if slots:
-          k_BMJK, v_BMJK, index_BMJK = cache.slots
-          index = index and index.replace(key_BMJK=index_BMJK)
-      if slots:
-        k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
-      cache = cache.replace(inputs=before | after)
-    scored = None
-    if index is not None:
-      scored, k_positions_BM, (k_BMJK, v_BMJK) = self._scored(
-          index, k_positions_BM, (k_BMJK, v_BMJK), ctx, slots)
-    # Queries may be split over the mesh along the length; each sees all keys.
-    k_BMJK, v_BMJK = (sharding.constrain(x, 'batch', None, 'kv_heads', 'head')
-                      for x in (k_BMJK, v_BMJK))
-    L, M = q_BLHK.shape[1], k_BMJK.shape[1]
-    seen = (1, 1) if self.cross else kernels.share(
-        self.kind, c, L, M, ctx.prefix_B is not None)
-    layer_BHLM = self._layer_bias(x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx)
-    pairs = c.attention_difference > 0
-    with layers.useful(*seen):
-      o_BLHK, report = self._weigh(
-          q_BLHK, k_BMJK, both_values(v_BMJK) if pairs else v_BMJK,
-          k_positions_BM, ctx, slots=slots, strict=not cached,
-          scored=scored, layer_BHLM=layer_BHLM)
-    if pairs:
-      o_BLHK = subtracted(self, o_BLHK)
-    if not self.cross:
-      lent = Keys(k_BMJK, v_BMJK) if shared.lends else None
-      report = report.replace(first=first, keys=lent)
-    return self._out(x_BLD, o_BLHK, ctx), cache, report
 
   @property
   def scale(self) -> float:
@@ -135,8 +52,93 @@ class Attention(nn.Module):
     return self.config.score_scale * positions.of(
         self.config).score_factor(self.config)
 
-  def _out(self, x_BLD: jax.Array, o_BLHK: jax.Array, ctx: Context
-           ) -> jax.Array:
+  def project(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
+    """Returns W x, [B, L, heads, K], for the `name` query, key or value."""
+    c = self.config
+    heads, axis, gain = c.num_kv_heads, 'kv_heads', 1.0
+    if name == 'query':
+      heads, axis = c.num_heads, 'heads'
+      if c.init == 'fan_in':
+        # What the scores are not scaled by, the query's weights are (T5).
+        gain = c.base_head_dim ** -0.5 / c.attention_scale
+    return layers.dense(
+        self, name, 'BLD,DHK->BLHK', x_BLD, (c.d_model, heads, c.head_dim),
+        ('embed', axis, 'head'), gain=gain, with_bias=c.attention_bias,
+        deterministic=ctx.deterministic)
+
+  def biased(self, seen: kernels.Seen, x_BLD: jax.Array, q_BLHK: jax.Array,
+             k_BMJK: jax.Array, at_BM: jax.Array, ctx: Context
+             ) -> kernels.Seen:
+    """Returns what the queries see, with the bias that the layer makes itself,
+    where its position encoding has one."""
+    bias = positions.of(self.config).layer_bias
+    if not bias:
+      return seen
+    bias_BHLM = bias(self, x_BLD, q_BLHK, k_BMJK, at_BM, ctx)
+    return seen._replace(mask=seen.mask.replace(bias=True),
+                         bias_BHLM=bias_BHLM)
+
+  def weigh(self, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
+            seen: kernels.Seen, ctx: Context, *, fused: bool = True,
+            strict: bool = True, scored: Optional[indexer.Scored] = None
+            ) -> tuple[jax.Array, Report]:
+    """Returns o_l = sum over m of softmax over m (scale q_l k_m) v_m, of the
+    keys that l sees, [B, L, H, K].
+
+    Args:
+      q_BLHK: queries.
+      k_BMJK: keys.
+      v_BMJK: values.
+      seen: which keys the queries see.
+      ctx: the context.
+      fused: whether a fused kernel may compute it; none meets a cache's slots.
+      strict: as of kernels.choose.
+      scored: the scores of the keys by an indexer; None: there is none.
+
+    Returns:
+      o, and a report: the weights where the context asks for them, and in
+      training the loss of an indexer.
+    """
+    c, key, sink_H = self.config, None, None
+    L, M = q_BLHK.shape[1], k_BMJK.shape[1]
+    # An indexer hides keys, and dropout hides weights.
+    if scored is not None:
+      seen = self._best(seen, scored, M)
+    mask = seen.mask
+    if c.attention_dropout and not ctx.deterministic:
+      key, mask = self.make_rng('dropout'), mask.replace(dropout=True)
+    if c.attention_sinks:
+      sink_H = layers.bias(self, 'sink', (c.num_heads,), ('heads',))
+    scores = dict(mask_BLM=seen.seen_BLM, bias_BHLM=seen.bias_BHLM,
+                  sink_H=sink_H, scale=self.scale, softcap=c.attention_softcap)
+    # What the layer reports of its weights, which `attend` does not return.
+    causal, report = mask.in_parts(L), Report()
+    if ctx.keep_attention:
+      report = report.replace(
+          weights_BHLM=kernels.weights(q_BLHK, k_BMJK, **scores))
+    if scored is not None and not ctx.deterministic:
+      loss = self._indexer_loss(
+          scored, *jax.lax.stop_gradient((q_BLHK, k_BMJK)), seen.seen_BLM, ctx,
+          causal=causal, **scores)
+      report = report.replace(losses={'indexer': loss})
+    # The products, by the kernel that the config asks for.
+    kernel = 'xla'
+    if self.FUSED and fused and not self.is_initializing():
+      kernel = kernels.choose(c, mask, L, M, strict=strict)
+    if kernel == 'xla':
+      o_BLHK = kernels.attend(
+          q_BLHK, k_BMJK, v_BMJK, key=key, dropout=c.attention_dropout,
+          causal=causal, window=mask.window, **scores)
+    else:
+      o_BLHK = kernels.KERNELS[kernel].run(
+          q_BLHK, k_BMJK, v_BMJK, mask, seen.seen_BLM, scale=self.scale,
+          softcap=c.attention_softcap, sink_H=sink_H)
+    return o_BLHK, report
+
+  def output(self, x_BLD: jax.Array, o_BLHK: jax.Array, ctx: Context
+             ) -> jax.Array:
+    """Returns y = W_o o, [B, L, D], of what the heads return through a gate,
+    where there is one: see GATES."""
     c = self.config
     gate = GATES[c.attention_gate]
     if gate:
@@ -148,234 +150,275 @@ class Attention(nn.Module):
         with_bias=c.attention_bias and c.attention_out_bias,
         deterministic=ctx.deterministic)
 
-  def _weigh(self, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
-             k_positions_BM: jax.Array, ctx: Context, *, slots: bool,
-             strict: bool = True, scored: Optional[indexer.Scored] = None,
-             layer_BHLM: Optional[jax.Array] = None,
-             masked: Optional[tuple] = None
-             ) -> tuple[jax.Array, Report]:
-    """Returns the weighted values, by the kernel that the config asks for, and
-    a report: the weights where the context asks for them, and in training
-    the loss of an indexer, which has `scored` the keys. `layer_BHLM` is the
-    bias that the layer makes itself, if it makes one. No kernel meets the
-    `slots` of a cache; `strict` is as of kernels.choose. `masked` is what
-    stands for `_mask`."""
-    c, key, report = self.config, None, Report()
-    mask, seen_BLM, bias_BHLM = masked or self._mask(k_positions_BM, ctx)
-    if layer_BHLM is not None:
-      mask, bias_BHLM = mask.replace(bias=True), layer_BHLM
-    if scored is not None:
-      top = c.part(IndexerConfig).top_k
-      if 0 < top < k_BMJK.shape[1]:
-        seen_BLM = scored.best(seen_BLM, top)
-        mask = mask.replace(rule=True)
-    if c.attention_dropout and not ctx.deterministic:
-      key, mask = self.make_rng('dropout'), mask.replace(dropout=True)
-    sink_H = (layers.bias(self, 'sink', (c.num_heads,), ('heads',))
-              if c.attention_sinks else None)
-    causal = (mask.causal and mask.in_order and not mask.prefix
-              and sharding.shards('length', q_BLHK.shape[1]) == 1)
-    how = dict(mask_BLM=seen_BLM, bias_BHLM=bias_BHLM, sink_H=sink_H,
-               scale=self.scale, softcap=c.attention_softcap)
-    if ctx.keep_attention:
-      weights_BHLM = kernels.weights(q_BLHK, k_BMJK, **how)
-      report = (report.replace(memory_weights_BHLM=weights_BHLM) if self.cross
-                else report.replace(weights_BHLM=weights_BHLM))
-    if scored is not None and not ctx.deterministic:
-      target_BLM = jax.lax.stop_gradient(kernels.weights(
-          *jax.lax.stop_gradient((q_BLHK, k_BMJK)), causal=causal, mean=True,
-          **how))
-      weight = c.part(IndexerConfig).loss_weight
-      report = report.replace(losses={
-          'indexer': weight * scored.divergence(target_BLM, seen_BLM, ctx)})
-    kernel = 'xla'
-    if self.FUSED and not (slots or self.is_initializing()):
-      kernel = kernels.choose(c, mask, q_BLHK.shape[1], k_BMJK.shape[1],
-                              strict=strict)
-    if kernel != 'xla':
-      return kernels.KERNELS[kernel].run(
-          q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale=self.scale,
-          softcap=c.attention_softcap, sink_H=sink_H), report
-    return kernels.attend(
-        q_BLHK, k_BMJK, v_BMJK, key=key, dropout=c.attention_dropout,
-        causal=causal, window=mask.window, **how), report
+  def useful(self, queries: jax.Array, keys: jax.Array, ctx: Context) -> Any:
+    """Returns a scope whose products count as those of the pairs of a query and
+    a key that the mask shows: see layers.useful."""
+    part, whole, prompt = kernels.share(
+        self.kind, self.config, queries.shape[1], keys.shape[1],
+        prefix=ctx.prefix_B is not None)
+    return layers.useful(part, whole, prompt)
 
-  def _index(self, x_BLD: jax.Array, asks_BLU: jax.Array, axis: str,
-             ctx: Context, cache: Optional[Cache]
-             ) -> tuple[Optional[indexer.Index], Optional[Cache]]:
+  # An indexer (indexer.py) chooses the keys that a query sees.
+
+  def index(self, x_BLD: jax.Array, asks_BLU: jax.Array, axis: str,
+            ctx: Context, cache: Optional[Cache]
+            ) -> tuple[Optional[indexer.Index], Optional[Cache]]:
     """Returns what an indexer makes of the tokens, None: there is none; and the
     cache with what it keeps of them beside its keys. `axis` is the logical axis
-    of what its queries are made of."""
-    if self.cross or not kernels.RULES[self.kind.attention].top:
+    of `asks_BLU`, what its queries are made of."""
+    if not kernels.RULES[self.kind.attention].top:
       return None, cache
+    before = None if cache is None else cache.inputs
     index = indexer.Indexer(self.config, axis, name='indexer')(
-        x_BLD, asks_BLU, ctx, cache and cache.inputs)
-    return index, cache and cache.replace(inputs=cache.inputs | index.inputs)
+        x_BLD, asks_BLU, ctx, before)
+    if cache is not None:
+      cache = cache.replace(inputs=cache.inputs | index.inputs)
+    return index, cache
 
-  def _scored(self, index: indexer.Index, k_positions_BM: jax.Array,
-              arrays: tuple[jax.Array, ...], ctx: Context, slots: bool):
+  def choose(self, index: Optional[indexer.Index], at_BM: jax.Array,
+             arrays: tuple[jax.Array, ...], ctx: Context, slots: bool
+             ) -> tuple[Optional[indexer.Scored], jax.Array, tuple]:
     """Returns the indexer's scores of the keys, the keys' positions and their
-    arrays [B, M, J, K]. Where one token meets the slots of a cache, those that
-    it chooses alone, without scores."""
+    arrays [B, M, J, K]. Where one token meets the `slots` of a cache, the keys
+    that it chooses alone are returned, without scores."""
+    if index is None:
+      return None, at_BM, arrays
     c, top = self.config, self.config.part(IndexerConfig).top_k
+    B, L = index.query_BLHK.shape[:2]
+    M = arrays[0].shape[1]
+    # All keys that a query may see are scored.
     whole = dataclasses.replace(self.kind, attention='global')
-    shape = *index.query_BLHK.shape[:2], arrays[0].shape[1]
-    with layers.useful(*kernels.share(whole, c, *shape[1:],
-                                      ctx.prefix_B is not None)):
+    share = kernels.share(whole, c, L, M, prefix=ctx.prefix_B is not None)
+    with layers.useful(*share):
       scored = indexer.scored(c, index, None if slots else ctx.segment_ids_BL)
-    if not (slots and indexer.gathers(top, shape)
-            and ctx.distances.bias_BHLM is None and not ctx.keep_attention):
-      return scored, k_positions_BM, arrays
-    _, seen_BLM, _ = self._mask(k_positions_BM, ctx)
+    gathers = (slots and indexer.gathers(top, (B, L, M))
+               and ctx.distances.bias_BHLM is None and not ctx.keep_attention)
+    if not gathers:
+      return scored, at_BM, arrays
+    seen_BLM = kernels.seen(self.kind, c, ctx, at_BM).seen_BLM
     best_BM = scored.places(seen_BLM, top)
-    return None, best_BM, tuple(jnp.take_along_axis(
-        x_BMJK, best_BM[..., None, None], 1, mode='clip') for x_BMJK in arrays)
+    chosen = [jnp.take_along_axis(x_BMJK, best_BM[..., None, None], 1,
+                                  mode='clip') for x_BMJK in arrays]
+    return None, best_BM, tuple(chosen)
 
-  def _layer_bias(self, x_BLD: Optional[jax.Array], q_BLHK: jax.Array,
-                  k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
-                  ) -> Optional[jax.Array]:
-    """Returns the bias on the scores that a layer makes itself; None: there is
-    none."""
-    bias = positions.of(self.config).layer_bias
-    return bias(self, x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx) if (
-        bias and not self.cross) else None
-
-  def _mask(self, k_positions_BM: jax.Array, ctx: Context):
-    """Returns the mask as a kernel takes it and written out, and the bias."""
-    c, ids_BL = self.config, ctx.segment_ids_BL
-    if self.cross:
-      k_ids_BM, seen_BLM = ctx.memory.segment_ids_BM, None
-      if k_ids_BM is None:
-        ids_BL = None
-      else:
-        ids_BL = jnp.ones((1, 1), jnp.int32) if ids_BL is None else ids_BL
-        seen_BLM = ids_BL[:, :, None] == k_ids_BM[:, None]
-      return kernels.Mask(ids_BL, k_ids_BM), seen_BLM, None
-    seen_BLM = kernels.visible(
-        self.kind, c, ctx.positions_BL, k_positions_BM, ids_BL, ids_BL,
-        ctx.prefix_B)
-    bias_BHLM = (ctx.distances.bias_BHLM if positions.of(c).stack_bias else
-                 None)
-    rule = kernels.RULES[self.kind.attention]
-    ids_BL = kernels.parts(self.kind, c, ctx.positions_BL, ids_BL)
-    mask = kernels.Mask(
-        ids_BL, ids_BL, causal=self.kind.causal, in_order=ctx.in_order,
-        window=rule.window(c) if rule.window else 0,
-        prefix=self.kind.causal and ctx.prefix_B is not None,
-        bias=bias_BHLM is not None)
-    return mask, seen_BLM, bias_BHLM
-
-  def _bounded(self, name: str, x_BLHK: jax.Array) -> jax.Array:
-    """Returns queries or keys as the config bounds them: normalised, and none
-    longer than qk_clip, for which queries have a scale."""
-    c = self.config
-    if c.qk_norm:
-      x_BLHK = self._normalise(f'{name}_norm', x_BLHK)
-    if not c.qk_clip:
-      return x_BLHK
-    x32_BLHK = x_BLHK.astype(jnp.float32)
-    if name == 'query':
-      x32_BLHK *= declare(self, 'query_scale', nn.initializers.ones,
-                          x_BLHK.shape[2:], Role(('heads', 'head')))[None, None]
-    length_BLH1 = jnp.sqrt(jnp.maximum(
-        jnp.square(x32_BLHK).sum(-1, keepdims=True), 1e-30))
-    return (x32_BLHK * jnp.minimum(
-        c.qk_clip / (length_BLH1 + 1e-6), 1.0)).astype(x_BLHK.dtype)
-
-  def _normalise(self, name: str, x_BLHK: jax.Array) -> jax.Array:
-    """Returns queries or keys with a norm over each head or over all heads.
+  def _indexer_loss(self, scored: indexer.Scored, q_BLHK: jax.Array,
+                    k_BMJK: jax.Array, seen_BLM: Optional[jax.Array],
+                    ctx: Context, **scores: Any) -> jax.Array:
+    """Returns how far the indexer is from the mean over heads of the weights.
     """
-    norm = (layers.norm if self.config.qk_norm_scale else
-            lambda c, name, axis: layers.PlainRMSNorm(c, axis, name=name))
-    if self.config.qk_norm_over == 'head':
-      return norm(self.config, name, 'head')(x_BLHK)
-    y_BLU = norm(self.config, name, 'joined')(
-        x_BLHK.reshape(*x_BLHK.shape[:2], -1))
-    return y_BLU.reshape(x_BLHK.shape)
+    target_BLM = jax.lax.stop_gradient(kernels.weights(
+        q_BLHK, k_BMJK, mean=True, **scores))
+    distance = scored.divergence(target_BLM, seen_BLM, ctx)
+    return self.config.part(IndexerConfig).loss_weight * distance
 
-  def _project(self, name: str, x_BLD: jax.Array, heads: int, axis: str,
-               ctx: Context):
-    c = self.config
-    # What the scores are not scaled by, the query's weights are (T5).
-    gain = (c.base_head_dim ** -0.5 / c.attention_scale
-            if name == 'query' and c.init == 'fan_in' else 1.0)
-    return layers.dense(
-        self, name, 'BLD,DHK->BLHK', x_BLD, (c.d_model, heads, c.head_dim),
-        ('embed', axis, 'head'), gain=gain, with_bias=c.attention_bias,
-        deterministic=ctx.deterministic)
+  def _best(self, seen: kernels.Seen, scored: indexer.Scored, keys: int
+            ) -> kernels.Seen:
+    """Returns which of so many keys are seen, of those that an indexer scores
+    highest."""
+    top = self.config.part(IndexerConfig).top_k
+    if not 0 < top < keys:
+      return seen
+    return seen._replace(seen_BLM=scored.best(seen.seen_BLM, top),
+                         mask=seen.mask.replace(rule=True))
 
 
-def _grown(q_BLHK: jax.Array, positions_BL: jax.Array, c: ModelConfig
-           ) -> jax.Array:
-  """Returns queries that grow with their position, against weights that flatten
-  over more keys (Nakanishi 2025, arXiv 2501.19399; as in Llama 4):
+class SelfAttention(Attention):
+  """Attention of the tokens of a row to one another:
+  (x_BLD, context, cache) -> (y_BLD, cache, report).
 
-    q' = q (1 + attention_log_scale log(1 + n)),
-    n  = floor((position + 1) / attention_log_from)
+    q_l = W_q x_l,   k_m = W_k x_m,   v_m = W_v x_m
+    y_l = W_o sum over m of softmax over m (scale q_l k_m) v_m
+
+  steps.py has what changes q, k and v; kernels.weights is the softmax.
   """
-  steps_BL = jnp.floor((positions_BL.astype(jnp.float32) + 1.0)
-                       / c.attention_log_from)
-  factor_BL = 1.0 + c.attention_log_scale * jnp.log1p(steps_BL)
-  return (q_BLHK.astype(jnp.float32) * factor_BL[..., None, None]).astype(
-      q_BLHK.dtype)
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
+               ) -> tuple[jax.Array, Optional[Cache], Report]:
+    c = self.config
+    index, cache = self.index(x_BLD, x_BLD, 'embed', ctx, cache)
+    q_BLHK, cache = self.queries(x_BLD, ctx, cache)
+    # Keys and values: an earlier layer's, or the layer's own.
+    slots = cache is not None and not kernels.begins(self.kind, ctx)
+    keys, first = ctx.shared.keys, None
+    if keys is None:
+      keys, first, cache = self.keys_and_values(x_BLD, ctx, cache)
+      keys, index, cache = remembered(keys, index, ctx, cache, slots)
+    k_BMJK, v_BMJK = keys.key_BMJK, keys.value_BMJK
+    at_BM = ctx.positions_BL
+    if slots:
+      at_BM = jnp.arange(k_BMJK.shape[1])[None]
+    scored, at_BM, (k_BMJK, v_BMJK) = self.choose(
+        index, at_BM, (k_BMJK, v_BMJK), ctx, slots)
+    # Queries may be split over the mesh along the length; each sees all keys.
+    k_BMJK = sharding.constrain(k_BMJK, 'batch', None, 'kv_heads', 'head')
+    v_BMJK = sharding.constrain(v_BMJK, 'batch', None, 'kv_heads', 'head')
+    # Each query weighs the values of the keys that it sees.
+    seen = self.biased(kernels.seen(self.kind, c, ctx, at_BM), x_BLD, q_BLHK,
+                       k_BMJK, at_BM, ctx)
+    with self.useful(q_BLHK, k_BMJK, ctx):
+      o_BLHK, report = self.weigh(
+          q_BLHK, k_BMJK, steps.values_of_pairs(c, v_BMJK), seen, ctx,
+          fused=not slots, strict=cache is None, scored=scored)
+    o_BLHK = steps.subtracted(self, o_BLHK)
+    lent = Keys(k_BMJK, v_BMJK) if ctx.shared.lends else None
+    report = report.replace(first=first, keys=lent)
+    return self.output(x_BLD, o_BLHK, ctx), cache, report
+
+  def queries(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
+              ) -> tuple[jax.Array, Optional[Cache]]:
+    """Returns the queries, and the cache."""
+    q_BLHK, cache = self.projected('query', x_BLD, ctx, cache)
+    for step in steps.QUERIES:
+      q_BLHK = step(self, 'query', q_BLHK, ctx)
+    return q_BLHK, cache
+
+  def keys_and_values(self, x_BLD: jax.Array, ctx: Context,
+                      cache: Optional[Cache]
+                      ) -> tuple[Keys, Optional[First], Optional[Cache]]:
+    """Returns the tokens' keys and values, the values of the first layer with
+    model.value_residual, and the cache."""
+    k_BLJK, cache = self.projected('key', x_BLD, ctx, cache)
+    v_BLJK = k_BLJK
+    if not self.config.keys_as_values:
+      v_BLJK, cache = self.projected('value', x_BLD, ctx, cache)
+    for step in steps.VALUES:
+      v_BLJK = step(self, 'value', v_BLJK, ctx)
+    v_BLJK, first = steps.mixed_with_first(
+        self, x_BLD, v_BLJK, ctx.shared.first)
+    v_BLJK = steps.with_embedding(self, x_BLD, v_BLJK, ctx)
+    for step in steps.KEYS:
+      k_BLJK = step(self, 'key', k_BLJK, ctx)
+    return Keys(k_BLJK, v_BLJK), first, cache
+
+  def projected(self, name: str, x_BLD: jax.Array, ctx: Context,
+                cache: Optional[Cache]
+                ) -> tuple[jax.Array, Optional[Cache]]:
+    """Returns W x and, with model.attention_conv, a convolution of it; and the
+    cache, which holds the convolution's last inputs."""
+    axis = 'heads' if name == 'query' else 'kv_heads'
+    x_BLHK = self.project(name, x_BLD, ctx)
+    if self.config.attention_conv:
+      x_BLHK, cache = steps.convolved(
+          self, name, x_BLHK, (axis, 'head'), ctx, cache)
+    return sharding.constrain(x_BLHK, 'batch', 'length', axis, 'head'), cache
+
+
+def remembered(keys: Keys, index: Optional[indexer.Index], ctx: Context,
+               cache: Optional[Cache], slots: bool
+               ) -> tuple[Keys, Optional[indexer.Index], Optional[Cache]]:
+  """Returns the keys and values that queries meet, and an indexer's keys: those
+  of the tokens or, where `slots` says so, of all tokens in the cache; and the
+  cache, with the tokens in it."""
+  if cache is None:
+    return keys, index, None
+  index_BLJK = None if index is None else index.key_BMJK
+  cache = cache.write(keys.key_BMJK, keys.value_BMJK, ctx.positions_BL,
+                      index_BLJK)
+  if not slots:
+    return keys, index, cache
+  k_BMJK, v_BMJK, index_BMJK = cache.slots
+  if index is not None:
+    index = index.replace(key_BMJK=index_BMJK)
+  return Keys(k_BMJK, v_BMJK), index, cache
+
+
+class CrossAttention(Attention):
+  """Attention of the tokens to a memory, the result of an encoder:
+  (x_BLD, context, cache) -> (y_BLD, cache, report).
+
+    q_l = W_q x_l,   k_m = W_k z_m,   v_m = W_v z_m,   z = the memory
+    y_l = W_o sum over m of softmax over m (scale q_l k_m) v_m
+
+  A cache that is given the memory holds its keys and values from then on.
+  """
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
+               ) -> tuple[jax.Array, Optional[Cache], Report]:
+    q_BLHK = self.projected('query', x_BLD, steps.MEMORY, ctx)
+    if ctx.memory.x_BMD is None:
+      k_BMJK, v_BMJK = cache.memory
+    else:
+      k_BMJK, v_BMJK = self.keys_and_values(ctx.memory.x_BMD, ctx)
+      if cache is not None:
+        cache = cache.replace(memory_key_BMJK=k_BMJK, memory_value_BMJK=v_BMJK)
+    # Queries may be split over the mesh along the length; each sees all keys.
+    k_BMJK = sharding.constrain(k_BMJK, 'batch', None, 'kv_heads', 'head')
+    v_BMJK = sharding.constrain(v_BMJK, 'batch', None, 'kv_heads', 'head')
+    v_BMJK = steps.values_of_pairs(self.config, v_BMJK)
+    with layers.useful(1, 1):
+      o_BLHK, report = self.weigh(
+          q_BLHK, k_BMJK, v_BMJK, seen_of_memory(ctx), ctx,
+          fused=cache is None, strict=cache is None)
+    o_BLHK = steps.subtracted(self, o_BLHK)
+    report = Report(memory_weights_BHLM=report.weights_BHLM)
+    return self.output(x_BLD, o_BLHK, ctx), cache, report
+
+  def keys_and_values(self, memory_BMD: jax.Array, ctx: Context
+                      ) -> tuple[jax.Array, jax.Array]:
+    """Returns the keys and values of the memory."""
+    k_BMJK = self.projected('key', memory_BMD, (), ctx)
+    v_BMJK = k_BMJK
+    if not self.config.keys_as_values:
+      v_BMJK = self.projected('value', memory_BMD, (), ctx)
+    for step in steps.VALUES:
+      v_BMJK = step(self, 'value', v_BMJK, ctx)
+    for step in steps.MEMORY:
+      k_BMJK = step(self, 'key', k_BMJK, ctx)
+    return k_BMJK, v_BMJK
+
+  def projected(self, name: str, x_BLD: jax.Array, then: tuple, ctx: Context
+                ) -> jax.Array:
+    """Returns W x after the steps `then`."""
+    axis = 'heads' if name == 'query' else 'kv_heads'
+    x_BLHK = self.project(name, x_BLD, ctx)
+    x_BLHK = sharding.constrain(x_BLHK, 'batch', 'length', axis, 'head')
+    for step in then:
+      x_BLHK = step(self, name, x_BLHK, ctx)
+    return x_BLHK
+
+
+def seen_of_memory(ctx: Context) -> kernels.Seen:
+  """Returns which tokens of the memory each token sees: those of its segment.
+  """
+  k_ids_BM = ctx.memory.segment_ids_BM
+  if k_ids_BM is None:
+    return kernels.Seen(kernels.Mask())
+  ids_BL = ctx.segment_ids_BL
+  if ids_BL is None:
+    ids_BL = jnp.ones((1, 1), jnp.int32)
+  seen_BLM = ids_BL[:, :, None] == k_ids_BM[:, None]
+  return kernels.Seen(kernels.Mask(ids_BL, k_ids_BM), seen_BLM)
 
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
   """Returns a cache of this shape: what stands before the heads' axis."""
-  zeros = lambda *shape: jnp.zeros(shape, c.compute_dtype)
-  heads = {'query': c.num_heads} | ({} if c.kv_sharing else {
-      'key': c.num_kv_heads, 'value': c.num_kv_heads})
-  # Of the convolutions, by projection.
-  inputs = {name: zeros(*shape[:-1], c.attention_conv - 1, count, c.head_dim)
-            for name, count in heads.items()} if c.attention_conv else {}
-  slots = [zeros(*shape, c.num_kv_heads, c.head_dim)
-           for _ in range(0 if c.kv_sharing else 2)]
-  return Cache(*slots, indexer.empty(c, shape),
-               inputs=inputs | indexer.inputs(c, shape))
-
-
-# Differences of pairs of heads (Ye et al. 2024, "Differential Transformer",
-# arXiv 2410.05258; as transformers' DiffLlama).
-#
-#   y  = (1 - l) n((A_1 - lambda A_2) [v_1, v_2]),   n(y) = y / rms(y)
-#   lambda = exp(a_1 b_1) - exp(a_2 b_2) + l,        l = attention_difference
-#
-# A_1 and A_2 are the weights of two heads that are half of all heads apart, as
-# those of their keys are, and v_1 and v_2 the values there. A layer has vectors
-# a and b of its own. In the paper l grows with the depth, 0.8 - 0.6 exp(-0.3 n)
-# in layer n, as kinds of layer can have it. y has the features of two heads,
-# which stand for the pair in what follows.
-
-
-def both_values(v_BMJK: jax.Array) -> jax.Array:
-  """Returns, for each head of keys, the values of its pair."""
-  pairs = jnp.concatenate(jnp.split(v_BMJK, 2, 2), -1)
-  return jnp.concatenate([pairs, pairs], 2)
-
-
-def subtracted(module: nn.Module, o_BLHU: jax.Array) -> jax.Array:
-  """Returns y [B, L, H, K] of what the heads return of values of pairs."""
-  c: ModelConfig = module.config  # type: ignore[attr-defined]
-  a1_K, b1_K, a2_K, b2_K = (
-      declare(module, f'difference_{name}', nn.initializers.normal(0.1),
-              (c.head_dim,), Role(('head',))).astype(jnp.float32)
-      for name in ('a1', 'b1', 'a2', 'b2'))
-  share = (jnp.exp((a1_K * b1_K).sum()) - jnp.exp((a2_K * b2_K).sum())
-           + c.attention_difference).astype(o_BLHU.dtype)
-  first, second = jnp.split(o_BLHU, 2, 2)
-  y = layers.PlainRMSNorm(c, name='difference_norm')(first - share * second)
-  return (1 - c.attention_difference) * y.reshape(
-      *y.shape[:2], c.num_heads, c.head_dim)
+  key_BMJK = value_BMJK = None
+  convolved = {'query': c.num_heads}
+  if not c.kv_sharing:
+    convolved |= {'key': c.num_kv_heads, 'value': c.num_kv_heads}
+    slots = *shape, c.num_kv_heads, c.head_dim
+    key_BMJK = jnp.zeros(slots, c.compute_dtype)
+    value_BMJK = jnp.zeros(slots, c.compute_dtype)
+  inputs = indexer.inputs(c, shape)
+  if c.attention_conv:
+    for name, heads in convolved.items():
+      last = *shape[:-1], c.attention_conv - 1, heads, c.head_dim
+      inputs[name] = jnp.zeros(last, c.compute_dtype)
+  return Cache(key_BMJK=key_BMJK, value_BMJK=value_BMJK,
+               index_BMJK=indexer.empty(c, shape), inputs=inputs)
 
 
 def check(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of attention cannot be."""
   del stack
-  require(not c.attention_difference or (
-      c.num_kv_heads % 2 == 0 and c.parametrization != 'mup'),
-          f'model.attention_difference is {c.attention_difference}: it needs '
-          'an even model.num_kv_heads, and model.parametrization standard; '
-          f'they are {c.num_kv_heads} and {c.parametrization}')
+  odd = c.num_kv_heads % 2 != 0
+  if c.attention_difference and (odd or c.parametrization == 'mup'):
+    raise RequestError(
+        f'model.attention_difference is {c.attention_difference}: it needs '
+        'an even model.num_kv_heads, and model.parametrization standard; '
+        f'they are {c.num_kv_heads} and {c.parametrization}')
 
 
 # A gate on what the heads return, before the output's product (Qiu et al. 2025,
@@ -391,24 +434,40 @@ def check(c: ModelConfig, stack: str) -> None:
 # file, is all that there is of one.
 
 
-def _gated(headwise: bool, module: nn.Module, x_BLD: jax.Array,
-           o_BLHK: jax.Array, *, deterministic: bool) -> jax.Array:
-  """Returns o with each of its features, or each head, multiplied by a gate.
+def _elementwise(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
+                 deterministic: bool) -> jax.Array:
+  """Returns o with each of its features multiplied by a gate."""
+  H, K = o_BLHK.shape[2:]
+  axes = 'embed', 'heads', 'head'
+  z_BLHK = layers.dense(
+      module, GATE, 'BLD,DHK->BLHK', x_BLD, (x_BLD.shape[-1], H, K), axes,
+      output=False, with_bias=False, deterministic=deterministic)
+  return o_BLHK * _opened(module, z_BLHK, axes[1:])
+
+
+def _headwise(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
+              deterministic: bool) -> jax.Array:
+  """Returns o with each head multiplied by a gate.
 
   A wider model may have as many heads, so in muP the numbers of heads are
   logits, as a router's: divided by how many times as wide it is as its base.
   """
-  c, axes = module.config, ('embed', 'heads', 'head')[:3 - headwise]
-  shape = o_BLHK.shape[2:4 - headwise]
-  spec = 'BLD,DH->BLH' if headwise else 'BLD,DHK->BLHK'
-  z = layers.dense(module, GATE, spec, x_BLD, (x_BLD.shape[-1], *shape), axes,
-                   output=headwise, with_bias=False,
-                   deterministic=deterministic)
-  z = z / c.widening if headwise else z
-  if c.attention_bias:  # which muP does not divide
-    z = layers.add_bias(z, layers.bias(module, f'{GATE}_bias', shape, axes[1:]))
-  gate = jax.nn.sigmoid(sharding.constrain(z, 'batch', 'length', *axes[1:]))
-  return o_BLHK * (gate[..., None] if headwise else gate)
+  H, axes = o_BLHK.shape[2], ('embed', 'heads')
+  z_BLH = layers.dense(
+      module, GATE, 'BLD,DH->BLH', x_BLD, (x_BLD.shape[-1], H), axes,
+      output=True, with_bias=False, deterministic=deterministic)
+  z_BLH = z_BLH / module.config.widening
+  return o_BLHK * _opened(module, z_BLH, axes[1:])[..., None]
+
+
+def _opened(module: Any, z: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """Returns the gate of its logits, whose axes after the length are `axes`;
+  muP does not divide the bias."""
+  if module.config.attention_bias:
+    bias = layers.bias(module, f'{GATE}_bias', z.shape[2:], axes)
+    z = layers.add_bias(z, bias)
+  z = sharding.constrain(z, 'batch', 'length', *axes)
+  return jax.nn.sigmoid(z)
 
 
 def gate_products(gate: str) -> set[str]:
@@ -416,96 +475,8 @@ def gate_products(gate: str) -> set[str]:
   return {GATE} if GATES[gate] else set()
 
 
-# What is mixed into the values of self-attention before they are weighed.
-#
-# With model.value_residual, the values of the first layer (Zhou et al. 2024,
-# "Value Residual Learning", arXiv 2410.17897; with one learned number a layer,
-# as in modded-nanogpt):
-#
-#   v'_n = (1 - lambda_n) v_n + lambda_n v_1,   lambda_n = 1/2 at first
-#
-# v_1 are the same token's values in the first layer, which mixes them with
-# themselves. So a layer needs of the first one only what it makes of the tokens
-# that it is given, and a cache of keys and values holds what was mixed already.
-#
-# With model.value_embedding, a vector of the token (modded-nanogpt; the gate is
-# nanochat's, which reads a few features of x, and here reads them all):
-#
-#   v' = v + 2 sigmoid(W_g x) e[token],   W_g = 0 at first
-#
-# e is a table of the layer's own, with a row of all heads for each token, and
-# the gate has one number for each head. With both, e is added after the mixing.
-
-
-def first_values(c: ModelConfig, x_BLD: jax.Array) -> First:
-  """Returns what the first layer is given, whose config is `c`."""
-  shape = *x_BLD.shape[:2], c.num_kv_heads, c.head_dim
-  zeros_BLJK = jnp.zeros(shape, c.compute_dtype)
-  return First(sharding.constrain(zeros_BLJK, *VALUE_AXES), jnp.array(False))
-
-
-def mixed_values(module: nn.Module, x_BLD: jax.Array, v_BLJK: jax.Array,
-                 first: Optional[First], tokens_BL: Optional[jax.Array]
-                 ) -> tuple[jax.Array, Optional[First]]:
-  """Returns the values as they are weighed, and what the next layer is given.
-
-  Args:
-    module: the layer's attention, with a `config`.
-    x_BLD: what the values are made of.
-    v_BLJK: what the product of the values returns.
-    first: from the layer before; None: this layer is alone.
-    tokens_BL: the tokens' ids.
-  """
-  c = module.config
-  if c.value_residual:
-    first = first or first_values(c, x_BLD)
-    first = First(sharding.constrain(jnp.where(
-        first.known, first.value_BLJK, v_BLJK), *VALUE_AXES), jnp.array(True))
-    share = declare(module, 'value_residual', nn.initializers.constant(0.5),
-                    (), Role(()))
-    # In float32, so that the share's gradient, a sum over all tokens, is too.
-    v32, first32 = (a.astype(jnp.float32) for a in (v_BLJK, first.value_BLJK))
-    v_BLJK = (v32 + share * (first32 - v32)).astype(v_BLJK.dtype)
-  if c.value_embedding:
-    v_BLJK = v_BLJK + _embedded_values(module, x_BLD, v_BLJK, tokens_BL)
-  return v_BLJK, first
-
-
-def _embedded_values(module: nn.Module, x_BLD: jax.Array, v_BLJK: jax.Array,
-                     tokens_BL: Optional[jax.Array]) -> jax.Array:
-  """Returns the gated rows of the tokens, [B, L, J, K]."""
-  c, shape = module.config, v_BLJK.shape[2:]
-  table_VJK = declare(
-      module, 'value_embedding', nn.initializers.normal(c.init_stddev),
-      (c.vocab_size, *shape),
-      Role(('rows', 'kv_heads', 'head'), inputs=(0,), kind='embedding'))
-  # Gathered whole over fsdp first, as the embedding of tokens.
-  whole_VJK = sharding.constrain_if(table_VJK, None, 'kv_heads', 'head')
-  e_BLJK = whole_VJK[tokens_BL].astype(v_BLJK.dtype)
-  gate_DJ = declare(
-      module, 'value_gate', nn.initializers.zeros,
-      (x_BLD.shape[-1], shape[0]),
-      Role(('embed', 'kv_heads'), inputs=(0,), kind='logits'))
-  # A wider model may have as many heads: in muP these are logits.
-  z_BLJ = layers.einsum('BLD,DJ->BLJ', x_BLD, gate_DJ,
-                        v_BLJK.dtype) / c.widening
-  return 2 * jax.nn.sigmoid(z_BLJ)[..., None] * e_BLJK
-
-
-# Short convolutions of queries, keys and values (Primer's multi-DConv-head
-# attention: So et al. 2021, arXiv 2109.08668, section 3, with 3 tokens).
-#
-#   q'_l = sum over i < W of w_i * q_(l - W + 1 + i),   W = model.attention_conv
-#
-# and keys and values likewise. Each feature of each head has weights of its
-# own. The convolutions come after the projections, and before norms, positions
-# and what is mixed into values. Through them a token sees the W - 1 tokens
-# before it in its document, so a cache holds the last W - 1 outputs of each
-# projection besides keys and values.
-
-
 GATES = {
     'none': None,
-    'elementwise': functools.partial(_gated, False),
-    'headwise': functools.partial(_gated, True),
+    'elementwise': _elementwise,
+    'headwise': _headwise,
 }

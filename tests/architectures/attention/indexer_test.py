@@ -100,7 +100,8 @@ def test_a_layer_equals_its_definition(top_k, block):
   module, params = models.make('llama', num_layers=1, num_kv_heads=2, **(
       INDEXED | dict(indexer=INDEXED['indexer'] | dict(
           top_k=top_k, block=block))))
-  layer = multi_head.Attention(module.config, module.config.layer_kinds(1)[0])
+  layer = multi_head.SelfAttention(
+      module.config, module.config.layer_kinds(1)[0])
   p = jax.tree.map(lambda x: x[0],
                    params['decoder']['layers']['block_0']['attention'])
   x_BLD = np.random.default_rng(3).normal(size=(2, 9, 32)).astype(np.float32)

@@ -13,7 +13,8 @@ import pytest
 import architectures
 from architectures.parts import flat, sharding, skeletons
 from architectures.parts.attention import kernels
-from architectures.parts.attention.multi_head import Attention
+from architectures.parts.attention.multi_head import CrossAttention
+from architectures.parts.attention.multi_head import SelfAttention
 from architectures.parts.cache import Cache
 from architectures.parts.context import Memory
 from architectures.parts.positions import RopeConfig
@@ -61,7 +62,8 @@ def test_a_layer_is_its_definition(fields, cross):
   """In float64, with grouped keys, biases and scales that differ."""
   x, memory = normal(0, 2, 6, D), normal(1, 2, 6, D)
   c = resolved(num_kv_heads=2, position='none', **fields)
-  module, ctx = Attention(c, KIND, cross=cross), context(memory=Memory(memory))
+  form = CrossAttention if cross else SelfAttention
+  module, ctx = form(c, KIND), context(memory=Memory(memory))
   params = born(module, x, ctx, None)
   p, at = numpy_attention.float64(params), np.asarray(x, np.float64)
   assert ('out_bias' in p) == c.attention_out_bias
@@ -92,7 +94,7 @@ def test_a_layer_is_its_definition(fields, cross):
 def test_a_wider_model_divides_the_one_number_of_a_head(name, fields):
   """In muP, by how many times as wide it is."""
   x, ctx = normal(0, 2, 6, D), context(tokens_BL=models.tokens(2, 6))
-  base, wider = (Attention(resolved(
+  base, wider = (SelfAttention(resolved(
       parametrization='mup', mup_base_width=width, mup_base_head_dim=8,
       **fields), KIND) for width in (D, D // 2))
   params = born(base, x, ctx, None)
@@ -104,7 +106,7 @@ def test_a_wider_model_divides_the_one_number_of_a_head(name, fields):
 
 def test_a_causal_layer_meets_its_keys_in_parts(monkeypatch):
   monkeypatch.setattr(kernels, 'LEAST', 1)
-  x, module = normal(0, 2, 6, D), Attention(resolved(), KIND)
+  x, module = normal(0, 2, 6, D), SelfAttention(resolved(), KIND)
   run = lambda p: module.apply({'params': p}, x, context(), None)[0]
   text = str(jax.make_jaxpr(run)(born(module, x, context(), None)))
   assert text.count('= exp ') == kernels.PARTS

@@ -1,0 +1,258 @@
+"""What changes queries, keys and values between their products and the scores.
+
+A step is a function of (attention, name, x_BLHK, context), where `name` is
+'query', 'key' or 'value', and returns x_BLHK: unchanged, where the config does
+not ask for the step. Its parameters stand in the layer's attention. QUERIES,
+KEYS and VALUES at the end have the steps in their order.
+
+Convolutions, the mixing of values and the differences of pairs of heads, which
+read or keep more than x, are functions beside them.
+"""
+
+from typing import Any, Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import layers
+from architectures.parts import positions
+from architectures.parts import sharding
+from architectures.parts.cache import Cache
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context, First
+from architectures.parts.recurrent import features
+from architectures.parts.sharding import Role, declare
+
+VALUE_AXES = 'batch', 'length', 'kv_heads', 'head'
+
+
+def convolved(module: Any, name: str, x_BLHK: jax.Array,
+              axes: tuple[str, str], ctx: Context, cache: Optional[Cache]
+              ) -> tuple[jax.Array, Optional[Cache]]:
+  """Returns x after a short convolution (Primer's multi-DConv-head attention:
+  So et al. 2021, arXiv 2109.08668, section 3, with 3 tokens),
+
+    x'_l = sum over i < W of w_i * x_(l - W + 1 + i),   W = model.attention_conv
+
+  and the cache, which holds the last W - 1 inputs. Each feature of each head
+  has weights of its own. Through it a token sees the W - 1 tokens before it in
+  its document.
+  """
+  before_BWHK = None if cache is None else cache.inputs[name]
+  x_BLHK, last_BWHK = features.convolved(
+      module, f'{name}_conv', x_BLHK, module.config.attention_conv, axes,
+      before_BWHK=before_BWHK, segment_ids_BL=ctx.segment_ids_BL,
+      valid_BL=ctx.valid_BL)
+  if cache is not None:
+    cache = cache.replace(inputs=cache.inputs | {name: last_BWHK})
+  return x_BLHK, cache
+
+
+def normalised(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
+               ) -> jax.Array:
+  """QK-norm: n(x), over each head by itself (Qwen3) or over all heads at once
+  (OLMo 2). n is the norm of the model, or one without parameters."""
+  del ctx
+  c: ModelConfig = module.config
+  if not c.qk_norm:
+    return x_BLHK
+  over_head = c.qk_norm_over == 'head'
+  axis = 'head' if over_head else 'joined'
+  if c.qk_norm_scale:
+    norm = layers.norm(c, f'{name}_norm', axis)
+  else:
+    norm = layers.PlainRMSNorm(c, axis, name=f'{name}_norm')
+  if over_head:
+    return norm(x_BLHK)
+  x_BLU = norm(x_BLHK.reshape(*x_BLHK.shape[:2], -1))
+  return x_BLU.reshape(x_BLHK.shape)
+
+
+def clipped(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
+            ) -> jax.Array:
+  """Shortens what is longer than model.qk_clip (Inkling 2):
+
+    x' = x min(1, clip / |x|)
+
+  A query is first multiplied by a scale of each feature.
+  """
+  del ctx
+  c: ModelConfig = module.config
+  if not c.qk_clip:
+    return x_BLHK
+  x32_BLHK = x_BLHK.astype(jnp.float32)
+  if name == 'query':
+    scale_HK = declare(module, 'query_scale', nn.initializers.ones,
+                       x_BLHK.shape[2:], Role(('heads', 'head')))
+    x32_BLHK *= scale_HK[None, None]
+  squares_BLH1 = jnp.square(x32_BLHK).sum(-1, keepdims=True)
+  length_BLH1 = jnp.sqrt(jnp.maximum(squares_BLH1, 1e-30))
+  factor_BLH1 = jnp.minimum(c.qk_clip / (length_BLH1 + 1e-6), 1.0)
+  return (x32_BLHK * factor_BLH1).astype(x_BLHK.dtype)
+
+
+def turned(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
+           ) -> jax.Array:
+  """Turns x by its position, R_l x_l, where the encoding is rotary."""
+  del name
+  rotate = positions.of(module.config).rotate
+  if not rotate:
+    return x_BLHK
+  return rotate(x_BLHK, ctx.positions_BL, module.config, ctx.length)
+
+
+def grown(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
+          ) -> jax.Array:
+  """Lets queries grow with their position, against weights that flatten over
+  more keys (Nakanishi 2025, arXiv 2501.19399; as in Llama 4):
+
+    q' = q (1 + attention_log_scale log(1 + n)),
+    n  = floor((position + 1) / attention_log_from)
+  """
+  del name
+  c: ModelConfig = module.config
+  if not c.attention_log_scale:
+    return x_BLHK
+  position_BL = ctx.positions_BL.astype(jnp.float32)
+  n_BL = jnp.floor((position_BL + 1.0) / c.attention_log_from)
+  factor_BL = 1.0 + c.attention_log_scale * jnp.log1p(n_BL)
+  x32_BLHK = x_BLHK.astype(jnp.float32) * factor_BL[..., None, None]
+  return x32_BLHK.astype(x_BLHK.dtype)
+
+
+def plainly_normalised(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
+                       ) -> jax.Array:
+  """Divides each head of values by its root mean square (Gemma 4)."""
+  del ctx
+  c: ModelConfig = module.config
+  if not c.value_norm:
+    return x_BLHK
+  return layers.PlainRMSNorm(c, 'head', name=f'{name}_norm')(x_BLHK)
+
+
+# What is mixed into the values of self-attention before they are weighed.
+
+
+def first_values(c: ModelConfig, x_BLD: jax.Array) -> First:
+  """Returns what the first layer is given, whose config is `c`."""
+  shape = *x_BLD.shape[:2], c.num_kv_heads, c.head_dim
+  zeros_BLJK = jnp.zeros(shape, c.compute_dtype)
+  return First(sharding.constrain(zeros_BLJK, *VALUE_AXES), jnp.array(False))
+
+
+def mixed_with_first(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
+                     first: Optional[First]
+                     ) -> tuple[jax.Array, Optional[First]]:
+  """Value residual (Zhou et al. 2024, arXiv 2410.17897; with one learned number
+  a layer, as in modded-nanogpt). Returns the values, mixed with those of the
+  first layer, and the latter for the next layer:
+
+    v'_n = (1 - lambda_n) v_n + lambda_n v_1,   lambda_n = 1/2 at first
+
+  v_1 are the same token's values in the first layer, which mixes them with
+  themselves. So a layer needs of the first one only what it makes of the tokens
+  that it is given, and a cache of keys and values holds what was mixed already.
+
+  Args:
+    module: the layer's attention.
+    x_BLD: what the values are made of.
+    v_BLJK: what the product of the values returns.
+    first: from the layer before; None: this layer is alone.
+  """
+  c: ModelConfig = module.config
+  if not c.value_residual:
+    return v_BLJK, None
+  if first is None:
+    first = first_values(c, x_BLD)
+  first_BLJK = jnp.where(first.known, first.value_BLJK, v_BLJK)
+  first_BLJK = sharding.constrain(first_BLJK, *VALUE_AXES)
+  share = declare(module, 'value_residual', nn.initializers.constant(0.5),
+                  (), Role(()))
+  # In float32, so that the share's gradient, a sum over all tokens, is too.
+  v32_BLJK = v_BLJK.astype(jnp.float32)
+  first32_BLJK = first_BLJK.astype(jnp.float32)
+  mixed_BLJK = v32_BLJK + share * (first32_BLJK - v32_BLJK)
+  return mixed_BLJK.astype(v_BLJK.dtype), First(first_BLJK, jnp.array(True))
+
+
+def with_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
+                   ctx: Context) -> jax.Array:
+  """Value embedding (modded-nanogpt; the gate is nanochat's, which reads a few
+  features of x, and here reads them all). Returns the values and, for each
+  token, a vector of its own:
+
+    v' = v + 2 sigmoid(W_g x) e[token],   W_g = 0 at first
+
+  e is a table of the layer's own, with a row of all heads for each token, and
+  the gate has one number for each head.
+  """
+  c: ModelConfig = module.config
+  if not c.value_embedding:
+    return v_BLJK
+  J, K = v_BLJK.shape[2:]
+  table_VJK = declare(
+      module, 'value_embedding', nn.initializers.normal(c.init_stddev),
+      (c.vocab_size, J, K),
+      Role(('rows', 'kv_heads', 'head'), inputs=(0,), kind='embedding'))
+  # Gathered whole over fsdp first, as the embedding of tokens.
+  whole_VJK = sharding.constrain_if(table_VJK, None, 'kv_heads', 'head')
+  e_BLJK = whole_VJK[ctx.tokens_BL].astype(v_BLJK.dtype)
+  gate_DJ = declare(
+      module, 'value_gate', nn.initializers.zeros, (x_BLD.shape[-1], J),
+      Role(('embed', 'kv_heads'), inputs=(0,), kind='logits'))
+  # A wider model may have as many heads: in muP these are logits.
+  z_BLJ = layers.einsum('BLD,DJ->BLJ', x_BLD, gate_DJ, v_BLJK.dtype)
+  gate_BLJ = jax.nn.sigmoid(z_BLJ / c.widening)
+  return v_BLJK + 2 * gate_BLJ[..., None] * e_BLJK
+
+
+# Differences of pairs of heads (Ye et al. 2024, "Differential Transformer",
+# arXiv 2410.05258; as transformers' DiffLlama).
+#
+#   y  = (1 - l) n((A_1 - lambda A_2) [v_1, v_2]),   n(y) = y / rms(y)
+#   lambda = exp(a_1 b_1) - exp(a_2 b_2) + l,        l = attention_difference
+#
+# A_1 and A_2 are the weights of two heads that are half of all heads apart, as
+# those of their keys are, and v_1 and v_2 the values there. A layer has vectors
+# a and b of its own. In the paper l grows with the depth, 0.8 - 0.6 exp(-0.3 n)
+# in layer n, as kinds of layer can have it. y has the features of two heads,
+# which stand for the pair in what follows.
+
+
+def values_of_pairs(c: ModelConfig, v_BMJK: jax.Array) -> jax.Array:
+  """Returns, for each head of keys, the values [v_1, v_2] of its pair."""
+  if not c.attention_difference:
+    return v_BMJK
+  first_BMJK, second_BMJK = jnp.split(v_BMJK, 2, 2)
+  pairs_BMJU = jnp.concatenate([first_BMJK, second_BMJK], -1)
+  return jnp.concatenate([pairs_BMJU, pairs_BMJU], 2)
+
+
+def subtracted(module: Any, o_BLHU: jax.Array) -> jax.Array:
+  """Returns y [B, L, H, K] of what the heads return of values of pairs."""
+  c: ModelConfig = module.config
+  if not c.attention_difference:
+    return o_BLHU
+
+  def vector(name: str) -> jax.Array:
+    vector_K = declare(
+        module, f'difference_{name}', nn.initializers.normal(0.1),
+        (c.head_dim,), Role(('head',)))
+    return vector_K.astype(jnp.float32)
+
+  a1_K, b1_K, a2_K, b2_K = (vector(name) for name in ('a1', 'b1', 'a2', 'b2'))
+  share = (jnp.exp((a1_K * b1_K).sum()) - jnp.exp((a2_K * b2_K).sum())
+           + c.attention_difference).astype(o_BLHU.dtype)
+  first_BLHU, second_BLHU = jnp.split(o_BLHU, 2, 2)
+  norm = layers.PlainRMSNorm(c, name='difference_norm')
+  y_BLHU = norm(first_BLHU - share * second_BLHU)
+  y_BLHK = y_BLHU.reshape(*y_BLHU.shape[:2], c.num_heads, c.head_dim)
+  return (1 - c.attention_difference) * y_BLHK
+
+
+QUERIES = normalised, clipped, turned, grown
+KEYS = normalised, clipped, turned
+VALUES = (plainly_normalised,)
+# Those of a memory, which has no positions here.
+MEMORY = normalised, clipped
