@@ -88,7 +88,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  kinds = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  kinds = c.layers(c.num_layers)
   types = [hf.theirs({word: name for name, word in WORDS.items()}, layer.mixer,
                      'mixer') for layer in kinds]
   ropes = rope_fields.write_by_kind(

@@ -76,7 +76,7 @@ def _heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  layers = c.layers(c.num_layers)
   whole = layers[-1]
   local = next((layer for layer in layers
                 if layer_types.type_of(layer) == LOCAL), whole)

@@ -83,7 +83,7 @@ def _read_ffn(reader: hf.Reader) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  layers = c.layers(c.num_layers)
   m, turned = c.find(MoEConfig), c.position == 'rope'
   recurrent = any(layer.mixer == 'mamba2' for layer in layers)
   # Sizes that fit each other, where no layer has any.

@@ -83,7 +83,7 @@ def _listed(reader: hf.Reader, layers: int) -> list[str]:
 
 
 def _check(c: ModelConfig) -> None:
-  layers = [c.of_kind(name) for name in c.kinds_used]
+  layers = c.distinct_layers
   require(c.has_experts, 'no layer of this model has experts: a kimi_linear '
           'config.json is of a model with some')
   require(any(layer.mixer == 'latent' for layer in layers),
@@ -92,7 +92,7 @@ def _check(c: ModelConfig) -> None:
 
 
 def _write(c: ModelConfig) -> dict:
-  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  layers = c.layers(c.num_layers)
   dense = [layer.ffn != 'moe' for layer in layers]
   whole = [layer.mixer == 'latent' for layer in layers]
   numbered = lambda chosen: [n for n, is_whole in enumerate(whole, 1)

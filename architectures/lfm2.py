@@ -56,7 +56,7 @@ def _hidden(reader: hf.Reader) -> int:
 
 
 def _write(c: ModelConfig) -> dict:
-  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  layers = c.layers(c.num_layers)
   return dict(
       layer_types=[CONV if layer.mixer == 'short_conv' else layer_types.WHOLE
                    for layer in layers],

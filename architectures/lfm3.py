@@ -58,7 +58,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  layers = c.layers(c.num_layers)
   return layer_types.write(c) | dict(
       layer_types=[CONV if layer.mixer == 'short_conv'
                    else layer_types.type_of(layer) for layer in layers],

@@ -74,7 +74,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  layers = c.layers(c.num_layers)
   turned = [layer.position == 'rope' for layer in layers]
   require(any(turned), 'no layer of this model has positions: a llama4 '
           'config.json is of a model with some')

@@ -69,7 +69,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  kinds = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  kinds = c.layers(c.num_layers)
   types = [tuple(TYPES)[kind.attention == 'banded'] for kind in kinds]
   thetas = {type_: theta for type_, (_, theta) in TYPES.items()} | {
       type_: kind.part(RopeConfig).theta for type_, kind in zip(types, kinds)}

@@ -71,7 +71,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  layers = c.layers(c.num_layers)
   ngrams = c.part(NGramsConfig)
   return qwen3_5_moe.HF.write(c) | dict(
       ple_layer_ids=[n for n, layer in enumerate(layers, 1)

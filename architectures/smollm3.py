@@ -56,7 +56,7 @@ def _layers(types: list[str], turned: list[int], window: int
 
 
 def _write(c: ModelConfig) -> dict:
-  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  layers = c.layers(c.num_layers)
   turned = [layer for layer in layers if layer.position == 'rope']
   tree = layer_types.write(c)
   return tree | dict(

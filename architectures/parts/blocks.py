@@ -93,7 +93,7 @@ def mixer_of(c: ModelConfig) -> Mixer:
 
 def readers(c: ModelConfig, field: str) -> list[ModelConfig]:
   """Returns the configs of those kinds of layer whose mixer reads a field."""
-  return [config for config in map(c.of_kind, c.kinds_used)
+  return [config for config in c.distinct_layers
           if field in mixer_of(config).fields]
 
 
@@ -103,7 +103,7 @@ def with_state(c: ModelConfig) -> bool:
   branch, a memory by n-grams, or an indexer of blocks."""
   return any(mixer_of(config).state or lookup.keeps(config)
              or indexer.has_blocks(config) or config.branch_conv
-             for config in map(c.of_kind, c.kinds_used)
+             for config in c.distinct_layers
              ) or any(config.attention_conv
                       for config in readers(c, 'attention_conv'))
 

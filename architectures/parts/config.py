@@ -346,11 +346,33 @@ class ModelConfig(AttentionConfig):
     definition 4.1)."""
     return self.attention_scale * (self.base_head_dim / self.head_dim)
 
+  def layers(self, num_layers: int) -> tuple['ModelConfig', ...]:
+    """Returns each layer that a token goes through in a stack of so many, as
+    `of_kind` does; layers of one kind are one value."""
+    return tuple([self.of_kind(kind.name)
+                  for kind in self.layer_kinds(num_layers)])
+
+  @functools.cached_property
+  def distinct_layers(self) -> tuple['ModelConfig', ...]:
+    """The layers of each kind, once, in the order of the layers."""
+    return tuple([self.of_kind(name) for name in self.kinds_used])
+
   def of_kind(self, name: str) -> 'ModelConfig':
-    """Returns the config of the layers of a kind, which has no pattern; '': of
-    layers that are as the model says."""
+    """Returns the layers of a kind: a config that has their sizes, choices and
+    parts, and no pattern; '': layers that are as the model says."""
     if not (name or self.pattern or self.prefix or self.suffix):
       return self
+    if name not in self._known_kinds:
+      self._known_kinds[name] = self._layer(name)
+    return self._known_kinds[name]
+
+  @functools.cached_property
+  def _known_kinds(self) -> dict[str, 'ModelConfig']:
+    """What `of_kind` has returned, so that layers of one kind are one value."""
+    return {}
+
+  def _layer(self, name: str) -> 'ModelConfig':
+    """Makes a layer of the model's fields and of those of its kind."""
     overrides = dict(self.kinds[name]) if name else {}
     if 'window' in overrides:
       window = overrides.pop('window')
@@ -389,7 +411,7 @@ class ModelConfig(AttentionConfig):
   @property
   def has_experts(self) -> bool:
     """Whether any layer is a mixture of experts."""
-    return any(self.of_kind(name).ffn == 'moe' for name in self.kinds_used)
+    return any(layer.ffn == 'moe' for layer in self.distinct_layers)
 
   def sections(self, num_layers: int, *, causal: bool = True,
                cross: bool = False) -> tuple[Section, ...]:

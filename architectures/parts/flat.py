@@ -273,8 +273,8 @@ def unread(c: ModelConfig, tree: Mapping[str, Any] | None = None
     fields |= _sources_of_nothing(c, tree)
   # The model's own fields.
   read, waiting = reads(c), {}
-  for kind in c.kinds_used:
-    waiting |= _waiting(c.of_kind(kind))
+  for layer in c.distinct_layers:
+    waiting |= _waiting(layer)
   for name in FIELDS:
     if name not in read:
       fields[name] = _why(name, waiting) or Unread(
@@ -376,7 +376,7 @@ def _sources_of_nothing(c: ModelConfig, tree: Mapping[str, Any]
   from them, where `tree` gives these sizes."""
   if c.parametrization == 'mup':  # whose rules are by the size of a head
     return {}
-  kinds = [c.of_kind(kind) for kind in c.kinds_used]
+  kinds = c.distinct_layers
   sources = set.intersection(
       *(set(blocks.mixer_of(layer).sources) for layer in kinds))
   if not sources:

@@ -428,8 +428,8 @@ def lengths_apart(c: ModelConfig) -> tuple[int, ...]:
   """Returns the lengths, ascending, on whose sides a row turns otherwise, in
   some layers of a model; (): no length counts. Beyond the last one each may."""
   lengths = set()
-  for kind in c.kinds_used:
-    rope = c.of_kind(kind).find(RopeConfig)
+  for layer in c.distinct_layers:
+    rope = layer.find(RopeConfig)
     if rope is not None and SCALINGS[rope.scaling].by_length:
       lengths.add(rope.original_len)
   return tuple(sorted(lengths))

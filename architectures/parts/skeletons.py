@@ -378,7 +378,7 @@ class Stack(nn.Module):
     ctx = _with_distances(c, self.sections[0].kinds[0], ctx, k_positions_BM)
     run = self._one_by_one if one_by_one else self._scan
     inputs_BLD = x_BLD
-    if any(c.of_kind(kind).memory == 'per_layer' for kind in c.kinds_used):
+    if any(layer.memory == 'per_layer' for layer in c.distinct_layers):
       ctx = ctx.replace(embedded_BLD=x_BLD)
     first = (steps.first_values(
         blocks.readers(c, 'value_residual')[0], x_BLD)

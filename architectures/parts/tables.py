@@ -104,7 +104,7 @@ def check_model(c: ModelConfig, stack: str,
     raise RequestError(
         f'model.head is {c.head!r}, which model.arch {c.arch!r} does not have: '
         f'choose model.arch from {", ".join(archs("encoder"))}')
-  for kind in map(c.of_kind, c.kinds_used):
+  for kind in c.distinct_layers:
     if kind.ffn == 'moe':
       routing.check_router(kind, stack)
 
@@ -252,8 +252,7 @@ def _check_loop(c: ModelConfig) -> None:
 def products(c: ModelConfig) -> list[str]:
   """Returns which of layers.PRODUCTS the model has, outside of experts."""
   there: set[str] = set()
-  for name in c.kinds_used:
-    layer = c.of_kind(name)
+  for layer in c.distinct_layers:
     there |= blocks.mixer_of(layer).products(layer)
     ffn = layer.ffn
     if ffn == 'moe':
@@ -291,7 +290,7 @@ def _check_stack(c: ModelConfig, stack: str,
   """Raises RequestError for what the stack of `c` has no use for."""
   layers_ = [c]
   if c.kinds:
-    layers_ += [c.of_kind(name) for name in c.kinds_used]
+    layers_ += c.distinct_layers
   for field, rest, kind in (
       ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
       ('pooling', 'cls', 'encoder'), ('embed_dim', 0, 'encoder'),

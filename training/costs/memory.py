@@ -108,7 +108,7 @@ def analytic(run: runs.Run, kept_in_all: tuple[int, int] | None = None,
       micro * devices.shards('tokens', shape, rules))
   widest = max(max(_scores(run.config, k, tokens, platform),
                    3 * width * tokens * _hidden(k))
-               for k in map(c.of_kind, c.kinds_used))
+               for k in c.distinct_layers)
   roles = paths.flatten(parameter_roles(run.module))
   weights = max((x.size // x.shape[0] for path, x in params.items()
                  if paths.Stacks.has(path) and not roles[path].reads),

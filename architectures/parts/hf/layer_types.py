@@ -104,7 +104,7 @@ def turned(reader: hf.Reader, layers: int) -> list[int]:
 
 def write(c: ModelConfig) -> dict[str, Any]:
   """Returns layer_types and, where a layer has one, sliding_window."""
-  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  layers = c.layers(c.num_layers)
   types = [type_of(layer) for layer in layers]
   windows = {layer.sliding_window for layer, t in zip(layers, types)
              if t == WINDOW}
@@ -172,7 +172,7 @@ def each(reader: hf.Reader, field: str, layers: int, words: Collection[str]
 
 def check_attention(c: ModelConfig) -> None:
   """Raises RequestError for a model without a layer of attention."""
-  require(any(c.of_kind(name).mixer == 'attention' for name in c.kinds_used),
+  require(any(layer.mixer == 'attention' for layer in c.distinct_layers),
           'all layers are recurrences or short convolutions: transformers runs '
           f'a {c.arch} with some layers of attention only')
 
@@ -196,7 +196,7 @@ def mixed(types: Sequence[str], dense: Sequence[bool], mixer: str
 
 def write_mixers(c: ModelConfig) -> dict[str, Any]:
   """Returns layer_types, and mlp_only_layers."""
-  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  layers = c.layers(c.num_layers)
   return dict(
       layer_types=[WHOLE if layer.mixer == 'attention' else LINEAR
                    for layer in layers],

@@ -318,7 +318,7 @@ def test_robertas_first_token_stands_after_the_row_of_padding(tmp_path):
 
 def test_modernberts_layers_are_those_that_its_config_json_names():
   c = hf_config.read(MODERNBERT)
-  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(22)]
+  layers = c.layers(22)
   assert [layer.block for layer in layers] == ['ffn_norm'] + 21 * ['pre_norm']
   assert [layer.sliding_window for layer in layers] == [
       65 if n % 3 else 0 for n in range(22)]
@@ -360,7 +360,7 @@ SMOLLM = dict(model_type='smollm3', vocab_size=31, hidden_size=12,
 def layers(tree):
   """Returns the model of a config.json, and the config of each layer."""
   c = hf_config.read(tree)
-  return c, [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  return c, c.layers(c.num_layers)
 
 
 def layered(*choices):
