@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from configs.sweeps import helpers
-from tools.compare import decide, layout, phases
+from tools.compare import decide, layout, noise, phases
 from tools.compare import plan as plans
 
 BASE, VARIANTS = 'learned', ('rope', 'alibi', 'none', 'post_norm', 'wild')
@@ -89,8 +89,8 @@ def results(of, upto='confirm', effects=None):
   runs, records = [], {}
   if 'noise' in names:
     runs += outcomes(of, 'noise', (of.base, plans.AGAIN))
-    records['noise'] = decide.noise(of, runs)
-    records['announced'] = decide.Announced(
+    records['noise'] = noise.measured(of, runs)
+    records['announced'] = noise.Announced(
         0.84, True,
         'An effect of 0.05 in loss is found with a probability of 84%.')
   if 'tune' in names:

@@ -26,7 +26,7 @@ import math
 from typing import Any, NamedTuple
 
 from common.errors import RequestError
-from tools.compare import advice, decide, page, statistics
+from tools.compare import advice, decide, efficiency, noise, page, statistics
 from tools.compare import plan as plans
 from training import runs as starts
 from training.objectives import pipeline
@@ -108,7 +108,7 @@ def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
   for phase in of(frozen.plan.seeds):
     snrs = {row.measure: row.snr for row in state.records.get('noise', ())}
     state.records |= phase.run(dataclasses.replace(
-        frozen, plan=decide.going_on(frozen.plan, snrs)), state)
+        frozen, plan=noise.going_on(frozen.plan, snrs)), state)
     state.finished.append(phase.name)
     yield state
     if state.weakness and not anyway:
@@ -218,7 +218,7 @@ class Noise(Phase):
 
   def run(self, frozen, state):
     rows = super().run(frozen, state)[self.name]
-    return {self.name: rows, 'announced': decide.announce(frozen.plan, rows),
+    return {self.name: rows, 'announced': noise.announce(frozen.plan, rows),
             'advice': advice.sentence(frozen.plan, state.outcomes)}
 
   def summary(self, records):
@@ -231,7 +231,7 @@ class Largest(Phase):
 
   def run(self, frozen, state):
     plan = frozen.plan
-    rows = decide.predict(plan, state.outcomes, {
+    rows = efficiency.predict(plan, state.outcomes, {
         variant: row['tokens'] * row['flops_per_token']
         for variant in (plan.base, *plan.variants)
         for row in [frozen.point(variant, plan.largest, plans.TEXT)]})
@@ -440,7 +440,7 @@ def _edges(plan: plans.Plan) -> str:
 
 
 PHASES = {phase.name: phase for phase in (
-    Noise(name='noise', block=0, seeds=5, part='first', decide=decide.noise),
+    Noise(name='noise', block=0, seeds=5, part='first', decide=noise.measured),
     Tune(name='tune', block=1, seeds=1, part='first', least=1, note=_edges),
     Phase(name='screen', block=2, seeds=5, part='first', decide=decide.screen,
           narrow=lambda plan: dataclasses.replace(

@@ -5,8 +5,8 @@ was found, by key:
 
   study       name, hash of the plan that it is of
   outcomes    Outcome of every run that is done, as objects
-  noise       decide.noise's
-  announced   decide.announce's
+  noise       noise.measured's
+  announced   noise.announce's
   advice      advice.sentence's
   tuned       Tuned, of each variant, size and workload
   screen, confirm, ...: the Verdicts of each phase that compares
@@ -245,7 +245,7 @@ class Frozen:
     notes: what else was decided by hand, as {'time', 'told'}.
     predictions: of each {'time', 'plan', 'hash', 'blind', 'rows'}: when it was
       made, by the plan of which hash, its own hash, whether no run of what it
-      predicts had begun, and what decide.predict returned.
+      predicts had begun, and what efficiency.predict returned.
     time: when it was frozen first; 0: it is not.
     inputs: a hash of what `points` follow from; '': not known.
   """

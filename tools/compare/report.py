@@ -20,7 +20,8 @@ import numpy as np
 
 from common.errors import require
 from common.fields import check_number
-from tools.compare import curves, decide, figures, layout, page, statistics
+from tools.compare import curves, decide, efficiency, figures, layout, page
+from tools.compare import statistics
 from tools.compare import measures as measures_lib
 from tools.compare import phases as phases_lib
 from tools.compare import plan as plans
@@ -173,7 +174,7 @@ class Comparison:
     row |= {f'trend_{name}': trend.get(name)
             for name in ('effect', 'low', 'high')}
     speed_ups = self.effect(phase, variant, measure.name).get('speed_ups', ())
-    for by in decide.BY:
+    for by in efficiency.BY:
       fast = next((x for x in speed_ups
                    if (x['size'], x['by']) == (size, by)), {})
       row |= {f'speed_up_{by}{ending}': fast.get(name) for ending, name in (

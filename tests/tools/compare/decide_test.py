@@ -12,7 +12,8 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from tools.compare import advice, decide, phases, statistics
+from tools.compare import advice, decide, efficiency, phases, statistics
+from tools.compare import noise as noise_lib
 from tools.compare import plan as plans
 from training.evals import items
 
@@ -117,14 +118,14 @@ def test_measures_go_on_by_their_signal_to_noise():
       for phase, names in (('noise', ('base', plans.AGAIN)), (
           'confirm', ('base', *PLAN.variants)))
       for x in _phase(phase, {name: rng.normal(size=(5, 3)) for name in names})]
-  rows = decide.noise(plan, outcomes)
+  rows = noise_lib.measured(plan, outcomes)
   snr = {row.measure: row.snr for row in rows}
   values = np.array([[x.values['rises'] for x in outcomes if x.phase == 'noise'
                       and x.size == size] for size in SIZES])
   assert snr['rises'] == pytest.approx(np.ptp(values.mean(1)) / np.sqrt(
       np.var(values, axis=1, ddof=1).mean()))
   assert snr['rises'] > 15 and snr['noise'] < 2
-  going = decide.going_on(plan, snr)
+  going = noise_lib.going_on(plan, snr)
   assert [m.name for m in going.measures] == ['loss', 'rises']
   assert going.workloads == ('text',)
   # What does not go on is not in what the others are corrected by.
@@ -133,7 +134,7 @@ def test_measures_go_on_by_their_signal_to_noise():
   assert {row.measure for row in decide.confirm(going, outcomes)} == {
       'loss', 'rises'}
   alone = dataclasses.replace(plan, least_snr=None)
-  assert decide.going_on(alone, snr).measures == alone.measures
+  assert noise_lib.going_on(alone, snr).measures == alone.measures
 
 
 def test_the_screening_is_scipys_test_at_the_smallest_size():
@@ -233,7 +234,7 @@ def test_the_confirmation_errs_by_alpha_and_the_screening_by_q(alpha, q):
   row, _ = decide.screen(plan, _phase('screen', values))
   assert 0.001 < row.p_corrected < 0.2
   assert (row.verdict == decide.PASSED) == (q == 0.2)
-  levels = {row.phase: row.level for row in decide.noise(plan, [])
+  levels = {row.phase: row.level for row in noise_lib.measured(plan, [])
             if row.measure == 'loss'}
   assert levels == dict(screen=q / 2, confirm=alpha / 2)
   # Diverging more often than the base is of the confirmation: 6 to none.
@@ -259,8 +260,8 @@ def test_a_margin_makes_verdicts_of_what_is_not_different():
         list(multipletests(ps, method='holm')[1]))
   assert rows[0].verdict == decide.EQUIVALENT
   noise = _noise((0.03,) * 3, 8, np.random.default_rng(3))
-  assert 'equivalent within 0.05 with a probability of 9' in decide.announce(
-      plan, decide.noise(plan, noise)).sentence
+  assert 'equivalent within 0.05 with a probability of 9' in noise_lib.announce(
+      plan, noise_lib.measured(plan, noise)).sentence
   assert _confirm(values)[0].verdict == 'no difference shown'
   # Where one size lies outside, it is no worse at most.
   values['a'][:, 0] += 0.09
@@ -374,18 +375,18 @@ def test_the_largest_size_is_predicted_by_the_law_of_the_others():
                              seeds=PLAN.seeds | {'largest': 5})
   flops = dict.fromkeys(('base', 'a', 'b'), 1e12 * 6.0 ** 3)
   loss = lambda factor: 1.2 + 2.0 * (factor * 6.0 ** 3) ** -0.2
-  base, a, b = decide.predict(plan, _cooled((1.0, 1.25, 0.8)), flops)
+  base, a, b = efficiency.predict(plan, _cooled((1.0, 1.25, 0.8)), flops)
   assert [x['variant'] for x in (base, a, b)] == ['base', 'a', 'b']
   for x, truth in ((base, loss(1.0)), (a, loss(1.25) - loss(1.0)),
                    (b, loss(0.8) - loss(1.0))):
     assert x['low'] < truth < x['high']
   assert a['high'] < 0 < b['low']
   # Fewer seeds that will be seen are a wider interval.
-  few = decide.predict(dataclasses.replace(
+  few = efficiency.predict(dataclasses.replace(
       plan, seeds=plan.seeds | {'largest': 1}), _cooled(), flops)[1]
   assert few['value'] == pytest.approx(a['value'], rel=0.2)
   assert few['high'] - few['low'] > a['high'] - a['low']
-  assert not decide.predict(plan, [x._replace(cooled=None)
+  assert not efficiency.predict(plan, [x._replace(cooled=None)
                                    for x in _cooled()], flops)
 
 
@@ -417,7 +418,7 @@ def test_noise_rows_are_the_deviations_of_the_pairs():
       (m.name for m in measures), x.values['loss'])) for x in _noise(
           (0.04, 0.02, 0.02), 6, np.random.default_rng(4))]
   rows = {(row.measure, row.size, row.phase): row
-          for row in decide.noise(plan, outcomes)}
+          for row in noise_lib.measured(plan, outcomes)}
   values = {x: np.reshape([y.values['loss'] for y in outcomes
                            if y.variant == x], (6, 3))
             for x in ('base', plans.AGAIN)}
@@ -428,16 +429,16 @@ def test_noise_rows_are_the_deviations_of_the_pairs():
   assert (row.level, row.pairs) == (0.025, 6)
   rule = dict(sd=row.sd, sds=np.std(d, 0, ddof=1), df=5, seeds=5, level=0.025)
   assert row.smallest_effect == statistics.smallest_effect(0.8, **rule)
-  assert not decide.is_irregular(row) and row.error is None
+  assert not noise_lib.is_irregular(row) and row.error is None
   # An outlier: what is announced is resampled, and says so.
   far = [x._replace(values=dict.fromkeys(x.values, 4.0))
          if x is outcomes[0] else x for x in outcomes]
-  apart = next(x for x in decide.noise(plan, far) if (x.measure, x.size) == (
-      'loss', decide.ALL))
+  apart = next(x for x in noise_lib.measured(plan, far)
+               if (x.measure, x.size) == ('loss', decide.ALL))
   assert apart.outliers < 0.01 and apart.error is not None
   assert apart.smallest_effect > 2 * row.smallest_effect
-  assert 'does not look normal' in decide.announce(
-      plan, decide.noise(plan, far)).sentence
+  assert 'does not look normal' in noise_lib.announce(
+      plan, noise_lib.measured(plan, far)).sentence
   # Two variants, and three measures beside the primary one.
   assert rows['y', decide.ALL, 'confirm'].level == 0.05 / (2 * 3)
   assert rows['y', 's', 'screen'].level == 0.05 / 2
@@ -448,12 +449,12 @@ def test_noise_rows_are_the_deviations_of_the_pairs():
 def test_a_study_that_cannot_find_what_it_wants_says_so():
   outcomes = _noise((0.02,) * 3, 6, np.random.default_rng(3))
   plan = dataclasses.replace(PLAN, measures=(LOSS,))
-  strong, weak = (decide.announce(p, decide.noise(p, outcomes)) for p in (
-      dataclasses.replace(plan, effect=0.2),
-      dataclasses.replace(plan, effect=0.01)))
+  strong, weak = (noise_lib.announce(p, noise_lib.measured(p, outcomes))
+                  for p in (dataclasses.replace(plan, effect=0.2),
+                            dataclasses.replace(plan, effect=0.01)))
   smaller = dataclasses.replace(plan, effect=0.03)
-  rows = decide.noise(smaller, outcomes)
-  assert decide.announce(smaller, rows).power == math.prod(
+  rows = noise_lib.measured(smaller, outcomes)
+  assert noise_lib.announce(smaller, rows).power == math.prod(
       row.power for row in rows if row.phase == 'screen'
       or row.size == decide.ALL) < 0.9
   assert strong.enough and 'less than' not in strong.sentence
@@ -461,7 +462,7 @@ def test_a_study_that_cannot_find_what_it_wants_says_so():
   assert 'less than the 80% that the plan wants' in weak.sentence
   assert ('none of the 10 of the screening does with a probability of 0.35, so '
           'that its false discovery rate is up to 0.4 then') in weak.sentence
-  none = decide.announce(plan, decide.noise(plan, []))
+  none = noise_lib.announce(plan, noise_lib.measured(plan, []))
   assert none.power == 0 and 'fewer than 2 pairs' in none.sentence
 
 

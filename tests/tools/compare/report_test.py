@@ -22,7 +22,8 @@ from tests.helpers import chromium, study_folder, sweep_folder
 from tests.helpers.study_folder import BASE, ODD, VARIANTS
 from tests.helpers.sweep_folder import HEALTH, LOST, POINTS, SHIFT, point
 from tools.compare import __main__ as command
-from tools.compare import curves, decide, figures, layout, measures, phases
+from tools.compare import curves, decide, efficiency, figures, layout, measures
+from tools.compare import phases
 from tools.compare import page as page_lib
 from tools.compare import plan as plans
 from tools.compare import publish
@@ -359,7 +360,7 @@ def test_multipliers_predictions_and_what_a_screening_lost_are_told(tmp_path):
   runs = [plans.outcome_from_json(row) for row in results['outcomes']]
   ahead = [x._replace(phase='largest', size='huge') for x in runs
            if (x.phase, x.size, x.workload) == ('confirm', 'large', 'text')]
-  rows = decide.predict(plan, runs, dict.fromkeys(
+  rows = efficiency.predict(plan, runs, dict.fromkeys(
       ('learned', 'rope', 'alibi'), 1e15))
   narrowed = phases.PHASES['largest'].narrow(plan)
   results |= plans.to_json({

@@ -22,6 +22,7 @@ import pytest
 
 from tests.helpers import studies
 from tools.compare import decide, freeze, phases, statistics
+from tools.compare import noise as noise_lib
 from tools.compare import plan as plans
 
 RATE, SIZES = 'optim.lr', ('small', 'middle', 'large')
@@ -192,7 +193,7 @@ def test_as_much_is_found_as_is_announced():
 
   def one(number, add):
     world = World(plan, number)
-    rows = decide.noise(plan, world.train('', phases.PHASES['noise'].most(
+    rows = noise_lib.measured(plan, world.train('', phases.PHASES['noise'].most(
         studies.frozen(plan))))
     whole = next(row for row in rows if row.size == decide.ALL)
     naive = statistics.smallest_effect(

@@ -1,0 +1,88 @@
+"""The runs of a study as pairs, from which everything that it says follows.
+
+Seed s of a variant and of the base have the same data in the same order, so
+what the seed does to both cancels in their difference.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from tools.compare.plan import Measure, Outcome
+
+ALL = 'all sizes'  # the size of a row about the mean over sizes
+
+Outcomes = Iterable[Outcome]
+Runs = Mapping[tuple[str, str, str], Mapping[int, Outcome]]
+
+
+class Pair(NamedTuple):
+  """A run of a variant, and the run of the base with the same seed."""
+  ours: Outcome
+  base: Outcome
+
+
+Pairs = Mapping[int, Pair]  # by seed, at one size
+
+
+def of_phase(outcomes: Outcomes, phase: str) -> Runs:
+  """Returns {(variant, size, workload): {seed: outcome}}."""
+  by_point: dict[tuple[str, str, str], dict[int, Outcome]] = {}
+  for outcome in outcomes:
+    if outcome.phase == phase:
+      point = (outcome.variant, outcome.size, outcome.workload)
+      by_point.setdefault(point, {})[outcome.seed] = outcome
+  return by_point
+
+
+def with_measure(runs: Runs, variant: str, size: str, measure: Measure
+                 ) -> dict[int, Outcome]:
+  """Returns the outcomes of a variant at a size that have a measure, by seed.
+  """
+  by_seed = runs.get((variant, size, measure.workload), {})
+  return {seed: outcome for seed, outcome in by_seed.items()
+          if measure.name in outcome.values}
+
+
+def pairs_of(runs: Runs, variant: str, base: str, size: str, measure: Measure
+             ) -> Pairs:
+  """Returns the pairs of the seeds of which both runs have a measure."""
+  ours = with_measure(runs, variant, size, measure)
+  theirs = with_measure(runs, base, size, measure)
+  seeds = sorted(ours.keys() & theirs.keys())
+  return {seed: Pair(ours=ours[seed], base=theirs[seed]) for seed in seeds}
+
+
+def ended_seeds(pairs_by_size: Sequence[Pairs]) -> list[int]:
+  """Returns the seeds whose runs ended at all sizes, that is, did not diverge.
+  A mean over other sizes would be another figure."""
+  shared = set.intersection(*(set(pairs) for pairs in pairs_by_size))
+  ended = []
+  for seed in sorted(shared):
+    runs = [run for pairs in pairs_by_size for run in pairs[seed]]
+    if not any(run.diverged for run in runs):
+      ended.append(seed)
+  return ended
+
+
+def differences_by_seed(pairs_by_size: Sequence[Pairs], measure: Measure
+                        ) -> dict[int, list[float]]:
+  """Returns the differences at each size, variant minus base, of the seeds
+  whose runs ended at all of them."""
+  differences = {}
+  for seed in ended_seeds(pairs_by_size):
+    row = []
+    for pairs in pairs_by_size:
+      ours, base = pairs[seed]
+      row.append(ours.values[measure.name] - base.values[measure.name])
+    differences[seed] = row
+  return differences
+
+
+def means(by_seed: Mapping[int, list[float]]) -> list[float]:
+  """Returns the mean over the sizes of the differences of each seed."""
+  return [sum(values) / len(values) for values in by_seed.values()]
+
+
+def diverged_share(runs: Sequence[Outcome]) -> float:
+  """Returns the share of runs that diverged; 0 where there is no run."""
+  return sum(run.diverged for run in runs) / max(len(runs), 1)
