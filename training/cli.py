@@ -1,5 +1,5 @@
-"""What the programs share at the command line: flags, config files, errors,
-exit codes.
+"""The part of the command line that the programs share: flags, config files,
+errors, exit codes.
 
 Exit codes: 0 all is done; 75 not all is: a signal came, and what was under way
 is saved (Stopped; train.py has --stopped_exit_code for it, by default 0), or
@@ -51,43 +51,53 @@ def run(main: Callable[[], int | None]) -> None:
     code = main() or 0
     sys.stdout.flush()
     sys.exit(code)
-  except RequestError as error:
-    code, sentence = 2, f'error: {error}'
-  except Stopped:
-    code, sentence = STOPPED, 'stopped: the same command goes on'
   except BrokenPipeError:  # `| head` has read enough
-    for stream in (1, 2):  # or Python fails once more, with a code of its own
+    # Python would fail once more at its exit, with a code of its own.
+    for stream in (1, 2):
       os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     at_failure(128 + signal.SIGPIPE)
-  except (EnvironmentFailure, OSError) as error:
-    # A name that is too long for a disk is so at each further try.
-    wrong = getattr(error, 'errno', None) == errno.ENAMETOOLONG
-    code, sentence = 2 if wrong else 1, f'error: {error}'
-  except MemoryError as error:
-    why = str(error).partition('\n')[0]
-    code, sentence = 1, (
-        'error: this machine has no memory left'
-        + (f' ({why})' if why else '') + ': end other programs, read smaller '
-        'files, or take a machine with more')
-  except Exception as error:
-    if not is_out_of_memory(error):
+  except (Exception, KeyboardInterrupt) as error:
+    failure = _failure(error)
+    if failure is None:
       raise
-    code, sentence = 1, (
-        'error: a device has no memory left: take a smaller data.batch_size, '
-        'a larger train.grad_accumulation, model.remat=full, or more '
-        'devices over which mesh.fsdp cuts the state '
-        f'({str(error).splitlines()[0]})')
-  except KeyboardInterrupt:
-    code, sentence = 128 + signal.SIGINT, '\nSIGINT: ended'
+    code, sentence = failure
   print(readable(sentence), file=sys.stderr, flush=True)
   at_failure(code)
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def _failure(error: BaseException) -> tuple[int, str] | None:
+  """Returns the exit code of a failure and its sentence; None for a bug."""
+  if isinstance(error, RequestError):
+    return 2, f'error: {error}'
+  if isinstance(error, Stopped):
+    return STOPPED, 'stopped: the same command goes on'
+  if isinstance(error, KeyboardInterrupt):
+    return 128 + signal.SIGINT, '\nSIGINT: ended'
+  if isinstance(error, (EnvironmentFailure, OSError)):
+    # A name that is too long for a disk is too long at each further try.
+    if getattr(error, 'errno', None) == errno.ENAMETOOLONG:
+      return 2, f'error: {error}'
+    return 1, f'error: {error}'
+  if isinstance(error, MemoryError):
+    why = str(error).partition('\n')[0]
+    reason = f' ({why})' if why else ''
+    return 1, (f'error: this machine has no memory left{reason}: end other '
+               'programs, read smaller files, or take a machine with more')
+  if is_out_of_memory(error):
+    why = str(error).splitlines()[0]
+    return 1, ('error: a device has no memory left: take a smaller '
+               'data.batch_size, a larger train.grad_accumulation, '
+               'model.remat=full, or more devices over which mesh.fsdp cuts '
+               f'the state ({why})')
+  return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
   """Whether XLA could not have the memory of a device that it asked for."""
   jax = sys.modules.get('jax')  # not imported for this alone
-  return (jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
-          and 'RESOURCE_EXHAUSTED' in str(error))
+  if jax is None or not isinstance(error, jax.errors.JaxRuntimeError):
+    return False
+  return 'RESOURCE_EXHAUSTED' in str(error)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter,
@@ -141,18 +151,19 @@ def run_command(prog: str, doc: str | None,
   """Runs a program with subcommands; returns its exit code.
 
   Args:
-    prog: how it is called.
-    doc: what --help says of it.
-    commands: by name, a module that has add_arguments(parser) and main(args),
-      and what it does.
+    prog: the words by which the program is called.
+    doc: the description that --help prints.
+    commands: by the name of a subcommand, a module that has
+      add_arguments(parser) and main(args), and what the subcommand does.
   """
   parser = Parser(prog=prog, description=doc)
   subparsers = parser.add_subparsers(dest='command', required=True)
   for name, (module, text) in commands.items():
-    importlib.import_module(module).add_arguments(subparsers.add_parser(
-        name, help=text, description=text))
+    subparser = subparsers.add_parser(name, help=text, description=text)
+    importlib.import_module(module).add_arguments(subparser)
   args = parser.parse_args()
-  return importlib.import_module(commands[args.command][0]).main(args)
+  module, _ = commands[args.command]
+  return importlib.import_module(module).main(args)
 
 
 def _has_default(text: str | None, default: object) -> bool:
@@ -163,8 +174,8 @@ def _has_default(text: str | None, default: object) -> bool:
 
 # Flags.
 
-# Of the command line that `parse` has read: FILE.py:SIZE, and what was given
-# for fields of the config, by dotted name.
+# What `parse` has read from the command line: FILE.py:SIZE, and the texts that
+# were given for fields of the config, by dotted name.
 _config_file: list[str] = []
 _overrides: dict[str, str] = {}
 
@@ -191,7 +202,7 @@ def define_choices(name: str, default: Sequence[str], choices: Collection[str],
   flags.DEFINE_list(name, [*default], f'{text} Of {", ".join(choices)}.')
 
   @flags.validator(name)
-  def _(values: Sequence[str]) -> bool:
+  def check(values: Sequence[str]) -> bool:
     for value in values:
       one_of(f'--{name}', value, choices)
     return True
@@ -205,31 +216,45 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
     doc: the program's docstring, printed by --help above the flags.
     argv: the command line; default: the process's own.
   """
-  argv = list(sys.argv if argv is None else argv)
-  if {'--help', '-h', '-help', '--helpfull'} & set(argv[1:]):
-    print(doc.strip(), '\n\nflags:')
-    for name in _flags_of_program():
-      print(_described(flags.FLAGS[name]))
+  if argv is None:
+    argv = sys.argv
+  if {'--help', '-h', '-help', '--helpfull'}.intersection(argv[1:]):
+    _print_help(doc)
     sys.exit(0)
   try:
-    for name in _flags_of_program():
-      flags.FLAGS[name].allow_overwrite = False
-    words = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-    # What it does not know it gives back: absl's own search for flags with
-    # such a name fails at a long one.
-    _, *rest = flags.FLAGS(_without_overrides(words), known_only=True)
-    for word in rest[:1]:
-      _refuse_word(word)
-    for name in _flags_of_program():
-      _check_value(f'--{name}', flags.FLAGS[name].value)
-    if 'config' in flags.FLAGS:
-      _load_config(flags.FLAGS['config'])
-    elif _overrides:
-      _refuse_word(f'--config.{next(iter(_overrides))}')
+    _read_flags(list(argv))
   except RequestError as error:
     _refuse(str(error))
   except flags.Error as error:  # the lines after its first repeat the usage
     _refuse(str(error).splitlines()[0].removeprefix('ERROR:: '))
+
+
+def _print_help(doc: str) -> None:
+  """Prints what --help says: the program's docstring and its flags."""
+  print(doc.strip(), '\n\nflags:')
+  for name in _flags_of_program():
+    print(_described(flags.FLAGS[name]))
+
+
+def _read_flags(argv: list[str]) -> None:
+  """Gives the flags the values of a command line, and checks them."""
+  program_flags = _flags_of_program()
+  for name in program_flags:
+    flags.FLAGS[name].allow_overwrite = False
+
+  # absl's own search for flags with a similar name fails at a long one, so it
+  # gives back what it does not know, and the first such word is refused here.
+  expanded = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+  _, *unknown = flags.FLAGS(_without_overrides(expanded), known_only=True)
+  if unknown:
+    _refuse_word(unknown[0])
+
+  for name in program_flags:
+    _check_value(f'--{name}', flags.FLAGS[name].value)
+  if 'config' in flags.FLAGS:
+    _load_config(flags.FLAGS['config'])
+  elif _overrides:
+    _refuse_word(f'--config.{next(iter(_overrides))}')
 
 
 def _check_value(flag: str, value: Any) -> None:
@@ -237,9 +262,8 @@ def _check_value(flag: str, value: Any) -> None:
   names something twice."""
   if isinstance(value, float):
     check_number(flag, value, ())
-  if isinstance(value, list):
-    require(len({*value}) == len(value),
-            f'{flag} is {short(",".join(value))}: name each once')
+  if isinstance(value, list) and len(set(value)) < len(value):
+    raise RequestError(f'{flag} is {short(",".join(value))}: name each once')
 
 
 def overrides() -> tuple[str, ...]:
@@ -251,73 +275,94 @@ def overrides() -> tuple[str, ...]:
 def words(names: Sequence[str]) -> list[str]:
   """Returns what sets the flags `names` and fields of the config again, each as
   --name=value. After `parse`."""
-  named_flags = [flags.FLAGS[name] for name in names if name in flags.FLAGS]
-  return [f'--config={_config_file[0]}',
-          *(f'--config.{name}={text}' for name, text in _overrides.items()),
-          *(flag.serialize() for flag in named_flags
-            if flag.present and flag.name != 'config')]
+  result = [f'--config={_config_file[0]}']
+  for name, text in _overrides.items():
+    result.append(f'--config.{name}={text}')
+  for name in names:
+    if name == 'config' or name not in flags.FLAGS:
+      continue
+    if flags.FLAGS[name].present:
+      result.append(flags.FLAGS[name].serialize())
+  return result
 
 
 def _refuse_word(word: str):
   """Raises RequestError for a word that is no flag of the program."""
   name = word.partition('=')[0].lstrip('-')
-  require(word.startswith('-') and bool(name), f'unexpected argument '
-          f'{short(word)}: every setting is a --flag')
+  if not word.startswith('-') or not name:
+    raise RequestError(f'unexpected argument {short(word)}: every setting is a '
+                       '--flag')
   known = {flag: flags.FLAGS[flag].help for flag in _flags_of_program()}
-  fields = {f'config.{field}': text for field, text in base.SENTENCES.items()
-            if 'config' in known}
+  sentences = dict(known)
+  if 'config' in known:
+    for field, text in base.SENTENCES.items():
+      sentences[f'config.{field}'] = text
   raise RequestError(f'unknown flag --{name}: choose from {", ".join(known)}.'
-                     + hint(name, known | fields, '--'))
+                     + hint(name, sentences, '--'))
 
 
 def _refuse(sentence: str):
+  """Prints why a command line is refused, and exits."""
   print(f'error: {readable(sentence)}', file=sys.stderr, flush=True)
   sys.exit(2)
 
 
 def _flags_of_program() -> list[str]:
-  """The flags that the program itself defines."""
-  return sorted(flag.name for flag in flags.FLAGS.get_key_flags_for_module(
-      sys.modules['__main__']))
+  """Returns the names of the flags that the program itself defines."""
+  program = sys.modules['__main__']
+  key_flags = flags.FLAGS.get_key_flags_for_module(program)
+  return sorted(flag.name for flag in key_flags)
 
 
 def _described(flag: flags.Flag) -> str:
-  """The lines of --help for one flag, with its default."""
+  """Returns the lines of --help for one flag, with its default."""
   name = f'[no]{flag.name}' if flag.boolean else flag.name
-  default = (','.join(flag.default) if isinstance(flag.default, list)
-             else str(flag.default))
-  default = ('' if _has_default(flag.help, flag.default)
-             else f' (default: {default})')
-  return textwrap.fill(f'--{name}: {flag.help}{default}', 80,
-                       initial_indent='  ', subsequent_indent='      ',
-                       break_long_words=False, break_on_hyphens=False)
+  text = f'--{name}: {flag.help}'
+  if not _has_default(flag.help, flag.default):
+    default = flag.default
+    if isinstance(default, list):
+      default = ','.join(default)
+    text += f' (default: {default})'
+  return textwrap.fill(
+      text, width=80, initial_indent='  ', subsequent_indent='      ',
+      break_long_words=False, break_on_hyphens=False)
 
 
 def _without_overrides(argv: Sequence[str]) -> list[str]:
   """Returns the words that set no field of the config; notes the others."""
   _overrides.clear()
-  rest, left = [], iter(argv)
-  for word in left:
+  rest: list[str] = []
+  following = iter(argv)
+  for word in following:
     match = re.fullmatch(r'--?(no)?config\.([^=]+)(?:=(.*))?', word, re.S)
     if not match:
       rest.append(word)
       continue
     no, name, text = match.groups()
+
+    # --config.NAME and --noconfig.NAME set a field that is true or false.
     leaf = base.find(name)
-    if leaf is not None and leaf.type is bool and text is None:
-      no, text = '', str(not no)
-    require(not no, f'{word}: write --config.{name}=VALUE')
+    is_bool = leaf is not None and leaf.type is bool
+    if is_bool and text is None:
+      text = 'False' if no else 'True'
+    elif no:
+      raise RequestError(f'{word}: write --config.{name}=VALUE')
     require(name not in _overrides,
             f'--config.{name} is given twice: give it once')
-    _overrides[name] = next(left, '') if text is None else text
+
+    # Without an equals sign, the value is the next word.
+    if text is None:
+      text = next(following, '')
+    _overrides[name] = text
   return rest
 
 
 def _load_config(flag: flags.Flag) -> None:
   """Gives --config the config that its value names."""
   if flag.value is None:
-    require(not _overrides, f'--config.{next(iter(_overrides), "")} needs '
-            '--config FILE.py:SIZE')
+    if _overrides:
+      name = next(iter(_overrides))
+      raise RequestError(f'--config.{name} needs --config FILE.py:SIZE')
     return
   _config_file[:] = [flag.value]
   config = load_config_file(flag.value)
@@ -329,25 +374,48 @@ def _load_config(flag: flags.Flag) -> None:
 def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
   """Sets a field of a config as a command line says."""
   leaf = declare(config, name)
-  if leaf is None and name != 'model.kinds':
-    group = name.rpartition('.')[0]
-    fields = [x for x in base.FIELDS if x.rpartition('.')[0] == group]
+  default: Any = {}  # of model.kinds, which is a group and no field
+  if leaf is not None:
+    default = leaf.default
+  elif name != 'model.kinds':
     raise RequestError(f'--config.{name} is no field of the config.'
                        + hint(name, base.SENTENCES, '--config.')
-                       + f' There are {", ".join(fields)}.' * bool(fields))
-  value = parsed(text, leaf.default if leaf else {}, f'--config.{name}')
+                       + _fields_beside(name))
+  value = parsed(text, default, f'--config.{name}')
   if leaf is None:
     flat.check_kinds(value)
     value = ml_collections.ConfigDict(value)
   config.update_from_flattened_dict({name: value})
 
 
+def _fields_beside(name: str) -> str:
+  """Returns a sentence that lists the fields of the group in which a name
+  stands; '' where there is no such group."""
+  group = name.rpartition('.')[0]
+  fields = [x for x in base.FIELDS if x.rpartition('.')[0] == group]
+  if not fields:
+    return ''
+  return f' There are {", ".join(fields)}.'
+
+
 _BOOLS = {'true': True, 't': True, '1': True, 'false': False, 'f': False,
           '0': False}
+# How a message names the values of a type; any other is a group of fields.
+_VALUES = {bool: 'True or False', int: 'a whole number', float: 'a number',
+           tuple: "a tuple, as ('a', 'b')"}
 
 
 def parsed(text: str, default: Any, flag: str) -> Any:
-  """Returns a value of the type that the default of a field has."""
+  """Returns a value of the type that the default of a field has.
+
+  Args:
+    text: the value as a user writes it.
+    default: the default of the field.
+    flag: the name of the flag, for messages.
+
+  Raises:
+    RequestError: for a text that is no value of that type.
+  """
   kind = type(default)
   try:
     if kind is bool:
@@ -359,11 +427,9 @@ def parsed(text: str, default: Any, flag: str) -> Any:
       value = (value,)
     return kind(value)
   except (KeyError, ValueError, SyntaxError, TypeError, MemoryError,
-          RecursionError) as error:  # the last two of what is nested too deep
-    what = {bool: 'True or False', int: 'a whole number', float: 'a number',
-            tuple: "a tuple, as ('a', 'b')"}.get(
-                kind, "a group of fields, as {'NAME': VALUE}")
-    raise RequestError(f'{flag} is {short(text)}: it must be {what}'
+          RecursionError) as error:  # the last two for too deep a nesting
+    wanted = _VALUES.get(kind, "a group of fields, as {'NAME': VALUE}")
+    raise RequestError(f'{flag} is {short(text)}: it must be {wanted}'
                        ) from error
 
 
@@ -372,7 +438,7 @@ def parsed(text: str, default: Any, flag: str) -> Any:
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
   """Returns the config that FILE.py:SIZE describes; FILE.py is a path, or the
-  name of a file of configs/, as `gpt`.
+  name of a file of configs/, such as `gpt`.
 
   Raises:
     RequestError: where the file is missing, fails, or returns no config; the
@@ -383,7 +449,10 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
   module = run_file(file)
   require(hasattr(module, 'get_config'), f'--config {file!r} is no config: it '
           'has no get_config()')
-  config = call(file, module.get_config, *([size] if colon else []))
+  if colon:
+    config = call(file, module.get_config, size)
+  else:
+    config = call(file, module.get_config)
   check_config(config, f'{file}: get_config()')
   return config
 
@@ -412,13 +481,14 @@ def call(file: str, function: Callable, *args):
   except RequestError:
     raise  # which is a sentence already
   except (Exception, SystemExit) as error:  # whatever the user's code raises
-    lines = [frame.lineno for frame in traceback.extract_tb(
-        error.__traceback__) if frame.filename == file]
-    if isinstance(error, SyntaxError) and error.filename == file:
-      lines.append(error.lineno)
+    # The last line of the file that was run; there is none where the file
+    # fails before.
     where = file
-    if lines:  # none where it fails before a line of the file is run
-      where = f'{file}, line {lines[-1]}'
+    for frame in traceback.extract_tb(error.__traceback__):
+      if frame.filename == file:
+        where = f'{file}, line {frame.lineno}'
+    if isinstance(error, SyntaxError) and error.filename == file:
+      where = f'{file}, line {error.lineno}'
     reason = ' '.join(str(error).split()) or 'no message'
     raise RequestError(f'{where}: {type(error).__name__}: {reason}') from error
 
@@ -439,32 +509,48 @@ def check_config(config: Any, who: str) -> None:
 
 
 def declare(config: ml_collections.ConfigDict, full: str) -> Leaf | None:
-  """Returns the field of a dotted name, to be set; None: there is none. That of
-  a kind of layer, which may be new, has the model's value from now on, where it
-  had none.
+  """Returns the field that a dotted name stands for, so that it can be set;
+  None: there is no such field. A field of a kind of layer, which may be a new
+  kind, gets the model's value where it had none.
+
+  Args:
+    config: the config of a run.
+    full: the dotted name.
 
   Raises:
     RequestError: for a field that a kind does not have.
   """
-  of_kind = re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', full)
-  if of_kind is None:
+  match = re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', full)
+  if match is None:
     return base.find(full)
-  model, (kind, field) = config.model, of_kind.groups()
+
+  # The field of a kind, and the model's field or group of that meaning.
+  kind, field = match.groups()
   name, _, inner = field.partition('.')
   of_model = flat.OF_LAYERS.get(name, '')
-  one_of(f'field of model.kinds.{kind}', field, [
-      f'{name}.{x}' for x in flat.defaults()[of_model]
-  ] if of_model in flat.GROUPS else flat.OF_LAYERS)
+  choices: Collection[str] = flat.OF_LAYERS
+  if of_model in flat.GROUPS:
+    choices = [f'{name}.{x}' for x in flat.defaults()[of_model]]
+  one_of(f'field of model.kinds.{kind}', field, choices)
   flat.check_kinds({kind: {}})
+
+  model = config.model
   with model.unlocked():
-    at, value = model.kinds, model[of_model]
-    for part in (kind, *([name] if inner else ())):
-      if part not in at:
-        at[part] = ml_collections.ConfigDict()
-      at = at[part]
-    if (inner or name) not in at:
-      at[inner or name] = value[inner] if inner else value
+    value = model[of_model]
+    group = _group(model.kinds, kind)
+    if inner:
+      value, group, name = value[inner], _group(group, name), inner
+    if name not in group:
+      group[name] = value
   return base.find(full)
+
+
+def _group(config: ml_collections.ConfigDict, name: str
+           ) -> ml_collections.ConfigDict:
+  """Returns the group of that name in a config, an empty one if it is new."""
+  if name not in config:
+    config[name] = ml_collections.ConfigDict()
+  return config[name]
 
 
 def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
@@ -472,13 +558,13 @@ def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
   """Sets fields of config.model, and of the groups in it.
 
   Raises:
-    RequestError: for a field that there is not, or a value that it cannot have.
+    RequestError: for an unknown field, or a value that it cannot have.
   """
   fields = _plain(fields)
   flat.check_fields(fields)
   if 'kinds' in fields:
-    model.kinds = ml_collections.ConfigDict(fields['kinds'])
-  model.update({name: x for name, x in fields.items() if name != 'kinds'})
+    model.kinds = ml_collections.ConfigDict(fields.pop('kinds'))
+  model.update(fields)
 
 
 def _plain(value: Any) -> Any:

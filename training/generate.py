@@ -44,8 +44,8 @@ from architectures.parts.skeletons import one_by_one
 from common.errors import one_of
 from common.fields import check_number
 
-# So many layers a token goes through one by one, which is faster; deeper
-# stacks are scanned, or the program would grow with them.
+# A step runs up to this many layers one by one, which is faster; a deeper stack
+# is scanned, since the program would grow with it.
 UNROLLED_LAYERS = 48
 
 
@@ -54,12 +54,13 @@ class Sampling:
   """How the next token is drawn.
 
   Attributes:
-    temperature: divides the logits; 0: the likeliest token (greedy).
-    top_k: only the k likeliest tokens; 0: all.
-    top_p: only the likeliest tokens that together reach p (Holtzman et al.
-      2020); 1: all.
-    min_p: only tokens that are at least so many times as likely as the
-      likeliest (Nguyen et al. 2024); 0: all.
+    temperature: the divisor of the logits; 0 takes the likeliest token
+      (greedy).
+    top_k: draw among the k likeliest tokens only; 0: among all.
+    top_p: draw among the likeliest tokens that together reach p only (nucleus
+      sampling, Holtzman et al. 2020); 1: among all.
+    min_p: draw among the tokens that are at least min_p times as likely as the
+      likeliest only (Nguyen et al. 2024); 0: among all.
     repetition_penalty: the logit of a token that the text has already, prompt
       included, is divided by it where it is positive and multiplied where it
       is not (Keskar et al. 2019, section 4.1); 1: none.
@@ -71,11 +72,11 @@ class Sampling:
   repetition_penalty: float = 1.0
 
   def __post_init__(self):
-    for name, bounds in (
-        ('temperature', (('>=', 0),)), ('top_k', (('>=', 0),)),
-        ('top_p', (('>', 0), ('<=', 1))), ('min_p', (('>=', 0), ('<=', 1))),
-        ('repetition_penalty', (('>', 0),))):
-      check_number(name, getattr(self, name), bounds)
+    check_number('temperature', self.temperature, [('>=', 0)])
+    check_number('top_k', self.top_k, [('>=', 0)])
+    check_number('top_p', self.top_p, [('>', 0), ('<=', 1)])
+    check_number('min_p', self.min_p, [('>=', 0), ('<=', 1)])
+    check_number('repetition_penalty', self.repetition_penalty, [('>', 0)])
 
   @property
   def remembers(self) -> bool:
@@ -87,9 +88,10 @@ class Sampling:
     """Returns one token a row, [B].
 
     Args:
-      logits_BV: of the next token.
-      key: of the draw.
-      seen_BV: bool, the tokens that each row has; where `remembers`.
+      logits_BV: the logits of the next token.
+      key: the key of the draw.
+      seen_BV: bool, the tokens that each row has already; it is needed where
+        `remembers`.
     """
     if self.remembers:
       assert seen_BV is not None
@@ -110,15 +112,16 @@ class Sampling:
     logits_BV = logits_BV / self.temperature
     if self.top_k:
       k = min(self.top_k, logits_BV.shape[-1])
-      least_B1 = jax.lax.top_k(logits_BV, k)[0][:, -1:]
+      largest_BK, _ = jax.lax.top_k(logits_BV, k)
+      least_B1 = largest_BK[:, -1:]
       logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     if self.top_p < 1:
       sorted_BV = jnp.sort(logits_BV, -1, descending=True)
       p_BV = jax.nn.softmax(sorted_BV, -1)
       # A token stays while those before it have not reached p.
       kept_BV = jnp.cumsum(p_BV, -1) - p_BV < self.top_p
-      least_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), -1,
-                         keepdims=True)
+      kept_logits_BV = jnp.where(kept_BV, sorted_BV, jnp.inf)
+      least_B1 = kept_logits_BV.min(-1, keepdims=True)
       logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     if self.min_p:
       p_BV = jax.nn.softmax(logits_BV, -1)
@@ -139,14 +142,14 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   Args:
     module: a model that writes: a decoder, or an encoder-decoder.
     params: its parameters.
-    prompts_BL: tokens, padded on the right.
-    lengths_B: how many of each row are its prompt, at least 1.
-    key: of the draws.
-    max_new_tokens: T.
+    prompts_BL: the prompts' tokens, padded on the right.
+    lengths_B: the number of tokens of each prompt, at least 1.
+    key: the key of the draws.
+    max_new_tokens: T, the number of new tokens.
     sampling: how a token is drawn.
-    stop_token: a row that draws it is done, and repeats it to the end; of
-      several, the first.
-    **inputs: source_BM, source_lengths_B and prefix_B, as those of `begin`.
+    stop_token: the token that ends a row, or several. A row that has drawn one
+      is filled up to the end with the first of them.
+    **inputs: source_BM, source_lengths_B and prefix_B of `begin`.
 
   Returns:
     [B, T] new tokens.
@@ -157,29 +160,39 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   chex.assert_rank([prompts_BL, lengths_B], [2, 1])
   B, L = prompts_BL.shape
   module = module.clone(config=without_capacity(module.config))
+  stops = stops_of(stop_token)
+  rows_B = jnp.arange(B)
+
+  # Read the prompts.
   logits_BV, cache, advance = begin(
       module, params, prompts_BL, lengths_B, max_new_tokens, **inputs)
-  rows_B = jnp.arange(B)
-  real_BL = jnp.arange(L)[None] < lengths_B[:, None]
   seen_BV = None
   if sampling.remembers:
     V = module.config.vocab_size
-    seen_BV = jnp.zeros((B, V), bool).at[
-        rows_B[:, None], jnp.where(real_BL, prompts_BL, V)].set(
-            True, mode='drop')
+    is_prompt_BL = jnp.arange(L)[None] < lengths_B[:, None]
+    # Padding stands for token V, which does not exist and is dropped.
+    ids_BL = jnp.where(is_prompt_BL, prompts_BL, V)
+    seen_BV = jnp.zeros((B, V), bool)
+    seen_BV = seen_BV.at[rows_B[:, None], ids_BL].set(True, mode='drop')
 
   def draw(logits_BV: jax.Array, t: jax.Array | int,
            seen_BV: jax.Array | None):
-    new_B = sampling(logits_BV, jax.random.fold_in(key, t), seen_BV).astype(
-        jnp.int32)
-    return new_B, (seen_BV if seen_BV is None else
-                   seen_BV.at[rows_B, new_B].set(True))
+    """Returns the new token t of each row, and the tokens seen by then."""
+    token_key = jax.random.fold_in(key, t)
+    new_B = sampling(logits_BV, token_key, seen_BV).astype(jnp.int32)
+    if seen_BV is not None:
+      seen_BV = seen_BV.at[rows_B, new_B].set(True)
+    return new_B, seen_BV
 
+  # The first token.
   first_B, seen_BV = draw(logits_BV, 0, seen_BV)
-  tokens_BL = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(first_B)
-  stops = stops_of(stop_token)
+  tokens_BL = jnp.zeros((B, max_new_tokens), jnp.int32)
+  if stops:  # a row that ends early is filled up with the stop token
+    tokens_BL = tokens_BL.at[:, 1:].set(stops[0])
+  tokens_BL = tokens_BL.at[:, 0].set(first_B)
   done_B = jnp.isin(first_B, jnp.array(stops, jnp.int32))
 
+  # The others, until every row is done.
   def unfinished(carry: Any):
     t, _, done_B, *_ = carry
     return (t < max_new_tokens) & ~jnp.all(done_B)
@@ -191,13 +204,13 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     if stops:
       new_B = jnp.where(done_B, stops[0], new_B)
       done_B |= jnp.isin(new_B, jnp.array(stops, jnp.int32))
-    return t + 1, tokens_BL.at[:, t].set(new_B), done_B, cache, seen_BV
+    tokens_BL = tokens_BL.at[:, t].set(new_B)
+    return t + 1, tokens_BL, done_B, cache, seen_BV
 
-  if stops:  # what an early end leaves
-    tokens_BL = tokens_BL.at[:, 1:].set(stops[0])
-  return jax.lax.while_loop(
-      unfinished, step, (jnp.ones((), jnp.int32), tokens_BL, done_B,
-                         cache, seen_BV))[1]
+  one = jnp.ones((), jnp.int32)
+  _, tokens_BL, *_ = jax.lax.while_loop(
+      unfinished, step, (one, tokens_BL, done_B, cache, seen_BV))
+  return tokens_BL
 
 
 def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
@@ -209,62 +222,80 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
   """Reads the prompts, and the sources of an encoder-decoder.
 
   Args:
-    module, params, prompts_BL, lengths_B: as those of `generate`.
-    room: how many tokens may follow.
-    source_BM: what an encoder-decoder reads, padded on the right. It is
-      encoded once; the prompts are the beginnings of the targets.
-    source_lengths_B: how many of each row are its source.
-    prefix_B: of a decoder, how many tokens of each prompt see each other, at
+    module, params, prompts_BL, lengths_B: those of `generate`.
+    room: the number of tokens that may follow.
+    source_BM: the tokens that an encoder-decoder reads, padded on the right.
+      They are encoded once; the prompts are the beginnings of the targets.
+    source_lengths_B: the number of tokens of each source.
+    prefix_B: for a decoder, how many tokens of each prompt see each other, at
       most all of them (a prefix LM: its whole prompt); None: none.
-    copies: how many texts follow each prompt; they have rows of their own.
+    copies: the number of texts that follow each prompt; they have rows of their
+      own.
 
   Returns:
     The logits of the first new tokens, [B, V]; a cache with room for all; and
-    (cache, the new tokens, how many of them there are) -> the logits of the
-    next ones, and the cache, where the last one has been read.
+    a function advance(cache, new tokens [B, T], t) -> (logits, cache), which
+    reads new token t - 1 and gives the logits of token t.
   """
   apply: Callable[..., Any] = module.apply
-  cache = architectures.init_cache(module.config, prompts_BL.shape[0],
-                                   prompts_BL.shape[1] + room)
+  B, L = prompts_BL.shape
+  cache = architectures.init_cache(module.config, B, L + room)
   options: dict[str, Any] = dict(cache=cache, lengths_B=lengths_B)
-  fixed: dict[str, jax.Array] = {}  # what every step is given
-  before: tuple[None, ...] = ()
+
+  # The inputs of every step. An encoder-decoder encodes its source here, and
+  # its steps are given None in the source's place.
+  leading: tuple[None, ...] = ()
+  fixed: dict[str, jax.Array] = {}
   places = 'positions_BL'
-  real = lambda tokens, lengths_B: (
-      jnp.arange(tokens.shape[1])[None] < lengths_B[:, None]).astype(jnp.int32)
   if source_BM is None:
     options['prefix_B'] = prefix_B
     if blocks.with_state(module.config):
-      options['valid_BL'] = real(prompts_BL, lengths_B)
+      options['valid_BL'] = _is_token(prompts_BL, lengths_B)
   else:
-    before, places = (None,), 'decoder_positions_BL'
-    fixed = dict(segment_ids_BM=real(source_BM, source_lengths_B))
+    leading = (None,)
+    fixed['segment_ids_BM'] = _is_token(source_BM, source_lengths_B)
+    places = 'decoder_positions_BL'
     options['memory'], _ = apply({'params': params}, source_BM, method='encode',
                                  lengths_B=source_lengths_B, **fixed)
-  output = apply({'params': params}, *before, prompts_BL, **fixed, **options)
-  last_B1D = jnp.take_along_axis(
-      output.hidden, (lengths_B - 1)[:, None, None], axis=1)
-  assert output.head is not None  # objectives with a prompt train none else
+
+  # Read the prompts; the last token of each gives the first new token.
+  output = apply({'params': params}, *leading, prompts_BL, **fixed, **options)
+  last_B11 = (lengths_B - 1)[:, None, None]
+  last_B1D = jnp.take_along_axis(output.hidden, last_B11, axis=1)
+  assert output.head is not None  # each objective with a prompt trains a head
   logits_BV = output.head.logits(last_B1D)[:, 0]
+
+  # The rows are the first axis of a layer's cache, and the second of a stack's.
   cache, apart = output.cache, _apart(module)
   if apart:
     params, cache = one_by_one(params, cache)
   if copies > 1:
-    cache = jax.tree.map(lambda x: jnp.repeat(x, copies, int(not apart)), cache)
-    prompts_BL, lengths_B, prefix_B, fixed = jax.tree.map(
-        lambda x: jnp.repeat(x, copies, 0),
-        (prompts_BL, lengths_B, prefix_B, fixed))
+    cache = _repeat(cache, copies, _row_axis(module))
+    prompts_BL, lengths_B, prefix_B, fixed = _repeat(
+        (prompts_BL, lengths_B, prefix_B, fixed), copies, 0)
 
   def advance(cache: Any, new_BT: jax.Array, t: jax.Array):
+    """Returns the logits of new token t, and the cache that has read t - 1."""
     cache = _reread(module, params, cache, prompts_BL, lengths_B, prefix_B,
                     new_BT, t)
-    token_B1 = jax.lax.dynamic_slice_in_dim(new_BT, t - 1, 1, 1)
+    token_B1 = jax.lax.dynamic_slice_in_dim(new_BT, t - 1, 1, axis=1)
     places_B1 = (lengths_B + t - 1)[:, None]
-    output = apply({'params': params}, *before, token_B1, cache=cache,
+    output = apply({'params': params}, *leading, token_B1, cache=cache,
                    one_by_one=apart, **{places: places_B1}, **fixed)
     return output.head.logits(output.hidden)[:, 0], output.cache
 
   return logits_BV, cache, advance
+
+
+def _is_token(tokens_BL: jax.Array, lengths_B: jax.Array) -> jax.Array:
+  """Returns 1 where a place holds a token and 0 where it is padding, [B, L]."""
+  places_1L = jnp.arange(tokens_BL.shape[1])[None]
+  return (places_1L < lengths_B[:, None]).astype(jnp.int32)
+
+
+def _repeat(tree: Any, copies: int, axis: int) -> Any:
+  """Returns the tree with each row of its arrays `copies` times in a row."""
+  return jax.tree.map(lambda x: jnp.repeat(x, copies, axis), tree)
 
 
 def _apart(module: Any) -> bool:
@@ -272,9 +303,17 @@ def _apart(module: Any) -> bool:
   return module.config.num_decoder_layers <= UNROLLED_LAYERS
 
 
+def _row_axis(module: Any) -> int:
+  """Returns the axis of a cache's arrays along which the rows of a batch lie:
+  the first one is that of the layers where these are stacked."""
+  return 0 if _apart(module) else 1
+
+
 def rereads_at(module: Any) -> tuple[int, ...]:
   """Returns the lengths, ascending, past which a text is read again."""
-  return positions.lengths_apart(module.config) if module.REREADS else ()
+  if not module.REREADS:
+    return ()
+  return positions.lengths_apart(module.config)
 
 
 def _reread(module: nn.Module, params: Any, cache: Any, prompts_BL: jax.Array,
@@ -285,37 +324,52 @@ def _reread(module: nn.Module, params: Any, cache: Any, prompts_BL: jax.Array,
   again up to there.
 
   Args:
-    module, params, prompts_BL, lengths_B, prefix_B: as those of `generate`.
-    cache: what holds the tokens before it.
+    module, params, prompts_BL, lengths_B, prefix_B: those of `generate`.
+    cache: the cache that holds the tokens before it.
     new_BT: the new tokens, of which T may be written.
-    t: how many of them there are.
+    t: the number of new tokens.
   """
-  (B, T), apart = new_BT.shape, _apart(module)
+  B, T = new_BT.shape
   M = prompts_BL.shape[1] + T
+  apart = _apart(module)
   ends = [n for n in rereads_at(module) if n < M - 1]
   if not ends:
     return cache
   outgrown_B = jnp.isin(lengths_B + t, jnp.array(ends) + 1)
 
   def again() -> Any:
+    # The texts so far, from an empty cache, without their last token.
+    texts_BM = jnp.pad(prompts_BL, ((0, 0), (0, T)))
+    rows_B1 = jnp.arange(B)[:, None]
     places_BT = lengths_B[:, None] + jnp.arange(T)[None]
-    texts_BM = jnp.pad(prompts_BL, ((0, 0), (0, T))).at[
-        jnp.arange(B)[:, None], places_BT].set(new_BT)
-    read_BM = jnp.arange(M)[None] < (lengths_B + t - 1)[:, None]
+    texts_BM = texts_BM.at[rows_B1, places_BT].set(new_BT)
+    empty = jax.tree.map(jnp.zeros_like, cache)
     output: Any = module.apply(
-        {'params': params}, texts_BM, cache=jax.tree.map(jnp.zeros_like, cache),
-        valid_BL=read_BM.astype(jnp.int32), lengths_B=lengths_B + t,
-        prefix_B=prefix_B, one_by_one=apart)
-    rows = outgrown_B if apart else outgrown_B[None]
-    return jax.tree.map(lambda new, old: jnp.where(jnp.expand_dims(
-        rows, range(rows.ndim, new.ndim)), new, old), output.cache, cache)
+        {'params': params}, texts_BM, cache=empty,
+        valid_BL=_is_token(texts_BM, lengths_B + t - 1),
+        lengths_B=lengths_B + t, prefix_B=prefix_B, one_by_one=apart)
+
+    # Only the rows that have outgrown a length take what was read again.
+    rows = outgrown_B
+    if not apart:
+      rows = rows[None]
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+      later_axes = range(rows.ndim, new.ndim)
+      return jnp.where(jnp.expand_dims(rows, later_axes), new, old)
+
+    return jax.tree.map(choose, output.cache, cache)
 
   return jax.lax.cond(outgrown_B.any(), again, lambda: cache)
 
 
 def stops_of(stop: int | tuple[int, ...] | None) -> tuple[int, ...]:
   """Returns the tokens that end a text."""
-  return () if stop is None else stop if isinstance(stop, tuple) else (stop,)
+  if stop is None:
+    return ()
+  if isinstance(stop, tuple):
+    return stop
+  return (stop,)
 
 
 def until(row: np.ndarray, stop: int | tuple[int, ...]) -> np.ndarray:
@@ -326,15 +380,21 @@ def until(row: np.ndarray, stop: int | tuple[int, ...]) -> np.ndarray:
 
 def before(text: str, stops: Sequence[str]) -> str:
   """Returns a text up to the first of the stop strings in it."""
-  places = [place for stop in stops if (place := text.find(stop)) >= 0]
-  return text[:min(places, default=len(text))]
+  end = len(text)
+  for stop in stops:
+    place = text.find(stop)
+    if place >= 0:
+      end = min(end, place)
+  return text[:end]
 
 
-NEVER = -1e9  # of what may not be chosen; finite, as in transformers
-MOST = 1000  # beams
-# What a length counts as: 1 for one token. gnmt: Wu et al. 2016, equation 14,
-# as the Transformer's paper has it; power: transformers' length_penalty, whose
-# default is 1, the mean log-probability of a token.
+# The score of a text that may not be chosen; finite, as in transformers.
+NEVER = -1e9
+MOST = 1000  # The largest number of beams.
+# The base of each length penalty: 1 for one token. gnmt is equation 14 of Wu et
+# al. 2016, which the Transformer's paper uses; power is transformers'
+# length_penalty, whose default exponent of 1 gives the mean log-probability of
+# a token.
 PENALTIES: dict[str, Callable] = {
     'gnmt': lambda length: (5 + length) / 6,
     'power': lambda length: length,
@@ -346,25 +406,27 @@ class Beams:
   """How the likeliest texts are searched.
 
   Attributes:
-    count: K, how many texts are followed at once. The Transformer's paper has
-      4 (Vaswani et al. 2017, section 6.1).
+    count: K, the number of texts that are followed at once. The Transformer's
+      paper has 4 (Vaswani et al. 2017, section 6.1).
     length_penalty: the exponent alpha of the penalty; 0: none. The paper has
       0.6.
-    penalty: an entry of PENALTIES: which penalty of a length.
+    penalty: the entry of PENALTIES that gives the base of the penalty.
   """
   count: int = 4
   length_penalty: float = 0.6
   penalty: str = 'gnmt'
 
   def __post_init__(self):
-    check_number('beams', self.count, (('>=', 1), ('<=', MOST)))
+    check_number('beams', self.count, [('>=', 1), ('<=', MOST)])
     one_of('penalty', self.penalty, PENALTIES)
     check_number('length_penalty', self.length_penalty,
-                 (('>=', -10), ('<=', 10)))
+                 [('>=', -10), ('<=', 10)])
 
   def divisor(self, length: jax.Array | int) -> jax.Array | float:
-    """Returns what the log-probability of so many tokens is divided by."""
-    return PENALTIES[self.penalty](length) ** self.length_penalty
+    """Returns the length penalty base(length)^alpha, by which the
+    log-probability of a text is divided."""
+    base = PENALTIES[self.penalty](length)
+    return base ** self.length_penalty
 
 
 class _Texts(NamedTuple):
@@ -374,8 +436,14 @@ class _Texts(NamedTuple):
 
 
 class _State(NamedTuple):
-  """Running texts by log-probability; those that ended by score, and which of
-  their K places hold one; rows that may yet find a better one."""
+  """What the search has come upon for each row.
+
+  Attributes:
+    running: the texts that go on, by their log-probability.
+    ended: the texts that have ended, by their score.
+    full_BK: bool, which of the K places of `ended` hold a text.
+    open_B: bool, the rows that may yet find a better one.
+  """
   running: _Texts
   ended: _Texts
   full_BK: jax.Array
@@ -385,17 +453,17 @@ class _State(NamedTuple):
 @functools.partial(jax.jit, static_argnames=(
     'module', 'max_new_tokens', 'beams', 'stop_token'))
 def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
-           lengths_B: jax.Array, *, max_new_tokens: int,
-           beams: Beams = Beams(),
-           stop_token: int | tuple[int, ...] | None = None,
-           **inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+                lengths_B: jax.Array, *, max_new_tokens: int,
+                beams: Beams = Beams(),
+                stop_token: int | tuple[int, ...] | None = None,
+                **inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Continues each prompt by the likeliest texts of up to T tokens.
 
   Args:
-    module, params, prompts_BL, lengths_B, **inputs: as those of `generate`.
-    max_new_tokens: T.
+    module, params, prompts_BL, lengths_B, **inputs: those of `generate`.
+    max_new_tokens: T, the largest number of new tokens.
     beams: how to search.
-    stop_token: ends a text, which is filled up with it; or several, of which
+    stop_token: the token that ends a text and fills it up; or several, of which
       the first fills up. A text of T tokens ends there.
 
   Returns:
@@ -408,13 +476,14 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
   chex.assert_rank([prompts_BL, lengths_B], [2, 1])
   B, K, T = len(prompts_BL), beams.count, max_new_tokens
   module = module.clone(config=without_capacity(module.config))
+  stops = stops_of(stop_token)
+
+  # Read the prompts, and choose the first tokens. Only the first beam counts
+  # then, since the others would be equal to it.
   logits_BV, cache, advance = begin(
       module, params, prompts_BL, lengths_B, T, copies=K, **inputs)
-  stops = stops_of(stop_token)
-  choose = functools.partial(_choose, beams, stops)
-  # Of the first step one beam counts: the others would be the same.
-  state, _ = choose(_start(B, K, T, stops), jnp.repeat(
-      logits_BV[:, None], K, 1), 0)
+  logits_BKV = jnp.repeat(logits_BV[:, None], K, axis=1)
+  state, _ = _choose(beams, stops, _start(B, K, T, stops), logits_BKV, t=0)
 
   def unfinished(carry: Any):
     t, state, _ = carry
@@ -422,132 +491,186 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   def step(carry: Any):
     t, state, cache = carry
-    logits, cache = advance(
-        cache, state.running.tokens_BKT.reshape(B * K, T), t)
-    state, parent_BK = choose(state, logits.reshape(B, K, -1), t)
-    rows = (parent_BK + K * jnp.arange(B)[:, None]).reshape(-1)
-    return t + 1, state, _reorder(cache, rows, int(not _apart(module)))
+    tokens = state.running.tokens_BKT.reshape(B * K, T)
+    logits, cache = advance(cache, tokens, t)
+    logits_BKV = logits.reshape(B, K, -1)
+    state, parent_BK = _choose(beams, stops, state, logits_BKV, t)
+    # Each text goes on with the cache of the text that it extends.
+    first_B1 = K * jnp.arange(B)[:, None]
+    rows = (parent_BK + first_B1).reshape(-1)
+    return t + 1, state, _reorder(cache, rows, _row_axis(module))
 
-  state = jax.lax.while_loop(
-      unfinished, step, (jnp.ones((), jnp.int32), state, cache))[1]
+  one = jnp.ones((), jnp.int32)
+  _, state, _ = jax.lax.while_loop(unfinished, step, (one, state, cache))
   return state.ended.tokens_BKT, state.ended.score_BK
 
 
 def _start(B: int, K: int, T: int, stops: tuple[int, ...]) -> _State:
-  tokens_BKT = jnp.full((B, K, T), stops[0] if stops else 0, jnp.int32)
+  """Returns the state before the first token: one empty text for each row."""
+  filler = stops[0] if stops else 0
+  tokens_BKT = jnp.full((B, K, T), filler, jnp.int32)
   never_BK = jnp.full((B, K), NEVER)
-  return _State(_Texts(tokens_BKT, never_BK.at[:, 0].set(0)),
-                _Texts(tokens_BKT, never_BK), jnp.zeros((B, K), bool),
-                jnp.ones(B, bool))
+  first_BK = never_BK.at[:, 0].set(0)
+  return _State(
+      running=_Texts(tokens_BKT=tokens_BKT, score_BK=first_BK),
+      ended=_Texts(tokens_BKT=tokens_BKT, score_BK=never_BK),
+      full_BK=jnp.zeros((B, K), bool),
+      open_B=jnp.ones(B, bool))
 
 
 def _choose(beams: Beams, stops: tuple[int, ...], state: _State,
             logits_BKV: jax.Array, t: jax.Array | int
             ) -> tuple[_State, jax.Array]:
-  """Adds token t to the running texts.
+  """Adds token t to the running texts: one step of the beam search.
+
+  The axis C is that of the candidates, which are each row's likeliest
+  extensions of a running text by one token.
+
+  Args:
+    beams: how to search.
+    stops: the tokens that end a text.
+    state: the state of t tokens.
+    logits_BKV: the logits of token t after each running text.
+    t: the index of the token.
 
   Returns:
-    the state; and [B, K], which running text each one goes on from.
+    The state; and [B, K], which running text each one goes on from.
   """
   B, K, V = logits_BKV.shape
   T = state.running.tokens_BKT.shape[2]
-  score_BKV = (state.running.score_BK[..., None]
-               + jax.nn.log_softmax(logits_BKV, -1))
-  # So many that K at least go on, whichever end.
+
+  # The candidates: so many that at least K go on, whichever of them end.
+  log_p_BKV = jax.nn.log_softmax(logits_BKV, -1)
+  score_BKV = state.running.score_BK[..., None] + log_p_BKV
   count = K * min(max(2, 1 + len(stops)), V)
   score_BC, place_BC = jax.lax.top_k(score_BKV.reshape(B, K * V), count)
   parent_BC, token_BC = place_BC // V, place_BC % V
-  tokens = _take(state.running.tokens_BKT, parent_BC).at[:, :, t].set(token_BC)
+  tokens_BCT = _take(state.running.tokens_BKT, parent_BC)
+  tokens_BCT = tokens_BCT.at[:, :, t].set(token_BC)
   ends_BC = jnp.broadcast_to(t + 1 == T, token_BC.shape)
   if stops:
     ends_BC |= jnp.isin(token_BC, jnp.array(stops, jnp.int32))
 
+  # The K best of those that go on.
   going_BC = jnp.where(ends_BC, NEVER + score_BC, score_BC)
-  score_BK, chosen_BK = jax.lax.top_k(going_BC, K)
-  running = _Texts(_take(tokens, chosen_BK), score_BK)
+  going_BK, chosen_BK = jax.lax.top_k(going_BC, K)
+  running = _Texts(tokens_BKT=_take(tokens_BCT, chosen_BK), score_BK=going_BK)
 
   # A text that ends counts where it is one of the K best, and where its row
   # is not done. (Those below NEVER go on from a text that is none.)
-  best_1C = jnp.arange(score_BC.shape[1])[None] < K
+  best_1C = jnp.arange(count)[None] < K
   new_BC = ends_BC & best_1C & (score_BC > NEVER / 2)
   final_BC = jnp.where(new_BC & state.open_B[:, None],
                        score_BC / beams.divisor(t + 1), NEVER)
-  score_BK, kept_BK = jax.lax.top_k(
-      jnp.concatenate([state.ended.score_BK, final_BC], 1), K)
-  ended = _Texts(
-      _take(jnp.concatenate([state.ended.tokens_BKT, tokens], 1), kept_BK),
-      score_BK)
-  full_BK = jnp.take_along_axis(
-      jnp.concatenate([state.full_BK, new_BC], 1), kept_BK, 1)
+
+  # The K best of these and of those that had ended before.
+  every_score = jnp.concatenate([state.ended.score_BK, final_BC], axis=1)
+  every_text = jnp.concatenate([state.ended.tokens_BKT, tokens_BCT], axis=1)
+  every_full = jnp.concatenate([state.full_BK, new_BC], axis=1)
+  ended_BK, kept_BK = jax.lax.top_k(every_score, K)
+  ended = _Texts(tokens_BKT=_take(every_text, kept_BK), score_BK=ended_BK)
+  full_BK = jnp.take_along_axis(every_full, kept_BK, axis=1)
+
+  # A row is done when its best running text, were it to end now, would not
+  # beat the worst of K finished ones.
   hope_B = running.score_BK[:, 0] / beams.divisor(t + 1)
   worst_B = jnp.where(full_BK.all(1), ended.score_BK.min(1), NEVER)
-  return (_State(running, ended, full_BK, state.open_B & (hope_B > worst_B)),
-          jnp.take_along_axis(parent_BC, chosen_BK, 1))
+  state = _State(running=running, ended=ended, full_BK=full_BK,
+                 open_B=state.open_B & (hope_B > worst_B))
+  return state, jnp.take_along_axis(parent_BC, chosen_BK, axis=1)
 
 
 def _take(tokens_BCT: jax.Array, chosen_BK: jax.Array) -> jax.Array:
-  return jnp.take_along_axis(tokens_BCT, chosen_BK[..., None], 1)
+  """Returns the K chosen ones of C texts a row, [B, K, T]."""
+  return jnp.take_along_axis(tokens_BCT, chosen_BK[..., None], axis=1)
 
 
 def _reorder(cache: Any, rows: jax.Array, axis: int) -> Any:
   """Returns the cache whose rows are those of the texts that go on; the beams
-  of a row share what is kept of its memory."""
-  take = lambda x: jnp.take(x, rows, axis)
-  def of(entry: Any) -> Any:
+  of a row share what is kept of its memory.
+
+  Args:
+    cache: the caches of the layers: a Cache, or the arrays of a state.
+    rows: the row that each text goes on from, [B * K].
+    axis: the axis of the rows in each array.
+  """
+
+  def take(x: jax.Array) -> jax.Array:
+    return jnp.take(x, rows, axis)
+
+  def reorder_entry(entry: Any) -> Any:
     if not isinstance(entry, Cache):  # an array of a state
       return take(entry)
-    key, value, index, inputs = jax.tree.map(take, (
-        entry.key_BMJK, entry.value_BMJK, entry.index_BMJK, entry.inputs))
     return dataclasses.replace(
-        entry, key_BMJK=key, value_BMJK=value, index_BMJK=index, inputs=inputs)
-  return jax.tree.map(of, cache, is_leaf=lambda x: isinstance(x, Cache))
+        entry,
+        key_BMJK=jax.tree.map(take, entry.key_BMJK),
+        value_BMJK=jax.tree.map(take, entry.value_BMJK),
+        index_BMJK=jax.tree.map(take, entry.index_BMJK),
+        inputs=jax.tree.map(take, entry.inputs))
+
+  return jax.tree.map(reorder_entry, cache,
+                      is_leaf=lambda x: isinstance(x, Cache))
 
 
 def write_diffusion(module: nn.Module, params: Any, prompts_BL: jax.Array,
-          lengths_B: jax.Array, key: jax.Array, *, new: int, steps: int,
-          mask: int, temperature: float) -> jax.Array:
-  """Returns the text that follows each prompt, int32 [B, new].
+                    lengths_B: jax.Array, key: jax.Array, *, new: int,
+                    steps: int, mask: int, temperature: float) -> jax.Array:
+  """Returns the text that follows each prompt, int32 [B, new], by masked
+  diffusion (LLaDA, arXiv 2502.09992, algorithm 5).
 
   Args:
     module: an encoder that gives logits of tokens.
     params: its parameters.
-    prompts_BL: prompts, padded on the right.
-    lengths_B: how many tokens of each row are its prompt's.
-    key: of the draws.
-    new: tokens to write.
-    steps: of unmasking; more than `new` are as many.
+    prompts_BL: the prompts' tokens, padded on the right.
+    lengths_B: the number of tokens of each prompt.
+    key: the key of the draws.
+    new: N, the number of tokens to write.
+    steps: S, the number of steps of unmasking; at most N are taken.
     mask: the id that stands for a masked token, which is never written.
-    temperature: of the draws; 0: the likeliest token.
+    temperature: the temperature of the draws; 0: the likeliest token.
   """
-  module = module.clone(config=without_capacity(
-      module.config))  # type: ignore[attr-defined]
+  config = module.config  # type: ignore[attr-defined]
+  module = module.clone(config=without_capacity(config))
   steps, L = min(steps, new), prompts_BL.shape[1]
-  places_L = jnp.arange(L + new)[None]
+
+  # The prompt, and after it `new` masks.
+  places_1L = jnp.arange(L + new)[None]
   ends_B1 = lengths_B[:, None] + new
-  asked_BL = (places_L >= lengths_B[:, None]) & (places_L < ends_B1)
-  real_BL = (places_L < ends_B1).astype(jnp.int32)
-  tokens_BL = jnp.where(asked_BL, mask, jnp.pad(prompts_BL, ((0, 0), (0, new))))
+  asked_BL = (places_1L >= lengths_B[:, None]) & (places_1L < ends_B1)
+  real_BL = (places_1L < ends_B1).astype(jnp.int32)
+  padded_BL = jnp.pad(prompts_BL, ((0, 0), (0, new)))
+  tokens_BL = jnp.where(asked_BL, mask, padded_BL)
 
   def step(s: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     masked_BL = asked_BL & (tokens_BL == mask)
     output: Any = module.apply({'params': params}, tokens_BL,
                                segment_ids_BL=real_BL,
                                lengths_B=ends_B1[:, 0])
+
+    # Fill every mask: the largest of logits with Gumbel noise is a draw.
     logits_BLV = output.logits.at[..., mask].set(-jnp.inf)
     drawn_BLV = logits_BLV
     if temperature:
-      drawn_BLV = logits_BLV / temperature + jax.random.gumbel(
-          jax.random.fold_in(key, s), logits_BLV.shape)
+      noise_BLV = jax.random.gumbel(jax.random.fold_in(key, s),
+                                    logits_BLV.shape)
+      drawn_BLV = logits_BLV / temperature + noise_BLV
     filled_BL = drawn_BLV.argmax(-1).astype(tokens_BL.dtype)
-    sure_BL = jnp.take_along_axis(
-        jax.nn.softmax(logits_BLV, -1), filled_BL[..., None], -1)[..., 0]
-    sure_BL = jnp.where(masked_BL, sure_BL, jnp.where(asked_BL, 2.0, -1.0))
+
+    # The surest fillings stay. Those that have stayed before count as surer
+    # (2) than any probability, and the prompt and the padding as less (-1).
+    p_BLV = jax.nn.softmax(logits_BLV, -1)
+    sure_BL1 = jnp.take_along_axis(p_BLV, filled_BL[..., None], -1)
+    other_BL = jnp.where(asked_BL, 2.0, -1.0)
+    sure_BL = jnp.where(masked_BL, sure_BL1[..., 0], other_BL)
     stays_BL = among_largest(sure_BL, new * (s + 1) // steps)
     return jnp.where(masked_BL & stays_BL, filled_BL, tokens_BL)
 
   tokens_BL = jax.lax.fori_loop(0, steps, step, tokens_BL)
-  return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(
-      row, start, new))(tokens_BL, lengths_B)
+
+  def cut(row: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(row, start, new)
+
+  return jax.vmap(cut)(tokens_BL, lengths_B)
 
 
 def among_largest(x_BL: jax.Array, count: jax.Array | int) -> jax.Array:
