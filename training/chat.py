@@ -20,7 +20,7 @@ import architectures
 from architectures.parts import blocks
 from architectures.parts import skeletons
 from architectures.parts.moe.layer import without_capacity
-from common.errors import require
+from common.errors import RequestError, require
 from training import generate, objectives, parameters, runs
 from training.data import conversations, inputs, tokenizers
 from training.data.tokenizers import Tokenizer
@@ -29,11 +29,11 @@ from training.hf import weights
 from training.objectives import causal
 from training.objectives import Talk
 
-# So many tokens are read at once; what is left of the last piece is padding,
-# which the next tokens overwrite.
+# The numbers of tokens that are read at once, ascending; the rest of the last
+# piece is padding, which the next tokens overwrite.
 PIECES = (1, 32, 256)
-REPLACEMENT = '\ufffd'  # what decoders write for bytes that are no character
-# What there is for a model that cannot be talked with.
+REPLACEMENT = '\ufffd'  # Decoders write this for bytes that are no character.
+# The advice for a model that cannot be talked with.
 INSTEAD = ('its model does not write a text from left to right: eval.py has '
            '--prompt, and --tasks=fill_mask, diffusion_samples, labels and '
            'embed')
@@ -45,8 +45,8 @@ class Speaker(NamedTuple):
   Attributes:
     module, params: the model.
     tokenizer: its tokenizer.
-    talk: how it is asked.
-    options: what generation_config.json says of its draws; {}: nothing.
+    talk: how it is talked with.
+    options: the options of its draws in generation_config.json; {}: none.
   """
   module: nn.Module
   params: Any
@@ -60,8 +60,8 @@ def of_run(workdir: epath.Path, step: int | str | None = None,
   """Returns the model of a run.
 
   Args:
-    workdir: its folder.
-    step: which checkpoint; 'best'; None: the newest.
+    workdir: the folder of the run.
+    step: the checkpoint to read; 'best'; None: the newest.
     template: a chat template, as data.chat_template names one; '': the run's.
 
   Raises:
@@ -69,30 +69,39 @@ def of_run(workdir: epath.Path, step: int | str | None = None,
   """
   config = runs.config_of(workdir)
   objective = objectives.of(config)
-  require(objective.talks, f'objective {config.objective!r}: '
-          + INSTEAD)
+  require(objective.talks, f'objective {config.objective!r}: {INSTEAD}')
+
+  # The model.
   tokenizer = runs.tokenizer_of(workdir, config)
   generation = hf_generation.kept(workdir)
   module = architectures.build(runs.model_of(workdir, config))
   restored = parameters.on_one_device(workdir, module, step)
+
+  # How it is talked with: as it was trained, or as its import says.
   talk = objective.talk(config, tokenizer)
   if generation is not None or template:
-    talk = _talk(tokenizer, generation, template, talk,
-                 hf_generation.is_published(workdir, restored.step))
-  return Speaker(module, restored.state, tokenizer, talk,
-                 (generation and generation.options) or {})
+    is_published = hf_generation.is_published(workdir, restored.step)
+    talk = _talk(tokenizer, generation, template, usual=talk,
+                 published=is_published)
+  options = None
+  if generation is not None:
+    options = generation.options
+  return Speaker(module=module, params=restored.state, tokenizer=tokenizer,
+                 talk=talk, options=options or {})
 
 
 def of_folder(folder: epath.Path, template: str = '') -> Speaker:
   """Returns the model of a Hugging Face folder; see `of_run`."""
   model = hf_config.read(hf_config.load_config_json(folder))
-  require(architectures.stack(model) == 'decoder' and model.head == 'lm',
-          f'{folder}: {INSTEAD}')
+  if architectures.stack(model) != 'decoder' or model.head != 'lm':
+    raise RequestError(f'{folder}: {INSTEAD}')
   tokenizer = tokenizers.load(str(folder))
   generation = hf_generation.of_folder(folder)
-  talk = _talk(tokenizer, generation, template, causal.goes_on(tokenizer), True)
-  return Speaker(*weights.from_hf(folder), tokenizer, talk,
-                 generation.options or {})
+  talk = _talk(tokenizer, generation, template,
+               usual=causal.goes_on(tokenizer), published=True)
+  module, params = weights.from_hf(folder)
+  return Speaker(module=module, params=params, tokenizer=tokenizer, talk=talk,
+                 options=generation.options or {})
 
 
 def _talk(tokenizer: Tokenizer, generation: hf_generation.Generation | None,
@@ -101,23 +110,27 @@ def _talk(tokenizer: Tokenizer, generation: hf_generation.Generation | None,
   with the tokens of its generation_config.json.
 
   Args:
-    tokenizer: the model's.
-    generation: what its folder says of generation.
-    template: instead of the folder's own; '': that one, where it has one.
+    tokenizer: the tokenizer of the model.
+    generation: what the model's folder says of generation.
+    template: the chat template to use; '': that of the folder, if it has one.
     usual: how the model is talked with where there is none.
     published: whether the weights are the folder's, not trained here; else a
       text begins with the separator, as in training.
   """
-  ends = frozenset(hf_generation.ids(generation).get('eos_token_id', ()))
+  end_ids = hf_generation.ids(generation).get('eos_token_id', ())
+  ends = frozenset(end_ids)
+  if template:
+    given = conversations.read(template, tokenizer)
+    return causal.templated(given, ends, '')
+  if not usual.plain:
+    return usual._replace(ends=ends or usual.ends)
   folder = epath.Path(tokenizer.name)
-  if template or (conversations.in_folder(folder) is not None
-                  and usual.plain):
-    return causal.templated(
-        conversations.read(template or str(folder), tokenizer), ends,
-        '' if template else 'answers by its chat template')
-  if usual.plain:
-    return hf_generation.plain(tokenizer, generation) if published else usual
-  return usual._replace(ends=ends or usual.ends)
+  if conversations.in_folder(folder) is not None:
+    of_model = conversations.read(str(folder), tokenizer)
+    return causal.templated(of_model, ends, 'answers by its chat template')
+  if published:
+    return hf_generation.plain(tokenizer, generation)
+  return usual
 
 
 class Engine:
@@ -130,8 +143,8 @@ class Engine:
   of a model that REREADS, where it has come to be longer than what turns alike.
 
   Attributes:
-    context: how many tokens the cache holds.
-    num_read: how many tokens were read so far, padding apart.
+    context: the number of tokens that the cache has room for.
+    num_read: the number of tokens that were read so far, padding apart.
   """
 
   def __init__(self, module: nn.Module, params: Any, context: int,
@@ -145,68 +158,105 @@ class Engine:
       self._params, self._cache = jax.jit(skeletons.one_by_one)(
           params, self._cache)
     self._key = jax.random.key(seed)
-    self._ids = np.zeros(0, np.int32)  # what the cache holds
-    self._state = blocks.with_state(config)
+    self._ids = np.zeros(0, np.int32)  # the tokens in the cache
+    self._has_state = blocks.with_state(config)
     self._ends = generate.rereads_at(module)
     self.context, self.num_read = context, 0
 
   def draw(self, ids: Sequence[int] | np.ndarray) -> int:
-    """Returns the token drawn after `ids`, int32 [T], of which T <= context.
+    """Returns the token drawn after `ids`, int32 [T], where T <= context.
 
-    From the first one on that differs from what the cache holds, they are read.
+    Tokens are read from the first one on that differs from the cache.
     """
     ids = np.asarray(ids, np.int32)
     assert 0 < len(ids) <= self.context
     vocab_size = self._module.config.vocab_size
     inputs.check_ids('the text', ids, vocab_size)
-    known = min(len(self._ids), len(ids) - 1)
-    differ = np.flatnonzero(self._ids[:known] != ids[:known])
-    start = int(differ[0]) if differ.size else known
-    outgrown = len(set(np.searchsorted(
-        self._ends, [len(self._ids), len(ids)]))) > 1
-    if outgrown or self._state and start < len(self._ids):
-      self._cache = jax.tree.map(jnp.zeros_like, self._cache)
-      start = 0
+
+    # The key of this draw, and the tokens that a penalty counts.
     self._key, key = jax.random.split(self._key)
     seen_1V = None
     if self._sampling.remembers:
       seen_1V = np.zeros((1, vocab_size), bool)
       seen_1V[0, ids] = True
+
+    # Read what is new, piece by piece; what the last piece draws counts.
+    start = self._first_to_read(ids)
     while start < len(ids):
-      left, room = len(ids) - start, self.context - start
-      # One that takes all that is left, and else the largest that this fills.
-      size = next((size for size in PIECES if left <= size <= room), None)
-      size = size or max(size for size in PIECES if size <= left)
+      size = self._piece_size(start, len(ids))
       piece = ids[start:start + size]
+      padded_1P = np.pad(piece, (0, size - len(piece)))[None]
       token, self._cache = _read(
-          self._module, self._sampling, self._apart, self._params, self._cache,
-          np.pad(piece, (0, size - len(piece)))[None], np.int32(start),
-          np.int32(len(piece) - 1), np.array([len(ids)], np.int32), key,
-          seen_1V, self._state)
+          module=self._module, sampling=self._sampling, apart=self._apart,
+          params=self._params, cache=self._cache, tokens_1P=padded_1P,
+          start=np.int32(start), last=np.int32(len(piece) - 1),
+          lengths_1=np.array([len(ids)], np.int32), key=key, seen_1V=seen_1V,
+          has_state=self._has_state)
       self.num_read += len(piece)
       start += len(piece)
     self._ids = ids
     return int(token)
 
+  def _first_to_read(self, ids: np.ndarray) -> int:
+    """Returns the place from which tokens have to be read, the last one at the
+    latest. Where it is the first of all, the cache is emptied if need be."""
+    known = min(len(self._ids), len(ids) - 1)
+    differ = np.flatnonzero(self._ids[:known] != ids[:known])
+    start = int(differ[0]) if differ.size else known
+    passed_before, passed = np.searchsorted(
+        self._ends, [len(self._ids), len(ids)])
+    takes_back = self._has_state and start < len(self._ids)
+    if passed_before == passed and not takes_back:
+      return start
+    self._cache = jax.tree.map(jnp.zeros_like, self._cache)
+    return 0
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 11),
-                   donate_argnums=4)
+  def _piece_size(self, start: int, end: int) -> int:
+    """Returns the size of the next piece: the smallest one that takes all that
+    is left, and else the largest one that is filled by it."""
+    left, room = end - start, self.context - start
+    for size in PIECES:
+      if left <= size <= room:
+        return size
+    return max(size for size in PIECES if size <= left)
+
+
+@functools.partial(
+    jax.jit, static_argnames=('module', 'sampling', 'apart', 'has_state'),
+    donate_argnames='cache')
 def _read(module: nn.Module, sampling: generate.Sampling, apart: bool,
           params: Any, cache: Any, tokens_1P: jax.Array, start: jax.Array,
           last: jax.Array, lengths_1: jax.Array, key: jax.Array,
-          seen_1V: jax.Array | None, state: bool) -> tuple[jax.Array, Any]:
-  """Puts tokens into the cache from slot `start` on; returns what is drawn
-  after the token `last` of them, and the cache. `lengths_1` is the length of
-  the whole text. A `state` is told that those after it are padding."""
+          seen_1V: jax.Array | None, has_state: bool) -> tuple[jax.Array, Any]:
+  """Reads P tokens into the cache, and draws the token after them.
+
+  Args:
+    module, params: the model.
+    sampling: how the token is drawn.
+    apart: whether its layers follow one another in the program.
+    cache: the cache.
+    tokens_1P: the tokens, padded on the right.
+    start: the slot of the first of them.
+    last: the index of the last one that is no padding.
+    lengths_1: the length of the whole text.
+    key: the key of the draw.
+    seen_1V: bool, the tokens that the text has; None: the draw needs none.
+    has_state: whether the model has a state, which is told what is padding.
+
+  Returns:
+    The token, and the cache.
+  """
   places_1P = jnp.arange(tokens_1P.shape[1])[None]
-  options = dict(valid_BL=(places_1P <= last).astype(jnp.int32)
-                 ) if state else {}
+  options = {}
+  if has_state:
+    options['valid_BL'] = (places_1P <= last).astype(jnp.int32)
   output: Any = module.apply(
       {'params': params}, tokens_1P, positions_BL=start + places_1P,
       cache=cache, one_by_one=apart, lengths_B=lengths_1, **options)
-  last_11D = jax.lax.dynamic_slice_in_dim(output.hidden, last, 1, 1)
+  last_11D = jax.lax.dynamic_slice_in_dim(output.hidden, last, 1, axis=1)
   logits_1V = output.head.logits(last_11D)[:, 0]
-  return sampling(logits_1V, key, seen_1V)[0], output.cache
+  token_1 = sampling(logits_1V, key, seen_1V)
+  return token_1[0], output.cache
 
 
 class Stream:
@@ -216,13 +266,13 @@ class Stream:
   what may be the beginning of a stop string.
 
   Args:
-    tokenizer: the model's.
-    stops: strings before which the answer ends.
-    lead: what the answer may begin with that is no part of it.
-    prompt: the ids of a text that the answer goes on from; (): of none.
+    tokenizer: the tokenizer of the model.
+    stops: the strings before which the answer ends.
+    lead: a text that the answer may begin with and that is no part of it.
+    prompt: the ids of a text that the answer goes on from; (): there is none.
 
   Attributes:
-    stopped: whether a stop string was found.
+    stopped: whether a stop string has come.
   """
 
   def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (),
@@ -239,10 +289,16 @@ class Stream:
     text = self._decoded(whole=False)
     cut = generate.before(text, self._stops)
     self.stopped = len(cut) < len(text)
-    may_begin_a_stop = 0 if self.stopped else max((
-        size for stop in self._stops for size in range(1, len(stop))
-        if cut.endswith(stop[:size])), default=0)
-    return self._show(cut[:len(cut) - may_begin_a_stop])
+    if self.stopped:
+      return self._show(cut)
+
+    # The longest end of the text that a stop string may begin with waits.
+    waiting = 0
+    for stop in self._stops:
+      for size in range(1, len(stop)):
+        if cut.endswith(stop[:size]):
+          waiting = max(waiting, size)
+    return self._show(cut[:len(cut) - waiting])
 
   def end(self) -> str:
     """Returns what is left to show, now that no token follows."""
@@ -254,15 +310,21 @@ class Stream:
     return generate.before(self._decoded(whole=True), self._stops)
 
   def _show(self, text: str) -> str:
+    """Returns the part of a text that was not shown before."""
     new = text[self._shown:]
     self._shown = max(self._shown, len(text))
     return new
 
   def _decoded(self, whole: bool) -> str:
-    """The text of all tokens, without its lead; of a last character that is
-    not `whole` yet, nothing."""
+    """Returns the text of all tokens, without its lead.
+
+    Args:
+      whole: whether no token follows; else a last character whose bytes have
+        not all come is left out.
+    """
     data = tokenizers.spelt(self._tokenizer, self._ids, self._prompt)
-    text = codecs.getincrementaldecoder('utf-8')('replace').decode(data, whole)
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    text = decoder.decode(data, final=whole)
     if not whole:  # some tokenizers decode to text, and write it themselves
       text = text.rstrip(REPLACEMENT)
       if self._lead.startswith(text):
@@ -278,11 +340,11 @@ class Session:
   where the template writes something else than before.
 
   Args:
-    engine: draws the tokens.
-    tokenizer: the model's.
-    talk: how the model is asked.
-    most: tokens of an answer.
-    stops: strings before which an answer ends.
+    engine: the engine that draws the tokens.
+    tokenizer: the tokenizer of the model.
+    talk: how the model is talked with.
+    most: the largest number of tokens of an answer.
+    stops: the strings before which an answer ends.
     system: the system text; '': none.
 
   Attributes:
@@ -299,13 +361,15 @@ class Session:
                most: int, stops: Sequence[str] = (), system: str = ''):
     self._engine, self._tokenizer, self._talk = engine, tokenizer, talk
     self._most, self._stops = most, stops
-    self._system = [dict(role='system', content=system)] * bool(system)
+    self._system: list[dict[str, str]] = []
     self.messages: list[dict[str, str]] = []
     self.ended = ''
-    require(not system or talk.system, 'a system text has no place: the model '
-            f'{talk.words}')
-    if system:  # a template may have no place for it, either
-      talk.encode([*self._system, dict(role='user', content='x')])
+    if not system:
+      return
+    require(talk.system, f'a system text has no place: the model {talk.words}')
+    self._system = [dict(role='system', content=system)]
+    # A template may have no place for it, either.
+    talk.encode([*self._system, dict(role='user', content='x')])
 
   def reset(self) -> None:
     """Begins a new conversation, with the same system text."""
@@ -331,8 +395,9 @@ class Session:
             'answer: shorten it, begin another with /reset, or pass a larger '
             '--context, up to the max_len of the model')
     self.messages = asked
-    stream = Stream(self._tokenizer, self._stops, self._talk.lead,
-                    ids.tolist() if self._talk.plain else ())
+    prompt = ids.tolist() if self._talk.plain else ()
+    stream = Stream(self._tokenizer, self._stops, lead=self._talk.lead,
+                    prompt=prompt)
     try:
       yield from self._written(ids, stream, stopped)
     finally:
@@ -340,6 +405,13 @@ class Session:
 
   def _written(self, ids: np.ndarray, stream: Stream,
                stopped: Callable[[], bool]) -> Iterator[str]:
+    """Yields the pieces of an answer, and sets `ended`.
+
+    Args:
+      ids: the tokens of the conversation, [T].
+      stream: the stream that turns the new tokens into text.
+      stopped: whether to end the answer here.
+    """
     self.ended = 'length'
     for _ in range(self._most):
       token = self._engine.draw(ids)
@@ -347,11 +419,25 @@ class Session:
         self.ended = 'end'
         break
       ids = np.append(ids, np.int32(token))
-      if piece := stream.add(token):
+      piece = stream.add(token)
+      if piece:
         yield piece
-      if stream.stopped or stopped() or len(ids) > self._engine.context:
-        self.ended = ('stop' if stream.stopped else
-                      'interrupted' if stopped() else 'context')
+      reason = self._reason_to_end(len(ids), stream, stopped)
+      if reason:
+        self.ended = reason
         break
-    if piece := stream.end():
+    piece = stream.end()
+    if piece:
       yield piece
+
+  def _reason_to_end(self, length: int, stream: Stream,
+                     stopped: Callable[[], bool]) -> str:
+    """Returns why an answer ends at this length, as in `ended`; '': it goes
+    on."""
+    if stream.stopped:
+      return 'stop'
+    if stopped():
+      return 'interrupted'
+    if length > self._engine.context:
+      return 'context'
+    return ''
