@@ -7,13 +7,13 @@ head of a task: the head is drawn then, and what only the language model's head
 needed is passed over. With init_partial what fits is taken, the rest is as it
 was drawn, and every difference is listed.
 
-What a checkpoint is evaluated with, exported and continued from are its
-parameters; or their average, of a run with optim.ema, unless those that were
-trained are asked for by `live`; or the mean of several checkpoints, where
-several are named (checkpoints.Mean).
+A checkpoint is evaluated, exported and continued with its parameters; with
+their average in a run with optim.ema, unless `live` asks for those that were
+trained; or with the mean of several checkpoints, where several are named
+(checkpoints.Mean).
 
-What reads the weights of another training is imported by the functions that do:
-most runs begin without.
+The modules that read the weights of another training are imported by the
+functions that use them: most runs begin without.
 """
 
 from collections.abc import Sequence
@@ -51,15 +51,19 @@ def restore(run: runs.Run, saved: checkpoints.Checkpoints
   state is that of a run before its first step with them."""
   if not checkpoints.steps(saved.directory):
     return None
-  restored = checkpoints.restore(
-      saved.directory,
-      lambda arrays: None if checkpoints.parameters_alone(arrays) else
-      run.abstract)
+
+  def wanted(arrays: dict[str, dict]) -> runs.TrainState | None:
+    """Returns the state to read; None: there is only a record to read."""
+    if checkpoints.parameters_alone(arrays):
+      return None
+    return run.abstract
+
+  restored = checkpoints.restore(saved.directory, wanted)
   if devices.primary():
     _warn(restored)
   if restored.state is None:
-    restored = restored._replace(state=create(
-        run, saved.directory.parent, restored.step))
+    state = create(run, saved.directory.parent, restored.step)
+    restored = restored._replace(state=state)
     if devices.primary():
       print('starting from the parameters in this workdir')
   saved.go_on_from(restored)
@@ -67,6 +71,7 @@ def restore(run: runs.Run, saved: checkpoints.Checkpoints
 
 
 def _warn(restored: checkpoints.Restored) -> None:
+  """Prints which checkpoints were passed over because they are damaged."""
   for sentence in restored.damaged:
     print(f'warning: {sentence}', file=sys.stderr)
 
@@ -81,7 +86,7 @@ def create(run: runs.Run, source: str | epath.Path, step: int | None = None
   Args:
     run: the run.
     source: config.init_from; '' for none.
-    step: of a workdir, which checkpoint; None: the newest good one.
+    step: the checkpoint of a workdir; None: the newest good one.
 
   Raises:
     RequestError: for a source that is none, or of another model.
@@ -104,13 +109,14 @@ def create(run: runs.Run, source: str | epath.Path, step: int | None = None
 def check_source(source: str) -> None:
   """Raises RequestError where config.init_from names nothing that is there."""
   path = _path(source)
-  if source and not storage.in_bucket(path):
-    require(os.path.exists(path),
-            f'init_from is {source!r}: no such folder or file (one of the hub '
-            'is hf://ORG/NAME)')
-    require(not storage.has_config(path) or run_config.has_begun(path),
-            f'init_from is {source!r}, the folder of a run that has no '
-            'checkpoint')
+  if not source or storage.in_bucket(path):
+    return
+  require(os.path.exists(path),
+          f'init_from is {source!r}: no such folder or file (one of the hub '
+          'is hf://ORG/NAME)')
+  if storage.has_config(path) and not run_config.has_begun(path):
+    raise RequestError(f'init_from is {source!r}, the folder of a run that has '
+                       'no checkpoint')
 
 
 def check_tokenizer(config: objectives.Config, ours: Tokenizer) -> None:
@@ -122,20 +128,18 @@ def check_tokenizer(config: objectives.Config, ours: Tokenizer) -> None:
   ignored = 'data.tokenizer' in objectives.of(config).ignores
   if not config.init_from or config.init_partial or ignored:
     return
+
+  # The tokenizer of the weights, by its name or folder.
   path = _path(config.init_from)
   if checkpoints.directory(path).exists():
     spec = run_config.load_config(path).data.tokenizer
-    replaced = provenance.check_data(
-        run_config.starts(path), pipeline.of_tokenizer(config, ours),
-        allowed=True)
-    require(not replaced, f'init_from is {config.init_from!r}, whose weights '
-            f'were trained with what data.tokenizer {ours.name!r} held before '
-            'it was replaced: put the file back, or pass '
-            '--config.init_partial=True to take the weights all the same')
+    _check_tokenizer_file(config, ours, path)
   elif hub.repository(config.init_from):
     spec = config.init_from
   else:
     spec = str(_folder(path))
+
+  # Its vocabulary, if it can be read.
   if spec == config.data.tokenizer or hf_tokenizer.is_stand_in(spec):
     return
   try:
@@ -148,42 +152,71 @@ def check_tokenizer(config: objectives.Config, ours: Tokenizer) -> None:
           'or --config.init_partial=True to take the weights all the same')
 
 
+def _check_tokenizer_file(config: objectives.Config, ours: Tokenizer,
+                          source: epath.Path) -> None:
+  """Raises RequestError where the tokenizer of a run holds something else than
+  it held when the run in `source` was trained with it."""
+  starts = run_config.starts(source)
+  contents = pipeline.of_tokenizer(config, ours)
+  replaced = provenance.check_data(starts, contents, allowed=True)
+  require(not replaced, f'init_from is {config.init_from!r}, whose weights '
+          f'were trained with what data.tokenizer {ours.name!r} held before '
+          'it was replaced: put the file back, or pass '
+          '--config.init_partial=True to take the weights all the same')
+
+
 def _check_labels(run: runs.Run, source: epath.Path) -> None:
   """Raises RequestError where the outputs of the head that is taken stand for
   other labels than those of the run."""
   from training.hf import config as hf_config
   if run.model.head == 'lm' or run.config.init_partial:
     return
+  theirs: tuple[str, ...] = ()
   if checkpoints.directory(source).exists():
     theirs = hf_config.meaningful_labels(run_config.labels(source))
   else:
     tree = hf_config.load_config_json(_folder(source))
-    # That of a language model has a table that says nothing.
-    theirs = hf_config.labels(tree) if hf_config.read(tree).head != 'lm' else ()
+    # A language model's table of labels says nothing.
+    if hf_config.read(tree).head != 'lm':
+      theirs = hf_config.labels(tree)
   ours = tuple(objectives.with_labels(run.config).data.labels)
-  require(ours == theirs or not (ours and theirs), f'init_from {str(source)!r} '
-          f'has the labels {short(", ".join(theirs))}, in this order, and the '
-          f'run {short(", ".join(ours))}: set data.labels to the first')
+  if ours and theirs and ours != theirs:
+    raise RequestError(
+        f'init_from {str(source)!r} has the labels {short(", ".join(theirs))}, '
+        f'in this order, and the run {short(", ".join(ours))}: set data.labels '
+        'to the first')
 
 
 def _path(source: str | epath.Path) -> epath.Path:
+  """Returns the path of a source on this machine or in a bucket."""
   return storage.path(hub.local(source), 'init_from')
 
 
 def _folder(path: epath.Path) -> epath.Path:
+  """Returns the folder of a file, or the folder itself."""
   return path.parent if path.is_file() else path
 
 
 def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any
                        ) -> tuple[Any, list[str]]:
-  """Returns (parameters, a line for each thing that was skipped). Low-rank
-  adapters are those of the run, as they were drawn."""
+  """Reads the weights of a Hugging Face folder or file.
+
+  Args:
+    run: the run.
+    source: the folder or file.
+    drawn: the parameters of the run as they were drawn, of which its low-rank
+      adapters are taken.
+
+  Returns:
+    The parameters, and a line for each thing that was skipped.
+  """
   from training.hf import config as hf_config, files, weights
-  module = architectures.build(weights.without_adapters(run.model))
-  theirs = dataclasses.replace(  # optional heads are drawn or passed over
-      hf_config.read(hf_config.load_config_json(_folder(source))),
-      next_sentence=module.config.next_sentence)
   partial = run.config.init_partial
+  module = architectures.build(weights.without_adapters(run.model))
+  theirs = hf_config.read(hf_config.load_config_json(_folder(source)))
+  # Optional heads are drawn or passed over.
+  theirs = dataclasses.replace(
+      theirs, next_sentence=module.config.next_sentence)
   skipped = _differences(module.config, theirs, source, partial)
   with run.context():
     loaded = weights.read_params(
@@ -196,57 +229,101 @@ def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any
 
 def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
                   step: int | None) -> tuple[Any, list[str]]:
-  """Returns (parameters, skipped) of the newest good checkpoint there, or of
-  that of `step`. Its adapters are taken where they are those of this run; of a
-  model without any, those of this run are as they were drawn."""
+  """Reads the weights of a checkpoint of another run.
+
+  Args:
+    run: the run.
+    source: the folder of the other run.
+    drawn: the parameters of the run as they were drawn. Its low-rank adapters
+      are taken where the other model has none, and else those of the
+      checkpoint, which must be alike.
+    step: the checkpoint; None: the newest good one.
+
+  Returns:
+    The parameters, and a line for each thing that was skipped.
+  """
   from training.hf import weights
   theirs = runs.model_of(source)
   model, abstract, initial = run.model, run.abstract.params, drawn
-  if not weights.same_adapters(model, theirs):
+  same_adapters = weights.same_adapters(model, theirs)
+  if not same_adapters:
     require(not theirs.lora.rank, f'init_from is {str(source)!r}, whose model '
             'has other low-rank adapters than the run: begin with its export, '
             'which python -m tools.convert export writes')
     model = weights.without_adapters(model)
     abstract, initial = weights.without(abstract), weights.without(drawn)
+
+  # The differences of the models, and of their parameters.
   partial, folder = run.config.init_partial, checkpoints.directory(source)
   skipped = _differences(model, theirs, source, partial)
   wanted = {'params': abstract}
   saved = checkpoints.arrays(folder, step)
-  drawn_by = theirs.find(GeneratorConfig)
   if saved and (partial or weights.is_new_head(model, theirs)):
     wanted, lines = _fitting(wanted, saved)
-    require(not drawn_by or not drawn_by.num_layers
-            or drawn_by.sharing == 'whole', f'init_from is '
-            f'{str(source)!r}, whose table of tokens is the sum of two: begin '
-            'with its export, which python -m tools.convert export writes')
-    apart = weights.left_out(architectures.build(model), theirs) | (
-        weights.left_out(architectures.build(theirs), model))
-    wrong = [line for path, line in lines.items() if not (
-        path.startswith(f'params/{weights.TASK}')
-        or path.removeprefix('params/') in apart)]
-    require(partial or not wrong, f'init_from {str(source)!r}: '
-            + '; '.join(wrong) + '. To take what fits all the same: '
-            '--config.init_partial=True')
+    _check_fitting(model, theirs, source, wanted, lines, partial)
     skipped += lines.values()
-    require(wanted, f'init_from is {str(source)!r}, of which nothing fits this '
-            'model')
+
+  # What fits is read, and the rest is as it was drawn.
   restored = of_checkpoint(folder, wanted['params'], step)
   if step is None:
     _warn(restored)
   params = checkpoints.nest(
       paths.flatten(initial) | paths.flatten(restored.state))
-  return params if initial is drawn else weights.beside(params, drawn), skipped
+  if not same_adapters:
+    params = weights.beside(params, drawn)
+  return params, skipped
 
 
 def _fitting(wanted: Any, saved: dict[str, dict]
              ) -> tuple[dict, dict[str, str]]:
-  """Returns what of `wanted` is in `saved` alike, and a line for each path of
-  the rest."""
+  """Returns the part of `wanted` that is alike in `saved`, and a line for each
+  path of the rest."""
   flat = paths.flatten(wanted)
-  lines = {name: line for name, line in checkpoints.differences(
-      saved, flat).items() if name in flat or name.startswith('params/')}
-  return checkpoints.nest({name: x for name, x in flat.items()
-                           if name not in lines}), lines
+  lines = {}
+  for name, line in checkpoints.differences(saved, flat).items():
+    if name in flat or name.startswith('params/'):
+      lines[name] = line
+  fitting = {name: x for name, x in flat.items() if name not in lines}
+  return checkpoints.nest(fitting), lines
+
+
+def _check_fitting(ours: ModelConfig, theirs: ModelConfig, source: epath.Path,
+                   wanted: dict, lines: dict[str, str], partial: bool) -> None:
+  """Raises RequestError unless the parameters that fit may be taken without
+  those that do not.
+
+  Args:
+    ours: the model of the run.
+    theirs: the model of the weights.
+    source: the folder of the weights.
+    wanted: the parameters that fit.
+    lines: a line for each path of the others.
+    partial: config.init_partial.
+  """
+  from training.hf import weights
+  generator = theirs.find(GeneratorConfig)
+  if generator is not None and generator.num_layers and (
+      generator.sharing != 'whole'):
+    raise RequestError(
+        f'init_from is {str(source)!r}, whose table of tokens is the sum of '
+        'two: begin with its export, which python -m tools.convert export '
+        'writes')
+
+  # The head of a task, and what one of the two models is without, may differ.
+  ours_apart = weights.left_out(architectures.build(ours), theirs)
+  theirs_apart = weights.left_out(architectures.build(theirs), ours)
+  wrong = []
+  for path, line in lines.items():
+    name = path.removeprefix('params/')
+    is_task = path.startswith(f'params/{weights.TASK}')
+    if not is_task and name not in ours_apart | theirs_apart:
+      wrong.append(line)
+  if wrong and not partial:
+    raise RequestError(
+        f'init_from {str(source)!r}: {"; ".join(wrong)}. To take what fits all '
+        'the same: --config.init_partial=True')
+  require(bool(wanted), f'init_from is {str(source)!r}, of which nothing fits '
+          'this model')
 
 
 def _differences(ours: ModelConfig, theirs: ModelConfig, path: epath.Path,
@@ -256,19 +333,20 @@ def _differences(ours: ModelConfig, theirs: ModelConfig, path: epath.Path,
   a RequestError. The length may differ where no position is learned."""
   from training.hf import config as hf_config, weights
   if weights.is_new_head(ours, theirs):
-    theirs = dataclasses.replace(theirs, head=ours.head, pooling=ours.pooling,
-                                 num_labels=ours.num_labels)
+    theirs = dataclasses.replace(
+        theirs, head=ours.head, pooling=ours.pooling,
+        num_labels=ours.num_labels)
   if ours.position == theirs.position and math.isinf(positions.reach(ours)):
     theirs = dataclasses.replace(theirs, max_len=ours.max_len)
-  lines = [f'{line} as in its config.json'
-           for line in hf_config.different(ours, theirs).values()]
+  different = hf_config.different(ours, theirs)
+  lines = [f'{line} as in its config.json' for line in different.values()]
   require(partial or not lines, f'init_from {str(path)!r}: {"; ".join(lines)}. '
           'Set these fields to begin with all of it, or take what fits all the '
           'same: --config.init_partial=True')
   return lines
 
 
-# Of a checkpoint.
+# From a checkpoint.
 
 
 def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
@@ -276,27 +354,20 @@ def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
   """Returns a checkpoint whose `state` are parameters.
 
   Args:
-    folder: what checkpoints.directory(workdir) returns.
-    params: which ones, as ShapeDtypeStructs with shardings.
-    step: which checkpoint, or the mean of which; None: the newest good one.
+    folder: the folder that checkpoints.directory(workdir) returns.
+    params: the parameters to read, as ShapeDtypeStructs with shardings.
+    step: the checkpoint, or the checkpoints whose mean is taken; None: the
+      newest good one.
     live: take the parameters themselves, where an average is kept as well.
 
   Raises:
     RequestError: there is no such checkpoint, or not of these parameters.
   """
   if isinstance(step, checkpoints.Mean):
-    there = checkpoints.steps(folder)
-    require(len(there) >= step.last, f'the mean of the last {step.last} '
-            f'checkpoints was asked for, and {folder} has {len(there)}: '
-            f'{", ".join(map(str, there)) or "none"}')
-    steps = sorted(step.steps) or there[-step.last:]
-    each = [of_checkpoint(folder, params, n, live=live) for n in steps]
-    return each[-1]._replace(
-        state=mean([one.state for one in each]),
-        what=f'the mean of steps {", ".join(map(str, steps))}'
-        + f', each {each[-1].what}' * bool(each[-1].what))
+    return _mean_of_checkpoints(folder, params, step, live)
 
-  def asked(saved: dict[str, Any]):
+  def wanted(saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arrays to read, given those that were saved."""
     leaves = {}
     for path, x in paths.flatten(params).items():
       if not live and f'ema/{path}' in saved:
@@ -306,22 +377,46 @@ def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
         leaves[f'params/{path}'] = x
     return checkpoints.nest(leaves)
 
-  restored = checkpoints.restore(folder, asked, step, partial=True)
-  arrays = {path.partition('/')[2]: x
-            for path, x in paths.flatten(restored.state).items()}
-  return restored._replace(
-      state=jax.tree_util.tree_map_with_path(
-          lambda path, x: arrays[paths.join(path)].astype(x.dtype), params),
-      what='the average (optim.ema)' if 'ema' in restored.state else '')
+  restored = checkpoints.restore(folder, wanted, step, partial=True)
+
+  # The tree of parameters, whichever part of the state each one is from.
+  arrays = {}
+  for path, x in paths.flatten(restored.state).items():
+    _, _, name = path.partition('/')
+    arrays[name] = x
+  state = jax.tree_util.tree_map_with_path(
+      lambda path, x: arrays[paths.join(path)].astype(x.dtype), params)
+  what = 'the average (optim.ema)' if 'ema' in restored.state else ''
+  return restored._replace(state=state, what=what)
+
+
+def _mean_of_checkpoints(folder: epath.Path, params: Any,
+                         wanted: checkpoints.Mean, live: bool
+                         ) -> checkpoints.Restored:
+  """Returns the mean of several checkpoints; see `of_checkpoint`."""
+  available = checkpoints.steps(folder)
+  if len(available) < wanted.last:
+    names = ', '.join(map(str, available)) or 'none'
+    raise RequestError(
+        f'the mean of the last {wanted.last} checkpoints was asked for, and '
+        f'{folder} has {len(available)}: {names}')
+  steps = sorted(wanted.steps) or available[-wanted.last:]
+  each = [of_checkpoint(folder, params, step, live=live) for step in steps]
+  newest = each[-1]
+  what = f'the mean of steps {", ".join(map(str, steps))}'
+  if newest.what:
+    what += f', each {newest.what}'
+  return newest._replace(
+      state=mean([restored.state for restored in each]), what=what)
 
 
 def mean(trees: Sequence[Any]):
   """Returns the mean of trees of parameters, taken in float32, in their own
   dtype."""
-  def of(*leaves: jax.Array):
+  def mean_leaf(*leaves: jax.Array) -> jax.Array:
     total = sum(x.astype(jnp.float32) for x in leaves)
     return (total / len(leaves)).astype(leaves[0].dtype)
-  return jax.tree.map(of, *trees)
+  return jax.tree.map(mean_leaf, *trees)
 
 
 def on_one_device(workdir: epath.Path, module: nn.Module, step: Step = None
@@ -331,14 +426,14 @@ def on_one_device(workdir: epath.Path, module: nn.Module, step: Step = None
   because they are damaged.
 
   Args:
-    workdir: the run's folder.
-    module: its model.
-    step: which checkpoint; 'best'; None: the newest good one.
+    workdir: the folder of the run.
+    module: the model of the run.
+    step: the checkpoint; 'best'; None: the newest good one.
   """
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  params = nn.meta.unbox(runs.abstract_params(module))
   shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-      nn.meta.unbox(runs.abstract_params(module)))
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), params)
   restored = of_checkpoint(checkpoints.directory(workdir), shapes, step)
   _warn(restored)
   return restored
@@ -351,17 +446,18 @@ def of_run(run: runs.Run, workdir: epath.Path, step: Step = None,
 
   Args:
     run: the run of `workdir`.
-    workdir: its folder.
-    step: which checkpoint; 'best'; several, for their mean; None: the newest
+    workdir: the folder of the run.
+    step: the checkpoint; 'best'; several, for their mean; None: the newest
       good one.
     live: with optim.ema, the parameters themselves and not their average.
   """
-  require(run.config.optim.ema or not live, f'{workdir} keeps no average of '
-          'its parameters (optim.ema is 0): there is nothing to choose. '
-          'Leave out --live')
+  if live and not run.config.optim.ema:
+    raise RequestError(f'{workdir} keeps no average of its parameters '
+                       '(optim.ema is 0): there is nothing to choose. Leave '
+                       'out --live')
   restored = of_checkpoint(checkpoints.directory(workdir), run.abstract.params,
                            step, live=live)
   _warn(restored)
-  print(f'{workdir}, step {restored.step}'
-        + (f': {restored.what}' if restored.what else ''))
+  which = f': {restored.what}' if restored.what else ''
+  print(f'{workdir}, step {restored.step}{which}')
   return restored
