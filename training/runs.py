@@ -1,12 +1,11 @@
-"""What train.py, eval.py and the tools do alike with a run's config: its model
+"""The part that train.py, eval.py and the tools share of a run: its model
 resolved, its state, its training and evaluation steps, and its mesh.
 
-The loss of a batch is the weighted mean over all of its tokens (of BERT's
-second task, over its rows), however many micro-batches or devices they are
-spread over, plus the auxiliary losses of the model (experts' balance), of
-which a micro-batch counts by its tokens. A step whose loss or gradient is not
-finite, as of a batch with nothing to predict, changes no parameter; it is
-counted.
+The loss of a batch is the weighted mean over all of its tokens (over its rows,
+for BERT's second task), however many micro-batches or devices they are spread
+over, plus the auxiliary losses of the model (experts' balance), of which a
+micro-batch counts by its tokens. A step whose loss or gradient is not finite,
+as that of a batch with nothing to predict, changes no parameter; it is counted.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,19 +43,21 @@ from training.objectives import pipeline
 from training.optim import mup, optimizers, shares
 from training.workdir import provenance, run_config
 
-STREAMS = ('dropout', 'router')  # what a model draws at random
+STREAMS = ('dropout', 'router')  # The random streams that a model draws from.
 
 
 @struct.dataclass
 class TrainState:
-  """What a checkpoint holds.
+  """The state that a checkpoint holds.
 
   Attributes:
-    step: steps taken, skipped ones included: the index of the next batch.
+    step: the number of steps taken, skipped ones included, which is the index
+      of the next batch.
     params: the parameters.
     opt_state: the optimiser's state.
-    bad_steps: steps skipped because a loss or gradient was not finite.
-    bad_in_row: of these, the ones since the last good step.
+    bad_steps: the number of steps that were skipped because a loss or gradient
+      was not finite.
+    bad_in_row: the number of them since the last good step.
     ema: the average of the parameters that are trained (optim/shares.py);
       None: optim.ema is 0.
   """
@@ -83,9 +84,9 @@ def optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
   its fields may be traced; preflight.check_config checks those that are not.
   """
   tree = parameter_roles(module)
-  return optimizers.make(optim, steps, tree,
-                         mup.rates(module.config, optim.name, tree),
-                         parameter_shares(module, optim))
+  rates = mup.rates(module.config, optim.name, tree)
+  parts = parameter_shares(module, optim)
+  return optimizers.make(optim, steps, tree, rates, parts)
 
 
 def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
@@ -96,34 +97,45 @@ def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
     RequestError: for rates by depth of layers that loop.
   """
   loop = module.config.loop
-  require(optim.layer_decay == 1 or loop == 'none', 'optim.layer_decay is '
-          f'{optim.layer_decay}, and with model.loop {loop!r} a layer is run '
-          'at several depths: leave it at 1')
-  if not (optim.freeze or module.config.lora.rank) and (
-      optim.layer_decay == optim.table_rate == 1):
-    return None
-  return shares.of(optim, parameter_roles(module), parameter_shapes(module),
-                   adapted=module.config.lora.rank > 0)
+  if optim.layer_decay != 1 and loop != 'none':
+    raise RequestError(f'optim.layer_decay is {optim.layer_decay}, and with '
+                       f'model.loop {loop!r} a layer is run at several depths: '
+                       'leave it at 1')
+  adapted = module.config.lora.rank > 0
+  if (optim.freeze or adapted
+      or optim.layer_decay != 1 or optim.table_rate != 1):
+    roles, shapes = parameter_roles(module), parameter_shapes(module)
+    return shares.of(optim, roles, shapes, adapted=adapted)
+  return None
 
 
 def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
                    mesh: Mesh, rules: str, optim: ml_collections.ConfigDict
                    ) -> TrainState:
   """Returns the state's shapes with their shardings: to plan, to make and to
-  restore it. What is averaged lies where its parameter lies."""
+  restore it. An average lies where its parameter lies."""
   boxed = abstract_params(module)
   params = nn.meta.unbox(boxed)
-  shardings = devices.param_shardings(boxed, mesh, rules)
-  whole = NamedSharding(mesh, PartitionSpec())
   parts = parameter_shares(module, optim)
-  shapes = jax.eval_shape(lambda p: _make(p, tx, optim, parts), params)
-  places = TrainState(
-      whole, shardings,
-      optimizers.opt_state_shardings(tx, params, shardings), whole, whole,
-      shares.trained(parts, shardings) if optim.ema else None)
+  shapes = jax.eval_shape(
+      functools.partial(_make, tx=tx, optim=optim, parts=parts), params)
+
+  # Where each array of the state lies.
+  places = devices.param_shardings(boxed, mesh, rules)
+  on_all = NamedSharding(mesh, PartitionSpec())
+  ema_places = None
+  if optim.ema:
+    ema_places = shares.trained(parts, places)
+  shardings = TrainState(
+      step=on_all,
+      params=places,
+      opt_state=optimizers.opt_state_shardings(tx, params, places),
+      bad_steps=on_all,
+      bad_in_row=on_all,
+      ema=ema_places)
   return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes, places)
+      shapes, shardings)
 
 
 # 2^32 over the golden ratio: multiples of it lie far from each other.
@@ -133,11 +145,11 @@ AS_NEXT = pow(_APART, -1, 2 ** 32)
 
 
 def initial_seed(config: ml_collections.ConfigDict) -> jax.Array:
-  """Returns what the first parameters are drawn from, a uint32: `seed`, where
-  init_seed is 0. Either field may be traced."""
-  seed, apart = (jnp.asarray(x, jnp.uint32)
-                 for x in (config.seed, config.init_seed))
-  return seed + apart * jnp.uint32(_APART)
+  """Returns the seed of the first parameters, a uint32: `seed`, where init_seed
+  is 0. Either field may be traced."""
+  seed = jnp.asarray(config.seed, jnp.uint32)
+  init_seed = jnp.asarray(config.init_seed, jnp.uint32)
+  return seed + init_seed * jnp.uint32(_APART)
 
 
 def init_state(module: nn.Module, tx: optax.GradientTransformation,
@@ -145,16 +157,22 @@ def init_state(module: nn.Module, tx: optax.GradientTransformation,
                ) -> TrainState:
   """Returns a new state, a pure function of its key."""
   tokens = jnp.zeros((1, 1), jnp.int32)
-  return _make(nn.meta.unbox(module.init(key, tokens)['params']), tx, optim,
-               parameter_shares(module, optim))
+  params = nn.meta.unbox(module.init(key, tokens)['params'])
+  return _make(params, tx, optim, parameter_shares(module, optim))
 
 
 def _make(params: Any, tx: optax.GradientTransformation,
           optim: ml_collections.ConfigDict, parts: Any) -> TrainState:
-  # Arrays of their own each: donated, a shared one would be freed twice.
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params),
-                    jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32),
-                    shares.start_average(optim, parts, params))
+  """Returns the state before the first step with these parameters."""
+  # Each count is an array of its own: a shared one that is donated would be
+  # freed twice.
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=tx.init(params),
+      bad_steps=jnp.zeros((), jnp.int32),
+      bad_in_row=jnp.zeros((), jnp.int32),
+      ema=shares.start_average(optim, parts, params))
 
 
 def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
@@ -179,67 +197,97 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   schedule = optimizers.rate(config.optim, config.train.steps)
   parts = parameter_shares(module, config.optim)
 
-  def loss_fn(params: Any, batch: Any, key: jax.Array, whole: Any):
-    """Of a micro-batch: its share in whole['loss'] times the loss, its
-    figures, and its share in the auxiliary losses and the health panel, and
-    in the loads that move biases."""
-    rngs = {name: jax.random.fold_in(key, i)
-            for i, name in enumerate(STREAMS)}
-    output = objective.apply(module, params, batch, deterministic=False,
-                             rngs=rngs)
-    total, figures = objective.loss(output, batch, config, whole)
-    if not output.aux:
-      return total, (figures, {}, {})
-    share = objective.tokens(batch) / whole['tokens']
-    aux = {name: share * value
-           for name, value in output.aux['losses'].items()}
-    panel = {f'health/{name}': share * value
-             for name, value in output.aux['health'].items()}
-    panel |= {f'aux/{name}': value for name, value in aux.items()}
-    loads = {path: share * load for path, load in output.aux['loads'].items()}
-    return (total + whole[objective.main] * sum(aux.values()),
-            (figures, panel, loads))
-
   def step(state: TrainState, batch: Any):
-    # Differentiated by what is trained alone: a frozen product has no gradient
-    # of its weights.
+    # The gradient is that of the trained parameters alone: a frozen product
+    # has no gradient of its weights.
     trained = shares.trained(parts, state.params)
-    grad_fn = jax.grad(lambda trained, *args: loss_fn(
-        shares.whole(parts, trained, state.params), *args), has_aux=True)
+
+    def loss_of_trained(trained: Any, *args):
+      params = shares.whole(parts, trained, state.params)
+      return _loss(module, config, params, *args)
+
+    grad_fn = jax.grad(loss_of_trained, has_aux=True)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     whole = objective.weights(batch) | {'tokens': objective.tokens(batch)}
     grads, (figures, panel, loads) = _accumulate(
         grad_fn, trained, batch, key, whole, config.train.grad_accumulation)
-    grads = shares.without_frozen_rows(parts, jax.tree.map(
-        lambda g: g / whole[objective.main], grads))
+    grads = jax.tree.map(lambda g: g / whole[objective.main], grads)
+    grads = shares.without_frozen_rows(parts, grads)
     metrics = objective.means(figures) | panel
     if panel:
       metrics['health/tokens'] = whole['tokens']
+
+    # The update, unless the loss or a gradient is not finite.
     grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
-    trained, opt_state = optimizers.update_if(
+    updated, opt_state = optimizers.update_if(
         ok, tx, grads, state.opt_state, trained)
-    trained = shares.with_frozen_rows(
-        parts, moe.move_biases(config.model, trained, loads, ok), trained)
-    params = shares.whole(parts, trained, state.params)
+    moved = moe.move_biases(config.model, updated, loads, ok)
+    updated = shares.with_frozen_rows(parts, moved, updated)
+    params = shares.whole(parts, updated, state.params)
+
+    # The counts, and the average of the parameters.
     bad_in_row = jnp.where(ok, 0, state.bad_in_row + 1)
     bad_steps = state.bad_steps + jnp.where(ok, 0, 1)
-    ema = shares.update_average(config.optim, state.ema, trained,
-                                state.step + 1 - bad_steps, ok)
-    metrics |= dict(
-        grad_norm=grad_norm, param_norm=_norm(params),
-        learning_rate=schedule(state.step - state.bad_steps),
-        bad_steps=bad_steps, bad_in_row=bad_in_row)
+    good_steps = state.step + 1 - bad_steps
+    ema = shares.update_average(
+        config.optim, state.ema, updated, good_steps, ok)
+
+    metrics['grad_norm'] = grad_norm
+    metrics['param_norm'] = _norm(params)
+    metrics['learning_rate'] = schedule(state.step - state.bad_steps)
+    metrics['bad_steps'] = bad_steps
+    metrics['bad_in_row'] = bad_in_row
     for tap in taps:
       metrics |= tap(state.params, grads)
-    return TrainState(state.step + 1, params, opt_state, bad_steps,
-                      bad_in_row, ema), metrics
+    new_state = TrainState(
+        step=state.step + 1, params=params, opt_state=opt_state,
+        bad_steps=bad_steps, bad_in_row=bad_in_row, ema=ema)
+    return new_state, metrics
 
   return step
 
 
+def _loss(module: nn.Module, config: ml_collections.ConfigDict, params: Any,
+          batch: Any, key: jax.Array, whole: Any):
+  """Returns the loss of a micro-batch, and its figures.
+
+  Args:
+    module: the model.
+    config: the config of the run.
+    params: the parameters.
+    batch: the micro-batch.
+    key: the key of the step.
+    whole: the weights of the whole batch, by name, and its tokens.
+
+  Returns:
+    The loss, times its weight in `whole`; and the figures of the objective,
+    the share of this micro-batch in the auxiliary losses and health figures,
+    and that in the loads that move the experts' biases.
+  """
+  objective = objectives.of(config)
+  rngs = {name: jax.random.fold_in(key, i) for i, name in enumerate(STREAMS)}
+  output = objective.apply(module, params, batch, deterministic=False,
+                           rngs=rngs)
+  total, figures = objective.loss(output, batch, config, whole)
+  if not output.aux:
+    return total, (figures, {}, {})
+
+  share = objective.tokens(batch) / whole['tokens']
+  panel, loads = {}, {}
+  for name, value in output.aux['health'].items():
+    panel[f'health/{name}'] = share * value
+  losses = [share * value for value in output.aux['losses'].values()]
+  for name, value in zip(output.aux['losses'], losses):
+    panel[f'aux/{name}'] = value
+  for path, load in output.aux['loads'].items():
+    loads[path] = share * load
+  total = total + whole[objective.main] * sum(losses)
+  return total, (figures, panel, loads)
+
+
 def _norm(tree: Any) -> jax.Array:
-  """The joint norm of all leaves, in float32 whatever they are in."""
+  """Returns the joint norm of all leaves, in float32 whatever they are in."""
   return optax.tree.norm(
       jax.tree.map(lambda x: x.astype(jnp.float32), tree))
 
@@ -254,9 +302,14 @@ def _accumulate(grad_fn: Callable, params: Any, batch: Any, key: jax.Array,
   if parts == 1:
     return grad_fn(params, batch, key, whole)
 
-  def cut(x: jax.Array):
+  def cut(x: jax.Array) -> jax.Array:
+    """Returns [parts, rows of a micro-batch, ...]."""
     x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
-    return sharding.constrain(x, None, 'batch', *(None,) * (x.ndim - 2))
+    other_axes = (None,) * (x.ndim - 2)
+    return sharding.constrain(x, None, 'batch', *other_axes)
+
+  def zero(x: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
 
   def add(total: Any, part: Any):
     i, micro = part
@@ -265,10 +318,10 @@ def _accumulate(grad_fn: Callable, params: Any, batch: Any, key: jax.Array,
 
   micros = jax.tree.map(cut, batch)
   first = jax.tree.map(lambda x: x[0], micros)
-  zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
-      jax.eval_shape(grad_fn, params, first, key, whole))
-  return jax.lax.scan(add, zeros, (jnp.arange(parts), micros))[0]
+  shapes = jax.eval_shape(grad_fn, params, first, key, whole)
+  total, _ = jax.lax.scan(
+      add, jax.tree.map(zero, shapes), (jnp.arange(parts), micros))
+  return total
 
 
 def make_eval_step(module: nn.Module, config: ml_collections.ConfigDict
@@ -280,15 +333,15 @@ def make_eval_step(module: nn.Module, config: ml_collections.ConfigDict
   config.train.z_loss = config.train.label_smoothing = 0.0
 
   def step(params: Any, batch: Any) -> dict[str, Mean]:
-    return objective.figures(objective.apply(module, params, batch), batch,
-                             config)
+    output = objective.apply(module, params, batch)
+    return objective.figures(output, batch, config)
 
   return step
 
 
 # A run once its config is resolved and its devices are known.
 
-# What may be left at 0 in config.model, and the run fills in.
+# The fields of config.model that may be left empty, for the run to fill in.
 DERIVED = ('vocab_size', 'max_len', 'head', 'num_labels')
 
 
@@ -301,19 +354,23 @@ def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
   """
   config = objectives.with_labels(config)
   objective, model = objectives.of(config), config.model.to_dict()
-  least = objective.vocab_size(config, tokenizer)
-  model['vocab_size'] = model['vocab_size'] or least
+  least_vocab = objective.vocab_size(config, tokenizer)
+  model['vocab_size'] = model['vocab_size'] or least_vocab
   _fill(model, config)
+
+  # The sizes that were given must have room for the data.
   labels = objective.num_labels(config)
   require(labels in (0, model['num_labels']), f'model.num_labels is '
           f'{model["num_labels"]}, and the data of objective '
           f'{config.objective!r} have {labels}: leave it at 0, to be derived')
-  if least == tokenizer.vocab_size:  # an import may lack what no text gives
-    least = tokenizer.least_size
-  require(model['vocab_size'] >= least, 'model.vocab_size is '
+  if least_vocab == tokenizer.vocab_size:
+    # An import may be without the ids that no text gives.
+    least_vocab = tokenizer.least_size
+  require(model['vocab_size'] >= least_vocab, 'model.vocab_size is '
           f'{model["vocab_size"]}, but data.source {config.data.source!r} by '
-          f'the tokenizer {config.data.tokenizer!r} has {least} ids: set it to '
-          '0, to be derived, or to more')
+          f'the tokenizer {config.data.tokenizer!r} has {least_vocab} ids: set '
+          'it to 0, to be derived, or to more')
+
   resolved = architectures.resolve(model)
   derived = {f'model.{name}': model[name] for name in DERIVED}
   if objective.has_labels:
@@ -336,7 +393,8 @@ def resolve_alone(config: ml_collections.ConfigDict) -> ModelConfig:
   _fill(model, config)
   # Stand-ins: the real ones come with the tokenizer, and with the data.
   model['vocab_size'] = model['vocab_size'] or tokenizers.Bytes.USUAL
-  if 'num_labels' in heads.HEADS.get(model['head'], heads.HEADS['lm']).fields:
+  head = heads.HEADS.get(model['head'], heads.HEADS['lm'])
+  if 'num_labels' in head.fields:
     model['num_labels'] = model['num_labels'] or 2
   return architectures.resolve(model)
 
@@ -348,38 +406,48 @@ def count(params: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run once its devices are known: what is built of its config.
+  """A run once its devices are known: its config, and what is built from it.
+  The loop trains it as a program.Program.
 
-  See program.Program for what the loop trains.
+  Attributes:
+    config: the config of the run.
+    model: its model, resolved.
+    module: the module of the model.
+    mesh: the mesh of its devices.
+    tx: the optimiser.
+    abstract: the shapes and shardings of its state.
+    place: the sharding of a batch's rows.
   """
   config: ml_collections.ConfigDict
   model: ModelConfig
   module: nn.Module
   mesh: Mesh
   tx: Any
-  abstract: TrainState  # shapes and shardings
-  place: NamedSharding  # of a batch's rows
+  abstract: TrainState
+  place: NamedSharding
 
   @classmethod
   def of(cls, config: ml_collections.ConfigDict, model: ModelConfig,
          mesh: Mesh) -> 'Run':
     """Returns the run on a mesh that fits it; see `build`."""
+    rules = config.mesh.rules
     module = architectures.build(model)
     tx = optimizer(module, config.optim, config.train.steps)
-    return cls(config, model, module, mesh, tx,
-               abstract_state(module, tx, mesh, config.mesh.rules,
-                              config.optim),
-               devices.batch_sharding(mesh, config.mesh.rules))
+    abstract = abstract_state(module, tx, mesh, rules, config.optim)
+    return cls(
+        config=config, model=model, module=module, mesh=mesh, tx=tx,
+        abstract=abstract, place=devices.batch_sharding(mesh, rules))
 
   @property
   def shardings(self):
+    """The sharding of each array of the state."""
     return jax.tree.map(lambda x: x.sharding, self.abstract)
 
   @contextlib.contextmanager
   def context(self):
-    """The mesh and the axis rules, for whatever is traced inside."""
-    with jax.set_mesh(self.mesh), sharding.rules(
-        tables.RULES[self.config.mesh.rules]):
+    """Sets the mesh and the axis rules, for all that is traced inside."""
+    rules = tables.RULES[self.config.mesh.rules]
+    with jax.set_mesh(self.mesh), sharding.rules(rules):
       yield
 
   def new_state(self) -> TrainState:
@@ -387,22 +455,22 @@ class Run:
     init = functools.partial(init_state, self.module, self.tx,
                              optim=self.config.optim)
     with self.context():
-      return jax.jit(init, out_shardings=self.shardings)(
-          jax.random.key(initial_seed(self.config)))
+      key = jax.random.key(initial_seed(self.config))
+      return jax.jit(init, out_shardings=self.shardings)(key)
 
   def with_params(self, state: TrainState, params: Any) -> TrainState:
     """Returns a state before its first step with other parameters."""
     parts = parameter_shares(self.module, self.config.optim)
+    start = functools.partial(shares.start_average, self.config.optim, parts)
     with self.context():
-      return state.replace(params=params, ema=jax.jit(
-          functools.partial(shares.start_average, self.config.optim, parts),
-          out_shardings=self.shardings.ema)(params))
+      ema = jax.jit(start, out_shardings=self.shardings.ema)(params)
+    return state.replace(params=params, ema=ema)
 
   def evaluated(self, state: TrainState):
     """Returns the parameters that a state is evaluated with: with optim.ema
     their average."""
-    return shares.evaluated(parameter_shares(
-        self.module, self.config.optim), state.ema, state.params)
+    parts = parameter_shares(self.module, self.config.optim)
+    return shares.evaluated(parts, state.ema, state.params)
 
   def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch on its devices."""
@@ -425,17 +493,16 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
   """Builds a run's mesh, module and optimiser; nothing is computed.
 
   Args:
-    config: the run's.
+    config: the config of the run.
     model: its model, resolved.
-    mesh: instead of config.mesh over all devices: for tests and plans.
+    mesh: the mesh, for tests and plans; None: config.mesh over all devices.
 
   Raises:
     ValueError: where the mesh does not fit the devices, model or batch.
   """
   if mesh is None:
-    mesh = devices.make_mesh(
-        devices.mesh_shape(config.mesh, jax.device_count()),
-        slices=config.mesh.slices)
+    shape = devices.mesh_shape(config.mesh, jax.device_count())
+    mesh = devices.make_mesh(shape, slices=config.mesh.slices)
   check_mesh(config, model, mesh.shape)
   platform = mesh.devices.flat[0].platform
   kernels.check_kernel(model, platform)
@@ -448,15 +515,17 @@ def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
                shape: Mapping[str, int]) -> None:
   """Refuses a mesh that does not divide the model, the batches or the rows."""
   devices.check_mesh(model, shape)
-  rows = shape['data'] * shape['fsdp'] * shape['expert']
+  shards = shape['data'] * shape['fsdp'] * shape['expert']
   parts, ramp = config.train.grad_accumulation, pipeline.ramp_of(config)
+  multiple = shards * parts
   for size in (ramp.last, *ramp.sizes):
-    name = ('data.batch_size' if size == ramp.last else
-            'a size of data.batch_ramp')
-    require(size % (rows * parts) == 0, f'{name} is {size}, which the '
-            f'{rows} batch shards of mesh.data x mesh.fsdp x mesh.expert times '
-            f'train.grad_accumulation {parts} do not divide: choose a multiple '
-            f'of {rows * parts}')
+    name = 'a size of data.batch_ramp'
+    if size == ramp.last:
+      name = 'data.batch_size'
+    require(size % multiple == 0, f'{name} is {size}, which the '
+            f'{shards} batch shards of mesh.data x mesh.fsdp x mesh.expert '
+            f'times train.grad_accumulation {parts} do not divide: choose a '
+            f'multiple of {multiple}')
   for name in ('length', 'target_length'):
     size = config.data[name]
     require(size % shape['context'] == 0, f'mesh.context is '
@@ -471,7 +540,8 @@ def for_this_machine(config: ml_collections.ConfigDict
   config = config.copy_and_resolve_references()
   _name_no_kernel(config.model)
   # An evaluation takes whole batches.
-  config.train.grad_accumulation, config.data.batch_ramp = 1, ''
+  config.train.grad_accumulation = 1
+  config.data.batch_ramp = ''
   try:
     devices.mesh_shape(config.mesh, jax.device_count())
   except RequestError:
@@ -483,7 +553,7 @@ def for_this_machine(config: ml_collections.ConfigDict
 
 
 def config_of(workdir: epath.Path) -> ml_collections.ConfigDict:
-  """Returns the config of a run, with what it derived of its training data,
+  """Returns the config of a run, with what it derived from its training data,
   which need not be there."""
   config = run_config.load_config(workdir)
   for name, value in run_config.load_derived(workdir).items():
@@ -497,9 +567,9 @@ def tokenizer_of(workdir: epath.Path, config: ml_collections.ConfigDict
   """Returns the tokenizer of a run, and warns where the file of that name holds
   another one than the run was trained with; `config` is the run's."""
   tokenizer = tokenizers.load(config.data.tokenizer)
-  for line in provenance.check_data(
-      run_config.starts(workdir), pipeline.of_tokenizer(config, tokenizer),
-      allowed=True):
+  starts = run_config.starts(workdir)
+  contents = pipeline.of_tokenizer(config, tokenizer)
+  for line in provenance.check_data(starts, contents, allowed=True):
     print(f'warning: {line}', file=sys.stderr)
   return tokenizer
 
@@ -507,8 +577,9 @@ def tokenizer_of(workdir: epath.Path, config: ml_collections.ConfigDict
 def model_of(workdir: epath.Path,
              config: ml_collections.ConfigDict | None = None) -> ModelConfig:
   """Returns the model of a run; its tokenizer need not be there. `config` is
-  what `config_of` returned, where it was read."""
-  config = config_of(workdir) if config is None else config
+  the result of `config_of`, where that was read already."""
+  if config is None:
+    config = config_of(workdir)
   model = config.model.to_dict()
   _name_no_kernel(model)
   for name, value in run_config.load_derived(workdir).items():
@@ -524,7 +595,7 @@ def _name_no_kernel(model: Any) -> None:
   Args:
     model: config.model, or a dict of it, which is changed.
   """
-  for group, name in ((model, 'attention_kernel'),
-                      (model['moe'], 'grouped_kernel')):
-    if group[name] != 'xla':
-      group[name] = 'auto'
+  if model['attention_kernel'] != 'xla':
+    model['attention_kernel'] = 'auto'
+  if model['moe']['grouped_kernel'] != 'xla':
+    model['moe']['grouped_kernel'] = 'auto'
