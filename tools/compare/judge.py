@@ -43,6 +43,7 @@ from training.workdir import metrics, run_config, storage
 ALPHA = 0.05
 LOOK = statistics.MIN_SEEDS  # seeds of the first; each next has twice as many
 FILE = 'judged.json'
+Values = Mapping[int, float | None]  # differences by seed; None: one diverged
 CODES = {decide.BETTER: 0, decide.WORSE: 4}  # any other verdict: 3
 # Fields by which runs would be evaluated on other text.
 HELD_OUT = ('objective', 'data.source', 'data.eval_source',
@@ -58,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   answer = judged(pathlib.Path(args.base), pathlib.Path(args.variant))
-  print(json.dumps(answer, indent=2) if args.json else text(answer))
+  if args.json:
+    print(json.dumps(answer, indent=2))
+  else:
+    print(text(answer))
   return CODES.get(answer['verdict'], 3)
 
 
@@ -69,15 +73,23 @@ def share_of_look(seeds: int) -> tuple[int, float]:
 
 
 def share_of_question(before: int, together: int) -> float:
-  """Returns the share of each of `together` questions that come after
-  `before`: of the sum of 1 / (k (k + 1))."""
-  return (1 / (before + 1) - 1 / (before + together + 1)) / together
+  """Returns the share of each of `together` questions that come after `before`
+  others. Question k has 1 / (k (k + 1)) = 1 / k - 1 / (k + 1), so the sum over
+  consecutive questions telescopes."""
+  first, after = before + 1, before + together + 1
+  return (1 / first - 1 / after) / together
 
 
 class PairedTest(NamedTuple):
-  """A test at a share of ALPHA: the interval holds 0 where `p_corrected` is
-  above ALPHA; it is None where all differences are alike, so that their spread
-  is not known."""
+  """A test at a share of ALPHA.
+
+  Attributes:
+    effect: the mean of the differences.
+    interval: its interval, which holds 0 where `p_corrected` is above ALPHA;
+      None where all differences are alike, so that their spread is not known.
+    p: Student's p.
+    p_corrected: the p over the share.
+  """
   effect: float
   interval: tuple[float, float] | None
   p: float
@@ -89,8 +101,9 @@ def paired_test(differences: Sequence[float], share: float,
   """Returns Student's test of paired differences, variant minus base."""
   p = statistics.p_value(differences, pooled)
   mean, low, high, _ = statistics.interval(differences, pooled, ALPHA * share)
-  return PairedTest(mean, None if low is None else (low, high), p,
-                    min(p / share, 1.0))
+  interval = None if low is None else (low, high)
+  return PairedTest(effect=mean, interval=interval, p=p,
+                    p_corrected=min(p / share, 1.0))
 
 
 def judged(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
@@ -99,152 +112,247 @@ def judged(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
   Raises:
     RequestError: where the folders cannot be compared.
   """
-  folder, names = base.resolve().parent, (
-      base.resolve().name, variant.resolve().name)
-  require(variant.resolve().parent == folder and names[0] != names[1],
-          f'BASE is {base} and VARIANT {variant}: name two folders beside each '
-          'other, since what was asked before stands beside them')
+  base_folder, variant_folder = base.resolve(), variant.resolve()
+  folder = base_folder.parent
+  are_beside = variant_folder.parent == folder and variant_folder != base_folder
+  require(are_beside, f'BASE is {base} and VARIANT {variant}: name two folders '
+          'beside each other, since what was asked before stands beside them')
+  base_name, variant_name = names = (base_folder.name, variant_folder.name)
+
+  # The seeds of this look, and what they say.
   runs = {name: _runs(folder / name) for name in names}
-  seeds, diverged = _ended(runs, names)
-  seeds, share = seeds[:(look := share_of_look(len(seeds)))[0]], look[1]
-  changes, warnings = _changes([
-      [runs[name][seed].config for name in names] for seed in seeds])
-  lost = {name: sum(seed in diverged[name] for seed in seeds) for name in names}
-  values = {seed: None if any(seed in diverged[name] for name in names) else
-            runs[names[1]][seed].final - runs[names[0]][seed].final
-            for seed in seeds}
+  ended, diverged = _ended(runs, names)
+  look, share_of_this_look = share_of_look(len(ended))
+  seeds = ended[:look]
+  changes, warnings = _changes(
+      [[runs[name][seed].config for name in names] for seed in seeds])
+  lost = {name: len(diverged[name].intersection(seeds)) for name in names}
+  values = {}
+  for seed in seeds:
+    if seed in diverged[base_name] | diverged[variant_name]:
+      values[seed] = None
+    else:
+      values[seed] = (runs[variant_name][seed].final
+                      - runs[base_name][seed].final)
+
+  # Which question that is, of all that were asked here: one asker at a time.
   with storage.writing(folder), (folder / '.judging').open('w') as lock:
     fcntl.lockf(lock, fcntl.LOCK_EX)
     path = folder / FILE
-    record = layout.load_checked(path) if path.is_file() else {
-        'questions': [], 'looked': [], 'answers': []}
+    if path.is_file():
+      record = layout.load_checked(path)
+    else:
+      record = {'questions': [], 'looked': [], 'answers': []}
     again, question, pooled = _question(record, folder, names, values)
-    share *= question['share']
-    test = (None if None in values.values()
-            else paired_test([*values.values()], share, pooled))
-    verdict = (decide.UNSTABLE if lost[names[1]] > lost[names[0]] else
-               decide.NONE_SHOWN if test is None or test.p_corrected > ALPHA
-               else decide.BETTER if test.effect < 0 else decide.WORSE)
+
+    # The answer at the share that the look of the question has.
+    test = None
+    if None not in values.values():
+      test = paired_test(differences=[*values.values()],
+                         share=share_of_this_look * question['share'],
+                         pooled=pooled)
+    asked = sum(len(other['variants']) for other in record['questions'])
     answer = {
-        'base': names[0], 'variant': names[1], 'verdict': verdict,
-        'effect': test and test.effect,
-        'interval': test and test.interval, 'p': test and test.p,
-        'p_corrected': test and test.p_corrected, 'alpha': ALPHA,
-        'seeds': seeds, 'next_look': 2 * len(seeds), 'diverged': lost,
-        'questions': sum(len(x['variants']) for x in record['questions']),
-        'changes': changes, 'warnings': warnings + again}
+        'base': base_name, 'variant': variant_name,
+        'verdict': _verdict(test, lost[base_name], lost[variant_name]),
+        **_figures(test),
+        'alpha': ALPHA, 'seeds': seeds, 'next_look': 2 * len(seeds),
+        'diverged': lost, 'questions': asked, 'changes': changes,
+        'warnings': warnings + again}
     record['answers'].append({'time': time.time()} | answer)
     layout.save_checked(path, record)
   return answer
+
+
+def _figures(test: PairedTest | None) -> dict[str, Any]:
+  """Returns the figures of a test by name; None where there is no test."""
+  if test is None:
+    return dict.fromkeys(PairedTest._fields)
+  return test._asdict()
+
+
+def _verdict(test: PairedTest | None, base_lost: int, variant_lost: int) -> str:
+  """Returns the word for a test, whose loss is better where it is lower.
+
+  Args:
+    test: the test; None where a run diverged.
+    base_lost, variant_lost: how many of the runs diverged.
+  """
+  if variant_lost > base_lost:
+    return decide.UNSTABLE
+  if test is None or test.p_corrected > ALPHA:
+    return decide.NONE_SHOWN
+  return decide.BETTER if test.effect < 0 else decide.WORSE
 
 
 def _runs(folder: pathlib.Path) -> dict[int, curves.Run]:
   """Returns the runs that were begun, by seed."""
   runs = {}
   for path in folder.glob('seed-*/config.json'):
-    name, file = path.parent.name.removeprefix('seed-'), path.with_name(
-        'metrics.jsonl')
-    if name.isdecimal():
-      runs[int(name)] = curves.Run(
-          int(name), layout.DONE, '', run_config.flatten(
-              run_config.load_config(path.parent)),
-          tuple(metrics.read(file)) if file.is_file() else (), {})
+    name = path.parent.name.removeprefix('seed-')
+    if not name.isdecimal():
+      continue
+    config = run_config.flatten(run_config.load_config(path.parent))
+    file = path.with_name('metrics.jsonl')
+    lines = ()
+    if file.is_file():
+      lines = tuple(metrics.read(file))
+    seed = int(name)
+    runs[seed] = curves.Run(seed=seed, state=layout.DONE, error='',
+                            config=config, rows=lines, evaluations={})
   require(runs, f'{folder} has no runs: train them as {folder}/seed-0, '
           f'{folder}/seed-1, ...')
   return dict(sorted(runs.items()))
 
 
-def _ended(runs, names) -> tuple[list[int], dict[str, set[int]]]:
+def _ended(runs: Mapping[str, Mapping[int, curves.Run]], names: Sequence[str]
+           ) -> tuple[list[int], dict[str, set[int]]]:
   """Returns the first seeds that have ended in both folders, and of each folder
-  those that diverged."""
-  diverged = {name: {seed for seed, run in runs[name].items()
-                     if run.diverged} for name in names}
+  those that diverged.
+
+  Raises:
+    RequestError: where fewer than a look's have ended.
+  """
+  diverged = {}
+  for name in names:
+    diverged[name] = {seed for seed, run in runs[name].items() if run.diverged}
+  base, variant = (runs[name].keys() for name in names)
   seeds: list[int] = []
-  for seed in sorted(runs[names[0]].keys() & runs[names[1]].keys()):
-    open_ = [f'{name}/seed-{seed}' for name in names if seed not in (
-        diverged[name]) and runs[name][seed].final is None]
-    if open_:
+  going: list[str] = []  # the runs that the next seed waits for
+  for seed in sorted(base & variant):
+    for name in names:
+      if seed not in diverged[name] and runs[name][seed].final is None:
+        going.append(f'{name}/seed-{seed}')
+    if going:
       break
     seeds.append(seed)
-  else:
-    open_ = []
+  reason = ''
+  if going:
+    reason = (f'; {" and ".join(going)} has no held-out loss after its last '
+              'step (eval.every_steps)')
   require(len(seeds) >= LOOK, f'{len(seeds)} seeds have ended in both '
-          f'{names[0]} and {names[1]}: a look takes {LOOK}'
-          + f'; {" and ".join(open_)} has no held-out loss after its last step '
-            '(eval.every_steps)' * bool(open_))
+          f'{names[0]} and {names[1]}: a look takes {LOOK}{reason}')
   return seeds, diverged
 
 
 def _changes(configs: Sequence[Sequence[Mapping]]) -> tuple[dict, list[str]]:
   """Returns the fields that differ, [base's, variant's], and what to know of
-  them; RequestError where the losses are of different text.
+  them.
 
   Args:
-    configs: of base and variant, by dotted name, for each seed.
+    configs: the configs of base and variant, by dotted name, for each seed.
+
+  Raises:
+    RequestError: where the losses are of different text.
   """
-  changes = {name: [before.get(name), after.get(name)]
-             for before, after in configs for name in {**before, **after}
-             if before.get(name) != after.get(name)}
-  other = [name for name in changes if name in HELD_OUT or (
-      name == 'data.batch_size' and configs[0][0]['eval.batches'])]
-  require(not other, f'{", ".join(other)} differ, so that the losses are of '
-          'different text: evaluate both alike (eval.batches=0 is all of it, '
-          'whatever the batch)')
+  changes = {}
+  for before, after in configs:
+    for name in before | after:
+      if before.get(name) != after.get(name):
+        changes[name] = [before.get(name), after.get(name)]
+  fields_of_text = {*HELD_OUT}
+  if configs[0][0]['eval.batches']:  # so many batches are a part of the text
+    fields_of_text.add('data.batch_size')
+  other_text = [name for name in changes if name in fields_of_text]
+  require(not other_text, f'{", ".join(other_text)} differ, so that the losses '
+          'are of different text: evaluate both alike (eval.batches=0 is all '
+          'of it, whatever the batch)')
   batches = [name for name in changes
              if name.startswith((*spec.BATCHES, 'seed'))]
-  return changes, [f'{", ".join(batches)} differ, so that a seed does not give '
-                   'both the same batches'] * bool(batches)
+  warnings = []
+  if batches:
+    warnings.append(f'{", ".join(batches)} differ, so that a seed does not '
+                    'give both the same batches')
+  return changes, warnings
 
 
 def _question(record: dict, folder: pathlib.Path, names: tuple[str, str],
-              values: dict[int, float | None]
+              values: Values
               ) -> tuple[list[str], dict, statistics.Pooled | None]:
   """Returns a warning, if any, the question that a pair has in a record, into
   which it is put if it is a new one, and the spread of the differences of all
-  that was looked at from the base: a look that is free again has the same."""
+  that was looked at from the base: a look that is free again has the same.
+
+  Args:
+    record: what judged.json holds, which is changed.
+    folder: the folder of the loop.
+    names: the base and the variant.
+    values: the differences of the seeds that are looked at.
+  """
   base, variant = names
-  looked = next((x for x in record['looked'] if x['names'] == [*names]), None)
   now = [[seed, value] for seed, value in values.items()]
-  same = looked is None or all(
-      a == b for a, b in zip(looked['values'], now))
-  asked = [x for x in record['questions']
-           if x['base'] == base and variant in x['variants']]
-  if not asked or not same:
-    known = {base, *(name for x in record['questions']
-                     for name in (x['base'], *x['variants']))}
-    others = {path.parent.parent.name for path in folder.glob(
-        '*/seed-*/config.json')} - known
-    variants = sorted({variant, *others})
-    before = sum(len(x['variants']) for x in record['questions'])
-    asked.append({'base': base, 'variants': variants,
-                  'share': share_of_question(before, len(variants))})
-    record['questions'].append(asked[-1])
+  looked = next((look for look in record['looked']
+                 if look['names'] == [*names]), None)
+  # More seeds are another look at the same runs.
+  is_same = looked is None or all(
+      before == after for before, after in zip(looked['values'], now))
+
+  questions = [question for question in record['questions']
+               if question['base'] == base and variant in question['variants']]
+  if questions and is_same:
+    question = questions[-1]
+  else:
+    question = _new_question(record['questions'], folder, base, variant)
+    record['questions'].append(question)
+
   if looked is None:
-    record['looked'].append(looked := {'names': [*names], 'values': []})
-  if not same or len(now) > len(looked['values']):
+    looked = {'names': [*names], 'values': []}
+    record['looked'].append(looked)
+  if not is_same or len(now) > len(looked['values']):
     looked['values'] = now
-    noise = statistics.shape([np.array([
-        [value] for _, value in x['values'] if value is not None])
-                              for x in record['looked']
-                              if x['names'][0] == base])
-    looked['pooled'] = noise and noise.pooled(np.ravel)
-  pooled = looked.get('pooled')
-  return [] if same else [
-      f'the runs of {base} or {variant} are others than those that were looked '
-      'at before: this is a new question'], asked[-1], (
-          pooled and statistics.Pooled(*pooled))
+    looked['pooled'] = _spread_of_all(record['looked'], base)
+  pooled = None
+  if looked.get('pooled') is not None:
+    pooled = statistics.Pooled(*looked['pooled'])
+
+  warnings = []
+  if not is_same:
+    warnings.append(f'the runs of {base} or {variant} are others than those '
+                    'that were looked at before: this is a new question')
+  return warnings, question, pooled
 
 
-def text(answer: dict[str, Any]) -> str:
+def _new_question(questions: Sequence[Mapping], folder: pathlib.Path,
+                  base: str, variant: str) -> dict[str, Any]:
+  """Returns the next question: of the variant, and of all others that lie in
+  the folder and were in no question before."""
+  known = {base}
+  before = 0
+  for question in questions:
+    known |= {question['base'], *question['variants']}
+    before += len(question['variants'])
+  lying = {path.parent.parent.name
+           for path in folder.glob('*/seed-*/config.json')}
+  variants = sorted({variant} | (lying - known))
+  return {'base': base, 'variants': variants,
+          'share': share_of_question(before, together=len(variants))}
+
+
+def _spread_of_all(looks: Sequence[Mapping], base: str
+                   ) -> statistics.Pooled | None:
+  """Returns the spread of the differences from a base of all that was looked
+  at, where their noise does not look normal."""
+  groups = []  # of each variant [seeds, 1]
+  for look in looks:
+    if look['names'][0] == base:
+      groups.append(np.array([[value] for _, value in look['values']
+                              if value is not None]))
+  noise = statistics.shape(groups)
+  return None if noise is None else noise.pooled(np.ravel)
+
+
+def text(answer: Mapping[str, Any]) -> str:
   """Renders an answer for a terminal."""
   if answer['p'] is None:
     figures = 'shows nothing, since runs diverged'
   else:
-    ends = answer['interval'] or (None, None)
-    figures = page.estimate(answer['effect'], *ends).text + (
-        ', p {p:.2g}, corrected p {p_corrected:.2g}'.format(**answer))
-  return '\n'.join([
+    low, high = answer['interval'] or (None, None)
+    estimate = page.estimate(answer['effect'], low, high).text
+    figures = (f'{estimate}, p {answer["p"]:.2g}, corrected p '
+               f'{answer["p_corrected"]:.2g}')
+  lines = [
       f'{answer["variant"]} beside {answer["base"]}: {answer["verdict"]}',
       f'held-out loss {figures}; {len(answer["seeds"])} seeds (next look: '
-      f'{answer["next_look"]}), {answer["questions"]} questions so far',
-      *(f'warning: {line}' for line in answer['warnings'])])
+      f'{answer["next_look"]}), {answer["questions"]} questions so far']
+  lines += [f'warning: {line}' for line in answer['warnings']]
+  return '\n'.join(lines)
