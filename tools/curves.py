@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from common.errors import require
-from tools.compare import cost, curves, figures, page, report
+from tools.compare import cost, curves, figures, page, plots
 from training import cli, runs
 from training.workdir import metrics, run_config, storage
 
@@ -117,7 +117,7 @@ def _page(drawn: Mapping[str, Mapping], panels: Mapping[str, str], by: str
       'id': 'curves-0', 'title': 'curves', 'curves': True, 'log': False,
       'x': {by: curves.AXES[by]} | curves.AXES, 'y': panels,
       'series': [{'name': name, 'base': False, 'look': f'c{i % 6} d{i // 6}',
-                  'mean': {figure: report.thinned(line)
+                  'mean': {figure: plots.thinned(line)
                            for figure, line in lines.items()}}
                  for i, (name, lines) in enumerate(drawn.items())],
       'caption': 'Seconds are of training steps on the machine that ran them, '

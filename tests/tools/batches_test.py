@@ -10,7 +10,7 @@ from common.errors import RequestError
 from configs import base
 from tests.helpers import sweep_folder, study_folder
 from tools import batches
-from tools.compare import report
+from tools.compare import comparison, report, tables
 from training.data import tokenizers
 from training.objectives import pipeline
 from training.workdir import run_config
@@ -58,18 +58,18 @@ def _rows(folder, *lines, head='variant,seed,loss'):
 
 
 def test_a_variant_of_a_csv_is_paired_with_the_base(sweep, tmp_path):
-  finals = report.load(sweep).values(
-      'confirm', 'base', '', report.load(sweep).plan.primary)
+  finals = comparison.load(sweep).values(
+      'confirm', 'base', '', comparison.load(sweep).plan.primary)
   file = _rows(tmp_path, *(f'gru,{seed},{step},{loss}' for seed in SEEDS
                            for step, loss in ((100, 9.0), (
                                sweep_folder.STEPS,
                                finals[seed] + 0.3 + 0.001 * seed))),
                head='variant,seed,step,loss')
-  c = report.load(sweep, file)
+  c = comparison.load(sweep, file)
   row = next(row for row in c.verdicts() if row['variant'] == 'gru')
   assert row['effect'] == pytest.approx(0.301) and row['n'] == 3
   assert row['verdict'] == 'worse'
-  costs = next(row for row in report.costs(c).rows
+  costs = next(row for row in tables.costs(c).rows
                if row['variant'].text == 'gru')
   assert costs['parameters'].text == 'n/a'
   assert 'NaN' not in json.dumps(report.as_json(c)['points'])
@@ -82,12 +82,12 @@ def test_a_variant_of_a_csv_is_paired_with_the_base(sweep, tmp_path):
     (['gru,,1.0'], 'line 2, .*: invalid literal')])
 def test_rows_that_are_none_are_refused(sweep, tmp_path, lines, sentence):
   with pytest.raises(RequestError, match=sentence):
-    report.load(sweep, _rows(tmp_path, *lines))
+    comparison.load(sweep, _rows(tmp_path, *lines))
   with pytest.raises(RequestError, match="line 2, has no .*'seed'"):
-    report.load(sweep, _rows(tmp_path, 'gru,1', head='variant,loss'))
+    comparison.load(sweep, _rows(tmp_path, 'gru,1', head='variant,loss'))
 
 
 def test_a_study_takes_no_rows(tmp_path):
   study_folder.write(tmp_path, study_folder.plan())
   with pytest.raises(RequestError, match='--rows is of a sweep'):
-    report.load(tmp_path, 'losses.csv')
+    comparison.load(tmp_path, 'losses.csv')

@@ -15,7 +15,7 @@ from common.errors import EnvironmentFailure, RequestError
 from tests.helpers import sweep_folder
 from tests.training import chat_test
 from tools import convert
-from tools.compare import layout, page, report
+from tools.compare import comparison, layout, page
 from training import chat, hub, parameters
 from training.data import conversations, tokenizers
 from training.hf import card
@@ -103,7 +103,7 @@ def test_what_goes_wrong_is_said(cache, monkeypatch):
 
 def test_the_card_of_a_run_of_a_sweep(tmp_path):
   sweep_folder.write(tmp_path, sweep_folder.POINTS)
-  c = report.load(tmp_path)
+  c = comparison.load(tmp_path)
   run, out = layout.run_folder(tmp_path, 'better', 0), tmp_path / 'out'
   out.mkdir()
   (tmp_path / 'report').mkdir()

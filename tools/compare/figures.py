@@ -2,7 +2,7 @@
 pages in the page's own ink.
 
 A variant has the same colour and dashes in every figure. Sizes are a journal's:
-one column, or two. `c` is a report.Comparison.
+one column, or two. `c` is a comparison.Comparison.
 """
 
 from collections.abc import Mapping, Sequence

@@ -94,7 +94,7 @@ class Figure(NamedTuple):
 
 class Section(NamedTuple):
   """A heading, then its paragraphs, figures, tables, and what report.js draws
-  (report.py), with a caption, into the <figure> of its id."""
+  (plots.py), with a caption, into the <figure> of its id."""
   name: str
   heading: str
   paragraphs: Sequence[str] = ()

@@ -9,7 +9,7 @@ however often it is written.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import gzip
 import io
 import pathlib
@@ -18,13 +18,14 @@ import tempfile
 from typing import Any
 
 from common.errors import RequestError, require
-from tools.compare import decide, page, report
+from tools.compare import comparison, decide, page
 from tools.compare import plan as plans
+from tools.compare.comparison import Comparison
 from training.workdir import storage
 
 BUNDLES = 'docs/assets/studies'
 PAGE = 'docs/verdicts.md'
-# What a bundle holds of a workdir: nothing that names a machine or its folders.
+# The files of a workdir that a bundle holds: none names a machine or a folder.
 FILES = ('study.json', 'study.sqlite', 'results.json', '*/sweep.json',
          '*/points/*/*/metrics.jsonl', '*/points/*/*/eval.json')
 
@@ -40,19 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   folder, target = pathlib.Path(args.bundles), pathlib.Path(args.page)
-  over = [(workdir, report.load(workdir)) for workdir in args.workdirs]
-  for workdir, c in over:
+  studies = [(workdir, comparison.load(workdir)) for workdir in args.workdirs]
+  for workdir, c in studies:
     require(c.is_study and 'confirm' in c.results, f'{workdir} is no study '
             'whose confirmation is over: there is no verdict to publish')
-  for workdir, c in over:
+  for workdir, c in studies:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f'{c.plan.name}-{c.frozen.hash}.tar.gz'
     storage.write(path, bundle(workdir))
     print(path)
-  studies = sorted(map(_opened, folder.glob('*.tar.gz')),
-                   key=lambda c: (c.frozen.time, c.plan.name), reverse=True)
-  storage.write(target, page.render('verdicts.md', date=plans.date, rows=rows,
-                                    studies=studies))
+  published = [_opened(path) for path in folder.glob('*.tar.gz')]
+  published.sort(key=lambda c: (c.frozen.time, c.plan.name), reverse=True)
+  storage.write(target, page.render(
+      'verdicts.md', date=plans.date, rows=rows, studies=published))
   print(target)
   return 0
 
@@ -61,10 +62,12 @@ def bundle(workdir) -> bytes:
   """Returns the files of a study as a tar.gz, the same bytes for the same
   files."""
   workdir, file = pathlib.Path(workdir), io.BytesIO()
+  paths: list[pathlib.Path] = []
+  for pattern in FILES:
+    paths += workdir.glob(pattern)
   with gzip.GzipFile(fileobj=file, mode='wb', mtime=0) as packed, tarfile.open(
       fileobj=packed, mode='w') as tar:
-    for path in sorted(path for pattern in FILES
-                       for path in workdir.glob(pattern)):
+    for path in sorted(paths):
       member = tarfile.TarInfo(path.relative_to(workdir).as_posix())
       content = path.read_bytes()
       member.size = len(content)
@@ -72,7 +75,7 @@ def bundle(workdir) -> bytes:
   return file.getvalue()
 
 
-def _opened(path: pathlib.Path) -> report.Comparison:
+def _opened(path: pathlib.Path) -> Comparison:
   """Returns what a bundle holds; RequestError where it is none."""
   with tempfile.TemporaryDirectory() as folder:
     try:
@@ -81,45 +84,54 @@ def _opened(path: pathlib.Path) -> report.Comparison:
     except (tarfile.TarError, OSError, EOFError) as error:
       raise RequestError(f'{path} is no bundle ({error}): remove it, and '
                          'publish its study again') from error
-    return report.load(folder)
+    return comparison.load(folder)
 
 
-def rows(c: report.Comparison) -> Iterator[dict[str, str]]:
-  """Yields the cells of each variant's row, by the words of the template. One
-  that was stopped has its figures from the screening."""
-  plan = c.plan
-  for row in c.verdicts()[1:]:
-    name, confirmed = row['variant'], row['n'] is not None
-    points = [c.frozen.point(plan.base, size, plans.TEXT)
-              for size in plan.sizes[:None if confirmed else 1]]
-    shown = row if confirmed else _of(c, 'screen', name, plan.primary)
-    factor = next((x for x in c.effect('confirm', name, plan.primary.name).get(
-        'multipliers', ()) if (x['size'], x['by']) == (
-            decide.ALL, 'multiplier')), {})
-    changes = report.alone(
-        c.frozen, c.frozen.point(name, plan.sizes[0], plans.TEXT))
-    others = [(m.name, _of(c, 'confirm', name, m)) for m in plan.measures[1:]]
-    yield {
-        'part': f'{name} ({report.changed(changes)})',
-        'verdict': row['verdict'],
-        'parameters': ', '.join(f'{x["params"]:,}' for x in points),
-        'tokens': ', '.join(f'{x["tokens"]:,}' for x in points),
-        'seeds': str(shown.get('n')), 'effect': _effect(shown),
-        'p': page.p_value(shown.get('p_corrected')).text,
-        'multiplier': page.estimate(*map(
-            factor.get, ('factor', 'low', 'high')), '.2f').text,
-        'others': '; '.join(f'{measure} {_effect(x)}'
-                            for measure, x in others if x.get('n')) or 'n/a'}
+def rows(c: Comparison) -> list[dict[str, str]]:
+  """Returns the cells of each variant's row, by the words of the template."""
+  return [_row(c, verdict) for verdict in c.verdicts()[1:]]
+
+
+def _row(c: Comparison, verdict: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the cells of a variant's row. One that was stopped has its figures
+  from the screening, which is at the smallest size."""
+  plan, variant = c.plan, verdict['variant']
+  if verdict['n'] is not None:
+    shown, sizes = verdict, plan.sizes
+  else:
+    shown = _estimate(c, 'screen', variant, plan.primary)
+    sizes = plan.sizes[:1]
+  points = [c.frozen.point(plan.base, size, plans.TEXT) for size in sizes]
+  changes = comparison.alone(
+      c.frozen, c.frozen.point(variant, plan.sizes[0], plans.TEXT))
+  confirmed = c.effect('confirm', variant, plan.primary.name)
+  multiplier = comparison.row_with(
+      confirmed.get('multipliers', ()), size=decide.ALL, by='multiplier')
+  others = []
+  for measure in plan.measures[1:]:
+    other = _estimate(c, 'confirm', variant, measure)
+    if other.get('n'):
+      others.append(f'{measure.name} {_effect(other)}')
+  return {
+      'part': f'{variant} ({comparison.changed(changes)})',
+      'verdict': verdict['verdict'],
+      'parameters': ', '.join(f'{point["params"]:,}' for point in points),
+      'tokens': ', '.join(f'{point["tokens"]:,}' for point in points),
+      'seeds': str(shown.get('n')), 'effect': _effect(shown),
+      'p': page.p_value(shown.get('p_corrected')).text,
+      'multiplier': page.estimate(
+          multiplier.get('factor'), multiplier.get('low'),
+          multiplier.get('high'), form='.2f').text,
+      'others': '; '.join(others) or 'n/a'}
 
 
 def _effect(row: Mapping[str, Any]) -> str:
-  return page.estimate(*map(row.get, ('effect', 'low', 'high'))).text
+  return page.estimate(row.get('effect'), row.get('low'), row.get('high')).text
 
 
-def _of(c: report.Comparison, phase: str, variant: str, measure: plans.Measure
-        ) -> Mapping[str, Any]:
+def _estimate(c: Comparison, phase: str, variant: str, measure: plans.Measure
+              ) -> Mapping[str, Any]:
   """Returns the estimate of a measure over all sizes of a phase; {} where there
   is none."""
-  return next((x for x in c.estimates if (
-      x['phase'], x['variant'], x['measure']) == (
-          phase, variant, measure.name)), {})
+  return comparison.row_with(
+      c.estimates, phase=phase, variant=variant, measure=measure.name)

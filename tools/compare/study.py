@@ -20,7 +20,7 @@ from typing import Any
 
 from common.errors import EnvironmentFailure, one_of, require
 from tools.compare import curves, freeze, layout
-from tools.compare import local, phases, report, results
+from tools.compare import comparison, local, phases, report, results
 from tools.compare import plan as plans
 from training import objectives
 
@@ -169,7 +169,7 @@ def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
       print(results.table(results.costs(frozen, args.group, results.times_of(
           workdir, frozen))[1:], args.parallel), flush=True)
   if args.until == plans.REPORT:
-    print(f'report: {report.write(report.load(workdir))[0]}', flush=True)
+    print(f'report: {report.write(comparison.load(workdir))[0]}', flush=True)
   return 0
 
 

@@ -22,12 +22,11 @@ from tests.helpers import chromium, study_folder, sweep_folder
 from tests.helpers.study_folder import BASE, ODD, VARIANTS
 from tests.helpers.sweep_folder import HEALTH, LOST, POINTS, SHIFT, point
 from tools.compare import __main__ as command
-from tools.compare import curves, decide, efficiency, figures, layout, measures
-from tools.compare import phases
+from tools.compare import comparison, curves, decide, efficiency, figures
+from tools.compare import layout, measures, phases
 from tools.compare import page as page_lib
 from tools.compare import plan as plans
-from tools.compare import publish
-from tools.compare import report, spec
+from tools.compare import plots, publish, report, spec, tables
 from training import cli
 from training.evals import in_training
 from training.workdir import run_config
@@ -39,14 +38,14 @@ ALL = (*VARIANTS, ODD)
 def sweep(tmp_path_factory):
   folder = tmp_path_factory.mktemp('sweep')
   sweep_folder.write(folder, POINTS, states=LOST)
-  return report.load(folder)
+  return comparison.load(folder)
 
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
   folder = tmp_path_factory.mktemp('study')
   results = study_folder.write(folder, study_folder.plan(ALL))
-  return report.load(folder), results
+  return comparison.load(folder), results
 
 
 @pytest.fixture(scope='module')
@@ -56,7 +55,7 @@ def written(sweep):
 
 def _study(folder, results=None, plan=None, **changes):
   study_folder.write(folder, plan, results, **changes)
-  return report.load(folder)
+  return comparison.load(folder)
 
 
 def _rows(table):
@@ -80,7 +79,7 @@ def test_a_sweeps_differences_and_speed_ups_are_those_of_its_runs(sweep):
     fast = [rows[name][f'speed_up_flops{end}'] for end in ('_low', '', '_high')]
     assert fast[1] == pytest.approx(1 / factor, rel=0.03)
     assert fast[0] < 1 / factor < fast[2]
-  table = _rows(report.verdict_table(sweep))
+  table = _rows(tables.verdict_table(sweep))
   for name, words in (('better', r'1\.2\d \[.*\]'),
                       ('same', r'\(.*\d\.\d\d \[.*\]\)')):
     assert re.fullmatch(words, table[name]['speed-up in FLOPs'].text)
@@ -111,7 +110,7 @@ def test_curves_stand_at_what_was_spent(sweep, tmp_path, written):
       (0.5 * sweep_folder.EVERY, 0.5 * sweep_folder.STEPS))
   # Runs that train together share the seconds.
   sweep_folder.write(tmp_path, [point('base', together=2)])
-  together = curves.mean([lines['eval'] for lines in report.load(
+  together = curves.mean([lines['eval'] for lines in comparison.load(
       tmp_path).curves.values()])
   assert together['seconds'][-1] == pytest.approx(0.25 * sweep_folder.STEPS)
   rows = list(csv.DictReader(written['curves.csv'].open()))
@@ -148,19 +147,19 @@ def test_what_is_not_known_is_said(sweep, tmp_path):
   sweep_folder.write(tmp_path / 'a', POINTS[:2], states={
       ('base', s): ('failed', 'no memory') for s in range(3)})
   assert 'The base base has no finished run' in report.text(
-      report.load(tmp_path / 'a'))
+      comparison.load(tmp_path / 'a'))
   # Figures that were not matched, and a run of another config.
   sweep_folder.write(tmp_path / 'b', [
       point('base'), point('norm', {'model.norm': 'rmsnorm'}),
       point('far', {'model.position': 'rope'}, flops=1.05 * sweep_folder.FLOPS)
   ], match='params')
-  assert report.load(tmp_path / 'b').warnings == [
+  assert comparison.load(tmp_path / 'b').warnings == [
       "The FLOPs a token of far differ from the base's by more than 1 %."]
   folder = layout.run_folder(tmp_path / 'b', 'norm', 1)
   run_config.save(folder, spec.changed(
       run_config.load_config(folder), {'optim.b1': 0.5}, 'a test'))
   assert 'figures: norm, seed 1 (optim.b1).' in report.text(
-      report.load(tmp_path / 'b'))
+      comparison.load(tmp_path / 'b'))
 
 
 def test_a_point_of_which_runs_diverged_is_unstable_as_in_a_study(tmp_path):
@@ -176,7 +175,7 @@ def test_a_point_of_which_runs_diverged_is_unstable_as_in_a_study(tmp_path):
   sweep_folder.write(tmp_path, points, states={
       (p['name'], seed): ('failed', 'error: diverged') for p in points
       for seed in p.get('diverged', ())})
-  c = report.load(tmp_path)
+  c = comparison.load(tmp_path)
   words = {row['variant']: row['verdict'] for row in c.verdicts()}
   assert words == {'base': 'base', 'fast': decide.UNSTABLE,
                    'sound': decide.BETTER, 'gone': decide.UNSTABLE}
@@ -204,7 +203,7 @@ def test_each_change_over_all_settings_of_the_others(tmp_path, change):
       point('norm', change, shift={0: .6, 1: .7, 2: .8}),
       point('block', {**block, **wide}, matched=['model.d_ff'], shift=flat),
       point('both', change | block, shift={0: .2, 1: .3, 2: .4})])
-  norm, parallel = report.effects(report.load(tmp_path)).rows
+  norm, parallel = tables.effects(comparison.load(tmp_path)).rows
   # norm: +0.1, +0.2, +0.3 alone and -0.3, -0.2, -0.1 with block.
   assert norm['minus base'].value == pytest.approx(0, abs=1e-9)
   assert norm['pairs'].value == 2
@@ -218,16 +217,16 @@ def test_sensitivity_to_the_learning_rate(tmp_path):
   sweep_folder.write(tmp_path, [
       point('base', shift=SHIFT), point('half', {'optim.lr': 5e-4}, factor=2.0),
       point('twice', {'optim.lr': 2e-3}, factor=1.4, shift=SHIFT)])
-  c = report.load(tmp_path)
+  c = comparison.load(tmp_path)
   group, = c.results['tuned']
   assert [trial['changes']['optim.lr'] for trial in group['tried']] == [
       5e-4, 1e-3, 2e-3]
-  row, = report.tuning(c).rows
+  row, = tables.tuning(c).rows
   means = [trial['value'] for trial in group['tried']]
   assert row['chosen'].text == 'optim.lr=0.001'
   assert row['at the edge'].text == 'no'
   assert row['sensitivity'].value == pytest.approx(np.mean(means) - means[1])
-  series, = report.tuning_plot(c)['series']
+  series, = plots.tuning_plot(c)['series']
   assert series['mean']['loss']['y'] == pytest.approx(means, rel=1e-5)
 
 
@@ -256,13 +255,13 @@ def test_what_tasks_found_are_measures(sweep, tmp_path):
   for file in tmp_path.rglob('metrics.jsonl'):
     file.write_text(''.join(line for line in file.open()
                             if '"split": "eval"' not in line))
-  c = report.load(tmp_path)
-  base, norm = report.other_table(c).rows
+  c = comparison.load(tmp_path)
+  base, norm = tables.other_table(c).rows
   assert base['mean'].text == '0.6000 ± 0.1000'
   # 0.1, 0.2, 0: t(0.975, 2) = 4.3027, times 0.1 over the root of 3.
   assert norm['mean'].text == '0.7000 ± 0.1000'
   assert norm['minus base'].text == '+0.1000 [-0.1484, +0.3484]'
-  lost, = report.excluded(c).rows
+  lost, = tables.excluded(c).rows
   assert lost['why'].text == 'no luck'
 
 
@@ -280,7 +279,7 @@ def test_figures_of_tasks_are_the_same_whenever_they_were_done():
       'train.steps': 8, 'eval.tasks': 'lm_eval:mmlu,labels,gone'},
                       (row | {'step': 4, 'labels/f1': 0.1}, row), {})
   after = curves.Run(0, 'done', '', {}, (), tasks)
-  assert report._values(during) == report._values(after) == {
+  assert comparison._values(during) == comparison._values(after) == {
       'lm_eval:mmlu/acc': 0.5, 'lm_eval:mmlu/mmlu_law/acc': 0.25,
       'lm_eval:mmlu/mmlu_law/acc (strict)': 0.125, 'labels/f1': 0.5}
 
@@ -305,7 +304,7 @@ def test_the_command_writes_beside_the_runs(sweep, monkeypatch, capsys,
 
 def test_a_studys_tables_and_sheet_have_the_results_numbers(study):
   c, results = study
-  rows = _rows(report.verdict_table(c))
+  rows = _rows(tables.verdict_table(c))
   assert [*rows] == [BASE, *ALL]
   sheet = {(row['phase'], row['measure'], row['variant'], row['size']): row
            for row in c.estimates}
@@ -332,7 +331,7 @@ def test_a_studys_tables_and_sheet_have_the_results_numbers(study):
         '{effect:+.4f} [{low:+.4f}, {high:+.4f}]'.format(**result),
         result['effect'], '')
     assert rows[variant]['trend over size'].value == result['trend']['effect']
-  for row, result in zip(report.noise(c).rows, results['noise'], strict=True):
+  for row, result in zip(tables.noise(c).rows, results['noise'], strict=True):
     assert row['standard deviation'].value == result['sd']
     assert row['smallest effect'].value == result['smallest_effect']
   for result in results['screen']:
@@ -344,7 +343,7 @@ def test_a_studys_tables_and_sheet_have_the_results_numbers(study):
   assert sheet['confirm', 'mqar', 'alibi', 'large']['mean'] == pytest.approx(
       np.mean(values))
   # Runs that diverged are told, and names are text.
-  assert {row['state'].text for row in report.excluded(c).rows} == {'diverged'}
+  assert {row['state'].text for row in tables.excluded(c).rows} == {'diverged'}
   page = report.html(c, [])
   assert html.escape(ODD).replace('&quot;', '&#34;') in page
   assert ODD not in page
@@ -368,17 +367,17 @@ def test_multipliers_predictions_and_what_a_screening_lost_are_told(tmp_path):
       'largest': decide.confirm(narrowed, ahead, 'largest'), 'predicted': {
           'hash': 'abcd', 'time': 1e9, 'blind': True, 'rows': rows}})
   c = _study(tmp_path, results, plan)
-  table = report.multipliers(c).rows
+  table = tables.multipliers(c).rows
   assert len(table) == 2 * 4  # of rope and alibi, which passed
   rope = results['confirm'][0]['multipliers'][0]
   assert table[0]['multiplier'].value == rope['factor'] > 1
   assert [*table[0]][2:] == [
       'floor', 'multiplier', 'multiplier, pinned', 'multiplier, no embeddings',
       'multiplier, no embeddings, pinned']
-  assert [row['size'].text for row in report.ranks(c).rows] == [
+  assert [row['size'].text for row in tables.ranks(c).rows] == [
       'small', 'medium', 'large']
-  assert report.ranks(c).rows[2]["Kendall's tau"].value == 1  # the same runs
-  section = report.predictions(c)
+  assert tables.ranks(c).rows[2]["Kendall's tau"].value == 1  # the same runs
+  section = report.prediction_section(c)
   seen = _rows(section.tables[0])
   for prediction in rows:
     row = seen[prediction['variant']]
@@ -408,12 +407,12 @@ def test_a_study_that_is_not_over_says_how_far_it_is(tmp_path, upto):
   c = _study(tmp_path, study_folder.results(study_folder.plan(), upto))
   assert any('is not over' in line and 'confirm' in line
              for line in c.warnings)
-  assert not report.other_table(c).rows and report.html(c, [])
+  assert not tables.other_table(c).rows and report.html(c, [])
   # Every variant has its row all the same.
-  assert len(report.verdict_table(c).rows) == 1 + len(VARIANTS)
+  assert len(tables.verdict_table(c).rows) == 1 + len(VARIANTS)
   if not upto:
     (tmp_path / 'results.json').unlink()
-    assert not figures.of(report.load(tmp_path))
+    assert not figures.of(comparison.load(tmp_path))
 
 
 def test_every_run_is_a_dot_of_the_figures(study):
@@ -449,10 +448,10 @@ def test_what_students_test_may_not_be_asked_is_said():
   row = dict(measure='loss', variant='a', n=6, p=0.03, p_robust=0.2,
              p_shape=0.9)
   plan = study_folder.plan()
-  assert report.doubts(plan, [row | dict(p=0.2)]) == []
-  doubt, = report.doubts(plan, [row])
+  assert comparison.doubts(plan, [row | dict(p=0.2)]) == []
+  doubt, = comparison.doubts(plan, [row])
   assert 'disagree, before correction, on a (p = 0.03 and 0.2)' in doubt
-  doubt, = report.doubts(plan, [row | dict(p=None, p_shape=0.01)])
+  doubt, = comparison.doubts(plan, [row | dict(p=None, p_shape=0.01)])
   assert 'outliers (p = 0.01' in doubt
 
 
@@ -482,7 +481,7 @@ def test_verdicts_are_published_from_bundles_alone(study, tmp_path, capsys):
   assert publish.bundle(study[0].workdir) == packed
   with tarfile.open(path) as tar:
     tar.extractall(tmp_path / 'unpacked', filter='data')
-  assert report.load(tmp_path / 'unpacked').estimates == study[0].estimates
+  assert comparison.load(tmp_path / 'unpacked').estimates == study[0].estimates
   path.write_bytes(packed[:500])
   with pytest.raises(RequestError, match='is no bundle'):
     publish.main(args)
@@ -505,7 +504,7 @@ def test_what_was_tuned_is_compared_seed_by_seed_and_on_fresh_seeds(tmp_path):
     trial |= {'rung': 1, 'values': tried[trial['changes']['optim.lr']]}
     trial['value'] = float(np.mean(trial['values']))
   c = _study(tmp_path, results)
-  cells = report.tuning(c).rows[results['tuned'].index(row)]
+  cells = tables.tuning(c).rows[results['tuned'].index(row)]
   apart = np.subtract(tried[4e-3], tried[2e-3])
   low, high = stats.t.interval(0.95, 2, apart.mean(), stats.sem(apart))
   assert cells['next best'].text == (
@@ -528,23 +527,23 @@ def test_a_target_is_reached_from_where_on_the_one_sided_test_says_so(
   p = stats.ttest_1samp(losses, 3.28, alternative='less').pvalue
   assert list(p < 0.01) == [False, False, True, True, False]
   # The last is not below: then no earlier one is asked.
-  assert report.reached(each, 3.28) == {'p': pytest.approx(p[4])}
+  assert tables.reached(each, 3.28) == {'p': pytest.approx(p[4])}
   shorter = [{name: x[:4] for name, x in curve.items()} for curve in each]
-  assert report.reached(shorter, 3.28) == {
+  assert tables.reached(shorter, 3.28) == {
       'step': 30, 'tokens': 3, 'seconds': pytest.approx(0.3),
       'p': pytest.approx(p[2])}
   # Of 2,000 curves that never are below, it is said of 1 % that they are.
   rng = np.random.default_rng(0)
-  wrong = np.mean(['step' in report.reached([
+  wrong = np.mean(['step' in tables.reached([
       {name: [1, 2, 3] for name in ('step', 'tokens', 'flops', 'seconds')}
       | {'loss': row} for row in rng.normal(3.28, 0.01, (4, 3)).tolist()], 3.28)
                    for _ in range(2000)])
   assert 0.005 < wrong < 0.016
-  table = report.target_table(dataclasses.replace(study[0], target=2.4))
+  table = tables.target_table(dataclasses.replace(study[0], target=2.4))
   steps = {(row['variant'].text, row['size'].text): row['steps to target'].text
            for row in table.rows}
   assert steps['rope', 'large'].isdecimal() and steps['wild', 'large'] == 'n/a'
-  assert not report.target_table(study[0]).rows
+  assert not tables.target_table(study[0]).rows
   assert 'To a held-out loss of 2.5' in report.text(
       dataclasses.replace(sweep, target=2.5))
 
@@ -608,12 +607,12 @@ def test_results_that_were_changed_or_are_of_another_plan_are_refused(
   study_folder.write(tmp_path, study_folder.plan(VARIANTS[1:]),
                      study_folder.results(study_folder.plan()))
   with pytest.raises(RequestError, match='is of another plan than study.json'):
-    report.load(tmp_path)
+    comparison.load(tmp_path)
   study_folder.write(tmp_path)
   path = tmp_path / 'results.json'
   path.write_text(path.read_text().replace('"better"', '"worse"', 1))
   with pytest.raises(SystemExit) as end:
-    cli.run(lambda: report.write(report.load(tmp_path)) and 0)
+    cli.run(lambda: report.write(comparison.load(tmp_path)) and 0)
   assert end.value.code == 2
   assert 'results.json is damaged' in capsys.readouterr().err
   assert not (tmp_path / 'report').exists()

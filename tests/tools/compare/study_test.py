@@ -18,7 +18,7 @@ import pytest
 
 from common.errors import EnvironmentFailure, RequestError, Stopped
 from tests.helpers import studies
-from tools.compare import decide, freeze, layout, measures, phases
+from tools.compare import comparison, decide, freeze, layout, measures, phases
 from tools.compare import plan as plans
 from tools.compare import report, results, status, study
 from training.workdir import run_config
@@ -654,7 +654,7 @@ def test_a_run_that_is_gone_is_trained_anew(whole, frozen, tmp_path):
 
 
 def _methods(workdir):
-  c = report.load(workdir)
+  c = comparison.load(workdir)
   return ' '.join(report.methods(c.frozen, c.results))
 
 
@@ -671,7 +671,7 @@ def test_a_plan_cannot_be_swapped(frozen, tmp_path):
   plans.save(tmp_path / 'other', other)
   shutil.copy(tmp_path / 'other' / 'study.json', path)
   with pytest.raises(RequestError, match='not the plan that the ledger'):
-    report.load(tmp_path)
+    comparison.load(tmp_path)
   for name in ('study.sqlite', 'study.json'):
     (tmp_path / name).unlink()
   known = f'noise by the plan {frozen.hash}; results.json|noise, results.json '

@@ -1,0 +1,102 @@
+"""The plots that report.js draws on a page, where a reader chooses the axes.
+
+A plot is {id, title, caption, x, y, log, series}. `x` and `y` name the axes and
+the figures that a reader can choose from, and a series holds, for each figure,
+its points by axis: {'eval': {'tokens': [...], 'y': [...]}}. `look` is the class
+of report.css that gives it its colour and dashes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tools.compare import curves, figures, page
+from tools.compare import plan as plans
+from tools.compare.comparison import LR, Comparison
+
+MOST = 300  # points of a line; longer ones are thinned
+
+
+def curve_plots(c: Comparison) -> list[dict[str, Any]]:
+  """Returns the curves at each size: the mean over seeds, and each seed."""
+  plots = []
+  for i, size in enumerate(c.plan.sizes):
+    series = []
+    for variant in c.variants:
+      seeds = {seed: lines for (name, at, seed), lines in c.curves.items()
+               if (name, at) == (variant, size) and lines}
+      if seeds:
+        series.append(_curve_series(c, variant, seeds))
+    drawn = {figure for line in series for figure in line['mean']}
+    plots.append({
+        'id': f'curves-{i}', 'title': f'curves {size}', 'curves': True,
+        'log': False, 'x': curves.AXES, 'series': series,
+        'y': {name: words for name, words in curves.FIGURES.items()
+              if name in drawn},
+        'caption': f'{size or "Curves"}: means over the seeds that are done. '
+        'Seconds are of training steps on the machine that ran them, '
+        'without compiling, evaluating and saving; where several runs trained '
+        "as one program, each one's share."})
+  return plots
+
+
+def _curve_series(c: Comparison, variant: str,
+                  seeds: Mapping[int, Mapping[str, Mapping]]) -> dict[str, Any]:
+  """Returns the curves of a variant, of each figure that all its seeds have."""
+  means, each = {}, {seed: {} for seed in seeds}
+  for figure in curves.FIGURES:
+    if not all(figure in lines for lines in seeds.values()):
+      continue
+    means[figure] = thinned(
+        curves.mean([lines[figure] for lines in seeds.values()]))
+    for seed, lines in seeds.items():
+      each[seed][figure] = thinned(lines[figure])
+  return {'name': variant, 'base': variant == c.plan.base,
+          'look': figures.css_look(c, variant), 'mean': means, 'seeds': each}
+
+
+def tuning_plot(c: Comparison) -> dict[str, Any]:
+  """Returns what the last rung of tuning found on text by the learning rate,
+  with the interval over seeds where there is one."""
+  series = []
+  for row in c.results['tuned']:
+    tried = [trial for trial in row['tried'] if LR in trial['changes']
+             and trial['rung'] >= c.plan.tuning.rungs - 1]
+    if row['workload'] not in ('', plans.TEXT) or not tried:
+      continue
+    tried.sort(key=lambda trial: trial['changes'][LR])
+    losses = _numbers({
+        'lr': [trial['changes'][LR] for trial in tried],
+        'y': [trial['value'] for trial in tried],
+        'low': [trial.get('low') for trial in tried],
+        'high': [trial.get('high') for trial in tried]})
+    # The same variant at another size has other dashes.
+    look = figures.css_look(c, row.get('look', row['variant']),
+                            turn=c.plan.sizes.index(row['size']))
+    series.append({'name': f'{row["variant"]} {row["size"]}'.strip(),
+                   'base': False, 'look': look, 'mean': {'loss': losses}})
+  return {'id': 'rates', 'title': 'loss by learning rate', 'log': True,
+          'x': {'lr': 'learning rate'}, 'y': {'loss': c.plan.primary.name},
+          'caption': 'Bars are 95 % intervals over seeds.', 'series': series}
+
+
+def thinned(curve: Mapping[str, Sequence]) -> dict[str, list]:
+  """Returns a curve as report.js draws it: with at most MOST points, its last
+  one kept."""
+  length = len(curve['step'])
+  places = np.linspace(0, length - 1, min(length, MOST))
+  keep = np.unique(places.round().astype(int))
+  line = {name: np.asarray(curve[name], float)[keep] for name in curves.AXES}
+  line['y'] = np.asarray(curve['loss'], float)[keep]
+  return _numbers(line)
+
+
+def _numbers(line: Mapping[str, Sequence]) -> dict[str, list]:
+  """Returns plain numbers of six digits; what is unknown or not finite is None.
+  """
+  rounded = {}
+  for name, column in line.items():
+    rounded[name] = [float(f'{x:.6g}') if page.known(x) else None
+                     for x in column]
+  return rounded

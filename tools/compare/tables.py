@@ -1,0 +1,502 @@
+"""The tables of a report: each is described once, as rows of cells by heading
+(page.Table), and printed for a terminal, on the page and as JSON.
+
+What the headings mean stands in templates/columns.toml. In all functions `c` is
+the Comparison that is reported.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tools.compare import curves, decide, page, statistics
+from tools.compare import measures as measures_lib
+from tools.compare import plan as plans
+from tools.compare.comparison import BASE, Comparison, alone, changed, value
+from tools.compare.page import UNKNOWN, Cell, Table, label
+from training.workdir import run_config
+
+TARGET_LEVEL = 0.01  # as in the rules of modded-nanogpt's third track
+# Fields that say where and how a run is done, not what it computes.
+ASIDE = ('log.', 'checkpoint.', 'mesh.', 'profile.')
+
+
+# Estimates.
+
+
+def verdict_table(c: Comparison) -> Table:
+  """Returns the estimates that the verdicts are on."""
+  return estimate_table(c, 'verdicts', 'Each variant beside the base',
+                        c.verdicts())
+
+
+def other_table(c: Comparison) -> Table:
+  """Returns the estimates of the confirmation that no verdict is on."""
+  others = c.estimates[len(c.variants):]
+  confirmed = [row for row in others if row['phase'] == 'confirm']
+  return estimate_table(c, 'estimates', 'Each size and measure', confirmed)
+
+
+def estimate_table(c: Comparison, name: str, title: str,
+                   rows: Sequence[Mapping[str, Any]]) -> Table:
+  """Returns estimates as a table, without those of which nothing is known and
+  the columns that say nothing of them."""
+  rows = [row for row in rows
+          if row['runs'] or row['verdict'] or row['n'] is not None]
+  names_measure = len({row['measure'] for row in rows}) != 1
+  mean = 'mean'
+  if not names_measure and rows[0]['measure'] == 'loss':
+    mean = 'held-out loss'
+  return page.table(name, title, [
+      _estimate_cells(c, row, mean, names_measure) for row in rows])
+
+
+def _estimate_cells(c: Comparison, row: Mapping[str, Any], mean: str,
+                    names_measure: bool) -> dict[str, Cell]:
+  """Returns the row of an estimate; `mean` is the heading of its mean."""
+  minus_base = _with_interval(row)
+  if row['variant'] == c.plan.base:
+    minus_base = Cell(BASE, 0.0)
+  verdict = row['verdict'] or ''
+  # A p that is one of several stands corrected alone.
+  p = row['p'] if row['p_corrected'] is None else None
+  seeds = row['n']
+  if seeds is None and row['runs']:
+    seeds = row['runs']
+  return {
+      'variant': label(row['variant']),
+      'measure': label(row['measure'] if names_measure else ''),
+      'size': label(row['size']),
+      mean: page.mean(row['mean'], row['sd']),
+      'minus base': minus_base,
+      '± items': page.number(row['item_noise']),
+      'over seeds and items': _with_interval(row, 'both_'),
+      'p over both': page.p_value(row['both_p']),
+      'verdict': label(verdict, page.MARKS.get(verdict, '')),
+      'p': page.p_value(p),
+      'corrected p': page.p_value(row['p_corrected']),
+      'robust p': page.p_value(row['p_robust']),
+      'equivalence p': page.p_value(row['p_equivalent']),
+      'no worse p': page.p_value(row['p_not_worse']),
+      'speed-up in FLOPs': _speed_up(row, 'flops'),
+      'speed-up in time': _speed_up(row, 'seconds'),
+      'trend over size': _with_interval(row, 'trend_'),
+      'seeds': page.count(seeds),
+      'diverged': Cell(str(row['diverged'] or ''), row['diverged'])}
+
+
+def _with_interval(row: Mapping[str, Any], prefix: str = '') -> Cell:
+  """Returns an effect of an estimate with its interval."""
+  return page.estimate(row[f'{prefix}effect'], row[f'{prefix}low'],
+                       row[f'{prefix}high'])
+
+
+def _speed_up(row: Mapping[str, Any], by: str) -> Cell:
+  """Returns '1.2 [1.1, 1.3]'; ~ where the curves' fit errs by more than the
+  difference, in brackets where no difference is shown."""
+  factor = row[f'speed_up_{by}']
+  if not page.known(factor):
+    return Cell(UNKNOWN)
+  low, high = row[f'speed_up_{by}_low'], row[f'speed_up_{by}_high']
+  text = page.estimate(factor, low, high, form='.2f').text
+  effect = row['effect']
+  if page.known(effect) and abs(effect) < row[f'speed_up_{by}_fit_error']:
+    text = f'~{text}'
+  if row['verdict'] in (decide.NO_NOISE, decide.NONE_SHOWN):
+    text = f'({text})'
+  return Cell(text, factor)
+
+
+# A target.
+
+
+def reached(each: Sequence[Mapping[str, Sequence]], target: float
+            ) -> dict[str, float | None]:
+  """Returns what runs spend to reach a loss.
+
+  That is 'step', 'tokens' and 'seconds' of the first evaluation from which on
+  their mean loss is below the target, with a one-sided p below TARGET_LEVEL,
+  and this 'p'; where there is none, the p of the last evaluation alone.
+
+  The last evaluation is tested first, then the one before it, until one is not
+  below. In an order that is fixed beforehand no test has to be corrected
+  (Maurer et al. 1995): that any step is named too early has a probability of
+  at most TARGET_LEVEL.
+
+  Args:
+    each: the curve of each seed.
+    target: the loss.
+  """
+  at = curves.mean(each)
+  losses = []
+  for curve in each:
+    is_shared = np.isin(curve['step'], at['step'])
+    losses.append(np.asarray(curve['loss'], float)[is_shared])
+  ps = [statistics.p_below(seeds, target) for seeds in zip(*losses)]
+  if not ps:
+    return {'p': None}
+  first = len(ps)
+  while first and ps[first - 1] is not None and ps[first - 1] < TARGET_LEVEL:
+    first -= 1
+  if first == len(ps):
+    return {'p': ps[-1]}
+  return {'step': float(at['step'][first]),
+          'tokens': float(at['tokens'][first]),
+          'seconds': float(at['seconds'][first]), 'p': ps[first]}
+
+
+def target_table(c: Comparison) -> Table:
+  """Returns what each variant spends to reach the target at each size. A run
+  that diverged or failed never does, and so neither does its variant."""
+  title = f'To a held-out loss of {c.target}'
+  if c.target is None:
+    return page.table('target', title, [])
+  rows = []
+  for size in reversed(c.plan.sizes):
+    for variant in c.variants:
+      each = _evaluations(c, variant, size)
+      spent = {}
+      if each and not _has_lost_runs(c, variant, size):
+        spent = reached(each, c.target)
+      rows.append({
+          'variant': label(variant), 'size': label(size),
+          'steps to target': page.count(spent.get('step')),
+          'tokens to target': page.count(spent.get('tokens')),
+          'time to target': page.duration(spent.get('seconds')),
+          'p of target': page.p_value(spent.get('p')),
+          'seeds': page.count(len(each))})
+  return page.table('target', title, rows)
+
+
+def _evaluations(c: Comparison, variant: str, size: str) -> list[Mapping]:
+  """Returns the curve of held-out losses of each seed that has one."""
+  each = []
+  for (name, at, _), by_figure in c.curves.items():
+    if (name, at) == (variant, size) and by_figure.get('eval'):
+      each.append(by_figure['eval'])
+  return each
+
+
+def _has_lost_runs(c: Comparison, variant: str, size: str) -> bool:
+  """Returns whether a run of the confirmation, or of a sweep, is excluded."""
+  return any((row['variant'], row['size']) == (variant, size)
+             and row['phase'] in ('', 'confirm') for row in c.excluded)
+
+
+# What variants change and cost.
+
+
+def costs(c: Comparison) -> Table:
+  """Returns what each variant costs at each size, and what it changes."""
+  rows = []
+  for point in c.frozen.points:
+    if point['workload'] != plans.TEXT:
+      continue
+    variant, size = point['variant'], point['size']
+    seconds = [run.seconds for run in c.outcomes
+               if run.phase == 'confirm' and run.workload == plans.TEXT
+               and (run.variant, run.size) == (variant, size)]
+    active = Cell('')
+    if point['active_params'] != point['params']:
+      active = _beside_base(c, point, 'active_params')
+    rows.append({
+        'variant': label(variant), 'size': label(size),
+        'parameters': _beside_base(c, point, 'params'),
+        'active parameters': active,
+        'FLOPs a token': _beside_base(c, point, 'flops_per_token'),
+        'tokens': page.count(point['tokens']),
+        'time of a run': page.duration(
+            float(np.mean(seconds)) if seconds else None),
+        'changes': label(changed(alone(c.frozen, point))),
+        'solved for': label(', '.join(point['matched']))})
+  return page.table('costs', 'What each variant changes and costs', rows)
+
+
+def _beside_base(c: Comparison, point: Mapping[str, Any], cost: str) -> Cell:
+  """Returns '52k (+4.0%)': a cost of a point, and how far it is from that of
+  the base."""
+  if not page.known(point[cost]):
+    return Cell(UNKNOWN)
+  base = c.frozen.point(c.plan.base, point['size'], point['workload'])
+  more = point[cost] / base[cost] - 1
+  scaled, units = point[cost], ['', 'k', 'M', 'G', 'T']
+  while abs(scaled) >= 1000 and len(units) > 1:
+    scaled /= 1000
+    units.pop(0)
+  text = f'{scaled:.4g}{units[0]}'
+  if abs(more) >= 5e-4:
+    text += f' ({more:+.1%})'
+  return Cell(text, point[cost])
+
+
+def effects(c: Comparison) -> Table:
+  """Returns each change alone: the mean over all pairs of points that differ in
+  it and in nothing else, what was matched aside; no row where a change has less
+  than 2 pairs."""
+  rows = []
+  for change, pairs in _pairs(c).items():
+    if len(pairs) < 2:
+      continue
+    # Seeds that only some pairs have would weigh these pairs alone.
+    seeds = set.intersection(*map(set, pairs))
+    if not seeds:
+      continue
+    by_seed = [float(np.mean([pair[seed] for pair in pairs])) for seed in seeds]
+    mean, low, high, _ = statistics.interval(by_seed)
+    by_pair = [float(np.mean([*pair.values()])) for pair in pairs]
+    least, most = min(by_pair), max(by_pair)
+    rows.append({
+        'change': label(change),
+        'minus base': page.estimate(mean, low, high),
+        'from pair to pair': Cell(f'{least:+.4f} to {most:+.4f}', least),
+        'pairs': page.count(len(pairs))})
+  return page.table('effects', 'Each change, whatever the others', rows)
+
+
+def _pairs(c: Comparison) -> dict[str, list[dict[int, float]]]:
+  """Returns, by change, the difference of each pair of points that differ in it
+  alone, by seed."""
+  declared = {}
+  for point in c.frozen.points:
+    declared[point['variant']] = {
+        field: x for field, x in point['changes'].items()
+        if field not in point['matched']}
+  finals = {variant: c.values('confirm', variant, '', c.plan.primary)
+            for variant in c.variants}
+  pairs: dict[str, list[dict[int, float]]] = {}
+  for variant, changes in declared.items():
+    for field, x in changes.items():
+      of_change = pairs.setdefault(changed({field: x}), [])
+      rest = {other: y for other, y in changes.items() if other != field}
+      for without, other_changes in declared.items():
+        if other_changes != rest:
+          continue
+        shared = finals[variant].keys() & finals[without].keys()
+        if shared:
+          of_change.append({
+              seed: finals[variant][seed] - finals[without][seed]
+              for seed in shared})
+  return pairs
+
+
+# Tuning and noise.
+
+
+def tuning(c: Comparison) -> Table:
+  """Returns the values that were tried for each variant, and the best of them.
+  """
+  return page.table('tuned', 'What was tried for each variant', [
+      _tuning_cells(c, row) for row in c.results['tuned']])
+
+
+def _tuning_cells(c: Comparison, row: Mapping[str, Any]) -> dict[str, Cell]:
+  """Returns the row of a plans.Tuned."""
+  # What was tried, and what was found at the end of it.
+  tried = []
+  for name in row['changes']:
+    values = sorted({trial['changes'][name] for trial in row['tried']})
+    tried.append(f'{name}: {", ".join(map(value, values))}')
+  best = [trial['value'] for trial in row['tried']
+          if trial['changes'] == row['changes']][-1]
+  last = [trial['value'] for trial in row['tried']
+          if trial['rung'] >= c.plan.tuning.rungs - 1]
+  sensitivity = None
+  if last and None not in last:
+    sensitivity = abs(sum(last) / len(last) - best)
+  diverged = sum(bool(trial['diverged']) for trial in row['tried'])
+
+  # The seeds of the screening, on which nothing was chosen.
+  measures = c.plan.of_workload(row['workload']) or (c.plan.primary,)
+  screened = c.values('screen', row['variant'], row['size'], measures[0])
+  fresh = [*screened.values()]
+  on_fresh_seeds = Cell(UNKNOWN)
+  if len(fresh) > 1:
+    on_fresh_seeds = page.mean(
+        float(np.mean(fresh)), float(np.std(fresh, ddof=1)))
+  return {
+      'variant': label(row['variant']),
+      'size': label(row['size']),
+      'workload': label(row['workload']),
+      'chosen': label(changed(row['changes'])),
+      'tried': label('; '.join(tried)),
+      'at the edge': label(', '.join(row['at_edge']) or 'no'),
+      'best': page.number(best),
+      'next best': _next_best(c, row, measures[0]),
+      'on fresh seeds': on_fresh_seeds,
+      'sensitivity': page.number(sensitivity),
+      'runs': page.count(row['runs']),
+      'diverged': Cell(str(diverged) if diverged else '', diverged)}
+
+
+def _next_best(c: Comparison, row: Mapping[str, Any], measure: plans.Measure
+               ) -> Cell:
+  """Returns the candidate after the chosen one minus it, over the seeds of
+  tuning."""
+  trials = [trial for trial in row['tried'] if not trial['diverged']
+            and trial['rung'] >= c.plan.tuning.rungs - 1
+            and page.known(trial['value'])]
+  if len(trials) < 2:
+    return Cell(UNKNOWN)
+  trials.sort(key=lambda trial: (trial['changes'] != row['changes'],
+                                 -measure.sign * trial['value']))
+  chosen, second = [trial.get('values', [trial['value']])
+                    for trial in trials[:2]]
+  apart = statistics.interval(np.subtract(second, chosen))
+  return page.estimate(apart.mean, apart.low, apart.high)
+
+
+def noise(c: Comparison) -> Table:
+  """Returns what a variant without effect shows, and what can be found beside
+  it."""
+  rows = []
+  for row in c.results['noise']:
+    rows.append({
+        'measure': label(row['measure']),
+        'size': label(row['size']),
+        'phase': label(row['phase']),
+        'pairs': page.count(row['pairs']),
+        'standard deviation': page.number(row['sd']),
+        'smallest effect': page.number(row['smallest_effect']),
+        'seeds': page.count(row['seeds']),
+        'seeds needed': page.count(row['seeds_needed']),
+        'power': page.number(row['power'], '.0%'),
+        'signal to noise': page.number(row.get('snr'), '.1f'),
+        'p of skew': page.p_value(row.get('skew')),
+        'p of outliers': page.p_value(row.get('outliers')),
+        'error': page.number(row.get('error'), '.2g')})
+  wanted = measures_lib.amount(c.frozen, c.plan.effect)
+  return page.table('noise-table', 'Base against base; wanted is an effect of '
+                    + wanted, rows)
+
+
+# Sizes.
+
+
+def multipliers(c: Comparison) -> Table:
+  """Returns compute multipliers at each size and of one fit of all."""
+  rows: dict[tuple[str, str], dict[str, Cell]] = {}
+  for verdict in c.results.get('confirm', ()):
+    for multiplier in verdict.get('multipliers', ()):
+      variant, size = verdict['variant'], multiplier['size']
+      row = rows.setdefault((variant, size), {
+          'variant': label(variant), 'size': label(size),
+          'floor': page.number(multiplier['floor'], '.3f')})
+      row[multiplier['by']] = page.estimate(
+          multiplier['factor'], multiplier['low'], multiplier['high'],
+          form='.3f')
+  return page.table('multipliers', 'Compute multipliers', [*rows.values()])
+
+
+def ranks(c: Comparison) -> Table:
+  """Returns how far the order of the variants, the base among them, is the same
+  at a size as at the largest: Kendall's tau."""
+  from scipy.stats import kendalltau
+  title = 'Is the order that of the largest size?'
+  by_size = {}
+  for size in c.plan.every_size:
+    phase = 'largest' if size == c.plan.largest else 'confirm'
+    differences = [0.0]  # the base's own
+    for variant in c.plan.variants:
+      effect = c.effect(phase, variant, c.plan.primary.name, size)
+      differences.append(effect.get('effect'))
+    by_size[size] = np.array(differences, float)
+  ordered = [size for size, x in by_size.items() if np.isfinite(x).sum() > 2]
+  rows = []
+  for size in ordered[:-1]:
+    last = ordered[-1]
+    tau, _ = kendalltau(by_size[size], by_size[last], nan_policy='omit')
+    rows.append({'size': label(size), 'compared with': label(last),
+                 'Kendall\'s tau': page.number(float(tau), '.2f')})
+  return page.table('ranks', title, rows)
+
+
+def predictions(c: Comparison) -> Table:
+  """Returns what was predicted for the largest size, and what was seen there.
+  """
+  record = c.results['predicted']
+  title = f'{c.plan.largest}, by the law of the other sizes'
+  seen = {}
+  for row in c.estimates:
+    if (row['phase'], row['measure']) == ('largest', c.plan.primary.name):
+      is_base = row['variant'] == c.plan.base
+      seen[row['variant']] = row['mean'] if is_base else row['effect']
+  rows = []
+  for row in record['rows'] if record else ():
+    observed, predicted, low, high = np.array(
+        [seen.get(row['variant']), row['value'], row['low'], row['high']],
+        float)
+    inside = 'yes' if low <= observed <= high else 'no'
+    if np.isnan(observed - low):
+      inside = ''
+    rows.append({
+        'variant': label(row['variant']),
+        'predicted': page.estimate(predicted, low, high),
+        'observed': page.number(observed, '+.4f'),
+        'off by': page.number(observed - predicted, '+.4f'),
+        'inside': label(inside)})
+  return page.table('predictions', title, rows)
+
+
+# What was done.
+
+
+def excluded(c: Comparison) -> Table:
+  """Returns the runs that failed, diverged or are not done, and why."""
+  names = ('variant', 'phase', 'size', 'workload', 'state', 'why')
+  groups: dict[tuple, list[str]] = {}
+  for row in c.excluded:
+    group = tuple(row[name] for name in names)
+    groups.setdefault(group, []).append(str(row['seed']))
+  rows = []
+  for group, seeds in groups.items():
+    cells = dict(zip(names, map(label, group)))
+    rows.append(cells | {'seeds left out': label(', '.join(seeds))})
+  return page.table('excluded', 'Runs that failed, diverged or are not done',
+                    rows)
+
+
+def spent(c: Comparison) -> Table:
+  """Returns the runs, FLOPs and time of each phase, and of all."""
+  phases = dict(c.results['phases'])
+  if phases:
+    every = list(phases.values())
+    phases['all'] = {key: sum(row[key] or 0.0 for row in every)
+                     for key in every[0]}
+  rows = []
+  for phase, row in phases.items():
+    rows.append({
+        'phase': label(phase),
+        'runs planned at most': page.count(row['planned']),
+        'done': page.count(row['done']),
+        'diverged': page.count(row['failed']),
+        'tokens': page.count(row['tokens']),
+        'FLOPs': page.number(row['flops'], '.3g'),
+        'training time': page.duration(row['seconds'])})
+  return page.table('spent', 'Spent, by phase', rows)
+
+
+def config(c: Comparison) -> Table:
+  """Returns every field of the config that all runs change."""
+  rows = []
+  for name, x in run_config.flatten(c.frozen.base_config).items():
+    if not name.startswith(ASIDE):
+      rows.append({'field': label(name), 'value': Cell(value(x))})
+  return page.table('config', 'The config that all runs change', rows)
+
+
+def provenance(c: Comparison) -> Table:
+  """Returns code, machines, versions and data."""
+  record = c.results['provenance']
+  rows = []
+  if c.is_study:
+    commit = c.frozen.code.get('commit')
+    rows.append(('plan', f'{c.frozen.hash}, frozen on '
+                 f'{plans.date(c.frozen.time)} at commit {commit}'))
+  rows += [('code', code) for code in record['codes']]
+  rows += [('device', device) for device in record['devices']]
+  rows += [('version', f'{name} {x}')
+           for name, x in record['versions'].items()]
+  rows += [('hash', f'{name}: {x}') for name, x in c.frozen.sources.items()]
+  return page.table('code', 'Code, machines and data', [
+      {'what': label(what), 'which': Cell(which)} for what, which in rows])
