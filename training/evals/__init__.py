@@ -1,11 +1,11 @@
-"""What eval.py can measure of a checkpoint: one record a task, in TASKS.
+"""The tasks that eval.py can do with a checkpoint: an object each, in TASKS.
 
-To add the task NAME, write a file in tasks/ with its record in a table TASKS;
-`Task` says what a record holds. eval.py and the sweeps take the names of the
+To add the task NAME, write a file in tasks/ with a subclass of `Task`, and an
+object of it in a table TASKS. eval.py and the sweeps take the names of the
 tasks and their flags from this table.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import fnmatch
@@ -31,8 +31,8 @@ flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
 # Fields that no evaluation reads: `model` stands resolved beside them.
 UNREAD = ('seed', 'init_', 'model.', 'optim.', 'checkpoint.', 'log.')
-# Of a run's folder: what each item scored when it was evaluated last as it
-# trained (items.py).
+# The file of a run's folder that says what each item scored in the last
+# evaluation of its training (items.py).
 ITEMS = 'items.json'
 
 
@@ -42,11 +42,12 @@ class Evaluation:
 
   Attributes:
     run: the run's config, model and mesh; its params are `params`.
+    params: the parameters that are evaluated.
     step: the checkpoint's step.
-    tokenizer: the run's.
+    tokenizer: the tokenizer of the run.
     options: eval.py's flags by name; those that are missing have their default.
     workdir: the run's folder; pictures go there.
-    programs: what was compiled, by what it is of; see `program`.
+    programs: compiled programs, by what they compute; see `program`.
     what: which parameters these are, where the checkpoint has several, or
       where they are of several checkpoints; else ''.
     shown: what the task's own `shown` returned.
@@ -64,23 +65,23 @@ class Evaluation:
   def held_out(self) -> list[pipeline.Loader]:
     """Returns the loaders of what is held out; see pipeline.held_out."""
     config = self.run.config
-    return pipeline.held_out(
-        config, self.tokenizer,
-        *devices.batch_shard(self.run.place, config.data.batch_size))
+    index, count = devices.batch_shard(self.run.place, config.data.batch_size)
+    return pipeline.held_out(config, self.tokenizer, index, count)
 
   def program(self, function: Callable, *of):
-    """Returns jax.jit of a function, or the same of an earlier run of this
+    """Returns jax.jit of a function, or the program of an earlier run of this
     process that differs in nothing that an evaluation reads: so that the seeds
     of a sweep's point compile once.
 
     Args:
-      function: of arrays.
+      function: a function of arrays.
       of: which of the run's functions it is: hashable.
     """
-    flat = run_config.flatten(self.run.config)
-    key = (*of, self.run.model, *(
-        (name, value) for name, value in flat.items()
-        if not name.startswith(UNREAD)))
+    read = []
+    for name, value in run_config.flatten(self.run.config).items():
+      if not name.startswith(UNREAD):
+        read.append((name, value))
+    key = (*of, self.run.model, *read)
     return self.programs.setdefault(key, jax.jit(function))
 
   def results(self, step: Callable, loader: pipeline.Loader, doing: str
@@ -95,10 +96,10 @@ class Flag(NamedTuple):
   """A flag of eval.py.
 
   Attributes:
-    name: without the dashes.
+    name: its name, without the dashes.
     default: a bool, int, float or string, which is also the flag's type.
     help: a sentence for --help.
-    least, most: of a number; None: no bound.
+    least, most: the bounds of a number; None: no bound.
     asks: whether to set the flag asks for its task, too, unless a task that
       was named reads it.
     needs: a flag of the same task, without which it is not read; '': none.
@@ -114,48 +115,79 @@ class Flag(NamedTuple):
   def define(self, default: Any, text: str) -> None:
     """Defines the flag with a default, and a sentence for --help."""
     kinds: dict[type, Callable] = {
-        bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
-        float: flags.DEFINE_float, str: flags.DEFINE_string}
-    kinds[type(self.default)](self.name, default, text, **(
-        {} if self.least is None else
-        dict(lower_bound=self.least, upper_bound=self.most)))
+        bool: flags.DEFINE_bool,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+    }
+    bounds = {}
+    if self.least is not None:
+      bounds = dict(lower_bound=self.least, upper_bound=self.most)
+    kinds[type(self.default)](self.name, default, text, **bounds)
 
 
-class Task(NamedTuple):
+class Task:
   """Something that can be measured of a checkpoint.
+
+  A subclass has `help` and `run`, and of all else what differs from here.
 
   Attributes:
     help: what it reports, for --help.
-    run: returns figures: a dict of numbers, lists and strings, which go into
-      --json after they have been printed for a reader; `items` is that of
-      items.py.
-    unfit: config -> why such a run has nothing to measure; '': it has.
-    check: (options, config) -> None; raises RequestError for options that
-      cannot be honoured, and where this machine lacks something. The config is
-      None where no flag of the task is set.
-    shown: lays out the texts that the options give the model; raises
-      RequestError for one that it cannot take. Called before any task is done.
-    file: that it writes into the run's folder; '': none.
-    flags: those that it reads.
+    file: the file that it writes into the run's folder; '': none.
+    flags: the flags that it reads.
     figures: the names of its numbers, as patterns of fnmatch; None: they are
       not known before it is done.
     argument: the flag, a text, that NAME:TEXT sets where a task is named; '':
       the task is named without one.
     held_out: whether it reads what is held out, which --text replaces.
-    beside: of a task whose own figures may be called PART/FIGURE, the groups of
-      figures that are not its own; None: no group's are.
+    beside: where the task's own figures may be called PART/FIGURE, the groups
+      of figures that are not its own; None: no group's are.
+    lacks: what an objective for which `allows` is False does not do, or does
+      not have.
   """
-  help: str
-  run: Callable[[Evaluation], dict[str, Any]]
-  unfit: Callable[[Config], str] = lambda config: ''
-  check: Callable[[Any, Any], None] = lambda options, config: None
-  shown: Callable[[Evaluation], Any] = lambda evaluation: None
+  help: str = ''
   file: str = ''
   flags: tuple[Flag, ...] = ()
   figures: tuple[str, ...] | None = None
   argument: str = ''
   held_out: bool = True
   beside: tuple[str, ...] | None = None
+  lacks: str = ''
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Returns figures: a dict of numbers, lists and strings, which go into
+    --json after they have been printed for a reader. `items` among them holds
+    the records of items.py."""
+    raise NotImplementedError
+
+  def allows(self, objective: objectives.Objective) -> bool:
+    """Returns whether the objective of a run has what the task needs."""
+    return True
+
+  def unfit(self, config: Config) -> str:
+    """Returns why such a run has nothing to measure; '': it has."""
+    if self.allows(objectives.of(config)):
+      return ''
+    return f'objective {config.objective!r} {self.lacks}'
+
+  def check(self, options: Any, config: Any) -> None:
+    """Checks that the options can be honoured.
+
+    Args:
+      options: the flags of the task, by name.
+      config: the config of the run; None where no flag of the task is set.
+
+    Raises:
+      RequestError: where they cannot, or this machine lacks something.
+    """
+
+  def shown(self, evaluation: Evaluation) -> Any:
+    """Returns the texts that the options give the model, as it reads them; it
+    is called before any task is done.
+
+    Raises:
+      RequestError: for a text that the model cannot take.
+    """
 
 
 TASKS: Mapping[str, Task] = lazy.Lazy(
@@ -166,8 +198,8 @@ def task(name: str, where: str = '--tasks') -> Task:
   """Returns the task of a name, which may be NAME:ARGUMENT.
 
   Args:
-    name: what was asked for.
-    where: what it was asked for in.
+    name: the name that was asked for.
+    where: the flag or field that it was asked for in.
 
   Raises:
     RequestError: where there is no such task, or it takes no argument.
@@ -175,9 +207,10 @@ def task(name: str, where: str = '--tasks') -> Task:
   base, colon, argument = name.partition(':')
   one_of(where, base, TASKS)
   row = TASKS[base]
-  takes = f'{base}:NAME' if row.argument else base
-  require(not colon or bool(row.argument and argument),
-          f'{where} has {name!r}: write {takes}')
+  if colon and not row.argument:
+    raise RequestError(f'{where} has {name!r}: write {base}')
+  if colon and not argument:
+    raise RequestError(f'{where} has {name!r}: write {base}:NAME')
   return row
 
 
@@ -187,7 +220,8 @@ def run(name: str, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _ready(name: str, evaluation: Evaluation) -> Evaluation:
-  """Returns what the task `name` is given."""
+  """Returns the evaluation with the options of the task `name`, and the texts
+  that they give the model."""
   ready = dataclasses.replace(
       evaluation, options=_options(name, evaluation.options))
   return dataclasses.replace(ready, shown=task(name).shown(ready))
@@ -196,8 +230,9 @@ def _ready(name: str, evaluation: Evaluation) -> Evaluation:
 def _options(name: str, values: Any) -> types.SimpleNamespace:
   """Returns the flags that a task reads, with the argument of its name."""
   row = task(name)
-  options = {flag.name: getattr(values, flag.name, flag.default)
-             for flag in row.flags}
+  options = {}
+  for flag in row.flags:
+    options[flag.name] = getattr(values, flag.name, flag.default)
   if ':' in name:
     options[row.argument] = name.partition(':')[2]
   return types.SimpleNamespace(**options)
@@ -205,26 +240,43 @@ def _options(name: str, values: Any) -> types.SimpleNamespace:
 
 def readers(flag: str) -> dict[str, Flag]:
   """Returns what a flag is to each task that reads it."""
-  return {name: one for name, row in TASKS.items() for one in row.flags
-          if one.name == flag}
+  read_by = {}
+  for name, row in TASKS.items():
+    for one in row.flags:
+      if one.name == flag:
+        read_by[name] = one
+  return read_by
 
 
 def define_flags() -> None:
   """Defines the flags of all tasks; one that several read is defined once."""
-  for name in dict.fromkeys(
-      flag.name for row in TASKS.values() for flag in row.flags):
+  for name in _flags_of(TASKS):
     read_by = readers(name)
+
+    # Tasks to which the flag means the same share a sentence.
     texts: dict[str, list[str]] = {}
-    flag = next(iter(read_by.values()))
-    for reader, one in read_by.items():
-      texts.setdefault(one.help, []).append(reader)
-    flag.define(flag.default, ' '.join(
-        f'{", ".join(names)}: {text}' for text, names in texts.items()))
+    for reader, flag in read_by.items():
+      texts.setdefault(flag.help, []).append(reader)
+    sentences = []
+    for text, names in texts.items():
+      sentences.append(f'{", ".join(names)}: {text}')
+
+    first = next(iter(read_by.values()))
+    first.define(first.default, ' '.join(sentences))
 
 
 def described() -> str:
   """Returns what each task reports, in a sentence for --help."""
   return '; '.join(f'{name}: {row.help}' for name, row in TASKS.items())
+
+
+def _flags_of(names: Iterable[str]) -> dict[str, Flag]:
+  """Returns the flags that some tasks read, by name."""
+  read = {}
+  for name in names:
+    for flag in task(name).flags:
+      read[flag.name] = flag
+  return read
 
 
 def asked_for(names: Sequence[str], values: flags.FlagValues, text: str = ''
@@ -233,33 +285,51 @@ def asked_for(names: Sequence[str], values: flags.FlagValues, text: str = ''
   that no task of --tasks reads.
 
   Args:
-    names: of --tasks.
+    names: the tasks of --tasks.
     values: the flags by name.
-    text: --text.
+    text: the value of --text.
 
   Raises:
     RequestError: for a name that is no task's, for no task at all, and for a
       flag, or a --text, that nothing reads.
   """
-  read = {flag.name for name in names for flag in task(name).flags}
-  names = list(dict.fromkeys([*names, *(
-      name for name, row in TASKS.items() for flag in row.flags
-      if flag.asks and flag.name not in read and values[flag.name].present)]))
-  require(bool(names), "--tasks is '', so nothing is evaluated: choose from "
-          f'{", ".join(TASKS)}')
-  read = {flag.name for name in names for flag in task(name).flags}
-  every = {flag.name: flag for row in TASKS.values() for flag in row.flags}
+  # Flags that no task of --tasks reads ask for their tasks.
+  read = _flags_of(names)
+  asked = list(dict.fromkeys(names))
+  for name, row in TASKS.items():
+    for flag in row.flags:
+      asks = flag.asks and flag.name not in read and values[flag.name].present
+      if asks and name not in asked:
+        asked.append(name)
+
+  # All that was asked for is read.
+  if not asked:
+    raise RequestError("--tasks is '', so nothing is evaluated: choose from "
+                       f'{", ".join(TASKS)}')
+  _check_read(asked, values)
+  if text and not any(task(name).held_out for name in asked):
+    raise RequestError(
+        f'--text is {short(text)}, which {", ".join(asked)} would not read: '
+        'leave it out, or add a task that does to --tasks')
+  return asked
+
+
+def _check_read(names: Sequence[str], values: flags.FlagValues) -> None:
+  """Raises RequestError for a flag that is set and that no task reads."""
+  read = _flags_of(names)
+  every = _flags_of(TASKS)
   for name, flag in every.items():
-    require(name in read or not values[name].present, f'--{name} is read by '
-            f'{", ".join(readers(name))} alone: add it to --tasks')
-    require(not (flag.needs and values[name].present)
-            or values[flag.needs].value != every[flag.needs].default,
-            f'--{name} is read beside --{flag.needs} alone, which is '
-            f'{flag.needs and values[flag.needs].value!r}')
-  require(not text or any(task(name).held_out for name in names), '--text is '
-          f'{short(text)}, which {", ".join(names)} would not read: leave it '
-          'out, or add a task that does to --tasks')
-  return names
+    if not values[name].present:
+      continue
+    if name not in read:
+      raise RequestError(f'--{name} is read by {", ".join(readers(name))} '
+                         'alone: add it to --tasks')
+    if not flag.needs:
+      continue
+    needed = values[flag.needs].value
+    if needed == every[flag.needs].default:
+      raise RequestError(f'--{name} is read beside --{flag.needs} alone, which '
+                         f'is {needed!r}')
 
 
 def check_task(name: str, options: Any, config: Config,
@@ -267,10 +337,10 @@ def check_task(name: str, options: Any, config: Config,
   """Raises RequestError where a task cannot be done of a run.
 
   Args:
-    name: the task's.
+    name: the name of the task.
     options: eval.py's flags by name; None: none can be set.
-    config: the run's.
-    where: what it was asked for in.
+    config: the config of the run.
+    where: the flag or field that the task was asked for in.
   """
   row = task(name, where)
   reason = row.unfit(config)
@@ -286,8 +356,8 @@ def check_without_flags(name: str, where: str) -> Task:
   """Returns the task `name`; RequestError where it cannot do without a flag.
 
   Args:
-    name: the task's.
-    where: what it was asked for in, where no flag can be set.
+    name: the name of the task.
+    where: the field that the task was asked for in, where no flag can be set.
   """
   row = task(name, where)
   try:
@@ -304,6 +374,7 @@ def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
          ) -> Evaluation:
   """Returns a run's checkpoint as tasks are given it, when it has been checked
   that they can be done; arguments and errors are those of `evaluate`."""
+  # The config of the run, with what was asked for.
   config = runs.for_this_machine(runs.config_of(workdir))
   if passes:
     require(config.model.loop != 'none', f'--passes is {passes}, and '
@@ -317,20 +388,27 @@ def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
     check_task(name, options, config)
     if file := task(name).file:
       storage.try_file(workdir / file, '--workdir')
+
+  # A task that reads no data is done where they are not there.
   tokenizer = runs.tokenizer_of(workdir, config)
   if not text:
-    # A task that reads no data is done where they are not there.
     with contextlib.suppress(RequestError, OSError):
-      for line in provenance.check_data(
+      changes = provenance.check_data(
           run_config.starts(workdir), pipeline.of_sources(config, tokenizer),
-          allowed=True):
+          allowed=True)
+      for line in changes:
         print(f'warning: {line}', file=sys.stderr)
+
+  # The model and its parameters.
   model, _ = runs.resolve(config, tokenizer)
   built = runs.build(config, model)
   restored = parameters.of_run(built, workdir, step, live)
-  return Evaluation(built, restored.state, restored.step, tokenizer, options,
-                    workdir, {} if programs is None else programs,
-                    restored.what)
+  if programs is None:
+    programs = {}
+  return Evaluation(
+      run=built, params=restored.state, step=restored.step,
+      tokenizer=tokenizer, options=options, workdir=workdir, programs=programs,
+      what=restored.what)
 
 
 def evaluate(workdir: epath.Path, names: Sequence[str], options: Any,
@@ -341,13 +419,13 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any,
     workdir: the run's folder.
     names: the tasks, as TASKS has them.
     options: values of the flags of define_flags.
-    **how: of `load`.
+    **how: the keywords of `load`.
       step: which checkpoint; 'best'; several, for their mean; None: the newest.
       text: what to evaluate on, as data.source; '': what the run holds out.
       programs: what earlier evaluations of this process compiled; it is added
         to.
       live: with optim.ema, evaluate the parameters and not their average.
-      passes: of layers that loop; 0: as many as in training.
+      passes: the passes of layers that loop; 0: as many as in training.
 
   Raises:
     RequestError: where a task cannot be done of this run.
@@ -381,44 +459,48 @@ def listed(names: str | Sequence[str]) -> list[str]:
   lm_eval:A,B is lm_eval:A and lm_eval:B, and lm_eval:A,loss ends with our
   loss, even if lm_eval has a task of that name.
   """
-  parts = names.split(',') if isinstance(names, str) else names
-  tasks_: list[str] = []
-  for part in filter(None, map(str.strip, parts)):
-    last, colon, _ = tasks_[-1].partition(':') if tasks_ else ('', '', '')
+  if isinstance(names, str):
+    names = names.split(',')
+  named: list[str] = []
+  for part in names:
+    part = part.strip()
+    if not part:
+      continue
     known = part.partition(':')[0] in TASKS
-    tasks_.append(part if known or not colon else f'{last}:{part}')
-  return tasks_
+    if named and not known:
+      last, colon, _ = named[-1].partition(':')
+      if colon:
+        part = f'{last}:{part}'
+    named.append(part)
+  return named
 
 
 def check_in_training(config: Config) -> None:
   """Raises RequestError for what eval.tasks and eval.best ask of a run and
   cannot get. An eval.best of a task whose figures are known only when it is
   done is tried before the first step."""
+  # The tasks.
   names = listed(config.eval.tasks)
   every = config.eval.tasks_every_steps
-  require(bool(names) or not every, f'eval.tasks_every_steps is {every}, but '
-          'eval.tasks names nothing to evaluate: set it, or leave '
-          'eval.tasks_every_steps at 0')
+  if every and not names:
+    raise RequestError(
+        f'eval.tasks_every_steps is {every}, but eval.tasks names nothing to '
+        'evaluate: set it, or leave eval.tasks_every_steps at 0')
   require(len({*names}) == len(names), f'eval.tasks is {config.eval.tasks!r}: '
           'name each task once')
   for name in names:
     check_task(name, None, config, 'eval.tasks')
+
+  # The figure that the best checkpoint is chosen by.
   name, is_task, figure = config.eval.best.partition('/')
-  known = task(name, 'eval.best').figures if is_task else None
-  require(known is None or any(fnmatch.fnmatchcase(figure, pattern)
-                               for pattern in known),
-          f'eval.best is {config.eval.best!r}, but the figures of task {name} '
-          f'are {", ".join(known or ()) or "none"}')
-
-
-def without(has: Callable[[Any], Any], words: str) -> Callable[[Config], str]:
-  """Returns an `unfit` for tasks that not every objective allows.
-
-  Args:
-    has: whether the record of a run's objective has what the task needs.
-    words: what an objective without it does not do, or does not have.
-  """
-  def unfit(config: Config) -> str:
-    return '' if has(objectives.of(config)) else (
-        f'objective {config.objective!r} {words}')
-  return unfit
+  if not is_task:
+    return
+  known = task(name, 'eval.best').figures
+  if known is None:
+    return
+  for pattern in known:
+    if fnmatch.fnmatchcase(figure, pattern):
+      return
+  raise RequestError(
+      f'eval.best is {config.eval.best!r}, but the figures of task {name} are '
+      f'{", ".join(known) or "none"}')

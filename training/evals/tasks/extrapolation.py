@@ -7,7 +7,7 @@ end at max_len, and are stretched only on request (--interpolate).
 
 Every figure is a mean over tokens, the same ones at each length, and says over
 how many: where the text is shorter than a row, no token reaches the row's end,
-and there is no loss. Of several sources each token counts by its source's
+and there is no loss. With several sources each token counts by its source's
 weight.
 """
 
@@ -25,7 +25,7 @@ from architectures.parts.config import ModelConfig
 from training import objectives, progress
 from training.data.tokenizers import Tokenizer
 from training.distributed import devices
-from training.evals import Evaluation, Flag, Task, without
+from training.evals import Evaluation, Flag, Task
 from training.objectives import pipeline
 from training.workdir import storage
 
@@ -33,9 +33,13 @@ FILE = 'extrapolation.png'
 MULTIPLES = (1, 2, 4, 8)
 TOKENS = 2 ** 17  # at each length, at least
 
+# The loss by position of each variant of the model, by multiple of the length:
+# {variant: {multiple: [L]}}; None: the model refuses the length.
+Curves = Mapping[str, Mapping[int, np.ndarray | None]]
+
 
 class Text(NamedTuple):
-  """What a length is measured on, by position, [L].
+  """The tokens that a length is measured on, by position, [L].
 
   Attributes:
     tokens: how many tokens are predicted there.
@@ -45,141 +49,222 @@ class Text(NamedTuple):
   weights: np.ndarray
 
 
+class Source(NamedTuple):
+  """A source as rows of one length.
+
+  Attributes:
+    token_weight: what each of its tokens counts.
+    batches: its batches, on the devices.
+  """
+  token_weight: float
+  batches: list
+
+
+class Extrapolation(Task):
+  """Prints the losses as a table; writes extrapolation.png into the workdir."""
+
+  help = 'loss by position at 1, 2, 4 and 8 times the training length'
+  lacks = 'does not predict every token, so it has no loss by position'
+  file = FILE
+  figures = ('length', 'loss at *')
+  flags = (
+      Flag(name='interpolate', default=False,
+           help='Stretch learned positions past max_len.'),
+  )
+
+  def allows(self, objective: objectives.Objective) -> bool:
+    return objective.every_token
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    model, length = evaluation.run.model, evaluation.run.config.data.length
+
+    # Each variant of the model reads each length.
+    curves: dict[str, dict[int, np.ndarray | None]] = {}
+    texts: dict[int, Text] = {}
+    for multiple in MULTIPLES:
+      sources = list(_sources(evaluation, multiple))
+      texts[multiple] = _text(sources)
+      variants = positions.of(model).longer(
+          model, length, multiple, evaluation.options.interpolate)
+      for name, variant in variants.items():
+        curve = None
+        if variant is not None:  # else the model refuses the length
+          curve = _by_position(evaluation, variant, sources, texts[multiple])
+        curves.setdefault(name, {})[multiple] = curve
+
+    # The table and the picture.
+    print(table(curves, texts, length))
+    path = evaluation.workdir / FILE
+    plot(curves, texts, length, path)
+    print(f'loss by position: {path}')
+    return _figures(curves, texts, length, model.position)
+
+
+def _figures(curves: Curves, texts: Mapping[int, Text], length: int,
+             position: str) -> dict[str, Any]:
+  """Returns what goes into --json: the curves, and the loss at each length.
+
+  Args:
+    curves: the losses by position.
+    texts: the texts that they were measured on, by multiple.
+    length: the training length.
+    position: the position encoding of the model as it was trained.
+  """
+  figures: dict[str, Any] = {'length': length, 'texts': {}, 'curves': {}}
+  for multiple, text in texts.items():
+    figures['texts'][str(multiple)] = {
+        'tokens': text.tokens.tolist(), 'weights': text.weights.tolist()}
+  for name, by_multiple in curves.items():
+    figures['curves'][name] = lists = {}
+    for multiple, curve in by_multiple.items():
+      if curve is None:
+        lists[str(multiple)] = None
+        continue
+      lists[str(multiple)] = curve.tolist()
+      figure = f'loss at {multiple} × length'
+      if name != position:
+        figure += f' ({name})'
+      figures[figure] = loss_at(curve, texts[multiple])
+  return figures
+
+
 def loss_at(curve: Any, text: Text, where: slice = slice(None)) -> float:
   """Returns the loss of the tokens at some positions; nan: there are none."""
+  losses, weights = curve[where], text.weights[where]
   there = text.tokens[where] > 0
   if not there.any():
     return math.nan
-  return float(np.average(curve[where][there],
-                          weights=text.weights[where][there]))
+  return float(np.average(losses[there], weights=weights[there]))
 
 
-def run(evaluation: Evaluation) -> dict[str, Any]:
-  """Prints the table; writes extrapolation.png into the workdir."""
-  model, length = evaluation.run.model, evaluation.run.config.data.length
-  curves, texts = {}, {}
-  for multiple in MULTIPLES:
-    sources = list(_sources(evaluation, multiple))
-    texts[multiple] = _text(sources)
-    # None where the model refuses the length.
-    variants = positions.of(model).longer(model, length, multiple,
-                                          evaluation.options.interpolate)
-    for name, variant in variants.items():
-      curves.setdefault(name, {})[multiple] = None if variant is None else (
-          _by_position(evaluation, variant, sources, texts[multiple]))
-  print(table(curves, texts, length))
-  path = evaluation.workdir / FILE
-  plot(curves, texts, length, path)
-  print(f'loss by position: {path}')
-  return {'length': length,
-          'texts': {str(m): {name: x.tolist()
-                             for name, x in text._asdict().items()}
-                    for m, text in texts.items()},
-          'curves': {name: {str(m): None if c is None else c.tolist()
-                            for m, c in by.items()}
-                     for name, by in curves.items()}} | {
-              f'loss at {m} × length' + f' ({name})' * (name != model.position):
-              loss_at(c, texts[m]) for name, by in curves.items()
-              for m, c in by.items() if c is not None}
-
-
-def _sources(evaluation: Evaluation, multiple: int
-             ) -> Iterator[tuple[float, list]]:
-  """Yields (weight of a token, batches) of each source, in as many tokens a
-  batch as the mesh allows, but of the same rows whatever their number. The rows
-  are those of the longest multiple, cut into pieces of this one's length: at
-  each length the same tokens are predicted."""
+def _sources(evaluation: Evaluation, multiple: int) -> Iterator[Source]:
+  """Yields each source, in as many tokens a batch as the mesh allows, but of
+  the same rows whatever their number. The rows are those of the longest
+  multiple, cut into pieces of this one's length: at each length the same tokens
+  are predicted."""
   config = evaluation.run.config.copy_and_resolve_references()
-  longest, place = max(MULTIPLES), evaluation.run.place
+  place = evaluation.run.place
+  longest = max(MULTIPLES)
   length, pieces = config.data.length * longest, longest // multiple
   shards = math.prod(evaluation.run.mesh.shape.values())
   rows = max(config.data.batch_size // longest // shards, 1) * shards
   config.data.update(length=length, batch_size=rows)
-  for loader in pipeline.held_out(config, evaluation.tokenizer,
-                                  *devices.batch_shard(place, rows)):
-    batches = [devices.put(_cut(batch, pieces, evaluation.tokenizer), place)
-               for batch in loader.cut(-(-TOKENS // length)).iterate()]
-    tokens = sum(float(batch['weights'].sum()) for batch in batches)
-    yield loader.share / tokens, batches
+  index, count = devices.batch_shard(place, rows)
+  for loader in pipeline.held_out(config, evaluation.tokenizer, index, count):
+    batches = []
+    tokens = 0.0
+    for whole in loader.cut(-(-TOKENS // length)).iterate():
+      cut = _cut(whole, pieces, evaluation.tokenizer)
+      batch = devices.put(cut, place)
+      batches.append(batch)
+      tokens += float(batch['weights'].sum())
+    yield Source(token_weight=loader.share / tokens, batches=batches)
 
 
 def _cut(batch: Mapping[str, np.ndarray], pieces: int, tokenizer: Tokenizer
          ) -> dict[str, np.ndarray]:
   """Returns the rows of a batch cut into so many, each of which begins anew."""
   cut = {name: x.reshape(len(x) * pieces, -1) for name, x in batch.items()}
-  if 'positions' in cut:  # of packed documents
-    each = [objectives.documents(row_L == tokenizer.separator_id)
-            for row_L in cut['tokens']]
-    cut |= {name: np.stack([row[name] for row in each])
-            for name in ('segment_ids', 'positions')}
+  if 'positions' not in cut:
+    return cut
+
+  # The rows are packed documents, which are counted from a row's beginning.
+  segments, places = [], []
+  for row_L in cut['tokens']:
+    documents = objectives.documents(row_L == tokenizer.separator_id)
+    segments.append(documents['segment_ids'])
+    places.append(documents['positions'])
+  cut['segment_ids'] = np.stack(segments)
+  cut['positions'] = np.stack(places)
   return cut
 
 
 def _sum(function: Callable, batches: Sequence) -> np.ndarray:
-  """Sums a function of batches, [L], in float64."""
-  rows = f'evaluating rows of {batches[0]["tokens"].shape[1]:,} tokens'
-  return sum(np.asarray(jax.device_get(function(batch)), np.float64)
-             for batch in progress.each(batches, rows))
+  """Returns the sum of a function of batches, [L], in float64."""
+  length = batches[0]['tokens'].shape[1]
+  total = np.zeros(length)
+  for batch in progress.each(
+      batches, f'evaluating rows of {length:,} tokens'):
+    total += np.asarray(jax.device_get(function(batch)), np.float64)
+  return total
 
 
-def _text(sources: Sequence[tuple[float, list]]) -> Text:
+def _text(sources: Sequence[Source]) -> Text:
+  """Returns how many tokens the sources predict at each position, and what
+  these count."""
   count = jax.jit(lambda batch: batch['weights'].sum(0))
-  tokens = [_sum(count, batches) for _, batches in sources]
-  return Text(sum(tokens).astype(int),
-              sum(each * x for (each, _), x in zip(sources, tokens)))
+  counts = [_sum(count, source.batches) for source in sources]
+  token_weights = [source.token_weight for source in sources]
+  return Text(tokens=np.sum(counts, axis=0).astype(int),
+              weights=np.dot(token_weights, counts))
 
 
 def _by_position(evaluation: Evaluation, model: ModelConfig,
-                 sources: Sequence[tuple[float, list]], text: Text
-                 ) -> np.ndarray:
+                 sources: Sequence[Source], text: Text) -> np.ndarray:
   """Returns the mean loss at each position, [L], in nats; nan where there is
   no token."""
   module = architectures.build(model)
   objective = objectives.of(evaluation.run.config)
 
   def sums_of(params: Any, batch: Any):
+    """Returns the sum of a batch's losses at each position, [L]."""
     loss_BL = objective.token_losses(module, params, batch).loss
     return jnp.sum(loss_BL * batch['weights'], 0)
 
   step = evaluation.program(sums_of, 'extrapolation', model)
-  total = sum(each * _sum(lambda batch: step(evaluation.params, batch),
-                          batches) for each, batches in sources)
-  return np.divide(total, text.weights, where=text.tokens > 0,
-                   out=np.full(total.shape, np.nan))
+  total_L = np.zeros(len(text.tokens))
+  for source in sources:
+    sums_L = _sum(lambda batch: step(evaluation.params, batch), source.batches)
+    total_L += source.token_weight * sums_L
+  loss_L = np.full(total_L.shape, np.nan)
+  return np.divide(total_L, text.weights, out=loss_L, where=text.tokens > 0)
 
 
-def table(curves: Mapping, texts: Mapping[int, Text], length: int) -> str:
-  """Mean loss at each length, by variant, and over how many tokens; '—': what
-  is stretched for longer texts is not tried at this length."""
-  def shown(by: Mapping, multiple: int) -> str:
-    if by.get(multiple) is None:
-      return 'refused' if multiple in by else '—'
-    return f'{loss_at(by[multiple], texts[multiple]):.3f}'
-
-  rows = {'': [f'{m}x' for m in MULTIPLES]}
-  rows |= {name: [shown(by, m) for m in MULTIPLES]
-           for name, by in curves.items()}
+def table(curves: Curves, texts: Mapping[int, Text], length: int) -> str:
+  """Returns the mean loss at each length, by variant, and over how many tokens;
+  '—': what is stretched for longer texts is not tried at this length."""
+  rows = {'': [f'{multiple}x' for multiple in MULTIPLES]}
+  for name, by_multiple in curves.items():
+    rows[name] = []
+    for multiple in MULTIPLES:
+      curve = by_multiple.get(multiple)
+      cell = '—'
+      if curve is not None:
+        cell = f'{loss_at(curve, texts[multiple]):.3f}'
+      elif multiple in by_multiple:
+        cell = 'refused'
+      rows[name].append(cell)
   rows['tokens'] = [f'{texts[m].tokens.sum():,}' for m in MULTIPLES]
-  return '\n'.join([
-      f'loss in nats per token at multiples of the training length {length}',
-      *(f'{name:<24}' + ''.join(f'{cell:>9}' for cell in cells)
-        for name, cells in rows.items())])
+
+  lines = [f'loss in nats per token at multiples of the training length '
+           f'{length}']
+  for name, cells in rows.items():
+    padded = [f'{cell:>9}' for cell in cells]
+    lines.append(f'{name:<24}' + ''.join(padded))
+  return '\n'.join(lines)
 
 
-def plot(curves: Mapping, texts: Mapping[int, Text], length: int,
-         path: Any) -> None:
+def plot(curves: Curves, texts: Mapping[int, Text], length: int, path: Any
+         ) -> None:
   """Draws the loss by position at the longest length that each one takes."""
   from matplotlib.figure import Figure
   figure = Figure(figsize=(8, 4.5), layout='constrained')
   axes = figure.subplots()
-  for name, by in curves.items():
-    longest = max((m for m, c in by.items() if c is not None), default=None)
-    if longest is None:
+  for name, by_multiple in curves.items():
+    taken = [m for m, curve in by_multiple.items() if curve is not None]
+    if not taken:
       continue
-    edges = np.unique(np.geomspace(1, len(by[longest]), 25).astype(int))
-    axes.plot(np.sqrt(edges[:-1] * edges[1:]),  # the middle of each bin
-              [loss_at(by[longest], texts[longest], slice(a, b))  # nan: a gap
-               for a, b in zip(edges, edges[1:])], label=name)
+    longest = max(taken)
+    curve, text = by_multiple[longest], texts[longest]
+
+    # Bins of equal width on the logarithmic axis; a loss of nan is a gap.
+    edges = np.unique(np.geomspace(1, len(curve), 25).astype(int))
+    losses = []
+    for first, end in zip(edges, edges[1:]):
+      losses.append(loss_at(curve, text, slice(first, end)))
+    middles = np.sqrt(edges[:-1] * edges[1:])
+    axes.plot(middles, losses, label=name)
+
   axes.axvline(length, color='grey', linestyle='--', linewidth=1,
                label='training length')
   axes.set(xlabel='position in tokens', ylabel='loss in nats per token',
@@ -192,10 +277,4 @@ def plot(curves: Mapping, texts: Mapping[int, Text], length: int,
   storage.write_picture(path, figure)
 
 
-TASKS = {'extrapolation': Task(
-    'loss by position at 1, 2, 4 and 8 times the training length', run,
-    without(lambda objective: objective.every_token,
-            'does not predict every token, so it has no loss by position'),
-    file=FILE, figures=('length', 'loss at *'), flags=(
-        Flag('interpolate', False, 'Stretch learned positions past max_len.'),
-    ))}
+TASKS = {'extrapolation': Extrapolation()}

@@ -1,15 +1,15 @@
-"""What happens inside a model as it reads --prompt, as one HTML page that opens
+"""A look inside a model as it reads --prompt, as one HTML page that opens
 without network.
 
 The text is shown to the model as in training, as far as the objective has a
 way to show one. The decoder of an encoder-decoder is shown --target, or else
 what the model itself writes. training/evals/inspection.py says what is looked
-at. Of the page in ../templates the tables stand in the HTML; inspect.js draws
+at. The tables of the page in ../templates stand in the HTML; inspect.js draws
 the attention maps from arrays that stand in the file too.
 """
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -20,12 +20,12 @@ import markupsafe
 import numpy as np
 
 import architectures
-from common.errors import require, short
+from common.errors import RequestError, require, short
 from training import generate, objectives
 from training.costs import totals
 from training.data import texts as text_files
-from training.evals import Evaluation, Flag, Task, inspection, without
-from training.evals.inspection import Experts, Inspection, Stream
+from training.evals import Evaluation, Flag, Task, inspection
+from training.evals.inspection import Experts, Inspection, Lens, Stream
 from training.evals.tasks import reading
 from training.hf import generation as hf_generation
 from training.workdir import storage
@@ -35,6 +35,8 @@ MOST = 512  # tokens, whose attention maps a browser can show
 WRITTEN = 32  # tokens that an encoder-decoder writes, where none are given
 REPEATED, ROWS = 25, 4  # random tokens that come twice, in some rows
 FEATURES = 3  # of a layer, that are named
+OUTLIERS = 64  # features, that are named
+SHARES = 8  # of a router, the largest, that are named
 QUERIES = {'encoder': 'encoder', 'decoder': 'decoder', 'cross': 'decoder'}
 KEYS = QUERIES | {'cross': 'encoder'}
 TITLES = {'encoder': "the encoder's self-attention",
@@ -51,7 +53,7 @@ MEANINGS = {
 
 
 class Read(NamedTuple):
-  """What the model reads.
+  """The text that the model reads.
 
   Attributes:
     arrays: the module's arguments by name, of one row.
@@ -72,102 +74,170 @@ class Cell(NamedTuple):
   hue: int | None = None
 
 
-def run(evaluation: Evaluation) -> dict[str, Any]:
+class Guess(NamedTuple):
+  """A token of the logit lens, and its probability."""
+  token: int
+  probability: float
+
+
+# {name of attention: {figure: [N, H]}}, one number a head.
+Measures = Mapping[str, Mapping[str, np.ndarray]]
+Spell = Callable[[int], str]  # an id -> the token as a reader is shown it
+
+
+class Inspect(Task):
   """Writes inspect.html into the workdir."""
-  model, tokenizer = evaluation.run.model, evaluation.tokenizer
-  read = evaluation.shown
-  inspected = inspection.of(
-      evaluation.run.module, evaluation.params, read.arrays,
-      min(evaluation.options.top_tokens, model.vocab_size))
-  spell = lambda i: reading.readable(i, tokenizer)
-  texts = {name: [spell(i) for i in ids] for name, ids in read.tokens.items()}
-  measures = by_head(inspected, _repeated(evaluation))
-  about = [f'{model.arch} of {evaluation.workdir}, step {evaluation.step}, '
-           f'reading {evaluation.options.prompt!r}.', *read.notes,
-           *totals.layers(model)]
-  if inspected.lens is None:
-    about.append("There is no logit lens: the model's head scores no tokens of "
-                 'the vocabulary.')
-  path = evaluation.workdir / FILE
-  storage.write(path, page(inspected, f'Inside {model.arch}', about, texts,
-                           spell, measures))
-  print('\n'.join([*about[1:], f'attention maps and all else: {path}']))
-  return _figures(inspected, texts, measures, spell) | {'page': str(path)}
+
+  help = ('attention maps, residual stream, logit lens and experts as the '
+          'model reads --prompt, as an HTML page')
+  lacks = reading.NO_TEXT
+  file = FILE
+  held_out = False
+  flags = (
+      Flag(name='prompt', default='', help='The text to read.'),
+      Flag(name='target', default='',
+           help='What the decoder of an encoder-decoder is shown; default: '
+           'what the model writes.'),
+      Flag(name='top_tokens', default=5,
+           help='So many tokens of each layer in the logit lens.', least=1,
+           most=1000),
+  )
+
+  def allows(self, objective: objectives.Objective) -> bool:
+    return reading.reads_text(objective)
+
+  def check(self, options: Any, config: Any) -> None:
+    require(bool(options.prompt.strip()), 'task inspect reads a text: pass '
+            "--prompt='My fellow citizens'")
+    require('|||' not in options.prompt, "task inspect shows one prompt: pass "
+            "--prompt without '|||'")
+    for name in ('prompt', 'target'):
+      text_files.checked(getattr(options, name), f'--{name}')
+
+  def shown(self, evaluation: Evaluation) -> Read:
+    """Lays out --prompt, and --target of an encoder-decoder."""
+    tokenizer = evaluation.tokenizer
+    prompt, target = evaluation.options.prompt, evaluation.options.target
+    stack = architectures.stack(evaluation.run.model)
+    if target and stack != 'encoder-decoder':
+      raise RequestError(f'--target is {short(target)}, but a {stack} has no '
+                         'other text to be shown than its prompt')
+    require(len(tokenizer.encode(prompt)) > 0, f'the prompt {short(prompt)} '
+            f'has no token that the tokenizer {tokenizer.name!r} knows')
+    read = _read(evaluation, stack)
+    most = min(evaluation.run.model.max_len, MOST)
+    for name, ids_L in read.tokens.items():
+      text = '--target' if name == 'decoder' and target else 'prompt'
+      require(len(ids_L) <= most, f'the {name} is shown {len(ids_L)} tokens, '
+              f'and {most} can be shown: shorten the {text}')
+    return read
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    model, tokenizer = evaluation.run.model, evaluation.tokenizer
+    read = evaluation.shown
+
+    # The record of the model, with the induction that is measured apart.
+    inspected = inspection.of(
+        evaluation.run.module, evaluation.params, read.arrays,
+        min(evaluation.options.top_tokens, model.vocab_size))
+    measures = by_head(inspected, _repeated(evaluation))
+
+    # The tokens as a reader is shown them.
+    def spell(token: int) -> str:
+      return reading.readable(token, tokenizer)
+
+    texts = {}
+    for name, ids_L in read.tokens.items():
+      texts[name] = [spell(token) for token in ids_L]
+
+    # The page.
+    about = [f'{model.arch} of {evaluation.workdir}, step {evaluation.step}, '
+             f'reading {evaluation.options.prompt!r}.', *read.notes,
+             *totals.layers(model)]
+    if inspected.lens is None:
+      about.append("There is no logit lens: the model's head scores no tokens "
+                   'of the vocabulary.')
+    path = evaluation.workdir / FILE
+    storage.write(path, page(
+        inspected, title=f'Inside {model.arch}', about=about, texts=texts,
+        spell=spell, measures=measures))
+    print('\n'.join([*about[1:], f'attention maps and all else: {path}']))
+    figures = _figures(inspected, texts, measures, spell)
+    figures['page'] = str(path)
+    return figures
 
 
-def _read(evaluation: Evaluation) -> Read:
-  """Lays out --prompt, and --target of an encoder-decoder."""
-  run_, tokenizer = evaluation.run, evaluation.tokenizer
-  prompt, target = evaluation.options.prompt, evaluation.options.target
-  objective, stack = objectives.of(run_.config), architectures.stack(run_.model)
-  require(not target or stack == 'encoder-decoder', f'--target is '
-          f'{short(target)}, but a {stack} has no other text to be shown than '
-          'its prompt')
-  require(len(tokenizer.encode(prompt)) > 0, f'the prompt {short(prompt)} has '
-          f'no token that the tokenizer {tokenizer.name!r} knows')
+def _read(evaluation: Evaluation, stack: str) -> Read:
+  """Returns what a model that stacks `stack` reads, as in training."""
+  config, tokenizer = evaluation.run.config, evaluation.tokenizer
+  prompt, objective = evaluation.options.prompt, objectives.of(config)
   if stack == 'encoder-decoder':
-    prompts = objective.prompt([prompt], run_.config, tokenizer)
+    prompts = objective.prompt([prompt], config, tokenizer)
     source_1M = prompts.arguments['source_BM']
-    shown_1L, notes = _target(evaluation, prompts)
-    read = Read(dict(tokens_BM=source_1M, decoder_tokens_BL=shown_1L),
-                dict(encoder=source_1M[0], decoder=shown_1L[0]), notes)
-  elif objective.writes:
+    shown_1L, note = _target(evaluation, prompts)
+    return Read(
+        arrays=dict(tokens_BM=source_1M, decoder_tokens_BL=shown_1L),
+        tokens=dict(encoder=source_1M[0], decoder=shown_1L[0]), notes=[note])
+  if objective.writes:
     folder = hf_generation.published(evaluation.workdir, evaluation.step)
-    prompts, _ = hf_generation.shown([prompt], run_.config, tokenizer, folder)
-    read = Read(dict(tokens_BL=prompts.tokens, **prompts.arguments),
-                {stack: prompts.tokens[0]}, [])
-  else:
-    before, after = reading.around(evaluation)
-    ids_L = np.concatenate([before, reading.with_masks(prompt, tokenizer),
-                            after]).astype(np.int32)
-    read = Read(dict(tokens_BL=ids_L[None]), {stack: ids_L}, [])
-  for name, ids_L in read.tokens.items():
-    most = min(run_.model.max_len, MOST)
-    require(len(ids_L) <= most, f'the {name} is shown {len(ids_L)} tokens, and '
-            f'{most} can be shown: shorten the '
-            f'{"--target" if name == "decoder" and target else "prompt"}')
-  return read
+    prompts, _ = hf_generation.shown([prompt], config, tokenizer, folder)
+    return Read(arrays=dict(tokens_BL=prompts.tokens, **prompts.arguments),
+                tokens={stack: prompts.tokens[0]}, notes=[])
+  before, after = reading.around(evaluation)
+  ids = reading.with_masks(prompt, tokenizer)
+  ids_L = np.concatenate([before, ids, after]).astype(np.int32)
+  return Read(arrays=dict(tokens_BL=ids_L[None]), tokens={stack: ids_L},
+              notes=[])
 
 
-def _target(evaluation: Evaluation, prompts: Any
-            ) -> tuple[np.ndarray, list[str]]:
-  """Returns what the decoder of an encoder-decoder is shown, [1, L]."""
+def _target(evaluation: Evaluation, prompts: objectives.Prompts
+            ) -> tuple[np.ndarray, str]:
+  """Returns what the decoder of an encoder-decoder is shown, [1, L], and a
+  sentence on it."""
   tokenizer, target = evaluation.tokenizer, evaluation.options.target
-  start_1L, end = prompts.tokens, tokenizer.separator_id
+  start_1L = prompts.tokens
   if target:
     ids = tokenizer.encode(target)
     note = f'The decoder is shown {target!r}.'
   else:
     # A longer source is refused afterwards.
     room = min(WRITTEN, evaluation.run.model.max_len - start_1L.shape[1])
-    ids = generate.until(np.asarray(generate.generate(
+    end = tokenizer.separator_id
+    written_1T = np.asarray(generate.generate(
         evaluation.run.module, evaluation.params, start_1L, prompts.lengths,
         jax.random.key(0), max_new_tokens=room, stop_token=end,
-        sampling=generate.Sampling(temperature=0), **prompts.arguments))[0],
-                         end)
+        sampling=generate.Sampling(temperature=0), **prompts.arguments))
+    ids = generate.until(written_1T[0], end)
     note = (f'The decoder is shown the {len(ids)} tokens that the model itself '
             f'writes: {tokenizer.decode(ids)!r}.')
-  return np.concatenate([start_1L[0], ids]).astype(np.int32)[None], [note]
+  shown_L = np.concatenate([start_1L[0], ids]).astype(np.int32)
+  return shown_L[None], note
 
 
 def _repeated(evaluation: Evaluation) -> np.ndarray | None:
   """Returns the induction score of each head of a decoder, [N, H], on random
   tokens that come twice; None of other models, and of very short ones."""
   model, tokenizer = evaluation.run.model, evaluation.tokenizer
-  size = min(REPEATED, (model.max_len - 1) // 2)
-  usual = np.setdiff1d(np.arange(min(tokenizer.vocab_size, model.vocab_size)),
-                       [*tokenizer.special_ids.values(),
-                        *tokenizer.sentinel_ids])
-  # Of fewer usual tokens, some would come more than twice.
-  if architectures.stack(model) != 'decoder' or not 4 <= size <= len(usual):
+  if architectures.stack(model) != 'decoder':
     return None
+
+  # If there were fewer usual tokens, some would come more than twice.
+  size = min(REPEATED, (model.max_len - 1) // 2)
+  every = np.arange(min(tokenizer.vocab_size, model.vocab_size))
+  special = [*tokenizer.special_ids.values(), *tokenizer.sentinel_ids]
+  usual = np.setdiff1d(every, special)
+  if size < 4 or size > len(usual):
+    return None
+
   random = np.random.default_rng(0)
-  drawn = np.stack([random.choice(usual, size, replace=False)
-                    for _ in range(ROWS)])
-  first = np.full((ROWS, 1), tokenizer.separator_id)
-  tokens_BL = np.concatenate([first, drawn, drawn], 1).astype(np.int32)
-  inspected = inspection.of(evaluation.run.module, evaluation.params,
-                            dict(tokens_BL=tokens_BL), 0)
+  rows = []
+  for _ in range(ROWS):
+    drawn = random.choice(usual, size, replace=False)
+    rows.append(np.concatenate([[tokenizer.separator_id], drawn, drawn]))
+  tokens_BL = np.stack(rows).astype(np.int32)
+  inspected = inspection.of(
+      evaluation.run.module, evaluation.params, dict(tokens_BL=tokens_BL),
+      top=0)
   return inspected.attention['decoder'].induction.mean(1)
 
 
@@ -176,171 +246,243 @@ def by_head(inspected: Inspection, induction_NH: np.ndarray | None
   """Returns one number a head of each figure, [N, H], by name of attention.
 
   Args:
-    inspected: of whose rows the first counts.
-    induction_NH: of a decoder, measured apart.
+    inspected: the record, of whose rows the first counts.
+    induction_NH: the induction score of a decoder, which is measured apart.
   """
   measures = {}
   for name, attention in inspected.attention.items():
-    every_BL = inspected.real[QUERIES[name]]
     # A causal query sees nothing but the first token, where that is its own.
+    every_BL = inspected.real[QUERIES[name]]
     later_BL = every_BL.copy()
     if name == 'decoder' and every_BL.shape[1] > 1:
       later_BL[:, 0] = False
-    mean = lambda x, counted_BL: inspection.mean_of_queries(x, counted_BL)[:, 0]
-    measures[name] = {'entropy': mean(attention.entropy, every_BL),
-                      'first token': mean(attention.first, later_BL)}
+
+    measures[name] = heads = {}
+    heads['entropy'] = _mean(attention.entropy, every_BL)
+    heads['first token'] = _mean(attention.first, later_BL)
     if attention.sink.max() > 1e-3:
-      measures[name]['learned sink'] = mean(attention.sink, every_BL)
+      heads['learned sink'] = _mean(attention.sink, every_BL)
     if attention.previous is not None:
-      measures[name]['previous token'] = attention.previous[:, 0]
+      heads['previous token'] = attention.previous[:, 0]
     if name == 'decoder' and induction_NH is not None:
-      measures[name]['induction'] = induction_NH
+      heads['induction'] = induction_NH
   return measures
 
 
+def _mean(values_NBHL: np.ndarray, counted_BL: np.ndarray) -> np.ndarray:
+  """Returns the mean of each head over the queries that count of the first
+  row, [N, H]."""
+  return inspection.mean_of_queries(values_NBHL, counted_BL)[:, 0]
+
+
 def _figures(inspected: Inspection, texts: Mapping[str, Sequence[str]],
-             measures: Mapping[str, Mapping[str, np.ndarray]], spell: Any
-             ) -> dict[str, Any]:
+             measures: Measures, spell: Spell) -> dict[str, Any]:
   """Returns what goes into --json; the maps themselves stand in the page."""
-  figures = {
-      'tokens': dict(texts),
-      'attention': {name: {of: x.tolist() for of, x in row.items()}
-                    for name, row in measures.items()},
-      'stream': {name: {
-          'norms': stream.norms[:, 0].tolist(),
-          'median': stream.median[:, 0].tolist(),
-          'rms': stream.rms[:, 0].tolist(),
-          'outliers': np.flatnonzero(stream.outliers[0]).tolist()}
-                 for name, stream in inspected.stream.items()},
-      'experts': {name: {
-          'layers': experts.layers.tolist(),
-          'gates': experts.gates[:, 0].tolist(),
-          'probabilities': experts.probabilities[:, 0].tolist()}
-                  for name, experts in inspected.experts.items()}}
-  if inspected.lens is not None:
-    figures['lens'] = [
-        [[dict(text=spell(i), id=i, probability=p) for i, p in cell]
-         for cell in layer] for layer in _lens(inspected)]
+  figures: dict[str, Any] = {
+      'tokens': dict(texts), 'attention': {}, 'stream': {}, 'experts': {}}
+  for name, heads in measures.items():
+    figures['attention'][name] = {
+        figure: values_NH.tolist() for figure, values_NH in heads.items()}
+  for name, stream in inspected.stream.items():
+    figures['stream'][name] = {
+        'norms': stream.norms[:, 0].tolist(),
+        'median': stream.median[:, 0].tolist(),
+        'rms': stream.rms[:, 0].tolist(),
+        'outliers': np.flatnonzero(stream.outliers[0]).tolist()}
+  for name, experts in inspected.experts.items():
+    figures['experts'][name] = {
+        'layers': experts.layers.tolist(),
+        'gates': experts.gates[:, 0].tolist(),
+        'probabilities': experts.probabilities[:, 0].tolist()}
+  if inspected.lens is None:
+    return figures
+
+  figures['lens'] = []
+  for layer in _guesses(inspected.lens):
+    places = []
+    for guesses in layer:
+      places.append([dict(text=spell(guess.token), id=guess.token,
+                          probability=guess.probability) for guess in guesses])
+    figures['lens'].append(places)
   return figures
 
 
-def _lens(inspected: Inspection) -> list[list[list[tuple[int, float]]]]:
-  """Returns the ids and probabilities of each token of each layer."""
-  return [[list(zip(*cell)) for cell in zip(*layer)] for layer in zip(
-      inspected.lens.ids[:, 0].tolist(),
-      inspected.lens.probabilities[:, 0].tolist())]
+def _guesses(lens: Lens) -> list[list[list[Guess]]]:
+  """Returns the likeliest tokens by layer and place, the best first."""
+  layers = []
+  for ids_LK, p_LK in zip(lens.ids[:, 0].tolist(),
+                          lens.probabilities[:, 0].tolist()):
+    layer = []
+    for ids_K, p_K in zip(ids_LK, p_LK):
+      layer.append([Guess(*pair) for pair in zip(ids_K, p_K)])
+    layers.append(layer)
+  return layers
 
 
 def page(inspected: Inspection, title: str, about: Sequence[str],
-         texts: Mapping[str, Sequence[str]], spell: Any,
-         measures: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+         texts: Mapping[str, Sequence[str]], spell: Spell, measures: Measures
+         ) -> str:
   """Returns the whole file.
 
   Args:
-    inspected: the record; of several rows, the first.
+    inspected: the record; of several rows, the first is shown.
     title: a short one.
     about: sentences on what was looked at.
     texts: the tokens as a reader is shown them, by name.
-    spell: an id -> the same of any token.
+    spell: an id -> the token as a reader is shown it.
     measures: {attention: {figure: [N, H]}}, one number a head; nan: none.
   """
+  # The data that inspect.js draws. '<' would end the script early if a token
+  # held </script>.
+  drawn = {'tokens': {name: list(row) for name, row in texts.items()},
+           'maps': _maps(inspected, measures)}
+  data = json.dumps(drawn, allow_nan=False).replace('<', '\\u003c')
+
+  folder = pathlib.Path(__file__).parents[1] / 'templates'
+  environment = jinja2.Environment(
+      loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True,
+      undefined=jinja2.StrictUndefined)
+  template = environment.get_template('inspect.html')
+  sections = list(_sections(inspected, texts, spell, measures))
+  return template.render(
+      title=title, about=about, data=data, sections=sections).lstrip()
+
+
+def _maps(inspected: Inspection, measures: Measures) -> list[dict[str, Any]]:
+  """Returns what inspect.js draws of each attention, as JSON has it."""
   maps = []
   for name, attention in inspected.attention.items():
+    # Weights as integers of 16 bits.
     weights_NHLM = attention.weights[:, 0]
     units = np.round(np.clip(weights_NHLM, 0, 1) * 65535).astype('<u2')
-    maps.append(dict(
-        name=name, queries=QUERIES[name], keys=KEYS[name],
-        shape=weights_NHLM.shape,
-        weights=base64.b64encode(units.tobytes()).decode('ascii'),
-        measures={of: [[None if np.isnan(x) else round(float(x), 4)
-                        for x in row] for row in values]
-                  for of, values in measures[name].items()}))
-  # '<' would end the script early if a token held </script>.
-  data = json.dumps(
-      {'tokens': {name: list(row) for name, row in texts.items()},
-       'maps': maps}, allow_nan=False).replace('<', '\\u003c')
-  folder = pathlib.Path(__file__).parents[1] / 'templates'
-  template = jinja2.Environment(
-      loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True,
-      undefined=jinja2.StrictUndefined).get_template('inspect.html')
-  return template.render(
-      title=title, about=about, data=data,
-      sections=list(_sections(inspected, texts, spell, measures))).lstrip()
+    text = base64.b64encode(units.tobytes()).decode('ascii')
+
+    # Figures to four digits; null: there is none.
+    figures = {}
+    for figure, values_NH in measures[name].items():
+      figures[figure] = rows = []
+      for values_H in values_NH:
+        rows.append([None if np.isnan(x) else round(float(x), 4)
+                     for x in values_H])
+    maps.append(dict(name=name, queries=QUERIES[name], keys=KEYS[name],
+                     shape=weights_NHLM.shape, weights=text, measures=figures))
+  return maps
 
 
 def _sections(inspected: Inspection, texts: Mapping[str, Sequence[str]],
-              spell: Any, measures: Mapping[str, Mapping[str, np.ndarray]]
-              ) -> Iterator[dict[str, Any]]:
+              spell: Spell, measures: Measures) -> Iterator[dict[str, Any]]:
   """Yields what the template is given of each section. A table is its columns,
   the names of its rows, and these."""
   for name in inspected.attention:
+    notes = [f'{figure}: {MEANINGS[figure]}' for figure in measures[name]]
     yield dict(id=f'maps-{name}', heading=f'Attention: {TITLES[name]}',
-               kind='maps',
-               notes=[f'{of}: {MEANINGS[of]}' for of in measures[name]])
+               kind='maps', notes=notes)
   for name, stream in inspected.stream.items():
     yield dict(id=f'stream-{name}', heading=f'Residual stream of the {name}',
                kind='stream', **_stream(stream, texts[name]))
   if inspected.lens is not None:
-    name = 'decoder' if 'decoder' in inspected.stream else 'encoder'
-    rows = [[Cell(spell(cell[0][0]), cell[0][1], '\n'.join([
-        _where(texts[name], i), _after(n),
-        *(f'{p:.4f}  {spell(x)}' for x, p in cell)]))
-             for i, cell in enumerate(layer)]
-            for n, layer in enumerate(_lens(inspected))]
+    name, predicted = 'encoder', 'the token itself'
+    if 'decoder' in inspected.stream:
+      name, predicted = 'decoder', 'the next token'
+    rows = _lens(inspected.lens, texts[name], spell)
     yield dict(id='lens', heading='Logit lens', kind='lens',
-               predicted='the next token' if name == 'decoder' else
-               'the token itself',
+               predicted=predicted,
                table=(texts[name], _layers(len(rows))[::-1], rows[::-1]))
   for name, experts in inspected.experts.items():
+    rows = []
+    for n in range(len(experts.layers)):
+      rows.append([_expert(experts, n, i, texts[name])
+                   for i in range(len(texts[name]))])
     yield dict(id=f'experts-{name}', heading=f'Experts of the {name}',
                kind='experts', count=experts.probabilities.shape[-1],
-               table=(texts[name], experts.layers, [
-                   [_expert(experts, n, i,
-                            f'{_where(texts[name], i)}\nlayer {layer}')
-                    for i in range(len(texts[name]))]
-                   for n, layer in enumerate(experts.layers)]))
+               table=(texts[name], experts.layers, rows))
+
+
+def _lens(lens: Lens, texts: Sequence[str], spell: Spell) -> list[list[Cell]]:
+  """Returns the rows of the logit lens, a layer each."""
+  rows = []
+  for n, layer in enumerate(_guesses(lens)):
+    row = []
+    for i, guesses in enumerate(layer):
+      tip = [_where(texts, i), _after(n)]
+      for guess in guesses:
+        tip.append(f'{guess.probability:.4f}  {spell(guess.token)}')
+      best = guesses[0]
+      row.append(Cell(text=spell(best.token), value=best.probability,
+                      tip='\n'.join(tip)))
+    rows.append(row)
+  return rows
 
 
 def _stream(stream: Stream, texts: Sequence[str]) -> dict[str, Any]:
   """Returns the table of norms, the largest features of each layer, and which
   features are outliers."""
-  norms = stream.norms[:, 0]
-  logs = np.log(np.maximum(norms, 1e-9))
-  heat = (logs - logs.min()) / max(logs.max() - logs.min(), 1e-9)
-  rows = [[Cell(f'{x:.3g}', v,
-                f'{_where(texts, i)}\n{_after(n)}\nnorm {x:.5g}')
-           for i, (x, v) in enumerate(zip(*layer))]
-          for n, layer in enumerate(zip(norms, heat))]
-  names, layers = _layers(len(norms)), []
-  times = lambda x, of: f'{x / of:.3g}' if of > 0 else '∞'
+  # The norm of each token after each layer: the darker the larger.
+  norms_NL = stream.norms[:, 0]
+  logs_NL = np.log(np.maximum(norms_NL, 1e-9))
+  least, most = logs_NL.min(), logs_NL.max()
+  heat_NL = (logs_NL - least) / max(most - least, 1e-9)
+  rows = []
+  for n in range(len(norms_NL)):
+    row = []
+    for i, norm in enumerate(norms_NL[n]):
+      tip = f'{_where(texts, i)}\n{_after(n)}\nnorm {norm:.5g}'
+      row.append(Cell(text=f'{norm:.3g}', value=heat_NL[n, i], tip=tip))
+    rows.append(row)
+
+  # The largest features of each layer.
+  names, layers = _layers(len(norms_NL)), []
   for n, peaks_D in enumerate(stream.peaks[:, 0]):
     median, rms = stream.median[n, 0], stream.rms[n, 0]
-    largest = np.argsort(-peaks_D, kind='stable')[:FEATURES].tolist()
-    layers.append((
-        names[n], f'{norms[n].mean():.4g}', f'{median:.3g}', f'{rms:.3g}',
-        '; '.join(f'{d}: {peaks_D[d]:.3g} (× {times(peaks_D[d], median)}, × '
-                  f'{times(peaks_D[d], rms)})' for d in largest)))
+    largest = []
+    for d in np.argsort(-peaks_D, kind='stable')[:FEATURES].tolist():
+      peak = peaks_D[d]
+      largest.append(f'{d}: {peak:.3g} (× {_times(peak, median)}, × '
+                     f'{_times(peak, rms)})')
+    layers.append((names[n], f'{norms_NL[n].mean():.4g}', f'{median:.3g}',
+                   f'{rms:.3g}', '; '.join(largest)))
+
+  # The outliers.
   features = np.flatnonzero(stream.outliers[0]).tolist()
-  more = f' and {len(features) - 64} more' if len(features) > 64 else ''
-  return dict(table=(texts, names, rows), layers=layers,
-              outliers=', '.join(map(str, features[:64])) + more or 'none')
+  outliers = ', '.join(map(str, features[:OUTLIERS])) or 'none'
+  if len(features) > OUTLIERS:
+    outliers += f' and {len(features) - OUTLIERS} more'
+  return dict(table=(texts, names, rows), layers=layers, outliers=outliers)
 
 
-def _expert(experts: Experts, n: int, i: int, where: str) -> Cell:
-  """Returns the cell of a token in a layer of experts."""
+def _times(x: float, of: float) -> str:
+  """Returns how many times as large x is as a magnitude, for a reader."""
+  return f'{x / of:.3g}' if of > 0 else '∞'
+
+
+def _expert(experts: Experts, n: int, i: int, texts: Sequence[str]) -> Cell:
+  """Returns the cell of token i in layer n of the layers of experts."""
   gates_E, shares_E = experts.gates[n, 0, i], experts.probabilities[n, 0, i]
+
+  # The experts that the router chose, the largest gate first.
   chosen = np.flatnonzero(experts.chosen[n, 0, i])
   chosen = chosen[np.argsort(-gates_E[chosen], kind='stable')]
-  lost = markupsafe.Markup('<s class="lost">{}</s>')
-  text = markupsafe.Markup(' ').join(
-      e if gates_E[e] else lost.format(e) for e in chosen) or '–'
-  tip = '\n'.join([
-      where, *(f'expert {e}: gate {gates_E[e]:.4f}'
-               + ('' if gates_E[e] else ', no room') for e in chosen),
-      'router: ' + ', '.join(f'{e} {shares_E[e]:.3f}' for e in np.argsort(
-          -shares_E, kind='stable')[:8])])
-  hue = 360 * int(chosen[0]) // len(gates_E) if len(chosen) else None
-  return Cell(text, 0.0, tip, hue)
+  names: list[Any] = []
+  tip = [f'{_where(texts, i)}\nlayer {experts.layers[n]}']
+  for e in chosen:
+    gate = f'expert {e}: gate {gates_E[e]:.4f}'
+    if gates_E[e]:
+      names.append(e)
+    else:
+      names.append(markupsafe.Markup('<s class="lost">{}</s>').format(e))
+      gate += ', no room'
+    tip.append(gate)
+  text = markupsafe.Markup(' ').join(names) or '–'
+
+  # The largest of the router's probabilities.
+  likeliest = np.argsort(-shares_E, kind='stable')[:SHARES]
+  shares = [f'{e} {shares_E[e]:.3f}' for e in likeliest]
+  tip.append('router: ' + ', '.join(shares))
+
+  hue = None
+  if len(chosen):
+    hue = 360 * int(chosen[0]) // len(gates_E)
+  return Cell(text=text, value=0.0, tip='\n'.join(tip), hue=hue)
 
 
 def _layers(count: int) -> list[str]:
@@ -355,22 +497,4 @@ def _where(texts: Sequence[str], i: int) -> str:
   return f'{texts[i]} (token {i})'
 
 
-def _check(options: Any, config: Any) -> None:
-  require(bool(options.prompt.strip()), 'task inspect reads a text: pass '
-          "--prompt='My fellow citizens'")
-  require('|||' not in options.prompt, "task inspect shows one prompt: pass "
-          "--prompt without '|||'")
-  for name in ('prompt', 'target'):
-    text_files.checked(getattr(options, name), f'--{name}')
-
-
-TASKS = {'inspect': Task(
-    'attention maps, residual stream, logit lens and experts as the model '
-    'reads --prompt, as an HTML page', run,
-    without(reading.reads_text, reading.NO_TEXT), check=_check, shown=_read,
-    file=FILE, held_out=False, flags=(
-        Flag('prompt', '', 'The text to read.'),
-        Flag('target', '', 'What the decoder of an encoder-decoder is shown; '
-             'default: what the model writes.'),
-        Flag('top_tokens', 5, 'So many tokens of each layer in the logit lens.',
-             1, 1000)))}
+TASKS = {'inspect': Inspect()}

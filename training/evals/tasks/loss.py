@@ -1,6 +1,6 @@
 """Held-out loss in nats per token, perplexity, and bits per byte of text.
 
-Of several sources the figures are means by the weights of data.eval_source,
+With several sources the figures are means by the weights of data.eval_source,
 or of data.source, and each source's own stand beside them.
 
 With --stride whole documents are read in windows that overlap, as perplexity is
@@ -11,7 +11,7 @@ no window before it did: each token once, from at least length - stride tokens
 documentation, "Perplexity of fixed-length models", with the separator as the
 first token.
 
-The bound on the loss of masked diffusion is told by many draws. Of a row of n
+The bound on the loss of masked diffusion is told by many draws. In a row of n
 tokens each draw masks l of them, and counts the losses of the masked tokens
 n / l times. l is uniform from 1 to n, which gives the same mean as a random
 share of masked tokens and spreads less (LLaDA, arXiv 2502.09992, equation 6).
@@ -22,65 +22,106 @@ and by other draws.
 
 from collections.abc import Iterator, Sequence
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.errors import require
+from common.errors import RequestError, require
 from training import generate, objectives, progress
 from training.data import sources, tokens
 from training.evals import Evaluation, Flag, Task, held_out, items, scoring
-from training.evals import without
+from training.objectives import pipeline
 from training.runs import make_eval_step
 
+DOCUMENTS = 256  # of a source, whose losses are told apart
 
-def run(evaluation: Evaluation) -> dict[str, Any]:
+
+class Loss(Task):
   """Evaluates every held-out token once."""
-  config = evaluation.run.config
-  if evaluation.options.stride:
-    return strided(evaluation)
-  loaders = evaluation.held_out()
-  step = evaluation.program(make_eval_step(evaluation.run.module, config),
-                            'loss')
-  sums = [held_out.sums(evaluation.results(step, loader, 'evaluating'))
-          for loader in loaders]
-  each = {loader.name: _report(loader.text, [total], [loader])
-          for loader, total in zip(loaders, sums)}
-  if len(loaders) == 1:
-    return each[loaders[0].name]
-  shares = ', '.join(f'{loader.share:.3g} {loader.name}' for loader in loaders)
-  return _report(f'the mean by weight, {shares}', sums, loaders) | {
-      'sources': each}
+
+  help = 'held-out loss, perplexity and bits per byte'
+  flags = (
+      Flag(name='stride', default=0,
+           help='Read whole documents in windows of data.length tokens that '
+           'begin so many tokens after each other, so that each token is '
+           'predicted once, from at least data.length - stride; 0: as in '
+           'training.', least=0, most=2**24),
+  )
+
+  def check(self, options: Any, config: Any) -> None:
+    """Raises RequestError for a --stride that a run cannot be read with."""
+    stride = options.stride
+    if not stride:
+      return
+    reason = scoring.unfit(config)
+    require(not reason, f'{reason}: leave --stride at 0')
+    data = config.data
+    require(stride < data.length, f'--stride is {stride}, but a window has '
+            f'data.length {data.length} tokens, the first of which is not '
+            'predicted: choose a smaller one')
+    spec = data.eval_source or data.source
+    parsed = sources.parse(spec)
+    if len(parsed) != 1 or parsed[0][1].tokens:
+      raise RequestError(f'--stride reads one source of text, which {spec!r} '
+                         'is not: name one by --text')
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    if evaluation.options.stride:
+      return strided(evaluation)
+    loaders = evaluation.held_out()
+    step = evaluation.program(
+        make_eval_step(evaluation.run.module, evaluation.run.config), 'loss')
+    sums = [held_out.sums(evaluation.results(step, loader, 'evaluating'))
+            for loader in loaders]
+
+    # The figures of each source, and their means.
+    each = {}
+    for loader, total in zip(loaders, sums):
+      each[loader.name] = _report(loader.text, [total], [loader])
+    if len(loaders) == 1:
+      return each[loaders[0].name]
+    shares = [f'{loader.share:.3g} {loader.name}' for loader in loaders]
+    figures = _report(
+        f'the mean by weight, {", ".join(shares)}', sums, loaders)
+    figures['sources'] = each
+    return figures
 
 
 def _report(text: str, sums: Sequence, loaders: Sequence) -> dict[str, Any]:
   """Prints and returns the figures of some sources together."""
   figures = held_out.means(sums, loaders)
-  tokens = sum(loader.num_tokens for loader in loaders)
+  count = sum(loader.num_tokens for loader in loaders)
   size = held_out.mix([loader.bytes_per_token for loader in loaders], loaders)
-  of = f' of {size:.2f} bytes' if size else ''  # a probe has no text
-  print(f'{text}, {tokens:,} tokens{of}:')
+  counted = f'{count:,} tokens'
+  if size:  # a probe has no text
+    counted += f' of {size:.2f} bytes'
+  print(f'{text}, {counted}:')
   for name, value in figures.items():
     print(f'  {name.replace("_", " "):<16} {held_out.shown(value)}')
-  return figures | {'tokens': tokens, 'text': text}
+  return figures | {'tokens': count, 'text': text}
 
 
 def strided(evaluation: Evaluation) -> dict[str, Any]:
   """Prints and returns the figures of all of a source's documents."""
-  options = evaluation.options
   name, documents = _documents(evaluation)
-  length, stride = evaluation.run.config.data.length, options.stride
-  first = evaluation.tokenizer.separator_id
-  questions = []
-  for ids in evaluation.tokenizer.encode_batch(documents):
-    questions += windows(np.concatenate([[first], ids]), length, stride)
+  length = evaluation.run.config.data.length
+  stride = evaluation.options.stride
+  tokenizer = evaluation.tokenizer
+
+  # The log-probabilities of all tokens.
+  questions: list[scoring.Question] = []
+  for ids in tokenizer.encode_batch(documents):
+    document = np.concatenate([[tokenizer.separator_id], ids])
+    questions += windows(document, length, stride)
   answers = scoring.answer(questions, evaluation, 'reading windows')
-  nats = -sum(float(x.log_probs.sum()) for x in answers)
-  figures = measures(nats, sum(q.scored for q in questions), documents)
-  print(f'{name}, {figures["tokens"]:,} tokens, each from {length - stride:,} '
-        f'to {length - 1:,} before it:')
+  nats = -sum(float(answer.log_probs.sum()) for answer in answers)
+  count = sum(question.scored for question in questions)
+  figures = measures(nats, count, documents)
+
+  print(f'{name}, {count:,} tokens, each from {length - stride:,} to '
+        f'{length - 1:,} before it:')
   for key, value in figures.items():
     if isinstance(value, float):
       print(f'  {key.replace("_", " "):<16} {value:.4f}')
@@ -88,7 +129,8 @@ def strided(evaluation: Evaluation) -> dict[str, Any]:
   return figures | {'stride': stride, 'length': length, 'text': name}
 
 
-def windows(ids: np.ndarray, length: int, stride: int) -> Iterator:
+def windows(ids: np.ndarray, length: int, stride: int
+            ) -> Iterator[scoring.Question]:
   """Yields the windows of a document, [T] with the token that begins it, as
   questions; all tokens but that one are predicted."""
   ids = ids.astype(np.int32)
@@ -107,42 +149,33 @@ def measures(nats: float, tokens: int, documents: list[str]) -> dict[str, Any]:
   Its words are what white space separates, and the ends of its lines: the
   convention of WikiText, whose test set has 245,569 such words.
   """
-  words = sum(len(text.split()) + text.count('\n') for text in documents)
-  size = sum(len(text.encode()) for text in documents)
-  exp = lambda x: math.exp(x) if x < 700 else math.inf
-  return dict(loss=nats / tokens, perplexity=exp(nats / tokens),
-              bits_per_byte=nats / math.log(2) / size,
-              word_perplexity=exp(nats / max(words, 1)),
-              tokens=tokens, words=words, bytes=size)
+  words, size = 0, 0
+  for text in documents:
+    words += len(text.split()) + text.count('\n')
+    size += len(text.encode())
+  return dict(
+      loss=nats / tokens, perplexity=_exp(nats / tokens),
+      bits_per_byte=nats / math.log(2) / size,
+      word_perplexity=_exp(nats / max(words, 1)), tokens=tokens, words=words,
+      bytes=size)
 
 
-def _check(options: Any, config: Any) -> None:
-  """Raises RequestError for a --stride that a run cannot be read with."""
-  stride = options.stride
-  if not stride:
-    return
-  reason = scoring.unfit(config)
-  require(not reason, f'{reason}: leave --stride at 0')
-  data = config.data
-  require(stride < data.length, f'--stride is {stride}, but a window has '
-          f'data.length {data.length} tokens, the first of which is not '
-          'predicted: choose a smaller one')
-  spec = data.eval_source or data.source
-  parsed = sources.parse(spec)
-  require(len(parsed) == 1 and not parsed[0][1].tokens, '--stride reads one '
-          f'source of text, which {spec!r} is not: name one by --text')
+def _exp(x: float) -> float:
+  """Returns e to the power x; inf where no float is as large."""
+  return math.exp(x) if x < 700 else math.inf
 
 
 def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   """Returns the name of the source, and the documents that are held out."""
   data = evaluation.run.config.data
-  (_, source), = sources.parse(data.eval_source or data.source)
-  every = None if data.eval_source else data.holdout_every
   part = evaluation.run.config.eval.part
-  source = sources.cut(source, every, part)
+  [(_, whole)] = sources.parse(data.eval_source or data.source)
+  every = None if data.eval_source else data.holdout_every
+  source = sources.cut(whole, every, part)
+  if source.is_cut:  # to the part
+    part = ''
   documents = list(source.documents())
-  chosen = tokens.chosen(np.arange(len(documents)), every, 'eval',
-                         '' if source.is_cut else part)
+  chosen = tokens.chosen(np.arange(len(documents)), every, 'eval', part)
   kept = [document for document, keep in zip(documents, chosen) if keep]
   require(all(isinstance(x, str) for x in kept), f'{source.name} holds pairs '
           'or conversations: --stride is for text')
@@ -150,39 +183,79 @@ def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   return source.name, kept
 
 
-def bound(evaluation: Evaluation) -> dict[str, Any]:
+class BoundSums(NamedTuple):
+  """Sums over rows: of x, the mean of a row's draws of the bound in nats, and
+  of n, the tokens of a row.
+
+  Attributes:
+    nats: the sum of x.
+    tokens: the sum of n.
+    squares: the sum of x^2.
+    products: the sum of x n.
+    lengths: the sum of n^2.
+    rows: how many rows there are.
+  """
+  nats: Any
+  tokens: Any
+  squares: Any
+  products: Any
+  lengths: Any
+  rows: Any
+
+
+class DiffusionBound(Task):
   """Prints the bound in nats a token and in bits a byte of text."""
-  run_, loaders = evaluation.run, evaluation.held_out()
-  count, mask = evaluation.options.bound_samples, evaluation.tokenizer.mask_id
-  program = bound_program(run_.module, run_.config, mask, count)
-  step = evaluation.program(program, 'diffusion_bound', count)
-  totals = []
-  for loader in loaders:
-    sums = np.zeros(6)
-    for n, batch in enumerate(progress.each(
-        loader.iterate(), 'evaluating', loader.num_batches)):
-      sums += np.float64(jax.device_get(step(
-          evaluation.params, run_.put(batch), np.uint32(n))))
-    totals.append(sums)
-  bounds = [sums[0] / sums[1] for sums in totals]
-  errors = [bound_error(*sums) for sums in totals]
-  shares = np.array([loader.share for loader in loaders])
-  size = held_out.mix([loader.bytes_per_token for loader in loaders], loaders)
-  loss = held_out.mix(bounds, loaders)
-  bits = loss / (math.log(2) * size)
-  error = float(np.hypot.reduce(shares * errors) / shares.sum())
-  tokens = float(sum(sums[1] for sums in totals))
-  print(f'bound of {tokens:,.0f} tokens by {count} draws of each row:\n'
-        f'  loss <=          {loss:.4f} (standard error {error:.4f})\n'
-        f'  bits per byte <= {bits:.4f}')
-  return dict(loss=loss, bits_per_byte=bits, standard_error=error,
-              samples=count, tokens=tokens)
+
+  help = 'the bound of masked diffusion on the held-out loss, by many draws'
+  lacks = 'is no masked diffusion, of which the task is'
+  figures = ('loss', 'bits_per_byte', 'standard_error', 'samples', 'tokens')
+  flags = (
+      Flag(name='bound_samples', default=32,
+           help='Draws of each row, of how many tokens are masked and which.',
+           least=1, most=100_000),
+  )
+
+  def allows(self, objective: objectives.Objective) -> bool:
+    return objective.bound
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    run, loaders = evaluation.run, evaluation.held_out()
+    count = evaluation.options.bound_samples
+    program = bound_program(
+        run.module, run.config, evaluation.tokenizer.mask_id, count)
+    step = evaluation.program(program, 'diffusion_bound', count)
+
+    # The bound of each source, and its standard error.
+    bounds, errors, tokens = [], [], 0.0
+    for loader in loaders:
+      total_6 = np.zeros(len(BoundSums._fields))
+      batches = progress.each(
+          loader.iterate(), 'evaluating', loader.num_batches)
+      for n, batch in enumerate(batches):
+        sums_6 = step(evaluation.params, run.put(batch), np.uint32(n))
+        total_6 += np.float64(jax.device_get(sums_6))
+      sums = BoundSums(*total_6)
+      bounds.append(sums.nats / sums.tokens)
+      errors.append(bound_error(*sums))
+      tokens += float(sums.tokens)
+
+    # Their means by weight.
+    shares = np.array([loader.share for loader in loaders])
+    size = held_out.mix([loader.bytes_per_token for loader in loaders], loaders)
+    loss = held_out.mix(bounds, loaders)
+    bits = loss / (math.log(2) * size)
+    error = float(np.hypot.reduce(shares * errors) / shares.sum())
+    print(f'bound of {tokens:,.0f} tokens by {count} draws of each row:\n'
+          f'  loss <=          {loss:.4f} (standard error {error:.4f})\n'
+          f'  bits per byte <= {bits:.4f}')
+    return dict(loss=loss, bits_per_byte=bits, standard_error=error,
+                samples=count, tokens=tokens)
 
 
 def bound_error(nats: float, tokens: float, squares: float, products: float,
                 lengths: float, rows: float) -> float:
   """Returns the standard error of nats / tokens, a ratio over rows (Cochran
-  1977, section 2.11), of the sums of `bound_program`."""
+  1977, section 2.11); the arguments are the fields of BoundSums."""
   if rows < 2:
     return math.nan
   mean = nats / tokens
@@ -191,75 +264,130 @@ def bound_error(nats: float, tokens: float, squares: float, products: float,
 
 
 def bound_program(module: Any, config: Any, mask: int, count: int):
+  """Returns sums(params, batch, number), for batch `number` of a source.
+
+  Args:
+    module: the model.
+    config: the config of its run.
+    mask: the id of the mask token.
+    count: how many draws a row gets.
+  """
   objective = objectives.of(config)
 
   def sums(params: Any, batch: Any, number: jax.Array) -> jax.Array:
-    """Returns sums over the rows, of x, the mean of a row's draws, and n, its
-    tokens: those of x, n, x^2, x n and n^2, and how many rows there are."""
+    """Returns the sums of BoundSums over the rows of a batch, [6]."""
     real_BL = batch['segment_ids'] != 0
     n_B = real_BL.sum(1)
     # A row's draws are its own, whatever rows are beside it in a batch.
     row_B = number * len(n_B) + jnp.arange(len(n_B))
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), row_B)
-    uniform = lambda k, *shape: jax.vmap(lambda key: jax.random.uniform(
-        jax.random.fold_in(key, k), shape))(key_B)
+
+    def uniform(k: Any, *shape: int) -> jax.Array:
+      """Returns draw k of each row, [B, *shape], from 0 to 1."""
+      def of_row(key: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, k), shape)
+      return jax.vmap(of_row)(key_B)
+
     start_B = uniform(count)
 
     def draw(_: None, k: jax.Array):
+      """Returns the bound of each row by draw k, in nats, [B]."""
+      # The draw says how many tokens are masked, at random places.
       share_B = (start_B + k / count) % 1.0
       l_B = jnp.minimum(1 + (share_B * n_B).astype(jnp.int32), n_B)
-      noise_BL = uniform(k, real_BL.shape[1])
-      masked_BL = real_BL & generate.among_largest(
-          jnp.where(real_BL, noise_BL, -1.0), l_B[:, None])
-      shown = batch | dict(tokens=jnp.where(masked_BL, mask, batch['targets']))
-      nats_BL = objective.token_losses(module, params, shown).loss
+      noise_BL = jnp.where(real_BL, uniform(k, real_BL.shape[1]), -1.0)
+      largest_BL = generate.among_largest(noise_BL, l_B[:, None])
+      masked_BL = real_BL & largest_BL
+      shown_BL = jnp.where(masked_BL, mask, batch['targets'])
+
+      # n / l times the losses of the masked tokens (equation 6).
+      nats_BL = objective.token_losses(
+          module, params, batch | dict(tokens=shown_BL)).loss
       sum_B = jnp.where(masked_BL, nats_BL, 0).sum(1)
       return None, sum_B * n_B / jnp.maximum(l_B, 1)
 
-    x_B = jax.lax.scan(draw, None, jnp.arange(count))[1].mean(0)
+    _, draws_KB = jax.lax.scan(draw, None, jnp.arange(count))
+    x_B = draws_KB.mean(0)
     n_B = n_B.astype(jnp.float32)
-    return jnp.stack([x_B.sum(), n_B.sum(), (x_B ** 2).sum(), (x_B * n_B).sum(),
-                      (n_B ** 2).sum(), (n_B > 0).astype(jnp.float32).sum()])
+    return jnp.stack(BoundSums(
+        nats=x_B.sum(), tokens=n_B.sum(), squares=(x_B ** 2).sum(),
+        products=(x_B * n_B).sum(), lengths=(n_B ** 2).sum(),
+        rows=(n_B > 0).astype(jnp.float32).sum()))
   return sums
 
 
-def documents(evaluation: Evaluation) -> dict[str, Any]:
-  """Returns the loss of each document, whose weights are its tokens, of the
+class Documents(Task):
+  """Measures the loss of each document, whose weights are its tokens, of the
   rows that training evaluates after its last step: from their spread follows
-  what another text of the kind would give. Documents beside each
-  other are taken together where there are more than DOCUMENTS. Of several
-  sources each counts by its weight.
+  what another text of the kind would give. Documents beside each other are
+  taken together where there are more than DOCUMENTS. With several sources each
+  counts by its weight.
   """
-  config, step = evaluation.run.config, evaluation.program(
-      documents_program(evaluation.run.module, evaluation.run.config),
-      'documents')
-  nats, counts = [], []
-  for loader in evaluation.held_out():
-    view, size = loader.views[0], config.data.batch_size
-    rows = min(loader.first(config.eval.batches) * size, loader.num_windows)
-    # A document begins with the separator that stands before it; separators
-    # fill up the last row, too.
-    begins = np.stack([view[i].tokens[:-1] for i in range(len(view))]
-                      ) == view.separator
-    begins[-1, view[len(view) - 1].size - 1:] = False
-    of_token = np.cumsum(begins).reshape(begins.shape) - 1
-    several = of_token.max() // DOCUMENTS + 1
-    sums = np.zeros((2, of_token.max() // several + 1))
-    for n, each in enumerate(evaluation.results(
-        step, loader.cut(rows), 'evaluating documents')):
-      for i, row in enumerate(np.moveaxis(np.float64(each), 1, 0)):
-        if (g := n * size + i) < rows:
-          np.add.at(sums, (slice(None), of_token[loader.place(g)] // several),
-                    row)
-    seen = sums[:, sums[1] > 0] * loader.share / sums[1].sum()
-    nats, counts = nats + seen[0].tolist(), counts + seen[1].tolist()
-  loss = sum(nats) / sum(counts)
-  print(f'loss of {len(nats):,} documents: {loss:.4f}')
-  return {'loss': loss, 'items': {'loss': items.of(
-      np.divide(nats, counts), counts, counts)}}
+
+  help = ('the loss of each held-out document, of the rows that training '
+          'evaluates')
+  lacks = 'does not predict every token, so it has no loss of a document'
+  figures = ('loss',)
+
+  def allows(self, objective: objectives.Objective) -> bool:
+    return objective.every_token
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    program = documents_program(evaluation.run.module, evaluation.run.config)
+    step = evaluation.program(program, 'documents')
+    nats: list[float] = []
+    counts: list[float] = []
+    for loader in evaluation.held_out():
+      sums_2D = _document_sums(evaluation, step, loader)
+      tokens_D = sums_2D[1]
+      weighted_2D = sums_2D[:, tokens_D > 0] * loader.share / tokens_D.sum()
+      nats += weighted_2D[0].tolist()
+      counts += weighted_2D[1].tolist()
+    loss = sum(nats) / sum(counts)
+    print(f'loss of {len(nats):,} documents: {loss:.4f}')
+    losses = np.divide(nats, counts)
+    return {'loss': loss, 'items': {'loss': items.of(losses, counts, counts)}}
+
+
+def _document_sums(evaluation: Evaluation, step: Any, loader: pipeline.Loader
+                   ) -> np.ndarray:
+  """Returns the losses in nats and the tokens of each document, [2, documents].
+
+  Args:
+    evaluation: the evaluation of the run.
+    step: the compiled `documents_program`.
+    loader: the loader of the source.
+  """
+  config = evaluation.run.config
+  view, size = loader.views[0], config.data.batch_size
+
+  # The document of each token of each row. A document begins with the
+  # separator that stands before it; separators fill up the last row, too.
+  rows = [view[i].tokens[:-1] for i in range(len(view))]
+  begins_NL = np.stack(rows) == view.separator
+  last = view[len(view) - 1]
+  begins_NL[-1, last.size - 1:] = False
+  document_NL = np.cumsum(begins_NL).reshape(begins_NL.shape) - 1
+  several = document_NL.max() // DOCUMENTS + 1
+  group_NL = document_NL // several
+
+  # The sums of the rows that are evaluated.
+  count = min(loader.first(config.eval.batches) * size, loader.num_windows)
+  sums_2D = np.zeros((2, group_NL.max() + 1))
+  results = evaluation.results(step, loader.cut(count), 'evaluating documents')
+  for n, sums_2BL in enumerate(results):
+    for i in range(size):
+      number = n * size + i
+      if number >= count:  # the row fills up the batch
+        break
+      group_L = group_NL[loader.place(number)]
+      row_2L = np.float64(sums_2BL[:, i])
+      np.add.at(sums_2D, (slice(None), group_L), row_2L)
+  return sums_2D
 
 
 def documents_program(module: Any, config: Any):
+  """Returns losses(params, batch) of a model; see below."""
   objective = objectives.of(config)
 
   def losses(params: Any, batch: Any) -> jax.Array:
@@ -270,26 +398,8 @@ def documents_program(module: Any, config: Any):
   return losses
 
 
-DOCUMENTS = 256
 TASKS = {
-    'loss': Task(
-        'held-out loss, perplexity and bits per byte', run, check=_check,
-        flags=(
-            Flag('stride', 0, 'Read whole documents in windows of data.length '
-                 'tokens that begin so many tokens after each other, so that '
-                 'each token is predicted once, from at least data.length - '
-                 'stride; 0: as in training.', 0, 2**24),)),
-    'documents': Task(
-        'the loss of each held-out document, of the rows that training '
-        'evaluates', documents, without(
-            lambda objective: objective.every_token,
-            'does not predict every token, so it has no loss of a document'),
-        figures=('loss',)),
-    'diffusion_bound': Task(
-        'the bound of masked diffusion on the held-out loss, by many draws',
-        bound, without(lambda objective: objective.bound,
-                       'is no masked diffusion, of which the task is'),
-        figures=('loss', 'bits_per_byte', 'standard_error', 'samples',
-                 'tokens'),
-        flags=(Flag('bound_samples', 32, 'Draws of each row, of how many '
-                    'tokens are masked and which.', 1, 100_000),))}
+    'loss': Loss(),
+    'documents': Documents(),
+    'diffusion_bound': DiffusionBound(),
+}

@@ -14,7 +14,7 @@ seven eighths of them it is chosen, on the last eighth scored, and so for each
 eighth.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import functools
 import math
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from common.errors import one_of
 from training import objectives
 from training.data import probes
 from training.distributed import devices
-from training.evals import Evaluation, Flag, Task, items, without
+from training.evals import Evaluation, Flag, Task, items
 from training.objectives import pipeline
 
 FACTORS = (2, 4)  # lengths beyond training
@@ -40,98 +40,163 @@ CONSTANT_FIGURES = ('accuracy', 'probe/accuracy', 'probe/rows_right')
 
 
 class Cell(NamedTuple):
-  """What is measured at once: rows of one level and length."""
+  """Rows that are measured at once: those of one level and length."""
   level: int | float
   length: int
   beyond: int  # how many times the length of training; 1: as in training
 
 
-def run(evaluation: Evaluation) -> dict[str, Any]:
+class Measured(NamedTuple):
+  """The scores of rows of one level and length.
+
+  Attributes:
+    figures: the figures by name.
+    share_R: the share of the answers of each row that are right, [R].
+    asked_R: how many answers each row is asked for, [R].
+  """
+  figures: dict[str, Any]
+  share_R: np.ndarray
+  asked_R: np.ndarray
+
+
+class Probe(Task):
   """Measures each level of training, and the hardest one at longer lengths."""
+
+  help = ('the accuracy of a probe by difficulty and beyond the length of '
+          'training')
+  lacks = 'is not trained on a probe'
+  held_out = False
+  figures = ('accuracy', 'rows_right', 'rows', 'level/*', 'beyond/*')
+  flags = (
+      Flag(name='probe_rows', default=512, help='Rows of each difficulty.',
+           least=1, most=2**20),
+  )
+
+  def allows(self, objective: objectives.Objective) -> bool:
+    return objective.record_kind == probes.KIND
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    config = evaluation.run.config
+    probe, settings = probes.of(config), probes.settings(config)
+    rows = evaluation.options.probe_rows
+    print(f'{config.data.source}: {rows:,} rows of each kind\n'
+          f'{probe.level:>20} {"length":>7} {"accuracy":>9} {"95 %":>16} '
+          f'{"rows right":>11} {"95 %":>16}')
+
+    # Each level and length.
+    figures: dict[str, Any] = {'level': {}, 'beyond': {}, 'table': []}
+    shares, weights = [], []
+    for cell in cells(settings, probe.grows, probe.longer):
+      reason = _refused(evaluation, cell)
+      if reason:
+        print(f'{cell.level:>20} {cell.length:>7}   refused: {reason}')
+        continue
+      measured = measure(evaluation, cell, rows)
+      scores = measured.figures
+      print(_line(cell, scores))
+      figures['table'].append(cell._asdict() | scores)
+      if cell.beyond == 1:
+        shares.append(measured.share_R)
+        weights.append(measured.asked_R / scores['answers'])
+        figures['level'][f'{cell.level:g}'] = scores['accuracy']
+      else:
+        figures['beyond'][f'{cell.beyond}x'] = scores['accuracy']
+
+    # The means over the levels of training.
+    trained = [row for row in figures['table'] if row['beyond'] == 1]
+    for name in ('accuracy', 'rows_right'):
+      figures[name] = float(np.mean([row[name] for row in trained]))
+    print(f'the mean over the levels of training: accuracy '
+          f'{figures["accuracy"]:.4f}, rows right {figures["rows_right"]:.4f}')
+    figures['rows'] = rows
+
+    # The scores of each row.
+    names = config.data.source, settings, probes.held_out_seed(config), rows
+    share_N = np.concatenate(shares)
+    figures['items'] = {
+        'accuracy': items.of(share_N, names, np.concatenate(weights)),
+        'rows_right': items.of(share_N == 1, names)}
+    return figures
+
+
+def _refused(evaluation: Evaluation, cell: Cell) -> str:
+  """Returns why rows of a level and length cannot be measured; '': they can."""
   config = evaluation.run.config
-  probe, settings = probes.of(config), probes.settings(config)
-  rows = evaluation.options.probe_rows
-  print(f'{config.data.source}: {rows:,} rows of each kind\n'
-        f'{probe.level:>20} {"length":>7} {"accuracy":>9} {"95 %":>16} '
-        f'{"rows right":>11} {"95 %":>16}')
-  figures: dict[str, Any] = {'level': {}, 'beyond': {}, 'table': []}
-  rows_2R: list[np.ndarray] = []
   reach = positions.reach(evaluation.run.model)
-  shown = lambda bounds: f'[{bounds[0]:.4f}, {bounds[1]:.4f}]'
-  for cell in cells(settings, probe.grows, probe.longer):
-    reason = (f'the positions of the model end at {reach:g}'
-              if cell.length > reach else probe.limit(
-                  settings._replace(length=cell.length), cell.level))
-    if reason:
-      print(f'{cell.level:>20} {cell.length:>7}   refused: {reason}')
-      continue
-    scores, each_2R = measured(evaluation, cell, rows)
-    print(f'{cell.level:>20} {cell.length:>7} {scores["accuracy"]:>9.4f} '
-          f'{shown(scores["accuracy_95"])} {scores["rows_right"]:>11.4f} '
-          f'{shown(scores["rows_right_95"])}')
-    figures['table'].append(cell._asdict() | scores)
-    if cell.beyond == 1:
-      rows_2R.append(each_2R / [[1], [scores['answers']]])
-      figures['level'][f'{cell.level:g}'] = scores['accuracy']
-    else:
-      figures['beyond'][f'{cell.beyond}x'] = scores['accuracy']
-  trained = [row for row in figures['table'] if row['beyond'] == 1]
-  for name in ('accuracy', 'rows_right'):
-    figures[name] = float(np.mean([row[name] for row in trained]))
-  print(f'the mean over the levels of training: accuracy '
-        f'{figures["accuracy"]:.4f}, rows right {figures["rows_right"]:.4f}')
-  share_N, weights_N = np.concatenate(rows_2R, axis=1)
-  names = config.data.source, settings, probes.held_out_seed(config), rows
-  return figures | {'rows': rows, 'items': {
-      'accuracy': items.of(share_N, names, weights_N),
-      'rows_right': items.of(share_N == 1, names)}}
+  if cell.length > reach:
+    return f'the positions of the model end at {reach:g}'
+  settings = probes.settings(config)._replace(length=cell.length)
+  return probes.of(config).limit(settings, cell.level)
+
+
+def _line(cell: Cell, scores: dict[str, Any]) -> str:
+  """Returns the line of a level and length for a reader."""
+  low, high = scores['accuracy_95']
+  accuracy = f'{scores["accuracy"]:>9.4f} [{low:.4f}, {high:.4f}]'
+  low, high = scores['rows_right_95']
+  rows_right = f'{scores["rows_right"]:>11.4f} [{low:.4f}, {high:.4f}]'
+  return f'{cell.level:>20} {cell.length:>7} {accuracy} {rows_right}'
 
 
 def cells(settings: Any, grows: bool, longer: bool = True) -> Iterator[Cell]:
   """Yields what is measured.
 
   Args:
-    settings: of the run's probe.
+    settings: the settings of the run's probe.
     grows: whether longer rows are of a larger level, as Probe.grows says.
     longer: whether there are longer rows, as Probe.longer says.
   """
   levels = sorted(set(settings.levels))
   places = np.linspace(0, len(levels) - 1, min(LEVELS, len(levels)))
   for place in np.unique(np.rint(places).astype(int)):
-    yield Cell(levels[place], settings.length, 1)
-  for factor in FACTORS if longer else ():
-    yield Cell(levels[-1] * factor if grows else levels[-1],
-               settings.length * factor, factor)
+    yield Cell(level=levels[place], length=settings.length, beyond=1)
+  if not longer:
+    return
+  hardest = levels[-1]
+  for factor in FACTORS:
+    level = hardest * factor if grows else hardest
+    yield Cell(level=level, length=settings.length * factor, beyond=factor)
 
 
-def measured(evaluation: Evaluation, cell: Cell, count: int
-             ) -> tuple[dict[str, Any], np.ndarray]:
-  """Returns the figures of `count` held-out rows of one level and length; and
-  [2, rows]: the share of the answers of each that are right, and how many it is
-  asked for."""
-  run_, config = evaluation.run, evaluation.run.config
-  config = config.copy_and_resolve_references()
+def measure(evaluation: Evaluation, cell: Cell, count: int) -> Measured:
+  """Returns the figures of `count` held-out rows of one level and length, and
+  what each row scores."""
+  # The rows.
+  place = evaluation.run.place
+  config = evaluation.run.config.copy_and_resolve_references()
   config.data.length = cell.length
+  probe = probes.of(config)
+  settings = probes.settings(config)._replace(held_out=count)
   rows = probes.Rows(
-      probes.of(config), probes.settings(config)._replace(held_out=count),
-      'eval', probes.held_out_seed(config), levels=(cell.level,))
+      probe=probe, settings=settings, split='eval',
+      seed=probes.held_out_seed(config), levels=(cell.level,))
+  index, number = devices.batch_shard(place, config.data.batch_size)
   loader = pipeline.Loader(
-      config.data.source, 1.0, config.data.source, rows, [rows], config,
-      evaluation.tokenizer, 'eval',
-      *devices.batch_shard(run_.place, config.data.batch_size))
-  objective = objectives.of(config)
-  step = evaluation.program(_counts(run_.module, objective), 'probe')
-  right_R, asked_R = np.concatenate([*evaluation.results(
-      step, loader, f'{probes.of(config).level}: {cell.level}')],
-          axis=1).astype(float)
-  right_R, asked_R = right_R[asked_R > 0], asked_R[asked_R > 0]
+      name=config.data.source, share=1.0, text=config.data.source,
+      dataset=rows, views=[rows], config=config,
+      tokenizer=evaluation.tokenizer, split='eval', process_index=index,
+      process_count=number)
+
+  # Right answers and answers that are asked for, by row; those of what fills
+  # up a batch are left out.
+  counts = _counts(evaluation.run.module, objectives.of(config))
+  step = evaluation.program(counts, 'probe')
+  results = list(evaluation.results(
+      step, loader, f'{probe.level}: {cell.level}'))
+  right_R, asked_R = np.concatenate(results, axis=1).astype(float)
+  real_R = asked_R > 0
+  right_R, asked_R = right_R[real_R], asked_R[real_R]
+
+  # Their shares, and the intervals of these.
   asked, seen = asked_R.sum(), len(asked_R)
-  accuracy, whole = right_R.sum() / asked, np.mean(right_R == asked_R)
-  return dict(
-      accuracy=float(accuracy),
-      accuracy_95=wilson(accuracy, asked ** 2 / np.sum(asked_R ** 2)),
-      rows_right=float(whole), rows_right_95=wilson(whole, seen),
-      answers=int(asked), rows=seen), np.stack([right_R / asked_R, asked_R])
+  accuracy = right_R.sum() / asked
+  rows_right = np.mean(right_R == asked_R)
+  effective_rows = asked ** 2 / np.sum(asked_R ** 2)
+  figures = dict(
+      accuracy=float(accuracy), accuracy_95=wilson(accuracy, effective_rows),
+      rows_right=float(rows_right), rows_right_95=wilson(rows_right, seen),
+      answers=int(asked), rows=seen)
+  return Measured(figures=figures, share_R=right_R / asked_R, asked_R=asked_R)
 
 
 def _counts(module: Any, objective: Any):
@@ -146,52 +211,84 @@ def _counts(module: Any, objective: Any):
 
 
 def constant(config: ml_collections.ConfigDict, figure: str = 'probe/accuracy'
-          ) -> float:
+             ) -> float:
   """Returns the figure of the constant answer that is the best one for it.
 
   Args:
-    config: of a run whose source is a probe.
+    config: the config of a run whose source is a probe.
     figure: one of CONSTANT_FIGURES.
   """
   one_of('figure', figure, CONSTANT_FIGURES)
-  return _constant(probes.name_of(config.data.source), probes.settings(config),
-                probes.held_out_seed(config), figure)
+  return _constant(
+      name=probes.name_of(config.data.source), settings=probes.settings(config),
+      seed=probes.held_out_seed(config), figure=figure)
 
 
 @functools.cache
 def _constant(name: str, settings: probes.Settings, seed: int, figure: str
-           ) -> float:
+              ) -> float:
+  """Returns the figure of the best constant answer by cross-validation: for
+  each fold of the rows, the answer that is the best one for the other folds is
+  scored on this one.
+
+  Args:
+    name: the name of the probe.
+    settings: what its rows are drawn with.
+    seed: the seed of the rows.
+    figure: one of CONSTANT_FIGURES.
+  """
+  # The levels whose scores count alike; (): all levels as one.
   probe = probes.PROBES[name]
-  levels = [()] if figure == 'accuracy' else [
-      (cell.level,) for cell in cells(settings, probe.grows, longer=False)]
+  levels: list[tuple] = [()]
+  if figure != 'accuracy':
+    levels = [(cell.level,)
+              for cell in cells(settings, probe.grows, longer=False)]
+
+  # How often each answer is right, and how many are asked for, by level and
+  # fold.
+  vocab = probe.vocab_size(settings)
   count = CONSTANT_ROWS // len(levels)
-  right, asked = [], []  # [level][fold]
-  for level in levels:
-    rows = probes.Rows(probe, settings._replace(held_out=count), 'eval', seed,
-                       level)
-    folds = [[rows[i] for i in range(fold, count, FOLDS)]
-             for fold in range(FOLDS)]
-    answers = [_answers(fold, figure == 'probe/rows_right') for fold in folds]
-    right.append([np.bincount(each, minlength=probe.vocab_size(settings))
-                  for each, _ in answers])
-    asked.append([number for _, number in answers])
-  right_NKV, asked_NK1 = np.array(right), np.array(asked)[..., None]
-  rest_KV = ((right_NKV.sum(1, keepdims=True) - right_NKV)
-             / (asked_NK1.sum(1, keepdims=True) - asked_NK1)).mean(0)
+  right_NKV = np.zeros((len(levels), FOLDS, vocab), int)
+  asked_NK1 = np.zeros((len(levels), FOLDS, 1), int)
+  for n, level in enumerate(levels):
+    rows = probes.Rows(
+        probe=probe, settings=settings._replace(held_out=count), split='eval',
+        seed=seed, levels=level)
+    for k in range(FOLDS):
+      fold = [rows[i] for i in range(k, count, FOLDS)]
+      if figure == 'probe/rows_right':
+        answers, asked = _row_answers(fold)
+      else:
+        answers = _answers(fold)
+        asked = len(answers)
+      right_NKV[n, k] = np.bincount(answers, minlength=vocab)
+      asked_NK1[n, k] = asked
+
+  # The best answer of the other folds, and what it scores on each fold.
+  rest_NKV = right_NKV.sum(1, keepdims=True) - right_NKV
+  rest_NK1 = asked_NK1.sum(1, keepdims=True) - asked_NK1
+  best_K = (rest_NKV / rest_NK1).mean(0).argmax(1)
   score_KV = (right_NKV / asked_NK1).mean(0)
-  return float(score_KV[np.arange(FOLDS), rest_KV.argmax(1)].mean())
+  return float(score_KV[np.arange(FOLDS), best_K].mean())
 
 
-def _answers(rows: list[probes.Row], whole: bool) -> tuple[np.ndarray, int]:
-  """Returns the answers that rows ask for, and how many these are; or where
-  `whole` the answers of rows that ask for one alone, and how many rows
-  ask for any."""
-  each = [row.targets[row.asked] for row in rows if row.asked.any()]
-  if whole:
-    return np.array([targets[0] for targets in each
-                     if (targets == targets[0]).all()], int), len(each)
-  answers = np.concatenate(each)
-  return answers, len(answers)
+def _answers(rows: Sequence[probes.Row]) -> np.ndarray:
+  """Returns the answers that rows ask for."""
+  return np.concatenate([row.targets[row.asked] for row in rows])
+
+
+def _row_answers(rows: Sequence[probes.Row]) -> tuple[np.ndarray, int]:
+  """Returns the answers of the rows that ask for one alone, however often, and
+  how many rows ask for any."""
+  answers, asking = [], 0
+  for row in rows:
+    targets = row.targets[row.asked]
+    if not len(targets):
+      continue
+    asking += 1
+    if (targets == targets[0]).all():
+      answers.append(targets[0])
+  return np.array(answers, int), asking
 
 
 def wilson(share: float, count: float) -> tuple[float, float]:
@@ -200,15 +297,11 @@ def wilson(share: float, count: float) -> tuple[float, float]:
   scipy's binomtest has it for whole numbers of successes alone.
   """
   z2 = 1.959963984540054 ** 2
-  middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-  half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count ** 2))
-                   ) / (1 + z2 / count)
+  scale = 1 + z2 / count
+  middle = (share + z2 / (2 * count)) / scale
+  variance = share * (1 - share) / count + z2 / (4 * count ** 2)
+  half = math.sqrt(z2 * variance) / scale
   return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-TASKS = {'probe': Task(
-    'the accuracy of a probe by difficulty and beyond the length of training',
-    run, without(lambda objective: objective.record_kind == probes.KIND,
-                 'is not trained on a probe'), held_out=False, flags=(
-        Flag('probe_rows', 512, 'Rows of each difficulty.', 1, 2**20),),
-    figures=('accuracy', 'rows_right', 'rows', 'level/*', 'beyond/*'))}
+TASKS = {'probe': Probe()}

@@ -1,5 +1,6 @@
-"""What a model makes of a text that it reads: a vector of each text of a file,
-and the likeliest tokens in the place of each mask of a prompt.
+"""The tasks of a model that reads text: embed, which writes a vector of each
+text of a file, and fill_mask, which prints the likeliest tokens in the place of
+each mask of a prompt.
 
 A text is shown to the model as texts are in training: BERT reads it between
 [CLS] and [SEP], or after the separator where it learnt masked diffusion, a
@@ -23,11 +24,11 @@ import numpy as np
 
 import architectures
 from architectures.parts.moe.layer import without_capacity
-from common.errors import one_of, require, short
+from common.errors import RequestError, one_of, require, short
 from training import objectives, progress
 from training.data import probes
 from training.data import texts as text_files
-from training.evals import Evaluation, Flag, Task, scoring, without
+from training.evals import Evaluation, Flag, Task, scoring
 from training.hf import generation as hf_generation
 from training.workdir import storage
 
@@ -41,76 +42,115 @@ NO_TEXT = 'reads rows of a probe, whose ids stand for no text'
 
 
 def reads_text(objective: Any) -> bool:
-  """Whether an objective's rows are of text, which a tokenizer encodes."""
+  """Returns whether an objective's rows are of text, which a tokenizer
+  encodes."""
   return objective.record_kind != probes.KIND
 
 
-def embed(evaluation: Evaluation) -> dict[str, Any]:
+class Embed(Task):
   """Writes the vectors of --texts to --vectors, [N, D] in the file's order."""
-  options = evaluation.options
-  rows = evaluation.shown
-  how = options.pooling, options.normalize
-  step = evaluation.program(_embedding(evaluation, *how), 'embed', *how)
-  vectors: dict[int, np.ndarray] = {}
-  groups = list(scoring.padded(dict(enumerate(rows)),
-                               evaluation.run.model.max_len))
-  for chosen, tokens_BL, lengths_B in progress.each(groups, 'embedding'):
-    vectors |= zip(chosen, jax.device_get(
-        step(evaluation.params, tokens_BL, lengths_B)))
-  vectors_ND = np.stack([vectors[i] for i in range(len(rows))])
-  file = storage.path(options.vectors, '--vectors')
-  with storage.writing(file):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open('wb') as sink:
-      np.save(sink, vectors_ND)
-  tokens = sum(map(len, rows))
-  print(f'{len(rows):,} texts of {tokens:,} tokens, each in '
-        f'{vectors_ND.shape[1]:,} numbers: {file}')
-  return {'texts': len(rows), 'tokens': tokens, 'size': vectors_ND.shape[1],
-          'vectors': str(file)}
+
+  help = 'vectors of the texts of a file'
+  lacks = NO_TEXT
+  held_out = False
+  flags = (
+      Flag(name='texts', default='',
+           help="A file with a text a line, or jsonl with 'text'."),
+      Flag(name='vectors', default='', help='The file to write: OUT.npy.'),
+      Flag(name='pooling', default='mean',
+           help="What becomes a text's vector: the mean of its tokens' states, "
+           "the last, the first, or BERT's pooler."),
+      Flag(name='normalize', default=False,
+           help='Scale each vector to length 1.'),
+  )
+
+  def allows(self, objective: objectives.Objective) -> bool:
+    return reads_text(objective)
+
+  def check(self, options: Any, config: Any) -> None:
+    require(bool(options.texts), 'task embed reads texts: pass --texts=FILE')
+    require(options.vectors.endswith('.npy'), '--vectors is '
+            f'{options.vectors!r}: choose a file OUT.npy')
+    one_of('--pooling', options.pooling, POOLINGS)
+    storage.output(options.vectors, '--vectors')
+    read(options.texts)
+
+  def shown(self, evaluation: Evaluation) -> list[np.ndarray]:
+    """Returns the tokens that the model is shown of each text of --texts, int32
+    [L]."""
+    lines = read(evaluation.options.texts)
+    tokenizer, most = evaluation.tokenizer, evaluation.run.model.max_len
+    before, after = around(evaluation)
+    if architectures.stack(evaluation.run.model) == 'decoder':
+      # Imported weights may have begun with a bos.
+      folder = hf_generation.published(evaluation.workdir, evaluation.step)
+      before = hf_generation.plain(tokenizer, folder).encode([])
+    encoded = tokenizer.encode_batch([text for _, text in lines])
+    rows = []
+    for (where, _), ids in zip(lines, encoded):
+      require(len(ids) > 0, f'{where}, has no token that the tokenizer '
+              f'{tokenizer.name!r} knows')
+      row_L = np.concatenate([before, ids, after]).astype(np.int32)
+      require(len(row_L) <= most, f'{where}, has {len(row_L)} tokens, and '
+              f'the model takes max_len {most}: shorten it')
+      rows.append(row_L)
+    return rows
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    options = evaluation.options
+    rows = evaluation.shown
+
+    # Texts of about one length go through the model together.
+    pooling, normalize = options.pooling, options.normalize
+    step = evaluation.program(
+        _embedding(evaluation, pooling, normalize), 'embed', pooling, normalize)
+    groups = list(scoring.padded(dict(enumerate(rows)),
+                                 evaluation.run.model.max_len))
+    vectors: dict[int, np.ndarray] = {}
+    for chosen, tokens_BL, lengths_B in progress.each(groups, 'embedding'):
+      vectors_BD = jax.device_get(
+          step(evaluation.params, tokens_BL, lengths_B))
+      for i, vector_D in zip(chosen, vectors_BD):
+        vectors[i] = vector_D
+    vectors_ND = np.stack([vectors[i] for i in range(len(rows))])
+
+    # The file.
+    file = storage.path(options.vectors, '--vectors')
+    with storage.writing(file):
+      file.parent.mkdir(parents=True, exist_ok=True)
+      with file.open('wb') as sink:
+        np.save(sink, vectors_ND)
+    tokens = sum(map(len, rows))
+    size = vectors_ND.shape[1]
+    print(f'{len(rows):,} texts of {tokens:,} tokens, each in {size:,} '
+          f'numbers: {file}')
+    return {'texts': len(rows), 'tokens': tokens, 'size': size,
+            'vectors': str(file)}
 
 
 def read(name: str) -> list[tuple[str, str]]:
   """Returns (file and line, text) of each line of a file.
 
   Args:
-    name: of a text file; or of a .jsonl file, whose objects have a 'text'.
+    name: the name of a text file; or of a .jsonl file, whose objects have a
+      'text'.
 
   Raises:
     RequestError: where there is no such file, or a line holds no text.
   """
   path = storage.path(name, '--texts')
   require(path.is_file(), f'--texts is {name!r}, which is no file')
-  lines = list(text_files.lines(name, all_lines=True)
-               if path.suffix != '.jsonl' else
-               ((where, text_files.checked(row.get('text'),
-                                           f"{where}, field 'text',"))
-                for where, row in text_files.rows(name)))
+  lines = []
+  if path.suffix == '.jsonl':
+    for where, row in text_files.rows(name):
+      text = text_files.checked(row.get('text'), f"{where}, field 'text',")
+      lines.append((where, text))
+  else:
+    lines += text_files.lines(name, all_lines=True)
   require(bool(lines), f'--texts is {name!r}, which is empty')
   for where, text in lines:
     require(bool(text.strip()), f'{where}, is empty: each line is one text')
   return lines
-
-
-def _of_texts(evaluation: Evaluation) -> list[np.ndarray]:
-  """Returns the tokens that the model is shown of each text of --texts, int32
-  [L]."""
-  texts = read(evaluation.options.texts)
-  tokenizer, most = evaluation.tokenizer, evaluation.run.model.max_len
-  before, after = around(evaluation)
-  if architectures.stack(evaluation.run.model) == 'decoder':
-    # Weights of others may have begun with a bos.
-    before = hf_generation.plain(tokenizer, hf_generation.published(
-        evaluation.workdir, evaluation.step)).encode([])
-  rows = []
-  for (where, _), ids in zip(texts, tokenizer.encode_batch(
-      [text for _, text in texts])):
-    require(len(ids) > 0, f'{where}, has no token that the tokenizer '
-            f'{tokenizer.name!r} knows')
-    rows.append(np.concatenate([before, ids, after]).astype(np.int32))
-    require(len(rows[-1]) <= most, f'{where}, has {len(rows[-1])} tokens, and '
-            f'the model takes max_len {most}: shorten it')
-  return rows
 
 
 def around(evaluation: Evaluation) -> tuple[list, list]:
@@ -126,14 +166,21 @@ def around(evaluation: Evaluation) -> tuple[list, list]:
 
 
 def _embedding(evaluation: Evaluation, pooling: str, normalize: bool):
+  """Returns vectors(params, tokens_BL, lengths_B) -> float32 [B, D].
+
+  Args:
+    evaluation: the evaluation of the model.
+    pooling: which states become a vector, of POOLINGS.
+    normalize: whether each vector is scaled to length 1.
+  """
   prefix = objectives.of(evaluation.run.config).prefix
   stack = architectures.stack(evaluation.run.model)
+  if pooling == 'first' and stack == 'decoder' and not prefix:
+    raise RequestError("--pooling is 'first', but the first token of a decoder "
+                       'sees none of those after it: choose mean or last')
   # With a capacity, what a text's experts are would hang on the batch.
   module = evaluation.run.module.clone(
       config=without_capacity(evaluation.run.model))
-  require(pooling != 'first' or stack != 'decoder' or prefix, '--pooling is '
-          "'first', but the first token of a decoder sees none of those after "
-          'it: choose mean or last')
 
   def vectors(params: Any, tokens_BL: jax.Array, lengths_B: jax.Array):
     """Returns float32 [B, D]."""
@@ -144,11 +191,13 @@ def _embedding(evaluation: Evaluation, pooling: str, normalize: bool):
     if prefix:
       options['prefix_B'] = lengths_B
     output = module.apply({'params': params}, tokens_BL, **options)
-    vectors_BD = _pooled(output, real_BL & (places_1L >= (stack == 'decoder')),
-                         pooling)
+    counted_BL = real_BL
+    if stack == 'decoder':  # whose first token sees nothing of the text
+      counted_BL = real_BL & (places_1L >= 1)
+    vectors_BD = _pooled(output, counted_BL, pooling)
     if normalize:
-      vectors_BD /= jnp.maximum(
-          jnp.linalg.norm(vectors_BD, axis=-1, keepdims=True), 1e-12)
+      norms_B1 = jnp.linalg.norm(vectors_BD, axis=-1, keepdims=True)
+      vectors_BD /= jnp.maximum(norms_B1, 1e-12)
     return vectors_BD
   return vectors
 
@@ -159,72 +208,114 @@ def _pooled(output: Any, counted_BL: jax.Array, pooling: str) -> jax.Array:
     require('pooled' in output.extra, "--pooling is 'pooler', which this model "
             'has not (BERT has one): choose mean or last')
     return output.extra['pooled'].astype(jnp.float32)
-  states_BLD = output.memory  # the encoder's, of an encoder-decoder
+  states_BLD = output.memory  # the states of an encoder-decoder's encoder
   if states_BLD is None:  # BERT's `hidden` is what its head makes of them
     states_BLD = output.extra.get('hidden', output.hidden)
   states_BLD = states_BLD.astype(jnp.float32)
   if pooling == 'mean':
     weights_BL = counted_BL.astype(jnp.float32)
-    return ((states_BLD * weights_BL[..., None]).sum(1)
-            / weights_BL.sum(1)[:, None].clip(1))
-  places_B = (counted_BL.argmax(1) if pooling == 'first' else
-              counted_BL.shape[1] - 1 - counted_BL[:, ::-1].argmax(1))
+    sums_BD = (states_BLD * weights_BL[..., None]).sum(1)
+    return sums_BD / weights_BL.sum(1)[:, None].clip(1)
+  if pooling == 'first':
+    places_B = counted_BL.argmax(1)
+  else:  # the last one
+    places_B = counted_BL.shape[1] - 1 - counted_BL[:, ::-1].argmax(1)
   return states_BLD[jnp.arange(len(places_B)), places_B]
 
 
-def fill_mask(evaluation: Evaluation) -> dict[str, Any]:
+class FillMask(Task):
   """Prints --top_fillings fillings of each mask of --prompt (or of several
   prompts, by '|||'), with their probabilities."""
-  tokenizer, model = evaluation.tokenizer, evaluation.run.model
-  texts = evaluation.options.prompt.split('|||')
-  tokens_BL, lengths_B = objectives.padded(evaluation.shown)
-  real_BL = np.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
-  rows_P, places_P = np.nonzero(real_BL & (tokens_BL == tokenizer.mask_id))
-  top = min(evaluation.options.top_fillings, model.vocab_size)
-  module = evaluation.run.module.clone(config=without_capacity(model))
+
+  help = 'the likeliest fillings of each [MASK] of --prompt'
+  lacks = 'predicts no masked tokens of a text between [CLS] and [SEP]'
+  held_out = False
+  flags = (
+      Flag(name='prompt', default='',
+           help="A text with [MASK] in it; several: 'A|||B'."),
+      Flag(name='top_fillings', default=5,
+           help='So many of the likeliest tokens.', least=1, most=2**26),
+  )
+
+  def allows(self, objective: objectives.Objective) -> bool:
+    return 'data.mask_rate' in objective.reads
+
+  def check(self, options: Any, config: Any) -> None:
+    text_files.checked(options.prompt, '--prompt')
+    require(bool(options.prompt), 'task fill_mask reads a text: pass '
+            "--prompt='Paris is the [MASK] of France'")
+
+  def shown(self, evaluation: Evaluation) -> list[np.ndarray]:
+    """Returns the tokens of each prompt, int32 [L]; a RequestError where there
+    is no mask in one, or it is longer than the model takes."""
+    tokenizer, most = evaluation.tokenizer, evaluation.run.model.max_len
+    cls, sep = tokenizer.cls_id, tokenizer.sep_id
+    rows = []
+    for text in evaluation.options.prompt.split('|||'):
+      ids = with_masks(text, tokenizer)
+      require(tokenizer.mask_id in ids, f'the prompt {short(text)} has no '
+              'mask: write [MASK] where a token is to be filled in')
+      row_L = np.concatenate([[cls], ids, [sep]]).astype(np.int32)
+      require(len(row_L) <= most, f'the prompt {short(text)} has '
+              f'{len(row_L)} tokens, [CLS] and [SEP] included, and the model '
+              f'takes max_len {most}: shorten it')
+      rows.append(row_L)
+    return rows
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    tokenizer, model = evaluation.tokenizer, evaluation.run.model
+    texts = evaluation.options.prompt.split('|||')
+
+    # The places P of the masks, in all prompts.
+    tokens_BL, lengths_B = objectives.padded(evaluation.shown)
+    real_BL = np.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
+    rows_P, places_P = np.nonzero(real_BL & (tokens_BL == tokenizer.mask_id))
+
+    # The K likeliest tokens of each.
+    top = min(evaluation.options.top_fillings, model.vocab_size)
+    step = evaluation.program(_filling(evaluation, top), 'fill_mask', top)
+    likely_PK, ids_PK = jax.device_get(step(
+        evaluation.params, tokens_BL, real_BL.astype(np.int32), rows_P,
+        places_P))
+    prompts: list[dict] = [{'prompt': text, 'masks': []} for text in texts]
+    for row, likely_K, ids_K in zip(rows_P, likely_PK, ids_PK):
+      fillings = []
+      for token, probability in zip(ids_K, likely_K):
+        fillings.append({'text': spelt(token, tokenizer), 'id': int(token),
+                         'probability': float(probability)})
+      prompts[row]['masks'].append(fillings)
+
+    for prompt in prompts:
+      _print_fillings(prompt, tokenizer)
+    return {'prompts': prompts}
+
+
+def _filling(evaluation: Evaluation, top: int):
+  """Returns a function that gives the likeliest `top` tokens of masks."""
+  module = evaluation.run.module.clone(
+      config=without_capacity(evaluation.run.model))
 
   def fill(params: Any, tokens_BL: jax.Array, real_BL: jax.Array,
            rows_P: jax.Array, places_P: jax.Array):
     """Returns the probabilities of the likeliest tokens, and their ids."""
     output = module.apply({'params': params}, tokens_BL,
                           segment_ids_BL=real_BL, lengths_B=real_BL.sum(1))
-    logits_1PV = output.head.logits(output.hidden[rows_P, places_P][None])
+    hidden_PD = output.hidden[rows_P, places_P]
+    logits_1PV = output.head.logits(hidden_PD[None])
     return jax.lax.top_k(jax.nn.softmax(logits_1PV[0], -1), top)
-
-  step = evaluation.program(fill, 'fill_mask', top)
-  likely_PK, ids_PK = jax.device_get(step(
-      evaluation.params, tokens_BL, real_BL.astype(np.int32), rows_P, places_P))
-  prompts = [{'prompt': text, 'masks': []} for text in texts]
-  for row, likely_K, ids_K in zip(rows_P, likely_PK, ids_PK):
-    prompts[row]['masks'].append(
-        [{'text': spelt(i, tokenizer), 'id': int(i), 'probability': float(p)}
-         for i, p in zip(ids_K, likely_K)])
-  for prompt in prompts:
-    print(prompt['prompt'])
-    for number, fillings in enumerate(prompt['masks'], 1):
-      print(f'mask {number} of {len(prompt["masks"])}:')
-      for filling in fillings:
-        print(f'  {filling["probability"]:.4f}  '
-              f'{readable(filling["id"], tokenizer)}')
-    print()
-  return {'prompts': prompts}
+  return fill
 
 
-def _of_prompts(evaluation: Evaluation) -> list[np.ndarray]:
-  """Returns the tokens of each prompt, int32 [L]; a RequestError where there is
-  no mask in one, or it is longer than the model takes."""
-  tokenizer, most = evaluation.tokenizer, evaluation.run.model.max_len
-  rows = []
-  for text in evaluation.options.prompt.split('|||'):
-    ids = with_masks(text, tokenizer)
-    require(tokenizer.mask_id in ids, f'the prompt {short(text)} has no mask: '
-            'write [MASK] where a token is to be filled in')
-    rows.append(np.concatenate([[tokenizer.cls_id], ids, [tokenizer.sep_id]]
-                               ).astype(np.int32))
-    require(len(rows[-1]) <= most, f'the prompt {short(text)} has '
-            f'{len(rows[-1])} tokens, [CLS] and [SEP] included, and the model '
-            f'takes max_len {most}: shorten it')
-  return rows
+def _print_fillings(prompt: dict[str, Any], tokenizer: Any) -> None:
+  """Prints a prompt and the fillings of each of its masks."""
+  masks = prompt['masks']
+  print(prompt['prompt'])
+  for number, fillings in enumerate(masks, 1):
+    print(f'mask {number} of {len(masks)}:')
+    for filling in fillings:
+      token = readable(filling['id'], tokenizer)
+      print(f'  {filling["probability"]:.4f}  {token}')
+  print()
 
 
 def with_masks(text: str, tokenizer: Any) -> np.ndarray:
@@ -232,10 +323,12 @@ def with_masks(text: str, tokenizer: Any) -> np.ndarray:
   ([MASK], or as the tokenizer does) that the vocabulary has."""
   if 'mask' not in tokenizer.special_ids:
     return tokenizer.encode(text)
-  mask = [tokenizer.mask_id]
-  pieces = re.split(tokenizer.mask_pattern, text)
-  ids = [x for piece in tokenizer.encode_batch(pieces) for x in (mask, piece)]
-  return np.concatenate(ids[1:]).astype(np.int32)
+  first, *others = tokenizer.encode_batch(
+      re.split(tokenizer.mask_pattern, text))
+  parts = [first]
+  for piece in others:
+    parts += [[tokenizer.mask_id], piece]
+  return np.concatenate(parts).astype(np.int32)
 
 
 def spelt(token: int, tokenizer: Any) -> str:
@@ -250,43 +343,15 @@ def spelt(token: int, tokenizer: Any) -> str:
 def readable(token: int, tokenizer: Any) -> str:
   """Returns a token for a reader, its spaces and line breaks to be seen."""
   text = spelt(int(token), tokenizer)
-  if token < tokenizer.vocab_size and not text.startswith(' ') and (
-      tokenizer.piece(int(token)).startswith('▁')):
-    text = ' ' + text  # sentencepiece takes it off
-  text = text.translate(SPACES)
-  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+  if token < tokenizer.vocab_size and not text.startswith(' '):
+    if tokenizer.piece(int(token)).startswith('▁'):
+      text = ' ' + text  # sentencepiece takes it off
+  characters = []
+  for character in text.translate(SPACES):
+    if not character.isprintable():
+      character = ascii(character)[1:-1]
+    characters.append(character)
+  return ''.join(characters)
 
 
-def _check_embed(options: Any, config: Any) -> None:
-  require(bool(options.texts), 'task embed reads texts: pass --texts=FILE')
-  require(options.vectors.endswith('.npy'), '--vectors is '
-          f'{options.vectors!r}: choose a file OUT.npy')
-  one_of('--pooling', options.pooling, POOLINGS)
-  storage.output(options.vectors, '--vectors')
-  read(options.texts)
-
-
-def _check_prompt(options: Any, config: Any) -> None:
-  text_files.checked(options.prompt, '--prompt')
-  require(bool(options.prompt), 'task fill_mask reads a text: pass '
-          "--prompt='Paris is the [MASK] of France'")
-
-
-TASKS = {
-    'embed': Task(
-        'vectors of the texts of a file', embed, without(reads_text, NO_TEXT),
-        check=_check_embed, shown=_of_texts, held_out=False, flags=(
-            Flag('texts', '', "A file with a text a line, or jsonl with "
-                 "'text'."),
-            Flag('vectors', '', 'The file to write: OUT.npy.'),
-            Flag('pooling', 'mean', "What becomes a text's vector: the mean of "
-                 "its tokens' states, the last, the first, or BERT's pooler."),
-            Flag('normalize', False, 'Scale each vector to length 1.'))),
-    'fill_mask': Task(
-        'the likeliest fillings of each [MASK] of --prompt', fill_mask,
-        without(lambda objective: 'data.mask_rate' in objective.reads,
-                'predicts no masked tokens of a text between [CLS] and [SEP]'),
-        check=_check_prompt, shown=_of_prompts, held_out=False, flags=(
-            Flag('prompt', '', "A text with [MASK] in it; several: 'A|||B'."),
-            Flag('top_fillings', 5, 'So many of the likeliest tokens.', 1,
-                 2**26)))}
+TASKS = {'embed': Embed(), 'fill_mask': FillMask()}

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from architectures.parts.moe import routing
 from training import objectives
 from training.evals import Evaluation, Task
+from training.objectives import Config
 from training.workdir import storage
 
 FILE = 'routing.png'
 ROWS = 512  # of each source, at most
-# What the table shows, and its heading: see parts/moe/routing.py.
+# The figures of the table, and their headings: see parts/moe/routing.py.
 COLUMNS = {
     'dropped': 'dropped', 'unserved': 'unserved', 'load_max': 'max/mean',
     'load_entropy': 'load entropy', 'unused': 'unused',
@@ -27,50 +27,79 @@ COLUMNS = {
 }
 
 
-def run(evaluation: Evaluation) -> dict[str, Any]:
-  """Prints the table; writes routing.png into the workdir."""
-  run_, objective = evaluation.run, objectives.of(evaluation.run.config)
+class Routing(Task):
+  """Prints the figures as a table; writes routing.png into the workdir."""
 
-  def panel(params: Any, batch: Any):
-    output = objective.apply(run_.module, params, batch)
-    return output.aux['health'], objective.tokens(batch)
+  help = 'how a mixture of experts routes held-out text'
+  file = FILE
+  figures = ()
 
-  step = evaluation.program(panel, 'routing')
-  panels, weights_W = [], []
-  for loader in evaluation.held_out():
-    batch_panels, tokens_W = zip(*evaluation.results(
-        step, loader.cut(ROWS), 'evaluating'))
-    panels += batch_panels
-    weights_W += [loader.share * n / sum(tokens_W) for n in tokens_W]
-  weights_W = np.array(weights_W, np.float32)
-  panels = jax.tree.map(lambda *xs: np.stack(xs), *panels)
-  figures = {name: np.average(x, 0, weights_W) for name, x in panels.items()}
-  # An expert is unused if no batch of them all used it.
-  figures |= {name: np.asarray(x) for name, x in routing.window(
-      panels['load_E'], weights_W).items()}
-  print(table(figures))
-  path = evaluation.workdir / FILE
-  plot(figures['load_E'], path)
-  print(f'load by layer and expert: {path}')
-  return {name: x.tolist() for name, x in figures.items()}
+  def unfit(self, config: Config) -> str:
+    model = config.model
+    networks = [model.ffn]
+    for kind in model.kinds.values():
+      networks.append(kind.get('ffn', ''))
+    if 'moe' in networks:
+      return ''
+    return f'model.ffn is {model.ffn!r}, which has no experts to route to'
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    module = evaluation.run.module
+    objective = objectives.of(evaluation.run.config)
+
+    def panel(params: Any, batch: Any):
+      """Returns the figures of a batch, and how many tokens it has."""
+      output = objective.apply(module, params, batch)
+      return output.aux['health'], objective.tokens(batch)
+
+    # The figures of each batch, and the weight of each.
+    step = evaluation.program(panel, 'routing')
+    panels, weights = [], []
+    for loader in evaluation.held_out():
+      counts = []
+      for batch_panel, tokens in evaluation.results(
+          step, loader.cut(ROWS), 'evaluating'):
+        panels.append(batch_panel)
+        counts.append(tokens)
+      weights += [loader.share * tokens / sum(counts) for tokens in counts]
+    weights_W = np.array(weights, np.float32)
+
+    # Their means. An expert is unused if no batch of them all used it.
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), *panels)
+    figures = {}
+    for name, values in stacked.items():
+      figures[name] = np.average(values, 0, weights_W)
+    window = routing.window(stacked['load_E'], weights_W)
+    for name, values in window.items():
+      figures[name] = np.asarray(values)
+
+    print(table(figures))
+    path = evaluation.workdir / FILE
+    plot(figures['load_E'], path)
+    print(f'load by layer and expert: {path}')
+    return {name: values.tolist() for name, values in figures.items()}
 
 
 def table(figures: Mapping[str, np.ndarray]) -> str:
-  """One row a layer of experts."""
-  rows = [['layer', *COLUMNS.values()], *(
-      [str(n), *(f'{figures[name][n]:.4f}' for name in COLUMNS)]
-      for n in range(len(figures['load_E'])))]
-  return '\n'.join(f'{layer:<6}' + ''.join(f'{cell:>17}' for cell in cells)
-                   for layer, *cells in rows)
+  """Returns the table of the figures, a row for each layer of experts."""
+  headings = [f'{heading:>17}' for heading in COLUMNS.values()]
+  lines = [f'{"layer":<6}' + ''.join(headings)]
+  for layer in range(len(figures['load_E'])):
+    cells = []
+    for name in COLUMNS:
+      text = f'{figures[name][layer]:.4f}'
+      cells.append(f'{text:>17}')
+    lines.append(f'{layer:<6}' + ''.join(cells))
+  return '\n'.join(lines)
 
 
 def plot(load_NE: np.ndarray, path: Any) -> None:
   """Draws the load of each expert, 1 where it is even."""
   from matplotlib import figure as figures, ticker
   layers, experts = load_NE.shape
-  figure = figures.Figure(
-      figsize=(max(4, min(12, experts / 2)), max(2, min(10, 1 + layers / 3))),
-      layout='constrained')
+  width = max(4, min(12, experts / 2))
+  height = max(2, min(10, 1 + layers / 3))
+  figure = figures.Figure(figsize=(width, height), layout='constrained')
   axes = figure.subplots()
   image = axes.imshow(load_NE * experts, aspect='auto', vmin=0, vmax=2,
                       cmap='RdBu_r')
@@ -82,12 +111,4 @@ def plot(load_NE: np.ndarray, path: Any) -> None:
   storage.write_picture(path, figure)
 
 
-def _unfit(config: ml_collections.ConfigDict) -> str:
-  kinds = [kind.get('ffn', '') for kind in config.model.kinds.values()]
-  return '' if 'moe' in (config.model.ffn, *kinds) else (
-      f'model.ffn is {config.model.ffn!r}, which has no experts to route to')
-
-
-TASKS = {'routing': Task(
-    'how a mixture of experts routes held-out text', run, _unfit, file=FILE,
-    figures=())}
+TASKS = {'routing': Routing()}

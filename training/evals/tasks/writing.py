@@ -1,6 +1,7 @@
-"""What a model writes: texts, from a prompt or from nothing, and the targets of
-held-out pairs, or of spans that were cut out: the share that is written to its
-end, and the BLEU.
+"""The tasks of models that write: samples and diffusion_samples print texts,
+from a prompt or from nothing; exact and translation write the targets of
+held-out pairs, or of spans that were cut out, and give the share that is
+written to its end, and the BLEU.
 
 BLEU is sacrebleu's corpus BLEU (Post 2018), on text; where the package is
 absent the request is refused. Targets are written of the likeliest tokens, one
@@ -8,100 +9,233 @@ by one, or are the best text of --beams.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.errors import require
+from common.errors import RequestError, require
 from training import generate, objectives, progress
 from training.data import texts as text_files
-from training.evals import Evaluation, Flag, Task, held_out, items, without
+from training.evals import Evaluation, Flag, Task, held_out, items
 from training.hf import generation as hf_generation
 from training.objectives import pipeline
 
+SEPARATOR = '|||'  # of the prompts of --prompt, and of the strings of --stop
 
-def samples(evaluation: Evaluation) -> dict[str, Any]:
-  """Prints --samples continuations of --prompt (or of several, by '|||');
-  of an encoder-decoder, what it writes when it has read the prompt."""
-  options, how = evaluation.options, beams(evaluation.options)
-  prompts, ends, count = evaluation.shown
-  with progress.during('writing'):
+# How a token is drawn, and where a text ends.
+TEMPERATURE = Flag(
+    name='temperature', default=1.0,
+    help='Divides the logits; 0: always the likeliest token.')
+SAMPLING = (
+    TEMPERATURE,
+    Flag(name='top_k', default=0,
+         help='Draw from the k likeliest tokens; 0: from all.', least=0,
+         most=2**26),
+    Flag(name='top_p', default=1.0,
+         help='Draw from the likeliest tokens that together reach the '
+         'probability p.'),
+    Flag(name='min_p', default=0.0,
+         help='Draw from the tokens that are at least so many times as likely '
+         'as the likeliest.'),
+    Flag(name='repetition_penalty', default=1.0,
+         help='Divides the logits above 0 of tokens that the text has already, '
+         'and multiplies those below 0.'),
+    Flag(name='stop', default='',
+         help="Ends a text before this string; several: 'A|||B'; a line break "
+         'is written \\n.'),
+)
+
+# Beam search instead of draws, or of the likeliest token each time.
+BEAMS = (
+    Flag(name='beams', default=1,
+         help='Texts that a beam search follows; 1: no beam search.', least=1,
+         most=1000),
+    Flag(name='length_penalty', default=0.6,
+         help="The exponent of a beam search's penalty of length; 0: none.",
+         needs='beams'),
+    Flag(name='penalty', default='gnmt',
+         help='What that exponent is of: gnmt, (5 + length) / 6, as for the '
+         'Transformer; or power, length, as in transformers.', needs='beams'),
+)
+
+# A number of rows, and not of batches, so that no figure depends on their size.
+TARGETS = Flag(name='targets', default=512,
+               help='Held-out targets to write of each source; 0: all.',
+               least=0, most=2**24)
+SAMPLES = Flag(name='samples', default=1,
+               help='Texts to write for each prompt.', least=1, most=10_000)
+PROMPT = Flag(name='prompt', default='',
+              help="What a text begins with; several: 'A|||B'.")
+LENGTH = Flag(name='max_new_tokens', default=0,
+              help='Tokens to write; 0: as many as fit, 256 at most.', least=0,
+              most=2**24)
+SEED = Flag(name='sample_seed', default=0, help='The seed of the draws.',
+            least=0, most=2**32 - 1)
+
+
+class Shown(NamedTuple):
+  """The prompts of a model that writes.
+
+  Attributes:
+    prompts: the prompts.
+    ends: the tokens that end a text.
+    count: how many tokens are written at most.
+  """
+  prompts: objectives.Prompts
+  ends: Any
+  count: int
+
+
+class Samples(Task):
+  """Prints --samples continuations of --prompt (or of several, by '|||'); an
+  encoder-decoder writes when it has read the prompt."""
+
+  help = ('texts that the model writes, also asked for by --samples or '
+          '--prompt')
+  lacks = 'does not write text'
+  figures = ()
+  held_out = False
+  flags = (SAMPLES._replace(asks=True), PROMPT._replace(asks=True), LENGTH,
+           *SAMPLING, *BEAMS, SEED)
+
+  def allows(self, objective: objectives.Objective) -> bool:
+    return objective.writes
+
+  def check(self, options: Any, config: Any) -> None:
+    text_files.checked(options.prompt, '--prompt')
+    drawn = sampling(options)
+    seed = options.sample_seed
+    if options.temperature <= 0:
+      # A penalty of repetition changes which token is the likeliest.
+      plain = generate.Sampling(
+          temperature=0, repetition_penalty=options.repetition_penalty)
+      if drawn != plain or seed:
+        raise RequestError(
+            '--temperature=0 draws no token: leave out the other flags of how '
+            'one is drawn, such as --top_k and --sample_seed')
+    if beams(options) is None:
+      return
+    likeliest = generate.Sampling(temperature=0)
+    if drawn not in (generate.Sampling(), likeliest) or seed:
+      raise RequestError(
+          f'--beams is {options.beams}, which looks for the likeliest text: '
+          'leave out the flags of how a token is drawn, such as --temperature')
+    require(options.samples <= options.beams, f'--samples is {options.samples},'
+            f' but --beams={options.beams} finds no more than that many texts')
+
+  def shown(self, evaluation: Evaluation) -> Shown:
+    options = evaluation.options
+    each = options.samples
+    if beams(options):  # which finds all texts of a prompt at once
+      each = 1
+    folder = hf_generation.published(evaluation.workdir, evaluation.step)
+    prompts, ends = hf_generation.shown(
+        _prompts(options, each), evaluation.run.config, evaluation.tokenizer,
+        folder)
+    return Shown(prompts=prompts, ends=ends, count=_room(evaluation, prompts))
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    options, shown = evaluation.options, evaluation.shown
+    prompts = shown.prompts
+    how = beams(options)
     args = (evaluation.run.module, evaluation.params, prompts.tokens,
             prompts.lengths)
-    more = dict(max_new_tokens=count, stop_token=ends, **prompts.arguments)
-    if how is None:
-      tokens = generate.generate(*args, jax.random.key(options.sample_seed),
-                                 sampling=sampling(options), **more)
-    else:  # the best of each prompt
-      best, _ = generate.beam_search(*args, beams=how, **more)
-      tokens = best[:, :options.samples].reshape(-1, count)
-    tokens = jax.device_get(tokens)
-  return {'samples': _print_samples(evaluation, prompts, tokens, ends,
-                                    stops(options))}
+    more = dict(max_new_tokens=shown.count, stop_token=shown.ends,
+                **prompts.arguments)
+    with progress.during('writing'):
+      if how is None:
+        key = jax.random.key(options.sample_seed)
+        tokens_BT = generate.generate(*args, key, sampling=sampling(options),
+                                      **more)
+      else:  # the best texts of each prompt
+        best_BKT, _ = generate.beam_search(*args, beams=how, **more)
+        best_BKT = best_BKT[:, :options.samples]
+        tokens_BT = best_BKT.reshape(-1, shown.count)
+      tokens_BT = jax.device_get(tokens_BT)
+    return {'samples': _print_samples(evaluation, shown, tokens_BT,
+                                      stops(options))}
 
 
-def _shown(evaluation: Evaluation) -> tuple[objectives.Prompts, Any, int]:
-  """Returns the prompts, the tokens that end a text, and how many may come."""
-  options = evaluation.options
-  prompts, ends = hf_generation.shown(
-      _prompts(options, 1 if beams(options) else options.samples),
-      evaluation.run.config, evaluation.tokenizer,
-      hf_generation.published(evaluation.workdir, evaluation.step))
-  return prompts, ends, _room(evaluation, prompts)
+class DiffusionSamples(Task):
+  """Prints the texts that a model of masked diffusion writes."""
 
+  help = 'texts that a model of masked diffusion writes'
+  lacks = 'is no masked diffusion, of which the task is'
+  figures = ('steps',)
+  held_out = False
+  flags = (
+      SAMPLES, PROMPT, LENGTH,
+      Flag(name='diffusion_steps', default=0,
+           help='Steps in which they are written; 0: one for each token.',
+           least=0, most=2**24),
+      TEMPERATURE, SEED,
+  )
 
-def diffusion_samples(evaluation: Evaluation) -> dict[str, Any]:
-  """The same of a model of masked diffusion."""
-  options, tokenizer = evaluation.options, evaluation.tokenizer
-  prompts, new = evaluation.shown
-  steps = options.diffusion_steps or new
-  with progress.during('writing'):
+  def allows(self, objective: objectives.Objective) -> bool:
+    return objective.bound
+
+  def check(self, options: Any, config: Any) -> None:
+    generate.Sampling(options.temperature)
+    text_files.checked(options.prompt, '--prompt')
+
+  def shown(self, evaluation: Evaluation) -> Shown:
+    options, tokenizer = evaluation.options, evaluation.tokenizer
+    prompts = objectives.after_separator(
+        _prompts(options, options.samples), evaluation.run.config, tokenizer)
+    return Shown(prompts=prompts, ends=tokenizer.separator_id,
+                 count=_room(evaluation, prompts))
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    options, shown = evaluation.options, evaluation.shown
+    prompts = shown.prompts
+    steps = options.diffusion_steps or shown.count
     write = jax.jit(generate.write_diffusion, static_argnums=0,
                     static_argnames=('new', 'steps', 'mask', 'temperature'))
-    tokens = jax.device_get(write(
-        evaluation.run.module, evaluation.params, prompts.tokens,
-        prompts.lengths, jax.random.key(options.sample_seed), new=new,
-        steps=steps, mask=tokenizer.mask_id, temperature=options.temperature))
-  return {'samples': _print_samples(evaluation, prompts, tokens,
-                                    tokenizer.separator_id), 'steps': steps}
-
-
-def _shown_diffusion(evaluation: Evaluation) -> tuple[objectives.Prompts, int]:
-  """Returns the prompts, and how many tokens are written."""
-  options = evaluation.options
-  prompts = objectives.after_separator(
-      _prompts(options, options.samples), evaluation.run.config,
-      evaluation.tokenizer)
-  return prompts, _room(evaluation, prompts)
+    with progress.during('writing'):
+      tokens_BT = jax.device_get(write(
+          evaluation.run.module, evaluation.params, prompts.tokens,
+          prompts.lengths, jax.random.key(options.sample_seed),
+          new=shown.count, steps=steps, mask=evaluation.tokenizer.mask_id,
+          temperature=options.temperature))
+    return {'samples': _print_samples(evaluation, shown, tokens_BT),
+            'steps': steps}
 
 
 def _prompts(options: Any, each: int) -> list[str]:
-  return [text for text in options.prompt.split('|||') for _ in range(each)]
+  """Returns the prompts, each of them as often as it is gone on from."""
+  prompts = []
+  for text in options.prompt.split(SEPARATOR):
+    prompts += [text] * each
+  return prompts
 
 
 def _room(evaluation: Evaluation, prompts: objectives.Prompts) -> int:
   """Returns how many tokens are written after prompts."""
   length, most = prompts.tokens.shape[1], evaluation.run.model.max_len
   room, new = most - length, evaluation.options.max_new_tokens
-  bound = evaluation.run.config.objective == 'masked_diffusion'
-  require(room > 0 and not (bound and new > room), f'the prompt has {length} '
-          f'tokens and --max_new_tokens is {new}, and the model takes max_len '
-          f'{most}: shorten one of them')
+  # Masked diffusion writes them all at once.
+  at_once = evaluation.run.config.objective == 'masked_diffusion'
+  if room <= 0 or (at_once and new > room):
+    raise RequestError(f'the prompt has {length} tokens and --max_new_tokens '
+                       f'is {new}, and the model takes max_len {most}: shorten '
+                       'one of them')
   return new or min(256, room)
 
 
-def _print_samples(evaluation: Evaluation, prompts: objectives.Prompts,
-                   tokens: np.ndarray, ends: Any, stop: Sequence[str] = ()
-                   ) -> list[dict[str, str]]:
+def _print_samples(evaluation: Evaluation, shown: Shown, tokens_BT: np.ndarray,
+                   stop: Sequence[str] = ()) -> list[dict[str, str]]:
   """Prints and returns what was written after each prompt, up to one of the
-  tokens `ends` or the texts `stop`."""
-  texts = _prompts(evaluation.options, evaluation.options.samples)
-  each, results = len(tokens) // len(prompts.tokens), []
-  for i, (prompt, row) in enumerate(zip(texts, tokens)):
-    text = generate.before(prompts.text(
-        i // each, generate.until(row, ends), evaluation.tokenizer), stop)
+  tokens that end a text or of the texts `stop`."""
+  options, prompts = evaluation.options, shown.prompts
+  texts = _prompts(options, options.samples)
+  each = len(tokens_BT) // len(prompts.tokens)  # texts of a row of prompts
+  results = []
+  for i, (prompt, row_T) in enumerate(zip(texts, tokens_BT)):
+    ids = generate.until(row_T, shown.ends)
+    whole = prompts.text(i // each, ids, evaluation.tokenizer)
+    text = generate.before(whole, stop)
     print(f'sample {i + 1} of {len(texts)}:\n{prompt}{prompts.gap}{text}\n')
     results.append({'prompt': prompt, 'text': text})
   return results
@@ -109,35 +243,88 @@ def _print_samples(evaluation: Evaluation, prompts: objectives.Prompts,
 
 def sampling(options: Any) -> generate.Sampling:
   """Returns how a token is drawn by the flags of SAMPLING."""
-  return generate.Sampling(options.temperature, options.top_k, options.top_p,
-                           options.min_p, options.repetition_penalty)
+  return generate.Sampling(
+      temperature=options.temperature, top_k=options.top_k,
+      top_p=options.top_p, min_p=options.min_p,
+      repetition_penalty=options.repetition_penalty)
 
 
 def beams(options: Any) -> generate.Beams | None:
   """Returns how texts are searched by the flags of BEAMS; None of a single
   beam, which takes the likeliest token each time, as generate.generate does."""
-  how = generate.Beams(options.beams, options.length_penalty, options.penalty)
+  how = generate.Beams(count=options.beams, penalty=options.penalty,
+                       length_penalty=options.length_penalty)
   return how if how.count > 1 else None
 
 
 def stops(options: Any) -> list[str]:
   """Returns the stop strings of --stop; an escape of a line break is one."""
-  return [stop.replace('\\n', '\n')
-          for stop in options.stop.split('|||') if stop]
+  strings = []
+  for stop in options.stop.split(SEPARATOR):
+    if stop:
+      strings.append(stop.replace('\\n', '\n'))
+  return strings
 
 
-def translation(evaluation: Evaluation) -> dict[str, Any]:
+class Pair(NamedTuple):
+  """A target that was written.
+
+  Attributes:
+    hypothesis: the text that the model wrote.
+    reference: the target.
+    same: whether their tokens are the same.
+  """
+  hypothesis: str
+  reference: str
+  same: bool
+
+
+class Exact(Task):
+  """Writes --targets held-out targets of each source."""
+
+  help = 'the share of held-out targets that are written exactly'
+  lacks = 'has no targets to write'
+  figures = ('exact', 'targets', 'exact/*')
+  flags = (TARGETS, *BEAMS)
+
+  def allows(self, objective: objectives.Objective) -> bool:
+    return 'encoder-decoder' in objective.stacks
+
+  def check(self, options: Any, config: Any) -> None:
+    beams(options)
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    return _scored(evaluation, 'targets', exact=_share)
+
+
+class Translation(Task):
   """Translates --targets held-out pairs of each source."""
-  bleu = _bleu()
 
-  def score(pairs: Sequence[tuple]) -> float:
-    hypotheses, references, _ = zip(*pairs)
-    return bleu.corpus_score(hypotheses, [references]).score
+  help = 'BLEU of held-out pairs, and exact'
+  lacks = 'has no pairs to translate'
+  figures = ('bleu', 'exact', 'pairs', 'bleu/*')
+  flags = (TARGETS, *BEAMS)
 
-  figures = _scored(evaluation, 'pairs', bleu=score, exact=_share)
-  figures['signature'] = str(bleu.get_signature())
-  print(f'  {figures["signature"]}')
-  return figures
+  def allows(self, objective: objectives.Objective) -> bool:
+    return 'data.target_length' in objective.reads
+
+  def check(self, options: Any, config: Any) -> None:
+    _bleu()
+    beams(options)
+
+  def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    bleu = _bleu()
+
+    def score(pairs: Sequence[Pair]) -> float:
+      """Returns the corpus BLEU of some pairs."""
+      hypotheses = [pair.hypothesis for pair in pairs]
+      references = [pair.reference for pair in pairs]
+      return bleu.corpus_score(hypotheses, [references]).score
+
+    figures = _scored(evaluation, 'pairs', bleu=score, exact=_share)
+    figures['signature'] = str(bleu.get_signature())
+    print(f'  {figures["signature"]}')
+    return figures
 
 
 def _bleu() -> Any:
@@ -146,159 +333,114 @@ def _bleu() -> Any:
                              'bleu').BLEU()
 
 
-def _share(pairs: Sequence[tuple]) -> float:
+def _share(pairs: Sequence[Pair]) -> float:
   """Returns the share of one source's targets that were written exactly."""
-  return float(np.mean([same for _, _, same in pairs]))
+  return float(np.mean([pair.same for pair in pairs]))
 
 
 def _scored(evaluation: Evaluation, things: str,
-            **scores: Callable[[Sequence[tuple]], float]) -> dict[str, Any]:
+            **scores: Callable[[Sequence[Pair]], float]) -> dict[str, Any]:
   """Prints and returns the scores of what is written for --targets held-out
-  targets, of each source and in the mean by weight; `things` is what is
-  counted."""
+  targets, of each source and in the mean by weight.
+
+  Args:
+    evaluation: the evaluation of the run.
+    things: the name of what is counted.
+    scores: each score of the pairs of a source, by name; the first is also
+      given of each source.
+  """
   options = evaluation.options
-  loaders = [loader.cut(options.targets) for loader in pipeline.held_out(
-      evaluation.run.config, evaluation.tokenizer)]
-  pairs = [written(evaluation, loader, beams(options)) for loader in loaders]
-  each = [{name: score(source_pairs) for name, score in scores.items()}
-          for source_pairs in pairs]
-  figures: dict[str, Any] = {
-      name: held_out.mix([one[name] for one in each], loaders)
-      for name in scores}
-  say = lambda one: ', '.join(f'{name} {one[name]:.4f}' for name in scores)
-  for loader, source_pairs, one in zip(loaders, pairs, each):
-    print(f'{loader.text}: {len(source_pairs)} held-out {things}: {say(one)}')
+  loaders = pipeline.held_out(evaluation.run.config, evaluation.tokenizer)
+
+  def said(figures: Mapping[str, float]) -> str:
+    """Returns the scores for a reader."""
+    return ', '.join(f'{name} {figures[name]:.4f}' for name in scores)
+
+  # All is written before anything is scored.
+  written_by_source = []
+  for loader in loaders:
+    loader.cut(options.targets)
+    written_by_source.append(written(evaluation, loader, beams(options)))
+
+  # The scores of each source, and their means.
+  each = []
+  for pairs in written_by_source:
+    each.append({name: score(pairs) for name, score in scores.items()})
+  figures: dict[str, Any] = {}
+  for name in scores:
+    figures[name] = held_out.mix([one[name] for one in each], loaders)
+  for loader, pairs, one in zip(loaders, written_by_source, each):
+    print(f'{loader.text}: {len(pairs)} held-out {things}: {said(one)}')
   if len(loaders) > 1:
-    print(f'the mean by weight: {say(figures)}')
+    print(f'the mean by weight: {said(figures)}')
     main = next(iter(scores))
-    figures |= {f'{main}/{loader.name}': one[main]
-                for loader, one in zip(loaders, each)}
-  *_, same = zip(*pairs[0])
-  return figures | {things: sum(map(len, pairs))} | ({'items': {
-      'exact': items.of(same, [target for _, target, _ in pairs[0]])}}
-          if len(loaders) == 1 else {})
+    for loader, one in zip(loaders, each):
+      figures[f'{main}/{loader.name}'] = one[main]
+  figures[things] = sum(map(len, written_by_source))
+
+  # The score of each target, of a single source.
+  if len(loaders) == 1:
+    [pairs] = written_by_source
+    same = [pair.same for pair in pairs]
+    references = [pair.reference for pair in pairs]
+    figures['items'] = {'exact': items.of(same, references)}
+  return figures
 
 
 def written(evaluation: Evaluation, loader: pipeline.Loader,
-            how: generate.Beams | None = None) -> list[tuple[str, str, bool]]:
+            how: generate.Beams | None = None) -> list[Pair]:
   """Returns what `translate` returns of a loader's batches."""
-  return [pair for batch in progress.each(loader.iterate(), 'writing',
-                                          loader.num_batches)
-          for pair in translate(evaluation.run.module, evaluation.params, batch,
-                                evaluation.tokenizer, how)]
+  pairs = []
+  for batch in progress.each(loader.iterate(), 'writing', loader.num_batches):
+    pairs += translate(evaluation.run.module, evaluation.params, batch,
+                       evaluation.tokenizer, how)
+  return pairs
 
 
 def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
-              tokenizer: Any, how: generate.Beams | None = None
-              ) -> list[tuple[str, str, bool]]:
-  """Returns (hypothesis, reference, whether their tokens are the same) of
-  each pair of a batch; rows without a weight are no pairs. `how`: None: the
-  likeliest token each time."""
-  start = jnp.asarray(batch['decoder_tokens'][:, :1])
-  args = module, params, start, jnp.ones(len(start), jnp.int32)
+              tokenizer: Any, how: generate.Beams | None = None) -> list[Pair]:
+  """Returns what a model writes of each pair of a batch; rows without a weight
+  are no pairs.
+
+  Args:
+    module: the model.
+    params: its parameters.
+    batch: the pairs.
+    tokenizer: the tokenizer of the run.
+    how: how texts are searched; None: the likeliest token each time.
+  """
+  # The model writes until it ends its text.
+  start_B1 = jnp.asarray(batch['decoder_tokens'][:, :1])
+  args = module, params, start_B1, jnp.ones(len(start_B1), jnp.int32)
   end = tokenizer.separator_id
   more = dict(max_new_tokens=batch['targets'].shape[1], stop_token=end,
               source_BM=jnp.asarray(batch['tokens']),
               source_lengths_B=jnp.asarray(batch['segment_ids'].sum(1)))
   if how is None:
-    tokens = generate.generate(*args, jax.random.key(0), **more,
-                               sampling=generate.Sampling(temperature=0))
+    tokens_BT = generate.generate(*args, jax.random.key(0), **more,
+                                  sampling=generate.Sampling(temperature=0))
   else:
-    tokens = generate.beam_search(*args, beams=how, **more)[0][:, 0]
-  text = lambda ids: tokenizer.decode(generate.until(ids, end))
+    best_BKT, _ = generate.beam_search(*args, beams=how, **more)
+    tokens_BT = best_BKT[:, 0]
+  tokens_BT = jax.device_get(tokens_BT)
+
+  # Each beside its target.
   pairs = []
-  for row, target, weights in zip(
-      jax.device_get(tokens), batch['targets'], batch['weights']):
-    size = int((weights > 0).sum())
-    if size:
-      pairs.append((text(row), text(target[:size]),
-                    np.array_equal(row[:size], target[:size])))
+  for row_T, target_T, weights_T in zip(tokens_BT, batch['targets'],
+                                        batch['weights']):
+    size = int((weights_T > 0).sum())
+    if not size:
+      continue
+    pairs.append(Pair(
+        hypothesis=tokenizer.decode(generate.until(row_T, end)),
+        reference=tokenizer.decode(generate.until(target_T[:size], end)),
+        same=np.array_equal(row_T[:size], target_T[:size])))
   return pairs
 
 
-def _check_samples(options: Any, config: Any) -> None:
-  text_files.checked(options.prompt, '--prompt')
-  drawn = sampling(options)
-  greedy = drawn == generate.Sampling(
-      0, repetition_penalty=options.repetition_penalty)
-  require(options.temperature > 0 or greedy and not options.sample_seed,
-          '--temperature=0 draws no token: leave out the other flags of how '
-          'one is drawn, such as --top_k and --sample_seed')
-  if beams(options) is None:
-    return
-  require(drawn in (generate.Sampling(), generate.Sampling(temperature=0))
-          and not options.sample_seed, f'--beams is {options.beams}, which '
-          'looks for the likeliest text: leave out the flags of how a token is '
-          'drawn, such as --temperature')
-  require(options.samples <= options.beams, f'--samples is {options.samples}, '
-          f'but --beams={options.beams} finds no more than that many texts')
-
-
-def _check_diffusion(options: Any, config: Any) -> None:
-  generate.Sampling(options.temperature)
-  text_files.checked(options.prompt, '--prompt')
-
-
-# How a token is drawn, and where a text ends.
-TEMPERATURE = Flag('temperature', 1.0,
-                   'Divides the logits; 0: always the likeliest token.')
-SAMPLING = (
-    TEMPERATURE,
-    Flag('top_k', 0, 'Draw from the k likeliest tokens; 0: from all.', 0,
-         2**26),
-    Flag('top_p', 1.0, 'Draw from the likeliest tokens that together reach '
-         'the probability p.'),
-    Flag('min_p', 0.0, 'Draw from the tokens that are at least so many times '
-         'as likely as the likeliest.'),
-    Flag('repetition_penalty', 1.0, 'Divides the logits above 0 of tokens that '
-         'the text has already, and multiplies those below 0.'),
-    Flag('stop', '', "Ends a text before this string; several: 'A|||B'; a "
-         'line break is written \\n.'))
-
-# Beam search instead of draws, or of the likeliest token each time.
-BEAMS = (
-    Flag('beams', 1, 'Texts that a beam search follows; 1: no beam search.', 1,
-         1000),
-    Flag('length_penalty', 0.6, "The exponent of a beam search's penalty of "
-         'length; 0: none.', needs='beams'),
-    Flag('penalty', 'gnmt', 'What that exponent is of: gnmt, (5 + length) / 6, '
-         'as for the Transformer; or power, length, as in transformers.',
-         needs='beams'))
-
-# A number of rows, and not of batches, so that no figure depends on their size.
-TARGETS = Flag('targets', 512, 'Held-out targets to write of each source; 0: '
-               'all.', 0, 2**24)
-SAMPLES = Flag('samples', 1, 'Texts to write for each prompt.', 1, 10_000)
-PROMPT = Flag('prompt', '', "What a text begins with; several: 'A|||B'.")
-LENGTH = Flag('max_new_tokens', 0,
-              'Tokens to write; 0: as many as fit, 256 at most.', 0, 2**24)
-SEED = Flag('sample_seed', 0, 'The seed of the draws.', 0, 2**32 - 1)
 TASKS = {
-    'samples': Task(
-        'texts that the model writes, also asked for by --samples or --prompt',
-        samples,
-        without(lambda objective: objective.writes, 'does not write text'),
-        check=_check_samples, shown=_shown, figures=(), held_out=False,
-        flags=(SAMPLES._replace(asks=True), PROMPT._replace(asks=True), LENGTH,
-               *SAMPLING, *BEAMS, SEED)),
-    'diffusion_samples': Task(
-        'texts that a model of masked diffusion writes', diffusion_samples,
-        without(lambda objective: objective.bound,
-                'is no masked diffusion, of which the task is'),
-        check=_check_diffusion, shown=_shown_diffusion, figures=('steps',),
-        held_out=False, flags=(SAMPLES, PROMPT, LENGTH, Flag(
-            'diffusion_steps', 0, 'Steps in which they are written; 0: one for '
-            'each token.', 0, 2**24), TEMPERATURE, SEED)),
-    'exact': Task(
-        'the share of held-out targets that are written exactly',
-        lambda evaluation: _scored(evaluation, 'targets', exact=_share),
-        without(lambda objective: 'encoder-decoder' in objective.stacks,
-                'has no targets to write'),
-        check=lambda options, config: beams(options) and None,
-        flags=(TARGETS, *BEAMS), figures=('exact', 'targets', 'exact/*')),
-    'translation': Task(
-        'BLEU of held-out pairs, and exact', translation,
-        without(lambda objective: 'data.target_length' in objective.reads,
-                'has no pairs to translate'),
-        check=lambda options, config: (_bleu(), beams(options)) and None,
-        flags=(TARGETS, *BEAMS), figures=('bleu', 'exact', 'pairs', 'bleu/*'))}
+    'samples': Samples(),
+    'diffusion_samples': DiffusionSamples(),
+    'exact': Exact(),
+    'translation': Translation(),
+}
