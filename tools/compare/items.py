@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   rows = compared(args.base, args.variant)
-  print(json.dumps(rows, indent=2) if args.json else text(rows))
+  if args.json:
+    print(json.dumps(rows, indent=2))
+  else:
+    print(text(rows))
   return 0
 
 
@@ -40,49 +43,73 @@ def compared(base: str, variant: str) -> list[dict[str, Any]]:
   Raises:
     RequestError: where there is none.
   """
-  runs = [_read(base), _read(variant)]
-  seeds = [seed for seed in runs[0] if seed in runs[1]]
-  figures = dict.fromkeys(name for seed in seeds for name in runs[0][seed])
-  rows = [{'figure': name} | _row(*scores) for name in figures
-          if (scores := items.paired(
-              [run[seed].get(name) for run in runs] for seed in seeds))]
+  theirs, ours = _read(base), _read(variant)
+  seeds = [seed for seed in theirs if seed in ours]
+  figures: dict[str, None] = {}  # in the order of the base's records
+  for seed in seeds:
+    figures |= dict.fromkeys(theirs[seed])
+  rows = []
+  for name in figures:
+    records = [(theirs[seed].get(name), ours[seed].get(name)) for seed in seeds]
+    scores = items.paired(records)
+    if scores is not None:
+      theirs_SQ, ours_SQ, weights_Q = scores
+      rows.append({'figure': name} | _row(theirs_SQ, ours_SQ, weights_Q))
   require(rows, f'{base} and {variant} have no figure of the same items of the '
           'same seeds')
-  for row, p in zip(rows, statistics.corrected([row['p'] for row in rows])):
+  corrected = statistics.corrected([row['p'] for row in rows])
+  for row, p in zip(rows, corrected):
     row['p_corrected'] = p
   return rows
 
 
 def _read(name: str) -> dict[str, dict[str, dict]]:
-  """Returns the records of each seed."""
+  """Returns the records of each seed; those of one run are of seed ''."""
   path = pathlib.Path(name)
   require(path.exists(), f'there is no {path}')
-  return {seed.name: items.read(seed) for seed in sorted(
-      path.glob('seed-*'))} or {'': items.read(path)}
+  folders = sorted(path.glob('seed-*'))
+  if not folders:
+    return {'': items.read(path)}
+  return {folder.name: items.read(folder) for folder in folders}
 
 
 def _row(theirs_SQ: np.ndarray, ours_SQ: np.ndarray,
          weights_Q: Sequence[float] | None) -> dict[str, Any]:
-  of = statistics.crossed(ours_SQ - theirs_SQ, weights_Q)
-  means = [float(np.average(x_SQ.mean(0), weights=weights_Q))
-           for x_SQ in (theirs_SQ, ours_SQ)]
+  """Returns the test of a figure: McNemar's (1947) of right and wrong items of
+  one run each, else Student's over the items, or over seeds and items.
+
+  Args:
+    theirs_SQ, ours_SQ: the scores of base and variant, by S seeds and Q items.
+    weights_Q: the weights of the items; None: all count alike.
+  """
   S, Q = ours_SQ.shape
-  test, p = 'seeds and items' if S > 1 else 'items', of.p
-  if S == 1 and weights_Q is None and {
-      *theirs_SQ.flat, *ours_SQ.flat} <= {0.0, 1.0}:
+  difference = statistics.crossed(ours_SQ - theirs_SQ, weights_Q)
+  base = np.average(theirs_SQ.mean(0), weights=weights_Q)
+  variant = np.average(ours_SQ.mean(0), weights=weights_Q)
+  scores = {*theirs_SQ.flat, *ours_SQ.flat}
+  if S > 1:
+    test, p = 'seeds and items', difference.p
+  elif weights_Q is None and scores <= {0.0, 1.0}:
     test, p = 'McNemar', statistics.mcnemar(ours_SQ[0], theirs_SQ[0])
-  return {'base': means[0], 'variant': means[1], 'effect': of.mean,
-          'low': of.low, 'high': of.high, 'test': test, 'p': p, 'items': Q,
-          'seeds': S}
+  else:
+    test, p = 'items', difference.p
+  return {'base': float(base), 'variant': float(variant),
+          'effect': difference.mean, 'low': difference.low,
+          'high': difference.high, 'test': test, 'p': p, 'items': Q, 'seeds': S}
 
 
 def text(rows: Sequence[Mapping[str, Any]]) -> str:
   """Renders rows for a terminal."""
-  return page.table('items', '', [{
-      'figure': page.label(row['figure']), 'base': page.number(row['base']),
-      'variant': page.number(row['variant']),
-      'minus base': page.estimate(row['effect'], row['low'], row['high']),
-      'test': page.label(row['test']), 'p': page.p_value(row['p']),
-      'corrected p': page.p_value(row['p_corrected']),
-      'items': page.count(row['items']), 'seeds': page.count(row['seeds'])}
-                                  for row in rows]).text()
+  cells = []
+  for row in rows:
+    cells.append({
+        'figure': page.label(row['figure']),
+        'base': page.number(row['base']),
+        'variant': page.number(row['variant']),
+        'minus base': page.estimate(row['effect'], row['low'], row['high']),
+        'test': page.label(row['test']),
+        'p': page.p_value(row['p']),
+        'corrected p': page.p_value(row['p_corrected']),
+        'items': page.count(row['items']),
+        'seeds': page.count(row['seeds'])})
+  return page.table('items', '', cells).text()

@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import math
-import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -67,15 +66,19 @@ def main(args) -> int:
     figures = report_by(sweep, args.by, args.count, budgets, args.draws)
   else:
     runs = data(sweep.points, args.count, args.workdir)
-    law = fit(*runs[:3])
-    figures = described(law, bootstrap(law, *runs[:3], args.draws), runs,
-                        budgets)
-  print(json.dumps(figures, indent=2) if args.json else
-        text_by(figures) if args.by else text(figures))
+    law = fit(runs.params, runs.tokens, runs.losses)
+    drawn = bootstrap(law=law, params=runs.params, tokens=runs.tokens,
+                      losses=runs.losses, draws=args.draws)
+    figures = described(law=law, drawn=drawn, runs=runs, budgets=budgets)
+  if args.json:
+    print(json.dumps(figures, indent=2))
+  else:
+    print(text_by(figures) if args.by else text(figures))
   return 0
 
 
 def _budgets(text: str) -> list[float]:
+  """Returns the budgets of --budgets, in FLOPs."""
   try:
     budgets = [float(word) for word in text.split(',') if word]
   except ValueError as error:
@@ -88,7 +91,8 @@ def _budgets(text: str) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-  """The five constants of L(N, D) = E + A / N^a + B / D^b."""
+  """The five constants of L(N, D) = E + A / N^a + B / D^b, of N parameters and
+  D tokens (Hoffmann et al. 2022, equation 2)."""
   E: float
   A: float
   B: float
@@ -96,13 +100,15 @@ class Law:
   b: float
 
   def loss(self, params, tokens):
-    return (self.E + self.A * np.asarray(params, float) ** -self.a
-            + self.B * np.asarray(tokens, float) ** -self.b)
+    """Returns L(N, D) of N parameters and D tokens, numbers or arrays."""
+    too_small = self.A * np.asarray(params, float) ** -self.a
+    too_short = self.B * np.asarray(tokens, float) ** -self.b
+    return self.E + too_small + too_short
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """FLOPs of a token as factor x N^power: 6 N in the paper."""
+  """The FLOPs of a token as factor x N^power: 6 N in the paper."""
   factor: float = 6.0
   power: float = 1.0
 
@@ -122,17 +128,19 @@ def data(points, count: str, who: str, beside: str = '') -> Runs:
   """Returns every run of a ladder, by tokens, parameters and seed.
 
   Args:
-    points: of one ladder.
-    count: which parameters.
-    who: has them.
+    points: the points of one ladder.
+    count: the parameters that are counted, 'params' or 'active_params'.
+    who: what the ladder is called in messages.
     beside: a field that the points may set though it is no size.
 
   Raises:
     RequestError: where they are no ladder.
   """
   for point in points:
-    kinds = [f'{key}={value}' for key, value in point.changes.items()
-             if isinstance(value, str | bool | list | dict) and key != beside]
+    kinds = []  # changes that are no size
+    for key, value in point.changes.items():
+      if isinstance(value, str | bool | list | dict) and key != beside:
+        kinds.append(f'{key}={value}')
     require(not kinds, f'point {point.name!r} sets {", ".join(kinds)}: a law '
             'is fitted to sizes and lengths of one model, as in '
             'configs/sweeps/ladder.py; --by=FIELD fits one for each value of a '
@@ -141,9 +149,16 @@ def data(points, count: str, who: str, beside: str = '') -> Runs:
   require(bool(done), f'{who} has no finished run')
   done.sort(key=lambda p: (p.tokens, getattr(p, count)))
   _check_rungs(done, count)
-  return Runs(*map(np.array, zip(*(
-      (getattr(point, count), point.tokens, loss, point.flops_per_token)
-      for point in done for _, loss in sorted(point.finals.items())))))
+  params, tokens, losses, flops_per_token = [], [], [], []
+  for point in done:
+    for _, loss in sorted(point.finals.items()):
+      params.append(getattr(point, count))
+      tokens.append(point.tokens)
+      losses.append(loss)
+      flops_per_token.append(point.flops_per_token)
+  return Runs(params=np.array(params), tokens=np.array(tokens),
+              losses=np.array(losses), flops_per_token=np.array(flops_per_token)
+              )
 
 
 def _check_rungs(points, count: str) -> None:
@@ -151,12 +166,12 @@ def _check_rungs(points, count: str) -> None:
   differ in, the law does not know."""
   rungs = {}
   for point in points:
-    size = getattr(point, count), point.tokens
-    other = rungs.setdefault(size, point)
+    params, tokens = getattr(point, count), point.tokens
+    other = rungs.setdefault((params, tokens), point)
     keys = [key for key in {**other.changes, **point.changes}
             if other.changes.get(key) != point.changes.get(key)]
     require(other is point, f'points {other.name!r} and {point.name!r} have '
-            f'both {size[0]:,} {count} and {size[1]:,} tokens, and differ in '
+            f'both {params:,} {count} and {tokens:,} tokens, and differ in '
             f'{", ".join(keys)}: a law is fitted to one point of each size and '
             'length')
 
@@ -181,24 +196,35 @@ def check_ladder(params: Sequence[float], tokens: Sequence[float]) -> None:
 
 
 def _distinct(x: np.ndarray) -> list[np.ndarray]:
-  """Rows that differ by more than 1 % (x are logarithms)."""
+  """Returns the rows that differ by more than 1 % (x are logarithms)."""
   rows: list[np.ndarray] = []
   for row in x:
-    if all(np.max(np.abs(row - other)) > 0.01 for other in rows):
+    distances = [np.max(np.abs(row - other)) for other in rows]
+    if min(distances, default=math.inf) > 0.01:
       rows.append(row)
   return rows
 
 
 def fit(params: Sequence[float], tokens: Sequence[float],
         losses: Sequence[float]) -> Law:
-  """Returns the law that fits runs best; RequestError where the ladder is too
-  small."""
+  """Returns the law that fits runs best: approach 3 of Hoffmann et al. 2022.
+
+  Raises:
+    RequestError: where the ladder is too small.
+  """
   check_ladder(params, tokens)
-  x, y, z = (np.log(np.asarray(v, float)) for v in (params, tokens, losses))
-  grid = np.stack(np.meshgrid(LOG_E, LOG_SCALES, LOG_SCALES, EXPONENTS,
-                              EXPONENTS, indexing='ij'), -1).reshape(-1, 5)
+  x, y, z = _logarithms(params, tokens, losses)
+  # Every start of the paper's grid is tried; the best of them are polished.
+  axes = np.meshgrid(LOG_E, LOG_SCALES, LOG_SCALES, EXPONENTS, EXPONENTS,
+                     indexing='ij')
+  grid = np.stack(axes, -1).reshape(-1, 5)
   errors = np.array([objective(theta, x, y, z)[0] for theta in grid])
-  return _best(grid[np.argsort(errors, kind='stable')[:POLISHED]], x, y, z)
+  best = np.argsort(errors, kind='stable')[:POLISHED]
+  return _best(grid[best], x, y, z)
+
+
+def _logarithms(*columns: Sequence[float]) -> list[np.ndarray]:
+  return [np.log(np.asarray(column, float)) for column in columns]
 
 
 def bootstrap(law: Law, params, tokens, losses, draws: int, seed: int = 0
@@ -209,40 +235,60 @@ def bootstrap(law: Law, params, tokens, losses, draws: int, seed: int = 0
   the residuals of the same runs: what a size, a length and a seed do to both
   then cancels in the difference of their laws.
   """
-  x, y, z = (np.log(np.asarray(v, float)) for v in (params, tokens, losses))
+  x, y, z = _logarithms(params, tokens, losses)
   fitted = np.log(law.loss(params, tokens))
-  residuals = (z - fitted) * math.sqrt(len(z) / (len(z) - len(CONSTANTS)))
+  # The fit took as much freedom as it has constants.
+  freedom = len(z) - len(CONSTANTS)
+  residuals = (z - fitted) * math.sqrt(len(z) / freedom)
   start = [math.log(law.E), math.log(law.A), math.log(law.B), law.a, law.b]
   rng = np.random.default_rng(seed)
-  return [_best([start], x, y, fitted + rng.choice(residuals, len(z)))
-          for _ in range(draws)]
+  laws = []
+  for _ in range(draws):
+    drawn = fitted + rng.choice(residuals, len(z))
+    laws.append(_best([start], x, y, drawn))
+  return laws
 
 
-def _best(starts, x, y, z) -> Law:
+def _best(starts: Sequence, x: np.ndarray, y: np.ndarray, z: np.ndarray
+          ) -> Law:
+  """Returns the law of the least `objective` that L-BFGS reaches from any of
+  some starts."""
   from scipy.optimize import minimize
-  fits = [minimize(objective, theta, args=(x, y, z), jac=True,
-                    method='L-BFGS-B', bounds=BOUNDS,
-                    options=dict(maxiter=5000, ftol=1e-15, gtol=1e-10))
-           for theta in starts]
-  theta = min(fits, key=lambda result: result.fun).x
-  return Law(*map(float, np.exp(theta[:3])), *map(float, theta[3:]))
+  best = None
+  for theta in starts:
+    result = minimize(
+        objective, theta, args=(x, y, z), jac=True, method='L-BFGS-B',
+        bounds=BOUNDS, options=dict(maxiter=5000, ftol=1e-15, gtol=1e-10))
+    if best is None or result.fun < best.fun:
+      best = result
+  E, A, B = np.exp(best.x[:3]).tolist()
+  a, b = best.x[3:].tolist()
+  return Law(E=E, A=A, B=B, a=a, b=b)
 
 
 def objective(theta, x, y, z) -> tuple[float, np.ndarray]:
-  """Returns the summed Huber loss of log L, and its gradient.
+  """Returns the summed Huber loss of the residuals of log L, and its gradient
+  (Hoffmann et al. 2022, equation 3): sum over the runs of
+  Huber(logsumexp(log E, log A - a log N, log B - b log D) - log L).
 
   Args:
     theta: log E, log A, log B, a, b.
-    x, y, z: logarithms of parameters, tokens and losses.
+    x, y, z: the logarithms of parameters, tokens and losses, of each run.
   """
-  terms = np.stack([np.full_like(x, theta[0]), theta[1] - theta[3] * x,
-                    theta[2] - theta[4] * y])
+  log_E, log_A, log_B, a, b = theta
+  terms = np.stack([np.full_like(x, log_E), log_A - a * x, log_B - b * y])
   total = np.logaddexp.reduce(terms)
-  r = total - z
-  size = np.abs(r)
-  value = np.where(size <= DELTA, r * r / 2, DELTA * (size - DELTA / 2)).sum()
-  pull = np.clip(r, -DELTA, DELTA) * np.exp(terms - total)
-  gradient = np.array([*pull.sum(1), -(pull[1] * x).sum(),
+  residual = total - z
+  # Huber's loss is a parabola near 0, and a line beyond DELTA.
+  size = np.abs(residual)
+  parabola = residual * residual / 2
+  line = DELTA * (size - DELTA / 2)
+  value = np.where(size <= DELTA, parabola, line).sum()
+  # Its slope, shared out by the share of each term in the sum.
+  slope = np.clip(residual, -DELTA, DELTA)
+  pull = slope * np.exp(terms - total)
+  by_log_E, by_log_A, by_log_B = pull.sum(1)
+  gradient = np.array([by_log_E, by_log_A, by_log_B, -(pull[1] * x).sum(),
                        -(pull[2] * y).sum()])
   scale = 1 / DELTA ** 2  # L-BFGS stops by absolute size of the gradient
   return value * scale, gradient * scale
@@ -255,23 +301,34 @@ def optimum(law: Law, cost: Cost, budget: float) -> tuple[float, float]:
   N^(a + power b) = a A / (power b B) (budget / factor)^b.
   """
   p = cost.power
-  params = (law.a * law.A / (p * law.b * law.B)
-            * (budget / cost.factor) ** law.b) ** (1 / (law.a + p * law.b))
-  return params, budget / float(cost.per_token(params))
+  ratio = law.a * law.A / (p * law.b * law.B)
+  spent = (budget / cost.factor) ** law.b
+  params = (ratio * spent) ** (1 / (law.a + p * law.b))
+  tokens = budget / float(cost.per_token(params))
+  return params, tokens
 
 
 def cost_of(params: Sequence[float], flops_per_token: Sequence[float]) -> Cost:
   """Returns the FLOPs of a token as a power of N, through a ladder's own."""
   power, factor = np.polyfit(np.log(params), np.log(flops_per_token), 1)
-  return Cost(float(np.exp(factor)), float(power))
+  return Cost(factor=float(np.exp(factor)), power=float(power))
 
 
 def described(law: Law, drawn: list[Law], runs: Runs, budgets) -> dict:
-  """Returns what `fit` prints of a law and those drawn around it."""
+  """Returns what `fit` prints of a law and those drawn around it.
+
+  Args:
+    law: the law of the runs.
+    drawn: the laws of a bootstrap.
+    runs: the runs of the ladder.
+    budgets: the FLOPs to find the best size for; none: the largest of the
+      ladder, and 10 and 100 times it.
+  """
   params, tokens, losses, flops_per_token = runs
   cost = cost_of(params, flops_per_token)
-  budgets = budgets or [float(np.max(tokens * flops_per_token)) * scale
-                        for scale in (1, 10, 100)]
+  if not budgets:
+    largest = float(np.max(tokens * flops_per_token))
+    budgets = [largest * scale for scale in (1, 10, 100)]
   residuals = np.log(losses / law.loss(params, tokens))
   return {
       'runs': len(losses),
@@ -279,28 +336,34 @@ def described(law: Law, drawn: list[Law], runs: Runs, budgets) -> dict:
       'rms_log_residual': float(np.sqrt(np.mean(residuals ** 2))),
       'constants': _with_intervals(dataclasses.asdict, law, drawn),
       'flops_per_token': dataclasses.asdict(cost),
-      'optima': [_optimum(law, drawn, cost, budget) for budget in budgets]}
+      'optima': [_optimum(law=law, drawn=drawn, cost=cost, budget=budget)
+                 for budget in budgets]}
 
 
 def _ends(values: np.ndarray) -> list[float]:
+  """Returns the least and the largest value."""
   return [float(values.min()), float(values.max())]
 
 
 def _with_intervals(figures, law: Law, drawn) -> dict[str, dict]:
   """Returns the figures of a law by name, with those of laws around it."""
-  each = [figures(other) for other in drawn]
-  return {name: _interval(value, [other[name] for other in each])
-          for name, value in figures(law).items()}
+  figures_of_drawn = [figures(other) for other in drawn]
+  rows = {}
+  for name, value in figures(law).items():
+    around = [other[name] for other in figures_of_drawn]
+    rows[name] = _interval(value, around)
+  return rows
 
 
 def _interval(value: float, drawn: Sequence[float]) -> dict:
-  low, high = map(float, np.percentile(drawn, [2.5, 97.5]))
-  return {'value': float(value), 'low': low, 'high': high}
+  """Returns a value, and the 95 % interval of what a bootstrap drew of it."""
+  low, high = np.percentile(drawn, [2.5, 97.5])
+  return {'value': float(value), 'low': float(low), 'high': float(high)}
 
 
-def _optimum(law, drawn, cost, budget: float) -> dict:
-  """The best size for a budget; {'budget': ...} alone where an exponent is 0
-  and no size is the best."""
+def _optimum(law: Law, drawn: Sequence[Law], cost: Cost, budget: float) -> dict:
+  """Returns the best size for a budget; {'budget': ...} alone where an exponent
+  is 0 and no size is the best."""
   kept = [other for other in drawn if min(other.a, other.b) > 0.01]
   if min(law.a, law.b) <= 0.01 or len(kept) < 0.95 * len(drawn):
     return {'budget': budget}
@@ -314,34 +377,44 @@ def _optimum(law, drawn, cost, budget: float) -> dict:
 
 
 def text(f: dict) -> str:
-  """Renders `report` for a terminal."""
+  """Renders what `described` returns for a terminal."""
   lines = [f'L(N, D) = E + A / N^a + B / D^b, of {f["runs"]} runs; '
            f'rms residual of log L {f["rms_log_residual"]:.2e}']
-  lines += [f'  {name}  {x["value"]:>10.4g}  [{x["low"]:.4g}, {x["high"]:.4g}]'
-            for name, x in f['constants'].items()]
+  for name, x in f['constants'].items():
+    lines.append(
+        f'  {name}  {x["value"]:>10.4g}  [{x["low"]:.4g}, {x["high"]:.4g}]')
   cost = f['flops_per_token']
-  lines += [f'FLOPs a token, of this ladder: {cost["factor"]:.3g} '
-            f'N^{cost["power"]:.3f}',
-            f'{"budget (FLOPs)":<16}{"parameters":<30}{"tokens":<30}loss',
-            *(_optimum_line(f, row) for row in f['optima']),
-            '95 % intervals are of a bootstrap over the residuals of this '
-            'law: they do not know that another law may hold.']
+  lines.append(f'FLOPs a token, of this ladder: {cost["factor"]:.3g} '
+               f'N^{cost["power"]:.3f}')
+  lines.append(f'{"budget (FLOPs)":<16}{"parameters":<30}{"tokens":<30}loss')
+  for row in f['optima']:
+    lines.append(_optimum_line(f, row))
+  lines.append('95 % intervals are of a bootstrap over the residuals of this '
+               'law: they do not know that another law may hold.')
   return '\n'.join(lines)
 
 
 def _optimum_line(f: dict, row: dict) -> str:
+  """Returns the line of the best size for a budget."""
   if 'loss' not in row:
     return (f'{row["budget"]:<16.3g}no optimum: an exponent is 0 as far as '
             'this ladder can tell')
-  params, tokens, loss = (
-      f'{x["value"]:{form}} [{x["low"]:{form}}, {x["high"]:{form}}]'
-      for x, form in ((row['parameters'], '.3g'), (row['tokens'], '.3g'),
-                      (row['loss'], '.3f')))
-  outside = [name for name in ('parameters', 'tokens') if not (
-      f[name][0] <= row[name]['value'] <= f[name][1])]
-  beyond = (f'  extrapolated: {" and ".join(outside)} beyond the ladder'
-            if outside else '')
+  params = _interval_text(row['parameters'], '.3g')
+  tokens = _interval_text(row['tokens'], '.3g')
+  loss = _interval_text(row['loss'], '.3f')
+  outside = []
+  for name in ('parameters', 'tokens'):
+    least, largest = f[name]
+    if not least <= row[name]['value'] <= largest:
+      outside.append(name)
+  beyond = ''
+  if outside:
+    beyond = f'  extrapolated: {" and ".join(outside)} beyond the ladder'
   return f'{row["budget"]:<16.3g}{params:<30}{tokens:<30}{loss}{beyond}'
+
+
+def _interval_text(x: Mapping[str, float], form: str) -> str:
+  return f'{x["value"]:{form}} [{x["low"]:{form}}, {x["high"]:{form}}]'
 
 
 def report_by(sweep, field: str, count: str, budgets, draws: int) -> dict:
@@ -360,34 +433,50 @@ def report_by(sweep, field: str, count: str, budgets, draws: int) -> dict:
   require(len(ladders) > 1, f'--by is {field!r}, which is '
           f'{next(iter(ladders))!r} at every point of {sweep.name}: name a '
           'field of which it has two values')
-  runs = {value: data(points, count, f'{field}={value} of {sweep.name}', field)
-          for value, points in ladders.items()}
-  laws = {value: fit(*each[:3]) for value, each in runs.items()}
-  drawn = {value: bootstrap(laws[value], *each[:3], draws)
-           for value, each in runs.items()}
+  runs, laws, drawn = {}, {}, {}
+  for value, points in ladders.items():
+    runs[value] = data(points, count, f'{field}={value} of {sweep.name}', field)
+    params, tokens, losses, _ = runs[value]
+    laws[value] = fit(params, tokens, losses)
+    drawn[value] = bootstrap(law=laws[value], params=params, tokens=tokens,
+                             losses=losses, draws=draws)
+
+  # The others beside the base, whose value comes first.
   first, *others = runs
   differences = []
   for value in others:
     is_paired = _rungs(ladders[value]) == _rungs(ladders[first])
-    # Else what is drawn of both would hang together by chance.
-    theirs = drawn[value] if is_paired else bootstrap(
-        laws[value], *runs[value][:3], draws, seed=1)
-    differences.append({
-        'variant': value, 'against': first, 'paired': is_paired} | {
-            name: _interval(of(laws[value]) - of(laws[first]), [
-                of(x) - of(y) for x, y in zip(theirs, drawn[first])])
-            for name in ('a', 'b') for of in [operator.attrgetter(name)]})
-  return {'field': field, 'differences': differences, 'variants': {
-      value: described(laws[value], drawn[value], runs[value], budgets)
-      for value in runs}}
+    theirs = drawn[value]
+    if not is_paired:
+      # Else what is drawn of both would hang together by chance.
+      params, tokens, losses, _ = runs[value]
+      theirs = bootstrap(law=laws[value], params=params, tokens=tokens,
+                         losses=losses, draws=draws, seed=1)
+    row = {'variant': value, 'against': first, 'paired': is_paired}
+    for exponent in ('a', 'b'):
+      difference = (getattr(laws[value], exponent)
+                    - getattr(laws[first], exponent))
+      row[exponent] = _interval(difference, [
+          getattr(x, exponent) - getattr(y, exponent)
+          for x, y in zip(theirs, drawn[first])])
+    differences.append(row)
+
+  variants = {}
+  for value in runs:
+    variants[value] = described(law=laws[value], drawn=drawn[value],
+                                runs=runs[value], budgets=budgets)
+  return {'field': field, 'differences': differences, 'variants': variants}
 
 
 def _rungs(points: Sequence) -> list[tuple]:
   """Returns tokens, rank of the size and seed of each run, in the order of
   `data`."""
   sizes = sorted({point.params for point in points})
-  return sorted((point.tokens, sizes.index(point.params), seed)
-                for point in points for seed in point.finals)
+  rungs = []
+  for point in points:
+    rank = sizes.index(point.params)
+    rungs += [(point.tokens, rank, seed) for seed in point.finals]
+  return sorted(rungs)
 
 
 def text_by(figures: Mapping) -> str:
@@ -398,9 +487,11 @@ def text_by(figures: Mapping) -> str:
   for row in figures['differences']:
     for name, of in (('a', 'parameters'), ('b', 'tokens')):
       x = row[name]
-      lines.append(
-          f'  {name} ({of}), {row["variant"]} - {row["against"]}: '
-          f'{x["value"]:+.4f} [{x["low"]:+.4f}, {x["high"]:+.4f}]'
-          + ', inside the noise' * (x['low'] <= 0 <= x['high'])
-          + ' (their runs are no pairs)' * (not row['paired']))
+      line = (f'  {name} ({of}), {row["variant"]} - {row["against"]}: '
+              f'{x["value"]:+.4f} [{x["low"]:+.4f}, {x["high"]:+.4f}]')
+      if x['low'] <= 0 <= x['high']:
+        line += ', inside the noise'
+      if not row['paired']:
+        line += ' (their runs are no pairs)'
+      lines.append(line)
   return '\n\n'.join([*parts, '\n'.join(lines)])
