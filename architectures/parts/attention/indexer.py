@@ -47,12 +47,12 @@ import numpy as np
 from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
-from architectures.parts.attention.fields import LatentConfig
+from architectures.parts.attention.fields import AttentionConfig, LatentConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.positions import RopeConfig
 from architectures.parts.recurrent import features
-from common.errors import require
+from common.errors import RequestError, require
 from common.fields import field, FUNCTION, RECIPE, REGULARISATION, SHAPES
 from common.fields import Wait
 
@@ -343,8 +343,10 @@ def check(c: ModelConfig, stack: str) -> None:
           f'them, and model.arch {c.arch!r} is no decoder: choose global')
   require(c.parametrization != 'mup', f'{who}, for whose indexer '
           "model.parametrization 'mup' has no rule: choose standard")
-  require(not c.kv_sharing, f'{who}, and model.kv_sharing is True: a layer '
-          'chooses of keys of its own, so set it to False')
+  attention = c.find(AttentionConfig)
+  if attention is not None and attention.kv_sharing:
+    raise RequestError(f'{who}, and model.kv_sharing is True: a layer chooses '
+                       'of keys of its own, so set it to False')
   i = c.part(IndexerConfig)
   require(not i.block or i.top_k % i.block == 0, f'model.indexer.block is '
           f'{i.block}, which does not divide model.indexer.top_k {i.top_k}')

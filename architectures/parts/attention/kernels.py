@@ -20,6 +20,7 @@ from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import indexer
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
 from common.errors import require
@@ -553,7 +554,8 @@ def refusal(name: str, c: ModelConfig, mask: Mask, q_length: int,
     return ('which adds no bias to the scores and drops no weights, as '
             f'model.position {c.position} and model.attention_dropout '
             f'{c.attention_dropout} do')
-  if c.attention_difference:
+  attention = c.find(AttentionConfig)
+  if attention is not None and attention.attention_difference:
     return 'which takes no values of two heads (model.attention_difference)'
   return _elsewhere(name, device) or KERNELS[name].refuse(
       c, mask, q_length, k_length)
