@@ -290,9 +290,8 @@ class Block(nn.Module):
     """Returns A(x_BLD), the cache, and the report."""
     mixer = mixer_of(self.config).module(
         self.config, self.kind, name='attention')
-    y_BLD, kept, report = mixer(x_BLD, ctx, cache and cache.mixer)
-    y_BLD, cache = self._convolved(
-        'attention', y_BLD, ctx, cache and cache.replace(mixer=kept))
+    y_BLD, cache, report = self._mixed(mixer, x_BLD, ctx, cache)
+    y_BLD, cache = self._convolved('attention', y_BLD, ctx, cache)
     return y_BLD, cache, report
 
   def cross_attention(self, x_BLD: jax.Array, ctx: Context,
@@ -301,8 +300,17 @@ class Block(nn.Module):
     """Returns C(x_BLD), the cache, and the report."""
     module = multi_head.CrossAttention(
         self.config, self.kind, name='cross_attention')
-    y_BLD, mixer, report = module(x_BLD, ctx, cache and cache.mixer)
-    return y_BLD, cache and cache.replace(mixer=mixer), report
+    return self._mixed(module, x_BLD, ctx, cache)
+
+  @staticmethod
+  def _mixed(module: Callable, x_BLD: jax.Array, ctx: Context,
+             cache: Optional[LayerCache]
+             ) -> tuple[jax.Array, Optional[LayerCache], Report]:
+    """Returns what a mixer makes of x, the layer's cache, and the report."""
+    if cache is None:
+      return module(x_BLD, ctx, None)
+    y_BLD, mixer, report = module(x_BLD, ctx, cache.mixer)
+    return y_BLD, cache.replace(mixer=mixer), report
 
   def ffn(self, x_BLD: jax.Array, ctx: Context, cache: Optional[LayerCache]
           ) -> tuple[jax.Array, Optional[LayerCache], Report]:
