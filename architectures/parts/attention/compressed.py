@@ -301,7 +301,8 @@ class SWA(Attention):
     sees, and the cache with those that are new."""
     c, L, rate = self.config, x_BLD.shape[1], rate_of(self.config)
     at = windows(ctx, L, rate, rate * self.PARTS, cache is not None)
-    e_BW1K, kept = self._made('entry', c.head_dim, x_BLD, at, ctx, cache, slots)
+    e_BW1K, kept = made(c, self.PARTS, 'entry', c.head_dim, x_BLD, at, ctx,
+                        cache, slots)
     # A query sees those that have ended, in its document.
     q_BL, end_BW = jnp.arange(L)[None], at.end_BW
     if cache is not None:
@@ -332,9 +333,9 @@ class SWA(Attention):
       return turn(q_BLHK, ctx.positions_BL, c, ctx.length, of_index=True)
 
     def keys(x_BLD: jax.Array) -> jax.Array:
-      e_BW1K, made = self._made('index', sizes.head_dim, x_BLD, at, ctx, cache,
-                                slots)
-      kept.update(made)
+      e_BW1K, new = made(c, self.PARTS, 'index', sizes.head_dim, x_BLD, at, ctx,
+                         cache, slots)
+      kept.update(new)
       return e_BW1K
 
     index = indexer.Indexer(c, 'latent', name='indexer')(
@@ -343,28 +344,6 @@ class SWA(Attention):
     entries = index.key_BMJK.shape[1]
     with layers.useful(self._pairs(L, M, whole=True), L * entries):
       return Scored(indexer.scores(index)), kept
-
-  def _made(self, name: str, size: int, x_BLD: jax.Array, at: Windows,
-            ctx: Context, cache: Optional[Cache], slots: bool
-            ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns entries of so many features, turned, [B, W, 1, K], and what a
-    cache keeps of them: with `slots` they are all that it has."""
-    c = self.config
-    before_BMU = None if cache is None else cache.inputs[f'{name}_open']
-    e_BWK, after_BMU = Entries(
-        c, rate=rate_of(c), size=size, parts=self.PARTS, name='entries')(
-            x_BLD, at, ctx, before_BMU)
-    e_BW1K = turn(e_BWK[:, :, None], at.first_BW, c, ctx.length,
-                  of_index=name == 'index')
-    if cache is None:
-      return e_BW1K, {}
-    all_BWK = cache.inputs[name]
-    rows_B1 = jnp.arange(len(all_BWK))[:, None]
-    new_BWK = e_BW1K[:, :, 0].astype(all_BWK.dtype)
-    all_BWK = all_BWK.at[rows_B1, at.number_BW].set(new_BWK, mode='drop')
-    if slots:
-      e_BW1K = all_BWK[:, :, None]
-    return e_BW1K, {name: all_BWK, f'{name}_open': after_BMU}
 
   def _pairs(self, queries: int, keys: int, whole: bool = False) -> int:
     """Returns how many pairs of a query and a key or an entry there are, where
@@ -379,6 +358,41 @@ class SWA(Attention):
         entries = np.minimum(entries, top) if top else entries
       seen = seen + entries
     return int(seen.sum())
+
+
+def made(c: ModelConfig, parts: int, name: str, size: int, x_BLD: jax.Array,
+         at: Windows, ctx: Context, cache: Optional[Cache], slots: bool
+         ) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns entries, turned, [B, W, 1, K], and what a cache keeps of them: with
+  `slots` they are all that it has. Their parameters stand in the module that
+  calls: the layer's attention, or its indexer.
+
+  Args:
+    c: the config of the layer.
+    parts: of how many windows an entry is made.
+    name: entry, or index.
+    size: K, the features of an entry.
+    x_BLD: the input of the layer.
+    at: the windows that the tokens close.
+    ctx: the context.
+    cache: what the layer keeps.
+    slots: whether queries meet what the cache holds.
+  """
+  before_BMU = None if cache is None else cache.inputs[f'{name}_open']
+  e_BWK, after_BMU = Entries(
+      c, rate=rate_of(c), size=size, parts=parts, name='entries')(
+          x_BLD, at, ctx, before_BMU)
+  e_BW1K = turn(e_BWK[:, :, None], at.first_BW, c, ctx.length,
+                of_index=name == 'index')
+  if cache is None:
+    return e_BW1K, {}
+  all_BWK = cache.inputs[name]
+  rows_B1 = jnp.arange(len(all_BWK))[:, None]
+  new_BWK = e_BW1K[:, :, 0].astype(all_BWK.dtype)
+  all_BWK = all_BWK.at[rows_B1, at.number_BW].set(new_BWK, mode='drop')
+  if slots:
+    e_BW1K = all_BWK[:, :, None]
+  return e_BW1K, {name: all_BWK, f'{name}_open': after_BMU}
 
 
 class HCA(SWA):
