@@ -121,12 +121,16 @@ class Indexer(nn.Module):
     x_BLD, asks_BLU = jax.lax.stop_gradient((x_BLD, asks_BLU))
     q_BLHK = self._product('query', 'BLU,UHK->BLHK', asks_BLU,
                            (self.axis, None, 'head'), i.heads, i.head_dim)
-    k_BL1K, inputs = None, {}
+    k_BLK, k_BL1K, inputs = None, None, {}
     if keys is None:
-      k_BL1K, inputs = self._keys(x_BLD, ctx, before)
-    # Blocks are chosen by all heads alike.
+      k_BLK = self._product('key', 'BLD,DK->BLK', x_BLD, ('embed', 'head'),
+                            i.head_dim)
     if i.block:
       q_BLHK = layers.norm(c, 'query_norm', 'head')(q_BLHK)
+    if keys is None:
+      k_BL1K, inputs = self._keys(k_BLK, ctx, before)
+    # Blocks are chosen by all heads alike.
+    if i.block:
       w_BLH = jnp.full(q_BLHK.shape[:3], i.heads ** 0.5)
     else:
       w_BLH = self._product('weights', 'BLD,DH->BLH', x_BLD,
@@ -143,14 +147,12 @@ class Indexer(nn.Module):
         weight_BLH=sharding.constrain(w_BLH, 'batch', 'length', None),
         key_BMJK=k_BL1K, inputs=inputs)
 
-  def _keys(self, x_BLD: jax.Array, ctx: Context,
+  def _keys(self, k_BLK: jax.Array, ctx: Context,
             before: Optional[dict[str, jax.Array]]
             ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns n(W_k x), or n of its mean over a block of tokens that ends with
-    each, [B, L, 1, K], and Index.inputs."""
+    """Returns n(W_k x) of W_k x, or n of its mean over a block of tokens that
+    ends with each, [B, L, 1, K], and Index.inputs."""
     c, i = self.config, self.config.part(IndexerConfig)
-    k_BLK = self._product('key', 'BLD,DK->BLK', x_BLD, ('embed', 'head'),
-                          i.head_dim)
     if not i.block:
       norm_config = dataclasses.replace(c, norm_eps=NORM_EPS)
       k_BLK = layers.LayerNorm(norm_config, 'head', name='key_norm')(k_BLK)
