@@ -48,7 +48,7 @@ from common.fields import field, FUNCTION, SHAPES
 
 @dataclasses.dataclass(frozen=True)
 class CompressedConfig:
-  """Of mixers csa, hca and swa."""
+  """The fields of mixers csa, hca and swa."""
   GROUP = 'compressed'
   window: int = field(128, 'plain keys that a query sees, its own included',
                       above=0, resume=FUNCTION)

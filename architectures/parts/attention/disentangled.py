@@ -37,7 +37,7 @@ from common.fields import field, FUNCTION, SHAPES
 
 @dataclasses.dataclass(frozen=True)
 class DisentangledConfig:
-  """Of position disentangled."""
+  """The fields of position disentangled."""
   buckets: int = field(256, 'buckets of distances on each side', least=4,
                        resume=SHAPES)
   max_distance: int = field(

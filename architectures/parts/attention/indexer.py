@@ -63,7 +63,7 @@ INPUT = 'index'  # in Cache.inputs: of the means of keys
 
 @dataclasses.dataclass(frozen=True)
 class IndexerConfig:
-  """Of attention indexed."""
+  """The fields of attention indexed."""
   GROUP = 'indexer'
   top_k: int = field(
       64, 'Keys that a query sees; 0: all, while the indexer warms up.',
@@ -94,7 +94,7 @@ class IndexerConfig:
 
 @struct.dataclass
 class Index:
-  """What an indexer makes of tokens: queries and their heads' weights, and
+  """The result of an indexer for tokens: queries and their heads' weights, and
   keys, which are of one head; of blocks, also what the next keys are made of.
   """
   query_BLHK: jax.Array
@@ -242,7 +242,8 @@ class Scored(NamedTuple):
 
   def divergence(self, target_BLM: jax.Array, seen_BLM: Any, ctx: Context
                  ) -> jax.Array:
-    """As the function; of blocks, over the keys of those that are whole."""
+    """Returns what the function `divergence` does; of blocks, over the keys of
+    those that are whole."""
     scores_BLM = self.scores_BLM
     if self.size:
       seen_BLM = seen_BLM & self.to_keys(self.whole(seen_BLM), False)

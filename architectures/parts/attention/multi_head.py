@@ -38,8 +38,8 @@ GATE = 'output_gate'  # its weight, and the product for adapters
 
 
 class Attention(nn.Module):
-  """What all forms of attention share: the way from queries, keys and values to
-  the output, and an indexer that chooses keys.
+  """The base of all forms of attention: the way from queries, keys and values
+  to the output, and an indexer that chooses keys.
 
   FUSED: whether a fused kernel may weigh the values.
   """
@@ -49,7 +49,7 @@ class Attention(nn.Module):
 
   @property
   def scale(self) -> float:
-    """What multiplies the products of queries and keys."""
+    """The factor of the products of queries and keys."""
     return self.config.score_scale * positions.of(
         self.config).score_factor(self.config)
 
@@ -60,7 +60,7 @@ class Attention(nn.Module):
     if name == 'query':
       heads, axis = c.num_heads, 'heads'
       if c.init == 'fan_in':
-        # What the scores are not scaled by, the query's weights are (T5).
+        # The query's weights have the factor that the scores lack (T5).
         gain = c.base_head_dim ** -0.5 / c.attention_scale
     return layers.dense(
         self, name, 'BLD,DHK->BLHK', x_BLD, (c.d_model, heads, c.head_dim),
@@ -112,7 +112,7 @@ class Attention(nn.Module):
       sink_H = layers.bias(self, 'sink', (c.num_heads,), ('heads',))
     scores = dict(mask_BLM=seen.seen_BLM, bias_BHLM=seen.bias_BHLM,
                   sink_H=sink_H, scale=self.scale, softcap=c.attention_softcap)
-    # What the layer reports of its weights, which `attend` does not return.
+    # The layer reports its weights, which `attend` does not return.
     causal, report = mask.in_parts(L), Report()
     if ctx.keep_attention:
       report = report.replace(

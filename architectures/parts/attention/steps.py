@@ -1,4 +1,5 @@
-"""What changes queries, keys and values between their products and the scores.
+"""Steps that change queries, keys and values between their products and the
+scores.
 
 A step is a function of (attention, name, x_BLHK, context), where `name` is
 'query', 'key' or 'value', and returns x_BLHK: unchanged, where the config does
@@ -134,7 +135,8 @@ def plainly_normalised(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
   return layers.PlainRMSNorm(c, 'head', name=f'{name}_norm')(x_BLHK)
 
 
-# What is mixed into the values of self-attention before they are weighed.
+# Values of other sorts are mixed into those of self-attention before they are
+# weighed.
 
 
 def first_values(c: ModelConfig, x_BLD: jax.Array) -> First:
