@@ -24,15 +24,26 @@ from common.arguments import PositiveSize, typed
 from common.errors import RequestError, one_of, require
 
 
+# Systems of files from outside the tree: {model.arch: its class}.
+SYSTEMS: dict[str, type[Any]] = {}
+
+
+def refresh() -> None:
+  """Takes up systems that were added to SYSTEMS."""
+  systems.cache_clear()
+  by_model_type.cache_clear()
+  system.__wrapped__.cache_clear()  # under the check of its arguments
+
+
 @functools.cache
 def systems() -> dict[str, type[Any]]:
-  """Returns {model.arch: the class of its page}, of every page in this folder.
-  """
+  """Returns {model.arch: the class of its page}, of every page in this folder,
+  and of SYSTEMS."""
   classes = {}
   for file in _pages():
     cls = _of_page(file)
     classes[getattr(cls, 'ARCH', file)] = cls
-  return classes
+  return classes | SYSTEMS
 
 
 def _pages() -> list[str]:
@@ -64,7 +75,8 @@ def system(arch: str) -> type[Any]:
 
 
 def page(arch: str) -> types.ModuleType:
-  """Returns the page of `arch`: a module under architectures/."""
+  """Returns the page of `arch`: a module under architectures/, or the file from
+  outside that has declared it."""
   return importlib.import_module(system(arch).__module__)
 
 

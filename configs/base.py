@@ -305,12 +305,22 @@ class Run:
 
 
 # All fields of a config by dotted name, but those of kinds of layer.
-FIELDS: dict[str, Leaf] = leaves(Run) | {
-    f'model.{name}': leaf for name, leaf in flat.FIELDS.items()}
-
-
+FIELDS: dict[str, Leaf] = {}
 # What is said of each.
-SENTENCES = {name: leaf.rule.doc for name, leaf in FIELDS.items()}
+SENTENCES: dict[str, str] = {}
+
+
+def refresh() -> None:
+  """Takes up the fields of a model: here, and again where a file from outside
+  has declared parts."""
+  FIELDS.update(leaves(Run))
+  for name, leaf in flat.FIELDS.items():
+    FIELDS[f'model.{name}'] = leaf
+  for name, leaf in FIELDS.items():
+    SENTENCES[name] = leaf.rule.doc
+
+
+refresh()
 
 
 def find(name: str) -> Leaf | None:

@@ -14,14 +14,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import argparse
 import ast
 import errno
-import importlib.machinery
-import importlib.util
+import importlib
 import math
 import os
 import re
 import signal
 import sys
 import textwrap
+import tokenize
 import traceback
 import types
 from typing import Any
@@ -36,6 +36,7 @@ from common.errors import hint, one_of, readable, require, short
 from common.fields import Leaf, check_number
 import configs
 from configs import base
+from training import plugins
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
@@ -458,16 +459,22 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
 
 
 def run_file(file: str) -> types.ModuleType:
-  """Returns the module that a Python file of the user defines.
+  """Returns the module that a Python file of the user defines, and takes up
+  the parts that it declares (plugins.py).
 
   Raises:
     RequestError: where the file fails, with the line.
   """
-  loader = importlib.machinery.SourceFileLoader('of_user', file)
-  spec = importlib.util.spec_from_loader(loader.name, loader)
-  module = importlib.util.module_from_spec(spec)
-  call(file, spec.loader.exec_module, module)
+  text = call(file, read_text, file)
+  module = call(file, plugins.run, file, text)
+  plugins.declare(file, text, module)
   return module
+
+
+def read_text(file: str) -> str:
+  """Returns what a Python file holds."""
+  with tokenize.open(file) as opened:  # in the encoding that it names
+    return opened.read()
 
 
 def call(file: str, function: Callable, *args):

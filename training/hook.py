@@ -24,7 +24,7 @@ import jax
 import ml_collections
 
 from common.errors import one_of, require
-from training import cli, progress
+from training import cli, plugins, progress
 from training.program import Program
 from training.runs import TrainState
 from training.steps import Batches, PerShape
@@ -165,6 +165,7 @@ def load(config: ml_collections.ConfigDict) -> list[Hook]:
     require(os.path.isfile(file), f'train.hooks has {name!r}: there is no file '
             f'{file!r}')
     module = cli.run_file(file)
+    plugins.note(file, cli.read_text(file))
     choices = {key: value for key, value in vars(module).items()
                if inspect.isclass(value) and issubclass(value, Hook)
                and value is not Hook}

@@ -130,13 +130,14 @@ def _become(words, cwd, env, stdin, out, err):
   ours = OURS if pathlib.Path(cwd) != ROOT else {'tests'}
   for name in [name for name in sys.modules if name.split('.')[0] in ours]:
     del sys.modules[name]
-  module = words[0] == '-m'
-  sys.argv = words[1:] if module else words
-  sys.path[0] = cwd
   import runpy
-  if module:
+  if words[0] == '-m':
+    sys.argv = words[1:]
+    sys.path[0] = cwd
     runpy.run_module(words[1], run_name='__main__', alter_sys=True)
   else:
+    sys.argv = words
+    sys.path[0] = str(pathlib.Path(words[0]).resolve().parent)
     runpy.run_path(words[0], run_name='__main__')
 
 

@@ -12,7 +12,7 @@ from architectures.parts import flat
 from common.errors import require
 from common.fields import check_number
 from tools.compare import cost, layout, spec
-from training import progress, runs
+from training import plugins, progress, runs
 from training.costs import systems
 from training.workdir import run_config
 
@@ -103,6 +103,7 @@ def describe(args) -> dict:
       'paired': not any(key.startswith(spec.BATCHES) for point in sweep.points
                         for key in point.changes),
       'sources': cost.contents(map(sweep.config, sweep.points)),
+      'files': dict(plugins.loaded),
       'points': [_row(sweep, point)
                  for point in progress.each(sweep.points, 'points checked')]}
 

@@ -36,7 +36,7 @@ from etils import epath
 from architectures.parts import flat
 from common.errors import EnvironmentFailure, RequestError, require, short
 from tools.compare import spec
-from training import runs
+from training import plugins, runs
 from training.workdir import metrics as metrics_lib
 from training.workdir import provenance, run_config, storage
 
@@ -155,7 +155,9 @@ def load_description(workdir) -> dict:
   path = pathlib.Path(workdir) / 'sweep.json'
   require(path.is_file(), f'{path} is missing: no sweep was checked or run in '
           'this workdir')
-  return load_checked(path)
+  description = load_checked(path)
+  plugins.restore(description.get('files', {}))
+  return description
 
 
 def save_description(workdir, description: dict) -> None:
@@ -187,7 +189,7 @@ def _fixed(description: dict, points: Sequence[dict] = ()) -> dict:
   `points`, if these are given."""
   names = [row['name'] for row in points or description['points']]
   return {name: description.get(name) for name in (
-      'base', 'match', 'match_field', 'base_config')} | {'points': {
+      'base', 'match', 'match_field', 'base_config', 'files')} | {'points': {
           row['name']: row['changes'] for row in description['points']
           if row['name'] in names}}
 

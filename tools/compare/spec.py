@@ -23,7 +23,7 @@ from common.errors import RequestError, hint, require, short
 from common.fields import check_type
 import configs
 from configs import base as fields
-from training import cli, evals
+from training import cli, evals, plugins
 
 CONSTANTS = ('SEEDS', 'TASKS')  # that a sweep's file may hold
 OF_A_STUDY = ('SIZES', 'EFFECT')  # that a study's must hold
@@ -145,7 +145,8 @@ def read_sweep_file(file: str, seeds: int = 0,
   file = path_of(file)
   module = module_of(file)
   for name in vars(module):
-    require(not name.isupper() or name.startswith('_') or name in known,
+    is_read = name in known or name in plugins.TABLES
+    require(not name.isupper() or name.startswith('_') or is_read,
             f'{file} has {name}, which is not read: call it _{name} if it is '
             f'the file\'s own.{hint(name, [*known])}')
   base = cli.call(file, module.get_config)

@@ -22,7 +22,7 @@ from common.errors import EnvironmentFailure, one_of, require
 from tools.compare import curves, freeze, layout
 from tools.compare import comparison, local, phases, report, results
 from tools.compare import plan as plans
-from training import objectives
+from training import objectives, plugins
 
 # Times the loss of guessing, above which a run counts as diverged: one that
 # has learnt nothing ends near it.
@@ -276,7 +276,7 @@ class Trainer:
             'match': frozen.plan.match, 'match_field': frozen.plan.match_field,
             'base': runs[0].point, 'base_config': frozen.base_config,
             'paired': True, 'points': list(rows.values()),
-            'sources': frozen.sources,
+            'sources': frozen.sources, 'files': dict(plugins.loaded),
             'plan': f'{frozen.hash} {plans.date(frozen.time)}'}
 
   def _owed(self, run: phases.Run) -> list[str]:

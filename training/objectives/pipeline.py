@@ -25,7 +25,7 @@ import sys
 import numpy as np
 
 from common.errors import require
-from training import objectives
+from training import objectives, plugins
 from training.data import conversations, labelled, sources, tokens
 from training.data.tokenizers import Tokenizer
 from training.objectives import Config
@@ -259,10 +259,12 @@ def check_sources(config: Config) -> None:
 
 
 def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
-  """Returns a hash of all that the rows of a run are made of, by its name: of
-  what turns text into numbers, and of what the sources hold. Where a run is
-  labelled or chats, its labels and its template are in its config."""
-  return of_tokenizer(config, tokenizer) | of_sources(config, tokenizer)
+  """Returns a hash of all that a run is made of, by its name: of what turns
+  text into numbers, of what the sources hold, and of files from outside the
+  tree. Where a run is labelled or chats, its labels and its template are in its
+  config."""
+  return (of_tokenizer(config, tokenizer) | of_sources(config, tokenizer)
+          | plugins.digests())
 
 
 def of_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, str]:

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from common.errors import require
+from training import plugins
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLAN = 'ARCHETYPE_PLAN'  # in the environment of a study's runs
@@ -26,13 +27,20 @@ def this_start(data: Mapping[str, str] | None = None) -> dict[str, Any]:
   command: the command line.
   data: what was given, a hash of what each source and the tokenizer hold, by
     their names (pipeline.contents); there only if it was given.
+  files: a short hash of each file from outside the tree, by its path; there
+    only if there is one.
   plan: the hash of the study's plan, and when it was frozen; there only for a
     run that a study trains.
   """
+  start: dict[str, Any] = {**_code(ROOT), 'command': shlex.join(sys.argv)}
+  if data is not None:
+    start['data'] = dict(data)
+  if plugins.loaded:
+    start['files'] = plugins.digests()
   plan = os.environ.get(PLAN, '')
-  return {**_code(ROOT), 'command': shlex.join(sys.argv),
-          **({} if data is None else {'data': dict(data)}),
-          **({'plan': plan} if plan else {})}
+  if plan:
+    start['plan'] = plan
+  return start
 
 
 @functools.cache  # what is edited later is not what runs
@@ -57,11 +65,21 @@ def _code(root: pathlib.Path) -> dict[str, str | None]:
 
 def codes(starts: Iterable) -> list[str]:
   """Returns the different codes of some starts, as far as they are known, each
-  as a commit and the hash of what differed from it, in order."""
-  return list(dict.fromkeys(
-      f'commit {start["commit"][:12]}'
-      + (f' with changes {start["diff"]}' if start['diff'] else '')
-      for start in starts if start['commit'] is not None))
+  as a commit, the hash of what differed from it, and the files from outside the
+  tree, in order."""
+  codes_ = []
+  for start in starts:
+    parts = []
+    if start['commit'] is not None:
+      parts.append(f'commit {start["commit"][:12]}')
+    if start['diff']:
+      parts.append(f'changes {start["diff"]}')
+    for file, digest in start.get('files', {}).items():
+      parts.append(f'{file} {digest}')
+    code = ' with '.join(parts)
+    if code and code not in codes_:
+      codes_.append(code)
+  return codes_
 
 
 def changes(starts: Iterable) -> list[str]:

@@ -1,9 +1,10 @@
 """The config of a run on disk, and what changing it half-way would do.
 
-WORKDIR/config.json is the config tree as it is, plus three more keys: `format`,
-the version of this file; `derived`, the value that each field left at 0 or ''
-was resolved to, by its dotted name; and `starts`, the code, command and data of
-each start (provenance.py).
+WORKDIR/config.json is the config tree as it is, plus more keys: `format`, the
+version of this file; `derived`, the value that each field left at 0 or '' was
+resolved to, by its dotted name; `starts`, the code, command and data of each
+start (provenance.py); and `files`, the text of each file from outside the tree
+that the run needs (plugins.py), where there is one.
 """
 
 from collections.abc import Mapping
@@ -23,10 +24,12 @@ from architectures.parts.config import ModelConfig
 from common.errors import RequestError, require, short
 from common.fields import INCOMPATIBLE, OPTIMISATION, SAFE
 from configs import base
+from training import plugins
 from training.workdir import checkpoints, provenance, storage
 
 FORMAT = 1  # of config.json
 _FORMAT, _DERIVED, _STARTS = 'format', storage.DERIVED, 'starts'
+_FILES = 'files'
 MISSING = '(none)'
 
 
@@ -54,22 +57,30 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
   """
   if jax.process_index() != 0:
     return
-  tree = config.to_dict() if model is None else as_read(config, model)
+  if model is None:
+    fields = config.to_dict()
+  else:
+    fields = as_read(config, model)
   before, now = starts(workdir), provenance.this_start(data)
   if before[-1:] != [now]:
     before.append(now)
-  text = json.dumps({
-      _FORMAT: FORMAT, **tree, _DERIVED: dict(derived or {}), _STARTS: before},
-                    indent=2, allow_nan=False)
+  tree = {_FORMAT: FORMAT, **fields, _DERIVED: dict(derived or {}),
+          _STARTS: before}
+  if plugins.loaded:
+    tree[_FILES] = plugins.loaded
+  text = json.dumps(tree, indent=2, allow_nan=False)
   storage.write(file(workdir), text + '\n')
 
 
 def load_config(workdir: epath.Path) -> ml_collections.ConfigDict:
   """Returns the config that `save` wrote; see from_json."""
-  tree = _load(workdir)
-  for name in (_FORMAT, _DERIVED, _STARTS):
-    del tree[name]
-  return from_json(tree)
+  return from_json(_fields(_load(workdir)))
+
+
+def _fields(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the config tree of what config.json holds."""
+  others = _FORMAT, _DERIVED, _STARTS, _FILES
+  return {name: value for name, value in tree.items() if name not in others}
 
 
 def load_derived(workdir: epath.Path) -> dict[str, Any]:
@@ -114,9 +125,8 @@ def _load(workdir: epath.Path) -> dict[str, Any]:
   require(tree.get(_FORMAT) == FORMAT, f'{path} is of format '
           f'{short(tree.get(_FORMAT))}, and this version of the code reads '
           f'{FORMAT}: go on with the version that wrote it, or train anew')
-  fields = {name: value for name, value in tree.items()
-            if name not in (_FORMAT, _DERIVED, _STARTS)}
-  for part in (fields, tree[_DERIVED]):
+  plugins.restore(tree.get(_FILES, {}))
+  for part in (_fields(tree), tree[_DERIVED]):
     base.check(part, f'{path} is damaged: ')
   return tree
 
@@ -258,18 +268,25 @@ def to_train(workdir: str | os.PathLike, config: ml_collections.ConfigDict
              ) -> str:
   """Returns the command that trains in `workdir` with this very config."""
   arch = config.model.arch
+  config_file = f'configs/{architectures.file_name(arch)}.py'
+  if arch in architectures.SYSTEMS:
+    config_file = architectures.page(arch).__file__
   there, kinds = usual(arch), config.model.kinds.to_dict()
   usually = flatten(there)
   words = [f'--config.{name}={value}' for name, value in flatten(config).items()
            if not name.startswith('model.kinds.') and value != usually[name]]
   if kinds != there.model.kinds.to_dict():
     words.append(f'--config.model.kinds={kinds}')
-  return shlex.join(['python', 'train.py', '--config',
-                     f'configs/{architectures.file_name(arch)}.py',
+  return shlex.join(['python', 'train.py', '--config', config_file,
                      f'--workdir={workdir}', *words])
 
 
 def usual(arch: str) -> ml_collections.ConfigDict:
-  """Returns the `tiny` of a system's file of configs/."""
+  """Returns the `tiny` of a system's file of configs/; of a system from outside
+  the tree, what its class says."""
+  if arch in architectures.SYSTEMS:
+    config = base.base()
+    config.model.update(architectures.SYSTEMS[arch].PARTS, arch=arch)
+    return config.lock()
   return importlib.import_module(
       f'configs.{architectures.file_name(arch)}').get_config('tiny')

@@ -1,0 +1,165 @@
+"""Files from outside the tree, and the parts that they declare.
+
+A Python file that `--config`, `train.hooks`, archetype.build, a sweep or a
+study reads may declare parts in dicts that are called as the tables of the
+tree:
+
+    # my/variant.py
+    import flax.linen as nn
+    from configs import gpt
+
+    class Half(nn.Module):
+      config: object
+      axis: str = 'embed'
+
+      def __call__(self, x_BLD):
+        return x_BLD / 2
+
+    NORMS = {'half': Half}
+
+    def get_config(size='tiny'):
+      c = gpt.get_config(size)
+      c.model.norm = 'half'
+      return c
+
+From then on `half` is a norm like any other: a flag, a point of a sweep, a
+choice that messages list. TABLES has the names of the tables. A run keeps the
+text of the file in its config.json, so that it is resumed, evaluated and loaded
+without the file, and is told when the file has changed.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import importlib
+import pathlib
+import sys
+import types
+from typing import Any
+
+import architectures
+from architectures.parts import flat
+from common.errors import require
+from configs import base
+
+# The tables that a file may add to, and the modules that have them.
+TABLES = {
+    'NORMS': 'architectures.parts.layers',
+    'FFNS': 'architectures.parts.layers',
+    'POSITIONS': 'architectures.parts.positions',
+    'SCALINGS': 'architectures.parts.positions',
+    'BLOCKS': 'architectures.parts.blocks',
+    'RESIDUALS': 'architectures.parts.blocks',
+    'MIXERS': 'architectures.parts.blocks',
+    'MEMORIES': 'architectures.parts.lookup',
+    'ROUTERS': 'architectures.parts.moe.routing',
+    'BALANCE_LOSSES': 'architectures.parts.moe.routing',
+    'RULES': 'architectures.parts.attention.kernels',
+    'HEADS': 'architectures.parts.heads',
+    'SYSTEMS': 'architectures',
+    'OPTIMIZERS': 'training.optim.optimizers',
+    'SCHEDULES': 'training.optim.optimizers',
+    'SOURCES': 'training.data.sources',
+    'OBJECTIVES': 'training.objectives',
+    'TASKS': 'training.evals',
+    'PHASES': 'tools.compare.phases',
+}
+
+# The files of this process that declare something: {path: text}.
+loaded: dict[str, str] = {}
+# Who has declared an entry: {(table, name): the text of the file}.
+_declared_by: dict[tuple[str, str], str] = {}
+
+
+def run(file: str, text: str) -> types.ModuleType:
+  """Returns the module that the text of a file defines.
+
+  Args:
+    file: the path of the file, for messages.
+    text: what it holds.
+  """
+  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+  name = f'outside_{pathlib.Path(file).stem}_{digest}'
+  module = sys.modules.get(name)
+  if module is not None and module.__file__ == file:
+    return module  # its classes stay the same ones
+  module = types.ModuleType(name)
+  module.__file__ = file
+  # Dataclasses, and a system's page, are looked up by the name of their module.
+  sys.modules[name] = module
+  try:
+    exec(compile(text, file, 'exec'), module.__dict__)
+  except BaseException:
+    del sys.modules[name]
+    raise
+  return module
+
+
+def declare(file: str, text: str, module: types.ModuleType) -> None:
+  """Adds what a module declares to the tables of the tree.
+
+  Args:
+    file: the path of the file.
+    text: what it holds.
+    module: the module that `run` returned.
+
+  Raises:
+    RequestError: for an entry that the tree, or another file, has already.
+  """
+  before = len(_declared_by)
+  for table_name in TABLES:
+    entries = getattr(module, table_name, None)
+    if not isinstance(entries, Mapping):
+      continue  # as TASKS of a sweep, which names tasks
+    table = _table(table_name)
+    if entries is table:
+      continue  # the file has imported it
+    for name, entry in entries.items():
+      _add(table_name, table, name, entry, file, text)
+    note(file, text)
+  if len(_declared_by) > before:
+    _refresh()
+
+
+def _add(table_name: str, table: Any, name: str, entry: Any, file: str,
+         text: str) -> None:
+  """Adds one entry to a table."""
+  key = table_name, name
+  if name in table:
+    # A file may be read again, and may have changed meanwhile.
+    is_own = key in _declared_by and _declared_by[key] in (
+        text, loaded.get(file))
+    require(is_own, f'{file}: {table_name} has {name!r}, which '
+            f'{TABLES[table_name]} has already: call it otherwise')
+  table[name] = entry
+  _declared_by[key] = text
+
+
+def note(file: str, text: str) -> None:
+  """Notes that a run of this process needs a file."""
+  loaded[file] = text
+
+
+def _table(name: str) -> Any:
+  return getattr(importlib.import_module(TABLES[name]), name)
+
+
+def _refresh() -> None:
+  """Lets what is derived from the tables be derived again."""
+  flat.refresh()
+  base.refresh()
+  architectures.refresh()
+
+
+def restore(files: Mapping[str, str]) -> None:
+  """Declares what the files of a run that was started before have declared,
+  as they were then; a file that this process has loaded itself stays."""
+  for file, text in files.items():
+    if file not in loaded:
+      declare(file, text, run(file, text))
+      note(file, text)
+
+
+def digests() -> dict[str, str]:
+  """Returns a hash of each file that this process has loaded, by its path."""
+  return {file: hashlib.sha256(text.encode()).hexdigest()[:16]
+          for file, text in loaded.items()}
