@@ -1,10 +1,10 @@
 """What lowers the noise of a study, as its first phase has measured it.
 
-Each factor is one of standard deviations. The figures are a seed's means over
-the sizes, since the confirmation tests these.
+Each factor is a quotient of standard deviations. The figures are a seed's means
+over the sizes, since the confirmation tests these.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import math
 from typing import NamedTuple
 
@@ -14,10 +14,10 @@ from tools.compare.plan import AGAIN, TEXT, Outcome, Plan
 from training.runs import AS_NEXT
 
 MIN_PAIRS = 3  # with two, every correlation is 1 or -1
-DRAWS = 1000  # of a bootstrap
+DRAWS = 1000  # how many a bootstrap takes
 LAST = 0.25  # the share of a run whose evaluations are averaged
 NO_GAIN = 'It is not shown that pairing gains anything. '
-# What no figure of the noise phase tells of:
+# The other ways, of which no figure of the noise phase tells:
 UNMEASURED = ('A larger batch, a lower learning rate and more text to evaluate '
               'on were not measured.')
 
@@ -26,7 +26,8 @@ class Factor(NamedTuple):
   """By how much a standard deviation is lower, and the 95 % interval of that.
 
   Attributes:
-    what: lowers it.
+    what: the thing that lowers it.
+    factor, low, high: the standard deviation without it over that with it.
   """
   what: str
   factor: float
@@ -42,13 +43,20 @@ def pairing(base: Sequence[float], again: Sequence[float]) -> Factor:
   the quotient of their variances, over the true one, has the F distribution.
   """
   from scipy.special import fdtri
-  more, less = (float(np.var(x, ddof=1)) for x in (
-      np.add(base, again), np.subtract(base, again)))
+  variance_of_sums = float(np.var(np.add(base, again), ddof=1))
+  variance_of_differences = float(np.var(np.subtract(base, again), ddof=1))
+  quotient = variance_of_sums / variance_of_differences
   df = len(base) - 1
   most = float(fdtri(df, df, 0.975))
-  factor, low, high = (math.sqrt((1 + more / less * x) / 2)
-                       for x in (1.0, 1 / most, most))
-  return Factor('pairing, which is in it already', factor, low, high)
+
+  def factor(quotient: float) -> float:
+    """Returns the deviation of differences of runs of different seeds over that
+    of pairs. Sums and differences together have the variance of two runs."""
+    return math.sqrt((1 + quotient) / 2)
+
+  return Factor(
+      what='pairing, which is in it already', factor=factor(quotient),
+      low=factor(quotient * (1 / most)), high=factor(quotient * most))
 
 
 def lowered(what: str, before: Sequence[float], after: Sequence[float]
@@ -59,10 +67,12 @@ def lowered(what: str, before: Sequence[float], after: Sequence[float]
   n = len(before)
   quotient = float(np.var(before) / np.var(after))
   r = float(np.corrcoef(before, after)[0, 1])
-  k = 1 + 2 * (1 - r * r) * float(stdtrit(n - 2, 0.975)) ** 2 / (n - 2)
+  t = float(stdtrit(n - 2, 0.975))
+  k = 1 + 2 * (1 - r * r) * t ** 2 / (n - 2)
   apart = k + math.sqrt(k * k - 1)
-  return Factor(what, *(math.sqrt(quotient * x) for x in (
-      1.0, 1 / apart, apart)))
+  return Factor(
+      what=what, factor=math.sqrt(quotient),
+      low=math.sqrt(quotient * (1 / apart)), high=math.sqrt(quotient * apart))
 
 
 def components(base: np.ndarray, again: np.ndarray) -> np.ndarray:
@@ -75,12 +85,18 @@ def components(base: np.ndarray, again: np.ndarray) -> np.ndarray:
     again: likewise, with the same order and the start of the next of `base`.
   """
   n = base.shape[-1]
-  half = lambda apart: np.mean(apart ** 2, -1) / 2
-  same_order, same_start = half(base - again), half(
-      again[..., :-1] - base[..., 1:])
-  every = 2 * n * n * np.var(np.concatenate([base, again], -1), -1)
-  both = (every - n * same_order - (n - 1) * same_start) / (
-      n * (2 * n - 1) - (2 * n - 1))
+
+  def half_square(apart: np.ndarray) -> np.ndarray:
+    return np.mean(apart ** 2, -1) / 2
+
+  # Pairs that share the order of the data, or the start.
+  same_order = half_square(base - again)
+  same_start = half_square(again[..., :-1] - base[..., 1:])
+  # Pairs that share neither: all pairs without those.
+  runs = np.concatenate([base, again], -1)
+  every_pair = 2 * n * n * np.var(runs, -1)
+  pairs = n * (2 * n - 1) - (2 * n - 1)
+  both = (every_pair - n * same_order - (n - 1) * same_start) / pairs
   return np.stack([both - same_start, both - same_order,
                    same_start + same_order - both], -1)
 
@@ -94,22 +110,58 @@ def split(base: np.ndarray, again: np.ndarray) -> list[Factor]:
     base, again: [sizes, seeds], as in `components`. The components are means
       over the sizes.
   """
-  def shares(*runs: np.ndarray) -> np.ndarray:
-    each = np.maximum(components(*runs).mean(-2), 0)
+  def shares(base: np.ndarray, again: np.ndarray) -> np.ndarray:
+    """Returns the shares of [..., sizes, seeds], [..., 3]."""
+    each = np.maximum(components(base, again).mean(-2), 0)
     return each / np.maximum(each.sum(-1, keepdims=True), 1e-300)
 
-  share, (sizes, n) = shares(base, again), base.shape
+  share = shares(base, again)
+  sizes, n = base.shape
+  # Runs whose noise has the components that were measured.
   rng, scale = np.random.default_rng(0), np.sqrt(share)
   start = scale[0] * rng.normal(size=(DRAWS, sizes, n + 1))
   order = scale[1] * rng.normal(size=(DRAWS, 1, n))  # the same at all sizes
   rest = scale[2] * rng.normal(size=(2, DRAWS, sizes, n))
-  low, high = np.quantile(shares(
-      start[..., :-1] + order + rest[0], start[..., 1:] + order + rest[1]),
-                          [0.025, 0.975], axis=0)
-  return [Factor(*row) for row in zip(
-      ('the start', 'the order of the data', 'the rest'), share.tolist(),
-      np.clip(np.minimum(low, 2 * share - high), 0, 1).tolist(),
-      np.clip(np.maximum(high, 2 * share - low), 0, 1).tolist())]
+  drawn = shares(start[..., :-1] + order + rest[0],
+                 start[..., 1:] + order + rest[1])
+  low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+  lows = np.clip(np.minimum(low, 2 * share - high), 0, 1)
+  highs = np.clip(np.maximum(high, 2 * share - low), 0, 1)
+  factors = []
+  for i, what in enumerate(('the start', 'the order of the data', 'the rest')):
+    factors.append(Factor(what=what, factor=float(share[i]), low=float(lows[i]),
+                          high=float(highs[i])))
+  return factors
+
+
+class _NoiseRuns(NamedTuple):
+  """The runs of the noise phase on text.
+
+  Attributes:
+    runs: the outcomes by (variant, size, seed).
+    variants: the base, and the base again.
+    seeds: the seeds of the phase.
+    whole: the seeds of which no run diverged.
+  """
+  runs: dict[tuple[str, str, int], Outcome]
+  variants: list[str]
+  seeds: list[int]
+  whole: list[int]
+
+
+def _noise_runs(plan: Plan, outcomes: Iterable[Outcome]) -> _NoiseRuns:
+  """Returns the runs of the noise phase on text."""
+  runs = {(x.variant, x.size, x.seed): x for x in outcomes
+          if x.phase == 'noise' and x.workload == TEXT}
+  seeds = sorted({seed for _, _, seed in runs})
+  variants = [plan.base, AGAIN]
+  whole = []
+  for seed in seeds:
+    of_seed = [runs.get((variant, size, seed))
+               for variant in variants for size in plan.sizes]
+    if all(run is not None and not run.diverged for run in of_seed):
+      whole.append(seed)
+  return _NoiseRuns(runs=runs, variants=variants, seeds=seeds, whole=whole)
 
 
 def measured(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
@@ -117,66 +169,88 @@ def measured(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
   evaluations would gain, as far as the runs of the noise phase tell it.
 
   Args:
-    plan: of the study.
-    outcomes: of its runs.
+    plan: the plan of the study.
+    outcomes: the outcomes of its runs.
   """
-  runs, names, _, whole = _whole(plan, outcomes)
+  runs, variants, _, whole = _noise_runs(plan, outcomes)
   if len(whole) < MIN_PAIRS:
     return []
 
-  def of(figure) -> list[np.ndarray]:
-    """The figure's means over sizes, [seeds], of the base and again."""
-    return [np.array([np.mean([figure(runs[name, size, seed])
-                               for size in plan.sizes]) for seed in whole])
-            for name in names]
+  def means(figure: Callable[[Outcome], float]) -> list[np.ndarray]:
+    """Returns the figure's means over sizes, [seeds], of the base and again."""
+    rows = []
+    for variant in variants:
+      row = []
+      for seed in whole:
+        at_sizes = [figure(runs[variant, size, seed]) for size in plan.sizes]
+        row.append(np.mean(at_sizes))
+      rows.append(np.array(row))
+    return rows
 
-  ends = of(lambda x: x.values[plan.primary.name])
-  if np.ptp(np.subtract(*ends)) == 0:
+  # What pairing has gained.
+  base, again = means(lambda run: run.values[plan.primary.name])
+  if np.ptp(np.subtract(base, again)) == 0:
     return []
-  factors = [pairing(*ends)]
-  if all(len(runs[name, size, seed].curve.get('loss', ())) > 3
-         for name in names for size in plan.sizes for seed in whole):
-    half, last, late = (np.subtract(*of(figure)) for figure in (
-        lambda x: x.curve['loss'][int(np.argmin(np.abs(_share(x) - 0.5)))],
-        lambda x: x.curve['loss'][-1],
-        lambda x: np.mean(np.array(x.curve['loss'])[_share(x) > 1 - LAST])))
+  factors = [pairing(base, again)]
+
+  # What the curves of all runs tell of longer ones, and of means.
+  compared = [runs[variant, size, seed] for variant in variants
+              for size in plan.sizes for seed in whole]
+  if any(len(run.curve.get('loss', ())) <= 3 for run in compared):
+    return factors
+  half_way = np.subtract(*means(_loss_half_way))
+  last = np.subtract(*means(_last_loss))
+  late = np.subtract(*means(_late_loss))
+  factors.append(lowered(
+      what='twice as many steps (from half-way to the end of these runs)',
+      before=half_way, after=last))
+  if not np.array_equal(last, late):  # more than one evaluation
     factors.append(lowered(
-        'twice as many steps (from half-way to the end of these runs)', half,
-        last))
-    if not np.array_equal(last, late):  # more than one evaluation
-      factors.append(lowered(
-          'the mean loss over the last quarter of a run (averaged parameters, '
-          'optim.ema, do no worse)', last, late))
+        what='the mean loss over the last quarter of a run (averaged '
+        'parameters, optim.ema, do no worse)', before=last, after=late))
   return factors
+
+
+def _shares(run: Outcome) -> np.ndarray:
+  """Returns where in its run each evaluation was: 1 is the end."""
+  steps = np.array(run.curve['step'])
+  return steps / steps[-1]
+
+
+def _loss_half_way(run: Outcome) -> float:
+  nearest = int(np.argmin(np.abs(_shares(run) - 0.5)))
+  return run.curve['loss'][nearest]
+
+
+def _last_loss(run: Outcome) -> float:
+  return run.curve['loss'][-1]
+
+
+def _late_loss(run: Outcome) -> float:
+  """Returns the mean loss of the last quarter of a run."""
+  losses = np.array(run.curve['loss'])
+  return np.mean(losses[_shares(run) > 1 - LAST])
 
 
 def measured_split(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
   """Returns `split` of the noise phase; nothing where a run diverged, or where
   its starts are not crossed with its orders of data."""
-  runs, names, seeds, whole = _whole(plan, outcomes)
-  if len(whole) < max(len(seeds), MIN_PAIRS) or any(
-      x.changes.get('init_seed', AS_NEXT) != AS_NEXT for x in runs.values()):
+  runs, variants, seeds, whole = _noise_runs(plan, outcomes)
+  are_crossed = all(run.changes.get('init_seed', AS_NEXT) == AS_NEXT
+                    for run in runs.values())
+  if len(whole) < max(len(seeds), MIN_PAIRS) or not are_crossed:
     return []
-  values = [np.array([[runs[name, size, seed].values[plan.primary.name]
-                       for seed in seeds] for size in plan.sizes])
-            for name in names]
-  return split(*values) if np.ptp(values) else []
-
-
-def _whole(plan: Plan, outcomes: Iterable[Outcome]):
-  """Returns the runs of the noise phase on text by (variant, size, seed), their
-  variants, their seeds, and the seeds of which no run diverged."""
-  runs = {(x.variant, x.size, x.seed): x for x in outcomes
-          if x.phase == 'noise' and x.workload == TEXT}
-  seeds, names = sorted({seed for *_, seed in runs}), [plan.base, AGAIN]
-  return runs, names, seeds, [seed for seed in seeds if all(
-      (x := runs.get((name, size, seed))) and not x.diverged
-      for name in names for size in plan.sizes)]
-
-
-def _share(outcome: Outcome) -> np.ndarray:
-  """Where in its run each evaluation was: 1 is the end."""
-  return np.array(outcome.curve['step']) / outcome.curve['step'][-1]
+  tables = []  # of the base and again, [sizes, seeds]
+  for variant in variants:
+    rows = []
+    for size in plan.sizes:
+      rows.append([runs[variant, size, seed].values[plan.primary.name]
+                   for seed in seeds])
+    tables.append(np.array(rows))
+  if np.ptp(tables) == 0:
+    return []
+  base, again = tables
+  return split(base, again)
 
 
 def sentence(plan: Plan, outcomes: Iterable[Outcome]) -> str:
@@ -186,9 +260,13 @@ def sentence(plan: Plan, outcomes: Iterable[Outcome]) -> str:
     return ''
   each = '; '.join(f'{x.what}: {x.factor:.2f} [{x.low:.2f}, {x.high:.2f}]'
                    for x in factors)
+  pairing_gains = factors[0].low > 1
+  sentences = [
+      'What divides the standard deviation of a difference, by how much, '
+      f'with 95 % intervals: {each}. A factor f spares f² times the seeds. '
+      f'{"" if pairing_gains else NO_GAIN}{UNMEASURED}']
   parts = ', '.join(f'{x.what} ({x.factor:.0%} [{x.low:.0%}, {x.high:.0%}])'
                     for x in measured_split(plan, outcomes))
-  return ('What divides the standard deviation of a difference, by how much, '
-          f'with 95 % intervals: {each}. A factor f spares f² times the seeds. '
-          f'{"" if factors[0].low > 1 else NO_GAIN}{UNMEASURED}'
-          + f' The variance of a run comes from {parts}.' * bool(parts))
+  if parts:
+    sentences.append(f'The variance of a run comes from {parts}.')
+  return ' '.join(sentences)

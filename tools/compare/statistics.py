@@ -51,14 +51,19 @@ def half_width(values: Sequence[float], level: float = 0.05,
   that by `pooled` if it is wider; the mean is outside with a probability of
   `level`."""
   from scipy.special import stdtrit
-  return max(float(stdtrit(df, 1 - level / 2)) * sd / math.sqrt(len(values))
-             for sd, df in _spreads(values, pooled))
+  widths = []
+  for sd, df in _spreads(values, pooled):
+    quantile = float(stdtrit(df, 1 - level / 2))
+    widths.append(quantile * sd / math.sqrt(len(values)))
+  return max(widths)
 
 
 def _spreads(values: Sequence[float], pooled: Pooled | None) -> list[Pooled]:
   """Returns the spread of the values themselves, and that of all variants."""
-  each = Pooled(float(np.std(values, ddof=1)), len(values) - 1)
-  return [each, pooled] if pooled else [each]
+  spreads = [Pooled(sd=float(np.std(values, ddof=1)), df=len(values) - 1)]
+  if pooled is not None:
+    spreads.append(pooled)
+  return spreads
 
 
 def interval(values: Sequence[float], pooled: Pooled | None = None,
@@ -66,32 +71,35 @@ def interval(values: Sequence[float], pooled: Pooled | None = None,
   """Returns the mean and Student's interval around it.
 
   Args:
-    values: one of each seed. Those that are all alike have no interval: their
-      spread is not known.
-    pooled: of noise that is not normal.
+    values: the value of each seed. Those that are all alike have no interval:
+      their spread is not known.
+    pooled: the spread of all variants together, of noise that is not normal.
     level: the probability of a mean that is outside.
   """
   n, mean = len(values), float(np.mean(values))
   if n < MIN_SEEDS or _is_even(values):
-    return Interval(mean, None, None, n)
+    return Interval(mean=mean, low=None, high=None, seeds=n)
   half = half_width(values, level, pooled)
-  return Interval(mean, mean - half, mean + half, n)
+  return Interval(mean=mean, low=mean - half, high=mean + half, seeds=n)
 
 
 def share_interval(values: Sequence[float]) -> Interval:
   """Returns the mean of shares, such as accuracies, and an interval around it
   inside 0 to 1: Student's of the mean's logit, by the delta method (that of
   shares of clusters in surveys: Lumley 2010, R's svyciprop)."""
-  mean, low, high, n = interval(values)
-  if low is None:
-    return Interval(mean, None, None, n)
+  of_share = interval(values)
+  if of_share.low is None:
+    return of_share
   from scipy.special import expit, logit
-  half = (high - low) / 2 / (mean * (1 - mean))
-  return Interval(mean, *(
-      float(expit(logit(mean) + end)) for end in (-half, half)), n)
+  mean = of_share.mean
+  # The derivative of the logit is 1 / (mean (1 - mean)).
+  half = (of_share.high - of_share.low) / 2 / (mean * (1 - mean))
+  return Interval(mean=mean, low=float(expit(logit(mean) - half)),
+                  high=float(expit(logit(mean) + half)), seeds=of_share.seeds)
 
 
 def _is_even(values: Sequence[float]) -> bool:
+  """Returns whether the values are all alike, but for rounding."""
   return float(np.std(values)) <= 1e-12 * abs(float(np.mean(values)))
 
 
@@ -117,8 +125,8 @@ def crossed(values_SQ: np.ndarray, weights_Q: Sequence[float] | None = None
   2.11).
 
   Args:
-    values_SQ: one of each seed and item.
-    weights_Q: of the items; None: all count alike.
+    values_SQ: the difference of each of S seeds and Q items.
+    weights_Q: the weights of the items; None: all count alike.
   """
   from scipy.special import stdtr, stdtrit
   x_SQ = np.asarray(values_SQ, float)
@@ -127,17 +135,26 @@ def crossed(values_SQ: np.ndarray, weights_Q: Sequence[float] | None = None
   if weights_Q is not None:
     x_SQ = mean + (x_SQ - mean) * weights_Q / np.mean(weights_Q)
   if Q < 2 or 1 < S < MIN_SEEDS or np.ptp(x_SQ) <= 1e-12 * abs(mean):
-    return Crossed(mean, None, None, None)
+    return Crossed(mean=mean, low=None, high=None, p=None)
+
+  # The table's mean squares: of seeds, of items, and of the rest.
+  seeds_S1 = x_SQ.mean(1, keepdims=True) - mean
+  items_Q = x_SQ.mean(0) - mean
+  rest_SQ = x_SQ - seeds_S1 - items_Q - mean
+  sums = np.array([Q * np.sum(seeds_S1 ** 2), S * np.sum(items_Q ** 2),
+                   np.sum(rest_SQ ** 2)])
   dfs = np.maximum((S - 1, Q - 1, (S - 1) * (Q - 1)), 1)
-  seeds_S1, items_Q = x_SQ.mean(1, keepdims=True) - mean, x_SQ.mean(0) - mean
-  squares = np.array([Q * np.sum(seeds_S1 ** 2), S * np.sum(items_Q ** 2),
-                      np.sum((x_SQ - seeds_S1 - items_Q - mean) ** 2)]) / dfs
+  squares = sums / dfs
+
+  # The variance of one value as the mean has it, and its degrees of freedom.
   variance = max(squares @ (1, 1, -1), squares[0])
   df = max(variance ** 2 / np.sum(squares ** 2 / dfs), S - 1)
+
+  # Student's interval and test of the mean.
   error = math.sqrt(variance / (S * Q))
   half = float(stdtrit(df, 0.975)) * error
-  return Crossed(mean, mean - half, mean + half,
-                 float(2 * stdtr(df, -abs(mean) / error)))
+  p = float(2 * stdtr(df, -abs(mean) / error))
+  return Crossed(mean=mean, low=mean - half, high=mean + half, p=p)
 
 
 def mcnemar(ours: Sequence[float], theirs: Sequence[float],
@@ -147,8 +164,10 @@ def mcnemar(ours: Sequence[float], theirs: Sequence[float],
   from scipy.stats import binomtest
   apart = np.subtract(ours, theirs, dtype=float)
   wins, losses = int(np.sum(apart > 0)), int(np.sum(apart < 0))
-  return float(binomtest(wins, wins + losses, alternative=alternative
-                         ).pvalue) if wins + losses else 1.0
+  if wins + losses == 0:
+    return 1.0
+  test = binomtest(wins, wins + losses, alternative=alternative)
+  return float(test.pvalue)
 
 
 def p_value(values: Sequence[float], pooled: Pooled | None = None
@@ -161,7 +180,9 @@ def p_value(values: Sequence[float], pooled: Pooled | None = None
   2^(1 - n), and 1 where they are all 0.
   """
   tails = _tails(values, 0.0, pooled)
-  return None if tails is None else min(2 * min(tails), 1.0)
+  if tails is None:
+    return None
+  return min(2 * min(tails), 1.0)
 
 
 def p_within(values: Sequence[float], margin: float, sign: int,
@@ -170,18 +191,21 @@ def p_within(values: Sequence[float], margin: float, sign: int,
   """Returns the p of a mean that lies between -margin and margin (the larger of
   two one-sided tests: Schuirmann 1987), and of one that is not worse than by
   the margin, where `sign` is that of an improvement."""
-  tails = [_tails(values, end, pooled) for end in (-margin, margin)]
-  if None in tails:
+  at_low_end = _tails(values, -margin, pooled)
+  at_high_end = _tails(values, margin, pooled)
+  if at_low_end is None or at_high_end is None:
     return None, None
-  above, below = tails[0][1], tails[1][0]
-  return max(above, below), above if sign > 0 else below
+  _, above = at_low_end
+  below, _ = at_high_end
+  not_worse = above if sign > 0 else below
+  return max(above, below), not_worse
 
 
 def p_below(values: Sequence[float], target: float) -> float | None:
   """Returns the one-sided p of a mean that is not below a target (Student's);
   None for too few values."""
   tails = _tails(values, target, None)
-  return tails and tails[0]
+  return None if tails is None else tails[0]
 
 
 def _tails(values: Sequence[float], center: float, pooled: Pooled | None
@@ -192,12 +216,19 @@ def _tails(values: Sequence[float], center: float, pooled: Pooled | None
   if n < MIN_SEEDS:
     return None
   mean = float(np.mean(values)) - center
-  if _is_even(values):  # of the same sign, all of them
-    return tuple(1.0 if mean * sign >= 0 else 2.0 ** -n for sign in (1, -1))
+  if _is_even(values):  # their signs are alike: the p of the sign test
+    all_alike = 2.0 ** -n
+    not_below = 1.0 if mean >= 0 else all_alike
+    not_above = 1.0 if mean <= 0 else all_alike
+    return not_below, not_above
   from scipy.special import stdtr
-  spreads = _spreads(values, pooled)
-  return tuple(max(float(stdtr(df, sign * mean * math.sqrt(n) / sd))
-                   for sd, df in spreads) for sign in (1, -1))
+  # The largest p of all spreads: each of them must find a difference.
+  not_below, not_above = [], []
+  for sd, df in _spreads(values, pooled):
+    t = mean * math.sqrt(n) / sd
+    not_below.append(float(stdtr(df, t)))
+    not_above.append(float(stdtr(df, -t)))
+  return max(not_below), max(not_above)
 
 
 def robust_p(values: Sequence[float]) -> float | None:
@@ -208,24 +239,28 @@ def robust_p(values: Sequence[float]) -> float | None:
   n = len(values)
   if n < ROBUST_SEEDS:
     return None
+  # The given signs come first: [drawn, n], a row of 1 and -1 each.
   if n <= 12:
     bits = np.arange(2 ** n)[:, None] >> np.arange(n) & 1
-  else:  # some of the signs, the given ones among them
+  else:  # some of the signs
     bits = np.random.default_rng(0).integers(2, size=(4096, n))
     bits[0] = 0
+  signs = 1 - 2 * bits
+  # The trimmed mean under each of these signs.
   cut = n // 5 if n > ROBUST_SEEDS else 0
-  of = np.sort(np.asarray(values) * (1 - 2 * bits), axis=1)[:, cut:n - cut]
-  means = np.abs(of.mean(1))
-  return float(np.mean(means >= means[0] * (1 - 1e-12)))
+  ordered = np.sort(np.asarray(values) * signs, axis=1)
+  means = np.abs(ordered[:, cut:n - cut].mean(1))
+  seen = means[0] * (1 - 1e-12)
+  return float(np.mean(means >= seen))
 
 
 class Shape(NamedTuple):
-  """What noise looks like.
+  """The shape of noise: whether it looks normal.
 
   Attributes:
     skew, outliers: the p of its skewness, and of its largest value, if it were
       normal.
-    groups: of each variant [seeds, sizes], the differences.
+    groups: the differences of each variant, [seeds, sizes].
   """
   skew: float
   outliers: float
@@ -233,7 +268,7 @@ class Shape(NamedTuple):
 
   @property
   def p(self) -> float:
-    """Of a noise that is normal."""
+    """The p of normal noise, by both together (Bonferroni)."""
     return min(2 * min(self.skew, self.outliers), 1.0)
 
   def pooled(self, of: Callable[[np.ndarray], np.ndarray]) -> Pooled | None:
@@ -241,38 +276,46 @@ class Shape(NamedTuple):
     where the noise looks normal.
 
     Args:
-      of: maps [seeds, sizes] to the [seeds] that are tested.
+      of: a function that maps [seeds, sizes] to the [seeds] that are tested.
     """
     if self.p > IRREGULAR:
       return None
-    df = sum(len(x) - 1 for x in self.groups)
-    return Pooled(math.sqrt(sum(
-        np.var(of(x)) * len(x) for x in self.groups) / df), df)
-
+    df = sum(len(group) - 1 for group in self.groups)
+    squares = sum(np.var(of(group)) * len(group) for group in self.groups)
+    return Pooled(sd=math.sqrt(squares / df), df=df)
 
   def pooled_at(self, size: int) -> Pooled | None:
     """Returns the spread at one size. It is no less, beside the median distance
     from the mean, than that of all sizes: a tail may be seen at another one."""
-    if pooled := self.pooled(lambda x: x[:, size]):
-      each = np.mean(_scaled(np.concatenate(
-          [x - np.mean(x, axis=0) for x in self.groups])) ** 2, axis=0)
-      return pooled._replace(sd=pooled.sd * math.sqrt(
-          max(each.mean() / max(each[size], 1e-300), 1.0)))
-    return None
+    pooled = self.pooled(lambda group: group[:, size])
+    if pooled is None:
+      return None
+    residuals = np.concatenate(
+        [group - np.mean(group, axis=0) for group in self.groups])
+    variances = np.mean(_scaled(residuals) ** 2, axis=0)  # [sizes]
+    more = variances.mean() / max(variances[size], 1e-300)
+    return pooled._replace(sd=pooled.sd * math.sqrt(max(more, 1.0)))
 
 
 def shape(groups: Sequence[np.ndarray]) -> Shape | None:
   """Returns the shape of the noise of paired differences: of each variant
   [seeds, sizes], all minus the same base. None where nothing tells it."""
-  groups = [x for x in groups if MIN_SEEDS <= len(x) <= MOST_SHAPED
-            and not all(map(_is_even, x.T))]
-  if not groups:
+  telling = []
+  for group in groups:
+    is_even = all(_is_even(column) for column in group.T)
+    if MIN_SEEDS <= len(group) <= MOST_SHAPED and not is_even:
+      telling.append(group)
+  if not telling:
     return None
-  residuals = np.concatenate([x - np.median(x, axis=0) for x in groups])
-  lengths = tuple(map(len, groups))
-  ps = [float(np.mean(null >= x * (1 - 1e-9))) for null, x in zip(
-      _normal_shapes(lengths, residuals.shape[1]), _shapes(residuals))]
-  return Shape(*ps, groups)
+  residuals = np.concatenate(
+      [group - np.median(group, axis=0) for group in telling])
+  skewness, largest = _shapes(residuals)
+  # How often normal noise of as many seeds has as large ones.
+  lengths = tuple(len(group) for group in telling)
+  normal_skewness, normal_largest = _normal_shapes(lengths, residuals.shape[1])
+  skew = np.mean(normal_skewness >= skewness * (1 - 1e-9))
+  outliers = np.mean(normal_largest >= largest * (1 - 1e-9))
+  return Shape(skew=float(skew), outliers=float(outliers), groups=telling)
 
 
 def _shapes(residuals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -280,9 +323,9 @@ def _shapes(residuals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   their signs."""
   z = _scaled(residuals)
   z = z - np.mean(z, (-2, -1), keepdims=True)
-  spread = np.maximum(np.mean(z ** 2, (-2, -1)), 1e-300) ** 1.5
-  return (np.abs(np.mean(z ** 3, (-2, -1))) / spread,
-          np.max(np.abs(z), (-2, -1)))
+  variance = np.maximum(np.mean(z ** 2, (-2, -1)), 1e-300)
+  skewness = np.abs(np.mean(z ** 3, (-2, -1))) / variance ** 1.5
+  return skewness, np.max(np.abs(z), (-2, -1))
 
 
 def _scaled(residuals: np.ndarray) -> np.ndarray:
@@ -296,21 +339,25 @@ def _scaled(residuals: np.ndarray) -> np.ndarray:
 @functools.lru_cache(maxsize=32)
 def _normal_shapes(lengths: tuple[int, ...], sizes: int
                    ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns what _shapes is of normal noise of variants with so many seeds."""
+  """Returns what `_shapes` gives for many draws of normal noise of variants
+  with so many seeds."""
   rng = np.random.default_rng(0)
   drawn = min(DRAWS, max(4_000_000 // (sum(lengths) * sizes), 200))
+  # All variants are beside the same base, which ties them together.
   base = rng.normal(size=(drawn, max(lengths), sizes))
-  groups = [rng.normal(size=(drawn, n, sizes)) - base[:, :n] for n in lengths]
-  return _shapes(np.concatenate(
-      [x - np.median(x, 1, keepdims=True) for x in groups], 1))
+  residuals = []
+  for n in lengths:
+    group = rng.normal(size=(drawn, n, sizes)) - base[:, :n]
+    residuals.append(group - np.median(group, 1, keepdims=True))
+  return _shapes(np.concatenate(residuals, 1))
 
 
 def shows(seeds: int, level: float) -> tuple[float, float]:
   """Returns how many standard deviations of a paired difference a mean needs to
   be significant at a level, and the least p that signs alone can have."""
   from scipy.special import stdtrit
-  return (float(stdtrit(seeds - 1, 1 - level / 2)) / math.sqrt(seeds),
-          2.0 ** (1 - seeds))
+  quantile = float(stdtrit(seeds - 1, 1 - level / 2))
+  return quantile / math.sqrt(seeds), 2.0 ** (1 - seeds)
 
 
 def corrected(p: Sequence[float | None], method: str = 'holm'
@@ -318,8 +365,8 @@ def corrected(p: Sequence[float | None], method: str = 'holm'
   """Returns the p-values as corrected for being several.
 
   Args:
-    p: of the tests; None for one that could not be done, which is a member of
-      the family all the same.
+    p: the p of each test; None for one that could not be done, which is a
+      member of the family all the same.
     method: 'holm' (Holm 1979), for the probability that any of them is wrong,
       or 'bh' (Benjamini and Hochberg 1995), for the share of wrong ones among
       those found.
@@ -332,15 +379,19 @@ def corrected(p: Sequence[float | None], method: str = 'holm'
   elif len(every):
     from scipy import stats
     every = stats.false_discovery_control(every)
-  return [None if x is None else y for x, y in zip(p, every.tolist())]
+  return [None if before is None else after
+          for before, after in zip(p, every.tolist())]
 
 
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
-  """loss(C) = floor + scale / C^exponent, fitted between `first` and `last`.
+  """A saturating power law of the compute C,
+  loss(C) = floor + scale / C^exponent, fitted between `first` and `last`.
 
   Attributes:
-    rms: of the residuals, in nats.
+    floor, scale, exponent: the constants of the law.
+    first, last: the least and the largest compute that it was fitted to.
+    rms: the root mean square of the residuals, in nats.
   """
   floor: float
   scale: float
@@ -350,15 +401,18 @@ class PowerLaw:
   rms: float
 
   def loss(self, compute):
+    """Returns the loss at a compute, or at an array of them."""
     return self.floor + self.scale * np.asarray(compute) ** -self.exponent
 
   def compute(self, loss: float) -> float | None:
     """Returns where the curve reaches `loss`; None outside what was fitted."""
     end, start = self.loss(self.last), self.loss(self.first)
     slack = 1e-9 * abs(start)  # of the arithmetic: the ends are inside
-    if not end - slack <= loss <= start + slack:
+    is_inside = end - slack <= loss <= start + slack
+    if not is_inside:
       return None
-    return float((self.scale / (loss - self.floor)) ** (1 / self.exponent))
+    ratio = self.scale / (loss - self.floor)
+    return float(ratio ** (1 / self.exponent))
 
 
 def power_law(compute: Sequence[float], loss: Sequence[float]
@@ -369,24 +423,35 @@ def power_law(compute: Sequence[float], loss: Sequence[float]
   one exponent is all there is to search, and no start has to be guessed.
   """
   x, y = np.asarray(compute, float), np.asarray(loss, float)
-  good = np.isfinite(x) & np.isfinite(y) & (x > 0)
-  x, y = x[good], y[good]
+  is_known = np.isfinite(x) & np.isfinite(y) & (x > 0)
+  x, y = x[is_known], y[is_known]
   if len(x) < MIN_POINTS or np.ptp(x) == 0:
     return None
   from scipy.optimize import minimize_scalar, nnls
   unit = np.exp(np.mean(np.log(x)))
-  linear = lambda a: nnls(np.stack([np.ones_like(x), (x / unit) ** -a], 1), y)
-  error = lambda a: linear(a)[1]
+
+  def linear(exponent: float) -> tuple[np.ndarray, float]:
+    """Returns floor and scale, and the norm of the residuals."""
+    columns = np.stack([np.ones_like(x), (x / unit) ** -exponent], 1)
+    return nnls(columns, y)
+
+  def error(exponent: float) -> float:
+    _, norm = linear(exponent)
+    return norm
+
+  # The best exponent of a grid, and then the best between its neighbours.
   tried = np.geomspace(0.01, 5.0, 60)
-  i = int(np.argmin([error(a) for a in tried]))
+  i = int(np.argmin([error(exponent) for exponent in tried]))
   bounds = tried[max(i - 1, 0)], tried[min(i + 1, len(tried) - 1)]
   best = minimize_scalar(error, bounds=bounds, method='bounded',
                          options={'xatol': 1e-10})
   (floor, scale), norm = linear(best.x)
   if scale <= 0:  # the loss did not fall
     return None
-  return PowerLaw(float(floor), float(scale * unit ** best.x), float(best.x),
-                  float(x.min()), float(x.max()), norm / math.sqrt(len(x)))
+  return PowerLaw(
+      floor=float(floor), scale=float(scale * unit ** best.x),
+      exponent=float(best.x), first=float(x.min()), last=float(x.max()),
+      rms=norm / math.sqrt(len(x)))
 
 
 def speed_up(ours: PowerLaw | None, theirs: PowerLaw | None) -> float | None:
@@ -395,9 +460,11 @@ def speed_up(ours: PowerLaw | None, theirs: PowerLaw | None) -> float | None:
   reached, so that neither curve is read where it was not measured."""
   if ours is None or theirs is None:
     return None
-  level = max(float(law.loss(law.last)) for law in (ours, theirs))
+  level = max(float(ours.loss(ours.last)), float(theirs.loss(theirs.last)))
   needed, base = ours.compute(level), theirs.compute(level)
-  return None if needed is None or base is None else base / needed
+  if needed is None or base is None:
+    return None
+  return base / needed
 
 
 def over_seeds(pairs: Sequence[tuple[PowerLaw | None, PowerLaw | None]]
@@ -405,12 +472,18 @@ def over_seeds(pairs: Sequence[tuple[PowerLaw | None, PowerLaw | None]]
   """Returns the geometric mean over seeds of speed-ups, with its interval, and
   the largest error of the fits, in nats; None where a seed gives no speed-up,
   since the seeds that give one are those that went well."""
-  ratios = [speed_up(*pair) for pair in pairs]
+  ratios = [speed_up(ours, theirs) for ours, theirs in pairs]
   if not ratios or None in ratios:
     return None, None
-  *logs, seeds = interval(np.log(ratios))
-  return (Interval(*(None if x is None else math.exp(x) for x in logs), seeds),
-          max(law.rms for pair in pairs for law in pair))
+  error = max(max(ours.rms, theirs.rms) for ours, theirs in pairs)
+  # The geometric mean is the exponential of the mean of the logarithms.
+  of_logs = interval(np.log(ratios))
+  low = high = None
+  if of_logs.low is not None:
+    low, high = math.exp(of_logs.low), math.exp(of_logs.high)
+  mean = Interval(mean=math.exp(of_logs.mean), low=low, high=high,
+                  seeds=of_logs.seeds)
+  return mean, error
 
 
 def jackknife(samples: np.ndarray, of: Callable[[np.ndarray], np.ndarray]
@@ -421,12 +494,15 @@ def jackknife(samples: np.ndarray, of: Callable[[np.ndarray], np.ndarray]
 
   Args:
     samples: [seeds, ...].
-    of: maps [...] to some numbers, of which those that are not known are NaN.
+    of: a function that maps [...] to some numbers, of which those that are not
+      known are NaN.
   """
   from scipy.special import stdtrit
   n = len(samples)
-  without = [of(np.mean(np.delete(samples, i, axis=0), axis=0))
-             for i in range(n)]
+  without = []
+  for seed in range(n):
+    others = np.delete(samples, seed, axis=0)
+    without.append(of(np.mean(others, axis=0)))
   spread = np.std(without, axis=0, ddof=1) * (n - 1) / math.sqrt(n)
   return of(np.mean(samples, axis=0)), stdtrit(n - 1, 0.975) * spread
 
@@ -441,7 +517,8 @@ def ladder(compute: np.ndarray, loss: np.ndarray, floor: float | None = None
 
   Args:
     compute, loss: [2, sizes], of the base and of the variant.
-    floor: at which the law is pinned; None: it is fitted, and is 0 or more.
+    floor: the floor at which the law is pinned; None: it is fitted, and is 0 or
+      more.
   """
   from scipy.optimize import least_squares
   unit = np.exp(np.mean(np.log(compute)))
@@ -461,12 +538,15 @@ def ladder(compute: np.ndarray, loss: np.ndarray, floor: float | None = None
   fit = least_squares(
       lambda theta: linear(theta)[1], [-1.6, 0.0], x_scale=0.1, xtol=1e-10,
       bounds=([-5.0, -3.0], [1.5, 3.0]), ftol=1e-12, gtol=1e-12)
-  exponent, factor = map(float, np.exp(fit.x))
-  lowest, scale = map(float, linear(fit.x)[0])
-  return (None, math.nan) if scale <= 0 else (PowerLaw(
-      lowest + (floor or 0.0), scale * unit ** exponent, exponent,
-      compute[0].min(), compute[0].max(), math.sqrt(2 * fit.cost / len(y))),
-                                              factor)
+  exponent, factor = np.exp(fit.x).tolist()
+  lowest, scale = linear(fit.x)[0].tolist()
+  if scale <= 0:
+    return None, math.nan
+  law = PowerLaw(
+      floor=lowest + (floor or 0.0), scale=scale * unit ** exponent,
+      exponent=exponent, first=compute[0].min(), last=compute[0].max(),
+      rms=math.sqrt(2 * fit.cost / len(y)))
+  return law, factor
 
 
 def multipliers(law: PowerLaw, compute: np.ndarray, loss: np.ndarray
@@ -477,14 +557,19 @@ def multipliers(law: PowerLaw, compute: np.ndarray, loss: np.ndarray
   what the base has spent.
 
   Args:
-    law: of the base.
+    law: the law of the base.
     compute, loss: [2, sizes], of the base and of the variant.
   """
-  above = np.maximum(law.loss(compute[0]) - law.floor, 1e-300)
-  more = np.maximum((above + loss[1] - loss[0]) / above, 1e-300)
-  needed = compute[0] * np.exp(np.minimum(-np.log(more) / law.exponent, 50))
-  inside = (needed >= law.first / REACH) & (needed <= law.last * REACH)
-  return np.where(inside, needed / compute[1], np.nan)
+  base_compute, our_compute = compute
+  base_loss, our_loss = loss
+  # How far above its floor the law is, and the share of that which is wanted.
+  above = np.maximum(law.loss(base_compute) - law.floor, 1e-300)
+  share = np.maximum((above + our_loss - base_loss) / above, 1e-300)
+  # scale / C^exponent is `share` times as much where C is this many times.
+  times = np.exp(np.minimum(-np.log(share) / law.exponent, 50))
+  needed = base_compute * times
+  is_inside = (needed >= law.first / REACH) & (needed <= law.last * REACH)
+  return np.where(is_inside, needed / our_compute, np.nan)
 
 
 def scaled(compute: np.ndarray, losses: np.ndarray, ahead: np.ndarray,
@@ -501,12 +586,14 @@ def scaled(compute: np.ndarray, losses: np.ndarray, ahead: np.ndarray,
     floor: as of `ladder`.
   """
   def figures(mean: np.ndarray) -> np.ndarray:
+    """Returns the figures of losses [2, sizes], a mean over seeds."""
     law, factor = ladder(compute, mean, floor)
     if law is None:
       return np.full(compute.shape[1] + 4, np.nan)
     base, ours = law.loss(ahead * [1.0, factor])
-    return np.array([law.floor, base, ours - base, *np.log(
-        [factor, *multipliers(law, compute, mean)])])
+    at_sizes = multipliers(law, compute, mean)
+    logs = np.log([factor, *at_sizes])
+    return np.array([law.floor, base, ours - base, *logs])
 
   return jackknife(losses, figures)
 
@@ -540,6 +627,7 @@ def _uniform(dims: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def _normal(dims: int) -> np.ndarray:
+  """Returns [DRAWS, dims]: `_uniform` as normal noise."""
   from scipy.special import ndtri
   return ndtri(_uniform(dims))
 
@@ -551,9 +639,11 @@ def _spread(df: float, column: int, dims: int) -> np.ndarray:
   by less than 1e-4 there."""
   if df > 40:
     part = 2 / (9 * df)
-    return (1 - part + _normal(dims)[:, column] * part ** 0.5) ** 1.5
+    z = _normal(dims)[:, column]
+    return (1 - part + z * part ** 0.5) ** 1.5
   from scipy.special import gammaincinv
-  return np.sqrt(2 * gammaincinv(df / 2, _uniform(dims)[:, column]) / df)
+  u = _uniform(dims)[:, column]
+  return np.sqrt(2 * gammaincinv(df / 2, u) / df)
 
 
 @functools.lru_cache(maxsize=256)
@@ -590,26 +680,36 @@ def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
   sizes, sds, shared = _sizes(sd, np.asarray(sds, float))
   if seeds < MIN_SEEDS:
     return np.full(DRAWS, np.inf)
+  # The columns of the points: one of each size, the spread that the test will
+  # see, the true spread, and what the sizes of a seed share.
   dims = sizes + 3
-  n, void = np.array([seeds]), np.array([False])
+
+  # The seeds whose runs end, and the studies whose variant is unstable.
+  n, is_void = np.array([seeds]), np.array([False])
   if rate:
-    ours, base = _lost(seeds * sizes, rate)
+    runs = seeds * sizes
+    ours, base = _lost(runs, rate)
     n = seeds - np.minimum(ours + base, seeds)
-    void = (n < MIN_SEEDS) | (
-        ours / (seeds * sizes) > limit + rate + 1e-9)
+    is_unstable = ours / runs > limit + rate + 1e-9
+    is_void = (n < MIN_SEEDS) | is_unstable
     n = np.maximum(n, MIN_SEEDS)
+
+  # The mean at each size, and the spread of the means over sizes.
   if seen is not None and seeds <= MOST_SHAPED:
     means, spread = _as_seen(seen, sds, n)
   else:
     z = _normal(dims)
-    means = (z[:, :sizes] * (1 - shared) ** 0.5 + z[:, -1:] * shared ** 0.5
-             ) * sds / np.sqrt(n)[:, None]
-    spread = np.empty(DRAWS)  # that the test is going to see
+    together = z[:, -1:] * shared ** 0.5
+    apart = z[:, :sizes] * (1 - shared) ** 0.5
+    means = (apart + together) * sds / np.sqrt(n)[:, None]
+    spread = np.empty(DRAWS)
     for k in set(n.tolist()):
       at = n == k if len(n) > 1 else slice(None)
       spread[at] = sd * _spread(float(k - 1), sizes, dims)[at]
-  half = stdtrit(n - 1, 1 - (level if within else level / 2)
-                 ) * spread / np.sqrt(n)
+
+  # What the mean over sizes must exceed, and each size must point to.
+  tail = level if within else level / 2
+  half = stdtrit(n - 1, 1 - tail) * spread / np.sqrt(n)
   if within:
     means = np.abs(np.column_stack([means, means.mean(1)]))
     half = half + means[:, -1] - means.mean(1)
@@ -617,19 +717,21 @@ def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
   if sizes > 1:
     need = np.maximum(need, means.max(1))
   need = need / _spread(round(df, 1), sizes + 1, dims)
-  return np.where(void, np.inf, need)
+  return np.where(is_void, np.inf, need)
 
 
 def _as_seen(seen: np.ndarray, sds: np.ndarray, n: np.ndarray
              ) -> tuple[np.ndarray, np.ndarray]:
   """Returns [DRAWS, sizes], the means of n seeds drawn from differences that
   were seen, and the spread of their means over the sizes."""
-  drawn = _drawn_as_seen(seen, sds, int(n.max()))
-  has = np.arange(drawn.shape[1]) < n[:, None]
-  means = np.einsum('dns,dn->ds', drawn, has * np.ones(
-      drawn.shape[:2])) / n[:, None]
-  apart = (drawn.mean(2) - means.mean(1)[:, None]) ** 2
-  return means, np.sqrt((apart * has).sum(1) / (n - 1))
+  drawn = _drawn_as_seen(seen, sds, int(n.max()))  # [DRAWS, seeds, sizes]
+  # Each study has the first n of its seeds.
+  has_seed = np.arange(drawn.shape[1]) < n[:, None]
+  mask = has_seed * np.ones(drawn.shape[:2])
+  means = np.einsum('dns,dn->ds', drawn, mask) / n[:, None]
+  squares = (drawn.mean(2) - means.mean(1)[:, None]) ** 2
+  spread = np.sqrt((squares * mask).sum(1) / (n - 1))
+  return means, spread
 
 
 def _drawn_as_seen(seen: np.ndarray, sds: np.ndarray, n: int) -> np.ndarray:
@@ -637,8 +739,11 @@ def _drawn_as_seen(seen: np.ndarray, sds: np.ndarray, n: int) -> np.ndarray:
   the two runs of a pair is the first says nothing, so each is drawn with either
   sign."""
   rng = np.random.default_rng(0)
-  return seen[rng.integers(len(seen), size=(DRAWS, n))] * rng.choice(
-      (-1, 1), size=(DRAWS, n, 1)) * (sds / np.sqrt(np.mean(seen ** 2, axis=0)))
+  pairs = rng.integers(len(seen), size=(DRAWS, n))
+  signs = rng.choice((-1, 1), size=(DRAWS, n, 1))
+  # To each size its own spread.
+  scale = sds / np.sqrt(np.mean(seen ** 2, axis=0))
+  return seen[pairs] * signs * scale
 
 
 def errs(seen: np.ndarray, sds: Sequence[float], seeds: int, level: float,
@@ -646,22 +751,34 @@ def errs(seen: np.ndarray, sds: Sequence[float], seeds: int, level: float,
   """Returns how often a variant without effect is found to have one at a level,
   in studies of so many variants whose noise is drawn from what was seen: by
   p_value, with the spread of all where a study's differences look so, too."""
-  drawn = _drawn_as_seen(seen, np.asarray(sds), seeds)
-  studies = drawn[:DRAWS // variants * variants].reshape(
-      -1, variants, *drawn.shape[1:])
-  means = studies.mean(3)
-  t = means.mean(2) / np.maximum(means.std(2, ddof=1), 1e-300) * seeds ** 0.5
   from scipy.special import stdtr
-  # The spread of all finds nothing that Student's test does not find.
-  significant = (2 * stdtr(seeds - 1, -np.abs(t)) <= level) & (
-      np.ptp(np.sign(studies.mean(2)), axis=2) == 0)
+  drawn = _drawn_as_seen(seen, np.asarray(sds), seeds)
+  whole = DRAWS // variants * variants
+  # [studies, variants, seeds, sizes]
+  studies = drawn[:whole].reshape(-1, variants, *drawn.shape[1:])
+  means = studies.mean(3)
+
+  # What Student's test finds, with one sign at all sizes. The spread of all
+  # finds nothing more, so only what is found here is looked at again.
+  spread = np.maximum(means.std(2, ddof=1), 1e-300)
+  t = means.mean(2) / spread * seeds ** 0.5
+  signs = np.sign(studies.mean(2))
+  agrees = np.ptp(signs, axis=2) == 0
+  is_found = (2 * stdtr(seeds - 1, -np.abs(t)) <= level) & agrees
+
   wrong = 0
-  for study, row, mask in zip(studies, means, significant):
-    noise = shape(study) if mask.any() else None
-    pooled = noise and noise.pooled(lambda x: x.mean(1))
-    ps = [p_value(values, pooled) for values in row[mask]]
-    wrong += sum(p is not None and p <= level for p in ps)
-  return wrong / significant.size
+  for study, study_means, found in zip(studies, means, is_found):
+    if not found.any():
+      continue
+    noise = shape(study)
+    pooled = None
+    if noise is not None:
+      pooled = noise.pooled(lambda differences: differences.mean(1))
+    for values in study_means[found]:
+      p = p_value(values, pooled)
+      if p is not None and p <= level:
+        wrong += 1
+  return wrong / is_found.size
 
 
 def _sizes(sd: float, sds: np.ndarray) -> tuple[int, np.ndarray, float]:
@@ -671,8 +788,10 @@ def _sizes(sd: float, sds: np.ndarray) -> tuple[int, np.ndarray, float]:
   apart = np.sum(sds ** 2) / sizes ** 2
   together = (np.sum(sds) / sizes) ** 2
   if sd * sd <= apart or together <= apart:
-    return sizes, sds * (sd / np.sqrt(apart) if apart else 1.0), 0.0
-  return sizes, sds, min((sd * sd - apart) / (together - apart), 1.0)
+    scale = sd / np.sqrt(apart) if apart else 1.0
+    return sizes, sds * scale, 0.0
+  correlation = (sd * sd - apart) / (together - apart)
+  return sizes, sds, min(correlation, 1.0)
 
 
 def power(effect: float, *args, **kwargs) -> float:
@@ -683,8 +802,8 @@ def power(effect: float, *args, **kwargs) -> float:
 
 def smallest_effect(wanted: float, *args, **kwargs) -> float | None:
   """Returns the effect that a share `wanted` of drawn studies finds."""
-  effect = float(np.quantile(least_effects(*args, **kwargs), wanted,
-                            method='higher'))
+  least = least_effects(*args, **kwargs)
+  effect = float(np.quantile(least, wanted, method='higher'))
   return effect if np.isfinite(effect) else None
 
 
@@ -692,7 +811,10 @@ def seeds_needed(effect: float, wanted: float, sd: float, sds, df: float,
                  level: float, **kwargs) -> int | None:
   """Returns the least number of seeds with the power `wanted`; None where
   MOST_SEEDS are too few."""
+  def is_enough(seeds: int) -> bool:
+    return power(effect, sd=sd, sds=sds, df=df, seeds=seeds, level=level,
+                 **kwargs) >= wanted
+
   numbers = range(MIN_SEEDS, MOST_SEEDS + 1)
-  at = bisect.bisect_left(numbers, True, key=lambda seeds: power(
-      effect, sd, sds, df, seeds, level, **kwargs) >= wanted)
+  at = bisect.bisect_left(numbers, True, key=is_enough)
   return numbers[at] if at < len(numbers) else None
