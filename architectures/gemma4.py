@@ -15,6 +15,7 @@ turns: rope.proportional. What E2B, E4B and 26B-A4B have beside this is refused.
 
 from architectures import gemma2, gemma3, llama
 from architectures.parts import hf
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
@@ -83,7 +84,8 @@ def _write(c: ModelConfig) -> dict:
   return layer_types.write(c) | dict(
       hidden_size_per_layer_input=0, head_dim=local.head_dim,
       num_key_value_heads=local.num_kv_heads,
-      attention_k_eq_v=whole.keys_as_values, per_layer_config={
+      attention_k_eq_v=whole.part(AttentionConfig).keys_as_values,
+      per_layer_config={
           str(n): dict(head_dim=whole.head_dim,
                        num_key_value_heads=whole.num_kv_heads)
           for n, layer in enumerate(layers)

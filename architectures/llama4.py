@@ -17,6 +17,7 @@ transformers' Llama4ForCausalLM reads one and writes it without.
 
 from architectures import llama
 from architectures.parts import hf
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
@@ -78,16 +79,18 @@ def _write(c: ModelConfig) -> dict:
   turned = [layer.position == 'rope' for layer in layers]
   require(any(turned), 'no layer of this model has positions: a llama4 '
           'config.json is of a model with some')
-  scale = max((layer.attention_log_scale for layer in layers
-               if layer.position != 'rope'), default=0.0)
+  scale = max((layer.part(AttentionConfig).attention_log_scale
+               for layer in layers if layer.position != 'rope'), default=0.0)
   rope = next(layer for layer in layers if layer.position == 'rope')
   return dict(
       layer_types=[CHUNKED if layer.attention == 'chunked' else
                    layer_types.WHOLE for layer in layers],
       no_rope_layers=[int(x) for x in turned],
       moe_layers=[n for n, layer in enumerate(layers) if layer.ffn == 'moe'],
-      attention_chunk_size=c.attention_chunk or None, use_qk_norm=rope.qk_norm,
-      attn_temperature_tuning=scale > 0, floor_scale=c.attention_log_from,
+      attention_chunk_size=c.attention_chunk or None,
+      use_qk_norm=rope.part(AttentionConfig).qk_norm,
+      attn_temperature_tuning=scale > 0,
+      floor_scale=c.part(AttentionConfig).attention_log_from,
       rope_parameters=rope_fields.write(rope, words=SCALINGS)) | (
           dict(attn_scale=scale) if scale else {})
 

@@ -34,7 +34,6 @@ from architectures.parts.recurrent import mamba2, mamba3, rwkv7, short_conv
 from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from architectures.parts.streams import residual, Streams, X
-from common.fields import leaves
 
 # What mixes the tokens of a layer: (x_BLD, context, cache) -> (y_BLD, cache,
 # report).
@@ -91,21 +90,19 @@ def mixer_of(c: ModelConfig) -> Mixer:
   return MIXERS[c.mixer]
 
 
-def readers(c: ModelConfig, field: str) -> list[ModelConfig]:
-  """Returns the configs of those kinds of layer whose mixer reads a field."""
-  return [config for config in c.distinct_layers
-          if field in mixer_of(config).fields]
-
-
 def with_state(c: ModelConfig) -> bool:
   """Whether some layers of a model read a row in one direction alone and keep
   a state of it: a recurrence, a short convolution before attention or after a
   branch, a memory by n-grams, or an indexer of blocks."""
-  return any(mixer_of(config).state or lookup.keeps(config)
-             or indexer.has_blocks(config) or config.branch_conv
-             for config in c.distinct_layers
-             ) or any(config.attention_conv
-                      for config in readers(c, 'attention_conv'))
+  for layer_ in c.distinct_layers:
+    if mixer_of(layer_).state or lookup.keeps(layer_):
+      return True
+    if indexer.has_blocks(layer_) or layer_.branch_conv:
+      return True
+    if layer_.mixer == 'attention' and layer_.part(
+        AttentionConfig).attention_conv:
+      return True
+  return False
 
 
 def empty_cache(c: ModelConfig, shape: tuple[int, ...]) -> LayerCache:
@@ -167,12 +164,8 @@ def with_entries(module: type[compressed.SWA], *fields: str) -> Mixer:
 MIXERS = {
     'attention': Mixer(
         multi_head.SelfAttention, multi_head.empty,
-        products=lambda c: {'query', 'out'} | (
-            set() if c.kv_sharing else
-            {'key'} if c.keys_as_values else {'key', 'value'}) | (
-                multi_head.gate_products(c.attention_gate)),
-        fields=('num_kv_heads', 'attention_gate', *SCORES,
-                *leaves(AttentionConfig)),
+        products=multi_head.products, settings=AttentionConfig,
+        fields=('num_kv_heads', 'attention_gate', 'attention_scale', *SCORES),
         divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads')),
         check=multi_head.check),
     'latent': Mixer(
@@ -297,9 +290,8 @@ class Block(nn.Module):
     """Returns A(x_BLD), the cache, and the report."""
     mixer = mixer_of(self.config).module(
         self.config, self.kind, name='attention')
-    y_BLD, kept, report = mixer(x_BLD, ctx, cache and cache.mixer)
-    y_BLD, cache = self._convolved(
-        'attention', y_BLD, ctx, cache and cache.replace(mixer=kept))
+    y_BLD, cache, report = self._mixed(mixer, x_BLD, ctx, cache)
+    y_BLD, cache = self._convolved('attention', y_BLD, ctx, cache)
     return y_BLD, cache, report
 
   def cross_attention(self, x_BLD: jax.Array, ctx: Context,
@@ -308,8 +300,17 @@ class Block(nn.Module):
     """Returns C(x_BLD), the cache, and the report."""
     module = multi_head.CrossAttention(
         self.config, self.kind, name='cross_attention')
-    y_BLD, mixer, report = module(x_BLD, ctx, cache and cache.mixer)
-    return y_BLD, cache and cache.replace(mixer=mixer), report
+    return self._mixed(module, x_BLD, ctx, cache)
+
+  @staticmethod
+  def _mixed(module: Callable, x_BLD: jax.Array, ctx: Context,
+             cache: Optional[LayerCache]
+             ) -> tuple[jax.Array, Optional[LayerCache], Report]:
+    """Returns what a mixer makes of x, the layer's cache, and the report."""
+    if cache is None:
+      return module(x_BLD, ctx, None)
+    y_BLD, mixer, report = module(x_BLD, ctx, cache.mixer)
+    return y_BLD, cache.replace(mixer=mixer), report
 
   def ffn(self, x_BLD: jax.Array, ctx: Context, cache: Optional[LayerCache]
           ) -> tuple[jax.Array, Optional[LayerCache], Report]:

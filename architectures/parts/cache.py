@@ -163,7 +163,7 @@ def _from_bits(x: Optional[jax.Array]) -> Optional[jax.Array]:
 
 @struct.dataclass
 class LayerCache:
-  """What a layer keeps of the tokens that it has read.
+  """The cache of one layer: all that it keeps of the tokens that it has read.
 
   Attributes:
     mixer: what its mixer keeps: a Cache, or a state.
@@ -176,7 +176,8 @@ class LayerCache:
   inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
-# What Cache.write puts into an entry, by name; {}: its mixer keeps a state.
+# The arrays that Cache.write puts into an entry, by name; {}: its mixer keeps a
+# state.
 Slots = Optional[tuple[dict[str, Optional[jax.Array]], ...]]
 
 

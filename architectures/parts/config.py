@@ -86,7 +86,7 @@ MOST_WIDE = 2**20  # more would be no matrices that a device can index
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(AttentionConfig):
+class ModelConfig:
   """A model: its sizes and choices, with the derived ones filled in, and the
   parts that were chosen, each a value of its own class."""
   arch: str = field('gpt', 'a page of architectures/')
@@ -179,6 +179,9 @@ class ModelConfig(AttentionConfig):
   attention_chunk: int = field(
       0, 'The tokens of a chunk, within which a chunked layer sees keys.',
       resume=FUNCTION)
+  attention_scale: float = field(
+      0.0, 'The factor of the scores; derived: head_dim ** -0.5 (with mup: '
+      'that of the base).', least=0, resume=FUNCTION, of_layers=True)
   attention_softcap: float = field(
       0.0, 'bounds the attention scores; 0: none', least=0, resume=FUNCTION,
       of_layers=True)
@@ -299,7 +302,7 @@ class ModelConfig(AttentionConfig):
   def waits(self) -> dict[str, Wait]:
     """Returns the fields that nothing reads as others are, with what each of
     them waits for."""
-    waits = super().waits()
+    waits = {}
     if not self.attention_bias:
       waits['attention_out_bias'] = Wait('attention_bias', 'is set')
     if self.parametrization != 'mup':
@@ -380,15 +383,19 @@ class ModelConfig(AttentionConfig):
                    'sliding_window': window} | overrides
     # Fields of parts, by their groups.
     of_rope = overrides.pop('rope', {})
-    of_moe = {}
+    of_moe, of_attention = {}, {}
     if 'router' in overrides:
       of_moe['router'] = overrides.pop('router')
+    for field_ in dataclasses.fields(AttentionConfig):
+      if field_.name in overrides:
+        of_attention[field_.name] = overrides.pop(field_.name)
     parts = []
     for part in self.parts:
       group = getattr(part, 'GROUP', '')
       if group == 'moe' and overrides.get('ffn') == kinds.DENSE:
         overrides['ffn'] = part.ffn if self.ffn == 'moe' else self.ffn
-      changes = {'rope': of_rope, 'moe': of_moe}.get(group)
+      changes = {'rope': of_rope, 'moe': of_moe,
+                 AttentionConfig.GROUP: of_attention}.get(group)
       parts.append(dataclasses.replace(part, **changes) if changes else part)
     if overrides.get('ffn') == kinds.DENSE:
       overrides['ffn'] = self.ffn
@@ -407,6 +414,12 @@ class ModelConfig(AttentionConfig):
     """The kinds of all layers, each once, in the order of the layers."""
     first, period, last = self.names_of_layers
     return tuple(dict.fromkeys((*first, *period, *last)))
+
+  @property
+  def shares_keys(self) -> bool:
+    """Whether a layer is to read the keys and values of one before it."""
+    attention = self.find(AttentionConfig)
+    return attention is not None and attention.kv_sharing
 
   @property
   def has_experts(self) -> bool:
@@ -448,10 +461,16 @@ def _source(layers: list[ModelConfig], i: int, first: int) -> int | None:
   """Returns which layer lends its keys and values to layer i of those from
   `first` on: the nearest one before it that has some, of as many tokens."""
   reader = layers[first + i]
-  sees = lambda c: (c.mixer, c.attention,
-                    c.attention != 'global' and c.sliding_window)
-  if not reader.kv_sharing:
+  if not reader.shares_keys:
     return None
-  return next((j for j in reversed(range(-first, i))
-               if not layers[first + j].kv_sharing
-               and sees(layers[first + j]) == sees(reader)), None)
+  for j in reversed(range(-first, i)):
+    lender = layers[first + j]
+    if not lender.shares_keys and _sees(lender) == _sees(reader):
+      return j
+  return None
+
+
+def _sees(layer: ModelConfig) -> tuple:
+  """Returns what decides which tokens a layer sees."""
+  window = layer.sliding_window if layer.attention != 'global' else 0
+  return layer.mixer, layer.attention, window

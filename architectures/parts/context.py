@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 @struct.dataclass
 class Distances:
-  """What a position encoding makes of distances, once for all layers.
+  """The result of a position encoding for distances, made once for all layers.
 
   Attributes:
     bias_BHLM: added to the scores of self-attention.
@@ -24,7 +24,7 @@ class Distances:
 
 @struct.dataclass
 class Memory:
-  """What cross-attention reads: the result of an encoder.
+  """The memory that cross-attention reads: the result of an encoder.
 
   Attributes:
     x_BMD: the result; None: a cache has its keys and values already.
@@ -55,7 +55,7 @@ class Keys:
 
 @struct.dataclass
 class Shared:
-  """What the attention of one layer has to do with that of others.
+  """The arrays that the attention of one layer shares with that of others.
 
   Attributes:
     first: the values of the first layer, with model.value_residual.
@@ -69,7 +69,7 @@ class Shared:
 
 @struct.dataclass
 class Context:
-  """What every layer of a stack is told, besides its input.
+  """The facts that every layer of a stack is told, besides its input.
 
   Attributes:
     positions_BL: where the tokens stand.

@@ -48,21 +48,33 @@ def _groups() -> dict[str, type]:
 
 GROUPS = _groups()
 _GROUP_OF = {kind: group for group, kind in GROUPS.items()}
+PLAIN = AttentionConfig.GROUP  # which no name has before its dot
+
+
+def fields_of(group: str) -> dict[str, declared.Leaf]:
+  """Returns the fields of a part by their flat names. Those of plain attention
+  have no group before them."""
+  return declared.leaves(GROUPS[group], '' if group == PLAIN else f'{group}.')
 
 
 def _fields() -> dict[str, declared.Leaf]:
-  """Returns all fields but `kinds`; those of one mixer come last."""
-  model = declared.leaves(ModelConfig)
-  of_attention = declared.leaves(AttentionConfig)
-  names = [name for name in model if name not in of_attention]
-  fields = {name: model[name] for name in (*names, *of_attention)}
-  for group, kind in GROUPS.items():
-    fields |= declared.leaves(kind, f'{group}.')
+  """Returns all fields of config.model but `kinds`, by their flat names."""
+  fields = declared.leaves(ModelConfig)
+  for group in (PLAIN, *GROUPS):
+    fields |= fields_of(group)
   return fields
 
 
-# All fields of config.model but `kinds`, by their flat names.
+def _groups_of_names() -> dict[str, str]:
+  """Returns the group of each name that is a part's."""
+  names = {}
+  for group in GROUPS:
+    names |= dict.fromkeys(fields_of(group), group)
+  return names
+
+
 FIELDS = _fields()
+_GROUP_OF_NAME = _groups_of_names()
 DEFAULTS = {name: leaf.default for name, leaf in FIELDS.items()}
 
 
@@ -116,7 +128,8 @@ _NAMES = [*defaults()]
 def refresh() -> None:
   """Reads the tables again, to which a file from outside has added entries."""
   for known, read in (
-      (GROUPS, _groups), (FIELDS, _fields), (OF_LAYERS, _of_layers),
+      (GROUPS, _groups), (FIELDS, _fields),
+      (_GROUP_OF_NAME, _groups_of_names), (OF_LAYERS, _of_layers),
       (_CLAIMS, _claims), (_ALWAYS, _unclaimed)):
     known.clear()
     known.update(read())
@@ -131,11 +144,15 @@ def refresh() -> None:
 def get(c: ModelConfig, name: str) -> Any:
   """Returns a field of the model by its flat name; of a part that is not there
   its default."""
-  group, _, last = name.rpartition('.')
-  if not group:
-    return getattr(c, name)
-  part = c.lora if group == LORA else c.find(GROUPS[group])
-  return DEFAULTS[name] if part is None else getattr(part, last)
+  group = _GROUP_OF_NAME.get(name, '')
+  part: Any = c
+  if group == LORA:
+    part = c.lora
+  elif group:
+    part = c.find(GROUPS[group])
+  if part is None:
+    return DEFAULTS[name]
+  return getattr(part, name.rpartition('.')[2])
 
 
 def group_of(part: Any) -> str:
@@ -147,11 +164,12 @@ def group_of(part: Any) -> str:
 def as_dict(c: ModelConfig) -> dict[str, Any]:
   """Returns the fields as nested dicts, of which `make` makes `c` again."""
   tree: dict[str, Any] = {
-      name: getattr(c, name) for name in FIELDS if '.' not in name}
+      name: getattr(c, name) for name in FIELDS if name not in _GROUP_OF_NAME}
   tree['kinds'] = {name: _copied(kind) for name, kind in c.kinds.items()}
   tree[LORA] = dataclasses.asdict(c.lora)
   for part in c.parts:
-    tree[group_of(part)] = dataclasses.asdict(part)
+    group, fields = group_of(part), dataclasses.asdict(part)
+    tree |= fields if group == PLAIN else {group: fields}
   return tree
 
 
@@ -190,7 +208,7 @@ _CLAIMS = _claims()
 def _unclaimed() -> set[str]:
   """Returns the names that every model takes."""
   return {name for name in FIELDS if name not in _CLAIMS
-          and name.rpartition('.')[0] not in _CLAIMS}
+          and _GROUP_OF_NAME.get(name) not in _CLAIMS}
 
 
 _ALWAYS = _unclaimed()
@@ -203,8 +221,7 @@ def _names_of(selector: str, entry: str) -> frozenset[str]:
   taken = set()
   for name in _listed(selector, entry):
     if name in GROUPS:
-      fields = declared.leaves(GROUPS[name], f'{name}.')
-      taken |= {field for field in fields if field not in _CLAIMS}
+      taken |= {field for field in fields_of(name) if field not in _CLAIMS}
     else:
       taken.add(name)
   return frozenset(taken)
@@ -233,9 +250,11 @@ def _waiting(c: ModelConfig) -> dict[str, Wait]:
   waiting = c.waits()
   for part in (c.lora, *c.parts):
     if hasattr(part, 'waits'):
-      group = group_of(part)
-      waiting |= {f'{group}.{name}': wait
-                  for name, wait in part.waits(c).items()}
+      waits = part.waits(c)
+      for name in fields_of(group_of(part)):
+        last = name.rpartition('.')[2]
+        if last in waits:
+          waiting[name] = waits[last]
   moe = c.find(MoEConfig)
   if c.ffn == NO_FFN:
     for name in ('d_ff', 'ffn_bias', 'ffn_dropout'):
@@ -327,7 +346,7 @@ def unread(c: ModelConfig, tree: Mapping[str, Any] | None = None
 def _why(name: str, waiting: Mapping[str, Wait]) -> Optional[Unread]:
   """Returns when a field is read; None: always."""
   clauses, others = [], []
-  for owned in (name.rpartition('.')[0], name):
+  for owned in (_GROUP_OF_NAME.get(name, ''), name):
     claims = _CLAIMS.get(owned, {})
     if claims:
       clauses.append(' or '.join(
@@ -425,7 +444,11 @@ def _sources_of_nothing(c: ModelConfig, tree: Mapping[str, Any]
 def _part(kind: type, tree: Mapping[str, Any], c: Sizes) -> Any:
   """Returns the part of a class, of the fields in `tree` or at their defaults,
   with what follows from the sizes of the model."""
-  part = kind(**tree.get(group_of(kind), {}))
+  group = group_of(kind)
+  fields = tree.get(group, {})
+  if group == PLAIN:
+    fields = {name: tree[name] for name in fields_of(group) if name in tree}
+  part = kind(**fields)
   return part.derived(c) if hasattr(part, 'derived') else part
 
 
@@ -461,14 +484,14 @@ def make(tree: Mapping[str, Any]) -> ModelConfig:
   kinds = tree.get('kinds', {})
   # The fields that are in no part, and the parts of all layers.
   own = _derived({name: value for name, value in fields.items()
-                  if '.' not in name}, kinds)
+                  if name not in _GROUP_OF_NAME}, kinds)
   c = ModelConfig(**own)
   fields['head'] = own['head']
   names = _chosen(fields)
   for kind in c.kinds_used:
     if kind in kinds:  # else it is refused later
       names |= _chosen(_choices_of(fields, kinds[kind]))
-  groups = {name.rpartition('.')[0] for name in names} - {'', LORA}
+  groups = {_GROUP_OF_NAME.get(name) for name in names} - {None, LORA}
   parts = [_part(GROUPS[group], tree, c) for group in GROUPS
            if group in groups]
   c = dataclasses.replace(c, lora=_part(LoraConfig, tree, c),

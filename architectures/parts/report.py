@@ -10,7 +10,7 @@ from architectures.parts.context import First, Keys
 
 @struct.dataclass
 class Report:
-  """What a layer, or a part of it, says of what it did.
+  """The things that a layer, or a part of it, says of its work.
 
   Attributes:
     losses: what it adds to the training loss, by name.

@@ -30,6 +30,7 @@ import numpy as np
 from architectures.parts import blocks, heads, layers, positions, sharding
 from architectures.parts import streams
 from architectures.parts.attention import steps
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.blocks import BLOCKS, branches
 from architectures.parts.cache import apart, Cache, joined, LayerCache, Slots
 from architectures.parts.config import LayerKind, ModelConfig, Section
@@ -380,9 +381,11 @@ class Stack(nn.Module):
     inputs_BLD = x_BLD
     if any(layer.memory == 'per_layer' for layer in c.distinct_layers):
       ctx = ctx.replace(embedded_BLD=x_BLD)
-    first = (steps.first_values(
-        blocks.readers(c, 'value_residual')[0], x_BLD)
-             if c.value_residual else None)
+    first, attention = None, c.find(AttentionConfig)
+    if attention is not None and attention.value_residual:
+      readers = [layer for layer in c.distinct_layers
+                 if layer.mixer == 'attention']
+      first = steps.first_values(readers[0], x_BLD)
     kinds = sum((section.layers for section in self.sections), ())
     x = streams.begin_streams(c, x_BLD, branches(c, kinds))
     (x, _), sections = run((x, first), cache, ctx)

@@ -87,7 +87,7 @@ SCALE = 0.01  # the initial factor s of what depends on the token
 
 @dataclasses.dataclass(frozen=True)
 class StreamsConfig:
-  """Of a residual that is not plain."""
+  """The fields of a residual that is not plain."""
   GROUP = 'streams'
   count: int = field(4, 'number of streams, for hyper, mhc and gated', least=2,
                      resume=SHAPES)
@@ -109,7 +109,7 @@ class StreamsConfig:
 
 @struct.dataclass
 class Streams:
-  """What goes from layer to layer, where that is not one array.
+  """The state that goes from layer to layer, where that is not one array.
 
   Attributes:
     x_BLUD: the streams, or what is attended to; slots not yet written are 0.

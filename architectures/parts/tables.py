@@ -19,6 +19,7 @@ from architectures.parts import skeletons
 from architectures.parts import streams
 from architectures.parts.attention import kernels
 from architectures.parts.attention import multi_head
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.heads import GeneratorConfig
@@ -137,7 +138,7 @@ def _check_pattern(c: ModelConfig) -> None:
     for kind in section.kinds:
       if kind.name:
         _check_position(c, kind.name)
-      if c.of_kind(kind.name).kv_sharing:
+      if c.of_kind(kind.name).shares_keys:
         _check_sharing(c, kind, section.kinds, sections[0].kinds)
 
 
@@ -213,10 +214,11 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
 
 def _check_values(c: ModelConfig) -> None:
   """Raises RequestError where the first layer's values fit no other layer."""
-  if not c.value_residual:
+  attention = c.find(AttentionConfig)
+  if attention is None or not attention.value_residual:
     return
   sizes = {(layer.num_kv_heads, layer.head_dim)
-           for layer in blocks.readers(c, 'value_residual')}
+           for layer in c.distinct_layers if layer.mixer == 'attention'}
   if len(sizes) != 1:
     raise RequestError(
         'model.value_residual is True, but the values of the kinds of layer '
@@ -295,7 +297,7 @@ def _check_stack(c: ModelConfig, stack: str,
       ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
       ('pooling', 'cls', 'encoder'), ('embed_dim', 0, 'encoder'),
       ('mtp_depth', 0, 'decoder'),
-      ('attention_conv', 0, 'decoder'), ('branch_conv', 0, 'decoder'),
+      ('branch_conv', 0, 'decoder'),
       ('memory', lookup.NO_MEMORY, 'decoder'),
       # training/optim/mup.py has rules for the parameters of decoders alone.
       ('parametrization', 'standard', 'decoder'),
@@ -307,6 +309,15 @@ def _check_stack(c: ModelConfig, stack: str,
             f'model.{field} {value!r} has no meaning with model.arch '
             f'{c.arch!r}: set it to {rest!r}, or choose model.arch from '
             f'{", ".join(archs(kind))}')
+  attention = c.find(AttentionConfig)
+  if stack != 'decoder' and attention is not None:
+    for layer in layers_:
+      conv = layer.part(AttentionConfig).attention_conv
+      if conv:
+        raise RequestError(
+            f'model.attention_conv {conv!r} has no meaning with model.arch '
+            f'{c.arch!r}: set it to 0, or choose model.arch from '
+            f'{", ".join(archs("decoder"))}')
   if c.ffn == NO_FFN and stack == 'encoder':
     raise RequestError(
         f'model.ffn is {NO_FFN!r}, and the head of masked words of model.arch '

@@ -9,6 +9,7 @@ import numpy as np
 
 import architectures
 from architectures.parts import lookup
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.attention.multi_head import SelfAttention
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
@@ -163,7 +164,7 @@ def _inkling(c, x, query, key, value, out, query_scale, profile, profiles):
   import torch
   from transformers.models.inkling import modeling_inkling as inkling
   from transformers.models.inkling2 import modeling_inkling2 as inkling2
-  clip = inkling2.Inkling2L2Clip(c.qk_clip)
+  clip = inkling2.Inkling2L2Clip(c.part(AttentionConfig).qk_clip)
   q, k, v, r = (torch.einsum('bld,dhk->blhk', x, w)
                 for w in (query, key, value, profile))
   bias = inkling.InklingRelativeLogits(*profiles.shape)

@@ -35,6 +35,7 @@ import ml_collections
 
 import architectures
 from architectures.parts import layers
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.config import Kinds, ModelConfig
 from architectures.parts.loops import LoopsConfig
 from architectures.parts.moe import routing
@@ -219,8 +220,10 @@ def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
 
 def without_sharing(c: ModelConfig) -> ModelConfig:
   """Returns the model whose layers all have keys and values of their own."""
-  return dataclasses.replace(c, kv_sharing=False, kinds=Kinds(
-      {name: dict(kind, kv_sharing=False) for name, kind in c.kinds.items()}))
+  kinds = {name: dict(kind, kv_sharing=False)
+           for name, kind in c.kinds.items()}
+  return dataclasses.replace(c, kinds=Kinds(kinds)).with_part(
+      AttentionConfig, kv_sharing=False)
 
 
 def _row_flops(c: ModelConfig, program: Any, *args, unread: int = 0,

@@ -11,11 +11,11 @@ have no answer, that has the score of the null token, start_0 + end_0, the
 lowest of the windows: each window has to agree (section 4.3). The answer is the
 best stretch unless the null score is higher by more than a threshold.
 
-Of an answer neither case counts, nor punctuation, nor the articles a, an and
+In an answer neither case counts, nor punctuation, nor the articles a, an and
 the, nor how much space there is. `exact` is whether what is left is the same;
-`f1` that of the words, as often as they stand there. Of several right answers
-the best one counts. A question without an answer has the answer '', which only
-'' equals. Figures are percentages, as the scripts give them.
+`f1` that of the words, as often as they stand there. Where several answers are
+right the best one counts. A question without an answer has the answer '', which
+only '' equals. Figures are percentages, as the scripts give them.
 """
 
 import collections
@@ -41,10 +41,10 @@ _PUNCTUATION = str.maketrans('', '', string.punctuation)
 
 
 class Window(NamedTuple):
-  """What the model says of one window of a context.
+  """The scores of one window of a context.
 
   Attributes:
-    starts_T, ends_T: [T], scores of the context's tokens that it shows.
+    starts_T, ends_T: [T], the scores of the context's tokens that it shows.
     spans_T2: [T, 2], the characters that each stands for.
     null: the score of no answer.
   """
@@ -72,20 +72,34 @@ def n_best(context: str, window: Window, most: int, count: int
   """Returns the scores of the best `count` stretches of a window, best first,
   by the first of their characters and the one after the last; of equals the
   earlier and shorter one. Space alone is no stretch, and what several tokens of
-  one character make is one."""
+  one character make is one.
+
+  Args:
+    context: the text that the window shows.
+    window: the window.
+    most: tokens of a stretch.
+    count: how many of the best stretches are wanted.
+  """
+  # The score of each stretch, of S tokens at most.
   T = len(window.starts_T)
-  last_TS = np.arange(T)[:, None] + np.arange(min(most, T))[None]
-  ends_T = np.append(window.ends_T, -np.inf)
-  flat = (window.starts_T[:, None] + ends_T[np.minimum(last_TS, T)]).reshape(-1)
-  scores: dict[tuple[int, int], float] = {}
-  for i in np.argsort(-flat, kind='stable'):
-    if len(scores) == count or not np.isfinite(flat[i]):
+  S = min(most, T)
+  last_TS = np.arange(T)[:, None] + np.arange(S)[None]
+  ends_T = np.append(window.ends_T, -np.inf)  # there is no token past the last
+  ends_TS = ends_T[np.minimum(last_TS, T)]
+  scores_TS = window.starts_T[:, None] + ends_TS
+
+  # The best ones; a stable sort leaves equals in order.
+  best_scores: dict[tuple[int, int], float] = {}
+  for place in np.argsort(-scores_TS, axis=None, kind='stable'):
+    first, more = divmod(int(place), S)
+    score = float(scores_TS[first, more])
+    if len(best_scores) == count or not np.isfinite(score):
       break
-    place = (int(window.spans_T2[i // last_TS.shape[1], 0]),
-             int(window.spans_T2[last_TS.flat[i], 1]))
-    if place not in scores and context[slice(*place)].strip():
-      scores[place] = float(flat[i])
-  return scores
+    start = int(window.spans_T2[first, 0])
+    end = int(window.spans_T2[first + more, 1])
+    if (start, end) not in best_scores and context[start:end].strip():
+      best_scores[start, end] = score
+  return best_scores
 
 
 def best(context: str, windows: Sequence[Window], *, most: int, count: int,
@@ -94,23 +108,31 @@ def best(context: str, windows: Sequence[Window], *, most: int, count: int,
 
   Args:
     context: the text that the windows show.
-    windows: of it, which together show all of it.
+    windows: its windows, which together show all of it.
     most: tokens of a stretch.
     count: how many of the best stretches are wanted.
     may_be_null: whether there may be no answer.
     threshold: how much higher the null score has to be for that.
   """
+  # The best score of each stretch.
   scores: dict[tuple[int, int], float] = {}
   for window in windows:
     for place, value in n_best(context, window, most, count).items():
       scores[place] = max(value, scores.get(place, -np.inf))
   ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
-  stretches = [(context[first:end].strip(), first, value)
-               for (first, end), value in ranked[:count]]
+  stretches = []
+  for (first, end), value in ranked[:count]:
+    stretches.append((context[first:end].strip(), first, value))
+  if not stretches:
+    return Best(text='', stretches=[], null_minus_best=NEVER)
+
+  # Each window has to agree that there is no answer.
   null = min(window.null for window in windows)
-  gap = null - stretches[0][2] if stretches else NEVER
-  none = not stretches or may_be_null and gap > threshold
-  return Best('' if none else stretches[0][0], stretches, float(gap))
+  text, _, highest = stretches[0]
+  gap = float(null - highest)
+  if may_be_null and gap > threshold:
+    text = ''
+  return Best(text=text, stretches=stretches, null_minus_best=gap)
 
 
 def answers(view: Questions, scores: Sequence[np.ndarray], kind: str,
@@ -121,27 +143,35 @@ def answers(view: Questions, scores: Sequence[np.ndarray], kind: str,
 
   Args:
     view: the questions.
-    scores: of each item, [L, 2]: of its row's tokens, padding or not.
+    scores: the scores of each item, [L, 2]: of its row's tokens, padding or
+      not.
     kind: what the model stacks, as architectures.stack names it.
     options: max_answer_length, n_best and null_threshold.
   """
+  # The windows of each question.
   windows: list[list[Window]] = [[] for _ in view.questions]
   for item, scores_L2 in zip(view.items, scores, strict=True):
-    size, begin = len(item.context), labelled.begin(item)
     scores_L2 = np.asarray(scores_L2, np.float64)
-    starts_T, ends_T = scores_L2[begin:begin + size].T
-    spans_T2 = view.contexts[item.asked][1][item.first:item.first + size]
-    null = float(scores_L2[labelled.null_place(item, kind)].sum())
-    windows[item.asked].append(Window(starts_T, ends_T, spans_T2, null))
-  none = any(not question.answers for question in view.questions)
-  return [best(context, shown, most=options.max_answer_length,
-               count=options.n_best, may_be_null=none,
-               threshold=options.null_threshold)
-          for (context, _), shown in zip(view.contexts, windows, strict=True)]
+    size, begin = len(item.context), labelled.begin(item)
+    shown_T2 = scores_L2[begin:begin + size]
+    _, spans = view.contexts[item.asked]
+    null = scores_L2[labelled.null_place(item, kind)].sum()
+    windows[item.asked].append(Window(
+        starts_T=shown_T2[:, 0], ends_T=shown_T2[:, 1],
+        spans_T2=spans[item.first:item.first + size], null=float(null)))
+
+  # Their answers.
+  may_be_null = not all(question.answers for question in view.questions)
+  chosen = []
+  for (context, _), shown in zip(view.contexts, windows, strict=True):
+    chosen.append(best(
+        context, shown, most=options.max_answer_length, count=options.n_best,
+        may_be_null=may_be_null, threshold=options.null_threshold))
+  return chosen
 
 
 def normalised(answer: str) -> str:
-  """Returns what counts of an answer: its words, with one space between."""
+  """Returns what counts in an answer: its words, with one space between."""
   text = answer.lower().translate(_PUNCTUATION)
   return ' '.join(_ARTICLES.sub(' ', text).split())
 
@@ -149,20 +179,22 @@ def normalised(answer: str) -> str:
 def score(answer: str, right: Sequence[str]) -> tuple[float, float]:
   """Returns the best `exact` and `f1` of an answer, from 0 to 1, over the right
   ones; (): '' is right."""
-  predicted = normalised(answer)
   # Right answers of punctuation or an article alone are left out, as in v2.0.
-  golds = [gold for gold in map(normalised, right) if gold] or ['']
-  return (float(max(gold == predicted for gold in golds)),
-          max(_f1(gold.split(), predicted.split()) for gold in golds))
+  golds = [normalised(text) for text in right]
+  golds = [gold for gold in golds if gold] or ['']
+  predicted = normalised(answer)
+  exact = float(predicted in golds)
+  f1 = max(_f1(gold.split(), predicted.split()) for gold in golds)
+  return exact, f1
 
 
 def _f1(gold: Sequence[str], predicted: Sequence[str]) -> float:
+  """Returns the F1 of the words of an answer: 2 p r / (p + r), with the
+  precision p = same / predicted and the recall r = same / gold."""
   if not gold or not predicted:
     return float(gold == predicted)
-  same = sum((collections.Counter(gold)
-              & collections.Counter(predicted)).values())
-  # 2 p r / (p + r), with p = same / predicted and r = same / gold.
-  return 2 * same / (len(gold) + len(predicted))
+  common = collections.Counter(gold) & collections.Counter(predicted)
+  return 2 * common.total() / (len(gold) + len(predicted))
 
 
 def rules(predictions: Sequence[str], right: Sequence[Sequence[str]]
@@ -170,50 +202,62 @@ def rules(predictions: Sequence[str], right: Sequence[Sequence[str]]
   """Returns the figures of the official scripts, in percent.
 
   Args:
-    predictions: of each question, what was found; '': that it has no answer.
-    right: of each question, the right answers; (): it has none.
+    predictions: the answer that was found to each question; '': that it has
+      none.
+    right: the right answers to each question; (): it has none.
 
   Returns:
     exact, f1, total; where some questions have no answer also HasAns_exact, ...
     and NoAns_exact, ..., as evaluate-v2.0.py names them.
   """
-  scores_N2 = np.array([score(*pair) for pair in zip(predictions, right,
-                                                     strict=True)])
+  scores_N2 = np.array([score(answer, texts) for answer, texts in zip(
+      predictions, right, strict=True)])
   answered_N = np.array([bool(texts) for texts in right])
   parts = {'': np.ones(len(right), bool)}
   if not answered_N.all():
-    parts |= {'HasAns_': answered_N, 'NoAns_': ~answered_N}
+    parts['HasAns_'] = answered_N
+    parts['NoAns_'] = ~answered_N
   figures: dict[str, Any] = {}
   for prefix, chosen_N in parts.items():
-    if chosen_N.any():
-      exact, f1 = 100 * scores_N2[chosen_N].mean(0)
-      figures |= {f'{prefix}exact': float(exact), f'{prefix}f1': float(f1),
-                  f'{prefix}total': int(chosen_N.sum())}
+    if not chosen_N.any():
+      continue
+    exact, f1 = 100 * scores_N2[chosen_N].mean(0)
+    figures[f'{prefix}exact'] = float(exact)
+    figures[f'{prefix}f1'] = float(f1)
+    figures[f'{prefix}total'] = int(chosen_N.sum())
   return figures
 
 
 def figures(view: Questions, predictions: Sequence[Best]) -> dict[str, Any]:
   """Returns the figures of SQuAD's scripts, in percent."""
-  right = [[text for text, _ in question.answers]
-           for question in view.questions]
-  overall = rules([answer.text for answer in predictions], right)
-  scores_N2 = 100 * np.array([score(answer.text, texts)
-                              for answer, texts in zip(predictions, right)])
-  names = [(question.question, context) for question, (context, _) in zip(
-      view.questions, view.contexts)]
-  return overall | {'items': {kind: items.of(scores_N, names) for kind, scores_N
-                              in zip(('exact', 'f1'), scores_N2.T)}}
+  # Over all questions.
+  right = []
+  for question in view.questions:
+    right.append([text for text, _ in question.answers])
+  found = [answer.text for answer in predictions]
+  overall = rules(found, right)
+
+  # For each question.
+  scores_N2 = 100 * np.array([score(answer, texts)
+                              for answer, texts in zip(found, right)])
+  names = []
+  for question, (context, _) in zip(view.questions, view.contexts):
+    names.append((question.question, context))
+  overall['items'] = {'exact': items.of(scores_N2[:, 0], names),
+                      'f1': items.of(scores_N2[:, 1], names)}
+  return overall
 
 
 def lines(figures: dict[str, Any]) -> list[str]:
   """Returns `figures` for a reader."""
+  parts = {'HasAns': 'of those with an answer', 'NoAns': 'without'}
   report = [f'{figures["total"]:,} questions']
-  for kind in 'exact', 'f1':
-    parts = ''.join(
-        f', {words} {figures[f"{part}_{kind}"]:.2f}' for part, words in (
-            ('HasAns', 'of those with an answer'), ('NoAns', 'without'))
-        if f'{part}_{kind}' in figures)
-    report.append(f'  {kind:<16} {figures[kind]:.2f}{parts}')
+  for kind in ('exact', 'f1'):
+    line = f'  {kind:<16} {figures[kind]:.2f}'
+    for part, words in parts.items():
+      if f'{part}_{kind}' in figures:
+        line += f', {words} {figures[f"{part}_{kind}"]:.2f}'
+    report.append(line)
   return report
 
 
@@ -231,23 +275,30 @@ def written(view: Questions, predictions: Sequence[Best]) -> dict[str, str]:
 
   '': {question: answer}, as evaluate-v2.0.py reads it; 'nbest': {question: the
   best answers}; 'null_odds': {question: how much higher the null score is},
-  which that script reads as --na-prob-file. Of `view`, check_ids holds.
+  which that script reads as --na-prob-file. `check_ids` holds for the view.
   """
-  names = [question.id for question in view.questions]
-  return {kind: json.dumps(dict(zip(names, values)), indent=1,
-                           ensure_ascii=False) + '\n'
-          for kind, values in {
-              '': [answer.text for answer in predictions],
-              'nbest': map(_n_best_json, predictions),
-              'null_odds': [answer.null_minus_best for answer in predictions],
-          }.items()}
+  best_texts, stretches, odds = {}, {}, {}
+  for question, answer in zip(view.questions, predictions):
+    best_texts[question.id] = answer.text
+    stretches[question.id] = _n_best_json(answer)
+    odds[question.id] = answer.null_minus_best
+  return {'': _json(best_texts), 'nbest': _json(stretches),
+          'null_odds': _json(odds)}
+
+
+def _json(by_question: dict[str, Any]) -> str:
+  """Returns the text of a JSON file."""
+  return json.dumps(by_question, indent=1, ensure_ascii=False) + '\n'
 
 
 def _n_best_json(answer: Best) -> list[dict[str, Any]]:
   """Returns the best stretches with their probabilities among one another, as
   the predictions of BERT's code have them."""
-  scores = np.array([value for _, _, value in answer.stretches])
+  scores = np.array([score for _, _, score in answer.stretches])
   shares = np.exp(scores - scores.max(initial=-np.inf))
-  return [dict(text=text, start=first, score=value, probability=float(share))
-          for (text, first, value), share in zip(
-              answer.stretches, shares / shares.sum())]
+  shares /= shares.sum()
+  rows = []
+  for (text, first, score), share in zip(answer.stretches, shares):
+    rows.append(dict(text=text, start=first, score=score,
+                     probability=float(share)))
+  return rows

@@ -18,7 +18,7 @@ from lm_eval.models import utils as model_utils
 import numpy as np
 
 from common.arguments import PositiveSize, typed
-from common.errors import require, short
+from common.errors import RequestError, require, short
 from training import evals, generate, objectives, progress
 from training.data import conversations, inputs
 from training.evals import Evaluation, scoring
@@ -30,16 +30,16 @@ from training.workdir import checkpoints, storage
 class Model(api.TemplateLM):
   """A run's decoder, as lm_eval asks it.
 
-  A text without a context is scored after the token that begins a document:
-  of weights that were imported and not trained here (nor in a run that was
-  merged or upcycled), the one that Hugging Face's backend takes, bos or else
-  eos, and where their tokenizer adds tokens to the beginning of a text, so
-  does this; of a run, the separator that stood
-  before each document of its training. Special tokens in a text are obeyed,
-  and what is written ends as the run's samples and its export's texts end.
+  A text without a context is scored after the token that begins a document.
+  For weights that were imported and not trained here (nor in a run that was
+  merged or upcycled) that is the one that Hugging Face's backend takes, bos or
+  else eos, and where their tokenizer adds tokens to the beginning of a text, so
+  does this. For a run it is the separator that stood before each document of
+  its training. Special tokens in a text are obeyed, and what is written ends as
+  the run's samples and its export's texts end.
 
   Args:
-    evaluation: the run's.
+    evaluation: the evaluation of the run.
     add_bos_token: whether a text begins with bos; None: as said above.
     prefix_token_id: what begins a text without a context; None: likewise.
     max_length: how many tokens the model is shown; None: max_len.
@@ -54,27 +54,48 @@ class Model(api.TemplateLM):
                max_gen_toks: PositiveSize = 256):
     super().__init__()
     config, model = evaluation.run.config, evaluation.run.model
+    tokens = evaluation.tokenizer
     reason = scoring.unfit(config)
     require(not reason, f'{reason}, and lm_eval has nothing to ask')
     self.evaluation = evaluation
-    self._tokens = tokens = evaluation.tokenizer
-    self.max_length = model.max_len if max_length is None else max_length
-    require(0 < self.max_length <= model.max_len, 'max_length is '
-            f'{max_length}: the model takes 1 to {model.max_len} tokens')
-    self.max_gen_toks = max_gen_toks
+    self._tokens = tokens
     self._num_written = 0  # batches, of which each has draws of its own
+
+    # How many tokens there may be.
+    if max_length is None:
+      max_length = model.max_len
+    require(0 < max_length <= model.max_len, 'max_length is '
+            f'{max_length}: the model takes 1 to {model.max_len} tokens')
+    self.max_length = max_length
+    self.max_gen_toks = max_gen_toks
+
+    # The tokens that end a text.
     token_ids = hf_generation.ids(hf_generation.kept(evaluation.workdir))
-    self._ends = tuple(token_ids.get('eos_token_id', ())
-                       or objectives.of(config).ends(config, tokens))
+    ends = token_ids.get('eos_token_id', ())
+    if not ends:
+      ends = objectives.of(config).ends(config, tokens)
+    self._ends = tuple(ends)
+
+    # The tokens that begin one.
     published = hf_generation.is_published(evaluation.workdir, evaluation.step)
     bos = tokens.special_ids.get('bos')
-    self._begin = tokens.added_ids if published else ()
-    if add_bos_token is not None:
-      require(not add_bos_token or bos is not None, 'add_bos_token is True, '
-              f'but the tokenizer {tokens.name!r} has no bos token')
-      self._begin = (bos,) if add_bos_token else ()
-    usual = bos if published and bos is not None else tokens.separator_id
-    self._prefix = usual if prefix_token_id is None else prefix_token_id
+    if add_bos_token is None:
+      self._begin = tokens.added_ids if published else ()
+    elif not add_bos_token:
+      self._begin = ()
+    elif bos is not None:
+      self._begin = (bos,)
+    else:
+      raise RequestError('add_bos_token is True, but the tokenizer '
+                         f'{tokens.name!r} has no bos token')
+
+    # The token that begins a text without a context.
+    if prefix_token_id is not None:
+      self._prefix = prefix_token_id
+    elif published and bos is not None:
+      self._prefix = bos
+    else:
+      self._prefix = tokens.separator_id
     inputs.check_ids('prefix_token_id', self._prefix, model.vocab_size)
 
   @classmethod
@@ -95,10 +116,11 @@ class Model(api.TemplateLM):
             f'{", ".join(known)}')
     require(bool(arguments.get('workdir')),
             'pass --model_args workdir=DIR, the folder of a run')
-    workdir, step = arguments.pop('workdir'), arguments.pop('step')
-    step = None if step is None else checkpoints.named_step(str(step))
-    return cls(evals.load(storage.path(str(workdir)), (), None, step=step),
-               **arguments)
+    workdir = storage.path(str(arguments.pop('workdir')))
+    step = arguments.pop('step')
+    if step is not None:
+      step = checkpoints.named_step(str(step))
+    return cls(evals.load(workdir, (), None, step=step), **arguments)
 
   @property
   def eot_token_id(self) -> int:
@@ -139,32 +161,44 @@ class Model(api.TemplateLM):
     """Returns the ids of a text, with what a text begins with."""
     ids = self._tokens.encode(string)
     if any(word in string for word in self._tokens.special_texts):
-      ids = self._tokens.encode_placed(string)[0]
+      ids, _ = self._tokens.encode_placed(string)
       inputs.check_ids(f'the text {short(string)}', ids,
                        self.evaluation.run.model.vocab_size)
-    begins = add_special_tokens or add_special_tokens is None and (
-        not string.startswith(self._tokens.piece(self._prefix)))
-    return [*(self._begin if begins else ()), *np.asarray(ids).tolist()]
+    if add_special_tokens is None:
+      prefix = self._tokens.piece(self._prefix)
+      add_special_tokens = not string.startswith(prefix)
+    ids = np.asarray(ids).tolist()
+    if add_special_tokens:
+      return [*self._begin, *ids]
+    return ids
 
   def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True
                     ) -> list[tuple[float, bool]]:
-    """As the base class has it, without a bar beside ours."""
+    """Returns what the base class does, without a bar beside ours."""
     return super().loglikelihood(requests, disable_tqdm=True)
 
   def _loglikelihood_tokens(self, requests: Sequence[tuple], **kwargs
                             ) -> list[tuple[float, bool]]:
-    """As the base class has it: of ((context, continuation), ids, ids)."""
-    answers = self._answer([
-        self._question([*before, *ids], len(ids), text)
-        for (_, text), before, ids in requests])
-    return [(float(x.log_probs.sum()), bool(x.greedy.all())) for x in answers]
+    """Returns (log-probability, whether greedy) of each continuation; a request
+    is ((context, continuation), their ids, and its ids)."""
+    questions = []
+    for (_, text), before, ids in requests:
+      questions.append(self._question([*before, *ids], len(ids), text))
+    results = []
+    for answer in self._answer(questions):
+      results.append((float(answer.log_probs.sum()),
+                      bool(answer.greedy.all())))
+    return results
 
   def _question(self, ids: Sequence[int], scored: int, text: str) -> Question:
+    """Returns the question about the last `scored` of some tokens, of which the
+    continuation `text` has as many."""
     require(scored > 0, f'the continuation {short(text)} has no token of its '
             'own, so there is nothing to score')
     require(scored <= self.max_length, f'the continuation {short(text)} has '
             f'{scored} tokens, and the model takes {self.max_length}')
-    return Question(np.asarray(ids[-(self.max_length + 1):], np.int32), scored)
+    last = ids[-(self.max_length + 1):]
+    return Question(tokens=np.asarray(last, np.int32), scored=scored)
 
   def _answer(self, questions: Sequence[Question]) -> list[scoring.Answer]:
     with self.evaluation.run.context():
@@ -191,59 +225,80 @@ class Model(api.TemplateLM):
                      ) -> list[str]:
     """Returns what the model writes after each context, up to a stop string.
     """
-    alike: dict[str, list[int]] = {}  # requests with the same options
+    # Requests with the same options are written together.
+    alike: dict[str, list[int]] = {}
     for i, request in enumerate(requests):
-      alike.setdefault(repr(request.args[1]), []).append(i)
-    texts = dict(pair for group in alike.values() for pair in self._written(
-        {i: requests[i].args[0] for i in group}, requests[group[0]].args[1]))
+      _, options = request.args
+      alike.setdefault(repr(options), []).append(i)
+    texts: dict[int, str] = {}
+    for group in alike.values():
+      contexts = {i: requests[i].args[0] for i in group}
+      _, options = requests[group[0]].args
+      texts |= self._written(contexts, options)
     return [texts[i] for i in range(len(requests))]
 
   def _written(self, contexts: dict[int, str], options: dict[str, Any]
                ) -> Iterator[tuple[int, str]]:
     """Yields (which, text) of requests with the same options."""
+    # How texts are drawn, and where they end.
     options = model_utils.normalize_gen_kwargs(options, self.max_gen_toks)
     stops = model_utils.handle_stop_sequences(options.get('until'), eos=None)
+    sampling = _sampling(options)
+    end = self.eot_token_id
+    ends = tuple(dict.fromkeys((end, *self._ends, *self._holding(stops))))
     count = options['max_gen_toks']
     room = self.max_length - count
     require(room > 0, f'a task writes up to {count} tokens (max_gen_toks), and '
             f'the model takes {self.max_length} with the prompt: choose fewer')
-    run, end = self.evaluation.run, self.eot_token_id
-    ends = tuple(dict.fromkeys((end, *self._ends, *self._holding(stops))))
-    rows = {i: np.array(self.tok_encode(text) or [self._prefix])[-room:]
-            for i, text in contexts.items()}
-    for chosen, tokens_BL, lengths_B in progress.each(
-        list(scoring.padded(rows, room)), 'writing'):
-      prefix = dict(prefix_B=lengths_B) if objectives.of(
-          run.config).prefix else {}
+
+    # The last tokens of the contexts that there is room for.
+    rows = {}
+    for i, text in contexts.items():
+      ids = self.tok_encode(text) or [self._prefix]
+      rows[i] = np.array(ids)[-room:]
+
+    # Contexts of about one length go through the model together.
+    run = self.evaluation.run
+    has_prefix = objectives.of(run.config).prefix
+    batches = list(scoring.padded(rows, room))
+    for chosen, tokens_BL, lengths_B in progress.each(batches, 'writing'):
+      prefix = {'prefix_B': lengths_B} if has_prefix else {}
+      key = jax.random.fold_in(jax.random.key(0), self._num_written)
       with run.context():
         written_BT = jax.device_get(generate.generate(
-            run.module, self.evaluation.params, tokens_BL, lengths_B,
-            jax.random.fold_in(jax.random.key(0), self._num_written),
-            max_new_tokens=count, sampling=_sampling(options), stop_token=ends,
-            **prefix))
+            run.module, self.evaluation.params, tokens_BL, lengths_B, key,
+            max_new_tokens=count, sampling=sampling, stop_token=ends, **prefix))
       self._num_written += 1
-      for i, row in zip(chosen, written_BT):
-        text = self._tokens.decode(generate.until(row, end))
+      for i, row_T in zip(chosen, written_BT):
+        text = self._tokens.decode(generate.until(row_T, end))
         yield i, model_utils.postprocess_generated_text(text, stops, None)
 
   def _holding(self, stops: Sequence[str]) -> list[int]:
     """Returns the tokens that hold a stop string, after which nothing of a
     text is read. A special token holds its own name, which it does not spell.
     """
-    def spelling(token: int) -> bytes:
-      name = self._tokens.piece(token)
-      return (name.encode() if name in self._tokens.special_texts
-              else self._tokens.decode_bytes([token]))
-
     wanted = [stop.encode() for stop in stops if stop]
-    return [token for token in range(self._tokens.vocab_size)
-            if any(stop in spelling(token) for stop in wanted)]
+    holding = []
+    for token in range(self._tokens.vocab_size):
+      spelling = self._spelling(token)
+      if any(stop in spelling for stop in wanted):
+        holding.append(token)
+    return holding
+
+  def _spelling(self, token: int) -> bytes:
+    """Returns the bytes of a token, or the name of a special one."""
+    name = self._tokens.piece(token)
+    if name in self._tokens.special_texts:
+      return name.encode()
+    return self._tokens.decode_bytes([token])
 
 
 def _sampling(options: dict[str, Any]) -> generate.Sampling:
+  """Returns how a token is drawn by the options of a task of lm_eval."""
   penalty = options.get('repetition_penalty', 1.0)
   if not options.get('do_sample') or not options.get('temperature'):
     return generate.Sampling(temperature=0, repetition_penalty=penalty)
   return generate.Sampling(
-      options['temperature'], options.get('top_k') or 0,
-      options.get('top_p', 1.0), options.get('min_p', 0.0), penalty)
+      temperature=options['temperature'], top_k=options.get('top_k') or 0,
+      top_p=options.get('top_p', 1.0), min_p=options.get('min_p', 0.0),
+      repetition_penalty=penalty)

@@ -1,6 +1,6 @@
 """The figures of what is held out, from sums over its batches.
 
-A figure of several sources is the mean of their own by `Loader.share`: of
+A figure of several sources is the mean of their own by `Loader.share`: that of
 text drawn as training draws it, whatever length of each is held out. Bits per
 byte are the mean loss over the mean bytes of a token.
 """
@@ -25,12 +25,13 @@ def evaluate(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
   Args:
     step: the compiled evaluation step.
     params: the parameters.
-    loaders: of pipeline.held_out.
+    loaders: the loaders of pipeline.held_out.
     batches: how many of each source; 0: all, each token exactly once.
     put: puts a batch on the devices.
     stop: asked before each batch, whether to leave it at that.
   """
   def results(loader: pipeline.Loader) -> Iterator[Any]:
+    """Yields what the step returns of each batch of a loader."""
     for batch in loader.iterate(0, loader.first(batches)):
       if stop():
         raise progress.Stopped
@@ -45,10 +46,13 @@ def evaluate(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
 def sums(results: Iterable[dict[str, Mean]]) -> dict[str, Mean]:
   """Returns {figure: Mean} of what a step returned of some batches, on the
   host."""
-  total = None
+  total: Any = None
   for one in results:
     more = jax.tree.map(np.float64, jax.device_get(one))
-    total = more if total is None else jax.tree.map(np.add, total, more)
+    if total is None:
+      total = more
+    else:
+      total = jax.tree.map(np.add, total, more)
   return total
 
 
@@ -58,27 +62,33 @@ def means(totals: Sequence[dict[str, Mean]],
 
   Args:
     totals: `sums` of each loader.
-    loaders: of pipeline.held_out.
+    loaders: the loaders of pipeline.held_out.
 
   Returns:
     The objective's figures, nan where there is nothing to average; of tokens
     their perplexity; where the loss is one of the text, bits per byte; and
     of several sources each one's own loss, as loss/NAME.
   """
+  # The objective's figures, the loss first.
   objective = loaders[0].objective
   with np.errstate(divide='ignore', invalid='ignore'):
     each = [objective.means(total) for total in totals]
-  names = sorted(each[0], key=lambda name: (name != 'loss', name))
-  figures = {name: mix([one[name] for one in each], loaders) for name in names}
+  others = sorted({*each[0]} - {'loss'})
+  figures = {}
+  for name in ['loss', *others]:
+    if name in each[0]:
+      figures[name] = mix([one[name] for one in each], loaders)
+
+  # The figures that follow from them.
   if objective.perplexity:
     with np.errstate(over='ignore'):
       figures['perplexity'] = float(np.exp(figures[objective.main]))
   if objective.every_token or objective.bound:
-    figures['bits_per_byte'] = figures['loss'] / (math.log(2) * mix(
-        [loader.bytes_per_token for loader in loaders], loaders))
+    size = mix([loader.bytes_per_token for loader in loaders], loaders)
+    figures['bits_per_byte'] = figures['loss'] / (math.log(2) * size)
   if len(loaders) > 1:
-    figures |= {f'loss/{loader.name}': float(one['loss'])
-                for loader, one in zip(loaders, each)}
+    for loader, one in zip(loaders, each):
+      figures[f'loss/{loader.name}'] = float(one['loss'])
   return figures
 
 
@@ -89,7 +99,7 @@ def names(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
   Args:
     step: the evaluation step, jitted or not.
     params, loaders, put: as for `evaluate`.
-    part: the program's, of a member's part of sums.
+    part: the function of the program that gives a member's part of sums.
   """
   shapes = jax.eval_shape(step, params, put(loaders[0].batch(0)))
   ones = part(jax.tree.map(lambda x: np.ones(x.shape), shapes), 0)

@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 from etils import epath
 import jax
 
-from common.errors import require
+from common.errors import RequestError
 from training import evals, progress, runs
 from training.data.tokenizers import Tokenizer
 from training.evals import Evaluation, held_out
 
 
 class Results(NamedTuple):
-  """What the tasks of a run have found.
+  """The results of the tasks of a run.
 
   Attributes:
     figures: every number, as TASK/FIGURE.
-    lines: for a reader: a line for each task; or of one without a figure to put
-      into a line, such as `samples`, what it printed.
+    lines: a line for each task, for a reader; or what the task printed, where
+      it has no figure to put into a line, as `samples` has none.
   """
   figures: dict[str, float]
   lines: list[str]
@@ -37,7 +37,7 @@ class Tasks:
 
   Args:
     run: the run; of a group, one of its runs alone.
-    tokenizer: its own.
+    tokenizer: the tokenizer of the run.
 
   Raises:
     RequestError: where several processes train.
@@ -47,10 +47,11 @@ class Tasks:
     self._names = evals.listed(run.config.eval.tasks)
     self._run, self._tokenizer = run, tokenizer
     self._programs: dict = {}
-    require(not self._names or jax.process_count() == 1, 'eval.tasks is '
-            f'{run.config.eval.tasks!r}, which is for training in one process, '
-            f'and there are {jax.process_count()}: leave it empty, and '
-            'evaluate the checkpoints by eval.py')
+    if self._names and jax.process_count() > 1:
+      raise RequestError(
+          f'eval.tasks is {run.config.eval.tasks!r}, which is for training in '
+          f'one process, and there are {jax.process_count()}: leave it empty, '
+          'and evaluate the checkpoints by eval.py')
 
   def names(self, task: str, params: Any, workdir: epath.Path,
             stop: Callable[[], bool]) -> list[str] | None:
@@ -59,46 +60,60 @@ class Tasks:
     if evals.task(task).figures is not None:
       return None
     results = self.of(params, 0, workdir, stop, [task])
-    return results and list(results.figures)
+    if results is None:  # stopped
+      return None
+    return list(results.figures)
 
   def of(self, params: Any, n: int, workdir: epath.Path,
          stop: Callable[[], bool], names: Sequence[str] = ()) -> Results | None:
     """Does the tasks for one member.
 
     Args:
-      params: the member's.
+      params: the parameters of the member.
       n: the step that they are of.
-      workdir: the member's, where pictures go.
+      workdir: the folder of the member, where pictures go.
       stop: asked again and again, whether to leave it at that.
-      names: of the tasks; default: all.
+      names: the names of the tasks; default: all.
 
     Returns:
       None: stopped.
     """
-    evaluation = Evaluation(self._run, params, n, self._tokenizer, None,
-                            workdir, self._programs)
-    results, items = Results({}, []), {}
+    evaluation = Evaluation(
+        run=self._run, params=params, step=n, tokenizer=self._tokenizer,
+        options=None, workdir=workdir, programs=self._programs)
+    results, items = Results(figures={}, lines=[]), {}
     for name in names or self._names:
+      # The task, whose lines are kept.
       printed = io.StringIO()
       try:
-        with self._run.context(), progress.inside_a_run(
-            stop), contextlib.redirect_stdout(printed):
+        with (self._run.context(), progress.inside_a_run(stop),
+              contextlib.redirect_stdout(printed)):
           figures = evals.run(name, evaluation)
       except progress.Stopped:
         return None
+
+      # Its figures, and a line for a reader.
       results.figures.update(numbers_of(figures, name))
       if 'items' in figures:
         items[name] = {'items': figures['items']}
-      # The fractions, not the counts.
-      fractions = [f'{key.replace("_", " ")} {held_out.shown(value)}'
-                   for key, value in figures.items()
-                   if isinstance(value, numbers.Real)
-                   and not isinstance(value, numbers.Integral)]
-      results.lines.append(f'{name}: {"  ".join(fractions)}' if fractions
-                           else printed.getvalue().rstrip())
+      line = _line(name, figures) or printed.getvalue().rstrip()
+      results.lines.append(line)
     if items:
       evals.write(workdir / evals.ITEMS, {'step': n} | items)
     return results
+
+
+def _line(task: str, figures: Mapping[str, Any]) -> str:
+  """Returns the fractions among the figures of a task, and not its counts, in a
+  line; '': there are none."""
+  shown = []
+  for name, value in figures.items():
+    is_number = isinstance(value, numbers.Real)
+    if is_number and not isinstance(value, numbers.Integral):
+      shown.append(f'{name.replace("_", " ")} {held_out.shown(value)}')
+  if not shown:
+    return ''
+  return f'{task}: {"  ".join(shown)}'
 
 
 def numbers_of(figures: Mapping[str, Any], prefix: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What each item of an evaluation scores: a question, a row, a document.
+"""The scores of each item of an evaluation: a question, a row, a document.
 
 Runs that were asked the same are compared item by item, so that what a hard
 item does to both of them cancels. A task that knows these scores returns
@@ -26,14 +26,15 @@ def of(scores: Sequence[float], names: Iterable[Any],
   """Returns the record of a figure, which is the mean of `scores` by `weights`.
 
   Args:
-    scores: of each item.
+    scores: the score of each item.
     names: what tells these items, in this order, from others.
-    weights: None: all count alike.
+    weights: the weight of each item; None: all count alike.
   """
-  record = {'of': hashlib.sha256(repr([*names]).encode()).hexdigest()[:16],
-            'scores': np.asarray(scores, float).tolist()}
-  return record if weights is None else record | {
-      'weights': np.asarray(weights, float).tolist()}
+  digest = hashlib.sha256(repr([*names]).encode()).hexdigest()
+  record = {'of': digest[:16], 'scores': np.asarray(scores, float).tolist()}
+  if weights is not None:
+    record['weights'] = np.asarray(weights, float).tolist()
+  return record
 
 
 def of_samples(results: Mapping[str, Any], samples: Sequence[Mapping]
@@ -42,7 +43,7 @@ def of_samples(results: Mapping[str, Any], samples: Sequence[Mapping]
   what its samples score; a perplexity is none.
 
   Args:
-    results: of the task, by 'FIGURE,FILTER'.
+    results: the figures of the task, by 'FIGURE,FILTER'.
     samples: its own, or those of all tasks of a group, as lm_eval logs them.
   """
   records = {}
@@ -50,10 +51,13 @@ def of_samples(results: Mapping[str, Any], samples: Sequence[Mapping]
     figure, _, kind = name.partition(',')
     rows = [row for row in samples if row['filter'] == kind]
     scores = [row.get(figure) for row in rows]
-    if (isinstance(value, numbers.Real) and rows
-        and all(isinstance(score, numbers.Real) for score in scores)
-        and np.isclose(np.mean(scores), value)):
-      records[called(name)] = of(scores, [row['doc_hash'] for row in rows])
+    if not rows or not isinstance(value, numbers.Real):
+      continue
+    if not all(isinstance(score, numbers.Real) for score in scores):
+      continue
+    if np.isclose(np.mean(scores), value):
+      names = [row['doc_hash'] for row in rows]
+      records[called(name)] = of(scores, names)
   return records
 
 
@@ -61,7 +65,9 @@ def called(name: str) -> str:
   """Returns what a figure of lm_eval is called without the name of a filter
   that does nothing."""
   figure, _, kind = name.partition(',')
-  return figure if kind in ('', 'none') else f'{figure} ({kind})'
+  if kind in ('', 'none'):
+    return figure
+  return f'{figure} ({kind})'
 
 
 def paired(pairs: Iterable[Sequence[Mapping | None]]
@@ -69,12 +75,21 @@ def paired(pairs: Iterable[Sequence[Mapping | None]]
   """Returns the scores of the first and of the second of each pair of records,
   [pairs, items], and the weights of the items; None where a record is, or they
   are not all of the same items."""
-  pairs = [*pairs]
-  every = [record for pair in pairs for record in pair]
-  if not every or None in every or len({x['of'] for x in every}) > 1:
+  first, second = [], []
+  for one, other in pairs:
+    first.append(one)
+    second.append(other)
+  every = first + second
+  if not every or None in every:
     return None
-  scores = np.array([[x['scores'] for x in pair] for pair in pairs], float)
-  return scores[:, 0], scores[:, 1], every[0].get('weights')
+  if len({record['of'] for record in every}) > 1:
+    return None
+  return _scores(first), _scores(second), every[0].get('weights')
+
+
+def _scores(records: Iterable[Mapping]) -> np.ndarray:
+  """Returns the scores of records of the same items, [records, items]."""
+  return np.array([record['scores'] for record in records], float)
 
 
 def read(path: pathlib.Path) -> dict[str, dict]:
@@ -85,22 +100,31 @@ def read(path: pathlib.Path) -> dict[str, dict]:
   Raises:
     RequestError: where a file is damaged.
   """
+  # Files of eval.py, and of the last evaluation in training.
   records: dict[str, dict] = {}
-  load = storage.read_json
-  for file in [path] if path.is_file() else [
-      path / 'eval.json', path / evals.ITEMS]:
-    for task, figures in load(file).items() if file.is_file() else ():
-      if isinstance(figures, Mapping):
-        records |= {f'{task}/{name}': record
-                    for name, record in figures.get('items', {}).items()}
-  # lm_eval makes a folder of each model.
+  files = [path / 'eval.json', path / evals.ITEMS]
+  if path.is_file():
+    files = [path]
+  for file in files:
+    if not file.is_file():
+      continue
+    for task, figures in storage.read_json(file).items():
+      if not isinstance(figures, Mapping):
+        continue
+      for name, record in figures.get('items', {}).items():
+        records[f'{task}/{name}'] = record
+
+  # Files of lm_eval, which makes a folder of each model.
   for file in sorted([*path.glob('samples_*.jsonl'),
                       *path.glob('*/samples_*.jsonl')]):
-    task, _, date = file.name[len('samples_'):-len('.jsonl')].rpartition('_')
+    stem = file.name.removeprefix('samples_').removesuffix('.jsonl')
+    task, _, date = stem.rpartition('_')
     summary = file.with_name(f'results_{date}.json')
     require(summary.is_file(), f'{file} has no {summary.name} beside it')
-    samples = [storage.parse(line, str(file))
-               for line in file.read_text().splitlines()]
-    records |= {f'{task}/{name}': record for name, record in of_samples(
-        load(summary)['results'][task], samples).items()}
+    results = storage.read_json(summary)['results'][task]
+    samples = []
+    for line in file.read_text().splitlines():
+      samples.append(storage.parse(line, str(file)))
+    for name, record in of_samples(results, samples).items():
+      records[f'{task}/{name}'] = record
   return records

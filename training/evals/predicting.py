@@ -1,6 +1,6 @@
-"""What a model with the head of a task says of each record, with probabilities:
-the label or the number of a text, the label of each word, the answer to a
-question.
+"""The predictions of a model with the head of a task for each record, with
+probabilities: the label or the number of a text, the label of each word, the
+answer to a question.
 
 The records need no labels. eval.py --tasks=labels writes these predictions, and
 measures them where the labels are known; archetype.Model.predict returns them.
@@ -8,7 +8,6 @@ measures them where the labels are known; archetype.Model.predict returns them.
 
 from collections.abc import Sequence
 import functools
-import itertools
 import types
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 from scipy import special
 
 import architectures
-from common.errors import require, short
+from common.errors import RequestError, require, short
 from training import objectives
 from training.data import labelled, records, sources, texts
 from training.evals import answers
@@ -29,7 +28,7 @@ class Label(NamedTuple):
 
   Attributes:
     label: the likeliest one.
-    probabilities: of each label; they add up to 1.
+    probabilities: the probability of each label; they add up to 1.
   """
   label: str
   probabilities: dict[str, float]
@@ -39,10 +38,11 @@ class Words(NamedTuple):
   """The labels of the words of a sentence.
 
   Attributes:
-    words: of the sentence.
+    words: the words of the sentence.
     labels: the likeliest one of each word. A word in which no token begins has
       O, or '_' where that is no label.
-    probabilities: of each of these labels; nan: of a word without a token.
+    probabilities: the probability of each of these labels; nan where a word has
+      no token.
   """
   words: list[str]
   labels: list[str]
@@ -66,10 +66,12 @@ class Answer(NamedTuple):
 def of_texts(view: records.Classes, scores: Sequence[np.ndarray]
              ) -> list[Label]:
   """Returns the label of each text of a view, whose scores are [U]."""
-  p_NU = special.softmax(np.stack(scores).astype(np.float64), axis=1)
-  return [Label(label=view.labels[int(p_U.argmax())],
-                probabilities=dict(zip(view.labels, map(float, p_U))))
-          for p_U in p_NU]
+  scores_NU = np.stack(scores).astype(np.float64)
+  labels = []
+  for p_U in special.softmax(scores_NU, axis=1):
+    labels.append(Label(label=view.labels[int(p_U.argmax())],
+                        probabilities=dict(zip(view.labels, map(float, p_U)))))
+  return labels
 
 
 def of_numbers(view: records.Numbers, scores: Sequence[np.ndarray]
@@ -82,17 +84,20 @@ def of_words(view: records.Sentences, scores: Sequence[np.ndarray]
              ) -> list[Words]:
   """Returns the labels of each sentence of a view; the scores are those of the
   tokens of its items, [L, K], padding or not."""
+  # Words without a token stay as they are here.
   outside = 'O' if 'O' in view.labels else '_'
-  predicted = [Words(words=list(sentence.words),
-                     labels=[outside] * len(sentence.words),
-                     probabilities=[np.nan] * len(sentence.words))
-               for sentence in view.records]
+  predicted = []
+  for sentence in view.records:
+    size = len(sentence.words)
+    predicted.append(Words(words=list(sentence.words), labels=[outside] * size,
+                           probabilities=[np.nan] * size))
+
   for piece, scores_LK in zip(view.items, scores, strict=True):
-    p_LK = special.softmax(scores_LK.astype(np.float64), axis=-1)
     sentence = predicted[piece.sentence]
+    p_LK = special.softmax(scores_LK.astype(np.float64), axis=-1)
     for place in np.flatnonzero(piece.words != records.NO_WORD):
-      # Before the sentence stands one token.
-      p_K, word = p_LK[1 + place], piece.words[place]
+      word = piece.words[place]
+      p_K = p_LK[1 + place]  # before the sentence stands one token
       sentence.labels[word] = view.labels[int(p_K.argmax())]
       sentence.probabilities[word] = float(p_K.max())
   return predicted
@@ -101,12 +106,14 @@ def of_words(view: records.Sentences, scores: Sequence[np.ndarray]
 def of_best(best: answers.Best) -> Answer:
   """Returns the answer that was chosen of the best ones."""
   scores = [score for _, _, score in best.stretches]
-  none = best.null_minus_best + (scores[0] if scores else 0.0)
+  none = best.null_minus_best
+  if scores:
+    none += scores[0]
   shares = special.softmax([*scores, none])
   if not best.text:
     return Answer(text='', start=-1, probability=float(shares[-1]))
-  return Answer(text=best.text, start=best.stretches[0][1],
-                probability=float(shares[0]))
+  _, start, _ = best.stretches[0]
+  return Answer(text=best.text, start=start, probability=float(shares[0]))
 
 
 def predict(module: Any, params: Any, config: objectives.Config, tokenizer: Any,
@@ -114,10 +121,11 @@ def predict(module: Any, params: Any, config: objectives.Config, tokenizer: Any,
   """Returns what a model says of each row: Label, a number, Words or Answer.
 
   Args:
-    module, params: of the model.
-    config: of its run, to be changed; its objective, data.labels, data.length
-      and data.batch_size are read.
-    tokenizer: of its run.
+    module: the model.
+    params: its parameters.
+    config: the config of its run, to be changed; its objective, data.labels,
+      data.length and data.batch_size are read.
+    tokenizer: the tokenizer of its run.
     rows: texts, or pairs of texts; sentences, or lists of words; or pairs of a
       question and its context: what the objective reads.
     options: max_answer_length, n_best and null_threshold, of answers.
@@ -125,41 +133,51 @@ def predict(module: Any, params: Any, config: objectives.Config, tokenizer: Any,
   Raises:
     RequestError: for a row that is none of these, or has no token.
   """
+  # The rows as the records of a source.
   objective, kind = objectives.of(config), config.objective
+  record = _RECORDS[objective.record_kind]
   corpus = sources.Corpus(
       name='the rows', text='the rows', split='eval', tokenizer=tokenizer,
-      config=config, records=[
-          _RECORDS[objective.record_kind](row, f'row {number}')
-          for number, row in enumerate(rows)])
+      config=config, records=[record(row, f'row {number}')
+                              for number, row in enumerate(rows)])
   view = objective.view(corpus)
-  # Of few shapes, so that few programs are compiled.
+
+  # Batches of few shapes, so that few programs are compiled.
   longest = max(map(objective.length, view))
+  power = 1 << (longest - 1).bit_length()
   config.data.update(
       batch_size=min(config.data.batch_size, len(view)), length_buckets=1,
-      length=min(config.data.length, 1 << (longest - 1).bit_length()))
+      length=min(config.data.length, power))
   loader = pipeline.Loader(
       name=corpus.name, share=1.0, text=corpus.text, dataset=view, views=[view],
       config=config, tokenizer=tokenizer, split='eval', process_index=0,
       process_count=1)
-  batches = [jax.device_get(_scores(module, kind, params, batch))
-             for batch in loader.iterate()]
-  scores = [*itertools.chain(*batches)][:len(view)]
-  if kind == 'question_answering':
-    return [of_best(best) for best in answers.answers(
-        view, scores, architectures.stack(module.config), options)]
-  return OF_VIEW[kind](view, scores)
+
+  # The scores of each item; what fills up the last batch is none.
+  scores: list[np.ndarray] = []
+  for batch in loader.iterate():
+    scores += list(jax.device_get(_scores(module, kind, params, batch)))
+  del scores[len(view):]
+  if kind != 'question_answering':
+    return OF_VIEW[kind](view, scores)
+  best = answers.answers(
+      view, scores, architectures.stack(module.config), options)
+  return [of_best(one) for one in best]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _scores(module: Any, objective: str, params: Any, batch: Any) -> jax.Array:
+  """Returns the scores of each row of a batch, by an objective's name."""
   row = objectives.OBJECTIVES[objective]
   return row.apply(module, params, batch).extra['scores']
 
 
 def _record(row: Any, where: str) -> labelled.Record:
+  """Returns a text, or a pair of texts, as a record."""
   parts = [row] if isinstance(row, str) else row
-  require(isinstance(parts, Sequence) and len(parts) in (1, 2), f'{where} is '
-          f'{short(row)}: pass a text, or a pair of texts')
+  if not isinstance(parts, Sequence) or len(parts) not in (1, 2):
+    raise RequestError(f'{where} is {short(row)}: pass a text, or a pair of '
+                       'texts')
   names = ('first', 'second') if len(parts) == 2 else ('text',)
   return labelled.Record(
       texts=tuple(_text(part, where) for part in parts), label='',
@@ -167,21 +185,27 @@ def _record(row: Any, where: str) -> labelled.Record:
 
 
 def _sentence(row: Any, where: str) -> labelled.Sentence:
+  """Returns a sentence, or a list of its words, as a record."""
   words = row.split() if isinstance(row, str) else row
-  require(isinstance(words, Sequence) and len(words) > 0, f'{where} is '
-          f'{short(row)}: pass a sentence, or a list of its words')
+  if not isinstance(words, Sequence) or not len(words):
+    raise RequestError(f'{where} is {short(row)}: pass a sentence, or a list '
+                       'of its words')
   return labelled.Sentence(
       words=[_text(word, where) for word in words], labels=[],
       lines=[where] * len(words))
 
 
 def _paragraph(row: Any, where: str) -> labelled.Paragraph:
-  require(isinstance(row, Sequence) and not isinstance(row, str)
-          and len(row) == 2, f'{where} is {short(row)}: pass a pair of a '
-          'question and the text that has the answer')
+  """Returns a pair of a question and the text that has the answer as a
+  record."""
+  is_pair = isinstance(row, Sequence) and not isinstance(row, str)
+  if not is_pair or len(row) != 2:
+    raise RequestError(f'{where} is {short(row)}: pass a pair of a question '
+                       'and the text that has the answer')
   question, context = (_text(part, where) for part in row)
-  return labelled.Paragraph(context=context, questions=(labelled.Question(
-      id=where, question=question, answers=None, where=where),))
+  asked = labelled.Question(id=where, question=question, answers=None,
+                            where=where)
+  return labelled.Paragraph(context=context, questions=(asked,))
 
 
 def _text(value: Any, where: str) -> str:
@@ -190,10 +214,11 @@ def _text(value: Any, where: str) -> str:
   return value
 
 
-# A record of a row, by what an objective reads.
+# How a row becomes a record, by what an objective reads.
 _RECORDS = {labelled.TEXTS: _record, labelled.SENTENCES: _sentence,
             labelled.QUESTIONS: _paragraph}
-# What scores say of a view, by objective; answers are said by several windows.
+# The predictions of a view by its scores, by objective; an answer is that of
+# several windows.
 OF_VIEW = {'classification': of_texts, 'regression': of_numbers,
            'token_classification': of_words}
 OBJECTIVES = (*OF_VIEW, 'question_answering')

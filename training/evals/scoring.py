@@ -31,18 +31,18 @@ class Question(NamedTuple):
   """Some tokens, the last `scored` of which are to be judged.
 
   Attributes:
-    tokens: int32 [T]; of them the model is shown all but the last.
-    scored: from 1 to T - 1.
+    tokens: int32 [T], all but the last of which the model is shown.
+    scored: how many are judged, from 1 to T - 1.
   """
   tokens: np.ndarray
   scored: int
 
 
 class Answer(NamedTuple):
-  """Of each token that was scored, [scored].
+  """The answer to a question: of each token that was scored, [scored].
 
   Attributes:
-    log_probs: in nats, given all tokens before it.
+    log_probs: its log-probability in nats, given all tokens before it.
     greedy: whether it is the likeliest.
   """
   log_probs: np.ndarray
@@ -50,12 +50,12 @@ class Answer(NamedTuple):
 
 
 class Shape(NamedTuple):
-  """What a program is compiled for.
+  """The shape that a program is compiled for.
 
   Attributes:
-    rows: of a batch.
-    length: tokens of a row.
-    places: that are asked about in all rows.
+    rows: how many rows a batch has.
+    length: the tokens of a row.
+    places: how many places are asked about in all rows.
   """
   rows: int
   length: int
@@ -79,24 +79,28 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
   """Returns the answers in the order of the questions.
 
   Args:
-    questions: of at most max_len + 1 tokens each.
-    evaluation: of a decoder.
-    doing: for who watches.
+    questions: questions of at most max_len + 1 tokens each.
+    evaluation: the evaluation of a decoder.
+    doing: what is done, for who watches.
   """
-  prefix, model = (objectives.of(evaluation.run.config).prefix,
-                   evaluation.run.model)
+  prefix = objectives.of(evaluation.run.config).prefix
   step = evaluation.program(_program(evaluation, prefix), 'scoring')
+  most = max(SHORTEST, evaluation.run.model.max_len)
+  groups = list(batches(questions, most=most, apart=prefix,
+                        shards=evaluation.run.mesh.size))
   answers: dict[int, Answer] = {}
-  groups = list(batches(questions, max(SHORTEST, model.max_len),
-                        evaluation.run.mesh.size, prefix))
   for shape, rows in progress.each(groups, doing):
-    losses_P, greedy_P = jax.device_get(step(evaluation.params, devices.put(
-        _batch(shape, rows, questions), evaluation.run.place)))
+    batch = devices.put(_batch(shape, rows, questions), evaluation.run.place)
+    losses_P, greedy_P = jax.device_get(step(evaluation.params, batch))
+
+    # The places P are those of one question after the other.
     at = 0
-    for i in (i for row in rows for i in row):
-      here = slice(at, at + questions[i].scored)
-      answers[i] = Answer(-losses_P[here].astype(np.float64), greedy_P[here])
-      at = here.stop
+    for row in rows:
+      for i in row:
+        here = slice(at, at + questions[i].scored)
+        answers[i] = Answer(log_probs=-losses_P[here].astype(np.float64),
+                            greedy=greedy_P[here])
+        at = here.stop
   return [answers[i] for i in range(len(questions))]
 
 
@@ -111,31 +115,49 @@ def batches(questions: Sequence[Question], most: int, shards: int,
     shards: what the numbers of rows and of places are multiples of.
     apart: whether each question has a row to itself.
   """
+  # Questions about the same text have one row.
   rows: dict[Any, Row] = {}
   for i, question in enumerate(questions):
-    text = question.tokens[:-1]
-    rows.setdefault(i if apart else text.tobytes(), []).append(i)
+    key = i if apart else question.tokens[:-1].tobytes()
+    rows.setdefault(key, []).append(i)
+
+  # Rows by the length that they are padded to.
   by_length: dict[int, list[Row]] = {}
   for row in rows.values():
     length = len(questions[row[0]].tokens) - 1
     by_length.setdefault(rounded(length, most), []).append(row)
-  places = lambda row: sum(questions[i].scored for i in row)
-  multiple = np.lcm(SHORTEST, shards)
+
+  def places(row: Row) -> int:
+    """Returns how many places the questions of a row ask about."""
+    return sum(questions[i].scored for i in row)
+
+  # Groups of rows that ask about as many places as each other.
+  multiple = int(np.lcm(SHORTEST, shards))
   for length, several in sorted(by_length.items(), reverse=True):
     several.sort(key=places, reverse=True)
     count = -(-len(several) // max(TOKENS // length, 1))
     groups = [several[i::count] for i in range(count)]
-    most_places = max(sum(map(places, group)) for group in groups)
-    shape = Shape(-(-len(groups[0]) // shards) * shards, length,
-                  -(-most_places // multiple) * multiple)
-    yield from ((shape, group) for group in groups)
+    most_places = 0
+    for group in groups:
+      most_places = max(most_places, sum(map(places, group)))
+    shape = Shape(rows=_up(len(groups[0]), shards), length=length,
+                  places=_up(most_places, multiple))
+    for group in groups:
+      yield shape, group
+
+
+def _up(number: int, multiple: int) -> int:
+  """Returns the least multiple of `multiple` that is as large as a number."""
+  return -(-number // multiple) * multiple
 
 
 def rounded(length: int, most: int) -> int:
   """Returns the least of 8, 12, 16, 24, 32, 48, ... that is as long."""
   power = max(SHORTEST, 1 << (length - 1).bit_length())
   smaller = power * 3 // 4
-  return min(smaller if max(length, SHORTEST) <= smaller else power, most)
+  if max(length, SHORTEST) <= smaller:
+    return min(smaller, most)
+  return min(power, most)
 
 
 def padded(rows: Mapping[int, np.ndarray], most: int
@@ -159,27 +181,39 @@ def padded(rows: Mapping[int, np.ndarray], most: int
 
 def _batch(shape: Shape, rows: list[Row], questions: Sequence[Question]
            ) -> dict[str, np.ndarray]:
+  """Returns the arrays of a batch.
+
+  Args:
+    shape: the shape of the batch.
+    rows: the questions of each row.
+    questions: all questions.
+  """
   batch = dict(tokens=np.zeros((shape.rows, shape.length), np.int32),
                lengths=np.zeros(shape.rows, np.int32),
-               known=np.ones(shape.rows, np.int32))
-  batch |= {name: np.zeros(shape.places, np.int32)
-            for name in ('places', 'targets')}
+               known=np.ones(shape.rows, np.int32),
+               places=np.zeros(shape.places, np.int32),
+               targets=np.zeros(shape.places, np.int32))
   at = 0
   for n, row in enumerate(rows):
+    # The text of the row.
     text = questions[row[0]].tokens[:-1]
     batch['tokens'][n, :len(text)] = text
     batch['lengths'][n] = len(text)
     batch['known'][n] = len(text) + 1 - questions[row[0]].scored
-    for tokens, scored in (questions[i] for i in row):
+
+    # The places that its questions ask about, in the batch as one row.
+    for i in row:
+      tokens, scored = questions[i]
       here = slice(at, at + scored)
-      batch['places'][here] = n * shape.length + np.arange(
-          len(text) - scored, len(text))
+      first = n * shape.length + len(text) - scored
+      batch['places'][here] = np.arange(first, first + scored)
       batch['targets'][here] = tokens[-scored:]
       at = here.stop
   return batch
 
 
 def _program(evaluation: Evaluation, prefix: bool):
+  """Returns score(params, batch) of a decoder, which is a prefix LM or not."""
   # With a capacity, a text's probability would hang on the batch.
   model = without_capacity(evaluation.run.model)
   # A kernel that training names may not take rows of these lengths.
@@ -191,15 +225,18 @@ def _program(evaluation: Evaluation, prefix: bool):
             ) -> tuple[jax.Array, jax.Array]:
     """Returns the losses of the targets, [P], and whether each is the likeliest
     token; what the model knows beforehand is a prefix LM's prefix."""
-    tokens_BL = batch['tokens']
-    real_BL = (jnp.arange(tokens_BL.shape[1])[None]
-               < batch['lengths'][:, None]).astype(jnp.int32)
+    # The states of the model.
+    tokens_BL, lengths_B = batch['tokens'], batch['lengths']
+    places_1L = jnp.arange(tokens_BL.shape[1])[None]
+    real_BL = (places_1L < lengths_B[:, None]).astype(jnp.int32)
     options = {'prefix_B': batch['known']} if prefix else {}
     output = module.apply({'params': params}, tokens_BL, valid_BL=real_BL,
-                          lengths_B=batch['lengths'], **options)
-    hidden_PD = output.hidden.reshape(-1, output.hidden.shape[-1])[
-        batch['places']]
+                          lengths_B=lengths_B, **options)
+
+    # The head, at the places that are asked about.
+    size = output.hidden.shape[-1]
+    hidden_PD = output.hidden.reshape(-1, size)[batch['places']]
     judged = losses.token_losses(hidden_PD[None], output.head,
-                                     batch['targets'][None])
+                                 batch['targets'][None])
     return judged.loss[0], judged.correct[0]
   return score

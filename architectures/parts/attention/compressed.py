@@ -48,7 +48,7 @@ from common.fields import field, FUNCTION, SHAPES
 
 @dataclasses.dataclass(frozen=True)
 class CompressedConfig:
-  """Of mixers csa, hca and swa."""
+  """The fields of mixers csa, hca and swa."""
   GROUP = 'compressed'
   window: int = field(128, 'plain keys that a query sees, its own included',
                       above=0, resume=FUNCTION)
@@ -90,29 +90,37 @@ def windows(ctx: Context, L: int, rate: int, slots: int, cached: bool
   """Returns the windows of L tokens, with entries of `slots` tokens. There are
   as many as L tokens can close; those that stay open are seen by no token."""
   ids_BL, positions_BL = ctx.segment_ids_BL, ctx.positions_BL
-  number_BW = jnp.arange(-(-L // rate) if cached else max(1, L // rate))[None]
+  # With a cache, the row goes on: windows are counted from its beginning, and
+  # the tokens of the open one stand before the first token.
+  before, kept = 0, 0
+  number_BW = jnp.arange(max(1, L // rate))[None]
   if cached:
-    number_BW += positions_BL[:, :1] // rate
+    before, kept = positions_BL[:, :1, None], slots - 1
+    number_BW = jnp.arange(-(-L // rate))[None] + positions_BL[:, :1] // rate
+  # The place where each window ends, in the row and in its document.
   end_BW = stop_BW = number_BW * rate + rate - 1
   if ids_BL is not None:
-    at_1L = jnp.arange(L)[None]
-    place_BL = at_1L - features.starts(ids_BL)
-    end_BW = jax.vmap(jnp.searchsorted, (0, None))(
-        jnp.cumsum((place_BL + 1) % rate == 0, 1), number_BW[0] + 1)
+    place_BL = jnp.arange(L)[None] - features.starts(ids_BL)
+    closed_BL = jnp.cumsum((place_BL + 1) % rate == 0, 1)
+    end_BW = jax.vmap(jnp.searchsorted, (0, None))(closed_BL, number_BW[0] + 1)
     stop_BW = _take(place_BL, end_BW)
-  before_1S = jnp.arange(1 - slots, 1)[None, None]
-  first, last = (positions_BL[:, :1, None], slots - 1) if cached else (0, 0)
+  last_BW = end_BW if cached else _take(positions_BL, end_BW)
+  # The tokens of each window, up to its end.
+  back_11S = jnp.arange(1 - slots, 1)[None, None]
+  at_BWS = end_BW[..., None] + back_11S + kept - before
   return Windows(
-      jnp.clip(end_BW[..., None] + before_1S + last - first, 0, last + L - 1),
-      stop_BW[..., None] + before_1S >= 0, number_BW, end_BW,
-      (end_BW if cached else _take(positions_BL, end_BW)) - rate + 1)
+      at_BWS=jnp.clip(at_BWS, 0, kept + L - 1),
+      there_BWS=stop_BW[..., None] + back_11S >= 0, number_BW=number_BW,
+      end_BW=end_BW, first_BW=last_BW - rate + 1)
 
 
 def _take(x_BL: jax.Array, at_BW: jax.Array) -> jax.Array:
+  """Returns x at these places of each row; past its end, the last one."""
   rows, last = max(len(x_BL), len(at_BW)), x_BL.shape[1] - 1
-  return jnp.take_along_axis(
-      *(jnp.broadcast_to(x, (rows, x.shape[1]))
-        for x in (x_BL, jnp.minimum(at_BW, last))), 1)
+  at_BW = jnp.minimum(at_BW, last)
+  x_BL = jnp.broadcast_to(x_BL, (rows, x_BL.shape[1]))
+  at_BW = jnp.broadcast_to(at_BW, (rows, at_BW.shape[1]))
+  return jnp.take_along_axis(x_BL, at_BW, 1)
 
 
 class Entries(nn.Module):
@@ -126,23 +134,28 @@ class Entries(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, at: Windows, ctx: Context,
                before_BMU: Optional[jax.Array]):
-    c, (_, L, D) = self.config, x_BLD.shape
-    U = self.parts * self.size
-    axes = 'embed', None
-    both_BMU = jnp.concatenate([layers.einsum(
-        'BLD,DU->BLU', x_BLD, layers.weight(self, name, (D, U), axes),
-        c.compute_dtype, axes=axes) for name in ('value', 'score')], -1)
+    c, L = self.config, x_BLD.shape[1]
+    # v and z side by side, those of tokens before first.
+    both_BMU = jnp.concatenate(
+        [self._product('value', x_BLD), self._product('score', x_BLD)], -1)
     bias_PU = declare(self, 'score_bias', nn.initializers.zeros,
-                      (self.rate, U), Role((None, None)))
+                      (self.rate, self.parts * self.size), Role((None, None)))
     after_BMU = None
     if before_BMU is not None:
-      both_BMU = jnp.concatenate([before_BMU.astype(both_BMU.dtype), both_BMU],
-                                 1)
+      before_BMU = before_BMU.astype(both_BMU.dtype)
+      both_BMU = jnp.concatenate([before_BMU, both_BMU], 1)
       after_BMU = features.last(both_BMU, before_BMU.shape[1], L, ctx.valid_BL)
     both_BMU = sharding.constrain(both_BMU, 'batch', None, None)
-    e_BWK = layers.counted(_pooled, 4 * self.rate * self.parts)(
-        both_BMU, bias_PU, at.at_BWS, at.there_BWS)
+    pooled = layers.counted(_pooled, 4 * self.rate * self.parts)
+    e_BWK = pooled(both_BMU, bias_PU, at.at_BWS, at.there_BWS)
     return layers.norm(c, 'norm', 'head')(e_BWK), after_BMU
+
+  def _product(self, name: str, x_BLD: jax.Array) -> jax.Array:
+    """Returns W x, of the features of all parts."""
+    axes, size = ('embed', None), self.parts * self.size
+    w_DU = layers.weight(self, name, (x_BLD.shape[-1], size), axes)
+    return layers.einsum('BLD,DU->BLU', x_BLD, w_DU, self.config.compute_dtype,
+                         axes=axes)
 
 
 def _pooled(both_BMU: jax.Array, bias_PU: jax.Array, at_BWS: jax.Array,
@@ -150,18 +163,26 @@ def _pooled(both_BMU: jax.Array, bias_PU: jax.Array, at_BWS: jax.Array,
   """Returns the weighted means of v by z, both of which are in `both`."""
   (B, M, _), P = both_BMU.shape, len(bias_PU)
   parts = at_BWS.shape[-1] // P
-  # v and z of each part, of the windows before and then of the own.
   both_BMVTK = both_BMU.reshape(B, M, 2, parts, -1)
   at_BWS = jnp.broadcast_to(at_BWS, (B, *at_BWS.shape[1:]))
-  v_BWSK, z_BWSK = jnp.moveaxis(jnp.concatenate([
-      jax.vmap(lambda x, at: x[at])(both_BMVTK[:, :, :, i],
-                                    at_BWS[..., i * P:(i + 1) * P])
-      for i in range(parts)], 2).astype(jnp.float32), 3, 0)
-  bias_SK = jnp.moveaxis(bias_PU.reshape(P, parts, -1), 1, 0).reshape(
-      parts * P, -1).astype(jnp.float32)
+  # v and z of each part: of the windows before, and then of the own.
+  of_parts = []
+  for i in range(parts):
+    at_BWP = at_BWS[..., i * P:(i + 1) * P]
+    of_parts.append(jax.vmap(_rows_at)(both_BMVTK[:, :, :, i], at_BWP))
+  both_BWSVK = jnp.concatenate(of_parts, 2).astype(jnp.float32)
+  v_BWSK, z_BWSK = jnp.moveaxis(both_BWSVK, 3, 0)
+  # p = softmax(z + b) over the tokens that the document has.
+  bias_TPK = jnp.moveaxis(bias_PU.reshape(P, parts, -1), 1, 0)
+  bias_SK = bias_TPK.reshape(parts * P, -1).astype(jnp.float32)
   z_BWSK = jnp.where(there_BWS[..., None], z_BWSK + bias_SK[None, None],
                      kernels.MASKED)
-  return (jax.nn.softmax(z_BWSK, 2) * v_BWSK).sum(2).astype(both_BMU.dtype)
+  e_BWK = (jax.nn.softmax(z_BWSK, 2) * v_BWSK).sum(2)
+  return e_BWK.astype(both_BMU.dtype)
+
+
+def _rows_at(x_MVK: jax.Array, at_WP: jax.Array) -> jax.Array:
+  return x_MVK[at_WP]
 
 
 class Scored(indexer.Scored):
@@ -180,6 +201,7 @@ class Scored(indexer.Scored):
 
 
 def _joined(*seen: jax.Array) -> jax.Array:
+  """Returns the keys that queries see, and then the entries."""
   rows = max(map(len, seen))
   return jnp.concatenate([jnp.broadcast_to(x, (rows, *x.shape[1:]))
                           for x in seen], -1)
@@ -198,27 +220,20 @@ class SWA(Attention):
     c, m = self.config, self.config.part(CompressedConfig)
     require(not ctx.keep_attention, f'model.mixer {c.mixer!r} weighs entries '
             'of several tokens each: there is no weight of each token to keep')
-    asks_BLU = layers.norm(c, 'query_norm', 'latent')(self._dense(
-        'query_down', 'BLD,DU->BLU', x_BLD, ('embed', None), ctx, m.q_rank))
-    q_BLHK = layers.PlainRMSNorm(c, name='head_norm')(self._dense(
-        'query_up', 'BLU,UHK->BLHK', asks_BLU, ('latent', 'heads', 'head'),
-        ctx, c.num_heads, c.head_dim))
-    q_BLHK = sharding.constrain(turn(q_BLHK, ctx.positions_BL, c, ctx.length),
-                                'batch', 'length', 'heads', 'head')
-    k_BMK = layers.norm(c, 'key_norm', 'head')(self._dense(
-        'key', 'BLD,DK->BLK', x_BLD, ('embed', 'head'), ctx, c.head_dim))
-    k_BM1K = turn(k_BMK[:, :, None], ctx.positions_BL, c, ctx.length)
+    # Queries, and a key of each token, which is its value too.
+    asks_BLU, q_BLHK = self._queries(x_BLD, ctx)
+    k_BM1K, at_BM = self._key(x_BLD, ctx), ctx.positions_BL
     slots = cache is not None and not kernels.begins(self.kind, ctx)
-    k_positions_BM = ctx.positions_BL
     if cache is not None:
       cache = cache.write(k_BM1K, None, ctx.positions_BL)
     if slots:
-      k_BM1K = cache.slots[0]
-      k_positions_BM = jnp.arange(k_BM1K.shape[1])[None]
+      k_BM1K, _, _ = cache.slots
+      at_BM = jnp.arange(k_BM1K.shape[1])[None]
+    # A query sees a window of them, and entries.
     seen_BLM = kernels.visible(
         LayerKind('banded', self.kind.ffn),
         dataclasses.replace(c, sliding_window=m.window), ctx.positions_BL,
-        k_positions_BM, ctx.segment_ids_BL, ctx.segment_ids_BL)
+        at_BM, ctx.segment_ids_BL, ctx.segment_ids_BL)
     L, M, scored = q_BLHK.shape[1], k_BM1K.shape[1], None
     if self.PARTS:
       e_BW1K, scored, seen_BLW, cache = self._entries(
@@ -233,8 +248,33 @@ class SWA(Attention):
     o_BLHK = turn(o_BLHK, -ctx.positions_BL, c, ctx.length)
     return self._grouped(o_BLHK, ctx), cache, report
 
+  def _queries(self, x_BLD: jax.Array, ctx: Context
+               ) -> tuple[jax.Array, jax.Array]:
+    """Returns what queries are made of, n(W_dq x), and the queries."""
+    c, m = self.config, self.config.part(CompressedConfig)
+    asks_BLU = self._dense('query_down', 'BLD,DU->BLU', x_BLD,
+                           ('embed', None), ctx, m.q_rank)
+    asks_BLU = layers.norm(c, 'query_norm', 'latent')(asks_BLU)
+    q_BLHK = self._dense('query_up', 'BLU,UHK->BLHK', asks_BLU,
+                         ('latent', 'heads', 'head'), ctx, c.num_heads,
+                         c.head_dim)
+    q_BLHK = layers.PlainRMSNorm(c, name='head_norm')(q_BLHK)
+    q_BLHK = turn(q_BLHK, ctx.positions_BL, c, ctx.length)
+    return asks_BLU, sharding.constrain(
+        q_BLHK, 'batch', 'length', 'heads', 'head')
+
+  def _key(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
+    """Returns the key of each token, [B, L, 1, K]."""
+    c = self.config
+    k_BLK = self._dense('key', 'BLD,DK->BLK', x_BLD, ('embed', 'head'), ctx,
+                        c.head_dim)
+    k_BLK = layers.norm(c, 'key_norm', 'head')(k_BLK)
+    return turn(k_BLK[:, :, None], ctx.positions_BL, c, ctx.length)
+
   def _dense(self, name: str, spec: str, x: jax.Array,
-             axes: tuple[str | None, ...], ctx: Context, *shape: int):
+             axes: tuple[str | None, ...], ctx: Context, *shape: int
+             ) -> jax.Array:
+    """Declares a weight of these outputs, and multiplies by it."""
     return layers.dense(
         self, name, spec, x, (x.shape[-1], *shape), axes, with_bias=False,
         deterministic=ctx.deterministic)
@@ -261,39 +301,49 @@ class SWA(Attention):
     sees, and the cache with those that are new."""
     c, L, rate = self.config, x_BLD.shape[1], rate_of(self.config)
     at = windows(ctx, L, rate, rate * self.PARTS, cache is not None)
-    kept = {} if cache is None else dict(cache.inputs)
-
-    def entries(name: str, size: int, x_BLD: jax.Array) -> jax.Array:
-      e_BWK, after_BMU = Entries(c, rate, size, self.PARTS, name='entries')(
-          x_BLD, at, ctx, kept.get(f'{name}_open'))
-      e_BW1K = turn(e_BWK[:, :, None], at.first_BW, c, ctx.length,
-                    of_index=name == 'index')
-      if cache is None:
-        return e_BW1K
-      kept[f'{name}_open'], all_BWK = after_BMU, kept[name]
-      rows_B1 = jnp.arange(len(all_BWK))[:, None]
-      kept[name] = all_BWK.at[rows_B1, at.number_BW].set(
-          e_BW1K[:, :, 0].astype(all_BWK.dtype), mode='drop')
-      return kept[name][:, :, None] if slots else e_BW1K
-
-    e_BW1K, scored = entries('entry', c.head_dim, x_BLD), None
-    q_BL = jnp.arange(L)[None] if cache is None else ctx.positions_BL
-    end_BW = (jnp.arange(1, e_BW1K.shape[1] + 1)[None] * rate - 1 if slots else
-              at.end_BW)
+    e_BW1K, kept = made(c, self.PARTS, 'entry', c.head_dim, x_BLD, at, ctx,
+                        cache, slots)
+    # A query sees those that have ended, in its document.
+    q_BL, end_BW = jnp.arange(L)[None], at.end_BW
+    if cache is not None:
+      q_BL = ctx.positions_BL
+    if slots:
+      end_BW = jnp.arange(1, e_BW1K.shape[1] + 1)[None] * rate - 1
     seen_BLW = end_BW[:, None] <= q_BL[:, :, None]
     if ctx.segment_ids_BL is not None:
-      seen_BLW &= end_BW[:, None] >= features.starts(
-          ctx.segment_ids_BL)[:, :, None]
+      start_BL = features.starts(ctx.segment_ids_BL)
+      seen_BLW &= end_BW[:, None] >= start_BL[:, :, None]
+    scored = None
     if c.mixer == 'csa':
-      sizes = c.part(IndexerConfig)
-      index = indexer.Indexer(c, 'latent', name='indexer')(
-          x_BLD, asks_BLU, ctx, turn=lambda q_BLHK, ctx: turn(
-              q_BLHK, ctx.positions_BL, c, ctx.length, of_index=True),
-          keys=lambda x_BLD: entries('index', sizes.head_dim, x_BLD))
-      M = cache.num_slots if slots else L
-      with layers.useful(self._pairs(L, M, whole=True), L * e_BW1K.shape[1]):
-        scored = Scored(indexer.scores(index))
-    return e_BW1K, scored, seen_BLW, cache and cache.replace(inputs=kept)
+      scored, of_index = self._scored(x_BLD, asks_BLU, at, ctx, cache, slots)
+      kept |= of_index
+    if cache is not None:
+      cache = cache.replace(inputs=cache.inputs | kept)
+    return e_BW1K, scored, seen_BLW, cache
+
+  def _scored(self, x_BLD: jax.Array, asks_BLU: jax.Array, at: Windows,
+              ctx: Context, cache: Optional[Cache], slots: bool
+              ) -> tuple['Scored', dict[str, jax.Array]]:
+    """Returns an indexer's scores of the entries, by entries of its own, and
+    what a cache keeps of these."""
+    c, L = self.config, x_BLD.shape[1]
+    sizes, kept = c.part(IndexerConfig), {}
+
+    def turned(q_BLHK: jax.Array, ctx: Context) -> jax.Array:
+      return turn(q_BLHK, ctx.positions_BL, c, ctx.length, of_index=True)
+
+    def keys(x_BLD: jax.Array) -> jax.Array:
+      e_BW1K, new = made(c, self.PARTS, 'index', sizes.head_dim, x_BLD, at, ctx,
+                         cache, slots)
+      kept.update(new)
+      return e_BW1K
+
+    index = indexer.Indexer(c, 'latent', name='indexer')(
+        x_BLD, asks_BLU, ctx, turn=turned, keys=keys)
+    M = cache.num_slots if slots else L
+    entries = index.key_BMJK.shape[1]
+    with layers.useful(self._pairs(L, M, whole=True), L * entries):
+      return Scored(indexer.scores(index)), kept
 
   def _pairs(self, queries: int, keys: int, whole: bool = False) -> int:
     """Returns how many pairs of a query and a key or an entry there are, where
@@ -308,6 +358,41 @@ class SWA(Attention):
         entries = np.minimum(entries, top) if top else entries
       seen = seen + entries
     return int(seen.sum())
+
+
+def made(c: ModelConfig, parts: int, name: str, size: int, x_BLD: jax.Array,
+         at: Windows, ctx: Context, cache: Optional[Cache], slots: bool
+         ) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns entries, turned, [B, W, 1, K], and what a cache keeps of them: with
+  `slots` they are all that it has. Their parameters stand in the module that
+  calls: the layer's attention, or its indexer.
+
+  Args:
+    c: the config of the layer.
+    parts: of how many windows an entry is made.
+    name: entry, or index.
+    size: K, the features of an entry.
+    x_BLD: the input of the layer.
+    at: the windows that the tokens close.
+    ctx: the context.
+    cache: what the layer keeps.
+    slots: whether queries meet what the cache holds.
+  """
+  before_BMU = None if cache is None else cache.inputs[f'{name}_open']
+  e_BWK, after_BMU = Entries(
+      c, rate=rate_of(c), size=size, parts=parts, name='entries')(
+          x_BLD, at, ctx, before_BMU)
+  e_BW1K = turn(e_BWK[:, :, None], at.first_BW, c, ctx.length,
+                of_index=name == 'index')
+  if cache is None:
+    return e_BW1K, {}
+  all_BWK = cache.inputs[name]
+  rows_B1 = jnp.arange(len(all_BWK))[:, None]
+  new_BWK = e_BW1K[:, :, 0].astype(all_BWK.dtype)
+  all_BWK = all_BWK.at[rows_B1, at.number_BW].set(new_BWK, mode='drop')
+  if slots:
+    e_BW1K = all_BWK[:, :, None]
+  return e_BW1K, {name: all_BWK, f'{name}_open': after_BMU}
 
 
 class HCA(SWA):

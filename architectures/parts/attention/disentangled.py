@@ -28,15 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import layers
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
-from common.errors import require
+from common.errors import RequestError, require
 from common.fields import field, FUNCTION, SHAPES
 
 
 @dataclasses.dataclass(frozen=True)
 class DisentangledConfig:
-  """Of position disentangled."""
+  """The fields of position disentangled."""
   buckets: int = field(256, 'buckets of distances on each side', least=4,
                        resume=SHAPES)
   max_distance: int = field(
@@ -118,9 +119,10 @@ def check(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what disentangled attention cannot be."""
   del stack
   who = "model.position is 'disentangled'"
-  require(c.mixer == 'attention' and not c.kv_sharing, f'{who}, which needs '
-          "queries and keys of the layer's own: choose model.mixer attention, "
-          'without kv_sharing')
+  if c.mixer != 'attention' or c.part(AttentionConfig).kv_sharing:
+    raise RequestError(
+        f"{who}, which needs queries and keys of the layer's own: choose "
+        'model.mixer attention, without kv_sharing')
   d = c.part(DisentangledConfig)
   require(d.buckets % 2 == 0 and d.max_distance > d.buckets // 2 + 1,
           f'model.disentangled.buckets is {d.buckets} and '

@@ -10,6 +10,7 @@ from common.fields import field, FUNCTION, SHAPES, Wait
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
   """The fields that mixer attention reads and no other mixer does."""
+  GROUP = 'plain_attention'  # whose names have no group before them
   attention_log_scale: float = field(
       0.0, 'How much queries grow with the logarithm of their position; 0: '
       'they do not.', least=0, resume=FUNCTION, of_layers=True)
@@ -45,13 +46,11 @@ class AttentionConfig:
   kv_sharing: bool = field(
       False, 'A layer reads the keys and values of one before it: of a kind of '
       'layer.', of_layers=True)
-  attention_scale: float = field(
-      0.0, 'The factor of the scores; derived: head_dim ** -0.5 (with mup: '
-      'that of the base).', least=0, resume=FUNCTION, of_layers=True)
 
-  def waits(self) -> dict[str, Wait]:
-    """Returns the fields that nothing reads as others are, with what each of
-    them waits for."""
+  def waits(self, c: Sizes) -> dict[str, Wait]:
+    """Returns the fields that nothing reads as the others are, with what each
+    of them waits for."""
+    del c
     waits = {}
     if not self.attention_log_scale:
       waits['attention_log_from'] = Wait('attention_log_scale', 'is set')

@@ -47,12 +47,12 @@ import numpy as np
 from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
-from architectures.parts.attention.fields import LatentConfig
+from architectures.parts.attention.fields import AttentionConfig, LatentConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.positions import RopeConfig
 from architectures.parts.recurrent import features
-from common.errors import require
+from common.errors import RequestError, require
 from common.fields import field, FUNCTION, RECIPE, REGULARISATION, SHAPES
 from common.fields import Wait
 
@@ -63,7 +63,7 @@ INPUT = 'index'  # in Cache.inputs: of the means of keys
 
 @dataclasses.dataclass(frozen=True)
 class IndexerConfig:
-  """Of attention indexed."""
+  """The fields of attention indexed."""
   GROUP = 'indexer'
   top_k: int = field(
       64, 'Keys that a query sees; 0: all, while the indexer warms up.',
@@ -94,7 +94,7 @@ class IndexerConfig:
 
 @struct.dataclass
 class Index:
-  """What an indexer makes of tokens: queries and their heads' weights, and
+  """The result of an indexer for tokens: queries and their heads' weights, and
   keys, which are of one head; of blocks, also what the next keys are made of.
   """
   query_BLHK: jax.Array
@@ -119,38 +119,61 @@ class Indexer(nn.Module):
                ) -> Index:
     c, i = self.config, self.config.part(IndexerConfig)
     x_BLD, asks_BLU = jax.lax.stop_gradient((x_BLD, asks_BLU))
-
-    def product(name: str, spec: str, x: jax.Array, *shape: int,
-                axis: str = 'embed', dtype: jax.typing.DTypeLike = None):
-      axes = (axis, *((None, 'head')[-len(shape):]))
-      w = layers.weight(self, name, (x.shape[-1], *shape), axes)
-      return layers.einsum(spec, x, w, c.compute_dtype, dtype, axes=axes)
-
-    q_BLHK = product('query', 'BLU,UHK->BLHK', asks_BLU, i.heads, i.head_dim,
-                     axis=self.axis)
-    inputs, k_BLK = {}, None if keys else product(
-        'key', 'BLD,DK->BLK', x_BLD, i.head_dim)
+    q_BLHK = self._product('query', 'BLU,UHK->BLHK', asks_BLU,
+                           (self.axis, None, 'head'), i.heads, i.head_dim)
+    k_BLK, k_BL1K, inputs = None, None, {}
+    if keys is None:
+      k_BLK = self._product('key', 'BLD,DK->BLK', x_BLD, ('embed', 'head'),
+                            i.head_dim)
     if i.block:
       q_BLHK = layers.norm(c, 'query_norm', 'head')(q_BLHK)
-      mean_BL1K, inputs[INPUT] = features.convolve(
-          k_BLK[:, :, None], jnp.full((i.block, 1, i.head_dim), 1 / i.block),
-          before_BWHK=before[INPUT] if before else None,
-          segment_ids_BL=ctx.segment_ids_BL,
-          valid_BL=ctx.valid_BL if before else None)
-      k_BLK = layers.norm(c, 'key_norm', 'head')(mean_BL1K[:, :, 0])
+    if keys is None:
+      k_BL1K, inputs = self._keys(k_BLK, ctx, before)
+    # Blocks are chosen by all heads alike.
+    if i.block:
       w_BLH = jnp.full(q_BLHK.shape[:3], i.heads ** 0.5)
     else:
-      if not keys:
-        k_BLK = layers.LayerNorm(dataclasses.replace(c, norm_eps=NORM_EPS),
-                                 'head', name='key_norm')(k_BLK)
-      w_BLH = product('weights', 'BLD,DH->BLH', x_BLD, i.heads,
-                      dtype=jnp.float32)
-    q_BLHK = (turn or self._turn)(q_BLHK, ctx)
-    k_BL1K = keys(x_BLD) if keys else self._turn(
-        k_BLK[:, :, None], ctx, max(i.block - 1, 0))
-    return Index(sharding.constrain(q_BLHK, 'batch', 'length', None, 'head'),
-                 sharding.constrain(w_BLH, 'batch', 'length', None), k_BL1K,
-                 inputs)
+      w_BLH = self._product('weights', 'BLD,DH->BLH', x_BLD,
+                            ('embed', 'head'), i.heads, dtype=jnp.float32)
+    # R turns both by their positions.
+    turn = turn or self._turn
+    q_BLHK = turn(q_BLHK, ctx)
+    if keys is None:
+      k_BL1K = self._turn(k_BL1K, ctx, max(i.block - 1, 0))
+    else:
+      k_BL1K = keys(x_BLD)
+    return Index(
+        query_BLHK=sharding.constrain(q_BLHK, 'batch', 'length', None, 'head'),
+        weight_BLH=sharding.constrain(w_BLH, 'batch', 'length', None),
+        key_BMJK=k_BL1K, inputs=inputs)
+
+  def _keys(self, k_BLK: jax.Array, ctx: Context,
+            before: Optional[dict[str, jax.Array]]
+            ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns n(W_k x) of W_k x, or n of its mean over a block of tokens that
+    ends with each, [B, L, 1, K], and Index.inputs."""
+    c, i = self.config, self.config.part(IndexerConfig)
+    if not i.block:
+      norm_config = dataclasses.replace(c, norm_eps=NORM_EPS)
+      k_BLK = layers.LayerNorm(norm_config, 'head', name='key_norm')(k_BLK)
+      return k_BLK[:, :, None], {}
+    last_BWJK, valid_BL = None, None
+    if before:
+      last_BWJK, valid_BL = before[INPUT], ctx.valid_BL
+    mean_W1K = jnp.full((i.block, 1, i.head_dim), 1 / i.block)
+    mean_BL1K, after_BWJK = features.convolve(
+        k_BLK[:, :, None], mean_W1K, before_BWHK=last_BWJK,
+        segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
+    k_BLK = layers.norm(c, 'key_norm', 'head')(mean_BL1K[:, :, 0])
+    return k_BLK[:, :, None], {INPUT: after_BWJK}
+
+  def _product(self, name: str, spec: str, x: jax.Array,
+               axes: tuple[str | None, ...], *shape: int,
+               dtype: jax.typing.DTypeLike = None) -> jax.Array:
+    """Declares a weight of these outputs, and multiplies by it."""
+    w = layers.weight(self, name, (x.shape[-1], *shape), axes)
+    return layers.einsum(spec, x, w, self.config.compute_dtype, dtype,
+                         axes=axes)
 
   def _turn(self, x_BLHK: jax.Array, ctx: Context, back: int = 0) -> jax.Array:
     c, rotate = self.config, positions.of(self.config).rotate
@@ -166,8 +189,9 @@ class Indexer(nn.Module):
 
 def turned(c: ModelConfig) -> int:
   """Returns how many features of a head rotary positions turn."""
-  return (c.part(LatentConfig).rope_dim if c.mixer == 'latent' else
-          positions.rotary_dim(c))
+  if c.mixer == 'latent':
+    return c.part(LatentConfig).rope_dim
+  return positions.rotary_dim(c)
 
 
 class Scored(NamedTuple):
@@ -218,7 +242,8 @@ class Scored(NamedTuple):
 
   def divergence(self, target_BLM: jax.Array, seen_BLM: Any, ctx: Context
                  ) -> jax.Array:
-    """As the function; of blocks, over the keys of those that are whole."""
+    """Returns what the function `divergence` does; of blocks, over the keys of
+    those that are whole."""
     scores_BLM = self.scores_BLM
     if self.size:
       seen_BLM = seen_BLM & self.to_keys(self.whole(seen_BLM), False)
@@ -252,17 +277,21 @@ def scores(index: Index) -> jax.Array:
 
 def _scores(q_BLHK: jax.Array, w_BLH: jax.Array, k_BMJK: jax.Array
             ) -> jax.Array:
-  s_BHLM = jax.nn.relu(layers.einsum('BLHK,BMK->BHLM', q_BLHK, k_BMJK[:, :, 0],
-                                     q_BLHK.dtype, jnp.float32))
-  return layers.einsum('BLH,BHLM->BLM', layers.times(
-      w_BLH, (q_BLHK.shape[2] * q_BLHK.shape[3]) ** -0.5), s_BHLM, jnp.float32)
+  """Returns (K H)^-1/2 sum over the heads of w relu(q k)."""
+  H, K = q_BLHK.shape[2:]
+  s_BHLM = layers.einsum('BLHK,BMK->BHLM', q_BLHK, k_BMJK[:, :, 0],
+                         q_BLHK.dtype, jnp.float32)
+  s_BHLM = jax.nn.relu(s_BHLM)
+  w_BLH = layers.times(w_BLH, (H * K) ** -0.5)
+  return layers.einsum('BLH,BHLM->BLM', w_BLH, s_BHLM, jnp.float32)
 
 
 def of_seen(scores_BLM: jax.Array, seen_BLM: Optional[jax.Array]) -> jax.Array:
   """Returns the scores without a gradient, and low where a key is unseen."""
   scores_BLM = jax.lax.stop_gradient(scores_BLM)
-  return scores_BLM if seen_BLM is None else jnp.where(seen_BLM, scores_BLM,
-                                                       -jnp.inf)
+  if seen_BLM is None:
+    return scores_BLM
+  return jnp.where(seen_BLM, scores_BLM, -jnp.inf)
 
 
 def best(scores_BLM: jax.Array, seen_BLM: Optional[jax.Array], top_k: int
@@ -343,8 +372,10 @@ def check(c: ModelConfig, stack: str) -> None:
           f'them, and model.arch {c.arch!r} is no decoder: choose global')
   require(c.parametrization != 'mup', f'{who}, for whose indexer '
           "model.parametrization 'mup' has no rule: choose standard")
-  require(not c.kv_sharing, f'{who}, and model.kv_sharing is True: a layer '
-          'chooses of keys of its own, so set it to False')
+  attention = c.find(AttentionConfig)
+  if attention is not None and attention.kv_sharing:
+    raise RequestError(f'{who}, and model.kv_sharing is True: a layer chooses '
+                       'of keys of its own, so set it to False')
   i = c.part(IndexerConfig)
   require(not i.block or i.top_k % i.block == 0, f'model.indexer.block is '
           f'{i.block}, which does not divide model.indexer.top_k {i.top_k}')

@@ -2,7 +2,7 @@
 them. An entry of RULES, or of KERNELS at the end, is all that there is of one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import operator
@@ -20,9 +20,10 @@ from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import indexer
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
-from common.errors import require
+from common.errors import RequestError, require
 
 # The mask: which keys a query sees, and how many pairs it shows.
 
@@ -58,22 +59,34 @@ def visible(kind: LayerKind, c: ModelConfig, q_positions_BL: jax.Array,
             q_segments_BL: Optional[jax.Array] = None,
             k_segments_BM: Optional[jax.Array] = None,
             prefix_B: Optional[jax.Array] = None) -> Optional[jax.Array]:
-  """Which keys each query sees: bool [B or 1, L, M]; None: all."""
-  rule = RULES[kind.attention]
-  q, k = q_positions_BL[:, :, None], k_positions_BM[:, None]
-  seen = []
+  """Returns which keys each query sees, bool [B or 1, L, M]; None: all.
+
+  Args:
+    kind: the layer.
+    c: its config.
+    q_positions_BL: where the queries stand.
+    k_positions_BM: where the keys stand.
+    q_segments_BL: the documents of the queries; None: there is one.
+    k_segments_BM: the documents of the keys.
+    prefix_B: how many tokens at the start of a row are seen by all.
+  """
+  rule, seen = RULES[kind.attention], []
+  q_BL1, k_B1M = q_positions_BL[:, :, None], k_positions_BM[:, None]
   if kind.causal:
-    causal = k <= q
+    before_BLM = k_B1M <= q_BL1
     if prefix_B is not None:
-      causal |= k < prefix_B[:, None, None]
-    seen.append(causal)
+      before_BLM |= k_B1M < prefix_B[:, None, None]
+    seen.append(before_BLM)
   if rule.window:
-    seen.append(jnp.abs(q - k) < rule.window(c))
+    seen.append(jnp.abs(q_BL1 - k_B1M) < rule.window(c))
   if rule.chunk:
-    seen.append(q // rule.chunk(c) == k // rule.chunk(c))
+    size = rule.chunk(c)
+    seen.append(q_BL1 // size == k_B1M // size)
   if q_segments_BL is not None:
     seen.append(q_segments_BL[:, :, None] == k_segments_BM[:, None])
-  return functools.reduce(operator.and_, seen) if seen else None
+  if not seen:
+    return None
+  return functools.reduce(operator.and_, seen)
 
 
 def parts(kind: LayerKind, c: ModelConfig, positions_BL: jax.Array,
@@ -84,7 +97,9 @@ def parts(kind: LayerKind, c: ModelConfig, positions_BL: jax.Array,
   if not rule.chunk:
     return segments_BL
   chunk_BL = positions_BL // rule.chunk(c)
-  return chunk_BL if segments_BL is None else chunk_BL + MOST * segments_BL
+  if segments_BL is None:
+    return chunk_BL
+  return chunk_BL + MOST * segments_BL
 
 
 def begins(kind: LayerKind, ctx: Context) -> bool:
@@ -96,15 +111,19 @@ def begins(kind: LayerKind, ctx: Context) -> bool:
 def _counts(kind: LayerKind, c: ModelConfig, queries: np.ndarray,
             keys: np.ndarray) -> np.ndarray:
   """Returns how many of the keys at these places each query sees."""
-  rule = RULES[kind.attention]
+  rule, size = RULES[kind.attention], keys.size
+  # A query sees the keys of its chunk, up to itself where the layer is causal.
   if rule.chunk:
-    first = queries - queries % rule.chunk(c)
-    stop = queries + 1 if kind.causal else first + rule.chunk(c)
-    return np.minimum(stop, keys.size) - first
-  reach = rule.window(c) if rule.window else keys.size
+    chunk = rule.chunk(c)
+    first = queries - queries % chunk
+    stop = queries + 1 if kind.causal else first + chunk
+    return np.minimum(stop, size) - first
+  # Or it sees those that are less than `reach` away.
+  reach = rule.window(c) if rule.window else size
+  after = 1 if kind.causal else reach
   first = np.maximum(queries - reach + 1, 0)
-  last = np.minimum(queries + (1 if kind.causal else reach), keys.size)
-  return rule.top(c, last - first) if rule.top else last - first
+  seen = np.minimum(queries + after, size) - first
+  return rule.top(c, seen) if rule.top else seen
 
 
 def pairs(kind: LayerKind, c: ModelConfig, queries: int, keys: int) -> int:
@@ -120,7 +139,10 @@ def share(kind: LayerKind, c: ModelConfig, queries: int, keys: int,
   are seen where the whole row is a prompt.
 
   Args:
-    kind, c, queries, keys: as of `pairs`.
+    kind: the layer.
+    c: its config.
+    queries: how many queries there are: the last of the keys' tokens.
+    keys: how many keys there are.
     prefix: whether the tokens of a row's prefix see each other. Then all three
       numbers are sums over prefixes of 1 to keys - 1 tokens, which are alike
       likely in training; but a prompt is a prefix of all of its tokens.
@@ -128,20 +150,33 @@ def share(kind: LayerKind, c: ModelConfig, queries: int, keys: int,
   seen, whole = pairs(kind, c, queries, keys), queries * keys
   if not (prefix and kind.causal and queries == keys > 1):
     return seen, whole, seen
-  both_ways, at = dataclasses.replace(kind, causal=False), np.arange(keys)
+  prefixes, at_M = keys - 1, np.arange(keys)
+  both_ways = dataclasses.replace(kind, causal=False)
+  in_prompt = pairs(both_ways, c, queries, keys) * prefixes
   top = RULES[kind.attention].top
-  if top:  # of max(query + 1, prefix) keys, or the best
-    best_M = top(c, at)
-    longer_M = best_M.sum() - best_M.cumsum()
-    at_once = np.append(best_M[1:], _counts(kind, c, at[-1:], at))
-    return (int((at_once * np.minimum(at + 1, keys - 1)).sum()
-                + np.append(longer_M[1:], 0).sum()), whole * (keys - 1),
-            pairs(both_ways, c, queries, keys) * (keys - 1))
-  # A query sees a later key in the prefixes that this key is part of. As many
-  # see a key from before it as it sees before itself: masks are symmetric.
-  earlier_M = _counts(kind, c, at, at) - 1
-  return (seen * (keys - 1) + int((earlier_M * (keys - 1 - at)).sum()),
-          whole * (keys - 1), pairs(both_ways, c, queries, keys) * (keys - 1))
+  if top:
+    of_prefixes = _best_of_prefixes(kind, c, keys)
+  else:
+    # A query sees a later key in the prefixes that this key is part of. As many
+    # see a key from before it as it sees before itself: masks are symmetric.
+    earlier_M = _counts(kind, c, at_M, at_M) - 1
+    later = (earlier_M * (prefixes - at_M)).sum()
+    of_prefixes = seen * prefixes + int(later)
+  return of_prefixes, whole * prefixes, in_prompt
+
+
+def _best_of_prefixes(kind: LayerKind, c: ModelConfig, keys: int) -> int:
+  """Returns the pairs of all prefixes under an indexer's rule: a query sees
+  max(query + 1, prefix) keys, or the best of them."""
+  top, at_M = RULES[kind.attention].top, np.arange(keys)
+  best_M = top(c, at_M)
+  # Prefixes that end with the query or before it.
+  own_M = np.append(best_M[1:], _counts(kind, c, at_M[-1:], at_M))
+  shorter = (own_M * np.minimum(at_M + 1, keys - 1)).sum()
+  # Prefixes that go on after the query.
+  after_M = best_M.sum() - best_M.cumsum()
+  longer = np.append(after_M[1:], 0).sum()
+  return int(shorter + longer)
 
 
 def _needs(field: str, what: str) -> Callable[[ModelConfig, str], None]:
@@ -179,21 +214,23 @@ LEAST = 128  # a part has no fewer queries
 
 
 class _How(NamedTuple):
+  """The numbers by which scores are made of products, and weights of scores."""
   scale: float
   softcap: float
   dropout: float
   causal: bool
   window: int
 
-  def blocks(self, L: int, M: int):
-    """Yields (queries, the keys that they meet), as slices."""
-    count = max(1, min(PARTS, L // LEAST)) if self.causal else 1
+  def blocks(self, L: int, M: int) -> Iterator[tuple[slice, slice]]:
+    """Yields the parts of L queries, and the part of M keys that each meets."""
+    if not self.causal:
+      yield slice(0, L), slice(0, M)
+      return
+    count = max(1, min(PARTS, L // LEAST))
     for i in range(count):
       start, stop = i * L // count, (i + 1) * L // count
-      first, last = 0, stop if self.causal else M
-      if self.causal and self.window:
-        first = max(0, start - self.window + 1)
-      yield slice(start, stop), slice(first, last)
+      first = max(0, start - self.window + 1) if self.window else 0
+      yield slice(start, stop), slice(first, stop)
 
 
 def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
@@ -202,7 +239,8 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
            sink_H: Optional[jax.Array] = None, dropout: float = 0.0,
            key: Optional[jax.Array] = None, causal: bool = False,
            window: int = 0) -> jax.Array:
-  """Weighted values [B, L, H, K]; the softmax is taken in float32.
+  """Returns o_l = sum over m of p_lm v_m, [B, L, H, K], where p are `weights`;
+  the softmax is taken in float32.
 
   Args:
     q_BLHK: queries.
@@ -221,19 +259,13 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
   B, L, H, K = q_BLHK.shape
   M, J = k_BMJK.shape[1:3]
   chex.assert_shape([k_BMJK, v_BMJK], [(B, M, J, K), (B, M, J, None)])
-  if bias_BHLM is not None:
-    bias_BHLM = bias_BHLM.reshape(-1, J, H // J, *bias_BHLM.shape[2:])
-  if sink_H is not None:
-    sink_H = sink_H.astype(jnp.float32).reshape(1, J, H // J, 1, 1)
+  how = _How(scale=scale, softcap=softcap, dropout=dropout, causal=causal,
+             window=window)
+  q_BJRLK = _heads_first(q_BLHK).reshape(B, J, H // J, L, K)
   o_BJRLK = _attend(
-      _How(scale, softcap, dropout, causal, window),
-      _heads_first(q_BLHK).reshape(B, J, H // J, L, K), _heads_first(k_BMJK),
-      _heads_first(v_BMJK), bias_BHLM, sink_H, mask_BLM, key)
+      how, q_BJRLK, _heads_first(k_BMJK), _heads_first(v_BMJK),
+      _of_groups(bias_BHLM, J), _sink(sink_H, J), mask_BLM, key)
   return _heads_first(o_BJRLK.reshape(B, H, L, -1))
-
-
-def _heads_first(x_BLHK: jax.Array) -> jax.Array:
-  return jnp.swapaxes(x_BLHK, 1, 2)
 
 
 def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *,
@@ -242,39 +274,68 @@ def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *,
             sink_H: Optional[jax.Array] = None, scale: float,
             softcap: float = 0.0, causal: bool = False, window: int = 0,
             mean: bool = False) -> jax.Array:
-  """Returns the weights that `attend` gives the values for these arguments:
-  float32 [B, H, L, M], or with `mean` their mean over heads, [B, L, M].
+  """Returns the weights that `attend` gives the values for these arguments,
 
-  A row sums to 1, less the share of the sink where there is one; weights that
-  are hidden are 0.
+    p_lm = softmax over m of (scale q_l k_m + bias_lm),
+
+  float32 [B, H, L, M], or with `mean` their mean over heads, [B, L, M]. A row
+  sums to 1, less the share of the sink where there is one; weights that are
+  hidden are 0.
   """
-  (B, L, H, K), (M, J) = q_BLHK.shape, k_BMJK.shape[1:3]
+  B, L, H, K = q_BLHK.shape
+  M, J = k_BMJK.shape[1:3]
+  how = _How(scale=scale, softcap=softcap, dropout=0.0, causal=causal,
+             window=window)
   q_BJRLK = _heads_first(q_BLHK).reshape(B, J, H // J, L, K)
   k_BJMK = _heads_first(k_BMJK)
-  if bias_BHLM is not None:
-    bias_BHLM = bias_BHLM.reshape(-1, J, H // J, *bias_BHLM.shape[2:])
-  parts, how = [], _How(scale, softcap, 0.0, causal, window)
+  bias_BJRLM, sink_1JR11 = _of_groups(bias_BHLM, J), _sink(sink_H, J)
+  parts = []
   for rows, keys in how.blocks(L, M):
-    s_BJRLM = _scores(how, rows, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BHLM)
-    if sink_H is not None:  # a key more, and no value
-      sink = sink_H.astype(jnp.float32).reshape(1, J, H // J, 1, 1)
-      s_BJRLM = jnp.concatenate([s_BJRLM, jnp.broadcast_to(
-          sink, (*s_BJRLM.shape[:-1], 1))], -1)
+    s_BJRLM = _scores(how, rows, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BJRLM)
+    if sink_1JR11 is not None:  # a key more, and no value
+      sink_BJRL1 = jnp.broadcast_to(sink_1JR11, (*s_BJRLM.shape[:-1], 1))
+      s_BJRLM = jnp.concatenate([s_BJRLM, sink_BJRL1], -1)
     p_BJRLM = jax.nn.softmax(s_BJRLM)[..., :keys.stop - keys.start]
     if mask_BLM is not None:
       p_BJRLM = jnp.where(mask_BLM[:, None, None, rows, keys], p_BJRLM, 0)
-    p = p_BJRLM.mean((1, 2)) if mean else p_BJRLM.reshape(
-        B, H, *p_BJRLM.shape[3:])
-    parts.append(jnp.pad(p, (*[(0, 0)] * (p.ndim - 1),
-                             (keys.start, M - keys.stop))))
+    if mean:
+      p = p_BJRLM.mean((1, 2))
+    else:
+      p = p_BJRLM.reshape(B, H, *p_BJRLM.shape[3:])
+    # The keys that these queries do not meet.
+    unmet = (keys.start, M - keys.stop)
+    parts.append(jnp.pad(p, (*[(0, 0)] * (p.ndim - 1), unmet)))
   return jnp.concatenate(parts, -2)
+
+
+def _heads_first(x_BLHK: jax.Array) -> jax.Array:
+  return jnp.swapaxes(x_BLHK, 1, 2)
+
+
+def _of_groups(bias_BHLM: Optional[jax.Array], groups: int
+               ) -> Optional[jax.Array]:
+  """Returns a bias by the keys' heads, [B, J, R, L, M]."""
+  if bias_BHLM is None:
+    return None
+  B, H, *rest = bias_BHLM.shape
+  return bias_BHLM.reshape(-1, groups, H // groups, *rest)
+
+
+def _sink(sink_H: Optional[jax.Array], groups: int) -> Optional[jax.Array]:
+  """Returns the scores of the sinks in float32, [1, J, R, 1, 1]."""
+  if sink_H is None:
+    return None
+  return sink_H.astype(jnp.float32).reshape(
+      1, groups, len(sink_H) // groups, 1, 1)
 
 
 def _scores(how: _How, rows: slice, keys: slice, mask_BLM: Optional[jax.Array],
             q_BJRLK: jax.Array, k_BJMK: jax.Array,
-            bias_BJRLM: Optional[jax.Array]):
-  s_BJRLM = _times_keys(layers.times(q_BJRLK[..., rows, :], how.scale),
-                        k_BJMK[..., keys, :])
+            bias_BJRLM: Optional[jax.Array]) -> jax.Array:
+  """Returns scale q k + bias of the queries `rows` and the keys `keys`, MASKED
+  where a key is hidden, float32."""
+  q_BJRLK = layers.times(q_BJRLK[..., rows, :], how.scale)
+  s_BJRLM = _times_keys(q_BJRLK, k_BJMK[..., keys, :])
   if how.softcap:
     s_BJRLM = how.softcap * jnp.tanh(s_BJRLM / how.softcap)
   if bias_BJRLM is not None:
@@ -297,21 +358,30 @@ def _plus_one(s_BJRLM: jax.Array, bias_1JRLM: jax.Array) -> jax.Array:
   return s_BJRLM + bias_1JRLM
 
 
-_plus_one.defvjp(
-    lambda s_BJRLM, bias_1JRLM: (_plus_one(s_BJRLM, bias_1JRLM), None),
-    lambda _, d_BJRLM: (d_BJRLM, layers.counted(_over_rows, 0)(d_BJRLM)))
+def _plus_one_fwd(s_BJRLM: jax.Array, bias_1JRLM: jax.Array):
+  return _plus_one(s_BJRLM, bias_1JRLM), None
+
+
+def _plus_one_bwd(_, d_BJRLM: jax.Array):
+  return d_BJRLM, layers.counted(_over_rows, 0)(d_BJRLM)
+
+
+_plus_one.defvjp(_plus_one_fwd, _plus_one_bwd)
 
 
 def _over_rows(d_BJRLM: jax.Array) -> jax.Array:
+  """Returns the sum over the rows, as a product with ones."""
   B, *rest = d_BJRLM.shape
-  return (jnp.ones((1, B)) @ d_BJRLM.reshape(B, -1)).reshape(1, *rest)
+  sum_1I = jnp.ones((1, B)) @ d_BJRLM.reshape(B, -1)
+  return sum_1I.reshape(1, *rest)
 
 
 def _weigh(how: _How, rows: slice, keys: slice, key: Optional[jax.Array],
-           p_BJRLM: jax.Array, v_BJMK: jax.Array):
+           p_BJRLM: jax.Array, v_BJMK: jax.Array) -> jax.Array:
+  """Returns the sums over keys of p v, where dropout leaves a part of p."""
   if key is not None:
-    p_BJRLM = layers.drop(p_BJRLM, how.dropout,
-                          jax.random.fold_in(key, rows.start))
+    part_key = jax.random.fold_in(key, rows.start)
+    p_BJRLM = layers.drop(p_BJRLM, how.dropout, part_key)
   return _times_values(p_BJRLM, v_BJMK[..., keys, :])
 
 
@@ -321,51 +391,67 @@ def _weigh(how: _How, rows: slice, keys: slice, key: Optional[jax.Array],
 
 @jax.custom_vjp
 def _times_keys(q_BJRLK: jax.Array, k_BJMK: jax.Array) -> jax.Array:
+  """Returns q k, float32."""
   return layers.einsum('BJRLK,BJMK->BJRLM', q_BJRLK, k_BJMK, q_BJRLK.dtype,
                        jnp.float32)
 
 
+def _times_keys_fwd(q_BJRLK: jax.Array, k_BJMK: jax.Array):
+  return _times_keys(q_BJRLK, k_BJMK), (q_BJRLK, k_BJMK)
+
+
 def _times_keys_bwd(saved: tuple, d_BJRLM: jax.Array):
   q_BJRLK, k_BJMK = saved
-  return (layers.einsum('BJRLM,BJMK->BJRLK', d_BJRLM, k_BJMK, q_BJRLK.dtype),
-          _by_keys(q_BJRLK, d_BJRLM, k_BJMK.dtype))
+  d_q = layers.einsum('BJRLM,BJMK->BJRLK', d_BJRLM, k_BJMK, q_BJRLK.dtype)
+  return d_q, _by_keys(q_BJRLK, d_BJRLM, k_BJMK.dtype)
 
 
-def _by_keys(x_BJRLK: jax.Array, w_BJRLM: jax.Array, dtype: Any) -> jax.Array:
-  return jnp.swapaxes(
-      layers.einsum('BJRLK,BJRLM->BJKM', x_BJRLK, w_BJRLM, dtype), 2, 3)
+def _by_keys(x_BJRLK: jax.Array, w_BJRLM: jax.Array,
+             dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Returns the sums over queries and heads of w x, [B, J, M, K]."""
+  y_BJKM = layers.einsum('BJRLK,BJRLM->BJKM', x_BJRLK, w_BJRLM, dtype)
+  return jnp.swapaxes(y_BJKM, 2, 3)
 
 
 @jax.custom_vjp
 def _times_values(p_BJRLM: jax.Array, v_BJMK: jax.Array) -> jax.Array:
+  """Returns p v, float32."""
   return layers.einsum('BJRLM,BJMK->BJRLK', p_BJRLM, v_BJMK, v_BJMK.dtype,
                        jnp.float32)
 
 
+def _times_values_fwd(p_BJRLM: jax.Array, v_BJMK: jax.Array):
+  return _times_values(p_BJRLM, v_BJMK), (p_BJRLM, v_BJMK)
+
+
 def _times_values_bwd(saved: tuple, d_BJRLK: jax.Array):
   p_BJRLM, v_BJMK = saved
-  return (layers.einsum('BJRLK,BJMK->BJRLM', d_BJRLK, v_BJMK, v_BJMK.dtype,
-                        p_BJRLM.dtype),
-          _by_keys(d_BJRLK, p_BJRLM, v_BJMK.dtype))
+  d_p = layers.einsum('BJRLK,BJMK->BJRLM', d_BJRLK, v_BJMK, v_BJMK.dtype,
+                      p_BJRLM.dtype)
+  return d_p, _by_keys(d_BJRLK, p_BJRLM, v_BJMK.dtype)
 
 
-_times_keys.defvjp(lambda q, k: (_times_keys(q, k), (q, k)), _times_keys_bwd)
-_times_values.defvjp(lambda p, v: (_times_values(p, v), (p, v)),
-                     _times_values_bwd)
+_times_keys.defvjp(_times_keys_fwd, _times_keys_bwd)
+_times_values.defvjp(_times_values_fwd, _times_values_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: _How, *arrays: Optional[jax.Array]):
-  return _attend_fwd(how, *arrays)[0]
+def _attend(how: _How, *arrays: Optional[jax.Array]) -> jax.Array:
+  """Returns o of `attend`, [B, J, R, L, K], by the arguments of _attend_fwd."""
+  o_BJRLK, _ = _attend_fwd(how, *arrays)
+  return o_BJRLK
 
 
 def _attend_fwd(how: _How, q_BJRLK: jax.Array, k_BJMK: jax.Array,
                 v_BJMK: jax.Array, bias_BJRLM: Optional[jax.Array],
                 sink_1JR11: Optional[jax.Array], mask_BLM: Optional[jax.Array],
                 key: Optional[jax.Array]):
+  """Returns o, and what the gradient needs: of the softmax its largest score
+  and its sum, and no scores."""
   outs, tops, sums = [], [], []
   for rows, keys in how.blocks(q_BJRLK.shape[3], k_BJMK.shape[2]):
     s_BJRLM = _scores(how, rows, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BJRLM)
+    # e / sum is the softmax; the sink has a share of the sum, and no value.
     top_BJRL1 = s_BJRLM.max(-1, keepdims=True)
     if sink_1JR11 is not None:
       top_BJRL1 = jnp.maximum(top_BJRL1, sink_1JR11)
@@ -386,31 +472,38 @@ def _attend_fwd(how: _How, q_BJRLK: jax.Array, k_BJMK: jax.Array,
 
 
 def _attend_bwd(how: _How, saved: tuple, d_BJRLK: jax.Array):
+  """Returns the gradients of the arguments of _attend_fwd, which are sums over
+  the parts of the queries."""
   (q_BJRLK, k_BJMK, v_BJMK, bias_BJRLM, sink_1JR11, mask_BLM, key, top_BJRL1,
    sum_BJRL1) = saved
   d_BJRLK, blocks = d_BJRLK.astype(jnp.float32), []
   for rows, keys in how.blocks(q_BJRLK.shape[3], k_BJMK.shape[2]):
+    # The weights p again, and the gradient of what they weigh.
     s_BJRLM, of_scores = jax.vjp(
         functools.partial(_scores, how, rows, keys, mask_BLM), q_BJRLK, k_BJMK,
         bias_BJRLM)
-    top, total = top_BJRL1[..., rows, :], sum_BJRL1[..., rows, :]
-    p_BJRLM = jnp.exp(s_BJRLM - top) / total
+    top_BJRL1_, total_BJRL1 = top_BJRL1[..., rows, :], sum_BJRL1[..., rows, :]
+    p_BJRLM = jnp.exp(s_BJRLM - top_BJRL1_) / total_BJRL1
     _, of_weighing = jax.vjp(
         functools.partial(_weigh, how, rows, keys, key), p_BJRLM, v_BJMK)
     dp_BJRLM, dv_BJMK = of_weighing(d_BJRLK[..., rows, :])
-    # Not p (dp - mean), which XLA's CPU backend joins with the product that
-    # gives dp: on one core that takes twice as long.
+    # Through the softmax: ds = p dp - p sum(p dp). Not p (dp - mean), which
+    # XLA's CPU backend joins with the product that gives dp: on one core that
+    # takes twice as long.
     share_BJRLM = p_BJRLM * dp_BJRLM
     mean_BJRL1 = share_BJRLM.sum(-1, keepdims=True)
     ds_BJRLM = share_BJRLM - p_BJRLM * mean_BJRL1
     d_sink = None
     if sink_1JR11 is not None:
-      p_BJRL1 = jnp.exp(sink_1JR11 - top) / total
+      p_BJRL1 = jnp.exp(sink_1JR11 - top_BJRL1_) / total_BJRL1
       d_sink = -(p_BJRL1 * mean_BJRL1).sum((0, 3), keepdims=True)
     blocks.append((*of_scores(ds_BJRLM), dv_BJMK, d_sink))
-  d_q, d_k, d_bias, d_v, d_sink = jax.tree.map(
-      lambda *parts: sum(parts), *blocks)
+  d_q, d_k, d_bias, d_v, d_sink = jax.tree.map(_sum_of_parts, *blocks)
   return d_q, d_k, d_v, d_bias, d_sink, None, None
+
+
+def _sum_of_parts(*parts: jax.Array) -> jax.Array:
+  return sum(parts)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -521,11 +614,14 @@ def choose(c: ModelConfig, mask: Mask, q_length: int, k_length: int, *,
       `strict` asks for no other.
   """
   name, device = c.attention_kernel, sharding.platform()
-  why = {kernel: refusal(kernel, c, mask, q_length, k_length, device)
-         for kernel in (KERNELS if name == 'auto' else [name])}
-  if strict and name != 'auto':
-    _require(name, why[name])
-  return next((kernel for kernel in why if not why[kernel]), 'xla')
+  names = KERNELS if name == 'auto' else [name]
+  for kernel in names:
+    why = refusal(kernel, c, mask, q_length, k_length, device)
+    if not why:
+      return kernel
+    if strict and name != 'auto':
+      _require(name, why)
+  return 'xla'
 
 
 def check_kernel(c: ModelConfig, device: str) -> None:
@@ -534,51 +630,60 @@ def check_kernel(c: ModelConfig, device: str) -> None:
 
 
 def _require(name: str, why: str) -> None:
-  require(not why, f'model.attention_kernel is {name}, {why}: choose from '
-          f'{", ".join(x for x in ("auto", "xla", *KERNELS) if x != name)}')
+  """Raises RequestError where there is a reason why not."""
+  if why:
+    others = [x for x in ('auto', 'xla', *KERNELS) if x != name]
+    raise RequestError(f'model.attention_kernel is {name}, {why}: choose from '
+                       f'{", ".join(others)}')
 
 
 def _elsewhere(name: str, device: str) -> str:
+  """Returns why a kernel does not run on the device; '': it does."""
   home = KERNELS[name].platform if name in KERNELS else device
-  return '' if home == device else (
-      f'which runs on {home}, and this program is for {device}')
+  if home == device:
+    return ''
+  return f'which runs on {home}, and this program is for {device}'
 
 
 def refusal(name: str, c: ModelConfig, mask: Mask, q_length: int,
             k_length: int, device: str) -> str:
-  """Why the kernel cannot compute this; '': it can."""
+  """Returns why the kernel cannot compute this; '': it can."""
   if name == 'xla':
     return ''
   if mask.bias or mask.dropout:
     return ('which adds no bias to the scores and drops no weights, as '
             f'model.position {c.position} and model.attention_dropout '
             f'{c.attention_dropout} do')
-  if c.attention_difference:
+  attention = c.find(AttentionConfig)
+  if attention is not None and attention.attention_difference:
     return 'which takes no values of two heads (model.attention_difference)'
-  return _elsewhere(name, device) or KERNELS[name].refuse(
-      c, mask, q_length, k_length)
+  why = _elsewhere(name, device)
+  return why or KERNELS[name].refuse(c, mask, q_length, k_length)
 
 
 def _refuse_splash(c: ModelConfig, mask: Mask, q_length: int, k_length: int
                    ) -> str:
   shards = sharding.shards('length', q_length)
-  if mask.prefix or mask.rule or not mask.in_order and (
-      mask.causal or mask.window):
+  by_places = mask.causal or mask.window > 0
+  if mask.prefix or mask.rule or by_places and not mask.in_order:
     return ('which has masks neither for a prefix that all tokens see, nor for '
             'positions without segment ids, nor for rules of attention but '
             'windows')
   is_padded = mask.causal and shards == 1 and q_length == k_length > TILE
-  if (q_length % (TILE * shards) or k_length % TILE) and not is_padded:
-    return (f'which takes lengths in multiples of {TILE * shards}, and '
-            f'{q_length} queries meet {k_length} keys')
-  return ''
+  whole = q_length % (TILE * shards) == 0 and k_length % TILE == 0
+  if whole or is_padded:
+    return ''
+  return (f'which takes lengths in multiples of {TILE * shards}, and '
+          f'{q_length} queries meet {k_length} keys')
 
 
 def _whole(L: int) -> int:
   """Returns the length that so many tokens under a causal mask are padded to:
   tiles, or whole blocks that are an eighth of it at most."""
+  if L % TILE == 0:
+    return L
   block = next(b for b in BLOCKS if b <= max(TILE, L // 8))
-  return L if L % TILE == 0 else -(-L // block) * block
+  return -(-L // block) * block
 
 
 def _refuse_cudnn(c: ModelConfig, mask: Mask, q_length: int, k_length: int
@@ -593,8 +698,9 @@ def _refuse_cudnn(c: ModelConfig, mask: Mask, q_length: int, k_length: int
   if q_length % 2 or k_length % 2:
     return (f'which takes even lengths, and {q_length} queries meet '
             f'{k_length} keys')
-  return '' if _cudnn_is_here() else (
-      'whose library must be there to compile for it, and it is not')
+  if not _cudnn_is_here():
+    return 'whose library must be there to compile for it, and it is not'
+  return ''
 
 
 def _cudnn_is_here() -> bool:
@@ -604,18 +710,31 @@ def _cudnn_is_here() -> bool:
 
 class _Places:
   """How queries and keys lie on the mesh: rows and heads of both are split,
-  the length of the queries alone."""
+  the length of the queries alone.
+
+  Attributes:
+    rows: the mesh axes of the rows.
+    length: those of the queries' length.
+    heads: those of the heads.
+    queries: where queries lie.
+    keys: where keys and values lie.
+  """
 
   def __init__(self, q_BLHK: jax.Array, k_BMJK: jax.Array):
-    def names(axis: str, size: int):
-      return (sharding.mesh_axes(axis)
-              if sharding.shards(axis, size) > 1 else ())
     B, L, H, _ = q_BLHK.shape
-    self.rows, self.length = names('batch', B), names('length', L)
-    self.heads = (names('heads', H) if names('kv_heads', k_BMJK.shape[2])
-                  else ())
+    self.rows = self._axes('batch', B)
+    self.length = self._axes('length', L)
+    self.heads = ()
+    if self._axes('kv_heads', k_BMJK.shape[2]):
+      self.heads = self._axes('heads', H)
     self.queries = self.spec(self.rows, self.length, self.heads)
     self.keys = self.spec(self.rows, (), self.heads)
+
+  def _axes(self, axis: str, size: int) -> tuple[str, ...]:
+    """Returns the mesh axes over which an axis of this size is split."""
+    if sharding.shards(axis, size) == 1:
+      return ()
+    return sharding.mesh_axes(axis)
 
   def spec(self, *names: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(n or None for n in names))
@@ -634,23 +753,19 @@ def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask,
            *, scale: float, softcap: float = 0.0,
            sink_H: Optional[jax.Array] = None, interpret: bool = False
            ) -> jax.Array:
-  """attend by Pallas' splash attention; `interpret`: on CPU."""
+  """Returns what `attend` does, by Pallas' splash attention; `interpret`: on
+  CPU."""
   B, L, H, _ = q_BLHK.shape
   M, at = k_BMJK.shape[1], _Places(q_BLHK, k_BMJK)
-  if more := _whole(L) - L:
-    # The mask, which is causal, hides the padding from the tokens.
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
-    ids_BL = mask.q_ids_BL
-    mask = mask if ids_BL is None else mask.replace(
-        q_ids_BL=pad(ids_BL), k_ids_BM=pad(mask.k_ids_BM))
-    return splash(pad(q_BLHK), pad(k_BMJK), pad(v_BMJK), mask, scale=scale,
-                  softcap=softcap, sink_H=sink_H, interpret=interpret)[:, :L]
+  if _whole(L) > L:
+    return _padded_splash(q_BLHK, k_BMJK, v_BMJK, mask, scale=scale,
+                          softcap=softcap, sink_H=sink_H, interpret=interpret)
   # A mask that differs from query to query is cut up with them.
   cut = at.length if mask.causal or mask.window else ()
+  queries = L if cut else L // sharding.size(at.length)
   kernel = _splash_kernel(
-      mask, H // sharding.size(at.heads),
-      L if cut else L // sharding.size(at.length), M, sharding.size(cut),
-      softcap, interpret)
+      mask, heads=H // sharding.size(at.heads), L=queries, M=M,
+      shards=sharding.size(cut), softcap=softcap, interpret=interpret)
   q_ids_BL, k_ids_BM = mask.q_ids_BL, mask.k_ids_BM
   if q_ids_BL is not None:
     q_ids_BL = jnp.broadcast_to(q_ids_BL, (B, L))
@@ -660,20 +775,41 @@ def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask,
             v_BMJK: jax.Array, q_ids_BL: Optional[jax.Array],
             k_ids_BM: Optional[jax.Array], sink_H: Optional[jax.Array]):
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
-    ids = None if q_ids_BL is None else pallas.SegmentIds(q_ids_BL, k_ids_BM)
-    o_BHLK = _by_splash(kernel, ids, *(
-        jnp.swapaxes(x, 1, 2) for x in (
-            layers.times(q_BLHK, scale), k_BMJK, v_BMJK)), sink_H)
-    return jnp.swapaxes(o_BHLK, 1, 2)
+    ids = None
+    if q_ids_BL is not None:
+      ids = pallas.SegmentIds(q_ids_BL, k_ids_BM)
+    q_BHLK = _heads_first(layers.times(q_BLHK, scale))
+    o_BHLK = _by_splash(kernel, ids, q_BHLK, _heads_first(k_BMJK),
+                        _heads_first(v_BMJK), sink_H)
+    return _heads_first(o_BHLK)
 
-  mesh = jax.sharding.get_abstract_mesh()
-  of_kernel = None if mesh.empty else kernel.manual_sharding_spec(
-      NamedSharding(mesh, at.spec((), cut)))
+  # Each device computes its rows and heads.
+  mesh, of_kernel = jax.sharding.get_abstract_mesh(), None
+  if not mesh.empty:
+    of_kernel = kernel.manual_sharding_spec(
+        NamedSharding(mesh, at.spec((), cut)))
   on_each_device = at.map(local, (
       of_kernel, at.queries, at.keys, at.keys, at.spec(at.rows, at.length),
       at.spec(at.rows), at.spec(at.heads)))
   return on_each_device(kernel, q_BLHK, k_BMJK, v_BMJK, q_ids_BL, k_ids_BM,
                         sink_H)
+
+
+def _padded_splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
+                   mask: Mask, **how: Any) -> jax.Array:
+  """Returns what `splash` does, of tokens that are padded to whole blocks. The
+  mask, which is causal, hides the padding from the tokens."""
+  L = q_BLHK.shape[1]
+  more = _whole(L) - L
+
+  def pad(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
+
+  if mask.q_ids_BL is not None:
+    mask = mask.replace(q_ids_BL=pad(mask.q_ids_BL),
+                        k_ids_BM=pad(mask.k_ids_BM))
+  o_BLHK = splash(pad(q_BLHK), pad(k_BMJK), pad(v_BMJK), mask, **how)
+  return o_BLHK[:, :L]
 
 
 @jax.custom_vjp
@@ -690,9 +826,12 @@ def _by_splash(kernel: Any, ids: Any, q_BHLK: jax.Array, k_BJMK: jax.Array,
 
 
 def _by_splash_fwd(kernel: Any, ids: Any, *arrays: Optional[jax.Array]):
-  of_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
-  return jax.lax.optimization_barrier(jax.vjp(
-      lambda q, k, v, sink: of_rows(q, k, v, ids, sink), *arrays))
+  def of_rows(q_BHLK: jax.Array, k_BJMK: jax.Array, v_BJMK: jax.Array,
+              sink_H: Optional[jax.Array]) -> jax.Array:
+    return jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(
+        q_BHLK, k_BJMK, v_BJMK, ids, sink_H)
+
+  return jax.lax.optimization_barrier(jax.vjp(of_rows, *arrays))
 
 
 def _by_splash_bwd(pull: Any, d_BHLK: jax.Array):
@@ -728,15 +867,17 @@ def _splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
 def cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
           mask: Mask, seen_BLM: Optional[jax.Array], *,
           scale: float) -> jax.Array:
-  """attend by cuDNN, in bfloat16; `seen_BLM`: the mask, written
-  out, for what is not a causal, banded or whole one of cuDNN's own."""
+  """Returns what `attend` does, by cuDNN, in bfloat16; `seen_BLM`: the mask,
+  written out, for what is not a causal, banded or whole one of cuDNN's own."""
   (B, L), M, at = q_BLHK.shape[:2], k_BMJK.shape[1], _Places(q_BLHK, k_BMJK)
-  native = (mask.in_order and not (mask.prefix or mask.rule)
-            and mask.q_ids_BL is None and not at.length
-            and (mask.causal or not mask.window))
-  window = (mask.window - 1, 0) if native and mask.window else None
+  by_places = mask.in_order and not mask.prefix and not mask.rule
+  whole = mask.q_ids_BL is None and not at.length
+  native = by_places and whole and (mask.causal or not mask.window)
+  window = None
   if native:
     seen_BLM = None
+    if mask.window:
+      window = (mask.window - 1, 0)
   elif seen_BLM is not None:
     seen_BLM = jnp.broadcast_to(seen_BLM, (B, L, M))
 
@@ -752,12 +893,23 @@ def cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
   return on_each_device(q_BLHK, k_BMJK, v_BMJK, seen_BLM)
 
 
+def _run_splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
+                mask: Mask, seen_BLM: Optional[jax.Array], **how: Any
+                ) -> jax.Array:
+  """Runs `splash`, which makes its mask itself."""
+  del seen_BLM
+  return splash(q_BLHK, k_BMJK, v_BMJK, mask, **how)
+
+
+def _run_cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
+               mask: Mask, seen_BLM: Optional[jax.Array], *, scale: float,
+               softcap: float, sink_H: Optional[jax.Array]) -> jax.Array:
+  """Runs `cudnn`, which refuses softcaps and sinks."""
+  del softcap, sink_H
+  return cudnn(q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale=scale)
+
+
 KERNELS = {
-    'splash': Kernel(
-        'tpu', _refuse_splash,
-        lambda q, k, v, mask, seen, **how: splash(q, k, v, mask, **how)),
-    'cudnn': Kernel(  # with neither softcap nor sinks, as it refuses them
-        'gpu', _refuse_cudnn,
-        lambda q, k, v, mask, seen, *, scale, **_: cudnn(
-            q, k, v, mask, seen, scale=scale)),
+    'splash': Kernel(platform='tpu', refuse=_refuse_splash, run=_run_splash),
+    'cudnn': Kernel(platform='gpu', refuse=_refuse_cudnn, run=_run_cudnn),
 }

@@ -41,25 +41,28 @@ UP_AXES = 'latent', 'heads', 'head'
 
 
 class LatentAttention(Attention):
-  """(x_BLD, context, cache) -> (y_BLD, cache, report), over x itself."""
+  """Attention whose keys and values are made of a small vector a token:
+  (x_BLD, context, cache) -> (y_BLD, cache, report)."""
   FUSED = False
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
-    c, cached = self.config, cache is not None
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
+               ) -> tuple[jax.Array, Optional[Cache], Report]:
+    c = self.config
     asks_BLU, axis = self._asks(x_BLD, ctx)
     q_BLHK = self._queries(asks_BLU, axis, ctx)
     index, cache = self.index(x_BLD, asks_BLU, axis, ctx, cache)
-    slot_BM1U = self._slots(x_BLD, ctx)
-    k_positions_BM = ctx.positions_BL
-    slots = cached and not kernels.begins(self.kind, ctx)
-    if cached:
-      cache = cache.write(slot_BM1U, None, ctx.positions_BL,
-                          index and index.key_BMJK)
+    # The latents: those of the tokens, or all that the cache holds.
+    slots = cache is not None and not kernels.begins(self.kind, ctx)
+    slot_BM1U, k_positions_BM = self._slots(x_BLD, ctx), ctx.positions_BL
+    if cache is not None:
+      index_BLJK = None if index is None else index.key_BMJK
+      cache = cache.write(slot_BM1U, None, ctx.positions_BL, index_BLJK)
     if slots:
       slot_BM1U, _, index_BMJK = cache.slots
-      index = index and index.replace(key_BMJK=index_BMJK)
       k_positions_BM = jnp.arange(slot_BM1U.shape[1])[None]
+      if index is not None:
+        index = index.replace(key_BMJK=index_BMJK)
     scored, k_positions_BM, (slot_BM1U,) = self.choose(
         index, k_positions_BM, (slot_BM1U,), ctx, slots)
     # Queries may be split over the mesh along the length; each sees all keys.
@@ -69,8 +72,10 @@ class LatentAttention(Attention):
     up_UHK = layers.weight(
         self, 'kv_up', (sizes.kv_rank, c.num_heads,
                         sizes.nope_dim + sizes.v_dim), UP_AXES)
-    absorbed = slots and ctx.deterministic and is_absorbed(c, L, M)
-    attend = self._on_latents if absorbed else self._on_heads
+    # Queries meet the latents as they are, or keys and values made of them.
+    attend = self._on_heads
+    if slots and ctx.deterministic and is_absorbed(c, L, M):
+      attend = self._on_latents
     seen = self.biased(
         kernels.seen(self.kind, c, ctx, k_positions_BM), x_BLD, q_BLHK,
         slot_BM1U, k_positions_BM, ctx)
@@ -84,22 +89,24 @@ class LatentAttention(Attention):
 
   def _asks(self, x_BLD: jax.Array, ctx: Context) -> tuple[jax.Array, str]:
     """Returns what queries are made of, [B, L, U], and its logical axis."""
-    if not self.config.part(LatentConfig).q_rank:
+    q_rank = self.config.part(LatentConfig).q_rank
+    if not q_rank:
       return x_BLD, 'embed'
-    return self._normalised('query', self._down(
-        'query', x_BLD, self.config.part(LatentConfig).q_rank, ctx)), 'latent'
+    down_BLU = self._down('query', x_BLD, q_rank, ctx)
+    return self._normalised('query', down_BLU), 'latent'
 
   def _queries(self, asks_BLU: jax.Array, axis: str, ctx: Context
                ) -> jax.Array:
     c = self.config
     sizes = c.part(LatentConfig)
-    shape = c.num_heads, sizes.key_dim
-    # What the scores are not scaled by, the query's weights are.
-    gain = (sizes.key_dim ** -0.5 / sizes.scale
-            if c.init == 'fan_in' else 1.0)
+    name = 'query_up' if sizes.q_rank else 'query'
+    shape = asks_BLU.shape[-1], c.num_heads, sizes.key_dim
+    gain = 1.0
+    if c.init == 'fan_in':
+      # The query's weights have the factor that the scores lack.
+      gain = sizes.key_dim ** -0.5 / sizes.scale
     q_BLHK = layers.dense(
-        self, 'query_up' if sizes.q_rank else 'query', 'BLU,UHK->BLHK',
-        asks_BLU, (asks_BLU.shape[-1], *shape), (axis, 'heads', 'head'),
+        self, name, 'BLU,UHK->BLHK', asks_BLU, shape, (axis, 'heads', 'head'),
         gain=gain, with_bias=False, deterministic=ctx.deterministic)
     q_BLHK = sharding.constrain(q_BLHK, 'batch', 'length', 'heads', 'head')
     plain_BLHK, turned_BLHK = jnp.split(q_BLHK, (sizes.nope_dim,), -1)
@@ -112,8 +119,8 @@ class LatentAttention(Attention):
     down_BLU = self._down('kv', x_BLD, sizes.slot_dim, ctx)
     latent_BLU, key_BLU = jnp.split(down_BLU, (sizes.kv_rank,), -1)
     latent_BLU = self._normalised('kv', latent_BLU)
-    return jnp.concatenate([latent_BLU[:, :, None],
-                            self._turn(key_BLU[:, :, None], ctx)], -1)
+    key_BL1U = self._turn(key_BLU[:, :, None], ctx)
+    return jnp.concatenate([latent_BLU[:, :, None], key_BL1U], -1)
 
   def _normalised(self, name: str, latent_BLU: jax.Array) -> jax.Array:
     c = self.config
@@ -127,14 +134,15 @@ class LatentAttention(Attention):
                          ('embed', 'latent'), with_bias=False,
                          deterministic=ctx.deterministic)
     if c.attention_bias:
-      y_BLU = layers.add_bias(y_BLU, layers.bias(
-          self, f'{name}_bias', (size,), (None,)))
+      bias_U = layers.bias(self, f'{name}_bias', (size,), (None,))
+      y_BLU = layers.add_bias(y_BLU, bias_U)
     return sharding.constrain(y_BLU, 'batch', 'length', None)
 
   def _turn(self, x_BLHK: jax.Array, ctx: Context) -> jax.Array:
     rotate = positions.of(self.config).rotate
-    return rotate(x_BLHK, ctx.positions_BL, turned(self.config), ctx.length
-                  ) if rotate else x_BLHK
+    if not rotate:
+      return x_BLHK
+    return rotate(x_BLHK, ctx.positions_BL, turned(self.config), ctx.length)
 
   def _on_heads(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
                 up_UHK: jax.Array, seen: kernels.Seen, ctx: Context,

@@ -26,6 +26,7 @@ from architectures.parts import sharding
 from architectures.parts.attention import indexer
 from architectures.parts.attention import kernels
 from architectures.parts.attention import steps
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.attention.indexer import IndexerConfig
 from architectures.parts.cache import Cache
 from architectures.parts.config import LayerKind, ModelConfig
@@ -37,8 +38,8 @@ GATE = 'output_gate'  # its weight, and the product for adapters
 
 
 class Attention(nn.Module):
-  """What all forms of attention share: the way from queries, keys and values to
-  the output, and an indexer that chooses keys.
+  """The base of all forms of attention: the way from queries, keys and values
+  to the output, and an indexer that chooses keys.
 
   FUSED: whether a fused kernel may weigh the values.
   """
@@ -48,7 +49,7 @@ class Attention(nn.Module):
 
   @property
   def scale(self) -> float:
-    """What multiplies the products of queries and keys."""
+    """The factor of the products of queries and keys."""
     return self.config.score_scale * positions.of(
         self.config).score_factor(self.config)
 
@@ -59,7 +60,7 @@ class Attention(nn.Module):
     if name == 'query':
       heads, axis = c.num_heads, 'heads'
       if c.init == 'fan_in':
-        # What the scores are not scaled by, the query's weights are (T5).
+        # The query's weights have the factor that the scores lack (T5).
         gain = c.base_head_dim ** -0.5 / c.attention_scale
     return layers.dense(
         self, name, 'BLD,DHK->BLHK', x_BLD, (c.d_model, heads, c.head_dim),
@@ -111,7 +112,7 @@ class Attention(nn.Module):
       sink_H = layers.bias(self, 'sink', (c.num_heads,), ('heads',))
     scores = dict(mask_BLM=seen.seen_BLM, bias_BHLM=seen.bias_BHLM,
                   sink_H=sink_H, scale=self.scale, softcap=c.attention_softcap)
-    # What the layer reports of its weights, which `attend` does not return.
+    # The layer reports its weights, which `attend` does not return.
     causal, report = mask.in_parts(L), Report()
     if ctx.keep_attention:
       report = report.replace(
@@ -280,7 +281,7 @@ class SelfAttention(Attention):
     model.value_residual, and the cache."""
     k_BLJK, cache = self.projected('key', x_BLD, ctx, cache)
     v_BLJK = k_BLJK
-    if not self.config.keys_as_values:
+    if not self.config.part(AttentionConfig).keys_as_values:
       v_BLJK, cache = self.projected('value', x_BLD, ctx, cache)
     for step in steps.VALUES:
       v_BLJK = step(self, 'value', v_BLJK, ctx)
@@ -298,7 +299,7 @@ class SelfAttention(Attention):
     cache, which holds the convolution's last inputs."""
     axis = 'heads' if name == 'query' else 'kv_heads'
     x_BLHK = self.project(name, x_BLD, ctx)
-    if self.config.attention_conv:
+    if self.config.part(AttentionConfig).attention_conv:
       x_BLHK, cache = steps.convolved(
           self, name, x_BLHK, (axis, 'head'), ctx, cache)
     return sharding.constrain(x_BLHK, 'batch', 'length', axis, 'head'), cache
@@ -360,7 +361,7 @@ class CrossAttention(Attention):
     """Returns the keys and values of the memory."""
     k_BMJK = self.projected('key', memory_BMD, (), ctx)
     v_BMJK = k_BMJK
-    if not self.config.keys_as_values:
+    if not self.config.part(AttentionConfig).keys_as_values:
       v_BMJK = self.projected('value', memory_BMD, (), ctx)
     for step in steps.VALUES:
       v_BMJK = step(self, 'value', v_BMJK, ctx)
@@ -395,28 +396,41 @@ def seen_of_memory(ctx: Context) -> kernels.Seen:
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
   """Returns a cache of this shape: what stands before the heads' axis."""
   key_BMJK = value_BMJK = None
+  fields = c.part(AttentionConfig)
   convolved = {'query': c.num_heads}
-  if not c.kv_sharing:
+  if not fields.kv_sharing:
     convolved |= {'key': c.num_kv_heads, 'value': c.num_kv_heads}
     slots = *shape, c.num_kv_heads, c.head_dim
     key_BMJK = jnp.zeros(slots, c.compute_dtype)
     value_BMJK = jnp.zeros(slots, c.compute_dtype)
   inputs = indexer.inputs(c, shape)
-  if c.attention_conv:
+  if fields.attention_conv:
     for name, heads in convolved.items():
-      last = *shape[:-1], c.attention_conv - 1, heads, c.head_dim
+      last = *shape[:-1], fields.attention_conv - 1, heads, c.head_dim
       inputs[name] = jnp.zeros(last, c.compute_dtype)
   return Cache(key_BMJK=key_BMJK, value_BMJK=value_BMJK,
                index_BMJK=indexer.empty(c, shape), inputs=inputs)
+
+
+def products(c: ModelConfig) -> set[str]:
+  """Returns which of layers.PRODUCTS a layer has."""
+  fields = c.part(AttentionConfig)
+  there = {'query', 'out'} | gate_products(c.attention_gate)
+  if not fields.kv_sharing:
+    there.add('key')
+    if not fields.keys_as_values:
+      there.add('value')
+  return there
 
 
 def check(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of attention cannot be."""
   del stack
   odd = c.num_kv_heads % 2 != 0
-  if c.attention_difference and (odd or c.parametrization == 'mup'):
+  difference = c.part(AttentionConfig).attention_difference
+  if difference and (odd or c.parametrization == 'mup'):
     raise RequestError(
-        f'model.attention_difference is {c.attention_difference}: it needs '
+        f'model.attention_difference is {difference}: it needs '
         'an even model.num_kv_heads, and model.parametrization standard; '
         f'they are {c.num_kv_heads} and {c.parametrization}')
 

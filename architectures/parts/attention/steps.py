@@ -1,4 +1,5 @@
-"""What changes queries, keys and values between their products and the scores.
+"""Steps that change queries, keys and values between their products and the
+scores.
 
 A step is a function of (attention, name, x_BLHK, context), where `name` is
 'query', 'key' or 'value', and returns x_BLHK: unchanged, where the config does
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from architectures.parts import layers
 from architectures.parts import positions
 from architectures.parts import sharding
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.cache import Cache
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context, First
@@ -40,10 +42,10 @@ def convolved(module: Any, name: str, x_BLHK: jax.Array,
   its document.
   """
   before_BWHK = None if cache is None else cache.inputs[name]
+  W = module.config.part(AttentionConfig).attention_conv
   x_BLHK, last_BWHK = features.convolved(
-      module, f'{name}_conv', x_BLHK, module.config.attention_conv, axes,
-      before_BWHK=before_BWHK, segment_ids_BL=ctx.segment_ids_BL,
-      valid_BL=ctx.valid_BL)
+      module, f'{name}_conv', x_BLHK, W, axes, before_BWHK=before_BWHK,
+      segment_ids_BL=ctx.segment_ids_BL, valid_BL=ctx.valid_BL)
   if cache is not None:
     cache = cache.replace(inputs=cache.inputs | {name: last_BWHK})
   return x_BLHK, cache
@@ -55,11 +57,12 @@ def normalised(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
   (OLMo 2). n is the norm of the model, or one without parameters."""
   del ctx
   c: ModelConfig = module.config
-  if not c.qk_norm:
+  fields = c.part(AttentionConfig)
+  if not fields.qk_norm:
     return x_BLHK
-  over_head = c.qk_norm_over == 'head'
+  over_head = fields.qk_norm_over == 'head'
   axis = 'head' if over_head else 'joined'
-  if c.qk_norm_scale:
+  if fields.qk_norm_scale:
     norm = layers.norm(c, f'{name}_norm', axis)
   else:
     norm = layers.PlainRMSNorm(c, axis, name=f'{name}_norm')
@@ -78,8 +81,8 @@ def clipped(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
   A query is first multiplied by a scale of each feature.
   """
   del ctx
-  c: ModelConfig = module.config
-  if not c.qk_clip:
+  fields = module.config.part(AttentionConfig)
+  if not fields.qk_clip:
     return x_BLHK
   x32_BLHK = x_BLHK.astype(jnp.float32)
   if name == 'query':
@@ -88,7 +91,7 @@ def clipped(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
     x32_BLHK *= scale_HK[None, None]
   squares_BLH1 = jnp.square(x32_BLHK).sum(-1, keepdims=True)
   length_BLH1 = jnp.sqrt(jnp.maximum(squares_BLH1, 1e-30))
-  factor_BLH1 = jnp.minimum(c.qk_clip / (length_BLH1 + 1e-6), 1.0)
+  factor_BLH1 = jnp.minimum(fields.qk_clip / (length_BLH1 + 1e-6), 1.0)
   return (x32_BLHK * factor_BLH1).astype(x_BLHK.dtype)
 
 
@@ -111,12 +114,12 @@ def grown(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
     n  = floor((position + 1) / attention_log_from)
   """
   del name
-  c: ModelConfig = module.config
-  if not c.attention_log_scale:
+  fields = module.config.part(AttentionConfig)
+  if not fields.attention_log_scale:
     return x_BLHK
   position_BL = ctx.positions_BL.astype(jnp.float32)
-  n_BL = jnp.floor((position_BL + 1.0) / c.attention_log_from)
-  factor_BL = 1.0 + c.attention_log_scale * jnp.log1p(n_BL)
+  n_BL = jnp.floor((position_BL + 1.0) / fields.attention_log_from)
+  factor_BL = 1.0 + fields.attention_log_scale * jnp.log1p(n_BL)
   x32_BLHK = x_BLHK.astype(jnp.float32) * factor_BL[..., None, None]
   return x32_BLHK.astype(x_BLHK.dtype)
 
@@ -126,12 +129,14 @@ def plainly_normalised(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
   """Divides each head of values by its root mean square (Gemma 4)."""
   del ctx
   c: ModelConfig = module.config
-  if not c.value_norm:
+  fields = c.part(AttentionConfig)
+  if not fields.value_norm:
     return x_BLHK
   return layers.PlainRMSNorm(c, 'head', name=f'{name}_norm')(x_BLHK)
 
 
-# What is mixed into the values of self-attention before they are weighed.
+# Values of other sorts are mixed into those of self-attention before they are
+# weighed.
 
 
 def first_values(c: ModelConfig, x_BLD: jax.Array) -> First:
@@ -161,7 +166,8 @@ def mixed_with_first(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
     first: from the layer before; None: this layer is alone.
   """
   c: ModelConfig = module.config
-  if not c.value_residual:
+  fields = c.part(AttentionConfig)
+  if not fields.value_residual:
     return v_BLJK, None
   if first is None:
     first = first_values(c, x_BLD)
@@ -188,7 +194,8 @@ def with_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
   the gate has one number for each head.
   """
   c: ModelConfig = module.config
-  if not c.value_embedding:
+  fields = c.part(AttentionConfig)
+  if not fields.value_embedding:
     return v_BLJK
   J, K = v_BLJK.shape[2:]
   table_VJK = declare(
@@ -222,7 +229,7 @@ def with_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
 
 def values_of_pairs(c: ModelConfig, v_BMJK: jax.Array) -> jax.Array:
   """Returns, for each head of keys, the values [v_1, v_2] of its pair."""
-  if not c.attention_difference:
+  if not c.part(AttentionConfig).attention_difference:
     return v_BMJK
   first_BMJK, second_BMJK = jnp.split(v_BMJK, 2, 2)
   pairs_BMJU = jnp.concatenate([first_BMJK, second_BMJK], -1)
@@ -232,7 +239,8 @@ def values_of_pairs(c: ModelConfig, v_BMJK: jax.Array) -> jax.Array:
 def subtracted(module: Any, o_BLHU: jax.Array) -> jax.Array:
   """Returns y [B, L, H, K] of what the heads return of values of pairs."""
   c: ModelConfig = module.config
-  if not c.attention_difference:
+  fields = c.part(AttentionConfig)
+  if not fields.attention_difference:
     return o_BLHU
 
   def vector(name: str) -> jax.Array:
@@ -243,12 +251,12 @@ def subtracted(module: Any, o_BLHU: jax.Array) -> jax.Array:
 
   a1_K, b1_K, a2_K, b2_K = (vector(name) for name in ('a1', 'b1', 'a2', 'b2'))
   share = (jnp.exp((a1_K * b1_K).sum()) - jnp.exp((a2_K * b2_K).sum())
-           + c.attention_difference).astype(o_BLHU.dtype)
+           + fields.attention_difference).astype(o_BLHU.dtype)
   first_BLHU, second_BLHU = jnp.split(o_BLHU, 2, 2)
   norm = layers.PlainRMSNorm(c, name='difference_norm')
   y_BLHU = norm(first_BLHU - share * second_BLHU)
   y_BLHK = y_BLHU.reshape(*y_BLHU.shape[:2], c.num_heads, c.head_dim)
-  return (1 - c.attention_difference) * y_BLHK
+  return (1 - fields.attention_difference) * y_BLHK
 
 
 QUERIES = normalised, clipped, turned, grown

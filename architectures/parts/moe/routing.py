@@ -2,7 +2,8 @@
 
 A router turns float32 logits [T, E] into `Routing`: a flat list of A
 assignments of a token to an expert. Where a token chooses (every router but
-expert choice), A = T * X and assignment a is choice a % X of token a // X.
+expert choice), it has X choices, A = T * X, and assignment a is choice a % X of
+token a // X.
 
 topk           softmax, the X best (Shazeer et al. 2017). normalize_gates makes
                the gates of a token sum to 1, which is the softmax taken after
@@ -63,7 +64,7 @@ import jax.numpy as jnp
 
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import mix
-from common.errors import require
+from common.errors import RequestError, require
 from common.fields import field, FUNCTION, RECIPE, REGULARISATION, Resume
 from common.fields import RUN, SAFE, SAME, SHAPES, Wait
 
@@ -178,12 +179,22 @@ class MoEConfig:
 
 @struct.dataclass
 class Inputs:
-  """What a router may look at; T tokens in `groups` groups of a sequence."""
+  """The inputs of a router: T tokens in routing groups.
+
+  Attributes:
+    logits_TE: the logits; None where a router has no weight.
+    valid_T: bool; padding takes no expert.
+    expert_TX: the experts by the tokens' ids, for routers that hash.
+    bias_E: the bias on the choice, for routers with one.
+    key: the key that a router draws with; None: it is deterministic.
+    groups: how many groups the tokens are in, one after another.
+    train: whether this is training.
+  """
   logits_TE: Optional[jax.Array]
-  valid_T: jax.Array  # bool: padding takes no expert
-  expert_TX: Optional[jax.Array] = None  # by the ids, for routers that hash
-  bias_E: Optional[jax.Array] = None  # for routers with a bias
-  key: Optional[jax.Array] = None  # None: deterministic
+  valid_T: jax.Array
+  expert_TX: Optional[jax.Array] = None
+  bias_E: Optional[jax.Array] = None
+  key: Optional[jax.Array] = None
   groups: int = struct.field(pytree_node=False, default=1)
   train: bool = struct.field(pytree_node=False, default=False)
 
@@ -213,16 +224,19 @@ class Routing:
 
 
 def _best(scores_TE: jax.Array, choices: int) -> jax.Array:
-  """The indices of the best experts, int32 [T, X].
+  """Returns the indices of the best experts, int32 [T, X].
 
-  Not by `lax.top_k`: on a mesh XLA gathers its operand on every device.
+  They are found one by one and not by `lax.top_k`, whose operand XLA gathers on
+  every device of a mesh.
   """
-  scores_TE, chosen = jax.lax.stop_gradient(scores_TE), []
+  scores_TE = jax.lax.stop_gradient(scores_TE)
   experts_1E = jnp.arange(scores_TE.shape[1])[None]
+  chosen = []
   for _ in range(choices):
-    chosen.append(jnp.argmax(scores_TE, 1))
-    scores_TE = jnp.where(experts_1E == chosen[-1][:, None], -jnp.inf,
-                          scores_TE)
+    best_T = jnp.argmax(scores_TE, 1)
+    chosen.append(best_T)
+    is_best_TE = experts_1E == best_T[:, None]
+    scores_TE = jnp.where(is_best_TE, -jnp.inf, scores_TE)
   return jnp.stack(chosen, 1)
 
 
@@ -230,14 +244,27 @@ def _best(scores_TE: jax.Array, choices: int) -> jax.Array:
 
 
 def capacity(factor: float, tokens: int, choices: int, experts: int) -> int:
-  """Tokens an expert takes of a group: ceil(factor * S * X / E), of the factor
-  as it is written: 1.1 is 11/10, and not the binary number a hair above."""
-  return max(1, math.ceil(
-      fractions.Fraction(str(factor)) * tokens * choices / experts))
+  """Returns how many tokens an expert takes of a group, ceil(factor S X / E)
+  (Switch, equation 3, for X choices).
+
+  Args:
+    factor: the capacity factor, read as it is written: 1.1 is 11/10, and not
+      the binary number a hair above.
+    tokens: S.
+    choices: X.
+    experts: E.
+  """
+  exact = fractions.Fraction(str(factor))
+  return max(1, math.ceil(exact * tokens * choices / experts))
 
 
 def ranks(key_A: jax.Array, keys: int) -> jax.Array:
-  """How many earlier entries of key_A (each < keys) equal this one."""
+  """Returns how many earlier entries of key_A equal each entry.
+
+  Args:
+    key_A: numbers from 0 to keys - 1.
+    keys: how many different numbers there may be, U.
+  """
   order_A = jnp.argsort(key_A, stable=True)
   start_U = jnp.searchsorted(key_A[order_A], jnp.arange(keys))
   rank_A = jnp.arange(key_A.shape[0]) - start_U[key_A[order_A]]
@@ -250,29 +277,34 @@ def within_capacity(expert_A: jax.Array, *, choices: int, groups: int,
   """Voids what exceeds the capacity: first choices first, then by position.
 
   Args:
-    expert_A: G groups of S tokens of X choices.
+    expert_A: the experts of G groups of S tokens of X choices.
     choices: X.
     groups: G.
     slots: the capacity of an expert in a group.
     experts: E.
-    earlier: where the group goes on in other shards: (what they hold of each
-      (choice, expert) before this shard, what all hold), from [X, E] counts.
+    earlier: counts [1, X, E + 1] -> (those of the shards before this one, those
+      of all shards), where a group goes on in other shards; None: it does not.
 
   Returns:
     expert_A, E where there was no room.
   """
   A, bins = expert_A.shape[0], experts + 1
+  keys = groups * choices * bins
+
+  # How many assignments each (group, choice, expert) has.
   index_A = jnp.arange(A)
   row_A = index_A // (A // groups) * choices + index_A % choices
   key_A = row_A * bins + expert_A
-  count_GXE = jnp.bincount(key_A, length=groups * choices * bins).reshape(
-      groups, choices, bins)
+  count_GXE = jnp.bincount(key_A, length=keys).reshape(groups, choices, bins)
+
+  # The slot of an assignment: how many of its group come before it, those of
+  # earlier choices and those of earlier shards included.
   if earlier is None:
     before_GXE, total_GXE = jnp.zeros_like(count_GXE), count_GXE
   else:
     before_GXE, total_GXE = earlier(count_GXE)
   base_GXE = before_GXE + jnp.cumsum(total_GXE, 1) - total_GXE
-  slot_A = ranks(key_A, groups * choices * bins) + base_GXE.reshape(-1)[key_A]
+  slot_A = ranks(key_A, keys) + base_GXE.reshape(-1)[key_A]
   return jnp.where(slot_A < slots, expert_A, experts)
 
 
@@ -281,50 +313,60 @@ def within_capacity(expert_A: jax.Array, *, choices: int, groups: int,
 
 def _of_best_groups(m: MoEConfig, scores_TE: jax.Array, *, best: int
                     ) -> jax.Array:
-  """Returns the scores to choose by: -inf outside of a token's groups.
+  """Returns the scores to choose by, [T, E]: -inf outside of a token's groups.
 
   Args:
     m: the config.
-    scores_TE: of the experts.
-    best: so many experts of a group are added up to its own score: 1 or 2.
+    scores_TE: the scores of the experts.
+    best: the number of experts of a group whose scores are added up to its
+      own: 1 or 2.
   """
   if m.expert_groups <= m.top_groups:
     return scores_TE
+  # The score of each of the G groups of experts, with U experts each.
   shape = (scores_TE.shape[0], m.expert_groups, -1)
   each_TGU = jax.lax.stop_gradient(scores_TE).reshape(shape)
   score_TG = each_TGU.max(-1)
   if best == 2:
     at_U = jnp.arange(each_TGU.shape[-1])[None, None]
-    others_TGU = jnp.where(at_U == each_TGU.argmax(-1)[..., None], -jnp.inf,
-                           each_TGU)
+    is_first_TGU = at_U == each_TGU.argmax(-1)[..., None]
+    others_TGU = jnp.where(is_first_TGU, -jnp.inf, each_TGU)
     score_TG = score_TG + others_TGU.max(-1)
+
   kept_TG = _places(score_TG) < m.top_groups
-  return jnp.where(kept_TG[..., None], scores_TE.reshape(shape),
-                   -jnp.inf).reshape(scores_TE.shape)
+  kept_TGU = jnp.where(kept_TG[..., None], scores_TE.reshape(shape), -jnp.inf)
+  return kept_TGU.reshape(scores_TE.shape)
 
 
 def _places(score_TG: jax.Array) -> jax.Array:
   """Returns the place of each group among those of its token, the best first;
-  of equal ones the first is better. Not by sorting, which XLA does on one
-  device of a mesh (see `_best`)."""
+  of equal ones the first is better. Groups are compared and not sorted, which
+  XLA does on one device of a mesh (see `_best`)."""
   at_G = jnp.arange(score_TG.shape[1])
   one, other = score_TG[:, :, None], score_TG[:, None]
   earlier_GG = (at_G[None] < at_G[:, None])[None]
-  return ((other > one) | ((other == one) & earlier_GG)).sum(-1)
+  better_TGG = (other > one) | ((other == one) & earlier_GG)
+  return better_TGG.sum(-1)
 
 
 def _routing(expert_TX: jax.Array, gate_TX: jax.Array, probs_TE: jax.Array,
              valid_T: jax.Array) -> Routing:
+  """Returns the assignments of tokens that have chosen; those of padding are
+  void."""
   T, X = expert_TX.shape
   E = probs_TE.shape[1]
   expert_TX = jnp.where(valid_T[:, None], expert_TX, E)
   gate_TX = jnp.where(expert_TX < E, gate_TX, 0.0)
   token_TX = jnp.broadcast_to(jnp.arange(T)[:, None], (T, X))
-  return Routing(expert_TX.reshape(-1).astype(jnp.int32), gate_TX.reshape(-1),
-                 token_TX.reshape(-1).astype(jnp.int32), probs_TE, X)
+  return Routing(
+      expert_A=expert_TX.reshape(-1).astype(jnp.int32),
+      gate_A=gate_TX.reshape(-1),
+      token_A=token_TX.reshape(-1).astype(jnp.int32),
+      probs_TE=probs_TE, choices=X)
 
 
-def _chosen(scores_TE: jax.Array, expert_TX: jax.Array):
+def _chosen(scores_TE: jax.Array, expert_TX: jax.Array) -> jax.Array:
+  """Returns the scores of the chosen experts, [T, X]."""
   return jnp.take_along_axis(scores_TE, expert_TX, 1)
 
 
@@ -336,140 +378,186 @@ def normalize(gate_TX: jax.Array) -> jax.Array:
 
 
 def topk(m: MoEConfig, x: Inputs) -> Routing:
-  return _by_softmax(m, x, _best(
-      _of_best_groups(m, x.logits_TE, best=1), m.top_k))
+  """Routes each token to the X best experts of its best groups, weighed by the
+  softmax of all logits (Shazeer et al. 2017)."""
+  ranked_TE = _of_best_groups(m, x.logits_TE, best=1)
+  return _by_softmax(m, x, _best(ranked_TE, m.top_k))
 
 
 def switch(m: MoEConfig, x: Inputs) -> Routing:
+  """Routes each token to its best expert, weighed by its probability (Switch:
+  Fedus et al. 2021, equation 2)."""
   return _by_softmax(m, x, _best(x.logits_TE, 1))
 
 
 def gshard(m: MoEConfig, x: Inputs) -> Routing:
+  """Routes each token to its best expert and, where it draws, keeps the second
+  one with probability min(1, 2 p2 / (p1 + p2)) (GShard: Lepikhin et al. 2020,
+  algorithm 1)."""
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
   expert_TX = _best(x.logits_TE, 2)
   gate_TX = normalize(_chosen(probs_TE, expert_TX))
   if x.key is not None:
     draw_T = jax.random.uniform(x.key, gate_TX.shape[:1])
-    second_T = jnp.where(2 * gate_TX[:, 1] > draw_T, expert_TX[:, 1],
-                         m.all_experts)
+    keeps_T = 2 * gate_TX[:, 1] > draw_T
+    second_T = jnp.where(keeps_T, expert_TX[:, 1], m.all_experts)
     expert_TX = jnp.stack([expert_TX[:, 0], second_T], 1)
-  return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
+  return _routing(expert_TX, gate_TX, probs_TE=probs_TE, valid_T=x.valid_T)
 
 
 def scored(score: Callable[[jax.Array], jax.Array], m: MoEConfig, x: Inputs
            ) -> Routing:
+  """Routes each token to the X best experts by score + bias, weighed by their
+  scores alone (DeepSeek-V3, 2024, equations 12 to 16).
+
+  Args:
+    score: logits_TE -> scores_TE.
+    m: the config.
+    x: the inputs of the router.
+  """
   scores_TE = score(x.logits_TE)
   ranked_TE = scores_TE
   if x.bias_E is not None:
-    ranked_TE = _of_best_groups(
-        m, scores_TE + jax.lax.stop_gradient(x.bias_E)[None], best=2)
-  return _by_scores(m, x, _best(ranked_TE, m.top_k), scores_TE)
+    bias_E = jax.lax.stop_gradient(x.bias_E)
+    ranked_TE = _of_best_groups(m, scores_TE + bias_E[None], best=2)
+  expert_TX = _best(ranked_TE, m.top_k)
+  return _by_scores(m, x, expert_TX=expert_TX, scores_TE=scores_TE)
 
 
 def _by_softmax(m: MoEConfig, x: Inputs, expert_TX: jax.Array) -> Routing:
-  """Experts that weigh by the softmax of the logits."""
+  """Returns the routing to these experts, weighed by the softmax of the logits.
+  """
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
-  return _weighed(m, x, expert_TX, probs_TE, probs_TE)
+  return _weighed(m, x, expert_TX=expert_TX, scores_TE=probs_TE,
+                  probs_TE=probs_TE)
 
 
 def _by_scores(m: MoEConfig, x: Inputs, expert_TX: jax.Array,
                scores_TE: jax.Array) -> Routing:
-  """Experts that weigh by scores of each by itself."""
-  return _weighed(m, x, expert_TX, scores_TE,
-                  scores_TE / scores_TE.sum(-1, keepdims=True))
+  """Returns the routing to these experts, weighed by scores that each expert
+  has by itself; the router's belief is their share of the sum."""
+  probs_TE = scores_TE / scores_TE.sum(-1, keepdims=True)
+  return _weighed(m, x, expert_TX=expert_TX, scores_TE=scores_TE,
+                  probs_TE=probs_TE)
 
 
 def _weighed(m: MoEConfig, x: Inputs, expert_TX: jax.Array,
              scores_TE: jax.Array, probs_TE: jax.Array) -> Routing:
+  """Returns the routing to these experts, whose gates are their scores, or the
+  scores over their sum (normalize_gates)."""
   gate_TX = _chosen(scores_TE, expert_TX)
   if m.normalize_gates:
     gate_TX = normalize(gate_TX)
-  return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
+  return _routing(expert_TX, gate_TX, probs_TE=probs_TE, valid_T=x.valid_T)
 
 
 def sqrt_softplus(logits_TE: jax.Array) -> jax.Array:
-  # Not of 0, where the root has no slope.
-  return jnp.sqrt(jnp.maximum(jax.nn.softplus(logits_TE), 1e-30))
+  """Returns sqrt(log(1 + exp(logits))), the scores of DeepSeek-V4."""
+  softplus_TE = jax.nn.softplus(logits_TE)
+  return jnp.sqrt(jnp.maximum(softplus_TE, 1e-30))  # at 0 it has no slope
 
 
 def best_scores(m: MoEConfig, logits_TE: jax.Array, valid_T: jax.Array
                 ) -> jax.Array:
-  """Returns the experts that the scores alone would choose, as expert_A: by
-  neither the bias nor the groups of experts."""
-  expert_TX = jnp.where(valid_T[:, None], _best(logits_TE, m.top_k),
-                        m.all_experts)
+  """Returns the experts that the scores alone would choose, as expert_A:
+  neither the bias nor the groups of experts count (DeepSeek-V3, equation 18).
+  """
+  best_TX = _best(logits_TE, m.top_k)
+  expert_TX = jnp.where(valid_T[:, None], best_TX, m.all_experts)
   return expert_TX.reshape(-1).astype(jnp.int32)
 
 
 def balanced(logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:
-  """Sinkhorn: log of the matrix near exp(logits) whose rows sum to 1 and whose
-  columns share the tokens evenly; padding weighs nothing."""
+  """Returns the log of the matrix near exp(logits) whose rows sum to 1 and
+  whose columns share the tokens evenly, by Sinkhorn's iteration (Clark et al.
+  2022); padding weighs nothing."""
   E = logits_TE.shape[1]
   weight_T1 = jnp.where(valid_T, 0.0, NOWHERE)[:, None]
   share = jnp.log(jnp.maximum(valid_T.sum(), 1) / E)
-  def step(_: jax.Array, log_TE: jax.Array):
+
+  def step(_: jax.Array, log_TE: jax.Array) -> jax.Array:
+    """Returns the matrix with its columns scaled, then its rows."""
     log_TE += share - jax.nn.logsumexp(log_TE + weight_T1, 0, keepdims=True)
     return log_TE - jax.nn.logsumexp(log_TE, 1, keepdims=True)
-  return jax.lax.fori_loop(0, SINKHORN_STEPS, step,
-                           jax.lax.stop_gradient(logits_TE))
+
+  return jax.lax.fori_loop(
+      0, SINKHORN_STEPS, body_fun=step,
+      init_val=jax.lax.stop_gradient(logits_TE))
 
 
 def sinkhorn(m: MoEConfig, x: Inputs) -> Routing:
+  """Routes each token to the X best experts, in training by logits that are
+  balanced within each group (BASE: Lewis et al. 2021; S-BASE: Clark et al.
+  2022), weighed by the softmax of the logits."""
   scores_TE = x.logits_TE
   if x.train:
-    shape = (x.groups, -1, m.all_experts)
-    scores_TE = jax.vmap(balanced)(
-        scores_TE.reshape(shape), x.valid_T.reshape(shape[:2])
-    ).reshape(scores_TE.shape)
+    logits_GSE = scores_TE.reshape(x.groups, -1, m.all_experts)
+    valid_GS = x.valid_T.reshape(x.groups, -1)
+    balanced_GSE = jax.vmap(balanced)(logits_GSE, valid_GS)
+    scores_TE = balanced_GSE.reshape(scores_TE.shape)
   return _by_softmax(m, x, _best(scores_TE, m.top_k))
 
 
 def expert_choice(m: MoEConfig, x: Inputs) -> Routing:
+  """Routes to each expert its C best tokens of each group, weighed by their
+  probabilities (Zhou et al. 2022)."""
   T, E = x.logits_TE.shape
   G, S = x.groups, T // x.groups
-  factor = (m.capacity_factor if x.train else m.eval_capacity_factor) or 1.0
-  taken = min(S, capacity(factor, S, m.top_k, E))
+  factor = m.capacity_factor if x.train else m.eval_capacity_factor
+  C = min(S, capacity(factor or 1.0, tokens=S, choices=m.top_k, experts=E))
+
+  # The best tokens of each expert, in the order of their probabilities.
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
-  score_GES = jnp.where(x.valid_T[:, None], probs_TE, NOWHERE).reshape(
-      G, S, E).swapaxes(1, 2)
-  token_GEC = jnp.argsort(jax.lax.stop_gradient(-score_GES))[..., :taken]
+  score_TE = jnp.where(x.valid_T[:, None], probs_TE, NOWHERE)
+  score_GES = score_TE.reshape(G, S, E).swapaxes(1, 2)
+  order_GES = jnp.argsort(jax.lax.stop_gradient(-score_GES))
+  token_GEC = order_GES[..., :C]
   gate_GEC = jnp.take_along_axis(score_GES, token_GEC, 2)
+
+  # Where an expert takes padding, as there is nothing else, it takes nothing.
   expert_GEC = jnp.broadcast_to(jnp.arange(E)[None, :, None], token_GEC.shape)
   expert_GEC = jnp.where(gate_GEC > 0, expert_GEC, E)
   gate_GEC = jnp.maximum(gate_GEC, 0.0)
   token_GEC = token_GEC + S * jnp.arange(G)[:, None, None]
-  return Routing(expert_GEC.reshape(-1).astype(jnp.int32),
-                 gate_GEC.reshape(-1),
-                 token_GEC.reshape(-1).astype(jnp.int32), probs_TE)
+  return Routing(
+      expert_A=expert_GEC.reshape(-1).astype(jnp.int32),
+      gate_A=gate_GEC.reshape(-1),
+      token_A=token_GEC.reshape(-1).astype(jnp.int32), probs_TE=probs_TE)
 
 
 def _following(m: MoEConfig, first_T: jax.Array) -> jax.Array:
-  """The experts first, first + 1, ..., [T, X]."""
+  """Returns the experts first, first + 1, ..., [T, X]."""
   return (first_T[:, None] + jnp.arange(m.top_k)[None]) % m.num_experts
 
 
 def _fixed(m: MoEConfig, expert_TX: jax.Array, valid_T: jax.Array) -> Routing:
-  """Each expert with gate 1 / X."""
+  """Returns the routing to these experts, each with gate 1 / X."""
   probs_TE = jax.nn.one_hot(expert_TX, m.num_experts).mean(1)
-  return _routing(expert_TX, jnp.full(expert_TX.shape, 1 / m.top_k), probs_TE,
-                  valid_T)
+  gate_TX = jnp.full(expert_TX.shape, 1 / m.top_k)
+  return _routing(expert_TX, gate_TX, probs_TE=probs_TE, valid_T=valid_T)
 
 
 def hashed(m: MoEConfig, tokens_T: jax.Array) -> jax.Array:
-  """The experts of these token ids, [T, X]."""
+  """Returns the experts of these token ids, [T, X]."""
   spread_T = mix(tokens_T.astype(jnp.uint32) + jnp.uint32(1))
-  return _following(m, (spread_T % m.num_experts).astype(jnp.int32))
+  first_T = (spread_T % m.num_experts).astype(jnp.int32)
+  return _following(m, first_T)
 
 
 def hash_(m: MoEConfig, x: Inputs) -> Routing:
+  """Routes each token to the experts of its id (Roller et al. 2021)."""
   return _fixed(m, x.expert_TX, x.valid_T)
 
 
 def hash_scored(m: MoEConfig, x: Inputs) -> Routing:
-  return _by_scores(m, x, x.expert_TX, sqrt_softplus(x.logits_TE))
+  """Routes each token to the experts of its id, weighed by their scores
+  (DeepSeek-V4)."""
+  scores_TE = sqrt_softplus(x.logits_TE)
+  return _by_scores(m, x, expert_TX=x.expert_TX, scores_TE=scores_TE)
 
 
 def uniform(m: MoEConfig, x: Inputs) -> Routing:
+  """Deals the tokens out to the experts in turn, in perfect balance."""
   first_T = jnp.arange(x.valid_T.shape[0]) * m.top_k % m.num_experts
   return _fixed(m, _following(m, first_T), x.valid_T)
 
@@ -488,7 +576,7 @@ class Router(NamedTuple):
 
   Attributes:
     assign: (config.moe, Inputs) -> Routing.
-    fields: of config.model that only some routers read.
+    fields: the fields of config.model that only some routers read.
     logits: whether it has a weight, and so logits and losses of them.
     top_k: how many experts a token has, where no other number is possible.
     draws: whether it draws in training: Inputs.key.
@@ -529,8 +617,9 @@ def of(m: MoEConfig) -> Router:
 def route(m: MoEConfig, x: Inputs) -> Routing:
   """Returns what the router of a mixture does, its gates scaled."""
   routed = of(m).assign(m, x)
-  return routed if m.gate_scale == 1 else routed.replace(
-      gate_A=m.gate_scale * routed.gate_A)
+  if m.gate_scale == 1:
+    return routed
+  return routed.replace(gate_A=m.gate_scale * routed.gate_A)
 
 
 def check_router(c: ModelConfig, stack: str) -> None:
@@ -542,69 +631,96 @@ def check_router(c: ModelConfig, stack: str) -> None:
   """
   m = c.part(MoEConfig)
   router = of(m)
-  require(not router.experts_choose or stack == 'encoder',
-          f'model.moe.router {m.router} has no meaning in the decoder of '
-          f'model.arch {c.arch}: which tokens an expert takes depends on later '
-          'ones, which a prediction must not see; choose another router, or an '
-          'encoder')
+  if router.experts_choose and stack != 'encoder':
+    raise RequestError(
+        f'model.moe.router {m.router} has no meaning in the decoder of '
+        f'model.arch {c.arch}: which tokens an expert takes depends on later '
+        'ones, which a prediction must not see; choose another router, or an '
+        'encoder')
+
+  # The experts of a token.
   require(router.top_k in (0, m.top_k),
           f'model.moe.top_k is {m.top_k}, but model.moe.router {m.router} '
           f'chooses {router.top_k}: set it to {router.top_k}, or choose router '
           'topk')
-  require(not m.gate_inputs or m.top_k == 1 and not router.experts_choose,
-          f'model.moe.gate_inputs is True and model.moe.top_k {m.top_k}, and a '
-          'token has one input for all of its experts: set top_k to 1, or '
-          'gate_inputs to False')
+  if m.gate_inputs and (m.top_k != 1 or router.experts_choose):
+    raise RequestError(
+        f'model.moe.gate_inputs is True and model.moe.top_k {m.top_k}, and a '
+        'token has one input for all of its experts: set top_k to 1, or '
+        'gate_inputs to False')
+  if m.top_k > m.all_experts:
+    most = f'model.moe.num_experts {m.num_experts}'
+    if m.zero_experts:
+      most += f' + model.moe.zero_experts {m.zero_experts}'
+    raise RequestError(f'model.moe.top_k is {m.top_k}: choose 1 to {most}')
+  if 'moe.expert_groups' in router.fields:
+    _check_expert_groups(m, router)
+
+  # What else the mixture has.
+  if m.latent_dim and c.parametrization == 'mup':
+    raise RequestError(
+        f'model.moe.latent_dim is {m.latent_dim}, for which '
+        "model.parametrization 'mup' has no rule: choose standard")
+  if router.experts_choose and BALANCE_LOSSES[m.balance_loss].by_sequence:
+    raise RequestError(
+        f'model.moe.balance_loss is {m.balance_loss}, which is of what the '
+        f'tokens of a sequence choose, and with model.moe.router {m.router} '
+        'they do not: choose none')
+  least_factor = min(m.capacity_factor, m.eval_capacity_factor)
+  bounded = router.experts_choose or least_factor > 0
+  if m.dispatch == 'sorted' and not bounded:
+    raise RequestError(
+        'model.moe.dispatch sorted pads every expert to its capacity: set '
+        'model.moe.capacity_factor and model.moe.eval_capacity_factor, or '
+        'choose dispatch dropless')
+
+
+def _check_expert_groups(m: MoEConfig, router: Router) -> None:
+  """Raises RequestError for groups of experts that a token cannot choose from.
+  """
   E, groups, kept = m.all_experts, m.expert_groups, m.top_groups
-  require(m.top_k <= E, f'model.moe.top_k is {m.top_k}: choose 1 to '
-          f'model.moe.num_experts {m.num_experts}' + (
-              f' + model.moe.zero_experts {m.zero_experts}'
-              if m.zero_experts else ''))
-  require(groups == 1 or 'moe.expert_groups' not in router.fields or (
-      E % groups == 0 and kept <= groups and m.top_k <= kept * E // groups
-      and (E > groups or not router.bias)),
+  if groups == 1:
+    return
+  divides = E % groups == 0 and kept <= groups
+  enough = m.top_k <= kept * E // groups
+  # A router with a bias adds up two experts of a group.
+  two = E > groups or not router.bias
+  require(divides and enough and two,
           f'model.moe.expert_groups is {groups}, model.moe.top_groups {kept} '
           f'and model.moe.top_k {m.top_k}: of {E} experts choose groups that '
           'divide them, as many of these at most, and as many experts as they '
           'have at most; a router with a bias needs two experts of a group')
-  require(not m.latent_dim or c.parametrization != 'mup',
-          f'model.moe.latent_dim is {m.latent_dim}, for which '
-          "model.parametrization 'mup' has no rule: choose standard")
-  require(not (router.experts_choose
-               and BALANCE_LOSSES[m.balance_loss].by_sequence),
-          f'model.moe.balance_loss is {m.balance_loss}, which is of what the '
-          f'tokens of a sequence choose, and with model.moe.router {m.router} '
-          'they do not: choose none')
-  require(m.dispatch != 'sorted' or router.experts_choose or min(
-      m.capacity_factor, m.eval_capacity_factor) > 0,
-          'model.moe.dispatch sorted pads every expert to its capacity: set '
-          'model.moe.capacity_factor and model.moe.eval_capacity_factor, or '
-          'choose dispatch dropless')
 
 
 def networks(m: MoEConfig, routed: Routing) -> Routing:
-  """Returns what of a routing is to experts that compute; the rest is void."""
+  """Returns the assignments to experts that compute; the others are void."""
+  if not m.zero_experts:
+    return routed
   E = m.num_experts
-  return routed if not m.zero_experts else routed.replace(
+  return routed.replace(
       expert_A=jnp.minimum(routed.expert_A, E),
       gate_A=jnp.where(routed.expert_A < E, routed.gate_A, 0.0),
       probs_TE=routed.probs_TE[:, :E])
 
 
 def zero(m: MoEConfig, routed: Routing) -> tuple[jax.Array, jax.Array]:
-  """Returns which assignments are to the others, and their gates of each token
-  together."""
+  """Returns which assignments are to experts that compute nothing, bool [A],
+  and the sum of their gates of each token, [T]."""
   zero_A = (routed.expert_A >= m.num_experts) & (
       routed.expert_A < m.all_experts)
-  return zero_A, jnp.where(zero_A, routed.gate_A, 0.0).reshape(
-      -1, routed.choices).sum(1)
+  gate_A = jnp.where(zero_A, routed.gate_A, 0.0)
+  gate_T = gate_A.reshape(-1, routed.choices).sum(1)
+  return zero_A, gate_T
 
 
 def whole_gates(m: MoEConfig) -> bool:
   """Returns whether the gates of each token sum to 1."""
   router = of(m)
-  return m.gate_scale == 1 and (router.whole or not router.experts_choose and (
-      m.normalize_gates and m.top_k > 1))
+  if m.gate_scale != 1:
+    return False
+  if router.whole:
+    return True
+  return not router.experts_choose and m.normalize_gates and m.top_k > 1
 
 
 def active_experts(m: MoEConfig) -> float:
@@ -676,7 +792,7 @@ class Balance(NamedTuple):
   Attributes:
     loss: (expert_A, mean_probs_E) -> scalar; None: there is none.
     metric: what the panel calls it.
-    fields: of config.model that it reads.
+    fields: the fields of config.model that it reads.
     by_sequence: whether it is taken of each sequence (a row of the batch), and
       the mean over them. It is computed only where it is chosen.
   """
@@ -687,46 +803,61 @@ class Balance(NamedTuple):
 
 
 def counts(expert_A: jax.Array, experts: int) -> jax.Array:
-  """Assignments of each expert, float32 [E]; void ones count nowhere."""
-  return (expert_A[:, None] == jnp.arange(experts)[None]).sum(0).astype(
-      jnp.float32)
+  """Returns the number of assignments of each expert, float32 [E]; void ones
+  count nowhere."""
+  is_expert_AE = expert_A[:, None] == jnp.arange(experts)[None]
+  return is_expert_AE.sum(0).astype(jnp.float32)
 
 
 def share(x_E: jax.Array) -> jax.Array:
-  """x / sum x, or zeros."""
+  """Returns x / sum x, or zeros."""
   total = x_E.sum()
   return x_E / jnp.where(total > 0, total, 1.0)
 
 
 def switch_loss(expert_A: jax.Array, mean_probs_E: jax.Array) -> jax.Array:
+  """Returns E sum_i f_i P_i (Fedus et al. 2021, equation 4)."""
   E = mean_probs_E.shape[0]
-  return E * (share(counts(expert_A, E)) * mean_probs_E).sum()
+  share_E = share(counts(expert_A, E))
+  return E * (share_E * mean_probs_E).sum()
 
 
 def importance_loss(expert_A: jax.Array, mean_probs_E: jax.Array) -> jax.Array:
+  """Returns E sum_i I_i^2 (Shazeer et al. 2017: CV^2, plus 1)."""
   del expert_A
-  return mean_probs_E.shape[0] * jnp.square(share(mean_probs_E)).sum()
+  E = mean_probs_E.shape[0]
+  return E * jnp.square(share(mean_probs_E)).sum()
 
 
 def of_each_sequence(loss: Callable, expert_A: jax.Array, probs_TE: jax.Array,
                      valid_T: jax.Array, rows: int) -> jax.Array:
   """Returns the mean of a balance loss over the sequences that are not all
-  padding; within one, padding counts nowhere."""
+  padding; within one, padding counts nowhere.
+
+  Args:
+    loss: (expert_A, mean_probs_E) -> scalar.
+    expert_A: the experts that count.
+    probs_TE: the router's probabilities.
+    valid_T: which tokens are no padding.
+    rows: the number of sequences.
+  """
   valid_BL = valid_T.reshape(rows, -1)
   probs_BLE = probs_TE.reshape(*valid_BL.shape, -1) * valid_BL[..., None]
   count_B = valid_BL.sum(1)
-  each_B = jax.vmap(loss)(
-      expert_A.reshape(rows, -1),
-      probs_BLE.sum(1) / jnp.maximum(count_B, 1)[:, None])
-  return ((each_B * (count_B > 0)).sum()
-          / jnp.maximum((count_B > 0).sum(), 1))
+  expert_BA = expert_A.reshape(rows, -1)
+  mean_probs_BE = probs_BLE.sum(1) / jnp.maximum(count_B, 1)[:, None]
+  each_B = jax.vmap(loss)(expert_BA, mean_probs_BE)
+  total = (each_B * (count_B > 0)).sum()
+  return total / jnp.maximum((count_B > 0).sum(), 1)
 
 
 def entropy(p: jax.Array) -> jax.Array:
-  """Over the last axis, as a fraction of its maximum."""
+  """Returns the entropy over the last axis, as a fraction of its maximum."""
   size = p.shape[-1]
   h = -(p * jnp.log(jnp.maximum(p, 1e-30))).sum(-1)
-  return h / jnp.log(size) if size > 1 else jnp.ones_like(h)
+  if size == 1:
+    return jnp.ones_like(h)
+  return h / jnp.log(size)
 
 
 def report(m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
@@ -737,11 +868,11 @@ def report(m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
   Args:
     m: the config.
     routed: what the router chose.
-    logits_TE: its logits, or None where it has none.
-    valid_T: which tokens are no padding.
+    logits_TE: the router's logits; None where it has none.
+    valid_T: bool, the tokens that are no padding.
     kept_A: bool, the assignments that found room.
-    shards: over how many devices the experts are spread.
-    rows: how many sequences the tokens are.
+    shards: the number of devices that the experts are spread over.
+    rows: the number of sequences that the tokens are.
 
   The panel: `dropped`, the share of assignments without room; `unserved`, of
   tokens that no expert serves; `load_E`, the share of assignments (before any
@@ -750,62 +881,97 @@ def report(m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
   probability) and `router_entropy` (1: undecided); `shard_imbalance`, the
   largest load of a shard over the mean; and each loss, raw.
   """
-  E = m.all_experts
-  weight_T = valid_T / jnp.maximum(valid_T.sum(), 1).astype(jnp.float32)
-  mean = lambda x_T: (x_T * weight_T).sum()
+  E, router = m.all_experts, of(m)
   probs_TE = routed.probs_TE
+  weight_T = valid_T / jnp.maximum(valid_T.sum(), 1).astype(jnp.float32)
+
+  def mean(x_T: jax.Array) -> jax.Array:
+    """Returns the mean over the tokens that are no padding."""
+    return (x_T * weight_T).sum()
+
+  # The losses.
   mean_probs_E = (probs_TE * weight_T[:, None]).sum(0)
   load_E = jax.lax.stop_gradient(share(counts(routed.expert_A, E)))
-  router = of(m)
-  counted_A = (routed.expert_A[::routed.choices] if router.counts_first
-               else routed.expert_A)
-  raw = {name: row.loss(counted_A, mean_probs_E)
-         for name, row in BALANCE_LOSSES.items()
-         if row.loss and not row.by_sequence}
-  chosen = BALANCE_LOSSES[m.balance_loss]
-  if chosen.by_sequence:
-    wanted_A = (router.wanted(m, logits_TE, valid_T) if router.wanted
-                else counted_A)
-    raw[m.balance_loss] = of_each_sequence(chosen.loss, wanted_A, probs_TE,
-                                           valid_T, rows)
-  z = (jnp.zeros(()) if logits_TE is None else
-       mean(jnp.square(jax.nn.logsumexp(logits_TE, -1))))
+  raw = _balances(m, routed, logits_TE=logits_TE, valid_T=valid_T,
+                  mean_probs_E=mean_probs_E, rows=rows)
+  z = jnp.zeros(())
+  if logits_TE is not None:
+    z = mean(jnp.square(jax.nn.logsumexp(logits_TE, -1)))
   losses = {}
   if router.logits and not router.hashes:
     if m.balance_loss in raw:
       losses['balance'] = m.balance_weight * raw[m.balance_loss]
     if m.z_loss_weight:
       losses['router_z'] = m.z_loss_weight * z
+
+  # The panel.
   assigned = (routed.expert_A < E).sum()
-  health = dict(
-      dropped=1 - kept_A.sum() / jnp.maximum(assigned, 1),
-      unserved=mean(_served(routed, kept_A, valid_T.shape[0]) == 0),
+  dropped = 1 - kept_A.sum() / jnp.maximum(assigned, 1)
+  served_T = _served(routed, kept_A, valid_T.shape[0])
+  panel = dict(
+      dropped=dropped,
+      unserved=mean(served_T == 0),
       load_E=load_E,
       load_max=E * load_E.max(),
       load_entropy=entropy(load_E),
       unused=(load_E == 0).mean(),
       confidence=mean(probs_TE.max(-1)),
-      router_entropy=mean(entropy(probs_TE)),
-      shard_imbalance=shards * load_E[:m.num_experts].reshape(
-          shards, -1).sum(1).max(),
-      z_loss=z,
-      **{BALANCE_LOSSES[name].metric: x for name, x in raw.items()},
-  )
-  health = {name: jax.lax.stop_gradient(jnp.asarray(x, jnp.float32))
-            for name, x in health.items()}
+      router_entropy=mean(entropy(probs_TE)))
+  shard_loads = load_E[:m.num_experts].reshape(shards, -1).sum(1)
+  panel['shard_imbalance'] = shards * shard_loads.max()
+  panel['z_loss'] = z
+  for name, loss in raw.items():
+    panel[BALANCE_LOSSES[name].metric] = loss
+  health = {}
+  for name, x in panel.items():
+    health[name] = jax.lax.stop_gradient(jnp.asarray(x, jnp.float32))
   return {'losses': losses, 'health': health}
 
 
+def _balances(m: MoEConfig, routed: Routing, *,
+              logits_TE: Optional[jax.Array], valid_T: jax.Array,
+              mean_probs_E: jax.Array, rows: int) -> dict[str, jax.Array]:
+  """Returns the balance losses, by name: each that is taken of all tokens, and
+  the chosen one.
+
+  Args:
+    m: the config.
+    routed: what the router chose.
+    logits_TE: the router's logits; None where it has none.
+    valid_T: bool, the tokens that are no padding.
+    mean_probs_E: the mean of the router's probabilities over these.
+    rows: the number of sequences that the tokens are.
+  """
+  router = of(m)
+  counted_A = routed.expert_A
+  if router.counts_first:
+    counted_A = routed.expert_A[::routed.choices]
+  losses = {}
+  for name, balance in BALANCE_LOSSES.items():
+    if balance.loss is not None and not balance.by_sequence:
+      losses[name] = balance.loss(counted_A, mean_probs_E)
+
+  chosen = BALANCE_LOSSES[m.balance_loss]
+  if chosen.by_sequence:
+    wanted_A = counted_A
+    if router.wanted is not None:
+      wanted_A = router.wanted(m, logits_TE, valid_T)
+    losses[m.balance_loss] = of_each_sequence(
+        chosen.loss, expert_A=wanted_A, probs_TE=routed.probs_TE,
+        valid_T=valid_T, rows=rows)
+  return losses
+
+
 def _served(routed: Routing, kept_A: jax.Array, tokens: int) -> jax.Array:
-  """How many experts each token was served by, [T]."""
-  if routed.choices:
+  """Returns how many experts each token was served by, [T]."""
+  if not routed.experts_choose:
     return kept_A.reshape(tokens, -1).sum(1)
-  return jnp.zeros(tokens, jnp.int32).at[routed.token_A].add(
-      kept_A.astype(jnp.int32))
+  zeros_T = jnp.zeros(tokens, jnp.int32)
+  return zeros_T.at[routed.token_A].add(kept_A.astype(jnp.int32))
 
 
 def window(load_WNE: jax.Array, tokens_W: jax.Array) -> dict:
-  """The panel over a window of steps: {name: [N] by layer}.
+  """Returns the panel over a window of W steps: {name: [N] by layer}.
 
   Args:
     load_WNE: `load_E` of each step and layer.

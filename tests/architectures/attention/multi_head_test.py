@@ -13,6 +13,7 @@ import pytest
 import architectures
 from architectures.parts import flat, sharding, skeletons
 from architectures.parts.attention import kernels
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.attention.multi_head import CrossAttention
 from architectures.parts.attention.multi_head import SelfAttention
 from architectures.parts.cache import Cache
@@ -67,13 +68,14 @@ def test_a_layer_is_its_definition(fields, cross):
   params = born(module, x, ctx, None)
   p, at = numpy_attention.float64(params), np.asarray(x, np.float64)
   assert ('out_bias' in p) == c.attention_out_bias
+  fields = c.part(AttentionConfig)
 
   def heads(name, x):
     y_BLHK = numpy_attention.project(p, name, np.asarray(x, np.float64))
-    if c.attention_conv and not cross:
+    if fields.attention_conv and not cross:
       y_BLHK = convolved(y_BLHK, p[f'{name}_conv'])
-    return normalised(y_BLHK, c, c.qk_norm_over, p[f'{name}_norm']) if (
-        c.qk_norm and name != 'value') else y_BLHK
+    return normalised(y_BLHK, c, fields.qk_norm_over, p[f'{name}_norm']) if (
+        fields.qk_norm and name != 'value') else y_BLHK
 
   seen = memory if cross else x
   o = numpy_attention.heads(heads('query', x), heads('key', seen),
@@ -160,7 +162,7 @@ def by_numpy(c, params, tokens, sources):
     if i == source:
       v = numpy_attention.project(a, 'value', h)
       first = v if first is None else first
-      if c.value_residual:
+      if c.part(AttentionConfig).value_residual:
         v = (1 - a['value_residual']) * v + a['value_residual'] * first
       if 'value_embedding' in a:
         gate = 2 * sigmoid(h @ a['value_gate'])

@@ -10,6 +10,7 @@ import pytest
 import architectures
 from architectures.parts import layers, paths
 from architectures.parts.attention import kernels
+from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.config import LayerKind
 from architectures.parts.moe.routing import MoEConfig
 from configs import base, bert
@@ -72,7 +73,8 @@ def test_a_weight_is_two_flops_and_a_pair_four_of_each_feature(fields):
            for at in range(1, LENGTH + 1)]
           for kind in c.layer_kinds(c.num_layers)]
   # A pair of heads weighs the values of both.
-  size = (6 if c.attention_difference else 4) * c.num_heads * c.head_dim
+  pairs = c.part(AttentionConfig).attention_difference
+  size = (6 if pairs else 4) * c.num_heads * c.head_dim
   assert rows['attention'] == size * sum(map(sum, seen))
   assert token['attention'] == size * sum(layer[-1] for layer in seen)
 

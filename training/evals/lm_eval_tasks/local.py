@@ -5,7 +5,7 @@ import os
 import pathlib
 from typing import Any
 
-from common.errors import require
+from common.errors import RequestError, require
 from training.data import texts
 
 DATA = 'ARCHETYPE_DATA'
@@ -19,6 +19,8 @@ def blimp(folder: str = '', **_: Any):
 
 def blimp_results(doc: dict, results: list[tuple[float, bool]]
                   ) -> dict[str, float]:
+  """Returns whether the good sentence is the likelier one, in all and by the
+  phenomenon of its pair."""
   (good, _), (bad, _) = results
   right = float(good > bad)
   return {'acc': right, f'acc {doc["linguistics_term"]}': right}
@@ -31,7 +33,8 @@ def cloze(folder: str = '', **_: Any):
 
 def cloze_results(doc: dict, results: list[tuple[float, bool]]
                   ) -> dict[str, Any]:
-  (log_prob, greedy), = results
+  """Returns the figures of the last word of a text."""
+  [(log_prob, greedy)] = results
   word = ' ' + doc['text'].rsplit(' ', 1)[1]
   return {'acc': float(greedy), 'perplexity': log_prob,
           'bits_per_byte': (log_prob, len(word.encode()))}
@@ -43,26 +46,33 @@ def _documents(folder: str, name: str, fields: tuple[str, ...]):
 
   Args:
     folder: the data folder; '': $ARCHETYPE_DATA.
-    name: of the folder in it.
-    fields: texts that each object has.
+    name: the name of the folder in it.
+    fields: the texts that each object has.
 
   Raises:
     RequestError: where there is no such folder, or a line is wrong.
   """
   import datasets
+  # The files.
   root = folder or os.environ.get(DATA, '')
   require(bool(root), f'lm_eval reads the folder {name} of a data folder, and '
           f'none is named: pass --lm_eval_data=DIR, or set {DATA}')
-  files = sorted((pathlib.Path(root) / name).glob('*.jsonl'))
-  require(bool(files), f'{pathlib.Path(root) / name} holds no *.jsonl: lm_eval '
-          f'reads the folder {name} of --lm_eval_data, or of {DATA}')
+  place = pathlib.Path(root) / name
+  files = sorted(place.glob('*.jsonl'))
+  require(bool(files), f'{place} holds no *.jsonl: lm_eval reads the folder '
+          f'{name} of --lm_eval_data, or of {DATA}')
+
+  # Their lines.
   documents = []
   for file in files:
     for where, row in texts.rows(str(file)):
+      document = {}
       for field in fields:
         text = texts.checked(row.get(field), f'{where}, field {field!r},')
-        require(field != 'text' or ' ' in text.strip(), f'{where}, has one '
-                'word alone: the last word of a text is asked for')
-      documents.append({field: row[field].strip() for field in fields})
-  require(bool(documents), f'{files[0].parent} holds no line')
+        document[field] = text.strip()
+        if field == 'text' and ' ' not in document[field]:
+          raise RequestError(f'{where}, has one word alone: the last word of a '
+                             'text is asked for')
+      documents.append(document)
+  require(bool(documents), f'{place} holds no line')
   return {'validation': datasets.Dataset.from_list(documents)}
