@@ -371,24 +371,14 @@ class Stack(nn.Module):
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any = None,
                one_by_one: bool = False):
     c = self.config
-    slots, k_positions_BM = any_cache(cache), ctx.positions_BL
-    if slots is not None:  # where the keys stand that queries meet
-      k_positions_BM = jnp.arange(slots.num_slots)[None]
-    if cache is not None and ctx.lengths_B is None:  # up to the last token
-      ctx = ctx.replace(lengths_B=ctx.positions_BL[:, -1] + 1)
-    ctx = _with_distances(c, self.sections[0].kinds[0], ctx, k_positions_BM)
-    run = self._one_by_one if one_by_one else self._scan
-    inputs_BLD = x_BLD
-    if any(layer.memory == 'per_layer' for layer in c.distinct_layers):
-      ctx = ctx.replace(embedded_BLD=x_BLD)
-    first, attention = None, c.find(AttentionConfig)
-    if attention is not None and attention.value_residual:
-      readers = [layer for layer in c.distinct_layers
-                 if layer.mixer == 'attention']
-      first = steps.first_values(readers[0], x_BLD)
+    # The layers are told of the tokens; the first one is given the embedding.
+    ctx = self._told(x_BLD, ctx, cache)
+    inputs_BLD, first = x_BLD, self._first_values(x_BLD)
     kinds = sum((section.layers for section in self.sections), ())
     x = streams.begin_streams(c, x_BLD, branches(c, kinds))
+    run = self._one_by_one if one_by_one else self._scan
     (x, _), sections = run((x, first), cache, ctx)
+    # The end of the stack, and what its layers report.
     final, end = lambda x: x, streams.EndOfStreams(c, name='final_streams')
     if BLOCKS[c.of_kind(kinds[-1].name).block].FINAL_NORM:
       final = norm(c, 'final_norm')
@@ -405,6 +395,30 @@ class Stack(nn.Module):
       return x_BLD, None, aux
     caches = [section.caches for section in sections]
     return x_BLD, caches if one_by_one else sum(caches, ()), aux
+
+  def _told(self, x_BLD: jax.Array, ctx: Context, cache: Any) -> Context:
+    """Returns the context with all that the layers read besides their input."""
+    c = self.config
+    slots, k_positions_BM = any_cache(cache), ctx.positions_BL
+    if slots is not None:  # where the keys stand that queries meet
+      k_positions_BM = jnp.arange(slots.num_slots)[None]
+    if cache is not None and ctx.lengths_B is None:  # up to the last token
+      ctx = ctx.replace(lengths_B=ctx.positions_BL[:, -1] + 1)
+    ctx = _with_distances(c, self.sections[0].kinds[0], ctx, k_positions_BM)
+    if any(layer.memory == 'per_layer' for layer in c.distinct_layers):
+      ctx = ctx.replace(embedded_BLD=x_BLD)
+    return ctx
+
+  def _first_values(self, x_BLD: jax.Array) -> Optional[First]:
+    """Returns the values that the first layer is given with
+    model.value_residual; None: there are none."""
+    c = self.config
+    attention = c.find(AttentionConfig)
+    if attention is None or not attention.value_residual:
+      return None
+    readers = [layer for layer in c.distinct_layers
+               if layer.mixer == 'attention']
+    return steps.first_values(readers[0], x_BLD)
 
   def _scan(self, carry: tuple, cache: Any, ctx: Context):
     c, entries, lent, outputs = self.config, iter(cache or ()), {}, []
