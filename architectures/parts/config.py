@@ -38,9 +38,8 @@ PARAMETRIZATIONS = ('standard', 'mup')
 DTYPES = ('float32', 'bfloat16')
 
 
-class Kinds(dict):
-  """{name of a kind of layer: {field: value}}; hashable, as nobody changes one.
-  """
+class Frozen(dict):
+  """A dict that nobody changes, so that it can be hashed."""
 
   def __hash__(self) -> int:  # type: ignore[override]
     return hash(_frozen(self))
@@ -49,6 +48,20 @@ class Kinds(dict):
 def _frozen(value: Any) -> Any:
   return (tuple(sorted((name, _frozen(x)) for name, x in value.items()))
           if isinstance(value, dict) else value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """What the layers of a kind have in place of the model's.
+
+  Attributes:
+    said: what config.model.kinds says of it, by flat names.
+    fields: the fields of the model that are other ones, by name.
+    parts: (the class of a part, its fields that are other ones).
+  """
+  said: Frozen
+  fields: Frozen
+  parts: tuple[tuple[type, Frozen], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +179,8 @@ class ModelConfig:
       '', 'the kinds of the layers before the first period, likewise')
   suffix: str = field(
       '', 'the kinds of the layers after the last period, likewise')
-  # What the layers of a kind have of their own, by its name: such as
-  # dict(local=dict(window=512)).
-  kinds: Kinds = dataclasses.field(default_factory=Kinds)
+  # What the layers of a kind have of their own: a Kind, by its name.
+  kinds: Frozen = dataclasses.field(default_factory=Frozen)
   attention_kernel: str = field(
       'auto', 'What computes attention over whole sequences. auto: splash on '
       'TPU and cudnn on GPU, where they can. Decoding with a cache is always '
@@ -376,31 +388,15 @@ class ModelConfig:
 
   def _layer(self, name: str) -> 'ModelConfig':
     """Makes a layer of the model's fields and of those of its kind."""
-    overrides = dict(self.kinds[name]) if name else {}
-    if 'window' in overrides:
-      window = overrides.pop('window')
-      overrides = {'attention': 'banded' if window else 'global',
-                   'sliding_window': window} | overrides
-    # Fields of parts, by their groups.
-    of_rope = overrides.pop('rope', {})
-    of_moe, of_attention = {}, {}
-    if 'router' in overrides:
-      of_moe['router'] = overrides.pop('router')
-    for field_ in dataclasses.fields(AttentionConfig):
-      if field_.name in overrides:
-        of_attention[field_.name] = overrides.pop(field_.name)
-    parts = []
-    for part in self.parts:
-      group = getattr(part, 'GROUP', '')
-      if group == 'moe' and overrides.get('ffn') == kinds.DENSE:
-        overrides['ffn'] = part.ffn if self.ffn == 'moe' else self.ffn
-      changes = {'rope': of_rope, 'moe': of_moe,
-                 AttentionConfig.GROUP: of_attention}.get(group)
-      parts.append(dataclasses.replace(part, **changes) if changes else part)
-    if overrides.get('ffn') == kinds.DENSE:
-      overrides['ffn'] = self.ffn
-    return dataclasses.replace(self, pattern='', prefix='', suffix='',
-                               kinds=Kinds(), parts=tuple(parts), **overrides)
+    layer = dataclasses.replace(self, pattern='', prefix='', suffix='',
+                                kinds=Frozen())
+    if not name:
+      return layer
+    kind = self.kinds[name]
+    layer = dataclasses.replace(layer, **kind.fields)
+    for part, fields in kind.parts:
+      layer = layer.with_part(part, **fields)
+    return layer
 
   @functools.cached_property
   def names_of_layers(self) -> tuple[tuple[str, ...], ...]:

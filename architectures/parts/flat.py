@@ -21,7 +21,7 @@ from typing import Any, Optional
 from architectures.parts import blocks
 from architectures.parts import positions
 from architectures.parts.attention.fields import AttentionConfig
-from architectures.parts.config import Kinds, ModelConfig, Part
+from architectures.parts.config import Frozen, Kind, ModelConfig, Part
 from architectures.parts.layers import NO_FFN
 from architectures.parts.lora import LoraConfig
 from architectures.parts.moe.routing import MoEConfig
@@ -165,7 +165,7 @@ def as_dict(c: ModelConfig) -> dict[str, Any]:
   """Returns the fields as nested dicts, of which `make` makes `c` again."""
   tree: dict[str, Any] = {
       name: getattr(c, name) for name in FIELDS if name not in _GROUP_OF_NAME}
-  tree['kinds'] = {name: _copied(kind) for name, kind in c.kinds.items()}
+  tree['kinds'] = {name: _copied(kind.said) for name, kind in c.kinds.items()}
   tree[LORA] = dataclasses.asdict(c.lora)
   for part in c.parts:
     group, fields = group_of(part), dataclasses.asdict(part)
@@ -280,7 +280,7 @@ def reads(c: ModelConfig) -> set[str]:
   layers; not those in whose place all layers have some of their kinds."""
   read: set[str] = set()
   for kind in c.kinds_used:
-    changes = flatten(c.kinds[kind]) if kind else {}
+    changes = flatten(c.kinds[kind].said) if kind else {}
     own = {OF_LAYERS.get(name, name) for name in changes}
     if 'window' in changes:
       own.add('attention')
@@ -327,10 +327,10 @@ def unread(c: ModelConfig, tree: Mapping[str, Any] | None = None
       fields[name] = _why(name, waiting) or Unread(
           'a kind of model.kinds does not set it', ('kinds',))
   # Those of the kinds of layer.
-  for kind, changes in c.kinds.items():
+  for kind, changed in c.kinds.items():
     layer = c.of_kind(kind)
     taken, waiting = takes(layer), _waiting(layer)
-    for name, value in flatten(changes).items():
+    for name, value in flatten(changed.said).items():
       field = OF_LAYERS.get(name, name)
       if name in blocks.mixer_of(layer).sources:
         fields[f'kinds.{kind}.{name}'] = Unread(
@@ -485,6 +485,8 @@ def make(tree: Mapping[str, Any]) -> ModelConfig:
   # The fields that are in no part, and the parts of all layers.
   own = _derived({name: value for name, value in fields.items()
                   if name not in _GROUP_OF_NAME}, kinds)
+  own['kinds'] = Frozen({name: _kind(said, fields)
+                         for name, said in own['kinds'].items()})
   c = ModelConfig(**own)
   fields['head'] = own['head']
   names = _chosen(fields)
@@ -545,10 +547,10 @@ def _derived(fields: dict[str, Any], kinds: Mapping[str, Mapping[str, Any]]
       attention_scale=fields['attention_scale'] or base_head_dim ** -0.5,
       embed_scale=fields['embed_scale'] or base_width ** 0.5,
       logits_scale=fields['logits_scale'] or base_width ** -0.5,
-      kinds=Kinds({name: _kind(fields, kind) for name, kind in kinds.items()}))
+      kinds={name: _said(fields, kind) for name, kind in kinds.items()})
 
 
-def _kind(fields: Mapping[str, Any], kind: Mapping[str, Any]
+def _said(fields: Mapping[str, Any], kind: Mapping[str, Any]
           ) -> dict[str, Any]:
   """Returns a kind of layer with what follows from the fields that it changes,
   where the model leaves that to be derived. A size of 0 is the model's."""
@@ -565,6 +567,33 @@ def _kind(fields: Mapping[str, Any], kind: Mapping[str, Any]
     if fields['parametrization'] == 'mup' and not fields['mup_base_head_dim']:
       overrides.setdefault('mup_base_head_dim', base_head_dim)
   return overrides
+
+
+def _kind(said: Mapping[str, Any], fields: Mapping[str, Any]) -> Kind:
+  """Returns a kind of layer as the tree has it.
+
+  Args:
+    said: what config.model.kinds says of it.
+    fields: all fields of the model.
+  """
+  own: dict[str, Any] = {}
+  parts: dict[type, dict[str, Any]] = {}
+  if 'window' in said:
+    own['attention'] = 'banded' if said['window'] else 'global'
+  for name, value in said.items():
+    field = OF_LAYERS[name]
+    group = _GROUP_OF_NAME.get(field)
+    if field in GROUPS:
+      parts[GROUPS[field]] = dict(value)
+    elif group is not None:
+      last = field.rpartition('.')[2]
+      parts.setdefault(GROUPS[group], {})[last] = value
+    else:
+      own[field] = value
+  if own.get('ffn') == layer_kinds.DENSE:
+    own['ffn'] = fields['moe.ffn'] if fields['ffn'] == 'moe' else fields['ffn']
+  return Kind(said=Frozen(said), fields=Frozen(own),
+              parts=tuple([(part, Frozen(x)) for part, x in parts.items()]))
 
 
 def _base(fields: Mapping[str, Any], head_dim: int) -> tuple[int, int]:

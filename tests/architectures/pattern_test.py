@@ -115,7 +115,7 @@ def test_what_no_pattern_can_be_is_refused(fields, words):
 def test_what_follows_from_heads_is_of_their_kind():
   c = architectures.resolve(models.config('gpt', pattern='a,b', kinds=dict(
       a=dict(num_heads=2, head_dim=32), b={})))
-  assert c.kinds['a'] == dict(num_heads=2, num_kv_heads=2, head_dim=32,
+  assert c.kinds['a'].said == dict(num_heads=2, num_kv_heads=2, head_dim=32,
                               attention_scale=32 ** -0.5)
   assert c.of_kind('b').score_scale == 8 ** -0.5
   assert architectures.resolve(flat.as_dict(c)) == c

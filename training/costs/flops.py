@@ -34,9 +34,8 @@ import jax.numpy as jnp
 import ml_collections
 
 import architectures
-from architectures.parts import layers
-from architectures.parts.attention.fields import AttentionConfig
-from architectures.parts.config import Kinds, ModelConfig
+from architectures.parts import flat, layers
+from architectures.parts.config import ModelConfig
 from architectures.parts.loops import LoopsConfig
 from architectures.parts.moe import routing
 from architectures.parts.moe.routing import MoEConfig
@@ -220,10 +219,10 @@ def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
 
 def without_sharing(c: ModelConfig) -> ModelConfig:
   """Returns the model whose layers all have keys and values of their own."""
-  kinds = {name: dict(kind, kv_sharing=False)
-           for name, kind in c.kinds.items()}
-  return dataclasses.replace(c, kinds=Kinds(kinds)).with_part(
-      AttentionConfig, kv_sharing=False)
+  tree = flat.as_dict(c)
+  for fields in (tree, *tree['kinds'].values()):
+    fields['kv_sharing'] = False
+  return flat.make(tree)
 
 
 def _row_flops(c: ModelConfig, program: Any, *args, unread: int = 0,

@@ -144,7 +144,7 @@ def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
     return rows  # so their kinds of layer are not the same ones
   for kind in filter(None, model.kinds_used):
     for field in dict.fromkeys(field for c in (model, system) for field in
-                               run_config.flatten(c.kinds[kind])):
+                               run_config.flatten(c.kinds[kind].said)):
       ours, theirs = (_of_kind(c, kind, field) for c in (model, system))
       if ours != theirs:
         rows.append(Difference(f'kinds.{kind}.{field}', ours, theirs))
@@ -155,7 +155,7 @@ def _of_kind(c: ModelConfig, kind: str, field: str) -> Any:
   """Returns what the layers of a kind have for a field of kinds; of a size or a
   number that goes with sizes, whether there is one."""
   name, _, inner = field.partition('.')
-  fields = run_config.flatten(c.kinds[kind])
+  fields = run_config.flatten(c.kinds[kind].said)
   value = fields[field] if field in fields else flat.get(
       c.of_kind(kind), flat.OF_LAYERS[name] + (f'.{inner}' if inner else ''))
   return value if isinstance(value, str | bool) or inner else bool(value)

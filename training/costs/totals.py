@@ -120,7 +120,7 @@ def kinds_of_layer(model: ModelConfig) -> list[dict]:
     per_token, per_row = _layer_bytes(c)
     rows.append({
         'kind': name, 'layers': kinds.count(name),
-        'changes': run_config.flatten(model.kinds[name]) if name else {},
+        'changes': run_config.flatten(model.kinds[name].said) if name else {},
         'ffn': c.ffn, 'kv_cache_bytes_per_token': per_token,
         'state_bytes_per_row': per_row})
   return rows
