@@ -43,7 +43,6 @@ from common.fields import field, FUNCTION, SHAPES
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
   """Of position rope: rotary positions, and how they stretch past training."""
-  GROUP = 'rope'
   theta: float = field(10000.0, 'the base of the frequencies', above=0,
                        most=1e12, resume=FUNCTION)
   fraction: float = field(1.0, 'the share of a head that is rotated', above=0,

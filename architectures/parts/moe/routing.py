@@ -75,7 +75,6 @@ NOWHERE = -1e30
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
   """Of ffn moe: the experts and their router."""
-  GROUP = 'moe'
   num_experts: int = field(8, 'experts of a layer', above=0, resume=SHAPES)
   top_k: int = field(
       2, 'experts of a token (with expert_choice: on average)', above=0,
