@@ -8,7 +8,7 @@
 `labelled` reads .tsv, .csv and .jsonl. FIELDS names columns, with + between
 them, of which the last is the label's: `sentence+label`. Names stand in the
 first line of a table, or are the keys of a .jsonl's objects. Where rows have no
-label, as those that are to be predicted, none is named: `sentence`, or of two
+label, as those that are to be predicted, none is named: `sentence`, or with two
 texts `premise+hypothesis+`. Numbers count the columns of a table from 0.
 Without FIELDS a .jsonl has `text` and `label`, and a table has two or three
 columns. In a .tsv quotes mean nothing, as in the files of GLUE.
@@ -26,7 +26,7 @@ in what pandas writes. Without FIELDS these say which columns are read.
   -DOCSTART- -X- O O          ends a sentence, and is left out
 
 COLUMNS are the numbers of the words and of the labels, 0+-1 where they are left
-out; of words without labels one number.
+out; one number, where words have no labels.
 
 Labels that are O, B-TYPE and I-TYPE mark entities (Ramshaw and Marcus 1995, in
 the form that is called IOB2): an entity begins with B, and I goes on with the
@@ -51,7 +51,7 @@ SENTENCES = 'sentences with a label for each word'
 QUESTIONS = 'questions on paragraphs'
 PROBE_ROWS = 'rows of a probe'
 PAIR = ('source', 'target')
-SQUAD_FIELDS = ('context', 'question', 'answers')  # of a data set
+SQUAD_FIELDS = ('context', 'question', 'answers')  # in a data set
 
 # How a line of names calls the columns of texts, that of the label, and those
 # that number the rows, in lower case.
@@ -78,7 +78,7 @@ class Record(NamedTuple):
     texts: one or two, neither of them empty.
     label: as it is written; '': the row has none.
     where: the file and the line, for messages.
-    names: of the columns of `texts`.
+    names: the names of the columns of `texts`.
   """
   texts: tuple[str, ...]
   label: str
@@ -107,7 +107,7 @@ class Question(NamedTuple):
   """A question.
 
   Attributes:
-    id: of the file, unique in it.
+    id: its id, unique in the file.
     question: what is asked.
     answers: (text, its first character in the context) of each answer; ():
       the context holds none; None: the file does not say.
@@ -120,8 +120,8 @@ class Question(NamedTuple):
 
 
 class Paragraph(NamedTuple):
-  """A paragraph and the questions on it, one at least. What is held out are
-  whole paragraphs: so no run is evaluated on one that it was trained on."""
+  """A paragraph and the questions on it, one at least. Whole paragraphs are
+  held out: so no run is evaluated on one that it was trained on."""
   context: str
   questions: tuple[Question, ...]
 
@@ -139,10 +139,11 @@ def is_bare(record: Any) -> bool:
 def refuse_bare(name: str, records: Iterable[Any]) -> None:
   """Raises RequestError where there is nothing to learn or to measure of the
   records of the source `name`."""
-  require(not any(map(is_bare, records)), f'data source {name!r} has no labels '
-          'or answers, so that nothing can be learned or measured of it: '
-          f'eval.py --tasks=labels --text={name} --predictions=FILE predicts '
-          'them')
+  if any(map(is_bare, records)):
+    raise RequestError(
+        f'data source {name!r} has no labels or answers, so that nothing can '
+        'be learned or measured of it: eval.py --tasks=labels '
+        f'--text={name} --predictions=FILE predicts them')
 
 
 def fields_of(name: str, written: str) -> tuple[str, ...]:
@@ -152,17 +153,20 @@ def fields_of(name: str, written: str) -> tuple[str, ...]:
   Raises:
     RequestError: unless these are two or three, all names or all numbers.
   """
-  fields = tuple(written.split('+')) if written else ()
+  if not written:
+    return ()
+  fields = tuple(written.split('+'))
   if len(fields) == 1:
     fields = (*fields, '')
-  named = fields[:-1] if fields and not fields[-1] else fields
-  numbers = {field.isdigit() for field in named}
-  require(not fields or len(fields) in (2, 3) and all(named)
-          and len(numbers) == 1,
-          f'data source {name!r} names the fields {written!r}: write the '
-          "columns of a text or of two and, last, the label's: "
-          'sentence+label, or premise+hypothesis+label, or their numbers; of '
-          'rows without a label: sentence, or premise+hypothesis+')
+  *of_texts, label = fields
+  named = [*of_texts, label] if label else of_texts
+  kinds = {field.isdigit() for field in named}
+  if len(fields) not in (2, 3) or not all(named) or len(kinds) != 1:
+    raise RequestError(
+        f'data source {name!r} names the fields {written!r}: write the columns '
+        "of a text or of two and, last, the label's: sentence+label, or "
+        'premise+hypothesis+label, or their numbers; of rows without a label: '
+        'sentence, or premise+hypothesis+')
   return fields
 
 
@@ -170,26 +174,28 @@ def columns_of(name: str, written: str) -> tuple[int, ...]:
   """Returns the columns of words and of labels that COLUMNS names; of words
   alone, if they have no labels."""
   numbers = (written or '0+-1').split('+')
-  require(len(numbers) < 3
-          and all(re.fullmatch(r'-?\d{1,4}', number) for number in numbers),
-          f'data source {name!r} names the columns {written!r}: write the '
-          'number of the words and of the labels, counted from 0, as 0+3, or '
-          'from the last, as 0+-1; of words without labels, 0')
+  are_numbers = [re.fullmatch(r'-?\d{1,4}', number) for number in numbers]
+  if len(numbers) > 2 or not all(are_numbers):
+    raise RequestError(
+        f'data source {name!r} names the columns {written!r}: write the number '
+        'of the words and of the labels, counted from 0, as 0+3, or from the '
+        'last, as 0+-1; of words without labels, 0')
   return tuple(map(int, numbers))
 
 
 def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
   """Yields the records of a file; `fields` by fields_of."""
+  # Columns are named.
   is_table = path.endswith(texts.TABLES)
-  if not is_table or fields and not fields[0].isdigit():
+  if not is_table or (fields and not fields[0].isdigit()):
     columns = fields or ('text', 'label')
     for where, row in texts.rows(path):
-      yield _record(where, row, columns, columns)
+      yield _record(where, row, columns, names=columns)
     return
 
-  rows = texts.rows(path, names=False)
+  # Columns are numbered, though the first line may be one of names.
   columns, names, size = fields, (), 0
-  for number, (where, row) in enumerate(rows):
+  for number, (where, row) in enumerate(texts.rows(path, names=False)):
     if number == 0:
       size = len(row)
       named = _named_columns(where, row, fields)
@@ -198,11 +204,14 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
         names = tuple(row.get(column, '').strip() for column in named)
         continue
       columns = fields or tuple(row)
-    require(len(columns) in (2, 3) and (bool(fields) or len(row) == size),
-            f'{where}, has {len(row)} columns: name those of the text and of '
-            'the label, as in labelled:GLOB:sentence+label where line 1 has '
-            'names, or labelled:GLOB:0+1')
-    yield _record(where, row, columns, names or _USUAL_NAMES[len(columns)])
+    as_first = bool(fields) or len(row) == size
+    if len(columns) not in (2, 3) or not as_first:
+      raise RequestError(
+          f'{where}, has {len(row)} columns: name those of the text and of the '
+          'label, as in labelled:GLOB:sentence+label where line 1 has names, '
+          'or labelled:GLOB:0+1')
+    yield _record(where, row, columns,
+                  names=names or _USUAL_NAMES[len(columns)])
 
 
 def _named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
@@ -218,21 +227,33 @@ def _named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
   Raises:
     RequestError: for a line of names that leaves open which columns are meant.
   """
-  name_of = {column: cell.strip().lower() for column, cell in row.items()}
-  texts_ = [column for column in name_of if name_of[column] in TEXT_NAMES]
-  labels = [column for column in name_of if name_of[column] in LABEL_NAMES]
+  # The columns with a name of each kind.
+  named_texts, named_labels, named_numbers = [], [], []
+  for column, cell in row.items():
+    name = cell.strip().lower()
+    if name in TEXT_NAMES:
+      named_texts.append(column)
+    if name in LABEL_NAMES:
+      named_labels.append(column)
+    if name in NUMBER_NAMES:
+      named_numbers.append(column)
+
+  # Where fields are chosen, the line has to name each of them.
   if fields:
     *of_texts, label = fields
-    is_named = {*of_texts} <= {*texts_} and (not label or label in labels)
-    return fields if is_named else ()
-  if not texts_ or not labels:
+    names_texts = {*of_texts} <= {*named_texts}
+    names_label = not label or label in named_labels
+    return fields if names_texts and names_label else ()
+
+  # Where none are, the names have to say which are read.
+  if not named_texts or not named_labels:
     return ()
-  numbers = [column for column in name_of if name_of[column] in NUMBER_NAMES]
-  read = [*texts_, *labels]
-  require(len(texts_) <= 2 and len(labels) == 1
-          and len(read) + len(numbers) == len(row),
-          f'{where}, names the columns {", ".join(row.values())}: say which '
-          'are the text and the label, as in labelled:GLOB:sentence+label')
+  read = [*named_texts, *named_labels]
+  all_named = len(read) + len(named_numbers) == len(row)
+  if len(named_texts) > 2 or len(named_labels) > 1 or not all_named:
+    raise RequestError(
+        f'{where}, names the columns {", ".join(row.values())}: say which are '
+        'the text and the label, as in labelled:GLOB:sentence+label')
   return tuple(read)
 
 
@@ -248,23 +269,34 @@ def hint(where: str) -> str:
 
 def _record(where: str, row: dict[str, Any], columns: Sequence[str],
             names: Sequence[str]) -> Record:
+  """Returns the record of a row.
+
+  Args:
+    where: the file and the line, for messages.
+    row: the cells by column.
+    columns: those of the texts and, last, of the label; '': there is none.
+    names: the names of these columns.
+  """
   where = f'{where},'
   *of_texts, label = columns
   texts.check_columns(row, filter(None, columns), where)
   values = [row[column] for column in of_texts]
   if label:
     values.append(_label(row[label], where))
-  cells = [texts.checked(value, f'{where} field {name!r},')
-           for name, value in zip(names, values)]
+
+  cells = []
+  for name, value in zip(names, values):
+    cells.append(texts.checked(value, f'{where} field {name!r},'))
   for name, cell in zip(names, cells):
     require(bool(cell.strip()), f'{where} column {name!r}, is empty: a record '
             'has a text, or two, and a label')
-  return Record(texts=tuple(cells[:len(of_texts)]),
-                label=cells[-1].strip() if label else '',
-                where=where, names=tuple(names[:-1]))
+  written = cells.pop().strip() if label else ''
+  return Record(texts=tuple(cells), label=written, where=where,
+                names=tuple(names[:-1]))
 
 
 def _label(value: Any, where: str) -> str:
+  """Returns a label as text."""
   require(isinstance(value, str | int | float), f'{where} has the label '
           f'{short(value)}: a label is a text or a number')
   return str(value)
@@ -273,61 +305,103 @@ def _label(value: Any, where: str) -> str:
 def dataset_rows(name: str, fields: Sequence[str], dataset: Any) -> texts.Rows:
   """Yields the rows of a data set of the package datasets. A label that is a
   number, of which the data set knows the name, is the name."""
-  named = {column: getattr(getattr(feature, 'feature', feature), 'names', None)
-           for column, feature in dataset.features.items()}
-
-  def name_of(label: int, names: Sequence[str], where: str) -> str:
-    require(0 <= label < len(names), f'{where} has the label {label}, and the '
-            f'set has {len(names)}: one whose labels are kept back has -1 for '
-            'them')
-    return names[label]
+  # The names of the labels of each column that has some.
+  label_names = {}
+  for column, feature in dataset.features.items():
+    of_one = getattr(feature, 'feature', feature)  # of a list, or of a value
+    label_names[column] = getattr(of_one, 'names', None)
 
   columns = {*fields, 'id'} & {*dataset.column_names}
   for number, row in enumerate(dataset.select_columns([*columns]), 1):
     where = f'{name}, row {number}'
     for column, value in row.items():
-      names = named.get(column)
-      if names and value is not None:
-        row[column] = ([name_of(each, names, where) for each in value]
-                       if isinstance(value, list) else
-                       name_of(value, names, where))
+      names = label_names.get(column)
+      if not names or value is None:
+        continue
+      if isinstance(value, list):
+        row[column] = [_name_of(label, names, where) for label in value]
+      else:
+        row[column] = _name_of(value, names, where)
     yield where, row
+
+
+def _name_of(label: int, names: Sequence[str], where: str) -> str:
+  """Returns the name of a label that is a number."""
+  require(0 <= label < len(names), f'{where} has the label {label}, and the '
+          f'set has {len(names)}: one whose labels are kept back has -1 for '
+          'them')
+  return names[label]
 
 
 def of_rows(name: str, fields: tuple[str, ...], features: Any
             ) -> tuple[str, Callable[[texts.Rows], Iterator[Any]]]:
   """Returns what columns of a data set hold, and what makes records of its
-  rows: of columns that are lists, words and their labels."""
+  rows: of columns that are lists, words and their labels.
+
+  Args:
+    name: the name of the source, for messages.
+    fields: the columns.
+    features: the type of each column.
+  """
   if fields == SQUAD_FIELDS:
-    return QUESTIONS, lambda rows: _paragraphs(
-        (where, row['context'], dict(
-            id=str(row.get('id', where)), question=row['question'],
-            is_impossible=not row['answers']['text'], answers=[
-                dict(text=text, answer_start=start) for text, start in zip(
-                    row['answers']['text'], row['answers']['answer_start'])]),
-         row['context']) for where, row in rows)
-  lists = [hasattr(features[field], 'feature') for field in fields if field]
-  if not any(lists):
+    return QUESTIONS, _questions_of_rows
+  named = [field for field in fields if field]
+  are_lists = [hasattr(features[field], 'feature') for field in named]
+  if not any(are_lists):
     fields_of(name, '+'.join(fields))
-    return TEXTS, lambda rows: (
-        _record(where, row, fields, fields) for where, row in rows)
-  require(all(lists) and len(fields) == 2, f'data source {name!r} names the '
-          f'fields {"+".join(fields)}: write one of lists of words and one of '
-          'lists of labels')
-  return SENTENCES, lambda rows: (_sentence(where, *(
-      row[field] or [] for field in fields if field)) for where, row in rows)
+
+    def records(rows: texts.Rows) -> Iterator[Record]:
+      """Yields a text, or a pair of texts, of each row."""
+      for where, row in rows:
+        yield _record(where, row, fields, names=fields)
+    return TEXTS, records
+
+  if not all(are_lists) or len(fields) != 2:
+    raise RequestError(f'data source {name!r} names the fields '
+                       f'{"+".join(fields)}: write one of lists of words and '
+                       'one of lists of labels')
+
+  def sentences(rows: texts.Rows) -> Iterator[Sentence]:
+    """Yields the sentence of each row."""
+    for where, row in rows:
+      yield _sentence(where, *[row[field] or [] for field in named])
+  return SENTENCES, sentences
+
+
+def _questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
+  """Yields the paragraphs of a data set with SQUAD_FIELDS, whose rows are
+  questions; neighbours with one context are of one paragraph."""
+  def asked() -> Iterator[_Asked]:
+    """Yields the question of each row as SQuAD's files have it."""
+    for where, row in rows:
+      answers = []
+      for text, start in zip(row['answers']['text'],
+                             row['answers']['answer_start']):
+        answers.append(dict(text=text, answer_start=start))
+      question = dict(
+          id=str(row.get('id', where)), question=row['question'],
+          is_impossible=not row['answers']['text'], answers=answers)
+      yield _Asked(where=where, context=row['context'], question=question,
+                   paragraph=row['context'])
+  return _paragraphs(asked())
 
 
 def _sentence(where: str, words: list[Any], labels: list[Any] | None = None
               ) -> Sentence:
+  """Returns a sentence of words and, if there are any, a label for each."""
   require(bool(words), f'{where}, has no words')
-  require(labels is None or len(labels) == len(words), f'{where}, has '
-          f'{len(words)} words and {len(labels or ())} labels: there is one '
-          'for each word')
-  lines = [f'{where}, word {i}' for i in range(1, len(words) + 1)]
-  return Sentence([texts.checked(word, f'{where},') for word in words],
-                  [_label(label, f'{line},')
-                   for label, line in zip(labels or (), lines)], lines)
+  if labels is None:
+    labels = []
+  elif len(labels) != len(words):
+    raise RequestError(f'{where}, has {len(words)} words and {len(labels)} '
+                       'labels: there is one for each word')
+  sentence = Sentence(words=[], labels=[], lines=[])
+  for number, word in enumerate(words, 1):
+    sentence.words.append(texts.checked(word, f'{where},'))
+    sentence.lines.append(f'{where}, word {number}')
+  for label, line in zip(labels, sentence.lines):
+    sentence.labels.append(_label(label, f'{line},'))
+  return sentence
 
 
 def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
@@ -335,8 +409,11 @@ def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
   target a line, or in a .jsonl an object with both."""
   if path.endswith('.jsonl'):
     for where, row in texts.rows(path):
-      yield [(kind, texts.checked(row.get(kind), f'{where}, field {kind!r},'))
-             for kind in PAIR]
+      parts = []
+      for kind in PAIR:
+        text = texts.checked(row.get(kind), f'{where}, field {kind!r},')
+        parts.append((kind, text))
+      yield parts
     return
   for where, text in texts.lines(path):
     pair = text.split('\t')
@@ -347,34 +424,51 @@ def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
 
 def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
   """Yields the sentences of a file, in order; `columns` by columns_of."""
-  sentence = Sentence([], [], [])
-  shape = None  # of the first line that is surely a word's
+  sentence = Sentence(words=[], labels=[], lines=[])
+  shape = None  # that of the first line that is surely a word's
   for where, text in texts.lines(path, all_lines=True):
     # A word may hold other spaces, such as one that breaks no line.
-    fields = (text.split('\t') if '\t' in text else
-              re.split(' +', text.strip(' ')))
+    has_tab = '\t' in text
+    fields = text.split('\t') if has_tab else re.split(' +', text.strip(' '))
+
+    # A sentence ends.
     if not text.strip() or fields[0] == '-DOCSTART-':
       if sentence.words:
         yield sentence
-      sentence = Sentence([], [], [])
+      sentence = Sentence(words=[], labels=[], lines=[])
       continue
-    form = ('\t' in text, len(fields))
-    # A hashtag may be a word, so a comment has not the shape of one.
-    if text.startswith('#') and not sentence.words and (
-        form != shape if shape else '\t' not in text):
-      continue
-    shape = shape or form
-    cells = [fields[column].strip() if -len(fields) <= column < len(fields)
-             else '' for column in columns]
-    require(len(fields) >= len(columns) and all(cells), f'{where}, has '
-            f'{len(fields)} columns, and no '
-            + (f'word and label in {columns[0]} and {columns[1]}'
-               if columns[1:] else f'word in {columns[0]}'))
-    sentence.words.append(cells[0])
-    sentence.labels.extend(cells[1:])
+
+    # A comment. A hashtag may be a word, so a comment has not the shape of one.
+    form = (has_tab, len(fields))
+    if text.startswith('#') and not sentence.words:
+      is_word = has_tab if shape is None else form == shape
+      if not is_word:
+        continue
+
+    # A word.
+    if shape is None:
+      shape = form
+    word, *labels = _cells(fields, columns, where)
+    sentence.words.append(word)
+    sentence.labels.extend(labels)
     sentence.lines.append(where)
   if sentence.words:
     yield sentence
+
+
+def _cells(fields: Sequence[str], columns: tuple[int, ...], where: str
+           ) -> list[str]:
+  """Returns the word and, if it has one, the label of a line."""
+  cells = []
+  for column in columns:
+    is_there = -len(fields) <= column < len(fields)
+    cells.append(fields[column].strip() if is_there else '')
+  if len(fields) >= len(columns) and all(cells):
+    return cells
+  missing = f'word in {columns[0]}'
+  if len(columns) > 1:
+    missing = f'word and label in {columns[0]} and {columns[1]}'
+  raise RequestError(f'{where}, has {len(fields)} columns, and no {missing}')
 
 
 def check_entities(sentence: Sentence) -> None:
@@ -383,9 +477,9 @@ def check_entities(sentence: Sentence) -> None:
   for label, where in zip(sentence.labels, sentence.lines):
     require(bool(_TAG.fullmatch(label)), f'{where}, has the label {label!r} '
             'among labels of entities, which are O, B-TYPE and I-TYPE')
-    require(not label.startswith('I') or before[2:] == label[2:],
-            f'{where}, has the label {label!r} after {before!r}: an entity '
-            f'begins with {"B" + label[1:]!r}')
+    if label.startswith('I') and before[2:] != label[2:]:
+      raise RequestError(f'{where}, has the label {label!r} after {before!r}: '
+                         f'an entity begins with {"B" + label[1:]!r}')
     before = label
 
 
@@ -404,55 +498,84 @@ def read_questions(path: str) -> Iterator[Paragraph]:
   """
   document = texts.parsed(texts.read(path), path)
   try:
-    paragraphs = [*_paragraphs(
-        (path, paragraph['context'], asked, id(paragraph))
-        for article in document['data'] for paragraph in article['paragraphs']
-        for asked in paragraph['qas'])]
+    paragraphs = list(_paragraphs(_asked_of(document, path)))
   except (KeyError, TypeError, AttributeError) as error:
     raise RequestError(f'{path} is no file of SQuAD: {type(error).__name__}: '
                        f'{error}.') from error
-  ids = [question.id for p in paragraphs for question in p.questions]
+
+  # Ids tell questions apart, and all have answers, or none.
+  ids, unknown = [], set()
+  for paragraph in paragraphs:
+    for question in paragraph.questions:
+      ids.append(question.id)
+      unknown.add(question.answers is None)
   require(len(ids) == len({*ids}), f'{path} has an id of two questions')
-  unknown = {q.answers is None for p in paragraphs for q in p.questions}
   require(len(unknown) < 2, f'{path} has answers, or is_impossible, of some of '
           'its questions: of all, or of none that is to be answered')
   yield from paragraphs
 
 
-def _paragraphs(asked: Iterable[tuple[str, str, dict[str, Any], Any]]
-                ) -> Iterator[Paragraph]:
-  """Yields paragraphs of (where, context, question, what tells one paragraph
-  from the next), as SQuAD's files have a question."""
-  for _, group in itertools.groupby(asked, lambda row: row[3]):
-    group = list(group)
-    where, context = group[0][:2]
-    yield Paragraph(_text(context, where), tuple(
-        _question(question, context, where)
-        for where, _, question, _ in group))
+class _Asked(NamedTuple):
+  """A question as a file has it.
+
+  Attributes:
+    where: the file, and the row if it has rows, for messages.
+    context: the text of the paragraph.
+    question: its id, question, answers and is_impossible.
+    paragraph: what tells one paragraph from the next.
+  """
+  where: str
+  context: str
+  question: dict[str, Any]
+  paragraph: Any
+
+
+def _asked_of(document: Any, path: str) -> Iterator[_Asked]:
+  """Yields the questions of a file of SQuAD."""
+  for article in document['data']:
+    for paragraph in article['paragraphs']:
+      for question in paragraph['qas']:
+        yield _Asked(where=path, context=paragraph['context'],
+                     question=question, paragraph=id(paragraph))
+
+
+def _paragraphs(asked: Iterable[_Asked]) -> Iterator[Paragraph]:
+  """Yields the paragraphs of questions that follow one another."""
+  for _, group in itertools.groupby(asked, lambda row: row.paragraph):
+    rows = list(group)
+    where, context = rows[0].where, rows[0].context
+    text = _text(context, where)
+    questions = [_question(row.question, context, where) for row in rows]
+    yield Paragraph(context=text, questions=tuple(questions))
 
 
 def _question(asked: dict[str, Any], context: str, path: str) -> Question:
+  """Returns a question, whose answers stand in the context."""
   where = f'{path}, question {short(asked["id"])}'
   if 'answers' not in asked and 'is_impossible' not in asked:
     return Question(id=_text(asked['id'], where), answers=None, where=where,
                     question=_text(asked['question'], where))
-  impossible, answers = bool(asked.get('is_impossible', False)), []
-  # Of an impossible question, a file may hold answers that only look right.
-  for answer in () if impossible else asked['answers']:
+
+  # For an impossible question, a file may hold answers that only look right.
+  impossible = bool(asked.get('is_impossible', False))
+  given = [] if impossible else asked['answers']
+  answers = []
+  for answer in given:
     text, start = _text(answer['text'], where), answer['answer_start']
     there = context[start:start + len(text)] if start >= 0 else ''
     require(there == text, f'{where}, has the answer {short(text)}, but its '
             f'context has {short(there)} at answer_start={start}')
     answers.append((text, start))
-  require(bool(answers) != impossible, f'{where}, has no answer, and '
+  require(impossible or bool(answers), f'{where}, has no answer, and '
           'is_impossible is not true: leave out `answers` where they are not '
           'known')
-  return Question(_text(asked['id'], where), _text(asked['question'], where),
-                  tuple(answers), where)
+  return Question(id=_text(asked['id'], where),
+                  question=_text(asked['question'], where),
+                  answers=tuple(answers), where=where)
 
 
 def _text(value: Any, where: str) -> str:
+  """Returns a text that is not empty."""
   require(bool(texts.checked(value, f'{where}, a text,').strip()),
           f'{where}, has an empty text')
   return value
-

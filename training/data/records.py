@@ -12,7 +12,7 @@ what is to be predicted is the null token.
 """
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -33,10 +33,10 @@ AROUND = 2  # tokens of a row beside a sentence: one before, one after it
 def of_training(config: Any) -> list[Any]:
   """Returns the records that a run trains on, of all its sources."""
   data, training = config.data, []
+  every = 0 if data.eval_source else data.holdout_every
   for _, source in sources.parse(data.source):
     records = list(source.records())
     labelled.refuse_bare(source.name, records)
-    every = 0 if data.eval_source else data.holdout_every
     ours = tokens.chosen(np.arange(len(records)), every, 'train')
     training += itertools.compress(records, ours)
   return training
@@ -52,10 +52,14 @@ def labels_of(config: Any) -> tuple[str, ...]:
   if config.data.labels:
     return tuple(config.data.labels)
   records = of_training(config)
-  words = bool(records) and isinstance(records[0], labelled.Sentence)
-  labels = {label for record in records
-            for label in (record.labels if words else (record.label,))}
-  most = MOST_WORD_LABELS if words else max(MANY_LABELS, len(records) / 2)
+  most = max(MANY_LABELS, len(records) / 2)
+  labels: set[str] = set()
+  for record in records:
+    if isinstance(record, labelled.Sentence):
+      labels.update(record.labels)
+      most = MOST_WORD_LABELS
+    else:
+      labels.add(record.label)
   require(1 < len(labels) <= most, f'data source {config.data.source!r} has '
           f'{len(labels):,} label(s) in {len(records):,} training records: two '
           'or more are needed, and many may be another column')
@@ -68,27 +72,43 @@ def label_lines(views: Sequence[Any]) -> list[str]:
   rows hold has no labels.
 
   Args:
-    views: of a run's training data.
+    views: the views of a run's training data.
   """
-  views = [view for view in views if isinstance(view, Rows) and view.labels]
-  if not views:
+  # How often each label stands there, and where it stands last.
+  labels: tuple[str, ...] = ()
+  counts: collections.Counter[str] = collections.Counter()
+  places: dict[str, str] = {}
+  for view in views:
+    if not isinstance(view, Rows) or not view.labels:
+      continue
+    labels = labels or view.labels
+    for label, place in view.marks():
+      counts[label] += 1
+      places[label] = place
+  if not labels:
     return []
-  marks = [mark for view in views for mark in view.marks()]
-  place = dict(marks)
-  counts = collections.Counter(label for label, _ in marks)
-  labels = views[0].labels
+
   listed = [f'{label} {counts[label]:,}' for label in labels[:SHOWN_LABELS]]
   if len(labels) > SHOWN_LABELS:
     listed.append('...')
   lines = [f'labels: {len(labels)}, in training {", ".join(listed)}']
   rare = [label for label in labels if counts[label] <= 1]
   if rare:
-    shown = [f'{label!r} ({place.get(label, "none")})'
-             for label in rare[:SHOWN_RARE]]
-    hints = [labelled.hint(place[label]) for label in rare if label in place]
-    lines.append('warning: one record of training alone, or none, has the '
-                 f'label {", ".join(shown)}{max(hints, default="")}')
+    lines.append(_rare_line(rare, places))
   return lines
+
+
+def _rare_line(rare: Sequence[str], places: Mapping[str, str]) -> str:
+  """Returns a warning of labels that stand once, or nowhere."""
+  shown = []
+  for label in rare[:SHOWN_RARE]:
+    shown.append(f'{label!r} ({places.get(label, "none")})')
+  hint = ''
+  for label in rare:
+    if label in places:
+      hint = hint or labelled.hint(places[label])
+  return ('warning: one record of training alone, or none, has the label '
+          f'{", ".join(shown)}{hint}')
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
@@ -101,9 +121,10 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
 
 def check_labels(labels: Sequence[str]) -> None:
   """Raises RequestError for a data.labels that is none."""
-  require(all(isinstance(label, str) and label for label in labels)
-          and len({*labels}) == len(labels) != 1, f'data.labels is '
-          f'{tuple(labels)}: write two labels or more, as different strings')
+  are_texts = all(isinstance(label, str) and label for label in labels)
+  if not are_texts or len({*labels}) != len(labels) or len(labels) == 1:
+    raise RequestError(f'data.labels is {tuple(labels)}: write two labels or '
+                       'more, as different strings')
 
 
 def class_weights(config: Any, labels: Sequence[str]) -> np.ndarray:
@@ -125,15 +146,18 @@ def class_weights(config: Any, labels: Sequence[str]) -> np.ndarray:
     require(counts.all(), f'data.class_weights is {written!r}, but no training '
             f'record has the label {labels[counts.argmin()]!r}')
     return len(of_records) / (len(labels) * counts)
+
+  # A number for each label.
   try:
     weights = [float(number) for number in written.split(',')]
   except ValueError:
     weights = []
-  require(len(weights) == len(labels)
-          and all(0 < weight < math.inf for weight in weights),
-          f"data.class_weights is {written!r}: write 'balanced', or with "
-          'commas between a number above 0 for each of the labels '
-          f'{", ".join(labels)}')
+  are_positive = all(0 < weight < math.inf for weight in weights)
+  if len(weights) != len(labels) or not are_positive:
+    raise RequestError(
+        f"data.class_weights is {written!r}: write 'balanced', or with commas "
+        'between a number above 0 for each of the labels '
+        f'{", ".join(labels)}')
   return np.array(weights)
 
 
@@ -144,7 +168,7 @@ class Item(NamedTuple):
     texts: the ids [T] of each text, cut so that they fit into a row.
     target: what is to be predicted of it.
     weight: what it counts in the loss.
-    between: separators between two texts of a row.
+    between: the number of separators between two texts of a row.
   """
   texts: tuple[np.ndarray, ...]
   target: float
@@ -153,7 +177,7 @@ class Item(NamedTuple):
 
   @property
   def length(self) -> int:
-    """How many tokens its row has."""
+    """The number of tokens of its row."""
     return sum(map(len, self.texts)) + around(len(self.texts), self.between)
 
 
@@ -164,7 +188,7 @@ class Rows:
     items: one for each row.
     bare: whether its records have nothing to learn or to measure, as
       labelled.is_bare says: their targets are 0 and mean nothing.
-    labels: of the run, by number; (): its rows have none.
+    labels: the labels of the run, by number; (): its rows have none.
   """
   items: Sequence[Any]
   bare: bool
@@ -189,37 +213,68 @@ class Texts(Rows):
   pair, as transformers does it, from the longer text, until both are as long.
 
   Attributes:
-    records: what each row is of.
+    records: the record of each row.
     lengths: int32 [N], the tokens of each row.
     cut: how many rows had to be cut off.
   """
+
   def __init__(self, corpus: sources.Corpus):
     self.records = list(corpus.records)
     self.bare = any(map(labelled.is_bare, self.records))
-    length = corpus.config.data.length
-    texts = [text for record in self.records for text in record.texts]
+    texts: list[str] = []
+    for record in self.records:
+      texts += record.texts
     ids = iter(corpus.tokenizer.encode_batch(texts))
+
     weights, between = self.weights(corpus), separators(corpus.config)
     self.items: list[Item] = []
     self.cut = 0
     for record in self.records:
       rows = [next(ids) for _ in record.texts]
-      for row, name in zip(rows, record.names):
-        require(len(row) > 0, f'{record.where} column {name!r}, has no token '
-                f'that the tokenizer {corpus.tokenizer.name!r} knows')
-      more = around(len(rows), between)
-      room = length - more
-      require(room >= len(rows), f'data.length is {length}: a row of '
-              f'{len(rows)} text(s) needs {more + len(rows)} or more')
-      sizes = fitting([len(row) for row in rows], room)
-      self.cut += sum(sizes) < sum(map(len, rows))
-      target = self.target(record) if record.label else 0
-      self.items.append(Item(
-          tuple(row[:size] for row, size in zip(rows, sizes)), target,
-          1.0 if weights is None else float(weights[target]), between))
+      kept = _fitted(record, rows, corpus, between)
+      if sum(map(len, kept)) < sum(map(len, rows)):
+        self.cut += 1
+      target, weight = 0, 1.0
+      if record.label:
+        target = self.target(record)
+      if weights is not None:
+        weight = float(weights[target])
+      self.items.append(Item(texts=tuple(kept), target=target, weight=weight,
+                             between=between))
     self.lengths = np.array([item.length for item in self.items], np.int32)
     self.num_tokens = int(self.lengths.sum())
     self.num_bytes = sum(len(text.encode('utf-8')) for text in texts)
+
+  def weights(self, corpus: sources.Corpus) -> np.ndarray | None:
+    """Returns what a record of each target counts in the loss; None: all count
+    alike."""
+    return None
+
+  def target(self, record: labelled.Record) -> float:
+    """Returns what is to be predicted of a record, from its label."""
+    raise NotImplementedError
+
+
+def _fitted(record: labelled.Record, rows: Sequence[np.ndarray],
+            corpus: sources.Corpus, between: int) -> list[np.ndarray]:
+  """Returns the tokens of a record's texts, as many as a row has room for.
+
+  Args:
+    record: the record, for messages.
+    rows: the tokens of each of its texts.
+    corpus: the corpus that it is of.
+    between: the number of separators between two texts.
+  """
+  for row, name in zip(rows, record.names):
+    require(len(row) > 0, f'{record.where} column {name!r}, has no token that '
+            f'the tokenizer {corpus.tokenizer.name!r} knows')
+  length = corpus.config.data.length
+  more = around(len(rows), between)
+  room = length - more
+  require(room >= len(rows), f'data.length is {length}: a row of '
+          f'{len(rows)} text(s) needs {more + len(rows)} or more')
+  sizes = fitting([len(row) for row in rows], room)
+  return [row[:size] for row, size in zip(rows, sizes)]
 
 
 class Classes(Texts):
@@ -231,8 +286,9 @@ class Classes(Texts):
     super().__init__(corpus)
 
   def weights(self, corpus: sources.Corpus) -> np.ndarray | None:
-    return (class_weights(corpus.config, self.labels)
-            if corpus.split == 'train' else None)
+    if corpus.split != 'train':
+      return None
+    return class_weights(corpus.config, self.labels)
 
   def target(self, record: labelled.Record) -> int:
     """Returns the number of a record's label."""
@@ -250,9 +306,6 @@ class Classes(Texts):
 
 class Numbers(Texts):
   """Texts with a number."""
-
-  def weights(self, corpus: sources.Corpus) -> None:
-    return None
 
   def target(self, record: labelled.Record) -> float:
     """Returns a record's label as a number."""
@@ -273,8 +326,11 @@ def fitting(sizes: Sequence[int], room: int) -> list[int]:
     return [*sizes]
   if len(sizes) == 1:
     return [room]
-  kept = min(*sizes, room // 2)
-  return [kept, room - kept] if sizes[0] <= sizes[1] else [room - kept, kept]
+  shorter = min(*sizes, room // 2)
+  first, second = sizes
+  if first <= second:
+    return [shorter, room - shorter]
+  return [room - shorter, shorter]
 
 
 def separators(config: Any) -> int:
@@ -315,27 +371,43 @@ def words_of(sentences: Sequence[Sequence[str]], tokenizer: Tokenizer
              ) -> list[Words]:
   """Returns the tokens of sentences, whose words a space parts."""
   texts = [' '.join(words) for words in sentences]
-  return [_words(words, *encoded) for words, encoded in
-          zip(sentences, tokenizer.encode_spans(texts))]
+  encoded = tokenizer.encode_spans(texts)
+  tokenised = []
+  for words, (ids, spans_T2) in zip(sentences, encoded):
+    tokenised.append(_words(words, ids, spans_T2))
+  return tokenised
 
 
 def _words(words: Sequence[str], ids: np.ndarray, spans_T2: np.ndarray
            ) -> Words:
+  """Returns the tokens of one sentence of W words.
+
+  Args:
+    words: its words.
+    ids: int32 [T], its tokens.
+    spans_T2: the characters that each token stands for.
+  """
   # Where each word ends, and the space after it stands.
   ends_W = np.cumsum([1 + len(word) for word in words]) - 1
-  begin_T = spans_T2[:, 0] + np.isin(spans_T2[:, 0], ends_W)
-  words_T = np.where(begin_T < spans_T2[:, 1],
-                     np.searchsorted(ends_W, begin_T, 'right'), NO_WORD)
+
+  # The word in which each token begins, after a space that it begins with.
+  start_T, end_T = spans_T2[:, 0], spans_T2[:, 1]
+  begin_T = start_T + np.isin(start_T, ends_W)
+  words_T = np.searchsorted(ends_W, begin_T, 'right')
+  words_T = np.where(begin_T < end_T, words_T, NO_WORD)
+
   first_T = np.zeros(len(ids), bool)
-  first_T[np.unique(words_T, return_index=True)[1]] = True
-  return Words(ids, words_T.astype(np.int32), first_T & (words_T != NO_WORD))
+  _, places = np.unique(words_T, return_index=True)
+  first_T[places] = True
+  first_T &= words_T != NO_WORD
+  return Words(ids=ids, words_T=words_T.astype(np.int32), first_T=first_T)
 
 
 class Piece(NamedTuple):
-  """What a row shows of a sentence.
+  """The part of a sentence that a row shows.
 
   Attributes:
-    ids: int32 [T].
+    ids: int32 [T], its tokens.
     targets: int32 [T], the number of the label that counts here, or 0.
     weights: float32 [T], what that counts in the loss; 0: nothing.
     sentence: which one it is of.
@@ -354,35 +426,43 @@ class Sentences(Rows):
   Attributes:
     records: the sentences, by labelled.read_sentences.
     items: a Piece for each row.
-    labels: of the run, by number.
-    num_tokens, num_bytes: of the text.
+    labels: the labels of the run, by number.
+    num_tokens, num_bytes: the size of the text.
   """
+
   def __init__(self, corpus: sources.Corpus):
+    # The sentences and their labels.
     config = corpus.config
     self.records = list(corpus.records)
     self.bare = any(map(labelled.is_bare, self.records))
     self.labels = labels_of(config)
-    number = {label: i for i, label in enumerate(self.labels)}
+    self._number = {label: i for i, label in enumerate(self.labels)}
     if labelled.marks_entities(self.labels) and not self.bare:
       for sentence in self.records:
         labelled.check_entities(sentence)
     room = config.data.length - AROUND
     require(room > 0, f'data.length is {config.data.length}: a row of a '
             f'sentence needs {AROUND + 1} or more')
-    tokens = words_of([s.words for s in self.records],
-                              corpus.tokenizer)
+
+    # Their tokens, cut into rows.
+    tokenised = words_of([sentence.words for sentence in self.records],
+                         corpus.tokenizer)
     self.items: list[Piece] = []
-    for i, (sentence, words) in enumerate(zip(self.records, tokens)):
-      for label, where in zip(sentence.labels, sentence.lines):
-        one_of(f'label in {where}:', label, number)
-      numbers = np.zeros(len(sentence.words), np.int32)
-      numbers[:len(sentence.labels)] = [
-          number[label] for label in sentence.labels]
+    self.num_tokens, self.num_bytes = 0, 0
+    for i, (sentence, words) in enumerate(zip(self.records, tokenised)):
+      numbers_W = self._numbers(sentence)
       shared = stride(config, room, sentence.lines[0])
-      self.items += _pieces(i, words, numbers, shared, room)
-    self.num_tokens = sum(len(words.ids) for words in tokens)
-    self.num_bytes = sum(len(' '.join(s.words).encode('utf-8'))
-                         for s in self.records)
+      self.items += _pieces(i, words, numbers_W, shared, room)
+      self.num_tokens += len(words.ids)
+      self.num_bytes += len(' '.join(sentence.words).encode('utf-8'))
+
+  def _numbers(self, sentence: labelled.Sentence) -> np.ndarray:
+    """Returns the number of the label of each word; 0 where it has none."""
+    numbers_W = np.zeros(len(sentence.words), np.int32)
+    for i, (label, where) in enumerate(zip(sentence.labels, sentence.lines)):
+      one_of(f'label in {where}:', label, self._number)
+      numbers_W[i] = self._number[label]
+    return numbers_W
 
   def marks(self) -> Iterator[tuple[str, str]]:
     for sentence in self.records:
@@ -391,22 +471,32 @@ class Sentences(Rows):
 
 def _pieces(sentence: int, words: Words, numbers: np.ndarray,
             shared: int, room: int) -> list[Piece]:
-  """Returns the rows of one sentence, with `numbers` for its words."""
+  """Returns the rows of one sentence.
+
+  Args:
+    sentence: which one it is.
+    words: its tokens.
+    numbers: the number of the label of each of its words.
+    shared: how many tokens two neighbouring rows share.
+    room: the tokens of a row.
+  """
   size = len(words.ids)
   spans = windows(size, room, shared)
   owner_T = owners(spans, size)
   pieces = []
   for i, (first, end) in enumerate(spans):
+    # A word counts in one row alone, at its first token.
     counts_T = words.first_T[first:end] & (owner_T[first:end] == i)
     words_T = np.where(counts_T, words.words_T[first:end], NO_WORD)
     targets_T = np.where(counts_T, numbers[words_T], 0)
-    pieces.append(Piece(words.ids[first:end], targets_T.astype(np.int32),
-                        counts_T.astype(np.float32), sentence, words_T))
+    pieces.append(Piece(
+        ids=words.ids[first:end], targets=targets_T.astype(np.int32),
+        weights=counts_T.astype(np.float32), sentence=sentence, words=words_T))
   return pieces
 
 
 class Window(NamedTuple):
-  """What a row shows.
+  """A question and the part of its paragraph that a row shows.
 
   Attributes:
     question: int32 [T], all of it.
@@ -415,7 +505,7 @@ class Window(NamedTuple):
       does not show the answer.
     asked: which question it is.
     first: which token of the paragraph `context` begins with.
-    between: separators between the question and `context`.
+    between: the number of separators between the question and `context`.
   """
   question: np.ndarray
   context: np.ndarray
@@ -430,55 +520,80 @@ class Questions(Rows):
 
   Attributes:
     questions: all of them, by labelled.read_questions.
-    contexts: of each question its paragraph, and int32 [T, 2], the characters
+    contexts: for each question its paragraph, and int32 [T, 2], the characters
       that each of its tokens stands for.
     items: a Window for each row.
-    num_tokens, num_bytes: of the rows' text.
+    num_tokens, num_bytes: the size of the rows' text.
   """
+
   def __init__(self, corpus: sources.Corpus):
+    # The tokens of all questions, and of all paragraphs.
     paragraphs = corpus.records
     self.bare = any(map(labelled.is_bare, paragraphs))
-    self.questions = [q for p in paragraphs for q in p.questions]
-    asked = corpus.tokenizer.encode_batch([q.question for q in self.questions])
-    encoded = corpus.tokenizer.encode_spans([p.context for p in paragraphs])
+    self.questions: list[labelled.Question] = []
+    for paragraph in paragraphs:
+      self.questions += paragraph.questions
+    asked = corpus.tokenizer.encode_batch(
+        [question.question for question in self.questions])
+    encoded = corpus.tokenizer.encode_spans(
+        [paragraph.context for paragraph in paragraphs])
+
+    # The rows of each question.
     self.contexts: list[tuple[str, np.ndarray]] = []
     self.items: list[Window] = []
+    self.num_bytes = 0
     for paragraph, (ids, spans_T2) in zip(paragraphs, encoded):
       for question in paragraph.questions:
         number = len(self.contexts)
         self.contexts.append((paragraph.context, spans_T2))
         self.items += _windows(question, number, asked[number], ids, spans_T2,
                                corpus)
-    self.num_tokens = sum(len(item.question) + len(item.context)
-                          for item in self.items)
-    self.num_bytes = sum(
-        len(text.encode('utf-8')) for q, (context, _) in zip(
-            self.questions, self.contexts) for text in (q.question, context))
+        for text in (question.question, paragraph.context):
+          self.num_bytes += len(text.encode('utf-8'))
+    self.num_tokens = 0
+    for item in self.items:
+      self.num_tokens += len(item.question) + len(item.context)
 
 
 def _windows(question: labelled.Question, number: int, asked: np.ndarray,
              ids: np.ndarray, spans_T2: np.ndarray, corpus: sources.Corpus
              ) -> list[Window]:
-  """Returns the rows of one question."""
+  """Returns the rows of one question.
+
+  Args:
+    question: the question.
+    number: which one it is.
+    asked: its tokens.
+    ids: the tokens of its paragraph.
+    spans_T2: the characters that each of these stands for.
+    corpus: the corpus that it is of.
+  """
   where, length = question.where, corpus.config.data.length
   between = separators(corpus.config)
   room = length - around(2, between) - len(asked)
   require(room > 0, f'{where}, has {len(asked)} tokens, which leave no room '
           f'for its paragraph in data.length {length}: choose a larger one')
+
+  # The tokens of the first answer.
   answer = None
   if question.answers:
     text, start = question.answers[0]
     answer = tokens_of(spans_T2, start, start + len(text))
     require(answer is not None, f'{where}, has an answer without a token that '
             f'the tokenizer {corpus.tokenizer.name!r} knows')
+
+  # The parts of the paragraph, of which some show all of it.
   shared = stride(corpus.config, room, f'the paragraph of {where}')
   rows = []
   for first, end in windows(len(ids), room, shared):
-    shown = answer is not None and first <= answer[0] and answer[1] < end
+    shown = None
+    if answer is not None:
+      begin, last = answer
+      if first <= begin and last < end:
+        shown = (begin - first, last - first)
     rows.append(Window(
-        asked, ids[first:end],
-        (answer[0] - first, answer[1] - first) if shown else None,
-        number, first, between))
+        question=asked, context=ids[first:end], answer=shown, asked=number,
+        first=first, between=between))
   return rows
 
 
@@ -486,9 +601,9 @@ def stride(config: Any, room: int, where: str) -> int:
   """Returns how many tokens two neighbouring windows share.
 
   Args:
-    config: a run's: its data.stride, or where that is 0 a third of data.length,
-      as in BERT's 128 of 384, but at most half a window.
-    room: tokens of a window.
+    config: the config of a run: its data.stride, or where that is 0 a third of
+      data.length, as in BERT's 128 of 384, but at most half a window.
+    room: the tokens of a window.
     where: what is shown in it, for messages.
 
   Raises:
@@ -520,14 +635,17 @@ def owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
   """Returns int32 [size], the window in which each token has the most context:
   the most tokens on that side where it has fewer, as in BERT's code
   (run_squad.py, _check_is_max_context); the first of several."""
+  # The context of each token T in each window W.
   place_1T = np.arange(size)[None]
-  first_W1, end_W1 = (np.array(side)[:, None] for side in zip(*windows_W2))
+  bounds_W2 = np.array(windows_W2)
+  first_W1, end_W1 = bounds_W2[:, :1], bounds_W2[:, 1:]
   before_WT, after_WT = place_1T - first_W1, end_W1 - 1 - place_1T
   context_WT = np.minimum(before_WT, after_WT)
+
   # BERT adds a hundredth of the window's length, which parts equals. A window
   # that does not show a token has a context below 0 and is none of its.
-  score_WT = np.where(context_WT < 0, -np.inf,
-                      context_WT + 0.01 * (end_W1 - first_W1))
+  score_WT = context_WT + 0.01 * (end_W1 - first_W1)
+  score_WT = np.where(context_WT < 0, -np.inf, score_WT)
   return np.argmax(score_WT, 0).astype(np.int32)
 
 
@@ -536,7 +654,7 @@ def tokens_of(spans_T2: np.ndarray, start: int, end: int
   """Returns the first and the last token of a part of a text.
 
   Args:
-    spans_T2: of Tokenizer.encode_spans.
+    spans_T2: the spans of Tokenizer.encode_spans.
     start, end: the part's first character, and the one after its last.
 
   Returns:
@@ -545,4 +663,6 @@ def tokens_of(spans_T2: np.ndarray, start: int, end: int
   """
   spelt_T = (spans_T2[:, 0] < end) & (spans_T2[:, 1] > start)
   places = np.flatnonzero(spelt_T)
-  return (int(places[0]), int(places[-1])) if len(places) else None
+  if not len(places):
+    return None
+  return int(places[0]), int(places[-1])

@@ -234,12 +234,12 @@ def figures(view: Questions, predictions: Sequence[Best]) -> dict[str, Any]:
   right = []
   for question in view.questions:
     right.append([text for text, _ in question.answers])
-  found = [answer.text for answer in predictions]
-  overall = rules(found, right)
+  chosen = [answer.text for answer in predictions]
+  overall = rules(chosen, right)
 
   # For each question.
   scores_N2 = 100 * np.array([score(answer, texts)
-                              for answer, texts in zip(found, right)])
+                              for answer, texts in zip(chosen, right)])
   names = []
   for question, (context, _) in zip(view.questions, view.contexts):
     names.append((question.question, context))
