@@ -10,8 +10,8 @@ kinds of tokens.KINDS: what a pair of sentences or a conversation is made of. A
 source of records, such as texts with labels, has no documents, but what
 labelled.Record.written makes of one.
 
-What is held out for evaluation, by data.holdout_every = n: of documents, the
-first of each n; of a single file of text, its last n-th part (`cut`). A run may
+Held out for evaluation, by data.holdout_every = n, is the first document of
+each n; of a single file of text, its last n-th part (`cut`). A run may
 be evaluated on one of two halves of what is held out alone: eval.part.
 """
 
@@ -45,7 +45,7 @@ from training.data.tokens import Split
 from training.workdir import storage
 
 Document = str | list[tuple[str, str]]
-# What the documents of a source may be, beside the kinds of labelled records.
+# The kinds of documents of a source, beside the kinds of labelled records.
 TEXT, TURNS, PAIRS = 'text', 'conversations', 'pairs of texts'
 SHARD_BYTES = 256 << 20
 MOST_SHARDS = 1 << 14
@@ -74,7 +74,8 @@ class Source:
     read: yields the documents or records of one file (of '' if there are no
       files).
     holds: what these may be, as far as is known before they are read.
-    files: whose bytes are the documents' content; () if `content` says it.
+    files: the files whose bytes are the documents' content; () if `content`
+      says it.
     content: a fingerprint that stands in for the files' bytes.
     is_text: whether a file is one text, of which a part can be held out.
     is_cut: whether it was one text, and is now its last part, then the rest.
@@ -93,7 +94,8 @@ class Source:
 
   @property
   def drawn(self) -> bool:
-    """Whether its rows are drawn by the seed: none is read or held out."""
+    """Tells whether its rows are drawn by the seed: none is read or held out.
+    """
     return self.holds == (labelled.PROBE_ROWS,)
 
   def records(self) -> Iterator[Any]:
@@ -102,29 +104,32 @@ class Source:
       is_empty = True
       for item in self.read(path):
         parts = item if isinstance(item, list) else [('', item)]
-        if any([text for _, text in parts]):
+        if any(text for _, text in parts):
           is_empty = False
           yield item
-      require(not is_empty, f'data source {self.name!r} is empty: '
-              f'{path or "it"} holds nothing')
+      if is_empty:
+        raise RequestError(f'data source {self.name!r} is empty: '
+                           f'{path or "it"} holds nothing')
 
   def documents(self) -> Iterator[Document]:
     """Yields `records`, with what a labelled one is as a document."""
     for item in self.records():
-      yield item.written() if isinstance(item, labelled.Record) else item
+      if isinstance(item, labelled.Record):
+        yield item.written()
+      else:
+        yield item
 
   def digest(self) -> str:
     """Returns a hash of all content: reads every byte of every file."""
     with futures.ThreadPoolExecutor(8) as pool:
       digests = list(pool.map(_digest_file, self.files))
-    return hashlib.blake2b(
-        json.dumps([self.reader, self.content, digests]).encode(),
-        digest_size=16).hexdigest()
+    described = json.dumps([self.reader, self.content, digests])
+    return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """What of one source belongs to one split.
+  """The part of one source that belongs to one split.
 
   Attributes:
     name: the source, for messages.
@@ -132,8 +137,8 @@ class Corpus:
     split: 'train' or 'eval'.
     tokenizer: see tokenizers.load.
     config: the run's config.
-    tokens: of text: the tokens of the split's documents.
-    records: of labelled data: the records of the split.
+    tokens: the tokens of the split's documents, where the source is of text.
+    records: the records of the split, where the source is of labelled data.
   """
 
   name: str
@@ -159,29 +164,36 @@ def cut(source: Source, every: int | None, part: str = '') -> Source:
   is.
 
   Args:
-    source: as it was parsed.
+    source: the source as it was parsed.
     every: data.holdout_every.
     part: eval.part: document 0 is this half of the last part.
   """
-  if (every or 0) < 2 or not source.is_text or len(source.files) != 1:
+  is_one_text = source.is_text and len(source.files) == 1
+  if not is_one_text or every is None or every < 2:
     return source
 
   def read(path: str) -> Iterator[str]:
+    """Yields the two documents of each text of a file."""
     for text in source.read(path):
       end = len(text) - -(-len(text) // every)
       middle = (end + len(text)) // 2
       last = {'': slice(end, None), 'first': slice(end, middle),
               'second': slice(middle, None)}[part]
-      yield from (text[last], text[:end])
+      yield text[last]
+      yield text[:end]
 
   # The reader is part of what names the tokens in the cache.
-  return dataclasses.replace(
-      source, read=read, is_cut=True,
-      reader=f'{source.reader}, the last 1/{every} first {part}'.rstrip())
+  reader = f'{source.reader}, the last 1/{every} first {part}'.rstrip()
+  return dataclasses.replace(source, read=read, is_cut=True, reader=reader)
 
 
-def parse(spec: str, layout: Callable[[], conversations.Layout] =
-          lambda: conversations.PUBLISHED) -> list[tuple[float, Source]]:
+def _published() -> conversations.Layout:
+  """Returns the layout of conversations that has no template of its own."""
+  return conversations.PUBLISHED
+
+
+def parse(spec: str, layout: Callable[[], conversations.Layout] = _published
+          ) -> list[tuple[float, Source]]:
   """Returns the (weight, source) pairs of 'A' or '0.7*A,0.3*B'.
 
   Args:
@@ -192,48 +204,70 @@ def parse(spec: str, layout: Callable[[], conversations.Layout] =
     ValueError: for an unknown prefix, a bad weight, a glob without a match.
   """
   pieces = spec.split(',')
-  pairs = []
+  pairs: list[tuple[float, Source]] = []
+  names = set()
   for piece in pieces:
+    # The weight and the name.
     match = _WEIGHTED.fullmatch(piece)
-    require(match is not None, f'data source {spec!r} has an empty part')
-    weight, name = float(match[1] or 1), match[2]
-    require((match[1] is not None or len(pieces) == 1)
-            and 0 < weight < float('inf'), f'data source {name!r} has no '
-            "weight above 0: write a mixture as '0.7*A,0.3*B', with no other "
-            'commas')
-    prefix, colon, rest = name.partition(':')
-    require(prefix in SOURCES
-            and (':' in SOURCES[prefix].usage) == bool(colon),
-            f'unknown data source {name!r}: choose from {forms()}'
-            + _hint(name))
-    source = SOURCES[prefix].parse(name, rest)
+    if match is None:
+      raise RequestError(f'data source {spec!r} has an empty part')
+    written_weight, name = match.groups()
+    weight = float(written_weight or 1)
+    is_missing = written_weight is None and len(pieces) > 1
+    if is_missing or not 0 < weight < float('inf'):
+      raise RequestError(
+          f'data source {name!r} has no weight above 0: write a mixture as '
+          "'0.7*A,0.3*B', with no other commas")
+
+    # The source.
+    source = _named(name)
     if TURNS in source.holds and not source.tokens:
       source = _laid_out(source, layout())
-    require(source.name not in [other.name for _, other in pairs],
+    require(source.name not in names,
             f'data source {spec!r} names {name!r} twice: add up its weights')
+    names.add(source.name)
     pairs.append((weight, source))
   return pairs
+
+
+def _named(name: str) -> Source:
+  """Returns the source of a name."""
+  prefix, colon, rest = name.partition(':')
+  form = SOURCES.get(prefix)
+  if form is None or bool(colon) != (':' in form.usage):
+    raise RequestError(f'unknown data source {name!r}: choose from {forms()}'
+                       + _hint(name))
+  return form.parse(name, rest)
 
 
 def _hint(name: str) -> str:
   """Returns the question whether the files of a path were meant, where `name`
   is one or is written as one, or the source whose prefix is spelt most like it.
   """
+  # A path.
   path = os.path.expanduser(name)
   end = pathlib.Path(name).suffix[1:]
-  there = bool(glob.glob(path, recursive=True))
-  if there or ':' not in name and (end or os.sep in name):
+  is_there = bool(glob.glob(path, recursive=True))
+  looks_like_one = ':' not in name and (end or os.sep in name)
+  if is_there or looks_like_one:
     usage = SOURCES[_OF_ENDING.get(end, 'text')].usage.partition('[')[0]
     pattern = os.path.join(name, '*.txt') if os.path.isdir(path) else name
-    absent = '' if there else f' There is no {name} yet.'
-    return f'. Did you mean {usage.replace("GLOB", pattern)}?{absent}'
+    hint = f'. Did you mean {usage.replace("GLOB", pattern)}?'
+    if not is_there:
+      hint += f' There is no {name} yet.'
+    return hint
+
+  # A prefix.
   near = difflib.get_close_matches(name.partition(':')[0], SOURCES, n=1)
-  return f'. Did you mean {SOURCES[near[0]].usage}?' if near else ''
+  if not near:
+    return ''
+  return f'. Did you mean {SOURCES[near[0]].usage}?'
 
 
 def _laid_out(source: Source, layout: conversations.Layout) -> Source:
   """Returns a source whose conversations are laid out."""
   def read(path: str) -> Iterator[Document]:
+    """Yields the documents of a file, laid out."""
     for number, document in enumerate(source.read(path), 1):
       try:
         yield layout.of(document)
@@ -259,21 +293,28 @@ def _text(name: str, pattern: str) -> Source:
   paths = _files(name, pattern)
   for path in paths:
     texts.check_size(path, os.stat(path).st_size)
-  return Source(name, 'text', lambda path: [texts.read(path)], files=paths,
-                is_text=True)
+  return Source(name=name, reader='text', read=lambda path: [texts.read(path)],
+                files=paths, is_text=True)
 
 
 def _column(name: str, rest: str) -> Source:
   """Files of rows; the field FIELD is the document: text, or turns."""
   prefix = name.partition(':')[0]
+  form = SOURCES[prefix]
   pattern, _, field = rest.rpartition(':')
   require(bool(pattern and field), f'data source {name!r} names no field: '
-          f'write {SOURCES[prefix].usage}')
-  rows = texts.rows if prefix == 'jsonl' else functools.partial(
-      _parquet, name, field)
-  return Source(name, f'{prefix}:{field}',
-                lambda path: _documents(rows(path), field),
-                SOURCES[prefix].holds, _files(name, pattern))
+          f'write {form.usage}')
+
+  def read(path: str) -> Iterator[Document]:
+    """Yields the documents of a file."""
+    if prefix == 'jsonl':
+      rows = texts.rows(path)
+    else:
+      rows = _parquet(name, field, path)
+    return _documents(rows, field)
+
+  return Source(name=name, reader=f'{prefix}:{field}', read=read,
+                holds=form.holds, files=_files(name, pattern))
 
 
 def _documents(rows: texts.Rows, field: str) -> Iterator[Document]:
@@ -283,11 +324,20 @@ def _documents(rows: texts.Rows, field: str) -> Iterator[Document]:
     value, where = row[field], f'{where}, field {field!r},'
     if isinstance(value, list):
       yield conversations.parse(value, where)
+    elif value is None:
+      yield ''
     else:
-      yield '' if value is None else texts.checked(value, where)
+      yield texts.checked(value, where)
 
 
 def _parquet(name: str, field: str, path: str) -> texts.Rows:
+  """Yields the rows of a parquet file, with one field.
+
+  Args:
+    name: the name of the source, for messages.
+    field: the field that is read.
+    path: the file.
+  """
   parquet = texts.imported('pyarrow.parquet', f'data source {name!r}', 'data')
   import pyarrow
   try:
@@ -310,102 +360,138 @@ def _check_unpacked(metadata: Any, field: str, path: str) -> None:
   rows, or so long ones, that they are no data.
 
   Args:
-    metadata: of pyarrow.
-    field: that is read.
-    path: of the file.
+    metadata: the file's metadata, of pyarrow.
+    field: the field that is read.
+    path: the file.
   """
   size = os.stat(path).st_size
   require(metadata.num_rows <= MOST_ROWS * size, f'{path} makes '
           f'{metadata.num_rows:,} rows of {size:,} bytes: it is no file of '
           'texts')
+  most = max(MOST_UNPACKED * size, LEAST_UNPACKED)
   for number in range(metadata.num_row_groups):
     group = metadata.row_group(number)
-    columns = [group.column(i) for i in range(group.num_columns)]
-    unpacked = sum([column.total_uncompressed_size for column in columns
-                    if column.path_in_schema.split('.')[0] == field])
+    unpacked = 0
+    for i in range(group.num_columns):
+      column = group.column(i)
+      if column.path_in_schema.split('.')[0] == field:
+        unpacked += column.total_uncompressed_size
     texts.check_size(f'{path}, row group {number},', unpacked)
-    require(unpacked <= max(MOST_UNPACKED * size, LEAST_UNPACKED),
-            f'{path} makes {unpacked:,} bytes of field {field!r} of '
-            f'{size:,}: it is no file of texts')
+    require(unpacked <= most, f'{path} makes {unpacked:,} bytes of field '
+            f'{field!r} of {size:,}: it is no file of texts')
 
 
 def _parallel(name: str, pattern: str) -> Source:
   """Pairs for sequence to sequence, one a line."""
-  return Source(name, 'parallel', labelled.read_pairs, (PAIRS,),
-                _files(name, pattern))
+  return Source(name=name, reader='parallel', read=labelled.read_pairs,
+                holds=(PAIRS,), files=_files(name, pattern))
 
 
 def _alpaca(name: str, pattern: str) -> Source:
   """Instructions and their answers, in .json or .jsonl."""
-  return Source(name, 'alpaca', conversations.read_alpaca, (TURNS,),
-                _files(name, pattern))
+  return Source(name=name, reader='alpaca', read=conversations.read_alpaca,
+                holds=(TURNS,), files=_files(name, pattern))
 
 
 def _labelled(name: str, rest: str) -> Source:
   """Texts with labels, in .tsv, .csv or .jsonl."""
   pattern, _, written = rest.partition(':')
-  return Source(name, f'labelled:{written}', functools.partial(
-      labelled.read_texts, labelled.fields_of(name, written)),
-                (labelled.TEXTS, PAIRS), _files(name, pattern))
+  fields = labelled.fields_of(name, written)
+  return Source(
+      name=name, reader=f'labelled:{written}',
+      read=functools.partial(labelled.read_texts, fields),
+      holds=(labelled.TEXTS, PAIRS), files=_files(name, pattern))
 
 
 def _conll(name: str, rest: str) -> Source:
   """Words with labels, one a line."""
   pattern, _, written = rest.partition(':')
-  return Source(name, f'conll:{written}', functools.partial(
-      labelled.read_sentences, labelled.columns_of(name, written)),
-                (labelled.SENTENCES,), _files(name, pattern))
+  columns = labelled.columns_of(name, written)
+  return Source(
+      name=name, reader=f'conll:{written}',
+      read=functools.partial(labelled.read_sentences, columns),
+      holds=(labelled.SENTENCES,), files=_files(name, pattern))
 
 
 def _squad(name: str, pattern: str) -> Source:
   """Questions on paragraphs, in SQuAD's files."""
-  return Source(name, 'squad', labelled.read_questions, (labelled.QUESTIONS,),
-                _files(name, pattern))
+  return Source(name=name, reader='squad', read=labelled.read_questions,
+                holds=(labelled.QUESTIONS,), files=_files(name, pattern))
 
 
 def _probe(name: str, _: str) -> Source:
   """Rows of a task that are drawn, and so never read."""
   from training.data import probes
-  return Source(name, 'probe', lambda path: (), (labelled.PROBE_ROWS,),
+  return Source(name=name, reader='probe', read=lambda path: (),
+                holds=(labelled.PROBE_ROWS,),
                 content=probes.digest(probes.name_of(name)))
 
 
 def _tokens(name: str, folder: str) -> Source:
-  """What tools.tokenize has written."""
+  """Tokens that tools.tokenize has written."""
   written = tokens.load(folder, name)
 
   def read(_: str) -> Iterator[Document]:
+    """Refuses to read what is no text."""
     raise RequestError(f'data source {name!r} holds tokens, and text is read '
                        'here: name the source that they were made of, '
                        f'{written.begun["source"]!r}')
 
-  return Source(name, 'tokens', read, tokens=folder, files=tuple(
-      f'{written.folder}/{i:05}.table' for i in range(written.begun['shards'])))
+  files = []
+  for i in range(written.begun['shards']):
+    files.append(f'{written.folder}/{i:05}.table')
+  return Source(name=name, reader='tokens', read=read, files=tuple(files),
+                tokens=folder)
 
 
 def _hugging_face(name: str, rest: str) -> Source:
   """A dataset of the hub, or a local folder of one; it is downloaded whole,
   where it is not here."""
-  datasets = texts.imported('datasets', f'data source {name!r}', 'hf')
   path, config, split, written = (rest.split(':') + [''] * 3)[:4]
   split, written = split or 'train', written or 'text'
-  try:
-    dataset = datasets.load_dataset(path, config or None, split=split)
-  except Exception as error:  # Whatever the network or the hub raises.
-    first = str(error).strip().partition('\n')[0].rstrip('.')
-    kind = (EnvironmentFailure if isinstance(
-        error, (ConnectionError, TimeoutError)) else RequestError)
-    raise kind(f'data source {name!r} cannot be loaded: {first}.') from error
+  dataset = _load_dataset(name, path, config, split)
+
+  # One field is a document; several are a record.
   fields = tuple(written.split('+'))
   texts.check_columns(dataset.column_names, filter(None, fields), name)
-  kind, of_rows = labelled.of_rows(name, fields, dataset.features) if (
-      fields[1:]) else (TEXT, lambda rows: _documents(rows, fields[0]))
+  holds: tuple[str, ...]
+  if len(fields) == 1:
+    holds = (TEXT, TURNS)
+
+    def of_rows(rows: texts.Rows) -> Iterator[Any]:
+      """Yields the document of each row."""
+      return _documents(rows, fields[0])
+  else:
+    kind, of_rows = labelled.of_rows(name, fields, dataset.features)
+    holds = (kind, PAIRS) if kind == labelled.TEXTS else (kind,)
+
+  def read(_: str) -> Iterator[Any]:
+    """Yields the documents or records of the dataset."""
+    return of_rows(labelled.dataset_rows(name, fields, dataset))
+
   # Datasets fingerprints a split by its cached files, built once per content.
-  return Source(
-      name, f'hf:{path}:{config}:{split}:{written}',
-      lambda _: of_rows(labelled.dataset_rows(name, fields, dataset)),
-      holds={TEXT: (TEXT, TURNS), labelled.TEXTS: (kind, PAIRS)}.get(
-          kind, (kind,)), content=dataset._fingerprint)
+  return Source(name=name, reader=f'hf:{path}:{config}:{split}:{written}',
+                read=read, holds=holds, content=dataset._fingerprint)
+
+
+def _load_dataset(name: str, path: str, config: str, split: str) -> Any:
+  """Returns a dataset of the package datasets.
+
+  Args:
+    name: the name of the source, for messages.
+    path: its name on the hub, or its folder.
+    config: which of its configurations; '': its only one.
+    split: which of its splits.
+  """
+  datasets = texts.imported('datasets', f'data source {name!r}', 'hf')
+  try:
+    return datasets.load_dataset(path, config or None, split=split)
+  except Exception as error:  # Whatever the network or the hub raises.
+    first = str(error).strip().partition('\n')[0].rstrip('.')
+    kind: type[Exception] = RequestError
+    if isinstance(error, (ConnectionError, TimeoutError)):
+      kind = EnvironmentFailure
+    raise kind(f'data source {name!r} cannot be loaded: {first}.') from error
 
 
 class Form(NamedTuple):
@@ -422,37 +508,50 @@ class Form(NamedTuple):
 
 
 SOURCES = {  # by prefix
-    'sotu': Form(_sotu, 'sotu'),
-    'text': Form(_text, 'text:GLOB'),
-    'jsonl': Form(_column, 'jsonl:GLOB:FIELD', (TEXT, TURNS)),
-    'parquet': Form(_column, 'parquet:GLOB:FIELD', (TEXT, TURNS)),
-    'hf': Form(_hugging_face, 'hf:NAME[:CONFIG[:SPLIT[:FIELDS]]]',
-               (TEXT, TURNS, labelled.TEXTS, labelled.SENTENCES,
-                labelled.QUESTIONS)),
-    'parallel': Form(_parallel, 'parallel:GLOB', (PAIRS,)),
-    'alpaca': Form(_alpaca, 'alpaca:GLOB', (TURNS,)),
-    'labelled': Form(_labelled, 'labelled:GLOB[:FIELDS]',
-                     (labelled.TEXTS, PAIRS)),
-    'conll': Form(_conll, 'conll:GLOB[:COLUMNS]', (labelled.SENTENCES,)),
-    'squad': Form(_squad, 'squad:GLOB', (labelled.QUESTIONS,)),
-    'probe': Form(_probe, 'probe:NAME', (labelled.PROBE_ROWS,)),
-    'tokens': Form(_tokens, 'tokens:FOLDER'),
+    'sotu': Form(parse=_sotu, usage='sotu'),
+    'text': Form(parse=_text, usage='text:GLOB'),
+    'jsonl': Form(parse=_column, usage='jsonl:GLOB:FIELD',
+                  holds=(TEXT, TURNS)),
+    'parquet': Form(parse=_column, usage='parquet:GLOB:FIELD',
+                    holds=(TEXT, TURNS)),
+    'hf': Form(parse=_hugging_face, usage='hf:NAME[:CONFIG[:SPLIT[:FIELDS]]]',
+               holds=(TEXT, TURNS, labelled.TEXTS, labelled.SENTENCES,
+                      labelled.QUESTIONS)),
+    'parallel': Form(parse=_parallel, usage='parallel:GLOB', holds=(PAIRS,)),
+    'alpaca': Form(parse=_alpaca, usage='alpaca:GLOB', holds=(TURNS,)),
+    'labelled': Form(parse=_labelled, usage='labelled:GLOB[:FIELDS]',
+                     holds=(labelled.TEXTS, PAIRS)),
+    'conll': Form(parse=_conll, usage='conll:GLOB[:COLUMNS]',
+                  holds=(labelled.SENTENCES,)),
+    'squad': Form(parse=_squad, usage='squad:GLOB',
+                  holds=(labelled.QUESTIONS,)),
+    'probe': Form(parse=_probe, usage='probe:NAME',
+                  holds=(labelled.PROBE_ROWS,)),
+    'tokens': Form(parse=_tokens, usage='tokens:FOLDER'),
 }
 
 
 def forms(reads: Sequence[str] = ()) -> str:
   """Returns the forms of data.source that hold one of `reads`; (): all."""
-  return ', '.join(form.usage for form in SOURCES.values()
-                   if not reads or set(form.holds) & set(reads))
+  usages = []
+  for form in SOURCES.values():
+    if not reads or set(form.holds) & set(reads):
+      usages.append(form.usage)
+  return ', '.join(usages)
 
 
 def _files(name: str, pattern: str) -> tuple[str, ...]:
+  """Returns the files of a source's glob, none of them empty."""
   full = os.path.abspath(os.path.expanduser(pattern))
   paths = globs.files(full)
-  inside = os.path.join(pattern, '*.txt' if name.startswith('text:') else '*')
-  written = name.replace(f':{pattern}', f':{inside}', 1)
-  require(bool(paths), f'data source {name!r} matches no file'
-          + f', but a folder: write {written}' * os.path.isdir(full))
+  if not paths:
+    message = f'data source {name!r} matches no file'
+    if os.path.isdir(full):
+      inside = '*.txt' if name.startswith('text:') else '*'
+      inside = os.path.join(pattern, inside)
+      written = name.replace(f':{pattern}', f':{inside}', 1)
+      message += f', but a folder: write {written}'
+    raise RequestError(message)
   # A file of the kernel has no size, and perhaps no end.
   for path in paths:
     require(os.stat(path).st_size > 0,
@@ -461,6 +560,7 @@ def _files(name: str, pattern: str) -> tuple[str, ...]:
 
 
 def _digest_file(path: str) -> str:
+  """Returns a hash of a file's bytes."""
   with epath.Path(path).open('rb') as file:
     return hashlib.file_digest(
         file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -477,6 +577,8 @@ def plan(source: Source, shard_bytes: int = SHARD_BYTES
     return [source], [1]
   sizes = [os.stat(path).st_size for path in source.files]
   target = max(shard_bytes, sum(sizes) // MOST_SHARDS)
+
+  # A part ends where the next file would make it larger than the target.
   parts: list[list[str]] = []
   totals: list[int] = []
   for path, size in zip(source.files, sizes):
@@ -485,14 +587,21 @@ def plan(source: Source, shard_bytes: int = SHARD_BYTES
       totals.append(0)
     parts[-1].append(path)
     totals[-1] += size
-  return [dataclasses.replace(source, files=tuple(part))
-          for part in parts], totals
+  planned = [dataclasses.replace(source, files=tuple(part)) for part in parts]
+  return planned, totals
 
 
 def begin(folder: epath.Path, source: Source, parts: list[Source],
           content: str, tokenizer: Tokenizer) -> dict[str, Any]:
   """Writes begun.json, or sees that it is of the same `content`, cut into the
   same parts; returns it.
+
+  Args:
+    folder: the folder of the tokens.
+    source: the source that they are made of.
+    parts: the source as `plan` cuts it.
+    content: the digest of its content.
+    tokenizer: see tokenizers.load.
 
   Raises:
     RequestError: where the folder holds something else.
@@ -506,15 +615,18 @@ def begin(folder: epath.Path, source: Source, parts: list[Source],
         tokenizer=dict(
             name=tokenizer.name, fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size))
-    storage.write(folder / tokens.BEGUN, json.dumps(
-        written | dict(checksum=tokens.digest(written)), indent=1))
+    written['checksum'] = tokens.digest(written)
+    storage.write(folder / tokens.BEGUN, json.dumps(written, indent=1))
+
   begun = tokens.begun_of(folder)
-  require(begun['digest'] == made and begun['tokenizer']['fingerprint']
-          == tokenizer.fingerprint, f'{folder} was begun of the source '
-          f'{begun["source"]!r} with the tokenizer '
-          f'{begun["tokenizer"]["name"]!r}, and {source.name!r} has other '
-          f'files or is cut otherwise, or {tokenizer.name!r} is another one: '
-          'choose the same, or another folder for --out')
+  before = begun['tokenizer']
+  same_tokenizer = before['fingerprint'] == tokenizer.fingerprint
+  if begun['digest'] != made or not same_tokenizer:
+    raise RequestError(
+        f'{folder} was begun of the source {begun["source"]!r} with the '
+        f'tokenizer {before["name"]!r}, and {source.name!r} has other files or '
+        f'is cut otherwise, or {tokenizer.name!r} is another one: choose the '
+        'same, or another folder for --out')
   return begun
 
 
@@ -536,58 +648,83 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
     raise EnvironmentFailure(
         f'data source {part.name!r} changed while it was being read: start '
         'again when its files are complete')
-  data = io.BytesIO()
-  np.savez_compressed(data, **table._asdict())
-  storage.write(folder / f'{i:05}.table', zlib.crc32(data.getvalue()).to_bytes(
-      4, 'little') + data.getvalue())
+  file = io.BytesIO()
+  np.savez_compressed(file, **table._asdict())
+  data = file.getvalue()
+  checksum = zlib.crc32(data).to_bytes(4, 'little')
+  storage.write(folder / f'{i:05}.table', checksum + data)
   return table
 
 
 def stats(source: Source) -> list[list[Any]]:
   """Returns the path, the size and the time of each file of a source."""
-  files = [(path, os.stat(path)) for path in source.files]
-  return [[path, s.st_size, s.st_mtime_ns] for path, s in files]
+  rows: list[list[Any]] = []
+  for path in source.files:
+    status = os.stat(path)
+    rows.append([path, status.st_size, status.st_mtime_ns])
+  return rows
 
 
 def _encode(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
             ) -> tokens.Table:
-  """Writes the ids of a shard; returns its table."""
-  kinds, counts, sizes, num_bytes, checksums = [], [], [], [], []
-  left = b''
+  """Writes the ids of a shard; returns its table.
 
-  def put_blocks(end: int) -> None:
-    checksums.extend([
-        zlib.crc32(left[at:min(at + tokens.BLOCK_BYTES, end)])
-        for at in range(0, end, tokens.BLOCK_BYTES)])
-    write(left[:end])
-
+  Args:
+    write: writes some bytes.
+    part: the source whose documents make the shard.
+    tokenizer: see tokenizers.load.
+    dtype: the type of an id in the file.
+  """
+  kinds: list[int] = []  # of each part
+  counts: list[int] = []  # of the parts of each document
+  sizes: list[int] = []  # of each part in tokens
+  num_bytes: list[int] = []  # of each part
+  checksums: list[int] = []  # of each block
+  left = b''  # what fills no block yet
   for chunk in _chunks(part.documents()):
-    counts += map(len, chunk)
-    kinds += [tokens.KINDS.index(kind) for parts in chunk for kind, _ in parts]
+    for parts in chunk:
+      counts.append(len(parts))
+      for kind, _ in parts:
+        kinds.append(tokens.KINDS.index(kind))
     rows = [left]
     for ids, text in encode(tokenizer, chunk):
       rows.append(np.asarray(ids).astype(dtype).tobytes())
       sizes.append(len(ids))
       num_bytes.append(len(text.encode('utf-8')))
+
+    # Whole blocks are written.
     left = b''.join(rows)
     whole = len(left) // tokens.BLOCK_BYTES * tokens.BLOCK_BYTES
-    put_blocks(whole)
+    checksums += _checksums(left[:whole])
+    write(left[:whole])
     left = left[whole:]
-  put_blocks(len(left))
+
+  # The last block may be shorter.
+  checksums += _checksums(left)
+  write(left)
   return tokens.Table(
-      np.array(sizes, np.int64), np.array(num_bytes, np.int64),
-      np.array(kinds, np.uint8), np.array(counts, np.int64),
-      np.array(checksums, np.uint32))
+      sizes=np.array(sizes, np.int64), bytes=np.array(num_bytes, np.int64),
+      kinds=np.array(kinds, np.uint8), counts=np.array(counts, np.int64),
+      checksums=np.array(checksums, np.uint32))
+
+
+def _checksums(data: bytes) -> list[int]:
+  """Returns the checksum of each block of some bytes."""
+  starts = range(0, len(data), tokens.BLOCK_BYTES)
+  return [zlib.crc32(data[at:at + tokens.BLOCK_BYTES]) for at in starts]
 
 
 def _chunks(documents: Iterable[Document]
             ) -> Iterator[list[list[tuple[str, str]]]]:
   """Yields documents as lists of parts, some at a time."""
-  chunk, chars = [], 0
+  chunk: list[list[tuple[str, str]]] = []
+  chars = 0
   for document in documents:
-    chunk.append([('text', document)] if isinstance(document, str)
-                 else document)
-    chars += sum([len(text) for _, text in chunk[-1]])
+    parts = document
+    if isinstance(document, str):
+      parts = [('text', document)]
+    chunk.append(parts)
+    chars += sum([len(text) for _, text in parts])
     if chars >= CHUNK_CHARS or len(chunk) >= CHUNK_TEXTS:
       yield chunk
       chunk, chars = [], 0
@@ -604,25 +741,50 @@ def encode(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
   encoded as one, too, by conversations.encode. The library of a tokenizer
   encodes several texts at the same time.
   """
+  # The texts that the library encodes.
   spelt: list[str] = []
   for parts in chunk:
-    if parts[0][0] not in ('shown', 'said'):
-      for i, (kind, text) in enumerate(parts):
-        is_answer = kind == 'answer' and i and parts[i - 1][0] == 'question'
-        spelt.append(parts[i - 1][1] + text if is_answer else text)
+    if not _is_rendered(parts):
+      spelt += _spelt(parts)
   ids = iter(tokenizer.encode_batch(spelt))
+
   for parts in chunk:
-    if parts[0][0] in ('shown', 'said'):
-      texts = [text for _, text in parts]
-      for row, text in zip(conversations.encode(texts, tokenizer), texts):
+    part_texts = [text for _, text in parts]
+    if _is_rendered(parts):
+      rows = conversations.encode(part_texts, tokenizer)
+      for row, text in zip(rows, part_texts):
         yield row, conversations.unmarked(text)
       continue
     rows = [next(ids) for _ in parts]
-    for i, (kind, _) in enumerate(parts):
-      if kind == 'answer' and i and parts[i - 1][0] == 'question':
+    for i in range(len(parts)):
+      if _answers_part_before(parts, i):
         same = shared(rows[i], rows[i - 1])
         rows[i - 1], rows[i] = rows[i][:same], rows[i][same:]
-    yield from zip(rows, [text for _, text in parts])
+    yield from zip(rows, part_texts)
+
+
+def _is_rendered(parts: list[tuple[str, str]]) -> bool:
+  """Returns whether a Jinja template rendered a document."""
+  kind, _ = parts[0]
+  return kind in ('shown', 'said')
+
+
+def _answers_part_before(parts: list[tuple[str, str]], i: int) -> bool:
+  """Returns whether part i of a document answers the part before it."""
+  if i == 0:
+    return False
+  return parts[i - 1][0] == 'question' and parts[i][0] == 'answer'
+
+
+def _spelt(parts: list[tuple[str, str]]) -> list[str]:
+  """Returns the text of each part; an answer's with its question before it."""
+  spelt = []
+  for i, (_, text) in enumerate(parts):
+    if _answers_part_before(parts, i):
+      _, question = parts[i - 1]
+      text = question + text
+    spelt.append(text)
+  return spelt
 
 
 def shared(a: np.ndarray, b: np.ndarray) -> int:
@@ -640,9 +802,10 @@ def cache(cache_dir: str = '') -> pathlib.Path:
   ~/.cache/archetype."""
   require('://' not in cache_dir, f'data.cache_dir is {cache_dir!r}: it must '
           'be a folder on disk')
+  folder = (cache_dir or os.environ.get('ARCHETYPE_CACHE')
+            or '~/.cache/archetype')
   try:
-    return pathlib.Path(cache_dir or os.environ.get('ARCHETYPE_CACHE')
-                        or '~/.cache/archetype').expanduser()
+    return pathlib.Path(folder).expanduser()
   except RuntimeError as error:  # ~ of a user who has no home
     raise RequestError(f'data.cache_dir is {cache_dir!r}: {error}') from error
 
@@ -655,9 +818,17 @@ def check_cache_dir(cache_dir: str) -> None:
 
 
 def _entry(source: Source, tokenizer: Tokenizer, cache_dir: str) -> epath.Path:
-  return epath.Path(cache(cache_dir)) / 'tokens' / tokens.digest(
-      [tokens.FORMAT, source.reader, source.content, stats(source),
-       tokenizer.fingerprint])
+  """Returns the folder of a source's tokens in the cache."""
+  name = tokens.digest([tokens.FORMAT, source.reader, source.content,
+                        stats(source), tokenizer.fingerprint])
+  return epath.Path(cache(cache_dir)) / 'tokens' / name
+
+
+def _is_whole(path: epath.Path) -> bool:
+  """Returns whether an entry of the cache has all its shards."""
+  if not (path / tokens.BEGUN).exists():
+    return False
+  return all(tokens.finished(path, tokens.begun_of(path)))
 
 
 def cached(source: Source, tokenizer: Tokenizer, cache_dir: str
@@ -667,25 +838,24 @@ def cached(source: Source, tokenizer: Tokenizer, cache_dir: str
   Args:
     source: see sources.parse.
     tokenizer: see tokenizers.load.
-    cache_dir: as data.cache_dir.
+    cache_dir: data.cache_dir.
 
   Raises:
     ValueError: if a document cannot be read, naming the file and line.
   """
   path = _entry(source, tokenizer, cache_dir)
+  if _is_whole(path):
+    return tokens.load(str(path), source.name)
   parts, _ = plan(source)
-  whole = lambda: (path / tokens.BEGUN).exists() and all(
-      tokens.finished(path, tokens.begun_of(path)))
-  if not whole():
-    storage.try_folder(path.parent, 'data.cache_dir')
-    with _as_shared_as(cache(cache_dir)), _one_at_a_time(path, source.name):
-      if not whole():
-        next(source.documents())  # what is no text is not hashed before
-        begun = begin(path, source, parts, source.digest(), tokenizer)
-        for i, done in enumerate(tokens.finished(path, begun)):
-          if not done:
-            shard(path, i, parts[i], tokenizer, begun)
-        print(f'the tokens are kept in {path}', file=sys.stderr)
+  storage.try_folder(path.parent, 'data.cache_dir')
+  with _as_shared_as(cache(cache_dir)), _one_at_a_time(path, source.name):
+    if not _is_whole(path):  # another process may have made it meanwhile
+      next(source.documents())  # what is no text is not hashed before
+      begun = begin(path, source, parts, source.digest(), tokenizer)
+      for i, is_done in enumerate(tokens.finished(path, begun)):
+        if not is_done:
+          shard(path, i, parts[i], tokenizer, begun)
+      print(f'the tokens are kept in {path}', file=sys.stderr)
   return tokens.load(str(path), source.name)
 
 
@@ -693,8 +863,9 @@ def content(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
   """Returns the hash of the content of a source's files, which are read unless
   the cache remembers it."""
   path = _entry(source, tokenizer, cache_dir)
-  return (tokens.begun_of(path)['content'] if (path / tokens.BEGUN).exists()
-          else source.digest())
+  if (path / tokens.BEGUN).exists():
+    return tokens.begun_of(path)['content']
+  return source.digest()
 
 
 @contextlib.contextmanager
@@ -721,7 +892,8 @@ def _one_at_a_time(path: epath.Path, name: str) -> Iterator[None]:
   with storage.writing(str(path)):
     path.mkdir(parents=True, exist_ok=True)
     lock = path / '.lock'
-    # Of another user's file Linux may refuse the mode that would create it.
+    # Where the file is another user's, Linux may refuse the mode that would
+    # create it.
     file = open(lock, 'r+' if lock.exists() else 'a+')
   with file:
     try:
