@@ -348,7 +348,8 @@ def test_wrong_requests_are_sentences(corpus, shards, tmp_path):
       (spec_of(corpus), ['--shard_mib=0'], '--shard_mib is 0'),
       (f'jsonl:{corpus}/0.jsonl:text', [], 'has other files'),
       ('probe:copy', [], 'holds rows of a probe'),
-      (f'0.5*{spec_of(corpus)},0.5*sotu', [], 'is a mixture'),
-      (f'jsonl:{talks}:m', [], 'holds conversations')):
+      (f'0.5*{spec_of(corpus)},0.5*sotu', [], 'is a mixture')):
     with pytest.raises(RequestError, match=part):
       command.main([source, '--out', str(shards), *words])
+  with pytest.raises(RequestError, match='holds conversations'):
+    command.main([f'jsonl:{talks}:m', '--out', str(tmp_path / 'x')])
