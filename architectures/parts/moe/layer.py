@@ -15,7 +15,7 @@ wide.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Optional
 
 import flax.linen as nn
 import jax
@@ -38,9 +38,12 @@ BIAS, TABLE = 'router_bias', 'experts_of'
 
 
 class MoE(nn.Module):
-  """(x_BLD, context) -> (y_BLD, {'losses': weighted, 'health': raw, 'loads':
-  the load of each expert, by the path of the bias that it moves; with
-  context.keep_layers 'experts': the `choices`})."""
+  """The mixture: (x_BLD, context) -> (y_BLD, aux).
+
+  aux has 'losses', weighted; 'health', the panel of routing.report; 'loads',
+  the load of each expert, by the path of the bias that it moves; and with
+  context.keep_layers 'experts', the `choices`.
+  """
   settings = MoEConfig
   config: ModelConfig
 
@@ -53,51 +56,80 @@ class MoE(nn.Module):
     # length by collecting all rows on every device.
     x_BLD = sharding.constrain(x_BLD, 'batch', 'length', 'embed')
     x_TD = x_BLD.reshape(-1, D)
+
+    # Which experts see a token.
     inputs = routing.Inputs(
-        self._logits(x_TD, ctx), valid_T, self._hashed(ctx, (B, L)),
-        self._bias(), self._noise_key(routing.of(m).draws, ctx),
-        routing_groups(m.group_size, B * L), not ctx.deterministic)
+        logits_TE=self._logits(x_TD, ctx),
+        valid_T=valid_T,
+        expert_TX=self._hashed(ctx, (B, L)),
+        bias_E=self._bias(),
+        key=self._noise_key(routing.of(m).draws, ctx),
+        groups=routing_groups(m.group_size, B * L),
+        train=not ctx.deterministic)
     routed = routing.route(m, inputs)
+
+    # The experts.
     if m.latent_dim:
       x_TD = self._product('latent_down', x_BLD, ctx).reshape(-1, m.latent_dim)
     if m.gate_inputs:  # a token has one gate
       x_TD = x_TD * routed.gate_A[:, None].astype(x_TD.dtype)
       routed = routed.replace(gate_A=(routed.gate_A > 0).astype(jnp.float32))
     x_TD = x_TD.astype(c.compute_dtype)
-    clamp = c.find(ClampConfig)
-    y_TD, kept_A = dispatch.experts(
-        m, x_TD, routing.networks(m, routed), self._weights(),
-        layers.Hidden(m.ffn, clamp), inputs.groups, self._dropout(ctx),
-        train=inputs.train, again=layers.remat(c).again)
+    y_TD, kept_A = self._experts(x_TD, routed, inputs, ctx)
     if m.zero_experts:
       zero_A, gate_T = routing.zero(m, routed)
-      y_TD, kept_A = y_TD + gate_T[:, None].astype(
-          y_TD.dtype) * x_TD, kept_A | zero_A
-    aux = routing.report(m, routed, inputs.logits_TE, valid_T, kept_A,
-                        dispatch.expert_shards(), B)
-    aux['loads'] = {} if inputs.bias_E is None else {
-        '/'.join((*self.path, BIAS)): aux['health']['load_E']}
+      y_TD = y_TD + gate_T[:, None].astype(y_TD.dtype) * x_TD
+      kept_A = kept_A | zero_A
+
+    # The report.
+    aux = routing.report(
+        m, routed, logits_TE=inputs.logits_TE, valid_T=valid_T, kept_A=kept_A,
+        shards=dispatch.expert_shards(), rows=B)
+    aux['loads'] = {}
+    if inputs.bias_E is not None:
+      path = '/'.join((*self.path, BIAS))
+      aux['loads'] = {path: aux['health']['load_E']}
     if ctx.keep_layers:
-      aux['experts'] = {name: x_TE.reshape(B, L, -1) for name, x_TE in
-                        choices(routed, kept_A).items()}
+      aux['experts'] = {}
+      for name, x_TE in choices(routed, kept_A).items():
+        aux['experts'][name] = x_TE.reshape(B, L, -1)
+
+    # Out of the space of the experts, and the shared experts beside them.
     y_BLD = y_TD.reshape(B, L, -1)
     if m.latent_dim:
       y_BLD = self._product('latent_up', y_BLD, ctx)
     y_BLD = sharding.constrain(y_BLD, 'batch', 'length', 'embed')
     if m.shared_experts:
-      shared_BLD, _ = layers.FFN(
-          c, m.ffn, width=m.shared_experts * m.d_ff, name='shared')(x_BLD, ctx)
+      shared = layers.FFN(c, m.ffn, width=m.shared_experts * m.d_ff,
+                          name='shared')
+      shared_BLD, _ = shared(x_BLD, ctx)
       y_BLD = y_BLD + self._gated(shared_BLD, x_BLD)
     return y_BLD, aux
 
+  def _experts(self, x_TD: jax.Array, routed: routing.Routing,
+               inputs: routing.Inputs, ctx: Context
+               ) -> tuple[jax.Array, jax.Array]:
+    """Returns what the experts make of their tokens, y_TD, and which
+    assignments found room, bool [A]."""
+    c, m = self.config, self.config.part(MoEConfig)
+    hidden = layers.Hidden(kind=m.ffn, clamp=c.find(ClampConfig))
+    return dispatch.experts(
+        m, x_TD, routed=routing.networks(m, routed), w=self._weights(),
+        hidden=hidden, groups=inputs.groups, dropout=self._dropout(ctx),
+        train=inputs.train, again=layers.remat(c).again)
+
   def _product(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     """Returns a product into the space of the experts, or out of it."""
-    c, up = self.config, name == 'latent_up'
-    sizes, axes = (c.d_model, c.part(MoEConfig).latent_dim), ('embed', None)
+    c = self.config
+    latent_dim = c.part(MoEConfig).latent_dim
+    shape: tuple[int, int] = (c.d_model, latent_dim)
+    axes: tuple[str | None, str | None] = ('embed', None)
+    out = name == 'latent_up'
+    if out:
+      shape, axes = (latent_dim, c.d_model), (None, 'embed')
     return layers.dense(
-        self, name, 'BLD,DU->BLU', x_BLD, sizes[::-1] if up else sizes,
-        axes[::-1] if up else axes, with_bias=c.ffn_bias, residual=up,
-        deterministic=ctx.deterministic)
+        self, name, spec='BLD,DU->BLU', x=x_BLD, shape=shape, axes=axes,
+        with_bias=c.ffn_bias, residual=out, deterministic=ctx.deterministic)
 
   def _gated(self, shared_BLD: jax.Array, x_BLD: jax.Array) -> jax.Array:
     """Returns what the shared experts add. A token has one gate at every width,
@@ -105,80 +137,127 @@ class MoE(nn.Module):
     c = self.config
     if not c.part(MoEConfig).shared_gate:
       return shared_BLD
-    gate_DU = layers.weight(self, 'shared_gate', (c.d_model, 1),
-                            ('embed', None), output=True)
-    gate_BLU = layers.einsum('BLD,DU->BLU', x_BLD, gate_DU, c.compute_dtype)
+    gate_DU = layers.weight(
+        self, 'shared_gate', shape=(c.d_model, 1), axes=('embed', None),
+        output=True)
+    gate_BLU = layers.einsum(
+        'BLD,DU->BLU', x_BLD, w=gate_DU, dtype=c.compute_dtype)
     return shared_BLD * jax.nn.sigmoid(gate_BLU / c.widening)
 
-  def _logits(self, x_TD: jax.Array, ctx: Context):
+  def _logits(self, x_TD: jax.Array, ctx: Context) -> Optional[jax.Array]:
+    """Returns the router's logits, float32 [T, E]; None where it has none."""
     m = self.config.part(MoEConfig)
     if not routing.of(m).logits:
       return None
-    router_DE = layers.weight(self, 'router', (x_TD.shape[1], m.all_experts),
-                              ('embed', None), output=True)
+    router_DE = layers.weight(
+        self, 'router', shape=(x_TD.shape[1], m.all_experts),
+        axes=('embed', None), output=True)
     x_TD = x_TD.astype(jnp.float32)
     key = self._noise_key(m.jitter, ctx)
     if key is not None:  # Switch, section 2.4: multiplicative jitter
-      x_TD = x_TD * jax.random.uniform(key, x_TD.shape, jnp.float32,
-                                       1 - m.jitter, 1 + m.jitter)
-    logits_TE = checkpoint_name(jnp.einsum(
-        'TD,DE->TE', x_TD, router_DE.astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST), layers.PRODUCT)
+      jitter_TD = jax.random.uniform(
+          key, x_TD.shape, dtype=jnp.float32, minval=1 - m.jitter,
+          maxval=1 + m.jitter)
+      x_TD = x_TD * jitter_TD
+
+    logits_TE = jnp.einsum('TD,DE->TE', x_TD, router_DE.astype(jnp.float32),
+                           precision=jax.lax.Precision.HIGHEST)
+    logits_TE = checkpoint_name(logits_TE, layers.PRODUCT)
     logits_TE = logits_TE / self.config.widening  # muP's output multiplier
-    if m.logit_bias:  # gpt-oss; after the multiplier, which is not of it
-      logits_TE = layers.add_bias(logits_TE, layers.bias(
-          self, 'logit_bias', (m.all_experts,), (None,)))
+    if m.logit_bias:  # gpt-oss; muP's multiplier is not the bias's
+      bias_E = layers.bias(
+          self, 'logit_bias', shape=(m.all_experts,), axes=(None,))
+      logits_TE = layers.add_bias(logits_TE, bias_E)
     key = self._noise_key(m.logit_noise, ctx)
     if key is not None:
       logits_TE += m.logit_noise * jax.random.normal(key, logits_TE.shape)
     return logits_TE
 
-  def _noise_key(self, wanted: float, ctx: Context):
-    return self.make_rng('router') if wanted and not ctx.deterministic else None
+  def _noise_key(self, wanted: float, ctx: Context) -> Optional[jax.Array]:
+    """Returns a key in training, where noise is wanted; else None."""
+    if not wanted or ctx.deterministic:
+      return None
+    return self.make_rng('router')
 
-  def _hashed(self, ctx: Context, shape: tuple[int, int]):
+  def _hashed(self, ctx: Context, shape: tuple[int, int]
+              ) -> Optional[jax.Array]:
+    """Returns the experts by the tokens' ids, int32 [T, X], for routers that
+    hash; else None."""
     c, m = self.config, self.config.part(MoEConfig)
     if not routing.of(m).hashes:
       return None
     tokens_T = jnp.broadcast_to(ctx.tokens_BL, shape).reshape(-1)
     if not routing.of(m).table:
       return routing.hashed(m, tokens_T)
-    table_VX = declare(self, TABLE, lambda _, shape, dtype: routing.hashed(
-        m, jnp.arange(shape[0])).astype(dtype), (c.vocab_size, m.top_k),
-                       Role((None, None)), jnp.float32)
+
+    def hashes(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
+               ) -> jax.Array:
+      """Initialises the table with the hashed experts of each token."""
+      del key
+      ids_V = jnp.arange(shape[0])
+      return routing.hashed(m, ids_V).astype(dtype)
+
+    table_VX = declare(
+        self, TABLE, hashes, shape=(c.vocab_size, m.top_k),
+        role=Role((None, None)), dtype=jnp.float32)
     return jax.lax.stop_gradient(table_VX)[tokens_T].astype(jnp.int32)
 
-  def _bias(self):
-    """DeepSeek-V3's bias: no gradient moves it, `move_biases` does."""
-    moe = self.config.part(MoEConfig)
-    if not routing.of(moe).bias:
+  def _bias(self) -> Optional[jax.Array]:
+    """Returns DeepSeek-V3's bias, [E], which no gradient moves, but
+    `move_biases` does; None where the router has none."""
+    m = self.config.part(MoEConfig)
+    if not routing.of(m).bias:
       return None
-    return declare(self, BIAS, nn.initializers.zeros,
-                   (moe.all_experts,), Role((None,)), jnp.float32)
+    return declare(
+        self, BIAS, nn.initializers.zeros, shape=(m.all_experts,),
+        role=Role((None,)), dtype=jnp.float32)
 
-  def _dropout(self, ctx: Context):
+  def _dropout(self, ctx: Context) -> Optional[Dropout]:
+    """Returns the dropout of the hidden units in training, if there is any."""
     rate = self.config.part(MoEConfig).expert_dropout
     if not rate or ctx.deterministic:
       return None
-    return Dropout(jax.random.bits(self.make_rng('dropout')), rate=rate)
+    seed = jax.random.bits(self.make_rng('dropout'))
+    return Dropout(seed=seed, rate=rate)
 
   def _weights(self) -> Weights:
+    """Declares the weights of the experts; returns them in the compute dtype.
+    """
     c, m = self.config, self.config.part(MoEConfig)
     size = {'embed': m.latent_dim or c.d_model, 'mlp': m.d_ff}
-    weight = lambda name, *axes: layers.weight(
-        self, name, (m.num_experts, *map(size.get, axes)), ('experts', *axes),
-        in_axes=(1,), batch_axes=(0,), residual=name == 'down'
-        ).astype(c.compute_dtype)
-    bias = lambda name, axis: layers.bias(
-        self, name, (m.num_experts, size[axis]), ('experts', axis),
-        batch_axes=(0,)).astype(c.compute_dtype) if c.ffn_bias else None
+
+    def weight(name: str, into: str, out: str) -> jax.Array:
+      """Returns a matrix of each expert."""
+      matrix = layers.weight(
+          self, name, shape=(m.num_experts, size[into], size[out]),
+          axes=('experts', into, out), in_axes=(1,), batch_axes=(0,),
+          residual=name == 'down')
+      return matrix.astype(c.compute_dtype)
+
+    def bias(name: str, axis: str) -> Optional[jax.Array]:
+      """Returns a bias of each expert, where networks have biases."""
+      if not c.ffn_bias:
+        return None
+      vector = layers.bias(
+          self, name, shape=(m.num_experts, size[axis]),
+          axes=('experts', axis), batch_axes=(0,))
+      return vector.astype(c.compute_dtype)
+
+    # Parameters are drawn in this order.
+    gate_EDF = gate_bias_EF = None
     gated = layers.FFNS[m.ffn].gated
     up_EDF = weight('up', 'embed', 'mlp')
-    gate_EDF = weight('gate', 'embed', 'mlp') if gated else None
-    return Weights(up_EDF, weight('down', 'mlp', 'embed'), gate_EDF,
-                   bias('up_bias', 'mlp'),
-                   bias('gate_bias', 'mlp') if gated else None,
-                   bias('down_bias', 'embed'))
+    if gated:
+      gate_EDF = weight('gate', 'embed', 'mlp')
+    down_EFD = weight('down', 'mlp', 'embed')
+    up_bias_EF = bias('up_bias', 'mlp')
+    if gated:
+      gate_bias_EF = bias('gate_bias', 'mlp')
+    down_bias_ED = bias('down_bias', 'embed')
+    return Weights(
+        up_EDF=up_EDF, down_EFD=down_EFD, gate_EDF=gate_EDF,
+        up_bias_EF=up_bias_EF, gate_bias_EF=gate_bias_EF,
+        down_bias_ED=down_bias_ED)
 
 
 def choices(routed: routing.Routing, kept_A: jax.Array
@@ -189,9 +268,12 @@ def choices(routed: routing.Routing, kept_A: jax.Array
   the expert, or would if there were room. gates: float32, the weight of the
   expert's output, which is 0 where it was not chosen or had no room.
   """
-  def table(value_A: jax.Array) -> jax.Array:  # the void ones fall outside
-    return jnp.zeros_like(routed.probs_TE).at[
-        routed.token_A, routed.expert_A].add(value_A, mode='drop')
+  def table(value_A: jax.Array) -> jax.Array:
+    """Returns the values by token and expert; void ones fall outside."""
+    zeros_TE = jnp.zeros_like(routed.probs_TE)
+    return zeros_TE.at[routed.token_A, routed.expert_A].add(
+        value_A, mode='drop')
+
   return dict(probabilities=routed.probs_TE,
               chosen=table(jnp.ones_like(routed.gate_A)) > 0,
               gates=table(jnp.where(kept_A, routed.gate_A, 0)))
@@ -207,11 +289,12 @@ def move_biases(c: ModelConfig, params: dict[str, Any],
 
   Args:
     c: the model.
-    params: its parameters, arrays without boxes.
+    params: the model's parameters, arrays without boxes.
     loads: aux['loads']; without any, params stay as they are.
     applied: 0 in a step to leave out, else 1.
   """
-  def move(path, x: jax.Array) -> jax.Array:
+  def move(path: tuple, x: jax.Array) -> jax.Array:
+    """Returns a parameter, moved where it is a bias of a router."""
     path = jax.tree_util.keystr(path, simple=True, separator='/')
     if path not in loads:
       return x
@@ -222,7 +305,7 @@ def move_biases(c: ModelConfig, params: dict[str, Any],
 
 
 def without_capacity(c: ModelConfig) -> ModelConfig:
-  """The config to write text by, a token at a time.
+  """Returns the config to write text by, a token at a time.
 
   Over the tokens of one step a capacity would be one or two, and whether a row
   is served would hang on who else is in the batch, padding included.
@@ -236,8 +319,8 @@ def without_capacity(c: ModelConfig) -> ModelConfig:
 
 
 def routing_groups(size: int, tokens: int) -> int:
-  """How many groups of `size` tokens; 0: one of all. Fewer tokens than a
-  group (in decoding) are one group."""
+  """Returns how many groups of `size` tokens there are; 0: one of all. Fewer
+  tokens than a group (in decoding) are one group."""
   if not size or tokens <= size:
     return 1
   require(tokens % size == 0,

@@ -637,25 +637,7 @@ def check_router(c: ModelConfig, stack: str) -> None:
         'ones, which a prediction must not see; choose another router, or an '
         'encoder')
 
-  # The experts of a token.
-  require(router.top_k in (0, m.top_k),
-          f'model.moe.top_k is {m.top_k}, but model.moe.router {m.router} '
-          f'chooses {router.top_k}: set it to {router.top_k}, or choose router '
-          'topk')
-  if m.gate_inputs and (m.top_k != 1 or router.experts_choose):
-    raise RequestError(
-        f'model.moe.gate_inputs is True and model.moe.top_k {m.top_k}, and a '
-        'token has one input for all of its experts: set top_k to 1, or '
-        'gate_inputs to False')
-  if m.top_k > m.all_experts:
-    most = f'model.moe.num_experts {m.num_experts}'
-    if m.zero_experts:
-      most += f' + model.moe.zero_experts {m.zero_experts}'
-    raise RequestError(f'model.moe.top_k is {m.top_k}: choose 1 to {most}')
-  if 'moe.expert_groups' in router.fields:
-    _check_expert_groups(m, router)
-
-  # What else the mixture has.
+  _check_experts_of_token(m, router)
   if m.latent_dim and c.parametrization == 'mup':
     raise RequestError(
         f'model.moe.latent_dim is {m.latent_dim}, for which '
@@ -672,6 +654,26 @@ def check_router(c: ModelConfig, stack: str) -> None:
         'model.moe.dispatch sorted pads every expert to its capacity: set '
         'model.moe.capacity_factor and model.moe.eval_capacity_factor, or '
         'choose dispatch dropless')
+
+
+def _check_experts_of_token(m: MoEConfig, router: Router) -> None:
+  """Raises RequestError for experts that a token cannot have."""
+  require(router.top_k in (0, m.top_k),
+          f'model.moe.top_k is {m.top_k}, but model.moe.router {m.router} '
+          f'chooses {router.top_k}: set it to {router.top_k}, or choose router '
+          'topk')
+  if m.gate_inputs and (m.top_k != 1 or router.experts_choose):
+    raise RequestError(
+        f'model.moe.gate_inputs is True and model.moe.top_k {m.top_k}, and a '
+        'token has one input for all of its experts: set top_k to 1, or '
+        'gate_inputs to False')
+  if m.top_k > m.all_experts:
+    most = f'model.moe.num_experts {m.num_experts}'
+    if m.zero_experts:
+      most += f' + model.moe.zero_experts {m.zero_experts}'
+    raise RequestError(f'model.moe.top_k is {m.top_k}: choose 1 to {most}')
+  if 'moe.expert_groups' in router.fields:
+    _check_expert_groups(m, router)
 
 
 def _check_expert_groups(m: MoEConfig, router: Router) -> None:
@@ -740,7 +742,7 @@ SIGMOID = Router(functools.partial(scored, jax.nn.sigmoid),
 
 ROUTERS = {
     'topk': Router(topk, GROUPED),
-    # Of one choice; normalize_gates is accepted, and changes nothing.
+    # It has one choice; normalize_gates is accepted, and changes nothing.
     'switch': Router(switch, NORMALIZED, top_k=1),
     'gshard': Router(gshard, LEARNED, top_k=2, draws=True, counts_first=True,
                      whole=True),
@@ -761,7 +763,7 @@ ROUTERS = {
 }
 
 
-# What a routing costs and how it fares: auxiliary losses, the health panel.
+# The cost of a routing and how it fares: auxiliary losses, the health panel.
 #
 # With f_i the share of assignments that expert i gets, P_i the mean of the
 # router's probability for it and I_i = P_i / sum P the normalised importance:
