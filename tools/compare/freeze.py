@@ -5,7 +5,7 @@ changes of each size by its name, smallest first; and `EFFECT`, the smallest
 difference of the first measure that is wanted. The rest has defaults: `STUDY`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
 import numbers
@@ -76,51 +76,95 @@ def freeze(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
   """
   cost.off_devices()
   sweep, constants = read_study_file(file)
+
+  # The points, checked; where nothing has changed, those of the earlier plan.
   code = {name: provenance.this_start()[name] for name in ('commit', 'diff')}
-  inputs = code['commit'] and layout.checksum(plans.to_json(
-      [code, jax.__version__, sweep.base.to_dict(), sweep.points, constants]))
-  points = (kept.points if kept and kept.inputs and kept.inputs == inputs
-            else _points(sweep, constants))
+  inputs = ''
+  if code['commit']:
+    inputs = layout.checksum(plans.to_json(
+        [code, jax.__version__, sweep.base.to_dict(), sweep.points, constants]))
+  if kept is not None and inputs and kept.inputs == inputs:
+    points = kept.points
+  else:
+    points = _points(sweep, constants)
   configs = [spec.changed(sweep.base, row['changes'], 'it') for row in points]
-  bytes_per_token = _check_halves(configs[0])
-  mup = all(c.model.parametrization == 'mup' for c in configs)
-  measures = []
-  for measure in constants['MEASURES']:
-    at = [row['workload'] for row in points].index(measure['workload'])
-    measures.append(plans.Measure(**measure | {'chance': measures_lib.chance(
-        measure, configs[at], points[at]['vocab'],
-        bytes_per_token * (measure['workload'] == plans.TEXT), file)}))
-  last = [*constants['SIZES']][-1] if 'largest' in constants['SEEDS'] else None
-  sizes = tuple(size for size in constants['SIZES'] if size != last)
-  if last:
-    require(measures[0].better == plans.LOWER and all(
-        curves.cooled(run_config.flatten(config)) for config in configs),
-            f'{file}: SEEDS has `largest`, which a law of losses predicts: '
-            'less must be better of the first measure, and optim.schedule must '
-            "be 'wsd', 'cosine' or 'linear', with optim.decay_steps at 0")
+
+  measures = _measures(file=file, constants=constants, points=points,
+                       configs=configs)
+  sizes, largest = tuple(constants['SIZES']), None
+  if 'largest' in constants['SEEDS']:
+    *others, largest = sizes
+    sizes = tuple(others)
+    _check_predictable(file, measures[0], configs)
+  # With muP the values of the smallest size hold for all of them.
+  is_mup = all(c.model.parametrization == 'mup' for c in configs)
+  tuned_sizes = sizes[:1] if is_mup else sizes
+
+  settings = {name: x for name, x in constants.items() if name not in STUDY}
+  variants = tuple(point.name for point in sweep.points
+                   if point.name != sweep.base_name)
   plan = plans.Plan(
-      name=sweep.name, question=constants['QUESTION'], file=file,
-      base=sweep.base_name, variants=tuple(
-          point.name for point in sweep.points
-          if point.name != sweep.base_name),
-      sizes=sizes, workloads=tuple(constants['WORKLOADS']),
-      measures=tuple(measures), seeds=constants['SEEDS'],
-      tuning=constants['TUNING'], effect=float(constants['EFFECT']),
-      alpha=constants['ALPHA'], q=constants['Q'], power=constants['POWER'],
-      unstable=float(constants['UNSTABLE']), match=constants['MATCH'],
+      name=sweep.name,
+      question=constants['QUESTION'],
+      file=file,
+      base=sweep.base_name,
+      variants=variants,
+      sizes=sizes,
+      largest=largest,
+      tuned_sizes=tuned_sizes,
+      workloads=tuple(constants['WORKLOADS']),
+      measures=tuple(measures),
+      seeds=constants['SEEDS'],
+      tuning=constants['TUNING'],
+      effect=float(constants['EFFECT']),
+      alpha=constants['ALPHA'],
+      q=constants['Q'],
+      power=constants['POWER'],
+      unstable=float(constants['UNSTABLE']),
+      match=constants['MATCH'],
       match_field=constants['MATCH_FIELD'] if constants['MATCH'] else '',
-      tuned_sizes=sizes[:1 if mup else None], largest=last,
       margin=float(constants['MARGIN']) or None,
       floor=float(constants['FLOOR']) or None,
       least_snr=float(constants['LEAST_SNR']) or None,
-      settings={name: x for name, x in constants.items() if name not in STUDY}
-      or None, replication=constants['REPLICATION'],
-      target=float(constants['TARGET']) or None)
-  frozen = plans.Frozen(plan, sweep.base.to_dict(), points,
-                        cost.contents(configs), code, inputs=inputs or '')
+      target=float(constants['TARGET']) or None,
+      settings=settings or None,
+      replication=constants['REPLICATION'])
+  frozen = plans.Frozen(
+      plan=plan, base_config=sweep.base.to_dict(), points=points,
+      sources=cost.contents(configs), code=code, inputs=inputs)
+
+  # Which seeds the study has may hang on everything else that is planned.
   offset = constants['SEED_OFFSET']
-  return dataclasses.replace(frozen, plan=dataclasses.replace(
-      plan, offset=frozen.drawn if offset < 0 else offset))
+  if offset < 0:
+    offset = frozen.drawn
+  return dataclasses.replace(
+      frozen, plan=dataclasses.replace(plan, offset=offset))
+
+
+def _measures(file: str, constants: Mapping, points: Sequence[Mapping],
+              configs: Sequence) -> list[plans.Measure]:
+  """Returns the measures, each with what guessing gives."""
+  bytes_per_token = _check_halves(configs[0])
+  workloads = [row['workload'] for row in points]
+  measures = []
+  for entry in constants['MEASURES']:
+    at = workloads.index(entry['workload'])
+    is_text = entry['workload'] == plans.TEXT
+    chance = measures_lib.chance(
+        measure=entry, config=configs[at], vocab=points[at]['vocab'],
+        bytes_per_token=bytes_per_token if is_text else 0.0, file=file)
+    measures.append(plans.Measure(**entry | {'chance': chance}))
+  return measures
+
+
+def _check_predictable(file: str, primary: plans.Measure, configs: Sequence
+                       ) -> None:
+  """Raises RequestError where a law of losses cannot predict a size."""
+  are_cooled = all(curves.cooled(run_config.flatten(c)) for c in configs)
+  require(primary.better == plans.LOWER and are_cooled,
+          f'{file}: SEEDS has `largest`, which a law of losses predicts: '
+          'less must be better of the first measure, and optim.schedule must '
+          "be 'wsd', 'cosine' or 'linear', with optim.decay_steps at 0")
 
 
 def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
@@ -131,58 +175,104 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   Raises:
     RequestError: for what no study can be made of.
   """
-  module, constants = spec.module_of(file), {}
+  module = spec.module_of(file)
+  constants = {}
   for name, default in STUDY.items():
-    kind, form = _FORMS.get(name, (
-        numbers.Real if isinstance(default, float) else type(default), default))
-    constants[name] = value = getattr(module, name, default)
-    require(isinstance(value, kind), f'{file}: {name} is {short(value)}: '
-            f'write it as {form!r}')
+    constants[name] = getattr(module, name, default)
+    _check_form(file, name, constants[name])
   seeds = STUDY['SEEDS'] | constants['SEEDS']
-  for phase in seeds:
-    one_of('phase of SEEDS', phase, phases.PHASES)
-  constants['SEEDS'] = {phase.name: seeds[phase.name]
-                        for phase in phases.of(seeds)}
+  constants['SEEDS'] = _checked_seeds(file, seeds)
   for phase in phases.of(seeds):
-    number = seeds[phase.name]
-    require(type(number) is int and phase.least <= number <= phases.APART,
-            f'{file}: SEEDS has {number!r} for {phase.name}: choose a whole '
-            f'number from {phase.least} to {phases.APART:,}')
     for name, default in phase.constants.items():
       constants[name] = getattr(module, name, default)
       check_type(constants[name], default, f'{file}: {name}')
   sweep = spec.read_sweep_file(file, seeds=1, known=constants)
-  for name, most in (('EFFECT', 1e30), ('ALPHA', 1), ('Q', 1), ('POWER', 1)):
-    check_number(f'{file}: {name}', constants[name], (('>', 0), ('<', most)))
-  for name in ('MARGIN', 'FLOOR', 'LEAST_SNR', 'TARGET'):
-    check_number(f'{file}: {name}', constants[name], (('>=', 0), ('<', 1e30)))
-  check_number(f'{file}: UNSTABLE', constants['UNSTABLE'],
-               (('>=', 0), ('<=', 1)))
-  check_number(f'{file}: REPLICATION', constants['REPLICATION'],
-               (('>=', 1), ('<=', 10_000)))
-  check_number(f'{file}: SEED_OFFSET', constants['SEED_OFFSET'],
-               (('>=', -1), ('<=', plans.STUDY_APART * plans.PLACES)))
+  _check_ranges(file, constants)
+  _check_names(file, constants)
+
+  # What a file may leave out follows from the rest of it.
+  constants['TUNING'] = _tuning(file, constants['TUNING'], sweep.base)
+  _check_overlaps(file, sweep, constants)
+  workloads = constants['WORKLOADS']
+  entries = constants['MEASURES']
+  if not entries:
+    entries = [_usual_measure(workload) for workload in workloads]
+  constants['MEASURES'] = measures_lib.completed(entries, workloads, file)
+  return sweep, constants
+
+
+def _check_form(file: str, name: str, value: Any) -> None:
+  """Raises RequestError for a constant of another type than it has."""
+  default = STUDY[name]
+  if name in _FORMS:
+    kind, example = _FORMS[name]
+  else:
+    kind = numbers.Real if isinstance(default, float) else type(default)
+    example = default
+  require(isinstance(value, kind), f'{file}: {name} is {short(value)}: '
+          f'write it as {example!r}')
+
+
+def _checked_seeds(file: str, seeds: Mapping[str, Any]) -> dict[str, int]:
+  """Returns the seeds of each phase, in the order of the phases."""
+  for phase in seeds:
+    one_of('phase of SEEDS', phase, phases.PHASES)
+  ordered = {}
+  for phase in phases.of(seeds):
+    number = ordered[phase.name] = seeds[phase.name]
+    require(type(number) is int and phase.least <= number <= phases.APART,
+            f'{file}: SEEDS has {number!r} for {phase.name}: choose a whole '
+            f'number from {phase.least} to {phases.APART:,}')
+  return ordered
+
+
+# The ranges of the numbers of a study's file.
+_RANGES = {
+    'EFFECT': (('>', 0), ('<', 1e30)),
+    'ALPHA': (('>', 0), ('<', 1)),
+    'Q': (('>', 0), ('<', 1)),
+    'POWER': (('>', 0), ('<', 1)),
+    'MARGIN': (('>=', 0), ('<', 1e30)),
+    'FLOOR': (('>=', 0), ('<', 1e30)),
+    'LEAST_SNR': (('>=', 0), ('<', 1e30)),
+    'TARGET': (('>=', 0), ('<', 1e30)),
+    'UNSTABLE': (('>=', 0), ('<=', 1)),
+    'REPLICATION': (('>=', 1), ('<=', 10_000)),
+    'SEED_OFFSET': (('>=', -1), ('<=', plans.STUDY_APART * plans.PLACES))}
+
+
+def _check_ranges(file: str, constants: Mapping) -> None:
+  """Raises RequestError for a number outside its range, and another match."""
+  for name, bounds in _RANGES.items():
+    check_number(f'{file}: {name}', constants[name], bounds)
   one_of('MATCH', constants['MATCH'], ('', *spec.MATCH))
+
+
+def _check_names(file: str, constants: Mapping) -> None:
+  """Raises RequestError for sizes or workloads that are none, or too few."""
   for name in ('SIZES', 'WORKLOADS'):
     for key, fields in constants[name].items():
-      require(re.fullmatch(r'[\w=+-]+', str(key)) is not None
-              and isinstance(fields, Mapping), f'{file}: {name} has {key!r}: '
+      is_name = re.fullmatch(r'[\w=+-]+', str(key)) is not None
+      require(is_name and isinstance(fields, Mapping),
+              f'{file}: {name} has {key!r}: '
               f'{short(fields)}: write a name of letters and digits, and the '
               "fields that it changes, as 'small': {'model.d_model': 64}")
-  least = LEAST_SIZES + ('largest' in constants['SEEDS'])
+  least = LEAST_SIZES
+  if 'largest' in constants['SEEDS']:
+    least += 1
   require(len(constants['SIZES']) >= least, f'{file}: SIZES has '
           f'{len(constants["SIZES"])} of them: this study has at least '
           f'{least}, since a verdict must agree over sizes')
-  workloads = constants['WORKLOADS']
-  require(next(iter(workloads), '') == plans.TEXT, f'{file}: WORKLOADS begins '
-          f'with {next(iter(workloads), "nothing")!r}: begin it with '
-          f'{plans.TEXT!r}, which probes stand beside')
-  constants['TUNING'] = _tuning(file, constants['TUNING'], sweep.base)
-  _check_overlaps(file, sweep, constants)
-  constants['MEASURES'] = measures_lib.completed(constants['MEASURES'] or [
-      {'workload': name, 'figure': 'loss' if name == plans.TEXT else 'accuracy'}
-      for name in workloads], workloads, file)
-  return sweep, constants
+  first = next(iter(constants['WORKLOADS']), '')
+  require(first == plans.TEXT, f'{file}: WORKLOADS begins with '
+          f'{first or "nothing"!r}: begin it with {plans.TEXT!r}, which probes '
+          'stand beside')
+
+
+def _usual_measure(workload: str) -> dict[str, str]:
+  """Returns the loss of the text, or the accuracy of a probe."""
+  figure = 'loss' if workload == plans.TEXT else 'accuracy'
+  return {'workload': workload, 'figure': figure}
 
 
 def _tuning(file: str, entries: Mapping, base) -> plans.Tuning:
@@ -194,17 +284,26 @@ def _tuning(file: str, entries: Mapping, base) -> plans.Tuning:
   tuning = plans.Tuning(**{**entries, 'fields': fields})
   for name, values in fields.items():
     who = f'{file}: TUNING of {name}'
-    require(isinstance(values, tuple | list) and len(values) > 1
-            and list(values) == sorted(set(values)) and values[0] > 0,
+    are_several = isinstance(values, tuple | list) and len(values) > 1
+    require(are_several and _rise_from_zero(values),
             f'{who} is {short(values)}: write two values or more above 0, '
             'rising')
     for value in values:
       spec.changed(base, {name: value}, who)
-  require(type(tuning.rungs) is int and 1 <= tuning.rungs <= 10
-          and type(tuning.extend) is int and 0 <= tuning.extend <= 10
-          and 0 < tuning.keep < 1, f'{file}: TUNING is {short(entries)}: keep '
+  is_search = (_is_whole(tuning.rungs, 1, 10) and 0 < tuning.keep < 1
+               and _is_whole(tuning.extend, 0, 10))
+  require(is_search, f'{file}: TUNING is {short(entries)}: keep '
           'is a share between 0 and 1, rungs from 1 to 10, extend from 0 to 10')
   return tuning
+
+
+def _rise_from_zero(values: Sequence) -> bool:
+  """Returns whether each value is larger than the one before, and than 0."""
+  return list(values) == sorted(set(values)) and values[0] > 0
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+  return type(value) is int and least <= value <= most
 
 
 def _check_overlaps(file: str, sweep: spec.Sweep, constants: Mapping) -> None:
@@ -218,21 +317,24 @@ def _check_overlaps(file: str, sweep: spec.Sweep, constants: Mapping) -> None:
     value = sweep.base[name]
     require(not value, f'{file}: get_config() sets {name} to '
             f'{value!r}, which the study sets itself: leave it out')
+  setters = {
+      'the study itself': [_STUDY_FIELDS],
+      'TUNING': [constants['TUNING'].fields],
+      'a size': constants['SIZES'].values(),
+      'a workload': constants['WORKLOADS'].values(),
+      'a variant': points.values()}
   owners: dict[str, str] = {}
-  for who, groups in (
-      ('the study itself', [_STUDY_FIELDS]),
-      ('TUNING', [constants['TUNING'].fields]),
-      ('a size', constants['SIZES'].values()),
-      ('a workload', constants['WORKLOADS'].values()),
-      ('a variant', points.values())):
+  for who, groups in setters.items():
     fields = set(itertools.chain(*groups))
     for field in fields:
       # Variants may be the base with other first parameters.
-      twin = field == 'init_seed' and who == 'a variant'
-      require(field not in owners or twin, f'{file}: {owners.get(field)} and '
-              f'{who} both set {field}: leave it to {owners.get(field)}')
-      require(who not in ('TUNING', 'a variant') or twin
-              or not field.startswith(_DATA), f'{file}: {who} sets {field}: '
+      if field == 'init_seed' and who == 'a variant':
+        continue
+      owner = owners.get(field)
+      require(owner is None, f'{file}: {owner} and {who} both set {field}: '
+              f'leave it to {owner}')
+      changes_data = field.startswith(_DATA) and who in ('TUNING', 'a variant')
+      require(not changes_data, f'{file}: {who} sets {field}: '
               'every variant of a study has the same data and as many steps as '
               'the base, or no difference would be its own')
     owners |= dict.fromkeys(fields, who)
@@ -240,16 +342,21 @@ def _check_overlaps(file: str, sweep: spec.Sweep, constants: Mapping) -> None:
 
 def _points(sweep: spec.Sweep, constants: Mapping) -> list[dict]:
   """Returns the rows of Frozen.points, those of the base first."""
-  work = [(size, workload, point) for size in constants['SIZES']
-          for matched in [_matched(sweep, constants, size)]
-          for workload in constants['WORKLOADS'] for point in matched]
+  work = []
+  for size in constants['SIZES']:
+    matched = _matched(sweep, constants, size)
+    for workload in constants['WORKLOADS']:
+      work += [(size, workload, point) for point in matched]
   work.sort(key=lambda row: row[2].name != sweep.base_name)
-  rows = [_row(sweep, constants, *each)
-          for each in progress.each(work, 'points checked')]
-  params = [row['params'] for row in rows if (
-      row['variant'], row['workload']) == (sweep.base_name, plans.TEXT)]
+  rows = []
+  for size, workload, point in progress.each(work, 'points checked'):
+    rows.append(_row(sweep=sweep, constants=constants, size=size,
+                     workload=workload, point=point))
+  params = [row['params'] for row in rows if row['workload'] == plans.TEXT
+            and row['variant'] == sweep.base_name]
+  listed = ', '.join(f'{n:,}' for n in params)
   require(params == sorted(set(params)), f'{sweep.file}: the base has '
-          f'{", ".join(f"{n:,}" for n in params)} parameters at the sizes '
+          f'{listed} parameters at the sizes '
           f'{", ".join(constants["SIZES"])}: write them smallest first')
   return rows
 
@@ -259,13 +366,15 @@ def _matched(sweep: spec.Sweep, constants: Mapping, size: str
   """Returns the variants as they are at a size: what is matched is solved on
   the text, and is the same on every workload."""
   who = f'{sweep.file}, size {size!r}'
-  base = spec.changed(sweep.base, _workload(sweep, constants, size, plans.TEXT),
-                      who)
+  changes = _workload(sweep, constants, size, plans.TEXT)
+  base = spec.changed(sweep.base, changes, who)
   if not constants['MATCH']:
     return sweep.points
   with spec.naming(who):
-    return cost.match(dataclasses.replace(sweep, base=base), constants['MATCH'],
-                      constants['MATCH_FIELD']).points
+    at_size = dataclasses.replace(sweep, base=base)
+    solved = cost.match(
+        at_size, constants['MATCH'], constants['MATCH_FIELD'])
+    return solved.points
 
 
 def _workload(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
@@ -277,38 +386,47 @@ def _workload(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
     changes['eval.tasks'] = ','.join(tasks)
   if workload == plans.TEXT:
     return changes | fields
-  changes |= {name: base_config.FIELDS[name].default
-              for name in objectives.OBJECTIVES['probe'].ignores}
-  of_size = lambda name: changes.get(name, base[name])
+
+  # A probe: what its objective does not read is as if it were not set.
+  for name in objectives.OBJECTIVES['probe'].ignores:
+    changes[name] = base_config.FIELDS[name].default
+
+  def of_size(name: str) -> Any:
+    return changes.get(name, base[name])
+
+  # A schedule is as much longer as the run; reports are as a size has them.
   steps = fields.get('train.steps', of_size('train.steps'))
   longer = steps / of_size('train.steps')
-  # A schedule is as much longer as the run; reports are as a size has them.
   schedule = {name: round(of_size(name) * longer)
               for name in ('optim.warmup_steps', 'optim.decay_steps')}
   reports = {'eval.every_steps': steps, 'checkpoint.every_steps': steps,
              'log.every_steps': max(steps // 10, 1)}
-  return reports | changes | schedule | {
-      'objective': 'probe', 'data.source': f'probe:{workload}',
-      'model.vocab_size': 0, 'model.max_len': 0} | fields
+  probe = {'objective': 'probe', 'data.source': f'probe:{workload}',
+           'model.vocab_size': 0, 'model.max_len': 0}
+  return reports | changes | schedule | probe | fields
 
 
 def _row(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
          point: spec.Point) -> dict:
+  """Returns the row of a variant at a size on a workload, once it is checked.
+  """
   variant = f'variant {point.name!r}'
   where = f'{sweep.file}, {variant} at size {size!r} on {workload!r}'
   asked = [measure for measure in constants['MEASURES']
            if measure['workload'] == workload]
   with spec.naming(where):
-    changes = {**_workload(sweep, constants, size, workload, measures_lib.tasks(
-        constants['MEASURES'], workload)), **point.changes}
+    # The config of its runs.
+    tasks = measures_lib.tasks(constants['MEASURES'], workload)
+    changes = _workload(sweep=sweep, constants=constants, size=size,
+                        workload=workload, tasks=tasks) | point.changes
     config = spec.changed(sweep.base, changes, 'it')
+
+    # Whether they can run, with each value that is tried, and be compared.
     for measure in asked:
       measures_lib.check_of_task(measure, config, variant)
     cost.check(config, changes)
-    for name, values in constants['TUNING'].fields.items():
-      for value in values if workload == plans.TEXT else ():
-        preflight.check_config(spec.changed(config, {name: value}, 'TUNING'),
-                               [name])
+    if workload == plans.TEXT:
+      _check_tuned(config, constants['TUNING'])
     require(config.eval.every_steps > 0, 'eval.every_steps is 0: a study '
             'compares held-out losses after the last step; set it to '
             'train.steps, or to less for curves and speed-ups')
@@ -318,13 +436,24 @@ def _row(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
     require(config.train.steps * share >= 1, 'TUNING buys less than one run: '
             f'its first rung trains {share:.3g} of {config.train.steps} steps, '
             'which is less than one step; take fewer rungs, or a larger keep')
-    figures = cost.of(config)
+
+    # What a run costs, and the loss of guessing.
+    figures = cost.of(config)._asdict()
+    if workload == plans.TEXT:
+      figures['body'] = cost.body(config)
     vocab = cost.resolved(config).vocab_size
     guess = measures_lib.guess(asked, config, vocab)
-    body = {'body': cost.body(config)} if workload == plans.TEXT else {}
   return {'variant': point.name, 'size': size, 'workload': workload,
           'changes': changes, 'matched': list(point.matched),
-          **figures._asdict(), **body, 'vocab': vocab, 'guess': guess}
+          **figures, 'vocab': vocab, 'guess': guess}
+
+
+def _check_tuned(config, tuning: plans.Tuning) -> None:
+  """Raises RequestError for a value of the search that a run cannot have."""
+  for name, values in tuning.fields.items():
+    for value in values:
+      tried = spec.changed(config, {name: value}, 'TUNING')
+      preflight.check_config(tried, [name])
 
 
 def _check_halves(config) -> float:
@@ -337,7 +466,8 @@ def _check_halves(config) -> float:
   require(bool(config.data.holdout_every or config.data.eval_source),
           'data.holdout_every is 0: a study needs text that is held out')
   for part in ('first', 'second'):  # see Phase.part
-    loaders = pipeline.held_out(
-        spec.changed(config, {'eval.part': part}, 'it'), tokenizer)
-  return sum(x.share * x.bytes_per_token for x in loaders) / sum(
-      x.share for x in loaders)
+    half = spec.changed(config, {'eval.part': part}, 'it')
+    loaders = pipeline.held_out(half, tokenizer)
+  # The mean over the sources, each by its share.
+  shares = sum(x.share for x in loaders)
+  return sum(x.share * x.bytes_per_token for x in loaders) / shares

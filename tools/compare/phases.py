@@ -42,8 +42,9 @@ class Run(NamedTuple):
   Attributes:
     phase, variant, size, workload, seed: as in an Outcome.
     point: the name of its point in the sweep of its folder.
-    changes: of the study's base config, but for the seed.
-    share: of the steps that a run of its size and workload takes.
+    changes: what it changes in the study's base config, but for the seed.
+    share: the share that it trains of the steps that a run of its size and
+      workload takes.
   """
   phase: str
   variant: str
@@ -60,8 +61,8 @@ class State:
   """What a study has found so far.
 
   Attributes:
-    trainer: of the runs.
-    outcomes: of all runs.
+    trainer: the trainer of the runs.
+    outcomes: the outcomes of all runs.
     records: what the phases decided, by the keys of results.json (plan.py).
     finished: the names of the phases that are over.
   """
@@ -72,8 +73,8 @@ class State:
 
   def train(self, phase: 'Phase', runs: list[Run], rung: int = 0) -> list:
     """Returns the outcomes of runs; each rung of a phase has its folder."""
-    outcomes = self.trainer.train(
-        f'{phase.name}-{rung}' if rung else phase.name, runs)
+    folder = f'{phase.name}-{rung}' if rung else phase.name
+    outcomes = self.trainer.train(folder, runs)
     self.outcomes += outcomes
     return outcomes
 
@@ -82,7 +83,9 @@ class State:
     """Why the study cannot find what it is after; '' where it can, or where
     the noise is not known yet."""
     announced = self.records.get('announced')
-    return '' if not announced or announced.enough else announced.sentence
+    if announced is None or announced.enough:
+      return ''
+    return announced.sentence
 
 
 def of(seeds: Collection[str]) -> list['Phase']:
@@ -96,7 +99,7 @@ def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
 
   Args:
     frozen: the plan.
-    trainer: of the runs.
+    trainer: the trainer of the runs.
     until: the last phase; REPORT: all.
     anyway: whether to go on where the noise is too large for the effect.
 
@@ -106,9 +109,11 @@ def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
   """
   state = State(trainer)
   for phase in of(frozen.plan.seeds):
+    # Measures of too little signal to noise go no further.
     snrs = {row.measure: row.snr for row in state.records.get('noise', ())}
-    state.records |= phase.run(dataclasses.replace(
-        frozen, plan=noise.going_on(frozen.plan, snrs)), state)
+    going = dataclasses.replace(
+        frozen, plan=noise.going_on(frozen.plan, snrs))
+    state.records |= phase.run(going, state)
     state.finished.append(phase.name)
     yield state
     if state.weakness and not anyway:
@@ -122,7 +127,8 @@ def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
   """A phase: variants beside the base, with the values that were tuned, which
-  the report tables. Noise and Tune are of other kinds.
+  the report tables. A phase that differs in more than these fields is a class
+  of its own.
 
   The verdict of a study is that of `confirm`, or of a phase before it that lets
   a variant go no further. What a later phase finds stands beside it.
@@ -138,15 +144,10 @@ class Phase:
       SEEDS says how many has this phase.
     part: the half of the held-out text that its runs are evaluated on
       (eval.part). What confirms has a half that no phase before it sees.
-    least: how many it needs.
+    least: how many seeds it needs.
     decide: (plan, outcomes, name) -> what follows: a Verdict of each variant
       and measure, with the phase's own words where it has others; the plan is
       that of `narrow`, the outcomes are those of all phases so far.
-    enter: (plan, records so far) -> the variants that are run; a record has a
-      row of each measure, so a variant may stand in it more than once.
-    narrow: plan -> the same with the sizes and the measures that this phase
-      compares; by default all of them.
-    note: plan -> what stands beside its costs.
     methods: a paragraph of the report, made by str.format(plan=plan), which
       takes no index from the end such as {plan.sizes[-1]}, where
       templates/methods.txt.jinja does not say it.
@@ -159,52 +160,81 @@ class Phase:
   part: str = 'second'
   least: int = statistics.MIN_SEEDS
   decide: Callable[..., list] = decide.confirm
-  enter: Callable[..., Sequence[str]] = lambda plan, records: plan.variants
-  narrow: Callable[[plans.Plan], plans.Plan] = lambda plan: plan
-  note: Callable[[plans.Plan], str] = lambda plan: ''
   methods: str = ''
   constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+  def enter(self, plan: plans.Plan, records: Mapping[str, Any]
+            ) -> Sequence[str]:
+    """Returns the variants that are run; a record has a row of each measure, so
+    a variant may stand in it more than once."""
+    return plan.variants
+
+  def narrow(self, plan: plans.Plan) -> plans.Plan:
+    """Returns the plan with the sizes and the measures that this phase
+    compares; by default all of them."""
+    return plan
+
+  def note(self, plan: plans.Plan) -> str:
+    """Returns what stands beside its costs."""
+    return ''
+
   def seeds_of(self, plan: plans.Plan) -> tuple[int, ...]:
+    """Returns the seeds of its runs."""
     first = (plan.offset or 0) + self.block * APART
-    return tuple(first + i for i in range(plan.seeds[self.name]))
+    return tuple(range(first, first + plan.seeds[self.name]))
 
   def runs(self, frozen: plans.Frozen, best: Callable[[str, str, str], Changes],
            variants: Sequence[str]) -> list[Run]:
-    """Returns the runs of the base and of variants with the best values of
-    (variant, size, workload): of a size that was not tuned, those of the
-    largest that was."""
+    """Returns the runs of the base and of variants.
+
+    Args:
+      frozen: the plan.
+      best: a function of (variant, size, workload) that returns the values that
+        were tuned; of a size that was not, those of the largest that was.
+      variants: the variants that are run.
+    """
     plan = self.narrow(frozen.plan)
-    return [run_of(frozen, self.name, variant, size, workload, seed, best(
-        variant, size if size in plan.tuned_sizes else plan.tuned_sizes[-1],
-        workload))
-            for size in plan.sizes for workload in plan.workloads
-            if plan.of_workload(workload)
-            for variant in dict.fromkeys((plan.base, *variants))
-            for seed in self.seeds_of(plan)]
+    runs = []
+    for size in plan.sizes:
+      tuned_size = size if size in plan.tuned_sizes else plan.tuned_sizes[-1]
+      for workload in plan.workloads:
+        if not plan.of_workload(workload):
+          continue
+        for variant in dict.fromkeys((plan.base, *variants)):
+          for seed in self.seeds_of(plan):
+            runs.append(run_of(
+                frozen=frozen, phase=self.name, variant=variant, size=size,
+                workload=workload, seed=seed,
+                more=best(variant, tuned_size, workload)))
+    return runs
 
   def most(self, frozen: plans.Frozen) -> list[Run]:
     """Returns the runs that it asks for at most, whatever is found before."""
     plan = frozen.plan
     first = {name: values[0] for name, values in plan.tuning.fields.items()}
-    return self.runs(frozen, lambda *at: first, plan.variants)
+    return self.runs(frozen, lambda *point: first, plan.variants)
 
   def run(self, frozen: plans.Frozen, state: State) -> dict[str, Any]:
     """Trains what follows from what was found; returns what it decides, by the
     keys of results.json."""
     tuned = {(row.variant, row.size, row.workload): row.changes
              for row in state.records.get('tuned', ())}
-    if variants := self.enter(frozen.plan, state.records):
-      state.train(self, self.runs(frozen, lambda *at: tuned[at], variants))
-    return {self.name: self.decide(
-        self.narrow(frozen.plan), state.outcomes, self.name)}
+    variants = self.enter(frozen.plan, state.records)
+    if variants:
+      runs = self.runs(frozen, lambda *point: tuned[point], variants)
+      state.train(self, runs)
+    plan = self.narrow(frozen.plan)
+    return {self.name: self.decide(plan, state.outcomes, self.name)}
 
   def summary(self, records: Mapping[str, Any]) -> list[str]:
     """Returns what it decided, in lines."""
-    return [f'  {row.variant}, {row.measure}: '
-            f'{page.estimate(row.effect, row.low, row.high).text}, corrected p '
-            f'{page.p_value(row.p_corrected).text}: {row.verdict}'
-            for row in records[self.name]]
+    lines = []
+    for row in records[self.name]:
+      effect = page.estimate(row.effect, row.low, row.high).text
+      p = page.p_value(row.p_corrected).text
+      lines.append(f'  {row.variant}, {row.measure}: {effect}, corrected p '
+                   f'{p}: {row.verdict}')
+    return lines
 
 
 class Noise(Phase):
@@ -213,8 +243,13 @@ class Noise(Phase):
   first is also seen with another order (advice.split)."""
 
   def runs(self, frozen, best, variants):
-    apart = {frozen.plan.base: {}, plans.AGAIN: {'init_seed': starts.AS_NEXT}}
-    return super().runs(frozen, lambda name, *at: apart[name], [plans.AGAIN])
+    changes = {frozen.plan.base: {},
+               plans.AGAIN: {'init_seed': starts.AS_NEXT}}
+
+    def apart(variant: str, size: str, workload: str) -> Changes:
+      return changes[variant]
+
+    return super().runs(frozen, apart, [plans.AGAIN])
 
   def run(self, frozen, state):
     rows = super().run(frozen, state)[self.name]
@@ -222,41 +257,44 @@ class Noise(Phase):
             'advice': advice.sentence(frozen.plan, state.outcomes)}
 
   def summary(self, records):
-    return [records['announced'].sentence, *filter(None, [records['advice']])]
-
-
-class Largest(Phase):
-  """The largest size, which no other phase has, once it was predicted; the
-  verdict does not depend on it."""
-
-  def run(self, frozen, state):
-    plan = frozen.plan
-    rows = efficiency.predict(plan, state.outcomes, {
-        variant: row['tokens'] * row['flops_per_token']
-        for variant in (plan.base, *plan.variants)
-        for row in [frozen.point(variant, plan.largest, plans.TEXT)]})
-    return {'predicted': state.trainer.predicted(self.name, rows)} | (
-        super().run(frozen, state))
+    lines = [records['announced'].sentence]
+    if records['advice']:
+      lines.append(records['advice'])
+    return lines
 
 
 class Tune(Phase):
   """The search of each variant and the base, rung by rung."""
 
+  def note(self, plan):
+    searched = len(searches(plan)) * len(plan.tuning.fields)
+    more = searched * plan.tuning.extend * plan.seeds['tune']
+    if not more:
+      return ''
+    return f'and at most {more} more runs, where an optimum is at an edge'
+
   def runs_of(self, frozen: plans.Frozen, search: 'Search') -> list[list[Run]]:
     """Returns the runs of each candidate of a search."""
-    return [[run_of(frozen, self.name, *search.name, seed, changes,
-                    search.share)
-             for seed in self.seeds_of(frozen.plan)]
-            for changes in search.candidates]
+    runs = []
+    for changes in search.candidates:
+      runs.append([
+          run_of(frozen=frozen, phase=self.name, variant=search.variant,
+                 size=search.size, workload=search.workload, seed=seed,
+                 more=changes, share=search.share)
+          for seed in self.seeds_of(frozen.plan)])
+    return runs
 
   def most(self, frozen):
-    """Those of all rungs: which candidates survive does not matter here."""
+    """Returns the runs of all rungs: which candidates survive does not matter
+    here."""
     runs, tuning = [], frozen.plan.tuning
     for search in searches(frozen.plan):
-      for search.rung in range(tuning.rungs):
-        runs += itertools.chain(*self.runs_of(frozen, search))
-        search.candidates = search.candidates[:kept(
-            tuning, len(search.candidates))]
+      for rung in range(tuning.rungs):
+        search.rung = rung
+        for candidate in self.runs_of(frozen, search):
+          runs += candidate
+        survivors = kept(tuning, len(search.candidates))
+        search.candidates = search.candidates[:survivors]
     return runs
 
   def run(self, frozen, state):
@@ -264,48 +302,118 @@ class Tune(Phase):
     for rung in itertools.count(1):
       going = [search for search in each if search.candidates]
       if not going:
-        return {'tuned': [search.result() for search in each]}
+        break
+      # All searches train at once, and each takes its own outcomes.
       asked = [self.runs_of(frozen, search) for search in going]
-      outcomes = iter(state.train(
-          self, [*itertools.chain(*itertools.chain(*asked))], rung))
+      runs = []
+      for candidates in asked:
+        runs += itertools.chain(*candidates)
+      outcomes = iter(state.train(self, runs, rung))
       for search, candidates in zip(going, asked):
-        search.take(frozen.steps(candidates[0][0].changes),
-                    [[next(outcomes) for _ in candidate]
-                     for candidate in candidates])
+        steps = frozen.steps(candidates[0][0].changes)
+        taken = [list(itertools.islice(outcomes, len(candidate)))
+                 for candidate in candidates]
+        search.take(steps, taken)
+    return {'tuned': [search.result() for search in each]}
 
   def summary(self, records):
-    return [f'  {row.workload} {row.size} {row.variant}: {row.changes}, at the '
-            f'edge: {", ".join(row.at_edge) or "none"}'
-            for row in records['tuned']]
+    lines = []
+    for row in records['tuned']:
+      at_edge = ', '.join(row.at_edge) or 'none'
+      lines.append(f'  {row.workload} {row.size} {row.variant}: {row.changes}, '
+                   f'at the edge: {at_edge}')
+    return lines
+
+
+class Screen(Phase):
+  """All variants at the smallest size, by the primary measure."""
+
+  def narrow(self, plan):
+    return dataclasses.replace(
+        plan, sizes=plan.sizes[:1], measures=plan.measures[:1])
+
+
+class Rescreen(Phase):
+  """The most promising of the variants that were stopped, at the next size."""
+
+  def enter(self, plan, records):
+    promising = decide.promising(plan, records['screen'])
+    return promising[:plan.settings['KEEP']]
+
+  def narrow(self, plan):
+    return dataclasses.replace(
+        plan, sizes=plan.sizes[1:2], measures=plan.measures[:1])
+
+
+class Confirm(Phase):
+  """The variants that passed a screening, at all sizes."""
+
+  def enter(self, plan, records):
+    passed = []
+    for name in ('screen', 'rescreen'):
+      for row in records.get(name, ()):
+        if row.verdict == decide.PASSED:
+          passed.append(row.variant)
+    return passed
+
+  def note(self, plan):
+    return 'if every variant passes the screening'
+
+
+class Largest(Phase):
+  """The largest size, which no other phase has, once it was predicted; the
+  verdict does not depend on it."""
+
+  def enter(self, plan, records):
+    return [row.variant for row in records['confirm']]
+
+  def narrow(self, plan):
+    return dataclasses.replace(plan, sizes=(plan.largest,))
+
+  def note(self, plan):
+    return 'if every variant is confirmed'
+
+  def run(self, frozen, state):
+    plan = frozen.plan
+    flops = {}
+    for variant in (plan.base, *plan.variants):
+      point = frozen.point(variant, plan.largest, plans.TEXT)
+      flops[variant] = point['tokens'] * point['flops_per_token']
+    rows = efficiency.predict(plan, state.outcomes, flops)
+    predicted = state.trainer.predicted(self.name, rows)
+    return {'predicted': predicted} | super().run(frozen, state)
 
 
 def run_of(frozen: plans.Frozen, phase: str, variant: str, size: str,
            workload: str, seed: int, more: dict, share: float = 1.0) -> Run:
   """Returns a run of a point of the plan, with `more` changes."""
-  row = frozen.point(frozen.plan.base if variant == plans.AGAIN else variant,
-                     size, workload)
+  of_point = frozen.plan.base if variant == plans.AGAIN else variant
+  row = frozen.point(of_point, size, workload)
   changes = {**row['changes'], **more, 'eval.part': PHASES[phase].part}
   if share < 1:
     shorten(changes, frozen.base_config, share)
   if phase not in plans.WITH_CURVES:
     changes['eval.every_steps'] = frozen.steps(changes)
   name = f'{workload}.{size}.{variant}'
-  if phase == 'tune':
-    name += ''.join(f'.{field.rpartition(".")[2]}={value:g}'
-                    for field, value in more.items())
-  return Run(phase, variant, size, workload, seed, name, changes, share)
+  if phase == 'tune':  # each candidate is a point of its own
+    for field, value in more.items():
+      name += f'.{field.rpartition(".")[2]}={value:g}'
+  return Run(phase=phase, variant=variant, size=size, workload=workload,
+             seed=seed, point=name, changes=changes, share=share)
 
 
 def shorten(changes: dict, base: dict, share: float) -> None:
   """Makes a run a share as long, with a whole schedule of its own."""
   before = run_config.flatten(base) | changes
   steps = before['train.steps']
-  changes['train.steps'] = short = max(round(steps * share), 1)
+  short = max(round(steps * share), 1)
+  changes['train.steps'] = short
   for field in ('optim.warmup_steps', 'optim.decay_steps'):
     changes[field] = min(round(before[field] * short / steps), short)
   for field in ('checkpoint.every_steps', 'log.every_steps'):
     changes[field] = min(before[field], short)
-  if stages := before['data.batch_ramp']:
+  stages = before['data.batch_ramp']
+  if stages:
     changes['data.batch_ramp'] = pipeline.scaled_ramp(stages, steps, short)
 
 
@@ -314,13 +422,14 @@ class Search:
   """The search of one variant at one size on one workload.
 
   Attributes:
-    plan: the study's.
-    variant, size, workload: whose it is.
-    rung: of the candidates; from plan.tuning.rungs on, the edge is moved.
-    candidates: that are trained next; () where the search is over.
+    plan: the plan of the study.
+    variant, size, workload: the names of what is tuned.
+    rung: the rung of the candidates; from plan.tuning.rungs on, the edge is
+      moved.
+    candidates: the values that are trained next; () where the search is over.
     best: the best of the last rung, once that is done.
-    tried: of each candidate of each rung, as plans.Tuned has it.
-    runs: how many were trained.
+    tried: what each candidate of each rung gave, as plans.Tuned has it.
+    runs: how many runs were trained.
   """
   plan: plans.Plan
   variant: str
@@ -334,16 +443,13 @@ class Search:
 
   def __post_init__(self):
     fields = self.plan.tuning.fields
-    self.candidates = tuple(dict(zip(fields, values)) for values in
-                            itertools.product(*fields.values()))
-
-  @property
-  def name(self) -> tuple[str, str, str]:
-    return self.variant, self.size, self.workload
+    combinations = itertools.product(*fields.values())
+    self.candidates = tuple(dict(zip(fields, values))
+                            for values in combinations)
 
   @property
   def share(self) -> float:
-    """Of train.steps, what the candidates train."""
+    """The share of train.steps that the candidates train."""
     return share(self.plan.tuning, self.rung)
 
   def take(self, steps: int, outcomes: Sequence[Sequence[plans.Outcome]]
@@ -351,58 +457,74 @@ class Search:
     """Takes the outcomes of each candidate, and decides what comes next.
 
     Args:
-      steps: that the candidates trained.
-      outcomes: of each candidate, over the seeds of tuning.
+      steps: the number of steps that the candidates trained.
+      outcomes: the outcomes of each candidate, over the seeds of tuning.
     """
     measure = self.plan.of_workload(self.workload)[0]
-    mean = lambda values: sum(values) / len(values)
-    rows = [{'rung': self.rung, 'steps': steps, 'changes': changes,
-             'value': mean([x.values[measure.name] for x in runs]),
-             'values': [x.values[measure.name] for x in runs],
-             'loss': mean([x.loss for x in runs]),
-             'diverged': any(x.diverged for x in runs)}
-            for changes, runs in zip(self.candidates, outcomes, strict=True)]
+    rows = []
+    for changes, runs in zip(self.candidates, outcomes, strict=True):
+      values = [run.values[measure.name] for run in runs]
+      losses = [run.loss for run in runs]
+      rows.append({
+          'rung': self.rung, 'steps': steps, 'changes': changes,
+          'value': sum(values) / len(values), 'values': values,
+          'loss': sum(losses) / len(losses),
+          'diverged': any(run.diverged for run in runs)})
+      self.runs += len(runs)
     self.tried += rows
-    self.runs += sum(map(len, outcomes))
-    tuning = self.plan.tuning
     self.rung += 1
 
     def worse(row: Mapping) -> tuple:
-      """What is larger for a worse candidate: of two with one value, as at what
-      guessing gives, the one with the larger loss."""
+      """Returns what is larger for a worse candidate: of two with one value, as
+      at what guessing gives, the one with the larger loss is worse."""
       return row['diverged'], -measure.sign * row['value'], row['loss']
 
+    # The better half goes on to the next rung.
     ranked = sorted(rows, key=worse)
+    tuning = self.plan.tuning
     if self.rung < tuning.rungs:
-      self.candidates = tuple(
-          row['changes'] for row in ranked[:kept(tuning, len(ranked))])
+      survivors = ranked[:kept(tuning, len(ranked))]
+      self.candidates = tuple(row['changes'] for row in survivors)
       return
-    self.best = min([*filter(None, [self.best]), *ranked], key=worse)
-    self.candidates = ()
+
+    # After the last rung, an optimum at an edge moves it.
+    if self.best is not None:
+      ranked = [self.best, *ranked]
+    self.best = min(ranked, key=worse)
+    further = []
     if self.rung - tuning.rungs < tuning.extend:
       best = self.best['changes']
-      further = [{**best, field: further_out(*self._edge(field))}
-                 for field in self.at_edge]
-      self.candidates = tuple(candidate for candidate in further
-                              if candidate != best)
+      for field in self.at_edge:
+        edge, inner = self._edge(field)
+        candidate = best | {field: further_out(edge, inner)}
+        if candidate != best:
+          further.append(candidate)
+    self.candidates = tuple(further)
 
   def _edge(self, field: str) -> tuple[float, float]:
-    """The edge of the values of a field that were tried which is nearer to the
-    best, and the value within."""
+    """Returns the edge of the values of a field that were tried which is nearer
+    to the best, and the value within."""
     values = sorted({row['changes'][field] for row in self.tried})
-    return (values[0], values[1]) if (
-        self.best['changes'][field] == values[0]) else (values[-1], values[-2])
+    if self.best['changes'][field] == values[0]:
+      return values[0], values[1]
+    return values[-1], values[-2]
 
   @property
   def at_edge(self) -> tuple[str, ...]:
     """The fields whose best value is the first or the last that was tried."""
-    return tuple(field for field in self.plan.tuning.fields
-                 if self.best['changes'][field] == self._edge(field)[0])
+    fields = []
+    for field in self.plan.tuning.fields:
+      edge, _ = self._edge(field)
+      if self.best['changes'][field] == edge:
+        fields.append(field)
+    return tuple(fields)
 
   def result(self) -> plans.Tuned:
+    """Returns what the search has found."""
     return plans.Tuned(
-        *self.name, dict(self.best['changes']), self.at_edge, self.runs,
-        tuple(self.tried))
+        variant=self.variant, size=self.size, workload=self.workload,
+        changes=dict(self.best['changes']), at_edge=self.at_edge,
+        runs=self.runs, tried=tuple(self.tried))
 
 
 def further_out(edge: float, inner: float) -> float:
@@ -416,57 +538,44 @@ def further_out(edge: float, inner: float) -> float:
 
 
 def kept(tuning: plans.Tuning, candidates: int) -> int:
-  """How many of a rung's candidates survive it."""
+  """Returns how many of a rung's candidates survive it."""
   return max(1, math.ceil(tuning.keep * candidates))
 
 
 def share(tuning: plans.Tuning, rung: int) -> float:
-  """Of train.steps, what a candidate of a rung trains."""
-  return tuning.keep ** max(tuning.rungs - 1 - rung, 0)
+  """Returns the share of train.steps that a candidate of a rung trains."""
+  rungs_to_come = max(tuning.rungs - 1 - rung, 0)
+  return tuning.keep ** rungs_to_come
 
 
 def searches(plan: plans.Plan) -> list[Search]:
   """Returns the searches of a study, before their first rung."""
-  return [Search(plan, variant, size, workload)
-          for size in plan.tuned_sizes for workload in plan.workloads
-          for variant in (plan.base, *plan.variants)]
-
-
-def _edges(plan: plans.Plan) -> str:
-  more = (plan.tuning.extend * len(plan.tuning.fields) * plan.seeds['tune']
-          * len(searches(plan)))
-  return (f'and at most {more} more runs, where an optimum is at an edge'
-          if more else '')
+  each = []
+  for size in plan.tuned_sizes:
+    for workload in plan.workloads:
+      for variant in (plan.base, *plan.variants):
+        each.append(Search(plan=plan, variant=variant, size=size,
+                           workload=workload))
+  return each
 
 
 PHASES = {phase.name: phase for phase in (
-    Noise(name='noise', block=0, seeds=5, part='first', decide=noise.measured),
-    Tune(name='tune', block=1, seeds=1, part='first', least=1, note=_edges),
-    Phase(name='screen', block=2, seeds=5, part='first', decide=decide.screen,
-          narrow=lambda plan: dataclasses.replace(
-              plan, sizes=plan.sizes[:1], measures=plan.measures[:1])),
-    Phase(name='rescreen', block=4, seeds=0, part='first',
-          decide=decide.screen, constants={'KEEP': 1},
-          enter=lambda plan, records: decide.promising(
-              plan, records['screen'])[:plan.settings['KEEP']],
-          narrow=lambda plan: dataclasses.replace(
-              plan, sizes=plan.sizes[1:2], measures=plan.measures[:1]),
-          methods='Of the variants that were stopped there, the best (at most '
-          '{plan.settings[KEEP]}) that looked better than the base were looked '
-          'at again at {plan.sizes[1]} with {plan.seeds[rescreen]} seeds.'),
-    Phase(name='confirm', block=3, seeds=5, decide=decide.confirm,
-          enter=lambda plan, records: [
-              row.variant for name in ('screen', 'rescreen')
-              for row in records.get(name, ()) if row.verdict == decide.PASSED],
-          note=lambda plan: 'if every variant passes the screening'),
-    Largest(name='largest', block=5, seeds=0, decide=decide.confirm,
-            enter=lambda plan, records: [
-                row.variant for row in records['confirm']],
-            narrow=lambda plan: dataclasses.replace(
-                plan, sizes=(plan.largest,)),
-            note=lambda plan: 'if every variant is confirmed',
-            methods='The outcome at {plan.largest} was predicted by a scaling '
-            'law of the other sizes, in which a variant has one compute '
-            'multiplier. This was recorded, and {plan.seeds[largest]} fresh '
-            'seeds then run, with the values tuned at smaller sizes.'),
+    Noise(name='noise', block=0, seeds=5, part='first',
+          decide=noise.measured),
+    Tune(name='tune', block=1, seeds=1, part='first', least=1),
+    Screen(name='screen', block=2, seeds=5, part='first',
+           decide=decide.screen),
+    Rescreen(
+        name='rescreen', block=4, seeds=0, part='first', decide=decide.screen,
+        constants={'KEEP': 1},
+        methods='Of the variants that were stopped there, the best (at most '
+        '{plan.settings[KEEP]}) that looked better than the base were looked '
+        'at again at {plan.sizes[1]} with {plan.seeds[rescreen]} seeds.'),
+    Confirm(name='confirm', block=3, seeds=5),
+    Largest(
+        name='largest', block=5, seeds=0,
+        methods='The outcome at {plan.largest} was predicted by a scaling '
+        'law of the other sizes, in which a variant has one compute '
+        'multiplier. This was recorded, and {plan.seeds[largest]} fresh '
+        'seeds then run, with the values tuned at smaller sizes.'),
 )}

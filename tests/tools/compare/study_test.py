@@ -452,8 +452,9 @@ def test_the_size_that_is_predicted_is_no_other_phases(folder):
 
 def _take(search, losses, steps=100, diverged=(), value=None):
   search.take(steps, [[plans.Outcome(
-      'tune', *search.name, 0, {'loss': loss, 'copy': value}, i in diverged,
-      1.0, 1.0, 1, {}, loss)] for i, loss in enumerate(losses)])
+      'tune', search.variant, search.size, search.workload, 0,
+      {'loss': loss, 'copy': value}, i in diverged, 1.0, 1.0, 1, {}, loss)]
+                      for i, loss in enumerate(losses)])
   return [c['optim.lr'] for c in search.candidates]
 
 
