@@ -397,6 +397,10 @@ class _Asked:
     return self._ask('d_ff')
 
   @property
+  def vocab_size(self) -> int:
+    return self._ask('vocab_size')
+
+  @property
   def max_len(self) -> int:
     return self._ask('max_len')
 

@@ -5,7 +5,8 @@ from typing import Protocol
 
 
 class Sizes(Protocol):
-  """The fields of a ModelConfig of which parts derive sizes of their own."""
+  """The fields of a ModelConfig of which parts derive sizes of their own, in
+  `derived`: these alone."""
 
   @property
   def d_model(self) -> int: ...
@@ -21,6 +22,9 @@ class Sizes(Protocol):
 
   @property
   def d_ff(self) -> int: ...
+
+  @property
+  def vocab_size(self) -> int: ...
 
   @property
   def max_len(self) -> int: ...
