@@ -16,7 +16,7 @@ from training import plugins, progress, runs
 from training.costs import systems
 from training.workdir import run_config
 
-# What only a sweep's file is read with, or only a study's.
+# The flags that only the file of a sweep is read with, or only that of a study.
 _OF_A_SWEEP = ('seeds', 'match', 'match_field', 'time')
 _OF_A_STUDY = ('amend', 'anyway')
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_file_arguments(parser: argparse.ArgumentParser) -> None:
-  """What `check` and `run` alike are told of a file and of the machine."""
+  """Adds what `check` and `run` alike are told of a file and of the machine."""
   parser.add_argument('file', help='of configs/sweeps/ or configs/studies/')
   parser.add_argument('--seeds', type=int, default=0, help='of a sweep, how '
                       'many: 0, 1, ...; default: the file\'s, or 3')
@@ -50,14 +50,16 @@ def add_file_arguments(parser: argparse.ArgumentParser) -> None:
 def check_arguments(args) -> bool:
   """Raises RequestError for numbers that cannot be and for flags that the file
   is not read with; returns whether it is a study's."""
-  for name, most in (('parallel', 512), ('group', 100_000)):
-    check_number(f'--{name}', getattr(args, name), (('>=', 1), ('<=', most)))
-  study = spec.is_study(args.file)
-  for flag in _OF_A_SWEEP if study else _OF_A_STUDY:
-    require(not getattr(args, flag, None), f'--{flag} is of a '
-            f'{"sweep" if study else "study"}, and {args.file} is none: leave '
-            'it out')
-  return study
+  check_number('--parallel', args.parallel, (('>=', 1), ('<=', 512)))
+  check_number('--group', args.group, (('>=', 1), ('<=', 100_000)))
+  is_study = spec.is_study(args.file)
+  others, whose = _OF_A_STUDY, 'study'
+  if is_study:
+    others, whose = _OF_A_SWEEP, 'sweep'
+  for flag in others:
+    require(not getattr(args, flag, None), f'--{flag} is of a {whose}, and '
+            f'{args.file} is none: leave it out')
+  return is_study
 
 
 def main(args) -> int:
@@ -73,8 +75,10 @@ def main(args) -> int:
   if args.time:
     for row in progress.each(description['points'], 'points timed'):
       row['seconds'] = _seconds(description, row)
-  print(json.dumps(description, indent=2) if args.json
-        else table(description))
+  if args.json:
+    print(json.dumps(description, indent=2))
+  else:
+    print(table(description))
   return 0
 
 
@@ -82,7 +86,7 @@ def describe(args) -> dict:
   """Returns the description of the sweep that sweep.json holds.
 
   Args:
-    args: as add_file_arguments defines them.
+    args: the arguments that add_file_arguments defines.
 
   Raises:
     RequestError: for the first bad point.
@@ -95,13 +99,15 @@ def describe(args) -> dict:
           f'{", ".join(spec.MATCH)}')
   if args.match:
     sweep = cost.match(sweep, args.match, field)
+  keys: list[str] = []
+  for point in sweep.points:
+    keys += point.changes
   return {
       'name': sweep.name, 'file': sweep.file, 'match': args.match,
       'match_field': field if args.match else '',
       'base': sweep.base_name,
       'base_config': sweep.base.to_dict(),
-      'paired': not any(key.startswith(spec.BATCHES) for point in sweep.points
-                        for key in point.changes),
+      'paired': not any(key.startswith(spec.BATCHES) for key in keys),
       'sources': cost.contents(map(sweep.config, sweep.points)),
       'files': dict(plugins.loaded),
       'points': [_row(sweep, point)
@@ -125,76 +131,115 @@ def _seconds(description: dict, row: dict) -> float:
 
 
 def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
+  """Returns what sweep.json says of a point, once it is checked."""
   config = sweep.config(point)
   with spec.naming(f'point {point.name!r}'):
     cost.check(config, point.changes)
     figures = cost.of(config)
-    require(bool(config.eval.every_steps or config.eval.tasks
-                 or sweep.owed(point)), 'eval.every_steps is 0 and no task is '
+    tasks = sweep.owed(point)
+    require(bool(config.eval.every_steps or config.eval.tasks or tasks),
+            'eval.every_steps is 0 and no task is '
             'done, so there would be nothing to compare: set it, to '
             'train.steps for one held-out loss after the last step, or name '
             'a task in TASKS')
-  model = cost.resolved(config)
-  before, after = (run_config.flatten({'model': flat.as_dict(of)})
-                   for of in (cost.resolved(sweep.base), model))
-  # Model fields that were left open and that a change resolves otherwise.
-  aside = {*point.changes, *(f'model.{name}' for name in flat.unread(model))}
-  follows = {key: [before.get(key, ''), value] for key, value in after.items()
-             if value != before.get(key, '') and key not in aside
-             and not ('model.kinds' in aside and key.startswith('model.kinds.')
-                      )}
+  unlike = ''
+  if 'model.arch' in point.changes:
+    unlike = systems.line(runs.resolve_alone(config))
   return {
       'name': point.name, 'changes': dict(point.changes),
-      'matched': list(point.matched), 'follows': follows,
-      'unlike': systems.line(runs.resolve_alone(config))
-                if 'model.arch' in point.changes else '',
-      **figures._asdict(), 'seeds': list(sweep.seeds),
-      'tasks': list(sweep.owed(point))}
+      'matched': list(point.matched),
+      'follows': _follows(sweep, point, config), 'unlike': unlike,
+      **figures._asdict(), 'seeds': list(sweep.seeds), 'tasks': list(tasks)}
+
+
+def _follows(sweep: spec.Sweep, point: spec.Point, config
+             ) -> dict[str, list]:
+  """Returns the fields of the model that were left open and that a point
+  resolves otherwise than the base, with both values."""
+  base, model = cost.resolved(sweep.base), cost.resolved(config)
+  before = run_config.flatten({'model': flat.as_dict(base)})
+  after = run_config.flatten({'model': flat.as_dict(model)})
+  aside = {*point.changes}
+  for name in flat.unread(model):
+    aside.add(f'model.{name}')
+  follows = {}
+  for key, value in after.items():
+    is_of_kinds = 'model.kinds' in aside and key.startswith('model.kinds.')
+    if key in aside or is_of_kinds:
+      continue
+    old = before.get(key, '')
+    if value != old:
+      follows[key] = [old, value]
+  return follows
 
 
 def table(description: dict) -> str:
-  """Costs of all points, then how each differs from the base."""
+  """Returns the costs of all points, then how each differs from the base."""
   points = description['points']
-  base = next(p for p in points if p['name'] == description['base'])
-  ratio = lambda point, figure: f'{point[figure] / base[figure] - 1:+.2%}'
-  lines = layout.columns([
-      ('point', 'params', 'vs base', 'active', 'vs base', 'FLOPs/token',
-       'vs base', 'tokens', 'FLOPs'),
-      *((p['name'], f'{p["params"]:,}', ratio(p, 'params'),
-         f'{p["active_params"]:,}', ratio(p, 'active_params'),
-         f'{p["flops_per_token"]:,.0f}', ratio(p, 'flops_per_token'),
-         f'{p["tokens"]:,}', f'{p["tokens"] * p["flops_per_token"]:.3g}')
-        for p in points)])
-  width = max(len(point['name']) for point in points)
+  base = layout.row_of(description, description['base'])
+  rows = [('point', 'params', 'vs base', 'active', 'vs base', 'FLOPs/token',
+           'vs base', 'tokens', 'FLOPs')]
+  for point in points:
+    flops = point['tokens'] * point['flops_per_token']
+    rows.append((
+        point['name'],
+        f'{point["params"]:,}', _ratio(point, base, 'params'),
+        f'{point["active_params"]:,}', _ratio(point, base, 'active_params'),
+        f'{point["flops_per_token"]:,.0f}',
+        _ratio(point, base, 'flops_per_token'),
+        f'{point["tokens"]:,}', f'{flops:.3g}'))
+  lines = layout.columns(rows)
+
+  # What the points change.
   lines += ['', f'differences from {base["name"]}:']
-  lines += [f'  {point["name"].ljust(width)}  '
-            f'{_differences(description, point)}'
-            for point in points if point is not base]
+  width = max(len(point['name']) for point in points)
+  for point in points:
+    if point is not base:
+      changes = _differences(description, point)
+      lines.append(f'  {point["name"].ljust(width)}  {changes}')
+
+  # How many runs they are, and how long these take.
+  number = sum(len(point['seeds']) for point in points)
   lines += ['', f'{len(points)} points, {len(points[0]["seeds"])} seeds each: '
-            f'{sum(len(p["seeds"]) for p in points)} runs']
+            f'{number} runs']
   if 'seconds' in points[0]:
-    total = sum(p['seconds'] * len(p['seeds']) for p in points)
-    lines += ['a run here takes ' + ', '.join(
-        f'{progress.clock(p["seconds"])} ({p["name"]})' for p in points),
+    total = sum(point['seconds'] * len(point['seeds']) for point in points)
+    each = ', '.join(f'{progress.clock(point["seconds"])} ({point["name"]})'
+                     for point in points)
+    lines += [f'a run here takes {each}',
               f'all runs, one after another: some {progress.clock(total)}; as '
               'one program or beside others (--parallel) they take less']
+
+  # What to know of them.
   if not description['paired']:
     lines.append('warning: points differ in data.*, objective, span.* or '
                  'probe.*, so a seed does not give all of them the same '
                  'batches')
-  lines += [f'{point["name"]}: {point["unlike"]}' for point in points
-            if point['unlike']]
+  for point in points:
+    if point['unlike']:
+      lines.append(f'{point["name"]}: {point["unlike"]}')
   return '\n'.join(lines)
 
 
+def _ratio(point: dict, base: dict, figure: str) -> str:
+  """Returns how far a figure of a point is from the base's."""
+  return f'{point[figure] / base[figure] - 1:+.2%}'
+
+
 def _differences(description: dict, point: dict) -> str:
+  """Returns what a point changes, and what follows of it."""
   base = run_config.flatten(description['base_config'])
-  changes = [f'{key}={_short(value)}' + ' (matched)' * (key in point['matched'])
-             for key, value in point['changes'].items()
-             if key not in base or value != base[key]]  # a new kind of layer
-  return ', '.join([*changes, *(
-      f'so {key} {_short(old)} -> {_short(new)}'
-      for key, (old, new) in point['follows'].items())])
+  changes = []
+  for key, value in point['changes'].items():
+    if key in base and value == base[key]:  # a new kind of layer is not there
+      continue
+    change = f'{key}={_short(value)}'
+    if key in point['matched']:
+      change += ' (matched)'
+    changes.append(change)
+  for key, (old, new) in point['follows'].items():
+    changes.append(f'so {key} {_short(old)} -> {_short(new)}')
+  return ', '.join(changes)
 
 
 def _short(value) -> str:

@@ -31,10 +31,11 @@ class Cost(NamedTuple):
   """Figures of a config.
 
   Attributes:
-    params: parameters.
-    active_params: of these, the ones that work for one token.
-    flops_per_token: of a training step: forward and backward.
-    tokens: of the whole run.
+    params: the number of parameters.
+    active_params: the number of these that work for one token.
+    flops_per_token: the FLOPs of a training step, forward and backward, a
+      token.
+    tokens: the number of tokens of the whole run.
   """
   params: int
   active_params: int
@@ -50,23 +51,25 @@ def off_devices() -> None:
 def of(config) -> Cost:
   """Returns what a run of `config` costs; ValueError for a bad model."""
   length = sum(objectives.of(config).row_lengths(config))
-  return Cost(
-      *_parameters(resolved(config)), _flops_per_token(config),
-      int(pipeline.ramp_of(config).before(config.train.steps)) * length)
+  params, active_params = _parameters(resolved(config))
+  rows = int(pipeline.ramp_of(config).before(config.train.steps))
+  return Cost(params=params, active_params=active_params,
+              flops_per_token=_flops_per_token(config), tokens=rows * length)
 
 
 def _flops_per_token(config) -> float:
-  return (sum(flops.of_a_row(config, resolved(config)).values())
-          / sum(objectives.of(config).row_lengths(config)))
+  """Returns the FLOPs of training on one token."""
+  of_a_row = sum(flops.of_a_row(config, resolved(config)).values())
+  return of_a_row / sum(objectives.of(config).row_lengths(config))
 
 
 def body(config) -> float:
   """Returns the share of the FLOPs of training that is not for products with
   the vocabulary, which grow in proportion to it."""
   model = resolved(config)
-  once, twice = (sum(flops.of_a_row(config, dataclasses.replace(
-      model, vocab_size=model.vocab_size * times)).values())
-                 for times in (1, 2))
+  doubled = dataclasses.replace(model, vocab_size=model.vocab_size * 2)
+  once = sum(flops.of_a_row(config, model).values())
+  twice = sum(flops.of_a_row(config, doubled).values())
   return 2 - twice / once
 
 
@@ -75,7 +78,8 @@ def figure(config, what: str) -> float:
   the others do not need."""
   if what == 'flops_per_token':
     return _flops_per_token(config)
-  return _parameters(resolved(config))[what == 'active_params']
+  params, active_params = _parameters(resolved(config))
+  return active_params if what == 'active_params' else params
 
 
 def check(config, changes: Mapping) -> None:
@@ -92,15 +96,17 @@ def check(config, changes: Mapping) -> None:
 def contents(configs) -> dict[str, str]:
   """Returns a hash of what each source and tokenizer of some configs holds, by
   its name, as far as they lie on this machine."""
+  by_data = {str(config.data): config for config in configs}
   hashes = {}
-  for config in {str(config.data): config for config in configs}.values():
+  for config in by_data.values():
     hashes |= pipeline.contents(config, _tokenizer(config.data.tokenizer))
   return hashes
 
 
 def resolved(config):
   """Returns the model of a run, its open fields filled in."""
-  return runs.resolve(config, _tokenizer(config.data.tokenizer))[0]
+  model, *_ = runs.resolve(config, _tokenizer(config.data.tokenizer))
+  return model
 
 
 def match(sweep: spec.Sweep, what: str, field: str) -> spec.Sweep:
@@ -110,7 +116,7 @@ def match(sweep: spec.Sweep, what: str, field: str) -> spec.Sweep:
   multiple of 8 that comes as near or, if none does, the nearest integer.
 
   Args:
-    sweep: as read.
+    sweep: the sweep that was read.
     what: the figure of a Cost that is made equal, of spec.MATCH.
     field: an integer field of the config by which the cost grows.
 
@@ -126,37 +132,49 @@ def match(sweep: spec.Sweep, what: str, field: str) -> spec.Sweep:
   return dataclasses.replace(sweep, points=tuple(points))
 
 
-def _solved(sweep, point, what, field, target) -> spec.Point:
+def _solved(sweep: spec.Sweep, point: spec.Point, what: str, field: str,
+            target: float) -> spec.Point:
+  """Returns a point with `field` solved, as `match` does; `target` is the cost
+  of the base."""
   @functools.cache  # because it traces a model
-  def cost(value) -> float:
+  def cost(value: int) -> float:
+    """Returns the cost of the point with a value of the field."""
     changes = {**point.changes, field: value}
     return figure(spec.changed(sweep.base, changes, 'it'), what)
 
-  def off(value) -> float:
+  def off(value: int) -> float:
+    """Returns how far the cost of a value is from the target."""
     return abs(cost(value) / target - 1)
 
-  model = sweep.config(point).model
-  if abs(figure(sweep.config(point), what) / target - 1) <= NEAR:
+  config = sweep.config(point)
+  if abs(figure(config, what) / target - 1) <= NEAR:
     return point
   require(field not in point.changes, f'it sets {field}, which --match={what} '
           'would solve: name another field with --match_field, or leave it out '
           'of the point')
-  layers = field.endswith('layers')
-  require(model.parametrization != 'mup' or layers, 'it is in muP, whose '
-          f'widths go together, and --match={what} would change {field} alone: '
-          'match by the number of layers (--match_field=model.num_layers), or '
-          'not at all')
-  # Heads must divide the width that is solved for.
-  heads = (2 * model.num_heads
-           if field == 'model.d_model' and not model.head_dim else 1)
+  counts_layers = field.endswith('layers')
+  if config.model.parametrization == 'mup' and not counts_layers:
+    raise RequestError(
+        'it is in muP, whose '
+        f'widths go together, and --match={what} would change {field} alone: '
+        'match by the number of layers (--match_field=model.num_layers), or '
+        'not at all')
+
+  # A width that hardware likes, or else any.
+  heads = 1
+  if field == 'model.d_model' and not config.model.head_dim:
+    heads = 2 * config.model.num_heads  # they must divide the width
   best = None
   for step, enough in ((STEP, NEAR), (1, TOLERANCE)):
-    step = 1 if layers else math.lcm(step, heads)
+    step = 1 if counts_layers else math.lcm(step, heads)
     best = min(_around(cost, target, step), key=off, default=None)
     if best is not None and off(best) <= enough:
-      return spec.Point(point.name, {**point.changes, field: best}, (field,))
-  near = '' if best is None else (
-      f': {field}={best} comes nearest, at {cost(best):,.0f}')
+      return spec.Point(name=point.name,
+                        changes={**point.changes, field: best},
+                        matched=(field,))
+  near = ''
+  if best is not None:
+    near = f': {field}={best} comes nearest, at {cost(best):,.0f}'
   raise RequestError(
       f'it cannot be matched: no {field} gives it the {what} '
       f'of the base, {target:,.0f}, within {TOLERANCE:.0%}{near}. Match '

@@ -1,7 +1,7 @@
 """The runs of a sweep as they lie on disk: curves, final losses, evaluations.
 
-W/sweep.json says what was to run, W/ledger.sqlite what became of it, and
-W/points/NAME/seed-S are plain workdirs.
+In its folder W, sweep.json says what was to run, ledger.sqlite what became of
+it, and W/points/NAME/seed-S are plain workdirs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,18 +20,19 @@ from training.evals import items
 from training.objectives import pipeline
 from training.workdir import metrics, run_config
 
-# What a curve can be drawn against, and its name to a reader.
+# The axes that a curve can be drawn against, and their names to a reader.
 AXES = {'tokens': 'tokens', 'flops': 'FLOPs of the model',
         'seconds': 'seconds of training', 'step': 'steps'}
-# What a curve can show. Of a router's figures over a window of steps: an expert
-# is unused if no step of the window used it.
+# The routers' figures over a window of steps: an expert is unused if no step of
+# the window used it.
+_ROUTERS = {
+    'dropped': 'dropped', 'unserved': 'unserved',
+    'window_load_max': 'load, max/mean', 'window_load_entropy': 'load entropy',
+    'window_unused': 'unused', 'confidence': 'confidence',
+    'router_entropy': 'router entropy'}
+# The figures that a curve can show.
 FIGURES = {'eval': 'held-out loss', 'train': 'training loss'} | {
-    f'health/{name}': f'experts: {words}' for name, words in {
-        'dropped': 'dropped', 'unserved': 'unserved',
-        'window_load_max': 'load, max/mean',
-        'window_load_entropy': 'load entropy',
-        'window_unused': 'unused', 'confidence': 'confidence',
-        'router_entropy': 'router entropy'}.items()}
+    f'health/{name}': f'experts: {words}' for name, words in _ROUTERS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +40,15 @@ class Run:
   """One seed of a point.
 
   Attributes:
-    state: as the ledger has it: pending, running, owed, done, failed, ...
-    error: of a failed run, else ''.
-    config: by dotted name; empty where the run never started.
-    rows: of its metrics.jsonl.
-    evaluations: of its evaluation JSON, by task.
+    seed: the seed.
+    state: the ledger's: pending, running, owed, done, failed, ...
+    error: why a run failed, else ''.
+    config: the config by dotted name; empty where the run never started.
+    rows: the lines of its metrics.jsonl.
+    evaluations: what its eval.json holds, by task.
+    strange: the fields in which its config is not the sweep's.
     items: what each item scored, by the names of figures, as items.read gives
       it; of the held-out loss they are the documents.
-    strange: the fields in which its config is not the sweep's.
   """
   seed: int
   state: str
@@ -64,9 +66,14 @@ class Run:
 
     A run has them once it is trained, whatever it still owes or fails at.
     """
-    return {name: value for row in self.rows if row['split'] == 'eval'
-            and row['step'] == self.config.get('train.steps')
-            for name, value in row.items() if name not in ('split', 'step')}
+    figures = {}
+    for row in self.rows:
+      is_last = row['step'] == self.config.get('train.steps')
+      if row['split'] == 'eval' and is_last:
+        figures |= row
+    figures.pop('split', None)
+    figures.pop('step', None)
+    return figures
 
   @property
   def final(self) -> float | None:
@@ -77,25 +84,31 @@ class Run:
   def is_whole(self) -> bool:
     """Whether it is done and has all that it was to have: a held-out loss,
     unless it was to do tasks alone."""
-    return self.state == 'done' and (
-        self.final is not None
-        or bool(self.config) and not self.config['eval.every_steps'])
+    if self.state != 'done':
+      return False
+    if self.final is not None:
+      return True
+    return bool(self.config) and not self.config['eval.every_steps']
 
   @property
   def ended_badly(self) -> bool:
     """Whether it ended after too many bad steps, or with parameters that are
     not finite; not whether it failed otherwise."""
     rows = [row for row in self.rows if row['split'] == 'train']
+    if not rows:
+      return False
+    if rows[-1].get('param_norm', 0) is None:
+      return True
     # The step after so many was under way, and may have been a good one.
-    return bool(rows) and (rows[-1].get('param_norm', 0) is None or any(
-        row.get('bad_in_row', 0) >= self.config['train.max_bad_steps']
-        for row in rows))
+    most = self.config['train.max_bad_steps']
+    return any(row.get('bad_in_row', 0) >= most for row in rows)
 
   @property
   def diverged(self) -> bool:
     """Whether it ended badly, or at a held-out loss that is not finite."""
-    return self.ended_badly or (
-        'loss' in self.held_out and self.final is None)
+    if self.ended_badly:
+      return True
+    return 'loss' in self.held_out and self.final is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +116,14 @@ class Point:
   """A variant: what it changes, what it costs, its runs by seed.
 
   Attributes:
+    name: the name.
     changes: the fields in which it differs from the base, by dotted name.
-    matched: of these, the ones that were solved for to match a cost.
+    matched: the fields among these that were solved for to match a cost.
+    params: the number of parameters.
+    active_params: the number of these that work for one token.
+    flops_per_token: the FLOPs of training on one token.
+    tokens: the number of tokens of a whole run.
+    runs: the runs by seed.
   """
   name: str
   changes: Mapping[str, Any]
@@ -118,8 +137,8 @@ class Point:
   @functools.cached_property
   def finals(self) -> dict[int, float]:
     """The final held-out loss of each seed that has one."""
-    return {seed: run.final for seed, run in self.runs.items()
-            if run.final is not None}
+    losses = {seed: run.final for seed, run in self.runs.items()}
+    return {seed: loss for seed, loss in losses.items() if loss is not None}
 
   def curve(self, seed: int, figure: str = 'eval') -> dict[str, list]:
     """Returns one of FIGURES of a run at rising steps; {}: there is none.
@@ -130,10 +149,11 @@ class Point:
     where one is not known or not finite.
     """
     run = self.runs[seed]
-    split, name = ('train', figure) if figure.startswith('health/') else (
-        figure, 'loss')
-    return line(run.rows, split, name, run.config, self.tokens,
-                self.flops_per_token)
+    split, name = figure, 'loss'
+    if figure.startswith('health/'):
+      split, name = 'train', figure
+    return line(rows=run.rows, split=split, name=name, config=run.config,
+                tokens=self.tokens, flops_per_token=self.flops_per_token)
 
 
 def line(rows: Sequence[Mapping[str, Any]], split: str, name: str,
@@ -142,33 +162,33 @@ def line(rows: Sequence[Mapping[str, Any]], split: str, name: str,
   """Returns a figure of a run as Point.curve does.
 
   Args:
-    rows: of its metrics.jsonl.
-    split: of the rows that have the figure.
-    name: the figure's there.
-    config: of the run, by dotted name.
-    tokens: of the whole run.
-    flops_per_token: of training.
+    rows: the lines of its metrics.jsonl.
+    split: the split of the rows that have the figure.
+    name: the figure's name there.
+    config: the config of the run, by dotted name.
+    tokens: the number of tokens of the whole run.
+    flops_per_token: the FLOPs of training on one token.
   """
-  those = [row for row in rows if row['split'] == split and name in row]
-  if not those:
+  having = [row for row in rows if row['split'] == split and name in row]
+  if not having:
     return {}
-  step = np.array([row['step'] for row in those], float)
+  step = np.array([row['step'] for row in having], float)
+  # Figures of layers are lists.
+  figure = [float(np.mean(np.asarray(row[name], float))) for row in having]
   batches = pipeline.parse_ramp(config['data.batch_ramp'],
                                 config['data.batch_size'])
-  so_far = tokens * batches.before(step) / batches.before(
-      config['train.steps'])
-  return {'step': step.tolist(), 'tokens': so_far.tolist(),
-          'flops': (so_far * flops_per_token).tolist(),
-          'seconds': _seconds(rows, step).tolist(),
-          'loss': [float(np.mean(np.asarray(row[name], float)))
-                   for row in those],
+  all_batches = batches.before(config['train.steps'])
+  tokens_so_far = tokens * batches.before(step) / all_batches
+  return {'step': step.tolist(), 'tokens': tokens_so_far.tolist(),
+          'flops': (tokens_so_far * flops_per_token).tolist(),
+          'seconds': _seconds(rows, step).tolist(), 'loss': figure,
           'warm': (step >= config['optim.warmup_steps']).tolist()}
 
 
 def cooled(config: Mapping[str, Any]) -> bool:
-  """Whether a run of a config, by dotted names, ends at a learning rate that
-  fell to the end of its schedule, to a half or less: in the middle of a decay,
-  and without one, a loss is not the best that its FLOPs buy."""
+  """Returns whether a run of a config, by dotted names, ends at a learning rate
+  that fell to the end of its schedule, to a half or less: in the middle of a
+  decay, and without one, a loss is not the best that its FLOPs buy."""
   return (config['optim.schedule'] in ('cosine', 'linear', 'wsd')
           and config['optim.decay_steps'] <= config['train.steps']
           and config['optim.final_fraction'] <= 0.5)
@@ -176,32 +196,51 @@ def cooled(config: Mapping[str, Any]) -> bool:
 
 def mean(each: Sequence[Mapping[str, list]]) -> dict[str, np.ndarray]:
   """Returns the mean of curves, at the steps that all of them have."""
-  step = functools.reduce(np.intersect1d, [curve['step'] for curve in each])
-  at = [np.isin(curve['step'], step) for curve in each]
-  return {name: np.mean([np.asarray(curve[name], float)[i]
-                         for curve, i in zip(each, at)], axis=0)
-          for name in (*AXES, 'loss')}
+  steps = functools.reduce(np.intersect1d, [curve['step'] for curve in each])
+  shared = [np.isin(curve['step'], steps) for curve in each]
+  means = {}
+  for name in (*AXES, 'loss'):
+    columns = [np.asarray(curve[name], float)[is_shared]
+               for curve, is_shared in zip(each, shared)]
+    means[name] = np.mean(columns, axis=0)
+  return means
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """What W holds: the points in the order in which they were added."""
+  """What the folder of a sweep holds.
+
+  Attributes:
+    name: the name.
+    file: the sweep's file.
+    match: the cost that sizes were matched by; '': none.
+    paired: whether every point sees the same data in the same order.
+    base_tree: the config of the base.
+    base_config: the same by dotted name.
+    base: the point that the others are compared with.
+    points: the points in the order in which they were added.
+    codes: the codes that trained them, as far as they are known.
+  """
   name: str
   file: str
   match: str
-  paired: bool  # every point sees the same data in the same order
-  base_tree: Mapping[str, Any]  # the config of the base
-  base_config: Mapping[str, Any]  # the same by dotted name
+  paired: bool
+  base_tree: Mapping[str, Any]
+  base_config: Mapping[str, Any]
   base: Point
   points: tuple[Point, ...]
-  codes: tuple[str, ...]  # that trained them, as far as they are known
+  codes: tuple[str, ...]
 
   @property
   def strangers(self) -> list[str]:
     """The runs that had another config than the sweep says, in words."""
-    return [f'{point.name}, seed {seed} ({", ".join(run.strange)})'
-            for point in self.points for seed, run in point.runs.items()
-            if run.strange]
+    strangers = []
+    for point in self.points:
+      for seed, run in point.runs.items():
+        if run.strange:
+          fields = ', '.join(run.strange)
+          strangers.append(f'{point.name}, seed {seed} ({fields})')
+    return strangers
 
 
 def load_sweep(workdir) -> Sweep:
@@ -223,36 +262,50 @@ def with_rows(sweep: Sweep, file: str) -> Sweep:
   elsewhere on the batches of the same seeds; its costs are not known.
 
   Args:
-    sweep: as read.
-    file: with the columns variant, seed and loss, held out; and step, where a
-      run has several rows.
+    sweep: the sweep that was read.
+    file: the CSV with the columns variant, seed and loss, held out; and step,
+      where a run has several rows.
 
   Raises:
     RequestError: for a row that is none, or a name that the sweep has.
   """
-  steps = sweep.base_config['train.steps']
+  variants = _rows_of_file(file, sweep.base_config['train.steps'])
+  again = variants.keys() & {point.name for point in sweep.points}
+  require(not again, f'{file}: the sweep has a variant of the name '
+          f'{min(again, default="")!r}, too: call it otherwise')
+  points = list(sweep.points)
+  for name, by_seed in variants.items():
+    runs = {}
+    for seed, rows in by_seed.items():
+      runs[seed] = Run(
+          seed=seed, state=layout.DONE, error='',
+          config={**sweep.base_config, 'seed': seed}, rows=tuple(rows),
+          evaluations={})
+    points.append(Point(
+        name=name, changes={'rows': f'{file}:{name}'}, matched=(),
+        params=math.nan, active_params=math.nan, flops_per_token=math.nan,
+        tokens=sweep.base.tokens, runs=runs))
+  return dataclasses.replace(sweep, points=tuple(points))
+
+
+def _rows_of_file(file: str, steps: int
+                  ) -> dict[str, dict[int, list[dict[str, Any]]]]:
+  """Returns the rows of a CSV as those of metrics.jsonl, by variant and seed;
+  a row that names no step is of the last of `steps`."""
   variants: dict[str, dict[int, list]] = {}
   with open(file, newline='') as text:
     table = csv.DictReader(text)
     for row in table:
       try:
         loss = float(row['loss'])
-        variants.setdefault(row['variant'], {}).setdefault(
-            int(row['seed']), []).append({
-                'split': 'eval', 'step': int(row.get('step') or steps),
-                'loss': loss if math.isfinite(loss) else None})
+        by_seed = variants.setdefault(row['variant'], {})
+        rows = by_seed.setdefault(int(row['seed']), [])
+        rows.append({'split': 'eval', 'step': int(row.get('step') or steps),
+                     'loss': loss if math.isfinite(loss) else None})
       except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f'{file}, line {table.line_num}, has no variant, '
                            f'seed or loss: {error}') from error
-  again = variants.keys() & {point.name for point in sweep.points}
-  require(not again, f'{file}: the sweep has a variant of the name '
-          f'{min(again, default="")!r}, too: call it otherwise')
-  return dataclasses.replace(sweep, points=(*sweep.points, *(
-      Point(name, {'rows': f'{file}:{name}'}, (), *[math.nan] * 3,
-            sweep.base.tokens, {seed: Run(seed, layout.DONE, '', {
-                **sweep.base_config, 'seed': seed}, tuple(rows), {})
-                                for seed, rows in by_seed.items()})
-      for name, by_seed in variants.items())))
+  return variants
 
 
 def read(workdir, description: Mapping[str, Any],
@@ -260,56 +313,82 @@ def read(workdir, description: Mapping[str, Any],
   """Returns the sweep of a folder.
 
   Args:
-    workdir: W.
+    workdir: the folder.
     description: what sweep.json holds.
-    rows: the ledger's.
+    rows: the runs of the ledger.
   """
   base_config = run_config.flatten(description['base_config'])
-  states = {(row.point, row.seed): (row.state, row.error) for row in rows}
-  points = tuple(_point(workdir, description, row, base_config, states)
-                 for row in description['points'])
-  base = next(p for p in points if p.name == description['base'])
-  return Sweep(description['name'], description['file'], description['match'],
-               description['paired'], description['base_config'], base_config,
-               base, points, tuple(layout.codes(workdir, description)))
+  by_run = {(row.point, row.seed): row for row in rows}
+  points = [_point(workdir, description, row, base_config, by_run)
+            for row in description['points']]
+  names = [point.name for point in points]
+  return Sweep(
+      name=description['name'], file=description['file'],
+      match=description['match'], paired=description['paired'],
+      base_tree=description['base_config'], base_config=base_config,
+      base=points[names.index(description['base'])], points=tuple(points),
+      codes=tuple(layout.codes(workdir, description)))
 
 
 def _point(workdir, description, row: Mapping[str, Any],
-           base: Mapping[str, Any], states) -> Point:
-  runs = {seed: _run(workdir, description, row['name'], seed, *states.get(
-      (row['name'], seed), ('not run', ''))) for seed in row['seeds']}
+           base: Mapping[str, Any],
+           by_run: Mapping[tuple[str, int], layout.Run]) -> Point:
+  """Returns the point that a row of sweep.json describes.
+
+  Args:
+    workdir: the folder of the sweep.
+    description: what sweep.json holds.
+    row: its row of the point.
+    base: the config of the base, by dotted name.
+    by_run: the runs of the ledger by point and seed.
+  """
+  runs = {}
+  for seed in row['seeds']:
+    state, error = 'not run', ''
+    if (row['name'], seed) in by_run:
+      run = by_run[row['name'], seed]
+      state, error = run.state, run.error
+    runs[seed] = _run(workdir=workdir, description=description,
+                      point=row['name'], seed=seed, state=state, error=error)
   # The base need not have the kinds of layer that a point has.
   changes = {key: value for key, value in row['changes'].items()
              if key not in base or value != base[key]}
-  return Point(row['name'], changes, tuple(row['matched']), row['params'],
-               row['active_params'], row['flops_per_token'], row['tokens'],
-               runs)
+  return Point(
+      name=row['name'], changes=changes, matched=tuple(row['matched']),
+      params=row['params'], active_params=row['active_params'],
+      flops_per_token=row['flops_per_token'], tokens=row['tokens'], runs=runs)
 
 
 def _run(workdir, description, point: str, seed: int, state: str, error: str
          ) -> Run:
+  """Returns what lies in the folder of a run, which the ledger has in a state
+  and with an error."""
   folder = layout.run_folder(workdir, point, seed)
-  started = (folder / 'config.json').exists()
-  file = folder / 'metrics.jsonl'
-  config = run_config.flatten(run_config.load_config(folder)) if started else {}
+  config, strange, rows = {}, (), ()
+  is_started = (folder / 'config.json').exists()
+  if is_started:
+    config = run_config.flatten(run_config.load_config(folder))
   scored = items.read(folder)
   if 'documents/loss' in scored:
     scored['loss'] = scored['documents/loss']
-  return Run(
-      seed, state, error, config,
-      tuple(metrics.read(file)) if file.exists() else (),
-      layout.evaluation(folder), tuple(layout.differing(
-          description, workdir, point, seed)) if started else (), scored)
+  file = folder / 'metrics.jsonl'
+  if file.exists():
+    rows = tuple(metrics.read(file))
+  evaluations = layout.evaluation(folder)
+  if is_started:
+    strange = tuple(layout.differing(description, workdir, point, seed))
+  return Run(seed=seed, state=state, error=error, config=config, rows=rows,
+             evaluations=evaluations, strange=strange, items=scored)
 
 
 def _seconds(rows, step: np.ndarray) -> np.ndarray:
-  """Seconds of training up to each of `step`, from the rows' step_seconds; of
-  runs that trained as one program, each one's share."""
+  """Returns the seconds of training up to each of `step`, from the rows'
+  step_seconds; of runs that trained as one program, each one's share."""
   laps = [row for row in rows if row['split'] == 'train']
   if not laps or any(row.get('step_seconds') is None for row in laps):
     return np.full(len(step), np.nan)
   ends = np.array([row['step'] for row in laps], float)
-  spent = np.cumsum(np.diff(ends, prepend=0.0)
-                    * [row['step_seconds'] / row.get('runs_at_once', 1)
-                       for row in laps])
+  seconds_a_step = [row['step_seconds'] / row.get('runs_at_once', 1)
+                    for row in laps]
+  spent = np.cumsum(np.diff(ends, prepend=0.0) * seconds_a_step)
   return np.interp(step, [0.0, *ends], [0.0, *spent])

@@ -87,18 +87,19 @@ CREATE TABLE begun (
   point TEXT NOT NULL,
   seed INTEGER NOT NULL,
   {_checksum('time, plan, folder, point, seed')})""".split(';\n')
-# What SQLite says of a file that is none of its own, or that it cannot read.
+# SQLite's codes for a file that is none of its own, or that it cannot read.
 _DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 def add_workdir(parser) -> None:
-  """WORKDIR, or --workdir WORKDIR, of a program that looks at one."""
+  """Adds WORKDIR, or --workdir WORKDIR, to a program that looks at one."""
   parser.add_argument('where', nargs='?', default='', metavar='WORKDIR',
                       help='of a sweep or a study')
   parser.add_argument('--workdir', default='', help='the same')
 
 
 def workdir_of(args) -> str:
+  """Returns the workdir that a command line names in one of both ways."""
   require(bool(args.where) != bool(args.workdir), 'say once which workdir: '
           'WORKDIR, or --workdir=WORKDIR')
   return args.where or args.workdir
@@ -118,12 +119,22 @@ def try_folder(workdir, marker: str = 'sweep.json') -> None:
 
 
 def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-  """Returns the lines of a table for a terminal; `left` columns are words, and
-  the others figures."""
+  """Returns the lines of a table for a terminal.
+
+  Args:
+    rows: the cells, those of the headings first.
+    left: how many columns are words, and stand to the left; the others are
+      figures.
+  """
   widths = [max(map(len, column)) for column in zip(*rows)]
-  return ['  '.join([
-      *map(str.ljust, row[:left], widths), *map(
-          str.rjust, row[left:], widths[left:])]).rstrip() for row in rows]
+  lines = []
+  for row in rows:
+    cells = []
+    for place, (cell, width) in enumerate(zip(row, widths)):
+      is_word = place < left
+      cells.append(cell.ljust(width) if is_word else cell.rjust(width))
+    lines.append('  '.join(cells).rstrip())
+  return lines
 
 
 def run_folder(workdir, point: str, seed: int) -> pathlib.Path:
@@ -146,6 +157,7 @@ def load_checked(path: pathlib.Path) -> dict:
 
 
 def checksum(tree: Any) -> str:
+  """Returns a hash of what can be written as JSON."""
   text = json.dumps(tree, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -168,39 +180,61 @@ def save_description(workdir, description: dict) -> None:
   """
   path = pathlib.Path(workdir) / 'sweep.json'
   if path.exists():
-    old = load_checked(path)
-    sources = old['sources'] | description['sources']
-    different = differences(
-        _fixed(old) | {'sources': description['sources'] | old['sources']},
-        _fixed(description, old['points']) | {'sources': sources})
-    require(not different, f'{workdir} holds another sweep, which differs in '
-            f'{", ".join(different)}: take another --workdir')
-    left = {row['name']: row for row in old['points']}
-    points = [row | {'seeds': sorted({
-        *left.pop(row['name'], row)['seeds'], *row['seeds']})}
-              for row in description['points']]
-    description = description | {
-        'points': [*points, *left.values()], 'sources': sources}
+    description = _joined(workdir, load_checked(path), description)
   save_checked(path, description)
 
 
+def _joined(workdir, old: dict, new: dict) -> dict:
+  """Returns a description with the points and seeds that an older one of the
+  same sweep has beside it.
+
+  Raises:
+    RequestError: where they are of different sweeps.
+  """
+  # Sources that only one of both has seen do not differ.
+  sources = old['sources'] | new['sources']
+  different = differences(
+      _fixed(old) | {'sources': new['sources'] | old['sources']},
+      _fixed(new, old['points']) | {'sources': sources})
+  require(not different, f'{workdir} holds another sweep, which differs in '
+          f'{", ".join(different)}: take another --workdir')
+  left = {row['name']: row for row in old['points']}
+  points = []
+  for row in new['points']:
+    before = left.pop(row['name'], row)
+    seeds = {*before['seeds'], *row['seeds']}
+    points.append(row | {'seeds': sorted(seeds)})
+  points += left.values()
+  return new | {'points': points, 'sources': sources}
+
+
 def _fixed(description: dict, points: Sequence[dict] = ()) -> dict:
-  """Returns what stays of a description, but for points that are new to
-  `points`, if these are given."""
+  """Returns the part of a description that no later one may change.
+
+  Args:
+    description: the description.
+    points: the points whose changes are a part of it; (): all of its own.
+  """
   names = [row['name'] for row in points or description['points']]
-  return {name: description.get(name) for name in (
-      'base', 'match', 'match_field', 'base_config', 'files')} | {'points': {
-          row['name']: row['changes'] for row in description['points']
-          if row['name'] in names}}
+  changes = {row['name']: row['changes'] for row in description['points']
+             if row['name'] in names}
+  return {'base': description.get('base'), 'match': description.get('match'),
+          'match_field': description.get('match_field'),
+          'base_config': description.get('base_config'),
+          'files': description.get('files'), 'points': changes}
 
 
 def differences(old: dict, new: dict) -> list[str]:
-  """Returns the dotted names of what two trees of JSON have otherwise."""
-  before, after = (run_config.flatten(json.loads(json.dumps(tree)))
-                   for tree in (old, new))
+  """Returns the dotted names at which two trees of JSON differ."""
+  before, after = _flat(old), _flat(new)
+  missing = run_config.MISSING
   return [name for name in {**before, **after}
-          if before.get(name, run_config.MISSING)
-          != after.get(name, run_config.MISSING)]
+          if before.get(name, missing) != after.get(name, missing)]
+
+
+def _flat(tree: dict) -> dict:
+  """Returns a tree by dotted names, as it is once it was written as JSON."""
+  return run_config.flatten(json.loads(json.dumps(tree)))
 
 
 def row_of(description: dict, point: str) -> dict:
@@ -229,11 +263,12 @@ def differing(description: dict, workdir, point: str, seed: int
     ValueError: where its config.json is missing or damaged.
   """
   wanted = config(description, point, seed)
-  different = differences(
-      run_config.load_config(run_folder(workdir, point, seed)).to_dict(),
-      wanted.to_dict())
+  on_disk = run_config.load_config(run_folder(workdir, point, seed))
+  different = differences(on_disk.to_dict(), wanted.to_dict())
+  if not different:
+    return []
   # A run's config.json does not hold what its model does not read.
-  unread = flat.unread(runs.resolve_alone(wanted)) if different else ()
+  unread = flat.unread(runs.resolve_alone(wanted))
   return [name for name in different
           if name.removeprefix('model.') not in unread]
 
@@ -245,10 +280,11 @@ def stranger(description: dict, workdir, point: str, seed: int) -> str:
     wrong = differing(description, workdir, point, seed)
   except RequestError as error:
     return str(error)
-  return '' if not wrong else (
-      f'{folder} holds a run of another config than sweep.json says, in '
-      f'{", ".join(wrong)}: move it away, and --retry; {description["file"]} '
-      'may have changed since the sweep began')
+  if not wrong:
+    return ''
+  return (f'{folder} holds a run of another config than sweep.json says, in '
+          f'{", ".join(wrong)}: move it away, and --retry; '
+          f'{description["file"]} may have changed since the sweep began')
 
 
 def codes(workdir, description: Mapping[str, Any]) -> list[str]:
@@ -269,8 +305,9 @@ def plans_of(workdir) -> set[str]:
   plans: set[str] = set()
   for folder in pathlib.Path(workdir).glob('points/*/seed-*'):
     with contextlib.suppress(RequestError):
-      plans |= {str(start.get('plan', '')).partition(' ')[0]
-                for start in run_config.starts(folder)}
+      for start in run_config.starts(folder):
+        plan = str(start.get('plan', ''))
+        plans.add(plan.partition(' ')[0])
   return plans
 
 
@@ -284,16 +321,19 @@ def metrics(folder: pathlib.Path, split: str) -> list[dict]:
   """Returns the lines of a run's metrics.jsonl of one split, as far as they
   are whole."""
   path = folder / 'metrics.jsonl'
-  rows = metrics_lib.read(path) if path.is_file() else []
-  return [row for row in rows if row['split'] == split]
+  if not path.is_file():
+    return []
+  return [row for row in metrics_lib.read(path) if row['split'] == split]
 
 
 def is_trained(folder: pathlib.Path, train) -> bool:
-  """Whether the run took its last step and saved it, and did not end there
-  after too many bad ones; `train` is config.train of the run."""
+  """Returns whether the run took its last step and saved it, and did not end
+  there after too many bad ones; `train` is config.train of the run."""
   last = [row for row in metrics(folder, 'train') if row['step'] == train.steps]
-  return (folder / 'checkpoints' / str(train.steps)).is_dir() and bool(
-      last) and last[-1].get('bad_in_row', -1) < train.max_bad_steps
+  is_saved = (folder / 'checkpoints' / str(train.steps)).is_dir()
+  if not is_saved or not last:
+    return False
+  return last[-1].get('bad_in_row', -1) < train.max_bad_steps
 
 
 def evaluation(folder: pathlib.Path) -> dict:
@@ -311,7 +351,7 @@ def evaluation(folder: pathlib.Path) -> dict:
 
 
 def is_evaluated(folder: pathlib.Path, tasks: Iterable[str]) -> bool:
-  """Whether eval.json holds every task."""
+  """Returns whether eval.json holds every task."""
   return set(tasks) <= evaluation(folder).keys()
 
 
@@ -323,8 +363,10 @@ def log(folder: pathlib.Path, line: str) -> None:
 
 def error(folder: pathlib.Path) -> str:
   """Returns the sentence that a failed run's log gives, or ends with."""
-  lines = [line.strip() for line in (folder / 'log.txt').read_text(
-      errors='replace').rpartition('\n$ ')[2].splitlines() if line.strip()]
+  text = (folder / 'log.txt').read_text(errors='replace')
+  last_command = text.rpartition('\n$ ')[2]
+  lines = [line.strip() for line in last_command.splitlines()]
+  lines = [line for line in lines if line]
   errors = [line for line in lines if line.startswith('error: ')]
   return (errors or lines)[-1].removeprefix('error: ')
 
@@ -332,11 +374,13 @@ def error(folder: pathlib.Path) -> str:
 def train_command(description: dict, workdir, point: str, seed: int
                   ) -> list[str]:
   """Returns the words that train one run, from `train.py` on."""
+  folder = run_folder(workdir, point, seed)
+  words = ['train.py', '--config', description['file'],
+           '--workdir', str(folder)]
   changes = row_of(description, point)['changes'] | {'seed': seed}
-  return ['train.py', '--config', description['file'], '--workdir',
-          str(run_folder(workdir, point, seed)), *(
-              f'--config.{key}={spec.tuples(value)}'
-              for key, value in changes.items())]
+  for key, value in changes.items():
+    words.append(f'--config.{key}={spec.tuples(value)}')
+  return words
 
 
 def group_command(workdir, runs: Iterable[tuple[str, int]], tasks: str = ''
@@ -350,20 +394,28 @@ def group_command(workdir, runs: Iterable[tuple[str, int]], tasks: str = ''
 
 def shell_line(description: dict, workdir, run) -> str:
   """Returns one line for a shell: all that a run still needs."""
-  words = [train_command(description, workdir, run.point, run.seed)]
+  commands = [train_command(description, workdir, run.point, run.seed)]
   if run.tasks:
     folder = run_folder(workdir, run.point, run.seed)
-    words.append(['eval.py', '--workdir', str(folder), f'--tasks={run.tasks}',
-                  '--json', str(folder / 'eval.json')])
-  return ' && '.join(shlex.join(['python', *word]) for word in words)
+    commands.append(['eval.py', '--workdir', str(folder),
+                     f'--tasks={run.tasks}',
+                     '--json', str(folder / 'eval.json')])
+  return ' && '.join(shlex.join(['python', *words]) for words in commands)
 
 
 class Run(NamedTuple):
-  """One row: a point with one seed.
+  """One row of the ledger: a point with one seed.
 
-  `tasks` are the evaluations that it owes once trained; `alone` says that it
-  trains beside no other, since a program that held it and others ended in an
-  error; `error` says why it failed.
+  Attributes:
+    id: the number of the row.
+    point: the name of the point.
+    seed: the seed.
+    tasks: the evaluations that it owes once trained, as 'TASK,TASK'.
+    state: one of STATES.
+    runner: the name of the runner that holds it; '': none does.
+    alone: 1 if it trains beside no other, since a program that held it and
+      others ended in an error; else 0.
+    error: why it failed.
   """
   id: int
   point: str
@@ -402,7 +454,8 @@ class Ledger:
     lock = self._path.with_suffix('.lock')  # one looks, and sets it aside
     with storage.writing(lock), lock.open('w') as file:
       fcntl.lockf(file, fcntl.LOCK_EX)
-      if damage := self._open():
+      damage = self._open()
+      if damage:
         self._connection.close()
         aside = self._path.with_name(
             f'{self._path.name}.aside-{time.time_ns()}')
@@ -432,10 +485,13 @@ class Ledger:
         if getattr(error, 'sqlite_errorcode', 1) & 0xff not in _DAMAGE:
           raise
         return str(error)
-    if wrong != 'ok' or tables not in ([], self.schema):
-      return wrong if wrong != 'ok' else 'its tables are others'
-    for statement in () if tables else self.schema:
-      self._change(statement)
+    if wrong != 'ok':
+      return wrong
+    if not tables:
+      for statement in self.schema:
+        self._change(statement)
+    elif tables != self.schema:
+      return 'its tables are others'
     return ''
 
   def __enter__(self) -> 'Ledger':
@@ -456,7 +512,8 @@ class Ledger:
 
   @contextlib.contextmanager
   def transaction(self):
-    """All inside happens at once, or not at all, and one such at a time."""
+    """Lets all statements inside happen at once, or none, and one such
+    transaction at a time."""
     self._change('BEGIN IMMEDIATE')
     try:
       yield
@@ -492,9 +549,11 @@ class Ledger:
             tasks, DONE, bool(tasks), PENDING, point, seed, tasks)
 
   def runs(self, *states: str) -> list[Run]:
-    """The runs in some states, or all, by seed and then in file order."""
-    runs = [Run(*row) for row in self._rows(
-        f'SELECT {", ".join(Run._fields)} FROM runs ORDER BY seed, id')]
+    """Returns the runs in some states, or all, by seed and then in file order.
+    """
+    rows = self._rows(
+        f'SELECT {", ".join(Run._fields)} FROM runs ORDER BY seed, id')
+    runs = [Run._make(row) for row in rows]
     return [run for run in runs if run.state in (states or STATES)]
 
   def register(self) -> str:
@@ -518,11 +577,11 @@ class Ledger:
     """Writes how a claimed run ended; False if the claim was lost meanwhile.
 
     Args:
-      id: of the run.
-      runner: as `register` named it.
-      state: that it goes into.
+      id: the number of the run.
+      runner: the name of the runner that claimed it.
+      state: the state that it goes into.
       error: why it failed.
-      alone: it trains beside no other from now on.
+      alone: whether it trains beside no other from now on.
     """
     return self._change(
         "UPDATE runs SET state = ?, error = ?, runner = '', "
@@ -543,8 +602,8 @@ class Ledger:
   def beat(self, runner: str) -> set[int]:
     """Says that the runner lives; returns the runs that are still its own."""
     self._change('UPDATE runners SET beats = beats + 1 WHERE name = ?', runner)
-    return {id for id, in self._rows(
-        'SELECT id FROM runs WHERE runner = ?', runner)}
+    rows = self._rows('SELECT id FROM runs WHERE runner = ?', runner)
+    return {row[0] for row in rows}
 
   def recover(self) -> list[str]:
     """Frees what dead runners hold; returns 'point, seed S' of each run.
@@ -552,10 +611,13 @@ class Ledger:
     To be called every BEAT_SECONDS. A runner is dead once its process is gone,
     if it is of this host; or once its heartbeat stood still for STALE_LOOKS.
     """
-    watched, dead = {}, []
-    for name, host, pid, beats in self._rows(
+    holders = self._rows(
         'SELECT name, host, pid, beats FROM runners WHERE name IN '
-        '(SELECT runner FROM runs WHERE state = ?)', RUNNING):
+        '(SELECT runner FROM runs WHERE state = ?)', RUNNING)
+    watched, dead = {}, []
+    for name, host, pid, beats in holders:
+      # The heartbeat at the first look and at the last, and how many looks it
+      # has stood still since.
       first, last, looks = self._watched.get(name, (beats, -1, 0))
       looks = looks + 1 if beats == last else 0
       is_gone = host == storage.host() and not storage.is_alive(pid)
@@ -630,14 +692,20 @@ def begin(workdir, ledger, description: dict) -> dict:
 
 
 def reconcile(workdir, ledger) -> dict:
-  """Adds the runs of a sweep to the ledger, and marks as done what is so on
-  disk and the ledger has not seen: runs of a printed command, or of a ledger
-  that was lost; as failed, what was trained there by another config; and as
-  pending again, what was done and is gone. Returns what sweep.json holds."""
-  rows = [(seed, point) for point in load_description(workdir)['points']
-          for seed in point['seeds']]
-  ledger.add((point['name'], seed, point['tasks']) for seed, point in sorted(
-      rows, key=lambda row: row[0]))  # all points of a seed, then the next
+  """Brings the ledger of a sweep up to what lies on disk; returns what
+  sweep.json holds.
+
+  Runs that sweep.json has and the ledger has not are added. A run is marked as
+  done where it is so on disk and the ledger has not seen it: it is of a printed
+  command, or of a ledger that was lost; as failed, where it was trained there
+  by another config; and as pending again, where it was done and is gone.
+  """
+  rows = []
+  for point in load_description(workdir)['points']:
+    for seed in point['seeds']:
+      rows.append((point['name'], seed, point['tasks']))
+  rows.sort(key=lambda row: row[1])  # all points of a seed, then the next
+  ledger.add(rows)
   runs = ledger.runs(PENDING, DONE)
   description = load_description(workdir)  # it has all of these points
   for run in runs:
@@ -647,8 +715,12 @@ def reconcile(workdir, ledger) -> dict:
         print(f'the run in {folder} is gone: it is trained anew',
               file=sys.stderr)
         ledger.adopt(run, PENDING)
-    elif is_trained(folder, config(description, run.point, run.seed).train):
-      error = stranger(description, workdir, run.point, run.seed)
-      if error or is_evaluated(folder, run.owes):
-        ledger.adopt(run, FAILED if error else DONE, error)
+      continue
+    if not is_trained(folder, config(description, run.point, run.seed).train):
+      continue
+    error = stranger(description, workdir, run.point, run.seed)
+    if error:
+      ledger.adopt(run, FAILED, error)
+    elif is_evaluated(folder, run.owes):
+      ledger.adopt(run, DONE)
   return description

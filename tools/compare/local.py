@@ -34,23 +34,32 @@ UNFINISHED = 3  # exit code: the log of each run that did not end says why
 
 @dataclasses.dataclass
 class Job:
-  """A process, and the runs that it trains or evaluates."""
-  runs: list
+  """A process, and the runs that it trains or evaluates.
+
+  Attributes:
+    runs: the runs.
+    evaluates: whether it evaluates them, and does not train them.
+    process: the process.
+    slot: its place among those that run at once, from 0 on.
+    signals: how many signals were passed on to it.
+  """
+  runs: list[layout.Run]
   evaluates: bool
   process: subprocess.Popen
   slot: int
-  signals: int = 0  # that were passed on to it
+  signals: int = 0
 
 
 class Runner:
   """Takes what is pending until nothing is, `parallel` processes at once.
 
   Args:
-    workdir: of the sweep.
+    workdir: the folder of the sweep.
     ledger: its ledger.
-    parallel: how many processes at once; they share the cores out.
+    parallel: how many processes run at once; they share the cores out.
     group: how many runs may train as one program; 1: none do.
-    begun: is given the runs whose folder is new, before they are trained.
+    begun: a function that is given the runs whose folder is new, before they
+      are trained.
   """
 
   def __init__(self, workdir, ledger, parallel: int, group: int,
@@ -69,12 +78,14 @@ class Runner:
     """Returns once nothing is left.
 
     Args:
-      wait: also for the runs that other runners have.
+      wait: whether to wait for the runs that other runners have, too.
 
     Raises:
       Stopped: after a signal, where something is.
     """
-    unended = (layout.PENDING, *[layout.RUNNING] * wait)
+    unended = [layout.PENDING]
+    if wait:
+      unended.append(layout.RUNNING)
     self._description = layout.load_description(self._workdir)
     self._printed = self._since = time.monotonic()
     self._before = self._trained()
@@ -84,14 +95,8 @@ class Runner:
         while True:
           self._beat()
           self._tell()
-          for job in list(self._jobs):
-            self._pass_on(job)
-            if job.process.poll() is not None:
-              self._jobs.remove(job)
-              self._ended(job)
-          while not self._signals.n and len(self._jobs) < self._parallel:
-            if not self._start():
-              break
+          self._end_jobs()
+          self._start_jobs()
           if not self._jobs:
             if not self._ledger.runs(*unended):
               return
@@ -102,8 +107,24 @@ class Runner:
         for job in self._jobs:  # an error of ours: leave nothing running
           job.process.kill()
 
+  def _end_jobs(self) -> None:
+    """Passes signals on to the jobs, and takes away those that have ended."""
+    for job in list(self._jobs):
+      self._pass_on(job)
+      if job.process.poll() is not None:
+        self._jobs.remove(job)
+        self._ended(job)
+
+  def _start_jobs(self) -> None:
+    """Starts jobs until there are `parallel`, or nothing is left to take; none
+    after a signal."""
+    while not self._signals.n and len(self._jobs) < self._parallel:
+      if not self._start():
+        return
+
   def _pass_on(self, job: Job) -> None:
-    """The first signal lets a run save and end; the second kills it."""
+    """Passes signals on: the first lets a run save and end; the second kills
+    it."""
     signals = self._signals.n  # one more may come any moment
     if job.signals < signals and job.process.poll() is None:
       if not job.signals:
@@ -114,12 +135,14 @@ class Runner:
     job.signals = signals
 
   def _beat(self) -> None:
+    """Says from time to time that this runner lives, and frees what dead ones
+    held."""
     if time.monotonic() - self._beaten < layout.BEAT_SECONDS:
       return
     self._beaten = time.monotonic()
     ours = self._ledger.beat(self._name)
     for job in self._jobs:
-      if not ours & {run.id for run in job.runs}:
+      if not any(run.id in ours for run in job.runs):
         job.process.kill()  # we were taken for dead; another has them
     for run in self._ledger.recover():
       print(f'{run}: its runner died; it goes on here', flush=True)
@@ -127,9 +150,15 @@ class Runner:
   def _trained(self) -> float:
     """Returns how many runs are trained, and parts of runs; one that failed is
     over."""
-    return sum(1.0 if run.state in (layout.DONE, layout.FAILED) else sum(
-        row['step'] for row in layout.metrics(self._folder(run), 'train')[-1:])
-               / self._config(run).train.steps for run in self._ledger.runs())
+    trained = 0.0
+    for run in self._ledger.runs():
+      if run.state in (layout.DONE, layout.FAILED):
+        trained += 1.0
+        continue
+      rows = layout.metrics(self._folder(run), 'train')
+      if rows:
+        trained += rows[-1]['step'] / self._config(run).train.steps
+    return trained
 
   def _tell(self) -> None:
     """Prints from time to time how much is done, and how long the rest takes if
@@ -138,12 +167,13 @@ class Runner:
     if now - self._printed < TELL_SECONDS:
       return
     self._printed = now
-    trained, runs = self._trained(), len(self._ledger.runs())
-    left = (runs - trained) * (now - self._since) / max(
-        trained - self._before, 1e-9)
-    print(f'{trained:.1f} of {runs} runs are trained'
-          + f', some {progress.clock(left)} left' * (trained > self._before),
-          flush=True)
+    trained, number = self._trained(), len(self._ledger.runs())
+    line = f'{trained:.1f} of {number} runs are trained'
+    since = trained - self._before
+    if since > 0:
+      left = (number - trained) * (now - self._since) / max(since, 1e-9)
+      line += f', some {progress.clock(left)} left'
+    print(line, flush=True)
 
   def _start(self) -> bool:
     """Starts one more job; returns whether there was one to take."""
@@ -152,49 +182,68 @@ class Runner:
     self._description = layout.load_description(self._workdir)
     for group in self._groups(waiting):
       claimed = self._ledger.claim([run.id for run in group], self._name)
-      if runs := [run for run in group if run.id in claimed]:
-        left = [run for run in runs if not self._is_trained(run)]
-        evaluates = not left and bool(runs[0].tasks)
-        slot = min(set(range(self._parallel)) - {j.slot for j in self._jobs})
-        # What was trained before is evaluated beside the others.
-        self._jobs.append(Job(runs, evaluates, self._process(
-            left or runs, evaluates, slot), slot))
-        return True
+      runs = [run for run in group if run.id in claimed]
+      if not runs:
+        continue
+      # What was trained before is evaluated beside the others.
+      left = [run for run in runs if not self._is_trained(run)]
+      evaluates = not left and bool(runs[0].tasks)
+      taken = {job.slot for job in self._jobs}
+      slot = min(set(range(self._parallel)) - taken)
+      process = self._process(left or runs, evaluates, slot)
+      self._jobs.append(Job(runs=runs, evaluates=evaluates, process=process,
+                            slot=slot))
+      return True
     return False
 
-  def _groups(self, waiting: list) -> list[list]:
+  def _groups(self, waiting: list[layout.Run]) -> list[list[layout.Run]]:
     """Returns the runs that train as one program, `group` of them at most."""
-    alone = [[run] for run in waiting if run.alone or self._group == 1]
-    others = [run for run in waiting if [run] not in alone]
-    return [[others[i] for i in places[at:at + self._group]]
-            for places in vectorised.groups(list(map(self._config, others)))
-            for at in range(0, len(places), self._group)] + alone
+    alone, others = [], []
+    for run in waiting:
+      if run.alone or self._group == 1:
+        alone.append([run])
+      else:
+        others.append(run)
+    groups = []
+    for places in vectorised.groups([self._config(run) for run in others]):
+      for first in range(0, len(places), self._group):
+        together = places[first:first + self._group]
+        groups.append([others[place] for place in together])
+    return groups + alone
 
-  def _process(self, runs: list, evaluates: bool, slot: int
+  def _process(self, runs: list[layout.Run], evaluates: bool, slot: int
                ) -> subprocess.Popen:
+    """Starts the process that trains or evaluates runs in a slot."""
+    # What is to be done.
     names = [(run.point, run.seed) for run in runs]
-    if evaluates or len(runs) > 1:
-      words = layout.group_command(self._workdir, names,
-                                   runs[0].tasks if evaluates else '')
+    if evaluates:
+      words = layout.group_command(self._workdir, names, runs[0].tasks)
+    elif len(runs) > 1:
+      words = layout.group_command(self._workdir, names)
     else:
       words = layout.train_command(self._description, self._workdir, *names[0])
+
+    # Each run's log says so; that of the first has what is printed.
     log = self._folder(runs[0]) / 'log.txt'
     self._begun([run for run in runs
                  if not (self._folder(run) / 'log.txt').exists()])
     for run in runs:
-      print(f'{run.point}, seed {run.seed}: '
-            + ('evaluating' if evaluates else 'training'), flush=True)
+      what = 'evaluating' if evaluates else 'training'
+      print(f'{run.point}, seed {run.seed}: {what}', flush=True)
       layout.log(self._folder(run), f'$ {shlex.join(["python", *words])}')
-    for run in runs[1:] * (not evaluates):  # else each prints into its own
-      layout.log(self._folder(run), f'What it printed: {log}')
+    if not evaluates:  # else each prints into its own
+      for run in runs[1:]:
+        layout.log(self._folder(run), f'What it printed: {log}')
+
+    environment = _environment(slot, self._parallel)
+    environment[provenance.PLAN] = self._description.get('plan', '')
+    words = dies_with_parent.words([sys.executable, *words],
+                                   _cores(slot, self._parallel))
     with log.open('a') as file:
       # A session of its own: Ctrl-C reaches it through our handler alone.
       return subprocess.Popen(
-          dies_with_parent.words([sys.executable, *words],
-                                 _cores(slot, self._parallel)),
-          stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-          start_new_session=True, env=_environment(slot, self._parallel) | {
-              provenance.PLAN: self._description.get('plan', '')})
+          words, stdin=subprocess.DEVNULL, stdout=file,
+          stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
   def _folder(self, run) -> pathlib.Path:
     return layout.run_folder(self._workdir, run.point, run.seed)
@@ -209,60 +258,82 @@ class Runner:
     """Writes into the ledger how a job ended, run by run."""
     code = job.process.returncode
     # A group that none of its runs ended, but an error of all.
-    fell = (len(job.runs) > 1 and code not in (0, UNFINISHED)
-            and not self._signals.n)
+    is_error_of_all = (len(job.runs) > 1 and code not in (0, UNFINISHED)
+                       and not self._signals.n)
     for run in job.runs:
       # Tasks may be added at any moment but between these two.
       with self._ledger.transaction():
-        owes = next(row.owes for row in self._ledger.runs() if row.id == run.id)
-        state, error = self._outcome(run, owes, job.evaluates, code)
-        alone = fell and state == layout.FAILED
+        by_id = {row.id: row for row in self._ledger.runs()}
+        state, error = self._outcome(run, by_id[run.id].owes, job.evaluates,
+                                     code)
+        alone = is_error_of_all and state == layout.FAILED
         if alone:
           state = layout.PENDING
-        settled = self._ledger.settle(run.id, self._name, state,
-                                      '' if alone else error, alone)
-      if settled:
-        print(f'{run.point}, seed {run.seed}: ' + (
-            'goes on alone, since its group failed' if alone else state)
-              + f': {error}' * bool(error), flush=True)
+        settled = self._ledger.settle(
+            id=run.id, runner=self._name, state=state,
+            error='' if alone else error, alone=alone)
+      if not settled:
+        continue
+      line = f'{run.point}, seed {run.seed}: {state}'
+      if alone:
+        line = (f'{run.point}, seed {run.seed}: goes on alone, since its group '
+                'failed')
+      if error:
+        line += f': {error}'
+      print(line, flush=True)
 
-  def _outcome(self, run, owes: list[str], evaluated: bool, code: int
-               ) -> tuple[str, str]:
+  def _outcome(self, run: layout.Run, owes: list[str], evaluated: bool,
+               code: int) -> tuple[str, str]:
     """Returns the state of a run that ended, and why it failed; PENDING where
-    it is trained and owes evaluations."""
+    it is trained and owes evaluations.
+
+    Args:
+      run: the run as it was when it was claimed.
+      owes: the evaluations that it owes by now.
+      evaluated: whether its process was to evaluate it.
+      code: the exit code of the process.
+    """
     folder = self._folder(run)
     if (folder / 'config.json').exists():
-      if error := layout.stranger(
-          self._description, self._workdir, run.point, run.seed):
+      error = layout.stranger(
+          self._description, self._workdir, run.point, run.seed)
+      if error:
         return layout.FAILED, error
-    trained = self._is_trained(run)
-    if trained and layout.is_evaluated(folder, owes):
+    is_trained = self._is_trained(run)
+    if is_trained and layout.is_evaluated(folder, owes):
       return layout.DONE, ''
-    # It saved and left, or had nothing to save yet; or it is to be evaluated,
-    # also where a task was added while the others were done.
-    if self._signals.n or trained and (
-        not evaluated or layout.is_evaluated(folder, run.owes)):
+    # It saved and left, or had nothing to save yet.
+    if self._signals.n:
       return layout.PENDING, ''
-    how = (f'exit code {code}' if code >= 0
-           else f'killed by {signal.Signals(-code).name}')
+    # It is to be evaluated, also where a task was added while the others were
+    # done.
+    if is_trained and not evaluated:
+      return layout.PENDING, ''
+    if is_trained and layout.is_evaluated(folder, run.owes):
+      return layout.PENDING, ''
+    how = f'exit code {code}'
+    if code < 0:
+      how = f'killed by {signal.Signals(-code).name}'
     return layout.FAILED, f'{layout.error(folder)} ({how})'
 
 
 def _cores(slot: int, parallel: int) -> str:
-  """The cores of one of `parallel` slots; '' where there are too few, or no
-  way to say it."""
+  """Returns the cores of one of `parallel` slots; '' where there are too few,
+  or no way to say it."""
   if not hasattr(os, 'sched_getaffinity'):
     return ''
-  return ','.join(map(str, sorted(os.sched_getaffinity(0))[slot::parallel]))
+  cores = sorted(os.sched_getaffinity(0))
+  return ','.join(map(str, cores[slot::parallel]))
 
 
 def _environment(slot: int, parallel: int) -> dict[str, str]:
-  """The environment of one slot: of the GPUs that CUDA_VISIBLE_DEVICES names,
-  its share; all where there are fewer than slots."""
+  """Returns the environment of one slot: its share of the GPUs that
+  CUDA_VISIBLE_DEVICES names; all of them where there are fewer than slots."""
+  environment = dict(os.environ)
   gpus = [gpu for gpu in os.environ.get(GPUS, '').split(',') if gpu]
-  share = ({GPUS: ','.join(gpus[slot::parallel])} if len(gpus) >= parallel
-           else {})
-  return os.environ | share
+  if len(gpus) >= parallel:
+    environment[GPUS] = ','.join(gpus[slot::parallel])
+  return environment
 
 
 def main() -> int:
@@ -274,21 +345,24 @@ def main() -> int:
                       help='what to evaluate instead of training')
   args = parser.parse_args()
   cpu.prepare()
-  runs = [(point, int(seed)) for point, seed in (
-      run.split('/') for run in args.runs.split(','))]
+  runs = []
+  for run in args.runs.split(','):
+    point, seed = run.split('/')
+    runs.append((point, int(seed)))
   folders = [layout.run_folder(args.workdir, *run) for run in runs]
   if args.evaluate:
     return _evaluate(folders, args.evaluate.split(','))
   description = layout.load_description(args.workdir)
-  unfinished = [writer for writer in vectorised.train(
-      [layout.config(description, *run) for run in runs], folders)
-                if writer.sentence]
-  for writer in unfinished:
-    layout.log(writer.workdir, f'error: {writer.sentence}')
-  return UNFINISHED if unfinished else 0
+  configs = [layout.config(description, *run) for run in runs]
+  code = 0
+  for writer in vectorised.train(configs, folders):
+    if writer.sentence:
+      layout.log(writer.workdir, f'error: {writer.sentence}')
+      code = UNFINISHED
+  return code
 
 
-def _evaluate(folders, tasks: list[str]) -> int:
+def _evaluate(folders: Sequence[pathlib.Path], tasks: list[str]) -> int:
   """Evaluates runs one after the other, each into its own log; those of one
   model and data share what was compiled."""
   code, programs = 0, {}

@@ -30,58 +30,83 @@ MARKS = {decide.BETTER: 'better', decide.WORSE: 'worse',
 
 
 class Cell(NamedTuple):
-  """`value` is what a column sorts by: a number or a text."""
+  """A cell of a table.
+
+  Attributes:
+    text: the text that is shown.
+    value: the number or the text by which a column sorts.
+    mark: better, worse or noise, which gives it its colour; '': none.
+  """
   text: str
   value: float | str | None = None
-  mark: str = ''  # better, worse or noise: how it is coloured
+  mark: str = ''
 
 
 @functools.cache
 def _meanings() -> Mapping[str, str]:
+  """Returns what headings mean, by heading."""
   return tomllib.loads((TEMPLATES / 'columns.toml').read_text())
 
 
 class Table(NamedTuple):
-  """Rows of cells by heading, the same headings in all of them."""
-  name: str  # its anchor
+  """Rows of cells by heading, the same headings in all of them.
+
+  Attributes:
+    name: the anchor of the table on the page.
+    title: the title.
+    rows: the rows.
+  """
+  name: str
   title: str
   rows: Sequence[Mapping[str, Cell]]
 
   @property
   def columns(self) -> dict[str, str]:
     """What each heading means, '' where it says so itself."""
-    return {heading: _meanings().get(heading, '')
-            for heading in (self.rows[0] if self.rows else ())}
+    if not self.rows:
+      return {}
+    return {heading: _meanings().get(heading, '') for heading in self.rows[0]}
 
   def text(self) -> str:
     """Renders for a terminal, without the last columns where it is narrow."""
-    room = os.get_terminal_size().columns if sys.stdout.isatty() else math.inf
-    rows = [[*self.columns], *([cell.text for cell in row.values()]
-                               for row in self.rows)]
-    for shown in range(len(self.columns), 0, -1):
+    room = math.inf
+    if sys.stdout.isatty():
+      room = os.get_terminal_size().columns
+    headings = [*self.columns]
+    rows = [headings]
+    for row in self.rows:
+      rows.append([cell.text for cell in row.values()])
+    shown = len(headings)
+    lines = layout.columns(rows, left=shown)
+    while shown > 1 and max(map(len, lines)) > room:
+      shown -= 1
       lines = layout.columns([row[:shown] for row in rows], left=shown)
-      if len(max(lines, key=len)) <= room:
-        break
-    left = ', '.join([*self.columns][shown:])
-    return '\n'.join(lines + [f'(too narrow for {left})'] * bool(left))
+    if shown < len(headings):
+      lines.append(f'(too narrow for {", ".join(headings[shown:])})')
+    return '\n'.join(lines)
 
 
 def table(name: str, title: str, rows: Sequence[Mapping[str, Cell]]) -> Table:
   """Returns a table without the columns that say nothing in any row."""
-  spoken = {heading for row in rows for heading, cell in row.items()
-            if cell.text not in ('', UNKNOWN)}
-  return Table(name, title, [{
-      heading: cell for heading, cell in row.items() if heading in spoken}
-                             for row in rows])
+  spoken = set()
+  for row in rows:
+    for heading, cell in row.items():
+      if cell.text not in ('', UNKNOWN):
+        spoken.add(heading)
+  kept = []
+  for row in rows:
+    kept.append({heading: cell for heading, cell in row.items()
+                 if heading in spoken})
+  return Table(name=name, title=title, rows=kept)
 
 
 class Figure(NamedTuple):
   """A drawing.
 
   Attributes:
-    name: of its files.
-    title: a short one.
-    caption: what its marks are.
+    name: the name of its files, without their endings.
+    title: a short title.
+    caption: a caption that says what its marks are.
     svg: the drawing, to stand within a page.
     files: the drawing by the ending of its file.
   """
@@ -93,8 +118,17 @@ class Figure(NamedTuple):
 
 
 class Section(NamedTuple):
-  """A heading, then its paragraphs, figures, tables, and what report.js draws
-  (plots.py), with a caption, into the <figure> of its id."""
+  """A section of a page.
+
+  Attributes:
+    name: its anchor.
+    heading: its heading.
+    paragraphs: the paragraphs below the heading.
+    figures: the drawings below these.
+    tables: the tables below these.
+    plots: what report.js draws (plots.py), with a caption, into the <figure> of
+      its id.
+  """
   name: str
   heading: str
   paragraphs: Sequence[str] = ()
@@ -104,14 +138,23 @@ class Section(NamedTuple):
 
 
 def html(sections: Sequence[Section], **words: Any) -> str:
-  """Returns the page; what there is nothing for is left out."""
-  sections = [section._replace(
-      tables=[table for table in section.tables if table.rows],
-      plots=[plot for plot in section.plots if plot['series']])
-              for section in sections]
-  plots = [plot for section in sections for plot in section.plots]
+  """Returns the page; what there is nothing for is left out.
+
+  Args:
+    sections: the sections.
+    **words: the other words of the template: title, about, answer, warnings.
+  """
+  shown, plots = [], []
+  for section in sections:
+    section = section._replace(
+        tables=[table for table in section.tables if table.rows],
+        plots=[plot for plot in section.plots if plot['series']])
+    plots += section.plots
+    if (section.paragraphs or section.figures or section.tables
+        or section.plots):
+      shown.append(section)
   return render(
-      'page.html', sections=[x for x in sections if any(x[2:])],
+      'page.html', sections=shown,
       # '<' would end the script early if a name held </script>.
       data=json.dumps(plots, allow_nan=False).replace('<', '\\u003c'),
       css=(TEMPLATES / 'report.css').read_text(),
@@ -119,6 +162,7 @@ def html(sections: Sequence[Section], **words: Any) -> str:
 
 
 def render(template: str, **words: Any) -> str:
+  """Returns a template of templates/ with these words in it."""
   import jinja2
   environment = jinja2.Environment(
       loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -129,54 +173,65 @@ def render(template: str, **words: Any) -> str:
 
 
 def _key(cell: Cell) -> str:
-  """The figure of a cell in full, by which a program may read the page."""
-  return (cell.value if isinstance(cell.value, str)
-          else repr(float(cell.value)))
+  """Returns the figure of a cell in full, by which a program may read the page.
+  """
+  if isinstance(cell.value, str):
+    return cell.value
+  return repr(float(cell.value))
 
 
 def _broken(cell: Cell) -> list[str]:
-  """A cell's text in parts that stand below each other, so that a page of 1,100
-  pixels shows the last column too: a figure and its interval."""
+  """Returns a cell's text in parts that stand below each other, so that a page
+  of 1,100 pixels shows the last column too: a figure and its interval."""
   if isinstance(cell.value, str | None):
     return [cell.text]
   return re.split(r' (?=\[|\()', cell.text)
 
 
 def known(x: float | None) -> bool:
+  """Returns whether a figure is there and finite."""
   return x is not None and math.isfinite(x)
 
 
 def label(text: str, mark: str = '') -> Cell:
-  """The cell of a word, by which the table can be sorted."""
-  return Cell(text, text, mark)
+  """Returns the cell of a word, by which the table can be sorted."""
+  return Cell(text=text, value=text, mark=mark)
 
 
 def number(x: float | None, form: str = '.4f') -> Cell:
-  return Cell(f'{x:{form}}', x) if known(x) else Cell(UNKNOWN)
+  """Returns the cell of a number in a format."""
+  if not known(x):
+    return Cell(UNKNOWN)
+  return Cell(f'{x:{form}}', x)
 
 
 def count(x: float | None) -> Cell:
+  """Returns the cell of a whole number."""
   return number(x, ',.0f')
 
 
 def p_value(x: float | None) -> Cell:
-  """A probability: four digits, and no 0."""
-  return Cell('< 0.0001', x) if known(x) and x < 1e-4 else number(x)
+  """Returns the cell of a probability: four digits, and no 0."""
+  if known(x) and x < 1e-4:
+    return Cell('< 0.0001', x)
+  return number(x)
 
 
 def duration(seconds: float | None) -> Cell:
-  """A time, in the unit that suits it."""
+  """Returns the cell of a time, in the unit that suits it."""
   if not known(seconds):
     return Cell(UNKNOWN)
-  for unit, size in (('h', 3600), ('min', 60)):
-    if seconds >= size:
-      return Cell(f'{seconds / size:.1f} {unit}', seconds)
+  if seconds >= 3600:
+    return Cell(f'{seconds / 3600:.1f} h', seconds)
+  if seconds >= 60:
+    return Cell(f'{seconds / 60:.1f} min', seconds)
   return Cell(f'{seconds:.1f} s', seconds)
 
 
 def estimate(mean: float | None, low: float | None, high: float | None,
              form: str = '+.4f') -> Cell:
-  """'+0.1234 [-0.0100, +0.2568]'; the mean alone where no interval is known."""
+  """Returns '+0.1234 [-0.0100, +0.2568]'; the mean alone where no interval is
+  known."""
   cell = number(mean, form)
   if not (known(mean) and known(low) and known(high)):
     return cell
@@ -184,17 +239,19 @@ def estimate(mean: float | None, low: float | None, high: float | None,
 
 
 def mean(x: float | None, deviation: float | None) -> Cell:
-  """A mean over seeds with the standard deviation."""
+  """Returns a mean over seeds with the standard deviation."""
   cell = number(x)
-  return cell if deviation is None else Cell(
-      f'{cell.text} ± {deviation:.4f}', x)
+  if deviation is None:
+    return cell
+  return Cell(f'{cell.text} ± {deviation:.4f}', x)
 
 
 def sheet(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns rows as CSV, in which no text begins as a formula does: a program
   for spreadsheets shows it with an apostrophe before it."""
   file = io.StringIO()
-  writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator='\n')
+  headings = rows[0] if rows else ()
+  writer = csv.DictWriter(file, headings, lineterminator='\n')
   writer.writeheader()
   for row in rows:
     writer.writerow({name: _no_formula(x) for name, x in row.items()})
@@ -202,5 +259,7 @@ def sheet(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _no_formula(x: Any) -> Any:
-  begins_one = isinstance(x, str) and x.startswith(tuple('=+-@\t\r'))
+  """Returns a value as it may stand in a sheet."""
+  begins_one = isinstance(x, str) and x.startswith(('=', '+', '-', '@', '\t',
+                                                    '\r'))
   return f"'{x}" if begins_one else x

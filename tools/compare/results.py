@@ -5,6 +5,7 @@ a step is known."""
 import collections
 from collections.abc import Mapping, Sequence
 import importlib.metadata
+import math
 import pathlib
 import platform
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from tools.compare import plan as plans
 
 FILE = 'results.json'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy')
-# What a study that was frozen and no more has found.
+# The results of a study that was frozen and no more.
 NOTHING: dict[str, Any] = {
     'study': None, 'outcomes': [], 'phases': {}, 'noise': [], 'announced': None,
     'advice': '', 'tuned': [], 'as_planned': {'differences': []},
@@ -26,7 +27,7 @@ def write(workdir, frozen: plans.Frozen, state: phases.State) -> None:
   """Writes results.json, unless it holds later phases of the same plan.
 
   Args:
-    workdir: of the study.
+    workdir: the folder of the study.
     frozen: its plan.
     state: what is found so far.
   """
@@ -37,6 +38,9 @@ def write(workdir, frozen: plans.Frozen, state: phases.State) -> None:
   if set(state.finished) < over and before['study']['hash'] == frozen.hash:
     return
   ran = codes(workdir)
+  versions = {'python': platform.python_version()}
+  for name in _PACKAGES:
+    versions[name] = importlib.metadata.version(name)
   layout.save_checked(pathlib.Path(workdir) / FILE, {
       'study': {'name': frozen.plan.name, 'hash': frozen.hash},
       'outcomes': plans.to_json(state.outcomes), **plans.to_json(state.records),
@@ -44,34 +48,37 @@ def write(workdir, frozen: plans.Frozen, state: phases.State) -> None:
                  for phase in phases.of(frozen.plan.seeds)},
       'as_planned': as_planned(workdir, frozen, ran),
       'provenance': {'codes': ran, 'devices': _devices(workdir),
-                     'versions': {'python': platform.python_version()} | {
-                         name: importlib.metadata.version(name)
-                         for name in _PACKAGES}}})
+                     'versions': versions}})
 
 
 def load(workdir) -> dict[str, Any]:
   """Returns what results.json holds, and what of NOTHING it does not."""
   path = pathlib.Path(workdir) / FILE
-  return NOTHING | (layout.load_checked(path) if path.is_file() else {})
+  if not path.is_file():
+    return dict(NOTHING)
+  return NOTHING | layout.load_checked(path)
 
 
 def folders(workdir, phase: str = '') -> list[pathlib.Path]:
   """Returns the sweeps of a phase, or of all, in the order of the phases."""
-  paths = sorted((path.parent for path in pathlib.Path(workdir).glob(
-      '*/sweep.json')), key=lambda path: (len(path.name), path.name))
-  return [path for name in ([phase] if phase else phases.PHASES)
-          for path in paths if plans.phase_of(path) == name]
+  sweeps = [path.parent for path in pathlib.Path(workdir).glob('*/sweep.json')]
+  sweeps.sort(key=lambda path: (len(path.name), path.name))
+  ordered = []
+  for name in [phase] if phase else phases.PHASES:
+    ordered += [path for path in sweeps if plans.phase_of(path) == name]
+  return ordered
 
 
 def _spent(frozen: plans.Frozen, phase: phases.Phase, state) -> dict[str, Any]:
-  runs = [x for x in state.outcomes if x.phase == phase.name]
+  """Returns what a phase has taken so far."""
+  runs = [run for run in state.outcomes if run.phase == phase.name]
+  tokens = [run.flops / frozen.point_of(run)['flops_per_token'] for run in runs]
+  seconds = [run.seconds for run in runs if not math.isnan(run.seconds)]
   return {'planned': len(phase.most(frozen)), 'done': len(runs),
-          'failed': sum(x.diverged for x in runs),
-          'tokens': sum(x.flops / frozen.point_of(x)['flops_per_token']
-                        for x in runs),
-          'flops': float(sum(x.flops for x in runs)),
-          'seconds': float(sum(x.seconds for x in runs
-                               if x.seconds == x.seconds)),
+          'failed': sum(run.diverged for run in runs),
+          'tokens': sum(tokens),
+          'flops': float(sum(run.flops for run in runs)),
+          'seconds': float(sum(seconds)),
           'finished': phase.name in state.finished}
 
 
@@ -80,19 +87,27 @@ def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]
   """Returns whether what ran, by these codes, is what was planned, and what is
   not."""
   from training.workdir import provenance
-  differences, (repeated, unknown) = [], _begun(workdir)
+  differences = []
+
+  # What was decided after the plan was frozen.
   for change in frozen.amendments:
     seen = ', '.join(change['seen']) or 'nothing'
     differences.append(
         f'The plan was changed ({", ".join(change["changed"])}) when {seen} '
         f'had been looked at. Reason: {change["reason"]}')
   differences += [change['told'] for change in frozen.notes]
-  differences += [f'Runs of {phase} were deleted and trained again: {number}.'
-                  for phase, number in repeated.items()]
+
+  # Runs that were begun more than once, or elsewhere.
+  repeated, unknown = _begun(workdir)
+  for phase, number in repeated.items():
+    differences.append(
+        f'Runs of {phase} were deleted and trained again: {number}.')
   if unknown:
     differences.append('Runs that the ledger of the study does not know, since '
                        'they were begun elsewhere or it was lost: '
                        f'{unknown}.')
+
+  # The code that trained them.
   planned = provenance.codes([frozen.code])
   others = [code for code in ran if planned and code not in planned]
   if others:
@@ -107,20 +122,25 @@ def _begun(workdir) -> tuple[dict[str, int], int]:
   runs are on disk that the ledger of the study did not see begin."""
   with layout.StudyLedger(workdir) as ledger:
     begun = ledger.begun()
-  phase = lambda run: plans.phase_of(pathlib.Path(run[0]))
-  again = collections.Counter(map(phase, begun))
-  again.subtract(map(phase, set(begun)))
-  there = {(folder.name, run.parent.name, int(run.name.removeprefix('seed-')))
-           for folder in folders(workdir)
-           for run in folder.glob('points/*/seed-*')}
-  return dict(+again), len(there - set(begun))
+  again: collections.Counter[str] = collections.Counter()
+  for run, times in collections.Counter(begun).items():
+    folder, *_ = run
+    again[plans.phase_of(pathlib.Path(folder))] += times - 1
+  on_disk = set()
+  for folder in folders(workdir):
+    for run in folder.glob('points/*/seed-*'):
+      seed = int(run.name.removeprefix('seed-'))
+      on_disk.add((folder.name, run.parent.name, seed))
+  repeated = {phase: times for phase, times in again.items() if times}
+  return repeated, len(on_disk - set(begun))
 
 
 def codes(workdir) -> list[str]:
   """Returns the codes that trained the runs, as far as they are known."""
-  return list(dict.fromkeys(code for folder in folders(workdir)
-                            for code in layout.codes(
-                                folder, layout.load_description(folder))))
+  every: list[str] = []
+  for folder in folders(workdir):
+    every += layout.codes(folder, layout.load_description(folder))
+  return list(dict.fromkeys(every))
 
 
 def _devices(workdir) -> list[str]:
@@ -141,8 +161,18 @@ Times = Mapping[tuple[str, str], float]
 
 
 class Cost(NamedTuple):
-  """What a phase takes; `seconds` of the steps of one process, without starting
-  and compiling, None where not known."""
+  """What a phase takes.
+
+  Attributes:
+    phase: the name of the phase.
+    runs: the number of runs.
+    programs: the number of programs that train them.
+    tokens: the tokens of all runs.
+    flops: the FLOPs of all runs.
+    seconds: the time of the steps of one process, without starting and
+      compiling; None where it is not known.
+    note: what else may come.
+  """
   phase: str
   runs: int
   programs: int
@@ -160,31 +190,37 @@ def costs(frozen: plans.Frozen, group: int, times: Times | None
   Args:
     frozen: the plan.
     group: how many runs one program holds at most.
-    times: None: not measured.
+    times: the seconds of a step; None: not measured.
   """
   return [_cost(frozen, group, times, phase)
           for phase in phases.of(frozen.plan.seeds)]
 
 
-def _cost(frozen, group: int, times: Times | None, phase) -> Cost:
+def _cost(frozen: plans.Frozen, group: int, times: Times | None,
+          phase: phases.Phase) -> Cost:
+  """Returns the cost of a phase, as `costs` does."""
   from training import vectorised
   runs = phase.most(frozen)
   tokens = flops = seconds = 0.0
   alike: collections.Counter[tuple] = collections.Counter()
   for run in runs:
+    # A run may train a part of the steps of its point.
     row = frozen.point_of(run)
     steps = frozen.steps(run.changes)
     part = steps / frozen.steps(row['changes'])
     tokens += row['tokens'] * part
     flops += row['tokens'] * part * row['flops_per_token']
-    key = tuple(sorted((name, repr(value)) for name, value in
-                       run.changes.items() if name not in vectorised.FIELDS))
-    alike[key] += 1
     if times:
       seconds += steps * times[run.size, run.workload]
-  programs = sum(-(-n // group) for n in alike.values())
-  return Cost(phase.name, len(runs), programs, tokens, flops,
-              seconds if times else None, phase.note(frozen.plan))
+    # Runs that differ in numbers alone train as one program.
+    others = [(name, repr(value)) for name, value in run.changes.items()
+              if name not in vectorised.FIELDS]
+    alike[tuple(sorted(others))] += 1
+  programs = sum(math.ceil(number / group) for number in alike.values())
+  return Cost(
+      phase=phase.name, runs=len(runs), programs=programs, tokens=tokens,
+      flops=flops, seconds=seconds if times else None,
+      note=phase.note(frozen.plan))
 
 
 def times_of(workdir, frozen: plans.Frozen) -> Times | None:
@@ -193,29 +229,42 @@ def times_of(workdir, frozen: plans.Frozen) -> Times | None:
   has not is left out."""
   plan = frozen.plan
   variants = (plan.base, plans.AGAIN, *plan.variants)
-  wanted = [(size, workload) for size in plan.every_size
-            for workload in plan.workloads]
-  steps, seconds = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0)
-  for x in map(plans.outcome_from_json, load(workdir)['outcomes']):
-    key = x.size, x.workload
-    if (x.seconds == x.seconds and not x.diverged and x.variant in variants
-        and key in steps):
-      steps[key] += frozen.steps(x.changes)
-      seconds[key] += x.seconds
-  return {key: seconds[key] / steps[key] for key in wanted} if all(
-      steps.values()) else None
+  steps, seconds = {}, {}
+  for size in plan.every_size:
+    for workload in plan.workloads:
+      steps[size, workload] = seconds[size, workload] = 0.0
+  for row in load(workdir)['outcomes']:
+    run = plans.outcome_from_json(row)
+    key = run.size, run.workload
+    if key not in steps or run.variant not in variants:
+      continue
+    if run.diverged or math.isnan(run.seconds):
+      continue
+    steps[key] += frozen.steps(run.changes)
+    seconds[key] += run.seconds
+  if not all(steps.values()):
+    return None
+  return {key: seconds[key] / steps[key] for key in steps}
 
 
 def table(each: Sequence[Cost], parallel: int) -> str:
   """Renders costs for a terminal: a row for each phase, and all of them."""
-  sums = (None if None in column else sum(column)
-          for column in list(zip(*each))[1:6])
-  every = [*each, Cost('in all', *sums)]
-  lines = layout.columns([
-      ('phase', 'runs', 'programs', 'tokens', 'FLOPs', 'hours'),
-      *((c.phase, f'{c.runs:,}', f'{c.programs:,}', f'{c.tokens:,.0f}',
-         f'{c.flops:.3g}', 'unknown' if c.seconds is None
-         else f'{c.seconds / parallel / 3600:.2f}') for c in every)])
-  notes = ('', *(c.note for c in every))
+  seconds = [cost.seconds for cost in each]
+  in_all = Cost(
+      phase='in all', runs=sum(cost.runs for cost in each),
+      programs=sum(cost.programs for cost in each),
+      tokens=sum(cost.tokens for cost in each),
+      flops=sum(cost.flops for cost in each),
+      seconds=None if None in seconds else sum(seconds))
+  rows = [('phase', 'runs', 'programs', 'tokens', 'FLOPs', 'hours')]
+  notes = ['']  # the headings have none
+  for cost in [*each, in_all]:
+    hours = 'unknown'
+    if cost.seconds is not None:
+      hours = f'{cost.seconds / parallel / 3600:.2f}'
+    rows.append((cost.phase, f'{cost.runs:,}', f'{cost.programs:,}',
+                 f'{cost.tokens:,.0f}', f'{cost.flops:.3g}', hours))
+    notes.append(cost.note)
+  lines = layout.columns(rows)
   return '\n'.join(f'{line}  {note}'.rstrip()
                    for line, note in zip(lines, notes))

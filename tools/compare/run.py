@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   is_study = check.check_arguments(args)
-  one_of('--launcher', args.launcher, LAUNCHERS[:2] if is_study else LAUNCHERS)
+  launchers = ('local', 'slurm') if is_study else LAUNCHERS
+  one_of('--launcher', args.launcher, launchers)
   check_number('--jobs', args.jobs, (('>=', 0), ('<=', 100_000)))
   for flag in ('jobs', 'slurm'):
     require(args.launcher == 'slurm' or not getattr(args, flag), f'--{flag} is '
@@ -82,13 +83,16 @@ def submit(args, jobs: int) -> None:
 
 
 def _summary(args, runs: list[layout.Run], description: dict) -> int:
-  """Prints the states of all runs, not to stdout where that holds commands."""
+  """Prints the states of all runs, not to stdout where that holds commands;
+  returns the exit code."""
   codes = layout.codes(args.workdir, description)
   failed = status.failed(runs)
-  lines = [f'{args.workdir}: {status.states(runs)}',
-           *[f'warning: {layout.codes_note(codes)}'] * (len(codes) > 1),
-           *(f'failed: {line}' for line in failed),
-           *['--retry takes up again what failed'] * bool(failed)]
+  lines = [f'{args.workdir}: {status.states(runs)}']
+  if len(codes) > 1:
+    lines.append(f'warning: {layout.codes_note(codes)}')
+  lines += [f'failed: {line}' for line in failed]
+  if failed:
+    lines.append('--retry takes up again what failed')
   print('\n'.join(lines), file=sys.stderr)
   if failed:
     return 1

@@ -21,7 +21,7 @@ POLL_SECONDS = 0.1
 
 
 class Work:
-  """What one job of the array does: run a command.
+  """The work of one job of the array: it runs a command.
 
   A job that is preempted or out of time is queued again by submitit, and the
   command must go on from where it was.
@@ -64,10 +64,11 @@ def submit(commands: list[list[str]], folder: pathlib.Path, options: str,
   """Submits an array, prints the names of its jobs, returns them.
 
   Args:
-    commands: of each job.
-    folder: for the scripts and logs of the jobs.
-    options: of submitit's executor, as slurm_partition=gpu,timeout_min=60.
-    name: of the array.
+    commands: the command of each job.
+    folder: the folder for the scripts and logs of the jobs.
+    options: the options of submitit's executor, as
+      slurm_partition=gpu,timeout_min=60.
+    name: the name of the array.
     cluster: 'slurm'; tests run 'local'.
 
   Raises:
@@ -78,9 +79,9 @@ def submit(commands: list[list[str]], folder: pathlib.Path, options: str,
   except ImportError as error:
     raise RequestError('--launcher=slurm needs submitit: pip install -e '
                        "'.[slurm]'") from error
-  words = filter(None, options.split(','))
-  parsed = {name: _option(value)
-            for name, value in assignments(words, '--slurm').items()}
+  given = [option for option in options.split(',') if option]
+  parsed = {option: _option(value)
+            for option, value in assignments(given, '--slurm').items()}
   delay = parsed.get('slurm_signal_delay_s', SIGNAL_SECONDS)
   require(type(delay) is int and delay > QUEUE_SECONDS, '--slurm has '
           f'slurm_signal_delay_s={delay}: a job is told so many seconds before '

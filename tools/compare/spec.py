@@ -26,12 +26,12 @@ from configs import base as fields
 from training import cli, evals, plugins
 
 CONSTANTS = ('SEEDS', 'TASKS')  # that a sweep's file may hold
-OF_A_STUDY = ('SIZES', 'EFFECT')  # that a study's must hold
+OF_A_STUDY = ('SIZES', 'EFFECT')  # that a study's file must hold
 SEEDS, MOST_SEEDS = 3, 10_000
-BASE = 'base'  # what the point that changes nothing is called by default
+BASE = 'base'  # the name of the point that changes nothing, by default
 # Fields by which a batch is made: points that differ in one share no batches.
 BATCHES = ('data.', 'objective', 'span.', 'probe.')
-# What matching makes equal, and the field that it solves by default.
+# The costs that matching makes equal, and the field that it solves by default.
 MATCH = ('params', 'active_params', 'flops_per_token')
 MATCH_FIELD = 'model.d_ff'
 
@@ -41,9 +41,9 @@ class Point:
   """A variant: its name, and the config keys in which it leaves the base.
 
   Attributes:
-    name: also its folder's.
+    name: the name, which is also its folder's.
     changes: values by dotted key.
-    matched: of `changes`, the keys that were solved for and not declared.
+    matched: the keys of `changes` that were solved for and not declared.
   """
   name: str
   changes: Mapping[str, Any]
@@ -52,7 +52,17 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """A base and the points that change it."""
+  """A base and the points that change it.
+
+  Attributes:
+    name: the name of the file, without its ending.
+    file: the path of the file.
+    base: the config of the base.
+    points: the points, the base among them.
+    base_name: the name of the point that is the base.
+    seeds: the seeds that every point has.
+    tasks: the evaluations of TASKS.
+  """
   name: str
   file: str
   base: ml_collections.ConfigDict
@@ -66,8 +76,8 @@ class Sweep:
     return changed(self.base, point.changes, f'point {point.name!r}')
 
   def owed(self, point: Point) -> tuple[str, ...]:
-    """The evaluations that a run of `point` owes once it is trained: those of
-    TASKS that measure something of it."""
+    """Returns the evaluations that a run of `point` owes once it is trained:
+    those of TASKS that measure something of it."""
     config = self.config(point)
     return tuple(task for task in self.tasks
                  if not evals.task(task).unfit(config))
@@ -104,10 +114,10 @@ class Add:
 
     Args:
       arch: the system, as model.arch names it.
-      size: of configs/ARCH.py: whose parts are taken, and the sizes of what the
-        base has no part for, such as experts.
-      name: of the point; default: arch.
-      **changes: by dotted key, made after these.
+      size: the size of configs/ARCH.py whose parts are taken, and the sizes of
+        what the base has no part for, such as experts.
+      name: the name of the point; default: arch.
+      **changes: values by dotted key, made after these.
     """
     from training.costs import systems
     name = name or arch
@@ -118,7 +128,7 @@ class Add:
 
 @contextlib.contextmanager
 def naming(who: str) -> Iterator[None]:
-  """Says of a wrong request inside whose it is."""
+  """Lets a RequestError inside begin with the name of who is wrong."""
   try:
     yield
   except RequestError as error:
@@ -126,7 +136,7 @@ def naming(who: str) -> Iterator[None]:
 
 
 def is_study(file: str) -> bool:
-  """Whether a file describes a study, and not a sweep alone."""
+  """Returns whether a file describes a study, and not a sweep alone."""
   return any(hasattr(module_of(file), name) for name in OF_A_STUDY)
 
 
@@ -135,8 +145,8 @@ def read_sweep_file(file: str, seeds: int = 0,
   """Reads a sweep's file; the point that changes nothing is added if missing.
 
   Args:
-    file: its path.
-    seeds: how many; 0: the file's SEEDS.
+    file: the path of the file.
+    seeds: how many seeds each point has; 0: the file's SEEDS.
     known: the constants that it may hold, of a study more than CONSTANTS.
 
   Raises:
@@ -149,10 +159,14 @@ def read_sweep_file(file: str, seeds: int = 0,
     require(not name.isupper() or name.startswith('_') or is_read,
             f'{file} has {name}, which is not read: call it _{name} if it is '
             f'the file\'s own.{hint(name, [*known])}')
+
+  # The base and the points.
   base = cli.call(file, module.get_config)
   cli.check_config(base, f'{file}: get_config()')
   add = Add(file, base)
   cli.call(file, module.sweep, add)
+
+  # The constants beside them.
   tasks = getattr(module, 'TASKS', ())
   require(isinstance(tasks, tuple | list),
           f'{file}: TASKS is {tasks!r}: write a tuple of names')
@@ -163,8 +177,9 @@ def read_sweep_file(file: str, seeds: int = 0,
   require(type(seeds) is int and 1 <= seeds <= MOST_SEEDS, f'SEEDS or --seeds '
           f'is {seeds!r}: choose a whole number from 1 to {MOST_SEEDS:,}')
   return _with_base(Sweep(
-      pathlib.Path(file).stem, file, base.lock(), tuple(add.points.values()),
-      '', tuple(range(seeds)), tuple(tasks)))
+      name=pathlib.Path(file).stem, file=file, base=base.lock(),
+      points=tuple(add.points.values()), base_name='',
+      seeds=tuple(range(seeds)), tasks=tuple(tasks)))
 
 
 def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
@@ -186,12 +201,13 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
   return config.lock()
 
 
-def tuples(value):
-  """Sequences in a config are tuples; JSON, where changes stand, has lists."""
+def tuples(value: Any) -> Any:
+  """Returns lists, which JSON makes of tuples, as the tuples that they were."""
   if isinstance(value, Mapping):  # kinds of layer
     return {name: tuples(x) for name, x in value.items()}
-  return (tuple(map(tuples, value)) if isinstance(value, list | tuple)
-          else value)
+  if isinstance(value, list | tuple):
+    return tuple(map(tuples, value))
+  return value
 
 
 def path_of(file: str) -> str:
@@ -215,24 +231,33 @@ def _with_base(sweep: Sweep) -> Sweep:
   Raises:
     RequestError: for two points that train the same.
   """
-  equal = [point.name for point in sweep.points
-           if sweep.config(point).to_dict() == sweep.base.to_dict()]
-  base_name, points = (equal or [BASE])[0], sweep.points
-  if not equal:
-    require(BASE not in (point.name for point in points), f'{sweep.file}: the '
+  points = list(sweep.points)
+  base = _base_of(sweep)
+  if base is None:
+    require(BASE not in [point.name for point in points], f'{sweep.file}: the '
             f'point called {BASE!r} changes the base: call it otherwise')
-    points = (Point(BASE, {}), *points)
+    base = Point(name=BASE, changes={})
+    points.insert(0, base)
   require(len(points) > 1,
           f'{sweep.file}: sweep(add) adds nothing but the base')
-  seen: list[tuple[str, Any]] = []
+  before: list[tuple[str, Any]] = []
   for point in points:
     trained = _trained(sweep.config(point))
-    same = next((name for name, other in seen if other == trained), '')
-    require(not same, f'{sweep.file}: points {same!r} and {point.name!r} train '
-            'the same; model.arch alone is a name, which changes no part of a '
-            'model: write add.system(ARCH), which sets the parts of a system')
-    seen.append((point.name, trained))
-  return dataclasses.replace(sweep, points=points, base_name=base_name)
+    for name, other in before:
+      require(other != trained, f'{sweep.file}: points {name!r} and '
+              f'{point.name!r} train the same; model.arch alone is a name, '
+              'which changes no part of a model: write add.system(ARCH), which '
+              'sets the parts of a system')
+    before.append((point.name, trained))
+  return dataclasses.replace(sweep, points=tuple(points), base_name=base.name)
+
+
+def _base_of(sweep: Sweep) -> Point | None:
+  """Returns the first point that equals the base; None where none does."""
+  base = sweep.base.to_dict()
+  equal = [point for point in sweep.points
+           if sweep.config(point).to_dict() == base]
+  return equal[0] if equal else None
 
 
 def _trained(config: ml_collections.ConfigDict) -> tuple[dict, dict]:
@@ -241,5 +266,8 @@ def _trained(config: ml_collections.ConfigDict) -> tuple[dict, dict]:
   tree = config.to_dict()
   page = architectures.systems().get(tree['model'].pop('arch'))
   # Pages of encoders have more than parts, such as what scores a row.
-  return tree, {name: getattr(page, name) for name in dir(page)
-                if not name.startswith('_') and name not in ('PARTS', 'ARCH')}
+  more = {}
+  for name in dir(page):
+    if not name.startswith('_') and name not in ('PARTS', 'ARCH'):
+      more[name] = getattr(page, name)
+  return tree, more

@@ -21,26 +21,32 @@ def main(args) -> int:
     return _study(workdir, args.json)
   description = layout.load_description(workdir)
   runs = layout.ledger_runs(workdir)
+  points = rows(description, workdir, runs)
   if args.json:
     print(json.dumps({
-        'sweep': description['name'], 'points': [
-            dict(zip(HEADINGS, row)) for row in rows(
-                description, workdir, runs)],
+        'sweep': description['name'],
+        'points': [dict(zip(HEADINGS, row)) for row in points],
         'runs': [run._asdict() for run in runs]}, indent=2))
-  else:
-    table = [HEADINGS, *rows(description, workdir, runs)]
-    print(*layout.columns(table, left=2), '',
-          f'{len(runs)} runs: {states(runs)}',
-          *(f'failed: {line}' for line in failed(runs)), sep='\n')
+    return 0
+  for line in layout.columns([HEADINGS, *points], left=2):
+    print(line)
+  print()
+  print(f'{len(runs)} runs: {states(runs)}')
+  for line in failed(runs):
+    print(f'failed: {line}')
   return 0
 
 
 def _study(workdir, as_json: bool) -> int:
+  """Prints how far each phase of a study is."""
   from tools.compare import plan, results
   frozen = plan.load(workdir)
-  phases = [(cost, [run for folder in results.folders(workdir, cost.phase)
-                    for run in layout.ledger_runs(folder)])
-            for cost in results.costs(frozen, 1, None)]
+  phases = []
+  for cost in results.costs(frozen, 1, None):
+    runs = []
+    for folder in results.folders(workdir, cost.phase):
+      runs += layout.ledger_runs(folder)
+    phases.append((cost, runs))
   if as_json:
     print(json.dumps({
         'study': frozen.plan.name, 'plan': frozen.hash, 'phases': [
@@ -59,45 +65,61 @@ def _study(workdir, as_json: bool) -> int:
   return 0
 
 
-def rows(description: dict, workdir, runs: list) -> list[tuple[str, ...]]:
+def rows(description: dict, workdir, runs: list[layout.Run]
+         ) -> list[tuple[str, ...]]:
   """Returns a row for each point, the base first: its states, how much of it
   is trained, its mean held-out loss, and that minus the base's, seed by seed.
   """
   by_point = collections.defaultdict(list)
   for run in runs:
     by_point[run.point].append(run)
+  names = [point['name'] for point in description['points']]
+  names.sort(key=lambda name: name != description['base'])
   base: dict[int, float] = {}
   table = []
-  for point in sorted(description['points'],
-                      key=lambda p: p['name'] != description['base']):
-    name, shares, losses = point['name'], [], {}
-    steps = layout.config(description, name, 0).train.steps
-    for run in by_point[name]:
-      folder = layout.run_folder(workdir, run.point, run.seed)
-      trained = layout.metrics(folder, 'train')
-      shares.append(trained[-1]['step'] / steps if trained else 0.0)
-      for row in layout.metrics(folder, 'eval'):
-        if row['step'] == steps and row.get('loss') is not None:
-          losses[run.seed] = row['loss']
-    apart = [loss - base[seed] for seed, loss in losses.items() if seed in base]
-    base = base if table else losses
+  for name in names:
+    shares, losses = _trained(description, workdir, name, by_point[name])
+    differences = [loss - base[seed] for seed, loss in losses.items()
+                   if seed in base]
+    if name == names[0]:
+      base = losses
     table.append((name, states(by_point[name]), _mean(shares, '.0%'),
-                  _mean(losses.values(), '.4f'), _mean(apart, '+.4f')))
+                  _mean(list(losses.values()), '.4f'),
+                  _mean(differences, '+.4f')))
   return table
 
 
-def states(runs: list) -> str:
+def _trained(description: dict, workdir, point: str, runs: list[layout.Run]
+             ) -> tuple[list[float], dict[int, float]]:
+  """Returns how much of each run of a point is trained, and the held-out loss
+  after the last step by seed."""
+  steps = layout.config(description, point, 0).train.steps
+  shares, losses = [], {}
+  for run in runs:
+    folder = layout.run_folder(workdir, run.point, run.seed)
+    trained = layout.metrics(folder, 'train')
+    shares.append(trained[-1]['step'] / steps if trained else 0.0)
+    for row in layout.metrics(folder, 'eval'):
+      if row['step'] == steps and row.get('loss') is not None:
+        losses[run.seed] = row['loss']
+  return shares, losses
+
+
+def states(runs: list[layout.Run]) -> str:
   """Returns '2 done, 1 running'."""
   counts = collections.Counter(run.state for run in runs)
   return ', '.join(f'{counts[state]} {state}'
                    for state in reversed(layout.STATES) if counts[state])
 
 
-def failed(runs: list) -> list[str]:
+def failed(runs: list[layout.Run]) -> list[str]:
+  """Returns a line for each run that failed, with its error."""
   return [f'{run.point}, seed {run.seed}: {run.error}' for run in runs
           if run.state == layout.FAILED]
 
 
-def _mean(values, form: str) -> str:
-  values = list(values)
-  return format(sum(values) / len(values), form) if values else ''
+def _mean(values: list[float], form: str) -> str:
+  """Returns the mean in a format; '' of no values."""
+  if not values:
+    return ''
+  return format(sum(values) / len(values), form)
