@@ -1,4 +1,4 @@
-"""What lowers the noise of a study, as its first phase has measured it.
+"""advice: what lowers the noise of a study, as its first phase has measured it.
 
 Each factor is a quotient of standard deviations. The figures are a seed's means
 over the sizes, since the confirmation tests these.

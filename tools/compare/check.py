@@ -190,7 +190,7 @@ def table(description: dict) -> str:
         f'{point["tokens"]:,}', f'{flops:.3g}'))
   lines = layout.columns(rows)
 
-  # What the points change.
+  # The changes of each point.
   lines += ['', f'differences from {base["name"]}:']
   width = max(len(point['name']) for point in points)
   for point in points:
@@ -198,7 +198,7 @@ def table(description: dict) -> str:
       changes = _differences(description, point)
       lines.append(f'  {point["name"].ljust(width)}  {changes}')
 
-  # How many runs they are, and how long these take.
+  # The number of runs, and how long they take.
   number = sum(len(point['seeds']) for point in points)
   lines += ['', f'{len(points)} points, {len(points[0]["seeds"])} seeds each: '
             f'{number} runs']
@@ -210,7 +210,7 @@ def table(description: dict) -> str:
               f'all runs, one after another: some {progress.clock(total)}; as '
               'one program or beside others (--parallel) they take less']
 
-  # What to know of them.
+  # Points that are compared with reserve.
   if not description['paired']:
     lines.append('warning: points differ in data.*, objective, span.* or '
                  'probe.*, so a seed does not give all of them the same '

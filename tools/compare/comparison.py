@@ -42,7 +42,7 @@ def row_with(rows: Sequence[Mapping[str, Any]], **wanted: Any
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """What a sweep or a study planned and found.
+  """The plan and the results of a sweep or a study.
 
   Attributes:
     workdir: the folder of the sweep or study.
@@ -268,7 +268,7 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
   warnings = []
   confirmed = results.get('confirm', ())
 
-  # What is not over, or was not planned.
+  # Phases that are not over, and runs that were not planned.
   over = [name for name, row in results['phases'].items() if row['finished']]
   left = [name for name in plan.seeds if name not in over]
   if left:
@@ -279,24 +279,19 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
     warnings.append('What ran is not what was planned at first: see "Planned '
                     'and run".')
 
-  # What its noise cannot show.
+  # Differences that the noise may hide, or that other items may not show.
   announced = results['announced']
   if announced and not announced['enough']:
     warnings.append(announced['sentence'] + ' That no difference is shown does '
                     'not mean that there is none.')
-  over_seeds_alone = []
-  for row in confirmed:
-    is_shown = row['verdict'] in (decide.BETTER, decide.WORSE)
-    both = row.get('both')
-    if is_shown and both and both['p'] > plan.alpha:
-      over_seeds_alone.append(f'{row["variant"]} in {row["measure"]}')
+  over_seeds_alone = _shown_over_seeds_alone(plan, confirmed)
   if over_seeds_alone:
     warnings.append(
         f'The difference of {"; ".join(over_seeds_alone)} is not shown over '
         'seeds and items (documents, questions) together: other '
         'items of their kind may show none.')
 
-  # What was tuned too narrowly.
+  # Values that were tuned too narrowly.
   edges = dict.fromkeys(
       row['variant'] for row in results['tuned'] if row['at_edge'])
   if edges:
@@ -305,26 +300,42 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
   return warnings + doubts(plan, confirmed)
 
 
+def _shown_over_seeds_alone(plan: plans.Plan,
+                            rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Returns 'VARIANT in MEASURE' of each difference that a confirmation shows
+  over seeds, and that is not shown over seeds and items together."""
+  names = []
+  for row in rows:
+    is_shown = row['verdict'] in (decide.BETTER, decide.WORSE)
+    both = row.get('both')
+    if is_shown and both and both['p'] > plan.alpha:
+      names.append(f'{row["variant"]} in {row["measure"]}')
+  return names
+
+
 def doubts(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
   """Says where the noise of a confirmation is not what Student's test takes it
   for, and where the robust test does not agree with it."""
-  shape, disagreeing = None, []
-  for row in rows:
-    if row['measure'] != plan.primary.name:
-      continue
-    if shape is None:  # it is one test of all variants together
-      shape = row.get('p_shape')
+  primary = [row for row in rows if row['measure'] == plan.primary.name]
+  sentences = []
+
+  # The test of the shape is one of all variants together.
+  shapes = [row.get('p_shape') for row in primary]
+  shape = next(filter(page.known, shapes), 1.0)
+  if shape <= statistics.IRREGULAR:
+    sentences.append(
+        f'The differences look skewed or have outliers (p = {shape:.2g} of '
+        'normal noise): p and intervals are the more cautious of Student\'s '
+        'and of those by the differences of all variants together.')
+
+  # The robust test is of each variant.
+  disagreeing = []
+  for row in primary:
     p, p_robust = row['p'], row.get('p_robust')
     if p is None or p_robust is None:
       continue
     if (p <= plan.alpha) != (p_robust <= plan.alpha):
       disagreeing.append(f'{row["variant"]} (p = {p:.2g} and {p_robust:.2g})')
-  sentences = []
-  if shape is not None and shape <= statistics.IRREGULAR:
-    sentences.append(
-        f'The differences look skewed or have outliers (p = {shape:.2g} of '
-        'normal noise): p and intervals are the more cautious of Student\'s '
-        'and of those by the differences of all variants together.')
   if disagreeing:
     sentences.append(
         'Student\'s test and the permutation test of the trimmed mean '
@@ -341,14 +352,17 @@ def _sweep(workdir, rows: str) -> Comparison:
   sweep = curves.load_sweep(workdir)
   if rows:
     sweep = curves.with_rows(sweep, rows)
+
+  # The results that a study would have in its files.
   outcomes = _outcomes(sweep)
   plan = _plan(sweep, outcomes)
-  confirmed = {'confirm': decide.sweep(plan, outcomes),
-               'tuned': _rates(sweep),
-               'provenance': {'codes': sweep.codes, 'devices': [],
-                              'versions': {}}}
-  results = results_lib.NOTHING | plans.to_json(confirmed)
+  records = {'confirm': decide.sweep(plan, outcomes),
+             'tuned': _rates(sweep),
+             'provenance': {'codes': sweep.codes, 'devices': [],
+                            'versions': {}}}
+  results = results_lib.NOTHING | plans.to_json(records)
 
+  # The points, and the runs that have curves or are left out.
   finished = {(run.variant, run.seed) for run in outcomes if not run.diverged}
   points, lines, excluded = [], {}, []
   for point in sweep.points:
@@ -411,17 +425,20 @@ def _excluded(point: curves.Point, run: curves.Run) -> dict[str, Any]:
 def _outcomes(sweep: curves.Sweep) -> list[plans.Outcome]:
   """Returns what became of the runs of a sweep that have a figure, and of those
   that diverged, which count as such and have no figures."""
-  values, names = {}, {}
+  # A run that diverged has NaN in place of every figure that another one has.
+  values, unknown = {}, {}
   for point in sweep.points:
     for seed, run in point.runs.items():
       if not run.diverged:
         figures = _values(run)
         values[point.name, seed] = figures
-        names |= dict.fromkeys(figures, math.nan)
+        unknown |= dict.fromkeys(figures, math.nan)
   outcomes = []
   for point in sweep.points:
     for seed, run in point.runs.items():
-      figures = dict(names) if run.diverged else values[point.name, seed]
+      figures = dict(unknown)
+      if not run.diverged:
+        figures = values[point.name, seed]
       if figures:
         outcomes.append(_outcome(point, run, figures))
   return outcomes
@@ -452,33 +469,42 @@ def _values(run: curves.Run) -> dict[str, float]:
   values = {}
   if run.final is not None:
     values['loss'] = run.final
-
-  # Tasks that were done while it trained, and after it.
-  held_out = run.held_out
-  tasks = evals.listed(run.config['eval.tasks']) if held_out else ()
-  for name, x in held_out.items():
-    is_of_task = any(_is_figure_of(task, name) for task in tasks)
-    if type(x) is float and is_of_task:
-      values[name] = x
-  for task, results in run.evaluations.items():
-    if isinstance(results, Mapping):
-      values |= {f'{task}/{name}': x for name, x in results.items()
-                 if type(x) is float}
-
-  # Routers, of a run that has other figures.
-  if values:
-    routers = _last_with_figures(run.rows)
-    for name, words in curves.FIGURES.items():
-      if name in routers:
-        values[words] = float(np.mean(np.asarray(routers[name], float)))
+  values |= _task_values(run)
+  if values:  # routers alone are no result
+    values |= _router_values(run)
   return {name: x for name, x in values.items() if math.isfinite(x)}
 
 
-def _last_with_figures(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-  """Returns the last row of training with one of curves.FIGURES; {}: none."""
-  for row in reversed(rows):
-    if row['split'] == 'train' and not row.keys().isdisjoint(curves.FIGURES):
-      return row
+def _task_values(run: curves.Run) -> dict[str, float]:
+  """Returns the fractions that tasks found, while a run trained and after it.
+  """
+  values = {}
+  held_out = run.held_out
+  if held_out:
+    tasks = evals.listed(run.config['eval.tasks'])
+    for name, x in held_out.items():
+      is_of_task = any(_is_figure_of(task, name) for task in tasks)
+      if type(x) is float and is_of_task:
+        values[name] = x
+  for task, figures in run.evaluations.items():
+    if not isinstance(figures, Mapping):
+      continue
+    for name, x in figures.items():
+      if type(x) is float:
+        values[f'{task}/{name}'] = x
+  return values
+
+
+def _router_values(run: curves.Run) -> dict[str, float]:
+  """Returns the last figures of a run's routers, each a mean over layers."""
+  for row in reversed(run.rows):
+    if row['split'] != 'train' or row.keys().isdisjoint(curves.FIGURES):
+      continue
+    values = {}
+    for name, words in curves.FIGURES.items():
+      if name in row:
+        values[words] = float(np.mean(np.asarray(row[name], float)))
+    return values
   return {}
 
 
@@ -500,17 +526,18 @@ def _is_figure_of(task: str, name: str) -> bool:
 def _rates(sweep: curves.Sweep) -> list[dict[str, Any]]:
   """Returns the groups of points that differ in the learning rate alone, as
   plans.Tuned says what was tried."""
+  # The points of each group, by the rest of what they change.
   groups: dict[str, dict[float, curves.Point]] = {}
   for point in sweep.points:
-    rest = {name: x for name, x in point.changes.items() if name != LR}
-    lr = point.changes.get(LR, sweep.base_config[LR])
+    rest = dict(point.changes)
+    lr = rest.pop(LR, sweep.base_config[LR])
     groups.setdefault(changed(rest) or sweep.base.name, {})[lr] = point
+
+  # The losses of a group at each rate, and the best of them.
   tuned = []
   for name, points in groups.items():
-    tried = []
-    for lr in sorted(points):
-      if points[lr].finals:
-        tried.append(_trial(lr, points[lr]))
+    tried = [_trial(lr, points[lr]) for lr in sorted(points)
+             if points[lr].finals]
     if len(tried) < 2:
       continue
     best = min(tried, key=lambda trial: (trial['diverged'], trial['value']))
@@ -535,7 +562,6 @@ def _trial(lr: float, point: curves.Point) -> dict[str, Any]:
 
 def _about(sweep: curves.Sweep) -> str:
   """Returns a sentence that says what a sweep is."""
-  states = [run.state for point in sweep.points for run in point.runs.values()]
   matched = 'sizes are not matched'
   if sweep.match:
     matched = f'{sweep.match} matched to the base\'s within 1 %'
@@ -543,22 +569,27 @@ def _about(sweep: curves.Sweep) -> str:
             'elsewhere')
   if sweep.paired:
     paired = 'seed by seed, every point sees the same data in the same order'
+  done = sum(run.state == 'done' for run in sweep.runs)
   return (f'{sweep.file}: {len(sweep.points)} points, '
-          f'{states.count("done")} of {len(states)} runs done; base '
+          f'{done} of {len(sweep.runs)} runs done; base '
           f'{sweep.base.name}; {matched}; {paired}.')
 
 
 def _sweep_warnings(sweep: curves.Sweep) -> list[str]:
   """Returns what a reader of a sweep must know before its figures."""
-  runs = [run for point in sweep.points for run in point.runs.values()]
-  left = [run for run in runs if run.state != 'done' and not run.diverged]
   warnings = []
+
+  # Runs that are not there.
+  left = [run for run in sweep.runs
+          if run.state != 'done' and not run.diverged]
   if left:
-    warnings.append(f'{len(left)} of {len(runs)} runs failed or are not done: '
-                    'they are listed at the end, and are in no verdict.')
+    warnings.append(f'{len(left)} of {len(sweep.runs)} runs failed or are not '
+                    'done: they are listed at the end, and are in no verdict.')
   if not sweep.base.finals:
     warnings.append(f'The base {sweep.base.name} has no finished run with a '
                     'held-out loss: no loss can be compared with it.')
+
+  # Points that cost more or less than the base.
   for name, words in _COSTS.items():
     if name == sweep.match:
       continue
@@ -568,6 +599,8 @@ def _sweep_warnings(sweep: curves.Sweep) -> list[str]:
     if far:
       warnings.append(f'The {words} of {", ".join(far)} differ from the '
                       "base's by more than 1 %.")
+
+  # Runs of another code, or of another config.
   if len(sweep.codes) > 1:
     warnings.append(layout.codes_note(sweep.codes))
   if sweep.strangers:

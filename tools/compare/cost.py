@@ -1,6 +1,6 @@
-"""What one point costs, everything that a run would refuse in it, and points of
-equal cost. Without device work: the config is checked, and the model built by
-eval_shape."""
+"""cost: what one point costs, everything that a run would refuse in it, and
+points of equal cost. Without device work: the config is checked, and the model
+built by eval_shape."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -17,9 +17,9 @@ from training.costs import flops, totals
 from training.data import tokenizers
 from training.objectives import pipeline
 
-# Of a cost that is made equal to the base's:
-TOLERANCE = 0.01  # what may be off at most
-NEAR = 0.0025  # what is left alone, or rounded for
+# The shares by which a cost that is made equal to the base's may be off: at
+# most, and so that it is left alone.
+TOLERANCE, NEAR = 0.01, 0.0025
 STEP = 8  # a width that hardware likes
 LARGEST = 2 ** 24
 # Points of a sweep ask for the same ones many times.

@@ -208,7 +208,7 @@ def mean(each: Sequence[Mapping[str, list]]) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """What the folder of a sweep holds.
+  """The points and runs that the folder of a sweep holds.
 
   Attributes:
     name: the name.
@@ -230,6 +230,14 @@ class Sweep:
   base: Point
   points: tuple[Point, ...]
   codes: tuple[str, ...]
+
+  @property
+  def runs(self) -> list[Run]:
+    """Every run of every point."""
+    runs: list[Run] = []
+    for point in self.points:
+      runs += point.runs.values()
+    return runs
 
   @property
   def strangers(self) -> list[str]:

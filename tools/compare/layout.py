@@ -1,4 +1,4 @@
-"""What a sweep's folder holds, and the commands that a run takes.
+"""layout: what a sweep's folder holds, and the commands that a run takes.
 
 sweep.json says which points the sweep has, and with which seeds. ledger.sqlite
 has the state of each run:

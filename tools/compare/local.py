@@ -185,7 +185,7 @@ class Runner:
       runs = [run for run in group if run.id in claimed]
       if not runs:
         continue
-      # What was trained before is evaluated beside the others.
+      # A job of runs that are all trained evaluates them beside the others.
       left = [run for run in runs if not self._is_trained(run)]
       evaluates = not left and bool(runs[0].tasks)
       taken = {job.slot for job in self._jobs}
@@ -214,12 +214,11 @@ class Runner:
   def _process(self, runs: list[layout.Run], evaluates: bool, slot: int
                ) -> subprocess.Popen:
     """Starts the process that trains or evaluates runs in a slot."""
-    # What is to be done.
+    # The command.
     names = [(run.point, run.seed) for run in runs]
-    if evaluates:
-      words = layout.group_command(self._workdir, names, runs[0].tasks)
-    elif len(runs) > 1:
-      words = layout.group_command(self._workdir, names)
+    tasks = runs[0].tasks if evaluates else ''
+    if evaluates or len(runs) > 1:
+      words = layout.group_command(self._workdir, names, tasks)
     else:
       words = layout.train_command(self._description, self._workdir, *names[0])
 

@@ -62,7 +62,7 @@ class Table(NamedTuple):
 
   @property
   def columns(self) -> dict[str, str]:
-    """What each heading means, '' where it says so itself."""
+    """The meaning of each heading, '' where it says so itself."""
     if not self.rows:
       return {}
     return {heading: _meanings().get(heading, '') for heading in self.rows[0]}

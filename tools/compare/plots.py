@@ -22,18 +22,15 @@ def curve_plots(c: Comparison) -> list[dict[str, Any]]:
   """Returns the curves at each size: the mean over seeds, and each seed."""
   plots = []
   for i, size in enumerate(c.plan.sizes):
-    series = []
-    for variant in c.variants:
-      seeds = {seed: lines for (name, at, seed), lines in c.curves.items()
-               if (name, at) == (variant, size) and lines}
-      if seeds:
-        series.append(_curve_series(c, variant, seeds))
-    drawn = {figure for line in series for figure in line['mean']}
+    series = _series_at(c, size)
+    drawn: set[str] = set()
+    for line in series:
+      drawn |= line['mean'].keys()
+    choices = {figure: words for figure, words in curves.FIGURES.items()
+               if figure in drawn}
     plots.append({
         'id': f'curves-{i}', 'title': f'curves {size}', 'curves': True,
-        'log': False, 'x': curves.AXES, 'series': series,
-        'y': {name: words for name, words in curves.FIGURES.items()
-              if name in drawn},
+        'log': False, 'x': curves.AXES, 'series': series, 'y': choices,
         'caption': f'{size or "Curves"}: means over the seeds that are done. '
         'Seconds are of training steps on the machine that ran them, '
         'without compiling, evaluating and saving; where several runs trained '
@@ -41,15 +38,34 @@ def curve_plots(c: Comparison) -> list[dict[str, Any]]:
   return plots
 
 
+def _series_at(c: Comparison, size: str) -> list[dict[str, Any]]:
+  """Returns the series of each variant that has curves at a size."""
+  series = []
+  for variant in c.variants:
+    seeds = {}
+    for (name, at, seed), lines in c.curves.items():
+      if (name, at) == (variant, size) and lines:
+        seeds[seed] = lines
+    if seeds:
+      series.append(_curve_series(c, variant, seeds))
+  return series
+
+
 def _curve_series(c: Comparison, variant: str,
                   seeds: Mapping[int, Mapping[str, Mapping]]) -> dict[str, Any]:
-  """Returns the curves of a variant, of each figure that all its seeds have."""
+  """Returns the curves of a variant, of each figure that all its seeds have.
+
+  Args:
+    c: the Comparison.
+    variant: the name of the variant.
+    seeds: its curves by seed and figure.
+  """
   means, each = {}, {seed: {} for seed in seeds}
   for figure in curves.FIGURES:
     if not all(figure in lines for lines in seeds.values()):
       continue
-    means[figure] = thinned(
-        curves.mean([lines[figure] for lines in seeds.values()]))
+    lines_of_seeds = [lines[figure] for lines in seeds.values()]
+    means[figure] = thinned(curves.mean(lines_of_seeds))
     for seed, lines in seeds.items():
       each[seed][figure] = thinned(lines[figure])
   return {'name': variant, 'base': variant == c.plan.base,
@@ -66,16 +82,18 @@ def tuning_plot(c: Comparison) -> dict[str, Any]:
     if row['workload'] not in ('', plans.TEXT) or not tried:
       continue
     tried.sort(key=lambda trial: trial['changes'][LR])
-    losses = _numbers({
-        'lr': [trial['changes'][LR] for trial in tried],
-        'y': [trial['value'] for trial in tried],
-        'low': [trial.get('low') for trial in tried],
-        'high': [trial.get('high') for trial in tried]})
-    # The same variant at another size has other dashes.
+    line: dict[str, list] = {'lr': [], 'y': [], 'low': [], 'high': []}
+    for trial in tried:
+      line['lr'].append(trial['changes'][LR])
+      line['y'].append(trial['value'])
+      line['low'].append(trial.get('low'))
+      line['high'].append(trial.get('high'))
+    # Another size of the variant has other dashes.
     look = figures.css_look(c, row.get('look', row['variant']),
                             turn=c.plan.sizes.index(row['size']))
     series.append({'name': f'{row["variant"]} {row["size"]}'.strip(),
-                   'base': False, 'look': look, 'mean': {'loss': losses}})
+                   'base': False, 'look': look,
+                   'mean': {'loss': _numbers(line)}})
   return {'id': 'rates', 'title': 'loss by learning rate', 'log': True,
           'x': {'lr': 'learning rate'}, 'y': {'loss': c.plan.primary.name},
           'caption': 'Bars are 95 % intervals over seeds.', 'series': series}
@@ -87,7 +105,9 @@ def thinned(curve: Mapping[str, Sequence]) -> dict[str, list]:
   length = len(curve['step'])
   places = np.linspace(0, length - 1, min(length, MOST))
   keep = np.unique(places.round().astype(int))
-  line = {name: np.asarray(curve[name], float)[keep] for name in curves.AXES}
+  line = {}
+  for name in curves.AXES:
+    line[name] = np.asarray(curve[name], float)[keep]
   line['y'] = np.asarray(curve['loss'], float)[keep]
   return _numbers(line)
 

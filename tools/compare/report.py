@@ -79,7 +79,7 @@ def as_json(c: Comparison) -> dict[str, Any]:
           'points': metrics.plain(c.frozen.points), 'excluded': c.excluded}
 
 
-# What is written.
+# Files.
 
 
 def write(c: Comparison) -> list[pathlib.Path]:
@@ -217,7 +217,7 @@ def prediction_section(c: Comparison) -> Section:
                  paragraphs=paragraphs, tables=[table])
 
 
-# What is said.
+# Sentences.
 
 
 def answer(c: Comparison) -> str:

@@ -161,7 +161,7 @@ Times = Mapping[tuple[str, str], float]
 
 
 class Cost(NamedTuple):
-  """What a phase takes.
+  """The cost of a phase.
 
   Attributes:
     phase: the name of the phase.

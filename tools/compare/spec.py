@@ -1,4 +1,4 @@
-"""What a file of configs/sweeps/ describes.
+"""spec: what a file of configs/sweeps/ describes.
 
 It holds `get_config()`, which returns the base, a config, and by which train.py
 reads the file; and `sweep(add)`, which calls add(name, **{'model.norm':
@@ -84,7 +84,7 @@ class Sweep:
 
 
 class Add:
-  """What `sweep(add)` of a file is given: add(name, **changes) adds a point,
+  """The argument of `sweep(add)` of a file: add(name, **changes) adds a point,
   and add.system(arch) one that is another system."""
 
   def __init__(self, file: str, base: ml_collections.ConfigDict):

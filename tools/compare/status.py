@@ -48,11 +48,13 @@ def _study(workdir, as_json: bool) -> int:
       runs += layout.ledger_runs(folder)
     phases.append((cost, runs))
   if as_json:
-    print(json.dumps({
-        'study': frozen.plan.name, 'plan': frozen.hash, 'phases': [
-            {'phase': cost.phase, 'planned': cost.runs,
-             'states': collections.Counter(run.state for run in runs),
-             'failed': failed(runs)} for cost, runs in phases]}, indent=2))
+    rows = []
+    for cost, runs in phases:
+      counts = collections.Counter(run.state for run in runs)
+      rows.append({'phase': cost.phase, 'planned': cost.runs,
+                   'states': counts, 'failed': failed(runs)})
+    print(json.dumps({'study': frozen.plan.name, 'plan': frozen.hash,
+                      'phases': rows}, indent=2))
     return 0
   print(f'study {frozen.plan.name}, plan {frozen.hash}, frozen on '
         f'{plan.date(frozen.time)}')
@@ -61,7 +63,7 @@ def _study(workdir, as_json: bool) -> int:
     print(f'{cost.phase:<{width}} {states(runs) or "not begun"}, {cost.runs} '
           'planned at most')
     for line in failed(runs):
-      print(' ' * width, f'failed: {line}')
+      print(f'{"":<{width}} failed: {line}')
   return 0
 
 

@@ -27,27 +27,36 @@ ASIDE = ('log.', 'checkpoint.', 'mesh.', 'profile.')
 
 def verdict_table(c: Comparison) -> Table:
   """Returns the estimates that the verdicts are on."""
-  return estimate_table(c, 'verdicts', 'Each variant beside the base',
-                        c.verdicts())
+  return estimate_table(
+      c, name='verdicts', title='Each variant beside the base',
+      rows=c.verdicts())
 
 
 def other_table(c: Comparison) -> Table:
   """Returns the estimates of the confirmation that no verdict is on."""
   others = c.estimates[len(c.variants):]
   confirmed = [row for row in others if row['phase'] == 'confirm']
-  return estimate_table(c, 'estimates', 'Each size and measure', confirmed)
+  return estimate_table(c, name='estimates', title='Each size and measure',
+                        rows=confirmed)
 
 
 def estimate_table(c: Comparison, name: str, title: str,
                    rows: Sequence[Mapping[str, Any]]) -> Table:
   """Returns estimates as a table, without those of which nothing is known and
-  the columns that say nothing of them."""
+  the columns that say nothing of them.
+
+  Args:
+    c: the Comparison.
+    name: the anchor of the table.
+    title: its title.
+    rows: rows of Comparison.estimates.
+  """
   rows = [row for row in rows
           if row['runs'] or row['verdict'] or row['n'] is not None]
-  names_measure = len({row['measure'] for row in rows}) != 1
-  mean = 'mean'
-  if not names_measure and rows[0]['measure'] == 'loss':
-    mean = 'held-out loss'
+  measures = {row['measure'] for row in rows}
+  # A table of one measure does not name it in each row.
+  names_measure = len(measures) != 1
+  mean = 'held-out loss' if measures == {'loss'} else 'mean'
   return page.table(name, title, [
       _estimate_cells(c, row, mean, names_measure) for row in rows])
 
@@ -59,8 +68,9 @@ def _estimate_cells(c: Comparison, row: Mapping[str, Any], mean: str,
   if row['variant'] == c.plan.base:
     minus_base = Cell(BASE, 0.0)
   verdict = row['verdict'] or ''
-  # A p that is one of several stands corrected alone.
+  # Where p is corrected for the other variants, it stands so alone.
   p = row['p'] if row['p_corrected'] is None else None
+  # The pairs of a difference, or else the runs of a mean.
   seeds = row['n']
   if seeds is None and row['runs']:
     seeds = row['runs']
@@ -98,8 +108,9 @@ def _speed_up(row: Mapping[str, Any], by: str) -> Cell:
   factor = row[f'speed_up_{by}']
   if not page.known(factor):
     return Cell(UNKNOWN)
-  low, high = row[f'speed_up_{by}_low'], row[f'speed_up_{by}_high']
-  text = page.estimate(factor, low, high, form='.2f').text
+  text = page.estimate(
+      factor, low=row[f'speed_up_{by}_low'], high=row[f'speed_up_{by}_high'],
+      form='.2f').text
   effect = row['effect']
   if page.known(effect) and abs(effect) < row[f'speed_up_{by}_fit_error']:
     text = f'~{text}'
@@ -128,6 +139,7 @@ def reached(each: Sequence[Mapping[str, Sequence]], target: float
     each: the curve of each seed.
     target: the loss.
   """
+  # A p for each evaluation that all seeds have.
   at = curves.mean(each)
   losses = []
   for curve in each:
@@ -136,6 +148,8 @@ def reached(each: Sequence[Mapping[str, Sequence]], target: float
   ps = [statistics.p_below(seeds, target) for seeds in zip(*losses)]
   if not ps:
     return {'p': None}
+
+  # From the last one back.
   first = len(ps)
   while first and ps[first - 1] is not None and ps[first - 1] < TARGET_LEVEL:
     first -= 1
@@ -184,7 +198,7 @@ def _has_lost_runs(c: Comparison, variant: str, size: str) -> bool:
              and row['phase'] in ('', 'confirm') for row in c.excluded)
 
 
-# What variants change and cost.
+# Changes and costs.
 
 
 def costs(c: Comparison) -> Table:
@@ -193,24 +207,32 @@ def costs(c: Comparison) -> Table:
   for point in c.frozen.points:
     if point['workload'] != plans.TEXT:
       continue
-    variant, size = point['variant'], point['size']
-    seconds = [run.seconds for run in c.outcomes
-               if run.phase == 'confirm' and run.workload == plans.TEXT
-               and (run.variant, run.size) == (variant, size)]
+    # Active parameters are said where they are not all.
     active = Cell('')
     if point['active_params'] != point['params']:
       active = _beside_base(c, point, 'active_params')
     rows.append({
-        'variant': label(variant), 'size': label(size),
+        'variant': label(point['variant']),
+        'size': label(point['size']),
         'parameters': _beside_base(c, point, 'params'),
         'active parameters': active,
         'FLOPs a token': _beside_base(c, point, 'flops_per_token'),
         'tokens': page.count(point['tokens']),
-        'time of a run': page.duration(
-            float(np.mean(seconds)) if seconds else None),
+        'time of a run': page.duration(_mean_seconds(c, point)),
         'changes': label(changed(alone(c.frozen, point))),
         'solved for': label(', '.join(point['matched']))})
   return page.table('costs', 'What each variant changes and costs', rows)
+
+
+def _mean_seconds(c: Comparison, point: Mapping[str, Any]) -> float | None:
+  """Returns the time of a confirmed run of a point; None where none ran."""
+  wanted = point['variant'], point['size'], point['workload']
+  seconds = []
+  for run in c.outcomes:
+    is_of_point = (run.variant, run.size, run.workload) == wanted
+    if run.phase == 'confirm' and is_of_point:
+      seconds.append(run.seconds)
+  return float(np.mean(seconds)) if seconds else None
 
 
 def _beside_base(c: Comparison, point: Mapping[str, Any], cost: str) -> Cell:
@@ -218,13 +240,15 @@ def _beside_base(c: Comparison, point: Mapping[str, Any], cost: str) -> Cell:
   the base."""
   if not page.known(point[cost]):
     return Cell(UNKNOWN)
-  base = c.frozen.point(c.plan.base, point['size'], point['workload'])
-  more = point[cost] / base[cost] - 1
+  # In thousands, millions and so on.
   scaled, units = point[cost], ['', 'k', 'M', 'G', 'T']
   while abs(scaled) >= 1000 and len(units) > 1:
     scaled /= 1000
     units.pop(0)
   text = f'{scaled:.4g}{units[0]}'
+  # A share that would be shown as 0 is left out.
+  base = c.frozen.point(c.plan.base, point['size'], point['workload'])
+  more = point[cost] / base[cost] - 1
   if abs(more) >= 5e-4:
     text += f' ({more:+.1%})'
   return Cell(text, point[cost])
@@ -242,13 +266,16 @@ def effects(c: Comparison) -> Table:
     seeds = set.intersection(*map(set, pairs))
     if not seeds:
       continue
-    by_seed = [float(np.mean([pair[seed] for pair in pairs])) for seed in seeds]
-    mean, low, high, _ = statistics.interval(by_seed)
+    by_seed = []
+    for seed in seeds:
+      by_seed.append(float(np.mean([pair[seed] for pair in pairs])))
     by_pair = [float(np.mean([*pair.values()])) for pair in pairs]
+    over_seeds = statistics.interval(by_seed)
     least, most = min(by_pair), max(by_pair)
     rows.append({
         'change': label(change),
-        'minus base': page.estimate(mean, low, high),
+        'minus base': page.estimate(over_seeds.mean, over_seeds.low,
+                                    over_seeds.high),
         'from pair to pair': Cell(f'{least:+.4f} to {most:+.4f}', least),
         'pairs': page.count(len(pairs))})
   return page.table('effects', 'Each change, whatever the others', rows)
@@ -257,25 +284,27 @@ def effects(c: Comparison) -> Table:
 def _pairs(c: Comparison) -> dict[str, list[dict[int, float]]]:
   """Returns, by change, the difference of each pair of points that differ in it
   alone, by seed."""
-  declared = {}
+  # What each variant declares, without what was solved for; and its losses.
+  declared, losses = {}, {}
   for point in c.frozen.points:
     declared[point['variant']] = {
         field: x for field, x in point['changes'].items()
         if field not in point['matched']}
-  finals = {variant: c.values('confirm', variant, '', c.plan.primary)
-            for variant in c.variants}
+  for variant in c.variants:
+    losses[variant] = c.values('confirm', variant, '', c.plan.primary)
+
+  # The partner of a variant for a change declares all of its others.
   pairs: dict[str, list[dict[int, float]]] = {}
   for variant, changes in declared.items():
     for field, x in changes.items():
       of_change = pairs.setdefault(changed({field: x}), [])
-      rest = {other: y for other, y in changes.items() if other != field}
-      for without, other_changes in declared.items():
-        if other_changes != rest:
-          continue
-        shared = finals[variant].keys() & finals[without].keys()
-        if shared:
+      rest = dict(changes)
+      del rest[field]
+      for partner, partner_changes in declared.items():
+        shared = losses[variant].keys() & losses[partner].keys()
+        if partner_changes == rest and shared:
           of_change.append({
-              seed: finals[variant][seed] - finals[without][seed]
+              seed: losses[variant][seed] - losses[partner][seed]
               for seed in shared})
   return pairs
 
@@ -292,19 +321,21 @@ def tuning(c: Comparison) -> Table:
 
 def _tuning_cells(c: Comparison, row: Mapping[str, Any]) -> dict[str, Cell]:
   """Returns the row of a plans.Tuned."""
-  # What was tried, and what was found at the end of it.
+  trials = row['tried']
+
+  # The values that were tried, and the measure at the end of each trial.
   tried = []
   for name in row['changes']:
-    values = sorted({trial['changes'][name] for trial in row['tried']})
+    values = sorted({trial['changes'][name] for trial in trials})
     tried.append(f'{name}: {", ".join(map(value, values))}')
-  best = [trial['value'] for trial in row['tried']
+  best = [trial['value'] for trial in trials
           if trial['changes'] == row['changes']][-1]
-  last = [trial['value'] for trial in row['tried']
+  last = [trial['value'] for trial in trials
           if trial['rung'] >= c.plan.tuning.rungs - 1]
   sensitivity = None
   if last and None not in last:
     sensitivity = abs(sum(last) / len(last) - best)
-  diverged = sum(bool(trial['diverged']) for trial in row['tried'])
+  diverged = sum(bool(trial['diverged']) for trial in trials)
 
   # The seeds of the screening, on which nothing was chosen.
   measures = c.plan.of_workload(row['workload']) or (c.plan.primary,)
@@ -392,7 +423,7 @@ def ranks(c: Comparison) -> Table:
   """Returns how far the order of the variants, the base among them, is the same
   at a size as at the largest: Kendall's tau."""
   from scipy.stats import kendalltau
-  title = 'Is the order that of the largest size?'
+  # The difference of each variant from the base, by size.
   by_size = {}
   for size in c.plan.every_size:
     phase = 'largest' if size == c.plan.largest else 'confirm'
@@ -401,6 +432,8 @@ def ranks(c: Comparison) -> Table:
       effect = c.effect(phase, variant, c.plan.primary.name, size)
       differences.append(effect.get('effect'))
     by_size[size] = np.array(differences, float)
+
+  # The sizes that have an order, beside the last of them.
   ordered = [size for size, x in by_size.items() if np.isfinite(x).sum() > 2]
   rows = []
   for size in ordered[:-1]:
@@ -408,7 +441,7 @@ def ranks(c: Comparison) -> Table:
     tau, _ = kendalltau(by_size[size], by_size[last], nan_policy='omit')
     rows.append({'size': label(size), 'compared with': label(last),
                  'Kendall\'s tau': page.number(float(tau), '.2f')})
-  return page.table('ranks', title, rows)
+  return page.table('ranks', 'Is the order that of the largest size?', rows)
 
 
 def predictions(c: Comparison) -> Table:
@@ -416,13 +449,16 @@ def predictions(c: Comparison) -> Table:
   """
   record = c.results['predicted']
   title = f'{c.plan.largest}, by the law of the other sizes'
+  if not record:
+    return page.table('predictions', title, [])
+  # The loss of the base, and the differences of the variants from it.
   seen = {}
   for row in c.estimates:
     if (row['phase'], row['measure']) == ('largest', c.plan.primary.name):
       is_base = row['variant'] == c.plan.base
       seen[row['variant']] = row['mean'] if is_base else row['effect']
   rows = []
-  for row in record['rows'] if record else ():
+  for row in record['rows']:
     observed, predicted, low, high = np.array(
         [seen.get(row['variant']), row['value'], row['low'], row['high']],
         float)
@@ -438,11 +474,12 @@ def predictions(c: Comparison) -> Table:
   return page.table('predictions', title, rows)
 
 
-# What was done.
+# The record.
 
 
 def excluded(c: Comparison) -> Table:
   """Returns the runs that failed, diverged or are not done, and why."""
+  # Runs that only differ in their seed share a row.
   names = ('variant', 'phase', 'size', 'workload', 'state', 'why')
   groups: dict[tuple, list[str]] = {}
   for row in c.excluded:
@@ -451,7 +488,8 @@ def excluded(c: Comparison) -> Table:
   rows = []
   for group, seeds in groups.items():
     cells = dict(zip(names, map(label, group)))
-    rows.append(cells | {'seeds left out': label(', '.join(seeds))})
+    cells['seeds left out'] = label(', '.join(seeds))
+    rows.append(cells)
   return page.table('excluded', 'Runs that failed, diverged or are not done',
                     rows)
 
@@ -460,9 +498,7 @@ def spent(c: Comparison) -> Table:
   """Returns the runs, FLOPs and time of each phase, and of all."""
   phases = dict(c.results['phases'])
   if phases:
-    every = list(phases.values())
-    phases['all'] = {key: sum(row[key] or 0.0 for row in every)
-                     for key in every[0]}
+    phases['all'] = _sums([*phases.values()])
   rows = []
   for phase, row in phases.items():
     rows.append({
@@ -474,6 +510,15 @@ def spent(c: Comparison) -> Table:
         'FLOPs': page.number(row['flops'], '.3g'),
         'training time': page.duration(row['seconds'])})
   return page.table('spent', 'Spent, by phase', rows)
+
+
+def _sums(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+  """Returns the sum of each column; what is not known counts as 0."""
+  sums = dict.fromkeys(rows[0], 0.0)
+  for row in rows:
+    for key in sums:
+      sums[key] += row[key] or 0.0
+  return sums
 
 
 def config(c: Comparison) -> Table:
