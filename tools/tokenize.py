@@ -60,15 +60,28 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def _source(spec: str) -> sources.Source:
-  def refuse(document: Any) -> Any:
-    require(isinstance(document, str), f'{spec!r} holds conversations, and '
-            'tools.tokenize writes plain text: a run reads these from their '
-            'own files')
+class _Plain(conversations.Layout):
+  """Refuses conversations, whose layout a run chooses.
+
+  Args:
+    spec: the source, for messages.
+  """
+
+  key = ''
+
+  def __init__(self, spec: str):
+    self._spec = spec
+
+  def of(self, document: Any) -> Any:
+    require(isinstance(document, str), f'{self._spec!r} holds conversations, '
+            'and tools.tokenize writes plain text: a run reads these from '
+            'their own files')
     return document
 
-  (_, source), *others = sources.parse(
-      spec, lambda: conversations.Layout('', refuse))
+
+def _source(spec: str) -> sources.Source:
+  """Returns the one source of plain text that a spec names."""
+  (_, source), *others = sources.parse(spec, lambda: _Plain(spec))
   require(not others, f'data source {spec!r} is a mixture: tokenise each of '
           "its sources, and mix them in the run, '0.7*tokens:A,0.3*tokens:B'")
   require(sources.TEXT in source.holds and not source.tokens, 'data source '

@@ -17,19 +17,19 @@ template lays out the turns. transformers renders it, in a sandbox and in a
 process with limits (limited.py). A special token that a template writes is
 obeyed. What the tokenizer would take for one in what somebody said is spelt, so
 that nobody speaks for another; so is, unless the assistant says it, any other
-added token that the template's text has, since some turns begin with one. The
-same is transformers' sanitize_control_tokens. Until the text is encoded, it
+added token that the template's text has, since some turns begin with one, as
+transformers' sanitize_control_tokens does. Until the text is encoded, it
 stands between two characters, MARKS, that have no meaning in Unicode.
 """
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -84,21 +84,64 @@ def parse(turns: Sequence, where: str) -> list[tuple[str, str]]:
     require(isinstance(turn, dict), f'{where} holds {short(turn)}, and no '
             'turn: an object with role and content, or from and value')
     role = turn.get('role', turn.get('from'))
-    one_of(f'role in {where}', role := str(role), ROLES)
-    parts.append((ROLES[role], texts.checked(
-        turn.get('content', turn.get('value')), f'{where} turn of {role!r}')))
+    role = str(role)
+    one_of(f'role in {where}', role, ROLES)
+    content = turn.get('content', turn.get('value'))
+    text = texts.checked(content, f'{where} turn of {role!r}')
+    parts.append((ROLES[role], text))
   return parts
 
 
-class Layout(NamedTuple):
+class Layout:
   """How the conversations of a source are laid out.
 
   Attributes:
     key: what tells this layout from others.
-    of: document -> document; plain text and empty turns stay as they are.
   """
   key: str
-  of: Callable[[Any], Any]
+
+  def of(self, document: Any) -> Any:
+    """Returns a document, laid out if it is a conversation; plain text and
+    empty turns stay as they are."""
+    raise NotImplementedError
+
+
+class Published(Layout):
+  """Vicuna's template for turns; instructions have Alpaca's already."""
+
+  key = PUBLISHED_NAME
+
+  def of(self, document: Any) -> Any:
+    if _is_turns(document):
+      return vicuna(document)
+    return document
+
+
+class Jinja(Layout):
+  """A Jinja template.
+
+  Args:
+    template: the template.
+  """
+
+  def __init__(self, template: 'Template'):
+    tokenizer = template.tokenizer
+    special, special_or_written = template.markers
+    described = json.dumps([
+        template.text, template.specials, tokenizer.special_texts,
+        *sorted(special_or_written - special)])
+    digest = hashlib.sha256(described.encode()).hexdigest()
+    self.key = f'jinja {digest}'
+    self._template = template
+
+  def of(self, document: Any) -> Any:
+    if _is_turns(document):
+      messages = [dict(role=role, content=text) for role, text in document]
+      return self._template.parts(messages)
+    if not isinstance(document, str) and not _has_roles(document):
+      raise RequestError('instructions have a template of their own: set '
+                         'data.chat_template to published')
+    return document
 
 
 def layout(template: str, tokenizer: Any) -> Layout:
@@ -106,36 +149,30 @@ def layout(template: str, tokenizer: Any) -> Layout:
 
   Args:
     template: published, a Jinja file or a Hugging Face folder.
-    tokenizer: the run's.
+    tokenizer: the tokenizer of the run.
 
   Raises:
     RequestError: where it names no template.
   """
   if template == PUBLISHED_NAME:
     return PUBLISHED
-  jinja = read(template, tokenizer)
-
-  def of(document: Any) -> Any:
-    if not _is_turns(document):
-      require(isinstance(document, str) or document[0][0] in ROLES.values(),
-              'instructions have a template of their own: set '
-              'data.chat_template to published')
-      return document
-    return jinja.parts([dict(role=role, content=text)
-                        for role, text in document])
-
-  described = json.dumps([jinja.text, jinja.specials, tokenizer.special_texts,
-                          *sorted(jinja.markers[1] - jinja.markers[0])])
-  return Layout('jinja ' + hashlib.sha256(described.encode()).hexdigest(), of)
+  return Jinja(read(template, tokenizer))
 
 
 def _is_turns(document: Any) -> bool:
-  return (not isinstance(document, str) and any(text for _, text in document)
-          and document[0][0] in ROLES.values())
+  """Returns whether a document is a conversation in which something is said."""
+  if isinstance(document, str):
+    return False
+  return any(text for _, text in document) and _has_roles(document)
 
 
-PUBLISHED = Layout(PUBLISHED_NAME, lambda document: vicuna(
-    document) if _is_turns(document) else document)
+def _has_roles(document: Sequence[tuple[str, str]]) -> bool:
+  """Returns whether the parts of a document are turns."""
+  role, _ = document[0]
+  return role in ROLES.values()
+
+
+PUBLISHED = Published()
 
 
 def vicuna(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -154,7 +191,9 @@ def vicuna(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
     else:
       parts += [('question', f'{asked}ASSISTANT:'), ('answer', f' {text}')]
       asked = ''
-  return parts + [('question', asked)] * bool(asked)
+  if asked:
+    parts.append(('question', asked))
+  return parts
 
 
 def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
@@ -165,17 +204,17 @@ def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
     ValueError: naming the record that is none.
   """
   for where, record in texts.rows(path):
-    asked, context, answer = (
-        texts.checked(record.get(name, default), f'{where}, {name}')
-        for name, default in (('instruction', None), ('input', ''),
-                              ('output', None)))
+    asked = texts.checked(record.get('instruction'), f'{where}, instruction')
+    context = texts.checked(record.get('input', ''), f'{where}, input')
+    answer = texts.checked(record.get('output'), f'{where}, output')
     yield [('question', alpaca_prompt(asked, context)), ('answer', answer)]
 
 
 def alpaca_prompt(instruction: str, context: str = '') -> str:
   """Returns the text before an answer; `context` is the record's input."""
-  return (PROMPT_INPUT if context else PROMPT).format(
-      instruction=instruction, input=context)
+  if context:
+    return PROMPT_INPUT.format(instruction=instruction, input=context)
+  return PROMPT.format(instruction=instruction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,9 +238,11 @@ class Template:
     assistant, also those added ones that the template's text has."""
     added = self.tokenizer.added_texts
     special = {added[text] for text in self.tokenizer.special_texts}
-    template_ids = {i for text, i in added.items()
-                    if text.strip() and text in self.text}
-    return frozenset(special), frozenset(special | template_ids)
+    written = set()
+    for text, i in added.items():
+      if text.strip() and text in self.text:
+        written.add(i)
+    return frozenset(special), frozenset(special | written)
 
   def encode(self, messages: Messages, answer: bool = False) -> np.ndarray:
     """Returns the ids [T] of a conversation.
@@ -210,19 +251,21 @@ class Template:
       messages: dicts with role and content.
       answer: whether the assistant's next message is about to begin.
     """
-    return encode([self.render(messages, answer)], self.tokenizer)[0]
+    [ids_T] = encode([self.render(messages, answer)], self.tokenizer)
+    return ids_T
 
   def render(self, messages: Messages, answer: bool = False,
              goes_on: bool = False) -> str:
     """Returns the text of a conversation, MARKS in it; see `encode`. Where it
     `goes_on`, it is without what ends the last message."""
-    return self._render(messages, answer, goes_on)[0]
+    text, _ = self._render(messages, answer, goes_on)
+    return text
 
   def parts(self, messages: Messages) -> list[tuple[str, str]]:
     """Returns the text of a conversation as parts: `said` is the assistant's,
     `shown` is not. Their texts, with MARKS, one after the other are `render`'s.
 
-    The assistant's is what stands in the template's {% generation %} blocks. Of
+    The assistant's is what stands in the template's {% generation %} blocks. In
     a template without these, it is what an answer adds to the text that asks
     for it, up to the last special token of that, where there is one.
 
@@ -233,20 +276,27 @@ class Template:
     text, spans = self._render(messages)
     if not _BLOCK.search(self.text):
       spans = self._differences(messages, text)
-    bounds = [0, *(place for span in spans for place in span), len(text)]
-    return [(('shown', 'said')[i % 2], text[a:b])
-            for i, (a, b) in enumerate(zip(bounds, bounds[1:]))]
+    parts, end_of_last = [], 0
+    for first, end in spans:
+      parts.append(('shown', text[end_of_last:first]))
+      parts.append(('said', text[first:end]))
+      end_of_last = end
+    parts.append(('shown', text[end_of_last:]))
+    return parts
 
   def ends(self) -> set[int]:
     """Returns the special token with which an answer ends, if one follows it
     directly."""
     answer = 'Xyzzy'
-    text, _ = self._render([dict(role='user', content=answer),
-                            dict(role='assistant', content=answer)])
-    after = text.rpartition(answer)[2].lstrip() if answer in text else ''
+    text = self.render([dict(role='user', content=answer),
+                        dict(role='assistant', content=answer)])
+    if answer not in text:
+      return set()
+    after = text.rpartition(answer)[2].lstrip()
     for special in sorted(self.tokenizer.special_texts, key=len, reverse=True):
       if after.startswith(special):
-        return {int(i) for i in self.tokenizer.encode_placed(special)[0]}
+        ids_T, _ = self.tokenizer.encode_placed(special)
+        return {int(i) for i in ids_T}
     return set()
 
   def _differences(self, messages: Messages, text: str
@@ -258,36 +308,47 @@ class Template:
         continue
       asked = self.render(messages[:i], answer=True)
       answered = self.render(messages[:i + 1])
-      require(answered.startswith(asked) and text.startswith(answered),
-              f'message {i + 1} cannot be told from the others: the chat '
-              f'template {self.name} has no {{% generation %}} block, and what '
-              'it writes before an answer changes with the answer: put the '
-              'block around what the assistant says')
+      if not answered.startswith(asked) or not text.startswith(answered):
+        raise RequestError(
+            f'message {i + 1} cannot be told from the others: the chat '
+            f'template {self.name} has no {{% generation %}} block, and what it '
+            'writes before an answer changes with the answer: put the block '
+            'around what the assistant says')
       spans.append((len(asked), self._up_to_special(answered, len(asked))))
     return spans
 
   def _up_to_special(self, text: str, start: int) -> int:
     """Returns where the last special token after `start` ends, or the text."""
-    ends = [text.rindex(special) + len(special)
-            for special in self.tokenizer.special_texts
-            if special in text[start:]]
-    end = max(ends, default=len(text))
+    ends = []
+    for special in self.tokenizer.special_texts:
+      if special in text[start:]:
+        ends.append(text.rindex(special) + len(special))
+    if not ends:
+      return len(text)
+    end = max(ends)
     # That one may have been said, too.
-    return len(text) if MARKS[1] in text[end:] else end
+    if MARKS[1] in text[end:]:
+      return len(text)
+    return end
 
   def _render(self, messages: Messages, answer: bool = False,
               goes_on: bool = False) -> tuple[str, list[tuple[int, int]]]:
     """Returns the text, and where {% generation %} blocks stand in it."""
     from training.data import limited
-    chat = [{key: marked(value, self.tokenizer,
-                         self.markers[message['role'] != 'assistant'])
-             for key, value in message.items()} for message in messages]
-    return limited.call(
-        f'the chat template {self.name} fails', 'render', self.text, chat, dict(
-            self.specials, add_generation_prompt=answer,
-            continue_final_message=goes_on,
-            return_assistant_tokens_mask=bool(_BLOCK.search(self.text))),
-        keep=True)
+    chat = []
+    for message in messages:
+      special, special_or_written = self.markers
+      markers = special_or_written
+      if message['role'] == 'assistant':
+        markers = special
+      chat.append({key: marked(value, self.tokenizer, markers)
+                   for key, value in message.items()})
+    options = dict(
+        self.specials, add_generation_prompt=answer,
+        continue_final_message=goes_on,
+        return_assistant_tokens_mask=bool(_BLOCK.search(self.text)))
+    return limited.call(f'the chat template {self.name} fails', 'render',
+                        self.text, chat, options, keep=True)
 
 
 def read(spec: str, tokenizer: Tokenizer) -> Template:
@@ -296,12 +357,13 @@ def read(spec: str, tokenizer: Tokenizer) -> Template:
   Args:
     spec: a Jinja file, a Hugging Face folder, or 'jinja:' and the template
       itself, as a run keeps it.
-    tokenizer: whose special tokens it writes.
+    tokenizer: the tokenizer whose special tokens it writes.
 
   Raises:
     RequestError: where there is none.
   """
-  return make(*source(spec), tokenizer)
+  name, text = source(spec)
+  return make(name, text, tokenizer)
 
 
 def source(spec: str) -> tuple[str, str]:
@@ -310,8 +372,11 @@ def source(spec: str) -> tuple[str, str]:
   if spec.startswith(TEXT):
     return 'of the run', spec.removeprefix(TEXT)
   path = pathlib.Path(hub.local(spec, weights=False)).expanduser()
-  text = in_folder(path) if path.is_dir() else (
-      texts.read(str(path)) if path.is_file() else None)
+  text = None
+  if path.is_dir():
+    text = in_folder(path)
+  elif path.is_file():
+    text = texts.read(str(path))
   if text is None:
     raise RequestError(
         f'data.chat_template is {short(spec)}, which is no file, and no folder '
@@ -321,7 +386,9 @@ def source(spec: str) -> tuple[str, str]:
 
 
 def make(name: str, text: str, tokenizer: Tokenizer) -> Template:
-  return Template(name, text, tokenizer, specials(tokenizer))
+  """Returns a template with the special tokens of a tokenizer."""
+  return Template(name=name, text=text, tokenizer=tokenizer,
+                  specials=specials(tokenizer))
 
 
 def in_folder(folder: Any) -> str | None:
@@ -331,11 +398,10 @@ def in_folder(folder: Any) -> str | None:
   path = folder / 'tokenizer_config.json'
   if not path.is_file():
     return None
-  described = storage.read_json(path)
-  template = described.get('chat_template')
+  template = storage.read_json(path).get('chat_template')
   if isinstance(template, list):  # several, by name
-    template = {row.get('name'): row.get('template') for row in template}.get(
-        'default')
+    by_name = {row.get('name'): row.get('template') for row in template}
+    template = by_name.get('default')
   return template if isinstance(template, str) else None
 
 
@@ -343,16 +409,26 @@ def marked(text: str, tokenizer: Tokenizer, markers: Set[int]) -> str:
   """Returns what somebody says, with MARKS around each stretch that the
   tokenizer takes for one of `markers`, however it is written: a normaliser may
   turn other letters into a special token's."""
-  of_markers = lambda ids_T, spans_T2: {
-      tuple(span) for i, span in zip(ids_T.tolist(), spans_T2.tolist())
-      if i in markers}
   text = unmarked(text)
-  spans = of_markers(*tokenizer.encode_placed(text))
-  # An unknown word is [UNK] when it is spelt, too.
-  spans -= of_markers(*tokenizer.encode_typed(text)) if spans else spans
+  ids_T, spans_T2 = tokenizer.encode_placed(text)
+  spans = _spans_of(markers, ids_T, spans_T2)
+  if spans:
+    # An unknown word is [UNK] when it is spelt, too.
+    ids_T, spans_T2 = tokenizer.encode_typed(text)
+    spans -= _spans_of(markers, ids_T, spans_T2)
   for first, end in sorted(spans, reverse=True):
     text = f'{text[:first]}{MARKS[0]}{text[first:end]}{MARKS[1]}{text[end:]}'
   return text
+
+
+def _spans_of(markers: Set[int], ids_T: np.ndarray, spans_T2: np.ndarray
+              ) -> set[tuple[int, int]]:
+  """Returns the spans of those tokens of a text that are in `markers`."""
+  spans = set()
+  for i, (first, end) in zip(ids_T.tolist(), spans_T2.tolist()):
+    if i in markers:
+      spans.add((first, end))
+  return spans
 
 
 def unmarked(text: str) -> str:
@@ -367,25 +443,32 @@ def encode(parts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
   parts, those between two others, that it has a character of; if to none, to
   the even part where it begins: as transformers masks a {% generation %} block.
   """
+  # The ids of the whole text, and where each of them stands in it.
   ids, places = [], []
   for piece in re.finditer(_PIECES, ''.join(parts)):
     if piece['spelt']:
-      piece_ids, spans = tokenizer.encode_typed(piece['spelt'])
+      group = 'spelt'
+      piece_ids, spans = tokenizer.encode_typed(piece[group])
     else:
-      piece_ids, spans = tokenizer.encode_placed(piece['text'])
+      group = 'text'
+      piece_ids, spans = tokenizer.encode_placed(piece[group])
     ids.append(piece_ids)
-    places.append(spans + piece.start('spelt' if piece['spelt'] else 'text'))
+    places.append(spans + piece.start(group))
   if not ids:
     return [np.zeros(0, np.int32) for _ in parts]
   ids_T, places_T2 = np.concatenate(ids), np.concatenate(places)
+
+  # The ids before each part's end. An id that ends at or before the end of an
+  # even part is not of the odd one after it.
   ends = np.cumsum([len(part) for part in parts])
-  # What ends at or before the end of a `shown` part is not of the next.
   cuts, before = [], 0
   for number, end in enumerate(ends[:-1]):
-    outside = places_T2[:, 1] <= end if number % 2 == 0 else (
-        places_T2[:, 0] < end)
-    before = max(before, int(np.count_nonzero(
-        np.logical_and.accumulate(outside))))
+    if number % 2 == 0:
+      is_before_T = places_T2[:, 1] <= end
+    else:
+      is_before_T = places_T2[:, 0] < end
+    leading_T = np.logical_and.accumulate(is_before_T)
+    before = max(before, int(np.count_nonzero(leading_T)))
     cuts.append(before)
   return np.split(ids_T, cuts)
 
@@ -394,7 +477,13 @@ def specials(tokenizer: Tokenizer) -> dict[str, str]:
   """Returns the special tokens as transformers gives them to a template: those
   that the tokenizer's own files name, where they name any."""
   folder = pathlib.Path(tokenizer.name)
-  folder = folder if folder.is_dir() else folder.parent
-  named = {} if tokenizer.name.startswith('bytes') else named_tokens(folder)
-  return named or {f'{kind}_token': tokenizer.piece(i)
-                   for kind, i in tokenizer.special_ids.items()}
+  if not folder.is_dir():
+    folder = folder.parent
+  named = {}
+  if not tokenizer.name.startswith('bytes'):
+    named = named_tokens(folder)
+  if named:
+    return named
+  for kind, i in tokenizer.special_ids.items():
+    named[f'{kind}_token'] = tokenizer.piece(i)
+  return named
