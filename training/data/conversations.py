@@ -311,9 +311,9 @@ class Template:
       if not answered.startswith(asked) or not text.startswith(answered):
         raise RequestError(
             f'message {i + 1} cannot be told from the others: the chat '
-            f'template {self.name} has no {{% generation %}} block, and what it '
-            'writes before an answer changes with the answer: put the block '
-            'around what the assistant says')
+            f'template {self.name} has no {{% generation %}} block, and what '
+            'it writes before an answer changes with the answer: put the '
+            'block around what the assistant says')
       spans.append((len(asked), self._up_to_special(answered, len(asked))))
     return spans
 

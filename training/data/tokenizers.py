@@ -46,7 +46,7 @@ CONFIG = 'tokenizer_config.json'
 
 
 class Tokenizer:
-  """What the rest of the project knows of a tokenizer.
+  """The interface by which the project knows a tokenizer.
 
   Attributes:
     name: the spec that it was loaded from.
@@ -59,7 +59,7 @@ class Tokenizer:
       vocabulary's own spelling, or [MASK].
     added_ids: what Hugging Face's tokenizer of this vocabulary puts before
       each text. None is put there here: lm_eval's conventions ask for it.
-    more_ids: of special tokens that the vocabulary itself has not.
+    more_ids: the ids of special tokens that the vocabulary itself has not.
     added_texts: {how it is written: id} of all tokens that `encode_placed`
       obeys.
   """
@@ -97,12 +97,13 @@ class Tokenizer:
 
   @property
   def vocabulary(self) -> dict[str, int]:
-    """{how it is written: id} of all pieces, without what was added to them."""
+    """Returns {how it is written: id} of all pieces, without what was added to
+    them."""
     return {self.piece(i): i for i in range(self.vocab_size)}
 
   @property
   def special_texts(self) -> tuple[str, ...]:
-    """How the special tokens that `encode_placed` obeys are written."""
+    """Returns how the special tokens that `encode_placed` obeys are written."""
     return tuple(self.added_texts)
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -143,13 +144,25 @@ class Tokenizer:
   @property
   def separator_id(self) -> int:
     """The id between documents, which also starts each: eos, or BERT's sep."""
-    return self.special('eos' if 'sep' not in self.special_ids
-                        or 'eos' in self.special_ids else 'sep')
+    if 'sep' in self.special_ids and 'eos' not in self.special_ids:
+      return self.special('sep')
+    return self.special('eos')
 
-  eos_id = property(lambda self: self.special('eos'))
-  mask_id = property(lambda self: self.special('mask'))
-  cls_id = property(lambda self: self.special('cls'))
-  sep_id = property(lambda self: self.special('sep'))
+  @property
+  def eos_id(self) -> int:
+    return self.special('eos')
+
+  @property
+  def mask_id(self) -> int:
+    return self.special('mask')
+
+  @property
+  def cls_id(self) -> int:
+    return self.special('cls')
+
+  @property
+  def sep_id(self) -> int:
+    return self.special('sep')
 
 
 class Bytes(Tokenizer):
@@ -170,73 +183,95 @@ class Bytes(Tokenizer):
   def __init__(self, size: int = USUAL):
     self.name = 'bytes' if size == self.USUAL else f'bytes:{size}'
     self.vocab_size = size
-    bits = max(b for b in (1, 2, 4, 8) if 2 ** b + len(self.SPECIAL) <= size)
-    self.special_ids = {name: 2 ** bits + i
-                        for i, name in enumerate(self.SPECIAL)}
-    self.added_texts = {self.piece(i): i for i in self.special_ids.values()}
-    left = size - 2 ** bits - len(self.SPECIAL)
-    sentinels = min(SENTINELS, left)
-    self.sentinel_ids = tuple(range(size - sentinels, size))
     self.fingerprint = f'bytes-{size}'
+
+    # A digit of a byte has as many bits as leave room for the special tokens.
+    special = len(self.SPECIAL)
+    bits = max(b for b in (1, 2, 4, 8) if 2 ** b + special <= size)
     self._base = 2 ** bits
     # The highest digit comes first.
     self._shifts = np.arange(8 - bits, -1, -bits).astype(np.uint8)
 
+    # Special tokens come after the digits, and the sentinels are the last.
+    self.special_ids = {}
+    for i, name in enumerate(self.SPECIAL):
+      self.special_ids[name] = self._base + i
+    self.added_texts = {self.piece(i): i for i in self.special_ids.values()}
+    sentinels = min(SENTINELS, size - self._base - special)
+    self.sentinel_ids = tuple(range(size - sentinels, size))
+
   @property
   def is_bytewise(self) -> bool:
-    """Whether a byte has one id, and not one for each of some digits."""
+    """Tells whether a byte has one id, and not one for each of some digits."""
     return len(self._shifts) == 1
 
   def encode_batch(self, texts: Sequence[str]):
-    rows = [np.frombuffer(text.encode('utf-8'), np.uint8) for text in texts]
-    return [(row[:, None] >> self._shifts & self._base - 1).reshape(-1).astype(
-        np.int32) for row in rows]
+    rows = []
+    for text in texts:
+      bytes_T = np.frombuffer(text.encode('utf-8'), np.uint8)
+      digits_TD = bytes_T[:, None] >> self._shifts & self._base - 1
+      rows.append(digits_TD.reshape(-1).astype(np.int32))
+    return rows
 
   def encode_spans(self, texts: Sequence[str]):
-    sizes = [[len(c.encode('utf-8')) * len(self._shifts) for c in text]
-             for text in texts]
-    first = [np.repeat(np.arange(len(each)), each) for each in sizes]
-    return [(ids, _spans(np.stack([places, places + 1], 1)))
-            for ids, places in zip(self.encode_batch(texts), first)]
+    encoded = []
+    for text, ids in zip(texts, self.encode_batch(texts)):
+      # Each character stands behind as many ids as its bytes have digits.
+      sizes = [len(character.encode('utf-8')) * len(self._shifts)
+               for character in text]
+      places = np.repeat(np.arange(len(sizes)), sizes)
+      encoded.append((ids, _spans(np.stack([places, places + 1], 1))))
+    return encoded
 
   def decode_bytes(self, ids: Iterable[int]):
-    spelt, digits = bytearray(), []
+    spelt = bytearray()
+    byte, digits = 0, 0  # of a byte that is not whole yet
     for i in ids:
-      digits = [*digits, int(i)] if i < self._base else []
-      if len(digits) == len(self._shifts):
-        spelt.append(sum(d << int(s) for d, s in zip(digits, self._shifts)))
-        digits = []
+      if i >= self._base:  # a special token ends it
+        byte, digits = 0, 0
+        continue
+      byte = byte * self._base + int(i)
+      digits += 1
+      if digits == len(self._shifts):
+        spelt.append(byte)
+        byte, digits = 0, 0
     return bytes(spelt)
 
   def piece(self, token):
-    names = {i: f'[{name.upper()}]' for name, i in self.special_ids.items()}
-    return names[token] if token in names else f'<{token}>'
+    for name, i in self.special_ids.items():
+      if i == token:
+        return f'[{name.upper()}]'
+    return f'<{token}>'
 
   def save(self, path):
     """Writes a byte-level BPE without merges, of bytes of one id each."""
     import tokenizers
     assert self.is_bytewise, self.name
-    special = {i: self.piece(i) for i in self.special_ids.values()} | {
-        i: f'<extra_id_{n}>' for n, i in enumerate(self.sentinel_ids)}
-    vocab = _byte_of()
-    vocab |= {text: i for i, text in special.items()}
+    special = {}
+    for i in self.special_ids.values():
+      special[self.piece(i)] = i
+    for number, i in enumerate(self.sentinel_ids):
+      special[f'<extra_id_{number}>'] = i
+    vocab = _byte_of() | special
     pipeline = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     pipeline.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=False)
     pipeline.decoder = tokenizers.decoders.ByteLevel()
-    pipeline.add_special_tokens([*special.values()])
+    pipeline.add_special_tokens([*special])
     pipeline.save(str(path))
 
   def encode_placed(self, text: str):
+    # Special tokens, and the text between them.
+    names = [re.escape(name) for name in self.added_texts]
+    parts = re.split(f'({"|".join(names)})', text)
     ids, spans, place = [], [], 0
-    of_text = self.added_texts
-    for part in re.split('(' + '|'.join(map(re.escape, of_text)) + ')', text):
+    for part in parts:
       end = place + len(part)
-      if part in of_text:
-        ids.append([of_text[part]])
+      if part in self.added_texts:
+        ids.append([self.added_texts[part]])
         spans.append([(place, end)])
       else:
-        part_ids, places = self.encode_spans([part])[0]
+        [(part_ids, places)] = self.encode_spans([part])
         ids.append(part_ids)
         spans.append(places + place)
       place = end
@@ -254,35 +289,45 @@ class HuggingFace(Tokenizer):
     tokenizer.encode_special_tokens = True
     self.name = name
     self._tokenizer = tokenizer
-    self._added = tokenizer.get_added_tokens_decoder()
-    self.added_texts = {token.content: i for i, token in self._added.items()}
+
+    # The vocabulary, and the tokens that were added to it.
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     require(bool(vocab), f'tokenizer {name!r} has an empty vocabulary')
     self.vocab_size = 1 + max(vocab.values())
     require(self.vocab_size <= 2**31, f'tokenizer {name!r} has the id '
             f'{self.vocab_size - 1:,}: they must be below {2**31:,}')
-    self.special_ids = _framing(tokenizer) | special_ids
-    self.sentinel_ids = tuple(
-        vocab[f'<extra_id_{i}>'] for i in range(SENTINELS)
-        if f'<extra_id_{i}>' in vocab)
-    # As WordPiece's [UNK], some are pieces besides, which plain text gives.
+    self._bytes_of_id = _byte_level_table(tokenizer, vocab)
+    self._added = tokenizer.get_added_tokens_decoder()
+    self.added_texts = {token.content: i for i, token in self._added.items()}
+    # Some, as WordPiece's [UNK], are pieces besides, which plain text gives.
     pieces = tokenizer.get_vocab(with_added_tokens=False)
-    self.more_ids = frozenset(i for i, token in self._added.items()
-                              if token.special and token.content not in pieces)
+    more = []
+    for i, token in self._added.items():
+      if token.special and token.content not in pieces:
+        more.append(i)
+    self.more_ids = frozenset(more)
+
+    # The tokens that have a use.
+    self.special_ids = _framing(tokenizer) | special_ids
+    sentinels = [f'<extra_id_{number}>' for number in range(SENTINELS)]
+    self.sentinel_ids = tuple(
+        vocab[sentinel] for sentinel in sentinels if sentinel in vocab)
     if 'mask' in special_ids:
-      # RoBERTa's takes the space before it along.
-      spelling = re.escape(self.piece(special_ids['mask']))
-      added = self._added.get(special_ids['mask'])
-      before, after = (r'\s*' * bool(getattr(added, side, False))
-                       for side in ('lstrip', 'rstrip'))
-      self.mask_pattern = f'{before}(?:{spelling}|{self.mask_pattern}){after}'
+      self.mask_pattern = self._masks(special_ids['mask'])
+    self.added_ids = _before_text(tokenizer)
+
     described = json.dumps([tokenizer.to_str(), special_ids])
     self.fingerprint = hashlib.blake2b(described.encode('utf-8'),
                                        digest_size=16).hexdigest()
-    self._bytes_of_id = _byte_level_table(tokenizer, vocab)
-    placed = tokenizer.encode('a')
-    ends = [*placed.special_tokens_mask, 0].index(0)
-    self.added_ids = tuple(placed.ids[:ends])
+
+  def _masks(self, mask_id: int) -> str:
+    """Returns the pattern of a mask. RoBERTa's takes the space before it
+    along."""
+    added = self._added.get(mask_id)
+    before = r'\s*' if getattr(added, 'lstrip', False) else ''
+    after = r'\s*' if getattr(added, 'rstrip', False) else ''
+    spelling = re.escape(self.piece(mask_id))
+    return f'{before}(?:{spelling}|{self.mask_pattern}){after}'
 
   def encode_batch(self, texts: Sequence[str]):
     encodings = self._encode('encode_batch_fast', self._tokenizer, list(texts))
@@ -323,13 +368,18 @@ class HuggingFace(Tokenizer):
     one, or as it spells them all."""
     import tokenizers
     pipeline = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-    # Of special tokens alone it can be told to spell them.
+    # The library spells special tokens alone on request.
     pipeline.add_special_tokens([*self.added_texts] if spells else [])
     pipeline.encode_special_tokens = spells
     return pipeline
 
-  _obeying = functools.cached_property(lambda self: self._copied(False))
-  _spelling = functools.cached_property(lambda self: self._copied(True))
+  @functools.cached_property
+  def _obeying(self) -> Any:
+    return self._copied(spells=False)
+
+  @functools.cached_property
+  def _spelling(self) -> Any:
+    return self._copied(spells=True)
 
   def decode_bytes(self, ids: Iterable[int]):
     ids = [int(i) for i in ids]
@@ -353,24 +403,31 @@ def load(spec: str) -> Tokenizer:
   Raises:
     ValueError: if there is no such file, or it is not a tokenizer.
   """
+  # Bytes.
   if re.fullmatch(r'bytes(:\d{1,3})?', spec):
     size = int(spec.partition(':')[2] or Bytes.USUAL)
     require(Bytes.LEAST <= size <= Bytes.USUAL, f'tokenizer {spec!r}: choose '
             f'from bytes:{Bytes.LEAST} to bytes:{Bytes.USUAL}')
     return Bytes(size)
+
+  # A folder.
   spec = str(hub.local(spec, weights=False))
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
     names = files_in(path)
-    require(bool(names), f'tokenizer folder {spec!r} holds none of: '
-            + '; '.join(' + '.join(names) for names in FOLDERS))
+    if not names:
+      readable = '; '.join(' + '.join(files) for files in FOLDERS)
+      raise RequestError(f'tokenizer folder {spec!r} holds none of: {readable}')
     if names != ('tokenizer.json',):
       return _read_others(spec, path, names)
     path = path / 'tokenizer.json'
-  require(path.is_file() and path.suffix == '.json', f'unknown tokenizer '
-          f'{spec!r}, which is no such file or folder: choose bytes, bytes:N, '
-          'a tokenizer.json, or a folder of Hugging Face with a tokenizer, of '
-          'the hub hf://ORG/NAME')
+
+  # A tokenizer.json.
+  if not path.is_file() or path.suffix != '.json':
+    raise RequestError(
+        f'unknown tokenizer {spec!r}, which is no such file or folder: choose '
+        'bytes, bytes:N, a tokenizer.json, or a folder of Hugging Face with a '
+        'tokenizer, of the hub hf://ORG/NAME')
   from training.data import limited
   limited.call(f'tokenizer {spec!r} cannot be read as a Hugging Face '
                'tokenizer.json', 'read_json', str(path.absolute()))
@@ -379,42 +436,53 @@ def load(spec: str) -> Tokenizer:
 
 def files_in(folder: pathlib.Path) -> tuple[str, ...]:
   """Returns the files by which `load` reads a folder; () if it does not."""
-  return next((names for names in FOLDERS
-               if all((folder / name).is_file() for name in names)), ())
+  for names in FOLDERS:
+    if all((folder / name).is_file() for name in names):
+      return names
+  return ()
 
 
 def named_tokens(folder: pathlib.Path) -> dict[str, str]:
   """Returns {'bos_token': '<s>', ...} as the files of a folder name them: its
-  tokenizer_config.json and, of what that leaves out, a special_tokens_map.json,
-  as folders of earlier versions of transformers have one."""
+  tokenizer_config.json and, for what that leaves out, a
+  special_tokens_map.json, as folders of earlier versions of transformers have
+  one."""
   named = {}
   for name in ('special_tokens_map.json', CONFIG):
-    if (folder / name).is_file():
-      tree = storage.read_json(folder / name)
-      for key, value in tree.items():
-        value = value.get('content') if isinstance(value, dict) else value
-        if key.endswith('_token') and isinstance(value, str):
-          named[key] = value
+    if not (folder / name).is_file():
+      continue
+    for key, value in storage.read_json(folder / name).items():
+      if isinstance(value, dict):
+        value = value.get('content')
+      if key.endswith('_token') and isinstance(value, str):
+        named[key] = value
   return named
 
 
 def _read_json(spec: str, path: pathlib.Path) -> Tokenizer:
-  """Reads a tokenizer.json, and what stands beside it."""
+  """Returns the tokenizer of a tokenizer.json, and of what stands beside it."""
   import tokenizers
   pipeline = tokenizers.Tokenizer.from_file(str(path))
-  special = {token.content: i for i, token
-             in pipeline.get_added_tokens_decoder().items() if token.special}
+  special = {}
+  for i, token in pipeline.get_added_tokens_decoder().items():
+    if token.special:
+      special[token.content] = i
+
+  # The files beside it name the special tokens, or else usual names do.
   named = named_tokens(path.parent)
-  ids = {kind: next((special[name] for name in names if name in special), None)
-         for kind, names in SPECIAL_NAMES.items()}
-  ids |= {kind: i for kind in ids if (i := pipeline.token_to_id(
-      named.get(f'{kind}_token', ''))) is not None}
+  ids: dict[str, int | None] = {}
+  for kind, names in SPECIAL_NAMES.items():
+    ids[kind] = pipeline.token_to_id(named.get(f'{kind}_token', ''))
+    if ids[kind] is None:
+      usual = [special[name] for name in names if name in special]
+      ids[kind] = usual[0] if usual else None
   return HuggingFace(spec, pipeline, ids)
 
 
 def _read_others(spec: str, folder: pathlib.Path, names: tuple[str, ...]
                  ) -> Tokenizer:
-  """Reads the files of a folder by the class of transformers that it names."""
+  """Returns the tokenizer of a folder, whose files the class of transformers
+  that it names reads."""
   import tokenizers
   from training.data import limited
   text, ids = limited.call(
@@ -427,26 +495,42 @@ def _framing(tokenizer: Any) -> dict[str, int]:
   """Returns cls and sep, where a pipeline puts texts between them as BERT and
   RoBERTa do: cls, a text, sep; cls, a text, one sep or two, another text, sep.
   """
-  frames = []
+  frames = set()
   for row, pattern in ((tokenizer.encode('a'), '10+1'),
                        (tokenizer.encode('a', 'b'), '10+11?0+1')):
     mask = row.special_tokens_mask
     if not re.fullmatch(pattern, ''.join(map(str, mask))):
       return {}
     first, *after = [i for i, special in zip(row.ids, mask) if special]
-    frames += [(first, i) for i in after]
-  if len({*frames}) > 1 or frames[0][0] == frames[0][1]:
+    frames |= {(first, i) for i in after}
+  if len(frames) > 1:
     return {}
-  return dict(zip(('cls', 'sep'), frames[0]))
+  [(cls, sep)] = frames
+  if cls == sep:
+    return {}
+  return {'cls': cls, 'sep': sep}
+
+
+def _before_text(tokenizer: Any) -> tuple[int, ...]:
+  """Returns the ids that a pipeline puts before each text."""
+  row = tokenizer.encode('a')
+  before = []
+  for i, special in zip(row.ids, row.special_tokens_mask):
+    if not special:
+      break
+    before.append(i)
+  return tuple(before)
 
 
 def _byte_of() -> dict[str, int]:
   """Returns the byte that each character of a byte-level vocabulary stands for
   (GPT-2's encoder.py, bytes_to_unicode)."""
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [b for b in range(256) if b not in set(printable)]
-  byte_of = {chr(b): b for b in printable}
-  return byte_of | {chr(256 + i): b for i, b in enumerate(others)}
+  others = sorted({*range(256)} - {*printable})
+  byte_of = {chr(byte): byte for byte in printable}
+  for i, byte in enumerate(others):
+    byte_of[chr(256 + i)] = byte
+  return byte_of
 
 
 def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
@@ -465,11 +549,12 @@ def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
     if i in added:
       table[i] = b'' if added[i].special else token.encode('utf-8')
     elif byte_of.keys() >= set(token):
-      table[i] = bytes(byte_of[c] for c in token)
+      table[i] = bytes(byte_of[character] for character in token)
   return table
 
 
 def _placed(encoding: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the ids and the spans of an encoding of the package tokenizers."""
   return np.asarray(encoding.ids, np.int32), _spans(encoding.offsets)
 
 
@@ -477,7 +562,7 @@ def _spans(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
   return np.asarray(pairs, np.int32).reshape(-1, 2)
 
 
-# Tokens of a prompt that are decoded with what follows.
+# How many tokens of a prompt are decoded with what follows.
 _CONTEXT = 8
 
 
@@ -493,5 +578,6 @@ def spelt(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray,
   before = tokenizer.decode_bytes(end)
   whole = tokenizer.decode_bytes([*end, *ids])
   # A decoder that tidies up may change the end of the prompt.
-  return (whole[len(before):] if whole.startswith(before)
-          else tokenizer.decode_bytes(ids))
+  if whole.startswith(before):
+    return whole[len(before):]
+  return tokenizer.decode_bytes(ids)

@@ -24,7 +24,7 @@ import sys
 
 import numpy as np
 
-from common.errors import require
+from common.errors import RequestError
 from training import objectives, plugins
 from training.data import conversations, labelled, sources, tokens
 from training.data.tokenizers import Tokenizer
@@ -42,7 +42,7 @@ class Loader:
     name: the source or sources, as written in the config.
     share: what it counts in the mean over the sources that are held out.
     text: whose tokens these are, in words.
-    views: what the objective makes rows of, of each source.
+    views: what the objective makes rows of, for each source.
     num_windows: examples in one pass over the split, which `cut` may lessen.
     num_batches: batches in one pass. An 'eval' loader ends there, its last
       batch filled up with rows of weight zero, so that each token counts
@@ -51,8 +51,8 @@ class Loader:
     num_bytes: UTF-8 bytes of that text.
     bytes_per_token: bits per byte = nats per token / (ln 2 x this).
     ramp: the rows of each batch.
-    tokenizer: the run's.
-    objective: the record of the run's objective.
+    tokenizer: the tokenizer of the run.
+    objective: the objective of the run.
     beside: the loaders whose batches have the shape of this one's: those of
       runs that train as one program, each with its own seed.
   """
@@ -63,15 +63,21 @@ class Loader:
     self.name, self.share, self.text = name, share, text
     self.views, self._dataset, self._config = views, dataset, config
     self.tokenizer, self._split = tokenizer, split
-    self.ramp = (ramp_of(config) if split == 'train' else
-                 parse_ramp('', config.data.batch_size))
     self.objective = objectives.of(config)
+    self.beside: Sequence[Loader] = [self]
     self._place = process_index, process_count
+
+    # The sizes of batches, and the lengths of their rows.
+    if split == 'train':
+      self.ramp = ramp_of(config)
+    else:
+      self.ramp = parse_ramp('', config.data.batch_size)
     self._config_of = {}
     for length in lengths(config):
       self._config_of[length] = config.copy_and_resolve_references()
       self._config_of[length].data.length = length
-    self.beside: Sequence[Loader] = [self]
+
+    # How much there is.
     self.num_windows = sum(len(view) for view in views)
     self.cut(0)
     self.num_tokens = sum(view.num_tokens for view in views)
@@ -99,18 +105,22 @@ class Loader:
     n = int(n)
     if not 0 <= n < self._stop:
       raise IndexError(f'batch {n} of {self._stop}')
+
+    # The rows of this process, at the length of the longest row anywhere.
     index, count = self._place
     size = self.ramp.rows(n) // count
     first = int(self.ramp.before(n)) + index * size
-    config = self._config_of[max(loader.length(n) for loader in self.beside)]
     places = range(first, first + size)
-    batch = self.objective.batch(
-        [(self._item(g), self._rng(g)) for g in places], config, self.tokenizer)
+    length = max(loader.length(n) for loader in self.beside)
+    rows = [(self._item(g), self._rng(g)) for g in places]
+    batch = self.objective.batch(rows, self._config_of[length], self.tokenizer)
+
+    # Padding counts nothing and takes no expert's room.
     padding = [self._is_padding(g) for g in places]
-    if any(padding):  # It counts nothing and takes no expert's room.
-      for key, rows in batch.items():
+    if any(padding):
+      for key, values in batch.items():
         if key.endswith(('weights', 'segment_ids', 'valid')):
-          rows[padding] = 0
+          values[padding] = 0
     return batch
 
   def length(self, n: int) -> int:
@@ -119,8 +129,8 @@ class Loader:
     if not self.objective.has_lengths or len(self._config_of) == 1:
       return self._config.data.length
     first, end = map(int, self.ramp.before([n, n + 1]))
-    longest = max(self.objective.length(self._item(g))
-                  for g in range(first, end))
+    sizes = [self.objective.length(self._item(g)) for g in range(first, end)]
+    longest = max(sizes)
     return min(length for length in self._config_of if length >= longest)
 
   def iterate(self, start: int = 0, stop: int | None = None
@@ -135,9 +145,10 @@ class Loader:
     if start >= stop:
       return
     threads = self._config.data.threads
-    iterator = iter(grain.MapDataset.range(start, stop).map(
-        self.batch).to_iter_dataset(grain.ReadOptions(
-            num_threads=threads, prefetch_buffer_size=max(threads, PREFETCH))))
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=max(threads, PREFETCH))
+    batches = grain.MapDataset.range(start, stop).map(self.batch)
+    iterator = iter(batches.to_iter_dataset(options))
     try:
       yield from iterator
     finally:
@@ -145,16 +156,21 @@ class Loader:
 
   @property
   def _stop(self) -> int:
-    return self.num_batches if self._split == 'eval' else (
-        sys.maxsize // self.ramp.last)
+    """The number of batches; in training, more than any run has."""
+    if self._split == 'eval':
+      return self.num_batches
+    return sys.maxsize // self.ramp.last
 
   def _is_padding(self, g: int) -> bool:
+    """Returns whether row g fills up the last batch."""
     return self._split == 'eval' and g >= self.num_windows
 
   def _item(self, g: int):
+    """Returns the item of row g; of padding, any."""
     return self._dataset[0 if self._is_padding(g) else g]
 
   def _rng(self, g: int) -> np.random.Generator:
+    """Returns the generator of row g's draws."""
     seed = EVAL_SEED if self._split == 'eval' else self._config.seed
     return np.random.default_rng([seed, g])
 
@@ -179,8 +195,8 @@ class _Ordered:
 
 def lengths(config: Config) -> tuple[int, ...]:
   """Returns the lengths that the rows of a batch may be padded to: data.length
-  and, of labelled data, up to data.length_buckets - 1 shorter ones, as far from
-  each other as eight tokens or more that mesh.context divides."""
+  and, for labelled data, up to data.length_buckets - 1 shorter ones, as far
+  from each other as eight tokens or more that mesh.context divides."""
   length, most = config.data.length, config.data.length_buckets
   if not objectives.of(config).has_lengths:
     return (length,)
@@ -196,25 +212,34 @@ def training_loader(config: Config, tokenizer: Tokenizer,
   Args:
     config: a run's config; read are seed, objective and data.
     tokenizer: see tokenizers.load.
-    process_index: of this process.
-    process_count: must divide data.batch_size.
+    process_index: the number of this process.
+    process_count: how many there are; it must divide data.batch_size.
 
   Raises:
     ValueError: for a source that is missing, empty or unreadable.
   """
   import grain
   weights, corpora, views = _views(config, tokenizer, 'train')
+
   # Grain permutes epoch e by seed + e. Hashed seeds keep the second epoch
   # of seed 0 from being the first of seed 1.
   seeds = np.random.SeedSequence(config.seed).generate_state(len(views))
-  starts = np.cumsum([0, *map(len, views)]).tolist()
-  parts = [grain.MapDataset.range(start, stop).shuffle(seed=int(seed)).repeat()
-           for start, stop, seed in zip(starts, starts[1:], seeds)]
-  dataset = _Ordered(parts[0] if len(parts) == 1 else
-                     grain.MapDataset.mix(parts, weights), views)
+  parts, start = [], 0
+  for view, seed in zip(views, seeds):
+    stop = start + len(view)
+    places = grain.MapDataset.range(start, stop)
+    parts.append(places.shuffle(seed=int(seed)).repeat())
+    start = stop
+  if len(parts) == 1:
+    places = parts[0]
+  else:
+    places = grain.MapDataset.mix(parts, weights)
   text = ' and '.join(corpus.text for corpus in corpora)
-  return Loader(config.data.source, 1.0, text, dataset, views, config,
-                tokenizer, 'train', process_index, process_count)
+  return Loader(
+      name=config.data.source, share=1.0, text=text,
+      dataset=_Ordered(places, views), views=views, config=config,
+      tokenizer=tokenizer, split='train', process_index=process_index,
+      process_count=process_count)
 
 
 def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
@@ -223,22 +248,28 @@ def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
   """Returns a loader of each source that is held out, of one pass each.
 
   A figure of the whole is the mean of the sources' own by their `share`, the
-  weights of data.eval_source or data.source: of text drawn as training draws
-  it, however much of each is held out. A source's order is its own, the same
-  for all runs, so that its first batches are a fair sample of all; or with
+  weights of data.eval_source or data.source: that of text drawn as training
+  draws it, however much of each is held out. A source's order is its own, the
+  same for all runs, so that its first batches are a fair sample of all; or with
   `in_order` that of its view. With `bare`, records may be without what is to be
   predicted of them.
 
-  Args and raises: as `load`.
+  Args and raises: those of `training_loader`.
   """
   import grain
   weights, corpora, views = _views(config, tokenizer, 'eval', bare)
-  return [Loader(corpus.name, weight / sum(weights), corpus.text,
-                 view if in_order else _Ordered(
-                     grain.MapDataset.range(len(view)).shuffle(seed=EVAL_SEED),
-                     [view]), [view], config, tokenizer, 'eval',
-                 process_index, process_count)
-          for weight, corpus, view in zip(weights, corpora, views)]
+  loaders = []
+  for weight, corpus, view in zip(weights, corpora, views):
+    dataset = view
+    if not in_order:
+      places = grain.MapDataset.range(len(view)).shuffle(seed=EVAL_SEED)
+      dataset = _Ordered(places, [view])
+    loaders.append(Loader(
+        name=corpus.name, share=weight / sum(weights), text=corpus.text,
+        dataset=dataset, views=[view], config=config, tokenizer=tokenizer,
+        split='eval', process_index=process_index,
+        process_count=process_count))
+  return loaders
 
 
 def _views(config: Config, tokenizer: Tokenizer, split: str,
@@ -276,8 +307,8 @@ def of_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def of_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
-  """Returns a hash of what each source of a run holds, by its name; of one that
-  is drawn, of its first rows. Left out are Hugging Face's, whose files lie
+  """Returns a hash of what each source of a run holds, by its name; where it is
+  drawn, of its first rows. Left out are Hugging Face's, whose files lie
   elsewhere."""
   data, hashes = config.data, {}
   layout = functools.partial(
@@ -285,10 +316,10 @@ def of_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   for spec in filter(None, (data.source, data.eval_source)):
     for _, source in sources.parse(spec, layout):
       source = sources.cut(source, _holdout_every(data))
-      if source.files or source.drawn:
-        hashes[source.name] = (
-            source.digest() if source.tokens or source.drawn else
-            sources.content(source, tokenizer, data.cache_dir))
+      if source.tokens or source.drawn:
+        hashes[source.name] = source.digest()
+      elif source.files:
+        hashes[source.name] = sources.content(source, tokenizer, data.cache_dir)
   return hashes
 
 
@@ -302,56 +333,109 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str,
              bare: bool = False) -> Iterator[tuple[float, sources.Corpus]]:
   """Yields (weight, sources.Corpus) of each source of the split; raises
   RequestError for records without labels or answers, unless `bare`."""
-  data, every = config.data, _holdout_every(config.data)
-  part = config.eval.part if split == 'eval' else ''
-  spec = (data.eval_source or data.source) if split == 'eval' else data.source
+  data = config.data
+  spec, part = data.source, ''
+  if split == 'eval':
+    spec, part = data.eval_source or data.source, config.eval.part
   layout = functools.partial(
       conversations.layout, data.chat_template, tokenizer)
   for weight, source in sources.parse(spec, layout):
     objectives.check_fits(config, source)
-    of_split = split, tokenizer, config
     if source.drawn:
-      yield weight, sources.Corpus(source.name, source.name, *of_split)
+      corpus = sources.Corpus(name=source.name, text=source.name, split=split,
+                              tokenizer=tokenizer, config=config)
     elif objectives.of(config).record_kind:
-      records = list(source.records())
-      if not bare:
-        labelled.refuse_bare(source.name, records)
-      chosen = tokens.chosen(np.arange(len(records)), every, split, part)
-      text = _words(source, every, split, part, chosen.sum(), len(records))
-      yield weight, sources.Corpus(
-          source.name, text, *of_split,
-          records=[*itertools.compress(records, chosen)])
+      corpus = _of_records(source, config, tokenizer, split, part, bare)
     else:
-      source = sources.cut(source, every, part)
-      if source.tokens:
-        whole = tokens.load(source.tokens, source.name)
-        tokens.check_tokenizer(whole, tokenizer, source.name)
-      else:
-        whole = sources.cached(source, tokenizer, data.cache_dir)
-      # Of a source that is cut, document 0 is the part already.
-      chosen = tokens.Split(whole, every, split, '' if source.is_cut else part,
-                         tokenizer.separator_id)
-      text = _words(source, every, split, part, chosen.documents, chosen.of)
-      yield weight, sources.Corpus(source.name, text, *of_split, tokens=chosen)
+      corpus = _of_text(source, config, tokenizer, split, part)
+    yield weight, corpus
+
+
+def _of_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
+                split: str, part: str, bare: bool) -> sources.Corpus:
+  """Returns the records of a source that belong to a split.
+
+  Args:
+    source: a source of labelled data.
+    config: the config of the run.
+    tokenizer: see tokenizers.load.
+    split: 'train' or 'eval'.
+    part: eval.part.
+    bare: whether records may be without what is to be predicted of them.
+  """
+  every = _holdout_every(config.data)
+  records = list(source.records())
+  if not bare:
+    labelled.refuse_bare(source.name, records)
+  chosen = tokens.chosen(np.arange(len(records)), every, split, part)
+  text = _words(source, every, split, part, taken=chosen.sum(),
+                of=len(records))
+  return sources.Corpus(
+      name=source.name, text=text, split=split, tokenizer=tokenizer,
+      config=config, records=list(itertools.compress(records, chosen)))
+
+
+def _of_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
+             split: str, part: str) -> sources.Corpus:
+  """Returns the tokens of a source that belong to a split.
+
+  Args:
+    source: a source of text, or of tokens.
+    config: the config of the run.
+    tokenizer: see tokenizers.load.
+    split: 'train' or 'eval'.
+    part: eval.part.
+  """
+  # The tokens of all documents.
+  every = _holdout_every(config.data)
+  source = sources.cut(source, every, part)
+  if source.tokens:
+    whole = tokens.load(source.tokens, source.name)
+    tokens.check_tokenizer(whole, tokenizer, source.name)
+  else:
+    whole = sources.cached(source, tokenizer, config.data.cache_dir)
+
+  # Those of the split. Where a source is cut, document 0 is the part already.
+  chosen = tokens.Split(whole, every, split, '' if source.is_cut else part,
+                        tokenizer.separator_id)
+  text = _words(source, every, split, part, taken=chosen.documents,
+                of=chosen.of)
+  return sources.Corpus(
+      name=source.name, text=text, split=split, tokenizer=tokenizer,
+      config=config, tokens=chosen)
 
 
 def _words(source: sources.Source, every: int | None, split: str, part: str,
            taken: int, of: int) -> str:
-  """Returns what of a source is in a split, in words: `taken` of its documents.
+  """Returns in words which part of a source is in a split.
+
+  Args:
+    source: the source, which may be cut.
+    every: data.holdout_every; None: nothing of the source is held out.
+    split: 'train' or 'eval'.
+    part: eval.part.
+    taken: how many of its documents are in the split.
+    of: how many it has.
 
   Raises:
     RequestError: for a split without a document.
   """
-  require(taken > 0, f'data source {source.name!r} has {of} document(s), of '
-          f'which data.holdout_every={every} leaves none for {split}'
-          f'{f" with eval.part={part}" if part else ""}: '
-          'set data.eval_source or another data.holdout_every')
+  if not taken:
+    where = f'{split} with eval.part={part}' if part else split
+    raise RequestError(
+        f'data source {source.name!r} has {of} document(s), of which '
+        f'data.holdout_every={every} leaves none for {where}: set '
+        'data.eval_source or another data.holdout_every')
   if source.is_cut:
-    but = '' if split == 'eval' else 'all but '
-    half = f'the {part} half of ' if part else ''
-    return f'{but}{half}the last 1/{every} of {source.name}'
-  return source.name if taken == of else (
-      f'{taken:,} of {of:,} documents of {source.name}')
+    words = f'the last 1/{every} of {source.name}'
+    if part:
+      words = f'the {part} half of {words}'
+    if split != 'eval':
+      words = f'all but {words}'
+    return words
+  if taken == of:
+    return source.name
+  return f'{taken:,} of {of:,} documents of {source.name}'
 
 
 # Batches that grow.
@@ -372,8 +456,8 @@ class Ramp:
 
   def rows(self, n: int) -> int:
     """Returns the rows of batch n."""
-    return int((*self.sizes, self.last)[
-        int(np.searchsorted(self.until, n, side='right'))])
+    stage = int(np.searchsorted(self.until, n, side='right'))
+    return int((*self.sizes, self.last)[stage])
 
   def before(self, n):
     """Returns the rows of all batches before batch n, which may be an array."""
@@ -397,19 +481,28 @@ def ramp_of(config: Config) -> Ramp:
 def parse_ramp(text: str, batch_size: int) -> Ramp:
   """Returns the ramp of a text; '': none."""
   if not text:
-    return Ramp((), (), batch_size)
+    return Ramp(until=(), sizes=(), last=batch_size)
+  until, sizes = [], []
   try:
-    until, sizes = zip(*(map(int, stage.split(':'))
-                         for stage in text.split(',')))
+    for stage in text.split(','):
+      step, size = map(int, stage.split(':'))
+      until.append(step)
+      sizes.append(size)
+    is_ramp = _rises([0, *until]) and _rises([0, *sizes, batch_size])
   except ValueError:
-    until, sizes = (0,), ()
-  require(len(until) <= SIZES and all(
-      a < b for values in ((0, *until), (0, *sizes, batch_size))
-      for a, b in zip(values, values[1:])), f'data.batch_ramp is {text!r}: '
-          "write STEP:ROWS with commas between, such as '100:8,300:16', at "
-          f'most {SIZES}; the steps must rise from 1 on, and the rows too, to '
-          f'less than data.batch_size {batch_size}')
-  return Ramp(until, sizes, batch_size)
+    is_ramp = False
+  if not is_ramp or len(until) > SIZES:
+    raise RequestError(
+        f'data.batch_ramp is {text!r}: write STEP:ROWS with commas between, '
+        f"such as '100:8,300:16', at most {SIZES}; the steps must rise from 1 "
+        'on, and the rows too, to less than data.batch_size '
+        f'{batch_size}')
+  return Ramp(until=tuple(until), sizes=tuple(sizes), last=batch_size)
+
+
+def _rises(values: Sequence[int]) -> bool:
+  """Returns whether each number is larger than the one before."""
+  return all(a < b for a, b in itertools.pairwise(values))
 
 
 def scaled_ramp(text: str, steps: int, short: int) -> str:
@@ -425,6 +518,7 @@ def scaled_ramp(text: str, steps: int, short: int) -> str:
 def check_ramp(config: Config) -> None:
   """Raises RequestError for a ramp that the run could not honour."""
   ramp, steps = ramp_of(config), config.train.steps
-  require(not ramp.until or ramp.until[-1] < steps, 'data.batch_ramp is '
-          f'{config.data.batch_ramp!r}, and train.steps is {steps}: it must '
-          'end before, or data.batch_size would not be read')
+  if ramp.until and ramp.until[-1] >= steps:
+    raise RequestError(
+        f'data.batch_ramp is {config.data.batch_ramp!r}, and train.steps is '
+        f'{steps}: it must end before, or data.batch_size would not be read')
