@@ -13,7 +13,6 @@ import pytest
 
 import architectures
 from architectures.parts import flat, tables
-from common import fields as declared
 from common.errors import RequestError, short
 from configs import base
 from tests.helpers import forked, models
@@ -157,7 +156,7 @@ def test_what_is_not_read_is_refused_by_hand_and_is_nowhere(system):
   assert not {f'model.{name}' for name in flat.unread(c)} & read.keys()
   assert flat.make(flat.as_dict(c)) == c
   for group, part in flat.GROUPS.items():
-    gone = all(name in unread for name in declared.leaves(part, f'{group}.'))
+    gone = all(name in unread for name in flat.fields_of(group))
     assert (c.find(part) is None) == gone or group == flat.LORA
 
 
