@@ -1,8 +1,8 @@
 """Probes: small tasks with exact answers, by name in PROBES.
 
 `data.source='probe:NAME'` with objective 'probe' trains on one. To add a task,
-write its record in a file of this folder, in a table PROBES of that file;
-record.py says what a record holds. Which rows are in batch n is a function of
+write a subclass of record.Probe in a file of this folder, and an object of it
+in a table PROBES of that file. Which rows are in batch n is a function of
 (seed, n), as for text: row i of a pass is drawn from (seed, i), and rows that
 are held out from another stream, which is the same for all seeds.
 """
@@ -15,15 +15,14 @@ import pkgutil
 import ml_collections
 import numpy as np
 
-from common.errors import one_of, require
+from common.errors import RequestError, one_of, require
 from training.data import labelled
 from training.data.probes.record import Level, Probe, Row, Settings
 
-PROBES: dict[str, Probe] = {
-    name: row for file in pkgutil.iter_modules(__path__)
-    if file.name != 'record'
-    for name, row in importlib.import_module(
-        f'{__name__}.{file.name}').PROBES.items()}
+PROBES: dict[str, Probe] = {}
+for _file in pkgutil.iter_modules(__path__):
+  if _file.name != 'record':
+    PROBES |= importlib.import_module(f'{__name__}.{_file.name}').PROBES
 
 PREFIX = 'probe:'
 KIND = labelled.PROBE_ROWS
@@ -53,11 +52,12 @@ def settings(config: ml_collections.ConfigDict) -> Settings:
   """Returns the settings of a run's probe: where its config leaves a field
   empty or at 0, what is published."""
   probe, fields = of(config), config.probe
-  return Settings(config.data.length, tuple(fields.levels) or probe.levels,
-                  fields.vocab or probe.vocab,
-                  fields.examples or probe.examples,
-                  fields.held_out or probe.held_out,
-                  random_non_queries=fields.random_non_queries)
+  return Settings(
+      length=config.data.length, levels=tuple(fields.levels) or probe.levels,
+      vocab=fields.vocab or probe.vocab,
+      examples=fields.examples or probe.examples,
+      held_out=fields.held_out or probe.held_out,
+      random_non_queries=fields.random_non_queries)
 
 
 def held_out_seed(config: ml_collections.ConfigDict) -> int:
@@ -89,10 +89,12 @@ def check_level(name: str, level: Level, chosen: Settings) -> None:
   """Raises RequestError for a level that cannot be drawn at settings.length."""
   probe = PROBES[name]
   where = f'probe {name!r} with {level!r} {probe.level}'
-  whole = type(level) is int or type(probe.least) is float
-  require(type(level) in (int, float) and whole and level >= probe.least,
-          f'{where}: a level is a{" whole" * (type(probe.least) is int)} '
-          f'number of at least {probe.least}')
+  takes_fractions = type(probe.least) is float
+  is_number = type(level) is int or (type(level) is float and takes_fractions)
+  if not is_number or level < probe.least:
+    number = 'number' if takes_fractions else 'whole number'
+    raise RequestError(f'{where}: a level is a {number} of at least '
+                       f'{probe.least}')
   reason = probe.limit(chosen, level)
   require(not reason, f'{where}: {reason}')
   size = probe.size(level, chosen)
@@ -124,8 +126,8 @@ class Rows:
     probe: the task.
     settings: what it draws with.
     split: 'train' or 'eval'.
-    seed: of the rows.
-    levels: those of its rows; (): settings.levels.
+    seed: the seed of the rows.
+    levels: the levels of its rows; (): settings.levels.
   """
 
   def __init__(self, probe: Probe, settings: Settings, split: str, seed: int,

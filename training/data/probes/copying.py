@@ -26,87 +26,136 @@ tokenizer makes one token each, and words around the numbers.
 import numpy as np
 
 from training.data.probes import record
-from training.data.probes.record import Row, Settings
+from training.data.probes.record import Probe, Row, Settings
 
 
-def selective_copying(rng: np.random.Generator, count: int, settings: Settings
-                      ) -> Row:
-  """Returns a row of settings.length: letters with blanks before them, a mark,
-  and as many blanks as letters, each of which asks for one."""
-  blank, mark = settings.vocab, settings.vocab + 1
-  letters = rng.integers(0, settings.vocab, count)
-  blanks = settings.length - 2 * count - 1
-  tokens = np.insert(letters, np.sort(rng.integers(0, count, blanks)), blank)
-  tokens = np.concatenate([tokens, [mark], np.full(count, blank)])
-  return record.asking(tokens, np.arange(len(tokens) - count, len(tokens)),
-                       letters)
+class SelectiveCopying(Probe):
+  """Selective copying of MAD."""
+
+  level, levels = 'letters to copy', (16,)
+  vocab, length = 14, 256
+  grows = True
+  hides = True
+
+  def draw(self, rng: np.random.Generator, count: int, settings: Settings
+           ) -> Row:
+    """Returns a row of settings.length: letters with blanks before them, a
+    mark, and as many blanks as letters, each of which asks for one."""
+    blank, mark = settings.vocab, settings.vocab + 1
+    letters = rng.integers(0, settings.vocab, count)
+    blanks = settings.length - 2 * count - 1
+    places = np.sort(rng.integers(0, count, blanks))
+    spread = np.insert(letters, places, blank)
+    tokens = np.concatenate([spread, [mark], np.full(count, blank)])
+    asking = np.arange(len(tokens) - count, len(tokens))
+    return record.asking(tokens, asking, letters)
+
+  def size(self, count: int, settings: Settings) -> int:
+    return 2 * count + 1
+
+  def vocab_size(self, settings: Settings) -> int:
+    return settings.vocab + 2
 
 
-def _write(letters: np.ndarray, answer: np.ndarray, settings: Settings) -> Row:
-  mark, end = settings.vocab, settings.vocab + 1
-  return record.writing(np.append(letters, mark), np.append(answer, end))
+class Copy(Probe):
+  """Copying, trained on up to 20 letters and tested on up to 40."""
+
+  level, levels = 'letters', tuple(range(1, 21))
+  vocab, length, examples = 100, 41, 100_000
+  grows = True
+
+  def draw(self, rng: np.random.Generator, count: int, settings: Settings
+           ) -> Row:
+    """Returns letters, a mark, the letters again, of which the end is asked for
+    too."""
+    letters = rng.integers(0, settings.vocab, count)
+    mark, end = settings.vocab, settings.vocab + 1
+    answer = self.answer(letters)
+    return record.writing(np.append(letters, mark), np.append(answer, end))
+
+  def answer(self, letters: np.ndarray) -> np.ndarray:
+    """Returns what is to be written after some letters."""
+    return letters
+
+  def size(self, count: int, settings: Settings) -> int:
+    return 2 * count + 1
+
+  def vocab_size(self, settings: Settings) -> int:
+    return settings.vocab + 2
 
 
-def copy(rng: np.random.Generator, count: int, settings: Settings) -> Row:
-  """Returns letters, a mark, the letters again, of which the end is asked for
-  too."""
-  letters = rng.integers(0, settings.vocab, count)
-  return _write(letters, letters, settings)
+class Reverse(Copy):
+  """Copying of the letters from the last to the first."""
 
-
-def reverse(rng: np.random.Generator, count: int, settings: Settings) -> Row:
-  """Returns letters, a mark, and the letters from the last to the first."""
-  letters = rng.integers(0, settings.vocab, count)
-  return _write(letters, letters[::-1], settings)
+  def answer(self, letters: np.ndarray) -> np.ndarray:
+    return letters[::-1]
 
 
 PLUS, EQUALS, END = 10, 11, 12  # after the digits
 
 
-def addition(rng: np.random.Generator, digits: int, settings: Settings) -> Row:
-  """Returns a sum of two numbers, one of so many digits and one of as many or
-  fewer; its end is asked for too. No number of several digits begins with 0. In
-  the paper each number of digits is as frequent in both numbers; here that of
-  the longer one is."""
-  del settings
-  sizes = rng.permutation([digits, rng.integers(1, digits + 1)])
-  terms = []
-  for size in sizes:
-    term = rng.integers(0, 10, size)
-    term[:1] = rng.integers(int(size > 1), 10)
-    terms.append(term)
-  total = sum(int(''.join(map(str, term))) for term in terms)
-  first, second = terms
-  return record.writing(
-      np.concatenate([first, [PLUS], second, [EQUALS]]),
-      np.array([*map(int, str(total)), END]))
+class Addition(Probe):
+  """Sums of two numbers."""
+
+  level, levels = 'digits of the longer number', tuple(range(1, 9))
+  length, examples = 27, 100_000
+  grows = True
+
+  def draw(self, rng: np.random.Generator, digits: int, settings: Settings
+           ) -> Row:
+    """Returns a sum of two numbers, one of so many digits and one of as many or
+    fewer; its end is asked for too. No number of several digits begins with 0.
+    In the paper each number of digits is as frequent in both numbers; here that
+    of the longer one is."""
+    # The digits of both.
+    sizes = rng.permutation([digits, rng.integers(1, digits + 1)])
+    terms, total = [], 0
+    for size in sizes:
+      term = rng.integers(0, 10, size)
+      least = 1 if size > 1 else 0
+      term[:1] = rng.integers(least, 10)
+      terms.append(term)
+      total += int(''.join(map(str, term)))
+
+    first, second = terms
+    question = np.concatenate([first, [PLUS], second, [EQUALS]])
+    answer = [int(digit) for digit in str(total)]
+    return record.writing(question, np.array([*answer, END]))
+
+  def size(self, digits: int, settings: Settings) -> int:
+    return 3 * digits + 3
+
+  def vocab_size(self, settings: Settings) -> int:
+    return 13
 
 
-def compression(rng: np.random.Generator, letters: int, settings: Settings
-                ) -> Row:
-  """Returns so many letters and a mark; every token asks for itself."""
-  tokens = np.append(rng.integers(0, settings.vocab, letters), settings.vocab)
-  return record.asking(tokens, np.arange(len(tokens)), tokens)
+class Compression(Probe):
+  """Compression of MAD."""
+
+  level, levels = 'letters', (31,)
+  vocab, length = 15, 32
+  grows = True
+  hides = True
+  objective = 'compression'
+
+  def draw(self, rng: np.random.Generator, letters: int, settings: Settings
+           ) -> Row:
+    """Returns so many letters and a mark; every token asks for itself."""
+    mark = settings.vocab
+    tokens = np.append(rng.integers(0, settings.vocab, letters), mark)
+    return record.asking(tokens, np.arange(len(tokens)), tokens)
+
+  def size(self, letters: int, settings: Settings) -> int:
+    return letters + 1
+
+  def vocab_size(self, settings: Settings) -> int:
+    return settings.vocab + 1
 
 
-_LETTERS = record.Probe(
-    copy, 'letters', tuple(range(1, 21)),  # trained up to 20, tested up to 40
-    lambda count, settings: 2 * count + 1, lambda settings: settings.vocab + 2,
-    vocab=100, length=41, examples=100_000, grows=True)
 PROBES = {
-    'selective_copying': record.Probe(
-        selective_copying, 'letters to copy', (16,),
-        lambda count, settings: 2 * count + 1,
-        lambda settings: settings.vocab + 2, vocab=14, length=256, grows=True,
-        hides=True),
-    'copy': _LETTERS,
-    'reverse': _LETTERS._replace(draw=reverse),
-    'addition': record.Probe(
-        addition, 'digits of the longer number', tuple(range(1, 9)),
-        lambda digits, settings: 3 * digits + 3, lambda settings: 13,
-        length=27, examples=100_000, grows=True),
-    'compression': record.Probe(
-        compression, 'letters', (31,), lambda letters, settings: letters + 1,
-        lambda settings: settings.vocab + 1, vocab=15, length=32, grows=True,
-        hides=True, objective='compression'),
+    'selective_copying': SelectiveCopying(),
+    'copy': Copy(),
+    'reverse': Reverse(),
+    'addition': Addition(),
+    'compression': Compression(),
 }

@@ -31,11 +31,12 @@ then one of the names asks for its number. Text is its UTF-8 bytes.
 """
 
 import functools
+import itertools
 
 import numpy as np
 
 from training.data.probes import record
-from training.data.probes.record import Row, Settings
+from training.data.probes.record import Probe, Row, Settings
 
 NOISE = 16  # ids of the noise, as published
 
@@ -48,71 +49,145 @@ def _alphabets(vocab: int, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _pairs(rng: np.random.Generator, keys: np.ndarray, values: np.ndarray,
            noise: float, first_noise: int, settings: Settings) -> Row:
-  """Returns a row of pairs, of which a share is noise instead."""
+  """Returns a row of pairs, of which a share is noise instead.
+
+  Args:
+    rng: the generator of the draws.
+    keys: the ids of the keys.
+    values: the ids of the values.
+    noise: the share of noise.
+    first_noise: the first of its NOISE ids.
+    settings: the settings of the probe.
+  """
+  # The key of each pair, or that it is noise.
   count = settings.length // 2
   of_key = rng.choice(values, len(keys))  # what each key has in this row
   chosen = rng.integers(0, len(keys), count)
   noisy = rng.random(count) < noise
   noisy[rng.integers(0, count - 1)] = False  # one pair at least,
   shown = chosen[:-1][~noisy[:-1]]
-  noisy[-1], chosen[-1] = False, rng.choice(shown)  # which the last asks for
+  noisy[-1] = False
+  chosen[-1] = rng.choice(shown)  # which the last asks for
+
+  # The tokens.
   tokens = np.stack([keys[chosen], of_key[chosen]], 1)
   tokens[noisy] = first_noise + rng.integers(0, NOISE, (noisy.sum(), 2))
-  _, first = np.unique(np.where(noisy, -1 - np.arange(count), chosen),
-                       return_index=True)
+
+  # A key that has been before asks; noise has a number of its own.
+  numbers = np.where(noisy, -1 - np.arange(count), chosen)
+  _, first = np.unique(numbers, return_index=True)
   again = ~noisy
   again[first] = False
   return record.asking(tokens.reshape(-1), 2 * np.flatnonzero(again),
                        of_key[chosen[again]])
 
 
-def recall(rng: np.random.Generator, vocab: int, settings: Settings) -> Row:
-  """Returns a row of pairs of `vocab` letters, half of them keys."""
-  return _pairs(rng, *_alphabets(vocab, settings.most), 0.0, 0, settings)
+class Recall(Probe):
+  """Recall in context of MAD."""
+
+  level, levels = 'letters', (16,)
+  least = 2
+
+  def draw(self, rng: np.random.Generator, vocab: int, settings: Settings
+           ) -> Row:
+    """Returns a row of pairs of `vocab` letters, half of them keys."""
+    keys, values = _alphabets(vocab, settings.most)
+    return _pairs(rng, keys, values, noise=0.0, first_noise=0,
+                  settings=settings)
+
+  def size(self, vocab: int, settings: Settings) -> int:
+    return 4
+
+  def vocab_size(self, settings: Settings) -> int:
+    return settings.most
+
+  def limit(self, settings: Settings, vocab: int) -> str:
+    if vocab % 2:
+      return 'half of the letters are keys'
+    return record.trained(settings, vocab)
 
 
-def noisy_recall(rng: np.random.Generator, noise: float, settings: Settings
-                 ) -> Row:
-  """Returns a row of pairs, of which a share is two ids of noise instead."""
-  keys, values = _alphabets(settings.vocab, settings.vocab)
-  return _pairs(rng, keys, values, noise, settings.vocab, settings)
+class NoisyRecall(Probe):
+  """Recall in context among noise, of MAD."""
+
+  level, levels = 'shares of noise', (0.2,)
+  vocab = 16
+  least = 0.0
+
+  def draw(self, rng: np.random.Generator, noise: float, settings: Settings
+           ) -> Row:
+    """Returns a row of pairs, of which a share is two ids of noise instead."""
+    keys, values = _alphabets(settings.vocab, settings.vocab)
+    return _pairs(rng, keys, values, noise=noise, first_noise=settings.vocab,
+                  settings=settings)
+
+  def size(self, noise: float, settings: Settings) -> int:
+    return 4
+
+  def vocab_size(self, settings: Settings) -> int:
+    return settings.vocab + NOISE
+
+  def limit(self, settings: Settings, noise: float) -> str:
+    return '' if noise < 1 else 'a share is below 1'
 
 
-def fuzzy_recall(rng: np.random.Generator, motif: int, settings: Settings
-                 ) -> Row:
-  """Returns a row of keys and values of one to `motif` letters each, which do
-  not repeat inside of a key or a value. The last key has been before. The
-  published test has keys of the full length alone. Its rows are filled up on
-  the left, and what the last key is was drawn before the row."""
-  keys, values = np.split(np.arange(settings.vocab), [settings.vocab // 2])
-  of_key: dict[tuple[int, ...], np.ndarray] = {}
-  tokens: list[int] = []
-  places: list[int] = []
-  room = settings.length - 2 * motif  # for the last pair
+class FuzzyRecall(Probe):
+  """Recall in context of keys and values of several letters, of MAD."""
 
-  def add(key: tuple[int, ...]) -> None:
-    value = of_key[key]
-    if key in seen:
-      first = len(tokens) + len(key) - 1
-      places.extend(range(first, first + len(value)))
-    seen.add(key)
-    tokens.extend([*key, *value])
+  level, levels = 'longest motifs', (3,)
+  vocab = 15
 
-  seen: set[tuple[int, ...]] = set()
-  while True:
-    key = tuple(_motif(rng, keys, motif))
-    if key not in of_key:
-      of_key[key] = _motif(rng, values, motif)
-    if seen and len(tokens) + len(key) + len(of_key[key]) > room:
-      break
-    add(key)
-  add(sorted(seen)[rng.integers(len(seen))])
-  answers = np.array(tokens)[np.array(places) + 1]
-  return record.asking(np.array(tokens), np.array(places), answers)
+  def draw(self, rng: np.random.Generator, motif: int, settings: Settings
+           ) -> Row:
+    """Returns a row of keys and values of one to `motif` letters each, which do
+    not repeat inside of a key or a value. The last key has been before. The
+    published test has keys of the full length alone. Its rows are filled up on
+    the left, and what the last key is was drawn before the row."""
+    keys, values = np.split(np.arange(settings.vocab), [settings.vocab // 2])
+    of_key: dict[tuple[int, ...], np.ndarray] = {}
+    tokens: list[int] = []
+    places: list[int] = []
+    seen: set[tuple[int, ...]] = set()
+
+    def add(key: tuple[int, ...]) -> None:
+      """Adds a pair, which asks for its value if the key has been before."""
+      value = of_key[key]
+      if key in seen:
+        first = len(tokens) + len(key) - 1
+        places.extend(range(first, first + len(value)))
+      seen.add(key)
+      tokens.extend([*key, *value])
+
+    # Pairs, while there is room for the last one.
+    room = settings.length - 2 * motif
+    while True:
+      key = tuple(_motif(rng, keys, motif))
+      if key not in of_key:
+        of_key[key] = _motif(rng, values, motif)
+      if seen and len(tokens) + len(key) + len(of_key[key]) > room:
+        break
+      add(key)
+    add(sorted(seen)[rng.integers(len(seen))])
+    row = np.array(tokens)
+    asking = np.array(places)
+    return record.asking(row, asking, row[asking + 1])
+
+  def size(self, motif: int, settings: Settings) -> int:
+    return 4 * motif
+
+  def vocab_size(self, settings: Settings) -> int:
+    return settings.vocab
+
+  def limit(self, settings: Settings, motif: int) -> str:
+    keys = settings.vocab // 2
+    if motif <= keys:
+      return ''
+    return f'{settings.vocab} letters have {keys} keys of one'
 
 
 def _motif(rng: np.random.Generator, letters: np.ndarray, most: int
            ) -> np.ndarray:
+  """Returns one to `most` different letters."""
   return rng.choice(letters, rng.integers(1, most + 1), replace=False)
 
 
@@ -120,32 +195,59 @@ POWER = 0.01  # of the gaps' distribution: power_a of the published code
 FILLER = 0  # the id between the queries, if they are not drawn
 
 
-def mqar(rng: np.random.Generator, pairs: int, settings: Settings
-         ) -> Row:
-  """Returns a row that fills settings.length.
+class MQAR(Probe):
+  """Multi-query associative recall."""
 
-  Ids below half of the vocabulary are keys, but 0, the filler; the others are
-  values. Where the queries stand is drawn from the published power law, which
-  puts most of them soon after the pairs. With settings.random_non_queries, as
-  the published code has by default and its figure 2 has not, each place between
-  the queries has any of all ids: also that of a key, which then asks for
-  nothing.
-  """
-  half = settings.vocab // 2
-  keys = rng.choice(np.arange(1, half), pairs, replace=False)
-  values = rng.choice(np.arange(half, settings.vocab), pairs, replace=False)
-  tokens = np.full(settings.length, FILLER, np.int32)
-  context = 2 * pairs
-  tokens[:context:2], tokens[1:context:2] = keys, values
-  slots = np.arange(1, (settings.length - context) // 2 + 1)
-  weight = slots ** (POWER - 1)
-  gaps = rng.choice(slots - 1, pairs, replace=False, p=weight / weight.sum())
-  places = context + 2 * gaps
-  tokens[places] = keys
-  if settings.random_non_queries:
-    fillers = tokens == FILLER
-    tokens[fillers] = rng.integers(0, settings.vocab, fillers.sum())
-  return record.asking(tokens, places, values)
+  level, levels = 'pairs', (4,)
+  vocab, length, examples, held_out = 8192, 64, 100_000, 3_000
+  grows = True
+  hides = True
+  fills = True
+
+  def draw(self, rng: np.random.Generator, pairs: int, settings: Settings
+           ) -> Row:
+    """Returns a row that fills settings.length.
+
+    Ids below half of the vocabulary are keys, but 0, the filler; the others are
+    values. Where the queries stand is drawn from the published power law, which
+    puts most of them soon after the pairs. With settings.random_non_queries, as
+    the published code has by default and its figure 2 has not, each place
+    between the queries has any of all ids: also that of a key, which then asks
+    for nothing.
+    """
+    # The pairs.
+    half = settings.vocab // 2
+    keys = rng.choice(np.arange(1, half), pairs, replace=False)
+    values = rng.choice(np.arange(half, settings.vocab), pairs, replace=False)
+    tokens = np.full(settings.length, FILLER, np.int32)
+    context = 2 * pairs
+    tokens[:context:2] = keys
+    tokens[1:context:2] = values
+
+    # The queries.
+    slots = np.arange(1, (settings.length - context) // 2 + 1)
+    weight = slots ** (POWER - 1)
+    gaps = rng.choice(slots - 1, pairs, replace=False, p=weight / weight.sum())
+    places = context + 2 * gaps
+    tokens[places] = keys
+
+    # What stands between them.
+    if settings.random_non_queries:
+      fillers = tokens == FILLER
+      tokens[fillers] = rng.integers(0, settings.vocab, fillers.sum())
+    return record.asking(tokens, places, values)
+
+  def size(self, pairs: int, settings: Settings) -> int:
+    return 4 * pairs
+
+  def vocab_size(self, settings: Settings) -> int:
+    return settings.vocab
+
+  def limit(self, settings: Settings, pairs: int) -> str:
+    half = settings.vocab // 2
+    if pairs < half:
+      return ''
+    return f'{settings.vocab} letters have {half - 1} keys'
 
 
 SEED = 12345  # of the table, as published
@@ -158,15 +260,31 @@ def table(keys: int) -> np.ndarray:
   return keys + np.random.default_rng(SEED).permutation(keys)
 
 
-def memorisation(rng: np.random.Generator, keys: int, settings: Settings
-                 ) -> Row:
-  """Returns a row that fills settings.length, of the first `keys` keys."""
-  most = settings.most
-  chosen = rng.integers(0, keys, settings.length // 2)
-  tokens = np.full((len(chosen), 2), 2 * most)  # the mark that asks
-  tokens[:, 0] = chosen
-  return record.asking(tokens.reshape(-1), 1 + 2 * np.arange(len(chosen)),
-                       table(most)[chosen])
+class Memorisation(Probe):
+  """Memorisation of MAD."""
+
+  level, levels = 'keys', (127,)
+  length, examples = 32, 256
+  hides = True
+
+  def draw(self, rng: np.random.Generator, keys: int, settings: Settings
+           ) -> Row:
+    """Returns a row that fills settings.length, of the first `keys` keys."""
+    most = settings.most
+    chosen = rng.integers(0, keys, settings.length // 2)
+    tokens = np.full((len(chosen), 2), 2 * most)  # the mark that asks
+    tokens[:, 0] = chosen
+    places = 1 + 2 * np.arange(len(chosen))
+    return record.asking(tokens.reshape(-1), places, table(most)[chosen])
+
+  def size(self, keys: int, settings: Settings) -> int:
+    return 2
+
+  def vocab_size(self, settings: Settings) -> int:
+    return 2 * settings.most + 1
+
+  def limit(self, settings: Settings, keys: int) -> str:
+    return record.trained(settings, keys)
 
 
 NAMES = ('amber', 'birch', 'cedar', 'delta', 'ember', 'fjord', 'grove',
@@ -177,72 +295,70 @@ HAY = ('The grass is green. ', 'The sky is blue. ', 'The sun is yellow. ',
        'Here we go. ', 'There and back again. ')
 NEEDLE = 'The magic number for {name} is {number}. '
 QUESTION = 'What is the magic number for {name}? It is '
-_LONGEST = max(map(len, NAMES))
-_NEEDLE = len(NEEDLE.format(name='x' * _LONGEST, number='0' * DIGITS))
-_QUESTION = len(QUESTION.format(name='x' * _LONGEST))
+_LONGEST = max(NAMES, key=len)
+_NEEDLE = len(NEEDLE.format(name=_LONGEST, number=10 ** (DIGITS - 1)))
+_QUESTION = len(QUESTION.format(name=_LONGEST))
 
 
 def passkey_text(rng: np.random.Generator, needles: int, length: int
                  ) -> tuple[str, str]:
   """Returns a text, of at most `length` bytes with its answer, and the answer.
   """
+  # The facts, and the question about one of them.
   names = rng.choice(NAMES, needles, replace=False)
-  numbers = [str(n) for n in rng.integers(
-      10 ** (DIGITS - 1), 10 ** DIGITS, needles)]
-  facts = [NEEDLE.format(name=name, number=number)
-           for name, number in zip(names, numbers)]
+  drawn = rng.integers(10 ** (DIGITS - 1), 10 ** DIGITS, needles)
+  facts = []
+  for name, number in zip(names, drawn):
+    facts.append(NEEDLE.format(name=name, number=number))
   asked = rng.integers(needles)
   question = QUESTION.format(name=names[asked])
+
+  # As many sentences as there is room for.
   room = length - sum(map(len, facts)) - len(question) - DIGITS + 1
-  hay = []
-  while room >= len(HAY[len(hay) % len(HAY)]):
-    room -= len(HAY[len(hay) % len(HAY)])
-    hay.append(HAY[len(hay) % len(HAY)])
+  hay: list[str] = []
+  for sentence in itertools.cycle(HAY):
+    if len(sentence) > room:
+      break
+    hay.append(sentence)
+    room -= len(sentence)
+
+  # The facts stand among them, in order.
   places = np.sort(rng.integers(0, len(hay) + 1, needles))
   for place, fact in reversed(list(zip(places, facts))):
     hay.insert(place, fact)
-  return ''.join([*hay, question]), numbers[asked]
+  return ''.join([*hay, question]), str(drawn[asked])
 
 
-def passkey(rng: np.random.Generator, needles: int, settings: Settings) -> Row:
-  """Returns the bytes of a text that nearly fills settings.length. Lengths are
-  in bytes, for which no tokenizer is needed; the sentences around are those of
-  the passkey, in a circle, and not essays."""
-  prompt, answer = (np.frombuffer(part.encode(), np.uint8) for part in
-                    passkey_text(rng, needles, settings.length))
-  return record.writing(prompt, answer)
+class Passkey(Probe):
+  """Numbers hidden in text."""
+
+  level, levels = 'numbers', (1,)
+  length = 256
+
+  def draw(self, rng: np.random.Generator, needles: int, settings: Settings
+           ) -> Row:
+    """Returns the bytes of a text that nearly fills settings.length. Lengths
+    are in bytes, for which no tokenizer is needed; the sentences around are
+    those of the passkey, in a circle, and not essays."""
+    prompt, answer = passkey_text(rng, needles, settings.length)
+    return record.writing(np.frombuffer(prompt.encode(), np.uint8),
+                          np.frombuffer(answer.encode(), np.uint8))
+
+  def size(self, needles: int, settings: Settings) -> int:
+    return needles * _NEEDLE + _QUESTION + DIGITS
+
+  def vocab_size(self, settings: Settings) -> int:
+    return 256
+
+  def limit(self, settings: Settings, needles: int) -> str:
+    return '' if needles <= len(NAMES) else f'there are {len(NAMES)} names'
 
 
 PROBES = {
-    'recall': record.Probe(
-        recall, 'letters', (16,), lambda vocab, settings: 4,
-        lambda settings: settings.most, least=2,
-        limit=lambda settings, vocab: record.trained(settings, vocab)
-        if vocab % 2 == 0 else 'half of the letters are keys'),
-    'noisy_recall': record.Probe(
-        noisy_recall, 'shares of noise', (0.2,), lambda noise, settings: 4,
-        lambda settings: settings.vocab + NOISE, vocab=16, least=0.0,
-        limit=lambda settings, noise:
-        '' if noise < 1 else 'a share is below 1'),
-    'fuzzy_recall': record.Probe(
-        fuzzy_recall, 'longest motifs', (3,),
-        lambda motif, settings: 4 * motif, lambda settings: settings.vocab,
-        vocab=15, limit=lambda settings, motif:
-        '' if motif <= settings.vocab // 2 else
-        f'{settings.vocab} letters have {settings.vocab // 2} keys of one'),
-    'mqar': record.Probe(
-        mqar, 'pairs', (4,), lambda pairs, settings: 4 * pairs,
-        lambda settings: settings.vocab, vocab=8192, length=64,
-        examples=100_000, held_out=3_000, grows=True, hides=True, fills=True,
-        limit=lambda settings, pairs: '' if pairs < settings.vocab // 2 else
-        f'{settings.vocab} letters have {settings.vocab // 2 - 1} keys'),
-    'memorisation': record.Probe(
-        memorisation, 'keys', (127,), lambda keys, settings: 2,
-        lambda settings: 2 * settings.most + 1, length=32, examples=256,
-        limit=record.trained, hides=True),
-    'passkey': record.Probe(
-        passkey, 'numbers', (1,),
-        lambda needles, settings: needles * _NEEDLE + _QUESTION + DIGITS,
-        lambda settings: 256, length=256, limit=lambda settings, needles:
-        '' if needles <= len(NAMES) else f'there are {len(NAMES)} names'),
+    'recall': Recall(),
+    'noisy_recall': NoisyRecall(),
+    'fuzzy_recall': FuzzyRecall(),
+    'mqar': MQAR(),
+    'memorisation': Memorisation(),
+    'passkey': Passkey(),
 }

@@ -1,11 +1,10 @@
-"""What a probe is: a small task whose answers are exact, in one record.
+"""The base class of a probe: a small task whose answers are exact.
 
 A probe has no text and no tokenizer: it draws rows of ids. A row asks for some
 of its targets, those with weight 1, each of which follows from the tokens up to
 its own place. Each row has one of the task's difficulties, its level.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,8 @@ Level = int | float
 
 
 class Settings(NamedTuple):
-  """What a probe draws its rows with: a run's config.probe, filled in.
+  """The settings that a probe draws its rows with: a run's config.probe, filled
+  in.
 
   Attributes:
     length: tokens that a row has at most.
@@ -57,63 +57,76 @@ def asking(tokens: np.ndarray, places: np.ndarray, answers: np.ndarray) -> Row:
   """Returns the row that asks for `answers` at `places` of its tokens."""
   targets = np.zeros(len(tokens), np.int32)
   asked = np.zeros(len(tokens), bool)
-  targets[places], asked[places] = answers, True
-  return Row(np.asarray(tokens, np.int32), targets, asked)
+  targets[places] = answers
+  asked[places] = True
+  return Row(tokens=np.asarray(tokens, np.int32), targets=targets, asked=asked)
 
 
 def writing(prompt: np.ndarray, answer: np.ndarray) -> Row:
   """Returns the row in which `answer` is to be written after `prompt`: each of
   its ids is asked for at the place before it."""
   tokens = np.concatenate([prompt, answer])
-  return asking(tokens[:-1], np.arange(len(prompt) - 1, len(tokens) - 1),
-                answer)
+  places = np.arange(len(prompt) - 1, len(tokens) - 1)
+  return asking(tokens[:-1], places, answer)
 
 
 def trained(settings: Settings, level: Level) -> str:
-  """A Probe.limit: rows of a level have letters or signs of their own, which a
-  model knows up to the hardest one of training."""
-  return '' if level <= settings.most else (
-      f'training has at most {settings.most}')
+  """Returns the limit of a probe whose rows of a level have letters or signs of
+  their own, which a model knows up to the hardest one of training."""
+  if level <= settings.most:
+    return ''
+  return f'training has at most {settings.most}'
 
 
-class Probe(NamedTuple):
+class Probe:
   """A task. The docstring of `draw` says which paper defines it, and in what it
   is not the published one.
 
+  A subclass has `draw`, `size`, `vocab_size`, `level` and `levels`, and of all
+  else what differs from here.
+
   Attributes:
-    draw: (rng, level, settings) -> a row of that level.
     level: what a level is, as a plural noun.
     levels: the published one or ones.
-    size: (level, settings) -> how many tokens its rows have at least.
-    vocab_size: settings -> how many ids there are: model.vocab_size.
     vocab: the published number of letters (probe.vocab); 0: it does not read
       the field, as its levels say it.
-    length: data.length as published.
-    examples, held_out: as published.
+    length: the published data.length.
+    examples, held_out: the published numbers of rows.
     least: the lowest level.
-    limit: (settings, level) -> the reason why a level cannot be drawn; '': it
-      can.
     grows: whether rows of a larger level are longer, so that length beyond
       training is a level beyond training.
     longer: whether it has rows longer than in training.
     hides: whether no answer stands among the tokens of its row, so that a model
       that sees the whole row has to find it too.
-    objective: which trains on it.
+    objective: the objective that trains on it.
     fills: whether it reads probe.random_non_queries.
   """
-  draw: Callable[[np.random.Generator, Level, Settings], Row]
   level: str
   levels: tuple[Level, ...]
-  size: Callable[[Level, Settings], int]
-  vocab_size: Callable[[Settings], int]
   vocab: int = 0
   length: int = 128
   examples: int = 12_800
   held_out: int = 1_280
   least: Level = 1
-  limit: Callable[[Settings, Level], str] = lambda settings, level: ''
   grows: bool = False
   longer: bool = True
   hides: bool = False
   objective: str = 'probe'
   fills: bool = False
+
+  def draw(self, rng: np.random.Generator, level: Level, settings: Settings
+           ) -> Row:
+    """Returns a row of a level."""
+    raise NotImplementedError
+
+  def size(self, level: Level, settings: Settings) -> int:
+    """Returns how many tokens the rows of a level have at least."""
+    raise NotImplementedError
+
+  def vocab_size(self, settings: Settings) -> int:
+    """Returns how many ids there are: model.vocab_size."""
+    raise NotImplementedError
+
+  def limit(self, settings: Settings, level: Level) -> str:
+    """Returns the reason why a level cannot be drawn; '': it can."""
+    return ''

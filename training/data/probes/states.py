@@ -33,7 +33,7 @@ no order; then, of some words, which one stands k places on.
                            c        b
 
 A word is one token or several; its last one is of another alphabet, so that it
-shows where the word ends. Of Depo1 words are short and of many letters; of
+shows where the word ends. In Depo1 words are short and of many letters; in
 Depo2 they are long, of few. The sign before an answer is not asked for, and a
 row holds one circle, where the paper fills its context with several.
 
@@ -56,7 +56,7 @@ import itertools
 import numpy as np
 
 from training.data.probes import record
-from training.data.probes.record import Row, Settings
+from training.data.probes.record import Probe, Row, Settings
 
 
 @functools.lru_cache(maxsize=8)
@@ -77,24 +77,74 @@ def permutations(things: int, even: bool = False
 
 
 def _tagged(first: int, tokens: np.ndarray, states: np.ndarray) -> Row:
-  return record.asking(np.append(first, tokens), 1 + np.arange(len(tokens)),
-                       states)
+  """Returns the row that asks for a state at each token after `first`."""
+  places = 1 + np.arange(len(tokens))
+  return record.asking(np.append(first, tokens), places, states)
 
 
-def counted(rng: np.random.Generator, count: int, settings: Settings) -> Row:
-  """Returns numbers below the modulus, and at each their sum so far."""
-  tokens = rng.integers(0, settings.vocab, count)
-  return _tagged(settings.vocab, tokens, np.cumsum(tokens) % settings.vocab)
+class Counting(Probe):
+  """Sums of numbers below a modulus, which is the number of letters."""
+
+  level, levels = 'tokens', tuple(range(1, 21))
+  vocab, length, examples = 60, 21, 100_000
+  grows = True
+  hides = True
+
+  def draw(self, rng: np.random.Generator, count: int, settings: Settings
+           ) -> Row:
+    """Returns numbers below the modulus, and at each their sum so far."""
+    return self.counted(rng, count, settings.vocab)
+
+  def counted(self, rng: np.random.Generator, count: int, modulus: int) -> Row:
+    """Returns so many numbers below a modulus, and at each their sum so far."""
+    tokens = rng.integers(0, modulus, count)
+    return _tagged(modulus, tokens, np.cumsum(tokens) % modulus)
+
+  def size(self, count: int, settings: Settings) -> int:
+    return count + 1
+
+  def vocab_size(self, settings: Settings) -> int:
+    return settings.vocab + 1
 
 
-def _words(things: int, even: bool, rng: np.random.Generator, count: int,
-           settings: Settings) -> Row:
-  """Returns permutations by number, and at each the product so far."""
-  del settings
-  _, table = permutations(things, even)
-  tokens = rng.integers(0, len(table), count)
-  states = itertools.accumulate(tokens, lambda state, one: table[state, one])
-  return _tagged(len(table), tokens, np.fromiter(states, np.int64, count))
+class Parity(Counting):
+  """Counting of two numbers."""
+
+  vocab = 0
+
+  def draw(self, rng: np.random.Generator, count: int, settings: Settings
+           ) -> Row:
+    """Returns bits, and at each their parity so far."""
+    return self.counted(rng, count, modulus=2)
+
+  def vocab_size(self, settings: Settings) -> int:
+    return 3
+
+
+class Permutations(Counting):
+  """The word problem of a group of permutations.
+
+  Args:
+    things: how many things are permuted.
+    even: whether the permutations are the even ones alone.
+  """
+
+  vocab = 0
+
+  def __init__(self, things: int, even: bool = False):
+    self._things, self._even = things, even
+
+  def draw(self, rng: np.random.Generator, count: int, settings: Settings
+           ) -> Row:
+    """Returns permutations by number, and at each the product so far."""
+    _, table = permutations(self._things, self._even)
+    tokens = rng.integers(0, len(table), count)
+    states = itertools.accumulate(tokens, lambda state, one: table[state, one])
+    return _tagged(len(table), tokens, np.fromiter(states, np.int64, count))
+
+  def vocab_size(self, settings: Settings) -> int:
+    rows, _ = permutations(self._things, self._even)
+    return len(rows) + 1
 
 
 def successors(letters_T: np.ndarray) -> np.ndarray:
@@ -108,15 +158,31 @@ def successors(letters_T: np.ndarray) -> np.ndarray:
   return successor_T
 
 
-def induction(rng: np.random.Generator, hops: int, settings: Settings
-         ) -> Row:
-  """Returns a row that fills settings.length: an id that says how many hops,
-  then letters. A place from which there are not so many asks for nothing."""
-  letters_T = rng.integers(0, settings.vocab, settings.length - 1)
-  place_T = places(letters_T, hops)
-  asks = np.flatnonzero(place_T >= 0)
-  tokens = np.concatenate([[settings.vocab + hops - 1], letters_T])
-  return record.asking(tokens, 1 + asks, letters_T[place_T[asks]])
+class Induction(Probe):
+  """Induction heads, in one hop or several."""
+
+  level, levels = 'hops', (1,)
+  vocab, length = 16, 64
+  hides = True
+
+  def draw(self, rng: np.random.Generator, hops: int, settings: Settings
+           ) -> Row:
+    """Returns a row that fills settings.length: an id that says how many hops,
+    then letters. A place from which there are not so many asks for nothing."""
+    letters_T = rng.integers(0, settings.vocab, settings.length - 1)
+    place_T = places(letters_T, hops)
+    asks = np.flatnonzero(place_T >= 0)
+    tokens = np.concatenate([[settings.vocab + hops - 1], letters_T])
+    return record.asking(tokens, 1 + asks, letters_T[place_T[asks]])
+
+  def size(self, hops: int, settings: Settings) -> int:
+    return hops + 2
+
+  def vocab_size(self, settings: Settings) -> int:
+    return settings.vocab + settings.most
+
+  def limit(self, settings: Settings, hops: int) -> str:
+    return record.trained(settings, hops)
 
 
 def places(letters_T: np.ndarray, hops: int) -> np.ndarray:
@@ -127,18 +193,35 @@ def places(letters_T: np.ndarray, hops: int) -> np.ndarray:
   return place_T
 
 
-def hops_or_none(rng: np.random.Generator, hops: int, settings: Settings
-              ) -> Row:
-  """Returns a row that fills settings.length: an id that says how many hops,
-  then letters of which none is followed by itself. Each of them asks, for a
-  letter or for the symbol of no such place."""
-  vocab, none = settings.vocab, settings.vocab + settings.most + 1
-  steps_T = rng.integers(1, vocab, settings.length - 1)
-  letters_T = (rng.integers(vocab) + np.cumsum(steps_T)) % vocab
-  place_T = places(letters_T, hops)
-  answers_T = np.where(place_T < 0, none, letters_T[place_T])
-  return record.asking(np.concatenate([[vocab + hops], letters_T]),
-                       np.arange(1, settings.length), answers_T)
+class Hops(Probe):
+  """Several hops, in the published form."""
+
+  level, levels = 'hops', tuple(range(17))
+  vocab, length, examples = 4, 99, 100_000
+  least = 0
+  hides = True
+
+  def draw(self, rng: np.random.Generator, hops: int, settings: Settings
+           ) -> Row:
+    """Returns a row that fills settings.length: an id that says how many hops,
+    then letters of which none is followed by itself. Each of them asks, for a
+    letter or for the symbol of no such place."""
+    vocab, none = settings.vocab, settings.vocab + settings.most + 1
+    steps_T = rng.integers(1, vocab, settings.length - 1)
+    letters_T = (rng.integers(vocab) + np.cumsum(steps_T)) % vocab
+    place_T = places(letters_T, hops)
+    answers_T = np.where(place_T < 0, none, letters_T[place_T])
+    tokens = np.concatenate([[vocab + hops], letters_T])
+    return record.asking(tokens, np.arange(1, settings.length), answers_T)
+
+  def size(self, hops: int, settings: Settings) -> int:
+    return 2
+
+  def vocab_size(self, settings: Settings) -> int:
+    return settings.vocab + settings.most + 2
+
+  def limit(self, settings: Settings, hops: int) -> str:
+    return record.trained(settings, hops)
 
 
 QUESTIONS = 10  # of a row, at most: M of the published code
@@ -179,106 +262,145 @@ def _spelled(rng: np.random.Generator, count: int, words: _Words, letters: int
   return list(circle)
 
 
-def depo(words: _Words, rng: np.random.Generator, hops: int,
-         settings: Settings) -> Row:
-  """Returns a circle of words and questions about it. In a row of training each
-  question has its own number of hops; in one to evaluate on all have `hops`,
-  and there are as many words as fit settings.length, as published."""
-  letters, most = settings.vocab, most_words(words, settings.length)
-  count = most if settings.test else 3 + rng.choice(most - 2, p=_shares(most))
-  circle = _spelled(rng, count, words, letters)
-  asked = rng.permutation(count)[:QUESTIONS]
-  steps = (np.full(len(asked), hops) if settings.test
-           else rng.choice(settings.levels, len(asked)))
-  start, answers = 2 * letters, 2 * letters + 1
-  tokens = [start]
-  for i in rng.permutation(count).tolist():
-    tokens += [*circle[i], *circle[(i + 1) % count]]
-  places: list[int] = []
-  for i, step in zip(asked.tolist(), steps.tolist()):
-    word = circle[(i + step) % count]
-    tokens += [answers + step, *circle[i], answers]
-    places += range(len(tokens) - 1, len(tokens) - 1 + len(word))
-    tokens += word
-  return record.asking(np.array(tokens[:-1]), np.array(places),
-                       np.array(tokens)[np.array(places) + 1])
+class Depo(Probe):
+  """Depo of Physics of Language Models 4.1.
 
+  Args:
+    words: the least and the most tokens of a word.
+    letters: the published number of letters.
+    hops: the most hops of training.
+    count: how many words a published row may tell of.
+  """
 
-def _depo_limit(words: _Words, settings: Settings, hops: int) -> str:
-  spelled = sum(settings.vocab ** size
-                for size in range(words[0], words[1] + 1))
-  most = most_words(words, settings.length)
-  return record.trained(settings, hops) or ('' if most <= spelled else (
-      f'{settings.vocab} letters spell {spelled} words, and rows of '
-      f'{settings.length} tokens tell of {most}'))
+  level = 'hops'
+  examples = 100_000
 
+  def __init__(self, words: _Words, letters: int, hops: int, count: int):
+    self._words = words
+    self.vocab = letters
+    self.levels = tuple(range(1, hops + 1))
+    self.length = _room(words, count)
 
-def _depo(words: _Words, letters: int, hops: int, count: int) -> record.Probe:
-  return record.Probe(
-      functools.partial(depo, words), 'hops', tuple(range(1, hops + 1)),
-      lambda hops, settings: _room(words, 3),
-      lambda settings: 2 * settings.vocab + 2 + settings.most, vocab=letters,
-      length=_room(words, count), examples=100_000,
-      limit=functools.partial(_depo_limit, words))
+  def draw(self, rng: np.random.Generator, hops: int, settings: Settings
+           ) -> Row:
+    """Returns a circle of words and questions about it. In a row of training
+    each question has its own number of hops; in one to evaluate on all have
+    `hops`, and there are as many words as fit settings.length, as published."""
+    # The words, and the hops of each question.
+    letters = settings.vocab
+    count = most = most_words(self._words, settings.length)
+    if not settings.test:
+      count = 3 + rng.choice(most - 2, p=_shares(most))
+    circle = _spelled(rng, count, self._words, letters)
+    asked = rng.permutation(count)[:QUESTIONS]
+    if settings.test:
+      steps = np.full(len(asked), hops)
+    else:
+      steps = rng.choice(settings.levels, len(asked))
+
+    # Each word and the next, in no order.
+    start, answers = 2 * letters, 2 * letters + 1
+    tokens = [start]
+    for i in rng.permutation(count).tolist():
+      tokens += [*circle[i], *circle[(i + 1) % count]]
+
+    # The questions; an answer is asked for at the place before each token.
+    asking: list[int] = []
+    for i, step in zip(asked.tolist(), steps.tolist()):
+      word = circle[(i + step) % count]
+      tokens += [answers + step, *circle[i], answers]
+      first = len(tokens) - 1
+      asking += range(first, first + len(word))
+      tokens += word
+    row, places_A = np.array(tokens), np.array(asking)
+    return record.asking(row[:-1], places_A, row[places_A + 1])
+
+  def size(self, hops: int, settings: Settings) -> int:
+    return _room(self._words, 3)
+
+  def vocab_size(self, settings: Settings) -> int:
+    return 2 * settings.vocab + 2 + settings.most
+
+  def limit(self, settings: Settings, hops: int) -> str:
+    reason = record.trained(settings, hops)
+    if reason:
+      return reason
+    least, longest = self._words
+    spelled = 0
+    for size in range(least, longest + 1):
+      spelled += settings.vocab ** size
+    most = most_words(self._words, settings.length)
+    if most <= spelled:
+      return ''
+    return (f'{settings.vocab} letters spell {spelled} words, and rows of '
+            f'{settings.length} tokens tell of {most}')
 
 
 OPERATORS = (np.add, np.subtract, np.multiply)  # 'asm' of the published code
 FORMS = 2
 
 
-def mano(rng: np.random.Generator, operators: int, settings: Settings) -> Row:
-  """Returns a formula of so many operators, which asks for its value."""
-  modulus = settings.vocab
-  start = modulus + FORMS * len(OPERATORS)
-  lengths = start + FORMS + 2 * FORMS * (operators - 1)
+class Mano(Probe):
+  """Mano of Physics of Language Models 4.1."""
 
-  def either(first: int) -> int:
-    return int(first + rng.integers(FORMS))
+  level, levels = 'operators', tuple(range(1, 11))
+  vocab, length, examples = 23, 24, 100_000
+  longer = False
+  hides = True
 
-  def formula(count: int) -> tuple[list[int], int]:
-    if count == 0:
-      value = int(rng.integers(modulus))
-      return [value], value
-    which, left = int(rng.integers(len(OPERATORS))), int(rng.integers(count))
-    sign = either(modulus + FORMS * which)
-    (a, x), (b, y) = formula(left), formula(count - 1 - left)
-    return [sign, *a, *b], int(OPERATORS[which](x, y)) % modulus
+  def draw(self, rng: np.random.Generator, operators: int, settings: Settings
+           ) -> Row:
+    """Returns a formula of so many operators, which asks for its value."""
+    # The first of the ids of the start, and of the number of operators.
+    modulus = settings.vocab
+    start = modulus + FORMS * len(OPERATORS)
+    lengths = start + FORMS + 2 * FORMS * (operators - 1)
 
-  tokens, value = formula(operators)
-  tokens = [either(start), either(lengths), *tokens, either(lengths + FORMS)]
-  return record.asking(np.array(tokens), np.array([len(tokens) - 1]),
-                       np.array([value]))
+    formula, value = _formula(rng, operators, modulus)
+    tokens = [_either(rng, start), _either(rng, lengths), *formula,
+              _either(rng, lengths + FORMS)]
+    return record.asking(np.array(tokens), np.array([len(tokens) - 1]),
+                         np.array([value]))
+
+  def size(self, operators: int, settings: Settings) -> int:
+    return 2 * operators + 4
+
+  def vocab_size(self, settings: Settings) -> int:
+    signs = len(OPERATORS) + 1 + 2 * settings.most
+    return settings.vocab + FORMS * signs
+
+  def limit(self, settings: Settings, operators: int) -> str:
+    return record.trained(settings, operators)
 
 
-_PARITY = record.Probe(
-    lambda rng, count, chosen: counted(rng, count, chosen._replace(vocab=2)),
-    'tokens', tuple(range(1, 21)), lambda count, settings: count + 1,
-    lambda settings: 3, length=21, examples=100_000, grows=True, hides=True)
+def _either(rng: np.random.Generator, first: int) -> int:
+  """Returns one of the forms of a sign, of which `first` is the first."""
+  return int(first + rng.integers(FORMS))
+
+
+def _formula(rng: np.random.Generator, count: int, modulus: int
+             ) -> tuple[list[int], int]:
+  """Returns a formula of `count` operators, and its value."""
+  if count == 0:
+    value = int(rng.integers(modulus))
+    return [value], value
+  which, left = int(rng.integers(len(OPERATORS))), int(rng.integers(count))
+  sign = _either(rng, modulus + FORMS * which)
+  first, x = _formula(rng, left, modulus)
+  second, y = _formula(rng, count - 1 - left, modulus)
+  value = int(OPERATORS[which](x, y)) % modulus
+  return [sign, *first, *second], value
+
+
 PROBES = {
-    'parity': _PARITY,
-    'counting': _PARITY._replace(
-        draw=counted, vocab_size=lambda settings: settings.vocab + 1, vocab=60),
-    **{name: _PARITY._replace(
-        draw=functools.partial(_words, things, even),
-        vocab_size=lambda settings, order=order: order + 1)
-       for name, things, even, order in (
-           ('s3', 3, False, 6), ('s5', 5, False, 120), ('a5', 5, True, 60))},
-    'induction': record.Probe(
-        induction, 'hops', (1,), lambda hops, settings: hops + 2,
-        lambda settings: settings.vocab + settings.most, vocab=16, length=64,
-        limit=record.trained, hides=True),
-    'hops': record.Probe(
-        hops_or_none, 'hops', tuple(range(17)), lambda hops, settings: 2,
-        lambda settings: settings.vocab + settings.most + 2, vocab=4,
-        length=99, examples=100_000, least=0, limit=record.trained,
-        hides=True),
-    'depo1': _depo((1, 2), 50, 8, 225),
-    'depo2': _depo((5, 7), 3, 16, 75),
-    'mano': record.Probe(
-        mano, 'operators', tuple(range(1, 11)),
-        lambda operators, settings: 2 * operators + 4,
-        lambda settings: settings.vocab + FORMS * (
-            len(OPERATORS) + 1 + 2 * settings.most),
-        vocab=23, length=24, examples=100_000, longer=False,
-        limit=record.trained, hides=True),
+    'parity': Parity(),
+    'counting': Counting(),
+    's3': Permutations(3),
+    's5': Permutations(5),
+    'a5': Permutations(5, even=True),
+    'induction': Induction(),
+    'hops': Hops(),
+    'depo1': Depo(words=(1, 2), letters=50, hops=8, count=225),
+    'depo2': Depo(words=(5, 7), letters=3, hops=16, count=75),
+    'mano': Mano(),
 }
