@@ -1,4 +1,4 @@
-"""What a caller from Python gives a model, checked and as arrays."""
+"""The inputs that a caller from Python gives a model, checked and as arrays."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 
 from common.errors import require, short
 
-# Of each stack, the names of inputs and of the module's arguments.
+# The names of inputs and of the module's arguments, by stack.
 NAMES = {
     'decoder': dict(tokens='tokens_BL', mask='segment_ids_BL'),
     'encoder': dict(tokens='tokens_BL', mask='segment_ids_BL',
@@ -26,7 +26,7 @@ def arrays(stack: str, values: Mapping[str, Any], vocab_size: int
   """Returns the module's arguments by name, int32 [B, L]; [L] is one row.
 
   Args:
-    stack: as of `architectures.stack`.
+    stack: what the model stacks, as `architectures.stack` names it.
     values: by the first names of NAMES: tokens and decoder_tokens, which are
       ids; masks, types.
     vocab_size: how many ids the model has.

@@ -27,8 +27,8 @@ WAITS = 30  # times SECONDS until one that waits for something is ended, too
 # A template may write so many characters, and so many times what is said; a
 # tokenizer so many times a text.
 MOST_MORE, MOST_TIMES = 2**20, 8
-# What makes texts long, or a regular expression slow, does so with some of
-# these.
+# A rule that makes texts long, or a regular expression slow, does so with some
+# of these.
 _PROBE = ''.join(chr(i) * 32 for i in [*range(1, 0x180), 0x2581, 0x65e5])
 _ONE_AT_A_TIME = threading.Lock()
 

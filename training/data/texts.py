@@ -79,13 +79,15 @@ def lines(path: str, all_lines: bool = False) -> Iterator[tuple[str, str]]:
   """Yields (where it stands, text) of the lines of a file, or of those that
   hold text."""
   with open(path, 'rb') as file:
-    numbered = enumerate(iter(lambda: file.readline(MOST_LINE), b''), 1)
-    for number, line in numbered:
+    number = 0
+    while line := file.readline(MOST_LINE):
+      number += 1
       where = f'{path}, line {number}'
       require(len(line) < MOST_LINE, f'{where}, has {MOST_LINE:,} bytes or '
               'more: it is no file of lines')
       text = decoded(line, f'{where},').rstrip('\r\n')
-      text = text.removeprefix('\ufeff') if number == 1 else text
+      if number == 1:
+        text = text.removeprefix('\ufeff')
       if all_lines or text.strip():
         yield where, text
 
@@ -116,7 +118,7 @@ def rows(path: str, names: bool = True) -> Rows:
   list, or one a line.
 
   Args:
-    path: of the file.
+    path: the file.
     names: whether the first line of a table names its columns.
   """
   if path.endswith(TABLES):
@@ -124,20 +126,32 @@ def rows(path: str, names: bool = True) -> Rows:
     return
   with open(path, 'rb') as file:
     is_list = file.read(1) == b'['
-  values = (((f'{path}, record {number}', row) for number, row in enumerate(
-      parsed(read(path), path), 1)) if is_list else
-           ((where, parsed(line, f'{where},')) for where, line in lines(path)))
+  values = _records(path) if is_list else _lines_of_json(path)
   for where, row in values:
     require(isinstance(row, dict), f'{where}, is not a JSON object')
     yield where, row
 
 
+def _records(path: str) -> Iterator[tuple[str, Any]]:
+  """Yields (where it stands, value) of each value of a list of JSON."""
+  for number, row in enumerate(parsed(read(path), path), 1):
+    yield f'{path}, record {number}', row
+
+
+def _lines_of_json(path: str) -> Iterator[tuple[str, Any]]:
+  """Yields (where it stands, value) of a file with a value of JSON a line."""
+  for where, line in lines(path):
+    yield where, parsed(line, f'{where},')
+
+
 def _table(path: str, names: bool) -> Rows:
+  """Yields the rows of a .tsv or a .csv; see `rows`."""
   csv.field_size_limit(2**31 - 1)  # else a field of 131,073 is refused
-  tabs: dict[str, Any] = dict(
-      delimiter='\t', quoting=csv.QUOTE_NONE) if path.endswith('.tsv') else {}
-  reader = csv.reader(io.StringIO(read(path).removeprefix('\ufeff'),
-                                  newline=''), strict=True, **tabs)
+  form: dict[str, Any] = {}
+  if path.endswith('.tsv'):
+    form = dict(delimiter='\t', quoting=csv.QUOTE_NONE)
+  text = io.StringIO(read(path).removeprefix('\ufeff'), newline='')
+  reader = csv.reader(text, strict=True, **form)
   columns, begin = None, 1
   try:
     for cells in reader:
@@ -145,8 +159,8 @@ def _table(path: str, names: bool) -> Rows:
         if names and columns is None:
           columns = cells
         else:
-          yield f'{path}, line {begin}', dict(zip(
-              columns or map(str, itertools.count()), cells))
+          numbers = map(str, itertools.count())
+          yield f'{path}, line {begin}', dict(zip(columns or numbers, cells))
       begin = reader.line_num + 1
   except csv.Error as error:
     raise RequestError(f'{path}, line {begin}, is broken CSV: {error}.'

@@ -45,7 +45,7 @@ from training.data import conversations, labelled
 from training.data.tokenizers import Tokenizer
 from training.workdir import storage
 
-# What a part of a document is: text, one of a pair, or of a conversation.
+# The kinds of a part of a document: text, one of a pair, or of a conversation.
 KINDS = ('text', *labelled.PAIR, *conversations.KINDS)
 FORMAT = 3  # raise it when the layout changes
 BEGUN = 'begun.json'
@@ -83,11 +83,11 @@ def chosen(numbers: np.ndarray, every: int | None, split: str, part: str = ''
 
 
 class Table(NamedTuple):
-  """What there is to know of the documents of a shard.
+  """The sizes and kinds of the documents of a shard.
 
   Attributes:
-    sizes: int64 [parts], the ids of each part of a document.
-    bytes: int64 [parts], of its text in UTF-8.
+    sizes: int64 [parts], the number of ids of each part of a document.
+    bytes: int64 [parts], the bytes of its text in UTF-8.
     kinds: uint8 [parts], indices into KINDS.
     counts: int64 [documents], the parts of each document.
     checksums: uint32 [blocks], the CRC-32 of each block of ids.
@@ -131,11 +131,13 @@ class Tokens:
     blocks = range(first // size, -(-end // size))
     ids = [self._block(shard, block) for block in blocks]
     start = blocks.start * size
-    ids = ids[0] if len(ids) == 1 else np.concatenate(
-        ids or [np.zeros(0, self._dtype)])
-    return ids[first - start:end - start]
+    if len(ids) == 1:  # which needs no copy
+      return ids[0][first - start:end - start]
+    joined = np.concatenate([np.zeros(0, self._dtype), *ids])
+    return joined[first - start:end - start]
 
   def _read_block(self, shard: int, block: int) -> np.ndarray:
+    """Returns the ids of a block, whose checksum is compared."""
     path = f'{self.folder}/{shard:05}.tokens'
     data = read_bytes(path, block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES)
     if zlib.crc32(data) != self.table(shard).checksums[block]:
@@ -143,8 +145,8 @@ class Tokens:
     return np.frombuffer(data, self._dtype)
 
   def _table(self, shard: int) -> Table:
-    path, ids = (self.folder / f'{shard:05}.{ending}'
-                 for ending in ('table', 'tokens'))
+    """Returns the table of a shard, whose checksum and size are compared."""
+    path = self.folder / f'{shard:05}.table'
     data = path.read_bytes()
     checksum, content = data[:4], data[4:]
     # The checksum of nothing is 0, as a file of zeros would have it.
@@ -152,7 +154,9 @@ class Tokens:
       raise damaged(path, 'it has another checksum')
     with _PARSE:
       arrays = np.load(io.BytesIO(content))
-      table = Table(*(arrays[name] for name in Table._fields))
+      table = Table(**{name: arrays[name] for name in Table._fields})
+
+    ids = self.folder / f'{shard:05}.tokens'
     size = int(table.sizes.sum()) * self._dtype.itemsize
     length = storage.size(ids)
     if length != size:
@@ -165,11 +169,12 @@ class Split:
   separator, document, separator, ... document, separator.
 
   Attributes:
-    tokens: of the folder.
-    kinds: of all the folder's documents, as KINDS has them.
+    tokens: the tokens of the folder.
+    kinds: the kinds of all the folder's documents, as KINDS has them.
     documents: how many there are; `of`, in all.
-    num_tokens: of the stream, less the separator that it begins with.
-    num_bytes: of the text.
+    num_tokens: the tokens of the stream, less the separator that it begins
+      with.
+    num_bytes: the bytes of the text.
   """
 
   def __init__(self, tokens: Tokens, every: int | None, split: str, part: str,
@@ -178,13 +183,19 @@ class Split:
     chosen."""
     self.tokens, self._chosen = tokens, (every, split, part)
     self._separator = separator
-    kinds, counts, totals = set[int](), [], []
+    # How much of each shard is in the split.
+    kinds: set[int] = set()
+    counts, totals, first = [], [], 0
     for table in tokens.tables():
-      wanted = chosen(np.arange(len(table.counts)) + sum(counts),
-                      *self._chosen)
-      totals.append([wanted.sum(), *table.of_documents()[:, wanted].sum(1)])
-      counts.append(len(table.counts))
+      count = len(table.counts)
+      wanted = chosen(first + np.arange(count), *self._chosen)
+      sizes, num_bytes = table.of_documents()[:, wanted].sum(1)
+      totals.append([wanted.sum(), sizes, num_bytes])
+      counts.append(count)
       kinds.update(np.unique(table.kinds).tolist())
+      first += count
+
+    # Where each shard begins, in documents and in the stream.
     self.kinds = frozenset(KINDS[kind] for kind in kinds)
     self._firsts = bounds(counts)
     documents, sizes, num_bytes = np.array(totals, np.int64).T
@@ -198,7 +209,8 @@ class Split:
     """Fills `tokens`, which are separators, with the stream from token `first`
     on, as far as it goes."""
     # The shards' own streams follow the separator that all begins with.
-    at, end = max(first - 1, 0), min(first - 1 + len(tokens), self.num_tokens)
+    at = max(first - 1, 0)
+    end = min(first - 1 + len(tokens), self.num_tokens)
     while at < end:
       shard = int(np.searchsorted(self._starts, at, side='right')) - 1
       start, stop = map(int, self._starts[shard:shard + 2])
@@ -211,16 +223,16 @@ class Split:
     """Fills `tokens` from a shard's stream: document, separator, document."""
     starts, begins = self._places(shard)
     end = first + len(tokens)
-    low, high = (int(np.searchsorted(starts, place, side='right')) - 1
-                 for place in (first, end - 1))
+    low = int(np.searchsorted(starts, first, side='right')) - 1
+    high = int(np.searchsorted(starts, end - 1, side='right')) - 1
     # From each of these documents, its tokens between `first` and `end`.
     for k in range(low, high + 1):
       start, stop = int(starts[k]), int(starts[k + 1]) - 1
-      a, b = max(start, first), min(stop, end)
-      if a < b:
+      begin_part, end_part = max(start, first), min(stop, end)
+      if begin_part < end_part:
         shift = int(begins[k]) - start
-        tokens[a - first:b - first] = self.tokens.read(
-            shard, a + shift, b + shift)
+        tokens[begin_part - first:end_part - first] = self.tokens.read(
+            shard, begin_part + shift, end_part + shift)
 
   def _find_places(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns where each document of the split begins in the shard's stream,
@@ -231,8 +243,8 @@ class Split:
 
   def wanted(self, shard: int) -> np.ndarray:
     """Tells which documents of a shard belong to the split."""
-    return chosen(np.arange(*self._firsts[shard:shard + 2]),
-                  *self._chosen)
+    numbers = np.arange(self._firsts[shard], self._firsts[shard + 1])
+    return chosen(numbers, *self._chosen)
 
 
 class Documents:
@@ -248,14 +260,19 @@ class Documents:
 
   def __init__(self, split: Split):
     self._tokens = split.tokens
-    tables = [*self._tokens.tables()]
-    sizes, self.num_bytes, self.kinds, counts = (
-        np.concatenate(columns) for columns in list(zip(*tables))[:4])
+    tables = list(self._tokens.tables())
+    sizes = np.concatenate([table.sizes for table in tables])
+    counts = np.concatenate([table.counts for table in tables])
+    self.num_bytes = np.concatenate([table.bytes for table in tables])
+    self.kinds = np.concatenate([table.kinds for table in tables])
     self.parts = bounds(sizes)
     self._shards = bounds([table.sizes.sum() for table in tables])
-    wanted = np.concatenate([*map(split.wanted, range(len(tables)))])
+
+    # The documents of the split.
+    wanted = np.concatenate([split.wanted(i) for i in range(len(tables))])
     ends = np.cumsum(counts)
-    self.first, self.end = (ends - counts)[wanted], ends[wanted]
+    self.first = (ends - counts)[wanted]
+    self.end = ends[wanted]
 
   def __len__(self) -> int:
     return len(self.first)
@@ -270,9 +287,11 @@ class Documents:
 
   def __getitem__(self, n: int) -> list[tuple[str, np.ndarray]]:
     """Returns the (kind, ids [T]) parts of document n of the split."""
-    return [(KINDS[self.kinds[p]],
-             self.read(self.parts[p], self.parts[p + 1]))
-            for p in range(self.first[n], self.end[n])]
+    parts = []
+    for p in range(self.first[n], self.end[n]):
+      ids = self.read(self.parts[p], self.parts[p + 1])
+      parts.append((KINDS[self.kinds[p]], ids))
+    return parts
 
 
 def load(text: str, name: str) -> Tokens:
@@ -280,7 +299,7 @@ def load(text: str, name: str) -> Tokens:
 
   Args:
     text: the folder, on disk or in a bucket.
-    name: of the source, for messages.
+    name: the name of the source, for messages.
 
   Raises:
     RequestError: where there is none, or one that is half finished.
@@ -316,8 +335,11 @@ def begun_of(folder: epath.Path) -> dict[str, Any]:
 def finished(folder: epath.Path, begun: dict[str, Any]) -> list[bool]:
   """Tells of which shards all files are there."""
   names = {path.name for path in folder.iterdir()}
-  return [{f'{i:05}.tokens', f'{i:05}.table'} <= names
-          for i in range(begun['shards'])]
+  are_there = []
+  for i in range(begun['shards']):
+    files = {f'{i:05}.tokens', f'{i:05}.table'}
+    are_there.append(files <= names)
+  return are_there
 
 
 def check_tokenizer(tokens: Tokens, tokenizer: Tokenizer, name: str) -> None:
@@ -336,6 +358,7 @@ def bounds(sizes: Any) -> np.ndarray:
 
 
 def digest(described: Any) -> str:
+  """Returns a hash of what JSON can hold."""
   return hashlib.blake2b(json.dumps(described).encode('utf-8'),
                          digest_size=16).hexdigest()
 

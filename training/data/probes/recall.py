@@ -231,7 +231,7 @@ class MQAR(Probe):
     places = context + 2 * gaps
     tokens[places] = keys
 
-    # What stands between them.
+    # The ids between them.
     if settings.random_non_queries:
       fillers = tokens == FILLER
       tokens[fillers] = rng.integers(0, settings.vocab, fillers.sum())
@@ -313,7 +313,7 @@ def passkey_text(rng: np.random.Generator, needles: int, length: int
   asked = rng.integers(needles)
   question = QUESTION.format(name=names[asked])
 
-  # As many sentences as there is room for.
+  # Sentences fill the room that is left.
   room = length - sum(map(len, facts)) - len(question) - DIGITS + 1
   hay: list[str] = []
   for sentence in itertools.cycle(HAY):
