@@ -1,4 +1,4 @@
-"""What the files of a folder make other libraries do, in a process with limits.
+"""A process with limits for what files of a folder make other libraries do.
 
 A chat template can loop without an end. A tokenizer.json of a few lines can
 write a gigabyte for a word, or end the process that reads it. So a template is
