@@ -32,10 +32,10 @@ AUTO_TOKENS = 512
 
 
 class TokenLosses(NamedTuple):
-  """Of each token, [B, L], in float32.
+  """The losses of each token, [B, L], in float32.
 
   Attributes:
-    loss: in nats, with label smoothing and z-loss.
+    loss: the loss in nats, with label smoothing and z-loss.
     log_z: the logarithm of the softmax's denominator.
     correct: whether the target alone has the highest logit.
   """
@@ -45,11 +45,20 @@ class TokenLosses(NamedTuple):
 
 
 class _Settings(NamedTuple):
+  """The terms of the loss, and how the tokens are cut up.
+
+  Attributes:
+    z_loss: the z-loss's coefficient.
+    label_smoothing: the probability that is spread over the vocabulary.
+    rows: the number of shards of the batch.
+    lengths: the number of shards of the length; Q = rows * lengths.
+    positions: P, the positions of a chunk.
+  """
   z_loss: float
   label_smoothing: float
-  rows: int  # shards of the batch
-  lengths: int  # shards of the length; Q = rows * lengths
-  positions: int  # P
+  rows: int
+  lengths: int
+  positions: int
 
 
 def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
@@ -93,9 +102,11 @@ def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
 
 def _token_losses(settings: _Settings, hidden_BLD: jax.Array, head: Head,
                   targets_BL: jax.Array) -> TokenLosses:
+  """Returns the losses of all tokens, a chunk at a time."""
   kernel_DV = _kernel(head, hidden_BLD)
 
   def of_chunk(_: None, chunk: tuple[jax.Array, ...]):
+    """Returns the losses of a chunk."""
     x_QBPD, targets_QBP = chunk
     logits_QBPV = head.finish(_product(x_QBPD, kernel_DV))
     return None, _losses(settings, logits_QBPV, targets_QBP)
@@ -108,17 +119,22 @@ def _token_losses(settings: _Settings, hidden_BLD: jax.Array, head: Head,
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss_sum(settings: _Settings, hidden_BLD: jax.Array, head: Head,
               targets_BL: jax.Array, weights_BL: jax.Array):
-  """(sum of weights * losses, TokenLosses, through which no gradient goes)."""
+  """Returns (sum of weights * losses, TokenLosses, through which no gradient
+  goes)."""
   tokens = _token_losses(settings, hidden_BLD, head, targets_BL)
   return (weights_BL * tokens.loss).sum(), tokens
 
 
 def _loss_sum_fwd(settings: _Settings, *args):
-  """The sum and, in the same pass, such of its gradients as are asked for."""
-  asked = jax.tree.map(lambda x: x.perturbed, args)
-  ask_hidden, ask_head, _, ask_weights = asked
+  """Returns the sum and, in the same pass, such of its gradients as are asked
+  for."""
+  # The arguments, and which of their gradients are asked for.
   hidden_BLD, head, targets_BL, weights_BL = jax.tree.map(
       lambda x: x.value, args)
+  ask_hidden, ask_head, _, ask_weights = jax.tree.map(
+      lambda x: x.perturbed, args)
+  ask_bias = head.bias_V is not None and ask_head.bias_V
+
   kernel_DV = _kernel(head, hidden_BLD)
   kernel_VD = kernel_DV.T
   if sharding.platform() == 'cpu':
@@ -126,11 +142,17 @@ def _loss_sum_fwd(settings: _Settings, *args):
     kernel_VD = jax.lax.optimization_barrier(kernel_VD)
 
   def of_chunk(d_head: Any, chunk: tuple[jax.Array, ...]):
+    """Returns the gradients of the head with a chunk's added, the losses of the
+    chunk, and the gradient of its hidden states."""
+    # The losses, and the gradient of the head's products.
     x_QBPD, targets_QBP, weights_QBP = chunk
     logits_QBPV, pull = jax.vjp(head.finish, _product(x_QBPD, kernel_DV))
     losses = _losses(settings, logits_QBPV, targets_QBP)
-    d_QBPV, = pull(_gradient(settings, logits_QBPV, targets_QBP, weights_QBP,
-                             losses.log_z))
+    d_logits_QBPV = _gradient(settings, logits_QBPV, targets_QBP, weights_QBP,
+                              losses.log_z)
+    [d_QBPV] = pull(d_logits_QBPV)
+
+    # The gradients of the head and of the hidden states.
     d_kernel, d_bias = d_head
     if ask_bias:
       d_bias += d_QBPV.sum((1, 2))
@@ -142,11 +164,13 @@ def _loss_sum_fwd(settings: _Settings, *args):
       dx_QBPD = layers.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD, x_QBPD.dtype)
     return (d_kernel, d_bias), (losses, dx_QBPD)
 
-  ask_bias = head.bias_V is not None and ask_head.bias_V
+  # All chunks.
   zeros = (_zeros(settings, ask_head.kernel_DV, _turned(head.kernel_DV)),
            _zeros(settings, ask_bias, head.bias_V))
-  (d_kernel, d_bias), (losses, dx_QBPD) = jax.lax.scan(
-      of_chunk, zeros, _cut(settings, (hidden_BLD, targets_BL, weights_BL)))
+  chunks = _cut(settings, (hidden_BLD, targets_BL, weights_BL))
+  (d_kernel, d_bias), (losses, dx_QBPD) = jax.lax.scan(of_chunk, zeros, chunks)
+
+  # Their losses and gradients, laid out as the arguments are.
   tokens, d_hidden = _join(settings, (losses, dx_QBPD), targets_BL.shape)
   d_head = head.replace(
       kernel_DV=_whole(d_kernel, head.kernel_DV, 'embed', 'vocab'),
@@ -155,12 +179,14 @@ def _loss_sum_fwd(settings: _Settings, *args):
     # The head's gradient is scattered before the layers' are computed: whole,
     # and in float32, it would lie there until the end.
     d_hidden, d_head = jax.lax.optimization_barrier((d_hidden, d_head))
-  gradients = d_hidden, d_head, None, tokens.loss if ask_weights else None
+  d_weights = tokens.loss if ask_weights else None
+  gradients = d_hidden, d_head, None, d_weights
   return ((weights_BL * tokens.loss).sum(), tokens), gradients
 
 
 def _loss_sum_bwd(settings: _Settings, gradients: Any, cotangents: Any):
-  scale = cotangents[0]
+  """Returns the gradients of the forward pass times the sum's cotangent."""
+  scale, _ = cotangents
   if isinstance(scale, jax.custom_derivatives.SymbolicZero):
     return None, None, None, None
   return jax.tree.map(lambda x: (x * scale).astype(x.dtype), gradients)
@@ -170,54 +196,66 @@ _loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd, symbolic_zeros=True)
 
 
 def _product(x_QBPD: jax.Array, kernel_DV: jax.Array):
+  """Returns the products of hidden states and the kernel, in float32."""
   return layers.einsum('QBPD,DV->QBPV', x_QBPD, kernel_DV, x_QBPD.dtype,
                        jnp.float32)
 
 
 def _kernel_gradient(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
-  """Each shard's gradient of the kernel, `_turned`, in float32. XLA's CPU
-  backend transposes the first operand of such a product, so there that is the
-  hidden states. The barrier keeps it from turning the product of a tied kernel
-  around, into one of bfloat16 that it does not have."""
+  """Returns each shard's gradient of the kernel, `_turned`, in float32.
+
+  XLA's CPU backend transposes the first operand of such a product, so there
+  that is the hidden states. The barrier keeps it from turning the product of a
+  tied kernel around, into one of bfloat16 that it does not have.
+  """
   if sharding.one_cpu():
-    return jax.lax.optimization_barrier(layers.einsum(
-        'QBPD,QBPV->QDV', x_QBPD, d_QBPV, x_QBPD.dtype, jnp.float32))
+    d_QDV = layers.einsum('QBPD,QBPV->QDV', x_QBPD, d_QBPV, x_QBPD.dtype,
+                          jnp.float32)
+    return jax.lax.optimization_barrier(d_QDV)
   return layers.einsum('QBPV,QBPD->QVD', d_QBPV, x_QBPD, x_QBPD.dtype,
                        jnp.float32)
 
 
 def _turned(kernel_DV: jax.Array) -> jax.Array:
-  """The kernel as its gradient is added up: [V, D], but on one CPU [D, V]."""
+  """Returns the kernel as its gradient is added up: [V, D], but on one CPU
+  [D, V]."""
   return kernel_DV if sharding.one_cpu() else kernel_DV.T
 
 
 def _losses(settings: _Settings, logits_QBPV: jax.Array, targets_QBP: jax.Array
             ) -> TokenLosses:
-  """The loss of each token. On a mesh the target's logit is found by a masked
-  sum: a gather would collect a sharded vocabulary on every device."""
-  smooth = settings.label_smoothing
+  """Returns the loss of each token, log_z - q . l + c log_z^2."""
+  # The logarithm of the softmax's denominator.
   max_QBP1 = logits_QBPV.max(-1, keepdims=True)
-  log_z_QBP = max_QBP1[..., 0] + jnp.log(
-      jnp.exp(logits_QBPV - max_QBP1).sum(-1))
+  sum_QBP = jnp.exp(logits_QBPV - max_QBP1).sum(-1)
+  log_z_QBP = max_QBP1[..., 0] + jnp.log(sum_QBP)
+
+  # The target's logit. On a mesh it is a masked sum: a gather would collect a
+  # sharded vocabulary on every device.
   if sharding.one_cpu():
     target_QBP = jnp.take_along_axis(
         logits_QBPV, targets_QBP[..., None], -1, mode='clip')[..., 0]
   else:
-    target_QBP = jnp.where(_is_target(logits_QBPV, targets_QBP), logits_QBPV, 0
-                           ).sum(-1)
+    masked_QBPV = jnp.where(_is_target(logits_QBPV, targets_QBP), logits_QBPV,
+                            0)
+    target_QBP = masked_QBPV.sum(-1)
   rivals_QBP = (logits_QBPV >= target_QBP[..., None]).sum(-1)
+
+  # The terms of the loss.
+  smooth = settings.label_smoothing
   loss_QBP = log_z_QBP - (1 - smooth) * target_QBP
   if smooth:
     loss_QBP -= smooth * logits_QBPV.mean(-1)
   if settings.z_loss:
     loss_QBP += settings.z_loss * log_z_QBP ** 2
-  return TokenLosses(loss_QBP, log_z_QBP, rivals_QBP == 1)
+  return TokenLosses(loss=loss_QBP, log_z=log_z_QBP, correct=rivals_QBP == 1)
 
 
 def _gradient(settings: _Settings, logits_QBPV: jax.Array,
               targets_QBP: jax.Array, weights_QBP: jax.Array,
               log_z_QBP: jax.Array):
-  """Of the weighted losses, in the logits."""
+  """Returns the gradient of the weighted losses in the logits,
+  (1 + 2 c log_z) softmax(l) - q."""
   smooth, z_loss = settings.label_smoothing, settings.z_loss
   p_QBPV = jnp.exp(logits_QBPV - log_z_QBP[..., None])
   q_QBPV = jnp.where(_is_target(logits_QBPV, targets_QBP), 1 - smooth, 0.0)
@@ -229,36 +267,46 @@ def _gradient(settings: _Settings, logits_QBPV: jax.Array,
 
 
 def _is_target(logits_QBPV: jax.Array, targets_QBP: jax.Array):
+  """Returns onehot(y) as truth values."""
   ids_QBPV = jax.lax.broadcasted_iota(jnp.int32, logits_QBPV.shape, 3)
   return ids_QBPV == targets_QBP[..., None]
 
 
 def _settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
               label_smoothing: float, chunk: int) -> _Settings:
-  """How the tokens are cut up: shards of the batch, and of the length chunks
-  as even as can be."""
+  """Returns how the tokens are cut up: shards of the batch, and of the length
+  chunks as even as can be."""
+  # The shards.
   batch, length, _ = hidden_BLD.shape
-  rows, lengths = (sharding.shards('batch', batch),
-                   sharding.shards('length', length))
-  tokens = chunk or max(AUTO_TOKENS, AUTO_LOGITS // head.kernel_DV.shape[1])
+  rows = sharding.shards('batch', batch)
+  lengths = sharding.shards('length', length)
+
+  # The chunks of a shard's length.
+  vocab = head.kernel_DV.shape[1]
+  tokens = chunk or max(AUTO_TOKENS, AUTO_LOGITS // vocab)
   most = max(1, tokens * rows // batch)
   length //= lengths
   chunks = -(-length // most)
-  return _Settings(z_loss, label_smoothing, rows, lengths, -(-length // chunks))
+  return _Settings(
+      z_loss=z_loss, label_smoothing=label_smoothing, rows=rows,
+      lengths=lengths, positions=-(-length // chunks))
 
 
 def _cut(settings: _Settings, arrays: tuple[jax.Array, ...]):
-  """[B, L, ...] -> [chunks, Q, B / rows, P, ...], the length of a shard padded
-  with zeros; the weight of a padded token is one of them."""
+  """Returns arrays [B, L, ...] as [chunks, Q, B / rows, P, ...], the length of
+  a shard padded with zeros; the weight of a padded token is one of them."""
   rows, lengths, P = settings.rows, settings.lengths, settings.positions
 
   def cut(x: jax.Array):
+    """Returns one of the arrays as its chunks."""
     batch, length = x.shape[0] // rows, x.shape[1] // lengths
     chunks = -(-length // P)
     x = x.reshape(rows, batch, lengths, length, *x.shape[2:])
     pad = chunks * P - length
     if pad:
-      x = jnp.pad(x, ((0, 0),) * 3 + ((0, pad),) + ((0, 0),) * (x.ndim - 4))
+      widths = [(0, 0)] * x.ndim
+      widths[3] = (0, pad)
+      x = jnp.pad(x, widths)
     x = x.reshape(rows, batch, lengths, chunks, P, *x.shape[4:])
     x = jnp.moveaxis(x, (3, 2), (0, 2))
     x = x.reshape(chunks, rows * lengths, batch, *x.shape[4:])
@@ -269,10 +317,12 @@ def _cut(settings: _Settings, arrays: tuple[jax.Array, ...]):
 
 def _join(settings: _Settings, arrays: tuple[jax.Array, ...],
           shape: tuple[int, ...]):
-  """[chunks, Q, B / rows, P, ...] -> [B, L, ...]: `_cut` undone."""
+  """Returns arrays [chunks, Q, B / rows, P, ...] as [B, L, ...]: undoes `_cut`.
+  """
   rows, lengths = settings.rows, settings.lengths
 
   def join(x: jax.Array):
+    """Returns the chunks of one array as the array."""
     chunks, _, batch, P = x.shape[:4]
     x = x.reshape(chunks, rows, lengths, batch, P, *x.shape[4:])
     x = jnp.moveaxis(x, (0, 2), (3, 2))
@@ -284,23 +334,25 @@ def _join(settings: _Settings, arrays: tuple[jax.Array, ...],
 
 
 def _kernel(head: Head, hidden_BLD: jax.Array):
-  """The head's kernel as every chunk reads it: cast, and gathered, once."""
+  """Returns the head's kernel as every chunk reads it: cast, and gathered,
+  once."""
   return sharding.whole(head.kernel_DV.astype(hidden_BLD.dtype),
                         ('embed', 'vocab'))
 
 
 def _zeros(settings: _Settings, asked: Any, x: jax.Array):
-  """What a gradient of x adds up in: a copy for each shard of the tokens."""
+  """Returns zeros that a gradient of x adds up in, with a copy for each shard
+  of the tokens; None: the gradient is not asked for."""
   if not asked:
     return None
-  axes = ('vocab',) + (None,) * (x.ndim - 1)
-  return sharding.constrain_if(
-      jnp.zeros((settings.rows * settings.lengths, *x.shape), jnp.float32),
-      'tokens', *axes)
+  shards = settings.rows * settings.lengths
+  zeros = jnp.zeros((shards, *x.shape), jnp.float32)
+  others = (None,) * (x.ndim - 1)
+  return sharding.constrain_if(zeros, 'tokens', 'vocab', *others)
 
 
 def _whole(d: jax.Array | None, x: jax.Array, *axes: str):
-  """The shards' gradients of x, added up and laid out as x is."""
+  """Returns the shards' gradients of x, added up and laid out as x is."""
   if d is None:
     return None
   if sharding.one_cpu():
