@@ -4,7 +4,7 @@ A system is found by its file: a page NAME.py in this folder. It has one class
 with a `STACK`, the skeleton's, and with `PARTS`, the fields of config.model by
 which the system differs from others; configs/NAME.py sets the same. It is known
 as `model.arch` NAME, or as the class calls itself (`ARCH`). Where transformers
-has the system too, the page ends with a record of that, `HF` (parts/hf).
+has the system too, the page ends with a class of that, `HF` (parts/hf).
 """
 
 from collections.abc import Mapping
@@ -81,14 +81,14 @@ def page(arch: str) -> types.ModuleType:
 
 
 def hugging_face(arch: str) -> HuggingFace:
-  """Returns the record that the page of `arch` has for Hugging Face's format.
+  """Returns what the page of `arch` says of Hugging Face's format.
 
   Raises:
     RequestError: where transformers has no such system.
   """
   require(hasattr(page(arch), 'HF'),
           f'model.arch {arch!r} has no counterpart in transformers')
-  return page(arch).HF
+  return page(arch).HF()
 
 
 @functools.cache

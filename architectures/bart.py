@@ -13,6 +13,8 @@ logits, which its files hold and it never trains: model.logits_bias, off by
 default, of an import whether the files have one.
 """
 
+from collections.abc import Collection
+
 from architectures import transformer
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
@@ -28,18 +30,6 @@ class BART(EncoderDecoder):
                ffn='gelu', tie_embeddings=True)
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  return transformer.read_stacks(reader, fields, scaled=False) | dict(
-      logits_bias=reader('final_logits_bias', True))
-
-
-def _write(c: ModelConfig) -> dict:
-  return transformer.write_stacks(c) | dict(
-      final_logits_bias=c.logits_bias,  # as transformer.py has it
-      bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2,
-      forced_eos_token_id=None)
-
-
 def _embedding(ours: str, stack: str) -> tuple[hf.Row, ...]:
   theirs = f'model.{stack}'
   return ((f'embed/{ours}positions', 'LD',
@@ -47,16 +37,30 @@ def _embedding(ours: str, stack: str) -> tuple[hf.Row, ...]:
           *hf.norm(f'embed/{ours}norm', f'{theirs}.layernorm_embedding'))
 
 
-HF = transformer.HF._replace(
-    model_type='bart', architecture='BartForConditionalGeneration',
-    names=(*transformer.HF.names, *_embedding('', 'encoder'),
-           *_embedding(BART.DECODER_EMBED, 'decoder')),
-    fields=transformer.FIELDS | hf.fields(vocab_size=50265) | {
-        'num_decoder_layers': ('decoder_layers', 12),
-        'ffn': ('activation_function', 'gelu', hf.FFNS)},
-    only=dict(is_encoder_decoder=True, tie_word_embeddings=True,
+class HF(transformer.HF):
+  model_type = 'bart'
+  architecture = 'BartForConditionalGeneration'
+  names = (*transformer.HF.names, *_embedding('', 'encoder'),
+           *_embedding(BART.DECODER_EMBED, 'decoder'))
+  fields = transformer.FIELDS | hf.fields(vocab_size=50265) | {
+      'num_decoder_layers': ('decoder_layers', 12),
+      'ffn': ('activation_function', 'gelu', hf.FFNS)}
+  only = dict(is_encoder_decoder=True, tie_word_embeddings=True,
               normalize_before=False, normalize_embedding=True,
               add_final_layer_norm=False, add_bias_logits=False,
-              static_position_embeddings=False),
-    read=_read, write=_write, ignored=(),
-    of_files=lambda names: dict(logits_bias='final_logits_bias' in names))
+              static_position_embeddings=False)
+  ignored = ()
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    ours = transformer.read_stacks(reader, fields, scaled=False)
+    ours['logits_bias'] = reader('final_logits_bias', True)
+    return ours
+
+  def write(self, c: ModelConfig) -> dict:
+    return transformer.write_stacks(c) | dict(
+        final_logits_bias=c.logits_bias,  # as transformer.py has it
+        bos_token_id=0, pad_token_id=1, eos_token_id=2,
+        decoder_start_token_id=2, forced_eos_token_id=None)
+
+  def of_files(self, names: Collection[str]) -> dict:
+    return dict(logits_bias='final_logits_bias' in names)

@@ -14,6 +14,7 @@ task (model.head) that is not there: scores = W_s pooled + b_s of a row, or
 W_s x_N + b_s of each token, which needs no pooler.
 """
 
+from collections.abc import Collection
 import re
 from typing import Any
 
@@ -29,28 +30,34 @@ class BERT(Encoder):
                tie_embeddings=True, logits_bias=True, next_sentence=True)
 
 
-def two_tasks(system: str, pooler: str) -> dict[str, Any]:
-  """Returns the items of a record that say whether there is a second task.
+class TwoTasks(hf.HuggingFace):
+  """A folder of a BERT or an ALBERT, whose class says whether it has the second
+  task.
 
-  Args:
-    system: what the names of its classes begin with.
-    pooler: the pattern of the names of its tensors. A folder may have one or
-      not, whatever its config.json says: those of 2018 call themselves
-      BertForMaskedLM and have one.
+  A folder may have a pooler or not, whatever its config.json says: those of
+  2018 call themselves BertForMaskedLM and have one.
+
+  Attributes:
+    system: the name that its classes begin with.
+    optional: as for HuggingFace, with the pooler's tensors under 'pooler'.
   """
-  masked = f'{system}ForMaskedLM'
+  system: str
 
-  def read(reader: hf.Reader, fields: dict) -> dict:
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    without = {f'{self.system}ForMaskedLM', f'{self.system}Model'}
     named = reader.listed('architectures')
-    return dict(next_sentence=not set(named) & {masked, f'{system}Model'})
+    return dict(next_sentence=without.isdisjoint(named))
 
-  def write(c: ModelConfig) -> dict:
-    return dict(tie_word_embeddings=c.tie_embeddings) | (
-        dict(architectures=[masked])
-        if c.head == 'lm' and not c.next_sentence else {})
+  def write(self, c: ModelConfig) -> dict:
+    tree: dict[str, Any] = dict(tie_word_embeddings=c.tie_embeddings)
+    if c.head == 'lm' and not c.next_sentence:
+      tree['architectures'] = [f'{self.system}ForMaskedLM']
+    return tree
 
-  return dict(read=read, write=write, of_files=lambda names: dict(
-      next_sentence=any(re.fullmatch(pooler, name) for name in names)))
+  def of_files(self, names: Collection[str]) -> dict:
+    pooler = self.optional['pooler']
+    return dict(next_sentence=any(
+        re.fullmatch(pooler, name) for name in names))
 
 
 # What a folder may lack or have too, by what it is called.
@@ -85,23 +92,25 @@ FIELDS = hf.fields(
 ONLY = dict(position_embedding_type='absolute', is_decoder=False,
             add_cross_attention=False, tie_word_embeddings=True)
 
-HF = hf.HuggingFace(
-    'bert', 'BertForPreTraining',
-    names=(
-        *stack('bert'),
-        *hf.dense('pooler', 'DU', 'bert.pooler.dense', 'U D'),
-        *hf.dense('transform', 'DU', 'cls.predictions.transform.dense', 'U D'),
-        *hf.norm('transform_norm', 'cls.predictions.transform.LayerNorm'),
-        ('head/bias', 'V', 'cls.predictions.bias', 'V'),
-        *hf.dense('nsp', 'DU', 'cls.seq_relationship', 'U D')),
-    fields=FIELDS | hf.fields(vocab_size=30522, max_position_embeddings=512),
-    only=ONLY,
-    # The files of 2018 have these, for a pooler that they do not describe.
-    **two_tasks('Bert', OPTIONAL['pooler']), optional=OPTIONAL,
-    tied={'cls.predictions.decoder.weight':
+
+class HF(TwoTasks):
+  system = 'Bert'
+  model_type = 'bert'
+  architecture = 'BertForPreTraining'
+  names = (
+      *stack('bert'),
+      *hf.dense('pooler', 'DU', 'bert.pooler.dense', 'U D'),
+      *hf.dense('transform', 'DU', 'cls.predictions.transform.dense', 'U D'),
+      *hf.norm('transform_norm', 'cls.predictions.transform.LayerNorm'),
+      ('head/bias', 'V', 'cls.predictions.bias', 'V'),
+      *hf.dense('nsp', 'DU', 'cls.seq_relationship', 'U D'))
+  fields = FIELDS | hf.fields(vocab_size=30522, max_position_embeddings=512)
+  only = ONLY
+  tied = {'cls.predictions.decoder.weight':
           'bert.embeddings.word_embeddings.weight',
-          'cls.predictions.decoder.bias': 'cls.predictions.bias'},
-    spellings=(('bert.', ''), ('LayerNorm.weight', 'LayerNorm.gamma'),
-               ('LayerNorm.bias', 'LayerNorm.beta')),
-    ignored=(r'(bert\.)?embeddings\.position_ids',),
-    heads=hf.heads('Bert', sequence='classifier'))
+          'cls.predictions.decoder.bias': 'cls.predictions.bias'}
+  spellings = (('bert.', ''), ('LayerNorm.weight', 'LayerNorm.gamma'),
+               ('LayerNorm.bias', 'LayerNorm.beta'))
+  ignored = (r'(bert\.)?embeddings\.position_ids',)
+  optional = OPTIONAL
+  heads = hf.heads('Bert', sequence='classifier')

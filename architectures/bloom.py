@@ -21,23 +21,25 @@ class BLOOM(Decoder):
                tie_embeddings=True)
 
 
-HF = hf.HuggingFace(
-    'bloom', 'BloomForCausalLM',
-    names=(
-        ('embed/tokens', 'VD', 'transformer.word_embeddings.weight', 'V D'),
-        *hf.norm('embed/norm', 'transformer.word_embeddings_layernorm'),
-        *gpt_neox.layers('transformer.h.{n}', 'self_attention'),
-        *hf.norm('decoder/final_norm', 'transformer.ln_f'),
-        ('head/kernel', 'DV', 'lm_head.weight', 'V D')),
-    fields=hf.fields(
-        vocab_size=250880, layer_norm_epsilon=1e-5, tie_word_embeddings=True
-    ) | {  # of two names for one thing, transformers follows the first
-        'd_model': ('n_embed|hidden_size', 64),
-        'num_layers': ('num_hidden_layers|n_layer', 2),
-        'num_heads': ('num_attention_heads|n_head', 8),
-        'max_len': ('seq_length', 2048)},
-    only=dict(apply_residual_connection_post_layernorm=False),
-    # How it was computed; the result is one.
-    unread=('slow_but_exact',),
-    tied={'lm_head.weight': 'transformer.word_embeddings.weight'},
-    spellings=(('transformer.', ''),), heads=hf.heads('Bloom'))
+class HF(hf.HuggingFace):
+  model_type = 'bloom'
+  architecture = 'BloomForCausalLM'
+  names = (
+      ('embed/tokens', 'VD', 'transformer.word_embeddings.weight', 'V D'),
+      *hf.norm('embed/norm', 'transformer.word_embeddings_layernorm'),
+      *gpt_neox.layers('transformer.h.{n}', 'self_attention'),
+      *hf.norm('decoder/final_norm', 'transformer.ln_f'),
+      ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
+  fields = hf.fields(
+      vocab_size=250880, layer_norm_epsilon=1e-5, tie_word_embeddings=True
+  ) | {  # of two names for one thing, transformers follows the first
+      'd_model': ('n_embed|hidden_size', 64),
+      'num_layers': ('num_hidden_layers|n_layer', 2),
+      'num_heads': ('num_attention_heads|n_head', 8),
+      'max_len': ('seq_length', 2048)}
+  only = dict(apply_residual_connection_post_layernorm=False)
+  # How it was computed; the result is one.
+  unread = ('slow_but_exact',)
+  tied = {'lm_head.weight': 'transformer.word_embeddings.weight'}
+  spellings = (('transformer.', ''),)
+  heads = hf.heads('Bloom')

@@ -36,75 +36,89 @@ class DeBERTa(Encoder):
 
 
 TERMS = {'c2p', 'p2c'}
-
-
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  for name, default, known in (
-      ('relative_attention', False, True), ('share_att_key', False, True),
-      ('position_biased_input', True, False), ('norm_rel_ebd', 'none',
-                                               'layer_norm')):
-    require(reader(name, default) == known, f'config.json has {name} '
-            f'{reader(name, default)!r}: only {known!r} is known here')
-  terms = reader.listed('pos_att_type') or reader('pos_att_type', '').split('|')
-  require({str(term).strip().lower() for term in terms} == TERMS, 'config.json '
-          f'has pos_att_type {terms}: only both of {sorted(TERMS)} are known '
-          'here')
-  reader.must(conv_kernel_size=0, embedding_size=fields['d_model'],
-              attention_head_size=fields['d_model'] // fields['num_heads'],
-              pooler_hidden_size=fields['d_model'])
-  buckets = int(reader('position_buckets', -1.0))
-  require(buckets >= 4, f'config.json has position_buckets {buckets}: only '
-          'distances in buckets are known here, 4 or more on each side')
-  most = int(reader('max_relative_positions', -1.0))
-  return dict(disentangled=dict(
-      buckets=buckets, max_distance=most if most > 0 else fields['max_len']))
-
-
-def _write(c: ModelConfig) -> dict:
-  return dict(
-      position_buckets=c.part(DisentangledConfig).buckets,
-      relative_attention=True, share_att_key=True, position_biased_input=False,
-      norm_rel_ebd='layer_norm', pos_att_type=sorted(TERMS),
-      max_relative_positions=c.part(DisentangledConfig).max_distance,
-      tie_word_embeddings=c.tie_embeddings)
+# Fields of a config.json: transformers' default, and the value known here.
+NOT_USUAL = {'relative_attention': (False, True),
+             'share_att_key': (False, True),
+             'position_biased_input': (True, False),
+             'norm_rel_ebd': ('none', 'layer_norm')}
 
 
 HEAD = 'cls.predictions.'
-HF = hf.HuggingFace(
-    'deberta-v2', 'DebertaV2ForMaskedLM',
-    names=(
-        ('embed/tokens', 'VD', 'deberta.embeddings.word_embeddings.weight',
-         'V D'),
-        ('embed/types', 'UD', 'deberta.embeddings.token_type_embeddings.weight',
-         'U D'),
-        *hf.norm('embed/norm', 'deberta.embeddings.LayerNorm'),
-        ('encoder/disentangled/table', 'UD',
-         'deberta.encoder.rel_embeddings.weight', 'U D'),
-        *hf.norm('encoder/disentangled/norm', 'deberta.encoder.LayerNorm'),
-        *hf.under(
-            'encoder/layers', 'deberta.encoder.layer.{n}',
-            *hf.under('attention', 'attention', *hf.attention(
-                'self.query_proj', 'self.key_proj', 'self.value_proj',
-                'output.dense')),
-            *hf.norm('attention_norm', 'attention.output.LayerNorm'),
-            *hf.dense('ffn/up', 'DF', 'intermediate.dense', 'F D'),
-            *hf.dense('ffn/down', 'FD', 'output.dense', 'D F'),
-            *hf.norm('ffn_norm', 'output.LayerNorm')),
-        *hf.dense('pooler', 'DU', 'pooler.dense', 'U D'),
-        *hf.dense('transform', 'DU', f'{HEAD}transform.dense', 'U D'),
-        *hf.norm('transform_norm', f'{HEAD}transform.LayerNorm'),
-        ('head/bias', 'V', f'{HEAD}bias', 'V')),
-    fields=bert.FIELDS | hf.fields(
-        vocab_size=128100, hidden_size=1536, num_hidden_layers=24,
-        num_attention_heads=24, intermediate_size=6144, type_vocab_size=0,
-        layer_norm_eps=1e-7, max_position_embeddings=512),
-    only=dict(pooler_hidden_act='gelu', tie_word_embeddings=True),
-    unread=('legacy',), read=_read, write=_write, check=hf.check_heads,
-    tied={f'{HEAD}decoder.weight': 'deberta.embeddings.word_embeddings.weight',
-          f'{HEAD}decoder.bias': f'{HEAD}bias'},
-    spellings=((f'{HEAD}transform.', 'lm_predictions.lm_head.'),
-               (HEAD, 'lm_predictions.lm_head.'), ('deberta.', '')),
-    ignored=(r'(deberta\.)?embeddings\.position_(ids|embeddings\.weight)',),
-    optional={hf.MASKED_WORDS: r'(cls\.predictions|lm_predictions)\..*',
-              'head of replaced tokens': r'mask_predictions\..*'},
-    heads=hf.heads('DebertaV2', sequence='classifier'))
+
+
+class HF(hf.HuggingFace):
+  model_type = 'deberta-v2'
+  architecture = 'DebertaV2ForMaskedLM'
+  names = (
+      ('embed/tokens', 'VD', 'deberta.embeddings.word_embeddings.weight',
+       'V D'),
+      ('embed/types', 'UD', 'deberta.embeddings.token_type_embeddings.weight',
+       'U D'),
+      *hf.norm('embed/norm', 'deberta.embeddings.LayerNorm'),
+      ('encoder/disentangled/table', 'UD',
+       'deberta.encoder.rel_embeddings.weight', 'U D'),
+      *hf.norm('encoder/disentangled/norm', 'deberta.encoder.LayerNorm'),
+      *hf.under(
+          'encoder/layers', 'deberta.encoder.layer.{n}',
+          *hf.under('attention', 'attention', *hf.attention(
+              'self.query_proj', 'self.key_proj', 'self.value_proj',
+              'output.dense')),
+          *hf.norm('attention_norm', 'attention.output.LayerNorm'),
+          *hf.dense('ffn/up', 'DF', 'intermediate.dense', 'F D'),
+          *hf.dense('ffn/down', 'FD', 'output.dense', 'D F'),
+          *hf.norm('ffn_norm', 'output.LayerNorm')),
+      *hf.dense('pooler', 'DU', 'pooler.dense', 'U D'),
+      *hf.dense('transform', 'DU', f'{HEAD}transform.dense', 'U D'),
+      *hf.norm('transform_norm', f'{HEAD}transform.LayerNorm'),
+      ('head/bias', 'V', f'{HEAD}bias', 'V'))
+  fields = bert.FIELDS | hf.fields(
+      vocab_size=128100, hidden_size=1536, num_hidden_layers=24,
+      num_attention_heads=24, intermediate_size=6144, type_vocab_size=0,
+      layer_norm_eps=1e-7, max_position_embeddings=512)
+  only = dict(pooler_hidden_act='gelu', tie_word_embeddings=True)
+  unread = ('legacy',)
+  tied = {f'{HEAD}decoder.weight': 'deberta.embeddings.word_embeddings.weight',
+          f'{HEAD}decoder.bias': f'{HEAD}bias'}
+  spellings = ((f'{HEAD}transform.', 'lm_predictions.lm_head.'),
+               (HEAD, 'lm_predictions.lm_head.'), ('deberta.', ''))
+  ignored = (r'(deberta\.)?embeddings\.position_(ids|embeddings\.weight)',)
+  optional = {hf.MASKED_WORDS: r'(cls\.predictions|lm_predictions)\..*',
+              'head of replaced tokens': r'mask_predictions\..*'}
+  heads = hf.heads('DebertaV2', sequence='classifier')
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    # What v3 always has, and transformers' defaults do not.
+    for name, (default, known) in NOT_USUAL.items():
+      value = reader(name, default)
+      require(value == known, f'config.json has {name} {value!r}: only '
+              f'{known!r} is known here')
+    terms = reader.listed('pos_att_type')
+    if not terms:
+      terms = reader('pos_att_type', '').split('|')
+    words = {str(term).strip().lower() for term in terms}
+    require(words == TERMS, f'config.json has pos_att_type {terms}: only both '
+            f'of {sorted(TERMS)} are known here')
+    width = fields['d_model']
+    reader.must(conv_kernel_size=0, embedding_size=width,
+                attention_head_size=width // fields['num_heads'],
+                pooler_hidden_size=width)
+
+    # The distances.
+    buckets = int(reader('position_buckets', -1.0))
+    require(buckets >= 4, f'config.json has position_buckets {buckets}: only '
+            'distances in buckets are known here, 4 or more on each side')
+    most = int(reader('max_relative_positions', -1.0))
+    if most <= 0:
+      most = fields['max_len']
+    return dict(disentangled=dict(buckets=buckets, max_distance=most))
+
+  def write(self, c: ModelConfig) -> dict:
+    distances = c.part(DisentangledConfig)
+    known = {name: value for name, (_, value) in NOT_USUAL.items()}
+    return known | dict(
+        position_buckets=distances.buckets, pos_att_type=sorted(TERMS),
+        max_relative_positions=distances.max_distance,
+        tie_word_embeddings=c.tie_embeddings)
+
+  def check(self, c: ModelConfig) -> None:
+    hf.check_heads(c)

@@ -31,36 +31,47 @@ class DeepSeekV2(Decoder):
 
 
 def read_dense(reader: hf.Reader, fields: dict, dense: int) -> dict:
-  """Returns the layers at the start that are dense, by default so many."""
+  """Returns the kinds of the layers at the start that are dense.
+
+  Args:
+    reader: the reader of the config.json.
+    fields: the fields that were read.
+    dense: how many they are where the config.json does not say.
+  """
   first = reader.count('first_k_dense_replace', dense)
   require(first < fields['num_layers'], 'config.json has first_k_dense_replace '
           f'{first} of num_hidden_layers {fields["num_layers"]}: no layer has '
           'experts')
-  return dict(prefix=','.join(['dense'] * first),
-              kinds=dict(dense=dict(ffn='dense')) if first else {})
+  kinds = {}
+  if first:
+    kinds['dense'] = dict(ffn='dense')
+  return dict(prefix=','.join(['dense'] * first), kinds=kinds)
 
 
 def write_dense(c: ModelConfig) -> dict:
-  """Returns the same for a config.json."""
+  """Returns the field of a config.json that `read_dense` reads."""
   moe = [kind.ffn == 'moe' for kind in c.layer_kinds(c.num_layers)]
   require(any(moe), 'no layer of this model has experts')
   return dict(first_k_dense_replace=moe.index(True))
 
 
-def read(reader: hf.Reader, fields: dict, dense: int, q_rank: int,
+def read(reader: hf.Reader, fields: dict, *, dense: int, q_rank: int,
          interleaved: bool = True) -> dict:
-  """Returns what transformers' records of V2 and V3 say alike.
+  """Returns what the config.json of V2 and of V3 say alike.
 
   Args:
-    reader: of the config.json.
-    fields: those that were read.
+    reader: the reader of the config.json.
+    fields: the fields that were read.
     dense: the default of how many layers at the start are dense.
-    q_rank: that of q_lora_rank, whose null says that there is none.
+    q_rank: the default of q_lora_rank, whose null says that there is none.
     interleaved: whether rotary pairs are neighbours.
   """
   reader.must(num_key_value_heads=fields['num_heads'], moe_layer_freq=1)
-  reader.passes('head_dim', 'qk_head_dim')  # that of what is turned, always
-  rank = 0 if reader.is_null('q_lora_rank') else reader('q_lora_rank', q_rank)
+  # These are the size of what is turned, always.
+  reader.passes('head_dim', 'qk_head_dim')
+  rank = 0
+  if not reader.is_null('q_lora_rank'):
+    rank = reader('q_lora_rank', q_rank)
   return read_dense(reader, fields, dense) | dict(
       head_dim=fields['latent.nope_dim'],
       latent=dict(q_rank=rank, norm_eps=LATENT_EPS),
@@ -68,31 +79,14 @@ def read(reader: hf.Reader, fields: dict, dense: int, q_rank: int,
 
 
 def write(c: ModelConfig) -> dict:
-  """Returns the same of the config `c`."""
+  """Returns the fields of a config.json that `read` reads."""
   return write_dense(c) | dict(
       num_key_value_heads=c.num_heads,
       q_lora_rank=c.part(LatentConfig).q_rank or None,
       rope_parameters=rope_fields.write(c, on_scores=True))
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  groups = reader('n_group', 1), reader('topk_group', 1)
-  method = reader('topk_method', 'greedy')
-  one_of('topk_method of config.json', method, METHODS)
-  both = read(reader, fields, dense=0, q_rank=1536)
-  if method != METHODS[0]:
-    both['moe'] = dict(zip(('expert_groups', 'top_groups'), groups))
-  return both
-
-
-def _write(c: ModelConfig) -> dict:
-  moe = c.part(MoEConfig)
-  return write(c) | dict(
-      topk_method=METHODS[moe.expert_groups > 1],
-      n_group=moe.expert_groups, topk_group=moe.top_groups)
-
-
-METHODS = 'greedy', 'group_limited_greedy'
+PLAIN, GROUPED = 'greedy', 'group_limited_greedy'  # values of topk_method
 LATENT_EPS = 1e-6  # whatever a config.json says
 # The rows of a layer, without the products for queries, and without networks.
 BLOCK = (
@@ -121,15 +115,37 @@ def names(c: ModelConfig, *more: hf.Row) -> tuple[hf.Row, ...]:
 LATENT = hf.fields(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
                    v_head_dim=128, attention_bias=False)
 
-HF = hf.HuggingFace(
-    'deepseek_v2', 'DeepseekV2ForCausalLM', names=names,
-    fields=LATENT | hf.fields(
-        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
-        intermediate_size=11008, vocab_size=102400,
-        max_position_embeddings=2048, rms_norm_eps=1e-6,
-        tie_word_embeddings=False, num_experts_per_tok=6,
-        moe_intermediate_size=1407, routed_scaling_factor=1.0,
-        n_routed_experts=64, n_shared_experts=2) | {'moe.ffn': hf.SILU},
-    only=dict(norm_topk_prob=False, scoring_func='softmax'),
-    read=_read, write=_write, check=hf.check_heads,
-    heads=hf.heads('DeepseekV2', only=('sequence',)), **llama.FILES)
+
+class HF(llama.Family):
+  model_type = 'deepseek_v2'
+  architecture = 'DeepseekV2ForCausalLM'
+  fields = LATENT | hf.fields(
+      hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+      intermediate_size=11008, vocab_size=102400,
+      max_position_embeddings=2048, rms_norm_eps=1e-6,
+      tie_word_embeddings=False, num_experts_per_tok=6,
+      moe_intermediate_size=1407, routed_scaling_factor=1.0,
+      n_routed_experts=64, n_shared_experts=2) | {'moe.ffn': hf.SILU}
+  only = dict(norm_topk_prob=False, scoring_func='softmax')
+  heads = hf.heads('DeepseekV2', only=('sequence',))
+
+  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
+    return names(c)
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    groups, chosen = reader('n_group', 1), reader('topk_group', 1)
+    method = reader('topk_method', PLAIN)
+    one_of('topk_method of config.json', method, (PLAIN, GROUPED))
+    ours = read(reader, fields, dense=0, q_rank=1536)
+    if method == GROUPED:
+      ours['moe'] = dict(expert_groups=groups, top_groups=chosen)
+    return ours
+
+  def write(self, c: ModelConfig) -> dict:
+    moe = c.part(MoEConfig)
+    method = GROUPED if moe.expert_groups > 1 else PLAIN
+    return write(c) | dict(topk_method=method, n_group=moe.expert_groups,
+                           topk_group=moe.top_groups)
+
+  def check(self, c: ModelConfig) -> None:
+    hf.check_heads(c)

@@ -28,43 +28,49 @@ class DeepSeekV3(Decoder):
 
 def note_mtp(reader: hf.Reader) -> None:
   """Notes that the layers that predict further tokens stay behind."""
-  if depth := reader('num_nextn_predict_layers', 0):
+  depth = reader('num_nextn_predict_layers', 0)
+  if depth:
     reader.notes.append(
         f'config.json has num_nextn_predict_layers {depth}: the layers that '
         'predict further tokens are not imported')
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  note_mtp(reader)
-  hf.check_gates(fields)
-  both = deepseek_v2.read(reader, fields, dense=3, q_rank=1536,
-                          interleaved=not reader.is_null('rope_interleave')
-                          and reader('rope_interleave', True))
-  if reader.is_null('norm_topk_prob'):  # which is no there
-    both['moe'] = dict(normalize_gates=False)
-  return both
+class HF(deepseek_v2.HF):
+  model_type = 'deepseek_v3'
+  architecture = 'DeepseekV3ForCausalLM'
+  also = ('kimi_k2',)
+  fields = deepseek_v2.HF.fields | hf.fields(
+      hidden_size=7168, num_hidden_layers=61, num_attention_heads=128,
+      intermediate_size=18432, vocab_size=129280,
+      max_position_embeddings=4096, num_experts_per_tok=8,
+      moe_intermediate_size=2048, routed_scaling_factor=2.5, topk_group=4,
+      norm_topk_prob=True, n_routed_experts=256, n_shared_experts=1,
+      n_group=8)
+  only = dict(scoring_func='sigmoid', topk_method='noaux_tc')
+  # The layers that predict further tokens stand behind the 61 of V3.
+  ignored = (*llama.HF.ignored, r'model\.layers\.61\..*')
+  heads = hf.heads('DeepseekV3', tokens='score', only=('sequence', 'tokens'))
 
+  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
+    return deepseek_v2.names(
+        c, ('ffn/router_bias', 'E', 'mlp.gate.e_score_correction_bias', 'E'))
 
-def _write(c: ModelConfig) -> dict:
-  rope = c.part(RopeConfig)
-  return deepseek_v2.write(c) | dict(rope_interleave=rope.interleaved,
-                                     num_nextn_predict_layers=0)
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    note_mtp(reader)
+    hf.check_gates(fields)
+    interleaved = False  # which null says
+    if not reader.is_null('rope_interleave'):
+      interleaved = reader('rope_interleave', True)
+    ours = deepseek_v2.read(reader, fields, dense=3, q_rank=1536,
+                            interleaved=interleaved)
+    if reader.is_null('norm_topk_prob'):  # which is no there
+      ours['moe'] = dict(normalize_gates=False)
+    return ours
 
+  def write(self, c: ModelConfig) -> dict:
+    rope = c.part(RopeConfig)
+    return deepseek_v2.write(c) | dict(rope_interleave=rope.interleaved,
+                                       num_nextn_predict_layers=0)
 
-HF = deepseek_v2.HF._replace(
-    model_type='deepseek_v3', architecture='DeepseekV3ForCausalLM',
-    also=('kimi_k2',),
-    names=lambda c: deepseek_v2.names(
-        c, ('ffn/router_bias', 'E', 'mlp.gate.e_score_correction_bias', 'E')),
-    fields=deepseek_v2.HF.fields | hf.fields(
-        hidden_size=7168, num_hidden_layers=61, num_attention_heads=128,
-        intermediate_size=18432, vocab_size=129280,
-        max_position_embeddings=4096, num_experts_per_tok=8,
-        moe_intermediate_size=2048, routed_scaling_factor=2.5, topk_group=4,
-        norm_topk_prob=True, n_routed_experts=256, n_shared_experts=1,
-        n_group=8),
-    only=dict(scoring_func='sigmoid', topk_method='noaux_tc'),
-    read=_read, write=_write, check=lambda c: None,
-    # The layers that predict further tokens stand behind the 61 of V3.
-    ignored=(*llama.HF.ignored, r'model\.layers\.61\..*'),
-    heads=hf.heads('DeepseekV3', tokens='score', only=('sequence', 'tokens')))
+  def check(self, c: ModelConfig) -> None:
+    """Accepts all heads, where DeepSeek-V2 refuses some."""

@@ -23,29 +23,19 @@ class DeepSeekV32(Decoder):
   PARTS = deepseek_v3.DeepSeekV3.PARTS | dict(attention='indexed')
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  reader.must(rope_interleave=True, indexer_rope_interleave=False)
-  return read(reader, fields, q_rank=1536)
-
-
 def read(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
-  """Returns what the records of V3.2 and GLM-5 say alike; `q_rank` is the
-  default of q_lora_rank."""
+  """Returns what the config.json of V3.2 and of GLM-5 say alike; `q_rank` is
+  the default of q_lora_rank."""
   deepseek_v3.note_mtp(reader)
   hf.check_gates(fields)
-  both = deepseek_v2.read(reader, fields, dense=3, q_rank=q_rank)
-  require(both['latent']['q_rank'], 'config.json has q_lora_rank null, of '
+  ours = deepseek_v2.read(reader, fields, dense=3, q_rank=q_rank)
+  require(ours['latent']['q_rank'], 'config.json has q_lora_rank null, of '
           'which transformers makes no indexer')
-  layers, dense = fields['num_layers'], both['prefix'].count('dense')
+  layers, dense = fields['num_layers'], ours['prefix'].count('dense')
   reader.must(
       layer_types=['indexed_attention'] * layers,
       mlp_layer_types=['dense'] * dense + ['sparse'] * (layers - dense))
-  return both
-
-
-def write(c: ModelConfig) -> dict:
-  """Returns the same of the config `c`."""
-  return deepseek_v2.write(c) | dict(num_nextn_predict_layers=0)
+  return ours
 
 
 INDEXER = hf.under(
@@ -55,10 +45,22 @@ INDEXER = hf.under(
     ('key_norm/bias', 'K', 'k_norm.bias', 'K'),
     ('weights', 'DH', 'weights_proj.weight', 'H D'))
 
-HF = deepseek_v3.HF._replace(
-    model_type='deepseek_v32', also=(), architecture='DeepseekV32ForCausalLM',
-    names=lambda c: (*deepseek_v3.HF.names(c), *llama.layers(*INDEXER)),
-    fields=deepseek_v3.HF.fields | hf.fields(
-        max_position_embeddings=163840, index_topk=2048, index_n_heads=64,
-        index_head_dim=128),
-    read=_read, write=write, heads={})
+
+class HF(deepseek_v3.HF):
+  model_type = 'deepseek_v32'
+  architecture = 'DeepseekV32ForCausalLM'
+  also = ()
+  fields = deepseek_v3.HF.fields | hf.fields(
+      max_position_embeddings=163840, index_topk=2048, index_n_heads=64,
+      index_head_dim=128)
+  heads = {}
+
+  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
+    return (*super().names_of(c), *llama.layers(*INDEXER))
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    reader.must(rope_interleave=True, indexer_rope_interleave=False)
+    return read(reader, fields, q_rank=1536)
+
+  def write(self, c: ModelConfig) -> dict:
+    return deepseek_v2.write(c) | dict(num_nextn_predict_layers=0)

@@ -16,6 +16,8 @@ without its temperature, and rotary pairs are neighbours at the end of a head.
 The modules that predict further tokens are not imported.
 """
 
+from typing import Any
+
 from architectures import deepseek_v3, llama
 from architectures.parts import hf
 from architectures.parts.attention.compressed import CompressedConfig
@@ -26,84 +28,51 @@ from architectures.parts.positions import RopeConfig
 from architectures.parts.skeletons import Decoder
 from common.errors import require
 
+# layer_types of a config.json by the mixer, and the mixer by each of them.
 WORDS = {'swa': layer_types.WINDOW, 'csa': 'compressed_sparse_attention',
          'hca': 'heavily_compressed_attention'}
+MIXERS = {word: mixer for mixer, word in WORDS.items()}
 RATIOS = {0: 'swa', 4: 'csa', 128: 'hca'}  # in the published files
 ROPES = {'swa': 'main', 'csa': 'compress', 'hca': 'compress'}
-NETWORKS = 'moe', 'hash_moe'
+ROUTED, HASHED = 'moe', 'hash_moe'  # mlp_layer_types of a config.json
 # Not those by the length: transformers has another for entries than for tokens.
 SCALINGS = {'default': 'none', 'yarn': 'yarn'}
 
 
-def layers(mixers: list[str], hashed: list[bool], **rope) -> dict:
-  """Returns the fields of layers with these mixers, whose experts a table may
-  have; `rope` is of swa."""
+def layers(mixers: list[str], hashed: list[bool], **rope: Any) -> dict:
+  """Returns the order and the kinds of layer.
+
+  Args:
+    mixers: the mixer of each layer.
+    hashed: whether a table has the experts of each token, by layer.
+    **rope: the fields of model.rope of the layers of swa.
+  """
   rope = dict(theta=10000.0, scaling='none') | rope
-  names = [mixer + '_hashed' * table for mixer, table in zip(mixers, hashed)]
-  return layer_types.shortest(names) | dict(kinds={
-      name: dict(mixer=mixer) | (dict(router='hash_scored') if table else {})
-      | (dict(rope=rope) if mixer == 'swa' else {})
-      for name, mixer, table in zip(names, mixers, hashed)})
+  names, kinds = [], {}
+  for mixer, has_table in zip(mixers, hashed):
+    name = mixer
+    kind: dict[str, Any] = dict(mixer=mixer)
+    if has_table:
+      name += '_hashed'
+      kind['router'] = 'hash_scored'
+    if mixer == 'swa':
+      kind['rope'] = rope
+    names.append(name)
+    kinds[name] = kind
+  return layer_types.shortest(names) | dict(kinds=kinds)
 
 
 class DeepSeekV4(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = {name: value for name, value in llama.LLaMA.PARTS.items()
-           if name != 'attention_bias'} | dict(
-      layers(['csa', 'hca', 'csa', 'hca'], [True, False, False, False]),
-      residual='mhc', streams=dict(learned_end=True), attention_sinks=True,
-      rope=dict(fraction=0.125, interleaved=True, theta=160000.0, mscale=0.0),
-      indexer=dict(interleaved=True), ffn='moe',
-      clamp=dict(alpha=1.0, offset=0.0, limit=10.0), moe=dict(
-          router='sqrt_softplus', top_k=6, ffn='swiglu_clamped',
-          shared_experts=1))
-
-
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  deepseek_v3.note_mtp(reader)
-  hf.check_gates(fields)
-  n, ours = fields['num_layers'], {word: name for name, word in WORDS.items()}
-  layer_types.check_number('num_hidden_layers', n)
-  ratios = reader.listed('compress_ratios')[:n]
-  types = layer_types.each(reader, 'layer_types', n, ours)
-  require(types or len(ratios) == n and all(x in (*RATIOS,) for x in ratios),
-          f'config.json has no layer_types and compress_ratios {ratios}: give '
-          f'one of {", ".join(map(str, RATIOS))} for each of {n} layers')
-  networks = layer_types.each(reader, 'mlp_layer_types', n, NETWORKS)
-  hashed = [word == NETWORKS[1] for word in networks] or [
-      i < reader.count('num_hash_layers', 3) for i in range(n)]
-  rates = reader.section('compress_rates')
-  main, rope = rope_fields.read_by_kind(
-      reader, ('main', ('rope_theta', 10000.0)),
-      ('compress', ('compress_rope_theta', 160000.0)), interleaved=True,
-      temperature=False, words=SCALINGS, fraction=(
-          'partial_rotary_factor', reader('qk_rope_head_dim', fields[
-              'head_dim'] // 8) / fields['head_dim']))
-  return layers(
-      [ours[word] for word in types] or [RATIOS[ratio] for ratio in ratios],
-      hashed, **main) | dict(
-          rope=rope, compressed={
-              f'{mixer}_rate': rates(WORDS[mixer], rate)
-              for rate, mixer in RATIOS.items() if rate})
-
-
-def _write(c: ModelConfig) -> dict:
-  kinds = c.layers(c.num_layers)
-  types = [hf.theirs({word: name for name, word in WORDS.items()}, layer.mixer,
-                     'mixer') for layer in kinds]
-  ropes = rope_fields.write_by_kind(
-      c, ROPES, whole_heads=False, temperature=False, words=SCALINGS)
-  sizes = c.part(CompressedConfig)
-  return dict(
-      layer_types=types, num_nextn_predict_layers=0, mlp_layer_types=[
-          NETWORKS[layer.part(MoEConfig).router == 'hash_scored']
-          for layer in kinds],
-      compress_rates={WORDS[mixer]: getattr(sizes, f'{mixer}_rate')
-                      for mixer in ('csa', 'hca')},
-      partial_rotary_factor=c.part(RopeConfig).fraction,
-      # Both must stand there, though no layer has one.
-      rope_parameters=dict.fromkeys(ROPES.values(), next(iter(ropes.values())))
-      | ropes)
+  PARTS = hf.without(llama.LLaMA.PARTS, 'attention_bias') | layers(
+      ['csa', 'hca', 'csa', 'hca'], [True, False, False, False]) | dict(
+          residual='mhc', streams=dict(learned_end=True), attention_sinks=True,
+          rope=dict(fraction=0.125, interleaved=True, theta=160000.0,
+                    mscale=0.0),
+          indexer=dict(interleaved=True), ffn='moe',
+          clamp=dict(alpha=1.0, offset=0.0, limit=10.0),
+          moe=dict(router='sqrt_softplus', top_k=6, ffn='swiglu_clamped',
+                   shared_experts=1))
 
 
 ENTRIES = (('value', 'DU', 'wkv.weight', 'U D'),
@@ -148,27 +117,93 @@ NAMES = (
                       ('up', 'DF', 'w3.weight', 'F D'),
                       ('down', 'FD', 'w2.weight', 'D F')))))
 
-HF = hf.HuggingFace(
-    'deepseek_v4', 'DeepseekV4ForCausalLM', names=NAMES,
-    fields=hf.fields(
-        hidden_size=4096, num_hidden_layers=43, num_attention_heads=64,
-        head_dim=512, vocab_size=129280, max_position_embeddings=1048576,
-        rms_norm_eps=1e-6, moe_intermediate_size=2048, num_experts_per_tok=6,
-        routed_scaling_factor=1.5, index_topk=512, index_n_heads=64,
-        index_head_dim=128, n_routed_experts=256) | {
-            'moe.ffn': ('hidden_act', 'silu', {'silu': 'swiglu_clamped'}),
-            'clamp.limit': ('swiglu_limit', 10.0),
-            'compressed.window': ('sliding_window', 128),
-            'compressed.q_rank': ('q_lora_rank', 1024),
-            'compressed.out_groups': ('o_groups', 8),
-            'compressed.out_rank': ('o_lora_rank', 1024),
-            'streams.count': ('hc_mult', 4),
-            'streams.iterations': ('hc_sinkhorn_iters', 20)},
-    only=dict(num_key_value_heads=1, n_shared_experts=1, norm_topk_prob=True,
+
+class HF(hf.HuggingFace):
+  model_type = 'deepseek_v4'
+  architecture = 'DeepseekV4ForCausalLM'
+  names = NAMES
+  fields = hf.fields(
+      hidden_size=4096, num_hidden_layers=43, num_attention_heads=64,
+      head_dim=512, vocab_size=129280, max_position_embeddings=1048576,
+      rms_norm_eps=1e-6, moe_intermediate_size=2048, num_experts_per_tok=6,
+      routed_scaling_factor=1.5, index_topk=512, index_n_heads=64,
+      index_head_dim=128, n_routed_experts=256) | {
+          'moe.ffn': ('hidden_act', 'silu', {'silu': 'swiglu_clamped'}),
+          'clamp.limit': ('swiglu_limit', 10.0),
+          'compressed.window': ('sliding_window', 128),
+          'compressed.q_rank': ('q_lora_rank', 1024),
+          'compressed.out_groups': ('o_groups', 8),
+          'compressed.out_rank': ('o_lora_rank', 1024),
+          'streams.count': ('hc_mult', 4),
+          'streams.iterations': ('hc_sinkhorn_iters', 20)}
+  only = dict(num_key_value_heads=1, n_shared_experts=1, norm_topk_prob=True,
               scoring_func='sqrtsoftplus', hc_eps=1e-6,
-              tie_word_embeddings=False, attention_bias=False, mlp_bias=False),
-    unread=('expert_dtype', 'router_aux_loss_coef', 'router_jitter_noise'),
-    read=_read, write=_write, integers=r'.*\.tid2eid',
-    spellings=(('model.', ''), ('embed_tokens.', 'embed.'),
-               ('hc_head.hc_', 'hc_head_')),
-    ignored=(r'(model\.)?mtp\..*',))
+              tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
+  unread = ('expert_dtype', 'router_aux_loss_coef', 'router_jitter_noise')
+  spellings = (('model.', ''), ('embed_tokens.', 'embed.'),
+               ('hc_head.hc_', 'hc_head_'))
+  ignored = (r'(model\.)?mtp\..*',)
+  integers = r'.*\.tid2eid'
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    deepseek_v3.note_mtp(reader)
+    hf.check_gates(fields)
+    n = fields['num_layers']
+    layer_types.check_number('num_hidden_layers', n)
+    mixers = self._mixers(reader, n)
+
+    # Whether a table has the experts of each layer.
+    networks = layer_types.each(
+        reader, 'mlp_layer_types', n, (ROUTED, HASHED))
+    hashed = [word == HASHED for word in networks]
+    if not networks:
+      first = reader.count('num_hash_layers', 3)
+      hashed = [i < first for i in range(n)]
+
+    # The rates of the compressed entries, and positions.
+    rates = reader.section('compress_rates')
+    compressed = {}
+    for rate, mixer in RATIOS.items():
+      if rate:
+        compressed[f'{mixer}_rate'] = rates(WORDS[mixer], rate)
+    size = fields['head_dim']
+    turned = reader('qk_rope_head_dim', size // 8) / size
+    main, rope = rope_fields.read_by_kind(
+        reader, ('main', ('rope_theta', 10000.0)),
+        ('compress', ('compress_rope_theta', 160000.0)),
+        fraction=('partial_rotary_factor', turned), interleaved=True,
+        temperature=False, words=SCALINGS)
+    return layers(mixers, hashed, **main) | dict(
+        rope=rope, compressed=compressed)
+
+  def _mixers(self, reader: hf.Reader, n: int) -> list[str]:
+    """Returns the mixer of each of `n` layers, by layer_types or by
+    compress_ratios of the published files."""
+    ratios = reader.listed('compress_ratios')[:n]
+    types = layer_types.each(reader, 'layer_types', n, MIXERS)
+    if types:
+      return [MIXERS[word] for word in types]
+    known = len(ratios) == n and all(ratio in (*RATIOS,) for ratio in ratios)
+    require(known, 'config.json has no layer_types and compress_ratios '
+            f'{ratios}: give one of {", ".join(map(str, RATIOS))} for each of '
+            f'{n} layers')
+    return [RATIOS[ratio] for ratio in ratios]
+
+  def write(self, c: ModelConfig) -> dict:
+    types, networks = [], []
+    for layer in c.layers(c.num_layers):
+      types.append(hf.theirs(MIXERS, layer.mixer, 'mixer'))
+      is_hashed = layer.part(MoEConfig).router == 'hash_scored'
+      networks.append(HASHED if is_hashed else ROUTED)
+    ropes = rope_fields.write_by_kind(
+        c, ROPES, whole_heads=False, temperature=False, words=SCALINGS)
+    # Both must stand there, though no layer has one.
+    first = next(iter(ropes.values()))
+    ropes = dict.fromkeys(ROPES.values(), first) | ropes
+    sizes = c.part(CompressedConfig)
+    rates = {WORDS['csa']: sizes.csa_rate, WORDS['hca']: sizes.hca_rate}
+    return dict(
+        layer_types=types, num_nextn_predict_layers=0,
+        mlp_layer_types=networks, compress_rates=rates,
+        partial_rotary_factor=c.part(RopeConfig).fraction,
+        rope_parameters=ropes)

@@ -22,10 +22,9 @@ from architectures.parts.skeletons import Decoder
 
 def by_depth(layers: int) -> dict[str, Any]:
   """Returns the kinds of so many layers, and their order."""
-  names = [f'layer_{n}' for n in range(layers)]
-  return dict(pattern=','.join(names), prefix='', suffix='', kinds={
-      name: dict(attention_difference=share(n))
-      for n, name in enumerate(names)})
+  kinds = {f'layer_{n}': dict(attention_difference=share(n))
+           for n in range(layers)}
+  return dict(pattern=','.join(kinds), prefix='', suffix='', kinds=kinds)
 
 
 def share(layer: int) -> float:
@@ -38,21 +37,20 @@ class DiffLlama(Decoder):
   PARTS = llama.LLaMA.PARTS | by_depth(4)
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  layer_types.check_number('num_hidden_layers', fields['num_layers'])
-  return llama.read(reader, fields) | by_depth(fields['num_layers'])
+class HF(llama.HF):
+  model_type = 'diffllama'
+  architecture = 'DiffLlamaForCausalLM'
+  names = llama.HF.names + llama.layers(*(
+      (f'attention/difference_{ours}', 'K', f'self_attn.lambda_{theirs}', 'K')
+      for ours, theirs in (('a1', 'q1'), ('b1', 'k1'), ('a2', 'q2'),
+                           ('b2', 'k2'))))
+  fields = hf.without(llama.HF.fields, 'ffn_bias') | hf.fields(
+      hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
+      intermediate_size=8192, rms_norm_eps=1e-5)
+  only = {}
+  unread = ('lambda_std_dev',)  # It says how weights are drawn.
+  heads = hf.heads('DiffLlama', tokens='score', span=llama.SPAN)
 
-
-HF = llama.HF._replace(
-    model_type='diffllama', architecture='DiffLlamaForCausalLM',
-    names=llama.HF.names + llama.layers(*(
-        (f'attention/difference_{ours}', 'K', f'self_attn.lambda_{theirs}', 'K')
-        for ours, theirs in (('a1', 'q1'), ('b1', 'k1'), ('a2', 'q2'),
-                             ('b2', 'k2')))),
-    fields={name: x for name, x in llama.HF.fields.items()
-            if name != 'ffn_bias'} | hf.fields(
-                hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
-                intermediate_size=8192, rms_norm_eps=1e-5),
-    only={}, unread=('lambda_std_dev',),  # how weights are drawn
-    read=_read,
-    heads=hf.heads('DiffLlama', tokens='score', span=llama.SPAN))
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    layer_types.check_number('num_hidden_layers', fields['num_layers'])
+    return super().read(reader, fields) | by_depth(fields['num_layers'])

@@ -27,37 +27,40 @@ class ELECTRA(Encoder):
   PARTS = bert.BERT.PARTS | dict(next_sentence=False)
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  size = reader('embedding_size', 128)
-  return dict(embed_dim=size if size != fields['d_model'] else 0)
-
-
-def _write(c: ModelConfig) -> dict:
-  return dict(embedding_size=c.embed_dim or c.d_model,
-              tie_word_embeddings=c.tie_embeddings)
-
-
 HEAD, JUDGE = 'generator_predictions', 'discriminator_predictions'
-HF = hf.HuggingFace(
-    'electra', 'ElectraForMaskedLM',
-    names=(
-        *bert.stack('electra'),
-        *hf.dense('widen', 'UD', 'electra.embeddings_project', 'D U'),
-        *hf.dense('pooler', 'DU', 'classifier.dense', 'U D'),
-        *hf.dense('detector', 'DU', f'{JUDGE}.dense', 'U D'),
-        *hf.dense('transform', 'DU', f'{HEAD}.dense', 'U D'),
-        *hf.norm('transform_norm', f'{HEAD}.LayerNorm'),
-        ('head/bias', 'V', 'generator_lm_head.bias', 'V')),
-    fields=bert.FIELDS | hf.fields(
-        hidden_size=256, num_attention_heads=4, intermediate_size=1024,
-        vocab_size=30522, max_position_embeddings=512),
-    only=bert.ONLY, read=_read, write=_write,
-    tied={'generator_lm_head.weight':
-          'electra.embeddings.word_embeddings.weight'},
-    spellings=(('electra.', ''),),
-    ignored=(r'(electra\.)?embeddings\.position_ids',),
-    optional={hf.MASKED_WORDS: r'generator_(predictions|lm_head)\..*',
-              'head of replaced tokens': rf'{JUDGE}\..*'},
-    heads=hf.heads('Electra', sequence='classifier.out_proj') | {
-        'replaced': hf.TaskHead('ElectraForPreTraining',
-                                f'{JUDGE}.dense_prediction')})
+
+
+class HF(hf.HuggingFace):
+  model_type = 'electra'
+  architecture = 'ElectraForMaskedLM'
+  names = (
+      *bert.stack('electra'),
+      *hf.dense('widen', 'UD', 'electra.embeddings_project', 'D U'),
+      *hf.dense('pooler', 'DU', 'classifier.dense', 'U D'),
+      *hf.dense('detector', 'DU', f'{JUDGE}.dense', 'U D'),
+      *hf.dense('transform', 'DU', f'{HEAD}.dense', 'U D'),
+      *hf.norm('transform_norm', f'{HEAD}.LayerNorm'),
+      ('head/bias', 'V', 'generator_lm_head.bias', 'V'))
+  fields = bert.FIELDS | hf.fields(
+      hidden_size=256, num_attention_heads=4, intermediate_size=1024,
+      vocab_size=30522, max_position_embeddings=512)
+  only = bert.ONLY
+  tied = {'generator_lm_head.weight':
+          'electra.embeddings.word_embeddings.weight'}
+  spellings = (('electra.', ''),)
+  ignored = (r'(electra\.)?embeddings\.position_ids',)
+  optional = {hf.MASKED_WORDS: r'generator_(predictions|lm_head)\..*',
+              'head of replaced tokens': rf'{JUDGE}\..*'}
+  heads = hf.heads('Electra', sequence='classifier.out_proj') | {
+      'replaced': hf.TaskHead('ElectraForPreTraining',
+                              f'{JUDGE}.dense_prediction')}
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    size = reader('embedding_size', 128)
+    if size == fields['d_model']:
+      size = 0  # no product makes d_model of it
+    return dict(embed_dim=size)
+
+  def write(self, c: ModelConfig) -> dict:
+    return dict(embedding_size=c.embed_dim or c.d_model,
+                tie_word_embeddings=c.tie_embeddings)

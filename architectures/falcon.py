@@ -27,69 +27,88 @@ class Falcon(Decoder):
                ffn_bias=False, tie_embeddings=True)
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  heads = fields['num_heads']
-  grouped = reader('new_decoder_architecture', False)
-  single, parallel = reader('multi_query', True), reader('parallel_attn', True)
-  norms = reader('num_ln_in_parallel_attn', 1 + grouped)
-  require(norms in ((1, 2) if grouped else (1,)) and (parallel or not grouped),
-          f'config.json has new_decoder_architecture {grouped}, parallel_attn '
-          f'{parallel} and num_ln_in_parallel_attn {norms}, of which '
-          'transformers has no layers: two norms stand in the new architecture '
-          'alone, and it is always parallel')
-  if grouped or single:
-    reader.passes('num_kv_heads')
-  else:
-    reader.must(num_kv_heads=heads)
-  block = ('pre_norm' if not parallel else
-           'parallel' if norms == 2 else 'shared_norm')
-  bias = reader('bias', False)
-  return dict(
-      rope=rope_fields.read(reader), block=block, attention_bias=bias,
-      ffn_bias=bias, num_kv_heads=(
-          reader('num_kv_heads', heads) if grouped else 1 if single else heads))
+class HF(hf.HuggingFace):
+  model_type = 'falcon'
+  architecture = 'FalconForCausalLM'
+  fields = hf.fields(
+      num_hidden_layers=32, num_attention_heads=71, vocab_size=65024,
+      max_position_embeddings=2048, layer_norm_epsilon=1e-5,
+      tie_word_embeddings=True) | {
+          'd_model': ('n_embed|hidden_size', 4544),
+          'd_ff': ('ffn_hidden_size', lambda fields: 4 * fields['d_model']),
+          'ffn': ('activation', 'gelu', hf.FFNS)}
+  only = dict(alibi=False)
+  tied = {'lm_head.weight': 'transformer.word_embeddings.weight'}
+  spellings = (('transformer.', ''),)
+  heads = hf.heads('Falcon')
 
+  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
+    norms = 'input_layernorm', 'post_attention_layernorm'
+    if c.block == 'parallel':
+      norms = 'ln_attn', 'ln_mlp'
+    fused = 'self_attention.query_key_value'
+    return (
+        ('embed/tokens', 'VD', 'transformer.word_embeddings.weight', 'V D'),
+        *hf.under(
+            'decoder/layers', 'transformer.h.{n}',
+            *hf.norm('attention_norm', norms[0]),
+            *hf.norm('ffn_norm', norms[1]),
+            ('attention/query|key|value', 'DHK|DJK|DJK', f'{fused}.weight',
+             'J(RK+K+K) D'),
+            ('attention/query_bias|key_bias|value_bias', 'HK|JK|JK',
+             f'{fused}.bias', 'J(RK+K+K)'),
+            *hf.dense('attention/out', 'HKD', 'self_attention.dense', 'D HK'),
+            *gpt_neox.FFN),
+        *hf.norm('decoder/final_norm', 'transformer.ln_f'),
+        ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
 
-def _write(c: ModelConfig) -> dict:
-  parallel = c.block != 'pre_norm'
-  grouped = parallel and (c.block == 'parallel' or c.num_kv_heads > 1)
-  return dict(
-      rope_parameters=rope_fields.write(c), bias=c.ffn_bias,
-      new_decoder_architecture=grouped, parallel_attn=parallel,
-      multi_query=c.num_kv_heads == 1,
-      num_kv_heads=c.num_kv_heads if grouped else c.num_heads,
-      num_ln_in_parallel_attn=1 + (c.block == 'parallel'))
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    heads = fields['num_heads']
+    grouped = reader('new_decoder_architecture', False)
+    single = reader('multi_query', True)
+    parallel = reader('parallel_attn', True)
+    norms = reader('num_ln_in_parallel_attn', 2 if grouped else 1)
+    if grouped:
+      known = parallel and norms in (1, 2)
+    else:
+      known = norms == 1
+    require(known, f'config.json has new_decoder_architecture {grouped}, '
+            f'parallel_attn {parallel} and num_ln_in_parallel_attn {norms}, of '
+            'which transformers has no layers: two norms stand in the new '
+            'architecture alone, and it is always parallel')
 
+    # The heads of keys and values.
+    if grouped or single:
+      reader.passes('num_kv_heads')
+    else:
+      reader.must(num_kv_heads=heads)
+    kv_heads = heads
+    if grouped:
+      kv_heads = reader('num_kv_heads', heads)
+    elif single:
+      kv_heads = 1
 
-def _names(c: ModelConfig) -> tuple[hf.Row, ...]:
-  norms = (('ln_attn', 'ln_mlp') if c.block == 'parallel' else
-           ('input_layernorm', 'post_attention_layernorm'))
-  fused = 'self_attention.query_key_value'
-  return (
-      ('embed/tokens', 'VD', 'transformer.word_embeddings.weight', 'V D'),
-      *hf.under(
-          'decoder/layers', 'transformer.h.{n}',
-          *hf.norm('attention_norm', norms[0]), *hf.norm('ffn_norm', norms[1]),
-          ('attention/query|key|value', 'DHK|DJK|DJK', f'{fused}.weight',
-           'J(RK+K+K) D'),
-          ('attention/query_bias|key_bias|value_bias', 'HK|JK|JK',
-           f'{fused}.bias', 'J(RK+K+K)'),
-          *hf.dense('attention/out', 'HKD', 'self_attention.dense', 'D HK'),
-          *gpt_neox.FFN),
-      *hf.norm('decoder/final_norm', 'transformer.ln_f'),
-      ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
+    # The wiring of a layer.
+    block = 'shared_norm'
+    if not parallel:
+      block = 'pre_norm'
+    elif norms == 2:
+      block = 'parallel'
+    bias = reader('bias', False)
+    return dict(
+        rope=rope_fields.read(reader), block=block, attention_bias=bias,
+        ffn_bias=bias, num_kv_heads=kv_heads)
 
+  def write(self, c: ModelConfig) -> dict:
+    parallel = c.block != 'pre_norm'
+    two_norms = c.block == 'parallel'
+    grouped = parallel and (two_norms or c.num_kv_heads > 1)
+    return dict(
+        rope_parameters=rope_fields.write(c), bias=c.ffn_bias,
+        new_decoder_architecture=grouped, parallel_attn=parallel,
+        multi_query=c.num_kv_heads == 1,
+        num_kv_heads=c.num_kv_heads if grouped else c.num_heads,
+        num_ln_in_parallel_attn=2 if two_norms else 1)
 
-HF = hf.HuggingFace(
-    'falcon', 'FalconForCausalLM', names=_names,
-    fields=hf.fields(
-        num_hidden_layers=32, num_attention_heads=71, vocab_size=65024,
-        max_position_embeddings=2048, layer_norm_epsilon=1e-5,
-        tie_word_embeddings=True) | {
-            'd_model': ('n_embed|hidden_size', 4544),
-            'd_ff': ('ffn_hidden_size', lambda fields: 4 * fields['d_model']),
-            'ffn': ('activation', 'gelu', hf.FFNS)},
-    only=dict(alibi=False),
-    read=_read, write=_write, check=hf.check_heads,
-    tied={'lm_head.weight': 'transformer.word_embeddings.weight'},
-    spellings=(('transformer.', ''),), heads=hf.heads('Falcon'))
+  def check(self, c: ModelConfig) -> None:
+    hf.check_heads(c)

@@ -9,6 +9,8 @@ see a window and the whole text in turn (Gemma Team 2024, section 2).
 s is sqrt(K), but in 27B sqrt(D / H). The first layer of two sees 4,096 tokens.
 """
 
+from typing import Any
+
 from architectures import llama
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
@@ -27,20 +29,14 @@ class Gemma2(Decoder):
       logits_softcap=30.0)
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  softcap = cap(reader, 'attn_logit_softcapping', 50.0)
-  return read_layers(reader, fields, every=2) | read_scales(
-      reader) | llama.read(reader, fields) | dict(attention_softcap=softcap)
-
-
-def read_layers(reader: hf.Reader, fields: dict, every: int, **of_kinds
+def read_layers(reader: hf.Reader, fields: dict, every: int, **of_kinds: Any
                 ) -> dict:
   """Returns the kinds of layer; without layer_types, the last of every so many
-  sees all. `of_kinds`: as of layer_types.read."""
+  sees all. `of_kinds` are further arguments of layer_types.read."""
   layers = fields['num_layers']
   types = layer_types.listed(reader, layers, lambda n: (n + 1) % every)
-  return layer_types.read(types, layers, reader('sliding_window', 4096),
-                          **of_kinds)
+  window = reader('sliding_window', 4096)
+  return layer_types.read(types, layers, window, **of_kinds)
 
 
 def read_scales(reader: hf.Reader, softcap: float = 30.0) -> dict:
@@ -53,20 +49,17 @@ def read_scales(reader: hf.Reader, softcap: float = 30.0) -> dict:
 def cap(reader: hf.Reader, name: str, default: float) -> float:
   """Returns a bound, of which null says that there is none."""
   reader.passes(name)
+  if reader.is_null(name):
+    return 0.0
   if not reader.has(name):
-    return 0.0 if reader.is_null(name) else default
+    return default
   bound = reader(name, default)
   require(bound > 0, f'config.json has {name} {bound}: it must be > 0, or null')
   return bound
 
 
-def _write(c: ModelConfig) -> dict:
-  return write_scales(c) | layer_types.write(c) | llama.write(c) | dict(
-      attn_logit_softcapping=c.attention_softcap or None)
-
-
 def write_scales(c: ModelConfig) -> dict:
-  """Returns the same for a config.json."""
+  """Returns the fields of a config.json that `read_scales` reads."""
   return dict(query_pre_attn_scalar=round(c.attention_scale ** -2),
               final_logit_softcapping=c.logits_softcap or None)
 
@@ -76,24 +69,39 @@ def names(norm: str = 'offset') -> tuple[hf.Row, ...]:
   return (
       *llama.ends(norm),
       *llama.layers(
-          *((f'{ours}/{norm}', 'D', f'{theirs}_layernorm.weight', 'D')
-            for ours, theirs in (
-                ('attention_norm', 'input'),
-                ('attention_out_norm', 'post_attention'),
-                ('ffn_norm', 'pre_feedforward'),
-                ('ffn_out_norm', 'post_feedforward'))),
+          (f'attention_norm/{norm}', 'D', 'input_layernorm.weight', 'D'),
+          (f'attention_out_norm/{norm}', 'D',
+           'post_attention_layernorm.weight', 'D'),
+          (f'ffn_norm/{norm}', 'D', 'pre_feedforward_layernorm.weight', 'D'),
+          (f'ffn_out_norm/{norm}', 'D', 'post_feedforward_layernorm.weight',
+           'D'),
           *llama.attention(), *hf.under('ffn', 'mlp', *llama.FFN)))
 
 
-HF = hf.HuggingFace(
-    'gemma2', 'Gemma2ForCausalLM', names=names(),
-    fields=hf.fields(
-        hidden_size=2304, num_hidden_layers=26, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=256, intermediate_size=9216,
-        vocab_size=256000, max_position_embeddings=8192, rms_norm_eps=1e-6,
-        attention_bias=False, tie_word_embeddings=True) | {
-            'ffn': ('hidden_activation', 'gelu_pytorch_tanh', hf.GATED)},
-    only=dict(use_bidirectional_attention=False),
-    # Published files have them, and transformers reads neither.
-    read=_read, write=_write, check=hf.check_heads, heads=hf.heads(
-        'Gemma2', tokens='score', only=('sequence', 'tokens')), **llama.FILES)
+class HF(llama.Family):
+  model_type = 'gemma2'
+  architecture = 'Gemma2ForCausalLM'
+  names = names()
+  fields = hf.fields(
+      hidden_size=2304, num_hidden_layers=26, num_attention_heads=8,
+      num_key_value_heads=4, head_dim=256, intermediate_size=9216,
+      vocab_size=256000, max_position_embeddings=8192, rms_norm_eps=1e-6,
+      attention_bias=False, tie_word_embeddings=True) | {
+          'ffn': ('hidden_activation', 'gelu_pytorch_tanh', hf.GATED)}
+  only = dict(use_bidirectional_attention=False)
+  heads = hf.heads(
+      'Gemma2', tokens='score', only=('sequence', 'tokens'))
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    softcap = cap(reader, 'attn_logit_softcapping', 50.0)
+    ours = read_layers(reader, fields, every=2)
+    ours |= read_scales(reader)
+    ours |= super().read(reader, fields)
+    return ours | dict(attention_softcap=softcap)
+
+  def write(self, c: ModelConfig) -> dict:
+    return write_scales(c) | layer_types.write(c) | super().write(c) | dict(
+        attn_logit_softcapping=c.attention_softcap or None)
+
+  def check(self, c: ModelConfig) -> None:
+    hf.check_heads(c)

@@ -26,27 +26,26 @@ class Gemma3(Decoder):
       ffn='geglu_tanh', tie_embeddings=True, embed_scale=0.0)
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  local, whole = rope_fields.read_by_kind(
-      reader, (layer_types.WINDOW, ('rope_local_base_freq', 1e4)),
-      (layer_types.WHOLE, ('rope_theta', 1e6)))
-  return dict(rope=whole) | gemma2.read_layers(
-      reader, fields, every=reader('sliding_window_pattern', 6),
-      kind_fields={layer_types.WINDOW: dict(rope=local)}
-  ) | gemma2.read_scales(reader, softcap=0.0)
+class HF(gemma2.HF):
+  model_type = 'gemma3_text'
+  architecture = 'Gemma3ForCausalLM'
+  names = gemma2.names() + llama.layers(*llama.head_norms(norm='offset'))
+  fields = gemma2.HF.fields | hf.fields(
+      vocab_size=262208, max_position_embeddings=131072)
+  # A bound on scores is a field that transformers has and does not read.
+  only = gemma2.HF.only | dict(attn_logit_softcapping=None)
+  heads = hf.heads('Gemma3Text', only=('sequence',))
 
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    local, whole = rope_fields.read_by_kind(
+        reader, (layer_types.WINDOW, ('rope_local_base_freq', 1e4)),
+        (layer_types.WHOLE, ('rope_theta', 1e6)))
+    ours = gemma2.read_layers(
+        reader, fields, every=reader('sliding_window_pattern', 6),
+        kind_fields={layer_types.WINDOW: dict(rope=local)})
+    ours |= gemma2.read_scales(reader, softcap=0.0)
+    return ours | dict(rope=whole)
 
-def _write(c: ModelConfig) -> dict:
-  return gemma2.write_scales(c) | layer_types.write(c) | dict(
-      rope_parameters=rope_fields.write_by_kind(c))
-
-
-HF = gemma2.HF._replace(
-    model_type='gemma3_text', architecture='Gemma3ForCausalLM',
-    names=gemma2.names() + llama.layers(*llama.head_norms(norm='offset')),
-    fields=gemma2.HF.fields | hf.fields(
-        vocab_size=262208, max_position_embeddings=131072),
-    # A bound on scores is a field that transformers has and does not read.
-    only=gemma2.HF.only | dict(attn_logit_softcapping=None),
-    read=_read, write=_write,
-    heads=hf.heads('Gemma3Text', only=('sequence',)))
+  def write(self, c: ModelConfig) -> dict:
+    return gemma2.write_scales(c) | layer_types.write(c) | dict(
+        rope_parameters=rope_fields.write_by_kind(c))

@@ -13,6 +13,8 @@ window, and by 1,000,000 in the whole text, where a quarter of a head's pairs
 turns: rope.proportional. What E2B, E4B and 26B-A4B have beside this is refused.
 """
 
+from collections.abc import Collection
+
 from architectures import gemma2, gemma3, llama
 from architectures.parts import hf
 from architectures.parts.attention.fields import AttentionConfig
@@ -35,47 +37,30 @@ class Gemma4(Decoder):
              'global': dict(window=0, keys_as_values=True)})
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  rows = reader.count('hidden_size_per_layer_input', 256)
-  require(rows == 0, f'config.json has hidden_size_per_layer_input {rows}, as '
-          'Gemma 4 E2B and E4B have: only 0 is known here')
-  layers, ropes = fields['num_layers'], ROPES
-  types = [*layer_types.listed(reader, layers, lambda n: (n + 1) % 6)[:-1],
-           WHOLE]  # the last one, whatever the file says
-  if reader.has('rope_parameters'):
-    ropes = dict(zip(ROPES, rope_fields.read_by_kind(
-        reader, *((word, ('rope_theta', 1e4)) for word in ROPES))))
-  return layer_types.read(
-      types, layers, reader('sliding_window', 512), kind_fields={
-          LOCAL: dict(rope=ropes[LOCAL]), WHOLE: _heads(reader, types, fields)
-      }) | dict(rope=ropes[WHOLE], logits_softcap=gemma2.cap(
-          reader, 'final_logit_softcapping', 0.0))
-
-
 def _heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
   """Returns the heads of layers that see all: transformers writes those of each
   such layer, and published files have them once."""
-  same, heads = reader('attention_k_eq_v', False), fields['num_kv_heads']
-  several = reader('num_global_key_value_heads', heads)
-  once = dict(head_dim=reader('global_head_dim', 512),
-              num_key_value_heads=several if same else heads)
+  # As published files have them.
+  same, kv_heads = reader('attention_k_eq_v', False), fields['num_kv_heads']
+  shared_heads = reader('num_global_key_value_heads', kv_heads)
+  heads = dict(head_dim=reader('global_head_dim', 512),
+               num_key_value_heads=shared_heads if same else kv_heads)
+
+  # As transformers writes them.
   each = reader('per_layer_config', {})
-  numbers = [str(n) for n, word in enumerate(types) if word == WHOLE]
-  entries = [each.get(number, {}) for number in numbers]
-  require(not each or each.keys() == set(numbers) and all(
-      isinstance(entry, dict) and entry == entries[0]
-      and entry.keys() <= once.keys() and all(
-          type(x) is int and x > 0 for x in entry.values())
-      for entry in entries), f'config.json has per_layer_config {short(each)}: '
-          f'it must have the same {" and ".join(once)} for each layer of '
-          f'{WHOLE}, and nothing else')
   if each:
-    once = dict(head_dim=fields['head_dim'], num_key_value_heads=heads) | (
-        entries[0])
-  return dict(keys_as_values=same, head_dim=once['head_dim'],
-              num_kv_heads=once['num_key_value_heads'])
+    numbers = [str(n) for n, word in enumerate(types) if word == WHOLE]
+    entry = _only_entry(each, numbers, heads.keys())
+    require(entry is not None, f'config.json has per_layer_config '
+            f'{short(each)}: it must have the same {" and ".join(heads)} for '
+            f'each layer of {WHOLE}, and nothing else')
+    heads = dict(head_dim=fields['head_dim'], num_key_value_heads=kv_heads)
+    heads |= entry
+  return dict(keys_as_values=same, head_dim=heads['head_dim'],
+              num_kv_heads=heads['num_key_value_heads'])
 
 
+<<<<<<< HEAD
 def _write(c: ModelConfig) -> dict:
   layers = c.layers(c.num_layers)
   whole = layers[-1]
@@ -92,18 +77,80 @@ def _write(c: ModelConfig) -> dict:
           if layer_types.type_of(layer) == WHOLE},
       final_logit_softcapping=c.logits_softcap or None,
       rope_parameters=rope_fields.write_by_kind(c))
+=======
+def _only_entry(each: dict, numbers: list[str], known: Collection[str]
+                ) -> dict[str, int] | None:
+  """Returns the sizes that a per_layer_config has for every layer.
+
+  Args:
+    each: the per_layer_config.
+    numbers: the numbers of the layers that it must have, and no others.
+    known: the names of the sizes.
+
+  Returns:
+    The sizes; None where layers differ, or something else stands there.
+  """
+  if each.keys() != set(numbers):
+    return None
+  entry = each[numbers[0]]
+  if not isinstance(entry, dict) or not entry.keys() <= known:
+    return None
+  if any(other != entry for other in each.values()):
+    return None
+  if not all(type(size) is int and size > 0 for size in entry.values()):
+    return None
+  return entry
+>>>>>>> ec8c5634 (Make what a page says of Hugging Face's format a class whose methods a reader can find and a debugger can stop in, one operation a statement)
 
 
-HF = gemma2.HF._replace(
-    model_type='gemma4_text', architecture='Gemma4ForCausalLM',
-    names=gemma2.names('scale') + llama.layers(
-        *llama.head_norms(), ('layer_scale', 'U', 'layer_scalar', 'U')),
-    fields=gemma2.HF.fields | hf.fields(
-        num_hidden_layers=30, vocab_size=262144,
-        max_position_embeddings=131072),
-    only=dict(enable_moe_block=False, num_kv_shared_layers=0,
+class HF(gemma2.HF):
+  model_type = 'gemma4_text'
+  architecture = 'Gemma4ForCausalLM'
+  names = gemma2.names('scale') + llama.layers(
+      *llama.head_norms(), ('layer_scale', 'U', 'layer_scalar', 'U'))
+  fields = gemma2.HF.fields | hf.fields(
+      num_hidden_layers=30, vocab_size=262144,
+      max_position_embeddings=131072)
+  only = dict(enable_moe_block=False, num_kv_shared_layers=0,
               rope_scaling=None, rope_theta=None,
-              use_bidirectional_attention='vision'),  # causal for text
-    unread=('use_double_wide_mlp', 'vocab_size_per_layer_input', 'num_experts',
-            'top_k_experts', 'moe_intermediate_size'),
-    read=_read, write=_write, check=lambda c: None, heads={})
+              use_bidirectional_attention='vision')  # causal for text
+  unread = ('use_double_wide_mlp', 'vocab_size_per_layer_input', 'num_experts',
+            'top_k_experts', 'moe_intermediate_size')
+  heads = {}
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    rows = reader.count('hidden_size_per_layer_input', 256)
+    require(rows == 0, 'config.json has hidden_size_per_layer_input '
+            f'{rows}, as Gemma 4 E2B and E4B have: only 0 is known here')
+    layers = fields['num_layers']
+    types = layer_types.listed(reader, layers, lambda n: (n + 1) % 6)
+    types = [*types[:-1], WHOLE]  # the last one, whatever the file says
+    local, whole = ROPES[LOCAL], ROPES[WHOLE]
+    if reader.has('rope_parameters'):
+      local, whole = rope_fields.read_by_kind(
+          reader, (LOCAL, ('rope_theta', 1e4)), (WHOLE, ('rope_theta', 1e4)))
+    kind_fields = {LOCAL: dict(rope=local),
+                   WHOLE: _heads(reader, types, fields)}
+    window = reader('sliding_window', 512)
+    softcap = gemma2.cap(reader, 'final_logit_softcapping', 0.0)
+    return layer_types.read(types, layers, window, kind_fields) | dict(
+        rope=whole, logits_softcap=softcap)
+
+  def write(self, c: ModelConfig) -> dict:
+    layers = c.layers(c.num_layers)
+    types = [layer_types.type_of(layer) for layer in layers]
+    whole = layers[-1]
+    local = layers[types.index(LOCAL)] if LOCAL in types else whole
+    heads = dict(head_dim=whole.head_dim,
+                 num_key_value_heads=whole.num_kv_heads)
+    per_layer = {str(n): dict(heads) for n, word in enumerate(types)
+                 if word == WHOLE}
+    return layer_types.write(c) | dict(
+        hidden_size_per_layer_input=0, head_dim=local.head_dim,
+        num_key_value_heads=local.num_kv_heads,
+        attention_k_eq_v=whole.keys_as_values, per_layer_config=per_layer,
+        final_logit_softcapping=c.logits_softcap or None,
+        rope_parameters=rope_fields.write_by_kind(c))
+
+  def check(self, c: ModelConfig) -> None:
+    """Accepts all heads, where Gemma 2 refuses some."""

@@ -26,33 +26,32 @@ class Glm4MoE(Decoder):
           router='sigmoid', top_k=8, ffn='swiglu', shared_experts=1))
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  deepseek_v3.note_mtp(reader)
-  hf.check_gates(fields)
-  return deepseek_v2.read_dense(reader, fields, dense=1) | dict(
-      rope=rope_fields.read(reader, fraction=('partial_rotary_factor', 0.5)))
+class HF(llama.Family):
+  model_type = 'glm4_moe'
+  architecture = 'Glm4MoeForCausalLM'
+  names = (
+      *(row for row in llama.NAMES if 'out_bias' not in row[0]),
+      *llama.layers(*llama.head_norms(), *hf.under(
+          'ffn', 'mlp', *llama.FFN, *llama.experts(), *deepseek_v2.SHARED,
+          ('router_bias', 'E', 'gate.e_score_correction_bias', 'E'))))
+  fields = hf.fields(
+      hidden_size=4096, num_hidden_layers=46, num_attention_heads=96,
+      num_key_value_heads=8, head_dim=hf.split_width, intermediate_size=10944,
+      vocab_size=151552, max_position_embeddings=131072, rms_norm_eps=1e-5,
+      attention_bias=False, tie_word_embeddings=False,
+      moe_intermediate_size=1408, num_experts_per_tok=8, topk_group=1,
+      routed_scaling_factor=1.0, norm_topk_prob=True, n_routed_experts=128,
+      n_shared_experts=1, n_group=1) | {
+          'qk_norm': ('use_qk_norm', False), 'moe.ffn': hf.SILU}
+  ignored = (*llama.HF.ignored, r'model\.layers\.(46|92)\..*')
 
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    deepseek_v3.note_mtp(reader)
+    hf.check_gates(fields)
+    rope = rope_fields.read(reader, fraction=('partial_rotary_factor', 0.5))
+    return deepseek_v2.read_dense(reader, fields, dense=1) | dict(rope=rope)
 
-def _write(c: ModelConfig) -> dict:
-  return deepseek_v2.write_dense(c) | dict(
-      num_nextn_predict_layers=0,
-      rope_parameters=rope_fields.write(c, whole_heads=False))
-
-
-HF = hf.HuggingFace(
-    'glm4_moe', 'Glm4MoeForCausalLM',
-    names=tuple(row for row in llama.NAMES if 'out_bias' not in row[0])
-    + llama.layers(*llama.head_norms(), *hf.under(
-        'ffn', 'mlp', *llama.FFN, *llama.experts(), *deepseek_v2.SHARED,
-        ('router_bias', 'E', 'gate.e_score_correction_bias', 'E'))),
-    fields=hf.fields(
-        hidden_size=4096, num_hidden_layers=46, num_attention_heads=96,
-        num_key_value_heads=8, head_dim=hf.SPLIT_WIDTH, intermediate_size=10944,
-        vocab_size=151552, max_position_embeddings=131072, rms_norm_eps=1e-5,
-        attention_bias=False, tie_word_embeddings=False,
-        moe_intermediate_size=1408, num_experts_per_tok=8, topk_group=1,
-        routed_scaling_factor=1.0, norm_topk_prob=True, n_routed_experts=128,
-        n_shared_experts=1, n_group=1) | {
-            'qk_norm': ('use_qk_norm', False), 'moe.ffn': hf.SILU},
-    read=_read, write=_write, **llama.FILES | dict(
-        ignored=(*llama.HF.ignored, r'model\.layers\.(46|92)\..*')))
+  def write(self, c: ModelConfig) -> dict:
+    return deepseek_v2.write_dense(c) | dict(
+        num_nextn_predict_layers=0,
+        rope_parameters=rope_fields.write(c, whole_heads=False))

@@ -23,36 +23,38 @@ class GPT(Decoder):
                attention='global', ffn='gelu_tanh', tie_embeddings=True)
 
 
-HF = hf.HuggingFace(
-    'gpt2', 'GPT2LMHeadModel',
-    names=(
-        ('embed/tokens', 'VD', 'transformer.wte.weight', 'V D'),
-        ('embed/positions', 'LD', 'transformer.wpe.weight', 'L D'),
-        *hf.under(
-            'decoder/layers', 'transformer.h.{n}',
-            *hf.norm('attention_norm', 'ln_1'),
-            *hf.dense('attention/query|key|value', 'DHK', 'attn.c_attn',
-                      'D 3HK'),
-            *hf.dense('attention/out', 'HKD', 'attn.c_proj', 'HK D'),
-            *hf.norm('ffn_norm', 'ln_2'),
-            *hf.dense('ffn/up', 'DF', 'mlp.c_fc', 'D F'),
-            *hf.dense('ffn/down', 'FD', 'mlp.c_proj', 'F D')),
-        *hf.norm('decoder/final_norm', 'transformer.ln_f'),
-        ('head/kernel', 'DV', 'lm_head.weight', 'V D')),
-    fields={
-        'd_model': ('n_embd', 768),
-        'num_layers': ('n_layer', 12),
-        'num_heads': ('n_head', 12),
-        'd_ff': ('n_inner', lambda fields: 4 * fields['d_model']),
-        'max_len': ('n_positions', 1024),
-        'ffn': ('activation_function', 'gelu_new', hf.FFNS)} | hf.fields(
-            vocab_size=50257, layer_norm_epsilon=1e-5,
-            tie_word_embeddings=True),
-    only=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-              add_cross_attention=False),
-    unread=('reorder_and_upcast_attn',),  # ours always takes it in float32
-    tied={'lm_head.weight': 'transformer.wte.weight'},
-    spellings=(('transformer.', ''),),
-    # Causal masks.
-    ignored=(r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias',),
-    heads=hf.heads('GPT2'))
+class HF(hf.HuggingFace):
+  model_type = 'gpt2'
+  architecture = 'GPT2LMHeadModel'
+  names = (
+      ('embed/tokens', 'VD', 'transformer.wte.weight', 'V D'),
+      ('embed/positions', 'LD', 'transformer.wpe.weight', 'L D'),
+      *hf.under(
+          'decoder/layers', 'transformer.h.{n}',
+          *hf.norm('attention_norm', 'ln_1'),
+          *hf.dense('attention/query|key|value', 'DHK', 'attn.c_attn',
+                    'D 3HK'),
+          *hf.dense('attention/out', 'HKD', 'attn.c_proj', 'HK D'),
+          *hf.norm('ffn_norm', 'ln_2'),
+          *hf.dense('ffn/up', 'DF', 'mlp.c_fc', 'D F'),
+          *hf.dense('ffn/down', 'FD', 'mlp.c_proj', 'F D')),
+      *hf.norm('decoder/final_norm', 'transformer.ln_f'),
+      ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
+  fields = {
+      'd_model': ('n_embd', 768),
+      'num_layers': ('n_layer', 12),
+      'num_heads': ('n_head', 12),
+      'd_ff': ('n_inner', lambda fields: 4 * fields['d_model']),
+      'max_len': ('n_positions', 1024),
+      'ffn': ('activation_function', 'gelu_new', hf.FFNS)} | hf.fields(
+          vocab_size=50257, layer_norm_epsilon=1e-5,
+          tie_word_embeddings=True)
+  only = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+              add_cross_attention=False)
+  # Ours always takes it in float32.
+  unread = ('reorder_and_upcast_attn',)
+  tied = {'lm_head.weight': 'transformer.wte.weight'}
+  spellings = (('transformer.', ''),)
+  # Causal masks.
+  ignored = (r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias',)
+  heads = hf.heads('GPT2')

@@ -30,43 +30,43 @@ class GptOss(Decoder):
       moe=dict(router='topk', top_k=4, ffn='swiglu_clamped', logit_bias=True))
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  hf.check_gates(fields)
-  require(reader('rope_parameters', reader('rope_scaling', {})),
-          'config.json has no rope_parameters: transformers takes YaRN with a '
-          'factor of 32 from 4,096 tokens on then; write it there')
-  layers = fields['num_layers']
-  types = layer_types.listed(reader, layers, lambda n: n % 2 == 0)
-  return layer_types.read(types, layers, reader('sliding_window', 128)) | dict(
-      rope=rope_fields.read(reader, theta=('rope_theta', 150000.0)))
+class HF(llama.Family):
+  model_type = 'gpt_oss'
+  architecture = 'GptOssForCausalLM'
+  names = llama.NAMES + llama.layers(
+      ('attention/sink', 'H', 'self_attn.sinks', 'H'),
+      ('ffn/router', 'DE', 'mlp.router.weight', 'E D'),
+      ('ffn/logit_bias', 'E', 'mlp.router.bias', 'E'),
+      # Hidden unit by hidden unit, its gate before the other factor.
+      ('ffn/gate|up', 'EDF', 'mlp.experts.gate_up_proj', 'E D F2'),
+      ('ffn/gate_bias|up_bias', 'EF', 'mlp.experts.gate_up_proj_bias',
+       'E F2'),
+      ('ffn/down', 'EFD', 'mlp.experts.down_proj', 'E F D'),
+      ('ffn/down_bias', 'ED', 'mlp.experts.down_proj_bias', 'E D'))
+  fields = hf.fields(
+      hidden_size=2880, num_hidden_layers=36, num_attention_heads=64,
+      num_key_value_heads=8, head_dim=64, intermediate_size=2880,
+      vocab_size=201088, max_position_embeddings=131072, rms_norm_eps=1e-5,
+      attention_bias=True, tie_word_embeddings=False, num_local_experts=128,
+      num_experts_per_tok=4, router_aux_loss_coef=0.001) | {
+          'clamp.alpha': ('swiglu_alpha', 1.702),
+          'clamp.limit': ('swiglu_limit', 7.0)}
+  only = dict(hidden_act='silu')
+  heads = hf.heads(
+      'GptOss', tokens='score', only=('sequence', 'tokens'))
 
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    hf.check_gates(fields)
+    scaling = reader('rope_parameters', reader('rope_scaling', {}))
+    require(scaling, 'config.json has no rope_parameters: transformers takes '
+            'YaRN with a factor of 32 from 4,096 tokens on then; write it '
+            'there')
+    layers = fields['num_layers']
+    types = layer_types.listed(reader, layers, lambda n: n % 2 == 0)
+    window = reader('sliding_window', 128)
+    rope = rope_fields.read(reader, theta=('rope_theta', 150000.0))
+    return layer_types.read(types, layers, window) | dict(rope=rope)
 
-def _write(c: ModelConfig) -> dict:
-  return layer_types.write(c) | llama.write(c) | dict(
-      intermediate_size=c.part(MoEConfig).d_ff)
-
-
-HF = hf.HuggingFace(
-    'gpt_oss', 'GptOssForCausalLM',
-    names=llama.NAMES + llama.layers(
-        ('attention/sink', 'H', 'self_attn.sinks', 'H'),
-        ('ffn/router', 'DE', 'mlp.router.weight', 'E D'),
-        ('ffn/logit_bias', 'E', 'mlp.router.bias', 'E'),
-        # Hidden unit by hidden unit, its gate before the other factor.
-        ('ffn/gate|up', 'EDF', 'mlp.experts.gate_up_proj', 'E D F2'),
-        ('ffn/gate_bias|up_bias', 'EF', 'mlp.experts.gate_up_proj_bias',
-         'E F2'),
-        ('ffn/down', 'EFD', 'mlp.experts.down_proj', 'E F D'),
-        ('ffn/down_bias', 'ED', 'mlp.experts.down_proj_bias', 'E D')),
-    fields=hf.fields(
-        hidden_size=2880, num_hidden_layers=36, num_attention_heads=64,
-        num_key_value_heads=8, head_dim=64, intermediate_size=2880,
-        vocab_size=201088, max_position_embeddings=131072, rms_norm_eps=1e-5,
-        attention_bias=True, tie_word_embeddings=False, num_local_experts=128,
-        num_experts_per_tok=4, router_aux_loss_coef=0.001) | {
-            'clamp.alpha': ('swiglu_alpha', 1.702),
-            'clamp.limit': ('swiglu_limit', 7.0)},
-    only=dict(hidden_act='silu'),
-    # What OpenAI's own file has twice.
-    read=_read, write=_write, heads=hf.heads(
-        'GptOss', tokens='score', only=('sequence', 'tokens')), **llama.FILES)
+  def write(self, c: ModelConfig) -> dict:
+    return layer_types.write(c) | super().write(c) | dict(
+        intermediate_size=c.part(MoEConfig).d_ff)

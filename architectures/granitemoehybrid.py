@@ -26,8 +26,12 @@ from common.errors import require
 
 KINDS = {'linear': dict(mixer='mamba2'), 'full': {}}
 # Of their files, and as the published ones have it.
+# layer_types of their files, and of the published ones: our kinds of layer.
 TYPES = {layer_types.LINEAR: 'linear', layer_types.WHOLE: 'full',
          'mamba': 'linear', 'attention': 'full'}
+
+
+FACTORS = 'embedding_multiplier', 'attention_multiplier', 'logits_scaling'
 
 
 class GraniteHybrid(Decoder):
@@ -39,82 +43,46 @@ class GraniteHybrid(Decoder):
           router='topk', top_k=6, ffn='swiglu', shared_experts=2))
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  layers, heads = fields['num_layers'], fields['mamba2.heads']
-  layer_types.check_number('num_hidden_layers', layers)
-  types = layer_types.each(reader, 'layer_types', layers, TYPES) or [
-      layer_types.LINEAR] * layers
-  names = [TYPES[word] for word in types]
-  for name in 'embedding_multiplier', 'attention_multiplier', 'logits_scaling':
-    require(reader(name, 1.0) > 0, f'config.json has {name} '
-            f'{reader(name, 1.0)}: it must be > 0')
-  inner = reader('mamba_expand', 2) * fields['d_model']
-  size = reader('mamba_d_head', inner // heads)
-  require(size * heads == inner, f'config.json has mamba_n_heads {heads} of '
-          f'mamba_d_head {size}, which are not mamba_expand times hidden_size, '
-          f'{inner}')
-  return layer_types.named(names, KINDS) | _read_ffn(reader) | _positions(
-      reader) | dict(
-          logits_scale=1 / reader('logits_scaling', 1.0),
-          mamba2=mamba2.read_limits(reader) | dict(head_dim=size))
-
-
-def _positions(reader: hf.Reader) -> dict:
+def _read_positions(reader: hf.Reader) -> dict:
   rope = rope_fields.read(reader)
-  turned = reader('position_embedding_type', 'nope') == 'rope'
-  return dict(position='rope', rope=rope) if turned else dict(position='none')
+  if reader('position_embedding_type', 'nope') == 'rope':
+    return dict(position='rope', rope=rope)
+  return dict(position='none')
 
 
 def _read_ffn(reader: hf.Reader) -> dict:
+  """Returns the dense network, or the experts beside it."""
   experts = reader.count('num_local_experts', 8)
   shared = reader('shared_intermediate_size', 1024)
   if not experts:
     reader.passes('intermediate_size', 'num_experts_per_tok',
                   'router_aux_loss_coef')
     return dict(ffn='swiglu', d_ff=shared)
-  width, chosen = (reader('intermediate_size', 11008),
-                   reader('num_experts_per_tok', 2))
+  width = reader('intermediate_size', 11008)
+  chosen = reader('num_experts_per_tok', 2)
   hf.check_gates({'moe.top_k': chosen})
+  times = hf.shared_experts(reader, 'shared_intermediate_size', shared, width)
   return dict(d_ff=shared, moe=dict(
-      num_experts=experts, top_k=chosen, d_ff=width,
-      shared_experts=hf.shared_experts(
-          reader, 'shared_intermediate_size', shared, width),
+      num_experts=experts, top_k=chosen, d_ff=width, shared_experts=times,
       balance_weight=reader('router_aux_loss_coef', 0.001)))
 
 
-def _write(c: ModelConfig) -> dict:
-  layers = c.layers(c.num_layers)
-  m, turned = c.find(MoEConfig), c.position == 'rope'
-  recurrent = any(layer.mixer == 'mamba2' for layer in layers)
-  # Sizes that fit each other, where no layer has any.
-  heads, size = 1, c.d_model
-  if recurrent:
-    sizes = c.part(Mamba2Config)
-    heads, size = sizes.heads, sizes.head_dim
-  ffn = dict(num_local_experts=0, shared_intermediate_size=c.d_ff) if (
-      not c.has_experts) else dict(
-          num_local_experts=m.num_experts, num_experts_per_tok=m.top_k,
-          intermediate_size=m.d_ff, router_aux_loss_coef=m.balance_weight,
-          shared_intermediate_size=m.shared_experts * m.d_ff)
-  return ffn | mamba2.write_limits(c) | dict(
-      layer_types=[layer_types.LINEAR if layer.mixer == 'mamba2'
-                   else layer_types.WHOLE for layer in layers],
-      mamba_expand=heads * size // c.d_model, mamba_n_heads=heads,
-      mamba_d_head=size,
-      logits_scaling=1 / c.logits_scale,
-      position_embedding_type='rope' if turned else 'nope') | (
-          dict(rope_parameters=rope_fields.write(c)) if turned else {})
-
-
-def _check(c: ModelConfig) -> None:
-  layer_types.check_attention(c)
-  require(c.head_dim % 2 == 0, f'model.head_dim is {c.head_dim}: transformers '
-          f'refuses a {c.arch} of odd heads, whether or not they turn')
+def _write_ffn(c: ModelConfig) -> dict:
+  """Returns the fields of a config.json that `_read_ffn` reads."""
+  if not c.has_experts:
+    return dict(num_local_experts=0, shared_intermediate_size=c.d_ff)
+  moe = c.part(MoEConfig)
+  return dict(
+      num_local_experts=moe.num_experts, num_experts_per_tok=moe.top_k,
+      intermediate_size=moe.d_ff, router_aux_loss_coef=moe.balance_weight,
+      shared_intermediate_size=moe.shared_experts * moe.d_ff)
 
 
 def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
-  return (hf.under('attention', 'mamba', *mamba2.MIXER)
-          if c.mixer == 'mamba2' else llama.attention())
+  """Returns the rows of a layer's mixer."""
+  if c.mixer == 'mamba2':
+    return hf.under('attention', 'mamba', *mamba2.MIXER)
+  return llama.attention()
 
 
 NAMES = llama.ends() + llama.layers(*llama.norms(), *hf.under(
@@ -127,23 +95,75 @@ NAMES = llama.ends() + llama.layers(*llama.norms(), *hf.under(
         ('router', 'DE', 'router.layer.weight', 'E D'),
         ('gate|up', 'EDF', 'input_linear.weight', 'E 2F D'),
         ('down', 'EFD', 'output_linear.weight', 'E D F')))
-HF = hf.HuggingFace(
-    'granitemoehybrid', 'GraniteMoeHybridForCausalLM',
-    names=lambda c: NAMES + hf.by_block(c, 'model.layers.{n}', _mixer),
-    fields=hf.fields(
-        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=hf.EACH_HEAD, head_dim=hf.SPLIT_WIDTH,
-        vocab_size=32000, max_position_embeddings=2048, rms_norm_eps=1e-6,
-        attention_bias=False, tie_word_embeddings=False) | {
-            'embed_scale': ('embedding_multiplier', 1.0),
-            'residual_scale': ('residual_multiplier', 1.0),
-            'attention_scale': ('attention_multiplier', 1.0),
-            'mamba2.heads': ('mamba_n_heads', 128),
-            'mamba2.groups': ('mamba_n_groups', 1),
-            'mamba2.state': ('mamba_d_state', 256),
-            'mamba2.conv': ('mamba_d_conv', 4),
-            'mamba2.conv_bias': ('mamba_conv_bias', True)},
-    only=dict(hidden_act='silu', mamba_proj_bias=False),
-    unread=('mamba_chunk_size',),
-    read=_read, write=_write, check=_check,
-    **llama.FILES)
+
+
+class HF(llama.Family):
+  model_type = 'granitemoehybrid'
+  architecture = 'GraniteMoeHybridForCausalLM'
+  fields = hf.fields(
+      hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+      num_key_value_heads=hf.each_head, head_dim=hf.split_width,
+      vocab_size=32000, max_position_embeddings=2048, rms_norm_eps=1e-6,
+      attention_bias=False, tie_word_embeddings=False) | {
+          'embed_scale': ('embedding_multiplier', 1.0),
+          'residual_scale': ('residual_multiplier', 1.0),
+          'attention_scale': ('attention_multiplier', 1.0),
+          'mamba2.heads': ('mamba_n_heads', 128),
+          'mamba2.groups': ('mamba_n_groups', 1),
+          'mamba2.state': ('mamba_d_state', 256),
+          'mamba2.conv': ('mamba_d_conv', 4),
+          'mamba2.conv_bias': ('mamba_conv_bias', True)}
+  only = dict(hidden_act='silu', mamba_proj_bias=False)
+  unread = ('mamba_chunk_size',)
+
+  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
+    return NAMES + hf.by_block(c, 'model.layers.{n}', _mixer)
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    layers, heads = fields['num_layers'], fields['mamba2.heads']
+    layer_types.check_number('num_hidden_layers', layers)
+    types = layer_types.each(reader, 'layer_types', layers, TYPES)
+    if not types:
+      types = [layer_types.LINEAR] * layers
+    names = [TYPES[word] for word in types]
+    for name in FACTORS:
+      factor = reader(name, 1.0)
+      require(factor > 0, f'config.json has {name} {factor}: it must be > 0')
+
+    # The heads of the recurrence.
+    inner = reader('mamba_expand', 2) * fields['d_model']
+    size = reader('mamba_d_head', inner // heads)
+    require(size * heads == inner, f'config.json has mamba_n_heads {heads} of '
+            f'mamba_d_head {size}, which are not mamba_expand times '
+            f'hidden_size, {inner}')
+    limits = mamba2.read_limits(reader)
+
+    ours = layer_types.named(names, KINDS)
+    ours |= _read_ffn(reader)
+    ours |= _read_positions(reader)
+    return ours | dict(logits_scale=1 / reader('logits_scaling', 1.0),
+                       mamba2=limits | dict(head_dim=size))
+
+  def write(self, c: ModelConfig) -> dict:
+    is_linear = [layer.mixer == 'mamba2' for layer in c.layers(c.num_layers)]
+    # Sizes that fit each other, where no layer has any.
+    heads, size = 1, c.d_model
+    if any(is_linear):
+      sizes = c.part(Mamba2Config)
+      heads, size = sizes.heads, sizes.head_dim
+    tree = _write_ffn(c) | mamba2.write_limits(c) | dict(
+        layer_types=[layer_types.LINEAR if linear else layer_types.WHOLE
+                     for linear in is_linear],
+        mamba_expand=heads * size // c.d_model, mamba_n_heads=heads,
+        mamba_d_head=size, logits_scaling=1 / c.logits_scale,
+        position_embedding_type='nope')
+    if c.position == 'rope':
+      tree['position_embedding_type'] = 'rope'
+      tree['rope_parameters'] = rope_fields.write(c)
+    return tree
+
+  def check(self, c: ModelConfig) -> None:
+    layer_types.check_attention(c)
+    require(c.head_dim % 2 == 0, f'model.head_dim is {c.head_dim}: '
+            f'transformers refuses a {c.arch} of odd heads, whether or not '
+            'they turn')

@@ -51,48 +51,6 @@ ROUTERS = {'random': 'gshard', 'all': 'topk'}
 IN_TRAINING = 'second_expert_policy_in_training'  # a field of our own
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  every = reader('encoder_sparse_step', 4)
-  reader.must(decoder_sparse_step=every)
-  dropout = reader('moe_token_dropout', 0.2)
-  require(dropout == 0, f'config.json has moe_token_dropout {dropout}, '
-          'which scales the experts in evaluation too: only 0 is known here')
-  fraction = reader('moe_eval_capacity_token_fraction', 1.0)
-  require(0 < fraction <= 1, 'config.json has moe_eval_capacity_token_fraction '
-          f'{fraction}: choose it in (0, 1]')
-  first = reader('normalize_router_prob_before_dropping', False)
-  require(first or fraction == 1,
-          'config.json has normalize_router_prob_before_dropping False and '
-          f'drops tokens, moe_eval_capacity_token_fraction {fraction}: gates '
-          'are normalised before that here')
-  policy = reader('second_expert_policy', 'all')
-  one_of('second_expert_policy of config.json', policy, ROUTERS)
-  if policy == 'random':
-    reader.notes.append(
-        "config.json has second_expert_policy 'random': transformers leaves "
-        'the second expert of a token out by chance, in evaluation too, and '
-        'this import in training alone')
-  room = fraction * fields['moe.num_experts'] / 2
-  return transformer.read_stacks(
-      reader, fields, scaled=True) | kinds.with_experts({}, every) | dict(
-          moe=dict(router=reader.choose(IN_TRAINING, policy, ROUTERS),
-                   capacity_factor=1.0,
-                   eval_capacity_factor=0.0 if fraction == 1 else room))
-
-
-def _write(c: ModelConfig) -> dict:
-  m = c.part(MoEConfig)
-  policy = hf.theirs(ROUTERS, m.router, 'moe.router')
-  every = layer_types.experts_every(c)
-  fraction = 2 * m.eval_capacity_factor / m.num_experts
-  in_training = {} if m.router == 'topk' else {IN_TRAINING: policy}
-  return transformer.write_stacks(c) | in_training | dict(
-      encoder_sparse_step=every, decoder_sparse_step=every,
-      second_expert_policy='all', normalize_router_prob_before_dropping=True,
-      moe_eval_capacity_token_fraction=min(1.0, fraction) or 1.0,
-      moe_token_dropout=0.0, pad_token_id=1)
-
-
 LAYER = (*transformer.attention('attention', 'self_attn'),
          *hf.norm('attention_norm', 'self_attn_layer_norm'),
          *hf.norm('ffn_norm', 'ff_layer_norm'),
@@ -102,25 +60,75 @@ LAYER = (*transformer.attention('attention', 'self_attn'),
          *hf.dense('ffn/up', 'EDF', 'ffn.experts.expert_{e}.fc1', 'F D'),
          *hf.dense('ffn/down', 'EFD', 'ffn.experts.expert_{e}.fc2', 'D F'))
 
-HF = hf.HuggingFace(
-    'nllb-moe', 'NllbMoeForConditionalGeneration',
-    names=(
-        ('embed/tokens', 'VD', 'model.shared.weight', 'V D'),
-        *transformer.layers('encoder', *LAYER),
-        *hf.norm('encoder/final_norm', 'model.encoder.layer_norm'),
-        *transformer.layers(
-            'decoder', *LAYER,
-            *transformer.attention('cross_attention', 'cross_attention'),
-            *hf.norm('cross_norm', 'cross_attention_layer_norm')),
-        *hf.norm('decoder/final_norm', 'model.decoder.layer_norm')),
-    fields=transformer.FIELDS | hf.fields(
-        vocab_size=128112, num_experts=128, router_aux_loss_coef=0.001) | {
-            'moe.ffn': ('activation_function', 'relu', FFNS)},
-    only=dict(is_encoder_decoder=True, tie_word_embeddings=True,
+
+class HF(hf.HuggingFace):
+  model_type = 'nllb-moe'
+  architecture = 'NllbMoeForConditionalGeneration'
+  names = (
+      ('embed/tokens', 'VD', 'model.shared.weight', 'V D'),
+      *transformer.layers('encoder', *LAYER),
+      *hf.norm('encoder/final_norm', 'model.encoder.layer_norm'),
+      *transformer.layers(
+          'decoder', *LAYER,
+          *transformer.attention('cross_attention', 'cross_attention'),
+          *hf.norm('cross_norm', 'cross_attention_layer_norm')),
+      *hf.norm('decoder/final_norm', 'model.decoder.layer_norm'))
+  fields = transformer.FIELDS | hf.fields(
+      vocab_size=128112, num_experts=128, router_aux_loss_coef=0.001) | {
+          'moe.ffn': ('activation_function', 'relu', FFNS)}
+  only = dict(is_encoder_decoder=True, tie_word_embeddings=True,
               router_bias=False, router_dtype='float32',
               router_ignore_padding_tokens=False, pad_token_id=1,
-              batch_prioritized_routing=False),
-    unread=(*transformer.LAYERDROP, 'expert_capacity', 'router_z_loss_coef'),
-    read=_read, write=_write, tied=transformer.HF.tied,
-    spellings=transformer.HF.spellings, ignored=transformer.HF.ignored,
-    fixed=('pad_token_id',))  # positions there count from it
+              batch_prioritized_routing=False)
+  unread = (*transformer.LAYERDROP, 'expert_capacity', 'router_z_loss_coef')
+  tied = transformer.HF.tied
+  spellings = transformer.HF.spellings
+  ignored = transformer.HF.ignored
+  fixed = ('pad_token_id',)  # Positions there count from it.
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    every = reader('encoder_sparse_step', 4)
+    reader.must(decoder_sparse_step=every)
+    dropout = reader('moe_token_dropout', 0.2)
+    require(dropout == 0, f'config.json has moe_token_dropout {dropout}, '
+            'which scales the experts in evaluation too: only 0 is known here')
+
+    # The room of an expert in evaluation.
+    fraction = reader('moe_eval_capacity_token_fraction', 1.0)
+    require(0 < fraction <= 1, 'config.json has '
+            f'moe_eval_capacity_token_fraction {fraction}: choose it in (0, 1]')
+    first = reader('normalize_router_prob_before_dropping', False)
+    require(first or fraction == 1,
+            'config.json has normalize_router_prob_before_dropping False and '
+            f'drops tokens, moe_eval_capacity_token_fraction {fraction}: gates '
+            'are normalised before that here')
+    room = 0.0
+    if fraction < 1:
+      room = fraction * fields['moe.num_experts'] / 2
+
+    # The second expert of a token.
+    policy = reader('second_expert_policy', 'all')
+    one_of('second_expert_policy of config.json', policy, ROUTERS)
+    if policy == 'random':
+      reader.notes.append(
+          "config.json has second_expert_policy 'random': transformers leaves "
+          'the second expert of a token out by chance, in evaluation too, and '
+          'this import in training alone')
+    router = reader.choose(IN_TRAINING, policy, ROUTERS)
+    moe = dict(router=router, capacity_factor=1.0, eval_capacity_factor=room)
+    ours = transformer.read_stacks(reader, fields, scaled=True)
+    return ours | kinds.with_experts({}, every) | dict(moe=moe)
+
+  def write(self, c: ModelConfig) -> dict:
+    moe = c.part(MoEConfig)
+    policy = hf.theirs(ROUTERS, moe.router, 'moe.router')
+    every = layer_types.experts_every(c)
+    fraction = 2 * moe.eval_capacity_factor / moe.num_experts
+    tree = transformer.write_stacks(c) | dict(
+        encoder_sparse_step=every, decoder_sparse_step=every,
+        second_expert_policy='all', normalize_router_prob_before_dropping=True,
+        moe_eval_capacity_token_fraction=min(1.0, fraction) or 1.0,
+        moe_token_dropout=0.0, pad_token_id=1)
+    if moe.router != 'topk':
+      tree[IN_TRAINING] = policy
+    return tree

@@ -39,84 +39,42 @@ class KimiLinear(Decoder):
 DENSE, SPARSE = 'dense', 'sparse'
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  layers = fields['num_layers']
-  reader.must(num_key_value_heads=fields['num_heads'])
-  hf.check_gates(fields, 'num_experts_per_token', 'moe_renormalize')
+def _dense_layers(reader: hf.Reader, layers: int) -> list[bool]:
+  """Returns whether each layer has a dense network in place of experts."""
   first = reader.count('first_k_dense_replace', 1)
   networks = layer_types.each(reader, 'mlp_layer_types', layers,
-                              (DENSE, SPARSE)) or [
-      DENSE if n < first else SPARSE for n in range(layers)]
-  require(SPARSE in networks, 'config.json has no layer with experts')
-  # Goes before the other names.
-  linear = reader.section('linear_attn_config')
-  heads, size, conv = (linear(name, reader(other, usual))
-                       for name, other, usual in SIZES)
-  rank = reader('q_lora_rank', 1) if reader.has('q_lora_rank') else 0
-  types = layer_types.each(reader, 'layer_types', layers, layer_types.MIXERS)
-  listed = _listed(linear, layers)
-  read_fields = layer_types.mixed(types or listed, [
-      network == DENSE for network in networks], 'kda') | dict(
-          head_dim=fields['latent.nope_dim'],
-          latent=dict(q_rank=rank, norm_eps=deepseek_v2.LATENT_EPS),
-          kda=dict(key_heads=heads, value_heads=heads, key_dim=size,
-                   value_dim=size, rank=size, conv=conv))
-  if reader.is_null('moe_renormalize'):  # which is no there
-    read_fields['moe'] = dict(normalize_gates=False)
-  return read_fields
-
+                              (DENSE, SPARSE))
+  dense = [network == DENSE for network in networks]
+  if not networks:
+    dense = [n < first for n in range(layers)]
+  require(not all(dense), 'config.json has no layer with experts')
+  return dense
 
 def _listed(reader: hf.Reader, layers: int) -> list[str]:
   """Returns the type of each layer, of lists that count them from 1."""
-  names = 'full_attn_layers', 'kda_layers'
-  whole, linear = map(reader.listed, names)
-  if not all(map(reader.has, names)):
-    return [layer_types.WHOLE if n and n % 4 == 0 else layer_types.LINEAR
-            for n in range(layers)]
-  require(all(type(n) is int for n in whole + linear)
-          and sorted(whole + linear) == [*range(1, layers + 1)],
+  whole = reader.listed('full_attn_layers')
+  linear = reader.listed('kda_layers')
+  if not (reader.has('full_attn_layers') and reader.has('kda_layers')):
+    whole = [n + 1 for n in range(layers) if n and n % 4 == 0]
+    return _types(whole, layers)
+  every = whole + linear
+  numbered = all(type(n) is int for n in every)
+  require(numbered and sorted(every) == [*range(1, layers + 1)],
           'config.json has full_attn_layers and kda_layers in '
           f'linear_attn_config: each layer from 1 to {layers} must be in one '
           'of the two, once')
+  return _types(whole, layers)
+
+
+def _types(whole: list[int], layers: int) -> list[str]:
+  """Returns the type of each layer, where those of attention are numbered from
+  1."""
   return [layer_types.WHOLE if n in whole else layer_types.LINEAR
           for n in range(1, layers + 1)]
 
 
-def _check(c: ModelConfig) -> None:
-  layers = c.distinct_layers
-  require(c.has_experts, 'no layer of this model has experts: a kimi_linear '
-          'config.json is of a model with some')
-  require(any(layer.mixer == 'latent' for layer in layers),
-          'all layers are recurrences: transformers runs a kimi_linear with '
-          'some layers of attention only')
-
-
-def _write(c: ModelConfig) -> dict:
-  layers = c.layers(c.num_layers)
-  dense = [layer.ffn != 'moe' for layer in layers]
-  whole = [layer.mixer == 'latent' for layer in layers]
-  numbered = lambda chosen: [n for n, is_whole in enumerate(whole, 1)
-                             if is_whole == chosen]
-  sizes = c.part(LatentConfig)
-  kda = c.part(KDAConfig)
-  return dict(
-      num_key_value_heads=c.num_heads, q_lora_rank=sizes.q_rank or None,
-      first_k_dense_replace=dense.index(False),
-      mlp_layer_types=[DENSE if plain else SPARSE for plain in dense],
-      linear_attn_config=dict(
-          full_attn_layers=numbered(True), kda_layers=numbered(False),
-          num_heads=kda.key_heads, head_dim=kda.key_dim,
-          short_conv_kernel_size=kda.conv),
-      mla_use_nope=True, moe_router_activation_func='sigmoid',
-      moe_layer_freq=1, use_grouped_topk=True, num_nextn_predict_layers=0,
-      **dict.fromkeys(phi3.IDS))  # else ids of the published vocabulary
-
-
 # The name in linear_attn_config, the name outside of it, and the default of
 # transformers.
-SIZES = (('num_heads', 'linear_num_heads', 32),
-         ('head_dim', 'linear_head_dim', 128),
-         ('short_conv_kernel_size', 'linear_conv_kernel_dim', 4))
 # Queries and output have the names that latent attention gives them.
 KDA = hf.under(
     'attention', 'self_attn',
@@ -139,34 +97,95 @@ EXPERTS = hf.under(
     *deepseek_v2.SHARED)
 
 
-def _names(c: ModelConfig) -> tuple[hf.Row, ...]:
-  latent = deepseek_v2.LATENT_QUERIES if c.part(LatentConfig).q_rank else ()
-  return llama.ends() + llama.layers(
-      *deepseek_v2.BLOCK, *deepseek_v2.QUERIES, *latent,
-      *hf.under('ffn', 'mlp', *llama.FFN), *EXPERTS, *KDA)
-
-
-HF = hf.HuggingFace(
-    'kimi_linear', 'KimiLinearForCausalLM', names=_names,
-    fields=deepseek_v2.LATENT | hf.fields(
-        hidden_size=2304, num_hidden_layers=27, num_attention_heads=32,
-        intermediate_size=9216, vocab_size=163840, rms_norm_eps=1e-5,
-        moe_intermediate_size=1024, num_experts=256, topk_group=1,
-        routed_scaling_factor=2.446) | {
-            'max_len': ('model_max_length', 1048576),
-            # Of the convolutions too, which are SiLU's here.
-            'moe.ffn': ('hidden_act', 'silu', {'silu': 'swiglu'}),
-            'moe.top_k': ('num_experts_per_token', 8),
-            'moe.shared_experts': ('num_shared_experts', 1),
-            'moe.expert_groups': ('num_expert_group', 1),
-            'moe.normalize_gates': ('moe_renormalize', True)},
-    only=dict(tie_word_embeddings=False, mla_use_nope=True,
+class HF(hf.HuggingFace):
+  model_type = 'kimi_linear'
+  architecture = 'KimiLinearForCausalLM'
+  fields = deepseek_v2.LATENT | hf.fields(
+      hidden_size=2304, num_hidden_layers=27, num_attention_heads=32,
+      intermediate_size=9216, vocab_size=163840, rms_norm_eps=1e-5,
+      moe_intermediate_size=1024, num_experts=256, topk_group=1,
+      routed_scaling_factor=2.446) | {
+          'max_len': ('model_max_length', 1048576),
+          # Of the convolutions too, which are SiLU's here.
+          'moe.ffn': ('hidden_act', 'silu', {'silu': 'swiglu'}),
+          'moe.top_k': ('num_experts_per_token', 8),
+          'moe.shared_experts': ('num_shared_experts', 1),
+          'moe.expert_groups': ('num_expert_group', 1),
+          'moe.normalize_gates': ('moe_renormalize', True)}
+  only = dict(tie_word_embeddings=False, mla_use_nope=True,
               moe_router_activation_func='sigmoid', moe_layer_freq=1,
-              num_nextn_predict_layers=0),
-    # Fields of positions, which this model has not.
-    unread=('head_dim', 'qk_head_dim', 'rope_theta', 'rope_scaling',
-            'rope_parameters'),
-    read=_read, write=_write, check=_check,
-    # transformers writes the network of a dense layer as that of experts.
-    spellings=(*llama.HF.spellings, ('.mlp.', '.block_sparse_moe.')),
-    ignored=llama.HF.ignored)
+              num_nextn_predict_layers=0)
+  # Fields of positions, which this model has not.
+  unread = ('head_dim', 'qk_head_dim', 'rope_theta', 'rope_scaling',
+            'rope_parameters')
+  # transformers writes the network of a dense layer as that of experts.
+  spellings = (*llama.HF.spellings, ('.mlp.', '.block_sparse_moe.'))
+  ignored = llama.Family.ignored
+
+  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
+    queries = deepseek_v2.QUERIES
+    if c.part(LatentConfig).q_rank:
+      queries += deepseek_v2.LATENT_QUERIES
+    return llama.ends() + llama.layers(
+        *deepseek_v2.BLOCK, *queries, *hf.under('ffn', 'mlp', *llama.FFN),
+        *EXPERTS, *KDA)
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    layers = fields['num_layers']
+    reader.must(num_key_value_heads=fields['num_heads'])
+    hf.check_gates(fields, 'num_experts_per_token', 'moe_renormalize')
+    dense = _dense_layers(reader, layers)
+
+    # The recurrence: what stands in the section goes before the other names.
+    linear = reader.section('linear_attn_config')
+    heads = linear('num_heads', reader('linear_num_heads', 32))
+    size = linear('head_dim', reader('linear_head_dim', 128))
+    conv = linear('short_conv_kernel_size',
+                  reader('linear_conv_kernel_dim', 4))
+    kda = dict(key_heads=heads, value_heads=heads, key_dim=size,
+               value_dim=size, rank=size, conv=conv)
+
+    # Latent attention.
+    rank = 0
+    if reader.has('q_lora_rank'):
+      rank = reader('q_lora_rank', 1)
+    latent = dict(q_rank=rank, norm_eps=deepseek_v2.LATENT_EPS)
+
+    # The order of the layers.
+    types = layer_types.each(reader, 'layer_types', layers, layer_types.MIXERS)
+    listed = _listed(linear, layers)
+    ours = layer_types.mixed(types or listed, dense, 'kda') | dict(
+        head_dim=fields['latent.nope_dim'], latent=latent, kda=kda)
+    if reader.is_null('moe_renormalize'):  # which is no there
+      ours['moe'] = dict(normalize_gates=False)
+    return ours
+
+  def write(self, c: ModelConfig) -> dict:
+    networks, whole, linear = [], [], []
+    for n, layer in enumerate(c.layers(c.num_layers), 1):
+      networks.append(SPARSE if layer.ffn == 'moe' else DENSE)
+      if layer.mixer == 'latent':
+        whole.append(n)
+      else:
+        linear.append(n)
+    kda = c.part(KDAConfig)
+    return dict(
+        num_key_value_heads=c.num_heads,
+        q_lora_rank=c.part(LatentConfig).q_rank or None,
+        first_k_dense_replace=networks.index(SPARSE),
+        mlp_layer_types=networks,
+        linear_attn_config=dict(
+            full_attn_layers=whole, kda_layers=linear,
+            num_heads=kda.key_heads, head_dim=kda.key_dim,
+            short_conv_kernel_size=kda.conv),
+        mla_use_nope=True, moe_router_activation_func='sigmoid',
+        moe_layer_freq=1, use_grouped_topk=True, num_nextn_predict_layers=0,
+        **dict.fromkeys(phi3.IDS))  # else ids of the published vocabulary
+
+  def check(self, c: ModelConfig) -> None:
+    layers = c.distinct_layers
+    require(c.has_experts, 'no layer of this model has experts: a kimi_linear '
+            'config.json is of a model with some')
+    require(any(layer.mixer == 'latent' for layer in layers),
+            'all layers are recurrences: transformers runs a kimi_linear with '
+            'some layers of attention only')

@@ -29,39 +29,18 @@ class LFM2(Decoder):
                                    pattern='conv,full', kinds=KINDS)
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  layers = fields['num_layers']
-  layer_types.check_number('num_hidden_layers', layers)
-  whole = reader.listed('full_attn_idxs') if reader.has(
-      'full_attn_idxs') else range(layers)
-  types = layer_types.each(
-      reader, 'layer_types', layers, (CONV, layer_types.WHOLE)) or [
-          layer_types.WHOLE if n in whole else CONV for n in range(layers)]
-  names = [word if word == CONV else 'full' for word in types]
-  return layer_types.named(names, KINDS) | dict(
-      d_ff=_hidden(reader), rope=rope_fields.read(
-          reader, theta=('rope_theta', 1e6)))
-
-
 def _hidden(reader: hf.Reader) -> int:
   """Returns the hidden units of a network, as Lfm2MLP has them."""
   width = reader('block_ff_dim', reader('intermediate_size', 12288))
   factor = reader('block_ffn_dim_multiplier', 1.0)
   multiple = reader('block_multiple_of', 256)
   if reader('block_auto_adjust_ff_dim', True):
-    width = -(-int(factor * int(2 * width / 3)) // multiple) * multiple
+    # Two thirds, times the factor, rounded up to the multiple.
+    width = int(factor * int(2 * width / 3))
+    width = -(-width // multiple) * multiple
   require(width > 0, f'config.json has block_ffn_dim_multiplier {factor}, by '
           'which the networks have no hidden units')
   return width
-
-
-def _write(c: ModelConfig) -> dict:
-  layers = c.layers(c.num_layers)
-  return dict(
-      layer_types=[CONV if layer.mixer == 'short_conv' else layer_types.WHOLE
-                   for layer in layers],
-      intermediate_size=c.d_ff, block_auto_adjust_ff_dim=False,
-      rope_parameters=rope_fields.write(c), **dict.fromkeys(phi3.IDS))
 
 
 def names(out: str = 'out_proj', norm: str = 'layernorm') -> tuple[hf.Row, ...]:
@@ -92,15 +71,41 @@ def names(out: str = 'out_proj', norm: str = 'layernorm') -> tuple[hf.Row, ...]:
                     ('down', 'FD', 'w2.weight', 'D F'))))
 
 
-HF = hf.HuggingFace(
-    'lfm2', 'Lfm2ForCausalLM', names=names(),
-    fields=hf.fields(
-        hidden_size=2560, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=hf.SPLIT_WIDTH, vocab_size=65536,
-        max_position_embeddings=128000, norm_eps=1e-5) | {
-            'tie_embeddings': ('tie_embedding|tie_word_embeddings', True),
-            'short_conv.kernel': ('conv_L_cache', 3),
-            'short_conv.bias': ('conv_bias', False)},
-    # What transformers does not read, of the program that trained the models.
-    read=_read, write=_write, check=layer_types.check_attention,
-    **llama.FILES)
+class HF(llama.Family):
+  model_type = 'lfm2'
+  architecture = 'Lfm2ForCausalLM'
+  names = names()
+  fields = hf.fields(
+      hidden_size=2560, num_hidden_layers=32, num_attention_heads=32,
+      num_key_value_heads=8, head_dim=hf.split_width, vocab_size=65536,
+      max_position_embeddings=128000, norm_eps=1e-5) | {
+          'tie_embeddings': ('tie_embedding|tie_word_embeddings', True),
+          'short_conv.kernel': ('conv_L_cache', 3),
+          'short_conv.bias': ('conv_bias', False)}
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    layers = fields['num_layers']
+    layer_types.check_number('num_hidden_layers', layers)
+    types = layer_types.each(
+        reader, 'layer_types', layers, (CONV, layer_types.WHOLE))
+    whole = range(layers)
+    if reader.has('full_attn_idxs'):
+      whole = reader.listed('full_attn_idxs')
+    if not types:
+      types = [layer_types.WHOLE if n in whole else CONV
+               for n in range(layers)]
+    names = [CONV if word == CONV else 'full' for word in types]
+    rope = rope_fields.read(reader, theta=('rope_theta', 1e6))
+    return layer_types.named(names, KINDS) | dict(
+        d_ff=_hidden(reader), rope=rope)
+
+  def write(self, c: ModelConfig) -> dict:
+    types = [CONV if layer.mixer == 'short_conv' else layer_types.WHOLE
+             for layer in c.layers(c.num_layers)]
+    return dict(
+        layer_types=types, intermediate_size=c.d_ff,
+        block_auto_adjust_ff_dim=False, rope_parameters=rope_fields.write(c),
+        **dict.fromkeys(phi3.IDS))
+
+  def check(self, c: ModelConfig) -> None:
+    layer_types.check_attention(c)

@@ -39,45 +39,52 @@ class LFM3(Decoder):
       kinds=_kinds(128, ROPES[layer_types.WINDOW]))
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  layers = fields['num_layers']
-  layer_types.check_number('num_hidden_layers', layers)
-  types = layer_types.each(reader, 'layer_types', layers, NAMES) or [
-      CONV if n % 2 or not n else layer_types.WHOLE if n % 4 == 2
-      else layer_types.WINDOW for n in range(layers)]
-  require(layer_types.WINDOW not in types
-          or not reader.is_null('sliding_window'), 'config.json has layers of '
-          f'{layer_types.WINDOW} in layer_types, but no sliding_window')
-  ropes = ROPES
-  if reader.has('rope_parameters'):
-    ropes = dict(zip(ROPES, rope_fields.read_by_kind(reader, *(
-        (word, ('rope_theta', 1e6)) for word in ROPES))))
-  kinds = _kinds(reader('sliding_window', 256), ropes[layer_types.WINDOW])
-  return layer_types.named([NAMES[word] for word in types], kinds) | dict(
-      rope=ropes[layer_types.WHOLE])
+def _usual_type(n: int) -> str:
+  """Returns the type of layer n where a config.json does not say."""
+  if n == 0 or n % 2 == 1:
+    return CONV
+  return layer_types.WHOLE if n % 4 == 2 else layer_types.WINDOW
 
+class HF(lfm2.HF):
+  model_type = 'lfm3'
+  architecture = 'Lfm3ForCausalLM'
+  names = lfm2.names('o_proj', 'norm') + llama.layers(
+      ('attention_out_norm/scale', 'D', 'post_operator_norm.weight', 'D'),
+      ('ffn_out_norm/scale', 'D', 'post_ffn_norm.weight', 'D'),
+      ('attention/output_gate', 'DH', 'self_attn.gate_proj.weight', 'H D'))
+  fields = lfm2.HF.fields | hf.fields(
+      hidden_size=2048, num_hidden_layers=24, num_attention_heads=16,
+      num_key_value_heads=4, head_dim=128, intermediate_size=7680,
+      vocab_size=128000, tie_word_embeddings=True) | {
+          'short_conv.kernel': ('conv_L_cache', 7),
+          'block': ('use_sandwich_norm', True,
+                    {True: 'sandwich', False: 'pre_norm'}),
+          'attention_gate': ('use_attention_gate', True,
+                             {True: 'headwise', False: 'none'})}
+  only = dict(rope_scaling=None)
 
-def _write(c: ModelConfig) -> dict:
-  layers = c.layers(c.num_layers)
-  return layer_types.write(c) | dict(
-      layer_types=[CONV if layer.mixer == 'short_conv'
-                   else layer_types.type_of(layer) for layer in layers],
-      rope_parameters=rope_fields.write_by_kind(c), **dict.fromkeys(phi3.IDS))
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    layers = fields['num_layers']
+    layer_types.check_number('num_hidden_layers', layers)
+    types = layer_types.each(reader, 'layer_types', layers, NAMES)
+    if not types:
+      types = [_usual_type(n) for n in range(layers)]
+    has_window = not reader.is_null('sliding_window')
+    require(has_window or layer_types.WINDOW not in types, 'config.json has '
+            f'layers of {layer_types.WINDOW} in layer_types, but no '
+            'sliding_window')
+    window = reader('sliding_window', 256)
+    local, whole = ROPES[layer_types.WINDOW], ROPES[layer_types.WHOLE]
+    if reader.has('rope_parameters'):
+      local, whole = rope_fields.read_by_kind(
+          reader, (layer_types.WINDOW, ('rope_theta', 1e6)),
+          (layer_types.WHOLE, ('rope_theta', 1e6)))
+    names = [NAMES[word] for word in types]
+    return layer_types.named(names, _kinds(window, local)) | dict(rope=whole)
 
-
-HF = lfm2.HF._replace(
-    model_type='lfm3', architecture='Lfm3ForCausalLM',
-    names=lfm2.names('o_proj', 'norm') + llama.layers(
-        ('attention_out_norm/scale', 'D', 'post_operator_norm.weight', 'D'),
-        ('ffn_out_norm/scale', 'D', 'post_ffn_norm.weight', 'D'),
-        ('attention/output_gate', 'DH', 'self_attn.gate_proj.weight', 'H D')),
-    fields=lfm2.HF.fields | hf.fields(
-        hidden_size=2048, num_hidden_layers=24, num_attention_heads=16,
-        num_key_value_heads=4, head_dim=128, intermediate_size=7680,
-        vocab_size=128000, tie_word_embeddings=True) | {
-            'short_conv.kernel': ('conv_L_cache', 7),
-            'block': ('use_sandwich_norm', True,
-                      {True: 'sandwich', False: 'pre_norm'}),
-            'attention_gate': ('use_attention_gate', True,
-                               {True: 'headwise', False: 'none'})},
-    only=dict(rope_scaling=None), read=_read, write=_write)
+  def write(self, c: ModelConfig) -> dict:
+    types = [CONV if layer.mixer == 'short_conv' else layer_types.type_of(layer)
+             for layer in c.layers(c.num_layers)]
+    return layer_types.write(c) | dict(
+        layer_types=types, rope_parameters=rope_fields.write_by_kind(c),
+        **dict.fromkeys(phi3.IDS))

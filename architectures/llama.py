@@ -48,9 +48,9 @@ def norms(norm: str = 'scale') -> tuple[hf.Row, ...]:
 def head_norms(axis: str = 'K', norm: str = 'scale') -> tuple[hf.Row, ...]:
   """Returns the rows of a layer's norms of queries and keys: of each head, or
   over all (axis U)."""
-  return tuple(
-      (f'attention/{ours}_norm/{norm}', axis, f'self_attn.{x}_norm.weight',
-       axis) for ours, x in (('query', 'q'), ('key', 'k')))
+  return (
+      (f'attention/query_norm/{norm}', axis, 'self_attn.q_norm.weight', axis),
+      (f'attention/key_norm/{norm}', axis, 'self_attn.k_norm.weight', axis))
 
 
 def attention(*more: hf.Row) -> tuple[hf.Row, ...]:
@@ -75,31 +75,35 @@ def experts(gate: str = 'gate_proj', up: str = 'up_proj',
 
 # All but the feed-forward networks, as Mixtral has them too.
 NAMES = ends() + layers(*norms(), *attention())
-FILES = dict(tied={'lm_head.weight': 'model.embed_tokens.weight'},
-             spellings=(('model.', ''),),
-             ignored=(r'.*\.rotary_emb\.inv_freq',))
 SPAN = 'model.', 'transformer.'
 
 
-def read(reader: hf.Reader, fields: dict) -> dict:
-  """Returns the fields of systems with nothing beside rotary positions."""
-  return dict(rope=rope_fields.read(reader))
+class Family(hf.HuggingFace):
+  """What LLaMA's folders have in common with those of systems that took its
+  names: rotary positions, and the names around the layers."""
+  tied = {'lm_head.weight': 'model.embed_tokens.weight'}
+  spellings = (('model.', ''),)
+  ignored = (r'.*\.rotary_emb\.inv_freq',)
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    return dict(rope=rope_fields.read(reader))
+
+  def write(self, c: ModelConfig) -> dict:
+    return dict(rope_parameters=rope_fields.write(c))
 
 
-def write(c: ModelConfig) -> dict:
-  """Returns the same for a config.json."""
-  return dict(rope_parameters=rope_fields.write(c))
+class HF(Family):
+  model_type = 'llama'
+  architecture = 'LlamaForCausalLM'
+  names = NAMES + layers(*hf.under('ffn', 'mlp', *FFN))
+  fields = hf.fields(
+      hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+      num_key_value_heads=hf.each_head, head_dim=hf.split_width,
+      intermediate_size=11008, vocab_size=32000, max_position_embeddings=2048,
+      rms_norm_eps=1e-6, attention_bias=False, mlp_bias=False,
+      tie_word_embeddings=False) | {'ffn': hf.SILU}
+  only = dict(rope_interleaved=False)
+  heads = hf.heads('Llama', tokens='score', span=SPAN)
 
-
-HF = hf.HuggingFace(
-    'llama', 'LlamaForCausalLM', names=NAMES + layers(*hf.under(
-        'ffn', 'mlp', *FFN)),
-    fields=hf.fields(
-        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=hf.EACH_HEAD, head_dim=hf.SPLIT_WIDTH,
-        intermediate_size=11008, vocab_size=32000, max_position_embeddings=2048,
-        rms_norm_eps=1e-6, attention_bias=False, mlp_bias=False,
-        tie_word_embeddings=False) | {'ffn': hf.SILU},
-    only=dict(rope_interleaved=False),
-    read=read, write=write, check=hf.check_heads,
-    heads=hf.heads('Llama', tokens='score', span=SPAN), **FILES)
+  def check(self, c: ModelConfig) -> None:
+    hf.check_heads(c)

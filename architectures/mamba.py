@@ -23,15 +23,6 @@ class Mamba(Decoder):
                tie_embeddings=True)
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  rank = -(-fields['d_model'] // 16)  # what 'auto' is
-  return dict(mamba=dict(rank=reader('time_step_rank', rank)))
-
-
-def _write(c: ModelConfig) -> dict:
-  return dict(time_step_rank=c.part(MambaConfig).rank)
-
-
 def names(*mixer: hf.Row) -> tuple[hf.Row, ...]:
   """Returns the rows of a model whose layers have these; Mamba-2 is one."""
   return (('embed/tokens', 'VD', 'backbone.embeddings.weight', 'V D'),
@@ -43,35 +34,42 @@ def names(*mixer: hf.Row) -> tuple[hf.Row, ...]:
           ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
 
 
-# The second is as the authors' own files have it.
-FILES = dict(tied={'lm_head.weight': 'backbone.embeddings.weight'},
-             spellings=(('backbone.embeddings.', 'backbone.embedding.'),))
-HF = hf.HuggingFace(
-    'mamba', 'MambaForCausalLM',
-    names=names(
-        ('value|output_gate', 'DF|DF', 'in_proj.weight', 'F+F D'),
-        ('conv', 'WF', 'conv1d.weight', 'F 1 W'),
-        ('conv_bias', 'F', 'conv1d.bias', 'F'),
-        ('step_down|key|query', 'FU|FK|FK', 'x_proj.weight', 'U+K+K F'),
-        ('step_up', 'UF', 'dt_proj.weight', 'F U'),
-        ('step_bias', 'F', 'dt_proj.bias', 'F'),
-        ('decay_scale', 'FK', 'A_log', 'F K'),
-        ('skip', 'F', 'D', 'F'),
-        ('out', 'FD', 'out_proj.weight', 'D F')),
-    fields=hf.fields(
-        hidden_size=768, num_hidden_layers=32, vocab_size=50280,
-        max_position_embeddings=2048, layer_norm_epsilon=1e-5,
-        tie_word_embeddings=True) | {
-            'mamba.expand': ('expand', 2), 'mamba.state': ('state_size', 16),
-            'mamba.conv': ('conv_kernel', 4),
-            'mamba.conv_bias': ('use_conv_bias', True)},
-    # The last divides the weights of a folder as it is loaded.
-    only=dict(use_bias=False, hidden_act='silu',
-              rescale_prenorm_residual=False),
-    # How it is computed, how its first weights are drawn, and fields that
-    # published files have and transformers does not read.
-    unread=('residual_in_fp32', 'use_mambapy', 'use_associative_scan', *(
-        f'time_step_{name}' for name in (
-            'min', 'max', 'floor', 'scale', 'init_scheme')),
-            'intermediate_size'),
-    read=_read, write=_write, **FILES)
+class HF(hf.HuggingFace):
+  model_type = 'mamba'
+  architecture = 'MambaForCausalLM'
+  names = names(
+      ('value|output_gate', 'DF|DF', 'in_proj.weight', 'F+F D'),
+      ('conv', 'WF', 'conv1d.weight', 'F 1 W'),
+      ('conv_bias', 'F', 'conv1d.bias', 'F'),
+      ('step_down|key|query', 'FU|FK|FK', 'x_proj.weight', 'U+K+K F'),
+      ('step_up', 'UF', 'dt_proj.weight', 'F U'),
+      ('step_bias', 'F', 'dt_proj.bias', 'F'),
+      ('decay_scale', 'FK', 'A_log', 'F K'),
+      ('skip', 'F', 'D', 'F'),
+      ('out', 'FD', 'out_proj.weight', 'D F'))
+  fields = hf.fields(
+      hidden_size=768, num_hidden_layers=32, vocab_size=50280,
+      max_position_embeddings=2048, layer_norm_epsilon=1e-5,
+      tie_word_embeddings=True) | {
+          'mamba.expand': ('expand', 2), 'mamba.state': ('state_size', 16),
+          'mamba.conv': ('conv_kernel', 4),
+          'mamba.conv_bias': ('use_conv_bias', True)}
+  # The last divides the weights of a folder as it is loaded.
+  only = dict(use_bias=False, hidden_act='silu',
+              rescale_prenorm_residual=False)
+  # How it is computed, how its first weights are drawn, and fields that
+  # published files have and transformers does not read.
+  unread = ('residual_in_fp32', 'use_mambapy', 'use_associative_scan', *(
+      f'time_step_{name}' for name in (
+          'min', 'max', 'floor', 'scale', 'init_scheme')),
+          'intermediate_size')
+  tied = {'lm_head.weight': 'backbone.embeddings.weight'}
+  # The second spelling is that of the authors' own files.
+  spellings = (('backbone.embeddings.', 'backbone.embedding.'),)
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    rank = -(-fields['d_model'] // 16)  # what 'auto' is
+    return dict(mamba=dict(rank=reader('time_step_rank', rank)))
+
+  def write(self, c: ModelConfig) -> dict:
+    return dict(time_step_rank=c.part(MambaConfig).rank)

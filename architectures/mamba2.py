@@ -23,42 +23,35 @@ class Mamba2(Decoder):
 
 
 # How transformers 5 writes a number that JSON lacks.
+# How transformers 5 writes a number that JSON lacks, and how others do.
 INFINITY = {'__float__': 'Infinity'}
+INFINITE = INFINITY, float('inf')
 
 
 def read_limits(reader: hf.Reader) -> dict[str, float]:
   """Returns the bounds of a step, of time_step_limit."""
   bounds = reader.listed('time_step_limit')
-  whole = [0 if bound in (INFINITY, float('inf')) else bound
-           for bound in bounds or (0.0, INFINITY)]
-  require(len(whole) == 2 and all(type(x) in (int, float) for x in whole)
-          and bounds[:1] not in ([INFINITY], [float('inf')])
-          and 0 not in bounds[1:], f'config.json has time_step_limit '
-          f'{short(bounds)}: it must be two numbers, of which the second is '
-          'above 0 and may be infinite')
-  return dict(least_step=float(whole[0]), most_step=float(whole[1]))
+  wrong = (
+      f'config.json has time_step_limit {short(bounds)}: it must be two '
+      'numbers, of which the second is above 0 and may be infinite')
+  if not bounds:
+    return dict(least_step=0.0, most_step=0.0)
+  require(len(bounds) == 2, wrong)
+  least, most = bounds
+  require(least not in INFINITE and most != 0, wrong)
+  if most in INFINITE:
+    most = 0  # no bound
+  require(type(least) in (int, float) and type(most) in (int, float), wrong)
+  return dict(least_step=float(least), most_step=float(most))
 
 
 def write_limits(c: ModelConfig) -> dict:
-  """Returns the same for a config.json, empty where there are none."""
-  m = c.part(Mamba2Config)
-  return dict(time_step_limit=[m.least_step, m.most_step or INFINITY]) if (
-      m.least_step or m.most_step) else {}
-
-
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  heads, head_dim = fields['mamba2.heads'], fields['mamba2.head_dim']
-  expand = reader('expand', 2)
-  require(heads * head_dim == expand * fields['d_model'],
-          f'config.json has num_heads {heads} of head_dim {head_dim}, which '
-          f'are not expand {expand} times hidden_size {fields["d_model"]}')
-  return dict(num_heads=max(1, heads // 2), head_dim=head_dim,
-              mamba2=read_limits(reader))
-
-
-def _write(c: ModelConfig) -> dict:
-  m = c.part(Mamba2Config)
-  return dict(expand=m.heads * m.head_dim // c.d_model) | write_limits(c)
+  """Returns the field of a config.json that `read_limits` reads, and nothing
+  where there are no bounds."""
+  sizes = c.part(Mamba2Config)
+  if not (sizes.least_step or sizes.most_step):
+    return {}
+  return dict(time_step_limit=[sizes.least_step, sizes.most_step or INFINITY])
 
 
 CONVOLVED = 'value', 'key', 'query'  # x, B, C
@@ -72,24 +65,39 @@ MIXER = (  # of hybrids too
     ('step_bias', 'H', 'dt_bias', 'H'), ('decay_scale', 'H', 'A_log', 'H'),
     ('skip', 'H', 'D', 'H'), ('out_norm_scale', 'HK', 'norm.weight', 'HK'),
     ('out', 'HKD', 'out_proj.weight', 'D HK'))
-HF = hf.HuggingFace(
-    'mamba2', 'Mamba2ForCausalLM',
-    names=mamba.names(*MIXER),
-    fields=hf.fields(
-        hidden_size=4096, num_hidden_layers=64, vocab_size=32768,
-        max_position_embeddings=2048, layer_norm_epsilon=1e-5,
-        tie_word_embeddings=False) | {
-            'mamba2.heads': ('num_heads', 128),
-            'mamba2.head_dim': ('head_dim', 64),
-            'mamba2.groups': ('n_groups', 8),
-            'mamba2.state': ('state_size', 128),
-            'mamba2.conv': ('conv_kernel', 4),
-            'mamba2.conv_bias': ('use_conv_bias', True)},
-    # The last divides the weights of a folder as it is loaded.
-    only=dict(use_bias=False, hidden_act='silu', rms_norm=True,
-              rescale_prenorm_residual=False),
-    # How it is computed, how its first weights are drawn, and fields that
-    # published files have and transformers does not read.
-    unread=('chunk_size', 'residual_in_fp32', *(
-        f'time_step_{name}' for name in ('rank', 'min', 'max', 'floor'))),
-    read=_read, write=_write, **mamba.FILES)
+
+
+class HF(mamba.HF):
+  model_type = 'mamba2'
+  architecture = 'Mamba2ForCausalLM'
+  names = mamba.names(*MIXER)
+  fields = hf.fields(
+      hidden_size=4096, num_hidden_layers=64, vocab_size=32768,
+      max_position_embeddings=2048, layer_norm_epsilon=1e-5,
+      tie_word_embeddings=False) | {
+          'mamba2.heads': ('num_heads', 128),
+          'mamba2.head_dim': ('head_dim', 64),
+          'mamba2.groups': ('n_groups', 8),
+          'mamba2.state': ('state_size', 128),
+          'mamba2.conv': ('conv_kernel', 4),
+          'mamba2.conv_bias': ('use_conv_bias', True)}
+  # The last divides the weights of a folder as it is loaded.
+  only = dict(use_bias=False, hidden_act='silu', rms_norm=True,
+              rescale_prenorm_residual=False)
+  # How it is computed, how its first weights are drawn, and fields that
+  # published files have and transformers does not read.
+  unread = ('chunk_size', 'residual_in_fp32', *(
+      f'time_step_{name}' for name in ('rank', 'min', 'max', 'floor')))
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    heads, head_dim = fields['mamba2.heads'], fields['mamba2.head_dim']
+    expand = reader('expand', 2)
+    require(heads * head_dim == expand * fields['d_model'],
+            f'config.json has num_heads {heads} of head_dim {head_dim}, which '
+            f'are not expand {expand} times hidden_size {fields["d_model"]}')
+    return dict(num_heads=max(1, heads // 2), head_dim=head_dim,
+                mamba2=read_limits(reader))
+
+  def write(self, c: ModelConfig) -> dict:
+    m = c.part(Mamba2Config)
+    return dict(expand=m.heads * m.head_dim // c.d_model) | write_limits(c)

@@ -24,33 +24,31 @@ class MiniMaxM2(Decoder):
       ffn='moe', moe=dict(router='sigmoid', top_k=8, ffn='swiglu'))
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  if reader.has('attn_type_list'):  # 1: softmax attention
-    reader.must(attn_type_list=[1] * fields['num_layers'])
-  share = reader('rotary_dim', fields['head_dim']) / fields['head_dim']
-  return dict(rope=rope_fields.read(
-      reader, theta=('rope_theta', 5e6),
-      fraction=('partial_rotary_factor', share)))
-
-
-def _write(c: ModelConfig) -> dict:
-  moe = c.part(MoEConfig)
-  return dict(intermediate_size=moe.d_ff, rope_parameters=rope_fields.write(
-      c, whole_heads=False))
-
-
-HF = mixtral.HF._replace(
-    model_type='minimax_m2', architecture='MiniMaxM2ForCausalLM',
-    names=llama.NAMES + llama.layers(
-        *llama.head_norms('U'), *hf.under(
-            'ffn', 'block_sparse_moe', *llama.experts('w1', 'w3', 'w2'),
-            ('router_bias', 'E', 'e_score_correction_bias', 'E'))),
-    fields=mixtral.HF.fields | hf.fields(
-        hidden_size=3072, num_hidden_layers=62, num_attention_heads=48,
-        head_dim=128, intermediate_size=1536, vocab_size=200064,
-        max_position_embeddings=196608, rms_norm_eps=1e-6,
-        num_local_experts=256, num_experts_per_tok=8),
-    only=dict(scoring_func='sigmoid', qk_norm_type='per_layer',
+class HF(mixtral.HF):
+  model_type = 'minimax_m2'
+  architecture = 'MiniMaxM2ForCausalLM'
+  names = llama.NAMES + llama.layers(
+      *llama.head_norms('U'), *hf.under(
+          'ffn', 'block_sparse_moe', *llama.experts('w1', 'w3', 'w2'),
+          ('router_bias', 'E', 'e_score_correction_bias', 'E')))
+  fields = mixtral.HF.fields | hf.fields(
+      hidden_size=3072, num_hidden_layers=62, num_attention_heads=48,
+      head_dim=128, intermediate_size=1536, vocab_size=200064,
+      max_position_embeddings=196608, rms_norm_eps=1e-6,
+      num_local_experts=256, num_experts_per_tok=8)
+  only = dict(scoring_func='sigmoid', qk_norm_type='per_layer',
               use_qk_norm=True, use_routing_bias=True,
-              shared_intermediate_size=0),
-    read=_read, write=_write, heads={})
+              shared_intermediate_size=0)
+  heads = {}
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    if reader.has('attn_type_list'):  # 1: softmax attention
+      reader.must(attn_type_list=[1] * fields['num_layers'])
+    share = reader('rotary_dim', fields['head_dim']) / fields['head_dim']
+    rope = rope_fields.read(reader, theta=('rope_theta', 5e6),
+                            fraction=('partial_rotary_factor', share))
+    return dict(rope=rope)
+
+  def write(self, c: ModelConfig) -> dict:
+    rope = rope_fields.write(c, whole_heads=False)
+    return dict(intermediate_size=c.part(MoEConfig).d_ff, rope_parameters=rope)

@@ -21,28 +21,25 @@ class Mistral(Decoder):
   PARTS = llama.LLaMA.PARTS | dict(attention='banded')
 
 
-def read(reader: hf.Reader, fields: dict) -> dict:
-  """Returns the fields of systems with one window and rotary positions."""
-  window = layer_types.window(reader)
-  return llama.read(reader, fields) | dict(
-      sliding_window=window, attention='banded' if window else 'global')
-
-
-def write(c: ModelConfig) -> dict:
-  """Returns the same for a config.json."""
-  banded = c.attention == 'banded'
-  return llama.write(c) | dict(
-      sliding_window=c.sliding_window if banded else None)
-
-
 # LLaMA's, but those of biases, which transformers does not read here.
-FIELDS = {name: row for name, row in llama.HF.fields.items()
-          if name not in ('attention_bias', 'ffn_bias')}
+FIELDS = hf.without(llama.HF.fields, 'attention_bias', 'ffn_bias')
 
-HF = hf.HuggingFace(
-    'mistral', 'MistralForCausalLM', names=llama.HF.names,
-    fields=FIELDS | hf.fields(
-        num_key_value_heads=8, intermediate_size=14336,
-        max_position_embeddings=131072),
-    read=read, write=write, heads=hf.heads('Mistral', tokens='score'),
-    **llama.FILES)
+
+class HF(llama.Family):
+  model_type = 'mistral'
+  architecture = 'MistralForCausalLM'
+  names = llama.HF.names
+  fields = FIELDS | hf.fields(
+      num_key_value_heads=8, intermediate_size=14336,
+      max_position_embeddings=131072)
+  heads = hf.heads('Mistral', tokens='score')
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    window = layer_types.window(reader)
+    attention = 'banded' if window else 'global'
+    return super().read(reader, fields) | dict(
+        sliding_window=window, attention=attention)
+
+  def write(self, c: ModelConfig) -> dict:
+    window = c.sliding_window if c.attention == 'banded' else None
+    return super().write(c) | dict(sliding_window=window)

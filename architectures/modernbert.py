@@ -40,79 +40,92 @@ class ModernBERT(Encoder):
 # Of which transformers' defaults are larger than a small vocabulary.
 IDS = [f'{name}_token_id' for name in ('pad', 'bos', 'eos', 'cls', 'sep')]
 # layer_types of config.json: our kind of layer, and the usual theta.
-TYPES = {'full_attention': ('global', 160_000.0),
-         'sliding_attention': ('local', 10_000.0)}
+# layer_types of config.json: our kind of layer, and the usual theta.
+TYPES = {layer_types.WHOLE: ('global', 160_000.0),
+         layer_types.WINDOW: ('local', 10_000.0)}
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  pooling = reader.choose('classifier_pooling', 'cls', {
-      name: name for name in heads.POOLINGS})
-  reader.must(rope_scaling=None)
-  kinds = {'global': {},
-           'local': dict(window=reader.count('local_attention', 128) // 2 + 1)}
-  sections = reader.section('rope_parameters')
-  for type_, (name, theta) in TYPES.items():
-    rope = sections.section(type_)
-    rope.must(rope_type='default')
-    kinds[name]['rope'] = dict(theta=rope('rope_theta', reader(
-        f'{name}_rope_theta', theta)))
-  layers, every = fields['num_layers'], reader('global_attn_every_n_layers', 3)
-  types = layer_types.each(reader, 'layer_types', layers, TYPES) or [
-      tuple(TYPES)[n % every > 0] for n in range(layers)]
-  names = [TYPES[type_][0] for type_ in types]
-  return dict(
-      pooling=pooling if fields['head'] == 'sequence' else 'cls',
-      norm='layernorm' if reader('norm_bias', False) else 'layernorm_no_bias',
-      rope=kinds['global'].pop('rope'), **layer_types.named(
-          ['first', *names[1:]],
-          kinds | dict(first=kinds[names[0]] | dict(block='ffn_norm'))))
+class HF(hf.HuggingFace):
+  model_type = 'modernbert'
+  architecture = 'ModernBertForMaskedLM'
+  names = (
+      ('embed/tokens', 'VD', 'model.embeddings.tok_embeddings.weight', 'V D'),
+      *hf.norm('embed/norm', 'model.embeddings.norm'),
+      *hf.under(
+          'encoder/layers', 'model.layers.{n}',
+          *hf.norm('attention_norm', 'attn_norm'),
+          *hf.dense('attention/query|key|value', 'DHK', 'attn.Wqkv', '3HK D'),
+          *hf.dense('attention/out', 'HKD', 'attn.Wo', 'D HK'),
+          *hf.norm('ffn_norm', 'mlp_norm'),
+          *hf.dense('ffn/gate|up', 'DF', 'mlp.Wi', '2F D'),
+          *hf.dense('ffn/down', 'FD', 'mlp.Wo', 'D F')),
+      *hf.norm('encoder/final_norm', 'model.final_norm'),
+      ('transform', 'DU', 'head.dense.weight', 'U D'),
+      *hf.norm('transform_norm', 'head.norm'),
+      ('head/kernel', 'DV', 'decoder.weight', 'V D'),
+      ('head/bias', 'V', 'decoder.bias', 'V'))
+  fields = hf.fields(
+      hidden_size=768, num_hidden_layers=22, num_attention_heads=12,
+      intermediate_size=1152, vocab_size=50368, max_position_embeddings=8192,
+      norm_eps=1e-5, attention_bias=False, mlp_bias=False,
+      tie_word_embeddings=True) | {
+          'ffn': ('hidden_activation', 'gelu', hf.GATED),
+          'logits_bias': ('decoder_bias', True)}
+  only = dict(classifier_bias=False, classifier_activation='gelu')
+  unread = ('deterministic_flash_attn', 'sparse_prediction',
+            'sparse_pred_ignore_index')
+  tied = {'decoder.weight': 'model.embeddings.tok_embeddings.weight'}
+  spellings = (('model.', ''),)
+  optional = {hf.MASKED_WORDS: r'(head|decoder)\..*'}
+  heads = hf.heads('ModernBert', sequence='classifier') | {
+      'span': hf.TaskHead('ModernBertForQuestionAnswering', 'classifier')}
 
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    # The head of a row.
+    pooling = reader.choose('classifier_pooling', 'cls', {
+        name: name for name in heads.POOLINGS})
+    if fields['head'] != 'sequence':
+      pooling = 'cls'
 
-def _write(c: ModelConfig) -> dict:
-  kinds = c.layers(c.num_layers)
-  types = [tuple(TYPES)[kind.attention == 'banded'] for kind in kinds]
-  thetas = {type_: theta for type_, (_, theta) in TYPES.items()} | {
-      type_: kind.part(RopeConfig).theta for type_, kind in zip(types, kinds)}
-  windows = [kind.sliding_window for kind in kinds if kind.sliding_window]
-  return dict(
-      dict.fromkeys(IDS), norm_bias=c.norm == 'layernorm', layer_types=types,
-      classifier_pooling=c.pooling,
-      local_attention=2 * (max(windows, default=65) - 1),
-      rope_parameters={type_: dict(rope_type='default', rope_theta=theta)
-                       for type_, theta in thetas.items()})
+    # The positions of each kind.
+    reader.must(rope_scaling=None)
+    sections = reader.section('rope_parameters')
+    ropes = {}
+    for word, (name, theta) in TYPES.items():
+      section = sections.section(word)
+      section.must(rope_type='default')
+      theta = reader(f'{name}_rope_theta', theta)
+      ropes[name] = dict(theta=section('rope_theta', theta))
 
+    # The order of the layers, of which the first has one norm less.
+    layers = fields['num_layers']
+    every = reader('global_attn_every_n_layers', 3)
+    types = layer_types.each(reader, 'layer_types', layers, TYPES)
+    if not types:
+      types = [layer_types.WINDOW if n % every else layer_types.WHOLE
+               for n in range(layers)]
+    names = [TYPES[word][0] for word in types]
+    window = reader.count('local_attention', 128) // 2 + 1
+    kinds = {'global': {}, 'local': dict(window=window, rope=ropes['local'])}
+    kinds['first'] = kinds[names[0]] | dict(block='ffn_norm')
+    has_bias = reader('norm_bias', False)
+    return layer_types.named(['first', *names[1:]], kinds) | dict(
+        pooling=pooling, rope=ropes['global'],
+        norm='layernorm' if has_bias else 'layernorm_no_bias')
 
-HF = hf.HuggingFace(
-    'modernbert', 'ModernBertForMaskedLM',
-    names=(
-        ('embed/tokens', 'VD', 'model.embeddings.tok_embeddings.weight', 'V D'),
-        *hf.norm('embed/norm', 'model.embeddings.norm'),
-        *hf.under(
-            'encoder/layers', 'model.layers.{n}',
-            *hf.norm('attention_norm', 'attn_norm'),
-            *hf.dense('attention/query|key|value', 'DHK', 'attn.Wqkv', '3HK D'),
-            *hf.dense('attention/out', 'HKD', 'attn.Wo', 'D HK'),
-            *hf.norm('ffn_norm', 'mlp_norm'),
-            *hf.dense('ffn/gate|up', 'DF', 'mlp.Wi', '2F D'),
-            *hf.dense('ffn/down', 'FD', 'mlp.Wo', 'D F')),
-        *hf.norm('encoder/final_norm', 'model.final_norm'),
-        ('transform', 'DU', 'head.dense.weight', 'U D'),
-        *hf.norm('transform_norm', 'head.norm'),
-        ('head/kernel', 'DV', 'decoder.weight', 'V D'),
-        ('head/bias', 'V', 'decoder.bias', 'V')),
-    fields=hf.fields(
-        hidden_size=768, num_hidden_layers=22, num_attention_heads=12,
-        intermediate_size=1152, vocab_size=50368, max_position_embeddings=8192,
-        norm_eps=1e-5, attention_bias=False, mlp_bias=False,
-        tie_word_embeddings=True) | {
-            'ffn': ('hidden_activation', 'gelu', hf.GATED),
-            'logits_bias': ('decoder_bias', True)},
-    only=dict(classifier_bias=False, classifier_activation='gelu'),
-    unread=('deterministic_flash_attn', 'sparse_prediction',
-            'sparse_pred_ignore_index'),
-    read=_read, write=_write,
-    tied={'decoder.weight': 'model.embeddings.tok_embeddings.weight'},
-    spellings=(('model.', ''),),
-    optional={hf.MASKED_WORDS: r'(head|decoder)\..*'},
-    heads=hf.heads('ModernBert', sequence='classifier') | {
-        'span': hf.TaskHead('ModernBertForQuestionAnswering', 'classifier')})
+  def write(self, c: ModelConfig) -> dict:
+    thetas = {word: theta for word, (_, theta) in TYPES.items()}
+    types, windows = [], []
+    for layer in c.layers(c.num_layers):
+      word = layer_types.type_of(layer)
+      types.append(word)
+      thetas[word] = layer.part(RopeConfig).theta
+      if layer.sliding_window:
+        windows.append(layer.sliding_window)
+    window = max(windows, default=65)
+    ropes = {word: dict(rope_type='default', rope_theta=theta)
+             for word, theta in thetas.items()}
+    return dict.fromkeys(IDS) | dict(
+        norm_bias=c.norm == 'layernorm', layer_types=types,
+        classifier_pooling=c.pooling, local_attention=2 * (window - 1),
+        rope_parameters=ropes)

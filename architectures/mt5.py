@@ -11,8 +11,11 @@ scale the logits of an mT5 whose head is tied, and goes by the tensors, not by
 tie_word_embeddings, for whether it is; the head of an export is its own.
 """
 
+from collections.abc import Collection
+
 from architectures import t5
 from architectures.parts import hf
+from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import EncoderDecoder
 
 
@@ -22,18 +25,22 @@ class MT5(EncoderDecoder):
                              logits_scale=1.0)
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  t5.check_ffn(reader, fields)
-  return {}
-
-
 SIZES = hf.fields(vocab_size=250112, d_ff=1024, num_layers=8, num_heads=6) | {
     'ffn': ('feed_forward_proj', 'gated-gelu', t5.FFNS)}
 
-HF = t5.HF._replace(
-    model_type='mt5', architecture='MT5ForConditionalGeneration',
-    fields={name: row for name, row in (t5.FIELDS | SIZES).items()
-            if name != 'tie_embeddings'},
-    unread=(*t5.HF.unread, 'tie_word_embeddings'),
-    read=_read, write=lambda c: t5.write(c) | dict(tie_word_embeddings=False),
-    of_files=lambda names: dict(tie_embeddings='lm_head.weight' not in names))
+
+class HF(t5.HF):
+  model_type = 'mt5'
+  architecture = 'MT5ForConditionalGeneration'
+  fields = hf.without(t5.FIELDS | SIZES, 'tie_embeddings')
+  unread = (*t5.HF.unread, 'tie_word_embeddings')
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    t5.check_ffn(reader, fields)
+    return {}
+
+  def write(self, c: ModelConfig) -> dict:
+    return super().write(c) | dict(tie_word_embeddings=False)
+
+  def of_files(self, names: Collection[str]) -> dict:
+    return dict(tie_embeddings='lm_head.weight' not in names)

@@ -27,10 +27,11 @@ BASE = llama.ends() + llama.layers(
     ('ffn_out_norm/scale', 'D', 'post_feedforward_layernorm.weight', 'D'))
 ATTENTION = (*llama.attention(), *llama.head_norms('U'))
 
-HF = hf.HuggingFace(
-    'olmo2', 'Olmo2ForCausalLM', names=BASE + llama.layers(*ATTENTION),
-    fields={name: row for name, row in llama.HF.fields.items()
-            if name != 'ffn_bias'} | hf.fields(
-                vocab_size=50304, rms_norm_eps=1e-5),
-    read=llama.read, write=llama.write,
-    heads=hf.heads('Olmo2', only=('sequence',)), **llama.FILES)
+
+class HF(llama.Family):
+  model_type = 'olmo2'
+  architecture = 'Olmo2ForCausalLM'
+  names = BASE + llama.layers(*ATTENTION)
+  fields = hf.without(llama.HF.fields, 'ffn_bias') | hf.fields(
+      vocab_size=50304, rms_norm_eps=1e-5)
+  heads = hf.heads('Olmo2', only=('sequence',))

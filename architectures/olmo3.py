@@ -24,24 +24,25 @@ class OLMo3(Decoder):
       kinds={'local': dict(window=64), 'global': dict(window=0)})
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  # Outside of rope_parameters, transformers takes it for one kind alone.
-  reader.must(rope_theta=5e5)
-  local, whole = rope_fields.read_by_kind(
-      reader, (layer_types.WINDOW, ('rope_theta', 5e5)),
-      (layer_types.WHOLE, ('rope_theta', 5e5)))
-  layers = fields['num_layers']
-  types = layer_types.listed(reader, layers, lambda n: (n + 1) % 4)
-  of_kinds = {} if local == whole else {layer_types.WINDOW: dict(rope=local)}
-  return dict(rope=whole) | layer_types.read(
-      types, layers, layer_types.window(reader), of_kinds)
+class HF(olmo2.HF):
+  model_type = 'olmo3'
+  architecture = 'Olmo3ForCausalLM'
+  heads = hf.heads('Olmo3', only=('sequence',))
 
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    # Outside of rope_parameters, transformers takes it for one kind alone.
+    reader.must(rope_theta=5e5)
+    local, whole = rope_fields.read_by_kind(
+        reader, (layer_types.WINDOW, ('rope_theta', 5e5)),
+        (layer_types.WHOLE, ('rope_theta', 5e5)))
+    of_kinds = {}
+    if local != whole:
+      of_kinds[layer_types.WINDOW] = dict(rope=local)
+    layers = fields['num_layers']
+    types = layer_types.listed(reader, layers, lambda n: (n + 1) % 4)
+    window = layer_types.window(reader)
+    return layer_types.read(types, layers, window, of_kinds) | dict(rope=whole)
 
-def _write(c: ModelConfig) -> dict:
-  return layer_types.write(c) | dict(
-      rope_parameters=rope_fields.write_by_kind(c))
-
-
-HF = olmo2.HF._replace(
-    model_type='olmo3', architecture='Olmo3ForCausalLM', read=_read,
-    write=_write, heads=hf.heads('Olmo3', only=('sequence',)))
+  def write(self, c: ModelConfig) -> dict:
+    return layer_types.write(c) | dict(
+        rope_parameters=rope_fields.write_by_kind(c))

@@ -28,35 +28,6 @@ class OlmoHybrid(Decoder):
       deltanet=dict(negative=True))
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  layers = fields['num_layers']
-  layer_types.check_number('num_hidden_layers', layers)
-  types = layer_types.each(reader, 'layer_types', layers, layer_types.MIXERS)
-  names = [layer_types.MIXERS[word] for word in types] or [
-      'full' if n % 4 == 3 or n == layers - 1 < 3 else 'linear'
-      for n in range(layers)]
-  rope, named = rope_fields.read(reader), reader('rope_parameters', {})
-  turns = (named.get('rope_theta', 1) is not None if named
-           else not reader.is_null('rope_theta'))
-  return layer_types.named(names, KINDS) | dict(
-      deltanet=dict(norm_eps=1e-5)) | (
-          dict(rope=rope) if turns else dict(position='none'))
-
-
-def _write(c: ModelConfig) -> dict:
-  return dict(
-      layer_types=layer_types.write_mixers(c)['layer_types'],
-      rope_parameters=rope_fields.write(c) if c.position != 'none' else dict(
-          rope_type='default', rope_theta=None),
-      **dict.fromkeys(phi3.IDS))  # else ids of the published vocabulary
-
-
-def _check(c: ModelConfig) -> None:
-  layer_types.check_attention(c)
-  require(blocks.with_state(c), 'all layers attend: transformers runs an '
-          'olmo_hybrid with some recurrences only')
-
-
 LINEAR = hf.under(
     'attention', 'linear_attn',
     ('query', 'DJK', 'q_proj.weight', 'JK D'),
@@ -74,26 +45,73 @@ BASE = olmo2.BASE + llama.layers(
     ('attention_norm/scale', 'D', 'attention_layer_norm.weight', 'D'),
     ('ffn_norm/scale', 'D', 'feedforward_layer_norm.weight', 'D'))
 
-HF = hf.HuggingFace(
-    'olmo_hybrid', 'OlmoHybridForCausalLM',
-    names=lambda c: BASE + hf.by_block(
-        c, 'model.layers.{n}', lambda layer: LINEAR
-        if layer.mixer == 'deltanet' else olmo2.ATTENTION),
-    fields=olmo2.HF.fields | hf.fields(
-        hidden_size=3840, num_attention_heads=30, vocab_size=100352,
-        max_position_embeddings=65536, rms_norm_eps=1e-6,
-        linear_num_key_heads=hf.EACH_HEAD, linear_num_value_heads=hf.EACH_HEAD,
-        linear_key_head_dim=lambda fields: int(
-            0.75 * fields['d_model'] / fields['deltanet.key_heads']),
-        linear_value_head_dim=lambda fields: 2 * fields['deltanet.key_dim'],
-        linear_conv_kernel_dim=4) | {
-            'ffn': qwen3_next.SILU,
-            'deltanet.negative': ('linear_allow_neg_eigval', True)},
-    # How weights are drawn.
-    unread=('linear_a_log_min', 'linear_a_log_max', 'linear_dt_min',
-            'linear_dt_max', 'linear_dt_init_floor'),
-    read=_read, write=_write, check=_check, tied=llama.FILES['tied'],
-    # transformers writes it so in the layers that attend, too.
-    spellings=(*llama.HF.spellings, ('post_attention_layernorm',
-                                     'feedforward_layer_norm')),
-    ignored=llama.HF.ignored)
+
+def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer's mixer."""
+  return LINEAR if c.mixer == 'deltanet' else olmo2.ATTENTION
+
+
+def _key_dim(fields: dict) -> int:
+  """Returns linear_key_head_dim where a config.json does not say."""
+  return int(0.75 * fields['d_model'] / fields['deltanet.key_heads'])
+
+class HF(llama.Family):
+  model_type = 'olmo_hybrid'
+  architecture = 'OlmoHybridForCausalLM'
+  fields = olmo2.HF.fields | hf.fields(
+      hidden_size=3840, num_attention_heads=30, vocab_size=100352,
+      max_position_embeddings=65536, rms_norm_eps=1e-6,
+      linear_num_key_heads=hf.each_head, linear_num_value_heads=hf.each_head,
+      linear_key_head_dim=_key_dim,
+      linear_value_head_dim=lambda fields: 2 * fields['deltanet.key_dim'],
+      linear_conv_kernel_dim=4) | {
+          'ffn': qwen3_next.SILU,
+          'deltanet.negative': ('linear_allow_neg_eigval', True)}
+  # How weights are drawn.
+  unread = ('linear_a_log_min', 'linear_a_log_max', 'linear_dt_min',
+            'linear_dt_max', 'linear_dt_init_floor')
+  # transformers writes it so in the layers that attend, too.
+  spellings = (*llama.HF.spellings, ('post_attention_layernorm',
+                                     'feedforward_layer_norm'))
+
+  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
+    return BASE + hf.by_block(c, 'model.layers.{n}', _mixer)
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    # The order of the layers.
+    layers = fields['num_layers']
+    layer_types.check_number('num_hidden_layers', layers)
+    types = layer_types.each(reader, 'layer_types', layers, layer_types.MIXERS)
+    names = [layer_types.MIXERS[word] for word in types]
+    if not types:
+      names = ['full' if n % 4 == 3 else 'linear' for n in range(layers)]
+      if 'full' not in names:
+        names[-1] = 'full'
+
+    # Positions, which a theta of null takes away.
+    rope, named = rope_fields.read(reader), reader('rope_parameters', {})
+    if named:
+      turns = named.get('rope_theta', 1) is not None
+    else:
+      turns = not reader.is_null('rope_theta')
+    ours = layer_types.named(names, KINDS)
+    ours['deltanet'] = dict(norm_eps=1e-5)
+    if turns:
+      ours['rope'] = rope
+    else:
+      ours['position'] = 'none'
+    return ours
+
+  def write(self, c: ModelConfig) -> dict:
+    rope = dict(rope_type='default', rope_theta=None)
+    if c.position != 'none':
+      rope = rope_fields.write(c)
+    return dict(
+        layer_types=layer_types.write_mixers(c)['layer_types'],
+        rope_parameters=rope,
+        **dict.fromkeys(phi3.IDS))  # else ids of the published vocabulary
+
+  def check(self, c: ModelConfig) -> None:
+    layer_types.check_attention(c)
+    require(blocks.with_state(c), 'all layers attend: transformers runs an '
+            'olmo_hybrid with some recurrences only')

@@ -35,50 +35,48 @@ SCALINGS = {'default': 'none', 'longrope': 'longrope', 'su': 'longrope',
 IDS = [f'{name}_token_id' for name in ('bos', 'eos', 'pad')]
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  window = reader('sliding_window', 0)
-  rope = rope_fields.read(reader, fraction=('partial_rotary_factor', 1.0),
-                          words=SCALINGS, original=4096)
-  return dict(rope=rope, attention='banded' if window else 'global',
-              sliding_window=window)
+class HF(llama.Family):
+  model_type = 'phi3'
+  architecture = 'Phi3ForCausalLM'
+  names = llama.ends() + llama.layers(
+      *llama.norms(),
+      ('attention/query|key|value', 'DHK|DJK|DJK',
+       'self_attn.qkv_proj.weight', 'HK+JK+JK D'),
+      ('attention/out', 'HKD', 'self_attn.o_proj.weight', 'D HK'),
+      ('ffn/gate|up', 'DF', 'mlp.gate_up_proj.weight', '2F D'),
+      ('ffn/down', 'FD', 'mlp.down_proj.weight', 'D F'))
+  fields = hf.fields(
+      hidden_size=3072, num_hidden_layers=32, num_attention_heads=32,
+      num_key_value_heads=hf.each_head, head_dim=hf.split_width,
+      intermediate_size=8192, vocab_size=32064, max_position_embeddings=4096,
+      rms_norm_eps=1e-5, tie_word_embeddings=False) | {'ffn': hf.SILU}
+  # Published files have these, Phi-4-mini's all: transformers has no such
+  # bias, a window in every layer, and its own class in place of the program
+  # that auto_map names.
+  only = dict(lm_head_bias=False, full_attn_mod=1, interpolate_factor=1)
+  ignored = ()
+  heads = hf.heads('Phi3', tokens='score', only=('sequence', 'tokens'))
 
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    window = reader('sliding_window', 0)
+    attention = 'banded' if window else 'global'
+    rope = rope_fields.read(reader, fraction=('partial_rotary_factor', 1.0),
+                            words=SCALINGS, original=4096)
+    return dict(rope=rope, attention=attention, sliding_window=window)
 
-def _check(c: ModelConfig) -> None:
-  rope = c.part(RopeConfig)
-  require(rope.scaling != 'longrope' or c.num_heads * c.head_dim == c.d_model,
-          f'model.num_heads is {c.num_heads} of {c.head_dim} features, which '
-          f'are not model.d_model {c.d_model}: transformers counts the factors '
-          'of a phi3 by the width over the heads')
+  def write(self, c: ModelConfig) -> dict:
+    rope = c.part(RopeConfig)
+    parameters = rope_fields.write(c, whole_heads=False, words=SCALINGS)
+    tree = dict(rope_parameters=parameters,
+                sliding_window=c.sliding_window or None, **dict.fromkeys(IDS))
+    if rope.scaling == 'longrope':
+      tree['original_max_position_embeddings'] = rope.original_len
+    return tree
 
-
-def _write(c: ModelConfig) -> dict:
-  rope = c.part(RopeConfig)
-  return dict(rope_parameters=rope_fields.write(c, whole_heads=False,
-                                                words=SCALINGS),
-              sliding_window=c.sliding_window or None,
-              **dict.fromkeys(IDS)) | (
-                  dict(original_max_position_embeddings=rope.original_len)
-                  if rope.scaling == 'longrope' else {})
-
-
-HF = hf.HuggingFace(
-    'phi3', 'Phi3ForCausalLM',
-    names=llama.ends() + llama.layers(
-        *llama.norms(),
-        ('attention/query|key|value', 'DHK|DJK|DJK',
-         'self_attn.qkv_proj.weight', 'HK+JK+JK D'),
-        ('attention/out', 'HKD', 'self_attn.o_proj.weight', 'D HK'),
-        ('ffn/gate|up', 'DF', 'mlp.gate_up_proj.weight', '2F D'),
-        ('ffn/down', 'FD', 'mlp.down_proj.weight', 'D F')),
-    fields=hf.fields(
-        hidden_size=3072, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=hf.EACH_HEAD, head_dim=hf.SPLIT_WIDTH,
-        intermediate_size=8192, vocab_size=32064, max_position_embeddings=4096,
-        rms_norm_eps=1e-5, tie_word_embeddings=False) | {'ffn': hf.SILU},
-    # Published files have these, Phi-4-mini's all: transformers has no such
-    # bias, a window in every layer, and its own class in place of the program
-    # that auto_map names.
-    only=dict(lm_head_bias=False, full_attn_mod=1, interpolate_factor=1),
-    read=_read, write=_write, check=_check,
-    heads=hf.heads('Phi3', tokens='score', only=('sequence', 'tokens')),
-    **llama.FILES | dict(ignored=()))
+  def check(self, c: ModelConfig) -> None:
+    if c.part(RopeConfig).scaling != 'longrope':
+      return
+    require(c.num_heads * c.head_dim == c.d_model, 'model.num_heads is '
+            f'{c.num_heads} of {c.head_dim} features, which are not '
+            f'model.d_model {c.d_model}: transformers counts the factors of a '
+            'phi3 by the width over the heads')

@@ -23,37 +23,38 @@ class Qwen2(Decoder):
                                    attention_out_bias=False)
 
 
-def read(reader: hf.Reader, fields: dict) -> dict:
-  """Returns the fields that Qwen2 and Qwen3 do not name one by one."""
-  layers, first = fields['num_layers'], reader.count('max_window_layers', 28)
-  window = layer_types.window(reader) * reader('use_sliding_window', False)
-  types = layer_types.listed(reader, layers, lambda n: window and n >= first)
-  read_fields = llama.read(reader, fields) | layer_types.read(
-      types, layers, window)
-  if reader.is_null('num_key_value_heads'):  # left out, there are 32
-    read_fields['num_kv_heads'] = fields['num_heads']
-  return read_fields
-
-
-def write(c: ModelConfig) -> dict:
-  """Returns the same for a config.json."""
-  tree = layer_types.write(c)
-  windows = [n for n, word in enumerate(tree['layer_types'])
-             if word == layer_types.WINDOW]
-  return tree | llama.write(c) | dict(
-      use_sliding_window=bool(windows),
-      max_window_layers=min(windows, default=c.num_layers))
-
-
 FIELDS = mistral.FIELDS | hf.fields(
     num_key_value_heads=32, intermediate_size=22016, vocab_size=151936,
     max_position_embeddings=32768)
 
-HF = hf.HuggingFace(
-    'qwen2', 'Qwen2ForCausalLM',
-    names=tuple(row for row in llama.HF.names
-                if row[0] != 'decoder/layers/attention/out_bias'),
-    fields=FIELDS,
-    # Published files say so; transformers reads it in Qwen2-VL alone.
-    only=dict(use_mrope=False), read=read, write=write,
-    heads=hf.heads('Qwen2', tokens='score', span=llama.SPAN), **llama.FILES)
+
+class HF(llama.Family):
+  model_type = 'qwen2'
+  architecture = 'Qwen2ForCausalLM'
+  names = tuple(row for row in llama.HF.names
+                if row[0] != 'decoder/layers/attention/out_bias')
+  fields = FIELDS
+  # Published files say so; transformers reads it in Qwen2-VL alone.
+  only = dict(use_mrope=False)
+  heads = hf.heads('Qwen2', tokens='score', span=llama.SPAN)
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    layers = fields['num_layers']
+    first = reader.count('max_window_layers', 28)
+    window = layer_types.window(reader)
+    if not reader('use_sliding_window', False):
+      window = 0
+    types = layer_types.listed(reader, layers, lambda n: window and n >= first)
+    ours = super().read(reader, fields)
+    ours |= layer_types.read(types, layers, window)
+    if reader.is_null('num_key_value_heads'):  # left out, there are 32
+      ours['num_kv_heads'] = fields['num_heads']
+    return ours
+
+  def write(self, c: ModelConfig) -> dict:
+    tree = layer_types.write(c)
+    windows = [n for n, word in enumerate(tree['layer_types'])
+               if word == layer_types.WINDOW]
+    return tree | super().write(c) | dict(
+        use_sliding_window=bool(windows),
+        max_window_layers=min(windows, default=c.num_layers))

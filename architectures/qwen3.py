@@ -19,9 +19,10 @@ class Qwen3(Decoder):
   PARTS = llama.LLaMA.PARTS | dict(qk_norm=True, qk_norm_over='head')
 
 
-HF = hf.HuggingFace(
-    'qwen3', 'Qwen3ForCausalLM',
-    names=llama.HF.names + llama.layers(*llama.head_norms()),
-    fields=qwen2.FIELDS | hf.fields(head_dim=128, attention_bias=False),
-    read=qwen2.read, write=qwen2.write,
-    heads=hf.heads('Qwen3', tokens='score', span=llama.SPAN), **llama.FILES)
+class HF(qwen2.HF):
+  model_type = 'qwen3'
+  architecture = 'Qwen3ForCausalLM'
+  names = llama.HF.names + llama.layers(*llama.head_norms())
+  fields = qwen2.FIELDS | hf.fields(head_dim=128, attention_bias=False)
+  only = {}
+  heads = hf.heads('Qwen3', tokens='score', span=llama.SPAN)

@@ -28,21 +28,6 @@ class Qwen35(Decoder):
   PARTS = qwen3_next.HYBRID
 
 
-def read(reader: hf.Reader, fields: dict) -> dict:
-  """Returns the fields of the layers and of their positions."""
-  reader.must(decoder_sparse_step=1, mlp_only_layers=[])
-  return layer_types.read_mixers(
-      reader, fields['num_layers'], 'deltanet') | dict(rope=rope_fields.read(
-          reader, fraction=('partial_rotary_factor', 0.25),
-          unread=('mrope_section',)))
-
-
-def write(c: ModelConfig) -> dict:
-  """Returns the same for a config.json."""
-  return dict(layer_types=layer_types.write_mixers(c)['layer_types'],
-              rope_parameters=rope_fields.write(c, whole_heads=False))
-
-
 def mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
   """Returns the rows of a layer's mixer."""
   if c.mixer != 'deltanet':
@@ -55,17 +40,34 @@ def mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
       ('decay', 'DH', 'in_proj_a.weight', 'H D'), *qwen3_next.STATE)
 
 
-HF = hf.HuggingFace(
-    'qwen3_5_text', 'Qwen3_5ForCausalLM',
-    names=lambda c: qwen3_next.BASE + hf.by_block(
-        c, 'model.layers.{n}', mixer),
-    fields=hf.fields(
-        hidden_size=4096, num_hidden_layers=32, num_attention_heads=16,
-        num_key_value_heads=4, head_dim=256, intermediate_size=12288,
-        vocab_size=248320, max_position_embeddings=32768, rms_norm_eps=1e-6,
-        attention_bias=False, tie_word_embeddings=False
-    ) | qwen3_next.DELTANET | {'ffn': qwen3_next.SILU},
-    only=dict(attn_output_gate=True, output_gate_type='swish'),
-    read=read, write=write, check=layer_types.check_attention,
-    optional=qwen3_next.HF.optional,
-    heads=hf.heads('Qwen3_5Text', only=('sequence',)), **llama.FILES)
+class HF(llama.Family):
+  model_type = 'qwen3_5_text'
+  architecture = 'Qwen3_5ForCausalLM'
+  fields = hf.fields(
+      hidden_size=4096, num_hidden_layers=32, num_attention_heads=16,
+      num_key_value_heads=4, head_dim=256, intermediate_size=12288,
+      vocab_size=248320, max_position_embeddings=32768, rms_norm_eps=1e-6,
+      attention_bias=False, tie_word_embeddings=False
+  ) | qwen3_next.DELTANET | {'ffn': qwen3_next.SILU}
+  only = dict(attn_output_gate=True, output_gate_type='swish')
+  optional = qwen3_next.HF.optional
+  heads = hf.heads('Qwen3_5Text', only=('sequence',))
+
+  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
+    return qwen3_next.BASE + hf.by_block(
+      c, 'model.layers.{n}', mixer)
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    reader.must(decoder_sparse_step=1, mlp_only_layers=[])
+    ours = layer_types.read_mixers(reader, fields['num_layers'], 'deltanet')
+    ours['rope'] = rope_fields.read(
+        reader, fraction=('partial_rotary_factor', 0.25),
+        unread=('mrope_section',))
+    return ours
+
+  def write(self, c: ModelConfig) -> dict:
+    return dict(layer_types=layer_types.write_mixers(c)['layer_types'],
+                rope_parameters=rope_fields.write(c, whole_heads=False))
+
+  def check(self, c: ModelConfig) -> None:
+    layer_types.check_attention(c)

@@ -23,22 +23,19 @@ class Qwen35MoE(Decoder):
       qwen3_next.Qwen3Next.PARTS['moe'], top_k=8))
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  return qwen3_5.read(reader, fields) | dict(
-      moe=qwen3_next.read_experts(reader, fields))
+class HF(qwen3_5.HF):
+  model_type = 'qwen3_5_moe_text'
+  architecture = 'Qwen3_5MoeForCausalLM'
+  fields = hf.without(qwen3_5.HF.fields, 'd_ff', 'ffn') | hf.fields(
+      hidden_size=2048, num_hidden_layers=40, num_key_value_heads=2,
+      moe_intermediate_size=512, num_experts=256, num_experts_per_tok=8,
+      router_aux_loss_coef=0.001) | {'moe.ffn': qwen3_next.SILU}
+  unread = ('intermediate_size',)
+  heads = {}
 
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    moe = qwen3_next.read_experts(reader, fields)
+    return super().read(reader, fields) | dict(moe=moe)
 
-def _write(c: ModelConfig) -> dict:
-  return qwen3_5.write(c) | qwen3_next.write_experts(c)
-
-
-HF = qwen3_5.HF._replace(
-    model_type='qwen3_5_moe_text', architecture='Qwen3_5MoeForCausalLM',
-    fields={name: row for name, row in qwen3_5.HF.fields.items()
-            if name not in ('d_ff', 'ffn')} | hf.fields(
-                hidden_size=2048, num_hidden_layers=40, num_key_value_heads=2,
-                moe_intermediate_size=512, num_experts=256,
-                num_experts_per_tok=8, router_aux_loss_coef=0.001) | {
-                    'moe.ffn': qwen3_next.SILU},
-    unread=('intermediate_size',),
-    read=_read, write=_write, heads={})
+  def write(self, c: ModelConfig) -> dict:
+    return super().write(c) | qwen3_next.write_experts(c)

@@ -42,28 +42,17 @@ class Qwen3Next(Decoder):
 
 
 def read_experts(reader: hf.Reader, fields: dict) -> dict:
-  """Returns model.moe, as far as its fields are no table's."""
+  """Returns the fields of model.moe that the table does not have."""
   hf.check_gates(fields)
-  return dict(shared_experts=hf.shared_experts(
-      reader, 'shared_expert_intermediate_size', 512, fields['moe.d_ff']))
-
-
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  return layer_types.read_mixers(
-      reader, fields['num_layers'], 'deltanet') | dict(
-      rope=rope_fields.read(reader, fraction=('partial_rotary_factor', 0.25)),
-      moe=read_experts(reader, fields))
+  times = hf.shared_experts(reader, 'shared_expert_intermediate_size', 512,
+                            fields['moe.d_ff'])
+  return dict(shared_experts=times)
 
 
 def write_experts(c: ModelConfig) -> dict:
-  """Returns the same for a config.json."""
+  """Returns the field of a config.json that `read_experts` reads."""
   moe = c.part(MoEConfig)
   return dict(shared_expert_intermediate_size=moe.shared_experts * moe.d_ff)
-
-
-def _write(c: ModelConfig) -> dict:
-  return layer_types.write_mixers(c) | write_experts(c) | dict(
-      rope_parameters=rope_fields.write(c, whole_heads=False))
 
 
 BASE = (
@@ -110,19 +99,36 @@ DELTANET = hf.fields(
     linear_value_head_dim=128, linear_conv_kernel_dim=4)
 # Of the convolutions too, which are SiLU's here.
 SILU = 'hidden_act', 'silu', {'silu': 'swiglu'}
-HF = hf.HuggingFace(
-    'qwen3_next', 'Qwen3NextForCausalLM',
-    names=lambda c: BASE + hf.by_block(c, 'model.layers.{n}', _mixer),
-    fields=hf.fields(
-        hidden_size=2048, num_hidden_layers=48, num_attention_heads=16,
-        num_key_value_heads=2, head_dim=256, intermediate_size=5632,
-        vocab_size=151936, max_position_embeddings=32768, rms_norm_eps=1e-6,
-        attention_bias=False, tie_word_embeddings=False,
-        moe_intermediate_size=512, num_experts=512, num_experts_per_tok=10,
-        norm_topk_prob=True, router_aux_loss_coef=0.001
-    ) | DELTANET | {'moe.ffn': SILU},
-    only=dict(use_sliding_window=False), read=_read, write=_write,
-    check=layer_types.check_attention,
-    optional={'module that predicts a second token': r'mtp\..*'},
-    heads=hf.heads('Qwen3Next', tokens='score', span=llama.SPAN),
-    **llama.FILES)
+
+
+class HF(llama.Family):
+  model_type = 'qwen3_next'
+  architecture = 'Qwen3NextForCausalLM'
+  fields = hf.fields(
+      hidden_size=2048, num_hidden_layers=48, num_attention_heads=16,
+      num_key_value_heads=2, head_dim=256, intermediate_size=5632,
+      vocab_size=151936, max_position_embeddings=32768, rms_norm_eps=1e-6,
+      attention_bias=False, tie_word_embeddings=False,
+      moe_intermediate_size=512, num_experts=512, num_experts_per_tok=10,
+      norm_topk_prob=True, router_aux_loss_coef=0.001
+  ) | DELTANET | {'moe.ffn': SILU}
+  only = dict(use_sliding_window=False)
+  optional = {'module that predicts a second token': r'mtp\..*'}
+  heads = hf.heads('Qwen3Next', tokens='score', span=llama.SPAN)
+
+  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
+    return BASE + hf.by_block(c, 'model.layers.{n}', _mixer)
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    ours = layer_types.read_mixers(reader, fields['num_layers'], 'deltanet')
+    ours['rope'] = rope_fields.read(
+        reader, fraction=('partial_rotary_factor', 0.25))
+    ours['moe'] = read_experts(reader, fields)
+    return ours
+
+  def write(self, c: ModelConfig) -> dict:
+    return layer_types.write_mixers(c) | write_experts(c) | dict(
+        rope_parameters=rope_fields.write(c, whole_heads=False))
+
+  def check(self, c: ModelConfig) -> None:
+    layer_types.check_attention(c)

@@ -46,51 +46,6 @@ TYPES = {layer_types.LINEAR: 'linear', 'indexed_attention': 'full',
          layer_types.WHOLE: 'full'}
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  layers, every = fields['num_layers'], reader('full_attention_interval', 4)
-  layer_types.check_number('num_hidden_layers', layers)
-  reader.must(indexer_kv_heads=1, split_ngram_parts=1, seed=lookup.SEED,
-              make_ngram_vocab_size_divisible_by=lookup.PADDED_TO)
-  words = layer_types.each(reader, 'layer_types', layers, TYPES)
-  names = [TYPES[word] for word in words] or [
-      'linear' if (n + 1) % every else 'full' for n in range(layers)]
-  looked_up, ends = map(reader.listed, ('ple_layer_ids', 'eos_token_id'))
-  require(len(looked_up) == 1 and looked_up[0] in [
-      n for n, name in enumerate(names, 1) if name == 'linear'], 'config.json '
-          f'has ple_layer_ids {short(looked_up)}: n-grams are known in one '
-          'layer, of linear_attention')
-  names[looked_up[0] - 1] = 'ngrams'
-  tables = (fields['ngrams.order'] - 1) * fields['ngrams.heads']
-  return layer_types.named(names, KINDS) | dict(
-      ngrams=dict(
-          stops=True, size=reader('ple_embed_dim', fields['d_model']) // tables,
-          pad_token=ends[0] if ends else reader.count('eos_token_id', 0)),
-      moe=qwen3_next.read_experts(reader, fields), rope=rope_fields.read(
-          reader, fraction=('partial_rotary_factor', 1.0),
-          unread=('mrope_section',)))
-
-
-def _write(c: ModelConfig) -> dict:
-  layers = c.layers(c.num_layers)
-  ngrams = c.part(NGramsConfig)
-  return qwen3_5_moe.HF.write(c) | dict(
-      ple_layer_ids=[n for n, layer in enumerate(layers, 1)
-                     if layer.memory == 'engram'],
-      ple_embed_dim=ngrams.tables * ngrams.size, indexer_kv_heads=1,
-      split_ngram_parts=1, eos_token_id=ngrams.pad_token)
-
-
-def _constants(c: ModelConfig) -> dict[str, np.ndarray]:
-  """Returns what n-grams are hashed by, which their files hold too."""
-  ngrams = c.part(NGramsConfig)
-  sizes = lookup.primes(ngrams.rows, ngrams.tables)
-  return {f'model.layers.{n - 1}.ple.ple_embedding.{name}': np.array(
-      x, np.int64) for n in _write(c)['ple_layer_ids'] for name, x in dict(
-          layer_multipliers=lookup.multipliers(c.vocab_size, ngrams.order),
-          ngram_heads_vocab_sizes=sizes,
-          ngram_heads_offsets=np.cumsum((0, *sizes[:-1]))).items()}
-
-
 def _streams(ours: str, theirs: str) -> tuple[hf.Row, ...]:
   return hf.under(
       ours, theirs, ('norm/offset', 'UD', 'hc_norm.weight', 'UD'),
@@ -119,25 +74,84 @@ def _layer(c: ModelConfig) -> tuple[hf.Row, ...]:
           *qwen3_5.mixer(c))
 
 
-HF = qwen3_5_moe.HF._replace(
-    model_type='qwen4_exp_text', architecture='Qwen4ExpForCausalLM',
-    names=lambda c: (
-        *qwen3_next.BASE, *hf.by_block(c, 'model.layers.{n}', _layer),
-        *_streams('decoder/final_streams', 'model.hyper_connection_mixer')),
-    fields=qwen3_5_moe.HF.fields | hf.fields(
-        num_experts=512, num_experts_per_tok=10, norm_topk_prob=True) | {
-            'streams.count': ('hc_count', 4),
-            'streams.rank': ('hc_lowrank', 320),
-            'indexer.heads': ('indexer_n_heads', 4),
-            'indexer.head_dim': ('indexer_head_dim', 128),
-            'indexer.top_k': ('indexer_budget', 2048),
-            'indexer.block': ('indexer_compress_ratio', 4),
-            'ngrams.order': ('ngram_size', 3),
-            'ngrams.heads': ('heads_per_ngram', 8),
-            'ngrams.rows': ('ngram_vocab_size_base', 20_000_000),
-            'ngrams.kernel': ('ple_conv_kernel_size', 4),
-            'deltanet.gate': ('output_gate_type', 'silu', {
-                'silu': 'silu', 'sigmoid': 'sigmoid'})},
-    only=dict(attn_output_gate=True),
-    unread=(*qwen3_5_moe.HF.unread, 'number_of_conv_states'), read=_read,
-    write=_write, constants=_constants, fixed=('eos_token_id',))
+class HF(qwen3_5_moe.HF):
+  model_type = 'qwen4_exp_text'
+  architecture = 'Qwen4ExpForCausalLM'
+  fields = qwen3_5_moe.HF.fields | hf.fields(
+      num_experts=512, num_experts_per_tok=10, norm_topk_prob=True) | {
+          'streams.count': ('hc_count', 4),
+          'streams.rank': ('hc_lowrank', 320),
+          'indexer.heads': ('indexer_n_heads', 4),
+          'indexer.head_dim': ('indexer_head_dim', 128),
+          'indexer.top_k': ('indexer_budget', 2048),
+          'indexer.block': ('indexer_compress_ratio', 4),
+          'ngrams.order': ('ngram_size', 3),
+          'ngrams.heads': ('heads_per_ngram', 8),
+          'ngrams.rows': ('ngram_vocab_size_base', 20_000_000),
+          'ngrams.kernel': ('ple_conv_kernel_size', 4),
+          'deltanet.gate': ('output_gate_type', 'silu', {
+              'silu': 'silu', 'sigmoid': 'sigmoid'})}
+  only = dict(attn_output_gate=True)
+  unread = (*qwen3_5_moe.HF.unread, 'number_of_conv_states')
+  fixed = ('eos_token_id',)
+
+  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
+    return (
+      *qwen3_next.BASE, *hf.by_block(c, 'model.layers.{n}', _layer),
+      *_streams('decoder/final_streams', 'model.hyper_connection_mixer'))
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    layers = fields['num_layers']
+    every = reader('full_attention_interval', 4)
+    layer_types.check_number('num_hidden_layers', layers)
+    reader.must(indexer_kv_heads=1, split_ngram_parts=1, seed=lookup.SEED,
+                make_ngram_vocab_size_divisible_by=lookup.PADDED_TO)
+
+    # The order of the layers, of which one linear one looks up n-grams.
+    words = layer_types.each(reader, 'layer_types', layers, TYPES)
+    names = [TYPES[word] for word in words]
+    if not words:
+      names = ['linear' if (n + 1) % every else 'full' for n in range(layers)]
+    linear = [n for n, name in enumerate(names, 1) if name == 'linear']
+    looked_up = reader.listed('ple_layer_ids')
+    require(len(looked_up) == 1 and looked_up[0] in linear, 'config.json has '
+            f'ple_layer_ids {short(looked_up)}: n-grams are known in one '
+            'layer, of linear_attention')
+    names[looked_up[0] - 1] = 'ngrams'
+
+    # The n-grams.
+    tables = (fields['ngrams.order'] - 1) * fields['ngrams.heads']
+    width = reader('ple_embed_dim', fields['d_model'])
+    ends = reader.listed('eos_token_id')
+    end = ends[0] if ends else reader.count('eos_token_id', 0)
+    ngrams = dict(stops=True, size=width // tables, pad_token=end)
+
+    moe = qwen3_next.read_experts(reader, fields)
+    rope = rope_fields.read(
+        reader, fraction=('partial_rotary_factor', 1.0),
+        unread=('mrope_section',))
+    return layer_types.named(names, KINDS) | dict(
+        ngrams=ngrams, moe=moe, rope=rope)
+
+  def write(self, c: ModelConfig) -> dict:
+    looked_up = [n for n, layer in enumerate(c.layers(c.num_layers), 1)
+                 if layer.memory == 'engram']
+    ngrams = c.part(NGramsConfig)
+    return super().write(c) | dict(
+        ple_layer_ids=looked_up, ple_embed_dim=ngrams.tables * ngrams.size,
+        indexer_kv_heads=1, split_ngram_parts=1, eos_token_id=ngrams.pad_token)
+
+  def constants(self, c: ModelConfig) -> dict[str, np.ndarray]:
+    # What n-grams are hashed by, which their files hold too.
+    ngrams = c.part(NGramsConfig)
+    sizes = lookup.primes(ngrams.rows, ngrams.tables)
+    values = dict(
+        layer_multipliers=lookup.multipliers(c.vocab_size, ngrams.order),
+        ngram_heads_vocab_sizes=sizes,
+        ngram_heads_offsets=np.cumsum((0, *sizes[:-1])))
+    tensors = {}
+    for n in self.write(c)['ple_layer_ids']:
+      for name, value in values.items():
+        full = f'model.layers.{n - 1}.ple.ple_embedding.{name}'
+        tensors[full] = np.array(value, np.int64)
+    return tensors

@@ -26,53 +26,69 @@ class SmolLM3(Decoder):
       kinds={'rope': {}, 'nope': dict(position='none')})
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  layers = fields['num_layers']
-  turned = layer_types.turned(reader, layers)
-  window = (reader('sliding_window', 4096) if reader.has('sliding_window') else
-            0) * reader('use_sliding_window', False)
-  types = layer_types.listed(reader, layers,
-                             lambda n: window and not turned[n])
-  kv_heads = (dict(num_kv_heads=fields['num_heads'])  # left out, there are 4
-              if reader.is_null('num_key_value_heads') else {})
-  return _layers(types, turned, window) | kv_heads | dict(
-      rope=rope_fields.read(reader, theta=('rope_theta', 2e6)))
+def _layers(types: list[str], turned: list[int], window: int) -> dict:
+  """Returns the kinds of layer.
 
-
-def _layers(types: list[str], turned: list[int], window: int
-            ) -> dict:
-  """Returns the kinds of layer, by layer_types and no_rope_layers."""
+  Args:
+    types: layer_types of the config.json.
+    turned: no_rope_layers, 1 for each layer that has positions.
+    window: how many tokens the layers with a window see.
+  """
   plain = layer_types.read(types, len(turned), window)
   if len(set(turned)) == 1:
     return plain | dict(position='rope' if turned[0] else 'none')
   names, kinds = [], {}
-  for word, x in zip(types, turned):
-    local = word == layer_types.WINDOW
-    names.append(('rope' if x else 'nope') + '_local' * local)
-    kinds[names[-1]] = ({} if x else dict(position='none')) | (
-        dict(window=window * local) if layer_types.WINDOW in types else {})
-  return dict(layer_types.shortest(names), position='rope', attention='global',
-              sliding_window=0, kinds=kinds)
+  for word, has_positions in zip(types, turned):
+    name, kind = 'rope', {}
+    if not has_positions:
+      name = 'nope'
+      kind['position'] = 'none'
+    if word == layer_types.WINDOW:
+      name += '_local'
+      kind['window'] = window
+    elif layer_types.WINDOW in types:
+      kind['window'] = 0
+    names.append(name)
+    kinds[name] = kind
+  return layer_types.shortest(names) | dict(
+      position='rope', attention='global', sliding_window=0, kinds=kinds)
 
 
-def _write(c: ModelConfig) -> dict:
-  layers = c.layers(c.num_layers)
-  turned = [layer for layer in layers if layer.position == 'rope']
-  tree = layer_types.write(c)
-  return tree | dict(
-      # Left out, they are those of a vocabulary of 128,256.
-      **dict.fromkeys(phi3.IDS),
-      # Where no layer is turned, it says how one would be.
-      rope_parameters=rope_fields.write((turned or [c])[0]),
-      no_rope_layers=[int(layer.position == 'rope') for layer in layers],
-      use_sliding_window=layer_types.WINDOW in tree['layer_types'])
+class HF(llama.Family):
+  model_type = 'smollm3'
+  architecture = 'SmolLM3ForCausalLM'
+  names = llama.HF.names
+  fields = llama.HF.fields | hf.fields(
+      hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
+      num_key_value_heads=4, vocab_size=128256, max_position_embeddings=32768,
+      tie_word_embeddings=True)
+  heads = hf.heads('SmolLM3', tokens='score', span=llama.SPAN)
 
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    layers = fields['num_layers']
+    turned = layer_types.turned(reader, layers)
+    window = 0
+    if reader.has('sliding_window'):
+      window = reader('sliding_window', 4096)
+    if not reader('use_sliding_window', False):
+      window = 0
+    types = layer_types.listed(
+        reader, layers, lambda n: window and not turned[n])
+    ours = _layers(types, turned, window)
+    if reader.is_null('num_key_value_heads'):  # left out, there are 4
+      ours['num_kv_heads'] = fields['num_heads']
+    ours['rope'] = rope_fields.read(reader, theta=('rope_theta', 2e6))
+    return ours
 
-HF = hf.HuggingFace(
-    'smollm3', 'SmolLM3ForCausalLM', names=llama.HF.names,
-    fields=llama.HF.fields | hf.fields(
-        hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
-        num_key_value_heads=4, vocab_size=128256, max_position_embeddings=32768,
-        tie_word_embeddings=True),
-    read=_read, write=_write,
-    heads=hf.heads('SmolLM3', tokens='score', span=llama.SPAN), **llama.FILES)
+  def write(self, c: ModelConfig) -> dict:
+    layers = c.layers(c.num_layers)
+    turned = [layer for layer in layers if layer.position == 'rope']
+    # Where no layer is turned, it says how one would be.
+    rope = rope_fields.write(turned[0] if turned else c)
+    tree = layer_types.write(c)
+    return tree | dict(
+        # Left out, they are those of a vocabulary of 128,256.
+        **dict.fromkeys(phi3.IDS),
+        rope_parameters=rope,
+        no_rope_layers=[int(layer.position == 'rope') for layer in layers],
+        use_sliding_window=layer_types.WINDOW in tree['layer_types'])

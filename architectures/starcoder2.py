@@ -19,33 +19,34 @@ class StarCoder2(Decoder):
       tie_embeddings=True)
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  bias = reader('use_bias', True)
-  return mistral.read(reader, fields) | dict(attention_bias=bias, ffn_bias=bias)
+class HF(mistral.HF):
+  model_type = 'starcoder2'
+  architecture = 'Starcoder2ForCausalLM'
+  names = (
+      ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
+      *llama.layers(
+          *hf.norm('attention_norm', 'input_layernorm'), *llama.attention(),
+          *hf.norm('ffn_norm', 'post_attention_layernorm'),
+          *hf.dense('ffn/up', 'DF', 'mlp.c_fc', 'F D'),
+          *hf.dense('ffn/down', 'FD', 'mlp.c_proj', 'D F')),
+      *hf.norm('decoder/final_norm', 'model.norm'),
+      ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
+  fields = hf.fields(
+      hidden_size=3072, num_hidden_layers=30, num_attention_heads=24,
+      num_key_value_heads=2, head_dim=hf.split_width, intermediate_size=12288,
+      vocab_size=49152, max_position_embeddings=4096,
+      tie_word_embeddings=True) | {
+          'norm_eps': ('norm_epsilon', 1e-5),
+          'ffn': ('hidden_act', 'gelu_pytorch_tanh', hf.FFNS)}
+  heads = hf.heads('Starcoder2', tokens='score', only=('sequence', 'tokens'))
 
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    bias = reader('use_bias', True)
+    return super().read(reader, fields) | dict(
+        attention_bias=bias, ffn_bias=bias)
 
-def _write(c: ModelConfig) -> dict:
-  return mistral.write(c) | dict(use_bias=c.ffn_bias)
+  def write(self, c: ModelConfig) -> dict:
+    return super().write(c) | dict(use_bias=c.ffn_bias)
 
-
-HF = hf.HuggingFace(
-    'starcoder2', 'Starcoder2ForCausalLM',
-    names=(
-        ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
-        *llama.layers(
-            *hf.norm('attention_norm', 'input_layernorm'), *llama.attention(),
-            *hf.norm('ffn_norm', 'post_attention_layernorm'),
-            *hf.dense('ffn/up', 'DF', 'mlp.c_fc', 'F D'),
-            *hf.dense('ffn/down', 'FD', 'mlp.c_proj', 'D F')),
-        *hf.norm('decoder/final_norm', 'model.norm'),
-        ('head/kernel', 'DV', 'lm_head.weight', 'V D')),
-    fields=hf.fields(
-        hidden_size=3072, num_hidden_layers=30, num_attention_heads=24,
-        num_key_value_heads=2, head_dim=hf.SPLIT_WIDTH, intermediate_size=12288,
-        vocab_size=49152, max_position_embeddings=4096,
-        tie_word_embeddings=True) | {
-            'norm_eps': ('norm_epsilon', 1e-5),
-            'ffn': ('hidden_act', 'gelu_pytorch_tanh', hf.FFNS)},
-    read=_read, write=_write, check=hf.check_heads,
-    heads=hf.heads('Starcoder2', tokens='score', only=('sequence', 'tokens')),
-    **llama.FILES)
+  def check(self, c: ModelConfig) -> None:
+    hf.check_heads(c)

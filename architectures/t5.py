@@ -33,29 +33,39 @@ class T5(EncoderDecoder):
 def layers(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
   """Returns the rows of a stack, of which `ffn` are the feed-forward
   network's; Switch has the others too."""
-  def attention(layer: int, part: str, ours: str, norm: str):
-    return hf.under(
-        f'{stack}/layers', f'{stack}.block.{{n}}.layer.{layer}',
-        *hf.under(ours, part, ('query', 'DHK', 'q.weight', 'HK D'),
-                  ('key', 'DHK', 'k.weight', 'HK D'),
-                  ('value', 'DHK', 'v.weight', 'HK D'),
-                  ('out', 'HKD', 'o.weight', 'D HK')),
-        (f'{norm}/scale', 'D', 'layer_norm.weight', 'D'))
-  last = 1 if stack == 'encoder' else 2
-  cross = () if stack == 'encoder' else attention(
-      1, 'EncDecAttention', 'cross_attention', 'cross_norm')
-  # Of all layers, or of each (UMT5).
+  # The parts of a block: attention, cross-attention, the network.
+  block = f'{stack}.block.{{n}}'
+  rows = hf.under(
+      f'{stack}/layers', f'{block}.layer.0',
+      *_attention('attention', 'attention_norm', 'SelfAttention'))
+  last = 1
+  if stack == 'decoder':
+    rows += hf.under(
+        f'{stack}/layers', f'{block}.layer.1',
+        *_attention('cross_attention', 'cross_norm', 'EncDecAttention'))
+    last = 2
+  rows += hf.under(f'{stack}/layers', f'{block}.layer.{last}',
+                   ('ffn_norm/scale', 'D', 'layer_norm.weight', 'D'), *ffn)
+  # The biases, of all layers or of each (UMT5), and the norm at the end.
   bias = 'SelfAttention.relative_attention_bias.weight'
   return (
       (f'{stack}/relative_bias/table', 'UH',
        f'{stack}.block.0.layer.0.{bias}', 'U H'),
       (f'{stack}/layers/attention/relative_bias/table', 'UH',
-       f'{stack}.block.{{n}}.layer.0.{bias}', 'U H'),
-      *attention(0, 'SelfAttention', 'attention', 'attention_norm'), *cross,
-      *hf.under(f'{stack}/layers', f'{stack}.block.{{n}}.layer.{last}',
-                ('ffn_norm/scale', 'D', 'layer_norm.weight', 'D'), *ffn),
+       f'{block}.layer.0.{bias}', 'U H'),
+      *rows,
       (f'{stack}/final_norm/scale', 'D', f'{stack}.final_layer_norm.weight',
        'D'))
+
+
+def _attention(ours: str, norm: str, theirs: str) -> tuple[hf.Row, ...]:
+  """Returns the rows of one attention and of the norm before it."""
+  return (
+      (f'{ours}/query', 'DHK', f'{theirs}.q.weight', 'HK D'),
+      (f'{ours}/key', 'DHK', f'{theirs}.k.weight', 'HK D'),
+      (f'{ours}/value', 'DHK', f'{theirs}.v.weight', 'HK D'),
+      (f'{ours}/out', 'HKD', f'{theirs}.o.weight', 'D HK'),
+      (f'{norm}/scale', 'D', 'layer_norm.weight', 'D'))
 
 
 def names(*ffn: hf.Row) -> tuple[hf.Row, ...]:
@@ -63,14 +73,6 @@ def names(*ffn: hf.Row) -> tuple[hf.Row, ...]:
   return (('embed/tokens', 'VD', 'shared.weight', 'V D'),
           ('head/kernel', 'DV', 'lm_head.weight', 'V D'),
           *layers('encoder', *ffn), *layers('decoder', *ffn))
-
-
-def _names(c: ModelConfig) -> tuple[hf.Row, ...]:
-  gated = c.ffn in ('geglu_tanh', 'swiglu')
-  return names(*hf.under(
-      'ffn', 'DenseReluDense', ('gate', 'DF', 'wi_0.weight', 'F D'),
-      ('up', 'DF', f'{"wi_1" if gated else "wi"}.weight', 'F D'),
-      ('down', 'FD', 'wo.weight', 'D F')))
 
 
 FFNS = {'relu': 'relu', 'gated-gelu': 'geglu_tanh', 'gated-silu': 'swiglu'}
@@ -85,28 +87,20 @@ FIELDS = hf.fields(
 
 def head(fields: dict, tied: bool) -> dict:
   """Returns the fields of a head that is scaled where it is tied."""
-  return dict(tie_embeddings=tied,
-              logits_scale=fields['d_model'] ** -0.5 if tied else 1.0)
+  scale = 1.0
+  if tied:
+    scale = fields['d_model'] ** -0.5
+  return dict(tie_embeddings=tied, logits_scale=scale)
 
 
 def check_ffn(reader: hf.Reader, fields: dict) -> None:
   """Raises RequestError where a file's words for the network disagree."""
   # Derived from it where a file has neither; where it has, they count.
   name = hf.theirs(FFNS, fields['ffn'], 'ffn')
-  reader.must(dense_act_fn='gelu_new' if name == 'gated-gelu'
-              else name.removeprefix('gated-'),
-              is_gated_act=name.startswith('gated-'))
-
-
-def read(reader: hf.Reader, fields: dict) -> dict:
-  """Returns what every T5 or UMT5 says of its head."""
-  check_ffn(reader, fields)
-  # transformers ties v1.1 in name, and tells it by the missing scale.
-  require(not reader.is_null('scale_decoder_outputs'),
-          'config.json has scale_decoder_outputs null, which transformers '
-          'takes for false: write true or false')
-  return head(fields, reader('scale_decoder_outputs',
-                             fields['tie_embeddings']))
+  function = name.removeprefix('gated-')
+  if name == 'gated-gelu':
+    function = 'gelu_new'
+  reader.must(dense_act_fn=function, is_gated_act=name.startswith('gated-'))
 
 
 def write(c: ModelConfig) -> dict:
@@ -115,15 +109,34 @@ def write(c: ModelConfig) -> dict:
               pad_token_id=0)
 
 
-HF = hf.HuggingFace(
-    't5', 'T5ForConditionalGeneration', names=_names,
-    fields=FIELDS | {'ffn': ('feed_forward_proj', 'relu', FFNS)},
-    only=dict(is_encoder_decoder=True),
-    unread=('is_decoder',),  # of the stacks
-    read=read, write=write,
-    tied={'encoder.embed_tokens.weight': 'shared.weight',
+class HF(hf.HuggingFace):
+  model_type = 't5'
+  architecture = 'T5ForConditionalGeneration'
+  fields = FIELDS | {'ffn': ('feed_forward_proj', 'relu', FFNS)}
+  only = dict(is_encoder_decoder=True)
+  unread = ('is_decoder',)  # It is a field of the stacks.
+  tied = {'encoder.embed_tokens.weight': 'shared.weight',
           'decoder.embed_tokens.weight': 'shared.weight',
-          'lm_head.weight': 'shared.weight'},
-    # Old files hold a table that the reference does not use either.
-    ignored=(r'decoder\.block\.0\.layer\.1\.EncDecAttention\.'
-             r'relative_attention_bias\.weight',))
+          'lm_head.weight': 'shared.weight'}
+  # Old files hold a table that the reference does not use either.
+  ignored = (r'decoder\.block\.0\.layer\.1\.EncDecAttention\.'
+             r'relative_attention_bias\.weight',)
+
+  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
+    up = 'wi_1' if c.ffn in ('geglu_tanh', 'swiglu') else 'wi'
+    return names(*hf.under(
+        'ffn', 'DenseReluDense', ('gate', 'DF', 'wi_0.weight', 'F D'),
+        ('up', 'DF', f'{up}.weight', 'F D'),
+        ('down', 'FD', 'wo.weight', 'D F')))
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    check_ffn(reader, fields)
+    # transformers ties v1.1 in name, and tells it by the missing scale.
+    require(not reader.is_null('scale_decoder_outputs'),
+            'config.json has scale_decoder_outputs null, which transformers '
+            'takes for false: write true or false')
+    tied = reader('scale_decoder_outputs', fields['tie_embeddings'])
+    return head(fields, tied)
+
+  def write(self, c: ModelConfig) -> dict:
+    return write(c)

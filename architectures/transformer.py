@@ -52,18 +52,20 @@ def read_stacks(reader: hf.Reader, fields: dict, scaled: bool) -> dict:
   """Returns embed_scale, and refuses stacks of unequal width or heads.
 
   Args:
-    reader: of the config.json.
-    fields: those that were read.
-    scaled: whether the embedding is, where the file does not say.
+    reader: the reader of the config.json.
+    fields: the fields that were read.
+    scaled: whether the embedding is scaled where the file does not say.
   """
   for name, default, ours in (('decoder_attention_heads', 16, 'num_heads'),
                               ('decoder_ffn_dim', 4096, 'd_ff')):
-    require(reader(name, default) == fields[ours], f'config.json has {name} '
-            f'{reader(name, default)}: only {fields[ours]}, that of the '
-            'encoder, is known here')
+    value = reader(name, default)
+    require(value == fields[ours], f'config.json has {name} {value}: only '
+            f'{fields[ours]}, that of the encoder, is known here')
   reader.must(num_hidden_layers=fields['num_layers'])
-  return dict(embed_scale=fields['d_model'] ** 0.5
-              if reader('scale_embedding', scaled) else 1.0)
+  scale = 1.0
+  if reader('scale_embedding', scaled):
+    scale = fields['d_model'] ** 0.5
+  return dict(embed_scale=scale)
 
 
 def write_stacks(c: ModelConfig) -> dict:
@@ -81,48 +83,49 @@ FIELDS = hf.fields(d_model=1024, max_position_embeddings=1024) | {
 LAYERDROP = ('encoder_layerdrop', 'decoder_layerdrop')  # in training alone
 
 
-def _read(reader: hf.Reader, fields: dict) -> dict:
-  reader.must(decoder_vocab_size=fields['vocab_size'])
-  return read_stacks(reader, fields, scaled=False) | dict(
-      logits_bias=reader('final_logits_bias', True))
-
-
-def _write(c: ModelConfig) -> dict:
-  return write_stacks(c) | dict(
-      decoder_vocab_size=c.vocab_size,
-      # Ours: whether the bias is there; transformers takes zeros where not.
-      final_logits_bias=c.logits_bias,
-      # Any token in the vocabulary serves: theirs must name one.
-      pad_token_id=c.vocab_size - 1, decoder_start_token_id=c.vocab_size - 1,
-      eos_token_id=0, forced_eos_token_id=None)
-
-
 LAYER = (*attention('attention', 'self_attn'),
          *hf.norm('attention_norm', 'self_attn_layer_norm'),
          *hf.dense('ffn/up', 'DF', 'fc1', 'F D'),
          *hf.dense('ffn/down', 'FD', 'fc2', 'D F'),
          *hf.norm('ffn_norm', 'final_layer_norm'))
 
-HF = hf.HuggingFace(
-    'marian', 'MarianMTModel',
-    names=(
-        ('embed/tokens', 'VD', 'model.shared.weight', 'V D'),
-        ('head/bias', 'V', 'final_logits_bias', '1 V'),
-        *layers('encoder', *LAYER),
-        *layers('decoder', *LAYER,
-                *attention('cross_attention', 'encoder_attn'),
-                *hf.norm('cross_norm', 'encoder_attn_layer_norm'))),
-    fields=FIELDS | {
-        'vocab_size': ('vocab_size', 58101),
-        'ffn': ('activation_function', 'gelu', hf.FFNS)},
-    only=dict(is_encoder_decoder=True, share_encoder_decoder_embeddings=True,
+
+class HF(hf.HuggingFace):
+  model_type = 'marian'
+  architecture = 'MarianMTModel'
+  names = (
+      ('embed/tokens', 'VD', 'model.shared.weight', 'V D'),
+      ('head/bias', 'V', 'final_logits_bias', '1 V'),
+      *layers('encoder', *LAYER),
+      *layers('decoder', *LAYER,
+              *attention('cross_attention', 'encoder_attn'),
+              *hf.norm('cross_norm', 'encoder_attn_layer_norm')))
+  fields = FIELDS | {
+      'vocab_size': ('vocab_size', 58101),
+      'ffn': ('activation_function', 'gelu', hf.FFNS)}
+  only = dict(is_encoder_decoder=True, share_encoder_decoder_embeddings=True,
               tie_word_embeddings=True, normalize_before=False,
               normalize_embedding=False, add_final_layer_norm=False,
-              add_bias_logits=False, static_position_embeddings=True),
-    unread=(*LAYERDROP, 'is_decoder'),
-    read=_read, write=_write,
-    tied={'model.encoder.embed_tokens.weight': 'model.shared.weight',
+              add_bias_logits=False, static_position_embeddings=True)
+  unread = (*LAYERDROP, 'is_decoder')
+  tied = {'model.encoder.embed_tokens.weight': 'model.shared.weight',
           'model.decoder.embed_tokens.weight': 'model.shared.weight',
-          'lm_head.weight': 'model.shared.weight'},
-    spellings=(('model.', ''),),
-    ignored=(r'model\.(en|de)coder\.embed_positions\.weights?',))  # sinusoids
+          'lm_head.weight': 'model.shared.weight'}
+  spellings = (('model.', ''),)
+  # Sinusoids.
+  ignored = (r'model\.(en|de)coder\.embed_positions\.weights?',)
+
+  def read(self, reader: hf.Reader, fields: dict) -> dict:
+    reader.must(decoder_vocab_size=fields['vocab_size'])
+    ours = read_stacks(reader, fields, scaled=False)
+    ours['logits_bias'] = reader('final_logits_bias', True)
+    return ours
+
+  def write(self, c: ModelConfig) -> dict:
+    return write_stacks(c) | dict(
+        decoder_vocab_size=c.vocab_size,
+        # Ours: whether the bias is there; transformers takes zeros where not.
+        final_logits_bias=c.logits_bias,
+        # Any token in the vocabulary serves: theirs must name one.
+        pad_token_id=c.vocab_size - 1, decoder_start_token_id=c.vocab_size - 1,
+        eos_token_id=0, forced_eos_token_id=None)

@@ -21,8 +21,9 @@ class UMT5(EncoderDecoder):
   PARTS = mt5.MT5.PARTS | dict(position='relative_by_layer')
 
 
-HF = t5.HF._replace(
-    model_type='umt5', architecture='UMT5ForConditionalGeneration',
-    fields=t5.FIELDS | mt5.SIZES,
-    # Published files have the last, which the reference does not read.
-    ignored=())
+class HF(t5.HF):
+  model_type = 'umt5'
+  architecture = 'UMT5ForConditionalGeneration'
+  fields = t5.FIELDS | mt5.SIZES
+  # Published files have the last, which the reference does not read.
+  ignored = ()

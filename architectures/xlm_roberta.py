@@ -15,7 +15,8 @@ class XLMR(roberta.RoBERTa):
   """tokens [B, L] -> Output; see Encoder."""
 
 
-HF = roberta.HF._replace(
-    model_type='xlm-roberta', architecture='XLMRobertaForMaskedLM',
-    fields=roberta.HF.fields | hf.fields(vocab_size=30522),
-    heads=hf.heads('XLMRoberta', sequence='classifier.out_proj'))
+class HF(roberta.HF):
+  model_type = 'xlm-roberta'
+  architecture = 'XLMRobertaForMaskedLM'
+  fields = roberta.HF.fields | hf.fields(vocab_size=30522)
+  heads = hf.heads('XLMRoberta', sequence='classifier.out_proj')

@@ -1,48 +1,58 @@
-"""What a page says of its system in the Hugging Face format, in one record.
+"""How a page says what its system is in the Hugging Face format.
 
-A page ends with `HF = HuggingFace(...)`; of a page, training/weights.py and
-training/hf/ read that record and nothing else. A system that transformers does
-not have has no `HF`. tests/architectures/pages_test.py checks every record.
+A page ends with `class HF(hf.HuggingFace)`, which gives values to the fields of
+HuggingFace and replaces the methods that differ. training/hf/ reads an instance
+of that class and nothing else of a page. A system that transformers does not
+have has no `HF`. tests/architectures/pages_test.py checks each of them.
 parts/hf/tensor_map.py finds the tensors of a model by its rows, and
 parts/hf/rope_fields.py has what a config.json says of rotary positions.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import dataclasses
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from architectures.parts.config import ModelConfig
-from common.errors import require
+from common.errors import RequestError, require
 
 # The path of a parameter, its axes, the name of the tensor in a file, its axes.
 Row = tuple[str, str, str, str]
-Reader = Any  # of a config.json: training/hf/config.py, a room above
+# The reader of a config.json, training/hf/config.py: from a room above this one
+Reader = Any
 MASKED_WORDS = 'head of masked words'  # a name in `HuggingFace.optional`
 
 
-class TaskHead(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TaskHead:
   """How a model with the head of a task stands in a Hugging Face folder.
 
   Attributes:
-    architecture: of config.json, the name of transformers' class.
-    name: of the module that holds the head.
-    prefix: (what the other names begin with, what they begin with here).
+    architecture: the name of transformers' class, under `architectures` in a
+      config.json.
+    name: the name of the module that holds the head.
+    prefix: (what the other names begin with, what they begin with in a model
+      with this head).
   """
   architecture: str
   name: str
   prefix: tuple[str, str] = ('', '')
 
   def rows(self, names: Iterable[Row]) -> tuple[Row, ...]:
-    """Returns the rows `names` as they stand here, and those of the head."""
+    """Returns the rows `names` under the prefix of a model with this head, and
+    the rows of the head."""
     usual, here = self.prefix
-    return (*((ours, axes, here + theirs.removeprefix(usual)
-               if theirs.startswith(usual) else theirs, their_axes)
-              for ours, axes, theirs, their_axes in names),
-            ('task/kernel', 'DU', f'{self.name}.weight', 'U D'),
-            ('task/bias', 'U', f'{self.name}.bias', 'U'))
+    rows = []
+    for ours, axes, theirs, their_axes in names:
+      if theirs.startswith(usual):
+        theirs = here + theirs.removeprefix(usual)
+      rows.append((ours, axes, theirs, their_axes))
+    rows.append(('task/kernel', 'DU', f'{self.name}.weight', 'U D'))
+    rows.append(('task/bias', 'U', f'{self.name}.bias', 'U'))
+    return tuple(rows)
 
 
-class HuggingFace(NamedTuple):
+class HuggingFace:
   """How a system's config and weights stand in a Hugging Face folder.
 
   A row of `names` is (our path, our axes, their name, their axes):
@@ -50,28 +60,31 @@ class HuggingFace(NamedTuple):
     ('decoder/layers/attention/query', 'DHK',
      'model.layers.{n}.self_attn.q_proj.weight', 'HK D')
 
-  Axes are letters of the legend, or U where it has none, of which only the
-  order and the grouping count: a blank ends a dimension of theirs, and HK is
-  one dimension of size H*K. {n} is the layer, counted through the blocks of
-  the period; {m} is the same where theirs counts a layer's feed-forward network
-  as the next layer. {e} is an expert, axis E of ours. 'query|key|value' are
-  several parameters of ours in one tensor of theirs, along its axis 3 (1 is a
-  dimension of theirs that ours has not); with the axes 'DHK|DJK|DJK' and
-  'HK+JK+JK D' they follow one another in it, each of its own size, and with
-  'J(RK+K+K) D' within each group of heads: R is H / J, and J=2 says how many
-  groups there are where no axis of ours does. A row is passed over where the
-  model has no such
+  Axes are letters of the legend in README.md, or U where the legend has none.
+  Only their order and their grouping count: a blank ends a dimension of theirs,
+  and HK is one dimension of size H*K. {n} is the number of the layer, counted
+  through the blocks of the period. {m} is the same number where their files
+  count a layer's feed-forward network as the next layer. {e} is the number of
+  an expert, axis E of ours. 'query|key|value' are several parameters of ours in
+  one tensor of theirs, along its axis 3 (1 is a dimension of theirs that ours
+  does not have). With the axes 'DHK|DJK|DJK' and 'HK+JK+JK D' they follow one
+  another in the tensor, each of its own size, and with 'J(RK+K+K) D' they do so
+  within each group of heads: R is H / J, and J=2 gives the number of groups
+  where no axis of ours does. A row is passed over where the model has no such
   parameter with as many axes, so that a dense and an expert ffn/up may both
   have one; decoder/layers/block_2 stands for one block of the period alone
   (`by_block`).
 
-  The import starts from the system's PARTS, then reads `fields`, then `read`;
-  the export writes `fields`, then `write`.
+  The import starts from the system's PARTS, takes the table `fields`, then what
+  `read` returns. The export writes the table `fields`, then what `write`
+  returns.
 
   Attributes:
-    model_type: of config.json, which tells whose weights a folder holds.
-    architecture: of config.json, the name of transformers' class.
-    names: the rows, or a function of the ModelConfig that returns them.
+    model_type: the name of the system in a config.json, which tells whose
+      weights a folder holds.
+    architecture: the name of transformers' class, under `architectures` in a
+      config.json.
+    names: the rows of every model of the system; see `names_of`.
     fields: {field of config.model: (field of config.json, default)}, or with
       {their word: ours} as a third item. Of 'a|b' the import takes the first
       that is there, and the export writes the last. A default is what
@@ -82,58 +95,86 @@ class HuggingFace(NamedTuple):
       `write` has the field too.
     also: further model_types, of published folders whose model is this one.
     unread: fields of config.json that transformers declares or reads, and that
-      do not change what is computed. Those that it does not know need no name.
-    read: (the Reader, the fields that were read) -> further fields of ours.
-    write: ModelConfig -> further fields of config.json.
-    check: ModelConfig -> None; raises RequestError for a model that
-      transformers does not run, which is neither read nor written.
+      do not change what is computed. A field that transformers does not know
+      needs no name.
     tied: {tensor: the tensor whose values it must have}.
     spellings: (part of a name, what some files have in its place).
-    module: (what names begin with, what those of transformers' modules do, and
-      so those of PEFT's adapters), where these differ.
+    module: (what the names begin with, what the names of transformers' modules
+      and so of PEFT's adapters begin with), where the two differ.
     ignored: patterns of the names of tensors that hold no weights.
-    constants: ModelConfig -> the tensors, by name, that follow from it.
-    integers: a pattern of those of whole numbers, which are so written.
+    integers: a pattern of the names of tensors of whole numbers, which are
+      written as such.
     fixed: token ids that an export writes as `write` has them, whatever the
       tokenizer of the run says.
-    heads: those that transformers has for tasks, by model.head.
-    of_files: the names of a folder's tensors -> fields of ours that these tell,
-      and not its config.json.
-    optional: {what it is called: the pattern of its tensors' names} of what
-      only a pre-training needs: a folder may lack it as a whole, and what it
-      has of it without a place in the model is passed over; both are told.
+    heads: the heads that transformers has for tasks, by model.head.
+    optional: {its name in words: a pattern of the names of its tensors} of
+      each part that only a pre-training needs. A folder may lack such a part as
+      a whole, and a part that is there without a place in the model is passed
+      over. The user is told of both.
   """
   model_type: str
   architecture: str
-  names: Sequence[Row] | Callable[[ModelConfig], Sequence[Row]]
-  fields: Mapping[str, tuple]
+  names: Sequence[Row] = ()
+  fields: Mapping[str, tuple] = {}
   only: Mapping[str, Any] = {}
   also: Sequence[str] = ()
   unread: Sequence[str] = ()
-  read: Callable[[Reader, dict], dict] = lambda hf, fields: {}
-  write: Callable[[ModelConfig], dict] = lambda c: {}
-  check: Callable[[ModelConfig], None] = lambda c: None
   tied: Mapping[str, str] = {}
   spellings: Sequence[tuple[str, str]] = ()
   module: tuple[str, str] = ('', '')
   ignored: Sequence[str] = ()
-  constants: Callable[[ModelConfig], dict[str, Any]] = lambda c: {}
   integers: str = ''
   fixed: Sequence[str] = ()
   heads: Mapping[str, TaskHead] = {}
-  of_files: Callable[[Collection[str]], dict] = lambda names: {}
   optional: Mapping[str, str] = {}
 
+  def read(self, reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns fields of config.model that the table `fields` does not have.
+
+    Args:
+      reader: the reader of the config.json.
+      fields: the fields that were read by the table.
+    """
+    return {}
+
+  def write(self, c: ModelConfig) -> dict[str, Any]:
+    """Returns fields of config.json that the table `fields` does not have."""
+    return {}
+
+  def check(self, c: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run, which is
+    neither read nor written."""
+
+  def names_of(self, c: ModelConfig) -> Sequence[Row]:
+    """Returns the rows for the config `c`, without those of a task's head. A
+    system replaces this method where its rows depend on the config."""
+    return self.names
+
+  def constants(self, c: ModelConfig) -> dict[str, Any]:
+    """Returns the tensors, by name, whose values follow from the config."""
+    return {}
+
+  def of_files(self, names: Collection[str]) -> dict[str, Any]:
+    """Returns fields of config.model that the names of a folder's tensors tell,
+    and not its config.json."""
+    return {}
+
   def rows(self, c: ModelConfig) -> Sequence[Row]:
-    """Returns the rows of `names` for the config `c`, and of its head."""
-    rows = self.names(c) if callable(self.names) else self.names
-    return self.heads[c.head].rows(rows) if c.head in self.heads else rows
+    """Returns all rows for the config `c`, with those of its head."""
+    rows = self.names_of(c)
+    if c.head in self.heads:
+      return self.heads[c.head].rows(rows)
+    return rows
 
   def spellings_of(self, c: ModelConfig) -> Sequence[tuple[str, str]]:
-    """Returns `spellings`, and the usual names where the head of `c` has other
-    ones."""
-    usual, here = self.heads.get(c.head, TaskHead('', '')).prefix
-    return (*(((here, usual),) if here else ()), *self.spellings)
+    """Returns `spellings`, and before them the usual prefix where a model with
+    the head of `c` has another one."""
+    if c.head not in self.heads:
+      return tuple(self.spellings)
+    usual, here = self.heads[c.head].prefix
+    if not here:
+      return tuple(self.spellings)
+    return ((here, usual), *self.spellings)
 
 
 def heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
@@ -143,16 +184,18 @@ def heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
   """Returns the heads that a system has in transformers.
 
   Args:
-    system: what the names of its classes begin with.
-    sequence, tokens: the names of the modules that score a row, and tokens.
+    system: the name that its classes begin with.
+    sequence: the name of the module that scores a row.
+    tokens: the name of the module that scores each token.
     span: the `prefix` of the model that answers questions.
-    only: those that it has.
+    only: the names of the heads that the system has.
   """
-  return {name: head for name, head in {
+  every = {
       'sequence': TaskHead(f'{system}ForSequenceClassification', sequence),
       'tokens': TaskHead(f'{system}ForTokenClassification', tokens),
       'span': TaskHead(f'{system}ForQuestionAnswering', 'qa_outputs', span),
-  }.items() if name in only}
+  }
+  return {name: head for name, head in every.items() if name in only}
 
 
 # The field of config.model that a field of config.json mostly is.
@@ -180,28 +223,41 @@ _OURS = {
     'linear_value_head_dim': 'deltanet.value_dim',
     'linear_conv_kernel_dim': 'deltanet.conv'}
 
-# Of any system, whether it has such biases: where a page does not ask, a
-# config.json may say what the model has anyway.
+# Any config.json may say whether the model has such biases, and where a page
+# does not ask for the field, it must say what the model has anyway.
 BIASES = {'attention_bias': 'attention_bias', 'mlp_bias': 'ffn_bias'}
 
 
 def fields(**defaults: Any) -> dict[str, tuple]:
-  """Returns `HuggingFace.fields` of transformers' defaults of fields that have
-  their usual names, or ours."""
+  """Returns entries of `HuggingFace.fields` by transformers' defaults of fields
+  that have their usual names, or ours."""
   return {_OURS.get(name, name): (name, default)
           for name, default in defaults.items()}
 
 
+def without(table: Mapping[str, Any], *names: str) -> dict[str, Any]:
+  """Returns a table without the entries of these names."""
+  return {name: entry for name, entry in table.items() if name not in names}
+
+
 # Defaults that follow from fields which were read before.
-EACH_HEAD = lambda fields: fields['num_heads']  # heads of keys
-SPLIT_WIDTH = lambda fields: fields['d_model'] // fields['num_heads']
+
+
+def each_head(fields: Mapping[str, Any]) -> int:
+  """Returns num_key_value_heads where each head has keys of its own."""
+  return fields['num_heads']
+
+
+def split_width(fields: Mapping[str, Any]) -> int:
+  """Returns head_dim where the heads divide the width among them."""
+  return fields['d_model'] // fields['num_heads']
 
 
 def under(ours: str, theirs: str, *rows: Row) -> tuple[Row, ...]:
   """Returns the rows with a folder of ours and a prefix of theirs before each.
   """
-  return tuple((f'{ours}/{row[0]}', row[1], f'{theirs}.{row[2]}', row[3])
-               for row in rows)
+  return tuple((f'{ours}/{path}', axes, f'{theirs}.{name}', their_axes)
+               for path, axes, name, their_axes in rows)
 
 
 def by_block(c: ModelConfig, theirs: str,
@@ -214,10 +270,13 @@ def by_block(c: ModelConfig, theirs: str,
     theirs: the prefix of a layer, with {n}.
     rows: the config of a kind of layer -> its rows, below the layer.
   """
-  return sum((under(f'decoder/{section}/block_{i}', theirs,
-                    *rows(c.of_kind(kind.name)))
-              for section, kinds, *_ in c.sections(c.num_layers)
-              for i, kind in enumerate(kinds)), ())
+  all_rows: list[Row] = []
+  for section in c.sections(c.num_layers):
+    for i, kind in enumerate(section.kinds):
+      layer = c.of_kind(kind.name)
+      folder = f'decoder/{section.name}/block_{i}'
+      all_rows += under(folder, theirs, *rows(layer))
+  return tuple(all_rows)
 
 
 def norm(ours: str, theirs: str) -> tuple[Row, Row]:
@@ -230,18 +289,29 @@ def dense(ours: str, axes: str, theirs: str, their_axes: str
           ) -> tuple[Row, Row]:
   """Returns the rows of a matrix and of its bias, which has the axes of the
   output: the last ones of ours."""
-  out = next(dim for dim in their_axes.split()
-             if axes.endswith(re.sub(r'\d', '', dim)))
-  experts = 'E' if '{e}' in theirs else ''
+  # A digit stands for a number of matrices, of which ours has one each.
+  letters = {dim: re.sub(r'\d', '', dim) for dim in their_axes.split()}
+  outputs = [dim for dim in letters if axes.endswith(letters[dim])]
+  out = outputs[0]
+  bias_axes = letters[out]
+  if '{e}' in theirs:
+    bias_axes = 'E' + bias_axes
   biases = '|'.join(f'{name}_bias' for name in ours.split('|'))
   return ((ours, axes, f'{theirs}.weight', their_axes),
-          (biases, experts + re.sub(r'\d', '', out), f'{theirs}.bias', out))
+          (biases, bias_axes, f'{theirs}.bias', out))
 
 
 def attention(query: str, key: str, value: str, out: str, kv_heads: str = 'H'
               ) -> tuple[Row, ...]:
-  """Returns the rows of attention's matrices and biases, which have these names
-  in transformers. `kv_heads` is the axis of the heads of keys and values."""
+  """Returns the rows of attention's matrices and biases.
+
+  Args:
+    query: the name of the matrix for queries in transformers.
+    key: the name of the matrix for keys.
+    value: the name of the matrix for values.
+    out: the name of the matrix behind the heads.
+    kv_heads: the axis of the heads of keys and values, H or J.
+  """
   kv = f'{kv_heads}K'
   return (*dense('query', 'DHK', query, 'HK D'),
           *dense('key', f'D{kv}', key, f'{kv} D'),
@@ -256,7 +326,7 @@ FFNS = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
         'swish': 'silu', 'relu2': 'relu2'}
 GATED = {'silu': 'swiglu', 'gelu': 'geglu', 'gelu_new': 'geglu_tanh',
          'gelu_pytorch_tanh': 'geglu_tanh', 'relu': 'reglu'}
-SILU = 'hidden_act', 'silu', GATED  # what most have for an ffn
+SILU = 'hidden_act', 'silu', GATED  # the entry that most systems have for ffn
 
 
 def check_heads(c: ModelConfig) -> None:
@@ -278,12 +348,17 @@ def check_gates(fields: Mapping[str, Any], chosen: str = 'num_experts_per_tok',
     chosen: the field of the config.json that says how many experts a token has.
     normalised: the field that says whether its gates are made to sum to 1.
   """
-  has_field = 'moe.normalize_gates' in fields
-  require(fields['moe.top_k'] > 1
-          or has_field and not fields['moe.normalize_gates'],
-          f'config.json has {chosen} 1' + f' and {normalised} true' * has_field
-          + ': transformers then gives every expert the gate 1, where the gate '
-          "here is the router's score, so that the router learns")
+  if fields['moe.top_k'] > 1:
+    return
+  condition = f'{chosen} 1'
+  if 'moe.normalize_gates' in fields:
+    if not fields['moe.normalize_gates']:
+      return
+    condition += f' and {normalised} true'
+  raise RequestError(
+      f'config.json has {condition}: transformers then gives every expert the '
+      "gate 1, where the gate here is the router's score, so that the router "
+      'learns')
 
 
 def shared_experts(reader: Reader, name: str, default: int, width: int) -> int:
@@ -301,10 +376,11 @@ def theirs(choices: Mapping[str, str], ours: str, field: str) -> str:
   """Returns the first of their words for `ours`, the value of model.`field`.
 
   Raises:
-    RequestError: where they have none.
+    RequestError: if they have none.
   """
-  words = [word for word, value in choices.items() if value == ours]
+  for word, value in choices.items():
+    if value == ours:
+      return word
   known = ', '.join(dict.fromkeys(choices.values()))
-  require(words, f'model.{field} is {ours!r}, which has no counterpart in this '
-          f'config.json: choose from {known}')
-  return words[0]
+  raise RequestError(f'model.{field} is {ours!r}, which has no counterpart in '
+                     f'this config.json: choose from {known}')
