@@ -1,7 +1,7 @@
 """How rotary positions stand in a config.json of Hugging Face.
 
-A page whose system has them calls `read` in its record's `read`, and `write`
-in its `write` (parts/hf).
+A page whose system has them calls `read` in its own `read`, and `write` in its
+own `write` (parts/hf).
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,14 @@ from architectures.parts.positions import RopeConfig
 from common.errors import RequestError, require
 
 # The fields that a scaling alone has, with their defaults.
-_OF = {'llama3': dict(low_freq_factor=1.0, high_freq_factor=4.0),
-       'yarn': dict(beta_fast=32.0, beta_slow=1.0, truncate=True)}
+_NUMBERS = {'llama3': dict(low_freq_factor=1.0, high_freq_factor=4.0),
+            'yarn': dict(beta_fast=32.0, beta_slow=1.0, truncate=True)}
 _FROM_A_LENGTH = 'llama3', 'yarn', 'longrope'
-# rope_type: our scaling.
+# Our scaling by rope_type.
 SCALINGS = {'default': 'none', 'linear': 'linear', 'dynamic': 'dynamic',
             'llama3': 'llama3', 'yarn': 'yarn', 'longrope': 'longrope'}
-# Of positions by the kind of layer: rope.proportional, which may be stretched.
+# The rope_type of rope.proportional, which may be stretched. Only a system with
+# positions by the kind of layer has it.
 PROPORTIONAL = 'proportional'
 
 
@@ -35,23 +36,25 @@ def read(reader: hf.Reader, *,
   (rope_theta, rope_scaling).
 
   Args:
-    reader: of the config.json.
+    reader: the reader of the config.json.
     theta: the name of theta outside of these objects, and its default.
-    fraction: likewise of the share of a head that is turned. None: of a system
-      that turns whole heads, whatever its config.json says: transformers does
-      not read the share there, so that one is refused.
+    fraction: the name of the share of a head that is turned, and its default.
+      None: the system turns whole heads, whatever its config.json says:
+      transformers does not read the share there, so that one is refused.
     interleaved: whether this system pairs neighbours.
     on_scores: whether it puts YaRN's mscale_all_dim on the scores.
     words: our scaling, by each rope_type that transformers has in this system.
-    original: what original_max_position_embeddings is where it is not there, in
-      a system that has it outside of these objects and goes by that.
+    original: the default of original_max_position_embeddings, in a system that
+      has it outside of these objects and goes by that; 0: in others.
     unread: fields that say nothing of text.
   """
   new, old = reader.section('rope_parameters'), reader.section('rope_scaling')
-  for part in (new, old):
-    part.passes(*unread)
-  return _read(reader, old if old else new, theta, fraction, interleaved,
-               on_scores, words, original)
+  for section in (new, old):
+    section.passes(*unread)
+  return _read(
+      reader, old if old else new, theta=theta, fraction=fraction,
+      interleaved=interleaved, on_scores=on_scores, words=words,
+      original=original)
 
 
 def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]],
@@ -60,94 +63,123 @@ def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]],
   object for each. An old config.json has one rope_scaling, of the last kind.
 
   Args:
-    reader: of the config.json.
-    *kinds: (its name there, the `theta` of `read`).
+    reader: the reader of the config.json.
+    *kinds: (the name of the kind there, the `theta` of `read`).
     **how: further arguments of `read`, and `temperature`: whether YaRN has one.
   """
   parts, old = reader.section('rope_parameters'), reader.section('rope_scaling')
+  last, _ = kinds[-1]
   ropes = []
   for name, theta in kinds:
-    new = parts.section(name)
-    last = old and name == kinds[-1][0]
-    r = old if last else new
-    if r('rope_type', 'default') == PROPORTIONAL:
-      factor = r('factor', 1.0)
-      ropes.append(dict(
-          theta=r('rope_theta', reader(*theta)), proportional=True,
-          fraction=r('partial_rotary_factor', 1.0), interleaved=False,
-          scaling='none' if factor == 1 else 'linear', factor=factor))
+    section = parts.section(name)
+    if old and name == last:
+      section = old
+    if section('rope_type', 'default') == PROPORTIONAL:
+      rope = _read_proportional(reader, section, theta)
     else:
-      ropes.append(_read(reader, r, theta, by_kind=True, **how) | dict(
-          proportional=False))
+      rope = _read(reader, section, theta=theta, by_kind=True, **how)
+      rope['proportional'] = False
+    ropes.append(rope)
   return ropes
 
 
-def _read(reader: hf.Reader, r: hf.Reader, theta: tuple[str, float],
+def _read_proportional(reader: hf.Reader, section: hf.Reader,
+                       theta: tuple[str, float]) -> dict:
+  """Returns model.rope of a section whose rope_type is PROPORTIONAL."""
+  factor = section('factor', 1.0)
+  return dict(
+      theta=section('rope_theta', reader(*theta)), proportional=True,
+      fraction=section('partial_rotary_factor', 1.0), interleaved=False,
+      scaling='none' if factor == 1 else 'linear', factor=factor)
+
+
+def _read(reader: hf.Reader, section: hf.Reader, *, theta: tuple[str, float],
           fraction: tuple[str, float] | None = None, interleaved: bool = False,
           on_scores: bool = False, words: Mapping[str, str] = SCALINGS,
           original: int = 0, by_kind: bool = False, temperature: bool = True
           ) -> dict:
+  """Returns model.rope of one section.
+
+  Args:
+    reader: the reader of the config.json.
+    section: the object that has the fields of these positions.
+    theta, fraction, interleaved, on_scores, words, original: the arguments of
+      `read`.
+    by_kind: whether the section is of one kind of layer among several.
+    temperature: whether YaRN has one.
+  """
+  scaling = section.choose('rope_type', section('type', 'default'), words)
   rope: dict[str, Any] = dict(
-      theta=r('rope_theta', reader(*theta)),
-      fraction=_fraction(reader, r, fraction), interleaved=interleaved,
-      scaling=r.choose('rope_type', r('type', 'default'), words))
+      theta=section('rope_theta', reader(*theta)), interleaved=interleaved,
+      fraction=_fraction(reader, section, fraction), scaling=scaling)
   if original:
-    r.passes('original_max_position_embeddings')
+    section.passes('original_max_position_embeddings')
     rope['original_len'] = reader('original_max_position_embeddings', original)
-  if rope['scaling'] == 'none':
+  if scaling == 'none':
     return rope
-  rope['factor'] = r('factor', 1.0)
-  if rope['scaling'] in _FROM_A_LENGTH and not original:
-    length = r('original_max_position_embeddings',
-               reader('max_position_embeddings', 0))
-    rope['original_len'] = length if by_kind else reader(
-        'original_max_position_embeddings', length)  # which goes before
-  rope |= {name: r(name, default)
-           for name, default in _OF.get(rope['scaling'], {}).items()}
-  if rope['scaling'] == 'yarn':
-    rope |= (_mscale(r, on_scores) if temperature else
-             dict(mscale=0.0, mscale_all_dim=0.0))
-    r.must(attention_factor=positions.yarn_factor(
-        **{name: rope[name] for name in ('factor', 'mscale', 'mscale_all_dim')}
-    ))
-  if rope['scaling'] == 'dynamic':
+
+  # The factor, the length that it goes by, and the numbers of one scaling.
+  rope['factor'] = section('factor', 1.0)
+  if scaling in _FROM_A_LENGTH and not original:
+    length = section('original_max_position_embeddings',
+                     reader('max_position_embeddings', 0))
+    if not by_kind:  # what stands outside goes before
+      length = reader('original_max_position_embeddings', length)
+    rope['original_len'] = length
+  for name, default in _NUMBERS.get(scaling, {}).items():
+    rope[name] = section(name, default)
+
+  # What a scaling has alone.
+  if scaling == 'yarn':
+    rope |= _temperature(section, on_scores, temperature)
+    section.must(attention_factor=positions.yarn_factor(
+        factor=rope['factor'], mscale=rope['mscale'],
+        mscale_all_dim=rope['mscale_all_dim']))
+  if scaling == 'dynamic':
     rope['original_len'] = reader('max_position_embeddings', 0)
-  if rope['scaling'] == 'longrope':
-    rope |= _longrope(reader, r, rope['original_len'])
+  if scaling == 'longrope':
+    rope |= _longrope(reader, section, rope['original_len'])
   return rope
 
 
-def _longrope(reader: hf.Reader, r: hf.Reader, original: int) -> dict[str, Any]:
+def _longrope(reader: hf.Reader, section: hf.Reader, original: int
+              ) -> dict[str, Any]:
   """Returns the fields of longrope alone. Without a factor, it is how many
-  times as long the model is."""
-  require(r.has('factor') or reader.has('max_position_embeddings'),
+  times as long as `original` the model is."""
+  require(section.has('factor') or reader.has('max_position_embeddings'),
           "config.json has rope_type 'longrope', but neither a factor nor "
           'max_position_embeddings, of which it follows')
+  times = reader('max_position_embeddings', 0) / (original or 1)
   return dict(
-      short_factor=tuple(r.listed('short_factor')),
-      long_factor=tuple(r.listed('long_factor')),
-      attention_factor=r('attention_factor', 0.0),
-      factor=r('factor', max(
-          1.0, reader('max_position_embeddings', 0) / (original or 1))))
+      short_factor=tuple(section.listed('short_factor')),
+      long_factor=tuple(section.listed('long_factor')),
+      attention_factor=section('attention_factor', 0.0),
+      factor=section('factor', max(1.0, times)))
 
 
-def _mscale(r: hf.Reader, on_scores: bool) -> dict[str, float]:
-  """Returns the parts of YaRN's temperature. Where one of theirs is 0,
-  transformers reads neither on cos and sin."""
-  mscale, all_dim = r('mscale', 0.0), r('mscale_all_dim', 0.0)
+def _temperature(section: hf.Reader, on_scores: bool, temperature: bool
+                 ) -> dict[str, float]:
+  """Returns mscale and mscale_all_dim of YaRN's temperature. Where one of
+  theirs is 0, transformers reads neither on cos and sin."""
+  if not temperature:
+    return dict(mscale=0.0, mscale_all_dim=0.0)
+  mscale, all_dim = section('mscale', 0.0), section('mscale_all_dim', 0.0)
   both = bool(mscale and all_dim)
   require(both == bool(on_scores and all_dim),
           f'config.json has mscale {mscale} and mscale_all_dim {all_dim}: YaRN '
           'is known here with both in systems of DeepSeek, and else without')
-  return (dict(mscale=mscale, mscale_all_dim=all_dim) if both else
-          dict(mscale=1.0, mscale_all_dim=0.0))
+  if both:
+    return dict(mscale=mscale, mscale_all_dim=all_dim)
+  return dict(mscale=1.0, mscale_all_dim=0.0)
 
 
-def _fraction(reader: hf.Reader, rope: hf.Reader,
+def _fraction(reader: hf.Reader, section: hf.Reader,
               named: tuple[str, float] | None) -> float:
+  """Returns the share of a head that is turned; `named` is the `fraction` of
+  `read`."""
   if named:
-    return rope('partial_rotary_factor', reader(*named))
-  for where in (rope, reader):
+    return section('partial_rotary_factor', reader(*named))
+  for where in (section, reader):
     share = where('partial_rotary_factor', 1.0)
     require(share == 1, f'config.json has partial_rotary_factor {share}, which '
             f'transformers does not read in a {reader.model_type}: it turns '
@@ -157,56 +189,69 @@ def _fraction(reader: hf.Reader, rope: hf.Reader,
 
 def write_by_kind(c: ModelConfig, names: Mapping[str, str] | None = None,
                   **how: Any) -> dict:
-  """Returns rope_parameters with an object for each kind of layer: those with
-  a window, and those that see all; or by their mixers, which `names` names.
-  `how` is of `write`."""
+  """Returns rope_parameters with an object for each kind of layer.
+
+  Args:
+    c: the model.
+    names: the name of a kind by its mixer. None: the kinds are the layers with
+      a window and those that see all.
+    **how: further arguments of `write`.
+  """
   ropes: dict[str, dict] = {}
-  for kind in c.layer_kinds(c.num_layers):
-    config = c.of_kind(kind.name)
-    if names or config.mixer == 'attention':
-      name = names[config.mixer] if names else layer_types.type_of(config)
-      ropes[name] = write(config, **how)
+  for layer in c.layers(c.num_layers):
+    if names:
+      ropes[names[layer.mixer]] = write(layer, **how)
+    elif layer.mixer == 'attention':
+      ropes[layer_types.type_of(layer)] = write(layer, **how)
   return ropes
 
 
 def write(c: ModelConfig, *, whole_heads: bool = True, on_scores: bool = False,
           words: Mapping[str, str] = SCALINGS, temperature: bool = True
           ) -> dict:
-  """Returns rope_parameters for the config `c`. What they cannot say is told by
-  what is read of them again.
+  """Returns rope_parameters for the config `c`. A field that they cannot say is
+  found where they are read again.
 
   Args:
     c: the config.
     whole_heads: whether transformers turns whole heads in this system, and
       does not read that it should turn a part.
-    on_scores, words: as of `read`.
-    temperature: as of `read_by_kind`.
+    on_scores: as for `read`.
+    words: as for `read`.
+    temperature: as for `read_by_kind`.
   """
-  r = c.part(RopeConfig)
-  if r.scaling == 'ntk':
+  rope = c.part(RopeConfig)
+  scaling = rope.scaling
+  if scaling == 'ntk':
+    theta = positions.ntk_theta(rope, positions.rotary_dim(c))
     raise RequestError(
         "model.rope.scaling is 'ntk', which config.json has not: it is the "
-        'same as scaling none with model.rope.theta '
-        f'{positions.ntk_theta(r, positions.rotary_dim(c))!r}')
-  if r.proportional:
-    words = {PROPORTIONAL: r.scaling if r.scaling == 'linear' else 'none'}
-  rope = dict(rope_type=hf.theirs(words, r.scaling, 'rope.scaling'),
-              rope_theta=r.theta)
-  if not whole_heads or r.proportional:
-    rope['partial_rotary_factor'] = r.fraction
-  if r.scaling != 'none':
-    rope['factor'] = r.factor
-  rope |= {name: getattr(r, name) for name in _OF.get(r.scaling, ())
-           if name != 'truncate' or not r.truncate}
-  if r.scaling == 'yarn' and not temperature:
-    rope['attention_factor'] = 1.0
-  elif r.scaling == 'yarn' and on_scores and r.mscale_all_dim:
-    rope |= dict(mscale=r.mscale, mscale_all_dim=r.mscale_all_dim)
-  if r.scaling == 'longrope':
-    rope |= dict(short_factor=list(r.short_factor),
-                 long_factor=list(r.long_factor))
-    if r.attention_factor:
-      rope['attention_factor'] = r.attention_factor
-  if r.scaling in _FROM_A_LENGTH:
-    rope['original_max_position_embeddings'] = r.original_len
-  return rope
+        f'same as scaling none with model.rope.theta {theta!r}')
+  if rope.proportional:
+    words = {PROPORTIONAL: scaling if scaling == 'linear' else 'none'}
+  tree = dict(rope_type=hf.theirs(words, scaling, 'rope.scaling'),
+              rope_theta=rope.theta)
+  if not whole_heads or rope.proportional:
+    tree['partial_rotary_factor'] = rope.fraction
+  if scaling != 'none':
+    tree['factor'] = rope.factor
+  for name in _NUMBERS.get(scaling, ()):
+    value = getattr(rope, name)
+    if name != 'truncate' or not value:
+      tree[name] = value
+
+  # What a scaling has alone.
+  if scaling == 'yarn':
+    if not temperature:
+      tree['attention_factor'] = 1.0
+    elif on_scores and rope.mscale_all_dim:
+      tree['mscale'] = rope.mscale
+      tree['mscale_all_dim'] = rope.mscale_all_dim
+  if scaling == 'longrope':
+    tree['short_factor'] = list(rope.short_factor)
+    tree['long_factor'] = list(rope.long_factor)
+    if rope.attention_factor:
+      tree['attention_factor'] = rope.attention_factor
+  if scaling in _FROM_A_LENGTH:
+    tree['original_max_position_embeddings'] = rope.original_len
+  return tree

@@ -1,11 +1,11 @@
 """The tensors of a Hugging Face folder, and the places of ours that each fills,
-by the rows of a page's record (parts/hf has their form)."""
+by the rows of its page (parts/hf has their form)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
 import itertools
 import math
 import re
-from typing import NamedTuple
 
 import numpy as np
 
@@ -17,16 +17,18 @@ from common.kinds import SECTIONS
 _OF_LAYERS = re.compile(rf'/(?:{"|".join(SECTIONS)})/block_\d+/|/layers/')
 
 
-class Tensor(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Tensor:
   """One tensor of theirs, and the places of ours that it fills.
 
   Attributes:
-    name: theirs.
-    axes: theirs, such as 'D 3HK', 'HK+JK+JK D' or 'J(RK+K+K) D'.
-    paths: of ours; several where it is fused.
-    ours: the axes of each, without those that `index` picks from.
+    name: the name of the tensor.
+    axes: the axes of the tensor, such as 'D 3HK', 'HK+JK+JK D' or
+      'J(RK+K+K) D'.
+    paths: the paths of our parameters; several where the tensor is fused.
+    ours: the axes of each parameter, without those that `index` picks from.
     index: the leading indices in each of `paths` (layer, expert).
-    sizes: of the axes, by letter.
+    sizes: the size of each axis, by its letter.
   """
   name: str
   axes: str
@@ -37,77 +39,120 @@ class Tensor(NamedTuple):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape of theirs."""
-    return tuple(self._size(lead) * sum(map(self._size, pieces))
-                 for lead, pieces in map(_pieces, self.axes.split()))
+    """The shape of the tensor."""
+    shape = []
+    for dim in self.axes.split():
+      groups, pieces = _pieces(dim)
+      each = [self._size(piece) for piece in pieces]
+      shape.append(self._size(groups) * sum(each))
+    return tuple(shape)
 
   def part(self, cut: Callable[[tuple[slice, ...]], np.ndarray], which: int,
            ranges: Mapping[str, tuple[int, int]]) -> np.ndarray:
-    """Returns what theirs holds for paths[which], by our axes.
+    """Returns what the tensor holds for paths[which], by our axes.
 
     Args:
-      cut: returns a slice of theirs; the slice asked for is the smallest that
-        holds what is wanted.
-      which: of `paths`.
+      cut: returns a slice of the tensor; the slice asked for is the smallest
+        that holds what is wanted.
+      which: the number of the path in `paths`.
       ranges: (start, stop) of our axes, by letter.
     """
     letters, places = self._places(which, ranges)
-    x = cut(tuple(slice(int(at.min()), int(at.max()) + 1) for at in places))
-    x = x[tuple(_index(at - at.min()) for at in places)]
-    x = x.reshape(sum((at.shape for at in places), ()))
-    return x.transpose([letters.index(a) for a in self.ours[which]])
+    block = cut(tuple(slice(int(at.min()), int(at.max()) + 1)
+                      for at in places))
+    # What is wanted of the block, with one dimension for each of our axes.
+    wanted = block[tuple(_index(at - at.min()) for at in places)]
+    shape = itertools.chain.from_iterable(at.shape for at in places)
+    wanted = wanted.reshape(tuple(shape))
+    return wanted.transpose([letters.index(a) for a in self.ours[which]])
 
   def join(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns theirs, made of one array for each of `paths`."""
+    """Returns the tensor, made of one array for each of `paths`."""
     joined = np.empty(self.shape, ours[0].dtype)
     for which, x in enumerate(ours):
       axes = self.ours[which]
-      letters, places = self._places(
-          which, {a: (0, n) for a, n in zip(axes, x.shape)})
-      joined[tuple(map(_index, places))] = x.transpose(
-          [axes.index(a) for a in letters]).reshape([at.size for at in places])
+      whole = {axis: (0, size) for axis, size in zip(axes, x.shape)}
+      letters, places = self._places(which, whole)
+      x = x.transpose([axes.index(letter) for letter in letters])
+      x = x.reshape([at.size for at in places])
+      joined[tuple(_index(at) for at in places)] = x
     return joined
 
   def _places(self, which: int, ranges: Mapping[str, tuple[int, int]]
               ) -> tuple[str, list[np.ndarray]]:
-    """Returns where paths[which] stands in each dimension of theirs, by those
-    of our axes that it has, which are cut to `ranges`; and these axes."""
+    """Returns where paths[which] stands in the tensor.
+
+    Args:
+      which: the number of the path in `paths`.
+      ranges: (start, stop) of our axes, by letter.
+
+    Returns:
+      Our axes in the order of the tensor's dimensions, and for each dimension
+      the positions in it, an array whose dimensions are those of our axes that
+      the dimension has, cut to `ranges`.
+    """
     letters, places = '', []
-    for lead, pieces in map(_pieces, self.axes.split()):
-      sizes, mine = [*map(self._size, pieces)], which % len(pieces)
-      axes = lead + pieces[mine]
-      at = (np.arange(self._size(lead))[:, None] * sum(sizes)
-            + sum(sizes[:mine]) + np.arange(sizes[mine])[None])
-      at = at.reshape([self.sizes[a] for a in axes])
-      at = at[tuple((which if a == str(len(self.paths)) else 0)
-                    if a.isdigit() else slice(None) for a in axes)]
-      axes = ''.join(a for a in axes if not a.isdigit())
-      if 'JR' in axes:  # theirs orders our heads by groups
+    for dim in self.axes.split():
+      groups, pieces = _pieces(dim)
+      axes, at = self._positions(groups, pieces, which % len(pieces))
+
+      # A digit is a number of parameters, of which this is one.
+      several = str(len(self.paths))
+      picks: list[int | slice] = []
+      for axis in axes:
+        if not axis.isdigit():
+          picks.append(slice(None))
+        else:
+          picks.append(which if axis == several else 0)
+      at = at[tuple(picks)]
+      axes = ''.join(axis for axis in axes if not axis.isdigit())
+
+      # Our heads H, where theirs are ordered by groups J of R heads.
+      if 'JR' in axes:
         first = axes.index('JR')
         at = at.reshape(*at.shape[:first], -1, *at.shape[first + 2:])
         axes = axes.replace('JR', 'H')
-      places.append(at[tuple(slice(*ranges[a]) for a in axes)])
+      places.append(at[tuple(slice(*ranges[axis]) for axis in axes)])
       letters += axes
     return letters, places
 
+  def _positions(self, groups: str, pieces: Sequence[str], which: int
+                 ) -> tuple[str, np.ndarray]:
+    """Returns the axes of one piece of a dimension, and its positions there.
+
+    Args:
+      groups: the axes of the groups, in each of which all pieces stand.
+      pieces: the axes of the pieces that follow one another in a group.
+      which: the number of the piece.
+    """
+    sizes = [self._size(piece) for piece in pieces]
+    starts = np.arange(self._size(groups)) * sum(sizes) + sum(sizes[:which])
+    at = starts[:, None] + np.arange(sizes[which])[None]
+    axes = groups + pieces[which]
+    return axes, at.reshape([self.sizes[axis] for axis in axes])
+
   def _size(self, axes: str) -> int:
-    return math.prod(self.sizes[a] for a in axes)
+    return math.prod(self.sizes[axis] for axis in axes)
 
 
 def _index(at: np.ndarray) -> slice | np.ndarray:
   """Returns what indexes a dimension at these places, which ascend: a slice,
   which is faster, where their steps are equal."""
   at = at.ravel()
-  even = range(at[0], at[-1] + 1, at[1] - at[0] if at.size > 1 else 1)
-  return slice(even.start, even.stop, even.step) if np.array_equal(
-      at, even) else at
+  step = int(at[1] - at[0]) if at.size > 1 else 1
+  even = slice(int(at[0]), int(at[-1]) + 1, step)
+  if np.array_equal(at, np.arange(even.start, even.stop, step)):
+    return even
+  return at
 
 
 def _pieces(dim: str) -> tuple[str, list[str]]:
-  """Returns the axis of groups, if any, and the pieces that follow one another
-  within a group."""
-  lead, grouped, rest = dim.rpartition('(')
-  return lead, (rest.removesuffix(')') if grouped else dim).split('+')
+  """Returns the axes of groups, '' if there are none, and the pieces that
+  follow one another within a group."""
+  groups, is_grouped, rest = dim.rpartition('(')
+  if is_grouped:
+    rest = rest.removesuffix(')')
+  return groups, rest.split('+')
 
 
 def expand(rows: Sequence[Row],
@@ -118,82 +163,185 @@ def expand(rows: Sequence[Row],
     RequestError: naming the parameters for which the table has no row.
   """
   tensors = []
-  for (_, axes, theirs, their_axes), paths, layers, experts in places(
-      rows, shapes):
-    each = axes_of(axes, len(paths))
-    sizes = {a: int(n) for a, n in re.findall(r'(\w)=(\d+)', their_axes)}
-    their_axes = re.sub(r'=\d+', '', their_axes)
-    sizes |= {a: n for one, path in zip(each, paths)
-              for a, n in zip(one, shapes[path][-len(one):])}
-    if 'R' in their_axes:
-      sizes['R'] = sizes['H'] // sizes['J']
-    inner = tuple(one.replace('E', '') if '{e}' in theirs else one
-                  for one in each)
-    for (row, n), e in itertools.product(enumerate(layers), experts):
-      index = (() if n is None else (row,)) + (() if e is None else (e,))
-      tensors.append(Tensor(theirs.format(n=n, m=n, e=e), their_axes, paths,
-                            inner, index,
-                            sizes | {'1': 1, str(len(paths)): len(paths)}))
+  for place in places(rows, shapes):
+    tensors += _tensors_of(place, shapes)
   covered = {path for tensor in tensors for path in tensor.paths}
-  if bare := sorted(set(shapes) - covered):
+  bare = sorted(set(shapes) - covered)
+  if bare:
     raise RequestError(
         f'no Hugging Face name for {", ".join(bare)}: this combination of '
         'parts is none that transformers has under this architecture')
   return tensors
 
 
+def _tensors_of(place: 'Place', shapes: Mapping[str, tuple[int, ...]]
+                ) -> list[Tensor]:
+  """Returns the tensors of one place, by its layers and experts."""
+  _, axes, theirs, their_axes = place.row
+  each = axes_of(axes, len(place.paths))
+
+  # The sizes of the axes, of which the row may give some, as in J=2.
+  sizes = {axis: int(size)
+           for axis, size in re.findall(r'(\w)=(\d+)', their_axes)}
+  their_axes = re.sub(r'=\d+', '', their_axes)
+  for letters, path in zip(each, place.paths):
+    sizes |= zip(letters, shapes[path][-len(letters):])
+  if 'R' in their_axes:
+    sizes['R'] = sizes['H'] // sizes['J']
+  several = len(place.paths)
+  sizes |= {'1': 1, str(several): several}
+
+  # A tensor for each layer and each expert.
+  inner = each
+  if '{e}' in theirs:
+    inner = tuple(letters.replace('E', '') for letters in each)
+  tensors = []
+  for row, layer in enumerate(place.layers):
+    for expert in place.experts:
+      index: tuple[int, ...] = ()
+      if layer is not None:
+        index += (row,)
+      if expert is not None:
+        index += (expert,)
+      tensors.append(Tensor(
+          name=theirs.format(n=layer, m=layer, e=expert), axes=their_axes,
+          paths=place.paths, ours=inner, index=index, sizes=sizes))
+  return tensors
+
+
 def axes_of(axes: str, paths: int) -> tuple[str, ...]:
-  """Returns our axes of each of so many paths, of a row's second item."""
+  """Returns our axes of each of so many paths, by a row's second item."""
   each = tuple(axes.split('|'))
-  return each if len(each) == paths else each * paths
+  if len(each) == paths:
+    return each
+  return each * paths
 
 
 def count(rows: Sequence[Row],
           shapes: Mapping[str, tuple[int, ...]]) -> int:
   """Returns how many tensors `expand` has, without making them."""
-  return sum(len(layers) * len(experts)
-             for *_, layers, experts in places(rows, shapes))
+  return sum(len(place.layers) * len(place.experts)
+             for place in places(rows, shapes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """A row, and a block of ours that has its parameter.
+
+  Attributes:
+    row: the row.
+    paths: the paths of our parameters.
+    layers: the numbers of the layers with a tensor each; (None,) where the
+      parameter is of no layer.
+    experts: the numbers of the experts with a tensor each; (None,) where one
+      tensor holds all, or there are none.
+  """
+  row: Row
+  paths: tuple[str, ...]
+  layers: Sequence[int | None]
+  experts: Sequence[int | None]
 
 
 def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
-           ) -> Iterator[tuple[Row, tuple[str, ...], Sequence, Sequence]]:
-  """Yields (row, our paths, layers, experts) for each row and each block that
-  has its parameter: those with a tensor each; (None,) where one holds all."""
+           ) -> Iterator[Place]:
+  """Yields a Place for each row and each block that has its parameter.
+
+  Args:
+    rows: the rows of a page.
+    shapes: the shapes of our parameters, by path.
+  """
   for row in rows:
     ours, _, theirs, _ = row
-    folder, _, names = ours.rpartition('/')
-    layers = _OF_LAYERS.search(ours)
-    where = layers[0] if layers else ''
-    for place, first, period in _blocks(
-        ours.partition(where)[0], shapes, '{m}' in theirs
-    ) if where else (('', 0, 0),):
-      if where not in ('', '/layers/', f'/{place}/'):
+    in_layers = _OF_LAYERS.search(ours)
+    if in_layers is None:  # a parameter beside the layers
+      place = _place(row, ours, shapes, layers=None)
+      if place is not None:
+        yield place
+      continue
+    where = in_layers[0]  # '/layers/', or the folder of one block
+    stack, _, inner = ours.partition(where)
+    by_part = '{m}' in theirs
+    for block in _blocks(stack, shapes, by_part):
+      if where not in ('/layers/', f'/{block.folder}/'):
         continue
-      paths = tuple(
-          f'{folder}/{name}'.lstrip('/').replace('/layers/', f'/{place}/')
-          if where == '/layers/' else f'{folder}/{name}'.lstrip('/')
-          for name in names.split('|'))
-      shape, axes = shapes.get(paths[0]), axes_of(row[1], len(paths))[0]
-      if shape is not None and len(shape) == len(axes) + bool(where):
-        first += '{m}' in theirs and '/ffn' in ours
-        yield (row, paths,
-               range(first, first + period * shape[0], period) if where
-               else (None,),
-               range(shape[bool(where) + axes.index('E')])
-               if '{e}' in theirs else (None,))
+      first = block.first
+      if by_part and '/ffn' in ours:
+        first += 1
+      layers = range(first, first + block.step * block.count, block.step)
+      path = f'{stack}/{block.folder}/{inner}'
+      place = _place(row, path, shapes, layers)
+      if place is not None:
+        yield place
+
+
+def _place(row: Row, ours: str, shapes: Mapping[str, tuple[int, ...]],
+           layers: range | None) -> Place | None:
+  """Returns the place of a row; None where the model has no such parameter with
+  as many axes.
+
+  Args:
+    row: the row.
+    ours: the path of the row in one block, still with several names at its end.
+    shapes: the shapes of our parameters, by path.
+    layers: the numbers of the layers of the block; None: of no layer.
+  """
+  folder, _, names = ours.rpartition('/')
+  paths = tuple(f'{folder}/{name}'.lstrip('/') for name in names.split('|'))
+  shape = shapes.get(paths[0])
+  axes = axes_of(row[1], len(paths))[0]
+  if layers is not None:
+    axes = 'N' + axes
+  if shape is None or len(shape) != len(axes):
+    return None
+  experts: Sequence[int | None] = (None,)
+  if '{e}' in row[2]:
+    experts = range(shape[axes.index('E')])
+  return Place(row=row, paths=paths,
+               layers=(None,) if layers is None else layers, experts=experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+  """One block of the period of a section of a stack.
+
+  Attributes:
+    folder: the folder of its parameters in the stack.
+    first: the number of its first layer.
+    step: by how much the numbers of its layers grow.
+    count: how many layers it has.
+  """
+  folder: str
+  first: int
+  step: int
+  count: int
 
 
 def _blocks(stack: str, shapes: Mapping[str, tuple[int, ...]],
-            parts: bool = False):
-  """Yields where each block stands, its first layer, the step to the next. With
-  `parts`, a layer with a feed-forward network counts as two."""
+            by_part: bool) -> Iterator[_Block]:
+  """Yields the blocks of a stack.
+
+  Args:
+    stack: the folder of the stack.
+    shapes: the shapes of our parameters, by path.
+    by_part: whether a layer with a feed-forward network counts as two.
+  """
   before = 0
   for section in SECTIONS:
-    periods = {path.split('/')[2]: shape[0] for path, shape in shapes.items()
-               if path.startswith(f'{stack}/{section}/')}
-    blocks = [f'{section}/block_{n}' for n in range(len(periods))]
-    sizes = [1 + (parts and f'{stack}/{block}/ffn_norm/scale' in shapes)
-             for block in blocks]
-    for n, block in enumerate(blocks):
-      yield block, before + sum(sizes[:n]), sum(sizes)
-    before += sum(sizes) * next(iter(periods.values()), 0)
+    # How many layers each block has, which is the same for all.
+    counts = {path.split('/')[2]: shape[0] for path, shape in shapes.items()
+              if path.startswith(f'{stack}/{section}/')}
+    if not counts:
+      continue
+    count = next(iter(counts.values()))
+
+    # How many layers of theirs a layer of each block is.
+    folders = [f'{section}/block_{n}' for n in range(len(counts))]
+    sizes = []
+    for folder in folders:
+      has_network = f'{stack}/{folder}/ffn_norm/scale' in shapes
+      sizes.append(2 if by_part and has_network else 1)
+    step = sum(sizes)
+    for n, folder in enumerate(folders):
+      yield _Block(folder=folder, first=before + sum(sizes[:n]), step=step,
+                   count=count)
+    before += step * count
