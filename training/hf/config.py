@@ -1,12 +1,12 @@
 """Hugging Face's config.json: read field by field, nothing passed over.
 
-The record of a page (architectures/parts/hf) asks for each field that it
-honours, and says of others which value alone it knows. The default with which a
-field is asked for says of what type it must be. Of the fields that are left,
-those that transformers declares for a configuration of this model_type, or
-reads in its model, are refused by name, unless they never change what a model
-computes. transformers keeps all others as attributes that no model reads: they
-change nothing, and a note names them. known_fields.json has the names that
+A page (architectures/parts/hf) asks for each field that it honours, and says of
+others which value alone it knows. The default with which a field is asked for
+says of what type it must be. Of the fields that are left, those that
+transformers declares for a configuration of this model_type, or reads in its
+model, are refused by name, unless they never change what a model computes.
+transformers keeps all others as attributes that no model reads: they change
+nothing, and a note names them. known_fields.json has the names that
 transformers knows; tests/parity/known_fields.py writes that file.
 
 transformers tells heads by the class under `architectures`, and counts the
@@ -14,7 +14,7 @@ outputs of the head of a task by id2label, whose names are LABEL_0, ... where a
 training gave none.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import functools
 import json
 import math
@@ -69,6 +69,8 @@ class Reader:
   """
 
   def __init__(self, tree: Mapping[str, Any], name: str = ''):
+    """Reads `tree`; `name` is that of the object in config.json, '' for the
+    file itself."""
     self.asked: set[str] = set()
     self.notes: list[str] = []
     self._tree, self._name = tree, name
@@ -125,10 +127,12 @@ class Reader:
     for name, known in only.items():
       self.asked.add(name)
       value = self._tree.get(name)
-      require(value is None or (value == known and (
-          isinstance(value, bool) == isinstance(known, bool))),
-              f'config.json has {self._full(name)} {short(value)}: only '
-              f'{known!r} is known here')
+      if value is None:
+        continue
+      same_type = isinstance(value, bool) == isinstance(known, bool)
+      if value != known or not same_type:
+        raise RequestError(f'config.json has {self._full(name)} '
+                           f'{short(value)}: only {known!r} is known here')
 
   def choose(self, name: str, default: str, choices: dict[str, Any]) -> Any:
     """Returns what `choices` has for the field `name`."""
@@ -139,6 +143,7 @@ class Reader:
 
   @property
   def model_type(self) -> str:
+    """The name of the system in config.json."""
     return self('model_type', '')
 
   def finish(self, known: Collection[str]) -> list[str]:
@@ -151,45 +156,56 @@ class Reader:
     Raises:
       RequestError: for a known field that was not asked for and may matter.
     """
-    left = {name: value for name, value in self._tree.items()
-            if name not in self.asked and not NEUTRAL.fullmatch(name)
-            and value is not None}
-    unread = [self._full(name) for name in left if name not in known]
+    unread, refused = [], []
+    for name, value in self._tree.items():
+      if name in self.asked or NEUTRAL.fullmatch(name) or value is None:
+        continue
+      if name in known:
+        refused.append(f'{self._full(name)} {short(value)}')
+      else:
+        unread.append(self._full(name))
     for part in self._parts:
       unread += part.finish(known)
-    refused = [f'{self._full(name)} {short(value)}'
-               for name, value in left.items() if name in known]
     require(not refused, 'config.json has fields that transformers knows and '
             f'this architecture does not, {", ".join(refused[:9])}: remove '
             'those that do not change what the model computes')
     return unread
 
   def _full(self, name: str) -> str:
-    name = name if name.isidentifier() else short(name)
-    return f'{self._name}.{name}' if self._name else name
+    """Returns the name of a field with that of its object before it."""
+    if not name.isidentifier():
+      name = short(name)
+    if self._name:
+      return f'{self._name}.{name}'
+    return name
 
 
 # The types that a default stands for: (its type, in words, the test).
 MOST = 2**31 - 1  # what an index of 32 bits counts
-TYPES = (
-    (bool, 'true or false', lambda v: isinstance(v, bool)),
-    (int, f'an integer from 0 to {MOST}',
-     lambda v: type(v) is int and 0 <= v <= MOST),
-    (float, 'a number', lambda v: type(v) in (int, float) and (
-        abs(v) < 1e30 and math.isfinite(v))),
-    (str, 'a string', lambda v: isinstance(v, str)),
-    (dict, 'an object', lambda v: isinstance(v, dict)),
-)
+# The tests of a value by the type of its default, and what each is in words.
+TYPES: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    bool: ('true or false', lambda value: isinstance(value, bool)),
+    int: (f'an integer from 0 to {MOST}',
+          lambda value: type(value) is int and 0 <= value <= MOST),
+    float: ('a number', lambda value: type(value) in (int, float)
+            and abs(value) < 1e30 and math.isfinite(value)),
+    str: ('a string', lambda value: isinstance(value, str)),
+    dict: ('an object', lambda value: isinstance(value, dict)),
+}
 
 
 def _typed(what: str, value: Any, default: Any) -> Any:
-  """Returns a value of the type of `default`, or raises RequestError."""
-  kind, words, test = next(row for row in TYPES if type(default) is row[0])
+  """Returns a value of the type of `default`, or raises RequestError, whose
+  sentence begins with `what`."""
+  kind = type(default)
+  words, test = TYPES[kind]
   if not test(value):
     raise RequestError(f'{what} {short(value)}: it must be {words}')
   if kind is int and default and not value:
     raise RequestError(f'{what} {short(value)}: it must be 1 or more')
-  return float(value) if kind is float else value
+  if kind is float:
+    return float(value)
+  return value
 
 
 def read(tree: dict[str, Any], files: Collection[str] | None = None
@@ -215,16 +231,19 @@ def fields_and_notes(tree: dict[str, Any],
   reader = Reader(tree)
   _refuse_quantised(reader)
   model = model_of(reader)
+  page = architectures.hugging_face(model.arch)
   if 'is_encoder_decoder' not in reader.asked:
-    reader.must(is_encoder_decoder=False)  # As old files say of a decoder.
-  unread = reader.finish(known_fields(
-      architectures.hugging_face(model.arch).model_type))
+    reader.must(is_encoder_decoder=False)  # as old files say of a decoder
+
+  # The fields that nobody read.
+  unread = reader.finish(known_fields(page.model_type))
   if unread:
     reader.notes.append(
         f'config.json has {", ".join(unread)}, {UNREAD} in a '
         f'{reader.model_type}: what the model computes does not depend on it')
+
   if files is not None:
-    model.update(architectures.hugging_face(model.arch).of_files(files))
+    model.update(page.of_files(files))
   _check(architectures.resolve(model))
   return model, reader.notes
 
@@ -258,58 +277,83 @@ def _refuse_quantised(reader: Reader) -> None:
   """Raises RequestError for weights that a quantisation has packed."""
   for name in ('quantization_config', 'compression_config'):
     packed = reader(name, {})
+    if not packed:
+      continue
     method = packed.get('quant_method', 'of no name')
     unpacking = UNPACKED_BY.get(str(method))
-    require(not packed, f'config.json has {name}: these weights are quantised '
-            f'({short(method)}), and weights are read from '
-            f'{", ".join(hf_files.DTYPES)}. ' + (
-                'Unpack them with transformers, AutoModelForCausalLM.'
-                'from_pretrained(FOLDER, dtype="bfloat16", quantization_config='
-                f'{unpacking}(dequantize=True)).save_pretrained(NEW), and take '
-                'NEW' if unpacking else
-                'Take the folder of the model that was quantised'))
+    remedy = 'Take the folder of the model that was quantised'
+    if unpacking:
+      remedy = (
+          'Unpack them with transformers, AutoModelForCausalLM.from_pretrained('
+          f'FOLDER, dtype="bfloat16", quantization_config={unpacking}('
+          'dequantize=True)).save_pretrained(NEW), and take NEW')
+    raise RequestError(
+        f'config.json has {name}: these weights are quantised '
+        f'({short(method)}), and weights are read from '
+        f'{", ".join(hf_files.DTYPES)}. {remedy}')
 
 
 def model_of(reader: Reader) -> ml_collections.ConfigDict:
   """Returns config.model as the page of its model_type reads a config.json."""
   arch = reader.choose('model_type', '', architectures.by_model_type())
   page = architectures.hugging_face(arch)
-  fields: dict[str, Any] = {}
-  for ours, (names, default, *choices) in page.fields.items():
-    value = default(fields) if callable(default) else default
-    for name in reversed(names.split('|')):
-      value = (reader.choose if choices else reader)(name, value, *choices)
-    fields[ours] = value
+  fields = _read_table(reader, page)
   reader.must(**page.only)
   reader.passes(*page.unread)
   fields |= _read_head(reader, page)
+
+  # The parts of the system, its fields, and what the page reads by itself.
   model = base.base().model
-  model.update(architectures.systems()[arch].PARTS, arch=arch)
+  model.update(architectures.system(arch).PARTS, arch=arch)
   model.update_from_flattened_dict(fields)
   read = page.read(reader, fields)
   if 'kinds' in read:
     model.kinds = {}
   model.update(read)
+
+  # Biases, of which a page need not ask.
   for name, ours in hf.BIASES.items():
     if name not in reader.asked:
       reader.must(**{name: model[ours]})
   return model
 
 
-PROBLEMS = ('regression', 'single_label_classification')
+def _read_table(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
+  """Returns the fields of config.model that the page's table `fields` has."""
+  fields: dict[str, Any] = {}
+  for ours, (names, default, *choices) in page.fields.items():
+    value = default
+    if callable(default):
+      value = default(fields)
+    for name in reversed(names.split('|')):
+      if choices:
+        value = reader.choose(name, value, choices[0])
+      else:
+        value = reader(name, value)
+    fields[ours] = value
+  return fields
+
+
+REGRESSION, CLASSIFICATION = 'regression', 'single_label_classification'
 
 
 def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
   """Returns the fields of the model that say which head it has."""
   named = reader.listed('architectures')
-  head = next((head for head, row in page.heads.items()
-               if row.architecture in named), 'lm')
+  head = 'lm'
+  for name, row in page.heads.items():
+    if row.architecture in named:
+      head = name
+      break
   if 'num_labels' not in heads.HEADS[head].fields:
     return dict(head=head)
   if head == 'sequence':
-    reader.choose('problem_type', PROBLEMS[-1], dict(zip(PROBLEMS, PROBLEMS)))
-  return dict(head=head, num_labels=len(reader('id2label', {})) or reader(
-      'num_labels', 2))
+    reader.choose('problem_type', CLASSIFICATION, {
+        REGRESSION: REGRESSION, CLASSIFICATION: CLASSIFICATION})
+  num_labels = len(reader('id2label', {}))
+  if not num_labels:
+    num_labels = reader('num_labels', 2)
+  return dict(head=head, num_labels=num_labels)
 
 
 def labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
@@ -322,18 +366,29 @@ def labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
   table = tree.get('id2label')
   if table is None:
     return ()
-  require(isinstance(table, dict)
-          and set(table) == {str(i) for i in range(len(table))}
-          and all(isinstance(name, str) for name in table.values())
-          and len(set(table.values())) == len(table),
-          f'config.json has id2label {short(table)}: it must be an object with '
-          'the keys 0, 1, ..., whose values are strings, none of them twice')
+  if not _is_numbered(table):
+    raise RequestError(
+        f'config.json has id2label {short(table)}: it must be an object with '
+        'the keys 0, 1, ..., whose values are strings, none of them twice')
   return meaningful_labels(tuple(table[str(i)] for i in range(len(table))))
+
+
+def _is_numbered(table: Any) -> bool:
+  """Whether a value of a JSON file is a table of distinct names by 0, 1, ..."""
+  if not isinstance(table, dict):
+    return False
+  numbers = {str(i) for i in range(len(table))}
+  names = table.values()
+  return (set(table) == numbers
+          and all(isinstance(name, str) for name in names)
+          and len(set(names)) == len(names))
 
 
 def meaningful_labels(names: tuple[str, ...]) -> tuple[str, ...]:
   """Returns labels, or () where they are LABEL_0, ..., which say nothing."""
-  return () if names == default_labels(len(names)) else names
+  if names == default_labels(len(names)):
+    return ()
+  return names
 
 
 def default_labels(count: int) -> tuple[str, ...]:
@@ -345,7 +400,7 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
   """Returns the config.json of `config`, which `read` reads back as it was.
 
   Args:
-    config: the model's.
+    config: the config of the model.
     labels: what the outputs of the head of a task stand for; none: LABEL_0, ...
 
   Raises:
@@ -353,19 +408,30 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
   """
   page = architectures.hugging_face(config.arch)
   _check(config)
-  head = page.heads.get(config.head, page)
-  tree = dict(model_type=page.model_type, architectures=[head.architecture])
+  architecture = page.architecture
+  if config.head in page.heads:
+    architecture = page.heads[config.head].architecture
+  tree = dict(model_type=page.model_type, architectures=[architecture])
+  tree |= _write_table(config, page)
+  tree |= page.write(flat.whole(config))
+  tree |= _write_head(config, labels)
+  # What a config.json has no words for is found where it is read again.
+  check_same(config, read(tree),
+             f'a {page.model_type} config.json cannot say that')
+  return tree
+
+
+def _write_table(config: ModelConfig, page: hf.HuggingFace) -> dict[str, Any]:
+  """Returns the fields of config.json that the page's table `fields` has."""
+  tree = {}
   for ours, (names, _, *choices) in page.fields.items():
     group = ours.rpartition('.')[0]
     if group and config.find(flat.GROUPS[group]) is None:
-      continue  # No layer reads it: the reader's default does.
+      continue  # No layer reads it, so the default of its readers does.
     value = flat.get(config, ours)
-    tree[names.split('|')[-1]] = (
-        hf.theirs(*choices, value, ours) if choices else value)
-  whole = flat.whole(config)  # what differs is refused below
-  tree |= page.write(whole) | _write_head(config, labels)
-  check_same(config, read(tree),
-             f'a {page.model_type} config.json cannot say that')
+    if choices:
+      value = hf.theirs(choices[0], value, ours)
+    tree[names.split('|')[-1]] = value
   return tree
 
 
@@ -378,10 +444,11 @@ def _write_head(config: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
     labels = labels or default_labels(config.num_labels)
     require(len(labels) == config.num_labels, f'{len(labels)} labels are of '
             f'another model than one of model.num_labels {config.num_labels}')
-    fields |= dict(id2label={str(i): name for i, name in enumerate(labels)},
-                   label2id={name: i for i, name in enumerate(labels)})
+    fields['id2label'] = {str(i): name for i, name in enumerate(labels)}
+    fields['label2id'] = {name: i for i, name in enumerate(labels)}
   if config.head == 'sequence':
-    fields['problem_type'] = PROBLEMS[config.num_labels > 1]
+    several = config.num_labels > 1
+    fields['problem_type'] = CLASSIFICATION if several else REGRESSION
   return fields
 
 
@@ -397,33 +464,35 @@ def check_same(ours: ModelConfig, theirs: ModelConfig, why: str) -> None:
 
 
 def _room(config: ModelConfig) -> tuple | None:
-  """How many tokens of how many an expert takes in evaluation, or which share
-  of a batch; None: all that choose it."""
-  m = config.find(MoEConfig)
-  if not config.has_experts or not (
-      0 < m.eval_capacity_factor * m.top_k / m.num_experts < 1):
+  """Returns how many tokens of how many an expert takes in evaluation, or which
+  share of a batch; None: all that choose it."""
+  moe = config.find(MoEConfig)
+  if moe is None or not config.has_experts:
     return None
-  share = m.eval_capacity_factor * m.top_k / m.num_experts
-  if not m.group_size:
+  share = moe.eval_capacity_factor * moe.top_k / moe.num_experts
+  if not 0 < share < 1:
+    return None
+  if not moe.group_size:
     return 0, round(share, 6)
-  return m.group_size, routing.capacity(m.eval_capacity_factor, m.group_size,
-                                      m.top_k, m.num_experts)
+  return moe.group_size, routing.capacity(
+      moe.eval_capacity_factor, moe.group_size, moe.top_k, moe.num_experts)
 
 
 def different(ours: ModelConfig, theirs: ModelConfig) -> dict[str, str]:
   """Returns a line for each field that makes them different functions, of the
   first layer in which it does so, by its dotted name."""
   lines: dict[str, str] = {}
-  for n, (a, b) in _first_layers(ours, theirs).items():
-    other = computed(b)
+  for n, (our_layer, their_layer) in _first_layers(ours, theirs).items():
     where = f' of layer {n}' if ours.kinds or theirs.kinds else ''
-    for name, value in computed(a).items():
-      if other.get(name) != value:
-        lines.setdefault(name, f'model.{name}{where} is {value!r}, not '
-                         f'{other.get(name)!r}')
+    their_fields = computed(their_layer)
+    for name, value in computed(our_layer).items():
+      other = their_fields.get(name)
+      if value != other and name not in lines:
+        lines[name] = f'model.{name}{where} is {value!r}, not {other!r}'
   for name in ('position', 'block'):  # read beside the layers too
-    if (value := getattr(ours, name)) != (other := getattr(theirs, name)):
-      lines.setdefault(name, f'model.{name} is {value!r}, not {other!r}')
+    value, other = getattr(ours, name), getattr(theirs, name)
+    if value != other and name not in lines:
+      lines[name] = f'model.{name} is {value!r}, not {other!r}'
   return lines
 
 
@@ -432,29 +501,42 @@ def _first_layers(ours: ModelConfig, theirs: ModelConfig
   """Returns the two configs of the first layer of each pair of kinds, by its
   number."""
   count = max(ours.num_layers, ours.num_decoder_layers)
-  kinds = [[kind.name for kind in c.layer_kinds(count)] if c.kinds else
-           [''] * count for c in (ours, theirs)]
-  first: dict[tuple[str, str], int] = {}
-  for n, pair in enumerate(zip(*kinds)):
-    first.setdefault(pair, n)
-  return {n: (_of_kind(ours, a), _of_kind(theirs, b))
-          for (a, b), n in first.items()}
+  seen: set[tuple[str, str]] = set()
+  first = {}
+  for n, pair in enumerate(zip(_kinds(ours, count), _kinds(theirs, count))):
+    if pair not in seen:
+      seen.add(pair)
+      first[n] = _of_kind(ours, pair[0]), _of_kind(theirs, pair[1])
+  return first
+
+
+def _kinds(c: ModelConfig, count: int) -> list[str]:
+  """Returns the kind of each of `count` layers; '' where there are no kinds."""
+  if not c.kinds:
+    return [''] * count
+  return [kind.name for kind in c.layer_kinds(count)]
 
 
 def _of_kind(c: ModelConfig, name: str) -> ModelConfig:
   """Returns the config of a kind of layer; all of `c`, where it has none."""
-  return c.of_kind(name) if name else c
+  if not name:
+    return c
+  return c.of_kind(name)
 
 
 def computed(config: ModelConfig) -> dict[str, Any]:
-  """The fields that tell what is computed, by dotted name, of a model whose
-  layers are all alike."""
+  """Returns the fields that tell what is computed, by dotted name, of a model
+  whose layers are all alike."""
   unused = {*flat.unread(config), *blocks.mixer_of(config).sources}
-  fields = run_config.flatten(flat.as_dict(config))
-  return {name: value for name, value in fields.items()
-          if name not in unused
-          and not (name in flat.FIELDS and flat.FIELDS[name].rule.about in (
-              declared.RUN, declared.RECIPE))}
+  fields = {}
+  for name, value in run_config.flatten(flat.as_dict(config)).items():
+    if name in unused:
+      continue
+    field = flat.FIELDS.get(name)
+    about = field.rule.about if field is not None else ''
+    if about not in (declared.RUN, declared.RECIPE):
+      fields[name] = value
+  return fields
 
 
 def load_config_json(folder: pathlib.Path) -> dict[str, Any]:

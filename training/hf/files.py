@@ -20,6 +20,7 @@ from training.workdir import storage
 # The types of weights that are read and written, and their names in
 # safetensors.
 DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
+_OURS = {theirs: ours for ours, theirs in DTYPES.items()}
 SAFE, BIN = 'model.safetensors', 'pytorch_model.bin'
 INDEX = f'{SAFE}.index.json'  # of several files
 
@@ -29,6 +30,7 @@ class Files:
   files.cut(name, slices), which reads no more than that."""
 
   def __init__(self, source: pathlib.Path | Mapping[str, np.ndarray]):
+    """Finds the tensors of `source`, of which none is read."""
     self._open: dict[Any, Any] = {}
     self._file_of: dict[str, Any] = {}
     if isinstance(source, Mapping):
@@ -48,8 +50,9 @@ class Files:
 
   def __getitem__(self, name: str) -> np.ndarray:
     x = self._find(name)
-    return x if isinstance(x, np.ndarray) else self._tensors(
-        self._file_of[name]).get_tensor(name)
+    if isinstance(x, np.ndarray):
+      return x
+    return self._tensors(self._file_of[name]).get_tensor(name)
 
   def cut(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
     """Returns `files[name][slices]`."""
@@ -58,33 +61,40 @@ class Files:
   def shape(self, name: str) -> tuple[int, ...]:
     """Returns a tensor's shape, of which nothing else is read."""
     x = self._find(name)
-    return tuple(x.shape if isinstance(x, np.ndarray) else x.get_shape())
+    if isinstance(x, np.ndarray):
+      return x.shape
+    return tuple(x.get_shape())
 
   def dtype(self, name: str) -> str:
     """Returns a tensor's type: a name of numpy's, if it is one of DTYPES."""
     x = self._find(name)
     if isinstance(x, np.ndarray):
       return x.dtype.name
-    return {theirs: ours for ours, theirs in DTYPES.items()}.get(
-        x.get_dtype(), x.get_dtype())
+    theirs = x.get_dtype()
+    return _OURS.get(theirs, theirs)
 
   def _find(self, name: str) -> Any:
     """Returns an array, or what reads a part of a tensor of safetensors."""
-    tensors = self._tensors(self._file_of[name])
+    file = self._file_of[name]
+    tensors = self._tensors(file)
     if name not in tensors.keys():
-      raise RequestError(f'{self._file_of[name]} has no {name}, though its '
-                         'index says so')
-    return (tensors[name] if isinstance(tensors, Mapping)
-            else tensors.get_slice(name))
+      raise RequestError(f'{file} has no {name}, though its index says so')
+    if isinstance(tensors, Mapping):
+      return tensors[name]
+    return tensors.get_slice(name)
 
-  def _tensors(self, file: Any):
+  def _tensors(self, file: Any) -> Any:
+    """Returns the tensors of a file, which is opened once."""
     if file not in self._open:
-      self._open[file] = (_open_bin if file.suffix == '.bin'
-                          else _open_safetensors)(file)
+      if file.suffix == '.bin':
+        self._open[file] = _open_bin(file)
+      else:
+        self._open[file] = _open_safetensors(file)
     return self._open[file]
 
 
-def _open_safetensors(file: pathlib.Path):
+def _open_safetensors(file: pathlib.Path) -> Any:
+  """Returns the tensors of a safetensors file, mapped into memory."""
   import safetensors
   try:
     return safetensors.safe_open(file, 'numpy')
@@ -94,6 +104,7 @@ def _open_safetensors(file: pathlib.Path):
 
 
 def _open_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
+  """Returns the tensors of a pickle of PyTorch's."""
   try:
     import torch
   except ImportError as error:
@@ -107,14 +118,20 @@ def _open_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
     lines = str(error).splitlines() or [type(error).__name__]
     raise RequestError(f'{file} holds more than tensors, or is damaged: '
                        f'{lines[0]}') from error
-  require(isinstance(tensors, dict) and all(
-      isinstance(name, str) and isinstance(x, torch.Tensor)
-      and x.layout == torch.strided for name, x in tensors.items()),
-          f'{file} is no table of tensors by name')
-  return {name: _numpy(x.detach()) for name, x in tensors.items()}
+  no_table = RequestError(f'{file} is no table of tensors by name')
+  if not isinstance(tensors, dict):
+    raise no_table
+  arrays = {}
+  for name, x in tensors.items():
+    is_tensor = isinstance(name, str) and isinstance(x, torch.Tensor)
+    if not is_tensor or x.layout != torch.strided:
+      raise no_table
+    arrays[name] = _numpy(x.detach())
+  return arrays
 
 
 def _numpy(tensor: Any) -> np.ndarray:
+  """Returns a tensor of PyTorch's as an array with the same memory."""
   import ml_dtypes
   import torch
   if tensor.dtype == torch.bfloat16:
@@ -130,7 +147,8 @@ def _files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
     return [(path, None)]
   hub.check_there(path)
   for name in (SAFE, BIN):
-    if (index := path / f'{name}.index.json').is_file():
+    index = path / f'{name}.index.json'
+    if index.is_file():
       return _indexed(index)
     if (path / name).is_file():
       return [(path / name, None)]
@@ -139,13 +157,16 @@ def _files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
 
 
 def _indexed(index: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
+  """Returns each file of an index and the names in it."""
   tree = read_object(index)
-  require(isinstance(tree.get('weight_map'), dict), f'{index} is damaged: it '
-          "has no 'weight_map'")
+  weight_map = tree.get('weight_map')
+  if not isinstance(weight_map, dict):
+    raise RequestError(f"{index} is damaged: it has no 'weight_map'")
   by_file: dict[pathlib.Path, list[str]] = {}
-  for name, file in tree['weight_map'].items():
-    require(isinstance(file, str) and pathlib.PurePath(file).name == file,
-            f'{index} names the file {file!r}: it must lie in that folder')
+  for name, file in weight_map.items():
+    if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+      raise RequestError(
+          f'{index} names the file {file!r}: it must lie in that folder')
     by_file.setdefault(index.parent / file, []).append(name)
   for file in by_file:
     require(file.is_file(), f'{file} is missing, though the index names it')
@@ -162,8 +183,12 @@ def read_object(path: pathlib.Path) -> dict:
 
 
 def shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
-  """Returns the files for tensors of these bytes, and the names in each: no
-  file is larger than shard_bytes, unless one tensor is."""
+  """Returns the files for tensors, and the names in each.
+
+  Args:
+    sizes: the bytes of each tensor.
+    shard_bytes: no file is larger, unless one tensor is.
+  """
   parts: list[list[str]] = [[]]
   used = 0
   for name, size in sizes.items():
@@ -175,8 +200,10 @@ def shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
   if len(parts) == 1:
     return {SAFE: parts[0]}
   stem, suffix = SAFE.split('.')
-  return {f'{stem}-{i:05d}-of-{len(parts):05d}.{suffix}': names
-          for i, names in enumerate(parts, 1)}
+  files = {}
+  for i, names in enumerate(parts, 1):
+    files[f'{stem}-{i:05d}-of-{len(parts):05d}.{suffix}'] = names
+  return files
 
 
 def write(folder: pathlib.Path, files: Mapping[str, list[str]],
@@ -189,16 +216,16 @@ def write(folder: pathlib.Path, files: Mapping[str, list[str]],
     make: the name -> the tensor.
   """
   from safetensors.numpy import save_file
-  total = 0
+  total, index = 0, {}
   for file, names in files.items():
     tensors = {name: np.asarray(make(name), order='C') for name in names}
     total += sum(x.nbytes for x in tensors.values())
     save_file(tensors, folder / file, metadata={'format': 'pt'})
+    index |= dict.fromkeys(names, file)
   if len(files) > 1:
-    index = {name: file for file, names in files.items() for name in names}
-    (folder / INDEX).write_text(json.dumps(
-        dict(metadata=dict(total_size=total), weight_map=index), indent=2,
-        sort_keys=True) + '\n')
+    tree = dict(metadata=dict(total_size=total), weight_map=index)
+    text = json.dumps(tree, indent=2, sort_keys=True)
+    (folder / INDEX).write_text(text + '\n')
 
 
 # What of a folder transformers may take for the weights of a model, or for how
@@ -215,10 +242,12 @@ def refuse_left(folder: pathlib.Path, written: Collection[str],
   Args:
     folder: where to; it need not be there.
     written: the names of the files that are written.
-    patterns: of names that matter.
+    patterns: patterns of the names that matter.
   """
-  left = sorted({str(file.relative_to(folder)) for pattern in patterns
-                 for file in folder.glob(pattern)} - {*written})
-  require(not left, f'{folder} holds {short(", ".join(left))}, which would '
-          'stay and may be loaded with what is written: choose another '
+  left: set[str] = set()
+  for pattern in patterns:
+    left.update(str(file.relative_to(folder)) for file in folder.glob(pattern))
+  left -= {*written}
+  require(not left, f'{folder} holds {short(", ".join(sorted(left)))}, which '
+          'would stay and may be loaded with what is written: choose another '
           'folder, or remove them')

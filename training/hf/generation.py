@@ -29,8 +29,11 @@ FILE = 'generation_config.json'  # in a Hugging Face folder
 
 
 class Generation(NamedTuple):
-  """Attributes:
-    fields: of config.json: token ids, and generation options of older files.
+  """What a folder says of how its model writes.
+
+  Attributes:
+    fields: the fields of config.json: token ids, and generation options of
+      older files.
     options: the content of generation_config.json; None: there is no such file.
   """
   fields: dict[str, Any]
@@ -43,12 +46,14 @@ def of_folder(folder: pathlib.Path) -> Generation:
   Raises:
     RequestError: if one of its files is no JSON object.
   """
-  fields = {name: value
-            for name, value in hf_config.load_config_json(folder).items()
+  tree = hf_config.load_config_json(folder)
+  fields = {name: value for name, value in tree.items()
             if hf_config.GENERATION.fullmatch(name)}
   path = folder / FILE
-  return Generation(
-      fields, hf_files.read_object(path) if path.is_file() else None)
+  options = None
+  if path.is_file():
+    options = hf_files.read_object(path)
+  return Generation(fields=fields, options=options)
 
 
 def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
@@ -72,43 +77,56 @@ def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
     options = {name: value for name, value in ids.items() if value is not None}
     options['bos_token_id'] = end
   fixed = architectures.hugging_face(model.arch).fixed
-  return Generation({name: value for name, value in ids.items()
-                     if name not in fixed}, options)
+  fields = {name: value for name, value in ids.items() if name not in fixed}
+  return Generation(fields=fields, options=options)
 
 
 def keep(workdir: epath.Path, generation: Generation | None,
          trained: bool = False) -> None:
-  """Writes what the folder says of which a new workdir's parameters are, if
-  any, and whether they were trained in the run that they are of."""
-  tree = {} if generation is None else generation._asdict()
-  storage.write_json(storage.path(workdir) / KEPT,
-                     tree | {'trained': trained})
+  """Writes what the folder says from which a new workdir's parameters come.
+
+  Args:
+    workdir: the new workdir.
+    generation: what the folder says; None: they come from no folder.
+    trained: whether they were trained in the run that they are of.
+  """
+  tree: dict[str, Any] = dict(trained=trained)
+  if generation is not None:
+    tree |= generation._asdict()
+  storage.write_json(storage.path(workdir) / KEPT, tree)
 
 
 def is_published(workdir: epath.Path, step: int) -> bool:
   """Whether the parameters at a step are as they were imported: trained neither
   in the workdir nor in a run that this was made of."""
+  if step != 0:
+    return False
   tree = _read(workdir)
-  return step == 0 and not (tree and tree['trained'])
+  return not (tree and tree['trained'])
 
 
 def published(workdir: epath.Path, step: int) -> Generation | None:
-  """Returns what the folder says of which the parameters at a step are; None of
-  those that were trained here, where the separator begins a text."""
-  return kept(workdir) if is_published(workdir, step) else None
+  """Returns what the folder says from which the parameters at a step come; None
+  for those that were trained here, where the separator begins a text."""
+  if not is_published(workdir, step):
+    return None
+  return kept(workdir)
 
 
 def kept(workdir: epath.Path) -> Generation | None:
   """Returns what the folder said; None in the workdir of any other run."""
-  tree = {name: x for name, x in _read(workdir).items()
-          if name in Generation._fields}
-  return Generation(**tree) if tree else None
+  tree = _read(workdir)
+  if 'fields' not in tree:
+    return None
+  return Generation(fields=tree['fields'], options=tree['options'])
 
 
 def _read(workdir: epath.Path) -> dict[str, Any]:
   """Returns what `keep` wrote; {}: nothing."""
   path = storage.path(workdir) / KEPT
-  return storage.read_json(path, {'trained': bool}) if path.exists() else {}
+  if not path.exists():
+    return {}
+  return storage.read_json(path, {'trained': bool})
 
 
 # What a model that writes is shown, and where its texts end.
@@ -119,10 +137,10 @@ def plain(tokenizer: tokenizers.Tokenizer, generation: Generation | None
   """Returns how an imported model goes on from a text: after its folder's bos
   and up to its eos; where the folder names none, the separator."""
   named = ids(generation)
-  usual = causal.goes_on(tokenizer, next(iter(named.get('bos_token_id', ())),
-                                         None))
-  return usual._replace(
-      ends=frozenset(named.get('eos_token_id', ())) or usual.ends)
+  begins = named.get('bos_token_id', [])
+  usual = causal.goes_on(tokenizer, begins[0] if begins else None)
+  ends = frozenset(named.get('eos_token_id', ()))
+  return usual._replace(ends=ends or usual.ends)
 
 
 def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
@@ -155,7 +173,9 @@ def ids(generation: Generation | None) -> dict[str, list[int]]:
   generation counts more than config.json, as for transformers."""
   if generation is None:
     return {}
-  return {name: value if isinstance(value, list) else [value]
-          for name, value in (generation.fields
-                              | (generation.options or {})).items()
-          if name.endswith('_token_id') and value is not None}
+  options = generation.options or {}
+  named = {}
+  for name, value in (generation.fields | options).items():
+    if name.endswith('_token_id') and value is not None:
+      named[name] = value if isinstance(value, list) else [value]
+  return named

@@ -22,7 +22,7 @@ from architectures.parts import paths
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import tensor_map
 from architectures.parts.sharding import parameter_shapes
-from common.errors import require, short
+from common.errors import RequestError, require, short
 from common.fields import check_number, check_type
 from training import hub
 from training.hf import files as hf_files, weights
@@ -55,7 +55,8 @@ def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
   page = architectures.hugging_face(c.arch)
   for ours, axes, theirs, their_axes in page.rows(c):
     names = ours.rpartition('/')[2].split('|')
-    if 'E' in axes or not any(layers.adapted(c, n) for n in names):
+    has_adapter = any(layers.adapted(c, name) for name in names)
+    if 'E' in axes or not has_adapter:
       continue
     require(len(names) == 1, f'model.lora.targets is {c.lora.targets!r}: '
             f'transformers has {", ".join(names)} of model.arch {c.arch!r} in '
@@ -66,6 +67,7 @@ def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
     if not lies_so:
       into, out = out, into
     module = PREFIX + theirs.removesuffix('.weight').replace(*page.module, 1)
+    # Z is the rank.
     yield ((ours + layers.LORA_A, f'{into}Z', f'{module}.lora_A.weight',
             f'Z {into}'), lies_so)
     yield ((ours + layers.LORA_B, f'Z{out}', f'{module}.lora_B.weight',
@@ -75,11 +77,11 @@ def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
 def tensors(c: ModelConfig, params: Any) -> list[tensor_map.Tensor]:
   """Returns each A and B of a model. Its other parameters, or their shapes,
   tell which layer of theirs is which: not all have an adapter."""
-  page, shapes = architectures.hugging_face(c.arch), {
-      path: x.shape for path, x in paths.flatten(params).items()}
+  page = architectures.hugging_face(c.arch)
+  shapes = {path: x.shape for path, x in paths.flatten(params).items()}
   names = [*page.rows(c), *(row for row, _ in rows(c))]
-  return [t for t in tensor_map.expand(names, shapes)
-          if weights.is_adapter(t.paths[0])]
+  return [tensor for tensor in tensor_map.expand(names, shapes)
+          if weights.is_adapter(tensor.paths[0])]
 
 
 def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
@@ -91,7 +93,7 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
     params: its parameters.
     folder: where to; made if it is not there.
     base: the name or the folder of the model that they adapt.
-    dtype: of the tensors written; '': that of each parameter.
+    dtype: the type of the tensors written; '': that of each parameter.
 
   Raises:
     RequestError: for a model without adapters, with the head of a task, or
@@ -104,25 +106,32 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
   require(c.head == 'lm', f'model.head is {c.head!r}: the adapters alone would '
           'leave out the head, which was trained with them. Export the merged '
           'model instead')
-  flat, written = {path: np.asarray(x) for path, x in paths.flatten(
-      params).items() if weights.is_adapter(path)}, {}
-  for t in tensors(c, params):
-    x = t.join([flat[t.paths[0]][t.index]])
+
+  # The tensors.
+  flat = {path: np.asarray(x) for path, x in paths.flatten(params).items()
+          if weights.is_adapter(path)}
+  written = {}
+  for tensor in tensors(c, params):
+    path = tensor.paths[0]
+    x = tensor.join([flat[path][tensor.index]])
     kind = np.dtype(dtype or x.dtype)
-    weights.check_range(t.paths[0], x, kind)
-    written[t.name] = x.astype(kind, copy=False)
+    weights.check_range(path, x, kind)
+    written[tensor.name] = x.astype(kind, copy=False)
   hf_files.refuse_left(folder, (CONFIG, WEIGHTS))
   folder.mkdir(parents=True, exist_ok=True)
   save_file(written, folder / WEIGHTS, metadata={'format': 'pt'})
+
+  # Their description.
+  modules = {name.removeprefix(PREFIX).rpartition('.lora_')[0]
+             for name in written}
   alpha = c.lora.alpha
+  if alpha == int(alpha):
+    alpha = int(alpha)
   tree = ONLY | dict(
-      r=c.lora.rank, lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-      lora_dropout=c.lora.dropout,
+      r=c.lora.rank, lora_alpha=alpha, lora_dropout=c.lora.dropout,
       base_model_name_or_path=base.removeprefix(hub.PREFIX),
       task_type=TASKS.get(architectures.stack(c)), inference_mode=True,
-      target_modules=sorted({
-          name.removeprefix(PREFIX).rpartition('.lora_')[0]
-          for name in written}),
+      target_modules=sorted(modules),
       fan_in_fan_out=any(lies_so for _, lies_so in rows(c)))
   storage.write_json(folder / CONFIG, tree)
   return sum(x.size for x in flat.values())
@@ -133,78 +142,117 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
 
   Args:
     c: the model that they adapt.
-    folder: of PEFT's.
+    folder: the folder that PEFT has written.
 
   Raises:
     RequestError: naming what the folder has that ours are not.
   """
-  file = folder / CONFIG
+  tree = _read_description(folder / CONFIG)
+  source = hf_files.Files(folder / WEIGHTS)
+  c = _with_adapters(c, tree, set(source), folder / CONFIG)
+  shapes = parameter_shapes(architectures.build(c))
+
+  # Each adapter is there, and there is no other.
+  wanted = tensors(c, shapes)
+  ours = {tensor.name for tensor in wanted}
+  for name in sorted(ours ^ set(source)):
+    require(name not in source, f'{folder / WEIGHTS} has {name}, which is no '
+            'adapter of a product of this model')
+    require(name in source, f'{folder / WEIGHTS} has no {name}, though it has '
+            'an adapter of the same product in another layer')
+
+  # Each is put where it stands among the layers.
+  names = weights.Names(architectures.hugging_face(c.arch), source, c)
+  flat = {path: np.zeros(x.shape, np.float32)
+          for path, x in paths.flatten(shapes).items()
+          if weights.is_adapter(path)}
+  for tensor in wanted:
+    wrong = names.wrong(tensor)
+    require(not wrong, f'{folder / WEIGHTS}: {wrong}')
+    x = source[tensor.name]
+    weights.check_range(tensor.name, x, np.dtype(c.param_dtype))
+    whole = {axis: (0, tensor.sizes[axis]) for axis in tensor.ours[0]}
+    part = tensor.part(x.__getitem__, 0, whole)
+    flat[tensor.paths[0]][tensor.index] = part
+  params = {path: jnp.asarray(x, c.param_dtype) for path, x in flat.items()}
+  return c, checkpoints.nest(params)
+
+
+def _read_description(file: pathlib.Path) -> dict[str, Any]:
+  """Returns an adapter_config.json.
+
+  Raises:
+    RequestError: naming what it has that our adapters are not.
+  """
   require(file.is_file(), f'{file} is missing: it says what the adapters are')
   tree = hf_files.read_object(file)
   # Adapters that begin with some tokens are of later versions than we write.
   for name, known in (ONLY | dict(alora_invocation_tokens=None)).items():
     value = tree.get(name, known)
-    require(value == known or not (value or known)
-            or name == 'use_rslora' and value is True, f'{file} has {name} '
-            f'{short(value)}: only {known!r} is known here')
+    both_empty = not value and not known
+    by_root = name == 'use_rslora' and value is True
+    if value != known and not both_empty and not by_root:
+      raise RequestError(f'{file} has {name} {short(value)}: only {known!r} is '
+                         'known here')
   init = tree.get('init_lora_weights')
-  require((init.lower() if isinstance(init, str) else init) in INITS,
-          f'{file} has init_lora_weights {short(init)}, with which A and B '
-          "belong to other weights than the model's (choose from "
-          f'{", ".join(str(x) for x in INITS if x is not None)}): save them '
-          "anew by PEFT's save_pretrained with "
-          'path_initial_model_for_weight_conversion, or merge them there')
+  word = init.lower() if isinstance(init, str) else init
+  if word not in INITS:
+    choices = ', '.join(str(x) for x in INITS if x is not None)
+    raise RequestError(
+        f'{file} has init_lora_weights {short(init)}, with which A and B '
+        f"belong to other weights than the model's (choose from {choices}): "
+        "save them anew by PEFT's save_pretrained with "
+        'path_initial_model_for_weight_conversion, or merge them there')
   tree.setdefault('lora_dropout', 0.0)
   for name, (usual, bounds) in NUMBERS.items():
     check_type(tree.get(name), usual, f'{name} of {file}')
     check_number(f'{name} of {file}', tree[name], bounds)
-  source = hf_files.Files(folder / WEIGHTS)
-  c = _with_adapters(c, tree, set(source), file)
-  shapes = parameter_shapes(architectures.build(c))
-  named = tensors(c, shapes)
-  for name in sorted({t.name for t in named} ^ set(source)):
-    require(name not in source, f'{folder / WEIGHTS} has {name}, which is no '
-            'adapter of a product of this model')
-    require(name in source, f'{folder / WEIGHTS} has no {name}, though it has '
-            'an adapter of the same product in another layer')
-  names = weights.Names(architectures.hugging_face(c.arch), source, c)
-  flat = {path: np.zeros(x.shape, np.float32) for path, x in paths.flatten(
-      shapes).items() if weights.is_adapter(path)}
-  for t in named:
-    wrong = names.wrong(t)
-    require(not wrong, f'{folder / WEIGHTS}: {wrong}')
-    x = source[t.name]
-    weights.check_range(t.name, x, np.dtype(c.param_dtype))
-    sizes = {axis: (0, t.sizes[axis]) for axis in t.ours[0]}
-    flat[t.paths[0]][t.index] = t.part(x.__getitem__, 0, sizes)
-  return c, checkpoints.nest({path: jnp.asarray(x, c.param_dtype)
-                              for path, x in flat.items()})
+  return tree
 
 
 def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
                    file: pathlib.Path) -> ModelConfig:
-  """Returns the model whose products have adapters as the file's names say."""
+  """Returns the model whose products have adapters as the file's names say.
+
+  Args:
+    c: the model.
+    tree: the adapter_config.json.
+    names: the names of the tensors.
+    file: the path of the adapter_config.json.
+
+  Raises:
+    RequestError: where no product has an adapter.
+  """
   alpha = float(tree['lora_alpha'])
   if tree.get('use_rslora'):  # x W + (alpha / sqrt(rank)) x A B
     alpha *= math.sqrt(tree['r'])
+  lora = dataclasses.replace(c.lora, rank=tree['r'], alpha=alpha,
+                             dropout=float(tree['lora_dropout']))
 
   def with_targets(targets: str) -> ModelConfig:
-    return dataclasses.replace(c, lora=dataclasses.replace(
-        c.lora, rank=tree['r'], alpha=alpha, targets=targets,
-        dropout=float(tree['lora_dropout'])))
+    return dataclasses.replace(
+        c, lora=dataclasses.replace(lora, targets=targets))
 
   # One that shares its tensor is found missing by the names that are left over.
-  fused = {name for ours, *_ in architectures.hugging_face(c.arch).rows(c)
-           if '|' in ours for name in ours.rpartition('/')[2].split('|')}
+  fused: set[str] = set()
+  for ours, *_ in architectures.hugging_face(c.arch).rows(c):
+    if '|' in ours:
+      fused.update(ours.rpartition('/')[2].split('|'))
+
+  # A product has an adapter in some layer: the first may have no such product.
   targets = []
-  for product in set(layers.PRODUCTS) - fused:
-    # Of any layer: the first one may have no such product.
-    theirs = [re.sub(r'\\\{[mn]\\\}', r'\\d+', re.escape(row[2]))
-              for row, *_ in rows(with_targets(product))]
+  for product in layers.PRODUCTS:
+    if product in fused:
+      continue
+    theirs = [_pattern(row) for row, _ in rows(with_targets(product))]
     if any(re.fullmatch('|'.join(theirs), name) for name in names):
       targets.append(product)
   require(targets, f'{file.parent / WEIGHTS} has an adapter of no product of '
           f'model.arch {c.arch!r}: its tensors are such as '
           f'{", ".join(sorted(names)[:2])}')
-  return architectures.resolve(with_targets(','.join(
-      name for name in layers.PRODUCTS if name in targets)))
+  return architectures.resolve(with_targets(','.join(targets)))
+
+
+def _pattern(row: hf.Row) -> str:
+  """Returns a pattern of the names of a row's tensors in all layers."""
+  return re.sub(r'\\\{[mn]\\\}', r'\\d+', re.escape(row[2]))

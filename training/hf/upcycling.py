@@ -32,7 +32,9 @@ from training.hf import weights
 # The page of a dense model's mixture; the others are the same page.
 TWINS = {'llama': 'mixtral', 't5': 'switch'}
 # Fields of model.moe that the dense model gives.
-GIVEN = ('ffn', 'd_ff')
+GIVEN = 'ffn', 'd_ff'
+# The parameters of a mixture that a dense network has not, by path.
+NEW = re.compile(r'/ffn/(router|router_bias|logit_bias|shared/.*)$')
 
 
 def config(model: ml_collections.ConfigDict, moe: dict,
@@ -40,7 +42,7 @@ def config(model: ml_collections.ConfigDict, moe: dict,
   """Returns config.model of the mixture.
 
   Args:
-    model: of the dense model.
+    model: config.model of the dense model.
     moe: what model.moe changes, by field, and `every`: n, where the last of
       every n layers is to have experts.
     dense: what a run made of `model`, where that leaves fields to be derived.
@@ -52,8 +54,8 @@ def config(model: ml_collections.ConfigDict, moe: dict,
   require(not dense.has_experts,
           'model.ffn is moe: this model has experts already, only a dense one '
           'is upcycled')
-  require(NO_FFN not in (model.ffn, *(
-      kind.get('ffn') for kind in model.kinds.values())),
+  networks = [model.ffn, *(kind.get('ffn') for kind in model.kinds.values())]
+  require(NO_FFN not in networks,
           f'model.ffn is {NO_FFN!r} of some layers: experts begin as copies of '
           "a layer's feed-forward network, which each must have")
   moe = dict(moe)
@@ -72,62 +74,84 @@ def config(model: ml_collections.ConfigDict, moe: dict,
 def is_the_same_function(c: ModelConfig) -> bool:
   """Whether a mixture of equal experts computes what one of them does, in
   evaluation."""
-  m = c.part(MoEConfig)
-  return (routing.whole_gates(m) and not m.eval_capacity_factor
-          and not m.shared_experts)
+  moe = c.part(MoEConfig)
+  return (routing.whole_gates(moe) and not moe.eval_capacity_factor
+          and not moe.shared_experts)
 
 
-def params(module: nn.Module, like: Any, dense: Any, seed: int):
+def params(module: nn.Module, like: Any, dense: Any, seed: int) -> Any:
   """Returns the parameters of the mixture.
 
   Args:
     module: the mixture.
     like: its parameters' shapes with shardings, as in TrainState.
     dense: the parameters of the dense model, arrays without boxes.
-    seed: of the routers.
+    seed: the seed of the routers.
   """
-  old = paths.flatten(dense)
   shapes = paths.flatten(nn.meta.unbox(like))
-  theirs, ours = paths.Stacks(old), paths.Stacks(shapes)
-  new = [path for path in shapes if re.search(
-      r'/ffn/(router|router_bias|logit_bias|shared/.*)$', path)]
-  drawn = weights.draw(module, like, new, seed) if new else {}
-
-  def make(old: jax.Array, drawn: jax.Array):
-    return {path: drawn[path] if path in drawn else
-            _layers(old, path, x.shape, theirs, ours)
-            if paths.Stacks.has(path) else old[path]
-            for path, x in shapes.items()}
-
   places = {path: x.sharding for path, x in shapes.items()}
-  # Weights that were read from files lie on one device.
   mesh = next(iter(places.values())).mesh
-  old = {path: x if x.sharding.device_set == set(mesh.devices.flat) else
-         jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
-         for path, x in old.items()}
+  old = {path: _on_mesh(x, mesh) for path, x in paths.flatten(dense).items()}
+  theirs, ours = paths.Stacks(old), paths.Stacks(shapes)
+
+  # What the dense model has not.
+  new = [path for path in shapes if re.search(NEW, path)]
+  drawn = {}
+  if new:
+    drawn = weights.draw(module, like, new, seed)
+
+  def make(old: dict[str, jax.Array], drawn: dict[str, jax.Array]
+           ) -> dict[str, jax.Array]:
+    flat = {}
+    for path, x in shapes.items():
+      if path in drawn:
+        flat[path] = drawn[path]
+      elif paths.Stacks.has(path):
+        flat[path] = _layers(old, path, x.shape, theirs, ours)
+      else:
+        flat[path] = old[path]
+    return flat
+
   flat = jax.jit(make, out_shardings=places)(old, drawn)
   return jax.tree_util.tree_map_with_path(
       lambda path, _: flat[paths.join(path)], nn.meta.unbox(like))
 
 
+def _on_mesh(x: jax.Array, mesh: Any) -> jax.Array:
+  """Returns an array on all devices of a mesh. Weights that were read from
+  files lie on one device."""
+  if x.sharding.device_set == set(mesh.devices.flat):
+    return x
+  return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+
+
 def _layers(old: dict[str, jax.Array], path: str, shape: tuple[int, ...],
             theirs: paths.Stacks, ours: paths.Stacks) -> jax.Array:
   """Returns one stacked parameter of the mixture, of the dense model's rows:
-  a layer may stand in another block, of another period."""
+  a layer may stand in another block, of another period.
+
+  Args:
+    old: the parameters of the dense model, by path.
+    path: the path of the parameter in the mixture.
+    shape: its shape.
+    theirs: where the layers of the dense model stand.
+    ours: where the layers of the mixture stand.
+  """
   rows = []
   for n in ours.layers(path):
     place, row = theirs.place(path, n)
     x = old[place][row]
-    copied = x if x.ndim == len(shape) - 1 else x[None]  # for every expert
-    rows.append(jnp.broadcast_to(copied, shape[1:]))
+    if x.ndim < len(shape) - 1:
+      x = x[None]  # for every expert
+    rows.append(jnp.broadcast_to(x, shape[1:]))
   return jnp.stack(rows)
 
 
 def fields(words: Sequence[str], like: Mapping[str, Any]) -> dict[str, Any]:
   """Returns {field: value} of FIELD=VALUE words, typed as in `like`, beside
   which there is `every`: see `config`."""
-  usual = {name: value for name, value in like.items()
-           if name not in GIVEN} | {'every': 1}
+  usual = {name: value for name, value in like.items() if name not in GIVEN}
+  usual['every'] = 1
   parsed = {}
   for name, text in assignments(words, '--moe', sorted(usual)).items():
     parsed[name] = cli.parsed(text, usual[name], f'--moe {name}')

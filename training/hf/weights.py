@@ -44,7 +44,7 @@ from architectures.parts.hf import tensor_map
 from architectures.parts.lora import LoraConfig
 from architectures.parts.sharding import parameter_shapes
 from common.arguments import PositiveSize, Seed, typed
-from common.errors import RequestError, one_of, require
+from common.errors import RequestError, one_of
 from training import progress
 from training.hf import config as hf_config
 from training.hf import files as hf_files
@@ -100,7 +100,8 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
     source: the tensors.
     like: the parameters' shapes with shardings, as in TrainState; none: on
       one device.
-    partial, seed: as for from_hf.
+    partial: as for from_hf.
+    seed: as for from_hf.
     new_head: whether the head of a task is drawn where the files lack it, and
       that of a language model passed over.
   """
@@ -109,58 +110,126 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   shapes = {path: leaf.shape for path, leaf in paths.flatten(like).items()}
   rows = page.rows(module.config)
   needed, count = tensor_map.count(rows, shapes), len(list(source))
-  require(partial or needed <= 2 * count + 100, f'config.json is of a model of '
-          f'{needed:,} tensors, of which the files hold {count:,}')
+  if not partial and needed > 2 * count + 100:
+    raise RequestError(
+        f'config.json is of a model of {needed:,} tensors, of which the files '
+        f'hold {count:,}')
   tensors = tensor_map.expand(rows, shapes)
   names = Names(page, source, module.config)
+
+  # What one of the two has and the other has not.
+  match = _Match()
+  if new_head:
+    match.pass_head(names.there(names_left_out(module)))
+  match.pass_optional(page.optional, set(source), tensors)
+  match.skipped += names.unused(tensors, match.placed)
+  match.compare(tensors, names, new_head)
+  if match.skipped and not partial:
+    lines = match.skipped[:20]
+    if len(match.skipped) > 20:
+      lines.append('...')
+    raise RequestError('the weights and the model differ:\n  '
+                       + '\n  '.join(lines))
+
+  # The parameters.
+  drawn = {}
+  if match.drawn:
+    drawn = draw(module, like, match.drawn, seed)
   fills: dict[str, list] = {path: [] for path in shapes}
-  drawn_paths: set[str] = set()
-  heads = names.there(names_left_out(module)) if new_head else []
-  passed = [f'{name} of the files is of the head of a language model'
-            for name in heads]
-  there, ours = set(source) - set(heads), [tensor.name for tensor in tensors]
-  placed, new_names = [*heads], set()
-  for words, pattern in page.optional.items():
-    theirs, wanted = _matching(pattern, there), _matching(pattern, ours)
-    if theirs and not wanted:
-      placed += theirs
-      passed.append(f'the model has no {words}, so these of the files are '
-                    f'passed over: {", ".join(theirs)}')
-    elif wanted and not theirs:
-      new_names.update(wanted)
-      new = dict.fromkeys(path for tensor in tensors if tensor.name in wanted
-                          for path in tensor.paths)
-      passed.append(f'the files have no {words}, so these parameters are new, '
-                    f'drawn from the seed: {", ".join(new)}')
-  skipped = names.unused(tensors, placed)
   for tensor in tensors:
-    if tensor.name in new_names:
-      drawn_paths.update(tensor.paths)
-    elif wrong := names.wrong(tensor):
-      new = (new_head and tensor.paths[0].startswith(TASK)
-             and not names.there([tensor.name]))
-      (passed if new else skipped).append(wrong + ', so it is drawn' * new)
-      drawn_paths.update(tensor.paths)
-    for i, path in enumerate(tensor.paths):
-      fills[path].append((tensor, i))
-  require(partial or not skipped, 'the weights and the model differ:\n  '
-          + '\n  '.join(skipped[:20])
-          + ('\n  ...' if len(skipped) > 20 else ''))
-  drawn = draw(module, like, drawn_paths, seed) if drawn_paths else {}
+    for which, path in enumerate(tensor.paths):
+      fills[path].append((tensor, which))
   with progress.during('reading parameters', len(shapes)) as advance:
 
-    def read(key: Any, leaf: Any):
+    def read(key: Any, leaf: Any) -> jax.Array:
       path = paths.join(key)
-      x = (drawn[path] if path in drawn_paths
-           else _fill(leaf, fills[path], names))
+      if path in drawn:
+        x = drawn[path]
+      else:
+        x = _fill(leaf, fills[path], names)
       advance()
       return x
 
     params = jax.tree_util.tree_map_with_path(read, like)
-  return Loaded(params, passed + skipped)
+  return Loaded(params=params, skipped=match.passed + match.skipped)
+
+
+class _Match:
+  """How the tensors of a folder and those of a model go together.
+
+  Attributes:
+    drawn: the paths of the parameters that no tensor fills, which are drawn.
+    placed: the names of tensors of the files that need no place in the model.
+    passed: a line for each thing that may be missing on one side, and is.
+    skipped: a line for each thing that should not be.
+  """
+
+  def __init__(self):
+    self.drawn: set[str] = set()
+    self.placed: list[str] = []
+    self.passed: list[str] = []
+    self.skipped: list[str] = []
+    self._new_names: set[str] = set()
+
+  def pass_head(self, names: Sequence[str]) -> None:
+    """Passes over the head of a language model, whose tensors have these names
+    in the files."""
+    self.placed += names
+    for name in names:
+      self.passed.append(f'{name} of the files is of the head of a language '
+                         'model')
+
+  def pass_optional(self, optional: Mapping[str, str], source: set[str],
+                    tensors: Sequence[tensor_map.Tensor]) -> None:
+    """Passes over the optional parts that one side lacks as a whole.
+
+    Args:
+      optional: {the part in words: a pattern of its tensors' names}.
+      source: the names of the tensors of the files.
+      tensors: the tensors of the model.
+    """
+    there, ours = source - {*self.placed}, [tensor.name for tensor in tensors]
+    for words, pattern in optional.items():
+      theirs, wanted = _matching(pattern, there), _matching(pattern, ours)
+      if theirs and not wanted:
+        self.placed += theirs
+        self.passed.append(
+            f'the model has no {words}, so these of the files are passed over: '
+            f'{", ".join(theirs)}')
+      elif wanted and not theirs:
+        self._new_names.update(wanted)
+        new = [path for tensor in tensors if tensor.name in wanted
+               for path in tensor.paths]
+        self.passed.append(
+            f'the files have no {words}, so these parameters are new, drawn '
+            f'from the seed: {", ".join(dict.fromkeys(new))}')
+
+  def compare(self, tensors: Sequence[tensor_map.Tensor], names: 'Names',
+              new_head: bool) -> None:
+    """Finds the tensors of the model that cannot be read from the files.
+
+    Args:
+      tensors: the tensors of the model.
+      names: the tensors of the files.
+      new_head: whether the head of a task may be missing.
+    """
+    for tensor in tensors:
+      if tensor.name in self._new_names:
+        self.drawn.update(tensor.paths)
+        continue
+      wrong = names.wrong(tensor)
+      if not wrong:
+        continue
+      self.drawn.update(tensor.paths)
+      of_task = tensor.paths[0].startswith(TASK)
+      if new_head and of_task and not names.there([tensor.name]):
+        self.passed.append(f'{wrong}, so it is drawn')
+      else:
+        self.skipped.append(wrong)
 
 
 def _matching(pattern: str, names: Collection[str]) -> list[str]:
+  """Returns the names that match a pattern as a whole."""
   return [name for name in names if re.fullmatch(pattern, name)]
 
 
@@ -178,11 +247,16 @@ class Names:
     """Returns the spelling under which the files have `name`, or `name`."""
     spellings = [name]
     for usual, other in self._spellings:
-      spellings += [s.replace(usual, other, 1) for s in spellings
-                    if usual in s]
-    return next((s for s in spellings if s in self._source), name)
+      others = [spelling.replace(usual, other, 1) for spelling in spellings
+                if usual in spelling]
+      spellings += others
+    for spelling in spellings:
+      if spelling in self._source:
+        return spelling
+    return name
 
   def cut(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+    """Returns a slice of the tensor `name`."""
     return self._source.cut(self.find(name), slices)
 
   def wrong(self, tensor: tensor_map.Tensor) -> str:
@@ -218,52 +292,83 @@ class Names:
     tied = {self.find(name): twin for name, twin in self._page.tied.items()}
     lines = []
     for name in self._source:
-      if name in used or any(re.fullmatch(pattern, name)
-                             for pattern in self._page.ignored):
+      if name in used or self._is_ignored(name):
         continue
       if name in self._constants:
         if not np.array_equal(self._source[name], self._constants[name]):
           lines.append(f'{name} of the files is not as config.json has it')
       elif name not in tied:
         lines.append(f'{name} of the files has no place in the model')
-      elif not np.array_equal(self._source[name],
-                              self._source[self.find(tied[name])]):
-        lines.append(f'{name} of the files differs from {tied[name]}, to which '
-                     'the model ties it')
+      else:
+        twin = self._source[self.find(tied[name])]
+        if not np.array_equal(self._source[name], twin):
+          lines.append(f'{name} of the files differs from {tied[name]}, to '
+                       'which the model ties it')
     return lines
+
+  def _is_ignored(self, name: str) -> bool:
+    """Whether a tensor holds no weights."""
+    return any(re.fullmatch(pattern, name) for pattern in self._page.ignored)
 
 
 def _fill(leaf: Any, fills: list, names: Names) -> jax.Array:
-  """Returns one parameter, each shard read once and where it lies."""
-  sharding = getattr(leaf, 'sharding', None) or (
-      jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-  shard = functools.cache(
-      lambda *ranges: _shard(leaf.dtype, ranges, fills, names))
-  return jax.make_array_from_callback(
-      leaf.shape, sharding, lambda index: shard(*(
-          s.indices(n)[:2] for s, n in zip(index, leaf.shape))))
+  """Returns one parameter, each shard read once and where it lies.
+
+  Args:
+    leaf: the shape and the type of the parameter, and maybe its sharding.
+    fills: (tensor, the number of the parameter in its paths) of each tensor
+      that the parameter is filled by.
+    names: the tensors of the files.
+  """
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  @functools.cache
+  def shard(*ranges: tuple[int, int]) -> np.ndarray:
+    return _shard(leaf.dtype, ranges, fills, names)
+
+  def at(index: tuple[slice, ...]) -> np.ndarray:
+    ranges = [part.indices(size)[:2] for part, size in zip(index, leaf.shape)]
+    return shard(*ranges)
+
+  return jax.make_array_from_callback(leaf.shape, sharding, at)
 
 
 def _shard(dtype: np.dtype, ranges: tuple, fills: list, names: Names
            ) -> np.ndarray:
-  """Returns the part of a parameter that lies in `ranges`, (start, stop)s."""
+  """Returns the part of a parameter that lies in `ranges`, (start, stop)s.
+
+  Args:
+    dtype: the type of the parameter.
+    ranges: (start, stop) of each of its axes.
+    fills: as for `_fill`.
+    names: the tensors of the files.
+  """
   shard = np.empty([stop - start for start, stop in ranges], dtype)
   for tensor, which in fills:
-    lead = len(tensor.index)
-    if all(a <= i < b for i, (a, b) in zip(tensor.index, ranges)):
-      place = tuple(i - a for i, (a, _) in zip(tensor.index, ranges))
-      part = tensor.part(functools.partial(names.cut, tensor.name), which,
-                         dict(zip(tensor.ours[which], ranges[lead:])))
-      check_range(names.find(tensor.name), part, dtype)
-      shard[place] = part
+    # The leading axes, of which the tensor is one index each.
+    lead = ranges[:len(tensor.index)]
+    inside = [start <= i < stop for i, (start, stop) in zip(tensor.index, lead)]
+    if not all(inside):
+      continue
+    place = tuple(i - start for i, (start, _) in zip(tensor.index, lead))
+    # The other axes, of which it has the ranges.
+    cut = functools.partial(names.cut, tensor.name)
+    rest = dict(zip(tensor.ours[which], ranges[len(lead):]))
+    part = tensor.part(cut, which, rest)
+    check_range(names.find(tensor.name), part, dtype)
+    shard[place] = part
   return shard
 
 
 def check_range(name: str, x: np.ndarray, dtype: np.dtype) -> None:
   """Raises RequestError where `x`, which becomes an array of `dtype`, has a
   value that is not finite, or that `dtype` does not reach."""
-  with np.errstate(invalid='ignore'):  # NumPy's warning of a NaN
-    largest = float(max(x.max(), -x.min(), key=abs)) if x.size else 0.0
+  largest = 0.0
+  if x.size:
+    with np.errstate(invalid='ignore'):  # NumPy's warning of a NaN
+      largest = float(max(x.max(), -x.min(), key=abs))
   most = float(jnp.finfo(dtype).max)
   if not np.isfinite(largest):
     raise RequestError(f'{name} has a value that is no finite number')
@@ -277,9 +382,10 @@ def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
          ) -> dict[str, jax.Array]:
   """Returns the initial values of the parameters `wanted` alone, by path."""
 
-  def init(key: jax.Array):
-    flat = paths.flatten(nn.meta.unbox(module.init(
-        key, jnp.zeros((1, 1), jnp.int32))['params']))
+  def init(key: jax.Array) -> dict[str, jax.Array]:
+    tokens_BL = jnp.zeros((1, 1), jnp.int32)
+    params = module.init(key, tokens_BL)['params']
+    flat = paths.flatten(nn.meta.unbox(params))
     return {path: flat[path] for path in wanted}
 
   flat = paths.flatten(like)
@@ -300,7 +406,7 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
     module: the model.
     params: its parameters, all of them addressable from this process.
     folder: where to; made if it isn't there.
-    dtype: of the tensors written; '': that of each parameter.
+    dtype: the type of the tensors written; '': that of each parameter.
     shard_bytes: no file is larger, unless one tensor is.
     generation: token ids and options; none: of those that transformers must
       have, any that are in the vocabulary.
@@ -313,47 +419,98 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
   one_of('dtype', dtype, ('', *DTYPES, 'float16'))
   storage.try_folder(folder, 'the folder')
   storage.refuse_run(folder, 'the folder')
-  module, params = without_generator(*merge(module, params))
+  module, params = merge(module, params)
+  module, params = without_generator(module, params)
   config: ModelConfig = module.config
-  page = architectures.hugging_face(config.arch)
-  flat = paths.flatten(nn.meta.unbox(params))
+
+  # config.json and generation_config.json.
   tree = hf_config.write(config, labels)
-  options = generation and generation.options
-  tree |= generation.fields if generation else {}
-  tensors = {tensor.name: tensor for tensor in tensor_map.expand(
-      page.rows(config), {path: x.shape for path, x in flat.items()})}
-  dtypes = {name: np.dtype(dtype or flat[tensor.paths[0]].dtype)
-            for name, tensor in tensors.items()}
-  join = lambda name: tensors[name].join([
-      np.asarray(flat[path][tensors[name].index])
-      for path in tensors[name].paths])
-  for name, tensor in tensors.items():
-    check_range(' and '.join(tensor.paths), join(name), dtypes[name])
-  dtypes |= {name: np.dtype('int64') for name in tensors
-             if re.fullmatch(page.integers, name)}
-  constants = page.constants(config)
-  files = hf_files.shards({
-      name: math.prod(tensor.shape) * dtypes[name].itemsize
-      for name, tensor in tensors.items()} | {
-          name: x.nbytes for name, x in constants.items()}, shard_bytes)
+  options = None
+  if generation is not None:
+    tree |= generation.fields
+    options = generation.options
+
+  # The tensors, of which the range of each is checked before any is written.
+  export = _Export(config, paths.flatten(nn.meta.unbox(params)), dtype)
+  export.check_ranges()
+  files = hf_files.shards(export.sizes(), shard_bytes)
+
+  # The files.
   folder = pathlib.Path(folder)
-  hf_files.refuse_left(folder, {
-      *files, *[hf_files.INDEX] * (len(files) > 1),
-      *[hf_generation.FILE] * (options is not None)})
+  written = [*files]
+  if len(files) > 1:
+    written.append(hf_files.INDEX)
+  if options is not None:
+    written.append(hf_generation.FILE)
+  hf_files.refuse_left(folder, written)
   folder.mkdir(parents=True, exist_ok=True)
-  with progress.during('writing tensors', len(tensors)) as advance:
+  with progress.during('writing tensors', len(export.tensors)) as advance:
 
     def make(name: str) -> np.ndarray:
-      if name in constants:
-        return constants[name]
-      advance()
-      return join(name).astype(dtypes[name], copy=False)
+      if name in export.tensors:
+        advance()
+      return export.make(name)
 
     hf_files.write(folder, files, make)
   tree['dtype'] = dtype or config.param_dtype
   storage.write_json(folder / 'config.json', tree)
   if options is not None:
     storage.write_json(folder / hf_generation.FILE, options)
+
+
+class _Export:
+  """The tensors of a model in the Hugging Face format, made one by one.
+
+  Attributes:
+    tensors: the tensors that are made of parameters, by name.
+    constants: the tensors that follow from the config, by name.
+    dtypes: the type in which each of `tensors` is written.
+  """
+
+  def __init__(self, config: ModelConfig, flat: Mapping[str, Any], dtype: str):
+    """Takes the parameters `flat`, by path, and `dtype` of `to_hf`."""
+    page = architectures.hugging_face(config.arch)
+    shapes = {path: x.shape for path, x in flat.items()}
+    tensors = tensor_map.expand(page.rows(config), shapes)
+    self._flat = flat
+    self.tensors = {tensor.name: tensor for tensor in tensors}
+    self.constants = page.constants(config)
+    self.dtypes: dict[str, np.dtype] = {}
+    self._floats: dict[str, np.dtype] = {}  # of the parameters
+    for tensor in tensors:
+      kind = np.dtype(dtype or flat[tensor.paths[0]].dtype)
+      self._floats[tensor.name] = kind
+      if re.fullmatch(page.integers, tensor.name):
+        kind = np.dtype('int64')
+      self.dtypes[tensor.name] = kind
+
+  def check_ranges(self) -> None:
+    """Raises RequestError for a value that its type does not reach."""
+    for name, tensor in self.tensors.items():
+      words = ' and '.join(tensor.paths)
+      check_range(words, self._joined(name), self._floats[name])
+
+  def sizes(self) -> dict[str, int]:
+    """Returns the bytes of each tensor."""
+    sizes = {}
+    for name, tensor in self.tensors.items():
+      sizes[name] = math.prod(tensor.shape) * self.dtypes[name].itemsize
+    for name, x in self.constants.items():
+      sizes[name] = x.nbytes
+    return sizes
+
+  def make(self, name: str) -> np.ndarray:
+    """Returns a tensor as it is written."""
+    if name in self.constants:
+      return self.constants[name]
+    return self._joined(name).astype(self.dtypes[name], copy=False)
+
+  def _joined(self, name: str) -> np.ndarray:
+    """Returns a tensor in the type of its parameters."""
+    tensor = self.tensors[name]
+    ours = [np.asarray(self._flat[path][tensor.index])
+            for path in tensor.paths]
+    return tensor.join(ours)
 
 
 def is_new_head(ours: ModelConfig, theirs: ModelConfig) -> bool:
@@ -367,35 +524,37 @@ def left_out(module: nn.Module, theirs: ModelConfig
   """Returns the shapes of the parameters, by path, that the model `theirs` has
   and `module`, with its head of a task, has not."""
   ours = paths.flatten(parameter_shapes(module))
-  return {path: x.shape for path, x in paths.flatten(parameter_shapes(
-      architectures.build(theirs))).items() if path not in ours}
+  others = paths.flatten(parameter_shapes(architectures.build(theirs)))
+  return {path: x.shape for path, x in others.items() if path not in ours}
 
 
 def without_generator(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
   """Returns (module, parameters) of an encoder that tells replaced tokens, or
   of any other model, without what draws these."""
-  c = module.config
-  drawn_by = c.find(GeneratorConfig)
+  config = module.config
+  drawn_by = config.find(GeneratorConfig)
   if drawn_by is None or not drawn_by.num_layers:
     return module, params
+  of_generator = 'generator/', f'embed/{skeletons.APART}'
   flat = {path: x for path, x in paths.flatten(nn.meta.unbox(params)).items()
-          if not path.startswith(('generator/', f'embed/{skeletons.APART}'))}
+          if not path.startswith(of_generator)}
   added = flat.pop(f'embed/{skeletons.ADDED}', None)
   if added is not None:
     flat['embed/tokens'] = flat['embed/tokens'] + added
-  alone = c.with_part(GeneratorConfig, num_layers=0)
+  alone = config.with_part(GeneratorConfig, num_layers=0)
   return architectures.build(alone), checkpoints.nest(flat)
 
 
 def names_left_out(module: nn.Module) -> set[str]:
-  """Returns their names in Hugging Face's format."""
+  """Returns the names in Hugging Face's format of the tensors that the module's
+  head of a task replaces: those of the head of a language model."""
   lm = dataclasses.replace(module.config, head='lm', num_labels=0,
                            head_dropout=0.0, pooling='cls')
   page = architectures.hugging_face(lm.arch)
   shapes = left_out(module, lm)
   rows = [row for row in page.rows(lm) if row[0] in shapes]
-  return {tensor.name for tensor in tensor_map.expand(rows, shapes)} | set(
-      page.tied)
+  names = {tensor.name for tensor in tensor_map.expand(rows, shapes)}
+  return names | set(page.tied)
 
 
 def without_adapters(model: ModelConfig) -> ModelConfig:
@@ -405,9 +564,16 @@ def without_adapters(model: ModelConfig) -> ModelConfig:
 
 def same_adapters(one: ModelConfig, other: ModelConfig) -> bool:
   """Whether two models have the same adapters, or none."""
-  fields = lambda c: (c.lora.rank, c.lora.rank and (c.lora.scale, *(
-      name for name in tables.products(c) if layers.adapted(c, name))))
-  return fields(one) == fields(other)
+  if not (one.lora.rank or other.lora.rank):
+    return True
+  return (one.lora.rank == other.lora.rank
+          and one.lora.scale == other.lora.scale
+          and _adapted(one) == _adapted(other))
+
+
+def _adapted(c: ModelConfig) -> list[str]:
+  """Returns the names of the products that have an adapter."""
+  return [name for name in tables.products(c) if layers.adapted(c, name)]
 
 
 def is_adapter(path: str) -> bool:
@@ -417,15 +583,18 @@ def is_adapter(path: str) -> bool:
 
 def without(params: Any) -> Any:
   """Returns the parameters that are no adapters."""
-  return checkpoints.nest({path: x for path, x in paths.flatten(params).items()
-                         if not is_adapter(path)})
+  flat = paths.flatten(params)
+  return checkpoints.nest(
+      {path: x for path, x in flat.items() if not is_adapter(path)})
 
 
 def beside(params: Any, others: Any) -> Any:
   """Returns `params` with the adapters of `others` beside them."""
-  return checkpoints.nest(paths.flatten(params) | {
-      path: x for path, x in paths.flatten(others).items()
-      if is_adapter(path)})
+  flat = dict(paths.flatten(params))
+  for path, x in paths.flatten(others).items():
+    if is_adapter(path):
+      flat[path] = x
+  return checkpoints.nest(flat)
 
 
 def merge(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
@@ -437,26 +606,37 @@ def merge(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
     module: the model, with adapters or without.
     params: its parameters.
   """
-  c = module.config
-  if not c.lora.rank:
+  config = module.config
+  if not config.lora.rank:
     return module, params
   flat = paths.flatten(nn.meta.unbox(params))
-  merged = {path: _merged(path, x, flat, c.lora.scale)
+  merged = {path: _merged(path, x, flat, config.lora.scale)
             for path, x in flat.items() if not is_adapter(path)}
-  return architectures.build(without_adapters(c)), checkpoints.nest(merged)
+  return (architectures.build(without_adapters(config)),
+          checkpoints.nest(merged))
 
 
 def _merged(path: str, w: jax.Array, flat: Mapping[str, jax.Array],
             scale: float) -> jax.Array:
+  """Returns W + scale A B (Hu et al. 2021, section 4.1), or a weight without an
+  adapter as it is.
+
+  Args:
+    path: the path of the weight.
+    w: the weight.
+    flat: all parameters, by path.
+    scale: the factor of the product.
+  """
   if path + layers.LORA_A not in flat:
     return w
-  a, b = (jnp.asarray(flat[path + name], jnp.float32)
-          for name in (layers.LORA_A, layers.LORA_B))
-  stacked = a.ndim + b.ndim - 2 - w.ndim  # axes in front of the inputs
+  a = jnp.asarray(flat[path + layers.LORA_A], jnp.float32)
+  b = jnp.asarray(flat[path + layers.LORA_B], jnp.float32)
+  # As matrices, behind the axes of the layers (and the experts).
+  stacked = a.ndim + b.ndim - 2 - w.ndim
   lead, rank = w.shape[:stacked], a.shape[-1]
   inputs = math.prod(a.shape[stacked:-1])
   product = jnp.matmul(a.reshape(*lead, inputs, rank),
                        b.reshape(*lead, rank, -1),
                        precision=jax.lax.Precision.HIGHEST)
-  return (jnp.asarray(w, jnp.float32) + scale * product.reshape(w.shape)
-          ).astype(w.dtype)
+  summed = jnp.asarray(w, jnp.float32) + scale * product.reshape(w.shape)
+  return summed.astype(w.dtype)
