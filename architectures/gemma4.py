@@ -60,24 +60,6 @@ def _heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
               num_kv_heads=heads['num_key_value_heads'])
 
 
-<<<<<<< HEAD
-def _write(c: ModelConfig) -> dict:
-  layers = c.layers(c.num_layers)
-  whole = layers[-1]
-  local = next((layer for layer in layers
-                if layer_types.type_of(layer) == LOCAL), whole)
-  return layer_types.write(c) | dict(
-      hidden_size_per_layer_input=0, head_dim=local.head_dim,
-      num_key_value_heads=local.num_kv_heads,
-      attention_k_eq_v=whole.part(AttentionConfig).keys_as_values,
-      per_layer_config={
-          str(n): dict(head_dim=whole.head_dim,
-                       num_key_value_heads=whole.num_kv_heads)
-          for n, layer in enumerate(layers)
-          if layer_types.type_of(layer) == WHOLE},
-      final_logit_softcapping=c.logits_softcap or None,
-      rope_parameters=rope_fields.write_by_kind(c))
-=======
 def _only_entry(each: dict, numbers: list[str], known: Collection[str]
                 ) -> dict[str, int] | None:
   """Returns the sizes that a per_layer_config has for every layer.
@@ -100,7 +82,6 @@ def _only_entry(each: dict, numbers: list[str], known: Collection[str]
   if not all(type(size) is int and size > 0 for size in entry.values()):
     return None
   return entry
->>>>>>> ec8c5634 (Make what a page says of Hugging Face's format a class whose methods a reader can find and a debugger can stop in, one operation a statement)
 
 
 class HF(gemma2.HF):
@@ -148,7 +129,8 @@ class HF(gemma2.HF):
     return layer_types.write(c) | dict(
         hidden_size_per_layer_input=0, head_dim=local.head_dim,
         num_key_value_heads=local.num_kv_heads,
-        attention_k_eq_v=whole.keys_as_values, per_layer_config=per_layer,
+        attention_k_eq_v=whole.part(AttentionConfig).keys_as_values,
+        per_layer_config=per_layer,
         final_logit_softcapping=c.logits_softcap or None,
         rope_parameters=rope_fields.write_by_kind(c))
 
