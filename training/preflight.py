@@ -1,4 +1,4 @@
-"""What is wrong with a run before it begins: said before any device work."""
+"""The checks of a run before it begins: they come before any device work."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -32,35 +32,51 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   """Raises RequestError for what can be seen wrong without data or devices.
 
   Args:
-    config: a run's.
+    config: the config of a run.
     by_hand: the fields that were set on the command line, or by the point of a
       sweep: one that the model does not read is refused.
   """
+  # The fields by themselves, and those of one group.
   base.check(config.to_dict())
   objectives.check_objective(config)
-  for name, other in BESIDE.items():
-    value, default = config[name], base.FIELDS[name].default
-    require(value == default or bool(config[other]), f'{name} is '
-            f'{value!r}, which is not read while {other} is not set: leave it '
-            f'at {default!r}, or set {other}')
+  _check_beside(config)
   one_of('mesh.rules', config.mesh.rules, sharding_tables.RULES)
   pipeline.check_ramp(config)
   optimizers.check_optim(config.optim)
   _check_best(config.eval)
   one_of('eval.part', config.eval.part, tokens.PARTS)
   metrics.check_writers(config.log)
+
+  # The model, and what depends on it.
   module = architectures.build(runs.resolve_alone(config))
   refuse_unread_of(by_hand, config, module.config)
   mup.check_optimizer(module.config, config.optim.name)
   runs.parameter_shares(module, config.optim)  # refuses a pattern of nothing
-  longest = max(objectives.of(config).row_lengths(config))
-  require(longest <= positions.reach(module.config), 'model.max_len is '
-          f'{module.config.max_len}, and rows of {longest} tokens (data.length,'
-          ' or data.target_length) are longer than these learned positions: '
-          f'set it to {longest} or more')
+  _check_length(config, module.config)
   _check_objective(config.objective, module)
   evals.check_in_training(config)
   hook.load(config)
+
+
+def _check_beside(config: ml_collections.ConfigDict) -> None:
+  """Raises RequestError for a field that is set and not read, since the field
+  beside it is not set."""
+  for name, other in BESIDE.items():
+    value, default = config[name], base.FIELDS[name].default
+    if value != default and not config[other]:
+      raise RequestError(
+          f'{name} is {value!r}, which is not read while {other} is not set: '
+          f'leave it at {default!r}, or set {other}')
+
+
+def _check_length(config: ml_collections.ConfigDict, model: ModelConfig
+                  ) -> None:
+  """Raises RequestError for rows that are longer than learned positions."""
+  longest = max(objectives.of(config).row_lengths(config))
+  require(longest <= positions.reach(model), 'model.max_len is '
+          f'{model.max_len}, and rows of {longest} tokens (data.length,'
+          ' or data.target_length) are longer than these learned positions: '
+          f'set it to {longest} or more')
 
 
 def _check_best(e: ml_collections.ConfigDict) -> None:
@@ -68,18 +84,30 @@ def _check_best(e: ml_collections.ConfigDict) -> None:
   one_of('eval.best_is', e.best_is, ('', 'least', 'largest'))
   if not e.best:
     return
-  task, is_task, _ = e.best.partition('/')
+
+  # eval.best is a figure of the held-out data, or TASK/FIGURE.
   figure = e.best.rpartition('/')[2]
-  every = 'tasks_every_steps' if is_task else 'every_steps'
-  tasks = evals.listed(e.tasks)
-  require(not is_task or task in tasks, f'eval.best is {e.best!r}, and '
-          f'eval.tasks has no {task!r}: it has {", ".join(tasks) or "none"}')
-  require(e[every] or is_task and not e.patience, f'eval.best is {e.best!r} '
-          f'and eval.patience {e.patience}, but eval.{every} is 0: nothing of '
-          'it is known while training')
-  require(e.best_is or figure in (*metrics.LEAST, *metrics.LARGEST),
-          f'eval.best is {e.best!r}, of which it is not known which value is '
-          'the best: set eval.best_is to least or largest')
+  if '/' in e.best:
+    task = e.best.partition('/')[0]
+    tasks = evals.listed(e.tasks)
+    require(task in tasks, f'eval.best is {e.best!r}, and eval.tasks has no '
+            f'{task!r}: it has {", ".join(tasks) or "none"}')
+    # A task may also be run once, after the last step; patience needs more.
+    is_known = e.tasks_every_steps or not e.patience
+    every = 'tasks_every_steps'
+  else:
+    is_known = e.every_steps
+    every = 'every_steps'
+  if not is_known:
+    raise RequestError(
+        f'eval.best is {e.best!r} and eval.patience {e.patience}, but '
+        f'eval.{every} is 0: nothing of it is known while training')
+
+  has_usual_best = figure in metrics.LEAST or figure in metrics.LARGEST
+  if not e.best_is and not has_usual_best:
+    raise RequestError(
+        f'eval.best is {e.best!r}, of which it is not known which value is '
+        'the best: set eval.best_is to least or largest')
 
 
 def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
@@ -119,11 +147,12 @@ def _check_objective(name: str, module: nn.Module) -> None:
     raise RequestError(
         f'objective is {name!r}, which does not fit model.arch '
         f'{module.config.arch} ({stack}): choose from {", ".join(choices)}')
-  require(not objective.prefix or not blocks.with_state(module.config),
-          f'objective is {name!r}, whose first tokens see each other, and some '
-          'layers read a row in one direction (a state of model.mixer, '
-          'model.attention_conv, branch_conv, memory or indexer.block): choose '
-          'causal')
+  if objective.prefix and blocks.with_state(module.config):
+    raise RequestError(
+        f'objective is {name!r}, whose first tokens see each other, and some '
+        'layers read a row in one direction (a state of model.mixer, '
+        'model.attention_conv, branch_conv, memory or indexer.block): choose '
+        'causal')
   require(module.config.head == objective.head, 'model.head is '
           f'{module.config.head!r}, and objective {name!r} trains '
           f'{objective.head!r}: leave it empty, to be derived')
@@ -134,7 +163,7 @@ def try_workdir(workdir: epath.Path) -> None:
   storage.try_folder(checkpoints.directory(workdir))
   for file in (run_config.file(workdir), workdir / metrics.METRICS):
     storage.try_file(file, '--workdir')
-  if not run_config.has_begun(workdir):  # else it is damaged, which is told
+  if not run_config.has_begun(workdir):
     storage.refuse_others(workdir, '--workdir')
 
 

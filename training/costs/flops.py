@@ -1,12 +1,12 @@
 """FLOPs: those of a program, what a model must multiply, and what devices can.
 
-Of a program, they are counted in its jaxpr, loops multiplied, recomputation
+Those of a program are counted in its jaxpr, loops multiplied, recomputation
 included, whatever XLA makes of it. Only matrix products and convolutions count,
 and functions that say what they count as (layers.counted). Splash attention is
 known by its name; another kernel counts with the estimate that it carries. A
 product of [a, b] and [b, c] is 2abc.
 
-Of a model, they are counted in the program of a forward pass, so that a part is
+Those of a model are counted in the program of a forward pass, so that a part is
 counted without being described a second time. The program that is traced pads
 no expert and skips no masked block, and attention declares which share of its
 products the mask shows (`layers.useful`; with a prefix, in the mean over those
@@ -55,41 +55,43 @@ def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0,
 
   Args:
     model: config.model, or the frozen ModelConfig.
-    length: tokens; of the encoder, for an encoder-decoder.
-    decoder_length: tokens of the decoder, for an encoder-decoder.
+    length: the number of tokens; for an encoder-decoder, those of the encoder.
+    decoder_length: the number of tokens of an encoder-decoder's decoder.
     prompt: whether all tokens see each other: those of a prompt of a prefix LM.
   """
   c = dataclasses.replace(architectures.resolve(model), mtp_depth=0)
-  return dict(_forward(_countable(c, max(length, decoder_length)), length,
-                       decoder_length, prefix=prompt, prompt=prompt))
+  c = _countable(c, max(length, decoder_length))
+  parts = _forward(c, length, decoder_length, prefix=prompt, prompt=prompt)
+  return dict(parts)
 
 
 def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
                    unread: int = 0, freeze: str = '', prefix: bool = False
                    ) -> dict[str, float]:
-  """Returns those of a sequence, forward and backward, by part: three times the
-  forward pass where all parameters are trained. Adapters, `freeze` and passes
-  of a loop that have no gradient take from the backward pass what its program
-  is then without. A stack of which some
-  layers are frozen counts as trained, as its program computes the gradient.
+  """Returns the FLOPs of a sequence, forward and backward, by part: three times
+  the forward pass where all parameters are trained. Adapters, `freeze` and
+  passes of a loop that have no gradient take from the backward pass what its
+  program is then without. A stack of which some layers are frozen counts as
+  trained, as its program computes the gradient.
 
   Args:
-    model, length, decoder_length: as of `forward_flops`.
-    unread: the places that the head does not read (Objective.unread).
+    model, length, decoder_length: those of `forward_flops`.
+    unread: the number of places that the head does not read
+      (Objective.unread).
     freeze: config.optim.freeze.
     prefix: whether the first tokens of a row see each other (Objective.prefix).
   """
   c = architectures.resolve(model)
-  c, back = _countable(c, max(length, decoder_length)), {}
+  c = _countable(c, max(length, decoder_length))
   loops = c.find(LoopsConfig)
   stops = loops is not None and loops.gradient_passes > 0
-  if freeze or c.lora.rank or stops:
-    back = dict(_backward(c, length, decoder_length, unread, freeze, prefix))
   forward = _forward(c, length, decoder_length, unread, prefix)
-  if not back:
+  if not freeze and not c.lora.rank and not stops:
     return {part: 3.0 * n for part, n in forward}
+  backward = dict(_backward(
+      c, length, decoder_length, unread=unread, freeze=freeze, prefix=prefix))
   # A quotient and its product are off by a last digit.
-  return {part: round((1 + back[part]) * n, 3) for part, n in forward}
+  return {part: round((1 + backward[part]) * n, 3) for part, n in forward}
 
 
 def of_a_row(config: ml_collections.ConfigDict, model: ModelConfig,
@@ -97,10 +99,10 @@ def of_a_row(config: ml_collections.ConfigDict, model: ModelConfig,
   """Returns the `training_flops` of a row of a run.
 
   Args:
-    config: the run's.
+    config: the config of the run.
     model: its model, resolved.
-    sides: the tokens of a row; of an encoder-decoder, of both sides; none:
-      those of the run.
+    sides: the number of tokens of a row; for an encoder-decoder, those of both
+      sides; (): those of the run.
   """
   objective = objectives.of(config)
   sides = sides or objective.row_lengths(config)
@@ -115,17 +117,17 @@ def decode_flops(model: ModelConfig, keys: int, memory: int = 0
 
   Args:
     model: config.model, of a system with a decoder.
-    keys: its position plus one.
-    memory: tokens of the encoder, whose keys and values are kept.
+    keys: the position of the token plus one.
+    memory: the number of tokens of the encoder, whose keys and values are kept.
   """
   c = architectures.resolve(model)
   return dict(_decode(_countable(c, max(keys, memory)), keys, memory))
 
 
 def _countable(c: ModelConfig, reach: int) -> ModelConfig:
-  """The same function for `reach` tokens, whose program multiplies no more than
-  the model must: experts have as many slots as tokens come in even load, and no
-  layer is made again."""
+  """Returns the same function for `reach` tokens, whose program multiplies no
+  more than the model must: experts have as many slots as tokens come in even
+  load, and no layer is made again."""
   factor, moe = 1.0, c.find(MoEConfig)
   if moe is not None and routing.of(moe).experts_choose:
     factor = routing.active_experts(moe) / moe.top_k
@@ -138,36 +140,49 @@ def _countable(c: ModelConfig, reach: int) -> ModelConfig:
 
 
 def _rows(c: ModelConfig) -> int:
-  """Of the batch that is traced: tokens divide evenly over experts."""
+  """Returns the rows of the batch that is traced: their tokens divide evenly
+  over the experts."""
   return c.part(MoEConfig).all_experts if c.has_experts else 1
 
 
 def _tokens(c: ModelConfig, length: int) -> jax.ShapeDtypeStruct:
+  """Returns the shape of the tokens that are traced."""
   return jax.ShapeDtypeStruct((_rows(c), length), jnp.int32)
 
 
 def _whole(c: ModelConfig, length: int, decoder_length: int, prefix: bool
            ) -> tuple:
-  """Returns what applies a module to whole sequences, and the tokens."""
+  """Returns a function that applies a module to whole sequences, and the
+  tokens that it is to be given."""
   # With positions of their own, tokens may stand in any order: no block of
   # keys is skipped, and all of them are there to take a share of.
-  place = lambda n: jnp.arange(n)[None]
+  def positions_of(count: int) -> jax.Array:
+    return jnp.arange(count)[None]
+
   if decoder_length:
-    return (lambda module, params, source, target: module.apply(
-        params, source, decoder_tokens_BL=target,
-        decoder_positions_BL=place(decoder_length)),
-            _tokens(c, length), _tokens(c, decoder_length))
-  first = dict(prefix_B=jnp.ones(_rows(c), jnp.int32)) if prefix else {}
-  return (lambda module, params, tokens: module.apply(
-      params, tokens, positions_BL=place(length), **first), _tokens(c, length))
+    def translate(module: Any, params: Any, source: Any, target: Any):
+      return module.apply(
+          params, source, decoder_tokens_BL=target,
+          decoder_positions_BL=positions_of(decoder_length))
+    return translate, _tokens(c, length), _tokens(c, decoder_length)
+
+  options = {}
+  if prefix:
+    options['prefix_B'] = jnp.ones(_rows(c), jnp.int32)
+
+  def read(module: Any, params: Any, tokens: Any):
+    return module.apply(
+        params, tokens, positions_BL=positions_of(length), **options)
+  return read, _tokens(c, length)
 
 
 @functools.lru_cache(maxsize=4096)
 def _forward(c: ModelConfig, length: int, decoder_length: int,
              unread: int = 0, prefix: bool = False, prompt: bool = False
              ) -> tuple:
-  return _row_flops(c, *_whole(c, length, decoder_length, prefix),
-                    unread=unread, prompt=prompt)
+  """Returns the FLOPs of a forward pass over one sequence, by part."""
+  program, *args = _whole(c, length, decoder_length, prefix)
+  return _row_flops(c, program, *args, unread=unread, prompt=prompt)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,45 +191,79 @@ def _backward(c: ModelConfig, length: int, decoder_length: int, unread: int,
   """Returns by part how many forward passes the backward pass costs: 2, and
   less by what the program of the gradients of what is trained is without,
   beside that of all gradients."""
+  # The shares of a learning rate: 1 is trained, and 0 is frozen.
   module = architectures.build(c)
-  every = jax.tree.map(lambda _: 1.0, parameter_shapes(module))
-  some = parameter_shares(module, ml_collections.ConfigDict(
-      dict(freeze=freeze, layer_decay=1.0, table_rate=1.0))) or every
-  full = c.with_part(LoopsConfig, gradient_passes=0)
-  forward, most, least = (
-      _row_flops(model, *_whole(c, length, decoder_length, prefix),
-                 unread=unread, trained=trained)
-      for model, trained in ((c, None), (full, every), (c, some)))
+  all_trained = jax.tree.map(lambda _: 1.0, parameter_shapes(module))
+  optim = ml_collections.ConfigDict(
+      dict(freeze=freeze, layer_decay=1.0, table_rate=1.0))
+  some_trained = parameter_shares(module, optim) or all_trained
 
-  def passes(n: float, whole: float, part: float) -> float:
-    if whole <= n:  # a part without products, or none that a trace shows
-      return 2.0
-    if whole <= 3 * n:
-      return 2 * (part - n) / (whole - n)
-    extra = whole - 3 * n  # which a recurrence makes again, in both or in one
-    return (part - n - (extra if part - n >= extra else 0.0)) / n
+  # A forward pass; all gradients, of all passes of a loop; and some gradients.
+  program, *args = _whole(c, length, decoder_length, prefix)
+  all_passes = c.with_part(LoopsConfig, gradient_passes=0)
+  forward = _row_flops(c, program, *args, unread=unread)
+  most = dict(_row_flops(
+      all_passes, program, *args, unread=unread, trained=all_trained))
+  least = dict(_row_flops(
+      c, program, *args, unread=unread, trained=some_trained))
+  return tuple((part, _passes(n, most[part], least[part]))
+               for part, n in forward)
 
-  return tuple((name, passes(n, whole, part)) for (name, n), (_, whole), (
-      _, part) in zip(forward, most, least))
+
+def _passes(forward: float, most: float, least: float) -> float:
+  """Returns how many forward passes a backward pass costs.
+
+  Args:
+    forward: the FLOPs of a forward pass.
+    most: the FLOPs of a forward pass and of all gradients.
+    least: the FLOPs of a forward pass and of the gradients that are taken.
+  """
+  if most <= forward:  # a part without products, or none that a trace shows
+    return 2.0
+  if most <= 3 * forward:
+    return 2 * (least - forward) / (most - forward)
+  # A recurrence makes this again, in both programs or in one.
+  again = most - 3 * forward
+  backward = least - forward
+  if backward >= again:
+    backward -= again
+  return backward / forward
 
 
 @functools.lru_cache(maxsize=4096)
 def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
+  """Returns the FLOPs of one token that sees `keys` keys, by part."""
+  method = '__call__'
   cache = jax.eval_shape(lambda: architectures.init_cache(c, _rows(c), keys))
-  if memory:  # of which every layer has keys and values of its own
-    slots = jax.eval_shape(lambda: architectures.init_cache(
-        without_sharing(c), _rows(c), keys))
-    longer = lambda x: jax.ShapeDtypeStruct(
-        (*x.shape[:-3], memory, *x.shape[-2:]), x.dtype)
-    cache = tuple(
-        entry.replace(mixer=entry.mixer.replace(
-            memory_key_BMJK=longer(slot.mixer.key_BMJK),
-            memory_value_BMJK=longer(slot.mixer.value_BMJK)))
-        for entry, slot in zip(cache, slots))
-  method = 'decode' if memory else '__call__'
-  return _row_flops(c, lambda module, params, token, cache: module.apply(
-      params, token, positions_BL=jnp.full((1, 1), keys - 1), cache=cache,
-      method=method), _tokens(c, 1), cache)
+  if memory:
+    method = 'decode'
+    cache = _with_memory(c, cache, keys, memory)
+
+  def step(module: Any, params: Any, token: Any, cache: Any):
+    position_11 = jnp.full((1, 1), keys - 1)
+    return module.apply(params, token, positions_BL=position_11, cache=cache,
+                        method=method)
+
+  return _row_flops(c, step, _tokens(c, 1), cache)
+
+
+def _with_memory(c: ModelConfig, cache: Any, keys: int, memory: int) -> tuple:
+  """Returns the cache of a decoder with the keys and values of its memory, of
+  which every layer has its own, whether or not it shares those of the text."""
+  unshared = jax.eval_shape(lambda: architectures.init_cache(
+      without_sharing(c), _rows(c), keys))
+
+  def lengthened(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    *rows, _, heads, size = x.shape
+    return jax.ShapeDtypeStruct((*rows, memory, heads, size), x.dtype)
+
+  entries = []
+  for entry, slot in zip(cache, unshared):
+    mixer = entry.mixer.replace(
+        memory_key_BMJK=lengthened(slot.mixer.key_BMJK),
+        memory_value_BMJK=lengthened(slot.mixer.value_BMJK))
+    entries.append(entry.replace(mixer=mixer))
+  return tuple(entries)
 
 
 def without_sharing(c: ModelConfig) -> ModelConfig:
@@ -227,49 +276,69 @@ def without_sharing(c: ModelConfig) -> ModelConfig:
 
 def _row_flops(c: ModelConfig, program: Any, *args, unread: int = 0,
                trained: Any = None, prompt: bool = False) -> tuple:
-  """Counts what a row's logits, and what else a model returns, are made of,
-  and the gradients of what `trained` has no 0 for, if it is there."""
+  """Counts the FLOPs of a row's logits and of what else a model returns.
+
+  Args:
+    c: the model.
+    program: a function of the module, its parameters and `args`.
+    *args: the arguments of the program, as shapes.
+    unread: the number of places that the head does not read.
+    trained: the share of the learning rate that each parameter has; the
+      gradients of those that have no 0 count too. None: no gradients.
+    prompt: whether all tokens see each other.
+
+  Returns:
+    (ATTENTION, its FLOPs) and (WEIGHTS, their FLOPs).
+  """
   module = architectures.build(c)
 
   def outputs(params: Any, *args):
     out = program(module, {'params': params}, *args)
     mtp = [out.head.logits(x) for x in out.extra.get('mtp', ())]
-    return (out.head and out.head.logits(out.hidden[:, unread:]), out.extra,
-            mtp)
+    logits = None
+    if out.head is not None:
+      logits = out.head.logits(out.hidden[:, unread:])
+    return logits, out.extra, mtp
+
+  def sum_of_outputs(part: Any, params: Any, *args):
+    total = 0
+    for x in jax.tree.leaves(outputs(
+        shares.whole(trained, part, params), *args)):
+      if jnp.issubdtype(x.dtype, jnp.floating):
+        total += x.astype(jnp.float32).sum()
+    return total
 
   def gradients(params: Any, *args):
-    return jax.value_and_grad(lambda part: sum(
-        x.astype(jnp.float32).sum() for x in jax.tree.leaves(
-            outputs(shares.whole(trained, part, params), *args))
-        if jnp.issubdtype(x.dtype, jnp.floating)))(
-            shares.trained(trained, params))
+    part = shares.trained(trained, params)
+    return jax.value_and_grad(sum_of_outputs)(part, params, *args)
 
-  traced = jax.make_jaxpr(outputs if trained is None else gradients)
-  work = count(traced(parameter_shapes(module), *args),
-               Place('gpu', useful=True, prompt=prompt))
+  function = outputs if trained is None else gradients
+  jaxpr = jax.make_jaxpr(function)(parameter_shapes(module), *args)
+  work = count(jaxpr, Place(platform='gpu', useful=True, prompt=prompt))
   if work.loops or work.kernels:
     raise ValueError(
         f'the FLOPs of model.arch {c.arch!r} cannot be counted: it has '
         f'{work.loops} loops whose length depends on data, and {work.kernels} '
         'kernels without an estimate')
-  return ((ATTENTION, work.masked / _rows(c)),
-          (WEIGHTS, (work.flops - work.masked) / _rows(c)))
+  weights = work.flops - work.masked
+  return (ATTENTION, work.masked / _rows(c)), (WEIGHTS, weights / _rows(c))
 
 
 class Place(NamedTuple):
   """Where a program runs, as far as its work depends on that.
 
   Attributes:
-    platform: whose branch runs, where the code has one for each.
-    rows: of a grouped product on a device in even load, whose array has room
-      for the worst; 0: count all of the array.
-    passes: of a loop that depends on data, where they are known otherwise.
-    dense: of GROUPED, those that the compiler makes of all rows and all
+    platform: the platform whose branch runs, where the code has one for each.
+    rows: the number of rows of a grouped product on a device in even load,
+      whose array has room for the worst; 0: count all of the array.
+    passes: the number of passes of a loop that depends on data, where it is
+      known otherwise.
+    dense: the entries of GROUPED that the compiler makes of all rows and all
       groups, and masks.
     useful: whether products count as the shares that layers.useful declares,
       and functions as layers.counted says, instead of as they are computed.
     prompt: whether these are the shares of a prompt.
-    loop_rows: `rows` in a pass of the loop that `passes` is of.
+    loop_rows: `rows` in a pass of the loop that `passes` is about.
     elements: whether what is computed element by element counts.
   """
   platform: str
@@ -288,15 +357,15 @@ GROUPED = ('forward', 'transposed', 'weights')
 
 
 class Work(NamedTuple):
-  """Of all devices together.
+  """The work of all devices together.
 
   Attributes:
-    flops: of the products; 2abc for [a, b] by [b, c].
-    nbytes: of their operands and results, once each.
-    loops: loops whose number of passes depends on data, counted as one.
+    flops: the FLOPs of the products; 2abc for [a, b] by [b, c].
+    nbytes: the bytes of their operands and results, once each.
+    loops: the loops whose number of passes depends on data, counted as one.
     dense: the FLOPs of grouped products that are made of all groups.
     masked: the FLOPs of products of which a mask hides a part: attention's.
-    kernels: kernels that carry no estimate, and count as nothing.
+    kernels: the kernels that carry no estimate, and count as nothing.
   """
   flops: float = 0.0
   nbytes: float = 0.0
@@ -306,39 +375,66 @@ class Work(NamedTuple):
   kernels: int = 0
 
   def __add__(self, other: Any):
-    return Work(*(a + b for a, b in zip(self, other)))
+    return Work(
+        flops=self.flops + other.flops,
+        nbytes=self.nbytes + other.nbytes,
+        loops=self.loops + other.loops,
+        dense=self.dense + other.dense,
+        masked=self.masked + other.masked,
+        kernels=self.kernels + other.kernels)
 
   def times(self, n: float):
-    return Work(self.flops * n, self.nbytes * n, self.loops, self.dense * n,
-                self.masked * n, self.kernels)
+    """Returns the work done n times; loops and kernels are still as many."""
+    return self._replace(
+        flops=self.flops * n, nbytes=self.nbytes * n, dense=self.dense * n,
+        masked=self.masked * n)
 
 
 def count(jaxpr: Any, place: Place) -> Work:
   """Returns the work of a jaxpr, open or closed."""
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
-  is_var = lambda v: not isinstance(v, jex.Literal)
-  total, live = Work(), set(filter(is_var, jaxpr.outvars))
+  total = Work()
+  live = set(_variables(jaxpr.outvars))
   for eqn in reversed(jaxpr.eqns):
-    if not any(v in live for v in eqn.outvars) and not eqn.effects:
+    is_read = any(v in live for v in eqn.outvars)
+    if not is_read and not eqn.effects:
       continue  # dead: XLA drops it
-    live.update(filter(is_var, eqn.invars))
+    live.update(_variables(eqn.invars))
     work = _equation(eqn, place)
     if place.useful and work.flops:
-      for part, whole, prompt in _DECLARED.findall(
-          str(eqn.source_info.name_stack)):
-        part = prompt if place.prompt else part
-        flops = work.flops * int(part) / int(whole)
-        work = work._replace(flops=flops, masked=flops)
+      work = _useful(work, eqn, place.prompt)
     total += work
   return total
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+  """Returns the inputs or outputs of an equation that are no literals."""
+  return [v for v in atoms if not isinstance(v, jex.Literal)]
+
+
+def _useful(work: Work, eqn: jex.JaxprEqn, prompt: bool) -> Work:
+  """Returns the share of an equation's work that layers.useful declares, all of
+  it where it declares none.
+
+  Args:
+    work: the work of the equation.
+    eqn: the equation, whose name stack holds the declaration.
+    prompt: whether the share is that of a prompt.
+  """
+  name_stack = str(eqn.source_info.name_stack)
+  for in_training, whole, in_prompt in _DECLARED.findall(name_stack):
+    part = in_prompt if prompt else in_training
+    flops = work.flops * int(part) / int(whole)
+    work = work._replace(flops=flops, masked=flops)
+  return work
 
 
 _DECLARED = re.compile(layers.USEFUL.format(r'(\d+)', r'(\d+)', r'(\d+)'))
 _COUNTED = re.compile(layers.COUNTED.format(r'(\d+)', r'(\d+)'))
 
 
-# What is computed element by element: one FLOP for each number of its result,
-# or of what it sums up.
+# The primitives that compute element by element: one FLOP for each number of
+# the result, or of what is summed up.
 ELEMENTWISE = frozenset((
     'abs', 'add', 'add_any', 'atan2', 'cbrt', 'cos', 'cosh', 'cumlogsumexp',
     'cummax', 'cummin', 'cumprod', 'cumsum', 'div', 'erf', 'exp', 'exp2',
@@ -351,17 +447,67 @@ ELEMENTWISE = frozenset((
 def _is_of_associative_scan(eqn: jex.JaxprEqn) -> bool:
   """Whether `jax.lax.associative_scan`, which is no primitive, wrote this."""
   trace = eqn.source_info.traceback
-  return trace is not None and any(
-      frame.function_name == 'associative_scan' for frame in trace.frames)
+  if trace is None:
+    return False
+  names = [frame.function_name for frame in trace.frames]
+  return 'associative_scan' in names
+
+
+def _equation(eqn: jex.JaxprEqn, place: Place) -> Work:
+  """Returns the work of one equation and of all programs inside it."""
+  if place.useful and not place.elements and _is_of_associative_scan(eqn):
+    place = place._replace(elements=True)
+
+  # A function that is known by its name.
+  name = eqn.params.get('name', '')
+  counted = _COUNTED.fullmatch(str(name))
+  if place.useful and counted:
+    part, whole = map(int, counted.groups())
+    flops = eqn.outvars[0].aval.size * part / whole
+    return Work(flops=flops, nbytes=_nbytes(eqn))
+  if name in ('gmm', 'tgmm'):
+    return _megablox(eqn, place)
+
+  # A primitive that is known; of any other, what it calls.
+  primitive = eqn.primitive.name
+  if primitive in _PRIMITIVES:
+    return _PRIMITIVES[primitive](eqn, place)
+  if place.elements and primitive in ELEMENTWISE:
+    return _elementwise(eqn)
+  total = Work()
+  for jaxpr in jex.jaxprs_in_params(eqn.params):
+    total += count(jaxpr, place)
+  return total
 
 
 def _elementwise(eqn: jex.JaxprEqn) -> Work:
-  """Returns the work of one of ELEMENTWISE; of whole numbers, none."""
+  """Returns the work of one of ELEMENTWISE; none, where the numbers are whole
+  ones."""
   out = eqn.outvars[0].aval
   if not jnp.issubdtype(out.dtype, jnp.inexact):
     return Work()
   sizes = [v.aval.size for v in (*eqn.invars, *eqn.outvars)]
-  return Work(float(max(sizes)), _nbytes(eqn))
+  return Work(flops=float(max(sizes)), nbytes=_nbytes(eqn))
+
+
+def _dot(eqn: jex.JaxprEqn, place: Place) -> Work:
+  """Returns the work of a matrix product: twice its results times the numbers
+  that each one sums up."""
+  del place
+  (contracted, _), _ = eqn.params['dimension_numbers']
+  lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
+  summed = math.prod(lhs.shape[axis] for axis in contracted)
+  return Work(flops=2.0 * out.size * summed, nbytes=_nbytes(eqn))
+
+
+def _convolution(eqn: jex.JaxprEqn, place: Place) -> Work:
+  """Returns the work of a convolution."""
+  del place
+  kernel, numbers = eqn.invars[1].aval, eqn.params['dimension_numbers']
+  out_channels = kernel.shape[numbers.rhs_spec[0]]
+  of_one_output = kernel.size / out_channels
+  flops = 2.0 * eqn.outvars[0].aval.size * of_one_output
+  return Work(flops=flops, nbytes=_nbytes(eqn))
 
 
 def _scan(eqn: jex.JaxprEqn, place: Place) -> Work:
@@ -373,91 +519,83 @@ def _scan(eqn: jex.JaxprEqn, place: Place) -> Work:
   return body.times(eqn.params['length'])
 
 
-def _equation(eqn: jex.JaxprEqn, place: Place) -> Work:
-  name = eqn.primitive.name
-  if place.useful and not place.elements and _is_of_associative_scan(eqn):
-    place = place._replace(elements=True)
-  inner = lambda jaxpr: count(jaxpr, place)
-  counted = _COUNTED.fullmatch(str(eqn.params.get('name', '')))
-  if place.useful and counted:
-    part, whole = map(int, counted.groups())
-    return Work(eqn.outvars[0].aval.size * part / whole, _nbytes(eqn))
-  if name == 'dot_general':
-    (contract, _), _ = eqn.params['dimension_numbers']
-    lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
-    return Work(2.0 * out.size * math.prod(lhs.shape[i] for i in contract),
-                _nbytes(eqn))
-  if name == 'conv_general_dilated':
-    kernel, numbers = eqn.invars[1].aval, eqn.params['dimension_numbers']
-    each = kernel.size / kernel.shape[numbers.rhs_spec[0]]  # of one output
-    return Work(2.0 * eqn.outvars[0].aval.size * each, _nbytes(eqn))
-  if name == 'ragged_dot_general':
-    return _grouped(eqn, place)
-  if eqn.params.get('name') in ('gmm', 'tgmm'):  # megablox
-    return _megablox(eqn, place)
-  if name == 'pallas_call':
-    return _kernel(eqn)
-  if name == 'scan':
-    return _scan(eqn, place)
-  if place.elements and name in ELEMENTWISE:
-    return _elementwise(eqn)
-  if name == 'while':
-    if place.passes is not None:
-      return count(eqn.params['body_jaxpr'], place._replace(
-          rows=place.loop_rows)).times(place.passes)
-    body = inner(eqn.params['body_jaxpr'])
-    return body._replace(loops=body.loops + bool(body.flops))
-  if name == 'cond':
-    return _branch(eqn, place.platform, inner)
-  if name == 'shard_map':
-    return inner(eqn.params['jaxpr']).times(eqn.params['mesh'].size)
-  total = Work()
-  for jaxpr in jex.jaxprs_in_params(eqn.params):
-    total += inner(jaxpr)
-  return total
+def _while(eqn: jex.JaxprEqn, place: Place) -> Work:
+  """Returns the work of the passes that are known, or of one pass; one with
+  products is noted then."""
+  jaxpr = eqn.params['body_jaxpr']
+  if place.passes is not None:
+    body = count(jaxpr, place._replace(rows=place.loop_rows))
+    return body.times(place.passes)
+  body = count(jaxpr, place)
+  if not body.flops:
+    return body
+  return body._replace(loops=body.loops + 1)
+
+
+def _shard_map(eqn: jex.JaxprEqn, place: Place) -> Work:
+  """Returns the work of all devices."""
+  return count(eqn.params['jaxpr'], place).times(eqn.params['mesh'].size)
 
 
 def _grouped(eqn: jex.JaxprEqn, place: Place) -> Work:
+  """Returns the work of jax.lax.ragged_dot, one of GROUPED."""
   lhs, rhs, counts = (v.aval for v in eqn.invars)
-  dims = eqn.params['ragged_dot_dimension_numbers']
+  numbers = eqn.params['ragged_dot_dimension_numbers']
   flops = 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1]
-  (_, contracted), _ = dims.dot_dimension_numbers
-  if not dims.rhs_group_dimensions:
+  (_, contracted), _ = numbers.dot_dimension_numbers
+  if not numbers.rhs_group_dimensions:
     kind = 'weights'
+  elif contracted == (rhs.ndim - 1,):
+    kind = 'transposed'
   else:
-    kind = 'transposed' if contracted == (rhs.ndim - 1,) else 'forward'
+    kind = 'forward'
   if kind in place.dense:
     flops *= counts.shape[-1]
-    return Work(flops, _nbytes(eqn), dense=flops)
-  return _even_load(eqn, place, flops, lhs.shape[dims.lhs_ragged_dimensions[0]])
+    return Work(flops=flops, nbytes=_nbytes(eqn), dense=flops)
+  rows = lhs.shape[numbers.lhs_ragged_dimensions[0]]
+  return _even_load(eqn, place, flops, rows)
 
 
 def _megablox(eqn: jex.JaxprEqn, place: Place) -> Work:
-  """gmm: [R, K] by [E, K, N] or [E, N, K]; tgmm: [K, R] by [R, N]."""
+  """Returns the work of megablox's grouped products. gmm: [R, K] by [E, K, N]
+  or [E, N, K]; tgmm: [K, R] by [R, N]; R rows, E groups, and K and N units."""
   arrays = [v.aval for v in eqn.invars
             if jnp.issubdtype(v.aval.dtype, jnp.floating)]
   if not arrays:
     return Work()  # which tiles there are, worked out ahead of the product
   lhs, rhs = arrays[:2]
   flops = 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1]
-  return _even_load(eqn, place, flops,
-               (rhs if eqn.params['name'] == 'tgmm' else lhs).shape[0])
+  by_row = rhs if eqn.params['name'] == 'tgmm' else lhs
+  return _even_load(eqn, place, flops, by_row.shape[0])
 
 
 def _even_load(eqn: jex.JaxprEqn, place: Place, flops: float, there: int
                ) -> Work:
-  """Of the rows in even load, where the array has room for `there`. They are of
-  as many groups as there are, or as they are: of no others is the matrix read.
+  """Returns the work of the rows in even load.
+
+  Args:
+    eqn: a grouped product.
+    place: where it runs.
+    flops: the FLOPs of all rows of its array.
+    there: the number of rows that the array has room for. Those in even load
+      are of as many groups as there are rows at most: of no others is the
+      matrix read.
   """
-  share = min(1.0, place.rows / there) if place.rows else 1.0
-  def part(shape: tuple[int, ...], read: bool):
-    if len(shape) == 2:  # rows
-      return share
-    return min(1.0, share * there / shape[0]) if len(shape) == 3 and read else 1
-  return Work(flops * share, sum(
-      _size(v.aval) * part(v.aval.shape, read)
-      for arrays, read in ((eqn.invars, True), (eqn.outvars, False))
-      for v in arrays))
+  share = 1.0
+  if place.rows:
+    share = min(1.0, place.rows / there)
+  nbytes = 0
+  for v in eqn.invars:
+    part = 1
+    if len(v.aval.shape) == 2:  # rows
+      part = share
+    if len(v.aval.shape) == 3:  # the matrices of the groups
+      part = min(1.0, share * there / v.aval.shape[0])
+    nbytes += _size(v.aval) * part
+  for v in eqn.outvars:
+    part = share if len(v.aval.shape) == 2 else 1
+    nbytes += _size(v.aval) * part
+  return Work(flops=flops * share, nbytes=nbytes)
 
 
 # Products of scores' size in a call: q k and p v; and in the backward passes
@@ -465,43 +603,79 @@ def _even_load(eqn: jex.JaxprEqn, place: Place, flops: float, there: int
 _SPLASH = {'splash_mha_fwd': 2, 'splash_mha_dkv': 4, 'splash_mha_dq': 3}
 
 
-def _kernel(eqn: jex.JaxprEqn) -> Work:
-  name = str(next(eqn.params[key] for key in ('name', 'name_and_src_info')
-                  if key in eqn.params))
-  products = [n for key, n in _SPLASH.items() if name.startswith(key)]
+def _kernel(eqn: jex.JaxprEqn, place: Place) -> Work:
+  """Returns the work of a Pallas kernel: that of splash attention, or the
+  estimate that another one carries."""
+  del place
+  key = 'name' if 'name' in eqn.params else 'name_and_src_info'
+  name = str(eqn.params[key])
+  for prefix, products in _SPLASH.items():
+    if name.startswith(prefix):
+      return _splash(eqn, products)
   cost = eqn.params['cost_estimate']
-  if not products:
-    if cost is None:
-      return Work(kernels=1)
-    return Work(cost.flops, cost.bytes_accessed)
+  if cost is None:
+    return Work(kernels=1)
+  return Work(flops=cost.flops, nbytes=cost.bytes_accessed)
+
+
+def _splash(eqn: jex.JaxprEqn, products: int) -> Work:
+  """Returns the work of splash attention.
+
+  Args:
+    eqn: its call.
+    products: the number of products of the scores' size in it.
+  """
   # [heads or 1, blocks of queries, blocks of keys]: what the mask hides of
   # all queries is not in the grid, and a causal kernel, which is given the
   # places of the queries, skips half of it.
-  blocks = next(v.aval.shape for v in eqn.invars if v.aval.ndim >= 3)[-2:]
+  arrays = [v.aval for v in eqn.invars if v.aval.ndim >= 3]
+  blocks = arrays[0].shape[-2:]
   side = max(blocks)
   share = math.prod(blocks) / side ** 2
-  places = [v for v in eqn.invars if v.aval.ndim == 2
-            and v.aval.dtype == jnp.int32]
-  if share == 1 and places:
+  has_places = any(v.aval.ndim == 2 and v.aval.dtype == jnp.int32
+                   for v in eqn.invars)
+  if share == 1 and has_places:
     share = (side + 1) / (2 * side)
-  q, k = [v.aval.shape for v in eqn.invars if v.aval.ndim >= 3
-          and jnp.issubdtype(v.aval.dtype, jnp.floating)][:2]
-  return Work(products[0] * 2.0 * math.prod(q) * k[-2] * share, _nbytes(eqn))
+
+  floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+  q, k = floats[:2]
+  flops = products * 2.0 * math.prod(q.shape) * k.shape[-2] * share
+  return Work(flops=flops, nbytes=_nbytes(eqn))
 
 
-def _branch(eqn: jex.JaxprEqn, platform: str, inner: Any) -> Work:
+def _branch(eqn: jex.JaxprEqn, place: Place) -> Work:
+  """Returns the work of the branch of the platform; where the branch depends on
+  data, that of the largest one."""
   branches = eqn.params['branches']
   platforms = eqn.params.get('branches_platforms')
-  if platforms:
-    chosen = next(i for i, names in enumerate(platforms)
-                  if names is None or platform in names)
-    return inner(branches[chosen])
-  return max((inner(b) for b in branches), key=lambda work: work.flops)
+  if not platforms:
+    works = [count(branch, place) for branch in branches]
+    return max(works, key=lambda work: work.flops)
+  for branch, names in zip(branches, platforms):
+    if names is None or place.platform in names:
+      return count(branch, place)
+  raise AssertionError(f'no branch for {place.platform}')
+
+
+_PRIMITIVES = {
+    'dot_general': _dot,
+    'conv_general_dilated': _convolution,
+    'ragged_dot_general': _grouped,
+    'pallas_call': _kernel,
+    'scan': _scan,
+    'while': _while,
+    'cond': _branch,
+    'shard_map': _shard_map,
+}
 
 
 def _nbytes(eqn: jex.JaxprEqn) -> float:
-  return float(sum(_size(v.aval) for v in (*eqn.invars, *eqn.outvars)
-                   if hasattr(v.aval, 'dtype')))
+  """Returns the bytes of an equation's operands and results, once each."""
+  total = 0
+  for v in (*eqn.invars, *eqn.outvars):
+    if hasattr(v.aval, 'dtype'):
+      total += _size(v.aval)
+  return float(total)
 
 
 def _size(aval: Any) -> int:
@@ -551,19 +725,31 @@ def peak(kind: str, dtype: str, cores: int = 1) -> float | None:
 
   Args:
     kind: jax.Device.device_kind.
-    dtype: of the products: bfloat16 or float32.
-    cores: TensorCores in one jax device; TPUs only.
+    dtype: the type of the products: bfloat16 or float32.
+    cores: the number of TensorCores in one jax device; TPUs only.
   """
-  if dtype == 'float32' and jax.config.jax_default_matmul_precision not in (
-      None, 'default') or dtype not in ('bfloat16', 'float32'):
+  if dtype not in ('bfloat16', 'float32'):
+    return None
+  precision = jax.config.jax_default_matmul_precision
+  if dtype == 'float32' and precision not in (None, 'default'):
     return None  # several passes: no published figure
   if kind in _TPU_CORE:
     return _TPU_CORE[kind] * cores * 1e12
-  return _GPU[kind][dtype == 'float32'] * 1e12 if kind in _GPU else None
+  if kind not in _GPU:
+    return None
+  bfloat16, float32 = _GPU[kind]
+  if dtype == 'float32':
+    return float32 * 1e12
+  return bfloat16 * 1e12
 
 
 def total_peak(devices: Sequence[jax.Device], dtype: str) -> float | None:
   """Returns the peak of all `devices` together, or None."""
-  each = [peak(d.device_kind, dtype,
-                d.num_cores if d.platform == 'tpu' else 1) for d in devices]
-  return None if None in each else sum(each)
+  total = 0
+  for device in devices:
+    cores = device.num_cores if device.platform == 'tpu' else 1
+    each = peak(device.device_kind, dtype, cores)
+    if each is None:
+      return None
+    total += each
+  return total
