@@ -1,4 +1,4 @@
-"""What lies on a device, from shapes and shardings alone."""
+"""The memory that a run takes on a device, from shapes and shardings alone."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -22,34 +22,45 @@ from training.runs import parameter_roles, parameter_shares
 
 
 def state(run: runs.Run) -> dict[str, int]:
-  """Returns bytes of a device: its parameters, optimiser state, and with
-  optim.ema the average of the parameters."""
-  trees = dict(parameters=run.abstract.params, optimizer=run.abstract.opt_state,
-               average=run.abstract.ema)
-  return {name: devices.on_device(tree) for name, tree in trees.items()
-          if tree is not None}
+  """Returns the bytes on a device of a run's parameters, optimiser state, and
+  with optim.ema of the average of the parameters."""
+  nbytes = {
+      'parameters': devices.on_device(run.abstract.params),
+      'optimizer': devices.on_device(run.abstract.opt_state),
+  }
+  if run.abstract.ema is not None:
+    nbytes['average'] = devices.on_device(run.abstract.ema)
+  return nbytes
 
 
 def trained(run: runs.Run):
-  """The parameters that have a gradient."""
-  return shares.trained(parameter_shares(run.module, run.config.optim),
-                        run.abstract.params)
+  """Returns the parameters that have a gradient."""
+  parts = parameter_shares(run.module, run.config.optim)
+  return shares.trained(parts, run.abstract.params)
 
 
 def axes(sharding: Any) -> set[str]:
   """Returns the mesh axes that an array's sharding names."""
-  return {name for entry in sharding.spec for name in _names(entry)}
+  names: set[str] = set()
+  for entry in sharding.spec:
+    names.update(_names(entry))
+  return names
 
 
 def gathered(sharding: Any) -> tuple[str, ...]:
   """Returns the mesh axes that a weight is gathered over: fsdp, and the axes
   that share its dimension."""
-  return next((tuple(entry) for entry in map(_names, sharding.spec)
-               if 'fsdp' in entry), ())
+  for entry in sharding.spec:
+    if 'fsdp' in _names(entry):
+      return _names(entry)
+  return ()
 
 
 def _names(entry: Any) -> tuple[str, ...]:
-  return (entry,) if isinstance(entry, str) else tuple(entry or ())
+  """Returns the mesh axes of one entry of a PartitionSpec."""
+  if isinstance(entry, str):
+    return (entry,)
+  return tuple(entry or ())
 
 
 def described(config: Config, model: ModelConfig, shape: Mapping[str, int]
@@ -58,18 +69,20 @@ def described(config: Config, model: ModelConfig, shape: Mapping[str, int]
   on it, and no device is looked for.
 
   Args:
-    config: the run's.
+    config: the config of the run.
     model: its model, resolved.
     shape: the size of each mesh axis.
   """
+  axis_types = (AxisType.Auto,) * len(shape)
   mesh = AbstractMesh(tuple(shape.values()), tuple(shape),
-                      axis_types=(AxisType.Auto,) * len(shape))
+                      axis_types=axis_types)
   runs.check_mesh(config, model, shape)
   # It is traced with kernels of the device that is there: those that the config
   # names may run on others alone.
-  traced = dataclasses.replace(model, attention_kernel='auto').with_part(
-      MoEConfig, grouped_kernel='auto')
-  return dataclasses.replace(runs.Run.of(config, traced, mesh), model=model)
+  traced = dataclasses.replace(model, attention_kernel='auto')
+  traced = traced.with_part(MoEConfig, grouped_kernel='auto')
+  run = runs.Run.of(config, traced, mesh)
+  return dataclasses.replace(run, model=model)
 
 
 def analytic(run: runs.Run, kept_in_all: tuple[int, int] | None = None,
@@ -82,59 +95,92 @@ def analytic(run: runs.Run, kept_in_all: tuple[int, int] | None = None,
   the widest hidden units and the gathered weights.
 
   Args:
-    run: on any devices.
-    kept_in_all: what `kept` returns, where it is known; None: trace it.
+    run: the run, on any devices.
+    kept_in_all: the result of `kept`, where it is known; None: trace it.
     platform: tpu, where splash attention writes no scores, if it can do this
       model's; elsewhere they are counted.
+
+  Returns:
+    The bytes of each part, by its name; their sum as `peak`; and
+    `host_memory`, where anything waits there.
   """
   c, shape, rules = run.model, run.mesh.shape, run.config.mesh.rules
   length, width = run.config.data.length, c.compute_dtype.itemsize
   micro = run.config.train.grad_accumulation
+
+  # The state, and the gradients in float32, as they add up.
   parts = state(run)
-  # In float32, as they add up.
-  parts['gradients'] = devices.on_device(jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32,
-                                     sharding=x.sharding), trained(run)))
-  kept_here, in_host = (n // (micro * devices.stream_shards(
-      shape, rules, length)) for n in kept_in_all or kept(run))
-  parts['kept_for_backward'] = kept_here
+  gradients = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
+      trained(run))
+  parts['gradients'] = devices.on_device(gradients)
+
+  # The part that a micro-batch keeps for the backward pass, on this device.
+  if kept_in_all is None:
+    kept_in_all = kept(run)
+  on_devices, in_hosts = kept_in_all
+  pieces = micro * devices.stream_shards(shape, rules, length)
+  parts['kept_for_backward'] = on_devices // pieces
   params = paths.flatten(run.abstract.params)
   if c.keep_gathered != 'none':
-    times = gathers(run)
-    parts['kept_gathered'] = width * sum(
-        whole_size(x, shape) for path, x in params.items()
-        if gathered(x.sharding) and times[path] == 1)
+    parts['kept_gathered'] = width * _kept_gathered(run, params)
+
+  # The largest thing of one layer.
   tokens = run.config.data.batch_size * length // (
       micro * devices.shards('tokens', shape, rules))
-  widest = max(max(_scores(run.config, k, tokens, platform),
-                   3 * width * tokens * _hidden(k))
-               for k in c.distinct_layers)
-  roles = paths.flatten(parameter_roles(run.module))
-  weights = max((x.size // x.shape[0] for path, x in params.items()
-                 if paths.Stacks.has(path) and not roles[path].reads),
-                default=0)
+  widest = 0
+  for layer in c.distinct_layers:
+    scores = _scores(run.config, layer, tokens, platform)
+    hidden = 3 * width * tokens * _hidden(layer)
+    widest = max(widest, scores, hidden)
+  weights = 2 * width * _largest_weight(run, params)
   parts['one_layer'] = widest // shape['tensor'] + (
-      2 * width * weights // (shape['tensor'] * shape['expert']))
+      weights // (shape['tensor'] * shape['expert']))
+
   parts['peak'] = sum(parts.values())
-  if in_host:
-    parts['host_memory'] = in_host
+  if in_hosts // pieces:
+    parts['host_memory'] = in_hosts // pieces
   return parts
+
+
+def _kept_gathered(run: runs.Run, params: Mapping[str, Any]) -> int:
+  """Returns how many numbers a device has of the weights that stay gathered
+  from the forward pass to the backward one: those that are gathered once."""
+  times = gathers(run)
+  total = 0
+  for path, x in params.items():
+    if gathered(x.sharding) and times[path] == 1:
+      total += whole_size(x, run.mesh.shape)
+  return total
+
+
+def _largest_weight(run: runs.Run, params: Mapping[str, Any]) -> int:
+  """Returns the numbers of the largest weight of one layer, apart from tables
+  whose rows are looked up."""
+  roles = paths.flatten(parameter_roles(run.module))
+  largest = 0
+  for path, x in params.items():
+    if paths.Stacks.has(path) and not roles[path].reads:
+      largest = max(largest, x.size // x.shape[0])
+  return largest
 
 
 def gathers(run: runs.Run) -> dict[str, int]:
   """Returns how often a step gathers each parameter, if it is sharded."""
-  return {path: layers.gathers(run.model, path, role.axes) for path, role
-          in paths.flatten(parameter_roles(run.module)).items()}
+  roles = paths.flatten(parameter_roles(run.module))
+  return {path: layers.gathers(run.model, path, role.axes)
+          for path, role in roles.items()}
 
 
 def whole_size(x: Any, shape: Mapping[str, int]) -> int:
   """Returns how many numbers a device has of a weight that is gathered."""
-  return math.prod(x.sharding.shard_shape(x.shape)) * math.prod(
-      shape[axis] for axis in gathered(x.sharding))
+  shard = math.prod(x.sharding.shard_shape(x.shape))
+  shards = math.prod(shape[axis] for axis in gathered(x.sharding))
+  return shard * shards
 
 
 def _hidden(c: ModelConfig) -> int:
-  """Hidden units of a token, of a layer's feed-forward network."""
+  """Returns the hidden units of a token, in a layer's feed-forward network."""
   if c.ffn == layers.NO_FFN:
     return 0
   if c.ffn != 'moe':
@@ -144,51 +190,80 @@ def _hidden(c: ModelConfig) -> int:
 
 
 def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
-  """Bytes of the scores of a layer of a kind, where a kernel does not do
-  without, in an encoder, in a decoder, or in both."""
+  """Returns the bytes of the scores of a layer of a kind, where a kernel does
+  not do without, in an encoder, in a decoder, or in both."""
   mixer, length = blocks.mixer_of(c), config.data.length
   if mixer.at_once:
     return 4 * tokens * mixer.at_once(c)
-  kind = kernels.RULES[c.attention]
-  masks = [kernels.Mask(
-      causal=causal, bias=positions.of(c).has_bias,
-      window=kind.window(c) if kind.window else 0,
-      rule=bool(kind.top),
-      prefix=causal and objectives.of(config).prefix,
-      dropout=bool(c.attention_dropout)) for causal in (True, False)
-           if architectures.stack(c) != ('encoder' if causal else 'decoder')]
-  fused = mixer.module.FUSED and c.attention_kernel != 'xla' and not any(
-      kernels.refusal('splash', c, mask, length, length, platform)
-      for mask in masks)
-  return 0 if fused else 2 * 4 * tokens * length * (
-      c.num_heads + (c.part(IndexerConfig).heads if kind.top else 0))
+
+  # Splash attention writes no scores, if it can do all masks of the model.
+  rule = kernels.RULES[c.attention]
+  fused = mixer.module.FUSED and c.attention_kernel != 'xla'
+  for causal in _directions(architectures.stack(c)):
+    mask = kernels.Mask(
+        causal=causal,
+        bias=positions.of(c).has_bias,
+        window=rule.window(c) if rule.window else 0,
+        rule=bool(rule.top),
+        prefix=causal and objectives.of(config).prefix,
+        dropout=bool(c.attention_dropout))
+    if fused and kernels.refusal('splash', c, mask, length, length, platform):
+      fused = False
+  if fused:
+    return 0
+
+  # The scores and the weights of each head, in float32.
+  heads = c.num_heads
+  if rule.top:
+    heads += c.part(IndexerConfig).heads
+  return 2 * 4 * tokens * length * heads
+
+
+def _directions(stack: str) -> tuple[bool, ...]:
+  """Returns whether the attention of a stack is causal; both for an
+  encoder-decoder."""
+  if stack == 'encoder':
+    return (False,)
+  if stack == 'decoder':
+    return (True,)
+  return (True, False)
 
 
 def kept(run: runs.Run) -> tuple[int, int]:
   """Returns the bytes that all devices keep between the passes, of a whole
   batch without accumulation, and those that wait in the hosts' memory: the
   residuals of jax.vjp, but for weights."""
-  run = dataclasses.replace(run, module=run.module.clone(
-      config=dataclasses.replace(run.model, keep_gathered='none')))
-  config = run.config
-  objective = objectives.of(config)
-  batch = {key: jax.ShapeDtypeStruct(size, dtype) for key, (size, dtype)
-           in objectives.shapes(config).items()}
+  config, objective = run.config, objectives.of(run.config)
+  module = run.module.clone(
+      config=dataclasses.replace(run.model, keep_gathered='none'))
+  run = dataclasses.replace(run, module=module)
+  batch = {}
+  for key, (size, dtype) in objectives.shapes(config).items():
+    batch[key] = jax.ShapeDtypeStruct(size, dtype)
 
   def residuals(params: Any, batch: Any):
-    keys = {name: jax.random.key(0) for name in ('dropout', 'router')}
-    loss = lambda p: objective.loss(objective.apply(
-        run.module, p, batch, deterministic=False, rngs=keys), batch,
-        config)[0]
-    return jax.vjp(loss, params)[1]
+    rngs = {name: jax.random.key(0) for name in runs.STREAMS}
+
+    def loss(params: Any) -> jax.Array:
+      output = objective.apply(
+          module, params, batch, deterministic=False, rngs=rngs)
+      total, _ = objective.loss(output, batch, config)
+      return total
+
+    _, backward = jax.vjp(loss, params)
+    return backward
 
   with run.context():
     left = jax.make_jaxpr(residuals)(run.abstract.params, batch).out_avals
-  weights = {x.shape for x in jax.tree.leaves(run.abstract.params)}
-  nbytes = {True: 0, False: 0}
+  weight_shapes = {x.shape for x in jax.tree.leaves(run.abstract.params)}
+  on_devices = in_hosts = 0
   for x in left:
-    if x.shape not in weights and not jnp.issubdtype(
-        x.dtype, jax.dtypes.extended):
-      nbytes[x.memory_space == jax.memory.Space.Host] += (
-          x.size * jnp.dtype(x.dtype).itemsize)
-  return nbytes[False], nbytes[True]
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    if x.shape in weight_shapes or is_key:
+      continue
+    nbytes = x.size * jnp.dtype(x.dtype).itemsize
+    if x.memory_space == jax.memory.Space.Host:
+      in_hosts += nbytes
+    else:
+      on_devices += nbytes
+  return on_devices, in_hosts

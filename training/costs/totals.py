@@ -1,9 +1,13 @@
-"""What a model costs, from its shapes alone: nothing is computed.
+"""The costs of a model, from its shapes alone: nothing is computed.
 
 Parameters by part, total and active (a token's own: with experts, the router,
 those that it goes through and the shared ones), FLOPs, and bytes.
 tools/count.py prints them, a sweep matches its points by them.
 """
+
+from collections.abc import Sequence
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -29,28 +33,36 @@ def count(config: Config, length: int = 0,
   """Returns every figure of one config, as a dict for JSON.
 
   Args:
-    config: a run's.
-    length: tokens of a sequence; 0: data.length, or as many as the model has
-      positions for, if these are fewer.
+    config: the config of a run.
+    length: the number of tokens of a sequence; 0: data.length, or as many as
+      the model has positions for, if these are fewer.
     model: its model, resolved; None: as runs.resolve_alone fills it in.
   """
   model = model or resolve_alone(config)
-  module, objective = architectures.build(model), objectives.of(config)
-  tx = optimizer(module, config.optim, config.train.steps)
-  params = parameter_shapes(module)
-  opt_state = jax.eval_shape(tx.init, params)
-  ema = jax.eval_shape(lambda p: shares.start_average(
-      config.optim, parameter_shares(module, config.optim), p), params)
-  sizes, active = _sizes(module)
+  module = architectures.build(model)
   length = length or int(min(config.data.length, positions.reach(model)))
   sides = _row_lengths(config, model, length)
-  stack = architectures.stack(model)
-  both = stack == 'encoder-decoder'
-  tokens = (length, length) if both else (length,)
-  nbytes = lambda tree: int(sum(
-      x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)))
-  decodes = stack != 'encoder' and model.head == 'lm'
-  per_token, per_row = kept_bytes(model) if decodes else (None, None)
+  is_encoder_decoder = architectures.stack(model) == 'encoder-decoder'
+  decodes = architectures.stack(model) != 'encoder' and model.head == 'lm'
+
+  # Parameters, and the bytes of the state.
+  sizes, active = _sizes(module)
+  active_by_part = {part: round(x) for part, x in _by_part(active).items()}
+  state = _state_bytes(module, config)
+
+  # FLOPs, and the bytes that a decoder keeps; None where it does not apply.
+  flops_per_token = {
+      'training': _per_token(flops.of_a_row(config, model, sides), sides),
+      **_inference_flops(model, length, objectives.of(config).prefix),
+  }
+  per_token = per_row = memory_per_token = None
+  if decodes:
+    per_token, per_row = kept_bytes(model)
+  else:
+    flops_per_token['decode'] = None
+  if is_encoder_decoder:
+    memory_per_token, _ = kept_bytes(flops.without_sharing(model))
+
   return {
       'model': model.arch,
       'rumoured': model.arch.startswith('gpt4'),
@@ -58,79 +70,132 @@ def count(config: Config, length: int = 0,
       'active_parameters': round(sum(active.values())),
       'trained_parameters': trained_parameters(module, config.optim),
       'by_part': _by_part(sizes),
-      'active_by_part': {k: round(v) for k, v in _by_part(active).items()},
+      'active_by_part': active_by_part,
       'length': length,
-      'training_lengths': sides,  # of an encoder-decoder, those of both sides
-      'flops_per_token': {
-          'training': sum(flops.of_a_row(
-              config, model, sides).values()) / sum(sides),
-          'prefill': sum(flops.forward_flops(
-              model, *tokens, prompt=objective.prefix).values()) / sum(tokens),
-          'decode': sum(flops.decode_flops(model, *tokens).values())
-                    if decodes else None,
-      },
+      'training_lengths': sides,  # both sides of an encoder-decoder
+      'flops_per_token': flops_per_token,
       'kinds_of_layer': kinds_of_layer(model),
       'kv_cache_bytes_per_token': per_token,
-      # Of recurrences, for each row of a batch, however long it is.
+      # The state of recurrences, for each row of a batch, however long it is.
       'state_bytes_per_row': per_row,
       # What a decoder keeps of the source is as large, for each token of it.
-      'memory_cache_bytes_per_token':
-          kept_bytes(flops.without_sharing(model))[0] if both else None,
-      'parameter_bytes': nbytes(params),
-      'optimizer_bytes': nbytes(opt_state),
-      'average_bytes': nbytes(ema),  # of optim.ema
-      'checkpoint_bytes': nbytes(params) + nbytes(opt_state) + nbytes(ema),
+      'memory_cache_bytes_per_token': memory_per_token,
+      'parameter_bytes': state['parameters'],
+      'optimizer_bytes': state['optimizer'],
+      'average_bytes': state['average'],  # optim.ema
+      'checkpoint_bytes': sum(state.values()),
   }
 
 
+def _state_bytes(module: nn.Module, config: Config) -> dict[str, int]:
+  """Returns the bytes of the parameters, of the optimiser's state and of the
+  average of the parameters."""
+  params = parameter_shapes(module)
+  tx = optimizer(module, config.optim, config.train.steps)
+  parts = parameter_shares(module, config.optim)
+  start = functools.partial(shares.start_average, config.optim, parts)
+  return {
+      'parameters': _nbytes(params),
+      'optimizer': _nbytes(jax.eval_shape(tx.init, params)),
+      'average': _nbytes(jax.eval_shape(start, params)),
+  }
+
+
+def _nbytes(tree: Any) -> int:
+  """Returns the bytes of all arrays of a tree of shapes."""
+  return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def _inference_flops(model: ModelConfig, length: int, prefix: bool
+                     ) -> dict[str, float]:
+  """Returns the FLOPs of a token in inference: of a prompt (prefill), and of a
+  token that is written after it (decode), where the model writes any.
+
+  Args:
+    model: the resolved model.
+    length: the number of tokens of a sequence, and of an encoder-decoder's
+      source.
+    prefix: whether the tokens of a prompt see each other.
+  """
+  stack = architectures.stack(model)
+  lengths = [length]
+  if stack == 'encoder-decoder':
+    lengths = [length, length]
+  prefill = flops.forward_flops(model, *lengths, prompt=prefix)
+  figures = {'prefill': _per_token(prefill, lengths)}
+  if stack != 'encoder' and model.head == 'lm':
+    figures['decode'] = sum(flops.decode_flops(model, *lengths).values())
+  return figures
+
+
+def _per_token(parts: dict[str, float], lengths: Sequence[int]) -> float:
+  """Returns the FLOPs of a token, given those of a row by part, and the number
+  of tokens on each side of the row."""
+  return sum(parts.values()) / sum(lengths)
+
+
 def brief(config: Config) -> dict:
-  """Returns those of the figures that are told of every size at once."""
+  """Returns the few figures that are told of every size at once."""
   model = resolve_alone(config)
   sides = _row_lengths(config, model, config.data.length)
   total, active = parameters(model)
-  return {'rumoured': model.arch.startswith('gpt4'), 'parameters': total,
-          'active_parameters': active, 'training_flops_per_token': sum(
-              flops.of_a_row(config, model).values()) / sum(sides)}
+  return {
+      'rumoured': model.arch.startswith('gpt4'),
+      'parameters': total,
+      'active_parameters': active,
+      'training_flops_per_token': _per_token(
+          flops.of_a_row(config, model), sides),
+  }
 
 
 def _row_lengths(config: Config, model: ModelConfig, length: int) -> list[int]:
-  """Returns the tokens of a row that a run trains on, whose data.length is
-  `length`."""
+  """Returns the number of tokens on each side of a row that a run trains on,
+  if its data.length is `length`."""
   config = config.copy_and_resolve_references()
   config.data.length = length
   sides = [*objectives.of(config).row_lengths(config)]
-  both = architectures.stack(model) == 'encoder-decoder'
-  require(len(sides) == 1 + both, f'objective is {config.objective!r}, which '
+  num_sides = 1
+  if architectures.stack(model) == 'encoder-decoder':
+    num_sides = 2
+  require(len(sides) == num_sides, f'objective is {config.objective!r}, which '
           f'does not train model.arch {model.arch!r}: choose one that does')
   return sides
 
 
 def kinds_of_layer(model: ModelConfig) -> list[dict]:
   """Returns what each kind of layer of a pattern is, and how many of the
-  model's layers are of it; [] of a model whose layers are all alike."""
+  model's layers are of it; [] for a model whose layers are all alike."""
   if not model.kinds:
     return []
-  both = architectures.stack(model) == 'encoder-decoder'
-  kinds = [kind.name for count in
-           [model.num_layers, model.num_decoder_layers][:1 + both]
-           for kind in model.layer_kinds(count)]
+  names = [kind.name for kind in model.layer_kinds(model.num_layers)]
+  if architectures.stack(model) == 'encoder-decoder':
+    decoder = model.layer_kinds(model.num_decoder_layers)
+    names += [kind.name for kind in decoder]
+
   rows = []
   for name in model.kinds_used:
     c = model.of_kind(name)
     per_token, per_row = _layer_bytes(c)
+    changes = {}
+    if name:
+      changes = run_config.flatten(model.kinds[name].said)
     rows.append({
-        'kind': name, 'layers': kinds.count(name),
-        'changes': run_config.flatten(model.kinds[name].said) if name else {},
-        'ffn': c.ffn, 'kv_cache_bytes_per_token': per_token,
-        'state_bytes_per_row': per_row})
+        'kind': name,
+        'layers': names.count(name),
+        'changes': changes,
+        'ffn': c.ffn,
+        'kv_cache_bytes_per_token': per_token,
+        'state_bytes_per_row': per_row,
+    })
   return rows
 
 
 def trained_parameters(module: nn.Module, optim: Config) -> int:
   """Returns how many parameters are not frozen; where some layers of a stack
   are, they count."""
-  return sum(x.size for x in jax.tree.leaves(shares.trained(
-      parameter_shares(module, optim), parameter_shapes(module))))
+  parts = parameter_shares(module, optim)
+  trained = shares.trained(parts, parameter_shapes(module))
+  return sum(x.size for x in jax.tree.leaves(trained))
 
 
 def parameters(model: ModelConfig) -> tuple[int, int]:
@@ -141,64 +206,90 @@ def parameters(model: ModelConfig) -> tuple[int, int]:
 
 def _sizes(module: nn.Module) -> tuple[dict, dict]:
   """Returns the size of each parameter by path, and how much of it one token
-  uses: of what the experts hold, the share of those that it goes through, and
+  uses: of the experts' weights, the share of those that it goes through, and
   of tables that n-grams look up, the rows that it reads."""
-  m = module.config.find(MoEConfig)
+  moe = module.config.find(MoEConfig)
   roles = paths.flatten(parameter_roles(module))
   shapes = paths.flatten(parameter_shapes(module))
-  sizes = {path: x.size for path, x in shapes.items()}
-  share = routing.active_experts(m) / m.num_experts if m else 1.0
+  share_of_experts = 1.0
+  if moe is not None:
+    share_of_experts = routing.active_experts(moe) / moe.num_experts
 
-  def used(path: str) -> float:
-    if reads := roles[path].reads:
-      return reads / shapes[path].shape[-2]
-    return share if 'experts' in roles[path].axes else 1.0
-
-  return sizes, {path: size * used(path) for path, size in sizes.items()}
+  sizes, active = {}, {}
+  for path, x in shapes.items():
+    role, used = roles[path], 1.0
+    if role.reads:
+      used = role.reads / x.shape[-2]
+    elif 'experts' in role.axes:
+      used = share_of_experts
+    sizes[path], active[path] = x.size, x.size * used
+  return sizes, active
 
 
 def _by_part(sizes: dict) -> dict:
-  """Sums by part: embed, attention, ffn, norms, head, tables, ..."""
+  """Returns the sum of the sizes of each part: embed, attention, ffn, norms,
+  head, tables, ..."""
   parts: dict = {}
   for path, size in sizes.items():
-    names = path.split('/')
-    part = next((n for n in names if n in ('cross_attention', 'attention',
-                                           'ffn', 'memory', 'loop')), None)
-    if part == 'memory' and names[-1] == 'table':
-      part = 'tables'  # which nothing multiplies
-    if names[0] == 'mtp':  # which the model is without in inference
-      part = names[0]
-    if part is None and any(n.endswith('_streams') for n in names):
-      part = 'streams'
-    if part is None:
-      part = 'norms' if any('norm' in n for n in names) else names[0]
-    if part == 'ffn' and names[-1].startswith('router'):
-      part = 'router'
+    part = _part(path)
     parts[part] = parts.get(part, 0) + size
   return parts
 
 
+def _part(path: str) -> str:
+  """Returns the part of a model to which the parameter at a path belongs."""
+  first, *inner = path.split('/')
+  last = inner[-1] if inner else first
+  if first == 'mtp':  # a model is without these modules in inference
+    return 'mtp'
+  for name in (first, *inner):
+    if name == 'memory' and last == 'table':
+      return 'tables'  # which nothing multiplies
+    if name == 'ffn' and last.startswith('router'):
+      return 'router'
+    if name in _PARTS:
+      return name
+  if '_streams' in path:
+    return 'streams'
+  if 'norm' in path:
+    return 'norms'
+  return first
+
+
+_PARTS = ('cross_attention', 'attention', 'ffn', 'memory', 'loop')
+
+
 def kept_bytes(model: ModelConfig) -> tuple[int, int]:
-  """Returns the keys and values of every decoder layer, of one token; and what
-  every decoder layer keeps of a row besides."""
-  layers = [_layer_bytes(model.of_kind(kind.name))
-            for kind in model.layer_kinds(model.num_decoder_layers)]
-  return sum(x for x, _ in layers), sum(x for _, x in layers)
+  """Returns the bytes of the keys and values of every decoder layer, for one
+  token; and those that every decoder layer keeps of a row besides."""
+  per_token = per_row = 0
+  for kind in model.layer_kinds(model.num_decoder_layers):
+    keys, state = _layer_bytes(model.of_kind(kind.name))
+    per_token += keys
+    per_row += state
+  return per_token, per_row
 
 
 def _layer_bytes(c: ModelConfig) -> tuple[int, int]:
-  def row(length: int) -> int:
-    cache = jax.eval_shape(lambda: blocks.empty_cache(c, (1, length)))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-  return row(2) - row(1), 2 * row(1) - row(2)
+  """Returns the bytes that a layer of a kind keeps of each token, and of each
+  row besides: the slope and the intercept of its cache's size."""
+  one = _nbytes(jax.eval_shape(lambda: blocks.empty_cache(c, (1, 1))))
+  two = _nbytes(jax.eval_shape(lambda: blocks.empty_cache(c, (1, 2))))
+  return two - one, 2 * one - two
 
 
 def layers(model: ModelConfig) -> list[str]:
-  """A line that says which kinds of layer there are, if there are several."""
+  """Returns a line that says which kinds of layer there are, if there are
+  several."""
   rows = kinds_of_layer(model)
-  kinds = '; '.join(f'{row["layers"]} of {row["kind"] or "no kind"}' + ''.join(
-      f', {name}={value}' for name, value in row['changes'].items())
-                    for row in rows)
-  order = ', then '.join(filter(None, (
-      model.prefix, model.pattern or 'the rest', model.suffix)))
-  return [f'layers: {kinds}; in the order {order}'] if rows else []
+  if not rows:
+    return []
+  kinds = []
+  for row in rows:
+    text = f'{row["layers"]} of {row["kind"] or "no kind"}'
+    for name, value in row['changes'].items():
+      text += f', {name}={value}'
+    kinds.append(text)
+  order = [model.prefix, model.pattern or 'the rest', model.suffix]
+  in_order = ', then '.join(part for part in order if part)
+  return [f'layers: {"; ".join(kinds)}; in the order {in_order}']
