@@ -43,7 +43,6 @@ def count(config: Config, length: int = 0,
   length = length or int(min(config.data.length, positions.reach(model)))
   sides = _row_lengths(config, model, length)
   is_encoder_decoder = architectures.stack(model) == 'encoder-decoder'
-  decodes = architectures.stack(model) != 'encoder' and model.head == 'lm'
 
   # Parameters, and the bytes of the state.
   sizes, active = _sizes(module)
@@ -56,10 +55,8 @@ def count(config: Config, length: int = 0,
       **_inference_flops(model, length, objectives.of(config).prefix),
   }
   per_token = per_row = memory_per_token = None
-  if decodes:
+  if _decodes(model):
     per_token, per_row = kept_bytes(model)
-  else:
-    flops_per_token['decode'] = None
   if is_encoder_decoder:
     memory_per_token, _ = kept_bytes(flops.without_sharing(model))
 
@@ -106,10 +103,15 @@ def _nbytes(tree: Any) -> int:
   return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
+def _decodes(model: ModelConfig) -> bool:
+  """Whether the model writes text, token by token."""
+  return architectures.stack(model) != 'encoder' and model.head == 'lm'
+
+
 def _inference_flops(model: ModelConfig, length: int, prefix: bool
-                     ) -> dict[str, float]:
+                     ) -> dict[str, float | None]:
   """Returns the FLOPs of a token in inference: of a prompt (prefill), and of a
-  token that is written after it (decode), where the model writes any.
+  token that is written after it (decode), None where the model writes none.
 
   Args:
     model: the resolved model.
@@ -117,15 +119,14 @@ def _inference_flops(model: ModelConfig, length: int, prefix: bool
       source.
     prefix: whether the tokens of a prompt see each other.
   """
-  stack = architectures.stack(model)
   lengths = [length]
-  if stack == 'encoder-decoder':
+  if architectures.stack(model) == 'encoder-decoder':
     lengths = [length, length]
   prefill = flops.forward_flops(model, *lengths, prompt=prefix)
-  figures = {'prefill': _per_token(prefill, lengths)}
-  if stack != 'encoder' and model.head == 'lm':
-    figures['decode'] = sum(flops.decode_flops(model, *lengths).values())
-  return figures
+  decode = None
+  if _decodes(model):
+    decode = sum(flops.decode_flops(model, *lengths).values())
+  return {'prefill': _per_token(prefill, lengths), 'decode': decode}
 
 
 def _per_token(parts: dict[str, float], lengths: Sequence[int]) -> float:
@@ -249,7 +250,7 @@ def _part(path: str) -> str:
       return 'router'
     if name in _PARTS:
       return name
-  if '_streams' in path:
+  if any(name.endswith('_streams') for name in (first, *inner)):
     return 'streams'
   if 'norm' in path:
     return 'norms'
