@@ -45,15 +45,15 @@ from architectures.parts import paths
 from common.errors import EnvironmentFailure, RequestError, require
 from training.workdir import storage
 
-BEST = 'best'  # a name for the step whose evaluation was the best
+BEST = 'best'  # The name of the step whose evaluation was the best.
 
 
 class Mean(NamedTuple):
   """Several steps, for the mean of their parameters.
 
   Attributes:
-    steps: these, in any order; or none,
-    last: and so many of the newest.
+    steps: the steps, in any order; or (), and then
+    last: the number of the newest steps to take.
   """
   steps: tuple[int, ...] = ()
   last: int = 0
@@ -65,8 +65,8 @@ def named_step(text: str | None, name: str = '--step'
   meant, as `100,200` or `last:2`, or None for the newest.
 
   Args:
-    text: as a user writes it; None: nothing.
-    name: of the flag or argument, for messages.
+    text: the text as a user writes it; None: there is none.
+    name: the name of the flag or argument, for messages.
 
   Raises:
     RequestError: for a text that is none of these.
@@ -74,16 +74,19 @@ def named_step(text: str | None, name: str = '--step'
   if text is None or text == BEST:
     return text
   steps = text.removeprefix('last:').split(',')
-  require(all(re.fullmatch('0|[1-9][0-9]{0,17}', step) for step in steps)
-          and len(set(steps)) == len(steps),
-          f'{name} is {text!r}: write the number of a step, or {BEST} for the '
-          'best of a run with eval.best; or, for the mean of several, the '
-          'numbers of different steps with commas between, or last:5 for the '
-          'last 5 checkpoints')
-  numbers = tuple(map(int, steps))
+  all_numbers = all(re.fullmatch('0|[1-9][0-9]{0,17}', step) for step in steps)
+  if not all_numbers or len(set(steps)) < len(steps):
+    raise RequestError(
+        f'{name} is {text!r}: write the number of a step, or {BEST} for the '
+        'best of a run with eval.best; or, for the mean of several, the '
+        'numbers of different steps with commas between, or last:5 for the '
+        'last 5 checkpoints')
+  numbers = tuple(int(step) for step in steps)
   if text.startswith('last:'):
     return Mean(last=numbers[0])
-  return Mean(numbers) if len(numbers) > 1 else numbers[0]
+  if len(numbers) > 1:
+    return Mean(steps=numbers)
+  return numbers[0]
 
 
 class Restored(NamedTuple):
@@ -95,7 +98,7 @@ class Restored(NamedTuple):
     record: the JSON object beside it: next_batch, tokens, config,
       environment, arrays.
     damaged: a sentence for each later step that was passed over.
-    what: which parameters of it these are, where it is a choice
+    what: which parameters of it these are, where there is a choice
       (training/parameters.py).
   """
   step: int
@@ -110,7 +113,8 @@ class Mismatch(RequestError):
 
 
 class _Damaged(Exception):
-  pass
+  """A checkpoint cannot be read, or is not as it was saved; the message says
+  why."""
 
 
 def kept(steps: Sequence[int], is_good: Callable[[int], bool],
@@ -124,8 +128,15 @@ def kept(steps: Sequence[int], is_good: Callable[[int], bool],
       break  # older records need not be read
     if is_good(step):
       good.append(step)
-  forever = [step for step in steps if keep_every and step % keep_every == 0]
-  return {*good, *forever, *sorted(steps)[-1:], *({best} & set(steps))}
+
+  result = set(good)
+  if steps:
+    result.add(max(steps))
+  for step in steps:
+    is_multiple = keep_every > 0 and step % keep_every == 0
+    if is_multiple or step == best:
+      result.add(step)
+  return result
 
 
 class Checkpoints:
@@ -134,28 +145,27 @@ class Checkpoints:
   Args:
     workdir: the folder of the run; gs:// paths work as well.
     every_steps: a save is due at each multiple of it; 0: not by step.
-    every_minutes: and once so much time has passed since the last; 0: not.
-    keep: how many of the newest good ones are kept; at least 1. One that was
-      saved in a stretch of bad steps is kept beside them, while it is the
+    every_minutes: a save is also due once so much time has passed since the
+      last one; 0: not by time.
+    keep: the number of the newest good ones that are kept; at least 1. One that
+      was saved in a stretch of bad steps is kept beside them, while it is the
       newest of all.
     keep_every: a step that is a multiple of it is kept for good; 0: none.
     agree_every: with several processes, time is looked at only at multiples
       of so many steps, since process 0 has to tell the others.
-    clock: seconds; tests pass their own.
+    clock: a function that returns seconds; tests pass their own.
 
   Attributes:
     directory: the folder of the checkpoints.
     newest: the step on disk that equals the live state, saved or restored last;
       None: there is none.
-    best: what the newest checkpoint remembers of the best evaluation.
+    best: the record of the best evaluation in the newest checkpoint.
   """
 
   def __init__(self, workdir: epath.Path, *, every_steps: int,
                every_minutes: float, keep: int, keep_every: int,
                agree_every: int = 1,
                clock: Callable[[], float] = time.monotonic):
-    import orbax.checkpoint as ocp
-
     self._keep, self._keep_every = keep, keep_every
     self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
     self._agree_every, self._clock = agree_every, clock
@@ -166,51 +176,66 @@ class Checkpoints:
     self._good: dict[int, bool] = {}  # by step: whether it is of no bad step
     logging.get_absl_logger().addFilter(_is_no_failed_write)
     with storage.writing(self.directory):
-      self._manager = ocp.CheckpointManager(
-          self.directory,
-          options=ocp.CheckpointManagerOptions(
-              preservation_policy=self,
-              cleanup_tmp_directories=True,  # what a killed save has left
-              # Else, where a folder cannot be made, the threads that wait for
-              # it keep the process from ending for some 20 minutes.
-              async_options=ocp.options.AsyncOptions(
-                  create_directories_asynchronously=False),
-              # Trust no file before it is checked.
-              lightweight_initialize=True),
-          item_handlers=dict(
-              # Weights do not compress: zstd gains 8 % and costs a core. And
-              # to cut a small array into a part for each replica costs more
-              # than to write it.
-              state=ocp.PyTreeCheckpointHandler(
-                  use_compression=False, type_handler_registry=(
-                      ocp.type_handlers.create_type_handler_registry(
-                          (jax.Array, ocp.type_handlers.ArrayHandler(
-                              min_slice_bytes_for_replica_parallel=1 << 20))))),
-              record=ocp.JsonCheckpointHandler()))
+      self._manager = self._new_manager()
     # Processes agree on a stop by distributed.signals. Orbax would only note
     # how much time the save of it rescues, and fails at that beside checkpoints
     # of an earlier start, whose times it has not read.
     self._manager.reached_preemption = lambda step: False
 
+  def _new_manager(self) -> Any:
+    """Returns Orbax's manager of the checkpoints in `directory`."""
+    import orbax.checkpoint as ocp
+
+    # To cut a small array into a part for each replica costs more than to
+    # write it.
+    array_handler = ocp.type_handlers.ArrayHandler(
+        min_slice_bytes_for_replica_parallel=1 << 20)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, array_handler))
+    # Weights do not compress: zstd gains 8 % and costs a core.
+    state_handler = ocp.PyTreeCheckpointHandler(
+        use_compression=False, type_handler_registry=registry)
+
+    # Where a folder cannot be made, the threads that wait for it would keep the
+    # process from ending for some 20 minutes.
+    async_options = ocp.options.AsyncOptions(
+        create_directories_asynchronously=False)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=self,
+        cleanup_tmp_directories=True,  # what a killed save has left
+        async_options=async_options,
+        lightweight_initialize=True)  # trust no file before it is checked
+    return ocp.CheckpointManager(
+        self.directory,
+        options=options,
+        item_handlers=dict(
+            state=state_handler, record=ocp.JsonCheckpointHandler()))
+
   def due(self, step: int) -> bool:
     """Whether to save after `step`. Every process gets the same answer."""
     if self._every_steps and step % self._every_steps == 0:
       return True
-    if not self._every_seconds or (
-        jax.process_count() > 1 and step % self._agree_every):
+    if not self._every_seconds:
       return False
-    return bool(from_process_0(np.int32(
-        self._clock() - self._last_time >= self._every_seconds)))
+    if jax.process_count() > 1 and step % self._agree_every:
+      return False
+    has_passed = self._clock() - self._last_time >= self._every_seconds
+    return bool(from_process_0(np.int32(has_passed)))
 
   def should_preserve(self, checkpoints: Sequence, *, context: Any
                       ) -> list[bool]:
     """Orbax asks this after each save, and deletes what is not to be kept."""
-    there = kept([checkpoint.step for checkpoint in checkpoints], self._is_good,
-                 self.best and self.best['step'], keep=self._keep,
-                 keep_every=self._keep_every)
-    return [checkpoint.step in there for checkpoint in checkpoints]
+    del context
+    best_step = None
+    if self.best:
+      best_step = self.best['step']
+    steps_there = [checkpoint.step for checkpoint in checkpoints]
+    to_keep = kept(steps_there, self._is_good, best_step, keep=self._keep,
+                   keep_every=self._keep_every)
+    return [step in to_keep for step in steps_there]
 
   def _is_good(self, step: int) -> bool:
+    """Whether a checkpoint is of a good step; one that is damaged is not."""
     if step not in self._good:
       try:
         self._good[step] = _read_record(self.directory / str(step))['good']
@@ -243,18 +268,25 @@ class Checkpoints:
 
     if step == self.newest:
       return False
+
+    # The record, with what each array is to be checked by.
     leaves, sums = paths.flatten(state), checksums(state)
+    arrays = {}
+    for name, x in leaves.items():
+      arrays[name] = dict(shape=list(x.shape), dtype=str(x.dtype),
+                          checksum=sums[name])
     record = dict(
         step=step, next_batch=next_batch, tokens=tokens, good=good, best=best,
-        config=config.to_dict(), environment=environment(),
-        arrays={name: dict(shape=list(x.shape), dtype=str(x.dtype),
-                           checksum=sums[name]) for name, x in leaves.items()})
+        config=config.to_dict(), environment=environment(), arrays=arrays)
+
+    # The save, after the one before it.
     self.wait()
     self._good[step], self.best = good, best
+    items = ocp.args.Composite(
+        state=ocp.args.PyTreeSave(nest(leaves)),
+        record=ocp.args.JsonSave(seal(record)))
     with storage.writing(f'checkpoint {step} in {self.directory}'):
-      self._manager.save(step, force=True, args=ocp.args.Composite(
-          state=ocp.args.PyTreeSave(nest(leaves)),
-          record=ocp.args.JsonSave(seal(record))))
+      self._manager.save(step, force=True, args=items)
     self.newest, self._last_time = step, self._clock()
     return True
 
@@ -269,10 +301,11 @@ class Checkpoints:
     later = [step for step in steps(self.directory) if step > restored.step]
     if not later:
       return
-    for step in later if jax.process_index() == 0 else ():
-      target = self.directory / f'{step}.aside-{time.time_ns()}'
-      logging.warning('checkpoint %d is set aside as %s', step, target)
-      (self.directory / str(step)).rename(target)
+    if jax.process_index() == 0:
+      for step in later:
+        target = self.directory / f'{step}.aside-{time.time_ns()}'
+        logging.warning('checkpoint %d is set aside as %s', step, target)
+        (self.directory / str(step)).rename(target)
     from_process_0(np.int32(0))  # the others wait until it is done
     self._manager.reload()
 
@@ -283,6 +316,7 @@ class Checkpoints:
       self._manager.check_for_errors()
 
   def close(self):
+    """Closes Orbax's manager once all saves are on disk."""
     try:
       self.wait()
     finally:
@@ -312,34 +346,41 @@ def _is_no_failed_write(record: std_logging.LogRecord) -> bool:
 
 
 def environment() -> dict[str, Any]:
-  """What a bitwise resume depends on beside the config: versions, devices."""
-  packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint')
-  return dict(
-      python=platform.python_version(),
-      **{name: importlib.metadata.version(name) for name in packages},
-      devices=jax.device_count(), processes=jax.process_count(),
-      device_kind=jax.devices()[0].device_kind)
+  """Returns what a bitwise resume depends on beside the config: versions and
+  devices."""
+  result: dict[str, Any] = dict(python=platform.python_version())
+  for name in ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint'):
+    result[name] = importlib.metadata.version(name)
+  result['devices'] = jax.device_count()
+  result['processes'] = jax.process_count()
+  result['device_kind'] = jax.devices()[0].device_kind
+  return result
 
 
 def environment_changes(record: dict[str, Any]) -> list[str]:
-  """Says what differs now from where the checkpoint's run was.
+  """Returns a line for each thing that differs now from where the checkpoint's
+  run was.
 
   Not empty: the run goes on with the same batches, and losses that are equal
   to about 1e-5, but not bit for bit.
   """
-  old, new = record['environment'], environment()
-  return [f'{name}: {old.get(name)} -> {new[name]}'
-          for name in new if old.get(name) != new[name]]
+  old, lines = record['environment'], []
+  for name, value in environment().items():
+    if old.get(name) != value:
+      lines.append(f'{name}: {old.get(name)} -> {value}')
+  return lines
 
 
 def directory(workdir: epath.Path):
+  """Returns the folder of a run's checkpoints, as an absolute path."""
   path = storage.path(workdir)
   # Orbax wants it so; a bucket's paths are, and epath would prepend the folder.
-  path = path if storage.in_bucket(path) else path.absolute()
+  if not storage.in_bucket(path):
+    path = path.absolute()
   return path / storage.CHECKPOINTS
 
 
-_MOST_STEPS = 4096  # of which process 0 tells the others
+_MOST_STEPS = 4096  # Process 0 tells the others about so many of the newest.
 
 
 def steps(folder: epath.Path) -> list[int]:
@@ -384,11 +425,11 @@ def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
   """Returns the newest good checkpoint of `folder`, or that of `step`.
 
   Args:
-    folder: what `directory(workdir)` returns.
+    folder: the folder that `directory(workdir)` returns.
     abstract: a pytree of ShapeDtypeStructs with shardings; or a function that
       returns it, given {name: {shape, dtype, ...}} of the arrays of a step;
       where it returns None, only the record is read.
-    step: this one, and no other if it is damaged; None: the newest.
+    step: the step to read, and no other if it is damaged; None: the newest.
     partial: `abstract` may be a part of what was saved, such as
       {'params': ...} without the optimizer.
 
@@ -400,37 +441,54 @@ def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
   require(bool(available), f'no checkpoint in {folder}')
   if step == BEST:
     step = best_step(folder)
-  require(step is None or step in available, f'no checkpoint of step {step} in '
-          f'{folder}: there are {", ".join(map(str, available))}')
+  if step is None:
+    candidates = available[::-1]
+  else:
+    require(step in available, f'no checkpoint of step {step} in '
+            f'{folder}: there are {", ".join(map(str, available))}')
+    candidates = [step]
+
+  # The first one that is not damaged.
   damaged = []
-  for candidate in available[::-1] if step is None else [step]:
+  for candidate in candidates:
     try:
       state, record = _read(folder / str(candidate), abstract, partial)
-      return Restored(candidate, state, record, tuple(
-          f'{sentence}; using {candidate} instead' for sentence in damaged))
     except _Damaged as error:
       damaged.append(f'checkpoint {candidate} in {folder} is damaged: {error}')
-  others = [str(s) for s in available if step is not None and s != step]
-  raise EnvironmentFailure('; '.join([
-      *damaged, f'there are also {", ".join(others)}' if others else
-      'there is no other']))
+      continue
+    passed_over = [f'{sentence}; using {candidate} instead'
+                   for sentence in damaged]
+    return Restored(step=candidate, state=state, record=record,
+                    damaged=tuple(passed_over))
+
+  # There is none; others may be sound where one was asked for.
+  others = [str(other) for other in available if other not in candidates]
+  way_on = 'there is no other'
+  if others:
+    way_on = f'there are also {", ".join(others)}'
+  raise EnvironmentFailure('; '.join([*damaged, way_on]))
 
 
-# An error that says so is no fault of the files, but of their storage or of
-# this machine.
+# An error whose text has one of these words, or the name of one of these
+# errors of the operating system, is no fault of the files, but of their storage
+# or of this machine.
 _ENVIRONMENT = ('DEADLINE_EXCEEDED', 'PERMISSION_DENIED', 'PermissionError',
-                'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED', 'UNAVAILABLE',
-                *map(os.strerror, (  # TensorStore's errors name them too
-                    errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ETIMEDOUT,
-                    errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY,
-                    errno.EAGAIN)))
+                'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED', 'UNAVAILABLE')
+_ENVIRONMENT_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM,
+    errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.EAGAIN)
 
 
 def _read(folder: epath.Path, abstract: Any, partial: bool):
   """Returns (state, record) of one step.
 
+  Args:
+    folder: the folder of the step.
+    abstract, partial: those of `restore`.
+
   Raises:
     Mismatch: it does not fit.
+    EnvironmentFailure: this machine or the storage cannot read it now.
     _Damaged: it cannot be read, on this process or another, or not as it was.
   """
   reason, state = '', None
@@ -445,22 +503,38 @@ def _read(folder: epath.Path, abstract: Any, partial: bool):
     raise
   except Exception as error:  # Orbax and TensorStore raise many types.
     reason = _reason(error)
-    if any(word in reason for word in _ENVIRONMENT):
+    if _is_of_environment(reason):
       raise EnvironmentFailure(
           f'cannot read checkpoint {folder.name} in {folder.parent}, which may '
           f'be sound: {reason}; once that is mended, run the same command again'
       ) from error
-  if jax.process_count() > 1 and not np.all(multihost_utils.process_allgather(
-      np.int32(not reason))):
-    reason = reason or 'another process cannot read it'
-  if reason:
-    raise _Damaged(reason)
-  wrong = [name for name, checksum in checksums(state).items()
-           if checksum != record['arrays'][name]['checksum']]
+
+  # All processes take the step, or none does.
+  if not _on_all_processes(not reason):
+    raise _Damaged(reason or 'another process cannot read it')
+  wrong = []
+  for name, checksum in checksums(state).items():
+    if checksum != record['arrays'][name]['checksum']:
+      wrong.append(name)
   if wrong:
     raise _Damaged(f'the checksum of {", ".join(wrong[:8])} is not the one '
                    'saved')
   return state, record
+
+
+def _is_of_environment(reason: str) -> bool:
+  """Whether an error says that storage or this machine is at fault."""
+  # TensorStore's errors name those of the operating system too.
+  names = [os.strerror(number) for number in _ENVIRONMENT_ERRORS]
+  return any(word in reason for word in (*_ENVIRONMENT, *names))
+
+
+def _on_all_processes(condition: bool) -> bool:
+  """Whether a condition holds on every process."""
+  if jax.process_count() == 1:
+    return condition
+  everywhere = multihost_utils.process_allgather(np.int32(condition))
+  return bool(np.all(everywhere))
 
 
 def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
@@ -470,14 +544,19 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
   import orbax.checkpoint as ocp
 
   wanted = paths.flatten(abstract)
-  item = {name: wanted.get(name, ocp.PLACEHOLDER) for name in record['arrays']}
-  restore_args = {name: ocp.ArrayRestoreArgs(
-      sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
-      if name in wanted else ocp.RestoreArgs() for name, x in item.items()}
+  item, restore_args = {}, {}
+  for name in record['arrays']:
+    item[name], restore_args[name] = ocp.PLACEHOLDER, ocp.RestoreArgs()
+  for name, x in wanted.items():
+    if name in record['arrays']:
+      item[name] = x
+      restore_args[name] = ocp.ArrayRestoreArgs(
+          sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+
+  args = ocp.args.PyTreeRestore(
+      item=nest(item), restore_args=nest(restore_args))
   with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-    leaves = paths.flatten(handler.restore(
-        folder / 'state', args=ocp.args.PyTreeRestore(
-            item=nest(item), restore_args=nest(restore_args))))
+    leaves = paths.flatten(handler.restore(folder / 'state', args=args))
   for name in wanted:
     if not isinstance(leaves[name], jax.Array):
       raise _Damaged(f'{name} is not read as an array')
@@ -487,14 +566,19 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
 
 def _newest_record(folder: epath.Path, step: int | None = None
                    ) -> dict[str, Any] | None:
-  """Returns that of `step`, or the newest that can be read; None: none can."""
-  for candidate in steps(folder)[::-1] if step is None else [step]:
+  """Returns the record of `step`, or the newest that can be read; None: none
+  can."""
+  candidates = [step]
+  if step is None:
+    candidates = steps(folder)[::-1]
+  for candidate in candidates:
     with contextlib.suppress(_Damaged):
       return _read_record(folder / str(candidate))
   return None
 
 
 def _read_record(folder: epath.Path) -> dict[str, Any]:
+  """Returns the record of a step; _Damaged where it is not as it was saved."""
   import orbax.checkpoint as ocp
 
   try:
@@ -521,8 +605,10 @@ def seal(record: Any) -> dict[str, Any]:
 def _check_fits(folder: epath.Path, record: dict[str, Any],
                 wanted: dict[str, Any], partial: bool):
   """Raises Mismatch with the name of each array that is not the same."""
-  wrong = [line for name, line in differences(record['arrays'], wanted).items()
-           if not partial or name in wanted]
+  wrong = []
+  for name, line in differences(record['arrays'], wanted).items():
+    if not partial or name in wanted:
+      wrong.append(line)
   if wrong:
     raise Mismatch(f'checkpoint {folder.name} in {folder.parent} does not fit '
                    f'this config: {"; ".join(wrong[:8])}')
@@ -534,9 +620,13 @@ def differences(saved: dict[str, dict[str, Any]], wanted: dict[str, Any]
   and as it is wanted."""
   there = {name: f'{x["dtype"]}{x["shape"]}' for name, x in saved.items()}
   here = {name: f'{x.dtype}{list(x.shape)}' for name, x in wanted.items()}
-  return {name: f'{name} is {there.get(name, "not")} in the checkpoint and '
-          f'{here.get(name, "not")} here' for name in here | there
-          if here.get(name) != there.get(name)}
+  lines = {}
+  for name in here | there:
+    in_checkpoint, as_wanted = there.get(name, 'not'), here.get(name, 'not')
+    if in_checkpoint != as_wanted:
+      lines[name] = (f'{name} is {in_checkpoint} in the checkpoint and '
+                     f'{as_wanted} here')
+  return lines
 
 
 def _reason(error: BaseException) -> str:
@@ -545,9 +635,11 @@ def _reason(error: BaseException) -> str:
   Orbax wraps what TensorStore found more than once, and TensorStore adds
   where in its own source it was found.
   """
-  while not isinstance(error, _Damaged) and (
-      error.__cause__ or error.__context__):
-    error = error.__cause__ or error.__context__
+  while not isinstance(error, _Damaged):
+    cause = error.__cause__ or error.__context__
+    if cause is None:
+      break
+    error = cause
   line = str(error).split('\n')[0].rstrip(':')
   line = re.sub(r' in OCDBT database at \w+ file "[^"]*"', '', line)
   line = re.split(r' \[(?:source locations|tensorstore_spec)', line)[0]
@@ -583,9 +675,9 @@ def from_process_0(value: np.ndarray) -> np.ndarray:
 # 1.0 has its lowest set bit at 2^23, which leaves 9 bits of such a sum.)
 # Addition of integers is associative: the sum is the same on every mesh.
 
-_AT_ONCE = 2**20
+_AT_ONCE = 2**20  # elements that are summed at a time
 _GOLDEN = np.uint32(0x9E3779B1)  # 2^32 / golden ratio, odd
-# The unsigned integer that an element of so many bytes is read as.
+# The unsigned integer type of each size in bytes, in which an element is read.
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -594,12 +686,17 @@ def checksums(tree: Any) -> dict[str, int]:
   leaves = paths.flatten(tree)
   if not leaves:
     return {}
-  specs = [x.sharding.spec if isinstance(x.sharding, NamedSharding) else P()
-           for x in leaves.values()]
-  mesh = next((x.sharding.mesh for x in leaves.values()
-               if isinstance(x.sharding, NamedSharding)), None)
-  parts = [_parts(mesh, spec)(x) for spec, x in zip(specs, leaves.values())]
-  return dict(zip(leaves, np.asarray(_total(mesh)(parts)).tolist()))
+  named = [x.sharding for x in leaves.values()
+           if isinstance(x.sharding, NamedSharding)]
+  mesh = named[0].mesh if named else None
+  parts = []
+  for x in leaves.values():
+    spec = P()
+    if isinstance(x.sharding, NamedSharding):
+      spec = x.sharding.spec
+    parts.append(_parts(mesh, spec)(x))
+  totals = np.asarray(_total(mesh)(parts))
+  return dict(zip(leaves, totals.tolist()))
 
 
 # A program for each shape, and not one for all leaves: an optimizer's moments
@@ -607,34 +704,58 @@ def checksums(tree: Any) -> dict[str, int]:
 @functools.cache
 def _parts(mesh: Mesh | None, spec: Any):
   """Returns a function from one leaf to [devices], the part of each device."""
-  axes = tuple(() if axis is None else axis if isinstance(axis, tuple)
-               else (axis,) for axis in spec)
-  def local(shard: Any):
+  axes = tuple(_mesh_axes(entry) for entry in spec)
+  split = set().union(*axes)
+
+  def local(shard: Any) -> jax.Array:
     part = _sum(shard, axes, mesh)
-    for name in mesh.axis_names if mesh else ():
-      if name not in sum(axes, ()):  # copies: the first of them counts
-        part = jnp.where(jax.lax.axis_index(name) == 0, part, 0)
+    if mesh is not None:
+      for name in mesh.axis_names:
+        if name not in split:  # copies: the first of them counts
+          part = jnp.where(jax.lax.axis_index(name) == 0, part, 0)
     return part[None]
-  return jax.jit(local if mesh is None else jax.shard_map(
+
+  if mesh is None:
+    return jax.jit(local)
+  return jax.jit(jax.shard_map(
       local, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names),
       check_vma=False))
 
 
+def _mesh_axes(entry: Any) -> tuple[str, ...]:
+  """Returns the mesh axes over which one dimension of an array is split."""
+  if entry is None:
+    return ()
+  if isinstance(entry, tuple):
+    return entry
+  return (entry,)
+
+
 @functools.cache
 def _total(mesh: Mesh | None):
+  """Returns a function from the parts of all leaves to their sums, [leaves]."""
   # On every device of the mesh, so that every process can read it.
-  return jax.jit(
-      lambda parts: jnp.sum(jnp.stack(parts), axis=1, dtype=jnp.uint32),
-      out_shardings=mesh and NamedSharding(mesh, P()))
+  everywhere = None
+  if mesh is not None:
+    everywhere = NamedSharding(mesh, P())
+
+  def total(parts: Sequence[jax.Array]) -> jax.Array:
+    return jnp.sum(jnp.stack(parts), axis=1, dtype=jnp.uint32)
+
+  return jax.jit(total, out_shardings=everywhere)
 
 
 def _sum(x: jax.Array, axes: tuple[tuple[str, ...], ...], mesh: Mesh | None
          ) -> jax.Array:
-  """The sum over one shard, whose dimensions are split over mesh `axes`.
+  """Returns the sum over one shard, whose dimensions are split over mesh
+  `axes`.
 
   Goes by rows of the last axis, about a million elements at a time: a CPU does
-  not fuse a sum with what goes into it, and would hold x once more.
+  not fuse a sum with what goes into it, and would hold x once more. The axes
+  named U below are of rows and columns of this shard.
   """
+  # Where the shard starts in each dimension of the whole array, and how many
+  # places of the whole array one step along that dimension is.
   shape = x.shape or (1,)
   axes += ((),) * (len(shape) - len(axes))
   starts, strides, stride = [], [], 1
@@ -648,13 +769,16 @@ def _sum(x: jax.Array, axes: tuple[tuple[str, ...], ...], mesh: Mesh | None
   rows, columns = x_UU.shape
   column_U = starts[-1] + jnp.arange(columns, dtype=jnp.uint32)
 
-  def part(first: Any, count: Any):
+  def part(first: Any, count: Any) -> jax.Array:
+    """Returns the sum over `count` rows from the row `first` on."""
+    # The place of each row's first element in the whole array.
     row_U = jnp.uint32(first) + jnp.arange(count, dtype=jnp.uint32)
     index_U = jnp.zeros(count, jnp.uint32)
     for size, start, stride in reversed(
         list(zip(shape[:-1], starts, strides))):
       index_U += (start + row_U % np.uint32(size)) * stride
       row_U //= np.uint32(size)
+
     place_UU = (index_U[:, None] + column_U[None]) * _GOLDEN
     bits_UU = _bits(jax.lax.dynamic_slice_in_dim(x_UU, first, count))
     # dtype: without it jnp.sum would widen to uint64 where x64 is on.
@@ -665,19 +789,23 @@ def _sum(x: jax.Array, axes: tuple[tuple[str, ...], ...], mesh: Mesh | None
       0, rows // count, lambda i, total: total + part(i * count, count),
       jnp.uint32(0))
   rest = rows % count
-  return total + part(rows - rest, rest) if rest else total
+  if rest:
+    total += part(rows - rest, rest)
+  return total
 
 
 def _mix(h: jax.Array) -> jax.Array:
+  """Returns MurmurHash3's finalizer of each uint32."""
   h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
   h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
   return h ^ (h >> np.uint32(16))
 
 
 def _bits(x: jax.Array) -> jax.Array:
-  """The elements of x as uint32."""
-  if x.dtype == jnp.bool_ or (
-      jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8):
+  """Returns the elements of x as uint32."""
+  is_small = jnp.issubdtype(x.dtype, jnp.integer) and (
+      jnp.iinfo(x.dtype).bits < 8)
+  if x.dtype == jnp.bool_ or is_small:
     return x.astype(jnp.uint32)
   word = _WORDS[x.dtype.itemsize]  # no run has another
   return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
