@@ -1,5 +1,5 @@
-"""Where a run's figures go: metrics.jsonl always, TensorBoard, Weights & Biases
-and trackio as asked.
+"""The writers of a run's figures: metrics.jsonl always, TensorBoard, Weights &
+Biases and trackio as asked.
 
 A writer has write(step, split, figures), flush(), called before a checkpoint
 is saved, and close(); `split` is train, eval or another set, `figures` maps
@@ -31,15 +31,15 @@ METRICS = 'metrics.jsonl'
 ROW = {'step': int, 'split': str}
 UPLOAD_SECONDS = 60
 TRACKERS = ('wandb', 'trackio')  # packages, and fields of config.log
-# Figures of which it is known which value is the best; the last part of a name,
-# TASK/FIGURE.
+# The figures whose best value is known, by the last part of a name,
+# TASK/FIGURE: the least one, or the largest one.
 LEAST = ('loss', 'perplexity', 'bits_per_byte', 'word_perplexity',
          'byte_perplexity')
 LARGEST = ('accuracy', 'f1', 'macro_f1', 'micro_f1', 'mcc', 'matthews',
            'precision', 'recall', 'pearson', 'spearman', 'exact', 'exact_match',
            'em', 'acc', 'acc_norm', 'bleu')
 SHARES = ('accuracy', 'rows_right', 'acc', 'acc_norm')  # between 0 and 1
-_FILES = itertools.count()  # of TensorBoard, by this process
+_FILES = itertools.count()  # numbers TensorBoard's files of this process
 
 
 class JsonlWriter:
@@ -62,11 +62,12 @@ class JsonlWriter:
     if self.has_kept(step, split):
       return  # evaluated again, to know whether it is the best
     row = plain({'step': int(step), 'split': split, **figures})
+    line = json.dumps(row, allow_nan=False) + '\n'
     # One call a line: what is read while the run goes on is whole.
-    self._file.write((json.dumps(row, allow_nan=False) + '\n').encode())
+    self._file.write(line.encode())
 
   def flush(self) -> None:
-    """Nothing: every line is on disk."""
+    """Does nothing: every line is on disk."""
 
   def close(self) -> None:
     self._file.close()
@@ -83,24 +84,27 @@ class TensorboardWriter:
     # thread, which prints what it also raises.
     name = (f'events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.'
             f'{os.getpid()}.{next(_FILES)}')
-    self._file = record_writer.RecordWriter(
-        storage.File(pathlib.Path(workdir) / 'tensorboard' / name))
+    path = pathlib.Path(workdir) / 'tensorboard' / name
+    self._file = record_writer.RecordWriter(storage.File(path))
     self._add(file_version='brain.Event:2')
     # TensorBoard forgets what an earlier file has from here on.
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._add(step=resumed_step + 1, session_log=start)
 
   def _add(self, **fields) -> None:
+    """Appends an event with these fields."""
     event = self._event(wall_time=time.time(), **fields)
     self._file.write(event.SerializeToString())
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
-    self._add(step=step, summary=self._summary(value=[
-        self._summary.Value(tag=f'{split}/{name}', simple_value=value)
-        for name, value in scalars(figures).items()]))
+    values = []
+    for name, value in scalars(figures).items():
+      values.append(self._summary.Value(
+          tag=f'{split}/{name}', simple_value=value))
+    self._add(step=step, summary=self._summary(value=values))
 
   def flush(self) -> None:
-    """Nothing: every event is on disk."""
+    """Does nothing: every event is on disk."""
 
   def close(self) -> None:
     self._file.close()
@@ -117,14 +121,15 @@ class TrackerWriter:
     path, name = workdir / f'{module}_id', workdir.absolute().name
     if not path.exists():
       storage.write(path, secrets.token_hex(4))
-    id_ = path.read_text().strip()
-    # trackio knows a run by its name, which two folders may share.
-    where = (dict(id=id_, name=name, dir=str(local or workdir))
-             if module == 'wandb' else dict(name=f'{name}-{id_}'))
+    run_id = path.read_text().strip()
+    self._logs_step = module == 'wandb'
+    if self._logs_step:
+      where = dict(id=run_id, name=name, dir=str(local or workdir))
+    else:  # trackio knows a run by its name, which two folders may share
+      where = dict(name=f'{name}-{run_id}')
     self._run = tracker.init(
         project=config['log'][f'{module}_project'], config=dict(config),
         resume='allow', **where)
-    self._logs_step = module == 'wandb'
     if self._logs_step:
       # Our own step is the axis: W&B's only grows, and a resume goes back.
       self._run.define_metric('step')
@@ -138,7 +143,7 @@ class TrackerWriter:
       self._run.log(row, step=step)
 
   def flush(self) -> None:
-    """Nothing: a tracker sends what it has by itself."""
+    """Does nothing: a tracker sends what it has by itself."""
 
   def close(self) -> None:
     self._run.finish()
@@ -167,9 +172,10 @@ class UploadWriter:
 def check_writers(log: ml_collections.ConfigDict) -> None:
   """Raises RequestError where config.log asks for an extra that is missing."""
   for name in ('tensorboard', *TRACKERS):
-    require(not log[name] or importlib.util.find_spec(name) is not None,
-            f'log.{name} is True, but the package {name} is not installed: run '
-            f"pip install -e '.[{name}]', or set log.{name}=False")
+    if log[name] and importlib.util.find_spec(name) is None:
+      raise RequestError(
+          f'log.{name} is True, but the package {name} is not installed: run '
+          f"pip install -e '.[{name}]', or set log.{name}=False")
 
 
 def writers(workdir: epath.Path, config: Mapping[str, Any],
@@ -177,7 +183,7 @@ def writers(workdir: epath.Path, config: Mapping[str, Any],
   """Returns the writers that config.log asks for.
 
   Args:
-    workdir: the run's folder.
+    workdir: the folder of the run.
     config: the whole config, as a dict.
     resumed_step: the step that the run goes on from; later lines are dropped.
     primary: whether this is process 0; the others write nothing.
@@ -186,11 +192,12 @@ def writers(workdir: epath.Path, config: Mapping[str, Any],
     return []
   uploads = storage.Uploads(storage.path(workdir))
   uploads.fetch(METRICS)
-  result = [JsonlWriter(uploads.local, resumed_step)]
+  result: list[Any] = [JsonlWriter(uploads.local, resumed_step)]
   if config['log']['tensorboard']:
     result.append(TensorboardWriter(uploads.local, resumed_step))
-  result += [TrackerWriter(module, workdir, config, uploads.local)
-             for module in TRACKERS if config['log'][module]]
+  for module in TRACKERS:
+    if config['log'][module]:
+      result.append(TrackerWriter(module, workdir, config, uploads.local))
   if storage.in_bucket(workdir):
     result.append(UploadWriter(uploads))
   return result
@@ -205,10 +212,14 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
       the row of its split before it.
   """
   lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
-  rows = [storage.parse(line, f'{path}, line {number},', ROW)
-          for number, line in enumerate(lines[:-1], 1)]
-  if lines and lines[-1].endswith(b'\n') and (last := _row(lines[-1])):
-    rows.append(last)
+  rows = []
+  for number, line in enumerate(lines[:-1], 1):
+    rows.append(storage.parse(line, f'{path}, line {number},', ROW))
+  if lines:
+    last = _whole_row(lines[-1])
+    if last:
+      rows.append(last)
+
   steps: dict[str, int] = {}
   for number, row in enumerate(rows, 1):
     before = steps.get(row['split'], -1)
@@ -219,7 +230,7 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-  """Returns a figure as JSON has it: what is not finite is None."""
+  """Returns a figure as JSON has it, with None for what is not finite."""
   if value is None or isinstance(value, str | bool | int):
     return value
   if isinstance(value, float):
@@ -236,10 +247,13 @@ def scalars(figures: Mapping[str, Any]) -> dict[str, float]:
   matrices are left out: they are in metrics.jsonl."""
   result = {}
   for name, value in plain(figures).items():
-    if isinstance(value, list) and not isinstance((*value, 0)[0], list):
-      result.update(scalars({f'{name}/{i}': x for i, x in enumerate(value)}))
-    elif isinstance(value, bool | int | float):
+    if isinstance(value, bool | int | float):
       result[name] = float(value)
+    elif isinstance(value, list):
+      is_matrix = bool(value) and isinstance(value[0], list)
+      if not is_matrix:
+        entries = {f'{name}/{i}': x for i, x in enumerate(value)}
+        result.update(scalars(entries))
   return result
 
 
@@ -249,15 +263,23 @@ def _drop_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
   if not path.exists():
     return set()
   lines = path.read_bytes().splitlines(keepends=True)
-  rows = [line.endswith(b'\n') and _row(line) for line in lines]
-  kept = [line for line, row in zip(lines, rows) if row and row['step'] <= step]
+  kept, at_step = [], set()
+  for line in lines:
+    row = _whole_row(line)
+    if not row or row['step'] > step:
+      continue
+    kept.append(line)
+    if row['step'] == step:
+      at_step.add((step, row['split']))
   if kept != lines:
     storage.write(path, b''.join(kept).decode())
-  return {(step, row['split']) for row in rows if row and row['step'] == step}
+  return at_step
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-  """Returns what a line holds; None of one that was cut short."""
+def _whole_row(line: bytes) -> dict[str, Any] | None:
+  """Returns the row that a line holds; None for one that was cut short."""
+  if not line.endswith(b'\n'):
+    return None
   try:
     return storage.parse(line, '', ROW)
   except RequestError:

@@ -1,4 +1,4 @@
-"""Which code a run was started with, by which command, and on which data."""
+"""The code that a run was started with, its command, and its data."""
 
 from collections.abc import Iterable, Mapping
 import functools
@@ -10,23 +10,23 @@ import subprocess
 import sys
 from typing import Any
 
-from common.errors import require
+from common.errors import RequestError
 from training import plugins
 
 ROOT = pathlib.Path(__file__).parents[2]
-PLAN = 'ARCHETYPE_PLAN'  # in the environment of a study's runs
+PLAN = 'ARCHETYPE_PLAN'  # a variable in the environment of a study's runs
 
 
 def this_start(data: Mapping[str, str] | None = None) -> dict[str, Any]:
   """Returns what config.json remembers of a start of a run:
 
-  commit: of this code; None where it lies in no git repository of its own, as
-    when it is installed, or git is not there.
+  commit: the commit of this code; None where it lies in no git repository of
+    its own, as when it is installed, or git is not there.
   diff: a hash of what differs from the commit: changes, and Python files that
     are in no commit; '' for nothing, and None where there is no commit.
   command: the command line.
-  data: what was given, a hash of what each source and the tokenizer hold, by
-    their names (pipeline.contents); there only if it was given.
+  data: a hash of what each source and the tokenizer hold, by their names
+    (pipeline.contents); there only if `data` was given.
   files: a short hash of each file from outside the tree, by its path; there
     only if there is one.
   plan: the hash of the study's plan, and when it was frozen; there only for a
@@ -45,29 +45,37 @@ def this_start(data: Mapping[str, str] | None = None) -> dict[str, Any]:
 
 @functools.cache  # what is edited later is not what runs
 def _code(root: pathlib.Path) -> dict[str, str | None]:
+  """Returns the commit and the diff of the code in a folder; see this_start."""
+  unknown = dict(commit=None, diff=None)
+
   def git(*words: str) -> bytes:
     return subprocess.run(['git', '-C', str(root), *words], check=True,
                           capture_output=True).stdout
-  unknown = dict(commit=None, diff=None)
+
   if not (root / '.git').exists():
     return unknown
   try:
-    commit, changes = git('rev-parse', 'HEAD'), git('diff', '--binary', 'HEAD')
+    commit = git('rev-parse', 'HEAD').decode().strip()
+    changes = git('diff', '--binary', 'HEAD')
     new = git('ls-files', '-z', '--others', '--exclude-standard', '*.py')
   except (OSError, subprocess.CalledProcessError):
     return unknown
+
   for name in new.split(b'\0')[:-1]:
+    changes += name + b'\0'
     file = root / os.fsdecode(name)
-    changes += name + b'\0' + (file.read_bytes() if file.is_file() else b'')
-  return dict(commit=commit.decode().strip(),
-              diff=hashlib.sha256(changes).hexdigest()[:16] if changes else '')
+    if file.is_file():
+      changes += file.read_bytes()
+  if not changes:
+    return dict(commit=commit, diff='')
+  return dict(commit=commit, diff=hashlib.sha256(changes).hexdigest()[:16])
 
 
 def codes(starts: Iterable) -> list[str]:
   """Returns the different codes of some starts, as far as they are known, each
   as a commit, the hash of what differed from it, and the files from outside the
   tree, in order."""
-  codes_ = []
+  result = []
   for start in starts:
     parts = []
     if start['commit'] is not None:
@@ -77,15 +85,16 @@ def codes(starts: Iterable) -> list[str]:
     for file, digest in start.get('files', {}).items():
       parts.append(f'{file} {digest}')
     code = ' with '.join(parts)
-    if code and code not in codes_:
-      codes_.append(code)
-  return codes_
+    if code and code not in result:
+      result.append(code)
+  return result
 
 
 def changes(starts: Iterable) -> list[str]:
   """Returns a line where the code that runs now is not that of the last start,
   as far as both are known."""
-  old, new = codes(list(starts)[-1:]), codes([this_start()])
+  last = list(starts)[-1:]
+  old, new = codes(last), codes([this_start()])
   if not old or not new or old == new:
     return []
   return [f'the code has changed since this run was last started: {old[0]} -> '
@@ -95,8 +104,10 @@ def changes(starts: Iterable) -> list[str]:
 def data_of(starts: Iterable) -> dict[str, str]:
   """Returns the hashes of the data at the last of some starts that knows them;
   {}: none does."""
-  known = [start['data'] for start in starts if 'data' in start]
-  return known[-1] if known else {}
+  hashes: dict[str, str] = {}
+  for start in starts:
+    hashes = start.get('data', hashes)
+  return hashes
 
 
 def check_data(starts: Iterable, data: Mapping[str, str], allowed: bool
@@ -105,18 +116,20 @@ def check_data(starts: Iterable, data: Mapping[str, str], allowed: bool
   held at the last start of which that is known.
 
   Args:
-    starts: of the run.
-    data: what they hold now, as in `this_start`.
+    starts: the starts of the run.
+    data: the hashes of what they hold now, as in `this_start`.
     allowed: whether the run may go on with other data.
 
   Raises:
     RequestError: where there is such a source and it may not.
   """
-  before = data_of(starts)
-  lines = [f'the data have changed since this run was last started: what '
-           f'{name!r} holds is not the same' for name in data
-           if data[name] != before.get(name, data[name])]
-  require(allowed or not lines, '\n'.join(lines) + '\nPut the files back, '
-          'take another --workdir, or pass --allow_config_change to go on with '
-          'other batches')
+  before, lines = data_of(starts), []
+  for name, content in data.items():
+    if name in before and content != before[name]:
+      lines.append('the data have changed since this run was last started: '
+                   f'what {name!r} holds is not the same')
+  if lines and not allowed:
+    raise RequestError(
+        '\n'.join(lines) + '\nPut the files back, take another --workdir, or '
+        'pass --allow_config_change to go on with other batches')
   return lines
