@@ -35,10 +35,10 @@ from etils import epath
 
 from common.errors import EnvironmentFailure, RequestError, require, short
 
-CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'  # of a run, in its folder
-MOST_SMALL = 1 << 30  # bytes of a file that is read whole
-DERIVED = 'derived'  # in a run's config.json, and in no other
-_WRITING = '.writing-'  # how the name of what is not whole yet begins
+CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'  # in the folder of a run
+MOST_SMALL = 1 << 30  # the most bytes of a file that is read whole
+DERIVED = 'derived'  # a field of a run's config.json, and of no other
+_WRITING = '.writing-'  # The name of a file that is not whole yet begins so.
 _STALE_SECONDS = 24 * 3600
 
 
@@ -56,7 +56,7 @@ def path(text: str | os.PathLike, name: str = '--workdir') -> epath.Path:
 
   Args:
     text: a path on disk, or gs://BUCKET/NAME.
-    name: of the flag or field that holds it, for what is refused.
+    name: the flag or field that holds it, for what is refused.
   """
   check_folder(text, name)
   if in_bucket(text):
@@ -71,6 +71,7 @@ def path(text: str | os.PathLike, name: str = '--workdir') -> epath.Path:
 
 
 def in_bucket(text: str | os.PathLike) -> bool:
+  """Whether a path is that of a bucket, and not on disk."""
   return '://' in str(text)
 
 
@@ -84,8 +85,10 @@ def size(file: epath.Path) -> int:
 
 def write(file: epath.Path, data: str | bytes) -> None:
   """Writes a file whole or not at all, see `whole`."""
+  if isinstance(data, str):
+    data = data.encode()
   with whole(file) as write_:
-    write_(data.encode() if isinstance(data, str) else data)
+    write_(data)
 
 
 def write_json(file: epath.Path | None, tree: Any) -> None:
@@ -96,17 +99,17 @@ def write_json(file: epath.Path | None, tree: Any) -> None:
 
 
 def write_picture(file: epath.Path, figure: Any) -> None:
-  """Writes a drawing of matplotlib as the ending of the file's name says: .png,
-  .svg or .pdf."""
+  """Writes a drawing of matplotlib in the format that the ending of the file's
+  name names: .png, .svg or .pdf."""
   write(file, drawn(figure, file.suffix[1:], 150))
 
 
 def drawn(figure: Any, kind: str, dpi: int) -> bytes:
   """Returns a drawing of matplotlib as a file of a kind holds it, without the
   time at which it was drawn."""
+  metadata = {'svg': {'Date': None}, 'pdf': {'CreationDate': None}}
   file = io.BytesIO()
-  figure.savefig(file, format=kind, dpi=dpi, metadata={
-      'svg': {'Date': None}, 'pdf': {'CreationDate': None}}.get(kind))
+  figure.savefig(file, format=kind, dpi=dpi, metadata=metadata.get(kind))
   return file.getvalue()
 
 
@@ -120,6 +123,7 @@ def whole(target: epath.Path) -> Iterator[Callable[[bytes], None]]:
     EnvironmentFailure: where it cannot be written. What the block itself
       raises passes through.
   """
+  # On disk it is written under another name, and moved to its place.
   on_disk, partial = not in_bucket(target), target
   with writing(target):
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -150,22 +154,31 @@ def whole(target: epath.Path) -> Iterator[Callable[[bytes], None]]:
 
 
 def _remove_left(folder: epath.Path) -> None:
-  """Removes what `whole` began to write where its process is gone, and of other
-  machines, or under names of another form, that to which nothing was written
-  for a day."""
+  """Removes the files that `whole` began to write and whose process is gone.
+  Those of other machines, or under names of another form, are removed once
+  nothing was written to them for a day."""
+  name = re.compile(f'{_WRITING}{re.escape(host())}-([0-9]{{1,9}})-.*')
   for left in pathlib.Path(folder).glob(f'{_WRITING}*'):
-    ours = re.fullmatch(f'{_WRITING}{re.escape(host())}-([0-9]{{1,9}})-.*',
-                        left.name)
-    with contextlib.suppress(OSError):  # as where it was moved to its place
-      if (ours and not is_alive(int(ours[1]))
-          or time.time() - left.stat().st_mtime > _STALE_SECONDS):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    # A file may have been moved to its place by now.
+    with contextlib.suppress(OSError):
+      ours = name.fullmatch(left.name)
+      is_gone = ours is not None and not is_alive(int(ours[1]))
+      age = time.time() - left.stat().st_mtime
+      if not is_gone and age <= _STALE_SECONDS:
+        continue
+      if left.is_dir():
+        shutil.rmtree(left)
+      else:
+        left.unlink()
 
 
 def host() -> str:
-  """This machine, and the space of its process numbers if it has several."""
-  spaces = '/proc/self/ns/pid'  # of Linux
-  space = os.stat(spaces).st_ino if os.path.exists(spaces) else 0
+  """Returns a name of this machine, and of the space of its process numbers if
+  it has several."""
+  spaces = '/proc/self/ns/pid'  # on Linux
+  space = 0
+  if os.path.exists(spaces):
+    space = os.stat(spaces).st_ino
   return f'{socket.gethostname()}.{space}'
 
 
@@ -176,12 +189,12 @@ def is_alive(pid: int) -> bool:
   except ProcessLookupError:
     return False
   except PermissionError:
-    pass  # another user's
+    return True  # it is another user's
   return True
 
 
 def read_small(file: epath.Path) -> bytes:
-  """Returns the bytes of a file that is small, as one of JSON is.
+  """Returns the bytes of a file that is small, as a JSON file is.
 
   Raises:
     RequestError: for a device or a pipe, which may have no end, and for more
@@ -209,7 +222,7 @@ def parse(text: str | bytes, who: str, fields: Mapping[str, Any] = {}
   """Returns the object that JSON text holds.
 
   Args:
-    text: of a whole file, or of a line.
+    text: the text of a whole file, or of a line.
     who: the file, as the subject of a sentence.
     fields: the types of fields that must be there, by name.
 
@@ -236,8 +249,8 @@ def try_folder(folder: str | os.PathLike, name: str = '--workdir') -> None:
   or where it would be made; nothing is made. A bucket is not tried.
 
   Args:
-    folder: on disk, or in a bucket.
-    name: of the flag or field that holds it.
+    folder: a folder on disk, or in a bucket.
+    name: the flag or field that holds it.
   """
   require(str(folder) != '', f"{name} is '': name a folder")
   if in_bucket(folder):
@@ -254,10 +267,11 @@ def try_folder(folder: str | os.PathLike, name: str = '--workdir') -> None:
 
 def try_file(file: str | os.PathLike, name: str) -> None:
   """Raises RequestError unless a file can be written, or written anew."""
-  if not in_bucket(file):
-    require(not os.path.isdir(file), f'{name} is {str(file)!r}, which is a '
-            'folder')
-    try_folder(pathlib.Path(file).parent, name)
+  if in_bucket(file):
+    return
+  require(not os.path.isdir(file), f'{name} is {str(file)!r}, which is a '
+          'folder')
+  try_folder(pathlib.Path(file).parent, name)
 
 
 def output(text: str, name: str) -> epath.Path | None:
@@ -273,29 +287,33 @@ def refuse_run(folder: str | os.PathLike, name: str, marker: str = '') -> None:
   """Raises RequestError for the folder of a training run.
 
   Args:
-    folder: of what is no run itself, and would write among its files.
-    name: of the flag that holds it.
+    folder: the folder of something that is no run itself, and would write among
+      its files.
+    name: the flag that holds it.
     marker: a file that says that it was written there before, and may go on;
       '': there is none.
   """
   folder = path(folder, name)
-  require(bool(marker) and (folder / marker).exists() or not (
-      (folder / CHECKPOINTS).exists() or has_config(folder)),
-          f'{name} is {str(folder)!r}, which holds a training run: choose '
-          'another folder')
+  if marker and (folder / marker).exists():
+    return
+  if (folder / CHECKPOINTS).exists() or has_config(folder):
+    raise RequestError(f'{name} is {str(folder)!r}, which holds a training '
+                       'run: choose another folder')
 
 
 def refuse_others(folder: str | os.PathLike, name: str) -> None:
   """Raises RequestError where a run would write among the files of a sweep or
   a study, or over the config.json of something else, such as Hugging Face's
   weights; `name` is the flag's."""
+  folder = path(folder, name)
   for marker in ('sweep.json', 'study.json'):
-    require(not (path(folder, name) / marker).exists(),
+    require(not (folder / marker).exists(),
             f'{name} is {str(folder)!r}, which holds a '
             f'{marker.removesuffix(".json")} ({marker}): choose another folder')
-  require(not (path(folder, name) / CONFIG).exists() or has_config(folder),
-          f'{name} is {str(folder)!r}, whose {CONFIG} is not that of a run (a '
-          f'Hugging Face folder has one, too): take another {name}')
+  if (folder / CONFIG).exists() and not has_config(folder):
+    raise RequestError(
+        f'{name} is {str(folder)!r}, whose {CONFIG} is not that of a run (a '
+        f'Hugging Face folder has one, too): take another {name}')
 
 
 def has_config(folder: str | os.PathLike) -> bool:
@@ -304,7 +322,8 @@ def has_config(folder: str | os.PathLike) -> bool:
 
 
 def is_hugging_face(folder: str | os.PathLike) -> bool:
-  """Likewise, of Hugging Face's weights."""
+  """Whether there is a config.json in a folder, and it is that of Hugging
+  Face's weights."""
   return 'model_type' in _fields(folder)
 
 
@@ -325,7 +344,7 @@ def locked(workdir: str | os.PathLike, primary: bool = True
   locks is warned of.
 
   Args:
-    workdir: of the run.
+    workdir: the folder of the run.
     primary: whether this is process 0, the only one of a run that locks.
 
   Raises:
@@ -366,12 +385,13 @@ class File:
     with writing(self._path):
       left = memoryview(data)
       while left:
-        left = left[self._file.write(left):]
+        written = self._file.write(left)
+        left = left[written:]
       if os.fstat(self._file.fileno()).st_nlink == 0:
         raise FileNotFoundError(errno.ENOENT, 'it was deleted in mid-run')
 
   def flush(self) -> None:
-    """Nothing: there is no buffer."""
+    """Does nothing: there is no buffer."""
 
   def close(self) -> None:
     with writing(self._path), self._file:
@@ -393,7 +413,8 @@ class Uploads:
 
   def __init__(self, folder: epath.Path):
     self._folder = folder
-    self._sent = {}  # by file: what it was like
+    # By file: its size and time when it was copied last.
+    self._sent: dict[pathlib.Path, tuple[int, int]] = {}
     self.local = folder
     if in_bucket(folder):
       self._temporary = tempfile.TemporaryDirectory(prefix='archetype-')
@@ -409,7 +430,8 @@ class Uploads:
     if not in_bucket(self._folder):
       return
     for file in pathlib.Path(self.local).rglob('*'):
-      state = file.stat().st_size, file.stat().st_mtime_ns
+      status = file.stat()
+      state = status.st_size, status.st_mtime_ns
       if file.is_dir() or self._sent.get(file) == state:
         continue
       target = self._folder / str(file.relative_to(self.local))
@@ -420,20 +442,22 @@ class Uploads:
       self._sent[file] = state
 
 
-# What the environment refuses.
+# Refusals of the environment.
 
-# How TensorStore begins a refusal of a bucket (the codes of absl::Status).
+# The beginning of TensorStore's text where a bucket refuses (the codes of
+# absl::Status).
 _STATUS = re.compile(
     r'(?:ABORTED|DEADLINE_EXCEEDED|NOT_FOUND|PERMISSION_DENIED'
     r'|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE): (.*)')
-# What a bucket is written through beside TensorStore; their errors have no
-# common base.
+# The packages through which a bucket is written beside TensorStore; their
+# errors have no common base.
 _CLIENTS = ('aiohttp', 'gcsfs')
 
 
 @contextlib.contextmanager
 def writing(what: str | os.PathLike) -> Iterator[None]:
-  """Around what writes: a failure of the environment becomes a sentence.
+  """Turns a failure of the environment into a sentence, while the `with` block
+  writes.
 
   Args:
     what: the file, or words for it; it follows 'cannot write'.
@@ -455,18 +479,22 @@ def writing(what: str | os.PathLike) -> Iterator[None]:
 
 
 def reason(error: BaseException | None) -> str:
-  """Returns what of the environment an error comes from; '': it does not."""
+  """Returns the reason of an error that the environment caused; '': the
+  environment did not cause it."""
   chain = []
   while error is not None:
     chain.append(error)
     error = error.__cause__ or error.__context__
+
   # What TensorStore met comes first: Orbax, which cleans up after it, may have
   # met more.
   for one in chain:
     text = str(one).split('\n')[0]
-    if number := re.search(r"\[os_error_code='(\d+)'", text):
+    number = re.search(r"\[os_error_code='(\d+)'", text)
+    if number:
       return os.strerror(int(number[1]))
-    if isinstance(one, ValueError) and (status := _STATUS.match(text)):
+    status = _STATUS.match(text)
+    if status and isinstance(one, ValueError):
       return status[1].split(' [')[0][:300]
   for one in chain:
     if isinstance(one, OSError):
