@@ -1,4 +1,4 @@
-"""The config of a run on disk, and what changing it half-way would do.
+"""The config of a run on disk, and the effect of changing it half-way.
 
 WORKDIR/config.json is the config tree as it is, plus more keys: `format`, the
 version of this file; `derived`, the value that each field left at 0 or '' was
@@ -27,14 +27,21 @@ from configs import base
 from training import plugins
 from training.workdir import checkpoints, provenance, storage
 
-FORMAT = 1  # of config.json
+FORMAT = 1  # the version of config.json
 _FORMAT, _DERIVED, _STARTS = 'format', storage.DERIVED, 'starts'
 _FILES = 'files'
 MISSING = '(none)'
 
 
 class Change(NamedTuple):
-  """One field that differs; a field that one side lacks is MISSING there."""
+  """One field that differs.
+
+  Attributes:
+    name: the dotted name of the field.
+    old, new: its values; MISSING on a side that lacks it.
+    kind: the class of the change: INCOMPATIBLE, OPTIMISATION or SAFE.
+    why: the reason for the class.
+  """
   name: str
   old: Any
   new: Any
@@ -50,10 +57,11 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
 
   Args:
     workdir: a folder, which is made if it isn't there.
-    config: the run's config.
+    config: the config of the run.
     derived: the resolved value of fields left at 0 or '', by dotted name.
-    data: what the sources and the tokenizer hold; see provenance.this_start.
-    model: the resolved config.model: what it does not read is left out.
+    data: the hashes of the sources and the tokenizer; see
+      provenance.this_start.
+    model: the resolved config.model, whose unread fields are left out.
   """
   if jax.process_index() != 0:
     return
@@ -61,11 +69,11 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
     fields = config.to_dict()
   else:
     fields = as_read(config, model)
-  before, now = starts(workdir), provenance.this_start(data)
-  if before[-1:] != [now]:
-    before.append(now)
+  every_start, now = starts(workdir), provenance.this_start(data)
+  if not every_start or every_start[-1] != now:
+    every_start.append(now)
   tree = {_FORMAT: FORMAT, **fields, _DERIVED: dict(derived or {}),
-          _STARTS: before}
+          _STARTS: every_start}
   if plugins.loaded:
     tree[_FILES] = plugins.loaded
   text = json.dumps(tree, indent=2, allow_nan=False)
@@ -84,11 +92,13 @@ def _fields(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_derived(workdir: epath.Path) -> dict[str, Any]:
+  """Returns the values of the fields that were derived, by dotted name."""
   return _load(workdir)[_DERIVED]
 
 
 def labels(workdir: epath.Path) -> tuple[str, ...]:
-  """Returns what the outputs of a run's model stand for: data.labels."""
+  """Returns the labels that the outputs of a run's model stand for:
+  data.labels."""
   fields = flatten(load_config(workdir)) | load_derived(workdir)
   return tuple(fields.get('data.labels', ()))
 
@@ -96,8 +106,9 @@ def labels(workdir: epath.Path) -> tuple[str, ...]:
 def starts(workdir: epath.Path) -> list[dict[str, Any]]:
   """Returns what is remembered of each start of a run that has begun, the last
   start last; a start that equals the one before it counts once."""
-  there = file(workdir).exists() and has_begun(workdir)
-  return list(_load(workdir)[_STARTS]) if there else []
+  if not file(workdir).exists() or not has_begun(workdir):
+    return []
+  return list(_load(workdir)[_STARTS])
 
 
 def file(workdir: epath.Path):
@@ -108,31 +119,39 @@ def file(workdir: epath.Path):
 def has_begun(workdir: epath.Path) -> bool:
   """Whether there is a checkpoint to go on from; its config ought to be."""
   folder = checkpoints.directory(workdir)
-  return folder.exists() and any(
-      path.name.isdecimal() for path in folder.iterdir())
+  if not folder.exists():
+    return False
+  return any(path.name.isdecimal() for path in folder.iterdir())
 
 
 def _load(workdir: epath.Path) -> dict[str, Any]:
+  """Returns the whole of config.json, checked; RequestError where it cannot be
+  used."""
   path = file(workdir)
-  require(path.exists(), f'{path} is missing: '
-          + ('put it back, or take another --workdir' if has_begun(workdir) else
-             'no run was started in this workdir'))
-  require(has_begun(workdir) or not storage.is_hugging_face(workdir),
-          f'{workdir} is a folder in the Hugging Face format, which python -m '
-          'tools.chat takes as its --folder, and not that of a run, which '
-          'python -m tools.convert import makes of it')
+  begun = has_begun(workdir)
+  if not path.exists():
+    way_on = 'no run was started in this workdir'
+    if begun:
+      way_on = 'put it back, or take another --workdir'
+    raise RequestError(f'{path} is missing: {way_on}')
+  if not begun and storage.is_hugging_face(workdir):
+    raise RequestError(
+        f'{workdir} is a folder in the Hugging Face format, which python -m '
+        'tools.chat takes as its --folder, and not that of a run, which '
+        'python -m tools.convert import makes of it')
   tree = tuples(storage.read_json(path, {_DERIVED: dict, _STARTS: list}))
   require(tree.get(_FORMAT) == FORMAT, f'{path} is of format '
           f'{short(tree.get(_FORMAT))}, and this version of the code reads '
           f'{FORMAT}: go on with the version that wrote it, or train anew')
   plugins.restore(tree.get(_FILES, {}))
-  for part in (_fields(tree), tree[_DERIVED]):
-    base.check(part, f'{path} is damaged: ')
+  base.check(_fields(tree), f'{path} is damaged: ')
+  base.check(tree[_DERIVED], f'{path} is damaged: ')
   return tree
 
 
 def tuples(value: Any):
-  """Returns a value out of JSON with tuples for its lists, as configs have."""
+  """Returns a value out of JSON with tuples for its lists, since configs have
+  tuples."""
   if isinstance(value, (list, tuple)):
     return tuple(tuples(item) for item in value)
   if isinstance(value, dict):
@@ -143,10 +162,11 @@ def tuples(value: Any):
 def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
   """Returns the config, locked, as that of a command line is. What is not there
   has its default."""
+  tree = tuples(tree)
+  kinds = tree.get('model', {}).get('kinds', {})
   config = base.base()
-  config.model.kinds = ml_collections.ConfigDict(
-      tuples(tree.get('model', {}).get('kinds', {})))
-  for name, value in flat.flatten(tuples(tree)).items():
+  config.model.kinds = ml_collections.ConfigDict(kinds)
+  for name, value in flat.flatten(tree).items():
     if not name.startswith('model.kinds.'):
       config.update_from_flattened_dict({name: value})
   return config.lock()
@@ -157,23 +177,24 @@ def as_read(config: ml_collections.ConfigDict, model: ModelConfig,
   """Returns a run's config as a dict, without the fields of config.model that
   the model does not read; `resolved`: with those filled in that are derived.
   """
-  tree = config.to_dict() | (
-      {'model': flat.as_dict(model)} if resolved else {})
+  tree = config.to_dict()
+  if resolved:
+    tree['model'] = flat.as_dict(model)
   for name in flat.unread(model):
+    # The dicts that the field lies in, from the outermost one.
     *groups, last = name.split('.')
-    at = above = tree['model']
+    nested = [tree['model']]
     for group in groups:
-      above, at = at, at.get(group, {})
-    at.pop(last, None)
-    if not at and groups[-1] in flat.GROUPS:
-      above.pop(groups[-1], None)
+      nested.append(nested[-1].get(group, {}))
+    nested[-1].pop(last, None)
+    if not nested[-1] and groups[-1] in flat.GROUPS:
+      nested[-2].pop(groups[-1], None)
   return tree
 
 
 def flatten(tree: Mapping[str, Any] | ml_collections.ConfigDict
             ) -> dict[str, Any]:
-  """Returns {'model.d_model': 128, ...}, of a config or of nested dicts.
-  """
+  """Returns {'model.d_model': 128, ...} for a config or for nested dicts."""
   return flat.flatten(tree)
 
 
@@ -195,8 +216,8 @@ def changes(workdir: epath.Path, config: ml_collections.ConfigDict,
 
 def read_fields(config: ml_collections.ConfigDict, derived: Mapping[str, Any]
                 ) -> dict[str, Any]:
-  """Returns the fields that a run reads, by dotted name: of those that are left
-  at 0 or '' the values in `derived`.
+  """Returns the fields that a run reads, by dotted name; those that are left at
+  0 or '' have their values in `derived`.
 
   Raises:
     RequestError: for a model that cannot be.
@@ -210,17 +231,19 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
   """Returns the fields that differ, worst class first.
 
   Args:
-    old: what a run has read so far; see `read_fields`. There 0 is the same as
-      the value that it stands for, and a derived value that changes with
-      another field is a change too.
-    new: what it would read from now on.
+    old: the fields that a run has read so far; see `read_fields`. There 0 is
+      the same as the value that it stands for, and a derived value that changes
+      with another field is a change too.
+    new: the fields that it would read from now on.
   """
   changes = []
-  for name in dict.fromkeys([*old, *new]):
+  for name in old | new:
     before, after = old.get(name, MISSING), new.get(name, MISSING)
-    if type(before) is not type(after) or before != after:
-      changes.append(Change(name, before, after,
-                            *base.resume(name, old, new)))
+    if type(before) is type(after) and before == after:
+      continue
+    kind, why = base.resume(name, old, new)
+    changes.append(Change(
+        name=name, old=before, new=after, kind=kind, why=why))
   order = (INCOMPATIBLE, OPTIMISATION, SAFE)
   return sorted(changes, key=lambda change: order.index(change.kind))
 
@@ -229,10 +252,10 @@ def refuse(changes: list[Change], allow_config_change: bool) -> None:
   """Raises RequestError where changes need --allow_config_change and lack it.
 
   Args:
-    changes: from the run's config.
+    changes: the changes from the run's config.
     allow_config_change: whether the flag is there.
   """
-  names = ', '.join(c.name for c in changes if c.kind != SAFE)
+  names = ', '.join(change.name for change in changes if change.kind != SAFE)
   way = way_on(changes) or ('Take another --workdir, or pass '
                             '--allow_config_change to go on')
   # What stands in the first line is kept of a run of a sweep that failed.
@@ -241,24 +264,28 @@ def refuse(changes: list[Change], allow_config_change: bool) -> None:
 
 
 def way_on(changes: list[Change]) -> str:
-  """Says what there is to do where a run cannot go on with `changes`; '' where
-  none of them is incompatible."""
-  names = [c.name for c in changes if c.kind == INCOMPATIBLE]
-  return (f'Take another --workdir: a run cannot go on with another '
+  """Returns what there is to do where a run cannot go on with `changes`; ''
+  where none of them is incompatible."""
+  names = [change.name for change in changes if change.kind == INCOMPATIBLE]
+  if not names:
+    return ''
+  return ('Take another --workdir: a run cannot go on with another '
           f'{", ".join(names)}. To begin with what fits of its parameters, '
-          'pass --config.init_from=WORKDIR and --config.init_partial=True'
-          ) if names else ''
+          'pass --config.init_from=WORKDIR and --config.init_partial=True')
 
 
 def table(changes: list[Change]) -> str:
   """Renders changes for a terminal: field, old, new, class, why."""
   rows = [('field', 'old', 'new', 'class', 'why')]
-  rows += [(c.name, short(c.old), short(c.new), c.kind, c.why)
-           for c in changes]
+  for change in changes:
+    rows.append((change.name, short(change.old), short(change.new),
+                 change.kind, change.why))
   widths = [max(map(len, column)) for column in zip(*rows)]
-  return '\n'.join(
-      '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-      for row in rows)
+  lines = []
+  for row in rows:
+    cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+    lines.append('  '.join(cells).rstrip())
+  return '\n'.join(lines)
 
 
 # A config as the words of a command line.
@@ -271,22 +298,27 @@ def to_train(workdir: str | os.PathLike, config: ml_collections.ConfigDict
   config_file = f'configs/{architectures.file_name(arch)}.py'
   if arch in architectures.SYSTEMS:
     config_file = architectures.page(arch).__file__
-  there, kinds = usual(arch), config.model.kinds.to_dict()
-  usually = flatten(there)
-  words = [f'--config.{name}={value}' for name, value in flatten(config).items()
-           if not name.startswith('model.kinds.') and value != usually[name]]
-  if kinds != there.model.kinds.to_dict():
+  words = ['python', 'train.py', '--config', config_file,
+           f'--workdir={workdir}']
+
+  # The fields that differ from those of the file.
+  in_file = usual(arch)
+  defaults = flatten(in_file)
+  for name, value in flatten(config).items():
+    if not name.startswith('model.kinds.') and value != defaults[name]:
+      words.append(f'--config.{name}={value}')
+  kinds = config.model.kinds.to_dict()
+  if kinds != in_file.model.kinds.to_dict():
     words.append(f'--config.model.kinds={kinds}')
-  return shlex.join(['python', 'train.py', '--config', config_file,
-                     f'--workdir={workdir}', *words])
+  return shlex.join(words)
 
 
 def usual(arch: str) -> ml_collections.ConfigDict:
-  """Returns the `tiny` of a system's file of configs/; of a system from outside
-  the tree, what its class says."""
+  """Returns the `tiny` size of a system's file in configs/; for a system from
+  outside the tree, the parts that its class names."""
   if arch in architectures.SYSTEMS:
     config = base.base()
     config.model.update(architectures.SYSTEMS[arch].PARTS, arch=arch)
     return config.lock()
-  return importlib.import_module(
-      f'configs.{architectures.file_name(arch)}').get_config('tiny')
+  module = importlib.import_module(f'configs.{architectures.file_name(arch)}')
+  return module.get_config('tiny')
