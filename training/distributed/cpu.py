@@ -1,4 +1,4 @@
-"""What the CPU wants where it is the device: memory that stays, and threads.
+"""Settings of the CPU where it is the device: memory that stays, and threads.
 
 XLA's CPU backend takes a step's temporaries from malloc and gives them back
 after it, hundreds of MiB that the kernel has to clear again for the next one:
@@ -16,15 +16,16 @@ import re
 
 import jax
 
-# glibc's malloc.h. What is freed stays in the process: nothing is mapped by
-# its own, the heap is never trimmed, all threads share it, it grows in steps.
+# The settings of glibc's malloc.h, by which memory that is freed stays in the
+# process: nothing is mapped by its own, the heap is never trimmed, all threads
+# share it, it grows in steps.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _SETTINGS = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1),
              (_TOP_PAD, 64 << 20))
 
 
-# For each device. With one, eval.py hung in 10 of 16 trials on 8 devices beside
-# other programs on 2 cores.
+# The threads for each device. With one, eval.py hung in 10 of 16 trials on 8
+# devices beside other programs on 2 cores.
 _THREADS = 4
 
 
@@ -47,16 +48,20 @@ def give_threads() -> None:
   are several devices, those of four collectives for each, and no fewer than
   the cores that this process may use, which are XLA's own choice."""
   devices = _devices()
-  if devices > 1 or jax.distributed.is_initialized():
-    num_cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault('PJRT_NPROC', str(max(_THREADS * devices, num_cores)))
+  if devices <= 1 and not jax.distributed.is_initialized():
+    return
+  num_cores = len(os.sched_getaffinity(0))
+  threads = max(_THREADS * devices, num_cores)
+  os.environ.setdefault('PJRT_NPROC', str(threads))
 
 
 def _devices() -> int:
   """Returns how many CPU devices this process will have, before it has them."""
-  flags = re.findall(r'--xla_force_host_platform_device_count=(\d+)',
-                     os.environ.get('XLA_FLAGS', ''))
-  return max(jax.config.jax_num_cpu_devices, int(flags[-1]) if flags else 1)
+  flags = os.environ.get('XLA_FLAGS', '')
+  counts = re.findall(
+      r'--xla_force_host_platform_device_count=(\d+)', flags)
+  forced = int(counts[-1]) if counts else 1
+  return max(jax.config.jax_num_cpu_devices, forced)
 
 
 def trim() -> None:

@@ -24,7 +24,7 @@ HEARTBEAT_SECONDS = 40
 # An error of this process may be the echo of another's, which is to be read
 # first: the launcher ends all soon after the first has ended.
 GRACE_SECONDS = 1.0
-_LINE = 256  # bytes
+_LINE = 256  # the bytes of the line by which a process presents itself
 
 
 def how_to_join(coordinator: str = '', num_processes: int = 0,
@@ -35,14 +35,15 @@ def how_to_join(coordinator: str = '', num_processes: int = 0,
 
   Args:
     coordinator: host:port of process 0; '': $JAX_COORDINATOR_ADDRESS.
-    num_processes: of all hosts; 0: $JAX_NUM_PROCESSES.
-    process_id: this one's; -1: $JAX_PROCESS_ID.
+    num_processes: the number of processes on all hosts; 0: $JAX_NUM_PROCESSES.
+    process_id: the number of this process; -1: $JAX_PROCESS_ID.
     cluster: let JAX ask the cluster (SLURM, TPU metadata) for all three.
 
   Raises:
     RequestError: where only some of the three are given, or one is no such
       thing.
   """
+  # The environment says what is not given.
   coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS', '')
   num_processes = num_processes or int(os.environ.get('JAX_NUM_PROCESSES', 0))
   if process_id < 0:
@@ -50,22 +51,29 @@ def how_to_join(coordinator: str = '', num_processes: int = 0,
   is_set = bool(coordinator), bool(num_processes), process_id >= 0
   if not any(is_set):
     return {} if cluster else None
-  require(all(is_set) and not cluster, 'a run of several processes needs '
-          '--coordinator, --num_processes and --process_id (or '
-          'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), or '
-          f'--cluster alone; given: coordinator {coordinator!r}, '
-          f'{num_processes} processes, id {process_id}, cluster {cluster}')
+
+  # The three go together.
+  if cluster or not all(is_set):
+    raise RequestError(
+        'a run of several processes needs '
+        '--coordinator, --num_processes and --process_id (or '
+        'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), or '
+        f'--cluster alone; given: coordinator {coordinator!r}, '
+        f'{num_processes} processes, id {process_id}, cluster {cluster}')
   host, _, port = coordinator.rpartition(':')
   require(bool(host) and port.isdecimal(), f'--coordinator is {coordinator!r}: '
           'write HOST:PORT of process 0')
   require(process_id < num_processes, f'--process_id is {process_id} of '
           f'--num_processes {num_processes}: choose an id below it')
+
   # JAX's service listens on every interface, unless it is told where.
-  local = host in ('localhost', '127.0.0.1', '[::1]')
+  bind_address = None
+  if host in ('localhost', '127.0.0.1', '[::1]'):
+    bind_address = coordinator
   return dict(
       coordinator_address=coordinator, num_processes=num_processes,
       process_id=process_id, cluster_detection_method='deactivate',
-      coordinator_bind_address=coordinator if local else None)
+      coordinator_bind_address=bind_address)
 
 
 def initialize(how: Mapping[str, Any] | None) -> None:
@@ -92,6 +100,7 @@ def initialize(how: Mapping[str, Any] | None) -> None:
 
 
 def _end(code: int) -> None:
+  """Ends this process at once, after what it has printed."""
   time.sleep(GRACE_SECONDS)
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
@@ -110,8 +119,8 @@ def meet() -> None:
           f'{os.getpid()} on {socket.gethostname()}')
   # Gloo gives a group of devices 30 s to meet for the first time, which a
   # process that still compiles would miss: they meet here.
-  lines = multihost_utils.process_allgather(np.frombuffer(
-      line.encode()[:_LINE].ljust(_LINE), np.uint8))
+  padded = line.encode()[:_LINE].ljust(_LINE)
+  lines = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
   if devices.primary():
     for line in np.asarray(lines):
       print(bytes(line).decode().rstrip(), flush=True)

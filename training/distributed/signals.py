@@ -36,29 +36,36 @@ class Count:
   `| tee` too, in either order.
 
   Attributes:
-    n: how many signals came.
+    n: the number of signals that came.
   """
 
   def __init__(self):
     self.n = 0
-    self._last = {}
+    self._last = {}  # by signal: when it came last
 
   def add(self, number: int) -> bool:
     """Counts a signal; returns whether it was no echo."""
     now = time.monotonic()
-    new = not (number in _UNREAD and self.n) and all(
-        now - self._last.get(other, -ECHO_SECONDS) >= ECHO_SECONDS
-        for other in (number, *_UNREAD))
-    if new:
-      self._last[number] = now
-      self.n += 1
-    return new
+    if self._is_echo(number, now):
+      return False
+    self._last[number] = now
+    self.n += 1
+    return True
+
+  def _is_echo(self, number: int, now: float) -> bool:
+    """Whether a signal says again what one before it has said."""
+    if number in _UNREAD and self.n:
+      return True
+    for other in (number, *_UNREAD):
+      if now - self._last.get(other, -ECHO_SECONDS) < ECHO_SECONDS:
+        return True
+    return False
 
 
 class _Printed:
   """Standard output or error, which goes nowhere once nobody reads it: a
-  terminal may be closed some time before the SIGHUP that says so comes; of a
-  pipe Python has no signal, and `unread` is called."""
+  terminal may be closed some time before the SIGHUP that says so comes; Python
+  has no signal for a pipe, and `unread` is called."""
 
   def __init__(self, stream: Any, unread: Callable[[], None]):
     self._stream, self._unread = stream, unread
@@ -67,21 +74,27 @@ class _Printed:
     return getattr(self._stream, name)
 
   def write(self, text: str) -> int:
-    self._unless_closed(lambda: self._stream.write(text))
+    with self._unless_closed():
+      self._stream.write(text)
     return len(text)
 
   def flush(self) -> None:
-    self._unless_closed(self._stream.flush)
+    with self._unless_closed():
+      self._stream.flush()
 
-  def _unless_closed(self, print_: Callable[[], Any]) -> None:
+  @contextlib.contextmanager
+  def _unless_closed(self) -> Iterator[None]:
+    """Sends what is printed nowhere, once the `with` block cannot print."""
     try:
-      print_()
+      yield
     except OSError as error:
       if error.errno not in (errno.EIO, errno.EPIPE):
         raise
-      fd = self._stream.fileno()
-      print_nowhere([fd, *(other for other in (_STDOUT, _STDERR)
-                           if os.path.sameopenfile(fd, other))])
+      closed = [self._stream.fileno()]
+      for other in (_STDOUT, _STDERR):
+        if os.path.sameopenfile(closed[0], other):
+          closed.append(other)
+      print_nowhere(closed)
       if error.errno == errno.EPIPE:
         self._unread()
 
@@ -101,9 +114,11 @@ def handled(heard: Callable[[int], None],
       print_nowhere(on_terminal)
     heard(number)
 
-  old = {number: signal.signal(number, handle) for number in numbers
-         if number != signal.SIGHUP
-         or signal.getsignal(number) is not signal.SIG_IGN}
+  old = {}
+  for number in numbers:
+    is_ignored = signal.getsignal(number) is signal.SIG_IGN
+    if number != signal.SIGHUP or not is_ignored:
+      old[number] = signal.signal(number, handle)
   try:
     for name, stream in streams.items():
       setattr(sys, name, _Printed(stream, lambda: heard(signal.SIGPIPE)))
@@ -117,15 +132,15 @@ def handled(heard: Callable[[int], None],
 
 
 def print_nowhere(fds: Collection[int]) -> None:
-  """To be called where the terminal or who reads is gone: what is printed
-  would be an error."""
+  """Sends what is printed nowhere; to be called where the terminal or the
+  reader is gone, so that printing would be an error."""
   with open(os.devnull, 'w') as nowhere:
     for fd in fds:
       os.dup2(nowhere.fileno(), fd)
 
 
 def is_unread(fd: int) -> bool:
-  """Whether who read a pipe or a terminal is gone; False of a file."""
+  """Whether the reader of a pipe or a terminal is gone; False for a file."""
   poll = select.poll()
   poll.register(fd, 0)
   return bool(poll.poll(0))
@@ -152,9 +167,10 @@ class Stop:
     self.stop_requested = False
     self._count = Count()
     self._several = jax.process_count() > 1
-    self._handled = handled(self._heard, [
-        number for number in NUMBERS
-        if number != signal.SIGTERM or not self._several])
+    numbers = list(NUMBERS)
+    if self._several:
+      numbers.remove(signal.SIGTERM)  # it belongs to the preemption service
+    self._handled = handled(self._heard, numbers)
 
   def __enter__(self) -> 'Stop':
     self._handled.__enter__()
@@ -186,6 +202,7 @@ class Stop:
     return self.stop_requested and not self._several
 
   def _heard(self, number: int) -> None:
+    """Notes the first signal; ends the process at the second one."""
     if not self._count.add(number):
       return
     name = signal.Signals(number).name
@@ -201,6 +218,6 @@ class Stop:
 
 def _print(text: str) -> None:
   """Prints to stderr from a handler, which may have come between two halves of
-  another print. Who read it, as `| tee`, may be gone."""
+  another print. The reader, such as `| tee`, may be gone."""
   with contextlib.suppress(OSError):
     os.write(_STDERR, f'\n{text}\n'.encode())
