@@ -28,17 +28,20 @@ PositiveSize = Annotated[int, (('>=', 1), ('<=', 2**31 - 1))]
 def typed(function: F) -> F:
   """Returns a function, or a class with its public methods, whose arguments are
   checked when it is called. `Any` allows everything, and what follows ** is the
-  function's own to check. Of a sequence the elements are checked only where
+  function's own to check. The elements of a sequence are checked only where
   they are to be texts: numbers are checked where they become arrays."""
   if isinstance(function, type):
     for name, method in list(vars(function).items()):
-      if inspect.isfunction(method) and (
-          name[0] != '_' or name in ('__init__', '__call__')):
+      is_public = name[0] != '_' or name in ('__init__', '__call__')
+      if is_public and inspect.isfunction(method):
         setattr(function, name, typed(method))
     return function
   signature = inspect.signature(function)
-  hints = functools.cache(lambda: typing.get_type_hints(
-      function, include_extras=True))
+
+  @functools.cache
+  def hints() -> dict[str, Any]:
+    """Returns the annotations; late, when all that they name is defined."""
+    return typing.get_type_hints(function, include_extras=True)
 
   @functools.wraps(function)
   def checked(*args: Any, **kwargs: Any) -> Any:
@@ -57,7 +60,7 @@ def assignments(words: Iterable[str], flag: str,
 
   Args:
     words: the assignments, one in each.
-    flag: where they were written, for messages.
+    flag: the name of the flag where they were written, for messages.
     choices: the names that there are; none: any name may stand there.
 
   Raises:
@@ -83,27 +86,33 @@ def _check(name: str, value: Any, hint: Any) -> None:
   if typing.get_origin(hint) is Annotated:
     hint, bounds = typing.get_args(hint)
   if not _fits(value, hint):  # its text may be long in the making
-    raise RequestError(f'{name} is {short(value)}, of type '
-                       f'{type(value).__name__}: it must be of type '
-                       f'{inspect.formatannotation(hint)}')
+    raise RequestError(
+        f'{name} is {short(value)}, of type {type(value).__name__}: it must be '
+        f'of type {inspect.formatannotation(hint)}')
   if bounds:
     check_number(name, value, bounds)
 
 
 def _fits(value: Any, hint: Any) -> bool:
-  """Whether a value is of an annotated type; a mapping is what has items, as a
-  ConfigDict has."""
+  """Whether a value is of an annotated type; a mapping is anything that has
+  items, such as a ConfigDict."""
   kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+  if kind is Any:
+    return True
   if kind in (typing.Union, types.UnionType):
-    return any(_fits(value, x) for x in inner)
+    return any(_fits(value, choice) for choice in inner)
   if kind is Mapping:
     return hasattr(value, 'items')
   if kind in _NOT and isinstance(value, _NOT[kind]):
     return False
-  kind = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
-  return kind is Any or isinstance(value, kind) and (
-      inner[:1] != (str,) or all(isinstance(x, str) for x in value))
+  if not isinstance(value, _CLASSES.get(kind, kind)):
+    return False
+  if inner[:1] == (str,):
+    return all(isinstance(element, str) for element in value)
+  return True
 
 
-# What Python takes for a type and nobody means by it.
+# The classes of the numbers that an annotation allows, numpy's too.
+_CLASSES: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
+# The classes that Python takes for a type and nobody means by it.
 _NOT: dict[Any, Any] = {int: bool, float: bool, Sequence: (str, bytes)}

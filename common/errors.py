@@ -1,5 +1,5 @@
-"""The two kinds of failure that are no bug, how they are raised, and what a
-program raises that a signal has stopped.
+"""The two kinds of failure that are no bug, how they are raised, and the
+exception of a program that a signal has stopped.
 
 A program that fails ends in one of three ways (training/cli.py):
 
@@ -27,7 +27,7 @@ class EnvironmentFailure(RuntimeError):
   how to go on."""
 
 
-STOPPED = 75  # exit code: there is more to do
+STOPPED = 75  # the exit code where there is more to do
 
 
 class Stopped(Exception):
@@ -37,11 +37,14 @@ class Stopped(Exception):
 
 def one_of(name: str, value: str, choices: Collection[str]) -> None:
   """Raises RequestError unless `value` is one of `choices`."""
-  if value not in choices:
-    near = difflib.get_close_matches(str(value), list(choices), n=1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise RequestError(f'unknown {name} {short(value)}: choose from '
-                       f'{listed(choices)}.{hint}')
+  if value in choices:
+    return
+  question = ''
+  near = difflib.get_close_matches(str(value), list(choices), n=1)
+  if near:
+    question = f' Did you mean {near[0]!r}?'
+  raise RequestError(f'unknown {name} {short(value)}: choose from '
+                     f'{listed(choices)}.{question}')
 
 
 def hint(name: str, choices: Collection[str], before: str = '') -> str:
@@ -51,19 +54,29 @@ def hint(name: str, choices: Collection[str], before: str = '') -> str:
   like it. '' where there is none.
 
   Args:
-    name: what is none of the choices.
+    name: a name that is none of the choices.
     choices: dotted names; a mapping has the sentence of each.
-    before: what stands before each of them in the question.
+    before: the text that stands before each of them in the question.
   """
   last = name.rpartition('.')[2]
   near = [x for x in choices if x.rpartition('.')[2] == last]
   if not near and '_' in last and isinstance(choices, Mapping):
-    words = re.compile(rf'\b{re.escape(last).replace("_", "[ _]")}\b')
-    near = sorted((x for x in choices if words.search(choices[x])),
-                  key=lambda x: len(choices[x]))[:1]
-  near = near or difflib.get_close_matches(name, list(choices), n=1)
-  return ' Did you mean ' + ' or '.join(
-      before + x for x in near) + '?' if near else ''
+    near = _shortest_with_words(last, choices)
+  if not near:
+    near = difflib.get_close_matches(name, list(choices), n=1)
+  if not near:
+    return ''
+  return f' Did you mean {" or ".join(before + x for x in near)}?'
+
+
+def _shortest_with_words(name: str, sentences: Mapping[str, str]) -> list[str]:
+  """Returns the choice with the shortest sentence that has the words of a name,
+  as a list; [] where none has them."""
+  words = re.compile(rf'\b{re.escape(name).replace("_", "[ _]")}\b')
+  having = [choice for choice, sentence in sentences.items()
+            if words.search(sentence)]
+  having.sort(key=lambda choice: len(sentences[choice]))
+  return having[:1]
 
 
 def listed(choices: Iterable[str]) -> str:
@@ -89,5 +102,9 @@ def short(value: Any) -> str:
 def readable(sentence: str) -> str:
   """Returns a sentence as it is printed: a word of more than 200 characters,
   such as a flag or a path, is cut in its middle."""
-  return re.sub(r'\S{201,}', lambda word: f'{word[0][:98]}...{word[0][-98:]}',
-                sentence)
+
+  def cut(match: re.Match) -> str:
+    word = match[0]
+    return f'{word[:98]}...{word[-98:]}'
+
+  return re.sub(r'\S{201,}', cut, sentence)

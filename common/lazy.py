@@ -5,7 +5,6 @@ A run needs one system, one objective and few tasks, of dozens.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-import functools
 import importlib
 import pkgutil
 import types
@@ -22,17 +21,28 @@ class Lazy(Mapping):
   def __init__(self, package: str, path: Any,
                read: Callable[[types.ModuleType], Mapping[str, Any]],
                without: tuple[str, ...] = ()):
-    """Args:
+    """Finds the files; none is imported yet.
+
+    Args:
       package: the name of the package.
       path: its __path__.
-      read: a file -> its entries.
-      without: files that have none.
+      read: a function that returns the entries of a file.
+      without: the files that have none.
     """
+    self._package, self._read = package, read
     self._set: dict[str, Any] = {}
-    self._of = functools.cache(lambda file: read(
-        importlib.import_module(f'{package}.{file}')))
-    self._files = [file.name for file in pkgutil.iter_modules(path)
-                   if not file.ispkg and file.name not in without]
+    self._entries: dict[str, Mapping[str, Any]] = {}  # of imported files
+    self._files = []
+    for file in pkgutil.iter_modules(path):
+      if not file.ispkg and file.name not in without:
+        self._files.append(file.name)
+
+  def _entries_of(self, file: str) -> Mapping[str, Any]:
+    """Returns the entries of a file, which is imported once."""
+    if file not in self._entries:
+      module = importlib.import_module(f'{self._package}.{file}')
+      self._entries[file] = self._read(module)
+    return self._entries[file]
 
   def __setitem__(self, name: str, entry: Any) -> None:
     self._set[name] = entry
@@ -44,14 +54,16 @@ class Lazy(Mapping):
     if name in files:
       files = [name, *files]
     for file in files:
-      if name in self._of(file):
-        return self._of(file)[name]
+      entries = self._entries_of(file)
+      if name in entries:
+        return entries[name]
     raise KeyError(name)
 
   def __iter__(self) -> Iterator[str]:
     for file in self._files:
-      yield from self._of(file)
+      yield from self._entries_of(file)
     yield from self._set
 
   def __len__(self) -> int:
-    return sum(1 for _ in self)
+    in_files = sum(len(self._entries_of(file)) for file in self._files)
+    return in_files + len(self._set)

@@ -1,4 +1,4 @@
-"""How far a program is, and how long its steps take.
+"""The progress of a program, and the times of its steps.
 
 What is under way is drawn on stderr, below what is printed, and leaves nothing
 behind. Where stderr is no terminal nothing is drawn at all, so a log, a pipe
@@ -15,17 +15,17 @@ import sys
 import time
 from typing import Any, NamedTuple, TextIO, TypeVar
 
-from common.errors import require
+from common.errors import RequestError
 
 Item = TypeVar('Item')
-_DRAWN_A_SECOND = 2  # by a thread, which takes time from the host's cores
+_DRAWN_A_SECOND = 2  # often enough: the thread takes time from the host's cores
 
-_bar = None  # of this process: what is done inside another task has its line
-_stop: Callable[[], bool] | None = None  # inside a run
+_bar = None  # the bar of this process, with a line for each task under way
+_stop: Callable[[], bool] | None = None  # set inside a run
 
 
 class Stopped(Exception):
-  """What `each` goes through is not wanted any more."""
+  """The work that `each` goes through is not wanted any more."""
 
 
 @contextlib.contextmanager
@@ -46,8 +46,8 @@ def during(text: str, total: int | None = None
   """Shows what is being done while the `with` block runs, and for how long.
 
   Args:
-    text: what is being done.
-    total: in how many parts, where that is known.
+    text: the words for what is being done.
+    total: the number of its parts, where that is known.
 
   Yields:
     A function to call when one more part is done.
@@ -58,14 +58,7 @@ def during(text: str, total: int | None = None
     return
   outermost = _bar is None
   if outermost:
-    from rich import progress
-    _bar = progress.Progress(
-        progress.TextColumn('{task.description}', markup=False),
-        progress.BarColumn(), progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(), console=_console(sys.stderr),
-        transient=True, refresh_per_second=_DRAWN_A_SECOND,
-        # What rich redirects goes to its console: to stderr.
-        redirect_stdout=sys.stdout.isatty())
+    _bar = _tasks_bar()
     _bar.start()
   task = _bar.add_task(text, total=total)
   try:
@@ -77,14 +70,29 @@ def during(text: str, total: int | None = None
       _bar = None
 
 
+def _tasks_bar() -> Any:
+  """Returns rich's bar on stderr, which has a line for each task."""
+  from rich import progress
+  return progress.Progress(
+      progress.TextColumn('{task.description}', markup=False),
+      progress.BarColumn(),
+      progress.MofNCompleteColumn(),
+      progress.TimeElapsedColumn(),
+      console=_console(sys.stderr),
+      transient=True,
+      refresh_per_second=_DRAWN_A_SECOND,
+      # What rich redirects goes to its console: to stderr.
+      redirect_stdout=sys.stdout.isatty())
+
+
 def each(items: Iterable[Item], text: str, total: int | None = None
          ) -> Iterator[Item]:
   """Yields `items`, and shows how many of them are done.
 
   Args:
-    items: any.
-    text: what is being done with them.
-    total: how many there are; None: as len() says, if it does.
+    items: any items.
+    text: the words for what is being done with them.
+    total: the number of items; None: as len() says, if it does.
   """
   if total is None and isinstance(items, Sized):
     total = len(items)
@@ -115,14 +123,14 @@ class Lines:
 
   Args:
     total: train.steps.
-    stream: where to.
+    stream: the stream to print to.
   """
 
   def __init__(self, total: int, stream: TextIO):
     self._total, self._stream = total, stream
 
   def step(self, step: int) -> None:
-    """Nothing: a line comes with figures."""
+    """Does nothing: a line comes with figures."""
 
   def update(self, step: int, figures: Mapping[str, Any]) -> None:
     self.say(f'step {step}/{self._total}  {_text(step, self._total, figures)}')
@@ -135,16 +143,19 @@ class Lines:
 
 
 class _Bar:
-  """On a terminal: step, loss, tokens/s, time left, redrawn in place."""
+  """The progress of a run on a terminal: step, loss, tokens/s and time left,
+  redrawn in place."""
 
   def __init__(self, total: int, first: int, stream: TextIO):
     from rich import progress
     self._total = total
-    # No thread of its own: it would take time from the host's two cores.
     self._bar = progress.Progress(
-        progress.TextColumn('step'), progress.MofNCompleteColumn(),
-        progress.BarColumn(bar_width=None), progress.TextColumn(
-            '{task.fields[text]}'), console=_console(stream),
+        progress.TextColumn('step'),
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(bar_width=None),
+        progress.TextColumn('{task.fields[text]}'),
+        console=_console(stream),
+        # No thread of its own: it would take time from the host's two cores.
         auto_refresh=False,
         redirect_stderr=sys.stderr.isatty())
     self._task = self._bar.add_task('', total=total, completed=first, text='')
@@ -177,35 +188,39 @@ def bar(total: int, first: int = 0, primary: bool = True,
     total: train.steps.
     first: the step that the run starts or resumes at.
     primary: whether this is process 0; the others print nothing.
-    stream: where to; stdout by default.
+    stream: the stream to print to; None: stdout.
   """
-  stream = stream or sys.stdout
   if not primary:
     return Lines(total, open(os.devnull, 'w'))
-  return (_Bar(total, first, stream) if stream.isatty()
-          else Lines(total, stream))
+  stream = stream or sys.stdout
+  if stream.isatty():
+    return _Bar(total, first, stream)
+  return Lines(total, stream)
 
 
 @contextlib.contextmanager
 def compiling(primary: bool = True):
-  """Around what is compiled before the first step: says so, and how long it
-  took."""
-  start = time.monotonic()
-  if primary and not sys.stderr.isatty():  # where `during` shows nothing
-    print('compiling', flush=True)
-  with during('compiling') if primary else contextlib.nullcontext():
+  """Says that the `with` block compiles, before the first step, and how long
+  it took; process 0 alone does."""
+  if not primary:
     yield
-  if primary:
-    print(f'compiled in {time.monotonic() - start:.1f} s', flush=True)
+    return
+  start = time.monotonic()
+  if not sys.stderr.isatty():  # where `during` shows nothing
+    print('compiling', flush=True)
+  with during('compiling'):
+    yield
+  print(f'compiled in {time.monotonic() - start:.1f} s', flush=True)
 
 
 def clock(seconds: float) -> str:
-  """Returns 1:02:03."""
+  """Returns a time as 1:02:03."""
   return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
-  """loss 3.1416  12,345 tokens/s  MFU 43.2%  1:02:03 left, as far as known."""
+  """Returns the figures that are known in one line: loss 3.1416  12,345
+  tokens/s  MFU 43.2%  1:02:03 left."""
   parts = []
   if 'loss' in figures:
     parts.append(f'loss {figures["loss"]:.4f}')
@@ -214,7 +229,8 @@ def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
   if figures.get('mfu') is not None:  # no peak is known of a CPU
     parts.append(f'MFU {figures["mfu"]:.1%}')
   if 'step_seconds' in figures:
-    parts.append(f'{clock((total - step) * figures["step_seconds"])} left')
+    seconds = (total - step) * figures['step_seconds']
+    parts.append(f'{clock(seconds)} left')
   return '  '.join(parts)
 
 
@@ -222,7 +238,7 @@ def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
 
 
 class Read(NamedTuple):
-  """What a step has come to: its figures, and when it was done."""
+  """The figures of a step, and when it was done."""
   step: int
   figures: dict[str, Any]
   done: Any
@@ -235,11 +251,12 @@ class Deferred:
   the host formats, logs and fetches the next batch.
 
   Args:
-    now: Meter.now, or what else tells when a step was done.
+    now: a function that returns the time, such as Meter.now.
   """
 
   def __init__(self, now: Callable[[], Any]):
-    self._waiting, self._now = None, now
+    self._waiting: tuple[int, Mapping[str, Any], Any] | None = None
+    self._now = now
 
   def push(self, step: int, metrics: Mapping[str, Any]) -> Read | None:
     """Takes the metrics of `step`, jax arrays, which has been dispatched;
@@ -252,7 +269,9 @@ class Deferred:
     read = self.flush()
     # A CPU computes in the thread that dispatches (distributed/cpu.py):
     # there the step is done by now, and not when it is read, a step later.
-    done = self._now() if all(x.is_ready() for x in leaves) else None
+    done = None
+    if all(x.is_ready() for x in leaves):
+      done = self._now()
     self._waiting = step, metrics, done
     return read
 
@@ -261,19 +280,23 @@ class Deferred:
     if self._waiting is None:
       return None
     import jax
-    (step, metrics, done), self._waiting = self._waiting, None
-    figures = jax.tree.map(lambda x: x.tolist(), jax.device_get(dict(metrics)))
-    return Read(step, figures, done or self._now())
+    step, metrics, done = self._waiting
+    self._waiting = None
+    arrays = jax.device_get(dict(metrics))
+    figures = jax.tree.map(lambda x: x.tolist(), arrays)
+    return Read(step=step, figures=figures, done=done or self._now())
 
 
 class Meter:
   """Times steps: between laps, less what is paused (evaluation, saving).
 
   Args:
-    tokens_per_step: the global batch's tokens.
-    flops_per_step: model FLOPs of a training step (training/costs/flops.py).
-    peak_flops: of all devices together (training/costs/flops.py), or None.
-    clock: seconds, for tests.
+    tokens_per_step: the tokens of the global batch.
+    flops_per_step: the model FLOPs of a training step
+      (training/costs/flops.py).
+    peak_flops: the peak of all devices together (training/costs/flops.py), or
+      None.
+    clock: a function that returns seconds; tests pass their own.
 
   Attributes:
     compiled: the seconds of compiling since the last lap.
@@ -290,13 +313,14 @@ class Meter:
     self.begin(0)
 
   def now(self) -> tuple[float, float]:
-    """Returns (seconds so far, less the paused; those of them that waited)."""
+    """Returns the seconds so far, less those that were paused, and how many of
+    them waited for a batch."""
     return self._clock() - self._paused, self._waited
 
   @contextlib.contextmanager
   def compiling(self):
-    """Around the compilation of a training or evaluation step: its seconds
-    come once, in the next lap, and those of several compilations add up."""
+    """Times the compilation of a training or evaluation step: its seconds come
+    once, in the next lap, and those of several compilations add up."""
     start = self._clock()
     with self.paused():
       yield
@@ -304,15 +328,16 @@ class Meter:
 
   @contextlib.contextmanager
   def waiting(self):
-    """Around the fetch of the next batch."""
+    """Times the fetch of the next batch."""
     start = self._clock()
     yield
     self._waited += self._clock() - start
 
   @contextlib.contextmanager
   def paused(self):
-    """Around what is no training step. A pause within another one counts
-    once: an evaluation may compile its step for rows of another length."""
+    """Leaves out the time of what is no training step. A pause within another
+    one counts once: an evaluation may compile its step for rows of another
+    length."""
     start = self._clock()
     self._pauses += 1
     try:
@@ -323,7 +348,7 @@ class Meter:
         self._paused += self._clock() - start
 
   def does(self, step: int, tokens: int, flops: float) -> None:
-    """Takes what a step has to do, where that is not what most have."""
+    """Notes the work of a step, where that is not what most steps have."""
     self._others[step] = tokens, flops
 
   def begin(self, step: int) -> None:
@@ -334,12 +359,18 @@ class Meter:
           ) -> dict[str, float | None]:
     """Returns the figures since the last lap; `done` is what `now` was when
     `step` was done."""
+    # The time and the work of the steps since then.
+    end, waited_by_end = done
+    start, waited_by_start = self._since
+    seconds, waited = end - start, waited_by_end - waited_by_start
     steps = step - self._step
-    seconds, waited = (y - x for x, y in zip(self._since, done))
-    tokens, flops = map(sum, zip(*(
-        self._others.pop(n, self._usual)
-        for n in range(self._step + 1, step + 1))))
-    figures = {
+    tokens, flops = 0, 0
+    for n in range(self._step + 1, step + 1):
+      tokens_of_step, flops_of_step = self._others.pop(n, self._usual)
+      tokens += tokens_of_step
+      flops += flops_of_step
+
+    figures: dict[str, float | None] = {
         'step_seconds': seconds / steps,
         'tokens_per_second': tokens / seconds,
         'data_seconds': waited / steps,
@@ -361,8 +392,11 @@ def profiled_steps(steps: str, total: float = math.inf
   if not steps:
     return None
   match = re.fullmatch('([0-9]{1,9}):([0-9]{1,9})', steps)
-  require(match is not None and int(match[1]) < int(match[2])
-          and int(match[1]) < total, f'--profile_steps is {steps!r}: write '
-          'START:STOP, such as 10:13 for steps 10, 11 and 12, with a START '
-          f'below STOP and train.steps ({total})')
-  return int(match[1]), int(match[2])
+  if match is not None:
+    start, stop = int(match[1]), int(match[2])
+    if start < stop and start < total:
+      return start, stop
+  raise RequestError(
+      f'--profile_steps is {steps!r}: write '
+      'START:STOP, such as 10:13 for steps 10, 11 and 12, with a START '
+      f'below STOP and train.steps ({total})')
