@@ -1,4 +1,4 @@
-"""What every other room stands on: errors, declared fields, kinds of layer.
+"""The room that all others stand on: errors, declared fields, kinds of layer.
 
 It is imported before all packages that are installed, so that a Python without
 them is told of in one sentence.

@@ -175,8 +175,8 @@ def _has_default(text: str | None, default: object) -> bool:
 
 # Flags.
 
-# What `parse` has read from the command line: FILE.py:SIZE, and the texts that
-# were given for fields of the config, by dotted name.
+# The parts of the command line that `parse` has read: FILE.py:SIZE, and the
+# texts that were given for fields of the config, by dotted name.
 _config_file: list[str] = []
 _overrides: dict[str, str] = {}
 

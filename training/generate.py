@@ -436,7 +436,7 @@ class _Texts(NamedTuple):
 
 
 class _State(NamedTuple):
-  """What the search has come upon for each row.
+  """The texts that the search has come upon for each row.
 
   Attributes:
     running: the texts that go on, by their log-probability.

@@ -263,7 +263,7 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
     _check_fitting(model, theirs, source, wanted, lines, partial)
     skipped += lines.values()
 
-  # What fits is read, and the rest is as it was drawn.
+  # The parameters that fit are read, and the others are as they were drawn.
   restored = of_checkpoint(folder, wanted['params'], step)
   if step is None:
     _warn(restored)

@@ -81,7 +81,7 @@ def _tasks_bar() -> Any:
       console=_console(sys.stderr),
       transient=True,
       refresh_per_second=_DRAWN_A_SECOND,
-      # What rich redirects goes to its console: to stderr.
+      # rich prints what it redirects on its console: to stderr.
       redirect_stdout=sys.stdout.isatty())
 
 

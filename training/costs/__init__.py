@@ -1,1 +1,1 @@
-"""What a model costs: parameters, FLOPs, memory."""
+"""The costs of a model: parameters, FLOPs, memory."""

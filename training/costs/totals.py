@@ -75,7 +75,7 @@ def count(config: Config, length: int = 0,
       'kv_cache_bytes_per_token': per_token,
       # The state of recurrences, for each row of a batch, however long it is.
       'state_bytes_per_row': per_row,
-      # What a decoder keeps of the source is as large, for each token of it.
+      # A decoder keeps as much of the source, for each token of it.
       'memory_cache_bytes_per_token': memory_per_token,
       'parameter_bytes': state['parameters'],
       'optimizer_bytes': state['optimizer'],

@@ -258,7 +258,7 @@ def refuse(changes: list[Change], allow_config_change: bool) -> None:
   names = ', '.join(change.name for change in changes if change.kind != SAFE)
   way = way_on(changes) or ('Take another --workdir, or pass '
                             '--allow_config_change to go on')
-  # What stands in the first line is kept of a run of a sweep that failed.
+  # A sweep keeps the first line where one of its runs has failed.
   require(allow_config_change or not names, 'the config differs from that of '
           f'the run in this workdir in {names}. {way}:\n{table(changes)}')
 

@@ -486,8 +486,8 @@ def reason(error: BaseException | None) -> str:
     chain.append(error)
     error = error.__cause__ or error.__context__
 
-  # What TensorStore met comes first: Orbax, which cleans up after it, may have
-  # met more.
+  # The failure that TensorStore met comes first: Orbax, which cleans up after
+  # it, may have met more.
   for one in chain:
     text = str(one).split('\n')[0]
     number = re.search(r"\[os_error_code='(\d+)'", text)
