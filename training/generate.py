@@ -165,7 +165,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   # Read the prompts.
   logits_BV, cache, advance = begin(
-      module, params, prompts_BL, lengths_B, max_new_tokens, **inputs)
+      module, params, prompts_BL, lengths_B, room=max_new_tokens, **inputs)
   seen_BV = None
   if sampling.remembers:
     V = module.config.vocab_size
@@ -276,8 +276,9 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   def advance(cache: Any, new_BT: jax.Array, t: jax.Array):
     """Returns the logits of new token t, and the cache that has read t - 1."""
-    cache = _reread(module, params, cache, prompts_BL, lengths_B, prefix_B,
-                    new_BT, t)
+    cache = _reread(
+        module, params, cache, prompts_BL=prompts_BL, lengths_B=lengths_B,
+        prefix_B=prefix_B, new_BT=new_BT, t=t)
     token_B1 = jax.lax.dynamic_slice_in_dim(new_BT, t - 1, 1, axis=1)
     places_B1 = (lengths_B + t - 1)[:, None]
     output = apply({'params': params}, *leading, token_B1, cache=cache,
@@ -481,9 +482,10 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
   # Read the prompts, and choose the first tokens. Only the first beam counts
   # then, since the others would be equal to it.
   logits_BV, cache, advance = begin(
-      module, params, prompts_BL, lengths_B, T, copies=K, **inputs)
+      module, params, prompts_BL, lengths_B, room=T, copies=K, **inputs)
   logits_BKV = jnp.repeat(logits_BV[:, None], K, axis=1)
-  state, _ = _choose(beams, stops, _start(B, K, T, stops), logits_BKV, t=0)
+  state = _start(B=B, K=K, T=T, stops=stops)
+  state, _ = _choose(beams, stops, state=state, logits_BKV=logits_BKV, t=0)
 
   def unfinished(carry: Any):
     t, state, _ = carry
@@ -494,7 +496,8 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
     tokens = state.running.tokens_BKT.reshape(B * K, T)
     logits, cache = advance(cache, tokens, t)
     logits_BKV = logits.reshape(B, K, -1)
-    state, parent_BK = _choose(beams, stops, state, logits_BKV, t)
+    state, parent_BK = _choose(
+        beams, stops, state=state, logits_BKV=logits_BKV, t=t)
     # Each text goes on with the cache of the text that it extends.
     first_B1 = K * jnp.arange(B)[:, None]
     rows = (parent_BK + first_B1).reshape(-1)

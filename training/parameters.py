@@ -98,7 +98,7 @@ def create(run: runs.Run, source: str | epath.Path, step: int | None = None
   path = _path(source)
   _check_labels(run, path)
   if checkpoints.directory(path).exists():
-    params, skipped = _from_workdir(run, path, state.params, step)
+    params, skipped = _from_workdir(run, path, drawn=state.params, step=step)
   else:
     params, skipped = _from_hugging_face(run, path, state.params)
   for line in skipped:
@@ -217,7 +217,7 @@ def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any
   # Optional heads are drawn or passed over.
   theirs = dataclasses.replace(
       theirs, next_sentence=module.config.next_sentence)
-  skipped = _differences(module.config, theirs, source, partial)
+  skipped = _differences(module.config, theirs, path=source, partial=partial)
   with run.context():
     loaded = weights.read_params(
         module, files.Files(pathlib.Path(source)), partial=partial,
@@ -255,12 +255,13 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
 
   # The differences of the models, and of their parameters.
   partial, folder = run.config.init_partial, checkpoints.directory(source)
-  skipped = _differences(model, theirs, source, partial)
+  skipped = _differences(model, theirs, path=source, partial=partial)
   wanted = {'params': abstract}
   saved = checkpoints.arrays(folder, step)
   if saved and (partial or weights.is_new_head(model, theirs)):
     wanted, lines = _fitting(wanted, saved)
-    _check_fitting(model, theirs, source, wanted, lines, partial)
+    _check_fitting(model, theirs, source=source, wanted=wanted, lines=lines,
+                   partial=partial)
     skipped += lines.values()
 
   # The parameters that fit are read, and the others are as they were drawn.
@@ -364,7 +365,7 @@ def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
     RequestError: there is no such checkpoint, or not of these parameters.
   """
   if isinstance(step, checkpoints.Mean):
-    return _mean_of_checkpoints(folder, params, step, live)
+    return _mean_of_checkpoints(folder, params, wanted=step, live=live)
 
   def wanted(saved: dict[str, Any]) -> dict[str, Any]:
     """Returns the arrays to read, given those that were saved."""

@@ -86,7 +86,7 @@ def optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
   tree = parameter_roles(module)
   rates = mup.rates(module.config, optim.name, tree)
   parts = parameter_shares(module, optim)
-  return optimizers.make(optim, steps, tree, rates, parts)
+  return optimizers.make(optim, steps, roles=tree, rates=rates, parts=parts)
 
 
 def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
@@ -158,7 +158,8 @@ def init_state(module: nn.Module, tx: optax.GradientTransformation,
   """Returns a new state, a pure function of its key."""
   tokens = jnp.zeros((1, 1), jnp.int32)
   params = nn.meta.unbox(module.init(key, tokens)['params'])
-  return _make(params, tx, optim, parameter_shares(module, optim))
+  parts = parameter_shares(module, optim)
+  return _make(params, tx=tx, optim=optim, parts=parts)
 
 
 def _make(params: Any, tx: optax.GradientTransformation,
@@ -204,13 +205,14 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
 
     def loss_of_trained(trained: Any, *args):
       params = shares.whole(parts, trained, state.params)
-      return _loss(module, config, params, *args)
+      return _loss(module, config, params, *args)  # batch, key, whole
 
     grad_fn = jax.grad(loss_of_trained, has_aux=True)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     whole = objective.weights(batch) | {'tokens': objective.tokens(batch)}
     grads, (figures, panel, loads) = _accumulate(
-        grad_fn, trained, batch, key, whole, config.train.grad_accumulation)
+        grad_fn, trained, batch, key=key, whole=whole,
+        parts=config.train.grad_accumulation)
     grads = jax.tree.map(lambda g: g / whole[objective.main], grads)
     grads = shares.without_frozen_rows(parts, grads)
     metrics = objective.means(figures) | panel
@@ -221,8 +223,8 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
     updated, opt_state = optimizers.update_if(
-        ok, tx, grads, state.opt_state, trained)
-    moved = moe.move_biases(config.model, updated, loads, ok)
+        ok, tx, grads=grads, state=state.opt_state, params=trained)
+    moved = moe.move_biases(config.model, updated, loads=loads, applied=ok)
     updated = shares.with_frozen_rows(parts, moved, updated)
     params = shares.whole(parts, updated, state.params)
 
@@ -231,7 +233,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     bad_steps = state.bad_steps + jnp.where(ok, 0, 1)
     good_steps = state.step + 1 - bad_steps
     ema = shares.update_average(
-        config.optim, state.ema, updated, good_steps, ok)
+        config.optim, state.ema, updated, updates=good_steps, ok=ok)
 
     metrics['grad_norm'] = grad_norm
     metrics['param_norm'] = _norm(params)
@@ -269,7 +271,7 @@ def _loss(module: nn.Module, config: ml_collections.ConfigDict, params: Any,
   rngs = {name: jax.random.fold_in(key, i) for i, name in enumerate(STREAMS)}
   output = objective.apply(module, params, batch, deterministic=False,
                            rngs=rngs)
-  total, figures = objective.loss(output, batch, config, whole)
+  total, figures = objective.loss(output, batch, config, whole=whole)
   if not output.aux:
     return total, (figures, {}, {})
 
@@ -433,7 +435,8 @@ class Run:
     rules = config.mesh.rules
     module = architectures.build(model)
     tx = optimizer(module, config.optim, config.train.steps)
-    abstract = abstract_state(module, tx, mesh, rules, config.optim)
+    abstract = abstract_state(
+        module, tx, mesh=mesh, rules=rules, optim=config.optim)
     return cls(
         config=config, model=model, module=module, mesh=mesh, tx=tx,
         abstract=abstract, place=devices.batch_sharding(mesh, rules))
@@ -479,7 +482,7 @@ class Run:
   def train_step(self, taps: Sequence[Callable] = ()) -> jax.stages.Wrapped:
     """Returns jitted step(state, batch) -> (state, figures), to which the
     state is donated; `taps` is as for make_train_step."""
-    step = make_train_step(self.module, self.tx, self.config, taps)
+    step = make_train_step(self.module, self.tx, self.config, taps=taps)
     return jax.jit(step, donate_argnums=0,
                    out_shardings=(self.shardings, None))
 

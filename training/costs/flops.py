@@ -85,7 +85,7 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
   c = _countable(c, max(length, decoder_length))
   loops = c.find(LoopsConfig)
   stops = loops is not None and loops.gradient_passes > 0
-  forward = _forward(c, length, decoder_length, unread, prefix)
+  forward = _forward(c, length, decoder_length, unread=unread, prefix=prefix)
   if not freeze and not c.lora.rank and not stops:
     return {part: 3.0 * n for part, n in forward}
   backward = dict(_backward(
@@ -181,7 +181,7 @@ def _forward(c: ModelConfig, length: int, decoder_length: int,
              unread: int = 0, prefix: bool = False, prompt: bool = False
              ) -> tuple:
   """Returns the FLOPs of a forward pass over one sequence, by part."""
-  program, *args = _whole(c, length, decoder_length, prefix)
+  program, *args = _whole(c, length, decoder_length, prefix=prefix)
   return _row_flops(c, program, *args, unread=unread, prompt=prompt)
 
 
@@ -199,7 +199,7 @@ def _backward(c: ModelConfig, length: int, decoder_length: int, unread: int,
   some_trained = parameter_shares(module, optim) or all_trained
 
   # A forward pass; all gradients, of all passes of a loop; and some gradients.
-  program, *args = _whole(c, length, decoder_length, prefix)
+  program, *args = _whole(c, length, decoder_length, prefix=prefix)
   all_passes = c.with_part(LoopsConfig, gradient_passes=0)
   forward = _row_flops(c, program, *args, unread=unread)
   most = dict(_row_flops(
@@ -237,7 +237,7 @@ def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
   cache = jax.eval_shape(lambda: architectures.init_cache(c, _rows(c), keys))
   if memory:
     method = 'decode'
-    cache = _with_memory(c, cache, keys, memory)
+    cache = _with_memory(c, cache, keys=keys, memory=memory)
 
   def step(module: Any, params: Any, token: Any, cache: Any):
     position_11 = jnp.full((1, 1), keys - 1)
@@ -553,7 +553,7 @@ def _grouped(eqn: jex.JaxprEqn, place: Place) -> Work:
     flops *= counts.shape[-1]
     return Work(flops=flops, nbytes=_nbytes(eqn), dense=flops)
   rows = lhs.shape[numbers.lhs_ragged_dimensions[0]]
-  return _even_load(eqn, place, flops, rows)
+  return _even_load(eqn, place, flops=flops, there=rows)
 
 
 def _megablox(eqn: jex.JaxprEqn, place: Place) -> Work:
@@ -566,7 +566,7 @@ def _megablox(eqn: jex.JaxprEqn, place: Place) -> Work:
   lhs, rhs = arrays[:2]
   flops = 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1]
   by_row = rhs if eqn.params['name'] == 'tgmm' else lhs
-  return _even_load(eqn, place, flops, by_row.shape[0])
+  return _even_load(eqn, place, flops=flops, there=by_row.shape[0])
 
 
 def _even_load(eqn: jex.JaxprEqn, place: Place, flops: float, there: int

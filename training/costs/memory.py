@@ -130,7 +130,7 @@ def analytic(run: runs.Run, kept_in_all: tuple[int, int] | None = None,
       micro * devices.shards('tokens', shape, rules))
   widest = 0
   for layer in c.distinct_layers:
-    scores = _scores(run.config, layer, tokens, platform)
+    scores = _scores(run.config, layer, tokens=tokens, platform=platform)
     hidden = 3 * width * tokens * _hidden(layer)
     widest = max(widest, scores, hidden)
   weights = 2 * width * _largest_weight(run, params)
@@ -207,7 +207,9 @@ def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
         rule=bool(rule.top),
         prefix=causal and objectives.of(config).prefix,
         dropout=bool(c.attention_dropout))
-    if fused and kernels.refusal('splash', c, mask, length, length, platform):
+    why_not = kernels.refusal(
+        'splash', c, mask, q_length=length, k_length=length, device=platform)
+    if why_not:
       fused = False
   if fused:
     return 0

@@ -72,8 +72,8 @@ def check_memory(state: Any, mesh: Mesh) -> None:
   size, device = on_device(state), mesh.local_devices[0]
   if device.platform == 'cpu':
     size *= len(mesh.local_devices)
-  check_size(size, device, 'parameters and optimiser', ', or more devices over '
-             'which mesh.fsdp cuts them')
+  check_size(size, device, what='parameters and optimiser',
+             more=', or more devices over which mesh.fsdp cuts them')
 
 
 def check_size(size: int, device: jax.Device, what: str, more: str = ''
@@ -256,7 +256,7 @@ def param_shardings(abstract: Any, mesh: Mesh, rules: str):
     names: Sequence[str | None] = ()
     if is_box(x):
       x, names = x.value, x.names
-    return NamedSharding(mesh, spec(x.shape, names, mesh, rules))
+    return NamedSharding(mesh, spec(x.shape, names, mesh=mesh, rules=rules))
 
   return jax.tree.map(place, abstract, is_leaf=is_box)
 

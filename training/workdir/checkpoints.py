@@ -497,7 +497,8 @@ def _read(folder: epath.Path, abstract: Any, partial: bool):
     if callable(abstract):
       abstract = abstract(record['arrays'])
     if abstract is not None:
-      _check_fits(folder, record, paths.flatten(abstract), partial)
+      _check_fits(folder, record, wanted=paths.flatten(abstract),
+                  partial=partial)
       state = _read_arrays(folder, record, abstract)
   except (Mismatch, MemoryError):
     raise

@@ -197,7 +197,8 @@ def writers(workdir: epath.Path, config: Mapping[str, Any],
     result.append(TensorboardWriter(uploads.local, resumed_step))
   for module in TRACKERS:
     if config['log'][module]:
-      result.append(TrackerWriter(module, workdir, config, uploads.local))
+      result.append(TrackerWriter(
+          module, workdir, config, local=uploads.local))
   if storage.in_bucket(workdir):
     result.append(UploadWriter(uploads))
   return result
