@@ -159,7 +159,7 @@ def _check_objective(name: str, module: nn.Module) -> None:
 
 
 def try_workdir(workdir: epath.Path) -> None:
-  """Raises RequestError where a run could not write what it has to."""
+  """Raises RequestError where a run could not write its files."""
   storage.try_folder(checkpoints.directory(workdir))
   for file in (run_config.file(workdir), workdir / metrics.METRICS):
     storage.try_file(file, '--workdir')

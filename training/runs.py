@@ -189,10 +189,12 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     taps: further figures of a step, each (params, grads) -> {name: array}; see
       Hook.trace.
 
-  Metrics are of the whole batch: loss (nats per token), the objective's other
-  figures, grad_norm, param_norm, learning_rate, bad_steps, bad_in_row, and of
-  experts each auxiliary loss as aux/NAME, each health figure, by layer, as
-  health/NAME, and the tokens that these are means over as health/tokens.
+  Returns:
+    The step. Its metrics are those of the whole batch: loss (nats per token),
+    the objective's other figures, grad_norm, param_norm, learning_rate,
+    bad_steps and bad_in_row. A model with experts adds each auxiliary loss as
+    aux/NAME, each health figure, by layer, as health/NAME, and the tokens that
+    these are means over as health/tokens.
   """
   objective = objectives.of(config)
   schedule = optimizers.rate(config.optim, config.train.steps)
@@ -207,6 +209,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
       params = shares.whole(parts, trained, state.params)
       return _loss(module, config, params, *args)  # batch, key, whole
 
+    # The gradient and the figures of the whole batch.
     grad_fn = jax.grad(loss_of_trained, has_aux=True)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     whole = objective.weights(batch) | {'tokens': objective.tokens(batch)}
@@ -235,6 +238,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     ema = shares.update_average(
         config.optim, state.ema, updated, updates=good_steps, ok=ok)
 
+    # The other figures.
     metrics['grad_norm'] = grad_norm
     metrics['param_norm'] = _norm(params)
     metrics['learning_rate'] = schedule(state.step - state.bad_steps)
@@ -275,6 +279,7 @@ def _loss(module: nn.Module, config: ml_collections.ConfigDict, params: Any,
   if not output.aux:
     return total, (figures, {}, {})
 
+  # A micro-batch counts by its tokens in what the experts report.
   share = objective.tokens(batch) / whole['tokens']
   panel, loads = {}, {}
   for name, value in output.aux['health'].items():
@@ -300,6 +305,14 @@ def _accumulate(grad_fn: Callable, params: Any, batch: Any, key: jax.Array,
 
   Micro-batch i takes rows i, i + parts, ...: each device cuts up its own.
   Gradients in bfloat16 add up in float32.
+
+  Args:
+    grad_fn: (params, batch, key, whole) -> (gradients, figures).
+    params: the parameters that are trained.
+    batch: the whole batch.
+    key: the key of the step; each micro-batch has a key of its own.
+    whole: the weights of the whole batch, by name.
+    parts: the number of micro-batches.
   """
   if parts == 1:
     return grad_fn(params, batch, key, whole)
@@ -318,6 +331,7 @@ def _accumulate(grad_fn: Callable, params: Any, batch: Any, key: jax.Array,
     result = grad_fn(params, micro, jax.random.fold_in(key, i), whole)
     return jax.tree.map(jnp.add, total, result), None
 
+  # The sums begin at zeros of the shapes that one micro-batch gives.
   micros = jax.tree.map(cut, batch)
   first = jax.tree.map(lambda x: x[0], micros)
   shapes = jax.eval_shape(grad_fn, params, first, key, whole)
@@ -393,7 +407,7 @@ def resolve_alone(config: ml_collections.ConfigDict) -> ModelConfig:
   vocabulary is as in the run."""
   model = config.model.to_dict()
   _fill(model, config)
-  # Stand-ins: the real ones come with the tokenizer, and with the data.
+  # The real sizes come with the tokenizer and the data; these stand in.
   model['vocab_size'] = model['vocab_size'] or tokenizers.Bytes.USUAL
   head = heads.HEADS.get(model['head'], heads.HEADS['lm'])
   if 'num_labels' in head.fields:
