@@ -137,7 +137,8 @@ def _become(words, cwd, env, stdin, out, err):
     runpy.run_module(words[1], run_name='__main__', alter_sys=True)
   else:
     sys.argv = words
-    sys.path[0] = str(pathlib.Path(words[0]).resolve().parent)
+    # Programs that are helpers of tests import `tests` from the folder.
+    sys.path[:1] = [str(pathlib.Path(words[0]).resolve().parent), cwd]
     runpy.run_path(words[0], run_name='__main__')
 
 

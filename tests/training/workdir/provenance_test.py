@@ -133,10 +133,15 @@ def _another_vocabulary(place, _):
 
 
 def _another_probe(place, monkeypatch):
-  recall = probes.PROBES['recall']
-  turned = lambda *of: recall.draw(*of)._replace(
-      tokens=recall.draw(*of).tokens[::-1])
-  monkeypatch.setitem(probes.PROBES, 'recall', recall._replace(draw=turned))
+  recall = type(probes.PROBES['recall'])
+
+  class Turned(recall):
+
+    def draw(self, *of):
+      row = super().draw(*of)
+      return row._replace(tokens=row.tokens[::-1])
+
+  monkeypatch.setitem(probes.PROBES, 'recall', Turned())
   probes.digest.cache_clear()
 
 
