@@ -3,14 +3,14 @@
 WORKDIR/study.json is the frozen plan. WORKDIR/results.json is everything that
 was found, by key:
 
-  study       name, hash of the plan that it is of
-  outcomes    Outcome of every run that is done, as objects
+  study       the name of the study, and the hash of its plan
+  outcomes    the Outcome of every run that is done, as an object
   noise       noise.measured's
   announced   noise.announce's
   advice      advice.sentence's
-  tuned       Tuned, of each variant, size and workload
+  tuned       the Tuned of each variant, size and workload
   screen, confirm, ...: the Verdicts of each phase that compares
-  predicted   of Frozen.predictions, that of the phase `largest`
+  predicted   the row of Frozen.predictions for the phase `largest`
   phases      by phase: {'planned': runs, 'done': runs, 'failed': runs,
               'tokens', 'flops', 'seconds', 'wall_seconds', 'finished': bool}
   as_planned  {'same': bool, 'differences': [sentences]}
@@ -26,7 +26,7 @@ import pathlib
 import time
 from typing import Any, NamedTuple
 
-from common.errors import require
+from common.errors import RequestError, require
 from tools.compare import layout, spec
 
 REPORT = 'report'  # what follows the last phase
@@ -87,33 +87,35 @@ class Plan:
   """What is asked, and all that decides on the answer.
 
   Attributes:
+    name, question, file: what the study is called and asks, and its file.
     base: the name of the variant that the others are compared with.
-    variants: the others.
-    sizes: smallest first.
-    workloads: 'text' first, then probes.
+    variants: the names of the others.
+    sizes: the names of the sizes, smallest first.
+    workloads: the names of the workloads: 'text' first, then probes.
     measures: the first is the primary one, which the verdict is on.
     seeds: how many each phase has, in their order. A phase that is not here is
       none of the study.
     effect: the smallest improvement of the primary measure that is wanted.
-    alpha: family-wise error of the confirmation (Holm).
-    q: false discovery rate of the screening (Benjamini-Hochberg).
-    power: with which `effect` is to be found.
+    tuning: the search for the values of each variant.
+    alpha: the family-wise error of the confirmation (Holm).
+    q: the false discovery rate of the screening (Benjamini-Hochberg).
+    power: the probability with which `effect` is to be found.
     unstable: how much larger than the base's the share of a variant's runs
       that diverge may be.
     match: the figure of a point that is made equal at each size; '': none.
     match_field: the field that is solved for it.
     tuned_sizes: those that are tuned; the others take the values of the
       largest of these. With muP the smallest alone, else all of `sizes`.
-    floor: of the loss, at which one of both laws of a compute multiplier is
+    floor: the loss at which one of both laws of a compute multiplier is
       pinned; None: 0.
     largest: the size that the phase `largest` predicts, and that is not in
       `sizes`; None: the study has no such phase.
-    margin: of the primary measure, within which a variant is equivalent to the
-      base; None: equivalence is not asked for.
+    margin: the difference in the primary measure within which a variant is
+      equivalent to the base; None: equivalence is not asked for.
     settings: the constants of the phases (Phase.constants); None: they have
       none.
-    replication: its number; another one is a study of the same with fresh
-      seeds.
+    replication: the number of the replication; another one is a study of the
+      same with fresh seeds.
     offset: what is added to all of its seeds; None: nothing.
     least_snr: the least signal-to-noise that the noise phase must give to a
       measure which is not the primary one, for it to go on; None: none.
@@ -149,33 +151,41 @@ class Plan:
 
   @property
   def every_size(self) -> tuple[str, ...]:
-    """With the one that is predicted."""
-    return (*self.sizes, *filter(None, [self.largest]))
+    """The sizes, and the one that is predicted."""
+    if self.largest is None:
+      return self.sizes
+    return (*self.sizes, self.largest)
 
   @property
   def primary(self) -> Measure:
+    """The measure that the verdict is on."""
     return self.measures[0]
 
   def of_workload(self, workload: str) -> tuple[Measure, ...]:
-    return tuple(m for m in self.measures if m.workload == workload)
+    """Returns the measures that runs of a workload give."""
+    return tuple(measure for measure in self.measures
+                 if measure.workload == workload)
 
 
 class Outcome(NamedTuple):
   """What one run gave.
 
   Attributes:
-    phase: its name.
-    variant: of the plan, its base, or AGAIN.
-    values: by the measures' names; `chance` where the run diverged.
+    phase: the name of its phase.
+    variant: a variant of the plan, its base, or AGAIN.
+    size, workload, seed: where it stands in the study.
+    values: its figures by the measures' names; `chance` where it diverged.
     diverged: whether its loss was not finite, ended well above guessing, or
       the run ended after too many bad steps.
-    flops, seconds: of its training steps; seconds are NaN where not known.
+    flops, seconds: what its training steps took; seconds are NaN where they are
+      not known.
+    params: the number of its parameters.
     changes: what differs from the study's base config, tuned values too.
-    loss: held out, of its workload, after the last step; infinite where it is
-      not finite.
-    curve: of held-out loss: lists by 'step', 'tokens', 'flops', 'seconds',
-      'loss', and 'warm': whether the learning rate had reached its height, from
-      where on a law is fitted; {} of phases beside WITH_CURVES.
+    loss: the held-out loss of its workload after the last step; infinite where
+      it is not finite.
+    curve: the curve of held-out loss: lists by 'step', 'tokens', 'flops',
+      'seconds', 'loss', and 'warm': whether the learning rate had reached its
+      height, from where on a law is fitted; {} of phases beside WITH_CURVES.
     items: what each item scored, of the measures of which it is kept: a record
       of training/evals/items.py by the measure's name; of the held-out loss its
       items are documents.
@@ -208,10 +218,9 @@ class Tuned:
 
   Attributes:
     changes: the values chosen, by field.
-    at_edge: of these fields, those whose optimum is still at the edge of what
-      was tried.
-    runs: how many it took.
-    tried: of each candidate of each rung {'rung', 'steps', 'changes', 'value',
+    at_edge: the fields whose optimum is still at the edge of what was tried.
+    runs: the number of runs that it took.
+    tried: for each candidate of each rung {'rung', 'steps', 'changes', 'value',
       'values', 'loss', 'diverged'}: means over the seeds of tuning, of the
       workload's first measure (and its values) and of the held-out loss.
   """
@@ -231,19 +240,19 @@ class Frozen:
   Attributes:
     plan: the plan.
     base_config: the config that every run changes, as a tree.
-    points: of each variant, size and workload {'variant', 'size', 'workload',
+    points: for each variant, size and workload {'variant', 'size', 'workload',
       'changes', 'matched', 'params', 'active_params', 'flops_per_token',
-      'tokens', 'vocab', 'guess'}, and of the text 'body' (cost.body): what
+      'tokens', 'vocab', 'guess'}, and for the text 'body' (cost.body): what
       it changes in base_config before it is tuned, what a run of train.steps
       steps costs, and the loss of guessing.
     sources: hashes of the sources of data, as far as they lie on this machine,
       and of the tokenizers.
     code: {'commit', 'diff'} as provenance.this_start() says them.
-    amendments: of each {'reason', 'time', 'before', 'changed', 'seen'}: why
+    amendments: for each {'reason', 'time', 'before', 'changed', 'seen'}: why
       the plan was changed, when, the hash of the plan before, the fields that
       changed, and by phase how many seeds had been looked at.
     notes: what else was decided by hand, as {'time', 'told'}.
-    predictions: of each {'time', 'plan', 'hash', 'blind', 'rows'}: when it was
+    predictions: for each {'time', 'plan', 'hash', 'blind', 'rows'}: when it was
       made, by the plan of which hash, its own hash, whether no run of what it
       predicts had begun, and what efficiency.predict returned.
     time: when it was frozen first; 0: it is not.
@@ -262,13 +271,14 @@ class Frozen:
 
   @property
   def hash(self) -> str:
-    """Of all that was planned, and what it was planned with. A field of the
-    plan that is None, which a later version may add, is no part of it."""
+    """The hash of all that was planned, and what it was planned with. A field
+    of the plan that is None, which a later version may add, is no part of it.
+    """
     tree = to_json(self)
-    tree['plan'] = {name: x for name, x in tree['plan'].items()
-                    if x is not None}
-    return layout.checksum({name: tree[name] for name in (
-        'plan', 'base_config', 'points', 'sources', 'code')})
+    tree['plan'] = {name: value for name, value in tree['plan'].items()
+                    if value is not None}
+    planned = ('plan', 'base_config', 'points', 'sources', 'code')
+    return layout.checksum({name: tree[name] for name in planned})
 
   @property
   def known(self) -> set[str]:
@@ -284,14 +294,17 @@ class Frozen:
     return STUDY_APART * (1 + int(blank.hash, 16) % PLACES)
 
   def point(self, variant: str, size: str, workload: str) -> dict:
-    wanted = (variant, size, workload)
-    return next(row for row in self.points if wanted == (
-        row['variant'], row['size'], row['workload']))
+    """Returns the row of `points` that has these names."""
+    for row in self.points:
+      if (row['variant'], row['size'], row['workload']) == (
+          variant, size, workload):
+        return row
+    raise KeyError((variant, size, workload))
 
   def point_of(self, run: Any) -> dict:
     """Returns the point of a run, or of its Outcome."""
-    return self.point(self.plan.base if run.variant == AGAIN
-                      else run.variant, run.size, run.workload)
+    variant = self.plan.base if run.variant == AGAIN else run.variant
+    return self.point(variant, run.size, run.workload)
 
   def steps(self, changes: Mapping[str, Any]) -> int:
     """Returns the steps that a run with a point's or a run's changes trains."""
@@ -336,10 +349,12 @@ def last(workdir) -> Frozen | None:
 
 
 def _frozen(tree: Mapping[str, Any]) -> Frozen:
-  plan = spec.tuples(tree['plan'])
-  return Frozen(**tree | {'plan': Plan(**plan | dict(
-      measures=tuple(Measure(**row) for row in plan['measures']),
-      tuning=Tuning(**plan['tuning'])))})
+  """Returns what `to_json` wrote of a plan."""
+  fields = spec.tuples(tree['plan'])
+  measures = tuple(Measure(**row) for row in fields['measures'])
+  tuning = Tuning(**fields['tuning'])
+  plan = Plan(**fields | {'measures': measures, 'tuning': tuning})
+  return Frozen(**tree | {'plan': plan})
 
 
 def date(seconds: float) -> str:
@@ -359,8 +374,8 @@ def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
   results say by which plan they were made.
 
   Args:
-    workdir: of the study.
-    frozen: of the file as it is now.
+    workdir: the folder of the study.
+    frozen: the plan of the file as it is now.
     reason: why it was changed, where it was.
 
   Raises:
@@ -369,49 +384,96 @@ def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
   """
   path = pathlib.Path(workdir) / 'study.json'
   with layout.StudyLedger(workdir) as ledger, ledger.transaction():
-    tree = ledger.plan() or (
-        layout.load_checked(path) if path.is_file() else None)
-    old = _frozen(tree) if tree else dataclasses.replace(
-        frozen, time=time.time())
-    # An amendment keeps the seeds, unless the file asks for others.
-    if (frozen.plan.offset == frozen.drawn
-        and frozen.plan.replication == old.plan.replication):
-      frozen = dataclasses.replace(frozen, plan=dataclasses.replace(
-          frozen.plan, offset=old.plan.offset))
-    before, after = map(_planned, (old, frozen))
-    # What an older version does not say of a point is as planned.
-    for name, row in before['points'].items():
-      if name in after['points']:
-        after['points'][name] = {
-            key: x for key, x in after['points'][name].items() if key in row}
-    # Data of which the old plan has no hash are as planned.
-    after['sources'] = {name: frozen.sources[name] for name in old.sources
-                        if name in frozen.sources}
-    changed = layout.differences(before, after)
-    require(not changed or bool(reason), f'{workdir} was planned otherwise: '
-            f'{", ".join(changed[:8])}{", ..." * (len(changed) > 8)} changed '
-            'since. Take another --workdir, or give the reason by '
-            '--amend=REASON, which the report will tell')
+    # What was planned before; nothing is as planned now.
+    tree = ledger.plan()
+    if not tree and path.is_file():
+      tree = layout.load_checked(path)
+    if tree:
+      old = _frozen(tree)
+    else:
+      old = dataclasses.replace(frozen, time=time.time())
+    new = _with_seeds_of(old, frozen)
+
+    # What has changed since, and what was made by other plans.
+    changed = _changed(old, new)
+    _check_unchanged(workdir, changed, reason)
     others = _others(workdir, old.known)
-    require(not others or bool(reason), f'{workdir} holds what is of another '
-            'plan than this study has had: ' + '; '.join(
-                f'{", ".join(where)} by {_plan(hash)}'
-                for hash, where in others.items()) + '. Move it away, take '
-            'another --workdir, or give the reason why it is of this study by '
-            '--amend=REASON, which the report will tell')
+    _check_none_of_others(workdir, others, reason)
+
+    # Each is an amendment, of which the report tells.
+    amendments = list(old.amendments)
+    told = {'reason': reason, 'time': time.time()}
     seen = _seen(workdir, ledger, old.plan)
-    amendments = [{'before': hash, 'changed': [
-        f'from {_plan(hash)}, which is not kept']} for hash in others]
+    for hash in others:
+      changed_from = [f'from {_plan(hash)}, which is not kept']
+      amendments.append(
+          told | {'before': hash, 'changed': changed_from, 'seen': seen})
     if changed:
-      amendments.append({'before': old.hash, 'changed': changed})
+      amendments.append(
+          told | {'before': old.hash, 'changed': changed, 'seen': seen})
     going = dataclasses.replace(
-        frozen if changed else old, notes=old.notes, time=old.time,
-        predictions=[*old.predictions],
-        amendments=[*old.amendments, *(
-            {'reason': reason, 'time': time.time(), **row, 'seen': seen}
-            for row in amendments)])
+        new if changed else old, time=old.time, notes=old.notes,
+        predictions=[*old.predictions], amendments=amendments)
     _save(ledger, workdir, going)
   return going
+
+
+def _with_seeds_of(old: Frozen, frozen: Frozen) -> Frozen:
+  """Returns a plan with the seeds of an older one: an amendment keeps them,
+  unless the file asks for others."""
+  is_drawn = frozen.plan.offset == frozen.drawn
+  is_replication = frozen.plan.replication != old.plan.replication
+  if not is_drawn or is_replication:
+    return frozen
+  plan = dataclasses.replace(frozen.plan, offset=old.plan.offset)
+  return dataclasses.replace(frozen, plan=plan)
+
+
+def _changed(old: Frozen, new: Frozen) -> list[str]:
+  """Returns the names of what is planned otherwise."""
+  before, after = _planned(old), _planned(new)
+  # What an older version does not say of a point is as planned.
+  for name, row in before['points'].items():
+    if name in after['points']:
+      point = after['points'][name]
+      after['points'][name] = {key: point[key] for key in point if key in row}
+  # Data of which the old plan has no hash are as planned.
+  after['sources'] = {name: new.sources[name] for name in old.sources
+                      if name in new.sources}
+  return layout.differences(before, after)
+
+
+def _check_unchanged(workdir, changed: Sequence[str], reason: str) -> None:
+  """Raises RequestError where a plan was changed without a reason."""
+  if not changed or reason:
+    return
+  listed = ', '.join(changed[:8])
+  if len(changed) > 8:
+    listed += ', ...'
+  raise RequestError(
+      f'{workdir} was planned otherwise: {listed} changed '
+      'since. Take another --workdir, or give the reason by '
+      '--amend=REASON, which the report will tell')
+
+
+def _check_none_of_others(workdir, others: Mapping[str, Sequence[str]],
+                          reason: str) -> None:
+  """Raises RequestError where runs or results are of other plans, without a
+  reason.
+
+  Args:
+    workdir: the folder of the study.
+    others: where they are, by the hash of their plan.
+    reason: why they are of this study.
+  """
+  if not others or reason:
+    return
+  listed = '; '.join(f'{", ".join(where)} by {_plan(hash)}'
+                     for hash, where in others.items())
+  raise RequestError(
+      f'{workdir} holds what is of another plan than this study has had: '
+      f'{listed}. Move it away, take another --workdir, or give the reason why '
+      'it is of this study by --amend=REASON, which the report will tell')
 
 
 def predicted(workdir, frozen: Frozen, phase: str, rows: Sequence) -> dict:
@@ -422,9 +484,9 @@ def predicted(workdir, frozen: Frozen, phase: str, rows: Sequence) -> dict:
     kept = ledger.plan().get('predictions', [])
     record = next((x for x in kept if x['plan'] == frozen.hash), None)
     if record is None:
+      is_blind = phase not in _seen(workdir, ledger, frozen.plan)
       record = {'time': time.time(), 'plan': frozen.hash,
-                'hash': layout.checksum(rows), 'rows': rows,
-                'blind': phase not in _seen(workdir, ledger, frozen.plan)}
+                'hash': layout.checksum(rows), 'rows': rows, 'blind': is_blind}
       kept = [*kept, record]
     frozen.predictions[:] = kept
     _save(ledger, workdir, frozen)
@@ -453,21 +515,25 @@ def _others(workdir, known: set[str]) -> dict[str, list[str]]:
 def _seen(workdir, ledger, plan: Plan) -> dict[str, int]:
   """Returns how many seeds of each phase have been begun, also of runs that are
   deleted since."""
-  seeds = {(phase_of(path.parents[2]), int(path.name.removeprefix('seed-')))
-           for path in pathlib.Path(workdir).glob('*/points/*/seed-*')}
-  seeds |= {(phase_of(pathlib.Path(folder)), seed)
-            for folder, _, seed in ledger.begun()}
-  phases = [phase for phase, _ in seeds]
+  begun = set()  # pairs of a phase and a seed
+  for path in pathlib.Path(workdir).glob('*/points/*/seed-*'):
+    seed = int(path.name.removeprefix('seed-'))
+    begun.add((phase_of(path.parents[2]), seed))
+  for folder, _, seed in ledger.begun():
+    begun.add((phase_of(pathlib.Path(folder)), seed))
+  phases = [phase for phase, _ in begun]
   return {phase: phases.count(phase) for phase in plan.seeds if phase in phases}
 
 
 def _planned(frozen: Frozen) -> dict:
   """Returns what must not change of a plan; the code may, which
   results.as_planned tells."""
+  points = {}
+  for row in frozen.points:
+    name = '.'.join((row['variant'], row['size'], row['workload']))
+    points[name] = row
   return {'plan': to_json(frozen.plan), 'base_config': frozen.base_config,
-          'sources': frozen.sources, 'points': {
-              '.'.join((row['variant'], row['size'], row['workload'])): row
-              for row in frozen.points}}
+          'sources': frozen.sources, 'points': points}
 
 
 def to_json(value: Any) -> Any:
@@ -489,6 +555,9 @@ def to_json(value: Any) -> Any:
 
 def outcome_from_json(tree: Mapping[str, Any]) -> Outcome:
   """Returns the outcome that `to_json` wrote."""
-  return Outcome(**tree | {
-      name: missing for name, missing in (
-          ('seconds', math.nan), ('loss', math.inf)) if tree[name] is None})
+  figures = dict(tree)
+  if figures['seconds'] is None:
+    figures['seconds'] = math.nan
+  if figures['loss'] is None:
+    figures['loss'] = math.inf
+  return Outcome(**figures)

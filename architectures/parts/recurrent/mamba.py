@@ -14,11 +14,15 @@ it are scanned by `jax.lax.associative_scan`, one after another, and the
 backward pass computes a piece again from the state before it. Wherever the
 segment id changes, a document begins with a state of zero. With a cache,
 padding changes no state. FLOPs are those of writing and of reading the state.
+
+In names, I counts the features of x, N the entries of the state of each, R the
+rank of the product for dt, P the places of a piece, and W the last inputs of
+the convolution.
 """
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, Optional
+from typing import Optional
 
 import flax.linen as nn
 from flax import struct
@@ -31,10 +35,10 @@ from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer
 from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
-from common.errors import require
+from common.errors import RequestError
 from common.fields import field, SHAPES
 
-PLACES = 16  # of a piece
+PLACES = 16  # the places of a piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +61,8 @@ class MambaConfig:
 
 @struct.dataclass
 class State:
-  """What a layer keeps of a row: the state after its last token, in float32,
-  and the last inputs of the convolution."""
+  """The cache of a layer: the state after a row's last token, in float32, and
+  the last inputs of the convolution."""
   state_BIN: jax.Array
   input_BWI: jax.Array
 
@@ -73,94 +77,156 @@ class Mamba(nn.Module):
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
     layer.check_context('mamba', ctx)
     c, m = self.config, self.config.part(MambaConfig)
-    D, inner = c.d_model, m.expand * c.d_model
     valid_BL = None if cache is None else ctx.valid_BL
-    how: dict[str, Any] = dict(with_bias=False, deterministic=ctx.deterministic)
-    x_BLI, z_BLI = (sharding.constrain(layers.dense(
-        self, name, 'BLD,DI->BLI', x_BLD, (D, inner), ('embed', 'mlp'), **how),
-        'batch', 'length', 'mlp') for name in ('value', 'output_gate'))
+
+    # x and z: two products, and a convolution of x.
+    x_BLI = self._project('value', x_BLD, ctx)
+    z_BLI = self._project('output_gate', x_BLD, ctx)
     x_BLI, input_BWI = features.convolved(
-        self, 'conv', x_BLI, m.conv, ('mlp',), m.conv_bias, silu=True,
-        before_BWHK=cache and cache.input_BWI,
+        self, 'conv', x_BLI, width=m.conv, axes=('mlp',),
+        with_bias=m.conv_bias, silu=True,
+        before_BWHK=None if cache is None else cache.input_BWI,
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
-    down, up = ('mlp', 'latent'), ('latent', 'mlp')
-    step_BLR, b_BLN, c_BLN = (layers.einsum(
-        'BLI,IN->BLN', x_BLI, layers.weight(self, name, (inner, size), down),
-        c.compute_dtype, axes=down)
-        for name, size in (('step_down', m.rank), ('key', m.state),
-                           ('query', m.state)))
-    step_BLI = layers.einsum(
-        'BLR,RI->BLI', step_BLR, layers.weight(
-            self, 'step_up', (m.rank, inner), up), c.compute_dtype, axes=up)
-    dt_BLI = jax.nn.softplus(step_BLI.astype(jnp.float32) + self._of_feature(
-        'step_bias', layer.step_bias)[None, None])
+
+    # The state space model, which x chooses.
+    inner = m.expand * c.d_model
+    dt_BLI, b_BLN, c_BLN = self._selection(x_BLI)
     if valid_BL is not None:
       dt_BLI = jnp.where(valid_BL[..., None] != 0, dt_BLI, 0)
-    a_IN = -jnp.exp(declare(self, 'decay_scale', _entries, (inner, m.state),
-                            Role(('mlp', None))).astype(jnp.float32))
+    a_log_IN = declare(self, 'decay_scale', _entries, shape=(inner, m.state),
+                       role=Role(('mlp', None)))
+    a_IN = -jnp.exp(a_log_IN.astype(jnp.float32))
     x32_BLI = x_BLI.astype(jnp.float32)
-    state_BIN = cache.state_BIN if cache is not None else jnp.zeros(
-        (len(x_BLD), inner, m.state))
+    if cache is None:
+      state_BIN = jnp.zeros((len(x_BLD), inner, m.state))
+    else:
+      state_BIN = cache.state_BIN
     kept_BL = jnp.ones(x_BLD.shape[:2])  # 0 where a document begins
     if ctx.segment_ids_BL is not None:
       kept_BL *= ~features.begins(ctx.segment_ids_BL)
-    y_BLI, state_BIN = layers.counted(_scanned, 4 * m.state)(
+    scanned = layers.counted(_scanned, 4 * m.state)
+    y_BLI, state_BIN = scanned(
         a_IN, dt_BLI, dt_BLI * x32_BLI, b_BLN.astype(jnp.float32),
         c_BLN.astype(jnp.float32), kept_BL, state_BIN)
     if cache is not None:
-      cache = State(state_BIN, input_BWI)
-    y_BLI += features.weighted(
-        x32_BLI, self._of_feature('skip', nn.initializers.ones))
+      cache = State(state_BIN=state_BIN, input_BWI=input_BWI)
+
+    # The skip, the gate and the last product.
+    skip_I = self._of_feature('skip', nn.initializers.ones)
+    y_BLI += features.weighted(x32_BLI, skip_I)
     y_BLI *= jax.nn.silu(z_BLI.astype(jnp.float32))
-    return layers.dense(
-        self, 'out', 'BLI,ID->BLD', y_BLI.astype(c.compute_dtype), (inner, D),
-        ('mlp', 'embed'), residual=True, **how), cache, Report()
+    y_BLD = layers.dense(
+        self, 'out', spec='BLI,ID->BLD', x=y_BLI.astype(c.compute_dtype),
+        shape=(inner, c.d_model), axes=('mlp', 'embed'), residual=True,
+        with_bias=False, deterministic=ctx.deterministic)
+    return y_BLD, cache, Report()
+
+  def _project(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
+    """Returns a product of the input, [B, L, I]."""
+    D = self.config.d_model
+    inner = self.config.part(MambaConfig).expand * D
+    y_BLI = layers.dense(
+        self, name, spec='BLD,DI->BLI', x=x_BLD, shape=(D, inner),
+        axes=('embed', 'mlp'), with_bias=False,
+        deterministic=ctx.deterministic)
+    return sharding.constrain(y_BLI, 'batch', 'length', 'mlp')
+
+  def _selection(self, x_BLI: jax.Array
+                 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns dt, float32 [B, L, I], and B and C, [B, L, N], by which x selects
+    what the state takes in and what is read of it (section 3.2)."""
+    c, m = self.config, self.config.part(MambaConfig)
+    inner = x_BLI.shape[-1]
+    down, up = ('mlp', 'latent'), ('latent', 'mlp')
+
+    def narrow(name: str, size: int) -> jax.Array:
+      """Returns a product of x with few outputs."""
+      w_IN = layers.weight(self, name, shape=(inner, size), axes=down)
+      return layers.einsum(
+          'BLI,IN->BLN', x_BLI, w=w_IN, dtype=c.compute_dtype, axes=down)
+
+    step_BLR = narrow('step_down', m.rank)
+    b_BLN = narrow('key', m.state)
+    c_BLN = narrow('query', m.state)
+    w_RI = layers.weight(self, 'step_up', shape=(m.rank, inner), axes=up)
+    step_BLI = layers.einsum(
+        'BLR,RI->BLI', step_BLR, w=w_RI, dtype=c.compute_dtype, axes=up)
+    step_BLI = step_BLI.astype(jnp.float32)
+    bias_I = self._of_feature('step_bias', layer.step_bias)
+    dt_BLI = jax.nn.softplus(step_BLI + bias_I[None, None])
+    return dt_BLI, b_BLN, c_BLN
 
   def _of_feature(self, name: str, init: Callable) -> jax.Array:
     """Declares a number of each feature; returns them in float32."""
-    m = self.config.part(MambaConfig)
-    return declare(self, name, init, (m.expand * self.config.d_model,),
-                   Role(('mlp',))).astype(jnp.float32)
+    inner = self.config.part(MambaConfig).expand * self.config.d_model
+    numbers_I = declare(
+        self, name, init, shape=(inner,), role=Role(('mlp',)))
+    return numbers_I.astype(jnp.float32)
 
 
 def _scanned(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
              b_BLN: jax.Array, c_BLN: jax.Array, kept_BL: jax.Array,
              state_BIN: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns what is read at each place, [B, L, I], and the last state. A place
-  of zeros that fills up the last piece keeps the state."""
-  B, L = x_BLI.shape[:2]
+  """Returns what is read at each place, [B, L, I], and the last state: the
+  selective scan (Gu and Dao 2023, section 3.3), in pieces of PLACES places.
+
+  Args:
+    a_IN: A.
+    dt_BLI: dt.
+    x_BLI: dt * x.
+    b_BLN: B.
+    c_BLN: C.
+    kept_BL: what of the state before a place is kept: 0 where a document
+      begins, else 1.
+    state_BIN: the state before the first place.
+  """
+  B, L, inner = x_BLI.shape
   P = min(PLACES, L)
 
-  def cut(y_BL: jax.Array, fill: float = 0) -> jax.Array:
-    ends = ((0, 0), (0, -L % P), *((0, 0) for _ in y_BL.shape[2:]))
-    y_BL = jnp.pad(y_BL, ends, constant_values=fill)
-    return jnp.moveaxis(y_BL.reshape(B, -1, P, *y_BL.shape[2:]), 1, 0)
+  def cut(x_BL: jax.Array, fill: float = 0) -> jax.Array:
+    """Returns the pieces of a row, [pieces, B, P, ...]; the last one is filled
+    up."""
+    rest = x_BL.shape[2:]
+    ends = [(0, 0), (0, -L % P)] + [(0, 0)] * len(rest)
+    x_BL = jnp.pad(x_BL, ends, constant_values=fill)
+    return jnp.moveaxis(x_BL.reshape(B, -1, P, *rest), 1, 0)
 
   @jax.checkpoint
   def piece(state_BIN: jax.Array, here: tuple[jax.Array, ...]):
+    """Returns the state after a piece, and what is read at its places."""
     dt_BPI, x_BPI, b_BPN, c_BPN, kept_BP = here
-    decay_BPIN = jnp.exp(dt_BPI[..., None] * a_IN[None, None]) * (
-        kept_BP[..., None, None])
+    # h_t = decay_t * h_t-1 + added_t, as if the state before were zero.
+    decay_BPIN = jnp.exp(dt_BPI[..., None] * a_IN[None, None])
+    decay_BPIN = decay_BPIN * kept_BP[..., None, None]
+    added_BPIN = x_BPI[..., None] * b_BPN[:, :, None]
     decay_BPIN, h_BPIN = jax.lax.associative_scan(
-        _after, (decay_BPIN, x_BPI[..., None] * b_BPN[:, :, None]), axis=1)
+        _after, (decay_BPIN, added_BPIN), axis=1)
+    # The decay is that of the piece up to each place now.
     h_BPIN += decay_BPIN * state_BIN[:, None]
     return h_BPIN[:, -1], jnp.einsum('BPIN,BPN->BPI', h_BPIN, c_BPN)
-  state_BIN, y = jax.lax.scan(piece, state_BIN, (
-      cut(dt_BLI), cut(x_BLI), cut(b_BLN), cut(c_BLN), cut(kept_BL, 1)))
-  return jnp.moveaxis(y, 0, 1).reshape(B, -1, y.shape[3])[:, :L], state_BIN
+
+  # A place of zeros that fills up the last piece keeps the state.
+  pieces = (cut(dt_BLI), cut(x_BLI), cut(b_BLN), cut(c_BLN),
+            cut(kept_BL, fill=1))
+  state_BIN, y = jax.lax.scan(piece, state_BIN, pieces)
+  y_BLI = jnp.moveaxis(y, 0, 1).reshape(B, -1, inner)[:, :L]
+  return y_BLI, state_BIN
 
 
 def _after(first: tuple[jax.Array, jax.Array],
            then: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-  """Two steps h -> decay * h + added, one after the other, as one."""
-  return first[0] * then[0], then[0] * first[1] + then[1]
+  """Returns two steps h -> decay * h + added, one after the other, as one."""
+  decay, added = first
+  then_decay, then_added = then
+  return decay * then_decay, then_decay * added + then_added
 
 
 def _entries(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
-  """An initializer: the logarithms of 1 to N, for each feature (S4D-Real)."""
+  """Initialises with the logarithms of 1 to N, for each feature (S4D-Real: Gu
+  et al. 2022, arXiv 2206.11893)."""
   del key
-  return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)),
-                          shape)
+  log_N = jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype))
+  return jnp.broadcast_to(log_N, shape)
 
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
@@ -168,19 +234,23 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
   state does not depend on M."""
   m, rows = c.part(MambaConfig), shape[:-1]
   inner = m.expand * c.d_model
-  return State(jnp.zeros((*rows, inner, m.state)),
-               jnp.zeros((*rows, m.conv - 1, inner), c.compute_dtype))
+  return State(
+      state_BIN=jnp.zeros((*rows, inner, m.state)),
+      input_BWI=jnp.zeros((*rows, m.conv - 1, inner), c.compute_dtype))
 
 
 def at_once(c: ModelConfig) -> int:
   """Returns how many numbers of a token a piece of a row holds at once: decays
   and states, before and after the scan."""
-  return 4 * c.part(MambaConfig).expand * c.d_model * c.part(MambaConfig).state
+  m = c.part(MambaConfig)
+  return 4 * m.expand * c.d_model * m.state
 
 
 def check(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of Mamba cannot be."""
   layer.check_state('mamba', c, stack)
-  require(c.parametrization != 'mup', "model.mixer is 'mamba', and "
-          "model.parametrization is 'mup', which says nothing of its steps and "
-          'states: choose standard, or the mixer mamba2')
+  if c.parametrization == 'mup':
+    raise RequestError(
+        "model.mixer is 'mamba', and model.parametrization is 'mup', which "
+        'says nothing of its steps and states: choose standard, or the mixer '
+        'mamba2')

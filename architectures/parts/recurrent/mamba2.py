@@ -11,7 +11,8 @@ That is linear attention with a decay: C are queries, B keys and x values, and
 they are called so here. A head of keys serves a group of heads of values. The
 norm is over the heads of a group, or over all.
 
-What is not of this recurrence alone is in layer.py.
+layer.py has what is not of this recurrence alone. In names, J counts the
+groups, H the heads, K the state's features and U the features of a head.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import layer, recurrence, features
 from architectures.parts.sharding import Role, declare
-from common.errors import require
+from common.errors import RequestError, require
 from common.fields import field, FUNCTION, SHAPES, Wait
 
 NORMS_OVER = ('group', 'all')
@@ -35,8 +36,8 @@ NORMS_OVER = ('group', 'all')
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-  """What is left open: heads of attention's size, and twice as many ("expand"
-  is 2 in the published models)."""
+  """The sizes. Those left open give heads of attention's size, and twice as
+  many ("expand" is 2 in the published models)."""
   heads: int = field(
       0, 'heads of x, each with a state; derived: 2 num_heads', resume=SHAPES)
   head_dim: int = field(0, 'features of a head; derived: head_dim',
@@ -96,7 +97,7 @@ class Mamba2Config(Groups):
 
 
 class Mamba2(layer.Layer):
-  """Positions are not read."""
+  """The mixer mamba2, which reads no positions."""
   NAME = 'mamba2'
   settings = Mamba2Config
 
@@ -112,22 +113,26 @@ class Mamba2(layer.Layer):
     m = self.sizes
     dt_BLH = jnp.clip(self.step(x_BLD), m.least_step, m.most_step or None)
     scale_H = self.of_head('decay_scale', layer.log_uniform(1.0))
+    written_BLHU = features.scaled(v_BLHU.astype(jnp.float32), dt_BLH)
+    log_decay_BLH = -jnp.exp(scale_H)[None, None] * dt_BLH
     return recurrence.Inputs(
-        q_BLJK, k_BLJK, features.scaled(v_BLHU.astype(jnp.float32), dt_BLH),
-        (-jnp.exp(scale_H)[None, None] * dt_BLH)[..., None])
+        q_BLJK=q_BLJK, k_BLJK=k_BLJK, v_BLHU=written_BLHU,
+        log_decay_BLHK=log_decay_BLH[..., None])
 
   def gated(self, o_BLHU: jax.Array, x_BLD: jax.Array, v_BLHU: jax.Array,
             ctx: Context) -> jax.Array:
+    """Returns RMSNorm((o + D x) silu(W_z u)), [B, L, H, U]."""
     m, shape = self.sizes, v_BLHU.shape[2:]
     skip_H = self.of_head('skip', nn.initializers.ones)
     o_BLHU += skip_H[None, None, :, None] * v_BLHU.astype(jnp.float32)
-    gate_BLHU = self.project('output_gate', x_BLD, layer.VALUE_AXES, shape,
-                             ctx)
-    scale_HU = declare(self, 'out_norm_scale', nn.initializers.ones, shape,
-                       Role(('heads', 'head')))
+    gate_BLHU = self.project(
+        'output_gate', x_BLD, axes=layer.VALUE_AXES, shape=shape, ctx=ctx)
+    scale_HU = declare(
+        self, 'out_norm_scale', nn.initializers.ones, shape=shape,
+        role=Role(('heads', 'head')))
+    groups = m.groups if m.norm_over == 'group' else 1
     norm = functools.partial(
-        gated_norm, groups=m.groups if m.norm_over == 'group' else 1,
-        eps=self.config.norm_eps)
+        gated_norm, groups=groups, eps=self.config.norm_eps)
     return layers.recomputed(norm)(o_BLHU, gate_BLHU, scale_HU)
 
   def step(self, x_BLD: jax.Array) -> jax.Array:
@@ -137,8 +142,9 @@ class Mamba2(layer.Layer):
 
   def of_head(self, name: str, init: Callable) -> jax.Array:
     """Declares a number of each head; returns them in float32."""
-    return declare(self, name, init, (self.sizes.heads,), Role(('heads',))
-                   ).astype(jnp.float32)
+    numbers_H = declare(
+        self, name, init, shape=(self.sizes.heads,), role=Role(('heads',)))
+    return numbers_H.astype(jnp.float32)
 
 
 def gated_norm(y_BLHU: jax.Array, z_BLHU: jax.Array, scale_HU: jax.Array, *,
@@ -148,9 +154,8 @@ def gated_norm(y_BLHU: jax.Array, z_BLHU: jax.Array, scale_HU: jax.Array, *,
   y_BLHU = y_BLHU * jax.nn.silu(z_BLHU.astype(jnp.float32))
   y_BLJF = y_BLHU.reshape(B, L, groups, -1)  # all features of a group
   square_BLJ = jnp.square(y_BLJF).mean(-1)
-  y_BLHU = features.scaled(y_BLJF, jax.lax.rsqrt(square_BLJ + eps)).reshape(
-      B, L, H, U)
-  return features.weighted(y_BLHU, scale_HU)
+  y_BLJF = features.scaled(y_BLJF, jax.lax.rsqrt(square_BLJ + eps))
+  return features.weighted(y_BLJF.reshape(B, L, H, U), scale_HU)
 
 
 def check_groups(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
@@ -165,7 +170,8 @@ def check(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of Mamba-2 cannot be."""
   m = c.part(Mamba2Config)
   check_groups(module, c, stack)
-  require(not m.most_step or m.least_step <= m.most_step,
-          f'model.mamba2.least_step is {m.least_step}, above '
-          f'model.mamba2.most_step {m.most_step}: choose it at most as large, '
-          'or set most_step to 0, for no limit')
+  if m.most_step and m.least_step > m.most_step:
+    raise RequestError(
+        f'model.mamba2.least_step is {m.least_step}, above '
+        f'model.mamba2.most_step {m.most_step}: choose it at most as large, '
+        'or set most_step to 0, for no limit')

@@ -23,7 +23,8 @@ writes what the one before it had, and g_t = l_t dt_t:
   S'_t = a_t S'_t-1 + a_t (g_t-1 + (1 - l_t) dt_t) B_t-1 x_t-1^T
   y_t  = S'_t^T C_t + (g_t B_t . C_t + D) x_t
 
-The form with several inputs and outputs a head (MIMO) is not here.
+The form with several inputs and outputs a head (MIMO) is not here. In names, A
+counts the angles of a head, and the other letters are those of mamba2.py.
 """
 
 import dataclasses
@@ -41,10 +42,11 @@ from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer, mamba2, recurrence
 from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
-from common.errors import require
+from common.errors import RequestError
 from common.fields import field, SHAPES
 
-LEAST_RATE = 1e-4  # at which a state decays, as in the authors' program
+# The least rate at which a state decays, as in the authors' program.
+LEAST_RATE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Mamba3Config(mamba2.Groups):
 
 @struct.dataclass
 class State:
-  """What a layer keeps of a row: S' after its last token, the angles there, and
-  B, x and g of that token."""
+  """The cache of a layer: S' after a row's last token, the angles there, and B,
+  x and g of that token."""
   state_BHKU: jax.Array
   angle_B1HA: jax.Array
   key_B1HK: jax.Array
@@ -72,7 +74,7 @@ class State:
 
 
 class Mamba3(mamba2.Mamba2):
-  """Positions are not read."""
+  """The mixer mamba3, which reads no positions."""
   NAME = 'mamba3'
   settings = Mamba3Config
 
@@ -82,35 +84,57 @@ class Mamba3(mamba2.Mamba2):
     layer.check_context(self.NAME, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
     before = cache or empty(self.config, x_BLD.shape[:2])
+
+    # dt, log a and g = l dt.
     dt_BLH = self.step(x_BLD)
-    log_decay_BLH = -dt_BLH * jnp.maximum(
-        jax.nn.softplus(self.of_heads('decay', x_BLD)), LEAST_RATE)
+    log_decay_BLH = -dt_BLH * self._decay_rate(x_BLD)
     now_BLH = dt_BLH * jax.nn.sigmoid(self.of_heads('share', x_BLD))
-    angle_BLHA = self._angles(x_BLD, dt_BLH, valid_BL, before.angle_B1HA)
-    q_BLHK = self._turned('query', x_BLD, angle_BLHA, ctx)
-    k_BLHK = self._turned('key', x_BLD, angle_BLHA, ctx)
-    v_BLHU = self.project('value', x_BLD, layer.VALUE_AXES, (
-        m.heads, m.head_dim), ctx).astype(jnp.float32)
-    kept = [jnp.concatenate(pair, 1) for pair in (
-        (before.key_B1HK, k_BLHK), (before.value_B1HU, v_BLHU),
-        (before.step_B1H, now_BLH))]
-    key_BLHK, value_BLHU, step_BLH = (x[:, :L] for x in kept)
+
+    # C, B, which are turned, and x.
+    angle_BLHA = self._angles(
+        x_BLD, dt_BLH, valid_BL=valid_BL, before_B1HA=before.angle_B1HA)
+    q_BLHK = self._turned('query', x_BLD, angle_BLHA=angle_BLHA, ctx=ctx)
+    k_BLHK = self._turned('key', x_BLD, angle_BLHA=angle_BLHA, ctx=ctx)
+    v_BLHU = self.project(
+        'value', x_BLD, axes=layer.VALUE_AXES, shape=(m.heads, m.head_dim),
+        ctx=ctx).astype(jnp.float32)
+
+    # A token writes B and x of the one before it, by both of their steps.
+    all_keys = jnp.concatenate((before.key_B1HK, k_BLHK), 1)
+    all_values = jnp.concatenate((before.value_B1HU, v_BLHU), 1)
+    all_steps = jnp.concatenate((before.step_B1H, now_BLH), 1)
+    key_BLHK, value_BLHU = all_keys[:, :L], all_values[:, :L]
+    step_BLH = all_steps[:, :L]
+    value_BLHU = features.of_one_document(value_BLHU, ctx.segment_ids_BL, 1)
     written_BLHU = features.scaled(
-        features.of_one_document(value_BLHU, ctx.segment_ids_BL, 1),
-        jnp.exp(log_decay_BLH) * (step_BLH + dt_BLH - now_BLH))
-    inputs = recurrence.Inputs(q_BLHK, key_BLHK, written_BLHU,
-                               log_decay_BLH[..., None])
+        value_BLHU, jnp.exp(log_decay_BLH) * (step_BLH + dt_BLH - now_BLH))
+    inputs = recurrence.Inputs(
+        q_BLJK=q_BLHK, k_BLJK=key_BLHK, v_BLHU=written_BLHU,
+        log_decay_BLHK=log_decay_BLH[..., None])
     o_BLHU, state_BHKU = recurrence.run(
         layer.with_resets(inputs, ctx.segment_ids_BL, valid_BL),
         before.state_BHKU)
+
+    # The token adds its own value, and the skip.
     skip_H = self.of_head('skip', nn.initializers.ones)
-    o_BLHU += features.scaled(v_BLHU, skip_H[None, None] + now_BLH
-                              * features.dots(q_BLHK, k_BLHK))
+    share_BLH = skip_H[None, None] + now_BLH * features.dots(q_BLHK, k_BLHK)
+    o_BLHU += features.scaled(v_BLHU, share_BLH)
     if cache is not None:
-      cache = State(state_BHKU, angle_BLHA[:, -1:], *(
-          features.last(x, 1, L, valid_BL) for x in kept))
+      cache = State(
+          state_BHKU=state_BHKU, angle_B1HA=angle_BLHA[:, -1:],
+          key_B1HK=features.last(
+              all_keys, count=1, length=L, valid_BL=valid_BL),
+          value_B1HU=features.last(
+              all_values, count=1, length=L, valid_BL=valid_BL),
+          step_B1H=features.last(
+              all_steps, count=1, length=L, valid_BL=valid_BL))
     o_BLHU = o_BLHU * self.gate(x_BLD, ctx)
     return self.joined(o_BLHU, ctx), cache, Report()
+
+  def _decay_rate(self, x_BLD: jax.Array) -> jax.Array:
+    """Returns how fast the state of each head decays, float32 [B, L, H]."""
+    rate_BLH = jax.nn.softplus(self.of_heads('decay', x_BLD))
+    return jnp.maximum(rate_BLH, LEAST_RATE)
 
   def _angles(self, x_BLD: jax.Array, dt_BLH: jax.Array,
               valid_BL: Optional[jax.Array], before_B1HA: jax.Array
@@ -120,26 +144,32 @@ class Mamba3(mamba2.Mamba2):
     c, A = self.config, self.sizes.angles
     if not A:
       return jnp.zeros((*dt_BLH.shape, 0))
-    w_DA = layers.weight(self, 'angle', (c.d_model, A), ('embed', None),
-                         output=True)
-    y_BLA = layers.einsum('BLD,DA->BLA', x_BLD, w_DA, c.compute_dtype
-                          ).astype(jnp.float32) / c.widening
+    w_DA = layers.weight(
+        self, 'angle', shape=(c.d_model, A), axes=('embed', None), output=True)
+    y_BLA = layers.einsum(
+        'BLD,DA->BLA', x_BLD, w=w_DA, dtype=c.compute_dtype)
+    y_BLA = y_BLA.astype(jnp.float32) / c.widening
     turn_BLHA = dt_BLH[..., None] * (np.pi * jnp.tanh(y_BLA))[:, :, None]
     if valid_BL is not None:
       turn_BLHA = jnp.where(valid_BL[..., None, None] != 0, turn_BLHA, 0)
-    return layers.counted(_sums_of_turns, 0)(
-        jnp.concatenate([before_B1HA, turn_BLHA], 1))[:, 1:]
+    turns = jnp.concatenate([before_B1HA, turn_BLHA], 1)
+    return layers.counted(_sums_of_turns, 0)(turns)[:, 1:]
 
   def _turned(self, name: str, x_BLD: jax.Array, angle_BLHA: jax.Array,
               ctx: Context) -> jax.Array:
-    """Returns B or C of each head, float32."""
+    """Returns B or C of each head, turned, in float32."""
     m, A = self.sizes, angle_BLHA.shape[-1]
-    x_BLJK = features.RMSNorm(self.config, name=f'{name}_norm')(self.project(
-        name, x_BLD, self.key_axes, (m.groups, m.state), ctx))
-    bias_HK = declare(self, f'{name}_bias', nn.initializers.ones,
-                      (m.heads, m.state), Role(('heads', None)))
-    x_BLHK = jnp.repeat(x_BLJK.astype(jnp.float32), m.heads // m.groups, 2) + (
-        bias_HK.astype(jnp.float32)[None, None])
+    norm = features.RMSNorm(self.config, name=f'{name}_norm')
+    x_BLJK = self.project(
+        name, x_BLD, axes=self.key_axes, shape=(m.groups, m.state), ctx=ctx)
+    x_BLJK = norm(x_BLJK)
+    bias_HK = declare(
+        self, f'{name}_bias', nn.initializers.ones, shape=(m.heads, m.state),
+        role=Role(('heads', None)))
+    x_BLHK = jnp.repeat(x_BLJK.astype(jnp.float32), m.heads // m.groups, 2)
+    x_BLHK = x_BLHK + bias_HK.astype(jnp.float32)[None, None]
+
+    # Feature i turns with feature A + i.
     a, b, rest = jnp.split(x_BLHK, (A, 2 * A), -1)
     cos, sin = jnp.cos(angle_BLHA), jnp.sin(angle_BLHA)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
@@ -147,23 +177,29 @@ class Mamba3(mamba2.Mamba2):
 
 def _sums_of_turns(turn_BLHA: jax.Array) -> jax.Array:
   """Returns the sums of all turns up to each place, modulo 2 pi."""
-  return jax.lax.associative_scan(
-      lambda x, y: (x + y) % (2 * np.pi), turn_BLHA, axis=1)
+  def add(x: jax.Array, y: jax.Array) -> jax.Array:
+    return (x + y) % (2 * np.pi)
+  return jax.lax.associative_scan(add, turn_BLHA, axis=1)
 
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns the state of rows without a token; `shape` is [..., B, M], and the
   state does not depend on M."""
   m, rows = c.part(Mamba3Config), shape[:-1]
-  last = lambda *each: jnp.zeros((*rows, 1, m.heads, *each))
-  return State(jnp.zeros((*rows, m.heads, m.state, m.head_dim)),
-               last(m.angles), last(m.state), last(m.head_dim), last())
+  last = (*rows, 1, m.heads)  # one place of a row
+  return State(
+      state_BHKU=jnp.zeros((*rows, m.heads, m.state, m.head_dim)),
+      angle_B1HA=jnp.zeros((*last, m.angles)),
+      key_B1HK=jnp.zeros((*last, m.state)),
+      value_B1HU=jnp.zeros((*last, m.head_dim)),
+      step_B1H=jnp.zeros(last))
 
 
 def check(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of Mamba-3 cannot be."""
   mamba2.check_groups(module, c, stack)
   m = c.part(Mamba3Config)
-  require(not m.turned or m.angles, f'model.mamba3.turned is {m.turned}, which '
-          f'is less than a pair of model.mamba3.state {m.state}: choose more, '
-          'or 0')
+  if m.turned and not m.angles:
+    raise RequestError(
+        f'model.mamba3.turned is {m.turned}, which is less than a pair of '
+        f'model.mamba3.state {m.state}: choose more, or 0')
