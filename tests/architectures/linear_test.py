@@ -186,7 +186,7 @@ def test_a_block_that_drops_all_that_its_parts_return_passes_x_on(block, cross):
                        LayerKind('global', 'gelu')), 'out_bias')])
 def test_a_part_that_drops_all_inside_is_its_bias(make, bias):
   x_BLD, ctx = inputs()
-  params, (y_BLD, _), (whole_BLD, _) = run(
+  params, (y_BLD, *_), (whole_BLD, *_) = run(
       make(), x_BLD, ctx, *([None] if bias == 'out_bias' else []))
   np.testing.assert_allclose(
       y_BLD, jnp.broadcast_to(params[bias], y_BLD.shape), rtol=1e-6)

@@ -445,7 +445,7 @@ def test_parameters_in_bfloat16_are_drawn_in_float32():
     ('t5', dict(pattern='a', kinds=dict(a=dict(num_heads=2))), 'all layers'),
     ('llama', dict(mixer='latent', rope=dict(fraction=0.5)), 'of whose heads'),
     ('llama', dict(mixer='latent', latent=dict(rope_dim=3)), 'rope_dim .* 3:'),
-    ('llama', dict(rope=dict(scaling='yarn', beta_fast=1.0)), 'fast is 1.0'),
+    ('llama', dict(rope=dict(scaling='yarn', beta_fast=0.5)), 'fast is 0.5'),
     ('llama', dict(keep_gathered='query_up'), "'query_up', a product that no"),
     ('llama', dict(type_vocab_size=2), '2 has no meaning with model.arch'),
     ('bert', dict(head='sequence', num_labels=0), 'num_labels is 0'),
