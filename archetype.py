@@ -393,12 +393,13 @@ def load(path: str | os.PathLike, *, step: int | str | None = None,
     EnvironmentFailure: where the checkpoint cannot be read.
   """
   require(str(path) != '', "path is '': name the folder of a run or of weights")
+  named: parameters.Step = step
   if isinstance(step, str):
-    step = checkpoints.named_step(step, 'step')
+    named = checkpoints.named_step(step, 'step')
   path = hub.local(path)
   place = storage.path(path)
   if checkpoints.directory(place).exists():
-    return _load_run(place, step, tokenizer)
+    return _load_run(place, named, tokenizer)
   require(step is None, f'{path} is no run: it has no step {step}')
   module, params = weights.from_hf(path)
   folder = place.parent if place.is_file() else place

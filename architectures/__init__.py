@@ -32,7 +32,8 @@ def refresh() -> None:
   """Takes up systems that were added to SYSTEMS."""
   systems.cache_clear()
   by_model_type.cache_clear()
-  system.__wrapped__.cache_clear()  # under the check of its arguments
+  checked: Any = system
+  checked.__wrapped__.cache_clear()  # under the check of its arguments
 
 
 @functools.cache

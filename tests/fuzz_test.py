@@ -156,7 +156,7 @@ def needed(name: str, model: archetype.Model) -> dict[str, Any]:
   usual = dict(
       self=model, module=model.module, params=model.params, arch='gpt',
       model=model.config, config=model.config, path='run', text='a', batch=1,
-      folder='out', prompts='a', tokens=[[1]], fields={}, length=4)
+      folder='out', prompts='a', rows='a', tokens=[[1]], fields={}, length=4)
   return {x.name: usual[x.name]
           for x in inspect.signature(PUBLIC[name]).parameters.values()
           if x.default is x.empty and x.kind is not x.VAR_KEYWORD}

@@ -252,6 +252,7 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
     if blocks.with_state(module.config):
       options['valid_BL'] = _is_token(prompts_BL, lengths_B)
   else:
+    assert source_lengths_B is not None, 'a source comes with its lengths'
     leading = (None,)
     fixed['segment_ids_BM'] = _is_token(source_BM, source_lengths_B)
     places = 'decoder_positions_BL'

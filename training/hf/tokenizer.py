@@ -131,7 +131,8 @@ def refuse_others(tokenizer: tokenizers.Tokenizer,
   """Raises RequestError for files of another tokenizer, which `save`, with the
   same arguments, would leave in a folder."""
   written = {*_own_files(tokenizer), tokenizers.CONFIG, PIPELINE}
-  written |= {TEMPLATE} if objectives.of(config).chat_template else set()
+  if objectives.of(config).has_chat_template:
+    written.add(TEMPLATE)
   files.refuse_left(folder, written, NAMES)
 
 

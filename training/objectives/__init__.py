@@ -78,7 +78,7 @@ class Prompts(NamedTuple):
            tokenizer: Tokenizer) -> str:
     """Returns the text of the ids that were written after a row's prompt, with
     the space before its first word unless there is a gap."""
-    prompt = ()
+    prompt: Sequence[int] | np.ndarray = ()
     if not self.gap:
       prompt = self.tokens[row, :self.lengths[row]]
     text = spelt(tokenizer, ids, prompt).decode('utf-8', 'replace')
@@ -153,8 +153,9 @@ def text_arrays(config: Config, *more: str) -> dict[str, Shape]:
   """Returns the arrays of a row of data.length tokens, each predicted at its
   own place, and `more` arrays of as many integers."""
   shape = (config.data.length,)
-  arrays = dict(tokens=(shape, np.int32), targets=(shape, np.int32),
-                weights=(shape, np.float32))
+  arrays: dict[str, Shape] = dict(
+      tokens=(shape, np.int32), targets=(shape, np.int32),
+      weights=(shape, np.float32))
   for key in more:
     arrays[key] = shape, np.int32
   return arrays
@@ -466,7 +467,8 @@ class Objective:
 
   def means(self, figures: Mapping[str, Mean]) -> dict[str, Any]:
     """Returns the figures' values, `loss` among them."""
-    values = {name: mean.total / mean.weight for name, mean in figures.items()}
+    values: dict[str, Any] = {
+        name: mean.total / mean.weight for name, mean in figures.items()}
     values['loss'] = sum(values[name] for name in self.terms)
     return values
 
