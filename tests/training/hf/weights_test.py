@@ -121,7 +121,7 @@ def test_shards_are_written_and_read(gpt, tmp_path):
 @pytest.mark.parametrize('changes, words', [
     (dict(activation_function='mish'), "activation_function 'mish'.*gelu"),
     (dict(scale_attn_by_inverse_layer_idx=True), 'only False is known'),
-    (dict(rotary_dim=64), 'rotary_dim 64'),
+    (dict(tie_last_hidden_states=7), 'tie_last_hidden_states 7'),
     (dict(model_type='rwkv'), "'rwkv'.*choose from"),
     (dict(derived={}), 'the folder of a run, which --workdir takes'),
     (dict(n_embd=64), r'is \(61, 32\) in the files and \(61, 64\)'),
