@@ -32,7 +32,7 @@ def files(folder: pathlib.Path, sources: Mapping[str, str]) -> Iterator[None]:
     packages[importlib.import_module(package)] = str(file.parent)
   for package, path in packages.items():
     package.__path__.append(path)
-  architectures.systems.cache_clear()
+  architectures.refresh()
   try:
     yield
   finally:
@@ -40,7 +40,7 @@ def files(folder: pathlib.Path, sources: Mapping[str, str]) -> Iterator[None]:
       package.__path__.remove(path)
     for name in sources:
       sys.modules.pop(name.removesuffix('.py').replace('/', '.'), None)
-    architectures.systems.cache_clear()
+    architectures.refresh()
 
 
 def copied(tree: pathlib.Path) -> pathlib.Path:

@@ -146,12 +146,13 @@ class Reader:
     """The name of the system in config.json."""
     return self('model_type', '')
 
-  def finish(self, known: Collection[str]) -> list[str]:
+  def finish(self, known: Collection[str] | None) -> list[str]:
     """Returns the names of the fields that change nothing, as nobody reads
     them.
 
     Args:
-      known: the names that transformers declares or reads.
+      known: the names that transformers declares or reads; None: that is not
+        recorded, and any may matter.
 
     Raises:
       RequestError: for a known field that was not asked for and may matter.
@@ -160,7 +161,7 @@ class Reader:
     for name, value in self._tree.items():
       if name in self.asked or NEUTRAL.fullmatch(name) or value is None:
         continue
-      if name in known:
+      if known is None or name in known:
         refused.append(f'{self._full(name)} {short(value)}')
       else:
         unread.append(self._full(name))
@@ -251,10 +252,13 @@ def fields_and_notes(tree: dict[str, Any],
 UNREAD = 'which transformers does not read'  # in the note of such fields
 
 
-def known_fields(model_type: str) -> frozenset[str]:
+def known_fields(model_type: str) -> frozenset[str] | None:
   """Returns the names of the fields of a config.json that transformers declares
-  for a model_type or that its model reads."""
+  for a model_type or that its model reads; None of a type that is not recorded,
+  as that of a system from outside the tree."""
   names = _known_fields()
+  if model_type not in names:
+    return None
   return frozenset(names[''] + names[model_type])
 
 
