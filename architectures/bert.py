@@ -60,7 +60,7 @@ class TwoTasks(hf.HuggingFace):
         re.fullmatch(pooler, name) for name in names))
 
 
-# What a folder may lack or have too, by what it is called.
+# The parts that a folder may lack or have too, in words.
 OPTIONAL = {'pooler': r'(bert\.)?pooler\..*',
             'head of next sentences': r'cls\.seq_relationship\..*',
             hf.MASKED_WORDS: r'cls\.predictions\..*'}
@@ -84,7 +84,7 @@ def stack(name: str) -> tuple[hf.Row, ...]:
           *hf.norm('ffn_norm', 'output.LayerNorm')))
 
 
-# Of every config.json of the family, but how long its rows are.
+# The fields of every config.json of the family, but how long its rows are.
 FIELDS = hf.fields(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
     intermediate_size=3072, type_vocab_size=2, layer_norm_eps=1e-12) | {

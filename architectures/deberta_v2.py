@@ -87,7 +87,7 @@ class HF(hf.HuggingFace):
   heads = hf.heads('DebertaV2', sequence='classifier')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    # What v3 always has, and transformers' defaults do not.
+    # Values that v3 always has, and that transformers' defaults are not.
     for name, (default, known) in NOT_USUAL.items():
       value = reader(name, default)
       require(value == known, f'config.json has {name} {value!r}: only '

@@ -111,7 +111,7 @@ def names(c: ModelConfig, *more: hf.Row) -> tuple[hf.Row, ...]:
           'ffn', 'mlp', *llama.FFN, *llama.experts(), *SHARED), *more)
 
 
-# Of V3 and Kimi Linear too.
+# Fields that V3 and Kimi Linear have too.
 LATENT = hf.fields(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
                    v_head_dim=128, attention_bias=False)
 

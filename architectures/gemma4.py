@@ -40,13 +40,13 @@ class Gemma4(Decoder):
 def _heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
   """Returns the heads of layers that see all: transformers writes those of each
   such layer, and published files have them once."""
-  # As published files have them.
+  # The form that published files have.
   same, kv_heads = reader('attention_k_eq_v', False), fields['num_kv_heads']
   shared_heads = reader('num_global_key_value_heads', kv_heads)
   heads = dict(head_dim=reader('global_head_dim', 512),
                num_key_value_heads=shared_heads if same else kv_heads)
 
-  # As transformers writes them.
+  # The form that transformers writes.
   each = reader('per_layer_config', {})
   if each:
     numbers = [str(n) for n, word in enumerate(types) if word == WHOLE]

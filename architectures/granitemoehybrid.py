@@ -25,7 +25,6 @@ from architectures.parts.skeletons import Decoder
 from common.errors import require
 
 KINDS = {'linear': dict(mixer='mamba2'), 'full': {}}
-# Of their files, and as the published ones have it.
 # layer_types of their files, and of the published ones: our kinds of layer.
 TYPES = {layer_types.LINEAR: 'linear', layer_types.WHOLE: 'full',
          'mamba': 'linear', 'attention': 'full'}

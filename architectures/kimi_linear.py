@@ -73,8 +73,6 @@ def _types(whole: list[int], layers: int) -> list[str]:
           for n in range(1, layers + 1)]
 
 
-# The name in linear_attn_config, the name outside of it, and the default of
-# transformers.
 # Queries and output have the names that latent attention gives them.
 KDA = hf.under(
     'attention', 'self_attn',
@@ -106,7 +104,7 @@ class HF(hf.HuggingFace):
       moe_intermediate_size=1024, num_experts=256, topk_group=1,
       routed_scaling_factor=2.446) | {
           'max_len': ('model_max_length', 1048576),
-          # Of the convolutions too, which are SiLU's here.
+          # It is of the convolutions too, which are SiLU's here.
           'moe.ffn': ('hidden_act', 'silu', {'silu': 'swiglu'}),
           'moe.top_k': ('num_experts_per_token', 8),
           'moe.shared_experts': ('num_shared_experts', 1),

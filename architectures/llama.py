@@ -24,7 +24,7 @@ class LLaMA(Decoder):
                ffn='swiglu', ffn_bias=False, tie_embeddings=False)
 
 
-# What other systems have too.
+# Rows that other systems have too.
 
 
 def ends(norm: str = 'scale') -> tuple[hf.Row, ...]:
@@ -79,8 +79,8 @@ SPAN = 'model.', 'transformer.'
 
 
 class Family(hf.HuggingFace):
-  """What LLaMA's folders have in common with those of systems that took its
-  names: rotary positions, and the names around the layers."""
+  """A folder of LLaMA, or of a system that took its names: with rotary
+  positions, and with the names around the layers."""
   tied = {'lm_head.weight': 'model.embed_tokens.weight'}
   spellings = (('model.', ''),)
   ignored = (r'.*\.rotary_emb\.inv_freq',)

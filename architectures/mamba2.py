@@ -22,7 +22,6 @@ class Mamba2(Decoder):
   PARTS = mamba.Mamba.PARTS | dict(mixer='mamba2')
 
 
-# How transformers 5 writes a number that JSON lacks.
 # How transformers 5 writes a number that JSON lacks, and how others do.
 INFINITY = {'__float__': 'Infinity'}
 INFINITE = INFINITY, float('inf')

@@ -37,9 +37,8 @@ class ModernBERT(Encoder):
     return self.transform(x), {}
 
 
-# Of which transformers' defaults are larger than a small vocabulary.
+# Ids whose defaults in transformers are larger than a small vocabulary.
 IDS = [f'{name}_token_id' for name in ('pad', 'bos', 'eos', 'cls', 'sep')]
-# layer_types of config.json: our kind of layer, and the usual theta.
 # layer_types of config.json: our kind of layer, and the usual theta.
 TYPES = {layer_types.WHOLE: ('global', 160_000.0),
          layer_types.WINDOW: ('local', 10_000.0)}

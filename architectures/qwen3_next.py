@@ -27,7 +27,7 @@ from architectures.parts.recurrent.linear_attention import DeltaNetConfig
 from architectures.parts.skeletons import Decoder
 
 
-# What Qwen3.5 has too.
+# Choices that Qwen3.5 has too.
 HYBRID = llama.LLaMA.PARTS | dict(
     rope=dict(fraction=0.25), norm='rmsnorm_1p', attention_gate='elementwise',
     qk_norm=True, pattern='linear,linear,linear,full',
@@ -66,7 +66,7 @@ ATTENTION = (
     *llama.attention()[2:], *llama.head_norms(norm='offset'))
 
 
-# Of a recurrence, all but the products with its input.
+# The rows of a recurrence, but for the products with its input.
 STATE = (
     ('query_conv|key_conv|value_conv', 'WJK|WJK|WHU', 'conv1d.weight',
      'JK+JK+HU 1 W'),
@@ -97,7 +97,7 @@ def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
 DELTANET = hf.fields(
     linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
     linear_value_head_dim=128, linear_conv_kernel_dim=4)
-# Of the convolutions too, which are SiLU's here.
+# It is of the convolutions too, which are SiLU's here.
 SILU = 'hidden_act', 'silu', {'silu': 'swiglu'}
 
 

@@ -142,7 +142,7 @@ class HF(qwen3_5_moe.HF):
         indexer_kv_heads=1, split_ngram_parts=1, eos_token_id=ngrams.pad_token)
 
   def constants(self, c: ModelConfig) -> dict[str, np.ndarray]:
-    # What n-grams are hashed by, which their files hold too.
+    # The numbers that n-grams are hashed by, which their files hold too.
     ngrams = c.part(NGramsConfig)
     sizes = lookup.primes(ngrams.rows, ngrams.tables)
     values = dict(

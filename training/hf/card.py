@@ -18,26 +18,30 @@ def write(workdir: epath.Path, config: Any, folder: pathlib.Path, step: int,
   which may have been edited.
 
   Args:
-    workdir: of the run.
+    workdir: the workdir of the run.
     config: its config.
-    folder: of the export.
-    step: of the checkpoint.
+    folder: the folder of the export.
+    step: the step of the checkpoint.
     count: how many parameters it has.
   """
   import jinja2
   if (folder / hub.CARD).exists():
     return
+  # The last evaluation up to the checkpoint.
+  at, losses = None, {}
   file = workdir / metrics.METRICS
-  rows = [row for row in (metrics.read(file) if file.exists() else ())
-          if row['split'] == 'eval' and row['step'] <= step]
-  (folder / hub.CARD).write_text(jinja2.Environment(
+  if file.exists():
+    for row in metrics.read(file):
+      if row['split'] == 'eval' and row['step'] <= step:
+        at, losses = row['step'], metrics.scalars(row)
+
+  templates = jinja2.Environment(
       loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True,
-      undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
-  ).get_template('card.md.jinja').render(
+      undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+  text = templates.get_template('card.md.jinja').render(
       config=config, step=step, count=count, verdicts=verdicts(workdir),
-      at=rows[-1]['step'] if rows else None,
-      losses=metrics.scalars(rows[-1]) if rows else {},
-      command=run_config.to_train('RUN', config)))
+      at=at, losses=losses, command=run_config.to_train('RUN', config))
+  (folder / hub.CARD).write_text(text)
 
 
 def verdicts(workdir: epath.Path) -> list[dict[str, str]]:
@@ -47,9 +51,12 @@ def verdicts(workdir: epath.Path) -> list[dict[str, str]]:
   comparison, name = workdir.parents[2], workdir.parent.name
   if not (comparison / 'sweep.json').exists():
     return []
-  points = storage.read_json(comparison / 'sweep.json')['points']
-  variant = next((point.get('variant', name) for point in points
-                  if point['name'] == name), name)
+  # The variant of the run: a point of a sweep is its own.
+  variant = name
+  for point in storage.read_json(comparison / 'sweep.json')['points']:
+    if point['name'] == name:
+      variant = point.get('variant', name)
+      break
   for report in (comparison, comparison.parent):  # of a sweep, of a study
     file = report / 'report/results.csv'
     if file.exists():

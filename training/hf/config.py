@@ -273,7 +273,8 @@ def _check(config: ModelConfig) -> None:
   architectures.hugging_face(config.arch).check(flat.whole(config))
 
 
-# What transformers unpacks as it loads, by quant_method: the class that asks.
+# The class that asks transformers to unpack weights as it loads them, by
+# quant_method.
 UNPACKED_BY = {'fp8': 'FineGrainedFP8Config', 'mxfp4': 'Mxfp4Config'}
 
 
@@ -419,7 +420,7 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
   tree |= _write_table(config, page)
   tree |= page.write(flat.whole(config))
   tree |= _write_head(config, labels)
-  # What a config.json has no words for is found where it is read again.
+  # A field that a config.json has no words for is found as it is read again.
   check_same(config, read(tree),
              f'a {page.model_type} config.json cannot say that')
   return tree

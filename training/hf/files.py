@@ -228,8 +228,8 @@ def write(folder: pathlib.Path, files: Mapping[str, list[str]],
     (folder / INDEX).write_text(text + '\n')
 
 
-# What of a folder transformers may take for the weights of a model, or for how
-# it is to be loaded.
+# Patterns of the files that transformers may take for the weights of a model,
+# or for how it is to be loaded.
 LOADED = ('*.safetensors', '*.safetensors.index.json', 'pytorch_model*.bin',
           'pytorch_model*.bin.index.json', 'adapter_*', 'tf_model*.h5',
           'flax_model*.msgpack', 'generation_config.json')

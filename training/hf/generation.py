@@ -1,5 +1,5 @@
-"""What generation needs besides the weights: which tokens begin, end and pad a
-text, how transformers is to draw, and the chat template.
+"""The needs of generation besides the weights: which tokens begin, end and pad
+a text, how transformers is to draw, and the chat template.
 
 An import keeps what its folder says, in WORKDIR/generation.json, and an export
 writes that again. A run of our own says it by its tokenizer. What was made of a
@@ -29,7 +29,7 @@ FILE = 'generation_config.json'  # in a Hugging Face folder
 
 
 class Generation(NamedTuple):
-  """What a folder says of how its model writes.
+  """The part of a folder that says how its model writes.
 
   Attributes:
     fields: the fields of config.json: token ids, and generation options of
@@ -129,7 +129,7 @@ def _read(workdir: epath.Path) -> dict[str, Any]:
   return storage.read_json(path, {'trained': bool})
 
 
-# What a model that writes is shown, and where its texts end.
+# The prompt of a model that writes, and the end of its texts.
 
 
 def plain(tokenizer: tokenizers.Tokenizer, generation: Generation | None
@@ -150,15 +150,15 @@ def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
   it ends its own.
 
   Args:
-    texts: one or more.
-    config: the run's.
-    tokenizer: the model's.
-    generation: what the folder says of which these are the weights; None: of
-      none.
+    texts: one or more texts.
+    config: the config of the run.
+    tokenizer: the tokenizer of the model.
+    generation: what the folder says from which the weights come; None: they
+      come from no folder.
   """
   objective = objectives.of(config)
-  if (generation is not None and objective.talks
-      and objective.talk(config, tokenizer).plain):
+  from_folder = generation is not None and objective.talks
+  if from_folder and objective.talk(config, tokenizer).plain:
     talk = plain(tokenizer, generation)
     rows = [talk.encode([dict(role='user', content=text)]) for text in texts]
     tokens, lengths = padded(rows)

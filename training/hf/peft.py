@@ -31,13 +31,13 @@ from training.workdir import checkpoints, storage
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
 TASKS = {'decoder': 'CAUSAL_LM', 'encoder-decoder': 'SEQ_2_SEQ_LM'}
-# What adapter_config.json may say of another adapter than ours. Of use_rslora
-# True is read, too.
+# Fields of adapter_config.json, each with the only value of our adapters.
+# A use_rslora of True is read, too.
 ONLY = dict(peft_type='LORA', bias='none', use_dora=False, use_rslora=False,
             rank_pattern={}, alpha_pattern={}, modules_to_save=None,
             layer_replication=None, trainable_token_indices=None,
             target_parameters=None, lora_bias=False)
-# What it must say, numbers: of the type of the first, and with these bounds.
+# Numbers that adapter_config.json must have: a value of their type, and bounds.
 NUMBERS = {'r': (1, (('>=', 1), ('<=', 2**16))),
            'lora_alpha': (1.0, (('>', 0), ('<=', 1e9))),
            'lora_dropout': (0.0, (('>=', 0), ('<', 1)))}

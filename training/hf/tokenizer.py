@@ -5,6 +5,7 @@ bytes of the text in as many ids as the model has: it can be evaluated, trained
 and exported, and its ids mean something else than those of its training.
 """
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -18,17 +19,17 @@ from training.hf import files
 from training.workdir import storage
 
 TEMPLATE, PIPELINE = conversations.FILE, 'tokenizer.json'
-# What is copied beside the only file of a tokenizer.
+# Files that are copied beside the only file of a tokenizer.
 BESIDE = (tokenizers.CONFIG, 'special_tokens_map.json', 'added_tokens.json')
-# What goes along of a folder: what training/data/tokenizers.py reads; Marian's
-# and NLLB's, whose numbers are not the pieces' own, for the way out; and what
-# sentence-transformers reads beside the model.
-NAMES = (*dict.fromkeys(name for names in tokenizers.FOLDERS for name in names),
+# Files that go along with a folder: those that training/data/tokenizers.py
+# reads; Marian's and NLLB's, whose numbers are not the pieces' own, for the way
+# out; and those that sentence-transformers reads beside the model.
+NAMES = (*dict.fromkeys(itertools.chain.from_iterable(tokenizers.FOLDERS)),
          *BESIDE, 'source.spm', 'target.spm', 'sentencepiece.bpe.model',
          TEMPLATE, 'modules.json', 'sentence_bert_config.json',
          'config_sentence_transformers.json', '1_Pooling/config.json')
-# Where a tokenizer.json itself puts no special tokens around a text, or a pair
-# of texts with their types, what the training of a system does.
+# The special tokens around a text, or a pair of texts with their types, that
+# the training of a system puts there, where its tokenizer.json puts none.
 FRAMES = {'bert': '{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1',
           't5': '$A {eos} $B {eos}', 'switch': '$A {eos} $B {eos}'}
 
@@ -36,23 +37,38 @@ FRAMES = {'bert': '{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1',
 def take(folder: epath.Path, workdir: epath.Path,
          config: ml_collections.ConfigDict) -> list[str]:
   """Copies a folder's tokenizer into a workdir, and takes it for its run where
-  it can be read; returns the names of what was copied. Raises RequestError for
-  files of another one that lie there."""
+  it can be read.
+
+  Args:
+    folder: the folder of the model.
+    workdir: the workdir of the run.
+    config: the config of the run, whose data.tokenizer is set.
+
+  Returns:
+    The names of the files that were copied.
+
+  Raises:
+    RequestError: for files of another tokenizer that lie in the workdir.
+  """
   if storage.in_bucket(folder):  # a run's: its config names the tokenizer
     return []
-  # Before anything is written.
-  tokenizer = (tokenizers.load(str(folder)) if tokenizers.files_in(folder)
-               else None)
+  # A tokenizer that cannot be read is refused before anything is written.
+  tokenizer = None
+  if tokenizers.files_in(folder):
+    tokenizer = tokenizers.load(str(folder))
   target, copied = folder, {}
   if not storage.in_bucket(workdir):
     target, copied = workdir / 'tokenizer', _in_folder(folder)
-    # What is left of an import that was killed may be another's tokenizer.
-    files.refuse_left(target, {*copied, *[PIPELINE] * bool(tokenizer)}, NAMES)
+    # The rest of an import that was killed may be another's tokenizer.
+    written = {*copied}
+    if tokenizer is not None:
+      written.add(PIPELINE)
+    files.refuse_left(target, written, NAMES)
     _copy(copied, target)
-    if isinstance(tokenizer, tokenizers.HuggingFace) and (
-        PIPELINE not in copied):
-      # What transformers made of the other files, and of the model's
-      # config.json, which is not copied: the run reads it without transformers.
+    is_pipeline = isinstance(tokenizer, tokenizers.HuggingFace)
+    if is_pipeline and PIPELINE not in copied:
+      # transformers made it of the other files, and of the model's config.json,
+      # which is not copied: the run reads it without transformers.
       tokenizer.save(target / PIPELINE)
       copied[PIPELINE] = target / PIPELINE
   if tokenizers.files_in(target):
@@ -77,15 +93,22 @@ def _tokenizer_files(workdir: epath.Path, config: ml_collections.ConfigDict,
   path = pathlib.Path(hub.local(config.data.tokenizer, weights=False))
   if is_stand_in(config.data.tokenizer):
     # An import's own, until training has given the ids another meaning.
-    return _in_folder(workdir / 'tokenizer') if step == 0 and (
-        not storage.in_bucket(workdir)) else {}
-  return _in_folder(path) if path.is_dir() else _of_file(path)
+    if step > 0 or storage.in_bucket(workdir):
+      return {}
+    return _in_folder(workdir / 'tokenizer')
+  if path.is_dir():
+    return _in_folder(path)
+  return _of_file(path)
 
 
 def _of_file(path: pathlib.Path) -> dict[str, pathlib.Path]:
   """Returns a tokenizer.json, and what stands beside it."""
-  return {PIPELINE: path} | {name: path.parent / name for name in BESIDE
-                             if (path.parent / name).is_file()}
+  found = {PIPELINE: path}
+  for name in BESIDE:
+    file = path.parent / name
+    if file.is_file():
+      found[name] = file
+  return found
 
 
 def refuse_left(workdir: epath.Path, config: ml_collections.ConfigDict,
@@ -116,8 +139,8 @@ def save(tokenizer: tokenizers.Tokenizer, config: ml_collections.ConfigDict,
   still are what it was loaded from, else what it is in memory.
 
   Args:
-    tokenizer: of a model.
-    config: of its run.
+    tokenizer: the tokenizer of a model.
+    config: the config of its run.
     folder: where to; it is there.
   """
   sources = _own_files(tokenizer)
@@ -137,19 +160,23 @@ def refuse_others(tokenizer: tokenizers.Tokenizer,
 
 
 def _own_files(tokenizer: tokenizers.Tokenizer) -> dict[str, pathlib.Path]:
-  """Returns the files that a tokenizer was loaded from; {}: of bytes, and of
-  files that are gone or hold another one by now."""
+  """Returns the files that a tokenizer was loaded from; {}: it is of bytes, or
+  its files are gone or hold another one by now."""
   path = pathlib.Path(tokenizer.name).expanduser()
-  if isinstance(tokenizer, tokenizers.Bytes) or not path.exists() or (
-      tokenizers.load(tokenizer.name).fingerprint != tokenizer.fingerprint):
+  if isinstance(tokenizer, tokenizers.Bytes) or not path.exists():
     return {}
-  return _in_folder(path) if path.is_dir() else _of_file(path)
+  if tokenizers.load(tokenizer.name).fingerprint != tokenizer.fingerprint:
+    return {}
+  if path.is_dir():
+    return _in_folder(path)
+  return _of_file(path)
 
 
 def _complete(tokenizer: tokenizers.Tokenizer,
               config: ml_collections.ConfigDict, folder: pathlib.Path,
               copied: set[str]) -> None:
-  """Writes of a tokenizer what its files, which were `copied`, leave out."""
+  """Writes the part of a tokenizer that its files, which were `copied`, leave
+  out."""
   if PIPELINE not in copied:
     tokenizer.save(folder / PIPELINE)
   names = {kind: tokenizer.piece(i)
@@ -157,34 +184,48 @@ def _complete(tokenizer: tokenizers.Tokenizer,
   _frame(folder / PIPELINE, FRAMES.get(config.model.arch, ''), names)
   if tokenizers.CONFIG not in copied:
     # transformers knows no special token by its spelling alone.
-    described = {'tokenizer_class': 'PreTrainedTokenizerFast'} | {
-        f'{kind}_token': name for kind, name in names.items()}
-    (folder / tokenizers.CONFIG).write_text(json.dumps(
-        described | conversations.specials(tokenizer), indent=2) + '\n')
+    described = {'tokenizer_class': 'PreTrainedTokenizerFast'}
+    for kind, name in names.items():
+      described[f'{kind}_token'] = name
+    described |= conversations.specials(tokenizer)
+    text = json.dumps(described, indent=2)
+    (folder / tokenizers.CONFIG).write_text(text + '\n')
   template = objectives.of(config).chat_template(config, tokenizer)
   if template is not None:
     (folder / TEMPLATE).write_text(template)
 
 
 def _frame(file: pathlib.Path, frame: str, names: dict[str, str]) -> None:
-  """Writes into a tokenizer.json what stands around a text, see FRAMES."""
+  """Writes into a tokenizer.json the special tokens that stand around a text.
+
+  Args:
+    file: the tokenizer.json.
+    frame: an entry of FRAMES; '': none.
+    names: the special tokens, by their kinds.
+  """
   import tokenizers as library
   pipeline = library.Tokenizer.from_file(str(file))
   wanted = [kind for kind in ('cls', 'sep', 'eos') if f'{{{kind}}}' in frame]
-  if wanted and pipeline.post_processor is None and names.keys() >= {*wanted}:
-    pair = frame.format(**names)
-    pipeline.post_processor = library.processors.TemplateProcessing(
-        single=pair.partition(' $B')[0], pair=pair, special_tokens=[
-            (names[kind], pipeline.token_to_id(names[kind]))
-            for kind in wanted])
-    pipeline.save(str(file))
+  if not wanted or pipeline.post_processor is not None:
+    return
+  if not names.keys() >= {*wanted}:
+    return
+  pair = frame.format(**names)
+  special_tokens = [(names[kind], pipeline.token_to_id(names[kind]))
+                    for kind in wanted]
+  pipeline.post_processor = library.processors.TemplateProcessing(
+      single=pair.partition(' $B')[0], pair=pair,
+      special_tokens=special_tokens)
+  pipeline.save(str(file))
 
 
 def _in_folder(folder: epath.Path) -> dict[str, epath.Path]:
+  """Returns the files of NAMES that a folder has."""
   return {name: folder / name for name in NAMES if (folder / name).is_file()}
 
 
 def _copy(sources: dict[str, epath.Path], target: epath.Path) -> None:
+  """Copies files into a folder under these names, but to themselves."""
   for name, path in sources.items():
     copy = target / name
     if copy.exists() and copy.samefile(path):

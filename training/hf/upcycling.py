@@ -94,7 +94,7 @@ def params(module: nn.Module, like: Any, dense: Any, seed: int) -> Any:
   old = {path: _on_mesh(x, mesh) for path, x in paths.flatten(dense).items()}
   theirs, ours = paths.Stacks(old), paths.Stacks(shapes)
 
-  # What the dense model has not.
+  # Parameters that the dense model does not have.
   new = [path for path in shapes if re.search(NEW, path)]
   drawn = {}
   if new:

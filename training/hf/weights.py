@@ -117,7 +117,7 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   tensors = tensor_map.expand(rows, shapes)
   names = Names(page, source, module.config)
 
-  # What one of the two has and the other has not.
+  # Tensors that one of the two has and the other has not.
   match = _Match()
   if new_head:
     match.pass_head(names.there(names_left_out(module)))
@@ -631,7 +631,7 @@ def _merged(path: str, w: jax.Array, flat: Mapping[str, jax.Array],
     return w
   a = jnp.asarray(flat[path + layers.LORA_A], jnp.float32)
   b = jnp.asarray(flat[path + layers.LORA_B], jnp.float32)
-  # As matrices, behind the axes of the layers (and the experts).
+  # Matrices, behind the axes of the layers (and the experts).
   stacked = a.ndim + b.ndim - 2 - w.ndim
   lead, rank = w.shape[:stacked], a.shape[-1]
   inputs = math.prod(a.shape[stacked:-1])

@@ -129,7 +129,7 @@ def _read(reader: hf.Reader, section: hf.Reader, *, theta: tuple[str, float],
   for name, default in _NUMBERS.get(scaling, {}).items():
     rope[name] = section(name, default)
 
-  # What a scaling has alone.
+  # The fields that a scaling has alone.
   if scaling == 'yarn':
     rope |= _temperature(section, on_scores, temperature)
     section.must(attention_factor=positions.yarn_factor(
@@ -229,29 +229,40 @@ def write(c: ModelConfig, *, whole_heads: bool = True, on_scores: bool = False,
         f'same as scaling none with model.rope.theta {theta!r}')
   if rope.proportional:
     words = {PROPORTIONAL: scaling if scaling == 'linear' else 'none'}
-  tree = dict(rope_type=hf.theirs(words, scaling, 'rope.scaling'),
-              rope_theta=rope.theta)
+  tree: dict[str, Any] = dict(
+      rope_type=hf.theirs(words, scaling, 'rope.scaling'),
+      rope_theta=rope.theta)
   if not whole_heads or rope.proportional:
     tree['partial_rotary_factor'] = rope.fraction
   if scaling != 'none':
     tree['factor'] = rope.factor
-  for name in _NUMBERS.get(scaling, ()):
+  if scaling == 'yarn':
+    tree |= _write_temperature(rope, on_scores, temperature)
+  return tree | _write_scaling(rope)
+
+
+def _write_scaling(rope: RopeConfig) -> dict[str, Any]:
+  """Returns the fields of rope_parameters that a scaling has alone."""
+  tree: dict[str, Any] = {}
+  for name in _NUMBERS.get(rope.scaling, ()):
     value = getattr(rope, name)
     if name != 'truncate' or not value:
       tree[name] = value
-
-  # What a scaling has alone.
-  if scaling == 'yarn':
-    if not temperature:
-      tree['attention_factor'] = 1.0
-    elif on_scores and rope.mscale_all_dim:
-      tree['mscale'] = rope.mscale
-      tree['mscale_all_dim'] = rope.mscale_all_dim
-  if scaling == 'longrope':
+  if rope.scaling == 'longrope':
     tree['short_factor'] = list(rope.short_factor)
     tree['long_factor'] = list(rope.long_factor)
     if rope.attention_factor:
       tree['attention_factor'] = rope.attention_factor
-  if scaling in _FROM_A_LENGTH:
+  if rope.scaling in _FROM_A_LENGTH:
     tree['original_max_position_embeddings'] = rope.original_len
   return tree
+
+
+def _write_temperature(rope: RopeConfig, on_scores: bool, temperature: bool
+                       ) -> dict[str, float]:
+  """Returns the fields of rope_parameters that `_temperature` reads."""
+  if not temperature:
+    return dict(attention_factor=1.0)
+  if on_scores and rope.mscale_all_dim:
+    return dict(mscale=rope.mscale, mscale_all_dim=rope.mscale_all_dim)
+  return {}

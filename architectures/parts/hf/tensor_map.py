@@ -60,7 +60,7 @@ class Tensor:
     letters, places = self._places(which, ranges)
     block = cut(tuple(slice(int(at.min()), int(at.max()) + 1)
                       for at in places))
-    # What is wanted of the block, with one dimension for each of our axes.
+    # The wanted part of the block, with one dimension for each of our axes.
     wanted = block[tuple(_index(at - at.min()) for at in places)]
     shape = itertools.chain.from_iterable(at.shape for at in places)
     wanted = wanted.reshape(tuple(shape))
