@@ -40,11 +40,13 @@ class HF(gemma2.HF):
     local, whole = rope_fields.read_by_kind(
         reader, (layer_types.WINDOW, ('rope_local_base_freq', 1e4)),
         (layer_types.WHOLE, ('rope_theta', 1e6)))
-    ours = gemma2.read_layers(
+    ours = gemma2.read_scales(reader, softcap=0.0)
+    ours['rope'] = whole
+    # Where all layers have a window, theirs are the positions of the model.
+    ours |= gemma2.read_layers(
         reader, fields, every=reader('sliding_window_pattern', 6),
         kind_fields={layer_types.WINDOW: dict(rope=local)})
-    ours |= gemma2.read_scales(reader, softcap=0.0)
-    return ours | dict(rope=whole)
+    return ours
 
   def write(self, c: ModelConfig) -> dict:
     return gemma2.write_scales(c) | layer_types.write(c) | dict(

@@ -41,7 +41,8 @@ class HF(olmo2.HF):
     layers = fields['num_layers']
     types = layer_types.listed(reader, layers, lambda n: (n + 1) % 4)
     window = layer_types.window(reader)
-    return layer_types.read(types, layers, window, of_kinds) | dict(rope=whole)
+    # Where all layers have a window, theirs are the positions of the model.
+    return dict(rope=whole) | layer_types.read(types, layers, window, of_kinds)
 
   def write(self, c: ModelConfig) -> dict:
     return layer_types.write(c) | dict(

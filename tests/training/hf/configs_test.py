@@ -139,6 +139,17 @@ def test_phi3_for_long_texts_has_the_factors_of_its_file():
   hf_config.check_same(c, hf_config.read(written), 'written')
 
 
+@pytest.mark.parametrize('name, theta', [
+    ('gemma3:4b', 10000.0), ('olmo3:7b-64k', 500000.0)])
+def test_a_model_of_windows_alone_has_the_positions_of_windows(name, theta):
+  """And not those of layers that see all, which are stretched."""
+  config = hf_config.read(PUBLISHED[name] | dict(
+      num_hidden_layers=2, layer_types=[layer_types.WINDOW] * 2))
+  rope = config.part(RopeConfig)
+  assert (config.attention, rope.scaling, rope.theta) == (
+      'banded', 'none', theta)
+
+
 @pytest.mark.parametrize('published, wrong', [
     (OPUS, dict(activation_function='mish')), (OPUS, dict(num_hidden_layers=3)),
     (SWITCH, dict(feed_forward_proj='gated-gelu')),
