@@ -227,7 +227,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
     updated, opt_state = optimizers.update_if(
         ok, tx, grads=grads, state=state.opt_state, params=trained)
-    moved = moe.move_biases(config.model, updated, loads=loads, applied=ok)
+    moved = moe.move_biases(module.config, updated, loads=loads, applied=ok)
     updated = shares.with_frozen_rows(parts, moved, updated)
     params = shares.whole(parts, updated, state.params)
 
