@@ -65,8 +65,8 @@ def take(folder: epath.Path, workdir: epath.Path,
       written.add(PIPELINE)
     files.refuse_left(target, written, NAMES)
     _copy(copied, target)
-    is_pipeline = isinstance(tokenizer, tokenizers.HuggingFace)
-    if is_pipeline and PIPELINE not in copied:
+    if (isinstance(tokenizer, tokenizers.HuggingFace)
+        and PIPELINE not in copied):
       # transformers made it of the other files, and of the model's config.json,
       # which is not copied: the run reads it without transformers.
       tokenizer.save(target / PIPELINE)
