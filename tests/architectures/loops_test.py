@@ -47,7 +47,8 @@ def test_a_loop_is_the_deep_stack_of_copied_weights(system, changes):
   periods = c.sections(c.num_layers)[-1 - bool(c.suffix)].periods
   depth = len(c.layer_kinds(c.num_layers))
   deep = architectures.build(dataclasses.replace(
-      c, loop='none', loops=None, num_layers=depth, num_decoder_layers=depth))
+      c.without(LoopsConfig), loop='none', num_layers=depth,
+      num_decoder_layers=depth))
   copies = lambda x: jnp.concatenate([x] * T)
   stack = params['decoder']
   logits, aux, grads = value_and_grads(module, params)

@@ -162,7 +162,7 @@ def test_a_gradient_waits_for_those_of_the_weights_above(devices, waits):
       dict.fromkeys(sharding.MESH_AXES, 1) | dict(fsdp=devices),
       jax.devices()[:devices])
   loss = lambda p, t: jnp.square(models.logits(module, p, t)).sum()
-  with jax.set_mesh(mesh), rules('default'):
+  with jax.set_mesh(mesh), rules(sharding.RULES['default']):
     jaxpr = jax.make_jaxpr(jax.grad(loss))(params, models.tokens(8))
   of_block = 1 + len(jax.tree.leaves(params['decoder']['layers']['block_1']))
   barriers = [eqn for eqn in models.equations(jaxpr.jaxpr)
