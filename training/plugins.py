@@ -161,5 +161,9 @@ def restore(files: Mapping[str, str]) -> None:
 
 def digests() -> dict[str, str]:
   """Returns a hash of each file that this process has loaded, by its path."""
-  return {file: hashlib.sha256(text.encode()).hexdigest()[:16]
-          for file, text in loaded.items()}
+  return {file: digest(text) for file, text in loaded.items()}
+
+
+def digest(text: str) -> str:
+  """Returns a short hash of what a file holds."""
+  return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -12,8 +12,9 @@ from scipy import special, stats
 from common.errors import RequestError, Stopped
 from configs import gpt
 from tools.probes import suites
-from training import loop, vectorised
+from training import begin, loop, vectorised
 from training.data import probes
+from training.workdir import run_config
 
 SUITE = '''
 SEEDS = 2
@@ -77,6 +78,28 @@ def test_suites_that_are_refused(file, old, new, words):
   file.write_text(SUITE.replace(old, new))
   with pytest.raises(RequestError, match=words):
     suites.load(str(file), base())
+
+
+@pytest.mark.parametrize('old, new, field', [
+    ('(4, 8)', '(4, 7)', 'probe.levels'),
+    ("'data.length': 9", "'data.length': 10", 'data.length'),
+    ("'train.steps': 2", "'train.steps': 3", 'train.steps'),
+    ("'parity',", "'s3', label='parity',", 'data.source')])
+def test_a_suite_that_has_changed_is_noticed(file, tmp_path, old, new, field):
+  """A run that has begun is refused, and the card has another hash."""
+  suite = suites.load(str(file), base())
+  run = next(suite.runs('parity'))
+  request = begin.check(run.config, run.folder(epath.Path(tmp_path)))
+  run_config.save(request.workdir, run.config, request.derived)
+  (request.workdir / 'checkpoints/1').mkdir(parents=True)
+  begin.check(run.config, request.workdir)
+
+  assert old in SUITE
+  file.write_text(SUITE.replace(old, new))
+  changed = suites.load(str(file), base())
+  assert changed.digest != suite.digest
+  with pytest.raises(RequestError, match=f'config differs.* in .*{field}'):
+    begin.check(next(changed.runs('parity')).config, request.workdir)
 
 
 def written(suite, workdir, figures):
@@ -158,6 +181,7 @@ def test_a_rate_at_which_a_run_diverges_is_left_out(
   assert 'parity, lr 0.001: 0.5500 (the' in lines[1]  # two seeds: no interval
   assert lines[2] == '  left out, since runs diverged: lr 0.01 (1 of 2 runs)'
   suites.write(card, workdir)
-  kept = json.loads((workdir / suites.JSON).read_text())['tasks']
-  assert kept['copy']['lr'] is None
+  kept = json.loads((workdir / suites.JSON).read_text())
+  assert kept['suite_digest'] == suite.digest
+  assert kept['tasks']['copy']['lr'] is None
   assert (workdir / suites.PICTURE).read_bytes()[:4] == b'\x89PNG'

@@ -20,7 +20,7 @@ import numpy as np
 from common.errors import Stopped, one_of, require
 from configs import file_of
 from tools.compare import page, spec, statistics
-from training import cli
+from training import cli, plugins
 from training.data import probes
 from training.workdir import storage
 
@@ -40,8 +40,10 @@ class Run(NamedTuple):
 
 
 class Suite(NamedTuple):
-  """What a file of configs/probes/ asks for of one architecture."""
+  """What a file of configs/probes/ asks for of one architecture; `digest` is a
+  hash of the file."""
   file: str
+  digest: str
   lrs: tuple[float, ...]
   seeds: tuple[int, ...]
   configs: dict[str, ml_collections.ConfigDict]
@@ -100,9 +102,11 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
   for task in only:
     one_of('--only', task, configs)
   seeds = seeds or getattr(module, 'SEEDS', spec.SEEDS)
-  suite = Suite(file, tuple(module.LRS), tuple(range(seeds)), {
-      task: config for task, config in configs.items()
-      if not only or task in only})
+  chosen = {task: config for task, config in configs.items()
+            if not only or task in only}
+  suite = Suite(
+      file=file, digest=plugins.digest(cli.read_text(file)),
+      lrs=tuple(module.LRS), seeds=tuple(range(seeds)), configs=chosen)
   for task in suite.configs:
     for run in suite.runs(task):
       preflight.check_config(run.config)
@@ -163,7 +167,8 @@ def card_of(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
         what=probes.of(config).level, commonest=probe_task.constant(config),
         accuracy_by_lr=mean, level=group('level/'), beyond=group('beyond/'),
         **{name: figures.get(name) for name in ('accuracy', 'rows_right')})
-  return dict(suite=suite.file, seeds=list(suite.seeds), tasks=tasks)
+  return dict(suite=suite.file, suite_digest=suite.digest,
+              seeds=list(suite.seeds), tasks=tasks)
 
 
 def _figures(run: Run, workdir: epath.Path) -> dict[str, float]:

@@ -76,7 +76,8 @@ class Source:
     holds: what these may be, as far as is known before they are read.
     files: the files whose bytes are the documents' content; () if `content`
       says it.
-    content: a fingerprint that stands in for the files' bytes.
+    content: a fingerprint that stands in for the files' bytes. It may change
+      where no row does.
     is_text: whether a file is one text, of which a part can be held out.
     is_cut: whether it was one text, and is now its last part, then the rest.
     tokens: the folder of its tokens, where these are all that there is
@@ -120,10 +121,15 @@ class Source:
         yield item
 
   def digest(self) -> str:
-    """Returns a hash of all content: reads every byte of every file."""
+    """Returns a hash of all content: reads every byte of every file. Where
+    there are no files it reads every row, since the fingerprint of a Hugging
+    Face dataset also changes where its files were only copied or touched."""
     with futures.ThreadPoolExecutor(8) as pool:
       digests = list(pool.map(_digest_file, self.files))
-    described = json.dumps([self.reader, self.content, digests])
+    content = self.content
+    if not self.files and not self.drawn:
+      content = _digest_rows(self.records())
+    described = json.dumps([self.reader, content, digests])
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 
@@ -564,6 +570,14 @@ def _digest_file(path: str) -> str:
   with epath.Path(path).open('rb') as file:
     return hashlib.file_digest(
         file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _digest_rows(rows: Iterable[Any]) -> str:
+  """Returns a hash of documents or records, in order."""
+  hashed = hashlib.blake2b(digest_size=16)
+  for row in rows:
+    hashed.update(json.dumps(row).encode())
+  return hashed.hexdigest()
 
 
 # Made into tokens, in the form of tokens.py.

@@ -308,8 +308,7 @@ def of_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
 
 def of_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   """Returns a hash of what each source of a run holds, by its name; where it is
-  drawn, of its first rows. Left out are Hugging Face's, whose files lie
-  elsewhere."""
+  drawn, of its first rows."""
   data, hashes = config.data, {}
   layout = functools.partial(
       conversations.layout, data.chat_template, tokenizer)
@@ -318,7 +317,7 @@ def of_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
       source = sources.cut(source, _holdout_every(data))
       if source.tokens or source.drawn:
         hashes[source.name] = source.digest()
-      elif source.files:
+      else:
         hashes[source.name] = sources.content(source, tokenizer, data.cache_dir)
   return hashes
 

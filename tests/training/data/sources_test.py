@@ -34,11 +34,17 @@ def folder(tmp_path):
 
 
 class FakeDataset:
+  """A dataset whose fingerprint is another one each time it is loaded, as of a
+  folder whose files are touched."""
   column_names = ('body', 'title')
-  _fingerprint, features = 'abc', {}
+  features = {}
+
+  def __init__(self, texts=TEXTS):
+    self._texts = texts
+    self._fingerprint = str(id(self))
 
   def select_columns(self, names):
-    return [{name: text for name in names} for text in TEXTS]
+    return [{name: text for name in names} for text in self._texts]
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
 """A run remembers its code, its command and its data, and notices a change."""
 
+import itertools
 import json
 import shutil
 import subprocess
+import sys
+import types
 
 import pytest
 
@@ -97,6 +100,10 @@ def _place(tmp_path, monkeypatch):
   (tmp_path / 'chat.jsonl').write_text(json.dumps(dict(turns=TURNS)))
   (tmp_path / 'chat.jinja').write_text('{{ messages[0].content }}')
   (tmp_path / 'rows.tsv').write_text('a man\tyes\na pan\tno\n')
+  (tmp_path / 'rows.jsonl').write_text(
+      '{"text": "a man", "label": "yes"}\n{"text": "a pan", "label": "no"}\n')
+  monkeypatch.setitem(sys.modules, 'datasets', types.SimpleNamespace(
+      load_dataset=lambda name, config, split: _hugging_face(tmp_path)))
   return tmp_path
 
 
@@ -145,9 +152,27 @@ def _another_probe(place, monkeypatch):
   probes.digest.cache_clear()
 
 
+def _hugging_face(place):
+  """Returns, as the package `datasets` does, the rows of a file."""
+  rows = [json.loads(line) for line in
+          (place / 'rows.jsonl').read_text().splitlines()]
+
+  class Dataset:
+    column_names, features = list(rows[0]), dict.fromkeys(rows[0])
+    _fingerprint = str(next(_loads))  # as of files that were touched
+
+    def select_columns(self, names):
+      return [{name: row[name] for name in names} for row in rows]
+
+  return Dataset()
+
+
+_loads = itertools.count()
 CHAT = dict(source='jsonl:{}/chat.jsonl:turns', objective='chat')
 ROWS = dict(source='labelled:{}/rows.tsv', objective='classification',
             arch='bert')
+HF_ROWS = ROWS | dict(source='hf:rows:::text+label')
+HF_TEXT = dict(source='hf:rows', objective='causal')
 
 
 @pytest.mark.parametrize('run, change, name', [
@@ -160,6 +185,10 @@ ROWS = dict(source='labelled:{}/rows.tsv', objective='classification',
     (ROWS, _replace('rows.tsv', 'man\tyes\na pan\tno',
                     'man\tno\na pan\tyes'), 'rows.tsv'),
     (ROWS, _replace('rows.tsv', 'yes', 'oui'), 'data.labels'),
+    (HF_ROWS, _replace('rows.jsonl', 'man', 'fan'), 'hf:rows'),
+    (HF_ROWS, _replace('rows.jsonl', 'man", "label": "yes"}\n{"text": "a pan',
+                       'pan", "label": "yes"}\n{"text": "a man'), 'hf:rows'),
+    (HF_TEXT, _replace('rows.jsonl', 'man', 'fan'), 'hf:rows'),
     (dict(source='probe:recall', objective='probe'), _another_probe,
      'probe:recall')])
 def test_a_start_notices_whatever_makes_other_rows(
