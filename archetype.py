@@ -398,7 +398,7 @@ def load(path: str | os.PathLike, *, step: int | str | None = None,
     named = checkpoints.named_step(step, 'step')
   path = hub.local(path)
   place = storage.path(path)
-  if checkpoints.directory(place).exists():
+  if storage.has_checkpoints(place):
     return _load_run(place, named, tokenizer)
   require(step is None, f'{path} is no run: it has no step {step}')
   module, params = weights.from_hf(path)

@@ -9,38 +9,66 @@ from collections.abc import Mapping
 import math
 from typing import Any
 
-DENSE = 'dense'  # of ffn: the network of the model's dense layers
-# The parts of a stack, in their order, as its parameters are named.
-SECTIONS = 'prefix', 'layers', 'suffix'
+DENSE = 'dense'  # The value of ffn: the network of the model's dense layers.
+REPEATED = 'layers'  # the section whose layers are repeated
+# The sections of a stack, in their order, as its parameters are named.
+SECTIONS = 'prefix', REPEATED, 'suffix'
 
 
 def split(names: str) -> tuple[str, ...]:
   """Returns the kinds that a pattern, a prefix or a suffix names."""
-  return tuple(names.split(',')) if names else ()
+  if not names:
+    return ()
+  return tuple(names.split(','))
 
 
 def fewest_layers(model: Mapping[str, Any], least: int = 1) -> int:
   """Returns how many layers a model of these kinds has at least, and no fewer
   than `least`."""
   period = len(split(model['pattern'])) or 1
-  apart = sum(len(split(model.get(x, ''))) for x in ('prefix', 'suffix'))
-  return apart + period * max(1, math.ceil((least - apart) / period))
+  prefix = split(model.get('prefix', ''))
+  suffix = split(model.get('suffix', ''))
+  apart = len(prefix) + len(suffix)
+  periods = math.ceil((least - apart) / period)
+  return apart + period * max(1, periods)
 
 
 def with_experts(model: Mapping[str, Any], every: int) -> dict[str, Any]:
-  """Returns {'pattern', 'kinds'} in which the last of every so many layers has
-  experts and the others the dense network between them, as in GShard and
-  Switch (every other layer, the second first)."""
+  """Returns a pattern and its kinds in which the last of every so many layers
+  has experts, and the others the dense network between them, as in GShard and
+  Switch (every other layer, the second first).
+
+  Args:
+    model: config.model, with a pattern of its own or without.
+    every: the distance between two layers of experts.
+  """
   names = split(model.get('pattern', ''))
   kinds = dict(model.get('kinds', {}))
   if every == 1:
-    return dict(pattern=','.join(names), kinds=kinds)
-  pattern, made = [], {}
+    return {'pattern': ','.join(names), 'kinds': kinds}
+
+  # The kinds of a prefix and a suffix stay.
+  made = {}
+  for field in ('prefix', 'suffix'):
+    for name in split(model.get(field, '')):
+      if name in kinds:
+        made[name] = kinds[name]
+
+  # Each kind of the pattern becomes two: one with experts, and a dense one.
+  pattern = []
   for i in range(math.lcm(len(names) or 1, every)):
-    kind = names[i % len(names)] if names else ''
-    moe = i % every == every - 1
-    pattern.append(f'{kind}_' * bool(kind) + ('moe' if moe else DENSE))
-    made[pattern[-1]] = kinds.get(kind, {}) | ({} if moe else {'ffn': DENSE})
-  apart = {name: kinds[name] for field in ('prefix', 'suffix')
-           for name in split(model.get(field, '')) if name in kinds}
-  return dict(pattern=','.join(pattern), kinds=apart | made)
+    kind, changes = '', {}
+    if names:
+      kind = names[i % len(names)]
+      changes = dict(kinds.get(kind, {}))
+    network = DENSE
+    if i % every == every - 1:
+      network = 'moe'
+    else:
+      changes['ffn'] = DENSE
+    name = network
+    if kind:
+      name = f'{kind}_{network}'
+    pattern.append(name)
+    made[name] = changes
+  return {'pattern': ','.join(pattern), 'kinds': made}

@@ -97,7 +97,7 @@ def create(run: runs.Run, source: str | epath.Path, step: int | None = None
   check_source(str(source))
   path = _path(source)
   _check_labels(run, path)
-  if checkpoints.directory(path).exists():
+  if storage.has_checkpoints(path):
     params, skipped = _from_workdir(run, path, drawn=state.params, step=step)
   else:
     params, skipped = _from_hugging_face(run, path, state.params)
@@ -131,7 +131,7 @@ def check_tokenizer(config: objectives.Config, ours: Tokenizer) -> None:
 
   # The tokenizer of the weights, by its name or folder.
   path = _path(config.init_from)
-  if checkpoints.directory(path).exists():
+  if storage.has_checkpoints(path):
     spec = run_config.load_config(path).data.tokenizer
     _check_tokenizer_file(config, ours, path)
   elif hub.repository(config.init_from):
@@ -172,7 +172,7 @@ def _check_labels(run: runs.Run, source: epath.Path) -> None:
   if run.model.head == 'lm' or run.config.init_partial:
     return
   theirs: tuple[str, ...] = ()
-  if checkpoints.directory(source).exists():
+  if storage.has_checkpoints(source):
     theirs = hf_config.meaningful_labels(run_config.labels(source))
   else:
     tree = hf_config.load_config_json(_folder(source))

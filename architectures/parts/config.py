@@ -46,18 +46,21 @@ class Frozen(dict):
 
 
 def _frozen(value: Any) -> Any:
-  return (tuple(sorted((name, _frozen(x)) for name, x in value.items()))
-          if isinstance(value, dict) else value)
+  """Returns a value, or nested dicts as tuples of names and values."""
+  if not isinstance(value, dict):
+    return value
+  pairs = [(name, _frozen(inner)) for name, inner in value.items()]
+  return tuple(sorted(pairs))
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """What the layers of a kind have in place of the model's.
+  """The fields that the layers of a kind have in place of the model's.
 
   Attributes:
-    said: what config.model.kinds says of it, by flat names.
-    fields: the fields of the model that are other ones, by name.
-    parts: (the class of a part, its fields that are other ones).
+    said: what config.model.kinds says of the kind, by flat names.
+    fields: the fields of the model that differ, by name.
+    parts: pairs of the class of a part, and those of its fields that differ.
   """
   said: Frozen
   fields: Frozen
@@ -66,10 +69,18 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-  """What one layer of the pattern holds; `name` is of its kind in
-  model.kinds, '' of a layer that is as the model. `source` is the layer whose
-  keys and values it reads, None: its own. In a period, the prefix or suffix,
-  0 is the first layer; -1 is the prefix's last layer, seen from a period."""
+  """One layer of the pattern.
+
+  Attributes:
+    attention: the rule of which keys a query sees.
+    ffn: its feed-forward network.
+    causal: whether a token sees no later one.
+    cross: whether it attends to the encoder's tokens too.
+    name: the name of its kind in model.kinds; '': it is as the model says.
+    source: the layer whose keys and values it reads; None: its own. In a
+      period, the prefix or the suffix, 0 is the first layer; -1 is the prefix's
+      last layer, seen from a period.
+  """
   attention: str
   ffn: str
   causal: bool = True
@@ -79,8 +90,14 @@ class LayerKind:
 
 
 class Section(NamedTuple):
-  """Layers of a stack that follow one another: `kinds`, `periods` times, and
-  all of these `passes` times. `name` is that of their parameters."""
+  """Layers of a stack that follow one another.
+
+  Attributes:
+    name: the name of their parameters.
+    kinds: the layers of one period.
+    periods: the number of periods.
+    passes: how many times all of these layers are run.
+  """
   name: str
   kinds: tuple[LayerKind, ...]
   periods: int
@@ -93,101 +110,108 @@ class Section(NamedTuple):
 
 
 # No model is as deep; the programs of deeper ones would take hours to make.
-MOST_LAYERS = 10_000  # one function, repeated
-MOST_MODULES = 64  # each written out
-MOST_WIDE = 2**20  # more would be no matrices that a device can index
+MOST_LAYERS = 10_000  # of one function, repeated
+MOST_MODULES = 64  # each of which is written out
+MOST_WIDE = 2**20  # A device could not index the matrices of wider models.
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A model: its sizes and choices, with the derived ones filled in, and the
   parts that were chosen, each a value of its own class."""
-  arch: str = field('gpt', 'a page of architectures/')
-  d_model: int = field(128, 'width of the residual stream', above=0,
+  arch: str = field('gpt', 'The system, a page of architectures/.')
+  d_model: int = field(128, 'The width of the residual stream.', above=0,
                        most=MOST_WIDE, resume=SHAPES, about=SIZE)
-  num_layers: int = field(4, 'of the encoder, in encoder-decoders', above=0,
-                          most=MOST_LAYERS, resume=SHAPES, about=SIZE)
-  num_decoder_layers: int = field(
-      0, 'layers of the decoder in encoder-decoders; derived: num_layers',
+  num_layers: int = field(
+      4, 'The number of layers, in an encoder-decoder of the encoder.', above=0,
       most=MOST_LAYERS, resume=SHAPES, about=SIZE)
-  num_heads: int = field(4, 'query heads', above=0, most=MOST_WIDE,
-                         resume=SHAPES, about=SIZE, of_layers=True)
+  num_decoder_layers: int = field(
+      0, "The number of layers of an encoder-decoder's decoder; derived: "
+      'num_layers.', most=MOST_LAYERS, resume=SHAPES, about=SIZE)
+  num_heads: int = field(
+      4, 'The number of heads of queries.', above=0, most=MOST_WIDE,
+      resume=SHAPES, about=SIZE, of_layers=True)
   num_kv_heads: int = field(
-      0, 'key and value heads; derived: num_heads', most=MOST_WIDE,
+      0, 'The number of heads of keys and values; derived: num_heads.',
+      most=MOST_WIDE, resume=SHAPES, about=SIZE, of_layers=True)
+  head_dim: int = field(
+      0, 'The size of a head; derived: d_model / num_heads.', most=MOST_WIDE,
       resume=SHAPES, about=SIZE, of_layers=True)
-  head_dim: int = field(0, 'size of a head; derived: d_model / num_heads',
-                        most=MOST_WIDE, resume=SHAPES, about=SIZE,
-                        of_layers=True)
   d_ff: int = field(
-      0, 'hidden units of the feed-forward network; derived: 4 d_model',
+      0, 'The hidden units of the feed-forward network; derived: 4 d_model.',
       resume=SHAPES, about=SIZE, of_layers=True)
-  vocab_size: int = field(0, "derived: the tokenizer's", resume=SHAPES,
-                          about=SIZE)
-  max_len: int = field(0, 'the length of the model; derived: data.length',
-                       resume=SHAPES, about=SIZE)
+  vocab_size: int = field(
+      0, "The number of tokens that the model knows; derived: the tokenizer's.",
+      resume=SHAPES, about=SIZE)
+  max_len: int = field(
+      0, 'The most tokens of a row; derived: data.length.', resume=SHAPES,
+      about=SIZE)
   embed_dim: int = field(
-      0, 'features of the embedding of an encoder, of which a product makes '
-      'd_model; 0: it has d_model, and there is no product', resume=SHAPES)
-  type_vocab_size: int = field(0, 'kinds of segments (BERT: 2); 0: none',
-                               resume=SHAPES)
+      0, 'The features of the embedding of an encoder, of which a product '
+      'makes d_model; 0: it has d_model, and there is no product.',
+      resume=SHAPES)
+  type_vocab_size: int = field(
+      0, 'The number of kinds of segments (BERT: 2); 0: none.', resume=SHAPES)
   next_sentence: bool = field(
       False, "BERT's pooler, and its head of two texts: whether the second "
-      'follows the first (mlm_nsp), or in which order they stand (mlm_sop)')
-  norm: str = field('layernorm', 'the norm of every layer')
-  norm_eps: float = field(1e-5, 'added to the variance or the mean square',
-                          above=0, most=1, resume=FUNCTION)
-  embed_norm: bool = field(False, 'a norm right after the embedding')
-  position: str = field('learned', 'the position encoding', of_layers=True)
+      'follows the first (mlm_nsp), or in which order they stand (mlm_sop).')
+  norm: str = field('layernorm', 'The norm of every layer.')
+  norm_eps: float = field(
+      1e-5, 'The number that a norm adds to the variance or the mean square.',
+      above=0, most=1, resume=FUNCTION)
+  embed_norm: bool = field(False, 'A norm right after the embedding.')
+  position: str = field('learned', 'The position encoding.', of_layers=True)
   ffn: str = field(
-      'gelu', 'the feed-forward network; moe: a mixture of experts; none: '
-      'layers end before it', of_layers=True)
+      'gelu', 'The feed-forward network; moe: a mixture of experts; none: '
+      'layers end before it.', of_layers=True)
   block: str = field(
-      'pre_norm', 'how norms, attention and networks are wired',
+      'pre_norm', 'How norms, attention and networks are wired.',
       of_layers=True)
   residual: str = field(
-      'plain', 'What attention and networks read of what stands before them: '
-      'plain, the residual sum; hyper (hyper-connections), mhc or gated, a '
-      'mixture of several streams; or attention (attention residuals), a '
-      'weighted mean.')
+      'plain', 'The input of attention and of networks: plain, the residual '
+      'sum; hyper (hyper-connections), mhc or gated, a mixture of several '
+      'streams; or attention (attention residuals), a weighted mean of what '
+      'came before.')
   layer_scale: bool = field(
-      False, 'a learned factor of what each layer returns, 1 at first')
+      False, 'A learned factor of the output of each layer, 1 at first.')
   loop: str = field(
-      'none', 'What each pass reads where the layers of the pattern, between '
-      'the prefix and the suffix, are run several times: plain, what the pass '
-      'before returned; add, concat or gate, that and the input of the first '
+      'none', 'The input of each pass where the layers of the pattern, between '
+      'the prefix and the suffix, are run several times: plain, the output of '
+      'the pass before; add, concat or gate, that and the input of the first '
       'pass. none: they are run once.')
   residual_scale: float = field(
       1.0, 'The factor of what a branch adds to a plain residual sum.',
       above=0, resume=FUNCTION)
   branch_conv: int = field(
-      0, 'Tokens that a convolution beside the results of attention and of the '
-      'network sees; 0: no convolution.', resume=SHAPES, of_layers=True)
+      0, 'The number of tokens that a convolution sees beside the results of '
+      'attention and of the network; 0: no convolution.', resume=SHAPES,
+      of_layers=True)
   mixer: str = field(
-      'attention', 'What mixes the tokens of a layer: attention; latent, whose '
-      'keys and values are made of a small vector a token; a recurrence; or '
-      'short_conv, a convolution over a few tokens.',
+      'attention', 'The part of a layer that mixes tokens: attention; latent, '
+      'whose keys and values are made of a small vector a token; a recurrence; '
+      'or short_conv, a convolution over a few tokens.',
       of_layers=True)
   memory: str = field(
-      'none', 'What a layer reads beside its input: none, or rows of tables '
+      'none', 'The tables that a layer reads beside its input: none, or rows '
       'that the last tokens look up, by gates (engram) or added up '
       '(over_encoding), or that the token does (per_layer).', of_layers=True)
-  attention: str = field('global', 'which keys a query sees', of_layers=True)
+  attention: str = field('global', 'Which keys a query sees.', of_layers=True)
   pattern: str = field(
       '', 'The kinds of layer, names of model.kinds, that are repeated over '
       "the layers, such as local,local,global; empty: all are the model's own.")
   prefix: str = field(
-      '', 'the kinds of the layers before the first period, likewise')
+      '', 'The kinds of the layers before the first period, likewise.')
   suffix: str = field(
-      '', 'the kinds of the layers after the last period, likewise')
-  # What the layers of a kind have of their own: a Kind, by its name.
+      '', 'The kinds of the layers after the last period, likewise.')
+  # For each kind of layer, by its name, what differs in its layers: a Kind.
   kinds: Frozen = dataclasses.field(default_factory=Frozen)
   attention_kernel: str = field(
-      'auto', 'What computes attention over whole sequences. auto: splash on '
-      'TPU and cudnn on GPU, where they can. Decoding with a cache is always '
-      'xla.', resume=SAME, about=RUN)
+      'auto', 'The program that computes attention over whole sequences. auto: '
+      'splash on TPU and cudnn on GPU, where they can. Decoding with a cache '
+      'is always xla.', resume=SAME, about=RUN)
   sliding_window: int = field(
-      0, 'the keys that a banded layer sees, that of the query included',
-      resume=FUNCTION)
+      0, 'The number of keys that a banded layer sees, that of the query '
+      'included.', resume=FUNCTION)
   attention_chunk: int = field(
       0, 'The tokens of a chunk, within which a chunked layer sees keys.',
       resume=FUNCTION)
@@ -195,52 +219,56 @@ class ModelConfig:
       0.0, 'The factor of the scores; derived: head_dim ** -0.5 (with mup: '
       'that of the base).', least=0, resume=FUNCTION, of_layers=True)
   attention_softcap: float = field(
-      0.0, 'bounds the attention scores; 0: none', least=0, resume=FUNCTION,
-      of_layers=True)
+      0.0, 'The bound of the attention scores, by tanh; 0: none.', least=0,
+      resume=FUNCTION, of_layers=True)
   attention_sinks: bool = field(
-      False, "a learned term in the softmax's denominator", of_layers=True)
+      False, "A learned term in the softmax's denominator.", of_layers=True)
   attention_gate: str = field(
-      'none', "of the heads' outputs: elementwise, headwise", of_layers=True)
-  attention_bias: bool = field(True, 'biases in the products of attention',
-                               of_layers=True)
+      'none', "A gate of the heads' outputs: elementwise, headwise or none.",
+      of_layers=True)
+  attention_bias: bool = field(
+      True, 'Biases in the products of attention.', of_layers=True)
   attention_out_bias: bool = field(
-      True, 'if so, in the product of its output too', of_layers=True)
-  ffn_bias: bool = field(True, 'biases in the feed-forward network',
-                         of_layers=True)
-  tie_embeddings: bool = field(True, "the head is the embedding's transpose")
+      True, 'A bias in the product of its output too, with attention_bias.',
+      of_layers=True)
+  ffn_bias: bool = field(
+      True, 'Biases in the feed-forward network.', of_layers=True)
+  tie_embeddings: bool = field(
+      True, 'Whether the matrix of the head is the embedding, transposed.')
   mtp_depth: int = field(
-      0, 'modules that predict a token further ahead each; read in training',
-      most=MOST_MODULES, resume=SHAPES)
+      0, 'The number of modules that each predict a token further ahead, in '
+      'training.', most=MOST_MODULES, resume=SHAPES)
   embed_scale: float = field(
       1.0, 'The factor of the embedding; 0, derived: d_model ** 0.5 (with mup: '
       'that of the base).', resume=FUNCTION)
   logits_scale: float = field(
       1.0, 'The factor of the logits; 0, derived: d_model ** -0.5 (with mup: '
       'that of the base).', resume=FUNCTION)
-  logits_softcap: float = field(0.0, 'bounds the logits; 0: none', least=0,
-                                resume=FUNCTION)
-  logits_bias: bool = field(False, 'a bias of the logits')
+  logits_softcap: float = field(
+      0.0, 'The bound of the logits, by tanh; 0: none.', least=0,
+      resume=FUNCTION)
+  logits_bias: bool = field(False, 'A bias of the logits.')
   head: str = field(
-      '', "What is read off the last layer; derived: the objective's.",
+      '', "The head, which reads the last layer; derived: the objective's.",
       about=SIZE)
   num_labels: int = field(
-      0, 'outputs of the head of a task; derived: of the training data\'s '
-      'labels', resume=SHAPES, about=SIZE)
+      0, "The outputs of the head of a task; derived from the training data's "
+      'labels.', resume=SHAPES, about=SIZE)
   head_dropout: float = field(
-      0.0, 'of what the head of a task is applied to', least=0, below=1,
+      0.0, 'The dropout before the head of a task.', least=0, below=1,
       resume=REGULARISATION, about=RUN)
   pooling: str = field(
       'cls', "What the head of a row reads of an encoder's tokens: cls, the "
       'first one, or mean, the mean of all that are not padding.',
       resume=FUNCTION, about=SIZE)
   dropout: float = field(
-      0.0, 'of the embedding and of what each part adds', least=0, below=1,
-      resume=REGULARISATION, about=RUN)
+      0.0, 'The dropout of the embedding and of what each part adds.', least=0,
+      below=1, resume=REGULARISATION, about=RUN)
   attention_dropout: float = field(
-      0.0, 'of attention weights', least=0, below=1, resume=REGULARISATION,
-      about=RUN)
+      0.0, 'The dropout of attention weights.', least=0, below=1,
+      resume=REGULARISATION, about=RUN)
   ffn_dropout: float = field(
-      0.0, 'Of hidden units of dense networks; those of experts: '
+      0.0, 'The dropout of hidden units of dense networks; that of experts is '
       'moe.expert_dropout.', least=0, below=1, resume=REGULARISATION,
       about=RUN)
   parametrization: str = field(
@@ -248,37 +276,38 @@ class ModelConfig:
       'standard, or mup (docs/mup.md), which equals standard at the base '
       'width.', choices=PARAMETRIZATIONS, resume=FUNCTION, about=SIZE)
   mup_base_width: int = field(
-      0, 'the d_model of the base, which mup needs', resume=FUNCTION,
+      0, 'The d_model of the base, which mup needs.', resume=FUNCTION,
       about=SIZE)
   mup_base_head_dim: int = field(
-      0, 'its head_dim; derived: it has as many heads', resume=FUNCTION,
-      about=SIZE, of_layers=True)
-  init: str = field('scaled_normal', 'the distribution of the first weights',
+      0, 'The head_dim of the base; derived: it has as many heads.',
+      resume=FUNCTION, about=SIZE, of_layers=True)
+  init: str = field('scaled_normal', 'The distribution of the first weights.',
                     resume=AT_START, about=RUN)
-  init_stddev: float = field(0.02, 'of normal and scaled_normal', least=0,
-                             resume=AT_START, about=RUN)
-  init_scale: float = field(
-      1.0, 'of fan_in: the variance is this / fan_in', above=0,
+  init_stddev: float = field(
+      0.02, 'The standard deviation of init normal and scaled_normal.', least=0,
       resume=AT_START, about=RUN)
-  dtype: str = field('float32', 'of the computation', choices=DTYPES,
+  init_scale: float = field(
+      1.0, 'The variance of init fan_in is this / fan_in.', above=0,
+      resume=AT_START, about=RUN)
+  dtype: str = field('float32', 'The type of the computation.', choices=DTYPES,
                      resume=FUNCTION, about=RUN)
   param_dtype: str = field(
-      'float32', 'Of the parameters. What the optimiser keeps is float32 in '
-      'any case.', choices=DTYPES, resume=SHAPES, about=RUN)
+      'float32', 'The type of the parameters. The state of the optimiser is '
+      'float32 in any case.', choices=DTYPES, resume=SHAPES, about=RUN)
   scan_layers: bool = field(
-      True, 'one program for all layers, or one for each', resume=SAME,
-      about=RUN)
+      True, 'One program for all layers, rather than one for each.',
+      resume=SAME, about=RUN)
   remat: str = field(
-      'none', 'What the backward pass computes again: nothing (none), all but '
-      'products (dots), or each layer from its input (full; with offload the '
-      "inputs wait in the host's memory).", resume=SAME, about=RUN)
+      'none', 'The activations that the backward pass computes again: none, '
+      'all but products (dots), or each layer from its input (full; with '
+      "offload the inputs wait in the host's memory).", resume=SAME, about=RUN)
   keep_gathered: str = field(
       'none', 'The products (of lora.targets, with commas) whose weights, if '
       'they are sharded over fsdp, stay whole from the forward to the backward '
       'pass. none: all are gathered again, which sends more and keeps less.',
       resume=SAME, about=RUN, several=True)
 
-  # The adapters, without a rank where there are none.
+  # The low-rank adapters; without a rank there are none.
   lora: LoraConfig = LoraConfig()
   # The parts that any layer has, one of each class.
   parts: tuple[Any, ...] = ()
@@ -303,7 +332,8 @@ class ModelConfig:
     if part is None:
       return self
     changed = dataclasses.replace(part, **fields)
-    parts = [changed if x is part else x for x in self.parts]
+    parts = list(self.parts)
+    parts[parts.index(part)] = changed
     return dataclasses.replace(self, parts=tuple(parts))
 
   def without(self, kind: type[Any]) -> 'ModelConfig':
@@ -326,13 +356,15 @@ class ModelConfig:
 
   @property
   def compute_dtype(self):
+    """The type of the computation, as JAX has it."""
     return jnp.dtype(self.dtype)
 
   @property
   def of_embedding(self) -> 'ModelConfig':
     """The config as the embedding and the head of masked words read it."""
-    return dataclasses.replace(
-        self, d_model=self.embed_dim) if self.embed_dim else self
+    if not self.embed_dim:
+      return self
+    return dataclasses.replace(self, d_model=self.embed_dim)
 
   @property
   def base_width(self) -> int:
@@ -351,7 +383,7 @@ class ModelConfig:
 
   @property
   def head_widening(self) -> float:
-    """The same of a head."""
+    """How many times as large as in muP's base a head is."""
     return self.head_dim / self.base_head_dim
 
   @property
@@ -364,8 +396,8 @@ class ModelConfig:
   def layers(self, num_layers: int) -> tuple['ModelConfig', ...]:
     """Returns each layer that a token goes through in a stack of so many, as
     `of_kind` does; layers of one kind are one value."""
-    return tuple([self.of_kind(kind.name)
-                  for kind in self.layer_kinds(num_layers)])
+    kinds_of_layers = self.layer_kinds(num_layers)
+    return tuple([self.of_kind(kind.name) for kind in kinds_of_layers])
 
   @functools.cached_property
   def distinct_layers(self) -> tuple['ModelConfig', ...]:
@@ -401,9 +433,12 @@ class ModelConfig:
   @functools.cached_property
   def names_of_layers(self) -> tuple[tuple[str, ...], ...]:
     """The kinds of the layers before the first period, of a period, and of
-    those after the last; '' is that of layers as the model says."""
-    return (kinds.split(self.prefix), kinds.split(self.pattern) or ('',),
-            kinds.split(self.suffix))
+    those after the last; '' is the kind of layers that are as the model says.
+    """
+    if not (self.pattern or self.prefix or self.suffix):
+      return (), ('',), ()
+    period = kinds.split(self.pattern) or ('',)
+    return kinds.split(self.prefix), period, kinds.split(self.suffix)
 
   @functools.cached_property
   def kinds_used(self) -> tuple[str, ...]:
@@ -424,38 +459,75 @@ class ModelConfig:
 
   def sections(self, num_layers: int, *, causal: bool = True,
                cross: bool = False) -> tuple[Section, ...]:
-    """The layers of a stack of so many: those before the first period, its
-    repetitions, and those after the last. Each section has layers, and the
-    repetitions have the passes of model.loop."""
+    """Returns the layers of a stack: those before the first period, its
+    repetitions, and those after the last. The repetitions have the passes of
+    model.loop; a section without layers is left out.
+
+    Args:
+      num_layers: the number of layers, each counted once.
+      causal: whether a token sees no later one.
+      cross: whether the layers attend to the encoder's tokens too.
+    """
     first, period, last = self.names_of_layers
     repeated = (num_layers - len(first) - len(last)) // len(period)
-
-    def layer_kinds(names: tuple[str, ...], before: tuple[str, ...]):
-      configs = [self.of_kind(name) for name in (*before, *names)]
-      return tuple(LayerKind(c.attention, c.ffn, causal, cross, name,
-                             _source(configs, i, len(before)))
-                   for i, (c, name) in enumerate(
-                       zip(configs[len(before):], names)))
-
     passes = 1
     if self.loop != 'none':
       passes = self.part(LoopsConfig).passes
-    return tuple(Section(name, layer_kinds(names, before), *times)
-                 for name, names, before, times in zip(
-                     kinds.SECTIONS, (first, period, last), ((), first, ()),
-                     ((1,), (repeated, passes), (1,))) if names)
+
+    sections = []
+    for section, names in zip(kinds.SECTIONS, (first, period, last)):
+      if not names:
+        continue
+      # A period may read the keys of a layer of the prefix.
+      before: tuple[str, ...] = ()
+      periods, times = 1, 1
+      if section == kinds.REPEATED:
+        before, periods, times = first, repeated, passes
+      layers = self._section_kinds(names, before, causal, cross)
+      sections.append(Section(
+          name=section, kinds=layers, periods=periods, passes=times))
+    return tuple(sections)
+
+  def _section_kinds(self, names: tuple[str, ...], before: tuple[str, ...],
+                     causal: bool, cross: bool) -> tuple[LayerKind, ...]:
+    """Returns the layers of one period of a section.
+
+    Args:
+      names: the kinds of the layers.
+      before: the kinds of the layers before them whose keys they may read.
+      causal: whether a token sees no later one.
+      cross: whether the layers attend to the encoder's tokens too.
+    """
+    configs = [self.of_kind(name) for name in (*before, *names)]
+    layers = []
+    for i, name in enumerate(names):
+      c = configs[len(before) + i]
+      source = _source(configs, i, len(before))
+      layers.append(LayerKind(
+          attention=c.attention, ffn=c.ffn, causal=causal, cross=cross,
+          name=name, source=source))
+    return tuple(layers)
 
   def layer_kinds(self, num_layers: int, *, causal: bool = True,
                   cross: bool = False) -> tuple[LayerKind, ...]:
-    """The kind of each layer that a token goes through in a stack of so many,
-    which are more where they loop."""
-    return sum((section.layers for section in self.sections(
-        num_layers, causal=causal, cross=cross)), ())
+    """Returns the kind of each layer that a token goes through in a stack of
+    so many layers, which are more where they loop; see `sections`."""
+    layers: tuple[LayerKind, ...] = ()
+    for section in self.sections(num_layers, causal=causal, cross=cross):
+      layers += section.layers
+    return layers
 
 
 def _source(layers: list[ModelConfig], i: int, first: int) -> int | None:
-  """Returns which layer lends its keys and values to layer i of those from
-  `first` on: the nearest one before it that has some, of as many tokens."""
+  """Returns the place of the layer that lends layer i its keys and values: the
+  nearest one before it that has some, of as many tokens. None: the layer has
+  its own, or there is no lender.
+
+  Args:
+    layers: the layers of a section, after those before it.
+    i: the place of the reader, counted from the section's first layer.
+    first: the place of the section's first layer in `layers`.
+  """
   reader = layers[first + i]
   if not reader.shares_keys:
     return None
@@ -468,5 +540,7 @@ def _source(layers: list[ModelConfig], i: int, first: int) -> int | None:
 
 def _sees(layer: ModelConfig) -> tuple:
   """Returns what decides which tokens a layer sees."""
-  window = layer.sliding_window if layer.attention != 'global' else 0
+  window = 0
+  if layer.attention != 'global':
+    window = layer.sliding_window
   return layer.mixer, layer.attention, window

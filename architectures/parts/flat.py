@@ -12,25 +12,25 @@ those that they list in `fields`. All other names are unread: a config that is
 saved, printed or exported has none of them.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 import dataclasses
 import functools
 import re
 from typing import Any, Optional
 
 from architectures.parts import blocks
+from architectures.parts import config
+from architectures.parts import layers
 from architectures.parts import positions
+from architectures.parts import tables
 from architectures.parts.attention.fields import AttentionConfig
-from architectures.parts.config import Frozen, Kind, ModelConfig, Part
-from architectures.parts.layers import NO_FFN
+from architectures.parts.config import Frozen, ModelConfig, Part
 from architectures.parts.lora import LoraConfig
 from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.sizes import Sizes
-from architectures.parts.tables import CHOICES, TABLES
 from common import fields as declared
 from common import kinds as layer_kinds
 from common.errors import hint, RequestError
-from common.fields import Wait
 
 LORA = 'lora'  # the group that every model has
 
@@ -38,23 +38,32 @@ LORA = 'lora'  # the group that every model has
 def _groups() -> dict[str, type]:
   """Returns the class of each part, by its group."""
   groups: dict[str, type] = {LORA: LoraConfig}
-  for table in TABLES.values():
+  for table in tables.TABLES.values():
     for name, entry in table.items():
       settings = getattr(entry, 'settings', None)
       if settings is not None:
-        groups[getattr(settings, 'GROUP', name)] = settings
+        group = getattr(settings, 'GROUP', name)
+        groups[group] = settings
   return groups
 
 
+def _classes() -> dict[type, str]:
+  """Returns the group of each part, by its class."""
+  return {kind: group for group, kind in GROUPS.items()}
+
+
 GROUPS = _groups()
-_GROUP_OF = {kind: group for group, kind in GROUPS.items()}
+_GROUP_OF = _classes()
 PLAIN = AttentionConfig.GROUP  # which no name has before its dot
 
 
 def fields_of(group: str) -> dict[str, declared.Leaf]:
   """Returns the fields of a part by their flat names. Those of plain attention
   have no group before them."""
-  return declared.leaves(GROUPS[group], '' if group == PLAIN else f'{group}.')
+  prefix = f'{group}.'
+  if group == PLAIN:
+    prefix = ''
+  return declared.leaves(GROUPS[group], prefix)
 
 
 def _fields() -> dict[str, declared.Leaf]:
@@ -67,31 +76,45 @@ def _fields() -> dict[str, declared.Leaf]:
 
 def _groups_of_names() -> dict[str, str]:
   """Returns the group of each name that is a part's."""
-  names = {}
+  names: dict[str, str] = {}
   for group in GROUPS:
     names |= dict.fromkeys(fields_of(group), group)
   return names
 
 
+def _defaults() -> dict[str, Any]:
+  """Returns the default of each field."""
+  return {name: leaf.default for name, leaf in FIELDS.items()}
+
+
 FIELDS = _fields()
 _GROUP_OF_NAME = _groups_of_names()
-DEFAULTS = {name: leaf.default for name, leaf in FIELDS.items()}
+DEFAULTS = _defaults()
 
 
 def _of_layers() -> dict[str, str]:
-  """Returns the fields of a kind of layer, and for each that of the model."""
-  fields = {name: name for name, leaf in FIELDS.items() if leaf.rule.of_layers}
-  return fields | {'window': 'sliding_window', 'router': 'moe.router',
-                   'rope': 'rope'}
+  """Returns the names that a kind of layer has, and for each the name of the
+  model's field, or group, for which it stands."""
+  names = {name: name for name, leaf in FIELDS.items() if leaf.rule.of_layers}
+  names['window'] = 'sliding_window'
+  names['router'] = 'moe.router'
+  names['rope'] = 'rope'
+  return names
 
 
-# The fields of a kind of layer, and of the model what each stands for.
+# The model's field, or group, for which each name of a kind of layer stands.
 OF_LAYERS = _of_layers()
+
+
+def _name_in_model(name: str) -> str:
+  """Returns the name of the model's field for which a field of a kind of layer
+  stands; of a field of a group, as rope.theta, that is its own."""
+  return OF_LAYERS.get(name, name)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   """Returns the leaves of nested groups by their dotted names."""
-  leaves = {}
+  leaves: dict[str, Any] = {}
   for name, value in tree.items():
     if hasattr(value, 'items'):
       leaves |= flatten(value, f'{prefix}{name}.')
@@ -106,8 +129,10 @@ def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
   tree: dict[str, Any] = {}
   for name, value in fields.items():
     group, _, last = name.rpartition('.')
-    at = tree.setdefault(group, {}) if group else tree
-    at[last] = value
+    branch = tree
+    if group:
+      branch = tree.setdefault(group, {})
+    branch[last] = value
   return tree
 
 
@@ -116,28 +141,29 @@ def defaults() -> dict[str, Any]:
   tree = {}
   for name, value in nested(DEFAULTS).items():
     tree[name] = value
-    if name == 'suffix':  # beside the names of the kinds
+    # The kinds stand beside the fields that name them.
+    if name == 'suffix':
       tree['kinds'] = {}
   return tree
 
 
-# What config.model has, by name.
-_NAMES = [*defaults()]
+# The names of the fields and groups of config.model.
+_NAMES = list(defaults())
 
 
 def refresh() -> None:
   """Reads the tables again, to which a file from outside has added entries."""
-  for known, read in (
-      (GROUPS, _groups), (FIELDS, _fields),
-      (_GROUP_OF_NAME, _groups_of_names), (OF_LAYERS, _of_layers),
-      (_CLAIMS, _claims), (_ALWAYS, _unclaimed)):
+  # In this order: each is made of those before it.
+  makers: tuple[tuple[dict[Any, Any], Callable[[], dict]], ...] = (
+      (GROUPS, _groups), (_GROUP_OF, _classes), (FIELDS, _fields),
+      (_GROUP_OF_NAME, _groups_of_names), (DEFAULTS, _defaults),
+      (OF_LAYERS, _of_layers), (_CLAIMS, _claims))
+  for known, read in makers:
     known.clear()
     known.update(read())
-  _GROUP_OF.clear()
-  _GROUP_OF.update({kind: group for group, kind in GROUPS.items()})
-  DEFAULTS.clear()
-  DEFAULTS.update({name: leaf.default for name, leaf in FIELDS.items()})
-  _NAMES[:] = [*defaults()]
+  _ALWAYS.clear()
+  _ALWAYS.update(_unclaimed())
+  _NAMES[:] = list(defaults())
   _names_of.cache_clear()
 
 
@@ -163,19 +189,29 @@ def group_of(part: Any) -> str:
 
 def as_dict(c: ModelConfig) -> dict[str, Any]:
   """Returns the fields as nested dicts, of which `make` makes `c` again."""
-  tree: dict[str, Any] = {
-      name: getattr(c, name) for name in FIELDS if name not in _GROUP_OF_NAME}
+  tree: dict[str, Any] = {}
+  for name in FIELDS:
+    if name not in _GROUP_OF_NAME:
+      tree[name] = getattr(c, name)
   tree['kinds'] = {name: _copied(kind.said) for name, kind in c.kinds.items()}
   tree[LORA] = dataclasses.asdict(c.lora)
   for part in c.parts:
     group, fields = group_of(part), dataclasses.asdict(part)
-    tree |= fields if group == PLAIN else {group: fields}
+    if group == PLAIN:
+      tree |= fields
+    else:
+      tree[group] = fields
   return tree
 
 
 def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
-  return {name: _copied(value) if isinstance(value, Mapping) else value
-          for name, value in tree.items()}
+  """Returns nested mappings as dicts, which may be changed."""
+  copy = {}
+  for name, value in tree.items():
+    if isinstance(value, Mapping):
+      value = _copied(value)
+    copy[name] = value
+  return copy
 
 
 # Which names a model takes.
@@ -185,16 +221,17 @@ def _claims() -> dict[str, dict[str, list[str]]]:
   """Returns for each name, or group, that not every model takes the entries
   that do: {name: {where it is chosen: the names of the entries}}."""
   claims: dict[str, dict[str, list[str]]] = {}
-  for selector, table in TABLES.items():
+  for selector, table in tables.TABLES.items():
     for entry in table:
       for name in _listed(selector, entry):
-        claims.setdefault(name, {}).setdefault(selector, []).append(entry)
+        selectors = claims.setdefault(name, {})
+        selectors.setdefault(selector, []).append(entry)
   return claims
 
 
 def _listed(selector: str, name: str) -> list[str]:
   """Returns the fields and the groups that an entry of a table lists."""
-  entry = TABLES[selector][name]
+  entry = tables.TABLES[selector][name]
   names = list(getattr(entry, 'fields', ()))
   settings = getattr(entry, 'settings', None)
   if settings is not None:
@@ -207,8 +244,11 @@ _CLAIMS = _claims()
 
 def _unclaimed() -> set[str]:
   """Returns the names that every model takes."""
-  return {name for name in FIELDS if name not in _CLAIMS
-          and _GROUP_OF_NAME.get(name) not in _CLAIMS}
+  names = set()
+  for name in FIELDS:
+    if name not in _CLAIMS and _GROUP_OF_NAME.get(name) not in _CLAIMS:
+      names.add(name)
+  return names
 
 
 _ALWAYS = _unclaimed()
@@ -216,12 +256,12 @@ _ALWAYS = _unclaimed()
 
 @functools.cache
 def _names_of(selector: str, entry: str) -> frozenset[str]:
-  """Returns the names that a chosen entry takes. Of a group it takes all that
-  entries do not list one by one."""
-  taken = set()
+  """Returns the names that a chosen entry takes. It takes those names of a
+  group that no entry lists one by one."""
+  taken: set[str] = set()
   for name in _listed(selector, entry):
     if name in GROUPS:
-      taken |= {field for field in fields_of(name) if field not in _CLAIMS}
+      taken |= fields_of(name).keys() - _CLAIMS.keys()
     else:
       taken.add(name)
   return frozenset(taken)
@@ -231,20 +271,21 @@ def _chosen(fields: Mapping[str, Any]) -> set[str]:
   """Returns the names that layers with these choices take.
 
   Args:
-    fields: what each of TABLES has chosen, by its name.
+    fields: the name of the chosen entry of each of tables.TABLES.
   """
   taken = set(_ALWAYS)
   mixer = blocks.MIXERS[fields['mixer']]
   position = positions.POSITIONS[fields['position']]
   if not (mixer.positional or position.embed or fields['position'] == 'none'):
     taken.discard('position')
-  for selector in TABLES:  # what is chosen inside a part comes after the part
+  # A part comes before what is chosen inside it.
+  for selector in tables.TABLES:
     if selector in taken:
       taken |= _names_of(selector, fields[selector])
   return taken
 
 
-def _waiting(c: ModelConfig) -> dict[str, Wait]:
+def _waiting(c: ModelConfig) -> dict[str, declared.Wait]:
   """Returns the fields that layers as `c` says have and do not read, with what
   each of them waits for."""
   waiting = c.waits()
@@ -255,24 +296,26 @@ def _waiting(c: ModelConfig) -> dict[str, Wait]:
         last = name.rpartition('.')[2]
         if last in waits:
           waiting[name] = waits[last]
+
+  # The sizes of a feed-forward network that is not there.
   moe = c.find(MoEConfig)
-  if c.ffn == NO_FFN:
+  if c.ffn == layers.NO_FFN:
     for name in ('d_ff', 'ffn_bias', 'ffn_dropout'):
-      waiting[name] = Wait('ffn', f'is not {NO_FFN}')
+      waiting[name] = declared.Wait('ffn', f'is not {layers.NO_FFN}')
   if c.ffn == 'moe' and moe is not None:
     if moe.d_ff != c.d_ff:
-      waiting['d_ff'] = Wait('moe.d_ff', 'is 0, or the network of a layer is '
-                             'dense')
+      waiting['d_ff'] = declared.Wait(
+          'moe.d_ff', 'is 0, or the network of a layer is dense')
     if not moe.shared_experts:
-      waiting['ffn_dropout'] = Wait('moe.shared_experts', 'is set, or '
-                                    'model.ffn is not moe')
+      waiting['ffn_dropout'] = declared.Wait(
+          'moe.shared_experts', 'is set, or model.ffn is not moe')
   return waiting
 
 
 def takes(c: ModelConfig) -> set[str]:
   """Returns the names that layers read which are all as `c` says."""
-  chosen = _chosen({selector: get(c, selector) for selector in TABLES})
-  return chosen - _waiting(c).keys()
+  choices = {selector: get(c, selector) for selector in tables.TABLES}
+  return _chosen(choices) - _waiting(c).keys()
 
 
 def reads(c: ModelConfig) -> set[str]:
@@ -280,13 +323,15 @@ def reads(c: ModelConfig) -> set[str]:
   layers; not those in whose place all layers have some of their kinds."""
   read: set[str] = set()
   for kind in c.kinds_used:
-    changes = flatten(c.kinds[kind].said) if kind else {}
-    own = {OF_LAYERS.get(name, name) for name in changes}
+    changes: Mapping[str, Any] = {}
+    if kind:
+      changes = flatten(c.kinds[kind].said)
+    replaced = {_name_in_model(name) for name in changes}
     if 'window' in changes:
-      own.add('attention')
+      replaced.add('attention')
     # These are read beside the layers too.
-    own -= {'position', 'ffn', 'block'}
-    read |= takes(c.of_kind(kind)) - own
+    replaced -= {'position', 'ffn', 'block'}
+    read |= takes(c.of_kind(kind)) - replaced
   if positions.of(c).of_stack:
     read |= takes(c)
   return read
@@ -315,44 +360,60 @@ def unread(c: ModelConfig, tree: Mapping[str, Any] | None = None
       there are sizes that are derived; None: fields from which sizes may be
       derived count as read.
   """
-  fields = {}
+  fields: dict[str, Unread] = {}
   if tree is not None:
     fields |= _sources_of_nothing(c, tree)
   # The model's own fields.
-  read, waiting = reads(c), {}
+  read = reads(c)
+  waiting: dict[str, declared.Wait] = {}
   for layer in c.distinct_layers:
     waiting |= _waiting(layer)
   for name in FIELDS:
     if name not in read:
       fields[name] = _why(name, waiting) or Unread(
           'a kind of model.kinds does not set it', ('kinds',))
-  # Those of the kinds of layer.
-  for kind, changed in c.kinds.items():
-    layer = c.of_kind(kind)
-    taken, waiting = takes(layer), _waiting(layer)
-    for name, value in flatten(changed.said).items():
-      field = OF_LAYERS.get(name, name)
-      if name in blocks.mixer_of(layer).sources:
-        fields[f'kinds.{kind}.{name}'] = Unread(
-            'a layer of the kind has attention: the sizes of model.mixer '
-            f'{layer.mixer} stand in model.{layer.mixer}')
-      elif field not in taken and (name != 'window' or value):
-        why = _why(field, waiting)  # a window of 0 is none
-        assert why is not None, f'nothing reads {field}'
-        fields[f'kinds.{kind}.{name}'] = why
+  # The fields of the kinds of layer.
+  for kind in c.kinds:
+    for name, why in _unread_of_kind(c, kind).items():
+      fields[f'kinds.{kind}.{name}'] = why
   return fields
 
 
-def _why(name: str, waiting: Mapping[str, Wait]) -> Optional[Unread]:
+def _unread_of_kind(c: ModelConfig, kind: str) -> dict[str, Unread]:
+  """Returns the fields that a kind of layer has and its layers do not read."""
+  layer = c.of_kind(kind)
+  taken, waiting = takes(layer), _waiting(layer)
+  sources = blocks.mixer_of(layer).sources
+  fields = {}
+  for name, value in flatten(c.kinds[kind].said).items():
+    field = _name_in_model(name)
+    if name in sources:
+      fields[name] = Unread(
+          'a layer of the kind has attention: the sizes of model.mixer '
+          f'{layer.mixer} stand in model.{layer.mixer}')
+      continue
+    is_no_window = name == 'window' and not value
+    if field not in taken and not is_no_window:
+      why = _why(field, waiting)
+      assert why is not None, f'nothing reads {field}'
+      fields[name] = why
+  return fields
+
+
+def _why(name: str, waiting: Mapping[str, declared.Wait]) -> Optional[Unread]:
   """Returns when a field is read; None: always."""
-  clauses, others = [], []
+  clauses: list[str] = []
+  others: list[str] = []
+  # A field is read where its group is chosen, and it itself.
   for owned in (_GROUP_OF_NAME.get(name, ''), name):
     claims = _CLAIMS.get(owned, {})
-    if claims:
-      clauses.append(' or '.join(
-          f'model.{selector} is {" or ".join(entries)}'
-          for selector, entries in claims.items()))
-      others += claims
+    if not claims:
+      continue
+    places = []
+    for selector, entries in claims.items():
+      places.append(f'model.{selector} is {" or ".join(entries)}')
+      others.append(selector)
+    clauses.append(' or '.join(places))
   if name in waiting:
     wait = waiting[name]
     clauses.append(f'model.{wait.field} {wait.until}')
@@ -365,79 +426,39 @@ def _why(name: str, waiting: Mapping[str, Wait]) -> Optional[Unread]:
   return Unread(' and '.join(clauses), tuple(dict.fromkeys(others)))
 
 
-class _Asked:
-  """Sizes of a model, which remember those that a part has asked for."""
+class _Recorder:
+  """Stands for a model, and remembers which of its sizes were asked for."""
 
   def __init__(self, c: ModelConfig):
-    self._c = c
+    self._model = c
     self.names: set[str] = set()
 
-  def _ask(self, name: str) -> Any:
+  def __getattr__(self, name: str) -> Any:
     self.names.add(name)
-    return getattr(self._c, name)
-
-  @property
-  def d_model(self) -> int:
-    return self._ask('d_model')
-
-  @property
-  def num_layers(self) -> int:
-    return self._ask('num_layers')
-
-  @property
-  def num_heads(self) -> int:
-    return self._ask('num_heads')
-
-  @property
-  def head_dim(self) -> int:
-    return self._ask('head_dim')
-
-  @property
-  def d_ff(self) -> int:
-    return self._ask('d_ff')
-
-  @property
-  def vocab_size(self) -> int:
-    return self._ask('vocab_size')
-
-  @property
-  def max_len(self) -> int:
-    return self._ask('max_len')
-
-  @property
-  def norm_eps(self) -> float:
-    return self._ask('norm_eps')
-
-  @property
-  def prefix(self) -> str:
-    return self._ask('prefix')
-
-  @property
-  def suffix(self) -> str:
-    return self._ask('suffix')
-
-  @property
-  def init(self) -> str:
-    return self._ask('init')
+    return getattr(self._model, name)
 
 
 def _sources_of_nothing(c: ModelConfig, tree: Mapping[str, Any]
                         ) -> dict[str, Unread]:
   """Returns the fields that the mixers of all layers read only to derive sizes
   from them, where `tree` gives these sizes."""
-  if c.parametrization == 'mup':  # whose rules are by the size of a head
+  # The rules of muP are by the size of a head.
+  if c.parametrization == 'mup':
     return {}
-  kinds = c.distinct_layers
-  sources = set.intersection(
-      *(set(blocks.mixer_of(layer).sources) for layer in kinds))
+  mixers: dict[str, None] = {}
+  sources = set(FIELDS)
+  for layer in c.distinct_layers:
+    sources &= set(blocks.mixer_of(layer).sources)
+    mixers[f'model.{layer.mixer}'] = None
   if not sources:
     return {}
-  sizes = _Asked(c)
+
+  # The sizes for which the parts ask, when they are made of `tree`.
+  sizes: Any = _Recorder(c)
   for part in c.parts:
     _part(type(part), tree, sizes)
   if 'head_dim' in sizes.names and not tree.get('head_dim'):
     sizes.names.add('num_heads')  # of which it is derived
-  mixers = dict.fromkeys(f'model.{layer.mixer}' for layer in kinds)
   why = Unread(f'a size is left open in {" or ".join(mixers)}', ('mixer',))
   return {name: why for name in sources - sizes.names}
 
@@ -453,7 +474,9 @@ def _part(kind: type, tree: Mapping[str, Any], c: Sizes) -> Any:
   if group == PLAIN:
     fields = {name: tree[name] for name in fields_of(group) if name in tree}
   part = kind(**fields)
-  return part.derived(c) if hasattr(part, 'derived') else part
+  if hasattr(part, 'derived'):
+    part = part.derived(c)
+  return part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -463,7 +486,9 @@ class Whole(ModelConfig):
   def part(self, kind: type[Part]) -> Part:
     """Returns the part of a class."""
     part = self.find(kind)
-    return _part(kind, {}, self) if part is None else part
+    if part is None:
+      part = _part(kind, {}, self)
+    return part
 
 
 def whole(c: ModelConfig) -> Whole:
@@ -481,30 +506,35 @@ def make(tree: Mapping[str, Any]) -> ModelConfig:
     RequestError: a field that is not of its type, out of range or none of its
       choices, or one that another is derived from and that does not allow it.
   """
-  tree = tree.to_dict() if hasattr(tree, 'to_dict') else tree
+  if hasattr(tree, 'to_dict'):
+    tree = tree.to_dict()
   check_fields(tree)
-  fields = DEFAULTS | flatten(
-      {name: value for name, value in tree.items() if name != 'kinds'})
   kinds = tree.get('kinds', {})
-  # The fields that are in no part, and the parts of all layers.
-  own = _derived({name: value for name, value in fields.items()
-                  if name not in _GROUP_OF_NAME}, kinds)
-  own['kinds'] = Frozen({name: _kind(said, fields)
-                         for name, said in own['kinds'].items()})
-  c = ModelConfig(**own)
-  fields['head'] = own['head']
+  given = {name: value for name, value in tree.items() if name != 'kinds'}
+  fields = DEFAULTS | flatten(given)
+
+  # The model without its parts.
+  c = ModelConfig(**_derived(fields, kinds))
+  fields['head'] = c.head
+
+  # The parts that any layer has chosen.
   names = _chosen(fields)
   for kind in c.kinds_used:
     if kind in kinds:  # else it is refused later
       names |= _chosen(_choices_of(fields, kinds[kind]))
-  groups = {_GROUP_OF_NAME.get(name) for name in names} - {None, LORA}
-  parts = [_part(GROUPS[group], tree, c) for group in GROUPS
-           if group in groups]
-  c = dataclasses.replace(c, lora=_part(LoraConfig, tree, c),
-                          parts=tuple(parts))
+  parts = []
+  groups = {_GROUP_OF_NAME.get(name) for name in names}
+  for group, part in GROUPS.items():
+    if group in groups and group != LORA:
+      parts.append(_part(part, tree, c))
+  lora = LoraConfig()
+  if fields['lora.rank']:
+    lora = _part(LoraConfig, tree, c)
+  c = dataclasses.replace(c, lora=lora, parts=tuple(parts))
+
   # Heads that nothing is derived from need not divide the width.
-  if (not fields['head_dim'] and c.d_model % c.num_heads
-      and 'num_heads' not in _sources_of_nothing(c, tree)):
+  is_divided = fields['head_dim'] or c.d_model % c.num_heads == 0
+  if not is_divided and 'num_heads' not in _sources_of_nothing(c, tree):
     raise RequestError(
         f'model.num_heads is {c.num_heads}, which does not divide '
         f'model.d_model {c.d_model}: choose a divisor, or set model.head_dim')
@@ -513,79 +543,125 @@ def make(tree: Mapping[str, Any]) -> ModelConfig:
 
 def _choices_of(fields: Mapping[str, Any], kind: Mapping[str, Any]
                 ) -> dict[str, Any]:
-  """Returns what the layers of a kind have chosen, by the names of TABLES."""
-  choices = {selector: fields[selector] for selector in TABLES}
+  """Returns the choices of the layers of a kind, by the names of TABLES.
+
+  Args:
+    fields: all fields of the model.
+    kind: what config.model.kinds says of the kind.
+  """
+  choices = {selector: fields[selector] for selector in tables.TABLES}
   if 'window' in kind:
-    choices['attention'] = 'banded' if kind['window'] else 'global'
+    choices['attention'] = _rule_of(kind['window'])
   for name, value in flatten(kind).items():
-    field = OF_LAYERS.get(name, name)
+    field = _name_in_model(name)
     if field in choices:
       choices[field] = value
-  if choices['ffn'] == layer_kinds.DENSE:
-    choices['ffn'] = (fields['moe.ffn'] if fields['ffn'] == 'moe' else
-                      fields['ffn'])
+  choices['ffn'] = _network(choices['ffn'], fields)
   return choices
 
 
-def _derived(fields: dict[str, Any], kinds: Mapping[str, Mapping[str, Any]]
+def _rule_of(window: int) -> str:
+  """Returns the rule of attention that a kind's `window` chooses."""
+  if window:
+    return 'banded'
+  return 'global'
+
+
+def _network(name: str, fields: Mapping[str, Any]) -> str:
+  """Returns the feed-forward network that a kind's `ffn` chooses; 'dense' is
+  the network of the model's dense layers."""
+  if name != layer_kinds.DENSE:
+    return name
+  if fields['ffn'] == 'moe':
+    return fields['moe.ffn']
+  return fields['ffn']
+
+
+def _derived(fields: Mapping[str, Any], kinds: Mapping[str, Mapping[str, Any]]
              ) -> dict[str, Any]:
-  """Returns the fields that are in no part, with what is derived."""
+  """Returns the fields that are in no part, with what is derived.
+
+  Args:
+    fields: all fields of the model.
+    kinds: config.model.kinds.
+  """
   for name, source in (('vocab_size', 'the tokenizer'),
                        ('max_len', 'data.length')):
     if fields[name] <= 0:
       raise RequestError(
           f'model.{name} is {fields[name]}: it must be > 0 (derived from '
           f'{source} at the start of a run)')
+  derived = {name: value for name, value in fields.items()
+             if name not in _GROUP_OF_NAME}
+
+  # Sizes that are left open.
   heads, width = fields['num_heads'], fields['d_model']
   head_dim = fields['head_dim'] or width // heads or 1
+  derived['head_dim'] = head_dim
+  derived['num_decoder_layers'] = (
+      fields['num_decoder_layers'] or fields['num_layers'])
+  derived['num_kv_heads'] = fields['num_kv_heads'] or heads
+  derived['d_ff'] = fields['d_ff'] or 4 * width
+  derived['head'] = fields['head'] or 'lm'
+
+  # The base of muP, and the factors that are its own.
   base_width, base_head_dim = _base(fields, head_dim)
-  mup = fields['parametrization'] == 'mup'
-  return fields | dict(
-      num_decoder_layers=fields['num_decoder_layers'] or fields['num_layers'],
-      num_kv_heads=fields['num_kv_heads'] or heads,
-      head_dim=head_dim,
-      d_ff=fields['d_ff'] or 4 * width,
-      head=fields['head'] or 'lm',
-      mup_base_width=base_width if mup else 0,
-      mup_base_head_dim=base_head_dim if mup else 0,
-      attention_scale=fields['attention_scale'] or base_head_dim ** -0.5,
-      embed_scale=fields['embed_scale'] or base_width ** 0.5,
-      logits_scale=fields['logits_scale'] or base_width ** -0.5,
-      kinds={name: _said(fields, kind) for name, kind in kinds.items()})
+  derived['mup_base_width'] = derived['mup_base_head_dim'] = 0
+  if fields['parametrization'] == 'mup':
+    derived['mup_base_width'] = base_width
+    derived['mup_base_head_dim'] = base_head_dim
+  derived['attention_scale'] = (
+      fields['attention_scale'] or base_head_dim ** -0.5)
+  derived['embed_scale'] = fields['embed_scale'] or base_width ** 0.5
+  derived['logits_scale'] = fields['logits_scale'] or base_width ** -0.5
+
+  derived['kinds'] = Frozen({name: _kind(_said(fields, kind), fields)
+                             for name, kind in kinds.items()})
+  return derived
+
+
+# The sizes of a kind of layer that are the model's where they are 0.
+_SIZES_OF_LAYERS = ('num_kv_heads', 'head_dim', 'd_ff', 'attention_scale')
 
 
 def _said(fields: Mapping[str, Any], kind: Mapping[str, Any]
           ) -> dict[str, Any]:
-  """Returns a kind of layer with what follows from the fields that it changes,
-  where the model leaves that to be derived. A size of 0 is the model's."""
-  overrides = {
-      name: value for name, value in kind.items() if value or name not in (
-          'num_kv_heads', 'head_dim', 'd_ff', 'attention_scale')}
-  if 'num_heads' in overrides and not fields['num_kv_heads']:
-    overrides.setdefault('num_kv_heads', overrides['num_heads'])
-  if 'head_dim' in overrides:
-    of_layer = {**fields, **overrides, 'd_model': fields['d_model']}
-    _, base_head_dim = _base(of_layer, overrides['head_dim'])
+  """Returns what is said of a kind of layer, with what follows from it where
+  the model leaves that to be derived.
+
+  Args:
+    fields: all fields of the model.
+    kind: what config.model.kinds says of the kind.
+  """
+  said = {}
+  for name, value in kind.items():
+    if value or name not in _SIZES_OF_LAYERS:
+      said[name] = value
+  if 'num_heads' in said and not fields['num_kv_heads']:
+    said.setdefault('num_kv_heads', said['num_heads'])
+  if 'head_dim' in said:
+    of_layer = {**fields, **said, 'd_model': fields['d_model']}
+    _, base_head_dim = _base(of_layer, said['head_dim'])
     if not fields['attention_scale']:
-      overrides.setdefault('attention_scale', base_head_dim ** -0.5)
+      said.setdefault('attention_scale', base_head_dim ** -0.5)
     if fields['parametrization'] == 'mup' and not fields['mup_base_head_dim']:
-      overrides.setdefault('mup_base_head_dim', base_head_dim)
-  return overrides
+      said.setdefault('mup_base_head_dim', base_head_dim)
+  return said
 
 
-def _kind(said: Mapping[str, Any], fields: Mapping[str, Any]) -> Kind:
+def _kind(said: Mapping[str, Any], fields: Mapping[str, Any]) -> config.Kind:
   """Returns a kind of layer as the tree has it.
 
   Args:
-    said: what config.model.kinds says of it.
+    said: what is said of the kind, by flat names.
     fields: all fields of the model.
   """
-  own: dict[str, Any] = {}
+  plain: dict[str, Any] = {}  # the fields that are in no part
   parts: dict[type, dict[str, Any]] = {}
   if 'window' in said:
-    own['attention'] = 'banded' if said['window'] else 'global'
+    plain['attention'] = _rule_of(said['window'])
   for name, value in said.items():
-    field = OF_LAYERS[name]
+    field = _name_in_model(name)
     group = _GROUP_OF_NAME.get(field)
     if field in GROUPS:
       parts[GROUPS[field]] = dict(value)
@@ -593,16 +669,22 @@ def _kind(said: Mapping[str, Any], fields: Mapping[str, Any]) -> Kind:
       last = field.rpartition('.')[2]
       parts.setdefault(GROUPS[group], {})[last] = value
     else:
-      own[field] = value
-  if own.get('ffn') == layer_kinds.DENSE:
-    own['ffn'] = fields['moe.ffn'] if fields['ffn'] == 'moe' else fields['ffn']
-  return Kind(said=Frozen(said), fields=Frozen(own),
-              parts=tuple([(part, Frozen(x)) for part, x in parts.items()]))
+      plain[field] = value
+  if 'ffn' in plain:
+    plain['ffn'] = _network(plain['ffn'], fields)
+  frozen_parts = [(part, Frozen(changes)) for part, changes in parts.items()]
+  return config.Kind(said=Frozen(said), fields=Frozen(plain),
+                     parts=tuple(frozen_parts))
 
 
 def _base(fields: Mapping[str, Any], head_dim: int) -> tuple[int, int]:
   """Returns the width of muP's base and of its heads; the standard form is its
-  own base."""
+  own base.
+
+  Args:
+    fields: all fields of the model, or of a layer.
+    head_dim: the size of its heads.
+  """
   if fields['parametrization'] == 'standard':
     return fields['d_model'], head_dim
   width = fields['mup_base_width']
@@ -633,7 +715,7 @@ def check_fields(tree: Mapping[str, Any], who: str = 'model') -> None:
     if name == 'kinds':
       check_kinds(value, f'{who}.kinds')
     else:
-      values += _values(name, name, value, who)
+      values += _values(name, field=name, value=value, who=who)
   declared.check_all(values)
 
 
@@ -651,8 +733,10 @@ def check_kinds(kinds: Any, who: str = 'model.kinds') -> None:
     for name, value in fields.items():
       if name not in OF_LAYERS:
         raise _no_field(name, of_kind, OF_LAYERS)
-      more = (layer_kinds.DENSE,) if name == 'ffn' else ()
-      values += _values(name, OF_LAYERS[name], value, of_kind, more)
+      more: Collection[str] = ()
+      if name == 'ffn':
+        more = (layer_kinds.DENSE,)
+      values += _values(name, OF_LAYERS[name], value, who=of_kind, more=more)
   declared.check_all(values)
 
 
@@ -661,25 +745,28 @@ def _values(name: str, field: str, value: Any, who: str,
   """Returns a value as `check_all` checks it; of a group those of its fields.
 
   Args:
-    name: what the field is called in what has it.
+    name: the name of the field, or group, in what has it.
     field: its name in FIELDS, or a group.
-    value: what it is to be.
-    who: what has it.
+    value: the value that it is to have.
+    who: the name of what has it.
     more: further choices.
   """
   full = f'{who}.{name}'
   if field not in GROUPS:
-    choices = CHOICES.get(field, ())
+    choices = tables.CHOICES.get(field, ())
+    if more:
+      choices = *choices, *more
     return [declared.Value(leaf=FIELDS[field], value=value, who=full,
-                           choices=(*choices, *more) if more else choices)]
+                           choices=choices)]
+  # A group, each of whose fields is such a value.
   if not hasattr(value, 'items'):
     declared.check_type(value, {}, full)
   names = [x.name for x in dataclasses.fields(GROUPS[field])]
   values = []
-  for inner, x in value.items():
+  for inner, inner_value in value.items():
     if inner not in names:
       raise _no_field(inner, full, names)
-    values += _values(inner, f'{field}.{inner}', x, full)
+    values += _values(inner, f'{field}.{inner}', inner_value, who=full)
   return values
 
 

@@ -246,7 +246,8 @@ class Kind(NamedTuple):
     detects: whether a product and an activation come before it.
     settings: the group of fields of the model that it reads.
     fields: the fields of the model that not every head reads.
-    check: ModelConfig -> None; raises RequestError for what it cannot be.
+    check: ModelConfig -> None; raises RequestError for what it cannot be;
+      None: it fits every model.
   """
   outputs: Callable[[ModelConfig], int]
   of_row: bool = False
@@ -254,7 +255,7 @@ class Kind(NamedTuple):
   detects: bool = False
   settings: Optional[type] = None
   fields: tuple[str, ...] = ()
-  check: Callable[[ModelConfig], None] = lambda c: None
+  check: Optional[Callable[[ModelConfig], None]] = None
 
 
 def _needs_labels(c: ModelConfig) -> None:

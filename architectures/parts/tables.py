@@ -1,4 +1,5 @@
-"""All parts of a model by their tables, and what a model may not say.
+"""All parts of a model by their tables, and the combinations of parts that are
+refused.
 
 A part is an entry of a table. An entry may have `settings`, the dataclass of
 its fields (common/fields.py), whose group of config.model is called as the
@@ -33,7 +34,7 @@ from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.positions import RopeConfig
 from common.errors import RequestError, require
 
-# Where a part is chosen: its table.
+# The table of each field that chooses a part.
 TABLES: dict[str, Mapping[str, Any]] = {
     'norm': NORMS,
     'position': positions.POSITIONS,
@@ -67,11 +68,9 @@ CHOICES: dict[str, Collection[str]] = {
 }
 
 
-# What a model config may not say, each refused with its reason.
-#
-# The type, range and choices of each field are checked where a config is made,
-# and each chosen entry of a table checks its own fields. What is left here are
-# combinations of parts that nobody can mean.
+# The combinations of parts that nobody can mean are refused, each with its
+# reason. The type, range and choices of a field are checked where a config is
+# made, and each chosen entry of a table checks its own fields.
 
 
 def check_model(c: ModelConfig, stack: str,
@@ -89,14 +88,26 @@ def check_model(c: ModelConfig, stack: str,
     try:
       _check_layers(c.of_kind(name), stack)
     except RequestError as error:
-      raise RequestError(f'model.kinds.{name}: {error}' if name else
-                         str(error)) from error
+      if not name:
+        raise
+      raise RequestError(f'model.kinds.{name}: {error}') from error
   _check_values(c)
   if c.find(LoopsConfig):
     _check_loop(c)
   _check_stack(c, stack, archs)
   _check_products(c)
-  heads.HEADS[c.head].check(c)
+  _check_head(c, stack, archs)
+  for kind in c.distinct_layers:
+    if kind.ffn == 'moe':
+      routing.check_router(kind, stack)
+
+
+def _check_head(c: ModelConfig, stack: str,
+                archs: Callable[[str], Iterable[str]]) -> None:
+  """Raises RequestError for a head that the model cannot have."""
+  check = heads.HEADS[c.head].check
+  if check is not None:
+    check(c)
   if c.head != 'lm' and stack == 'encoder-decoder':
     raise RequestError(
         f'model.head is {c.head!r}, which model.arch {c.arch!r} does not have: '
@@ -105,9 +116,6 @@ def check_model(c: ModelConfig, stack: str,
     raise RequestError(
         f'model.head is {c.head!r}, which model.arch {c.arch!r} does not have: '
         f'choose model.arch from {", ".join(archs("encoder"))}')
-  for kind in c.distinct_layers:
-    if kind.ffn == 'moe':
-      routing.check_router(kind, stack)
 
 
 def _check_pattern(c: ModelConfig) -> None:
@@ -125,6 +133,8 @@ def _check_pattern(c: ModelConfig) -> None:
   if unused:
     raise RequestError(f'model.kinds has {", ".join(unused)}, which no layer '
                        f'is by {settings}')
+
+  # The layers between the prefix and the suffix are whole periods.
   for field, count in (('num_layers', c.num_layers),
                        ('num_decoder_layers', c.num_decoder_layers)):
     rest = count - len(first) - len(last)
@@ -133,48 +143,72 @@ def _check_pattern(c: ModelConfig) -> None:
           f'model.{field} is {count}: without those of the prefix and the '
           f'suffix it must be a multiple of the {len(period)} layers of the '
           f'period, by {settings}')
+
+  # Each layer has a place, and may read the keys of one before it.
   sections = c.sections(c.num_layers)
   for section in sections:
     for kind in section.kinds:
       if kind.name:
         _check_position(c, kind.name)
       if c.of_kind(kind.name).shares_keys:
-        _check_sharing(c, kind, section.kinds, sections[0].kinds)
+        _check_sharing(c, kind, layers=section.kinds, prefix=sections[0].kinds)
 
 
 def _check_sharing(c: ModelConfig, kind: LayerKind,
                    layers: tuple[LayerKind, ...],
                    prefix: tuple[LayerKind, ...]) -> None:
   """Raises RequestError for a layer that is to read another's keys and values,
-  where none before it has any, or they are not as its own would be."""
+  where none before it has any, or they are not as its own would be.
+
+  Args:
+    c: the model.
+    kind: the layer.
+    layers: the layers of its section.
+    prefix: the layers of the first section.
+  """
   reader = c.of_kind(kind.name)
-  who = (f'model.kinds.{kind.name}.' if kind.name else 'model.') + (
-      'kv_sharing is True, but ')
+  who = 'model.'
+  if kind.name:
+    who = f'model.kinds.{kind.name}.'
+  who += 'kv_sharing is True, but '
   require(reader.mixer == 'attention',
           f'{who}mixer {reader.mixer!r} reads no keys')
-  require(kind.source is not None, f'{who}no layer before it, in its period of '
-          'model.pattern, in model.prefix, or in model.suffix if it is there, '
-          'is one of attention that sees as many keys and has its own: put one '
-          'there, by a kind of layer with kv_sharing=False')
-  source = kind.source or 0
-  lender = c.of_kind((layers if source >= 0 else prefix)[source].name)
-  ropes = reader.find(RopeConfig), lender.find(RopeConfig)
-  same = {field: (getattr(reader, field), getattr(lender, field))
-          for field in ('num_kv_heads', 'head_dim', 'position')}
-  for field, (mine, theirs) in {**same, 'rope': ropes}.items():
-    require(mine == theirs, f'{who}model.{field} of the layer is {mine!r}, and '
-            f'{theirs!r} of the layer whose keys it reads: choose one for both')
+  source = kind.source
+  if source is None:
+    raise RequestError(
+        f'{who}no layer before it, in its period of model.pattern, in '
+        'model.prefix, or in model.suffix if it is there, is one of attention '
+        'that sees as many keys and has its own: put one there, by a kind of '
+        'layer with kv_sharing=False')
+
+  # A place below 0 is one of the prefix.
+  lender_kind = layers[source]
+  if source < 0:
+    lender_kind = prefix[source]
+  lender = c.of_kind(lender_kind.name)
+  pairs: dict[str, tuple[Any, Any]] = {}
+  for field in ('num_kv_heads', 'head_dim', 'position'):
+    pairs[field] = getattr(reader, field), getattr(lender, field)
+  pairs['rope'] = reader.find(RopeConfig), lender.find(RopeConfig)
+  for field, (of_reader, of_lender) in pairs.items():
+    require(of_reader == of_lender,
+            f'{who}model.{field} of the layer is {of_reader!r}, and '
+            f'{of_lender!r} of the layer whose keys it reads: choose one for '
+            'both')
 
 
 def _check_position(c: ModelConfig, name: str) -> None:
   """Raises RequestError for an encoding that a layer cannot have alone."""
   layer = c.of_kind(name)
-  require(layer.position == c.position or not positions.of(layer).of_stack,
-          f'model.kinds.{name}.position is {layer.position!r}, which is no '
-          'encoding of one layer: set it as model.position, or choose from '
-          + ', '.join(key for key, row in positions.POSITIONS.items()
-                      if not row.of_stack))
-  require(layer.num_heads == c.num_heads or not positions.of(layer).stack_bias,
+  position = positions.of(layer)
+  if layer.position != c.position and position.of_stack:
+    choices = [choice for choice, entry in positions.POSITIONS.items()
+               if not entry.of_stack]
+    raise RequestError(
+        f'model.kinds.{name}.position is {layer.position!r}, which is no '
+        'encoding of one layer: set it as model.position, or choose from '
+        f'{", ".join(choices)}')
+  require(layer.num_heads == c.num_heads or not position.stack_bias,
           f'model.kinds.{name}.num_heads is {layer.num_heads}, and the bias of '
           f'model.position {layer.position!r}, which all layers share, is of '
           f'{c.num_heads} heads')
@@ -183,33 +217,48 @@ def _check_position(c: ModelConfig, name: str) -> None:
 def _check_layers(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what the layers of a model, or those of one kind,
   cannot be."""
-  position, mixer = positions.of(c), blocks.mixer_of(c)
-  mixer.check(c, stack)  # which may refuse the position
-  if (mixer.positional or position.of_stack) and (
-      mixer.turns_heads or not position.rotate):
+  # Each chosen part has a check of its own; a mixer may refuse the position.
+  position, mixer = positions.of(c), blocks.MIXERS[c.mixer]
+  mixer.check(c, stack)
+  has_positions = mixer.positional or position.of_stack
+  turns = mixer.turns_heads or not position.rotate
+  if has_positions and turns:
     position.check(c, stack)
-  kernels.RULES[c.attention].check(c, stack)
+  check_rule = kernels.RULES[c.attention].check
+  if check_rule is not None:
+    check_rule(c, stack)
   if c.memory != lookup.NO_MEMORY:
     lookup.check(c)
+
   if c.layer_scale and c.residual != 'plain':
     raise RequestError(
         'model.layer_scale is True, which multiplies one stream, and '
         f"model.residual {c.residual!r} has others: set it to 'plain'")
-  for able, needed, field in (
-      ('STREAMS', c.residual != 'plain', f'model.residual {c.residual!r}'),
-      ('STREAMS', c.residual_scale != 1,
-       f'model.residual_scale {c.residual_scale}'),
-      ('WITHOUT_FFN', c.ffn == NO_FFN, f'model.ffn {NO_FFN!r}'),
-      ('CROSS', stack == 'encoder-decoder', f'model.arch {c.arch!r}')):
-    if needed and not getattr(BLOCKS[c.block], able):
-      choices = [x for x, block in BLOCKS.items() if getattr(block, able)]
-      raise RequestError(
-          f'model.block is {c.block!r}, which has no equation for {field}: '
-          f'choose it from {", ".join(choices)}')
+  _check_block(c, stack)
   if c.num_heads % c.num_kv_heads:
     raise RequestError(
         f'model.num_kv_heads is {c.num_kv_heads}, which does not divide '
         f'model.num_heads {c.num_heads}')
+
+
+def _check_block(c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for a block that is not wired for what its layers are
+  to have."""
+  needs = []  # pairs of an attribute of a block, and the field that needs it
+  if c.residual != 'plain':
+    needs.append(('STREAMS', f'model.residual {c.residual!r}'))
+  if c.residual_scale != 1:
+    needs.append(('STREAMS', f'model.residual_scale {c.residual_scale}'))
+  if c.ffn == NO_FFN:
+    needs.append(('WITHOUT_FFN', f'model.ffn {NO_FFN!r}'))
+  if stack == 'encoder-decoder':
+    needs.append(('CROSS', f'model.arch {c.arch!r}'))
+  for able, field in needs:
+    if not getattr(BLOCKS[c.block], able):
+      choices = [name for name, block in BLOCKS.items() if getattr(block, able)]
+      raise RequestError(
+          f'model.block is {c.block!r}, which has no equation for {field}: '
+          f'choose it from {", ".join(choices)}')
 
 
 def _check_values(c: ModelConfig) -> None:
@@ -217,35 +266,47 @@ def _check_values(c: ModelConfig) -> None:
   attention = c.find(AttentionConfig)
   if attention is None or not attention.value_residual:
     return
-  sizes = {(layer.num_kv_heads, layer.head_dim)
-           for layer in c.distinct_layers if layer.mixer == 'attention'}
+  sizes = set()
+  for layer in c.distinct_layers:
+    if layer.mixer == 'attention':
+      sizes.add((layer.num_kv_heads, layer.head_dim))
   if len(sizes) != 1:
+    listed = [str(size) for size in sorted(sizes)]
     raise RequestError(
         'model.value_residual is True, but the values of the kinds of layer '
         'differ in num_kv_heads or head_dim, '
-        f'{" and ".join(map(str, sorted(sizes)))}: choose one size, as those '
+        f'{" and ".join(listed)}: choose one size, as those '
         'of the first layer are mixed into all')
 
 
 def _check_loop(c: ModelConfig) -> None:
   """Raises RequestError for layers that cannot be run several times so."""
   loops, who = c.part(LoopsConfig), f'model.loop is {c.loop!r}, '
-  joins, norm = c.loop != 'plain', loops.boundary != 'none'
-  require(c.residual == 'plain' or not (joins or norm), f'{who}model.loops.'
-          f'boundary is {loops.boundary!r} and model.residual {c.residual!r}: '
-          "several streams are handed on as they are, by loop 'plain' and "
-          "boundary 'none'")
+  joins, has_norm = c.loop != 'plain', loops.boundary != 'none'
+
+  # Between two passes several streams are handed on as they are.
+  if c.residual != 'plain' and (joins or has_norm):
+    raise RequestError(
+        f'{who}model.loops.boundary is {loops.boundary!r} and model.residual '
+        f"{c.residual!r}: several streams are handed on as they are, by loop "
+        "'plain' and boundary 'none'")
   last = c.of_kind(c.layer_kinds(c.num_layers)[-1].name)
-  require(not norm or BLOCKS[last.block].FINAL_NORM, f"{who}model.loops."
-          f"boundary is 'norm', and after layers of model.block {last.block!r} "
-          "there is no final norm: set it to 'none'")
-  require(loops.gradient_passes <= loops.passes, f'{who}model.loops.'
-          f'gradient_passes is {loops.gradient_passes}: choose from 1 to the '
-          f'{loops.passes} of model.loops.passes, or 0 for all')
-  require(joins or loops.gradient_passes in (0, loops.passes), f'{who}model.'
-          f'loops.gradient_passes is {loops.gradient_passes}: the last passes '
-          'read nothing but the state, so what comes before them would have no '
-          'gradient; set it to 0, or choose add, concat or gate')
+  if has_norm and not BLOCKS[last.block].FINAL_NORM:
+    raise RequestError(
+        f"{who}model.loops.boundary is 'norm', and after layers of model.block "
+        f"{last.block!r} there is no final norm: set it to 'none'")
+
+  # The passes that have a gradient.
+  gradient_passes = loops.gradient_passes
+  if gradient_passes > loops.passes:
+    raise RequestError(
+        f'{who}model.loops.gradient_passes is {gradient_passes}: choose from 1 '
+        f'to the {loops.passes} of model.loops.passes, or 0 for all')
+  if not joins and gradient_passes not in (0, loops.passes):
+    raise RequestError(
+        f'{who}model.loops.gradient_passes is {gradient_passes}: the last '
+        'passes read nothing but the state, so what comes before them would '
+        'have no gradient; set it to 0, or choose add, concat or gate')
   require(c.keep_gathered == 'none', f'{who}model.keep_gathered '
           f'{c.keep_gathered!r}: each pass would keep weights that all passes '
           'share; set it to none')
@@ -271,20 +332,31 @@ def products(c: ModelConfig) -> list[str]:
 def _check_products(c: ModelConfig) -> None:
   """Raises RequestError for a product that is to get a low-rank adapter, or
   whose weight is to stay gathered, and that no layer has outside of experts."""
-  named = []
+  named = {}
   if c.lora.rank:
-    named += [('lora.targets', x) for x in c.lora.targets.split(',')]
+    named['lora.targets'] = c.lora.targets
   if c.keep_gathered != 'none':
-    named += [('keep_gathered', x) for x in c.keep_gathered.split(',')]
+    named['keep_gathered'] = c.keep_gathered
   if not named:
     return
   there = (*products(c), layers.ALL)
-  for field, name in named:
-    if name not in there:
-      raise RequestError(
-          f'model.{field} has {name!r}, a product that no layer of this model '
-          'has outside of its experts, which are left out: choose from '
-          f'{", ".join(there)}')
+  for field, names in named.items():
+    for name in names.split(','):
+      if name not in there:
+        raise RequestError(
+            f'model.{field} has {name!r}, a product that no layer of this '
+            'model has outside of its experts, which are left out: choose from '
+            f'{", ".join(there)}')
+
+
+# Fields that only one kind of stack reads: their value without meaning, and the
+# stack. (training/optim/mup.py has rules for the parameters of decoders alone.)
+_OF_STACKS = (
+    ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
+    ('pooling', 'cls', 'encoder'), ('embed_dim', 0, 'encoder'),
+    ('mtp_depth', 0, 'decoder'), ('branch_conv', 0, 'decoder'),
+    ('memory', lookup.NO_MEMORY, 'decoder'),
+    ('parametrization', 'standard', 'decoder'))
 
 
 def _check_stack(c: ModelConfig, stack: str,
@@ -293,21 +365,17 @@ def _check_stack(c: ModelConfig, stack: str,
   layers_ = [c]
   if c.kinds:
     layers_ += c.distinct_layers
-  for field, rest, kind in (
-      ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
-      ('pooling', 'cls', 'encoder'), ('embed_dim', 0, 'encoder'),
-      ('mtp_depth', 0, 'decoder'),
-      ('branch_conv', 0, 'decoder'),
-      ('memory', lookup.NO_MEMORY, 'decoder'),
-      # training/optim/mup.py has rules for the parameters of decoders alone.
-      ('parametrization', 'standard', 'decoder'),
-      ('num_decoder_layers', c.num_layers, 'encoder-decoder')):
+  fields = (*_OF_STACKS,
+            ('num_decoder_layers', c.num_layers, 'encoder-decoder'))
+  for field, unset, kind in fields:
+    if kind == stack:
+      continue
     for layer in layers_:
       value = getattr(layer, field)
-      if stack != kind and value != rest:  # else no page is imported
+      if value != unset:  # else no page is imported
         raise RequestError(
             f'model.{field} {value!r} has no meaning with model.arch '
-            f'{c.arch!r}: set it to {rest!r}, or choose model.arch from '
+            f'{c.arch!r}: set it to {unset!r}, or choose model.arch from '
             f'{", ".join(archs(kind))}')
   attention = c.find(AttentionConfig)
   if stack != 'decoder' and attention is not None:
@@ -323,15 +391,19 @@ def _check_stack(c: ModelConfig, stack: str,
         f'model.ffn is {NO_FFN!r}, and the head of masked words of model.arch '
         f'{c.arch!r} has the activation of the layers: set model.ffn to a '
         f'network, and ffn={NO_FFN} of the kinds of layer that have none')
-  if not c.mtp_depth:
-    return
+  if c.mtp_depth:
+    _check_further_tokens(c)
+
+
+def _check_further_tokens(c: ModelConfig) -> None:
+  """Raises RequestError for a last layer whose kind the modules that predict
+  further tokens (model.mtp_depth) cannot have."""
   last = c.layer_kinds(c.num_layers)[-1]
+  who = (f'model.mtp_depth is {c.mtp_depth}, but the last layer, whose kind '
+         'the modules that predict further tokens have, reads ')
   require(c.of_kind(last.name).memory == lookup.NO_MEMORY,
-          f'model.mtp_depth is {c.mtp_depth}, but the last layer, whose kind '
-          'the modules that predict further tokens have, reads tables of '
-          f"model.memory: end with a kind of memory {lookup.NO_MEMORY!r}")
+          f'{who}tables of model.memory: end with a kind of memory '
+          f'{lookup.NO_MEMORY!r}')
   require(last.source is None,
-          f'model.mtp_depth is {c.mtp_depth}, but the last layer, whose kind '
-          'the modules that predict further tokens have, reads the keys of '
-          'another layer: end the pattern or the suffix with a kind that has '
-          'keys of its own')
+          f'{who}the keys of another layer: end the pattern or the suffix with '
+          'a kind that has keys of its own')

@@ -31,7 +31,6 @@ from architectures.parts.moe import routing
 from architectures.parts.moe.routing import MoEConfig
 from common import fields as declared
 from common.errors import RequestError, require, short
-from configs import base
 from training import hub
 from training.hf import files as hf_files
 from training.workdir import run_config, storage
@@ -308,7 +307,7 @@ def model_of(reader: Reader) -> ml_collections.ConfigDict:
   fields |= _read_head(reader, page)
 
   # The parts of the system, its fields, and what the page reads by itself.
-  model = base.base().model
+  model = ml_collections.ConfigDict(flat.defaults())
   model.update(architectures.system(arch).PARTS, arch=arch)
   model.update_from_flattened_dict(fields)
   read = page.read(reader, fields)

@@ -296,7 +296,7 @@ def refuse_run(folder: str | os.PathLike, name: str, marker: str = '') -> None:
   folder = path(folder, name)
   if marker and (folder / marker).exists():
     return
-  if (folder / CHECKPOINTS).exists() or has_config(folder):
+  if has_checkpoints(folder) or has_config(folder):
     raise RequestError(f'{name} is {str(folder)!r}, which holds a training '
                        'run: choose another folder')
 
@@ -314,6 +314,11 @@ def refuse_others(folder: str | os.PathLike, name: str) -> None:
     raise RequestError(
         f'{name} is {str(folder)!r}, whose {CONFIG} is not that of a run (a '
         f'Hugging Face folder has one, too): take another {name}')
+
+
+def has_checkpoints(folder: epath.Path) -> bool:
+  """Whether a folder is that of a run which has begun to train."""
+  return (folder / CHECKPOINTS).exists()
 
 
 def has_config(folder: str | os.PathLike) -> bool:

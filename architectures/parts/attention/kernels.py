@@ -44,14 +44,14 @@ class Rule:
       sees its own; None: it is whole.
     fields: of config.model that no other rule reads.
     check: (config, stack) -> None; raises RequestError for fields that do not
-      fit. `stack` is what architectures.stack returns.
+      fit; None: all fit. `stack` is what architectures.stack returns.
   """
   window: Optional[Callable[[ModelConfig], int]] = None
   top: Optional[Callable[[ModelConfig, np.ndarray], np.ndarray]] = None
   settings: Optional[type] = None
   chunk: Optional[Callable[[ModelConfig], int]] = None
   fields: tuple[str, ...] = ()
-  check: Callable[[ModelConfig, str], None] = lambda c, stack: None
+  check: Optional[Callable[[ModelConfig, str], None]] = None
 
 
 def visible(kind: LayerKind, c: ModelConfig, q_positions_BL: jax.Array,
