@@ -84,9 +84,9 @@ def gradient(module: nn.Module, c: ModelConfig, rows: int, length: int,
       jax.random.key(1), x_BLD, *beside))
 
   def loss(params: Any, x_BLD: jax.Array) -> jax.Array:
-    y_BLD, aux = module.apply(params, x_BLD, *beside)
-    losses = aux.get('losses', {}) if isinstance(aux, dict) else {}
-    return jnp.square(y_BLD.astype(jnp.float32)).mean() + sum(losses.values())
+    y_BLD, *_, report = module.apply(params, x_BLD, *beside)
+    losses = sum(report.losses.values())
+    return jnp.square(y_BLD.astype(jnp.float32)).mean() + losses
 
   args = params, x_BLD
   return jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile(

@@ -315,13 +315,14 @@ class Block(nn.Module):
   def ffn(self, x_BLD: jax.Array, ctx: Context, cache: Optional[LayerCache]
           ) -> tuple[jax.Array, Optional[LayerCache], Report]:
     """Returns F(x_BLD), the cache, and the report."""
+    network: nn.Module
     if self.kind.ffn == 'moe':
       network = MoE(self.config, name='ffn')
     else:
       network = FFN(self.config, self.kind.ffn, name='ffn')
-    y_BLD, figures = network(x_BLD, ctx)
+    y_BLD, report = network(x_BLD, ctx)
     y_BLD, cache = self._convolved('ffn', y_BLD, ctx, cache)
-    return y_BLD, cache, Report(**figures)
+    return y_BLD, cache, report
 
   def _convolved(self, name: str, y_BLD: jax.Array, ctx: Context,
                  cache: Optional[LayerCache]

@@ -20,6 +20,7 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.loops import LoopsConfig
+from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.fields import field, FUNCTION
 
@@ -598,13 +599,15 @@ def clamped(gate: jax.Array, up: jax.Array, clamp: ClampConfig) -> jax.Array:
 
 
 class FFN(nn.Module):
-  """(x_BLD, context) -> (y_BLD, aux); a dense layer's aux is empty."""
+  """A dense network: (x_BLD, context) -> (y_BLD, report); it has nothing to
+  report."""
   config: ModelConfig
   kind: str
   width: int = 0  # 0: d_ff
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx: Context):
+  def __call__(self, x_BLD: jax.Array, ctx: Context
+               ) -> tuple[jax.Array, Report]:
     c, F = self.config, self.width or self.config.d_ff
     hidden = Hidden(self.kind, c.find(ClampConfig))
     multiply = functools.partial(product, self,
@@ -630,7 +633,7 @@ class FFN(nn.Module):
     if c.ffn_bias:
       y_BLD = add_bias(
           y_BLD, bias(self, 'down_bias', (c.d_model,), ('embed',)))
-    return y_BLD, {}
+    return y_BLD, Report()
 
 
 FFNS = {

@@ -31,6 +31,7 @@ from architectures.parts.moe import dispatch
 from architectures.parts.moe import routing
 from architectures.parts.moe.dispatch import Dropout, Weights
 from architectures.parts.moe.routing import MoEConfig
+from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.errors import require
 
@@ -38,17 +39,18 @@ BIAS, TABLE = 'router_bias', 'experts_of'
 
 
 class MoE(nn.Module):
-  """The mixture: (x_BLD, context) -> (y_BLD, aux).
+  """The mixture: (x_BLD, context) -> (y_BLD, report).
 
-  aux has 'losses', weighted; 'health', the panel of routing.report; 'loads',
-  the load of each expert, by the path of the bias that it moves; and with
-  context.keep_layers 'experts', the `choices`.
+  The report has the losses, weighted, and the panel of routing.report; the load
+  of each expert, where a router's bias moves against it; and with
+  context.keep_layers the `choices`.
   """
   settings = MoEConfig
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx: Context):
+  def __call__(self, x_BLD: jax.Array, ctx: Context
+               ) -> tuple[jax.Array, Report]:
     c, m = self.config, self.config.part(MoEConfig)
     B, L, D = x_BLD.shape
     valid_T = ctx.counted(B, L).reshape(-1)
@@ -82,17 +84,17 @@ class MoE(nn.Module):
       kept_A = kept_A | zero_A
 
     # The report.
-    aux = routing.report(
+    report = routing.report(
         m, routed, logits_TE=inputs.logits_TE, valid_T=valid_T, kept_A=kept_A,
         shards=dispatch.expert_shards(), rows=B)
-    aux['loads'] = {}
     if inputs.bias_E is not None:
       path = '/'.join((*self.path, BIAS))
-      aux['loads'] = {path: aux['health']['load_E']}
+      report = report.replace(loads={path: report.health['load_E']})
     if ctx.keep_layers:
-      aux['experts'] = {}
+      experts = {}
       for name, x_TE in choices(routed, kept_A).items():
-        aux['experts'][name] = x_TE.reshape(B, L, -1)
+        experts[name] = x_TE.reshape(B, L, -1)
+      report = report.replace(experts=experts)
 
     # Out of the space of the experts, and the shared experts beside them.
     y_BLD = y_TD.reshape(B, L, -1)
@@ -104,7 +106,7 @@ class MoE(nn.Module):
                           name='shared')
       shared_BLD, _ = shared(x_BLD, ctx)
       y_BLD = y_BLD + self._gated(shared_BLD, x_BLD)
-    return y_BLD, aux
+    return y_BLD, report
 
   def _experts(self, x_TD: jax.Array, routed: routing.Routing,
                inputs: routing.Inputs, ctx: Context
@@ -290,7 +292,8 @@ def move_biases(c: ModelConfig, params: dict[str, Any],
   Args:
     c: the model.
     params: the model's parameters, arrays without boxes.
-    loads: aux['loads']; without any, params stay as they are.
+    loads: the load of each expert, by the path of its router's bias; without
+      any, params stay as they are.
     applied: 0 in a step to leave out, else 1.
   """
   def move(path: tuple, x: jax.Array) -> jax.Array:

@@ -64,6 +64,7 @@ import jax.numpy as jnp
 
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import mix
+from architectures.parts.report import Report
 from common.errors import RequestError, require
 from common.fields import field, FUNCTION, RECIPE, REGULARISATION, Resume
 from common.fields import RUN, SAFE, SAME, SHAPES, Wait
@@ -863,8 +864,8 @@ def entropy(p: jax.Array) -> jax.Array:
 
 def report(m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
            valid_T: jax.Array, kept_A: jax.Array, shards: int, rows: int
-           ) -> dict:
-  """Returns {'losses': weighted terms, 'health': the panel of one layer}.
+           ) -> Report:
+  """Returns the weighted losses of one layer, and its panel as `health`.
 
   Args:
     m: the config.
@@ -926,7 +927,7 @@ def report(m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
   health = {}
   for name, x in panel.items():
     health[name] = jax.lax.stop_gradient(jnp.asarray(x, jnp.float32))
-  return {'losses': losses, 'health': health}
+  return Report(losses=losses, health=health)
 
 
 def _balances(m: MoEConfig, routed: Routing, *,

@@ -50,7 +50,7 @@ def expected_rows(shape, way: str) -> tuple[int, float]:
 
 
 def setup(c, length=L):
-  """Returns (loss(params, x) -> (loss, aux), params, x, their specs)."""
+  """Returns (loss(params, x) -> (loss, report), params, x, their specs)."""
   module, key = MoE(c), jax.random.key(0)
   at_B1, at_L = np.ogrid[:B, :length]
   ctx = Context(jnp.arange(length)[None], deterministic=False,
@@ -62,9 +62,9 @@ def setup(c, length=L):
   params = models.drawn(nn.meta.unbox(boxed))
 
   def loss(params, x_BLD):
-    y_BLD, aux = module.apply(params, x_BLD, ctx, rngs=rngs)
+    y_BLD, report = module.apply(params, x_BLD, ctx, rngs=rngs)
     wave = jnp.cos(jnp.arange(D, dtype=jnp.float32))[None, None]
-    return (y_BLD * wave).sum() + sum(aux['losses'].values()), aux
+    return (y_BLD * wave).sum() + sum(report.losses.values()), report
 
   return loss, params, x_BLD, nn.get_partition_spec(boxed)
 
@@ -92,14 +92,14 @@ def one_device(c):
 
 def assert_equal(got, want, shards):
   """Losses, gradients and the panel; only shard_imbalance tells the mesh."""
-  (loss, aux), grads = got
-  (want_loss, want_aux), want_grads = want
+  (loss, report), grads = got
+  (want_loss, want_report), want_grads = want
   np.testing.assert_allclose(loss, want_loss, rtol=2e-5)
-  load_E = np.array(want_aux['health']['load_E'])
-  want_aux['health'] = want_aux['health'] | {
-      'shard_imbalance': shards * load_E[:E].reshape(shards, -1).sum(1).max()}
-  for a, b in zip(jax.tree.leaves((aux, grads)),
-                  jax.tree.leaves((want_aux, want_grads)), strict=True):
+  load_E = np.array(want_report.health['load_E'])
+  want_report = want_report.replace(health=want_report.health | {
+      'shard_imbalance': shards * load_E[:E].reshape(shards, -1).sum(1).max()})
+  for a, b in zip(jax.tree.leaves((report, grads)),
+                  jax.tree.leaves((want_report, want_grads)), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * np.abs(b).max())
 
 
@@ -110,7 +110,7 @@ COMMON = dict(capacity_factor=1.0, eval_capacity_factor=1.0, expert_dropout=0.1,
 @pytest.fixture(scope='module')
 def reference():
   want = one_device(config(dispatch='sorted', **COMMON))
-  assert want[0][1]['health']['dropped'] > 0  # so that drops are compared too
+  assert want[0][1].health['dropped'] > 0  # so that drops are compared too
   return want
 
 

@@ -46,7 +46,7 @@ def parameters(c):
 
 
 def run(c, train=True, **context):
-  """Returns (y_BLD, aux, gradients of the parameters and of x)."""
+  """Returns (y_BLD, report, gradients of the parameters and of x)."""
   module, key = MoE(c), jax.random.key(0)
   ctx = Context(jnp.arange(L)[None], deterministic=not train, **context)
   x_BLD = np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
@@ -56,12 +56,12 @@ def run(c, train=True, **context):
   wave = np.cos(np.arange(D, dtype=np.float32))[None, None]
 
   def loss(params, x_BLD):
-    y_BLD, aux = module.apply(params, x_BLD, ctx, rngs=rngs)
-    return (y_BLD * wave).sum(), (y_BLD, aux)
+    y_BLD, report = module.apply(params, x_BLD, ctx, rngs=rngs)
+    return (y_BLD * wave).sum(), (y_BLD, report)
 
-  grads, (y_BLD, aux) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(
+  grads, (y_BLD, report) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(
       params, x_BLD)
-  return y_BLD, aux, grads
+  return y_BLD, report, grads
 
 
 def assert_close(got, want, tolerance=2e-5):
@@ -107,7 +107,7 @@ def test_each_way_is_the_sum_over_all_experts(fields):
   """With padding, which takes no expert and is dropped from the rest."""
   ids = np.repeat(np.int32([[1, 0]] * B), L // 2, 1)
   want = oracle(config(**fields), segment_ids_BL=ids)
-  assert (want[1]['health']['dropped'] > 0) == ('expert_dropout' in fields)
+  assert (want[1].health['dropped'] > 0) == ('expert_dropout' in fields)
   assert not want[0][:, L // 2:].any() and want[0][:, :L // 2].any()
   for way in ('sorted', 'dropless'):
     assert_close(run(config(dispatch=way, **fields), segment_ids_BL=ids), want)
@@ -120,7 +120,7 @@ def test_zero_experts_return_what_they_read_of_the_latent_space(dispatch_way):
   c = config(num_experts=3, zero_experts=2, latent_dim=6, ffn='swiglu',
              bias=False, dispatch=dispatch_way, capacity_factor=5.0,
              eval_capacity_factor=5.0)
-  y_BLD, aux, _ = run(c)
+  y_BLD, report, _ = run(c)
   p = parameters(c.with_part(MoEConfig, dispatch='auto'))['params']
   x = np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
   score = np.exp(x @ p['router'])
@@ -133,7 +133,7 @@ def test_zero_experts_return_what_they_read_of_the_latent_space(dispatch_way):
       np.moveaxis(gate / gate.sum(-1, keepdims=True), -1, 0),
       [*networks, x, x]))
   assert_close(y_BLD, want @ p['latent_up'])
-  assert aux['health']['dropped'] == 0 and aux['health']['load_E'].size == 5
+  assert report.health['dropped'] == 0 and report.health['load_E'].size == 5
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def test_the_router_multiplies_float32_whatever_the_model_does():
   logits_TE = np.array(x_BLD, np.float64).reshape(-1, D) @ router_DE
   z = (np.log(np.exp(logits_TE).sum(-1)) ** 2).mean()
   def loss(params, x_BLD):
-    health = module.apply(params, x_BLD, ctx)[1]['health']
+    health = module.apply(params, x_BLD, ctx)[1].health
     return health['z_loss'], health
   got, _ = jax.jit(loss)(params, x_BLD)
   np.testing.assert_allclose(got, z, rtol=1e-5)

@@ -182,20 +182,20 @@ def test_losses_by_hand():
   logits, got = np.array(x.logits_TE)[:20], report(r, m, x)
   f = np.bincount(np.array(r.expert_A), minlength=E + 1)[:E] / 40
   p = softmax(logits).mean(0)
-  raw = got['health']
+  raw = got.health
   np.testing.assert_allclose(raw['balance_loss'], E * (f * p).sum(), rtol=1e-5)
   np.testing.assert_allclose(raw['importance_loss'], E * (p ** 2).sum(),
                              rtol=1e-5)
   z = (np.log(np.exp(logits).sum(-1)) ** 2).mean()
   np.testing.assert_allclose(raw['z_loss'], z, rtol=1e-5)
-  np.testing.assert_allclose(got['losses']['balance'],
+  np.testing.assert_allclose(got.losses['balance'],
                              0.01 * raw['balance_loss'], rtol=1e-6)
-  np.testing.assert_allclose(got['losses']['router_z'], 0.5 * z, rtol=1e-5)
+  np.testing.assert_allclose(got.losses['router_z'], 0.5 * z, rtol=1e-5)
   m = moe(router='topk', balance_loss='importance')
-  np.testing.assert_allclose(report(r, m, x)['losses']['balance'],
+  np.testing.assert_allclose(report(r, m, x).losses['balance'],
                              0.01 * raw['importance_loss'], rtol=1e-6)
   m = moe(router='topk', balance_loss='none')
-  assert report(r, m, x)['losses'] == {}
+  assert report(r, m, x).losses == {}
 
 
 def test_gshards_balance_counts_first_choices_alone():
@@ -203,7 +203,7 @@ def test_gshards_balance_counts_first_choices_alone():
   m, r = route('gshard', x)
   first = np.bincount(np.array(x.logits_TE).argmax(1), minlength=E) / T
   want = E * (first * softmax(np.array(x.logits_TE)).mean(0)).sum()
-  np.testing.assert_allclose(report(r, m, x)['health']['balance_loss'], want,
+  np.testing.assert_allclose(report(r, m, x).health['balance_loss'], want,
                              rtol=1e-5)
 
 
@@ -213,7 +213,7 @@ def test_panel_by_hand():
   # The first quarter of tokens has no expert, the second one of its two.
   index_A = np.arange(2 * T)
   kept_A = (index_A >= T // 2) & ((index_A >= T) | (index_A % 2 == 0))
-  got = {k: np.array(v) for k, v in report(r, m, x, kept_A)['health'].items()}
+  got = {k: np.array(v) for k, v in report(r, m, x, kept_A).health.items()}
   want = dict(dropped=0.375, unserved=0.25, load_E=[0.5, 0.5, 0, 0], load_max=2,
               load_entropy=0.5, unused=0.5, confidence=0.5, shard_imbalance=2,
               balance_loss=1.6, importance_loss=1.44, z_loss=0,
@@ -387,8 +387,8 @@ def test_balance_of_each_sequence_by_hand():
     p_E = (s_LE / s_LE.sum(1, keepdims=True))[:n].mean(0)
     losses.append((f_E * p_E).sum())
   reported = report(r, m, x, np.asarray(r.expert_A) < MANY, 1, rows)
-  np.testing.assert_allclose(reported['health']['sequence_loss'],
+  np.testing.assert_allclose(reported.health['sequence_loss'],
                              np.mean(losses), rtol=1e-5)
-  np.testing.assert_allclose(reported['losses']['balance'],
+  np.testing.assert_allclose(reported.losses['balance'],
                              0.5 * np.mean(losses), rtol=1e-5)
-  assert abs(reported['health']['balance_loss'] - np.mean(losses)) > 1e-3
+  assert abs(reported.health['balance_loss'] - np.mean(losses)) > 1e-3
