@@ -50,26 +50,26 @@ from training.hf import tokenizer as hf_tokenizer, weights
 from training.workdir import checkpoints, run_config, storage
 
 Tokens = jax.Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
-# Of an encoder-decoder there is one array for each stack, by name. In numpy: a
-# layer that there is not is an IndexError, where JAX would take the last one.
+# An encoder-decoder has one array for each stack, by name. The arrays are in
+# numpy, where a layer that there is not is an IndexError, and not the last one.
 Layers = np.ndarray | dict[str, np.ndarray]
 
 
 @typed
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A model and its parameters. Of its methods, as of `load` and `build`, an
-  argument of a type that its annotation does not have raises RequestError.
+  """A model and its parameters. An argument of its methods, and of `load` and
+  `build`, whose type its annotation does not have raises RequestError.
 
   Attributes:
     module: the Flax module; `module.apply({'params': params}, tokens)`.
     params: the parameters, a tree of arrays.
-    tokenizer: what encodes text; None where the weights came without one.
+    tokenizer: the tokenizer; None where the weights came without one.
     run: the config of the run that the model is from; None where there is none.
     drawn: the paths of the parameters that `with_parts` drew anew.
-    generation: what the Hugging Face folder says of generation whose weights
-      these are, also as a run that was imported from it.
-    labels: what the outputs of the head of a task stand for; (): not known.
+    generation: the generation_config.json of the Hugging Face folder that the
+      weights are from, if there is one; a run that was imported has it too.
+    labels: the names of the outputs of a task's head; (): not known.
   """
   module: nn.Module
   params: Mapping[str, Any]
@@ -95,8 +95,8 @@ class Model:
 
   def encode(self, text: str) -> jax.Array:
     """Returns the tokens of a text, [1, L]; a document's start is not added."""
-    return jnp.asarray(self._tokenizer().encode(checked(text, 'text'))
-                       )[None]
+    ids = self._tokenizer().encode(checked(text, 'text'))
+    return jnp.asarray(ids)[None]
 
   def decode(self, tokens: Tokens) -> str:
     """Returns the text of the tokens of one row, [L] or [1, L]."""
@@ -109,9 +109,10 @@ class Model:
     """Returns the logits, float32 [B, L, V].
 
     Args:
-      tokens: [B, L], or [L] for one row; of an encoder-decoder the source.
-      decoder_tokens: what the decoder of an encoder-decoder is shown, [B, L];
-        default: the source.
+      tokens: the tokens, [B, L], or [L] for one row; in an encoder-decoder
+        those of the source.
+      decoder_tokens: the tokens that the decoder of an encoder-decoder is
+        shown, [B, L]; default: the source.
       **inputs: `mask` and `decoder_mask`, [B, L], are 1 on tokens and 0 on
         padding at the end of a row; `types`, [B, L], are BERT's segments.
 
@@ -122,8 +123,8 @@ class Model:
 
   def hidden_states(self, tokens: Tokens, decoder_tokens: Tokens | None = None,
                     **inputs: Tokens) -> Layers:
-    """Returns what the first layer is given and what each layer returns,
-    [N + 1, B, L, D]; of an encoder-decoder {'encoder': ..., 'decoder': ...}.
+    """Returns the input of the first layer and the output of each layer,
+    [N + 1, B, L, D]; an encoder-decoder has {'encoder': ..., 'decoder': ...}.
 
     They are float32, in numpy. The last is what the last layer returns, before
     the final norm if there is one. (transformers' `hidden_states` end with the
@@ -138,7 +139,7 @@ class Model:
     """Returns the weight that each query gives each key, in each layer and
     head: float32 [N, B, H, L, M].
 
-    Of an encoder-decoder: {'encoder': [N, B, H, M, M], 'decoder':
+    An encoder-decoder has {'encoder': [N, B, H, M, M], 'decoder':
     [N, B, H, L, L], 'cross': [N, B, H, L, M]}. The arrays are numpy's, and
     layers count from 0. A row sums to 1, less the share
     of an attention sink; a hidden key has weight 0. The weights are worked out
@@ -146,9 +147,10 @@ class Model:
     arguments are those of a call of the model.
     """
     kept, cross = self._run('attention', tokens, decoder_tokens, inputs)
-    attentions = self._of_stacks(kept, 0)
-    return attentions if cross is None else attentions | {
-        'cross': _in_numpy(cross)}
+    weights_of = self._of_stacks(kept, 0)
+    if cross is not None:
+      weights_of['cross'] = _in_numpy(cross)
+    return weights_of
 
   def inspect(self, tokens: Tokens, decoder_tokens: Tokens | None = None, *,
               top: Size = inspection.TOP, **inputs: Tokens
@@ -164,26 +166,28 @@ class Model:
                top_k: Size = 0, top_p: float = 1.0, min_p: float = 0.0,
                repetition_penalty: float = 1.0,
                stop: str | Sequence[str] = (), seed: Seed = 0) -> Any:
-    """Returns the text with which the model continues a prompt; of an
-    encoder-decoder, what it writes when it has read the prompt.
+    """Returns the text with which the model continues a prompt, or which an
+    encoder-decoder writes when it has read the prompt.
 
-    A text ends where the model writes the tokenizer's separator (or, of a run
+    A text ends where the model writes the tokenizer's separator (or, in a run
     with a chat template, the token with which that ends an answer), or before
     one of the strings `stop`. A decoder from a Hugging Face folder begins with
     the bos and ends with the eos of its generation_config.json, if it has them.
 
     Args:
       prompts: one text, or several, which are continued together.
-      max_new_tokens: how many tokens are written at most.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: draws from the k likeliest tokens; 0: from all.
-      top_p: draws from the likeliest tokens that together reach p.
-      min_p: draws from tokens at least so many times as likely as the
-        likeliest.
-      repetition_penalty: divides the logits above 0 of tokens that the text
-        has already, and multiplies those below 0.
+      max_new_tokens: the most tokens that are written.
+      temperature: the number that divides the logits; 0: the likeliest token
+        is taken.
+      top_k: the number of the likeliest tokens that are drawn from; 0: all.
+      top_p: the probability that the tokens which are drawn from reach
+        together, the likeliest first.
+      min_p: the least probability of a token that may be drawn, as a share of
+        the likeliest one's.
+      repetition_penalty: the number that divides the logits above 0 of tokens
+        that the text has already, and multiplies those below 0.
       stop: a string, or several.
-      seed: of the draws.
+      seed: the seed of the draws.
 
     Returns:
       A text for a text, and a list of texts for several.
@@ -204,19 +208,27 @@ class Model:
             and self.config.head == 'lm', 'this model writes no text: its '
             f'objective is {config.objective} and its head '
             f'{self.config.head!r}')
+
+    # The prompts as the model was trained to read them.
     shown, end = hf_generation.shown(texts, config, tokenizer, self.generation)
     inputs_of.check_ids('the prompt', shown.tokens, self.config.vocab_size)
+    sampling = generation.Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty)
     new_BT = np.asarray(generation.generate(
         self.module, self.params, jnp.asarray(shown.tokens),
         jnp.asarray(shown.lengths), jax.random.key(seed),
-        max_new_tokens=max_new_tokens, stop_token=end,
-        sampling=generation.Sampling(temperature, top_k, top_p, min_p,
-                                     repetition_penalty),
+        max_new_tokens=max_new_tokens, stop_token=end, sampling=sampling,
         **shown.arguments))
-    written = [generation.before(shown.text(
-        i, generation.until(row, end), tokenizer), stops)
-               for i, row in enumerate(new_BT)]
-    return written[0] if isinstance(prompts, str) else written
+
+    # The texts of the tokens, up to where they end.
+    written = []
+    for i, row in enumerate(new_BT):
+      text = shown.text(i, generation.until(row, end), tokenizer)
+      written.append(generation.before(text, stops))
+    if isinstance(prompts, str):
+      return written[0]
+    return written
 
   def predict(self, rows: str | Sequence[Any], *,
               max_answer_length: PositiveSize = 30,
@@ -225,10 +237,10 @@ class Model:
     laid out as in training and cut to data.length.
 
     Args:
-      rows: several, or one text. Of a classifier or a regression, texts or
-        pairs of texts; of token classification, sentences, whose words spaces
-        part, or lists of words; of question answering, pairs of a question and
-        the text that may have the answer.
+      rows: several rows, or one text. A classifier or a regression takes texts
+        or pairs of texts; token classification takes sentences, whose words
+        spaces part, or lists of words; question answering takes pairs of a
+        question and the text that may have the answer.
       max_answer_length: the most tokens of an answer.
       null_threshold: how much more likely than the best answer, in nats, it has
         to be that there is none.
@@ -247,23 +259,26 @@ class Model:
     if objectives.of(config).has_labels:
       numbers = tuple(map(str, range(self.config.num_labels)))
       config.data.labels = self.labels or config.data.labels or numbers
-    single = isinstance(rows, str)
-    require(single or len(rows) > 0, 'rows is empty: pass a text, or a list')
+    is_single = isinstance(rows, str)
+    require(is_single or len(rows) > 0,
+            'rows is empty: pass a text, or a list')
     options = types.SimpleNamespace(
         max_answer_length=max_answer_length, n_best=20,
         null_threshold=null_threshold)
     predictions = predicting.predict(
         module=self.module, params=self.params, config=config,
-        tokenizer=self._tokenizer(), rows=[rows] if single else rows,
+        tokenizer=self._tokenizer(), rows=[rows] if is_single else rows,
         options=options)
-    return predictions[0] if single else predictions
+    if is_single:
+      return predictions[0]
+    return predictions
 
   def count(self, length: Size = 0) -> dict[str, Any]:
-    """Returns what the model costs: parameters, in all and active for a token,
-    also by part; FLOPs per token; bytes of the parameters and of the key-value
-    cache. `length`: tokens of a sequence; default: max_len."""
-    return totals.count(self._run_config(), length or self.config.max_len,
-                        self.config)
+    """Returns the costs of the model: parameters, in all and active for a
+    token, also by part; FLOPs per token; bytes of the parameters and of the
+    key-value cache. `length`: the tokens of a sequence; default: max_len."""
+    length = length or self.config.max_len
+    return totals.count(self._run_config(), length, self.config)
 
   def with_parts(self, *, seed: Seed = 0, **fields: Any) -> 'Model':
     """Returns the model with other fields of `config.model`, for example
@@ -276,27 +291,36 @@ class Model:
       RequestError: for a field, a value or a combination that there is not.
     """
     module = architectures.build(changed_model(self.config, fields))
-    mine = paths.flatten(self.params)
-    fresh = _initial(module, seed)
-    drawn = tuple(name for name, x in paths.flatten(fresh).items()
-                  if name not in mine or mine[name].shape != x.shape)
-    params = jax.tree_util.tree_map_with_path(
-        lambda key, x: x if (name := paths.join(key)) in drawn else mine[name],
-        fresh)
-    same = module.config.num_labels == self.config.num_labels
-    return dataclasses.replace(self, module=module, params=params, drawn=drawn,
-                               labels=self.labels if same else ())
+    before, fresh = paths.flatten(self.params), _initial(module, seed)
+    drawn = []
+    for name, x in paths.flatten(fresh).items():
+      if name not in before or before[name].shape != x.shape:
+        drawn.append(name)
+
+    def kept(key: tuple, x: jax.Array) -> jax.Array:
+      """Returns the parameter of a path: its value before, where it has one."""
+      name = paths.join(key)
+      if name in drawn:
+        return x
+      return before[name]
+
+    labels = self.labels
+    if module.config.num_labels != self.config.num_labels:
+      labels = ()
+    return dataclasses.replace(
+        self, module=module, params=jax.tree_util.tree_map_with_path(
+            kept, fresh), drawn=tuple(drawn), labels=labels)
 
   def save(self, folder: str | os.PathLike) -> None:
     """Writes a Hugging Face folder: config.json, the weights, the tokenizer,
-    and what the folder of the model said of generation.
+    and the generation_config.json that came with the model.
 
     Bytes are written as a byte-level BPE without merges. Not written are bytes
     that stand in for the tokenizer of imported weights, whose ids mean
     something else, and those with more than one id for a byte (bytes:N).
 
     Args:
-      folder: where to; made if it is not there.
+      folder: the folder, which is made if it is not there.
 
     Raises:
       RequestError: for a folder that cannot be one, or holds a run or files of
@@ -304,10 +328,11 @@ class Model:
     """
     storage.try_folder(folder, 'folder')
     folder, tokenizer = pathlib.Path(folder), self.tokenizer
-    if isinstance(tokenizer, tokenizers.Bytes) and (
-        self.generation is not None or not tokenizer.is_bytewise):
-      tokenizer = None
     config, generation = self._run_config(), self.generation
+    if isinstance(tokenizer, tokenizers.Bytes):
+      stands_in = generation is not None
+      if stands_in or not tokenizer.is_bytewise:
+        tokenizer = None
     if tokenizer is not None:
       hf_tokenizer.refuse_others(tokenizer, config, folder)
       generation = generation or hf_generation.of_run(
@@ -318,13 +343,15 @@ class Model:
       hf_tokenizer.save(tokenizer, config, folder)
 
   def _tokenizer(self) -> tokenizers.Tokenizer:
-    require(self.tokenizer is not None, 'this model came without a tokenizer: '
-            "load it with tokenizer='FILE'")
-    assert self.tokenizer is not None
+    """Returns the tokenizer, which has to be there."""
+    if self.tokenizer is None:
+      raise RequestError('this model came without a tokenizer: load it with '
+                         "tokenizer='FILE'")
     return self.tokenizer
 
   def _run_config(self) -> ml_collections.ConfigDict:
-    """The run's config; without a run, the usual one of such a model."""
+    """Returns the run's config; without a run, the usual one of such a model.
+    """
     if self.run is not None:
       return self.run
     config = base.base()
@@ -335,6 +362,7 @@ class Model:
 
   def _run(self, wanted: str, tokens: Tokens, decoder_tokens: Tokens | None,
            inputs: Mapping[str, Tokens]) -> Any:
+    """Returns what is `wanted` of the model's output; see `_apply`."""
     arrays = self._arrays(tokens, decoder_tokens, inputs)
     return _apply(self.module, self.params, arrays, wanted)
 
@@ -347,8 +375,13 @@ class Model:
     return inputs_of.arrays(self.stack, arguments, self.config.vocab_size)
 
   def _of_stacks(self, kept: Any, more: int) -> Any:
-    """Parts what the layers of both stacks have kept, the encoder's first,
-    which are so many `more` than it has layers."""
+    """Returns what the layers have kept, in numpy; in an encoder-decoder by
+    stack.
+
+    Args:
+      kept: what the layers have kept, those of the encoder first.
+      more: how many more entries than layers a stack has.
+    """
     if self.stack != 'encoder-decoder':
       return _in_numpy(kept)
     encoder = more + len(self.config.layer_kinds(self.config.num_layers))
@@ -357,20 +390,34 @@ class Model:
 
 
 def _in_numpy(x: jax.Array) -> Any:
+  """Returns an array in numpy, in float32: in bfloat16, numpy would add up in
+  it. What is traced stays as it is."""
   if isinstance(x, jax.core.Tracer):
     return x
-  return np.asarray(x, np.float32)  # in bfloat16, NumPy would add up in it
+  return np.asarray(x, np.float32)
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'wanted'))
 def _apply(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
            wanted: str) -> Any:
-  """Runs the model; what is not wanted is not part of the program."""
-  options: dict[str, Any] = dict(keep_layers=wanted == 'layers',
-                                 keep_attention=wanted == 'attention', **arrays)
+  """Returns what is `wanted` of the model's output; nothing else is part of the
+  program.
+
+  Args:
+    module: the model.
+    params: its parameters.
+    arrays: its arguments, by name.
+    wanted: 'logits'; 'layers', the states of all layers; or 'attention', the
+      weights of attention and of attention to a memory, None without one.
+  """
+  options: dict[str, Any] = dict(
+      arrays, keep_layers=wanted == 'layers',
+      keep_attention=wanted == 'attention')
   output: Any = module.apply({'params': params}, **options)
-  if wanted != 'attention':
-    return output.logits if wanted == 'logits' else output.aux['layers']
+  if wanted == 'logits':
+    return output.logits
+  if wanted == 'layers':
+    return output.aux['layers']
   return output.aux['attention'], output.aux.get('cross_attention')
 
 
@@ -383,10 +430,11 @@ def load(path: str | os.PathLike, *, step: int | str | None = None,
     path: the folder of a run (`--workdir`); or a folder with a config.json and
       weights in Hugging Face's format, a file of weights in one, or
       hf://ORG/NAME.
-    step: of a run, which checkpoint: the number of a step, 'best', of a run
-      with eval.best, or for the mean of several '100,200' or 'last:5'; default:
-      the newest.
-    tokenizer: instead of the model's own, written as data.tokenizer is.
+    step: the checkpoint of a run: the number of a step; 'best', in a run with
+      eval.best; or '100,200' or 'last:5' for the mean of several; default: the
+      newest.
+    tokenizer: a tokenizer in place of the model's own, written as
+      data.tokenizer is.
 
   Raises:
     RequestError: where there is no such model, or one that is not supported.
@@ -401,15 +449,23 @@ def load(path: str | os.PathLike, *, step: int | str | None = None,
   if storage.has_checkpoints(place):
     return _load_run(place, named, tokenizer)
   require(step is None, f'{path} is no run: it has no step {step}')
+
+  # A folder of Hugging Face, or a file of weights in one.
   module, params = weights.from_hf(path)
-  folder = place.parent if place.is_file() else place
+  folder = place
+  if place.is_file():
+    folder = place.parent
   if tokenizer is None and tokenizers.files_in(folder):
     tokenizer = str(folder)
-  return Model(module, params,
-               tokenizers.load(tokenizer) if tokenizer else None,
-               generation=hf_generation.of_folder(folder),
-               labels=(hf_config.labels(hf_config.load_config_json(folder))
-                       if module.config.num_labels else ()))
+  vocabulary = None
+  if tokenizer:
+    vocabulary = tokenizers.load(tokenizer)
+  labels: tuple[str, ...] = ()
+  if module.config.num_labels:
+    labels = hf_config.labels(hf_config.load_config_json(folder))
+  return Model(
+      module=module, params=params, tokenizer=vocabulary,
+      generation=hf_generation.of_folder(folder), labels=labels)
 
 
 @typed
@@ -421,15 +477,15 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
     config: 'llama:tiny', a file of configs/, or the path of such a file; or a
       run's config, as the `get_config` of such a file returns it; or a resolved
       model config.
-    seed: of the parameters.
-    **fields: of `config.model`, to be set: `norm='layernorm'`.
+    seed: the seed of the parameters.
+    **fields: fields of `config.model` to set, as `norm='layernorm'`.
 
   Raises:
     RequestError: for a wrong field, value or combination.
   """
   if isinstance(config, ModelConfig):
     module = architectures.build(changed_model(config, fields))
-    return Model(module, _initial(module, seed))
+    return Model(module=module, params=_initial(module, seed))
   if isinstance(config, str):
     config = cli.load_config_file(config)
   cli.check_config(config, 'config')
@@ -439,32 +495,39 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
   model, _ = runs.resolve(config, tokenizer)
   _refuse_unread(model, fields, config.model)
   module = architectures.build(model)
-  return Model(module, _initial(module, seed), tokenizer, config)
+  return Model(module=module, params=_initial(module, seed),
+               tokenizer=tokenizer, run=config)
 
 
 def _load_run(workdir: Any, step: parameters.Step, tokenizer: str | None
               ) -> Model:
+  """Returns the model of a run; the arguments are those of `load`."""
   config = runs.config_of(workdir)
   module = architectures.build(runs.model_of(workdir, config))
   checkpoint = parameters.on_one_device(workdir, module, step)
-  vocabulary = (tokenizers.load(tokenizer) if tokenizer else
-                runs.tokenizer_of(workdir, config))
-  return Model(module, checkpoint.state, vocabulary, config,
-               generation=hf_generation.published(workdir, checkpoint.step),
-               labels=run_config.labels(workdir))
+  if tokenizer:
+    vocabulary = tokenizers.load(tokenizer)
+  else:
+    vocabulary = runs.tokenizer_of(workdir, config)
+  return Model(
+      module=module, params=checkpoint.state, tokenizer=vocabulary, run=config,
+      generation=hf_generation.published(workdir, checkpoint.step),
+      labels=run_config.labels(workdir))
 
 
 def _initial(module: nn.Module, seed: int) -> Any:
-  """The parameters that a run of this seed starts from.
+  """Returns the parameters that a run of this seed starts from.
 
   Raises:
     RequestError: where all memory of a device has no room for them.
   """
   init = jax.jit(module.init)
   inputs = jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)
-  # What is traced for the sizes is run then.
-  shapes = jax.tree.leaves(nn.meta.unbox(init.eval_shape(*inputs)['params']))
-  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
+  # The program that is traced for the sizes is run afterwards.
+  abstract = nn.meta.unbox(init.eval_shape(*inputs)['params'])
+  size = 0
+  for x in jax.tree.leaves(abstract):
+    size += math.prod(x.shape) * x.dtype.itemsize
   devices.check_size(size, jax.local_devices()[0], 'the parameters')
   return nn.meta.unbox(init(*inputs)['params'])
 
@@ -486,7 +549,7 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
   tree = ml_collections.ConfigDict(flat.defaults())
   with tree.ignore_type():
     tree.update(flat.as_dict(config))
-    if config.lora and config.lora.alpha == config.lora.rank:
+    if config.lora.alpha == config.lora.rank:
       tree.lora.alpha = 0
     if architectures.stack(config) != 'encoder-decoder':
       tree.num_decoder_layers = fields.get('num_layers', config.num_layers)

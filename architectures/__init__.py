@@ -48,31 +48,37 @@ def systems() -> dict[str, type[Any]]:
 
 
 def _pages() -> list[str]:
-  return [file.name for file in pkgutil.iter_modules(__path__)
-          if not file.ispkg]
+  """Returns the names of the pages in this folder."""
+  files = pkgutil.iter_modules(__path__)
+  return [file.name for file in files if not file.ispkg]
 
 
 def _of_page(file: str) -> type[Any]:
-  """Returns the class of a page: the one with a STACK."""
-  page_ = importlib.import_module(f'{__name__}.{file}')
-  cls, = (x for x in vars(page_).values() if hasattr(x, 'STACK')
-          and x.__module__ == page_.__name__)
-  return cls
+  """Returns the class that a page defines: the one with a STACK."""
+  module = importlib.import_module(f'{__name__}.{file}')
+  classes = []
+  for value in vars(module).values():
+    if hasattr(value, 'STACK') and value.__module__ == module.__name__:
+      classes.append(value)
+  assert len(classes) == 1, f'{file} has {len(classes)} systems'
+  return classes[0]
 
 
 @typed
 @functools.cache
 def system(arch: str) -> type[Any]:
-  """Returns the class of the page of `arch`; no other page is imported.
+  """Returns the class of the page of `arch`; mostly no other page is imported.
 
   Raises:
     RequestError: where there is none.
   """
-  cls = _of_page(arch) if arch in _pages() else None
-  if cls is None or getattr(cls, 'ARCH', arch) != arch:
-    one_of('model.arch', arch, systems())
-    cls = systems()[arch]
-  return cls
+  if arch in _pages():
+    cls = _of_page(arch)
+    if getattr(cls, 'ARCH', arch) == arch:
+      return cls
+  # A system that is not called as its file is, or that is no page.
+  one_of('model.arch', arch, systems())
+  return systems()[arch]
 
 
 def page(arch: str) -> types.ModuleType:
@@ -87,32 +93,37 @@ def hugging_face(arch: str) -> HuggingFace:
   Raises:
     RequestError: where transformers has no such system.
   """
-  require(hasattr(page(arch), 'HF'),
+  module = page(arch)
+  require(hasattr(module, 'HF'),
           f'model.arch {arch!r} has no counterpart in transformers')
-  return page(arch).HF()
+  return module.HF()
 
 
 @functools.cache
 def by_model_type() -> dict[str, str]:
   """Returns the system of each model_type that transformers has too."""
   archs: dict[str, str] = {}
-  for arch, module in systems().items():
-    record = getattr(sys.modules[module.__module__], 'HF', None)
-    if record is not None:
-      archs |= dict.fromkeys((record.model_type, *record.also), arch)
+  for arch, cls in systems().items():
+    record = getattr(sys.modules[cls.__module__], 'HF', None)
+    if record is None:
+      continue
+    for model_type in (record.model_type, *record.also):
+      archs[model_type] = arch
   return archs
 
 
 def file_name(arch: str) -> str:
-  """Returns what a system's page and its file of configs/ are called."""
+  """Returns the name of a system's page, and of its file of configs/."""
   return page(arch).__name__.rpartition('.')[2]
 
 
 @typed
 def files(stack: str = '') -> list[str]:
   """Returns the `file_name` of every system, or of those of one stack."""
-  return [file_name(arch) for arch, module in systems().items()
-          if stack in ('', module.STACK)]
+  archs = list(systems())
+  if stack:
+    archs = _archs(stack)
+  return [file_name(arch) for arch in archs]
 
 
 def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
@@ -121,13 +132,15 @@ def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
   Raises:
     RequestError: a sentence with the field, its value and the choices.
   """
-  config = (model if isinstance(model, ModelConfig)
-            else flat.make(model))
+  config = model
+  if not isinstance(config, ModelConfig):
+    config = flat.make(config)
   tables.check_model(config, system(config.arch).STACK, _archs)
   return config
 
 
 def _archs(kind: str) -> list[str]:
+  """Returns the systems with one kind of stack."""
   return [arch for arch, cls in systems().items() if cls.STACK == kind]
 
 
@@ -135,7 +148,7 @@ def build(model: ModelConfig | Mapping[str, Any]) -> nn.Module:
   """Returns the module that `config.model` describes.
 
   Raises:
-    RequestError: as `resolve`.
+    RequestError: for what `resolve` refuses.
   """
   config = resolve(model)
   return system(config.arch)(config)
@@ -143,10 +156,11 @@ def build(model: ModelConfig | Mapping[str, Any]) -> nn.Module:
 
 @typed
 def stack(model: ModelConfig | Mapping[str, Any]) -> str:
-  """Returns what the model stacks: 'decoder' (which is causal), 'encoder', or
-  'encoder-decoder'."""
-  return system(model.arch if isinstance(model, ModelConfig) else
-                model.get('arch')).STACK
+  """Returns the kind of the model's stack: 'decoder' (which is causal),
+  'encoder', or 'encoder-decoder'."""
+  if isinstance(model, ModelConfig):
+    return system(model.arch).STACK
+  return system(model.get('arch')).STACK
 
 
 @typed
@@ -159,8 +173,8 @@ def init_cache(model: ModelConfig | Mapping[str, Any], batch: PositiveSize,
   """
   config = resolve(model)
   if stack(config) == 'encoder':
+    writers = _archs('decoder') + _archs('encoder-decoder')
     raise RequestError(
         f'model.arch {config.arch} is an encoder: it writes no text and has no '
-        'cache; those that have one are '
-        f'{", ".join(_archs("decoder") + _archs("encoder-decoder"))}')
+        f'cache; those that have one are {", ".join(writers)}')
   return skeletons.init_cache(config, batch, length)

@@ -75,30 +75,33 @@ NOWHERE = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-  """Of ffn moe: the experts and their router."""
-  num_experts: int = field(8, 'experts of a layer', above=0, resume=SHAPES)
+  """The experts of ffn moe, and their router."""
+  num_experts: int = field(8, 'The number of experts of a layer.', above=0,
+                           resume=SHAPES)
   top_k: int = field(
-      2, 'experts of a token (with expert_choice: on average)', above=0,
-      resume=FUNCTION)
-  router: str = field('topk', 'which experts see a token')
-  logit_bias: bool = field(False, "a bias of the router's logits")
+      2, 'The number of experts of a token (with expert_choice: on average).',
+      above=0, resume=FUNCTION)
+  router: str = field('topk', 'Which experts see a token.')
+  logit_bias: bool = field(False, "A bias of the router's logits.")
   expert_groups: int = field(
-      1, 'Groups of experts, of which a token goes to the top_groups best; 1: '
-      'there are none.', above=0, resume=FUNCTION)
+      1, 'The number of groups of experts, of which a token goes to the '
+      'top_groups best; 1: there are none.', above=0, resume=FUNCTION)
   top_groups: int = field(
-      1, 'groups that a token may go to', above=0, resume=FUNCTION)
+      1, 'The number of groups that a token may go to.', above=0,
+      resume=FUNCTION)
   ffn: str = field(
-      'gelu', 'the network of an expert, and of the dense layers between')
-  d_ff: int = field(0, 'hidden units of one expert; derived: model.d_ff',
-                    resume=SHAPES)
+      'gelu', 'The network of an expert, and of the dense layers between.')
+  d_ff: int = field(
+      0, 'The hidden units of one expert; derived: model.d_ff.', resume=SHAPES)
   latent_dim: int = field(
-      0, 'Features that experts read and return, between two products; 0: '
+      0, 'The features that experts read and return, between two products; 0: '
       'd_model.', resume=SHAPES)
   shared_experts: int = field(
-      0, 'A dense network beside the experts, this many times as wide as one.')
+      0, 'The width of a dense network beside the experts, in widths of an '
+      'expert; 0: there is none.')
   zero_experts: int = field(
-      0, 'Experts that return what they read: a token may choose them, too.',
-      resume=SHAPES)
+      0, 'The number of experts that return what they read, which a token may '
+      'choose too.', resume=SHAPES)
   shared_gate: bool = field(
       False, "Whether a sigmoid of the layer's input multiplies the output of "
       'the shared experts.')
@@ -109,49 +112,53 @@ class MoEConfig:
       'auto', 'The product of dropless. auto: megablox on TPU, else xla.',
       resume=SAME, about=RUN)
   capacity_factor: float = field(
-      0.0, 'room of an expert in training, over an even load; 0: dropless',
+      0.0, 'The room of an expert in training, over an even load; 0: dropless.',
       least=0, resume=FUNCTION, about=RECIPE)
   eval_capacity_factor: float = field(
-      0.0, 'the same in evaluation', least=0,
+      0.0, 'The room of an expert in evaluation, likewise.', least=0,
       resume=Resume(SAFE, 'only evaluation'), about=RECIPE)
   normalize_gates: bool = field(
-      True, 'The gates of a token sum to 1: of most routers, '
-      'from top_k 2 on.', resume=FUNCTION)
+      True, 'Whether the gates of a token sum to 1, by most routers, from '
+      'top_k 2 on.', resume=FUNCTION)
   gate_inputs: bool = field(
-      False, 'Whether the gate multiplies what an expert reads, and not what '
-      'it returns: of top_k 1.', resume=FUNCTION)
+      False, 'Whether the gate multiplies the input of an expert, and not its '
+      'output, with top_k 1.', resume=FUNCTION)
   gate_scale: float = field(
-      1.0, 'multiplies the gates, normalised or not', above=0,
+      1.0, 'The factor of the gates, normalised or not.', above=0,
       resume=FUNCTION)
   jitter: float = field(
-      0.0, "In training the router's input is multiplied by uniform(1 - j, "
-      '1 + j).', least=0, below=1, resume=REGULARISATION, about=RECIPE)
-  logit_noise: float = field(
-      0.0, "Standard deviation of the noise on the router's logits in "
-      'training.', least=0, resume=REGULARISATION, about=RECIPE)
-  balance_loss: str = field('switch', 'what asks for even load',
-                            resume=REGULARISATION, about=RECIPE)
-  balance_weight: float = field(0.01, 'of the balance loss', least=0,
-                                resume=REGULARISATION, about=RECIPE)
-  z_loss_weight: float = field(
-      0.0, "of log(Z)^2 of the router's logits", least=0,
+      0.0, "The number j, where the router's input is multiplied by "
+      'uniform(1 - j, 1 + j) in training.', least=0, below=1,
       resume=REGULARISATION, about=RECIPE)
+  logit_noise: float = field(
+      0.0, "The standard deviation of the noise on the router's logits in "
+      'training.', least=0, resume=REGULARISATION, about=RECIPE)
+  balance_loss: str = field(
+      'switch', 'The loss that asks for even load.', resume=REGULARISATION,
+      about=RECIPE)
+  balance_weight: float = field(
+      0.01, 'The weight of the balance loss.', least=0, resume=REGULARISATION,
+      about=RECIPE)
+  z_loss_weight: float = field(
+      0.0, "The weight of the mean of log(Z)^2 of the router's logits.",
+      least=0, resume=REGULARISATION, about=RECIPE)
   expert_dropout: float = field(
-      0.0, "of the experts' hidden units", least=0, below=1,
+      0.0, "The dropout of the experts' hidden units.", least=0, below=1,
       resume=REGULARISATION, about=RECIPE)
   group_size: int = field(
-      0, 'Tokens that share capacity; 0: all of a batch.', resume=FUNCTION,
-      about=RECIPE)
+      0, 'The number of tokens that share capacity; 0: all of a batch.',
+      resume=FUNCTION, about=RECIPE)
   bias_rate: float = field(
-      0.001, 'how far a step moves router_bias', least=0,
+      0.001, 'How far a step moves router_bias.', least=0,
       resume=REGULARISATION, about=RECIPE)
 
   @property
   def all_experts(self) -> int:
-    """How many a token may choose from."""
+    """The number of experts that a token may choose from."""
     return self.num_experts + self.zero_experts
 
   def derived(self, c: ModelConfig) -> 'MoEConfig':
+    """Returns the fields, with the sizes that are left open filled in."""
     return dataclasses.replace(self, d_ff=self.d_ff or c.d_ff)
 
   def waits(self, c: ModelConfig) -> dict[str, Wait]:
@@ -503,7 +510,9 @@ def expert_choice(m: MoEConfig, x: Inputs) -> Routing:
   probabilities (Zhou et al. 2022)."""
   T, E = x.logits_TE.shape
   G, S = x.groups, T // x.groups
-  factor = m.capacity_factor if x.train else m.eval_capacity_factor
+  factor = m.eval_capacity_factor
+  if x.train:
+    factor = m.capacity_factor
   C = min(S, capacity(factor or 1.0, tokens=S, choices=m.top_k, experts=E))
 
   # The best tokens of each expert, in the order of their probabilities.
@@ -737,30 +746,31 @@ SCORED = 'moe.jitter', 'moe.logit_noise', 'moe.logit_bias'
 LEARNED = (*SCORED, 'moe.balance_loss', 'moe.z_loss_weight')
 NORMALIZED = (*LEARNED, 'moe.normalize_gates')
 GROUPED = (*NORMALIZED, 'moe.expert_groups', 'moe.top_groups')
-SIGMOID = Router(functools.partial(scored, jax.nn.sigmoid),
-                 (*GROUPED, 'moe.bias_rate'), bias=True,
-                 wanted=best_scores)
+SIGMOID = Router(
+    assign=functools.partial(scored, jax.nn.sigmoid),
+    fields=(*GROUPED, 'moe.bias_rate'), bias=True, wanted=best_scores)
 
 ROUTERS = {
-    'topk': Router(topk, GROUPED),
+    'topk': Router(assign=topk, fields=GROUPED),
     # It has one choice; normalize_gates is accepted, and changes nothing.
-    'switch': Router(switch, NORMALIZED, top_k=1),
-    'gshard': Router(gshard, LEARNED, top_k=2, draws=True, counts_first=True,
-                     whole=True),
+    'switch': Router(assign=switch, fields=NORMALIZED, top_k=1),
+    'gshard': Router(assign=gshard, fields=LEARNED, top_k=2, draws=True,
+                     counts_first=True, whole=True),
     # normalize_gates is accepted, and changes nothing.
-    'expert_choice': Router(expert_choice, NORMALIZED, groups=True,
-                            experts_choose=True),
+    'expert_choice': Router(assign=expert_choice, fields=NORMALIZED,
+                            groups=True, experts_choose=True),
     'sigmoid': SIGMOID,
-    'sigmoid_plain': Router(SIGMOID.assign, NORMALIZED),
+    'sigmoid_plain': Router(assign=SIGMOID.assign, fields=NORMALIZED),
     'softmax_bias': SIGMOID._replace(
         assign=functools.partial(scored, jax.nn.softmax)),
     'sqrt_softplus': SIGMOID._replace(
         assign=functools.partial(scored, sqrt_softplus)),
-    'sinkhorn': Router(sinkhorn, NORMALIZED, groups=True),
-    'hash': Router(hash_, logits=False, hashes=True, whole=True),
-    'hash_scored': Router(hash_scored, (*SCORED, 'moe.normalize_gates'),
-                          hashes=True, table=True),
-    'uniform': Router(uniform, logits=False, whole=True),
+    'sinkhorn': Router(assign=sinkhorn, fields=NORMALIZED, groups=True),
+    'hash': Router(assign=hash_, logits=False, hashes=True, whole=True),
+    'hash_scored': Router(assign=hash_scored,
+                          fields=(*SCORED, 'moe.normalize_gates'), hashes=True,
+                          table=True),
+    'uniform': Router(assign=uniform, logits=False, whole=True),
 }
 
 
