@@ -18,7 +18,7 @@ from common.errors import RequestError, require
 
 # The path of a parameter, its axes, the name of the tensor in a file, its axes.
 Row = tuple[str, str, str, str]
-# The reader of a config.json, training/hf/config.py: from a room above this one
+# The reader of a config.json, which is in a room above (training/hf/config.py).
 Reader = Any
 MASKED_WORDS = 'head of masked words'  # a name in `HuggingFace.optional`
 
@@ -191,9 +191,13 @@ def heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
     only: the names of the heads that the system has.
   """
   every = {
-      'sequence': TaskHead(f'{system}ForSequenceClassification', sequence),
-      'tokens': TaskHead(f'{system}ForTokenClassification', tokens),
-      'span': TaskHead(f'{system}ForQuestionAnswering', 'qa_outputs', span),
+      'sequence': TaskHead(
+          architecture=f'{system}ForSequenceClassification', name=sequence),
+      'tokens': TaskHead(
+          architecture=f'{system}ForTokenClassification', name=tokens),
+      'span': TaskHead(
+          architecture=f'{system}ForQuestionAnswering', name='qa_outputs',
+          prefix=span),
   }
   return {name: head for name, head in every.items() if name in only}
 
@@ -231,8 +235,11 @@ BIASES = {'attention_bias': 'attention_bias', 'mlp_bias': 'ffn_bias'}
 def fields(**defaults: Any) -> dict[str, tuple]:
   """Returns entries of `HuggingFace.fields` by transformers' defaults of fields
   that have their usual names, or ours."""
-  return {_OURS.get(name, name): (name, default)
-          for name, default in defaults.items()}
+  entries = {}
+  for name, default in defaults.items():
+    ours = _OURS.get(name, name)
+    entries[ours] = (name, default)
+  return entries
 
 
 def without(table: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -256,8 +263,10 @@ def split_width(fields: Mapping[str, Any]) -> int:
 def under(ours: str, theirs: str, *rows: Row) -> tuple[Row, ...]:
   """Returns the rows with a folder of ours and a prefix of theirs before each.
   """
-  return tuple((f'{ours}/{path}', axes, f'{theirs}.{name}', their_axes)
-               for path, axes, name, their_axes in rows)
+  moved = []
+  for path, axes, name, their_axes in rows:
+    moved.append((f'{ours}/{path}', axes, f'{theirs}.{name}', their_axes))
+  return tuple(moved)
 
 
 def by_block(c: ModelConfig, theirs: str,
@@ -289,16 +298,19 @@ def dense(ours: str, axes: str, theirs: str, their_axes: str
           ) -> tuple[Row, Row]:
   """Returns the rows of a matrix and of its bias, which has the axes of the
   output: the last ones of ours."""
-  # A digit stands for a number of matrices, of which ours has one each.
-  letters = {dim: re.sub(r'\d', '', dim) for dim in their_axes.split()}
-  outputs = [dim for dim in letters if axes.endswith(letters[dim])]
-  out = outputs[0]
-  bias_axes = letters[out]
+  # The dimension of theirs that is the output. A digit in it stands for a
+  # number of matrices, of which ours has one each.
+  outputs = []
+  for dim in their_axes.split():
+    letters = re.sub(r'\d', '', dim)
+    if axes.endswith(letters):
+      outputs.append((dim, letters))
+  out, bias_axes = outputs[0]
   if '{e}' in theirs:
     bias_axes = 'E' + bias_axes
-  biases = '|'.join(f'{name}_bias' for name in ours.split('|'))
+  names = [f'{name}_bias' for name in ours.split('|')]
   return ((ours, axes, f'{theirs}.weight', their_axes),
-          (biases, bias_axes, f'{theirs}.bias', out))
+          ('|'.join(names), bias_axes, f'{theirs}.bias', out))
 
 
 def attention(query: str, key: str, value: str, out: str, kv_heads: str = 'H'

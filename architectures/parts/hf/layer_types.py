@@ -1,5 +1,5 @@
-"""Which layers attend to a window, and which have a recurrence in place of
-attention, as layer_types of a config.json says it."""
+"""The field layer_types of a config.json: which layers attend to a window, and
+which have a recurrence in place of attention."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -28,29 +28,38 @@ def read(types: Sequence[str], layers: int, window: int,
     window: sliding_window of the config.json; 0: none.
     kind_fields: further fields of a kind, by its type.
   """
-  known = all(isinstance(word, str) and word in NAMES for word in types)
-  require(known and len(types) == layers,
+  require(len(types) == layers and _are_words(types, NAMES),
           f'config.json has layer_types {short(types)}: it must have one for '
           f'each of {layers} layers, of {", ".join(NAMES)}')
   require(window > 0 or WINDOW not in types, 'config.json has layers of '
           f'{WINDOW} in layer_types, but no sliding_window')
-  further = {WINDOW: {}, WHOLE: {}} | (kind_fields or {})
+  further: dict[str, Mapping[str, Any]] = {WINDOW: {}, WHOLE: {}}
+  further |= kind_fields or {}
 
   # Layers that are all alike.
   if len(set(types)) == 1:
-    ours = dict(prefix='', pattern='', suffix='', kinds={})
+    ours: dict[str, Any] = dict(prefix='', pattern='', suffix='', kinds={})
     if types[0] == WINDOW:
       ours |= dict(attention='banded', sliding_window=window)
     else:
       ours |= dict(attention='global', sliding_window=0)
-    return ours | further[types[0]]
+    ours |= further[types[0]]
+    return ours
 
   # Layers of two kinds.
-  kinds = {'local': dict(window=window) | further[WINDOW],
-           'global': dict(window=0) | further[WHOLE]}
+  kinds = {'local': {'window': window, **further[WINDOW]},
+           'global': {'window': 0, **further[WHOLE]}}
   names = [NAMES[word] for word in types]
   return shortest(names) | dict(
       attention='global', sliding_window=0, kinds=kinds)
+
+
+def _are_words(entries: Sequence[Any], words: Collection[str]) -> bool:
+  """Returns whether each entry of a list is one of these words."""
+  for entry in entries:
+    if not isinstance(entry, str) or entry not in words:
+      return False
+  return True
 
 
 def listed(reader: hf.Reader, layers: int, windowed: Callable[[int], Any]
@@ -66,7 +75,13 @@ def listed(reader: hf.Reader, layers: int, windowed: Callable[[int], Any]
   reader.passes('layer_types')
   if reader.has('layer_types'):
     return reader.listed('layer_types')
-  return [WINDOW if windowed(n) else WHOLE for n in range(layers)]
+  types = []
+  for n in range(layers):
+    if windowed(n):
+      types.append(WINDOW)
+    else:
+      types.append(WHOLE)
+  return types
 
 
 def window(reader: hf.Reader) -> int:
@@ -87,6 +102,8 @@ def shortest(names: Sequence[str]) -> dict[str, str]:
   Args:
     names: the kind of each layer.
   """
+  # Each candidate: the names that it has, and the lengths of its suffix, its
+  # prefix and its period.
   candidates = []
   for first in range(len(names)):
     for period in range(1, len(names) - first + 1):
@@ -111,12 +128,15 @@ def named(names: Sequence[str], kinds: Mapping[str, Mapping[str, Any]]
 
 
 def turned(reader: hf.Reader, layers: int) -> list[int]:
-  """Returns no_rope_layers: for each layer 1, or 0 where it has no positions,
-  as the last of every no_rope_layer_interval where they are not listed."""
+  """Returns no_rope_layers: for each layer 1, or 0 where it has no positions.
+  Where they are not listed, the last of every no_rope_layer_interval layers has
+  none."""
   every = reader('no_rope_layer_interval', 4)
   entries = reader.listed('no_rope_layers')
   if not entries:
-    entries = [int((n + 1) % every > 0) for n in range(layers)]
+    entries = [1] * layers
+    for last in range(every - 1, layers, every):
+      entries[last] = 0
   known = all(type(entry) is int and entry in (0, 1) for entry in entries)
   require(known and len(entries) == layers,
           f'config.json has no_rope_layers {short(entries)}: it must have a 1, '
@@ -126,19 +146,20 @@ def turned(reader: hf.Reader, layers: int) -> list[int]:
 
 def write(c: ModelConfig) -> dict[str, Any]:
   """Returns layer_types and, where a layer has one, sliding_window."""
-  layers = c.layers(c.num_layers)
-  tree: dict[str, Any] = dict(layer_types=[type_of(layer) for layer in layers])
-  windows = {layer.sliding_window for layer in layers
-             if type_of(layer) == WINDOW}
-  if windows:
-    tree['sliding_window'] = windows.pop()
-  return tree
+  types, tree = [], {}
+  for layer in c.layers(c.num_layers):
+    types.append(type_of(layer))
+    if types[-1] == WINDOW:
+      tree['sliding_window'] = layer.sliding_window
+  return {'layer_types': types, **tree}
 
 
 def type_of(c: ModelConfig) -> str:
   """Returns the entry of layer_types for the layers of `c`, which are all
   alike."""
-  return WINDOW if kernels.RULES[c.attention].window else WHOLE
+  if kernels.RULES[c.attention].window:
+    return WINDOW
+  return WHOLE
 
 
 def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:
@@ -151,13 +172,21 @@ def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:
     mixer: model.mixer of the recurrence.
   """
   check_number('num_hidden_layers', layers)
+  # Where the types are not listed, the last of every few layers is attention.
   every = reader('full_attention_interval', 4)
-  types = each(reader, 'layer_types', layers, MIXERS)
+  types = each(reader, 'layer_types', layers=layers, words=MIXERS)
   if not types:
-    types = [LINEAR if (n + 1) % every else WHOLE for n in range(layers)]
+    types = [LINEAR] * layers
+    for last in range(every - 1, layers, every):
+      types[last] = WHOLE
+
+  # The last of every few layers has experts, unless it is listed as dense.
   step = reader('decoder_sparse_step', 1)
   listed_dense = reader.listed('mlp_only_layers')
-  dense = [n in listed_dense or (n + 1) % step > 0 for n in range(layers)]
+  dense = []
+  for n in range(layers):
+    is_last = (n + 1) % step == 0
+    dense.append(n in listed_dense or not is_last)
   return mixed(types, dense, mixer)
 
 
@@ -193,8 +222,7 @@ def each(reader: hf.Reader, field: str, layers: int, words: Collection[str]
   entries = reader.listed(field)
   if not reader.has(field):
     return entries
-  known = all(isinstance(word, str) and word in words for word in entries)
-  require(known and len(entries) == layers,
+  require(len(entries) == layers and _are_words(entries, words),
           f'config.json has {field} {short(entries)}: it must have an entry '
           f'for each of {layers} layers, one of {", ".join(words)}')
   return entries

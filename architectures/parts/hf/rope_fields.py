@@ -51,10 +51,10 @@ def read(reader: hf.Reader, *,
   new, old = reader.section('rope_parameters'), reader.section('rope_scaling')
   for section in (new, old):
     section.passes(*unread)
+  section = old or new
   return _read(
-      reader, old if old else new, theta=theta, fraction=fraction,
-      interleaved=interleaved, on_scores=on_scores, words=words,
-      original=original)
+      reader, section, theta=theta, fraction=fraction, interleaved=interleaved,
+      on_scores=on_scores, words=words, original=original)
 
 
 def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]],
@@ -86,11 +86,13 @@ def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]],
 def _read_proportional(reader: hf.Reader, section: hf.Reader,
                        theta: tuple[str, float]) -> dict:
   """Returns model.rope of a section whose rope_type is PROPORTIONAL."""
-  factor = section('factor', 1.0)
+  factor, scaling = section('factor', 1.0), 'linear'
+  if factor == 1:
+    scaling = 'none'
   return dict(
       theta=section('rope_theta', reader(*theta)), proportional=True,
       fraction=section('partial_rotary_factor', 1.0), interleaved=False,
-      scaling='none' if factor == 1 else 'linear', factor=factor)
+      scaling=scaling, factor=factor)
 
 
 def _read(reader: hf.Reader, section: hf.Reader, *, theta: tuple[str, float],
@@ -228,7 +230,10 @@ def write(c: ModelConfig, *, whole_heads: bool = True, on_scores: bool = False,
         "model.rope.scaling is 'ntk', which config.json has not: it is the "
         f'same as scaling none with model.rope.theta {theta!r}')
   if rope.proportional:
-    words = {PROPORTIONAL: scaling if scaling == 'linear' else 'none'}
+    known = 'none'
+    if scaling == 'linear':
+      known = scaling
+    words = {PROPORTIONAL: known}
   tree: dict[str, Any] = dict(
       rope_type=hf.theirs(words, scaling, 'rope.scaling'),
       rope_theta=rope.theta)

@@ -3,8 +3,6 @@ by the rows of its page (parts/hf has their form)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
-import itertools
-import math
 import re
 
 import numpy as np
@@ -43,8 +41,10 @@ class Tensor:
     shape = []
     for dim in self.axes.split():
       groups, pieces = _pieces(dim)
-      each = [self._size(piece) for piece in pieces]
-      shape.append(self._size(groups) * sum(each))
+      size = 0
+      for piece in pieces:
+        size += self._size(piece)
+      shape.append(self._size(groups) * size)
     return tuple(shape)
 
   def part(self, cut: Callable[[tuple[slice, ...]], np.ndarray], which: int,
@@ -52,30 +52,38 @@ class Tensor:
     """Returns what the tensor holds for paths[which], by our axes.
 
     Args:
-      cut: returns a slice of the tensor; the slice asked for is the smallest
-        that holds what is wanted.
+      cut: a function that returns a slice of the tensor; it is asked for the
+        smallest slice that holds the wanted part.
       which: the number of the path in `paths`.
       ranges: (start, stop) of our axes, by letter.
     """
     letters, places = self._places(which, ranges)
-    block = cut(tuple(slice(int(at.min()), int(at.max()) + 1)
-                      for at in places))
-    # The wanted part of the block, with one dimension for each of our axes.
-    wanted = block[tuple(_index(at - at.min()) for at in places)]
-    shape = itertools.chain.from_iterable(at.shape for at in places)
-    wanted = wanted.reshape(tuple(shape))
-    return wanted.transpose([letters.index(a) for a in self.ours[which]])
+    # The smallest block of the tensor, the wanted part of that, and the shape
+    # of this part with one dimension for each of our axes.
+    limits, inside = [], []
+    shape: list[int] = []
+    for at in places:
+      first, last = int(at.min()), int(at.max())
+      limits.append(slice(first, last + 1))
+      inside.append(_index(at - first))
+      shape += at.shape
+    block = cut(tuple(limits))
+    wanted = block[tuple(inside)].reshape(shape)
+    order = [letters.index(axis) for axis in self.ours[which]]
+    return wanted.transpose(order)
 
   def join(self, ours: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the tensor, made of one array for each of `paths`."""
     joined = np.empty(self.shape, ours[0].dtype)
     for which, x in enumerate(ours):
+      # Our axes in the order of the tensor's, and joined as it joins them.
       axes = self.ours[which]
       whole = {axis: (0, size) for axis, size in zip(axes, x.shape)}
       letters, places = self._places(which, whole)
-      x = x.transpose([axes.index(letter) for letter in letters])
-      x = x.reshape([at.size for at in places])
-      joined[tuple(_index(at) for at in places)] = x
+      order = [axes.index(letter) for letter in letters]
+      sizes = [at.size for at in places]
+      into = [_index(at) for at in places]
+      joined[tuple(into)] = x.transpose(order).reshape(sizes)
     return joined
 
   def _places(self, which: int, ranges: Mapping[str, tuple[int, int]]
@@ -99,20 +107,24 @@ class Tensor:
       # A digit is a number of parameters, of which this is one.
       several = str(len(self.paths))
       picks: list[int | slice] = []
+      kept = ''
       for axis in axes:
         if not axis.isdigit():
           picks.append(slice(None))
+          kept += axis
+        elif axis == several:
+          picks.append(which)
         else:
-          picks.append(which if axis == several else 0)
-      at = at[tuple(picks)]
-      axes = ''.join(axis for axis in axes if not axis.isdigit())
+          picks.append(0)
+      at, axes = at[tuple(picks)], kept
 
       # Our heads H, where theirs are ordered by groups J of R heads.
       if 'JR' in axes:
         first = axes.index('JR')
         at = at.reshape(*at.shape[:first], -1, *at.shape[first + 2:])
         axes = axes.replace('JR', 'H')
-      places.append(at[tuple(slice(*ranges[axis]) for axis in axes)])
+      cuts = [slice(*ranges[axis]) for axis in axes]
+      places.append(at[tuple(cuts)])
       letters += axes
     return letters, places
 
@@ -132,14 +144,20 @@ class Tensor:
     return axes, at.reshape([self.sizes[axis] for axis in axes])
 
   def _size(self, axes: str) -> int:
-    return math.prod(self.sizes[axis] for axis in axes)
+    """Returns the size of axes that are one dimension."""
+    size = 1
+    for axis in axes:
+      size *= self.sizes[axis]
+    return size
 
 
 def _index(at: np.ndarray) -> slice | np.ndarray:
-  """Returns what indexes a dimension at these places, which ascend: a slice,
+  """Returns the index of these places in a dimension, which ascend: a slice,
   which is faster, where their steps are equal."""
   at = at.ravel()
-  step = int(at[1] - at[0]) if at.size > 1 else 1
+  step = 1
+  if at.size > 1:
+    step = int(at[1] - at[0])
   even = slice(int(at[0]), int(at[-1]) + 1, step)
   if np.array_equal(at, np.arange(even.start, even.stop, step)):
     return even
@@ -162,10 +180,11 @@ def expand(rows: Sequence[Row],
   Raises:
     RequestError: naming the parameters for which the table has no row.
   """
-  tensors = []
+  tensors: list[Tensor] = []
+  covered: set[str] = set()
   for place in places(rows, shapes):
     tensors += _tensors_of(place, shapes)
-  covered = {path for tensor in tensors for path in tensor.paths}
+    covered.update(place.paths)
   bare = sorted(set(shapes) - covered)
   if bare:
     raise RequestError(
@@ -181,15 +200,17 @@ def _tensors_of(place: 'Place', shapes: Mapping[str, tuple[int, ...]]
   each = axes_of(axes, len(place.paths))
 
   # The sizes of the axes, of which the row may give some, as in J=2.
-  sizes = {axis: int(size)
-           for axis, size in re.findall(r'(\w)=(\d+)', their_axes)}
+  sizes = {}
+  for axis, size in re.findall(r'(\w)=(\d+)', their_axes):
+    sizes[axis] = int(size)
   their_axes = re.sub(r'=\d+', '', their_axes)
   for letters, path in zip(each, place.paths):
     sizes |= zip(letters, shapes[path][-len(letters):])
   if 'R' in their_axes:
     sizes['R'] = sizes['H'] // sizes['J']
   several = len(place.paths)
-  sizes |= {'1': 1, str(several): several}
+  sizes['1'] = 1
+  sizes[str(several)] = several
 
   # A tensor for each layer and each expert.
   inner = each
@@ -220,8 +241,10 @@ def axes_of(axes: str, paths: int) -> tuple[str, ...]:
 def count(rows: Sequence[Row],
           shapes: Mapping[str, tuple[int, ...]]) -> int:
   """Returns how many tensors `expand` has, without making them."""
-  return sum(len(place.layers) * len(place.experts)
-             for place in places(rows, shapes))
+  total = 0
+  for place in places(rows, shapes):
+    total += len(place.layers) * len(place.experts)
+  return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +252,7 @@ class Place:
   """A row, and a block of ours that has its parameter.
 
   Attributes:
-    row: the row.
+    row: the row of the page.
     paths: the paths of our parameters.
     layers: the numbers of the layers with a tensor each; (None,) where the
       parameter is of no layer.
@@ -280,24 +303,33 @@ def _place(row: Row, ours: str, shapes: Mapping[str, tuple[int, ...]],
   as many axes.
 
   Args:
-    row: the row.
+    row: the row of the page.
     ours: the path of the row in one block, still with several names at its end.
     shapes: the shapes of our parameters, by path.
-    layers: the numbers of the layers of the block; None: of no layer.
+    layers: the numbers of the layers of the block; None: the parameter is of
+      no layer.
   """
+  _, our_axes, theirs, _ = row
   folder, _, names = ours.rpartition('/')
-  paths = tuple(f'{folder}/{name}'.lstrip('/') for name in names.split('|'))
+  paths = []
+  for name in names.split('|'):
+    path = f'{folder}/{name}'
+    paths.append(path.lstrip('/'))
+
+  # The first parameter tells whether the model has them, and how many experts.
   shape = shapes.get(paths[0])
-  axes = axes_of(row[1], len(paths))[0]
+  axes = axes_of(our_axes, len(paths))[0]
   if layers is not None:
     axes = 'N' + axes
   if shape is None or len(shape) != len(axes):
     return None
+  numbers: Sequence[int | None] = (None,)
+  if layers is not None:
+    numbers = layers
   experts: Sequence[int | None] = (None,)
-  if '{e}' in row[2]:
+  if '{e}' in theirs:
     experts = range(shape[axes.index('E')])
-  return Place(row=row, paths=paths,
-               layers=(None,) if layers is None else layers, experts=experts)
+  return Place(row=row, paths=tuple(paths), layers=numbers, experts=experts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,8 +339,8 @@ class _Block:
   Attributes:
     folder: the folder of its parameters in the stack.
     first: the number of its first layer.
-    step: by how much the numbers of its layers grow.
-    count: how many layers it has.
+    step: the distance between the numbers of two of its layers.
+    count: the number of its layers.
   """
   folder: str
   first: int
@@ -327,19 +359,24 @@ def _blocks(stack: str, shapes: Mapping[str, tuple[int, ...]],
   """
   before = 0
   for section in SECTIONS:
-    # How many layers each block has, which is the same for all.
-    counts = {path.split('/')[2]: shape[0] for path, shape in shapes.items()
-              if path.startswith(f'{stack}/{section}/')}
-    if not counts:
+    # The blocks of the section, which have as many layers each.
+    names, count = set(), 0
+    for path, shape in shapes.items():
+      if path.startswith(f'{stack}/{section}/'):
+        names.add(path.split('/')[2])
+        count = shape[0]
+    if not names:
       continue
-    count = next(iter(counts.values()))
 
     # How many layers of theirs a layer of each block is.
-    folders = [f'{section}/block_{n}' for n in range(len(counts))]
+    folders = [f'{section}/block_{n}' for n in range(len(names))]
     sizes = []
     for folder in folders:
       has_network = f'{stack}/{folder}/ffn_norm/scale' in shapes
-      sizes.append(2 if by_part and has_network else 1)
+      if by_part and has_network:
+        sizes.append(2)
+      else:
+        sizes.append(1)
     step = sum(sizes)
     for n, folder in enumerate(folders):
       yield _Block(folder=folder, first=before + sum(sizes[:n]), step=step,
