@@ -157,7 +157,10 @@ def _follows(sweep: spec.Sweep, point: spec.Point, config
   """Returns the fields of the model that were left open and that a point
   resolves otherwise than the base, with both values."""
   base, model = cost.resolved(sweep.base), cost.resolved(config)
-  before = run_config.flatten({'model': flat.as_dict(base)})
+  written = run_config.flatten(config.to_dict())
+  # A part that the base does not have is, in the base, as its config says.
+  before = run_config.flatten(sweep.base.to_dict())
+  before |= run_config.flatten({'model': flat.as_dict(base)})
   after = run_config.flatten({'model': flat.as_dict(model)})
   aside = {*point.changes}
   for name in flat.unread(model):
@@ -165,7 +168,7 @@ def _follows(sweep: spec.Sweep, point: spec.Point, config
   follows = {}
   for key, value in after.items():
     is_of_kinds = 'model.kinds' in aside and key.startswith('model.kinds.')
-    if key in aside or is_of_kinds:
+    if key in aside or is_of_kinds or written.get(key) == value:
       continue
     old = before.get(key, '')
     if value != old:

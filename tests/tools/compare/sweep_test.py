@@ -136,6 +136,8 @@ def test_what_follows_from_a_change_is_told(tmp_path):
   assert set(made['wide']['follows']) == {  # none unread
       'model.d_ff', 'model.head_dim', 'model.attention_scale'}
   assert 'so model.d_ff 128 -> 256' in table
+  # The fields of a new part are not left open.
+  assert made['llama']['follows'] == {}
   assert 'model.pattern=own, model.kinds.own.qk_norm=True' in table
   assert not description['paired'] and 'same batches' in table
   assert made['long']['tokens'] == 12 * 8 * 8
