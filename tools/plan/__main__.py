@@ -20,7 +20,7 @@ import os
 
 from absl import flags
 
-from common.errors import require
+from common.errors import RequestError, require
 from training import cli
 
 cli.define_config()
@@ -29,20 +29,20 @@ flags.DEFINE_string('topology', '', 'v5p:4x4x8 (chips), h100:1x8x8 (slices x '
 flags.DEFINE_integer('slices', 1, 'Slices of that shape; TPUs only.',
                      upper_bound=1024)
 flags.DEFINE_string('mesh', '', "data=2,fsdp=8,expert=8; '': config.mesh.")
-flags.DEFINE_list('programs', ['train'], 'Of train, prefill, decode.')
+flags.DEFINE_list('programs', ['train'], 'Any of train, prefill, decode.')
 flags.DEFINE_integer('search', 0, 'Search meshes, remat and accumulation: '
                      'list the best N plans that fit.', 0, 1000)
 flags.DEFINE_bool('json', False, 'Print JSON.')
 
 
-def main():
+def main() -> int:
   cli.parse(__doc__)
   args = flags.FLAGS
   require(args.config is not None and args.topology, 'pass both --config '
           'FILE.py:SIZE and --topology, such as v5p:4x4x8')
-  require(not args.search or not args.mesh and args.programs == ['train'],
-          '--search chooses the mesh, and is for train alone: leave out --mesh '
-          'and --programs')
+  if args.search and (args.mesh or args.programs != ['train']):
+    raise RequestError('--search chooses the mesh, and is for train alone: '
+                       'leave out --mesh and --programs')
   require(args.programs, '--programs names none: choose from train, prefill, '
           'decode')
   os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported
@@ -56,7 +56,10 @@ def main():
   if args.search:
     from tools.plan import search
     plans = search.search(args.config, topology, args.search)
-    print(json.dumps(plans, indent=2) if args.json else search.text(plans))
+    if args.json:
+      print(json.dumps(plans, indent=2))
+    else:
+      print(search.text(plans))
     return 0
   run = programs.run_on(args.config, topology, args.mesh)
   plan = programs.plan(run, topology, args.programs)

@@ -21,9 +21,9 @@ import importlib.metadata
 import math
 import os
 import sys
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
-from common.errors import one_of, require
+from common.errors import RequestError, one_of, require
 
 GIB = 2 ** 30
 _GB = 1e9
@@ -35,14 +35,16 @@ class Chip(NamedTuple):
   Attributes:
     platform: tpu or cuda.
     kind: its name in training/costs/flops.py.
-    cores: TensorCores of one device; TPUs only.
-    devices: jax devices a chip.
-    hbm: bytes that a program may use.
-    hbm_rate: bytes a second between them and the device.
-    links: bytes a second it can send within a slice, or a host of GPUs.
-    outside: likewise between slices or hosts; None: not published.
+    cores: the TensorCores of one device; TPUs only.
+    devices: the jax devices of a chip.
+    hbm: the bytes that a program may use.
+    hbm_rate: the bytes a second that the device reads and writes of these.
+    links: the bytes a second that it can send within a slice, or within a host
+      of GPUs.
+    outside: the bytes a second that it can send to other slices or hosts;
+      None: not published.
     shapes: the small shapes of a slice; beyond, sides are multiples of 4.
-    most: chips of the largest slice.
+    most: the chips of the largest slice.
   """
   platform: str
   kind: str
@@ -60,53 +62,81 @@ _CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4')
 _PLANES = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 
 CHIPS = {
-    'v4': Chip('tpu', 'TPU v4', 2, 1, 30.75 * GIB, 1228 * _GB, 300 * _GB,
-               None, _CUBES, 4096),
-    'v5e': Chip('tpu', 'TPU v5 lite', 1, 1, 15.75 * GIB, 819 * _GB, 200 * _GB,
-                3.125 * _GB, _PLANES, 256),
-    'v5p': Chip('tpu', 'TPU v5', 2, 1, 95.74 * GIB, 2765 * _GB, 600 * _GB,
-                6.25 * _GB, _CUBES, 6144),
-    'v6e': Chip('tpu', 'TPU v6 lite', 1, 1, 31.25 * GIB, 1638 * _GB, 400 * _GB,
-                12.5 * _GB, _PLANES, 256),
-    'tpu7x': Chip('tpu', 'TPU7x', 1, 2, 94.75 * GIB, 3690 * _GB, 300 * _GB,
-                  6.25 * _GB, _CUBES, 9216),
-    'a100': Chip('cuda', 'NVIDIA A100-SXM4-80GB', 1, 1, 85.1e9, 2039 * _GB,
-                 300 * _GB, 25 * _GB, (), 0),
-    'h100': Chip('cuda', 'NVIDIA H100 80GB HBM3', 1, 1, 84.9e9, 3350 * _GB,
-                 450 * _GB, 50 * _GB, (), 0),
-    'h200': Chip('cuda', 'NVIDIA H200', 1, 1, 150.7e9, 4800 * _GB, 450 * _GB,
-                 50 * _GB, (), 0),
-    'b200': Chip('cuda', 'NVIDIA B200', 1, 1, 191.5e9, 7700 * _GB, 900 * _GB,
-                 50 * _GB, (), 0),
+    'v4': Chip(
+        platform='tpu', kind='TPU v4', cores=2, devices=1,
+        hbm=30.75 * GIB, hbm_rate=1228 * _GB, links=300 * _GB,
+        outside=None, shapes=_CUBES, most=4096),
+    'v5e': Chip(
+        platform='tpu', kind='TPU v5 lite', cores=1, devices=1,
+        hbm=15.75 * GIB, hbm_rate=819 * _GB, links=200 * _GB,
+        outside=3.125 * _GB, shapes=_PLANES, most=256),
+    'v5p': Chip(
+        platform='tpu', kind='TPU v5', cores=2, devices=1,
+        hbm=95.74 * GIB, hbm_rate=2765 * _GB, links=600 * _GB,
+        outside=6.25 * _GB, shapes=_CUBES, most=6144),
+    'v6e': Chip(
+        platform='tpu', kind='TPU v6 lite', cores=1, devices=1,
+        hbm=31.25 * GIB, hbm_rate=1638 * _GB, links=400 * _GB,
+        outside=12.5 * _GB, shapes=_PLANES, most=256),
+    'tpu7x': Chip(
+        platform='tpu', kind='TPU7x', cores=1, devices=2,
+        hbm=94.75 * GIB, hbm_rate=3690 * _GB, links=300 * _GB,
+        outside=6.25 * _GB, shapes=_CUBES, most=9216),
+    'a100': Chip(
+        platform='cuda', kind='NVIDIA A100-SXM4-80GB', cores=1, devices=1,
+        hbm=85.1e9, hbm_rate=2039 * _GB, links=300 * _GB,
+        outside=25 * _GB, shapes=(), most=0),
+    'h100': Chip(
+        platform='cuda', kind='NVIDIA H100 80GB HBM3', cores=1, devices=1,
+        hbm=84.9e9, hbm_rate=3350 * _GB, links=450 * _GB,
+        outside=50 * _GB, shapes=(), most=0),
+    'h200': Chip(
+        platform='cuda', kind='NVIDIA H200', cores=1, devices=1,
+        hbm=150.7e9, hbm_rate=4800 * _GB, links=450 * _GB,
+        outside=50 * _GB, shapes=(), most=0),
+    'b200': Chip(
+        platform='cuda', kind='NVIDIA B200', cores=1, devices=1,
+        hbm=191.5e9, hbm_rate=7700 * _GB, links=900 * _GB,
+        outside=50 * _GB, shapes=(), most=0),
 }
 
 
 class Topology(NamedTuple):
-  """Which devices a plan is for."""
-  name: str  # as it was asked for
+  """The devices that a plan is for.
+
+  Attributes:
+    name: the name by which it was asked for.
+    chip: the chip.
+    shape: the shape of a slice; of GPUs, (slices, hosts, GPUs of a host).
+    slices: the number of slices.
+  """
+  name: str
   chip: Chip
   shape: tuple[int, ...]
   slices: int
 
   @property
   def chips(self) -> int:
+    """The number of chips."""
     return self.slices * math.prod(self.shape)
 
   @property
   def devices(self) -> int:
+    """The number of jax devices."""
     return self.chips * self.chip.devices
 
   @property
   def together(self) -> int:
-    """Devices that the fast network joins: a slice's, or a host's."""
+    """The number of devices that the fast network joins: those of a slice, or
+    of a host."""
     if self.chip.platform == 'tpu':
       return self.devices // self.slices
     return self.shape[2]
 
 
 def parse(name: str, slices: int = 1) -> Topology:
-  """Returns what a name such as v5p:4x4x8 or h100:1x8x8 stands for. The
-  compilers accept shapes that no pod has.
+  """Returns the topology that a name such as v5p:4x4x8 or h100:1x8x8 stands
+  for. The compilers accept shapes that no pod has.
 
   Raises:
     ValueError: for a name of no chip, or a shape that no pod has.
@@ -114,34 +144,59 @@ def parse(name: str, slices: int = 1) -> Topology:
   kind, _, text = name.partition(':')
   one_of('chip in --topology', kind, CHIPS)
   chip = CHIPS[kind]
-  tpu, flat = chip.platform == 'tpu', chip.shapes == _PLANES
-  example = ('4x8' if flat else '4x4x8' if tpu else
-             '1x8x8 (slices x hosts x GPUs of a host)')
+  shape = _shape(name, kind, text)
+  if slices != 1 and (chip.platform != 'tpu' or slices < 1):
+    raise RequestError(
+        f'--slices is {slices}: it must be >= 1, and 1 for GPUs, written as '
+        f'{kind}:1xHOSTSxGPUS')
+
+  # A slice of TPUs has a shape that is sold.
+  if chip.platform == 'tpu':
+    if text not in chip.shapes and not _is_of_cubes(chip, shape):
+      more = ''
+      if chip.shapes != _PLANES:
+        more = (', or three multiples of 4 in rising order, such as 4x4x8, of '
+                f'{chip.most:,} chips at most')
+      raise RequestError(
+          f'--topology is {name!r}, a shape that no {kind} slice has: choose '
+          f'from {", ".join(chip.shapes)}{more}')
+  # NVLink joins 8 GPUs of a machine at most.
+  elif shape[0] != 1 or shape[2] not in (1, 2, 4, 8):
+    raise RequestError(
+        f'--topology is {name!r}: write all hosts in one slice, of 1, 2, 4 or '
+        f'8 GPUs each, such as {kind}:1x8x8')
+  return Topology(name=name, chip=chip, shape=shape, slices=slices)
+
+
+def _shape(name: str, kind: str, text: str) -> tuple[int, ...]:
+  """Returns the shape that `text` writes, as 4x4x8.
+
+  Raises:
+    RequestError: where it has not as many sides as a slice of the chip.
+  """
+  dimensions, example = 3, '4x4x8'
+  if CHIPS[kind].shapes == _PLANES:
+    dimensions, example = 2, '4x8'
+  elif CHIPS[kind].platform == 'cuda':
+    example = '1x8x8 (slices x hosts x GPUs of a host)'
   sides = text.split('x')
-  require(len(sides) == 3 - flat and all(s.isdigit() and int(s) for s in sides),
-          f'--topology is {name!r}: write the shape of a {kind} as '
-          f'{kind}:{example}')
-  shape = tuple(map(int, sides))
-  require(slices == 1 or tpu and slices > 1, f'--slices is {slices}: it must '
-          f'be >= 1, and 1 for GPUs, written as {kind}:1xHOSTSxGPUS')
-  if tpu:
-    whole = not flat and all(s % 4 == 0 for s in shape) and (
-        [*shape] == sorted(shape) and math.prod(shape) <= chip.most)
-    more = '' if flat else (', or three multiples of 4 in rising order, such '
-                            f'as 4x4x8, of {chip.most:,} chips at most')
-    require(text in chip.shapes or whole, f'--topology is {name!r}, a shape '
-            f'that no {kind} slice has: choose from {", ".join(chip.shapes)}'
-            + more)
-  else:  # NVLink joins 8 GPUs of a machine at most
-    require(shape[0] == 1 and shape[2] in (1, 2, 4, 8), f'--topology is '
-            f'{name!r}: write all hosts in one slice, of 1, 2, 4 or 8 GPUs '
-            f'each, such as {kind}:1x8x8')
-  return Topology(name, chip, shape, slices)
+  are_numbers = all(side.isdigit() and int(side) for side in sides)
+  require(len(sides) == dimensions and are_numbers, f'--topology is {name!r}: '
+          f'write the shape of a {kind} as {kind}:{example}')
+  return tuple(int(side) for side in sides)
 
 
-# Of a GpuTargetConfigProto, what the compiler's choices depend on: cores,
-# compute capability, bytes of shared memory a core and a block, of the L2
-# cache, GHz. docs.nvidia.com/cuda: programming guide, compute capabilities;
+def _is_of_cubes(chip: Chip, shape: tuple[int, ...]) -> bool:
+  """Whether a slice of so many cubes of 4x4x4 chips is sold."""
+  if chip.shapes != _CUBES or math.prod(shape) > chip.most:
+    return False
+  return list(shape) == sorted(shape) and all(side % 4 == 0 for side in shape)
+
+
+# The compiler's choices depend on these fields of a GpuTargetConfigProto: the
+# cores, the compute capability, the FP32 units of a core, the bytes of shared
+# memory of a core and of a block, those of the L2 cache, and the clock in GHz.
+# docs.nvidia.com/cuda: programming guide, compute capabilities;
 # the whitepapers of A100, H100 and Blackwell.
 _GPUS = {
     'a100': (108, '8', '0', 64, 167936, 166912, 41943040, 1.41),
@@ -152,9 +207,11 @@ _GPUS = {
 
 
 def compiler(topology: Topology) -> str:
-  """Returns what compiles for it here: 'libtpu 0.0.45', ..., or ''."""
-  names = (('libtpu',) if topology.chip.platform == 'tpu' else
-           ('jax-cuda13-plugin', 'jax-cuda13-pjrt'))
+  """Returns the compiler for a topology that is installed here, such as
+  'libtpu 0.0.45'; '': there is none."""
+  names = ['libtpu']
+  if topology.chip.platform == 'cuda':
+    names = ['jax-cuda13-plugin', 'jax-cuda13-pjrt']
   try:
     versions = [importlib.metadata.version(name) for name in names]
   except importlib.metadata.PackageNotFoundError:
@@ -167,21 +224,24 @@ def compiler(topology: Topology) -> str:
 
 
 def dense(topology: Topology) -> tuple[str, ...]:
-  """Returns those of flops.GROUPED, jax.lax.ragged_dot's products, that the
-  compiler makes of all rows and all groups: on GPU each; on TPU, what jax 0.10
-  with libtpu 0.0.45 has no kernel for on the chips of one core."""
+  """Returns the entries of flops.GROUPED, jax.lax.ragged_dot's products, that
+  the compiler makes of all rows and all groups.
+
+  On GPU these are all. On TPU, jax 0.10 with libtpu 0.0.45 has no kernel for
+  two of them on chips of one core.
+  """
   if topology.chip.platform == 'cuda':
     return ('forward', 'transposed', 'weights')
-  release = importlib.metadata.version('jax').split('.')
-  old = tuple(int(part) for part in release[:2]) < (0, 12)
-  return ('forward', 'weights') if old and topology.chip.cores == 1 else ()
+  major, minor, *_ = importlib.metadata.version('jax').split('.')
+  if topology.chip.cores == 1 and (int(major), int(minor)) < (0, 12):
+    return ('forward', 'weights')
+  return ()
 
 
 def environment(topology: Topology) -> None:
-  """Sets what libtpu, the CUDA plugin and XLA read when they load.
-
-  Without a compiler, as many virtual CPU devices as the topology has.
-  """
+  """Sets the variables that libtpu, the CUDA plugin and XLA read when they
+  load. Without a compiler, it makes as many virtual CPU devices as the topology
+  has."""
   if topology.chip.platform == 'tpu':
     os.environ |= {
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_LOG_DIR': 'disabled',
@@ -200,14 +260,15 @@ def devices(topology: Topology) -> list:
   if not compiler(topology):
     return jax.devices('cpu')[:topology.devices]
   from jax.experimental import topologies
-  shape = 'x'.join(map(str, topology.shape))
+  shape = 'x'.join(str(side) for side in topology.shape)
   kind = topology.name.partition(':')[0]
+  options: dict[str, Any] = {}
   if topology.chip.platform == 'cuda':
-    options = dict(topology=shape, target_config=_target_config(kind,
-                                                                topology.chip))
     name = topology.name
+    options['topology'] = shape
+    options['target_config'] = _target_config(kind, topology.chip)
   else:
-    options, name = {}, f'{kind}:{shape}'
+    name = f'{kind}:{shape}'
     if topology.slices > 1:
       options['num_slices'] = topology.slices
     if kind == 'v4':  # the default there: one device a chip
@@ -215,12 +276,14 @@ def devices(topology: Topology) -> list:
     if topology.chips == topology.slices:
       options['chips_per_host_bounds'] = (1, 1, 1)
   with _quiet():
-    return list(topologies.get_topology_desc(
-        platform=topology.chip.platform, topology_name=name,
-        **options).devices)
+    described = topologies.get_topology_desc(
+        platform=topology.chip.platform, topology_name=name, **options)
+    return list(described.devices)
 
 
-def _target_config(kind: str, chip) -> str:
+def _target_config(kind: str, chip: Chip) -> str:
+  """Returns the text of a GpuTargetConfigProto, which describes a GPU to
+  XLA."""
   cores, major, minor, fpus, per_core, optin, l2, clock = _GPUS[kind]
   return f"""gpu_device_info {{
     threads_per_block_limit: 1024 threads_per_warp: 32
@@ -243,11 +306,11 @@ def _target_config(kind: str, chip) -> str:
 def _quiet():
   """Hides what libtpu writes to file descriptor 2 when it finds no TPU."""
   sys.stderr.flush()
-  kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  before, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   os.dup2(sink, 2)
   try:
     yield
   finally:
-    os.dup2(kept, 2)
-    os.close(kept)
+    os.dup2(before, 2)
+    os.close(before)
     os.close(sink)

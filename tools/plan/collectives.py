@@ -1,9 +1,12 @@
-"""What a compiled step sends: read from the text of the program.
+"""The collectives of a compiled step, read from the text of the program.
 
-Bytes a chip sends in each, n devices in a group, by the ring (Chan et al.
-2007): all-gather (n - 1) / n of the result, reduce-scatter as much of the
-operand, all-reduce both, all-to-all (n - 1) / n of the operand, and a permute
-all of it.
+A collective runs in a ring of n devices (Chan et al. 2007). In each run, a chip
+sends:
+  all-gather           (n - 1) / n of the bytes of the result
+  reduce-scatter       (n - 1) / n of the bytes of the operand
+  all-reduce           both of these
+  all-to-all           (n - 1) / n of the bytes of the operand
+  collective-permute   all of the operand
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,20 +19,21 @@ import numpy as np
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
          'ragged-all-to-all', 'collective-permute', 'collective-broadcast',
          'send')
+_WHOLE = ('collective-permute', 'collective-broadcast', 'send')
 
 
 class Collective(NamedTuple):
   """One collective instruction.
 
   Attributes:
-    kind: of KINDS.
+    kind: one of KINDS.
     axes: the mesh axes along which the devices of a group differ.
-    size: devices of a group.
-    hosts: over how many slices (TPU) or hosts (GPU) a group goes.
-    dtype: of the largest array.
-    elements: of all arrays of the result, on one device.
-    payload: bytes of the result on one device; of a ragged one, those that
-      travel in even load.
+    size: the number of devices in a group.
+    hosts: the number of slices (TPU) or hosts (GPU) that a group spans.
+    dtype: the dtype of the largest array.
+    elements: the elements of all arrays of the result, on one device.
+    payload: the bytes of the result on one device; for a ragged collective,
+      those that travel in even load.
     runs: how often a step runs it.
     known: whether `runs` is known; otherwise it is a lower bound.
   """
@@ -45,85 +49,156 @@ class Collective(NamedTuple):
 
   @property
   def sent(self) -> float:
-    """Bytes that a chip sends in one run."""
+    """The bytes that a chip sends in one run."""
     n = self.size
-    factor = {'all-reduce': 2 * (n - 1) / n, 'reduce-scatter': n - 1,
-              'collective-permute': 1, 'collective-broadcast': 1, 'send': 1}
-    return factor.get(self.kind, (n - 1) / n) * self.payload
+    if self.kind in _WHOLE:
+      return self.payload
+    if self.kind == 'reduce-scatter':  # payload is 1 / n of the operand
+      return (n - 1) * self.payload
+    if self.kind == 'all-reduce':
+      return 2 * (n - 1) / n * self.payload
+    return (n - 1) / n * self.payload
 
   @property
   def sent_outside(self) -> float:
-    """Of these, bytes between slices or hosts, at best: rings that enter each
-    host once and use all of its devices' adapters; an all-to-all cannot."""
+    """The bytes of `sent` that go between slices or hosts, at the least.
+
+    Rings enter each host once and use the adapters of all of its devices. An
+    all-to-all cannot do so.
+    """
     h, n = self.hosts, self.size
     if h == 1:
       return 0.0
-    if self.kind in ('collective-permute', 'collective-broadcast', 'send'):
+    if self.kind in _WHOLE:
       return self.sent
     if self.kind in ('all-to-all', 'ragged-all-to-all'):
       return self.payload * (n - n // h) / n
-    whole = self.payload * (n if self.kind == 'reduce-scatter' else 1)
-    passes = 2 if self.kind == 'all-reduce' else 1
+
+    whole, passes = self.payload, 1
+    if self.kind == 'reduce-scatter':
+      whole *= n
+    if self.kind == 'all-reduce':
+      passes = 2
     return passes * whole * (h - 1) / h / (n // h)
 
 
 def total(sent: list[Collective]) -> tuple[float, float]:
   """Returns the bytes that a device sends in a step within its slice or host,
-  and those between them."""
+  and those that it sends to others."""
+  everything = sum(one.sent * one.runs for one in sent)
   outside = sum(one.sent_outside * one.runs for one in sent)
-  return sum(one.sent * one.runs for one in sent) - outside, outside
+  return everything - outside, outside
 
 
 def table(sent: list[Collective]) -> list[dict]:
-  """Sums them by kind, axes and dtype, most bytes first."""
+  """Sums the collectives by kind, axes and dtype, those with most bytes
+  first."""
   rows: dict = {}
   for one in sent:
-    row = rows.setdefault((one.kind, one.axes, one.dtype), dict(
+    key = one.kind, one.axes, one.dtype
+    empty = dict(
         kind=one.kind, axes=list(one.axes), devices=one.size, dtype=one.dtype,
         runs_per_step=0, bytes_sent_per_device=0.0,
-        bytes_sent_outside_per_device=0.0, exact=True))
+        bytes_sent_outside_per_device=0.0, exact=True)
+    row = rows.setdefault(key, empty)
     row['runs_per_step'] += one.runs
     row['bytes_sent_per_device'] += one.sent * one.runs
     row['bytes_sent_outside_per_device'] += one.sent_outside * one.runs
     row['exact'] &= one.known
-  return sorted(rows.values(), key=lambda r: -r['bytes_sent_per_device'])
+  return sorted(rows.values(), key=lambda row: -row['bytes_sent_per_device'])
+
+
+# Three syntaxes of the groups of a collective, and [4]<=[2,2]T(1,0), which is a
+# range of numbers that is given a shape and then transposed.
+_IOTA = r'<=\[([\d,]+)\](?:T\(([\d,]+)\))?'
+_SHAPED_GROUPS = re.compile(r'replica_groups=\[([\d,]+)\]' + _IOTA)
+_MESH_GROUPS = re.compile(
+    r'replica_groups=@?mesh\w*\[(.*?)\]\s*(.*?)\{([^}]*)\}')
+_LISTED_GROUPS = re.compile(
+    r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}')
 
 
 def groups(rest: str) -> np.ndarray | None:
-  """Returns the devices of each group, [groups, devices]; None: not told.
+  """Returns the devices of each group, [groups, devices].
 
-  Three syntaxes: {{0,1},{2,3}}, [2,2]<=[4]T(...), mesh['a'=2,...] {'a'}.
+  It reads the three syntaxes {{0,1},{2,3}}, [2,2]<=[4]T(...) and
+  mesh['a'=2,...] {'a'}.
+
+  Args:
+    rest: the operands and attributes of the instruction.
+
+  Returns:
+    None, where the instruction names no groups.
   """
-  ints = lambda text: [int(i) for i in text.split(',')]
-  iota = r'<=\[([\d,]+)\](?:T\(([\d,]+)\))?'
-
-  def numbered(dims: str, turned: str | None) -> np.ndarray:
-    ids = np.arange(math.prod(ints(dims))).reshape(ints(dims))
-    return ids.transpose(ints(turned) if turned else None)
-
-  if match := re.search(r'replica_groups=\[([\d,]+)\]' + iota, rest):
-    return numbered(match[2], match[3]).reshape(ints(match[1]))
-  if match := re.search(
-      r'replica_groups=@?mesh\w*\[(.*?)\]\s*(.*?)\{([^}]*)\}', rest):
-    sizes = {k: int(v) for k, v in re.findall(r"'([^']+)'=(\d+)", match[1])}
-    order = re.search(iota, match[2])  # device_ids=([..]<=[..]T(..))
-    ids = (numbered(*order.groups()) if order else np.arange(
-        math.prod(sizes.values()))).reshape([*sizes.values()])
-    names = re.findall(r"'([^']+)'", match[3])
-    at = [[*sizes].index(name) for name in names]
-    return np.moveaxis(ids, at, range(-len(at), 0)).reshape(
-        -1, math.prod(sizes[name] for name in names))
-  if match := re.search(
-      r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}', rest):
-    return np.array([ints(g) for g in re.findall(r'\{([\d,]+)\}', match[1])])
+  shaped = _SHAPED_GROUPS.search(rest)
+  if shaped:
+    shape, dims, order = shaped.groups()
+    return _iota(dims, order).reshape(_integers(shape))
+  on_mesh = _MESH_GROUPS.search(rest)
+  if on_mesh:
+    return _groups_of_a_mesh(*on_mesh.groups())
+  listed = _LISTED_GROUPS.search(rest)
+  if listed:
+    members = re.findall(r'\{([\d,]+)\}', listed[1])
+    return np.array([_integers(group) for group in members])
   return None
 
 
+def _groups_of_a_mesh(axes: str, order: str, along: str) -> np.ndarray:
+  """Returns the devices of each group, [groups, devices], of a mesh.
+
+  Args:
+    axes: the axes of the mesh and their sizes: 'a'=2,'b'=4.
+    order: device_ids=([..]<=[..]T(..)), the order of the devices in the mesh;
+      without that, they are in the order of their numbers.
+    along: the axes along which the devices of a group differ: 'a'.
+  """
+  pairs = re.findall(r"'([^']+)'=(\d+)", axes)
+  sizes = {name: int(size) for name, size in pairs}
+
+  # The devices, one axis of the mesh a dimension.
+  turned = re.search(_IOTA, order)
+  if turned:
+    devices = _iota(*turned.groups())
+  else:
+    devices = np.arange(math.prod(sizes.values()))
+  devices = devices.reshape(list(sizes.values()))
+
+  # The axes of a group come last.
+  names = re.findall(r"'([^']+)'", along)
+  mesh_axes = list(sizes)
+  places = [mesh_axes.index(name) for name in names]
+  count = math.prod(sizes[name] for name in names)
+  last = range(-len(places), 0)
+  return np.moveaxis(devices, places, last).reshape(-1, count)
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+  """Returns the array that XLA writes as <=[dims]T(order)."""
+  shape = _integers(dims)
+  devices = np.arange(math.prod(shape)).reshape(shape)
+  if order is None:
+    return devices.transpose()
+  return devices.transpose(_integers(order))
+
+
+def _integers(text: str) -> list[int]:
+  return [int(number) for number in text.split(',')]
+
+
 def axes_of(members: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
-  """Returns the mesh axes along which the devices of a group differ."""
+  """Returns the mesh axes along which the devices of a group differ.
+
+  Args:
+    members: the devices of each group, [groups, devices].
+    mesh: the size of each axis; devices are numbered in its order.
+  """
   places = np.unravel_index(members, tuple(mesh.values()))
-  return tuple(axis for axis, at in zip(mesh, places)
-               if (at != at[:, :1]).any())
+  axes = []
+  for axis, at in zip(mesh, places):
+    if (at != at[:, :1]).any():
+      axes.append(axis)
+  return tuple(axes)
 
 
 def read(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
@@ -132,38 +207,49 @@ def read(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
   """Returns every collective of a compiled program.
 
   Args:
-    text: of the program.
+    text: the text of the program.
     mesh: the size of each axis; devices are numbered in its order.
     host_of: for each device in that order, its slice (TPU) or host (GPU).
-    ragged_rows: rows that a device sends in a ragged all-to-all, in even
+    ragged_rows: the rows that a device sends in a ragged all-to-all, in even
       load; the array has room for the worst. 0: count all of the array.
-    passes: of a loop that depends on data, where they are known otherwise;
-      None: they are not, and one is counted.
+    passes: the passes of a loop that depends on data, where they are known
+      otherwise; None: they are not, and one is counted.
   """
-  sent, fused = [], set()
+  sent, seen = [], set()
   for place in _walk(text, passes):
     one = _collective(place, mesh, host_of, ragged_rows)
     if one is None or one.size == 1 or not one.runs:
       continue
+
     # A collective that runs beside products is printed by libtpu 0.0.45 in the
     # fusion of each of them, with the same channel.
     channel = re.search(r'channel_id=(\d+)', place.rest)
     if channel and 'fus' in place.computation:
-      if (one.kind, channel[1]) in fused:
+      key = one.kind, channel[1]
+      if key in seen:
         continue
-      fused.add((one.kind, channel[1]))
+      seen.add(key)
     sent.append(one)
   return sent
 
 
 class _Place(NamedTuple):
-  """An instruction, `name = shape op(rest`, and how often a step runs it;
-  known: whether every loop around it has a known trip count."""
+  """An instruction, `name = shape op(rest`, and how often a step runs it.
+
+  Attributes:
+    computation: the name of the computation that it stands in.
+    name: its name.
+    shape: the text of its result's shape.
+    op: its operation.
+    rest: its operands and attributes.
+    runs: how often a step runs it.
+    known: whether every loop around it has a known trip count.
+  """
   computation: str
   name: str
   shape: str
   op: str
-  rest: str  # operands and attributes
+  rest: str
   runs: int = 1
   known: bool = True
 
@@ -177,17 +263,12 @@ _BRANCHES = re.compile(r'(?:branch|called)_computations=\{([^}]*)\}')
 
 
 def _walk(text: str, passes: int | None) -> Iterator[_Place]:
-  """Yields each instruction that a step reaches. Of a conditional, every branch
-  is walked: which of them runs is not known."""
-  computations: dict[str, list[_Place]] = {}
-  name = entry = ''
-  for line in text.splitlines():
-    if head := _COMPUTATION.match(line):
-      name = head[2]
-      computations[name] = []
-      entry = name if head[1] else entry
-    elif name and (match := _INSTRUCTION.match(line)):
-      computations[name].append(_Place(name, *match.groups()))
+  """Yields each instruction that a step reaches.
+
+  Every branch of a conditional is walked, because it is not known which of them
+  runs.
+  """
+  computations, entry = _computations(text)
 
   def visit(name: str, runs: int, known: bool) -> Iterator[_Place]:
     for place in computations[name]:
@@ -195,16 +276,46 @@ def _walk(text: str, passes: int | None) -> Iterator[_Place]:
       times: int | None = 1
       if place.op == 'while':
         times = _trip_count(place, computations)
-        times = passes if times is None else times
-      names = [name for _, name in _CALLED.findall(place.rest)]
-      for group in _BRANCHES.findall(place.rest):
-        names += re.findall(r'[\w.\-]+', group)
-      for callee in names:
+        if times is None:
+          times = passes
+      inner_known = known and times is not None
+      if times is None:
+        times = 1
+      for callee in _callees(place):
         if callee in computations:
-          yield from visit(callee, runs * (1 if times is None else times),
-                           known and times is not None)
+          yield from visit(callee, runs * times, inner_known)
 
   yield from visit(entry, 1, True)
+
+
+def _computations(text: str) -> tuple[dict[str, list[_Place]], str]:
+  """Returns the instructions of each computation of a program, and the name of
+  the computation at which it begins."""
+  computations: dict[str, list[_Place]] = {}
+  current = entry = ''
+  for line in text.splitlines():
+    head = _COMPUTATION.match(line)
+    if head:
+      current = head[2]
+      computations[current] = []
+      if head[1]:
+        entry = current
+      continue
+    instruction = _INSTRUCTION.match(line)
+    if current and instruction:
+      name, shape, op, rest = instruction.groups()
+      place = _Place(
+          computation=current, name=name, shape=shape, op=op, rest=rest)
+      computations[current].append(place)
+  return computations, entry
+
+
+def _callees(place: _Place) -> list[str]:
+  """Returns the names of the computations that an instruction calls."""
+  names = [name for _, name in _CALLED.findall(place.rest)]
+  for branches in _BRANCHES.findall(place.rest):
+    names += re.findall(r'[\w.\-]+', branches)
+  return names
 
 
 def _trip_count(place: _Place, computations: Mapping[str, list[_Place]]
@@ -214,61 +325,122 @@ def _trip_count(place: _Place, computations: Mapping[str, list[_Place]]
   XLA says so on CPU and GPU. libtpu leaves only the comparison of the counter
   with a constant, as jax writes a scan.
   """
-  if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', place.rest):
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', place.rest)
+  if known:
     return int(known[1])
-  condition = computations[dict(_CALLED.findall(place.rest))['condition']]
-  constants = {i.name: int(i.rest.split(')')[0]) for i in condition
-               if i.op == 'constant' and re.match(r'-?\d+\)', i.rest)}
+
+  # The last instruction of the condition compares with one of its constants.
+  called = dict(_CALLED.findall(place.rest))
+  condition = computations[called['condition']]
   root = condition[-1]
-  if root.op == 'compare' and 'direction=LT' in root.rest:
-    bound = re.findall(r'%?([\w.\-]+)', root.rest.split(')')[0])[-1]
-    return constants.get(bound)
-  return None
+  if root.op != 'compare' or 'direction=LT' not in root.rest:
+    return None
+  constants = {}
+  for instruction in condition:
+    value = re.match(r'(-?\d+)\)', instruction.rest)
+    if instruction.op == 'constant' and value:
+      constants[instruction.name] = int(value[1])
+  operands = root.rest.split(')')[0]
+  bound = re.findall(r'%?([\w.\-]+)', operands)[-1]
+  return constants.get(bound)
 
 
-def _arrays(shape: str) -> list[tuple[str, int, int]]:
-  """Returns (dtype, elements, bytes) of each array of a shape's text."""
+class _Array(NamedTuple):
+  """An array of a shape's text."""
+  dtype: str
+  elements: int
+  nbytes: int
+
+
+def _arrays(shape: str) -> list[_Array]:
+  """Returns each array of a shape's text."""
+  without_layouts = re.sub(r'\{[^{}]*\}', '', shape)
   arrays = []
   for dtype, dims in re.findall(r'\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]',
-                                re.sub(r'\{[^{}]*\}', '', shape)):
-    size = math.prod(int(dim) for dim in dims.split(',') if dim)
-    bits = 8 if dtype == 'pred' else int(re.search(r'\d+', dtype)[0])
-    arrays.append((dtype, size, size * bits // 8))
+                                without_layouts):
+    elements = math.prod(int(dim) for dim in dims.split(',') if dim)
+    bits = 8
+    if dtype != 'pred':
+      bits = int(re.search(r'\d+', dtype)[0])
+    arrays.append(_Array(
+        dtype=dtype, elements=elements, nbytes=elements * bits // 8))
   return arrays
 
 
-def _collective(place: _Place, mesh, host_of, ragged_rows) -> Collective | None:
-  shape, rest = place.shape, place.rest
-  kind, start = place.op.removesuffix('-start'), place.op.endswith('-start')
+def _collective(place: _Place, mesh: Mapping[str, int], host_of: np.ndarray,
+                ragged_rows: int) -> Collective | None:
+  """Returns the collective of an instruction; None: it is none.
+
+  Args:
+    place: the instruction.
+    mesh: as in `read`.
+    host_of: as in `read`.
+    ragged_rows: as in `read`.
+  """
+  kind = place.op.removesuffix('-start')
   if kind not in KINDS:
     return None
-  parts = _arrays(shape)
-  if start and shape.startswith('(('):  # (operands), results, u32[] contexts
-    depth = np.cumsum([(a == '(') - (a == ')') for a in shape])
-    shape = shape[next(i for i, a in enumerate(shape)
-                       if a == ')' and depth[i] == 1) + 1:]
-    parts = [part for part in _arrays(shape) if part[:2] != ('u32', 1)]
-  elif start and kind == 'all-gather':
-    parts = parts[len(parts) // 2:]
-  elif start and kind == 'collective-permute':
-    parts = parts[1:2]
-  elif kind == 'send':
-    parts = parts[:1]
-  members = groups(rest)
+
+  # The groups; without any, all devices are one.
+  members = groups(place.rest)
   if members is None:
     members = np.arange(math.prod(mesh.values()))[None]
-  payload = sum(part[2] for part in parts)
-  # A fusion of this name holds an all-reduce and keeps a slice of it.
+  size = members.shape[1]
+  if 'source_target_pairs' in place.rest:
+    size = 1
+    if members.max() > members.min():
+      size = 2
+
+  # The bytes.
+  shape = _result_shape(place)
+  arrays = _results(kind, place, shape)
+  payload = sum(array.nbytes for array in arrays)
   if kind == 'all-reduce' and place.computation.startswith(
       'all-reduce-scatter'):
+    # A fusion of this name holds an all-reduce and keeps a slice of it.
     kind, payload = 'reduce-scatter', payload // members.shape[1]
   if kind == 'ragged-all-to-all' and ragged_rows:
     rows = int(re.search(r'\[(\d+)', shape)[1])
     payload = payload * min(rows, ragged_rows) // rows
-  size = (members.shape[1] if 'source_target_pairs' not in rest
-          else int(members.max() > members.min()) + 1)
+
   return Collective(
-      kind, axes_of(members, mesh), size,
-      max(len(set(host_of[row])) for row in members),
-      max(parts, key=lambda part: part[2])[0],
-      sum(part[1] for part in parts), payload, place.runs, place.known)
+      kind=kind, axes=axes_of(members, mesh), size=size,
+      hosts=max(len(set(host_of[group])) for group in members),
+      dtype=max(arrays, key=lambda array: array.nbytes).dtype,
+      elements=sum(array.elements for array in arrays), payload=payload,
+      runs=place.runs, known=place.known)
+
+
+def _result_shape(place: _Place) -> str:
+  """Returns the text of the results' shape: where an operation only starts,
+  its text ((operands), results, contexts) holds more than these."""
+  shape = place.shape
+  if not (place.op.endswith('-start') and shape.startswith('((')):
+    return shape
+  depth = 0
+  for i, letter in enumerate(shape):
+    if letter == '(':
+      depth += 1
+    elif letter == ')':
+      depth -= 1
+      if depth == 1:  # the operands end here
+        return shape[i + 1:]
+  return shape
+
+
+def _results(kind: str, place: _Place, shape: str) -> list[_Array]:
+  """Returns the arrays of a collective's result, without operands and contexts
+  that stand beside them."""
+  arrays = _arrays(shape)
+  if place.op.endswith('-start'):
+    if place.shape.startswith('(('):
+      context = 'u32', 1
+      return [array for array in arrays
+              if (array.dtype, array.elements) != context]
+    if kind == 'all-gather':
+      return arrays[len(arrays) // 2:]
+    if kind == 'collective-permute':
+      return arrays[1:2]
+  if kind == 'send':
+    return arrays[:1]
+  return arrays

@@ -1,19 +1,22 @@
-"""What a training step must send, before anything is compiled, and the least
-time that a step can take: by its products, by memory, by the network.
+"""Predicts the bytes that a training step must send, before anything is
+compiled, and the least time that a step can take.
 
-Each of the three alone, at the published peak and perfectly overlapped with
-the others, so the largest is a bound from below, and the model FLOPs
-utilisation (MFU) at that time one from above. Real steps take longer.
+Compute, memory and the network each bound that time alone, at the published
+peak and perfectly overlapped with the others. So the longest of the three is a
+bound from below, and the model FLOPs utilisation (MFU) at that time is one from
+above. Real steps take longer.
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import numpy as np
 
 import architectures
 from architectures.parts import layers, paths
+from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.moe.routing import MoEConfig
 from common.errors import require
 from tools.plan import collectives
@@ -23,72 +26,133 @@ from training.costs import flops, memory
 from training.distributed import devices
 from training.runs import parameter_roles
 
+_BATCH_AXES = ('data', 'fsdp', 'expert')
+
 
 def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
-  """Returns what a step must send: weights gathered, gradients reduced,
-  products summed over `tensor`, tokens to experts and back.
+  """Returns the collectives that a step must run: they gather weights, reduce
+  gradients, sum products over `tensor`, and carry tokens to experts and back.
 
   Args:
-    run: on the topology's devices.
-    host_of: as of collectives.read.
+    run: the run, on the topology's devices.
+    host_of: as in collectives.read.
   """
-  c, shape = run.model, run.mesh.shape
-  accumulation = run.config.train.grad_accumulation
-  itemsize = c.compute_dtype.itemsize
-  batch = ('data', 'fsdp', 'expert')
-  predicted = []
-
-  def add(kind, axes, payload, times):
-    size, hosts = _group(tuple(shape.items()), axes, host_of.tobytes())
-    if size > 1:
-      predicted.append(collectives.Collective(
-          kind, axes, size, hosts, c.dtype, 0, payload, times))
-
+  step = _Step(run, host_of)
   times = memory.gathers(run)
   for path, x in paths.flatten(run.abstract.params).items():
-    shard = math.prod(x.sharding.shard_shape(x.shape)) * itemsize
-    part, reads = shard, accumulation * layers.passes(c, path, back=True)
-    for axis in reversed(memory.gathered(x.sharding)):  # one after the other
-      add('reduce-scatter', (axis,), part, reads)  # of gradients
-      part *= shape[axis]
-      add('all-gather', (axis,), part, times[path] * accumulation)
-    rest = tuple(a for a in batch if a not in memory.axes(x.sharding))
-    add('all-reduce', rest, shard, reads)  # of gradients
-  tokens = run.config.data.batch_size * sum(
-      objectives.of(run.config).row_lengths(run.config))
-  one = tokens * c.d_model * itemsize / math.prod(shape[a] for a in batch)
-  both = architectures.stack(c) == 'encoder-decoder'
-  sections = [section for n in (c.num_layers, c.num_decoder_layers)[:1 + both]
-              for section in c.sections(n)]
-  ahead, back = (sum((s._replace(passes=min(s.passes, layers.passes(
-      c, '/layers/', way))).layers for s in sections), ())
-                 for way in (False, True))
-  kinds = ahead + (1 + layers.remat(c).again) * back
-  parts = sum(1 + (kind.ffn != layers.NO_FFN) for kind in kinds)
-  length, tensor = run.config.data.length, shape['tensor']
-  if length % (shape['context'] * tensor):
-    add('all-reduce', ('tensor',), one, parts)  # sums of products
-  else:  # between the products, they lie over tensor: see configs/sharding.py
-    for kind in ('reduce-scatter', 'all-gather'):
-      add(kind, ('tensor',), one / tensor, parts)
-  keys = 2 * c.num_kv_heads * c.head_dim / c.d_model / tensor
-  add('all-gather', ('context',), keys * one, len(kinds))
-  if c.has_experts:  # which cross twice in a pass: see parts/dispatch.py
-    crossed = 2 * (ahead + (1 + (c.remat != 'none')) * back)
-    add('all-to-all', ('expert',), c.part(MoEConfig).top_k * one,
-        sum(kind.ffn == 'moe' for kind in crossed))
-  return predicted
+    step.add_parameter(path, x, times[path])
+  step.add_layers()
+  return step.sent
+
+
+class _Step:
+  """The collectives that a training step must run, added one by one."""
+
+  def __init__(self, run: runs.Run, host_of: np.ndarray):
+    self.run, self.model, self.mesh = run, run.model, run.mesh.shape
+    self.host_of = host_of
+    self.accumulation = run.config.train.grad_accumulation
+    self.itemsize = run.model.compute_dtype.itemsize
+    self.sent: list[collectives.Collective] = []
+
+  def add(self, kind: str, axes: tuple[str, ...], payload: float,
+          times: int) -> None:
+    """Adds a collective along some axes, if these have several devices."""
+    size, hosts = _group(tuple(self.mesh.items()), axes, self.host_of.tobytes())
+    if size > 1:
+      self.sent.append(collectives.Collective(
+          kind=kind, axes=axes, size=size, hosts=hosts, dtype=self.model.dtype,
+          elements=0, payload=payload, runs=times))
+
+  def add_parameter(self, path: str, x: Any, gathers: int) -> None:
+    """Adds what gathers a parameter and reduces its gradients.
+
+    Args:
+      path: the path of the parameter.
+      x: its shape, dtype and sharding.
+      gathers: how often a micro-batch gathers it.
+    """
+    shard = math.prod(x.sharding.shard_shape(x.shape)) * self.itemsize
+    reductions = self.accumulation * layers.passes(self.model, path, back=True)
+
+    # It is gathered along one axis after the other, so it grows on the way.
+    part = shard
+    for axis in reversed(memory.gathered(x.sharding)):
+      self.add('reduce-scatter', (axis,), part, reductions)
+      part *= self.mesh[axis]
+      self.add('all-gather', (axis,), part, gathers * self.accumulation)
+
+    # Its gradients are summed over the axes of the batch that do not shard it.
+    sharded = memory.axes(x.sharding)
+    rest = tuple(axis for axis in _BATCH_AXES if axis not in sharded)
+    self.add('all-reduce', rest, shard, reductions)
+
+  def add_layers(self) -> None:
+    """Adds what carries activations from device to device."""
+    model, mesh, data = self.model, self.mesh, self.run.config.data
+    tensor = mesh['tensor']
+
+    # The bytes of an activation on a device, and the layers that run.
+    lengths = objectives.of(self.run.config).row_lengths(self.run.config)
+    tokens = data.batch_size * sum(lengths)
+    shards = math.prod(mesh[axis] for axis in _BATCH_AXES)
+    activation = tokens * model.d_model * self.itemsize / shards
+    ahead = _layers_run(model, back=False)
+    back = _layers_run(model, back=True)
+    kinds = ahead + back
+    if layers.remat(model).again:
+      kinds += back
+
+    # Over tensor, the products of a mixer and of a network are summed. Between
+    # these, activations lie over tensor too: see configs/sharding.py.
+    products = len(kinds) + sum(kind.ffn != layers.NO_FFN for kind in kinds)
+    if data.length % (mesh['context'] * tensor):
+      self.add('all-reduce', ('tensor',), activation, products)
+    else:
+      part = activation / tensor
+      self.add('reduce-scatter', ('tensor',), part, products)
+      self.add('all-gather', ('tensor',), part, products)
+
+    # Over context, each device needs the keys and values of all tokens.
+    keys = 2 * model.num_kv_heads * model.head_dim / model.d_model / tensor
+    self.add('all-gather', ('context',), keys * activation, len(kinds))
+
+    # To experts, tokens cross twice in a pass: see parts/moe/dispatch.py.
+    if model.has_experts:
+      crossed = ahead + back
+      if model.remat != 'none':
+        crossed += back
+      times = sum(2 for kind in crossed if kind.ffn == 'moe')
+      rows = model.part(MoEConfig).top_k * activation
+      self.add('all-to-all', ('expert',), rows, times)
+
+
+def _layers_run(model: ModelConfig, back: bool) -> tuple[LayerKind, ...]:
+  """Returns the kind of each layer that a forward pass runs, or, with `back`, a
+  backward pass: a looped layer once for each of its passes."""
+  stacks = [model.num_layers]
+  if architectures.stack(model) == 'encoder-decoder':
+    stacks.append(model.num_decoder_layers)
+  most = layers.passes(model, '/layers/', back)
+  kinds: tuple[LayerKind, ...] = ()
+  for num_layers in stacks:
+    for section in model.sections(num_layers):
+      passes = min(section.passes, most)
+      kinds += section._replace(passes=passes).layers
+  return kinds
 
 
 @functools.lru_cache
-def _group(shape: tuple, axes: tuple[str, ...], host_of: bytes):
-  """Returns (devices, hosts) of a group along some axes of a mesh."""
+def _group(shape: tuple, axes: tuple[str, ...], host_of: bytes
+           ) -> tuple[int, int]:
+  """Returns the number of devices, and of hosts, of a group along some axes of
+  a mesh."""
   names, sizes = zip(*shape)
   at = [names.index(axis) for axis in axes]
   hosts = np.frombuffer(host_of, np.int64).reshape(sizes)
   count = math.prod(sizes[i] for i in at)
   rows = np.moveaxis(hosts, at, range(-len(at), 0)).reshape(-1, count)
-  return count, max(len(set(row)) for row in rows.tolist())
+  return count, max(len(set(group)) for group in rows.tolist())
 
 
 def peak_flops(topology: Topology, dtype: str) -> float:
@@ -107,75 +171,106 @@ def peak_flops(topology: Topology, dtype: str) -> float:
 
 def times(topology: Topology, dtype: str, *, flops: float, hbm_bytes: float,
           sent: float, sent_outside: float, model_flops: float) -> dict:
-  """Returns seconds a step, the bound and the highest MFU.
+  """Returns the least seconds that a step takes, by each bound; which of them
+  is the longest, and the highest MFU.
 
   Args:
-    topology: whose figures to take.
-    dtype: of the products.
-    flops: of one device, recomputation included.
-    hbm_bytes: that one device reads and writes.
-    sent: bytes that a device sends within its slice or host.
-    sent_outside: likewise between slices or hosts.
-    model_flops: of one device, what the model needs and no more.
+    topology: the topology whose figures to take.
+    dtype: the dtype of the products.
+    flops: the FLOPs of one device, recomputation included.
+    hbm_bytes: the bytes that one device reads and writes.
+    sent: the bytes that a device sends within its slice or host.
+    sent_outside: the bytes that it sends to other slices or hosts.
+    model_flops: the FLOPs that the model needs of one device, and no more.
   """
   chip, peak = topology.chip, peak_flops(topology, dtype)
-  seconds = {'compute': flops / peak, 'hbm': hbm_bytes / chip.hbm_rate,
-             'network': sent / chip.links}
+  seconds = {
+      'compute': flops / peak,
+      'hbm': hbm_bytes / chip.hbm_rate,
+      'network': sent / chip.links,
+  }
+  unknown = []
   if sent_outside and chip.outside:
     seconds['network_outside'] = sent_outside / chip.outside
+  elif sent_outside:
+    unknown.append('network_outside')
+
   bound = max(seconds, key=seconds.get)
   step = seconds[bound]
   return dict(
       seconds=seconds, bound=bound, step_seconds=step,
       highest_mfu=model_flops / peak / step if step else 0.0,
-      peak_flops=peak,
-      unknown=['network_outside'] if sent_outside and not chip.outside else [])
+      peak_flops=peak, unknown=unknown)
 
 
 def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
-  """Returns bytes that a device moves to and from its memory, at least.
+  """Returns the bytes that a device moves to and from its memory, at least.
 
-  They are its share of the operands and results of the products, once each,
-  or, if these are more, the weights (gathered), which are among the operands:
-  read once, and in training, if all are trained, again by the backward pass.
-  Of the experts of a layer, as many are read as tokens choose in even load; of
-  a table of embeddings, only some rows. In training, the state of what is
-  trained is read and written besides.
+  They are its share of the operands and results of the products, once each, or,
+  if these are more, the weights (gathered), which are among the operands: read
+  once, and in training, if all are trained, again by the backward pass. As many
+  experts of a layer are read as tokens choose in even load, and of a table of
+  embeddings only some rows. In training, the state of what is trained is read
+  and written besides.
 
   Args:
-    run: on the topology's devices.
-    products: bytes of the products of all devices together, where an array
+    run: the run, on the topology's devices.
+    products: the bytes of the products of all devices together, where an array
       that each device has whole may count once.
     training: whether the program is the training step.
   """
-  c, shape, state, back, accumulation = run.model, run.mesh.shape, 0, False, 1
+  model, mesh = run.model, run.mesh.shape
+  state, back, accumulation = 0, False, 1
   if training:
     accumulation = run.config.train.grad_accumulation
-    state = 2 * sum((memory.state(run) | {
-        'parameters': devices.on_device(memory.trained(run))}).values())
+    trained = devices.on_device(memory.trained(run))
+    state = 2 * sum((memory.state(run) | {'parameters': trained}).values())
     # Below what is trained there is no backward pass.
-    back = not (run.config.optim.freeze or c.lora.rank)
-  roles, share = paths.flatten(parameter_roles(run.module)), 1.0
-  if c.has_experts:
-    data = run.config.data
-    experts = c.part(MoEConfig).num_experts // devices.shards(
-        'experts', shape, run.config.mesh.rules)
-    share = min(experts, expert_rows(run, data.batch_size * (
-        data.length - (not training)) // accumulation)) / experts
-  gathered = accumulation * sum(
-      (layers.passes(c, path) + back * layers.passes(c, path, back=True))
-      * (share if 'experts' in roles[path].axes else 1)
-      * memory.whole_size(x, shape)
-      * min(c.compute_dtype.itemsize, x.dtype.itemsize)
-      for path, x in paths.flatten(run.abstract.params).items()
-      if roles[path].kind != 'embedding')
-  return max(products / math.prod(shape.values()), gathered) + state
+    back = not (run.config.optim.freeze or model.lora.rank)
+
+  # Each weight is read whole, but only the experts that tokens choose.
+  roles = paths.flatten(parameter_roles(run.module))
+  share = _share_of_experts(run, training, accumulation)
+  weights = 0.0
+  for path, x in paths.flatten(run.abstract.params).items():
+    role = roles[path]
+    if role.kind == 'embedding':
+      continue
+    reads = layers.passes(model, path)
+    if back:
+      reads += layers.passes(model, path, back=True)
+    itemsize = min(model.compute_dtype.itemsize, x.dtype.itemsize)
+    nbytes = memory.whole_size(x, mesh) * itemsize
+    weights += reads * nbytes * (share if 'experts' in role.axes else 1)
+
+  operands = products / math.prod(mesh.values())
+  return max(operands, accumulation * weights) + state
+
+
+def _share_of_experts(run: runs.Run, training: bool, accumulation: int
+                      ) -> float:
+  """Returns the share of a device's experts that a micro-batch is sent to in
+  even load. A generation does not read the last token of a row."""
+  if not run.model.has_experts:
+    return 1.0
+  length = run.config.data.length
+  if not training:
+    length -= 1
+  tokens = run.config.data.batch_size * length // accumulation
+  shards = devices.shards('experts', run.mesh.shape, run.config.mesh.rules)
+  experts = run.model.part(MoEConfig).num_experts // shards
+  return min(experts, expert_rows(run, tokens)) / experts
 
 
 def expert_rows(run: runs.Run, tokens: float) -> int:
-  """Returns the rows that a device has of so many tokens of all devices for the
-  experts of a layer, in even load; 0: it has none."""
+  """Returns the rows that a device has for the experts of a layer, in even
+  load; 0: it has none.
+
+  Args:
+    run: the run, on the topology's devices.
+    tokens: the tokens of all devices.
+  """
   if not run.model.has_experts:
     return 0
-  return math.ceil(tokens * run.model.part(MoEConfig).top_k / devices.shards(
-      'tokens', run.mesh.shape, run.config.mesh.rules))
+  shards = devices.shards('tokens', run.mesh.shape, run.config.mesh.rules)
+  return math.ceil(tokens * run.model.part(MoEConfig).top_k / shards)

@@ -1,11 +1,13 @@
-"""Plans that fit, best first: over mesh shapes, remat and micro-batches.
+"""Searches for plans that fit, best first, over mesh shapes, remat policies and
+gradient accumulations.
 
-A candidate is scored without compiling, by the same bounds as a report: FLOPs
-by formula with what its remat policy adds, the bytes that its sharding must
-send, and memory.py's estimate of the peak. The best are then compiled, where a
-compiler is there, until as many fit as were asked for.
+A candidate is scored without compiling, by the same bounds as a report: by
+FLOPs from a formula with what its remat policy adds, the bytes that its
+sharding must send, and memory.py's estimate of the peak. The best are then
+compiled, where a compiler is there, until as many fit as were asked for.
 """
 
+from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
 import math
@@ -13,6 +15,7 @@ import math
 import ml_collections
 
 from architectures.parts import layers
+from architectures.parts.config import ModelConfig
 from common.errors import RequestError
 from tools.plan import chips, collectives, predict, programs
 from training import progress, runs
@@ -24,65 +27,92 @@ from training.objectives import pipeline
 BOUNDS = ('step_seconds', 'highest_mfu', 'bound')
 
 
-def meshes(config, model, topology: chips.Topology):
-  """Yields every mesh that the model and the batch allow, `tensor` within
-  what the fast network joins and 16 at most."""
+def meshes(config: ml_collections.ConfigDict, model: ModelConfig,
+           topology: chips.Topology) -> Iterator[dict[str, int]]:
+  """Yields every mesh that the model and the batch allow, `tensor` within the
+  devices that the fast network joins, and 16 at most."""
   count = topology.devices
   sides = [n for n in range(1, count + 1) if count % n == 0]
-  for expert, tensor in itertools.product(sides, [n for n in sides if n <= 16]):
-    if count % (expert * tensor) or tensor > topology.together:
+  for expert, tensor, fsdp in itertools.product(sides, sides, sides):
+    if tensor > min(16, topology.together) or count % (expert * tensor * fsdp):
       continue
-    rest = count // (expert * tensor)
-    for fsdp in (n for n in sides if rest % n == 0):
-      shape = dict(data=rest // fsdp, fsdp=fsdp, expert=expert, context=1,
-                   tensor=tensor)
-      if topology.slices > 1 and shape['data'] % topology.slices:
-        continue
-      try:
-        runs.check_mesh(config, model, shape)
-      except RequestError:  # what does not divide is no candidate
-        continue
-      yield shape
+    data = count // (expert * tensor * fsdp)
+    if topology.slices > 1 and data % topology.slices:
+      continue
+    shape = dict(data=data, fsdp=fsdp, expert=expert, context=1, tensor=tensor)
+    try:
+      runs.check_mesh(config, model, shape)
+    except RequestError:  # what does not divide is no candidate
+      continue
+    yield shape
 
 
-def candidates(config, topology: chips.Topology) -> list[dict]:
-  """Returns every plan of a config, checked, whose estimate fits, shortest step
+def candidates(config: ml_collections.ConfigDict, topology: chips.Topology
+               ) -> list[dict]:
+  """Returns every plan of a checked config whose estimate fits, shortest step
   first."""
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
   predict.peak_flops(topology, model.dtype)  # or there is no order of plans
   config = config.copy_and_resolve_references()
   config.train.grad_accumulation = 1  # the plans have their own
-  sizes = (*pipeline.ramp_of(config).sizes, config.data.batch_size)
   placed = chips.devices(topology)
-  plans, kept = [], {}
-  for shape in progress.each(list(meshes(config, model, topology)),
-                             'meshes estimated'):
-    run = runs.build(config, model,
-                     devices.make_mesh(shape, placed, topology.slices))
-    if sum(memory.state(run).values()) > topology.chip.hbm:
-      continue
-    least = math.inf  # the accumulation of this mesh's plans so far
-    for name, policy in layers.REMAT.items():
-      variant = _variant(run, name, 1)
-      if name not in kept:
-        kept[name] = memory.kept(variant)
-      shards = math.prod(shape[a] for a in ('data', 'fsdp', 'expert'))
-      for parts in (2 ** i for i in range(12) if not any(
-          size % (shards * 2 ** i) for size in sizes)):
-        if policy.to_host and parts >= least:
-          break  # the way to the host is in no bound: it must save sending
-        one = _score(_variant(run, name, parts), topology, kept[name])
-        if one['peak_bytes'] < topology.chip.hbm:
-          plans.append(one)
-          least = min(least, parts)
-          break  # more accumulation only sends more
-  return sorted(plans, key=lambda one: (one['step_seconds'],
-                                            one['peak_bytes']))
+  plans: list[dict] = []
+  activations: dict[str, tuple[int, int]] = {}  # those that a policy keeps
+  shapes = list(meshes(config, model, topology))
+  for shape in progress.each(shapes, 'meshes estimated'):
+    mesh = devices.make_mesh(shape, placed, topology.slices)
+    run = runs.build(config, model, mesh)
+    if sum(memory.state(run).values()) <= topology.chip.hbm:
+      plans += _plans_of(run, topology, activations)
+  plans.sort(key=lambda plan: (plan['step_seconds'], plan['peak_bytes']))
+  return plans
+
+
+def _plans_of(run: runs.Run, topology: chips.Topology,
+              activations: dict[str, tuple[int, int]]) -> list[dict]:
+  """Returns the plans of a mesh that fit: for each remat policy the one with
+  the least accumulation, since more accumulation only sends more.
+
+  Args:
+    run: the run on that mesh.
+    topology: the topology.
+    activations: memory.kept by the name of a policy, which is the same on each
+      mesh; it is filled here.
+  """
+  accumulations = _accumulations(run)
+  plans = []
+  least = math.inf  # the accumulation of this mesh's plans so far
+  for name, policy in layers.REMAT.items():
+    if name not in activations:
+      activations[name] = memory.kept(_variant(run, name, 1))
+    for parts in accumulations:
+      if policy.to_host and parts >= least:
+        break  # the way to the host is in no bound: it must save sending
+      plan = _score(_variant(run, name, parts), topology, activations[name])
+      if plan['peak_bytes'] < topology.chip.hbm:
+        plans.append(plan)
+        least = min(least, parts)
+        break
+  return plans
+
+
+def _accumulations(run: runs.Run) -> Sequence[int]:
+  """Returns the powers of two into which a device's rows can be cut, at each
+  step of the run."""
+  config, shape = run.config, run.mesh.shape
+  sizes = (*pipeline.ramp_of(config).sizes, config.data.batch_size)
+  shards = shape['data'] * shape['fsdp'] * shape['expert']
+  accumulations = []
+  for power in range(12):
+    parts = 2 ** power
+    if all(size % (shards * parts) == 0 for size in sizes):
+      accumulations.append(parts)
+  return accumulations
 
 
 def with_policy(config: ml_collections.ConfigDict, policy: str,
                 accumulation: int) -> ml_collections.ConfigDict:
-  """Returns a copy with another remat policy and accumulation."""
+  """Returns a copy of a config with another remat policy and accumulation."""
   config = config.copy_and_resolve_references()
   config.model.remat = policy
   config.train.grad_accumulation = accumulation
@@ -90,6 +120,7 @@ def with_policy(config: ml_collections.ConfigDict, policy: str,
 
 
 def _variant(run: runs.Run, policy: str, accumulation: int) -> runs.Run:
+  """Returns the run with another remat policy and accumulation."""
   model = dataclasses.replace(run.model, remat=policy)
   return dataclasses.replace(
       run, config=with_policy(run.config, policy, accumulation), model=model,
@@ -98,25 +129,43 @@ def _variant(run: runs.Run, policy: str, accumulation: int) -> runs.Run:
 
 def _score(run: runs.Run, topology: chips.Topology, kept: tuple[int, int]
            ) -> dict:
-  """Returns one plan, its flags and its bounds."""
-  c, accumulation = run.model, run.config.train.grad_accumulation
+  """Returns one plan, with its flags and its bounds.
+
+  Args:
+    run: the run.
+    topology: the topology.
+    kept: the figures of memory.kept for its remat policy.
+  """
+  model, accumulation = run.model, run.config.train.grad_accumulation
+
+  # The FLOPs of a device: recomputation is a forward pass more, a third.
   needed = sum(programs.model_flops(run, 'train').values()) / topology.devices
-  inside, outside = collectives.total(
-      predict.sent(run, programs.hosts(run, topology)))
+  computed = needed
+  if layers.remat(model).again:
+    computed = needed * 4 / 3
+
+  # The bounds, and the peak of its memory.
+  sent = predict.sent(run, programs.hosts(run, topology))
+  inside, outside = collectives.total(sent)
   bounds = predict.times(
-      topology, c.dtype, flops=needed * (3 + layers.remat(c).again) / 3,
+      topology, model.dtype, flops=computed,
       hbm_bytes=predict.hbm_bytes(run, 0.0, True), sent=inside,
       sent_outside=outside, model_flops=needed)
-  mesh = ','.join(f'{a}={n}' for a, n in run.mesh.shape.items() if n > 1)
+  estimate = memory.analytic(run, kept, topology.chip.platform)
+
+  axes = [f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1]
+  mesh = ','.join(axes) or 'data=1'
   return dict(
-      mesh=dict(run.mesh.shape), remat=c.remat, grad_accumulation=accumulation,
+      mesh=dict(run.mesh.shape), remat=model.remat,
+      grad_accumulation=accumulation,
       **{name: bounds[name] for name in BOUNDS},
-      peak_bytes=memory.analytic(run, kept, topology.chip.platform)['peak'],
-      flags=f'--mesh {mesh or "data=1"} --config.model.remat={c.remat} '
+      peak_bytes=estimate['peak'],
+      flags=f'--mesh {mesh} --config.model.remat={model.remat} '
       f'--config.train.grad_accumulation={accumulation}', estimate=True)
 
 
-def search(config, topology: chips.Topology, wanted: int) -> dict:
+def search(config: ml_collections.ConfigDict, topology: chips.Topology,
+           wanted: int) -> dict:
   """Returns the `wanted` best plans, compiled where that is possible.
 
   Raises:
@@ -124,30 +173,44 @@ def search(config, topology: chips.Topology, wanted: int) -> dict:
   """
   listed = candidates(config, topology)
   plans, refused = [], []
-  for row in listed[:4 * wanted]:
+  for plan in listed[:4 * wanted]:
     if len(plans) == wanted:
       break
-    if chips.compiler(topology):
-      mesh = ','.join(f'{axis}={n}' for axis, n in row['mesh'].items())
-      run = programs.run_on(with_policy(
-          config, row['remat'], row['grad_accumulation']), topology, mesh)
-      try:
-        report = programs.analyse(run, topology, 'train')
-      except programs.DoesNotFit as error:
-        refused.append(row | dict(reason=str(error)))
-        continue
-      row |= dict(estimate=False, peak_bytes=report['memory']['peak'], **{
-          name: report['roofline'][name] for name in BOUNDS})
-    plans.append(row)
+    try:
+      plans.append(_compiled(config, topology, plan))
+    except programs.DoesNotFit as error:
+      refused.append(plan | dict(reason=str(error)))
   if not plans:
+    last = ''
+    if refused:
+      last = f'. The last: {refused[-1]["reason"]}'
     raise programs.DoesNotFit(
         f'{len(listed)} plans (meshes, remat policies and accumulations) of '
         f'{topology.name} fit data.batch_size {config.data.batch_size} by an '
         f'estimate, and the compiler refused the best {len(refused)}: take '
-        'more chips, or a batch with more divisors'
-        + ''.join(f'. The last: {row["reason"]}' for row in refused[-1:]))
+        f'more chips, or a batch with more divisors{last}')
+  plans.sort(key=lambda plan: plan['step_seconds'])
   return dict(topology=topology.name, candidates=len(listed), refused=refused,
-              plans=sorted(plans, key=lambda row: row['step_seconds']))
+              plans=plans)
+
+
+def _compiled(config: ml_collections.ConfigDict, topology: chips.Topology,
+              plan: dict) -> dict:
+  """Returns a plan with the compiler's figures, or as it is where there is no
+  compiler.
+
+  Raises:
+    DoesNotFit: where the compiler refuses it.
+  """
+  if not chips.compiler(topology):
+    return plan
+  mesh = ','.join(f'{axis}={n}' for axis, n in plan['mesh'].items())
+  config = with_policy(config, plan['remat'], plan['grad_accumulation'])
+  run = programs.run_on(config, topology, mesh)
+  report = programs.analyse(run, topology, 'train')
+  bounds = {name: report['roofline'][name] for name in BOUNDS}
+  return plan | bounds | dict(
+      estimate=False, peak_bytes=report['memory']['peak'])
 
 
 def text(plans: dict) -> str:
@@ -155,12 +218,12 @@ def text(plans: dict) -> str:
   lines = [f'{plans["topology"]}: {plans["candidates"]} plans fit by an '
            'estimate; best first, by the shortest step that published figures '
            'allow (~: not compiled)']
-  for row in plans['plans']:
-    m = '~' if row['estimate'] else ''
+  for plan in plans['plans']:
+    mark = '~' if plan['estimate'] else ''
     lines.append(
-        f'  {m}{row["step_seconds"]:.3g} s a step, highest MFU {m}'
-        f'{row["highest_mfu"]:.1%}, bound by {row["bound"]}, {m}'
-        f'{row["peak_bytes"] / chips.GIB:.1f} GiB  {row["flags"]}')
-  for row in plans['refused']:
-    lines.append(f'  refused: {row["flags"]}: {row["reason"]}')
+        f'  {mark}{plan["step_seconds"]:.3g} s a step, highest MFU {mark}'
+        f'{plan["highest_mfu"]:.1%}, bound by {plan["bound"]}, {mark}'
+        f'{plan["peak_bytes"] / chips.GIB:.1f} GiB  {plan["flags"]}')
+  for plan in plans['refused']:
+    lines.append(f'  refused: {plan["flags"]}: {plan["reason"]}')
   return '\n'.join(lines)

@@ -166,7 +166,7 @@ def _check_kind(model: ModelConfig, name: str, shape: Mapping[str, int]
     if size % shape[axis] == 0 or size == 1 and field in mixer.whole:
       continue
     where = ''
-    if field in model.kinds.get(name, ()):
+    if name in model.kinds and field in model.kinds[name].said:
       where = f'kinds.{name}.'
     raise RequestError(
         f'mesh.{axis} is {shape[axis]}, which does not divide '

@@ -329,3 +329,15 @@ def test_groups_that_a_mesh_does_not_divide_are_refused():
   devices.check_mesh(one, shape | dict(tensor=4))
   with pytest.raises(ValueError, match='not divide model.mamba2.heads'):
     devices.check_mesh(one, shape | dict(tensor=8))
+
+
+def test_a_mesh_that_does_not_divide_a_kind_of_layer_names_the_kind():
+  kinds = dict(narrow=dict(num_kv_heads=2), usual={})
+  c = architectures.resolve(models.config(
+      'llama', num_heads=4, num_kv_heads=4, pattern='narrow,usual',
+      kinds=kinds))
+  shape = dict.fromkeys(tables.MESH_AXES, 1)
+  for size, sentence in ((3, 'model.num_heads 4: choose from 1, 2, 4'),
+                         (4, 'model.kinds.narrow.num_kv_heads 2')):
+    with pytest.raises(ValueError, match=sentence):
+      devices.check_mesh(c, shape | dict(tensor=size))
