@@ -1,13 +1,16 @@
-r"""Which rule of configs/sharding.py put each array where it is.
+r"""Explains which rule of configs/sharding.py put each array where it is.
 
   python -m tools.explain_sharding --config configs/mixtral.py:8x7b \
       --mesh fsdp=8,expert=8
 
-For each parameter, and each activation that the code constrains: its logical
-axes, the mesh axes that each lies on, the bytes of a device, and why a
+It prints for each parameter, and each activation that the code constrains, its
+logical axes, the mesh axes that each lies on, the bytes of a device, and why a
 dimension is not sharded as its rule says; then the collectives that follow, by
-the estimate of tools.plan --search. Shapes alone, on virtual CPU devices.
+the estimate of tools.plan --search. It works from shapes alone, on virtual CPU
+devices.
 """
+
+from collections.abc import Iterator, Sequence
 
 import json
 import math
@@ -19,8 +22,7 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from architectures.parts import paths
-from architectures.parts import sharding
+from architectures.parts import paths, sharding
 from common.errors import require
 from configs import sharding as tables
 from tools.plan import collectives, predict, report as plans
@@ -30,30 +32,60 @@ from training.distributed import devices
 from training.runs import STREAMS, abstract_params
 
 MOST = 4096  # devices; their making takes seconds, and grows as the square
+# The names that jax and flax add to a module's path.
+_ADDED = re.compile(r'jit|jvp|closed_call|checkpoint|while|body|[A-Z]')
 
 
-def row(run: runs.Run, name: str, x: Any, axes) -> dict:
-  """Returns what there is to say of one array, `axes` its logical ones."""
-  mesh, table = run.mesh.shape, dict(tables.RULES[run.config.mesh.rules])
-  spec = devices.spec(x.shape, axes, run.mesh, run.config.mesh.rules)
-  places = [(entry,) if isinstance(entry, str) else entry or ()
-            for entry in spec]
+def row(run: runs.Run, name: str, x: Any, axes: Sequence[str | None]) -> dict:
+  """Returns the row of one array: its dimensions in words, and its bytes.
+
+  Args:
+    run: the run, on the mesh.
+    name: the name of the array.
+    x: its shape and dtype.
+    axes: its logical axes.
+  """
+  mesh, rules = run.mesh.shape, run.config.mesh.rules
+  spec = devices.spec(x.shape, axes, run.mesh, rules)
+  places: list[tuple[str, ...]] = []  # the mesh axes of each dimension
+  for entry in spec:
+    if isinstance(entry, str):
+      entry = entry,
+    places.append(tuple(entry or ()))
+  taken = {name for place in places for name in place}
+
   dimensions = []
+  table = dict(tables.RULES[rules])
   for size, axis, place in zip(x.shape, axes, places):
+    asked_for = [name for name in table.get(axis, ()) if mesh[name] > 1]
     words = f'{axis or "-"} {size:,}'
-    if over := [name for name in place if mesh[name] > 1]:
+    over = [name for name in place if mesh[name] > 1]
+    if over:
       words += f' over {" x ".join(over)}'
-    missing = [name for name in table.get(axis, ())
-               if mesh[name] > 1 and name not in place]
-    taken = [name for name in missing if any(name in other for other in places)]
-    if taken:
-      words += f' ({taken[0]} shards another dimension)'
-    elif missing:
-      words += f' (not over {" x ".join(missing)}, which does not divide it)'
-    dimensions.append(words)
-  parts = math.prod(mesh[name] for place in places for name in place)
-  return dict(name=name, shape=[*x.shape], dimensions=dimensions,
-              bytes_per_device=math.prod(x.shape) * x.dtype.itemsize // parts)
+    dimensions.append(words + _missing(asked_for, place, taken))
+
+  parts = math.prod(mesh[name] for name in taken)
+  nbytes = math.prod(x.shape) * x.dtype.itemsize
+  return dict(name=name, shape=list(x.shape), dimensions=dimensions,
+              bytes_per_device=nbytes // parts)
+
+
+def _missing(asked_for: list[str], place: tuple[str, ...], taken: set[str]
+             ) -> str:
+  """Returns why a dimension is not sharded as its rule says; '': it is.
+
+  Args:
+    asked_for: the mesh axes that the rule names.
+    place: the mesh axes that the dimension lies on.
+    taken: the mesh axes that any dimension of the array lies on.
+  """
+  missing = [name for name in asked_for if name not in place]
+  elsewhere = [name for name in missing if name in taken]
+  if elsewhere:
+    return f' ({elsewhere[0]} shards another dimension)'
+  if missing:
+    return f' (not over {" x ".join(missing)}, which does not divide it)'
+  return ''
 
 
 def parameters(run: runs.Run) -> list[dict]:
@@ -68,69 +100,87 @@ def activations(run: runs.Run) -> list[dict]:
   """Returns the row of each array that the forward pass constrains, once for
   all layers that are alike."""
   objective = objectives.of(run.config)
-  batch = {key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype)
-           in objectives.shapes(run.config).items()}
+  batch = {}
+  for key, (shape, dtype) in objectives.shapes(run.config).items():
+    batch[key] = jax.ShapeDtypeStruct(shape, dtype)
 
   def loss(params, batch):
+    rngs = {name: jax.random.key(0) for name in STREAMS}
     output = objective.apply(
-        run.module, params, batch, deterministic=False,
-        rngs={name: jax.random.key(0) for name in STREAMS})
+        run.module, params, batch, deterministic=False, rngs=rngs)
     return objective.loss(output, batch, run.config)[0]
 
   with run.context():
     jaxpr = jax.make_jaxpr(loss)(run.abstract.params, batch)
-  rows = [row(run, *one) for one in _constraints(jaxpr.jaxpr, '')]
-  return [*{json.dumps(one): one for one in rows}.values()]
+  rows = {}
+  for name, x, axes in _constraints(jaxpr.jaxpr, ''):
+    one = row(run, name, x, axes)
+    rows[json.dumps(one)] = one
+  return list(rows.values())
 
 
-def _constraints(jaxpr, above: str):
-  """Yields (module, aval, logical axes) of each constraint that has a name."""
+def _constraints(jaxpr: Any, above: str
+                 ) -> Iterator[tuple[str, Any, list[str | None]]]:
+  """Yields (module, aval, logical axes) of each constraint that has a name.
+
+  Args:
+    jaxpr: a jaxpr.
+    above: the names around it.
+  """
   scope = re.compile(rf'{sharding.AXES}\(([^()]*)\)')
   for eqn in jaxpr.eqns:
     name = f'{above}/{eqn.source_info.name_stack}'
-    if eqn.primitive.name == 'sharding_constraint' and (
-        axes := scope.search(name)):
-      parts = [part.split('.')[0] for part in scope.sub('', name).split('/')
-               # What jax and flax add to a module's path.
-               if part and not re.match(r'jit|jvp|closed_call|checkpoint|while|'
-                                        r'body|[A-Z]', part)]
-      yield ('/'.join(dict.fromkeys(parts)) or 'loss', eqn.invars[0].aval,
-             [None if axis == 'None' else axis
-              for axis in axes[1].split(',') if axis])
+    declared = scope.search(name)
+    if eqn.primitive.name == 'sharding_constraint' and declared:
+      axes: list[str | None] = []
+      for axis in declared[1].split(','):
+        if axis:
+          axes.append(None if axis == 'None' else axis)
+      yield _module(scope.sub('', name)), eqn.invars[0].aval, axes
     for inner in jex.jaxprs_in_params(eqn.params):
       yield from _constraints(inner, name)
 
 
-def explain(config, mesh: dict[str, int]) -> dict:
-  """Returns the report of one config, checked, on one mesh."""
+def _module(stack: str) -> str:
+  """Returns the path of the module that a stack of names tells of."""
+  parts = []
+  for part in stack.split('/'):
+    if part and not _ADDED.match(part):
+      parts.append(part.split('.')[0])
+  return '/'.join(dict.fromkeys(parts)) or 'loss'
+
+
+def explain(config: Any, mesh: dict[str, int]) -> dict:
+  """Returns the report of a checked config on a mesh."""
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
   count = math.prod(mesh.values())
-  run = runs.build(config, model,
-                   devices.make_mesh(mesh, jax.devices()[:count]))
+  placed = devices.make_mesh(mesh, jax.devices()[:count])
+  run = runs.build(config, model, placed)
+  one_host = np.zeros(count, int)
   return dict(
       model=model.arch, mesh=dict(mesh), rules=config.mesh.rules,
       parameters=parameters(run), activations=activations(run),
-      collectives=collectives.table(predict.sent(run, np.zeros(count, int))))
+      collectives=collectives.table(predict.sent(run, one_host)))
 
 
 def text(report: dict) -> str:
-  """Returns a report for a terminal."""
+  """Renders a report for a terminal."""
   total = sum(row['bytes_per_device'] for row in report['parameters'])
   mesh = ' '.join(f'{axis}={n}' for axis, n in report['mesh'].items())
   lines = [f'{report["model"]}, mesh {mesh}, rules {report["rules"]!r}: '
            f'{total / 2**20:,.1f} MiB of parameters a device']
   for kind in ('parameters', 'activations'):
-    lines += ['', kind, *(
-        f'  {row["name"]}  [{", ".join(row["dimensions"])}]  '
-        f'{row["bytes_per_device"] / 2**20:,.3f} MiB a device'
-        for row in report[kind])]
-  return '\n'.join([
-      *lines, '', 'collectives of a training step, by an estimate '
-      '(python -m tools.plan compiles it)',
-      *plans.collectives(report['collectives'], '')])
+    lines += ['', kind]
+    for row in report[kind]:
+      lines.append(f'  {row["name"]}  [{", ".join(row["dimensions"])}]  '
+                   f'{row["bytes_per_device"] / 2**20:,.3f} MiB a device')
+  lines += ['', 'collectives of a training step, by an estimate '
+            '(python -m tools.plan compiles it)']
+  lines += plans.collectives(report['collectives'], mark='')
+  return '\n'.join(lines)
 
 
-def main():
+def main() -> int:
   cli.define_config()
   flags.DEFINE_string('mesh', '', 'fsdp=8,expert=8 (others: 1), or a preset of '
                       "configs/sharding.py; '': config.mesh, where -1 is 1.")
@@ -138,8 +188,9 @@ def main():
   cli.parse(__doc__)
   args = flags.FLAGS
   require(args.config is not None, 'pass --config FILE.py:SIZE')
-  mesh = (devices.parse_mesh(args.mesh, 0) if args.mesh else
-          {axis: abs(args.config.mesh[axis]) for axis in tables.MESH_AXES})
+  mesh = {axis: abs(args.config.mesh[axis]) for axis in tables.MESH_AXES}
+  if args.mesh:
+    mesh = devices.parse_mesh(args.mesh, 0)
   count = math.prod(mesh.values())
   require(count <= MOST, f'a mesh of {count:,} devices is asked for: choose '
           f'one of {MOST:,} at most, as each becomes a virtual CPU device')
@@ -147,7 +198,10 @@ def main():
   jax.config.update('jax_num_cpu_devices', count)
   preflight.check_config(args.config, cli.overrides())
   report = explain(args.config, mesh)
-  print(json.dumps(report, indent=2) if args.json else text(report))
+  if args.json:
+    print(json.dumps(report, indent=2))
+  else:
+    print(text(report))
   return 0
 
 
