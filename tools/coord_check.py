@@ -5,16 +5,15 @@
   python -m tools.coord_check --systems=llama --mixers=deltanet --widen=heads
 
 Each system is trained for a few steps on one batch, the bytes of a text, at
-each width with the same learning rate. Printed is the mean |x| of what each
-block returns and of the logits, and its slope over width on logarithmic axes:
-0 is flat, 1 grows as the width does. The base of muP is the least width, where
+each width with the same learning rate. It prints the mean |x| of each block's
+output and of the logits, and its slope over width on logarithmic axes: 0 is
+flat, 1 grows as the width does. The base of muP is the least width, where
 the two forms are one (Yang et al. 2022, appendix D.1).
 """
 
 from collections.abc import Sequence
 import importlib
-import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 import jax
@@ -25,7 +24,7 @@ import numpy as np
 import architectures
 from architectures.parts import blocks
 from common import kinds
-from common.errors import RequestError, require
+from common.errors import RequestError
 from common.fields import check_number
 from configs import base as base_config
 from training import cli, progress
@@ -42,7 +41,7 @@ WIDEN = {'size': ('head_dim', 'key_dim', 'value_dim'),
 FLAT = 0.1  # a slope up to this is called flat; twice as much, growing
 
 LAYERS, LENGTH, BATCH = 2, 32, 4
-# Its bytes are the batch: as they were when docs/mup.md was measured.
+# The batch is its bytes, which are those with which docs/mup.md was measured.
 TEXT = (
     'Checks how activations grow with width: in muP they should stay flat.\n\n'
     '  python -m tools.coord_check\n  python -m tools.coord_check --'
@@ -64,41 +63,48 @@ def define_flags() -> None:
   flags.DEFINE_integer('steps', 6, 'Training steps.', 1, 10**6)
   flags.DEFINE_integer('seeds', 2, 'Initialisations that are averaged.',
                        1, 10_000)
-  flags.DEFINE_enum('optimizer', 'adamw', [*LRS], 'Of training.')
-  flags.DEFINE_float('lr', None, 'Learning rate; default: '
-                     + ', '.join(f'{k} {v:g}' for k, v in LRS.items()) + '.')
+  flags.DEFINE_enum('optimizer', 'adamw', [*LRS], 'The optimiser.')
+  rates = ', '.join(f'{name} {rate:g}' for name, rate in LRS.items())
+  flags.DEFINE_float('lr', None, f'The learning rate; default: {rates}.')
   flags.DEFINE_string('json', '', 'A file to write the figures to.')
 
 
-def main():
+def main() -> int:
   cli.parse(__doc__)
   args = flags.FLAGS
-  widths = sorted({int(w) for w in args.widths if w.isdecimal()})
-  require(len(widths) == len(args.widths) > 1, f'--widths is '
-          f'{",".join(args.widths)}: give two numbers or more, each once')
+  widths = sorted({int(width) for width in args.widths if width.isdecimal()})
+  if len(widths) != len(args.widths) or len(widths) < 2:
+    raise RequestError(f'--widths is {",".join(args.widths)}: give two numbers '
+                       'or more, each once')
   lr = LRS[args.optimizer]
   if args.lr is not None:
     check_number('--lr', args.lr, (('>', 0),))
     lr = args.lr
   json_file = storage.output(args.json, '--json')
-  measured, rows = [], []
-  for system, mixer in itertools.product(
-      args.systems or architectures.files('decoder'), args.mixers or ['']):
-    how = Setting(optimizer=args.optimizer, lr=lr, steps=args.steps,
-                  mixer=mixer, widen=args.widen)
-    try:
-      architectures.resolve(
-          config(system, 'mup', widths[-1], widths[0], how).model)
-    except RequestError as error:  # muP has no rules for this one
-      if args.systems:
-        raise
-      print(f'left out: {system}{mixer and f" with {mixer}"}: {error}')
-      continue
-    measured.append((system, how))
+
+  # The systems for which muP has rules.
+  measured = []
+  for system in args.systems or architectures.files('decoder'):
+    for mixer in args.mixers or ['']:
+      how = Setting(optimizer=args.optimizer, lr=lr, steps=args.steps,
+                    mixer=mixer, widen=args.widen)
+      widest = config(system, 'mup', widths[-1], widths[0], how)
+      try:
+        architectures.resolve(widest.model)
+      except RequestError as error:
+        if args.systems:
+          raise
+        print(f'left out: {how.name(system)}: {error}')
+        continue
+      measured.append((system, how))
+
+  # Their figures.
+  rows = []
   for system, how in measured:
     for name in ('standard', 'mup'):
-      rows.append(output_sizes(system, name, widths, how, args.seeds))
-      print(text(rows[-1]), flush=True)
+      row = output_sizes(system, name, widths, how, args.seeds)
+      print(text(row), flush=True)
+      rows.append(row)
   storage.write_json(json_file, rows)
   return 0
 
@@ -107,8 +113,10 @@ class Setting(NamedTuple):
   """How systems are trained, and how they grow.
 
   Attributes:
-    optimizer, lr, steps: of training.
-    mixer: of all layers; '': a system's own.
+    optimizer: the optimiser.
+    lr: the learning rate.
+    steps: the number of training steps.
+    mixer: the mixer of all layers; '': that of the system.
     widen: an entry of WIDEN.
   """
   optimizer: str
@@ -117,28 +125,52 @@ class Setting(NamedTuple):
   mixer: str = ''
   widen: str = 'size'
 
+  def name(self, system: str) -> str:
+    """Returns the name of a system that is trained in this way."""
+    if self.mixer:
+      return f'{system} with {self.mixer}'
+    return system
+
 
 def config(system: str, parametrization: str, width: int, base: int,
            how: Setting) -> ml_collections.ConfigDict:
   """Returns the system's `tiny` at `width`, with two layers or, where its
-  pattern is longer, with the fewest that it allows."""
+  pattern is longer, with the fewest that it allows.
+
+  Args:
+    system: a file of configs/.
+    parametrization: standard or mup.
+    width: model.d_model.
+    base: the width at which both parametrizations are one.
+    how: how it is trained, and how it grows.
+  """
   c = importlib.import_module(f'configs.{system}').get_config('tiny')
-  model, mup = c.model, parametrization == 'mup'
+  model, is_mup = c.model, parametrization == 'mup'
+  wider = width / model.d_model
+  head_dim = model.head_dim or model.d_model // model.num_heads
+
+  # The training.
   c.optim = base_config.base().optim
   c.optim.update(name=how.optimizer, lr=how.lr, warmup_steps=0,
                  schedule='constant', weight_decay=0.0, clip_norm=0.0)
   c.train.steps = how.steps
-  wider, head_dim = width / model.d_model, model.head_dim or (
-      model.d_model // model.num_heads)
+
+  # The sizes.
   model.update(num_layers=kinds.fewest_layers(model, LAYERS), vocab_size=256,
                max_len=LENGTH, parametrization=parametrization, d_model=width,
                d_ff=round(model.d_ff * wider), mixer=how.mixer or model.mixer,
-               mup_base_width=base if mup else 0)
+               mup_base_width=base if is_mup else 0)
   model.moe.d_ff = round(model.moe.d_ff * wider)
   if how.widen == 'heads':
-    model.update(head_dim=head_dim, mup_base_head_dim=head_dim if mup else 0)
-  for group in (model, *(model[name] for name, row in blocks.MIXERS.items()
-                         if row.state and name in model)):
+    model.update(head_dim=head_dim,
+                 mup_base_head_dim=head_dim if is_mup else 0)
+
+  # The heads of the attention and of each recurrence.
+  groups = [model]
+  for name, mixer in blocks.MIXERS.items():
+    if mixer.state and name in model:
+      groups.append(model[name])
+  for group in groups:
     for field in WIDEN[how.widen]:
       if field in group:
         group[field] = round(group[field] * wider)
@@ -147,42 +179,56 @@ def config(system: str, parametrization: str, width: int, base: int,
 
 def output_sizes(system: str, parametrization: str, widths: Sequence[int],
                  how: Setting, seeds: int) -> dict:
-  """Returns the sizes of one system's outputs, by width, step and output."""
-  sizes = [np.asarray(measure(config(system, parametrization, width, widths[0],
-                                     how), how.steps, seeds), np.float64)
-           for width in progress.each(
-               widths, f'{system}, {parametrization}: widths')]
-  last = np.log2([s[-1] for s in sizes])
-  slopes = np.polyfit(np.log2(widths), last, 1)[0]
-  return how._asdict() | dict(
-      system=f'{system} with {how.mixer}' if how.mixer else system,
-      parametrization=parametrization, widths=list(widths),
-      outputs=[f'block {i}' for i in range(len(last[0]) - 1)] + ['logits'],
-      sizes=[s.tolist() for s in sizes], slopes=slopes.tolist())
+  """Returns the sizes of one system's outputs, by width, step and output.
 
-
-def measure(c, steps: int, seeds: int):
-  """Returns mean |x| before each step and after the last, [steps + 1, outputs].
+  Args:
+    system: a file of configs/.
+    parametrization: standard or mup.
+    widths: the widths, the base first.
+    how: how it is trained, and how it grows.
+    seeds: the number of initialisations that are averaged.
   """
+  sizes = []
+  for width in progress.each(widths, f'{system}, {parametrization}: widths'):
+    c = config(system, parametrization, width, widths[0], how)
+    sizes.append(np.asarray(measure(c, how.steps, seeds), np.float64))
+
+  # The slope of each output after the last step, over the width.
+  last = np.log2([size[-1] for size in sizes])
+  slopes = np.polyfit(np.log2(widths), last, 1)[0]
+  outputs = [f'block {i}' for i in range(len(last[0]) - 1)] + ['logits']
+  return how._asdict() | dict(
+      system=how.name(system), parametrization=parametrization,
+      widths=list(widths), outputs=outputs,
+      sizes=[size.tolist() for size in sizes], slopes=slopes.tolist())
+
+
+def measure(c: ml_collections.ConfigDict, steps: int, seeds: int) -> jax.Array:
+  """Returns mean |x| before each step and after the last, [steps + 1, outputs],
+  averaged over initialisations."""
   module = architectures.build(c.model)
   tx = optimizer(module, c.optim, steps)
   step = make_train_step(module, tx, c)
-  text_BL = np.frombuffer(TEXT.encode()[:BATCH * (LENGTH + 1)], np.uint8)
-  text_BL = text_BL.reshape(BATCH, LENGTH + 1).astype(np.int32)
+  bytes_ = np.frombuffer(TEXT.encode()[:BATCH * (LENGTH + 1)], np.uint8)
+  text_BL = bytes_.reshape(BATCH, LENGTH + 1).astype(np.int32)
   batch = dict(tokens=text_BL[:, :-1], targets=text_BL[:, 1:],
                weights=jnp.ones((BATCH, LENGTH)))
 
-  def look(params):
-    output = module.apply({'params': params}, batch['tokens'],
-                          keep_layers=True)
-    blocks = jnp.abs(output.aux['layers'][1:]).mean((1, 2, 3))
-    return jnp.append(blocks, jnp.abs(output.logits).mean())
+  def look(params: Any) -> jax.Array:
+    """Returns the mean |x| of each block's output and of the logits."""
+    output = module.apply(
+        {'params': params}, batch['tokens'], keep_layers=True)
+    layers = output.aux['layers'][1:]
+    return jnp.append(jnp.abs(layers).mean((1, 2, 3)),
+                      jnp.abs(output.logits).mean())
 
-  def one(key):
+  def one(key: jax.Array) -> jax.Array:
+    """Returns the figures of one initialisation."""
     def body(state, _):
       return step(state, batch)[0], look(state.params)
-    state, sizes = jax.lax.scan(
-        body, init_state(module, tx, key, c.optim), length=steps)
+
+    first = init_state(module, tx, key, c.optim)
+    state, sizes = jax.lax.scan(body, first, length=steps)
     return jnp.concatenate([sizes, look(state.params)[None]])
 
   keys = jax.random.split(jax.random.key(1), seeds)
@@ -190,19 +236,24 @@ def measure(c, steps: int, seeds: int):
 
 
 def verdict(slope: float) -> str:
-  """What a slope is called."""
-  return ('flat' if abs(slope) <= FLAT else 'growing' if slope >= 2 * FLAT
-          else 'falling' if slope <= -2 * FLAT else 'unclear')
+  """Returns the word for a slope."""
+  if abs(slope) <= FLAT:
+    return 'flat'
+  if slope >= 2 * FLAT:
+    return 'growing'
+  if slope <= -2 * FLAT:
+    return 'falling'
+  return 'unclear'
 
 
 def text(row: dict) -> str:
   """Renders one system's figures for a terminal."""
+  widths = ''.join(f'{width:>9}' for width in row['widths'])
   lines = [f'{row["system"]}, {row["parametrization"]}: mean |x| after '
            f'{row["steps"]} steps of {row["optimizer"]} at lr {row["lr"]:g}',
-           f'  {"width":10}' + ''.join(f'{w:>9}' for w in row['widths'])
-           + '    slope']
+           f'  {"width":10}{widths}    slope']
   for i, name in enumerate(row['outputs']):
-    sizes = ''.join(f'{s[-1][i]:9.3g}' for s in row['sizes'])
+    sizes = ''.join(f'{size[-1][i]:9.3g}' for size in row['sizes'])
     slope = row['slopes'][i]
     lines.append(f'  {name:10}{sizes}{slope:+9.2f}  {verdict(slope)}')
   return '\n'.join(lines)
