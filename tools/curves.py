@@ -17,7 +17,8 @@ from tools.compare import cost, curves, figures, page, plots
 from training import cli, runs
 from training.workdir import metrics, run_config, storage
 
-# What is drawn, by the split and name of its rows in metrics.jsonl.
+# The figures that are drawn, by the split and name of their rows in
+# metrics.jsonl.
 FIGURES = {'eval/loss': 'held-out loss', 'train/loss': 'training loss',
            'train/learning_rate': 'learning rate',
            'train/grad_norm': 'gradient norm',
@@ -27,7 +28,8 @@ KINDS = ('html', *figures.FORMATS)
 
 def main() -> int:
   parser = cli.Parser(prog='python -m tools.curves', description=__doc__)
-  parser.add_argument('runs', nargs='+', metavar='WORKDIR', help='of a run')
+  parser.add_argument('runs', nargs='+', metavar='WORKDIR',
+                      help='the folder of a run')
   parser.add_argument('--plot', required=True, metavar='FILE', help='a '
                       'picture or page: ends in .png, .svg, .pdf or .html')
   parser.add_argument('--by', default='step', choices=sorted(curves.AXES),
@@ -36,13 +38,19 @@ def main() -> int:
                       help='a moving average of what is measured in training, '
                       'in which what came before weighs W, as 0.9')
   args = parser.parse_args()
+
+  # The request.
   require(0 <= args.smooth < 1, f'--smooth is {args.smooth}: choose 0 to .999')
   file = storage.output(args.plot, '--plot')
   require(file is not None and file.suffix[1:] in KINDS, f'--plot is '
           f'{args.plot!r}: its name must end in one of .{", .".join(KINDS)}')
+
+  # The lines of each run, and the figures that any of them has.
   drawn = {folder: _lines(folder, args.smooth) for folder in args.runs}
-  panels = {figure: words for figure, words in FIGURES.items()
-            if any(figure in lines for lines in drawn.values())}
+  panels = {}
+  for figure, words in FIGURES.items():
+    if any(figure in lines for lines in drawn.values()):
+      panels[figure] = words
   if file.suffix == '.html':
     storage.write(file, _page(drawn, panels, args.by))
   else:
@@ -54,20 +62,30 @@ def main() -> int:
 def _lines(folder: str, weight: float) -> dict[str, dict[str, list]]:
   """Returns each of FIGURES that a run has, as curves.line does.
 
+  Args:
+    folder: the folder of the run.
+    weight: the weight of --smooth.
+
   Raises:
     RequestError: where no run lies there, or it has no figures yet.
   """
   file = storage.path(folder) / metrics.METRICS
   config = runs.config_of(file.parent)
-  rows = metrics.read(file) if file.exists() else []
+  rows = []
+  if file.exists():
+    rows = metrics.read(file)
   require(rows, f'{file} has no figures yet (log.every_steps)')
+
   spent, lines = cost.of(config), {}
   for figure in FIGURES:
     split, name = figure.split('/')
-    if line := curves.line(rows, split, name, run_config.flatten(config),
-                           spent.tokens, spent.flops_per_token):
-      lines[figure] = line | {'loss': line['loss'] if split == 'eval' else
-                              smoothed(line['loss'], weight)}
+    line = curves.line(rows, split, name, run_config.flatten(config),
+                       spent.tokens, spent.flops_per_token)
+    if not line:
+      continue
+    if split != 'eval':
+      line = line | {'loss': smoothed(line['loss'], weight)}
+    lines[figure] = line
   return lines
 
 
@@ -76,29 +94,40 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
   before weighs `weight` as much; what is not finite is passed over."""
   total = weights = 0.0
   result = []
-  for x in values:
-    if math.isfinite(x):
-      total, weights = weight * total + x, weight * weights + 1
-    result.append(total / weights if math.isfinite(x) else x)
+  for value in values:
+    if not math.isfinite(value):
+      result.append(value)
+      continue
+    total = weight * total + value
+    weights = weight * weights + 1
+    result.append(total / weights)
   return result
 
 
 def _picture(drawn: Mapping[str, Mapping], panels: Mapping[str, str], by: str
              ) -> Any:
-  """Returns a figure with a panel for each of `panels`, in words by figure."""
+  """Returns a picture with a panel for each figure.
+
+  Args:
+    drawn: the lines of each run, by its folder.
+    panels: the figures, and the words for each.
+    by: the entry of curves.AXES to draw against.
+  """
   from matplotlib import ticker
   from matplotlib.figure import Figure
   with figures.style('curves'):
-    look, label = figures.looks('', [*drawn]), figures.shortened([*drawn])
+    names = list(drawn)
+    look, label = figures.looks('', names), figures.shortened(names)
     rows = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(figures.PAGE, 1.9 * rows + 0.5))
     for place, panel in enumerate(panels, 1):
       axes = figure.add_subplot(rows, 2, place)
       for name, lines in drawn.items():
-        x, y = (lines[panel][key] if panel in lines else []
-                for key in (by, 'loss'))
-        # A line of one point cannot be seen.
-        axes.plot(x, y, marker='o' * (len(x) == 1), label=label[name],
+        line = lines.get(panel, {by: [], 'loss': []})
+        marker = ''
+        if len(line[by]) == 1:  # a line of one point cannot be seen
+          marker = 'o'
+        axes.plot(line[by], line['loss'], marker=marker, label=label[name],
                   **look[name])
       axes.set(title=panels[panel], xlabel=curves.AXES[by])
       axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
@@ -113,17 +142,19 @@ def _picture(drawn: Mapping[str, Mapping], panels: Mapping[str, str], by: str
 def _page(drawn: Mapping[str, Mapping], panels: Mapping[str, str], by: str
           ) -> str:
   """Returns the page on which a reader chooses what is drawn, against what."""
+  series = []
+  for i, (name, lines) in enumerate(drawn.items()):
+    thinned = {figure: plots.thinned(line) for figure, line in lines.items()}
+    series.append({'name': name, 'base': False, 'look': f'c{i % 6} d{i // 6}',
+                   'mean': thinned})
   plot = {
       'id': 'curves-0', 'title': 'curves', 'curves': True, 'log': False,
-      'x': {by: curves.AXES[by]} | curves.AXES, 'y': panels,
-      'series': [{'name': name, 'base': False, 'look': f'c{i % 6} d{i // 6}',
-                  'mean': {figure: plots.thinned(line)
-                           for figure, line in lines.items()}}
-                 for i, (name, lines) in enumerate(drawn.items())],
+      'x': {by: curves.AXES[by]} | curves.AXES, 'y': panels, 'series': series,
       'caption': 'Seconds are of training steps on the machine that ran them, '
       'without compiling, evaluating and saving.'}
-  return page.html([page.Section('curves', 'Curves', plots=[plot])],
-                   title=', '.join(drawn), about=[], answer='', warnings=[])
+  section = page.Section('curves', 'Curves', plots=[plot])
+  return page.html([section], title=', '.join(drawn), about=[], answer='',
+                   warnings=[])
 
 
 if __name__ == '__main__':

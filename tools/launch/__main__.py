@@ -31,11 +31,13 @@ from training import cli
 PLACES = ('local', 'slurm', 'tpu_vm')
 
 
-def main():
+def main() -> int:
   place = sys.argv[1] if len(sys.argv) > 1 else ''
   if place in ('', '--help', '-h'):
     print(__doc__.strip())
-    return 0 if place else 2
+    if not place:
+      return 2
+    return 0
   one_of('place to launch on', place, PLACES)
   module = importlib.import_module(f'tools.launch.{place}')
   from tools.launch import job

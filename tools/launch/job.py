@@ -1,4 +1,5 @@
-"""What every place starts: train.py's words, checked, and its environment."""
+"""The job that every place starts: the words of train.py, checked, and the
+environment of its processes."""
 
 import dataclasses
 import hashlib
@@ -9,7 +10,7 @@ import shutil
 from absl import flags
 
 from common.arguments import assignments
-from common.errors import STOPPED, require, short
+from common.errors import RequestError, STOPPED, require, short
 from training import cli
 from training.workdir import storage
 
@@ -28,11 +29,11 @@ FLAGS = (
     ('string', 'logs', '', 'Where the output of each process goes, on disk; '
      'default: logs in the workdir, or logs/NAME here for one in a bucket.'),
 )
-# What tells a process who it is.
+# The variables that tell a process who it is.
 _OF_THE_LAUNCHER = (
     'JAX_PROCESS_ID', 'JAX_NUM_PROCESSES', 'JAX_COORDINATOR_ADDRESS',
     'JAX_COORDINATOR_BIND_ADDRESS', 'JAX_LOCAL_DEVICE_IDS')
-# Of the flags, those that are train.py's own.
+# The flags that are train.py's own.
 _OF_TRAIN = ('config', 'workdir', 'profile_steps', 'allow_config_change')
 
 
@@ -41,13 +42,13 @@ class Job:
   """A run to launch.
 
   Attributes:
-    name: of letters, digits and dashes.
+    name: its name, of letters, digits and dashes.
     words: the command: python, train.py and its flags.
-    workdir: of the run.
+    workdir: the folder of the run.
     logs: the folder of the processes' output.
-    env: what each process finds in its environment, beside who it is.
-    max_restarts: after failures.
-    dry_run: only print.
+    env: the variables of each process, beside those that tell who it is.
+    max_restarts: how often it is started again after failures.
+    dry_run: whether only to print what would be started.
   """
   name: str
   words: tuple[str, ...]
@@ -62,39 +63,45 @@ def make(num_devices: int) -> Job:
   """Returns the job that the flags describe.
 
   Args:
-    num_devices: of all processes; 0: not known here.
+    num_devices: the number of devices of all processes; 0: not known here.
 
   Raises:
     ValueError: where train.py would refuse it, as far as can be seen here.
   """
   args = flags.FLAGS
-  require(args.config is not None and bool(args.workdir),
-          'pass both --config FILE.py:SIZE and --workdir DIR')
+  if args.config is None or not args.workdir:
+    raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
   storage.check_folder(args.workdir)
   require(not storage.in_bucket(args.logs),
           f'--logs is {args.logs!r}: choose a folder on disk')
+
+  # Everything that train.py would refuse.
   from training import preflight, progress, runs
   from training.distributed import devices
   preflight.check_config(args.config, cli.overrides())
   if num_devices:
-    runs.check_mesh(args.config, runs.resolve_alone(args.config),
-                    devices.mesh_shape(args.config.mesh, num_devices))
+    model = runs.resolve_alone(args.config)
+    mesh = devices.mesh_shape(args.config.mesh, num_devices)
+    runs.check_mesh(args.config, model, mesh)
   progress.profiled_steps(args.profile_steps, args.config.train.steps)
+
   workdir = args.workdir.rstrip('/')
   parent = workdir.rpartition('/')[0] or '.'
   name = named(workdir)
-  logs = (f'logs/{name}' if storage.in_bucket(workdir) else f'{workdir}/logs')
+  logs = args.logs or f'{workdir}/logs'
+  if not args.logs and storage.in_bucket(workdir):
+    logs = f'logs/{name}'
   return Job(
       name=name,
       words=('python', '-u', 'train.py', *cli.words(_OF_TRAIN),
              f'--stopped_exit_code={STOPPED}'),
-      workdir=workdir, logs=args.logs or logs,
+      workdir=workdir, logs=logs,
       env=environment(args, f'{parent}/jax_cache'),
       max_restarts=args.max_restarts, dry_run=args.dry_run)
 
 
 def environment(args, compile_cache: str) -> dict[str, str]:
-  """Returns what each process finds in its environment.
+  """Returns the variables that each process finds in its environment.
 
   Args:
     args: the flags.
@@ -110,10 +117,12 @@ def environment(args, compile_cache: str) -> dict[str, str]:
   taken = (*env, *_OF_THE_LAUNCHER)
   added = assignments(args.env, '--env')
   for name, value in added.items():
-    require(name.isidentifier() and name not in taken,
-            f'--env is {short(f"{name}={value}")}: write NAME=VALUE, of a name '
-            'that the launcher does not set itself, as it does '
-            f'{", ".join(taken)}')
+    if name.isidentifier() and name not in taken:
+      continue
+    raise RequestError(
+        f'--env is {short(f"{name}={value}")}: write NAME=VALUE, of a name '
+        'that the launcher does not set itself, as it does '
+        f'{", ".join(taken)}')
   return env | added
 
 
@@ -145,8 +154,8 @@ def need(*names: str) -> None:
 
 
 def define(table, args: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines the flags of a place: only of the one that is launched on, since
-  some of them have flags of the same name."""
+  """Defines the flags of the place that is launched on. Others may have flags
+  of the same name."""
   for kind, name, default, text, *bounds in table:
-    getattr(flags, f'DEFINE_{kind}')(name, default, text, *bounds,
-                                     flag_values=args)
+    define_flag = getattr(flags, f'DEFINE_{kind}')
+    define_flag(name, default, text, *bounds, flag_values=args)

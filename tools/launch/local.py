@@ -11,6 +11,7 @@ exit code is 75; once more ends them at once. Where this program is killed
 (SIGKILL), so are they, on Linux.
 """
 
+from collections.abc import Mapping
 import contextlib
 import os
 import pathlib
@@ -20,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 from tools import dies_with_parent
 from tools.launch import job as job_lib
@@ -27,10 +29,10 @@ from training.distributed import signals
 
 # (kind, name, default, what it says, bounds).
 FLAGS = (
-    ('integer', 'processes', 2, 'How many.', 1),
-    ('integer', 'devices', 1, 'Devices of each.', 1),
+    ('integer', 'processes', 2, 'The number of processes.', 1),
+    ('integer', 'devices', 1, 'The number of devices of each.', 1),
     ('enum', 'platform', '', ('', 'cpu', 'gpu'),
-     'Default: $JAX_PLATFORMS, else gpu where there is one.'),
+     'The platform; default: $JAX_PLATFORMS, else gpu where there is one.'),
 )
 
 PATIENCE_SECONDS = 10  # for the others to end by themselves after one failed
@@ -44,27 +46,41 @@ def size(args) -> int:
 
 
 def _platform(platform: str) -> str:
-  if platform := platform or os.environ.get('JAX_PLATFORMS', ''):
-    return 'cpu' if platform == 'cpu' else 'gpu'
-  return 'gpu' if os.path.exists('/dev/nvidia0') else 'cpu'
+  """Returns cpu or gpu: the platform asked for, or the one there is."""
+  platform = platform or os.environ.get('JAX_PLATFORMS', '')
+  if platform == 'cpu':
+    return 'cpu'
+  if platform or os.path.exists('/dev/nvidia0'):
+    return 'gpu'
+  return 'cpu'
 
 
 def launch(job: job_lib.Job, args) -> int:
+  """Runs the job; returns the exit code of this program."""
   job_lib.require_here(job)
   kind = _platform(args.platform)
   words = [sys.executable, *job.words[1:]]
   if job.dry_run:
     for env in environments(job.env, args.processes, args.devices, kind,
                             '127.0.0.1:PORT'):
-      print(shlex.join([f'{k}={v}' for k, v in env.items()] + words))
+      variables = [f'{name}={value}' for name, value in env.items()]
+      print(shlex.join(variables + words))
     return 0
   return supervise(words, job.env, args.processes, args.devices, kind,
                    job.logs, job.max_restarts)
 
 
-def environments(env, processes: int, devices: int, kind: str,
-                 coordinator: str) -> list[dict[str, str]]:
-  """Returns what is added to the environment of each process."""
+def environments(env: Mapping[str, str], processes: int, devices: int,
+                 kind: str, coordinator: str) -> list[dict[str, str]]:
+  """Returns what is added to the environment of each process.
+
+  Args:
+    env: the variables that all of them have.
+    processes: the number of processes.
+    devices: the number of devices of each.
+    kind: cpu or gpu.
+    coordinator: the host:port of process 0.
+  """
   result = []
   for i in range(processes):
     process_env = dict(env)
@@ -73,20 +89,27 @@ def environments(env, processes: int, devices: int, kind: str,
           'JAX_COORDINATOR_ADDRESS': coordinator,
           'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(i)}
     if kind == 'cpu':
-      process_env |= {
-          'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS':  # of two, the last counts
-              f'{os.environ.get("XLA_FLAGS", "")} '
-              f'--xla_force_host_platform_device_count={devices}'}
+      outer = os.environ.get('XLA_FLAGS', '')
+      process_env['JAX_PLATFORMS'] = 'cpu'
+      process_env['XLA_FLAGS'] = (  # of two flags alike, the last counts
+          f'{outer} --xla_force_host_platform_device_count={devices}')
     elif processes > 1:
-      process_env['JAX_LOCAL_DEVICE_IDS'] = ','.join(
-          str(i * devices + k) for k in range(devices))
+      ids = range(i * devices, (i + 1) * devices)
+      process_env['JAX_LOCAL_DEVICE_IDS'] = ','.join(map(str, ids))
     else:  # JAX reads that only where it joins several
-      visible = process_env.get(_GPUS, os.environ.get(_GPUS))
-      process_env[_GPUS] = ','.join((
-          list(map(str, range(devices))) if visible is None
-          else visible.split(','))[:devices])
+      process_env[_GPUS] = _first_gpus(process_env, devices)
     result.append(process_env)
   return result
+
+
+def _first_gpus(env: Mapping[str, str], devices: int) -> str:
+  """Returns the first GPUs of those that a process may see."""
+  visible = env.get(_GPUS, os.environ.get(_GPUS))
+  if visible is None:
+    names = [str(i) for i in range(devices)]
+  else:
+    names = visible.split(',')
+  return ','.join(names[:devices])
 
 
 def supervise(words: list[str], env: dict[str, str], processes: int,
@@ -98,22 +121,26 @@ def supervise(words: list[str], env: dict[str, str], processes: int,
     loss that was not finite: it would end so again; 1: failed once more than
     max_restarts.
   """
+  was_told = {0, job_lib.STOPPED, -signal.SIGTERM, -signal.SIGHUP}
   failures, heard = 0, Signals()
   with signals.handled(heard.add):
     while True:
       if heard.n:  # between two runs
         return job_lib.STOPPED
-      codes = run(words, environments(env, processes, devices, kind,
-                                      f'127.0.0.1:{free_port()}'),
-                  pathlib.Path(logs), heard)
+      coordinator = f'127.0.0.1:{free_port()}'
+      envs = environments(env, processes, devices, kind, coordinator)
+      codes = run(words, envs, pathlib.Path(logs), heard)
+
+      # It is complete, was told to stop, or would end so again.
       if not any(codes):
         return 0
-      stopped = set(codes) <= {0, job_lib.STOPPED, -signal.SIGTERM,
-                               -signal.SIGHUP}
+      stopped = set(codes) <= was_told
       if heard.n or signals.is_unread(1):  # which process 0 prints to
         return job_lib.STOPPED if stopped else 1
       if 2 in codes:
         return 2
+
+      # It starts again.
       if stopped:
         _say('stopped before the last step: starting it again')
         continue
@@ -127,50 +154,95 @@ def supervise(words: list[str], env: dict[str, str], processes: int,
 
 def run(words: list[str], envs: list[dict[str, str]], logs: pathlib.Path,
         heard: 'Signals') -> list[int]:
-  """Runs the processes once; returns their exit codes."""
-  logs.mkdir(parents=True, exist_ok=True)
-  running = []
-  for i, env in enumerate(envs):
-    with contextlib.nullcontext() if i == 0 else open(
-        logs / f'process-{i}.log', 'ab') as out:
-      running.append(subprocess.Popen(
-          dies_with_parent.words(words), env=os.environ | env, stdout=out,
-          stderr=out,
-          start_new_session=True))  # so that Ctrl-C is passed on only once
-  failed, passed_on, deadline = set(), set(), None
-  stopped: set[int] = set()
-  while any(process.poll() is None for process in running):
+  """Runs the processes once; returns their exit codes.
+
+  Args:
+    words: the command of each.
+    envs: what is added to the environment of each.
+    logs: the folder of the output of all but process 0.
+    heard: the signals that came to this process.
+  """
+  group = _Group(words, envs, logs)
+  while group.runs():
     time.sleep(POLL_SECONDS)
-    before, stopped = stopped, _stopped(running)
-    for i in sorted(stopped - before):
+    group.say_who_is_stopped()
+    group.pass_on(heard.to_pass_on)
+    group.end_after_a_failure()
+  return [process.returncode for process in group.processes]
+
+
+class _Group:
+  """Processes that end together: where one fails, the others must end too."""
+
+  def __init__(self, words: list[str], envs: list[dict[str, str]],
+               logs: pathlib.Path):
+    self.processes: list[subprocess.Popen] = []
+    self._logs = logs
+    self._failed: set[int] = set()
+    self._stopped: set[int] = set()
+    self._passed_on: set[int] = set()
+    self._deadline: float | None = None  # when those left are killed
+
+    logs.mkdir(parents=True, exist_ok=True)
+    for i, env in enumerate(envs):
+      output: Any = contextlib.nullcontext()  # process 0 writes to ours
+      if i > 0:
+        output = open(logs / f'process-{i}.log', 'ab')
+      with output as out:
+        self.processes.append(subprocess.Popen(
+            dies_with_parent.words(words), env=os.environ | env, stdout=out,
+            stderr=out,
+            start_new_session=True))  # so that Ctrl-C is passed on only once
+
+  def runs(self) -> bool:
+    """Whether any of the processes has not ended."""
+    return any(process.poll() is None for process in self.processes)
+
+  def say_who_is_stopped(self) -> None:
+    """Names the processes that a signal has stopped since the last call."""
+    stopped = set()
+    for i, process in enumerate(self.processes):
+      if process.poll() is None and _is_stopped(process.pid):
+        stopped.add(i)
+    for i in sorted(stopped - self._stopped):
       _say(f'process {i} is stopped, as by SIGSTOP: the others wait for it, '
-           f'and end without it; kill -CONT {running[i].pid} lets it go on')
-    for number in heard.to_pass_on - passed_on:
-      passed_on.add(number)
-      for process in running:
+           f'and end without it; kill -CONT {self.processes[i].pid} lets it go '
+           'on')
+    self._stopped = stopped
+
+  def pass_on(self, numbers: set[int]) -> None:
+    """Sends each signal to all processes, once."""
+    for number in numbers - self._passed_on:
+      self._passed_on.add(number)
+      for process in self.processes:
         process.send_signal(number)
-    for i, process in enumerate(running):
+
+  def end_after_a_failure(self) -> None:
+    """Names the processes that failed; kills those that have not ended by
+    themselves some seconds after the first of them."""
+    for i, process in enumerate(self.processes):
       code = process.poll()
-      if code not in (None, 0, job_lib.STOPPED) and i not in failed:
-        failed.add(i)
-        deadline = deadline or time.monotonic() + PATIENCE_SECONDS
-        how = (f'was killed by {signal.Signals(-code).name}' if code < 0 else
-               f'ended with exit code {code}')
-        _say(f'process {i} {how}'
-             + f'; its output: {logs}/process-{i}.log' * (i > 0))
-      elif code is None and deadline and time.monotonic() > deadline:
-        failed.add(i)
-        process.kill()
-        _say(f'process {i} did not end by itself then, and was killed')
-  return [process.returncode for process in running]
+      if code is None:
+        if self._deadline and time.monotonic() > self._deadline:
+          self._failed.add(i)
+          process.kill()
+          _say(f'process {i} did not end by itself then, and was killed')
+      elif code not in (0, job_lib.STOPPED) and i not in self._failed:
+        self._failed.add(i)
+        if self._deadline is None:
+          self._deadline = time.monotonic() + PATIENCE_SECONDS
+        how = f'ended with exit code {code}'
+        if code < 0:
+          how = f'was killed by {signal.Signals(-code).name}'
+        if i > 0:
+          how += f'; its output: {self._logs}/process-{i}.log'
+        _say(f'process {i} {how}')
 
 
-def _stopped(running: list[subprocess.Popen]) -> set[int]:
-  """Returns the numbers of the processes that a signal has stopped, and that
-  have not ended."""
+def _is_stopped(pid: int) -> bool:
+  """Whether a signal has stopped a process that has not ended."""
   how = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
-  return {i for i, process in enumerate(running) if process.poll() is None
-          and os.waitid(os.P_PID, process.pid, how) is not None}
+  return os.waitid(os.P_PID, pid, how) is not None
 
 
 class Signals(signals.Count):
@@ -182,18 +254,22 @@ class Signals(signals.Count):
     self.to_pass_on = set()
 
   def add(self, number: int) -> bool:
-    new = super().add(number)
-    self.to_pass_on.add(
-        signal.SIGKILL if self.n > 1 else
-        signal.SIGHUP if number == signal.SIGHUP else signal.SIGTERM)
-    return new
+    is_new = super().add(number)
+    passed_on = signal.SIGTERM
+    if self.n > 1:
+      passed_on = signal.SIGKILL
+    elif number == signal.SIGHUP:
+      passed_on = signal.SIGHUP
+    self.to_pass_on.add(passed_on)
+    return is_new
 
 
 def free_port() -> int:
+  """Returns a port that nothing listens on."""
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     return probe.getsockname()[1]
 
 
-def _say(text: str):
+def _say(text: str) -> None:
   print(f'launch: {text}', file=sys.stderr, flush=True)

@@ -15,18 +15,18 @@ import pathlib
 import shlex
 import subprocess
 
-from common.errors import EnvironmentFailure, RequestError, require
+from common.errors import EnvironmentFailure, RequestError
 from tools.launch import job as job_lib
 
 # (kind, name, default, what it says, bounds).
 FLAGS = (
-    ('integer', 'nodes', 1, 'How many.', 1),
-    ('integer', 'gpus', 8, 'GPUs of each node; 0: run on its CPU.', 0),
+    ('integer', 'nodes', 1, 'The number of nodes.', 1),
+    ('integer', 'gpus', 8, 'The GPUs of each node; 0: run on its CPU.', 0),
     ('bool', 'per_gpu', False, 'One process for each GPU.'),
     ('integer', 'cpus_per_task', 0, 'CPU cores of each process; 0: what SLURM '
      'gives it, often a single one.', 0),
     ('integer', 'grace_seconds', 300,
-     'The run is told to save so long before the time limit.', 1, 65535),
+     'How long before the time limit the run is told to save.', 1, 65535),
     ('string', 'setup', '', 'A line of shell that each process runs first.'),
     ('string', 'sbatch', '', 'More options of sbatch, in one string; what the '
      'launcher sets itself wins.'),
@@ -37,12 +37,14 @@ SCRIPT = pathlib.Path(__file__).with_name('slurm.sh')
 
 def size(args) -> int:
   """Returns the number of devices."""
-  require(args.gpus > 0 or not args.per_gpu, '--per_gpu asks for a process for '
-          'each GPU, and --gpus is 0: choose 1 or more')
+  if args.per_gpu and not args.gpus:
+    raise RequestError('--per_gpu asks for a process for each GPU, and --gpus '
+                       'is 0: choose 1 or more')
   return args.nodes * max(args.gpus, 1)
 
 
 def launch(job: job_lib.Job, args) -> int:
+  """Submits the job; returns the exit code of this program."""
   job_lib.require_here(job)
   command = words(job, args)
   if job.dry_run:
@@ -55,10 +57,10 @@ def launch(job: job_lib.Job, args) -> int:
   log.touch()
   result = subprocess.run(command, capture_output=True, text=True, check=False)
   if result.returncode:
+    reason = ' '.join(result.stderr.split()) or 'it said nothing'
     raise EnvironmentFailure(
-        f'sbatch ended with exit code {result.returncode}: '
-        + (' '.join(result.stderr.split()) or 'it said nothing'))
-  # What follows is the cluster.
+        f'sbatch ended with exit code {result.returncode}: {reason}')
+  # sbatch prints NUMBER;CLUSTER.
   number = result.stdout.strip().partition(';')[0]
   print(f'job {number}; to end it: scancel {number}; to see its output: '
         f'tail -n 0 -F {shlex.quote(str(log))}', flush=True)
@@ -67,23 +69,30 @@ def launch(job: job_lib.Job, args) -> int:
 
 def words(job: job_lib.Job, args) -> list[str]:
   """Returns the command that submits the job."""
+  # The options of sbatch; of two alike, the last counts.
+  try:
+    options = shlex.split(args.sbatch)
+  except ValueError as error:
+    raise RequestError(f'--sbatch is {args.sbatch!r}: {error}') from error
   per_node = args.gpus if args.per_gpu else 1
   logs = os.path.abspath(job.logs)
   output = f'{logs}/job.log'.replace('%', '%%')
-  ours = [
+  options += [
       f'--job-name={job.name}', f'--nodes={args.nodes}',
       f'--ntasks-per-node={per_node}', f'--signal=TERM@{args.grace_seconds}',
-      '--requeue', '--open-mode=append', f'--output={output}',
-      *[f'--cpus-per-task={args.cpus_per_task}'] * bool(args.cpus_per_task),
-      *[f'--gpus-per-node={args.gpus}'] * bool(args.gpus)]
-  who = ('JAX_PROCESS_ID=$SLURM_PROCID'
-         + ' JAX_LOCAL_DEVICE_IDS=$SLURM_LOCALID' * args.per_gpu)
+      '--requeue', '--open-mode=append', f'--output={output}']
+  if args.cpus_per_task:
+    options.append(f'--cpus-per-task={args.cpus_per_task}')
+  if args.gpus:
+    options.append(f'--gpus-per-node={args.gpus}')
+
+  # The shell of each process, which knows who it is.
+  who = 'JAX_PROCESS_ID=$SLURM_PROCID'
+  if args.per_gpu:
+    who += ' JAX_LOCAL_DEVICE_IDS=$SLURM_LOCALID'
   shell = f'{args.setup}\nexport {who}; exec "$@"'
-  try:
-    more = shlex.split(args.sbatch)
-  except ValueError as error:
-    raise RequestError(f'--sbatch is {args.sbatch!r}: {error}') from error
-  return ['sbatch', '--parsable', *more, *ours, str(SCRIPT), logs,
+
+  env = [f'{name}={value}' for name, value in job.env.items()]
+  return ['sbatch', '--parsable', *options, str(SCRIPT), logs,
           str(args.nodes * per_node), str(args.grace_seconds),
-          str(job.max_restarts), shell, 'env',
-          *(f'{name}={value}' for name, value in job.env.items()), *job.words]
+          str(job.max_restarts), shell, 'env', *env, *job.words]

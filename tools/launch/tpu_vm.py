@@ -17,24 +17,27 @@ import os
 import pathlib
 import shlex
 
-from common.errors import require
+from common.errors import RequestError, require
 from tools.launch import job as job_lib
 from training.workdir import storage
 
 # (kind, name, default, what it says).
 FLAGS = (
-    ('list', 'tpu', [], 'The name of the TPU VM; several: of each slice.'),
-    ('string', 'zone', '', 'Of Google Cloud.'),
-    ('string', 'project', '', 'Of Google Cloud; default: gcloud\'s.'),
-    ('string', 'folder', 'archetype', 'Of the repository, on the workers; from '
-     'the home folder.'),
+    ('list', 'tpu', [], 'The name of the TPU VM; of several slices, that of '
+     'each.'),
+    ('string', 'zone', '', 'The zone of Google Cloud.'),
+    ('string', 'project', '', 'The project of Google Cloud; default: that of '
+     'gcloud.'),
+    ('string', 'folder', 'archetype', 'The folder of the repository on the '
+     'workers, from the home folder.'),
     ('string', 'setup', '', 'A line of shell that each worker runs first.'),
 )
 
 SCRIPT = pathlib.Path(__file__).with_name('tpu_vm.sh')
 WAIT_SECONDS = 30
-# On each worker: who it is, what it prints, and how it ended. Only worker 0 of
-# slice 0 writes to the terminal; each of the others into a file of its own.
+# The shell of each worker: it says who the worker is and how it ended. Only
+# worker 0 of slice 0 writes to the terminal; each of the others into a file of
+# its own.
 _REMOTE = r'''cd {folder} || exit 1
 {setup}
 worker=$(curl -s -H 'Metadata-Flavor: Google' \
@@ -58,6 +61,7 @@ def size(args) -> int:
 
 
 def launch(job: job_lib.Job, args) -> int:
+  """Becomes the program that starts the run; returns only if --dry_run."""
   command = words(job, args)
   if job.dry_run:
     print(shlex.join(command))
@@ -68,23 +72,31 @@ def launch(job: job_lib.Job, args) -> int:
 
 def words(job: job_lib.Job, args) -> list[str]:
   """Returns the command that runs here."""
-  for name, folder in (
-      ('--workdir', job.workdir),
-      ('--compile_cache', job.env['JAX_COMPILATION_CACHE_DIR'])):
-    require(storage.in_bucket(folder) or os.path.isabs(folder), f'{name} is '
-            f'{folder!r}, and every host must find it at the same place: '
-            'choose a bucket (gs://BUCKET/NAME), or a whole path that all of '
-            'them mount')
+  _check_shared('--workdir', job.workdir)
+  _check_shared('--compile_cache', job.env['JAX_COMPILATION_CACHE_DIR'])
   # Quotes would keep a ~ from being the home folder, where a worker begins.
   folder = args.folder.removeprefix('~/')
-  require(bool(folder) and not folder.startswith(('~', '-')), f'--folder is '
-          f'{args.folder!r}: choose a whole path, or one from the home folder')
-  remote = _REMOTE.format(
-      folder=shlex.quote(folder), setup=args.setup, command=shlex.join(
-          [*(f'{name}={value}' for name, value in job.env.items()),
-           *job.words]))
-  tell = f'kill -TERM "$(cat {shlex.quote(folder)}/train.pid)"'
+  if not folder or folder.startswith(('~', '-')):
+    raise RequestError(f'--folder is {args.folder!r}: choose a whole path, or '
+                       'one from the home folder')
+
+  # The commands that start and that stop it on a worker.
+  env = [f'{name}={value}' for name, value in job.env.items()]
+  quoted = shlex.quote(folder)
+  start = _REMOTE.format(folder=quoted, setup=args.setup,
+                         command=shlex.join([*env, *job.words]))
+  stop = f'kill -TERM "$(cat {quoted}/train.pid)"'
+
+  place = [','.join(args.tpu), f'--zone={args.zone}']
+  if args.project:
+    place.append(f'--project={args.project}')
   return ['bash', str(SCRIPT), args.logs or f'logs/{job.name}',
-          str(job.max_restarts), str(WAIT_SECONDS), remote, tell,
-          ','.join(args.tpu), f'--zone={args.zone}',
-          *([f'--project={args.project}'] if args.project else [])]
+          str(job.max_restarts), str(WAIT_SECONDS), start, stop, *place]
+
+
+def _check_shared(name: str, folder: str) -> None:
+  """Raises RequestError where hosts may not find a folder at one place."""
+  require(storage.in_bucket(folder) or os.path.isabs(folder), f'{name} is '
+          f'{folder!r}, and every host must find it at the same place: '
+          'choose a bucket (gs://BUCKET/NAME), or a whole path that all of '
+          'them mount')
